@@ -21,10 +21,12 @@ from gputune.errors import (
 from gputune.garbage import without_collector
 from gputune.version import __version__
 
-if find_spec("gputune.models") is None:  # installation puts the folder models/ of the source in here
+# installation puts the folder models/ of the source in here
+if find_spec("gputune.models") is None:
     raise ImportError(
-        f"gputune is imported from its source, {__path__[0]}, and not as it is installed, with models and "
-        "compiled code: start Python in another folder, or with -P (python -P -m gputune)."
+        f"gputune is imported from its source, {__path__[0]}, and not as it is installed, with "
+        "models and compiled code: start Python in another folder, or with -P (python -P -m "
+        "gputune)."
     )
 
 if TYPE_CHECKING:
@@ -40,20 +42,45 @@ if TYPE_CHECKING:
     from gputune.study.study import Trial
 
 __all__ = [
-    "ClusterError", "DivergedError", "Halving", "Hypergradient", "InputError", "InputWarning", "Median",
-    "MissingExtraError", "OptunaSampler", "Ray", "SearchFailedError", "SearchInterrupted", "Study", "StudyCorruptError",
-    "StudyVersionError", "Trial", "TunedModel", "__version__", "hypergradient", "load_model", "log_int", "search",
+    "ClusterError",
+    "DivergedError",
+    "Halving",
+    "Hypergradient",
+    "InputError",
+    "InputWarning",
+    "Median",
+    "MissingExtraError",
+    "OptunaSampler",
+    "Ray",
+    "SearchFailedError",
+    "SearchInterrupted",
+    "Study",
+    "StudyCorruptError",
+    "StudyVersionError",
+    "Trial",
+    "TunedModel",
+    "__version__",
+    "hypergradient",
+    "load_model",
+    "log_int",
+    "search",
     "tune",
-]  # fmt: skip
+]
 
 _MODULES = ("callbacks", "models", "optim", "sklearn")
 _HOMES = {
-    "api.study": ("Study",), "api.tuning": ("search", "tune"), "executors.ray_cluster": ("Ray",),
-    "hypergradients.hypergradient": ("hypergradient",), "methods.descent": ("Hypergradient",),
-    "methods.distributions": ("log_int",), "methods.optuna": ("OptunaSampler",),
-    "methods.stopping": ("Halving", "Median"), "study.model": ("TunedModel", "load_model"), "study.study": ("Trial",),
+    "api.study": ("Study",),
+    "api.tuning": ("search", "tune"),
+    "executors.ray_cluster": ("Ray",),
+    "hypergradients.hypergradient": ("hypergradient",),
+    "methods.descent": ("Hypergradient",),
+    "methods.distributions": ("log_int",),
+    "methods.optuna": ("OptunaSampler",),
+    "methods.stopping": ("Halving", "Median"),
+    "study.model": ("TunedModel", "load_model"),
+    "study.study": ("Trial",),
     **{name: (name,) for name in _MODULES},
-}  # fmt: skip
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,8 @@
-"""The protocol of ``tune(callbacks=...)``: four moments of a search, none of which can lose what is finished.
+"""The protocol of ``tune(callbacks=...)``: four moments of a search, none of which can lose what is
+finished.
 
-The loggers that use it, for MLflow, TensorBoard and Weights & Biases: a run for the search, and what it says of each
-trial, in plain numbers and words.
+The loggers that use it, for MLflow, TensorBoard and Weights & Biases: a run for the search, and
+what it says of each trial, in plain numbers and words.
 """
 
 import math
@@ -23,39 +24,45 @@ from gputune.types import Json
 
 
 class StopSearch(Exception):
-    """Raised by a callback to end the search after the running epoch: what is finished is kept, no error follows."""
+    """Raised by a callback to end the search after the running epoch: what is finished is kept, no
+    error follows."""
 
 
 class Callback:
     """A search calls these in its own process; override those that matter. Each does nothing here.
 
-    ``StopSearch`` ends the search. What else one raises is a warning: it is not called again in this search, which goes
-    on. (KeyboardInterrupt stops the search, as ever.) Trials are kept, in memory and in the study's file, before a
-    callback hears of them.
+    ``StopSearch`` ends the search. What else one raises is a warning: it is not called again in
+    this search, which goes on. (KeyboardInterrupt stops the search, as ever.) Trials are kept, in
+    memory and in the study's file, before a callback hears of them.
     """
 
     def on_study_start(self, study: Study) -> None:
-        """Called before anything trains; ``study`` has the options (``meta``), and the trials known so far."""
+        """Called before anything trains; ``study`` has the options (``meta``), and the trials known
+        so far."""
 
     def on_epoch(self, curves: np.ndarray) -> None:
-        """Called when the trials of a chunk have trained on; their scores (C, epochs, F) in the epochs just done.
+        """Called when the trials of a chunk have trained on; their scores (C, epochs, F) in the
+        epochs just done.
 
-        Of several metrics they are those of the first. One epoch at a time in this process, all epochs of a chunk at
-        once from a worker process.
+        Of several metrics they are those of the first. One epoch at a time in this process, all
+        epochs of a chunk at once from a worker process.
         """
 
     def on_trials_end(self, trials: Study) -> None:
-        """Called with each batch of trials that this process has finished, as a study: ``trials``, ``curves``."""
+        """Called with each batch of trials that this process has finished, as a study: ``trials``,
+        ``curves``."""
 
     def on_study_end(self, study: Study) -> None:
-        """Called once at the end, also after an error or Ctrl-C; ``study`` has everything that is finished."""
+        """Called once at the end, also after an error or Ctrl-C; ``study`` has everything that is
+        finished."""
 
 
 class Callbacks:
     """Several callbacks; one that raises is left out from then on."""
 
     def __init__(self, callbacks: Sequence[Callback], stop: Stop) -> None:
-        self.active, self.stop = list(callbacks), stop
+        self.active = list(callbacks)
+        self.stop = stop
 
     def tell(self, moment: str, argument: object) -> None:
         """Call the method of this name of all of them."""
@@ -66,35 +73,54 @@ class Callbacks:
                 self.stop.ask()
             except Exception as error:  # whatever a user's callback raises
                 self.active.remove(callback)
-                raised = f"{type(callback).__name__}.{moment} raised {type(error).__name__}: {error}"
-                warn(f"{raised}. It is not called again; the search goes on, and nothing of it is lost.")
+                raised = (
+                    f"{type(callback).__name__}.{moment} raised {type(error).__name__}: {error}"
+                )
+                warn(
+                    f"{raised}. It is not called again; the search goes on, and nothing of it is "
+                    "lost."
+                )
 
 
 def plain_params(params: Mapping[str, object]) -> dict[str, bool | int | float | str]:
     """Return hyperparameters as numbers and words; other values, and None, as text."""
-    return {key: "None" if (short := label(value)) is None else short for key, value in params.items()}
+    return {
+        key: "None" if (short := label(value)) is None else short for key, value in params.items()
+    }
 
 
 def trial_numbers(trial: Trial) -> dict[str, float]:
-    """Return what is a finite number of a trial: score, std_error, best_epoch, seconds, numeric ``params/...``.
+    """Return what is a finite number of a trial: score, std_error, best_epoch, seconds, numeric
+    ``params/...``.
 
     Of several metrics also ``metrics/NAME``, the mean of each over the folds.
     """
-    numbers = {name: getattr(trial, name) for name in ("score", "std_error", "best_epoch", "seconds")}
+    numbers = {
+        name: getattr(trial, name) for name in ("score", "std_error", "best_epoch", "seconds")
+    }
     numbers |= {f"metrics/{name}": score for name, score in trial.scores.items()}
-    numbers |= {f"params/{k}": v for k, v in trial.params.items() if isinstance(v, bool | int | float)}
+    numbers |= {
+        f"params/{k}": v for k, v in trial.params.items() if isinstance(v, bool | int | float)
+    }
     return {name: float(value) for name, value in numbers.items() if math.isfinite(value)}
 
 
 def _best_score(study: Study) -> float:
     """Return the best finite score of trials that no rung pruned, -inf where there is none."""
-    return max((t.score for t in study.trials if math.isfinite(t.score) and t.state != "pruned"), default=-math.inf)
+    return max(
+        (t.score for t in study.trials if math.isfinite(t.score) and t.state != "pruned"),
+        default=-math.inf,
+    )
 
 
 def _study_options(study: Study) -> Json:
     """Return the options of a search that a person compares searches by."""
     record = study.record
-    values = {name: getattr(record, name) for name, part in PARTS.items() if part.logged and name not in record.absent}
+    values = {
+        name: getattr(record, name)
+        for name, part in PARTS.items()
+        if part.logged and name not in record.absent
+    }
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -106,35 +132,55 @@ _REFUSED = re.compile(r"[^\w./ -]")  # in the name of a metric
 class MLflow(Callback):
     """Logs a search as one run of an MLflow experiment.
 
-    The run's parameters are the options of the search and, at its end, "best/..." of the best trial. Its metrics have
-    the trial's number as step: score, std_error, best_epoch, seconds, "params/...", of several metrics "metrics/...";
-    and, with the number of finished trials as step, best_score, the best so far.
-    Every batch of trials is one ``log_batch`` (of at most 1000 metrics), however many trials it has.
+    The run's parameters are the options of the search and, at its end, "best/..." of the best
+    trial. Its metrics have the trial's number as step: score, std_error, best_epoch, seconds,
+    "params/...", of several metrics "metrics/..."; and, with the number of finished trials as step,
+    best_score, the best so far.
+    Every batch of trials is one ``log_batch`` (of at most 1000 metrics), however many trials it
+    has.
 
-    tracking_uri: None takes MLflow's own (its environment variable, or the default). Raises MissingExtraError
-    without MLflow.
+    tracking_uri: None takes MLflow's own (its environment variable, or the default). Raises
+    MissingExtraError without MLflow.
     """
 
     def __init__(
-        self, experiment: str = "gputune", *, tracking_uri: str | None = None, run_name: str | None = None
+        self,
+        experiment: str = "gputune",
+        *,
+        tracking_uri: str | None = None,
+        run_name: str | None = None,
     ) -> None:
         self.mlflow = import_extra("mlflow", extra="mlflow", used_by="MLflow")
-        self.experiment, self.tracking_uri, self.run_name = experiment, tracking_uri, run_name
+        self.experiment = experiment
+        self.tracking_uri = tracking_uri
+        self.run_name = run_name
         self.run_id: str | None = None
-        self.best, self.done = -math.inf, 0
+        self.best = -math.inf
+        self.done = 0
 
     def on_study_start(self, study: Study) -> None:
         client = self._client()
         experiment = client.get_experiment_by_name(self.experiment)
-        number = client.create_experiment(self.experiment) if experiment is None else experiment.experiment_id
+        number = (
+            client.create_experiment(self.experiment)
+            if experiment is None
+            else experiment.experiment_id
+        )
         self.run_id = client.create_run(number, run_name=self.run_name).info.run_id
-        self.best, self.done = _best_score(study), sum(t.state != "waiting" for t in study.trials)
+        self.best = _best_score(study)
+        self.done = sum(t.state != "waiting" for t in study.trials)
         client.log_batch(self.run_id, params=self._params(_study_options(study)))
 
     def on_trials_end(self, trials: Study) -> None:
-        now, metric = int(time.time() * 1000), self.mlflow.entities.Metric
-        values = [(key, v, trial.number) for trial in trials.trials for key, v in trial_numbers(trial).items()]
-        self.best, self.done = max(self.best, _best_score(trials)), self.done + len(trials.trials)
+        now = int(time.time() * 1000)
+        metric = self.mlflow.entities.Metric
+        values = [
+            (key, v, trial.number)
+            for trial in trials.trials
+            for key, v in trial_numbers(trial).items()
+        ]
+        self.best = max(self.best, _best_score(trials))
+        self.done = self.done + len(trials.trials)
         values += [("best_score", self.best, self.done)] * math.isfinite(self.best)
         metrics = [metric(_REFUSED.sub("_", key), value, now, step) for key, value, step in values]
         for begin in range(0, len(metrics), _MOST):
@@ -144,7 +190,10 @@ class MLflow(Callback):
         client = self._client()
         if math.isfinite(self.best):
             known = {"trial": study.best_trial.number, **plain_params(study.best_params)}
-            client.log_batch(self.run_id, params=self._params({f"best/{key}": value for key, value in known.items()}))
+            client.log_batch(
+                self.run_id,
+                params=self._params({f"best/{key}": value for key, value in known.items()}),
+            )
         unfinished = any(trial.state in ("waiting", "stopped") for trial in study.trials)
         client.set_terminated(self.run_id, "KILLED" if unfinished else "FINISHED")
 
@@ -152,42 +201,55 @@ class MLflow(Callback):
         return self.mlflow.MlflowClient(tracking_uri=self.tracking_uri)
 
     def _params(self, values: Mapping[str, object]) -> list[object]:
-        return [self.mlflow.entities.Param(key, str(value)[:_LONGEST]) for key, value in values.items()]
+        return [
+            self.mlflow.entities.Param(key, str(value)[:_LONGEST]) for key, value in values.items()
+        ]
 
 
 class TensorBoard(Callback):
     """Writes event files below ``folder``: "search" for the whole, "trial-00007" for a trial.
 
-    The search has the scalar "best score" by trial-epochs trained. A trial has "score", the fold mean, and "std_error"
-    by epoch, of several metrics "metrics/..." too, and its hyperparameters for the HPARAMS page beside its "final
-    score" and "final metrics/...". Raises MissingExtraError without tensorboard.
+    The search has the scalar "best score" by trial-epochs trained. A trial has "score", the fold
+    mean, and "std_error" by epoch, of several metrics "metrics/..." too, and its hyperparameters
+    for the HPARAMS page beside its "final score" and "final metrics/...". Raises MissingExtraError
+    without tensorboard.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         import_extra("tensorboard", extra="tensorboard", used_by="TensorBoard")
         self.folder = Path(folder)
-        self.trial_epochs, self.best = 0, -math.inf
+        self.trial_epochs = 0
+        self.best = -math.inf
 
     def on_study_start(self, study: Study) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.trial_epochs, self.best = 0, -math.inf
-        self.search, known = SummaryWriter(self.folder / "search"), _study_options(study)
-        described = [f"{key}: {known[key]}" for key in ("model", "scoring", "positive", "space") if key in known]
+        self.trial_epochs = 0
+        self.best = -math.inf
+        self.search = SummaryWriter(self.folder / "search")
+        known = _study_options(study)
+        described = [
+            f"{key}: {known[key]}"
+            for key in ("model", "scoring", "positive", "space")
+            if key in known
+        ]
         self.search.add_text("study", "  \n".join(described))
 
     def on_epoch(self, curves: np.ndarray) -> None:
         means = curves.mean(2)
         self.trial_epochs += means.size
         if np.isfinite(means).any():
-            self.best = max(self.best, float(np.nanmax(np.where(np.isfinite(means), means, np.nan))))
+            self.best = max(
+                self.best, float(np.nanmax(np.where(np.isfinite(means), means, np.nan)))
+            )
             self.search.add_scalar("best score", self.best, self.trial_epochs)
 
     def on_trials_end(self, trials: Study) -> None:
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
-        by_epoch, folds = {"score": trials.curves.mean(2)}, trials.curves.shape[2]
+        by_epoch = {"score": trials.curves.mean(2)}
+        folds = trials.curves.shape[2]
         if folds > 1:
             by_epoch["std_error"] = trials.curves.std(2, ddof=1) / math.sqrt(folds)
         by_epoch |= {f"metrics/{name}": trials.curves_of(name).mean(2) for name in trials.metrics}
@@ -210,15 +272,17 @@ class TensorBoard(Callback):
 
 
 class WandB(Callback):
-    """Logs a search as one run: the options as its config, a row of its history for each trial, the best as summary.
+    """Logs a search as one run: the options as its config, a row of its history for each trial, the
+    best as summary.
 
     A row has the numbers that ``MLflow`` has as metrics, and the words among the hyperparameters.
 
-    mode     "offline" writes into ``folder`` only (``wandb sync`` sends it later), "online" sends it as it comes
+    mode     "offline" writes into ``folder`` only (``wandb sync`` sends it later), "online" sends
+             it as it comes
     folder   where "wandb/" is made; None: the current folder
 
-    Rows are written to a file and sent by a process of W&B's own, so no trial waits for the network. Raises
-    MissingExtraError without wandb.
+    Rows are written to a file and sent by a process of W&B's own, so no trial waits for the
+    network. Raises MissingExtraError without wandb.
     """
 
     def __init__(
@@ -230,26 +294,45 @@ class WandB(Callback):
         folder: str | os.PathLike[str] | None = None,
     ) -> None:
         self.wandb = import_extra("wandb", extra="wandb", used_by="WandB")
-        self.project, self.name, self.mode, self.folder = project, name, mode, folder
+        self.project = project
+        self.name = name
+        self.mode = mode
+        self.folder = folder
         self.run: Any = None
         self.best = -math.inf
 
     def on_study_start(self, study: Study) -> None:
-        self.best, folder = _best_score(study), None if self.folder is None else os.fspath(self.folder)
+        self.best = _best_score(study)
+        folder = None if self.folder is None else os.fspath(self.folder)
         self.run = self.wandb.init(
-            project=self.project, name=self.name, mode=self.mode, dir=folder, config=_study_options(study),
+            project=self.project,
+            name=self.name,
+            mode=self.mode,
+            dir=folder,
+            config=_study_options(study),
             settings=self.wandb.Settings(silent=True, console="off"),
-        )  # fmt: skip
+        )
 
     def on_trials_end(self, trials: Study) -> None:
         self.best = max(self.best, _best_score(trials))
         best = {"best_score": self.best} if math.isfinite(self.best) else {}
         for trial in trials.trials:
             words = {f"params/{key}": value for key, value in plain_params(trial.params).items()}
-            self.run.log({"trial": trial.number, "state": trial.state, **words, **trial_numbers(trial), **best})
+            self.run.log(
+                {
+                    "trial": trial.number,
+                    "state": trial.state,
+                    **words,
+                    **trial_numbers(trial),
+                    **best,
+                }
+            )
 
     def on_study_end(self, study: Study) -> None:
         if math.isfinite(self.best):
-            best = {"best_trial": study.best_trial.number, "best_params": plain_params(study.best_params)}
+            best = {
+                "best_trial": study.best_trial.number,
+                "best_params": plain_params(study.best_params),
+            }
             self.run.summary.update(best)
         self.run.finish()

@@ -8,7 +8,8 @@ from types import ModuleType
 from typing import Any
 
 TOO_BIG = "out of memory"
-"""How the reason of a trial begins that memory does not hold; others were given up for another reason."""
+"""How the reason of a trial begins that memory does not hold; others were given up for another
+reason."""
 
 
 class InputError(ValueError):
@@ -35,7 +36,8 @@ class DivergedError(ArithmeticError):
 
 
 class ClusterError(RuntimeError):
-    """A cluster failed while it trained: workers, or all nodes, were lost. What was finished is kept."""
+    """A cluster failed while it trained: workers, or all nodes, were lost. What was finished is
+    kept."""
 
 
 class CheckFailedError(RuntimeError):
@@ -51,7 +53,8 @@ class SearchFailedError(RuntimeError):
 
 
 class StudyCorruptError(InputError):
-    """A study file that is damaged, or a file that is no study. Nothing was read from it or changed in it."""
+    """A study file that is damaged, or a file that is no study. Nothing was read from it or changed
+    in it."""
 
 
 class StudyVersionError(InputError):
@@ -59,7 +62,8 @@ class StudyVersionError(InputError):
 
 
 class MissingExtraError(InputError, ImportError):
-    """An optional library is not installed; the message says which extra brings it. It is an ImportError too."""
+    """An optional library is not installed; the message says which extra brings it. It is an
+    ImportError too."""
 
 
 class SearchInterrupted(KeyboardInterrupt):
@@ -71,35 +75,52 @@ class SearchInterrupted(KeyboardInterrupt):
     at_once whether a second signal ended the running epoch too
     """
 
-    def __init__(self, message: str, *, study: Any, signal: int, report: str = "", at_once: bool = False) -> None:
+    def __init__(
+        self, message: str, *, study: Any, signal: int, report: str = "", at_once: bool = False
+    ) -> None:
         super().__init__(message)
-        self.study, self.signal, self.report, self.at_once = study, signal, report, at_once
+        self.study = study
+        self.signal = signal
+        self.report = report
+        self.at_once = at_once
 
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM ended a command while it did not train."""
 
 
-def check_count(value: object, name: str, *, least: int = 1, none: bool = False, remedy: str = "") -> None:
-    """Raise InputError unless a value is an integer from ``least`` on, or None where that is allowed."""
+def check_count(
+    value: object, name: str, *, least: int = 1, none: bool = False, remedy: str = ""
+) -> None:
+    """Raise InputError unless a value is an integer from ``least`` on, or None where that is
+    allowed."""
     if none and value is None:
         return
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         or_none = ", or None" if none else ""
-        raise InputError(f"{name} must be an integer of at least {least}{or_none}, got {value!r}.{remedy}")
+        raise InputError(
+            f"{name} must be an integer of at least {least}{or_none}, got {value!r}.{remedy}"
+        )
 
 
 def warn(message: str | Warning, category: type[Warning] = UserWarning) -> None:
     """Warn at the line of the user's that called gputune, however deep within it this is."""
-    packages = ("gputune", "contextlib", "functools", "joblib", "sklearn")  # sklearn wraps the methods of estimators
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in packages:
-        level, frame = level + 1, frame.f_back
+    # sklearn wraps the methods of estimators
+    packages = ("gputune", "contextlib", "functools", "joblib", "sklearn")
+    level = 1
+    frame = sys._getframe()
+    while (
+        frame.f_back is not None
+        and frame.f_globals.get("__name__", "").partition(".")[0] in packages
+    ):
+        level = level + 1
+        frame = frame.f_back
     warnings.warn(message, category, stacklevel=level)
 
 
 def import_extra(module: str, *, extra: str, used_by: str) -> ModuleType:
-    """Return the module; MissingExtraError, which says what to install, where it cannot be imported.
+    """Return the module; MissingExtraError, which says what to install, where it cannot be
+    imported.
 
     used_by: what the user asked for, as the error calls it.
     """

@@ -1,13 +1,14 @@
 """What happens if a faster way to train fails while gputune tries it.
 
-The next way trains, and the plan, a warning or a note says which error was the reason. An error of the user's own
-module is not hidden by this: it is raised again by the way that trains in the end.
+The next way trains, and the plan, a warning or a note says which error was the reason. An error of
+the user's own module is not hidden by this: it is raised again by the way that trains in the end.
 """
 
 import os
 
 STRICT = "GPUTUNE_STRICT_BACKENDS"
-"""The environment variable that lets such an error end the search, with its traceback: for tests and bug reports."""
+"""The environment variable that lets such an error end the search, with its traceback: for tests
+and bug reports."""
 
 
 def is_strict() -> bool:

@@ -1,7 +1,8 @@
-"""Files that gputune reads: each is checked before it is opened, and its size before its content takes memory.
+"""Files that gputune reads: each is checked before it is opened, and its size before its content
+takes memory.
 
-Every reader of data, studies and models begins here. A pipe would be waited for, a device has no end, and a small file
-can describe more numbers than memory holds.
+Every reader of data, studies and models begins here. A pipe would be waited for, a device has no
+end, and a small file can describe more numbers than memory holds.
 """
 
 import os
@@ -23,7 +24,9 @@ _KINDS = (
 _URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
 
 
-def check_file(path: Path, *, missing: str = "check the path", folder: str = "give the file in it") -> int:
+def check_file(
+    path: Path, *, missing: str = "check the path", folder: str = "give the file in it"
+) -> int:
     """Return the size of a file in bytes. A symbolic link to a file is as good as the file.
 
     Args:
@@ -39,18 +42,25 @@ def check_file(path: Path, *, missing: str = "check the path", folder: str = "gi
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f"there is no file {str(path)!r}; {_remedy(path, missing)}.") from None
+        raise FileNotFoundError(
+            f"there is no file {str(path)!r}; {_remedy(path, missing)}."
+        ) from None
     except PermissionError:
         raise _no_permission(path) from None
     except (OSError, ValueError) as error:  # a link to itself, a name that is too long, a NUL in it
         reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"{str(path)!r:.300} cannot be read: {reason.lower()}. Check the path.") from None
+        raise InputError(
+            f"{str(path)!r:.300} cannot be read: {reason.lower()}. Check the path."
+        ) from None
     _check_mode(path, status.st_mode, folder)
     return status.st_size
 
 
-def open_file(path: Path, *, missing: str = "check the path", folder: str = "give the file in it") -> IO[bytes]:
-    """Open a file for reading. Raises as ``check_file``, and PermissionError if it may not be read."""
+def open_file(
+    path: Path, *, missing: str = "check the path", folder: str = "give the file in it"
+) -> IO[bytes]:
+    """Open a file for reading. Raises as ``check_file``, and PermissionError if it may not be
+    read."""
     check_file(path, missing=missing, folder=folder)
     # Without O_NONBLOCK, a pipe that took the file's place after the check would be waited for.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -85,14 +95,15 @@ def read_file(path: Path, *, bytes_per_byte: int = 1, missing: str = "check the 
 
 
 def check_room(path: Path, needed: int, free: int | None = None) -> None:
-    """Raise InputError if the content of a file needs more bytes of memory than are free (None: than are free now)."""
+    """Raise InputError if the content of a file needs more bytes of memory than are free (None:
+    than are free now)."""
     if free is None:
         free = free_memory()
     if needed > free:
         remedy = "leave out rows or columns, or read it where there is more"
         raise InputError(
-            f"{str(path)!r} needs about {size_words(needed)} of memory or more, and {size_words(free)} are free; "
-            f"{remedy}."
+            f"{str(path)!r} needs about {size_words(needed)} of memory or more, and "
+            f"{size_words(free)} are free; {remedy}."
         )
 
 
@@ -101,7 +112,9 @@ def _check_mode(path: Path, mode: int, folder: str) -> None:
         raise InputError(f"{str(path)!r} is a folder; {folder}.")
     for is_kind, kind in _KINDS:
         if is_kind(mode):
-            raise InputError(f"{str(path)!r} is {kind} and no file; write its content into a file first.")
+            raise InputError(
+                f"{str(path)!r} is {kind} and no file; write its content into a file first."
+            )
 
 
 def _remedy(path: Path, missing: str) -> str:
@@ -115,4 +128,6 @@ def _remedy(path: Path, missing: str) -> str:
 
 
 def _no_permission(path: Path) -> PermissionError:
-    return PermissionError(f"{str(path)!r} may not be read; check the rights of the file and of its folders.")
+    return PermissionError(
+        f"{str(path)!r} may not be read; check the rights of the file and of its folders."
+    )

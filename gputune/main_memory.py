@@ -12,22 +12,26 @@ from pathlib import Path
 
 _PROC = Path("/proc")
 
-_V2_LIMITS = ("memory.max", "memory.high")  # a group above its "high" limit is slowed down until it hardly moves
+# a group above its "high" limit is slowed down until it hardly moves
+_V2_LIMITS = ("memory.max", "memory.high")
 _RECLAIMABLE = ("active_file", "inactive_file", "slab_reclaimable")
-"""Entries of a group's memory.stat that the kernel gives up when memory is short: cached files, mainly."""
+"""Entries of a group's memory.stat that the kernel gives up when memory is short: cached files,
+mainly."""
 
 
 def free_memory() -> int:
     """Return the bytes of main memory that this process may still take.
 
-    This is the least of what the machine has available, what ``ulimit -v`` leaves, and what each control group of the
-    process leaves. Cached files count as free. It is half of all memory if the system does not say what is available,
-    and ``sys.maxsize`` if the system says nothing.
+    This is the least of what the machine has available, what ``ulimit -v`` leaves, and what each
+    control group of the process leaves. Cached files count as free. It is half of all memory if the
+    system does not say what is available, and ``sys.maxsize`` if the system says nothing.
     """
     limits = [sys.maxsize, *_free_of_groups()]
     try:
         lines = (_PROC / "meminfo").read_text().splitlines()
-        limits.append(int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024)
+        limits.append(
+            int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024
+        )
     except (OSError, StopIteration):
         if sys.platform != "win32":
             with suppress(ValueError):
@@ -39,13 +43,16 @@ def free_memory() -> int:
         if limit != resource.RLIM_INFINITY:
             taken = 0
             with suppress(OSError):
-                taken = int((_PROC / "self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+                taken = int((_PROC / "self/statm").read_text().split()[0]) * os.sysconf(
+                    "SC_PAGE_SIZE"
+                )
             limits.append(limit - taken)
     return max(0, min(limits))
 
 
 def _free_of_groups() -> Iterator[int]:
-    """Yield the bytes that each control group of this process leaves, from its own group up to the root."""
+    """Yield the bytes that each control group of this process leaves, from its own group up to the
+    root."""
     for folder, top, is_v2 in _group_folders():
         while True:
             yield _free_of_group(folder, is_v2=is_v2)
@@ -55,7 +62,8 @@ def _free_of_groups() -> Iterator[int]:
 
 
 def _free_of_group(folder: Path, *, is_v2: bool) -> int:
-    """Return the bytes that the limits of one control group leave; ``sys.maxsize`` if it has no limit."""
+    """Return the bytes that the limits of one control group leave; ``sys.maxsize`` if it has no
+    limit."""
     limits = []
     for name in _V2_LIMITS if is_v2 else ("memory.limit_in_bytes",):
         with suppress(OSError, ValueError):  # "max": no limit
@@ -73,9 +81,11 @@ def _free_of_group(folder: Path, *, is_v2: bool) -> int:
 
 
 def _group_folders() -> Iterator[tuple[Path, Path, bool]]:
-    """Yield the folder of this process's memory group, the mount point above it, and whether it is of version 2.
+    """Yield the folder of this process's memory group, the mount point above it, and whether it is
+    of version 2.
 
-    Version 1 and version 2 can be mounted at the same time; then both are yielded. See man 7 cgroups and man 5 proc.
+    Version 1 and version 2 can be mounted at the same time; then both are yielded. See man 7
+    cgroups and man 5 proc.
     """
     try:
         memberships = (_PROC / "self/cgroup").read_text().splitlines()
@@ -95,7 +105,8 @@ def _group_folders() -> Iterator[tuple[Path, Path, bool]]:
         is_v1 = kind == "cgroup" and "memory" in options.split(",")
         if not (is_v1 or is_v2) or is_v2 not in paths:
             continue
-        root, top = fields[3], Path(_unescaped(fields[4]))
+        root = fields[3]
+        top = Path(_unescaped(fields[4]))
         inside = Path(os.path.normpath("/" + paths[is_v2].lstrip("/")))
         if inside.is_relative_to(root):
             folder = top / inside.relative_to(root)

@@ -1,22 +1,29 @@
-"""How much memory of a GPU this process may still take, and whether an error says that memory has run out."""
+"""How much memory of a GPU this process may still take, and whether an error says that memory has
+run out."""
 
 import threading
 from contextlib import suppress
 
 import torch
 
-# What is said in a plain RuntimeError: by torch's allocator on the CPU; by CUDA where it loads code or makes a graph;
-# by the libraries that take memory of their own; by cuDNN where it finds no room to work in.
+# What is said in a plain RuntimeError: by torch's allocator on the CPU; by CUDA where it loads code
+# or makes a graph; by the libraries that take memory of their own; by cuDNN where it finds no room
+# to work in.
 _TEXTS = (
-    "can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUBLAS_STATUS_NOT_INITIALIZED", "CUSOLVER_STATUS_ALLOC_FAILED", "CUDNN_STATUS_NOT_SUPPORTED",
-)  # fmt: skip
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_NOT_SUPPORTED",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory has run out, on the device or on the host.
 
-    A graph that ends with such an error may say only that it failed; why is then the error before it.
+    A graph that ends with such an error may say only that it failed; why is then the error before
+    it.
     """
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
@@ -26,14 +33,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_of_gpu(device: torch.device) -> int:
-    """Return bytes of a GPU that may be taken: those that nobody has, and those that PyTorch keeps for later."""
+    """Return bytes of a GPU that may be taken: those that nobody has, and those that PyTorch keeps
+    for later."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 CAPTURING = threading.RLock()
-"""Held while a step is captured on a GPU, and by what waits for the whole of one or gives back its memory, which would
-end the capture of another thread."""
+"""Held while a step is captured on a GPU, and by what waits for the whole of one or gives back its
+memory, which would end the capture of another thread."""
 
 
 def synchronize(device: torch.device) -> None:

@@ -1,7 +1,9 @@
-"""Folders for as long as their process works: removed at the end, and by the next process where this one was killed.
+"""Folders for as long as their process works: removed at the end, and by the next process where
+this one was killed.
 
-Each is locked by the process that made it, a lock of the operating system that ends with the process. Nothing is
-removed because it is old. In such a folder files are written that are to appear whole or not at all.
+Each is locked by the process that made it, a lock of the operating system that ends with the
+process. Nothing is removed because it is old. In such a folder files are written that are to appear
+whole or not at all.
 """
 
 import errno
@@ -24,7 +26,8 @@ from gputune.errors import InputError
 
 @contextmanager
 def scratch_folder(parent: Path | None = None, *, prefix: str = "gputune") -> Iterator[Path]:
-    """Make a folder for this process alone in ``parent`` (None: that of temporary files), and remove it at the end.
+    """Make a folder for this process alone in ``parent`` (None: that of temporary files), and
+    remove it at the end.
 
     What processes of this user that have ended left there under the same prefix is removed too.
     """
@@ -40,7 +43,8 @@ def scratch_folder(parent: Path | None = None, *, prefix: str = "gputune") -> It
 
 
 def sweep(parent: Path, *, prefix: str) -> None:
-    """Remove the scratch folders of this user in ``parent`` whose processes on this host have ended."""
+    """Remove the scratch folders of this user in ``parent`` whose processes on this host have
+    ended."""
     if sys.platform == "win32":  # which locks files alone
         return
     name = re.compile(re.escape(_start(prefix)) + "[a-z0-9_]{8}")
@@ -58,25 +62,32 @@ def sweep(parent: Path, *, prefix: str) -> None:
 
 
 def cache_folder() -> Path | None:
-    """Return the folder ``gputune`` in this user's caches (XDG), made where it is missing; None where none can be."""
+    """Return the folder ``gputune`` in this user's caches (XDG), made where it is missing; None
+    where none can be."""
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    with suppress(OSError, RuntimeError):  # RuntimeError: no HOME, and a user without an entry in passwd
-        folder = (base if base.is_absolute() else Path.home() / ".cache") / "gputune"  # a relative one is to be ignored
+    # RuntimeError: no HOME, and a user without an entry in passwd
+    with suppress(OSError, RuntimeError):
+        # a relative one is to be ignored
+        folder = (base if base.is_absolute() else Path.home() / ".cache") / "gputune"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return folder
     return None
 
 
 def is_users(status: os.stat_result) -> bool:
-    """Whether a file or folder belongs to this user, and no other may write to it; taken for granted on Windows."""
-    return not hasattr(os, "geteuid") or (status.st_uid == os.geteuid() and not status.st_mode & 0o022)
+    """Whether a file or folder belongs to this user, and no other may write to it; taken for
+    granted on Windows."""
+    return not hasattr(os, "geteuid") or (
+        status.st_uid == os.geteuid() and not status.st_mode & 0o022
+    )
 
 
 def open_to_others(path: Path) -> Path | None:
-    """Return the folder above a path in which another user could put something else in its place, or None.
+    """Return the folder above a path in which another user could put something else in its place,
+    or None.
 
-    That is a folder of another user, or one that others may write to. The sticky bit, which ``/tmp`` has, lets nobody
-    move what is not theirs.
+    That is a folder of another user, or one that others may write to. The sticky bit, which
+    ``/tmp`` has, lets nobody move what is not theirs.
     """
     if not hasattr(os, "geteuid"):
         return None
@@ -85,7 +96,9 @@ def open_to_others(path: Path) -> Path | None:
     for folder in above:
         status = folder.stat()
         is_trusted = status.st_uid in (os.geteuid(), 0, _UNKNOWN_USER)
-        shared = status.st_mode & (stat.S_IWOTH if _is_private_group(status.st_gid) else stat.S_IWOTH | stat.S_IWGRP)
+        shared = status.st_mode & (
+            stat.S_IWOTH if _is_private_group(status.st_gid) else stat.S_IWOTH | stat.S_IWGRP
+        )
         if not is_trusted or (shared and not status.st_mode & stat.S_ISVTX):
             return folder
     return None
@@ -96,7 +109,8 @@ _UNKNOWN_USER = 65534
 
 
 def _is_private_group(group_id: int) -> bool:
-    """Whether a group is that of one user alone, as many systems make one for each user. Root is in all groups."""
+    """Whether a group is that of one user alone, as many systems make one for each user. Root is in
+    all groups."""
     if sys.platform == "win32":
         return False
     import grp
@@ -111,7 +125,8 @@ def _is_private_group(group_id: int) -> bool:
 
 
 def _start(prefix: str) -> str:
-    """Begin a name with the host: where folders are shared, the locks of other hosts may not be seen here."""
+    """Begin a name with the host: where folders are shared, the locks of other hosts may not be
+    seen here."""
     return f"{prefix}-{zlib.crc32(platform.node().encode()):08x}-"
 
 
@@ -120,11 +135,14 @@ def _locked_folder(parent: Path, prefix: str) -> tuple[Path, int | None]:
         try:
             folder = Path(tempfile.mkdtemp(prefix=_start(prefix), dir=parent))
         except OSError as error:  # whose path is of a name that nobody has chosen
-            raise OSError(error.errno, f"no file can be made in this folder: {error.strerror}", str(parent)) from error
+            raise OSError(
+                error.errno, f"no file can be made in this folder: {error.strerror}", str(parent)
+            ) from error
         if sys.platform == "win32":
             return folder, None
         lock = os.open(folder, os.O_RDONLY)
-        with suppress(OSError):  # a file system without locks, where nobody gets one to sweep with either
+        # a file system without locks, where nobody gets one to sweep with either
+        with suppress(OSError):
             lock_descriptor(lock, blocking=False)
         with suppress(FileNotFoundError):  # another process swept it before it was locked
             if folder.stat().st_ino == os.fstat(lock).st_ino:
@@ -145,21 +163,26 @@ def write_files(folder: Path, files: Mapping[str, bytes], *, prefix: str) -> Non
 
 @contextmanager
 def naming_folder(folder: Path, action: str, remedy: str) -> Iterator[None]:
-    """Let an OSError inside say what could not be done, in which folder, and what to do about it."""
+    """Let an OSError inside say what could not be done, in which folder, and what to do about
+    it."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise OSError(error.errno or errno.EIO, f"{action} ({reason}); {remedy}", str(folder)) from error
+        raise OSError(
+            error.errno or errno.EIO, f"{action} ({reason}); {remedy}", str(folder)
+        ) from error
 
 
 def no_folder(argument: str, path: Path) -> InputError:
-    """Return the error of an ``argument``, as its door calls it, whose file would lie in a folder that is not there."""
+    """Return the error of an ``argument``, as its door calls it, whose file would lie in a folder
+    that is not there."""
     return InputError(f"{argument}: the folder {str(path.parent)!r} does not exist; make it first.")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text to a file, which has it whole or stays as it was; what UTF-8 lacks is written as an escape."""
+    """Write text to a file, which has it whole or stays as it was; what UTF-8 lacks is written as
+    an escape."""
     content = text.encode(errors="backslashreplace")
     if path.exists() and not path.is_file():  # a pipe, a terminal
         path.write_bytes(content)
@@ -172,7 +195,8 @@ def write_text(path: Path, text: str) -> None:
 
 def flush(path: Path) -> None:
     """Put on the disk what a file holds, or which files a folder has."""
-    if sys.platform == "win32" and path.is_dir():  # which opens no folder, and flushes what it may write
+    # which opens no folder, and flushes what it may write
+    if sys.platform == "win32" and path.is_dir():
         return
     handle = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
     try:

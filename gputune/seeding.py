@@ -1,4 +1,5 @@
-"""One independent random stream for every use, so that no draw depends on how many others were made."""
+"""One independent random stream for every use, so that no draw depends on how many others were
+made."""
 
 import hashlib
 import random
@@ -10,21 +11,23 @@ import numpy as np
 import torch
 
 GLOBAL_DRAWS = threading.RLock()
-"""Held while a generator that all threads share (torch, Python, NumPy) is at a stream of ours or draws for us."""
+"""Held while a generator that all threads share (torch, Python, NumPy) is at a stream of ours or
+draws for us."""
 
 
 def stream_seed(seed: int, *key: object) -> int:
     """Return a 63-bit seed that depends on all bits of ``seed`` and of ``key``.
 
-    The key is hashed, because torch's CPU generator keeps only the low 32 bits of a seed: keys packed into
-    the high bits would share one stream.
+    The key is hashed, because torch's CPU generator keeps only the low 32 bits of a seed: keys
+    packed into the high bits would share one stream.
     """
     text = "/".join(str(part) for part in (seed, *key))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def stream(seed: int, *key: object) -> torch.Generator:
-    """Return a CPU generator of its own for one use, for example ``stream(seed, "rows", n, epoch)``.
+    """Return a CPU generator of its own for one use, for example ``stream(seed, "rows", n,
+    epoch)``.
 
     Draws are made on the CPU and moved, so that a GPU gives the same numbers.
     """
@@ -32,10 +35,14 @@ def stream(seed: int, *key: object) -> torch.Generator:
 
 
 @contextmanager
-def keyed_draws(device: torch.device, seed: int, *key: object, host: bool = False) -> Iterator[None]:
-    """Let torch's own generator draw from the stream of ``key`` inside, and continue as before outside.
+def keyed_draws(
+    device: torch.device, seed: int, *key: object, host: bool = False
+) -> Iterator[None]:
+    """Let torch's own generator draw from the stream of ``key`` inside, and continue as before
+    outside.
 
-    Threads take turns, because they share this generator. It serves modules and dropout, which take no other one.
+    Threads take turns, because they share this generator. It serves modules and dropout, which take
+    no other one.
 
     Args:
         device: The device that draws. The CPU's generator is always included.
@@ -50,8 +57,10 @@ def keyed_draws(device: torch.device, seed: int, *key: object, host: bool = Fals
 
 
 def start_stream(device: torch.device, seed: int, *key: object, host: bool = False) -> None:
-    """Let torch's own generator draw from the stream of ``key`` from now on. Call it only inside ``keyed_draws``."""
-    # Not torch.manual_seed(): that seeds the generators of all devices, and those would not be put back.
+    """Let torch's own generator draw from the stream of ``key`` from now on. Call it only inside
+    ``keyed_draws``."""
+    # Not torch.manual_seed(): that seeds the generators of all devices, and those would not be put
+    # back.
     torch.default_generator.manual_seed(stream_seed(seed, *key))
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -69,9 +78,11 @@ def prediction_draws(device: torch.device, *, draws: bool) -> AbstractContextMan
 
 @contextmanager
 def seeded_generators(seed: int) -> Iterator[None]:
-    """Let the generators of Python, NumPy and torch start at ``seed`` inside, and put them back afterwards.
+    """Let the generators of Python, NumPy and torch start at ``seed`` inside, and put them back
+    afterwards.
 
-    A thread that wants the generators meanwhile, in another search, waits until this one is done with them.
+    A thread that wants the generators meanwhile, in another search, waits until this one is done
+    with them.
     """
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     with GLOBAL_DRAWS, torch.random.fork_rng(devices), _host_put_back(True):
@@ -83,7 +94,8 @@ def seeded_generators(seed: int) -> Iterator[None]:
 
 @contextmanager
 def _host_put_back(wanted: bool) -> Iterator[None]:
-    """Give the generators of Python and NumPy the state back that they have now, if that is wanted."""
+    """Give the generators of Python and NumPy the state back that they have now, if that is
+    wanted."""
     if not wanted:
         yield
         return

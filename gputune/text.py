@@ -1,4 +1,5 @@
-"""Text for a terminal and a notebook: cleaned of control characters, numbers kept short, columns aligned."""
+"""Text for a terminal and a notebook: cleaned of control characters, numbers kept short, columns
+aligned."""
 
 import math
 import re
@@ -15,20 +16,26 @@ _DIRECTIONS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\
 
 
 def clean(value: object, *, keep: str = "") -> str:
-    """Return the text of a value without what steers a terminal; only the control characters in ``keep`` stay.
+    """Return the text of a value without what steers a terminal; only the control characters in
+    ``keep`` stay.
 
     A line break or a tab becomes a blank, everything else of the kind is dropped.
     """
     return "".join(
-        char if char in keep else " " if char in "\n\r\t\u2028\u2029" else ""
+        char
+        if char in keep
+        else " "
+        if char in "\n\r\t\u2028\u2029"
+        else ""
         if unicodedata.category(char) == "Cc" or char in _DIRECTIONS
         else char
         for char in str(value)
-    )  # fmt: skip
+    )
 
 
 def short(value: object) -> str:
-    """Return a hyperparameter's value as text: four digits of a float, the name of a function or class.
+    """Return a hyperparameter's value as text: four digits of a float, the name of a function or
+    class.
 
     Values for the segments (and layers) of a training are lists of such numbers.
     """
@@ -46,7 +53,8 @@ _PREFIX = 3
 def nearest(
     word: object, known: Iterable[object], *, others: Mapping[str, str] = ({}), cutoff: float = 0.65
 ) -> str | None:
-    """Return the known word that was meant by another one, whatever its case; None where none is near.
+    """Return the known word that was meant by another one, whatever its case; None where none is
+    near.
 
     ``others`` are what people from elsewhere call some of the known: too far for a spell checker.
     """
@@ -56,20 +64,26 @@ def nearest(
     text = str(word).lower()
     # Two neighbours that have changed places are nearer than a spell checker's ratio says.
     transposed = {text[:i] + text[i : i + 2][::-1] + text[i + 2 :] for i in range(len(text) - 1)}
-    near = [name for name in by_case if name in transposed] or get_close_matches(text, by_case, 1, cutoff)
+    near = [name for name in by_case if name in transposed] or get_close_matches(
+        text, by_case, 1, cutoff
+    )
     if not near and len(text) >= _PREFIX:
-        near = [n for n in by_case if n.startswith(text)] or [n for n in by_case if text in re.split("[_-]", n)]
+        near = [n for n in by_case if n.startswith(text)] or [
+            n for n in by_case if text in re.split("[_-]", n)
+        ]
     return by_case[near[0]] if near else None
 
 
 def did_you_mean(word: object, known: Iterable[object], *, others: Mapping[str, str] = ({})) -> str:
-    """Return the sentence that suggests a known word in place of an unknown one, behind a blank; "" for none."""
+    """Return the sentence that suggests a known word in place of an unknown one, behind a blank; ""
+    for none."""
     near = nearest(word, known, others=others)
     return f" Did you mean {near!r}?" if near else ""
 
 
 def is_formula(cell: object) -> bool:
-    """Whether a spreadsheet may compute a cell: text that begins as a formula does, and is no sign or number alone."""
+    """Whether a spreadsheet may compute a cell: text that begins as a formula does, and is no sign
+    or number alone."""
     return isinstance(cell, str) and len(cell) > 1 and cell[0] in "=+-@\t\r" and not is_number(cell)
 
 
@@ -96,7 +110,8 @@ def size_words(number: int) -> str:
 
 @dataclass(frozen=True)
 class Measure:
-    """How scores are shown: scikit-learn's ``neg_log_loss`` of -0.31 is a log_loss of 0.31, lower is better.
+    """How scores are shown: scikit-learn's ``neg_log_loss`` of -0.31 is a log_loss of 0.31, lower
+    is better.
 
     ``positive`` is the class that they are of, None where they are of none.
     """
@@ -108,7 +123,8 @@ class Measure:
 
     @property
     def title(self) -> str:
-        """The name, with its class where it is of one, and with the direction where it is not the usual one."""
+        """The name, with its class where it is of one, and with the direction where it is not the
+        usual one."""
         return f"{self.name}{of_class(self.positive)}{' (lower is better)' * self.lower_is_better}"
 
     def text(self, score: float) -> str:
@@ -124,7 +140,9 @@ class Measure:
 
     def with_error(self, score: float, error: float) -> str:
         """Return a score and its standard error, where there is one."""
-        return f"{self.text(score)} ± {self.size(error)}" if math.isfinite(error) else self.text(score)
+        return (
+            f"{self.text(score)} ± {self.size(error)}" if math.isfinite(error) else self.text(score)
+        )
 
 
 def of_class(positive: object) -> str:
@@ -133,7 +151,8 @@ def of_class(positive: object) -> str:
 
 
 def measure_of(scoring: str, best: float, positive: object = None, label: str = "") -> Measure:
-    """Return the measure of a scorer's name, shown as ``label``, with decimals for four digits of the best score."""
+    """Return the measure of a scorer's name, shown as ``label``, with decimals for four digits of
+    the best score."""
     size = abs(best)
     usual = not math.isfinite(size) or size == 0 or 0.01 <= size < 10
     decimals = 4 if usual else min(max(3 - math.floor(math.log10(size)), 0), 12)
@@ -142,19 +161,29 @@ def measure_of(scoring: str, best: float, positive: object = None, label: str = 
     return Measure(clean(shown), name.startswith("neg_"), decimals, positive)
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[str] = (), indent: str = "") -> str:
+def table(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    left: Sequence[str] = (),
+    indent: str = "",
+) -> str:
     """Return lines of aligned cells, to the right but for the columns named in ``left``."""
     lines = [list(header), *map(list, rows)]
     widths = [max(len(line[j]) for line in lines) for j in range(len(header))]
     aligns = ["<" if name in left else ">" for name in header]
     return "\n".join(
-        (indent + GAP.join(f"{cell:{a}{w}}" for cell, a, w in zip(line, aligns, widths))).rstrip() for line in lines
+        (indent + GAP.join(f"{cell:{a}{w}}" for cell, a, w in zip(line, aligns, widths))).rstrip()
+        for line in lines
     )
 
 
 def paragraph(text: str, width: int, *, first: str = "", then: str = "") -> str:
-    """Return text filled to ``width``, its first line behind ``first``, the others behind ``then``."""
-    wrapper = textwrap.TextWrapper(max(width, 40), first, then, break_long_words=False, break_on_hyphens=False)
+    """Return text filled to ``width``, its first line behind ``first``, the others behind
+    ``then``."""
+    wrapper = textwrap.TextWrapper(
+        max(width, 40), first, then, break_long_words=False, break_on_hyphens=False
+    )
     return wrapper.fill(text)
 
 
@@ -162,7 +191,8 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 def blocks(values: Sequence[float], *, width: int) -> str:
-    """Return numbers as a curve of block characters, at most ``width`` of them; a blank where one is not finite."""
+    """Return numbers as a curve of block characters, at most ``width`` of them; a blank where one
+    is not finite."""
     step = max(1, math.ceil(len(values) / width))
     shown = [float(value) for value in values[::step]]
     finite = [value for value in shown if math.isfinite(value)]
@@ -172,8 +202,12 @@ def blocks(values: Sequence[float], *, width: int) -> str:
 
 
 def card(title: str, rows: Iterable[tuple[str, str]]) -> str:
-    """Return an HTML table with one row for each name and text, all of it escaped: what a notebook shows."""
+    """Return an HTML table with one row for each name and text, all of it escaped: what a notebook
+    shows."""
     left = ' style="text-align:left"'
-    cells = (f"<th{left}>{escape(clean(name))}</th><td{left}>{escape(clean(text))}</td>" for name, text in rows)
+    cells = (
+        f"<th{left}>{escape(clean(name))}</th><td{left}>{escape(clean(text))}</td>"
+        for name, text in rows
+    )
     lines = "".join(f"<tr>{cell}</tr>" for cell in cells)
     return f"<div><strong>{escape(clean(title))}</strong><table>{lines}</table></div>"

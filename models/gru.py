@@ -1,4 +1,5 @@
-"""A recurrent net for sequences of numbers or of token ids: GRU layers, of whose last state one linear layer."""
+"""A recurrent net for sequences of numbers or of token ids: GRU layers, of whose last state one
+linear layer."""
 
 from torch import Tensor, nn
 
@@ -8,11 +9,13 @@ from .layers import check_size
 class GRU(nn.Module):
     """Gated recurrent units that return logits (classes) or values (regression) of sequences.
 
-    ``layers`` GRU layers of ``hidden`` units; the state after the last step, with ``dropout`` in [0, 1), goes to the
-    linear layer. Token ids, integers from 0 to ``n_tokens - 1``, go through an embedding of ``hidden`` numbers first.
+    ``layers`` GRU layers of ``hidden`` units; the state after the last step, with ``dropout`` in
+    [0, 1), goes to the linear layer. Token ids, integers from 0 to ``n_tokens - 1``, go through an
+    embedding of ``hidden`` numbers first.
 
     ``input_shape`` is that of one sequence: (steps, numbers a step), or of token ids (steps,).
-    Shape: ``(B, *input_shape) -> (B, K)``. Raises ValueError for rows that are no sequences, token ids without
+    Shape: ``(B, *input_shape) -> (B, K)``. Raises ValueError for rows that are no sequences, token
+        ids without
     ``n_tokens``, and arguments out of range.
     """
 
@@ -31,13 +34,14 @@ class GRU(nn.Module):
         check_size("layers", layers, 1)
         if len(input_shape) not in (1, 2):
             raise ValueError(
-                f"a GRU takes sequences, (steps, numbers) or (steps,) of token ids, got rows of shape {input_shape}: "
-                "reshape X, or choose a model for such rows"
+                "a GRU takes sequences, (steps, numbers) or (steps,) of token ids, got rows of "
+                f"shape {input_shape}: reshape X, or choose a model for such rows"
             )
         if (len(input_shape) == 1) != (n_tokens is not None):
             raise ValueError(
-                f"rows of shape {input_shape} and n_tokens={n_tokens} do not fit: token ids, (steps,), need n_tokens, "
-                "the largest id plus 1 (module__n_tokens in the space), and numbers, (steps, numbers), none"
+                f"rows of shape {input_shape} and n_tokens={n_tokens} do not fit: token ids, "
+                "(steps,), need n_tokens, the largest id plus 1 (module__n_tokens in the space), "
+                "and numbers, (steps, numbers), none"
             )
         self.embedding = None if n_tokens is None else nn.Embedding(n_tokens, hidden)
         size = hidden if n_tokens is not None else input_shape[1]

@@ -1,4 +1,5 @@
-"""What several models are made with: a check of their sizes, and a dropout whose rate may change while they train."""
+"""What several models are made with: a check of their sizes, and a dropout whose rate may change
+while they train."""
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +14,14 @@ def check_size(name: str, value: int, low: int) -> None:
 class Dropout(nn.Module):
     """``nn.Dropout`` with its rate in a buffer ``rate``, in [0, 1).
 
-    A search sets it before every step: the key ``dropout`` is each member's own rate, by ``dropout_schedule``, and 0
-    where it is not named. Shape: any -> the same.
+    A search sets it before every step: the key ``dropout`` is each member's own rate, by
+    ``dropout_schedule``, and 0 where it is not named. Shape: any -> the same.
     """
 
     rate: Tensor
     is_off = False
-    """Whether a search takes it for the identity, as the rate of none of its members ever differs from 0."""
+    """Whether a search takes it for the identity, as the rate of none of its members ever differs
+    from 0."""
 
     def __init__(self, p: float = 0.0) -> None:
         super().__init__()

@@ -1,4 +1,5 @@
-"""The linear model: one linear layer. Its softmax (or sigmoid) is in the loss, outside of the module."""
+"""The linear model: one linear layer. Its softmax (or sigmoid) is in the loss, outside of the
+module."""
 
 from torch import Tensor, nn
 
@@ -6,7 +7,8 @@ from .layers import check_size
 
 
 class LogisticRegression(nn.Module):
-    """Logistic regression (multinomial for more than two outputs), or linear regression for one output.
+    """Logistic regression (multinomial for more than two outputs), or linear regression for one
+    output.
 
     Shape: ``(B, D) -> (B, K)`` logits.
     """
@@ -15,7 +17,8 @@ class LogisticRegression(nn.Module):
         super().__init__()
         check_size("n_features", n_features, 0)
         check_size("n_outputs", n_outputs, 1)
-        self.n_features, self.n_outputs = n_features, n_outputs
+        self.n_features = n_features
+        self.n_outputs = n_outputs
         self.layers = nn.ModuleList([nn.Linear(n_features, n_outputs)])
 
     def forward(self, x: Tensor) -> Tensor:

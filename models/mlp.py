@@ -7,15 +7,20 @@ from torch import Tensor, nn
 from .layers import check_size
 
 # Each maps 0 to 0, so that a hidden unit whose weights are zero stays invisible in training.
-ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+}
 
 
 class MLP(nn.Module):
     """A multilayer perceptron that returns logits (classes) or values (regression).
 
-    ``width`` units in each of ``depth`` hidden layers, ``depth=0`` being the linear model, or ``width`` is the units of
-    each, and there is no ``depth``; ``activation`` is "relu", "gelu", "silu" or "tanh"; ``dropout`` in [0, 1) follows
-    every activation.
+    ``width`` units in each of ``depth`` hidden layers, ``depth=0`` being the linear model, or
+    ``width`` is the units of each, and there is no ``depth``; ``activation`` is "relu", "gelu",
+    "silu" or "tanh"; ``dropout`` in [0, 1) follows every activation.
 
     Shape: ``(B, D) -> (B, K)``. Raises ValueError for an argument out of range.
     """
@@ -38,12 +43,17 @@ class MLP(nn.Module):
         for units in hidden or [width]:
             check_size("width", units, 1)
         if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}.")
+            raise ValueError(
+                f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}."
+            )
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is a probability in [0, 1), got {dropout=}.")
-        self.n_features, self.n_outputs = n_features, n_outputs
-        self.width, self.depth = width, len(hidden)
-        self.activation, self.dropout = activation, dropout
+        self.n_features = n_features
+        self.n_outputs = n_outputs
+        self.width = width
+        self.depth = len(hidden)
+        self.activation = activation
+        self.dropout = dropout
         sizes = [n_features, *hidden, n_outputs]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:]))
         self.act = ACTIVATIONS[activation]()

@@ -1,9 +1,11 @@
-"""Member-steps a second on one device: gputune, a plain loop, the same in CUDA graphs, and JAX's vmap where it is.
+"""Member-steps a second on one device: gputune, a plain loop, the same in CUDA graphs, and JAX's
+vmap where it is.
 
     python scripts/gpu_rivals.py [--device cuda] [--trials 1000] [--epochs 20]
 
-An MLP of two hidden layers of 64 for 64 inputs and 10 classes, AdamW, minibatches of 32, 5 folds of 1,000 rows. The
-loops train one network for some seconds, gputune all trials in all folds with their scores. Prints one JSON object.
+An MLP of two hidden layers of 64 for 64 inputs and 10 classes, AdamW, minibatches of 32, 5 folds of
+1,000 rows. The loops train one network for some seconds, gputune all trials in all folds with their
+scores. Prints one JSON object.
 """
 
 import argparse
@@ -19,8 +21,14 @@ from sklearn.model_selection import KFold
 from torch import nn
 from torch.nn import functional
 
-SECONDS, WARM = 5.0, 11
-WIDTH, INPUTS, CLASSES, BATCH, ROWS, FOLDS = 64, 64, 10, 32, 1000, 5
+SECONDS = 5.0
+WARM = 11
+WIDTH = 64
+INPUTS = 64
+CLASSES = 10
+BATCH = 32
+ROWS = 1000
+FOLDS = 5
 
 
 def data():
@@ -33,7 +41,8 @@ def steps_a_second(step, wait):
     for _ in range(WARM):
         step()
     wait()
-    begin, taken = time.perf_counter(), 0
+    begin = time.perf_counter()
+    taken = 0
     while time.perf_counter() - begin < SECONDS:
         for _ in range(20):
             step()
@@ -45,7 +54,13 @@ def steps_a_second(step, wait):
 def loop(device, *, graphed=False):
     """A network, one minibatch after another."""
     X, y = (torch.from_numpy(array).to(device) for array in data())
-    layers = (nn.Linear(INPUTS, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, CLASSES))
+    layers = (
+        nn.Linear(INPUTS, WIDTH),
+        nn.ReLU(),
+        nn.Linear(WIDTH, WIDTH),
+        nn.ReLU(),
+        nn.Linear(WIDTH, CLASSES),
+    )
     module = nn.Sequential(*layers).to(device)
     optimizer = torch.optim.AdamW(module.parameters(), 1e-3, capturable=graphed)
     rows = torch.arange(BATCH, device=device)
@@ -81,21 +96,30 @@ def gputune_search(device, trials, epochs, backend):
 
     rates = np.geomspace(1e-4, 1e-2, trials).tolist()
     space = {"lr": rates, "width": [WIDTH], "batch_size": [BATCH], "depth": [2]}
-    options = {"n_trials": trials, "include_default": False, "cv": FOLDS, "verbose": 0, "max_epochs": epochs}
+    options = {
+        "n_trials": trials,
+        "include_default": False,
+        "cv": FOLDS,
+        "verbose": 0,
+        "max_epochs": epochs,
+    }
     begin = time.perf_counter()
     gputune.tune("mlp", *data(), space=space, device=str(device), backend=backend, **options)
     return steps(trials, epochs) / (time.perf_counter() - begin)
 
 
 def jax_vmap(trials, epochs):
-    """All trials in all folds as one program of JAX's, vmapped over both; what it takes to compile is not counted."""
+    """All trials in all folds as one program of JAX's, vmapped over both; what it takes to compile
+    is not counted."""
     sys.path.append(str(Path(__file__).parent))  # python -P leaves it out
     from benchmark import work
     from benchmark.engines import jax
 
     jax.CHUNK_BYTES = 4 << 30  # all at once: a card has no cache that they should stay in
     X, y = data()
-    drawn = [{"lr": lr, "batch_size": BATCH, "width": WIDTH} for lr in np.geomspace(1e-4, 1e-2, trials)]
+    drawn = [
+        {"lr": lr, "batch_size": BATCH, "width": WIDTH} for lr in np.geomspace(1e-4, 1e-2, trials)
+    ]
     folds = [(X[train], y[train], X[valid], y[valid]) for train, valid in KFold(FOLDS).split(X)]
     begin = time.perf_counter()
     jax.train_group(drawn, epochs, folds, tuple(range(trials)))
@@ -105,12 +129,15 @@ def jax_vmap(trials, epochs):
 def main():
     """Print what was measured; what raised an error says so."""
     global SECONDS
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     parser.add_argument("--trials", type=int, default=1000)
     parser.add_argument("--epochs", type=int, default=20)
     options = parser.parse_args()
-    device, size = options.device, (options.trials, options.epochs)
+    device = options.device
+    size = (options.trials, options.epochs)
     SECONDS = min(SECONDS, options.trials / 10)
     ways = {
         "plain loop": partial(loop, device),
@@ -129,7 +156,11 @@ def main():
         except Exception as error:  # the other ways are measured all the same
             found[name] = f"{type(error).__name__}: {error}"
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    print(json.dumps({"device": card, "trials": options.trials, "member-steps a second": found}, indent=1))
+    print(
+        json.dumps(
+            {"device": card, "trials": options.trials, "member-steps a second": found}, indent=1
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     python scripts/matrix.py newest floors            (default: all of ENVIRONMENTS)
     python scripts/matrix.py newest --keep /tmp/envs  keep the environments, for another run in less time
 
-Each environment is made by the Python of that version that is in the path, gets gputune as a wheel from this tree with
-the versions that are named, and runs a part of the tests: about five minutes on two cores. A row of another run stays.
+Each environment is made by the Python of that version that is in the path, gets gputune as a wheel
+from this tree with the versions that are named, and runs a part of the tests: about five minutes on
+two cores. A row of another run stays.
 """
 
 import argparse
@@ -23,20 +24,28 @@ PARTS = ("replay", "native", "modules", "data", "study", "sklearn_face/test_chec
 TOOLS = ("pytest", "pytest-xdist", "hypothesis", "pyarrow", "matplotlib", "optuna", "cmaes")
 SHOWN = ("torch", "numpy", "scikit-learn", "pandas", "polars")
 ENVIRONMENTS: Mapping[str, tuple[str, str]] = {
-    "floors": ("3.11", "torch==2.10.* numpy==2.0.* scikit-learn==1.6.* pandas==2.2.* polars==1.10.* pytest==8.*"),
+    "floors": (
+        "3.11",
+        "torch==2.10.* numpy==2.0.* scikit-learn==1.6.* pandas==2.2.* polars==1.10.* pytest==8.*",
+    ),
     "3.12": ("3.12", "torch==2.13.* pandas==2.*"),
     "newest": ("3.13", "pandas>=3"),
     "3.14": ("3.14", "pandas>=3"),
 }
-"""Name -> the version of Python, and what is asked of other packages; the rest is the newest that fits."""
+"""Name -> the version of Python, and what is asked of other packages; the rest is the newest that
+fits."""
 HEAD = "| environment | Python | torch | numpy | scikit-learn | pandas | polars | tests | date |"
 
 
 def main() -> None:
     """Try the environments one after another, and write each row when it is there."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("names", nargs="*", choices=[*ENVIRONMENTS, []], default=[], help="environments (all)")
-    parser.add_argument("--keep", type=Path, help="folder in which the environments are made and stay")
+    parser.add_argument(
+        "names", nargs="*", choices=[*ENVIRONMENTS, []], default=[], help="environments (all)"
+    )
+    parser.add_argument(
+        "--keep", type=Path, help="folder in which the environments are made and stay"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for name in options.names or ENVIRONMENTS:
@@ -50,25 +59,49 @@ def tried(name: str, folder: Path) -> str:
     version, asked = ENVIRONMENTS[name]
     python = shutil.which(f"python{version}")
     if python is None:
-        return line(name, version, *["-"] * len(SHOWN), f"not run: there is no python{version} here")
+        return line(
+            name, version, *["-"] * len(SHOWN), f"not run: there is no python{version} here"
+        )
     if not folder.exists():
         subprocess.run([python, "-m", "venv", folder], check=True)
     inside = folder / "bin" / "python"
     pip = [inside, "-m", "pip", "install", "-q"]
     subprocess.run([*pip, ROOT, *TOOLS, *asked.split()], check=True)
-    subprocess.run([*pip, "--no-deps", "--force-reinstall", ROOT], check=True)  # where the folder was kept
-    shown = f"import sys; from importlib.metadata import version as v; print(sys.version.split()[0], *map(v, {SHOWN}))"
+    # where the folder was kept
+    subprocess.run([*pip, "--no-deps", "--force-reinstall", ROOT], check=True)
+    shown = (
+        "import sys; from importlib.metadata import version as v; print(sys.version.split()[0], "
+        f"*map(v, {SHOWN}))"
+    )
     versions = subprocess.check_output([inside, "-c", shown], text=True).split()
     tests = [f"tests/{part}" for part in PARTS]
-    words = [folder / "bin" / "pytest", "-o", f"cache_dir={folder}/cache", "-n", "2", "--dist", "loadfile", *tests]
-    ran = subprocess.run(words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
+    words = [
+        folder / "bin" / "pytest",
+        "-o",
+        f"cache_dir={folder}/cache",
+        "-n",
+        "2",
+        "--dist",
+        "loadfile",
+        *tests,
+    ]
+    ran = subprocess.run(
+        words,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     print(ran.stdout)
     return line(name, *versions, result(ran.stdout))
 
 
 def result(output: str) -> str:
-    """Return how many tests passed and failed, as pytest's last line has it or, with -q, its dots."""
-    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error)", output)}
+    """Return how many tests passed and failed, as pytest's last line has it or, with -q, its
+    dots."""
+    counts = {
+        word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error)", output)
+    }
     if not counts:
         dots = re.findall(r"^([.sFEx]+) +\[ *\d+%\]$", output, re.M)
         counts = {"passed": "".join(dots).count("."), "failed": sum(map("".join(dots).count, "FE"))}

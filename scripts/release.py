@@ -1,11 +1,12 @@
-"""Build gputune's wheel and source package, check them, and install and use each in an environment of its own.
+"""Build gputune's wheel and source package, check them, and install and use each in an environment
+of its own.
 
     python scripts/release.py [--out dist] [--no-install]
 
-Both are built twice and must be the same bytes. The wheel holds the compiled code of every level, no tests, and is
-named after the oldest glibc that its libraries need (PEP 600). It is installed where no compiler is in the path, and
-runs the README's first block and the demo's search in compiled code; the source package is installed there too, has no
-compiled code then, and says so.
+Both are built twice and must be the same bytes. The wheel holds the compiled code of every level,
+no tests, and is named after the oldest glibc that its libraries need (PEP 600). It is installed
+where no compiler is in the path, and runs the README's first block and the demo's search in
+compiled code; the source package is installed there too, has no compiled code then, and says so.
 """
 
 import argparse
@@ -30,14 +31,19 @@ def main() -> int:
     """Build, check, install and use; return 0, or raise where something is not as it must be."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="folder of the packages")
-    parser.add_argument("--no-install", action="store_true", help="build and check, without the two environments")
+    parser.add_argument(
+        "--no-install", action="store_true", help="build and check, without the two environments"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         tools = environment(Path(folder, "tools"))
         run(tools, "-m", "pip", "install", "-q", *TOOLS)
         first, again = (build(tools, Path(folder, name)) for name in ("first", "again"))
         for one, other in zip(first, again, strict=True):
-            require(one.read_bytes() == other.read_bytes(), f"{one.name} is not the same bytes when it is built again")
+            require(
+                one.read_bytes() == other.read_bytes(),
+                f"{one.name} is not the same bytes when it is built again",
+            )
         wheel, source = first
         check(wheel)
         wheel = renamed(tools, wheel)
@@ -59,7 +65,9 @@ def environment(folder: Path) -> Path:
 
 def run(python: Path, *words: "str | Path", **options: object) -> str:
     """Run a Python and return what it prints, in both streams; raise with that where it fails."""
-    done = subprocess.run([python, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)  # type: ignore[call-overload]
+    done = subprocess.run(
+        [python, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+    )  # type: ignore[call-overload]
     require(done.returncode == 0, f"{' '.join(map(str, words))} failed:\n{done.stdout}")
     return done.stdout
 
@@ -70,10 +78,13 @@ def require(holds: bool, otherwise: str) -> None:
 
 
 def build(tools: Path, out: Path) -> tuple[Path, Path]:
-    """Build both from what git knows, the wheel from the source package; return wheel and source package."""
+    """Build both from what git knows, the wheel from the source package; return wheel and source
+    package."""
     clone = out / "clone"
     subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
-    moment = subprocess.check_output(["git", "-C", clone, "log", "-1", "--format=%ct"], text=True).strip()
+    moment = subprocess.check_output(
+        ["git", "-C", clone, "log", "-1", "--format=%ct"], text=True
+    ).strip()
     run(tools, "-m", "build", "-o", out, clone, env={**os.environ, "SOURCE_DATE_EPOCH": moment})
     (wheel,), (source,) = out.glob("*.whl"), out.glob("*.tar.gz")
     date(source, int(moment))
@@ -81,26 +92,45 @@ def build(tools: Path, out: Path) -> tuple[Path, Path]:
 
 
 def date(source: Path, moment: int) -> None:
-    """Give every file in a source package one date, which setuptools leaves as it was on the disk."""
+    """Give every file in a source package one date, which setuptools leaves as it was on the
+    disk."""
     with tarfile.open(source) as old:
-        members = [(member, old.extractfile(member) if member.isfile() else None) for member in old.getmembers()]
+        members = [
+            (member, old.extractfile(member) if member.isfile() else None)
+            for member in old.getmembers()
+        ]
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w") as new:
             for member, content in sorted(members, key=lambda pair: pair[0].name):
-                member.mtime, member.uid, member.gid, member.uname, member.gname = moment, 0, 0, "", ""
+                member.mtime = moment
+                member.uid = 0
+                member.gid = 0
+                member.uname = ""
+                member.gname = ""
                 member.pax_headers = {}
                 new.addfile(member, content)
     source.write_bytes(gzip.compress(buffer.getvalue(), mtime=moment))
 
 
 def check(wheel: Path) -> None:
-    """Check what a wheel holds: libraries of two types and three levels, within their size, and no tests."""
+    """Check what a wheel holds: libraries of two types and three levels, within their size, and no
+    tests."""
     with zipfile.ZipFile(wheel) as content:
         sizes = {name: content.getinfo(name).file_size for name in content.namelist()}
     libraries = {name: size for name, size in sizes.items() if name.endswith(".so")}
-    require(len(libraries) == 6, f"{wheel.name} has {len(libraries)} of 6 libraries; is there a C compiler?")
-    require(sum(libraries.values()) <= LARGEST, f"the libraries take {sum(libraries.values()):,} of {LARGEST:,} bytes")
-    foreign = [name for name in sizes if not re.match(r"gputune/|gputune-[^/]+\.dist-info/", name) or "/test" in name]
+    require(
+        len(libraries) == 6,
+        f"{wheel.name} has {len(libraries)} of 6 libraries; is there a C compiler?",
+    )
+    require(
+        sum(libraries.values()) <= LARGEST,
+        f"the libraries take {sum(libraries.values()):,} of {LARGEST:,} bytes",
+    )
+    foreign = [
+        name
+        for name in sizes
+        if not re.match(r"gputune/|gputune-[^/]+\.dist-info/", name) or "/test" in name
+    ]
     require(not foreign, f"{wheel.name} holds {foreign}")
 
 
@@ -116,12 +146,15 @@ def renamed(tools: Path, wheel: Path) -> Path:
         return wheel
     tag = wheel.name.rpartition("-")[2].removesuffix(".whl").removeprefix("linux_")
     platform = "manylinux_{}_{}_{}".format(*max(needed), tag)
-    name = run(tools, "-m", "wheel", "tags", "--remove", "--platform-tag", platform, wheel).split()[-1]
+    name = run(tools, "-m", "wheel", "tags", "--remove", "--platform-tag", platform, wheel).split()[
+        -1
+    ]
     return wheel.with_name(name)
 
 
 def use(package: Path, folder: Path, *, compiled: bool) -> None:
-    """Install a package where no compiler is in the path, and run the README's first block and the demo's search."""
+    """Install a package where no compiler is in the path, and run the README's first block and the
+    demo's search."""
     python = environment(folder)
     bare = {**os.environ, "PATH": str(python.parent), "CC": "none"}
     run(python, "-m", "pip", "install", "-q", package, env=bare)
@@ -130,7 +163,10 @@ def use(package: Path, folder: Path, *, compiled: bool) -> None:
     print(run(python, "-c", code[1], env=bare, cwd=folder))
     words = "tune sklearn:digits --trials 8 --epochs 5".split()
     out = run(python.parent / "gputune", *words, env=bare, cwd=folder)
-    require(("has no compiled code" in out) != compiled, f"{package.name}: not the code that was to be there:\n{out}")
+    require(
+        ("has no compiled code" in out) != compiled,
+        f"{package.name}: not the code that was to be there:\n{out}",
+    )
     print(out)
 
 

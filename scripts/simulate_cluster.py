@@ -1,12 +1,14 @@
-"""What 10, 100 and 1,000 workers would do, from chunk times and scheduling costs measured here on a small Ray cluster.
+"""What 10, 100 and 1,000 workers would do, from chunk times and scheduling costs measured here on a
+small Ray cluster.
 
     python scripts/simulate_cluster.py [--trials 60] [--epochs 20] [--bandwidth 125e6]
     python scripts/simulate_cluster.py --speedup 3     # one worker against two, so many times in turn
 
-A search on digits is run on a Ray cluster of this machine's cores. Measured are the seconds of each chunk, the seconds
-of this process for each, and what a round trip costs a worker beside training. The simulation then lets so many workers
-draw from those chunks: this process serves them one after the other, and each worker first waits for the data, which
-one network link of the given bandwidth (assumed, not measured) sends to all. A GPU's chunk times are not known here.
+A search on digits is run on a Ray cluster of this machine's cores. Measured are the seconds of each
+chunk, the seconds of this process for each, and what a round trip costs a worker beside training.
+The simulation then lets so many workers draw from those chunks: this process serves them one after
+the other, and each worker first waits for the data, which one network link of the given bandwidth
+(assumed, not measured) sends to all. A GPU's chunk times are not known here.
 """
 
 import argparse
@@ -37,8 +39,9 @@ PER_WORKER = 20  # chunks
 
 @dataclass(frozen=True)
 class Measured:
-    """What a search cost: ``chunks`` seconds of training each, ``driver`` seconds of this process for a chunk, ``trip``
-    seconds between a worker's chunks that it did not train, ``start`` of a worker; bytes of the data, of a result."""
+    """What a search cost: ``chunks`` seconds of training each, ``driver`` seconds of this process
+    for a chunk, ``trip`` seconds between a worker's chunks that it did not train, ``start`` of a
+    worker; bytes of the data, of a result."""
 
     chunks: tuple[float, ...]
     driver: float
@@ -54,12 +57,14 @@ class Measured:
 
     @property
     def scheduling(self) -> float:
-        """Share of a worker's time between its first chunk and its last that goes into scheduling."""
+        """Share of a worker's time between its first chunk and its last that goes into
+        scheduling."""
         return self.trip / (self.trip + statistics.mean(self.chunks))
 
 
 class Watch:
-    """Notes inside of a block when chunks leave and come back, and how long this process only waited."""
+    """Notes inside of a block when chunks leave and come back, and how long this process only
+    waited."""
 
     def __init__(self) -> None:
         self.left: dict[Any, float] = {}
@@ -70,7 +75,10 @@ class Watch:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Watch the search in the block."""
-        wait, submit, result, to_arrays = ray.wait, RayTasks.submit, RayTasks._result, ray_cluster.to_arrays
+        wait = ray.wait
+        submit = RayTasks.submit
+        result = RayTasks._result
+        to_arrays = ray_cluster.to_arrays
 
         def timed_wait(*arguments: Any, **options: Any) -> Any:
             begin = time.perf_counter()
@@ -88,7 +96,9 @@ class Watch:
         def timed_result(tasks: RayTasks, reference: Any) -> Any:
             outcomes = result(tasks, reference)
             self.last = time.perf_counter()
-            self.trips.append(self.last - self.left.pop(reference) - sum(part.seconds for part in outcomes))
+            self.trips.append(
+                self.last - self.left.pop(reference) - sum(part.seconds for part in outcomes)
+            )
             return outcomes
 
         def counted(data: Any) -> Any:
@@ -106,7 +116,9 @@ class Watch:
 
 def search(*, trials: int, epochs: int, study: Path | None = None) -> gputune.Study:
     X, y = load_digits(return_X_y=True)
-    return gputune.tune("mlp", X, y, n_trials=trials, max_epochs=epochs, cv=5, workers="ray", study=study, verbose=0)
+    return gputune.tune(
+        "mlp", X, y, n_trials=trials, max_epochs=epochs, cv=5, workers="ray", study=study, verbose=0
+    )
 
 
 def measure(*, trials: int, epochs: int) -> Measured:
@@ -123,18 +135,23 @@ def measure(*, trials: int, epochs: int) -> Measured:
         chunks=chunks,
         driver=(watch.last - watch.first - watch.waited) / len(chunks),
         trip=statistics.mean(watch.trips[workers:]),
-        start=max(watch.trips[:workers]),  # a worker's first chunk: its process, its imports, the data
+        # a worker's first chunk: its process, its imports, the data
+        start=max(watch.trips[:workers]),
         data_bytes=watch.data_bytes,
         result_bytes=study.curves[0].nbytes,
     )
 
 
-def simulate(measured: Measured, workers: int, *, bandwidth: float, seed: int = 0) -> tuple[float, float]:
-    """Return seconds of a search of ``PER_WORKER`` chunks a worker, and the share of all workers' time in training."""
+def simulate(
+    measured: Measured, workers: int, *, bandwidth: float, seed: int = 0
+) -> tuple[float, float]:
+    """Return seconds of a search of ``PER_WORKER`` chunks a worker, and the share of all workers'
+    time in training."""
     drawn = np.random.default_rng(seed).choice(measured.chunks, workers * PER_WORKER)
     link = measured.data_bytes / bandwidth
-    # When each worker asks for a chunk, first after its start and after the data of those before it.
-    asking = [measured.start + (i + 1) * link for i in range(workers)]  # sorted, so that it is a heap
+    # When each worker asks for a chunk, first after its start and after the data of those before
+    # it. sorted, so that it is a heap
+    asking = [measured.start + (i + 1) * link for i in range(workers)]
     free = end = 0.0
     for seconds in sorted(drawn, reverse=True):
         begin = max(heapq.heappop(asking), free)
@@ -146,26 +163,36 @@ def simulate(measured: Measured, workers: int, *, bandwidth: float, seed: int = 
 
 
 def report(measured: Measured, *, bandwidth: float) -> str:
-    least, most, mean = min(measured.chunks), max(measured.chunks), statistics.mean(measured.chunks)
-    busy = f"{1e3 * measured.driver:.1f} ms a chunk, so that it keeps {measured.most_workers:.0f} workers busy"
+    least = min(measured.chunks)
+    most = max(measured.chunks)
+    mean = statistics.mean(measured.chunks)
+    busy = (
+        f"{1e3 * measured.driver:.1f} ms a chunk, so that it keeps {measured.most_workers:.0f} "
+        "workers busy"
+    )
     lines = [
         f"measured on {os.cpu_count()} CPU cores, load {os.getloadavg()[0]:.1f}:",
         f"  {len(measured.chunks)} chunks of {least:.2f} to {most:.2f} s, mean {mean:.2f} s",
         f"  this process: {busy}",
-        f"  round trip: {1e3 * measured.trip:.1f} ms a chunk, {measured.scheduling:.1%} of a worker's time",
+        f"  round trip: {1e3 * measured.trip:.1f} ms a chunk, {measured.scheduling:.1%} of a "
+        "worker's time",
         f"  start of a worker: {measured.start:.1f} s",
-        f"  data {measured.data_bytes / 1e6:.1f} MB once a node; result {measured.result_bytes / 1e3:.1f} kB a trial",
+        f"  data {measured.data_bytes / 1e6:.1f} MB once a node; result "
+        f"{measured.result_bytes / 1e3:.1f} kB a trial",
         f"simulated, {PER_WORKER} chunks a worker, {bandwidth / 1e6:.0f} MB/s (assumed):",
         "  workers  seconds  in training  chunks/s",
     ]
     for workers in SIZES:
         seconds, share = simulate(measured, workers, bandwidth=bandwidth)
-        lines.append(f"  {workers:7}  {seconds:7.1f}  {share:11.1%}  {workers * PER_WORKER / seconds:8.1f}")
+        lines.append(
+            f"  {workers:7}  {seconds:7.1f}  {share:11.1%}  {workers * PER_WORKER / seconds:8.1f}"
+        )
     return "\n".join(lines)
 
 
 def speedup(repeats: int, *, trials: int, epochs: int) -> float:
-    """Time the same search on one worker and on two, in turn; print the seconds of each, return the median ratio."""
+    """Time the same search on one worker and on two, in turn; print the seconds of each, return the
+    median ratio."""
     found = []
     for _ in range(repeats):
         seconds = []
@@ -184,7 +211,13 @@ def speedup(repeats: int, *, trials: int, epochs: int) -> float:
 def connected(workers: int) -> Iterator[None]:
     """Be connected to a Ray cluster of so many CPUs inside."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init("local", num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(
+        "local",
+        num_cpus=workers,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
     try:
         yield
     finally:
@@ -195,8 +228,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--trials", type=int, default=60)
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--bandwidth", type=float, default=125e6, help="bytes a second, assumed (125e6)")
-    parser.add_argument("--speedup", type=int, metavar="N", help="time one worker and two, N times in turn")
+    parser.add_argument(
+        "--bandwidth", type=float, default=125e6, help="bytes a second, assumed (125e6)"
+    )
+    parser.add_argument(
+        "--speedup", type=int, metavar="N", help="time one worker and two, N times in turn"
+    )
     arguments = parser.parse_args(argv)
     size = {"trials": arguments.trials, "epochs": arguments.epochs}
     if arguments.speedup:

@@ -2,12 +2,13 @@
 
     python scripts/size.py [COMMIT]     [default: origin/main if there is one, else the commit before this one]
 
-Tokens are names, operators, numbers and strings. Docstrings, comments, blank lines and imports do not count. No
-formatter can change this number, so it measures how much there is to read. "per line" is tokens per line of code: a
-high number means that lines are packed. The other languages (C, CUDA, JavaScript, CSS, HTML) have one row together, in
-which words and signs are counted.
+Tokens are names, operators, numbers and strings. Docstrings, comments, blank lines and imports do
+not count. No formatter can change this number, so it measures how much there is to read. "per line"
+is tokens per line of code: a high number means that lines are packed. The other languages (C, CUDA,
+JavaScript, CSS, HTML) have one row together, in which words and signs are counted.
 
-If no other commit is known, as in a shallow clone or without git, the sizes are printed without a comparison.
+If no other commit is known, as in a shallow clone or without git, the sizes are printed without a
+comparison.
 """
 
 import ast
@@ -91,19 +92,24 @@ def other_size(source: str) -> Size:
 def git(*arguments: str) -> bytes | None:
     """Return the output of a git command, or None if it fails or git is missing."""
     try:
-        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, check=True).stdout
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 def files_of_tree() -> dict[str, bytes]:
-    """Return the files of the working tree as {path: content}; without git, all files in the folders."""
+    """Return the files of the working tree as {path: content}; without git, all files in the
+    folders."""
     listed = git("ls-files", *FOLDERS)
     if listed is None:
         paths = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*")]
     else:
         paths = [ROOT / path for path in listed.decode().splitlines()]
-    return {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in paths if path.is_file()}
+    return {
+        path.relative_to(ROOT).as_posix(): path.read_bytes() for path in paths if path.is_file()
+    }
 
 
 def files_of_commit(commit: str) -> dict[str, bytes] | None:

@@ -1,12 +1,15 @@
-"""gputune as a method of TabArena, the benchmark of models for tables (https://tabarena.ai, arXiv:2506.16791).
+"""gputune as a method of TabArena, the benchmark of models for tables (https://tabarena.ai,
+arXiv:2506.16791).
 
     from tabarena.benchmark.experiment import Experiment
     from tabarena_method import TabArenaMethod
 
-    Experiment("gputune_RealMLP", TabArenaMethod, {"model": "realmlp", "n_trials": 64, "max_epochs": 256})
+    Experiment("gputune_RealMLP", TabArenaMethod, {"model": "realmlp", "n_trials": 64, "max_epochs":
+    256})
 
-It needs nothing of the package itself: it has what ``ExperimentRunner`` asks of an ``AbstractExecModel``. Source:
-tabarena 0.1.0, benchmark/exec_models/base.py and benchmark/experiment/experiment_runner.py.
+It needs nothing of the package itself: it has what ``ExperimentRunner`` asks of an
+``AbstractExecModel``. Source: tabarena 0.1.0, benchmark/exec_models/base.py and
+benchmark/experiment/experiment_runner.py.
 """
 
 from collections.abc import Callable
@@ -17,9 +20,11 @@ import pandas as pd
 
 import gputune
 
-SCORERS = {"roc_auc": "roc_auc", "log_loss": "neg_log_loss", "accuracy": "accuracy"} | dict.fromkeys(
-    ("rmse", "root_mean_squared_error"), "neg_root_mean_squared_error"
-)
+SCORERS = {
+    "roc_auc": "roc_auc",
+    "log_loss": "neg_log_loss",
+    "accuracy": "accuracy",
+} | dict.fromkeys(("rmse", "root_mean_squared_error"), "neg_root_mean_squared_error")
 """scikit-learn's names of the metrics of TabArena, which has AutoGluon's."""
 
 Rows = tuple[pd.DataFrame, pd.Series, pd.DataFrame]
@@ -34,8 +39,9 @@ class Metric(Protocol):
 class TabArenaMethod:
     """One search on the rows of a split, and the ensemble of its trials, or its best one.
 
-    ``ensemble`` says which; ``arguments`` are those of ``gputune.tune``. Raises ValueError for another metric, and for
-    tasks whose rows are in groups or in order of time, of which the folds here know nothing.
+    ``ensemble`` says which; ``arguments`` are those of ``gputune.tune``. Raises ValueError for
+    another metric, and for tasks whose rows are in groups or in order of time, of which the folds
+    here know nothing.
     """
 
     can_get_error_val = True
@@ -56,12 +62,22 @@ class TabArenaMethod:
         **arguments: Any,
     ) -> None:
         if eval_metric.name not in SCORERS:
-            raise ValueError(f"eval_metric must be one of {', '.join(SCORERS)}, got {eval_metric.name!r}.")
-        ordered = {name: getattr(validation_metadata, name, None) for name in ("group_on", "time_on", "group_time_on")}
+            raise ValueError(
+                f"eval_metric must be one of {', '.join(SCORERS)}, got {eval_metric.name!r}."
+            )
+        ordered = {
+            name: getattr(validation_metadata, name, None)
+            for name in ("group_on", "time_on", "group_time_on")
+        }
         if use_task_specific_validation and any(ordered.values()):
-            raise ValueError(f"rows in groups or in order of time have no folds here, got {ordered}.")
-        self.problem_type, self.scoring = problem_type, SCORERS[eval_metric.name]
-        self.model, self.ensemble, self.arguments = model, ensemble, arguments
+            raise ValueError(
+                f"rows in groups or in order of time have no folds here, got {ordered}."
+            )
+        self.problem_type = problem_type
+        self.scoring = SCORERS[eval_metric.name]
+        self.model = model
+        self.ensemble = ensemble
+        self.arguments = arguments
         if (fit_kwargs or {}).get("num_cpus") is not None:
             self.arguments = {"workers": (fit_kwargs or {})["num_cpus"], **arguments}
 
@@ -74,7 +90,8 @@ class TabArenaMethod:
         split_seed: int | None = None,
         lazy_load_function: Callable[[], Rows] | None = None,
     ) -> dict[str, Any]:
-        """Search, and predict the test rows: predictions, probabilities (None of numbers) and the seconds of both."""
+        """Search, and predict the test rows: predictions, probabilities (None of numbers) and the
+        seconds of both."""
         if lazy_load_function is not None:
             X, y, X_test = lazy_load_function()
         begin = perf_counter()
@@ -82,7 +99,9 @@ class TabArenaMethod:
         fitted = perf_counter()
         numbers = self.problem_type == "regression"
         probabilities = None if numbers else self.predict_proba(X_test)
-        predictions = self.predict(X_test) if probabilities is None else probabilities.idxmax(axis=1)
+        predictions = (
+            self.predict(X_test) if probabilities is None else probabilities.idxmax(axis=1)
+        )
         return {
             "predictions": predictions,
             "probabilities": probabilities,
@@ -93,7 +112,11 @@ class TabArenaMethod:
     def fit(self, X: pd.DataFrame, y: pd.Series, *, seed: int = 0) -> None:
         """Search on these rows, and train what was found on all of them."""
         numbers = self.problem_type == "regression"
-        options = {"task": "regression" if numbers else "classification", "verbose": 0, "random_state": seed}
+        options = {
+            "task": "regression" if numbers else "classification",
+            "verbose": 0,
+            "random_state": seed,
+        }
         options |= {"scoring": self.scoring, **self.arguments}
         values = y.to_numpy(float) if numbers else y.astype(object).to_numpy()
         study = gputune.tune(self.model, X.reset_index(drop=True), values, **options)
@@ -105,7 +128,8 @@ class TabArenaMethod:
         return pd.Series(self.tuned.predict(X), index=X.index)
 
     def predict_proba(self, X: pd.DataFrame) -> pd.DataFrame:
-        """Return the probability of each class, which the columns are, with the index of the rows."""
+        """Return the probability of each class, which the columns are, with the index of the
+        rows."""
         return pd.DataFrame(self.tuned.predict_proba(X), index=X.index, columns=self.tuned.classes)
 
     def get_metric_error_val(self) -> float:

@@ -1,12 +1,14 @@
-"""Do to a study what a night can do to it, and count what is lost: kills, damage, a crowd, a full disk.
+"""Do to a study what a night can do to it, and count what is lost: kills, damage, a crowd, a full
+disk.
 
     python scripts/torture.py               every part; some minutes with its defaults
     python scripts/torture.py flips cuts    these parts: kills, faults, chunks, halving, enough, workers,
                                             command, crowd, cuts, flips, disk, storing
 
-Every search runs in processes of its own, which are killed by real signals; the table at the end is compared, bit for
-bit, with that of a search that nothing disturbed. Of a damaged file whatever opens must hold a prefix of what was
-committed. Prints one line of counts for each part; ends with 1 where one of them is not what it must be.
+Every search runs in processes of its own, which are killed by real signals; the table at the end is
+compared, bit for bit, with that of a search that nothing disturbed. Of a damaged file whatever
+opens must hold a prefix of what was committed. Prints one line of counts for each part; ends with 1
+where one of them is not what it must be.
 """
 
 import argparse
@@ -46,21 +48,37 @@ Stopping = str | gputune.Halving
 Counts = dict[str, float]
 
 BAD = (
-    "lost", "changed", "unopened", "unfinished", "different", "failed", "files left", "wrong values", "other errors",
-    "trained again", "other models",
-)  # fmt: skip
+    "lost",
+    "changed",
+    "unopened",
+    "unfinished",
+    "different",
+    "failed",
+    "files left",
+    "wrong values",
+    "other errors",
+    "trained again",
+    "other models",
+)
 """The counts that must be nought."""
 
 STORE_CALLS = (
-    (Store, "add_trials"), (Store, "add_chunks"), (Store, "finish"), (Claims, "_claim"), (Claims, "_delete"),
-)  # fmt: skip
-LONG_TRIALS, STORED_TRIALS = 6, 12  # of the searches killed within chunks; of the files that are damaged
+    (Store, "add_trials"),
+    (Store, "add_chunks"),
+    (Store, "finish"),
+    (Claims, "_claim"),
+    (Claims, "_delete"),
+)
+# of the searches killed within chunks; of the files that are damaged
+LONG_TRIALS = 6
+STORED_TRIALS = 12
 COMMON = {"include_default": False, "workers": 1, "memory": 1024, "verbose": 0}
 LIMIT = 200_000  # bytes that a file may have where the disk is full
 
 
 def begin(work: Work, *arguments: object) -> int:
-    """Begin some work in a process of its own; return its id. It ends with 0, or with 1 and a traceback."""
+    """Begin some work in a process of its own; return its id. It ends with 0, or with 1 and a
+    traceback."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch has threads, all of them asleep
         child = os.fork()
@@ -85,8 +103,13 @@ def ended_well(work: Work, *arguments: object) -> bool:
     return end(begin(work, *arguments)) == 0
 
 
-def watch(methods: Iterable[Method], before: Callable[[int], None], after: Callable[[int], None] | None = None) -> None:
-    """Call something before the n-th call of these methods, counted together, with n, and something after it."""
+def watch(
+    methods: Iterable[Method],
+    before: Callable[[int], None],
+    after: Callable[[int], None] | None = None,
+) -> None:
+    """Call something before the n-th call of these methods, counted together, with n, and something
+    after it."""
     numbers = itertools.count(1)
 
     def watched(original: Work) -> Work:
@@ -103,10 +126,13 @@ def watch(methods: Iterable[Method], before: Callable[[int], None], after: Calla
         setattr(owner, name, watched(getattr(owner, name)))
 
 
-def kill(work: Work, *arguments: object, method: Method, least: int, most: int, pause: float) -> None:
+def kill(
+    work: Work, *arguments: object, method: Method, least: int, most: int, pause: float
+) -> None:
     """Begin some work, and kill it so many seconds after the call of a method that makes ``least``.
 
-    It waits for that before it makes more than ``most`` calls, so that the kill comes in time however slow we are.
+    It waits for that before it makes more than ``most`` calls, so that the kill comes in time
+    however slow we are.
     """
     reading, writing = os.pipe()
 
@@ -148,7 +174,13 @@ def table(path: Path) -> list[tuple]:
     """Return every trial of a study but its times, in a form that compares bits."""
     study = gputune.Study.open(path)
     return [
-        (t.number, repr(t.params), t.state, np.array([t.score, *t.fold_scores]).tobytes(), curve.tobytes())
+        (
+            t.number,
+            repr(t.params),
+            t.state,
+            np.array([t.score, *t.fold_scores]).tobytes(),
+            curve.tobytes(),
+        )
         for t, curve in zip(study.trials, study.curves)
     ]
 
@@ -173,14 +205,19 @@ def compared(path: Path, expected: list[tuple]) -> Counts:
 
 def kills(folder: Path, count: int, n_trials: int, seed: int = 0) -> Counts:
     """Kill a search so often at random moments, each time one that goes on with the same study."""
-    path, draw, before = folder / "kills.db", random.Random(seed), {}
+    path = folder / "kills.db"
+    draw = random.Random(seed)
+    before = {}
     counts = {"kills": count, "lost": 0, "changed": 0, "unopened": 0}
     most = (n_trials - 1) // count  # results of one run: none ends before its kill
     for _ in range(count):
-        least, pause = draw.randint(1, most), draw.uniform(0, 0.01)
+        least = draw.randint(1, most)
+        pause = draw.uniform(0, 0.01)
         kill(search, path, n_trials, method=(Store, "finish"), least=least, most=most, pause=pause)
         try:
-            now = {row[0]: row for row in table(path) if row[2] != "waiting"} if path.exists() else {}
+            now = (
+                {row[0]: row for row in table(path) if row[2] != "waiting"} if path.exists() else {}
+            )
         except gputune.InputError:
             counts["unopened"] += 1
             continue
@@ -193,11 +230,16 @@ def kills(folder: Path, count: int, n_trials: int, seed: int = 0) -> Counts:
 
 
 def fault_points(folder: Path, n_trials: int) -> Counts:
-    """Kill a search before its first call of the store, before its second, and so on; each goes on to its end."""
-    path, different = folder / "fault.db", 0
+    """Kill a search before its first call of the store, before its second, and so on; each goes on
+    to its end."""
+    path = folder / "fault.db"
+    different = 0
 
     def search_until(point: int) -> None:
-        watch(STORE_CALLS, before=lambda number: os.kill(os.getpid(), signal.SIGKILL) if number == point else None)
+        watch(
+            STORE_CALLS,
+            before=lambda number: os.kill(os.getpid(), signal.SIGKILL) if number == point else None,
+        )
         search(path, n_trials)
 
     for point in itertools.count(1):
@@ -212,9 +254,14 @@ def fault_points(folder: Path, n_trials: int) -> Counts:
         path.unlink()
 
 
-def kills_in_chunks(folder: Path, count: int, method: Stopping, seed: int, epochs: int = 500) -> Counts:
-    """Kill a search so often at random moments of its training; the last begins where states were kept."""
-    whole, path, draw = folder / "whole.db", folder / "chunks.db", random.Random(seed)
+def kills_in_chunks(
+    folder: Path, count: int, method: Stopping, seed: int, epochs: int = 500
+) -> Counts:
+    """Kill a search so often at random moments of its training; the last begins where states were
+    kept."""
+    whole = folder / "whole.db"
+    path = folder / "chunks.db"
+    draw = random.Random(seed)
     assert ended_well(search_long, whole, method, epochs)
     with_a_state = 0
 
@@ -223,14 +270,21 @@ def kills_in_chunks(folder: Path, count: int, method: Stopping, seed: int, epoch
         search_long(path, method, epochs, checkpoint_seconds=1e-9)
 
     shortest = method.min_epochs if isinstance(method, gputune.Halving) else epochs
-    # States that one run may keep: none ends before its kill, and the first one is killed within its first chunk.
+    # States that one run may keep: none ends before its kill, and the first one is killed within
+    # its first chunk.
     most = min((LONG_TRIALS * (shortest - 1) - 1) // count, shortest - 2)
     for _ in range(count):
-        least, pause = draw.randint(1, most), draw.uniform(0, 0.02)
+        least = draw.randint(1, most)
+        pause = draw.uniform(0, 0.02)
         kill(keep_states, method=(CheckpointFolder, "write"), least=least, most=most, pause=pause)
         with_a_state += any(folder.glob("chunks.db.state/*.safetensors"))
     failed = not ended_well(search_long, path, method, epochs)
-    counts = {"kills": count, "with a state": with_a_state, "failed": int(failed), **compared(path, table(whole))}
+    counts = {
+        "kills": count,
+        "with a state": with_a_state,
+        "failed": int(failed),
+        **compared(path, table(whole)),
+    }
     left = len(list(folder.glob("chunks.db[.-]*")))
     whole.unlink()
     path.unlink()
@@ -241,7 +295,13 @@ def search_patiently(path: Path, **options: object) -> None:
     """Search with a few trials until so many in a row are no better than the best before them."""
     X, y = load_iris(return_X_y=True)
     space = {"lr": loguniform(1e-4, 0.1), "width": [4, 40], "batch_size": [16, 32]}
-    common = {"n_trials": 40, "max_epochs": 3, "cv": 2, "scoring": "neg_log_loss", "patience_trials": 4}
+    common = {
+        "n_trials": 40,
+        "max_epochs": 3,
+        "cv": 2,
+        "scoring": "neg_log_loss",
+        "patience_trials": 4,
+    }
     gputune.tune("mlp", X[::3], y[::3], space=space, study=path, **{**COMMON, **common, **options})
 
 
@@ -255,7 +315,13 @@ def objective(params: dict[str, float], report: Callable[[float], None]) -> floa
 def search_loop(path: Path, **options: object) -> None:
     """Search hyperparameters of a custom training loop, with an early end."""
     space = {"x": [0.0, 0.3, 0.6, 0.9, 1.2], "slope": [-0.1, 0.0, 0.1, 0.2]}
-    common = {"direction": "maximize", "n_trials": 16, "patience_trials": 4, "workers": 1, "verbose": 0}
+    common = {
+        "direction": "maximize",
+        "n_trials": 16,
+        "patience_trials": 4,
+        "workers": 1,
+        "verbose": 0,
+    }
     gputune.search(objective, space, study=path, **{**common, **options})
 
 
@@ -264,7 +330,9 @@ def good_enough_searches(workers: int) -> dict[str, Callable[[Path], None]]:
     halving = {"method": gputune.Halving(min_epochs=1), "max_epochs": 4}
     searches = {
         "random": partial(search_patiently, workers=workers),
-        "target score": partial(search_patiently, workers=workers, patience_trials=None, target_score=-0.9),
+        "target score": partial(
+            search_patiently, workers=workers, patience_trials=None, target_score=-0.9
+        ),
         "loop": partial(search_loop, workers=workers),
         "loop, halving": partial(search_loop, workers=workers, **halving),
     }
@@ -276,11 +344,17 @@ def good_enough_searches(workers: int) -> dict[str, Callable[[Path], None]]:
     return searches
 
 
-def until_killed(work: Work, point: int, *arguments: object, methods: Iterable[Method] = STORE_CALLS) -> bool:
-    """Do some work in a process that is killed before the n-th call of these methods; return whether it came to it."""
+def until_killed(
+    work: Work, point: int, *arguments: object, methods: Iterable[Method] = STORE_CALLS
+) -> bool:
+    """Do some work in a process that is killed before the n-th call of these methods; return
+    whether it came to it."""
 
     def watched() -> None:
-        watch(methods, before=lambda number: os.kill(os.getpid(), signal.SIGKILL) if number == point else None)
+        watch(
+            methods,
+            before=lambda number: os.kill(os.getpid(), signal.SIGKILL) if number == point else None,
+        )
         work(*arguments)
 
     code = end(begin(watched))
@@ -289,16 +363,19 @@ def until_killed(work: Work, point: int, *arguments: object, methods: Iterable[M
 
 
 def seconds(path: Path) -> list[float]:
-    """Return how long each trial of a study has trained, which shows whether it was trained again."""
+    """Return how long each trial of a study has trained, which shows whether it was trained
+    again."""
     return [trial.seconds for trial in gputune.Study.open(path).trials]
 
 
 def good_enough(folder: Path, count: int, workers: int, seed: int) -> Counts:
-    """Kill searches that end early so often each, at random calls of the store, and repeat the call at their end."""
+    """Kill searches that end early so often each, at random calls of the store, and repeat the call
+    at their end."""
     draw = random.Random(seed)
     counts = {"searches": 0, "kills": 0, "trials": 0, "different": 0, "trained again": 0}
     for name, work in good_enough_searches(workers).items():
-        whole, path = folder / "whole.db", folder / "enough.db"
+        whole = folder / "whole.db"
+        path = folder / "enough.db"
         assert ended_well(work, whole), name
         expected = table(whole)
         for _ in range(count):
@@ -324,7 +401,8 @@ COMMANDS = (
 
 
 def command(folder: Path, count: int, seed: int) -> Counts:
-    """Kill commands so often each before their first model is saved, and resume them with ``gputune resume``."""
+    """Kill commands so often each before their first model is saved, and resume them with ``gputune
+    resume``."""
     draw = random.Random(seed)
     methods = [*STORE_CALLS, (TunedModel, "save")]
     counts = {"commands": 0, "kills": 0, "different": 0, "other models": 0}
@@ -332,19 +410,26 @@ def command(folder: Path, count: int, seed: int) -> Counts:
     def tune(options: list[str], out: Path) -> None:
         """Begin a search by the command line, or resume it."""
         small = "--trials 8 --epochs 3 --cv 3 --workers 1 --memory 1KB --quiet --out".split()
-        words = ["resume", str(out), "--quiet"] if (out / "study.db").exists() else ["tune", *options, *small, str(out)]
+        words = (
+            ["resume", str(out), "--quiet"]
+            if (out / "study.db").exists()
+            else ["tune", *options, *small, str(out)]
+        )
         assert main_of_gputune(words) == 0
 
     def saved(out: Path) -> list[bytes]:
         return [place.read_bytes() for place in sorted((out / "model").iterdir())]
 
     for options in COMMANDS:
-        whole, killed = folder / "whole", folder / "killed"
+        whole = folder / "whole"
+        killed = folder / "killed"
         assert ended_well(tune, options, whole)
         for _ in range(count):
             if (killed / "model").exists():
                 break
-            counts["kills"] += until_killed(tune, draw.randint(2, 12), options, killed, methods=methods)
+            counts["kills"] += until_killed(
+                tune, draw.randint(2, 12), options, killed, methods=methods
+            )
         assert ended_well(tune, options, killed)
         counts["commands"] += 1
         counts["different"] += table(whole / "study.db") != table(killed / "study.db")
@@ -362,7 +447,8 @@ def crowd(folder: Path, processes: int, n_trials: int) -> Counts:
 
 
 def full_disk(folder: Path, n_trials: int) -> Counts:
-    """Search where files cannot grow beyond a limit, until the error; then without it, to the end."""
+    """Search where files cannot grow beyond a limit, until the error; then without it, to the
+    end."""
     path = folder / "full.db"
 
     def search_limited() -> None:
@@ -380,23 +466,30 @@ def full_disk(folder: Path, n_trials: int) -> Counts:
     with Store.open(path) as store:
         kept = store.finished()
     failed = not ended_well(search, path, n_trials)
-    bad = {"failed": int(failed or not clear), "different": compared(path, undisturbed(n_trials))["different"]}
+    bad = {
+        "failed": int(failed or not clear),
+        "different": compared(path, undisturbed(n_trials))["different"],
+    }
     return {"clear errors": int(clear), "results kept then": kept, **bad}
 
 
 def content(path: Path) -> tuple | None:
-    """Return all that a study holds, in a form that compares bits; None where it gives the clear error."""
+    """Return all that a study holds, in a form that compares bits; None where it gives the clear
+    error."""
     try:
         with Store.open(path) as store:
             rows = store.trials()
-            numbers = [r and (r.number, r.state, r.score, r.best_epoch, r.curve.tobytes()) for _, r in rows]
+            numbers = [
+                r and (r.number, r.state, r.score, r.best_epoch, r.curve.tobytes()) for _, r in rows
+            ]
             return repr(store.meta), [repr(c) for c, _ in rows], numbers, store.plan()
     except (StudyCorruptError, StudyVersionError):
         return None
 
 
 def filled(path: Path) -> tuple[bytes, bytes, bytes, list[tuple | None]]:
-    """Add trials one by one; return the closed file, the open one, its log, and what it held after each commit."""
+    """Add trials one by one; return the closed file, the open one, its log, and what it held after
+    each commit."""
     with Store.create(path, {"model": "mlp"}) as store:
         states = [content(path)]
         for n in range(STORED_TRIALS):
@@ -405,10 +498,12 @@ def filled(path: Path) -> tuple[bytes, bytes, bytes, list[tuple | None]]:
             states.append(content(path))
             store.add_chunks([Chunk(n, 0, (n,), 1)])
             states.append(content(path))
-            score, scores = float(curve[-1].mean()), tuple(curve[-1].tolist())
+            score = float(curve[-1].mean())
+            scores = tuple(curve[-1].tolist())
             store.finish([Result(n, "complete", score, scores, 30, 0.1, curve)])
             states.append(content(path))
-        base, log = path.read_bytes(), path.with_name(f"{path.name}-wal").read_bytes()
+        base = path.read_bytes()
+        log = path.with_name(f"{path.name}-wal").read_bytes()
     return path.read_bytes(), base, log, states
 
 
@@ -429,10 +524,14 @@ def flips(folder: Path, count: int, seed: int) -> Counts:
         flipped[draw.randrange(len(raw))] ^= 1 << draw.randrange(8)
         return bytes(flipped)
 
-    return _damaged("flips", [(flipped(), b"") for _ in range(count)], states[-1:], folder / "copy.db")
+    return _damaged(
+        "flips", [(flipped(), b"") for _ in range(count)], states[-1:], folder / "copy.db"
+    )
 
 
-def _damaged(word: str, cases: list[tuple[bytes, bytes]], states: list[tuple | None], copy: Path) -> Counts:
+def _damaged(
+    word: str, cases: list[tuple[bytes, bytes]], states: list[tuple | None], copy: Path
+) -> Counts:
     """Open a copy of each file and its log; count those that opened, and what they hold."""
     counts = {word: len(cases)} | dict.fromkeys(
         ("opened", "clear errors", "repaired", "wrong values", "other errors"), 0
@@ -455,7 +554,8 @@ def _damaged(word: str, cases: list[tuple[bytes, bytes]], states: list[tuple | N
 
 
 def _is_repaired(path: Path, whole: tuple) -> bool:
-    """Say whether something was saved; raises ValueError where a saved value is none of the whole study's."""
+    """Say whether something was saved; raises ValueError where a saved value is none of the whole
+    study's."""
     out = path.with_name("repaired.db")
     out.unlink(missing_ok=True)
     try:
@@ -464,14 +564,18 @@ def _is_repaired(path: Path, whole: tuple) -> bool:
         return False
     held = content(out)
     out.unlink()
-    if held is None or any(p not in kept for part, kept in zip(held[1:], whole[1:]) for p in part if p):
+    if held is None or any(
+        p not in kept for part, kept in zip(held[1:], whole[1:]) for p in part if p
+    ):
         raise ValueError("a repaired study holds another value")
     return True
 
 
 def storing(folder: Path, count: int, together: int = 64) -> Counts:
-    """Store so many trials with curves of 50 epochs x 5 folds, chunk by chunk; milliseconds a trial."""
-    curve, path = np.random.default_rng(0).random((50, 5)), folder / "stored.db"
+    """Store so many trials with curves of 50 epochs x 5 folds, chunk by chunk; milliseconds a
+    trial."""
+    curve = np.random.default_rng(0).random((50, 5))
+    path = folder / "stored.db"
     numbers = (range(n, min(n + together, count)) for n in range(0, count, together))
     chunks = [Chunk(i, 0, tuple(part), 1) for i, part in enumerate(numbers)]
     params = {"lr": 0.123456789, "batch_size": 32, "width": 64, "weight_decay": 1e-3}
@@ -481,25 +585,36 @@ def storing(folder: Path, count: int, together: int = 64) -> Counts:
         store.add_chunks(chunks)
         for chunk in chunks:
             claims.take(chunk)
-            store.finish(Result(n, "complete", 0.5, (0.5,) * 5, 50, 0.1, curve) for n in chunk.trials)
+            store.finish(
+                Result(n, "complete", 0.5, (0.5,) * 5, 50, 0.1, curve) for n in chunk.trials
+            )
     stored = time.perf_counter()
     with Store.open(path) as store:
         store.trials()
     each = {"to store": stored - start, "to open and read": time.perf_counter() - stored}
-    return {"trials": count, **{f"ms a trial {what}": round(1e3 * s / count, 4) for what, s in each.items()}}
+    return {
+        "trials": count,
+        **{f"ms a trial {what}": round(1e3 * s / count, 4) for what, s in each.items()},
+    }
 
 
 Part = Callable[[Path, argparse.Namespace], Counts]
 PARTS: dict[str, tuple[str, Part]] = {
     "kills": ("kill -9 at random", lambda f, o: kills(f, o.kills, o.trials, o.seed)),
     "faults": ("kill -9 between store calls", lambda f, o: fault_points(f, 4)),
-    "chunks": ("kill -9 within chunks", lambda f, o: kills_in_chunks(f, o.chunk_kills, "random", o.seed)),
+    "chunks": (
+        "kill -9 within chunks",
+        lambda f, o: kills_in_chunks(f, o.chunk_kills, "random", o.seed),
+    ),
     "halving": (
         "kill -9 within chunks, halving",
         lambda f, o: kills_in_chunks(f, o.chunk_kills, gputune.Halving(min_epochs=50), o.seed),
     ),
     "enough": ("kill -9, ends early", lambda f, o: good_enough(f, o.early_kills, 1, o.seed)),
-    "workers": ("kill -9, ends early, 3 workers", lambda f, o: good_enough(f, o.early_kills, 3, o.seed)),
+    "workers": (
+        "kill -9, ends early, 3 workers",
+        lambda f, o: good_enough(f, o.early_kills, 3, o.seed),
+    ),
     "command": ("kill -9 of a command", lambda f, o: command(f, o.early_kills, o.seed)),
     "crowd": ("one study, many processes", lambda f, o: crowd(f, o.processes, o.crowd_trials)),
     "cuts": ("cut at every sector", lambda f, o: cuts(f)),
@@ -523,8 +638,12 @@ OPTIONS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], metavar="PART", help="default: all of them")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "parts", nargs="*", choices=[[], *PARTS], metavar="PART", help="default: all of them"
+    )
     for option, (default, says) in OPTIONS.items():
         parser.add_argument(option, type=int, default=default, help=f"{says} ({default})")
     options = parser.parse_args(arguments)

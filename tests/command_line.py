@@ -26,10 +26,16 @@ FAST = ["--trials", "3", "--epochs", "2", "--cv", "2", "--workers", "1"]
 
 
 def run(*arguments, out=None, loud=False):
-    """Return exit code, standard output and standard error of a command; of its progress only where it is ``loud``."""
-    out, err = out or io.StringIO(), io.StringIO()
+    """Return exit code, standard output and standard error of a command; of its progress only where
+    it is ``loud``."""
+    out = out or io.StringIO()
+    err = io.StringIO()
     say = Progress.say if loud else lambda progress, text, once=False: None
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.object(Progress, "say", say):
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        mock.patch.object(Progress, "say", say),
+    ):
         code = main([str(argument) for argument in arguments])
     return code, out.getvalue(), err.getvalue()
 

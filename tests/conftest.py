@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-# torch, scikit-learn and gputune are imported where they are used: the process that hands the tests to others, which
-# pytest-xdist starts when this file is read, needs none of them, and took five seconds for them.
+# torch, scikit-learn and gputune are imported where they are used: the process that hands the tests
+# to others, which pytest-xdist starts when this file is read, needs none of them, and took five
+# seconds for them.
 
-# A shell starts its background jobs with Ctrl-C ignored, which they and all that they start inherit: the tests of
-# Ctrl-C would wait for ever.
+# A shell starts its background jobs with Ctrl-C ignored, which they and all that they start
+# inherit: the tests of Ctrl-C would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -43,7 +44,8 @@ class WriteDurations:
 
 @pytest.fixture(autouse=True, scope="session")
 def own_state(tmp_path_factory, pytestconfig):
-    """What the tests train is remembered here, also by the processes that they start, and not for this user.
+    """What the tests train is remembered here, also by the processes that they start, and not for
+    this user.
 
     Yields how databases are opened outside of tests.
     """
@@ -56,16 +58,21 @@ def own_state(tmp_path_factory, pytestconfig):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         found = tmp_path_factory.mktemp("found")
-        patch.setattr("gputune.engine.backend.cache_folder", lambda: found)  # not what the user's check found
-        patch.setattr("gputune.executors.worker.IDLE_SECONDS", 900)  # a worker that a test starts serves others
-        # Waiting for the disk costs 50 ms a study, and no test cuts the power; intervals take most of a score's time.
+        # not what the user's check found
+        patch.setattr("gputune.engine.backend.cache_folder", lambda: found)
+        # a worker that a test starts serves others
+        patch.setattr("gputune.executors.worker.IDLE_SECONDS", 900)
+        # Waiting for the disk costs 50 ms a study, and no test cuts the power; intervals take most
+        # of a score's time.
         patch.setattr(database, "PRAGMAS", ("synchronous = OFF", *pragmas[1:]))
         patch.setattr("gputune.cli.held_out._SAMPLES", 10)
         if "simulated_cuda.torch_cuda" in sys.modules:  # whose binaries are none of a card
             patch.setattr("gputune.native.cuda.kept_binary", lambda name, source, make: make())
         if pytestconfig.getoption("--auto-gpu"):  # whatever is faster
             gpu = DeviceChoice(torch.device("cuda"))
-            patch.setattr("gputune.engine.choice._choice_by_speed", lambda gpu, work: DeviceChoice(gpu))
+            patch.setattr(
+                "gputune.engine.choice._choice_by_speed", lambda gpu, work: DeviceChoice(gpu)
+            )
             patch.setattr("gputune.engine.choice._SOLVED", gpu)
             if simulated := sys.modules.get("simulated_cuda.torch_cuda"):
                 patch.setattr("gputune.executors.worker.begin_worker", simulated.begin_worker)
@@ -90,13 +97,17 @@ def another_user(tmp_path, monkeypatch):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--all", action="store_true", help="run the tests marked as long too, and fuzz for longer")
+    parser.addoption(
+        "--all", action="store_true", help="run the tests marked as long too, and fuzz for longer"
+    )
     parser.addoption("--write-durations", action="store_true", help=f"write {DURATIONS.name} anew")
     parser.addoption("--gpu", action="store_true", help="run the tests of a GPU, and those alone")
     parser.addoption(
-        "--auto-gpu", action="store_true",
-        help='take the GPU that is there, or simulated, for device="auto", and leave out the tests marked cpu',
-    )  # fmt: skip
+        "--auto-gpu",
+        action="store_true",
+        help='take the GPU that is there, or simulated, for device="auto", and leave out the '
+        "tests marked cpu",
+    )
 
 
 def pytest_configure(config):
@@ -106,14 +117,20 @@ def pytest_configure(config):
     if not (config.getoption("--gpu") or config.getoption("--auto-gpu")):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if config.getoption("--auto-gpu"):  # of the oracle's own fork_rng()
-        config.addinivalue_line("filterwarnings", "ignore:CUDA reports that you have .* available:UserWarning")
+        config.addinivalue_line(
+            "filterwarnings", "ignore:CUDA reports that you have .* available:UserWarning"
+        )
     if not config.getoption("numprocesses", None):
         from hypothesis import HealthCheck, settings
 
         settings.register_profile(
-            "gputune", max_examples=1000 if config.getoption("--all") else 40, deadline=None, derandomize=True,
-            database=None, suppress_health_check=list(HealthCheck),
-        )  # fmt: skip
+            "gputune",
+            max_examples=1000 if config.getoption("--all") else 40,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        )
         settings.load_profile("gputune")
     if config.getoption("--write-durations") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(WriteDurations())
@@ -128,7 +145,8 @@ def pytest_collection_modifyitems(config, items):
 
     config.hook.pytest_deselected(items=[item for item in items if left_out(item)])
     items[:] = [item for item in items if not left_out(item)]
-    if hasattr(config, "workerinput"):  # the longest file begins first, so that the processes end together
+    # the longest file begins first, so that the processes end together
+    if hasattr(config, "workerinput"):
         seconds = durations()
         items.sort(key=lambda item: -seconds.get(item.nodeid.partition("::")[0], 0))
 

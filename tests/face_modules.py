@@ -9,7 +9,8 @@ class Net(nn.Module):
 
     def __init__(self, n_features, n_outputs, hidden=16, dropout=0.0):
         super().__init__()
-        self.first, self.last = nn.Linear(n_features, hidden), nn.Linear(hidden, n_outputs)
+        self.first = nn.Linear(n_features, hidden)
+        self.last = nn.Linear(hidden, n_outputs)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):
@@ -21,7 +22,9 @@ class PlainNet(nn.Module):
 
     def __init__(self, inputs=4, hidden=8, outputs=3):
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+        self.layers = nn.Sequential(
+            nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs)
+        )
 
     def forward(self, x):
         return self.layers(x)
@@ -70,7 +73,8 @@ class Recurrent(nn.Module):
 
     def __init__(self, n_outputs, layer=nn.GRU):
         super().__init__()
-        self.embed, self.layer = nn.Embedding(8, 4), layer(4, 5, batch_first=True)
+        self.embed = nn.Embedding(8, 4)
+        self.layer = layer(4, 5, batch_first=True)
         self.last = nn.Linear(5, n_outputs)
 
     def forward(self, x):
@@ -82,7 +86,8 @@ class TwoInputs(nn.Module):
 
     def __init__(self, n_outputs, hidden=4):
         super().__init__()
-        self.image, self.age = Conv(hidden), nn.Linear(2, hidden)
+        self.image = Conv(hidden)
+        self.age = nn.Linear(2, hidden)
         self.last = nn.Linear(hidden, n_outputs)
 
     def forward(self, image, age):

@@ -1,4 +1,5 @@
-"""Processes that are forks of one which has imported everything: they begin at once, where a new one takes seconds."""
+"""Processes that are forks of one which has imported everything: they begin at once, where a new
+one takes seconds."""
 
 import atexit
 import multiprocessing
@@ -12,21 +13,35 @@ from types import ModuleType
 from unittest import mock
 
 # In the process that is forked, by its import of this file: all that a search may import.
-IMPORTS = ["gputune.cli.main", "gputune.cli.tune", "gputune.tuning.pipeline", "sklearn.datasets", "scipy.stats"]
+IMPORTS = [
+    "gputune.cli.main",
+    "gputune.cli.tune",
+    "gputune.tuning.pipeline",
+    "sklearn.datasets",
+    "scipy.stats",
+]
 FORKS = multiprocessing.get_context("forkserver")
 HERE = os.path.dirname(__file__)
 
 
 class Fork:
-    """What runs some code as ``python -P -c`` would, in a session of its own; is used as a ``subprocess.Popen``."""
+    """What runs some code as ``python -P -c`` would, in a session of its own; is used as a
+    ``subprocess.Popen``."""
 
-    def __init__(self, code: str, *arguments: object, cwd: object = None, **environment: str) -> None:
+    def __init__(
+        self, code: str, *arguments: object, cwd: object = None, **environment: str
+    ) -> None:
         begun_with = {"OMP_NUM_THREADS": "1", "PYTHONPATH": HERE, "PYTHONSAFEPATH": "1"}
         with mock.patch.dict(os.environ, begun_with):
             FORKS.set_forkserver_preload(IMPORTS)
             forkserver.ensure_running()
         (out, out_end), (err, err_end) = FORKS.Pipe(duplex=False), FORKS.Pipe(duplex=False)
-        told = (code, [*map(str, arguments)], str(cwd or os.getcwd()), {**os.environ, **environment})
+        told = (
+            code,
+            [*map(str, arguments)],
+            str(cwd or os.getcwd()),
+            {**os.environ, **environment},
+        )
         self.process = FORKS.Process(target=_run, args=(*told, out_end, err_end))
         # The program that runs the tests is not imported anew.
         with mock.patch.dict(sys.modules, {"__main__": ModuleType("__main__")}):
@@ -66,7 +81,12 @@ class Fork:
 
 
 def _run(
-    code: str, arguments: list[str], cwd: str, environment: dict[str, str], out: Connection, err: Connection
+    code: str,
+    arguments: list[str],
+    cwd: str,
+    environment: dict[str, str],
+    out: Connection,
+    err: Connection,
 ) -> None:
     os.setsid()
     os.chdir(cwd)
@@ -82,5 +102,6 @@ def _run(
     try:
         exec(code, vars(main))
     finally:
-        threading._shutdown()  # first, as an interpreter that ends does: or idle workers are waited for
+        # first, as an interpreter that ends does: or idle workers are waited for
+        threading._shutdown()
         atexit._run_exitfuncs()

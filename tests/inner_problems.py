@@ -16,14 +16,23 @@ OF = {"sgd": ("lr", "weight_decay")}
 OF |= dict.fromkeys(("momentum", "nesterov"), ("lr", "momentum", "weight_decay"))
 OF |= dict.fromkeys(("adam", "adamw"), ("lr", "weight_decay", "beta1", "beta2"))
 CALM = {"sgd": 0.1, "momentum": 0.03, "nesterov": 0.03, "adam": 0.01, "adamw": 0.01}
-DIMS, ROWS, VALID, BATCH = (5, 3), 120, 30, 16  # inputs and outputs; rows: of training, validation, a minibatch
+# inputs and outputs; rows: of training, validation, a minibatch
+DIMS = (5, 3)
+ROWS = 120
+VALID = 30
+BATCH = 16
 
 
 Pair = tuple[Tensor, Tensor]
 
 
 def data(
-    steps: int = 6, *, rows: int = 8, inputs: int = 5, outputs: int = 3, dtype: torch.dtype = torch.float64
+    steps: int = 6,
+    *,
+    rows: int = 8,
+    inputs: int = 5,
+    outputs: int = 3,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[list[Pair], Pair]:
     """Minibatches and a validation pair that can be learned a little."""
     g = torch.Generator().manual_seed(1)
@@ -73,7 +82,8 @@ def rule_of(optimizer: str) -> str:
 
 
 class StackedNets:
-    """P networks inputs-width-outputs, one for each seed, of which the start and the minibatches are."""
+    """P networks inputs-width-outputs, one for each seed, of which the start and the minibatches
+    are."""
 
     kept = 0
 
@@ -87,9 +97,11 @@ class StackedNets:
         activation: Callable[[Tensor], Tensor] = torch.tanh,
         dtype: torch.dtype = torch.float64,
     ) -> None:
-        self.members, self.steps = len(seeds), steps
+        self.members = len(seeds)
+        self.steps = steps
         self.totals = np.full(self.members, steps)
-        self.loss, self.activation = loss, activation
+        self.loss = loss
+        self.activation = activation
         inputs, outputs = DIMS
         self.shapes = [(inputs, width), (width,), (width, outputs), (outputs,)]
         self.entries = [math.prod(shape) for shape in self.shapes]
@@ -99,11 +111,15 @@ class StackedNets:
             torch.randn(n, m, generator=g, dtype=torch.float64)
             for n, m in ((ROWS + VALID, inputs), (inputs, outputs), (ROWS + VALID, outputs))
         )
-        scores, self.x = x @ true + 0.5 * noise, x.to(dtype)
+        scores = x @ true + 0.5 * noise
+        self.x = x.to(dtype)
         self.y = scores.argmax(1) if loss == "cross_entropy" else scores.tanh().to(dtype)
         self.first = torch.stack([self._start(seed) for seed in seeds]).to(dtype)
         draws = [torch.Generator().manual_seed(2000 + seed) for seed in seeds]
-        self.rows = [torch.stack([torch.randperm(ROWS, generator=g)[:BATCH] for g in draws]) for _ in range(steps)]
+        self.rows = [
+            torch.stack([torch.randperm(ROWS, generator=g)[:BATCH] for g in draws])
+            for _ in range(steps)
+        ]
 
     def _start(self, seed: int) -> Tensor:
         g = torch.Generator().manual_seed(1000 + seed)
@@ -119,7 +135,10 @@ class StackedNets:
 
     def _losses(self, weights: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """The means (P,) over rows (P, B)."""
-        parts = [part.view(self.members, *shape) for part, shape in zip(weights.split(self.entries, 1), self.shapes)]
+        parts = [
+            part.view(self.members, *shape)
+            for part, shape in zip(weights.split(self.entries, 1), self.shapes)
+        ]
         hidden = self.activation(torch.baddbmm(parts[1][:, None], x, parts[0]))
         outputs = torch.baddbmm(parts[3][:, None], hidden, parts[2])
         if self.loss == "cross_entropy":
@@ -131,17 +150,22 @@ class StackedNets:
         return self._losses(weights, self.x[rows], self.y[rows])
 
     def validation(self, weights: Tensor) -> Tensor:
-        x, y = (whole[ROWS:].expand(self.members, *whole[ROWS:].shape) for whole in (self.x, self.y))
+        x, y = (
+            whole[ROWS:].expand(self.members, *whole[ROWS:].shape) for whole in (self.x, self.y)
+        )
         return self._losses(weights, x, y)
 
 
 class Quadratics:
-    """P members with one weight each and the loss a w^2 / 2, on every minibatch and for validation."""
+    """P members with one weight each and the loss a w^2 / 2, on every minibatch and for
+    validation."""
 
     kept = 0
 
     def __init__(self, a: Tensor, w0: Tensor, steps: int) -> None:
-        self.a, self.w0, self.steps = a, w0, steps
+        self.a = a
+        self.w0 = w0
+        self.steps = steps
         self.totals = np.full(len(a), steps)
         self.layer = torch.zeros(1, dtype=torch.long)
 
@@ -162,16 +186,27 @@ def tables_of(
     optimizer: str, members: int = 1, *, segments: int = 1, dtype: torch.dtype = torch.float64
 ) -> dict[str, Tensor]:
     """Calm hyperparameters, no two alike: lr for segments x 2 layers, the others for fewer."""
-    base = {"lr": CALM[optimizer], "momentum": 0.0 if optimizer == "sgd" else 0.8, "weight_decay": 0.02}
+    base = {
+        "lr": CALM[optimizer],
+        "momentum": 0.0 if optimizer == "sgd" else 0.8,
+        "weight_decay": 0.02,
+    }
     base |= {"beta1": 0.85, "beta2": 0.98}
     shape = {
-        "lr": (segments, 2), "momentum": (segments, 1), "weight_decay": (1, 2), "beta1": (1, 1),
+        "lr": (segments, 2),
+        "momentum": (segments, 1),
+        "weight_decay": (1, 2),
+        "beta1": (1, 1),
         "beta2": (min(2, segments), 2),
-    }  # fmt: skip
+    }
     tables = {}
     for name in HYPERPARAMETERS:
         table = torch.full((members, *shape[name]), base[name], dtype=torch.float64)
-        spread = torch.linspace(-1, 1, table.numel() + 2, dtype=torch.float64)[1:-1].view(table.shape)
+        spread = torch.linspace(-1, 1, table.numel() + 2, dtype=torch.float64)[1:-1].view(
+            table.shape
+        )
         between = name in ("momentum", "beta1", "beta2")
-        tables[name] = table + 0.5 * spread * table * (1 - table) if between else table * (0.5 * spread).exp()
+        tables[name] = (
+            table + 0.5 * spread * table * (1 - table) if between else table * (0.5 * spread).exp()
+        )
     return {name: table.to(dtype) for name, table in tables.items()}

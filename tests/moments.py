@@ -1,4 +1,5 @@
-"""Moments made certain: what happens at a call of something, in this process or in one that a test starts."""
+"""Moments made certain: what happens at a call of something, in this process or in one that a test
+starts."""
 
 import itertools
 import math
@@ -13,10 +14,17 @@ HERE = Path(__file__).parent
 
 
 def at_call(
-    owner: Any, name: str, number: int, do: Callable[[], object], *, before: bool = False, patch: Any = setattr
+    owner: Any,
+    name: str,
+    number: int,
+    do: Callable[[], object],
+    *,
+    before: bool = False,
+    patch: Any = setattr,
 ) -> None:
     """Let something happen right after the n-th call of ``owner.name``, or right before it."""
-    original, calls = getattr(owner, name), itertools.count(1)
+    original = getattr(owner, name)
+    calls = itertools.count(1)
 
     def call(*arguments: Any, **options: Any) -> Any:
         now = next(calls) == number
@@ -31,8 +39,10 @@ def at_call(
 
 
 def time_is_over(patch: Any, looks: int) -> None:
-    """Let a deadline have passed from the n-th time on that training looks at it, which it does after every epoch."""
-    is_over, made = Stop.is_over, itertools.count(1)
+    """Let a deadline have passed from the n-th time on that training looks at it, which it does
+    after every epoch."""
+    is_over = Stop.is_over
+    made = itertools.count(1)
 
     def looked(stop: Stop) -> bool:
         if stop.deadline is not None and next(made) >= looks:
@@ -49,11 +59,12 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def at_finish(number: int, do: str, *, before: bool = False) -> str:
-    """Return code for the start of a process: it does something after a search keeps its n-th chunk's results.
+    """Return code for the start of a process: it does something after a search keeps its n-th
+    chunk's results.
 
     ``before``: or before it does.
     """
     return (
-        "import os, signal, shutil; from gputune.study.ledger import Ledger; from moments import at_call\n"
-        f"at_call(Ledger, 'finish', {number}, lambda: {do}, before={before})\n"
+        "import os, signal, shutil; from gputune.study.ledger import Ledger; from moments import "
+        f"at_call\nat_call(Ledger, 'finish', {number}, lambda: {do}, before={before})\n"
     )

@@ -1,8 +1,9 @@
-"""The searches of an earlier commit, whose studies and models must open, resume and predict for ever.
+"""The searches of an earlier commit, whose studies and models must open, resume and predict for
+ever.
 
-``tests/study/commit_3592e8d5.zip`` holds what that commit wrote. To make such an archive for the commit that is
-checked out: ``python tests/older_commit.py ARCHIVE.zip``. Each search runs twice: once to its end, and once until a
-SIGKILL in the middle of its third trial.
+``tests/study/commit_3592e8d5.zip`` holds what that commit wrote. To make such an archive for the
+commit that is checked out: ``python tests/older_commit.py ARCHIVE.zip``. Each search runs twice:
+once to its end, and once until a SIGKILL in the middle of its third trial.
 """
 
 import hashlib
@@ -37,12 +38,32 @@ class Net(nn.Module):
         return self.last(torch.tanh(self.norm(self.first(x))))
 """
 
-_SMALL = "--trials 5 --epochs 6 --cv 3 --scoring neg_log_loss --workers 1 --memory 1KB --quiet".split()
-_MODULE = ["--model", "net.py:Net", "--space", "lr=1e-3..1e-1:log", "module__hidden=4,8", "--dtype", "float64"]
+_SMALL = (
+    "--trials 5 --epochs 6 --cv 3 --scoring neg_log_loss --workers 1 --memory 1KB --quiet".split()
+)
+_MODULE = [
+    "--model",
+    "net.py:Net",
+    "--space",
+    "lr=1e-3..1e-1:log",
+    "module__hidden=4,8",
+    "--dtype",
+    "float64",
+]
 
 COMMANDS = {
     "mlp": [*_SMALL, "--space", "lr=1e-3..1e-1:log", "width=4,8", "optimizer=adamw,sgd"],
-    "halving": [*_SMALL, "--method", "halving", "--min-epochs", "2", "--factor", "2", "--space", "width=4,8,16"],
+    "halving": [
+        *_SMALL,
+        "--method",
+        "halving",
+        "--min-epochs",
+        "2",
+        "--factor",
+        "2",
+        "--space",
+        "width=4,8,16",
+    ],
     "module": [*_SMALL, *_MODULE],
 }
 """The options of each search of the command line on ``sklearn:iris``."""
@@ -95,14 +116,21 @@ def table(study):
 
 
 def machine():
-    """Return what the bits of a training depend on: the processor, the compiler and the versions."""
+    """Return what the bits of a training depend on: the processor, the compiler and the
+    versions."""
     processor = ""
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         names = ("model name", "flags")
-        processor = "\n".join(next((line for line in lines if line.startswith(name)), "") for name in names)
+        processor = "\n".join(
+            next((line for line in lines if line.startswith(name)), "") for name in names
+        )
     compiler = shutil.which("cc")
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout if compiler else ""
+    version = (
+        subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+        if compiler
+        else ""
+    )
     facts = [platform.machine(), processor, version, torch.__version__, np.__version__]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()
 
@@ -156,9 +184,19 @@ def make(archive):
         Path("net.py").write_text(NET)
         Path("older_net.py").write_text(NET)
         for name, options in COMMANDS.items():
-            typed = ["tune", "sklearn:iris", *options, "--checkpoint-seconds", "1e-9", "--out", "FOLDER"]
+            typed = [
+                "tune",
+                "sklearn:iris",
+                *options,
+                "--checkpoint-seconds",
+                "1e-9",
+                "--out",
+                "FOLDER",
+            ]
             kill_at = 6 if name == "halving" else 13
-            _run_twice(name, f"from gputune.cli.main import main; assert main({typed!r}) == 0", kill_at)
+            _run_twice(
+                name, f"from gputune.cli.main import main; assert main({typed!r}) == 0", kill_at
+            )
         for name in ("imported", "loop"):
             Path(name).mkdir()
             for part in ("finished", "partly"):
@@ -180,10 +218,18 @@ def make(archive):
             owner="Store",
             method="finish",
         )
-        expected = {"machine": machine(), "folder": folder, "tables": {}, "partly": {}, "predictions": {}}
+        expected = {
+            "machine": machine(),
+            "folder": folder,
+            "tables": {},
+            "partly": {},
+            "predictions": {},
+        }
         for study in sorted(Path().glob("*/*/study.db")):
             opened = gputune.Study.open(study)
-            expected["tables" if study.parent.name == "finished" else "partly"][study.parts[0]] = table(opened)
+            expected["tables" if study.parent.name == "finished" else "partly"][study.parts[0]] = (
+                table(opened)
+            )
         for name in COMMANDS:
             model = gputune.load_model(f"{name}/finished/model", trust_code=True)
             expected["predictions"][name] = model.predict_proba(rows()).tolist()

@@ -1,4 +1,5 @@
-"""Small data sets, ways to train configurations, the plain loop that members are compared to, counts of memory."""
+"""Small data sets, ways to train configurations, the plain loop that members are compared to,
+counts of memory."""
 
 import gc
 import itertools
@@ -42,7 +43,8 @@ class Net(torch.nn.Module):
 
     def __init__(self, n_features, n_outputs, hidden=6):
         super().__init__()
-        first, last = torch.nn.Linear(n_features, hidden), torch.nn.Linear(hidden, n_outputs)
+        first = torch.nn.Linear(n_features, hidden)
+        last = torch.nn.Linear(hidden, n_outputs)
         self.body = torch.nn.Sequential(first, torch.nn.Tanh(), last)
 
     def forward(self, x):
@@ -57,29 +59,49 @@ class Linear(torch.nn.Linear):
 
 
 def variant(base, forward, name="Variant"):
-    """A class of modules like another, with a forward of its own: a function of the module and its inputs."""
+    """A class of modules like another, with a forward of its own: a function of the module and its
+    inputs."""
     return type(name, (base,), {"forward": forward})
 
 
-def make_data(task="multiclass", *, n=61, d=5, k=3, folds=2, dtype=torch.float64, weights=False, copies=True):
-    """A Dataset with folds of unequal length; every fold reads its own copy unless ``copies`` is false."""
+def make_data(
+    task="multiclass", *, n=61, d=5, k=3, folds=2, dtype=torch.float64, weights=False, copies=True
+):
+    """A Dataset with folds of unequal length; every fold reads its own copy unless ``copies`` is
+    false."""
     g = torch.Generator().manual_seed(7)
     x = torch.randn(folds if copies else 1, n, d, generator=g, dtype=torch.float64).to(dtype)
     position = torch.arange(n)
-    cut = [Fold(train=position[position % folds != f], valid=position[position % folds == f]) for f in range(folds)]
+    cut = [
+        Fold(train=position[position % folds != f], valid=position[position % folds == f])
+        for f in range(folds)
+    ]
     if task == "regression":
         target = torch.randn(n, generator=g, dtype=torch.float64)
-        center, scale = torch.linspace(0.1, 0.3, folds).double(), torch.linspace(1, 1.5, folds).double()
-        y, k = ((target - center[:, None]) / scale[:, None]).to(dtype), 1
+        center = torch.linspace(0.1, 0.3, folds).double()
+        scale = torch.linspace(1, 1.5, folds).double()
+        y = ((target - center[:, None]) / scale[:, None]).to(dtype)
+        k = 1
     else:
         k = 2 if task == "binary" else k
         target = y = torch.randint(k, (n,), generator=g)
-        center, scale = torch.zeros(folds).double(), torch.ones(folds).double()
+        center = torch.zeros(folds).double()
+        scale = torch.ones(folds).double()
     weights = torch.rand(folds, n, generator=g, dtype=torch.float64).to(dtype) if weights else None
     return Dataset(
-        inputs=(x,), dtype=dtype, copies=tuple(range(folds)) if copies else (0,) * folds, y=y, weights=weights,
-        folds=tuple(cut), present=None, center=center, scale=scale, n_outputs=k, task=task, target=target,
-    )  # fmt: skip
+        inputs=(x,),
+        dtype=dtype,
+        copies=tuple(range(folds)) if copies else (0,) * folds,
+        y=y,
+        weights=weights,
+        folds=tuple(cut),
+        present=None,
+        center=center,
+        scale=scale,
+        n_outputs=k,
+        task=task,
+        target=target,
+    )
 
 
 def without_class_2(data):
@@ -108,18 +130,24 @@ def fill(*configs, optimizer="adamw"):
 
 def scoring_of(data, name=None):
     """The scoring of that name; None: the usual one of the task."""
-    return make_scoring(name, data.task, None if data.task == "regression" else np.arange(data.n_outputs))
+    return make_scoring(
+        name, data.task, None if data.task == "regression" else np.arange(data.n_outputs)
+    )
 
 
 def train(network, data, configs, *, begin=None, alive=None, **training):
     """Train a chunk of these configurations, from where it was begun."""
-    chunk = engine.BegunChunk(network.kind, tuple(range(len(configs))), tuple(configs), begin, alive)
+    chunk = engine.BegunChunk(
+        network.kind, tuple(range(len(configs))), tuple(configs), begin, alive
+    )
     return engine.train(network, data, chunk, engine.Training(**training))
 
 
 def train_together(data, configs, *, kind="mlp", seed=0, epochs=3, horizon=None, scoring=None):
-    """Train complete configurations in their populations; return member(f, i) -> module and the curves."""
-    found, curves = {}, np.full((len(configs), epochs, data.n_folds), np.nan)
+    """Train complete configurations in their populations; return member(f, i) -> module and the
+    curves."""
+    found = {}
+    curves = np.full((len(configs), epochs, data.n_folds), np.nan)
     rows = max(len(fold.train) for fold in data.folds)
     for population in populations(configs, kind, rows=rows):
         network = StackedMLP(kind, population.configs, shape_of(data), seed=seed)
@@ -150,12 +178,17 @@ def module_loop(build, data, fold, config, epochs):
 
 def train_modules(kind, build, configs, data, epochs, **words):
     """Members of a user's module, trained stacked or one by one: ``kind``."""
-    network = kind(build, configs, shape_of(data), seed=0, traits=traits_of(build, configs[0], data))
-    return train(network, data, configs, **{"seed": 0, "epochs": epochs, "horizon": epochs, **words})
+    network = kind(
+        build, configs, shape_of(data), seed=0, traits=traits_of(build, configs[0], data)
+    )
+    return train(
+        network, data, configs, **{"seed": 0, "epochs": epochs, "horizon": epochs, **words}
+    )
 
 
 def largest_difference(module, other):
-    """max |difference| / max |reference| over the tensors of two plain modules, the second being the reference."""
+    """max |difference| / max |reference| over the tensors of two plain modules, the second being
+    the reference."""
     pairs = zip(module.state_dict().values(), other.state_dict().values(), strict=True)
     return max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in pairs)
 
@@ -175,7 +208,8 @@ def plain_loop(data, fold, config, epochs, horizon=None):
 
 
 def assert_equals_plain_loop(data, configs, *, kind="mlp", epochs, horizon=None):
-    """Assert that every member trained together with all others is the network that is trained alone."""
+    """Assert that every member trained together with all others is the network that is trained
+    alone."""
     together, _ = train_together(data, configs, kind=kind, epochs=epochs, horizon=horizon)
     for (f, i), member in together.items():
         config = configs[i] if kind == "mlp" else {**configs[i], "depth": 0, "dropout": 0.0}
@@ -187,10 +221,11 @@ def assert_equals_plain_loop(data, configs, *, kind="mlp", epochs, horizon=None)
 
 
 def up_to_a_kink(data, configs, fold, trial, *, epochs, horizon):
-    """The largest difference up to the epoch after which rounding puts a row on the other side of a relu; inf without.
+    """The largest difference up to the epoch after which rounding puts a row on the other side of a
+    relu; inf without.
 
-    Which side it falls on is then the machine's choice, and Adam makes much of it (1.5e-8 beside zero was seen). To be
-    sure of it, an epoch is one step: of a whole fold.
+    Which side it falls on is then the machine's choice, and Adam makes much of it (1.5e-8 beside
+    zero was seen). To be sure of it, an epoch is one step: of a whole fold.
     """
     x, _, _ = rows_of(data, fold)
     if configs[trial]["activation"] != "relu" or configs[trial]["batch_size"] < len(x):
@@ -200,12 +235,15 @@ def up_to_a_kink(data, configs, fold, trial, *, epochs, horizon):
         together, _ = train_together(data, configs, epochs=epoch, horizon=horizon or epochs)
         alone = plain_loop(data, fold, configs[trial], epoch, horizon or epochs)
         worst = max(worst, largest_difference(together[fold, trial], alone))
-        a, b = x, x
+        a = x
+        b = x
         for one, other in zip(together[fold, trial].layers[:-1], alone.layers[:-1]):
-            a, b = one(a), other(b)
+            a = one(a)
+            b = other(b)
             if ((a > 0) != (b > 0)).any() and (a - b).abs().max() < 1e-5:
                 return worst
-            a, b = a.relu(), b.relu()
+            a = a.relu()
+            b = b.relu()
         if not worst <= TOLERANCE[data.dtype]:
             break
     return math.inf
@@ -220,12 +258,16 @@ class _Allocated(TorchDispatchMode):
         self.known = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
-        for tensor in tree_leaves((arguments, keywords)):  # what is read before it is made was there before
+        # what is read before it is made was there before
+        for tensor in tree_leaves((arguments, keywords)):
             if isinstance(tensor, torch.Tensor):
                 self.known[tensor.untyped_storage()] = True
         result = operation(*arguments, **(keywords or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self.known:
+            if (
+                isinstance(tensor, torch.Tensor)
+                and (storage := tensor.untyped_storage()) not in self.known
+            ):
                 self.known[storage] = True
                 self.add(storage.nbytes())
                 weakref.finalize(storage, self.add, -storage.nbytes())
@@ -237,7 +279,8 @@ class _Allocated(TorchDispatchMode):
 
 
 def peak_bytes(work):
-    """The most bytes of tensors that were alive at once while it ran, beside those that it was given."""
+    """The most bytes of tensors that were alive at once while it ran, beside those that it was
+    given."""
     with _Allocated() as allocated:
         work()
     return allocated.peak

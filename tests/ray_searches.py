@@ -1,4 +1,5 @@
-"""What the tests of the cluster search for: a module and a scorer that travel as code, and can end their worker."""
+"""What the tests of the cluster search for: a module and a scorer that travel as code, and can end
+their worker."""
 
 import os
 import signal
@@ -25,7 +26,8 @@ class Net(nn.Module):
     def __init__(self, n_features, n_outputs, hidden):
         super().__init__()
         self.hidden = hidden
-        self.inner, self.outer = nn.Linear(n_features, hidden), nn.Linear(hidden, n_outputs)
+        self.inner = nn.Linear(n_features, hidden)
+        self.outer = nn.Linear(hidden, n_outputs)
 
     def forward(self, x):
         FORWARDS[0] += self.hidden == 6

@@ -1,10 +1,13 @@
-"""The oracle: one member, a plain ``nn.Module``, ``torch.optim``, a loop. Slow, obvious, never clever.
+"""The oracle: one member, a plain ``nn.Module``, ``torch.optim``, a loop. Slow, obvious, never
+clever.
 
 It shares with gputune only the models and the definition of the random streams:
 
 rows     the order of epoch e over n training rows is ``randperm(n)`` of stream (seed, "rows", n, e)
-start    layer l of shape (out, in) reads ``rand(out*in + out)`` of stream (seed, "start", l, out, in)
-dropout  step s of epoch e, hidden layer l reads ``rand(B, padded width)`` of stream (seed, "dropout", e, s, l)
+start    layer l of shape (out, in) reads ``rand(out*in + out)`` of stream (seed, "start", l, out,
+         in)
+dropout  step s of epoch e, hidden layer l reads ``rand(B, padded width)`` of stream (seed,
+         "dropout", e, s, l)
 """
 
 import math
@@ -19,11 +22,14 @@ from gputune.seeding import stream, stream_seed
 
 
 def start(module, seed):
-    """Give every linear layer of a plain module its keyed start: torch's default law for ``nn.Linear``."""
+    """Give every linear layer of a plain module its keyed start: torch's default law for
+    ``nn.Linear``."""
     for number, layer in enumerate(module.layers):
         n_out, n_in = layer.weight.shape
         draw = torch.rand(
-            n_out * n_in + n_out, generator=stream(seed, "start", number, n_out, n_in), dtype=torch.float64
+            n_out * n_in + n_out,
+            generator=stream(seed, "start", number, n_out, n_in),
+            dtype=torch.float64,
         )
         draw = (2 * draw - 1) / math.sqrt(n_in)
         with torch.no_grad():
@@ -33,21 +39,30 @@ def start(module, seed):
 
 
 def make_optimizer(module, config):
-    parameters, name = module.parameters(), config["optimizer"]
-    lr, decay, momentum = config["lr"], config["weight_decay"], config.get("momentum", 0.0)
+    parameters = module.parameters()
+    name = config["optimizer"]
+    lr = config["lr"]
+    decay = config["weight_decay"]
+    momentum = config.get("momentum", 0.0)
     if name.endswith("hd"):
         kind = {"adamhd": AdamHD, "adamwhd": AdamWHD}.get(name, SGDHD)
         more = {} if kind is not SGDHD else {"momentum": momentum, "nesterov": name == "nesterovhd"}
         more["rule"] = config.get("hypergrad_rule", "multiplicative")
         return kind(parameters, lr, hypergrad_lr=config["hypergrad_lr"], weight_decay=decay, **more)
     if hasattr(torch.optim, name):
-        words = {k.removeprefix("optimizer__"): v for k, v in config.items() if k.startswith("optimizer__")}
+        words = {
+            k.removeprefix("optimizer__"): v
+            for k, v in config.items()
+            if k.startswith("optimizer__")
+        }
         words |= {} if name == "Rprop" else {"weight_decay": decay}
         return getattr(torch.optim, name)(parameters, lr=lr, **words)
     if name == "sgd":
         return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=decay)
     if name == "nesterov":
-        return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=decay, nesterov=True)
+        return torch.optim.SGD(
+            parameters, lr=lr, momentum=momentum, weight_decay=decay, nesterov=True
+        )
     if name == "adam":
         return torch.optim.Adam(parameters, lr=lr, weight_decay=decay)
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=decay)
@@ -66,14 +81,18 @@ def forward_with_dropout(module, x, rate, seed, epoch, step):
     """The plain MLP with the keyed masks in place of ``nn.Dropout``'s own draw."""
     for number, layer in enumerate(module.layers[:-1]):
         x = module.act(layer(x))
-        draw = torch.rand(len(x), padded_width(module.width), generator=stream(seed, "dropout", epoch, step, number))[
-            :, : module.width
-        ]
+        draw = torch.rand(
+            len(x),
+            padded_width(module.width),
+            generator=stream(seed, "dropout", epoch, step, number),
+        )[:, : module.width]
         x = torch.where(draw >= rate, x / (1 - rate), torch.zeros_like(x))
     return module.layers[-1](x)
 
 
-def train_mlp(x, y, config, *, n_outputs, seed=0, epochs=1, max_epochs=None, weights=None, after_epoch=None):
+def train_mlp(
+    x, y, config, *, n_outputs, seed=0, epochs=1, max_epochs=None, weights=None, after_epoch=None
+):
     """Train one MLP on rows (n, D) by a plain loop; return the module."""
     module = MLP(
         x.shape[1],
@@ -86,13 +105,18 @@ def train_mlp(x, y, config, *, n_outputs, seed=0, epochs=1, max_epochs=None, wei
     rate = config.get("dropout", 0.0)
 
     def forward(batch, epoch, step):
-        return forward_with_dropout(module, batch, rate, seed, epoch, step) if rate else module(batch)
+        return (
+            forward_with_dropout(module, batch, rate, seed, epoch, step) if rate else module(batch)
+        )
 
     return _loop(module, forward, x, y, config, seed, epochs, max_epochs, weights, after_epoch)
 
 
-def train_module(build, x, y, config, *, seed=0, epochs=1, max_epochs=None, weights=None, after_epoch=None):
-    """Train a user's module (``build()`` makes it) by a plain loop; it draws from torch's own generator."""
+def train_module(
+    build, x, y, config, *, seed=0, epochs=1, max_epochs=None, weights=None, after_epoch=None
+):
+    """Train a user's module (``build()`` makes it) by a plain loop; it draws from torch's own
+    generator."""
     with torch.random.fork_rng():
         torch.manual_seed(stream_seed(seed, "module"))
         module = build().to(x.dtype)
@@ -106,16 +130,20 @@ def train_module(build, x, y, config, *, seed=0, epochs=1, max_epochs=None, weig
 
 
 def _loop(module, forward, x, y, config, seed, epochs, max_epochs, weights, after_epoch):
-    n, size = len(x), min(config["batch_size"], len(x))
+    n = len(x)
+    size = min(config["batch_size"], len(x))
     weights = torch.ones(n, dtype=x.dtype) if weights is None else weights
     optimizer = make_optimizer(module, config)
-    total, done = (max_epochs or epochs) * math.ceil(n / size), 0
+    total = (max_epochs or epochs) * math.ceil(n / size)
+    done = 0
     for epoch in range(epochs):
         module.train()
         order = torch.randperm(n, generator=stream(seed, "rows", n, epoch))
         for step, rows in enumerate(order.split(size)):
             if config.get("schedule") == "cosine":
-                optimizer.param_groups[0]["lr"] = config["lr"] * 0.5 * (1 + math.cos(math.pi * done / total))
+                optimizer.param_groups[0]["lr"] = (
+                    config["lr"] * 0.5 * (1 + math.cos(math.pi * done / total))
+                )
             loss = minibatch_loss(forward(x[rows], epoch, step), y[rows], weights[rows])
             optimizer.zero_grad()
             loss.backward()

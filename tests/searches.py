@@ -1,4 +1,5 @@
-"""A search of gputune beside scikit-learn's own with the same arguments, and fits beside fits alone."""
+"""A search of gputune beside scikit-learn's own with the same arguments, and fits beside fits
+alone."""
 
 import warnings
 from collections import defaultdict
@@ -22,16 +23,26 @@ X, Y = load_iris(return_X_y=True)
 
 
 def checks_in_turn(estimators, others=(), *, of=1):
-    """All of scikit-learn's checks, each of ``of`` of the estimators in turn; the others of them take long."""
+    """All of scikit-learn's checks, each of ``of`` of the estimators in turn; the others of them
+    take long."""
     given = parametrize_with_checks([*estimators, *others])
-    names, pairs = given.args[0], list(given.args[1])
+    names = given.args[0]
+    pairs = list(given.args[1])
     owners = defaultdict(list)  # of each check, by its function and its options
     for estimator, check in pairs:
         if estimator in estimators:
             owners[check.func, repr(check.keywords)].append(estimator)
-    short = [(e, key) for i, (key, own) in enumerate(owners.items()) for e in (own + own)[i % len(own) :][:of]]
+    short = [
+        (e, key)
+        for i, (key, own) in enumerate(owners.items())
+        for e in (own + own)[i % len(own) :][:of]
+    ]
     cases = [
-        pytest.param(e, check, marks=() if (e, (check.func, repr(check.keywords))) in short else pytest.mark.long)
+        pytest.param(
+            e,
+            check,
+            marks=() if (e, (check.func, repr(check.keywords))) in short else pytest.mark.long,
+        )
         for e, check in pairs
     ]
     return pytest.mark.parametrize(names, cases, **given.kwargs)
@@ -51,16 +62,20 @@ def both(ours, theirs, estimator, space, X, y, *, fit_params=None, **options):
 
 
 def both_random(estimator, space, X=X, y=Y, **options):
-    """Fit both randomized searches, on irises unless other rows are given, and assert that they found the same."""
+    """Fit both randomized searches, on irises unless other rows are given, and assert that they
+    found the same."""
     classes = RandomizedSearchCV, model_selection.RandomizedSearchCV
-    ours, said, theirs, said_by_theirs = both(*classes, estimator, space, X, y, **(OPTIONS | options))
+    ours, said, theirs, said_by_theirs = both(
+        *classes, estimator, space, X, y, **(OPTIONS | options)
+    )
     assert_same_results(ours, theirs)
     return ours, said, theirs, said_by_theirs
 
 
 def assert_same_results(ours, theirs, *, tolerance=1e-6):
     """Assert that two searches found the same, trial by trial and fold by fold."""
-    mine, other = ours.cv_results_, theirs.cv_results_
+    mine = ours.cv_results_
+    other = theirs.cv_results_
     assert list(mine) == list(other)
     assert repr(mine["params"]) == repr(other["params"])
     for name, values in other.items():
@@ -82,7 +97,8 @@ class CountingSplitter:
     """Splits as KFold does, and counts how often it is asked."""
 
     def __init__(self, n_splits=3):
-        self.n_splits, self.asked = n_splits, []
+        self.n_splits = n_splits
+        self.asked = []
 
     def split(self, X, y=None, groups=None):
         self.asked.append(groups)
@@ -122,17 +138,23 @@ class Callback:
         self.heard.append(("teardown", None, None, None))
 
     def on_fit_task_begin(self, estimator, context, *, X=None, y=None):
-        self.heard.append(("begin", context.task_name, context.task_id, None if X is None else len(X)))
+        self.heard.append(
+            ("begin", context.task_name, context.task_id, None if X is None else len(X))
+        )
 
     def on_fit_task_end(self, estimator, context, *, X=None, y=None):
-        self.heard.append(("end", context.task_name, context.task_id, None if X is None else len(X)))
+        self.heard.append(
+            ("end", context.task_name, context.task_id, None if X is None else len(X))
+        )
 
 
 class Fits:
-    """Candidates fitted together: each in each fold is what ``clone(candidate).fit`` on the fold's rows makes of it."""
+    """Candidates fitted together: each in each fold is what ``clone(candidate).fit`` on the fold's
+    rows makes of it."""
 
     def __init__(self, candidates, rows, folds, **options):
-        self.candidates, self.rows = candidates, rows
+        self.candidates = candidates
+        self.rows = rows
         group = FoldGroup(tuple(range(len(folds))), rows, tuple(folds))
         self.results = fit_together(dict(enumerate(candidates)), group, Training(**options))
 

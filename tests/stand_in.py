@@ -1,8 +1,10 @@
-"""What stands in for CUDA graphs on a CPU: it records a step and replays it, and refuses what a graph cannot do.
+"""What stands in for CUDA graphs on a CPU: it records a step and replays it, and refuses what a
+graph cannot do.
 
-It is a check, not a fast way to train. As a graph does, it records operations and not the code that asks for them: a
-number that the host computed is the same in every replay, and tensors are known by their memory, which it does not keep
-alive. What it cannot see is a tensor on the wrong device, for here there is one.
+It is a check, not a fast way to train. As a graph does, it records operations and not the code that
+asks for them: a number that the host computed is the same in every replay, and tensors are known by
+their memory, which it does not keep alive. What it cannot see is a tensor on the wrong device, for
+here there is one.
 """
 
 import gc
@@ -21,7 +23,10 @@ from gputune.modules.trace import DispatchMode
 _HOST = (Tensor.numpy, Tensor.__array__, Tensor.tolist)  # read by the host without an operation
 _RULES = (
     (torch.Tag.data_dependent_output, "it waits for the device; compute with tensors"),
-    (torch.Tag.dynamic_output_shape, "the shape of its result depends on numbers; use index_select"),
+    (
+        torch.Tag.dynamic_output_shape,
+        "the shape of its result depends on numbers; use index_select",
+    ),
     (torch.Tag.nondeterministic_seeded, "it draws random numbers; draw them before the step"),
 )
 
@@ -33,7 +38,9 @@ class CaptureError(RuntimeError):
 class StandIn:
     """Records steps on a CPU."""
 
-    before, repays, spare = 3, 3, 0
+    before = 3
+    repays = 3
+    spare = 0
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -63,7 +70,8 @@ class _Place:
 
     @staticmethod
     def of(tensor: Tensor) -> "_Place":
-        storage, offset = tensor.untyped_storage(), int(tensor.storage_offset())
+        storage = tensor.untyped_storage()
+        offset = int(tensor.storage_offset())
         memory = weakref.ref(storage), storage.data_ptr()
         return _Place(*memory, tensor.dtype, offset, tensor.shape, tensor.stride())
 
@@ -71,8 +79,9 @@ class _Place:
         storage = self.storage()
         if storage is None or storage.data_ptr() != self.pointer:
             raise CaptureError(
-                f"the memory of a {tuple(self.shape)} tensor that a recorded step uses is gone: keep its tensors, "
-                "write into them in place, and record the step again where they are replaced."
+                f"the memory of a {tuple(self.shape)} tensor that a recorded step uses is gone: "
+                "keep its tensors, write into them in place, and record the step again where "
+                "they are replaced."
             )
         empty = torch.empty(0, dtype=self.dtype, device=storage.device)
         return empty.set_(storage, self.offset, self.shape, self.stride)
@@ -95,7 +104,8 @@ class Operation:
 
 @dataclass(frozen=True)
 class Tape:
-    """The operations of a step: on so many tensors, of which some were there before it, in ``places``."""
+    """The operations of a step: on so many tensors, of which some were there before it, in
+    ``places``."""
 
     slots: int
     places: tuple[tuple[int, _Place], ...]
@@ -121,7 +131,9 @@ class NoReading(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _HOST:
-            raise _refusal(f"Tensor.{func.__name__}", "it waits for the device; compute with tensors")
+            raise _refusal(
+                f"Tensor.{func.__name__}", "it waits for the device; compute with tensors"
+            )
         return func(*args, **(kwargs or {}))
 
 
@@ -137,7 +149,8 @@ class Recording(DispatchMode):
         self.made: dict[int, int] = {}  # id of a tensor that the step made -> its slot
         self.kept: list[Tensor] = []  # those tensors, so that no id is given twice
         self.fresh: dict[int, str] = {}  # memory that the step took -> the operation that took it
-        self.written: dict[int, tuple[torch.UntypedStorage, Tensor]] = {}  # memory that was there, its bytes
+        # memory that was there, its bytes
+        self.written: dict[int, tuple[torch.UntypedStorage, Tensor]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -151,26 +164,36 @@ class Recording(DispatchMode):
             raise _refusal(func, "it moves or resizes a tensor; give it one of the right shape")
         known = {key for key, *_ in before}
         results = list(_tensors(result))
-        self.fresh.update((_key(tensor), str(func)) for tensor in results if _key(tensor) not in known)
+        self.fresh.update(
+            (_key(tensor), str(func)) for tensor in results if _key(tensor) not in known
+        )
         if not func.is_view or any(_key(tensor) in self.fresh for tensor in results):
-            encoded = tuple(map(self._encode, args)), {key: self._encode(v) for key, v in kwargs.items()}
+            encoded = (
+                tuple(map(self._encode, args)),
+                {key: self._encode(v) for key, v in kwargs.items()},
+            )
             self.operations.append(Operation(func, *encoded, tuple(map(self._slot, results))))
         return result
 
     def _check(self, func: Any, inputs: Sequence[Tensor], kwargs: dict[str, Any]) -> None:
         for tag, reason in _RULES:
-            if tag in func.tags and not (func is torch.ops.aten.index.Tensor and not _has_mask(inputs)):
+            if tag in func.tags and not (
+                func is torch.ops.aten.index.Tensor and not _has_mask(inputs)
+            ):
                 raise _refusal(func, reason)
         if func is torch.ops.aten.lift_fresh.default:
             raise _refusal(func, "it takes numbers of the host; make the tensor before the step")
-        made_here = kwargs.get("device") not in (None, torch.device("cpu"))  # by a kernel of the device
+        # by a kernel of the device
+        made_here = kwargs.get("device") not in (None, torch.device("cpu"))
         if not inputs and func is not torch.ops.aten.empty.memory_format and not made_here:
             raise _refusal(func, "it makes a tensor out of nothing; make it before the step")
         devices = {tensor.device for tensor in inputs} | {kwargs.get("device") or self.device}
         if devices != {self.device}:
             raise _refusal(func, f"it is not on {self.device} alone; keep all tensors there")
 
-    def _written_by(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    def _written_by(
+        self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> Iterator[Tensor]:
         for i, argument in enumerate(func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 yield from _tensors(args[i] if i < len(args) else kwargs.get(argument.name))
@@ -182,7 +205,8 @@ class Recording(DispatchMode):
             self.written[key] = (storage, _bytes(storage).clone())
 
     def _slot(self, tensor: Tensor) -> int:
-        """The number under which a tensor is known; what was there before has one for every view of it."""
+        """The number under which a tensor is known; what was there before has one for every view of
+        it."""
         if _key(tensor) not in self.fresh:
             place = _Place.of(tensor)
             if place not in self.places:
@@ -204,7 +228,8 @@ class Recording(DispatchMode):
 
     @contextmanager
     def undone(self) -> Iterator[None]:
-        """Give the memory that was there before its numbers back: what is recorded has not happened."""
+        """Give the memory that was there before its numbers back: what is recorded has not
+        happened."""
         try:
             yield
         finally:
@@ -213,13 +238,18 @@ class Recording(DispatchMode):
 
     def close(self) -> Tape:
         """Return the tape, where nothing that the step made is still there."""
-        made = [(weakref.ref(tensor.untyped_storage()), self.fresh[_key(tensor)]) for tensor in self.kept]
+        made = [
+            (weakref.ref(tensor.untyped_storage()), self.fresh[_key(tensor)])
+            for tensor in self.kept
+        ]
         self.kept.clear()
         if any(storage() is not None for storage, _ in made):
             gc.collect()  # what only garbage holds does not outlive the step
         for storage, function in made:
             if storage() is not None:
-                raise _refusal(function, "its result outlives the step; write it into a tensor made before")
+                raise _refusal(
+                    function, "its result outlives the step; write it into a tensor made before"
+                )
         places = tuple((slot, place) for place, slot in self.places.items())
         return Tape(self.slots, places, tuple(self.operations))
 

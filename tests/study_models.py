@@ -11,7 +11,8 @@ from gputune.study.model import TunedModel
 
 
 def rows(n=30):
-    """A mixed frame of n rows as a dict of columns: two numbers (one with a gap), a text and a boolean."""
+    """A mixed frame of n rows as a dict of columns: two numbers (one with a gap), a text and a
+    boolean."""
     rng = np.random.default_rng(0)
     age = rng.normal(40, 10, n)
     age[3] = np.nan
@@ -23,7 +24,9 @@ def rows(n=30):
     }
 
 
-def make_model(frame, *, classes=("no", "yes"), dtype=torch.float32, numbers="standard", module=None, spec=None):
+def make_model(
+    frame, *, classes=("no", "yes"), dtype=torch.float32, numbers="standard", module=None, spec=None
+):
     """A TunedModel for the frame; ``classes=None`` is a regression with center 100 and scale 10."""
     table = as_table(frame)
     layout = fit_layout(table)
@@ -35,8 +38,15 @@ def make_model(frame, *, classes=("no", "yes"), dtype=torch.float32, numbers="st
         module = (MLP(**size, width=8, depth=1) if module is None else module(**size)).to(dtype)
     task = "regression" if labels is None else "binary" if len(labels) == 2 else "multiclass"
     return TunedModel(
-        module=module.eval(), layout=layout, statistics=statistics, task=task, classes=labels,
-        center=100.0 if labels is None else 0.0, scale=10.0 if labels is None else 1.0, dtype=dtype, target="outcome",
+        module=module.eval(),
+        layout=layout,
+        statistics=statistics,
+        task=task,
+        classes=labels,
+        center=100.0 if labels is None else 0.0,
+        scale=10.0 if labels is None else 1.0,
+        dtype=dtype,
+        target="outcome",
         spec=spec or {"kind": "mlp", "kwargs": {**size, "width": 8, "depth": 1}},
         info={"score": 0.1 + 0.2, "held_out": float("nan"), "params": {"lr": 1e-3}},
-    )  # fmt: skip
+    )

@@ -1,4 +1,5 @@
-"""Searches in processes of their own, on one study file: started, killed, and compared bit for bit."""
+"""Searches in processes of their own, on one study file: started, killed, and compared bit for
+bit."""
 
 import numpy as np
 
@@ -20,12 +21,14 @@ print(len(study.trials), sum(t.state == "complete" for t in study.trials))
 
 
 def start(n_trials, *, first="", **options):
-    """Start a search with further options of ``tune``; many tiny trials in chunks of one. ``first``: code before it."""
+    """Start a search with further options of ``tune``; many tiny trials in chunks of one.
+    ``first``: code before it."""
     return Fork(first + SEARCH, n_trials, repr(options))
 
 
 def finish(process):
-    """Return what a process printed; it must have ended well, and said nothing to standard error."""
+    """Return what a process printed; it must have ended well, and said nothing to standard
+    error."""
     out, err = process.communicate()
     assert (process.returncode, err) == (0, ""), err
     return out
@@ -46,4 +49,6 @@ def table(path):
 
 def done(path):
     """The number of trials with a result that stays."""
-    return sum(t.state == "complete" for t in gputune.Study.open(path).trials) if path.exists() else 0
+    return (
+        sum(t.state == "complete" for t in gputune.Study.open(path).trials) if path.exists() else 0
+    )

@@ -1,4 +1,5 @@
-"""Candidates and results with numbers that depend on nothing but the trial, shared by the tests of the study."""
+"""Candidates and results with numbers that depend on nothing but the trial, shared by the tests of
+the study."""
 
 import sqlite3
 from contextlib import closing
@@ -20,31 +21,49 @@ class Canary:
 
 
 def candidates(numbers):
-    return [Candidate(n, {"lr": 0.1 / (n + 1), "width": 16, "activation": "relu"}, "random") for n in numbers]
+    return [
+        Candidate(n, {"lr": 0.1 / (n + 1), "width": 16, "activation": "relu"}, "random")
+        for n in numbers
+    ]
 
 
 def result(number, *, epochs=3, folds=2, state="complete", **changed):
     curve = np.random.default_rng(number).normal(size=(epochs, folds))
     values = {
-        "number": number, "state": state, "score": float(curve[-1].mean()),
-        "fold_scores": tuple(curve[-1].tolist()), "best_epoch": epochs, "seconds": 0.1 + number, "curve": curve,
-    }  # fmt: skip
+        "number": number,
+        "state": state,
+        "score": float(curve[-1].mean()),
+        "fold_scores": tuple(curve[-1].tolist()),
+        "best_epoch": epochs,
+        "seconds": 0.1 + number,
+        "curve": curve,
+    }
     return Result(**{**values, **changed})
 
 
 def bits(result):
     numbers = np.array([result.score, *result.fold_scores, result.seconds])
     return (
-        result.number, result.state, result.best_epoch, numbers.tobytes(), result.curve.tobytes(),
+        result.number,
+        result.state,
+        result.best_epoch,
+        numbers.tobytes(),
+        result.curve.tobytes(),
         result.curve.shape,
-    )  # fmt: skip
+    )
 
 
 def content(path):
-    """Everything that a study holds, in a form that compares bits: options, candidates, results, plan."""
+    """Everything that a study holds, in a form that compares bits: options, candidates, results,
+    plan."""
     with Store.open(path) as store:
         rows = store.trials()
-        return store.meta, [c for c, _ in rows], {r.number: bits(r) for _, r in rows if r}, store.plan()
+        return (
+            store.meta,
+            [c for c, _ in rows],
+            {r.number: bits(r) for _, r in rows if r},
+            store.plan(),
+        )
 
 
 def make_study(path, trials=0, results=(), meta=None):

@@ -1,4 +1,5 @@
-"""Images, sequences and several inputs, from tune() to the saved model; each member equals a plain loop."""
+"""Images, sequences and several inputs, from tune() to the saved model; each member equals a plain
+loop."""
 
 import inspect
 
@@ -23,7 +24,9 @@ IDS = torch.randint(9, (48, 5), generator=G)
 class Images(nn.Module):
     def __init__(self, n_features, n_outputs):
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU(), nn.AvgPool2d(2))
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU(), nn.AvgPool2d(2)
+        )
         self.head = nn.Linear(4 * 9, n_outputs)
 
     def forward(self, x):
@@ -33,7 +36,8 @@ class Images(nn.Module):
 class IdsAndNumbers(nn.Module):
     def __init__(self, n_features, n_outputs):
         super().__init__()
-        self.code, self.head = nn.Embedding(9, 4), nn.Linear(5, n_outputs)
+        self.code = nn.Embedding(9, 4)
+        self.head = nn.Linear(5, n_outputs)
 
     def forward(self, ids, number):
         return self.head(torch.cat([self.code(ids).mean(1), number], 1))
@@ -42,11 +46,18 @@ class IdsAndNumbers(nn.Module):
 def test_a_member_on_images_equals_a_plain_loop():
     options = SMALL | {"cv": [(np.arange(8, 48), np.arange(8))], "dtype": "float64", "n_trials": 1}
     study = gputune.tune(
-        Images, IMAGES, LABELS, space={"lr": [0.01], "batch_size": [16]}, scoring="neg_log_loss", **options
+        Images,
+        IMAGES,
+        LABELS,
+        space={"lr": [0.01], "batch_size": [16]},
+        scoring="neg_log_loss",
+        **options,
     )
     config = {"lr": 0.01, "batch_size": 16, "optimizer": "adamw", "weight_decay": 0.01}
     rows = IMAGES.double()
-    module = train_module(lambda: Images(6, 2), rows[8:], LABELS[8:], config, epochs=2, max_epochs=2)
+    module = train_module(
+        lambda: Images(6, 2), rows[8:], LABELS[8:], config, epochs=2, max_epochs=2
+    )
     loss = nn.functional.cross_entropy(module(rows[:8]), LABELS[:8])
     assert study.curves[0, -1, 0] == pytest.approx(-loss.item(), abs=1e-9)
 
@@ -54,8 +65,12 @@ def test_a_member_on_images_equals_a_plain_loop():
 def test_a_command_tunes_images_of_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.savez("images.npz", image=IMAGES.numpy(), label=LABELS.numpy())
-    (tmp_path / "net.py").write_text("import torch\nfrom torch import nn\n\n\n" + inspect.getsource(Images))
-    code, out, err = run("tune", "images.npz", "--target", "label", "--model", "net.py:Images", *FAST)
+    (tmp_path / "net.py").write_text(
+        "import torch\nfrom torch import nn\n\n\n" + inspect.getsource(Images)
+    )
+    code, out, err = run(
+        "tune", "images.npz", "--target", "label", "--model", "net.py:Images", *FAST
+    )
     assert code == 0 and "Inputs   float32 (rows, 1, 6, 6)" in out, err
     code, out, err = run("predict", "gputune-out/model", "images.npz", "--trust-code")
     assert code == 0 and len(out.splitlines()) == 49, err
@@ -78,7 +93,9 @@ def test_several_inputs_go_by_name_and_in_order():
     ordered = gputune.tune(IdsAndNumbers, (IDS, number), LABELS, **SMALL)
     assert [t.score for t in named.trials] == [t.score for t in ordered.trials]
     rows = {"ids": IDS, "number": number}
-    np.testing.assert_array_equal(named.best_model().predict(rows), ordered.best_model().predict((IDS, number)))
+    np.testing.assert_array_equal(
+        named.best_model().predict(rows), ordered.best_model().predict((IDS, number))
+    )
 
 
 def test_a_study_of_a_file_goes_on(tmp_path):
@@ -89,7 +106,9 @@ def test_a_study_of_a_file_goes_on(tmp_path):
     more = gputune.tune(Images, tmp_path / "images.npz", "label", **options)
     assert [t.score for t in more.trials] == [t.score for t in whole.trials]
     opened = gputune.Study.open(tmp_path / "study.db").best_model(trust_code=True)
-    np.testing.assert_array_equal(opened.predict(tmp_path / "images.npz"), more.best_model().predict(IMAGES))
+    np.testing.assert_array_equal(
+        opened.predict(tmp_path / "images.npz"), more.best_model().predict(IMAGES)
+    )
 
 
 def test_what_is_scaled_is_said(capsys):
@@ -97,7 +116,12 @@ def test_what_is_scaled_is_said(capsys):
         ("none", "not scaled: X[1]; numbers='standard' scales by channel"),
         ("standard", "scaled by channel: X[1]; not scaled: X[0]"),
     ):
-        gputune.tune(IdsAndNumbers, (IDS, torch.rand(48, 1)), LABELS, **SMALL | {"numbers": numbers, "verbose": 1})
+        gputune.tune(
+            IdsAndNumbers,
+            (IDS, torch.rand(48, 1)),
+            LABELS,
+            **SMALL | {"numbers": numbers, "verbose": 1},
+        )
         assert f"note: {words}\n" in capsys.readouterr().err
 
 
@@ -111,15 +135,18 @@ def test_a_scorer_of_ones_own_sees_the_arrays():
     assert [t.score for t in own.trials] == pytest.approx([t.score for t in named.trials])
 
 
-@pytest.mark.parametrize(("model", "X", "message"), [
-    ("mlp", IMAGES, "the model takes tables, of two axes: choose model='cnn' for images"),
-    ("realmlp", IMAGES, "choose model='cnn' for images, or a module of your own"),
-    ("mlp", IMAGES[:, 0], "model='cnn' for images, model='gru' for sequences, or"),
-    (Images, (), "X is empty; pass at least one array"),
-    ("logistic", (IDS, IDS), "X is a tuple of 2 inputs"),
-    (Images, IMAGES.expand(-1, 3, -1, -1), "submodule 'body.0'.* raised RuntimeError"),
-    (Images, IMAGES[:40], "y must have one value a row of X, got 48 values and 40 rows"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model", "X", "message"),
+    [
+        ("mlp", IMAGES, "the model takes tables, of two axes: choose model='cnn' for images"),
+        ("realmlp", IMAGES, "choose model='cnn' for images, or a module of your own"),
+        ("mlp", IMAGES[:, 0], "model='cnn' for images, model='gru' for sequences, or"),
+        (Images, (), "X is empty; pass at least one array"),
+        ("logistic", (IDS, IDS), "X is a tuple of 2 inputs"),
+        (Images, IMAGES.expand(-1, 3, -1, -1), "submodule 'body.0'.* raised RuntimeError"),
+        (Images, IMAGES[:40], "y must have one value a row of X, got 48 values and 40 rows"),
+    ],
+)
 def test_what_does_not_fit_is_refused_before_anything_trains(model, X, message):
     with refused(message):
         gputune.tune(model, X, LABELS, **SMALL)
@@ -129,7 +156,8 @@ class Pairs(Dataset):
     """Items (inputs, target), the inputs a tuple."""
 
     def __init__(self, X, y):
-        self.X, self.y = X, y
+        self.X = X
+        self.y = y
 
     def __len__(self):
         return len(self.y)

@@ -10,7 +10,11 @@ import pytest
 from forked import Fork
 
 ROOT = Path(__file__).parent.parent
-PAGES = [page for page in sorted((Path(__file__).parents[1] / "docs").glob("*.md")) if "```python" in page.read_text()]
+PAGES = [
+    page
+    for page in sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
+    if "```python" in page.read_text()
+]
 
 WHOLE = re.compile(r"-?\d+")
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
@@ -21,13 +25,18 @@ def is_timed(page):
     return page.name == "scikit-learn.md"
 
 
-@pytest.fixture(params=[pytest.param(page, id=page.name, marks=[pytest.mark.cpu] * is_timed(page)) for page in PAGES])
+@pytest.fixture(
+    params=[
+        pytest.param(page, id=page.name, marks=[pytest.mark.cpu] * is_timed(page)) for page in PAGES
+    ]
+)
 def page(request):
     return request.param
 
 
 def python_blocks(page):
-    """The python blocks, each with the text block that comes next, or None: then it prints nothing."""
+    """The python blocks, each with the text block that comes next, or None: then it prints
+    nothing."""
     blocks = re.findall(r"```(\w+)\n(.*?)```", page.read_text(), re.S)
     for (kind, code), (next_kind, text) in zip(blocks, [*blocks[1:], ("", "")]):
         if kind == "python":
@@ -35,7 +44,8 @@ def python_blocks(page):
 
 
 def is_close(printed, shown):
-    """The same words and whole numbers; other numbers as near as another machine's rounding leaves them."""
+    """The same words and whole numbers; other numbers as near as another machine's rounding leaves
+    them."""
     words, expected = (" ".join(NUMBER.sub(" # ", text).split()) for text in (printed, shown))
     if words != expected:
         return False
@@ -73,7 +83,8 @@ def test_python_blocks_run_in_order_and_print_what_is_shown(page, tmp_path, monk
     popen = subprocess.Popen
 
     def begin(command, **how):
-        script = command[0] == sys.executable and not how  # a page's, which begins at once as a fork
+        # a page's, which begins at once as a fork
+        script = command[0] == sys.executable and not how
         return Fork(command[2]) if script else popen(command, **how)
 
     monkeypatch.setattr(subprocess, "Popen", begin)

@@ -1,4 +1,5 @@
-"""What everything stands on: the garbage collector held back, the memory that may be taken, scratch folders."""
+"""What everything stands on: the garbage collector held back, the memory that may be taken, scratch
+folders."""
 
 import os
 import resource
@@ -42,7 +43,10 @@ assert not gc.isenabled()
 
 @pytest.mark.parametrize("code", [FEW_AND_MANY, FROZEN])
 def test_many_new_objects_count_as_old_ones_and_what_a_program_has_set_stays(code):
-    code = f"import gc, weakref\nfrom gputune.garbage import without_collector\nclass Circle: pass\n{code}"
+    code = (
+        "import gc, weakref\nfrom gputune.garbage import without_collector\nclass Circle: "
+        f"pass\n{code}"
+    )
     subprocess.run([sys.executable, "-P", "-c", code], check=True)
 
 
@@ -51,17 +55,25 @@ of_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 @pytest.fixture
 def groups(monkeypatch, tmp_path):
-    """Let this process see other control groups: write(version, group of the process, {file: text})."""
+    """Let this process see other control groups: write(version, group of the process, {file:
+    text})."""
     monkeypatch.setattr(main_memory, "_PROC", tmp_path / "proc")
     (tmp_path / "proc" / "self").mkdir(parents=True)
     (tmp_path / "proc" / "meminfo").write_text(f"MemAvailable: {1 << 40} kB\n")
     mount = tmp_path / "cgroup fs"
 
     def write(version, group, files, root="/"):
-        line, kind = ("0::", "cgroup2 cgroup2 rw") if version == 2 else ("3:cpu,memory:", "cgroup cgroup rw,memory")
+        line, kind = (
+            ("0::", "cgroup2 cgroup2 rw")
+            if version == 2
+            else ("3:cpu,memory:", "cgroup cgroup rw,memory")
+        )
         (tmp_path / "proc/self/cgroup").write_text(f"7:pids:/other\n{line}{group}\n")
         place = str(mount).replace(" ", "\\040")
-        lines = "31 23 0:28 / /sys rw - tmpfs tmpfs rw", f"32 31 0:29 {root} {place} rw,nosuid shared:9 - {kind}"
+        lines = (
+            "31 23 0:28 / /sys rw - tmpfs tmpfs rw",
+            f"32 31 0:29 {root} {place} rw,nosuid shared:9 - {kind}",
+        )
         (tmp_path / "proc/self/mountinfo").write_text("\n".join(lines))
         for name, text in files.items():
             (mount / name).parent.mkdir(parents=True, exist_ok=True)
@@ -90,24 +102,63 @@ V1 = {
 
 
 @of_linux
-@pytest.mark.parametrize(("version", "group", "files", "root", "free"), [
-    # What is left of the limit, cached files counted as free, and not the limit.
-    (2, "/", {"memory.max": "10000", "memory.current": "4000", "memory.stat": "anon 3000\ninactive_file 1000\n"}, "/",
-     7000),
-    # The smallest along the path to the root: the group above leaves less.
-    (2, "/a/b", {"a/memory.max": "9000", "a/memory.current": "8500", "a/memory.stat": "active_file 300",
-                 "a/b/memory.max": "max", "a/b/memory.high": "6000", "a/b/memory.current": "100"}, "/", 800),
-    (2, "/a/b", {"a/memory.max": "max", "a/b/memory.max": "max", "a/b/memory.high": "6000",
-                 "a/b/memory.current": "100"}, "/", 5900),
-    # Another group's limit is none of ours.
-    (2, "/a", {"a/memory.max": "max", "b/memory.max": "10"}, "/", None),
-    (2, "/a", {"a/memory.max": "10", "a/memory.current": "50"}, "/", 0),
-    (1, "/job", V1, "/", 4500),
-    # A container: the process's group is the mount point, by a name that is known outside only.
-    (1, "/docker/job", {name.removeprefix("job/"): text for name, text in V1.items() if "job" in name}, "/docker/job",
-     4500),
-    (2, "/../../kubepods/pod", {"memory.max": "700"}, "/", 700),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("version", "group", "files", "root", "free"),
+    [
+        # What is left of the limit, cached files counted as free, and not the limit.
+        (
+            2,
+            "/",
+            {
+                "memory.max": "10000",
+                "memory.current": "4000",
+                "memory.stat": "anon 3000\ninactive_file 1000\n",
+            },
+            "/",
+            7000,
+        ),
+        # The smallest along the path to the root: the group above leaves less.
+        (
+            2,
+            "/a/b",
+            {
+                "a/memory.max": "9000",
+                "a/memory.current": "8500",
+                "a/memory.stat": "active_file 300",
+                "a/b/memory.max": "max",
+                "a/b/memory.high": "6000",
+                "a/b/memory.current": "100",
+            },
+            "/",
+            800,
+        ),
+        (
+            2,
+            "/a/b",
+            {
+                "a/memory.max": "max",
+                "a/b/memory.max": "max",
+                "a/b/memory.high": "6000",
+                "a/b/memory.current": "100",
+            },
+            "/",
+            5900,
+        ),
+        # Another group's limit is none of ours.
+        (2, "/a", {"a/memory.max": "max", "b/memory.max": "10"}, "/", None),
+        (2, "/a", {"a/memory.max": "10", "a/memory.current": "50"}, "/", 0),
+        (1, "/job", V1, "/", 4500),
+        # A container: the process's group is the mount point, by a name that is known outside only.
+        (
+            1,
+            "/docker/job",
+            {name.removeprefix("job/"): text for name, text in V1.items() if "job" in name},
+            "/docker/job",
+            4500,
+        ),
+        (2, "/../../kubepods/pod", {"memory.max": "700"}, "/", 700),
+    ],
+)
 def test_what_its_control_groups_leave(groups, version, group, files, root, free):
     groups(version, group, files, root)
     expected = 1 << 50 if free is None else free
@@ -130,7 +181,8 @@ def test_a_system_that_says_nothing_sets_no_limit(monkeypatch, tmp_path):
     assert free_memory() == sys.maxsize
 
 
-# Scratch folders are gone at the end, and after a kill when the next one is made; nothing else is ever removed.
+# Scratch folders are gone at the end, and after a kill when the next one is made; nothing else is
+# ever removed.
 HOLD = """
 import sys
 from pathlib import Path
@@ -189,7 +241,8 @@ def test_only_own_folders_of_the_pattern_are_swept(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_is_swept_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
-    lock, swept = scratch.lock_descriptor, []
+    lock = scratch.lock_descriptor
+    swept = []
 
     def late(file, **how):
         if not swept:
@@ -204,5 +257,7 @@ def test_a_folder_that_is_swept_before_it_is_locked_is_made_again(tmp_path, monk
 
 def test_where_nothing_can_be_made_the_folder_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=r"no file can be made in this folder: Not a directory: '.*/file'"):
+    with pytest.raises(
+        OSError, match=r"no file can be made in this folder: Not a directory: '.*/file'"
+    ):
         write_files(tmp_path / "file", {"a": b""}, prefix=".draft")

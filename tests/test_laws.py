@@ -1,4 +1,5 @@
-"""The laws: what must hold whatever is fast, over a grid of optimizers, widths, batch sizes, depths, decay."""
+"""The laws: what must hold whatever is fast, over a grid of optimizers, widths, batch sizes,
+depths, decay."""
 
 import itertools
 import math
@@ -67,7 +68,9 @@ def with_backends(optimizers, backends=("eager", "compiled", "graph")):
     """Every optimizer with every backend that trains it: what is adaptive trains eagerly."""
     marks = {"compiled": needs_compiled_code}
     points = [
-        pytest.param(optimizer, backend, marks=marks.get(backend, ()), id=f"{name_of(optimizer)}-{backend}")
+        pytest.param(
+            optimizer, backend, marks=marks.get(backend, ()), id=f"{name_of(optimizer)}-{backend}"
+        )
         for optimizer in optimizers
         for backend in (backends[:1] if name_of(optimizer).startswith(ONLINE) else backends)
     ]
@@ -90,7 +93,8 @@ def epochs_of_50_steps(data, size):
 )
 @each(OPTIMIZERS)
 def test_law_1_together_equals_alone(optimizer, task, dtype, backend):
-    """In double precision compiled code takes every size; of an eager step and a recorded one each takes a half."""
+    """In double precision compiled code takes every size; of an eager step and a recorded one each
+    takes a half."""
     classes = (task, dtype) == ("multiclass", torch.float64)
     if backend == "graph" and not classes:
         pytest.skip("the step is the eager one")
@@ -106,7 +110,9 @@ def unlike(optimizer):
     """Configurations that share no width, no batch size and no rates, in one population."""
     sizes = [(16, 9, 0.01), (12, 11, 0.003), (9, 16, 0.01), (16, 14, 0.001)]
     configs = ({"width": width, "batch_size": size, "lr": lr} for width, size, lr in sizes)
-    configs = fill(*({**optimizer, **c, "hypergrad_lr": 0.01 * i} for i, c in enumerate(configs, 1)))
+    configs = fill(
+        *({**optimizer, **c, "hypergrad_lr": 0.01 * i} for i, c in enumerate(configs, 1))
+    )
     assert len(populations(configs, "mlp", rows=31)) == 1
     return configs
 
@@ -119,10 +125,14 @@ def test_law_1_for_unlike_widths_and_batch_sizes_in_one_population(optimizer):
 @with_backends([OPTIMIZERS[1], OPTIMIZERS[5]], ["eager", "compiled"])
 def test_law_1_for_layers_of_unlike_widths(optimizer):
     widths = [(16, 3), (5, 14), 12]
-    configs = fill(*({**optimizer, "width": width, "batch_size": 9, "lr": 0.01} for width in widths))
+    configs = fill(
+        *({**optimizer, "width": width, "batch_size": 9, "lr": 0.01} for width in widths)
+    )
     assert len(populations(configs, "mlp", rows=31)) == 1
     assert_equals_plain_loop(make_data(), configs, epochs=6)
-    assert_equals_plain_loop(make_data(), fill({**optimizer, "width": (7, 20, 9), "lr": 0.01}), epochs=6)
+    assert_equals_plain_loop(
+        make_data(), fill({**optimizer, "width": (7, 20, 9), "lr": 0.01}), epochs=6
+    )
 
 
 @eagerly
@@ -170,12 +180,18 @@ def test_law_1_for_weights_and_linear_models(size, weights, optimizer):
     for task in ("binary", "regression"):
         data = make_data(task, weights=weights)
         configs = ({"batch_size": size}, {"batch_size": size, "lr": 0.1}, {"batch_size": size + 1})
-        assert_equals_plain_loop(data, fill(*configs, optimizer=optimizer), kind="linear", epochs=10)
+        assert_equals_plain_loop(
+            data, fill(*configs, optimizer=optimizer), kind="linear", epochs=10
+        )
         assert_equals_plain_loop(data, fill({"batch_size": size, "width": 5}), epochs=5)
 
 
 def test_law_1_for_schedules_that_end_early():
-    configs = ({"schedule": "cosine", "batch_size": 10}, {"batch_size": 10}, {"schedule": "cosine", "batch_size": 13})
+    configs = (
+        {"schedule": "cosine", "batch_size": 10},
+        {"batch_size": 10},
+        {"schedule": "cosine", "batch_size": 13},
+    )
     assert_equals_plain_loop(make_data(), fill(*configs), epochs=4, horizon=9)
 
 
@@ -183,7 +199,14 @@ def mixed_configs(*optimizers):
     ways = itertools.product((1e-3, 1e-2), SIZES, (0.0, 0.2), optimizers)
     return fill(
         *(
-            {"lr": lr, "batch_size": size, "width": width, "dropout": p, "optimizer": name, "hypergrad_lr": 0.05}
+            {
+                "lr": lr,
+                "batch_size": size,
+                "width": width,
+                "dropout": p,
+                "optimizer": name,
+                "hypergrad_lr": 0.05,
+            }
             for lr, (width, size), p, name in ways
         )
     )
@@ -234,7 +257,9 @@ def test_law_2_a_diverged_member_leaves_the_others_bit_for_bit(optimizer):
 def test_law_2_trials_that_leave_change_no_other(optimizer):
     data = make_data()
     scoring = scoring_of(data)
-    wild = fill(*({"lr": lr, "optimizer": optimizer, "batch_size": 16} for lr in (1e-2, 1e200, 3e-2)))
+    wild = fill(
+        *({"lr": lr, "optimizer": optimizer, "batch_size": 16} for lr in (1e-2, 1e200, 3e-2))
+    )
     calm = [{**config, "lr": min(config["lr"], 3e-2)} for config in wild]
     expected, _ = train_together(data, calm, epochs=6, scoring=scoring)
     found, curves = train_together(data, wild, epochs=6, scoring=scoring)
@@ -246,7 +271,8 @@ def test_law_2_trials_that_leave_change_no_other(optimizer):
 
 @with_backends(["sgd", "adam", "adamw", *ONLINE])
 def test_law_3_padded_units_stay_zero(optimizer, backend):
-    data, widths = make_data(), (3, 16, 9, (9, 5))
+    data = make_data()
+    widths = (3, 16, 9, (9, 5))
     configs = fill(*({"width": width, "optimizer": optimizer} for width in widths))
     network = StackedMLP("mlp", configs, shape_of(data), seed=0)
     trained = train(network, data, configs, seed=0, epochs=5, horizon=5, backend=backend)

@@ -1,4 +1,5 @@
-"""The laws of user's modules: whatever way it trains, a member is what a plain PyTorch loop makes, after 51 steps."""
+"""The laws of user's modules: whatever way it trains, a member is what a plain PyTorch loop makes,
+after 51 steps."""
 
 from dataclasses import replace
 from functools import cache, partial
@@ -15,26 +16,42 @@ from gputune.native import library as built
 from gputune.population.population import Population
 from problems import fill, largest_difference, make_data, variant
 
-EPOCHS, HALF = 17, 8  # of three steps each
+# of three steps each
+EPOCHS = 17
+HALF = 8
 G = torch.Generator().manual_seed(3)
 N = 61
 IMAGES = torch.rand(N, 2, 6, 6, generator=G, dtype=torch.float64)
 SEQUENCES = torch.randn(N, 3, 3, generator=G, dtype=torch.float64)
-IDS, NUMBERS = torch.randint(9, (N, 4), generator=G), torch.randn(N, 2, generator=G, dtype=torch.float64)
+IDS = torch.randint(9, (N, 4), generator=G)
+NUMBERS = torch.randn(N, 2, generator=G, dtype=torch.float64)
 
 
 class Convolutions(nn.Sequential):
     def __init__(self, n_outputs):
         # A bias before a BatchNorm has a slope of rounding errors, of which Adam makes steps.
-        first = nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)
-        then = (nn.Conv2d(4, 3, 2, bias=False), nn.BatchNorm2d(3), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        first = (
+            nn.Conv2d(2, 4, 3, padding=1, bias=False),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        )
+        then = (
+            nn.Conv2d(4, 3, 2, bias=False),
+            nn.BatchNorm2d(3),
+            nn.SiLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
         super().__init__(*first, *then, nn.Dropout(0.1), nn.Linear(3, n_outputs))
 
 
 class Recurrent(nn.Module):
     def __init__(self, n_features, n_outputs, kind):
         super().__init__()
-        self.cell = kind(n_features, 4, num_layers=2, batch_first=True, dropout=0.2, bidirectional=True)
+        self.cell = kind(
+            n_features, 4, num_layers=2, batch_first=True, dropout=0.2, bidirectional=True
+        )
         self.head = nn.Linear(8, n_outputs)
 
     def forward(self, x):
@@ -46,7 +63,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.enter = nn.Linear(n_features, 4)
         layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.1, batch_first=True)
-        self.encoder, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(4, n_outputs)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+        self.head = nn.Linear(4, n_outputs)
 
     def forward(self, x):
         return self.head(self.encoder(self.enter(x)).mean(1))
@@ -55,7 +73,8 @@ class Encoder(nn.Module):
 class TwoInputs(nn.Module):
     def __init__(self, n_outputs):
         super().__init__()
-        self.code, self.head = nn.Embedding(9, 3), nn.Linear(5, n_outputs)
+        self.code = nn.Embedding(9, 3)
+        self.head = nn.Linear(5, n_outputs)
 
     def forward(self, ids, number):
         return self.head(torch.cat([self.code(ids).mean(1), number], 1))
@@ -66,7 +85,8 @@ class Shared(nn.Module):
 
     def __init__(self, n_outputs):
         super().__init__()
-        self.code, self.head = nn.Embedding(9, 3), nn.Linear(9, n_outputs)
+        self.code = nn.Embedding(9, 3)
+        self.head = nn.Linear(9, n_outputs)
         self.inner = nn.Linear(3, 9, bias=False)
         self.inner.weight = self.code.weight
 
@@ -81,8 +101,10 @@ class Residual(nn.Module):
         super().__init__()
         self.enter = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4))
         self.inner = nn.Conv2d(4, 4, 3, 2, padding=1, groups=4, bias=False)
-        self.norm, self.around = nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 1, 2, bias=False)
-        self.drop, self.head = nn.Dropout2d(0.1), nn.Linear(4, n_outputs)
+        self.norm = nn.GroupNorm(2, 4)
+        self.around = nn.Conv2d(4, 4, 1, 2, bias=False)
+        self.drop = nn.Dropout2d(0.1)
+        self.head = nn.Linear(4, n_outputs)
 
     def forward(self, x):
         x = torch.relu_(self.enter(x))
@@ -95,7 +117,8 @@ class Masked(Encoder):
 
     def __init__(self, n_outputs):
         super().__init__(3, n_outputs)
-        self.code, self.encoder.use_nested_tensor = nn.Embedding(9, 3, padding_idx=0), False
+        self.code = nn.Embedding(9, 3, padding_idx=0)
+        self.encoder.use_nested_tensor = False
 
     def forward(self, ids):
         left_out = ids == 0
@@ -104,7 +127,9 @@ class Masked(Encoder):
 
 
 # What vmap refuses: a decision on numbers.
-Branching = variant(Convolutions, lambda self, x: Convolutions.forward(self, x * 2 if x.mean() > 0.5 else x))
+Branching = variant(
+    Convolutions, lambda self, x: Convolutions.forward(self, x * 2 if x.mean() > 0.5 else x)
+)
 
 CASES = {
     "cnn": (Convolutions, (IMAGES,)),
@@ -117,7 +142,8 @@ CASES = {
     "masked": (Masked, (IDS,)),
     "branching": (Branching, (IMAGES,)),
 }
-# An eager step is a recorded one without the recording; a masked encoder is an encoder, one that branches is a cnn.
+# An eager step is a recorded one without the recording; a masked encoder is an encoder, one that
+# branches is a cnn.
 CODED = ("gru", "encoder", "two inputs", "shared")
 SHORT = {
     "eager": ("cnn",),
@@ -170,12 +196,15 @@ def plain(builder, **sizes):
 def case(name, dtype=torch.float64):
     build, inputs = CASES[name]
     inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
-    data = replace(make_data(folds=2, dtype=dtype), inputs=tuple(x[None] for x in inputs), copies=(0, 0))
+    data = replace(
+        make_data(folds=2, dtype=dtype), inputs=tuple(x[None] for x in inputs), copies=(0, 0)
+    )
     return build, replace(data, scaling=(None,) * len(inputs))
 
 
 def job_of(build, data, backend, epochs=EPOCHS):
-    """A job whose modules train by a backend; "coded": in compiled code, which recorded steps are written as."""
+    """A job whose modules train by a backend; "coded": in compiled code, which recorded steps are
+    written as."""
     traits = replace(traits_of(build, CONFIGS[0], data), coded=backend == "coded")
     backend = "graph" if backend == "coded" else backend
     options = {"module_class": build, "backend": backend, "traits": {WHOLE.arguments: traits}}
@@ -189,7 +218,9 @@ def alone(name, trial, dtype=torch.float64):
     rows = data.folds[1].train
     sizes = {"n_outputs": 3} | ({"n_features": 3} if name in ("gru", "lstm", "encoder") else {})
     x = Rows([part[0, rows] for part in data.inputs])
-    return reference.train_module(partial(plain, build, **sizes), x, data.y[rows], CONFIGS[trial], epochs=EPOCHS)
+    return reference.train_module(
+        partial(plain, build, **sizes), x, data.y[rows], CONFIGS[trial], epochs=EPOCHS
+    )
 
 
 @ways(SHORT)
@@ -198,13 +229,17 @@ def test_a_member_is_what_a_plain_loop_makes(name, backend):
     build, data = case(name)
     assert bool(traits_of(build, CONFIGS[0], data).unstackable) == (name == "branching")
     members = train_chunk(job_of(build, data, backend), data, WHOLE)
-    assert all(largest_difference(members.member(1, c), alone(name, c)) <= 1e-8 for c in range(len(CONFIGS)))
+    assert all(
+        largest_difference(members.member(1, c), alone(name, c)) <= 1e-8
+        for c in range(len(CONFIGS))
+    )
 
 
 @ways(RESUMED)
 @pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:enable_nested_tensor")
 def test_company_halving_and_a_resume_change_nothing(name, backend):
-    """Two of three go on from half the epochs, one of them by itself: both are still the plain loop's."""
+    """Two of three go on from half the epochs, one of them by itself: both are still the plain
+    loop's."""
     build, data = case(name)
     begun = train_chunk(job_of(build, data, backend, HALF), data, WHOLE)
     job = job_of(build, data, backend)
@@ -215,7 +250,8 @@ def test_company_halving_and_a_resume_change_nothing(name, backend):
         assert largest_difference(members.member(1, len(kept) - 1), alone(name, 2)) <= 1e-8
 
 
-# The bias of an encoder's keys has a slope of rounding errors alone too, since its softmax knows no shift.
+# The bias of an encoder's keys has a slope of rounding errors alone too, since its softmax knows no
+# shift.
 @pytest.mark.parametrize("name", ["cnn", pytest.param("gru", marks=pytest.mark.long), "shared"])
 def test_single_precision_is_that_of_a_plain_loop(name):
     build, data = case(name, torch.float32)

@@ -6,7 +6,15 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, brier_score_loss, f1_score, get_scorer, log_loss, r2_score, roc_auc_score
+from sklearn.metrics import (
+    accuracy_score,
+    brier_score_loss,
+    f1_score,
+    get_scorer,
+    log_loss,
+    r2_score,
+    roc_auc_score,
+)
 from torch import nn
 from torch.nn import functional
 
@@ -18,20 +26,30 @@ from refused import refused
 
 G = torch.Generator().manual_seed(0)
 X = torch.randn(60, 5, generator=G)
-SEVERAL = torch.stack([X[:, 0] * 3 + 7, X[:, 1] - X[:, 2]], 1) + 0.1 * torch.randn(60, 2, generator=G)
+SEVERAL = torch.stack([X[:, 0] * 3 + 7, X[:, 1] - X[:, 2]], 1) + 0.1 * torch.randn(
+    60, 2, generator=G
+)
 LABELS = (SEVERAL.mean(0) < SEVERAL).long()
 LABELS = torch.cat([LABELS, (X[:, 3:4] > 0.3).long()], 1)
 CUT = [(np.arange(20, 60), np.arange(20))]
 ONE = {
-    "space": {"lr": [0.01], "batch_size": [16]}, "n_trials": 1, "cv": CUT, "max_epochs": 3, "verbose": 0,
-    "workers": 1, "numbers": "none", "dtype": "float64", "epoch": "last",
-}  # fmt: skip
+    "space": {"lr": [0.01], "batch_size": [16]},
+    "n_trials": 1,
+    "cv": CUT,
+    "max_epochs": 3,
+    "verbose": 0,
+    "workers": 1,
+    "numbers": "none",
+    "dtype": "float64",
+    "epoch": "last",
+}
 
 
 class Net(nn.Module):
     def __init__(self, n_features, n_outputs, hidden=8):
         super().__init__()
-        self.first, self.last = nn.Linear(n_features, hidden), nn.Linear(hidden, n_outputs)
+        self.first = nn.Linear(n_features, hidden)
+        self.last = nn.Linear(hidden, n_outputs)
 
     def forward(self, x):
         return self.last(torch.tanh(self.first(x)))
@@ -49,12 +67,14 @@ class Single(Net):
 
 
 def plain_loop(build, y, loss, *, augment=lambda x, step: x):
-    """Train one module, ``build()`` or a Net of so many outputs, on rows 20 to 59 by a plain loop of the user's own."""
+    """Train one module, ``build()`` or a Net of so many outputs, on rows 20 to 59 by a plain loop
+    of the user's own."""
     with torch.random.fork_rng():
         torch.manual_seed(stream_seed(0, "module"))
         module = (Net(5, build) if isinstance(build, int) else build()).double()
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.01)
-    x, y = X[20:].double(), y[20:]
+    x = X[20:].double()
+    y = y[20:]
     for epoch in range(3):
         order = torch.randperm(40, generator=stream(0, "rows", 40, epoch))
         for step, batch in enumerate(order.split(16)):
@@ -77,7 +97,8 @@ def test_several_numbers_are_each_standardised_and_scored_as_scikit_learn_does()
     names = ["r2", "neg_root_mean_squared_error", "neg_median_absolute_error", "explained_variance"]
     study = gputune.tune(Net, X, SEVERAL, scoring=names, **ONE)
     train = SEVERAL[20:].double()
-    center, scale = train.mean(0), train.std(0, correction=0)
+    center = train.mean(0)
+    scale = train.std(0, correction=0)
     module = plain_loop(2, (SEVERAL.double() - center) / scale, functional.mse_loss)
     predicted = (outputs_of(module) * scale + center).numpy()
     for name in names:
@@ -90,7 +111,8 @@ def test_several_numbers_are_each_standardised_and_scored_as_scikit_learn_does()
 
 def test_several_labels_are_scored_and_their_model_is_saved(tmp_path):
     loss = functional.binary_cross_entropy_with_logits
-    logits, y = outputs_of(plain_loop(3, LABELS.double(), loss)), LABELS[:20].numpy()
+    logits = outputs_of(plain_loop(3, LABELS.double(), loss))
+    y = LABELS[:20].numpy()
     guess = (logits > 0).numpy()
     expected = {
         "accuracy": accuracy_score(y, guess),
@@ -126,7 +148,9 @@ FLAT = partial(OneLogit, flat=True)
 
 
 def own_bce(outputs, y):
-    return functional.binary_cross_entropy_with_logits(outputs.flatten(), y.double(), reduction="none")
+    return functional.binary_cross_entropy_with_logits(
+        outputs.flatten(), y.double(), reduction="none"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -139,11 +163,19 @@ def one_logit():
 @pytest.mark.parametrize("model", [OneLogit, FLAT], ids=["column", "flat"])
 @pytest.mark.parametrize(
     ("backend", "loss"),
-    [("loop", None), ("graph", None), ("graph", "bce"), ("eager", nn.BCEWithLogitsLoss()), ("graph", own_bce)],
+    [
+        ("loop", None),
+        ("graph", None),
+        ("graph", "bce"),
+        ("eager", nn.BCEWithLogitsLoss()),
+        ("graph", own_bce),
+    ],
     ids=["loop", "none", "bce", "torch", "own"],
 )
 def test_one_logit_of_two_classes_is_what_a_plain_loop_makes(model, backend, loss, one_logit):
-    study = gputune.tune(model, X, TWO, scoring="neg_log_loss", loss=loss, **ONE | {"backend": backend})
+    study = gputune.tune(
+        model, X, TWO, scoring="neg_log_loss", loss=loss, **ONE | {"backend": backend}
+    )
     assert study.best_score == pytest.approx(-log_loss(TWO[:20], one_logit[:20]), abs=1e-8)
     if loss is None:
         best = study.best_model()
@@ -151,16 +183,20 @@ def test_one_logit_of_two_classes_is_what_a_plain_loop_makes(model, backend, los
 
 
 def test_scores_of_one_logit(one_logit):
-    p, y = one_logit[:20], TWO[:20]
+    p = one_logit[:20]
+    y = TWO[:20]
     guess = np.where(p > 0.5, "yes", "no")
     scorers = {name: name for name in ("accuracy", "roc_auc", "f1", "neg_brier_score")}
     scorers["own"] = lambda estimator, X, y: estimator.predict_proba(X)[:, 1].mean()
     scorers["outputs"] = lambda outputs, y: float(outputs[:, 0].sum())
     expected = {
-        "accuracy": accuracy_score(y, guess), "roc_auc": roc_auc_score(y, p),
-        "f1": f1_score(y, guess, pos_label="yes"), "neg_brier_score": -brier_score_loss(y, p, pos_label="yes"),
-        "own": p.mean(), "outputs": float(torch.logit(torch.tensor(p)).sum()),
-    }  # fmt: skip
+        "accuracy": accuracy_score(y, guess),
+        "roc_auc": roc_auc_score(y, p),
+        "f1": f1_score(y, guess, pos_label="yes"),
+        "neg_brier_score": -brier_score_loss(y, p, pos_label="yes"),
+        "own": p.mean(),
+        "outputs": float(torch.logit(torch.tensor(p)).sum()),
+    }
     study = gputune.tune(FLAT, X, TWO, scoring=scorers, positive="yes", **ONE)
     assert study.trials[0].scores == pytest.approx(expected, abs=1e-8)
 
@@ -206,10 +242,13 @@ class Softmax(Net):
         return super().forward(x).softmax(1)
 
 
-@pytest.mark.parametrize(("model", "words"), [
-    (Sigmoid, "and the cross-entropy wants logits: leave out the sigmoid"),
-    (Softmax, "Softmax returns probabilities, and the cross-entropy wants logits"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (Sigmoid, "and the cross-entropy wants logits: leave out the sigmoid"),
+        (Softmax, "Softmax returns probabilities, and the cross-entropy wants logits"),
+    ],
+)
 def test_probabilities_before_the_cross_entropy_are_said(model, words):
     with pytest.warns(gputune.InputWarning, match=words):
         gputune.tune(model, X, TWO, **ONE)
@@ -250,7 +289,8 @@ CODES = (X[:, :2] > 0).sum(1)
 UNSEEN = CODES.masked_fill(X[:, 2] > 0, -100)
 HIGH = (X[:, 0] * 3 + 7).double()
 FIXED = {"space": {**ONE["space"], "loss__q": 0.9}, "scoring": "neg_loss"}
-THREE, LEAVES_0 = partial(Net, n_outputs=3), nn.CrossEntropyLoss(ignore_index=0)
+THREE = partial(Net, n_outputs=3)
+LEAVES_0 = nn.CrossEntropyLoss(ignore_index=0)
 NUMBERS = {"task": "regression", "scoring": total}
 
 
@@ -260,30 +300,58 @@ NUMBERS = {"task": "regression", "scoring": total}
         (COUNTS, {**NUMBERS, "loss": poisson}, 1, COUNTS, mean_poisson),
         (COUNTS, {**NUMBERS, "loss": mean_poisson}, 1, COUNTS, mean_poisson),
         (COUNTS, {**NUMBERS, "loss": nn.PoissonNLLLoss, "model": Single}, 1, COUNTS, mean_poisson),
-        (COUNTS, {**NUMBERS, "loss": poisson, "sample_weight": WEIGHTS}, 1, torch.stack([COUNTS, WEIGHTS], 1),
-         weighed_poisson),
-        (TWO, {"model": OneLogit, "class_weight": {"yes": 3.0}, "scoring": total}, partial(OneLogit, 5), IS_YES,
-         weighed_bce),
+        (
+            COUNTS,
+            {**NUMBERS, "loss": poisson, "sample_weight": WEIGHTS},
+            1,
+            torch.stack([COUNTS, WEIGHTS], 1),
+            weighed_poisson,
+        ),
+        (
+            TWO,
+            {"model": OneLogit, "class_weight": {"yes": 3.0}, "scoring": total},
+            partial(OneLogit, 5),
+            IS_YES,
+            weighed_bce,
+        ),
         (X, {"task": "custom", "loss": distance}, 5, X, lambda o, y: distance(o, y).mean()),
         # Rows that a loss ignores are not in its mean.
         (CODES, {"model": THREE, "loss": LEAVES_0, "scoring": "neg_loss"}, 3, CODES, LEAVES_0),
-        (UNSEEN, {"model": THREE, "loss": nn.CrossEntropyLoss(), "task": "custom"}, 3, UNSEEN, nn.CrossEntropyLoss()),
+        (
+            UNSEEN,
+            {"model": THREE, "loss": nn.CrossEntropyLoss(), "task": "custom"},
+            3,
+            UNSEEN,
+            nn.CrossEntropyLoss(),
+        ),
         # The value of a loss that the space fixes.
         (HIGH, {**FIXED, "loss": pinball}, 1, HIGH, lambda o, y: pinball(o, y, 0.9).mean()),
-        (HIGH, {**FIXED, "loss": "quantile"}, 1, (HIGH - HIGH[20:].mean()) / HIGH[20:].std(correction=0),
-         lambda o, y: pinball(o, y, 0.9).mean()),
+        (
+            HIGH,
+            {**FIXED, "loss": "quantile"},
+            1,
+            (HIGH - HIGH[20:].mean()) / HIGH[20:].std(correction=0),
+            lambda o, y: pinball(o, y, 0.9).mean(),
+        ),
     ],
-    ids="rows mean class row-weights class-weights custom ignored ignored-in-custom fixed fixed-by-name".split(),
-)  # fmt: skip
+    ids="rows mean class row-weights class-weights custom ignored ignored-in-custom fixed "
+    "fixed-by-name".split(),
+)
 def test_a_loss_of_ones_own_trains_and_scores_as_a_plain_loop(y, options, build, targets, loss):
     targets = targets.double() if targets.is_floating_point() else targets
     outputs = outputs_of(plain_loop(build, targets, loss))
-    expected = total(outputs, None) if options.get("scoring") is total else -float(loss(outputs, targets[:20]))
+    expected = (
+        total(outputs, None)
+        if options.get("scoring") is total
+        else -float(loss(outputs, targets[:20]))
+    )
     assert score(y, **options) == pytest.approx(expected, rel=1e-8)
 
 
 def test_too_few_outputs_for_two_numbers_are_not_taken_for_logits():
-    with pytest.raises(gputune.InputError, match=r"must return a tensor of shape \(rows, 2\)") as raised:
+    with pytest.raises(
+        gputune.InputError, match=r"must return a tensor of shape \(rows, 2\)"
+    ) as raised:
         gputune.tune(partial(Net, n_outputs=1), X, SEVERAL, **ONE)
     assert "two classes" not in str(raised.value)
 
@@ -296,9 +364,14 @@ def test_losses_of_several_values_are_ranked_by_the_default(capsys):
     space = {**ONE["space"], "loss__q": [0.1, 0.9]}
     how = {**ONE, "space": space, "n_trials": 2, "scoring": "neg_loss", "verbose": 1}
     study = gputune.tune(Net, X, X[:, 0], loss=pinball, **how)
-    assert "neg_loss of each trial is of the loss with loss__q=0.5, its default" in capsys.readouterr().err
+    assert (
+        "neg_loss of each trial is of the loss with loss__q=0.5, its default"
+        in capsys.readouterr().err
+    )
     for trial in study.trials:
-        module = plain_loop(1, X[:, 0].double(), lambda o, y, q=trial.params["loss__q"]: pinball(o, y, q).mean())
+        module = plain_loop(
+            1, X[:, 0].double(), lambda o, y, q=trial.params["loss__q"]: pinball(o, y, q).mean()
+        )
         expected = pinball(outputs_of(module), X[:20, 0].double()).mean()
         assert trial.score == pytest.approx(-float(expected), rel=1e-6)
 
@@ -332,7 +405,9 @@ BROADCASTS = [
 @pytest.mark.parametrize(("loss", "y"), BROADCASTS)
 @pytest.mark.parametrize("face", ["tune", "net"])
 def test_a_loss_that_broadcasts_outputs_and_target_is_refused(loss, y, face):
-    with refused(r"shape \((\d+), 1\) and y \(\1,\), .* torch broadcasts to \(\1, \1\). Take outputs\[:, 0\] or y\["):
+    with refused(
+        r"shape \((\d+), 1\) and y \(\1,\), .* torch broadcasts to \(\1, \1\). Take outputs\[:, 0\] or y\["
+    ):
         if face == "tune":
             gputune.tune(zero_start if y is FAR else OneLogit, X, y, loss=loss, **ONE)
         else:
@@ -350,7 +425,11 @@ def test_a_column_is_seen_as_it_was_given(task, steps):
     def score(outputs, y):
         return -float(loss(outputs, y))
 
-    how = {"training_step": lambda module, batch: loss(module(batch[0]), batch[1])} if steps else {"loss": loss}
+    how = (
+        {"training_step": lambda module, batch: loss(module(batch[0]), batch[1])}
+        if steps
+        else {"loss": loss}
+    )
     column, rows = (
         gputune.tune(model, X, y, task=task, scoring=score, **how, **ONE).trials[0].score
         for model, y in ((OneLogit, FAR[:, None]), (lambda n_features: Single(n_features, 1), FAR))
@@ -364,12 +443,15 @@ def test_a_column_is_seen_as_it_was_given(task, steps):
 @pytest.mark.cpu
 @pytest.mark.filterwarnings("error:Using a target size")
 @pytest.mark.parametrize("y", [FAR, BINARY])
-@pytest.mark.parametrize("loss", [
-    lambda o, t: (o[:, 0] - t).square().mean(),
-    lambda o, t: (o - t[:, None]).square().mean(),
-    lambda o, t: 1 - torch.corrcoef(torch.stack([o[:, 0], t.to(o)]))[0, 1],
-    lambda o, t: o.square().mean(),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda o, t: (o[:, 0] - t).square().mean(),
+        lambda o, t: (o - t[:, None]).square().mean(),
+        lambda o, t: 1 - torch.corrcoef(torch.stack([o[:, 0], t.to(o)]))[0, 1],
+        lambda o, t: o.square().mean(),
+    ],
+)
 def test_a_loss_that_does_not_broadcast_is_taken(loss, y):
     assert gputune.tune(OneLogit, X, y, loss=loss, **ONE).trials[0].score is not None
 
@@ -413,16 +495,22 @@ def test_augmentation_changes_minibatches_of_training_alone():
         return x + 0.1 * torch.randn(x.shape, generator=generator)
 
     def augment(x, key):
-        return noise(x.float(), torch.Generator().manual_seed(stream_seed(0, "augment", *key))).double()
+        return noise(
+            x.float(), torch.Generator().manual_seed(stream_seed(0, "augment", *key))
+        ).double()
 
     module = plain_loop(2, BINARY, functional.cross_entropy, augment=augment)
     found = score(BINARY, augment=lambda x, g: noise(x.float(), g).double(), scoring="neg_log_loss")
-    assert found == pytest.approx(-float(functional.cross_entropy(outputs_of(module), BINARY[:20])), abs=1e-8)
+    assert found == pytest.approx(
+        -float(functional.cross_entropy(outputs_of(module), BINARY[:20])), abs=1e-8
+    )
 
 
 def test_numbers_of_a_loss_are_searched_and_train_together():
     space = {"loss__label_smoothing": [0.0, 0.2], "lr": [0.01], "batch_size": [16]}
-    study = gputune.tune(Net, X, BINARY, **{**ONE, "space": space, "n_trials": 2, "scoring": "neg_log_loss"})
+    study = gputune.tune(
+        Net, X, BINARY, **{**ONE, "space": space, "n_trials": 2, "scoring": "neg_log_loss"}
+    )
     for trial in study.trials:
         smoothing = trial.params["loss__label_smoothing"]
         module = plain_loop(2, BINARY, partial(functional.cross_entropy, label_smoothing=smoothing))
@@ -435,7 +523,8 @@ def powered(outputs, y, power=1.5):
 
 
 @pytest.mark.parametrize(
-    ("loss", "key", "default"), [(powered, "power", 1.5), (nn.HuberLoss, "delta", 1.0), ("quantile", "q", 0.5)]
+    ("loss", "key", "default"),
+    [(powered, "power", 1.5), (nn.HuberLoss, "delta", 1.0), ("quantile", "q", 0.5)],
 )
 def test_the_first_trial_has_the_default_of_a_loss(loss, key, default):
     space = {f"loss__{key}": [0.1, 0.25, default, 3.0 if key != "q" else 0.9]}
@@ -454,41 +543,132 @@ def test_a_study_knows_its_loss(tmp_path):
 ONE_LOGIT = "One logit a row of two classes takes loss='bce'"
 
 
-@pytest.mark.parametrize(("y", "options", "message"), [
-    (X[:, None].expand(60, 2, 5), {}, "a custom target has no loss of its own"),
-    (TWO, {"model": OneLogit, "loss": nn.BCELoss()}, "BCELoss takes probabilities, .* give loss='bce', which"),
-    (TWO, {"model": OneLogit, "loss": "cross_entropy"}, r"got \(31, 1\) .* or one with loss='bce'"),
-    (TWO, {"model": FLAT, "loss": nn.CrossEntropyLoss()}, f"raised .* {ONE_LOGIT}"),
-    (BINARY, {"model": OneLogit, "loss": nn.CrossEntropyLoss()}, ONE_LOGIT),
-    (TWO, {"loss": "bce", "model": lambda n_features: Net(n_features, 2)}, "take loss='cross_entropy'"),
-    (LABELS, {"scoring": "r2"}, "does not fit a multilabel task"),
-    (X, {"task": "custom", "loss": poisson, "scoring": "r2"}, "scoring='r2' does not fit a custom target"),
-    (SEVERAL, {"model": "mlp"}, "predicts one class or one number a row, and y has shape"),
-    (LABELS[:, 0], {"model": "mlp", "loss": torch.nn.CrossEntropyLoss}, "takes losses by name: 'cross_entropy'"),
-    (SEVERAL, {"loss": lambda o, y: o[:, :3] @ y}, "the loss .*<lambda> raised RuntimeError: .* shape"),
-    (SEVERAL, {"loss": lambda o, y: o}, r"return row losses of shape \(rows,\) or their mean, .* got \(31, 2\)"),
-    (SEVERAL[:, 0], {"loss": nn.CrossEntropyLoss()}, "CrossEntropyLoss is of classes, and y is one number a row"),
-    (SEVERAL[:, 0], {"loss": functional.cross_entropy}, "y is numbers here; task='classification' takes it"),
-    (LABELS[:, 0], {"loss": functional.mse_loss}, "y is classes here; task='regression' takes it the other way"),
-    (SEVERAL, {"loss": lambda o, y: (o * math.inf).mean(1)}, "is not finite on the first rows"),
-    (SEVERAL, {"loss": lambda o, y: (o - y).detach().square().mean(1)}, "gives no gradient: what it returns"),
-    (SEVERAL, {"training_step": lambda m: 0}, r"TypeError: .* called as training_step\(module, \(x, y\)\), x "),
-    (SEVERAL, {"augment": lambda x: x}, r"raised TypeError: .* called as augment\(x, generator\)"),
-    (SEVERAL, {"scoring": lambda o, y: o @ y}, "It is called as scoring.outputs, y., with tensors"),
-    (LABELS, {"loss": nn.CrossEntropyLoss()}, "is of one class a row, .* give loss=torch.nn.BCEWithLogits"),
-    (LABELS[:, 0], {"model": lambda n_features: Net(n_features, 7), "training_step": lambda m, b: m(b[0]).mean()},
-     r"must return a tensor of shape .* With task='custom' and scoring=callable\(outputs, y\)"),
-    (None, {}, "y is missing: .* a loss of X alone, as of an autoencoder, takes y=X and task='custom'"),
-    (SEVERAL[:, 0], {"loss": needed, "space": {"loss__power": [1, 2]}, "scoring": "neg_loss"},
-     "loss__power has several values in the space and no default; give it one, or scoring=callable"),
-    (X, {"task": "custom", "training_step": lambda m, b: m(b[0]).square().mean()},
-     "a custom target that training_step trains on has no score of its own; give scoring=callable"),
-    (COUNTS, {"loss": mean_poisson, "sample_weight": WEIGHTS, **NUMBERS},
-     "sample_weight and class_weight weigh rows, and .*:mean_poisson gives no number a row"),
-    (FAR, {"model": OneLogit, "scoring": lambda o, t: -mean_square(o, t)},
-     r"compares each output .* shape \(20, 1\) and y \(20,\), .* take outputs\[:, 0\]"),
-    (SEVERAL, {"loss": lambda o, y: o.mean(1), "method": "hypergradient"}, "differentiates a loss that has a name"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("y", "options", "message"),
+    [
+        (X[:, None].expand(60, 2, 5), {}, "a custom target has no loss of its own"),
+        (
+            TWO,
+            {"model": OneLogit, "loss": nn.BCELoss()},
+            "BCELoss takes probabilities, .* give loss='bce', which",
+        ),
+        (
+            TWO,
+            {"model": OneLogit, "loss": "cross_entropy"},
+            r"got \(31, 1\) .* or one with loss='bce'",
+        ),
+        (TWO, {"model": FLAT, "loss": nn.CrossEntropyLoss()}, f"raised .* {ONE_LOGIT}"),
+        (BINARY, {"model": OneLogit, "loss": nn.CrossEntropyLoss()}, ONE_LOGIT),
+        (
+            TWO,
+            {"loss": "bce", "model": lambda n_features: Net(n_features, 2)},
+            "take loss='cross_entropy'",
+        ),
+        (LABELS, {"scoring": "r2"}, "does not fit a multilabel task"),
+        (
+            X,
+            {"task": "custom", "loss": poisson, "scoring": "r2"},
+            "scoring='r2' does not fit a custom target",
+        ),
+        (SEVERAL, {"model": "mlp"}, "predicts one class or one number a row, and y has shape"),
+        (
+            LABELS[:, 0],
+            {"model": "mlp", "loss": torch.nn.CrossEntropyLoss},
+            "takes losses by name: 'cross_entropy'",
+        ),
+        (
+            SEVERAL,
+            {"loss": lambda o, y: o[:, :3] @ y},
+            "the loss .*<lambda> raised RuntimeError: .* shape",
+        ),
+        (
+            SEVERAL,
+            {"loss": lambda o, y: o},
+            r"return row losses of shape \(rows,\) or their mean, .* got \(31, 2\)",
+        ),
+        (
+            SEVERAL[:, 0],
+            {"loss": nn.CrossEntropyLoss()},
+            "CrossEntropyLoss is of classes, and y is one number a row",
+        ),
+        (
+            SEVERAL[:, 0],
+            {"loss": functional.cross_entropy},
+            "y is numbers here; task='classification' takes it",
+        ),
+        (
+            LABELS[:, 0],
+            {"loss": functional.mse_loss},
+            "y is classes here; task='regression' takes it the other way",
+        ),
+        (SEVERAL, {"loss": lambda o, y: (o * math.inf).mean(1)}, "is not finite on the first rows"),
+        (
+            SEVERAL,
+            {"loss": lambda o, y: (o - y).detach().square().mean(1)},
+            "gives no gradient: what it returns",
+        ),
+        (
+            SEVERAL,
+            {"training_step": lambda m: 0},
+            r"TypeError: .* called as training_step\(module, \(x, y\)\), x ",
+        ),
+        (
+            SEVERAL,
+            {"augment": lambda x: x},
+            r"raised TypeError: .* called as augment\(x, generator\)",
+        ),
+        (
+            SEVERAL,
+            {"scoring": lambda o, y: o @ y},
+            "It is called as scoring.outputs, y., with tensors",
+        ),
+        (
+            LABELS,
+            {"loss": nn.CrossEntropyLoss()},
+            "is of one class a row, .* give loss=torch.nn.BCEWithLogits",
+        ),
+        (
+            LABELS[:, 0],
+            {
+                "model": lambda n_features: Net(n_features, 7),
+                "training_step": lambda m, b: m(b[0]).mean(),
+            },
+            r"must return a tensor of shape .* With task='custom' and scoring=callable\(outputs, y\)",
+        ),
+        (
+            None,
+            {},
+            "y is missing: .* a loss of X alone, as of an autoencoder, takes y=X and task='custom'",
+        ),
+        (
+            SEVERAL[:, 0],
+            {"loss": needed, "space": {"loss__power": [1, 2]}, "scoring": "neg_loss"},
+            "loss__power has several values in the space and no default; give it one, or "
+            "scoring=callable",
+        ),
+        (
+            X,
+            {"task": "custom", "training_step": lambda m, b: m(b[0]).square().mean()},
+            "a custom target that training_step trains on has no score of its own; give "
+            "scoring=callable",
+        ),
+        (
+            COUNTS,
+            {"loss": mean_poisson, "sample_weight": WEIGHTS, **NUMBERS},
+            "sample_weight and class_weight weigh rows, and .*:mean_poisson gives no number a row",
+        ),
+        (
+            FAR,
+            {"model": OneLogit, "scoring": lambda o, t: -mean_square(o, t)},
+            r"compares each output .* shape \(20, 1\) and y \(20,\), .* take outputs\[:, 0\]",
+        ),
+        (
+            SEVERAL,
+            {"loss": lambda o, y: o.mean(1), "method": "hypergradient"},
+            "differentiates a loss that has a name",
+        ),
+    ],
+)
 def test_what_does_not_fit_is_refused(y, options, message):
     with refused(message):
         score(y, **options)

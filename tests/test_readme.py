@@ -42,7 +42,9 @@ def test_what_the_readme_names_exists():
         page, _, heading = path.partition("#")
         assert (ROOT / page).exists(), path
         headings = re.findall(r"^#+ (.+)$", (ROOT / page).read_text(), re.M) if heading else []
-        assert not heading or heading in [words.lower().replace(" ", "-") for words in headings], path
+        assert not heading or heading in [words.lower().replace(" ", "-") for words in headings], (
+            path
+        )
     for path in re.findall(r"`((?:gputune|models|tests|scripts)/[\w./]*)`", TEXT):
         assert (ROOT / path).exists(), path
 
@@ -52,8 +54,12 @@ def test_the_readme_links_every_page_and_names_every_script():
     assert pages <= set(re.findall(r"\]\(((?!http)[^)]+)\)", TEXT))
     named = {line for line in TEXT.splitlines() if line.startswith("| `scripts/` |")}.pop()
     scripts = ROOT / "scripts"
-    files = [path for folder in ("", "examples", "reproduce") for path in (scripts / folder).glob("*.py")]
-    names = [str(path.relative_to(scripts)) for path in files] + [p.parent.name for p in scripts.glob("*/__main__.py")]
+    files = [
+        path for folder in ("", "examples", "reproduce") for path in (scripts / folder).glob("*.py")
+    ]
+    names = [str(path.relative_to(scripts)) for path in files] + [
+        p.parent.name for p in scripts.glob("*/__main__.py")
+    ]
     parts = re.compile(r"reproduce/baydin2018_\w+")  # imported by the script of that name
     assert [name for name in names if f"`{name}`" not in named and not parts.match(name)] == []
 

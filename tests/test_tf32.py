@@ -1,4 +1,5 @@
-"""TF32: set while a search or its best model trains, and refused where it would mean nothing; no GPU is needed."""
+"""TF32: set while a search or its best model trains, and refused where it would mean nothing; no
+GPU is needed."""
 
 import re
 
@@ -55,10 +56,21 @@ def test_searches_in_two_threads_leave_it_as_it_was():
 def test_a_search_and_its_best_model_train_with_it(tf32, method, monkeypatch):
     """As on a GPU, but for the check that there is one."""
     monkeypatch.setattr("gputune.engine.backend.check_tf32", lambda *_: None)
-    before, word = MATMUL.fp32_precision, "tf32" if tf32 else MATMUL.fp32_precision
-    X, y = np.random.RandomState(0).randn(40, 3), np.arange(40) % 2
-    common = {"n_trials": 1, "include_default": False, "cv": 2, "max_epochs": 2, "workers": 1, "verbose": 0}
-    study = gputune.tune(Net, X, y, space={"lr": 0.1}, method=method, optimizer="sgd", tf32=tf32, **common)
+    before = MATMUL.fp32_precision
+    word = "tf32" if tf32 else MATMUL.fp32_precision
+    X = np.random.RandomState(0).randn(40, 3)
+    y = np.arange(40) % 2
+    common = {
+        "n_trials": 1,
+        "include_default": False,
+        "cv": 2,
+        "max_epochs": 2,
+        "workers": 1,
+        "verbose": 0,
+    }
+    study = gputune.tune(
+        Net, X, y, space={"lr": 0.1}, method=method, optimizer="sgd", tf32=tf32, **common
+    )
     assert word in SEEN and MATMUL.fp32_precision == before
     SEEN.clear()
     study.best_model()
@@ -66,12 +78,24 @@ def test_a_search_and_its_best_model_train_with_it(tf32, method, monkeypatch):
     SEEN.clear()
 
 
-@pytest.mark.parametrize(("given", "device", "message"), [
-    ({}, "cpu", "tf32=True is for matrix products of single precision on a GPU, got device='cpu', dtype='float32'"),
-    ({"dtype": "float64"}, "cuda", "got device='cuda', dtype='float64'; leave tf32 out."),
-    ({"workers": 2}, "cuda", "tf32=True is for a search in one process, got workers=2; leave one of them out."),
-    ({"tf32": 1}, "cuda", "tf32 must be True or False, got 1."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given", "device", "message"),
+    [
+        (
+            {},
+            "cpu",
+            "tf32=True is for matrix products of single precision on a GPU, got device='cpu', "
+            "dtype='float32'",
+        ),
+        ({"dtype": "float64"}, "cuda", "got device='cuda', dtype='float64'; leave tf32 out."),
+        (
+            {"workers": 2},
+            "cuda",
+            "tf32=True is for a search in one process, got workers=2; leave one of them out.",
+        ),
+        ({"tf32": 1}, "cuda", "tf32 must be True or False, got 1."),
+    ],
+)
 def test_where_it_means_nothing_it_is_refused(given, device, message, monkeypatch):
     monkeypatch.setattr(Options, "device_here", lambda options: torch.device(device))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -82,7 +106,9 @@ def test_where_it_means_nothing_it_is_refused(given, device, message, monkeypatc
 def test_what_is_solved_has_none(monkeypatch):
     monkeypatch.setattr("gputune.engine.backend.check_tf32", lambda *_: None)
     with refused("solved with optimizer='exact' has double precision, where it would do"):
-        gputune.tune("logistic", np.eye(6), np.arange(6) % 2, optimizer="exact", tf32=True, verbose=0)
+        gputune.tune(
+            "logistic", np.eye(6), np.arange(6) % 2, optimizer="exact", tf32=True, verbose=0
+        )
 
 
 def test_gpus_have_it_from_ampere_on(monkeypatch):

@@ -1,4 +1,5 @@
-"""All laws on one device, and how fast it trains: a table, what is kept of it, and one line on what to choose.
+"""All laws on one device, and how fast it trains: a table, what is kept of it, and one line on what
+to choose.
 
 ``gputune check`` puts the laws to a user's device, the tests to the CPU and to a simulated GPU.
 """
@@ -34,15 +35,18 @@ from gputune.version import __version__
 _CPU = torch.device("cpu")
 _MEMBERS = 1000  # of the speed that is shown beside that of few
 
-EXACT, ROUNDED = 1e-10, 1e-4
+EXACT = 1e-10
+ROUNDED = 1e-4
 """Largest differences allowed in double and in single precision, after at most 50 steps."""
 
 
 @dataclass(frozen=True)
 class Law:
-    """What must hold: ``measure`` returns at most ``allowed``, with every one of ``backends`` that a device has.
+    """What must hold: ``measure`` returns at most ``allowed``, with every one of ``backends`` that
+    a device has.
 
-    It returns the largest difference of what a device computes from what is right, as a share of the largest number.
+    It returns the largest difference of what a device computes from what is right, as a share of
+    the largest number.
     ``backends`` () is of what no backend trains; its measure is asked once, as "eager".
     """
 
@@ -85,15 +89,20 @@ _MODULE = Case(_RATES, module=True)
 
 
 def solution(device: torch.device, _backend: Backend) -> float:
-    """Class chances of the solved logistic regression from scikit-learn's, which ends with a residual of 1e-12."""
-    case, worst = Case(({"C": 0.1}, {"C": 2.0})), []
-    data, configs = case.data(torch.device("cpu")), case.complete()
+    """Class chances of the solved logistic regression from scikit-learn's, which ends with a
+    residual of 1e-12."""
+    case = Case(({"C": 0.1}, {"C": 2.0}))
+    worst = []
+    data = case.data(torch.device("cpu"))
+    configs = case.complete()
     solution = solve_all(case.data(device), configs)
     for (f, fold), (c, config) in product(enumerate(data.folds), enumerate(configs)):
         x = data.x[f].numpy()
         plain = LogisticRegression(C=config["C"], tol=1e-12, max_iter=10_000)
         plain.fit(x[fold.train], data.y[fold.train].numpy())
-        chances = solved_module(solution, f * len(configs) + c)(data.x[f]).softmax(-1).detach().numpy()
+        chances = (
+            solved_module(solution, f * len(configs) + c)(data.x[f]).softmax(-1).detach().numpy()
+        )
         worst.append(np.abs(chances - plain.predict_proba(x)).max())
     return float(np.max(worst))
 
@@ -107,29 +116,72 @@ def gradients(mode: Mode, other: Mode, device: torch.device, _backend: Backend) 
         torch.default_generator.manual_seed(0)
         module = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double().to(device)
     batches = [(x[i : i + 8], y[i : i + 8]) for i in range(0, 32, 8)]
-    run = partial(hypergradient, module, functional.cross_entropy, batches, (x[32:], y[32:]), optimizer="adamw", seed=0)
+    run = partial(
+        hypergradient,
+        module,
+        functional.cross_entropy,
+        batches,
+        (x[32:], y[32:]),
+        optimizer="adamw",
+        seed=0,
+    )
     values = {"lr": 0.1, "weight_decay": 0.01}
     found = [run(hyperparameters=values, mode=each).gradient for each in (mode, other)]
     return difference(*(torch.stack([slopes[name] for name in values]) for slopes in found))
 
 
 LAWS: tuple[Law, ...] = (
-    *(Law(f"members equal the plain loop: {name}", partial(laws.from_plain_loop, of)) for name, of in CASES.items()),
-    Law("float32 against the plain loop in float64", partial(laws.from_plain_loop, _ROUNDED), ROUNDED),
-    Law("the kernel's members equal the loop's", partial(laws.by_kernel, _ROUNDED), ROUNDED, ("kernel",)),
-    Law("a module equals the plain loop", partial(laws.from_plain_loop, _MODULE), backends=("eager", "graph")),
     *(
-        Law(f"recorded equals eager: {name}", partial(laws.from_eager, CASES[name]), backends=("graph",))
+        Law(f"members equal the plain loop: {name}", partial(laws.from_plain_loop, of))
+        for name, of in CASES.items()
+    ),
+    Law(
+        "float32 against the plain loop in float64",
+        partial(laws.from_plain_loop, _ROUNDED),
+        ROUNDED,
+    ),
+    Law(
+        "the kernel's members equal the loop's",
+        partial(laws.by_kernel, _ROUNDED),
+        ROUNDED,
+        ("kernel",),
+    ),
+    Law(
+        "a module equals the plain loop",
+        partial(laws.from_plain_loop, _MODULE),
+        backends=("eager", "graph"),
+    ),
+    *(
+        Law(
+            f"recorded equals eager: {name}",
+            partial(laws.from_eager, CASES[name]),
+            backends=("graph",),
+        )
         for name in ("adamw", "one batch size", "dropout", "cosine schedule")
     ),
     Law("recorded equals eager: a module", partial(laws.from_eager, _MODULE), backends=("graph",)),
     Law("scores equal scikit-learn's", partial(laws.scores, _SIZES)),
     Law("the solved logistic regression equals scikit-learn's", solution, 1e-6, ()),
-    Law("hypergradient: reverse equals forward", partial(gradients, "reverse", "forward"), backends=()),
-    Law("hypergradient: reverse equals finite differences", partial(gradients, "reverse", "fd"), 1e-5, ()),
+    Law(
+        "hypergradient: reverse equals forward",
+        partial(gradients, "reverse", "forward"),
+        backends=(),
+    ),
+    Law(
+        "hypergradient: reverse equals finite differences",
+        partial(gradients, "reverse", "fd"),
+        1e-5,
+        (),
+    ),
     Law("members that leave change nothing", laws.leave),
     Law("memory that runs out halves the chunk", laws.run_out_of_memory),
-    Law("the other GPUs give the same", partial(laws.on_other_gpus, CASES["adamw"]), EXACT, ("eager", "graph"), gpus=2),
+    Law(
+        "the other GPUs give the same",
+        partial(laws.on_other_gpus, CASES["adamw"]),
+        EXACT,
+        ("eager", "graph"),
+        gpus=2,
+    ),
     # The last one: after a capture that failed PyTorch < 2.13 records nothing any more.
     Law("a recording that fails falls back", laws.recording_fails, 0.0, ("graph",)),
 )
@@ -168,23 +220,35 @@ class Report:
         return all(row.ok for row in self.rows)
 
     def __str__(self) -> str:
-        cells, failures = [], []
+        cells = []
+        failures = []
         for row in self.rows:
             found = "-" if math.isnan(row.difference) else f"{row.difference:.0e}"
             word = "ok" if row.ok else "FAILED"
-            cells.append([row.law, row.backend, found, f"{row.allowed:.0e}", f"{row.seconds:.1f} s", word])
+            cells.append(
+                [row.law, row.backend, found, f"{row.allowed:.0e}", f"{row.seconds:.1f} s", word]
+            )
             if not row.ok:
-                failures.append(f"FAILED   {row.law}, {row.backend}: {row.error or 'the difference'}")
+                failures.append(
+                    f"FAILED   {row.law}, {row.backend}: {row.error or 'the difference'}"
+                )
         header = ["law", "backend", "largest difference", "allowed", "time", ""]
         of_laws = table(header, cells, left=("law", "backend", ""))
-        return "\n".join([f"{self.device}; {self.facts}", "", of_laws, "", *failures, *self._speeds()])
+        return "\n".join(
+            [f"{self.device}; {self.facts}", "", of_laws, "", *failures, *self._speeds()]
+        )
 
     def _speeds(self) -> list[str]:
         """Return the table of speeds, and from how many members on a GPU is the faster one."""
         if not self.speeds:
             return []
         few = FEW * FOLDS
-        header = ["speed", "backend", f"steps/s of {few} members", f"member-steps/s of {_MEMBERS:,}"]
+        header = [
+            "speed",
+            "backend",
+            f"steps/s of {few} members",
+            f"member-steps/s of {_MEMBERS:,}",
+        ]
         cells = [
             [device, backend, f"{1 / speed.of(few):,.0f}", f"{_MEMBERS / speed.of(_MEMBERS):,.0f}"]
             for (device, backend), speed in self.speeds.items()
@@ -194,23 +258,39 @@ class Report:
         gpu = [speed for (device, _), speed in self.speeds.items() if device != "cpu"]
         if cpu is not None and gpu:
             faster = [speed for speed in gpu if speed.member < cpu.member]
-            counts = [max(1.0, (speed.step - cpu.step) / (cpu.member - speed.member)) for speed in faster]
+            counts = [
+                max(1.0, (speed.step - cpu.step) / (cpu.member - speed.member)) for speed in faster
+            ]
             much = f"from about {round(min(counts)):,} members on" if counts else "never"
-            lines.append(f"An MLP of this size trains faster on {self.device} than compiled on the CPU {much}.")
+            lines.append(
+                f"An MLP of this size trains faster on {self.device} than compiled on the CPU "
+                f"{much}."
+            )
         return lines
 
     def json(self) -> str:
         """Return the same as JSON; a difference is null where a law raised an error."""
         rows = [asdict(row) | {"ok": row.ok} for row in self.rows]
-        rows = [row | ({"difference": None} if math.isnan(row["difference"]) else {}) for row in rows]
-        speeds = [{"device": d, "backend": b, **asdict(speed)} for (d, b), speed in self.speeds.items()]
-        report = {"device": self.device, "facts": self.facts, "ok": self.ok, "laws": rows, "speeds": speeds}
+        rows = [
+            row | ({"difference": None} if math.isnan(row["difference"]) else {}) for row in rows
+        ]
+        speeds = [
+            {"device": d, "backend": b, **asdict(speed)} for (d, b), speed in self.speeds.items()
+        ]
+        report = {
+            "device": self.device,
+            "facts": self.facts,
+            "ok": self.ok,
+            "laws": rows,
+            "speeds": speeds,
+        }
         return json.dumps(report, indent=1)
 
 
 def checks_of(device: torch.device) -> list[tuple[Law, Backend]]:
     """Return every law with each backend of a device that it is for."""
-    known, gpus = backends_of(device), torch.cuda.device_count() if device.type == "cuda" else 0
+    known = backends_of(device)
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     pairs = ((law, backend) for law in LAWS for backend in law.backends or ("eager",))
     return [(law, backend) for law, backend in pairs if backend in known and law.gpus <= gpus]
 
@@ -231,20 +311,25 @@ def timed_of(device: torch.device) -> list[tuple[torch.device, Backend]]:
 
 
 def check(device: torch.device, tell: Callable[[str], object]) -> Report:
-    """Time a device, put the laws to it and keep what was found; ``tell`` is told each time what begins."""
+    """Time a device, put the laws to it and keep what was found; ``tell`` is told each time what
+    begins."""
     speeds: dict[tuple[str, Backend], Speed] = {}
     for place, backend in timed_of(device):  # before a recording is made to fail
         tell(f"speed, {backend}")
         speeds[str(place), backend] = measure_speed(place, backend)
-    rows, failed = [], dict[Backend, str]()
+    rows = []
+    failed = dict[Backend, str]()
     for law, backend in checks_of(device):
         tell(f"{law.name}, {backend}")
-        begin, difference, error = time.monotonic(), math.nan, ""
+        begin = time.monotonic()
+        difference = math.nan
+        error = ""
         try:
             difference = law.measure(device, backend)
         except Exception as raised:  # whatever it is, it is what was found
             error = f"{type(raised).__name__}: {next(iter(str(raised).splitlines()), '')}"
-        name, seconds = backend if law.backends else "-", time.monotonic() - begin
+        name = backend if law.backends else "-"
+        seconds = time.monotonic() - begin
         rows.append(Row(law.name, name, difference, law.allowed, seconds, error))
         if not rows[-1].ok:
             failed[backend] = law.name

@@ -1,7 +1,8 @@
-"""Members that train together, and what must hold of them on every device: how far each is from what is right.
+"""Members that train together, and what must hold of them on every device: how far each is from
+what is right.
 
-That is the network that a plain loop trains alone, scikit-learn, or the same device another way. Part of it are drills:
-trials diverge, memory runs out, a step cannot be recorded.
+That is the network that a plain loop trains alone, scikit-learn, or the same device another way.
+Part of it are drills: trials diverge, memory runs out, a step cannot be recorded.
 """
 
 import dataclasses
@@ -40,18 +41,27 @@ from gputune.scoring.scoring import Scoring, Validation
 from gputune.seeding import stream
 from gputune.types import Backend, Config, Task
 
-_ROWS, _FEATURES, _CLASSES, _FOLDS = 61, 5, 3, 3  # folds of 40 and 41 rows: not all take equally many steps
+# folds of 40 and 41 rows: not all take equally many steps
+_ROWS = 61
+_FEATURES = 5
+_CLASSES = 3
+_FOLDS = 3
 _LIMIT = 64 << 20  # bytes of a GPU beyond those that are taken
 _WILD = 1e300  # a learning rate
 _SINGLE = 2  # trials that fit where the limit is played
 
 
-def plain_mlp(config: Config, n_features: int, n_outputs: int) -> tuple[nn.Module, Callable[..., Tensor]]:
-    """Return an MLP in double precision with its keyed start, and its outputs while it trains, dropout included.
+def plain_mlp(
+    config: Config, n_features: int, n_outputs: int
+) -> tuple[nn.Module, Callable[..., Tensor]]:
+    """Return an MLP in double precision with its keyed start, and its outputs while it trains,
+    dropout included.
 
     Those are (B, K), of a minibatch (B, D), an epoch and a step.
     """
-    module = MLP(n_features, n_outputs, **{name: config[name] for name in ("width", "depth", "activation")}).double()
+    module = MLP(
+        n_features, n_outputs, **{name: config[name] for name in ("width", "depth", "activation")}
+    ).double()
     for number, layer in enumerate(module.layers):
         assert isinstance(layer, nn.Linear)
         n_out, n_in = layer.weight.shape
@@ -67,9 +77,12 @@ def plain_mlp(config: Config, n_features: int, n_outputs: int) -> tuple[nn.Modul
             x = module.act(layer(x))
             if rate := config["dropout"]:
                 draw = torch.rand(
-                    (len(x), padded_width(config["width"])), generator=stream(0, "dropout", epoch, step, number)
+                    (len(x), padded_width(config["width"])),
+                    generator=stream(0, "dropout", epoch, step, number),
                 )
-                x = torch.where(draw[:, : config["width"]] >= rate, x / (1 - rate), torch.zeros_like(x))
+                x = torch.where(
+                    draw[:, : config["width"]] >= rate, x / (1 - rate), torch.zeros_like(x)
+                )
         outputs: Tensor = module.layers[-1](x)
         return outputs
 
@@ -81,7 +94,8 @@ class Net(nn.Module):
 
     def __init__(self, n_features: int, n_outputs: int) -> None:
         super().__init__()
-        self.first, self.norm = nn.Linear(n_features, 6), nn.LayerNorm(6)
+        self.first = nn.Linear(n_features, 6)
+        self.norm = nn.LayerNorm(6)
         self.last = nn.Linear(6, n_outputs)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,7 +106,8 @@ class Net(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """Members that train together: what is special in their rows, and the configurations, filled with ``shared``."""
+    """Members that train together: what is special in their rows, and the configurations, filled
+    with ``shared``."""
 
     configs: tuple[Config, ...]
     shared: Config = dataclasses.field(default_factory=dict)
@@ -106,28 +121,37 @@ class Case:
 
     def complete(self) -> tuple[Config, ...]:
         """Return the configurations with every key that training reads."""
-        filled = ({"width": 8, "batch_size": 10, **self.shared, **config} for config in self.configs)
+        filled = (
+            {"width": 8, "batch_size": 10, **self.shared, **config} for config in self.configs
+        )
         return tuple(complete(config, optimizer="adamw", schedule="constant") for config in filled)
 
     def data(self, device: torch.device) -> Dataset:
         """Return rows whose folds are of unequal length, each with its own copy of the inputs."""
-        rng, fold_of = np.random.default_rng(7), np.arange(_ROWS) % _FOLDS
-        raw, codes = rng.normal(size=(_ROWS, _FEATURES)), rng.integers(_CLASSES, size=_ROWS)
+        rng = np.random.default_rng(7)
+        fold_of = np.arange(_ROWS) % _FOLDS
+        raw = rng.normal(size=(_ROWS, _FEATURES))
+        codes = rng.integers(_CLASSES, size=_ROWS)
         target = Target("multiclass", codes, np.arange(_CLASSES))
         if self.task == "regression":
             target = Target("regression", rng.normal(size=_ROWS), None)
-        folds = [(np.flatnonzero(fold_of != f), np.flatnonzero(fold_of == f)) for f in range(_FOLDS)]
+        folds = [
+            (np.flatnonzero(fold_of != f), np.flatnonzero(fold_of == f)) for f in range(_FOLDS)
+        ]
         if self.absent:  # the first fold learns nothing of the last class
             folds[0] = (folds[0][0][codes[folds[0][0]] < _CLASSES - 1], folds[0][1])
         layout = fit_layout(as_table(raw))
         statistics = [fit_statistics(raw, layout, train) for train, _ in folds]
         like = torch.empty(0, dtype=self.dtype, device=device)
         data = make_dataset(raw, statistics, target, folds, weights=Weights(None, None), like=like)
-        weights = torch.from_numpy(rng.random((_FOLDS, _ROWS))).to(device)  # other ones in each fold
+        # other ones in each fold
+        weights = torch.from_numpy(rng.random((_FOLDS, _ROWS))).to(device)
         return dataclasses.replace(data, weights=weights) if self.weights else data
 
     def scoring(self, name: str) -> Scoring:
-        return make_scoring(name, self.task, None if self.task == "regression" else np.arange(_CLASSES))
+        return make_scoring(
+            name, self.task, None if self.task == "regression" else np.arange(_CLASSES)
+        )
 
     def chunks(self, data: Dataset) -> list[Population]:
         """Return the configurations as they train together."""
@@ -136,43 +160,63 @@ class Case:
 
     def job(self, backend: Backend, scoring: Scoring | None = None, kind: type[Job] = Job) -> Job:
         """Return what trains them."""
-        module, epochs, horizon = Net if self.module else None, self.epochs, self.horizon
-        return kind(seed=0, epochs=epochs, horizon=horizon, backend=backend, scoring=scoring, module_class=module)
+        module = Net if self.module else None
+        epochs = self.epochs
+        horizon = self.horizon
+        return kind(
+            seed=0,
+            epochs=epochs,
+            horizon=horizon,
+            backend=backend,
+            scoring=scoring,
+            module_class=module,
+        )
 
     def trained(
         self, device: torch.device, backend: Backend, scoring: Scoring | None = None
     ) -> list[tuple[Population, Trained]]:
         """Train all members on a device."""
-        data, job = self.data(device), self.job(backend, scoring)
+        data = self.data(device)
+        job = self.job(backend, scoring)
         return [(chunk, train_chunk(job, data, chunk)) for chunk in self.chunks(data)]
 
     @cached_property
     def alone(self) -> dict[tuple[int, int], nn.Module]:
-        """The network of each (fold, configuration), trained alone in double precision on the CPU."""
+        """The network of each (fold, configuration), trained alone in double precision on the
+        CPU."""
         data = self.data(torch.device("cpu"))
         places = product(range(_FOLDS), enumerate(self.complete()))
         return {(f, c): self._alone(data, f, config) for f, (c, config) in places}
 
     def _alone(self, data: Dataset, fold: int, config: Config) -> nn.Module:
         """Return the network that a plain loop trains on a fold."""
-        rows, present = data.folds[fold].train, None if data.present is None else data.present[fold]
-        x, y = data.x[fold, rows].double(), data.targets(fold)[rows]
+        rows = data.folds[fold].train
+        present = None if data.present is None else data.present[fold]
+        x = data.x[fold, rows].double()
+        y = data.targets(fold)[rows]
         weights = torch.ones(len(x)).double() if data.weights is None else data.weights[fold, rows]
         if self.module:
             module = build_module(Net, {}, Shape(data.n_features, data.n_outputs), seed=0).double()
         else:
             module, with_dropout = plain_mlp(config, data.n_features, data.n_outputs)
         rates = {"lr": config["lr"], "weight_decay": config["weight_decay"]}
-        kinds: dict[str, type[torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+        kinds: dict[str, type[torch.optim.Optimizer]] = {
+            "adam": torch.optim.Adam,
+            "adamw": torch.optim.AdamW,
+        }
         if (kind := kinds.get(config["optimizer"], torch.optim.SGD)) is torch.optim.SGD:
             rates |= {"momentum": config["momentum"], "nesterov": config["optimizer"] == "nesterov"}
-        optimizer, size = kind(module.parameters(), **rates), min(config["batch_size"], len(x))
-        steps, step = self.horizon * math.ceil(len(x) / size), 0
+        optimizer = kind(module.parameters(), **rates)
+        size = min(config["batch_size"], len(x))
+        steps = self.horizon * math.ceil(len(x) / size)
+        step = 0
         for epoch in range(self.epochs):
             order = torch.randperm(len(x), generator=stream(0, "rows", len(x), epoch))
             for number, batch in enumerate(torch.split(order, size)):
                 if config["schedule"] == "cosine":
-                    optimizer.param_groups[0]["lr"] = config["lr"] * 0.5 * (1 + math.cos(math.pi * step / steps))
+                    optimizer.param_groups[0]["lr"] = (
+                        config["lr"] * 0.5 * (1 + math.cos(math.pi * step / steps))
+                    )
                 outputs = module(x[batch]) if self.module else with_dropout(x[batch], epoch, number)
                 if present is not None:
                     outputs = outputs.masked_fill(~present, -math.inf)
@@ -189,12 +233,14 @@ class Case:
 
 def difference(values: Tensor, expected: Tensor) -> float:
     """Return max |difference| / max |expected|; NaN where either has one."""
-    values, expected = values.detach().cpu().double(), expected.detach().cpu().double()
+    values = values.detach().cpu().double()
+    expected = expected.detach().cpu().double()
     return float((values - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
 def from_plain_loop(case: Case, device: torch.device, backend: Backend) -> float:
-    """Return the largest difference of any member from the network that a plain loop trains alone."""
+    """Return the largest difference of any member from the network that a plain loop trains
+    alone."""
     worst = []
     for chunk, trained in case.trained(device, backend):
         for (c, place), fold in product(enumerate(chunk.index), range(_FOLDS)):
@@ -211,8 +257,10 @@ def from_eager(case: Case, device: torch.device, backend: Backend) -> float:
 
 
 def by_kernel(case: Case, device: torch.device, backend: Backend) -> float:
-    """Members from the plain loop. Raises NotBuiltError where the kernel cannot be compiled, and others would train."""
-    data, job = case.data(device), case.job(backend)
+    """Members from the plain loop. Raises NotBuiltError where the kernel cannot be compiled, and
+    others would train."""
+    data = case.data(device)
+    job = case.job(backend)
     for chunk in case.chunks(data):
         KernelChunk(job.network(data, chunk), Validation(data, None), seed=0, horizon=1)
     return from_plain_loop(case, device, backend)
@@ -220,20 +268,27 @@ def by_kernel(case: Case, device: torch.device, backend: Backend) -> float:
 
 def on_other_gpus(case: Case, device: torch.device, backend: Backend) -> float:
     """Members on each of the other GPUs from the plain loop."""
-    others = (torch.device("cuda", i) for i in range(torch.cuda.device_count()) if i != (device.index or 0))
+    others = (
+        torch.device("cuda", i)
+        for i in range(torch.cuda.device_count())
+        if i != (device.index or 0)
+    )
     return max((from_plain_loop(case, other, backend) for other in others), default=0.0)
 
 
 def scores(configs: tuple[Config, ...], device: torch.device, backend: Backend) -> float:
     """Scores of the last epoch from those of scikit-learn's scorers on the members' own outputs."""
-    worst, tasks = [], tuple[Task, ...](("multiclass", "regression"))
+    worst = []
+    tasks = tuple[Task, ...](("multiclass", "regression"))
     for task, name in [(one, name) for one in tasks for name in OF_TASK[one]]:
-        case, scorer = Case(configs, task=task, epochs=2), get_scorer(name)
+        case = Case(configs, task=task, epochs=2)
+        scorer = get_scorer(name)
         data = case.data(torch.device("cpu"))
         classes = None if task == "regression" else np.arange(data.n_outputs)
         for chunk, trained in case.trained(device, backend, case.scoring(name)):
             for (f, fold), c in product(enumerate(data.folds), range(len(chunk.index))):
-                y, nothing = data.target[fold.valid].numpy(), np.zeros((len(fold.valid), 1))
+                y = data.target[fold.valid].numpy()
+                nothing = np.zeros((len(fold.valid), 1))
                 answers = data.in_units(f, trained.member(f, c)(data.x[f, fold.valid]).detach())
                 expected = scorer(fitted(answers, classes, nothing, nothing), nothing, y)
                 worst.append(abs(trained.curves[c, -1, f] - expected) / max(1, abs(expected)))
@@ -242,7 +297,8 @@ def scores(configs: tuple[Config, ...], device: torch.device, backend: Backend) 
 
 def leave(device: torch.device, backend: Backend) -> float:
     """Members beside some that diverge, from the same members without them."""
-    calm, shared = ({"lr": 0.01}, {"lr": 0.003}, {"lr": 0.001}), {"optimizer": "sgd", "momentum": 0.9}
+    calm = ({"lr": 0.01}, {"lr": 0.003}, {"lr": 0.001})
+    shared = {"optimizer": "sgd", "momentum": 0.9}
     ((_, expected),) = Case(calm, shared).trained(device, backend)
     case = Case(({"lr": _WILD}, *calm, {"lr": _WILD}), shared)
     ((_, trained),) = case.trained(device, backend, case.scoring("neg_log_loss"))
@@ -263,10 +319,15 @@ class _SmallMemory(Job):
 
 
 def run_out_of_memory(device: torch.device, backend: Backend) -> float:
-    """Scores of trials that memory does not hold at once, from those of the same trials with all of it."""
+    """Scores of trials that memory does not hold at once, from those of the same trials with all of
+    it."""
     # 48 of width 128 take 80 MB for parameters, gradients and moments, in double precision.
     trials, width = (6, 8) if device.type == "cpu" else (48, 128)
-    case = Case(tuple({"lr": 10**-power} for power in np.linspace(2, 4, trials).tolist()), {"width": width}, epochs=2)
+    case = Case(
+        tuple({"lr": 10**-power} for power in np.linspace(2, 4, trials).tolist()),
+        {"width": width},
+        epochs=2,
+    )
     data = case.data(device)
     ((chunk,), scoring) = case.chunks(data), case.scoring("neg_log_loss")
     # What libraries take at their first call is not of this chunk.
@@ -290,14 +351,17 @@ def run_out_of_memory(device: torch.device, backend: Backend) -> float:
 
 
 def recording_fails(device: torch.device, _backend: Backend) -> float:
-    """How many steps were lost or taken twice, of steps that read a number and can therefore not be recorded."""
+    """How many steps were lost or taken twice, of steps that read a number and can therefore not be
+    recorded."""
     total = torch.zeros((), device=device)
 
     def step() -> None:
         total.add_(1)
         total.item()
 
-    steps = Replays(RECORDERS[device.type](device), Counter[Hashable]({"step": 100}), lambda: [total], 0.0)
+    steps = Replays(
+        RECORDERS[device.type](device), Counter[Hashable]({"step": 100}), lambda: [total], 0.0
+    )
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # it says so
         for _ in range(12):
             steps.take("step", step)

@@ -32,13 +32,16 @@ def rows_with_target(
     if Path(file).suffix.lower() in ARRAY_SUFFIXES or not isinstance(model.layout, Layout):
         if target is None and Path(file).suffix.lower() == ".npy":
             raise InputError(
-                f"--target is missing: give the .npy file that has the right answer of each row of {file!r}."
+                "--target is missing: give the .npy file that has the right answer of each row "
+                f"of {file!r}."
             )
         source = _arrays_with_target(model, Path(file), name)
         source = source.with_target(missing_target, "row {}".format, of_table=False)
     else:
         table = _table_with_target(model, file, name)
-        source = read_source(table, name, missing_target=missing_target, place=partial(line_of, file))
+        source = read_source(
+            table, name, missing_target=missing_target, place=partial(line_of, file)
+        )
     if model.classes is None:
         check_target(source.y, task=model.task, n_rows=len(source.X), name=name)
     return source
@@ -61,5 +64,7 @@ def _table_with_target(model: TunedModel, file: str, name: str) -> Table:
     table = read_table(file, [*texts, *labels])
     if name not in table.names:
         what = f"{file!r} has no column {name!r}"
-        raise InputError(f"{what}, with which the model is to be compared; gputune predict needs none.")
+        raise InputError(
+            f"{what}, with which the model is to be compared; gputune predict needs none."
+        )
     return table

@@ -1,7 +1,7 @@
 """What can be typed on the command line, and where a command puts and finds a study and its model.
 
-Nothing heavy is imported, so that ``gputune --help`` waits for nothing. Errors say what was meant, of the flags that
-the command has.
+Nothing heavy is imported, so that ``gputune --help`` waits for nothing. Errors say what was meant,
+of the flags that the command has.
 """
 
 import argparse
@@ -53,14 +53,18 @@ class _Flag(Rule):
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line; ``command`` is the name of the command."""
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = _Parser("gputune", None, _DESCRIPTION, _EXAMPLES, formatter_class=formatter, allow_abbrev=False)
+    parser = _Parser(
+        "gputune", None, _DESCRIPTION, _EXAMPLES, formatter_class=formatter, allow_abbrev=False
+    )
     parser.add_argument("--version", action="version", version=f"gputune {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     parser.commands = commands.choices
     for name, (text, places, flags) in _COMMANDS.items():
         about = f"{text[0].upper()}{text[1:]}."
         ending = defaults_in_words() if name in ("tune", "train") else None
-        command = commands.add_parser(name, help=text, description=about, epilog=ending, allow_abbrev=False)
+        command = commands.add_parser(
+            name, help=text, description=about, epilog=ending, allow_abbrev=False
+        )
         for place, (metavar, help) in places.items():
             command.add_argument(place, metavar=metavar, help=help)
         for title, rules in _groups(name, flags).items():
@@ -68,7 +72,12 @@ def make_parser() -> argparse.ArgumentParser:
             for dest, rule in rules.items():
                 _add_flag(group, dest, rule)
         if name in ("tune", "train", "resume"):
-            how: dict[str, Any] = {"dest": "verbose", "action": "store_const", "const": 0, "default": 1}
+            how: dict[str, Any] = {
+                "dest": "verbose",
+                "action": "store_const",
+                "const": 0,
+                "default": 1,
+            }
             group.add_argument("-q", "--quiet", help="print nothing but warnings and errors", **how)
     return parser
 
@@ -85,27 +94,38 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"gputune: error: {message}{hints}\nTry '{self.prog} --help'.\n")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's, but what a command does not know is an error of the command, not of ``gputune``."""
+        """As argparse's, but what a command does not know is an error of the command, not of
+        ``gputune``."""
         typed, unknown = self.parse_known_args(args, namespace)
         if not unknown:
             return typed
-        flags = {name: re.findall(r"--[\w-]+", command.format_usage()) for name, command in self.commands.items()}
+        flags = {
+            name: re.findall(r"--[\w-]+", command.format_usage())
+            for name, command in self.commands.items()
+        }
         hints = ""
         for flag in (word.partition("=")[0] for word in unknown if word.startswith("--")):
             if having := [name for name, known in flags.items() if flag in known]:
                 hints += f" {typed.command} has no {flag}, a flag of {', '.join(having)}."
-            elif near := nearest(flag[2:], [known[2:] for known in flags[typed.command]], others=_OTHER_FLAGS):
+            elif near := nearest(
+                flag[2:], [known[2:] for known in flags[typed.command]], others=_OTHER_FLAGS
+            ):
                 hints += f" Did you mean '--{near}'?"
         self.commands[typed.command].error(f"unrecognized arguments: {' '.join(unknown)}", hints)
 
 
 _OTHER_FLAGS: Mapping[str, str] = {
-    "epoch": "epochs", "lr": "space", "metric": "scoring", "metrics": "scoring", "random-state": "seed",
-}  # fmt: skip
+    "epoch": "epochs",
+    "lr": "space",
+    "metric": "scoring",
+    "metrics": "scoring",
+    "random-state": "seed",
+}
 
 
 def _groups(command: str, flags: Sequence[Rule]) -> dict[str, dict[str, Rule]]:
-    """Return the flags of a command, with its own, by the title of their group, "" for those without one."""
+    """Return the flags of a command, with its own, by the title of their group, "" for those
+    without one."""
     groups = option_groups()
     if command == "tune":
         return groups
@@ -113,12 +133,19 @@ def _groups(command: str, flags: Sequence[Rule]) -> dict[str, dict[str, Rule]]:
         of_training = {"config": _SET, **{name: groups[SEARCH][name] for name in _OF_TRAINING}}
         machine = {name: rule for name, rule in groups[MACHINE].items() if name not in _OF_SEARCH}
         changed = {SEARCH: of_training, MACHINE: machine}
-        return {"the training" if title == SEARCH else title: changed.get(title, groups[title]) for title in groups}
+        return {
+            "the training" if title == SEARCH else title: changed.get(title, groups[title])
+            for title in groups
+        }
     changes = {}
-    for name, rule in (pair for rules in groups.values() for pair in rules.items() if command == "resume"):
+    for name, rule in (
+        pair for rules in groups.values() for pair in rules.items() if command == "resume"
+    ):
         if rule.resume:
             unchanged = re.sub(r"\((auto|60)\)$", "(as the search began)", rule.help)
-            changes[name] = replace(rule, help=unchanged if rule.resume is True else str(rule.resume))
+            changes[name] = replace(
+                rule, help=unchanged if rule.resume is True else str(rule.resume)
+            )
     return {"": changes | {flag.name.removeprefix("--").replace("-", "_"): flag for flag in flags}}
 
 
@@ -138,102 +165,190 @@ def _add_flag(group: argparse._ActionsContainer, name: str, rule: Rule) -> None:
         how |= {"nargs": "?", "const": "local"}
     elif rule.takes in ("specs", "config"):
         how |= {"nargs": "+", "action": "extend" if rule.takes == "specs" else "append"}
-    own = {"default": rule.default, "required": rule.required} if isinstance(rule, _Flag) else {"default": None}
+    own = (
+        {"default": rule.default, "required": rule.required}
+        if isinstance(rule, _Flag)
+        else {"default": None}
+    )
     group.add_argument(rule.name, dest=name, help=rule.help, **how, **own)
 
 
 _SET = Rule(
-    "--set KEY=VALUE", "a hyperparameter, such as lr=1e-3 or width=64; what is not set has its default", takes="specs"
+    "--set KEY=VALUE",
+    "a hyperparameter, such as lr=1e-3 or width=64; what is not set has its default",
+    takes="specs",
 )
-_OF_TRAINING = "max_epochs", "scoring", "positive", "schedule", "random_state", "timeout"  # that one training has too
+# that one training has too
+_OF_TRAINING = "max_epochs", "scoring", "positive", "schedule", "random_state", "timeout"
 _OF_SEARCH = ("ensemble", "compare_default")  # a flag of the machine that it has not
 
 _STUDY = ("STUDY", "a study.db, or the folder that holds it")
-_TABLE = ("FILE", "a .csv, .tsv or .parquet file, sklearn:digits, :iris, ..., or for a module a .npz, .npy or .pt file")
+_TABLE = (
+    "FILE",
+    "a .csv, .tsv or .parquet file, sklearn:digits, :iris, ..., or for a module a .npz, .npy or "
+    ".pt file",
+)
 _MODEL = ("MODEL_DIR", "the folder of a saved model")
-_ROWS = ("FILE", "a table with the columns of the training data; or .npz, .npy or .pt, with arrays like those")
+_ROWS = (
+    "FILE",
+    "a table with the columns of the training data; or .npz, .npy or .pt, with arrays like those",
+)
 _TRUST = _Flag(
-    "--trust-code", "run the code that it names, also where you have not trained or saved it on this machine"
+    "--trust-code",
+    "run the code that it names, also where you have not trained or saved it on this machine",
 )
 _BY = _Flag("--by NAME", "rank by this one of several metrics (the first of --scoring)")
-_CLASS = _Flag("--model FILE.py:NAME", "the model's class, where its file has moved; it runs that file")
+_CLASS = _Flag(
+    "--model FILE.py:NAME", "the model's class, where its file has moved; it runs that file"
+)
 
 _COMMANDS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]], Sequence[_Flag]]] = {
-    "tune": ("search hyperparameters on a table, and save the study and the model", {"file": _TABLE}, ()),
-    "train": (
-        "train one configuration without a search: its score in every fold, its curve, its model", {"file": _TABLE}, (),
+    "tune": (
+        "search hyperparameters on a table, and save the study and the model",
+        {"file": _TABLE},
+        (),
     ),
-    "resume": ("go on with a search where it was stopped, from its study alone", {"study": _STUDY}, [_TRUST]),
-    "trials": ("list the trials of a study", {"study": _STUDY}, [
-        _Flag(
-            "--format", "json and csv have scores in scikit-learn's sign: greater is better",
-            choices=("table", "json", "csv"), default="table",
-        ),
-        _BY,
-    ]),
+    "train": (
+        "train one configuration without a search: its score in every fold, its curve, its model",
+        {"file": _TABLE},
+        (),
+    ),
+    "resume": (
+        "go on with a search where it was stopped, from its study alone",
+        {"study": _STUDY},
+        [_TRUST],
+    ),
+    "trials": (
+        "list the trials of a study",
+        {"study": _STUDY},
+        [
+            _Flag(
+                "--format",
+                "json and csv have scores in scikit-learn's sign: greater is better",
+                choices=("table", "json", "csv"),
+                default="table",
+            ),
+            _BY,
+        ],
+    ),
     "best": (
-        "show the best score of a study and its parameters", {"study": _STUDY},
+        "show the best score of a study and its parameters",
+        {"study": _STUDY},
         [_Flag("--format", choices=("text", "json"), default="text"), _BY],
     ),
-    "predict": ("predict the rows of a file with a saved model, as CSV", {"folder": _MODEL, "file": _ROWS}, [
-        _Flag("--proba", "a column of probabilities for each class"),
-        _Flag(
-            "--interval LEVEL",
-            "two more columns, _lower and _upper, between which a share of the values lies, such as 0.9", "number",
-        ),
-        _Flag(
-            "--keep COL,COL",
-            "columns of the file to write before the predictions, such as an id; the target is named TARGET_given",
-            "names",
-        ),
-        _Flag("--raw", "no ' before text that a spreadsheet takes for a formula"),
-        _Flag("--out FILE", "write there instead of to standard output"), _CLASS, _TRUST,
-    ]),
+    "predict": (
+        "predict the rows of a file with a saved model, as CSV",
+        {"folder": _MODEL, "file": _ROWS},
+        [
+            _Flag("--proba", "a column of probabilities for each class"),
+            _Flag(
+                "--interval LEVEL",
+                "two more columns, _lower and _upper, between which a share of the values lies, "
+                "such as 0.9",
+                "number",
+            ),
+            _Flag(
+                "--keep COL,COL",
+                "columns of the file to write before the predictions, such as an id; the target "
+                "is named TARGET_given",
+                "names",
+            ),
+            _Flag("--raw", "no ' before text that a spreadsheet takes for a formula"),
+            _Flag("--out FILE", "write there instead of to standard output"),
+            _CLASS,
+            _TRUST,
+        ],
+    ),
     "evaluate": (
         "score a saved model on the rows of a file with known right answers",
-        {"folder": _MODEL, "file": (_ROWS[0], f"{_ROWS[1]}; with the target, unless --target is a file")}, [
+        {
+            "folder": _MODEL,
+            "file": (_ROWS[0], f"{_ROWS[1]}; with the target, unless --target is a file"),
+        },
+        [
             _Flag(
                 "--target NAME",
-                "the column or array with the right answers; for a .npy file, another .npy file [default: that of the "
-                "training]",
+                "the column or array with the right answers; for a .npy file, another .npy file "
+                "[default: that of the training]",
             ),
-            _Flag("--scoring NAME,NAME", "scikit-learn scorer names (the usual ones of the task)", "names"),
-            _Flag("--positive CLASS", "the class that f1, precision, recall, average_precision, ... are of"),
             _Flag(
-                "--missing-target", "what to do with rows whose target is missing: error, or drop them",
-                choices=("error", "drop"), default="error",
+                "--scoring NAME,NAME",
+                "scikit-learn scorer names (the usual ones of the task)",
+                "names",
             ),
-            _Flag("--format", choices=("text", "json"), default="text"), _CLASS, _TRUST,
+            _Flag(
+                "--positive CLASS",
+                "the class that f1, precision, recall, average_precision, ... are of",
+            ),
+            _Flag(
+                "--missing-target",
+                "what to do with rows whose target is missing: error, or drop them",
+                choices=("error", "drop"),
+                default="error",
+            ),
+            _Flag("--format", choices=("text", "json"), default="text"),
+            _CLASS,
+            _TRUST,
         ],
     ),
     "repair": (
-        "save what is whole in a damaged study into a new file", {"study": ("STUDY", f"{_STUDY[1]}; it is only read")},
+        "save what is whole in a damaged study into a new file",
+        {"study": ("STUDY", f"{_STUDY[1]}; it is only read")},
         [_Flag("--out NEW", "the new file; the folder where it lies exists", required=True)],
     ),
-    "report": ("write one page of HTML about a study, finished or running", {"study": _STUDY}, [
-        _Flag("--out FILE", "where the page is written (report.html)", default="report.html"),
-        _Flag("--live", "write it again every few seconds, a page that reloads itself, until the search has ended"),
-        _Flag("--confusion", "a confusion matrix of what the best trial predicts on its folds"),
-        _Flag("--importance", "what each column is worth, by shuffling it; the best trial trains once more"),
-        _BY, _TRUST,
-    ]),
+    "report": (
+        "write one page of HTML about a study, finished or running",
+        {"study": _STUDY},
+        [
+            _Flag("--out FILE", "where the page is written (report.html)", default="report.html"),
+            _Flag(
+                "--live",
+                "write it again every few seconds, a page that reloads itself, until the search "
+                "has ended",
+            ),
+            _Flag("--confusion", "a confusion matrix of what the best trial predicts on its folds"),
+            _Flag(
+                "--importance",
+                "what each column is worth, by shuffling it; the best trial trains once more",
+            ),
+            _BY,
+            _TRUST,
+        ],
+    ),
     "status": (
-        "look at a running search: trials by state, the best so far, the last result", {"study": _STUDY},
-        [_Flag("--watch", "look again every two seconds, with the best curves, until it has ended")],
+        "look at a running search: trials by state, the best so far, the last result",
+        {"study": _STUDY},
+        [
+            _Flag(
+                "--watch", "look again every two seconds, with the best curves, until it has ended"
+            )
+        ],
     ),
     "export": (
-        "write a saved model as one file that runs without gputune", {"folder": _MODEL},
-        [_Flag("--out FILE", "a new file: .onnx for ONNX, .pt2 for torch.export", required=True), _CLASS, _TRUST],
+        "write a saved model as one file that runs without gputune",
+        {"folder": _MODEL},
+        [
+            _Flag("--out FILE", "a new file: .onnx for ONNX, .pt2 for torch.export", required=True),
+            _CLASS,
+            _TRUST,
+        ],
     ),
-    "check": ("try on a device that members equal a plain loop, and how fast it trains: about a minute", {}, [
-        _Flag("--device D", "auto (default), cpu, cuda or cuda:1", default="auto"),
-        _Flag("--json", "the table as JSON"),
-    ]),
-}  # fmt: skip
-"""Of each command its help, the files or folders that it takes, and its flags beside the options of a search."""
+    "check": (
+        "try on a device that members equal a plain loop, and how fast it trains: about a minute",
+        {},
+        [
+            _Flag("--device D", "auto (default), cpu, cuda or cuda:1", default="auto"),
+            _Flag("--json", "the table as JSON"),
+        ],
+    ),
+}
+"""Of each command its help, the files or folders that it takes, and its flags beside the options of
+a search."""
 
 
-def _reader(read: Callable[[str], float], rule: str, least: float = -math.inf) -> Callable[[str], float]:
+def _reader(
+    read: Callable[[str], float], rule: str, least: float = -math.inf
+) -> Callable[[str], float]:
     def number(text: str) -> float:
         with suppress(ValueError):
             if not (value := read(text)) < least:
@@ -253,14 +368,19 @@ _READERS: dict[Takes, Callable[[str], object]] = {
     "1..": _reader(int, f"{_WHOLE} 1", 1),
     "names": lambda text: text.split(","),
     "scorers": lambda text: [word.strip() for word in text.split(",")] if "," in text else text,
-    "workers": lambda text: text if text == "auto" else _reader(int, f"{_WHOLE} 1, or 'auto'", 1)(text),
+    "workers": lambda text: (
+        text if text == "auto" else _reader(int, f"{_WHOLE} 1, or 'auto'", 1)(text)
+    ),
 }
 
-STUDY, MODEL = "study.db", "model"  # what the folder of a search holds
+# what the folder of a search holds
+STUDY = "study.db"
+MODEL = "model"
 
 
 def model_folder(study: Path) -> Path:
-    """Return where the model of a study lies: beside it, under the study's own name where that is not the usual one."""
+    """Return where the model of a study lies: beside it, under the study's own name where that is
+    not the usual one."""
     return study.parent / (MODEL if study.name == STUDY else f"{study.stem}.{MODEL}")
 
 

@@ -1,4 +1,5 @@
-"""The flags of a search and the arguments of ``gputune.tune``: what can be typed, and what Python says in its words."""
+"""The flags of a search and the arguments of ``gputune.tune``: what can be typed, and what Python
+says in its words."""
 
 import re
 import shlex
@@ -9,53 +10,71 @@ from gputune.tuning.options import MACHINE, ROWS, RULES, SEARCH, Rule
 
 _MIN_EPOCHS = Rule(
     "--min-epochs E",
-    "with --method halving: epochs before the first rung (a 27th of --epochs); median: before the first decision (a "
-    "tenth)",
+    "with --method halving: epochs before the first rung (a 27th of --epochs); median: before "
+    "the first decision (a tenth)",
     "1..",
 )
 
 METHOD_RULES: dict[str, dict[str, Rule]] = {
     "halving": {
-        "factor": Rule("--factor F", "with --method halving: the best 1/F go on from a rung (3)", "number"),
+        "factor": Rule(
+            "--factor F", "with --method halving: the best 1/F go on from a rung (3)", "number"
+        ),
         "min_epochs": _MIN_EPOCHS,
-        "brackets": Rule("--brackets N", "with --method halving: brackets, each with its first rung later (1)", "1.."),
+        "brackets": Rule(
+            "--brackets N",
+            "with --method halving: brackets, each with its first rung later (1)",
+            "1..",
+        ),
     },
     "median": {
         "min_epochs": _MIN_EPOCHS,
         "every": Rule(
-            "--every E", "with --method median: epochs between two decisions (as many as before the first)", "1.."
+            "--every E",
+            "with --method median: epochs between two decisions (as many as before the first)",
+            "1..",
         ),
     },
     "hypergradient": {
         "hyperparameters": Rule(
             "--descend-on KEY,KEY",
-            "with --method hypergradient: some of lr (default), momentum, weight_decay, beta1, beta2; C for the "
-            "solved logistic regression", "names",
+            "with --method hypergradient: some of lr (default), momentum, weight_decay, beta1, "
+            "beta2; C for the solved logistic regression",
+            "names",
         ),
-        "outer_steps": Rule("--outer-steps N", "with --method hypergradient: steps from each start (10)", "1.."),
+        "outer_steps": Rule(
+            "--outer-steps N", "with --method hypergradient: steps from each start (10)", "1.."
+        ),
         "segments": Rule(
-            "--segments S", "with --method hypergradient: so many values of each over the time of training (1)", "1.."
+            "--segments S",
+            "with --method hypergradient: so many values of each over the time of training (1)",
+            "1..",
         ),
-        "per_layer": Rule("--per-layer", "with --method hypergradient: values of its own for each layer"),
+        "per_layer": Rule(
+            "--per-layer", "with --method hypergradient: values of its own for each layer"
+        ),
     },
-}  # fmt: skip
+}
 """The options of the methods that can be typed."""
 
 _MORE_RULES: dict[str, dict[str, Rule]] = {
     "the target and the model": {
         "target": Rule("--target COL", "the column to predict (sklearn:NAME has 'target')"),
         "model": Rule(
-            "--model M", "mlp (default), logistic, realmlp, cnn for images, gru for sequences, or PATH.py:NAME"
+            "--model M",
+            "mlp (default), logistic, realmlp, cnn for images, gru for sequences, or PATH.py:NAME",
         ),
         "optimizer": Rule(
             "--optimizer O",
-            "adamw (default), adam, sgd, nesterov, each with hd at its end to adapt its rate online; rmsprop, "
-            "lion, muon, schedulefree; of a module also a class of torch.optim, such as RAdam; logistic: exact",
+            "adamw (default), adam, sgd, nesterov, each with hd at its end to adapt its rate "
+            "online; rmsprop, lion, muon, schedulefree; of a module also a class of torch.optim, "
+            "such as RAdam; logistic: exact",
         ),
     },
     SEARCH: {
         "sampler": Rule(
-            "--sampler", "tpe: Optuna's sampler proposes the configurations, in batches (needs optuna)",
+            "--sampler",
+            "tpe: Optuna's sampler proposes the configurations, in batches (needs optuna)",
             choices=("tpe",),
         ),
         **{name: rule for group in METHOD_RULES.values() for name, rule in group.items()},
@@ -63,55 +82,69 @@ _MORE_RULES: dict[str, dict[str, Rule]] = {
     ROWS: {
         "groups": Rule("--groups COL", "rows of one group are never split between folds"),
         "test_size": Rule(
-            "--test-size SHARE", "share of the rows kept apart for one honest score (0.2); 0 uses all rows", "number"
+            "--test-size SHARE",
+            "share of the rows kept apart for one honest score (0.2); 0 uses all rows",
+            "number",
         ),
     },
     MACHINE: {
         "study": Rule(
             "--out DIR",
-            "folder for study.db and model/ (gputune-out; of train gputune-train); the same command goes on where it "
-            "was stopped",
+            "folder for study.db and model/ (gputune-out; of train gputune-train); the same "
+            "command goes on where it was stopped",
         ),
         "ray": Rule(
-            "--ray ADDRESS", "train on a Ray cluster: local (default), auto, HOST:PORT or ray://HOST:PORT; after FILE",
+            "--ray ADDRESS",
+            "train on a Ray cluster: local (default), auto, HOST:PORT or ray://HOST:PORT; after "
+            "FILE",
             resume=True,
         ),
         "ensemble": Rule(
-            "--ensemble", "choose an ensemble of the best trials too, and save what is better on the held-out rows",
+            "--ensemble",
+            "choose an ensemble of the best trials too, and save what is better on the held-out "
+            "rows",
             resume=True,
         ),
-        "intervals": Rule("--intervals", "keep with the model what gputune predict --interval needs", resume=True),
+        "intervals": Rule(
+            "--intervals", "keep with the model what gputune predict --interval needs", resume=True
+        ),
         "calibrate": Rule(
             "--calibrate",
-            "calibrate the probabilities of classes by temperature scaling (without being asked where --scoring is "
-            "neg_log_loss)", resume=True,
+            "calibrate the probabilities of classes by temperature scaling (without being asked "
+            "where --scoring is neg_log_loss)",
+            resume=True,
         ),
         "compare_default": Rule(
             "--compare-default",
-            "also train the default configuration on all rows, and compare both models on the held-out rows (on if "
-            "that takes less than a tenth of the steps of the search)",
-            takes="yes or no", resume=True,
+            "also train the default configuration on all rows, and compare both models on the "
+            "held-out rows (on if that takes less than a tenth of the steps of the search)",
+            takes="yes or no",
+            resume=True,
         ),
         "profile": Rule(
             "--profile",
-            "say at the end where the time went, and what share of the machine's matrix products the steps reached",
+            "say at the end where the time went, and what share of the machine's matrix products "
+            "the steps reached",
             resume=True,
         ),
     },
-}  # fmt: skip
+}
 """What can be typed and is no option of a search, beside the file, by the title of its group."""
 
 
 def option_groups() -> dict[str, dict[str, Rule]]:
-    """Return the flags of each group of ``gputune tune --help`` by its title, those of the command itself last."""
+    """Return the flags of each group of ``gputune tune --help`` by its title, those of the command
+    itself last."""
     return {
-        title: {name: rule for name, rule in RULES.items() if rule.flag and rule.group == title} | rules
+        title: {name: rule for name, rule in RULES.items() if rule.flag and rule.group == title}
+        | rules
         for title, rules in _MORE_RULES.items()
     }
 
 
 def flags() -> dict[str, str]:
-    """Return the option of ``gputune tune`` for each argument of ``gputune.tune``, and of a method, that has one."""
+    """Return the option of ``gputune tune`` for each argument of ``gputune.tune``, and of a method,
+    that has one."""
     known = {name: rule.name for rules in option_groups().values() for name, rule in rules.items()}
     return {**known, "verbose": "--quiet"}
 
@@ -159,23 +192,30 @@ _PATTERNS = {
     r"\bkinds=\{'([^']*)': '(\w+)'\}": r"--kind \1=\2",
     r"put '(\w+)' into the space": r"put \1=... into --space",
     r"as a tuple in a list, \[\(([^()]*)\)\]": r"in parentheses, '(\1)'",
-    r"X is a dict; pass one table of .* takes apart": "FILE holds several inputs, which a module alone takes: give "
-    "--model FILE.py:NAME",
+    r"X is a dict; pass one table of .* takes apart": "FILE "
+    "holds several inputs, which a module alone takes: give --model FILE.py:NAME",
     r"\bspace\['(\w+)'\]": r"--space \1",
     r"\binclude\[\d+\]\['(\w+)'\]": r"\1",
 }
 
 _FOREIGN = re.compile(r"[\w.]+\([^\n]*?\)(?= raised )|(?<= says: ).+?(?=\. Control flow and)")
-"""What torch says, and how a user's class was called, where an error stands in a sentence of ours."""
+"""What torch says, and how a user's class was called, where an error stands in a sentence of
+ours."""
 
 
 def in_flags(
-    text: str, *, kept: Collection[str] = (), foreign: Sequence[str] = (), file: str = "FILE", config: str = "--include"
+    text: str,
+    *,
+    kept: Collection[str] = (),
+    foreign: Sequence[str] = (),
+    file: str = "FILE",
+    config: str = "--include",
 ) -> str:
-    """Return what ``gputune.tune`` says in the words of the command line: arguments, but those ``kept``, as options.
+    """Return what ``gputune.tune`` says in the words of the command line: arguments, but those
+    ``kept``, as options.
 
-    X is ``file``, a configuration was given as ``config``. What others say within it, the ``foreign`` texts and what is
-    known to be theirs, stays as it is.
+    X is ``file``, a configuration was given as ``config``. What others say within it, the
+    ``foreign`` texts and what is known to be theirs, stays as it is.
     """
     theirs = [part for part in (*foreign, *_FOREIGN.findall(text)) if part]
     for number, part in enumerate(theirs):
@@ -204,7 +244,9 @@ def _in_flags(text: str, kept: Collection[str], config: str) -> str:
     text = re.sub(rf"\bleave ({names}) out\b", lambda match: f"leave {known[match[1]]} out", text)
     text = re.sub(r"\binclude\[\d+\](?= (?:must|has)\b)", config, text)
     value = r"""'[^']*'|"[^"]*"|\([^()]*\)|-?\d+(?:\.\d+)?(?:e[+-]?\d+)?\b|True|False|None|(?=[\s.,;:)]|$)"""
-    text = re.sub(rf"(?<![\w'\"./-])({names})=({value})", lambda match: _option(known, *match.groups()), text)
+    text = re.sub(
+        rf"(?<![\w'\"./-])({names})=({value})", lambda match: _option(known, *match.groups()), text
+    )
     verbs = "must|is|are|for|has|needs|cannot|would|with|and"
     text = re.sub(rf"^({names})\b(?=:| (?:{verbs})\b)", lambda match: known[match[1]], text)
     alone = "|".join(name for name in names.split("|") if "_" in name)
@@ -221,6 +263,7 @@ def _option(known: dict[str, str], name: str, value: str) -> str:
     if (name, text) == ("workers", "ray"):
         return "--ray"
     if name == "study":
-        folder, here = Path(text).parent, Path.cwd()
+        folder = Path(text).parent
+        here = Path.cwd()
         text = str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
     return f"{known[name]} {shlex.quote(text)}"

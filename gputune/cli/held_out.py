@@ -1,4 +1,5 @@
-"""The score of a saved model on rows that were held out, and that of the best answer without a model."""
+"""The score of a saved model on rows that were held out, and that of the best answer without a
+model."""
 
 import math
 import warnings
@@ -23,7 +24,9 @@ from gputune.study.labels import class_codes
 from gputune.study.model import TunedModel
 from gputune.text import Measure, count
 
-_SAMPLES, _SAMPLE_ROWS = 400, 20_000  # bootstrap samples, and rows of one at most: what takes a second or two
+# bootstrap samples, and rows of one at most: what takes a second or two
+_SAMPLES = 400
+_SAMPLE_ROWS = 20_000
 
 IntervalMethod = Literal["wilson", "bootstrap", ""]
 
@@ -34,12 +37,15 @@ class HeldOut:
 
     score: float  # NaN where there is none
     rows: int
-    unseen: int = 0  # of a class that the search has not: wrong; balanced accuracy and probabilities leave them out
+    # of a class that the search has not: wrong; balanced accuracy and probabilities leave them out
+    unseen: int = 0
     why: str = ""  # why there is no score
     interval: tuple[float, float] | None = None  # of 95%; None where it is not known
-    interval_method: IntervalMethod = ""  # how the interval was computed; "" if few bootstrap samples have a score
+    # how the interval was computed; "" if few bootstrap samples have a score
+    interval_method: IntervalMethod = ""
     positive: object = None  # the class that the score is of; None: of none
-    baseline: tuple[str, float] | None = None  # the best answer without a model, and its score on the same rows
+    # the best answer without a model, and its score on the same rows
+    baseline: tuple[str, float] | None = None
     chose: bool = False  # whether these rows chose between an ensemble and the best trial
 
     def bounds(self, measure: Measure) -> str:
@@ -47,37 +53,57 @@ class HeldOut:
         return " to ".join(sorted(map(measure.text, self.interval or ()), key=float))
 
     def interval_text(self, measure: Measure) -> str:
-        """Return the interval in parentheses, with a space in front; "" if few bootstrap samples have a score."""
+        """Return the interval in parentheses, with a space in front; "" if few bootstrap samples
+        have a score."""
         if self.interval is not None:
-            name = "95% interval" if self.interval_method == "wilson" else "95% of bootstrap samples"
+            name = (
+                "95% interval" if self.interval_method == "wilson" else "95% of bootstrap samples"
+            )
             return f" ({name}: {self.bounds(measure)})"
         if self.interval_method == "bootstrap":
-            return f" (no interval: all bootstrap samples of the {count(self.rows, 'row')} have this score)"
+            return (
+                f" (no interval: all bootstrap samples of the {count(self.rows, 'row')} have this "
+                "score)"
+            )
         return ""
 
 
 def saved_loss(model: TunedModel) -> Objective | None:
-    """Return the loss of a module where it has a name, with its numbers; None for one of the user's own, in no file."""
+    """Return the loss of a module where it has a name, with its numbers; None for one of the user's
+    own, in no file."""
     loss = model.info.get("loss")  # of an augmented training it goes on with a comma
     if loss is None or (model.spec["kind"] != "module" and not loss):
         return None
     name, numbers = parse_loss(loss.partition(",")[0] or LOSS_OF_TASK.get(model.task, ""))
     arguments = model.info.get("loss_arguments", {})
-    return Objective(name, binary=model.task == "binary", fixed=arguments, numbers=numbers) if name in LOSSES else None
+    return (
+        Objective(name, binary=model.task == "binary", fixed=arguments, numbers=numbers)
+        if name in LOSSES
+        else None
+    )
 
 
 def held_out_score(
-    model: TunedModel, scoring: str, test: Source, *, positive: object = None, outputs: Tensor | None = None
+    model: TunedModel,
+    scoring: str,
+    test: Source,
+    *,
+    positive: object = None,
+    outputs: Tensor | None = None,
 ) -> HeldOut:
-    """Score the model on the held-out rows by the scorer of this name; never raises for an undefined score.
+    """Score the model on the held-out rows by the scorer of this name; never raises for an
+    undefined score.
 
-    ``positive`` is the class that it is of, None for none; ``outputs`` are the model's of the rows, where known.
+    ``positive`` is the class that it is of, None for none; ``outputs`` are the model's of the rows,
+    where known.
     """
-    rows, loss = len(test.X), saved_loss(model) if scoring in ("neg_loss", PINBALL) else None
+    rows = len(test.X)
+    loss = saved_loss(model) if scoring in ("neg_loss", PINBALL) else None
     if scoring == "neg_loss" and loss is None:
         return HeldOut(math.nan, rows, why="a saved model holds no loss but one that has a name")
     classes, y = labels_of(model, test)
-    unseen, shown = 0 if model.classes is None else int((y >= len(model.classes)).sum()), None
+    unseen = 0 if model.classes is None else int((y >= len(model.classes)).sum())
+    shown = None
     try:
         how = make_scoring(scoring, model.task, model.classes, positive, loss, n_labels=y.shape[-1])
         shown = classes[how.positive] if classes and how.positive is not None else None
@@ -101,8 +127,8 @@ def held_out_baseline(
 ) -> tuple[str, float] | None:
     """Return the best answer without a model, in words, and its score on the held-out rows.
 
-    The answer is a constant that is fitted on ``rest``, the rows of the search. The result is None if no such constant
-    is known, or if its score is undefined on the held-out rows.
+    The answer is a constant that is fitted on ``rest``, the rows of the search. The result is None
+    if no such constant is known, or if its score is undefined on the held-out rows.
     """
     if scoring == "neg_loss" or model.task == "custom":
         return None
@@ -126,11 +152,18 @@ def held_out_baseline(
 
 
 def labels_of(model: TunedModel, test: Source) -> tuple[list[object], np.ndarray]:
-    """Return the classes, those of the held-out rows alone last, and the rows' codes; or [] and numbers."""
-    return ([], np.asarray(test.y, dtype=float)) if model.classes is None else class_codes(model.classes, test.y)
+    """Return the classes, those of the held-out rows alone last, and the rows' codes; or [] and
+    numbers."""
+    return (
+        ([], np.asarray(test.y, dtype=float))
+        if model.classes is None
+        else class_codes(model.classes, test.y)
+    )
 
 
-def _outputs_to_score(model: TunedModel, loss: Objective | None, outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _outputs_to_score(
+    model: TunedModel, loss: Objective | None, outputs: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return outputs and targets as scores take them; a loss takes those that it was trained on."""
     if loss is not None and model.task == "regression":
         there = y.numpy() if model.transform is None else model.transform.forward(y.numpy())
@@ -138,19 +171,28 @@ def _outputs_to_score(model: TunedModel, loss: Objective | None, outputs: Tensor
     if loss is not None:
         return outputs.diff(dim=1) if loss.one_logit else outputs, y
     if model.task == "multilabel" or model.classes is not None:
-        # The model's own logits, since those of rounded probabilities would tie, and break ties, otherwise.
+        # The model's own logits, since those of rounded probabilities would tie, and break ties,
+        # otherwise.
         return outputs, y
     predicted = torch.from_numpy(model._predict(outputs))
     return predicted if predicted.dim() > 1 else predicted[:, None], y
 
 
-def _with_unseen(how: Scoring, outputs: Tensor, y: Tensor, classes: int) -> tuple[Scoring, Tensor, Tensor]:
-    """Return what is scored where rows have a code that the outputs (n, K) lack, of so many classes in all."""
+def _with_unseen(
+    how: Scoring, outputs: Tensor, y: Tensor, classes: int
+) -> tuple[Scoring, Tensor, Tensor]:
+    """Return what is scored where rows have a code that the outputs (n, K) lack, of so many classes
+    in all."""
     unseen = y >= outputs.shape[1]
     if how.positive is not None:
         return how, outputs, y.where(~unseen, 1 - how.positive)
-    # A class without a probability would be worth what a mean over classes, or a limit of the logarithm, makes of it.
-    if how.is_loss or how.name == "balanced_accuracy" or get_scorer(how.name)._response_method != "predict":
+    # A class without a probability would be worth what a mean over classes, or a limit of the
+    # logarithm, makes of it.
+    if (
+        how.is_loss
+        or how.name == "balanced_accuracy"
+        or get_scorer(how.name)._response_method != "predict"
+    ):
         return how, outputs[~unseen], y[~unseen]
     padded = functional.pad(outputs, (0, classes - outputs.shape[1]), value=-torch.inf)
     return replace(how, classes=np.arange(classes)), padded, y
@@ -163,7 +205,8 @@ def _score(how: Scoring, outputs: Tensor, y: Tensor) -> float:
 
 
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:
-    """Return the 95% score interval of a share, which stays right if all or none of the rows are successes.
+    """Return the 95% score interval of a share, which stays right if all or none of the rows are
+    successes.
 
     Source: Wilson (1927), Probable inference, the law of succession, and statistical inference.
     """
@@ -180,14 +223,16 @@ def _interval(
 ) -> tuple[tuple[float, float] | None, IntervalMethod]:
     """Return the bounds of a 95% interval, and how they were computed.
 
-    Wilson's interval for an accuracy. For other scores the bounds of 95% of the scores of bootstrap samples; for many
-    rows smaller samples are drawn and their spread is scaled. If all samples have the same score, as those of a perfect
-    model, the bootstrap cannot tell, and there are no bounds.
+    Wilson's interval for an accuracy. For other scores the bounds of 95% of the scores of bootstrap
+    samples; for many rows smaller samples are drawn and their spread is scaled. If all samples have
+    the same score, as those of a perfect model, the bootstrap cannot tell, and there are no bounds.
     """
     if how.name == "accuracy":
         return wilson_interval(round(score * len(y)), len(y)), "wilson"
-    rng, rows = np.random.default_rng(0), len(y)
-    size, scores = min(rows, _SAMPLE_ROWS), []
+    rng = np.random.default_rng(0)
+    rows = len(y)
+    size = min(rows, _SAMPLE_ROWS)
+    scores = []
     with warnings.catch_warnings(action="ignore"):  # of samples that lack a class
         for _ in range(_SAMPLES):
             sample = torch.from_numpy(rng.integers(0, rows, size))

@@ -1,4 +1,5 @@
-"""The command line: runs one command and ends with 0 done, 1 failed, 2 bad input or usage, 130 Ctrl-C, 143 SIGTERM.
+"""The command line: runs one command and ends with 0 done, 1 failed, 2 bad input or usage, 130
+Ctrl-C, 143 SIGTERM.
 
 Everything heavy is imported inside the commands, so that ``gputune --help`` waits for nothing.
 """
@@ -39,7 +40,11 @@ _MODULES = {
 }
 """Where the function of each command is, which returns what goes to standard output."""
 
-DONE, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+DONE = 0
+FAILED = 1
+BAD_INPUT = 2
+INTERRUPTED = 130
+TERMINATED = 143
 _BAD_INPUT = InputError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError
 
 
@@ -60,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         if own_process:
             take_signals(end_process)  # all is said, and libraries take their time to end
-            gc.freeze()  # Python would look for garbage in all that they have made, for half a second
+            # Python would look for garbage in all that they have made, for half a second
+            gc.freeze()
         _let_go_of_streams()
 
 
@@ -69,21 +75,32 @@ def _command(typed: list[str]) -> int:
         arguments = make_parser().parse_args(typed, argparse.Namespace(typed=typed))
     except SystemExit as ending:
         return int(ending.code or 0)
-    # Errors about the target begin with its name, whatever that is; only tune has the option --out for a study.
-    kept = {getattr(arguments, "target", None) or "", "" if arguments.command in ("tune", "train") else "study"}
+    # Errors about the target begin with its name, whatever that is; only tune has the option --out
+    # for a study.
+    kept = {
+        getattr(arguments, "target", None) or "",
+        "" if arguments.command in ("tune", "train") else "study",
+    }
     file = repr(arguments.file) if hasattr(arguments, "file") else "FILE"
-    words = partial(in_flags, kept=kept, file=file, config="--set" if arguments.command == "train" else "--include")
+    words = partial(
+        in_flags,
+        kept=kept,
+        file=file,
+        config="--set" if arguments.command == "train" else "--include",
+    )
     with _warnings_in_words(words):
         return _run(arguments, words)
 
 
 def _open_streams() -> None:
-    """Let what is written to a closed stream go nowhere, rather than into the next file that is opened."""
+    """Let what is written to a closed stream go nowhere, rather than into the next file that is
+    opened."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest free number
+            # it gets the lowest free number
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
@@ -93,7 +110,8 @@ def _open_streams() -> None:
 
 
 def _let_go_of_streams() -> None:
-    """Forget what a full or broken stream has not taken: Python would try once more when it ends, and complain."""
+    """Forget what a full or broken stream has not taken: Python would try once more when it ends,
+    and complain."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -105,8 +123,11 @@ def _let_go_of_streams() -> None:
 def _run(arguments: argparse.Namespace, words: Callable[..., str]) -> int:
     try:
         with without_collector():
-            command = getattr(import_module(f"gputune.cli.{_MODULES[arguments.command]}"), arguments.command)
-        text, is_quiet = command(arguments), getattr(arguments, "verbose", 1) == 0
+            command = getattr(
+                import_module(f"gputune.cli.{_MODULES[arguments.command]}"), arguments.command
+            )
+        text = command(arguments)
+        is_quiet = getattr(arguments, "verbose", 1) == 0
         return _write("" if is_quiet else text)
     except SearchInterrupted as stop:
         _write(stop.report if arguments.verbose else "")
@@ -129,7 +150,8 @@ def _run(arguments: argparse.Namespace, words: Callable[..., str]) -> int:
 
 
 def check(arguments: argparse.Namespace) -> str:
-    """Return the table, or JSON. Raises CheckFailedError, with the same, where a law does not hold."""
+    """Return the table, or JSON. Raises CheckFailedError, with the same, where a law does not
+    hold."""
     with without_collector():
         from tqdm.auto import tqdm
 
@@ -150,8 +172,9 @@ def check(arguments: argparse.Namespace) -> str:
     if not report.ok:
         failed = sum(not row.ok for row in report.rows)
         raise CheckFailedError(
-            f"{count(failed, 'law')} of {len(report.rows)} failed on {report.device}: what trains that way there is "
-            "not to be trusted. Please report the table, with the versions in its first line.",
+            f"{count(failed, 'law')} of {len(report.rows)} failed on {report.device}: what trains "
+            "that way there is not to be trusted. Please report the table, with the versions in "
+            "its first line.",
             report=text,
         )
     return text
@@ -194,8 +217,10 @@ def _in_words(error: Exception) -> str:
 
 @contextmanager
 def _warnings_in_words(words: Callable[[str], str]) -> Iterator[None]:
-    """Show a warning that is meant for the user as one line, once, instead of as a line of our code."""
-    said, shown_otherwise = set(), warnings.showwarning
+    """Show a warning that is meant for the user as one line, once, instead of as a line of our
+    code."""
+    said = set()
+    shown_otherwise = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
         if not issubclass(category, UserWarning):

@@ -1,4 +1,5 @@
-"""The commands on a saved model: ``gputune predict``, ``evaluate``, ``export``; its scores on rows with a target."""
+"""The commands on a saved model: ``gputune predict``, ``evaluate``, ``export``; its scores on rows
+with a target."""
 
 import csv
 import io
@@ -51,7 +52,8 @@ class Evaluation:
     confusion: list[list[int]]  # lines are true classes, columns predicted ones
     dropped: str = ""  # the remark on rows whose target is missing, which were left out
     trained_share: float | None = None
-    """About which share of the rows the model was trained on; None if it is not known, of a model of an old version."""
+    """About which share of the rows the model was trained on; None if it is not known, of a model
+    of an old version."""
 
     def to_json(self) -> Json:
         """Return plain values; scores in scikit-learn's sign, null where they are undefined."""
@@ -63,7 +65,11 @@ class Evaluation:
         notes = [self.dropped] if self.dropped else []
         notes += _remarks_on_trained_rows(self.trained_share)
         remarks = {"notes": notes} if notes else {}
-        return {"rows": self.rows, "trained_share": self.trained_share, "scores": scores} | matrix | remarks
+        return (
+            {"rows": self.rows, "trained_share": self.trained_share, "scores": scores}
+            | matrix
+            | remarks
+        )
 
     def text(self, width: int) -> str:
         rows = []
@@ -75,16 +81,26 @@ class Evaluation:
             remarks += [f"No {name}: {clean(one.why)}."] if one.why else []
         positive = self.scores["precision"].positive if "precision" in self.scores else None
         if positive in self.classes and not np.sum(self.confusion, 0)[self.classes.index(positive)]:
-            remarks.append(f"No row is predicted as class {clean(positive)!r}: its precision is shown as 0.")
+            remarks.append(
+                f"No row is predicted as class {clean(positive)!r}: its precision is shown as 0."
+            )
         if unseen := max((one.unseen for one in self.scores.values()), default=0):
             verb = "counts" if unseen == 1 else "count"
-            remark = f"{count(unseen, 'row')} of a class that the model does not know {verb} as wrong, in scores of a"
+            remark = (
+                f"{count(unseen, 'row')} of a class that the model does not know {verb} as wrong, "
+                "in scores of a"
+            )
             remarks.append(
-                f"{remark} class as not of it; balanced accuracy and scores of probabilities leave such rows out."
+                f"{remark} class as not of it; balanced accuracy and scores of probabilities "
+                "leave such rows out."
             )
         scores = table(["score", "", "95% interval"], rows, left=["score"])
         remarks.append(self._intervals_remark())
-        parts = [count(self.rows, "row"), scores, *(paragraph(one, width) for one in remarks if one)]
+        parts = [
+            count(self.rows, "row"),
+            scores,
+            *(paragraph(one, width) for one in remarks if one),
+        ]
         return "\n\n".join([*parts, *(self._class_tables() if self.classes else [])])
 
     def _intervals_remark(self) -> str:
@@ -96,23 +112,45 @@ class Evaluation:
         elif methods == {"bootstrap"}:
             sentences.append("The intervals hold 95% of bootstrap samples.")
         elif methods:
-            sentences.append("The interval of the accuracy is Wilson's; the others hold 95% of bootstrap samples.")
-        same = [name for name, one in self.scores.items() if one.interval is None and one.interval_method]
+            sentences.append(
+                "The interval of the accuracy is Wilson's; the others hold 95% of bootstrap "
+                "samples."
+            )
+        same = [
+            name
+            for name, one in self.scores.items()
+            if one.interval is None and one.interval_method
+        ]
         if same:
             verb = "has" if len(same) == 1 else "have"
-            sentences.append(f"{', '.join(same)} {verb} no interval: all bootstrap samples have the same score.")
+            sentences.append(
+                f"{', '.join(same)} {verb} no interval: all bootstrap samples have the same score."
+            )
         return " ".join(sentences)
 
     def _class_tables(self) -> list[str]:
         """Return precision and recall of each class, and the matrix where they are few."""
-        names, matrix, shares = [clean(label) for label in self.classes], np.array(self.confusion), []
-        for name, right, rows, guesses in zip(names, matrix.diagonal(), matrix.sum(1), matrix.sum(0)):
-            precision, recall = (f"{right / whole:.4f}" if whole else "-" for whole in (guesses, rows))
+        names = [clean(label) for label in self.classes]
+        matrix = np.array(self.confusion)
+        shares = []
+        for name, right, rows, guesses in zip(
+            names, matrix.diagonal(), matrix.sum(1), matrix.sum(0)
+        ):
+            precision, recall = (
+                f"{right / whole:.4f}" if whole else "-" for whole in (guesses, rows)
+            )
             shares.append([name, str(rows), precision, recall])
         tables = [table(["class", "rows", "precision", "recall"], shares, left=["class"])]
         if len(names) <= 12:  # as many as a terminal has room for
-            corner, lines = "true \\ predicted", zip(names, self.confusion)
-            tables.append(table([corner, *names], [[name, *map(str, line)] for name, line in lines], left=[corner]))
+            corner = "true \\ predicted"
+            lines = zip(names, self.confusion)
+            tables.append(
+                table(
+                    [corner, *names],
+                    [[name, *map(str, line)] for name, line in lines],
+                    left=[corner],
+                )
+            )
         return tables
 
 
@@ -120,53 +158,79 @@ def _score_json(one: HeldOut) -> Json:
     return {"score": one.score, "interval": one.interval, "interval_method": one.interval_method}
 
 
-def evaluation(model: TunedModel, test: Source, scoring: Sequence[str] | None, positive: object) -> Evaluation:
-    """Return the scores of a model on rows with their target: those asked for, or the usual ones. Raises InputError."""
-    loss, task = saved_loss(model), model.task
+def evaluation(
+    model: TunedModel, test: Source, scoring: Sequence[str] | None, positive: object
+) -> Evaluation:
+    """Return the scores of a model on rows with their target: those asked for, or the usual ones.
+    Raises InputError."""
+    loss = saved_loss(model)
+    task = model.task
     if task == "custom":
         raise InputError(
-            "no score that has a name is of a custom target; gputune predict writes what the model returns."
+            "no score that has a name is of a custom target; gputune predict writes what the "
+            "model returns."
         )
     if loss is None and "neg_loss" in (scoring or ()):
-        kind, its_loss = model.spec["kind"], model.info.get("loss", "another")
+        kind = model.spec["kind"]
+        its_loss = model.info.get("loss", "another")
         was = f"was trained on {its_loss}" if kind == "module" else f"is a built-in {kind}"
-        what = f"scoring='neg_loss' is of a module and of a loss that has a name, {', '.join(LOSSES)}"
-        raise InputError(f"{what}, and this model {was}; choose another, for example {_SCORES[task][-1]}.")
+        what = (
+            f"scoring='neg_loss' is of a module and of a loss that has a name, {', '.join(LOSSES)}"
+        )
+        raise InputError(
+            f"{what}, and this model {was}; choose another, for example {_SCORES[task][-1]}."
+        )
     outputs = model._outputs(test.X)
     classes, y = labels_of(model, test)
     if model.classes is not None:
         refuse_unknown(classes, y, len(model.classes), f"column {test.target!r}")
-    own, known, scores = str(model.info.get("scoring") or ""), get_scorer_names(), {}
-    first = [own] if own in known or own == PINBALL or (own == "neg_loss" and loss is not None) else []
+    own = str(model.info.get("scoring") or "")
+    known = get_scorer_names()
+    scores = {}
+    first = (
+        [own] if own in known or own == PINBALL or (own == "neg_loss" and loss is not None) else []
+    )
     of_positive = ("f1", "precision", "recall") if positive is not None else ()
     for name in scoring or dict.fromkeys((*first, *_SCORES[task], *of_positive)):
-        one = positive if task == "binary" and name in known and has_positive_class(get_scorer(name)) else None
-        make_scoring(name, task, model.classes, one, loss, n_labels=y.shape[-1])  # raises for a name that is none
+        one = (
+            positive
+            if task == "binary" and name in known and has_positive_class(get_scorer(name))
+            else None
+        )
+        # raises for a name that is none
+        make_scoring(name, task, model.classes, one, loss, n_labels=y.shape[-1])
         scores[name] = held_out_score(model, name, test, positive=one, outputs=outputs)
     share = _trained_share(model, test, y)
     if not classes or task == "multilabel":
         return Evaluation(len(test.X), scores, [], [], trained_share=share)
-    code, K = {label: code for code, label in enumerate(classes)}, len(classes)
+    code = {label: code for code, label in enumerate(classes)}
+    K = len(classes)
     predicted = [code[label] for label in model._predict(outputs).tolist()]
     matrix = np.bincount(y * K + predicted, minlength=K * K).reshape(K, K).tolist()
     return Evaluation(len(test.X), scores, classes, matrix, trained_share=share)
 
 
-_FEW, _ALMOST_ALL = 0.01, 0.995
-"""Shares of the rows: up to the first one equal rows are taken for chance, from the second one on all are meant."""
+_FEW = 0.01
+_ALMOST_ALL = 0.995
+"""Shares of the rows: up to the first one equal rows are taken for chance, from the second one on
+all are meant."""
 
 
 def _remarks_on_trained_rows(share: float | None) -> list[str]:
     if share is None or share < _FEW:
         return []
     if share > _ALMOST_ALL:
-        return ["The model was trained on these rows, so the scores do not show how well it predicts new rows."]
+        return [
+            "The model was trained on these rows, so the scores do not show how well it predicts "
+            "new rows."
+        ]
     rows = f"about {share:.0%} of these rows, or on equal ones"
     return [f"The model was trained on {rows}, so the scores are better than those of new rows."]
 
 
 def _trained_share(model: TunedModel, test: Source, y: np.ndarray) -> float | None:
-    """Return about which share of rows with the targets y, (n, ...) codes or numbers, the model was trained on."""
+    """Return about which share of rows with the targets y, (n, ...) codes or numbers, the model was
+    trained on."""
     sample = model.info.get("trained_rows")
     if sample is None:
         return None
@@ -176,7 +240,9 @@ def _trained_share(model: TunedModel, test: Source, y: np.ndarray) -> float | No
             return share_of_rows(sample, model.layout, X, y)
         except ValueError as error:
             reason = str(error).rstrip(".")
-            raise InputError(f"the model's sample of its training rows is damaged: {reason}. Save it again.") from error
+            raise InputError(
+                f"the model's sample of its training rows is damaged: {reason}. Save it again."
+            ) from error
 
 
 def _load_model(arguments: Namespace) -> TunedModel:
@@ -184,27 +250,37 @@ def _load_model(arguments: Namespace) -> TunedModel:
     if arguments.model is not None:
         path, colon, name = arguments.model.rpartition(":")
         if not colon:
-            raise InputError(f"--model must be FILE.py:NAME, where the class is now, got {arguments.model!r}.")
+            raise InputError(
+                f"--model must be FILE.py:NAME, where the class is now, got {arguments.model!r}."
+            )
         module = class_from_file(path, name)
     return load_model(arguments.folder, module, trust_code=arguments.trust_code)
 
 
 def predict(arguments: Namespace) -> str:
-    """Return the predictions as CSV, or write them to ``--out``, behind the columns that ``--keep`` names.
+    """Return the predictions as CSV, or write them to ``--out``, behind the columns that ``--keep``
+    names.
 
     A kept column that is named as a predicted one has "_given" behind its name.
     """
-    model, file = _load_model(arguments), arguments.file
+    model = _load_model(arguments)
+    file = arguments.file
     if arguments.keep and Path(file).suffix.lower() in ARRAY_SUFFIXES:
-        raise InputError(f"--keep names columns of a table, and {file!r} holds arrays; leave it out.")
+        raise InputError(
+            f"--keep names columns of a table, and {file!r} holds arrays; leave it out."
+        )
     kept = read_columns(file, arguments.keep) if arguments.keep else []
     if kept:  # the model does not read them, which is no news
-        model = replace(model, info={**model.info, "drop": [*model.info.get("drop", ()), *arguments.keep]})
+        model = replace(
+            model, info={**model.info, "drop": [*model.info.get("drop", ()), *arguments.keep]}
+        )
     header, rows = _predictions(model, arguments)
     if kept:
         names = [*arguments.keep]
         for place, name in enumerate(arguments.keep):
-            while names[place] in map(str, header) or (names[place] != name and names[place] in arguments.keep):
+            while names[place] in map(str, header) or (
+                names[place] != name and names[place] in arguments.keep
+            ):
                 names[place] += "_given"
         header = [*names, *header]
         rows = [[*before, *row] for before, row in zip(zip(*kept), rows, strict=True)]
@@ -212,27 +288,34 @@ def predict(arguments: Namespace) -> str:
     formulas = {str(cell) for line in lines for cell in line if is_formula(cell)}
     if formulas and not arguments.raw:
         warn(
-            f"a spreadsheet takes {min(formulas)!r} for a formula, so that there is a ' before it; --raw leaves it out."
+            f"a spreadsheet takes {min(formulas)!r} for a formula, so that there is a ' before "
+            "it; --raw leaves it out."
         )
         lines = [[f"'{cell}" if cell in formulas else cell for cell in line] for line in lines]
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(lines)
     if arguments.out is None:
         return text.getvalue().rstrip("\n")
-    check_place(f"--out {arguments.out!r}", Path(arguments.out), Path(file), "the file that is read")
+    check_place(
+        f"--out {arguments.out!r}", Path(arguments.out), Path(file), "the file that is read"
+    )
     write_text(Path(arguments.out), text.getvalue())
     return ""
 
 
-def _predictions(model: TunedModel, arguments: Namespace) -> tuple[list[object], list[list[object]]]:
-    file, target = arguments.file, model.target
+def _predictions(
+    model: TunedModel, arguments: Namespace
+) -> tuple[list[object], list[list[object]]]:
+    file = arguments.file
+    target = model.target
     if arguments.proba and arguments.interval is not None:
         raise InputError("--interval and --proba exclude each other: leave one out.")
     if arguments.proba and model.classes is None and model.task != "multilabel":
         what = f"{arguments.folder!r} is a regression"
         raise InputError(f"--proba needs a model of classes, and {what}; leave --proba out.")
     if arguments.interval is not None:
-        half, outputs = model._half_width(arguments.interval), model._outputs(file)
+        half = model._half_width(arguments.interval)
+        outputs = model._outputs(file)
         columns = [part.tolist() for part in (model._predict(outputs), *model._ends(outputs, half))]
         return [target, f"{target}_lower", f"{target}_upper"], [list(row) for row in zip(*columns)]
     values = (model.predict_proba(file) if arguments.proba else model.predict(file)).tolist()
@@ -244,8 +327,10 @@ def _predictions(model: TunedModel, arguments: Namespace) -> tuple[list[object],
 
 
 def evaluate(arguments: Namespace) -> str:
-    """Return the scores of a model on the rows of a file that has the right answers, as text or JSON."""
-    model, positive = _load_model(arguments), arguments.positive
+    """Return the scores of a model on the rows of a file that has the right answers, as text or
+    JSON."""
+    model = _load_model(arguments)
+    positive = arguments.positive
     if positive is not None and model.classes is None:
         what = f"{arguments.folder!r} predicts numbers"
         raise InputError(f"--positive needs a model of classes, and {what}; leave it out.")
@@ -263,8 +348,12 @@ def export(arguments: Namespace) -> str:
     """Write the file and return one line on what it takes and gives."""
     model = _load_model(arguments)
     model.export(arguments.out)
-    known, takes = description(model), model.layout.in_words()
+    known = description(model)
+    takes = model.layout.in_words()
     if known["inputs"] != "arrays":
         noun = "column" if known["inputs"] == "columns" else "encoded feature"
         takes = f"X, float64, a row of {count(len(known['names']), noun)} for each prediction"
-    return f"{arguments.out}: takes {takes}; gives {' and '.join(known['outputs'])}; its metadata names them"
+    return (
+        f"{arguments.out}: takes {takes}; gives {' and '.join(known['outputs'])}; its metadata "
+        "names them"
+    )

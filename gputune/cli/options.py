@@ -1,4 +1,5 @@
-"""The options of a search as they were typed: words, KEY=VALUE and flags become what ``gputune.tune`` takes."""
+"""The options of a search as they were typed: words, KEY=VALUE and flags become what
+``gputune.tune`` takes."""
 
 import math
 import re
@@ -39,7 +40,11 @@ def options_of(arguments: Namespace, study_file: Path) -> Options:
     if typed.get("class_weight", "balanced") != "balanced":
         typed["class_weight"] = _weights(typed["class_weight"])
     if arguments.command == "train":
-        typed |= {"n_trials": 0, "include_default": False, "include": [_config(arguments.config or (), "--set")]}
+        typed |= {
+            "n_trials": 0,
+            "include_default": False,
+            "include": [_config(arguments.config or (), "--set")],
+        }
     else:
         typed["method"] = _method(arguments)
         if isinstance(typed["method"], Hypergradient):
@@ -53,7 +58,9 @@ def typed_options(arguments: Namespace) -> Config:
     typed = {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
     if arguments.ray is not None:
         if arguments.workers not in (None, "auto"):
-            raise InputError(f"--workers {arguments.workers} and --ray exclude each other: leave one out.")
+            raise InputError(
+                f"--workers {arguments.workers} and --ray exclude each other: leave one out."
+            )
         typed["workers"] = Ray(arguments.ray)
     return typed
 
@@ -106,7 +113,9 @@ def _method(arguments: Namespace) -> Method:
     if not (method == "random" or isinstance(method, Halving)):
         words = f"--sampler {arguments.sampler} goes with --method random or halving"
         raise InputError(f"{words}, got --method {word}; leave one out.")
-    samplers = import_extra("optuna.samplers", extra="optuna", used_by=f"--sampler {arguments.sampler}")
+    samplers = import_extra(
+        "optuna.samplers", extra="optuna", used_by=f"--sampler {arguments.sampler}"
+    )
     sampler = samplers.TPESampler(seed=arguments.random_state or 0, constant_liar=True)
     return OptunaSampler(sampler, halving=method if isinstance(method, Halving) else None)
 
@@ -118,7 +127,8 @@ _EXAMPLES = (
 
 
 def parse_specs(texts: Iterable[str], flag: str = "--space") -> dict[str, object]:
-    """Return the space of several ``KEY=SPEC``, for ``check_space``; a key given twice is an InputError."""
+    """Return the space of several ``KEY=SPEC``, for ``check_space``; a key given twice is an
+    InputError."""
     space: dict[str, object] = {}
     for key, value in map(parse_spec, texts):
         if key in space:
@@ -131,9 +141,11 @@ def parse_specs(texts: Iterable[str], flag: str = "--space") -> dict[str, object
 def parse_spec(text: str) -> tuple[str, object]:
     """Return the key and the value of one ``KEY=SPEC``, as ``check_space`` takes it.
 
-    ``a,b,c`` is a list, ``a..b`` uniform between (all integers, both ends included, for an integer key),
-    ``a..b:log`` log-uniform, anything else one fixed value. A ``module__*`` value is read as a number, as
-    true or false, else as a word; its range is of integers when both ends are written so. ``(a,b)``, of these or of
+    ``a,b,c`` is a list, ``a..b`` uniform between (all integers, both ends included, for an integer
+    key),
+    ``a..b:log`` log-uniform, anything else one fixed value. A ``module__*`` value is read as a
+    number, as true or false, else as a word; its range is of integers when both ends are written
+    so. ``(a,b)``, of these or of
     ``width``, is one value, a tuple. Raises InputError.
     """
     key, equals, spec = (part.strip() for part in text.partition("="))
@@ -147,22 +159,28 @@ def parse_spec(text: str) -> tuple[str, object]:
 
 
 def _parse_range(key: str, low_text: str, high_text: str, scale: str, text: str) -> object:
-    low, high = _number(low_text), _number(high_text)
+    low = _number(low_text)
+    high = _number(high_text)
     if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
         raise InputError(f"A range is LOW..HIGH with two finite numbers, got {text!r}. {_EXAMPLES}")
     if scale not in ("", ":log"):
         raise InputError(f"A range may end in ':log', not in {scale!r}, got {text!r}. {_EXAMPLES}")
     if low >= high:
         single = f"{key}={low_text.strip()} for one value"
-        raise InputError(f"A range needs LOW < HIGH, got {text!r}. Swap the ends, or write {single}.")
+        raise InputError(
+            f"A range needs LOW < HIGH, got {text!r}. Swap the ends, or write {single}."
+        )
     if scale and low <= 0:
         example = f"{high / 1000:g}..{high:g}" if high > 0 else "1e-4..1e-1"
-        raise InputError(f"A log range needs LOW > 0, got {text!r}. For example {key}={example}:log.")
+        raise InputError(
+            f"A log range needs LOW > 0, got {text!r}. For example {key}={example}:log."
+        )
     written_as_integers = isinstance(low, int) and isinstance(high, int)
     if RANGES[key].integer if key in RANGES else written_as_integers:
         if low != int(low) or high != int(high):
             raise InputError(f"A range of {key} needs integer ends, got {text!r}. {_EXAMPLES}")
-        low, high = int(low), int(high)
+        low = int(low)
+        high = int(high)
         return log_int(low, high) if scale else stats.randint(low, high + 1)
     return stats.loguniform(low, high) if scale else stats.uniform(low, high - low)
 
@@ -178,7 +196,9 @@ def _parse_value(key: str, text: str, spec: str) -> str | float | bool | tuple[o
     if number is not None:
         return number
     if key in RANGES:
-        raise InputError(f"{key} must be {RANGES[key].rule}, got the text {text!r} in {spec!r}. {_EXAMPLES}")
+        raise InputError(
+            f"{key} must be {RANGES[key].rule}, got the text {text!r} in {spec!r}. {_EXAMPLES}"
+        )
     return {"true": True, "false": False}.get(text.lower(), text)
 
 

@@ -25,7 +25,8 @@ from gputune.views.default_trial import default_trial
 LEVEL = 0.9  # of the intervals whose coverage is told
 
 COMPARED_SHARE = 0.1
-"""The default's model is trained for a comparison if that takes less than this share of the search's member-steps."""
+"""The default's model is trained for a comparison if that takes less than this share of the
+search's member-steps."""
 
 
 def read_saved_description(folder: Path) -> Json:
@@ -37,7 +38,8 @@ def read_saved_description(folder: Path) -> Json:
 
 
 def check_extras(rest: Source, options: Options, *, intervals: bool, calibrate: bool) -> None:
-    """Raise InputError, before anything trains, where no model can have intervals, or be calibrated."""
+    """Raise InputError, before anything trains, where no model can have intervals, or be
+    calibrated."""
     if not (intervals or calibrate):
         return
     target = check_target(rest.y, task=options.task, n_rows=len(rest.X), name=rest.target)
@@ -51,20 +53,24 @@ def check_extras(rest: Source, options: Options, *, intervals: bool, calibrate: 
     for flag, predicted, fits in asked:
         if not fits:
             raise InputError(
-                f"{flag} is for {predicted} to be predicted, and the target is {target.in_words}; leave it out."
+                f"{flag} is for {predicted} to be predicted, and the target is {target.in_words}; "
+                "leave it out."
             )
         if isinstance(options.method, Hypergradient):
-            rule = f"{flag} trains a trial on its folds again, which a hypergradient search does not"
+            rule = (
+                f"{flag} trains a trial on its folds again, which a hypergradient search does not"
+            )
             raise InputError(f"{rule}; leave it out.")
 
 
 def calibration_text(model: TunedModel) -> str:
-    """Return the temperature by which the logits of a calibrated model are divided; "" for other models."""
+    """Return the temperature by which the logits of a calibrated model are divided; "" for other
+    models."""
     if model.temperature == 1.0:
         return ""
     return (
-        f"The probabilities are calibrated: the logits are divided by the temperature {model.temperature:.4g}, which "
-        "was fitted on the validation rows of the folds."
+        "The probabilities are calibrated: the logits are divided by the temperature "
+        f"{model.temperature:.4g}, which was fitted on the validation rows of the folds."
     )
 
 
@@ -75,7 +81,9 @@ def coverage_text(model: TunedModel, test: Source | None) -> str:
     try:
         lower, upper = model.predict_interval(test.X, LEVEL)
     except InputError:
-        return f"The model has intervals, but the folds have too few rows for a level of {LEVEL:.0%}."
+        return (
+            f"The model has intervals, but the folds have too few rows for a level of {LEVEL:.0%}."
+        )
     y = np.asarray(test.y, dtype=np.float64)
     inside = int(((lower <= y) & (y <= upper)).sum())
     rows = count(len(y), "held-out row")
@@ -83,7 +91,8 @@ def coverage_text(model: TunedModel, test: Source | None) -> str:
 
 
 def is_cheap_to_train(study: Study, trial: Trial) -> bool:
-    """Return whether training a trial on all rows takes less than a tenth of the search's member-steps."""
+    """Return whether training a trial on all rows takes less than a tenth of the search's
+    member-steps."""
     folds = unpack_folds(study.record.arguments.folds)
     fold_rows = [len(train) for train, _ in folds]
     all_rows = int(study.record.fingerprint["rows"])
@@ -95,15 +104,18 @@ def is_cheap_to_train(study: Study, trial: Trial) -> bool:
 
 
 def _steps(study: Study, trial: Trial, n_rows: int) -> int:
-    """Return the number of optimizer steps of one epoch on so many rows; 1 for a model that is solved."""
-    choice, options = study.data.choice, study.data.options
+    """Return the number of optimizer steps of one epoch on so many rows; 1 for a model that is
+    solved."""
+    choice = study.data.choice
+    options = study.data.options
     if choice.solved:
         return 1
     return math.ceil(n_rows / int(choice.complete(trial.params, options.schedule)["batch_size"]))
 
 
 def is_worth_comparing(study: Study, held_out: HeldOut | None) -> bool:
-    """Return whether the default's model is compared without being asked for: if that is possible and cheap."""
+    """Return whether the default's model is compared without being asked for: if that is possible
+    and cheap."""
     default = default_trial(study)
     if default is None or held_out is None or held_out.why:
         return False
@@ -129,5 +141,7 @@ def comparison_text(measure: Measure, saved: HeldOut, default: HeldOut) -> str:
 def may_be_chance(one: HeldOut, other: HeldOut) -> bool:
     """Return whether one of two different scores lies within the other's interval."""
     pairs = ((one.interval, other.score), (other.interval, one.score))
-    within = any(interval is not None and interval[0] <= score <= interval[1] for interval, score in pairs)
+    within = any(
+        interval is not None and interval[0] <= score <= interval[1] for interval, score in pairs
+    )
     return within and one.score != other.score

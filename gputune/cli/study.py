@@ -1,6 +1,8 @@
-"""The commands on a study: ``gputune trials``, ``best``, ``status`` of a running search, its page, ``repair``.
+"""The commands on a study: ``gputune trials``, ``best``, ``status`` of a running search, its page,
+``repair``.
 
-What trains or draws is imported by the command that needs it: a look at trials must not wait for torch.
+What trains or draws is imported by the command that needs it: a look at trials must not wait for
+torch.
 """
 
 import csv
@@ -38,13 +40,18 @@ from gputune.views.scores import measures, other_measures, pareto_trials, ranked
 
 FIELDS = ("number", "params", "score", "fold_scores", "best_epoch", "state", "seconds", "origin")
 
-SCORE, SCORE_AND_ERROR = "score", "score ± error"
-"""Columns that are named as the measure when they are shown, unless its name is long; titles have it in full."""
+SCORE = "score"
+SCORE_AND_ERROR = "score ± error"
+"""Columns that are named as the measure when they are shown, unless its name is long; titles have
+it in full."""
 
 _LONGEST = 17
 
-_WATCH_SECONDS, _LIVE_SECONDS, _CURVES = 2.0, 5, 5
-"""Between two looks at a running search, between two of its pages, and the curves that a look shows."""
+_WATCH_SECONDS = 2.0
+_LIVE_SECONDS = 5
+_CURVES = 5
+"""Between two looks at a running search, between two of its pages, and the curves that a look
+shows."""
 
 _LISTINGS = (
     ("trial", SCORE_AND_ERROR, "epoch", "state", "seconds"),
@@ -72,7 +79,8 @@ def open_study(arguments: Namespace) -> Study:
 
 
 def trials_table(study: Study, *, width: int) -> str:
-    """Return one line a trial in the order of their numbers, under a title; fewer columns where it is narrow."""
+    """Return one line a trial in the order of their numbers, under a title; fewer columns where it
+    is narrow."""
     measure = score_view(study).measure
     rows = trial_rows(study, study.trials, _LISTINGS, width=width)
     folds = f", {mean_words(study, errors='±' in rows)}" * (study.record.face != "loop")
@@ -83,12 +91,15 @@ def trials_table(study: Study, *, width: int) -> str:
         for trial in failed[:FAILED]:
             why = f"trial {trial.number}: {why_failed(study, trial)}"
             lines.append(paragraph(why, width, first="  ", then=" " * 4))
-        lines += [f"  and {len(failed) - FAILED} more, of which --format json tells"] * (len(failed) > FAILED)
+        lines += [f"  and {len(failed) - FAILED} more, of which --format json tells"] * (
+            len(failed) > FAILED
+        )
     return "\n".join(lines)
 
 
 def trials_json(study: Study) -> str:
-    """Return objects with the keys ``FIELDS``, a failed one with a "reason": scikit-learn's sign, null for NaN."""
+    """Return objects with the keys ``FIELDS``, a failed one with a "reason": scikit-learn's sign,
+    null for NaN."""
     rows = [_plain(trial) for trial in study.trials]
     for row, trial in zip(rows, study.trials):
         if trial.state == "failed":
@@ -97,7 +108,8 @@ def trials_json(study: Study) -> str:
 
 
 def trials_csv(study: Study) -> str:
-    """Return the columns of ``Study.to_pandas``: one for each fold and each parameter; empty for NaN.
+    """Return the columns of ``Study.to_pandas``: one for each fold and each parameter; empty for
+    NaN.
 
     Text that a spreadsheet takes for a formula has a ' before it.
     """
@@ -108,7 +120,8 @@ def trials_csv(study: Study) -> str:
         text = value if isinstance(value, bool | int | float) else clean(_name(value))
         return f"'{text}" if is_formula(text) else text
 
-    file, columns = io.StringIO(), study.columns()
+    file = io.StringIO()
+    columns = study.columns()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(map(clean, columns))
     writer.writerows(map(cell, row) for row in zip(*columns.values()))
@@ -117,13 +130,20 @@ def trials_csv(study: Study) -> str:
 
 def best_text(study: Study) -> str:
     """Return the best score and its parameters, these in full so that they can be copied."""
-    best, measure = study.best_trial, score_view(study).measure
-    rows = [[clean(key), clean(getattr(value, "__name__", value))] for key, value in best.params.items()]
+    best = study.best_trial
+    measure = score_view(study).measure
+    rows = [
+        [clean(key), clean(getattr(value, "__name__", value))] for key, value in best.params.items()
+    ]
     parameters = table(["parameter", "value"], rows, left=["parameter", "value"])
-    others = "".join(f", {one.name} {one.text(best.scores[name])}" for name, one in other_measures(study).items())
+    others = "".join(
+        f", {one.name} {one.text(best.scores[name])}" for name, one in other_measures(study).items()
+    )
     score = f"{measure.title} {measure.with_error(best.score, best.std_error)}{others}"
     early = f", {best.state}" if best.state != "complete" else ""
-    title = f"trial {best.number}: {score}{f', epoch {best.best_epoch}' * (best.best_epoch > 0)}{early}"
+    title = (
+        f"trial {best.number}: {score}{f', epoch {best.best_epoch}' * (best.best_epoch > 0)}{early}"
+    )
     width = shutil.get_terminal_size().columns
     pareto = pareto_text(study, width=width, most=len(study.trials))
     improvement = paragraph(improvement_text(study), width)
@@ -133,7 +153,8 @@ def best_text(study: Study) -> str:
 def best_json(study: Study) -> str:
     """Return the best trial as one JSON object.
 
-    It has the keys ``FIELDS``, the ``scoring``, its ``positive`` class and the comparison with the ``default``.
+    It has the keys ``FIELDS``, the ``scoring``, its ``positive`` class and the comparison with the
+    ``default``.
     """
     record = study.record
     best = {"scoring": record.scoring, "positive": record.ranked_class, **_plain(study.best_trial)}
@@ -144,22 +165,33 @@ def best_json(study: Study) -> str:
 
 
 def mean_words(study: Study, *, errors: bool) -> str:
-    """Return what a score is over the folds, and what stands behind the plus-minus sign where there is one."""
+    """Return what a score is over the folds, and what stands behind the plus-minus sign where there
+    is one."""
     folds = study.record.folds or study.curves.shape[2]
     return f"mean{' ± standard error' * errors} over {count(folds, 'fold')}"
 
 
 def trial_rows(
-    study: Study, trials: Sequence[Trial], layouts: Sequence[Sequence[str]], *, width: int, indent: str = ""
+    study: Study,
+    trials: Sequence[Trial],
+    layouts: Sequence[Sequence[str]],
+    *,
+    width: int,
+    indent: str = "",
 ) -> str:
-    """Return a table of trials in the first of the layouts that is not too wide, a column for each parameter.
+    """Return a table of trials in the first of the layouts that is not too wide, a column for each
+    parameter.
 
-    Where all are too wide, the parameters share the last column of the last one, on several lines. Metrics that do not
-    rank stand behind the score.
+    Where all are too wide, the parameters share the last column of the last one, on several lines.
+    Metrics that do not rank stand behind the score.
     """
-    measure, others = score_view(study).measure, other_measures(study)
+    measure = score_view(study).measure
+    others = other_measures(study)
     names = list(dict.fromkeys(name for trial in trials for name in trial.params))
-    values = [[short(trial.params[name]) if name in trial.params else "-" for name in names] for trial in trials]
+    values = [
+        [short(trial.params[name]) if name in trial.params else "-" for name in names]
+        for trial in trials
+    ]
     score = measure.name if len(measure.name) <= _LONGEST else SCORE
     for layout in layouts:
         header = [score if column in (SCORE, SCORE_AND_ERROR) else column for column in layout]
@@ -174,19 +206,24 @@ def trial_rows(
     shown = [f"{titles:{start}}{GAP}parameters"]
     for line, trial in zip(narrow, trials):
         begin = f"{line:{start}}{GAP}"
-        shown.append(paragraph(params_text(trial, " "), width, first=begin, then=" " * len(begin)).rstrip())
+        shown.append(
+            paragraph(params_text(trial, " "), width, first=begin, then=" " * len(begin)).rstrip()
+        )
     return "\n".join(shown)
 
 
-def _cells(trial: Trial, measure: Measure, layout: Sequence[str], others: Mapping[str, Measure]) -> list[str]:
-    scores, cells = trial.scores, {
+def _cells(
+    trial: Trial, measure: Measure, layout: Sequence[str], others: Mapping[str, Measure]
+) -> list[str]:
+    scores = trial.scores
+    cells = {
         "trial": str(trial.number),
         SCORE: measure.text(trial.score),
         SCORE_AND_ERROR: measure.with_error(trial.score, trial.std_error),
         "epoch": str(trial.best_epoch) if trial.best_epoch and math.isfinite(trial.score) else "-",
         "state": trial.state,
         "seconds": f"{trial.seconds:.2f}" if math.isfinite(trial.seconds) else "-",
-    }  # fmt: skip
+    }
     shown = [cells[column] for column in layout]
     shown[2:2] = [one.text(scores.get(name, math.nan)) for name, one in others.items()]
     return shown
@@ -196,17 +233,25 @@ def pareto_text(study: Study, *, width: int, most: int) -> str:
     """Return a table of the Pareto-optimal trials by several metrics; "" for one metric."""
     if not study.metrics:
         return ""
-    front, shown = pareto_trials(study), measures(study)
+    front = pareto_trials(study)
+    shown = measures(study)
     names = [one.name for one in shown.values()]
     are = "is" if len(front) == 1 else "are"
-    title = f"By {', '.join(names[:-1])} and {names[-1]} {count(len(front), 'trial')} {are} Pareto-optimal"
+    title = (
+        f"By {', '.join(names[:-1])} and {names[-1]} {count(len(front), 'trial')} {are} "
+        "Pareto-optimal"
+    )
     title += f" ({most} shown):" if len(front) > most else ":"
-    rows = [[str(t.number), *(m.text(t.scores[name]) for name, m in shown.items())] for t in front[:most]]
+    rows = [
+        [str(t.number), *(m.text(t.scores[name]) for name, m in shown.items())]
+        for t in front[:most]
+    ]
     return f"{paragraph(title, width)}\n\n{table(['trial', *names], rows, indent='  ')}"
 
 
 def _plain(trial: Trial) -> dict[str, object]:
-    """A trial as values that JSON has: null for NaN, and text for infinity, which is a value that C may have."""
+    """A trial as values that JSON has: null for NaN, and text for infinity, which is a value that C
+    may have."""
     row = {field: getattr(trial, field) for field in FIELDS} | {"origin": trial.origin_text}
     row["params"] = {
         name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
@@ -228,7 +273,8 @@ def _name(value: object) -> str:
 
 
 def status(arguments: Namespace) -> str:
-    """Return in a few lines how far a search is, also one of another process; with ``--watch`` again and again."""
+    """Return in a few lines how far a search is, also one of another process; with ``--watch``
+    again and again."""
     file = study_file(arguments.study)
     while True:
         text, is_over = _look(file, most=_CURVES if arguments.watch else 0)
@@ -239,12 +285,14 @@ def status(arguments: Namespace) -> str:
 
 
 def _look(file: Path, *, most: int) -> tuple[str, bool]:
-    """Return how far the search of a file is, a line for each thing that is known, and whether all trials have ended.
+    """Return how far the search of a file is, a line for each thing that is known, and whether all
+    trials have ended.
 
-    At most so many curves of the best trials stand below. All trials are counted and the best alone are read, which of
-    a large study takes a fraction of the time.
+    At most so many curves of the best trials stand below. All trials are counted and the best alone
+    are read, which of a large study takes a fraction of the time.
     """
-    written = last_written(file) if file.is_file() else 0.0  # before it is opened, which may tidy up the file
+    # before it is opened, which may tidy up the file
+    written = last_written(file) if file.is_file() else 0.0
     with Store.open(file) as store:
         states = store.states()
         study = Study.from_rows(store.meta, store.trials(store.best(max(1, most))))
@@ -260,31 +308,37 @@ def _look(file: Path, *, most: int) -> tuple[str, bool]:
         *(("Running", line) for line in _running_lines(file, study)),
         ("Written", f"{seconds_text(max(0.0, time.time() - written))} ago"),
     ]
-    lines, measure = [f"{name:9}{text}" for name, text in facts], score_view(study).measure
+    lines = [f"{name:9}{text}" for name, text in facts]
+    measure = score_view(study).measure
     best = [row for row in study.order[:most] if math.isfinite(study.scores[row])]
     if best and study.curves.shape[1] > 1:  # on the scale of all of them
         lines.append("")
         for row in best:
-            curve, trial = blocks(study.curves[row].mean(1), width=40), study.trials[row]
+            curve = blocks(study.curves[row].mean(1), width=40)
+            trial = study.trials[row]
             lines.append(f"{f'trial {trial.number}':12}{curve} {measure.text(trial.score)}")
     return "\n".join(lines), not left
 
 
 def _running_lines(file: Path, study: Study) -> Iterator[str]:
-    """Yield for each process that trains how far it is, and the best fold mean that it has seen at any epoch."""
+    """Yield for each process that trains how far it is, and the best fold mean that it has seen at
+    any epoch."""
     with Claims(file) as claims:
         for owner, progress in claims.shown():
             best = progress["best"]
             measure = study.record.measure(math.nan if best is None else best)
             seen = "" if best is None else f", best so far {measure.title} {measure.text(best)}"
-            left = "" if progress["left"] is None else f", about {seconds_text(progress['left'])} left"
+            left = (
+                "" if progress["left"] is None else f", about {seconds_text(progress['left'])} left"
+            )
             done = f"{progress['done']} of {progress['of']} {clean(progress['unit'])}"
             who = f"process {owner.pid}" if owner.is_near else clean(owner)
             yield f"{who}: {done}{seen}{left}"
 
 
 def last_written(file: Path) -> float:
-    """Return when the study was last written, by the clock of its file system, in seconds since 1970."""
+    """Return when the study was last written, by the clock of its file system, in seconds since
+    1970."""
     resolved = file.resolve()
     log = resolved.with_name(f"{resolved.name}-wal")
     is_written = log.exists() and log.stat().st_size > 0  # an empty one was made by a reader
@@ -295,9 +349,17 @@ def _best(study: Study, *, trains_on: bool) -> str:
     if (best := best_trial(study)) is None:
         return "none yet"
     measure = study.record.measure(best.score)
-    # The trials that have passed a rung have no result before they end, and all that have one are worse.
-    left = " (pruned; those that train on are not told yet)" if trains_on and best.state == "pruned" else ""
-    return f"{measure.title} {measure.text(best.score)} in trial {best.number}: {params_text(best)}{left}"
+    # The trials that have passed a rung have no result before they end, and all that have one are
+    # worse.
+    left = (
+        " (pruned; those that train on are not told yet)"
+        if trains_on and best.state == "pruned"
+        else ""
+    )
+    return (
+        f"{measure.title} {measure.text(best.score)} in trial {best.number}: "
+        f"{params_text(best)}{left}"
+    )
 
 
 def report(arguments: Namespace) -> str:
@@ -307,7 +369,8 @@ def report(arguments: Namespace) -> str:
         from gputune.tuning.refit import Access
         from gputune.tuning.validation import check_fold_report, fold_report
 
-    file, out = study_file(arguments.study), arguments.out
+    file = study_file(arguments.study)
+    out = arguments.out
     check_place(f"--out {out!r}", Path(out), file)
     study = open_study(arguments)
     parts = {"confusion": bool(arguments.confusion), "importance": bool(arguments.importance)}
@@ -338,5 +401,9 @@ def repair(arguments: Namespace) -> str:
     from gputune.study.repair import repair
 
     saved = repair(study_file(arguments.study), arguments.out, argument="--out ")
-    go_on = f"\n\nGo on: {shlex.join(['gputune', 'resume', arguments.out])}" if saved.is_whole_search else ""
+    go_on = (
+        f"\n\nGo on: {shlex.join(['gputune', 'resume', arguments.out])}"
+        if saved.is_whole_search
+        else ""
+    )
     return f"{saved}{go_on}"

@@ -1,4 +1,5 @@
-"""What is printed when a search has ended: what was understood, the best trials, the honest score, what to do next."""
+"""What is printed when a search has ended: what was understood, the best trials, the honest score,
+what to do next."""
 
 import math
 import re
@@ -24,7 +25,9 @@ from gputune.text import Measure, blocks, clean, count, paragraph
 from gputune.views.default_trial import improvement_text
 from gputune.views.scores import other_measures, score_view
 
-_BEST, _LABEL = 5, 9  # trials in the table, letters of a label
+# trials in the table, letters of a label
+_BEST = 5
+_LABEL = 9
 
 
 @dataclass(frozen=True)
@@ -48,16 +51,32 @@ class Ending:
 
 
 def ensemble_words(
-    study: Study, model: TunedModel, held_out: HeldOut | None, best: HeldOut | None, *, is_saved: bool
+    study: Study,
+    model: TunedModel,
+    held_out: HeldOut | None,
+    best: HeldOut | None,
+    *,
+    is_saved: bool,
 ) -> str:
-    """Say what an ensemble is of, its score beside that of the best trial, and which of both is saved."""
-    measure, members = score_view(study).measure, count(len(model.info["ensemble"]), "trial")
-    text = f"An ensemble of {members} has a cross-validated {measure.name} of {measure.text(model.info['score'])}"
+    """Say what an ensemble is of, its score beside that of the best trial, and which of both is
+    saved."""
+    measure = score_view(study).measure
+    members = count(len(model.info["ensemble"]), "trial")
+    text = (
+        f"An ensemble of {members} has a cross-validated {measure.name} of "
+        f"{measure.text(model.info['score'])}"
+    )
     if held_out is None or best is None or held_out.why or best.why:
         return f"{text} and is the model that is saved."
-    scores = f"{measure.text(held_out.score)} on the held-out rows, the best trial alone {measure.text(best.score)}"
+    scores = (
+        f"{measure.text(held_out.score)} on the held-out rows, the best trial alone "
+        f"{measure.text(best.score)}"
+    )
     saved = "ensemble" if is_saved else "best trial"
-    text = f"{text}, and {scores}; the {saved} is saved, by these rows: its score there is a little optimistic."
+    text = (
+        f"{text}, and {scores}; the {saved} is saved, by these rows: its score there is a little "
+        "optimistic."
+    )
     if may_be_chance(held_out, best):
         text += " One lies within the other's 95% interval, so the difference may be chance."
     return text
@@ -65,13 +84,21 @@ def ensemble_words(
 
 def summary_text(ending: Ending, *, width: int) -> str:
     """Return the lines that end ``gputune tune`` and ``train``."""
-    trials = _best_trials(ending, width) if ending.trial is None else _one_trial(ending.study, ending.trial, width)
+    trials = (
+        _best_trials(ending, width)
+        if ending.trial is None
+        else _one_trial(ending.study, ending.trial, width)
+    )
     places = _places(ending, width)
     if ending.model_folder is None:
-        places.append(_line("Next", f"gputune.Study.open({clean(ending.study_file)!r}).best_model()"))
+        places.append(
+            _line("Next", f"gputune.Study.open({clean(ending.study_file)!r}).best_model()")
+        )
     if any(trial.state == "waiting" for trial in ending.study.trials):
         places.append(_ENDING.sub("", _go_on(ending)))
-    return "\n\n".join([_understood(ending, width), trials, _scores(ending, width), "\n".join(places)])
+    return "\n\n".join(
+        [_understood(ending, width), trials, _scores(ending, width), "\n".join(places)]
+    )
 
 
 def stopped_text(ending: Ending, *, width: int) -> str:
@@ -94,19 +121,28 @@ def _line(name: str, text: object) -> str:
 
 
 def _places(ending: Ending, width: int) -> list[str]:
-    """How many trials there are of each state, their file, the model where one was saved, and what to do with it."""
+    """How many trials there are of each state, their file, the model where one was saved, and what
+    to do with it."""
     states = states_text(states_of(ending.study))
     ended = [("Ended", ending.ended)] if ending.ended else []
-    trials = _label_lines([*ended, ("Trials", f"{states}; {seconds_text(ending.seconds)} in all")], width)
-    lines, folder = [trials, _line("Study", ending.study_file)], ending.model_folder
+    trials = _label_lines(
+        [*ended, ("Trials", f"{states}; {seconds_text(ending.seconds)} in all")], width
+    )
+    lines = [trials, _line("Study", ending.study_file)]
+    folder = ending.model_folder
     if folder is not None:
-        lines += [_line("Model", folder), _line("Next", f"gputune predict {shlex.quote(clean(folder))} FILE")]
+        lines += [
+            _line("Model", folder),
+            _line("Next", f"gputune predict {shlex.quote(clean(folder))} FILE"),
+        ]
     return lines
 
 
 def _label_lines(lines: list[tuple[str, str]], width: int) -> str:
     then = " " * _LABEL
-    return "\n".join(paragraph(clean(text), width, first=f"{name:{_LABEL}}", then=then) for name, text in lines)
+    return "\n".join(
+        paragraph(clean(text), width, first=f"{name:{_LABEL}}", then=then) for name, text in lines
+    )
 
 
 _ENDING = re.compile(r" --(?:timeout|target-score|patience-trials)[ =]\S+")
@@ -114,12 +150,19 @@ _ENDING = re.compile(r" --(?:timeout|target-score|patience-trials)[ =]\S+")
 
 
 def _understood(ending: Ending, width: int) -> str:
-    study, record = ending.study, ending.study.record
+    study = ending.study
+    record = ending.study.record
     held_out = (record.source or {}).get("held_out")
     apart = "" if held_out is None else f" and {held_out['rows']} held out"
     size = f"{count(len(study.trials), 'trial')} x {count(record.folds, 'fold')}"
-    rule = record.optimizer if record.schedule == "constant" else f"{record.optimizer}, {record.schedule}"
-    trained = f"{clean(record.model)} trained with {rule}; {size} x {count(record.max_epochs, 'epoch')}"
+    rule = (
+        record.optimizer
+        if record.schedule == "constant"
+        else f"{record.optimizer}, {record.schedule}"
+    )
+    trained = (
+        f"{clean(record.model)} trained with {rule}; {size} x {count(record.max_epochs, 'epoch')}"
+    )
     solved = f"{record.model}, solved to convergence; {size}"
     lines = [
         ("Data", f"{ending.file}: {record.fingerprint['rows']} rows to search on{apart}"),
@@ -137,7 +180,10 @@ def _inputs(ending: Ending) -> tuple[str, str]:
     if isinstance(X, Arrays):
         return "Inputs", str(ArrayLayout.of(X))
     record = ending.study.record
-    many = any(trial.params.get("numbers", record.numbers) != record.numbers for trial in ending.study.trials)
+    many = any(
+        trial.params.get("numbers", record.numbers) != record.numbers
+        for trial in ending.study.trials
+    )
     rest = f" with numbers {record.numbers!r}" if many else ""
     features = f"made into {count(record.features, 'feature')}{rest}"
     layout = None if ending.model is None else ending.model.layout
@@ -150,9 +196,13 @@ def _inputs(ending: Ending) -> tuple[str, str]:
 
 
 def _task(study: Study) -> str:
-    record, classes, target = study.record, study.record.classes, clean(study.record.target)
+    record = study.record
+    classes = study.record.classes
+    target = clean(study.record.target)
     if record.task == "multilabel":
-        rule = "; accuracy is the share of rows of which all labels are right" * (record.scoring == "accuracy")
+        rule = "; accuracy is the share of rows of which all labels are right" * (
+            record.scoring == "accuracy"
+        )
         return f"several labels: predict {target!r}{rule}"
     if record.task == "custom":
         return f"a target as it is: predict {target!r}"
@@ -160,7 +210,9 @@ def _task(study: Study) -> str:
         return f"regression: predict the number {target!r}"
     shown = ", ".join(clean(name) for name in classes[:10])
     more = f" and {len(classes) - 10} more" if len(classes) > 10 else ""
-    override = "" if isinstance(classes[0], str | bool) else " (--task regression takes them for numbers)"
+    override = (
+        "" if isinstance(classes[0], str | bool) else " (--task regression takes them for numbers)"
+    )
     return f"{len(classes)} classes of {target!r}: {shown}{more}{override}"
 
 
@@ -174,8 +226,13 @@ def _method(study: Study) -> list[tuple[str, str]]:
         return [(method["name"].capitalize(), _pruning_text(study))]
     origins = [trial.origin for trial in study.trials if str(trial.origin).startswith("batch ")]
     batches = f"{len(set(origins))} batch{'' if len(set(origins)) == 1 else 'es'}"
-    proposed = f"Optuna's {clean(method['sampler'])} proposed {count(len(origins), 'trial')} in {batches}"
-    return [("Sampler", proposed), *([("Halving", _pruning_text(study))] if method["halving"] else [])]
+    proposed = (
+        f"Optuna's {clean(method['sampler'])} proposed {count(len(origins), 'trial')} in {batches}"
+    )
+    return [
+        ("Sampler", proposed),
+        *([("Halving", _pruning_text(study))] if method["halving"] else []),
+    ]
 
 
 def _pruning_text(study: Study) -> str:
@@ -190,16 +247,26 @@ def _pruning_text(study: Study) -> str:
 
 
 def _descent(study: Study, outer_steps: int) -> str:
-    n_starts, guarded = sum(trial.origin[1] == 0 for trial in study.trials), study.guarded
-    on, steps = ", ".join(study.record.descended), count(outer_steps, "outer step")
-    text = f"hypergradient search on {on} from {count(n_starts, 'starting point')}, at most {steps} each"
-    for acted, words in (("chaotic", "the slope was noise"), ("differences", "taken by wide finite differences")):
+    n_starts = sum(trial.origin[1] == 0 for trial in study.trials)
+    guarded = study.guarded
+    on = ", ".join(study.record.descended)
+    steps = count(outer_steps, "outer step")
+    text = (
+        f"hypergradient search on {on} from {count(n_starts, 'starting point')}, at most {steps} "
+        "each"
+    )
+    for acted, words in (
+        ("chaotic", "the slope was noise"),
+        ("differences", "taken by wide finite differences"),
+    ):
         text += f"; {words} at {count(guarded[acted], 'point')}" * (guarded[acted] > 0)
     return text
 
 
 def _best_trials(ending: Ending, width: int) -> str:
-    study, measure, record = ending.study, score_view(ending.study).measure, ending.study.record
+    study = ending.study
+    measure = score_view(ending.study).measure
+    record = ending.study.record
     # Second looks are left out: a start whose slope is noise is measured again where it stands.
     looks: dict[str, Trial] = {}
     for trial in study.ranking():
@@ -221,48 +288,71 @@ def _best_trials(ending: Ending, width: int) -> str:
 
 def _one_trial(study: Study, trial: Trial, width: int) -> str:
     """Return the parameters of a trial, its score in every fold, and its curve."""
-    measure, record = score_view(study).measure, study.record
+    measure = score_view(study).measure
+    record = study.record
     score = f"{measure.title} {measure.with_error(trial.score, trial.std_error)}"
     lines = [
         (f"Trial {trial.number}", params_text(trial)),
         ("Score", f"{score}, {mean_words(study, errors=math.isfinite(trial.std_error))}"),
     ]
-    if others := [f"{one.title} {one.text(trial.scores[name])}" for name, one in other_measures(study).items()]:
+    if others := [
+        f"{one.title} {one.text(trial.scores[name])}" for name, one in other_measures(study).items()
+    ]:
         lines.append(("Others", ", ".join(others)))
     lines.append(("Folds", ", ".join(map(measure.text, trial.fold_scores))))
     if record.max_epochs > 1:
         curve = study.curves[study.trials.index(trial)].mean(1)
-        best = f"best {measure.text(trial.score)} after epoch {trial.best_epoch} of {record.max_epochs}"
+        best = (
+            f"best {measure.text(trial.score)} after epoch {trial.best_epoch} of "
+            f"{record.max_epochs}"
+        )
         first, last = (measure.text(float(curve[epoch])) for epoch in (0, -1))
         lines.append(("Curve", f"{blocks(curve, width=40)} first {first}, last {last}, {best}"))
     return _label_lines(lines, width)
 
 
 def _scores(ending: Ending, width: int) -> str:
-    study, measure, score = ending.study, score_view(ending.study).measure, ending.held_out
+    study = ending.study
+    measure = score_view(ending.study).measure
+    score = ending.held_out
     if score is None:
-        text = "All rows were used, so no honest score is left; gputune tune --test-size keeps rows apart for one."
+        text = (
+            "All rows were used, so no honest score is left; gputune tune --test-size keeps rows "
+            "apart for one."
+        )
     elif score.why:
         text = f"There is no held-out {measure.name}: {clean(score.why)}."
     else:
-        text = f"Held-out {measure.title}: {measure.text(score.score)}, the saved model's own score on "
+        text = (
+            f"Held-out {measure.title}: {measure.text(score.score)}, the saved model's own score "
+            "on "
+        )
         text += f"{count(score.rows, 'row')} {_use_of(score)}{score.interval_text(measure)}."
     sentences = [text]
     if score is not None and score.unseen:
         verb = "counts" if score.unseen == 1 else "count"
-        sentences.append(f"{count(score.unseen, 'row')} of a class that no row of the search has {verb} as wrong.")
+        sentences.append(
+            f"{count(score.unseen, 'row')} of a class that no row of the search has {verb} as "
+            "wrong."
+        )
     if score is not None and score.baseline is not None:
         answer, baseline_score = score.baseline
-        sentences.append(f"On these rows {clean(answer)} scores {measure.text(baseline_score)} without a model.")
+        sentences.append(
+            f"On these rows {clean(answer)} scores {measure.text(baseline_score)} without a model."
+        )
     sentences.append(_optimistic(study, measure, ending.trial))
     if (baseline := study.record.baseline) is not None:
         without = measure.text(baseline["score"])
-        sentences.append(f"On the same folds {clean(baseline['answer'])} scores {without} without a model.")
+        sentences.append(
+            f"On the same folds {clean(baseline['answer'])} scores {without} without a model."
+        )
     if ending.trial is None:
         sentences.append(improvement_text(study))
         epochs = study.record.max_epochs
         if not study.record.descends and study.best_trial.best_epoch == epochs > 1:
-            sentences.append(f"It was best after the last of {epochs} epochs: more of them may be better.")
+            sentences.append(
+                f"It was best after the last of {epochs} epochs: more of them may be better."
+            )
         sentences += map(clean, edge_remarks(study))
     words = " ".join(sentence for sentence in sentences if sentence)
     model_text = " ".join(sentence for sentence in ending.model_sentences if sentence)
@@ -278,12 +368,15 @@ def _use_of(score: HeldOut) -> str:
 
 
 def _optimistic(study: Study, measure: Measure, trial: Trial | None) -> str:
-    """Return why the cross-validated score, of the best trial or of the only one, is no honest one; "" where it is."""
+    """Return why the cross-validated score, of the best trial or of the only one, is no honest one;
+    "" where it is."""
     chosen = study.record.max_epochs > 1
     if trial is not None:
         score = f"The cross-validated {measure.name}, {measure.text(trial.score)}"
         return f"{score}, is that of the epoch that scored best on these folds." * chosen
-    best = f"The best cross-validated {measure.name}, {measure.text(study.best_score)}, is optimistic:"
+    best = (
+        f"The best cross-validated {measure.name}, {measure.text(study.best_score)}, is optimistic:"
+    )
     scored = sum(math.isfinite(trial.score) for trial in study.trials)
     if scored > 1:
         return f"{best} it is the best of {scored} trials on the folds that chose it."

@@ -1,4 +1,5 @@
-"""``gputune tune`` and ``resume``: rows apart, search, refit, held-out score, and everything saved in one folder."""
+"""``gputune tune`` and ``resume``: rows apart, search, refit, held-out score, and everything saved
+in one folder."""
 
 import argparse
 import math
@@ -30,7 +31,13 @@ from gputune.cli.summary import Ending, ensemble_words, stopped_text, summary_te
 from gputune.data.array_files import ARRAY_SUFFIXES
 from gputune.data.source import read_source, set_apart
 from gputune.data.target import check_spread, check_target, with_transform
-from gputune.errors import DivergedError, InputError, SearchFailedError, SearchInterrupted, Terminated
+from gputune.errors import (
+    DivergedError,
+    InputError,
+    SearchFailedError,
+    SearchInterrupted,
+    Terminated,
+)
 from gputune.study.database import option_errors
 from gputune.study.model import TunedModel
 from gputune.study.study import Trial
@@ -49,9 +56,11 @@ from gputune.views.scores import score_view
 def tune(arguments: argparse.Namespace) -> str:
     """Run the command and return its closing text.
 
-    Raises SearchInterrupted with a line that says what is kept and the table so far, and what ``gputune.tune`` raises.
+    Raises SearchInterrupted with a line that says what is kept and the table so far, and what
+    ``gputune.tune`` raises.
     """
-    begin, profile = time.perf_counter(), Profile()
+    begin = time.perf_counter()
+    profile = Profile()
     usual = "gputune-train" if arguments.command == "train" else "gputune-out"
     if arguments.study == "":
         raise InputError(f"--out '' is no folder; name one, or leave it out for {usual}.")
@@ -65,7 +74,8 @@ def tune(arguments: argparse.Namespace) -> str:
         source = read(arguments.file, _target(arguments), arguments.groups)
     task = chosen_task(source, choice, options)
     target = check_target(source.y, task=task, n_rows=len(source.X), name=source.target)
-    check_spread(with_transform(target, options.target_transform))  # of all rows: the seed decides who is held out
+    # of all rows: the seed decides who is held out
+    check_spread(with_transform(target, options.target_transform))
     share = 0.2 if arguments.test_size is None else arguments.test_size
     cv = arguments.cv or str(Options.cv)
     rest, test = set_apart(source, target, test_size=share, cv=cv, seed=options.random_state)
@@ -85,7 +95,8 @@ train = tune  # one configuration, which is an included trial of a search that d
 
 def resume(arguments: argparse.Namespace) -> str:
     """Go on with the search of a study file and return its closing text, as ``tune`` does."""
-    begin, profile = time.perf_counter(), Profile()
+    begin = time.perf_counter()
+    profile = Profile()
     study = study_file(arguments.study)
     changes = typed_options(arguments)
     record = Study.open(study).record
@@ -93,7 +104,8 @@ def resume(arguments: argparse.Namespace) -> str:
         recorded = recorded_search(study, record, changes, trust_code=arguments.trust_code)
     if callbacks := record.arguments.callbacks:
         Progress(arguments.verbose).say(
-            f"note: {', '.join(callbacks)}: callbacks are not held by a study file, so these are not called."
+            f"note: {', '.join(callbacks)}: callbacks are not held by a study file, so these are "
+            "not called."
         )
     return _Run(arguments, recorded, study, begin, profile).finish()
 
@@ -102,7 +114,8 @@ def resume(arguments: argparse.Namespace) -> str:
 class _Run:
     """A search of the command line, from its rows to its text.
 
-    ``shown`` is the study file as it was typed; a module of the user's may change the working folder.
+    ``shown`` is the study file as it was typed; a module of the user's may change the working
+    folder.
     """
 
     arguments: argparse.Namespace
@@ -124,12 +137,14 @@ class _Run:
         self.recorded = replace(self.recorded, final_model=final_model)
         self.has_ensemble = final_model["ensemble"]
         self.intervals = final_model["intervals"]
-        # None leaves the choice to ``best_model``: it calibrates where the log loss ranks the trials.
+        # None leaves the choice to ``best_model``: it calibrates where the log loss ranks the
+        # trials.
         self.calibrate = True if final_model["calibrate"] else None
         check_extras(rest, options, intervals=self.intervals, calibrate=final_model["calibrate"])
 
     def _final_model(self) -> dict[str, bool]:
-        """Return the options of the model to save: those typed, and in a resume those that the study was begun with.
+        """Return the options of the model to save: those typed, and in a resume those that the
+        study was begun with.
 
         Studies of earlier versions do not hold them. There the saved model tells, if there is one.
         """
@@ -147,16 +162,23 @@ class _Run:
             "calibrate": saved.get("temperature", 1.0) != 1.0,
         }
         stored = self.recorded.final_model
-        final_model = {name: typed[name] or stored.get(name, of_saved_model.get(name, False)) for name in typed}
+        final_model = {
+            name: typed[name] or stored.get(name, of_saved_model.get(name, False)) for name in typed
+        }
         return {**final_model, **compare_default}
 
     def finish(self) -> str:
-        """Search, train the best trial on all rows, score it on the held-out ones, save it, and say so."""
+        """Search, train the best trial on all rows, score it on the held-out ones, save it, and say
+        so."""
         with _explaining_interrupts(self.place):
             ending = self._make_ending(self._search())
             if self.keeps_model:
                 with self.profile.clock("training the best on all rows"):
-                    trial = _requested_trial(ending.study) if self.arguments.command == "train" else None
+                    trial = (
+                        _requested_trial(ending.study)
+                        if self.arguments.command == "train"
+                        else None
+                    )
                     ending = self._with_best(replace(ending, trial=trial))
                 if self.has_ensemble:
                     ending = self._with_ensemble(ending)
@@ -175,7 +197,12 @@ class _Run:
             return run(profile=self.profile, words=in_flags, study_type=Study)
         except SearchInterrupted as stop:
             ending = self._make_ending(stop.study)
-            if self.keeps_model and self.arguments.command != "train" and stop.signal == CTRL_C and not stop.at_once:
+            if (
+                self.keeps_model
+                and self.arguments.command != "train"
+                and stop.signal == CTRL_C
+                and not stop.at_once
+            ):
                 ending = self._with_best_so_far(ending)
             stop.report = self._text(ending, stopped_text)
             raise
@@ -185,22 +212,29 @@ class _Run:
         return Ending(file, study, self.recorded.source, self.shown, typed=self.arguments.typed)
 
     def _text(self, ending: Ending, make: Callable[..., str] = summary_text) -> str:
-        ended, seconds = in_flags(self.profile.ended), time.perf_counter() - self.begin
-        return make(replace(ending, ended=ended, seconds=seconds), width=shutil.get_terminal_size().columns)
+        ended = in_flags(self.profile.ended)
+        seconds = time.perf_counter() - self.begin
+        return make(
+            replace(ending, ended=ended, seconds=seconds), width=shutil.get_terminal_size().columns
+        )
 
     def _with_best(self, ending: Ending) -> Ending:
         """Train the best trial, or the one that was asked for, on all rows and save its model."""
         number = None if ending.trial is None else ending.trial.number
-        model = ending.study.best_model(trial=number, intervals=self.intervals, calibrate=self.calibrate)
+        model = ending.study.best_model(
+            trial=number, intervals=self.intervals, calibrate=self.calibrate
+        )
         model, held_out = self._score_model(model, ending.study)
         model.save(self.folder)
-        return replace(ending, held_out=held_out, model=model, model_folder=model_folder(self.shown))
+        return replace(
+            ending, held_out=held_out, model=model, model_folder=model_folder(self.shown)
+        )
 
     def _with_best_so_far(self, ending: Ending) -> Ending:
         """Save the model of the best trial so far, where there is one.
 
-        A trial that was cut short trains for as many epochs as its best score took. Another Ctrl-C ends this, and an
-        ensemble of an earlier call stays.
+        A trial that was cut short trains for as many epochs as its best score took. Another Ctrl-C
+        ends this, and an ensemble of an earlier call stays.
         """
         scored = any(math.isfinite(trial.score) for trial in ending.study.trials)
         if scored and "ensemble" not in read_saved_description(self.folder).get("spec", {}):
@@ -211,8 +245,10 @@ class _Run:
         return ending
 
     def _with_ensemble(self, ending: Ending) -> Ending:
-        """Save an ensemble, in place of the best trial, where it scores better on held-out rows, if any."""
-        study, best = ending.study, ending.held_out
+        """Save an ensemble, in place of the best trial, where it scores better on held-out rows, if
+        any."""
+        study = ending.study
+        best = ending.held_out
         try:
             with self.profile.clock("an ensemble"):
                 model = study.ensemble(calibrate=self.calibrate, verbose=self.arguments.verbose)
@@ -233,25 +269,38 @@ class _Run:
         words = ensemble_words(study, model, held_out, best, is_saved=is_saved)
         return replace(ending, held_out=score, model=chosen, ensemble=words)
 
-    def _interrupted(self, words: str, ending: Ending, stop: KeyboardInterrupt) -> SearchInterrupted:
+    def _interrupted(
+        self, words: str, ending: Ending, stop: KeyboardInterrupt
+    ) -> SearchInterrupted:
         """Return the error of an interrupt after the model of the best trial was saved."""
         signal = TERMINATED if isinstance(stop, Terminated) else CTRL_C
-        return SearchInterrupted(words, study=ending.study, signal=signal, report=self._text(ending))
+        return SearchInterrupted(
+            words, study=ending.study, signal=signal, report=self._text(ending)
+        )
 
     def _with_comparison(self, ending: Ending) -> Ending:
-        """Train the default configuration on all rows too, and compare its model with the saved one.
+        """Train the default configuration on all rows too, and compare its model with the saved
+        one.
 
         Both are scored on the held-out rows.
         """
-        study, saved = ending.study, ending.held_out
+        study = ending.study
+        saved = ending.held_out
         default = default_trial(study)
-        if self.compares_default is False or (self.compares_default is None and not is_worth_comparing(study, saved)):
+        if self.compares_default is False or (
+            self.compares_default is None and not is_worth_comparing(study, saved)
+        ):
             return ending
         if saved is None:
-            return replace(ending, comparison="No rows are held out on which to compare with the default's model.")
+            return replace(
+                ending,
+                comparison="No rows are held out on which to compare with the default's model.",
+            )
         if default is None:
             why = "no trial with a score is the default configuration"
-            return replace(ending, comparison=f"There is no comparison with the default's model: {why}.")
+            return replace(
+                ending, comparison=f"There is no comparison with the default's model: {why}."
+            )
         if default.number == study.best_trial.number:
             return ending  # the text says already that the default is the best trial
         try:
@@ -259,12 +308,16 @@ class _Run:
                 model = study.best_model(trial=default.number, calibrate=self.calibrate)
                 model, held_out = self._score_model(model, study)
         except DivergedError:
-            return replace(ending, comparison="The default's model diverged when it was trained on all rows.")
+            return replace(
+                ending, comparison="The default's model diverged when it was trained on all rows."
+            )
         except KeyboardInterrupt as stop:
             words = "the comparison with the default was interrupted; the best model is saved."
             raise self._interrupted(words, ending, stop) from None
         assert held_out is not None  # as there is one of the saved model
-        return replace(ending, comparison=comparison_text(score_view(study).measure, saved, held_out))
+        return replace(
+            ending, comparison=comparison_text(score_view(study).measure, saved, held_out)
+        )
 
     def _model_sentences(self, model: TunedModel | None) -> list[str]:
         """Return what the options of the final model did."""
@@ -276,14 +329,19 @@ class _Run:
         return sentences
 
     def _score_model(self, model: TunedModel, study: Study) -> tuple[TunedModel, HeldOut | None]:
-        test, record = self.recorded.test, study.record
+        test = self.recorded.test
+        record = study.record
         if test is None:
             return model, None
-        positive, rest = record.ranked_class, self.recorded.source
+        positive = record.ranked_class
+        rest = self.recorded.source
         held_out = held_out_score(model, record.scoring, test, positive=positive)
         baseline = held_out_baseline(model, record.scoring, rest, test, positive=positive)
         held_out = replace(held_out, baseline=baseline)
-        scored: dict[str, object] = {"held_out_score": held_out.score, "held_out_rows": held_out.rows}
+        scored: dict[str, object] = {
+            "held_out_score": held_out.score,
+            "held_out_rows": held_out.rows,
+        }
         if baseline is not None:
             answer, score = baseline
             scored["held_out_baseline"] = {"answer": answer, "score": score}
@@ -292,26 +350,35 @@ class _Run:
 
 def _requested_trial(study: Study) -> Trial:
     """Return the trial that the command asked for. Raises SearchFailedError where it diverged."""
-    choice, options = study.data.choice, study.data.options
+    choice = study.data.choice
+    options = study.data.options
     params = first_trials(checked_space(choice, options), choice, options)[0].params
     trial = next(trial for trial in study.trials if trial.params == params)
     if not math.isfinite(trial.score):
         why = "it diverged, or its time was over; try a smaller lr, or more time."
-        raise SearchFailedError(f"trial {trial.number}, which was to be trained, has no finite score: {why}")
+        raise SearchFailedError(
+            f"trial {trial.number}, which was to be trained, has no finite score: {why}"
+        )
     return trial
 
 
 def _target(arguments: argparse.Namespace) -> str | None:
     if arguments.target is None and not arguments.file.startswith("sklearn:"):
-        what, example = ("array", "y") if Path(arguments.file).suffix.lower() in ARRAY_SUFFIXES else ("column", "price")
+        what, example = (
+            ("array", "y")
+            if Path(arguments.file).suffix.lower() in ARRAY_SUFFIXES
+            else ("column", "price")
+        )
         raise InputError(
-            f"--target is missing: name the {what} of {arguments.file!r} to predict, for example --target {example}."
+            f"--target is missing: name the {what} of {arguments.file!r} to predict, for example "
+            f"--target {example}."
         )
     return str(arguments.target) if arguments.target is not None else None
 
 
 def _check_out(out: Path) -> None:
-    """Refuse, before anything is read, a place where the result could not be written without a loss."""
+    """Refuse, before anything is read, a place where the result could not be written without a
+    loss."""
     there = next(place for place in (out, *out.absolute().parents) if place.exists())
     if not there.is_dir():
         raise InputError(f"--out {str(out)!r}: {str(there)!r} is a file; give a folder.")
@@ -320,7 +387,9 @@ def _check_out(out: Path) -> None:
         raise InputError(f"--out {str(out)!r} cannot be written: {check}")
     if (out / MODEL).exists() and not (out / STUDY).exists():
         lost = f"{MODEL!r} but not the {STUDY!r} it came from"
-        raise InputError(f"--out {str(out)!r} holds {lost}, and would lose it; give another folder.")
+        raise InputError(
+            f"--out {str(out)!r} holds {lost}, and would lose it; give another folder."
+        )
 
 
 @contextmanager

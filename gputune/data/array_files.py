@@ -1,4 +1,5 @@
-"""Arrays from files of NumPy's and torch's: nothing is unpickled, and nothing is read that memory does not hold."""
+"""Arrays from files of NumPy's and torch's: nothing is unpickled, and nothing is read that memory
+does not hold."""
 
 import math
 import os
@@ -23,7 +24,8 @@ ARRAY_SUFFIXES = (".npz", ".npy", ".pt", ".pth")
 _WRITE = "Write it with numpy.savez(path, image=X, label=y), or torch.save of a dict of tensors."
 _TEXT_BYTES = 64  # of a short text as an object of Python's, which text in an array becomes
 _READERS = {1: npy_format.read_array_header_1_0, 2: npy_format.read_array_header_2_0}
-"""Readers of the header of a .npy file by its major version. Version 3 is for the names of fields alone."""
+"""Readers of the header of a .npy file by its major version. Version 3 is for the names of fields
+alone."""
 
 
 class _Malformed(ValueError):
@@ -31,18 +33,23 @@ class _Malformed(ValueError):
 
 
 def read_array_file(path: Path) -> dict[str, Any]:
-    """Return the arrays of a file by their names: arrays of a .npz, tensors of a .pt that holds a dict of them.
+    """Return the arrays of a file by their names: arrays of a .npz, tensors of a .pt that holds a
+    dict of them.
 
-    The array of a .npy has the name "". It is mapped, and so are tensors: their rows are read when they are gathered.
+    The array of a .npy has the name "". It is mapped, and so are tensors: their rows are read when
+    they are gathered.
 
     Raises:
         FileNotFoundError: there is no file of this name.
         PermissionError: the file may not be read.
-        InputError: it is no file of arrays, holds Python objects, or needs more memory than is free.
+        InputError: it is no file of arrays, holds Python objects, or needs more memory than is
+            free.
     """
     size = check_file(path)
     if path.suffix.lower() not in ARRAY_SUFFIXES:
-        raise InputError(f"arrays are read from {', '.join(ARRAY_SUFFIXES)}, got {str(path)!r}. {_WRITE}")
+        raise InputError(
+            f"arrays are read from {', '.join(ARRAY_SUFFIXES)}, got {str(path)!r}. {_WRITE}"
+        )
     read = {".npy": _read_npy, ".npz": _read_npz}.get(path.suffix.lower(), _read_torch)
     try:
         if size == 0:
@@ -51,7 +58,9 @@ def read_array_file(path: Path) -> dict[str, Any]:
     except (InputError, PermissionError):
         raise
     except MemoryError as error:
-        raise InputError(f"{str(path)!r} needs more memory than is free; read it where there is more.") from error
+        raise InputError(
+            f"{str(path)!r} needs more memory than is free; read it where there is more."
+        ) from error
     except _Malformed as error:
         raise InputError(f"{str(path)!r} cannot be read as arrays: {error}. {_WRITE}") from error
     except Exception as error:  # a damaged file can raise anything in NumPy's and torch's readers
@@ -78,9 +87,11 @@ def _read_npz(path: Path) -> dict[str, Any]:
 
 
 def _check_array(file: IO[bytes], size: int, name: str = "it") -> int:
-    """Return the bytes of memory that an array needs, by its header, in a file of NumPy's format of ``size`` bytes.
+    """Return the bytes of memory that an array needs, by its header, in a file of NumPy's format of
+    ``size`` bytes.
 
-    Raises ValueError for an array that does not fit into the file, or is none of numbers, booleans, dates or text.
+    Raises ValueError for an array that does not fit into the file, or is none of numbers, booleans,
+    dates or text.
     """
     version, _ = npy_format.read_magic(file)
     if version not in _READERS:
@@ -88,20 +99,23 @@ def _check_array(file: IO[bytes], size: int, name: str = "it") -> int:
     shape, _, dtype = _READERS[version](file)
     if dtype.hasobject:
         raise _Malformed(
-            f"{name} holds Python objects, such as rows of different lengths, which may run code. Pad the rows to one "
-            "length"
+            f"{name} holds Python objects, such as rows of different lengths, which may run code. "
+            "Pad the rows to one length"
         )
     if dtype.kind == "V":
         raise _Malformed(f"{name} has named fields, which are read from data frames only")
     if any(length < 0 for length in shape):
-        raise _Malformed(f"{name} has the shape {_shape_words(shape)}, and no length can be negative")
+        raise _Malformed(
+            f"{name} has the shape {_shape_words(shape)}, and no length can be negative"
+        )
     n_values = math.prod(shape)
-    declared = n_values * max(1, dtype.itemsize)  # a text may have no bytes, and be an object nevertheless
+    # a text may have no bytes, and be an object nevertheless
+    declared = n_values * max(1, dtype.itemsize)
     available = size - file.tell()
     if declared > available:
         raise _Malformed(
-            f"{name} has the shape {_shape_words(shape)}, which takes {size_words(declared)}, and holds "
-            f"{size_words(max(0, available))}. It may be cut off"
+            f"{name} has the shape {_shape_words(shape)}, which takes {size_words(declared)}, and "
+            f"holds {size_words(max(0, available))}. It may be cut off"
         )
     return declared + n_values * _TEXT_BYTES * (dtype.kind in "SU")
 
@@ -118,11 +132,16 @@ def _read_torch(path: Path) -> dict[str, Any]:
         arrays = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise InputError(
-            f"{str(path)!r} holds more than tensors, which is not unpickled since that may run code. {_WRITE}"
+            f"{str(path)!r} holds more than tensors, which is not unpickled since that may run "
+            f"code. {_WRITE}"
         ) from error
-    if not isinstance(arrays, dict) or not all(isinstance(value, Tensor) for value in arrays.values()):
+    if not isinstance(arrays, dict) or not all(
+        isinstance(value, Tensor) for value in arrays.values()
+    ):
         remedy = "Save one, for example torch.save({'image': X, 'label': y}, path)."
-        raise InputError(f"{str(path)!r} must hold a dict of tensors, got {type(arrays).__name__}. {remedy}")
+        raise InputError(
+            f"{str(path)!r} must hold a dict of tensors, got {type(arrays).__name__}. {remedy}"
+        )
     tensors = {str(name): value.detach() for name, value in arrays.items()}
     needed = 0
     for name, value in tensors.items():
@@ -141,7 +160,8 @@ def _read_torch(path: Path) -> dict[str, Any]:
 def _record_sizes(path: Path) -> set[int]:
     """Return the sizes of the records of an archive of torch's, in bytes.
 
-    Raises ValueError for packed records: torch maps the file, so it would take packed bytes for numbers.
+    Raises ValueError for packed records: torch maps the file, so it would take packed bytes for
+    numbers.
     """
     with open_file(path) as file, zipfile.ZipFile(file) as archive:
         members = archive.infolist()
@@ -151,26 +171,48 @@ def _record_sizes(path: Path) -> set[int]:
 
 
 def pick_arrays(path: Path, y: Any, groups: Any) -> tuple[object, object, object]:
-    """Return X, y and groups of a file; ``y`` and ``groups`` name arrays in it, or next to a .npy are files of it.
+    """Return X, y and groups of a file; ``y`` and ``groups`` name arrays in it, or next to a .npy
+    are files of it.
 
-    X is a dict if more than one array is left. Raises InputError for other names, and if nothing is left.
+    X is a dict if more than one array is left. Raises InputError for other names, and if nothing is
+    left.
     """
     values = read_array_file(path)
     if path.suffix.lower() == ".npy":
-        return values[""], _beside(path, "y", y), None if groups is None else _beside(path, "groups", groups)
+        return (
+            values[""],
+            _beside(path, "y", y),
+            None if groups is None else _beside(path, "groups", groups),
+        )
     for argument, name in (("target", y), ("groups", groups)):
-        if not (isinstance(name, str) and name in values) and not (argument == "groups" and name is None):
+        if not (isinstance(name, str) and name in values) and not (
+            argument == "groups" and name is None
+        ):
             known = f"which are {quoted(values)}" if values else "and it holds none"
-            got = repr(name) if isinstance(name, str | None) else f"an object of type {type(name).__name__}"
-            raise InputError(f"{argument}={got} is none of the arrays of {str(path)!r}, {known}; name one of them.")
-    target, of_groups = values.pop(y), None if groups is None else np.asarray(values.pop(groups))
+            got = (
+                repr(name)
+                if isinstance(name, str | None)
+                else f"an object of type {type(name).__name__}"
+            )
+            raise InputError(
+                f"{argument}={got} is none of the arrays of {str(path)!r}, {known}; name one of "
+                "them."
+            )
+    target = values.pop(y)
+    of_groups = None if groups is None else np.asarray(values.pop(groups))
     if not values:
-        raise InputError(f"{str(path)!r} holds no array but the target {y!r}; there is nothing to predict it from.")
+        raise InputError(
+            f"{str(path)!r} holds no array but the target {y!r}; there is nothing to predict it "
+            "from."
+        )
     return values if len(values) > 1 else next(iter(values.values())), target, of_groups
 
 
 def pick_inputs(
-    path: Path, names: Sequence[str] | None, shapes: Sequence[tuple[int, ...]], unread: Collection[str] = ()
+    path: Path,
+    names: Sequence[str] | None,
+    shapes: Sequence[tuple[int, ...]],
+    unread: Collection[str] = (),
 ) -> Any:
     """Return the inputs of a model from a file that may also hold the target and other arrays.
 
@@ -181,7 +223,8 @@ def pick_inputs(
         unread: the names of arrays that are no inputs, such as the target.
 
     Returns:
-        A dict of the inputs that have ``names``, else an array, or a tuple of several arrays in their order.
+        A dict of the inputs that have ``names``, else an array, or a tuple of several arrays in
+        their order.
 
     Raises:
         InputError: nothing is left, or it is not clear which arrays are the inputs.
@@ -196,20 +239,24 @@ def pick_inputs(
         known = f"holds {quoted(arrays)}" if arrays else "holds no array"
         shape_words = " and ".join(str(("rows", *shape)).replace("'", "") for shape in shapes)
         raise InputError(
-            f"{str(path)!r} {known}, and the model takes {count(len(shapes), 'array')} of shape {shape_words}. Write a "
-            "file with the inputs of the training, and the target if you want."
+            f"{str(path)!r} {known}, and the model takes {count(len(shapes), 'array')} of shape "
+            f"{shape_words}. Write a file with the inputs of the training, and the target if you "
+            "want."
         )
     inputs = tuple(left.values())
     return inputs if len(shapes) > 1 else inputs[0]
 
 
 def pick_target(path: Path, name: str) -> np.ndarray:
-    """Return an array of a file by its name; of a .npy file, the array of the .npy file of that name."""
+    """Return an array of a file by its name; of a .npy file, the array of the .npy file of that
+    name."""
     if path.suffix.lower() == ".npy":
         return _beside(path, "target", name)
     arrays = read_array_file(path)
     if name not in arrays:
-        raise InputError(f"target={name!r} is none of the arrays of {str(path)!r}, which are {quoted(arrays)}.")
+        raise InputError(
+            f"target={name!r} is none of the arrays of {str(path)!r}, which are {quoted(arrays)}."
+        )
     value = arrays[name]
     if isinstance(value, Tensor):  # NumPy has no bfloat16
         return (value.double() if value.is_floating_point() else value).numpy()
@@ -220,9 +267,13 @@ def _beside(path: Path, option: str, name: object) -> np.ndarray:
     """Return the array of the .npy file ``name``."""
     if not isinstance(name, str | Path) or Path(name).suffix.lower() != ".npy":
         got = f"got {name!r:.60}; or write both into one file, numpy.savez(path, image=X, label=y)"
-        raise InputError(f"{option} must be a .npy file too, with one value a row of {str(path)!r}, {got}.")
+        raise InputError(
+            f"{option} must be a .npy file too, with one value a row of {str(path)!r}, {got}."
+        )
     if not os.path.exists(name):
-        raise InputError(f"{option}: there is no file {str(name)!r}; give the .npy file of {option}.")
+        raise InputError(
+            f"{option}: there is no file {str(name)!r}; give the .npy file of {option}."
+        )
     array = read_array_file(Path(name))[""]
     check_room(Path(name), array.nbytes)
     return np.array(array)

@@ -1,4 +1,5 @@
-"""Inputs that are no table: images, sequences, token ids, several of them; as they are, or scaled by channel.
+"""Inputs that are no table: images, sequences, token ids, several of them; as they are, or scaled
+by channel.
 
 Nothing is copied: memory-mapped arrays are read where their rows are gathered.
 """
@@ -17,14 +18,16 @@ from gputune.errors import InputError
 from gputune.types import TENSOR_NUMBERS, Json
 
 _BLOCK = 1 << 21  # numbers that are looked at at a time
-_TAKEN_AS = {torch.uint16: torch.int32, torch.uint32: torch.int64}  # integers that torch computes little with
+# integers that torch computes little with
+_TAKEN_AS = {torch.uint16: torch.int32, torch.uint32: torch.int64}
 
 
 @dataclass(frozen=True, eq=False)
 class Arrays:
     """Inputs of a module: ``parts`` (N, ...), passed in order, or as the keywords ``names``.
 
-    ``places`` (n,) are the rows that are meant, where these are some alone: nothing is copied until they are gathered.
+    ``places`` (n,) are the rows that are meant, where these are some alone: nothing is copied until
+    they are gathered.
     """
 
     parts: tuple[Tensor, ...]
@@ -49,7 +52,11 @@ class Arrays:
         return tuple(self._rows(x, slice(None)) for x in self.parts)
 
     def _rows(self, x: Tensor, rows: slice) -> Tensor:
-        return x[rows] if self.places is None else x.index_select(0, torch.from_numpy(self.places[rows]).to(x.device))
+        return (
+            x[rows]
+            if self.places is None
+            else x.index_select(0, torch.from_numpy(self.places[rows]).to(x.device))
+        )
 
     def as_given(self) -> object:
         """Return the rows as a scorer sees them: an array, a tuple, or a dict of arrays."""
@@ -67,15 +74,22 @@ class Arrays:
 
 def input_labels(number: int, names: Sequence[str] | None) -> tuple[str, ...]:
     """Return what messages call so many inputs: X, X[0], X['image']."""
-    return ("X",) if number == 1 and names is None else tuple(f"X[{name!r}]" for name in names or range(number))
+    return (
+        ("X",)
+        if number == 1 and names is None
+        else tuple(f"X[{name!r}]" for name in names or range(number))
+    )
 
 
 def as_arrays(X: object) -> Arrays | None:
     """Return X as inputs of a module, None where it is a table: two axes, of floats or in a frame.
 
-    X is an array or tensor with three axes or more, a tensor of integers with two, or a tuple or dict of any such.
+    X is an array or tensor with three axes or more, a tensor of integers with two, or a tuple or
+    dict of any such.
     """
-    if isinstance(X, Mapping) and all(isinstance(value, Tensor | np.ndarray) for value in X.values()):
+    if isinstance(X, Mapping) and all(
+        isinstance(value, Tensor | np.ndarray) for value in X.values()
+    ):
         return _check_arrays(tuple(X.values()), tuple(map(str, X)))
     if isinstance(X, tuple) and all(isinstance(value, Tensor | np.ndarray) for value in X):
         return _check_arrays(X)
@@ -85,16 +99,22 @@ def as_arrays(X: object) -> Arrays | None:
     return _check_arrays((X,)) if X.ndim > 2 or of_ids else None
 
 
-def _check_arrays(values: Sequence[np.ndarray | Tensor], names: tuple[str, ...] | None = None) -> Arrays:
+def _check_arrays(
+    values: Sequence[np.ndarray | Tensor], names: tuple[str, ...] | None = None
+) -> Arrays:
     if not values:
         raise InputError("X is empty; pass at least one array or tensor of rows.")
     labels = input_labels(len(values), names)
     arrays = Arrays(tuple(map(_tensor, values, labels)), names)
     if len({len(x) for x in arrays.parts}) > 1:
         words = ", ".join(f"{label} {len(x)}" for label, x in zip(labels, arrays.parts))
-        raise InputError(f"the inputs of X must have one row for each of the same cases, got lengths {words}.")
+        raise InputError(
+            f"the inputs of X must have one row for each of the same cases, got lengths {words}."
+        )
     for number, label in enumerate(labels):
-        for start, block in arrays.blocks(number) if arrays.parts[number].is_floating_point() else ():
+        for start, block in (
+            arrays.blocks(number) if arrays.parts[number].is_floating_point() else ()
+        ):
             if (bad := ~block.isfinite().reshape(len(block), -1).all(1)).any():
                 got = f"got NaN or an infinite value in row {start + int(bad.int().argmax())}"
                 raise InputError(f"{label} must be finite, {got}; fill it, or leave that row out.")
@@ -102,7 +122,10 @@ def _check_arrays(values: Sequence[np.ndarray | Tensor], names: tuple[str, ...] 
 
 
 _OBJECTS = "its rows may be of unlike shapes: pad or crop them to one, then numpy.stack them"
-_NUMBERS_OF = {"O": _OBJECTS, **dict.fromkeys("SUT", "give each text a number, for example its place in a vocabulary")}
+_NUMBERS_OF = {
+    "O": _OBJECTS,
+    **dict.fromkeys("SUT", "give each text a number, for example its place in a vocabulary"),
+}
 
 
 def _tensor(value: np.ndarray | Tensor, label: str) -> Tensor:
@@ -112,36 +135,56 @@ def _tensor(value: np.ndarray | Tensor, label: str) -> Tensor:
             remedy = _NUMBERS_OF.get(value.dtype.kind, "convert it")
             raise InputError(f"{label} must hold numbers or booleans, got {value.dtype}; {remedy}.")
         # torch has no long double, no other order of bytes and no negative strides.
-        native = value.astype(np.float64 if value.itemsize > 8 else value.dtype.newbyteorder("="), copy=False)
-        native = np.ascontiguousarray(native) if any(stride < 0 for stride in native.strides) else native
-        # torch warns of memory that must not be written, such as a file's, and cannot be told that it will not be.
+        native = value.astype(
+            np.float64 if value.itemsize > 8 else value.dtype.newbyteorder("="), copy=False
+        )
+        native = (
+            np.ascontiguousarray(native) if any(stride < 0 for stride in native.strides) else native
+        )
+        # torch warns of memory that must not be written, such as a file's, and cannot be told that
+        # it will not be.
         with warnings.catch_warnings(action="ignore", category=UserWarning):
             value = torch.from_numpy(native)
     refuse_kind(value, label)
     if value.dim() == 0 or 0 in value.shape:
-        raise InputError(f"{label} must have rows, and none of its axes may be empty, got shape {tuple(value.shape)}.")
+        raise InputError(
+            f"{label} must have rows, and none of its axes may be empty, got shape "
+            f"{tuple(value.shape)}."
+        )
     return value.detach().to(_TAKEN_AS.get(value.dtype, value.dtype))
 
 
 def refuse_kind(value: Tensor, label: str) -> None:
-    """Raise InputError for a tensor that is not dense, real numbers of 16 bits or more in some memory."""
+    """Raise InputError for a tensor that is not dense, real numbers of 16 bits or more in some
+    memory."""
     refuse_ragged(value, label)
     for is_bad, words in (
-        (value.layout is not torch.strided, "is a sparse tensor, and only dense input is supported; pass "
-                                            f"{label}.to_dense()"),
+        (
+            value.layout is not torch.strided,
+            f"is a sparse tensor, and only dense input is supported; pass {label}.to_dense()",
+        ),
         (value.is_meta, "lies on the device 'meta', which holds no values; pass one that has them"),
-        (value.is_complex(), f"must hold real numbers, got {value.dtype}; pass real and imaginary parts"),
-        (value.is_quantized, f"is quantized, {value.dtype}; pass {label}.dequantize() or .int_repr()"),
-        (value.is_floating_point() and value.dtype.itemsize < 2,
-         f"must hold floats of 16 bits or more, got {value.dtype}; pass {label}.half()"),
-    ):  # fmt: skip
+        (
+            value.is_complex(),
+            f"must hold real numbers, got {value.dtype}; pass real and imaginary parts",
+        ),
+        (
+            value.is_quantized,
+            f"is quantized, {value.dtype}; pass {label}.dequantize() or .int_repr()",
+        ),
+        (
+            value.is_floating_point() and value.dtype.itemsize < 2,
+            f"must hold floats of 16 bits or more, got {value.dtype}; pass {label}.half()",
+        ),
+    ):
         if is_bad:
             raise InputError(f"{label} {words}.")
 
 
 @dataclass(frozen=True)
 class ArrayLayout:
-    """What the inputs of a module look like: the ``shapes`` of a row, their ``dtypes``, and ``names`` if any."""
+    """What the inputs of a module look like: the ``shapes`` of a row, their ``dtypes``, and
+    ``names`` if any."""
 
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[str, ...]
@@ -151,10 +194,13 @@ class ArrayLayout:
     @staticmethod
     def of(arrays: Arrays) -> "ArrayLayout":
         shapes = tuple(tuple(x.shape[1:]) for x in arrays.parts)
-        return ArrayLayout(shapes, tuple(str(x.dtype).removeprefix("torch.") for x in arrays.parts), arrays.names)
+        return ArrayLayout(
+            shapes, tuple(str(x.dtype).removeprefix("torch.") for x in arrays.parts), arrays.names
+        )
 
     def raw(self, X: object) -> Arrays:
-        """Return X as the arrays that were seen in training; InputError for other names, shapes or kinds."""
+        """Return X as the arrays that were seen in training; InputError for other names, shapes or
+        kinds."""
         refuse_ragged(X, "X")
         arrays = X if isinstance(X, Arrays) else as_arrays(X)
         if arrays is None:
@@ -168,8 +214,12 @@ class ArrayLayout:
             by_name = dict(zip(arrays.names, arrays.parts))
             if missing := [name for name in self.names if name not in by_name]:
                 known = ", ".join(map(repr, self.names))
-                raise InputError(f"X has no input {missing[0]!r}; those seen in training are {known}.")
-            arrays = replace(arrays, parts=tuple(by_name[name] for name in self.names), names=self.names)
+                raise InputError(
+                    f"X has no input {missing[0]!r}; those seen in training are {known}."
+                )
+            arrays = replace(
+                arrays, parts=tuple(by_name[name] for name in self.names), names=self.names
+            )
         layout = ArrayLayout.of(arrays)
         are_floats = [getattr(torch, dtype).is_floating_point for dtype in self.dtypes]
         same = are_floats == [x.is_floating_point() for x in arrays.parts]
@@ -184,7 +234,8 @@ class ArrayLayout:
 
     @property
     def n_features(self) -> int:
-        """What a module is built with: the size of the last axis of the first input, 1 where a row is one number."""
+        """What a module is built with: the size of the last axis of the first input, 1 where a row
+        is one number."""
         return self.shapes[0][-1] if self.shapes[0] else 1
 
     @property
@@ -195,7 +246,10 @@ class ArrayLayout:
     def in_words(self) -> str:
         """Say what a row is made of."""
         parts = zip(self.names or [""] * len(self.shapes), self.dtypes, self.shapes)
-        return " and ".join(f"{name} {dtype} {('rows', *row)}".replace("'", "").strip() for name, dtype, row in parts)
+        return " and ".join(
+            f"{name} {dtype} {('rows', *row)}".replace("'", "").strip()
+            for name, dtype, row in parts
+        )
 
     __str__ = in_words
 
@@ -205,7 +259,8 @@ class ArrayLayout:
 
     @staticmethod
     def from_json(value: Json) -> "ArrayLayout":
-        """Return the layout that ``to_json`` wrote. Raises ValueError for what it cannot have written."""
+        """Return the layout that ``to_json`` wrote. Raises ValueError for what it cannot have
+        written."""
         names = None if value["names"] is None else tuple(value["names"])
         layout = ArrayLayout(tuple(map(tuple, value["shapes"])), tuple(value["dtypes"]), names)
         sizes = [size for shape in layout.shapes for size in shape]
@@ -216,19 +271,27 @@ class ArrayLayout:
             raise ValueError("the dtypes of its inputs are none of torch's")
         if names is not None and not {str}.issuperset(map(type, names)):
             raise ValueError("the names of its inputs are no texts")
-        if not {len(layout.dtypes), len(names or layout.dtypes)} == {len(layout.shapes)} or not layout.shapes:
+        if (
+            not {len(layout.dtypes), len(names or layout.dtypes)} == {len(layout.shapes)}
+            or not layout.shapes
+        ):
             raise ValueError("its inputs have other numbers of shapes, dtypes and names")
         return layout
 
 
 @dataclass(frozen=True, eq=False)
 class ArrayStatistics:
-    """The mean and the scale of each channel of each input, float64; None for an input that stays as it is."""
+    """The mean and the scale of each channel of each input, float64; None for an input that stays
+    as it is."""
 
     channels: tuple[tuple[np.ndarray, np.ndarray] | None, ...]
 
     def to_json(self) -> Json:
-        return {"channels": [None if c is None else [part.tolist() for part in c] for c in self.channels]}
+        return {
+            "channels": [
+                None if c is None else [part.tolist() for part in c] for c in self.channels
+            ]
+        }
 
     @staticmethod
     def from_json(value: Json) -> "ArrayStatistics":
@@ -245,32 +308,53 @@ class ArrayStatistics:
                     raise ValueError("its statistics are of inputs of another shape")
 
 
-def fit_channels(arrays: Arrays, folds: Sequence[np.ndarray], numbers: str) -> tuple[ArrayStatistics, ...]:
-    """Return the statistics of each fold's training rows; with ``numbers="none"`` inputs stay as they are.
+def fit_channels(
+    arrays: Arrays, folds: Sequence[np.ndarray], numbers: str
+) -> tuple[ArrayStatistics, ...]:
+    """Return the statistics of each fold's training rows; with ``numbers="none"`` inputs stay as
+    they are.
 
-    "standard" gives the channels of floats and of bytes (uint8) mean 0 and variance 1: the first axis of a row with
-    three or more, each column of a row with one, all numbers of a row with two. Scale 1 where a channel is constant.
+    "standard" gives the channels of floats and of bytes (uint8) mean 0 and variance 1: the first
+    axis of a row with three or more, each column of a row with one, all numbers of a row with two.
+    Scale 1 where a channel is constant.
     """
     if numbers not in TENSOR_NUMBERS:
-        raise InputError(f"numbers={numbers!r} is for tables; images and sequences take 'standard' or 'none'.")
-    scaled = (numbers == "standard" and (x.is_floating_point() or x.dtype == torch.uint8) for x in arrays.parts)
-    fitted = [_fit(arrays, part, folds) if scale else [None] * len(folds) for part, scale in enumerate(scaled)]
+        raise InputError(
+            f"numbers={numbers!r} is for tables; images and sequences take 'standard' or 'none'."
+        )
+    scaled = (
+        numbers == "standard" and (x.is_floating_point() or x.dtype == torch.uint8)
+        for x in arrays.parts
+    )
+    fitted = [
+        _fit(arrays, part, folds) if scale else [None] * len(folds)
+        for part, scale in enumerate(scaled)
+    ]
     return tuple(map(ArrayStatistics, zip(*fitted)))
 
 
-def _fit(arrays: Arrays, part: int, folds: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return mean and scale of an input's channels in each fold, by sums of every row that are made once."""
+def _fit(
+    arrays: Arrays, part: int, folds: Sequence[np.ndarray]
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return mean and scale of an input's channels in each fold, by sums of every row that are made
+    once."""
     x = arrays.parts[part]
     row = tuple(x.shape[1:])
-    shape = tuple(size if len(row) == 1 or (len(row) > 2 and axis == 0) else 1 for axis, size in enumerate(row))
+    shape = tuple(
+        size if len(row) == 1 or (len(row) > 2 and axis == 0) else 1
+        for axis, size in enumerate(row)
+    )
     summed = [axis + 1 for axis, size in enumerate(shape) if size == 1]
     each = x[0].numel() / math.prod(shape)
-    shift = next(arrays.blocks(part))[1].double().mean([0, *summed], keepdim=True)  # against cancellation
+    # against cancellation
+    shift = next(arrays.blocks(part))[1].double().mean([0, *summed], keepdim=True)
     first, second = (np.empty((len(arrays), *shape)) for _ in range(2))
     for start, block in arrays.blocks(part):
         gap = block.double() - shift
         for sums, values in ((first, gap), (second, gap.square())):
-            sums[start : start + len(block)] = (values.sum(summed, keepdim=True) if summed else values).cpu().numpy()
+            sums[start : start + len(block)] = (
+                (values.sum(summed, keepdim=True) if summed else values).cpu().numpy()
+            )
     moments = []
     for train in folds:
         mean, square = (sums[train].mean(0) / each for sums in (first, second))

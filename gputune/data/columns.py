@@ -1,12 +1,14 @@
-"""How a column becomes features: decided once from the column itself (``fit_layout``), then applied to any other rows.
+"""How a column becomes features: decided once from the column itself (``fit_layout``), then applied
+to any other rows.
 
 number     its value
 boolean    1 or 0
 category   one feature per level (one-hot); rare levels share the feature ``(other)``
 date       days since 1970, month, day of the month, weekday (0 = Monday), hour; those that vary
 
-Where values are missing, numbers, booleans and dates get a feature ``(missing)`` beside NaN in the others, and a
-category gets a level of that name. Torch tensors, tables of numbers, are checked, summed up and decided where they lie.
+Where values are missing, numbers, booleans and dates get a feature ``(missing)`` beside NaN in the
+others, and a category gets a level of that name. Torch tensors, tables of numbers, are checked,
+summed up and decided where they lie.
 """
 
 import math
@@ -33,19 +35,23 @@ DATE_PARTS = ("days", "month", "day", "weekday", "hour")
 
 
 def _parts(kind: Kind, values: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the features that numbers, booleans or dates are made into, by the names of ``Column.parts``."""
+    """Return the features that numbers, booleans or dates are made into, by the names of
+    ``Column.parts``."""
     if kind != "date":
         return {"value": values}
     known = ~np.isnan(values)
     seconds = np.floor(np.where(known, values, 0.0)).astype(np.int64).astype("datetime64[s]")
-    days, months = seconds.astype("datetime64[D]"), seconds.astype("datetime64[M]")
+    days = seconds.astype("datetime64[D]")
+    months = seconds.astype("datetime64[M]")
     numbers = [
         months.astype(np.int64) % 12 + 1,
         (days - months.astype(days.dtype)).astype(np.int64) + 1,
         (days.astype(np.int64) + 3) % 7,  # 1970-01-01 was a Thursday
         (seconds - days.astype(seconds.dtype)).astype(np.int64) // 3600,
     ]
-    return dict(zip(DATE_PARTS, [values / 86400.0, *(np.where(known, part, np.nan) for part in numbers)]))
+    return dict(
+        zip(DATE_PARTS, [values / 86400.0, *(np.where(known, part, np.nan) for part in numbers)])
+    )
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,8 @@ class Column:
 
     @property
     def numeric(self) -> tuple[bool, ...]:
-        """Which features are numbers to be centred and scaled: values of numbers, and the parts of dates."""
+        """Which features are numbers to be centred and scaled: values of numbers, and the parts of
+        dates."""
         scaled = self.kind in ("number", "date")
         return tuple(scaled and i < len(self.parts) for i in range(len(self.feature_names)))
 
@@ -77,7 +84,8 @@ class Column:
         return convert(values, kind, self.kind, self.name, self.levels)
 
     def features(self, kind: Kind, values: np.ndarray) -> np.ndarray:
-        """Return (n, d) float64 for values of a kind; NaN where a number, boolean or date is missing."""
+        """Return (n, d) float64 for values of a kind; NaN where a number, boolean or date is
+        missing."""
         values = self.read(kind, values)
         if self.kind != "category":
             parts = _parts(self.kind, values)
@@ -99,21 +107,35 @@ class Column:
 
 
 def fit_column(
-    name: str, kind: Kind, values: np.ndarray, *, max_levels: int, min_count: int, keep: bool = False
+    name: str,
+    kind: Kind,
+    values: np.ndarray,
+    *,
+    max_levels: int,
+    min_count: int,
+    keep: bool = False,
 ) -> tuple[Column, tuple[str, ...]]:
-    """Decide a column's features; returns it (with no feature if it is left out) and what a user should know.
+    """Decide a column's features; returns it (with no feature if it is left out) and what a user
+    should know.
 
-    A level is rare with fewer than ``min_count`` rows (or 1 % of the rows, where that is less), or beyond the
-    ``max_levels`` most frequent ones. With ``keep`` a number or boolean is one feature, whatever its values.
+    A level is rare with fewer than ``min_count`` rows (or 1 % of the rows, where that is less), or
+    beyond the
+    ``max_levels`` most frequent ones. With ``keep`` a number or boolean is one feature, whatever
+    its values.
     """
     if kind == "category":
         return _fit_category(name, values, max_levels=max_levels, min_count=min_count)
     known = values[~np.isnan(values)]
     missing = len(known) < len(values)
-    identifier = ["counts the rows; leave it out if it is only an identifier"] * (kind == "number" and _counts(values))
+    identifier = ["counts the rows; leave it out if it is only an identifier"] * (
+        kind == "number" and _counts(values)
+    )
     if keep and kind != "date":
         mean = "are all 0" if len(known) == 0 else "take the mean of the training rows"
-        return Column(name, kind, parts=("value",)), (*[f"missing values {mean}"] * missing, *identifier)
+        return Column(name, kind, parts=("value",)), (
+            *[f"missing values {mean}"] * missing,
+            *identifier,
+        )
     if len(known) == 0:
         return Column(name, kind), ("left out, all values missing",)
     varying = tuple(name for name, part in _parts(kind, known).items() if np.ptp(part) > 0)
@@ -126,14 +148,20 @@ def fit_column(
     return column, (*[of_missing] * missing, *identifier)
 
 
-def _fit_category(name: str, values: np.ndarray, *, max_levels: int, min_count: int) -> tuple[Column, tuple[str, ...]]:
+def _fit_category(
+    name: str, values: np.ndarray, *, max_levels: int, min_count: int
+) -> tuple[Column, tuple[str, ...]]:
     counts = Counter(value for value in values if value is not None)
     if not counts:
         return Column(name, "category"), ("left out, all values missing",)
-    known, meant = sum(counts.values()), _meant_otherwise(counts)
+    known = sum(counts.values())
+    meant = _meant_otherwise(counts)
     missing = known < len(values)
     if len(counts) == known and known > 1:
-        return Column(name, "category"), (f"left out, text with all {known} values distinct", *meant)
+        return Column(name, "category"), (
+            f"left out, text with all {known} values distinct",
+            *meant,
+        )
     least = min(min_count, math.ceil(len(values) / 100))
     # By count, then by name, so that the order of rows decides nothing.
     ranked = sorted(counts, key=lambda level: (-counts[level], level))[:max_levels]
@@ -147,14 +175,21 @@ def _fit_category(name: str, values: np.ndarray, *, max_levels: int, min_count: 
     bound = sum(number >= least for number in counts.values()) > max_levels
     more = f"; max_levels bounds the others to the {max_levels} most frequent" * bound
     shared = f"rare levels share one feature ({rare} of {len(counts)} levels, {rows} rows){more}"
-    return column, (*meant, *["missing values are a level of their own"] * missing, *[shared] * (rare > 0))
+    return column, (
+        *meant,
+        *["missing values are a level of their own"] * missing,
+        *[shared] * (rare > 0),
+    )
 
 
 def _meant_otherwise(counts: Counter[str]) -> tuple[str, ...]:
-    """Say where text looks as if numbers or dates were meant: one odd cell makes a whole column text."""
+    """Say where text looks as if numbers or dates were meant: one odd cell makes a whole column
+    text."""
 
     def are_most(fits: Callable[[str], object]) -> bool:
-        return sum(number for level, number in counts.items() if fits(level)) >= 0.8 * sum(counts.values())
+        return sum(number for level, number in counts.items() if fits(level)) >= 0.8 * sum(
+            counts.values()
+        )
 
     odd = min((level for level in counts if not is_number(level)), default=None)
     if odd is not None and are_most(is_number):
@@ -168,15 +203,19 @@ def _meant_otherwise(counts: Counter[str]) -> tuple[str, ...]:
 
 
 def _counts(values: np.ndarray) -> bool:
-    """Whether numbers count the rows: more than 20, whole ones that rise; some rows may be held out."""
+    """Whether numbers count the rows: more than 20, whole ones that rise; some rows may be held
+    out."""
     if len(values) <= 20 or not np.isfinite(values).all():
         return False
     steps = np.diff(values)
-    return bool((steps >= 1).all() and (steps == np.floor(steps)).all() and np.ptp(values) < 2 * len(values))
+    return bool(
+        (steps >= 1).all() and (steps == np.floor(steps)).all() and np.ptp(values) < 2 * len(values)
+    )
 
 
 def checked_tensor(X: Tensor) -> Tensor:
-    """Return a dense (n, D) tensor of floats, finite or NaN, at least of single precision; else InputError."""
+    """Return a dense (n, D) tensor of floats, finite or NaN, at least of single precision; else
+    InputError."""
     refuse_kind(X, "X")
     if X.ndim != 2 or 0 in X.shape:
         got = f"got shape {tuple(X.shape)}; {two_axes(X.ndim)}"
@@ -185,19 +224,25 @@ def checked_tensor(X: Tensor) -> Tensor:
     if not X.is_floating_point():
         return X.double()
     if infinite := X.isinf().any(0).nonzero().flatten().tolist():
-        raise InputError(f"column 'x{infinite[0]}' has an infinite value; replace it by NaN (missing) or clip it.")
+        raise InputError(
+            f"column 'x{infinite[0]}' has an infinite value; replace it by NaN (missing) or clip "
+            "it."
+        )
     return X.float() if X.dtype.itemsize < 4 else X
 
 
 def _summary(X: Tensor) -> Table:
-    """Return a table whose columns are decided as those of a tensor: of their ends, and a missing value if any."""
+    """Return a table whose columns are decided as those of a tensor: of their ends, and a missing
+    value if any."""
     lost = X.isnan()
     low = torch.where(lost, torch.inf, X).amin(0)
     high = torch.where(lost, -torch.inf, X).amax(0)
     # Three numbers of each leave the device.
     ends = torch.stack([low, high, torch.where(lost.any(0), torch.nan, low)]).cpu().double().numpy()
     kind: Kind = "number"
-    return Table(nameless(X.shape[1]), (kind,) * X.shape[1], tuple(np.where(np.isinf(ends), np.nan, ends).T))
+    return Table(
+        nameless(X.shape[1]), (kind,) * X.shape[1], tuple(np.where(np.isinf(ends), np.nan, ends).T)
+    )
 
 
 Columns = Literal["keep", "drop-constant"]
@@ -209,7 +254,8 @@ N_BINS = 16
 
 @dataclass(frozen=True)
 class Layout:
-    """The columns that are used, the names of all columns seen, and one sentence for each thing a user should know."""
+    """The columns that are used, the names of all columns seen, and one sentence for each thing a
+    user should know."""
 
     columns: tuple[Column, ...]
     inputs: tuple[str, ...]
@@ -221,12 +267,14 @@ class Layout:
 
     @cached_property
     def numeric(self) -> np.ndarray:
-        """(D,) bool: features that are centred and scaled; indicators, booleans and levels are not."""
+        """(D,) bool: features that are centred and scaled; indicators, booleans and levels are
+        not."""
         return np.array([flag for column in self.columns for flag in column.numeric], dtype=bool)
 
     @cached_property
     def feature_groups(self) -> tuple[int, ...]:
-        """Of each feature 0 where it is a number, else, from 1, of which category or flag it is a level: (D,)."""
+        """Of each feature 0 where it is a number, else, from 1, of which category or flag it is a
+        level: (D,)."""
         groups: list[int] = []
         for column in self.columns:
             for j, numeric in enumerate(column.numeric):
@@ -235,11 +283,17 @@ class Layout:
         return tuple(groups)
 
     def groups(self, places: np.ndarray) -> tuple[int, ...]:
-        """Return ``feature_groups`` of the inputs that are made of the features at ``places``, (0,): of each one."""
-        return tuple(self.feature_groups[j] for j in places.tolist()) if places.size else self.feature_groups
+        """Return ``feature_groups`` of the inputs that are made of the features at ``places``,
+        (0,): of each one."""
+        return (
+            tuple(self.feature_groups[j] for j in places.tolist())
+            if places.size
+            else self.feature_groups
+        )
 
     def places(self, numbers: Numbers) -> np.ndarray:
-        """Return of which feature each input of a network is made, (D',): several of one that is cut into bins."""
+        """Return of which feature each input of a network is made, (D',): several of one that is
+        cut into bins."""
         is_cut = self.numeric & numbers.startswith("piecewise")
         return np.repeat(np.arange(len(is_cut)), np.where(is_cut, N_BINS, 1))
 
@@ -260,19 +314,24 @@ class Layout:
     def raw(self, X: Table | Tensor) -> Raw:
         """Return the features before any statistics, (n, D), NaN where a number is missing.
 
-        float64 for a table; on its device for a tensor, in its float dtype (at least float32; float64 for integers).
-        Columns are found by name; extra ones are ignored with one UserWarning. An unknown level counts as ``(other)``
-        where there is such a feature and is all zeros elsewhere. InputError for missing columns and other kinds.
+        float64 for a table; on its device for a tensor, in its float dtype (at least float32;
+        float64 for integers). Columns are found by name; extra ones are ignored with one
+        UserWarning. An unknown level counts as ``(other)`` where there is such a feature and is all
+        zeros elsewhere. InputError for missing columns and other kinds.
         """
         if isinstance(X, Tensor):
             return self._raw_tensor(checked_tensor(X))
         self._check(X.names)
-        parts = [column.features(X.kind(column.name), X.column(column.name)) for column in self.columns]
+        parts = [
+            column.features(X.kind(column.name), X.column(column.name)) for column in self.columns
+        ]
         return np.concatenate(parts, axis=1)
 
     def unseen(self, X: Table) -> dict[str, list[str]]:
-        """Return the levels of each column that were not there at training and that no feature stands for."""
-        names, levels = set(X.names), dict[str, list[str]]()
+        """Return the levels of each column that were not there at training and that no feature
+        stands for."""
+        names = set(X.names)
+        levels = dict[str, list[str]]()
         for column in self.columns:
             if column.kind == "category" and not column.other and column.name in names:
                 values = column.read(X.kind(column.name), X.column(column.name))
@@ -286,22 +345,37 @@ class Layout:
             known = f"the columns seen in training are {quoted(self.inputs)}, got {quoted(names)}"
             raise InputError(f"X has no column {quoted(missing)}; {known}.")
         if extra := sorted(present - set(self.inputs)):
-            if names == nameless(len(names)) and {*self.inputs} < {*names}:  # nobody has said which of them are meant
-                raise InputError(f"X must have {len(self.inputs)} columns as in training, or names, got {len(names)}.")
+            # nobody has said which of them are meant
+            if names == nameless(len(names)) and {*self.inputs} < {*names}:
+                raise InputError(
+                    f"X must have {len(self.inputs)} columns as in training, or names, got "
+                    f"{len(names)}."
+                )
             warn(f"X has columns that the model does not read: {quoted(extra)}.")
 
     def _raw_tensor(self, X: Tensor) -> Tensor:
         names = nameless(X.shape[1])
         self._check(names)
-        if unfit := [column.name for column in self.columns if column.kind not in ("number", "boolean")]:
-            raise InputError(f"a tensor holds numbers only, but {quoted(unfit)} are text or dates; pass a data frame.")
+        if unfit := [
+            column.name for column in self.columns if column.kind not in ("number", "boolean")
+        ]:
+            raise InputError(
+                f"a tensor holds numbers only, but {quoted(unfit)} are text or dates; pass a data "
+                "frame."
+            )
         position = {name: j for j, name in enumerate(names)}
         source = [position[column.name] for column in self.columns for _ in column.feature_names]
-        indicator = [flag for c in self.columns for flag in (*[False] * len(c.parts), *[True] * c.missing)]
-        picked = X if source == list(range(X.shape[1])) else X[:, torch.tensor(source, device=X.device)]
+        indicator = [
+            flag for c in self.columns for flag in (*[False] * len(c.parts), *[True] * c.missing)
+        ]
+        picked = (
+            X if source == list(range(X.shape[1])) else X[:, torch.tensor(source, device=X.device)]
+        )
         if not any(indicator):
             return picked
-        return torch.where(torch.tensor(indicator, device=X.device), picked.isnan().to(X.dtype), picked)
+        return torch.where(
+            torch.tensor(indicator, device=X.device), picked.isnan().to(X.dtype), picked
+        )
 
     def to_json(self) -> Json:
         columns = [column.to_json() for column in self.columns]
@@ -314,12 +388,18 @@ class Layout:
 
 
 def fit_layout(
-    X: Table | Tensor, *, columns: Columns = "drop-constant", max_levels: int = 32, min_count: int = 10
+    X: Table | Tensor,
+    *,
+    columns: Columns = "drop-constant",
+    max_levels: int = 32,
+    min_count: int = 10,
 ) -> Layout:
-    """Decide from X alone (never y) how its columns become features; constant ones are left out, which ``notes`` say.
+    """Decide from X alone (never y) how its columns become features; constant ones are left out,
+    which ``notes`` say.
 
-    So is text with all values distinct. "keep" makes each number and boolean one feature, whatever its values;
-    "drop-constant" adds one that says where values are missing. A category keeps levels as ``fit_column`` says.
+    So is text with all values distinct. "keep" makes each number and boolean one feature, whatever
+    its values; "drop-constant" adds one that says where values are missing. A category keeps levels
+    as ``fit_column`` says.
     """
     if isinstance(X, Tensor):
         X = _summary(checked_tensor(X))

@@ -1,16 +1,19 @@
 """The statistics of each fold, and one pure transform, used to predict too.
 
-Tables become NumPy arrays. A torch tensor (numbers only) stays where it lies, with the same numbers.
+Tables become NumPy arrays. A torch tensor (numbers only) stays where it lies, with the same
+numbers.
 
-The robust scale is by median and quartiles, and ends in a smooth clip that keeps outliers within +-3. Source:
-Holzmueller et al. (2024), arXiv:2407.04491, section 3. Of the quantile-normal transform scikit-learn fits the
-quantiles, plain arrays are kept, and ``normal_scores`` applies it; ``normal_scores_of`` by operations that torch.export
-and ONNX both have.
+The robust scale is by median and quartiles, and ends in a smooth clip that keeps outliers within
++-3. Source: Holzmueller et al. (2024), arXiv:2407.04491, section 3. Of the quantile-normal
+transform scikit-learn fits the quantiles, plain arrays are kept, and ``normal_scores`` applies it;
+``normal_scores_of`` by operations that torch.export and ONNX both have.
 
-Piecewise-linear encoding: a number becomes a feature for each of its bins, 0 below it, 1 above it, linear within.
-Source: Gorishniy et al. (2022), On embeddings for numerical features in tabular deep learning, arXiv:2203.05556,
-section 3.2: bins between quantiles, or between the thresholds of a decision tree on the target. The first bin is open
-below and the last one above, as there. Departure: a leaf of the tree has at least a quarter of the rows of equal bins.
+Piecewise-linear encoding: a number becomes a feature for each of its bins, 0 below it, 1 above it,
+linear within.
+Source: Gorishniy et al. (2022), On embeddings for numerical features in tabular deep learning,
+arXiv:2203.05556, section 3.2: bins between quantiles, or between the thresholds of a decision tree
+on the target. The first bin is open below and the last one above, as there. Departure: a leaf of
+the tree has at least a quarter of the rows of equal bins.
 """
 
 from dataclasses import dataclass, field, replace
@@ -26,9 +29,11 @@ from gputune.errors import InputError
 from gputune.types import NUMBERS, TENSOR_NUMBERS, Json, Numbers
 
 LIMIT = 20.0
-"""Standard deviations from the mean within which a number stays, or as far as the farthest training row if farther."""
+"""Standard deviations from the mean within which a number stays, or as far as the farthest training
+row if farther."""
 _ROUNDING = 1e-6
-"""How much farther than it that may be, so that no training row is clipped by rounding in single precision."""
+"""How much farther than it that may be, so that no training row is clipped by rounding in single
+precision."""
 
 Array = TypeVar("Array", np.ndarray, Tensor, Raw)
 
@@ -40,12 +45,14 @@ _no_places = partial(np.empty, 0, dtype=np.int64)
 class Statistics:
     """What is fitted on the training rows of one fold; float64 arrays.
 
-    ``fill``, ``center``, ``scale`` are (D,): a missing value becomes ``fill``, then (x - center) / scale.
-    ``ranked`` (R,) are the positions of the inputs with a quantile transform instead, ``quantiles`` (Q, R)
-    their quantiles at equally spaced probabilities from 0 to 1. ``clipped`` are those of the inputs that are clipped
-    smoothly once they are scaled. Where a feature is several inputs, ``places`` (D',) says of which feature each is
-    made, else it is (0,) and D' is D; ``center`` and ``scale`` are (D',). Inputs lie within ``least`` and ``most``
-    (D',), where there are such ends; else these are (0,).
+    ``fill``, ``center``, ``scale`` are (D,): a missing value becomes ``fill``, then (x - center) /
+    scale.
+    ``ranked`` (R,) are the positions of the inputs with a quantile transform instead, ``quantiles``
+    (Q, R) their quantiles at equally spaced probabilities from 0 to 1. ``clipped`` are those of the
+    inputs that are clipped smoothly once they are scaled. Where a feature is several inputs,
+    ``places`` (D',) says of which feature each is made, else it is (0,) and D' is D; ``center`` and
+    ``scale`` are (D',). Inputs lie within ``least`` and ``most`` (D',), where there are such ends;
+    else these are (0,).
     """
 
     fill: np.ndarray
@@ -65,30 +72,44 @@ class Statistics:
 
     def to_json(self) -> Json:
         of_bins = ("places", "least", "most")
-        return {name: value.tolist() for name, value in vars(self).items() if name not in of_bins or value.size}
+        return {
+            name: value.tolist()
+            for name, value in vars(self).items()
+            if name not in of_bins or value.size
+        }
 
     @staticmethod
     def from_json(value: Json) -> "Statistics":
         arrays = {key: np.array(part, dtype=np.float64) for key, part in value.items()}
         for positions in {"ranked", "clipped", "places"} & value.keys():  # not all models have all
             arrays[positions] = np.array(value[positions], dtype=np.int64)
-        arrays["quantiles"] = arrays["quantiles"].reshape(len(value["quantiles"]), len(value["ranked"]))
+        arrays["quantiles"] = arrays["quantiles"].reshape(
+            len(value["quantiles"]), len(value["ranked"])
+        )
         return Statistics(**arrays)
 
 
 @np.errstate(over="ignore", invalid="ignore")  # numbers near the largest: what overflows is clipped
 def fit_statistics(
-    raw: Raw, layout: Layout, rows: np.ndarray, *, numbers: Numbers = "standard", target: np.ndarray | None = None
+    raw: Raw,
+    layout: Layout,
+    rows: np.ndarray,
+    *,
+    numbers: Numbers = "standard",
+    target: np.ndarray | None = None,
 ) -> Statistics:
-    """Fit on the given rows only: the mean (for missing values; 0 where there is none), and what ``numbers`` asks for.
+    """Fit on the given rows only: the mean (for missing values; 0 where there is none), and what
+    ``numbers`` asks for.
 
-    "standard": mean 0 and variance 1 over the known values (scale 1 where they are all equal); other rows are
-    clipped at ``LIMIT``, or at the farthest of these if farther, since a network's outputs run away. "robust": by
-    median and quartiles (half the range where these are equal), then clipped smoothly to +-3. "quantile": normal
-    scores, by at most 1000 quantiles of the known values; of both, a column that is constant in these rows is only
-    centred. "piecewise": features of bins between quantiles; "piecewise-tree": of those that a decision tree makes for
-    the ``target`` (n, ...), of which the given rows alone are read; of both, of numbers within the same limit. "none":
-    numbers stay as they are. Source: scikit-learn's StandardScaler and QuantileTransformer (with ``subsample=None``).
+    "standard": mean 0 and variance 1 over the known values (scale 1 where they are all equal);
+    other rows are clipped at ``LIMIT``, or at the farthest of these if farther, since a network's
+    outputs run away. "robust": by median and quartiles (half the range where these are equal), then
+    clipped smoothly to +-3. "quantile": normal scores, by at most 1000 quantiles of the known
+    values; of both, a column that is constant in these rows is only centred. "piecewise": features
+    of bins between quantiles; "piecewise-tree": of those that a decision tree makes for the
+    ``target`` (n, ...), of which the given rows alone are read; of both, of numbers within the same
+    limit. "none": numbers stay as they are. Source: scikit-learn's StandardScaler and
+    QuantileTransformer (with ``subsample=None``).
     """
     check_numbers(numbers, raw)
     if isinstance(raw, Tensor):
@@ -96,12 +117,16 @@ def fit_statistics(
         mean, scale, farthest = tensor_moments(raw[torch.as_tensor(rows, device=raw.device)])
     else:
         part = raw[rows]
-        part[:, np.isnan(part).all(0)] = 0.0  # a column with no known value in these rows has mean 0 and scale 1
+        # a column with no known value in these rows has mean 0 and scale 1
+        part[:, np.isnan(part).all(0)] = 0.0
         mean, scale, farthest = _moments(part)
     numeric = layout.numeric
-    reach = np.where(numeric, np.minimum(np.maximum(LIMIT * scale, farthest * (1 + _ROUNDING)), OPEN[3]), np.inf)
+    reach = np.where(
+        numeric, np.minimum(np.maximum(LIMIT * scale, farthest * (1 + _ROUNDING)), OPEN[3]), np.inf
+    )
     numeric = numeric & (numbers != "none")
-    center, scale = np.where(numeric, mean, 0.0), np.where(numeric, scale, 1.0)
+    center = np.where(numeric, mean, 0.0)
+    scale = np.where(numeric, scale, 1.0)
     fitted = Statistics(mean, center, scale)
     match numbers:
         case "standard":
@@ -109,32 +134,51 @@ def fit_statistics(
             return replace(fitted, least=least, most=most)
         case "quantile":
             varies = numeric & (np.nanmax(part, 0) > np.nanmin(part, 0))
-            center, scale, ranked = np.where(varies, 0.0, center), np.where(varies, 1.0, scale), np.flatnonzero(varies)
-            return replace(fitted, center=center, scale=scale, ranked=ranked, quantiles=fit_quantiles(part[:, ranked]))
+            center = np.where(varies, 0.0, center)
+            scale = np.where(varies, 1.0, scale)
+            ranked = np.flatnonzero(varies)
+            return replace(
+                fitted,
+                center=center,
+                scale=scale,
+                ranked=ranked,
+                quantiles=fit_quantiles(part[:, ranked]),
+            )
         case "robust":
             low, median, high = np.nanquantile(part, (0.25, 0.5, 0.75), axis=0)
             half = (np.nanmax(part, 0) - np.nanmin(part, 0)) / 2
             spread = np.where(high > low, high - low, half)
-            # Departure: a column that is constant in these rows is only centred; the source makes it 0 in all rows.
-            center, scale = np.where(numeric, median, 0.0), np.where(numeric & (spread > 0), spread, 1.0)
+            # Departure: a column that is constant in these rows is only centred; the source makes
+            # it 0 in all rows.
+            center = np.where(numeric, median, 0.0)
+            scale = np.where(numeric & (spread > 0), spread, 1.0)
             return replace(fitted, center=center, scale=scale, clipped=np.flatnonzero(numeric))
         case "piecewise" | "piecewise-tree":
             of_rows = target[rows] if numbers == "piecewise-tree" and target is not None else None
-            bins = [bins_between(bin_edges(x, of_rows)) if cut else OPEN for x, cut in zip(part.T, numeric)]
+            bins = [
+                bins_between(bin_edges(x, of_rows)) if cut else OPEN
+                for x, cut in zip(part.T, numeric)
+            ]
             center, scale, least, most = np.concatenate(bins, axis=1)
             places = layout.places(numbers)
             low, high = (mean[places] - center + [[-1], [1]] * reach[places]) / scale
-            least, most = np.maximum(least, low), np.minimum(most, high)
-            return replace(fitted, center=center, scale=scale, places=places, least=least, most=most)
+            least = np.maximum(least, low)
+            most = np.minimum(most, high)
+            return replace(
+                fitted, center=center, scale=scale, places=places, least=least, most=most
+            )
     return fitted
 
 
 def _moments(part: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return mean, scale and how far the known values (n, D) go from the mean, (D,); as ``StandardScaler``."""
+    """Return mean, scale and how far the known values (n, D) go from the mean, (D,); as
+    ``StandardScaler``."""
     from sklearn.preprocessing import StandardScaler
 
     scaler = StandardScaler().fit(part)
-    mean, scale, farthest = scaler.mean_, scaler.scale_, np.nanmax(np.abs(part - scaler.mean_), 0)
+    mean = scaler.mean_
+    scale = scaler.scale_
+    farthest = np.nanmax(np.abs(part - scaler.mean_), 0)
     if np.isfinite(scaler.var_).all():
         return mean, scale, farthest
     unit = np.where(np.isfinite(scaler.var_), 1.0, 2.0**600)  # in which no square overflows
@@ -143,16 +187,19 @@ def _moments(part: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def tensor_moments(part: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return mean, scale and reach of the known values, (D,), summed in float64 on the tensor's device.
+    """Return mean, scale and reach of the known values, (D,), summed in float64 on the tensor's
+    device.
 
-    The scale is 1 where the deviation is no more than a rounding error. Source: scikit-learn's StandardScaler.
+    The scale is 1 where the deviation is no more than a rounding error. Source: scikit-learn's
+    StandardScaler.
     """
     lost = part.isnan()
     count = (~lost).sum(0).clamp(min=1)
     mean = part.nansum(0, dtype=torch.float64) / count
     gap = torch.where(lost, 0.0, part - mean.to(part.dtype))
     farthest = gap.abs().amax(0)
-    unit = torch.where(farthest > torch.finfo(gap.dtype).max ** 0.45, farthest, 1.0)  # in which no square overflows
+    # in which no square overflows
+    unit = torch.where(farthest > torch.finfo(gap.dtype).max ** 0.45, farthest, 1.0)
     variance = gap.div_(unit).square_().sum(0, dtype=torch.float64) / count
     eps = torch.finfo(torch.float64).eps
     constant = variance <= count * eps * variance + (count * (mean / unit) * eps) ** 2
@@ -163,9 +210,14 @@ def tensor_moments(part: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def check_numbers(numbers: str, raw: Raw) -> None:
     """Raise InputError for a way to prepare numbers that there is not, or not for tensors."""
     if numbers not in NUMBERS:
-        raise InputError(f"numbers must be one of {', '.join(map(repr, NUMBERS))}, got {numbers!r}.")
+        raise InputError(
+            f"numbers must be one of {', '.join(map(repr, NUMBERS))}, got {numbers!r}."
+        )
     if isinstance(raw, Tensor) and numbers not in TENSOR_NUMBERS:
-        raise InputError(f"numbers={numbers!r} is not there for tensors; pass a NumPy array or numbers='standard'.")
+        raise InputError(
+            f"numbers={numbers!r} is not there for tensors; pass a NumPy array or "
+            "numbers='standard'."
+        )
 
 
 @np.errstate(over="ignore")  # of a number so far away that it is clipped
@@ -173,7 +225,9 @@ def transform(raw: Array, statistics: Statistics) -> Array:
     """Return the inputs of a network, (n, D'), without NaN; type, device and dtype of ``raw``."""
     if isinstance(raw, Tensor):
         parts = (getattr(statistics, name) for name in ("fill", "center", "scale", "least", "most"))
-        fill, center, scale, least, most = (torch.as_tensor(part, dtype=raw.dtype, device=raw.device) for part in parts)
+        fill, center, scale, least, most = (
+            torch.as_tensor(part, dtype=raw.dtype, device=raw.device) for part in parts
+        )
         scaled = (torch.where(raw.isnan(), fill, raw) - center) / scale
         return scaled.clamp_(least, most) if least.numel() else scaled
     x = np.where(np.isnan(raw), statistics.fill, raw)
@@ -191,7 +245,8 @@ def transform(raw: Array, statistics: Statistics) -> Array:
 
 _BOUND = 3.0
 _FAR = 1e15
-"""Where the smooth clip is its bound up to rounding; the square of what lies beyond may overflow."""
+"""Where the smooth clip is its bound up to rounding; the square of what lies beyond may
+overflow."""
 
 
 def smooth_clip(x: Array) -> Array:
@@ -205,7 +260,8 @@ _LEAST = 1e-7 - 2.0**-52
 
 
 def fit_quantiles(part: np.ndarray) -> np.ndarray:
-    """Return (Q, R) quantiles of R columns, NaN left out, at Q equally spaced probabilities from 0 to 1."""
+    """Return (Q, R) quantiles of R columns, NaN left out, at Q equally spaced probabilities from 0
+    to 1."""
     from sklearn.preprocessing import QuantileTransformer
 
     if part.shape[1] == 0:
@@ -217,8 +273,9 @@ def fit_quantiles(part: np.ndarray) -> np.ndarray:
 def normal_scores(values: np.ndarray, quantiles: np.ndarray) -> np.ndarray:
     """Return the normal deviate at each value's rank among the quantiles (Q,), within +-5.2.
 
-    A value that fills several quantiles gets the middle of their ranks. Departure from scikit-learn: it also moves what
-    lies within an absolute 1e-7 of the outermost quantiles to them, which would break columns of tiny numbers.
+    A value that fills several quantiles gets the middle of their ranks. Departure from
+    scikit-learn: it also moves what lies within an absolute 1e-7 of the outermost quantiles to
+    them, which would break columns of tiny numbers.
     """
     from scipy.special import ndtri
 
@@ -230,28 +287,53 @@ def normal_scores(values: np.ndarray, quantiles: np.ndarray) -> np.ndarray:
     return np.asarray(np.clip(ndtri(rank), -largest, largest))
 
 
-# Wichura's PPND16: numerator and denominator in the middle, and in the tails up to a probability of 1.4e-11, which the
-# bound below keeps away. Constant term first.
+# Wichura's PPND16: numerator and denominator in the middle, and in the tails up to a probability of
+# 1.4e-11, which the bound below keeps away. Constant term first.
 _MIDDLE_ABOVE = (
-    3.3871328727963666080e0, 1.3314166789178437745e2, 1.9715909503065514427e3, 1.3731693765509461125e4,
-    4.5921953931549871457e4, 6.7265770927008700853e4, 3.3430575583588128105e4, 2.5090809287301226727e3,
-)  # fmt: skip
+    3.3871328727963666080e0,
+    1.3314166789178437745e2,
+    1.9715909503065514427e3,
+    1.3731693765509461125e4,
+    4.5921953931549871457e4,
+    6.7265770927008700853e4,
+    3.3430575583588128105e4,
+    2.5090809287301226727e3,
+)
 _MIDDLE_BELOW = (
-    1.0, 4.2313330701600911252e1, 6.8718700749205790830e2, 5.3941960214247511077e3,
-    2.1213794301586595867e4, 3.9307895800092710610e4, 2.8729085735721942674e4, 5.2264952788528545610e3,
-)  # fmt: skip
+    1.0,
+    4.2313330701600911252e1,
+    6.8718700749205790830e2,
+    5.3941960214247511077e3,
+    2.1213794301586595867e4,
+    3.9307895800092710610e4,
+    2.8729085735721942674e4,
+    5.2264952788528545610e3,
+)
 _TAIL_ABOVE = (
-    1.42343711074968357734e0, 4.63033784615654529590e0, 5.76949722146069140550e0, 3.64784832476320460504e0,
-    1.27045825245236838258e0, 2.41780725177450611770e-1, 2.27238449892691845833e-2, 7.74545014278341407640e-4,
-)  # fmt: skip
+    1.42343711074968357734e0,
+    4.63033784615654529590e0,
+    5.76949722146069140550e0,
+    3.64784832476320460504e0,
+    1.27045825245236838258e0,
+    2.41780725177450611770e-1,
+    2.27238449892691845833e-2,
+    7.74545014278341407640e-4,
+)
 _TAIL_BELOW = (
-    1.0, 2.05319162663775882187e0, 1.67638483018380384940e0, 6.89767334985100004550e-1,
-    1.48103976427480074590e-1, 1.51986665636164571966e-2, 5.47593808499534494600e-4, 1.05075007164441684324e-9,
-)  # fmt: skip
+    1.0,
+    2.05319162663775882187e0,
+    1.67638483018380384940e0,
+    6.89767334985100004550e-1,
+    1.48103976427480074590e-1,
+    1.51986665636164571966e-2,
+    5.47593808499534494600e-4,
+    1.05075007164441684324e-9,
+)
 
 
 def normal_scores_of(values: Tensor, quantiles: Tensor) -> Tensor:
-    """Return (n, R) normal scores of float64 values (n, R) by their quantiles (Q, R): those of ``normal_scores``."""
+    """Return (n, R) normal scores of float64 values (n, R) by their quantiles (Q, R): those of
+    ``normal_scores``."""
     rank = (_interpolate(values, quantiles) + (1.0 - _interpolate(-values, -quantiles.flip(0)))) / 2
     rank = torch.where(values <= quantiles[0], 0.0, rank)
     return normal_deviate(torch.where(values >= quantiles[-1], 1.0, rank))
@@ -284,14 +366,17 @@ def _double(number: float) -> Tensor:
 
 
 def _interpolate(values: Tensor, quantiles: Tensor) -> Tensor:
-    """Return (n, R) ranks between 0 and 1, linear between quantiles; anything beyond the outermost ones."""
-    last = len(quantiles) - 2  # the last one not above a value is found by binary search: ONNX has no searchsorted
+    """Return (n, R) ranks between 0 and 1, linear between quantiles; anything beyond the outermost
+    ones."""
+    # the last one not above a value is found by binary search: ONNX has no searchsorted
+    last = len(quantiles) - 2
     at = torch.zeros_like(values, dtype=torch.int64)
     for bit in reversed(range(max(1, last).bit_length())):
         further = at + 2**bit
         fits = (further <= last) & (quantiles.gather(0, further.clamp(max=last)) <= values)
         at = torch.where(fits, further, at)
-    low, high = quantiles.gather(0, at), quantiles.gather(0, at + 1)
+    low = quantiles.gather(0, at)
+    high = quantiles.gather(0, at + 1)
     return (at.double() + (values - low) / (high - low)) / (len(quantiles) - 1)
 
 
@@ -300,9 +385,11 @@ OPEN = np.array([[0.0], [1.0], [-np.finfo(np.float64).max], [np.finfo(np.float64
 
 
 def bin_edges(values: np.ndarray, target: np.ndarray | None = None) -> np.ndarray:
-    """Return the edges of bins of a feature's values (n,), NaN left out, ascending; fewer where values are equal.
+    """Return the edges of bins of a feature's values (n,), NaN left out, ascending; fewer where
+    values are equal.
 
-    They hold equally many of the values; with a target (n, ...) they are the thresholds of a tree, and the ends.
+    They hold equally many of the values; with a target (n, ...) they are the thresholds of a tree,
+    and the ends.
     """
     known = ~np.isnan(values)
     values = values[known]
@@ -311,7 +398,8 @@ def bin_edges(values: np.ndarray, target: np.ndarray | None = None) -> np.ndarra
     from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 
     target = target[known]
-    low, high = values.min(), values.max()
+    low = values.min()
+    high = values.max()
     is_of_classes = target.ndim == 1 and target.dtype.kind in "iu"
     kind = DecisionTreeClassifier if is_of_classes else DecisionTreeRegressor
     y = (target if is_of_classes else target - target.mean(0)).reshape(len(target), -1)
@@ -325,10 +413,14 @@ def bin_edges(values: np.ndarray, target: np.ndarray | None = None) -> np.ndarra
 
 
 def bins_between(edges: np.ndarray) -> np.ndarray:
-    """Return (4, N_BINS): of each bin its lower edge, its width, and the least and the most that its feature is."""
-    bins, count = np.zeros((4, N_BINS)), len(edges) - 1
+    """Return (4, N_BINS): of each bin its lower edge, its width, and the least and the most that
+    its feature is."""
+    bins = np.zeros((4, N_BINS))
+    count = len(edges) - 1
     bins[1] = 1.0
     if count:
-        bins[0, :count], bins[1, :count], bins[3, :count] = edges[:-1], np.diff(edges), 1.0
+        bins[0, :count] = edges[:-1]
+        bins[1, :count] = np.diff(edges)
+        bins[3, :count] = 1.0
         bins[2, 0], bins[3, count - 1] = OPEN[2:, 0]
     return bins

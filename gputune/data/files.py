@@ -1,4 +1,5 @@
-"""Files become a table: text and Parquet by polars, scikit-learn's sets by name, none that memory does not hold."""
+"""Files become a table: text and Parquet by polars, scikit-learn's sets by name, none that memory
+does not hold."""
 
 import codecs
 import csv
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 BUNDLED = ("iris", "digits", "wine", "breast_cancer", "diabetes")
 """scikit-learn's data sets that ``sklearn:NAME`` reads."""
 
-_MISSING = "give a CSV or Parquet file or 'sklearn:iris'"  # what to do about a file that is not there
+# what to do about a file that is not there
+_MISSING = "give a CSV or Parquet file or 'sklearn:iris'"
 _FIELD_BYTES = 24  # of a short text and of the number that it is read as
 _TEXT_BYTES = 64  # of a text as an object of Python's, beside its letters
 _COLUMN_BYTES = 4096  # of a column, however short it is
@@ -36,18 +38,21 @@ _SHORT = 500  # rows up to which Python reads a column sooner than polars
 
 
 def read_table(source: str | Path, kinds: Collection[str] = ()) -> Table:
-    """Read a .csv, .tsv (also .gz) or .parquet file, or one of scikit-learn's sets as ``sklearn:NAME``.
+    """Read a .csv, .tsv (also .gz) or .parquet file, or one of scikit-learn's sets as
+    ``sklearn:NAME``.
 
-    The columns of a text file that ``kinds`` names stay text, as they are written, for ``Table.read_as``. A bundled set
-    has its target in the column ``target``: class names for iris, wine and breast_cancer, integers for digits, a number
-    for diabetes. Empty fields and the texts of ``MISSING_TEXT`` are missing values; blanks around a field and empty
-    lines at the end are dropped; a header with semicolons and no comma means semicolons throughout.
+    The columns of a text file that ``kinds`` names stay text, as they are written, for
+    ``Table.read_as``. A bundled set has its target in the column ``target``: class names for iris,
+    wine and breast_cancer, integers for digits, a number for diabetes. Empty fields and the texts
+    of ``MISSING_TEXT`` are missing values; blanks around a field and empty lines at the end are
+    dropped; a header with semicolons and no comma means semicolons throughout.
     """
     if str(source).startswith("sklearn:"):
         return _read_bundled_table(str(source).removeprefix("sklearn:"))
     path = Path(source)
     if os.path.isdir(path):  # Path.is_dir raises an error for a name that is too long
-        files = (path for path, _ in zip(path.rglob("*"), range(1000)))  # a large folder is not gone through
+        # a large folder is not gone through
+        files = (path for path, _ in zip(path.rglob("*"), range(1000)))
         if any(path.suffix.lower() in _IMAGES for path in files):
             raise InputError(f"{str(source)!r} is a folder; {_OF_IMAGES}.")
     check_file(path, missing=_MISSING)
@@ -58,13 +63,18 @@ def read_table(source: str | Path, kinds: Collection[str] = ()) -> Table:
         columns = [_column(series, as_text=name in kinds) for name, series in zip(names, fields)]
         table = checked_table(names, columns, typed=kinds)
         read = zip(names, table.kinds, fields)
-        return table.with_readings({name: file_remark(kind, texts) for name, kind, texts in read if name not in kinds})
+        return table.with_readings(
+            {name: file_remark(kind, texts) for name, kind, texts in read if name not in kinds}
+        )
     remedy = _OF_IMAGES if path.suffix.lower() in _IMAGES else "convert it first"
-    raise InputError(f"a table is read from .csv, .tsv (also .gz) or .parquet, got {str(source)!r}; {remedy}.")
+    raise InputError(
+        f"a table is read from .csv, .tsv (also .gz) or .parquet, got {str(source)!r}; {remedy}."
+    )
 
 
 def read_columns(source: str | Path, names: Sequence[str]) -> list[list[object]]:
-    """Return columns of a file that ``read_table`` reads, text as it is written. Raises InputError for one it lacks."""
+    """Return columns of a file that ``read_table`` reads, text as it is written. Raises InputError
+    for one it lacks."""
     path = Path(source)
     values: dict[str, Iterable[object]] = {}
     if not str(source).startswith("sklearn:"):
@@ -78,33 +88,45 @@ def read_columns(source: str | Path, names: Sequence[str]) -> list[list[object]]
         values = dict(zip(table.names, table.columns))
     for name in names:
         if name not in values:
-            known = f"and the columns of {str(source)!r} are {quoted(values)}.{did_you_mean(name, values)}"
+            known = (
+                f"and the columns of {str(source)!r} are "
+                f"{quoted(values)}.{did_you_mean(name, values)}"
+            )
             raise InputError(f"--keep has {name!r}, {known}")
     return [["" if value is None else value for value in values[name]] for name in names]
 
 
 _IMAGES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".tif", ".tiff", ".webp")
 _OF_IMAGES = (
-    "images go in as one array: in Python pass a Dataset such as torchvision.datasets.ImageFolder(folder, transform) "
-    "as X, or write numpy.savez('images.npz', image=X, label=y) with X (rows, channels, height, width), for a module"
+    "images go in as one array: in Python pass a Dataset such as "
+    "torchvision.datasets.ImageFolder(folder, transform) as X, or write "
+    "numpy.savez('images.npz', image=X, label=y) with X (rows, channels, height, width), for a "
+    "module"
 )
 
 
 def _read_parquet(path: Path) -> "pl.DataFrame":
-    """Return the columns of a Parquet file. Raises InputError if memory does not hold them, or for nested columns."""
+    """Return the columns of a Parquet file. Raises InputError if memory does not hold them, or for
+    nested columns."""
     import polars as pl
 
     if check_file(path) == 0:
         raise InputError(f"{str(path)!r} is empty; write the table again.")
-    with _read_errors(path, "Parquet"), open_file(path) as file:  # polars takes no name that is not UTF-8
+    # polars takes no name that is not UTF-8
+    with _read_errors(path, "Parquet"), open_file(path) as file:
         about = pl.scan_parquet(file)
         schema = about.collect_schema()
         n_rows = about.select(pl.len()).collect().item()
         check_room(path, n_rows * len(schema) * 8 + len(schema) * _COLUMN_BYTES)
         for name, dtype in schema.items():
             if dtype.is_nested() or dtype in (pl.Binary, pl.Object):
-                remedy = "give it columns of numbers, text or dates instead, or leave it out of the file"
-                raise InputError(f"column {name!r} of {str(path)!r} holds {dtype}, which is no single value; {remedy}.")
+                remedy = (
+                    "give it columns of numbers, text or dates instead, or leave it out of the file"
+                )
+                raise InputError(
+                    f"column {name!r} of {str(path)!r} holds {dtype}, which is no single value; "
+                    f"{remedy}."
+                )
         file.seek(0)
         frame = pl.read_parquet(file)
     # A few bytes can stand for many equal texts, each of which becomes an object of Python's.
@@ -129,16 +151,26 @@ def _read_bundled_table(name: str) -> Table:
 
 @contextmanager
 def _read_errors(path: Path, form: str, rule: str = "") -> Iterator[None]:
-    """Raise InputError, with the first line of what the reader says, for a file that is damaged or of another form."""
+    """Raise InputError, with the first line of what the reader says, for a file that is damaged or
+    of another form."""
     from polars import exceptions
 
-    failures = exceptions.PolarsError, exceptions.PanicException, OSError, EOFError, zlib.error, MemoryError
+    failures = (
+        exceptions.PolarsError,
+        exceptions.PanicException,
+        OSError,
+        EOFError,
+        zlib.error,
+        MemoryError,
+    )
     try:
         yield
     except (FileNotFoundError, PermissionError):
         raise
     except exceptions.NoDataError as error:
-        raise InputError(f"{str(path)!r} is empty; a header line and at least one row are needed.") from error
+        raise InputError(
+            f"{str(path)!r} is empty; a header line and at least one row are needed."
+        ) from error
     except failures as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:500]
         raise InputError(f"{str(path)!r} could not be read as {form}: {reason}{rule}") from error
@@ -160,46 +192,59 @@ def _read_fields(path: Path) -> "tuple[list[str], pl.DataFrame]":
         check_room(path, header.count(separator.encode()) * _COLUMN_BYTES)
         try:
             with _open_text(path) as file:  # anew: older polars go on where the system has read to
-                fields = pl.read_csv(file, separator=separator, has_header=False, infer_schema=False)
+                fields = pl.read_csv(
+                    file, separator=separator, has_header=False, infer_schema=False
+                )
         except pl.exceptions.ComputeError:
             _check_lines(path, separator)
             raise
-    if fields.width > 1 and fields.to_series(-1).null_count():  # polars fills up a line that is too short
+    # polars fills up a line that is too short
+    if fields.width > 1 and fields.to_series(-1).null_count():
         _check_lines(path, separator)
     names = ["" if name is None else name.strip() for name in fields.row(0)]
     if (longest := max(map(len, names))) > _LONGEST_NAME:
         raise InputError(
-            f"{str(path)!r} has a field of {longest} characters in its first line, where the names of the columns are "
-            "due; write a line of names above it."
+            f"{str(path)!r} has a field of {longest} characters in its first line, where the "
+            "names of the columns are due; write a line of names above it."
         )
     numbers = [name for name in names if is_number(name)]  # whole ones, such as years, may be names
     if any(not name.lstrip("-").isdecimal() for name in numbers) and len(numbers) * 2 >= len(names):
         raise InputError(
-            f"{str(path)!r} has {quoted(numbers, 3)} in its first line, where the names of the columns are due; write "
-            "a line of names above it."
+            f"{str(path)!r} has {quoted(numbers, 3)} in its first line, where the names of the "
+            "columns are due; write a line of names above it."
         )
     rows = fields[1:]
-    if fields.width > 1 and len(rows) and not any(field and field.strip() for field in rows.row(-1)):
-        # Blank lines at the end (spreadsheets also write lines of nothing but separators) are no rows.
+    if (
+        fields.width > 1
+        and len(rows)
+        and not any(field and field.strip() for field in rows.row(-1))
+    ):
+        # Blank lines at the end (spreadsheets also write lines of nothing but separators) are no
+        # rows.
         filled = rows.select(pl.any_horizontal(pl.all().str.strip_chars() != "").fill_null(False))
         rows = rows[: max(filled.to_series().arg_true(), default=-1) + 1]
     return names, rows
 
 
 def _check_lines(path: Path, separator: str) -> None:
-    """Raise InputError, with its number, for the first line that has more or fewer fields than the header line."""
+    """Raise InputError, with its number, for the first line that has more or fewer fields than the
+    header line."""
     width = 0
     for line, fields in _lines(path, separator):
         width = width or len(fields)
         if len(fields) != width and any(field.strip() for field in fields):
             why = f"and {width} in its header line; write equally many in every line"
-            raise InputError(f"{str(path)!r} has {count(len(fields), 'field')} in line {line}, {why}.")
+            raise InputError(
+                f"{str(path)!r} has {count(len(fields), 'field')} in line {line}, {why}."
+            )
 
 
 def _lines(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield the number, from 1, and the fields of each line of a text file; an empty one is a row without values.
+    """Yield the number, from 1, and the fields of each line of a text file; an empty one is a row
+    without values.
 
-    It ends before a field that is longer than csv reads, which a quotation mark without its partner makes.
+    It ends before a field that is longer than csv reads, which a quotation mark without its partner
+    makes.
     """
     with _open_text(path) as file, suppress(csv.Error):
         lines = io.TextIOWrapper(file, "utf-8", errors="replace", newline="")
@@ -208,7 +253,8 @@ def _lines(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def line_of(source: str | Path, row: int) -> str:
-    """Return where a row of a file that ``read_table`` read stands: its line in a text file, else its number."""
+    """Return where a row of a file that ``read_table`` read stands: its line in a text file, else
+    its number."""
     path = Path(source)
     if not _text_suffix(path):
         return f"row {row}"
@@ -225,9 +271,11 @@ def _header(path: Path) -> tuple[bytes, str]:
 
 
 def _open_text(path: Path) -> IO[bytes]:
-    """Open a text file; one that is packed is unpacked in memory. Raises InputError if memory does not hold its fields.
+    """Open a text file; one that is packed is unpacked in memory. Raises InputError if memory does
+    not hold its fields.
 
-    It also raises InputError for text in another encoding than UTF-8 and for bytes that are no text.
+    It also raises InputError for text in another encoding than UTF-8 and for bytes that are no
+    text.
     """
     free = free_memory()
 
@@ -263,19 +311,24 @@ _BYTE_ORDER_MARKS = (  # that of UTF-16 is the beginning of one of UTF-32
 
 
 def _check_encoding(path: Path, sample: bytes) -> None:
-    """Raise InputError if the first bytes of a file are in another encoding than UTF-8, or are no text."""
+    """Raise InputError if the first bytes of a file are in another encoding than UTF-8, or are no
+    text."""
     remedy = "Save it as UTF-8, which Excel calls 'CSV UTF-8'."
     for mark, encoding in _BYTE_ORDER_MARKS:
         if sample.startswith(mark):
-            raise InputError(f"{str(path)!r} is text in {encoding}, and gputune reads UTF-8. {remedy}")
+            raise InputError(
+                f"{str(path)!r} is text in {encoding}, and gputune reads UTF-8. {remedy}"
+            )
     if b"\0" in sample:
         raise InputError(
-            f"{str(path)!r} has bytes of value 0 and is no text table. If it is text in UTF-16, save it as UTF-8."
+            f"{str(path)!r} has bytes of value 0 and is no text table. If it is text in UTF-16, "
+            "save it as UTF-8."
         )
 
 
 def _column(texts: "pl.Series", *, as_text: bool) -> tuple[Kind, np.ndarray]:
-    """Read a polars series of text as ``parse_text`` does, numbers in a long one 20 times faster."""
+    """Read a polars series of text as ``parse_text`` does, numbers in a long one 20 times
+    faster."""
     import polars as pl
 
     if as_text:

@@ -1,4 +1,5 @@
-"""Any description of a cross-validation becomes training and validation rows; some rows are held out before it."""
+"""Any description of a cross-validation becomes training and validation rows; some rows are held
+out before it."""
 
 import base64
 import math
@@ -32,18 +33,28 @@ from gputune.seeding import stream_seed
 class Splitter(Protocol):
     """What scikit-learn calls a CV splitter."""
 
-    def split(self, X: object, y: object = None, groups: object = None) -> Iterable[tuple[object, object]]: ...
+    def split(
+        self, X: object, y: object = None, groups: object = None
+    ) -> Iterable[tuple[object, object]]: ...
 
 
-def make_folds(cv: object, target: Target, *, X: object = None, groups: object = None, seed: int) -> list[Rows]:
+def make_folds(
+    cv: object, target: Target, *, X: object = None, groups: object = None, seed: int
+) -> list[Rows]:
     """Return (train, valid) row positions, int64, one pair a fold.
 
-    ``cv`` is a number of folds (shuffled by ``seed``; stratified for classes; whole groups stay together), a
-    splitter of scikit-learn, or an iterable of pairs of positions, masks or slices; the last two are taken as they
-    are. A splitter is given ``X``; where it is None, zeros of as many rows.
+    ``cv`` is a number of folds (shuffled by ``seed``; stratified for classes; whole groups stay
+    together), a splitter of scikit-learn, or an iterable of pairs of positions, masks or slices;
+    the last two are taken as they are. A splitter is given ``X``; where it is None, zeros of as
+    many rows.
     """
-    groups, n_rows = check_groups(groups, len(target), cv), len(target)
-    if isinstance(cv, int | np.integer) and not isinstance(cv, bool) and _are_small_classes(target, int(cv)):
+    groups = check_groups(groups, len(target), cv)
+    n_rows = len(target)
+    if (
+        isinstance(cv, int | np.integer)
+        and not isinstance(cv, bool)
+        and _are_small_classes(target, int(cv))
+    ):
         refuse_identifier(target)
     if isinstance(cv, int | np.integer) and not isinstance(cv, bool):
         pairs = _split(_fold_splitter(int(cv), target, groups, seed), target, X, groups)
@@ -61,31 +72,41 @@ def make_folds(cv: object, target: Target, *, X: object = None, groups: object =
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             got = f"got {type(pair).__name__} for fold {f}; one split is cv=[(train, valid)]"
             raise InputError(f"cv must hold pairs of (train, valid) rows, {got}.")
-        folds.append((_rows(pair[0], n_rows, f, "training"), _rows(pair[1], n_rows, f, "validation")))
+        folds.append(
+            (_rows(pair[0], n_rows, f, "training"), _rows(pair[1], n_rows, f, "validation"))
+        )
     if groups is not None:
         _refuse_split_groups(folds, groups, cv)
     if shared := [f for f, (train, valid) in enumerate(folds) if np.isin(valid, train).any()]:
         warn(
-            f"{len(shared)} of {len(folds)} folds (the first is fold {shared[0]}) validate on rows that they train "
-            "on, so their scores are too good."
+            f"{len(shared)} of {len(folds)} folds (the first is fold {shared[0]}) validate on "
+            "rows that they train on, so their scores are too good."
         )
     if target.classes is not None:
-        _warn_of_missing_classes(folds, target, target.classes, least=2 if isinstance(cv, int | np.integer) else 1)
+        _warn_of_missing_classes(
+            folds, target, target.classes, least=2 if isinstance(cv, int | np.integer) else 1
+        )
     return folds
 
 
 def _refuse_split_groups(folds: list[Rows], groups: np.ndarray, cv: object) -> None:
-    """Raise InputError where a group has rows on both sides of a fold: splitters of rows, and pairs, ignore groups."""
+    """Raise InputError where a group has rows on both sides of a fold: splitters of rows, and
+    pairs, ignore groups."""
     known: dict[object, int] = {}
     codes = np.array([known.setdefault(group, len(known)) for group in groups.tolist()])
     for f, (train, valid) in enumerate(folds):
         if len(both := np.intersect1d(codes[train], codes[valid])):
             more = f" (and {len(both) - 1} more)" * (len(both) > 1)
-            what = f"cv={type(cv).__name__}(...)" if isinstance(cv, Splitter) else "the (train, valid) rows of cv"
+            what = (
+                f"cv={type(cv).__name__}(...)"
+                if isinstance(cv, Splitter)
+                else "the (train, valid) rows of cv"
+            )
             raise InputError(
-                f"groups are not kept whole by {what}: in fold {f} the group {[*known][both[0]]!r}{more} is among the "
-                "training and the validation rows; give a splitter that keeps them, such as GroupKFold, or a number of "
-                "folds, or leave groups out."
+                f"groups are not kept whole by {what}: in fold {f} the group "
+                f"{[*known][both[0]]!r}{more} is among the training and the validation rows; give "
+                "a splitter that keeps them, such as GroupKFold, or a number of folds, or leave "
+                "groups out."
             )
 
 
@@ -95,15 +116,19 @@ def all_rows(n_rows: int) -> Rows:
 
 
 def parse_cv(text: str) -> int | TimeSeriesSplit:
-    """Read ``--cv``: "5", or "time:5" for validation rows that always come after the training rows."""
+    """Read ``--cv``: "5", or "time:5" for validation rows that always come after the training
+    rows."""
     kind, _, count = text.rpartition(":")
     if kind not in ("", "time") or not count.isdecimal() or int(count) < 2:
-        raise InputError(f"--cv must be a number of folds such as 5, at least 2, or time:5, got {text!r}.")
+        raise InputError(
+            f"--cv must be a number of folds such as 5, at least 2, or time:5, got {text!r}."
+        )
     return TimeSeriesSplit(int(count)) if kind else int(count)
 
 
 def check_groups(groups: object, n_rows: int, cv: object = None) -> np.ndarray | None:
-    """Return groups as an array, (n,), or None; InputError for a wrong length, missing values, and a split by time."""
+    """Return groups as an array, (n,), or None; InputError for a wrong length, missing values, and
+    a split by time."""
     if groups is None:
         return None
     values = groups.detach().cpu().numpy() if isinstance(groups, Tensor) else np.asarray(groups)
@@ -113,7 +138,10 @@ def check_groups(groups: object, n_rows: int, cv: object = None) -> np.ndarray |
     refuse_missing(values, "groups", "give each such row a group of its own")
     if isinstance(cv, TimeSeriesSplit):
         why = "which cuts by the order of rows; leave groups out, or give a number of folds"
-        raise InputError(f"groups cannot be kept whole by a time series split (cv='time:K', TimeSeriesSplit), {why}.")
+        raise InputError(
+            "groups cannot be kept whole by a time series split (cv='time:K', TimeSeriesSplit), "
+            f"{why}."
+        )
     return values
 
 
@@ -121,13 +149,24 @@ def _fold_splitter(cv: int, target: Target, groups: np.ndarray | None, seed: int
     if cv < 2:
         raise InputError(f"cv must be at least 2 folds, got {cv}.")
     if cv > len(target):
-        raise InputError(f"cv={cv} folds need at least as many rows, got {len(target)}; use fewer folds.")
+        raise InputError(
+            f"cv={cv} folds need at least as many rows, got {len(target)}; use fewer folds."
+        )
     if groups is not None and cv > (count := len(set(groups.tolist()))):
-        raise InputError(f"cv={cv} folds need at least as many groups, got {count}; use fewer folds.")
+        raise InputError(
+            f"cv={cv} folds need at least as many groups, got {count}; use fewer folds."
+        )
     random_state = stream_seed(seed, "folds") % 2**32
-    if _are_small_classes(target, cv):  # scikit-learn stratifies only if a class has a row for each fold
-        return GroupKFold(cv, shuffle=True, random_state=random_state) if groups is not None else _SpreadKFold(cv, seed)
-    kinds = (KFold, GroupKFold) if target.classes is None else (StratifiedKFold, StratifiedGroupKFold)
+    # scikit-learn stratifies only if a class has a row for each fold
+    if _are_small_classes(target, cv):
+        return (
+            GroupKFold(cv, shuffle=True, random_state=random_state)
+            if groups is not None
+            else _SpreadKFold(cv, seed)
+        )
+    kinds = (
+        (KFold, GroupKFold) if target.classes is None else (StratifiedKFold, StratifiedGroupKFold)
+    )
     kind: Callable[..., Splitter] = kinds[groups is not None]
     return kind(cv, shuffle=True, random_state=random_state)
 
@@ -141,16 +180,20 @@ def _are_small_classes(target: Target, n_folds: int) -> bool:
 
 @dataclass(frozen=True)
 class _SpreadKFold:
-    """Shuffled folds of equal size, over which the rows of each class are spread as evenly as possible."""
+    """Shuffled folds of equal size, over which the rows of each class are spread as evenly as
+    possible."""
 
     n_splits: int
     seed: int
 
-    def split(self, X: object, y: object = None, groups: object = None) -> Iterable[tuple[object, object]]:
+    def split(
+        self, X: object, y: object = None, groups: object = None
+    ) -> Iterable[tuple[object, object]]:
         del X, groups
         labels = np.asarray(y)
         rng = np.random.default_rng(stream_seed(self.seed, "folds"))
-        # Classes in random order, and each one's rows in random order: consecutive rows go to different folds.
+        # Classes in random order, and each one's rows in random order: consecutive rows go to
+        # different folds.
         codes = np.unique(labels, return_inverse=True)[1]
         place = rng.permutation(codes.max() + 1)[codes]
         order = np.lexsort((rng.permutation(len(labels)), place))
@@ -163,18 +206,22 @@ class _SpreadKFold:
 def refuse_identifier(target: Target) -> None:
     """Raise InputError for text that has nearly as many different values as rows."""
     assert target.classes is not None
-    n_classes, n_rows = len(target.classes), len(target)
+    n_classes = len(target.classes)
+    n_rows = len(target)
     if n_classes > MAX_CLASSES and 2 * n_classes > n_rows and target.classes.dtype.kind == "U":
         raise InputError(
-            f"The target {target.name!r} looks like an identifier: it has {n_classes} different values in {n_rows} "
-            "rows. Choose another column as the target, or leave out the rows of rare classes."
+            f"The target {target.name!r} looks like an identifier: it has {n_classes} different "
+            f"values in {n_rows} rows. Choose another column as the target, or leave out the rows "
+            "of rare classes."
         )
 
 
 _STRATIFYING = (StratifiedKFold, StratifiedGroupKFold, _SpreadKFold)
 
 
-def _split(splitter: Splitter, target: Target, X: object, groups: np.ndarray | None) -> list[tuple[object, object]]:
+def _split(
+    splitter: Splitter, target: Target, X: object, groups: np.ndarray | None
+) -> list[tuple[object, object]]:
     rows = np.zeros((len(target), 1)) if X is None else X
     try:
         with warnings.catch_warnings():
@@ -184,8 +231,12 @@ def _split(splitter: Splitter, target: Target, X: object, groups: np.ndarray | N
             pairs = [(train, valid) for train, valid in splitter.split(rows, target.labels, groups)]
     except (ValueError, TypeError) as error:
         if groups is None and "groups" in str(error):
-            raise InputError(f"cv={splitter!r} splits by groups, but groups is None; pass groups.") from error
-        of_number = isinstance(splitter, KFold | GroupKFold | StratifiedKFold | StratifiedGroupKFold)
+            raise InputError(
+                f"cv={splitter!r} splits by groups, but groups is None; pass groups."
+            ) from error
+        of_number = isinstance(
+            splitter, KFold | GroupKFold | StratifiedKFold | StratifiedGroupKFold
+        )
         cv = vars(splitter)["n_splits"] if of_number else repr(splitter)
         raise InputError(f"cv={cv} cannot split these {len(target)} rows: {error}") from error
     if target.classes is not None and isinstance(splitter, _STRATIFYING):
@@ -194,8 +245,9 @@ def _split(splitter: Splitter, target: Target, X: object, groups: np.ndarray | N
             shown = ", ".join(f"{target.classes[k].item()!r} ({counts[k]})" for k in rare[:8])
             more = f" and {len(rare) - 8} more" * (len(rare) > 8)
             warn(
-                f"{target.name} has classes with fewer rows than the {len(pairs)} folds: {shown}{more}; "
-                f"some folds are validated without them{'; ' * bool(target.override)}{target.override}."
+                f"{target.name} has classes with fewer rows than the {len(pairs)} folds: "
+                f"{shown}{more}; some folds are validated without "
+                f"them{'; ' * bool(target.override)}{target.override}."
             )
     return pairs
 
@@ -213,8 +265,8 @@ def _rows(part: object, n_rows: int, fold: int, use: str) -> np.ndarray:
     if rows.dtype.kind == "b":
         if len(rows) != n_rows or not rows.any():
             raise InputError(
-                f"the {use} mask of fold {fold} must have one value for each of the {n_rows} rows and "
-                f"select at least one, got length {len(rows)} with {int(rows.sum())} selected."
+                f"the {use} mask of fold {fold} must have one value for each of the {n_rows} rows "
+                f"and select at least one, got length {len(rows)} with {int(rows.sum())} selected."
             )
         return np.flatnonzero(rows).astype(np.int64)
     if rows.min() < 0 or rows.max() >= n_rows:
@@ -223,28 +275,38 @@ def _rows(part: object, n_rows: int, fold: int, use: str) -> np.ndarray:
     return rows.astype(np.int64)
 
 
-def _warn_of_missing_classes(folds: list[Rows], target: Target, classes: np.ndarray, least: int) -> None:
+def _warn_of_missing_classes(
+    folds: list[Rows], target: Target, classes: np.ndarray, least: int
+) -> None:
     """Warn of classes with so many rows or more, none of which a fold trains on."""
-    train = np.array([np.bincount(target.values[rows], minlength=len(classes)) for rows, _ in folds])
+    train = np.array(
+        [np.bincount(target.values[rows], minlength=len(classes)) for rows, _ in folds]
+    )
     missing = (train == 0) & (np.bincount(target.values, minlength=len(classes)) >= least)
     if len(few := np.flatnonzero(missing.any(1))):
         shown = ", ".join(repr(classes[k].item()) for k in np.flatnonzero(missing[few[0]])[:8])
         warn(
-            f"{len(few)} of {len(folds)} folds (the first is fold {few[0]}) train without rows of a class ({shown} "
-            "there), which they cannot predict; shuffle or stratify the folds, or leave such classes out."
+            f"{len(few)} of {len(folds)} folds (the first is fold {few[0]}) train without rows of "
+            f"a class ({shown} there), which they cannot predict; shuffle or stratify the folds, "
+            "or leave such classes out."
         )
 
 
-def hold_out(target: Target, *, test_size: float, groups: object = None, cv: object = None, seed: int) -> Rows:
-    """Return the rows to tune on and the rows kept apart, both sorted, int64; the latter empty for size 0.
+def hold_out(
+    target: Target, *, test_size: float, groups: object = None, cv: object = None, seed: int
+) -> Rows:
+    """Return the rows to tune on and the rows kept apart, both sorted, int64; the latter empty for
+    size 0.
 
-    ``test_size`` is a share of the rows, rounded up as in scikit-learn. Where ``cv`` is a TimeSeriesSplit, the
-    last rows are kept apart (and its ``gap`` rows before them used by neither side); with ``groups``, whole groups
-    (then it is a share of the groups); else random rows, with the classes in proportion. The row of a class
-    that has only one is never kept apart.
+    ``test_size`` is a share of the rows, rounded up as in scikit-learn. Where ``cv`` is a
+    TimeSeriesSplit, the last rows are kept apart (and its ``gap`` rows before them used by neither
+    side); with ``groups``, whole groups (then it is a share of the groups); else random rows, with
+    the classes in proportion. The row of a class that has only one is never kept apart.
     """
     if not isinstance(test_size, Real) or isinstance(test_size, bool) or not 0 <= test_size < 1:
-        raise InputError(f"test_size must be a share of the rows, 0 <= test_size < 1, got {test_size!r}.")
+        raise InputError(
+            f"test_size must be a share of the rows, 0 <= test_size < 1, got {test_size!r}."
+        )
     n_rows = len(target)
     if test_size == 0:
         return all_rows(n_rows)
@@ -258,7 +320,9 @@ def hold_out(target: Target, *, test_size: float, groups: object = None, cv: obj
         count = len(set(groups.tolist()))
         if math.ceil(test_size * count) >= count:
             remedy = "use a smaller one or 0"
-            raise InputError(f"test_size={test_size} leaves none of the {count} groups to train on; {remedy}.")
+            raise InputError(
+                f"test_size={test_size} leaves none of the {count} groups to train on; {remedy}."
+            )
         by_group = GroupShuffleSplit(1, test_size=test_size, random_state=random_state)
         rest, test = next(by_group.split(groups, groups=groups))
     elif target.classes is not None:
@@ -266,8 +330,9 @@ def hold_out(target: Target, *, test_size: float, groups: object = None, cv: obj
         if (counts == 1).all():
             refuse_identifier(target)
             raise InputError(
-                f"the target {target.name!r} has {len(counts)} classes of one row each, from which nothing can be "
-                "learned; choose another target, or task='regression' where it is a number."
+                f"the target {target.name!r} has {len(counts)} classes of one row each, from "
+                "which nothing can be learned; choose another target, or task='regression' where "
+                "it is a number."
             )
         is_single = counts[target.values] == 1
         pool = np.flatnonzero(~is_single)
@@ -279,24 +344,33 @@ def hold_out(target: Target, *, test_size: float, groups: object = None, cv: obj
             if min(len(counts), n_test) < MAX_CLASSES:
                 raise InputError(
                     f"test_size would keep {n_test} of {n_rows} rows apart, which cannot hold the "
-                    f"{int((counts > 1).sum())} classes in proportion on both sides; use another share, or 0."
+                    f"{int((counts > 1).sum())} classes in proportion on both sides; use another "
+                    "share, or 0."
                 ) from error
             rest, test = _spread_apart(target.values[pool], n_test, seed)
-        rest, test = np.concatenate([pool[rest], np.flatnonzero(is_single)]), pool[test]
+        rest = np.concatenate([pool[rest], np.flatnonzero(is_single)])
+        test = pool[test]
     elif n_test < n_rows:
-        rest, test = next(ShuffleSplit(1, test_size=n_test, random_state=random_state).split(np.zeros(n_rows)))
+        rest, test = next(
+            ShuffleSplit(1, test_size=n_test, random_state=random_state).split(np.zeros(n_rows))
+        )
     else:
-        rest, test = np.empty(0), np.arange(n_rows)
+        rest = np.empty(0)
+        test = np.arange(n_rows)
     if len(rest) == 0:
-        raise InputError(f"test_size={test_size} leaves none of the {n_rows} rows to train on; use a smaller one.")
+        raise InputError(
+            f"test_size={test_size} leaves none of the {n_rows} rows to train on; use a smaller "
+            "one."
+        )
     return np.sort(rest).astype(np.int64), np.sort(test).astype(np.int64)
 
 
 def _spread_apart(codes: np.ndarray, n_test: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return positions to tune on and positions kept apart, of more classes than the smaller part has rows.
+    """Return positions to tune on and positions kept apart, of more classes than the smaller part
+    has rows.
 
-    The rows kept apart are of as many classes as possible, and each class keeps a row to tune on. If the classes have
-    too few rows for that, fewer than ``n_test`` rows are kept apart.
+    The rows kept apart are of as many classes as possible, and each class keeps a row to tune on.
+    If the classes have too few rows for that, fewer than ``n_test`` rows are kept apart.
     """
     rng = np.random.default_rng(stream_seed(seed, "hold out"))
     order = rng.permutation(len(codes))
@@ -324,6 +398,8 @@ def unpack_folds(packed: Sequence[Sequence[str]]) -> list[Rows]:
     """Return the row positions, int64, that ``pack_folds`` packed, in the same order."""
 
     def unpack(text: str) -> np.ndarray:
-        return np.cumsum(np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype="<i8"), dtype=np.int64)
+        return np.cumsum(
+            np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype="<i8"), dtype=np.int64
+        )
 
     return [(unpack(train), unpack(valid)) for train, valid in packed]

@@ -1,10 +1,10 @@
 """The kind of one column, and its values in that kind: number, boolean, category or date.
 
-The kind follows the type of the values. Text from a source without types (a CSV file, an array of str or
-object, a list of lists) becomes a number, a boolean or a date where every value reads as one. Text in a data frame or
-a Parquet file stays a category, since there the column's type is its owner's word; but amounts, numbers with a
-currency, a percent sign or commas between thousands as spreadsheets write them, are numbers wherever they stand. A
-dash among numbers is a missing one.
+The kind follows the type of the values. Text from a source without types (a CSV file, an array of
+str or object, a list of lists) becomes a number, a boolean or a date where every value reads as
+one. Text in a data frame or a Parquet file stays a category, since there the column's type is its
+owner's word; but amounts, numbers with a currency, a percent sign or commas between thousands as
+spreadsheets write them, are numbers wherever they stand. A dash among numbers is a missing one.
 """
 
 import datetime
@@ -33,7 +33,8 @@ _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
 
 def is_missing(value: object) -> bool:
-    """Whether one Python value stands for a missing one: None, NaN, pandas' NA or NaT, numpy's NaT."""
+    """Whether one Python value stands for a missing one: None, NaN, pandas' NA or NaT, numpy's
+    NaT."""
     if value is None or type(value).__name__ in ("NAType", "NaTType"):
         return True
     if isinstance(value, np.datetime64 | np.timedelta64):
@@ -42,11 +43,19 @@ def is_missing(value: object) -> bool:
 
 
 def checked_labels(values: np.ndarray, name: str) -> np.ndarray:
-    """Return the values of a target, (n,). Raises InputError for text beside other objects: 1 would become '1'."""
-    odd = {isinstance(value, str): value for value in values if not is_missing(value)} if values.dtype == object else {}
+    """Return the values of a target, (n,). Raises InputError for text beside other objects: 1 would
+    become '1'."""
+    odd = (
+        {isinstance(value, str): value for value in values if not is_missing(value)}
+        if values.dtype == object
+        else {}
+    )
     if len(odd) == 2:
         types = f"{type(odd[False]).__name__} ({odd[False]}) and text ({str(odd[True])!r:.100})"
-        raise InputError(f"{name} has values of two types, {types}; make them one, as in [str(value) for value in y].")
+        raise InputError(
+            f"{name} has values of two types, {types}; make them one, as in [str(value) for value "
+            "in y]."
+        )
     return values
 
 
@@ -58,16 +67,18 @@ def text_of(value: object) -> str:
 
 
 def parse_text(values: np.ndarray) -> tuple[Kind, np.ndarray]:
-    """Read a column of str (None = missing): booleans, numbers or dates if every value is one, else categories.
+    """Read a column of str (None = missing): booleans, numbers or dates if every value is one, else
+    categories.
 
-    A date is written as ISO 8601 has it (2020-01-31, 2020-01-31 12:30, 20200131T123000Z; slashes will do too);
-    other orders of day and month would be a guess.
+    A date is written as ISO 8601 has it (2020-01-31, 2020-01-31 12:30, 20200131T123000Z; slashes
+    will do too); other orders of day and month would be a guess.
     """
     texts = texts_of(values)
     present = {*texts} - {None}
     if present and {text.lower() for text in present} <= {"true", "false"}:
         return "boolean", _each(texts, lambda text: float(text.lower() == "true"))
-    if not any("_" in text for text in present):  # Python reads 1_000 as a number; in a table it is rather a code
+    # Python reads 1_000 as a number; in a table it is rather a code
+    if not any("_" in text for text in present):
         with suppress(ValueError):
             return "number", _each(texts, float)
     with suppress(ValueError):
@@ -76,7 +87,8 @@ def parse_text(values: np.ndarray) -> tuple[Kind, np.ndarray]:
 
 
 def texts_of(values: np.ndarray) -> np.ndarray:
-    """Return texts without the blanks around them, None for those that stand for a missing value."""
+    """Return texts without the blanks around them, None for those that stand for a missing
+    value."""
     stripped = [None if value is None else value.strip() for value in values]
     return np.array([None if text in MISSING_TEXT else text for text in stripped], dtype=object)
 
@@ -86,7 +98,8 @@ def _read_date(text: str) -> float:
 
 
 def read_as(wanted: Kind, kind: Kind, values: np.ndarray, name: str) -> np.ndarray:
-    """Return a column read as the kind that its owner wants; InputError with the first value that is none."""
+    """Return a column read as the kind that its owner wants; InputError with the first value that
+    is none."""
     if kind == wanted or (wanted, kind) == ("number", "boolean"):
         return values
     asked = f"kinds={{{name!r}: {wanted!r}}}: column {name!r}"
@@ -97,7 +110,8 @@ def read_as(wanted: Kind, kind: Kind, values: np.ndarray, name: str) -> np.ndarr
         return texts
     if wanted == "number" and (amounts := read_amounts(texts)) is not None:
         return amounts[0]
-    read, numbers = float if wanted == "number" else _read_date, np.full(len(texts), np.nan)
+    read = float if wanted == "number" else _read_date
+    numbers = np.full(len(texts), np.nan)
     for row, text in enumerate(texts):
         try:
             numbers[row] = math.nan if text is None else read(text)
@@ -145,7 +159,9 @@ def from_column(column: np.ndarray, name: str) -> tuple[Kind, np.ndarray]:
             return "boolean" if column.dtype == bool else "number", column.astype(np.float64)
         case "M" | "m":
             ticks = column.astype(f"{column.dtype.kind}8[us]").astype(np.int64) / 1e6
-            return "date" if column.dtype.kind == "M" else "number", np.where(np.isnat(column), np.nan, ticks)
+            return "date" if column.dtype.kind == "M" else "number", np.where(
+                np.isnat(column), np.nan, ticks
+            )
         case "U":
             return parse_text(column.astype(object))
         case "O":
@@ -155,7 +171,8 @@ def from_column(column: np.ndarray, name: str) -> tuple[Kind, np.ndarray]:
 
 
 def from_values(values: Sequence[object], *, name: str, untyped: bool) -> tuple[Kind, np.ndarray]:
-    """Return kind and values of Python objects (None = missing): what all of them are, else categories."""
+    """Return kind and values of Python objects (None = missing): what all of them are, else
+    categories."""
     present = [value for value in values if value is not None]
     if not present:
         return "number", np.full(len(values), np.nan)
@@ -168,13 +185,19 @@ def from_values(values: Sequence[object], *, name: str, untyped: bool) -> tuple[
                 raise InputError(f"column {name!r} holds {too_large}.") from None
     if untyped and all(isinstance(value, str) for value in present):
         return parse_text(np.array(values, dtype=object))
-    if odd := [value for value in present if not isinstance(value, str | numbers.Number | np.bool_ | datetime.date)]:
+    if odd := [
+        value
+        for value in present
+        if not isinstance(value, str | numbers.Number | np.bool_ | datetime.date)
+    ]:
         raise InputError(f"column {name!r} holds {type(odd[0]).__name__}, {_NO_KIND}.")
     return "category", _category(values)
 
 
 def _each(values: Iterable[Any], convert: Callable[[Any], float]) -> np.ndarray:
-    return np.array([math.nan if value is None else convert(value) for value in values], dtype=np.float64)
+    return np.array(
+        [math.nan if value is None else convert(value) for value in values], dtype=np.float64
+    )
 
 
 def _epoch_seconds(value: datetime.date | np.datetime64) -> float:
@@ -190,24 +213,33 @@ _OBJECTS: tuple[tuple[Any, Kind, Callable[[Any], float]], ...] = (
     (bool | np.bool_, "boolean", float),
     (numbers.Real | Decimal | np.bool_, "number", float),
     (datetime.date | np.datetime64, "date", _epoch_seconds),
-    (datetime.time, "number", lambda t: t.hour * 3600.0 + t.minute * 60 + t.second + t.microsecond / 1e6),
+    (
+        datetime.time,
+        "number",
+        lambda t: t.hour * 3600.0 + t.minute * 60 + t.second + t.microsecond / 1e6,
+    ),
     (datetime.timedelta, "number", datetime.timedelta.total_seconds),
 )
 """What Python's objects are read as, where all values of a column are of one of these types."""
 
-_AMOUNT = re.compile(r"([-+]?)([$€£¥]?) ?([-+]?)(0|[1-9][0-9]*|[1-9][0-9]{0,2}(?:,[0-9]{3})+)(\.[0-9]+)? ?([%$€£¥]?)")
+_AMOUNT = re.compile(
+    r"([-+]?)([$€£¥]?) ?([-+]?)(0|[1-9][0-9]*|[1-9][0-9]{0,2}(?:,[0-9]{3})+)(\.[0-9]+)? ?([%$€£¥]?)"
+)
 _MARKS = str.maketrans("", "", "$€£¥%, ")
-_PLAIN = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")  # 007 and 1_000 are codes
+# 007 and 1_000 are codes
+_PLAIN = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
 _DASHES = ("-", "--", "–", "—")
 _THOUSANDS = 4  # digits from which on a number has a comma, where its column has any
 
 
 def read_amounts(texts: Iterable[str | None]) -> tuple[np.ndarray, str] | None:
-    """Return texts as numbers (n,), NaN for None, and a remark on what was read; None where they are no amounts.
+    """Return texts as numbers (n,), NaN for None, and a remark on what was read; None where they
+    are no amounts.
 
-    All are amounts of one form: they have the same currency or a percent sign, and commas between thousands
-    everywhere or nowhere. 89.5% is 89.5. Plain numbers are none, and neither are currencies with three decimals
-    throughout, which are thousands in other countries. A dash beside amounts or plain numbers is a missing one.
+    All are amounts of one form: they have the same currency or a percent sign, and commas between
+    thousands everywhere or nowhere. 89.5% is 89.5. Plain numbers are none, and neither are
+    currencies with three decimals throughout, which are thousands in other countries. A dash beside
+    amounts or plain numbers is a missing one.
     """
     texts = [None if text is None else text.strip() for text in texts]
     dash = next((text for text in texts if text in _DASHES), None)
@@ -223,8 +255,11 @@ def read_amounts(texts: Iterable[str | None]) -> tuple[np.ndarray, str] | None:
 
 
 def _example(texts: Sequence[str]) -> str | None:
-    """Return one of texts that are all amounts of one form, with a comma where any has; None where they are not."""
-    signs, decimals, commas = set[str](), set[int](), set[bool]()
+    """Return one of texts that are all amounts of one form, with a comma where any has; None where
+    they are not."""
+    signs = set[str]()
+    decimals = set[int]()
+    commas = set[bool]()
     for text in texts:
         match = _AMOUNT.fullmatch(text)
         if match is None or (match[1] and match[3]) or (match[2] and match[6]):
@@ -240,15 +275,23 @@ def _example(texts: Sequence[str]) -> str | None:
     return next((text for text in texts if "," in text), texts[0])
 
 
-def convert(values: np.ndarray, kind: Kind, wanted: Kind, name: str, levels: Sequence[str] = ()) -> np.ndarray:
-    """Return the values of a column read as the kind that it was at training, where each of them has one meaning in it.
+def convert(
+    values: np.ndarray, kind: Kind, wanted: Kind, name: str, levels: Sequence[str] = ()
+) -> np.ndarray:
+    """Return the values of a column read as the kind that it was at training, where each of them
+    has one meaning in it.
 
-    A file for prediction may hold only the rows with numbers of a column of codes, or no value at all, so that
-    its column is read as another kind than at training. Raises InputError where a value does not fit.
+    A file for prediction may hold only the rows with numbers of a column of codes, or no value at
+    all, so that its column is read as another kind than at training. Raises InputError where a
+    value does not fit.
     """
     if kind == wanted:
         return values
-    known = np.array([value is not None for value in values]) if kind == "category" else ~np.isnan(values)
+    known = (
+        np.array([value is not None for value in values])
+        if kind == "category"
+        else ~np.isnan(values)
+    )
     got = f"a {kind}"
     if not known.any():
         return np.full(len(values), None if wanted == "category" else np.nan)
@@ -256,9 +299,12 @@ def convert(values: np.ndarray, kind: Kind, wanted: Kind, name: str, levels: Seq
         level_of = {level: level for level in levels}
         for level in levels:
             level_kind, value = _read([level])
-            if level_kind == kind and not np.isnan(value).any():  # a level "NA" reads as a missing number
+            # a level "NA" reads as a missing number
+            if level_kind == kind and not np.isnan(value).any():
                 level_of.setdefault(value_texts(value, kind)[0], level)
-        return np.array([level_of.get(text, text) for text in value_texts(values, kind)], dtype=object)
+        return np.array(
+            [level_of.get(text, text) for text in value_texts(values, kind)], dtype=object
+        )
     if kind == "category":  # texts that read as something else
         kind, read = _read(values)
         if kind != "category":
@@ -273,7 +319,9 @@ def convert(values: np.ndarray, kind: Kind, wanted: Kind, name: str, levels: Seq
     if (wanted, kind) == ("boolean", "number") and np.isin(values[known], (0.0, 1.0)).all():
         return values
     words = wanted.replace("category", "category (text)")
-    raise InputError(f"column {name!r} must be a {words} as it was for training, got {got}; convert it.")
+    raise InputError(
+        f"column {name!r} must be a {words} as it was for training, got {got}; convert it."
+    )
 
 
 def _read(texts: Iterable[str | None]) -> tuple[Kind, np.ndarray]:

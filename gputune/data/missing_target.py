@@ -29,7 +29,8 @@ def rows_with_target(
         place: says where a row stands, for errors.
 
     Raises:
-        InputError: if a target is missing and ``missing_target`` is "error", or if every target is missing.
+        InputError: if a target is missing and ``missing_target`` is "error", or if every target is
+            missing.
     """
     missing = _missing_rows(target_array(y, name))
     if not missing.any():
@@ -42,26 +43,37 @@ def rows_with_target(
 def select_targets(y: Any, positions: np.ndarray, *, of_table: bool) -> np.ndarray | Tensor:
     """Return the targets of some rows, none of which is missing.
 
-    A column of a table that has missing values holds floats. Its whole numbers become integers again.
+    A column of a table that has missing values holds floats. Its whole numbers become integers
+    again.
     """
     if isinstance(y, Tensor):
         selected: Tensor = y[positions]
         return selected
     values: np.ndarray = target_array(y, "y")[positions]
-    if of_table and values.dtype.kind == "f" and (values == np.rint(values)).all() and (abs(values) < 2**53).all():
+    if (
+        of_table
+        and values.dtype.kind == "f"
+        and (values == np.rint(values)).all()
+        and (abs(values) < 2**53).all()
+    ):
         return values.astype(np.int64)
     return values
 
 
 def check_row_options(n_given: int, cv: object, sample_weight: object) -> None:
-    """Raise InputError for folds given as row positions: rows that are left out would change the positions."""
+    """Raise InputError for folds given as row positions: rows that are left out would change the
+    positions."""
     if not isinstance(cv, int | np.integer | str) and not hasattr(cv, "split"):
         raise InputError(
-            "cv holds row positions, which change when missing_target='drop' leaves rows out. Leave those rows out "
-            "of X and y yourself, or give cv as a number of folds or a splitter."
+            "cv holds row positions, which change when missing_target='drop' leaves rows out. "
+            "Leave those rows out of X and y yourself, or give cv as a number of folds or a "
+            "splitter."
         )
     if isinstance(sample_weight, Sized) and len(sample_weight) != n_given:
-        raise InputError(f"sample_weight must have one number a row, shape ({n_given},), got {len(sample_weight)}.")
+        raise InputError(
+            f"sample_weight must have one number a row, shape ({n_given},), got "
+            f"{len(sample_weight)}."
+        )
 
 
 def select_weights(sample_weight: Any, positions: np.ndarray) -> object:
@@ -86,5 +98,7 @@ def _missing_rows(values: np.ndarray) -> np.ndarray:
     if values.dtype.kind == "f":
         missing = np.isnan(values)
     else:
-        missing = np.array([is_missing(value) for value in values.ravel()], dtype=bool).reshape(values.shape)
+        missing = np.array([is_missing(value) for value in values.ravel()], dtype=bool).reshape(
+            values.shape
+        )
     return missing.reshape(len(values), -1).any(1) if len(values) else np.zeros(0, dtype=bool)

@@ -1,4 +1,5 @@
-"""Rows of different lengths, which no array can hold: each of their forms is refused with the way to pad it."""
+"""Rows of different lengths, which no array can hold: each of their forms is refused with the way
+to pad it."""
 
 from collections.abc import Iterator, Mapping
 
@@ -12,7 +13,8 @@ _FEW_INPUTS = 8
 
 
 def refuse_ragged(value: object, label: str) -> None:
-    """Raise InputError for rows of different lengths: a nested tensor, a list or an object array of such rows.
+    """Raise InputError for rows of different lengths: a nested tensor, a list or an object array of
+    such rows.
 
     The inputs in a tuple or a dict are looked at one by one.
 
@@ -29,8 +31,8 @@ def refuse_ragged(value: object, label: str) -> None:
     if isinstance(value, Tensor):
         if value.is_nested:
             raise InputError(
-                f"{label} is a nested tensor, whose rows have different lengths. Pad them to one length: "
-                f"torch.nested.to_padded_tensor({label}, 0.0)."
+                f"{label} is a nested tensor, whose rows have different lengths. Pad them to one "
+                f"length: torch.nested.to_padded_tensor({label}, 0.0)."
             )
         return
     if isinstance(value, np.ndarray) and value.dtype == object and value.ndim == 1:
@@ -44,7 +46,8 @@ def refuse_ragged(value: object, label: str) -> None:
         first = shape if first is None else first
         if shape != first:
             raise InputError(
-                f"{label} has rows of different shapes: row 0 has {first}, row {row} {shape}. {pad_remedy(label)}"
+                f"{label} has rows of different shapes: row 0 has {first}, row {row} {shape}. "
+                f"{pad_remedy(label)}"
             )
 
 
@@ -52,7 +55,10 @@ def pad_remedy(label: str) -> str:
     """Return the sentence that says how rows of different lengths become one tensor."""
     rows = f"[torch.as_tensor(row) for row in {label}]"
     pad = f"torch.nn.utils.rnn.pad_sequence({rows}, batch_first=True)"
-    return f"Pad or crop them to one shape, for example {label} = {pad}. In a table, fill the shorter rows with None."
+    return (
+        f"Pad or crop them to one shape, for example {label} = {pad}. In a table, fill the "
+        "shorter rows with None."
+    )
 
 
 def _shapes(rows: list[object]) -> Iterator[_Shape]:

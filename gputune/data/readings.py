@@ -1,7 +1,9 @@
-"""Remarks on columns that gputune reads in one way from a text file and in another way from a data frame.
+"""Remarks on columns that gputune reads in one way from a text file and in another way from a data
+frame.
 
-A text file has no types: as in pandas.read_csv, text that is all numbers becomes numbers, and words such as NA are
-missing values. The type of a data frame's column is its owner's word: text stays text, and NA is a level like others.
+A text file has no types: as in pandas.read_csv, text that is all numbers becomes numbers, and words
+such as NA are missing values. The type of a data frame's column is its owner's word: text stays
+text, and NA is a level like others.
 """
 
 from typing import TYPE_CHECKING
@@ -23,7 +25,8 @@ _LEADING_ZERO = r"^\s*[-+]?0[0-9]"
 
 
 def file_remark(kind: Kind, texts: "pl.Series") -> str:
-    """Return the remark on a column of a text file that was read as a kind; "" if a data frame would be read alike."""
+    """Return the remark on a column of a text file that was read as a kind; "" if a data frame
+    would be read alike."""
     if kind == "number" and texts.str.contains(_LEADING_ZERO).any():
         remedy = f"To keep codes as they are written, set kinds={{{EXAMPLE}: 'category'}}"
         return f"leading zeros are lost, since all values are numbers. {remedy}"
@@ -36,16 +39,23 @@ def file_remark(kind: Kind, texts: "pl.Series") -> str:
 
 
 def frame_remark(values: np.ndarray) -> str:
-    """Return the remark on a column of text (None: missing) of a data frame; "" if a text file would be read alike."""
-    first = next((value for value in values if value is not None and value not in MISSING_TEXT), None)
+    """Return the remark on a column of text (None: missing) of a data frame; "" if a text file
+    would be read alike."""
+    first = next(
+        (value for value in values if value is not None and value not in MISSING_TEXT), None
+    )
     if first is None:
         return ""
-    is_text = parse_text(np.array([first], dtype=object))[0] == "category"  # most columns need no more than a look
+    # most columns need no more than a look
+    is_text = parse_text(np.array([first], dtype=object))[0] == "category"
     kind = "category" if is_text else parse_text(values)[0]
     if kind in ("number", "date"):
         remedy = f"To read {kind}s, set kinds={{{EXAMPLE}: {kind!r}}}"
         return f"text that looks like {kind}s stays text, as the type of the column says. {remedy}"
     word = next((value for value in values if value in MISSING_TEXT), None)
     if word is not None:
-        return f"{word!r} is a level like others, and would be missing in a CSV file. Write None for a missing value"
+        return (
+            f"{word!r} is a level like others, and would be missing in a CSV file. Write None for "
+            "a missing value"
+        )
     return ""

@@ -1,4 +1,5 @@
-"""How folds read one table: each a copy of its own, or one copy that is scaled as its rows are gathered.
+"""How folds read one table: each a copy of its own, or one copy that is scaled as its rows are
+gathered.
 
 Also how rows that are new are prepared as those of a fold were.
 """
@@ -19,10 +20,12 @@ from gputune.data.table import Table
 
 @dataclass(frozen=True, eq=False)
 class Scaling:
-    """What an input becomes as it is gathered: ``(input - center) / scale``, of the fold that reads it.
+    """What an input becomes as it is gathered: ``(input - center) / scale``, of the fold that reads
+    it.
 
-    ``center`` and ``scale`` are (F, ...) in the dtype of the study, with an axis of 1 or of the channels for each of a
-    row's own. With ``missing`` a NaN is a missing number, which becomes the mean of the fold's training rows: 0.
+    ``center`` and ``scale`` are (F, ...) in the dtype of the study, with an axis of 1 or of the
+    channels for each of a row's own. With ``missing`` a NaN is a missing number, which becomes the
+    mean of the fold's training rows: 0.
     """
 
     center: Tensor
@@ -30,14 +33,18 @@ class Scaling:
     missing: bool = False
 
     @staticmethod
-    def of(parts: Iterable[tuple[np.ndarray, np.ndarray]], like: Tensor, *, missing: bool = False) -> "Scaling":
+    def of(
+        parts: Iterable[tuple[np.ndarray, np.ndarray]], like: Tensor, *, missing: bool = False
+    ) -> "Scaling":
         """Return the scaling by the center and the scale of each fold."""
         center, scale = (torch.as_tensor(np.stack(part)).to(like) for part in zip(*parts))
         return Scaling(center, scale, missing)
 
     def of_fold(self, fold: int) -> "Scaling":
         """Return the scaling of one fold alone, on the CPU."""
-        return replace(self, center=self.center[fold : fold + 1].cpu(), scale=self.scale[fold : fold + 1].cpu())
+        return replace(
+            self, center=self.center[fold : fold + 1].cpu(), scale=self.scale[fold : fold + 1].cpu()
+        )
 
     def __call__(self, rows: Tensor, folds: slice) -> Tensor:
         """Return rows (F, ..., *row) of some folds, scaled."""
@@ -48,25 +55,31 @@ class Scaling:
 
 
 SHARED_BEYOND = 2**28
-"""Bytes of a table's copies from which on folds share one, scaled at each gather: small copies are read faster."""
+"""Bytes of a table's copies from which on folds share one, scaled at each gather: small copies are
+read faster."""
 _BLOCK = 2**22  # numbers that are transformed at a time
 
 
 def table_inputs(
     raw: np.ndarray | Tensor, statistics: Sequence[Statistics], like: Tensor
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...], tuple[Scaling | None, ...]]:
-    """Return the copies of a table that folds read, (V, n, D), which of them each fold reads, and how it scales it."""
+    """Return the copies of a table that folds read, (V, n, D), which of them each fold reads, and
+    how it scales it."""
     lost = raw.isnan().any(0).cpu().numpy() if isinstance(raw, Tensor) else np.isnan(raw).any(0)
-    # Of folds that give equal copies one is kept; the fill of a column without missing values changes nothing.
+    # Of folds that give equal copies one is kept; the fill of a column without missing values
+    # changes nothing.
     alike = [replace(fitted, fill=np.where(lost, fitted.fill, 0.0)) for fitted in statistics]
     keys = [b"".join(part.tobytes() for part in vars(fitted).values()) for fitted in alike]
     order = list(dict.fromkeys(keys))
-    distinct, copies = [statistics[keys.index(key)] for key in order], tuple(map(order.index, keys))
-    scaling, shape = None, (len(raw), statistics[0].n_inputs)
+    distinct = [statistics[keys.index(key)] for key in order]
+    copies = tuple(map(order.index, keys))
+    scaling = None
+    shape = (len(raw), statistics[0].n_inputs)
     if len(distinct) > 1 and len(distinct) * math.prod(shape) * like.element_size() > SHARED_BEYOND:
         scaling = _from_first(raw, lost, statistics, like)
     if scaling is not None:
-        distinct, copies = [replace(statistics[0], fill=np.full(len(lost), np.nan))], (0,) * len(copies)
+        distinct = [replace(statistics[0], fill=np.full(len(lost), np.nan))]
+        copies = (0,) * len(copies)
     x = like.new_empty((len(distinct), *shape))
     rows = max(1, _BLOCK // shape[1])
     for copy, fitted in zip(x, distinct):
@@ -79,9 +92,11 @@ def table_inputs(
 def _from_first(
     raw: np.ndarray | Tensor, lost: np.ndarray, statistics: Sequence[Statistics], like: Tensor
 ) -> Scaling | None:
-    """Return what makes a fold's rows of the first fold's; None where more than a shift and a factor lies between.
+    """Return what makes a fold's rows of the first fold's; None where more than a shift and a
+    factor lies between.
 
-    ``lost`` are the columns with missing values; they are filled by zeros once scaled, where their mean is the center.
+    ``lost`` are the columns with missing values; they are filled by zeros once scaled, where their
+    mean is the center.
     """
     first = statistics[0]
     for s in statistics:
@@ -117,26 +132,34 @@ def scaling_of(statistics: Sequence[ArrayStatistics], like: Tensor) -> tuple[Sca
 
 
 def encode(
-    X: object, layout: Layout | ArrayLayout, statistics: Statistics | ArrayStatistics, dtype: torch.dtype
+    X: object,
+    layout: Layout | ArrayLayout,
+    statistics: Statistics | ArrayStatistics,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    """Return the inputs that a module takes of a table or of arrays, each (n, ...), as ``Dataset.rows`` gives them."""
+    """Return the inputs that a module takes of a table or of arrays, each (n, ...), as
+    ``Dataset.rows`` gives them."""
     if isinstance(layout, Layout):
         assert isinstance(statistics, Statistics) and isinstance(X, Table)
         return (torch.from_numpy(transform(layout.raw(X), statistics)).to(dtype),)
     assert isinstance(statistics, ArrayStatistics)
     scaling = scaling_of([statistics], torch.empty(0, dtype=dtype))
     return tuple(
-        x.to(dtype if x.is_floating_point() else x.dtype) if scale is None else scale(x[None].cpu(), slice(0, 1))[0]
+        x.to(dtype if x.is_floating_point() else x.dtype)
+        if scale is None
+        else scale(x[None].cpu(), slice(0, 1))[0]
         for x, scale in zip(layout.raw(X).gathered(), scaling)
     )
 
 
 def side_by_side(parts: Sequence[Statistics]) -> Statistics:
-    """Return what makes the inputs of all parts beside each other; they were fitted on the same rows, in other ways."""
+    """Return what makes the inputs of all parts beside each other; they were fitted on the same
+    rows, in other ways."""
     begins = np.cumsum([0, *(part.n_inputs for part in parts)])
     whole = []
     for part in parts:
-        if not part.places.size:  # features that are one input each: their places and ends are written out
+        # features that are one input each: their places and ends are written out
+        if not part.places.size:
             most = np.full(part.n_inputs, np.finfo(np.float64).max)  # which JSON can write
             least, most = (part.least, part.most) if part.least.size else (-most, most)
             part = replace(part, places=np.arange(len(most)), least=least, most=most)
@@ -147,5 +170,8 @@ def side_by_side(parts: Sequence[Statistics]) -> Statistics:
         fill=parts[0].fill,
         quantiles=next((part.quantiles for part in parts if part.ranked.size), parts[0].quantiles),
         **{name: np.concatenate([getattr(part, name) for part in whole]) for name in joined},
-        **{name: np.concatenate([getattr(part, name) + at for part, at in zip(parts, begins)]) for name in positions},
+        **{
+            name: np.concatenate([getattr(part, name) + at for part, at in zip(parts, begins)])
+            for name in positions
+        },
     )

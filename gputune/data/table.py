@@ -1,4 +1,5 @@
-"""Data frames, arrays and lists become a table of named columns, each with a kind; other containers are refused."""
+"""Data frames, arrays and lists become a table of named columns, each with a kind; other containers
+are refused."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -18,25 +19,29 @@ from gputune.errors import InputError
 from gputune.text import nearest
 
 _FLATTEN = "pass X.reshape(len(X), -1), which the forward of a module may view as it was"
-_ONE_AXIS = "one row is X.reshape(1, -1), of a data frame frame.iloc[[0]]; one column is X.reshape(-1, 1)"
+_ONE_AXIS = (
+    "one row is X.reshape(1, -1), of a data frame frame.iloc[[0]]; one column is X.reshape(-1, 1)"
+)
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
     """Named columns of equal length.
 
-    Number and boolean columns are float64 with NaN for a missing value; category columns are object arrays of
-    str with None; date columns are float64 seconds since 1970-01-01 (UTC, or local time for dates without
-    a zone) with NaN.
+    Number and boolean columns are float64 with NaN for a missing value; category columns are object
+    arrays of str with None; date columns are float64 seconds since 1970-01-01 (UTC, or local time
+    for dates without a zone) with NaN.
     """
 
     names: tuple[str, ...]
     kinds: tuple[Kind, ...]
     columns: tuple[np.ndarray, ...]
     amounts: Mapping[str, str] = field(default_factory=dict)
-    """A remark on each column whose numbers were written as amounts (kinds.py), also of columns taken out."""
+    """A remark on each column whose numbers were written as amounts (kinds.py), also of columns
+    taken out."""
     readings: Mapping[str, str] = field(default_factory=dict)
-    """A remark on each column that would be read differently from a file, or from a data frame (readings.py)."""
+    """A remark on each column that would be read differently from a file, or from a data frame
+    (readings.py)."""
 
     def __len__(self) -> int:
         return len(self.columns[0])
@@ -57,18 +62,26 @@ class Table:
         return replace(self, columns=tuple(column[rows] for column in self.columns))
 
     def drop(self, *names: str) -> "Table":
-        kept = (column for column in zip(self.names, self.kinds, self.columns) if column[0] not in names)
+        kept = (
+            column for column in zip(self.names, self.kinds, self.columns) if column[0] not in names
+        )
         left, kinds, columns = zip(*kept)
         readings = {name: remark for name, remark in self.readings.items() if name not in names}
         return Table(left, kinds, columns, self.amounts, readings)
 
     def read_as(self, kinds: Mapping[str, Kind]) -> "Table":
-        """Return the table with the columns that ``kinds`` names read as these kinds. Raises InputError."""
-        read = {name: read_as(kind, self.kind(name), self.column(name), name) for name, kind in kinds.items()}
+        """Return the table with the columns that ``kinds`` names read as these kinds. Raises
+        InputError."""
+        read = {
+            name: read_as(kind, self.kind(name), self.column(name), name)
+            for name, kind in kinds.items()
+        }
         columns = tuple(read.get(name, values) for name, values in zip(self.names, self.columns))
         amounts = {name: remark for name, remark in self.amounts.items() if name not in kinds}
         readings = {name: remark for name, remark in self.readings.items() if name not in kinds}
-        return Table(self.names, tuple(map(kinds.get, self.names, self.kinds)), columns, amounts, readings)
+        return Table(
+            self.names, tuple(map(kinds.get, self.names, self.kinds)), columns, amounts, readings
+        )
 
     def with_readings(self, remarks: Mapping[str, str]) -> "Table":
         """Return the table with ``readings``, of which empty ones are left out."""
@@ -90,9 +103,11 @@ class Table:
 
 
 def as_table(X: object) -> Table:
-    """Turn a 2-D array, a pandas or polars frame, or a list of rows into a table; a Table stays as it is.
+    """Turn a 2-D array, a pandas or polars frame, or a list of rows into a table; a Table stays as
+    it is.
 
-    Columns of arrays and lists are named x0, x1, ... Raises InputError for everything else, with what to do about it.
+    Columns of arrays and lists are named x0, x1, ... Raises InputError for everything else, with
+    what to do about it.
     """
     if isinstance(X, Table):
         return X
@@ -101,7 +116,9 @@ def as_table(X: object) -> Table:
     refuse_ragged(X, "X")
     _refuse_containers(X)
     if issparse(X):
-        raise InputError("X is a sparse matrix, and only dense input is supported; pass X.toarray().")
+        raise InputError(
+            "X is a sparse matrix, and only dense input is supported; pass X.toarray()."
+        )
     if np.ma.isMaskedArray(X):
         raise InputError("X is a masked array, and masks are not read; pass X.filled(numpy.nan).")
     try:
@@ -113,20 +130,41 @@ def as_table(X: object) -> Table:
         raise InputError("X is a lazy frame; pass X.collect().")
     if isinstance(frame, nw.DataFrame):
         # A categorical column is no number by its owner's word.
-        typed = [str(s.name) for s in frame.iter_columns() if isinstance(s.dtype, nw.Categorical | nw.Enum)]
-        table = checked_table([*map(str, frame.columns)], [*map(from_series, frame.iter_columns())], typed)
+        typed = [
+            str(s.name)
+            for s in frame.iter_columns()
+            if isinstance(s.dtype, nw.Categorical | nw.Enum)
+        ]
+        table = checked_table(
+            [*map(str, frame.columns)], [*map(from_series, frame.iter_columns())], typed
+        )
         texts = [str(column.name) for column in frame.iter_columns() if column.dtype == nw.String]
-        remarks = {name: frame_remark(table.column(name)) for name in texts if table.kind(name) == "category"}
+        remarks = {
+            name: frame_remark(table.column(name))
+            for name in texts
+            if table.kind(name) == "category"
+        }
         return table.with_readings(remarks)
     array = X if isinstance(X, np.ndarray) else _rows_to_array(X)
     if array.dtype.names is not None:
-        raise InputError("X is a structured array; pass a data frame, for example pandas.DataFrame(X).")
+        raise InputError(
+            "X is a structured array; pass a data frame, for example pandas.DataFrame(X)."
+        )
     if array.ndim == 0:
-        raise InputError(f"X must be rows, a data frame, an array of two axes or a list of lists, got {X!r:.60}.")
-    if array.ndim == 1 and array.dtype == object and isinstance(array[0], list | tuple | np.ndarray):
+        raise InputError(
+            f"X must be rows, a data frame, an array of two axes or a list of lists, got {X!r:.60}."
+        )
+    if (
+        array.ndim == 1
+        and array.dtype == object
+        and isinstance(array[0], list | tuple | np.ndarray)
+    ):
         raise InputError("X is an object array of rows, not a table. Pass numpy.stack(X).")
     if array.ndim != 2:
-        raise InputError(f"X must be two-dimensional (rows, columns), got shape {array.shape}; {two_axes(array.ndim)}.")
+        raise InputError(
+            f"X must be two-dimensional (rows, columns), got shape {array.shape}; "
+            f"{two_axes(array.ndim)}."
+        )
     names = nameless(array.shape[1])
     return checked_table(names, list(map(from_column, array.T, names)))
 
@@ -137,7 +175,8 @@ def nameless(columns: int) -> tuple[str, ...]:
 
 
 def as_rows(X: object, names: Collection[str]) -> object:
-    """Return what ``as_table`` takes as the user knows it: a frame of the columns ``names``, or an array of all."""
+    """Return what ``as_table`` takes as the user knows it: a frame of the columns ``names``, or an
+    array of all."""
     frame = nw.from_native(X, pass_through=True)
     if not isinstance(frame, nw.DataFrame):
         return X if isinstance(X, np.ndarray) else _rows_to_array(X)
@@ -146,7 +185,8 @@ def as_rows(X: object, names: Collection[str]) -> object:
 
 
 def select_rows(X: Any, rows: np.ndarray) -> object:
-    """Return rows (positions) of what ``as_rows`` returned, of the same kind; an array of its own."""
+    """Return rows (positions) of what ``as_rows`` returned, of the same kind; an array of its
+    own."""
     frame = nw.from_native(X, pass_through=True)
     return frame[rows].to_native() if isinstance(frame, nw.DataFrame) else X[rows]
 
@@ -154,18 +194,28 @@ def select_rows(X: Any, rows: np.ndarray) -> object:
 def split_target(table: Table, target: str) -> tuple[Table, np.ndarray]:
     """Return the table without the target's column, and the target as a plain array, (n,).
 
-    The array holds str (object; None where missing), bool, int64 where every number is an integer, or float64
-    (NaN where missing).
+    The array holds str (object; None where missing), bool, int64 where every number is an integer,
+    or float64 (NaN where missing).
     """
     if target not in table.names:
         near = nearest(target, table.names, cutoff=0.5)
         hint = f"did you mean {near!r}? The" if near else "the"
-        raise InputError(f"target={target!r} is not a column of the table; {hint} columns are {quoted(table.names)}.")
+        raise InputError(
+            f"target={target!r} is not a column of the table; {hint} columns are "
+            f"{quoted(table.names)}."
+        )
     if len(table.names) == 1:
-        raise InputError(f"the target {target!r} is the only column of the table; there is nothing to predict it from.")
-    kind, values = table.kind(target), table.column(target)
+        raise InputError(
+            f"the target {target!r} is the only column of the table; there is nothing to predict "
+            "it from."
+        )
+    kind = table.kind(target)
+    values = table.column(target)
     if kind == "date":
-        raise InputError(f"the target {target!r} holds dates, which cannot be predicted; turn it into a number first.")
+        raise InputError(
+            f"the target {target!r} holds dates, which cannot be predicted; turn it into a number "
+            "first."
+        )
     if kind != "category" and not np.isnan(values).any():
         if kind == "boolean":
             values = values.astype(bool)
@@ -192,14 +242,18 @@ def two_axes(ndim: int) -> str:
 
 
 def _rows_to_array(X: object) -> np.ndarray:
-    """Return rows given as nested lists (values keep their types), or as another library's array."""
+    """Return rows given as nested lists (values keep their types), or as another library's
+    array."""
     if not isinstance(X, list | tuple):
         return np.asarray(X)
     if not all(isinstance(row, list | tuple | np.ndarray) for row in X):
         pad = "torch.nn.utils.rnn.pad_sequence(X, batch_first=True)"
         remedy = f" Make tensors one: torch.stack(X), or of several lengths {pad}."
         of_tensors = any(isinstance(row, Tensor) for row in X)
-        raise InputError(f"X must be two-dimensional: a list of rows, each a list of values.{remedy * of_tensors}")
+        raise InputError(
+            "X must be two-dimensional: a list of rows, each a list of "
+            f"values.{remedy * of_tensors}"
+        )
     return np.array(X, dtype=object)
 
 
@@ -215,31 +269,46 @@ def checked_table(
     if len(columns[0][1]) == 0:
         raise InputError("the table has no rows; at least one is needed.")
     if repeated := sorted(name for name, times in Counter(names).items() if times > 1):
-        raise InputError(f"column names must differ, got more than one {quoted(repeated)}; rename them.")
-    amounts, read = dict[str, str](), list[tuple[Kind, np.ndarray]]()
+        raise InputError(
+            f"column names must differ, got more than one {quoted(repeated)}; rename them."
+        )
+    amounts = dict[str, str]()
+    read = list[tuple[Kind, np.ndarray]]()
     for name, (kind, values) in zip(names, columns):
         if kind != "category" and np.isinf(values).any():
             row = int(np.isinf(values).argmax())
             place = f"row {row}{', where the first is row 0' * (row > 0)}"
-            raise InputError(f"column {name!r} has an infinite value in {place}; clip it, or leave it empty.")
+            raise InputError(
+                f"column {name!r} has an infinite value in {place}; clip it, or leave it empty."
+            )
         if kind == "category" and name not in typed and (found := read_amounts(values)) is not None:
             kind, (values, amounts[name]) = "number", found
         read.append((kind, values))
-    return Table(tuple(names), tuple(kind for kind, _ in read), tuple(values for _, values in read), amounts)
+    return Table(
+        tuple(names), tuple(kind for kind, _ in read), tuple(values for _, values in read), amounts
+    )
 
 
 def _refuse_containers(X: object) -> None:
-    """Raise InputError for what holds several inputs, or rows in a form of torch's that is no table."""
+    """Raise InputError for what holds several inputs, or rows in a form of torch's that is no
+    table."""
     refuse_loader(X)
     name = type(X).__name__
     if isinstance(X, TensorDataset):
         raise InputError(f"X is a {name}; pass its tensors: X, y = dataset.tensors.")
     if isinstance(X, Dataset):
-        raise InputError(f"X is a {name}, a torch Dataset; pass all its rows as arrays or tensors X and y.")
+        raise InputError(
+            f"X is a {name}, a torch Dataset; pass all its rows as arrays or tensors X and y."
+        )
     if isinstance(X, Mapping):
-        remedy = "pass one table of its columns, pandas.DataFrame(X), or of its inputs, numpy.hstack(list(X.values()))"
+        remedy = (
+            "pass one table of its columns, pandas.DataFrame(X), or of its inputs, "
+            "numpy.hstack(list(X.values()))"
+        )
         raise InputError(f"X is a {name}; {remedy}, which the forward of a module takes apart.")
-    shapes = [tuple(getattr(part, "shape", ())) for part in X] if isinstance(X, list | tuple) else []
+    shapes = (
+        [tuple(getattr(part, "shape", ())) for part in X] if isinstance(X, list | tuple) else []
+    )
     if any(len(shape) > 1 for shape in shapes):
         remedy = "pass one table, numpy.hstack(X), which the forward of a module takes apart"
         words = f"{len(shapes)} inputs, of shapes {', '.join(map(str, shapes[:4]))}"
@@ -250,11 +319,15 @@ def refuse_loader(X: object) -> None:
     """Raise InputError for what draws minibatches itself."""
     if isinstance(X, DataLoader):
         remedy = "pass its dataset, loader.dataset, or all rows as tensors X and y"
-        raise InputError(f"X is a DataLoader, and minibatches are drawn here (batch_size is a key of space): {remedy}.")
+        raise InputError(
+            "X is a DataLoader, and minibatches are drawn here (batch_size is a key of space): "
+            f"{remedy}."
+        )
 
 
 def refuse_lists(X: object) -> None:
-    """Raise InputError for what looks like inputs of a module but is neither arrays nor a table, with its remedy."""
+    """Raise InputError for what looks like inputs of a module but is neither arrays nor a table,
+    with its remedy."""
     if is_image(X):
         raise InputError(f"X is one PIL image; pass all of them: {_STACK_IMAGES}.")
     if isinstance(X, np.ndarray) and X.dtype == object and X.ndim == 1:
@@ -265,12 +338,17 @@ def refuse_lists(X: object) -> None:
         for key, part in parts.items():
             if not isinstance(part, Tensor | np.ndarray):
                 got = f"got {type(part).__name__}; pass numpy.asarray(X[{key!r}])"
-                raise InputError(f"X[{key!r}] must be an array or a tensor, one for each input, {got}.")
+                raise InputError(
+                    f"X[{key!r}] must be an array or a tensor, one for each input, {got}."
+                )
     if not isinstance(X, list | tuple) or not X:
         return
     kind = f"X is a {type(X).__name__} of {len(X)}"
     if any(isinstance(item, str) for item in X):
-        remedy = "give the words numbers, and pass a tensor of integers (rows, length), padded to one length"
+        remedy = (
+            "give the words numbers, and pass a tensor of integers (rows, length), padded to one "
+            "length"
+        )
         raise InputError(f"{kind} texts; {remedy}.")
     if any(is_image(item) for item in X):
         raise InputError(f"{kind} PIL images; pass {_STACK_IMAGES}.")
@@ -283,7 +361,10 @@ def refuse_lists(X: object) -> None:
         stack = "torch.stack(X)" if isinstance(X[0], Tensor) else "numpy.stack(X)"
         raise InputError(f"{kind} arrays of shape {shapes[0]}; pass one array, {stack}{several}.")
     remedy = f"pad or crop them to one shape and pass numpy.stack(X){several}"
-    raise InputError(f"{kind} arrays of unlike shapes: X[0] has {shapes[0]}, X[{other}] {shapes[other]}; {remedy}.")
+    raise InputError(
+        f"{kind} arrays of unlike shapes: X[0] has {shapes[0]}, X[{other}] {shapes[other]}; "
+        f"{remedy}."
+    )
 
 
 def is_image(value: object) -> bool:
@@ -292,8 +373,8 @@ def is_image(value: object) -> bool:
 
 
 _STACK_IMAGES = (
-    "numpy.stack([numpy.asarray(image) for image in X]), images of one size, which has the channels last: "
-    ".transpose(0, 3, 1, 2) puts them first, as torch's layers want them"
+    "numpy.stack([numpy.asarray(image) for image in X]), images of one size, which has the "
+    "channels last: .transpose(0, 3, 1, 2) puts them first, as torch's layers want them"
 )
 
 

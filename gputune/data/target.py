@@ -10,13 +10,19 @@ from torch import Tensor
 
 from gputune.data.kinds import checked_labels, from_values, is_missing
 from gputune.data.ragged import pad_remedy, refuse_ragged
-from gputune.data.target_transform import FittedTransform, TargetTransform, check_values, fit_transform
+from gputune.data.target_transform import (
+    FittedTransform,
+    TargetTransform,
+    check_values,
+    fit_transform,
+)
 from gputune.errors import InputError
 from gputune.text import count, did_you_mean, is_number
 from gputune.types import Task
 
 MAX_CLASSES = 20
-"""With more distinct whole numbers than this a target is a number to be predicted, unless ``task`` says otherwise."""
+"""With more distinct whole numbers than this a target is a number to be predicted, unless ``task``
+says otherwise."""
 
 TaskWord = Literal["classification", "binary", "multiclass", "regression", "multilabel", "custom"]
 TASKS = get_args(TaskWord)
@@ -24,11 +30,12 @@ TASKS = get_args(TaskWord)
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """A checked target: ``values`` (n,) are int64 positions in ``classes`` (K,), or float64 for a regression.
+    """A checked target: ``values`` (n,) are int64 positions in ``classes`` (K,), or float64 for a
+    regression.
 
-    A regression of several numbers has values (n, K), several labels are (n, K) of 0 and 1, and a custom target is
-    numbers (n, ...) as they were given. ``classes`` are sorted and keep the type of the values given; None where there
-    are none to choose from.
+    A regression of several numbers has values (n, K), several labels are (n, K) of 0 and 1, and a
+    custom target is numbers (n, ...) as they were given. ``classes`` are sorted and keep the type
+    of the values given; None where there are none to choose from.
     """
 
     task: Task
@@ -36,11 +43,13 @@ class Target:
     classes: np.ndarray | None
     name: str = "y"
     column: bool = False
-    """Whether numbers (n,) were given as (n, 1), in which shape losses and scores of the user's own see them."""
+    """Whether numbers (n,) were given as (n, 1), in which shape losses and scores of the user's own
+    see them."""
     transform: TargetTransform | None = None
     """What numbers become before they are standardised."""
     standardise: bool = True
-    """Whether numbers are standardised by the training rows of each fold: not for a loss of the user's own."""
+    """Whether numbers are standardised by the training rows of each fold: not for a loss of the
+    user's own."""
 
     def __len__(self) -> int:
         return len(self.values)
@@ -55,14 +64,22 @@ class Target:
         """What is predicted of a row."""
         if self.classes is not None:
             return f"{len(self.classes)} classes"
-        words = {"multilabel": "labels", "custom": "numbers, as they are"}.get(self.task, "numbers (regression)")
+        words = {"multilabel": "labels", "custom": "numbers, as they are"}.get(
+            self.task, "numbers (regression)"
+        )
         return words if self.values.ndim == 1 else f"{self.n_outputs} {words}"
 
     @property
     def override(self) -> str:
-        """The option that takes whole numbers the other way, in words; "" where there is no other way."""
+        """The option that takes whole numbers the other way, in words; "" where there is no other
+        way."""
         labels = self.labels
-        if self.task == "custom" or labels.ndim > 1 or labels.dtype.kind not in "iuf" or not _are_whole(labels):
+        if (
+            self.task == "custom"
+            or labels.ndim > 1
+            or labels.dtype.kind not in "iuf"
+            or not _are_whole(labels)
+        ):
             return ""
         other = ("classification", "classes") if self.classes is None else ("regression", "numbers")
         return "task={!r} takes them for {}".format(*other)
@@ -77,16 +94,19 @@ class Target:
         return replace(self, values=self.values[rows])
 
 
-def check_target(y: object, *, task: TaskWord | None = None, n_rows: int, name: str = "y") -> Target:
+def check_target(
+    y: object, *, task: TaskWord | None = None, n_rows: int, name: str = "y"
+) -> Target:
     """Return y, (n, ...), as class codes or numbers.
 
-    Without ``task``: text, booleans and at most 20 distinct whole numbers of which one repeats, integers or floats, are
-    classes; others are numbers. Of several columns, those of 0 and 1
+    Without ``task``: text, booleans and at most 20 distinct whole numbers of which one repeats,
+    integers or floats, are classes; others are numbers. Of several columns, those of 0 and 1
     are labels, others numbers; more axes are a custom target.
     """
     if task is not None and task not in TASKS:
         raise InputError(
-            f"task must be one of {', '.join(map(repr, TASKS))} or None, got {task!r}.{did_you_mean(task, TASKS)}"
+            f"task must be one of {', '.join(map(repr, TASKS))} or None, got "
+            f"{task!r}.{did_you_mean(task, TASKS)}"
         )
     given = target_array(y, name)
     column = given.ndim == 2 and given.shape[1] == 1
@@ -97,28 +117,40 @@ def check_target(y: object, *, task: TaskWord | None = None, n_rows: int, name: 
     if task == "custom" or values.ndim > 1:
         return _several(values[:, None] if column else values, task, name)
     if task == "multilabel":
-        raise InputError(f"task='multilabel' needs several columns of 0 and 1 in {name}, got one; leave task out.")
+        raise InputError(
+            f"task='multilabel' needs several columns of 0 and 1 in {name}, got one; leave task "
+            "out."
+        )
     if task == "regression" or (task is None and not _are_classes(values)):
         _check_numbers(values, "regression", name)
         return Target("regression", values.astype(np.float64), None, name, column)
     if not _are_whole(values):
         odd = values[values != np.rint(values)][0]
         remedy = "use task='regression', or cut them into classes"
-        raise InputError(f"task={task!r} needs classes in {name}, got continuous numbers such as {odd}; {remedy}.")
+        raise InputError(
+            f"task={task!r} needs classes in {name}, got continuous numbers such as {odd}; "
+            f"{remedy}."
+        )
     classes, codes = np.unique(values, return_inverse=True)
     if len(classes) < 2 and task is None and values.dtype.kind in "iuf":
         raise InputError(_ALL_EQUAL.format(name=name, value=classes[0].item()))
     if len(classes) < 2:
         remedy = "add rows of another class, or check the target's column"
-        raise InputError(f"{name} must have at least two classes, got only {classes[0].item()!r:.100}; {remedy}.")
+        raise InputError(
+            f"{name} must have at least two classes, got only {classes[0].item()!r:.100}; {remedy}."
+        )
     fitting: Task = "binary" if len(classes) == 2 else "multiclass"
     if task in ("binary", "multiclass") and task != fitting:
-        raise InputError(f"task={task!r} does not fit {name}, which has {len(classes)} classes; use task={fitting!r}.")
+        raise InputError(
+            f"task={task!r} does not fit {name}, which has {len(classes)} classes; use "
+            f"task={fitting!r}."
+        )
     return Target(fitting, codes.astype(np.int64), classes, name)
 
 
 def with_transform(target: Target, transform: TargetTransform | None) -> Target:
-    """Return a target with its transformation. Raises InputError for classes, and for values that it does not know."""
+    """Return a target with its transformation. Raises InputError for classes, and for values that
+    it does not know."""
     if transform is None:
         return target
     if target.task != "regression":
@@ -128,48 +160,66 @@ def with_transform(target: Target, transform: TargetTransform | None) -> Target:
     return replace(target, transform=transform)
 
 
-_ALL_EQUAL = "{name} is {value} in every row: there is nothing to predict; check the target's column."
+_ALL_EQUAL = (
+    "{name} is {value} in every row: there is nothing to predict; check the target's column."
+)
 
 
 def check_spread(target: Target) -> None:
-    """Raise InputError for numbers that are all equal, or of which one is so far off that the others seem equal."""
+    """Raise InputError for numbers that are all equal, or of which one is so far off that the
+    others seem equal."""
     if target.task != "regression" or target.transform is not None:
         return
     values = target.values.reshape(len(target), -1)
     if (np.ptp(values, 0) == 0).all():
         raise InputError(_ALL_EQUAL.format(name=target.name, value=values[0, 0]))
-    values = values / np.maximum(np.abs(values).max(0), np.finfo(np.float64).tiny)  # so that no square overflows
+    # so that no square overflows
+    values = values / np.maximum(np.abs(values).max(0), np.finfo(np.float64).tiny)
     low, middle, high = np.quantile(values, (0.25, 0.5, 0.75), axis=0)
-    if len(lost := np.flatnonzero((high > low) & (high - low < np.finfo(np.float32).eps * values.std(0)))):
+    if len(
+        lost := np.flatnonzero(
+            (high > low) & (high - low < np.finfo(np.float32).eps * values.std(0))
+        )
+    ):
         row = int(np.abs(values - middle)[:, lost[0]].argmax())
         raise InputError(
-            f"{target.name} has {target.values.reshape(values.shape)[row, lost[0]]:.4g} in row {row}, beside which "
-            "half of the other numbers are equal in single precision; correct it, leave that row out, or choose "
-            "a target_transform."
+            f"{target.name} has {target.values.reshape(values.shape)[row, lost[0]]:.4g} in row "
+            f"{row}, beside which half of the other numbers are equal in single precision; "
+            "correct it, leave that row out, or choose a target_transform."
         )
 
 
 def standardised(
-    target: Target, folds: Sequence[tuple[np.ndarray, np.ndarray]], weights: Sequence[np.ndarray | None]
+    target: Target,
+    folds: Sequence[tuple[np.ndarray, np.ndarray]],
+    weights: Sequence[np.ndarray | None],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[FittedTransform, ...]]:
-    """Return y, center (F, ...), scale (F, ...) and the transformation of each fold, () without one.
+    """Return y, center (F, ...), scale (F, ...) and the transformation of each fold, () without
+    one.
 
-    y is (n,) class codes, (F, n, ...) standardised numbers, or (1 or F, n, ...) as they are or are transformed.
-    ``weights`` (n,) of each fold count in the means and deviations, which are 1 where the numbers are constant.
+    y is (n,) class codes, (F, n, ...) standardised numbers, or (1 or F, n, ...) as they are or are
+    transformed.
+    ``weights`` (n,) of each fold count in the means and deviations, which are 1 where the numbers
+    are constant.
     """
-    zeros, ones, transforms = np.zeros(len(folds)), np.ones(len(folds)), tuple[FittedTransform, ...]()
+    zeros = np.zeros(len(folds))
+    ones = np.ones(len(folds))
+    transforms = tuple[FittedTransform, ...]()
     if target.classes is not None:
         return target.values, zeros, ones, ()
     values = target.values[None]
     if target.transform is not None:
-        transforms = tuple(fit_transform(target.transform, target.values[train]) for train, _ in folds)
+        transforms = tuple(
+            fit_transform(target.transform, target.values[train]) for train, _ in folds
+        )
         values = np.stack([fitted.forward(target.values) for fitted in transforms])
     if target.task != "regression" or not target.standardise:
         return values[..., None] if target.column else values, zeros, ones, transforms
     moments = []
     for f, ((train, _), weight) in enumerate(zip(folds, weights)):
         train = train if weight is None else train[weight[train] > 0]
-        y, counted = values[f % len(values), train], None if weight is None else weight[train]
+        y = values[f % len(values), train]
+        counted = None if weight is None else weight[train]
         mean = np.average(y, 0, weights=counted)
         deviation = np.sqrt(np.average((y - mean) ** 2, 0, weights=counted))
         # The standard deviation of a constant consists of rounding errors, not of 0.
@@ -181,28 +231,43 @@ def standardised(
 def _values(values: np.ndarray, name: str) -> np.ndarray:
     """Return an array (n, ...) as bool, integers, floats or text, nothing missing."""
     if values.ndim == 0 or 0 in values.shape:
-        raise InputError(f"{name} must be one value a row, got shape {values.shape}; pass an array of rows.")
+        raise InputError(
+            f"{name} must be one value a row, got shape {values.shape}; pass an array of rows."
+        )
     if values.ndim > 1 and values.dtype.kind in "OU":
         remedy = "tune one target at a time, or pass numbers"
         raise InputError(f"{name} holds text in several columns, shape {values.shape}; {remedy}.")
     if values.dtype.kind not in "biufUO":
-        raise InputError(f"{name} must hold numbers, booleans or text, got {values.dtype}; convert it.")
+        raise InputError(
+            f"{name} must hold numbers, booleans or text, got {values.dtype}; convert it."
+        )
     refuse_missing(values, name, "leave those rows out")
     if values.dtype.kind == "O":
         values = _from_objects(values, name)
     if values.dtype.kind == "f" and (bad := np.isinf(values)).any():
-        raise InputError(f"{name} must be finite, got {values[bad][0]} in row {_first_row(bad)}; leave that row out.")
+        raise InputError(
+            f"{name} must be finite, got {values[bad][0]} in row {_first_row(bad)}; leave that "
+            "row out."
+        )
     return values
 
 
-def refuse_missing(values: np.ndarray, name: str, remedy: str, place: Callable[[int], str] = "row {}".format) -> None:
-    """Raise InputError where one of the values (n,), of any type, is missing; ``place`` says where a row stands."""
-    lost = np.isnan(values) if values.dtype.kind in "biuf" else np.array([*map(is_missing, values)], dtype=bool)
+def refuse_missing(
+    values: np.ndarray, name: str, remedy: str, place: Callable[[int], str] = "row {}".format
+) -> None:
+    """Raise InputError where one of the values (n,), of any type, is missing; ``place`` says where
+    a row stands."""
+    lost = (
+        np.isnan(values)
+        if values.dtype.kind in "biuf"
+        else np.array([*map(is_missing, values)], dtype=bool)
+    )
     if lost.size and lost.all():
         raise InputError(f"{name} is missing in every row; check its values.")
     if lost.any():
         raise InputError(
-            f"{name} has {count(int(lost.sum()), 'missing value')} (the first in {place(_first_row(lost))}); {remedy}."
+            f"{name} has {count(int(lost.sum()), 'missing value')} (the first in "
+            f"{place(_first_row(lost))}); {remedy}."
         )
 
 
@@ -211,15 +276,20 @@ def _first_row(bad: np.ndarray) -> int:
 
 
 def target_array(y: object, name: str) -> np.ndarray:
-    """Return y as an array in its own type; a list of text, or of unlike values, holds Python objects."""
+    """Return y as an array in its own type; a list of text, or of unlike values, holds Python
+    objects."""
     from scipy.sparse import issparse
 
     if issparse(y):
-        raise InputError(f"{name} is a sparse matrix, and only dense targets are supported; pass y.toarray().")
+        raise InputError(
+            f"{name} is a sparse matrix, and only dense targets are supported; pass y.toarray()."
+        )
     if isinstance(y, Tensor):
         refuse_ragged(y, name)
         if y.is_meta:
-            raise InputError(f"{name} lies on the device 'meta', which holds no values; pass one that has them.")
+            raise InputError(
+                f"{name} lies on the device 'meta', which holds no values; pass one that has them."
+            )
         values = y.detach().cpu()
         short = values.is_floating_point() and values.dtype.itemsize < 4  # which NumPy lacks
         return np.asarray((values.float() if short else values).numpy())
@@ -234,7 +304,11 @@ def target_array(y: object, name: str) -> np.ndarray:
     except ValueError as error:  # of lists within the rows
         raise InputError(f"{name} has rows of different shapes. {pad_remedy(name)}") from error
     # Lists such as ["a", None] or [1, True] would become text or integers of their own accord.
-    return np.asarray(y, dtype=object) if not isinstance(y, np.ndarray) and array.dtype.kind in "UO" else array
+    return (
+        np.asarray(y, dtype=object)
+        if not isinstance(y, np.ndarray) and array.dtype.kind in "UO"
+        else array
+    )
 
 
 def _series(series: "nw.Series[Any]") -> np.ndarray:
@@ -245,20 +319,28 @@ def _series(series: "nw.Series[Any]") -> np.ndarray:
 
 
 def _several(values: np.ndarray, task: TaskWord | None, name: str) -> Target:
-    """Return several columns, or a custom target; without a task labels where all is 0 or 1, otherwise numbers."""
+    """Return several columns, or a custom target; without a task labels where all is 0 or 1,
+    otherwise numbers."""
     are_flags = values.dtype.kind != "U" and bool(np.isin(values, (0, 1)).all())
     if task is None and values.ndim == 2 and are_flags and (values.sum(1) == 1).all():
-        remedy = f"pass {name}.argmax(1) for classes, or task='multilabel' where each column is a label of its own"
+        remedy = (
+            f"pass {name}.argmax(1) for classes, or task='multilabel' where each column is a "
+            "label of its own"
+        )
         raise InputError(f"{name} is one-hot rows of shape {values.shape}: {remedy}.")
     task = task or ("custom" if values.ndim > 2 else "multilabel" if are_flags else "regression")
     _check_numbers(values, task, name)
     if task == "custom":
-        return Target(task, values if values.dtype.kind in "iuf" else values.astype(np.float64), None, name)
+        return Target(
+            task, values if values.dtype.kind in "iuf" else values.astype(np.float64), None, name
+        )
     if values.ndim == 2 and (task == "regression" or (task == "multilabel" and are_flags)):
         return Target(task, values.astype(np.float64), None, name)
     needs = "columns of 0 and 1" if task == "multilabel" else "one or several columns"
     remedy = f"it needs {needs}; leave task out, or say task='custom' and give a loss of your own"
-    raise InputError(f"task={task!r} does not fit {name}, an array of shape {values.shape}: {remedy}.")
+    raise InputError(
+        f"task={task!r} does not fit {name}, an array of shape {values.shape}: {remedy}."
+    )
 
 
 def _from_objects(values: np.ndarray, name: str) -> np.ndarray:
@@ -268,15 +350,22 @@ def _from_objects(values: np.ndarray, name: str) -> np.ndarray:
         except OverflowError as error:
             odd = next(value for value in values if not -(2**63) <= value < 2**63)
             remedy = "pass classes as text, numbers as floats"
-            raise InputError(f"{name} holds {odd}, which is beyond 64-bit integers; {remedy}.") from error
+            raise InputError(
+                f"{name} holds {odd}, which is beyond 64-bit integers; {remedy}."
+            ) from error
     kind, read = from_values(list(checked_labels(values, name)), name=name, untyped=False)
     if kind == "date":
-        raise InputError(f"{name} holds dates, which cannot be predicted; turn it into a number first.")
-    return read.astype(bool) if kind == "boolean" else read.astype(str) if kind == "category" else read
+        raise InputError(
+            f"{name} holds dates, which cannot be predicted; turn it into a number first."
+        )
+    return (
+        read.astype(bool) if kind == "boolean" else read.astype(str) if kind == "category" else read
+    )
 
 
 def are_soft_labels(target: Target) -> bool:
-    """Whether a target (n, K) is a probability of each class: no number is negative, and rows sum to one."""
+    """Whether a target (n, K) is a probability of each class: no number is negative, and rows sum
+    to one."""
     values = target.values
     if target.task != "regression" or values.ndim != 2 or values.shape[1] < 2:
         return False
@@ -291,9 +380,13 @@ def are_many_whole_numbers(target: Target) -> bool:
 
 
 def whole_numbers_words(target: Target) -> str:
-    """Return the remark on whole numbers that are predicted as numbers, with the option that changes it."""
+    """Return the remark on whole numbers that are predicted as numbers, with the option that
+    changes it."""
     distinct = f"{len(np.unique(target.values))} distinct whole numbers in {len(target)} rows"
-    why = f"more than the {MAX_CLASSES} that are taken for classes, so a number is predicted (regression)"
+    why = (
+        f"more than the {MAX_CLASSES} that are taken for classes, so a number is predicted "
+        "(regression)"
+    )
     return f"{target.name} has {distinct}, {why}. If they are classes, say task='classification'."
 
 
@@ -312,4 +405,6 @@ def _check_numbers(values: np.ndarray, task: str | None, name: str) -> None:
     if values.dtype.kind == "U":
         texts = values.ravel().tolist()
         odd = next((text for text in texts if not is_number(text)), texts[0])
-        raise InputError(f"task={task!r} needs numbers in {name}, got text such as {odd!r:.100}; convert it.")
+        raise InputError(
+            f"task={task!r} needs numbers in {name}, got text such as {odd!r:.100}; convert it."
+        )

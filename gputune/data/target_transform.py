@@ -1,8 +1,10 @@
-"""A transformation of the numbers to be predicted, fitted on the training rows of a fold and inverted in predictions.
+"""A transformation of the numbers to be predicted, fitted on the training rows of a fold and
+inverted in predictions.
 
-Source: sklearn.compose.TransformedTargetRegressor, whose transformer sees columns (n, K) and must be invertible.
-Departure: where a prediction has no inverse (a PowerTransformer has none of extreme ones), that of the nearest training
-target is taken, and not NaN.
+Source: sklearn.compose.TransformedTargetRegressor, whose transformer sees columns (n, K) and must
+    be invertible.
+Departure: where a prediction has no inverse (a PowerTransformer has none of extreme ones), that of
+the nearest training target is taken, and not NaN.
 """
 
 import warnings
@@ -42,7 +44,8 @@ _WORDS: Mapping[object, tuple[Callable[..., np.ndarray], Callable[[Tensor], Tens
 
 @dataclass(frozen=True)
 class FittedTransform:
-    """A word, or a transformer that is fitted, with the least and the largest of its training values, (2, K)."""
+    """A word, or a transformer that is fitted, with the least and the largest of its training
+    values, (2, K)."""
 
     how: TargetTransform
     ends: np.ndarray | None = None
@@ -53,7 +56,9 @@ class FittedTransform:
             return _WORDS[self.how][0](values)
         columns = np.asarray(self.how.transform(values.reshape(len(values), -1)), np.float64)
         if columns.size != values.size or not np.isfinite(columns).all():
-            raise ValueError(f"it makes {columns.shape} of {values.shape}, or numbers that are not finite")
+            raise ValueError(
+                f"it makes {columns.shape} of {values.shape}, or numbers that are not finite"
+            )
         return columns.reshape(values.shape)
 
     def inverse(self, values: Tensor) -> Tensor:
@@ -68,17 +73,24 @@ class FittedTransform:
             if not np.isfinite(inverted).all():
                 nearest = self.how.inverse_transform(np.clip(numbers, *self.ends))
                 inverted = np.where(np.isfinite(inverted), inverted, nearest)
-        return torch.from_numpy(np.where(finite, inverted, np.nan)).view(values.shape).to(values.device)
+        return (
+            torch.from_numpy(np.where(finite, inverted, np.nan))
+            .view(values.shape)
+            .to(values.device)
+        )
 
     def to_json(self) -> Json | str:
-        """Return the word, or class and fitted state of a transformer of scikit-learn's; InputError for another."""
+        """Return the word, or class and fitted state of a transformer of scikit-learn's; InputError
+        for another."""
         try:
             if isinstance(self.how, str):
                 return self.how
             return {"transformer": _plain(self.how, fitted=True), "ends": self.ends}
         except TypeError as error:
             remedy = f"choose {_CHOICES}, or keep the model in this process"
-            raise InputError(f"save() cannot write target_transform={self.how!r}, which {error}: {remedy}.") from None
+            raise InputError(
+                f"save() cannot write target_transform={self.how!r}, which {error}: {remedy}."
+            ) from None
 
     @staticmethod
     def from_json(value: Json | str) -> "FittedTransform":
@@ -93,12 +105,15 @@ class FittedTransform:
             fitted.inverse(torch.from_numpy(ends))
             fitted.to_json()
         except Exception as error:  # a transformer in an odd state may raise anything
-            raise ValueError(f"its target_transform does not work ({type(error).__name__}: {error})") from error
+            raise ValueError(
+                f"its target_transform does not work ({type(error).__name__}: {error})"
+            ) from error
         return fitted
 
 
 def fit_transform(transform: TargetTransform, values: np.ndarray) -> FittedTransform:
-    """Fit on the training values (n, ...) of a fold. Raises InputError where that fails; warns of a poor inverse."""
+    """Fit on the training values (n, ...) of a fold. Raises InputError where that fails; warns of a
+    poor inverse."""
     if isinstance(transform, str):
         return FittedTransform(transform)
     from sklearn.base import clone
@@ -111,13 +126,14 @@ def fit_transform(transform: TargetTransform, values: np.ndarray) -> FittedTrans
         back = fitted.inverse(torch.from_numpy(columns)).numpy().reshape(values.shape)
     except Exception as error:  # a transformer may raise anything
         raise InputError(
-            f"target_transform={transform!r} raised {type(error).__name__} on the training rows of a fold: "
-            f"{str(error).rstrip('.')}. Choose another one, or leave target_transform out."
+            f"target_transform={transform!r} raised {type(error).__name__} on the training rows "
+            f"of a fold: {str(error).rstrip('.')}. Choose another one, or leave target_transform "
+            "out."
         ) from error
     if not np.allclose(back, values):
         warn(
-            f"target_transform={transform!r}: its inverse_transform does not give the target back, so that no model "
-            "can predict it well; choose another one.",
+            f"target_transform={transform!r}: its inverse_transform does not give the target "
+            "back, so that no model can predict it well; choose another one.",
             InputWarning,
         )
     return fitted
@@ -128,9 +144,16 @@ def check_values(transform: TargetTransform, values: np.ndarray, name: str) -> N
     lowest = _WORDS[transform][2] if isinstance(transform, str) else -np.inf
     if not (bad := values <= lowest).any():
         return
-    other = "'log1p' (all above -1)" if lowest == 0 and (values > -1).all() else "a PowerTransformer"
-    why = f"and {bad.sum()} of {bad.size} are not, the least {values.min():g}; choose {other}, or leave it out"
-    raise InputError(f"target_transform={transform!r} needs numbers above {lowest:g} in {name}, {why}.")
+    other = (
+        "'log1p' (all above -1)" if lowest == 0 and (values > -1).all() else "a PowerTransformer"
+    )
+    why = (
+        f"and {bad.sum()} of {bad.size} are not, the least {values.min():g}; choose {other}, or "
+        "leave it out"
+    )
+    raise InputError(
+        f"target_transform={transform!r} needs numbers above {lowest:g} in {name}, {why}."
+    )
 
 
 def check_transform(name: str, value: object) -> "TargetTransform | None":
@@ -138,7 +161,9 @@ def check_transform(name: str, value: object) -> "TargetTransform | None":
     if value is None or (isinstance(value, str) and value in TRANSFORMS) or _is_transformer(value):
         return cast("TargetTransform | None", value)
     near = did_you_mean(value, TRANSFORMS) if isinstance(value, str) else ""
-    raise InputError(f"{name} must be {_CHOICES} that has an inverse_transform, or None, got {value!r}.{near}")
+    raise InputError(
+        f"{name} must be {_CHOICES} that has an inverse_transform, or None, got {value!r}.{near}"
+    )
 
 
 def _is_transformer(value: object) -> bool:
@@ -147,7 +172,8 @@ def _is_transformer(value: object) -> bool:
 
 
 def transform_to_json(transform: TargetTransform | None) -> Json | str | None:
-    """Return what a study's file knows of a transformation; of another object than scikit-learn's its text alone."""
+    """Return what a study's file knows of a transformation; of another object than scikit-learn's
+    its text alone."""
     if transform is None or isinstance(transform, str):
         return transform
     try:
@@ -162,7 +188,8 @@ def is_known(recorded: Json | str | None) -> bool:
 
 
 def transform_from_json(value: Json | str) -> TargetTransform:
-    """Return a transformation of a study's file, not fitted, or of a model's; ValueError for what there is not."""
+    """Return a transformation of a study's file, not fitted, or of a model's; ValueError for what
+    there is not."""
     if isinstance(value, str) and value in TRANSFORMS:
         return value
     transformer = _from_plain(value)
@@ -172,7 +199,8 @@ def transform_from_json(value: Json | str) -> TargetTransform:
 
 
 def _plain(value: object, *, fitted: bool) -> Json:
-    """Return an object of sklearn.preprocessing as its class and parameters, or fitted state; TypeError for others."""
+    """Return an object of sklearn.preprocessing as its class and parameters, or fitted state;
+    TypeError for others."""
     import sklearn.preprocessing
 
     kind = type(value)
@@ -180,11 +208,16 @@ def _plain(value: object, *, fitted: bool) -> Json:
         raise TypeError(f"is no transformer of sklearn.preprocessing but a {kind.__name__}")
     assert isinstance(value, sklearn.base.BaseEstimator)  # all of them are
     parts: dict[str, object] = value.__getstate__() if fitted else value.get_params(deep=False)
-    return {"class": kind.__name__, "state" if fitted else "params": {k: _part(v) for k, v in parts.items()}}
+    return {
+        "class": kind.__name__,
+        "state" if fitted else "params": {k: _part(v) for k, v in parts.items()},
+    }
 
 
 def _part(value: object) -> object:
-    if value is None or isinstance(value, bool | int | float | str | tuple | np.generic | np.ndarray):
+    if value is None or isinstance(
+        value, bool | int | float | str | tuple | np.generic | np.ndarray
+    ):
         return value
     if isinstance(value, dict):
         return {"dict": {name: _part(part) for name, part in value.items()}}
@@ -194,7 +227,8 @@ def _part(value: object) -> object:
 
 
 def _from_plain(value: object) -> object:
-    """Return what ``_part`` wrote; nothing but classes of sklearn.preprocessing and ufuncs of NumPy is made."""
+    """Return what ``_part`` wrote; nothing but classes of sklearn.preprocessing and ufuncs of NumPy
+    is made."""
     if not isinstance(value, dict):
         return value
     if "dict" in value:
@@ -210,7 +244,10 @@ def _from_plain(value: object) -> object:
     kind = vars(sklearn.preprocessing)[name] if name in sklearn.preprocessing.__all__ else None
     if not isinstance(kind, type):
         raise ValueError(f"sklearn.preprocessing has no {name!r}")
-    parts = {name: _from_plain(part) for name, part in value["params" if "params" in value else "state"].items()}
+    parts = {
+        name: _from_plain(part)
+        for name, part in value["params" if "params" in value else "state"].items()
+    }
     if "params" in value:
         return kind(**parts)
     made: Any = object.__new__(kind)

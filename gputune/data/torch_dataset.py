@@ -14,7 +14,8 @@ Bar = Callable[[Sequence[int]], Iterable[int]]
 
 
 def read_dataset(dataset: "Dataset[object]", y: object, bar: Bar = iter) -> tuple[object, object]:
-    """Return X and y of a map-style dataset of torch's, whose items are (inputs, target), read once, behind a ``bar``.
+    """Return X and y of a map-style dataset of torch's, whose items are (inputs, target), read
+    once, behind a ``bar``.
 
     With ``y`` given, all of an item is inputs. A TensorDataset gives its tensors as they are.
     """
@@ -35,12 +36,13 @@ def read_dataset(dataset: "Dataset[object]", y: object, bar: Bar = iter) -> tupl
             item = dataset[place]
         except Exception as error:
             raise InputError(
-                f"item {place} of X, a {name}, raised {type(error).__name__}: {error}. Mend it, or leave it out: "
-                "torch.utils.data.Subset."
+                f"item {place} of X, a {name}, raised {type(error).__name__}: {error}. Mend it, "
+                "or leave it out: torch.utils.data.Subset."
             ) from error
         if any(map(is_image, item if isinstance(item, list | tuple) else [item])):
             remedy = (
-                "let the dataset give tensors, of one size, for example transform=torchvision.transforms.ToTensor()"
+                "let the dataset give tensors, of one size, for example "
+                "transform=torchvision.transforms.ToTensor()"
             )
             raise InputError(f"item {place} of X, a {name}, is a PIL image; {remedy}.")
         items.append(item)
@@ -49,24 +51,32 @@ def read_dataset(dataset: "Dataset[object]", y: object, bar: Bar = iter) -> tupl
     except (RuntimeError, TypeError, KeyError) as error:
         reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
         raise InputError(
-            f"the items of X, a {name}, cannot be stacked: {reason}. All must have one shape; pad them, or let the "
-            "dataset give tensors."
+            f"the items of X, a {name}, cannot be stacked: {reason}. All must have one shape; pad "
+            "them, or let the dataset give tensors."
         ) from error
 
 
 def read_inputs(dataset: "Dataset[object]", number: int) -> Any:
-    """Return the ``number`` of inputs of a dataset whose items are inputs, or pairs (inputs, target); see above."""
+    """Return the ``number`` of inputs of a dataset whose items are inputs, or pairs (inputs,
+    target); see above."""
     inputs, _ = read_dataset(dataset, ())
-    if isinstance(inputs, tuple) and len(inputs) == 2 and (number == 1 or not isinstance(inputs[0], Tensor)):
+    if (
+        isinstance(inputs, tuple)
+        and len(inputs) == 2
+        and (number == 1 or not isinstance(inputs[0], Tensor))
+    ):
         inputs = inputs[0]
     return tuple(inputs) if isinstance(inputs, list) else inputs
 
 
 def _split(item: object, y: object, name: str) -> tuple[object, object]:
-    """Return inputs and target of what the items are when they are stacked; several inputs are a tuple."""
+    """Return inputs and target of what the items are when they are stacked; several inputs are a
+    tuple."""
     if y is None:
         if not isinstance(item, list | tuple) or len(item) != 2:
-            raise InputError(f"y is missing: the items of X, a {name}, are no pairs (inputs, target); pass y.")
+            raise InputError(
+                f"y is missing: the items of X, a {name}, are no pairs (inputs, target); pass y."
+            )
         item, y = item
     if isinstance(item, list):
         item = tuple(item) if len(item) > 1 else item[0]

@@ -19,8 +19,10 @@ ClassWeight = Literal["balanced"] | Mapping[Any, float] | None
 class Weights:
     """Checked weights: ``rows`` (n,) and ``classes`` (K,) float64, each None where all are one.
 
-    ``classes="balanced"``: each class weighs as much as another among the training rows of the fold. Where they are
-    ``of_target``, a target is standardised by them too, and a class whose rows weigh nothing takes no part.
+    ``classes="balanced"``: each class weighs as much as another among the training rows of the
+    fold. Where they are
+    ``of_target``, a target is standardised by them too, and a class whose rows weigh nothing takes
+    no part.
     """
 
     rows: np.ndarray | None
@@ -29,16 +31,27 @@ class Weights:
 
     def for_fold(self, target: Target, train: np.ndarray) -> np.ndarray | None:
         """Return (n,) float64 for all rows, those outside ``train`` too; None where all are one."""
-        weights, per_class = self.rows, self.classes
-        if isinstance(per_class, str):  # n / (classes present * rows of the class). Source: compute_class_weight
-            counts = np.bincount(target.values[train], None if weights is None else weights[train], target.n_outputs)
-            per_class = np.where(counts > 0, counts.sum() / ((counts > 0).sum() * np.where(counts > 0, counts, 1)), 1.0)
+        weights = self.rows
+        per_class = self.classes
+        # n / (classes present * rows of the class). Source: compute_class_weight
+        if isinstance(per_class, str):
+            counts = np.bincount(
+                target.values[train], None if weights is None else weights[train], target.n_outputs
+            )
+            per_class = np.where(
+                counts > 0,
+                counts.sum() / ((counts > 0).sum() * np.where(counts > 0, counts, 1)),
+                1.0,
+            )
         if per_class is not None:
             weights = per_class[target.values] * (1.0 if weights is None else weights)
         if weights is None or (weights == 1.0).all():
             return None
         if weights[train].sum() <= 0:
-            raise InputError("the weights of a fold's training rows add up to 0; give some of them a positive weight.")
+            raise InputError(
+                "the weights of a fold's training rows add up to 0; give some of them a positive "
+                "weight."
+            )
         return weights
 
 
@@ -55,14 +68,19 @@ def _check_rows(sample_weight: object, target: Target) -> np.ndarray:
     try:
         weights = np.array(sample_weight, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise InputError(f"sample_weight must hold one number a row, got {sample_weight!r:.60}.") from error
+        raise InputError(
+            f"sample_weight must hold one number a row, got {sample_weight!r:.60}."
+        ) from error
     if weights.shape != (len(target),):
         got = f"got shape {weights.shape}"
-        raise InputError(f"sample_weight must have one number a row, shape ({len(target)},), {got}.")
+        raise InputError(
+            f"sample_weight must have one number a row, shape ({len(target)},), {got}."
+        )
     if (bad := ~(np.isfinite(weights) & (weights >= 0))).any():
         raise InputError(
-            f"sample_weight must be finite and not negative, got {weights[bad][0]} in row {int(bad.argmax())}; "
-            "weight 0 takes a row out of the loss (leave it out of the data to ignore it in all else)."
+            f"sample_weight must be finite and not negative, got {weights[bad][0]} in row "
+            f"{int(bad.argmax())}; weight 0 takes a row out of the loss (leave it out of the data "
+            "to ignore it in all else)."
         )
     return weights
 
@@ -74,7 +92,10 @@ def _check_classes(class_weight: ClassWeight, target: Target) -> np.ndarray | Li
     if class_weight == "balanced":
         return "balanced"
     if not isinstance(class_weight, Mapping):
-        raise InputError(f"class_weight must be None, 'balanced' or a dict from class to weight, got {class_weight!r}.")
+        raise InputError(
+            "class_weight must be None, 'balanced' or a dict from class to weight, got "
+            f"{class_weight!r}."
+        )
     classes = target.classes.tolist()
     weights = np.ones(len(classes))
     texts = {text_of(one): one for one in classes}  # a command line has nothing else
@@ -82,8 +103,15 @@ def _check_classes(class_weight: ClassWeight, target: Target) -> np.ndarray | Li
         label = texts.get(name, name) if isinstance(name, str) else name
         if label not in classes:
             known = ", ".join(map(repr, classes[:8]))
-            raise InputError(f"class_weight has the class {label!r}, which {target.name} has not: {known}.")
-        if not isinstance(weight, int | float | np.number) or not (np.isfinite(weight) and weight >= 0):
-            raise InputError(f"class_weight must be finite and not negative, got {weight!r} for the class {label!r}.")
+            raise InputError(
+                f"class_weight has the class {label!r}, which {target.name} has not: {known}."
+            )
+        if not isinstance(weight, int | float | np.number) or not (
+            np.isfinite(weight) and weight >= 0
+        ):
+            raise InputError(
+                f"class_weight must be finite and not negative, got {weight!r} for the class "
+                f"{label!r}."
+            )
         weights[classes.index(label)] = weight
     return weights

@@ -1,7 +1,9 @@
-"""A chunk in the middle of its training, in a file beside the study: what a stopped search goes on from.
+"""A chunk in the middle of its training, in a file beside the study: what a stopped search goes on
+from.
 
-A file says which search, trials and configurations it belongs to, and carries a checksum of its content. It appears
-whole or not at all, and is gone when its trials have ended. Also where the states of trials wait for their next rung.
+A file says which search, trials and configurations it belongs to, and carries a checksum of its
+content. It appears whole or not at all, and is gone when its trials have ended. Also where the
+states of trials wait for their next rung.
 """
 
 import errno
@@ -36,7 +38,8 @@ _NAME = re.compile(r"\d+-[0-9a-f]{16}\.(safetensors|tmp)")
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """Trials (by number) after so many epochs: ``curves`` (C, epochs, F), and the state of those still ``alive``."""
+    """Trials (by number) after so many epochs: ``curves`` (C, epochs, F), and the state of those
+    still ``alive``."""
 
     trials: tuple[int, ...]
     alive: tuple[int, ...]  # positions in ``trials``
@@ -46,34 +49,49 @@ class Checkpoint:
 
 
 class CheckpointFolder:
-    """The checkpoints of one search. ``identity`` is a digest of all that its numbers depend on but the trials."""
+    """The checkpoints of one search. ``identity`` is a digest of all that its numbers depend on but
+    the trials."""
 
     def __init__(self, folder: Path, identity: str) -> None:
-        self.folder, self.identity = folder.absolute(), identity  # wherever this process goes meanwhile
-        self._trials: dict[Path, set[int]] = {}  # of each file that there may be, those that have not ended
+        # wherever this process goes meanwhile
+        self.folder = folder.absolute()
+        self.identity = identity
+        # of each file that there may be, those that have not ended
+        self._trials: dict[Path, set[int]] = {}
 
     def path(self, trials: Sequence[int]) -> Path:
-        """Return where the checkpoint of these trials lies, and remember to remove it when they have ended."""
+        """Return where the checkpoint of these trials lies, and remember to remove it when they
+        have ended."""
         name = hashlib.sha256(json.dumps(list(trials)).encode()).hexdigest()[:16]
         path = self.folder / f"{min(trials)}-{name}.safetensors"
         self._trials.setdefault(path, set(trials))
         return path
 
     def write(self, checkpoint: Checkpoint, configs: Sequence[Config]) -> None:
-        """Keep a checkpoint in the place of an older one of the same trials. Raises OSError where it cannot."""
-        tensors = {str(i): buffer.cpu().contiguous() for i, buffer in enumerate(checkpoint.state.buffers)}
+        """Keep a checkpoint in the place of an older one of the same trials. Raises OSError where
+        it cannot."""
+        tensors = {
+            str(i): buffer.cpu().contiguous() for i, buffer in enumerate(checkpoint.state.buffers)
+        }
         tensors["curves"] = torch.from_numpy(np.ascontiguousarray(checkpoint.curves))
         facts = {key: getattr(checkpoint, key) for key in ("trials", "alive", "seconds")}
-        facts |= {"format": _FORMAT, "search": self.identity, "configs": _digest_of_configs(configs)}
+        facts |= {
+            "format": _FORMAT,
+            "search": self.identity,
+            "configs": _digest_of_configs(configs),
+        }
         text = json.dumps({**facts, "epoch": checkpoint.state.epoch})
         path = self.path(checkpoint.trials)
-        draft, size = path.with_suffix(".tmp"), sum(tensor.nbytes for tensor in tensors.values())
+        draft = path.with_suffix(".tmp")
+        size = sum(tensor.nbytes for tensor in tensors.values())
         for _ in range(_TRIES):
             self.folder.mkdir(mode=0o700, exist_ok=True)
             # Another process may remove the folder as long as nothing is in it.
             with suppress(FileNotFoundError):
                 if shutil.disk_usage(self.folder).free < size + _RESERVE:
-                    raise OSError(errno.ENOSPC, f"it would leave less than {_RESERVE >> 20} MB for results")
+                    raise OSError(
+                        errno.ENOSPC, f"it would leave less than {_RESERVE >> 20} MB for results"
+                    )
                 draft.unlink(missing_ok=True)  # of a write that was killed; a link is not followed
                 draft.touch(mode=0o600, exist_ok=False)
                 break
@@ -85,25 +103,29 @@ class CheckpointFolder:
         flush(self.folder)
 
     def read(self, configs: Mapping[int, Config]) -> list[Checkpoint]:
-        """Return the checkpoints of trials that all still wait, by the number of each its configuration.
+        """Return the checkpoints of trials that all still wait, by the number of each its
+        configuration.
 
         A file that is damaged, or of another search, is left out with one warning for all.
         """
-        checkpoints, ignored = [], []
+        checkpoints = []
+        ignored = []
         for path in sorted(self.folder.glob("*.safetensors")):
             if not (_NAME.fullmatch(path.name) and path.is_file()):
                 continue
             try:
                 checkpoint = self._read(path, configs)
             except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-                ignored.append(f"{path.name!r} {error if type(error) is ValueError else 'is damaged'}")
+                ignored.append(
+                    f"{path.name!r} {error if type(error) is ValueError else 'is damaged'}"
+                )
                 continue
             self.path(checkpoint.trials)
             checkpoints.append(checkpoint)
         if ignored:
             warn(
-                f"{len(ignored)} of the checkpoints in {str(self.folder)!r} cannot be used ({ignored[0]}); what they "
-                "are of is trained from its start."
+                f"{len(ignored)} of the checkpoints in {str(self.folder)!r} cannot be used "
+                f"({ignored[0]}); what they are of is trained from its start."
             )
         return checkpoints
 
@@ -122,10 +144,13 @@ class CheckpointFolder:
             raise ValueError("is of other configurations")
         curves = tensors.pop("curves").numpy()
         buffers = tuple(tensors[str(i)] for i in range(len(tensors)))
-        return Checkpoint(trials, tuple(facts["alive"]), curves, State(facts["epoch"], buffers), facts["seconds"])
+        return Checkpoint(
+            trials, tuple(facts["alive"]), curves, State(facts["epoch"], buffers), facts["seconds"]
+        )
 
     def drop(self, ended: Iterable[int]) -> None:
-        """Remove the files of which no trial trains any more, and the folder with the last of them."""
+        """Remove the files of which no trial trains any more, and the folder with the last of
+        them."""
         ended = set(ended)
         for path, trials in list(self._trials.items()):
             trials -= ended
@@ -135,7 +160,8 @@ class CheckpointFolder:
         self._remove()
 
     def clear(self) -> None:
-        """Remove all files, also those that could not be used: no trial of the search waits any more."""
+        """Remove all files, also those that could not be used: no trial of the search waits any
+        more."""
         with suppress(OSError):  # there is no folder
             self._remove(*(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)))
 
@@ -147,7 +173,8 @@ class CheckpointFolder:
 
 @dataclass(frozen=True)
 class Checkpointing:
-    """How the chunks of a job keep their state: ``numbers`` are those of its trials, by their place in the search."""
+    """How the chunks of a job keep their state: ``numbers`` are those of its trials, by their place
+    in the search."""
 
     folder: CheckpointFolder
     numbers: tuple[int, ...]
@@ -158,14 +185,16 @@ class Checkpointing:
         self.folder.path([self.numbers[i] for i in index])
 
     def keep(self, checkpoint: Checkpoint, configs: Sequence[Config]) -> float:
-        """Write a checkpoint, or warn where it cannot be written; return the seconds until the next is due."""
+        """Write a checkpoint, or warn where it cannot be written; return the seconds until the next
+        is due."""
         begin = time.monotonic()
         try:
             self.folder.write(checkpoint, configs)
         except OSError as error:
             warn(
-                f"no checkpoint could be written in {str(self.folder.folder)!r} ({error}). The training goes on; "
-                "were it stopped now, more of it would be repeated. Make room on the disk."
+                f"no checkpoint could be written in {str(self.folder.folder)!r} ({error}). The "
+                "training goes on; were it stopped now, more of it would be repeated. Make room "
+                "on the disk."
             )
         return max(self.seconds, pause_after(time.monotonic() - begin))
 
@@ -197,10 +226,12 @@ def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 class StateCache:
-    """Where the states of trials wait for their next rung: in memory up to a limit, then in files that go with it."""
+    """Where the states of trials wait for their next rung: in memory up to a limit, then in files
+    that go with it."""
 
     def __init__(self, limit: int) -> None:
-        self.limit, self.size = limit, 0
+        self.limit = limit
+        self.size = 0
         self.states: dict[int, State | Path] = {}
         self.folder: Path | None = None
         self.end = ExitStack()
@@ -210,7 +241,9 @@ class StateCache:
         if self.size + state.nbytes <= self.limit:
             self.size += state.nbytes
             # A copy of its own: a row of a chunk would keep the whole chunk alive.
-            self.states[trial] = State(state.epoch, tuple(buffer.clone() for buffer in state.buffers))
+            self.states[trial] = State(
+                state.epoch, tuple(buffer.clone() for buffer in state.buffers)
+            )
             return
         if self.folder is None:
             self.folder = self.end.enter_context(scratch_folder())
@@ -220,8 +253,9 @@ class StateCache:
             _save(tensors, path, {"epoch": str(state.epoch)})
         except OSError as error:
             raise OSError(
-                f"no room for the states of trials that wait for their rung: {str(path.parent)!r} takes no more "
-                f"({error}). Make room there, let TMPDIR name a folder of a larger disk, or allow more memory=."
+                f"no room for the states of trials that wait for their rung: {str(path.parent)!r} "
+                f"takes no more ({error}). Make room there, let TMPDIR name a folder of a larger "
+                "disk, or allow more memory=."
             ) from error
         self.states[trial] = path
 
@@ -234,7 +268,8 @@ class StateCache:
             return State(int(file.metadata()["epoch"]), buffers)
 
     def take(self, trials: Sequence[int]) -> State:
-        """Return the states of some trials, all after one number of epochs, and keep them no longer."""
+        """Return the states of some trials, all after one number of epochs, and keep them no
+        longer."""
         states = [self.look(trial) for trial in trials]
         for trial in trials:
             self.drop(trial)

@@ -1,8 +1,10 @@
-"""A chunk whose members each train through a whole epoch in compiled code, one after another on every core.
+"""A chunk whose members each train through a whole epoch in compiled code, one after another on
+every core.
 
-A small network with its moments fits into a core's cache: there it takes all steps of an epoch, with nothing between
-them but arithmetic. Members need no common batch size, and no step that others have is idle for them. The numbers of
-a member depend neither on its company nor on the number of threads, bit for bit.
+A small network with its moments fits into a core's cache: there it takes all steps of an epoch,
+with nothing between them but arithmetic. Members need no common batch size, and no step that others
+have is idle for them. The numbers of a member depend neither on its company nor on the number of
+threads, bit for bit.
 """
 
 import ctypes
@@ -15,7 +17,15 @@ import torch
 from torch import Tensor
 
 from gputune.engine.mlp import StackedMLP, dropout_draw
-from gputune.native.library import ACTIVATIONS, NUMBER_LOSSES, OPTIMIZERS, ROW_SCORES, Work, library, make_work
+from gputune.native.library import (
+    ACTIVATIONS,
+    NUMBER_LOSSES,
+    OPTIMIZERS,
+    ROW_SCORES,
+    Work,
+    library,
+    make_work,
+)
 from gputune.optimizers.rules import SCHEDULES, n_moments
 from gputune.population.batches import row_order
 from gputune.population.population import Network, hidden_widths
@@ -26,14 +36,20 @@ Array: TypeAlias = Tensor | None
 
 
 class CompiledChunk:
-    """Parameters and moments of a chunk in the flat buffers of its network, and what the compiled code is told."""
+    """Parameters and moments of a chunk in the flat buffers of its network, and what the compiled
+    code is told."""
 
-    def __init__(self, network: Network, validation: Validation, *, seed: int, horizon: int) -> None:
+    def __init__(
+        self, network: Network, validation: Validation, *, seed: int, horizon: int
+    ) -> None:
         assert isinstance(network, StackedMLP)
         self.network: StackedMLP = network
-        self.validation, self.seed, self.horizon = validation, seed, horizon
+        self.validation = validation
+        self.seed = seed
+        self.horizon = horizon
         data, scoring = self.data, self.scoring = validation.data, validation.scoring
-        # How a score follows from what compiled code computes of each row; None where it is of outputs.
+        # How a score follows from what compiled code computes of each row; None where it is of
+        # outputs.
         score = None if scoring is None or scoring.others or data.transforms else scoring.score
         self.row_mean = None if score is None else ROW_MEANS.get(score)
         configs = self.configs = list(network.configs)
@@ -90,14 +106,21 @@ class CompiledChunk:
             "loss": NUMBER_LOSSES.index(self.network.loss),
             "row_score": 0 if self.row_mean is None else ROW_SCORES.index(self.row_mean.of_row),
         }
-        rows = {"decay": "weight_decay", **{key: key for key in ("lr", "momentum", "dropout", "ema")}}
+        rows = {
+            "decay": "weight_decay",
+            **{key: key for key in ("lr", "momentum", "dropout", "ema")},
+        }
         sizes = [min(config["batch_size"], self.numbers["longest"]) for config in self.configs]
         first, second, *_ = [*self.moments[: len(self.moments) - self.averages], None, None]
         self.sizes = np.array(sizes, dtype=np.int64)
-        self.steps = -(-self.lengths[:, None] // np.minimum(self.sizes, self.lengths[:, None]))  # (F, C)
+        # (F, C)
+        self.steps = -(-self.lengths[:, None] // np.minimum(self.sizes, self.lengths[:, None]))
         self.arrays: dict[str, Array] = {
             **self.fixed,
-            **{k: self.place([float(config[key]) for config in self.configs]) for k, key in rows.items()},
+            **{
+                k: self.place([float(config[key]) for config in self.configs])
+                for k, key in rows.items()
+            },
             "widths": self.place([hidden_widths(config) for config in self.configs]),
             "loss_number": self.place([self.network.loss_number]),
             "sizes": self.place(self.sizes),
@@ -106,7 +129,8 @@ class CompiledChunk:
             "first": first,
             "second": second,
             "average": self.moments[-1] if self.averages else None,
-            # The longest first, and of those one fold after another, whose rows are then in the cache.
+            # The longest first, and of those one fold after another, whose rows are then in the
+            # cache.
             "queue": self.place(np.argsort(-self.steps.flatten(), kind="stable")),
             **dict.fromkeys(("draws", "draw_start", "draw_rows")),
             "nanoseconds": self.nanoseconds,
@@ -114,8 +138,11 @@ class CompiledChunk:
         }
 
     def room(self, epochs: int) -> dict[str, Array]:
-        """Return where scores are computed from, after each of some epochs: means over rows, or outputs."""
-        data, trials, room = self.data, len(self.configs), dict[str, Array](scored=None, means=None)
+        """Return where scores are computed from, after each of some epochs: means over rows, or
+        outputs."""
+        data = self.data
+        trials = len(self.configs)
+        room = dict[str, Array](scored=None, means=None)
         if self.row_mean is not None:
             shape = epochs, data.n_folds, trials
             room["means"] = torch.empty(shape, dtype=torch.float64, device=data.device)
@@ -141,25 +168,42 @@ class CompiledChunk:
         return float(scoring / max(1, training + scoring))
 
     def advance(self, epoch: int) -> None:
-        """Train for one epoch, and compute the outputs on the validation rows where there is a scoring."""
+        """Train for one epoch, and compute the outputs on the validation rows where there is a
+        scoring."""
         arrays = {**self.arrays, "order": row_order(self.data, self.seed, epoch).contiguous()}
         if self.network.rates is not None:
-            # The uniform draws of dropout: of each step, layer by layer, for the longest minibatch that it has.
-            depth, width, rows = self.network.depth, self.network.hidden, self.draw_rows()
-            keys = [((epoch, step), layer, int(n)) for step, n in enumerate(rows) for layer in range(depth)]
-            arrays["draws"] = torch.cat([dropout_draw(self.seed, *key, width).flatten() for key in keys])
-            arrays["draw_start"] = self.place(np.cumsum([0, *(rows * depth * width)[:-1]], dtype=np.int64))
+            # The uniform draws of dropout: of each step, layer by layer, for the longest minibatch
+            # that it has.
+            depth = self.network.depth
+            width = self.network.hidden
+            rows = self.draw_rows()
+            keys = [
+                ((epoch, step), layer, int(n))
+                for step, n in enumerate(rows)
+                for layer in range(depth)
+            ]
+            arrays["draws"] = torch.cat(
+                [dropout_draw(self.seed, *key, width).flatten() for key in keys]
+            )
+            arrays["draw_start"] = self.place(
+                np.cumsum([0, *(rows * depth * width)[:-1]], dtype=np.int64)
+            )
             arrays["draw_rows"] = self.place(rows)
         _run(library(self.data.dtype), {**self.numbers, "epoch": epoch}, arrays)
 
     def draw_rows(self) -> np.ndarray:
         """Return the longest minibatch that each step has, (steps,), for which dropout draws."""
         steps = range(int(self.steps.max()))
-        return np.array([self.sizes[(self.steps > step).any(0)].max() for step in steps], dtype=np.int64)
+        return np.array(
+            [self.sizes[(self.steps > step).any(0)].max() for step in steps], dtype=np.int64
+        )
 
     def scores(self) -> np.ndarray:
-        """Return the scores (C, epochs, F) of all members, each on the validation rows of its fold."""
-        means, written, trials = self.arrays["means"], self.arrays["scored"], len(self.configs)
+        """Return the scores (C, epochs, F) of all members, each on the validation rows of its
+        fold."""
+        means = self.arrays["means"]
+        written = self.arrays["scored"]
+        trials = len(self.configs)
         sizes = np.diff(self.starts).tolist()
         numbers = [size * trials * self.data.n_outputs for size in sizes]
         outputs = [
@@ -168,9 +212,14 @@ class CompiledChunk:
         ]
         if means is None or self.row_mean is None:
             params = self.network.blocks.views(self.scored)
-            scores = np.stack([self.validation.scores(self.network, params, trials, one) for one in outputs], 1)
+            scores = np.stack(
+                [self.validation.scores(self.network, params, trials, one) for one in outputs], 1
+            )
         else:  # of (epochs, F, C)
-            of_folds = [self.row_mean.score(mean, target) for mean, target in zip(means.unbind(1), self.targets)]
+            of_folds = [
+                self.row_mean.score(mean, target)
+                for mean, target in zip(means.unbind(1), self.targets)
+            ]
             stacked = torch.stack(of_folds, -1).movedim(1, 0)
             scores = torch.where(stacked.isfinite(), stacked, torch.nan).cpu().numpy()
         self.validation.outputs = outputs
@@ -183,7 +232,8 @@ class CompiledChunk:
         places = np.flatnonzero(stays).tolist()
         self.alive = [self.alive[i] for i in places]
         if places:
-            blocks, keep = self.network.blocks, torch.tensor(places).to(self.flat.device)
+            blocks = self.network.blocks
+            keep = torch.tensor(places).to(self.flat.device)
             self.flat = blocks.select(self.flat, keep)
             self.moments = tuple(blocks.select(moment, keep) for moment in self.moments)
             self.network = self.network.subset(places)
@@ -196,7 +246,9 @@ def _run(library: ctypes.CDLL, numbers: Mapping[str, int], arrays: Mapping[str, 
 
     They are threads even where there is one, so that this one hears signals while they compute.
     """
-    taken, stop, failed = ctypes.c_int64(0), ctypes.c_int32(0), list[bool]()
+    taken = ctypes.c_int64(0)
+    stop = ctypes.c_int32(0)
+    failed = list[bool]()
 
     def train(work: Work, _held: Mapping[str, Array], ended: threading.Event) -> None:
         torch.set_flush_denormal(True)  # each thread has its own setting
@@ -206,10 +258,13 @@ def _run(library: ctypes.CDLL, numbers: Mapping[str, int], arrays: Mapping[str, 
         finally:
             ended.set()
 
-    # Each thread holds what it computes on, and says itself that it has ended: join() takes a thread for ended once
-    # a signal's handler has raised inside of it.
+    # Each thread holds what it computes on, and says itself that it has ended: join() takes a
+    # thread for ended once a signal's handler has raised inside of it.
     ends = [threading.Event() for _ in range(torch.get_num_threads())]
-    threads = [threading.Thread(target=train, args=(make_work(numbers, arrays), arrays, end)) for end in ends]
+    threads = [
+        threading.Thread(target=train, args=(make_work(numbers, arrays), arrays, end))
+        for end in ends
+    ]
     try:
         for thread in threads:
             thread.start()

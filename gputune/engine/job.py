@@ -1,9 +1,11 @@
-"""One chunk, from its configurations to its results: the unit of work of a process, of a store, of a cluster.
+"""One chunk, from its configurations to its results: the unit of work of a process, of a store, of
+a cluster.
 
-It trains to its end, or to a rung, from which it goes on later. One that does not fit into memory is halved and run
-again; a trial that does not fit alone is given up. What a chunk takes on its device is measured at two sizes, where an
-estimate would decide too much: training is the same tensor program at every size, so its peak is a straight line over
-the number of trials, of what is there once and what each trial adds.
+It trains to its end, or to a rung, from which it goes on later. One that does not fit into memory
+is halved and run again; a trial that does not fit alone is given up. What a chunk takes on its
+device is measured at two sizes, where an estimate would decide too much: training is the same
+tensor program at every size, so its peak is a straight line over the number of trials, of what is
+there once and what each trial adds.
 """
 
 import gc
@@ -44,12 +46,17 @@ class Job(Training):
     """What every chunk of a search has in common."""
 
     module_class: Builder | None = None
-    traits: Mapping[str, Traits] = field(default_factory=dict)  # what the module does, by ``Population.arguments``
+    # what the module does, by ``Population.arguments``
+    traits: Mapping[str, Traits] = field(default_factory=dict)
     objective: Objective | None = None  # what a module is trained on; None: the loss of its task
-    stop: Stop = field(default_factory=Stop)  # says when training ends, and no chunk begins any more
-    checkpointing: Checkpointing | None = None  # how the state of a long training is kept; None: not at all
-    keep_stopped: bool = True  # whether a chunk that is stopped keeps its state, not the one who gets its outcome
-    patience: int | None = None  # epochs without a better fold mean after which a trial leaves its chunk
+    # says when training ends, and no chunk begins any more
+    stop: Stop = field(default_factory=Stop)
+    # how the state of a long training is kept; None: not at all
+    checkpointing: Checkpointing | None = None
+    # whether a chunk that is stopped keeps its state, not the one who gets its outcome
+    keep_stopped: bool = True
+    # epochs without a better fold mean after which a trial leaves its chunk
+    patience: int | None = None
     each_epoch: bool = False  # whether someone is told of every epoch, who may end training then
     precision: Precision = "full"
 
@@ -65,11 +72,24 @@ class Job(Training):
                 words = {"loss": self.objective.loss, "loss_number": self.objective.number}
             return StackedMLP(chunk.kind, chunk.configs, shape, seed=self.seed, **words)
         assert self.module_class is not None
-        first, traits = chunk.configs[0], self.traits.get(chunk.arguments)  # a worker need not try the module again
+        # a worker need not try the module again
+        first = chunk.configs[0]
+        traits = self.traits.get(chunk.arguments)
         traits = traits or traits_of(self.module_class, first, data, objective=self.objective)
         objective = self.objective or make_objective(None, None, None, data.task)
-        kind = LoopedModule if trains_as(self.backend, "module", first, traits) == "loop" else StackedModule
-        return kind(self.module_class, chunk.configs, shape, seed=self.seed, traits=traits, objective=objective)
+        kind = (
+            LoopedModule
+            if trains_as(self.backend, "module", first, traits) == "loop"
+            else StackedModule
+        )
+        return kind(
+            self.module_class,
+            chunk.configs,
+            shape,
+            seed=self.seed,
+            traits=traits,
+            objective=objective,
+        )
 
     def run(self, data: Dataset, chunk: Population, progress: Progress | None = None) -> "Outcome":
         """Train one chunk and return its curves."""
@@ -77,14 +97,23 @@ class Job(Training):
         trained = train_chunk(self, data, chunk, progress)
         seconds = time.monotonic() - begin + BegunChunk.of(chunk).seconds
         outputs = trained.outputs_of(chunk.index)
-        return Outcome(chunk.index, trained.curves, trained.epochs, seconds, spent=trained.spent, outputs=outputs)
+        return Outcome(
+            chunk.index,
+            trained.curves,
+            trained.epochs,
+            seconds,
+            spent=trained.spent,
+            outputs=outputs,
+        )
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What training a chunk gave: ``index`` of its trials, ``curves`` (C, epochs, F), epochs done, seconds.
+    """What training a chunk gave: ``index`` of its trials, ``curves`` (C, epochs, F), epochs done,
+    seconds.
 
-    ``spent`` is what they were spent on, where that is known; ``fault`` says what went wrong and did no harm;
+    ``spent`` is what they were spent on, where that is known; ``fault`` says what went wrong and
+    did no harm;
     ``outputs`` are those that were kept, by the entries of ``index``.
     """
 
@@ -98,10 +127,16 @@ class Outcome:
 
 
 def train_chunk(
-    job: Job, data: Dataset, chunk: Population, progress: Progress | None = None, after_epoch: AfterEpoch | None = None
+    job: Job,
+    data: Dataset,
+    chunk: Population,
+    progress: Progress | None = None,
+    after_epoch: AfterEpoch | None = None,
 ) -> Trained:
-    """Train one chunk on from where it is. ``after_epoch`` alone says when it ends, and no checkpoint is written."""
-    begun, data = BegunChunk.of(chunk), data.of(chunk.configs[0])
+    """Train one chunk on from where it is. ``after_epoch`` alone says when it ends, and no
+    checkpoint is written."""
+    begun = BegunChunk.of(chunk)
+    data = data.of(chunk.configs[0])
     at_once = after_epoch is None and job.patience is None and not job.each_epoch
     watch = after_epoch or _Watch(job, begun, progress)
     return train(job.network(data, chunk), data, begun, job, watch, at_once=at_once)
@@ -109,7 +144,8 @@ def train_chunk(
 
 @dataclass(frozen=True)
 class RungOutcome(Outcome):
-    """What a chunk gave up to a rung: ``state`` has a row for each of the trials ``alive`` (positions in the chunk)."""
+    """What a chunk gave up to a rung: ``state`` has a row for each of the trials ``alive``
+    (positions in the chunk)."""
 
     state: State
     alive: tuple[int, ...]
@@ -119,9 +155,12 @@ class RungOutcome(Outcome):
 class RungJob(Job):
     """Trains every chunk on from where it is up to ``epochs``, of ``horizon``."""
 
-    def run(self, data: Dataset, chunk: Population, progress: Progress | None = None) -> RungOutcome:
+    def run(
+        self, data: Dataset, chunk: Population, progress: Progress | None = None
+    ) -> RungOutcome:
         """Train one chunk; its curves have the epochs since it was begun."""
-        begin, start = time.monotonic(), BegunChunk.of(chunk).epoch
+        begin = time.monotonic()
+        start = BegunChunk.of(chunk).epoch
         trained = train_chunk(self, data, chunk, progress)
         state = State(trained.epochs, tuple(buffer.cpu() for buffer in trained.state.buffers))
         return RungOutcome(
@@ -137,25 +176,36 @@ class RungJob(Job):
 
 
 class _Watch:
-    """What happens after an epoch, or several: they are told, the state is kept where that is due, training may end."""
+    """What happens after an epoch, or several: they are told, the state is kept where that is due,
+    training may end."""
 
     def __init__(self, job: Job, chunk: BegunChunk, progress: Progress | None) -> None:
-        self.job, self.chunk, self.progress = job, chunk, progress
-        self.begin, self.told = time.monotonic(), chunk.epoch
-        self.due = self.begin + (math.inf if job.checkpointing is None else job.checkpointing.seconds)
+        self.job = job
+        self.chunk = chunk
+        self.progress = progress
+        self.begin = time.monotonic()
+        self.told = chunk.epoch
+        self.due = self.begin + (
+            math.inf if job.checkpointing is None else job.checkpointing.seconds
+        )
 
     def __call__(self, trained: Trained) -> bool | np.ndarray:
-        epoch, curves = trained.epochs, trained.curves
+        epoch = trained.epochs
+        curves = trained.curves
         if self.progress is not None:
             for done in range(self.told, epoch):
                 self.progress(len(curves), curves[:, done : done + 1])
         self.told = epoch
-        over, checkpointing, now = self.job.is_over(), self.job.checkpointing, time.monotonic()
+        over = self.job.is_over()
+        checkpointing = self.job.checkpointing
+        now = time.monotonic()
         is_due = now >= self.due or (over and self.job.keep_stopped)
         if checkpointing is not None and is_due and epoch < self.job.epochs and trained.alive:
             trials = tuple(checkpointing.numbers[i] for i in self.chunk.index)
             seconds = self.chunk.seconds + now - self.begin
-            checkpoint = Checkpoint(trials, trained.alive, curves[:, :epoch], trained.state, seconds)
+            checkpoint = Checkpoint(
+                trials, trained.alive, curves[:, :epoch], trained.state, seconds
+            )
             self.due = time.monotonic() + checkpointing.keep(checkpoint, self.chunk.configs)
         if over or self.job.patience is None or not trained.alive:
             return over
@@ -164,7 +214,8 @@ class _Watch:
 
 
 def stalled_epochs(means: np.ndarray) -> np.ndarray:
-    """Return (C, epochs) how many epochs have passed since the best of the means (C, epochs) so far, the earliest."""
+    """Return (C, epochs) how many epochs have passed since the best of the means (C, epochs) so
+    far, the earliest."""
     epochs = np.arange(means.shape[1])
     best = np.maximum.accumulate(means, axis=1)
     is_better = np.pad(best[:, 1:] > best[:, :-1], ((0, 0), (1, 0)))
@@ -174,7 +225,8 @@ def stalled_epochs(means: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Failure:
-    """A trial (its place in the search) that cannot be trained, and why; ``fits``: into memory, alone."""
+    """A trial (its place in the search) that cannot be trained, and why; ``fits``: into memory,
+    alone."""
 
     index: tuple[int]
     reason: str
@@ -190,8 +242,10 @@ class Failure:
 def run_in_parts(
     job: Job, data: Dataset, chunk: Population, progress: Progress | None = None
 ) -> list[Outcome | Failure]:
-    """Train one chunk in as many parts as memory makes necessary; none begins when training is over."""
-    waiting, done = [chunk], list[Outcome | Failure]()
+    """Train one chunk in as many parts as memory makes necessary; none begins when training is
+    over."""
+    waiting = [chunk]
+    done = list[Outcome | Failure]()
     while waiting and not (done and job.is_over()):
         part = waiting.pop()
         if (most := job.fits.most(part)) < len(part.index):
@@ -206,7 +260,8 @@ def run_in_parts(
             fault = " ".join(filter(None, [*of_gpu, *job.fits.faults]))
             done.append(replace(outcome, fault=fault))
             continue
-        # Only here, where the error and the frames that it holds are gone, is there anything to free.
+        # Only here, where the error and the frames that it holds are gone, is there anything to
+        # free.
         gc.collect()
         empty_cache(data.device)
         job.fits.refused(part)
@@ -217,7 +272,9 @@ def run_in_parts(
     return done
 
 
-def _attempt(job: Job, data: Dataset, chunk: Population, progress: Progress | None) -> Outcome | str:
+def _attempt(
+    job: Job, data: Dataset, chunk: Population, progress: Progress | None
+) -> Outcome | str:
     """Train a chunk; where memory runs out, take back what was told of it and return the reason."""
     told = 0
 
@@ -240,10 +297,12 @@ def _attempt(job: Job, data: Dataset, chunk: Population, progress: Progress | No
 
 _TRIALS = 16  # of the larger of both sizes
 # Where steps are recorded, the fourth of each shape is: of whole minibatches and of the last.
-_BATCHES, _EPOCHS = 2, 4
+_BATCHES = 2
+_EPOCHS = 4
 
 Peak = Callable[[Callable[[], object]], int]
-"""Runs some work and returns the most bytes that it had at any time beyond those that were there before."""
+"""Runs some work and returns the most bytes that it had at any time beyond those that were there
+before."""
 
 
 @dataclass(frozen=True)
@@ -254,11 +313,15 @@ class Need:
     trial: int
 
 
-def measure_need(job: Job, data: Dataset, population: Population, peak: Peak, *, most: int = _TRIALS) -> Need | None:
-    """Train two small chunks for a few steps, score them on all validation rows, and return what that took.
+def measure_need(
+    job: Job, data: Dataset, population: Population, peak: Peak, *, most: int = _TRIALS
+) -> Need | None:
+    """Train two small chunks for a few steps, score them on all validation rows, and return what
+    that took.
 
-    The chunks have at most ``most`` trials, those with the largest and the smallest batches among them. Returns None
-    where there is nothing to measure: a single trial, or chunks that memory does not hold.
+    The chunks have at most ``most`` trials, those with the largest and the smallest batches among
+    them. Returns None where there is nothing to measure: a single trial, or chunks that memory does
+    not hold.
     """
     small = min(most, len(population.index)) // 2
     large = 2 * small
@@ -279,7 +342,8 @@ def measure_need(job: Job, data: Dataset, population: Population, peak: Peak, *,
 
     try:
         train(small)()  # libraries take their own memory at the first call
-        least, greatest = peak(train(small)), peak(train(large))
+        least = peak(train(small))
+        greatest = peak(train(large))
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -1,7 +1,9 @@
-"""A chunk whose members each train through whole epochs in one thread block of a GPU: ``native/member.cu``.
+"""A chunk whose members each train through whole epochs in one thread block of a GPU:
+``native/member.cu``.
 
-It is the compiled chunk with its arrays on the GPU, and with launches in the place of threads. Blocks take members from
-one queue, the longest first. A launch is so short that Ctrl-C and displays have their turn.
+It is the compiled chunk with its arrays on the GPU, and with launches in the place of threads.
+Blocks take members from one queue, the longest first. A launch is so short that Ctrl-C and displays
+have their turn.
 """
 
 import math
@@ -17,7 +19,15 @@ from gputune.data.dataset import Dataset
 from gputune.engine.compiled import Array, CompiledChunk
 from gputune.engine.mlp import Draws
 from gputune.memory import synchronize
-from gputune.native.cuda import Kernel, MemberKernel, attempt, compile_kernel, launch, tile_of, without_nvrtc
+from gputune.native.cuda import (
+    Kernel,
+    MemberKernel,
+    attempt,
+    compile_kernel,
+    launch,
+    tile_of,
+    without_nvrtc,
+)
 from gputune.native.library import ACTIVATIONS, OPTIMIZERS, NotBuiltError, make_work
 from gputune.optimizers.rules import n_moments
 from gputune.population.batches import row_order
@@ -26,24 +36,29 @@ from gputune.types import Config
 
 _SECONDS = 0.25  # of a launch; half of what a display can wait, as the speed of the next is a guess
 _FIRST_TURNS = 16  # of the first launch of a chunk, whose speed is not known
-_ROOM_BYTES = 64 << 20  # of the orders of rows, and of the outputs, of epochs that are launched together
+# of the orders of rows, and of the outputs, of epochs that are launched together
+_ROOM_BYTES = 64 << 20
 _OLDEST = (8, 0)  # compute capability
 
 # What a block has beside what its code asks for, and the most threads of a multiprocessor.
 # Source: https://docs.nvidia.com/cuda/cuda-c-programming-guide/#compute-capabilities
-_RESERVED_BYTES, _THREADS = 1024, 2048
+_RESERVED_BYTES = 1024
+_THREADS = 2048
 
 
 class KernelChunk(CompiledChunk):
-    """Members on a GPU, in the flat buffers that compiled members have. Raises NotBuiltError without a kernel."""
+    """Members on a GPU, in the flat buffers that compiled members have. Raises NotBuiltError
+    without a kernel."""
 
-    failure: ClassVar[str] = ""  # why this process trains no member by the kernel any more, in a sentence
+    # why this process trains no member by the kernel any more, in a sentence
+    failure: ClassVar[str] = ""
     draws: Draws | None = None
     pace: float = math.inf  # turns a second: a step of as many members as there are blocks is one
 
     def _rebuild(self) -> None:
         super()._rebuild()
-        device, steps = self.data.device, int(self.steps.max())
+        device = self.data.device
+        steps = int(self.steps.max())
         self.arrays["nanoseconds"] = None
         self.kernel = kernel_of(self.configs, self.network.kind, self.data)
         self.compiled = compiled(self.kernel, device)
@@ -51,53 +66,80 @@ class KernelChunk(CompiledChunk):
         self.scratch = self.flat.new_empty(self.blocks * self.kernel.scratch)
         self.next = torch.zeros(1, dtype=torch.int32, device=device)
         ends = np.sort(self.steps, axis=None)
-        active = ends.size - np.searchsorted(ends, np.arange(steps), side="right")  # members that take a step
+        # members that take a step
+        active = ends.size - np.searchsorted(ends, np.arange(steps), side="right")
         self.turns = np.cumsum(-(-active // self.blocks))
         self.epochs = 1
 
     def room(self, epochs: int) -> dict[str, Array]:
-        """Return where scores are computed from, after each of some epochs, and the draws of their dropout."""
+        """Return where scores are computed from, after each of some epochs, and the draws of their
+        dropout."""
         room = super().room(epochs)
         if self.network.rates is None:
             return room
-        rows, shape = self.draw_rows(), {"layers": self.network.depth, "width": self.network.hidden}
-        self.draws = Draws(rows.tolist(), **shape, seed=self.seed, device=self.data.device, epochs=epochs)
+        rows = self.draw_rows()
+        shape = {"layers": self.network.depth, "width": self.network.hidden}
+        self.draws = Draws(
+            rows.tolist(), **shape, seed=self.seed, device=self.data.device, epochs=epochs
+        )
         start = np.zeros((epochs, self.numbers["longest"]), dtype=np.int64)
         slots = np.arange(epochs * len(rows)) % self.draws.ahead
         start[:, : len(rows)] = slots.reshape(epochs, -1) * self.draws.buffer[0].numel()
         most = self.place(np.full_like(rows, rows.max()))
-        return {**room, "draws": self.draws.buffer, "draw_start": self.place(start), "draw_rows": most}
+        return {
+            **room,
+            "draws": self.draws.buffer,
+            "draw_start": self.place(start),
+            "draw_rows": most,
+        }
 
     def take(self, most: int) -> int:
-        """Return how many epochs the next ``advance`` trains for: as many of ``most`` as one launch has time for."""
+        """Return how many epochs the next ``advance`` trains for: as many of ``most`` as one launch
+        has time for."""
         kept = self.arrays["scored"], self.arrays["means"], self.arrays["draw_start"]
         each = sum(array.nbytes for array in kept if array is not None) // self.epochs
         each += 8 * self.lengths.size * int(self.lengths.max())
-        several = self.scoring is None or self.scoring.on_outputs  # else members are asked as each epoch leaves them
+        # else members are asked as each epoch leaves them
+        several = self.scoring is None or self.scoring.on_outputs
         many = 1
         if several and self.pace < math.inf:
             drawn = most if self.draws is None else self.draws.room // self.draws.steps
-            many = max(1, min(most, int(self.pace * _SECONDS / self.turns[-1]), _ROOM_BYTES // each, drawn))
+            many = max(
+                1, min(most, int(self.pace * _SECONDS / self.turns[-1]), _ROOM_BYTES // each, drawn)
+            )
         if many != self.epochs:
             self.epochs = many
             self.arrays |= self.room(many)
         return many
 
     def advance(self, epoch: int) -> None:
-        """Train for the epochs that were taken, and compute the scores of each where there is a scoring."""
-        order = torch.stack([row_order(self.data, self.seed, epoch + e) for e in range(self.epochs)])
+        """Train for the epochs that were taken, and compute the scores of each where there is a
+        scoring."""
+        order = torch.stack(
+            [row_order(self.data, self.seed, epoch + e) for e in range(self.epochs)]
+        )
         told = make_work({**self.numbers, "epoch": epoch}, {**self.arrays, "order": order})
         work = torch.frombuffer(bytearray(told), dtype=torch.int64).to(self.data.device)
-        begin, last = 0, len(self.turns) * self.epochs
+        begin = 0
+        last = len(self.turns) * self.epochs
         while begin < last:
             end = self._end(begin) if self.epochs == 1 else last
             if self.draws is not None:
                 self.draws.fill(epoch, begin)
             began = time.perf_counter()
             self.next.zero_()
-            args: list[torch.Tensor | int] = [work, self.next, self.scratch, begin, end, self.epochs]
+            args: list[torch.Tensor | int] = [
+                work,
+                self.next,
+                self.scratch,
+                begin,
+                end,
+                self.epochs,
+            ]
             threads = self.kernel.threads
-            launch(self.compiled, self.blocks * threads, args, block=threads, shared=self.kernel.shared)
+            launch(
+                self.compiled, self.blocks * threads, args, block=threads, shared=self.kernel.shared
+            )
             synchronize(self.data.device)
             if begin == 0:  # later ones are quicker: the smallest minibatches make the most steps
                 turns = self.turns[end - 1] if self.epochs == 1 else self.turns[-1] * self.epochs
@@ -105,7 +147,8 @@ class KernelChunk(CompiledChunk):
             begin = end
 
     def _end(self, begin: int) -> int:
-        """Return the step before which a launch ends: it is short, and the draws of its steps are there."""
+        """Return the step before which a launch ends: it is short, and the draws of its steps are
+        there."""
         turns = _FIRST_TURNS if self.pace == math.inf else self.pace * _SECONDS
         done = self.turns[begin - 1] if begin else 0
         end = max(begin + 1, int(np.searchsorted(self.turns, done + turns, side="right")))
@@ -115,8 +158,10 @@ class KernelChunk(CompiledChunk):
 
 
 def kernel_of(configs: Sequence[Config], kind: ModelKind, data: Dataset) -> MemberKernel:
-    """Return the kernel of complete configurations of one shape, which may be more than it knows (``unknown``)."""
-    first, data = configs[0], data.of(configs[0])
+    """Return the kernel of complete configurations of one shape, which may be more than it knows
+    (``unknown``)."""
+    first = configs[0]
+    data = data.of(configs[0])
     depth = first["depth"] if kind == "mlp" else 0
     batch = max(config["batch_size"] for config in configs)
     return MemberKernel(
@@ -137,10 +182,14 @@ def kernel_of(configs: Sequence[Config], kind: ModelKind, data: Dataset) -> Memb
 _kernels: dict[tuple[MemberKernel, torch.device], Kernel] = {}
 
 
-def compiled(kernel: MemberKernel, device: torch.device, say: Callable[[str], object] = str) -> Kernel:
-    """Return the kernel for a GPU; that it is compiled, which takes seconds once on a machine, is said.
+def compiled(
+    kernel: MemberKernel, device: torch.device, say: Callable[[str], object] = str
+) -> Kernel:
+    """Return the kernel for a GPU; that it is compiled, which takes seconds once on a machine, is
+    said.
 
-    Raises NotBuiltError where it cannot be, with a warning the first time. That is the last attempt of a process.
+    Raises NotBuiltError where it cannot be, with a warning the first time. That is the last attempt
+    of a process.
     """
     if (made := _kernels.get((kernel, device))) is None:
         if not KernelChunk.failure:
@@ -153,7 +202,8 @@ def compiled(kernel: MemberKernel, device: torch.device, say: Callable[[str], ob
 
 
 def _blocks(kernel: MemberKernel, device: torch.device) -> int:
-    """Return how many blocks a GPU holds at once; one that waits for its turn finds an empty queue."""
+    """Return how many blocks a GPU holds at once; one that waits for its turn finds an empty
+    queue."""
     card = torch.cuda.get_device_properties(device)
     room = card.shared_memory_per_multiprocessor // (kernel.shared + _RESERVED_BYTES)
     return int(card.multi_processor_count * max(1, min(room, _THREADS // kernel.threads)))
@@ -174,7 +224,11 @@ def obstacle(device: torch.device) -> str:
         needs = "backend='kernel' needs a GPU of compute capability 8.0 (Ampere) or newer"
         return f"{needs}, and {has}; choose backend='graph', or 'auto'."
     why = without_nvrtc()
-    return why and f"backend='kernel' compiles its code when it is first used: {why} Or choose backend='graph'."
+    return (
+        why
+        and f"backend='kernel' compiles its code when it is first used: {why} Or choose "
+        "backend='graph'."
+    )
 
 
 def lacks(config: Config, kind: ModelKind, data: Dataset) -> str:

@@ -1,9 +1,11 @@
-"""A chunk of a user's module whose members each take the steps of an epoch in compiled code, one after another.
+"""A chunk of a user's module whose members each take the steps of an epoch in compiled code, one
+after another.
 
 The step of a member is traced in a chunk of that member alone, and its trace is written as C
-(``modules/member_code.py``): parameters, moments and activations stay in one core's cache from step to step, which
-those of all members together never do. Each thread has memory of its own, into which members come for an epoch: what
-they differ in lies in tables, from which a member's own numbers are copied before its steps.
+(``modules/member_code.py``): parameters, moments and activations stay in one core's cache from step
+to step, which those of all members together never do. Each thread has memory of its own, into which
+members come for an epoch: what they differ in lies in tables, from which a member's own numbers are
+copied before its steps.
 """
 
 import ctypes
@@ -34,14 +36,16 @@ from gputune.optimizers.optimizer import OnlineUpdate
 from gputune.population.batches import StepShape
 from gputune.scoring.scoring import Validation
 
-_TIMED_STEPS, _POINTER = 8, ctypes.sizeof(ctypes.c_void_p)
+_TIMED_STEPS = 8
+_POINTER = ctypes.sizeof(ctypes.c_void_p)
 
 _Path = tuple[Any, ...]
 """Names of attributes and keys of dicts, from a chunk to what it holds."""
 
 
 def _at(value: Any, path: _Path) -> Any:
-    """Return what lies at a path; None where it is there no more, as no member differs in it from the rule."""
+    """Return what lies at a path; None where it is there no more, as no member differs in it from
+    the rule."""
     for name in path:
         value = value.get(name) if isinstance(value, dict) else getattr(value, name)
         if value is None:
@@ -70,27 +74,35 @@ def _of_fold(data: Dataset, fold: int) -> Dataset:
         center=own(data.center),
         scale=own(data.scale),
         transforms=data.transforms[fold : fold + 1],
-        scaling=tuple(s and replace(s, center=own(s.center), scale=own(s.scale)) for s in data.scaling),
+        scaling=tuple(
+            s and replace(s, center=own(s.center), scale=own(s.scale)) for s in data.scaling
+        ),
     )
 
 
 class OneMember:
-    """A chunk of one member like those of a fold, and its steps, whose code reads and writes its tensors."""
+    """A chunk of one member like those of a fold, and its steps, whose code reads and writes its
+    tensors."""
 
     def __init__(self, chunk: "MemberChunk", fold: int, seed: int) -> None:
-        network, data = chunk.module, _of_fold(chunk.data, fold)
+        network = chunk.module
+        data = _of_fold(chunk.data, fold)
         if network.objective.augment is not None:
             raise TraceError("a function of the user's is in no code")
         self.network = StackedModule(
             network.builder,
-            [max(network.configs, key=lambda config: float(config["dropout"]))],  # one that drops, where any does
+            # one that drops, where any does
+            [max(network.configs, key=lambda config: float(config["dropout"]))],
             replace(network.shape, folds=1, rows=None, present=data.present),
             seed=seed,
             traits=network.traits,
             objective=network.objective,
         )
-        self.chunk, self.tables = chunk, list[tuple[_Path, Tensor]]()
-        self.own = StackedChunk(self.network, Validation(data, None), seed=seed, horizon=chunk.horizon, recorded=True)
+        self.chunk = chunk
+        self.tables = list[tuple[_Path, Tensor]]()
+        self.own = StackedChunk(
+            self.network, Validation(data, None), seed=seed, horizon=chunk.horizon, recorded=True
+        )
         if isinstance(self.own.update, OnlineUpdate):
             raise TraceError("a rate that adapts itself is in no code")
         if self.own.draws is None and network.traits.draws:
@@ -104,7 +116,8 @@ class OneMember:
 
     def write(self, code: MemberCode) -> None:
         """Write the steps of an epoch as code."""
-        own, shapes = self.own, self.own.batches.shapes
+        own = self.own
+        shapes = self.own.batches.shapes
         own.batches.begin(0)
         own.update.begin(0)
         steps: dict[StepShape, Step] = {}
@@ -121,8 +134,11 @@ class OneMember:
         self.common = {tensor.untyped_storage().data_ptr() for tensor in held}
 
     def _outputs(self, code: MemberCode) -> Step | None:
-        """Write what the member makes of its validation rows as code; None where that is not what is scored."""
-        own, validation, data = self.own, self.chunk.validation, self.own.validation.data
+        """Write what the member makes of its validation rows as code; None where that is not what
+        is scored."""
+        own = self.own
+        validation = self.chunk.validation
+        data = self.own.validation.data
         as_it_is = validation.scoring is not None and self.chunk.scored is self.chunk.flat
         if own.network.evaluation_draws or not (as_it_is and validation.is_small(own.network)):
             return None
@@ -137,7 +153,8 @@ class OneMember:
         return None
 
     def _match(self, mine: object, path: _Path) -> None:
-        """Let a part of the optimizer be like the chunk's: with a table wherever members may differ there."""
+        """Let a part of the optimizer be like the chunk's: with a table wherever members may differ
+        there."""
         for name, value in vars(_at(self.chunk, path)).items():
             if (isinstance(value, Tensor) and value.dim() == 2) or isinstance(value, dict):
                 setattr(mine, name, self._shared(value, (*path, name)))
@@ -154,7 +171,10 @@ class OneMember:
 
     def of_fold(self, fold: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield what a fold has, and the tensors in which its members find it."""
-        mine, theirs, data, part = self.own, self.chunk, self.chunk.data, slice(fold, fold + 1)
+        mine = self.own
+        theirs = self.chunk
+        data = self.chunk.data
+        part = slice(fold, fold + 1)
         yield theirs.batches.order[:, part, : mine.batches.order.shape[-1]], mine.batches.order
         yield theirs.batches.start[:, part], mine.batches.start
         for name in ("taken", "counted", "active_until"):
@@ -162,11 +182,16 @@ class OneMember:
         if self.outputs is not None:
             yield from zip(data.rows(fold, data.folds[fold].valid), self.rows)
         shapes = theirs.network.shape, mine.network.shape
-        pairs = [(theirs.batches.weights, mine.batches.weights), (shapes[0].present, shapes[1].present)]
+        pairs = [
+            (theirs.batches.weights, mine.batches.weights),
+            (shapes[0].present, shapes[1].present),
+        ]
         for of_all, own in zip(data.scaling, mine.batches.data.scaling):
             if of_all is not None and own is not None:
                 pairs += [(of_all.center, own.center), (of_all.scale, own.scale)]
-        yield from ((of_all[part], own) for of_all, own in pairs if of_all is not None and own is not None)
+        yield from (
+            (of_all[part], own) for of_all, own in pairs if of_all is not None and own is not None
+        )
 
 
 def _pointers(addresses: Sequence[int]) -> "ctypes.Array[ctypes.c_void_p]":
@@ -177,7 +202,8 @@ class Space:
     """The memory in which a thread takes the steps of a member."""
 
     def __init__(self, one: OneMember) -> None:
-        self.one, self.fold = one, -1
+        self.one = one
+        self.fold = -1
         self.copies = {
             address: storage if address in one.common else storage.clone()  # type: ignore[no-untyped-call]
             for address, storage in one.memories.items()
@@ -195,11 +221,14 @@ class Space:
         self.step, self.done = self._here(own.batches.step), self._here(own.update.clock.done)
 
     def _here(self, tensor: Tensor) -> Tensor | None:
-        """Return a tensor of the chunk of one member in this memory; None where no step reads it."""
+        """Return a tensor of the chunk of one member in this memory; None where no step reads
+        it."""
         storage = self.copies.get(tensor.untyped_storage().data_ptr())
         if storage is None:
             return None
-        return torch.empty(0, dtype=tensor.dtype).set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
+        return torch.empty(0, dtype=tensor.dtype).set_(
+            storage, tensor.storage_offset(), tensor.shape, tensor.stride()
+        )
 
     def load(self, fold: int, trial: int, rows: Sequence[Tensor], step: int) -> None:
         """Take a member, its rows as they are before a step of this epoch."""
@@ -215,7 +244,10 @@ class Space:
                     table.copy_(_part(value, fold, trial))
                 else:
                     table.fill_(value if value is not None else float("lr_factors" in path))
-        self._fill((value[trial : trial + 1], self.losses[k]) for k, value in chunk.module.loss_values.items())
+        self._fill(
+            (value[trial : trial + 1], self.losses[k])
+            for k, value in chunk.module.loss_values.items()
+        )
         if self.step is not None:
             self.step.fill_(step)
         if self.done is not None:
@@ -228,11 +260,16 @@ class Space:
                 tensor.copy_(value)
 
     def take(self, kernels: Kernels, begin: int, end: int, *, outputs: bool = False) -> None:
-        """Take some steps of the epoch; after these, with ``outputs``, what follows them in the code."""
+        """Take some steps of the epoch; after these, with ``outputs``, what follows them in the
+        code."""
         end = min(end, len(self.one.steps)) + outputs
         if begin < end:
-            calls, numbers = (ctypes.byref(table, begin * _POINTER) for table in (self.calls, self.numbers))
-            kernels.take_steps(ctypes.c_int64(end - begin), calls, kernels.addresses, self.memories, numbers)
+            calls, numbers = (
+                ctypes.byref(table, begin * _POINTER) for table in (self.calls, self.numbers)
+            )
+            kernels.take_steps(
+                ctypes.c_int64(end - begin), calls, kernels.addresses, self.memories, numbers
+            )
 
     def outputs(self, kernels: Kernels) -> Tensor:
         """Return the outputs (m, K) on the validation rows, which are in the code."""
@@ -244,16 +281,23 @@ class Space:
 
 
 class MemberChunk(StackedChunk):
-    """The trials in flat buffers, as in any stacked chunk; an epoch is a queue of members. Raises TraceError."""
+    """The trials in flat buffers, as in any stacked chunk; an epoch is a queue of members. Raises
+    TraceError."""
 
-    def __init__(self, network: StackedModule, validation: Validation, *, seed: int, horizon: int) -> None:
+    def __init__(
+        self, network: StackedModule, validation: Validation, *, seed: int, horizon: int
+    ) -> None:
         super().__init__(network, validation, seed=seed, horizon=horizon)
         data = self.data = validation.data
         code = MemberCode(data.dtype)
-        with torch_threads(1):  # a step of one member is thousands of small operations, which threads only delay
+        # a step of one member is thousands of small operations, which threads only delay
+        with torch_threads(1):
             # Folds of equal lengths share their code.
             lengths = [(len(fold.train), len(fold.valid)) for fold in data.folds]
-            ones = {length: OneMember(self, lengths.index(length), seed) for length in dict.fromkeys(lengths)}
+            ones = {
+                length: OneMember(self, lengths.index(length), seed)
+                for length in dict.fromkeys(lengths)
+            }
             self.members = [ones[length] for length in lengths]
             drawing = [one.draws for one in ones.values() if one.draws is not None]
             self.ahead = min([draws.ahead for draws in drawing], default=len(self.batches.shapes))
@@ -262,8 +306,10 @@ class MemberChunk(StackedChunk):
             for one in ones.values():
                 one.write(code)
             self.kernels = build_kernels(list(code.kernels), data.dtype)
-        self.outputs: list[Tensor | None] = []  # room for those (C, m, K) of each fold, None where they are in no code
-        self.spaces: list[dict[OneMember, Space]] = []  # of threads: to ask the system for pages takes long
+        # room for those (C, m, K) of each fold, None where they are in no code
+        self.outputs: list[Tensor | None] = []
+        # of threads: to ask the system for pages takes long
+        self.spaces: list[dict[OneMember, Space]] = []
 
     @property
     def module(self) -> StackedModule:
@@ -278,7 +324,9 @@ class MemberChunk(StackedChunk):
             rows = [block.to_rows(buffer) for block, buffer in self._buffers()]
         last = len(self.batches.shapes)
         self.outputs = [
-            None if one.outputs is None else one.result.new_empty((len(self.configs), *one.result.shape[1:]))
+            None
+            if one.outputs is None
+            else one.result.new_empty((len(self.configs), *one.result.shape[1:]))
             for one in self.members
         ]
         for begin in range(0, last, self.ahead):
@@ -299,13 +347,15 @@ class MemberChunk(StackedChunk):
             return self.validation.scores(self._network, params, len(self.configs), outputs)
 
     def seconds_of_a_step(self) -> float:
-        """Return the seconds of a core that a step of the first member takes; its state stays as it is."""
+        """Return the seconds of a core that a step of the first member takes; its state stays as it
+        is."""
         self.batches.begin(0)
         self.update.begin(0)
         one = self.members[0]
         if one.draws is not None:
             one.draws.fill(0, 0)
-        space, end = Space(one), min(_TIMED_STEPS, self.ahead)
+        space = Space(one)
+        end = min(_TIMED_STEPS, self.ahead)
         space.load(0, 0, [block.to_rows(buffer)[0, 0] for block, buffer in self._buffers()], 0)
         times = [time.thread_time()]  # whatever else the machine does
         for _ in range(3):
@@ -314,7 +364,8 @@ class MemberChunk(StackedChunk):
         return min(b - a for a, b in itertools.pairwise(times)) / min(end, len(one.steps))
 
     def _take(self, rows: Sequence[Tensor], begin: int, end: int) -> None:
-        """Let as many threads as torch has here take members from one queue, each through some steps."""
+        """Let as many threads as torch has here take members from one queue, each through some
+        steps."""
         queue = deque(itertools.product(range(self.data.n_folds), range(len(self.configs))))
         stop = threading.Event()
 
@@ -328,7 +379,9 @@ class MemberChunk(StackedChunk):
                         f, c = queue.popleft()
                     except IndexError:  # which may be empty since another thread has taken its last
                         return
-                    one, outputs, own = self.members[f], self.outputs[f], [of_all[c, f] for of_all in rows]
+                    one = self.members[f]
+                    outputs = self.outputs[f]
+                    own = [of_all[c, f] for of_all in rows]
                     if one not in spaces:
                         spaces[one] = Space(one)
                     space = spaces[one]

@@ -1,9 +1,10 @@
 """The MLP of all members with its gradient written out: no graph, no gradient for the input.
 
-The first layer is one wide product per fold, (B, D) x (D, C*H), because a fold's members read the same rows;
-its weights are therefore kept with axes (F, D, C, H). The other layers are batched products over members.
-A width is padded with units whose weights are zero on both sides; with activations that map 0 to 0 they get
-gradient zero and stay zero. Axes: F folds, C trials, P = F*C members (fold-major), B rows, H width, K outputs.
+The first layer is one wide product per fold, (B, D) x (D, C*H), because a fold's members read the
+same rows; its weights are therefore kept with axes (F, D, C, H). The other layers are batched
+products over members. A width is padded with units whose weights are zero on both sides; with
+activations that map 0 to 0 they get gradient zero and stay zero. Axes: F folds, C trials, P = F*C
+members (fold-major), B rows, H width, K outputs.
 """
 
 import math
@@ -34,18 +35,37 @@ SOURCE = Path(__file__).with_name("dropout.cu")
 _DRAW_BYTES = 64 << 20  # of draws that are made ahead; a buffer of them waits for the device once
 _SEED_BITS = (1 << 32) - 1  # those that PyTorch's generator of a CPU keeps
 
-_DIFFERENTIABLE = {"relu": torch.relu, "gelu": functional.gelu, "silu": functional.silu, "tanh": torch.tanh}
-_SLOPES = {"tanh": (aten.tanh_backward, True), "gelu": (aten.gelu_backward, False), "silu": (aten.silu_backward, False)}
+_DIFFERENTIABLE = {
+    "relu": torch.relu,
+    "gelu": functional.gelu,
+    "silu": functional.silu,
+    "tanh": torch.tanh,
+}
+_SLOPES = {
+    "tanh": (aten.tanh_backward, True),
+    "gelu": (aten.gelu_backward, False),
+    "silu": (aten.silu_backward, False),
+}
 """PyTorch's own backward kernels; of the value, or of its argument."""
 
 
 class Draws:
-    """The draws of some steps ahead, (steps, layers, B, H) on the device; B are the steps' ``rows``, of some epochs."""
+    """The draws of some steps ahead, (steps, layers, B, H) on the device; B are the steps'
+    ``rows``, of some epochs."""
 
     def __init__(
-        self, rows: Sequence[int], *, layers: int, width: int, seed: int, device: torch.device, epochs: int = 1
+        self,
+        rows: Sequence[int],
+        *,
+        layers: int,
+        width: int,
+        seed: int,
+        device: torch.device,
+        epochs: int = 1,
     ) -> None:
-        self.steps, self.rows, self.seed = len(rows), [*rows] * epochs, seed
+        self.steps = len(rows)
+        self.rows = [*rows] * epochs
+        self.seed = seed
         shape = (layers, max(rows), width)
         self.room = max(1, _DRAW_BYTES // (4 * math.prod(shape)))
         self.ahead = min(len(self.rows), self.room)
@@ -53,14 +73,17 @@ class Draws:
         self.kernel = uniform_kernel(device) if device.type == "cuda" else None
 
     def fill(self, epoch: int, step: int) -> None:
-        """Draw for this step, counted from an epoch's first, and those ahead, where the buffer ends before it."""
+        """Draw for this step, counted from an epoch's first, and those ahead, where the buffer ends
+        before it."""
         if step % self.ahead:
             return
         _, layers, most, width = self.buffer.shape
         ahead = self.rows[step : step + self.ahead]
         places = [divmod(step + slot, self.steps) for slot in range(len(ahead))]
         if self.kernel is not None:
-            keys = [(epoch + more, within, layer) for more, within in places for layer in range(layers)]
+            keys = [
+                (epoch + more, within, layer) for more, within in places for layer in range(layers)
+            ]
             seeds = [stream_seed(self.seed, "dropout", *key) & _SEED_BITS for key in keys]
             counts = [rows * width for rows in ahead for _ in range(layers)]
             draw_uniform(self.kernel, seeds, counts, self.buffer.view(-1, most * width))
@@ -68,7 +91,9 @@ class Draws:
         drawn = torch.zeros(self.buffer.shape)
         for slot, (rows, (more, within)) in enumerate(zip(ahead, places)):
             for layer in range(layers):
-                drawn[slot, layer, :rows] = dropout_draw(self.seed, (epoch + more, within), layer, rows, width)
+                drawn[slot, layer, :rows] = dropout_draw(
+                    self.seed, (epoch + more, within), layer, rows, width
+                )
         self.buffer.copy_(drawn)
 
     def at(self, step: Tensor, rows: int) -> Tensor:
@@ -78,11 +103,17 @@ class Draws:
 
 
 def dropout_draw(seed: int, key: tuple[int, int], layer: int, rows: int, width: int) -> Tensor:
-    """Return the uniform draw (B, H) of one step and hidden layer, keyed by (epoch, step), on the CPU."""
+    """Return the uniform draw (B, H) of one step and hidden layer, keyed by (epoch, step), on the
+    CPU."""
     drawn = torch.empty((rows, width), dtype=torch.float32, device="cpu")
     if fill_uniform(stream_seed(seed, "dropout", *key, layer), [drawn]):
         return drawn
-    return torch.rand(drawn.shape, generator=stream(seed, "dropout", *key, layer), dtype=torch.float32, device="cpu")
+    return torch.rand(
+        drawn.shape,
+        generator=stream(seed, "dropout", *key, layer),
+        dtype=torch.float32,
+        device="cpu",
+    )
 
 
 def draw_uniform(kernel: Kernel, seeds: Sequence[int], counts: Sequence[int], out: Tensor) -> None:
@@ -94,12 +125,17 @@ def draw_uniform(kernel: Kernel, seeds: Sequence[int], counts: Sequence[int], ou
 
 @cache
 def uniform_kernel(device: torch.device) -> Kernel | None:
-    """Return the kernel that draws on a GPU; None, with a warning, where its numbers are not PyTorch's on a CPU."""
+    """Return the kernel that draws on a GPU; None, with a warning, where its numbers are not
+    PyTorch's on a CPU."""
     if (compiled := kernels(SOURCE, ("uniform",), device, torch.float32)) is None:
         return None
-    seeds, out = [0, 12345, _SEED_BITS], torch.zeros((3, 1500), device=device)
+    seeds = [0, 12345, _SEED_BITS]
+    out = torch.zeros((3, 1500), device=device)
     draw_uniform(compiled[0], seeds, [1500] * 3, out)
-    expected = [torch.rand(1500, generator=torch.Generator().manual_seed(seed), device="cpu") for seed in seeds]
+    expected = [
+        torch.rand(1500, generator=torch.Generator().manual_seed(seed), device="cpu")
+        for seed in seeds
+    ]
     if torch.equal(out.cpu(), torch.stack(expected)):
         return compiled[0]
     what = f"what {device} draws for dropout is not what PyTorch draws on a CPU"
@@ -108,9 +144,13 @@ def uniform_kernel(device: torch.device) -> Kernel | None:
 
 
 class StackedMLP:
-    """F x C members of an MLP (``kind="mlp"``) or of the linear model (``kind="linear"``), trained on a ``loss``."""
+    """F x C members of an MLP (``kind="mlp"``) or of the linear model (``kind="linear"``), trained
+    on a ``loss``."""
 
-    exact, alone, least_rows, evaluation_draws = False, True, 1, False
+    exact = False
+    alone = True
+    least_rows = 1
+    evaluation_draws = False
     scheduled: tuple[str, ...] = ()  # its rates are in the draws
 
     def __init__(
@@ -123,8 +163,12 @@ class StackedMLP:
         loss: str = "mse",
         loss_number: float = 0.0,
     ) -> None:
-        self.kind, self.configs, self.shape, self.seed = kind, tuple(configs), shape, seed
-        self.loss, self.loss_number = loss, loss_number
+        self.kind = kind
+        self.configs = tuple(configs)
+        self.shape = shape
+        self.seed = seed
+        self.loss = loss
+        self.loss_number = loss_number
         first = configs[0]
         self.depth = first["depth"] if kind == "mlp" else 0
         self.hidden = padded_width(max(hidden_widths(first))) if self.depth else 0
@@ -135,13 +179,19 @@ class StackedMLP:
             self.rates = torch.tensor(rates, dtype=shape.dtype, device=shape.device)[:, None, None]
             self.stays = 1 - self.rates
         self.sizes = [shape.n_features, *[self.hidden] * self.depth, shape.n_outputs]
-        folds, trials, widths = shape.folds, len(configs), [hidden_widths(config) for config in configs]
+        folds = shape.folds
+        trials = len(configs)
+        widths = [hidden_widths(config) for config in configs]
         blocks = [
             Block("weight0", (folds, self.sizes[0], trials, self.sizes[1]), 2),
             Block("bias0", (folds, trials, self.sizes[1]), 1),
         ]
         for layer, (a, b) in enumerate(zip(self.sizes[1:-1], self.sizes[2:]), start=1):
-            sides = tuple(max(own[layer - 1 : layer + 1]) for own in widths) if layer < self.depth else None
+            sides = (
+                tuple(max(own[layer - 1 : layer + 1]) for own in widths)
+                if layer < self.depth
+                else None
+            )
             blocks.append(Block(f"weight{layer}", (folds, trials, a, b), 1, sides))
             blocks.append(Block(f"bias{layer}", (folds, trials, 1, b), 1))
         self.blocks = self.trained = Blocks(blocks)
@@ -153,15 +203,20 @@ class StackedMLP:
         self._workspaces: dict[int, _Workspace] = {}
 
     def start(self) -> Tensor:
-        """Every fold and trial of one exact shape starts alike: the law of nn.Linear with the true fan-in."""
+        """Every fold and trial of one exact shape starts alike: the law of nn.Linear with the true
+        fan-in."""
         flat = torch.zeros(self.blocks.size, dtype=self.shape.dtype)
         views = self.blocks.by_member(flat)
         for c, config in enumerate(self.configs):
             for layer, (n_in, n_out) in enumerate(self._true_sizes(config)):
                 generator = stream(self.seed, "start", layer, n_out, n_in)
-                draw = torch.rand(n_out * (n_in + 1), generator=generator, dtype=torch.float64, device="cpu")
+                draw = torch.rand(
+                    n_out * (n_in + 1), generator=generator, dtype=torch.float64, device="cpu"
+                )
                 draw = ((2 * draw - 1) / math.sqrt(n_in)).to(flat.dtype)
-                views[f"weight{layer}"][:, c, :n_in, :n_out] = draw[: n_out * n_in].view(n_out, n_in).T
+                views[f"weight{layer}"][:, c, :n_in, :n_out] = (
+                    draw[: n_out * n_in].view(n_out, n_in).T
+                )
                 views[f"bias{layer}"][:, c, ..., :n_out] = draw[n_out * n_in :]
         return flat.to(self.shape.device)
 
@@ -173,13 +228,19 @@ class StackedMLP:
         return by_copy(y, self.shape.n_outputs, self.shape.dtype)
 
     def subset(self, keep: list[int]) -> "StackedMLP":
-        configs, loss = [self.configs[c] for c in keep], self.loss
-        return StackedMLP(self.kind, configs, self.shape, seed=self.seed, loss=loss, loss_number=self.loss_number)
+        configs = [self.configs[c] for c in keep]
+        loss = self.loss
+        return StackedMLP(
+            self.kind, configs, self.shape, seed=self.seed, loss=loss, loss_number=self.loss_number
+        )
 
     def member(self, params: Params, fold: int, trial: int) -> nn.Module:
-        config, sizes = self.configs[trial], (self.shape.n_features, self.shape.n_outputs)
+        config = self.configs[trial]
+        sizes = (self.shape.n_features, self.shape.n_outputs)
         words = {key: config[key] for key in ("width", "depth", "activation", "dropout")}
-        module: MLP | LogisticRegression = MLP(*sizes, **words) if self.kind == "mlp" else LogisticRegression(*sizes)
+        module: MLP | LogisticRegression = (
+            MLP(*sizes, **words) if self.kind == "mlp" else LogisticRegression(*sizes)
+        )
         module = module.to(self.shape.dtype)
         with torch.no_grad():
             for layer, (n_in, n_out) in enumerate(self._true_sizes(config)):
@@ -190,7 +251,9 @@ class StackedMLP:
                 plain.bias.copy_(params[f"bias{layer}"][fold, trial, ..., :n_out].flatten())
         return module.eval()
 
-    def outputs(self, params: Params, fold: int, inputs: Sequence[Tensor], key: EvaluationKey | None = None) -> Tensor:
+    def outputs(
+        self, params: Params, fold: int, inputs: Sequence[Tensor], key: EvaluationKey | None = None
+    ) -> Tensor:
         (x,) = inputs
         trials = len(self.configs)
         wide = torch.addmm(params["bias0"][fold].flatten(), x, params["weight0"][fold].flatten(1))
@@ -205,18 +268,27 @@ class StackedMLP:
         if self.rates is None:
             return None
         rows = [shape.parts[0].rows for shape in batches.shapes]
-        return Draws(rows, layers=self.depth, width=self.hidden, seed=self.seed, device=self.shape.device)
+        return Draws(
+            rows, layers=self.depth, width=self.hidden, seed=self.seed, device=self.shape.device
+        )
 
-    def differentiable(self, params: Params, inputs: Sequence[Tensor], key: tuple[int, int] | None) -> Tensor:
+    def differentiable(
+        self, params: Params, inputs: Sequence[Tensor], key: tuple[int, int] | None
+    ) -> Tensor:
         (h,) = inputs
         for layer in range(self.depth + 1):
             if layer:
                 h = _DIFFERENTIABLE[self.activation](h)
                 if self.rates is not None and key is not None:
-                    keep = h.new_empty((len(self.configs), *h.shape[1:]))  # one draw for all, each trial with its rate
-                    self._keep_units(dropout_draw(self.seed, key, layer - 1, *keep.shape[1:]).to(h.device), keep)
+                    # one draw for all, each trial with its rate
+                    keep = h.new_empty((len(self.configs), *h.shape[1:]))
+                    self._keep_units(
+                        dropout_draw(self.seed, key, layer - 1, *keep.shape[1:]).to(h.device), keep
+                    )
                     h = (h.view(-1, *keep.shape) * keep).flatten(0, 1)
-            h = torch.baddbmm(params[f"bias{layer}"].view(len(h), 1, -1), h, params[f"weight{layer}"])
+            h = torch.baddbmm(
+                params[f"bias{layer}"].view(len(h), 1, -1), h, params[f"weight{layer}"]
+            )
         return h
 
     def row_losses(self, outputs: Tensor, y: Tensor) -> Tensor:
@@ -228,7 +300,10 @@ class StackedMLP:
         )
 
     def layers(self) -> dict[str, int]:
-        return {block.name: int(block.name.removeprefix("weight").removeprefix("bias")) for block in self.blocks.blocks}
+        return {
+            block.name: int(block.name.removeprefix("weight").removeprefix("bias"))
+            for block in self.blocks.blocks
+        }
 
     def gradient(self, params: Params, batch: Batch, grads: Params) -> None:
         if (rows := batch.x.shape[1]) not in self._workspaces:
@@ -254,18 +329,21 @@ class StackedMLP:
             if self.rates is not None:
                 h = torch.mul(h, space.keep[layer - 1], out=space.dropped[layer - 1])
             out = space.out if layer == self.depth else space.linear[layer]
-            weight, bias = params[f"weight{layer}"].flatten(0, 1), params[f"bias{layer}"].flatten(0, 1)
+            weight = params[f"weight{layer}"].flatten(0, 1)
+            bias = params[f"bias{layer}"].flatten(0, 1)
             torch.baddbmm(bias, h.flatten(0, 1), weight, out=out.flatten(0, 1))
             z = out
 
     def _first_layer(self, params: Params, batch: Batch, space: "_Workspace") -> Tensor:
-        weight, bias = params["weight0"], params["bias0"]
+        weight = params["weight0"]
+        bias = params["bias0"]
         if len(batch.x) == self.shape.folds:  # one fold's members share their rows
             torch.baddbmm(bias.flatten(1)[:, None], batch.x, weight.flatten(2), out=space.wide)
             z = space.by_trial
         else:
             z = space.linear[0]
-            if z.is_cuda:  # a copy of the weights costs less than launching an operation for each fold
+            # a copy of the weights costs less than launching an operation for each fold
+            if z.is_cuda:
                 copy = weight.movedim(2, 1).flatten(0, 1)
                 torch.baddbmm(bias.flatten(0, 1)[:, None], batch.x, copy, out=z.flatten(0, 1))
             else:
@@ -291,14 +369,16 @@ class StackedMLP:
             if self.rates is not None:
                 below.mul_(space.keep[layer - 1])
             wide = layer == 1 and len(batch.x) == self.shape.folds
-            z, h = space.by_trial if wide else space.linear[layer - 1], space.active[layer - 1]
+            z = space.by_trial if wide else space.linear[layer - 1]
+            h = space.active[layer - 1]
             slope = space.by_trial if wide else below
             if self.activation == "relu":
                 aten.threshold_backward.grad_input(below, h, 0, grad_input=slope)
             else:
                 rule, of_value = _SLOPES[self.activation]
                 rule.grad_input(below, h if of_value else z, grad_input=slope)
-            below, spare = spare, below  # the next slope is written beside the one it is computed from
+            # the next slope is written beside the one it is computed from
+            below, spare = spare, below
         if self.depth == 0:
             slope = space.by_trial.copy_(space.out)
         if len(batch.x) == self.shape.folds:
@@ -307,7 +387,9 @@ class StackedMLP:
             return
         x = batch.x.view(*slope.shape[:2], *batch.x.shape[1:])
         if slope.is_cuda:
-            product = torch.bmm(batch.x.mT, slope.flatten(0, 1)).view(*slope.shape[:2], x.shape[-1], -1)
+            product = torch.bmm(batch.x.mT, slope.flatten(0, 1)).view(
+                *slope.shape[:2], x.shape[-1], -1
+            )
             grads["weight0"].copy_(product.movedim(1, 2))
         else:
             for f in range(self.shape.folds):
@@ -316,10 +398,13 @@ class StackedMLP:
 
 
 class _Workspace:
-    """The intermediate tensors of one step with B rows a member, made once: a step allocates nothing."""
+    """The intermediate tensors of one step with B rows a member, made once: a step allocates
+    nothing."""
 
     def __init__(self, net: StackedMLP, rows: int) -> None:
-        folds, trials, first = net.shape.folds, len(net.configs), net.sizes[1]
+        folds = net.shape.folds
+        trials = len(net.configs)
+        first = net.sizes[1]
 
         def empty(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=net.shape.dtype, device=net.shape.device)
@@ -332,7 +417,11 @@ class _Workspace:
         self.linear = [members(width) for width in net.sizes[1 : net.depth + 1]] or [members(first)]
         # relu and tanh are recovered from their value, so it may overwrite its argument
         in_place = net.activation in ("relu", "tanh")
-        self.active = self.linear[: net.depth] if in_place else [members(net.hidden) for _ in range(net.depth)]
+        self.active = (
+            self.linear[: net.depth]
+            if in_place
+            else [members(net.hidden) for _ in range(net.depth)]
+        )
         dropping = net.depth if net.rates is not None else 0
         self.dropped = [members(net.hidden) for _ in range(dropping)]
         self.keep = empty(dropping, trials, rows, net.hidden)

@@ -1,9 +1,11 @@
-"""The plan before a run: how many trials fit on the device at once, in which order, on how many processes.
+"""The plan before a run: how many trials fit on the device at once, in which order, on how many
+processes.
 
-On a GPU a chunk may fill the memory that is free; on the CPU it should stay in the cache, because the update
-passes over the whole state at every step. Compiled members come into the cache one by one: their chunks are larger,
-and threads of one process share their members. What a trial costs is an estimate, to cut chunks, to order them and to
-count workers: results do not depend on it, nor on the cut, beyond rounding.
+On a GPU a chunk may fill the memory that is free; on the CPU it should stay in the cache, because
+the update passes over the whole state at every step. Compiled members come into the cache one by
+one: their chunks are larger, and threads of one process share their members. What a trial costs is
+an estimate, to cut chunks, to order them and to count workers: results do not depend on it, nor on
+the cut, beyond rounding.
 """
 
 import math
@@ -26,12 +28,15 @@ from gputune.population.population import Population, hidden_widths, padded_widt
 from gputune.text import count, size_words
 from gputune.types import BY_MEMBER, ONLINE, Backend
 
-# Parameters, gradient, two moments, scratch; and for unlike trials expanded rate, decay, activity, corrections.
+# Parameters, gradient, two moments, scratch; and for unlike trials expanded rate, decay, activity,
+# corrections.
 _BUFFERS = 11
-_CLASS_MOMENTS = 3  # of a class of torch.optim, whose state only a step tells: most keep two, and a count
+# of a class of torch.optim, whose state only a step tells: most keep two, and a count
+_CLASS_MOMENTS = 3
 _WIDE_LAYERS = 4  # of a user's module that are as wide as its widest
 
-# One core's speed, to order chunks and to count workers; no result depends on them. Measured on a Xeon core.
+# One core's speed, to order chunks and to count workers; no result depends on them. Measured on a
+# Xeon core.
 _STEP_SECONDS = 60e-6  # operator overhead of one layer in one step
 _PARAMETER_SECONDS = 2.2e-9  # update of one parameter
 _PRODUCT_SECONDS = 8e-12  # one multiply-add pair
@@ -42,23 +47,33 @@ _COMPILED_PARAMETER_SECONDS = 0.6e-9
 _COMPILED_PRODUCT_SECONDS = 2e-11
 _COMPILED_ACTIVATION_SECONDS = 0.5e-9
 
-_CACHE_BYTES = 16 << 20  # a chunk's state on the CPU; 8 to 32 MiB measured alike, beyond that slower
-_COMPILED_BYTES = 64 << 20  # of compiled members: an epoch is then long beside what is done between two
-_CODED_BYTES = 256 << 20  # the same of a user's module, whose chunks each take some tenths of a second to begin
+# a chunk's state on the CPU; 8 to 32 MiB measured alike, beyond that slower
+_CACHE_BYTES = 16 << 20
+# of compiled members: an epoch is then long beside what is done between two
+_COMPILED_BYTES = 64 << 20
+# the same of a user's module, whose chunks each take some tenths of a second to begin
+_CODED_BYTES = 256 << 20
 _FEW = 3  # trials of the first chunk, which is there for an early answer
 _FREE_SHARE = 0.8  # of the GPU memory that is free
-_MEASURED_SHARE = 0.5  # of the limit, beyond which an estimate of a population's memory is not enough
+# of the limit, beyond which an estimate of a population's memory is not enough
+_MEASURED_SHARE = 0.5
 _WORKERS_PAY = 3.0  # estimated seconds of work from which a second process repays its start
-_GPUS_PAY = 600.0  # and a second GPU: its process takes some 10 s to start, and a core is far slower than a GPU
+# and a second GPU: its process takes some 10 s to start, and a core is far slower than a GPU
+_GPUS_PAY = 600.0
 _THREADS_PAY = 10.0  # and from which a second thread is worth its waiting, where nothing can be cut
 _WORDS: Mapping[Backend, str] = {
-    "compiled": "compiled", "kernel": "by the kernel", "graph": "recorded", "eager": "eager", "loop": "one by one"
-}  # fmt: skip
+    "compiled": "compiled",
+    "kernel": "by the kernel",
+    "graph": "recorded",
+    "eager": "eager",
+    "loop": "one by one",
+}
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one trial of a population costs: bytes while it trains and while it waits, seconds an epoch, of overhead."""
+    """What one trial of a population costs: bytes while it trains and while it waits, seconds an
+    epoch, of overhead."""
 
     trial_bytes: int
     state_bytes: int
@@ -67,35 +82,65 @@ class Cost:
 
 
 def trial_cost(
-    population: Population, data: Dataset, parameters: int = 0, backend: Backend = "eager", widest: int = 0
+    population: Population,
+    data: Dataset,
+    parameters: int = 0,
+    backend: Backend = "eager",
+    widest: int = 0,
 ) -> Cost:
-    """Estimate what one trial costs in all folds; ``widest`` numbers has a row in a layer of a user's module."""
-    config, folds, item = population.configs[0], data.n_folds, data.dtype.itemsize
+    """Estimate what one trial costs in all folds; ``widest`` numbers has a row in a layer of a
+    user's module."""
+    config = population.configs[0]
+    folds = data.n_folds
+    item = data.dtype.itemsize
     longest = max(len(fold.train) for fold in data.folds)
     batch_sizes = np.array([min(c["batch_size"], longest) for c in population.configs])
     layers, size, units = _shape(population, data, parameters)
     momenta = (c["momentum"] for c in population.configs)
     moments = _CLASS_MOMENTS if class_of(config) else n_moments(config["optimizer"], momenta)
     # A parameter that waits: itself, its moments, what adapts its rate, its average.
-    state_bytes = folds * item * size * (1 + moments + 3 * (config["optimizer"] in ONLINE) + bool(config["ema"]))
+    state_bytes = (
+        folds
+        * item
+        * size
+        * (1 + moments + 3 * (config["optimizer"] in ONLINE) + bool(config["ema"]))
+    )
     longest_scored = max(len(fold.valid) for fold in data.folds) * data.n_outputs
     if backend in BY_MEMBER and population.kind != "module":
         # Every member takes its own steps, and what it works in belongs to the thread.
         row_seconds = 3 * _COMPILED_PRODUCT_SECONDS * size + _COMPILED_ACTIVATION_SECONDS * units
-        of_step = _COMPILED_STEP_SECONDS + _COMPILED_PARAMETER_SECONDS * size + batch_sizes * row_seconds
-        scored = sum(len(fold.valid) for fold in data.folds) * data.n_outputs + 4 * longest_scored  # terms of one fold
+        of_step = (
+            _COMPILED_STEP_SECONDS + _COMPILED_PARAMETER_SECONDS * size + batch_sizes * row_seconds
+        )
+        # terms of one fold
+        scored = sum(len(fold.valid) for fold in data.folds) * data.n_outputs + 4 * longest_scored
         trial_bytes = item * ((3 + bool(config["ema"])) * folds * size + scored)
-        return Cost(trial_bytes, state_bytes, folds * float((-(-longest // batch_sizes) * of_step).mean()), 0.0)
-    steps, rows = int(-(-longest // batch_sizes.min())), int(batch_sizes.max())
+        return Cost(
+            trial_bytes,
+            state_bytes,
+            folds * float((-(-longest // batch_sizes) * of_step).mean()),
+            0.0,
+        )
+    steps = int(-(-longest // batch_sizes.min()))
+    rows = int(batch_sizes.max())
     units = max(units, _WIDE_LAYERS * widest)
-    activations = rows * (4 * units + 3 * data.n_outputs) + (rows * data.row_numbers) // len(batch_sizes)
+    activations = rows * (4 * units + 3 * data.n_outputs) + (rows * data.row_numbers) // len(
+        batch_sizes
+    )
     dropout = 2 * rows * units if config["dropout"] else 0
-    buffers = _BUFFERS + (config["optimizer"] in ONLINE) + bool(config["ema"])  # one more: the last direction
-    member_seconds = _PARAMETER_SECONDS * size + 3 * _PRODUCT_SECONDS * rows * size + _ACTIVATION_SECONDS * rows * units
+    # one more: the last direction
+    buffers = _BUFFERS + (config["optimizer"] in ONLINE) + bool(config["ema"])
+    member_seconds = (
+        _PARAMETER_SECONDS * size
+        + 3 * _PRODUCT_SECONDS * rows * size
+        + _ACTIVATION_SECONDS * rows * units
+    )
     looped = backend == "loop"
     return Cost(
-        # Outputs on the validation rows are there in the scores' working precision and once more for their terms.
-        trial_bytes=folds * item * (buffers * size + activations + dropout) + item * 5 * longest_scored,
+        # Outputs on the validation rows are there in the scores' working precision and once more
+        # for their terms.
+        trial_bytes=folds * item * (buffers * size + activations + dropout)
+        + item * 5 * longest_scored,
         state_bytes=state_bytes,
         trial_seconds=folds * steps * (member_seconds + looped * layers * _STEP_SECONDS),
         step_seconds=0.0 if looped else steps * layers * _STEP_SECONDS,
@@ -104,23 +149,30 @@ def trial_cost(
 
 def _shape(population: Population, data: Dataset, parameters: int) -> tuple[int, int, int]:
     """Layers, parameters and hidden units of one member, padding included."""
-    config, d, k = population.configs[0], data.n_features, data.n_outputs
+    config = population.configs[0]
+    d = data.n_features
+    k = data.n_outputs
     if population.kind == "linear":
         return 1, (d + 1) * k, k
-    if population.kind == "module":  # its inside is unknown: a square root of the size is a fair width
+    # its inside is unknown: a square root of the size is a fair width
+    if population.kind == "module":
         return 8, parameters, 4 * int(parameters**0.5)
-    depth, width = config["depth"], padded_width(max(hidden_widths(config), default=1))
+    depth = config["depth"]
+    width = padded_width(max(hidden_widths(config), default=1))
     size = (d + 1) * width + (depth - 1) * (width + 1) * width + (width + 1) * k
     return depth + 1, size, depth * width
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Chunks of a search, longest first; the processes that train them (1: this process alone); threads of each.
+    """Chunks of a search, longest first; the processes that train them (1: this process alone);
+    threads of each.
 
-    With ``cluster`` the workers are tasks that run at once on other machines. ``ways`` says of each chunk how it
-    trains. ``state_bytes`` are those of all trials between two epochs; where they wait for each other at rungs,
-    ``cache_bytes`` of these have room in main memory. ``failures`` say why a faster backend does not train.
+    With ``cluster`` the workers are tasks that run at once on other machines. ``ways`` says of each
+    chunk how it trains. ``state_bytes`` are those of all trials between two epochs; where they wait
+    for each other at rungs,
+    ``cache_bytes`` of these have room in main memory. ``failures`` say why a faster backend does
+    not train.
     """
 
     chunks: tuple[Population, ...]
@@ -133,7 +185,8 @@ class Plan:
     cache_bytes: int | None = None
     ways: tuple[Backend, ...] = ()
     gpus: bool = False  # whether each worker has a GPU
-    failures: tuple[str, ...] = ()  # faster ways that cannot train or have failed when tried, and why
+    # faster ways that cannot train or have failed when tried, and why
+    failures: tuple[str, ...] = ()
 
     @property
     def at_once(self) -> int:
@@ -143,9 +196,9 @@ class Plan:
     def answering_early(self, folds: int) -> "Plan":
         """Return the plan of a search whose first result comes early, of as much work.
 
-        The first trial and a few of its shape are a chunk of their own where that costs nothing, and come first. (The
-        step of a user's module would be traced for each.) One worker then takes the shortest chunk first; several take
-        the longest first, so that they end together.
+        The first trial and a few of its shape are a chunk of their own where that costs nothing,
+        and come first. (The step of a user's module would be traced for each.) One worker then
+        takes the shortest chunk first; several take the longest first, so that they end together.
         """
         ordered = list(zip(self.chunks, self.ways))
         if self.workers == 1:
@@ -175,12 +228,15 @@ class Plan:
         if self.cache_bytes is not None:
             in_memory = min(self.state_bytes, self.cache_bytes)
             waiting = {"main memory": in_memory, "files": self.state_bytes - in_memory}
-            parts = " and ".join(f"{size_words(size)} in {where}" for where, size in waiting.items() if size)
+            parts = " and ".join(
+                f"{size_words(size)} in {where}" for where, size in waiting.items() if size
+            )
             how += f"; states that wait for a rung take up to {parts}"
         how += "".join(f"; {failure}" for failure in self.failures)
         return (
             f"{count(sum(sizes), 'trial')} in {count(len(sizes), 'chunk')} of {trials}, about "
-            f"{size_words(self.chunk_bytes)} a chunk and {size_words(self.data_bytes)} of data, {place}{how}"
+            f"{size_words(self.chunk_bytes)} a chunk and {size_words(self.data_bytes)} of data, "
+            f"{place}{how}"
         )
 
 
@@ -195,15 +251,20 @@ class _Piece:
 
     @property
     def seconds(self) -> float:
-        return self.epochs * (self.cost.step_seconds + len(self.chunk.index) * self.cost.trial_seconds)
+        return self.epochs * (
+            self.cost.step_seconds + len(self.chunk.index) * self.cost.trial_seconds
+        )
 
     def cut(self, number: int) -> list["_Piece"]:
         """Cut into so many pieces of equal size, or one a trial."""
         parts = np.array_split(np.arange(len(self.chunk.index)), min(number, len(self.chunk.index)))
-        return [replace(self, chunk=self.chunk.part(int(part[0]), int(part[-1]) + 1)) for part in parts]
+        return [
+            replace(self, chunk=self.chunk.part(int(part[0]), int(part[-1]) + 1)) for part in parts
+        ]
 
     def halves(self, seconds: float) -> list["_Piece"]:
-        """Return it halved until no piece takes longer than that: one would keep a worker long after the others."""
+        """Return it halved until no piece takes longer than that: one would keep a worker long
+        after the others."""
         if self.seconds <= seconds or len(self.chunk.index) == 1:
             return [self]
         return [part for half in reversed(self.cut(2)) for part in half.halves(seconds)]
@@ -215,13 +276,16 @@ class Planner:
 
     data        the rows, and the device that they are on
     memory      bytes that a chunk may take; None: what the device suggests
-    workers     processes; None lets the estimate decide, between one and ``gpus`` where the data is on a GPU
+    workers     processes; None lets the estimate decide, between one and ``gpus`` where the data is
+                on a GPU
     free        bytes of a GPU that is not in this machine
     traits      those of a user's module, of each text of its module__* values
     parameters  the size of a user's module
-    cost_of     turns what a trial costs in plain training into what it costs here; ``memory`` is then the only limit
-    measure     finds what a population takes of a device's memory, by at most so many of its trials; asked where the
-                estimate is near the limit, and for a user's module, whose inside is unknown
+    cost_of     turns what a trial costs in plain training into what it costs here; ``memory`` is
+                then the only limit
+    measure     finds what a population takes of a device's memory, by at most so many of its
+                trials; asked where the estimate is near the limit, and for a user's module, whose
+                inside is unknown
     """
 
     data: Dataset
@@ -238,8 +302,14 @@ class Planner:
     def plan(self, populations: Sequence[Population], epochs: int) -> Plan:
         """Return the chunks in which populations train for so many epochs."""
         pieces = [piece for population in populations for piece in self._pieces(population, epochs)]
-        if self.cost_of is None and self.workers in (None, 1) and all(piece.way == "compiled" for piece in pieces):
-            workers, threads = 1, cores()  # threads share the members of a chunk, and need no start
+        if (
+            self.cost_of is None
+            and self.workers in (None, 1)
+            and all(piece.way == "compiled" for piece in pieces)
+        ):
+            # threads share the members of a chunk, and need no start
+            workers = 1
+            threads = cores()
         else:
             pieces, workers, threads = self._among_workers(pieces)
         pieces = sorted(pieces, key=lambda piece: -piece.seconds)
@@ -256,9 +326,12 @@ class Planner:
 
     def _pieces(self, population: Population, epochs: int) -> list[_Piece]:
         """Return the chunks of a population, each of which fits into memory."""
-        config, traits = population.configs[0], self.traits.get(population.arguments)
+        config = population.configs[0]
+        traits = self.traits.get(population.arguments)
         way = trains_as(self.backend, population.kind, config, traits, data=self.data)
-        cost = trial_cost(population, self.data.of(config), self.parameters, way, traits.widest if traits else 0)
+        cost = trial_cost(
+            population, self.data.of(config), self.parameters, way, traits.widest if traits else 0
+        )
         if self.cost_of is not None:
             cost = self.cost_of(population, cost)
         if way == "compiled":
@@ -271,28 +344,38 @@ class Planner:
         if self.measure is not None and (near or population.kind == "module"):
             need = self.measure(population, limit // cost.trial_bytes)
             if need is not None:
-                cost, limit = replace(cost, trial_bytes=need.trial), limit - need.once
+                cost = replace(cost, trial_bytes=need.trial)
+                limit = limit - need.once
         whole = _Piece(population, cost, epochs, way)
-        if way == "loop" and self.cost_of is None:  # nothing is gained by company, and a stop is heard earlier
+        # nothing is gained by company, and a stop is heard earlier
+        if way == "loop" and self.cost_of is None:
             return whole.cut(len(population.index))
-        # Not cut by time too: checkpoints keep what a long chunk has done, and cost less than the overhead of every
-        # step, which each piece would pay anew.
+        # Not cut by time too: checkpoints keep what a long chunk has done, and cost less than the
+        # overhead of every step, which each piece would pay anew.
         return whole.cut(-(-len(population.index) // max(1, limit // cost.trial_bytes)))
 
     def _among_workers(self, pieces: list[_Piece]) -> tuple[list[_Piece], int, int]:
-        """Return pieces for the workers, or for as many as the work repays, these, and the threads of each."""
-        total, workers = sum(piece.seconds for piece in pieces), self.workers
+        """Return pieces for the workers, or for as many as the work repays, these, and the threads
+        of each."""
+        total = sum(piece.seconds for piece in pieces)
+        workers = self.workers
         on_gpu = self.data.device.type == "cuda"
         if workers is None:
             most, pays = (self.gpus, _GPUS_PAY) if on_gpu else (cores(), _WORKERS_PAY)
             workers = most if total > pays else 1
         share = total / (2 * workers) if workers > 1 else math.inf
-        if on_gpu:  # a part for each GPU of those that are long, and no more: a short chunk is no faster
-            pieces = [part for piece in pieces for part in piece.cut(workers if piece.seconds > share else 1)]
+        # a part for each GPU of those that are long, and no more: a short chunk is no faster
+        if on_gpu:
+            pieces = [
+                part
+                for piece in pieces
+                for part in piece.cut(workers if piece.seconds > share else 1)
+            ]
         else:
             pieces = [part for piece in reversed(pieces) for part in piece.halves(share)]
         workers = min(workers, len(pieces))
-        # Products this small lose time to a second thread; only a long run that cannot be cut has use for one.
+        # Products this small lose time to a second thread; only a long run that cannot be cut has
+        # use for one.
         return pieces, workers, cores() if workers == 1 and total > _THREADS_PAY else 1
 
 
@@ -307,10 +390,14 @@ def parse_memory(memory: object) -> int | None:
     with suppress(ValueError):
         value = float(text.removesuffix(unit).strip()) * units.get(unit, 1)
     if isinstance(memory, bool) or not 0 < value < float("inf"):
-        raise InputError(f"memory is a number of bytes or text such as '8GB', above 0, got {memory!r}.")
+        raise InputError(
+            f"memory is a number of bytes or text such as '8GB', above 0, got {memory!r}."
+        )
     return max(1, int(value))
 
 
 def cores() -> int:
     """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    )

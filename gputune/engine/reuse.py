@@ -1,9 +1,11 @@
-"""What a chunk leaves to the next of its search: how many trials memory has held, and the memory itself.
+"""What a chunk leaves to the next of its search: how many trials memory has held, and the memory
+itself.
 
-A chunk like one that has trained takes it over, and with it the steps that were recorded there. A recording costs as
-much as dozens of steps, and a search that stops at rungs, or that trains many chunks of one shape, would make it anew
-for each. What a step reads as a number of the host is part of the recording: a chunk is like another where all of that
-is equal, and what differs is in tensors.
+A chunk like one that has trained takes it over, and with it the steps that were recorded there. A
+recording costs as much as dozens of steps, and a search that stops at rungs, or that trains many
+chunks of one shape, would make it anew for each. What a step reads as a number of the host is part
+of the recording: a chunk is like another where all of that is equal, and what differs is in
+tensors.
 """
 
 import secrets
@@ -32,7 +34,8 @@ _STAYS = frozenset(
     """StackedModule.template StackedModule.stateless StackedMLP._workspaces Batches.inputs Batches.target
     Batches.weights""".split()
 )
-"""What is the same in like chunks by its making: the module of equal arguments, room to work in, the rows."""
+"""What is the same in like chunks by its making: the module of equal arguments, room to work in,
+the rows."""
 
 
 class _Unlike(Exception):
@@ -42,18 +45,22 @@ class _Unlike(Exception):
 class Fits:
     """What the chunks of one search leave to the next, where a process has trained some.
 
-    How many trials of each tensor shape memory has held: what failed once is not tried again. And the chunks that take
-    recorded steps, the last of each shape, in whose memory the next of their shape train. Within a process all copies
-    are one object, however often it is sent there with a job.
+    How many trials of each tensor shape memory has held: what failed once is not tried again. And
+    the chunks that take recorded steps, the last of each shape, in whose memory the next of their
+    shape train. Within a process all copies are one object, however often it is sent there with a
+    job.
     """
 
     def __init__(self) -> None:
         self.token = secrets.token_hex(8)
         self.trials: dict[object, int] = {}
         self.chunks: dict[Hashable, StackedChunk] = {}
-        self.timed: list[StackedChunk] = []  # those in compiled code that are at their start, being only timed
-        self.failures: dict[str, None] = {}  # faster ways that cannot train or have failed when timed, and why
-        self.faults: dict[str, None] = {}  # the same of backends that failed while chunks were made, a sentence each
+        # those in compiled code that are at their start, being only timed
+        self.timed: list[StackedChunk] = []
+        # faster ways that cannot train or have failed when timed, and why
+        self.failures: dict[str, None] = {}
+        # the same of backends that failed while chunks were made, a sentence each
+        self.faults: dict[str, None] = {}
 
     def keep_timed(self, chunk: StackedChunk) -> None:
         """Keep a chunk that was timed, where there is room beside the others."""
@@ -64,16 +71,31 @@ class Fits:
         """Keep the chunk of these trials no longer."""
         self.timed = [chunk for chunk in self.timed if chunk.configs != list(configs)]
 
-    def take_timed(self, network: Network, validation: Validation, **options: int) -> StackedChunk | None:
-        """Return the chunk of these trials that was timed, which is kept no longer; None where there is none."""
+    def take_timed(
+        self, network: Network, validation: Validation, **options: int
+    ) -> StackedChunk | None:
+        """Return the chunk of these trials that was timed, which is kept no longer; None where
+        there is none."""
         found = [chunk for chunk in self.timed if chunk.configs == list(network.configs)]
         self.drop_timed(network.configs)
-        return found[0] if found and found[0].is_made_with(validation, recorded=False, **options) else None
+        return (
+            found[0]
+            if found and found[0].is_made_with(validation, recorded=False, **options)
+            else None
+        )
 
-    def take(self, network: Network, validation: Validation, *, recorded: bool, **options: int) -> StackedChunk:
-        """Return a chunk of these trials at their start: one that was kept where it can be, or a new one."""
-        kept, trials = self.chunks.pop(_key(network), None), len(network.configs)
-        if kept is not None and kept.is_made_with(validation, recorded=recorded, **options) and kept.holds(trials):
+    def take(
+        self, network: Network, validation: Validation, *, recorded: bool, **options: int
+    ) -> StackedChunk:
+        """Return a chunk of these trials at their start: one that was kept where it can be, or a
+        new one."""
+        kept = self.chunks.pop(_key(network), None)
+        trials = len(network.configs)
+        if (
+            kept is not None
+            and kept.is_made_with(validation, recorded=recorded, **options)
+            and kept.holds(trials)
+        ):
             places = [min(slot, trials - 1) for slot in range(len(kept.slots))]
             like = StackedChunk(network.subset(places), validation, recorded=recorded, **options)
             if take_over(kept, like):
@@ -84,7 +106,8 @@ class Fits:
         return StackedChunk(network, validation, recorded=recorded, **options)
 
     def give(self, chunk: object) -> None:
-        """Keep a chunk that has trained, where it takes recorded steps; the oldest go where all are large."""
+        """Keep a chunk that has trained, where it takes recorded steps; the oldest go where all are
+        large."""
         if isinstance(chunk, StackedChunk) and chunk.steps.begun:
             self.chunks[_key(chunk.network)] = chunk
             while sum(kept.nbytes for kept in self.chunks.values()) > _KEPT_BYTES:
@@ -96,7 +119,8 @@ class Fits:
 
     def refused(self, chunk: Population) -> None:
         """Remember that a chunk did not fit: the next of its shape begins with half of it."""
-        self.chunks, self.timed = {}, []
+        self.chunks = {}
+        self.timed = []
         self.trials[shape_of(chunk)] = -(-len(chunk.index) // 2)
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -126,7 +150,8 @@ def _key(network: Network) -> Hashable:
 
 
 def take_over(chunk: StackedChunk, like: StackedChunk) -> bool:
-    """Make a chunk what another one is, in its own memory; return False, and change nothing, where they are unlike."""
+    """Make a chunk what another one is, in its own memory; return False, and change nothing, where
+    they are unlike."""
     mine, theirs = ([one._network, one.batches, one.update, one.draws] for one in (chunk, like))
     if _constants(chunk._network) != _constants(like._network):
         return False
@@ -145,15 +170,20 @@ def take_over(chunk: StackedChunk, like: StackedChunk) -> bool:
 
 
 def _constants(network: Network) -> object:
-    """Return the values of a user's module and loss that all members share, which are numbers of the host."""
+    """Return the values of a user's module and loss that all members share, which are numbers of
+    the host."""
     if not isinstance(network, ModuleNetwork):
         return None
-    config, named = network.configs[0], network.objective.is_named
-    return arguments_text(config), [(k, repr(v)) for k, v in config.items() if not named and k.startswith("loss__")]
+    config = network.configs[0]
+    named = network.objective.is_named
+    return arguments_text(config), [
+        (k, repr(v)) for k, v in config.items() if not named and k.startswith("loss__")
+    ]
 
 
 def _pairs(mine: Any, theirs: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield the tensors of two structures, and the places and values of what the host reads. Raises _Unlike."""
+    """Yield the tensors of two structures, and the places and values of what the host reads. Raises
+    _Unlike."""
     if mine is theirs:
         return
     if type(mine) is not type(theirs):

@@ -1,6 +1,8 @@
-"""When training ends before its last epoch, at a deadline or because someone asks for it; and how it is entered.
+"""When training ends before its last epoch, at a deadline or because someone asks for it; and how
+it is entered.
 
-Work with torch is entered out of the modes that a program has set, and waited for when the process ends.
+Work with torch is entered out of the modes that a program has set, and waited for when the process
+ends.
 """
 
 import atexit
@@ -16,7 +18,8 @@ from typing import ParamSpec, TypeVar
 
 
 class Stop:
-    """Asked after every epoch, by this process and by its workers, whose copies hear what is asked here."""
+    """Asked after every epoch, by this process and by its workers, whose copies hear what is asked
+    here."""
 
     def __init__(self, deadline: float | None = None) -> None:
         """``deadline`` is a ``time.monotonic()``, a clock that the processes of a machine share."""
@@ -28,14 +31,16 @@ class Stop:
         _stops.add(self)
 
     def ask(self) -> None:
-        """End all training after the running epoch. May be called by a signal handler, and more than once."""
+        """End all training after the running epoch. May be called by a signal handler, and more
+        than once."""
         self.asked = True
         if self._sign is not None:
             with suppress(OSError):  # the folder has just gone, and with it those who would look
                 self._sign.touch()
 
     def is_over(self) -> bool:
-        """Whether training ends now: it was asked to, the deadline has passed, or a worker has lost its parent."""
+        """Whether training ends now: it was asked to, the deadline has passed, or a worker has lost
+        its parent."""
         if self.asked or (self.deadline is not None and time.monotonic() > self.deadline):
             return True
         if self._parent is None:
@@ -44,7 +49,8 @@ class Stop:
 
     @contextmanager
     def heard_by_workers(self, sign: Path) -> Iterator[None]:
-        """Let copies that are pickled inside hear what is asked here, by a file that does not exist yet."""
+        """Let copies that are pickled inside hear what is asked here, by a file that does not exist
+        yet."""
         self._sign = sign
         if self.asked:  # before there was a file to make
             self.ask()
@@ -68,10 +74,12 @@ _ending = False
 
 
 def entry(function: Callable[Given, Value]) -> Callable[Given, Value]:
-    """Let a function compute gradients within ``torch.inference_mode``, and make its tensors on the CPU by default.
+    """Let a function compute gradients within ``torch.inference_mode``, and make its tensors on the
+    CPU by default.
 
-    What it makes elsewhere has its device by name, whatever ``torch.set_default_device`` was told ("meta" holds no
-    numbers at all). A process that ends while it runs in a daemon thread asks for its end and waits for that.
+    What it makes elsewhere has its device by name, whatever ``torch.set_default_device`` was told
+    ("meta" holds no numbers at all). A process that ends while it runs in a daemon thread asks for
+    its end and waits for that.
     """
 
     @functools.wraps(function)
@@ -79,7 +87,8 @@ def entry(function: Callable[Given, Value]) -> Callable[Given, Value]:
         import torch  # here: ``gputune --help`` needs a ``Stop`` and must not wait for it
 
         default = torch.get_default_device()
-        # A mode costs something in every call of torch, so only where there is another one to be left.
+        # A mode costs something in every call of torch, so only where there is another one to be
+        # left.
         on_cpu = nullcontext() if default.type == "cpu" else torch.device("cpu")
         with waited_for(), torch.inference_mode(False), on_cpu:
             return function(*args, **more)
@@ -89,9 +98,11 @@ def entry(function: Callable[Given, Value]) -> Callable[Given, Value]:
 
 @contextmanager
 def waited_for() -> Iterator[None]:
-    """Count a daemon thread as one that works inside; where the process ends meanwhile, it never comes out.
+    """Count a daemon thread as one that works inside; where the process ends meanwhile, it never
+    comes out.
 
-    A decorator too. Python ends such a thread at the next line that it would run, and torch's code then aborts.
+    A decorator too. Python ends such a thread at the next line that it would run, and torch's code
+    then aborts.
     """
     thread = threading.current_thread()
     if not thread.daemon or thread in _working:

@@ -1,4 +1,5 @@
-"""The only loop over epochs and batches: a chunk of members trains in lock step and is scored at every epoch."""
+"""The only loop over epochs and batches: a chunk of members trains in lock step and is scored at
+every epoch."""
 
 import math
 import operator
@@ -32,12 +33,14 @@ from gputune.scoring.scoring import BestOutputs, Scoring, Validation, shape_of_s
 from gputune.types import Backend, Config, Outputs, first_metric
 
 Chunk = CompiledChunk | StackedChunk | LoopChunk
-"""Members while they train, which no method mixes; the trials ``alive`` are counted as they were at the start."""
+"""Members while they train, which no method mixes; the trials ``alive`` are counted as they were at
+the start."""
 
 
 @dataclass(frozen=True)
 class State:
-    """Members in the middle of their training: ``buffers`` (C, F, N), parameters first, after ``epoch`` epochs.
+    """Members in the middle of their training: ``buffers`` (C, F, N), parameters first, after
+    ``epoch`` epochs.
 
     A row holds all that is known of a trial, so that trials may be parked, sent and grouped anew.
     """
@@ -57,15 +60,18 @@ class State:
     @staticmethod
     def stack(states: "Sequence[State]") -> "State":
         """Return several states of one epoch and one shape as one."""
-        return State(states[0].epoch, tuple(map(torch.cat, zip(*(state.buffers for state in states)))))
+        return State(
+            states[0].epoch, tuple(map(torch.cat, zip(*(state.buffers for state in states))))
+        )
 
 
 @dataclass(frozen=True)
 class BegunChunk(Population):
     """Trials of one shape that have trained for some epochs already, or for none (``state`` None).
 
-    ``state`` is that of the trials ``alive`` (positions in the chunk; None: all), ``before`` (C, epochs, F) are the
-    curves so far where they are known, and ``seconds`` is what the training took.
+    ``state`` is that of the trials ``alive`` (positions in the chunk; None: all), ``before`` (C,
+    epochs, F) are the curves so far where they are known, and ``seconds`` is what the training
+    took.
     """
 
     state: State | None = None
@@ -76,7 +82,11 @@ class BegunChunk(Population):
     @staticmethod
     def of(chunk: Population) -> "BegunChunk":
         """Return a chunk as one that may have trained."""
-        return chunk if isinstance(chunk, BegunChunk) else BegunChunk(chunk.kind, chunk.index, chunk.configs)
+        return (
+            chunk
+            if isinstance(chunk, BegunChunk)
+            else BegunChunk(chunk.kind, chunk.index, chunk.configs)
+        )
 
     @property
     def epoch(self) -> int:
@@ -100,9 +110,11 @@ class BegunChunk(Population):
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How chunks train: ``epochs``, of which a schedule runs over ``horizon``; without ``scoring`` none is scored.
+    """How chunks train: ``epochs``, of which a schedule runs over ``horizon``; without ``scoring``
+    none is scored.
 
-    What ``backend`` does not know trains in another way (``trains_as``). ``fits`` is what one chunk leaves to the next.
+    What ``backend`` does not know trains in another way (``trains_as``). ``fits`` is what one chunk
+    leaves to the next.
     """
 
     seed: int
@@ -115,7 +127,8 @@ class Training:
 
 @dataclass(frozen=True)
 class Spent:
-    """What a training took: seconds in its steps and in its scores, and the floating-point operations of its steps.
+    """What a training took: seconds in its steps and in its scores, and the floating-point
+    operations of its steps.
 
     These are NaN for a user's module, whose inside is unknown.
     """
@@ -130,12 +143,14 @@ class Spent:
 
 @dataclass(frozen=True)
 class Trained:
-    """A chunk after ``epochs`` epochs: ``curves`` (C, epochs, F), NaN from the epoch on at which a trial diverged.
+    """A chunk after ``epochs`` epochs: ``curves`` (C, epochs, F), NaN from the epoch on at which a
+    trial diverged.
 
     With several metrics they are (C, epochs, F, M). The members of trials that did not diverge are
-    ``member(fold, trial)``, and ``state`` is theirs: copies. ``scored`` is what is scored and saved of ``flat``,
-    ``moments`` are the optimizer's flat buffers: the chunk's own tensors, in which the next one may train. ``best`` has
-    the outputs that a scoring keeps.
+    ``member(fold, trial)``, and ``state`` is theirs: copies. ``scored`` is what is scored and saved
+    of ``flat``,
+    ``moments`` are the optimizer's flat buffers: the chunk's own tensors, in which the next one may
+    train. ``best`` has the outputs that a scoring keeps.
     """
 
     curves: np.ndarray
@@ -151,7 +166,10 @@ class Trained:
     @property
     def state(self) -> State:
         """The state of the trials ``alive``, for a ``BegunChunk``."""
-        rows = [self.network.blocks.to_rows(self.flat), *map(self.network.trained.to_rows, self.moments)]
+        rows = [
+            self.network.blocks.to_rows(self.flat),
+            *map(self.network.trained.to_rows, self.moments),
+        ]
         return State(self.epochs, tuple(buffer[: len(self.alive)] for buffer in rows))
 
     def outputs_of(self, index: Sequence[int]) -> dict[int, Outputs]:
@@ -159,13 +177,16 @@ class Trained:
         return {} if self.best is None else self.best.of_trials(index)
 
     def member(self, fold: int, trial: int) -> nn.Module:
-        """Return one member as a plain module on the CPU; ``trial`` counts as it did before any diverged."""
-        return self.network.member(self.network.blocks.views(self.scored), fold, self.alive.index(trial))
+        """Return one member as a plain module on the CPU; ``trial`` counts as it did before any
+        diverged."""
+        return self.network.member(
+            self.network.blocks.views(self.scored), fold, self.alive.index(trial)
+        )
 
 
 AfterEpoch = Callable[[Trained], "bool | np.ndarray"]
-"""Called with the chunk as it is, of which nothing was copied, after an epoch or several (``train(at_once=True)``);
-returns whether to stop, or which of the trials ``alive`` go on, (C,)."""
+"""Called with the chunk as it is, of which nothing was copied, after an epoch or several
+(``train(at_once=True)``); returns whether to stop, or which of the trials ``alive`` go on, (C,)."""
 
 
 @torch.no_grad()
@@ -180,20 +201,31 @@ def train(
 ) -> Trained:
     """Train the F x C members of one chunk and return their curves.
 
-    Trials that diverge in any fold leave the chunk after the epoch, and cost nothing from then on. What was begun goes
-    on, up to the same ``epochs``; its curves are what they were before, NaN where that is not known. With ``at_once``
-    nothing is decided after each epoch, so that a launch of a kernel may take several.
+    Trials that diverge in any fold leave the chunk after the epoch, and cost nothing from then on.
+    What was begun goes on, up to the same ``epochs``; its curves are what they were before, NaN
+    where that is not known. With ``at_once`` nothing is decided after each epoch, so that a launch
+    of a kernel may take several.
     """
     members = _make_chunk(network, data, training)
     if chunk.alive is not None:
         members.keep(np.isin(members.alive, chunk.alive))
     if chunk.state is not None and members.alive:
         flat, *moments = (rows.to(members.flat.device) for rows in chunk.state.buffers)
-        members.resume([members.network.blocks.from_rows(flat), *map(members.network.trained.from_rows, moments)])
-    epoch, scoring, over = chunk.epoch, training.scoring, False
-    curves = np.full((len(chunk.configs), training.epochs, *shape_of_scores(scoring, data.n_folds)), np.nan)
+        members.resume(
+            [
+                members.network.blocks.from_rows(flat),
+                *map(members.network.trained.from_rows, moments),
+            ]
+        )
+    epoch = chunk.epoch
+    scoring = training.scoring
+    over = False
+    curves = np.full(
+        (len(chunk.configs), training.epochs, *shape_of_scores(scoring, data.n_folds)), np.nan
+    )
     each_epoch = np.array([operations(config, network.kind, data) for config in chunk.configs])
-    spent, best = Spent(), None
+    spent = Spent()
+    best = None
     if chunk.before is not None:
         curves[:, :epoch] = chunk.before
     if scoring is not None and scoring.kept_bytes:
@@ -206,7 +238,11 @@ def train(
 
     while epoch < training.epochs and members.alive and not over:
         work = float(each_epoch[members.alive].sum())
-        many = members.take(training.epochs - epoch) if at_once and isinstance(members, KernelChunk) else 1
+        many = (
+            members.take(training.epochs - epoch)
+            if at_once and isinstance(members, KernelChunk)
+            else 1
+        )
         scores, took = _train_epochs(members, data, epoch, scored=scoring is not None)
         spent += replace(took, operations=many * work)
         if scores is not None:
@@ -224,10 +260,11 @@ def train(
 
 
 def operations(config: Config, kind: ModelKind, data: Dataset) -> float:
-    """Return the floating-point operations of an epoch of one trial's steps, in all folds: its matrix products alone.
+    """Return the floating-point operations of an epoch of one trial's steps, in all folds: its
+    matrix products alone.
 
-    A product (rows, in) x (in, out) is 2 rows in out; each layer has one forward and two backward, the first layer one
-    backward. NaN for a user's module, whose inside is unknown.
+    A product (rows, in) x (in, out) is 2 rows in out; each layer has one forward and two backward,
+    the first layer one backward. NaN for a user's module, whose inside is unknown.
     """
     if kind == "module":
         return math.nan
@@ -237,7 +274,8 @@ def operations(config: Config, kind: ModelKind, data: Dataset) -> float:
 
 
 def _make_chunk(network: Network, data: Dataset, training: Training) -> Chunk:
-    words, fits = {"seed": training.seed, "horizon": training.horizon}, training.fits
+    words = {"seed": training.seed, "horizon": training.horizon}
+    fits = training.fits
     validation = Validation(data, training.scoring)
     if isinstance(network, LoopedModule):
         return LoopChunk(network, validation, **words)
@@ -260,8 +298,11 @@ def _make_chunk(network: Network, data: Dataset, training: Training) -> Chunk:
     return fits.take(network, validation, recorded=recorded, **words)
 
 
-def _try_to_make(make: Callable[[], Chunk], word: Backend, network: Network, fits: Fits) -> Chunk | None:
-    """Return the chunk of a faster backend. If that fails, return None, and a warning and a note say why."""
+def _try_to_make(
+    make: Callable[[], Chunk], word: Backend, network: Network, fits: Fits
+) -> Chunk | None:
+    """Return the chunk of a faster backend. If that fails, return None, and a warning and a note
+    say why."""
     try:
         return make()
     except NotBuiltError as error:
@@ -277,25 +318,33 @@ def _try_to_make(make: Callable[[], Chunk], word: Backend, network: Network, fit
         where = "the kernel" if word == "kernel" else "compiled code"
         fits.faults[f"Trials train in recorded steps, since {where} failed: {reason}."] = None
     slow = f"trials with optimizer {network.configs[0]['optimizer']!r} train in recorded steps"
-    warn(f"{slow}, slower than {'a kernel' if word == 'kernel' else 'compiled ones'}: {reason}", RuntimeWarning)
+    warn(
+        f"{slow}, slower than {'a kernel' if word == 'kernel' else 'compiled ones'}: {reason}",
+        RuntimeWarning,
+    )
     return None
 
 
-def _train_epochs(chunk: Chunk, data: Dataset, epoch: int, *, scored: bool) -> tuple[np.ndarray | None, Spent]:
-    """Train an epoch, or several; return the scores after them, None where there are none, and the seconds of both."""
+def _train_epochs(
+    chunk: Chunk, data: Dataset, epoch: int, *, scored: bool
+) -> tuple[np.ndarray | None, Spent]:
+    """Train an epoch, or several; return the scores after them, None where there are none, and the
+    seconds of both."""
     begun = _time(data.device)
     with _row_errors(chunk, data, epoch):
         chunk.advance(epoch)
     trained = _time(data.device)
     with _row_errors(chunk, data, epoch + 1):
         scores = chunk.scores() if scored else None
-    in_steps, in_scores = _seconds(begun, trained), _seconds(trained, _time(data.device))
+    in_steps = _seconds(begun, trained)
+    in_scores = _seconds(trained, _time(data.device))
     share = in_steps * chunk.scoring_share
     return scores, Spent(in_steps - share, in_scores + share)
 
 
 def _time(device: torch.device) -> "float | torch.cuda.Event":
-    """Return a moment of a device; of a GPU an event among what is queued, which the host is ahead of."""
+    """Return a moment of a device; of a GPU an event among what is queued, which the host is ahead
+    of."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -325,11 +374,18 @@ def _row_errors(chunk: Chunk, data: Dataset, epoch: int) -> Iterator[None]:
 
 
 def _keep_scores(
-    chunk: Chunk, curves: np.ndarray, epoch: int, many: int, scores: np.ndarray, best: BestOutputs | None
+    chunk: Chunk,
+    curves: np.ndarray,
+    epoch: int,
+    many: int,
+    scores: np.ndarray,
+    best: BestOutputs | None,
 ) -> int:
-    """Write the scores of ``many`` epochs into the curves, and let go who diverged; return how many epochs count."""
+    """Write the scores of ``many`` epochs into the curves, and let go who diverged; return how many
+    epochs count."""
     scores = scores.reshape(len(chunk.alive), many, *curves.shape[2:])
-    goes_on = np.logical_and.accumulate(np.isfinite(first_metric(scores, axes=3)).all(2), axis=1)  # (C, epochs)
+    # (C, epochs)
+    goes_on = np.logical_and.accumulate(np.isfinite(first_metric(scores, axes=3)).all(2), axis=1)
     scores[:, 1:][~goes_on[:, :-1]] = np.nan
     curves[chunk.alive, epoch : epoch + many] = scores
     if best is not None:

@@ -1,4 +1,5 @@
-"""Where chunks train, and the one loop that hands them out: to this process, to worker processes, to a cluster."""
+"""Where chunks train, and the one loop that hands them out: to this process, to worker processes,
+to a cluster."""
 
 import threading
 from collections import Counter, deque
@@ -24,7 +25,8 @@ Result = TypeVar("Result")
 
 Outcomes = Sequence[Outcome | Failure]  # what came of a chunk of a population, part by part
 Task = Callable[[Chunk], Sequence[Result]]  # trains a chunk in this process
-# From any thread: told what came of a chunk that a worker has trained, or its error; asked whether one may begin here.
+# From any thread: told what came of a chunk that a worker has trained, or its error; asked whether
+# one may begin here.
 Ended = Callable[[Chunk, Sequence[Result] | Exception], None]
 Claim = Callable[[Chunk], bool]
 
@@ -53,7 +55,8 @@ class Executor(Generic[Chunk, Result]):
         """Return when a chunk may have ended, or after a moment."""
 
     def give_up(self, chunk: Chunk, losses: int, reason: str) -> Sequence[Result] | Exception:
-        """Return what becomes of a chunk that has lost so many workers; an error is raised when all else is done."""
+        """Return what becomes of a chunk that has lost so many workers; an error is raised when all
+        else is done."""
         return []
 
     def stop(self) -> None:
@@ -61,7 +64,8 @@ class Executor(Generic[Chunk, Result]):
 
 
 class Queue(Generic[Chunk, Result]):
-    """The chunks that wait. A worker that ends one is given the next at once, from whatever thread says so."""
+    """The chunks that wait. A worker that ends one is given the next at once, from whatever thread
+    says so."""
 
     def __init__(
         self,
@@ -72,10 +76,14 @@ class Queue(Generic[Chunk, Result]):
         may_begin: Claim[Chunk] | None = None,
     ) -> None:
         """Make the queue. A chunk waits for the results of others until ``may_begin`` allows it."""
-        self.executor, self.stopping, self.claim = executor, stop, claim
+        self.executor = executor
+        self.stopping = stop
+        self.claim = claim
         self.may_begin = may_begin
-        # A chunk whose worker is lost goes to another worker, never to this process, which it might end as well.
-        self.waiting, self.lost = deque(chunks), deque[Chunk]()
+        # A chunk whose worker is lost goes to another worker, never to this process, which it might
+        # end as well.
+        self.waiting = deque(chunks)
+        self.lost = deque[Chunk]()
         self.losses: Counter[tuple[int, ...]] = Counter()
         self.running: set[tuple[int, ...]] = set()
         self.done: deque[Sequence[Result] | Exception | str] = deque()  # a text is a warning
@@ -86,7 +94,8 @@ class Queue(Generic[Chunk, Result]):
         self.lock = threading.RLock()
 
     def run(self, task: Task[Chunk, Result] | None, progress: Progress) -> Iterator[Result]:
-        """Yield what came of the chunks, as they end; by ``task``, if any, this process trains what no worker takes."""
+        """Yield what came of the chunks, as they end; by ``task``, if any, this process trains what
+        no worker takes."""
         try:
             self._fill()
             if task is None and self.is_refused and not self.running:
@@ -102,7 +111,8 @@ class Queue(Generic[Chunk, Result]):
                     yield from self._collect_results(progress)
                 else:
                     break
-                if self.may_begin is not None:  # whoever took the results may have let more chunks begin
+                # whoever took the results may have let more chunks begin
+                if self.may_begin is not None:
                     self._fill()
             if self.error is not None and not self.stopping.asked:
                 raise self.error
@@ -129,9 +139,12 @@ class Queue(Generic[Chunk, Result]):
         return next(filter(self.may_begin, self.waiting), None)
 
     def _fill(self) -> None:
-        """Give chunks to the workers that are free; one chunk at least begins, however little time there is."""
+        """Give chunks to the workers that are free; one chunk at least begins, however little time
+        there is."""
         with self.lock:
-            while len(self.running) < self.executor.capacity and not (self.begun and self.stopping.is_over()):
+            while len(self.running) < self.executor.capacity and not (
+                self.begun and self.stopping.is_over()
+            ):
                 if (chunk := self.lost.popleft() if self.lost else self._take()) is None:
                     return
                 self.running.add(chunk.index)
@@ -144,7 +157,9 @@ class Queue(Generic[Chunk, Result]):
     def _end_chunk(self, chunk: Chunk, result: Sequence[Result] | Exception) -> None:
         with self.lock:
             self.running.discard(chunk.index)
-            content = self._lose(chunk, str(result)) if isinstance(result, LostWorkerError) else result
+            content = (
+                self._lose(chunk, str(result)) if isinstance(result, LostWorkerError) else result
+            )
             try:
                 if not isinstance(content, Exception):
                     self._fill()  # first, so that no worker waits while a result is written
@@ -152,12 +167,16 @@ class Queue(Generic[Chunk, Result]):
                 self.done.append(content)
 
     def _lose(self, chunk: Chunk, reason: str) -> Sequence[Result] | str:
-        """Let the chunk of a lost worker wait again, or give it up; return what is to be said of it."""
+        """Let the chunk of a lost worker wait again, or give it up; return what is to be said of
+        it."""
         self.losses[chunk.index] += 1
         if self.losses[chunk.index] < LOSSES:
             self.lost.append(chunk)
             trials = count(len(chunk.index), "trial")
-            return f"{self.executor.worker} was lost while it trained {trials}, now handed out again: {reason}"
+            return (
+                f"{self.executor.worker} was lost while it trained {trials}, now handed out "
+                f"again: {reason}"
+            )
         outcomes = self.executor.give_up(chunk, LOSSES, reason)
         if isinstance(outcomes, Exception):
             self.error = self.error or outcomes

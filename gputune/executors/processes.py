@@ -1,7 +1,9 @@
-"""Worker processes on this machine: how a job and its data come to one, how it starts, trains, ends and is lost.
+"""Worker processes on this machine: how a job and its data come to one, how it starts, trains, ends
+and is lost.
 
-A dataset travels as arrays for tensors, which processes map into their memory. An input whose memory is a file's
-already, such as one of ``np.load(mmap_mode="r")``, is not copied: a process of this machine maps that file again.
+A dataset travels as arrays for tensors, which processes map into their memory. An input whose
+memory is a file's already, such as one of ``np.load(mmap_mode="r")``, is not copied: a process of
+this machine maps that file again.
 """
 
 import functools
@@ -22,7 +24,11 @@ import cloudpickle
 import joblib
 import numpy as np
 import torch
-from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoolExecutor, TerminatedWorkerError
+from joblib.externals.loky.process_executor import (
+    BrokenProcessPool,
+    ProcessPoolExecutor,
+    TerminatedWorkerError,
+)
 from torch import Tensor
 
 from gputune.data.dataset import Dataset, Fold, Inputs
@@ -51,13 +57,15 @@ from gputune.text import count
 _LARGE = 1 << 20  # bytes from which a tensor's file is looked for
 _BFLOAT16 = np.dtype([("bits", "<i2")])  # NumPy has no such numbers
 
-_Place = tuple[Mapping[str, str] | None, object]  # the environment variables of a worker, and what its work is given
+# the environment variables of a worker, and what its work is given
+_Place = tuple[Mapping[str, str] | None, object]
 _GiveUp = Callable[[Chunk, int, str], Sequence[Result]]
 
 
 @dataclass(frozen=True)
 class MappedFile:
-    """Where the values of a tensor lie in a file: from the byte ``begin`` on, with ``strides`` in bytes."""
+    """Where the values of a tensor lie in a file: from the byte ``begin`` on, with ``strides`` in
+    bytes."""
 
     path: str
     file: tuple[int, int]  # device and inode, by which the file is known again
@@ -69,7 +77,10 @@ class MappedFile:
     def array(self) -> np.ndarray:
         """Return the values, mapped. Raises InputError where the file is another one by now."""
         if _identity(self.path) != self.file:
-            why = f"the file {self.path!r}, which X is mapped from, was moved or replaced while it was being used"
+            why = (
+                f"the file {self.path!r}, which X is mapped from, was moved or replaced while it "
+                "was being used"
+            )
             raise InputError(f"{why}; leave it in its place until the search has ended.")
         # Copy-on-write: torch wants memory that could be written, and nobody writes to it.
         size = _extent(self.shape, self.strides, np.dtype(self.dtype).itemsize)
@@ -86,12 +97,15 @@ def _map_tensors(value: object, change: Any) -> Any:
     if isinstance(value, dict):  # of what is made when it is asked for, what is there
         return {key: _map_tensors(item, change) for key, item in value.items()}
     if isinstance(value, Dataset | Fold | Inputs | Scaling):
-        return replace(value, **{f.name: _map_tensors(getattr(value, f.name), change) for f in fields(value)})
+        return replace(
+            value, **{f.name: _map_tensors(getattr(value, f.name), change) for f in fields(value)}
+        )
     return value
 
 
 def to_arrays(data: Dataset, *, here: bool = False) -> Dataset:
-    """Return a dataset on the CPU with arrays for tensors; ``here``, for those of a mapped file, where they lie."""
+    """Return a dataset on the CPU with arrays for tensors; ``here``, for those of a mapped file,
+    where they lie."""
 
     def change(tensor: Tensor) -> np.ndarray | MappedFile:
         if tensor.dtype == torch.bfloat16:
@@ -120,8 +134,10 @@ def to_device(data: Dataset, device: torch.device) -> Dataset:
 
 
 def mapped_file(tensor: Tensor) -> MappedFile | None:
-    """Return where a tensor lies in a file that this process has mapped, None for one that may be written to too."""
-    array, start = tensor.numpy(), tensor.data_ptr()
+    """Return where a tensor lies in a file that this process has mapped, None for one that may be
+    written to too."""
+    array = tensor.numpy()
+    start = tensor.data_ptr()
     size = _extent(array.shape, array.strides, array.itemsize)
     try:  # Linux alone says so
         lines = Path("/proc/self/maps").read_text().splitlines() if size >= _LARGE else []
@@ -132,7 +148,13 @@ def mapped_file(tensor: Tensor) -> MappedFile | None:
         low, high = (int(end, 16) for end in ends.split("-"))
         if low <= start < high:
             private = access[1] == "w" and access[3] == "p"  # what was written is not in the file
-            if inode == "0" or not path or private or start + size > high or (file := _identity(path[0])) is None:
+            if (
+                inode == "0"
+                or not path
+                or private
+                or start + size > high
+                or (file := _identity(path[0])) is None
+            ):
                 return None
             begin = start - low + int(offset, 16)
             return MappedFile(path[0], file, begin, array.dtype.str, array.shape, array.strides)
@@ -154,10 +176,15 @@ def _identity(path: str) -> tuple[int, int] | None:
 
 
 def pickle_job(job: Job, *, here: bool = True) -> bytes:
-    """Pickle a job for a worker, with the code of what it could not import: elsewhere, all that is not installed."""
+    """Pickle a job for a worker, with the code of what it could not import: elsewhere, all that is
+    not installed."""
     metrics = () if job.scoring is None else (job.scoring, *job.scoring.others)
     scorers = [function for metric in metrics for function in (metric.scorer, metric.of_outputs)]
-    functions = () if job.objective is None else (job.objective.loss, job.objective.step, job.objective.augment)
+    functions = (
+        ()
+        if job.objective is None
+        else (job.objective.loss, job.objective.step, job.objective.augment)
+    )
     return pickled_with_code(job, (job.module_class, *scorers, *functions), here=here)
 
 
@@ -166,14 +193,19 @@ _NO_SEMAPHORES = "let it be writable, or choose workers=1, which trains in this 
 
 
 class Processes(Executor[Chunk, Result]):
-    """Worker processes, each with environment variables and an argument for ``work`` of its own: its place."""
+    """Worker processes, each with environment variables and an argument for ``work`` of its own:
+    its place."""
 
     worker = "a worker process"
 
     def __init__(
-        self, work: Callable[..., Sequence[Result]], places: Sequence[_Place], give_up: _GiveUp[Chunk, Result]
+        self,
+        work: Callable[..., Sequence[Result]],
+        places: Sequence[_Place],
+        give_up: _GiveUp[Chunk, Result],
     ) -> None:
-        self.work, self._give_up = work, give_up
+        self.work = work
+        self._give_up = give_up
         # A start of its own, as it would let the signals through that are held off from a worker's.
         resource_tracker.ensure_running()
         shared_memory = Path("/dev/shm")  # where Linux keeps the semaphores of the queues
@@ -189,7 +221,8 @@ class Processes(Executor[Chunk, Result]):
         return len(self.places)
 
     def submit(self, chunk: Chunk, ended: Ended[Chunk, Result]) -> bool:
-        """Give a chunk to an idle worker; False where the interpreter ends, and starts no worker any more."""
+        """Give a chunk to an idle worker; False where the interpreter ends, and starts no worker
+        any more."""
         while True:
             pool = self.idle.pop()
             try:
@@ -204,7 +237,9 @@ class Processes(Executor[Chunk, Result]):
                 future.add_done_callback(partial(self._collect, chunk, ended))
                 return True
 
-    def _collect(self, chunk: Chunk, ended: Ended[Chunk, Result], future: "Future[Sequence[Result]]") -> None:
+    def _collect(
+        self, chunk: Chunk, ended: Ended[Chunk, Result], future: "Future[Sequence[Result]]"
+    ) -> None:
         error = future.exception()
         # Idle before it is busy no more: whoever stops all workers meanwhile finds it.
         pool = self.busy[future]
@@ -243,14 +278,19 @@ class Processes(Executor[Chunk, Result]):
 def chunk_processes(
     job: Job, data: Dataset, devices: Sequence[torch.device]
 ) -> Iterator[Processes[Population, Outcome | Failure]]:
-    """Have a worker of one thread for each device inside, beside this process; idle ones serve the next search."""
+    """Have a worker of one thread for each device inside, beside this process; idle ones serve the
+    next search."""
     with scratch_folder() as folder:
         path = folder / "data.joblib"
-        with naming_folder(folder.parent, "the data for the worker processes cannot be written", _NO_ROOM):
+        with naming_folder(
+            folder.parent, "the data for the worker processes cannot be written", _NO_ROOM
+        ):
             joblib.dump(to_arrays(to_device(data, torch.device("cpu")), here=True), path)
         with job.stop.heard_by_workers(folder / "stop"):
             work = partial(_run_in_worker, pickle_job(job), str(path))
-            processes = Processes[Population, Outcome | Failure](work, [(None, d) for d in devices], _failures)
+            processes = Processes[Population, Outcome | Failure](
+                work, [(None, d) for d in devices], _failures
+            )
             yield processes
             if job.is_over():
                 processes.stop()  # idle workers, for whose end this process would wait when it ends
@@ -260,9 +300,17 @@ def chunk_processes(
 
 def _failures(chunk: Population, losses: int, reason: str) -> Outcomes:
     n = len(chunk.index)
-    smaller = "a smaller memory= makes chunks of fewer trials" if n > 1 else "a smaller one takes less"
-    why = f"its chunk of {count(n, 'trial')} has lost {losses} worker processes one after the other, the last because"
-    words = f"{why} {reason} Where memory has run out, fewer workers= leave more to each, and {smaller}."
+    smaller = (
+        "a smaller memory= makes chunks of fewer trials" if n > 1 else "a smaller one takes less"
+    )
+    why = (
+        f"its chunk of {count(n, 'trial')} has lost {losses} worker processes one after the "
+        "other, the last because"
+    )
+    words = (
+        f"{why} {reason} Where memory has run out, fewer workers= leave more to each, and "
+        f"{smaller}."
+    )
     return [Failure((place,), words) for place in chunk.index]
 
 
@@ -281,14 +329,18 @@ def _run_in_worker(packed: bytes, path: str, chunk: Population, device: torch.de
             try:
                 pickle.loads(cloudpickle.dumps(error))
             except Exception:
-                why = f"{type(error).__qualname__} (which cannot be pickled) in a worker process: {error}"
+                why = (
+                    f"{type(error).__qualname__} (which cannot be pickled) in a worker process: "
+                    f"{error}"
+                )
                 raise RuntimeError(why) from error
             raise
 
 
 @functools.lru_cache(maxsize=1)
 def _unpack_job(packed: bytes) -> Job:
-    """Return a job: one object for all chunks of a search, so that steps that were recorded for one serve the next."""
+    """Return a job: one object for all chunks of a search, so that steps that were recorded for one
+    serve the next."""
     return cast(Job, pickle.loads(packed))
 
 
@@ -299,20 +351,34 @@ def _load(path: str, device: torch.device) -> Dataset:
 
 
 @contextmanager
-def trial_processes(task: Task, workers: int | None, n_trials: int, folder: Path) -> Iterator[Executor[Trial, Ending]]:
-    """Have worker processes inside that call the objective of a user's own loop; none where this process is enough."""
+def trial_processes(
+    task: Task, workers: int | None, n_trials: int, folder: Path
+) -> Iterator[Executor[Trial, Ending]]:
+    """Have worker processes inside that call the objective of a user's own loop; none where this
+    process is enough."""
     with task.stop.heard_by_workers(folder / "stop"):
-        executor, path = Executor[Trial, Ending](), folder / "task.pkl"
+        executor = Executor[Trial, Ending]()
+        path = folder / "task.pkl"
         if len(places := environments(workers, n_trials)) > 1:
             try:
                 pickled = pickled_with_code(task, [task.objective])
             except Exception as error:  # whatever pickling it raises
-                why = f"objective cannot be sent to worker processes ({type(error).__name__}: {error})"
-                remedy = "Make what it uses inside of it, or choose workers=1, which calls it in this process."
+                why = (
+                    f"objective cannot be sent to worker processes ({type(error).__name__}: "
+                    f"{error})"
+                )
+                remedy = (
+                    "Make what it uses inside of it, or choose workers=1, which calls it in this "
+                    "process."
+                )
                 raise InputError(f"{why}. {remedy}") from error
-            with naming_folder(folder.parent, "the objective for the worker processes cannot be written", _NO_ROOM):
+            with naming_folder(
+                folder.parent, "the objective for the worker processes cannot be written", _NO_ROOM
+            ):
                 path.write_bytes(pickled)
-            executor = Processes(partial(call_in_worker, str(path)), [(each, None) for each in places], _failed_trial)
+            executor = Processes(
+                partial(call_in_worker, str(path)), [(each, None) for each in places], _failed_trial
+            )
         try:
             yield executor
         finally:
@@ -325,11 +391,20 @@ def _failed_trial(trial: Trial, losses: int, reason: str) -> Sequence[Ending]:
 
 
 def environments(workers: int | None, n_trials: int) -> list[dict[str, str]]:
-    """Return the environment of each worker, None: of one a GPU or core. It has that GPU as "cuda", or some cores."""
-    gpus = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    """Return the environment of each worker, None: of one a GPU or core. It has that GPU as "cuda",
+    or some cores."""
+    gpus = [
+        name.strip()
+        for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        if name.strip()
+    ]
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     gpus = (gpus or list(map(str, range(there))))[:there]
     number = workers or max(1, min(len(gpus) or cores(), n_trials))
-    threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, cores() // number))}
+    threads = (
+        {}
+        if "OMP_NUM_THREADS" in os.environ
+        else {"OMP_NUM_THREADS": str(max(1, cores() // number))}
+    )
     devices = [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {} for i in range(number)]
     return [{**threads, **device} for device in devices]

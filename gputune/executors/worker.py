@@ -1,7 +1,9 @@
-"""What runs in a worker process, and how one starts, is idle and is lost: among it the objective of a user's own loop.
+"""What runs in a worker process, and how one starts, is idle and is lost: among it the objective of
+a user's own loop.
 
-A worker imports this file, and torch: nothing that such a loop would wait for. What trials have reported lies in a file
-each, in a folder that every worker reads: a rule that compares a trial with the others needs no process that answers.
+A worker imports this file, and torch: nothing that such a loop would wait for. What trials have
+reported lies in a file each, in a folder that every worker reads: a rule that compares a trial with
+the others needs no process that answers.
 """
 
 import io
@@ -35,10 +37,16 @@ Value = TypeVar("Value")
 
 
 def pickled_with_code(value: object, parts: Iterable[object], *, here: bool = True) -> bytes:
-    """Pickle a value for a worker; ``parts`` are the classes and functions in it that may have to go as code."""
+    """Pickle a value for a worker; ``parts`` are the classes and functions in it that may have to
+    go as code."""
     known = _importable if here else _is_installed
-    modules = {sys.modules.get(getattr(getattr(part, "func", part), "__module__", None) or "") for part in parts}
-    hidden = [m for m in modules if m is not None and m.__name__ != "__main__" and not known(m.__name__)]
+    modules = {
+        sys.modules.get(getattr(getattr(part, "func", part), "__module__", None) or "")
+        for part in parts
+    }
+    hidden = [
+        m for m in modules if m is not None and m.__name__ != "__main__" and not known(m.__name__)
+    ]
     if not here:  # the whole package, which its files import from each other
         hidden = list({sys.modules.get(m.__name__.partition(".")[0], m) for m in hidden})
     for module in hidden:
@@ -71,27 +79,35 @@ def _is_installed(name: str) -> bool:
 
 IDLE_SECONDS = 60  # before a worker that has nothing to do ends
 
-# Executors of one worker each, which the next search takes over. loky's own, of which there is one in a process, is
-# left to joblib: it resizes that, and expects one of its own making.
+# Executors of one worker each, which the next search takes over. loky's own, of which there is one
+# in a process, is left to joblib: it resizes that, and expects one of its own making.
 idle: list[ProcessPoolExecutor] = []
 
-_starting = threading.Lock()  # whoever starts a worker may change this process's streams for a moment
+# whoever starts a worker may change this process's streams for a moment
+_starting = threading.Lock()
 training = (
     threading.Lock()
 )  # held while this worker trains: one that has lost its parent keeps its state before it ends
 
 
 def one_worker(environment: Mapping[str, str] | None = None) -> ProcessPoolExecutor:
-    """Return an executor of one worker: when it is lost, it alone is. With variables of its own it is a new one."""
+    """Return an executor of one worker: when it is lost, it alone is. With variables of its own it
+    is a new one."""
     if environment is None:
         with suppress(IndexError):
             return idle.pop()
     return ProcessPoolExecutor(
-        max_workers=1, timeout=IDLE_SECONDS, initializer=begin_worker, initargs=(os.getpid(),), env=environment
+        max_workers=1,
+        timeout=IDLE_SECONDS,
+        initializer=begin_worker,
+        initargs=(os.getpid(),),
+        env=environment,
     )
 
 
-def submit(executor: ProcessPoolExecutor, work: Callable[..., Value], *arguments: object) -> "Future[Value]":
+def submit(
+    executor: ProcessPoolExecutor, work: Callable[..., Value], *arguments: object
+) -> "Future[Value]":
     """Give a worker something to do; where it is not there any more, a new one is started."""
     with _starting, _signals_held_off(), _streams_that_flush():
         return cast("Future[Value]", executor.submit(work, *arguments))
@@ -99,7 +115,8 @@ def submit(executor: ProcessPoolExecutor, work: Callable[..., Value], *arguments
 
 @contextmanager
 def _signals_held_off() -> Iterator[None]:
-    """Let a worker that starts inside inherit that it hears neither Ctrl-C nor SIGTERM, which a group may be sent.
+    """Let a worker that starts inside inherit that it hears neither Ctrl-C nor SIGTERM, which a
+    group may be sent.
 
     Workers are told by ``Stop``, and end by themselves where this process has died.
     """
@@ -115,7 +132,8 @@ def _signals_held_off() -> Iterator[None]:
 
 @contextmanager
 def _streams_that_flush() -> Iterator[None]:
-    """Stand in for a standard output or error that is missing, closed or full: loky flushes both as a worker starts."""
+    """Stand in for a standard output or error that is missing, closed or full: loky flushes both as
+    a worker starts."""
     before = {name: getattr(sys, name) for name in ("stdout", "stderr")}
     try:
         for name, stream in before.items():
@@ -129,7 +147,8 @@ def _streams_that_flush() -> Iterator[None]:
 
 
 def begin_worker(parent: int) -> None:
-    """Let this worker end soon after its parent has, and find a standard error where it has inherited none."""
+    """Let this worker end soon after its parent has, and find a standard error where it has
+    inherited none."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -145,7 +164,9 @@ def begin_worker(parent: int) -> None:
 def why_lost(error: BrokenProcessPool) -> str:
     """Return how a worker ended, in a sentence."""
     if match := re.search(r"(SIG[A-Z]+)\(-\d+\)", str(error)):
-        by_system = " (as the system does where memory has run out)" if match[1] == "SIGKILL" else ""
+        by_system = (
+            " (as the system does where memory has run out)" if match[1] == "SIGKILL" else ""
+        )
         return f"{match[1]} ended it{by_system}."
     if match := re.search(r"EXIT\((\d+)\)", str(error)):
         return f"it ended itself with exit code {match[1]}, as os._exit does."
@@ -164,15 +185,20 @@ class Reported(NamedTuple):
 
 
 class Reports:
-    """What all trials of a search have reported, greater being better: a file of each trial, in one folder."""
+    """What all trials of a search have reported, greater being better: a file of each trial, in one
+    folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(exist_ok=True)
 
-    def write(self, number: int, values: Sequence[float] | NDArray[np.float64], *, ended: bool) -> None:
+    def write(
+        self, number: int, values: Sequence[float] | NDArray[np.float64], *, ended: bool
+    ) -> None:
         """Replace what is there of a trial; a NaN says that it has ended."""
-        (self.folder / str(number)).write_bytes(np.asarray([*values, *[math.nan] * ended], "<f8").tobytes())
+        (self.folder / str(number)).write_bytes(
+            np.asarray([*values, *[math.nan] * ended], "<f8").tobytes()
+        )
 
     def add(self, number: int, value: float) -> None:
         """Add one value."""
@@ -192,8 +218,8 @@ class Reports:
         return reported
 
 
-# A trial, the number of values that it has reported, and what all have reported -> whether it ends there; None as long
-# as others must report first.
+# A trial, the number of values that it has reported, and what all have reported -> whether it ends
+# there; None as long as others must report first.
 PruningRule = Callable[[int, int, Reports], bool | None]
 
 _LOOK = 0.01
@@ -205,20 +231,24 @@ class TrialEnd(BaseException):
 
 
 class Report:
-    """What an objective reports to: ``report(value)`` after each epoch, or however often its training is scored.
+    """What an objective reports to: ``report(value)`` after each epoch, or however often its
+    training is scored.
 
-    A call ends the trial, by an exception that ``finally`` and ``with`` see, where the search prunes it, where its time
-    is over, or where the value is NaN. ``number`` is that of the trial.
+    A call ends the trial, by an exception that ``finally`` and ``with`` see, where the search
+    prunes it, where its time is over, or where the value is NaN. ``number`` is that of the trial.
     """
 
     def __init__(self, task: "Task", number: int) -> None:
-        self.number, self._task = number, task
+        self.number = number
+        self._task = task
         self._values: list[float] = []
         self._state: State | None = None
 
     def __call__(self, value: float) -> None:
-        """Take the score after one more step of the training; higher or lower is better, as the search was told."""
-        task, score = self._task, self._task.sign * _number(value, "report(value)")
+        """Take the score after one more step of the training; higher or lower is better, as the
+        search was told."""
+        task = self._task
+        score = self._task.sign * _number(value, "report(value)")
         if math.isnan(score):
             self._state = "failed"
             raise TrialEnd
@@ -232,7 +262,8 @@ class Report:
             raise TrialEnd
 
     def _judge(self, rule: PruningRule) -> State | None:
-        """Return the state in which the trial ends here, None if it goes on. Waits for trials with lower numbers."""
+        """Return the state in which the trial ends here, None if it goes on. Waits for trials with
+        lower numbers."""
         while (ends := rule(self.number, len(self._values), self._task.reports)) is None:
             if self._task.stop.is_over():
                 return "stopped"
@@ -242,7 +273,8 @@ class Report:
 
 @dataclass(frozen=True)
 class Ending:
-    """What came of a trial: its score (NaN where it failed), what it reported, seconds, and the error that ended it."""
+    """What came of a trial: its score (NaN where it failed), what it reported, seconds, and the
+    error that ended it."""
 
     number: int
     state: State
@@ -267,7 +299,8 @@ class Trial:
 
 @dataclass(frozen=True)
 class Task:
-    """An objective with what all its trials have in common; ``sign`` is -1 where lower is better."""
+    """An objective with what all its trials have in common; ``sign`` is -1 where lower is
+    better."""
 
     objective: Objective
     sign: float
@@ -278,15 +311,22 @@ class Task:
 
     def __call__(self, trial: Trial) -> Sequence[Ending]:
         """Train one trial. What the objective raises is its result, and the search goes on."""
-        number, params = trial.number, trial.params
-        begin, report, error, score = time.monotonic(), Report(self, number), "", math.nan
+        number = trial.number
+        params = trial.params
+        begin = time.monotonic()
+        report = Report(self, number)
+        error = ""
+        score = math.nan
         self.reports.write(number, (), ended=False)
         try:
             with seeded_generators(self.seed):
-                score = self.sign * _number(self.objective(dict(params), report), "what the objective returns")
+                score = self.sign * _number(
+                    self.objective(dict(params), report), "what the objective returns"
+                )
         except TrialEnd:
             pass
-        except Exception as failure:  # with the line of the objective, whose file a worker may not know
+        except Exception as failure:
+            # with the line of the objective, whose file a worker may not know
             frames = traceback.extract_tb(failure.__traceback__)[1:]
             places = [f" (line {f.lineno} of {f.name})" for f in frames if f.filename != __file__]
             error = f"{type(failure).__name__}: {failure}{''.join(places[:1])}"
@@ -312,5 +352,6 @@ def call_in_worker(path: str, trial: Trial, _place: object) -> Sequence[Ending]:
 
 @lru_cache(maxsize=1)
 def _task(path: str) -> Task:
-    """Return the task of a search: one object for all its trials, so that data in it is read once."""
+    """Return the task of a search: one object for all its trials, so that data in it is read
+    once."""
     return cast(Task, cloudpickle.loads(Path(path).read_bytes()))

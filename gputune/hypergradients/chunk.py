@@ -1,4 +1,5 @@
-"""One chunk of a search by hypergradients: its trials trained in all folds, scored, and differentiated.
+"""One chunk of a search by hypergradients: its trials trained in all folds, scored, and
+differentiated.
 
 As many trials are differentiated at once as the memory of the mode that is used allows.
 """
@@ -17,7 +18,12 @@ from gputune.data.dataset import Dataset
 from gputune.engine.job import Job, Outcome, Progress
 from gputune.engine.plan import Cost, Plan, Planner
 from gputune.errors import InputError
-from gputune.hypergradients.first_step import ExactMode, fastest_that_fits, measure, twice_differentiable
+from gputune.hypergradients.first_step import (
+    ExactMode,
+    fastest_that_fits,
+    measure,
+    twice_differentiable,
+)
 from gputune.hypergradients.inner import HYPERPARAMETERS, Clock, InnerProblem, Tables, as_table
 from gputune.hypergradients.modes import differences, forward, reverse
 from gputune.modules.looped import LoopedModule
@@ -30,26 +36,36 @@ from gputune.text import size_words
 from gputune.types import Config, Params
 
 WIDE = 0.2  # in the logarithm: finite differences that look across the noise of chaotic training
-_SLOWER = 10.0  # than plain training: a step that is differentiated twice, by operations of autograd
+# than plain training: a step that is differentiated twice, by operations of autograd
+_SLOWER = 10.0
 
 
 class PopulationTraining:
-    """A population as an inner training of ``epochs`` epochs: F folds x C trials, p = f*C + c, one row each.
+    """A population as an inner training of ``epochs`` epochs: F folds x C trials, p = f*C + c, one
+    row each.
 
-    Members, starts, minibatches and dropout are those that training reads too, so that a member here equals the same
-    member there.
+    Members, starts, minibatches and dropout are those that training reads too, so that a member
+    here equals the same member there.
     """
 
-    def __init__(self, network: Network, data: Dataset, configs: Sequence[Config], *, seed: int, epochs: int) -> None:
-        self.network, self.data = network, data
-        self.folds, self.trials = data.n_folds, len(configs)
+    def __init__(
+        self, network: Network, data: Dataset, configs: Sequence[Config], *, seed: int, epochs: int
+    ) -> None:
+        self.network = network
+        self.data = data
+        self.folds = data.n_folds
+        self.trials = len(configs)
         sizes = [config["batch_size"] for config in configs]
         target = data.y if data.y.is_floating_point() else data.y[None]
-        self.batches = Batches(data, sizes, target, seed=seed, exact=network.exact, least_rows=network.least_rows)
+        self.batches = Batches(
+            data, sizes, target, seed=seed, exact=network.exact, least_rows=network.least_rows
+        )
         self.each = int(self.batches.steps.max())
-        self.steps, self.totals = epochs * self.each, (epochs * self.batches.steps).flatten()
+        self.steps = epochs * self.each
+        self.totals = (epochs * self.batches.steps).flatten()
         self.schedules = [config["schedule"] for config in configs]
-        self.first, layers = network.blocks.by_member(network.start()), network.layers()
+        self.first = network.blocks.by_member(network.start())
+        layers = network.layers()
         self.shapes = {name: tuple(view.shape[2:]) for name, view in self.first.items()}
         self.sizes = [view[0, 0].numel() for view in self.first.values()]
         self.remembered = [name for name in self.first if name not in layers]
@@ -58,16 +74,22 @@ class PopulationTraining:
         self.layer = numbers.repeat_interleave(torch.tensor(self.sizes)).to(data.device)
 
     def start(self) -> Tensor:
-        return torch.cat([view.reshape(self.folds * self.trials, -1) for view in self.first.values()], 1)
+        return torch.cat(
+            [view.reshape(self.folds * self.trials, -1) for view in self.first.values()], 1
+        )
 
     def clock(self, step: int) -> Clock:
         """Return where the members stand: those with fewer steps an epoch wait for its end."""
         epoch, within = divmod(step, self.each)
         steps = self.batches.steps
-        done, active, factor = epoch * steps + np.minimum(within, steps - 1), within < steps, None
+        done = epoch * steps + np.minimum(within, steps - 1)
+        active = within < steps
+        factor = None
         if set(self.schedules) != {"constant"}:
             totals = self.totals.reshape(done.shape)
-            columns = [schedule_factor(s, done[:, c], totals[:, c]) for c, s in enumerate(self.schedules)]
+            columns = [
+                schedule_factor(s, done[:, c], totals[:, c]) for c, s in enumerate(self.schedules)
+            ]
             factor = np.stack(columns, 1).flatten()
         return Clock(done.flatten(), None if active.all() else active.flatten(), factor)
 
@@ -77,32 +99,43 @@ class PopulationTraining:
         losses = [weights.new_zeros(self.trials)] * self.folds
         for part in self.batches.at(*divmod(step, self.each)):
             outputs = self.network.differentiable(*self._part_inputs(params, part), part.key)
-            outputs = self._mask_absent(outputs.view(-1, self.trials, *outputs.shape[1:]), part.folds)
+            outputs = self._mask_absent(
+                outputs.view(-1, self.trials, *outputs.shape[1:]), part.folds
+            )
             y = part.y.view(len(outputs), -1, *part.y.shape[1:])  # (F, 1 or C, B, ...)
             share = part.share.squeeze(-1) if isinstance(part.share, Tensor) else part.share
             losses[part.folds] = list((self.network.row_losses(outputs, y) * share).sum(-1))
         return torch.cat(losses)
 
     def statistics(self, weights: Tensor, step: int) -> Tensor:
-        """Return the running statistics (P, kept) after this step; as they are, of a member that has none now."""
+        """Return the running statistics (P, kept) after this step; as they are, of a member that
+        has none now."""
         assert isinstance(self.network, StackedModule)
         params = self._params_of(weights)
         after = {name: list(params[name]) for name in self.remembered}
         for part in self.batches.at(*divmod(step, self.each)):
             found = self.network.with_statistics(*self._part_inputs(params, part), part.key)[1]
             for name, folds in after.items():
-                folds[part.folds] = list(found[name].to(weights).view(-1, self.trials, *self.shapes[name]))
-        return torch.cat([torch.stack(folds).view(self.folds * self.trials, -1) for folds in after.values()], 1)
+                folds[part.folds] = list(
+                    found[name].to(weights).view(-1, self.trials, *self.shapes[name])
+                )
+        return torch.cat(
+            [torch.stack(folds).view(self.folds * self.trials, -1) for folds in after.values()], 1
+        )
 
     def _part_inputs(self, params: Params, batch: Batch) -> tuple[Params, list[Tensor]]:
         """Return parameters and inputs of the members of one part of a step, each (P, ...)."""
-        whole = batch.folds == slice(0, self.folds)  # a slice of everything would be copied on the way back
-        weights = {name: (w if whole else w[batch.folds]).flatten(0, 1) for name, w in params.items()}
+        # a slice of everything would be copied on the way back
+        whole = batch.folds == slice(0, self.folds)
+        weights = {
+            name: (w if whole else w[batch.folds]).flatten(0, 1) for name, w in params.items()
+        }
         shared = len(batch.inputs[0]) != self.folds * self.trials or self.trials == 1
         return weights, [for_members(x, self.trials) if shared else x for x in batch.inputs]
 
     def validation(self, weights: Tensor) -> Tensor:
-        """Return the loss (P,) on the validation rows: cross-entropy, or squared error in the target's own units."""
+        """Return the loss (P,) on the validation rows: cross-entropy, or squared error in the
+        target's own units."""
         params = self._params_of(weights)
         losses = []
         for f, fold in enumerate(self.data.folds):
@@ -116,7 +149,9 @@ class PopulationTraining:
         """Return the scores (C, F) of all members on the validation rows of their fold."""
         params = self._params_of(weights)
         columns = [
-            scoring.metrics(self.data, f, self._valid(params, f, masked=False), partial(self.member, weights, f))
+            scoring.metrics(
+                self.data, f, self._valid(params, f, masked=False), partial(self.member, weights, f)
+            )
             for f in range(self.folds)
         ]
         return np.asarray(torch.stack(columns, 1).cpu().numpy())
@@ -124,13 +159,19 @@ class PopulationTraining:
     def _valid(self, params: Params, fold: int, *, masked: bool = True) -> Tensor:
         rows = self.data.rows(fold, self.data.folds[fold].valid)
         weights = {name: w[fold] for name, w in params.items()}
-        outputs = self.network.differentiable(weights, [x.expand(self.trials, *x.shape) for x in rows], None)
+        outputs = self.network.differentiable(
+            weights, [x.expand(self.trials, *x.shape) for x in rows], None
+        )
         return self._mask_absent(outputs[None], slice(fold, fold + 1))[0] if masked else outputs
 
     def _mask_absent(self, outputs: Tensor, folds: slice) -> Tensor:
         """Give -inf to the classes that take no part in a fold, of outputs (F, C, B, K)."""
         present = self.data.present
-        return outputs if present is None else outputs.masked_fill(~present[folds, None, None], -torch.inf)
+        return (
+            outputs
+            if present is None
+            else outputs.masked_fill(~present[folds, None, None], -torch.inf)
+        )
 
     def _params_of(self, weights: Tensor) -> Params:
         """Return the parameters (F, C, ...) that rows (P, N) hold."""
@@ -151,7 +192,8 @@ class PopulationTraining:
 class HypergradientJob(Job):
     """What every chunk has in common.
 
-    Each of ``hyperparameters``, which are searched, has ``segments``, and a value for each layer or not.
+    Each of ``hyperparameters``, which are searched, has ``segments``, and a value for each layer or
+    not.
     ``budget`` is in bytes; "exact" is the fastest of reverse and forward mode that fits into it.
     """
 
@@ -186,31 +228,49 @@ class HypergradientJob(Job):
             elif (mode := self.mode_of(problem)[0]) == "forward":
                 result = forward(problem, self.hyperparameters, watch=watch)
             else:
-                result = reverse(problem, self.hyperparameters, checkpoint=mode == "checkpointed", watch=watch)
+                result = reverse(
+                    problem, self.hyperparameters, checkpoint=mode == "checkpointed", watch=watch
+                )
         except _OverError as over:
             return Slopes(chunk.index, curves, over.args[0], time.monotonic() - begin)
         losses, ratios, *tables = (
-            table.detach().double().cpu().view(data.n_folds, -1, *table.shape[1:]).transpose(0, 1).numpy()  # fold-major
+            # fold-major
+            table.detach()
+            .double()
+            .cpu()
+            .view(data.n_folds, -1, *table.shape[1:])
+            .transpose(0, 1)
+            .numpy()
             for table in (result.value, result.ratio, *result.gradients.values())
         )
         slopes = dict(zip(result.gradients, tables))
-        return Slopes(chunk.index, curves, self.epochs, time.monotonic() - begin, losses, slopes, ratios)
+        return Slopes(
+            chunk.index, curves, self.epochs, time.monotonic() - begin, losses, slopes, ratios
+        )
 
-    def mode_of(self, problem: InnerProblem[PopulationTraining]) -> tuple[ExactMode, dict[ExactMode, int]]:
+    def mode_of(
+        self, problem: InnerProblem[PopulationTraining]
+    ) -> tuple[ExactMode, dict[ExactMode, int]]:
         """Return the fastest mode whose memory the budget holds, and the bytes of each mode."""
         number = len(problem.columns(self.hyperparameters))
         sizes = measure(problem).of_modes(problem.training.steps, number)
         return fastest_that_fits(sizes, self.budget, hyperparameters=number), sizes
 
     def tables(self, training: PopulationTraining, configs: Sequence[Config]) -> Tables:
-        """Return the hyperparameters (P, S, L) of configurations; those that are searched have all their entries."""
+        """Return the hyperparameters (P, S, L) of configurations; those that are searched have all
+        their entries."""
         whole = (self.segments, int(training.layer.max()) + 1 if self.per_layer else 1)
-        defaults, tables = {"beta1": BETA1, "beta2": BETA2}, {}
+        defaults = {"beta1": BETA1, "beta2": BETA2}
+        tables = {}
         for name in HYPERPARAMETERS:
             shape = whole if name in self.hyperparameters else None
-            rows = np.stack([as_table(config.get(name, defaults.get(name, 0.0)), shape) for config in configs])
+            rows = np.stack(
+                [as_table(config.get(name, defaults.get(name, 0.0)), shape) for config in configs]
+            )
             members = np.tile(rows, (training.folds, 1, 1))
-            tables[name] = torch.as_tensor(members, dtype=training.data.dtype, device=training.data.device)
+            tables[name] = torch.as_tensor(
+                members, dtype=training.data.dtype, device=training.data.device
+            )
         return tables
 
 
@@ -218,7 +278,8 @@ class HypergradientJob(Job):
 class Slopes(Outcome):
     """What a chunk gave beside its curves, None where the deadline cut it short.
 
-    ``losses`` (C, F) on the validation rows, ``slopes`` hyperparameter -> (C, F, S, L), ``ratios`` (C, F) of the guard.
+    ``losses`` (C, F) on the validation rows, ``slopes`` hyperparameter -> (C, F, S, L), ``ratios``
+    (C, F) of the guard.
     """
 
     losses: np.ndarray | None = None
@@ -230,34 +291,49 @@ class _OverError(Exception):
     """The deadline has passed, after so many epochs."""
 
 
-def inner_problem(job: HypergradientJob, data: Dataset, chunk: Population) -> InnerProblem[PopulationTraining]:
-    """Return the training of a chunk over the whole horizon, at the hyperparameters of its configurations."""
+def inner_problem(
+    job: HypergradientJob, data: Dataset, chunk: Population
+) -> InnerProblem[PopulationTraining]:
+    """Return the training of a chunk over the whole horizon, at the hyperparameters of its
+    configurations."""
     data = data.of(chunk.configs[0])
     network = job.network(data, chunk)
     if isinstance(network, LoopedModule):
         raise network.refusal()
     if isinstance(network, StackedModule) and (others := network.differentiate_statistics()):
         raise InputError(
-            f"model: its {others[0]!r} changes in training, and is no known function of the hyperparameters, as the "
-            "running statistics of BatchNorm are; keep no other state, or choose another method."
+            f"model: its {others[0]!r} changes in training, and is no known function of the "
+            "hyperparameters, as the running statistics of BatchNorm are; keep no other state, "
+            "or choose another method."
         )
-    if job.objective is not None and (not job.objective.is_named or job.objective.augment is not None):
+    if job.objective is not None and (
+        not job.objective.is_named or job.objective.augment is not None
+    ):
         raise InputError(
-            f"method='hypergradient' differentiates a loss that has a name, and here it is {job.objective.name}; "
-            "choose another method, or loss='cross_entropy', 'mse', ... without training_step and augment."
+            "method='hypergradient' differentiates a loss that has a name, and here it is "
+            f"{job.objective.name}; choose another method, or loss='cross_entropy', 'mse', ... "
+            "without training_step and augment."
         )
     training = PopulationTraining(network, data, chunk.configs, seed=job.seed, epochs=job.horizon)
-    return InnerProblem(training, chunk.configs[0]["optimizer"], job.tables(training, chunk.configs))
+    return InnerProblem(
+        training, chunk.configs[0]["optimizer"], job.tables(training, chunk.configs)
+    )
 
 
 def train_scheduled(job: HypergradientJob, data: Dataset, chunk: Population) -> nn.Module:
-    """Train the one trial of a chunk on the rows of its one fold, with its segments and layers; return the module."""
+    """Train the one trial of a chunk on the rows of its one fold, with its segments and layers;
+    return the module."""
     problem = inner_problem(job, data, chunk)
     return problem.training.member(problem.train(steps=job.epochs * problem.training.each), 0, 0)
 
 
 def plan_chunks(
-    groups: Sequence[Population], data: Dataset, job: HypergradientJob, *, workers: int | None, gpus: int = 1
+    groups: Sequence[Population],
+    data: Dataset,
+    job: HypergradientJob,
+    *,
+    workers: int | None,
+    gpus: int = 1,
 ) -> Plan:
     """Return the plan for a job whose ``budget`` is that of a process.
 
@@ -269,18 +345,19 @@ def plan_chunks(
         training = problem.training
         if job.segments > training.totals.min():
             raise InputError(
-                f"Hypergradient(segments=...) must be at most the number of steps, got {job.segments} segments for "
-                f"{training.totals.min()} steps; use fewer, smaller batches, or more epochs."
+                "Hypergradient(segments=...) must be at most the number of steps, got "
+                f"{job.segments} segments for {training.totals.min()} steps; use fewer, smaller "
+                "batches, or more epochs."
             )
         with twice_differentiable(training):
             mode, sizes = job.mode_of(problem)
         if sizes[mode] > job.budget:
             number = len(problem.columns(job.hyperparameters))
             raise InputError(
-                f"memory does not suffice to differentiate one trial in {data.n_folds} folds: {number} hyperparameters "
-                f"over {training.steps} steps need about {size_words(min(sizes.values()))}, and "
-                f"{size_words(job.budget)} may be used a process. Use fewer segments, smaller batches, workers=1, or a "
-                "larger memory=."
+                f"memory does not suffice to differentiate one trial in {data.n_folds} folds: "
+                f"{number} hyperparameters over {training.steps} steps need about "
+                f"{size_words(min(sizes.values()))}, and {size_words(job.budget)} may be used a "
+                "process. Use fewer segments, smaller batches, workers=1, or a larger memory=."
             )
         return replace(plain, trial_bytes=sizes[mode], trial_seconds=_SLOWER * plain.trial_seconds)
 

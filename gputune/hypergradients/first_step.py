@@ -1,6 +1,8 @@
-"""What is asked before a training is differentiated: whether it has derivatives, and the memory that they need.
+"""What is asked before a training is differentiated: whether it has derivatives, and the memory
+that they need.
 
-Second derivatives are tried on the first minibatch, since wrong ones often say nothing; memory is measured on one step.
+Second derivatives are tried on the first minibatch, since wrong ones often say nothing; memory is
+measured on one step.
 """
 
 import math
@@ -39,16 +41,20 @@ HYPERPARAMETERS_OF = {
 
 
 def check_start(config: Config, name: str, start: str, *, argument: str, remedy: str = "") -> None:
-    """Raise InputError where what a ``start`` of a descent trains with has no derivative in a hyperparameter.
+    """Raise InputError where what a ``start`` of a descent trains with has no derivative in a
+    hyperparameter.
 
     ``argument`` is what has chosen it; ``remedy`` is another one than to change the configuration.
     """
-    optimizer, taken = config["optimizer"], [key for key in config if key.startswith(OPTIMIZER_PREFIX)]
+    optimizer = config["optimizer"]
+    taken = [key for key in config if key.startswith(OPTIMIZER_PREFIX)]
     others = [key for key in beyond_adam(config) if key != "beta2"] + ["ema"] * bool(config["ema"])
     if optimizer not in HYPERPARAMETERS_OF:
         reason = f"optimizer={optimizer!r}; choose one of {', '.join(HYPERPARAMETERS_OF)}"
     elif taken:
-        reason = f"{taken[0]}={config[taken[0]]!r}, which torch.optim's own class takes; leave it out"
+        reason = (
+            f"{taken[0]}={config[taken[0]]!r}, which torch.optim's own class takes; leave it out"
+        )
     elif config["clip_norm"] < math.inf:
         reason = f"clip_norm={config['clip_norm']:g}; leave it out"
     elif others:
@@ -64,37 +70,44 @@ def check_start(config: Config, name: str, start: str, *, argument: str, remedy:
 
 
 def check_coordinate(name: str, value: float, start: str, *, called: str, space: str) -> None:
-    """Raise InputError for a value that a ``start`` cannot move from, since it has no finite coordinate: 0, infinity.
+    """Raise InputError for a value that a ``start`` cannot move from, since it has no finite
+    coordinate: 0, infinity.
 
     In errors the hyperparameter is ``called`` so, and drawn from a ``space``.
     """
-    if not math.isfinite(to_coordinate(name, torch.tensor(float(value), dtype=torch.float64, device="cpu"))):
+    if not math.isfinite(
+        to_coordinate(name, torch.tensor(float(value), dtype=torch.float64, device="cpu"))
+    ):
         raise InputError(
-            f"a descent cannot start from {called}={value:g}, as {start} does, because it moves in the "
-            f"{'logit' if name in BETWEEN_0_AND_1 else 'logarithm'}; put {called!r} in {space} with values above 0"
-            f"{' and finite' if name == 'C' else ''}, or leave it out of hyperparameters."
+            f"a descent cannot start from {called}={value:g}, as {start} does, because it moves "
+            f"in the {'logit' if name in BETWEEN_0_AND_1 else 'logarithm'}; put {called!r} in "
+            f"{space} with values above 0{' and finite' if name == 'C' else ''}, or leave it out "
+            "of hyperparameters."
         )
 
 
 def check_classes(
     fold: int, valid: Iterable[str | float], train: Iterable[str | float], *, weighed: bool = False
 ) -> None:
-    """Raise InputError where the validation rows of a fold have a class of which it trains on no row.
+    """Raise InputError where the validation rows of a fold have a class of which it trains on no
+    row.
 
-    ``valid`` and ``train`` are labels; ``weighed``: the latter are those of training rows with a weight above 0.
+    ``valid`` and ``train`` are labels; ``weighed``: the latter are those of training rows with a
+    weight above 0.
     """
     if lacking := set(valid) - set(train):
         weighing = " with sample_weight above 0" if weighed else ""
         raise InputError(
-            f"cv: the validation rows of fold {fold} have class {sorted(lacking)[0]!r}, of which it has no "
-            f"training row{weighing}: its log loss is infinite at every point of a descent. Use stratified folds, "
-            "fewer of them, or leave the class out."
+            f"cv: the validation rows of fold {fold} have class {sorted(lacking)[0]!r}, of which "
+            f"it has no training row{weighing}: its log loss is infinite at every point of a "
+            "descent. Use stratified folds, fewer of them, or leave the class out."
         )
 
 
 @contextmanager
 def twice_differentiable(training: Training) -> Iterator[None]:
-    """Raise InputError where a training cannot be differentiated twice: on its first minibatch, or as torch finds it.
+    """Raise InputError where a training cannot be differentiated twice: on its first minibatch, or
+    as torch finds it.
 
     What torch itself refuses inside of the block is said in the same words.
     """
@@ -103,13 +116,20 @@ def twice_differentiable(training: Training) -> Iterator[None]:
         yield
     except RuntimeError as error:
         text = str(error).split("\n")[0]
-        if not any(word in text.lower() for word in ("derivative for", "differentiate twice", "double backward")):
+        if not any(
+            word in text.lower()
+            for word in ("derivative for", "differentiate twice", "double backward")
+        ):
             raise
         attention = "scaled_dot_product" in text
-        remedy = "run it inside torch.nn.attention.sdpa_kernel(SDPBackend.MATH)" if attention else "replace it"
+        remedy = (
+            "run it inside torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+            if attention
+            else "replace it"
+        )
         raise InputError(
-            f"module or loss has an operation that cannot be differentiated twice ({text.rstrip('.')}); {remedy}, or "
-            "call gputune.hypergradient with mode='fd'."
+            "module or loss has an operation that cannot be differentiated twice "
+            f"({text.rstrip('.')}); {remedy}, or call gputune.hypergradient with mode='fd'."
         ) from error
 
 
@@ -128,12 +148,18 @@ def nodes(tensor: Tensor) -> set[Node]:
 def _check_second_derivatives(training: Training) -> None:
     weights = training.start().requires_grad_()
     gradient = slope(training, weights, 0, graph=True)
-    drawn = torch.randn(weights.shape, generator=stream(0, "curvature"), dtype=torch.float64, device="cpu")
+    drawn = torch.randn(
+        weights.shape, generator=stream(0, "curvature"), dtype=torch.float64, device="cpu"
+    )
     v = drawn.to(weights.device, weights.dtype)
-    # autograd.grad walks only the paths to what it differentiates by, and the node that torch puts in the place of a
-    # missing derivative is on none of them.
+    # autograd.grad walks only the paths to what it differentiates by, and the node that torch puts
+    # in the place of a missing derivative is on none of them.
     missing = any(type(node).__name__ == "Error" for node in nodes(gradient))
-    if not missing and _symmetric(gradient, weights, v) and _agrees_with_difference(training, gradient, weights, v):
+    if (
+        not missing
+        and _symmetric(gradient, weights, v)
+        and _agrees_with_difference(training, gradient, weights, v)
+    ):
         return
     # What is known to have no second derivative, and the functions of the user's own.
     kinds = {type(node) for node in nodes(training.losses(weights, 0))}
@@ -141,45 +167,56 @@ def _check_second_derivatives(training: Training) -> None:
     names = sorted({kind.__name__.removesuffix("0").removesuffix("Backward") for kind in suspects})
     shown = f" ({', '.join(names)})" if names else ""
     raise InputError(
-        f"module or loss has an operation that cannot be differentiated twice{shown}: the second derivative that torch "
-        "takes is incomplete. The usual causes are weight_norm, a .detach() of what depends on the parameters, and an "
-        "autograd.Function whose backward has no derivative; replace it, or call gputune.hypergradient with mode='fd'."
+        f"module or loss has an operation that cannot be differentiated twice{shown}: the second "
+        "derivative that torch takes is incomplete. The usual causes are weight_norm, a "
+        ".detach() of what depends on the parameters, and an autograd.Function whose backward "
+        "has no derivative; replace it, or call gputune.hypergradient with mode='fd'."
     )
 
 
 def _symmetric(gradient: Tensor, weights: Tensor, v: Tensor) -> bool:
     """Tell whether the derivative H of a gradient is symmetric, as every true second derivative is.
 
-    With p = H'v the products p'p and v'(H'p) are equal if it is. In single precision rounding makes them differ by
-    far less than the tolerance, the cube root of the dtype's spacing.
+    With p = H'v the products p'p and v'(H'p) are equal if it is. In single precision rounding makes
+    them differ by far less than the tolerance, the cube root of the dtype's spacing.
     """
     p = hessian_times(gradient, weights, v)
     q = hessian_times(gradient, weights, p)
-    once, twice = (p.double() ** 2).sum(), (v.double() * q.double()).sum()
+    once = (p.double() ** 2).sum()
+    twice = (v.double() * q.double()).sum()
     # Not <=: where either is infinite or NaN, the training says so by itself.
     return not bool((once - twice).abs() > torch.finfo(weights.dtype).eps ** (1 / 3) * once)
 
 
-def _agrees_with_difference(training: Training, gradient: Tensor, weights: Tensor, v: Tensor) -> bool:
-    """Tell whether the derivative of a gradient is how the gradient changes, over a tiny distance along ``v``.
+def _agrees_with_difference(
+    training: Training, gradient: Tensor, weights: Tensor, v: Tensor
+) -> bool:
+    """Tell whether the derivative of a gradient is how the gradient changes, over a tiny distance
+    along ``v``.
 
-    Two distances tell how far the measurement can be trusted: a kink (of a relu) between them, or operations of lower
-    precision, make them differ. So do its two sides, where the kink is at the weights themselves, as that of a relu
-    whose input is exactly 0. In single precision kinks are too close to each other for that: it is not measured.
+    Two distances tell how far the measurement can be trusted: a kink (of a relu) between them, or
+    operations of lower precision, make them differ. So do its two sides, where the kink is at the
+    weights themselves, as that of a relu whose input is exactly 0. In single precision kinks are
+    too close to each other for that: it is not measured.
     """
     if weights.dtype != torch.float64:
         return True
-    here, start = gradient.detach(), weights.detach()
-    # What fills narrower members up to one width is 0 and stays so; moved, its relu would be at a kink.
+    here = gradient.detach()
+    start = weights.detach()
+    # What fills narrower members up to one width is 0 and stays so; moved, its relu would be at a
+    # kink.
     v = v.where((weights != 0) | (gradient != 0), 0)
     v *= (start.norm() / v.norm()).clamp_min(1e-3)
 
     def changes(h: float) -> tuple[Tensor, Tensor]:
-        up, down = (slope(training, (start + s * h * v).requires_grad_(), 0, graph=False) for s in (1, -1))
+        up, down = (
+            slope(training, (start + s * h * v).requires_grad_(), 0, graph=False) for s in (1, -1)
+        )
         return (up - here) / h, (here - down) / h
 
     (above, below), (above_further, below_further) = changes(1e-8), changes(2e-8)
-    measured, further = (above + below) / 2, (above_further + below_further) / 2
+    measured = (above + below) / 2
+    further = (above_further + below_further) / 2
     product = hessian_times(gradient, weights, v)
     allowed = 10 * (measured - further).norm() + (above - below).norm() + 1e-3 * product.norm()
     return not bool((measured - product).norm() > allowed)
@@ -198,8 +235,8 @@ class Need:
     def of_modes(self, steps: int, hyperparameters: int) -> dict[ExactMode, int]:
         """Return the bytes of each mode.
 
-        Reverse mode holds all steps, checkpointed blocks of sqrt(T) and a state between two of them. Forward mode holds
-        one step and, in the update rule, four times the tangents.
+        Reverse mode holds all steps, checkpointed blocks of sqrt(T) and a state between two of
+        them. Forward mode holds one step and, in the update rule, four times the tangents.
         """
         block = math.isqrt(steps - 1) + 1
         return {
@@ -216,7 +253,8 @@ def measure(problem: InnerProblem[Training]) -> Need:
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        # Held, so that no address comes up twice; detached, or the graph would hold itself, beyond Python's collector.
+        # Held, so that no address comes up twice; detached, or the graph would hold itself, beyond
+        # Python's collector.
         kept[tensor.untyped_storage().data_ptr()] = tensor.detach()
         return tensor.detach()
 
@@ -233,10 +271,13 @@ def free_bytes(device: torch.device) -> int:
     return int(0.8 * (free_of_gpu(device) if device.type == "cuda" else free_memory()))
 
 
-def fastest_that_fits(sizes: Mapping[ExactMode, int], budget: int, *, hyperparameters: int) -> ExactMode:
+def fastest_that_fits(
+    sizes: Mapping[ExactMode, int], budget: int, *, hyperparameters: int
+) -> ExactMode:
     """Return the fastest of the modes whose bytes the budget holds; "forward" where it holds none.
 
-    With one hyperparameter forward mode is about as fast as reverse mode, with memory that does not grow.
+    With one hyperparameter forward mode is about as fast as reverse mode, with memory that does not
+    grow.
     """
     modes: tuple[ExactMode, ...] = ("forward", "reverse", "checkpointed")
     modes = modes if hyperparameters == 1 else modes[1:]

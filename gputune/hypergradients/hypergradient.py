@@ -1,4 +1,5 @@
-"""hypergradient(): the derivative of a validation loss in the hyperparameters of the training before it."""
+"""hypergradient(): the derivative of a validation loss in the hyperparameters of the training
+before it."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -19,7 +20,12 @@ from gputune.hypergradients.first_step import (
     twice_differentiable,
 )
 from gputune.hypergradients.implicit import differentiate_minimum
-from gputune.hypergradients.inner import BETWEEN_0_AND_1, HypergradientResult, Hypergradients, InnerProblem
+from gputune.hypergradients.inner import (
+    BETWEEN_0_AND_1,
+    HypergradientResult,
+    Hypergradients,
+    InnerProblem,
+)
 from gputune.hypergradients.modes import default_width, differences, forward, reverse
 from gputune.hypergradients.module_training import Loss, ModuleTraining, Pair, check_module
 from gputune.optimizers.rules import BETA1, BETA2
@@ -47,33 +53,41 @@ def hypergradient(
     fixed: Mapping[str, object] | None = None,
     memory: int | str | None = None,
 ) -> HypergradientResult:
-    """Train ``module`` on ``batches`` and differentiate its validation loss in the hyperparameters of that training.
+    """Train ``module`` on ``batches`` and differentiate its validation loss in the hyperparameters
+    of that training.
 
-    module           any ``nn.Module`` whose only state is the running statistics of BatchNorm; it is left as it was
-    loss             ``loss(module(x), y)`` -> one number, for example ``torch.nn.functional.cross_entropy``
+    module           any ``nn.Module`` whose only state is the running statistics of BatchNorm; it
+                     is left as it was
+    loss             ``loss(module(x), y)`` -> one number, for example
+                     ``torch.nn.functional.cross_entropy``
     batches          the minibatches (x, y), one step of the optimizer each
     valid            the validation pair (x, y)
-    hyperparameters  some of "lr", "momentum", "weight_decay", "beta1", "beta2", each a number, (S,) or (S, L): segment
-                     s covers the steps from floor(s*T/S) on, layer l is the l-th submodule that owns parameters;
-                     those left out have the value of ``fixed``, or their default one (a momentum of 0 for sgd, 0.9 for
-                     momentum and nesterov)
-    optimizer        "sgd", "momentum", "nesterov", "adam" or "adamw", as ``torch.optim`` has them; "exact" solves a
-                     ``gputune.models.LogisticRegression`` on all minibatches together, whose hyperparameter is "C", and
-                     differentiates at the minimum (implicit differentiation), whatever the mode
-    mode             "reverse" (memory grows with the steps, one price for any number of hyperparameters), "forward"
-                     (memory independent of the steps, a price for each), "fd" (finite differences: two more trainings
-                     for each), "auto" (one of the first two, by their need of memory)
-    truncate         reverse mode through the last so many steps only: cheaper, and biased towards small rates
+    hyperparameters  some of "lr", "momentum", "weight_decay", "beta1", "beta2", each a number, (S,)
+                     or (S, L): segment s covers the steps from floor(s*T/S) on, layer l is the l-th
+                     submodule that owns parameters; those left out have the value of ``fixed``, or
+                     their default one (a momentum of 0 for sgd, 0.9 for momentum and nesterov)
+    optimizer        "sgd", "momentum", "nesterov", "adam" or "adamw", as ``torch.optim`` has them;
+                     "exact" solves a ``gputune.models.LogisticRegression`` on all minibatches
+                     together, whose hyperparameter is "C", and differentiates at the minimum
+                     (implicit differentiation), whatever the mode
+    mode             "reverse" (memory grows with the steps, one price for any number of
+                     hyperparameters), "forward" (memory independent of the steps, a price for
+                     each), "fd" (finite differences: two more trainings for each), "auto" (one of
+                     the first two, by their need of memory)
+    truncate         reverse mode through the last so many steps only: cheaper, and biased towards
+                     small rates
     checkpoint       reverse mode that trains twice and remembers every sqrt(T)-th step
-    seed             of dropout and other draws, the same in every training; None: drawn from torch's generator
+    seed             of dropout and other draws, the same in every training; None: drawn from
+                     torch's generator
     fixed            values, in the same shapes, of hyperparameters that are not differentiated
     memory           bytes, or text such as "8GB", that may be used; None: most of what is free
 
-    Warns (RuntimeWarning) where training is chaotic, so that the gradient is noise. Raises InputError for bad input,
-    for an operation that cannot be differentiated twice, and where the memory does not suffice. Second derivatives are
-    tried on the first minibatch: in float64 against measured ones, in lower precision for symmetry alone, which a
-    .detach() in the loss passes unseen. Sources: Maclaurin et al. (2015), Franceschi et al. (2017); Bengio (2000) for
-    the implicit derivative.
+    Warns (RuntimeWarning) where training is chaotic, so that the gradient is noise. Raises
+    InputError for bad input, for an operation that cannot be differentiated twice, and where the
+    memory does not suffice. Second derivatives are tried on the first minibatch: in float64 against
+    measured ones, in lower precision for symmetry alone, which a .detach() in the loss passes
+    unseen. Sources: Maclaurin et al. (2015), Franceschi et al. (2017); Bengio (2000) for the
+    implicit derivative.
     """
     check_module(module)
     batches = _check_data(loss, batches, valid)
@@ -94,17 +108,27 @@ def hypergradient(
         reason, slopes = _differences(problem, list(wanted))
     else:
         with twice_differentiable(training):
-            exact, reason = _choose(problem, len(problem.columns(list(wanted))), mode, truncate, checkpoint, budget)
+            exact, reason = _choose(
+                problem, len(problem.columns(list(wanted))), mode, truncate, checkpoint, budget
+            )
             if exact == "forward":
-                mode, slopes = "forward", forward(problem, list(wanted))
+                mode = "forward"
+                slopes = forward(problem, list(wanted))
             else:
                 blocks = exact == "checkpointed"
-                mode, slopes = "reverse", reverse(problem, list(wanted), truncate=truncate, checkpoint=blocks)
-    shapes = {name: torch.as_tensor(value, device="cpu").shape for name, value in hyperparameters.items()}
+                mode = "reverse"
+                slopes = reverse(problem, list(wanted), truncate=truncate, checkpoint=blocks)
+    shapes = {
+        name: torch.as_tensor(value, device="cpu").shape for name, value in hyperparameters.items()
+    }
     gradient = {name: slopes.gradients[name].view(shape) for name, shape in shapes.items()}
     logs = {name: slope * wanted[name].view(shapes[name]) for name, slope in gradient.items()}
-    parameters = {name: w.detach().clone() for name, w in training.parameters(slopes.weights).items()}
-    result = HypergradientResult(float(slopes.value), gradient, logs, parameters, float(slopes.ratio), mode, reason)
+    parameters = {
+        name: w.detach().clone() for name, w in training.parameters(slopes.weights).items()
+    }
+    result = HypergradientResult(
+        float(slopes.value), gradient, logs, parameters, float(slopes.ratio), mode, reason
+    )
     _warn_of_noise(result)
     return result
 
@@ -117,23 +141,31 @@ def _check_data(loss: object, batches: Iterable[Pair], valid: Pair) -> list[Pair
     pairs = list(batches)
     if not pairs:
         raise InputError("batches must have at least one minibatch (x, y), got none.")
-    for name, pair in (*((f"batches[{i}]", pair) for i, pair in enumerate(pairs)), ("valid", valid)):
+    for name, pair in (
+        *((f"batches[{i}]", pair) for i, pair in enumerate(pairs)),
+        ("valid", valid),
+    ):
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             got = f"{len(pair)} values" if isinstance(pair, tuple | list) else type(pair).__name__
-            raise InputError(f"{name} must be a pair (x, y), got {got}; put several inputs into one x.")
+            raise InputError(
+                f"{name} must be a pair (x, y), got {got}; put several inputs into one x."
+            )
     return pairs
 
 
 def _check_mode(mode: object, truncate: object, checkpoint: object) -> None:
     if mode not in get_args(Mode):
         raise InputError(f"mode must be 'auto', 'reverse', 'forward' or 'fd', got {mode!r}.")
-    if truncate is not None and (isinstance(truncate, bool) or not isinstance(truncate, int) or truncate < 1):
+    if truncate is not None and (
+        isinstance(truncate, bool) or not isinstance(truncate, int) or truncate < 1
+    ):
         raise InputError(f"truncate must be a number of steps >= 1 or None, got {truncate!r}.")
     if not isinstance(checkpoint, bool):
         raise InputError(f"checkpoint must be True or False, got {checkpoint!r}.")
     if mode in ("forward", "fd") and (truncate is not None or checkpoint):
         raise InputError(
-            f"truncate and checkpoint belong to reverse mode, got mode={mode!r}; leave them out, or use mode='reverse'."
+            f"truncate and checkpoint belong to reverse mode, got mode={mode!r}; leave them out, "
+            "or use mode='reverse'."
         )
 
 
@@ -142,43 +174,63 @@ def _check_optimizer(optimizer: object) -> tuple[str, float]:
     if optimizer == "momentum":
         return "sgd", 0.9
     if not isinstance(optimizer, str) or optimizer not in HYPERPARAMETERS_OF:
-        words = ", ".join(("sgd", "momentum", *(name for name in HYPERPARAMETERS_OF if name != "sgd"), "exact"))
+        words = ", ".join(
+            ("sgd", "momentum", *(name for name in HYPERPARAMETERS_OF if name != "sgd"), "exact")
+        )
         raise InputError(f"optimizer must be one of {words}, got {optimizer!r}.")
     return optimizer, default_momentum(optimizer)
 
 
 def _default_tables(optimizer: str, momentum: float, like: Tensor) -> dict[str, Tensor]:
     """Return a (1, 1, 1) table for each hyperparameter, with its default value."""
-    values = {"lr": DEFAULT_LR, "momentum": momentum, "weight_decay": default_weight_decay(optimizer)}
-    return {name: like.new_full((1, 1, 1), x) for name, x in (values | {"beta1": BETA1, "beta2": BETA2}).items()}
+    values = {
+        "lr": DEFAULT_LR,
+        "momentum": momentum,
+        "weight_decay": default_weight_decay(optimizer),
+    }
+    return {
+        name: like.new_full((1, 1, 1), x)
+        for name, x in (values | {"beta1": BETA1, "beta2": BETA2}).items()
+    }
 
 
 def _check_tables(
-    hyperparameters: object, fixed: Mapping[str, object] | None, optimizer: str, training: ModuleTraining
+    hyperparameters: object,
+    fixed: Mapping[str, object] | None,
+    optimizer: str,
+    training: ModuleTraining,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the tables that are differentiated, and those that are not."""
     wanted = _check_hyperparameters(hyperparameters, optimizer, training, "hyperparameters")
     others = _check_hyperparameters(fixed, optimizer, training, "fixed") if fixed else {}
     if twice := ", ".join(sorted(others.keys() & wanted)):
-        raise InputError(f"fixed must have other names than hyperparameters, got {twice} in both; leave it out of one.")
+        raise InputError(
+            f"fixed must have other names than hyperparameters, got {twice} in both; leave it out "
+            "of one."
+        )
     return wanted, others
 
 
 def _check_hyperparameters(
     values: object, optimizer: str, training: ModuleTraining, argument: str
 ) -> dict[str, Tensor]:
-    """Return a table (1, S, L) for each value: a number, (S,) segments, or (S, L) segments and layers."""
+    """Return a table (1, S, L) for each value: a number, (S,) segments, or (S, L) segments and
+    layers."""
     if not isinstance(values, Mapping) or not values:
         raise InputError(
-            f'{argument} must be a dict with at least one of them, for example {{"lr": 0.1}}, got {values!r}.'
+            f'{argument} must be a dict with at least one of them, for example {{"lr": 0.1}}, got '
+            f"{values!r}."
         )
     for name in values:
         if name not in HYPERPARAMETERS_OF[optimizer]:
             raise InputError(
-                f"{argument}: {optimizer} has {', '.join(HYPERPARAMETERS_OF[optimizer])}, got {name!r}; leave it out, "
-                "or choose an optimizer that has it."
+                f"{argument}: {optimizer} has {', '.join(HYPERPARAMETERS_OF[optimizer])}, got "
+                f"{name!r}; leave it out, or choose an optimizer that has it."
             )
-    return {name: _table(f"{argument}[{name!r}]", name, value, training) for name, value in values.items()}
+    return {
+        name: _table(f"{argument}[{name!r}]", name, value, training)
+        for name, value in values.items()
+    }
 
 
 def _table(place: str, name: str, value: object, training: ModuleTraining) -> Tensor:
@@ -186,28 +238,35 @@ def _table(place: str, name: str, value: object, training: ModuleTraining) -> Te
     try:
         table = torch.as_tensor(value, dtype=training.dtype, device=training.device).detach()
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise InputError(f"{place} must be a number or an array of numbers, got {value!r}.") from error
+        raise InputError(
+            f"{place} must be a number or an array of numbers, got {value!r}."
+        ) from error
     if table.dim() > 2 or 0 in table.shape or (table.dim() == 2 and table.shape[1] != len(layers)):
         raise InputError(
-            f"{place} must be a number, (segments,) or (segments, layers) with {len(layers)} layers "
-            f"({', '.join(layer or 'the module itself' for layer in layers)}), got shape {tuple(table.shape)}."
+            f"{place} must be a number, (segments,) or (segments, layers) with {len(layers)} "
+            f"layers ({', '.join(layer or 'the module itself' for layer in layers)}), got shape "
+            f"{tuple(table.shape)}."
         )
     if table.dim() and len(table) > training.steps:
         raise InputError(
-            f"{place} must have at most one segment a step, got {len(table)} segments for {training.steps} minibatches."
+            f"{place} must have at most one segment a step, got {len(table)} segments for "
+            f"{training.steps} minibatches."
         )
     high, rule = (1.0, "in [0, 1)") if name in BETWEEN_0_AND_1 else (math.inf, "finite and >= 0")
     rule = "finite and > 0" if name == "lr" else rule
-    if not bool(((table > 0 if name == "lr" else table >= 0) & (table < high)).all()):  # NaN is no more than anything
+    # NaN is no more than anything
+    if not bool(((table > 0 if name == "lr" else table >= 0) & (table < high)).all()):
         raise InputError(f"{place} must be {rule}, got {table.tolist()}.")
     return table.reshape(1, -1, table.shape[1] if table.dim() == 2 else 1)
 
 
-def _differences(problem: InnerProblem[ModuleTraining], names: list[str]) -> tuple[str, Hypergradients]:
+def _differences(
+    problem: InnerProblem[ModuleTraining], names: list[str]
+) -> tuple[str, Hypergradients]:
     if zero := [name for name in names if bool((problem.tables[name] == 0).any())]:
         raise InputError(
-            f"hyperparameters[{zero[0]!r}] must be above 0 for mode='fd', which moves it in its logarithm, got "
-            f"{problem.tables[zero[0]].tolist()}; use mode='reverse' or 'forward'."
+            f"hyperparameters[{zero[0]!r}] must be above 0 for mode='fd', which moves it in its "
+            f"logarithm, got {problem.tables[zero[0]].tolist()}; use mode='reverse' or 'forward'."
         )
     width = default_width(problem.training.dtype)
     reason = f"asked for; steps of {width:.1e} in the logarithm (logit of momentum and betas)"
@@ -222,11 +281,13 @@ def _choose(
     checkpoint: bool,
     budget: int | None,
 ) -> tuple[ExactMode, str]:
-    """Return the mode for so many hyperparameters, the one asked for where it fits or the fastest that fits, and why.
+    """Return the mode for so many hyperparameters, the one asked for where it fits or the fastest
+    that fits, and why.
 
     ``budget`` is in bytes, None: most of what is free.
     """
-    need, budget = measure(problem), budget or free_bytes(problem.training.device)
+    need = measure(problem)
+    budget = budget or free_bytes(problem.training.device)
     steps = min(truncate or problem.training.steps, problem.training.steps)
     sizes = need.of_modes(steps, number)
     words = (
@@ -236,9 +297,11 @@ def _choose(
     )
     mode: ExactMode
     if asked == "forward":
-        mode, reason = "forward", "asked for"
+        mode = "forward"
+        reason = "asked for"
     elif asked == "reverse" or truncate is not None or checkpoint:
-        mode, reason = "checkpointed" if checkpoint else "reverse", "asked for"
+        mode = "checkpointed" if checkpoint else "reverse"
+        reason = "asked for"
     else:
         mode = fastest_that_fits(sizes, budget, hyperparameters=number)
         single = "one hyperparameter, whose tangent is no slower than reverse"
@@ -248,13 +311,17 @@ def _choose(
             "forward": single if number == 1 else "reverse does not fit",
         }[mode]
     if sizes[mode] > budget:
-        remedies: dict[str, ExactMode] = {"checkpoint=True": "checkpointed", "mode='forward'": "forward"}
+        remedies: dict[str, ExactMode] = {
+            "checkpoint=True": "checkpointed",
+            "mode='forward'": "forward",
+        }
         fitting = [word for word, other in remedies.items() if sizes[other] <= budget]
         if longest := budget // need.step:
             fitting.append(f"truncate={longest}")
         raise InputError(
-            f"memory does not suffice for mode={'forward' if mode == 'forward' else 'reverse'!r}: {words}. Use "
-            f"{''.join(word + ' (fits), ' for word in fitting)}smaller minibatches or a larger memory=."
+            f"memory does not suffice for mode={'forward' if mode == 'forward' else 'reverse'!r}: "
+            f"{words}. Use {''.join(word + ' (fits), ' for word in fitting)}smaller minibatches "
+            "or a larger memory=."
         )
     return mode, f"{reason}; {words}"
 
@@ -262,13 +329,14 @@ def _choose(
 def _warn_of_noise(result: HypergradientResult) -> None:
     if not math.isfinite(result.value):
         warn(
-            f"the validation loss is {result.value}: look for NaN in the minibatches and in valid, or lower the "
-            "learning rate.",
+            f"the validation loss is {result.value}: look for NaN in the minibatches and in "
+            "valid, or lower the learning rate.",
             RuntimeWarning,
         )
     elif result.chaotic:
         warn(
-            f"training is chaotic: it amplifies a small change {result.ratio:.3g} times, and the gradient is noise; "
-            "lower the learning rate, train for fewer steps, or look at the trend with a wide finite difference.",
+            f"training is chaotic: it amplifies a small change {result.ratio:.3g} times, and the "
+            "gradient is noise; lower the learning rate, train for fewer steps, or look at the "
+            "trend with a wide finite difference.",
             RuntimeWarning,
         )

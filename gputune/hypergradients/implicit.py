@@ -1,12 +1,15 @@
-"""Implicit differentiation of the solved logistic regression: d validation loss / d log C of every C in every fold.
+"""Implicit differentiation of the solved logistic regression: d validation loss / d log C of every
+C in every fold.
 
-Where the training objective is at its minimum, ``C * slope of the loss + slope of the penalty = 0`` for every C, so
+Where the training objective is at its minimum, ``C * slope of the loss + slope of the penalty = 0``
+for every C, so
 
     d W / d log C = H^-1 (slope of the penalty),    H = C * (Hessian of the loss) + (1 - l1_ratio) I,
 
-with no penalty on the intercepts, and the wanted number is that times the slope of the validation loss. Source:
-Larsen et al. (1996), doi:10.1109/NNSP.1996.548336; Bengio (2000), doi:10.1162/089976600300015187. H is built and
-factored as it is: nothing is iterated, so nothing is left unsolved.
+with no penalty on the intercepts, and the wanted number is that times the slope of the validation
+loss. Source: Larsen et al. (1996), doi:10.1109/NNSP.1996.548336; Bengio (2000),
+doi:10.1162/089976600300015187. H is built and factored as it is: nothing is iterated, so nothing is
+left unsolved.
 Axes: m members, K outputs (1 = sigmoid), n rows, D inputs, E = D + 1 with the intercept.
 """
 
@@ -35,13 +38,15 @@ BLOCK = 512  # training rows whose curvature is held at once
 class ImplicitGradient:
     """The validation loss of P = F * C members, fold-major (p = f * C + c), and its slope in log C.
 
-    ``value`` is the mean cross-entropy of the fold's validation rows, not weighted. It is inf, and the gradient 0,
-    where a validation row is of a class that the fold has no training row of: it is so for every C.
+    ``value`` is the mean cross-entropy of the fold's validation rows, not weighted. It is inf, and
+    the gradient 0, where a validation row is of a class that the fold has no training row of: it is
+    so for every C.
 
-    ``gradient`` is 0 where the coefficients do not move with C: at C = inf, where an l1 penalty holds all of them at
-    zero, and in a fold with training rows of one class alone. It is NaN for a member that has not converged, since
-    the formula holds at the minimum only (``value`` is then that of the coefficients reached), and for one whose H
-    float64 cannot factor (under pure l1, where all training rows are so sure of their class that no curvature is left).
+    ``gradient`` is 0 where the coefficients do not move with C: at C = inf, where an l1 penalty
+    holds all of them at zero, and in a fold with training rows of one class alone. It is NaN for a
+    member that has not converged, since the formula holds at the minimum only (``value`` is then
+    that of the coefficients reached), and for one whose H float64 cannot factor (under pure l1,
+    where all training rows are so sure of their class that no curvature is left).
     """
 
     value: Tensor  # (P,) float64
@@ -51,9 +56,11 @@ class ImplicitGradient:
 def implicit_chunk(
     data: Dataset, configs: Sequence[Config], *, memory: int | None = None
 ) -> tuple[Solution, ImplicitGradient]:
-    """Solve C configurations (``C``, ``l1_ratio``) in all folds of float64 data, and differentiate in log C.
+    """Solve C configurations (``C``, ``l1_ratio``) in all folds of float64 data, and differentiate
+    in log C.
 
-    Warns, as ``solve_all`` does, of members that did not converge. Raises InputError as ``implicit_gradients`` does.
+    Warns, as ``solve_all`` does, of members that did not converge. Raises InputError as
+    ``implicit_gradients`` does.
     """
     solution = solve_all(data, configs)
     valid = [fold.valid for fold in data.folds]
@@ -63,15 +70,18 @@ def implicit_chunk(
 def implicit_gradients(
     problem: Problem, solution: Solution, valid: Sequence[Tensor], *, memory: int | None = None
 ) -> ImplicitGradient:
-    """Differentiate the validation loss of each member of a solved problem, intercepts fitted, in log C.
+    """Differentiate the validation loss of each member of a solved problem, intercepts fitted, in
+    log C.
 
-    ``valid`` are the positions of each fold's validation rows. With an l1 part, coefficients at zero stay there and the
-    others keep their sign, which is exact but for the single values of C where a coefficient leaves zero or comes to
-    it: there the loss has a kink, and this is its slope on the side where the coefficients found zero are zero.
+    ``valid`` are the positions of each fold's validation rows. With an l1 part, coefficients at
+    zero stay there and the others keep their sign, which is exact but for the single values of C
+    where a coefficient leaves zero or comes to
+    it: there the loss has a kink, and this is its slope on the side where the coefficients found
+        zero are zero.
 
-    ``memory`` bounds the bytes of the matrices and chances of the members worked on at once (None: 4 GiB on the
-    CPU, 80 % of the free memory of a GPU); more members than fit are taken one lot after the other. Raises
-    InputError where one member alone does not fit.
+    ``memory`` bounds the bytes of the matrices and chances of the members worked on at once (None:
+    4 GiB on the CPU, 80 % of the free memory of a GPU); more members than fit are taken one lot
+    after the other. Raises InputError where one member alone does not fit.
     """
     everyone = torch.arange(len(problem.C), device=problem.y.device)
     lots: list[tuple[Tensor, Tensor]] = []
@@ -79,40 +89,54 @@ def implicit_gradients(
         fold = _Fold(problem, f, rows, solution.coef.shape[1])
         for lot in torch.split(everyone, fold.members_at_once(memory)):
             members = f * len(everyone) + lot
-            lots.append(_differentiate(fold, solution, members, problem.C[lot], problem.l1_ratio[lot]))
+            lots.append(
+                _differentiate(fold, solution, members, problem.C[lot], problem.l1_ratio[lot])
+            )
     return ImplicitGradient(*map(torch.cat, zip(*lots)))
 
 
 class _Fold:
     """Training and validation rows of one fold, both less the training rows' mean input.
 
-    ``total`` is the sum of the training rows' weights, ``center`` (D,) that mean; intercepts are not penalised, so it
-    changes nothing but rounding.
+    ``total`` is the sum of the training rows' weights, ``center`` (D,) that mean; intercepts are
+    not penalised, so it changes nothing but rounding.
     """
 
     def __init__(self, problem: Problem, fold: int, valid: Tensor, outputs: int) -> None:
         weights = problem.weights[fold]
-        keep, self.total = weights > 0, weights.sum()
+        keep = weights > 0
+        self.total = weights.sum()
         share = weights[keep] / self.total
         self.center = share @ problem.x[fold, keep]
         self.train, self.valid = (
-            rows_of(problem.x[fold, rows] - self.center, problem.y[rows], shares, outputs, intercept=True)
-            for rows, shares in ((keep, share), (valid, share.new_full((len(valid),), 1 / len(valid))))
+            rows_of(
+                problem.x[fold, rows] - self.center,
+                problem.y[rows],
+                shares,
+                outputs,
+                intercept=True,
+            )
+            for rows, shares in (
+                (keep, share),
+                (valid, share.new_full((len(valid),), 1 / len(valid))),
+            )
         )
 
     def members_at_once(self, memory: int | None) -> int:
         """Return how many members fit in ``memory`` bytes; raises InputError for none."""
-        rows, outputs = len(self.train.design) + len(self.valid.design), self.train.outputs
+        rows = len(self.train.design) + len(self.valid.design)
+        outputs = self.train.outputs
         size = outputs * self.train.design.shape[1]
-        # The matrix, its factor and a copy between them; logits, chances and their misfit; a block's curvature.
+        # The matrix, its factor and a copy between them; logits, chances and their misfit; a
+        # block's curvature.
         needed = 8 * (3 * size**2 + 4 * outputs * rows + BLOCK * outputs * (outputs + 1) // 2)
         device = self.center.device
         limit = memory or (free_bytes(device) if device.type == "cuda" else 4 << 30)
         if limit < needed:
             raise InputError(
-                f"memory={limit} bytes is too little for implicit differentiation: one member with {outputs} outputs "
-                f"of {size // outputs} coefficients needs {needed} bytes; allow that much, use fewer inputs, "
-                "or search C with method='random'."
+                f"memory={limit} bytes is too little for implicit differentiation: one member "
+                f"with {outputs} outputs of {size // outputs} coefficients needs {needed} bytes; "
+                "allow that much, use fewer inputs, or search C with method='random'."
             )
         return limit // needed
 
@@ -121,19 +145,23 @@ def _differentiate(
     fold: _Fold, solution: Solution, members: Tensor, C: Tensor, l1_ratio: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Value and gradient, each (m,), of some members of a fold."""
-    coef, converged = solution.coef[members], solution.converged[members]
+    coef = solution.coef[members]
+    converged = solution.converged[members]
     intercept = solution.intercept[members] + (coef @ fold.center)
     known = intercept.isfinite()  # classes that the fold has trained on
     held_out = _point(fold.valid, coef, intercept)
     l1 = l1_ratio[:, None, None]
-    # The penalty's slope: at the minimum it is minus C times the loss's, without that sum's cancellation.
+    # The penalty's slope: at the minimum it is minus C times the loss's, without that sum's
+    # cancellation.
     pull = _beside_intercept((1 - l1) * coef + l1 * coef.sign())
     active = known[..., None] & ~_beside_intercept((l1 > 0) & (coef == 0))
     gradient = torch.zeros_like(held_out.loss).masked_fill(~converged, torch.nan)
     moves = converged & C.isfinite() & ~held_out.loss.isinf() & (pull != 0).flatten(1).any(1)
     if moves.any():
         chance = _point(fold.train, coef[moves], intercept[moves]).chance
-        matrix = _curvature(fold.train, chance).mul_((C[moves] * fold.total)[:, None, None, None, None])
+        matrix = _curvature(fold.train, chance).mul_(
+            (C[moves] * fold.total)[:, None, None, None, None]
+        )
         _make_solvable(matrix, 1 - l1_ratio[moves], active[moves], known[moves])
         gradient[moves] = (_solve(matrix, pull[moves]) * held_out.slope[moves]).sum((1, 2))
     return held_out.loss, gradient
@@ -154,10 +182,13 @@ def _beside_intercept(coef: Tensor) -> Tensor:
 def _curvature(rows: Rows, chance: Tensor) -> Tensor:
     """Hessian of the mean training loss, (m, K, E, K, E), of members with chances (m, K, n).
 
-    Each of its numbers is a sum over rows of (a pair of classes' curvature) x (a pair of inputs). The members of a
-    fold share the second factor, so one wide product a column serves all members and all pairs of classes.
+    Each of its numbers is a sum over rows of (a pair of classes' curvature) x (a pair of inputs).
+    The members of a fold share the second factor, so one wide product a column serves all members
+    and all pairs of classes.
     """
-    members, outputs, columns = len(chance), rows.outputs, rows.design.shape[1]
+    members = len(chance)
+    outputs = rows.outputs
+    columns = rows.design.shape[1]
     k, l = torch.triu_indices(outputs, outputs, device=chance.device)
     blocks = chance.new_zeros(members * len(k), columns, columns)
     for part, design in zip(torch.split(chance, BLOCK, -1), torch.split(rows.design, BLOCK)):
@@ -177,10 +208,11 @@ def _curvature(rows: Rows, chance: Tensor) -> Tensor:
 def _make_solvable(matrix: Tensor, ridge: Tensor, active: Tensor, known: Tensor) -> None:
     """Turn C times the curvature, (m, K, E, K, E), into H, with an inverse, in place.
 
-    What is not active (m, K, E) becomes a part of its own, diagonal. Where all known classes (m, K) are active
-    in a column, softmax does not see a common shift of it, nor does the validation loss; the shift is an
-    eigenvector, so that any multiple of its projector may be added. (Under pure l1 an even number of classes can
-    all be active in one input: as many coefficients above zero as below cost the same wherever they are shifted.)
+    What is not active (m, K, E) becomes a part of its own, diagonal. Where all known classes (m, K)
+    are active in a column, softmax does not see a common shift of it, nor does the validation loss;
+    the shift is an eigenvector, so that any multiple of its projector may be added. (Under pure l1
+    an even number of classes can all be active in one input: as many coefficients above zero as
+    below cost the same wherever they are shifted.)
     """
     members, outputs, columns = active.shape
     matrix *= active[:, :, :, None, None] & active[:, None, None]
@@ -191,7 +223,9 @@ def _make_solvable(matrix: Tensor, ridge: Tensor, active: Tensor, known: Tensor)
     diagonal += ~active
     if outputs > 1:
         shift = known[..., None] & (active | ~known[..., None]).all(1, keepdim=True)
-        matrix.diagonal(dim1=2, dim2=4).add_((shift[:, :, None] & shift[:, None]) * scale[:, None, None])
+        matrix.diagonal(dim1=2, dim2=4).add_(
+            (shift[:, :, None] & shift[:, None]) * scale[:, None, None]
+        )
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
@@ -201,9 +235,9 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(flat)
     again = failed > 0
     if again.any():
-        # Singular to rounding, as under l1 where the columns of a category's levels add up to the intercept's. The
-        # right side, a slope of the loss, has no part in directions that the rows do not see, so that a lift
-        # of the size of the factorisation's own error does not show.
+        # Singular to rounding, as under l1 where the columns of a category's levels add up to the
+        # intercept's. The right side, a slope of the loss, has no part in directions that the rows
+        # do not see, so that a lift of the size of the factorisation's own error does not show.
         lifted = flat[again]
         lifted.diagonal(dim1=1, dim2=2).mul_(1 + size * torch.finfo(flat.dtype).eps)
         factor[again], failed[again] = torch.linalg.cholesky_ex(lifted)
@@ -221,40 +255,49 @@ def differentiate_minimum(
     *,
     memory: int | None,
 ) -> HypergradientResult:
-    """Return the validation loss at the minimum of ``C * sum of losses + |W|^2 / 2`` and its derivative in C.
+    """Return the validation loss at the minimum of ``C * sum of losses + |W|^2 / 2`` and its
+    derivative in C.
 
-    The objective is that of sklearn.linear_model.LogisticRegression; computed in float64. Raises InputError where
-    the problem is not that convex one, DivergedError where it has no minimum that could be reached.
+    The objective is that of sklearn.linear_model.LogisticRegression; computed in float64. Raises
+    InputError where the problem is not that convex one, DivergedError where it has no minimum that
+    could be reached.
     """
     C, classes = _check_problem(module, loss, hyperparameters)
     problem, places = _join(batches, valid, C, classes)
     solution = solve(problem)
     if not bool(solution.converged):
         raise DivergedError(
-            f"the logistic regression with C={C:g} has no minimum that could be reached; choose a smaller C, or scale "
-            "the inputs."
+            f"the logistic regression with C={C:g} has no minimum that could be reached; choose a "
+            "smaller C, or scale the inputs."
         )
     implicit = implicit_gradients(problem, solution, [places], memory=memory)
-    value, slope = float(implicit.value), implicit.gradient[0]
+    value = float(implicit.value)
+    slope = implicit.gradient[0]
     parameters: Params = dict(solved_module(solution, 0).named_parameters())
-    reason = "asked for; the derivative at the minimum of a convex problem, in which no step is taken"
-    return HypergradientResult(value, {"C": slope / C}, {"C": slope}, parameters, 0.0, "implicit", reason)
+    reason = (
+        "asked for; the derivative at the minimum of a convex problem, in which no step is taken"
+    )
+    return HypergradientResult(
+        value, {"C": slope / C}, {"C": slope}, parameters, 0.0, "implicit", reason
+    )
 
 
 def _join(
     batches: Sequence[tuple[Tensor, Tensor]], valid: tuple[Tensor, Tensor], C: float, classes: int
 ) -> tuple[Problem, Tensor]:
-    """Return the problem of all minibatches, and the positions of the validation rows, which weigh nothing in it."""
+    """Return the problem of all minibatches, and the positions of the validation rows, which weigh
+    nothing in it."""
     if not all(isinstance(part, Tensor) for pair in (*batches, valid) for part in pair):
         raise InputError(
-            "optimizer='exact' joins all minibatches and needs tensors, got another kind of x or y; make them with "
-            "torch.from_numpy or torch.as_tensor."
+            "optimizer='exact' joins all minibatches and needs tensors, got another kind of x or "
+            "y; make them with torch.from_numpy or torch.as_tensor."
         )
     x, y = (torch.cat(parts) for parts in zip(*batches, valid))
     if y.is_floating_point() or y.dim() != 1 or int(y.min()) < 0 or int(y.max()) >= classes:
         raise InputError(
-            f"y must be class codes 0 .. {classes - 1}, one integer a row, where optimizer='exact', got "
-            f"{y.dtype} of shape {tuple(y.shape)} with values {y.min().item()} .. {y.max().item()}."
+            f"y must be class codes 0 .. {classes - 1}, one integer a row, where "
+            f"optimizer='exact', got {y.dtype} of shape {tuple(y.shape)} with values "
+            f"{y.min().item()} .. {y.max().item()}."
         )
     places = torch.arange(len(x) - len(valid[0]), len(x), device=x.device)
     weights = torch.ones(1, len(x), dtype=torch.float64, device=x.device)
@@ -263,25 +306,30 @@ def _join(
     return Problem(x.double()[None], y.long(), weights, *rates, n_classes=classes), places
 
 
-def _check_problem(module: nn.Module, loss: object, hyperparameters: Mapping[str, Any]) -> tuple[float, int]:
+def _check_problem(
+    module: nn.Module, loss: object, hyperparameters: Mapping[str, Any]
+) -> tuple[float, int]:
     """Return C and the number of classes; raise InputError where there is no convex problem."""
     if not isinstance(module, LogisticRegression) or module.n_outputs < 2:
         raise InputError(
-            "implicit differentiation (optimizer='exact') needs the minimum of a convex problem: module must be a "
-            f"gputune.models.LogisticRegression of at least two outputs, got {type(module).__name__}; train it with "
-            "another optimizer, for example 'adamw', and mode='reverse'."
+            "implicit differentiation (optimizer='exact') needs the minimum of a convex problem: "
+            "module must be a gputune.models.LogisticRegression of at least two outputs, got "
+            f"{type(module).__name__}; train it with another optimizer, for example 'adamw', and "
+            "mode='reverse'."
         )
     plain = isinstance(loss, nn.CrossEntropyLoss) and (
-        (loss.weight, loss.label_smoothing, loss.reduction, loss.ignore_index) == (None, 0.0, "mean", -100)
+        (loss.weight, loss.label_smoothing, loss.reduction, loss.ignore_index)
+        == (None, 0.0, "mean", -100)
     )
     if loss is not functional.cross_entropy and not plain:
         raise InputError(
-            "loss must be torch.nn.functional.cross_entropy where optimizer='exact' solves the logistic regression, "
-            f"got {loss!r}; train it with another optimizer for other losses."
+            "loss must be torch.nn.functional.cross_entropy where optimizer='exact' solves the "
+            f"logistic regression, got {loss!r}; train it with another optimizer for other losses."
         )
     if set(hyperparameters) != {"C"}:
         raise InputError(
-            f"hyperparameters: optimizer='exact' has C alone, got {', '.join(map(str, hyperparameters)) or 'none'}; "
+            "hyperparameters: optimizer='exact' has C alone, got "
+            f"{', '.join(map(str, hyperparameters)) or 'none'}; "
             'for example {"C": 1.0}.'
         )
     try:
@@ -289,5 +337,7 @@ def _check_problem(module: nn.Module, loss: object, hyperparameters: Mapping[str
     except (TypeError, ValueError, RuntimeError):
         C = -1.0
     if not 0 < C < float("inf"):
-        raise InputError(f"hyperparameters['C'] must be one finite number > 0, got {hyperparameters['C']!r}.")
+        raise InputError(
+            f"hyperparameters['C'] must be one finite number > 0, got {hyperparameters['C']!r}."
+        )
     return C, module.n_outputs

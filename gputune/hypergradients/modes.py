@@ -1,15 +1,19 @@
-"""Hypergradients through training: in reverse mode, whole, truncated or checkpointed; in forward mode; by differences.
+"""Hypergradients through training: in reverse mode, whole, truncated or checkpointed; in forward
+mode; by differences.
 
-Reverse mode keeps every step's graph and goes back through it once, whatever the number of hyperparameters
-(Maclaurin et al. 2015; Franceschi et al. 2017, Reverse-HG). It differentiates the rules of optimizers/rules.py.
+Reverse mode keeps every step's graph and goes back through it once, whatever the number of
+hyperparameters (Maclaurin et al. 2015; Franceschi et al. 2017, Reverse-HG). It differentiates the
+rules of optimizers/rules.py.
 
-Forward mode carries a tangent Z = d state / d hyperparameter through training for each hyperparameter. It goes on as
-Z <- A Z + B, one Hessian-vector product a step and hyperparameter, with no more memory for more steps (Franceschi et
-al. 2017, Forward-HG), and agrees with reverse mode to rounding.
+Forward mode carries a tangent Z = d state / d hyperparameter through training for each
+hyperparameter. It goes on as Z <- A Z + B, one Hessian-vector product a step and hyperparameter,
+with no more memory for more steps (Franceschi et al. 2017, Forward-HG), and agrees with reverse
+mode to rounding.
 
-Finite differences take two more trainings for each hyperparameter, on the same numbers. With a small step they check
-the other modes, and serve operations without a second derivative; with a wide one they see the trend through chaotic
-training, where the exact derivative is noise (Metz et al. 2021, arXiv:2111.05803).
+Finite differences take two more trainings for each hyperparameter, on the same numbers. With a
+small step they check the other modes, and serve operations without a second derivative; with a wide
+one they see the trend through chaotic training, where the exact derivative is noise (Metz et al.
+2021, arXiv:2111.05803).
 """
 
 import math
@@ -53,15 +57,18 @@ def reverse(
 ) -> Hypergradients:
     """Return the hypergradients of ``names`` by going back through training.
 
-    ``truncate=K`` goes back through the last K steps only, as if the weights before them did not depend on the
-    hyperparameters. ``checkpoint`` keeps the state of every sqrt(T)-th step and trains the steps between again on
-    the way back: the memory of 2 sqrt(T) steps for one more training.
+    ``truncate=K`` goes back through the last K steps only, as if the weights before them did not
+    depend on the hyperparameters. ``checkpoint`` keeps the state of every sqrt(T)-th step and
+    trains the steps between again on the way back: the memory of 2 sqrt(T) steps for one more
+    training.
     """
-    training, steps = problem.training, problem.training.steps
+    training = problem.training
+    steps = problem.training.steps
     begin = 0 if truncate is None else max(0, steps - truncate)
     length = math.isqrt(steps - begin - 1) + 1 if checkpoint else steps - begin
     edges = [*range(begin, steps, length), steps]
-    state, starts = problem.start(), []
+    state = problem.start()
+    starts = []
     for here, there in zip([0, *edges[:-2]], edges[:-1]):  # up to where the last block begins
         state = problem.advance(state, range(here, there), watch)
         starts.append(state)
@@ -91,14 +98,16 @@ def reverse(
 
 
 class _Record:
-    """Steps with their graph, and by how much a small relative change of the weights grows in them, per member.
+    """Steps with their graph, and by how much a small relative change of the weights grows in them,
+    per member.
 
-    At step t it is |dL/dw_t| |w_t| over the same after the last step: the transpose of what forward mode sees, read
-    off the adjoints on the way back, at no other cost.
+    At step t it is |dL/dw_t| |w_t| over the same after the last step: the transpose of what forward
+    mode sees, read off the adjoints on the way back, at no other cost.
     """
 
     def __init__(self, problem: InnerProblem[Training], rows: Rows, like: Tensor) -> None:
-        self.problem, self.rows = problem, rows
+        self.problem = problem
+        self.rows = rows
         self.largest = self.final = torch.zeros_like(like[:, 0])
 
     def advance(self, state: State, steps: range, watch: Watch | None) -> State:
@@ -124,7 +133,8 @@ class _Record:
         weights.register_hook(look)  # type: ignore[no-untyped-call]
 
     def ratio(self) -> Tensor:
-        """Return the largest ratio (P,), at least 1; 0 where the loss does not depend on the weights at all."""
+        """Return the largest ratio (P,), at least 1; 0 where the loss does not depend on the
+        weights at all."""
         return (self.largest / self.final).masked_fill((self.final == 0) & (self.largest == 0), 0.0)
 
 
@@ -133,11 +143,12 @@ Operand = Union["Dual", Tensor, float]
 
 @dataclass(frozen=True, eq=False)
 class Dual:
-    """``value`` (P, N) and its derivatives ``tangents`` (d, P, N); N may be 1 in both. Stands where a tensor would.
+    """``value`` (P, N) and its derivatives ``tangents`` (d, P, N); N may be 1 in both. Stands where
+    a tensor would.
 
-    The rules of optimizers/rules.py work entry by entry, with the few operations that are here. The number goes through
-    once whatever d is, and what has no derivative costs nothing; torch's own dual numbers have one derivative each,
-    and compute with those that are zero.
+    The rules of optimizers/rules.py work entry by entry, with the few operations that are here. The
+    number goes through once whatever d is, and what has no derivative costs nothing; torch's own
+    dual numbers have one derivative each, and compute with those that are zero.
     """
 
     value: Tensor
@@ -145,13 +156,19 @@ class Dual:
 
     @classmethod
     def __torch_function__(
-        cls, function: Callable[..., Tensor], types: object, args: tuple[Tensor, "Dual", "Dual"], kwargs: object = None
+        cls,
+        function: Callable[..., Tensor],
+        types: object,
+        args: tuple[Tensor, "Dual", "Dual"],
+        kwargs: object = None,
     ) -> object:
         """``torch.where(condition, a, b)`` of two duals; no other function of torch."""
         if function is not torch.where:
             return NotImplemented
         condition, a, b = args
-        return cls(torch.where(condition, a.value, b.value), torch.where(condition, a.tangents, b.tangents))
+        return cls(
+            torch.where(condition, a.value, b.value), torch.where(condition, a.tangents, b.tangents)
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -186,12 +203,15 @@ class Dual:
             return Dual(self.value * other.value, tangents)
         return Dual(self.value * other, self.tangents * other)
 
-    __radd__, __rmul__ = __add__, __mul__
+    __radd__ = __add__
+    __rmul__ = __mul__
 
     def __truediv__(self, other: Operand) -> "Dual":
         if isinstance(other, Dual):
             ratio = self.value / other.value
-            tangents = torch.addcmul(self.tangents, ratio, other.tangents, value=-1).div_(other.value)
+            tangents = torch.addcmul(self.tangents, ratio, other.tangents, value=-1).div_(
+                other.value
+            )
             return Dual(ratio, tangents)
         return Dual(self.value / other, self.tangents / other)
 
@@ -209,11 +229,18 @@ class Dual:
         return Dual(root, torch.addcdiv(root.new_zeros(()), self.tangents, root, value=0.5))
 
 
-def forward(problem: InnerProblem[Training], names: Sequence[str], *, watch: Watch | None = None) -> Hypergradients:
-    """Return the hypergradients of ``names`` by carrying a tangent of the state along for each of their entries."""
-    training, tables, state = problem.training, problem.tables, problem.start()
+def forward(
+    problem: InnerProblem[Training], names: Sequence[str], *, watch: Watch | None = None
+) -> Hypergradients:
+    """Return the hypergradients of ``names`` by carrying a tangent of the state along for each of
+    their entries."""
+    training = problem.training
+    tables = problem.tables
+    state = problem.start()
     # Those of the first segments first: at every step, the ones that have begun are a prefix.
-    columns = sorted(problem.columns(names), key=lambda column: column[1] / tables[column[0]].shape[1])
+    columns = sorted(
+        problem.columns(names), key=lambda column: column[1] / tables[column[0]].shape[1]
+    )
     tangents = _Tangents(problem, columns, state)
     for step in range(training.steps):
         state = tangents.step(state, step)
@@ -232,25 +259,42 @@ def forward(problem: InnerProblem[Training], names: Sequence[str], *, watch: Wat
 class _Tangents:
     """The tangents ``of_state``, each (d, P, N), one for each hyperparameter that has begun."""
 
-    def __init__(self, problem: InnerProblem[Training], columns: list[tuple[str, int, int]], state: State) -> None:
-        self.problem, self.columns = problem, columns
+    def __init__(
+        self, problem: InnerProblem[Training], columns: list[tuple[str, int, int]], state: State
+    ) -> None:
+        self.problem = problem
+        self.columns = columns
         self.of_state: State = tuple(tensor.new_zeros(0, *tensor.shape) for tensor in state)
-        self.sizes = torch.stack([problem.tables[name][:, s, layer] for name, s, layer in columns])  # (d, P)
+        # (d, P)
+        self.sizes = torch.stack([problem.tables[name][:, s, layer] for name, s, layer in columns])
         self.ratio = state[0].new_zeros(len(state[0]))
 
     def step(self, state: State, step: int) -> State:
-        training, tables = self.problem.training, self.problem.tables
-        weights, clock = state[0].detach().requires_grad_(), training.clock(step)
+        training = self.problem.training
+        tables = self.problem.tables
+        weights = state[0].detach().requires_grad_()
+        clock = training.clock(step)
         gradient = slope(training, weights, step, graph=True)
-        # A hyperparameter comes in where its segment has begun in some member; before that its tangent is zero.
-        reached = {n: int(segment_at(clock.done, training.totals, t.shape[1]).max()) for n, t in tables.items()}
+        # A hyperparameter comes in where its segment has begun in some member; before that its
+        # tangent is zero.
+        reached = {
+            n: int(segment_at(clock.done, training.totals, t.shape[1]).max())
+            for n, t in tables.items()
+        }
         if more := sum(s <= reached[name] for name, s, _ in self.columns) - len(self.of_state[0]):
-            self.of_state = tuple(torch.cat([t, t.new_zeros(more, *t.shape[1:])]) for t in self.of_state)
+            self.of_state = tuple(
+                torch.cat([t, t.new_zeros(more, *t.shape[1:])]) for t in self.of_state
+            )
         before = self.of_state[0]
         products = [hessian_times(gradient, weights, tangent) for tangent in before]
         gradient = gradient.detach()  # lets go of the graph, whose memory the update needs
         # Without a copy of the one product there may be.
-        new = self._update(state, gradient, torch.stack(products) if len(products) > 1 else products[0][None], clock)
+        new = self._update(
+            state,
+            gradient,
+            torch.stack(products) if len(products) > 1 else products[0][None],
+            clock,
+        )
         if training.kept:
             new = self._keep_statistics(new, weights, before, step)
         grown = self.of_state[0].norm(dim=2) * self.sizes[: len(products)]  # per log hyperparameter
@@ -266,25 +310,31 @@ class _Tangents:
         rates = rates_at(self.problem.rows, clock, self.problem.training.totals)
         searched = dict.fromkeys(name for name, _, _ in self.columns)
         seeded = {name: dual(getattr(rates, name), self._seed(name, clock)) for name in searched}
-        old, slopes = tuple(map(dual, state, self.of_state)), dual(gradient, tangents)
+        old = tuple(map(dual, state, self.of_state))
+        slopes = dual(gradient, tangents)
         new: Any = update(self.problem.optimizer, old, slopes, replace(rates, **seeded), clock)
         self.of_state = tuple(end.tangents for end in new)
         return tuple(end.value for end in new)
 
     @torch.enable_grad()
     def _keep_statistics(self, new: State, weights: Tensor, before: Tensor, step: int) -> State:
-        """Put what a step from these weights keeps, and its tangents, at the end of the state after it."""
+        """Put what a step from these weights keeps, and its tangents, at the end of the state after
+        it."""
         kept = self.problem.training.statistics(weights, step)
         # The derivative of a pullback v -> J'v, which is linear in v, is J.
         v = torch.zeros_like(kept, requires_grad=True)
         (pullback,) = torch.autograd.grad(kept, weights, v, create_graph=True)
-        tangents = [torch.autograd.grad(pullback, v, tangent, retain_graph=True)[0] for tangent in before]
+        tangents = [
+            torch.autograd.grad(pullback, v, tangent, retain_graph=True)[0] for tangent in before
+        ]
         self.of_state = with_statistics(self.of_state, torch.stack(tangents))
         return with_statistics(new, kept.detach())
 
     def _seed(self, name: str, clock: Clock) -> Tensor:
-        """Return d value / d column for the value that each entry reads: (d, P, N), or (d, P, 1) for all layers."""
-        training, like = self.problem.training, self.of_state[0]
+        """Return d value / d column for the value that each entry reads: (d, P, N), or (d, P, 1)
+        for all layers."""
+        training = self.problem.training
+        like = self.of_state[0]
         columns = self.columns[: len(like)]
         _, segments, layers = self.problem.tables[name].shape
         segment = segment_at(clock.done, training.totals, segments)
@@ -304,13 +354,20 @@ def default_width(dtype: torch.dtype) -> float:
 
 @torch.no_grad()
 def differences(
-    problem: InnerProblem[Training], names: Sequence[str], *, width: float, watch: Watch | None = None
+    problem: InnerProblem[Training],
+    names: Sequence[str],
+    *,
+    width: float,
+    watch: Watch | None = None,
 ) -> Hypergradients:
-    """Return the hypergradients of ``names`` from trainings at +-``width`` in the hyperparameter's coordinate.
+    """Return the hypergradients of ``names`` from trainings at +-``width`` in the hyperparameter's
+    coordinate.
 
-    Every value must be above 0. ``ratio`` is |weights(+) - weights(-)| / (2 width |weights|) after the last step.
+    Every value must be above 0. ``ratio`` is |weights(+) - weights(-)| / (2 width |weights|) after
+    the last step.
     """
-    training, tables = problem.training, problem.tables
+    training = problem.training
+    tables = problem.tables
     weights = problem.train(watch)
     gradients = {name: torch.zeros_like(tables[name]) for name in names}
     ratio = weights.new_zeros(len(weights))
@@ -318,7 +375,9 @@ def differences(
         table = tables[name]
         shift = torch.zeros_like(table)
         shift[:, s, layer] = width
-        moved = [from_coordinate(name, to_coordinate(name, table) + sign * shift) for sign in (1, -1)]
+        moved = [
+            from_coordinate(name, to_coordinate(name, table) + sign * shift) for sign in (1, -1)
+        ]
         ends = [replace(problem, tables={**tables, name: end}).train() for end in moved]
         up, down = map(training.validation, ends)
         gradients[name][:, s, layer] = (up - down) / (2 * width) / speed(name, table)[:, s, layer]

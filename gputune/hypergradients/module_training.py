@@ -25,12 +25,19 @@ Pair = tuple[Any, Any]
 
 
 class ModuleTraining:
-    """One minibatch a step, in training mode; the validation pair in evaluation mode. One member, P = 1."""
+    """One minibatch a step, in training mode; the validation pair in evaluation mode. One member, P
+    = 1."""
 
-    def __init__(self, module: nn.Module, loss: Loss, batches: Sequence[Pair], valid: Pair, *, seed: int) -> None:
-        self.module, self.batches, self.valid, self.seed = module, batches, valid, seed
+    def __init__(
+        self, module: nn.Module, loss: Loss, batches: Sequence[Pair], valid: Pair, *, seed: int
+    ) -> None:
+        self.module = module
+        self.batches = batches
+        self.valid = valid
+        self.seed = seed
         self.objective = Stateless(_Objective(module, loss))
-        self.steps, self.totals = len(batches), np.array([len(batches)])
+        self.steps = len(batches)
+        self.totals = np.array([len(batches)])
         self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         with self.objective.substitute({}):
             names = differentiate_statistics(module)
@@ -41,14 +48,19 @@ class ModuleTraining:
         self.sizes = [p.numel() for p in self.entries.values()]
         self.kept = sum(self.sizes[len(self.trained) :])
         self.layers = layers_of(module)
-        layers = [self.layers.index(name.rpartition(".")[0]) for name in self.trained] + [0] * len(self.running)
+        layers = [self.layers.index(name.rpartition(".")[0]) for name in self.trained] + [0] * len(
+            self.running
+        )
         like = next(iter(self.trained.values()))
-        self.device, self.dtype = like.device, like.dtype
+        self.device = like.device
+        self.dtype = like.dtype
         numbers, sizes = (torch.tensor(each, device="cpu") for each in (layers, self.sizes))
         self.layer = numbers.repeat_interleave(sizes).to(self.device)
         # Clones, since a forward may write into them.
         frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
-        self.fixed = {name: tensor.detach().clone() for name, tensor in {**frozen, **buffers}.items()}
+        self.fixed = {
+            name: tensor.detach().clone() for name, tensor in {**frozen, **buffers}.items()
+        }
         self.frozen = frozen.keys()
 
     def start(self) -> Tensor:
@@ -59,7 +71,8 @@ class ModuleTraining:
         return Clock(np.array([step]))
 
     def losses(self, weights: Tensor, step: int) -> Tensor:
-        """Return the loss (1,) of one minibatch; draws of dropout depend on the seed and the step alone."""
+        """Return the loss (1,) of one minibatch; draws of dropout depend on the seed and the step
+        alone."""
         return self._loss(weights, step)[0]
 
     def statistics(self, weights: Tensor, step: int) -> Tensor:
@@ -69,51 +82,64 @@ class ModuleTraining:
         return self._loss(weights, None)[0]
 
     def _loss(self, weights: Tensor, step: int | None) -> tuple[Tensor, Tensor]:
-        """Return the loss (1,) of a minibatch, or of the validation pair, and the running statistics (1, kept)."""
-        pair, name = (self.valid, "valid") if step is None else (self.batches[step], f"batches[{step}]")
-        draws = keyed_draws(self.device, self.seed, "hypergradient", "valid" if step is None else step)
-        state = {f"module.{key}": tensor for key, tensor in (self.parameters(weights) | self.fixed).items()}
+        """Return the loss (1,) of a minibatch, or of the validation pair, and the running
+        statistics (1, kept)."""
+        pair, name = (
+            (self.valid, "valid") if step is None else (self.batches[step], f"batches[{step}]")
+        )
+        draws = keyed_draws(
+            self.device, self.seed, "hypergradient", "valid" if step is None else step
+        )
+        state = {
+            f"module.{key}": tensor
+            for key, tensor in (self.parameters(weights) | self.fixed).items()
+        }
         with draws, _module_errors(name, pair), self.objective.substitute(state) as objective:
             self.module.train(step is not None)
             differentiate_statistics(self.module)
-            # Copies: the module or the loss may write into them, and later steps read them again. And autograd could
-            # not keep one that was made in inference mode.
+            # Copies: the module or the loss may write into them, and later steps read them again.
+            # And autograd could not keep one that was made in inference mode.
             loss = objective(*tree_map_only(Tensor, Tensor.clone, pair))
             after = {**dict(objective.named_parameters()), **dict(objective.named_buffers())}
         for key, before in self.fixed.items():
             if after.get(f"module.{key}") is not before or before._version:
                 kind = "parameter" if key in self.frozen else "buffer"
                 raise InputError(
-                    f"module: the {kind} {key!r} changes in {name}; what a module remembers from step to step is no "
-                    "function of the hyperparameters. Keep no running state in the forward (spectral_norm does)."
+                    f"module: the {kind} {key!r} changes in {name}; what a module remembers from "
+                    "step to step is no function of the hyperparameters. Keep no running state "
+                    "in the forward (spectral_norm does)."
                 )
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise InputError(
-                f"loss must return one number for {name}, got {shape}; reduce it, for example with .mean()."
+                f"loss must return one number for {name}, got {shape}; reduce it, for example "
+                "with .mean()."
             )
         if weights.requires_grad and torch.is_grad_enabled() and not loss.requires_grad:
             raise InputError(
-                f"loss must depend on the parameters of the module, but for {name} it depends on none; it must "
-                "use what the module returns, without .detach() or .item()."
+                f"loss must depend on the parameters of the module, but for {name} it depends on "
+                "none; it must use what the module returns, without .detach() or .item()."
             )
         running = [after[f"module.{key}"].flatten().to(self.dtype) for key in self.running]
         return loss.view(1), torch.cat([*running, weights.new_empty(0)])[None]
 
     def check_graph(self) -> None:
-        """Raise InputError where a loss fails, or the first minibatch reads parameters behind the module's back.
+        """Raise InputError where a loss fails, or the first minibatch reads parameters behind the
+        module's back.
 
         Such parameters would stay at their start while the others are trained.
         """
         with torch.enable_grad():
             loss = self.losses(self.start().requires_grad_(), 0)
         with torch.no_grad():
-            self.validation(self.start())  # so that what is wrong with the pair is said before the training
+            # so that what is wrong with the pair is said before the training
+            self.validation(self.start())
         read = {id(getattr(node, "variable", None)) for node in nodes(loss)}
         if behind := [name for name, p in self.trained.items() if id(p) in read]:
             raise InputError(
-                f"loss or module reads the parameter {behind[0]!r} from a variable of its own, where training does not "
-                "reach it; read it from the module when it is called, for example by module.parameters()."
+                f"loss or module reads the parameter {behind[0]!r} from a variable of its own, "
+                "where training does not reach it; read it from the module when it is called, "
+                "for example by module.parameters()."
             )
 
     def parameters(self, weights: Tensor) -> Params:
@@ -124,17 +150,19 @@ class ModuleTraining:
 
 @contextmanager
 def _module_errors(name: str, pair: Pair) -> Iterator[None]:
-    """Raise InputError, with the pair (x, y) that it was about, for what a module or a loss raises."""
+    """Raise InputError, with the pair (x, y) that it was about, for what a module or a loss
+    raises."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except NotImplementedError as error:
-        if not re.search("not implemented for '(Long|Int|Short|Char|Byte|Bool)'", str(error)):  # as torch says it
+        # as torch says it
+        if not re.search("not implemented for '(Long|Int|Short|Char|Byte|Bool)'", str(error)):
             raise
         raise InputError(
-            f"{name}: the module or the loss computes with whole numbers ({error}). It is called as "
-            "loss(module(x), y): check the order of its arguments, and that x is of floats."
+            f"{name}: the module or the loss computes with whole numbers ({error}). It is called "
+            "as loss(module(x), y): check the order of its arguments, and that x is of floats."
         ) from error
     except (RuntimeError, TypeError, IndexError, AttributeError) as error:
         text = str(error).split("\n")[0]
@@ -143,15 +171,19 @@ def _module_errors(name: str, pair: Pair) -> Iterator[None]:
             remedy = f"If {name} holds several pairs (x, y), put them into one with torch.cat."
         if any(isinstance(part, np.ndarray) for part in pair):
             remedy = "Make x and y tensors with torch.from_numpy."
-        raise InputError(f"{name}: the module or the loss raised {type(error).__name__}: {text}. {remedy}") from error
+        raise InputError(
+            f"{name}: the module or the loss raised {type(error).__name__}: {text}. {remedy}"
+        ) from error
 
 
 class _Objective(nn.Module):
-    """The loss of a module's output, in one call: a loss that reads the module's parameters sees the trained ones."""
+    """The loss of a module's output, in one call: a loss that reads the module's parameters sees
+    the trained ones."""
 
     def __init__(self, module: nn.Module, loss: Loss) -> None:
         super().__init__()
-        self.module, self.loss = module, loss
+        self.module = module
+        self.loss = loss
 
     def forward(self, x: object, y: object) -> Tensor:
         return self.loss(self.module(x), y)
@@ -161,9 +193,14 @@ def check_module(module: nn.Module) -> None:
     """Raise InputError for a module that cannot be trained as a function of its parameters."""
     if not isinstance(module, nn.Module):
         raise InputError(f"module must be a torch.nn.Module, got {type(module).__name__}.")
-    if lazy := [name for name, held in (*module.named_parameters(), *module.named_buffers()) if is_lazy(held)]:
+    if lazy := [
+        name
+        for name, held in (*module.named_parameters(), *module.named_buffers())
+        if is_lazy(held)
+    ]:
         raise InputError(
-            f"module must have its parameters, but {lazy[0]!r} waits for a first minibatch; call module(x) once before."
+            f"module must have its parameters, but {lazy[0]!r} waits for a first minibatch; call "
+            "module(x) once before."
         )
     kinds = {(p.dtype, p.device) for p in module.parameters() if p.requires_grad}
     if not kinds:
@@ -171,13 +208,14 @@ def check_module(module: nn.Module) -> None:
     if len(kinds) > 1 or not next(iter(kinds))[0].is_floating_point:
         kinds_words = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
         raise InputError(
-            f"module must have its trained parameters in one floating dtype on one device, got {kinds_words}; "
-            "use module.to(device, dtype)."
+            "module must have its trained parameters in one floating dtype on one device, got "
+            f"{kinds_words}; use module.to(device, dtype)."
         )
     known = running_norms(module)
     for name, part in module.named_modules():
         if name not in known and getattr(part, "running_mean", None) is not None:
             raise InputError(
-                f"module: the submodule {name!r} ({type(part).__name__}) keeps running statistics that are no known "
-                "function of its input; use nn.BatchNorm2d and its like, nn.GroupNorm, or track_running_stats=False."
+                f"module: the submodule {name!r} ({type(part).__name__}) keeps running statistics "
+                "that are no known function of its input; use nn.BatchNorm2d and its like, "
+                "nn.GroupNorm, or track_running_stats=False."
             )

@@ -35,7 +35,11 @@ class Range(NamedTuple):
 
     def holds(self, value: float) -> bool:
         inside = self.low < value < self.high
-        return inside or ("[" in self.ends and value == self.low) or ("]" in self.ends and value == self.high)
+        return (
+            inside
+            or ("[" in self.ends and value == self.low)
+            or ("]" in self.ends and value == self.high)
+        )
 
 
 RANGES: Mapping[str, Range] = {
@@ -77,8 +81,8 @@ TAKERS: Mapping[str, tuple[str, ...]] = {
 
 MODULE_PREFIX = "module__"
 PREFIXES = (MODULE_PREFIX, "loss__", OPTIMIZER_PREFIX, LR_FACTOR, DECAY_FACTOR)
-"""Of the arguments of a module, of its loss, and of a class of torch.optim; of factors on the rates of some of a
-module's parameters."""
+"""Of the arguments of a module, of its loss, and of a class of torch.optim; of factors on the rates
+of some of a module's parameters."""
 
 ConfigCheck = Callable[..., Config]
 """``check_config``, or ``plain_config`` of a user's own loop."""
@@ -98,15 +102,22 @@ _OTHER_NAMES: Mapping[str, str] = {
 
 
 def legal_keys(model: Literal["mlp", "logistic", "module"], optimizer: str) -> tuple[str, ...]:
-    """Return the keys that a space for this kind of model may have; a module also has its ``module__*`` keys.
+    """Return the keys that a space for this kind of model may have; a module also has its
+    ``module__*`` keys.
 
-    ``optimizer="exact"`` is the solved logistic regression, which has only its penalty, and ``numbers``, to tune.
+    ``optimizer="exact"`` is the solved logistic regression, which has only its penalty, and
+    ``numbers``, to tune.
     """
     if model == "logistic" and optimizer == "exact":
         return ("C", "l1_ratio", "penalty", "numbers")
-    trained = "lr batch_size weight_decay weight_decay_schedule momentum beta2 optimizer schedule clip_norm ema numbers"
+    trained = (
+        "lr batch_size weight_decay weight_decay_schedule momentum beta2 optimizer schedule "
+        "clip_norm ema numbers"
+    )
     online = "hypergrad_lr hypergrad_rule" if optimizer in ONLINE else ""
-    shaping = {"mlp": "width depth activation dropout", "module": "dropout dropout_schedule"}.get(model, "")
+    shaping = {"mlp": "width depth activation dropout", "module": "dropout dropout_schedule"}.get(
+        model, ""
+    )
     return tuple(f"{trained} {online} {shaping}".split())
 
 
@@ -117,21 +128,25 @@ def key_of(word: str) -> str | None:
 
 
 def check_key(key: object, *, keys: Collection[str], module: bool, name: str) -> None:
-    """Raise InputError, with the nearest legal key, unless ``key`` is one of ``keys`` (or ``module__*``).
+    """Raise InputError, with the nearest legal key, unless ``key`` is one of ``keys`` (or
+    ``module__*``).
 
     name: how the error calls the dict that has the key.
     """
-    with_prefix = isinstance(key, str) and any(key.startswith(p) and len(key) > len(p) for p in PREFIXES)
+    with_prefix = isinstance(key, str) and any(
+        key.startswith(p) and len(key) > len(p) for p in PREFIXES
+    )
     if key in keys or (with_prefix and module):
         return
     if with_prefix:
         raise InputError(
-            f"{name} has the key {key!r}, but {'*, '.join(PREFIXES)}* keys need an nn.Module class as the model. Leave "
-            "it out."
+            f"{name} has the key {key!r}, but {'*, '.join(PREFIXES)}* keys need an nn.Module "
+            "class as the model. Leave it out."
         )
     legal = sorted(keys) + [f"{prefix}*" for prefix in PREFIXES if module]
     raise InputError(
-        f"{name} must have only the keys {', '.join(legal)}, got {key!r}. {_key_remedy(str(key), keys, module)}"
+        f"{name} must have only the keys {', '.join(legal)}, got {key!r}. "
+        f"{_key_remedy(str(key), keys, module)}"
     )
 
 
@@ -143,32 +158,41 @@ def _key_remedy(key: str, keys: Collection[str], module: bool) -> str:
     if module:
         return f"An argument of the module is written '{MODULE_PREFIX}{key}'."
     if "lr" not in keys and key in legal_keys("logistic", "adamw"):
-        return f"The solved logistic regression has no {key}; optimizer='adamw' trains it by gradient descent."
+        return (
+            f"The solved logistic regression has no {key}; optimizer='adamw' trains it by "
+            "gradient descent."
+        )
     if "C" not in keys and key in legal_keys("logistic", "exact"):
         return f"Only the logistic regression solved with optimizer='exact' has {key}."
     return "Leave it out."
 
 
 def check_config(config: Mapping[str, object], *, name: str = "config") -> Config:
-    """Return one configuration in Python's own numbers and words, keys sorted; raise InputError out of range.
+    """Return one configuration in Python's own numbers and words, keys sorted; raise InputError out
+    of range.
 
-    ``penalty`` becomes what it means: 'l2' is l1_ratio = 0, 'l1' is l1_ratio = 1, None or 'none' is C = inf.
+    ``penalty`` becomes what it means: 'l2' is l1_ratio = 0, 'l1' is l1_ratio = 1, None or 'none' is
+    C = inf.
     name: how an error calls the configuration.
     """
     for key in config:
         check_key(key, keys=KEYS, module=True, name=name)
     check_penalty(config, name)
     checked = {key: check_value(key, value, f"{name}[{key!r}]") for key, value in config.items()}
-    if checked.get("hypergrad_rule", "multiplicative") != "multiplicative" and "hypergrad_lr" not in checked:
+    if (
+        checked.get("hypergrad_rule", "multiplicative") != "multiplicative"
+        and "hypergrad_lr" not in checked
+    ):
         raise InputError(
-            f"{name} must have a value for 'hypergrad_lr' beside hypergrad_rule={checked['hypergrad_rule']!r}, whose "
-            "unit depends on the model; try powers of ten, or the rule 'multiplicative'."
+            f"{name} must have a value for 'hypergrad_lr' beside "
+            f"hypergrad_rule={checked['hypergrad_rule']!r}, whose unit depends on the model; try "
+            "powers of ten, or the rule 'multiplicative'."
         )
     layers = checked.get("width")
     if isinstance(layers, tuple) and checked.get("depth", len(layers)) != len(layers):
         raise InputError(
-            f"{name} must have no 'depth' beside the width {layers}, which is of {len(layers)} layers, got "
-            f"{checked['depth']}. Leave it out."
+            f"{name} must have no 'depth' beside the width {layers}, which is of {len(layers)} "
+            f"layers, got {checked['depth']}. Leave it out."
         )
     if (penalty := checked.pop("penalty", None)) is not None:
         checked["l1_ratio"] = 1.0 if penalty == "l1" else 0.0
@@ -178,7 +202,8 @@ def check_config(config: Mapping[str, object], *, name: str = "config") -> Confi
 
 
 def plain_config(config: Mapping[str, object], *, name: str = "") -> Config:
-    """Return one configuration of a user's own loop, whose values are its own business, as ``check_config`` does."""
+    """Return one configuration of a user's own loop, whose values are its own business, as
+    ``check_config`` does."""
     return {key: _plain(config[key]) for key in sorted(config)}
 
 
@@ -189,7 +214,8 @@ def _plain(value: object) -> object:
 
 
 def check_penalty(keys: Collection[str], name: str) -> None:
-    """Raise InputError where ``penalty`` stands beside ``l1_ratio``, of which it is the older word."""
+    """Raise InputError where ``penalty`` stands beside ``l1_ratio``, of which it is the older
+    word."""
     if "penalty" in keys and "l1_ratio" in keys:
         raise InputError(
             f"{name} must have one of 'penalty' and 'l1_ratio', which say the same, got both. "
@@ -198,12 +224,17 @@ def check_penalty(keys: Collection[str], name: str) -> None:
 
 
 def check_value(key: str, value: object, name: str) -> Any:
-    """Return one value of ``key`` as a Python number or word; raise InputError if it is out of range."""
+    """Return one value of ``key`` as a Python number or word; raise InputError if it is out of
+    range."""
     value = _plain(value)
     if key == "width" and isinstance(value, list | tuple):  # the units of each hidden layer
         if not value:
-            raise InputError(f"{name} must have the units of each hidden layer, got (). For example (100, 50).")
-        return tuple(_check_number(RANGES["width"], units, f"each layer of {name}") for units in value)
+            raise InputError(
+                f"{name} must have the units of each hidden layer, got (). For example (100, 50)."
+            )
+        return tuple(
+            _check_number(RANGES["width"], units, f"each layer of {name}") for units in value
+        )
     if key in RANGES or key.startswith((LR_FACTOR, DECAY_FACTOR)):
         return _check_number(RANGES.get(key, _FACTOR), value, name)
     if key == "optimizer":
@@ -221,11 +252,15 @@ def check_value(key: str, value: object, name: str) -> Any:
 
 
 def _check_number(rule: Range, value: object, name: str) -> float | int:
-    words, remedy = f"{name} must be {rule.rule}, got", f"For example {rule.example}."
+    words = f"{name} must be {rule.rule}, got"
+    remedy = f"For example {rule.example}."
     if isinstance(value, str):
         raise InputError(f"{words} the text {value!r}. {remedy}")
     if isinstance(value, bool) or not isinstance(value, Real):
-        other = f"Give a number, for example {rule.example}, a list, or a frozen scipy.stats distribution."
+        other = (
+            f"Give a number, for example {rule.example}, a list, or a frozen scipy.stats "
+            "distribution."
+        )
         raise InputError(f"{words} {value!r}. {other}")
     try:
         number = float(value)
@@ -237,4 +272,5 @@ def _check_number(rule: Range, value: object, name: str) -> float | int:
         raise InputError(f"{words} {value!r}. {remedy}")
     if not rule.integer:
         return number
-    return value if isinstance(value, int) else int(number)  # a float would lose digits of a large int
+    # a float would lose digits of a large int
+    return value if isinstance(value, int) else int(number)

@@ -1,7 +1,8 @@
 """The search by hypergradients: its options, and how one start moves from point to point.
 
-A start descends on the fold mean of the validation loss in the coordinates of its hyperparameters (logarithm, or
-logit), which batch size, width and depth stay out of: those differ from start to start.
+A start descends on the fold mean of the validation loss in the coordinates of its hyperparameters
+(logarithm, or logit), which batch size, width and depth stay out of: those differ from start to
+start.
 """
 
 import math
@@ -14,13 +15,22 @@ import torch
 from numpy.typing import NDArray
 
 from gputune.errors import InputError, check_count
-from gputune.hypergradients.inner import CHAOTIC, HYPERPARAMETERS, as_table, from_coordinate, speed, to_coordinate
+from gputune.hypergradients.inner import (
+    CHAOTIC,
+    HYPERPARAMETERS,
+    as_table,
+    from_coordinate,
+    speed,
+    to_coordinate,
+)
 from gputune.types import Config, Json
 
 _DIVIDED = 10  # what the length of a normalized step is divided by when the loss rises
 _HITS = 2  # chaotic points of a start after which its slopes come from wide finite differences
 
-FIRST_STEP, FIRST_OF_SEVERAL = 1.5, 1.0  # in the coordinate, of one value and of several
+# in the coordinate, of one value and of several
+FIRST_STEP = 1.5
+FIRST_OF_SEVERAL = 1.0
 
 Table: TypeAlias = NDArray[np.float64]  # (S, L)
 Bounds = Mapping[str, tuple[float, float]]
@@ -30,16 +40,18 @@ Bounds = Mapping[str, tuple[float, float]]
 class Hypergradient:
     """Options of ``tune(method=...)``: every start descends on its fold-mean validation loss.
 
-    outer_steps      steps of the descent; every point on the way is a training over the whole of ``max_epochs``
-    hyperparameters  some of "lr", "momentum", "weight_decay", "beta1", "beta2"; the solved logistic regression descends
-                     on "C" instead
-    segments         values over the time of training, for each of them: a schedule of so many equal parts
+    outer_steps      steps of the descent; every point on the way is a training over the whole of
+                     ``max_epochs``
+    hyperparameters  some of "lr", "momentum", "weight_decay", "beta1", "beta2"; the solved logistic
+                     regression descends on "C" instead
+    segments         values over the time of training, for each of them: a schedule of so many equal
+                     parts
     per_layer        a value of its own for each layer
-    step             "sign": every value moves by its own step, halved when the sign of its slope flips (Riedmiller and
-                     Braun 1993; Micaelli and Storkey 2021); "normalized": all move along the slope, by a length
-                     divided by ten when the loss rises
-    first_step       length of the first step in the logarithm (logit of momentum and betas); None: 1.5 for one value,
-                     1.0 for several
+    step             "sign": every value moves by its own step, halved when the sign of its slope
+                     flips (Riedmiller and Braun 1993; Micaelli and Storkey 2021); "normalized": all
+                     move along the slope, by a length divided by ten when the loss rises
+    first_step       length of the first step in the logarithm (logit of momentum and betas); None:
+                     1.5 for one value, 1.0 for several
     smallest_step    a start whose steps are all shorter has ended
     """
 
@@ -58,32 +70,41 @@ class Hypergradient:
         known = (*HYPERPARAMETERS, "C")
         if not names or len(set(names)) < len(names) or not set(names) <= set(known):
             raise InputError(
-                f"Hypergradient(hyperparameters=...) must be some of {', '.join(known)}, each once, got {names!r}."
+                f"Hypergradient(hyperparameters=...) must be some of {', '.join(known)}, each "
+                f"once, got {names!r}."
             )
         check_count(self.outer_steps, "Hypergradient(outer_steps=...)")
         check_count(self.segments, "Hypergradient(segments=...)")
         if not isinstance(self.per_layer, bool):
-            raise InputError(f"Hypergradient(per_layer=...) must be True or False, got {self.per_layer!r}.")
+            raise InputError(
+                f"Hypergradient(per_layer=...) must be True or False, got {self.per_layer!r}."
+            )
         if self.step not in ("sign", "normalized"):
-            raise InputError(f"Hypergradient(step=...) must be 'sign' or 'normalized', got {self.step!r}.")
+            raise InputError(
+                f"Hypergradient(step=...) must be 'sign' or 'normalized', got {self.step!r}."
+            )
         for name, value in (("first_step", self.first_step), ("smallest_step", self.smallest_step)):
             if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
-                raise InputError(f"Hypergradient({name}=...) must be a finite number > 0, got {value!r}.")
+                raise InputError(
+                    f"Hypergradient({name}=...) must be a finite number > 0, got {value!r}."
+                )
         several = len(names) > 1 or self.segments > 1 or self.per_layer
         first = self.first_step or (FIRST_OF_SEVERAL if several else FIRST_STEP)
         if self.smallest_step > first:
             raise InputError(
-                "Hypergradient(smallest_step=...) must be at most the first step, or no start moves twice, got "
-                f"smallest_step={self.smallest_step:g} and a first step of {first:g}. For example smallest_step=0.05."
+                "Hypergradient(smallest_step=...) must be at most the first step, or no start "
+                f"moves twice, got smallest_step={self.smallest_step:g} and a first step of "
+                f"{first:g}. For example smallest_step=0.05."
             )
 
 
 @dataclass(frozen=True)
 class Slope:
-    """What training at one point gave: the fold-mean ``loss``, and its slope in the coordinates, each (S, L).
+    """What training at one point gave: the fold-mean ``loss``, and its slope in the coordinates,
+    each (S, L).
 
-    ``errors`` are the standard errors of the slopes over the folds (NaN for one fold); ``usable`` is false where they
-    are noise or not finite, by ``ratio``; ``mode`` is "exact" or "differences".
+    ``errors`` are the standard errors of the slopes over the folds (NaN for one fold); ``usable``
+    is false where they are noise or not finite, by ``ratio``; ``mode`` is "exact" or "differences".
     """
 
     loss: float
@@ -110,7 +131,9 @@ class Slope:
             {name: np.asarray(table, dtype=float) for name, table in detail[key].items()}
             for key in ("slope", "slope_error")
         )
-        return cls(detail["loss"], slopes, errors, detail["usable"], detail["ratio"], detail["mode"])
+        return cls(
+            detail["loss"], slopes, errors, detail["usable"], detail["ratio"], detail["mode"]
+        )
 
 
 def slope_at(
@@ -120,11 +143,14 @@ def slope_at(
     ratios: np.ndarray,
     mode: Literal["exact", "differences"],
 ) -> Slope:
-    """Return the fold mean of a point from its losses (F,), slopes in the hyperparameters (F, S, L), ratios (F,).
+    """Return the fold mean of a point from its losses (F,), slopes in the hyperparameters (F, S,
+    L), ratios (F,).
 
     Finite differences look across chaos, so their ratio refuses nothing.
     """
-    means, errors, finite = {}, {}, bool(np.isfinite(losses).all())
+    means = {}
+    errors = {}
+    finite = bool(np.isfinite(losses).all())
     for name, table in slopes.items():
         value = torch.as_tensor(as_table(config[name], table.shape[1:]))
         moved = table * speed(name, value).numpy()
@@ -137,10 +163,16 @@ def slope_at(
 
 
 class Descent:
-    """Where one start stands: its values, the length of each one's next step, and how often it met chaos."""
+    """Where one start stands: its values, the length of each one's next step, and how often it met
+    chaos."""
 
-    def __init__(self, method: Hypergradient, names: Sequence[str], config: Config, bounds: Bounds) -> None:
-        self.method, self.names, self.config, self.bounds = method, tuple(names), dict(config), bounds
+    def __init__(
+        self, method: Hypergradient, names: Sequence[str], config: Config, bounds: Bounds
+    ) -> None:
+        self.method = method
+        self.names = tuple(names)
+        self.config = dict(config)
+        self.bounds = bounds
         self.steps: dict[str, Table] = {}
         self.signs: dict[str, Table] = {}
         self.length = 0.0
@@ -155,11 +187,16 @@ class Descent:
         return "differences" if self.hits >= _HITS and self.names != ("C",) else "exact"
 
     def move(self, slope: Slope) -> None:
-        """Step from the present point, whose slope is given; ``ended`` where there is nowhere to go."""
+        """Step from the present point, whose slope is given; ``ended`` where there is nowhere to
+        go."""
         if not self.steps:
             self._begin(slope)
-        tables = {name: as_table(self.config[name], slope.slopes[name].shape) for name in self.names}
-        before = {name: to_coordinate(name, torch.as_tensor(t)).numpy() for name, t in tables.items()}
+        tables = {
+            name: as_table(self.config[name], slope.slopes[name].shape) for name in self.names
+        }
+        before = {
+            name: to_coordinate(name, torch.as_tensor(t)).numpy() for name, t in tables.items()
+        }
         step = self._sign_step if self.method.step == "sign" else self._normalized_step
         moves = step(slope) if slope.usable else self._step_down(slope)
         unclear = not slope.usable or not any(move.any() for move in moves.values())
@@ -167,15 +204,22 @@ class Descent:
         while not _alike(after, before) and any(_alike(after, place) for place in self.visited):
             # Steps of 1, 1/2 and 1/2 lead back.
             moves = {name: move / 2 for name, move in moves.items()}
-            self.steps = {name: np.where(moves[name] != 0, s / 2, s) for name, s in self.steps.items()}
+            self.steps = {
+                name: np.where(moves[name] != 0, s / 2, s) for name, s in self.steps.items()
+            }
             self.length /= 2
             after = self._move(before, moves)
         self.visited.append(before)
         # A solution, of C alone, is as smooth from near as from afar.
         again = slope.mode == "exact" and self.names != ("C",)
-        lengths = [self.length] if self.method.step == "normalized" else [t.max() for t in self.steps.values()]
+        lengths = (
+            [self.length]
+            if self.method.step == "normalized"
+            else [t.max() for t in self.steps.values()]
+        )
         if _alike(after, before) and unclear and again:
-            self.hits = _HITS  # noise, or chaos with nowhere to step down to: again, by finite differences
+            # noise, or chaos with nowhere to step down to: again, by finite differences
+            self.hits = _HITS
         elif _alike(after, before) or max(lengths) < self.method.smallest_step:
             self.ended = True
         else:
@@ -184,13 +228,19 @@ class Descent:
     def _begin(self, slope: Slope) -> None:
         number = sum(table.size for table in slope.slopes.values())
         self.length = self.method.first_step or (FIRST_STEP if number == 1 else FIRST_OF_SEVERAL)
-        self.steps = {name: np.full(table.shape, self.length) for name, table in slope.slopes.items()}
+        self.steps = {
+            name: np.full(table.shape, self.length) for name, table in slope.slopes.items()
+        }
         self.signs = {name: np.zeros(table.shape) for name, table in slope.slopes.items()}
 
     def _sign_step(self, slope: Slope) -> dict[str, Table]:
-        """Each value by its own step against its slope; not at all where the folds disagree on the sign."""
+        """Each value by its own step against its slope; not at all where the folds disagree on the
+        sign."""
         clear = {name: ~(np.abs(slope.slopes[name]) < slope.errors[name]) for name in self.names}
-        return {name: self._by_sign(name, np.sign(slope.slopes[name]) * clear[name]) for name in self.names}
+        return {
+            name: self._by_sign(name, np.sign(slope.slopes[name]) * clear[name])
+            for name in self.names
+        }
 
     def _by_sign(self, name: str, signs: Table) -> Table:
         flipped = signs * self.signs[name] < 0
@@ -226,11 +276,14 @@ class Descent:
         return after
 
     def _value(self, name: str, coordinate: Table) -> float | list[float] | list[list[float]]:
-        """Return what a configuration has at coordinates: a number, a list over segments, or over these and layers."""
+        """Return what a configuration has at coordinates: a number, a list over segments, or over
+        these and layers."""
         # At a bound the bound itself, not its neighbour by rounding.
         low, high = self.bounds.get(name, (-math.inf, math.inf))
         table = np.clip(from_coordinate(name, torch.as_tensor(coordinate)).numpy(), low, high)
-        value: list[float] | list[list[float]] = (table if table.shape[1] > 1 else table[:, 0]).tolist()
+        value: list[float] | list[list[float]] = (
+            table if table.shape[1] > 1 else table[:, 0]
+        ).tolist()
         return value if table.size > 1 else float(table.item())
 
 

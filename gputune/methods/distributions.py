@@ -1,7 +1,9 @@
-"""What a value of a space is drawn from: a list, a distribution of scipy.stats, or one that scipy lacks.
+"""What a value of a space is drawn from: a list, a distribution of scipy.stats, or one that scipy
+lacks.
 
-Beside the object itself a distribution, and so a space of them, has three notations: text (for a hash), plain values
-(for a study file), and Optuna's: "kind" float, int or choices, and its arguments.
+Beside the object itself a distribution, and so a space of them, has three notations: text (for a
+hash), plain values (for a study file), and Optuna's: "kind" float, int or choices, and its
+arguments.
 """
 
 import math
@@ -44,19 +46,24 @@ def is_distribution(value: object) -> TypeGuard[Distribution]:
     return callable(getattr(value, "rvs", None)) and not isinstance(value, type)
 
 
-def range_of(space: Iterable[Mapping[str, object]], names: Collection[str]) -> tuple[float, float] | None:
+def range_of(
+    space: Iterable[Mapping[str, object]], names: Collection[str]
+) -> tuple[float, float] | None:
     """Return the range that the distributions of some parameters span over all dicts of a space.
 
     None where there are no distributions: values in lists have no range.
     """
-    supports = [getattr(each[name], "support", None) for each in space for name in names if name in each]
+    supports = [
+        getattr(each[name], "support", None) for each in space for name in names if name in each
+    ]
     ends = [tuple(map(float, support())) for support in supports if support is not None]
     return (min(low for low, _ in ends), max(high for _, high in ends)) if ends else None
 
 
 @dataclass(frozen=True)
 class OwnDistribution:
-    """A distribution that scipy lacks: integers between ``low`` and ``high`` on a log scale, or numbers in steps."""
+    """A distribution that scipy lacks: integers between ``low`` and ``high`` on a log scale, or
+    numbers in steps."""
 
     word: ClassVar[str]
 
@@ -81,8 +88,11 @@ class LogInt(OwnDistribution):
     def __repr__(self) -> str:
         return f"log_int({self.low}, {self.high})"
 
-    def rvs(self, size: int | tuple[int, ...] | None = None, random_state: object = None) -> int | np.ndarray:
-        """Draw one integer, or an int64 array of shape ``size``; ``random_state`` is as in scipy.stats."""
+    def rvs(
+        self, size: int | tuple[int, ...] | None = None, random_state: object = None
+    ) -> int | np.ndarray:
+        """Draw one integer, or an int64 array of shape ``size``; ``random_state`` is as in
+        scipy.stats."""
         given = random_state
         rng = given if isinstance(given, np.random.Generator) else check_random_state(given)
         real = np.exp(rng.uniform(math.log(self.low), math.log(self.high + 1), size))
@@ -92,15 +102,19 @@ class LogInt(OwnDistribution):
 
 
 def log_int(low: int, high: int) -> LogInt:
-    """Return a distribution of the integers ``low`` to ``high``, both included, uniform on a log scale.
+    """Return a distribution of the integers ``low`` to ``high``, both included, uniform on a log
+    scale.
 
-    A draw is a log-uniform real number of [low, high + 1), rounded down, so that k has the probability
-    log((k + 1) / k) / log((high + 1) / low). Rounding [low, high] to the nearest would give the two ends half
-    of their share. Raises InputError unless both are integers with 0 < low < high < 2**53.
+    A draw is a log-uniform real number of [low, high + 1), rounded down, so that k has the
+    probability log((k + 1) / k) / log((high + 1) / low). Rounding [low, high] to the nearest would
+    give the two ends half of their share. Raises InputError unless both are integers with 0 < low <
+    high < 2**53.
     """
     ends = (0, 0)
     with suppress(TypeError):
-        ends = (0, 0) if isinstance(low, bool) or isinstance(high, bool) else (index(low), index(high))
+        ends = (
+            (0, 0) if isinstance(low, bool) or isinstance(high, bool) else (index(low), index(high))
+        )
     if not 0 < ends[0] < ends[1] < 2**53:
         raise InputError(
             f"log_int needs integers 0 < low < high < 2**53, got low={low!r}, high={high!r}. "
@@ -111,7 +125,8 @@ def log_int(low: int, high: int) -> LogInt:
 
 @dataclass(frozen=True)
 class LogIntegers(OwnDistribution):
-    """Log-uniform integers as Optuna draws them: the logarithm of [low - 1/2, high + 1/2], rounded."""
+    """Log-uniform integers as Optuna draws them: the logarithm of [low - 1/2, high + 1/2],
+    rounded."""
 
     word = "log_integers"
 
@@ -123,7 +138,8 @@ class LogIntegers(OwnDistribution):
 
 @dataclass(frozen=True)
 class Steps(OwnDistribution):
-    """The numbers low, low + step, ..., high with equal probability: integers where all three are."""
+    """The numbers low, low + step, ..., high with equal probability: integers where all three
+    are."""
 
     word = "steps"
 
@@ -145,7 +161,8 @@ class Steps(OwnDistribution):
 
 
 def _scipy_law(value: object) -> tuple[ScipyLaw, Config] | None:
-    """Return scipy's law and its parameters by name; None for a class of the user's own, whatever its name is."""
+    """Return scipy's law and its parameters by name; None for a class of the user's own, whatever
+    its name is."""
     law: Any = getattr(value, "dist", value)
     if type(law) is not type(getattr(stats, str(getattr(law, "name", "")), stats)):
         return None
@@ -172,7 +189,8 @@ def distribution_text(value: Any) -> str:
 
 
 def choices_to_json(choices: Choices) -> Json:
-    """Return a list or distribution as plain values. Raises InputError for a class of the user's own."""
+    """Return a list or distribution as plain values. Raises InputError for a class of the user's
+    own."""
     if isinstance(choices, list):
         return {"list": choices}
     if isinstance(choices, OwnDistribution):
@@ -180,19 +198,30 @@ def choices_to_json(choices: Choices) -> Json:
     if (scipy_law := _scipy_law(choices)) is None:
         raise InputError(f"{choices!r} is no distribution of scipy.stats.")
     law, parameters = scipy_law
-    return {"scipy": law.name, "with": {key: np.asarray(end).tolist() for key, end in parameters.items()}}
+    return {
+        "scipy": law.name,
+        "with": {key: np.asarray(end).tolist() for key, end in parameters.items()},
+    }
 
 
 def choices_from_json(values: Json) -> Choices:
-    """Return what ``choices_to_json`` described. Raises InputError for a name that scipy.stats lacks."""
+    """Return what ``choices_to_json`` described. Raises InputError for a name that scipy.stats
+    lacks."""
     if "list" in values:
         return list(values["list"])
-    makers: dict[str, Callable[..., Choices]] = {"log_int": log_int, "steps": Steps, "log_integers": LogIntegers}
+    makers: dict[str, Callable[..., Choices]] = {
+        "log_int": log_int,
+        "steps": Steps,
+        "log_integers": LogIntegers,
+    }
     for word in makers.keys() & values.keys():
         return makers[word](*values[word])
     law = vars(stats).get(str(values["scipy"]))
     if not isinstance(law, stats.rv_continuous | stats.rv_discrete):
-        raise InputError(f"scipy.stats has no distribution {values['scipy']!r}; use the scipy that made the study.")
+        raise InputError(
+            f"scipy.stats has no distribution {values['scipy']!r}; use the scipy that made the "
+            "study."
+        )
     distribution: Distribution = law(**values["with"])
     return distribution
 
@@ -204,7 +233,8 @@ def from_optuna(value: Any) -> object:
         return list(value.choices)
     if kind not in ("FloatDistribution", "IntDistribution"):
         return value
-    low, high = value.low, value.high
+    low = value.low
+    high = value.high
     if low == high:
         return [low]
     if kind == "IntDistribution":
@@ -216,14 +246,21 @@ def from_optuna(value: Any) -> object:
 
 def as_optuna(description: Json) -> object:
     """Return the ``optuna.distributions`` object."""
-    distributions = import_extra("optuna.distributions", extra="optuna", used_by="An Optuna distribution")
-    names = {"float": "FloatDistribution", "int": "IntDistribution", "choices": "CategoricalDistribution"}
+    distributions = import_extra(
+        "optuna.distributions", extra="optuna", used_by="An Optuna distribution"
+    )
+    names = {
+        "float": "FloatDistribution",
+        "int": "IntDistribution",
+        "choices": "CategoricalDistribution",
+    }
     arguments = {key: value for key, value in description.items() if key != "kind"}
     return getattr(distributions, names[description["kind"]])(**arguments)
 
 
 def describe(choices: Choices) -> Json | None:
-    """Return the list or distribution of one key as one of Optuna's; None for a law that Optuna does not have."""
+    """Return the list or distribution of one key as one of Optuna's; None for a law that Optuna
+    does not have."""
     if isinstance(choices, list):
         return {"kind": "choices", "choices": labels(choices)}
     if isinstance(choices, OwnDistribution):
@@ -244,10 +281,15 @@ def describe(choices: Choices) -> Json | None:
 
 
 def label(choice: object) -> Label:
-    """Return what stands for a choice in Optuna, whose storages hold numbers, words and None: others as text."""
+    """Return what stands for a choice in Optuna, whose storages hold numbers, words and None:
+    others as text."""
     if choice is None or isinstance(choice, bool | int | float | str):
         return choice
-    return f"{choice.__module__}.{choice.__qualname__}" if hasattr(choice, "__qualname__") else repr(choice)
+    return (
+        f"{choice.__module__}.{choice.__qualname__}"
+        if hasattr(choice, "__qualname__")
+        else repr(choice)
+    )
 
 
 def labels(choices: Iterable[object]) -> list[Label]:
@@ -266,7 +308,10 @@ def is_fixed(choices: Choices) -> bool:
 
 def is_inside(config: Config, space: Space) -> bool:
     """Whether a configuration could have been drawn from the space."""
-    return any(config.keys() == part.keys() and all(holds(part[key], config[key]) for key in part) for part in space)
+    return any(
+        config.keys() == part.keys() and all(holds(part[key], config[key]) for key in part)
+        for part in space
+    )
 
 
 def holds(choices: Choices, value: object) -> bool:
@@ -279,9 +324,11 @@ def holds(choices: Choices, value: object) -> bool:
 
 
 def space_text(space: Space) -> str:
-    """Return a checked space as text, keys sorted, the same in every process: for the study file and its hash.
+    """Return a checked space as text, keys sorted, the same in every process: for the study file
+    and its hash.
 
-    Raises InputError for a value (of a ``module__*`` key) that only its address in memory tells apart.
+    Raises InputError for a value (of a ``module__*`` key) that only its address in memory tells
+    apart.
     """
     return " | ".join(", ".join(f"{key}={_text(d[key], key)}" for key in sorted(d)) for d in space)
 
@@ -306,7 +353,8 @@ def _text(value: Any, key: str) -> str:
 
 
 def space_to_json(space: Space) -> Sequence[Json] | None:
-    """Return a checked space as values that a study file holds; None where it has an object of the user's own."""
+    """Return a checked space as values that a study file holds; None where it has an object of the
+    user's own."""
     try:
         values = [{key: choices_to_json(choices) for key, choices in d.items()} for d in space]
         to_json(values)
@@ -316,12 +364,14 @@ def space_to_json(space: Space) -> Sequence[Json] | None:
 
 
 def space_from_json(values: Sequence[Json]) -> Space:
-    """Return the space that ``space_to_json`` described. Raises InputError for a name that scipy.stats lacks."""
+    """Return the space that ``space_to_json`` described. Raises InputError for a name that
+    scipy.stats lacks."""
     return [{key: choices_from_json(value) for key, value in d.items()} for d in values]
 
 
 def to_scipy(space: object) -> object:
-    """Return a space, a dict or a list of dicts, with Optuna's distributions in scikit-learn's terms."""
+    """Return a space, a dict or a list of dicts, with Optuna's distributions in scikit-learn's
+    terms."""
     if isinstance(space, list | tuple):
         return type(space)(map(to_scipy, space))
     if not isinstance(space, Mapping):

@@ -1,4 +1,5 @@
-"""The space of a search, checked before anything trains; what a model is searched in and trained with by default.
+"""The space of a search, checked before anything trains; what a model is searched in and trained
+with by default.
 
 A space has lists, scipy.stats distributions and fixed values; some that are published have a name.
 """
@@ -24,7 +25,14 @@ from gputune.methods.config import (
     check_value,
     plain_config,
 )
-from gputune.methods.distributions import Choices, OwnDistribution, Space, Steps, distribution_text, is_distribution
+from gputune.methods.distributions import (
+    Choices,
+    OwnDistribution,
+    Space,
+    Steps,
+    distribution_text,
+    is_distribution,
+)
 from gputune.models import CNN, GRU, RealMLP
 from gputune.optimizers.classes import optimizer_defaults
 from gputune.text import did_you_mean
@@ -32,14 +40,16 @@ from gputune.types import LR_FACTORS, ONLINE, PLAIN_LR_FACTORS, SEARCHED, Config
 
 
 def check_space(space: object, *, keys: Collection[str], module: bool) -> Space:
-    """Return the space as a list of dicts of lists and distributions, every value in the range of its key.
+    """Return the space as a list of dicts of lists and distributions, every value in the range of
+    its key.
 
-    space: a dict, or a list of dicts (alternatives). A value is a list, tuple, range or 1-D array of choices,
-    a frozen scipy.stats distribution or other object with ``rvs``, or one fixed value. keys: see ``legal_keys``.
+    space: a dict, or a list of dicts (alternatives). A value is a list, tuple, range or 1-D array
+    of choices, a frozen scipy.stats distribution or other object with ``rvs``, or one fixed value.
+    keys: see ``legal_keys``.
     module: also allow ``module__*``, whose values are the module's own business.
 
-    ``penalty`` stays a key of the space, so that draws are scikit-learn's; ``check_config`` translates it.
-    Raises InputError.
+    ``penalty`` stays a key of the space, so that draws are scikit-learn's; ``check_config``
+    translates it. Raises InputError.
     """
     named = _dicts_by_name(space, remedy="Leave it out (space=None) for the default space.")
     for name, d in named.items():
@@ -49,30 +59,44 @@ def check_space(space: object, *, keys: Collection[str], module: bool) -> Space:
         _check_online(d, name)
     parts = []
     for name, d in named.items():
-        parts.append(part := {key: _check_choices(key, value, f"{name}[{key!r}]") for key, value in d.items()})
+        parts.append(
+            part := {
+                key: _check_choices(key, value, f"{name}[{key!r}]") for key, value in d.items()
+            }
+        )
         widths = part.get("width")
-        if "depth" in part and isinstance(widths, list) and any(isinstance(width, tuple) for width in widths):
+        if (
+            "depth" in part
+            and isinstance(widths, list)
+            and any(isinstance(width, tuple) for width in widths)
+        ):
             raise InputError(
-                f"{name} must have no 'depth' beside a width that is a tuple, which has its layers, got {widths!r}. "
-                "Write a list of spaces, one with the tuples and one with 'depth'."
+                f"{name} must have no 'depth' beside a width that is a tuple, which has its "
+                f"layers, got {widths!r}. Write a list of spaces, one with the tuples and one "
+                "with 'depth'."
             )
     return parts
 
 
 def choices_of(space: Space, key: str, *, default: object) -> list[Any]:
-    """Return the values that the lists of a space have for a key, with the default where a part has no such key."""
+    """Return the values that the lists of a space have for a key, with the default where a part has
+    no such key."""
     lists = [part.get(key, [default]) for part in space]
     return [value for choices in lists if isinstance(choices, list) for value in choices]
 
 
 def check_own_space(space: object) -> Space:
-    """Return the space of a user's own loop as ``check_space`` does; its keys are any words, its values any values."""
+    """Return the space of a user's own loop as ``check_space`` does; its keys are any words, its
+    values any values."""
     named = _dicts_by_name(space, remedy="For example space={'lr': [0.01, 0.001]}.")
     for name, d in named.items():
         if odd := [key for key in d if not isinstance(key, str)]:
             raise InputError(f"{name} must have words as keys, got {odd[0]!r}; write it as text.")
     return [
-        {key: _check_choices(f"{MODULE_PREFIX}{key}", value, f"{name}[{key!r}]") for key, value in d.items()}
+        {
+            key: _check_choices(f"{MODULE_PREFIX}{key}", value, f"{name}[{key!r}]")
+            for key, value in d.items()
+        }
         for name, d in named.items()
     ]
 
@@ -82,7 +106,8 @@ def _dicts_by_name(space: object, *, remedy: str) -> dict[str, Mapping[Any, obje
     dicts = [space] if isinstance(space, Mapping) else space
     if not isinstance(dicts, list | tuple) or not all(isinstance(d, Mapping) for d in dicts):
         raise InputError(
-            f"space must be a dict or a list of dicts, got {space!r}. For example space={{'lr': [0.01, 0.001]}}."
+            f"space must be a dict or a list of dicts, got {space!r}. For example space={{'lr': "
+            f"[0.01, 0.001]}}."
         )
     if not dicts or not all(dicts):
         raise InputError(f"space must have at least one key, got {space!r}. {remedy}")
@@ -92,17 +117,23 @@ def _dicts_by_name(space: object, *, remedy: str) -> dict[str, Mapping[Any, obje
 
 def _check_online(d: Mapping[str, object], name: str) -> None:
     """Refuse what only an optimizer that adapts its rate reads, where the space never draws one."""
-    given, optimizers = [key for key in ("hypergrad_lr", "hypergrad_rule") if key in d], d.get("optimizer")
+    given = [key for key in ("hypergrad_lr", "hypergrad_rule") if key in d]
+    optimizers = d.get("optimizer")
     drawn = [optimizers] if isinstance(optimizers, str) else optimizers
-    if given and isinstance(drawn, list | tuple) and not set(ONLINE) & {str(word) for word in drawn}:
+    if (
+        given
+        and isinstance(drawn, list | tuple)
+        and not set(ONLINE) & {str(word) for word in drawn}
+    ):
         raise InputError(
-            f"{name} has the key {given[0]!r}, which only the optimizers {', '.join(ONLINE)} read, and draws "
-            f"the optimizer {optimizers!r}; leave it out, or add one of those."
+            f"{name} has the key {given[0]!r}, which only the optimizers {', '.join(ONLINE)} "
+            f"read, and draws the optimizer {optimizers!r}; leave it out, or add one of those."
         )
 
 
 def check_include(include: object, *, keys: Collection[str], module: bool) -> list[Config]:
-    """Return the configurations that the user wants run, each checked; ``keys`` and ``module`` as in check_space.
+    """Return the configurations that the user wants run, each checked; ``keys`` and ``module`` as
+    in check_space.
 
     Raises InputError.
     """
@@ -114,22 +145,28 @@ def check_include(include: object, *, keys: Collection[str], module: bool) -> li
 
 
 def check_own_include(include: object, space: Space) -> list[Config]:
-    """Return the configurations that a user's own loop is to run, each with the keys of a dict of the space.
+    """Return the configurations that a user's own loop is to run, each with the keys of a dict of
+    the space.
 
     Raises InputError.
     """
     for i, config in enumerate(_dicts(include)):
         if all(config.keys() != part.keys() for part in space):
             raise InputError(
-                f"include[{i}] must have a value for each key of the space, {', '.join(space[0])}, and no other, "
-                f"got {dict(config)!r}."
+                f"include[{i}] must have a value for each key of the space, "
+                f"{', '.join(space[0])}, and no other, got {dict(config)!r}."
             )
     return [plain_config(config) for config in _dicts(include)]
 
 
 def _dicts(include: object) -> Sequence[Mapping[str, object]]:
-    if not isinstance(include, list | tuple) or not all(isinstance(config, Mapping) for config in include):
-        raise InputError(f"include must be a list of dicts, got {include!r}. For example include=[{{'lr': 0.01}}].")
+    if not isinstance(include, list | tuple) or not all(
+        isinstance(config, Mapping) for config in include
+    ):
+        raise InputError(
+            f"include must be a list of dicts, got {include!r}. For example include=[{{'lr': "
+            f"0.01}}]."
+        )
     return include
 
 
@@ -138,14 +175,19 @@ def _check_choices(key: str, value: object, name: str) -> Choices:
         _check_distribution(key, value, name)
         return value
     if isinstance(value, np.ndarray) and value.ndim > 1:
-        raise InputError(f"{name} must be 1-D, got an array of shape {value.shape}. Give a list of the choices.")
+        raise InputError(
+            f"{name} must be 1-D, got an array of shape {value.shape}. Give a list of the choices."
+        )
     value = list(value) if isinstance(value, np.ndarray) and value.ndim else value
     if isinstance(value, set | frozenset):
         raise InputError(f"{name} must be a list, since a set has no order, got {value!r}.")
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         return [check_value(key, value, name)]
     if not len(value):
-        raise InputError(f"{name} must have at least one value, got an empty list. Add one, or leave the key out.")
+        raise InputError(
+            f"{name} must have at least one value, got an empty list. Add one, or leave the key "
+            "out."
+        )
     if key == "width" and isinstance(value, tuple):
         raise InputError(
             f"{name} must be a list, since a tuple is the layers of one network, got {value!r}. "
@@ -168,18 +210,24 @@ def _check_distribution(key: str, value: Any, name: str) -> None:
         )
     law = value if unfrozen else getattr(value, "dist", None)
     real = isinstance(law, stats.rv_continuous) or (isinstance(value, Steps) and not value.whole)
-    if not isinstance(value, OwnDistribution) and not isinstance(law, stats.rv_continuous | stats.rv_discrete):
+    if not isinstance(value, OwnDistribution) and not isinstance(
+        law, stats.rv_continuous | stats.rv_discrete
+    ):
         return  # someone's own class: only its draws can be checked
-    low, high = float(np.min(value.support()[0])), float(np.max(value.support()[1]))
+    low = float(np.min(value.support()[0]))
+    high = float(np.max(value.support()[1]))
     if math.isnan(low) or math.isnan(high):
         raise InputError(
             f"{name} must have parameters in their range, got {distribution_text(value)}. "
-            "loguniform needs 0 < low < high, uniform(low, width) a width > 0, randint(low, high) low < high."
+            "loguniform needs 0 < low < high, uniform(low, width) a width > 0, randint(low, "
+            "high) low < high."
         )
     if (rule := RANGES.get(key)) is None:
         return
-    inside, fault = rule.holds(low) and (rule.holds(high) or high == rule.high == math.inf), ""
-    # A continuous draw meets an end of its support with probability zero, so an end may lie on the bound.
+    inside = rule.holds(low) and (rule.holds(high) or high == rule.high == math.inf)
+    fault = ""
+    # A continuous draw meets an end of its support with probability zero, so an end may lie on the
+    # bound.
     if real and not isinstance(value, Steps):
         inside = rule.low <= low and high <= rule.high
     if real and rule.integer:
@@ -187,18 +235,31 @@ def _check_distribution(key: str, value: Any, name: str) -> None:
     elif not inside:
         fault = f"from {low:g} to {high:g}. Narrow its range."
     if fault:
-        raise InputError(f"{name} must be {rule.rule}, got {distribution_text(value)}, which draws {fault}")
+        raise InputError(
+            f"{name} must be {rule.rule}, got {distribution_text(value)}, which draws {fault}"
+        )
 
 
 _REALMLP: Mapping[str, float | str] = {
-    "batch_size": 256, "beta2": 0.95, "schedule": "coslog4", "dropout": 0.15, "dropout_schedule": "flat_cos",
-    "weight_decay": 0.02, "weight_decay_schedule": "flat_cos",
-    "lr_factor__scale": 6.0, "lr_factor__bias": 0.1, "lr_factor__embedding": 0.1, "lr_factor__slopes": 0.1,
+    "batch_size": 256,
+    "beta2": 0.95,
+    "schedule": "coslog4",
+    "dropout": 0.15,
+    "dropout_schedule": "flat_cos",
+    "weight_decay": 0.02,
+    "weight_decay_schedule": "flat_cos",
+    "lr_factor__scale": 6.0,
+    "lr_factor__bias": 0.1,
+    "lr_factor__embedding": 0.1,
+    "lr_factor__slopes": 0.1,
     # Of all but the biases by the square of its factor on the rate, as its authors' package has it.
-    "weight_decay_factor__scale": 6.0, "weight_decay_factor__bias": 0.0,
-    "weight_decay_factor__embedding": 0.1, "weight_decay_factor__slopes": 0.1,
-}  # fmt: skip
-"""RealMLP-TD. Source: Holzmueller et al. (2024), arXiv:2407.04491, table A.1; pytabkit, default_params.py."""
+    "weight_decay_factor__scale": 6.0,
+    "weight_decay_factor__bias": 0.0,
+    "weight_decay_factor__embedding": 0.1,
+    "weight_decay_factor__slopes": 0.1,
+}
+"""RealMLP-TD. Source: Holzmueller et al. (2024), arXiv:2407.04491, table A.1; pytabkit,
+default_params.py."""
 
 _SIZES: Mapping[type[nn.Module], Mapping[str, Choices]] = {
     CNN: {"module__channels": [8, 16, 32]},
@@ -208,7 +269,8 @@ _SIZES: Mapping[type[nn.Module], Mapping[str, Choices]] = {
 
 
 def recipe_of(builder: object, goal: Goal) -> Config:
-    """Return what a trial of a model takes in the place of the common defaults, for classes, numbers, or neither."""
+    """Return what a trial of a model takes in the place of the common defaults, for classes,
+    numbers, or neither."""
     if builder is not RealMLP:
         return {}
     if goal == "classes":
@@ -219,17 +281,20 @@ def recipe_of(builder: object, goal: Goal) -> Config:
 def default_space(
     model: Literal["mlp", "logistic", "module"], optimizer: str, builder: object = None
 ) -> dict[str, Choices]:
-    """Return the space of a search that was given none; ``builder`` is what makes the modules, if any.
+    """Return the space of a search that was given none; ``builder`` is what makes the modules, if
+    any.
 
-    The learning rate matters most, on a log scale; sgd, without Adam's scaling of each step, wants one or two
-    powers of ten more, and that of a class of torch.optim lies around its own default. Batch size and width come from
-    short lists of powers of two, so that many trials share one tensor shape and train as one population. Depth,
-    activation and dropout stay at their defaults: each splits populations or adds little on tables. The solved logistic
-    regression has its penalty only.
+    The learning rate matters most, on a log scale; sgd, without Adam's scaling of each step, wants
+    one or two powers of ten more, and that of a class of torch.optim lies around its own default.
+    Batch size and width come from short lists of powers of two, so that many trials share one
+    tensor shape and train as one population. Depth, activation and dropout stay at their defaults:
+    each splits populations or adds little on tables. The solved logistic regression has its penalty
+    only.
     """
     if model == "logistic" and optimizer == "exact":
         return {"C": _choices_of("C"), "l1_ratio": _choices_of("l1_ratio")}
-    plain, lr = optimizer.removesuffix("hd") in ("sgd", "nesterov"), optimizer_defaults(optimizer)["lr"]
+    plain = optimizer.removesuffix("hd") in ("sgd", "nesterov")
+    lr = optimizer_defaults(optimizer)["lr"]
     low, high = PLAIN_LR_FACTORS if plain else LR_FACTORS
     space = {"lr": stats.loguniform(low * lr, high * lr), "batch_size": _choices_of("batch_size")}
     if optimizer in TAKERS["weight_decay"]:
@@ -243,11 +308,16 @@ def default_space(
 
 def _choices_of(key: str) -> Choices:
     choices = SEARCHED[key]
-    return list(choices) if isinstance(choices, tuple) else stats.loguniform(choices["low"], choices["high"])
+    return (
+        list(choices)
+        if isinstance(choices, tuple)
+        else stats.loguniform(choices["low"], choices["high"])
+    )
 
 
 def _realmlp(goal: Goal) -> Space:
-    """RealMLP-HPO. Source: that paper, table C.2; values that are more likely stand several times."""
+    """RealMLP-HPO. Source: that paper, table C.2; values that are more likely stand several
+    times."""
     common: dict[str, Choices] = {
         "module__embedding": ["none", "pbld", "pl", "plr"],
         "module__scaling": [True] * 3 + [False] * 2,
@@ -266,8 +336,8 @@ def _realmlp(goal: Goal) -> Space:
 def _realmlp_tabarena(goal: Goal) -> Space:
     """The space of TabArena for RealMLP. Source: pytabkit, "tabarena-new".
 
-    Departures: one network a trial and not 8, as many epochs for all and no early end, label smoothing without a
-    schedule, beta2 from a list, and at most 32 levels a category.
+    Departures: one network a trial and not 8, as many epochs for all and no early end, label
+    smoothing without a schedule, beta2 from a list, and at most 32 levels a category.
     """
     common: dict[str, Choices] = {
         "module__depth": [2, 3, 4],
@@ -300,8 +370,11 @@ _MLPS = (
     (0.0047, 256, 6.07e-05, 256, 1, 0.4, "silu", "constant", 0.0, "piecewise"),
     (0.00267, 256, 0.000267, 256, 3, 0.1, "gelu", "constant", 0.0, "piecewise"),
 )
-PORTFOLIOS: Mapping[str, Sequence[Config]] = {"mlp": [dict(zip(_KEYS, values, strict=True)) for values in _MLPS]}
-"""Good configurations that a space of a name begins with, chosen over eleven tables (scripts/benchmark)."""
+PORTFOLIOS: Mapping[str, Sequence[Config]] = {
+    "mlp": [dict(zip(_KEYS, values, strict=True)) for values in _MLPS]
+}
+"""Good configurations that a space of a name begins with, chosen over eleven tables
+(scripts/benchmark)."""
 
 SPACES: Mapping[str, Callable[[Goal], Space]] = {
     "mlp": lambda goal: [default_space("mlp", "adamw")],

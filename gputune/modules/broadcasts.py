@@ -1,7 +1,7 @@
 """Losses that compare each output with the targets of all rows, because of one axis too many.
 
-Outputs (n, 1) minus a target (n,) are (n, n) numbers, by the broadcasting of PyTorch. It raises no error, and the mean
-of these numbers trains every output to the mean of the target.
+Outputs (n, 1) minus a target (n,) are (n, n) numbers, by the broadcasting of PyTorch. It raises no
+error, and the mean of these numbers trains every output to the mean of the target.
 """
 
 from collections.abc import Iterator
@@ -18,26 +18,36 @@ from gputune.modules.trace import Args, Function, Words
 Shapes: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
 
 _BROADCASTING_LOSSES = {
-    functional.mse_loss, functional.l1_loss, functional.smooth_l1_loss, functional.huber_loss,
-    functional.poisson_nll_loss, functional.kl_div, functional.hinge_embedding_loss, torch.broadcast_tensors,
-}  # fmt: skip
+    functional.mse_loss,
+    functional.l1_loss,
+    functional.smooth_l1_loss,
+    functional.huber_loss,
+    functional.poisson_nll_loss,
+    functional.kl_div,
+    functional.hinge_embedding_loss,
+    torch.broadcast_tensors,
+}
 """Functions that broadcast, and whose result need not show it."""
 
 
 def in_one_shape(pair: Shapes, place: str) -> str:
     """Return how outputs and targets get one shape, as a sentence."""
     if len(pair[0]) == 2:
-        return f"Take outputs[:, 0] or y[:, None] in the {place}, or return (rows,) from the module."
+        return (
+            f"Take outputs[:, 0] or y[:, None] in the {place}, or return (rows,) from the module."
+        )
     return f"Take outputs[:, None] or y[:, 0] in the {place}, or pass y of shape (rows,)."
 
 
 class BroadcastWatch(TorchFunctionMode):
     """Watches a loss for an operation that pairs each output with the targets of all rows.
 
-    Outputs are tensors that require a gradient. Whatever is computed from the target alone counts as a target.
+    Outputs are tensors that require a gradient. Whatever is computed from the target alone counts
+    as a target.
 
     Attributes:
-        pair: The shapes of the outputs and the target of the first such operation, None without one.
+        pair: The shapes of the outputs and the target of the first such operation, None without
+            one.
     """
 
     def __init__(self, y: Tensor) -> None:
@@ -46,7 +56,9 @@ class BroadcastWatch(TorchFunctionMode):
         self._rows = len(y)
         self._targets = {id(y): y}  # kept alive, so that no other tensor gets their ids
 
-    def __torch_function__(self, func: Function, types: object, args: Args = (), kwargs: Words | None = None) -> object:
+    def __torch_function__(
+        self, func: Function, types: object, args: Args = (), kwargs: Words | None = None
+    ) -> object:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         tensors = list(_tensors((args, kwargs)))
@@ -60,11 +72,15 @@ class BroadcastWatch(TorchFunctionMode):
 
     def _is_broadcast(self, func: Function, result: object) -> bool:
         square = (self._rows, self._rows)
-        return func in _BROADCASTING_LOSSES or (isinstance(result, Tensor) and tuple(result.shape) == square)
+        return func in _BROADCASTING_LOSSES or (
+            isinstance(result, Tensor) and tuple(result.shape) == square
+        )
 
     def _pair_of(self, outputs: list[Tensor], targets: list[Tensor]) -> Shapes | None:
-        """Return the shapes of the first output and target of which only one has a column for each row."""
-        row, column = (self._rows,), (self._rows, 1)
+        """Return the shapes of the first output and target of which only one has a column for each
+        row."""
+        row = (self._rows,)
+        column = (self._rows, 1)
         for output in outputs:
             for target in targets:
                 shapes = tuple(output.shape), tuple(target.shape)

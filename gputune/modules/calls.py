@@ -1,12 +1,15 @@
-"""A module called with other tensors in the place of its own; in bfloat16; with draws that were made before.
+"""A module called with other tensors in the place of its own; in bfloat16; with draws that were
+made before.
 
-Where it trains in bfloat16, what torch.autocast rounds is rounded. Through vmap autocast reaches some operations and
-others not (in torch 2.13), so that stacked members have a mode of their own. Parameters, buffers and updates stay in
-single precision, and so does the loss of a module's outputs.
+Where it trains in bfloat16, what torch.autocast rounds is rounded. Through vmap autocast reaches
+some operations and others not (in torch 2.13), so that stacked members have a mode of their own.
+Parameters, buffers and updates stay in single precision, and so does the loss of a module's
+outputs.
 Source: https://docs.pytorch.org/docs/stable/amp.html#autocast-op-reference
 
-A forward in training is tried once on rows of each number, to see what it draws; from then on every step finds these
-draws in a buffer, the numbers that its own draws would have been, and may be recorded.
+A forward in training is tried once on rows of each number, to see what it draws; from then on every
+step finds these draws in a buffer, the numbers that its own draws would have been, and may be
+recorded.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,20 +32,25 @@ from gputune.seeding import keyed_draws, start_stream, stream_seed
 
 
 class Stateless:
-    """A module as it is now; ``substitute`` lends it other tensors, and puts back all that was set meanwhile.
+    """A module as it is now; ``substitute`` lends it other tensors, and puts back all that was set
+    meanwhile.
 
-    That is the attributes of every submodule: parameters, buffers, hooks, the mode, and what a forward keeps in
+    That is the attributes of every submodule: parameters, buffers, hooks, the mode, and what a
+    forward keeps in
     ``self`` or in a dict, list or set there. Tensors that are written into in place stay so.
     """
 
-    # Not torch.func.functional_call, which leaves the second value in a submodule that has two names.
+    # Not torch.func.functional_call, which leaves the second value in a submodule that has two
+    # names.
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self._attributes = [(vars(part), dict(vars(part))) for part in module.modules()]
         values = (value for _, attributes in self._attributes for value in attributes.values())
         self._containers = [(v, v.copy()) for v in values if isinstance(v, dict | list | set)]
-        names = {id(t): name for name, t in chain(module.named_parameters(), module.named_buffers())}
+        names = {
+            id(t): name for name, t in chain(module.named_parameters(), module.named_buffers())
+        }
         self._places: list[tuple[dict[str, Any], str, Tensor, str]] = [
             (held, key, t, names[id(t)])
             for part in module.modules()
@@ -53,7 +61,8 @@ class Stateless:
 
     @contextmanager
     def substitute(self, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
-        """Put ``tensors`` in the place of parameters and buffers of the same names inside, under all their names."""
+        """Put ``tensors`` in the place of parameters and buffers of the same names inside, under
+        all their names."""
         try:
             for held, key, _, name in self._places:
                 if name in tensors:
@@ -72,23 +81,29 @@ class Stateless:
                 held[key] = tensor
 
     def held(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Return the tensors that stand under some names now: what a forward has written, inside ``substitute``."""
+        """Return the tensors that stand under some names now: what a forward has written, inside
+        ``substitute``."""
         wanted = set(names)
         return {name: held[key] for held, key, _, name in self._places if name in wanted}
 
 
 def not_trained(module: nn.Module) -> dict[str, Tensor]:
     """Return the buffers and the frozen parameters of a module."""
-    return {k: w for k, w in module.named_parameters() if not w.requires_grad} | dict(module.named_buffers())
+    return {k: w for k, w in module.named_parameters() if not w.requires_grad} | dict(
+        module.named_buffers()
+    )
 
 
 def state_of(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """Return the buffers, frozen parameters and Python numbers of some names, the numbers as tensors."""
+    """Return the buffers, frozen parameters and Python numbers of some names, the numbers as
+    tensors."""
     found = {}
     for name in names:
         value = attrgetter(name)(module)
         if not isinstance(value, Tensor):
-            value = torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
+            value = torch.tensor(
+                value, dtype=torch.int64 if isinstance(value, int) else torch.float64
+            )
         found[name] = value.detach()
     return found
 
@@ -102,7 +117,8 @@ def put_numbers(module: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 
 def convert(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Give the floats of a module a dtype, in place; complex numbers keep their imaginary parts, unlike by ``to``."""
+    """Give the floats of a module a dtype, in place; complex numbers keep their imaginary parts,
+    unlike by ``to``."""
 
     def cast(tensor: Tensor) -> Tensor:
         if tensor.is_complex():
@@ -114,24 +130,73 @@ def convert(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 _PRODUCTS: set[Callable[..., object]] = {
-    F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
-    F.scaled_dot_product_attention, torch.matmul, torch.mm, torch.bmm, torch.mv, torch.addmm, torch.baddbmm,
-    torch.addmv, torch.einsum, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__, Tensor.__rmatmul__,
-}  # fmt: skip
+    F.linear,
+    F.bilinear,
+    F.conv1d,
+    F.conv2d,
+    F.conv3d,
+    F.conv_transpose1d,
+    F.conv_transpose2d,
+    F.conv_transpose3d,
+    F.scaled_dot_product_attention,
+    torch.matmul,
+    torch.mm,
+    torch.bmm,
+    torch.mv,
+    torch.addmm,
+    torch.baddbmm,
+    torch.addmv,
+    torch.einsum,
+    Tensor.matmul,
+    Tensor.mm,
+    Tensor.bmm,
+    Tensor.__matmul__,
+    Tensor.__rmatmul__,
+}
 _WIDE: set[Callable[..., object]] = {
-    F.layer_norm, F.group_norm, F.softmax, F.log_softmax, F.cross_entropy, F.nll_loss, F.mse_loss, F.l1_loss,
-    F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy_with_logits, F.kl_div, F.normalize, F.cosine_similarity,
-    torch.softmax, torch.log_softmax, Tensor.softmax, Tensor.log_softmax, torch.exp, Tensor.exp, torch.log, Tensor.log,
-    torch.logsumexp, Tensor.logsumexp, torch.sum, Tensor.sum, torch.pow, Tensor.pow, torch.rsqrt, Tensor.rsqrt,
-}  # fmt: skip
+    F.layer_norm,
+    F.group_norm,
+    F.softmax,
+    F.log_softmax,
+    F.cross_entropy,
+    F.nll_loss,
+    F.mse_loss,
+    F.l1_loss,
+    F.smooth_l1_loss,
+    F.huber_loss,
+    F.binary_cross_entropy_with_logits,
+    F.kl_div,
+    F.normalize,
+    F.cosine_similarity,
+    torch.softmax,
+    torch.log_softmax,
+    Tensor.softmax,
+    Tensor.log_softmax,
+    torch.exp,
+    Tensor.exp,
+    torch.log,
+    Tensor.log,
+    torch.logsumexp,
+    Tensor.logsumexp,
+    torch.sum,
+    Tensor.sum,
+    torch.pow,
+    Tensor.pow,
+    torch.rsqrt,
+    Tensor.rsqrt,
+}
 
 
 class Rounded(TorchFunctionMode):
-    """Does as torch.autocast does: products take bfloat16, what sums or grows takes single precision."""
+    """Does as torch.autocast does: products take bfloat16, what sums or grows takes single
+    precision."""
 
-    def __torch_function__(self, func: Function, types: object, args: Args = (), kwargs: Words | None = None) -> object:
+    def __torch_function__(
+        self, func: Function, types: object, args: Args = (), kwargs: Words | None = None
+    ) -> object:
         kwargs = kwargs or {}
-        if func is F.batch_norm and args[0].dtype == torch.bfloat16:  # statistics are of single precision
+        # statistics are of single precision
+        if func is F.batch_norm and args[0].dtype == torch.bfloat16:
             return func(args[0].float(), *args[1:], **kwargs).bfloat16()
         if func in _PRODUCTS or func in _WIDE:
             pair = torch.float32, torch.bfloat16
@@ -147,36 +212,46 @@ class Rounded(TorchFunctionMode):
 _DRAW_BYTES = 64 << 20  # of draws that are made ahead
 
 _PLAIN = set(
-    "rand randn randint randperm rand_like randn_like randint_like uniform uniform_ normal_ exponential_ geometric_ "
-    "cauchy_ log_normal_ random_".split()
+    "rand randn randint randperm rand_like randn_like randint_like uniform uniform_ normal_ "
+    "exponential_ geometric_ cauchy_ log_normal_ random_".split()
 )
 """Operations that read the shape of what they are given, and none of its numbers."""
-_PLAIN_OVERLOADS = {"bernoulli": "p", "bernoulli_": "float", "normal": "float_float", "normal_functional": "default"}
+_PLAIN_OVERLOADS = {
+    "bernoulli": "p",
+    "bernoulli_": "float",
+    "normal": "float_float",
+    "normal_functional": "default",
+}
 _UNIFORM = {torch.ops.aten.rand.default, torch.ops.aten.rand_like.default}
 _DROPOUT = torch.ops.aten.native_dropout.default
 """Dropout in training on a GPU: (input, p, True) -> (output, mask)."""
 
 
 class _Draw(NamedTuple):
-    """One draw of a forward, whose tensors among ``args`` are made again, empty, since only their layout matters."""
+    """One draw of a forward, whose tensors among ``args`` are made again, empty, since only their
+    layout matters."""
 
     function: Operator
     args: tuple[object, ...]
     kwargs: Words
 
     def make(self) -> Tensor:
-        result: Tensor = self.function(*(x() if isinstance(x, partial) else x for x in self.args), **self.kwargs)
+        result: Tensor = self.function(
+            *(x() if isinstance(x, partial) else x for x in self.args), **self.kwargs
+        )
         return result
 
 
 class ModuleDraws:
-    """The draws of some steps ahead, by one member's ``forward`` in training on minibatches of each number of rows.
+    """The draws of some steps ahead, by one member's ``forward`` in training on minibatches of each
+    number of rows.
 
     Raises TraceError where it draws what depends on other numbers than the key of the step.
     """
 
     def __init__(self, forward: Callable[[Batch], object], batches: Batches, seed: int) -> None:
-        self.seed, self.device = seed, batches.data.device
+        self.seed = seed
+        self.device = batches.data.device
         self.rows = [{part.rows for part in shape.parts} for shape in batches.shapes]
         tried: dict[int, _DrawRecorder] = {}
         for step, shape in enumerate(batches.shapes):
@@ -189,14 +264,20 @@ class ModuleDraws:
         size = sum(sample.nbytes for sample in tensors(samples))
         self.ahead = max(1, min(len(self.rows), _DRAW_BYTES // max(1, size)))
         self.buffers = {
-            rows: [sample.new_empty((self.ahead, *sample.shape), device=self.device) for sample in several]
+            rows: [
+                sample.new_empty((self.ahead, *sample.shape), device=self.device)
+                for sample in several
+            ]
             for rows, several in samples.items()
         }
         self.uniform = {
             rows
             for rows, several in samples.items()
             if {draw.function for draw in self.draws[rows]} <= _UNIFORM
-            and all(x.dtype == torch.float32 and x.is_contiguous() and x.device.type == "cpu" for x in several)
+            and all(
+                x.dtype == torch.float32 and x.is_contiguous() and x.device.type == "cpu"
+                for x in several
+            )
         }
         """Rows whose draws compiled code can make: the same numbers."""
 
@@ -209,19 +290,23 @@ class ModuleDraws:
                 for rows in several:
                     parts = [buffer[slot] for buffer in self.buffers[rows]]
                     key = "dropout", epoch, step + slot
-                    if rows not in self.uniform or not fill_uniform(stream_seed(self.seed, *key), parts):
+                    if rows not in self.uniform or not fill_uniform(
+                        stream_seed(self.seed, *key), parts
+                    ):
                         start_stream(self.device, self.seed, *key)
                         for draw, part in zip(self.draws[rows], parts):
                             part.copy_(draw.make())
 
     def at(self, step: Tensor, rows: int) -> tuple[Tensor, ...]:
-        """Return the draws of a minibatch of so many rows in the step that a counter on the device says."""
+        """Return the draws of a minibatch of so many rows in the step that a counter on the device
+        says."""
         slot = torch.remainder(step, self.ahead).view(1)
         return tuple(buffer.index_select(0, slot)[0] for buffer in self.buffers[rows])
 
 
 def draws_of(forward: Callable[[], object]) -> tuple[Tensor, ...]:
-    """Return what a forward draws, in the order of its draws. Raises TraceError as ``ModuleDraws`` does."""
+    """Return what a forward draws, in the order of its draws. Raises TraceError as ``ModuleDraws``
+    does."""
     return tuple(_recorded(forward).results)
 
 
@@ -239,7 +324,9 @@ class _DrawRecorder(DispatchMode):  # type: ignore[no-untyped-call]
         self.draws: list[_Draw] = []
         self.results: list[Tensor] = []
 
-    def __torch_dispatch__(self, func: Operator, types: object, args: Args = (), kwargs: Words | None = None) -> object:
+    def __torch_dispatch__(
+        self, func: Operator, types: object, args: Args = (), kwargs: Words | None = None
+    ) -> object:
         kwargs = kwargs or {}
         if func is _DROPOUT:
             with self:  # what a GPU draws and applies at once
@@ -248,9 +335,12 @@ class _DrawRecorder(DispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         name = func.overloadpacket.__name__
         plain = name in _PLAIN or _PLAIN_OVERLOADS.get(name) == func._overloadname
-        if not plain or kwargs.get("generator") is not None:  # and a generator of the user's own stays where it is
+        # and a generator of the user's own stays where it is
+        if not plain or kwargs.get("generator") is not None:
             raise TraceError(f"{func} draws what depends on other numbers than the key of its step")
-        self.draws.append(_Draw(func, tuple(_empty_like(x) if isinstance(x, Tensor) else x for x in args), kwargs))
+        self.draws.append(
+            _Draw(func, tuple(_empty_like(x) if isinstance(x, Tensor) else x for x in args), kwargs)
+        )
         result = func(*args, **kwargs)
         self.results.append(result.clone())  # the module goes on in place
         return result
@@ -276,12 +366,15 @@ class _DrawReplayer(DispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()
         self.draws = iter(draws)
 
-    def __torch_dispatch__(self, func: Operator, types: object, args: Args = (), kwargs: Words | None = None) -> object:
+    def __torch_dispatch__(
+        self, func: Operator, types: object, args: Args = (), kwargs: Words | None = None
+    ) -> object:
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **(kwargs or {}))
         drawn = next(self.draws)
         if func is _DROPOUT:
             return _dropout(args[0], drawn.reshape(args[0].shape), args[1])
-        if args and isinstance(args[0], Tensor):  # a substitute may have other axes for the same numbers
+        # a substitute may have other axes for the same numbers
+        if args and isinstance(args[0], Tensor):
             drawn = drawn.reshape(args[0].shape)
         return args[0].copy_(drawn) if func._schema.is_mutable else drawn

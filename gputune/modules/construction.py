@@ -1,4 +1,5 @@
-"""A user's module made from a class, a function or a partial, under a stream of its own, and what it has then."""
+"""A user's module made from a class, a function or a partial, under a stream of its own, and what
+it has then."""
 
 import copy
 import inspect
@@ -30,7 +31,8 @@ def name_of(builder: Builder) -> str:
 
 
 def what_to_pass(instance: nn.Module) -> str:
-    """Return the error text for a module instance, from "must be" on: it says what to pass instead."""
+    """Return the error text for a module instance, from "must be" on: it says what to pass
+    instead."""
     inner = getattr(instance, "_orig_mod", instance)  # what torch.compile was given
     kind = type(inner)
     sizes = {"n_features": 1, "n_outputs": 1, "input_shape": (1,), "feature_groups": None}
@@ -40,20 +42,24 @@ def what_to_pass(instance: nn.Module) -> str:
         with suppress(InputError):
             call_arguments(kind, sizes, {})
             return (
-                f"must be the class, not an instance, because each training builds its own: pass {kind.__name__}. "
-                "To start from the weights of this instance, pass a function that returns it."
+                "must be the class, not an instance, because each training builds its own: pass "
+                f"{kind.__name__}. To start from the weights of this instance, pass a function "
+                "that returns it."
             )
     name = f"nn.{kind.__name__}" if from_torch and hasattr(nn, kind.__name__) else kind.__name__
     made = "torch.jit.script(...)" if isinstance(inner, torch.jit.ScriptModule) else f"{name}(...)"
     return (
-        f"must be a function that makes the module, not an instance of {name}, because each training "
-        f"builds its own: def make(n_features, n_outputs): return {made}. "
-        "To start from the weights of this instance, return the instance itself."
+        f"must be a function that makes the module, not an instance of {name}, because each "
+        f"training builds its own: def make(n_features, n_outputs): return {made}. To start from "
+        "the weights of this instance, return the instance itself."
     )
 
 
-def build_module(builder: Builder, arguments: Config, shape: Shape, *, seed: int, columns: str = "") -> nn.Module:
-    """Make a user's module under its own keyed stream; InputError, ending in ``columns``, where that fails."""
+def build_module(
+    builder: Builder, arguments: Config, shape: Shape, *, seed: int, columns: str = ""
+) -> nn.Module:
+    """Make a user's module under its own keyed stream; InputError, ending in ``columns``, where
+    that fails."""
     row = (shape.n_features,) if shape.input_shape is None else shape.input_shape
     sizes = {name: getattr(shape, name) for name in ("n_features", "n_outputs", "feature_groups")}
     words = call_arguments(builder, sizes | {"input_shape": row}, arguments)
@@ -64,20 +70,23 @@ def build_module(builder: Builder, arguments: Config, shape: Shape, *, seed: int
             materialise(module, inputs, shape.names)
         except Exception as error:
             raise InputError(
-                f"model: the forward of {name_of(builder)} raised {type(error).__name__} on two rows of zeros, "
-                f"which give its lazy layers their sizes: {error}.{hint(str(error), _zeros(inputs))}{columns}"
+                f"model: the forward of {name_of(builder)} raised {type(error).__name__} on two "
+                "rows of zeros, which give its lazy layers their sizes: "
+                f"{error}.{hint(str(error), _zeros(inputs))}{columns}"
             ) from error
         return module
 
 
 @contextmanager
 def module_stream(seed: int) -> Iterator[None]:
-    """Let constructors draw from the stream of a seed inside, on the CPU and in single precision."""
-    # A constructor may draw on the current GPU, where this process has used one; saving the state of any other's
-    # generator would make a context there, some hundred megabytes.
+    """Let constructors draw from the stream of a seed inside, on the CPU and in single
+    precision."""
+    # A constructor may draw on the current GPU, where this process has used one; saving the state
+    # of any other's generator would make a context there, some hundred megabytes.
     device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")  # type: ignore[no-untyped-call]
     with keyed_draws(device, seed, "module", host=True), torch.device("cpu"):
-        before = torch.get_default_dtype()  # in turn, so that it is not what another thread has set here
+        # in turn, so that it is not what another thread has set here
+        before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)  # what a constructor draws must not depend on it
         try:
             yield
@@ -86,25 +95,30 @@ def module_stream(seed: int) -> Iterator[None]:
 
 
 _shared: WeakKeyDictionary[Builder, dict[str, str]] = WeakKeyDictionary()
-"""By a builder and its arguments as text: the tensor that each of its modules has; "" where all own theirs."""
+"""By a builder and its arguments as text: the tensor that each of its modules has; "" where all own
+theirs."""
 
 
 def construct(builder: Builder, words: Config, columns: str = "") -> nn.Module:
-    """Return a user's module that owns its tensors: a copy, where a builder gives the same ones each time.
+    """Return a user's module that owns its tensors: a copy, where a builder gives the same ones
+    each time.
 
-    So members begin with a pretrained part as it is, and the user's own never trains. Of ``torch.compile`` it is what
-    that compiles. Raises InputError where the builder fails, or a tensor that it shares cannot be copied.
+    So members begin with a pretrained part as it is, and the user's own never trains. Of
+    ``torch.compile`` it is what that compiles. Raises InputError where the builder fails, or a
+    tensor that it shares cannot be copied.
     """
     module, is_compiled = _call_builder(builder, words, columns)
-    known, key = _shared.setdefault(builder, {}), repr(words)
+    known = _shared.setdefault(builder, {})
+    key = repr(words)
     if key not in known:
         if is_compiled:
             warn(
-                f"{name_of(builder)} returns torch.compile(module): the module itself trains, and gputune chooses how "
-                "its steps are computed. Leave torch.compile out.",
+                f"{name_of(builder)} returns torch.compile(module): the module itself trains, and "
+                "gputune chooses how its steps are computed. Leave torch.compile out.",
                 InputWarning,
             )
-        # This call is made only once, so the draws of the first module's lazy layers must not depend on it.
+        # This call is made only once, so the draws of the first module's lazy layers must not
+        # depend on it.
         with keyed_draws(torch.device("cpu"), 0, "another", host=True):
             another, _ = _call_builder(builder, words, columns)
         known[key] = _first_shared(module, another)
@@ -116,9 +130,9 @@ def construct(builder: Builder, words: Config, columns: str = "") -> nn.Module:
         return copy.deepcopy(module)
     except Exception as error:
         raise InputError(
-            f"model: {name_of(builder)} returns modules that share {name!r}, which members may not, and copy.deepcopy "
-            f"of one raised {type(error).__name__}: {error}. Let it construct that part, or copy.deepcopy it, in each "
-            "call."
+            f"model: {name_of(builder)} returns modules that share {name!r}, which members may "
+            f"not, and copy.deepcopy of one raised {type(error).__name__}: {error}. Let it "
+            "construct that part, or copy.deepcopy it, in each call."
         ) from error
 
 
@@ -127,31 +141,37 @@ def _call_builder(builder: Builder, words: Config, columns: str) -> tuple[nn.Mod
 
     Raises InputError where it fails, or returns no module that torch has begun.
     """
-    name, cause = name_of(builder), None
+    name = name_of(builder)
+    cause = None
     try:
         module = builder(**words)
     except Exception as error:
         if "before Module.__init__() call" not in str(error):
             raise InputError(
-                f"model: {name}({', '.join(f'{k}={v!r}' for k, v in words.items())}) raised {type(error).__name__}: "
-                f"{error}. {_remedy(builder, words, str(error))}{columns}"
+                f"model: {name}({', '.join(f'{k}={v!r}' for k, v in words.items())}) raised "
+                f"{type(error).__name__}: {error}. {_remedy(builder, words, str(error))}{columns}"
             ) from error
         cause = error
     else:
         if not isinstance(module, nn.Module):
             kind = type(module).__name__
-            raise InputError(f"model: {name} must return a torch.nn.Module, got {kind}; return the module.")
+            raise InputError(
+                f"model: {name} must return a torch.nn.Module, got {kind}; return the module."
+            )
         # A module that torch.jit.trace made has its parameters elsewhere.
         if "_parameters" in vars(module) or isinstance(module, torch.jit.ScriptModule):
             is_compiled = type(module).__name__ == "OptimizedModule"
             inner = module._orig_mod if is_compiled else module
             assert isinstance(inner, nn.Module)
             return inner, is_compiled
-    raise InputError(f"model: an __init__ of {name} does not call super().__init__(); let it do so first.") from cause
+    raise InputError(
+        f"model: an __init__ of {name} does not call super().__init__(); let it do so first."
+    ) from cause
 
 
 def _remedy(builder: Builder, words: Config, error: str) -> str:
-    """Return what to do about an error that a builder raised when it was called with some arguments."""
+    """Return what to do about an error that a builder raised when it was called with some
+    arguments."""
     refused = re.search(r"unexpected keyword argument '(n_features|n_outputs)'", error)
     if refused and refused[1] in words and refused[1] not in parameters_of(builder):
         name = name_of(builder)
@@ -163,24 +183,31 @@ def _remedy(builder: Builder, words: Config, error: str) -> str:
 
 
 def _first_shared(one: nn.Module, other: nn.Module) -> str:
-    """Return the name of the first parameter or buffer of a module that lies in the memory of the other's."""
+    """Return the name of the first parameter or buffer of a module that lies in the memory of the
+    other's."""
 
     def memory(tensor: Tensor) -> int:
-        if is_lazy(tensor) or tensor.layout is not torch.strided:  # which have no memory, or none of one address
+        # which have no memory, or none of one address
+        if is_lazy(tensor) or tensor.layout is not torch.strided:
             return id(tensor)
         return tensor.untyped_storage().data_ptr() or id(tensor)
 
     held = set(map(memory, chain(other.parameters(), other.buffers())))
-    return next((k for k, w in chain(one.named_parameters(), one.named_buffers()) if memory(w) in held), "")
+    return next(
+        (k for k, w in chain(one.named_parameters(), one.named_buffers()) if memory(w) in held), ""
+    )
 
 
 def has_gradient_hook(parameter: Tensor) -> bool:
     """Whether a function of the user's sees, or changes, the gradient of a parameter."""
-    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
+    return bool(
+        parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
+    )
 
 
 def start_from(module: nn.Module, inputs: Sequence[Tensor], y: Tensor, *, seed: int) -> None:
-    """Call a module's ``start_from(*inputs, y)``, if it is not None, under a stream of its own. Raises InputError."""
+    """Call a module's ``start_from(*inputs, y)``, if it is not None, under a stream of its own.
+    Raises InputError."""
     if (begin := getattr(module, "start_from", None)) is None:
         return
     with keyed_draws(y.device, seed, "start_from", host=True), torch.no_grad():
@@ -188,52 +215,67 @@ def start_from(module: nn.Module, inputs: Sequence[Tensor], y: Tensor, *, seed: 
             begin(*inputs, y)
         except Exception as error:
             raise InputError(
-                f"model: {type(module).__name__}.start_from(rows, y) raised {type(error).__name__}: {error}. Mend it, "
-                "or leave it out."
+                f"model: {type(module).__name__}.start_from(rows, y) raised "
+                f"{type(error).__name__}: {error}. Mend it, or leave it out."
             ) from error
 
 
 def dropout_rates(module: nn.Module) -> tuple[str, ...]:
-    """Return the names of the buffers that hold the rates of ``gputune.models.Dropout`` in a module."""
+    """Return the names of the buffers that hold the rates of ``gputune.models.Dropout`` in a
+    module."""
     parts = module.named_modules()
     return tuple(f"{path}.rate".lstrip(".") for path, part in parts if isinstance(part, Dropout))
 
 
 def layers_of(module: nn.Module) -> list[str]:
-    """Return the names of the submodules that own trained parameters: the layers, in ``named_modules()`` order."""
-    # named_parameters() goes through the modules in that order, and gives a shared parameter to its first owner.
+    """Return the names of the submodules that own trained parameters: the layers, in
+    ``named_modules()`` order."""
+    # named_parameters() goes through the modules in that order, and gives a shared parameter to its
+    # first owner.
     trained = (name for name, p in module.named_parameters() if p.requires_grad)
     return list(dict.fromkeys(name.rpartition(".")[0] for name in trained))
 
 
 def hidden_sides(module: nn.Module, trained: Params) -> dict[str, int]:
-    """Return the longer side of each hidden matrix: of weights but for embeddings (or else the first), and the last.
+    """Return the longer side of each hidden matrix: of weights but for embeddings (or else the
+    first), and the last.
 
     The matrix of a convolution has all axes but the first as its columns.
     """
     matrices = [name for name, w in trained.items() if w.dim() > 1 and not w.is_complex()]
-    owners, embedding = dict(module.named_modules()), (nn.Embedding, nn.EmbeddingBag)
-    embeddings = [name for name in matrices if isinstance(owners[name.rpartition(".")[0]], embedding)]
+    owners = dict(module.named_modules())
+    embedding = (nn.Embedding, nn.EmbeddingBag)
+    embeddings = [
+        name for name in matrices if isinstance(owners[name.rpartition(".")[0]], embedding)
+    ]
     left_out = {*(embeddings or matrices[:1]), *matrices[-1:]}
     return {name: max(trained[name].flatten(1).shape) for name in matrices if name not in left_out}
 
 
 def call_arguments(builder: Builder, sizes: Mapping[str, object], arguments: Config) -> Config:
-    """Return what a builder is called with: of the ``sizes`` those that its signature has, and the ``arguments``.
+    """Return what a builder is called with: of the ``sizes`` those that its signature has, and the
+    ``arguments``.
 
-    ``num_classes`` without a default is ``n_outputs``, by torchvision's name for it. What takes any keyword, and is no
-    subclass of what names its own, gets the numbers of features and outputs. Raises InputError, before anything is
-    made, for an argument that it has not, and for one that it needs and nothing gives.
+    ``num_classes`` without a default is ``n_outputs``, by torchvision's name for it. What takes any
+    keyword, and is no subclass of what names its own, gets the numbers of features and outputs.
+    Raises InputError, before anything is made, for an argument that it has not, and for one that it
+    needs and nothing gives.
     """
-    signature, parameters = inspect.signature(builder), parameters_of(builder)
+    signature = inspect.signature(builder)
+    parameters = parameters_of(builder)
     inner = builder.func if isinstance(builder, partial) else builder
     # torch's own takes any keyword in its signature, and refuses them all.
     own = getattr(inner, "__init__", None) is not nn.Module.__init__
     open_ended = own and any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    named = {k for k, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    named = {
+        k for k, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    }
     for name in arguments:
         if name not in named and not open_ended:
-            raise InputError(f"module__{name} is no argument of {name_of(builder)}{signature}; remove it or rename it.")
+            raise InputError(
+                f"module__{name} is no argument of {name_of(builder)}{signature}; remove it or "
+                "rename it."
+            )
         if name in sizes:
             raise InputError(f"module__{name} is given by the data; leave it out.")
     alone = open_ended and parameters.keys() == signature.parameters.keys()
@@ -246,25 +288,30 @@ def call_arguments(builder: Builder, sizes: Mapping[str, object], arguments: Con
     for name, parameter in signature.parameters.items():
         if name in named and parameter.default is parameter.empty and name not in given:
             raise InputError(
-                f"model: {name_of(builder)}{signature} asks for {name!r}, which the data do not give: put "
-                f"'module__{name}' into the space (some values, or one), give it a default, or pass "
-                f"functools.partial({name_of(builder)}, {name}=...)."
+                f"model: {name_of(builder)}{signature} asks for {name!r}, which the data do not "
+                f"give: put 'module__{name}' into the space (some values, or one), give it a "
+                f"default, or pass functools.partial({name_of(builder)}, {name}=...)."
             )
     return given
 
 
 def outputs_hint(builder: Builder, arguments: Config, n_found: int, n_outputs: int) -> str:
-    """Return the parameter of a builder whose default is the number of outputs found, as a remedy; "" for none."""
+    """Return the parameter of a builder whose default is the number of outputs found, as a remedy;
+    "" for none."""
     for name, parameter in parameters_of(builder).items():
         default = parameter.default
         is_number = isinstance(default, int) and not isinstance(default, bool)
         if is_number and default == n_found and name not in arguments:
-            return f" {name_of(builder)} has {name}={n_found} by default: set module__{name}={n_outputs} in the space."
+            return (
+                f" {name_of(builder)} has {name}={n_found} by default: set "
+                f"module__{name}={n_outputs} in the space."
+            )
     return ""
 
 
 def parameters_of(builder: Builder) -> dict[str, inspect.Parameter]:
-    """Return the parameters of a builder by name; of a class that takes any keyword those of its base classes too."""
+    """Return the parameters of a builder by name; of a class that takes any keyword those of its
+    base classes too."""
     last = found = dict(inspect.signature(builder).parameters)
     for base in builder.__mro__[1:] if isinstance(builder, type) else ():
         if base is nn.Module or all(p.kind is not p.VAR_KEYWORD for p in last.values()):
@@ -275,8 +322,11 @@ def parameters_of(builder: Builder) -> dict[str, inspect.Parameter]:
     return found
 
 
-def materialise(module: nn.Module, inputs: Sequence[InputKind], names: Sequence[str] | None) -> None:
-    """Give lazy submodules, such as ``nn.LazyLinear``, the parameters that a first batch would give them."""
+def materialise(
+    module: nn.Module, inputs: Sequence[InputKind], names: Sequence[str] | None
+) -> None:
+    """Give lazy submodules, such as ``nn.LazyLinear``, the parameters that a first batch would give
+    them."""
     if any(map(is_lazy, chain(module.parameters(), module.buffers()))):
         with torch.no_grad():
             call_module(module.eval(), _zeros(inputs), names)
@@ -284,56 +334,81 @@ def materialise(module: nn.Module, inputs: Sequence[InputKind], names: Sequence[
 
 
 def _zeros(inputs: Sequence[InputKind]) -> list[Tensor]:
-    """Return two rows of zeros of each input, floats in single precision, in which modules are constructed."""
-    kinds = ((shape, torch.float32 if dtype.is_floating_point else dtype) for shape, dtype in inputs)
+    """Return two rows of zeros of each input, floats in single precision, in which modules are
+    constructed."""
+    kinds = (
+        (shape, torch.float32 if dtype.is_floating_point else dtype) for shape, dtype in inputs
+    )
     return [torch.zeros(2, *shape, dtype=dtype) for shape, dtype in kinds]
 
 
 def note_of_cast(module: nn.Module, dtype: torch.dtype) -> str:
-    """Return a sentence on the first tensor of a module that its builder made in a dtype of its own; "" for none."""
+    """Return a sentence on the first tensor of a module that its builder made in a dtype of its
+    own; "" for none."""
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.is_floating_point() and tensor.dtype not in (torch.float32, dtype):
             made, trained = (str(one).removeprefix("torch.") for one in (tensor.dtype, dtype))
             return (
-                f" All floats of a module are {trained} while it trains, also {name!r}, which is made as {made}. "
-                f"Let the forward follow it: x.to(self.{name}.dtype) for a fixed dtype."
+                f" All floats of a module are {trained} while it trains, also {name!r}, which is "
+                f"made as {made}. Let the forward follow it: x.to(self.{name}.dtype) for a fixed "
+                "dtype."
             )
     return ""
 
 
 def hint(error: str, inputs: Sequence[Tensor]) -> str:
-    """Return the remedy for an error of torch's as a sentence with a blank before it, "" where none is known."""
+    """Return the remedy for an error of torch's as a sentence with a blank before it, "" where none
+    is known."""
     if "scalar types: Long, Int" in error:
         if any(x.is_floating_point() and x.dim() == 2 for x in inputs):
             return (
-                " For token ids pass a tensor of integers, torch.as_tensor(X): an array or a frame of two axes is a "
-                "table of numbers."
+                " For token ids pass a tensor of integers, torch.as_tensor(X): an array or a "
+                "frame of two axes is a table of numbers."
             )
-        return " An embedding takes ids as int64 or int32: pass X.long(), or begin the forward with x.long()."
+        return (
+            " An embedding takes ids as int64 or int32: pass X.long(), or begin the forward with "
+            "x.long()."
+        )
     if "positional argument" in error or "unexpected keyword argument" in error:
         return (
-            " Several inputs are passed in order, those of a dict under their keys; where the items of a Dataset are "
-            "(inputs, target), leave y out."
+            " Several inputs are passed in order, those of a dict under their keys; where the "
+            "items of a Dataset are (inputs, target), leave y out."
         )
     whole = any(not x.is_floating_point() for x in inputs)
-    if whole and any(word in error for word in ("Input type", "dtype", "Byte", "Bool", "Long", "Int")):
-        scaled = ", or numbers='standard' makes floats of bytes" * any(x.dtype == torch.uint8 for x in inputs)
-        return f" Integers, bytes and booleans come as they are: begin the forward with x.float(){scaled}."
+    if whole and any(
+        word in error for word in ("Input type", "dtype", "Byte", "Bool", "Long", "Int")
+    ):
+        scaled = ", or numbers='standard' makes floats of bytes" * any(
+            x.dtype == torch.uint8 for x in inputs
+        )
+        return (
+            " Integers, bytes and booleans come as they are: begin the forward with "
+            f"x.float(){scaled}."
+        )
     # Channels that are not the axis after the rows.
     lacking = any(f"expected {axes}D input (got {axes - 1}D" in error for axes in (4, 5))
     if lacking or f"expected input[1, {len(inputs[0])}, " in error:
-        return " X lacks the axis of the channels, which torch's layers want after the rows: pass X[:, None]."
-    if re.search(r"Expected \dD \(unbatched\) or \dD \(batched\) input to conv[23]d", error) and inputs[0].dim() == 2:
+        return (
+            " X lacks the axis of the channels, which torch's layers want after the rows: pass "
+            "X[:, None]."
+        )
+    if (
+        re.search(r"Expected \dD \(unbatched\) or \dD \(batched\) input to conv[23]d", error)
+        and inputs[0].dim() == 2
+    ):
         return (
             f" A convolution takes images, and a row of X is {inputs[0].shape[1]} numbers: pass "
             "X.reshape(-1, channels, height, width)."
         )
     wanted = re.search(r"to have (\d+) channels, but got", error)
-    last = next((x for x in inputs if wanted and x.dim() > 2 and x.shape[-1] in {1, 3, 4, int(wanted[1])}), None)
+    last = next(
+        (x for x in inputs if wanted and x.dim() > 2 and x.shape[-1] in {1, 3, 4, int(wanted[1])}),
+        None,
+    )
     if last is None:
         return ""
     order = (0, last.dim() - 1, *range(1, last.dim() - 1))
     return (
-        f" The channels of X seem to come last, and torch's layers want them first: pass X.transpose{order} of an "
-        f"array, X.permute{order} of a tensor."
+        " The channels of X seem to come last, and torch's layers want them first: pass "
+        f"X.transpose{order} of an array, X.permute{order} of a tensor."
     )

@@ -21,14 +21,16 @@ class DrawWatch:
     Attributes:
         draws: Whether a call in training drew from PyTorch's default generator.
         decides: Whether such a call also read a number of a tensor, by which it may decide.
-        draws_in_evaluation: Whether a call in evaluation mode drew from PyTorch's default generator.
+        draws_in_evaluation: Whether a call in evaluation mode drew from PyTorch's default
+            generator.
         generator: The name of another generator that a call drew from; "" if there was none.
     """
 
     def __init__(self, module: nn.Module, loss: object, step: object, augment: object) -> None:
         self._module = module
         self._step = step
-        self._functions = (loss, step, augment)  # the user's functions that run in a step next to the forward
+        # the user's functions that run in a step next to the forward
+        self._functions = (loss, step, augment)
         self.draws = False
         self.decides = False
         self.draws_in_evaluation = False
@@ -36,16 +38,20 @@ class DrawWatch:
         self._passed: list[torch.Generator] = []  # to operations, in all calls so far
 
     def outside(self) -> str:
-        """Return how the module draws random numbers that gputune cannot draw for all members; "" if it does not."""
+        """Return how the module draws random numbers that gputune cannot draw for all members; ""
+        if it does not."""
         code = drawing_code(self._module, self._functions, self._step)
         if not code and not self.generator:
             return ""
         where = code or f"it draws from {self.generator}"
-        return f"{where}, and a stacked or recorded step would repeat the number that is drawn first"
+        return (
+            f"{where}, and a stacked or recorded step would repeat the number that is drawn first"
+        )
 
     @contextmanager
     def watching(self, *, training: bool) -> Iterator[None]:
-        """Note which generators are drawn from inside, and whether a number of a tensor is read then."""
+        """Note which generators are drawn from inside, and whether a number of a tensor is read
+        then."""
         with keyed_draws(_CPU, 0, "check", host=True):
             default = torch.get_rng_state()
             others = generator_states(self._module, self._functions)
@@ -54,7 +60,8 @@ class DrawWatch:
             drew = not torch.equal(default, torch.get_rng_state())
             changed = changed_generator(others, generator_states(self._module, self._functions))
         for generator in recorder.generators:
-            if any(generator is other for other in self._passed):  # it is not made anew in each call
+            # it is not made anew in each call
+            if any(generator is other for other in self._passed):
                 changed = changed or "a torch.Generator of its own"
         self._passed += recorder.generators
         self.generator = self.generator or changed
@@ -66,14 +73,17 @@ class DrawWatch:
 
 
 class _OperationWatch(DispatchMode):  # type: ignore[no-untyped-call]
-    """Notes whether a number of a tensor is read into Python, which may decide by it, and generators that are used."""
+    """Notes whether a number of a tensor is read into Python, which may decide by it, and
+    generators that are used."""
 
     def __init__(self) -> None:
         super().__init__()
         self.reads = False
         self.generators: list[torch.Generator] = []
 
-    def __torch_dispatch__(self, func: Operator, types: object, args: Args = (), kwargs: Words | None = None) -> object:
+    def __torch_dispatch__(
+        self, func: Operator, types: object, args: Args = (), kwargs: Words | None = None
+    ) -> object:
         kwargs = kwargs or {}
         self.reads |= torch.Tag.data_dependent_output in func.tags
         generator = kwargs.get("generator")
@@ -83,14 +93,17 @@ class _OperationWatch(DispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Trail:
-    """Remembers which submodule was running, so that an error can name it, and how much one has returned."""
+    """Remembers which submodule was running, so that an error can name it, and how much one has
+    returned."""
 
     def __init__(self, module: nn.Module) -> None:
         self.open: list[str] = []
         self.largest = 0
         for name, part in module.named_modules():
             if not isinstance(part, torch.jit.ScriptModule):  # which takes no hooks
-                part.register_forward_pre_hook(lambda _module, _args, name=name: self.open.append(name))
+                part.register_forward_pre_hook(
+                    lambda _module, _args, name=name: self.open.append(name)
+                )
                 part.register_forward_hook(self._leave)
 
     def _leave(self, _module: nn.Module, _args: object, result: object) -> None:

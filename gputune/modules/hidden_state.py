@@ -1,8 +1,9 @@
 """State that a module keeps where neither a member nor a saved model has it: in plain attributes.
 
-A member is its parameters, its buffers and the numbers that it counts in. A tensor in a plain attribute, or in a list
-or an object there, is lost with the module that trained. That does no harm where predictions do not depend on it, as
-with activations that a forward keeps or a table that it makes again.
+A member is its parameters, its buffers and the numbers that it counts in. A tensor in a plain
+attribute, or in a list or an object there, is lost with the module that trained. That does no harm
+where predictions do not depend on it, as with activations that a forward keeps or a table that it
+makes again.
 """
 
 from collections.abc import Sequence
@@ -72,12 +73,14 @@ def check_evaluation(trial: ModuleTrial, before: KeptState, outputs: Tensor) -> 
     changed = before.changed(trial.module)
     if changed and not _close(trial.forward(trial.inputs, training=False), outputs):
         raise InputError(
-            f"model: {trial.name} changes {changed[0]!r} in evaluation mode, so each prediction would depend on the "
-            "rows before it. Change it only where self.training is True."
+            f"model: {trial.name} changes {changed[0]!r} in evaluation mode, so each prediction "
+            "would depend on the rows before it. Change it only where self.training is True."
         )
 
 
-def check_hidden_state(trial: ModuleTrial, before: KeptState, counted: Sequence[str], outputs: Tensor) -> None:
+def check_hidden_state(
+    trial: ModuleTrial, before: KeptState, counted: Sequence[str], outputs: Tensor
+) -> None:
     """Raise InputError where predictions depend on what training has left in plain attributes.
 
     Args:
@@ -91,11 +94,14 @@ def check_hidden_state(trial: ModuleTrial, before: KeptState, counted: Sequence[
     changed = [name for name in before.changed(trial.module) if name not in held]
     if changed:
         _copy_state(trial.module, fresh, counted)
-        _check_same(trial, fresh, outputs, f"keeps state in {changed[0]!r}, a plain attribute", changed[0])
+        _check_same(
+            trial, fresh, outputs, f"keeps state in {changed[0]!r}, a plain attribute", changed[0]
+        )
 
 
 def buffers_at_start(trial: ModuleTrial) -> list[str]:
-    """Return the names of the buffers with ``persistent=False`` that the module's ``start_from`` changes.
+    """Return the names of the buffers with ``persistent=False`` that the module's ``start_from``
+    changes.
 
     Raises InputError where predictions depend on what it leaves in plain attributes.
     """
@@ -110,13 +116,20 @@ def buffers_at_start(trial: ModuleTrial) -> list[str]:
         outputs = trial.of_module(started).forward(trial.inputs, training=False)
         other = trial.fresh()
         _copy_state(started, other, ())
-        _check_same(trial, other, outputs, f"sets {hidden[0]!r}, a plain attribute, in start_from", hidden[0])
+        _check_same(
+            trial,
+            other,
+            outputs,
+            f"sets {hidden[0]!r}, a plain attribute, in start_from",
+            hidden[0],
+        )
     persistent = started.state_dict().keys()
     return [name for name in changed if name in buffers and name not in persistent]
 
 
 def _copy_state(module: nn.Module, other: nn.Module, counted: Sequence[str]) -> None:
-    """Give another module of the same class all that a member has: tensors, and the numbers ``counted``."""
+    """Give another module of the same class all that a member has: tensors, and the numbers
+    ``counted``."""
     tensors = {**dict(module.named_parameters()), **not_trained(module)}
     with torch.no_grad():
         for name, own in (*other.named_parameters(), *other.named_buffers()):
@@ -125,12 +138,14 @@ def _copy_state(module: nn.Module, other: nn.Module, counted: Sequence[str]) -> 
     put_numbers(other, state_of(module, counted))
 
 
-def _check_same(trial: ModuleTrial, other: nn.Module, outputs: Tensor, finding: str, name: str) -> None:
+def _check_same(
+    trial: ModuleTrial, other: nn.Module, outputs: Tensor, finding: str, name: str
+) -> None:
     if not _close(trial.of_module(other).forward(trial.inputs, training=False), outputs):
         key = name.rpartition(".")[2]
         raise InputError(
-            f"model: {trial.name} {finding}, and its predictions depend on that. A trained model would lose it: make "
-            f"it a buffer, self.register_buffer({key!r}, tensor)."
+            f"model: {trial.name} {finding}, and its predictions depend on that. A trained model "
+            f"would lose it: make it a buffer, self.register_buffer({key!r}, tensor)."
         )
 
 

@@ -1,10 +1,11 @@
 """Generators outside of PyTorch that a module's code can draw from, found by reading that code.
 
-A stacked or recorded step runs the code of a forward once for many members or steps, so a number that Python or NumPy
-drew there would be the same in all of them. A trial call cannot rule this out: the draw may lie in a branch that is
-taken in one step of a hundred. Therefore the bytecode of a forward, and of the functions that it refers to, is read
-together with the objects that its names stand for. A trial call then shows draws inside of libraries, whose code is
-not read, by the states of the generators.
+A stacked or recorded step runs the code of a forward once for many members or steps, so a number
+that Python or NumPy drew there would be the same in all of them. A trial call cannot rule this out:
+the draw may lie in a branch that is taken in one step of a hundred. Therefore the bytecode of a
+forward, and of the functions that it refers to, is read together with the objects that its names
+stand for. A trial call then shows draws inside of libraries, whose code is not read, by the states
+of the generators.
 """
 
 import builtins
@@ -20,14 +21,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from gputune.modules.host_generators import GENERATORS, Env, closure_of, is_a, is_library, items_of, source_name
+from gputune.modules.host_generators import (
+    GENERATORS,
+    Env,
+    closure_of,
+    is_a,
+    is_library,
+    items_of,
+    source_name,
+)
 
 _MOST_FUNCTIONS = 5000  # that are read, so that a huge library of modules ends the reading
 _UNKNOWN = object()
 
 
 def drawing_code(module: nn.Module, functions: Iterable[object] = (), step: object = None) -> str:
-    """Return where code of a module or of some functions can draw outside of PyTorch's default generator.
+    """Return where code of a module or of some functions can draw outside of PyTorch's default
+    generator.
 
     Args:
         module: The module, whose forwards, hooks and submodules are read.
@@ -56,10 +66,12 @@ def _defaults_of(function: types.FunctionType) -> Env:
 
 @lru_cache(4096)
 def _instructions(code: types.CodeType) -> tuple[tuple[str, Any], ...]:
-    """Return the operations of a code object with their arguments; pairs of names that are loaded are split."""
+    """Return the operations of a code object with their arguments; pairs of names that are loaded
+    are split."""
     found: list[tuple[str, Any]] = []
     for instruction in dis.get_instructions(code):
-        name, value = instruction.opname, instruction.argval
+        name = instruction.opname
+        value = instruction.argval
         if name in _NEUTRAL:
             continue
         if name == "KW_NAMES" and instruction.arg is not None:  # of Python 3.11 and 3.12
@@ -71,7 +83,16 @@ def _instructions(code: types.CodeType) -> tuple[tuple[str, Any], ...]:
     return tuple(found)
 
 
-_NEUTRAL = {"PUSH_NULL", "CACHE", "PRECALL", "NOP", "EXTENDED_ARG", "RESUME", "COPY_FREE_VARS", "MAKE_CELL"}
+_NEUTRAL = {
+    "PUSH_NULL",
+    "CACHE",
+    "PRECALL",
+    "NOP",
+    "EXTENDED_ARG",
+    "RESUME",
+    "COPY_FREE_VARS",
+    "MAKE_CELL",
+}
 """Operations that leave the value that was loaded last on top of the stack."""
 _PAIRS = {
     "LOAD_FAST_LOAD_FAST": ("LOAD_FAST", "LOAD_FAST"),
@@ -79,7 +100,13 @@ _PAIRS = {
     "STORE_FAST_LOAD_FAST": ("STORE_FAST", "LOAD_FAST"),
     "STORE_FAST_STORE_FAST": ("STORE_FAST", "STORE_FAST"),
 }
-_LOADS = {"LOAD_FAST", "LOAD_FAST_CHECK", "LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF"}
+_LOADS = {
+    "LOAD_FAST",
+    "LOAD_FAST_CHECK",
+    "LOAD_DEREF",
+    "LOAD_CLASSDEREF",
+    "LOAD_FROM_DICT_OR_DEREF",
+}
 _GLOBAL_LOADS = {"LOAD_GLOBAL", "LOAD_NAME"}
 _STORES = {"STORE_FAST", "STORE_DEREF"}
 _ATTRIBUTES = {"LOAD_ATTR", "LOAD_METHOD"}
@@ -90,7 +117,8 @@ class _Reader:
 
     def __init__(self) -> None:
         self.found = ""
-        self.read: dict[tuple[int, ...], object] = {}  # the values keep the objects alive, so that ids stay theirs
+        # the values keep the objects alive, so that ids stay theirs
+        self.read: dict[tuple[int, ...], object] = {}
         self.place = ""
 
     def visit(self, value: object) -> None:
@@ -98,7 +126,11 @@ class _Reader:
         if self.found or value is _UNKNOWN or value is None:
             return
         if source := source_name(value):
-            self.found = f"{self.place} uses {source}" if source.startswith("a ") else f"{self.place} calls {source}"
+            self.found = (
+                f"{self.place} uses {source}"
+                if source.startswith("a ")
+                else f"{self.place} calls {source}"
+            )
         elif is_a(value, types.FunctionType):
             self._read(value, [])
         elif is_a(value, types.MethodType):
@@ -138,20 +170,27 @@ class _Reader:
                 self.visit(list(hooks.values()))
 
     def _visit_class(self, cls: type) -> None:
-        """Look at the functions of a class, whose instances code makes; of a module class at its forward."""
+        """Look at the functions of a class, whose instances code makes; of a module class at its
+        forward."""
         if self._is_read(cls, []):
             return
         for base in cls.__mro__:
             functions = dict(vars(base))
-            if issubclass(cls, nn.Module):  # code also names it for super(), and its constructor may draw
+            # code also names it for super(), and its constructor may draw
+            if issubclass(cls, nn.Module):
                 functions = {"forward": functions.get("forward")}
             for value in functions.values():
-                inner = value.__func__ if is_a(value, staticmethod) or is_a(value, classmethod) else value
+                inner = (
+                    value.__func__
+                    if is_a(value, staticmethod) or is_a(value, classmethod)
+                    else value
+                )
                 if is_a(inner, types.FunctionType):
                     self._read(inner, [])
 
     def _visit_instance(self, value: object) -> None:
-        """Look at an object that is passed on or called: at its ``__call__``, and at the generators that it holds."""
+        """Look at an object that is passed on or called: at its ``__call__``, and at the generators
+        that it holds."""
         if self._is_read(value, []):
             return
         if is_a(call := getattr_static(type(value), "__call__", None), types.FunctionType):
@@ -180,7 +219,8 @@ class _Reader:
         return False
 
     def _read(self, function: types.FunctionType, arguments: Sequence[object]) -> None:
-        """Read the code of a function that is called with some arguments, as far as they are known."""
+        """Read the code of a function that is called with some arguments, as far as they are
+        known."""
         if self.found or is_library(function) or self._is_read(function.__code__, arguments):
             return
         code = function.__code__
@@ -193,8 +233,10 @@ class _Reader:
         self.place = before
 
     def _read_code(self, code: types.CodeType, env: Env, outside: Mapping[str, Any]) -> None:
-        """Follow the names of a code object, from a load over its attributes to what they end in."""
-        stack: list[object] = []  # the values that were loaded last; empty where their number is not known
+        """Follow the names of a code object, from a load over its attributes to what they end
+        in."""
+        # the values that were loaded last; empty where their number is not known
+        stack: list[object] = []
         keywords = 0  # of the call that comes next
         for operation, name in _instructions(code):
             top = stack.pop() if stack else _UNKNOWN
@@ -219,7 +261,9 @@ class _Reader:
                     stack += [top, self._attribute(top, name)]
                 elif operation == "CALL" and len(stack) >= name:
                     values = [*stack, top]
-                    self.call(values[-name - 1], values[len(values) - name : len(values) - keywords])
+                    self.call(
+                        values[-name - 1], values[len(values) - name : len(values) - keywords]
+                    )
                     stack = [*values[: -name - 1], _UNKNOWN]
                     keywords = 0
                 else:
@@ -233,7 +277,8 @@ class _Reader:
                 self._read_code(constant, dict(env), outside)
 
     def _attribute(self, value: object, name: str) -> object:
-        """Return an attribute without running code of the user's; of a property the code that gets it is read."""
+        """Return an attribute without running code of the user's; of a property the code that gets
+        it is read."""
         if value is _UNKNOWN or is_a(value, torch.Tensor):
             return _UNKNOWN
         if source_name(value) and not is_a(value, types.ModuleType):

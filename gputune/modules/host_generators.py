@@ -1,6 +1,8 @@
-"""Random generators that a module may use next to PyTorch's default one: their names, and their states.
+"""Random generators that a module may use next to PyTorch's default one: their names, and their
+states.
 
-PyTorch's default generator is the only one that gputune can set to a stream of its own for each step of all members.
+PyTorch's default generator is the only one that gputune can set to a stream of its own for each
+step of all members.
 """
 
 import functools
@@ -18,7 +20,13 @@ import numpy as np
 import torch
 from torch import nn
 
-GENERATORS = (random.Random, np.random.RandomState, np.random.Generator, np.random.BitGenerator, torch.Generator)
+GENERATORS = (
+    random.Random,
+    np.random.RandomState,
+    np.random.Generator,
+    np.random.BitGenerator,
+    torch.Generator,
+)
 _SEEDED_CLASSES = (random.Random, np.random.RandomState, np.random.BitGenerator)
 """Classes of generators that code makes to draw from them."""
 _MODULES = (random, np.random, secrets)
@@ -42,10 +50,11 @@ Env: TypeAlias = dict[str, object]
 
 
 def generator_states(module: nn.Module, functions: Iterable[object] = ()) -> dict[str, bytes]:
-    """Return the states of the global generators of Python and NumPy, and of those that are held, by their names.
+    """Return the states of the global generators of Python and NumPy, and of those that are held,
+    by their names.
 
-    A generator is held by a module if it is an attribute of it, or lies in a list or dict there. It is held by a
-    function if it is in its closure or its file.
+    A generator is held by a module if it is an attribute of it, or lies in a list or dict there. It
+    is held by a function if it is in its closure or its file.
     """
     states = {
         "Python's random": pickle.dumps(random.getstate()),
@@ -100,7 +109,11 @@ def items_of(value: object) -> list[object]:
 def _state_of(generator: object) -> bytes | None:
     """Return the state of a generator; None for one that asks the system."""
     if isinstance(generator, torch.Generator):
-        return None if generator is torch.default_generator else generator.get_state().numpy().tobytes()
+        return (
+            None
+            if generator is torch.default_generator
+            else generator.get_state().numpy().tobytes()
+        )
     if isinstance(generator, np.random.RandomState):
         return pickle.dumps(generator.get_state(legacy=False))
     if isinstance(generator, np.random.Generator):
@@ -108,7 +121,9 @@ def _state_of(generator: object) -> bytes | None:
     if isinstance(generator, np.random.BitGenerator):
         return pickle.dumps(generator.state)
     assert isinstance(generator, random.Random)
-    return None if isinstance(generator, random.SystemRandom) else pickle.dumps(generator.getstate())
+    return (
+        None if isinstance(generator, random.SystemRandom) else pickle.dumps(generator.getstate())
+    )
 
 
 def _kind_of(generator: object) -> str:
@@ -118,7 +133,8 @@ def _kind_of(generator: object) -> str:
 
 
 def source_name(value: object) -> str:
-    """Return the name of a value that draws outside of PyTorch's default generator; "" for any other value."""
+    """Return the name of a value that draws outside of PyTorch's default generator; "" for any
+    other value."""
     if value is torch.default_generator:
         return ""
     if is_a(value, *GENERATORS):

@@ -1,8 +1,9 @@
-"""A user's module tried on a few rows before anything trains: what it does, and whether its members can be stacked.
+"""A user's module tried on a few rows before anything trains: what it does, and whether its members
+can be stacked.
 
-Two members of unlike parameters see two minibatches stacked, and each alone, as plain modules: gradients, buffers and
-outputs must agree. What differs, or cannot be mapped at all, trains member by member. Where a training fails, members
-are tried again: on which row?
+Two members of unlike parameters see two minibatches stacked, and each alone, as plain modules:
+gradients, buffers and outputs must agree. What differs, or cannot be mapped at all, trains member
+by member. Where a training fails, members are tried again: on which row?
 """
 
 import re
@@ -19,9 +20,20 @@ from gputune.data.dataset import Dataset
 from gputune.errors import InputError
 from gputune.memory import is_out_of_memory
 from gputune.modules.calls import not_trained, state_of
-from gputune.modules.construction import Builder, call_arguments, dropout_rates, has_gradient_hook, name_of
+from gputune.modules.construction import (
+    Builder,
+    call_arguments,
+    dropout_rates,
+    has_gradient_hook,
+    name_of,
+)
 from gputune.modules.draw_watch import Trail
-from gputune.modules.hidden_state import KeptState, buffers_at_start, check_evaluation, check_hidden_state
+from gputune.modules.hidden_state import (
+    KeptState,
+    buffers_at_start,
+    check_evaluation,
+    check_hidden_state,
+)
 from gputune.modules.module import ModuleNetwork, StackedModule, Traits
 from gputune.modules.module_trial import ModuleTrial, at_start, is_close
 from gputune.modules.probabilities import are_probabilities, check_probabilities
@@ -36,8 +48,8 @@ _CPU = torch.device("cpu")
 _KEY = (0, 0)
 _EVALUATION = (0, 0, 0)
 _ADVICE = (
-    "Control flow and .item() that depend on data are the usual causes (write them with torch.where), or an operation "
-    "that torch.func.vmap does not know"
+    "Control flow and .item() that depend on data are the usual causes (write them with "
+    "torch.where), or an operation that torch.func.vmap does not know"
 )
 
 _known: WeakKeyDictionary[Dataset, dict[Builder, dict[str, Traits]]] = WeakKeyDictionary()
@@ -50,12 +62,19 @@ def known_traits(builder: Builder | None, data: Dataset) -> dict[str, Traits]:
 
 
 def traits_of(
-    builder: Builder, config: Config, data: Dataset, *, columns: str = "", objective: Objective | None = None
+    builder: Builder,
+    config: Config,
+    data: Dataset,
+    *,
+    columns: str = "",
+    objective: Objective | None = None,
 ) -> Traits:
-    """Return what a user's module does with rows of the first fold; each of its ``arguments_text`` is tried once.
+    """Return what a user's module does with rows of the first fold; each of its ``arguments_text``
+    is tried once.
 
-    Raises InputError, ending in ``columns`` (a sentence on how the rows came from the user's) where shapes may be the
-    cause, for a module that fails, returns outputs of another shape, or has nothing to train.
+    Raises InputError, ending in ``columns`` (a sentence on how the rows came from the user's) where
+    shapes may be the cause, for a module that fails, returns outputs of another shape, or has
+    nothing to train.
     """
     known = _known.setdefault(data, {}).setdefault(builder, {})
     key = arguments_text(config)
@@ -68,18 +87,21 @@ def traits_of(
     if not traits.row_losses and data.weights is not None:
         loss = objective.in_words if objective else "the loss"
         raise InputError(
-            f"sample_weight and class_weight weigh rows, and {loss} gives no number a row but their mean: return row "
-            "losses of shape (rows,), or leave the weights out."
+            f"sample_weight and class_weight weigh rows, and {loss} gives no number a row but "
+            "their mean: return row losses of shape (rows,), or leave the weights out."
         )
     return traits
 
 
 def returns_one_logit(builder: Builder, config: Config, data: Dataset) -> bool:
-    """Whether a module that asks for no number of outputs returns one a row, (n,) or (n, 1), where y is two classes.
+    """Whether a module that asks for no number of outputs returns one a row, (n,) or (n, 1), where
+    y is two classes.
 
-    False also for a module that cannot be made, or fails, of which its inspection knows more to say.
+    False also for a module that cannot be made, or fails, of which its inspection knows more to
+    say.
     """
-    data, given = data.of(config), module_arguments(config)
+    data = data.of(config)
+    given = module_arguments(config)
     sizes = {"n_features": data.n_features, "n_outputs": 2, "input_shape": ()}
     filled = call_arguments(builder, sizes, given).keys() - given.keys()
     if data.task != "binary" or filled & {"n_outputs", "num_classes"}:
@@ -91,45 +113,56 @@ def returns_one_logit(builder: Builder, config: Config, data: Dataset) -> bool:
 
 
 def check_rates(name: str, config: Config, traits: Traits, *, usual: Config) -> None:
-    """Raise InputError for a rate that nothing of the module ``name`` has, but for keys of all trials, ``usual``."""
+    """Raise InputError for a rate that nothing of the module ``name`` has, but for keys of all
+    trials, ``usual``."""
     parts = sorted({part for path in traits.named for part in path.split(".")})
     for key in config.keys() - usual.keys():
         if key.startswith((LR_FACTOR, DECAY_FACTOR)) and key.partition("__")[2] not in parts:
             raise InputError(
-                f"space: {key} names no parameter of {name}: the parts of their paths are {', '.join(parts)}; choose "
-                "one of these."
+                f"space: {key} names no parameter of {name}: the parts of their paths are "
+                f"{', '.join(parts)}; choose one of these."
             )
     if config["dropout"] and not traits.scheduled:
         raise InputError(
-            f"space: dropout is the rate of gputune.models.Dropout, which {name} does not have; use it in the place of "
-            "nn.Dropout, or give the rate as an argument of the module (module__*)."
+            f"space: dropout is the rate of gputune.models.Dropout, which {name} does not have; "
+            "use it in the place of nn.Dropout, or give the rate as an argument of the module "
+            "(module__*)."
         )
 
 
 def gain_of_code(builder: Builder, config: Config) -> float:
-    """Return by how many seconds compiled code was found to make a step faster on whatever rows; 0.0: not, so far."""
-    gains, by_default = _gains.get(builder, {}), {**config, "numbers": None}
+    """Return by how many seconds compiled code was found to make a step faster on whatever rows;
+    0.0: not, so far."""
+    gains = _gains.get(builder, {})
+    by_default = {**config, "numbers": None}
     return gains.get(arguments_text(config)) or gains.get(arguments_text(by_default), 0.0)
 
 
-def note_fastest(builder: Builder, data: Dataset, arguments: str, *, slow: str, gain: float) -> bool:
-    """Remember how a module's members train fastest, with these arguments; return whether it is news.
+def note_fastest(
+    builder: Builder, data: Dataset, arguments: str, *, slow: str, gain: float
+) -> bool:
+    """Remember how a module's members train fastest, with these arguments; return whether it is
+    news.
 
     ``gain`` is by how many seconds a step is faster in compiled code, 0.0 where it is not.
     """
     known = _known[data][builder]
-    before, known[arguments] = known[arguments], replace(known[arguments], slow=slow, coded=gain > 0)
+    before = known[arguments]
+    known[arguments] = replace(known[arguments], slow=slow, coded=gain > 0)
     _gains.setdefault(builder, {})[arguments] = gain
     return before != known[arguments]
 
 
 def inspect_module(trial: ModuleTrial) -> Traits:
     """Try a module in training twice, and in evaluation, then stacked; return what it did."""
-    module, x, start = trial.module, trial.inputs, trial.numbers()
+    module = trial.module
+    x = trial.inputs
+    start = trial.numbers()
     before = {name: tensor.detach().clone() for name, tensor in not_trained(module).items()}
     untrained = KeptState(module)
     trial.forward(x, training=True, watched=True)
-    trained, first = trial.forward(x, training=True), trial.numbers()
+    trained = trial.forward(x, training=True)
+    first = trial.numbers()
     places = [(w, w.detach().clone()) for w in module.parameters() if w.requires_grad]
     for w, value in places:  # moved a little, so that what follows them moves too
         w.data = value + 0.01
@@ -140,10 +173,14 @@ def inspect_module(trial: ModuleTrial) -> Traits:
     trial.check_outputs(trained)
     trial.check_trainable(trained)
     now = not_trained(module)  # a forward may have added buffers
-    changing = [name for name, tensor in before.items() if not torch.equal(now[name].detach(), tensor)]
+    changing = [
+        name for name, tensor in before.items() if not torch.equal(now[name].detach(), tensor)
+    ]
     changing += [name for name in buffers_at_start(trial) if name not in changing]
     changing += [name for name in dropout_rates(module) if name not in changing]
-    counted = [k for k, value in second.items() if k in start and (start[k], value) != (first[k], first[k])]
+    counted = [
+        k for k, value in second.items() if k in start and (start[k], value) != (first[k], first[k])
+    ]
     unevaluated = KeptState(module)
     alone = trial.forward(x, training=False, watched=True)
     trial.check_outputs(alone)
@@ -179,7 +216,8 @@ def inspect_module(trial: ModuleTrial) -> Traits:
 
 
 def _of_itself(module: nn.Module, counted: Sequence[str], changing: Sequence[str]) -> str:
-    """Return what a module does beside its tensors, which stacked members cannot each do; "" for nothing."""
+    """Return what a module does beside its tensors, which stacked members cannot each do; "" for
+    nothing."""
     if counted:
         return f"it counts in {counted[0]!r}, a number of its own"
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
@@ -193,7 +231,8 @@ _DIFFERS = "when its members are stacked than alone"
 
 
 def _stacking_traits(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str, ...]]:
-    """Return why two members cannot be stacked, "" where they do as the plain modules, and the parameters not used."""
+    """Return why two members cannot be stacked, "" where they do as the plain modules, and the
+    parameters not used."""
     reason, unused = _rounded_traits(trial, traits)
     if _DIFFERS in reason and trial.shape.dtype == torch.float32:
         # By rounding alone a ReLU beside 0 may be on in one and off in the other.
@@ -209,11 +248,17 @@ def _stacking_traits(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str
 def _rounded_traits(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str, ...]]:
     """Return what ``_stacking_traits`` does, up to the rounding of the trial's dtype."""
     stacked = StackedModule(
-        trial.builder, [trial.config] * 2, trial.shape, seed=0, traits=traits, objective=trial.objective
+        trial.builder,
+        [trial.config] * 2,
+        trial.shape,
+        seed=0,
+        traits=traits,
+        objective=trial.objective,
     )
     flat = stacked.start()
     parameters = flat[: stacked.trained.size]
-    parameters += 0.01 * torch.linspace(-1, 1, len(parameters), dtype=flat.dtype)  # the members differ
+    # the members differ
+    parameters += 0.01 * torch.linspace(-1, 1, len(parameters), dtype=flat.dtype)
     params = stacked.blocks.views(flat)
     alone = [_plain_results(stacked, stacked.member(params, 0, c), trial) for c in range(2)]
     trail = Trail(stacked.template)
@@ -222,30 +267,41 @@ def _rounded_traits(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str,
     except InputError:
         raise
     except Exception as error:
-        says = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")  # the rest is for torch's developers
+        # the rest is for torch's developers
+        says = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
         return f"{trail.submodule or 'its forward'} says: {says}. {_ADVICE}", ()
     for c, (outputs, gradients, after) in enumerate(alone):
         for found, expected in zip(together[1], gradients):
             pairs = ((v[0, c], expected[k]) for k, v in found.items())
-            if not _all_close((own, torch.zeros_like(own) if slope is None else slope) for own, slope in pairs):
+            if not _all_close(
+                (own, torch.zeros_like(own) if slope is None else slope) for own, slope in pairs
+            ):
                 return f"it has another gradient {_DIFFERS}", ()
         if not _all_close(((v[0, c], after[k]) for k, v in together[2].items())):
             return f"it has other buffers after a step {_DIFFERS}", ()
         if not is_close(together[0][c], outputs.view(together[0][c].shape)):
             return f"it gives other outputs {_DIFFERS}", ()
-    return "", tuple(k for k in stacked.first if all(g[k] is None for _, gradients, _ in alone for g in gradients))
+    return "", tuple(
+        k
+        for k in stacked.first
+        if all(g[k] is None for _, gradients, _ in alone for g in gradients)
+    )
 
 
 def _plain_results(
     stacked: StackedModule, module: nn.Module, trial: ModuleTrial
 ) -> tuple[Tensor, list[dict[str, Tensor | None]], Params]:
-    """Return the outputs of a plain module after two minibatches, their gradients, and what they have changed."""
-    objective, names = stacked.objective, trial.shape.names
+    """Return the outputs of a plain module after two minibatches, their gradients, and what they
+    have changed."""
+    objective = stacked.objective
+    names = trial.shape.names
     gradients: list[dict[str, Tensor | None]] = []
     for rows in _minibatches(trial):
         inputs = [x[rows] for x in trial.augmented()]
         with torch.enable_grad(), keyed_draws(_CPU, 0, "dropout", *_KEY):
-            losses = objective.losses(module.train(), inputs, trial.y[rows], trial.config, names=names)
+            losses = objective.losses(
+                module.train(), inputs, trial.y[rows], trial.config, names=names
+            )
             losses.mean().backward()  # type: ignore[no-untyped-call]
         gradients.append({k: w.grad for k, w in module.named_parameters() if w.requires_grad})
         module.zero_grad()
@@ -254,14 +310,20 @@ def _plain_results(
     return outputs, gradients, state_of(module, tuple(stacked.kept))
 
 
-def _stacked_results(stacked: StackedModule, flat: Tensor, trial: ModuleTrial) -> tuple[Tensor, list[Params], Params]:
-    """Return what ``_plain_results`` does, of two stacked members: outputs (2, B, ...), tensors (1, 2, ...)."""
-    params, gradients = stacked.blocks.views(flat), []
+def _stacked_results(
+    stacked: StackedModule, flat: Tensor, trial: ModuleTrial
+) -> tuple[Tensor, list[Params], Params]:
+    """Return what ``_plain_results`` does, of two stacked members: outputs (2, B, ...), tensors (1,
+    2, ...)."""
+    params = stacked.blocks.views(flat)
+    gradients = []
     with torch.no_grad():
         for rows in _minibatches(trial):
             grads = stacked.trained.views(torch.zeros(stacked.trained.size).to(flat))
             y = trial.y[rows]
-            batch = Batch(tuple(x[None, rows] for x in trial.inputs), y[None], 1 / len(y), slice(0, 1), _KEY)
+            batch = Batch(
+                tuple(x[None, rows] for x in trial.inputs), y[None], 1 / len(y), slice(0, 1), _KEY
+            )
             with keyed_draws(_CPU, 0, "check"):
                 stacked.alone_losses(batch)  # which must leave nothing behind
             stacked.gradient(params, batch, grads)
@@ -279,27 +341,40 @@ def _minibatches(trial: ModuleTrial) -> tuple[slice, slice]:
 def _all_close(pairs: Iterable[tuple[Tensor, Tensor]]) -> bool:
     """Equal up to rounding beside the largest number in any pair."""
     pairs = [(a.double(), b.double()) for a, b in pairs]
-    largest = max([float(b.nan_to_num(0.0, 0.0, 0.0).abs().max()) for _, b in pairs if b.numel()], default=0.0)
-    return all(torch.allclose(a.view(b.shape), b, rtol=1e-3, atol=1e-4 * largest, equal_nan=True) for a, b in pairs)
+    largest = max(
+        [float(b.nan_to_num(0.0, 0.0, 0.0).abs().max()) for _, b in pairs if b.numel()], default=0.0
+    )
+    return all(
+        torch.allclose(a.view(b.shape), b, rtol=1e-3, atol=1e-4 * largest, equal_nan=True)
+        for a, b in pairs
+    )
 
 
 _ROWS = 256  # that are tried at a time
-_DEVICE = re.compile("memory|CUDA|CUBLAS|CUDNN|cuDNN")  # what torch says where no forward is at fault
+# what torch says where no forward is at fault
+_DEVICE = re.compile("memory|CUDA|CUBLAS|CUDNN|cuDNN")
 
 
-def explain(error: Exception, network: Network, flat: Tensor, data: Dataset, epoch: int) -> Exception:
-    """Return an InputError that names fold and row where a member fails alone as the chunk did on some rows.
+def explain(
+    error: Exception, network: Network, flat: Tensor, data: Dataset, epoch: int
+) -> Exception:
+    """Return an InputError that names fold and row where a member fails alone as the chunk did on
+    some rows.
 
-    Where a forward raised, and fails on no rows or on any, it names the configuration; else it is the error itself.
-    ``flat`` are the members' parameters as they are, after so many epochs. Members run in evaluation mode.
+    Where a forward raised, and fails on no rows or on any, it names the configuration; else it is
+    the error itself.
+    ``flat`` are the members' parameters as they are, after so many epochs. Members run in
+    evaluation mode.
     """
     cause = error.__cause__ if isinstance(error, InputError) else error
     if not isinstance(network, ModuleNetwork) or not isinstance(cause, Exception):
         return error
     if is_out_of_memory(cause) or _DEVICE.search(str(cause)):
         return error
-    name, raised = name_of(network.builder), f"raised {type(cause).__name__}"
-    says, epochs = str(cause) or "without a message", count(epoch, "epoch")
+    name = name_of(network.builder)
+    raised = f"raised {type(cause).__name__}"
+    says = str(cause) or "without a message"
+    epochs = count(epoch, "epoch")
     params = network.blocks.views(flat)
     for f, fold in enumerate(data.folds):
         fails = _attempt(network, network.member(params, f, 0), data, f, type(cause))
@@ -308,27 +383,40 @@ def explain(error: Exception, network: Network, flat: Tensor, data: Dataset, epo
         if (found := next((part for part in parts if fails(part[1])), None)) is None:
             continue
         kind, rows = found
-        while len(rows) > 1 and (half := next((part for part in rows.chunk(2) if fails(part)), None)) is not None:
+        while (
+            len(rows) > 1
+            and (half := next((part for part in rows.chunk(2) if fails(part)), None)) is not None
+        ):
             rows = half
         place = f"some of rows {int(rows.min())} to {int(rows.max())}"
         if len(rows) == 1:
-            place, others = f"row {int(rows[0])}", fold.train[fold.train != rows.to(fold.train.device)]
+            place = f"row {int(rows[0])}"
+            others = fold.train[fold.train != rows.to(fold.train.device)]
             few = torch.split(others[:: max(1, len(others) // 8)], 1)  # enough to tell
             if len(others) and all(map(fails, few)):
                 finding = "No single row of X is at fault, others fail too"
                 break
         return InputError(
-            f"model: {name} {raised} in fold {f}, after {epochs}: {says}. It fails on {place} of X, of the {kind} rows "
-            "of that fold; mend the forward or the loss for such rows, or leave them out."
+            f"model: {name} {raised} in fold {f}, after {epochs}: {says}. It fails on {place} of "
+            f"X, of the {kind} rows of that fold; mend the forward or the loss for such rows, or "
+            "leave them out."
         )
     else:
-        inside = (frame for frame, _ in traceback.walk_tb(cause.__traceback__) if frame.f_code.co_name == "forward")
+        inside = (
+            frame
+            for frame, _ in traceback.walk_tb(cause.__traceback__)
+            if frame.f_code.co_name == "forward"
+        )
         if not any(isinstance(frame.f_locals.get("self"), nn.Module) for frame in inside):
             return error
         finding = "In evaluation mode it fails on no row of X"
-    words = ", ".join(f"module__{key}={value!r}" for key, value in module_arguments(network.configs[0]).items())
+    words = ", ".join(
+        f"module__{key}={value!r}" for key, value in module_arguments(network.configs[0]).items()
+    )
     remedy = "mend its forward" + ", or leave these values out of the space" * bool(words)
-    return InputError(f"model: {name}({words}) {raised} after {epochs}: {says}. {finding}; {remedy}.")
+    return InputError(
+        f"model: {name}({words}) {raised} after {epochs}: {says}. {finding}; {remedy}."
+    )
 
 
 def _attempt(
@@ -338,10 +426,13 @@ def _attempt(
     targets = network.targets(data.y)
 
     def fails(rows: Tensor) -> bool:
-        inputs, y = [x.cpu() for x in data.rows(fold, rows)], targets[fold % len(targets)][rows].cpu()
+        inputs = [x.cpu() for x in data.rows(fold, rows)]
+        y = targets[fold % len(targets)][rows].cpu()
         try:
             with torch.no_grad(), keyed_draws(_CPU, 0, "check", host=True):
-                network.objective.losses(module, inputs, y, network.configs[0], names=network.shape.names)
+                network.objective.losses(
+                    module, inputs, y, network.configs[0], names=network.shape.names
+                )
         except Exception as found:
             return type(found) is kind
         return False

@@ -1,8 +1,10 @@
-"""Members that train one after another, each a plain module: of what cannot be stacked, on any device.
+"""Members that train one after another, each a plain module: of what cannot be stacked, on any
+device.
 
-A member's parameters are one contiguous row, of which its module's own parameters and gradients are views. Rows of an
-epoch and draws are those of stacked members. A parameter that a step does not use is left as it is, as by a loop of
-PyTorch's: by the classes of torch.optim, which take the steps of what cannot be stacked where they can.
+A member's parameters are one contiguous row, of which its module's own parameters and gradients are
+views. Rows of an epoch and draws are those of stacked members. A parameter that a step does not use
+is left as it is, as by a loop of PyTorch's: by the classes of torch.optim, which take the steps of
+what cannot be stacked where they can.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,9 +32,11 @@ from gputune.types import DECAY_FACTOR, LR_FACTOR, Config, EvaluationKey, Params
 
 
 class LoopedModule(ModuleNetwork):
-    """Members with a row each: block "trained" (F, C, N), and "kept" (F, C, M) where training changes more.
+    """Members with a row each: block "trained" (F, C, N), and "kept" (F, C, M) where training
+    changes more.
 
-    ``own`` are the modules of members that train, by fold and trial, where they are scored as they are.
+    ``own`` are the modules of members that train, by fold and trial, where they are scored as they
+    are.
     """
 
     def _lay_out(self) -> None:
@@ -40,9 +44,13 @@ class LoopedModule(ModuleNetwork):
         self.reason = f"since {why}" if why else "as asked for"
         self.own: Mapping[tuple[int, int], nn.Module] = {}
         self.rows = {"trained": self.first} | ({"kept": self.kept} if self.kept else {})
-        sizes = {name: sum(_real(w).numel() for w in tensors.values()) for name, tensors in self.rows.items()}
+        sizes = {
+            name: sum(_real(w).numel() for w in tensors.values())
+            for name, tensors in self.rows.items()
+        }
         blocks = [Block(name, (*self.members, size), 1) for name, size in sizes.items()]
-        self.trained, self.blocks = Blocks(blocks[:1]), Blocks(blocks)
+        self.trained = Blocks(blocks[:1])
+        self.blocks = Blocks(blocks)
 
     def start(self) -> Tensor:
         flat = torch.empty(self.blocks.size, dtype=self.shape.dtype, device=self.shape.device)
@@ -53,11 +61,17 @@ class LoopedModule(ModuleNetwork):
 
     def as_row(self, tensors: Params) -> Tensor:
         """Return tensors of one member as its row."""
-        return torch.cat([_real(w).flatten().to(self.shape.device, self.shape.dtype) for w in tensors.values()])
+        return torch.cat(
+            [_real(w).flatten().to(self.shape.device, self.shape.dtype) for w in tensors.values()]
+        )
 
     def values(self, params: Params, fold: int, trial: int) -> Params:
         """Return the tensors of one member, in their own shapes and dtypes."""
-        return {k: w for name in self.rows for k, w in self.parts(params[name][fold, trial], name).items()}
+        return {
+            k: w
+            for name in self.rows
+            for k, w in self.parts(params[name][fold, trial], name).items()
+        }
 
     def parts(self, row: Tensor, name: str = "trained") -> Params:
         """Return the tensors that lie in a row (N,) of a block."""
@@ -66,12 +80,17 @@ class LoopedModule(ModuleNetwork):
         return {k: _reshape(part, w).to(w.dtype) for (k, w), part in zip(tensors.items(), parts)}
 
     def leaves(self, row: Tensor) -> Params:
-        """Return the parameters that lie in a row (N,) as real numbers, which an optimizer may hold."""
+        """Return the parameters that lie in a row (N,) as real numbers, which an optimizer may
+        hold."""
         return {k: _real(part) for k, part in self.parts(row).items()}
 
-    def outputs(self, params: Params, fold: int, inputs: Sequence[Tensor], key: EvaluationKey | None = None) -> Tensor:
+    def outputs(
+        self, params: Params, fold: int, inputs: Sequence[Tensor], key: EvaluationKey | None = None
+    ) -> Tensor:
         if not self.evaluation_draws or key is None:
-            return torch.stack([self._outputs(params, fold, trial, inputs) for trial in range(len(self.configs))])
+            return torch.stack(
+                [self._outputs(params, fold, trial, inputs) for trial in range(len(self.configs))]
+            )
         found = []
         for trial in range(len(self.configs)):
             host = self.traits.host_draws
@@ -100,8 +119,8 @@ class LoopedModule(ModuleNetwork):
     def refusal(self) -> InputError:
         """Return the error of what needs stacked members."""
         return InputError(
-            f"model: {name_of(self.builder)} trains one by one, {self.reason}. Hypergradients need members that can be "
-            "stacked; choose another method."
+            f"model: {name_of(self.builder)} trains one by one, {self.reason}. Hypergradients "
+            "need members that can be stacked; choose another method."
         )
 
 
@@ -112,28 +131,50 @@ def _real(tensor: Tensor) -> Tensor:
 
 def _reshape(part: Tensor, like: Tensor) -> Tensor:
     """Return a part of a row in the shape of a tensor, complex where that is."""
-    return torch.view_as_complex(part.view(*like.shape, 2)) if like.is_complex() else part.view(like.shape)
+    return (
+        torch.view_as_complex(part.view(*like.shape, 2))
+        if like.is_complex()
+        else part.view(like.shape)
+    )
 
 
 _AHEAD_NUMBERS = 1 << 22  # of the rows of some minibatches, which are gathered at once
 
 
-def _stacked_optimizer(network: LoopedModule, config: Config, theta: Tensor, *, steps: int, horizon: int) -> Optimizer:
-    """Return the optimizer of one member that adapts its own rate, or whose steps no class of torch.optim takes."""
+def _stacked_optimizer(
+    network: LoopedModule, config: Config, theta: Tensor, *, steps: int, horizon: int
+) -> Optimizer:
+    """Return the optimizer of one member that adapts its own rate, or whose steps no class of
+    torch.optim takes."""
     sides = hidden_sides(network.template, network.first) if config["optimizer"] == "muon" else {}
     whole = not sides and not any(key.startswith((LR_FACTOR, DECAY_FACTOR)) for key in config)
-    parts = {"trained": theta.shape} if whole else {k: w.shape for k, w in network.leaves(theta).items()}
-    blocks = [Block(k, (1, 1, *shape), 1, (sides[k],) if k in sides else None) for k, shape in parts.items()]
+    parts = (
+        {"trained": theta.shape}
+        if whole
+        else {k: w.shape for k, w in network.leaves(theta).items()}
+    )
+    blocks = [
+        Block(k, (1, 1, *shape), 1, (sides[k],) if k in sides else None)
+        for k, shape in parts.items()
+    ]
     return optimizer_of(
-        [config], Blocks(blocks), theta, steps=torch.tensor([[steps]], device=theta.device), horizon=horizon
+        [config],
+        Blocks(blocks),
+        theta,
+        steps=torch.tensor([[steps]], device=theta.device),
+        horizon=horizon,
     )
 
 
 class _Member:
-    """A plain module whose trained parameters and their gradients are views of two rows, and its optimizer."""
+    """A plain module whose trained parameters and their gradients are views of two rows, and its
+    optimizer."""
 
-    def __init__(self, network: LoopedModule, config: Config, start: Params, *, steps: int, horizon: int) -> None:
-        self.network, self.config = network, config
+    def __init__(
+        self, network: LoopedModule, config: Config, start: Params, *, steps: int, horizon: int
+    ) -> None:
+        self.network = network
+        self.config = config
         self.module = network.plain(network.shape.device)
         self.row = network.as_row({name: start[name] for name in network.first})
         for name, tensor in not_trained(self.module).items():
@@ -145,30 +186,39 @@ class _Member:
         # Each with a counter of writes of its own, which tells whether a backward has reached it.
         self.slopes = [value.data for value in network.parts(self.grad).values()]
         for (parameter, value), slope in zip(self.parts, self.slopes):
-            parameter.data, parameter.grad = value, slope
+            parameter.data = value
+            parameter.grad = slope
         self.written = [slope._version for slope in self.slopes]
         self.rates = [self.module.get_buffer(name) for name in network.scheduled]
         self.total = steps * horizon
         # Those that the optimizer holds one by one, and skips where a step does not use them.
-        self.leaves, self.leaf_slopes = list[Tensor](), list[Tensor]()
+        self.leaves = list[Tensor]()
+        self.leaf_slopes = list[Tensor]()
         self.update: RowUpdate | Optimizer
         if not (class_of(config) or class_of_rule(config)) or set(beyond_adam(config)) - {"beta2"}:
-            self.update = _stacked_optimizer(network, config, self.row, steps=steps, horizon=horizon)
+            self.update = _stacked_optimizer(
+                network, config, self.row, steps=steps, horizon=horizon
+            )
             return
         if class_of(config) or network.traits.unstackable:
-            self.leaves, self.leaf_slopes = ([*network.leaves(row).values()] for row in (self.row, self.grad))
+            self.leaves, self.leaf_slopes = (
+                [*network.leaves(row).values()] for row in (self.row, self.grad)
+            )
         else:  # as stacked members, whose steps are those of all parameters
             self.row.grad = self.grad
         self.update = RowUpdate(config, self.row, self.leaves, steps=steps, horizon=horizon)
 
     def step(self) -> None:
-        """Take a step by the gradients of a backward; a class of torch.optim leaves out what those have not reached."""
+        """Take a step by the gradients of a backward; a class of torch.optim leaves out what those
+        have not reached."""
         for parameter, value in self.parts:
-            if parameter.data_ptr() != value.data_ptr():  # the forward has given it other memory, by its data
+            # the forward has given it other memory, by its data
+            if parameter.data_ptr() != value.data_ptr():
                 value.copy_(parameter.detach())
                 parameter.data = value
         if self.leaves:
-            before, self.written = self.written, [slope._version for slope in self.slopes]
+            before = self.written
+            self.written = [slope._version for slope in self.slopes]
             for leaf, slope, old, new in zip(self.leaves, self.leaf_slopes, before, self.written):
                 leaf.grad = None if old == new else slope
         self.update.step(self.row, self.grad)
@@ -193,8 +243,13 @@ class LoopChunk:
 
     scoring_share = 0.0
 
-    def __init__(self, network: LoopedModule, validation: Validation, *, seed: int, horizon: int) -> None:
-        self.network, self.validation, self.data, self.seed = network, validation, validation.data, seed
+    def __init__(
+        self, network: LoopedModule, validation: Validation, *, seed: int, horizon: int
+    ) -> None:
+        self.network = network
+        self.validation = validation
+        self.data = validation.data
+        self.seed = seed
         self.target = network.targets(self.data.y)
         self.alive = list(range(len(network.configs)))
         self.epoch = 0  # epochs that the members have trained
@@ -217,16 +272,23 @@ class LoopChunk:
     @property
     def scored(self) -> Tensor:
         """What is scored and saved: the rows, or their averages, and what else training changes."""
-        return self._with_kept([member.update.scored(member.row) for member in self.members.values()])
+        return self._with_kept(
+            [member.update.scored(member.row) for member in self.members.values()]
+        )
 
     def _with_kept(self, trained: list[Tensor]) -> Tensor:
         states = (state_of(member.module, self.network.kept) for member in self.members.values())
-        return torch.cat(trained + ([self.network.as_row(state) for state in states] if self.network.kept else []))
+        return torch.cat(
+            trained
+            + ([self.network.as_row(state) for state in states] if self.network.kept else [])
+        )
 
     @property
     def moments(self) -> tuple[Tensor, ...]:
         """The optimizer's flat buffers."""
-        return tuple(map(torch.cat, zip(*(member.update.state() for member in self.members.values()))))
+        return tuple(
+            map(torch.cat, zip(*(member.update.state() for member in self.members.values())))
+        )
 
     def resume(self, buffers: Sequence[Tensor]) -> None:
         """Go on from flat buffers: of the members, then of the moments."""
@@ -245,12 +307,15 @@ class LoopChunk:
             self.network = self.network.subset(places)
             folds = range(len(self.lengths))
             self.members = {(f, i): self.members[f, c] for f in folds for i, c in enumerate(places)}
-            self.sizes, self.steps = self.sizes[:, places], self.steps[:, places]
+            self.sizes = self.sizes[:, places]
+            self.steps = self.steps[:, places]
 
     def scores(self) -> np.ndarray:
         """Return the scores (C, F) of all members, each on the validation rows of its fold."""
         # The others are scored by an average of theirs.
-        self.network.own = {at: m.module for at, m in self.members.items() if m.update.scored(m.row) is m.row}
+        self.network.own = {
+            at: m.module for at, m in self.members.items() if m.update.scored(m.row) is m.row
+        }
         params = self.network.blocks.views(self.scored)
         return self.validation.scores(self.network, params, len(self.alive), epoch=self.epoch)
 
@@ -259,7 +324,9 @@ class LoopChunk:
         self.epoch = epoch + 1
         order = row_order(self.data, self.seed, epoch)
         for (f, c), member in self.members.items():
-            minibatches = torch.split(order[f, : self.lengths[f]], int(self.sizes[f, c]))[: self.steps[f, c]]
+            minibatches = torch.split(order[f, : self.lengths[f]], int(self.sizes[f, c]))[
+                : self.steps[f, c]
+            ]
             draws: AbstractContextManager[None] = nullcontext()
             if self.network.traits.draws:
                 host = self.network.traits.host_draws
@@ -269,8 +336,11 @@ class LoopChunk:
 
     def _train(self, member: _Member, fold: int, epoch: int, minibatches: Sequence[Tensor]) -> None:
         """Take the steps of an epoch: this is the loop."""
-        module, network, objective = member.module.train(), self.network, self.network.objective
-        names, rounded = network.shape.names, network.shape.precision == "bf16"
+        module = member.module.train()
+        network = self.network
+        objective = self.network.objective
+        names = network.shape.names
+        rounded = network.shape.precision == "bf16"
         absent = None if self.data.present is None else ~self.data.present[fold]
         member.update.begin(epoch)
         dropouts = member.dropouts(epoch, len(minibatches)) if member.rates else []
@@ -278,17 +348,34 @@ class LoopChunk:
             for rate in member.rates:
                 rate.fill_(dropouts[step])
             if network.traits.draws:
-                start_stream(self.data.device, self.seed, "dropout", epoch, step, host=network.traits.host_draws)
+                start_stream(
+                    self.data.device,
+                    self.seed,
+                    "dropout",
+                    epoch,
+                    step,
+                    host=network.traits.host_draws,
+                )
             if objective.augment is not None:
-                found = objective.augmented([x[None] for x in inputs], names, self.seed, (epoch, step))
+                found = objective.augmented(
+                    [x[None] for x in inputs], names, self.seed, (epoch, step)
+                )
                 inputs = tuple(x[0] for x in found)
-            with torch.autocast(network.shape.device.type, torch.bfloat16) if rounded else nullcontext():
-                losses = objective.losses(module, inputs, y, member.config, names=names, absent=absent)
+            with (
+                torch.autocast(network.shape.device.type, torch.bfloat16)
+                if rounded
+                else nullcontext()
+            ):
+                losses = objective.losses(
+                    module, inputs, y, member.config, names=names, absent=absent
+                )
             member.grad.zero_()
             if weights is None or losses.dim() == 0:
                 loss = losses.mean()
             else:
-                share = weights.double() / weights.double().sum().clamp_min(torch.finfo(torch.float64).tiny)
+                share = weights.double() / weights.double().sum().clamp_min(
+                    torch.finfo(torch.float64).tiny
+                )
                 loss = (losses * share.to(losses.dtype)).sum()
             loss.backward()  # type: ignore[no-untyped-call]
             member.step()
@@ -296,8 +383,10 @@ class LoopChunk:
     def _gather(
         self, fold: int, minibatches: Sequence[Tensor]
     ) -> Iterator[tuple[tuple[Tensor, ...], Tensor, Tensor | None]]:
-        """Yield the inputs, targets and weights of each minibatch, of which some are gathered at once."""
-        data, size = self.data, len(minibatches[0])
+        """Yield the inputs, targets and weights of each minibatch, of which some are gathered at
+        once."""
+        data = self.data
+        size = len(minibatches[0])
         ahead = max(1, _AHEAD_NUMBERS // (size * data.row_numbers))
         target = self.target[fold % len(self.target)]
         for begin in range(0, len(minibatches), ahead):

@@ -1,8 +1,9 @@
-"""Layers mapped over members in fewer operations than torch's own rules take: the same numbers and derivatives.
+"""Layers mapped over members in fewer operations than torch's own rules take: the same numbers and
+derivatives.
 
-torch multiplies each bias of a linear layer by one and turns each gradient of a weight, and scales and shifts what a
-batch norm or a convolution gives in passes of their own. Images lie as (B, P*C, ...) from one layer to the next, so
-that nothing copies them between.
+torch multiplies each bias of a linear layer by one and turns each gradient of a weight, and scales
+and shifts what a batch norm or a convolution gives in passes of their own. Images lie as (B, P*C,
+...) from one layer to the next, so that nothing copies them between.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,9 @@ _norm_backward = torch.ops.aten.native_layer_norm_backward.default
 class Mapped(TorchFunctionMode):
     """Maps the layers of this file by its own rules, here and in this thread alone."""
 
-    def __torch_function__(self, func: Function, types: object, args: Args = (), kwargs: Words | None = None) -> object:
+    def __torch_function__(
+        self, func: Function, types: object, args: Args = (), kwargs: Words | None = None
+    ) -> object:
         kwargs = kwargs or {}
         if func is functional.embedding:
             return _embedding(*args, **kwargs)
@@ -45,17 +48,21 @@ def _is_mapped(tensor: Tensor) -> bool:
 
 
 Rule = Callable[..., tuple[Tensor, int] | None]
-"""Computes a function of torch for all members, whose axis is the first of each tensor among the arguments.
+"""Computes a function of torch for all members, whose axis is the first of each tensor among the
+arguments.
 
-It returns the results and the axis of the members there, or None for arguments that it does not map.
+It returns the results and the axis of the members there, or None for arguments that it does not
+map.
 """
 
 
 def _call_rule(rule: Rule, args: Sequence[object], kwargs: Mapping[str, object]) -> Tensor | None:
-    """Do as an ``autograd.Function`` with a rule for vmap does, at a tenth of the cost of its call."""
+    """Do as an ``autograd.Function`` with a rule for vmap does, at a tenth of the cost of its
+    call."""
     interpreter = retrieve_current_functorch_interpreter()
     assert isinstance(interpreter, VmapInterpreter)
-    level, members = interpreter.level(), interpreter.batch_size()
+    level = interpreter.level()
+    members = interpreter.batch_size()
 
     def first(value: object) -> object:
         if not isinstance(value, Tensor):
@@ -68,7 +75,9 @@ def _call_rule(rule: Rule, args: Sequence[object], kwargs: Mapping[str, object])
     return None if result is None else torch._C._functorch._add_batch_dim(*result, level)
 
 
-def _embedding(ids: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
+def _embedding(
+    ids: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any
+) -> Tensor:
     if padding_idx is None or not _is_mapped(weight):
         return functional.embedding(ids, weight, padding_idx, *args, **kwargs)
     # torch's rule gives the row of the padding a gradient, which it has not.
@@ -83,7 +92,8 @@ def _linear(input: Tensor, weight: Tensor, bias: Table = None) -> tuple[Tensor, 
 
 
 class _Linear(torch.autograd.Function):
-    """Rows (P, N, I), weights (P, O, I), biases (P, O) or None -> (P, N, O), with gradients that lie as the weights."""
+    """Rows (P, N, I), weights (P, O, I), biases (P, O) or None -> (P, N, O), with gradients that
+    lie as the weights."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Table) -> Tensor:
@@ -98,7 +108,11 @@ class _Linear(torch.autograd.Function):
 
 
 def _layer_norm(
-    input: Tensor, normalized_shape: Sequence[int], weight: Table = None, bias: Table = None, eps: float = 1e-5
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Table = None,
+    bias: Table = None,
+    eps: float = 1e-5,
 ) -> tuple[Tensor, int]:
     shape = list(normalized_shape)
     outputs: Tensor = _LayerNorm.apply(input, shape, eps)  # type: ignore[no-untyped-call]
@@ -109,7 +123,8 @@ def _layer_norm(
 
 
 class _LayerNorm(torch.autograd.Function):
-    """Numbers with mean 0 and variance 1 over the last axes, in passes that a CPU does in vectors."""
+    """Numbers with mean 0 and variance 1 over the last axes, in passes that a CPU does in
+    vectors."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shape: list[int], eps: float) -> Tensor:
@@ -124,7 +139,11 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
         x, mean, scale = ctx.saved_tensors
-        return _norm_backward(slope, x, ctx.shape, mean, scale, None, None, [True, False, False])[0], None, None
+        return (
+            _norm_backward(slope, x, ctx.shape, mean, scale, None, None, [True, False, False])[0],
+            None,
+            None,
+        )
 
 
 def _batch_norm(
@@ -140,7 +159,12 @@ def _batch_norm(
     outputs = functional.batch_norm(_by_channels(input), mean, var, factor, shift, *args, **kwargs)
     for before, after in ((running_mean, mean), (running_var, var)):
         # A stride of 0: all members have the same, which training leaves as it is.
-        if before is not None and after is not None and before.stride(0) and before.data_ptr() != after.data_ptr():
+        if (
+            before is not None
+            and after is not None
+            and before.stride(0)
+            and before.data_ptr() != after.data_ptr()
+        ):
             before.copy_(after.view(before.shape))
     return _by_members(outputs, len(input)), 1
 
@@ -148,7 +172,9 @@ def _batch_norm(
 def _group_norm(
     input: Tensor, num_groups: int, weight: Table = None, bias: Table = None, eps: float = 1e-5
 ) -> tuple[Tensor, int]:
-    outputs = functional.group_norm(_by_channels(input), num_groups * len(input), _flat(weight), _flat(bias), eps)
+    outputs = functional.group_norm(
+        _by_channels(input), num_groups * len(input), _flat(weight), _flat(bias), eps
+    )
     return _by_members(outputs, len(input)), 1
 
 
@@ -165,15 +191,20 @@ def _convolution(
     if input.dim() < weight.dim():  # one image, without an axis of rows
         return None
     rows = _by_channels(input)
-    if rows.dim() == 4 and rows.device.type == "cpu":  # two to four times as fast in groups of few channels
+    # two to four times as fast in groups of few channels
+    if rows.dim() == 4 and rows.device.type == "cpu":
         rows = rows.contiguous(memory_format=torch.channels_last)
-    outputs = function(rows, weight.flatten(0, 1), None, stride, padding, dilation, groups * len(input))
+    outputs = function(
+        rows, weight.flatten(0, 1), None, stride, padding, dilation, groups * len(input)
+    )
     if bias is not None:  # apart, since the kernel for its gradient is slow
         outputs.add_(bias.flatten().view(-1, *[1] * (rows.dim() - 2)))
     return _by_members(outputs, len(input)), 1
 
 
-def _pool(function: Callable[..., Tensor], input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, int] | None:
+def _pool(
+    function: Callable[..., Tensor], input: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, int] | None:
     if input.dim() < 5:  # one image, without an axis of rows
         return None
     rows = _by_channels(input)

@@ -1,8 +1,10 @@
-"""The steps of one member as C, from their traces: a loop or a call for each operation, on memory known by its number.
+"""The steps of one member as C, from their traces: a loop or a call for each operation, on memory
+known by its number.
 
-What is more than a formula of each number has a function here: products, sums, softmax, norms, losses, and rows that
-are chosen. It yields the calls that an operation is made into, of its arguments by name and the place of its result.
-An operation that is not known here raises TraceError.
+What is more than a formula of each number has a function here: products, sums, softmax, norms,
+losses, and rows that are chosen. It yields the calls that an operation is made into, of its
+arguments by name and the place of its result. An operation that is not known here raises
+TraceError.
 """
 
 import math
@@ -12,17 +14,39 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from gputune.modules.member_indices import added_at_places, chosen_rows, embedding_slope, loops_over, require
-from gputune.modules.member_kernels import FORMULAS, Line, Loops, Span, Writer, arguments, c_type, named, over
+from gputune.modules.member_indices import (
+    added_at_places,
+    chosen_rows,
+    embedding_slope,
+    loops_over,
+    require,
+)
+from gputune.modules.member_kernels import (
+    FORMULAS,
+    Line,
+    Loops,
+    Span,
+    Writer,
+    arguments,
+    c_type,
+    named,
+    over,
+)
 from gputune.modules.program import simplify_trace
 from gputune.modules.trace import Operation, Place, Trace, TraceError, Words
 
-_TILE = 96  # columns of the widest tile of a product, and rows beside the inner ones that it works in
+# columns of the widest tile of a product, and rows beside the inner ones that it works in
+_TILE = 96
 
 
 def _product(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator[Line]:
-    names = next((pair for pair in (("batch1", "batch2"), ("mat1", "mat2")) if pair[0] in given), ("self", "mat2"))
-    a, b, added = given[names[0]], given[names[1]], None if names[0] == "self" else given["self"]
+    names = next(
+        (pair for pair in (("batch1", "batch2"), ("mat1", "mat2")) if pair[0] in given),
+        ("self", "mat2"),
+    )
+    a = given[names[0]]
+    b = given[names[1]]
+    added = None if names[0] == "self" else given["self"]
     plain = given.get("beta", 1) == given.get("alpha", 1) == 1 and out.stride[-1] == 1
     require(plain and a.dtype == b.dtype == out.dtype, op, "other factors")
     if out.dtype != writer.dtype:
@@ -38,10 +62,19 @@ def _product(writer: Writer, given: Words, op: Operation, out: Place) -> Iterato
     batch = out.shape[0] if len(out.shape) > 2 else 1
     begins = [p.stride[0] if len(p.shape) > 2 and p.shape[0] > 1 else 0 for p in factors]
     body = (
-        "for (long i = 0; i < n0; i++) matrix_product(n1, n2, n3, p1 + i * n9, n4, n5, p2 + i * n10, n6, n7, "
-        f"{'p3 + i * n11' if is_bias else '0'}, p0 + i * n8, {f'n{8 + len(factors)}'}, w);"
+        "for (long i = 0; i < n0; i++) matrix_product(n1, n2, n3, p1 + i * n9, n4, n5, p2 + i * "
+        f"n10, n6, n7, {'p3 + i * n11' if is_bias else '0'}, p0 + i * n8, "
+        f"{f'n{8 + len(factors)}'}, w);"
     )
-    sizes = [batch, *out.shape[-2:], a.shape[-1], *a.stride[-2:], *b.stride[-2:], *begins, out.stride[-2]]
+    sizes = [
+        batch,
+        *out.shape[-2:],
+        a.shape[-1],
+        *a.stride[-2:],
+        *b.stride[-2:],
+        *begins,
+        out.stride[-2],
+    ]
     yield writer.call(factors, body, sizes=sizes, room=_TILE * (a.shape[-1] + _TILE))
     if added is not None and not is_bias:
         yield writer.pointwise("add", {"self": out, "other": added, "alpha": 1}, out)
@@ -51,30 +84,42 @@ def _reduce(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator
     x: Place = given["self"]
     require(given.get("dtype") in (None, out.dtype), op, "another type")
     axes = given.get("dim")
-    gone = sorted({i % len(x.shape) for i in ([axes] if isinstance(axes, int) else axes or range(len(x.shape)))})
+    gone = sorted(
+        {
+            i % len(x.shape)
+            for i in ([axes] if isinstance(axes, int) else axes or range(len(x.shape)))
+        }
+    )
     kept = [axis for axis in range(len(x.shape)) if axis not in gone]
     own = [out.stride[i] for i in kept] if given.get("keepdim") else out.stride
     sizes = [math.prod(x.shape[i] for i in gone)]
     outer = over([x.shape[i] for i in kept], [[x.stride[i] for i in kept], own]).named(sizes)
     inner = over([x.shape[i] for i in gone], [[x.stride[i] for i in gone]], "j").named(sizes)
-    at, to = f"p1[{outer.index(0)} + {inner.index(0)}]", f"p0[{outer.index(1)}]"
+    at = f"p1[{outer.index(0)} + {inner.index(0)}]"
+    to = f"p0[{outer.index(1)}]"
     mean = op.name == "mean"
     if outer.sizes and outer.strides[0][-1] == 1:  # rows are added to each other
         front = Loops(outer.sizes[:-1], tuple(s[:-1] for s in outer.strides))
         last = f"i{len(outer.sizes) - 1}"
         row = f"#pragma GCC ivdep\nfor (long {last} = 0; {last} < {outer.sizes[-1]}; {last}++)"
         added = inner.nest(f"{row} {to} += {at};", "")
-        body = front.nest(f"{row} {to} = 0;\n{added}" + (f"\n{row} {to} /= n0;" if mean else ""), "")
+        body = front.nest(
+            f"{row} {to} = 0;\n{added}" + (f"\n{row} {to} /= n0;" if mean else ""), ""
+        )
     else:
         each = inner.nest(f"s += {at};", "omp simd reduction(+ : s)")
-        body = outer.nest(f"{c_type(out.dtype)} s = 0;\n{each}\n{to} = s{' / n0' if mean else ''};", "")
+        body = outer.nest(
+            f"{c_type(out.dtype)} s = 0;\n{each}\n{to} = s{' / n0' if mean else ''};", ""
+        )
     yield writer.call([out, x], body, sizes=sizes)
 
 
 _TOP = "T top = -INFINITY, s = 0;\nEACH top = p1[X] > top ? p1[X] : top;\n"
 _ALONG = {
-    "_softmax": _TOP + "SUM(s) { T e = exponential(p1[X] - top); p0[O] = e; s += e; }\nEACH p0[O] /= s;",
-    "_log_softmax": _TOP + "SUM(s) s += exponential(p1[X] - top);\ns = log(s);\nEACH p0[O] = p1[X] - top - s;",
+    "_softmax": _TOP
+    + "SUM(s) { T e = exponential(p1[X] - top); p0[O] = e; s += e; }\nEACH p0[O] /= s;",
+    "_log_softmax": _TOP
+    + "SUM(s) s += exponential(p1[X] - top);\ns = log(s);\nEACH p0[O] = p1[X] - top - s;",
     "_softmax_backward_data": "T s = 0;\nSUM(s) s += p1[X] * p2[Y];\nEACH p0[O] = (p1[X] - s) * p2[Y];",
     "_log_softmax_backward_data": "T s = 0;\nSUM(s) s += p1[X];\nEACH p0[O] = p1[X] - exponential(p2[Y]) * s;",
 }
@@ -82,21 +127,31 @@ _ALONG = {
 
 
 def _along(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator[Line]:
-    body, names = _ALONG[op.name], ["grad_output", "output"] if "output" in given else ["self"]
+    body = _ALONG[op.name]
+    names = ["grad_output", "output"] if "output" in given else ["self"]
     places = [out, *(given[name] for name in names)]
     require(all(place.dtype == writer.dtype for place in places), op, str(out.dtype))
     axis = given["dim"] % len(out.shape)
     others = [i for i in range(len(out.shape)) if i != axis]
-    loops, sizes = loops_over([out.shape[i] for i in others], [[p.stride[i] for i in others] for p in places])
+    loops, sizes = loops_over(
+        [out.shape[i] for i in others], [[p.stride[i] for i in others] for p in places]
+    )
     loop = f"for (long j = 0; j < {named(out.shape[axis], sizes)}; j++)"
     for k, letter in enumerate("OXY"[: len(places)]):
-        body = body.replace(f"[{letter}]", f"[{loops.index(k)} + j * {named(places[k].stride[axis], sizes)}]")
-    body = body.replace("SUM(s)", f"#pragma omp simd reduction(+ : s)\n{loop}").replace("EACH", loop)
-    yield writer.call(places, loops.nest(body.replace("T ", f"{c_type(out.dtype)} "), ""), sizes=sizes)
+        body = body.replace(
+            f"[{letter}]", f"[{loops.index(k)} + j * {named(places[k].stride[axis], sizes)}]"
+        )
+    body = body.replace("SUM(s)", f"#pragma omp simd reduction(+ : s)\n{loop}").replace(
+        "EACH", loop
+    )
+    yield writer.call(
+        places, loops.nest(body.replace("T ", f"{c_type(out.dtype)} "), ""), sizes=sizes
+    )
 
 
 def _concatenate(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator[Line]:
-    axis, begin = given["dim"] % len(out.shape), 0
+    axis = given["dim"] % len(out.shape)
+    begin = 0
     for part in given["tensors"]:
         if op.name == "stack":
             yield writer.copied(_without(out, axis, begin), part)
@@ -108,22 +163,26 @@ def _concatenate(writer: Writer, given: Words, op: Operation, out: Place) -> Ite
 
 def _part(place: Place, axis: int, begin: int, size: int, step: int = 1) -> Place:
     """Return the part of a place along an axis."""
-    shape, stride = list(place.shape), list(place.stride)
+    shape = list(place.shape)
+    stride = list(place.stride)
     offset = place.offset + begin * stride[axis]
-    shape[axis], stride[axis] = size, stride[axis] * step
+    shape[axis] = size
+    stride[axis] = stride[axis] * step
     return replace(place, offset=offset, shape=tuple(shape), stride=tuple(stride))
 
 
 def _without(place: Place, axis: int, index: int) -> Place:
     """Return the part of a place at an index of an axis, without the axis."""
-    shape, stride = [*place.shape], [*place.stride]
+    shape = [*place.shape]
+    stride = [*place.stride]
     del shape[axis], stride[axis]
     offset = place.offset + index * place.stride[axis]
     return replace(place, offset=offset, shape=tuple(shape), stride=tuple(stride))
 
 
 def _part_slope(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator[Line]:
-    axis, slope = given["dim"] % len(out.shape), given["grad_output"]
+    axis = given["dim"] % len(out.shape)
+    slope = given["grad_output"]
     n = out.shape[axis]
     if op.name == "select_backward":
         part = _without(out, axis, given["index"] % n)
@@ -144,28 +203,33 @@ def _layer_norm_slope(writer: Writer, given: Words, op: Operation, out: Place) -
     places = [out, *(given[name] for name in ("grad_out", "input", "mean", "rstd"))]
     require(given["weight"] is None and list(op.makes) == [out] and all(map(_is_whole, places)), op)
     n = math.prod(given["normalized_shape"])
-    body, sizes = "layer_norm_slope(n0, n1, p1, p2, p3, p4, p0);", [math.prod(given["input"].shape) // n, n]
+    body = "layer_norm_slope(n0, n1, p1, p2, p3, p4, p0);"
+    sizes = [math.prod(given["input"].shape) // n, n]
     yield writer.call(places, body, sizes=sizes)
 
 
 def _batch_norm(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator[Line]:
     if "grad_out" in given:
-        kernel, names, numbers = "batch_norm_slope(n0, n1", "grad_out input weight save_mean save_invstd", ""
+        kernel = "batch_norm_slope(n0, n1"
+        names = "grad_out input weight save_mean save_invstd"
+        numbers = ""
     else:
-        kernel, names, numbers = (
-            "batch_norm(n0, n1, s0, s1",
-            "input weight bias running_mean running_var",
-            "momentum eps",
-        )
-    places, rows = [*(given[name] for name in names.split()), *op.makes], given["input"].shape
-    whole = len(rows) == 2 and len(op.makes) == 3 and all(_is_whole(place) for place in places if place)
+        kernel = "batch_norm(n0, n1, s0, s1"
+        names = "input weight bias running_mean running_var"
+        numbers = "momentum eps"
+    places = [*(given[name] for name in names.split()), *op.makes]
+    rows = given["input"].shape
+    whole = (
+        len(rows) == 2 and len(op.makes) == 3 and all(_is_whole(place) for place in places if place)
+    )
     require(given["training" if numbers else "train"] and whole, op)
     body = f"{', '.join([kernel, *(f'p{i}' for i in range(len(places)))])});"
     yield writer.call(places, body, [given[name] for name in numbers.split()], sizes=rows)
 
 
 def _class_loss(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator[Line]:
-    is_slope, y = "grad_output" in given, given["target"]
+    is_slope = "grad_output" in given
+    y = given["target"]
     x = given["grad_output"] if is_slope else given["self"]
     rows = out.shape if is_slope else x.shape
     require(given["weight"] is None and given["reduction"] == 0 and len(rows) == 2, op)
@@ -196,12 +260,15 @@ LAYERS: dict[str, Callable[..., Iterator[Line]]] = {
 }
 """By the names of operations."""
 
-_LARGE, _BLOCK = 4096, 2048  # numbers from which passes over the same memory are taken in blocks of so many
+# numbers from which passes over the same memory are taken in blocks of so many
+_LARGE = 4096
+_BLOCK = 2048
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """A step: its calls of kernels (``native/steps.h``), numbers of the host that they read, and bytes of room."""
+    """A step: its calls of kernels (``native/steps.h``), numbers of the host that they read, and
+    bytes of room."""
 
     calls: np.ndarray
     numbers: np.ndarray
@@ -209,27 +276,34 @@ class Step:
 
 
 class MemberCode:
-    """The code of several steps in one precision, float32 or float64; ``kernels`` are numbered in their order."""
+    """The code of several steps in one precision, float32 or float64; ``kernels`` are numbered in
+    their order."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.kernels: dict[str, int] = {}
 
     def add(self, trace: Trace, memories: dict[int, torch.UntypedStorage]) -> Step:
-        """Write a step, and add by their addresses the memories that it finds there. Raises TraceError."""
+        """Write a step, and add by their addresses the memories that it finds there. Raises
+        TraceError."""
         trace = simplify_trace(trace)
         trace.operations = _small_first(trace.operations)
         writer = Writer(self.dtype, self.kernels, trace, memories)
         lines = [line for op in trace.operations for line in _lines(writer, op)]
         calls = [*_in_blocks(lines)]
         numbers = np.array([*writer.numbers, 0.0])  # one at least, whose place can be said
-        return Step(np.array([len(calls), *calls], dtype=np.int64), numbers, writer.size + writer.room)
+        return Step(
+            np.array([len(calls), *calls], dtype=np.int64), numbers, writer.size + writer.room
+        )
 
 
 def _lines(writer: Writer, op: Operation) -> Iterator[Line]:
-    """Yield the calls that an operation is made into. Raises TraceError for one that is not known."""
-    base, plain = op.name.removeprefix("new_").removesuffix("_like"), op.name.removesuffix("_")
-    given, out = arguments(op), (op.makes or op.writes)[0]
+    """Yield the calls that an operation is made into. Raises TraceError for one that is not
+    known."""
+    base = op.name.removeprefix("new_").removesuffix("_like")
+    plain = op.name.removesuffix("_")
+    given = arguments(op)
+    out = (op.makes or op.writes)[0]
     if plain in LAYERS:
         yield from LAYERS[plain](writer, given, op, out)
     elif plain in FORMULAS:
@@ -241,9 +315,11 @@ def _lines(writer: Writer, op: Operation) -> Iterator[Line]:
 
 
 def _small_first(operations: Sequence[Operation]) -> list[Operation]:
-    """Take what makes one number before passes over many that do not depend on it, so that these follow each other."""
+    """Take what makes one number before passes over many that do not depend on it, so that these
+    follow each other."""
 
-    def depend(a: Operation, b: Operation) -> bool:  # whether one writes what the other reads or writes
+    # whether one writes what the other reads or writes
+    def depend(a: Operation, b: Operation) -> bool:
         into = [{place.memory for place in (*op.makes, *op.writes)} for op in (a, b)]
         used = [{place.memory for place in op.reads} | own for op, own in zip((a, b), into)]
         return bool(into[0] & used[1] or into[1] & used[0])
@@ -253,7 +329,9 @@ def _small_first(operations: Sequence[Operation]) -> list[Operation]:
         at = len(found)
         if all(math.prod(place.shape) == 1 for place in (*op.makes, *op.reads, *op.writes)):
             while at and not depend(op, before := found[at - 1]):
-                if all(math.prod(place.shape) < _LARGE for place in (*before.makes, *before.writes)):
+                if all(
+                    math.prod(place.shape) < _LARGE for place in (*before.makes, *before.writes)
+                ):
                     break
                 at -= 1
         found.insert(at, op)
@@ -261,7 +339,8 @@ def _small_first(operations: Sequence[Operation]) -> list[Operation]:
 
 
 def _in_blocks(lines: Sequence[Line]) -> Iterator[int]:
-    """Yield the numbers of the calls, those over as many numbers a block at a time, which stays in the cache."""
+    """Yield the numbers of the calls, those over as many numbers a block at a time, which stays in
+    the cache."""
     runs: list[list[Line]] = []
     for line in lines:
         if runs and _go_together([*runs[-1], line]):
@@ -278,14 +357,17 @@ def _in_blocks(lines: Sequence[Line]) -> Iterator[int]:
 
 
 def _go_together(lines: Sequence[Line]) -> bool:
-    """Whether calls pass over equally many numbers, and none reads or writes another row of what another one writes."""
-    total, unit = lines[0].total, max(line.unit for line in lines)
+    """Whether calls pass over equally many numbers, and none reads or writes another row of what
+    another one writes."""
+    total = lines[0].total
+    unit = max(line.unit for line in lines)
     if total < _LARGE or any(line.total != total or line.unit not in (1, unit) for line in lines):
         return False
     *before, last = lines
 
     def alike(a: Line, b: Line, x: Span, y: Span) -> bool:
-        mine, other = x.in_rows(unit // a.unit, total // unit), y.in_rows(unit // b.unit, total // unit)
+        mine = x.in_rows(unit // a.unit, total // unit)
+        other = y.in_rows(unit // b.unit, total // unit)
         return not x.overlaps(y) or (mine == other and mine[1] > 0 and mine[2])
 
     return all(

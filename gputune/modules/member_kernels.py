@@ -1,8 +1,9 @@
-"""The kernels of a member's step as C: one for each kind of loops and formula, called on places of memory.
+"""The kernels of a member's step as C: one for each kind of loops and formula, called on places of
+memory.
 
-Addresses, numbers of the host, and all but small sizes are given in the calls, so that models of other widths and
-minibatches of other sizes share a kernel. Loops go over the places of tensors: axes that follow on each other in memory
-are one loop.
+Addresses, numbers of the host, and all but small sizes are given in the calls, so that models of
+other widths and minibatches of other sizes share a kernel. Loops go over the places of tensors:
+axes that follow on each other in memory are one loop.
 """
 
 import math
@@ -15,16 +16,23 @@ import torch
 from gputune.modules.trace import Operation, Place, Trace, TraceError, Words, arrange
 
 C_TYPES = {
-    torch.float32: "float", torch.float64: "double", torch.int64: "int64_t", torch.int32: "int32_t",
-    torch.bool: "uint8_t", torch.uint8: "uint8_t",
-}  # fmt: skip
+    torch.float32: "float",
+    torch.float64: "double",
+    torch.int64: "int64_t",
+    torch.int32: "int32_t",
+    torch.bool: "uint8_t",
+    torch.uint8: "uint8_t",
+}
 
-_COMPARED = dict(zip("gt lt ge le eq ne logical_and logical_or".split(), "> < >= <= == != && ||".split()))
+_COMPARED = dict(
+    zip("gt lt ge le eq ne logical_and logical_or".split(), "> < >= <= == != && ||".split())
+)
 
 _E = "EXP({self} < 20 ? {self} : 20)"
 _W = f"({_E} * ({_E} + 2))"
 _R = f"(1 / ({_W} + 2))"
-"""Of mish: tanh(log(1 + e)) = w / (w + 2) with w = e (e + 2), e = exp(x), which takes no difference of like numbers.
+"""Of mish: tanh(log(1 + e)) = w / (w + 2) with w = e (e + 2), e = exp(x), which takes no difference
+of like numbers.
 
 Its slope in x is 4 e (1 + e) / (w + 2)^2, as w + 1 = (1 + e)^2.
 """
@@ -38,7 +46,10 @@ FORMULAS = {
     "neg": "-{self}",
     "abs": "fabs({self})",
     "exp": "EXP({self})",
-    **{name: f"{name}({{self}})" for name in "log log2 log1p expm1 floor sqrt sin cos erf isinf".split()},
+    **{
+        name: f"{name}({{self}})"
+        for name in "log log2 log1p expm1 floor sqrt sin cos erf isinf".split()
+    },
     "rsqrt": "1 / sqrt({self})",
     "reciprocal": "1 / {self}",
     "tanh": "1 - 2 / (1 + EXP(2 * {self}))",
@@ -64,19 +75,23 @@ FORMULAS = {
     "mish_backward": f"{{grad_output}} * ({_W} * {_R} + {{self}} * (4 * {_E} * (1 + {_E}) * ({_R} * {_R})))",
     "elu": "{self} > 0 ? {scale} * {self} : {scale} * {alpha} * (EXP({input_scale} * {self}) - 1)",
     "elu_backward": (
-        "{self_or_result} > 0 ? {scale} * {grad_output}"
-        " : {grad_output} * {input_scale} * {scale} * {alpha} * EXP({input_scale} * {self_or_result})"
+        "{self_or_result} > 0 ? {scale} * {grad_output} : {grad_output} * {input_scale} * "
+        "{scale} * {alpha} * EXP({input_scale} * {self_or_result})"
     ),
     "leaky_relu": "{self} > 0 ? {self} : {negative_slope} * {self}",
     "leaky_relu_backward": "{self} > 0 ? {grad_output} : {negative_slope} * {grad_output}",
     "softplus": "{self} * {beta} > {threshold} ? {self} : log1p(EXP({self} * {beta})) / {beta}",
-    "softplus_backward": "{self} * {beta} > {threshold} ? {grad_output} : {grad_output} / (1 + EXP(-{self} * {beta}))",
+    "softplus_backward": "{self} * {beta} > {threshold} ? {grad_output} : {grad_output} / (1 + EXP(-{self} * "
+    "{beta}))",
     "remainder": "({self} % {other} + {other}) % {other}",
     "fill": "{value}",
     "copy": "{src}",
     **dict.fromkeys(("clone", "_to_copy"), "{self}"),
     **dict.fromkeys(("logical_not", "bitwise_not"), "!{self}"),
-    **{f"bitwise_{name}": f"{{self}} {sign} {{other}}" for name, sign in {"and": "&&", "or": "||"}.items()},
+    **{
+        f"bitwise_{name}": f"{{self}} {sign} {{other}}"
+        for name, sign in {"and": "&&", "or": "||"}.items()
+    },
     "isnan": "{self} != {self}",
     **dict.fromkeys(("sgn", "sign"), "({self} > 0) - ({self} < 0)"),
     "maximum": "{self} != {self} || {self} > {other} ? {self} : {other}",
@@ -86,9 +101,15 @@ FORMULAS = {
 }
 """What an operation makes of each number; names are those of its arguments."""
 
-_OF_INPUTS = {*_COMPARED, "logical_not", "isinf", "isnan"}  # computed in the type of what they are given
+# computed in the type of what they are given
+_OF_INPUTS = {*_COMPARED, "logical_not", "isinf", "isnan"}
 _POWERS = {2: "{self} * {self}", 0.5: "sqrt({self})", 3: "{self} * {self} * {self}"}
-_DEFAULTS = {"rounding_mode": None, "approximate": "none", "is_result": False, "self_is_result": False}
+_DEFAULTS = {
+    "rounding_mode": None,
+    "approximate": "none",
+    "is_result": False,
+    "self_is_result": False,
+}
 
 
 def c_type(dtype: torch.dtype) -> str:
@@ -106,7 +127,8 @@ def arguments(op: Operation) -> Words:
 
 
 def formula_of(name: str, given: Words) -> str:
-    """Return the formula of an operation with these arguments. Raises TraceError where its options are in no code."""
+    """Return the formula of an operation with these arguments. Raises TraceError where its options
+    are in no code."""
     if any(given.get(key, value) != value for key, value in _DEFAULTS.items()):
         raise TraceError(f"{name} of another kind is in no code")
     if name == "clamp" and None in (given["min"], given["max"]):
@@ -122,14 +144,16 @@ _SMALL = 32
 
 @dataclass(frozen=True)
 class Loops:
-    """Loops of some ``sizes``, the outermost first, and the ``strides`` of each operand along them."""
+    """Loops of some ``sizes``, the outermost first, and the ``strides`` of each operand along
+    them."""
 
     sizes: tuple[int | str, ...]
     strides: tuple[tuple[int | str, ...], ...]
     variable: str = "i"
 
     def named(self, sizes: list[int]) -> "Loops":
-        """Return the loops with names for sizes and strides, which ``sizes`` gets; the outermost size is its last."""
+        """Return the loops with names for sizes and strides, which ``sizes`` gets; the outermost
+        size is its last."""
         strides = tuple(tuple(named(int(stride), sizes) for stride in own) for own in self.strides)
         inner = [named(int(size), sizes) for size in self.sizes[1:]]
         outer = [named(int(size), sizes, most=-1) for size in self.sizes[:1]]
@@ -150,7 +174,8 @@ class Loops:
 
 
 def named(size: int, sizes: list[int], *, most: int = _SMALL) -> int | str:
-    """Return a size up to ``most``, over which loops are unrolled; a name for a larger one, which ``sizes`` gets."""
+    """Return a size up to ``most``, over which loops are unrolled; a name for a larger one, which
+    ``sizes`` gets."""
     if 0 <= size <= most:
         return size
     sizes.append(size)
@@ -158,7 +183,8 @@ def named(size: int, sizes: list[int], *, most: int = _SMALL) -> int | str:
 
 
 def over(shape: Sequence[int], strides: Sequence[Sequence[int]], variable: str = "i") -> Loops:
-    """Return the loops over a shape; the axis along which the first operand lies closest is innermost."""
+    """Return the loops over a shape; the axis along which the first operand lies closest is
+    innermost."""
     axes = [(n, tuple(own[i] for own in strides)) for i, n in enumerate(shape) if n != 1]
     axes.sort(key=lambda axis: -max(axis[1][:1], default=0))
     merged: list[tuple[int, tuple[int, ...]]] = []
@@ -173,7 +199,8 @@ def over(shape: Sequence[int], strides: Sequence[Sequence[int]], variable: str =
 
 @dataclass(frozen=True)
 class Span:
-    """The bytes ``begin`` to ``end`` of a memory, which a loop goes through by ``step``, 0: at once."""
+    """The bytes ``begin`` to ``end`` of a memory, which a loop goes through by ``step``, 0: at
+    once."""
 
     memory: int
     begin: int
@@ -185,7 +212,8 @@ class Span:
         return self.memory == other.memory and self.begin < other.end and other.begin < self.end
 
     def in_rows(self, unit: int, rows: int) -> tuple[int, int, bool]:
-        """Return its begin, the bytes of ``unit`` steps, and whether ``rows`` of them lie one behind the other."""
+        """Return its begin, the bytes of ``unit`` steps, and whether ``rows`` of them lie one
+        behind the other."""
         step = self.step * unit
         return self.begin, step, self.end - self.begin - (rows - 1) * step <= step
 
@@ -194,8 +222,9 @@ class Span:
 class Line:
     """A call of a kernel on places, each a memory and the byte at which it begins.
 
-    ``first`` is its first number of the host. Its last size counts ``unit`` numbers each, in an outer loop that may be
-    taken in parts; 0: none. ``spans`` are what that reads and, the first of them, writes.
+    ``first`` is its first number of the host. Its last size counts ``unit`` numbers each, in an
+    outer loop that may be taken in parts; 0: none. ``spans`` are what that reads and, the first of
+    them, writes.
     """
 
     kernel: int
@@ -211,29 +240,50 @@ class Line:
         return self.sizes[-1] * self.unit if self.unit else 0
 
     def call(self, unit: int = 0) -> list[int]:
-        """Return the call as ``native/steps.h`` has it, with rows of ``unit`` numbers each; 0: once for all."""
+        """Return the call as ``native/steps.h`` has it, with rows of ``unit`` numbers each; 0: once
+        for all."""
         each = unit // self.unit if unit else 0
         moves = [each * span.step for span in self.spans] if unit else [0] * len(self.places)
         places = [number for place, move in zip(self.places, moves) for number in (*place, move)]
-        return [self.kernel, len(self.places), len(self.sizes), self.first, each, *places, *self.sizes]
+        return [
+            self.kernel,
+            len(self.places),
+            len(self.sizes),
+            self.first,
+            each,
+            *places,
+            *self.sizes,
+        ]
 
 
 class Writer:
     """Writes one step: each of its operations as calls of kernels."""
 
     def __init__(
-        self, dtype: torch.dtype, kernels: dict[str, int], trace: Trace, memories: dict[int, torch.UntypedStorage]
+        self,
+        dtype: torch.dtype,
+        kernels: dict[str, int],
+        trace: Trace,
+        memories: dict[int, torch.UntypedStorage],
     ) -> None:
-        self.dtype, self.kernels, self.real = dtype, kernels, C_TYPES[dtype]
-        self.storages, self.memories = trace.outside, memories
+        self.dtype = dtype
+        self.kernels = kernels
+        self.real = C_TYPES[dtype]
+        self.storages = trace.outside
+        self.memories = memories
         self.numbers: list[float] = []
-        last = {p.memory: i for i, op in enumerate(trace.operations) for p in (*op.makes, *op.reads, *op.writes)}
+        last = {
+            p.memory: i
+            for i, op in enumerate(trace.operations)
+            for p in (*op.makes, *op.reads, *op.writes)
+        }
         made = dict[int, int]()
         for i, op in enumerate(trace.operations):
             for place in op.makes:
                 made.setdefault(place.memory, i)
         begins, self.size = arrange([(made[m], last[m], trace.sizes[m]) for m in made])
-        self.begin, self.room = dict(zip(made, begins)), 0
+        self.begin = dict(zip(made, begins))
+        self.room = 0
 
     def _begin(self, place: Place) -> tuple[int, int]:
         """Return the number of a place's memory, and the byte at which it begins there."""
@@ -252,8 +302,10 @@ class Writer:
         sizes: Sequence[int],
         room: int = 0,
     ) -> Line:
-        """Return the call of a kernel: it knows places as p0, ..., numbers as s0, ..., sizes as n0, ..., room as w."""
-        known, begins = [], []
+        """Return the call of a kernel: it knows places as p0, ..., numbers as s0, ..., sizes as n0,
+        ..., room as w."""
+        known = []
+        begins = []
         for i, place in enumerate(places):
             of = self.real if place is None else c_type(place.dtype)
             known.append(f"{of} *p{i} = ({of} *)P[{i}];")
@@ -276,20 +328,31 @@ class Writer:
         numbers = [n for n in names if n not in places]
         if not all(isinstance(given[n], int | float) for n in numbers):
             raise TraceError(f"{name} of other arguments than numbers is in no code")
-        dtype, ends = out.dtype, (given[names[0]], given[names[-1]])
+        dtype = out.dtype
+        ends = (given[names[0]], given[names[-1]])
         if name in _OF_INPUTS:  # in the type of both
-            like = [torch.empty(v.shape, dtype=v.dtype, device="meta") if isinstance(v, Place) else v for v in ends]
+            like = [
+                torch.empty(v.shape, dtype=v.dtype, device="meta") if isinstance(v, Place) else v
+                for v in ends
+            ]
             dtype = torch.result_type(*like)
         if name == "remainder" and dtype.is_floating_point:
             raise TraceError("a remainder of fractions is in no code")
         if name.startswith("bitwise") and dtype != torch.bool:
             raise TraceError(f"{name} of {dtype} is in no code")
         operands: list[Place] = [out, *(given[n] for n in places)]
-        steps = [[0 if n == 1 else step for n, step in zip(place.shape, place.stride)] for place in operands[1:]]
-        strides = [[0] * (len(out.shape) - len(own)) + own for own in steps]  # as of tensors of the result's shape
-        loops, real, sizes = over(out.shape, [out.stride, *strides]), c_type(dtype), list[int]()
+        steps = [
+            [0 if n == 1 else step for n, step in zip(place.shape, place.stride)]
+            for place in operands[1:]
+        ]
+        # as of tensors of the result's shape
+        strides = [[0] * (len(out.shape) - len(own)) + own for own in steps]
+        loops = over(out.shape, [out.stride, *strides])
+        real = c_type(dtype)
+        sizes = list[int]()
         kernel = loops.named(sizes)
-        # All are read, whatever the formula: a compiler makes no vectors of loads that depend on a condition.
+        # All are read, whatever the formula: a compiler makes no vectors of loads that depend on a
+        # condition.
         reads = [f"{real} x{i} = p{i}[{kernel.index(i)}];" for i in range(1, len(operands))]
         words = {word: f"x{i}" for i, word in enumerate(places, 1)}
         words |= {word: f"(({real})s{i})" for i, word in enumerate(numbers)}
@@ -301,7 +364,9 @@ class Writer:
             line.unit = math.prod(map(int, loops.sizes[1:]))
             for own, place, (memory, begin) in zip(loops.strides, operands, line.places):
                 first, last = place.extent
-                line.spans.append(Span(memory, begin, begin + last - first, int(own[0]) * place.dtype.itemsize))
+                line.spans.append(
+                    Span(memory, begin, begin + last - first, int(own[0]) * place.dtype.itemsize)
+                )
         return line
 
     def filled(self, out: Place, value: float) -> Line:

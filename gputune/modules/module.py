@@ -1,4 +1,5 @@
-"""Any nn.Module as a stacked model: its parameters and changing buffers stacked, its forward mapped by torch.func."""
+"""Any nn.Module as a stacked model: its parameters and changing buffers stacked, its forward mapped
+by torch.func."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -46,25 +47,33 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Traits:
-    """What a user's module does, as far as its stacking depends on it (``inspection.py`` finds out by trying it)."""
+    """What a user's module does, as far as its stacking depends on it (``inspection.py`` finds out
+    by trying it)."""
 
-    changing: tuple[str, ...] = ()  # buffers, frozen parameters and Python numbers that a forward in training changes
+    # buffers, frozen parameters and Python numbers that a forward in training changes
+    changing: tuple[str, ...] = ()
     least_rows: int = 1  # that a minibatch needs: two for statistics over them
     alone: bool = True  # whether an output in evaluation mode depends on its own row alone
     widest: int = 1  # most numbers that a submodule returns for a row
     parameters: int = 0  # number of those that are trained
-    writes: bool = False  # whether the forward, the loss or the step writes into the minibatch that it is given
+    # whether the forward, the loss or the step writes into the minibatch that it is given
+    writes: bool = False
     draws: bool = True  # whether a forward in training draws random numbers
-    host_draws: bool = False  # whether its code can draw them outside of PyTorch's default generator
+    # whether its code can draw them outside of PyTorch's default generator
+    host_draws: bool = False
     evaluation_draws: bool = False  # whether a forward in evaluation mode draws random numbers
     row_losses: bool = True  # whether the loss gives a number a row, rather than their mean
     at_start: str = ""  # what is not finite before anything has trained, in words, "" where all is
     named: tuple[str, ...] = ()  # paths of the parameters that are trained
-    unused: tuple[str, ...] = ()  # paths of those that a step of stacked members does not use, which stay as they are
-    scheduled: tuple[str, ...] = ()  # names of the buffers that hold a rate of gputune.models.Dropout
+    # paths of those that a step of stacked members does not use, which stay as they are
+    unused: tuple[str, ...] = ()
+    # names of the buffers that hold a rate of gputune.models.Dropout
+    scheduled: tuple[str, ...] = ()
     unstackable: str = ""  # why its members cannot be stacked, "" where they can
-    probabilities: bool = False  # whether a row's outputs are positive and have the sum 1, as behind a softmax
-    slow: str = ""  # by how much they were measured to train faster one by one; "" where not, or not known
+    # whether a row's outputs are positive and have the sum 1, as behind a softmax
+    probabilities: bool = False
+    # by how much they were measured to train faster one by one; "" where not, or not known
+    slow: str = ""
     coded: bool = False  # whether they were measured to train fastest in compiled code of their own
 
     @property
@@ -91,32 +100,44 @@ class ModuleNetwork:
     ) -> None:
         objective = objective or Objective("mse" if shape.n_outputs == 1 else "cross_entropy")
         self.objective = objective.like(shape.dtype, shape.device)
-        self.builder, self.configs, self.shape, self.seed = builder, tuple(configs), shape, seed
+        self.builder = builder
+        self.configs = tuple(configs)
+        self.shape = shape
+        self.seed = seed
         if traits.writes or traits.unstackable:
-            # What cannot be stacked may decide by the data, or by chance, whether it writes: no trial shows that it
-            # does not. Its counters of writes would tell only when the rows are gone. A copy of a minibatch takes
-            # little of a step of a plain module.
+            # What cannot be stacked may decide by the data, or by chance, whether it writes: no
+            # trial shows that it does not. Its counters of writes would tell only when the rows are
+            # gone. A copy of a minibatch takes little of a step of a plain module.
             self.objective = replace(self.objective, copies=True)
-        self.traits, self.least_rows, self.alone = traits, traits.least_rows, traits.alone
+        self.traits = traits
+        self.least_rows = traits.least_rows
+        self.alone = traits.alone
         self.evaluation_draws = traits.evaluation_draws
         self.template = self.plain(shape.device)
         self.scheduled = dropout_rates(self.template)
         own = dict(self.template.named_parameters())
-        self.first = {k: w.detach() for k, w in own.items() if w.requires_grad and k not in traits.unused}
+        self.first = {
+            k: w.detach() for k, w in own.items() if w.requires_grad and k not in traits.unused
+        }
         changing = dict.fromkeys(traits.changing)
         if hasattr(self.template, "start_from"):  # which may set any buffer
-            changing |= dict.fromkeys(k for k, _ in self.template.named_buffers() if k in self.template.state_dict())
+            changing |= dict.fromkeys(
+                k for k, _ in self.template.named_buffers() if k in self.template.state_dict()
+            )
         self.kept = state_of(self.template, tuple(changing))
         tensors = (*own.items(), *self.template.named_buffers())
         self.fixed = {k: w.detach() for k, w in tensors if k not in self.first | self.kept}
         self.members = (shape.folds, len(configs))
-        self.loss_values = self.objective.values(self.configs, torch.empty(0, dtype=shape.dtype, device=shape.device))
+        self.loss_values = self.objective.values(
+            self.configs, torch.empty(0, dtype=shape.dtype, device=shape.device)
+        )
         self.widest = max(traits.widest, shape.n_features)
         self._lay_out()
         self.stateless = Stateless(self.template)
 
     def _lay_out(self) -> None:
-        """Say how the members' tensors lie in the flat buffers: ``trained``, and all that is kept, ``blocks``."""
+        """Say how the members' tensors lie in the flat buffers: ``trained``, and all that is kept,
+        ``blocks``."""
         raise NotImplementedError
 
     def values(self, params: Params, fold: int, trial: int) -> Params:
@@ -125,11 +146,14 @@ class ModuleNetwork:
 
     def plain(self, device: torch.device) -> nn.Module:
         """Return the user's module at its start, with the trials' common arguments."""
-        module = build_module(self.builder, module_arguments(self.configs[0]), self.shape, seed=self.seed)
+        module = build_module(
+            self.builder, module_arguments(self.configs[0]), self.shape, seed=self.seed
+        )
         return convert(module, self.shape.dtype).to(device)
 
     def starts(self) -> list[Params]:
-        """Return the tensors that the members of each fold begin with, fitted to its rows where the module wants it."""
+        """Return the tensors that the members of each fold begin with, fitted to its rows where the
+        module wants it."""
         common = self.first | self.kept
         if self.shape.rows is None or not hasattr(self.template, "start_from"):
             return [common] * self.shape.folds
@@ -146,8 +170,12 @@ class ModuleNetwork:
         return y if y.dim() > 1 else y[None]
 
     def subset(self, keep: list[int]) -> Self:
-        configs, seed, traits = [self.configs[c] for c in keep], self.seed, self.traits
-        return type(self)(self.builder, configs, self.shape, seed=seed, traits=traits, objective=self.objective)
+        configs = [self.configs[c] for c in keep]
+        seed = self.seed
+        traits = self.traits
+        return type(self)(
+            self.builder, configs, self.shape, seed=seed, traits=traits, objective=self.objective
+        )
 
     def layers(self) -> dict[str, int]:
         owners = layers_of(self.template)
@@ -155,8 +183,10 @@ class ModuleNetwork:
 
     def member(self, params: Params, fold: int, trial: int) -> nn.Module:
         """Return one member as a plain module in evaluation mode, on the CPU."""
-        # Not a copy of the template, since what is no parameter or buffer of it cannot always be copied.
-        module, values = self.plain(_CPU), self.values(params, fold, trial) | self.fixed
+        # Not a copy of the template, since what is no parameter or buffer of it cannot always be
+        # copied.
+        module = self.plain(_CPU)
+        values = self.values(params, fold, trial) | self.fixed
         with torch.no_grad():
             for name, own in (*module.named_parameters(), *module.named_buffers()):
                 if not torch.equal(own, values[name].cpu()):
@@ -170,13 +200,17 @@ class StackedModule(ModuleNetwork):
 
     def _lay_out(self) -> None:
         make_mappable(self.template)  # before it is kept as it is, as ``stateless``
-        trials, sides = self.members[1], hidden_sides(self.template, self.first)
+        trials = self.members[1]
+        sides = hidden_sides(self.template, self.first)
 
         def blocks_of(tensors: Params) -> Blocks:
             each = {k: (sides[k],) * trials if k in sides else None for k in tensors}
-            return Blocks([Block(k, (*self.members, *w.shape), 1, each[k]) for k, w in tensors.items()])
+            return Blocks(
+                [Block(k, (*self.members, *w.shape), 1, each[k]) for k, w in tensors.items()]
+            )
 
-        self.trained, self.blocks = blocks_of(self.first), blocks_of(self.first | self.kept)
+        self.trained = blocks_of(self.first)
+        self.blocks = blocks_of(self.first | self.kept)
 
     def start(self) -> Tensor:
         flat = torch.empty(self.blocks.size, dtype=self.shape.dtype, device=self.shape.device)
@@ -187,7 +221,8 @@ class StackedModule(ModuleNetwork):
         return flat
 
     def draws(self, batches: Batches, *, ahead: bool) -> ModuleDraws | None:
-        """Return the draws of the steps ahead, none where all of them are dropout's and every rate is 0."""
+        """Return the draws of the steps ahead, none where all of them are dropout's and every rate
+        is 0."""
         if not ahead:
             return None  # its own, by the key of the minibatch
         if self.objective.augment is not None:
@@ -199,31 +234,44 @@ class StackedModule(ModuleNetwork):
                     part.is_off = is_off
             self.stateless = Stateless(self.template)
             draws = ModuleDraws(self.alone_losses, batches, self.seed)
-            if not any(draws.draws.values()):  # else dropout's are drawn too, before what else is drawn
+            # else dropout's are drawn too, before what else is drawn
+            if not any(draws.draws.values()):
                 break
         return draws
 
     def alone_losses(self, batch: Batch) -> object:
         """Compute the losses of one member as a plain module, to see what it draws."""
-        # Draws depend on how a tensor lies in memory, which is not how a member's part of a stacked one lies.
+        # Draws depend on how a tensor lies in memory, which is not how a member's part of a stacked
+        # one lies.
         values = self.first | {k: w.clone() for k, w in self.kept.items()} | self.fixed
-        inputs, names = [x[0] for x in batch.inputs], self.shape.names
+        inputs = [x[0] for x in batch.inputs]
+        names = self.shape.names
         # Substitutes, as when it is mapped: a fused attention counts as one that draws.
         with self.stateless.substitute(values) as module, Substitutes():
-            return self.objective.losses(module.train(), inputs, batch.y[0], self.configs[0], names=names)
+            return self.objective.losses(
+                module.train(), inputs, batch.y[0], self.configs[0], names=names
+            )
 
     def gradient(self, params: Params, batch: Batch, grads: Params) -> None:
         trials = len(self.configs)
         members = {k: w[batch.folds].flatten(0, 1) for k, w in params.items()}
         leaves = {k: members[k].detach().requires_grad_() for k in self.first}
-        # Copies: the members' own share a counter of writes with the leaves, which autograd must find unwritten.
+        # Copies: the members' own share a counter of writes with the leaves, which autograd must
+        # find unwritten.
         kept = {k: members[k].to(start.dtype, copy=True) for k, start in self.kept.items()}
         inputs = self.objective.augmented(batch.inputs, self.shape.names, self.seed, batch.key)
         with torch.enable_grad(), self._draws(batch):
-            members_losses, after = self._losses(leaves | kept, [for_members(x, trials) for x in inputs], batch)
+            members_losses, after = self._losses(
+                leaves | kept, [for_members(x, trials) for x in inputs], batch
+            )
             share = batch.share.squeeze(-1) if isinstance(batch.share, Tensor) else batch.share
-            # A mean of the user's own has no rows to weight, which was refused where there are weights.
-            loss = (members_losses * share).sum() if members_losses.dim() == 3 else members_losses.sum()
+            # A mean of the user's own has no rows to weight, which was refused where there are
+            # weights.
+            loss = (
+                (members_losses * share).sum()
+                if members_losses.dim() == 3
+                else members_losses.sum()
+            )
             slopes = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         for name, slope in zip(leaves, slopes):
             part = grads[name][batch.folds]  # of a parameter that the output does not depend on, 0
@@ -239,8 +287,11 @@ class StackedModule(ModuleNetwork):
             return nullcontext()
         return self._draws_of(partial(self.alone_losses, batch), "dropout", *batch.key)
 
-    def _draws_of(self, forward: Callable[[], object], *key: object) -> AbstractContextManager[object]:
-        """Let the draws inside be those that one member makes alone, by ``forward``, from the stream of ``key``."""
+    def _draws_of(
+        self, forward: Callable[[], object], *key: object
+    ) -> AbstractContextManager[object]:
+        """Let the draws inside be those that one member makes alone, by ``forward``, from the
+        stream of ``key``."""
         keyed = partial(keyed_draws, self.shape.device, self.seed, *key)
         try:
             with keyed():
@@ -248,16 +299,23 @@ class StackedModule(ModuleNetwork):
         except TraceError:
             return keyed()
 
-    def _losses(self, members: Params, inputs: Sequence[Tensor], batch: Batch) -> tuple[Tensor, Params]:
-        """Return row losses (F, C, B) of a minibatch, or means (F, C) of the user's own, and the buffers after it."""
+    def _losses(
+        self, members: Params, inputs: Sequence[Tensor], batch: Batch
+    ) -> tuple[Tensor, Params]:
+        """Return row losses (F, C, B) of a minibatch, or means (F, C) of the user's own, and the
+        buffers after it."""
         trials = len(self.configs)
         if not self.objective.is_named:
 
             def own(module: nn.Module, parts: Sequence[Tensor]) -> Tensor:
                 *rows, y = parts
-                return self.objective.losses(module, rows, y, self.configs[0], names=self.shape.names)
+                return self.objective.losses(
+                    module, rows, y, self.configs[0], names=self.shape.names
+                )
 
-            losses, after = self._mapped(own, members, [*inputs, for_members(batch.y, trials)], True)
+            losses, after = self._mapped(
+                own, members, [*inputs, for_members(batch.y, trials)], True
+            )
             return losses.view(-1, trials, *losses.shape[1:]), after
         outputs, after = self._forward(members, inputs, training=True)
         outputs = _with_columns(outputs).to(self.shape.dtype)
@@ -266,21 +324,29 @@ class StackedModule(ModuleNetwork):
             outputs = outputs.masked_fill(~self.shape.present[batch.folds, None, None], -torch.inf)
         return self.row_losses(outputs, batch.y[:, None]), after
 
-    def outputs(self, params: Params, fold: int, inputs: Sequence[Tensor], key: EvaluationKey | None = None) -> Tensor:
-        trials, members = len(self.configs), {k: w[fold] for k, w in params.items()}
+    def outputs(
+        self, params: Params, fold: int, inputs: Sequence[Tensor], key: EvaluationKey | None = None
+    ) -> Tensor:
+        trials = len(self.configs)
+        members = {k: w[fold] for k, w in params.items()}
         draws: AbstractContextManager[object] = nullcontext()
         if self.evaluation_draws and key is not None:
             draws = self._draws_of(partial(self._alone_outputs, inputs), "evaluation", *key)
         with draws:
-            return self._forward(members, [x.expand(trials, *x.shape) for x in inputs], training=False)[0]
+            return self._forward(
+                members, [x.expand(trials, *x.shape) for x in inputs], training=False
+            )[0]
 
     def _alone_outputs(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Return the outputs of one member as a plain module in evaluation mode, to see what it draws."""
+        """Return the outputs of one member as a plain module in evaluation mode, to see what it
+        draws."""
         values = self.first | {k: w.clone() for k, w in self.kept.items()} | self.fixed
         with self.stateless.substitute(values) as module, Substitutes():
             return self.objective.outputs(module.eval(), inputs, self.shape.names)
 
-    def differentiable(self, params: Params, inputs: Sequence[Tensor], key: tuple[int, int] | None) -> Tensor:
+    def differentiable(
+        self, params: Params, inputs: Sequence[Tensor], key: tuple[int, int] | None
+    ) -> Tensor:
         return _with_columns(self.with_statistics(params, inputs, key)[0])
 
     def with_statistics(
@@ -296,7 +362,8 @@ class StackedModule(ModuleNetwork):
             return self._forward(params, inputs, training=key is not None)
 
     def differentiate_statistics(self) -> tuple[str, ...]:
-        """Let running statistics be functions of the parameters; return what else a step changes."""
+        """Let running statistics be functions of the parameters; return what else a step
+        changes."""
         known = differentiate_statistics(self.template)
         self.stateless = Stateless(self.template)
         return tuple(name for name in self.traits.changing if name not in known)
@@ -304,14 +371,24 @@ class StackedModule(ModuleNetwork):
     def row_losses(self, outputs: Tensor, y: Tensor) -> Tensor:
         return self.objective.rows(outputs, y, self.loss_values)
 
-    def _forward(self, members: Params, inputs: Sequence[Tensor], *, training: bool) -> tuple[Tensor, Params]:
-        """Return outputs (P, B, ...) of members (P, ...) on rows (P, B, ...) of each input, and the buffers after."""
-        return self._mapped(partial(self.objective.outputs, names=self.shape.names), members, inputs, training)
+    def _forward(
+        self, members: Params, inputs: Sequence[Tensor], *, training: bool
+    ) -> tuple[Tensor, Params]:
+        """Return outputs (P, B, ...) of members (P, ...) on rows (P, B, ...) of each input, and the
+        buffers after."""
+        return self._mapped(
+            partial(self.objective.outputs, names=self.shape.names), members, inputs, training
+        )
 
     def _mapped(
-        self, function: Callable[..., Tensor], members: Params, tensors: Sequence[Tensor], training: bool
+        self,
+        function: Callable[..., Tensor],
+        members: Params,
+        tensors: Sequence[Tensor],
+        training: bool,
     ) -> tuple[Tensor, Params]:
-        """Return what a function gives for each member and its part of tensors (P, ...), and the buffers after it."""
+        """Return what a function gives for each member and its part of tensors (P, ...), and the
+        buffers after it."""
 
         def of_member(own: Params, *parts: Tensor) -> tuple[Tensor, Params]:
             with self.stateless.substitute({**own, **self.fixed}) as module:
@@ -319,17 +396,21 @@ class StackedModule(ModuleNetwork):
 
         members = members | {k: members[k].to(start.dtype) for k, start in self.kept.items()}
         rounded = training and self.shape.precision == "bf16"
-        # Said of the user's operations, and for PyTorch's developers; the remark that members train slower is ours.
+        # Said of the user's operations, and for PyTorch's developers; the remark that members train
+        # slower is ours.
         warns = getattr(torch._C._functorch, "_set_vmap_fallback_warning_enabled")  # noqa: B009
         warns(False)
         try:
             with Mapped(), Rounded() if rounded else nullcontext(), Substitutes():
-                result: tuple[Tensor, Params] = vmap(of_member, randomness="same")(members, *tensors)
+                result: tuple[Tensor, Params] = vmap(of_member, randomness="same")(
+                    members, *tensors
+                )
                 return result
         except IndexError as error:
             raise InputError(
-                f"model: {name_of(self.builder)} raised IndexError: {error}, on other rows than it was tried on; "
-                "an embedding must have a place for every code that the data hold."
+                f"model: {name_of(self.builder)} raised IndexError: {error}, on other rows than "
+                "it was tried on; an embedding must have a place for every code that the data "
+                "hold."
             ) from error
         finally:
             warns(True)

@@ -15,7 +15,14 @@ from gputune.data.dataset import Dataset, outermost_rows
 from gputune.errors import InputError
 from gputune.modules.broadcasts import BroadcastWatch, Shapes, in_one_shape
 from gputune.modules.calls import convert
-from gputune.modules.construction import Builder, build_module, hint, name_of, note_of_cast, outputs_hint
+from gputune.modules.construction import (
+    Builder,
+    build_module,
+    hint,
+    name_of,
+    note_of_cast,
+    outputs_hint,
+)
 from gputune.modules.draw_watch import DrawWatch, Trail
 from gputune.modules.write_watch import WriteWatch
 from gputune.population.population import Shape, call_module, module_arguments
@@ -25,28 +32,43 @@ from gputune.seeding import keyed_draws
 from gputune.types import Config
 
 _CPU = torch.device("cpu")
-_EXAMPLES = 31  # rows that are tried: a prime number, which a wrong view of their columns does not divide
+# rows that are tried: a prime number, which a wrong view of their columns does not divide
+_EXAMPLES = 31
 
 
 class ModuleTrial:
     """A module, the rows on which it is tried, and the words of what is wrong with it."""
 
     def __init__(
-        self, builder: Builder, config: Config, data: Dataset, columns: str = "", objective: Objective | None = None
+        self,
+        builder: Builder,
+        config: Config,
+        data: Dataset,
+        columns: str = "",
+        objective: Objective | None = None,
     ) -> None:
         objective = objective or make_objective(None, None, None, data.task)
         self.objective = objective.like(data.dtype, _CPU)
-        self.builder, self.config, self.columns, self.name = builder, config, columns, name_of(builder)
+        self.builder = builder
+        self.config = config
+        self.columns = columns
+        self.name = name_of(builder)
         inputs, y = data.example(_EXAMPLES)
-        self.inputs, self.y = [x.cpu() for x in inputs], y.cpu()
+        self.inputs = [x.cpu() for x in inputs]
+        self.y = y.cpu()
         self.shape = replace(Shape.of(data), folds=1, device=_CPU, present=None, rows=None)
         self.writes = WriteWatch()
         self.widest = 1  # most numbers that a submodule has returned for a row
-        module = build_module(builder, module_arguments(config), self.shape, seed=0, columns=columns)
-        self.cast = note_of_cast(module, data.dtype)  # a tensor of the module whose dtype its builder chose
+        module = build_module(
+            builder, module_arguments(config), self.shape, seed=0, columns=columns
+        )
+        # a tensor of the module whose dtype its builder chose
+        self.cast = note_of_cast(module, data.dtype)
         self.module = convert(module, data.dtype)
         self.trail = Trail(self.module)
-        loss, step, augment = self.objective.loss, self.objective.step, self.objective.augment
+        loss = self.objective.loss
+        step = self.objective.step
+        augment = self.objective.augment
         self.watch = DrawWatch(self.module, loss, step, augment)
 
     def fresh(self) -> nn.Module:
@@ -63,41 +85,69 @@ class ModuleTrial:
     def in_double(self) -> Self:
         """Return this trial with floats of double precision; its module stays as it is."""
         double = copy.copy(self)
-        *double.inputs, double.y = (x.double() if x.is_floating_point() else x for x in (*self.inputs, self.y))
+        *double.inputs, double.y = (
+            x.double() if x.is_floating_point() else x for x in (*self.inputs, self.y)
+        )
         kinds = tuple((tuple(x.shape[1:]), x.dtype) for x in double.inputs)
         double.shape = replace(self.shape, dtype=torch.float64, inputs=kinds)
         return double
 
     def check_ids(self, data: Dataset) -> None:
-        """Raise InputError where an embedding of the module has no place for an id that a row of the data holds.
+        """Raise InputError where an embedding of the module has no place for an id that a row of
+        the data holds.
 
-        The module runs on the rows with the largest and the smallest number of each column. Whatever else it raises
-        there is for others to say.
+        The module runs on the rows with the largest and the smallest number of each column.
+        Whatever else it raises there is for others to say.
         """
-        embeddings = [(path, part) for path, part in self.module.named_modules() if isinstance(part, nn.Embedding)]
+        embeddings = [
+            (path, part)
+            for path, part in self.module.named_modules()
+            if isinstance(part, nn.Embedding)
+        ]
         if not embeddings:
             return
-        rows = torch.tensor(sorted({row for x in data.inputs for row in outermost_rows(x[0])}), dtype=torch.int64)
-        inputs, wrong = [x.cpu() for x in data.rows(0, rows.to(data.device))], list[str]()
+        rows = torch.tensor(
+            sorted({row for x in data.inputs for row in outermost_rows(x[0])}), dtype=torch.int64
+        )
+        inputs = [x.cpu() for x in data.rows(0, rows.to(data.device))]
+        wrong = list[str]()
 
         def check(path: str, part: nn.Embedding, arguments: tuple[object, ...]) -> None:
-            ids, size = arguments[0], part.num_embeddings
-            if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() == 0 or ids.numel() == 0:
+            ids = arguments[0]
+            size = part.num_embeddings
+            if (
+                not isinstance(ids, Tensor)
+                or ids.is_floating_point()
+                or ids.dim() == 0
+                or ids.numel() == 0
+            ):
                 return  # which the embedding says itself
             number = most if (most := int(ids.max())) >= size else int(ids.min())
             if 0 <= number < size:
                 return
-            row, own = "", inputs
+            row = ""
+            own = inputs
             if len(ids) == len(rows):  # otherwise the forward has made rows of its own
                 place = int((ids == number).nonzero()[0, 0])
-                row, own = f" in row {int(rows[place])}", [x[place] for x in inputs]
-            holder = next((label for label, x in zip(data.labels, own) if bool((x == number).any())), None)
-            where = f"the forward of {self.name} makes the id" if holder is None else f"{holder} has the id"
-            remedy = "give such ids other numbers" if number < 0 else f"give it num_embeddings={number + 1} or more"
+                row = f" in row {int(rows[place])}"
+                own = [x[place] for x in inputs]
+            holder = next(
+                (label for label, x in zip(data.labels, own) if bool((x == number).any())), None
+            )
+            where = (
+                f"the forward of {self.name} makes the id"
+                if holder is None
+                else f"{holder} has the id"
+            )
+            remedy = (
+                "give such ids other numbers"
+                if number < 0
+                else f"give it num_embeddings={number + 1} or more"
+            )
             scaled = holder is None and any(x.is_floating_point() for x in own)
             wrong.append(
-                f"model: {where} {number}{row}, and the embedding {path!r} of {self.name} has {size} places, for ids 0 "
-                f"to {size - 1}; {remedy}.{_SCALED * scaled}"
+                f"model: {where} {number}{row}, and the embedding {path!r} of {self.name} has "
+                f"{size} places, for ids 0 to {size - 1}; {remedy}.{_SCALED * scaled}"
             )
 
         hooks = [part.register_forward_pre_hook(partial(check, path)) for path, part in embeddings]
@@ -118,40 +168,55 @@ class ModuleTrial:
         }
 
     def forward(self, inputs: Sequence[Tensor], *, training: bool, watched: bool = False) -> Tensor:
-        """Return the outputs on some rows, always with the same draws, which are noted where it is ``watched``."""
+        """Return the outputs on some rows, always with the same draws, which are noted where it is
+        ``watched``."""
         self.trail.largest = 0  # of other numbers of rows
         try:
-            draws = self.watch.watching(training=training) if watched else keyed_draws(_CPU, 0, "check", host=True)
+            draws = (
+                self.watch.watching(training=training)
+                if watched
+                else keyed_draws(_CPU, 0, "check", host=True)
+            )
             with self.writes.copies(inputs) as own, draws, torch.set_grad_enabled(training):
                 outputs = self.objective.outputs(self.module.train(training), own, self.shape.names)
         except Exception as error:
-            takes, place = " and ".join(map(in_words, inputs)), self.trail.submodule and f" ({self.trail.submodule})"
+            takes = " and ".join(map(in_words, inputs))
+            place = self.trail.submodule and f" ({self.trail.submodule})"
             raise InputError(
-                f"model: the forward of {self.name}{place} raised {type(error).__name__}: {error}. It must take "
-                f"{takes} and return (rows, {self.shape.n_outputs}).{hint(str(error), inputs)}"
+                f"model: the forward of {self.name}{place} raised {type(error).__name__}: "
+                f"{error}. It must take {takes} and return (rows, "
+                f"{self.shape.n_outputs}).{hint(str(error), inputs)}"
                 f"{self.cast if 'dtype' in str(error) else ''}{self.columns}"
             ) from error
         self.widest = max(self.widest, self.trail.largest // len(inputs[0]))
         return outputs
 
     def losses(self) -> Tensor:
-        """Return the losses of one step, of rows or their mean. Raises InputError for a loss that fails."""
+        """Return the losses of one step, of rows or their mean. Raises InputError for a loss that
+        fails."""
         name = self.objective.in_words
         refuse_one_number(self.objective.loss, self.y)
         losses, pair = self._try_loss(self.inputs, self.y)
-        rows, found = len(self.inputs[0]), _found(losses)
+        rows = len(self.inputs[0])
+        found = _found(losses)
         if found not in ((), (rows,)):
-            what = f"row losses of shape (rows,) or their mean, a tensor (), got {found} for {rows} rows"
+            what = (
+                f"row losses of shape (rows,) or their mean, a tensor (), got {found} for {rows} "
+                "rows"
+            )
             raise InputError(f"{name} must return {what}.")
         if not losses.requires_grad:
             raise InputError(
-                f"{name} gives no gradient: what it returns does not depend on the parameters of {self.name}. Compute "
-                "it of the module's outputs by operations of torch, without detach(), item() or torch.no_grad()."
+                f"{name} gives no gradient: what it returns does not depend on the parameters of "
+                f"{self.name}. Compute it of the module's outputs by operations of torch, without "
+                "detach(), item() or torch.no_grad()."
             )
         if self.objective.is_named:
             return losses.detach()
         if not bool(losses.isfinite().all()):
-            raise InputError(f"{name} is not finite on the first rows; check its inputs and its formula.")
+            raise InputError(
+                f"{name} is not finite on the first rows; check its inputs and its formula."
+            )
         if self.objective.step is None and pair is None:
             outputs = self.forward(self.inputs, training=False)
             if pairs_all_rows(self.objective.member_loss(self.config), outputs, self.y):
@@ -162,19 +227,22 @@ class ModuleTrial:
         if pair is not None:
             place = "training_step" if self.objective.step else "loss"
             raise InputError(
-                f"{name} compares each output with the targets of all rows: the outputs of {self.name} have shape "
-                f"{pair[0]} and y {pair[1]}, which torch broadcasts to ({rows}, {rows}). "
-                f"{in_one_shape(pair, place)}"
+                f"{name} compares each output with the targets of all rows: the outputs of "
+                f"{self.name} have shape {pair[0]} and y {pair[1]}, which torch broadcasts to "
+                f"({rows}, {rows}). {in_one_shape(pair, place)}"
             )
         return losses.detach()
 
     def _try_loss(self, inputs: Sequence[Tensor], y: Tensor) -> tuple[Tensor, Shapes | None]:
-        """Return the losses of some rows, and the shapes of outputs and targets that were compared across rows."""
+        """Return the losses of some rows, and the shapes of outputs and targets that were compared
+        across rows."""
         copies = self.writes.copies([*inputs, y])
         try:
             watching = self.watch.watching(training=True)
             with copies as (*own, own_y), torch.enable_grad(), warnings.catch_warnings(), watching:
-                warnings.filterwarnings("ignore", "Using a target size .* that is different to the input size")
+                warnings.filterwarnings(
+                    "ignore", "Using a target size .* that is different to the input size"
+                )
                 watch = BroadcastWatch(own_y)
                 with nullcontext() if self.objective.is_named else watch:
                     step = self.module.train(), own, own_y, self.config
@@ -182,7 +250,9 @@ class ModuleTrial:
         except Exception as error:
             says = str(error).rstrip(".")
             name = self.objective.in_words
-            raise InputError(f"{name} raised {type(error).__name__}: {says}. {self._what_a_loss_gets()}") from error
+            raise InputError(
+                f"{name} raised {type(error).__name__}: {says}. {self._what_a_loss_gets()}"
+            ) from error
         return losses, watch.pair
 
     def _what_a_loss_gets(self) -> str:
@@ -190,50 +260,71 @@ class ModuleTrial:
         y = f"{tuple(self.y.shape)} and {self.y.dtype}"
         if self.objective.step is not None:
             x = " and ".join(map(in_words, self.inputs))
-            return f"It is called as training_step(module, (x, y)), x {x}, y {y}, and returns row losses or a mean."
-        outputs, remedy = self.forward(self.inputs, training=False), ""
+            return (
+                f"It is called as training_step(module, (x, y)), x {x}, y {y}, and returns row "
+                "losses or a mean."
+            )
+        outputs = self.forward(self.inputs, training=False)
+        remedy = ""
         if self.objective.binary and outputs.numel() == len(self.y):
             remedy = " One logit a row of two classes takes loss='bce'."
         elif not self.objective.any_outputs:
-            kind, other = ("numbers", "classification") if self.y.is_floating_point() else ("classes", "regression")
+            kind, other = (
+                ("numbers", "classification")
+                if self.y.is_floating_point()
+                else ("classes", "regression")
+            )
             remedy = f" y is {kind} here; task='{other}' takes it the other way."
         return (
-            f"The outputs of {self.name} have shape {tuple(outputs.shape)} and type {outputs.dtype}, y {y}; make them "
-            f"fit.{remedy}"
+            f"The outputs of {self.name} have shape {tuple(outputs.shape)} and type "
+            f"{outputs.dtype}, y {y}; make them fit.{remedy}"
         )
 
     def augmented(self) -> list[Tensor]:
-        """Return the inputs as the user changes minibatches of training. Raises InputError where that fails."""
+        """Return the inputs as the user changes minibatches of training. Raises InputError where
+        that fails."""
         if self.objective.augment is None:
             return list(self.inputs)
         try:
-            return [x[0] for x in self.objective.augmented([x[None] for x in self.inputs], self.shape.names, 0, (0, 0))]
+            return [
+                x[0]
+                for x in self.objective.augmented(
+                    [x[None] for x in self.inputs], self.shape.names, 0, (0, 0)
+                )
+            ]
         except InputError:
             raise
         except Exception as error:
             raise InputError(
-                f"augment: {qualified_name(self.objective.augment)} raised {type(error).__name__}: {error}. It is "
-                "called as augment(x, generator), with the inputs of a minibatch, and returns such inputs."
+                f"augment: {qualified_name(self.objective.augment)} raised "
+                f"{type(error).__name__}: {error}. It is called as augment(x, generator), with "
+                "the inputs of a minibatch, and returns such inputs."
             ) from error
 
     def check_outputs(self, outputs: object) -> None:
         """Raise InputError for outputs of another shape than the loss takes."""
-        rows, n_outputs = len(self.inputs[0]), self.shape.n_outputs
+        rows = len(self.inputs[0])
+        n_outputs = self.shape.n_outputs
         if self.fits(outputs, rows):
             return
         usual = _of_shape(found := _found(outputs), n_outputs, binary=self.objective.binary)
         if isinstance(found, tuple) and len(found) == 2:
             usual += outputs_hint(self.builder, module_arguments(self.config), found[1], n_outputs)
         if self.objective.step is not None:
-            usual += " With task='custom' and scoring=callable(outputs, y) a training_step may have any outputs."
+            usual += (
+                " With task='custom' and scoring=callable(outputs, y) a training_step may have "
+                "any outputs."
+            )
         raise InputError(
-            f"model: {self.name} must return a tensor of shape (rows, {n_outputs}), got {found} for {rows} "
-            f"rows; its last layer must have n_outputs outputs (logits for classes).{usual}{self.columns}"
+            f"model: {self.name} must return a tensor of shape (rows, {n_outputs}), got {found} "
+            f"for {rows} rows; its last layer must have n_outputs outputs (logits for "
+            f"classes).{usual}{self.columns}"
         )
 
     def fits(self, outputs: object, rows: int) -> bool:
         """Whether outputs of so many rows have a shape that the loss takes."""
-        found, n_outputs = _found(outputs), self.shape.n_outputs
+        found = _found(outputs)
+        n_outputs = self.shape.n_outputs
         if self.objective.any_outputs:
             return found[:1] == (rows,)
         one = n_outputs == 1 or self.objective.may_be_one_logit
@@ -243,17 +334,22 @@ class ModuleTrial:
         """Raise InputError where the outputs, computed in training, depend on no parameter."""
         if not outputs.requires_grad or not any(w.requires_grad for w in self.module.parameters()):
             raise InputError(
-                f"model: {self.name} has nothing to train: its outputs depend on no parameter with requires_grad. "
-                "Give it one, and do not detach what it returns."
+                f"model: {self.name} has nothing to train: its outputs depend on no parameter "
+                "with requires_grad. Give it one, and do not detach what it returns."
             )
 
     def is_alone(self, outputs: Tensor) -> bool:
-        """Whether an output in evaluation mode depends on its own row only; ``outputs`` are those of all tried rows."""
+        """Whether an output in evaluation mode depends on its own row only; ``outputs`` are those
+        of all tried rows."""
         if not self.watch.draws_in_evaluation:
             few = self.forward([part[:2] for part in self.inputs], training=False)
             return is_close(few, outputs[:2])
-        # Fewer rows would have other draws. So there are as many, and those after the second are the first row again.
-        others = [torch.cat([part[:2], part[:1].expand(len(part) - 2, *part.shape[1:])]) for part in self.inputs]
+        # Fewer rows would have other draws. So there are as many, and those after the second are
+        # the first row again.
+        others = [
+            torch.cat([part[:2], part[:1].expand(len(part) - 2, *part.shape[1:])])
+            for part in self.inputs
+        ]
         return is_close(self.forward(others, training=False)[:2], outputs[:2])
 
     def takes_one_row(self) -> bool:
@@ -264,8 +360,8 @@ class ModuleTrial:
 
 
 _SCALED = (
-    " The numbers of a table are scaled: pass a tensor of integers, torch.as_tensor(X), or numbers='none', which "
-    "leaves codes as they are."
+    " The numbers of a table are scaled: pass a tensor of integers, torch.as_tensor(X), or "
+    "numbers='none', which leaves codes as they are."
 )
 
 
@@ -275,15 +371,16 @@ def is_close(a: Tensor, b: Tensor) -> bool:
 
 
 def at_start(trial: ModuleTrial, outputs: Tensor, losses: Tensor) -> str:
-    """Return what is not finite before anything is trained, in words; "" where all is, or -inf for a class."""
+    """Return what is not finite before anything is trained, in words; "" where all is, or -inf for
+    a class."""
     if bool(losses.isfinite().all()) and not bool((outputs.isnan() | (outputs == torch.inf)).any()):
         return ""
     what = "outputs that are" if not bool(outputs.isfinite().all()) else "a loss that is"
     arguments = ", ".join(f"{k}={v!r}" for k, v in module_arguments(trial.config).items())
     return (
-        f"{trial.name}({arguments}) gives {what} not finite on the first training rows, before anything has trained; "
-        "look in its forward for a division by zero, the logarithm of 0 or a root of it, and for inputs that are too "
-        "large, which numbers='standard' scales."
+        f"{trial.name}({arguments}) gives {what} not finite on the first training rows, before "
+        "anything has trained; look in its forward for a division by zero, the logarithm of 0 or "
+        "a root of it, and for inputs that are too large, which numbers='standard' scales."
     )
 
 
@@ -306,7 +403,8 @@ def _found(value: object) -> tuple[int, ...] | str:
 
 def in_words(x: Tensor) -> str:
     """Return the type, the shape and, of integers, the values of an input."""
-    name, shape = str(x.dtype).removeprefix("torch."), ", ".join(["rows", *map(str, x.shape[1:])])
+    name = str(x.dtype).removeprefix("torch.")
+    shape = ", ".join(["rows", *map(str, x.shape[1:])])
     if x.is_floating_point():
         return f"a float tensor of shape ({shape})"
     kind = f"{'an' if name.startswith('i') else 'a'} {name} tensor of shape ({shape})"

@@ -10,8 +10,8 @@ from gputune.scoring.objective import Objective
 def check_probabilities(name: str, objective: Objective, outputs: Tensor) -> None:
     """Check whether outputs of a module, computed in training, are what its loss takes.
 
-    Warns about probabilities where the loss takes logits. Raises InputError for anything but log-probabilities where
-    the loss takes these: it would then have no lower bound.
+    Warns about probabilities where the loss takes logits. Raises InputError for anything but
+    log-probabilities where the loss takes these: it would then have no lower bound.
     """
     if objective.step is not None:
         return
@@ -21,17 +21,23 @@ def check_probabilities(name: str, objective: Objective, outputs: Tensor) -> Non
         kind = "probabilities" if are_probabilities(outputs) else "logits"
         end = ", without the softmax at its end" * are_probabilities(outputs)
         raise InputError(
-            f"{name} returns {kind}, and {objective.in_words} takes the logarithms of probabilities. "
-            f"Choose loss=torch.nn.CrossEntropyLoss{end}, or end the module in log_softmax(1)."
+            f"{name} returns {kind}, and {objective.in_words} takes the logarithms of "
+            f"probabilities. Choose loss=torch.nn.CrossEntropyLoss{end}, or end the module in "
+            "log_softmax(1)."
         )
-    if is_cross_entropy(objective.loss) and outputs.shape[1:] != (1,) and are_probabilities(outputs):
+    if (
+        is_cross_entropy(objective.loss)
+        and outputs.shape[1:] != (1,)
+        and are_probabilities(outputs)
+    ):
         end = "softmax"
     elif objective.loss == "bce" and _ends_in_sigmoid(outputs):
         end = "sigmoid"
     else:
         return
     warn(
-        f"{name} returns probabilities, and the cross-entropy wants logits: leave out the {end} at its end.",
+        f"{name} returns probabilities, and the cross-entropy wants logits: leave out the {end} "
+        "at its end.",
         InputWarning,
     )
 

@@ -1,8 +1,9 @@
 """A trace as a straight Python function: no autograd, no vmap, no views, and hardly an allocation.
 
-What a step makes lies in one block of memory, where each result has a place from its making to its last use, so that a
-step stays in the cache and asks the system for no pages. Every tensor is made once; a line of the function is one
-kernel. The numbers are those of the step itself: the same kernels in the same order.
+What a step makes lies in one block of memory, where each result has a place from its making to its
+last use, so that a step stays in the cache and asks the system for no pages. Every tensor is made
+once; a line of the function is one kernel. The numbers are those of the step itself: the same
+kernels in the same order.
 """
 
 from collections import Counter, defaultdict
@@ -15,7 +16,16 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from gputune.modules.trace import ALIGNED, Operation, Operator, Place, Trace, TraceError, Words, arrange
+from gputune.modules.trace import (
+    ALIGNED,
+    Operation,
+    Operator,
+    Place,
+    Trace,
+    TraceError,
+    Words,
+    arrange,
+)
 
 aten = torch.ops.aten
 _has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -23,20 +33,23 @@ _has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 _CHANNELS = 8  # a vector of them
 
 _FACTORIES = set(
-    "zeros ones full empty arange scalar_tensor empty_strided zeros_like ones_like full_like empty_like "
-    "new_zeros new_ones new_full new_empty new_empty_strided".split()
+    "zeros ones full empty arange scalar_tensor empty_strided zeros_like ones_like full_like "
+    "empty_like new_zeros new_ones new_full new_empty new_empty_strided".split()
 )
-"""Operations whose result depends on the shape of what they are given, and on none of its numbers."""
+"""Operations whose result depends on the shape of what they are given, and on none of its
+numbers."""
 
 _PLAIN = set(
-    "add sub mul div bmm baddbmm addcmul exp log sqrt rsqrt sum mean gather index_select scatter_add tanh sigmoid neg "
-    "where clamp_min clamp_max amax cat pow cos".split()
+    "add sub mul div bmm baddbmm addcmul exp log sqrt rsqrt sum mean gather index_select "
+    "scatter_add tanh sigmoid neg where clamp_min clamp_max amax cat pow cos".split()
 )
-"""Operations whose function in ``torch`` takes the same arguments and, called from Python, half the time."""
+"""Operations whose function in ``torch`` takes the same arguments and, called from Python, half the
+time."""
 
 
 def compile_trace(trace: Trace) -> Callable[[], None]:
-    """Return a function that takes the step again, on what its memory holds then. Raises TraceError."""
+    """Return a function that takes the step again, on what its memory holds then. Raises
+    TraceError."""
     return _Source(simplify_trace(trace, _with_out)).function()
 
 
@@ -45,9 +58,11 @@ def _with_place(op: Operation) -> Operation:
 
 
 def simplify_trace(trace: Trace, with_out: Callable[[Operation], Operation] = _with_place) -> Trace:
-    """Return a trace without what is the same in every step, what nothing reads, and copies of single results.
+    """Return a trace without what is the same in every step, what nothing reads, and copies of
+    single results.
 
-    What is the same is computed now, and its memory is then outside. ``with_out`` says what a result is written into.
+    What is the same is computed now, and its memory is then outside. ``with_out`` says what a
+    result is written into.
     """
     changed = {place.memory for op in trace.operations for place in op.writes}
     constants: dict[int, Tensor] = {}
@@ -60,14 +75,21 @@ def simplify_trace(trace: Trace, with_out: Callable[[Operation], Operation] = _w
 
     for op in trace.operations:
         reads = [] if op.name in _FACTORIES else op.reads
-        constant = all(place.memory in constants for place in reads) and len(op.results) == 1 and not op.writes
+        constant = (
+            all(place.memory in constants for place in reads)
+            and len(op.results) == 1
+            and not op.writes
+        )
         if constant and (made := op.makes[0]).memory not in changed:
             args, kwargs = tree_map_only(Place, tensor, (op.args, op.kwargs))
             result = op.function(*args, **kwargs)
-            constants[made.memory] = result if result.stride() == made.stride else tensor(made).copy_(result)
+            constants[made.memory] = (
+                result if result.stride() == made.stride else tensor(made).copy_(result)
+            )
         else:
             rest.append(op)
-    wanted, used = set[int](), []
+    wanted = set[int]()
+    used = []
     for op in reversed([*map(with_out, rest)]):
         into = {place.memory for place in (*op.makes, *op.writes)}
         if into & wanted or not into <= trace.sizes.keys():  # else nothing reads it
@@ -78,10 +100,13 @@ def simplify_trace(trace: Trace, with_out: Callable[[Operation], Operation] = _w
 
 
 def _with_out(op: Operation) -> Operation:
-    """Let an operation write its result into memory that it is given, where it has a kernel that does."""
+    """Let an operation write its result into memory that it is given, where it has a kernel that
+    does."""
     if op.function is aten.max_pool2d_with_indices.default:
         x = op.args[0]
-        return replace(op, function=_max_pool) if x.shape[-3] >= _CHANNELS and x.stride[-3] > 1 else op
+        return (
+            replace(op, function=_max_pool) if x.shape[-3] >= _CHANNELS and x.stride[-3] > 1 else op
+        )
     if len(op.results) != 1 or op.writes:
         return op
     if op.name in _FACTORIES:  # of memory that is written into later
@@ -96,7 +121,8 @@ def _with_out(op: Operation) -> Operation:
 
 
 def _skips_axes(op: Operation) -> bool:
-    """Whether an operation has None among its indices, for an axis without one: methods of tensors refuse that."""
+    """Whether an operation has None among its indices, for an axis without one: methods of tensors
+    refuse that."""
     return any(isinstance(value, list | tuple) and None in value for value in op.args)
 
 
@@ -113,13 +139,16 @@ def _copy(source: Tensor, *, out: Tensor, **_: object) -> None:
 
 
 def _max_pool(x: Tensor, *args: object) -> tuple[Tensor, Tensor]:
-    """Pool with the channels last, in vectors; otherwise the kernel takes one number at a time, 4 times as long."""
+    """Pool with the channels last, in vectors; otherwise the kernel takes one number at a time, 4
+    times as long."""
     last = x.contiguous(memory_format=torch.channels_last)
     pooled, indices = aten.max_pool2d_with_indices(last, *args)
     return pooled.contiguous(memory_format=torch.contiguous_format), indices.contiguous()
 
 
-def _select_backward(slope: Tensor, shape: Sequence[int], axis: int, index: int, *, out: Tensor) -> None:
+def _select_backward(
+    slope: Tensor, shape: Sequence[int], axis: int, index: int, *, out: Tensor
+) -> None:
     out.zero_().select(axis, index).copy_(slope)
 
 
@@ -135,7 +164,8 @@ _WRITERS: dict[Operator, Callable[..., object]] = {
 
 @cache
 def _out_variant(function: Operator) -> tuple[Operator, str]:
-    """Return an operation's variant that writes into a given tensor by a kernel of its own, and its keyword; or ""."""
+    """Return an operation's variant that writes into a given tensor by a kernel of its own, and its
+    keyword; or ""."""
     wanted = [(a.name, str(a.type)) for a in function._schema.arguments]
     variants = function.overloadpacket.overloads() if len(function._schema.returns) == 1 else ()
     for variant in (getattr(function.overloadpacket, name) for name in variants):
@@ -149,7 +179,8 @@ def _out_variant(function: Operator) -> tuple[Operator, str]:
 
 def _written_at_once(operations: Sequence[Operation]) -> list[Operation]:
     """Write a result where it is only made to be copied to, rather than copy it."""
-    found, copies = list(operations), set()
+    found = list(operations)
+    copies = set()
     makers = {place.memory: i for i, op in enumerate(found) for place in op.makes}
     uses = Counter(place.memory for op in found for place in (*op.reads, *op.writes))
     for i, op in enumerate(found):
@@ -159,7 +190,9 @@ def _written_at_once(operations: Sequence[Operation]) -> list[Operation]:
         maker = makers.get(source.memory, i)
         if uses[source.memory] == 1 and (goal := _goal(found[maker], source, target)) is not None:
             # Also made: before its memory is made, other results may lie there.
-            between = (p for other in found[maker:i] for p in (*other.reads, *other.writes, *other.makes))
+            between = (
+                p for other in found[maker:i] for p in (*other.reads, *other.writes, *other.makes)
+            )
             if not any(target.overlaps(place) for place in between):
                 found[maker] = replace(found[maker], results=[], writes=[goal])
                 copies.add(i)
@@ -167,18 +200,22 @@ def _written_at_once(operations: Sequence[Operation]) -> list[Operation]:
 
 
 def _goal(maker: Operation, source: Place, target: Place) -> Place | None:
-    """Return where an operation must write its result, so that ``source`` of it would be ``target``; None: nowhere."""
+    """Return where an operation must write its result, so that ``source`` of it would be
+    ``target``; None: nowhere."""
     if maker.out is None or len(maker.makes) != 1 or maker.function in (_zero, _do_nothing):
         return None
     result = maker.makes[0]
     alike = (source.dtype, _layout(source)) == (target.dtype, _layout(target))
     if not alike or result.extent != source.extent or result.dtype != source.dtype:
         return None
-    return replace(result, memory=target.memory, offset=target.offset + result.offset - source.offset)
+    return replace(
+        result, memory=target.memory, offset=target.offset + result.offset - source.offset
+    )
 
 
 def _layout(place: Place) -> list[tuple[int, int]]:
-    """The memory that a tensor covers: its axes of more than one entry, those that follow on each other as one."""
+    """The memory that a tensor covers: its axes of more than one entry, those that follow on each
+    other as one."""
     merged: list[tuple[int, int]] = []
     for size, stride in zip(place.shape, place.stride):
         if size == 1:
@@ -194,9 +231,15 @@ class _Source:
     """Writes the function: every line an operation, every tensor a global name."""
 
     def __init__(self, trace: Trace) -> None:
-        self.operations, self.storages = trace.operations, trace.outside
+        self.operations = trace.operations
+        self.storages = trace.outside
         places = [[*op.reads, *op.writes, *op.makes] for op in self.operations]
-        self.last = {p.memory: i for i, own in enumerate(places) for p in own if p.memory not in self.storages}
+        self.last = {
+            p.memory: i
+            for i, own in enumerate(places)
+            for p in own
+            if p.memory not in self.storages
+        }
         ours = {p.memory: i for i, op in enumerate(self.operations) if op.out for p in op.makes}
         begins, size = arrange([(ours[m], self.last[m], trace.sizes[m]) for m in ours])
         self.begin = dict(zip(ours, begins))
@@ -221,10 +264,18 @@ class _Source:
         return step
 
     def _line(self, op: Operation) -> str:
-        words = [*map(self._text, op.args), *(f"{key}={self._text(value)}" for key, value in op.kwargs.items())]
+        words = [
+            *map(self._text, op.args),
+            *(f"{key}={self._text(value)}" for key, value in op.kwargs.items()),
+        ]
         if op.out is not None and (op.makes or op.out not in op.kwargs):
             words.append(f"{op.out}={self._text((op.makes or op.writes)[0])}")
-        elif not op.results and op.name.endswith("_") and hasattr(Tensor, op.name) and not _skips_axes(op):
+        elif (
+            not op.results
+            and op.name.endswith("_")
+            and hasattr(Tensor, op.name)
+            and not _skips_axes(op)
+        ):
             return f"{words[0]}.{op.name}({', '.join(words[1:])})"
         call = f"{self._name(op.function, 'f')}({', '.join(words)})"
         if op.out is not None or not op.makes:
@@ -239,14 +290,22 @@ class _Source:
     def _text(self, value: object) -> str:
         if isinstance(value, list | tuple):
             return f"[{', '.join(map(self._text, value))}]"
-        if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and isfinite(value)):
+        if (
+            value is None
+            or isinstance(value, bool | int | str)
+            or (isinstance(value, float) and isfinite(value))
+        ):
             return repr(value)
         if not isinstance(value, Place) or value.memory not in self.results:
             return self._name(value, "t" if isinstance(value, Place) else "c")
         whole, name = self.results[value.memory]
         if whole.dtype != value.dtype:
             raise TraceError(f"a result of {whole.dtype} is read as {value.dtype}")
-        return name if whole == value else f"as_strided({name}, {value.shape}, {value.stride}, {value.offset})"
+        return (
+            name
+            if whole == value
+            else f"as_strided({name}, {value.shape}, {value.stride}, {value.offset})"
+        )
 
     def _name(self, value: object, prefix: str) -> str:
         if value not in self.names:
@@ -254,7 +313,9 @@ class _Source:
             if not isinstance(value, Place):
                 self.values[name] = value
             elif value.memory in self.begin:
-                self.values[name] = value.on(self.arena.untyped_storage(), self.shift + self.begin[value.memory])
+                self.values[name] = value.on(
+                    self.arena.untyped_storage(), self.shift + self.begin[value.memory]
+                )
             else:
                 self.values[name] = value.on(self.storages[value.memory])
         return self.names[value]

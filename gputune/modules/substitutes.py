@@ -1,4 +1,5 @@
-"""Operations in place of those that torch cannot map over members: the same numbers and derivatives."""
+"""Operations in place of those that torch cannot map over members: the same numbers and
+derivatives."""
 
 import math
 from collections.abc import Iterator
@@ -23,12 +24,15 @@ _ATTENDS = signature(functional.multi_head_attention_forward)
 class Substitutes(TorchFunctionMode):
     """Puts other operations in the place of a module's, here and in this thread alone.
 
-    ``nn.MultiheadAttention`` takes a fast path in evaluation where it sees no tensor that requires a gradient, and
-    through vmap it sees none; that path has no derivative and no batching rule. It takes none within a mode such as
-    this. The fused kernel of a CPU has no batching rule either, and would be called member by member.
+    ``nn.MultiheadAttention`` takes a fast path in evaluation where it sees no tensor that requires
+    a gradient, and through vmap it sees none; that path has no derivative and no batching rule. It
+    takes none within a mode such as this. The fused kernel of a CPU has no batching rule either,
+    and would be called member by member.
     """
 
-    def __torch_function__(self, func: Function, types: object, args: Args = (), kwargs: Words | None = None) -> object:
+    def __torch_function__(
+        self, func: Function, types: object, args: Args = (), kwargs: Words | None = None
+    ) -> object:
         kwargs = kwargs or {}
         if func is functional.multi_head_attention_forward and not kwargs.get("need_weights", True):
             given = _ATTENDS.bind(*args, **kwargs).arguments
@@ -47,14 +51,22 @@ def _is_plain(given: Words) -> bool:
     x = given["query"]
     itself = x is given["key"] and x is given["value"] and x.dim() == 3
     shared = given["in_proj_weight"] is not None and not given.get("use_separate_proj_weight")
-    return itself and shared and all(given.get(name) is None or given[name] is False for name in unusual)
+    return (
+        itself
+        and shared
+        and all(given.get(name) is None or given[name] is False for name in unusual)
+    )
 
 
 def _self_attention(given: Words) -> Tensor:
-    """Return what each row (T, B, E) gets. Rows are read as ``batch_first`` gives them, so that none is copied."""
-    rows, dropout = given["query"].transpose(0, 1), given["dropout_p"] if given.get("training", True) else 0.0
+    """Return what each row (T, B, E) gets. Rows are read as ``batch_first`` gives them, so that
+    none is copied."""
+    rows = given["query"].transpose(0, 1)
+    dropout = given["dropout_p"] if given.get("training", True) else 0.0
     parts = functional.linear(rows, given["in_proj_weight"], given["in_proj_bias"]).chunk(3, -1)
-    query, key, value = (p.view(*p.shape[:2], given["num_heads"], -1).transpose(1, 2) for p in parts)
+    query, key, value = (
+        p.view(*p.shape[:2], given["num_heads"], -1).transpose(1, 2) for p in parts
+    )
     found = _attention(query, key, value, dropout_p=dropout).permute(2, 0, 1, 3).flatten(2)
     # The result lies as torch's does, (T, B, E): a dropout after it draws in the order of memory.
     return functional.linear(found, given["out_proj_weight"], given["out_proj_bias"])
@@ -72,20 +84,24 @@ def _attention(
 ) -> Tensor:
     """Return ``functional.scaled_dot_product_attention`` of the same arguments."""
     if attn_mask is not None and attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(
+            ~attn_mask, -torch.inf
+        )
     if attn_mask is not None or is_causal or enable_gqa:
         result: Tensor = torch.ops.aten._scaled_dot_product_attention_math(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )[0]
         return result
-    # Its softmax looks for rows that a mask leaves empty, at five times the cost, and none is empty here.
+    # Its softmax looks for rows that a mask leaves empty, at five times the cost, and none is empty
+    # here.
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     weights = ((query * scale) @ key.mT).softmax(-1)
     return functional.dropout(weights, dropout_p) @ value if dropout_p else weights @ value
 
 
 def make_mappable(module: nn.Module) -> None:
-    """Change, in place, how a module computes what it computes, where torch's own way cannot be mapped."""
+    """Change, in place, how a module computes what it computes, where torch's own way cannot be
+    mapped."""
     for part in module.modules():
         if _averages(part):
             part.forward = partial(_cumulative_batch_norm, part)  # type: ignore[method-assign]
@@ -112,16 +128,20 @@ def counting_on_device(module: nn.Module) -> Iterator[None]:
 
 
 def running_norms(module: nn.Module) -> dict[str, _BatchNorm]:
-    """Return the BatchNorms that keep running statistics, and compute them as torch's do, by their paths."""
+    """Return the BatchNorms that keep running statistics, and compute them as torch's do, by their
+    paths."""
     return {
         path: part
         for path, part in module.named_modules()
-        if isinstance(part, _BatchNorm) and type(part).forward is _BatchNorm.forward and part.running_mean is not None
+        if isinstance(part, _BatchNorm)
+        and type(part).forward is _BatchNorm.forward
+        and part.running_mean is not None
     }
 
 
 def differentiate_statistics(module: nn.Module) -> tuple[str, ...]:
-    """Let each BatchNorm compute its running statistics as functions of its input, in place; return their names."""
+    """Let each BatchNorm compute its running statistics as functions of its input, in place; return
+    their names."""
     # torch's own kernel writes them beside the graph, and knows no slope in them.
     for part in (norms := running_norms(module)).values():
         part.forward = partial(_batch_norm_with_slopes, part)  # type: ignore[method-assign]
@@ -131,12 +151,18 @@ def differentiate_statistics(module: nn.Module) -> tuple[str, ...]:
 
 def _batch_norm_with_slopes(norm: _BatchNorm, x: Tensor) -> Tensor:
     """Return what ``norm(x)`` returns; its count of minibatches may be a tensor of any type."""
-    mean, var, count = norm.running_mean, norm.running_var, norm.num_batches_tracked
+    mean = norm.running_mean
+    var = norm.running_var
+    count = norm.num_batches_tracked
     assert mean is not None and var is not None and count is not None
     if not norm.training:
         columns = (-1, *[1] * (x.dim() - 2))
         outputs = (x - mean.view(columns)) * (var.view(columns) + norm.eps).rsqrt()
-        return outputs if norm.weight is None else outputs * norm.weight.view(columns) + norm.bias.view(columns)
+        return (
+            outputs
+            if norm.weight is None
+            else outputs * norm.weight.view(columns) + norm.bias.view(columns)
+        )
     outputs = functional.batch_norm(x, None, None, norm.weight, norm.bias, True, 0.0, norm.eps)
     axes = [axis for axis in range(x.dim()) if axis != 1]
     norm.num_batches_tracked = count = count + 1
@@ -147,13 +173,18 @@ def _batch_norm_with_slopes(norm: _BatchNorm, x: Tensor) -> Tensor:
 
 
 def _cumulative_batch_norm(norm: _BatchNorm, x: Tensor) -> Tensor:
-    """Return what ``norm(x)`` returns with ``momentum=None``; torch makes a Python number of its count of batches."""
-    mean, var = norm.running_mean, norm.running_var
+    """Return what ``norm(x)`` returns with ``momentum=None``; torch makes a Python number of its
+    count of batches."""
+    mean = norm.running_mean
+    var = norm.running_var
     assert mean is not None and var is not None and norm.num_batches_tracked is not None
     if not norm.training:
         return functional.batch_norm(x, mean, var, norm.weight, norm.bias, False, 0.0, norm.eps)
-    own_mean, own_var = torch.zeros_like(mean), torch.zeros_like(var)
-    outputs = functional.batch_norm(x, own_mean, own_var, norm.weight, norm.bias, True, 1.0, norm.eps)
+    own_mean = torch.zeros_like(mean)
+    own_var = torch.zeros_like(var)
+    outputs = functional.batch_norm(
+        x, own_mean, own_var, norm.weight, norm.bias, True, 1.0, norm.eps
+    )
     count = norm.num_batches_tracked.add_(1).to(mean.dtype)
     for running, own in ((mean, own_mean), (var, own_var)):
         running.add_((own - running) / count)  # lerp_ is not mapped
@@ -175,7 +206,10 @@ def run_recurrent(rnn: nn.RNNBase, x: Tensor, hx: State | None = None) -> tuple[
     last: list[list[Tensor]] = []
     for layer in range(rnn.num_layers):
         sides = range(1 + rnn.bidirectional)
-        found = [_run_direction(rnn, x, [s[len(last) + side] for s in states], layer, side) for side in sides]
+        found = [
+            _run_direction(rnn, x, [s[len(last) + side] for s in states], layer, side)
+            for side in sides
+        ]
         last += [ends for _, *ends in found]
         x = torch.cat([outputs for outputs, *_ in found], -1) if rnn.bidirectional else found[0][0]
         if rnn.dropout and layer < rnn.num_layers - 1:
@@ -185,17 +219,29 @@ def run_recurrent(rnn: nn.RNNBase, x: Tensor, hx: State | None = None) -> tuple[
     return outputs, ends[0] if len(ends) == 1 else (ends[0], ends[1])
 
 
-def _run_direction(rnn: nn.RNNBase, x: Tensor, state: list[Tensor], layer: int, side: int) -> list[Tensor]:
-    """Return the outputs (T, B, H) of one layer in one direction, and its state after the last time."""
+def _run_direction(
+    rnn: nn.RNNBase, x: Tensor, state: list[Tensor], layer: int, side: int
+) -> list[Tensor]:
+    """Return the outputs (T, B, H) of one layer in one direction, and its state after the last
+    time."""
     suffix = f"l{layer}" + "_reverse" * side
-    w_ih, w_hh = getattr(rnn, f"weight_ih_{suffix}"), getattr(rnn, f"weight_hh_{suffix}")
-    b_ih, b_hh = (getattr(rnn, f"bias_{part}_{suffix}") if rnn.bias else None for part in ("ih", "hh"))
+    w_ih = getattr(rnn, f"weight_ih_{suffix}")
+    w_hh = getattr(rnn, f"weight_hh_{suffix}")
+    b_ih, b_hh = (
+        getattr(rnn, f"bias_{part}_{suffix}") if rnn.bias else None for part in ("ih", "hh")
+    )
     project = getattr(rnn, f"weight_hr_{suffix}") if rnn.proj_size else None
     if not state:
         size = rnn.proj_size or rnn.hidden_size
-        state = [x.new_zeros(x.shape[1], size)] + [x.new_zeros(x.shape[1], rnn.hidden_size)] * (rnn.mode == "LSTM")
+        state = [x.new_zeros(x.shape[1], size)] + [x.new_zeros(x.shape[1], rnn.hidden_size)] * (
+            rnn.mode == "LSTM"
+        )
     gates = functional.linear(x, w_ih, b_ih if rnn.mode == "GRU" or b_ih is None else b_ih + b_hh)
-    parts = torch.split(gates, [2 * rnn.hidden_size, rnn.hidden_size], -1) if rnn.mode == "GRU" else (gates,)
+    parts = (
+        torch.split(gates, [2 * rnn.hidden_size, rnn.hidden_size], -1)
+        if rnn.mode == "GRU"
+        else (gates,)
+    )
     steps = [*zip(*(part.unbind(0) for part in parts))]
     outputs = []
     for step in reversed(steps) if side else steps:
@@ -220,7 +266,8 @@ def _gru(w_hh: Tensor, b_hh: Tensor | None, gates: Tensor, x: Tensor, h: Tensor)
 
 
 def _lstm(w_hh: Tensor, project: Tensor | None, x: Tensor, h: Tensor, c: Tensor) -> list[Tensor]:
-    """i, f, g, o of x's part + W h; c = sigmoid(f) c + sigmoid(i) tanh(g); h = sigmoid(o) tanh(c), projected."""
+    """i, f, g, o of x's part + W h; c = sigmoid(f) c + sigmoid(i) tanh(g); h = sigmoid(o) tanh(c),
+    projected."""
     i, f, g, o = (x + functional.linear(h, w_hh)).chunk(4, -1)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
     h = torch.sigmoid(o) * torch.tanh(c)

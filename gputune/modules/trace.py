@@ -1,7 +1,8 @@
-"""The operations of a step, noted below autograd and vmap: what is left of it once those have done their work.
+"""The operations of a step, noted below autograd and vmap: what is left of it once those have done
+their work.
 
-Tensors are known by their place in memory. What was there before the step keeps its memory; what the step makes gets
-other memory each time, so a trace says only how it came about.
+Tensors are known by their place in memory. What was there before the step keeps its memory; what
+the step makes gets other memory each time, so a trace says only how it came about.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,7 +36,8 @@ _RULES = (
 
 
 class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A mode that torch.compile never sees: torch would import all of it, some seconds, to keep it from that."""
+    """A mode that torch.compile never sees: torch would import all of it, some seconds, to keep it
+    from that."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -114,7 +116,8 @@ class Operation:
 
 @dataclass
 class Trace:
-    """The operations of a step; ``outside`` is the memory that they found, ``sizes`` the bytes of what they made."""
+    """The operations of a step; ``outside`` is the memory that they found, ``sizes`` the bytes of
+    what they made."""
 
     operations: list[Operation]
     outside: dict[int, torch.UntypedStorage]
@@ -122,7 +125,8 @@ class Trace:
 
 
 def trace(step: Callable[[], None]) -> Trace:
-    """Return the operations of a step; all that it wrote is afterwards as it was before. Raises TraceError."""
+    """Return the operations of a step; all that it wrote is afterwards as it was before. Raises
+    TraceError."""
     mode = _OperationRecorder()
     try:
         with mode:
@@ -134,7 +138,8 @@ def trace(step: Callable[[], None]) -> Trace:
 
 
 class _OperationRecorder(DispatchMode):  # type: ignore[no-untyped-call]
-    """Runs operations and notes those that compute; a view only gives another place to memory that is known."""
+    """Runs operations and notes those that compute; a view only gives another place to memory that
+    is known."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -142,9 +147,12 @@ class _OperationRecorder(DispatchMode):  # type: ignore[no-untyped-call]
         self.outside: dict[int, torch.UntypedStorage] = {}
         self.sizes: dict[int, int] = {}
         self.made: list[Tensor] = []  # kept, so that no memory is given twice
-        self.written: dict[int, tuple[Tensor, Tensor]] = {}  # bytes that were there before, and what they were
+        # bytes that were there before, and what they were
+        self.written: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def __torch_dispatch__(self, func: Operator, types: object, args: Args = (), kwargs: Words | None = None) -> object:
+    def __torch_dispatch__(
+        self, func: Operator, types: object, args: Args = (), kwargs: Words | None = None
+    ) -> object:
         kwargs = kwargs or {}
         masked = any(tensor.dtype == torch.bool for tensor in tensors(args[1:]))
         for tag, reason in _RULES:
@@ -155,9 +163,11 @@ class _OperationRecorder(DispatchMode):  # type: ignore[no-untyped-call]
         into = [
             args[i] if i < len(args) else kwargs.get(argument.name)
             for i, argument in enumerate(func._schema.arguments)
-            if i in _HIDDEN.get(func, ()) or (argument.alias_info is not None and argument.alias_info.is_write)
+            if i in _HIDDEN.get(func, ())
+            or (argument.alias_info is not None and argument.alias_info.is_write)
         ]
-        inputs, targets = tensors((args, kwargs)), tensors(into)
+        inputs = tensors((args, kwargs))
+        targets = tensors(into)
         _check_plain(inputs)
         for tensor in inputs:
             if not self._knows(tensor):
@@ -175,8 +185,13 @@ class _OperationRecorder(DispatchMode):  # type: ignore[no-untyped-call]
         _check_plain(found := tensors(parts))
         if (made := [tensor for tensor in found if not self._knows(tensor)]) or targets:
             self.made += made
-            self.sizes |= (fresh := {memory_of(tensor): tensor.untyped_storage().nbytes() for tensor in made})
-            results = [Place.of(x) if isinstance(x, Tensor) and memory_of(x) in fresh else None for x in parts]
+            self.sizes |= (
+                fresh := {memory_of(tensor): tensor.untyped_storage().nbytes() for tensor in made}
+            )
+            results = [
+                Place.of(x) if isinstance(x, Tensor) and memory_of(x) in fresh else None
+                for x in parts
+            ]
             places, words = tree_map_only(Tensor, Place.of, (list(args), kwargs))
             writes = list(map(Place.of, targets))
             self.operations.append(Operation(func, places, words, results if made else [], writes))
@@ -188,9 +203,15 @@ class _OperationRecorder(DispatchMode):  # type: ignore[no-untyped-call]
 
 def _check_plain(tensors: Sequence[Tensor]) -> None:
     for tensor in tensors:
-        plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+        plain = (
+            tensor.layout is torch.strided
+            and tensor.device.type == "cpu"
+            and not tensor.is_quantized
+        )
         if not plain or tensor.is_conj() or tensor.is_neg():
-            raise TraceError(f"a tensor of {tensor.layout} on {tensor.device} is not a plain one in main memory")
+            raise TraceError(
+                f"a tensor of {tensor.layout} on {tensor.device} is not a plain one in main memory"
+            )
 
 
 def memory_of(tensor: Tensor) -> int:
@@ -205,23 +226,34 @@ def tensors(value: object) -> list[Tensor]:
 
 def leaves(value: object, kind: type[Leaf]) -> list[Leaf]:
     """Return every value of a kind in nested tuples, lists and dicts."""
-    # Not tree_leaves() of torch: it makes half a million calls of Python in a search of a small module.
+    # Not tree_leaves() of torch: it makes half a million calls of Python in a search of a small
+    # module.
     if isinstance(value, kind):
         return [value]
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
+    parts = (
+        value.values()
+        if isinstance(value, dict)
+        else value
+        if isinstance(value, tuple | list)
+        else ()
+    )
     return [leaf for part in parts for leaf in leaves(part, kind)]
 
 
 def arrange(uses: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
-    """Return where results begin in one block, and its bytes, of the moments of (making, last use) and their bytes.
+    """Return where results begin in one block, and its bytes, of the moments of (making, last use)
+    and their bytes.
 
     In the order of their making each takes the smallest gap among those that are in use then.
     """
     begins: list[int] = []
     size = 0
     for i, (made, _, wanted) in enumerate(uses):
-        gaps, end = [], 0
-        for begin, length in sorted((begins[j], uses[j][2]) for j in range(i) if uses[j][1] >= made):
+        gaps = []
+        end = 0
+        for begin, length in sorted(
+            (begins[j], uses[j][2]) for j in range(i) if uses[j][1] >= made
+        ):
             gaps.append((begin - end, end))
             end = max(end, -(-(begin + length) // ALIGNED) * ALIGNED)
         begins.append(min((gap for gap in gaps if gap[0] >= wanted), default=(0, end))[1])

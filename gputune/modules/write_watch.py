@@ -10,7 +10,8 @@ from gputune.modules.trace import Args, DispatchMode, Operator, Words, memory_of
 
 
 class WriteWatch:
-    """Gives copies of tensors to code that is tried; ``found`` says whether any of that code has written into one."""
+    """Gives copies of tensors to code that is tried; ``found`` says whether any of that code has
+    written into one."""
 
     def __init__(self) -> None:
         self.found = False
@@ -21,12 +22,14 @@ class WriteWatch:
         copies = [tensor.clone() for tensor in originals]
         with _Writes(copies) as writes:
             yield copies
-        # Operations tell of writes that change no number on these rows. What numpy writes is seen in the numbers only.
+        # Operations tell of writes that change no number on these rows. What numpy writes is seen
+        # in the numbers only.
         self.found |= writes.found or not all(map(_is_same, copies, originals))
 
 
 class _Writes(DispatchMode):  # type: ignore[no-untyped-call]
-    """Notes whether an operation writes into the memory of some tensors, also through a view or by ``out=``."""
+    """Notes whether an operation writes into the memory of some tensors, also through a view or by
+    ``out=``."""
 
     # Not the version counters of the tensors: those do not count what is written through ``.data``.
 
@@ -35,13 +38,19 @@ class _Writes(DispatchMode):  # type: ignore[no-untyped-call]
         self.memories = {memory_of(tensor) for tensor in watched}
         self.found = False
 
-    def __torch_dispatch__(self, func: Operator, types: object, args: Args = (), kwargs: Words | None = None) -> object:
+    def __torch_dispatch__(
+        self, func: Operator, types: object, args: Args = (), kwargs: Words | None = None
+    ) -> object:
         kwargs = kwargs or {}
         if func._schema.is_mutable and not self.found:
             for place, argument in enumerate(func._schema.arguments):
                 if argument.alias_info is not None and argument.alias_info.is_write:
                     value = args[place] if place < len(args) else kwargs.get(argument.name)
-                    plain = [one for one in tensors(value) if one.layout is torch.strided and not one.is_nested]
+                    plain = [
+                        one
+                        for one in tensors(value)
+                        if one.layout is torch.strided and not one.is_nested
+                    ]
                     self.found |= any(memory_of(one) in self.memories for one in plain)
         return func(*args, **kwargs)
 

@@ -1,7 +1,8 @@
 """Kernels of our own for a GPU: CUDA C++ that NVRTC compiles, once in a process.
 
-Each has a definition in operations of PyTorch, which is taken where it cannot be compiled. That which trains one member
-a thread block is compiled for each shape of members, and kept on the machine.
+Each has a definition in operations of PyTorch, which is taken where it cannot be compiled. That
+which trains one member a thread block is compiled for each shape of members, and kept on the
+machine.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,8 +22,8 @@ from gputune.native.library import FOLDER, kept_binary
 _MOST_BLOCKS = 1 << 16
 
 Kernel = Callable[..., None]
-"""Called with ``grid``, ``block``, ``args`` (tensors and ints of 32 bits) and ``shared_mem``, it launches on the
-current stream."""
+"""Called with ``grid``, ``block``, ``args`` (tensors and ints of 32 bits) and ``shared_mem``, it
+launches on the current stream."""
 
 Code = TypeVar("Code")
 
@@ -33,31 +34,47 @@ def source(path: Path, dtype: torch.dtype) -> str:
 
 
 @cache
-def kernels(path: Path, names: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> tuple[Kernel, ...] | None:
-    """Return the kernels of a file for a GPU; None, with a warning, where they cannot be compiled."""
+def kernels(
+    path: Path, names: tuple[str, ...], device: torch.device, dtype: torch.dtype
+) -> tuple[Kernel, ...] | None:
+    """Return the kernels of a file for a GPU; None, with a warning, where they cannot be
+    compiled."""
     return attempt(
-        path.name, device, lambda: tuple(torch.cuda._compile_kernel(source(path, dtype), name) for name in names)
+        path.name,
+        device,
+        lambda: tuple(torch.cuda._compile_kernel(source(path, dtype), name) for name in names),
     )[0]
 
 
-def attempt(name: str, device: torch.device, compile_it: Callable[[], Code]) -> tuple[Code | None, str]:
+def attempt(
+    name: str, device: torch.device, compile_it: Callable[[], Code]
+) -> tuple[Code | None, str]:
     """Return what compiling a file for a GPU gives, or None, with a warning, and why."""
     try:
         with torch.cuda.device(device):
             return compile_it(), ""
     except Exception as error:  # of NVRTC, of the driver, of a library that is not there
         said = str(error).splitlines() or [type(error).__name__]
-        reason = " ".join(said[: 2 if said[0].endswith(":") else 1])  # the first line of a compiler's log
+        # the first line of a compiler's log
+        reason = " ".join(said[: 2 if said[0].endswith(":") else 1])
         remedy = f" {_install()}" if isinstance(error, OSError) or "libnvrtc" in reason else ""
         why = f"{name} cannot be compiled for {device}: {reason}.{remedy}"
-        warn(f"{why} Nothing is lost: its steps are taken by PyTorch's own kernels, in more launches.", RuntimeWarning)
+        warn(
+            f"{why} Nothing is lost: its steps are taken by PyTorch's own kernels, in more "
+            "launches.",
+            RuntimeWarning,
+        )
         return None, why
 
 
-def launch(kernel: Kernel, threads: int, args: Sequence[Tensor | int], *, block: int = 256, shared: int = 0) -> None:
-    """Launch a kernel that goes through its work with a stride, in at least so many threads where there is room.
+def launch(
+    kernel: Kernel, threads: int, args: Sequence[Tensor | int], *, block: int = 256, shared: int = 0
+) -> None:
+    """Launch a kernel that goes through its work with a stride, in at least so many threads where
+    there is room.
 
-    The tensors are contiguous, on one GPU; a block has ``shared`` bytes of memory beside what the code says.
+    The tensors are contiguous, on one GPU; a block has ``shared`` bytes of memory beside what the
+    code says.
     """
     assert all(isinstance(arg, int) or arg.is_contiguous() for arg in args)
     (device,) = {arg.device for arg in args if isinstance(arg, Tensor)}
@@ -84,13 +101,17 @@ def _install() -> str:
 
 FILES = ("work.h", "block.h", "member.cu")
 TILES = (64, 32, 16, 8)
-"""Rows of a minibatch whose activations are on chip at once: as many as there is room for; a tensor core has 16."""
+"""Rows of a minibatch whose activations are on chip at once: as many as there is room for; a tensor
+core has 16."""
 
 OPTIONS = ("--ftz=true", "--prec-div=false", "--prec-sqrt=false")
-"""Of the compiler: numbers below 1e-38 are zero, as on a CPU; a quotient or a root may be off by two units of its last
-place, for fewer instructions. Source: CUDA C++ Programming Guide, mathematical functions."""
+"""Of the compiler: numbers below 1e-38 are zero, as on a CPU; a quotient or a root may be off by
+two units of its last place, for fewer instructions. Source: CUDA C++ Programming Guide,
+mathematical functions."""
 
-_MOST_THREADS, _FEWEST_THREADS, _WARP = 256, 64, 32
+_MOST_THREADS = 256
+_FEWEST_THREADS = 64
+_WARP = 32
 _HELD_BYTES = 384  # of moments that a thread keeps in registers
 _RATES = 32  # steps whose rates are there at once
 _MOST = {"inputs": 256, "width": 128, "depth": 4, "outputs": 64}
@@ -98,7 +119,8 @@ _MOST = {"inputs": 256, "width": 128, "depth": 4, "outputs": 64}
 
 @dataclass(frozen=True)
 class MemberKernel:
-    """One shape of members: ``width`` of the tensors, ``depth`` hidden layers (0: linear), ``rows`` of a tile."""
+    """One shape of members: ``width`` of the tensors, ``depth`` hidden layers (0: linear), ``rows``
+    of a tile."""
 
     inputs: int
     width: int
@@ -133,7 +155,8 @@ class MemberKernel:
         head = _RATES * rates + 8 * (3 + self.rows) + size * (self.rows + self.layers[-1][1])
         hidden = 2 * max(1, self.depth) * _row(self.width)
         return -(-head // 16) * 16 + size * (
-            self._parameters + self.rows * (hidden + _row(self.layers[0][0]) + _row(self.layers[-1][1]))
+            self._parameters
+            + self.rows * (hidden + _row(self.layers[0][0]) + _row(self.layers[-1][1]))
         )
 
     @property
@@ -144,9 +167,11 @@ class MemberKernel:
     @property
     def scratch(self) -> int:
         """Numbers of a block's scratch: the gradients of a part of a minibatch."""
-        slots, warps = 0, self.threads // _WARP
+        slots = 0
+        warps = self.threads // _WARP
         for below, above in self.layers:
-            # Four numbers of a thread's: a column of them, or those of 16 x 8 that a warp has. As Product in C++.
+            # Four numbers of a thread's: a column of them, or those of 16 x 8 that a warp has. As
+            # Product in C++.
             many, others = (above // 8, below // 16) if self.tf32 else (below, above // 4)
             workers, least = (warps, warps) if self.tf32 else (self.threads, self.threads // 2)
             times = next((n for n in (4, 2) if many % n == 0 and many // n * others >= least), 1)
@@ -154,12 +179,16 @@ class MemberKernel:
         return slots * self.threads
 
     def fitted(self, shared: int) -> "MemberKernel":
-        """Return it with as many rows of a tile as there is room for in so many bytes of a block's shared memory."""
-        tiles = [replace(self, rows=rows) for rows in TILES[: 3 if self.tf32 else 4] if rows <= self.rows]
+        """Return it with as many rows of a tile as there is room for in so many bytes of a block's
+        shared memory."""
+        tiles = [
+            replace(self, rows=rows) for rows in TILES[: 3 if self.tf32 else 4] if rows <= self.rows
+        ]
         return next((tile for tile in tiles if tile.shared <= shared), tiles[-1])
 
     def unknown(self, shared: int) -> str:
-        """Return, as a clause, what is beyond the kernel on a card with so many bytes; "" where nothing is."""
+        """Return, as a clause, what is beyond the kernel on a card with so many bytes; "" where
+        nothing is."""
         for name, most in _MOST.items():
             if (value := getattr(self, name)) > most:
                 return f"{name} of {value}, where {most} is the most"
@@ -167,7 +196,10 @@ class MemberKernel:
             return f"dtype={str(self.dtype).removeprefix('torch.')!r}, only float32"
         if self.shared > shared:
             weights = self.dtype.itemsize * self._parameters
-            parts = f"{weights:,} bytes of weights and {self.shared - weights:,} of {self.rows} rows' activations"
+            parts = (
+                f"{weights:,} bytes of weights and {self.shared - weights:,} of {self.rows} rows' "
+                "activations"
+            )
             return f"{parts} on chip, where the card has {shared:,}"
         return ""
 
@@ -175,11 +207,21 @@ class MemberKernel:
     def source(self) -> str:
         """CUDA C++ of the kernel ``train_members``, which includes nothing that NVRTC has not."""
         sizes = {
-            "INPUTS": self.inputs, "WIDTH": self.width, "DEPTH": self.depth, "OUTPUTS": self.outputs,
-            "ROWS": self.rows, "THREADS": self.threads, "MOMENTS": self.moments, "ACTIVATION": self.activation,
-            "CLASSES": int(self.classes), "DROPOUT": int(self.dropout), "TF32": int(self.tf32), "SHARED": self.shared,
-            "SCRATCH": self.scratch, "HELD": _HELD_BYTES // self.dtype.itemsize,
-        }  # fmt: skip
+            "INPUTS": self.inputs,
+            "WIDTH": self.width,
+            "DEPTH": self.depth,
+            "OUTPUTS": self.outputs,
+            "ROWS": self.rows,
+            "THREADS": self.threads,
+            "MOMENTS": self.moments,
+            "ACTIVATION": self.activation,
+            "CLASSES": int(self.classes),
+            "DROPOUT": int(self.dropout),
+            "TF32": int(self.tf32),
+            "SHARED": self.shared,
+            "SCRATCH": self.scratch,
+            "HELD": _HELD_BYTES // self.dtype.itemsize,
+        }
         double = self.dtype == torch.float64
         lines = [f"typedef {'double' if double else 'float'} real;", *["#define DOUBLE"] * double]
         lines += [f"#define {name} {value}" for name, value in sizes.items()]
@@ -192,13 +234,18 @@ def _row(n: int) -> int:
 
 
 def tile_of(batch: int) -> int:
-    """Return how many rows of a minibatch of ``batch`` the kernel takes at once, where there is room for them."""
+    """Return how many rows of a minibatch of ``batch`` the kernel takes at once, where there is
+    room for them."""
     return next((rows for rows in (16, 32) if rows >= batch), 64)
 
 
-def compile_kernel(kernel: MemberKernel, device: torch.device, say: Callable[[str], object] = str) -> Kernel:
-    """Return the kernel for a GPU, which NVRTC compiles once on a machine. Raises what NVRTC and the driver raise."""
-    name, source = "train_members", kernel.source
+def compile_kernel(
+    kernel: MemberKernel, device: torch.device, say: Callable[[str], object] = str
+) -> Kernel:
+    """Return the kernel for a GPU, which NVRTC compiles once on a machine. Raises what NVRTC and
+    the driver raise."""
+    name = "train_members"
+    source = kernel.source
     version = ".".join(map(str, torch.cuda.get_device_capability(device)))
 
     def make() -> bytes:

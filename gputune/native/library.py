@@ -1,7 +1,9 @@
-"""The compiled training of members: C that was built as gputune was installed, and C that is generated and built here.
+"""The compiled training of members: C that was built as gputune was installed, and C that is
+generated and built here.
 
-The libraries know nothing of Python or of torch: they are loaded through ctypes, and one wheel serves all versions
-and levels of the processor. Generated code is built once on each machine, and kept in the user's cache.
+The libraries know nothing of Python or of torch: they are loaded through ctypes, and one wheel
+serves all versions and levels of the processor. Generated code is built once on each machine, and
+kept in the user's cache.
 """
 
 import contextlib
@@ -24,7 +26,8 @@ from gputune.scratch import cache_folder, is_users, open_to_others, scratch_fold
 
 FOLDER = Path(__file__).parent
 LEVELS = (4, 3, 1)
-"""Of x86-64: AVX-512; AVX2 with FMA; what every such processor has. Level 1 alone on other processors."""
+"""Of x86-64: AVX-512; AVX2 with FMA; what every such processor has. Level 1 alone on other
+processors."""
 
 
 class NotBuiltError(Exception):
@@ -38,20 +41,27 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
     built = {level: path for level in LEVELS for path in FOLDER.glob(f"_{kind}{level}.*")}
     if 1 not in built:
         raise NotBuiltError(
-            "this installation of gputune has no compiled code, as none could be built when it was installed: install "
-            "gcc or clang, and then gputune anew, or a wheel of it that was built for this platform"
+            "this installation of gputune has no compiled code, as none could be built when it "
+            "was installed: install gcc or clang, and then gputune anew, or a wheel of it that "
+            "was built for this platform"
         )
     try:
         best = ctypes.CDLL(str(built[1])).processor_level()
-        loaded = ctypes.CDLL(str(next(built[level] for level in LEVELS if level <= best and level in built)))
-        loaded.train_members.restype, loaded.draw_uniform.restype = ctypes.c_int, None
+        loaded = ctypes.CDLL(
+            str(next(built[level] for level in LEVELS if level <= best and level in built))
+        )
+        loaded.train_members.restype = ctypes.c_int
+        loaded.draw_uniform.restype = None
     except (OSError, AttributeError) as error:
-        raise NotBuiltError(f"gputune's compiled code cannot be loaded, install gputune anew: {error}") from error
+        raise NotBuiltError(
+            f"gputune's compiled code cannot be loaded, install gputune anew: {error}"
+        ) from error
     return loaded
 
 
 def fill_uniform(seed: int, parts: Sequence[torch.Tensor]) -> bool:
-    """Fill float32 tensors with what ``torch.rand`` draws from a seed, in turn; return False where no library is."""
+    """Fill float32 tensors with what ``torch.rand`` draws from a seed, in turn; return False where
+    no library is."""
     assert all(part.is_contiguous() and part.dtype == torch.float32 for part in parts)
     try:
         loaded = library(torch.float32)
@@ -59,13 +69,16 @@ def fill_uniform(seed: int, parts: Sequence[torch.Tensor]) -> bool:
         return False
     places = (ctypes.c_void_p * len(parts))(*(part.data_ptr() for part in parts))
     counts = (ctypes.c_int64 * len(parts))(*(part.numel() for part in parts))
-    loaded.draw_uniform(ctypes.c_int64(seed & 0xFFFFFFFF), ctypes.c_int64(len(parts)), places, counts)
+    loaded.draw_uniform(
+        ctypes.c_int64(seed & 0xFFFFFFFF), ctypes.c_int64(len(parts)), places, counts
+    )
     return True
 
 
 _NUMBERS = (
-    "folds trials inputs width outputs layers activation optimizer classes rows epoch horizon row_score loss".split()
-)
+    "folds trials inputs width outputs layers activation optimizer classes rows epoch horizon "
+    "row_score loss"
+).split()
 _BEFORE = "x center scale copies y target target_center target_scale weights present order lengths".split()
 _AFTER = """widths sizes schedule lr decay momentum dropout ema loss_number draws draw_start draw_rows theta first
 second average valid valid_start scored means nanoseconds queue""".split()
@@ -78,7 +91,8 @@ NUMBER_LOSSES = ("mse", "mae", "huber", "quantile")
 
 
 class Work(ctypes.Structure):
-    """What the library is asked to do, sizes and where the arrays lie; ``work.h`` says what each field is."""
+    """What the library is asked to do, sizes and where the arrays lie; ``work.h`` says what each
+    field is."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in _NUMBERS),
@@ -91,11 +105,18 @@ class Work(ctypes.Structure):
 def make_work(numbers: Mapping[str, int], arrays: Mapping[str, torch.Tensor | None]) -> Work:
     """Return a Work of numbers and of contiguous tensors (None: NULL), which must outlive it."""
     assert all(tensor is None or tensor.is_contiguous() for tensor in arrays.values())
-    return Work(**numbers, **{name: None if tensor is None else tensor.data_ptr() for name, tensor in arrays.items()})
+    return Work(
+        **numbers,
+        **{name: None if tensor is None else tensor.data_ptr() for name, tensor in arrays.items()},
+    )
 
 
-# Not -O3: it takes twice the time to build code that is no faster, and that each new shape waits for.
-FLAGS = "-O2 -ftree-vectorize -march=native -fno-math-errno -fno-trapping-math -fopenmp-simd -shared -fPIC".split()
+# Not -O3: it takes twice the time to build code that is no faster, and that each new shape waits
+# for.
+FLAGS = (
+    "-O2 -ftree-vectorize -march=native -fno-math-errno -fno-trapping-math -fopenmp-simd -shared "
+    "-fPIC"
+).split()
 # Clang and older compilers say no to these, and choose well without.
 _WHOLE_VECTORS = ("-mprefer-vector-width=512", "-fvect-cost-model=dynamic")
 COMPILERS = ("cc", "gcc", "clang")
@@ -103,13 +124,18 @@ COMPILERS = ("cc", "gcc", "clang")
 
 @functools.lru_cache(maxsize=64)
 def build(source: str, dtype: torch.dtype) -> ctypes.CDLL:
-    """Return the library of C code, which may include the headers of this folder. Raises NotBuiltError."""
+    """Return the library of C code, which may include the headers of this folder. Raises
+    NotBuiltError."""
     compiler = find_compiler()
     if compiler is None:
         raise NotBuiltError("there is no C compiler (cc, gcc or clang) on this machine's PATH")
     # Named by all that a build depends on; a home folder may be shared by machines of other kinds.
     headers = (header.read_bytes() for header in sorted(FOLDER.glob("*.h")))
-    parts = [source.encode(), *headers, *(part.encode() for part in (" ".join(FLAGS), compiler, _processor()))]
+    parts = [
+        source.encode(),
+        *headers,
+        *(part.encode() for part in (" ".join(FLAGS), compiler, _processor())),
+    ]
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     name = f"steps-{'double' if dtype == torch.float64 else 'float'}-{key}"
     try:
@@ -120,7 +146,8 @@ def build(source: str, dtype: torch.dtype) -> ctypes.CDLL:
             with contextlib.suppress(OSError):  # it does not load
                 path.unlink()
         if folder is not None and os.access(folder, os.W_OK):
-            with contextlib.suppress(OSError):  # something else lies in its place, or the disk is full
+            # something else lies in its place, or the disk is full
+            with contextlib.suppress(OSError):
                 return _load(_build(compiler, source, folder / name))
         # What is loaded needs its file no more; Windows keeps it from being removed.
         with scratch_folder() as private:
@@ -130,7 +157,8 @@ def build(source: str, dtype: torch.dtype) -> ctypes.CDLL:
 
 
 def _load(path: Path) -> ctypes.CDLL:
-    """Load a library of the cache, or a copy of it where the cache is on a file system mounted with noexec."""
+    """Load a library of the cache, or a copy of it where the cache is on a file system mounted with
+    noexec."""
     try:
         return ctypes.CDLL(str(path))
     except OSError:
@@ -140,7 +168,8 @@ def _load(path: Path) -> ctypes.CDLL:
 
 @dataclass(frozen=True)
 class Kernels:
-    """Kernels of a member's step that are built, by their addresses, and what takes the calls of them."""
+    """Kernels of a member's step that are built, by their addresses, and what takes the calls of
+    them."""
 
     addresses: "ctypes.Array[ctypes.c_void_p]"
     take_steps: Callable[..., None]
@@ -150,7 +179,8 @@ _kernels: dict[tuple[str, torch.dtype], tuple[int | None, ctypes.CDLL]] = {}
 
 
 def build_kernels(bodies: Sequence[str], dtype: torch.dtype) -> Kernels:
-    """Return the kernels of these bodies in C; those that this process has not are built. Raises NotBuiltError.
+    """Return the kernels of these bodies in C; those that this process has not are built. Raises
+    NotBuiltError.
 
     A body knows its places as P, numbers of the host as S, and sizes as N (``native/steps.h``).
     """
@@ -169,7 +199,8 @@ def build_kernels(bodies: Sequence[str], dtype: torch.dtype) -> Kernels:
 
 
 def find_compiler() -> str | None:
-    """Return the path of a C compiler: that of the environment's ``CC``, or one of the usual names."""
+    """Return the path of a C compiler: that of the environment's ``CC``, or one of the usual
+    names."""
     names = (os.environ.get("CC", ""), *COMPILERS)
     return next((path for name in names if name and (path := shutil.which(name))), None)
 
@@ -177,7 +208,8 @@ def find_compiler() -> str | None:
 def code_folder() -> Path | None:
     """Return the folder of built code: ``gputune/code`` in the user's cache.
 
-    None where there is no such folder, or, with a UserWarning, where its code could be another user's.
+    None where there is no such folder, or, with a UserWarning, where its code could be another
+    user's.
     """
     if (base := cache_folder()) is None:
         return None
@@ -189,9 +221,9 @@ def code_folder() -> Path | None:
     except OSError:
         return None
     warn(
-        f"{folder} is not used for compiled code, which each process now builds for itself: it and the folders that "
-        "it is in must belong to you and be writable by nobody else. Mend that (chmod 700), or set XDG_CACHE_HOME "
-        "to another folder."
+        f"{folder} is not used for compiled code, which each process now builds for itself: it "
+        "and the folders that it is in must belong to you and be writable by nobody else. Mend "
+        "that (chmod 700), or set XDG_CACHE_HOME to another folder."
     )
     return None
 
@@ -215,13 +247,15 @@ def _cached(folder: Path | None, name: str, ending: str) -> Iterator[Path]:
 
 
 def _put(built: Path, path: Path, ending: str) -> Path:
-    """Put what was built in its place at once; return ``path`` with its SHA-256 and the ending added to its name."""
+    """Put what was built in its place at once; return ``path`` with its SHA-256 and the ending
+    added to its name."""
     built.chmod(0o600)
     return built.replace(path.with_name(f"{path.name}-{_digest(built)}{ending}"))
 
 
 def kept_binary(name: str, source: str, make: Callable[[], bytes]) -> bytes:
-    """Return what ``make`` makes of a source, or what an earlier run made of it and left in the user's cache."""
+    """Return what ``make`` makes of a source, or what an earlier run made of it and left in the
+    user's cache."""
     name = f"{name}-{hashlib.sha256(source.encode()).hexdigest()[:16]}"
     folder = code_folder()
     for path in _cached(folder, name, ".cubin"):
@@ -240,10 +274,17 @@ def _digest(path: Path) -> str:
 
 def _processor() -> str:
     """The processor and what it can do, as far as the system says it."""
-    facts, said = ("model name", "flags", "Features", "CPU part"), set[str]()
+    facts = ("model name", "flags", "Features", "CPU part")
+    said = set[str]()
     with contextlib.suppress(OSError):
-        said = {line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(facts)}
-    return "\n".join([platform.system(), platform.machine(), *(sorted(said) or [platform.processor()])])
+        said = {
+            line
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith(facts)
+        }
+    return "\n".join(
+        [platform.system(), platform.machine(), *(sorted(said) or [platform.processor()])]
+    )
 
 
 def processor_name() -> str:
@@ -254,9 +295,11 @@ def processor_name() -> str:
 
 
 def _build(compiler: str, source: str, path: Path) -> Path:
-    """Return ``path`` with the SHA-256 of what was built in its name, put there at once: others may build it too."""
+    """Return ``path`` with the SHA-256 of what was built in its name, put there at once: others may
+    build it too."""
     with scratch_folder(path.parent, prefix="build") as folder:
-        built, text = folder / path.name, folder / "source.c"
+        built = folder / path.name
+        text = folder / "source.c"
         text.write_text(source)
         words = [*FLAGS, f"-I{FOLDER}", str(text), "-o", str(built), "-lm"]
         for more in (_WHOLE_VECTORS, ()):
@@ -265,5 +308,6 @@ def _build(compiler: str, source: str, path: Path) -> Path:
                 return _put(built, path, ".so")
     said = done.stderr.strip().splitlines()
     raise NotBuiltError(
-        f"{compiler} could not build the C code of a step: {said[0] if said else f'exit code {done.returncode}'}"
+        f"{compiler} could not build the C code of a step: "
+        f"{said[0] if said else f'exit code {done.returncode}'}"
     )

@@ -1,8 +1,9 @@
-"""One flat buffer per role (parameters, gradient, moments) of a chunk, with a view for every parameter.
+"""One flat buffer per role (parameters, gradient, moments) of a chunk, with a view for every
+parameter.
 
-A block is one parameter of all members. Its first axis is the fold, F, and one more axis is the trial, C; which
-one, the model chooses for the sake of its matrix products. Elementwise work (the optimizer) runs over the
-flat buffer in one pass and never asks.
+A block is one parameter of all members. Its first axis is the fold, F, and one more axis is the
+trial, C; which one, the model chooses for the sake of its matrix products. Elementwise work (the
+optimizer) runs over the flat buffer in one pass and never asks.
 """
 
 import math
@@ -23,7 +24,8 @@ class Block:
     shape: tuple[int, ...]
     trial_axis: int
     sides: tuple[int, ...] | None = None
-    """The longer side of each trial's matrix without padding, where the block is a hidden matrix of muon's."""
+    """The longer side of each trial's matrix without padding, where the block is a hidden matrix of
+    muon's."""
 
 
 class Blocks:
@@ -36,7 +38,10 @@ class Blocks:
 
     def views(self, flat: Tensor) -> Params:
         """Return the parameters of a flat buffer, in their own shapes, sharing its memory."""
-        return {b.name: part.view(b.shape) for b, part in zip(self.blocks, torch.split(flat, self.sizes))}
+        return {
+            b.name: part.view(b.shape)
+            for b, part in zip(self.blocks, torch.split(flat, self.sizes))
+        }
 
     def by_member(self, flat: Tensor) -> Params:
         """Return the parameters with axes (F, C, ...), sharing the buffer's memory."""
@@ -60,10 +65,13 @@ class Blocks:
 
     def _pairs(self, flat: Tensor) -> list[Tensor]:
         """The parameters as (F, C, ...), with at least one axis after the first two."""
-        return [view if view.dim() > 2 else view[..., None] for view in self.by_member(flat).values()]
+        return [
+            view if view.dim() > 2 else view[..., None] for view in self.by_member(flat).values()
+        ]
 
     def expand(self, values: Tensor) -> Tensor:
-        """Return a flat buffer that holds each member's value, of values (F, C), at all its entries."""
+        """Return a flat buffer that holds each member's value, of values (F, C), at all its
+        entries."""
         flat = values.new_empty(self.size)
         for value, part in self.by_block(values, flat):
             part.copy_(value)
@@ -78,13 +86,19 @@ class Blocks:
         sums = []
         for block, view in zip(self.blocks, self.views(flat).values()):
             inner = [axis for axis in range(1, len(block.shape)) if axis != block.trial_axis]
-            sums.append(view.sum(inner) if inner else view)  # to sum over no axis means all of them in torch
+            # to sum over no axis means all of them in torch
+            sums.append(view.sum(inner) if inner else view)
         return torch.stack(sums).sum(0)
 
     def add_product_(
-        self, total: Tensor, flat: Tensor, values: Tensor, factors: Mapping[str, Tensor] | None = None
+        self,
+        total: Tensor,
+        flat: Tensor,
+        values: Tensor,
+        factors: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """total += value * flat in place, of values (F, C) times ``factors`` (F, C) in the blocks that have some."""
+        """total += value * flat in place, of values (F, C) times ``factors`` (F, C) in the blocks
+        that have some."""
         factors = factors or {}
         if values.numel() == 1 and not factors:
             total.addcmul_(flat, values.view(1))
@@ -94,12 +108,14 @@ class Blocks:
             a.addcmul_(b, with_axes_of(block, scaled))
 
     def lerp_(self, flat: Tensor, end: Tensor, values: Tensor) -> None:
-        """Move ``flat`` towards ``end`` in place, each member by its own part of the way, of values (F, C)."""
+        """Move ``flat`` towards ``end`` in place, each member by its own part of the way, of values
+        (F, C)."""
         for value, part, toward in self.by_block(values, flat, end):
             part.lerp_(toward, value)
 
     def by_block(self, values: Tensor, *flats: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Yield for each block the values (F, C), with axes that meet it, and its parts; of one member all at once."""
+        """Yield for each block the values (F, C), with axes that meet it, and its parts; of one
+        member all at once."""
         if values.numel() == 1:
             yield (values.view(1), *flats)
             return
@@ -109,18 +125,24 @@ class Blocks:
     def select(self, flat: Tensor, keep: Tensor) -> Tensor:
         """Return the buffer of the trials ``keep`` (positions along C) alone."""
         views = self.views(flat)
-        return torch.cat([views[b.name].index_select(b.trial_axis, keep).flatten() for b in self.blocks])
+        return torch.cat(
+            [views[b.name].index_select(b.trial_axis, keep).flatten() for b in self.blocks]
+        )
 
     def put(self, flat: Tensor, keep: Tensor, part: Tensor) -> None:
-        """Write the buffer ``part`` of the trials ``keep`` into that of all, in place: what ``select`` undoes."""
-        views, parts = self.views(flat), self.subset(len(keep)).views(part)
+        """Write the buffer ``part`` of the trials ``keep`` into that of all, in place: what
+        ``select`` undoes."""
+        views = self.views(flat)
+        parts = self.subset(len(keep)).views(part)
         for block in self.blocks:
             views[block.name].index_copy_(block.trial_axis, keep, parts[block.name])
 
     def subset(self, trials: int) -> "Blocks":
         """Return the blocks of a chunk with another number of trials."""
         axes = ((b, b.trial_axis) for b in self.blocks)
-        return Blocks([replace(b, shape=(*b.shape[:axis], trials, *b.shape[axis + 1 :])) for b, axis in axes])
+        return Blocks(
+            [replace(b, shape=(*b.shape[:axis], trials, *b.shape[axis + 1 :])) for b, axis in axes]
+        )
 
 
 def with_axes_of(block: Block, values: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""The classes of torch.optim: which rule here is one of them, and what a configuration makes of one."""
+"""The classes of torch.optim: which rule here is one of them, and what a configuration makes of
+one."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -17,11 +18,18 @@ from gputune.types import DEFAULT_LR, OPTIMIZERS, Config, default_momentum, defa
 
 OPTIMIZER_PREFIX = "optimizer__"
 
-_RULES: Mapping[str, str] = {"SGD": "sgd", "Adam": "adam", "AdamW": "adamw", "RMSprop": "rmsprop", "Muon": "muon"}
+_RULES: Mapping[str, str] = {
+    "SGD": "sgd",
+    "Adam": "adam",
+    "AdamW": "adamw",
+    "RMSprop": "rmsprop",
+    "Muon": "muon",
+}
 """Classes that are a rule here, of all members at once."""
 
 _REFUSED: Mapping[str, str] = {
-    "LBFGS": "evaluates its loss several times a step, by a closure, and a minibatch here is gone after one",
+    "LBFGS": "evaluates its loss several times a step, by a closure, and a minibatch here is gone "
+    "after one",
     "SparseAdam": "takes sparse gradients alone, and gradients here are dense",
 }
 
@@ -36,10 +44,14 @@ Class = type[torch.optim.Optimizer]
 _CLASSES: Mapping[str, Class] = {
     name: kind
     for name, kind in sorted(vars(torch.optim).items())
-    if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
+    if isinstance(kind, type)
+    and issubclass(kind, torch.optim.Optimizer)
+    and kind is not torch.optim.Optimizer
 }
 
-CLASSES = {name: kind for name, kind in _CLASSES.items() if name not in _RULES and name not in _REFUSED}
+CLASSES = {
+    name: kind for name, kind in _CLASSES.items() if name not in _RULES and name not in _REFUSED
+}
 """Classes that train members one by one, by the word of a configuration, which is their name."""
 
 _CLASS_OF_RULE = {word: _CLASSES[name] for name, word in _RULES.items() if word != "muon"}
@@ -47,39 +59,52 @@ _CLASS_OF_RULE["nesterov"] = torch.optim.SGD
 
 
 def optimizer_word(value: object, name: str, *, more: Collection[str] = ()) -> str:
-    """Return the word of an optimizer: one of ``OPTIMIZERS`` or ``more``, or the name of a class that is none of them.
+    """Return the word of an optimizer: one of ``OPTIMIZERS`` or ``more``, or the name of a class
+    that is none of them.
 
-    ``name`` is how an error calls it. Raises InputError for what is neither a word nor a class of torch.optim, and for
-    a class that cannot train members.
+    ``name`` is how an error calls it. Raises InputError for what is neither a word nor a class of
+    torch.optim, and for a class that cannot train members.
     """
     text = value
     if isinstance(value, type):
-        text = value.__name__ if value in _CLASSES.values() else f"{value.__module__}.{value.__qualname__}"
+        text = (
+            value.__name__
+            if value in _CLASSES.values()
+            else f"{value.__module__}.{value.__qualname__}"
+        )
     if isinstance(text, str):
         short = text.removeprefix("torch.optim.")
         short = next((name for name in _REFUSED if name.lower() == short.lower()), short)
         if text in (*OPTIMIZERS, *more):
             return text
         if short in _REFUSED:
-            raise InputError(f"{name} cannot be torch.optim.{short}, which {_REFUSED[short]}; choose another.")
+            raise InputError(
+                f"{name} cannot be torch.optim.{short}, which {_REFUSED[short]}; choose another."
+            )
         if short in CLASSES or short in _RULES:
             return _RULES.get(short, short)
     if isinstance(value, torch.optim.Optimizer):
         raise InputError(
-            f"{name} must be the class, not an instance, since every member builds its own: pass torch.optim."
-            f"{type(value).__name__}; what it takes is searched, lr and optimizer__*."
+            f"{name} must be the class, not an instance, since every member builds its own: pass "
+            f"torch.optim.{type(value).__name__}; what it takes is searched, lr and optimizer__*."
         )
     shown = text if isinstance(value, type) else repr(value)
-    hint = (isinstance(value, str) and did_you_mean(value, (*OPTIMIZERS, *more, *CLASSES))) or " For example 'adamw'."
+    hint = (
+        isinstance(value, str) and did_you_mean(value, (*OPTIMIZERS, *more, *CLASSES))
+    ) or " For example 'adamw'."
     raise InputError(
-        f"{name} must be one of {', '.join((*OPTIMIZERS, *more))}, or a class of torch.optim, such as RAdam, got "
-        f"{shown}.{hint}"
+        f"{name} must be one of {', '.join((*OPTIMIZERS, *more))}, or a class of torch.optim, "
+        f"such as RAdam, got {shown}.{hint}"
     )
 
 
 def optimizer_arguments(config: Config) -> Config:
-    """Return the ``optimizer__*`` values of a configuration under the names that the class knows."""
-    return {key.removeprefix(OPTIMIZER_PREFIX): config[key] for key in keys_with(config, OPTIMIZER_PREFIX)}
+    """Return the ``optimizer__*`` values of a configuration under the names that the class
+    knows."""
+    return {
+        key.removeprefix(OPTIMIZER_PREFIX): config[key]
+        for key in keys_with(config, OPTIMIZER_PREFIX)
+    }
 
 
 def keys_with(config: Config, *prefixes: str) -> tuple[str, ...]:
@@ -93,9 +118,11 @@ def _keys_with(keys: tuple[str, ...], prefixes: tuple[str, ...]) -> tuple[str, .
 
 
 def class_of(config: Config) -> Class | None:
-    """Return the class of torch.optim that trains each member by itself, None where a rule trains all at once.
+    """Return the class of torch.optim that trains each member by itself, None where a rule trains
+    all at once.
 
-    A rule with ``optimizer__*`` values is the class that it stands for. Raises InputError where there is none.
+    A rule with ``optimizer__*`` values is the class that it stands for. Raises InputError where
+    there is none.
     """
     word = config["optimizer"]
     if word in CLASSES:
@@ -111,7 +138,8 @@ def class_of(config: Config) -> Class | None:
 
 
 def class_of_rule(config: Config) -> Class | None:
-    """Return the class of torch.optim whose steps the rule of a configuration takes, None where there is none."""
+    """Return the class of torch.optim whose steps the rule of a configuration takes, None where
+    there is none."""
     return _CLASS_OF_RULE.get(config["optimizer"])
 
 
@@ -122,10 +150,17 @@ def loop_reason(config: Config) -> str:
 
 
 def optimizer_defaults(word: str) -> Config:
-    """Return ``lr``, ``weight_decay`` and ``momentum`` of an optimizer: of a class of torch.optim, its own."""
+    """Return ``lr``, ``weight_decay`` and ``momentum`` of an optimizer: of a class of torch.optim,
+    its own."""
     if word not in CLASSES:
-        return {"lr": DEFAULT_LR, "weight_decay": default_weight_decay(word), "momentum": default_momentum(word)}
-    given = {name: parameter.default for name, parameter in signature(CLASSES[word]).parameters.items()}
+        return {
+            "lr": DEFAULT_LR,
+            "weight_decay": default_weight_decay(word),
+            "momentum": default_momentum(word),
+        }
+    given = {
+        name: parameter.default for name, parameter in signature(CLASSES[word]).parameters.items()
+    }
     return {name: float(given.get(name, 0.0)) for name in _OWN_KEYS}
 
 
@@ -143,18 +178,22 @@ def argument_defaults(word: str) -> Config:
 
 
 def make_optimizer(config: Config, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-    """Return the optimizer of one member. Raises InputError for arguments that its class has not, or refuses."""
+    """Return the optimizer of one member. Raises InputError for arguments that its class has not,
+    or refuses."""
     kind = class_of(config) or class_of_rule(config)
     assert kind is not None
-    known, given = signature(kind).parameters, optimizer_arguments(config)
+    known = signature(kind).parameters
+    given = optimizer_arguments(config)
     for name in given:
         if name in _OWN_KEYS:
             raise InputError(f"{OPTIMIZER_PREFIX}{name} is written {name!r}; leave the prefix out.")
         if name in _MACHINERY or name not in known:
-            own = [f"{OPTIMIZER_PREFIX}{key}" for key in known if key not in (*_MACHINERY, *_OWN_KEYS)]
+            own = [
+                f"{OPTIMIZER_PREFIX}{key}" for key in known if key not in (*_MACHINERY, *_OWN_KEYS)
+            ]
             raise InputError(
-                f"{OPTIMIZER_PREFIX}{name} is no hyperparameter of torch.optim.{kind.__name__}, which has "
-                f"{', '.join(own)}.{did_you_mean(OPTIMIZER_PREFIX + name, own)}"
+                f"{OPTIMIZER_PREFIX}{name} is no hyperparameter of torch.optim.{kind.__name__}, "
+                f"which has {', '.join(own)}.{did_you_mean(OPTIMIZER_PREFIX + name, own)}"
             )
     words = {key: config[key] for key in _OWN_KEYS if key in known}
     words |= {"nesterov": config["momentum"] > 0} if config["optimizer"] == "nesterov" else {}
@@ -164,21 +203,32 @@ def make_optimizer(config: Config, parameters: Sequence[Tensor]) -> torch.optim.
         # The fused SGD fails where a parameter has its first gradient after others.
         adam = {"betas": (BETA1, config["beta2"]), "fused": True}
         words |= adam if "betas" in known else {"foreach": True}
-    words |= {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    words |= {
+        name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
+    }
     try:
         return kind(list(parameters), **words)
     except Exception as error:
         shown = ", ".join(f"{name}={value!r}" for name, value in words.items())
-        lone = [k for k, value in given.items() if isinstance(known[k].default, tuple) > isinstance(value, tuple)]
-        remedy = f" Several numbers are one value as a tuple in a list, [{known[lone[0]].default}]." if lone else ""
+        lone = [
+            k
+            for k, value in given.items()
+            if isinstance(known[k].default, tuple) > isinstance(value, tuple)
+        ]
+        remedy = (
+            f" Several numbers are one value as a tuple in a list, [{known[lone[0]].default}]."
+            if lone
+            else ""
+        )
         raise InputError(
-            f"optimizer: torch.optim.{kind.__name__}({shown}) raised {type(error).__name__}: {error}. Mend the "
-            f"values.{remedy}"
+            f"optimizer: torch.optim.{kind.__name__}({shown}) raised {type(error).__name__}: "
+            f"{error}. Mend the values.{remedy}"
         ) from error
 
 
 def check_optimizer(config: Config, model: str, *, stacked: bool = False) -> None:
-    """Raise InputError where a complete configuration's optimizer cannot train a ``model``, "module" for a user's own.
+    """Raise InputError where a complete configuration's optimizer cannot train a ``model``,
+    "module" for a user's own.
 
     ``stacked`` is whether members have to be stacked.
     """
@@ -186,13 +236,13 @@ def check_optimizer(config: Config, model: str, *, stacked: bool = False) -> Non
         return
     if model != "module":
         raise InputError(
-            f"optimizer: {words}, and model={model!r} trains all members at once: pass a module, for example "
-            f"model=gputune.models.MLP, or choose one of {', '.join(OPTIMIZERS)}."
+            f"optimizer: {words}, and model={model!r} trains all members at once: pass a module, "
+            f"for example model=gputune.models.MLP, or choose one of {', '.join(OPTIMIZERS)}."
         )
     if stacked:
         raise InputError(
-            f"backend='stacked': {words}. Choose one of {', '.join(OPTIMIZERS)}, or let backend='auto' train them one "
-            "by one."
+            f"backend='stacked': {words}. Choose one of {', '.join(OPTIMIZERS)}, or let "
+            "backend='auto' train them one by one."
         )
     make_optimizer(config, [torch.zeros(2, 2)])
 
@@ -201,49 +251,67 @@ NORM_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_ has it
 
 
 class RowUpdate:
-    """The optimizer of one member whose parameters, and gradients, are views of a row (N,): a class of torch.optim.
+    """The optimizer of one member whose parameters, and gradients, are views of a row (N,): a class
+    of torch.optim.
 
-    A gradient is clipped, the class takes its step, the weights are averaged. A schedule runs over ``horizon`` epochs
-    of ``steps`` steps. The class holds the ``parameters`` themselves; without any the row is one, and the state is that
-    of the rule for stacked members.
+    A gradient is clipped, the class takes its step, the weights are averaged. A schedule runs over
+    ``horizon`` epochs of ``steps`` steps. The class holds the ``parameters`` themselves; without
+    any the row is one, and the state is that of the rule for stacked members.
     """
 
-    def __init__(self, config: Config, row: Tensor, parameters: Sequence[Tensor], *, steps: int, horizon: int) -> None:
-        self.config, self.row, self.counts = config, row, bool(parameters)
+    def __init__(
+        self, config: Config, row: Tensor, parameters: Sequence[Tensor], *, steps: int, horizon: int
+    ) -> None:
+        self.config = config
+        self.row = row
+        self.counts = bool(parameters)
         self.parameters = list(parameters) or [row]
         self.optimizer = make_optimizer(config, self.parameters)
-        self.steps, self.total = steps, steps * horizon
-        self.lr, self.schedule = float(config["lr"]), config["schedule"]
-        self.clip_norm, self.ema = float(config["clip_norm"]), float(config["ema"])
+        self.steps = steps
+        self.total = steps * horizon
+        self.lr = float(config["lr"])
+        self.schedule = config["schedule"]
+        self.clip_norm = float(config["clip_norm"])
+        self.ema = float(config["ema"])
         self.average = torch.zeros_like(row) if self.ema else None
         self.factors: list[float] = []  # of an epoch
         self.done = 0
 
     def state(self) -> list[Tensor]:
-        """Return the rows (N,) that a later step depends on: each tensor of a parameter's state at its place.
+        """Return the rows (N,) that a later step depends on: each tensor of a parameter's state at
+        its place.
 
         One that is shorter than the parameter, such as the number of steps, has zeros behind it.
         """
         states = [self._tensors(self.optimizer, w) for w in self.parameters]
         rows = [
-            torch.cat([self._as_row(s[i] if i < len(s) else None, w) for s, w in zip(states, self.parameters)])
+            torch.cat(
+                [
+                    self._as_row(s[i] if i < len(s) else None, w)
+                    for s, w in zip(states, self.parameters)
+                ]
+            )
             for i in range(max(map(len, states)))
         ]
-        if not self.counts:  # without a momentum the class keeps none, and the rule what is of no use
+        # without a momentum the class keeps none, and the rule what is of no use
+        if not self.counts:
             moments = n_moments(self.config["optimizer"], [self.config["momentum"]])
             rows += [torch.zeros_like(self.row)] * (moments - len(rows))
         return rows if self.average is None else [*rows, self.average]
 
     def _tensors(self, optimizer: torch.optim.Optimizer, parameter: Tensor) -> list[Tensor]:
         state = optimizer.state.get(parameter, {})
-        return [v for k, v in state.items() if isinstance(v, Tensor) and (self.counts or k != "step")]
+        return [
+            v for k, v in state.items() if isinstance(v, Tensor) and (self.counts or k != "step")
+        ]
 
     def _as_row(self, value: Tensor | None, parameter: Tensor) -> Tensor:
         row = parameter.new_zeros(0) if value is None else value.detach().flatten().to(parameter)
         if len(row) > parameter.numel():
             raise InputError(
-                f"optimizer: torch.optim.{type(self.optimizer).__name__} keeps more numbers than a parameter of shape "
-                f"{tuple(parameter.shape)} has, which no study holds; choose another."
+                f"optimizer: torch.optim.{type(self.optimizer).__name__} keeps more numbers than "
+                f"a parameter of shape {tuple(parameter.shape)} has, which no study holds; choose "
+                "another."
             )
         return pad(row, (0, parameter.numel() - len(row)))
 
@@ -266,7 +334,9 @@ class RowUpdate:
     def begin(self, epoch: int) -> None:
         self.done = epoch * self.steps
         done = np.arange(self.done, self.done + self.steps)
-        self.factors = schedule_factor(self.schedule, done, np.full(self.steps, self.total)).tolist()
+        self.factors = schedule_factor(
+            self.schedule, done, np.full(self.steps, self.total)
+        ).tolist()
         if not self.counts and "step" in (state := self.optimizer.state.get(self.row, {})):
             state["step"].fill_(self.done)
 

@@ -1,9 +1,11 @@
-"""The optimizer of a chunk: a gradient is clipped, a rule takes its step, the weights are averaged; all in place.
+"""The optimizer of a chunk: a gradient is clipped, a rule takes its step, the weights are averaged;
+all in place.
 
-Clipping (``clip_norm``) and averaging (``ema``) are each member's own, and nothing where no member asks for them. The
-number of a member's step and all that follows from it (the factor of a schedule, Adam's corrections) is computed by the
-step itself, on the device and in double precision: a recorded step cannot be told anything. Members without a step now
-(``active`` false) keep their parameters and their moments.
+Clipping (``clip_norm``) and averaging (``ema``) are each member's own, and nothing where no member
+asks for them. The number of a member's step and all that follows from it (the factor of a schedule,
+Adam's corrections) is computed by the step itself, on the device and in double precision: a
+recorded step cannot be told anything. Members without a step now (``active`` false) keep their
+parameters and their moments.
 """
 
 import math
@@ -14,7 +16,15 @@ from torch import Tensor
 
 from gputune.optimizers.blocks import Blocks
 from gputune.optimizers.classes import NORM_EPS
-from gputune.optimizers.rules import BETA1, BETA2, EPS, SCHEDULES, Schedule, n_moments, schedule_free_average
+from gputune.optimizers.rules import (
+    BETA1,
+    BETA2,
+    EPS,
+    SCHEDULES,
+    Schedule,
+    n_moments,
+    schedule_free_average,
+)
 from gputune.types import DEFAULTS, Config
 
 
@@ -24,24 +34,31 @@ def number_of(config: Config, key: str) -> float:
 
 
 class Clock:
-    """Where the members of a chunk stand: ``done`` (F, C) steps of ``horizon`` epochs of ``steps`` (F, C) each."""
+    """Where the members of a chunk stand: ``done`` (F, C) steps of ``horizon`` epochs of ``steps``
+    (F, C) each."""
 
     def __init__(self, configs: Sequence[Config], steps: Tensor, horizon: int) -> None:
         self.steps = steps
         self.done = torch.zeros_like(steps, dtype=torch.float64)
         self.total = (steps * horizon).double()
-        self.schedules: dict[str, dict[Schedule, Tensor]] = {}  # which members have which, but for the constant one
+        # which members have which, but for the constant one
+        self.schedules: dict[str, dict[Schedule, Tensor]] = {}
         for key in ("schedule", "weight_decay_schedule", "dropout_schedule"):
             words = [config.get(key, "constant") for config in configs]
-            having = {name: [word == name for word in words] for name in sorted({*words} - {"constant"})}
-            self.schedules[key] = {SCHEDULES[n]: torch.tensor(own, device=steps.device) for n, own in having.items()}
+            having = {
+                name: [word == name for word in words] for name in sorted({*words} - {"constant"})
+            }
+            self.schedules[key] = {
+                SCHEDULES[n]: torch.tensor(own, device=steps.device) for n, own in having.items()
+            }
 
     def begin(self, epoch: int) -> None:
         """Count from the first step of an epoch."""
         torch.mul(self.steps, epoch, out=self.done)
 
     def factor(self, key: str = "schedule") -> Tensor:
-        """Return the factor of each member's schedule, (F, C): of its rate, or what else ``key`` says."""
+        """Return the factor of each member's schedule, (F, C): of its rate, or what else ``key``
+        says."""
         factor = torch.ones_like(self.done)
         for schedule, members in self.schedules[key].items():
             factor = torch.where(members, schedule(self.done, self.total), factor)
@@ -62,20 +79,36 @@ class Clock:
 
 
 class Optimizer:
-    """What changes the parameters of one chunk in place, and holds all state of it; a subclass has the rule's step.
+    """What changes the parameters of one chunk in place, and holds all state of it; a subclass has
+    the rule's step.
 
-    ``steps`` (F, C) are those that the members take in an epoch, and a schedule runs over ``horizon`` epochs.
+    ``steps`` (F, C) are those that the members take in an epoch, and a schedule runs over
+    ``horizon`` epochs.
     """
 
-    def __init__(self, configs: Sequence[Config], blocks: Blocks, flat: Tensor, *, steps: Tensor, horizon: int) -> None:
-        self.horizon, self.optimizer = horizon, configs[0]["optimizer"]
+    def __init__(
+        self,
+        configs: Sequence[Config],
+        blocks: Blocks,
+        flat: Tensor,
+        *,
+        steps: Tensor,
+        horizon: int,
+    ) -> None:
+        self.horizon = horizon
+        self.optimizer = configs[0]["optimizer"]
         moments = n_moments(self.optimizer, (config["momentum"] for config in configs))
         self.moments = [torch.zeros_like(flat) for _ in range(moments)]
-        self.average = torch.zeros_like(flat) if any(number_of(config, "ema") for config in configs) else None
+        self.average = (
+            torch.zeros_like(flat) if any(number_of(config, "ema") for config in configs) else None
+        )
         self._set_trials(configs, blocks, flat, steps)
 
-    def _set_trials(self, configs: Sequence[Config], blocks: Blocks, flat: Tensor, steps: Tensor) -> None:
-        self.blocks, self.dtype = blocks, flat.dtype
+    def _set_trials(
+        self, configs: Sequence[Config], blocks: Blocks, flat: Tensor, steps: Tensor
+    ) -> None:
+        self.blocks = blocks
+        self.dtype = flat.dtype
         self.clock = Clock(configs, steps, self.horizon)
         clips = any(number_of(config, "clip_norm") < math.inf for config in configs)
         self.clip_norm = self.clock.table(configs, "clip_norm") if clips else None
@@ -87,7 +120,8 @@ class Optimizer:
         return self.moments
 
     def state(self) -> list[Tensor]:
-        """Return the flat buffers that a later step depends on, to be filled again by ``resume``."""
+        """Return the flat buffers that a later step depends on, to be filled again by
+        ``resume``."""
         return [*self._buffers(), *([] if self.average is None else [self.average])]
 
     def resume(self, buffers: Sequence[Tensor]) -> None:
@@ -95,7 +129,15 @@ class Optimizer:
         for own, kept in zip(self.state(), buffers, strict=True):
             own.copy_(kept)
 
-    def select(self, configs: Sequence[Config], blocks: Blocks, keep: Tensor, flat: Tensor, *, steps: Tensor) -> None:
+    def select(
+        self,
+        configs: Sequence[Config],
+        blocks: Blocks,
+        keep: Tensor,
+        flat: Tensor,
+        *,
+        steps: Tensor,
+    ) -> None:
         """Go on with the trials ``keep`` alone, of which all else is given."""
         self.moments = [self.blocks.select(moment, keep) for moment in self.moments]
         self.average = None if self.average is None else self.blocks.select(self.average, keep)
@@ -124,23 +166,32 @@ class Optimizer:
         self._take(theta, grad, active, keep)
         self.clock.advance(keep)
         if self.average is not None and first is not None:
-            share = (1 - self.ema).masked_fill(first, 1.0)  # the first weights are the average of themselves
+            # the first weights are the average of themselves
+            share = (1 - self.ema).masked_fill(first, 1.0)
             share = share if active is None else share * active
             self.blocks.lerp_(self.average, self._evaluate(theta), share.to(self.dtype))
 
-    def _take(self, theta: Tensor, grad: Tensor, active: Tensor | None, keep: Tensor | None) -> None:
+    def _take(
+        self, theta: Tensor, grad: Tensor, active: Tensor | None, keep: Tensor | None
+    ) -> None:
         """Take the rule's step; ``keep`` is ``active`` in double precision."""
         raise NotImplementedError
 
     def scored(self, theta: Tensor) -> Tensor:
-        """Return the weights that are scored and saved: an average where there is one, else ``theta`` itself."""
+        """Return the weights that are scored and saved: an average where there is one, else
+        ``theta`` itself."""
         return self._evaluate(theta) if self.average is None else self.average
 
     def _evaluate(self, theta: Tensor) -> Tensor:
-        return schedule_free_average(theta, self.moments[0]) if self.optimizer == "schedulefree" else theta
+        return (
+            schedule_free_average(theta, self.moments[0])
+            if self.optimizer == "schedulefree"
+            else theta
+        )
 
     def _move(self, flat: Tensor, end: Tensor, weight: float, on: Tensor | None) -> None:
-        """Move a buffer by ``weight`` of the way towards another, of the members that are ``on`` (F, C)."""
+        """Move a buffer by ``weight`` of the way towards another, of the members that are ``on``
+        (F, C)."""
         if on is None:
             flat.lerp_(end, weight)
         else:
@@ -148,30 +199,48 @@ class Optimizer:
 
 
 class OnlineUpdate(Optimizer):
-    """The optimizer of one chunk with a learning rate that each member adapts: ``rate`` (F, C), on the device.
+    """The optimizer of one chunk with a learning rate that each member adapts: ``rate`` (F, C), on
+    the device.
 
-    Every step of a member moves its rate by what its gradient g now and the direction u of its last step say: the rules
-    of ``gputune.optim``, whose classes say what they are and what they are not. The factor of a schedule scales the
-    rate in a step and is not remembered.
+    Every step of a member moves its rate by what its gradient g now and the direction u of its last
+    step say: the rules of ``gputune.optim``, whose classes say what they are and what they are not.
+    The factor of a schedule scales the rate in a step and is not remembered.
     """
 
-    def __init__(self, configs: Sequence[Config], blocks: Blocks, flat: Tensor, *, steps: Tensor, horizon: int) -> None:
+    def __init__(
+        self,
+        configs: Sequence[Config],
+        blocks: Blocks,
+        flat: Tensor,
+        *,
+        steps: Tensor,
+        horizon: int,
+    ) -> None:
         super().__init__(configs, blocks, flat, steps=steps, horizon=horizon)
         self.rule = configs[0]["hypergrad_rule"]
         self.last = torch.zeros_like(flat)  # each member's direction u of its last step
         self.rate = self.clock.table(configs, "lr").to(self.dtype)
         self.norm = torch.zeros_like(self.rate)  # |g| of each member's last step
 
-    def _set_trials(self, configs: Sequence[Config], blocks: Blocks, flat: Tensor, steps: Tensor) -> None:
+    def _set_trials(
+        self, configs: Sequence[Config], blocks: Blocks, flat: Tensor, steps: Tensor
+    ) -> None:
         super()._set_trials(configs, blocks, flat, steps)
         self.room = torch.empty_like(flat)
         self.decays = any(config["weight_decay"] for config in configs)
         names = ("hypergrad_lr", "weight_decay", "momentum")
-        self.hypergrad_lr, self.decay, self.mu = (self.clock.table(configs, name).to(self.dtype) for name in names)
+        self.hypergrad_lr, self.decay, self.mu = (
+            self.clock.table(configs, name).to(self.dtype) for name in names
+        )
 
     def _buffers(self) -> list[Tensor]:
         """The flat buffers of the rule; the last two have the rate and |g|."""
-        return [*self.moments, self.last, self.blocks.expand(self.rate), self.blocks.expand(self.norm)]
+        return [
+            *self.moments,
+            self.last,
+            self.blocks.expand(self.rate),
+            self.blocks.expand(self.norm),
+        ]
 
     def resume(self, buffers: Sequence[Tensor]) -> None:
         super().resume(buffers)
@@ -179,18 +248,31 @@ class OnlineUpdate(Optimizer):
         self.rate.copy_(self.blocks.first(rate))
         self.norm.copy_(self.blocks.first(norm))
 
-    def select(self, configs: Sequence[Config], blocks: Blocks, keep: Tensor, flat: Tensor, *, steps: Tensor) -> None:
+    def select(
+        self,
+        configs: Sequence[Config],
+        blocks: Blocks,
+        keep: Tensor,
+        flat: Tensor,
+        *,
+        steps: Tensor,
+    ) -> None:
         self.last = self.blocks.select(self.last, keep)
-        self.rate, self.norm = self.rate[:, keep], self.norm[:, keep]
+        self.rate = self.rate[:, keep]
+        self.norm = self.norm[:, keep]
         super().select(configs, blocks, keep, flat, steps=steps)
 
-    def _take(self, theta: Tensor, grad: Tensor, active: Tensor | None, keep: Tensor | None) -> None:
+    def _take(
+        self, theta: Tensor, grad: Tensor, active: Tensor | None, keep: Tensor | None
+    ) -> None:
         on = None if keep is None else keep.to(self.dtype)
         if self.optimizer != "adamwhd":
             self._decay(grad, theta)
         self._adapt(grad, on)
         of_adam = len(self.moments) == 2
-        direction = self._adam_direction(theta, grad, on) if of_adam else self._sgd_direction(grad, on)
+        direction = (
+            self._adam_direction(theta, grad, on) if of_adam else self._sgd_direction(grad, on)
+        )
         scale = self.clock.factor() if keep is None else self.clock.factor() * keep
         self.blocks.add_product_(theta, direction, -self.rate * scale.to(self.dtype))
         self._move(self.last, direction, 1.0, on)
@@ -203,14 +285,16 @@ class OnlineUpdate(Optimizer):
         """Move each rate by its rule, or not at all where that says nothing (a norm of zero)."""
         pairs = ((grad, self.last), (grad, grad), (self.last, self.last))
         h, gg, uu = (self.blocks.total(torch.mul(a, b, out=self.room)) for a, b in pairs)
-        norm, change = gg.sqrt(), h
+        norm = gg.sqrt()
+        change = h
         if self.rule == "multiplicative":
             change = h / (norm * uu.sqrt()) * self.rate
         elif self.rule == "normalized":
             change = h / (self.norm * uu.sqrt())
         change = self.hypergrad_lr * torch.where(change.isfinite(), change, 0.0)
         if on is not None:
-            change, norm = change * on, torch.where(on > 0, norm, self.norm)
+            change = change * on
+            norm = torch.where(on > 0, norm, self.norm)
         self.rate.add_(change).clamp_min_(0.0)
         self.norm.copy_(norm)
 

@@ -1,11 +1,13 @@
-"""The update rules: one pure function each, with per-member hyperparameters, as torch.optim defines them.
+"""The update rules: one pure function each, with per-member hyperparameters, as torch.optim defines
+them.
 
-``rule(params, grads, moments, rates) -> (params, moments)``. Every hyperparameter is a (P,) tensor, or has the
-shape of the parameter it is for; every parameter is (P, ...). Nothing is changed in place, so a rule can be
-differentiated, which is what hypergradients do. Plain training does not call them: ``update.py`` holds the same
-rules in place, tested against these.
+``rule(params, grads, moments, rates) -> (params, moments)``. Every hyperparameter is a (P,) tensor,
+or has the shape of the parameter it is for; every parameter is (P, ...). Nothing is changed in
+place, so a rule can be differentiated, which is what hypergradients do. Plain training does not
+call them: ``update.py`` holds the same rules in place, tested against these.
 
-Also the schedules: the factor on a rate, from the steps done and the steps in all, as PyTorch has it.
+Also the schedules: the factor on a rate, from the steps done and the steps in all, as PyTorch has
+it.
 """
 
 import math
@@ -21,11 +23,16 @@ from gputune.types import Params
 
 Moments = dict[str, Params]
 
-BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
-RMSPROP_ALPHA, LION_BETA2 = 0.99, 0.99
+BETA1 = 0.9
+BETA2 = 0.999
+EPS = 1e-8
+RMSPROP_ALPHA = 0.99
+LION_BETA2 = 0.99
 
-_NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)  # as torch.optim.Muon has them, as the number of its steps
-_NEWTON_SCHULZ_STEPS, _LEAST_NORM = 5, 1e-7
+# as torch.optim.Muon has them, as the number of its steps
+_NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
+_NEWTON_SCHULZ_STEPS = 5
+_LEAST_NORM = 1e-7
 MUON_SCALE = 0.2  # its steps are then as long as AdamW's, so that one rate serves both
 
 
@@ -41,7 +48,8 @@ class Rates:
     beta2: Tensor | float = BETA2
     eps: float = EPS
     sides: Mapping[str, Tensor] = field(default_factory=dict)
-    """The longer side of each member's matrix, of the parameters that are hidden matrices: those that muon is for."""
+    """The longer side of each member's matrix, of the parameters that are hidden matrices: those
+    that muon is for."""
 
 
 Rule = Callable[[Params, Params, Moments, Rates], tuple[Params, Moments]]
@@ -53,8 +61,11 @@ def sgd(params: Params, grads: Params, moments: Moments, rates: Rates) -> tuple[
     return _descend(params, buffer, rates.lr), {"buffer": buffer}
 
 
-def nesterov(params: Params, grads: Params, moments: Moments, rates: Rates) -> tuple[Params, Moments]:
-    """Nesterov momentum: b = mu b + g; w -= lr (g + mu b). Source: Sutskever et al. (2013), as torch has it."""
+def nesterov(
+    params: Params, grads: Params, moments: Moments, rates: Rates
+) -> tuple[Params, Moments]:
+    """Nesterov momentum: b = mu b + g; w -= lr (g + mu b). Source: Sutskever et al. (2013), as
+    torch has it."""
     grads = _with_l2(params, grads, rates)
     buffer = _heavy_ball(grads, moments, rates)
     ahead = {k: g + _per_member(rates.momentum, g) * buffer[k] for k, g in grads.items()}
@@ -67,21 +78,31 @@ def adam(params: Params, grads: Params, moments: Moments, rates: Rates) -> tuple
 
 
 def adamw(params: Params, grads: Params, moments: Moments, rates: Rates) -> tuple[Params, Moments]:
-    """Adam with decoupled weight decay: w *= 1 - lr wd. Source: Loshchilov and Hutter (2019), algorithm 2."""
+    """Adam with decoupled weight decay: w *= 1 - lr wd. Source: Loshchilov and Hutter (2019),
+    algorithm 2."""
     return _adam_step(_shrunk(params, rates), grads, moments, rates)
 
 
-def rmsprop(params: Params, grads: Params, moments: Moments, rates: Rates) -> tuple[Params, Moments]:
-    """Gradients over the root of their mean square, with momentum. Source: Hinton (2012), as torch has it."""
-    grads, a = _with_l2(params, grads, rates), RMSPROP_ALPHA
+def rmsprop(
+    params: Params, grads: Params, moments: Moments, rates: Rates
+) -> tuple[Params, Moments]:
+    """Gradients over the root of their mean square, with momentum. Source: Hinton (2012), as torch
+    has it."""
+    grads = _with_l2(params, grads, rates)
+    a = RMSPROP_ALPHA
     v = {k: a * moments["v"][k] + (1 - a) * g * g for k, g in grads.items()}
-    buffer = _heavy_ball({k: g / (_root(v[k]) + rates.eps) for k, g in grads.items()}, moments, rates)
+    buffer = _heavy_ball(
+        {k: g / (_root(v[k]) + rates.eps) for k, g in grads.items()}, moments, rates
+    )
     return _descend(params, buffer, rates.lr), {"v": v, "buffer": buffer}
 
 
 def lion(params: Params, grads: Params, moments: Moments, rates: Rates) -> tuple[Params, Moments]:
-    """The sign of a momentum, with decoupled weight decay. Source: Chen et al. (2023), arXiv:2302.06675, program 1."""
-    b1, b2, m = BETA1, LION_BETA2, moments["m"]
+    """The sign of a momentum, with decoupled weight decay. Source: Chen et al. (2023),
+    arXiv:2302.06675, program 1."""
+    b1 = BETA1
+    b2 = LION_BETA2
+    m = moments["m"]
     direction = {k: torch.sign(b1 * m[k] + (1 - b1) * g) for k, g in grads.items()}
     m = {k: b2 * m[k] + (1 - b2) * g for k, g in grads.items()}
     return _descend(_shrunk(params, rates), direction, rates.lr), {"m": m}
@@ -90,33 +111,45 @@ def lion(params: Params, grads: Params, moments: Moments, rates: Rates) -> tuple
 def muon(params: Params, grads: Params, moments: Moments, rates: Rates) -> tuple[Params, Moments]:
     """Nesterov momentum made orthogonal, of hidden matrices (P, A, B...); the rest by AdamW.
 
-    Source: Jordan et al. (2024), as torch.optim.Muon has it, scaled as Liu et al. (2025), arXiv:2502.16982, do.
+    Source: Jordan et al. (2024), as torch.optim.Muon has it, scaled as Liu et al. (2025),
+        arXiv:2502.16982, do.
     Departure: in the precision of the parameters, where torch rounds to bfloat16.
     """
     rest = {k: g for k, g in grads.items() if k not in rates.sides}
     new, after = adamw({k: params[k] for k in rest}, rest, moments, rates)
     shrunk = _shrunk(params, rates)
     for k, side in rates.sides.items():
-        g, mu = grads[k], _per_member(rates.momentum, grads[k])
+        g = grads[k]
+        mu = _per_member(rates.momentum, grads[k])
         m = torch.lerp(moments["m"][k], g, 1 - mu)
         axes = 1 if side.dim() == 1 else 2  # of members
         step = orthogonal(torch.lerp(g, m, mu).flatten(axes + 1)).view_as(g)
         scale = _per_member(rates.lr, g) * MUON_SCALE * _per_member(side, g).sqrt()
-        new[k], after["m"][k], after["v"][k] = shrunk[k] - scale * step, m, moments["v"][k]
+        new[k] = shrunk[k] - scale * step
+        after["m"][k] = m
+        after["v"][k] = moments["v"][k]
     return new, after
 
 
-def schedulefree(params: Params, grads: Params, moments: Moments, rates: Rates) -> tuple[Params, Moments]:
-    """AdamW whose steps start at y, between where it runs (z) and an average of that; ``params`` are y.
+def schedulefree(
+    params: Params, grads: Params, moments: Moments, rates: Rates
+) -> tuple[Params, Moments]:
+    """AdamW whose steps start at y, between where it runs (z) and an average of that; ``params``
+    are y.
 
-    What is scored is the average: ``schedule_free_average``. Source: Defazio et al. (2024), arXiv:2405.15682,
-    algorithm 1, without a warm-up. Departure: a schedule scales the steps, and not the weights of the average.
+    What is scored is the average: ``schedule_free_average``. Source: Defazio et al. (2024),
+    arXiv:2405.15682, algorithm 1, without a warm-up. Departure: a schedule scales the steps, and
+    not the weights of the average.
     """
     corrected = 1 - rates.beta2**rates.count
-    weights = rates.count - rates.beta2 * corrected / (1 - rates.beta2)  # the sum of all ``corrected`` so far
-    new, z, v = {}, {}, {}
+    # the sum of all ``corrected`` so far
+    weights = rates.count - rates.beta2 * corrected / (1 - rates.beta2)
+    new = {}
+    z = {}
+    v = {}
     for k, g in grads.items():
-        y, share = params[k], _per_member(corrected / weights, g)
+        y = params[k]
+        share = _per_member(corrected / weights, g)
         rate = _per_member(rates.lr * corrected.sqrt(), g)
         z[k] = torch.where(_per_member(rates.count, g) == 1, y, moments["z"][k])
         b2 = rates.beta2 if isinstance(rates.beta2, float) else _per_member(rates.beta2, g)
@@ -149,7 +182,8 @@ MOMENTS: Mapping[str, tuple[str, ...]] = {
 def n_moments(optimizer: str, momentum: Iterable[float]) -> int:
     """Return how many flat buffers of moments training keeps, for members with these momenta.
 
-    Plain gradient descent without momentum needs none. An optimizer that adapts its rate keeps those of its namesake.
+    Plain gradient descent without momentum needs none. An optimizer that adapts its rate keeps
+    those of its namesake.
     """
     rule = optimizer.removesuffix("hd")
     return int(any(momentum)) if rule == "sgd" else len(MOMENTS[rule])
@@ -166,7 +200,8 @@ def _shrunk(params: Params, rates: Rates) -> Params:
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """Return matrices (..., A, B) with singular values near 1 in place of their own: a Newton-Schulz iteration.
+    """Return matrices (..., A, B) with singular values near 1 in place of their own: a
+    Newton-Schulz iteration.
 
     Rows and columns of zeros stay zero, so padding changes nothing.
     """
@@ -191,11 +226,17 @@ def _descend(params: Params, direction: Params, lr: Tensor) -> Params:
     return {k: w - _per_member(lr, w) * direction[k] for k, w in params.items()}
 
 
-def _adam_step(params: Params, grads: Params, moments: Moments, rates: Rates) -> tuple[Params, Moments]:
-    m, v, direction = {}, {}, {}
+def _adam_step(
+    params: Params, grads: Params, moments: Moments, rates: Rates
+) -> tuple[Params, Moments]:
+    m = {}
+    v = {}
+    direction = {}
     for k, g in grads.items():
         count = _per_member(rates.count, g)
-        b1, b2 = (r if isinstance(r, float) else _per_member(r, g) for r in (rates.beta1, rates.beta2))
+        b1, b2 = (
+            r if isinstance(r, float) else _per_member(r, g) for r in (rates.beta1, rates.beta2)
+        )
         m[k] = b1 * moments["m"][k] + (1 - b1) * g
         v[k] = b2 * moments["v"][k] + (1 - b2) * g * g
         # The divisions undo the start at zero.
@@ -205,16 +246,20 @@ def _adam_step(params: Params, grads: Params, moments: Moments, rates: Rates) ->
 
 def _root(squares: Tensor) -> Tensor:
     """The square root, with slope 0 at 0 instead of an infinite one."""
-    # An entry whose gradient has always been 0, as every padded one, stays where it is whatever the hyperparameters
-    # are; an infinite slope times its gradient of 0 would make the hypergradient NaN.
+    # An entry whose gradient has always been 0, as every padded one, stays where it is whatever the
+    # hyperparameters are; an infinite slope times its gradient of 0 would make the hypergradient
+    # NaN.
     return squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
 
 
 Schedule = Callable[[Tensor, Tensor], Tensor]
-"""(steps done, steps in all), of one shape, in double precision -> the factor on the rate of the next step."""
+"""(steps done, steps in all), of one shape, in double precision -> the factor on the rate of the
+next step."""
 
 # Of one_cycle, as torch.optim.lr_scheduler.OneCycleLR has them.
-_FIRST, _LAST, _RISING = 1 / 25, 1e-4 / 25, 0.3
+_FIRST = 1 / 25
+_LAST = 1e-4 / 25
+_RISING = 0.3
 
 
 def constant(done: Tensor, _total: Tensor) -> Tensor:
@@ -223,7 +268,8 @@ def constant(done: Tensor, _total: Tensor) -> Tensor:
 
 
 def cosine(done: Tensor, total: Tensor) -> Tensor:
-    """Half a cosine from 1 to 0. Source: Loshchilov and Hutter (2017), without restarts, per step."""
+    """Half a cosine from 1 to 0. Source: Loshchilov and Hutter (2017), without restarts, per
+    step."""
     return torch.cos(done / total * math.pi).add(1).mul(0.5)
 
 
@@ -233,14 +279,16 @@ def linear(done: Tensor, total: Tensor) -> Tensor:
 
 
 def warmup_cosine(done: Tensor, total: Tensor) -> Tensor:
-    """A straight line up to 1 over the first tenth of the steps, rounded down, then half a cosine to 0."""
+    """A straight line up to 1 over the first tenth of the steps, rounded down, then half a cosine
+    to 0."""
     warmup = torch.floor(total / 10)
     rising = (done + 1) / (warmup + 1)
     return torch.where(done < warmup, rising, cosine(done - warmup, total - warmup))
 
 
 def one_cycle(done: Tensor, total: Tensor) -> Tensor:
-    """Half a cosine from 1/25 up to 1, at three tenths of the steps, and another down to 1/250000 at the last.
+    """Half a cosine from 1/25 up to 1, at three tenths of the steps, and another down to 1/250000
+    at the last.
 
     Source: Smith and Topin (2019), as torch has it; momentum stays as it is.
     """
@@ -263,11 +311,17 @@ def flat_cos(done: Tensor, total: Tensor) -> Tensor:
 
 
 SCHEDULES: Mapping[str, Schedule] = dict(
-    zip(types.SCHEDULES, (constant, cosine, linear, warmup_cosine, one_cycle, coslog4, flat_cos), strict=True)
+    zip(
+        types.SCHEDULES,
+        (constant, cosine, linear, warmup_cosine, one_cycle, coslog4, flat_cos),
+        strict=True,
+    )
 )
 
 
 def schedule_factor(name: str, done: np.ndarray, total: np.ndarray) -> np.ndarray:
     """Return the factors of a schedule, on the host."""
-    factors = SCHEDULES[name](*(torch.as_tensor(steps, dtype=torch.float64) for steps in (done, total)))
+    factors = SCHEDULES[name](
+        *(torch.as_tensor(steps, dtype=torch.float64) for steps in (done, total))
+    )
     return np.asarray(factors)

@@ -1,4 +1,5 @@
-"""The update rules in place, over the flat buffers of a chunk: by operations, or on a GPU by ``update.cu``.
+"""The update rules in place, over the flat buffers of a chunk: by operations, or on a GPU by
+``update.cu``.
 
 Of steps that are recorded on a GPU each is two or three launches of its kernels.
 """
@@ -15,31 +16,47 @@ from gputune.native.cuda import Kernel, kernels, launch
 from gputune.optimizers.blocks import Blocks, with_axes_of
 from gputune.optimizers.classes import NORM_EPS
 from gputune.optimizers.optimizer import OnlineUpdate, Optimizer, number_of
-from gputune.optimizers.rules import BETA1, EPS, LION_BETA2, MOMENTS, RMSPROP_ALPHA, RULES, Rates, Schedule
+from gputune.optimizers.rules import (
+    BETA1,
+    EPS,
+    LION_BETA2,
+    MOMENTS,
+    RMSPROP_ALPHA,
+    RULES,
+    Rates,
+    Schedule,
+)
 from gputune.types import DECAY_FACTOR, LR_FACTOR, ONLINE, Config
 
 Amount: TypeAlias = float | Tensor
 """One value of all members, or each member's own, (F, C)."""
 
 IN_PLACE = ("sgd", "nesterov", "adam", "adamw")
-"""Rules that are written here once more, in a few passes; the others are taken as ``rules.py`` has them."""
+"""Rules that are written here once more, in a few passes; the others are taken as ``rules.py`` has
+them."""
 
 SOURCE = Path(__file__).with_name("update.cu")
 NAMES = ("sum_squares", "step_rates", "take_step")
 
-_RULES = {"adam": 0, "adamw": 0, "sgd": 1, "nesterov": 3, "rmsprop": 4, "lion": 5}  # of ``update.cu``
-_HEAVY_BALL, _LANES, _RATES = 2, 32, 9
+# of ``update.cu``
+_RULES = {"adam": 0, "adamw": 0, "sgd": 1, "nesterov": 3, "rmsprop": 4, "lion": 5}
+_HEAVY_BALL = 2
+_LANES = 32
+_RATES = 9
 _DECOUPLED = ("adamw", "lion")
 
 
-def optimizer_of(configs: Sequence[Config], blocks: Blocks, flat: Tensor, *, steps: Tensor, horizon: int) -> Optimizer:
+def optimizer_of(
+    configs: Sequence[Config], blocks: Blocks, flat: Tensor, *, steps: Tensor, horizon: int
+) -> Optimizer:
     """Return the optimizer of complete configurations, at its start."""
     kind = OnlineUpdate if configs[0]["optimizer"] in ONLINE else Update
     return kind(configs, blocks, flat, steps=steps, horizon=horizon)
 
 
 def factor_of(config: Config, prefixes: Sequence[str], parameter: str) -> float:
-    """Return the product of all keys with these prefixes whose name is a part of the parameter's path."""
+    """Return the product of all keys with these prefixes whose name is a part of the parameter's
+    path."""
     keys = {prefix + part for prefix in prefixes for part in parameter.split(".")}
     return math.prod(float(config[key]) for key in keys & config.keys())
 
@@ -47,11 +64,15 @@ def factor_of(config: Config, prefixes: Sequence[str], parameter: str) -> float:
 class Update(Optimizer):
     """The optimizer of one chunk by a rule, at given rates."""
 
-    def _set_trials(self, configs: Sequence[Config], blocks: Blocks, flat: Tensor, steps: Tensor) -> None:
+    def _set_trials(
+        self, configs: Sequence[Config], blocks: Blocks, flat: Tensor, steps: Tensor
+    ) -> None:
         super()._set_trials(configs, blocks, flat, steps)
         self.adaptive = self.optimizer in ("adam", "adamw")
         self.scratch = torch.empty_like(flat) if self.adaptive else None
-        self.lr, self.decay, self.mu = (self.clock.table(configs, key) for key in ("lr", "weight_decay", "momentum"))
+        self.lr, self.decay, self.mu = (
+            self.clock.table(configs, key) for key in ("lr", "weight_decay", "momentum")
+        )
         decoupled = self.optimizer == "adamw"
         decays = any(config["weight_decay"] for config in configs)
         self.shrink = self.lr * self.decay if decoupled and decays else None
@@ -70,10 +91,19 @@ class Update(Optimizer):
 
     def _factors(self, configs: Sequence[Config], *prefixes: str) -> dict[str, Tensor]:
         """Return each member's factor (F, C) on a rate, of the blocks that have one."""
-        factors = {b.name: [factor_of(config, prefixes, b.name) for config in configs] for b in self.blocks.blocks}
-        return {k: self.clock.per_trial(own).to(self.dtype) for k, own in factors.items() if set(own) != {1.0}}
+        factors = {
+            b.name: [factor_of(config, prefixes, b.name) for config in configs]
+            for b in self.blocks.blocks
+        }
+        return {
+            k: self.clock.per_trial(own).to(self.dtype)
+            for k, own in factors.items()
+            if set(own) != {1.0}
+        }
 
-    def _amount(self, configs: Sequence[Config], key: str, dtype: torch.dtype | None = None) -> Amount:
+    def _amount(
+        self, configs: Sequence[Config], key: str, dtype: torch.dtype | None = None
+    ) -> Amount:
         values = {number_of(config, key) for config in configs}
         if len(values) > 1:
             return self.clock.table(configs, key).to(dtype or self.dtype)
@@ -81,7 +111,8 @@ class Update(Optimizer):
         return min(values.pop(), torch.finfo(self.dtype).max)
 
     def prepare(self) -> None:
-        """Make ready for steps that are recorded: on a GPU kernels take the place of the operations that are here."""
+        """Make ready for steps that are recorded: on a GPU kernels take the place of the operations
+        that are here."""
         if self.optimizer in _RULES and self.lr.device.type == "cuda":
             compiled = kernels(SOURCE, NAMES, self.lr.device, self.dtype)
             self.kernel = None if compiled is None else UpdateKernel(compiled, self)
@@ -92,17 +123,21 @@ class Update(Optimizer):
             self.kernel.begin(epoch)
 
     def step(self, theta: Tensor, grad: Tensor, active: Tensor | None = None) -> None:
-        # Only where it is recorded: a step as it is then checks the kernels, before the first replay.
+        # Only where it is recorded: a step as it is then checks the kernels, before the first
+        # replay.
         if self.kernel is not None and torch.cuda.is_current_stream_capturing():
             self.kernel.step(self, theta, grad, active)
         else:
             super().step(theta, grad, active)
 
-    def _take(self, theta: Tensor, grad: Tensor, active: Tensor | None, keep: Tensor | None) -> None:
+    def _take(
+        self, theta: Tensor, grad: Tensor, active: Tensor | None, keep: Tensor | None
+    ) -> None:
         factor = self.clock.factor() if keep is None else self.clock.factor() * keep
         if self.optimizer in IN_PLACE:
             l2 = self.l2
-            if self.clock.schedules["weight_decay_schedule"] or self.decay_factors:  # of each member then
+            # of each member then
+            if self.clock.schedules["weight_decay_schedule"] or self.decay_factors:
                 l2 = (l2 * self.clock.factor("weight_decay_schedule")).to(self.dtype)
             self._add(grad, theta, l2, self.decay_factors)
         if self.adaptive:
@@ -121,7 +156,8 @@ class Update(Optimizer):
         else:
             share = (1 - self.beta2) * (torch.ones_like(factor) if keep is None else keep)
             self.blocks.lerp_(v, grad.mul_(grad), share.to(self.dtype))
-        # lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps), with the corrections moved to the members
+        # lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps), with the corrections moved to the
+        # members
         count = self.clock.done + 1
         root = (1 - self.beta2**count).sqrt()
         torch.sqrt(v, out=scratch)
@@ -152,7 +188,8 @@ class Update(Optimizer):
 
     def _by_rule(self, theta: Tensor, grad: Tensor, active: Tensor | None) -> None:
         names = MOMENTS[self.optimizer]
-        lr, count = self.lr * self.clock.factor(), self.clock.done + 1
+        lr = self.lr * self.clock.factor()
+        count = self.clock.done + 1
         decay = self.decay * self.clock.factor("weight_decay_schedule")
         views = [self.blocks.views(flat) for flat in (theta, grad, *self.moments)]
         for block in self.blocks.blocks:
@@ -160,15 +197,29 @@ class Update(Optimizer):
             factors = [of.get(block.name, 1.0) for of in (self.lr_factors, self.decay_factors)]
             tables = (lr * factors[0], decay * factors[1], self.mu, count)
             beta2 = self.beta2 if isinstance(self.beta2, float) else with_axes_of(block, self.beta2)
-            sides = {"w": with_axes_of(block, self.sides[block.name])} if block.name in self.sides else {}
+            sides = (
+                {"w": with_axes_of(block, self.sides[block.name])}
+                if block.name in self.sides
+                else {}
+            )
             rate, shrink, mu, n = (with_axes_of(block, table) for table in tables)
             rates = Rates(rate, shrink, mu, n, beta2=beta2, sides=sides)
             before = {name: {"w": moment} for name, moment in zip(names, moments)}
             new, after = RULES[self.optimizer]({"w": w}, {"w": g}, before, rates)
             for old, value in zip([w, *moments], [new["w"], *(after[name]["w"] for name in names)]):
-                old.copy_(value if active is None else torch.where(with_axes_of(block, active), value, old))
+                old.copy_(
+                    value
+                    if active is None
+                    else torch.where(with_axes_of(block, active), value, old)
+                )
 
-    def _add(self, total: Tensor, tensor: Tensor, amount: Amount, factors: Mapping[str, Tensor] | None = None) -> None:
+    def _add(
+        self,
+        total: Tensor,
+        tensor: Tensor,
+        amount: Amount,
+        factors: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """total += amount * tensor, with ``factors`` on the amount in some blocks."""
         if isinstance(amount, Tensor):
             self.blocks.add_product_(total, tensor, amount, factors)
@@ -186,27 +237,42 @@ class Update(Optimizer):
 class UpdateKernel:
     """The optimizer of one chunk by kernels: what they read, and how they are launched.
 
-    ``table`` has the factors of the schedules in one epoch, a row for each schedule and length that occur; ``rows``
-    (2, F, C) says in which each member's factors of its rate and of its decay are, -1: they are always 1.
+    ``table`` has the factors of the schedules in one epoch, a row for each schedule and length that
+    occur; ``rows`` (2, F, C) says in which each member's factors of its rate and of its decay are,
+    -1: they are always 1.
     """
 
     def __init__(self, compiled: Sequence[Kernel], update: Update) -> None:
-        self.compiled, self.horizon = tuple(compiled), update.horizon
-        blocks, device = update.blocks, update.lr.device
-        members, trials = update.lr.numel(), update.lr.shape[1]
-        self.members, self.entries, self.clips = members, blocks.size, update.clip_norm is not None
+        self.compiled = tuple(compiled)
+        self.horizon = update.horizon
+        blocks = update.blocks
+        device = update.lr.device
+        members = update.lr.numel()
+        trials = update.lr.shape[1]
+        self.members = members
+        self.entries = blocks.size
+        self.clips = update.clip_norm is not None
         none = torch.zeros_like(update.lr)
         decays = [update.decay, none] if update.optimizer in _DECOUPLED else [none, update.decay]
         clip_norm = none + torch.inf if update.clip_norm is None else update.clip_norm
         ema = none if update.average is None else update.ema
-        self.hyperparameters = torch.stack([update.lr, *decays, none + update.beta2, update.mu, clip_norm, ema])
-        rule = _HEAVY_BALL if update.optimizer == "sgd" and update.moments else _RULES[update.optimizer]
-        clock, steps, rows = update.clock, update.clock.steps.cpu(), torch.full((2, *update.lr.shape), -1)
+        self.hyperparameters = torch.stack(
+            [update.lr, *decays, none + update.beta2, update.mu, clip_norm, ema]
+        )
+        rule = (
+            _HEAVY_BALL
+            if update.optimizer == "sgd" and update.moments
+            else _RULES[update.optimizer]
+        )
+        clock = update.clock
+        steps = update.clock.steps.cpu()
+        rows = torch.full((2, *update.lr.shape), -1)
         self.runs: list[tuple[Schedule, int, int]] = []  # rows that have one schedule
         lengths: list[int] = []
         for own, key in zip(rows, ("schedule", "weight_decay_schedule")):
             for schedule, having in clock.schedules[key].items():
-                on, begin = having.cpu().expand(steps.shape), len(lengths)
+                on = having.cpu().expand(steps.shape)
+                begin = len(lengths)
                 for length in sorted(set(steps[on].tolist())):
                     own[on & (steps == length)] = len(lengths)
                     lengths.append(length)
@@ -214,9 +280,19 @@ class UpdateKernel:
         self.rows = rows.to(device)
         self.lengths = torch.tensor(lengths or [1], dtype=torch.float64).to(device)[:, None]
         self.within = torch.arange(max(1, int(steps.max())), dtype=torch.float64).to(device)
-        self.table = torch.ones((len(self.lengths), len(self.within)), dtype=torch.float64).to(device)
+        self.table = torch.ones((len(self.lengths), len(self.within)), dtype=torch.float64).to(
+            device
+        )
         of_blocks = [update.lr_factors, update.decay_factors]
-        sizes = [members, trials, blocks.size, len(blocks.blocks), rule, any(of_blocks), update.average is not None]
+        sizes = [
+            members,
+            trials,
+            blocks.size,
+            len(blocks.blocks),
+            rule,
+            any(of_blocks),
+            update.average is not None,
+        ]
         sizes.append(self.table.shape[1])
         begin = 0
         for block, size in zip(
@@ -228,11 +304,17 @@ class UpdateKernel:
         numbers = [BETA1, EPS, RMSPROP_ALPHA, LION_BETA2, NORM_EPS]
         self.numbers = torch.tensor(numbers, dtype=torch.float64).to(device)
         self.all = torch.ones_like(update.lr, dtype=torch.bool)
-        self.sums = torch.empty((_LANES if self.clips else 1, members), dtype=torch.float64, device=device)
-        self.rates = self.factors = torch.empty((_RATES, members), dtype=update.dtype, device=device)
+        self.sums = torch.empty(
+            (_LANES if self.clips else 1, members), dtype=torch.float64, device=device
+        )
+        self.rates = self.factors = torch.empty(
+            (_RATES, members), dtype=update.dtype, device=device
+        )
         if any(of_blocks):
             ones = torch.ones_like(none, dtype=update.dtype)
-            self.factors = torch.stack([of.get(block.name, ones) for of in of_blocks for block in blocks.blocks])
+            self.factors = torch.stack(
+                [of.get(block.name, ones) for of in of_blocks for block in blocks.blocks]
+            )
 
     def begin(self, epoch: int) -> None:
         """Fill the table for an epoch."""
@@ -249,6 +331,12 @@ class UpdateKernel:
             launch(sum_squares, _LANES * self.members, [self.sizes, grad, self.sums])
         tables = [self.hyperparameters, update.clock.steps, self.rows, self.table, self.sums]
         who = self.all if active is None else active
-        launch(step_rates, self.members, [self.sizes, self.numbers, *tables, who, update.clock.done, self.rates])
+        launch(
+            step_rates,
+            self.members,
+            [self.sizes, self.numbers, *tables, who, update.clock.done, self.rates],
+        )
         second = [self.sizes, self.numbers, self.rates, self.factors, grad, m, v, theta]
-        launch(take_step, self.entries, [*second, theta if update.average is None else update.average])
+        launch(
+            take_step, self.entries, [*second, theta if update.average is None else update.average]
+        )

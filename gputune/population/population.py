@@ -1,7 +1,9 @@
-"""Trials grouped by tensor shape: a population trains as one tensor program, crossed with all folds.
+"""Trials grouped by tensor shape: a population trains as one tensor program, crossed with all
+folds.
 
-Padding is a function of the trial alone, never of its neighbours, so that its numbers do not depend on the
-company it trains in. Which trials share a group does depend on it, and changes no number beyond rounding.
+Padding is a function of the trial alone, never of its neighbours, so that its numbers do not depend
+on the company it trains in. Which trials share a group does depend on it, and changes no number
+beyond rounding.
 ``Network`` is what the engine asks of a model; an ensemble is several modules of one study as one.
 """
 
@@ -22,7 +24,17 @@ from gputune.errors import InputError
 from gputune.optimizers.blocks import Blocks
 from gputune.optimizers.classes import class_of, keys_with, optimizer_arguments, optimizer_defaults
 from gputune.population.batches import Batch, Batches
-from gputune.types import DECAY_FACTOR, DEFAULTS, LR_FACTOR, ONLINE, Config, EvaluationKey, Params, Precision, Task
+from gputune.types import (
+    DECAY_FACTOR,
+    DEFAULTS,
+    LR_FACTOR,
+    ONLINE,
+    Config,
+    EvaluationKey,
+    Params,
+    Precision,
+    Task,
+)
 
 ModelKind = Literal["mlp", "linear", "module"]
 
@@ -32,12 +44,14 @@ _OWN_GROUP = 4  # trials of one batch size that make a group of their own, with 
 
 
 def padded_width(width: int) -> int:
-    """Return the width of the tensors that hold a hidden layer: the next of a fixed table, then of 512s."""
+    """Return the width of the tensors that hold a hidden layer: the next of a fixed table, then of
+    512s."""
     return next((w for w in _WIDTHS if w >= width), -(-width // 512) * 512)
 
 
 def hidden_widths(config: Config) -> tuple[int, ...]:
-    """Return the units of each hidden layer of a complete configuration: ``width`` is of all, or has one for each."""
+    """Return the units of each hidden layer of a complete configuration: ``width`` is of all, or
+    has one for each."""
     width = config["width"]
     return width if isinstance(width, tuple) else (width,) * config["depth"]
 
@@ -45,7 +59,8 @@ def hidden_widths(config: Config) -> tuple[int, ...]:
 def complete(config: Config, *, optimizer: str, schedule: str) -> Config:
     """Return a configuration with every key that training reads, defaults where it is silent.
 
-    Raises InputError for what an optimizer that adapts its rate, or a class of torch.optim, does not know.
+    Raises InputError for what an optimizer that adapts its rate, or a class of torch.optim, does
+    not know.
     """
     word = config.get("optimizer", optimizer)
     full = {**_defaults(word), "schedule": schedule, **config}
@@ -54,7 +69,8 @@ def complete(config: Config, *, optimizer: str, schedule: str) -> Config:
     if (word in ONLINE or class_of(full)) and (unknown := beyond_adam(full)):
         kind = "adapts its rate" if word in ONLINE else "is a class of torch.optim here"
         raise InputError(
-            f"optimizer={word!r} {kind}, and does not know {unknown[0]!r}: leave it out, or choose another optimizer."
+            f"optimizer={word!r} {kind}, and does not know {unknown[0]!r}: leave it out, or "
+            "choose another optimizer."
         )
     return full
 
@@ -72,7 +88,8 @@ def beyond_adam(config: Config) -> list[str]:
 
 @dataclass(frozen=True)
 class Population:
-    """Trials of one tensor shape: ``index`` are their positions in the search, ``configs`` their values."""
+    """Trials of one tensor shape: ``index`` are their positions in the search, ``configs`` their
+    values."""
 
     kind: ModelKind
     index: tuple[int, ...]
@@ -85,7 +102,9 @@ class Population:
 
     def select(self, places: Sequence[int]) -> "Population":
         """Return the trials at some places as a population of their own."""
-        return Population(self.kind, tuple(self.index[c] for c in places), tuple(self.configs[c] for c in places))
+        return Population(
+            self.kind, tuple(self.index[c] for c in places), tuple(self.configs[c] for c in places)
+        )
 
     def part(self, start: int, stop: int) -> "Population":
         """Return the trials start..stop-1 as a population of their own."""
@@ -100,17 +119,23 @@ def populations(
     own_steps: Callable[[Config], Hashable] | None = None,
     own_loss: bool = False,
 ) -> list[Population]:
-    """Group complete configurations by the shape of their tensors; ``rows`` is the longest training fold.
+    """Group complete configurations by the shape of their tensors; ``rows`` is the longest training
+    fold.
 
-    Batch sizes share a group up to the next power of two, or make one of their own where four trials agree; those
-    whose members take their steps each on its own share one group where ``own_steps`` says the same, and not False.
-    A user's module is never padded: its groups have one batch size and one set of ``module__*`` values, with a loss
-    of the user's own (``own_loss``) one set of ``loss__*`` values too.
+    Batch sizes share a group up to the next power of two, or make one of their own where four
+    trials agree; those whose members take their steps each on its own share one group where
+    ``own_steps`` says the same, and not False. A user's module is never padded: its groups have one
+    batch size and one set of ``module__*`` values, with a loss of the user's own (``own_loss``) one
+    set of ``loss__*`` values too.
     """
     shapes: dict[tuple[Hashable, ...], list[int]] = defaultdict(list)
     for i, config in enumerate(configs):
-        of_loss = sorted((k, repr(v)) for k, v in config.items() if own_loss and k.startswith("loss__"))
-        shapes[own_steps is not None and own_steps(config), _shape(config, kind), *of_loss].append(i)
+        of_loss = sorted(
+            (k, repr(v)) for k, v in config.items() if own_loss and k.startswith("loss__")
+        )
+        shapes[own_steps is not None and own_steps(config), _shape(config, kind), *of_loss].append(
+            i
+        )
     groups = list[list[int]]()
     for (own, *_), members in shapes.items():
         by_size: dict[int, list[int]] = defaultdict(list)
@@ -125,7 +150,8 @@ def populations(
 
 
 def by_numbers(configs: Sequence[Config]) -> list[list[int]]:
-    """Return the places of configurations, those together that read the same data: ``Dataset.of``."""
+    """Return the places of configurations, those together that read the same data:
+    ``Dataset.of``."""
     places: dict[object, list[int]] = defaultdict(list)
     for place, config in enumerate(configs):
         places[config.get("numbers")].append(place)
@@ -133,17 +159,20 @@ def by_numbers(configs: Sequence[Config]) -> list[list[int]]:
 
 
 def is_plain(config: Config) -> bool:
-    """Whether the steps are the optimizer's own: no clipping, no averaging, no other betas or rates of parameters."""
+    """Whether the steps are the optimizer's own: no clipping, no averaging, no other betas or rates
+    of parameters."""
     return config["clip_norm"] == math.inf and not config["ema"] and not beyond_adam(config)
 
 
 def module_arguments(config: Config) -> Config:
-    """Return the ``module__*`` values of a configuration under the names that the user's class knows."""
+    """Return the ``module__*`` values of a configuration under the names that the user's class
+    knows."""
     return {k.removeprefix("module__"): v for k, v in config.items() if k.startswith("module__")}
 
 
 def arguments_text(config: Config) -> str:
-    """Return the ``module__*`` values of a configuration, and its ``numbers`` where it has such, as text."""
+    """Return the ``module__*`` values of a configuration, and its ``numbers`` where it has such, as
+    text."""
     numbers = config.get("numbers")
     return repr(sorted(module_arguments(config).items())) + (f", {numbers}" if numbers else "")
 
@@ -156,8 +185,8 @@ def shape_of(population: Population) -> tuple[object, ...]:
 
 def _shape(config: Config, kind: ModelKind) -> tuple[object, ...]:
     rule = config["hypergrad_rule"] if config["optimizer"] in ONLINE else None
-    # Which buffers a trial has depends on itself alone, so that its state goes on in whatever company.
-    # A descent may have a list of momenta, one for each segment.
+    # Which buffers a trial has depends on itself alone, so that its state goes on in whatever
+    # company. A descent may have a list of momenta, one for each segment.
     momentum = bool(np.any(np.asarray(config["momentum"]) > 0))
     buffers = (momentum, config["clip_norm"] < math.inf, config["ema"] > 0)
     options = sorted((k, bool(v)) for k, v in optimizer_arguments(config).items())
@@ -187,13 +216,17 @@ class Shape:
     input_shape: tuple[int, ...] | None = None  # of a row of the first input, None: (n_features,)
     inputs: tuple[InputKind, ...] = ()  # of all inputs; (): of a table
     names: tuple[str, ...] | None = None  # of the inputs, where they are passed as keywords
-    precision: Precision = "full"  # of what a module computes while it trains; parameters and updates are of ``dtype``
-    feature_groups: tuple[int, ...] | None = None  # of a table's features, (D,): ``Layout.feature_groups``
-    rows: Callable[[int], tuple[tuple[Tensor, ...], Tensor]] | None = None  # training rows and targets of a fold
+    # of what a module computes while it trains; parameters and updates are of ``dtype``
+    precision: Precision = "full"
+    # of a table's features, (D,): ``Layout.feature_groups``
+    feature_groups: tuple[int, ...] | None = None
+    # training rows and targets of a fold
+    rows: Callable[[int], tuple[tuple[Tensor, ...], Tensor]] | None = None
 
     @staticmethod
     def of(data: Dataset, precision: Precision = "full") -> "Shape":
-        """Return the shape of members that train on some data; scaled bytes come to them as floats."""
+        """Return the shape of members that train on some data; scaled bytes come to them as
+        floats."""
         kinds = zip(data.inputs, data.scaling, strict=True)
         same = "n_features n_outputs dtype device present names feature_groups".split()
         return Shape(
@@ -201,7 +234,9 @@ class Shape:
             folds=data.n_folds,
             regression=data.task == "regression",
             input_shape=tuple(data.inputs[0].shape[2:]),
-            inputs=tuple((tuple(x.shape[2:]), data.dtype if scaled else x.dtype) for x, scaled in kinds),
+            inputs=tuple(
+                (tuple(x.shape[2:]), data.dtype if scaled else x.dtype) for x, scaled in kinds
+            ),
             precision=precision,
             rows=data.training_rows,
         )
@@ -223,44 +258,59 @@ class Network(Protocol):
     kind: ModelKind
     shape: Shape
     configs: tuple[Config, ...]
-    blocks: Blocks  # all that a member consists of: the trained parameters, then the buffers that training changes
-    trained: Blocks  # the trained parameters alone, ``flat[:trained.size]``: what has gradients and moments
+    # all that a member consists of: the trained parameters, then the buffers that training changes
+    blocks: Blocks
+    # the trained parameters alone, ``flat[:trained.size]``: what has gradients and moments
+    trained: Blocks
     exact: bool  # whether minibatches must come without padded rows
     least_rows: int  # rows that a minibatch needs; a last one with fewer is left out
     alone: bool  # whether an output in evaluation mode depends on its own row alone
     evaluation_draws: bool  # whether an output in evaluation mode depends on random numbers
     widest: int  # most numbers that a row has in a layer of one member
-    scheduled: tuple[str, ...]  # buffers of each member's rate of a dropout, (F, C), written before every step
+    # buffers of each member's rate of a dropout, (F, C), written before every step
+    scheduled: tuple[str, ...]
 
     def start(self) -> Tensor:
         """Return the flat buffer of the members' start."""
 
     def targets(self, y: Tensor) -> Tensor:
-        """Return the training target in the form that ``gradient`` reads, (V, n, ...); V is 1 or F."""
+        """Return the training target in the form that ``gradient`` reads, (V, n, ...); V is 1 or
+        F."""
 
     def draws(self, batches: Batches, *, ahead: bool) -> Draws | None:
-        """Return the draws that ``gradient`` reads, None where there are none, and where it draws them itself.
+        """Return the draws that ``gradient`` reads, None where there are none, and where it draws
+        them itself.
 
         With ``ahead`` it must not. Raises TraceError where it does all the same.
         """
 
     def gradient(self, params: Params, batch: Batch, grads: Params) -> None:
-        """Write the gradient of every member's minibatch loss into ``grads``; buffers in ``params`` go on by a step."""
+        """Write the gradient of every member's minibatch loss into ``grads``; buffers in ``params``
+        go on by a step."""
 
-    def outputs(self, params: Params, fold: int, inputs: Sequence[Tensor], key: EvaluationKey | None = None) -> Tensor:
-        """Return the outputs (C, m, K) of one fold's members on rows (m, ...) of each input, as in evaluation mode.
+    def outputs(
+        self, params: Params, fold: int, inputs: Sequence[Tensor], key: EvaluationKey | None = None
+    ) -> Tensor:
+        """Return the outputs (C, m, K) of one fold's members on rows (m, ...) of each input, as in
+        evaluation mode.
 
-        Random numbers that a forward draws there are those of ``key``; without a key they are not seeded.
+        Random numbers that a forward draws there are those of ``key``; without a key they are not
+        seeded.
         """
 
-    def differentiable(self, params: Params, inputs: Sequence[Tensor], key: tuple[int, int] | None) -> Tensor:
-        """Return the outputs (P, B, K) of whole folds' members on rows (P, B, ...) of each input, twice differentiable.
+    def differentiable(
+        self, params: Params, inputs: Sequence[Tensor], key: tuple[int, int] | None
+    ) -> Tensor:
+        """Return the outputs (P, B, K) of whole folds' members on rows (P, B, ...) of each input,
+        twice differentiable.
 
-        ``params`` are (P, ...), P = F*C for some folds F. ``key`` is that of the minibatch, None in evaluation mode.
+        ``params`` are (P, ...), P = F*C for some folds F. ``key`` is that of the minibatch, None in
+        evaluation mode.
         """
 
     def row_losses(self, outputs: Tensor, y: Tensor) -> Tensor:
-        """Return the losses (F, C, B) of outputs (F, C, B, K) and targets (F, 1 or C, B, ...), twice differentiable."""
+        """Return the losses (F, C, B) of outputs (F, C, B, K) and targets (F, 1 or C, B, ...),
+        twice differentiable."""
 
     def layers(self) -> dict[str, int]:
         """Return the layer of each parameter."""
@@ -272,21 +322,27 @@ class Network(Protocol):
         """Return one member as a plain module in evaluation mode, on the CPU."""
 
 
-def call_module(module: nn.Module, inputs: Sequence[Tensor], names: Sequence[str] | None = None) -> Tensor:
+def call_module(
+    module: nn.Module, inputs: Sequence[Tensor], names: Sequence[str] | None = None
+) -> Tensor:
     """Return what a module makes of its inputs, passed in order or by their names."""
-    result: Tensor = module(*inputs) if names is None else module(**dict(zip(names, inputs, strict=True)))
+    result: Tensor = (
+        module(*inputs) if names is None else module(**dict(zip(names, inputs, strict=True)))
+    )
     return result
 
 
 def first_output(outputs: Any) -> Tensor:
-    """Return what a module with several heads predicts: the first of its outputs, of a dict its first value."""
+    """Return what a module with several heads predicts: the first of its outputs, of a dict its
+    first value."""
     several = tuple(outputs.values()) if isinstance(outputs, Mapping) else outputs
     first: Tensor = several[0] if isinstance(several, tuple | list) and several else outputs
     return first
 
 
 def two_logits(outputs: Tensor) -> Tensor:
-    """Return the logits (..., m, 2) of two classes of which the outputs (..., m, 1) are one logit z: 0 and z.
+    """Return the logits (..., m, 2) of two classes of which the outputs (..., m, 1) are one logit
+    z: 0 and z.
 
     Their softmax is the sigmoid of -z and of z, and their cross-entropy is the binary one of z.
     """
@@ -294,36 +350,49 @@ def two_logits(outputs: Tensor) -> Tensor:
 
 
 def is_one_logit(outputs: Tensor, task: Task, axes: int) -> bool:
-    """Whether outputs are one logit a row of two classes, behind so many ``axes``, with an axis of its own or none."""
+    """Whether outputs are one logit a row of two classes, behind so many ``axes``, with an axis of
+    its own or none."""
     return task == "binary" and (outputs.dim() == axes or outputs.shape[-1] == 1)
 
 
 def class_logits(outputs: Tensor, task: Task, axes: int) -> Tensor:
-    """Return outputs with two logits a row where they are one of two classes, other outputs as they are."""
-    return two_logits(outputs.reshape(*outputs.shape[:axes], 1)) if is_one_logit(outputs, task, axes) else outputs
+    """Return outputs with two logits a row where they are one of two classes, other outputs as they
+    are."""
+    return (
+        two_logits(outputs.reshape(*outputs.shape[:axes], 1))
+        if is_one_logit(outputs, task, axes)
+        else outputs
+    )
 
 
 def by_copy(y: Tensor, n_outputs: int, dtype: torch.dtype) -> Tensor:
-    """Return targets (V, n, K) of an explicit gradient: class codes (n,) one-hot, or values (F, n) as a column."""
+    """Return targets (V, n, K) of an explicit gradient: class codes (n,) one-hot, or values (F, n)
+    as a column."""
     if y.is_floating_point():
         return y[..., None].to(dtype)
     return functional.one_hot(y, n_outputs).to(dtype)[None]
 
 
 class Ensemble(nn.Module):
-    """The weighted mean of the probabilities of its members, as logits; of a regression that of their values.
+    """The weighted mean of the probabilities of its members, as logits; of a regression that of
+    their values.
 
-    ``weights`` (M,) add up to 1. Shape: as each member, inputs -> (B, K); with ``columns``, a table's (B, D) of which
-    each member reads those from its first to its end.
+    ``weights`` (M,) add up to 1. Shape: as each member, inputs -> (B, K); with ``columns``, a
+    table's (B, D) of which each member reads those from its first to its end.
     """
 
     weights: Tensor
 
     def __init__(
-        self, members: Sequence[nn.Module], weights: Sequence[float], task: Task, columns: Sequence[Sequence[int]] = ()
+        self,
+        members: Sequence[nn.Module],
+        weights: Sequence[float],
+        task: Task,
+        columns: Sequence[Sequence[int]] = (),
     ) -> None:
         super().__init__()
-        self.columns, self.task = columns, task
+        self.columns = columns
+        self.task = task
         self.members = nn.ModuleList(members)
         self.register_buffer("weights", torch.tensor(weights, dtype=torch.float64))
 
@@ -335,7 +404,9 @@ class Ensemble(nn.Module):
             if self.columns:
                 begin, end = self.columns[place]
                 own = [own[0][:, begin:end]]
-            found.append(first_output(member(*own, **{name: x.clone() for name, x in named.items()})))
+            found.append(
+                first_output(member(*own, **{name: x.clone() for name, x in named.items()}))
+            )
         outputs = torch.stack(found)
         outputs = class_logits(outputs, self.task, 2)
         weights = self.weights.to(outputs.dtype).view(-1, *[1] * (outputs.dim() - 1))
@@ -343,6 +414,9 @@ class Ensemble(nn.Module):
             return (weights * outputs).sum(0)
         if self.task == "multilabel":
             # log p - log (1 - p) of the mean probability p, both as sums in logarithms
-            yes, no = ((weights.log() + functional.logsigmoid(sign * outputs)).logsumexp(0) for sign in (1, -1))
+            yes, no = (
+                (weights.log() + functional.logsigmoid(sign * outputs)).logsumexp(0)
+                for sign in (1, -1)
+            )
             return yes - no
         return (weights.log() + outputs.log_softmax(-1)).logsumexp(0)

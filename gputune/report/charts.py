@@ -1,4 +1,5 @@
-"""The charts of scores: learning curves, in the order of the trials, against each hyperparameter, by outer step."""
+"""The charts of scores: learning curves, in the order of the trials, against each hyperparameter,
+by outer step."""
 
 from collections.abc import Sequence
 
@@ -6,7 +7,18 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from gputune.report.svg import Chart, Frame, band_path, beside, dots_path, element, line_path, path, spread_over, text
+from gputune.report.svg import (
+    Chart,
+    Frame,
+    band_path,
+    beside,
+    dots_path,
+    element,
+    line_path,
+    path,
+    spread_over,
+    text,
+)
 from gputune.study.study import Study
 from gputune.text import count
 from gputune.views.parameters import (
@@ -31,36 +43,60 @@ from gputune.views.scores import (
     value_scale,
 )
 
-THIN_CURVES, CURVE_POINTS, STARTS = 250, 80, 100
-"""LearningCurves behind the best ones, epochs that one of them has, and starts of a descent, at most."""
+THIN_CURVES = 250
+CURVE_POINTS = 80
+STARTS = 100
+"""LearningCurves behind the best ones, epochs that one of them has, and starts of a descent, at
+most."""
 
-POINTS, FEWEST, ALL, FAILURES = 1500, 100, 9000, 300
-"""Points of a chart at most, how few of them many charts leave it, points of all charts, marks of diverged trials."""
+POINTS = 1500
+FEWEST = 100
+ALL = 9000
+FAILURES = 300
+"""Points of a chart at most, how few of them many charts leave it, points of all charts, marks of
+diverged trials."""
 
 FEW = 12  # values of a hyperparameter that are few: their points stand in a strip each
-_SHIFT, _WIDEST = 0.3, 40.0  # a strip's share of the step to the next one, and its width at most
+# a strip's share of the step to the next one, and its width at most
+_SHIFT = 0.3
+_WIDEST = 40.0
 
-_WIDE, _SMALL, _LETTERS = 960.0, (440.0, 300.0), 14
+_WIDE = 960.0
+_SMALL = (440.0, 300.0)
+_LETTERS = 14
 
 
 def curves_chart(study: Study) -> Chart | None:
-    """Return the best trials with the spread over their folds, all others thin behind; None where there is no line."""
+    """Return the best trials with the spread over their folds, all others thin behind; None where
+    there is no line."""
     curves = curve_view(study)
     if not (np.isfinite(curves.mean).sum(1) > 1).any():
         return None
-    best, others = curves.order[:BEST], curves.order[BEST:]
+    best = curves.order[:BEST]
+    others = curves.order[BEST:]
     drawn = spread_over(others, THIN_CURVES)
     x = linear_scale(1, len(curves.epochs), most=10, whole=True)
     frame = Frame(_WIDE, 400.0, x, curves.scale(), right=118).with_room()
-    size = {"width": frame.width - frame.left - frame.right, "height": frame.height - frame.top - frame.bottom}
+    size = {
+        "width": frame.width - frame.left - frame.right,
+        "height": frame.height - frame.top - frame.bottom,
+    }
     parts = [
         element("clipPath", element("rect", x=frame.left, y=frame.top, **size), id="plot"),
-        element("g", *(_thin_curve(curves, row, frame) for row in drawn), class_="behind", clip_path="url(#plot)"),
+        element(
+            "g",
+            *(_thin_curve(curves, row, frame) for row in drawn),
+            class_="behind",
+            clip_path="url(#plot)",
+        ),
         *(_best_curve(curves, row, rank, frame) for rank, row in reversed(list(enumerate(best)))),
         _legend(curves, best, frame),
     ]
     over = ", mean and standard deviation over the folds" * (study.curves.shape[2] > 1)
-    behind = f"Behind the best {len(best)}, {len(drawn)} of the {len(others)} other curves are drawn: the next best, "
+    behind = (
+        f"Behind the best {len(best)}, {len(drawn)} of the {len(others)} other curves are drawn: "
+        "the next best, "
+    )
     notes = [f"{behind}and the rest evenly by rank."] * (len(drawn) < len(others))
     title = f"Learning curves of the best {len(best)} trials{over}"
     return frame.chart(title, frame.axes("epoch", curves.measure.title), *parts, notes=notes)
@@ -70,25 +106,35 @@ def _thin_curve(curves: LearningCurves, row: int, frame: Frame) -> Markup:
     known = np.flatnonzero(np.isfinite(curves.mean[row]))
     if len(known) > CURVE_POINTS:
         known = known[np.linspace(0, len(known) - 1, CURVE_POINTS).round().astype(int)]
-    return path(None, line_path(frame.across(curves.epochs[known]), frame.down(curves.mean[row][known])))
+    return path(
+        None, line_path(frame.across(curves.epochs[known]), frame.down(curves.mean[row][known]))
+    )
 
 
 def _best_curve(curves: LearningCurves, row: int, rank: int, frame: Frame) -> Markup:
-    mean, spread, trial, x = curves.mean[row], curves.spread[row], curves.study.trials[row], frame.across(curves.epochs)
-    band, known = band_path(x, frame.down(mean - spread), frame.down(mean + spread)), np.isfinite(mean)
+    mean = curves.mean[row]
+    spread = curves.spread[row]
+    trial = curves.study.trials[row]
+    x = frame.across(curves.epochs)
+    band = band_path(x, frame.down(mean - spread), frame.down(mean + spread))
+    known = np.isfinite(mean)
     parts = [path("band", band)] if band else []
     parts.append(path("line", line_path(x[known], frame.down(mean[known]))))
     at = min(trial.best_epoch, len(mean)) - 1
     if at >= 0 and known[at]:
-        parts.append(element("circle", class_="dot", cx=float(x[at]), cy=float(frame.down(mean[at])), r=4))
+        parts.append(
+            element("circle", class_="dot", cx=float(x[at]), cy=float(frame.down(mean[at])), r=4)
+        )
     score = f"trial {trial.number}: {curves.measure.text(trial.score)} at epoch {trial.best_epoch}"
     return element("g", element("title", score), *parts, class_=f"c{rank}", clip_path="url(#plot)")
 
 
 def _legend(curves: LearningCurves, best: list[int], frame: Frame) -> Markup:
-    x, parts = frame.width - frame.right + 14, []
+    x = frame.width - frame.right + 14
+    parts = []
     for rank, row in enumerate(best):
-        trial, y = curves.study.trials[row], frame.top + 12 + 36 * rank
+        trial = curves.study.trials[row]
+        y = frame.top + 12 + 36 * rank
         parts += [
             path(f"line c{rank}", f"M{x:.0f} {y - 4:.0f}h16"),
             text("tick", x + 22, y, f"trial {trial.number}"),
@@ -99,14 +145,20 @@ def _legend(curves: LearningCurves, best: list[int], frame: Frame) -> Markup:
 
 def folds_note(study: Study) -> str:
     if study.record.face == "loop":
-        return "A line is what a trial reported, step by step; the dot is where its score was taken."
+        return (
+            "A line is what a trial reported, step by step; the dot is where its score was taken."
+        )
     folds = study.curves.shape[2]
     band = ", the band one standard deviation over them on either side" if folds > 1 else ""
-    return f"A line is the mean over {count(folds, 'fold')}{band}; the dot is the epoch that the trial is scored at."
+    return (
+        f"A line is the mean over {count(folds, 'fold')}{band}; the dot is the epoch that the "
+        "trial is scored at."
+    )
 
 
 def history_chart(study: Study) -> Chart | None:
-    """Return the scores in the order of the trials with the best so far; None where nothing has a score."""
+    """Return the scores in the order of the trials with the best so far; None where nothing has a
+    score."""
     shown = score_view(study)
     if not shown.order:
         return None
@@ -118,20 +170,28 @@ def history_chart(study: Study) -> Chart | None:
     steps = np.flatnonzero(np.isfinite(best) & (best != np.concatenate([[np.nan], best[:-1]])))
     corners = np.append(np.repeat(numbers[steps], 2)[1:], numbers[-1])
     line = line_path(frame.across(corners), frame.down_within(np.repeat(best[steps], 2)))
-    title = f"Score of {count(len(study.trials), 'trial')} in the order of their numbers, and the best so far"
+    title = (
+        f"Score of {count(len(study.trials), 'trial')} in the order of their numbers, and the "
+        "best so far"
+    )
     points = _points(shown, frame.across(numbers), frame, drawn)
-    return frame.chart(title, frame.axes("trial", shown.measure.title), *points, path("line c0", line), notes=notes)
+    return frame.chart(
+        title, frame.axes("trial", shown.measure.title), *points, path("line c0", line), notes=notes
+    )
 
 
 def pareto_charts(study: Study) -> list[Chart]:
-    """Return a chart of the metric that ranks with each of the others; none of one metric, or without a score."""
+    """Return a chart of the metric that ranks with each of the others; none of one metric, or
+    without a score."""
     fronts = [pareto_front(study, study.metrics[0], name) for name in study.metrics[1:]]
     return [_pareto(study, front) for front in fronts if front.order]
 
 
 def _pareto(study: Study, front: ParetoFront) -> Chart:
-    """Return a dot a trial by two metrics, with a line through those that no other one beats in both."""
-    values, measures = front.values.T, front.measures
+    """Return a dot a trial by two metrics, with a line through those that no other one beats in
+    both."""
+    values = front.values.T
+    measures = front.measures
     x_scale, y_scale = (value_scale(*score_range(*one), one[1]) for one in zip(values, measures))
     frame = Frame(*_SMALL, x_scale, y_scale).with_room()
     drawn = spread_over(np.flatnonzero(np.isfinite(values[0])).tolist(), POINTS)
@@ -139,9 +199,15 @@ def _pareto(study: Study, front: ParetoFront) -> Chart:
     y = frame.down_within(values[1])
     rings = []
     for row in front.order[:POINTS]:
-        pair = (f"{measure.name} {measure.size(value)}" for measure, value in zip(measures, values[:, row].tolist()))
-        rings.append(_ring(f"trial {study.trials[row].number}: {', '.join(pair)}", x[row], y[row], 5))
-    far = np.hypot(x - frame.across(values[0]), y - frame.down(values[1])) > 12  # more than a margin
+        pair = (
+            f"{measure.name} {measure.size(value)}"
+            for measure, value in zip(measures, values[:, row].tolist())
+        )
+        rings.append(
+            _ring(f"trial {study.trials[row].number}: {', '.join(pair)}", x[row], y[row], 5)
+        )
+    # more than a margin
+    far = np.hypot(x - frame.across(values[0]), y - frame.down(values[1])) > 12
     return frame.chart(
         " and ".join(measure.name for measure in measures) + " of the trials",
         frame.axes(*(measure.title for measure in measures)),
@@ -150,7 +216,8 @@ def _pareto(study: Study, front: ParetoFront) -> Chart:
         *rings,
         notes=[
             *[f"{len(drawn)} of {len(study.trials)} trials are drawn."] * (len(drawn) == POINTS),
-            *[f"{count(int(far.sum()), 'trial')} beyond the axes, drawn at the edge."] * bool(far.any()),
+            *[f"{count(int(far.sum()), 'trial')} beyond the axes, drawn at the edge."]
+            * bool(far.any()),
         ],
     )
 
@@ -160,11 +227,13 @@ def _ring(title: str, x: float, y: float, r: int) -> Markup:
 
 
 def slice_charts(study: Study) -> tuple[list[Chart], tuple[str, ...]] | None:
-    """Return a chart for each hyperparameter that varied, and what is to be said of all; None without any or a score.
+    """Return a chart for each hyperparameter that varied, and what is to be said of all; None
+    without any or a score.
 
     A chart says what is left out of itself alone.
     """
-    shown, varied = score_view(study), varied_parameters(study)
+    shown = score_view(study)
+    varied = varied_parameters(study)
     if not shown.order or not varied:
         return None
     drawn, notes = _rows_to_draw(shown, max(FEWEST, min(POINTS, ALL // len(varied))))
@@ -173,17 +242,22 @@ def slice_charts(study: Study) -> tuple[list[Chart], tuple[str, ...]] | None:
 
 def _slice(shown: Scores, parameter: Parameter, drawn: Sequence[int]) -> Chart:
     few = len(parameter.distinct) <= FEW
-    scale = parameter_scale(parameter, pad=0.12 if few else 0.04)  # few values need room for their points
+    # few values need room for their points
+    scale = parameter_scale(parameter, pad=0.12 if few else 0.04)
     frame = Frame(*_SMALL, scale, shown.scale(), letters=_LETTERS).with_room()
     across = frame.across(parameter.values)
     strips = np.unique(across[np.isfinite(across)])
     if 2 <= len(strips) <= FEW:
         across = beside(across, min(float(np.diff(strips).min()) * _SHIFT, _WIDEST))
     failed = [row for row, trial in enumerate(shown.study.trials) if trial.state == "failed"]
-    places, bottom = across[spread_over(failed, FAILURES)], frame.height - frame.bottom
+    places = across[spread_over(failed, FAILURES)]
+    bottom = frame.height - frame.bottom
     marks = "".join(f"M{x:.1f} {bottom:.1f}v-8" for x in places.tolist() if np.isfinite(x))
     have = "has" if parameter.hidden == 1 else "have"
-    note = f"{count(parameter.hidden, 'trial')} with an infinite {parameter.label} {have} no place here."
+    note = (
+        f"{count(parameter.hidden, 'trial')} with an infinite {parameter.label} {have} no place "
+        "here."
+    )
     return frame.chart(
         f"Score against {parameter.label}",
         frame.axes(parameter.label, shown.measure.title),
@@ -194,15 +268,24 @@ def _slice(shown: Scores, parameter: Parameter, drawn: Sequence[int]) -> Chart:
 
 
 def _rows_to_draw(shown: Scores, most: int) -> tuple[list[int], tuple[str, ...]]:
-    """Return the rows whose points are drawn, worst first, and what must be said of those that are not."""
-    drawn, scored = spread_over(shown.order, most), len(shown.order)
-    note = f"{len(drawn)} of {scored} scored trials are drawn: the best {most // 4}, and the others evenly by rank."
+    """Return the rows whose points are drawn, worst first, and what must be said of those that are
+    not."""
+    drawn = spread_over(shown.order, most)
+    scored = len(shown.order)
+    note = (
+        f"{len(drawn)} of {scored} scored trials are drawn: the best {most // 4}, and the others "
+        "evenly by rank."
+    )
     return drawn[::-1], ((note,) if len(drawn) < scored else ()) + shown.notes
 
 
-def _points(shown: Scores, across: NDArray[np.float64], frame: Frame, drawn: Sequence[int]) -> list[Markup]:
+def _points(
+    shown: Scores, across: NDArray[np.float64], frame: Frame, drawn: Sequence[int]
+) -> list[Markup]:
     """Return the dots of each state, and a ring around the best trial."""
-    y, parts, trials = frame.down_within(shown.values), [], shown.study.trials
+    y = frame.down_within(shown.values)
+    parts = []
+    trials = shown.study.trials
     for state in ("pruned", "stopped", "complete"):
         if rows := [row for row in drawn if trials[row].state == state]:
             parts.append(path(f"dots {state}", dots_path(across[rows], y[rows])))
@@ -213,8 +296,10 @@ def _points(shown: Scores, across: NDArray[np.float64], frame: Frame, drawn: Seq
 
 
 def path_charts(study: Study) -> list[Chart]:
-    """Return charts of the score and of each hyperparameter that was descended on; none of another search."""
-    starts, shown = descent_paths(study), score_view(study)
+    """Return charts of the score and of each hyperparameter that was descended on; none of another
+    search."""
+    starts = descent_paths(study)
+    shown = score_view(study)
     if not starts or not shown.order:
         return []
     lines = [(shown.measure.title, shown.scale(), [one.scores for one in starts])]
@@ -225,13 +310,16 @@ def path_charts(study: Study) -> list[Chart]:
     return [_path_chart(starts, values, scale, name) for name, scale, values in lines]
 
 
-def _path_chart(starts: Sequence[DescentPath], values: Sequence[NDArray[np.float64]], y: Scale, name: str) -> Chart:
+def _path_chart(
+    starts: Sequence[DescentPath], values: Sequence[NDArray[np.float64]], y: Scale, name: str
+) -> Chart:
     drawn = starts[:STARTS]
     last = max(1, *(int(one.steps[-1]) for one in drawn))
     frame = Frame(*_SMALL, linear_scale(0, last, most=min(last, 10), whole=True), y).with_room()
     lines = []
     for rank, (start, scores) in enumerate(zip(drawn, values)):
-        across, down = frame.across(start.steps), frame.down_within(scores)
+        across = frame.across(start.steps)
+        down = frame.down_within(scores)
         dots = [
             element("circle", class_="dot" if usable else "dot hollow", cx=px, cy=py, r=2.5)
             for px, py, usable in zip(across.tolist(), down.tolist(), start.usable.tolist())
@@ -239,6 +327,8 @@ def _path_chart(starts: Sequence[DescentPath], values: Sequence[NDArray[np.float
         ]
         line = element("title", f"start {start.start}"), path("line", line_path(across, down))
         lines.append(element("g", *line, *dots, class_=f"c{rank}" if rank < BEST else "other"))
-    notes = [f"The best {len(drawn)} of {len(starts)} starts are drawn."] * (len(drawn) < len(starts))
+    notes = [f"The best {len(drawn)} of {len(starts)} starts are drawn."] * (
+        len(drawn) < len(starts)
+    )
     title = f"{name} of {len(drawn)} starts by outer step"
     return frame.chart(title, frame.axes("outer step", name), *lines[::-1], notes=notes)

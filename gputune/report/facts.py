@@ -1,4 +1,5 @@
-"""What the page says of a study in words: the facts at its top, the options of the search, how its trials ended."""
+"""What the page says of a study in words: the facts at its top, the options of the search, how its
+trials ended."""
 
 import math
 from collections import Counter
@@ -15,21 +16,34 @@ from gputune.study.store import States
 from gputune.study.study import Study, Trial, best_trial
 from gputune.text import Measure, clean, count, short
 from gputune.types import Json
-from gputune.views.default_trial import NO_IMPROVEMENT, default_trial, improvement_text, shorter_training
+from gputune.views.default_trial import (
+    NO_IMPROVEMENT,
+    default_trial,
+    improvement_text,
+    shorter_training,
+)
 from gputune.views.scores import score_view
 
 STATES: dict[TrialState, str] = {
-    "complete": "complete", "pruned": "pruned", "stopped": "cut short", "failed": "diverged", "waiting": "waiting",
-}  # fmt: skip
+    "complete": "complete",
+    "pruned": "pruned",
+    "stopped": "cut short",
+    "failed": "diverged",
+    "waiting": "waiting",
+}
 
-_RAISED, _TOO_BIG, _LOST = "that raised an error", "too big for the memory", "that lost their workers"
+_RAISED = "that raised an error"
+_TOO_BIG = "too big for the memory"
+_LOST = "that lost their workers"
 
 FAILED = 20  # failed trials that are listed
 
 MODEL_INFO = {
-    "held_out_score?": (float, None), "held_out_rows?": int, "held_out_chose?": bool,
+    "held_out_score?": (float, None),
+    "held_out_rows?": int,
+    "held_out_chose?": bool,
     "held_out_baseline?": {"answer": str, "score": float},
-}  # fmt: skip
+}
 """The form of what a page reads of a saved model's ``info``."""
 
 
@@ -39,7 +53,8 @@ Fact = tuple[str, str, str]
 
 def score_facts(study: Study, model: Json | None) -> list[Fact]:
     """Return the facts on the best score; ``model`` is the ``info`` of the study's tuned model."""
-    record, best = study.record, best_trial(study)
+    record = study.record
+    best = best_trial(study)
     if best is None:
         return []
     measure = score_view(study).measure
@@ -57,10 +72,13 @@ def score_facts(study: Study, model: Json | None) -> list[Fact]:
 
 def search_facts(study: Study) -> list[Fact]:
     """Return the facts on the search: the score without a model, trials, time and device."""
-    record, facts = study.record, []
+    record = study.record
+    facts = []
     if (baseline := record.baseline) is not None and best_trial(study) is not None:
         measure = score_view(study).measure
-        facts.append(("without a model", measure.text(baseline["score"]), clean(baseline["answer"])))
+        facts.append(
+            ("without a model", measure.text(baseline["score"]), clean(baseline["answer"]))
+        )
     facts.append(("trials", str(len(study.trials)), states_text(states_of(study))))
     facts.append(_time_fact(study))
     if record.device:
@@ -86,14 +104,17 @@ def eligible_text(study: Study) -> str:
         return "Every trial with a score was pruned, so each of them can be the best trial."
     trials = "1 trial was" if pruned == 1 else f"{pruned} trials were"
     return (
-        f"{trials} pruned and cannot be the best trial, even with a higher score: that score is from the epochs "
-        "before the pruning. The column “eligible” says which trials can be the best one."
+        f"{trials} pruned and cannot be the best trial, even with a higher score: that score is "
+        "from the epochs before the pruning. The column “eligible” says which trials can be the "
+        "best one."
     )
 
 
 def _improvement_facts(study: Study, measure: Measure) -> list[tuple[str, str, str]]:
-    """Return the fact that says whether tuning helped; [] if there is no default to compare with."""
-    text, default = improvement_text(study), default_trial(study)
+    """Return the fact that says whether tuning helped; [] if there is no default to compare
+    with."""
+    text = improvement_text(study)
+    default = default_trial(study)
     if default is None or not text:
         return []
     name = "improvement over the default"
@@ -101,7 +122,9 @@ def _improvement_facts(study: Study, measure: Measure) -> list[tuple[str, str, s
         return [(name, "none", text)]
     default_score = measure.text(default.score)
     best_score = measure.text(default.best_score)
-    notes = [f"the default, trial {default.number}, scores {default_score}, the best trial {best_score}"]
+    notes = [
+        f"the default, trial {default.number}, scores {default_score}, the best trial {best_score}"
+    ]
     improvement = measure.size(default.improvement)
     if math.isfinite(default.improvement_std_error):
         improvement += f" ± {measure.size(default.improvement_std_error)}"
@@ -113,15 +136,22 @@ def _improvement_facts(study: Study, measure: Measure) -> list[tuple[str, str, s
 
 
 def _held_out_fact(study: Study, model: Json | None, measure: Measure) -> tuple[str, str, str]:
-    tried, name = int(np.isfinite(study.scores).sum()), f"held-out {measure.name}"
+    tried = int(np.isfinite(study.scores).sum())
+    name = f"held-out {measure.name}"
     optimistic = f"the best of {tried} is optimistic" if tried > 1 else "the folds chose the epoch"
     score = None if model is None else model.get("held_out_score")
     if model is None or score is None or not math.isfinite(score):
         return name, "–", f"not known here; {optimistic}"
-    rows, members = count(model["held_out_rows"], "row"), model.get("ensemble")
-    what = "the model" if members is None else f"an ensemble of {count(len(members), 'trial')}, which is the model,"
+    rows = count(model["held_out_rows"], "row")
+    members = model.get("ensemble")
+    what = (
+        "the model"
+        if members is None
+        else f"an ensemble of {count(len(members), 'trial')}, which is the model,"
+    )
     note = f"{what} on {rows} nothing was fitted on"
-    # Models of earlier versions do not say that the rows chose them; an ensemble with a held-out score always was.
+    # Models of earlier versions do not say that the rows chose them; an ensemble with a held-out
+    # score always was.
     if model.get("held_out_chose", members is not None):
         other = "an ensemble" if members is None else "the best trial"
         note += f", but they chose it over {other}, so its score is a little optimistic"
@@ -131,11 +161,17 @@ def _held_out_fact(study: Study, model: Json | None, measure: Measure) -> tuple[
 
 
 def is_its_model(study: Study, model: Json) -> bool:
-    """Whether the ``info`` of a model is that of this study's best trial, trained on the study's rows."""
-    best, rows, scoring = best_trial(study), study.record.fingerprint, study.record.scoring
+    """Whether the ``info`` of a model is that of this study's best trial, trained on the study's
+    rows."""
+    best = best_trial(study)
+    rows = study.record.fingerprint
+    scoring = study.record.scoring
     if best is None or model.get("scoring", scoring) != scoring:
         return False
-    same = "ensemble" in model or (model.get("params"), model.get("score")) == (best.params, best.score)
+    same = "ensemble" in model or (model.get("params"), model.get("score")) == (
+        best.params,
+        best.score,
+    )
     # Models of earlier versions do not say which rows they were trained on.
     return same and bool(model.get("fingerprint", rows) == rows)
 
@@ -167,7 +203,9 @@ def seconds_text(seconds: float) -> str:
 
 
 def setting(study: Study) -> list[tuple[str, str]]:
-    record, classes, method = study.record, study.record.classes or (), study.record.method
+    record = study.record
+    classes = study.record.classes or ()
+    method = study.record.method
     shown = f"{', '.join(map(str, classes[:12]))}{', …' if len(classes) > 12 else ''}"
     rows = [
         ("data", (record.source or {}).get("path")),
@@ -182,7 +220,10 @@ def setting(study: Study) -> list[tuple[str, str]]:
         ("model", record.model),
         ("optimizer", record.optimizer),
         ("schedule", record.schedule),
-        ("method", method if isinstance(method, str) else f"{method.get('name')}: {_options(method)}"),
+        (
+            "method",
+            method if isinstance(method, str) else f"{method.get('name')}: {_options(method)}",
+        ),
         ("space", record.space),
         ("folds", record.folds or None),
         ("epochs", record.max_epochs or None),
@@ -199,9 +240,15 @@ def _transform(recorded: str | Json | None) -> object:
 
 
 def _options(options: Json) -> str:
-    """Return the options of a method, but its name, as text; a sampler's halving has options of its own."""
-    texts = {key: f"({_options(one)})" if isinstance(one, dict) else short(one) for key, one in options.items()}
-    return ", ".join(f"{key}={text}" for key, text in texts.items() if key != "name" and options[key] is not None)
+    """Return the options of a method, but its name, as text; a sampler's halving has options of its
+    own."""
+    texts = {
+        key: f"({_options(one)})" if isinstance(one, dict) else short(one)
+        for key, one in options.items()
+    }
+    return ", ".join(
+        f"{key}={text}" for key, text in texts.items() if key != "name" and options[key] is not None
+    )
 
 
 def states_text(states: States) -> str:
@@ -218,7 +265,9 @@ def states_text(states: States) -> str:
 
 
 def params_text(trial: Trial, between: str = ", ", equals: str = "=") -> str:
-    return between.join(f"{clean(name)}{equals}{short(value)}" for name, value in trial.params.items())
+    return between.join(
+        f"{clean(name)}{equals}{short(value)}" for name, value in trial.params.items()
+    )
 
 
 def why_failed(study: Study, trial: Trial) -> str:
@@ -229,23 +278,35 @@ def why_failed(study: Study, trial: Trial) -> str:
 
 
 def endings(study: Study) -> Json:
-    trials, counts = study.trials, Counter(trial.state for trial in study.trials)
+    trials = study.trials
+    counts = Counter(trial.state for trial in study.trials)
     failed = [trial for trial in trials if trial.state == "failed"]
     pruned = Counter(t.detail["rung"] for t in trials if t.state == "pruned" and "rung" in t.detail)
-    trained = (~np.isnan(study.curves)).any(2).sum(1) if study.curves.size else np.zeros(0, dtype=int)
+    trained = (
+        (~np.isnan(study.curves)).any(2).sum(1) if study.curves.size else np.zeros(0, dtype=int)
+    )
     return {
         # The words of a state, how many trials have it, and their share in percent.
-        "states": [(s, words, counts[s], 100 * counts[s] / len(trials)) for s, words in STATES.items() if counts[s]],
+        "states": [
+            (s, words, counts[s], 100 * counts[s] / len(trials))
+            for s, words in STATES.items()
+            if counts[s]
+        ],
         # Of an epoch, the trials that were pruned, and those that trained on.
-        "rungs": [(epoch, number, (trained > epoch).sum()) for epoch, number in sorted(pruned.items())],
-        "failures": [(t.number, why_failed(study, t), params_text(t, equals=" = ")) for t in failed[:FAILED]],
+        "rungs": [
+            (epoch, number, (trained > epoch).sum()) for epoch, number in sorted(pruned.items())
+        ],
+        "failures": [
+            (t.number, why_failed(study, t), params_text(t, equals=" = ")) for t in failed[:FAILED]
+        ],
         "failed": len(failed),
         "spent": study.spent,
     }
 
 
 def check_place(argument: str, path: Path, read: Path | None, what: str = "") -> None:
-    """Raise InputError, which begins with the ``argument``, for a place where no page, or other text, is to be written.
+    """Raise InputError, which begins with the ``argument``, for a place where no page, or other
+    text, is to be written.
 
     ``read`` is the file that is read, ``what`` it is for a text that is no page.
     """
@@ -253,8 +314,12 @@ def check_place(argument: str, path: Path, read: Path | None, what: str = "") ->
         example = "" if what else ", such as report.html"
         raise InputError(f"{argument} is a folder; give the name of a file{example}.")
     if read is not None and path.exists() and read.exists() and path.samefile(read):
-        raise InputError(f"{argument} is {what or 'the file of the study itself'}; give another name.")
+        raise InputError(
+            f"{argument} is {what or 'the file of the study itself'}; give another name."
+        )
     if not what and path.suffix.lower() not in (".html", ".htm"):
-        raise InputError(f"{argument} must end in .html, since a page of HTML is written; give such a name.")
+        raise InputError(
+            f"{argument} must end in .html, since a page of HTML is written; give such a name."
+        )
     if not path.resolve().parent.is_dir():
         raise no_folder(argument, path)

@@ -1,4 +1,5 @@
-"""The charts of what matters: hyperparameters and columns as bars, parallel coordinates, confused classes."""
+"""The charts of what matters: hyperparameters and columns as bars, parallel coordinates, confused
+classes."""
 
 from collections.abc import Collection, Sequence
 
@@ -7,7 +8,17 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from gputune.report.charts import FEW
-from gputune.report.svg import Chart, beside, cut, drawing, element, line_path, path, spread_over, text
+from gputune.report.svg import (
+    Chart,
+    beside,
+    cut,
+    drawing,
+    element,
+    line_path,
+    path,
+    spread_over,
+    text,
+)
 from gputune.study.rows import FoldReport
 from gputune.study.study import Study
 from gputune.text import clean
@@ -15,9 +26,20 @@ from gputune.views.parameters import Axis, Importance, parallel_axes
 from gputune.views.scores import linear_scale, order_by_score, score_view
 
 WEAK = 0.2  # R2 below which a forest has not understood the trials
-LINES, AXES, GROUPS = 400, 10, 5  # lines and axes at most; lines have so many colours, by the rank of their score
-_WIDTH, _ROW, _LEFT, _RIGHT = 700.0, 30.0, 190.0, 110.0  # of the bars
-_HEIGHT, _TOP, _BOTTOM, _SIDE = 380.0, 52.0, 22.0, 70.0  # of the parallel coordinates
+# lines and axes at most; lines have so many colours, by the rank of their score
+LINES = 400
+AXES = 10
+GROUPS = 5
+# of the bars
+_WIDTH = 700.0
+_ROW = 30.0
+_LEFT = 190.0
+_RIGHT = 110.0
+# of the parallel coordinates
+_HEIGHT = 380.0
+_TOP = 52.0
+_BOTTOM = 22.0
+_SIDE = 70.0
 _LETTER = 6.2  # of the name of an axis
 _STRIP = 0.045  # share of an axis with few values that the lines through one of them take
 
@@ -29,41 +51,70 @@ def importance_chart(shown: Importance) -> Chart:
 
 
 def columns_chart(study: Study, report: FoldReport) -> Chart | None:
-    """Return a bar for each column, as long as the score is worse without it; None without columns."""
+    """Return a bar for each column, as long as the score is worse without it; None without
+    columns."""
     if not report.columns:
         return None
     measure = score_view(study).measure
-    rows = list(zip(map(clean, report.columns[:COLUMNS]), report.drops.tolist(), report.errors.tolist()))
+    rows = list(
+        zip(map(clean, report.columns[:COLUMNS]), report.drops.tolist(), report.errors.tolist())
+    )
     left_out = len(report.columns) - len(rows)
-    notes = [f"The {len(rows)} most important columns; {left_out} others are left out."] * (left_out > 0)
+    notes = [f"The {len(rows)} most important columns; {left_out} others are left out."] * (
+        left_out > 0
+    )
     name = f"{'rise' if measure.lower_is_better else 'fall'} of {measure.title}"
-    return _bars("Importance of the columns", name, rows, decimals=max(2, measure.decimals - 1), notes=notes)
+    return _bars(
+        "Importance of the columns", name, rows, decimals=max(2, measure.decimals - 1), notes=notes
+    )
 
 
 def _bars(
-    title: str, name: str, rows: Sequence[tuple[str, float, float]], *, decimals: int, notes: Sequence[str] = ()
+    title: str,
+    name: str,
+    rows: Sequence[tuple[str, float, float]],
+    *,
+    decimals: int,
+    notes: Sequence[str] = (),
 ) -> Chart:
     """Return a bar for each label, mean and standard deviation; ``name`` is that of the axis."""
-    scale = linear_scale(0.0, max(10.0**-decimals, *(drop + error for _, drop, error in rows)), most=5)
-    height, span, parts = _ROW * len(rows) + 40, _WIDTH - _LEFT - _RIGHT, []
+    scale = linear_scale(
+        0.0, max(10.0**-decimals, *(drop + error for _, drop, error in rows)), most=5
+    )
+    height = _ROW * len(rows) + 40
+    span = _WIDTH - _LEFT - _RIGHT
+    parts = []
     for value, words in scale.ticks:
         x = _LEFT + float(scale(value)) * span
-        parts += [path("grid", f"M{x:.1f} 4V{height - 34:.1f}"), text("tick mid", x, height - 19, words)]
+        parts += [
+            path("grid", f"M{x:.1f} 4V{height - 34:.1f}"),
+            text("tick mid", x, height - 19, words),
+        ]
     for row, (label, drop, error) in enumerate(rows):
         y = 4 + _ROW * row
-        low, middle, high = (max(0.0, float(scale(end)) * span) for end in (drop - error, drop, drop + error))
+        low, middle, high = (
+            max(0.0, float(scale(end)) * span) for end in (drop - error, drop, drop + error)
+        )
         parts += [
             text("tick end label", _LEFT - 10, y + 19, element("title", label), cut(label, 26)),
             element("rect", class_="bar", x=_LEFT, y=y + 5, width=middle, height=_ROW - 12, rx=2),
             path("whisker", f"M{_LEFT + low:.1f} {y + 14:.1f}H{_LEFT + high:.1f}"),
-            text("tick end", _WIDTH - 4, y + 19, f"{round(drop, decimals) + 0.0:.{decimals}f} ± {error:.{decimals}f}"),
+            text(
+                "tick end",
+                _WIDTH - 4,
+                y + 19,
+                f"{round(drop, decimals) + 0.0:.{decimals}f} ± {error:.{decimals}f}",
+            ),
         ]
     parts.append(text("name mid", _LEFT + span / 2, height - 3, name))
     return drawing(_WIDTH, height, title, *parts, notes=notes, class_="chart bars")
 
 
-def brush_data(axes: Sequence[Axis], rows: list[int], numbers: Collection[str]) -> list[dict[str, object]]:
-    """Return what the page's script needs to place the rows of the table, in their order, on each axis.
+def brush_data(
+    axes: Sequence[Axis], rows: list[int], numbers: Collection[str]
+) -> list[dict[str, object]]:
+    """Return what the page's script needs to place the rows of the table, in their order, on each
+    axis.
 
     A column of ``numbers`` has a scale; another one has its heights, in thousandths.
     """
@@ -76,11 +127,13 @@ def brush_data(axes: Sequence[Axis], rows: list[int], numbers: Collection[str]) 
 
 
 def parallel_chart(study: Study, important: Sequence[str] = ()) -> tuple[Chart, list[Axis]] | None:
-    """Return the chart and its axes, from left to right; None where no trial has a score or no hyperparameter varied.
+    """Return the chart and its axes, from left to right; None where no trial has a score or no
+    hyperparameter varied.
 
     Where there are too many axes, the ``important`` hyperparameters come first.
     """
-    shown, notes = score_view(study), []
+    shown = score_view(study)
+    notes = []
     *axes, of_scores = parallel_axes(shown)
     if not axes or not shown.order:
         return None
@@ -90,22 +143,29 @@ def parallel_chart(study: Study, important: Sequence[str] = ()) -> tuple[Chart, 
         which = "most important" if important else "first"
         notes = [f"The {which} {len(first)} of {len(axes)} hyperparameters have an axis here."]
         axes = [axis for axis in axes if axis in first]
-    axes, ranked = [*axes, of_scores], order_by_score(study)
+    axes = [*axes, of_scores]
+    ranked = order_by_score(study)
     width = max(960.0, 2 * _SIDE + 105.0 * (len(axes) - 1))
     x = np.linspace(_SIDE, width - _SIDE, len(axes))
     heights = np.stack([_line_heights(axis.heights[ranked]) for axis in axes], axis=1)
     scored = np.flatnonzero(np.isfinite(shown.values[ranked])).tolist()
     drawn = spread_over(scored, LINES)
     lines = [  # the worst first; a rank is a row of the table
-        path(f"q{min(GROUPS - 1, rank * GROUPS // len(scored))}", line_path(x, heights[rank]), data_rank=rank)
+        path(
+            f"q{min(GROUPS - 1, rank * GROUPS // len(scored))}",
+            line_path(x, heights[rank]),
+            data_rank=rank,
+        )
         for rank in drawn[::-1]
     ]
     if len(drawn) < len(scored):
         thinned = (
-            f"{len(drawn)} of {len(scored)} scored trials have a line: the best {LINES // 4}, and the others evenly"
+            f"{len(drawn)} of {len(scored)} scored trials have a line: the best {LINES // 4}, and "
+            "the others evenly"
         )
         notes.append(f"{thinned} by rank. A brush chooses among all of them.")
-    half, parts = float(x[1] - x[0]) / 2, [element("g", *lines, class_="lines")]
+    half = float(x[1] - x[0]) / 2
+    parts = [element("g", *lines, class_="lines")]
     for place, (px, axis) in enumerate(zip(x.tolist(), axes)):
         parts.append(_axis(px, axis, place, int(2 * min(half, px, width - px) / _LETTER)))
     title = "Parallel coordinates: one line a trial"
@@ -113,7 +173,8 @@ def parallel_chart(study: Study, important: Sequence[str] = ()) -> tuple[Chart, 
 
 
 def _line_heights(heights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return where lines pass an axis, from the top; those through one of few values lie beside each other."""
+    """Return where lines pass an axis, from the top; those through one of few values lie beside
+    each other."""
     few = len(np.unique(heights[np.isfinite(heights)])) <= FEW
     return _down(np.clip(beside(heights, _STRIP), 0, 1) if few else heights)
 
@@ -123,14 +184,18 @@ def _down(height: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _axis(x: float, axis: Axis, place: int, letters: int) -> Markup:
-    top, bottom = _TOP, _HEIGHT - _BOTTOM
+    top = _TOP
+    bottom = _HEIGHT - _BOTTOM
     parts = [
         text("name mid", x, top - 24, element("title", axis.label), cut(axis.label, letters)),
         path("edge", f"M{x:.1f} {top:.1f}V{bottom:.1f}"),
     ]
     for value, words in axis.scale.ticks:
         y = float(_down(axis.scale(value)))
-        parts += [path("mark", f"M{x - 4:.1f} {y:.1f}h4"), text("tick end halo", x - 7, y + 4, cut(words, 9))]
+        parts += [
+            path("mark", f"M{x - 4:.1f} {y:.1f}h4"),
+            text("tick end halo", x - 7, y + 4, cut(words, 9)),
+        ]
     parts.append(element("rect", class_="brush", x=x - 9, y=top, width=18.0, height=0.0))
     parts.append(element("rect", class_="reach", x=x - 22, y=top, width=44.0, height=bottom - top))
     slider = {"role": "slider", "aria_label": f"Brush on {axis.label}", "aria_valuetext": "all"}
@@ -138,41 +203,57 @@ def _axis(x: float, axis: Axis, place: int, letters: int) -> Markup:
     return element("g", *parts, class_="axis", tabindex=0, **slider, **values)
 
 
-CLASSES, COLUMNS = 25, 30  # classes and columns that are drawn
+# classes and columns that are drawn
+CLASSES = 25
+COLUMNS = 30
 
-_WIDTH_OF_MATRIX, _LEFT_OF_MATRIX, _TOP_OF_MATRIX, _LARGEST, _SMALLEST = 640.0, 150.0, 92.0, 56.0, 26.0
+_WIDTH_OF_MATRIX = 640.0
+_LEFT_OF_MATRIX = 150.0
+_TOP_OF_MATRIX = 92.0
+_LARGEST = 56.0
+_SMALLEST = 26.0
 _COUNTED = 0.65  # opacity of a cell that holds all rows of its class: text on it stays legible
 
 
 def confusion_chart(study: Study, report: FoldReport) -> Chart | None:
-    """Return a cell for each pair of classes, as strong as the share of the true class in it; None without a matrix."""
+    """Return a cell for each pair of classes, as strong as the share of the true class in it; None
+    without a matrix."""
     if not report.confusion.size:
         return None
     drawn = np.sort(np.argsort(-report.confusion.sum(1), kind="stable")[:CLASSES])
-    matrix, classes = report.confusion[np.ix_(drawn, drawn)], study.record.classes or ()
+    matrix = report.confusion[np.ix_(drawn, drawn)]
+    classes = study.record.classes or ()
     labels = [clean(classes[place]) for place in drawn.tolist()]
-    left, top, parts = _LEFT_OF_MATRIX, _TOP_OF_MATRIX, []
+    left = _LEFT_OF_MATRIX
+    top = _TOP_OF_MATRIX
+    parts = []
     side = max(_SMALLEST, min(_LARGEST, (_WIDTH_OF_MATRIX - left - 60) / len(labels)))
     shares = matrix / np.maximum(report.confusion[drawn].sum(1), 1)[:, None]
     slant = max(len(cut(label, 14)) for label in labels) * 7 > side
     for i, label in enumerate(labels):
-        middle, titled = left + (i + 0.5) * side, (element("title", label), cut(label, 14))
+        middle = left + (i + 0.5) * side
+        titled = (element("title", label), cut(label, 14))
         turn = f"rotate(-40 {middle:.1f} {top - 10:.1f})" if slant else None
         parts += [
             text("tick end", left - 8, top + (i + 0.5) * side + 4, *titled),
             text("tick" if slant else "tick mid", middle, top - 10, *titled, transform=turn),
         ]
         for j, count in enumerate(matrix[i].tolist()):
-            x, y, opacity = left + j * side, top + i * side, f"{_COUNTED * shares[i, j]:.3f}"
+            x = left + j * side
+            y = top + i * side
+            opacity = f"{_COUNTED * shares[i, j]:.3f}"
             box = {"x": x + 1, "y": y + 1, "width": side - 2, "height": side - 2, "rx": 2}
             said = element("title", f"{label} predicted as {labels[j]}: {count}")
             parts.append(element("rect", said, class_="cell", fill_opacity=opacity, **box))
             if count:
                 parts.append(text("label mid", x + side / 2, y + side / 2 + 4, str(count)))
-    span, left_out = side * len(labels), len(classes) - len(labels)
+    span = side * len(labels)
+    left_out = len(classes) - len(labels)
     up = top + span / 2
     parts.append(text("name mid", left + span / 2, 14 if slant else top - 32, "predicted"))
     parts.append(text("name mid", 20, up, "true", transform=f"rotate(-90 20 {up:.1f})"))
-    notes = [f"The {len(labels)} most frequent classes; {left_out} others are left out."] * (left_out > 0)
+    notes = [f"The {len(labels)} most frequent classes; {left_out} others are left out."] * (
+        left_out > 0
+    )
     size = max(_WIDTH_OF_MATRIX, left + span + 60), top + span + 12
     return drawing(*size, "Confusion matrix", *parts, notes=notes, class_="chart matrix")

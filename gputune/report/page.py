@@ -1,4 +1,5 @@
-"""The report of a study: one page of HTML that needs no network, no other file and no right to run anything else.
+"""The report of a study: one page of HTML that needs no network, no other file and no right to run
+anything else.
 
 Its table of trials is columns of JSON, best first, short enough for ten thousand trials.
 """
@@ -19,9 +20,30 @@ from markupsafe import Markup
 
 from gputune.errors import InputError
 from gputune.methods.edges import edge_remarks
-from gputune.report.charts import curves_chart, folds_note, history_chart, pareto_charts, path_charts, slice_charts
-from gputune.report.facts import eligible_text, endings, is_its_model, score_facts, search_facts, setting
-from gputune.report.importance import WEAK, brush_data, columns_chart, confusion_chart, importance_chart, parallel_chart
+from gputune.report.charts import (
+    curves_chart,
+    folds_note,
+    history_chart,
+    pareto_charts,
+    path_charts,
+    slice_charts,
+)
+from gputune.report.facts import (
+    eligible_text,
+    endings,
+    is_its_model,
+    score_facts,
+    search_facts,
+    setting,
+)
+from gputune.report.importance import (
+    WEAK,
+    brush_data,
+    columns_chart,
+    confusion_chart,
+    importance_chart,
+    parallel_chart,
+)
 from gputune.report.snippet import snippet
 from gputune.study.rows import FoldReport
 from gputune.study.study import Study, Trial, best_trial
@@ -29,13 +51,22 @@ from gputune.text import Measure, clean, short
 from gputune.types import Config, Json
 from gputune.version import __version__
 from gputune.views.parameters import importance
-from gputune.views.scores import Scores, epochs_by, order_by_score, other_measures, pareto_trials, score_view
+from gputune.views.scores import (
+    Scores,
+    epochs_by,
+    order_by_score,
+    other_measures,
+    pareto_trials,
+    score_view,
+)
 
-MOST_ROWS, BUDGET = 10_000, 1_100_000
+MOST_ROWS = 10_000
+BUDGET = 1_100_000
 """Trials and characters of the table; what is worse by rank is left out beyond them."""
 
 Column = dict[str, Any]
-"""A "key", a "label", "values" in order of score (null for none). For words: "levels", whose places they are.
+"""A "key", a "label", "values" in order of score (null for none). For words: "levels", whose places
+they are.
 
 Scores have "decimals", and "first" of -1 where a first click sorts the largest up.
 """
@@ -58,7 +89,8 @@ def as_json(value: object) -> str:
 
 def _columns(study: Study, rows: int) -> list[Column]:
     shown = score_view(study)
-    order, measure = order_by_score(study)[:rows], shown.measure
+    order = order_by_score(study)[:rows]
+    measure = shown.measure
     trials = [study.trials[row] for row in order]
     epochs = [trial.best_epoch or None if math.isfinite(trial.score) else None for trial in trials]
     columns = [
@@ -70,10 +102,18 @@ def _columns(study: Study, rows: int) -> list[Column]:
     if not shown.late.all():
         columns.append(_words("eligible", "eligible", _eligible(study, shown, order)))
     for name, other in other_measures(study).items():
-        columns.append(_score_column(f"score_{name}", other, [trial.scores.get(name, math.nan) for trial in trials]))
+        columns.append(
+            _score_column(
+                f"score_{name}", other, [trial.scores.get(name, math.nan) for trial in trials]
+            )
+        )
     if study.metrics:
         front = {trial.number for trial in pareto_trials(study)}
-        columns.append(_words("pareto", "Pareto-optimal", ["yes" if t.number in front else None for t in trials]))
+        columns.append(
+            _words(
+                "pareto", "Pareto-optimal", ["yes" if t.number in front else None for t in trials]
+            )
+        )
     columns.append({"key": "epoch", "label": "epoch", "values": epochs})
     columns.append(_seconds_column([trial.seconds for trial in trials]))
     if any(trial.origin_text != "random" for trial in trials):
@@ -83,7 +123,8 @@ def _columns(study: Study, rows: int) -> list[Column]:
 
 
 def _eligible(study: Study, shown: Scores, order: Sequence[int]) -> list[str | None]:
-    """Return for each row of the table whether its trial can be the best one; None without a score."""
+    """Return for each row of the table whether its trial can be the best one; None without a
+    score."""
     best = study.order[0]
     words: list[str | None] = []
     for row in order:
@@ -112,7 +153,10 @@ def _seconds_column(seconds: Sequence[float]) -> Column:
 
 def _score_column(key: str, measure: Measure, scores: Sequence[float]) -> Column:
     sign = -1 if measure.lower_is_better else 1
-    return {**_number_column(key, measure.name, [sign * score for score in scores], measure.decimals), "first": -sign}
+    return {
+        **_number_column(key, measure.name, [sign * score for score in scores], measure.decimals),
+        "first": -sign,
+    }
 
 
 def _number_column(key: str, label: str, values: Sequence[float], decimals: int) -> Column:
@@ -121,13 +165,21 @@ def _number_column(key: str, label: str, values: Sequence[float], decimals: int)
 
 
 def _parameter(name: str, params: Sequence[Config]) -> Column:
-    """Return the column of a hyperparameter: four digits of numbers, and words where JSON has not all (infinity)."""
-    key, label, values = f"params_{name}", clean(name), [config.get(name) for config in params]
+    """Return the column of a hyperparameter: four digits of numbers, and words where JSON has not
+    all (infinity)."""
+    key = f"params_{name}"
+    label = clean(name)
+    values = [config.get(name) for config in params]
     present = [value for value in values if value is not None]
-    if all(isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < math.inf for v in present):
+    if all(
+        isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < math.inf
+        for v in present
+    ):
         rounded = [float(f"{v:.4g}") if isinstance(v, float) else v for v in values]
         return {"key": key, "label": label, "values": rounded}
-    return _words(key, label, [short(config[name]) if name in config else None for config in params])
+    return _words(
+        key, label, [short(config[name]) if name in config else None for config in params]
+    )
 
 
 def _words(key: str, label: str, texts: Sequence[str | None]) -> Column:
@@ -147,7 +199,8 @@ _LARGEST_DOUBLE = 2**1024
 
 
 def plain_number(value: float) -> str:
-    """Return a number of the table as text, in the same way as ``number`` in report.js: 0.001, 64, 1.5e-5."""
+    """Return a number of the table as text, in the same way as ``number`` in report.js: 0.001, 64,
+    1.5e-5."""
     if isinstance(value, int) and abs(value) >= _LARGEST_DOUBLE:
         return "Infinity" if value > 0 else "-Infinity"  # as a script reads the number
     if value == 0 or 1e-4 <= abs(value) < 1e6 or value == int(value):
@@ -158,32 +211,46 @@ def plain_number(value: float) -> str:
 
 _ON_ALL_ROWS = "This trains the best trial on all rows of the search."
 _AGAIN = (
-    "On the same rows, machine and versions this gives the same scores, except for rounding. The model is then trained "
-    "on all rows."
+    "On the same rows, machine and versions this gives the same scores, except for rounding. The "
+    "model is then trained on all rows."
 )
 
-FIRST_ROWS = 25  # of the table that the page shows before its script runs, and on a page of the table
+# of the table that the page shows before its script runs, and on a page of the table
+FIRST_ROWS = 25
 
 
-def page(study: Study, *, model: Json | None = None, folds: FoldReport | None = None, reload_seconds: int = 0) -> str:
-    """Return the page of a study as HTML; ``model`` is the ``info`` of its tuned model, of another an InputError."""
+def page(
+    study: Study,
+    *,
+    model: Json | None = None,
+    folds: FoldReport | None = None,
+    reload_seconds: int = 0,
+) -> str:
+    """Return the page of a study as HTML; ``model`` is the ``info`` of its tuned model, of another
+    an InputError."""
     if model is not None and not is_its_model(study, model):
         raise InputError(
-            "report(model=...) must be the tuned model of this study, got one of other parameters, another score or "
-            "other rows; make it with study.best_model(), or leave it out."
+            "report(model=...) must be the tuned model of this study, got one of other "
+            "parameters, another score or other rows; make it with study.best_model(), or leave "
+            "it out."
         )
     try:
-        forest, why_not = importance(study), ""
+        forest = importance(study)
+        why_not = ""
     except InputError as error:  # a small study has none
-        forest, why_not = None, str(error)
+        forest = None
+        why_not = str(error)
     parallel = parallel_chart(study, forest.names if forest else ())
     columns, rows = table_columns(study)
     numbers = {column["key"] for column in columns if "levels" not in column}
-    axes = [] if parallel is None else brush_data(parallel[1], order_by_score(study)[:rows], numbers)
-    style, script = _read_template("report.css"), _read_template("report.js")
+    axes = (
+        [] if parallel is None else brush_data(parallel[1], order_by_score(study)[:rows], numbers)
+    )
+    style = _read_template("report.css")
+    script = _read_template("report.js")
     html: str = _template().render(
-        policy=f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; base-uri 'none'; "
-        "form-action 'none'",
+        policy=f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; "
+        "base-uri 'none'; form-action 'none'",
         reload_seconds=reload_seconds,
         style=Markup(style),
         script=Markup(script),
@@ -211,8 +278,10 @@ def page(study: Study, *, model: Json | None = None, folds: FoldReport | None = 
 
 
 def _texts(study: Study) -> Json:
-    best, record = best_trial(study), study.record
-    params, path = {} if best is None else best.params, str((record.source or {}).get("path", ""))
+    best = best_trial(study)
+    record = study.record
+    params = {} if best is None else best.params
+    path = str((record.source or {}).get("path", ""))
     data = path if path.startswith("sklearn:") else Path(path).name
     return {
         "title": f"Study of {clean(record.model)}" if record.model else "Study",
@@ -228,7 +297,11 @@ def _texts(study: Study) -> Json:
         "guarded": study.guarded,
         "endings": endings(study),
         "code": (code := snippet(study)),
-        "again": _AGAIN if "gputune.tune(" in code else _ON_ALL_ROWS if "best_model(" in code else "",
+        "again": _AGAIN
+        if "gputune.tune(" in code
+        else _ON_ALL_ROWS
+        if "best_model(" in code
+        else "",
         "setting": setting(study),
         "notes": [clean(note) for note in (*record.notes, *edge_remarks(study))],
         "version": __version__,
@@ -239,7 +312,10 @@ def _origin_note(study: Study) -> str:
     """Return what the batches of an Optuna sampler are; "" for a study without batches."""
     if not any(trial.origin_text.startswith("batch ") for trial in study.trials):
         return ""
-    return "Optuna's sampler proposes trials in batches. It knows the scores of a batch before it proposes the next."
+    return (
+        "Optuna's sampler proposes trials in batches. It knows the scores of a batch before it "
+        "proposes the next."
+    )
 
 
 def _cells(column: Column) -> list[str]:

@@ -1,4 +1,5 @@
-"""The code that trains the best trial of a study again, written from what the study knows of its search."""
+"""The code that trains the best trial of a study again, written from what the study knows of its
+search."""
 
 import ast
 import json
@@ -18,7 +19,8 @@ _LONGEST = 70
 
 
 class _Script:
-    """A script while it is written: its imports, remarks on what the reader must have, then the body."""
+    """A script while it is written: its imports, remarks on what the reader must have, then the
+    body."""
 
     def __init__(self) -> None:
         self.imports: list[str] = []
@@ -60,38 +62,53 @@ class _Script:
         if len(line) <= _LONGEST:
             return line
         edge = "\n" + " " * indent
-        pairs = [f"{edge}    {self.literal(key)}: {self.literal(value)}," for key, value in values.items()]
+        pairs = [
+            f"{edge}    {self.literal(key)}: {self.literal(value)},"
+            for key, value in values.items()
+        ]
         return f"{{{''.join(pairs)}{edge}}}"
 
     def text(self, *body: str) -> str:
         """Return the whole: imports, a blank line, remarks, the body."""
-        return "\n".join([*self.imports, "", *(f"# {remark}" for remark in self.remarks), *body]) + "\n"
+        return (
+            "\n".join([*self.imports, "", *(f"# {remark}" for remark in self.remarks), *body])
+            + "\n"
+        )
 
 
 def snippet(study: Study) -> str:
     """Return Python that trains the best trial again; "" where no trial has a finite score.
 
-    Names that it uses without defining them (``X``, ``y``, ``cv``, ...) are what the search was given and no file
-    holds; its first lines say so.
+    Names that it uses without defining them (``X``, ``y``, ``cv``, ...) are what the search was
+    given and no file holds; its first lines say so.
     """
-    best, record, script = best_trial(study), study.record, _Script()
+    best = best_trial(study)
+    record = study.record
+    script = _Script()
     if best is None:
         return ""
     if record.face == "sklearn":
         script.use("from sklearn.base import clone")
         script.argument("estimator, X, y")
-        return script.text(f"model = clone(estimator).set_params(**{script.literal(best.params)}).fit(X, y)")
+        return script.text(
+            f"model = clone(estimator).set_params(**{script.literal(best.params)}).fit(X, y)"
+        )
     if record.face == "loop":
         script.argument(clean(record.model), "the objective of the search")
         script.use("import torch")
-        call = f"{clean(record.model)}({script.lines(best.params, indent=0)}, report=lambda value: None)"
+        call = (
+            f"{clean(record.model)}({script.lines(best.params, indent=0)}, report=lambda value: "
+            "None)"
+        )
         return script.text(f"torch.manual_seed({record.seed})", f"score = {call}")
     if record.lost:
         return ""
     script.use("import gputune")
     ranked = f".ranked_by({script.literal(study.metrics[0])})" if epochs_by(study) else ""
     # Values that only a descent trains with.
-    is_scheduled = any(isinstance(v, list) or k in ("beta1", "beta2") for k, v in best.params.items())
+    is_scheduled = any(
+        isinstance(v, list) or k in ("beta1", "beta2") for k, v in best.params.items()
+    )
     # The command line holds rows out, and no public function but the study reads the others again.
     holds_rows_out = "test_size" in (record.source or {})
     if best.state != "stopped" and not (record.descends and is_scheduled) and not holds_rows_out:
@@ -103,7 +120,9 @@ def snippet(study: Study) -> str:
         script.argument("study", "what gputune.tune returned; it was kept in no file")
         return script.text(f"model = study{ranked}.best_model()")
     path = script.literal(str(study.file.resolve()))
-    return script.text(f"study = gputune.Study.open({path}){ranked}", f"model = study.best_model({rows})")
+    return script.text(
+        f"study = gputune.Study.open({path}){ranked}", f"model = study.best_model({rows})"
+    )
 
 
 def _tune(script: _Script, study: Study, best: Trial, ranked: str) -> str:
@@ -125,11 +144,17 @@ def _model(script: _Script, spec: Json) -> str:
     if "path" in spec and "keywords" not in spec:
         return script.literal(f"{spec['path']}:{spec['class']}")
     # The last part of the name of a class that was made within a function, which no import reaches.
-    name = str(spec["class"] if "path" in spec else spec["import"].partition(":")[2]).rpartition(".")[2]
+    name = str(spec["class"] if "path" in spec else spec["import"].partition(":")[2]).rpartition(
+        "."
+    )[2]
     name = name if _is_name(name) else "Module"
     if "keywords" in spec:
-        return script.argument(name, f"the partial of {name} of the search, with {spec['keywords']!r}")
-    return _import_name(script, str(spec["import"])) or script.argument(name, "the module class of the search")
+        return script.argument(
+            name, f"the partial of {name} of the search, with {spec['keywords']!r}"
+        )
+    return _import_name(script, str(spec["import"])) or script.argument(
+        name, "the module class of the search"
+    )
 
 
 def _import_name(script: _Script, place: str) -> str:
@@ -150,14 +175,17 @@ def _rows(script: _Script, record: SearchRecord) -> list[str]:
     if source is None:
         script.argument("X, y", "the rows of the search; add groups= where it had them")
         return ["X", "y"]
-    more = [f"{k}={script.literal(source[k])}" for k in ("groups", "drop", "kinds") if source.get(k)]
+    more = [
+        f"{k}={script.literal(source[k])}" for k in ("groups", "drop", "kinds") if source.get(k)
+    ]
     return [script.literal(source["path"]), script.literal(source["target"]), *more]
 
 
 def _options(script: _Script, study: Study, best: Trial) -> dict[str, str]:
     record, (scoring, positive) = study.record, _scorings(script, study)
     options = {
-        # A space of one point gives these very parameters; an included trial would be filled up with defaults.
+        # A space of one point gives these very parameters; an included trial would be filled up
+        # with defaults.
         "space": script.lines({name: [value] for name, value in best.params.items()}, indent=4),
         "n_trials": "1",
         "include_default": "False",
@@ -166,15 +194,23 @@ def _options(script: _Script, study: Study, best: Trial) -> dict[str, str]:
         "max_levels": script.literal(record.max_levels),
         "class_weight": _class_weight(script, record.class_weight),
         "target_transform": _transform(script, record.target_transform),
-        "sample_weight": "None" if record.sample_weight is None else script.argument("sample_weight"),
-        **{part.argument: script.literal(getattr(record, name)) for name, part in PARTS.items() if part.argument},
+        "sample_weight": "None"
+        if record.sample_weight is None
+        else script.argument("sample_weight"),
+        **{
+            part.argument: script.literal(getattr(record, name))
+            for name, part in PARTS.items()
+            if part.argument
+        },
         "positive": script.literal(positive),
         **({"epoch": "'last'"} if record.descends else {}),
         "device": script.literal(record.device),
         "verbose": "0",
     }
     defaults = {
-        **dict.fromkeys(("positive", "patience", "class_weight", "sample_weight", "target_transform"), "None"),
+        **dict.fromkeys(
+            ("positive", "patience", "class_weight", "sample_weight", "target_transform"), "None"
+        ),
         "columns": "'keep'" if record.spec["kind"] == "module" else "'drop-constant'",
         "numbers": "'standard'",
         "max_levels": str(SearchRecord.max_levels),
@@ -191,14 +227,16 @@ def _folds(script: _Script, record: SearchRecord) -> str:
 
 
 def _scorings(script: _Script, study: Study) -> tuple[str, object]:
-    """Return the metric that ranks, behind the one that chose the epochs where that is another, and their class."""
+    """Return the metric that ranks, behind the one that chose the epochs where that is another, and
+    their class."""
 
     def code(name: str) -> str:
         if ":" not in name:
             return script.literal(name)
         return _import_name(script, name) or script.argument("scoring")
 
-    record, by = study.record, epochs_by(study)
+    record = study.record
+    by = epochs_by(study)
     if not by:
         return code(record.scoring), record.ranked_class
     two = [next(one for one in record.metrics if one["name"] == by), record.metrics[0]]

@@ -11,9 +11,12 @@ from numpy.typing import ArrayLike, NDArray
 from gputune.views.scores import Scale
 
 GOLDEN = 0.6180339887498949  # steps of it, modulo 1, spread any number of neighbours evenly
-_LETTER, _SLANT = 6.6, 40  # width of a letter of a tick, and degrees by which ticks are turned
+# width of a letter of a tick, and degrees by which ticks are turned
+_LETTER = 6.6
+_SLANT = 40
 
-_SIN, _COS = math.sin(math.radians(_SLANT)), math.cos(math.radians(_SLANT))
+_SIN = math.sin(math.radians(_SLANT))
+_COS = math.cos(math.radians(_SLANT))
 
 
 def cut(text: str, most: int) -> str:
@@ -25,7 +28,8 @@ def cut(text: str, most: int) -> str:
 
 
 def spread_over(order: Sequence[int], most: int) -> list[int]:
-    """Return at most so many of an order: the first quarter of them as they come, the others evenly from the rest."""
+    """Return at most so many of an order: the first quarter of them as they come, the others evenly
+    from the rest."""
     if len(order) <= most:
         return list(order)
     first = most // 4
@@ -39,7 +43,8 @@ def beside(places: NDArray[np.float64], width: float) -> NDArray[np.float64]:
 
 
 def element(name: str, *children: str, **attributes: str | float | None) -> Markup:
-    """Return one element. Text and attributes are escaped; ``class_`` is class, ``_`` stands for a hyphen."""
+    """Return one element. Text and attributes are escaped; ``class_`` is class, ``_`` stands for a
+    hyphen."""
     written = Markup("")
     for key, value in attributes.items():
         if value is not None:
@@ -59,7 +64,8 @@ def text(class_: str, x: float, y: float, *words: str, **attributes: str | float
 
 def line_path(x: ArrayLike, y: ArrayLike) -> str:
     """Return the path of a line through points; it breaks at NaN."""
-    parts, pen = [], "M"
+    parts = []
+    pen = "M"
     for px, py in zip(np.asarray(x, dtype=float).tolist(), np.asarray(y, dtype=float).tolist()):
         known = px == px and py == py
         parts.append(f"{pen}{px:.1f} {py:.1f}" if known else "")
@@ -78,7 +84,9 @@ def band_path(x: NDArray[np.float64], low: NDArray[np.float64], high: NDArray[np
     known = np.isfinite(low) & np.isfinite(high)
     if known.sum() < 2:
         return ""
-    x, low, high = x[known], low[known], high[known]
+    x = x[known]
+    low = low[known]
+    high = high[known]
     return f"{line_path(np.append(x, x[::-1]), np.append(high, low[::-1]))}Z"
 
 
@@ -92,7 +100,8 @@ class Chart:
 
 @dataclass(frozen=True)
 class Frame:
-    """The rectangle of a chart in a drawing of ``width`` x ``height`` units, and the scales of its axes."""
+    """The rectangle of a chart in a drawing of ``width`` x ``height`` units, and the scales of its
+    axes."""
 
     width: float
     height: float
@@ -108,20 +117,31 @@ class Frame:
         return drawing(self.width, self.height, title, *children, notes=notes)
 
     def with_room(self) -> "Frame":
-        """Return a frame with room for its ticks: a wider left for long ones, and a higher drawing for slanted ones."""
-        left = max(self.left, 40 + _LETTER * max((len(words) for _, words in self.y.ticks), default=0))
+        """Return a frame with room for its ticks: a wider left for long ones, and a higher drawing
+        for slanted ones."""
+        left = max(
+            self.left, 40 + _LETTER * max((len(words) for _, words in self.y.ticks), default=0)
+        )
         frame = replace(self, left=left)
         if not frame.slants:
             return frame
-        ticks = [(float(frame.across(value)), _LETTER * len(cut(words, self.letters))) for value, words in self.x.ticks]
+        ticks = [
+            (float(frame.across(value)), _LETTER * len(cut(words, self.letters)))
+            for value, words in self.x.ticks
+        ]
         reach = max(_COS * length - x for x, length in ticks)
         more = max(0.0, 40 + _SIN * max(length for _, length in ticks) - self.bottom)
-        return replace(frame, left=left + max(0.0, reach), bottom=self.bottom + more, height=self.height + more)
+        return replace(
+            frame, left=left + max(0.0, reach), bottom=self.bottom + more, height=self.height + more
+        )
 
     @property
     def slants(self) -> bool:
         """Whether the ticks of the x axis have no room side by side."""
-        return sum(len(cut(words, self.letters)) for _, words in self.x.ticks) * 7 > self.width - self.right - self.left
+        return (
+            sum(len(cut(words, self.letters)) for _, words in self.x.ticks) * 7
+            > self.width - self.right - self.left
+        )
 
     def across(self, values: ArrayLike) -> NDArray[np.float64]:
         return self.left + self.x(values) * (self.width - self.left - self.right)
@@ -135,7 +155,9 @@ class Frame:
 
     def axes(self, across: str, up: str) -> Markup:
         """Return the grid, the ticks and the names of both axes."""
-        right, bottom, parts = self.width - self.right, self.height - self.bottom, []
+        right = self.width - self.right
+        bottom = self.height - self.bottom
+        parts = []
         for value, words in self.y.ticks:
             y = float(self.down(value))
             parts.append(path("grid", f"M{self.left:.1f} {y:.1f}H{right:.1f}"))
@@ -160,7 +182,12 @@ class Frame:
 
 
 def drawing(
-    width: float, height: float, title: str, *children: str, notes: Sequence[str] = (), class_: str = "chart"
+    width: float,
+    height: float,
+    title: str,
+    *children: str,
+    notes: Sequence[str] = (),
+    class_: str = "chart",
 ) -> Chart:
     """Return a chart that takes the width it is given; ``title`` is what a screen reader says."""
     box = {"viewBox": f"0 0 {width:g} {height:g}", "role": "img", "aria_label": title}

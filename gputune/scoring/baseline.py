@@ -1,8 +1,10 @@
-"""The best answer without a model: one constant for all rows, fitted on training rows for the score in use.
+"""The best answer without a model: one constant for all rows, fitted on training rows for the score
+in use.
 
-A search has to beat this score. Which constant is best depends on the score: the mean minimizes the squared error, the
-median the absolute error, and the share of each class the log loss. Where several constants may be best, all of them
-are fitted and scored, and the best mean score over the folds counts.
+A search has to beat this score. Which constant is best depends on the score: the mean minimizes the
+squared error, the median the absolute error, and the share of each class the log loss. Where
+several constants may be best, all of them are fitted and scored, and the best mean score over the
+folds counts.
 """
 
 import math
@@ -27,7 +29,8 @@ _LOPSIDED = 0.8  # share of one class above which an accuracy says little
 _MOST_CONSTANTS = 20  # classes or labels, each of which is tried as the answer for all rows
 
 Fit = Callable[[Tensor, Tensor | None], Tensor]
-"""Returns the outputs (K,) of one constant from targets (n,) or (n, K) and weights (n,), which may be None."""
+"""Returns the outputs (K,) of one constant from targets (n,) or (n, K) and weights (n,), which may
+be None."""
 
 
 @dataclass(frozen=True)
@@ -40,17 +43,21 @@ class Constant:
 
 @dataclass(frozen=True)
 class FittedConstant:
-    """A constant fitted on some rows: how it is called, and its outputs (K,) as ``Scoring.on_rows`` takes them."""
+    """A constant fitted on some rows: how it is called, and its outputs (K,) as ``Scoring.on_rows``
+    takes them."""
 
     answer: str
     outputs: Tensor
 
 
-def baseline(data: Dataset, scoring: Scoring, classes: np.ndarray | None) -> Mapping[str, str | float] | None:
+def baseline(
+    data: Dataset, scoring: Scoring, classes: np.ndarray | None
+) -> Mapping[str, str | float] | None:
     """Return the best constant's ``answer`` in words and its mean ``score`` over the folds.
 
-    The constant of each fold is fitted on the fold's training rows, with their weights where it has any. The result is
-    None if the best constant is not known, as for a function of the user's own. ``classes`` are the labels.
+    The constant of each fold is fitted on the fold's training rows, with their weights where it has
+    any. The result is None if the best constant is not known, as for a function of the user's own.
+    ``classes`` are the labels.
     """
     # The constant is in the target's own units.
     zeros = torch.zeros_like(data.center)
@@ -62,19 +69,29 @@ def baseline(data: Dataset, scoring: Scoring, classes: np.ndarray | None) -> Map
             outputs = [_fit_fold(constant, data, weights, fold) for fold in range(data.n_folds)]
             score = _mean_score(data, scoring, outputs)
             if math.isfinite(score) and (best is None or score > best["score"]):  # type: ignore[operator]
-                best = {"answer": _in_words(constant, scoring, classes, outputs, weights), "score": score}
+                best = {
+                    "answer": _in_words(constant, scoring, classes, outputs, weights),
+                    "score": score,
+                }
     return best
 
 
 def best_constant(
-    scoring: Scoring, task: Task, y: Tensor, *, classes: np.ndarray | None = None, weights: Tensor | None = None
+    scoring: Scoring,
+    task: Task,
+    y: Tensor,
+    *,
+    classes: np.ndarray | None = None,
+    weights: Tensor | None = None,
 ) -> FittedConstant | None:
-    """Return the constant that scores best on training rows, fitted on them, to be scored on other rows.
+    """Return the constant that scores best on training rows, fitted on them, to be scored on other
+    rows.
 
     Score it with ``scoring.on_rows(constant.outputs.expand(m, -1), y_of_other_rows)``.
 
     Args:
-        y: class codes (n,), labels (n, K), or numbers (n,) or (n, K) in their own units, of the training rows.
+        y: class codes (n,), labels (n, K), or numbers (n,) or (n, K) in their own units, of the
+            training rows.
         classes: the labels of the classes; None for numbers.
         weights: of the training rows, (n,); None where all are one.
 
@@ -82,22 +99,31 @@ def best_constant(
         None if the best constant is not known, as for a function of the user's own.
     """
     n_outputs = len(classes) if classes is not None else y[0].numel()
-    best, best_score = None, -math.inf
+    best = None
+    best_score = -math.inf
     for constant in _constants(scoring, task, classes, n_outputs):
         outputs = constant.fit(y, weights)
         with warnings.catch_warnings(action="ignore"):  # scores that a constant leaves undefined
             score = scoring.on_rows(outputs.expand(len(y), -1), y)
         if best is None or score > best_score:
             answer = _in_words(constant, scoring, classes, [outputs], weights)
-            best, best_score = FittedConstant(answer, outputs), score
+            best = FittedConstant(answer, outputs)
+            best_score = score
     return best
 
 
-def remark_on_accuracy(baseline: Mapping[str, str | float] | None, scoring: Scoring) -> tuple[str, ...]:
+def remark_on_accuracy(
+    baseline: Mapping[str, str | float] | None, scoring: Scoring
+) -> tuple[str, ...]:
     """Return what to know of an accuracy that one class makes high."""
-    if baseline is None or scoring.score is not scores.accuracy or float(baseline["score"]) < _LOPSIDED:
+    if (
+        baseline is None
+        or scoring.score is not scores.accuracy
+        or float(baseline["score"]) < _LOPSIDED
+    ):
         return ()
-    answer, score = str(baseline["answer"]), f"{baseline['score']:.4f}"
+    answer = str(baseline["answer"])
+    score = f"{baseline['score']:.4f}"
     two = scoring.classes is not None and len(scoring.classes) == 2
     others = "roc_auc, average_precision" if two else "f1_macro, roc_auc_ovr"
     tell = f"balanced_accuracy, {others} or neg_log_loss as scoring tell more"
@@ -120,7 +146,11 @@ def _mean_score(data: Dataset, scoring: Scoring, outputs: Sequence[Tensor]) -> f
 
 
 def _in_words(
-    constant: Constant, scoring: Scoring, classes: np.ndarray | None, outputs: Sequence[Tensor], weights: Tensor | None
+    constant: Constant,
+    scoring: Scoring,
+    classes: np.ndarray | None,
+    outputs: Sequence[Tensor],
+    weights: Tensor | None,
 ) -> str:
     """Return how a constant is called; an accuracy sees only its most frequent class."""
     if constant.answer == _SHARES and scoring.score is scores.accuracy and classes is not None:
@@ -132,7 +162,9 @@ def _in_words(
     return f"{constant.answer}, by their weights"
 
 
-def _constants(scoring: Scoring, task: Task, classes: np.ndarray | None, n_outputs: int) -> list[Constant]:
+def _constants(
+    scoring: Scoring, task: Task, classes: np.ndarray | None, n_outputs: int
+) -> list[Constant]:
     """Return the constants of which one is best for a score; [] if that is not known.
 
     The score of a constant that comes first counts if several score the same.
@@ -149,7 +181,9 @@ def _constants(scoring: Scoring, task: Task, classes: np.ndarray | None, n_outpu
         assert classes is not None
         shares = Constant(_SHARES, partial(_class_shares, n_classes=len(classes)))
         # The best f1 without a model is that of the positive class for all rows.
-        of_one_class = scoring.positive is not None or (":" in scoring.name and len(classes) <= _MOST_CONSTANTS)
+        of_one_class = scoring.positive is not None or (
+            ":" in scoring.name and len(classes) <= _MOST_CONSTANTS
+        )
         sets = _single_classes(classes) if of_one_class else []
     return [*sets, shares] if metric.of_labels else [shares, *sets]
 
@@ -163,7 +197,8 @@ class _Metric(NamedTuple):
 
 
 def _metric_of(scoring: Scoring) -> _Metric | None:
-    """Return the metric of scikit-learn's that a score is; None for a function of the user's own."""
+    """Return the metric of scikit-learn's that a score is; None for a function of the user's
+    own."""
     if scoring.of_outputs is not None:
         return None
     if scoring.name == scores.PINBALL and isinstance(scoring.score, partial):
@@ -176,7 +211,9 @@ def _metric_of(scoring: Scoring) -> _Metric | None:
     function = getattr(scorer, "_score_func", None)
     if function is None or not function.__module__.startswith("sklearn.metrics"):
         return None
-    return _Metric(function.__name__, scorer._kwargs, of_labels=scorer._response_method == "predict")
+    return _Metric(
+        function.__name__, scorer._kwargs, of_labels=scorer._response_method == "predict"
+    )
 
 
 def _class_shares(codes: Tensor, weights: Tensor | None, *, n_classes: int) -> Tensor:
@@ -194,7 +231,9 @@ def _single_classes(classes: np.ndarray) -> list[Constant]:
         return outputs_of(share, "multiclass")
 
     labels = classes.tolist()
-    return [Constant(f"always {label!r}", partial(always, code)) for code, label in enumerate(labels)]
+    return [
+        Constant(f"always {label!r}", partial(always, code)) for code, label in enumerate(labels)
+    ]
 
 
 def _label_shares(y: Tensor, weights: Tensor | None) -> Tensor:
@@ -202,7 +241,8 @@ def _label_shares(y: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def _label_sets(n_labels: int) -> list[Constant]:
-    """Return the constants that are sets of labels: the most frequent set, and the 1, 2, ... most frequent labels."""
+    """Return the constants that are sets of labels: the most frequent set, and the 1, 2, ... most
+    frequent labels."""
 
     def most_frequent_set(y: Tensor, weights: Tensor | None) -> Tensor:
         sets, places = torch.unique(y, dim=0, return_inverse=True)
@@ -214,10 +254,14 @@ def _label_sets(n_labels: int) -> list[Constant]:
         chosen[share.argsort(descending=True, stable=True)[:number]] = 1.0
         return outputs_of(chosen, "multilabel")
 
-    constants = [Constant("the most frequent set of labels in the training rows", most_frequent_set)]
+    constants = [
+        Constant("the most frequent set of labels in the training rows", most_frequent_set)
+    ]
     for number in range(1, min(n_labels, _MOST_CONSTANTS) + 1):
         labels = f"the {number} most frequent labels" if number > 1 else "the most frequent label"
-        constants.append(Constant(f"always {labels} of the training rows", partial(most_frequent, number)))
+        constants.append(
+            Constant(f"always {labels} of the training rows", partial(most_frequent, number))
+        )
     return constants
 
 
@@ -230,15 +274,19 @@ def _weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def weighted_quantile(values: Tensor, weights: Tensor | None, level: float) -> Tensor:
-    """Return the number that minimizes the pinball loss of values (n,); the middle if there are several.
+    """Return the number that minimizes the pinball loss of values (n,); the middle if there are
+    several.
 
-    With level 0.5 and equal weights it is the median. It is ``numpy.quantile(method="averaged_inverted_cdf")``.
+    With level 0.5 and equal weights it is the median. It is
+    ``numpy.quantile(method="averaged_inverted_cdf")``.
     """
     weights = torch.ones_like(values) if weights is None else weights
-    values, weights = values[weights > 0], weights[weights > 0]
+    values = values[weights > 0]
+    weights = weights[weights > 0]
     values, order = values.sort()
     below = weights[order].cumsum(0)
-    place, tolerance = level * below[-1], 1e-12 * below[-1]
+    place = level * below[-1]
+    tolerance = 1e-12 * below[-1]
     low = torch.searchsorted(below, place - tolerance)
     high = torch.searchsorted(below, place + tolerance, right=True)
     last = len(values) - 1
@@ -247,14 +295,16 @@ def weighted_quantile(values: Tensor, weights: Tensor | None, level: float) -> T
 
 def _median_by_size(values: Tensor, weights: Tensor | None) -> Tensor:
     """Return the minimizer of the absolute percentage error: the median with weights 1/|y|."""
-    inverse = 1 / values.abs().clamp_min(torch.finfo(torch.float64).eps)  # as scikit-learn limits it
+    # as scikit-learn limits it
+    inverse = 1 / values.abs().clamp_min(torch.finfo(torch.float64).eps)
     return weighted_quantile(values, inverse if weights is None else inverse * weights, 0.5)
 
 
 def _shortest_half(values: Tensor, weights: Tensor | None) -> Tensor:
     """Return the middle of the shortest interval that holds more than half of the values (n,).
 
-    It minimizes the median absolute error. Source: Rousseeuw (1984), Least median of squares regression, theorem 2.
+    It minimizes the median absolute error. Source: Rousseeuw (1984), Least median of squares
+    regression, theorem 2.
     """
     weights = torch.ones_like(values) if weights is None else weights
     values, order = values.sort()
@@ -262,7 +312,8 @@ def _shortest_half(values: Tensor, weights: Tensor | None) -> Tensor:
     before = through - weights[order]
     ends = torch.searchsorted(through, before + through[-1] / 2, right=True)
     first = ends < len(values)
-    starts, ends = values[first], values[ends[first]]
+    starts = values[first]
+    ends = values[ends[first]]
     shortest = (ends - starts).argmin()
     return (starts[shortest] + ends[shortest]) / 2
 
@@ -285,8 +336,12 @@ def _quantile_constant(level: float) -> Constant:
 
 _MEAN = Constant("the mean of the training rows", _by_column(_weighted_mean))
 _MEDIAN = _quantile_constant(0.5)
-_MEDIAN_BY_SIZE = Constant("the median of the training rows weighted by 1/|y|", _by_column(_median_by_size))
-_SHORTEST_HALF = Constant("the middle of the shortest half of the training rows", _by_column(_shortest_half))
+_MEDIAN_BY_SIZE = Constant(
+    "the median of the training rows weighted by 1/|y|", _by_column(_median_by_size)
+)
+_SHORTEST_HALF = Constant(
+    "the middle of the shortest half of the training rows", _by_column(_shortest_half)
+)
 _MEAN_LOG = Constant(
     "exp(mean(log(1 + y))) - 1 of the training rows",
     _by_column(lambda values, weights: _weighted_mean(values.log1p(), weights).expm1()),
@@ -316,7 +371,8 @@ _REGRESSION: Mapping[str, Callable[[Mapping[str, Any]], list[Constant]]] = {
     "d2_tweedie_score": _fixed(_MEAN),
     "mean_absolute_error": _fixed(_MEDIAN),
     "d2_absolute_error_score": _fixed(_MEDIAN),
-    # Folds are small samples, in which the median may be better although the other is the minimizer.
+    # Folds are small samples, in which the median may be better although the other is the
+    # minimizer.
     "median_absolute_error": _fixed(_MEDIAN, _SHORTEST_HALF),
     "mean_absolute_percentage_error": _fixed(_MEDIAN_BY_SIZE),
     "mean_squared_log_error": _fixed(_MEAN_LOG),
@@ -326,4 +382,5 @@ _REGRESSION: Mapping[str, Callable[[Mapping[str, Any]], list[Constant]]] = {
     "neg_mean_pinball_loss": _of_level,
     "d2_pinball_score": _of_level,
 }
-"""The constants of which one is best for a metric of scikit-learn's, from the metric's arguments."""
+"""The constants of which one is best for a metric of scikit-learn's, from the metric's
+arguments."""

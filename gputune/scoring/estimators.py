@@ -1,6 +1,7 @@
 """What a scorer of scikit-learn's takes for a fitted estimator: the outputs of one member.
 
-A file of its own: a worker process imports scikit-learn, which takes as long as torch, only where a scorer needs it.
+A file of its own: a worker process imports scikit-learn, which takes as long as torch, only where a
+scorer needs it.
 """
 
 import warnings
@@ -33,10 +34,12 @@ def fitted(
 
 
 def takes_task(scorer: Callable[..., object], task: Task) -> bool:
-    """Whether a scorer is one of numbers, or of several classes, tried on a few rows; True for other tasks."""
+    """Whether a scorer is one of numbers, or of several classes, tried on a few rows; True for
+    other tasks."""
     if task not in ("regression", "multiclass"):
         return True
-    x, y = np.zeros((6, 1)), np.arange(6) + 0.5 if task == "regression" else np.arange(6) % 3
+    x = np.zeros((6, 1))
+    y = np.arange(6) + 0.5 if task == "regression" else np.arange(6) % 3
     model = (DummyRegressor() if task == "regression" else DummyClassifier()).fit(x, y)
     with warnings.catch_warnings(action="ignore"):
         try:
@@ -48,7 +51,8 @@ def takes_task(scorer: Callable[..., object], task: Task) -> bool:
 
 @dataclass(eq=False, repr=False)
 class _FittedEstimator(BaseEstimator):  # type: ignore[misc]
-    """A fitted estimator, as far as a scorer asks for one: outputs that are already there, and those of other rows."""
+    """A fitted estimator, as far as a scorer asks for one: outputs that are already there, and
+    those of other rows."""
 
     output: Tensor
     classes: np.ndarray | None
@@ -60,18 +64,23 @@ class _FittedEstimator(BaseEstimator):  # type: ignore[misc]
         return True
 
     def fit(self, X: object, y: object = None) -> "_FittedEstimator":
-        raise InputError("the estimator that a scorer is given is fitted, and cannot be fitted again.")
+        raise InputError(
+            "the estimator that a scorer is given is fitted, and cannot be fitted again."
+        )
 
     def close(self) -> None:
         """Answer no more: the member trains on, and its outputs are overwritten."""
-        self.X, self.others = object(), None
+        self.X = object()
+        self.others = None
 
     def outputs(self, X: Any) -> Tensor:
         """Return the outputs (m, K) for any rows X."""
         if X is self.X and (X is self.rows or X.equals(self.rows)):
             return self.output
         if self.others is None:
-            raise InputError("the estimator that a scorer is given answers only while the scorer runs.")
+            raise InputError(
+                "the estimator that a scorer is given answers only while the scorer runs."
+            )
         return self.others(X)
 
 
@@ -90,7 +99,8 @@ class _Classifier(ClassifierMixin, _FittedEstimator):  # type: ignore[misc]
 
 
 class _Labeller(_Classifier):
-    """Of several labels; ``classes`` are the unit matrix (K, K), by which scikit-learn knows them for labels."""
+    """Of several labels; ``classes`` are the unit matrix (K, K), by which scikit-learn knows them
+    for labels."""
 
     def predict_proba(self, X: object) -> np.ndarray:
         return self.outputs(X).sigmoid().numpy()

@@ -1,8 +1,11 @@
-"""Scores of predicted labels for many models at once, under scikit-learn's names: greater is better.
+"""Scores of predicted labels for many models at once, under scikit-learn's names: greater is
+better.
 
-Each function takes outputs (C, m, K) of C models on the same m rows and the rows' targets, class codes (m,) or labels
-(m, K) of 0 and 1, and returns (C,). A share without rows is 0, as with ``zero_division="warn"`` in scikit-learn.
-Source: sklearn.metrics, precision_recall_fscore_support, jaccard_score, matthews_corrcoef, average_precision_score.
+Each function takes outputs (C, m, K) of C models on the same m rows and the rows' targets, class
+codes (m,) or labels (m, K) of 0 and 1, and returns (C,). A share without rows is 0, as with
+``zero_division="warn"`` in scikit-learn.
+Source: sklearn.metrics, precision_recall_fscore_support, jaccard_score, matthews_corrcoef,
+    average_precision_score.
 """
 
 from collections.abc import Callable, Mapping
@@ -49,12 +52,16 @@ def _count_classes(outputs: Tensor, y: Tensor) -> Counts:
     guessed = torch.bincount(place.flatten(), minlength=models * classes)
     hits = torch.bincount(place[guess == y], minlength=models * classes)
     true = torch.bincount(y, minlength=classes).expand(models, classes)
-    return Counts(hits.view(models, classes).double(), guessed.view(models, classes).double(), true.double())
+    return Counts(
+        hits.view(models, classes).double(), guessed.view(models, classes).double(), true.double()
+    )
 
 
 def _count_labels(outputs: Tensor, y: Tensor, axis: int) -> Counts:
-    """Return the counts of each label, (C, K), for ``axis=-2``, or of each row, (C, m), for ``axis=-1``."""
-    guess, truth = outputs > 0, y > 0
+    """Return the counts of each label, (C, K), for ``axis=-2``, or of each row, (C, m), for
+    ``axis=-1``."""
+    guess = outputs > 0
+    truth = y > 0
     true = truth.sum(axis).expand(len(outputs), -1)
     return Counts((guess & truth).sum(axis).double(), guess.sum(axis).double(), true.double())
 
@@ -65,12 +72,18 @@ def of_positive_class(outputs: Tensor, y: Tensor, *, measure: str) -> Tensor:
 
 
 def averaged(outputs: Tensor, y: Tensor, *, measure: str, average: str) -> Tensor:
-    """Return a measure averaged over classes, labels or rows ("samples"), as scikit-learn's ``average`` says.
+    """Return a measure averaged over classes, labels or rows ("samples"), as scikit-learn's
+    ``average`` says.
 
-    Classes that occur neither among the targets nor among the predictions of a model have no part in its average.
+    Classes that occur neither among the targets nor among the predictions of a model have no part
+    in its average.
     """
     several = y.dim() == 2
-    counts = _count_labels(outputs, y, -1 if average == "samples" else -2) if several else _count_classes(outputs, y)
+    counts = (
+        _count_labels(outputs, y, -1 if average == "samples" else -2)
+        if several
+        else _count_classes(outputs, y)
+    )
     if average == "micro":
         return _MEASURES[measure](counts.summed())[:, 0]
     values = _MEASURES[measure](counts)
@@ -83,25 +96,33 @@ def averaged(outputs: Tensor, y: Tensor, *, measure: str, average: str) -> Tenso
 
 
 def matthews_corrcoef(outputs: Tensor, y: Tensor) -> Tensor:
-    """Return the Matthews correlation coefficient, in [-1, 1]; 0 if all labels or all predictions are equal."""
-    counts, rows = _count_classes(outputs, y), len(y)
+    """Return the Matthews correlation coefficient, in [-1, 1]; 0 if all labels or all predictions
+    are equal."""
+    counts = _count_classes(outputs, y)
+    rows = len(y)
     covariance = counts.hits.sum(-1) * rows - (counts.guessed * counts.true).sum(-1)
     of_guesses = rows**2 - counts.guessed.square().sum(-1)
     of_truth = rows**2 - counts.true.square().sum(-1)
     product = of_guesses * of_truth
-    return torch.where(product > 0, covariance / product.clamp_min(1).sqrt(), torch.zeros_like(covariance))
+    return torch.where(
+        product > 0, covariance / product.clamp_min(1).sqrt(), torch.zeros_like(covariance)
+    )
 
 
 def average_precision(outputs: Tensor, y: Tensor) -> Tensor:
-    """Return the average precision of class 1 of two, or its mean over labels (m, K); 0 without a positive row."""
+    """Return the average precision of class 1 of two, or its mean over labels (m, K); 0 without a
+    positive row."""
     if y.dim() == 1:
         return _average_precision(outputs.softmax(-1)[..., 1], y == 1)
     p = outputs.sigmoid()
-    return torch.stack([_average_precision(p[..., k], y[:, k] > 0) for k in range(y.shape[1])]).mean(0)
+    return torch.stack(
+        [_average_precision(p[..., k], y[:, k] > 0) for k in range(y.shape[1])]
+    ).mean(0)
 
 
 def _average_precision(p: Tensor, positive: Tensor) -> Tensor:
-    """Return the mean over positive rows of the precision among the rows that score at least as high, p (C, m)."""
+    """Return the mean over positive rows of the precision among the rows that score at least as
+    high, p (C, m)."""
     of_positive = p[:, positive].contiguous()  # (C, P)
     n_positive = of_positive.shape[1]
     if n_positive == 0:
@@ -119,11 +140,19 @@ def _averages(*averages: str) -> dict[str, Score]:
     }
 
 
-_OF_CLASSES: dict[str, Score] = {**_averages("micro", "macro", "weighted"), "matthews_corrcoef": matthews_corrcoef}
-_OF_ONE_CLASS: dict[str, Score] = {name: partial(of_positive_class, measure=name) for name in _MEASURES}
+_OF_CLASSES: dict[str, Score] = {
+    **_averages("micro", "macro", "weighted"),
+    "matthews_corrcoef": matthews_corrcoef,
+}
+_OF_ONE_CLASS: dict[str, Score] = {
+    name: partial(of_positive_class, measure=name) for name in _MEASURES
+}
 LABEL_SCORES: Mapping[Task, Mapping[str, Score]] = {
     "binary": {**_OF_CLASSES, **_OF_ONE_CLASS, "average_precision": average_precision},
     "multiclass": _OF_CLASSES,
-    "multilabel": {**_averages("micro", "macro", "weighted", "samples"), "average_precision": average_precision},
+    "multilabel": {
+        **_averages("micro", "macro", "weighted", "samples"),
+        "average_precision": average_precision,
+    },
 }
 """By task and scikit-learn's name; a score of one class is of class 1."""

@@ -33,11 +33,13 @@ def make_scoring(
     objective: Objective | None = None,
     n_labels: int = 0,
 ) -> Scoring:
-    """Return the checked Scoring of a name, a callable ``scorer(estimator, X, y)`` or ``(outputs, y)``, or None.
+    """Return the checked Scoring of a name, a callable ``scorer(estimator, X, y)`` or ``(outputs,
+    y)``, or None.
 
-    None is accuracy, R2, or for a custom target "neg_loss": minus the loss of the ``objective`` on validation rows. Of
-    several scorers it is the first one, with the ``others``. ``positive`` is the class that f1 and its like are of, and
-    goes to those. Raises InputError where they need it and it is missing, and where another score is given it.
+    None is accuracy, R2, or for a custom target "neg_loss": minus the loss of the ``objective`` on
+    validation rows. Of several scorers it is the first one, with the ``others``. ``positive`` is
+    the class that f1 and its like are of, and goes to those. Raises InputError where they need it
+    and it is missing, and where another score is given it.
     """
     from sklearn.metrics import get_scorer
 
@@ -45,7 +47,8 @@ def make_scoring(
         of_class = [_is_of_class(scorer, task) for scorer in scorers.values()]
         metrics = []
         for (label, scorer), own in zip(scorers.items(), of_class):
-            its_class = positive if own or not any(of_class) else None  # what none takes is refused with the first
+            # what none takes is refused with the first
+            its_class = positive if own or not any(of_class) else None
             metric = make_scoring(scorer, task, classes, its_class, objective, n_labels)
             metrics.append(replace(metric, label=label))
         return replace(metrics[0], others=tuple(metrics[1:]))
@@ -61,14 +64,16 @@ def make_scoring(
     if not isinstance(scoring, str):
         if not callable(scoring):
             raise InputError(
-                "scoring is a scikit-learn scorer name, a callable(estimator, X, y) or (outputs, y), or a list or dict "
-                f"of them, got {scoring!r}."
+                "scoring is a scikit-learn scorer name, a callable(estimator, X, y) or (outputs, "
+                f"y), or a list or dict of them, got {scoring!r}."
             )
         scores.refuse_metric(scoring)
         name = qualified_name(scoring)
         if _takes_outputs(scoring):
             return Scoring(name, None, None, classes, of_outputs=scoring)
-        return Scoring(name, None, scoring, classes, positive_code(positive, name, None, task, classes))
+        return Scoring(
+            name, None, scoring, classes, positive_code(positive, name, None, task, classes)
+        )
     if (score := scores.OF_TASK[task].get(scoring)) is not None:
         positive_code(positive, scoring, None, task, classes)
         return Scoring(scoring, score, None, classes)
@@ -84,8 +89,9 @@ def make_scoring(
 def default_scoring(task: Task, objective: Objective | None) -> str:
     """Return the score that ranks trials if the user names none.
 
-    A regression on absolute errors, or on the Huber loss, is ranked by the absolute error, and one on quantiles by the
-    pinball loss of their level. R2 would rank a model by the mean, which it was not trained to predict.
+    A regression on absolute errors, or on the Huber loss, is ranked by the absolute error, and one
+    on quantiles by the pinball loss of their level. R2 would rank a model by the mean, which it was
+    not trained to predict.
     """
     if task != "regression":
         return "accuracy"
@@ -96,24 +102,31 @@ def default_scoring(task: Task, objective: Objective | None) -> str:
 
 
 def scorers_of(scoring: object) -> dict[str, OneScoring] | None:
-    """Return the scorers of a list, tuple or dict by name or key; None for one scorer, or none. Raises InputError."""
+    """Return the scorers of a list, tuple or dict by name or key; None for one scorer, or none.
+    Raises InputError."""
     if not isinstance(scoring, list | tuple | Mapping):
         return None
     if not scoring:
         remedy = "name one, or leave it out for the usual one"
         raise InputError(f"scoring needs at least one score, got {scoring!r}; {remedy}.")
-    labels = [one if isinstance(one, str) else getattr(one, "__name__", type(one).__name__) for one in scoring]
+    labels = [
+        one if isinstance(one, str) else getattr(one, "__name__", type(one).__name__)
+        for one in scoring
+    ]
     pairs = list(scoring.items() if isinstance(scoring, Mapping) else zip(labels, scoring))
     for label, scorer in pairs:
         if not (isinstance(scorer, str) or callable(scorer)):
             raise InputError(
-                "scoring holds scikit-learn scorer names and callables, of (estimator, X, y) or (outputs, y), got "
-                f"{scorer!r} in it; replace it."
+                "scoring holds scikit-learn scorer names and callables, of (estimator, X, y) or "
+                f"(outputs, y), got {scorer!r} in it; replace it."
             )
         if not isinstance(label, str) or not label:
             raise InputError(f"scoring, a dict, has texts as keys, got {label!r}; name each score.")
     if twice := [label for label in labels if labels.count(label) > 1]:
-        raise InputError(f"scoring names {twice[0]!r} twice; leave one out, or give a dict that has a name for each.")
+        raise InputError(
+            f"scoring names {twice[0]!r} twice; leave one out, or give a dict that has a name for "
+            "each."
+        )
     return dict(pairs)
 
 
@@ -133,7 +146,8 @@ def _is_of_class(scorer: OneScoring, task: Task) -> bool:
 
 
 def loss_scoring(task: Task, classes: np.ndarray | None, positive: object = None) -> Scoring:
-    """Return minus the validation loss, without the limits of scikit-learn's log loss; InputError for ``positive``."""
+    """Return minus the validation loss, without the limits of scikit-learn's log loss; InputError
+    for ``positive``."""
     if task == "regression":
         return make_scoring("neg_mean_squared_error", task, classes, positive)
     positive_code(positive, "neg_log_loss", None, task, classes)
@@ -148,23 +162,35 @@ def check_folds(scoring: Scoring, data: Dataset) -> None:
     for f, fold in enumerate(data.folds):
         rows = data.target[fold.valid]
         columns = rows.T if data.task == "multilabel" else rows[None]
-        if scoring.name.startswith("roc_auc") and any(len(column.unique()) < needed for column in columns):
+        if scoring.name.startswith("roc_auc") and any(
+            len(column.unique()) < needed for column in columns
+        ):
             why = f"and fold {f} lacks one; {_remedy(scoring, data)}"
-            raise InputError(f"scoring={scoring.name!r} needs every class among the validation rows, {why}.")
+            raise InputError(
+                f"scoring={scoring.name!r} needs every class among the validation rows, {why}."
+            )
         if scoring.name == "r2" and len(rows) < 2:
             remedy = "choose fewer folds or scoring='neg_root_mean_squared_error'"
-            raise InputError(f"scoring='r2' needs two validation rows a fold, and fold {f} has {len(rows)}; {remedy}.")
+            raise InputError(
+                f"scoring='r2' needs two validation rows a fold, and fold {f} has {len(rows)}; "
+                f"{remedy}."
+            )
 
 
 def _remedy(scoring: Scoring, data: Dataset) -> str:
-    """Return what helps where a fold lacks a class: other folds do not where the class has one row."""
+    """Return what helps where a fold lacks a class: other folds do not where the class has one
+    row."""
     counts = [] if data.task == "multilabel" else data.target.long().flatten().bincount().tolist()
     rows = min(counts, default=len(data.folds))
     if rows >= len(data.folds) or scoring.classes is None:
         return "choose fewer or stratified folds, or another scoring"
-    name, fewer = scoring.classes[counts.index(rows)].item(), f"{rows} stratified folds, or " * (rows > 1)
+    name = scoring.classes[counts.index(rows)].item()
+    fewer = f"{rows} stratified folds, or " * (rows > 1)
     out = ", or leave that class out" * (data.task != "binary")
-    return f"class {name!r} has {count(rows, 'row')} for {len(data.folds)} folds: choose {fewer}another scoring{out}"
+    return (
+        f"class {name!r} has {count(rows, 'row')} for {len(data.folds)} folds: choose "
+        f"{fewer}another scoring{out}"
+    )
 
 
 def _neg_loss(objective: Objective | None, *, asked: bool) -> Scoring:
@@ -173,10 +199,12 @@ def _neg_loss(objective: Objective | None, *, asked: bool) -> Scoring:
         of_step = "a custom target that training_step trains on has no score of its own"
         what = "scoring='neg_loss' is of a module's loss of outputs and y" if asked else of_step
         raise InputError(f"{what}; give scoring=callable(outputs, y).")
-    if lacking := [name for name, value in objective.varied.items() if value is inspect.Parameter.empty]:
+    if lacking := [
+        name for name, value in objective.varied.items() if value is inspect.Parameter.empty
+    ]:
         raise InputError(
-            f"scoring='neg_loss' ranks all trials by one loss, and {lacking[0]} has several values in the space and no "
-            "default; give it one, or scoring=callable(outputs, y)."
+            f"scoring='neg_loss' ranks all trials by one loss, and {lacking[0]} has several "
+            "values in the space and no default; give it one, or scoring=callable(outputs, y)."
         )
     return Scoring("neg_loss", None, None, None, of_outputs=objective.neg_loss, is_loss=True)
 
@@ -187,7 +215,11 @@ def _takes_outputs(scorer: Callable[..., object]) -> bool:
         parameters = inspect.signature(scorer).parameters.values()
     except (TypeError, ValueError):
         return False
-    needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    needed = [
+        p
+        for p in parameters
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
     return len(needed) == 2 and not any(p.kind is p.VAR_POSITIONAL for p in parameters)
 
 
@@ -203,11 +235,15 @@ def _check_fits_task(scoring: str, task: Task) -> None:
         remedy = "give scoring=callable(outputs, y), or 'neg_loss'"
         raise InputError(f"scoring={scoring!r} does not fit a custom target; {remedy}.")
     if task == "multiclass" and scoring == "roc_auc":
-        raise InputError("scoring='roc_auc' needs two classes and the target has more; choose 'roc_auc_ovr'.")
+        raise InputError(
+            "scoring='roc_auc' needs two classes and the target has more; choose 'roc_auc_ovr'."
+        )
     other = scores.CLASSIFICATION if task == "regression" else scores.REGRESSION
     if scoring in other or not takes_task(get_scorer(scoring), task):
         fitting = ", ".join(scores.OF_TASK[task])
-        raise InputError(f"scoring={scoring!r} does not fit a {task} task; choose for example {fitting}.")
+        raise InputError(
+            f"scoring={scoring!r} does not fit a {task} task; choose for example {fitting}."
+        )
 
 
 def positive_code(
@@ -222,13 +258,19 @@ def positive_code(
             raise InputError(f"scoring={scoring!r} is of one class, the positive one: {remedy}.")
         return 1 if of_a_class else None
     if task != "binary":
-        raise InputError(f"positive={positive!r} needs a target of two classes, got a {task} task; leave it out.")
+        raise InputError(
+            f"positive={positive!r} needs a target of two classes, got a {task} task; leave it out."
+        )
     if not of_a_class:
         same = ": it is the same for both" if scoring == "roc_auc" else ""
         why = f"and scoring={scoring!r} knows no positive class{same}; leave it out"
-        raise InputError(f"positive={positive!r} is for scores of one class, such as f1 or average_precision, {why}.")
+        raise InputError(
+            f"positive={positive!r} is for scores of one class, such as f1 or average_precision, "
+            f"{why}."
+        )
     for code, label in enumerate(labels):
-        if isinstance(positive, str) and not isinstance(label, str):  # a command line has text alone
+        # a command line has text alone
+        if isinstance(positive, str) and not isinstance(label, str):
             if positive.lower() in (str(label).lower(), text_of(label)):
                 return code
         elif np.ndim(positive) == 0 and label == positive:
@@ -238,13 +280,16 @@ def positive_code(
 
 
 def has_positive_class(scorer: Scorer) -> bool:
-    """Whether a scorer of two classes gives another score where they change places, tried on a few rows."""
+    """Whether a scorer of two classes gives another score where they change places, tried on a few
+    rows."""
     from sklearn.naive_bayes import GaussianNB
 
-    x, y = np.array([[0.0], [1.0], [3.0], [5.0], [8.0], [11.0], [15.0]]), np.array([0, 0, 1, 0, 0, 1, 1])
+    x = np.array([[0.0], [1.0], [3.0], [5.0], [8.0], [11.0], [15.0]])
+    y = np.array([0, 0, 1, 0, 0, 1, 1])
     with warnings.catch_warnings(action="ignore"):
         try:
             one, other = (scorer(GaussianNB().fit(x, labels), x, labels) for labels in (y, 1 - y))
-        except ValueError:  # it is for another kind of target, which it says better of the user's rows
+        except ValueError:
+            # it is for another kind of target, which it says better of the user's rows
             return False
     return not math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-6)

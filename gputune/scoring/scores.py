@@ -1,8 +1,10 @@
-"""Validation scores of many models at once on the device, under scikit-learn's names: greater is better.
+"""Validation scores of many models at once on the device, under scikit-learn's names: greater is
+better.
 
-Each function takes outputs (C, m, K) of C models on the same m rows and the rows' targets (m,), class codes
-or values, and returns (C,). Sources: the definitions of sklearn.metrics, whose edge cases are kept; what ranks rows
-ranks them by their probabilities, as scikit-learn does, where margins know of more than ``predict_proba`` tells.
+Each function takes outputs (C, m, K) of C models on the same m rows and the rows' targets (m,),
+class codes or values, and returns (C,). Sources: the definitions of sklearn.metrics, whose edge
+cases are kept; what ranks rows ranks them by their probabilities, as scikit-learn does, where
+margins know of more than ``predict_proba`` tells.
 """
 
 import inspect
@@ -34,24 +36,33 @@ def balanced_accuracy(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def neg_log_loss(logits: Tensor, y: Tensor) -> Tensor:
-    """Minus the mean of -log p(label), with p held to [eps, 1 - eps] of the dtype as scikit-learn does."""
+    """Minus the mean of -log p(label), with p held to [eps, 1 - eps] of the dtype as scikit-learn
+    does."""
     log_p = logits.log_softmax(-1).gather(-1, y.expand(logits.shape[:-1])[..., None]).squeeze(-1)
     eps = torch.finfo(logits.dtype).eps
     return log_p.clamp(math.log(eps), math.log1p(-eps)).mean(-1)
 
 
 def neg_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """Minus the mean of -log p(label), whatever p is: the loss itself, which no limit keeps from growing."""
-    return logits.log_softmax(-1).gather(-1, y.expand(logits.shape[:-1])[..., None]).squeeze(-1).mean(-1)
+    """Minus the mean of -log p(label), whatever p is: the loss itself, which no limit keeps from
+    growing."""
+    return (
+        logits.log_softmax(-1)
+        .gather(-1, y.expand(logits.shape[:-1])[..., None])
+        .squeeze(-1)
+        .mean(-1)
+    )
 
 
 def roc_auc(logits: Tensor, y: Tensor) -> Tensor:
-    """Chance that class 1 is likelier for a row of it than for one of class 0, ties counting half; NaN if one lacks."""
+    """Chance that class 1 is likelier for a row of it than for one of class 0, ties counting half;
+    NaN if one lacks."""
     return _auc(logits.softmax(-1)[..., 1], y == 1)
 
 
 def roc_auc_ovr(logits: Tensor, y: Tensor) -> Tensor:
-    """Mean over classes of the one-against-rest ROC AUC of the class probabilities; NaN if a class lacks."""
+    """Mean over classes of the one-against-rest ROC AUC of the class probabilities; NaN if a class
+    lacks."""
     p = logits.softmax(-1)
     return torch.stack([_auc(p[..., k], y == k) for k in range(logits.shape[-1])]).mean(0)
 
@@ -66,7 +77,8 @@ def f1_macro(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def r2(outputs: Tensor, y: Tensor) -> Tensor:
-    """1 - residual / total sum of squares, at most 1; for a constant y, 1 if met exactly, else 0."""
+    """1 - residual / total sum of squares, at most 1; for a constant y, 1 if met exactly, else
+    0."""
     return _r2(((outputs.squeeze(-1) - y) ** 2).sum(-1), y)
 
 
@@ -95,13 +107,15 @@ def neg_mean_absolute_error(outputs: Tensor, y: Tensor) -> Tensor:
 
 
 def neg_mean_pinball_loss(outputs: Tensor, y: Tensor, *, alpha: float) -> Tensor:
-    """Minus the mean pinball loss of the level ``alpha``, in units of y, of one number a row or of several."""
+    """Minus the mean pinball loss of the level ``alpha``, in units of y, of one number a row or of
+    several."""
     gap = (y[:, None] if y.dim() == 1 else y) - outputs
     return -torch.maximum(alpha * gap, (alpha - 1) * gap).flatten(1).mean(-1)
 
 
 PINBALL = neg_mean_pinball_loss.__name__
-"""A score that scikit-learn has as a metric, and not by this name as a scorer; its level is that of the loss."""
+"""A score that scikit-learn has as a metric, and not by this name as a scorer; its level is that of
+the loss."""
 
 
 def label_accuracy(logits: Tensor, y: Tensor) -> Tensor:
@@ -110,21 +124,27 @@ def label_accuracy(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def _by_target(score: Score) -> Score:
-    """Return a score of one number a row as the mean over the columns of several, (m, K), as scikit-learn has it."""
+    """Return a score of one number a row as the mean over the columns of several, (m, K), as
+    scikit-learn has it."""
 
     def of(outputs: Tensor, y: Tensor) -> Tensor:
         if y.dim() == 1:
             return score(outputs, y)
-        return torch.stack([score(outputs[..., k : k + 1], y[:, k]) for k in range(y.shape[1])]).mean(0)
+        return torch.stack(
+            [score(outputs[..., k : k + 1], y[:, k]) for k in range(y.shape[1])]
+        ).mean(0)
 
     return of
 
 
 CLASSIFICATION: Mapping[str, Score] = {
-    score.__name__: score for score in (accuracy, balanced_accuracy, neg_log_loss, roc_auc_ovr, f1_macro)
+    score.__name__: score
+    for score in (accuracy, balanced_accuracy, neg_log_loss, roc_auc_ovr, f1_macro)
 }
 # Of two classes roc_auc_ovr is scikit-learn's own.
-_BINARY = {name.removesuffix("_ovr"): score for name, score in CLASSIFICATION.items()} | {"roc_auc": roc_auc}
+_BINARY = {name.removesuffix("_ovr"): score for name, score in CLASSIFICATION.items()} | {
+    "roc_auc": roc_auc
+}
 REGRESSION: Mapping[str, Score] = {
     score.__name__: _by_target(score)
     for score in (r2, neg_mean_squared_error, neg_root_mean_squared_error, neg_mean_absolute_error)
@@ -132,16 +152,22 @@ REGRESSION: Mapping[str, Score] = {
 MULTILABEL: Mapping[str, Score] = {"accuracy": label_accuracy}
 
 OF_TASK: Mapping[str, Mapping[str, Score]] = {
-    "binary": _BINARY, "multiclass": CLASSIFICATION, "regression": REGRESSION, "multilabel": MULTILABEL, "custom": {}
-}  # fmt: skip
+    "binary": _BINARY,
+    "multiclass": CLASSIFICATION,
+    "regression": REGRESSION,
+    "multilabel": MULTILABEL,
+    "custom": {},
+}
 """The scores on the device that fit a task."""
 
 RANKING: frozenset[Score] = frozenset({roc_auc, roc_auc_ovr})
-"""Scores that the last bit of one output changes: a tie of two rows counts half, whatever breaks it."""
+"""Scores that the last bit of one output changes: a tie of two rows counts half, whatever breaks
+it."""
 
 
 class RowMean(NamedTuple):
-    """A score that compiled code computes: of y and the mean over rows of what ``native/work.h`` knows by a name."""
+    """A score that compiled code computes: of y and the mean over rows of what ``native/work.h``
+    knows by a name."""
 
     of_row: str
     score: Callable[[Tensor, Tensor], Tensor]
@@ -152,7 +178,9 @@ ROW_MEANS: Mapping[Score, RowMean] = {
     neg_log_loss: RowMean("log likelihood", lambda mean, y: mean),
     REGRESSION["r2"]: RowMean("squared error", lambda mean, y: _r2(mean * len(y), y)),
     REGRESSION["neg_mean_squared_error"]: RowMean("squared error", lambda mean, y: -mean),
-    REGRESSION["neg_root_mean_squared_error"]: RowMean("squared error", lambda mean, y: -mean.sqrt()),
+    REGRESSION["neg_root_mean_squared_error"]: RowMean(
+        "squared error", lambda mean, y: -mean.sqrt()
+    ),
     REGRESSION["neg_mean_absolute_error"]: RowMean("absolute error", lambda mean, y: -mean),
 }
 
@@ -162,8 +190,10 @@ def _onehot(y: Tensor, logits: Tensor) -> Tensor:
 
 
 def _auc(p: Tensor, positive: Tensor) -> Tensor:
-    """Area under the ROC curve of probabilities (C, m), by counting the negatives below each positive."""
-    above, below = p[:, positive].contiguous(), p[:, ~positive].sort(-1).values
+    """Area under the ROC curve of probabilities (C, m), by counting the negatives below each
+    positive."""
+    above = p[:, positive].contiguous()
+    below = p[:, ~positive].sort(-1).values
     if above.shape[-1] == 0 or below.shape[-1] == 0:
         return torch.full_like(p[:, 0], math.nan)
     lower = torch.searchsorted(below, above)
@@ -173,16 +203,22 @@ def _auc(p: Tensor, positive: Tensor) -> Tensor:
 
 
 def refuse_metric(scoring: Callable[..., object]) -> None:
-    """Raise InputError for a function of sklearn.metrics: it is of (y_true, y_pred), and of some the least is best."""
+    """Raise InputError for a function of sklearn.metrics: it is of (y_true, y_pred), and of some
+    the least is best."""
     metric = scoring.func if isinstance(scoring, partial) else scoring
     if not (inspect.isfunction(metric) and metric.__module__.startswith("sklearn.metrics")):
         return
     from sklearn.metrics import get_scorer, get_scorer_names
 
-    words = [name for name in get_scorer_names() if getattr(get_scorer(name), "_score_func", None) is metric]
+    words = [
+        name
+        for name in get_scorer_names()
+        if getattr(get_scorer(name), "_score_func", None) is metric
+    ]
     remedy = f"scoring=sklearn.metrics.make_scorer({metric.__name__}, ...)"
     if words and metric is scoring:
         remedy = f"scoring={min(words, key=len)!r}"
     raise InputError(
-        f"scoring=sklearn.metrics.{metric.__name__} is a function of (y_true, y_pred) and no scorer; give {remedy}."
+        f"scoring=sklearn.metrics.{metric.__name__} is a function of (y_true, y_pred) and no "
+        f"scorer; give {remedy}."
     )

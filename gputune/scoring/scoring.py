@@ -1,7 +1,8 @@
-"""How members are scored on the validation rows of all folds: by scores on the device, or by scorers of scikit-learn's.
+"""How members are scored on the validation rows of all folds: by scores on the device, or by
+scorers of scikit-learn's.
 
-All wait for the device once an epoch, and the outputs that the scores are of may be kept, of each trial those of its
-best epoch so far.
+All wait for the device once an epoch, and the outputs that the scores are of may be kept, of each
+trial those of its best epoch so far.
 """
 
 import copy
@@ -29,7 +30,8 @@ from gputune.types import Outputs, Params, Task
 Scorer = Callable[..., SupportsFloat]
 """Of (estimator, X, y), greater is better."""
 Member = Callable[[int], nn.Module]
-"""Returns the model of one trial, by its place among the outputs: a plain module on the CPU, in evaluation mode."""
+"""Returns the model of one trial, by its place among the outputs: a plain module on the CPU, in
+evaluation mode."""
 
 _SMALLEST = 1e-300
 """Probability in place of 0, whose logarithm would be taken for a divergence."""
@@ -39,12 +41,13 @@ _SMALLEST = 1e-300
 class Scoring:
     """How the models of one fold are scored: ``name``, and a device score or a scikit-learn scorer.
 
-    ``others`` are the further metrics of a search, which rank nothing; ``label`` is what the user calls one of them.
-    ``classes`` are the labels that a scorer sees, None for regression. One of scikit-learn's names sees class
-    codes 0, 1, ..., so that scores of a positive class work on text labels. ``positive`` is the code of that class;
-    None where the score is not of one class, and where a callable chooses it. ``of_outputs`` scores the outputs of one
-    member as they are; where it ``is_loss``, in the units of training. With ``kept_bytes`` outputs are kept beside
-    their scores, up to that.
+    ``others`` are the further metrics of a search, which rank nothing; ``label`` is what the user
+    calls one of them.
+    ``classes`` are the labels that a scorer sees, None for regression. One of scikit-learn's names
+    sees class codes 0, 1, ..., so that scores of a positive class work on text labels. ``positive``
+    is the code of that class; None where the score is not of one class, and where a callable
+    chooses it. ``of_outputs`` scores the outputs of one member as they are; where it ``is_loss``,
+    in the units of training. With ``kept_bytes`` outputs are kept beside their scores, up to that.
     """
 
     name: str
@@ -60,19 +63,26 @@ class Scoring:
 
     @property
     def on_outputs(self) -> bool:
-        """Whether all metrics are functions of outputs; scikit-learn's scorers may ask a model for others."""
+        """Whether all metrics are functions of outputs; scikit-learn's scorers may ask a model for
+        others."""
         return all(one.score or one.of_outputs for one in (self, *self.others))
 
-    def metrics(self, data: Dataset, fold: int, outputs: Tensor, member: Member | None = None) -> Tensor:
-        """Return the scores (C,) as a call does, with other metrics (C, M), all of the same outputs."""
+    def metrics(
+        self, data: Dataset, fold: int, outputs: Tensor, member: Member | None = None
+    ) -> Tensor:
+        """Return the scores (C,) as a call does, with other metrics (C, M), all of the same
+        outputs."""
         scores = [one(data, fold, outputs, member) for one in (self, *self.others)]
         return torch.stack(scores, 1) if self.others else scores[0]
 
-    def __call__(self, data: Dataset, fold: int, outputs: Tensor, member: Member | None = None) -> Tensor:
-        """Return the scores (C,), float64, of outputs (C, m, K) on fold's validation rows; NaN where diverged.
+    def __call__(
+        self, data: Dataset, fold: int, outputs: Tensor, member: Member | None = None
+    ) -> Tensor:
+        """Return the scores (C,), float64, of outputs (C, m, K) on fold's validation rows; NaN
+        where diverged.
 
-        They are scored in double precision, in which a tuned model predicts. A scorer of the user's own may ask for
-        predictions of other rows, which a ``member`` then makes.
+        They are scored in double precision, in which a tuned model predicts. A scorer of the user's
+        own may ask for predictions of other rows, which a ``member`` then makes.
         """
         known = outputs
         if data.present is not None and not is_one_logit(outputs, data.task, 2):
@@ -86,19 +96,26 @@ class Scoring:
             outputs = _as_answers(data, fold, outputs)
             if data.transforms:  # an inverse may overflow
                 finite &= outputs.isfinite().flatten(1).all(-1)
-            ranks = self.score is None or self.score in scores.RANKING or self.score is average_precision
+            ranks = (
+                self.score is None
+                or self.score in scores.RANKING
+                or self.score is average_precision
+            )
             if ranks and (first := data.first_equal[fold]) is not None:
                 outputs = outputs[:, first]
             if self.score is not None:
                 result = self.score(*self.positive_last(outputs, target))
             else:
-                result = self._through_sklearn(data, fold, *self.positive_last(outputs, target), finite, member)
+                result = self._through_sklearn(
+                    data, fold, *self.positive_last(outputs, target), finite, member
+                )
         return torch.where(finite & result.isfinite(), result, torch.nan)
 
     def on_rows(self, outputs: Tensor, target: Tensor) -> float:
         """Return the score of outputs (m, K) on rows with a target (m, ...), without a dataset.
 
-        Outputs are logits, or numbers in the target's own units. Scikit-learn's ValueError goes through.
+        Outputs are logits, or numbers in the target's own units. Scikit-learn's ValueError goes
+        through.
         """
         if self.of_outputs is not None:
             return float(self.of_outputs(outputs.clone(), target.clone()))
@@ -115,7 +132,9 @@ class Scoring:
         X = np.zeros((len(y), 1))  # scorers read nothing of the rows
         return float(self.scorer(fitted(outputs.cpu().clone(), self.classes, X, X), X, y))
 
-    def _of_outputs(self, data: Dataset, fold: int, outputs: Tensor, target: Tensor, finite: Tensor) -> Tensor:
+    def _of_outputs(
+        self, data: Dataset, fold: int, outputs: Tensor, target: Tensor, finite: Tensor
+    ) -> Tensor:
         assert self.of_outputs is not None
         if self.is_loss:
             target = data.targets(fold)[data.folds[fold].valid]
@@ -125,10 +144,15 @@ class Scoring:
             outputs = _as_answers(data, fold, outputs).view(outputs.shape)
             target = target[:, None] if data.column else target
         trials = finite.nonzero().flatten().tolist()
-        if trials and not self.is_loss and pairs_all_rows(self.of_outputs, outputs[trials[0]], target):
+        if (
+            trials
+            and not self.is_loss
+            and pairs_all_rows(self.of_outputs, outputs[trials[0]], target)
+        ):
             raise InputError(
-                f"scoring={self.name!r} compares each output with the targets of all rows: outputs have shape "
-                f"{tuple(outputs[0].shape)} and y {tuple(target.shape)}, which torch broadcasts; take outputs[:, 0]."
+                f"scoring={self.name!r} compares each output with the targets of all rows: "
+                f"outputs have shape {tuple(outputs[0].shape)} and y {tuple(target.shape)}, which "
+                "torch broadcasts; take outputs[:, 0]."
             )
         result = torch.full((len(outputs),), torch.nan, dtype=torch.float64)
         for trial in trials:
@@ -137,18 +161,26 @@ class Scoring:
                 result[trial] = float(self.of_outputs(outputs[trial].clone(), target.clone()))
             except Exception as error:
                 raise InputError(
-                    f"scoring={self.name!r} raised {type(error).__name__} on fold {fold}: {error}. It is called as "
-                    f"scoring(outputs, y), with tensors {tuple(outputs[trial].shape)} and {tuple(target.shape)}, and "
-                    "returns a number, greater is better."
+                    f"scoring={self.name!r} raised {type(error).__name__} on fold {fold}: "
+                    f"{error}. It is called as scoring(outputs, y), with tensors "
+                    f"{tuple(outputs[trial].shape)} and {tuple(target.shape)}, and returns a "
+                    "number, greater is better."
                 ) from error
         return result.to(finite.device)
 
     def positive_last(self, outputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Return outputs (..., 2) and class codes (m,) in which a scorer finds the positive class: as code 1."""
+        """Return outputs (..., 2) and class codes (m,) in which a scorer finds the positive class:
+        as code 1."""
         return (outputs.flip(-1), 1 - target) if self.positive == 0 else (outputs, target)
 
     def _through_sklearn(
-        self, data: Dataset, fold: int, outputs: Tensor, target: Tensor, finite: Tensor, member: Member | None
+        self,
+        data: Dataset,
+        fold: int,
+        outputs: Tensor,
+        target: Tensor,
+        finite: Tensor,
+        member: Member | None,
     ) -> Tensor:
         from gputune.scoring.estimators import fitted
 
@@ -156,14 +188,24 @@ class Scoring:
         y = target.cpu().numpy()
         y = y if self.classes is None or data.task == "multilabel" else self.classes[y]
         # The scorers that have names read nothing of the rows.
-        rows = np.zeros((len(y), 1)) if data.scorer_rows is None else data.scorer_rows.rows(data.folds[fold])
+        rows = (
+            np.zeros((len(y), 1))
+            if data.scorer_rows is None
+            else data.scorer_rows.rows(data.folds[fold])
+        )
         result = np.full(len(outputs), np.nan)
         try:
             for trial in np.flatnonzero(finite.cpu().numpy()).tolist():
                 others = None if member is None else partial(_predict, data, fold, member, trial)
-                if isinstance(rows, tuple | dict) or (isinstance(rows, np.ndarray) and rows.flags.writeable):
+                if isinstance(rows, tuple | dict) or (
+                    isinstance(rows, np.ndarray) and rows.flags.writeable
+                ):
                     # Gathered for each trial: a scorer may write into them.
-                    rows = rows if data.scorer_rows is None else data.scorer_rows.rows(data.folds[fold])
+                    rows = (
+                        rows
+                        if data.scorer_rows is None
+                        else data.scorer_rows.rows(data.folds[fold])
+                    )
                 # A frame can be written to.
                 X = rows if isinstance(rows, np.ndarray | tuple | dict) else copy.deepcopy(rows)
                 # Copies: a scorer of the user's own may write into what it gets.
@@ -185,7 +227,8 @@ def shape_of_scores(scoring: Scoring | None, folds: int) -> tuple[int, ...]:
 
 
 def _as_answers(data: Dataset, fold: int, outputs: Tensor) -> Tensor:
-    """Return outputs (C, m, K), float64: in the target's own units, or without the classes that take no part."""
+    """Return outputs (C, m, K), float64: in the target's own units, or without the classes that
+    take no part."""
     outputs = outputs.double()
     if is_one_logit(outputs, data.task, 2):
         return class_logits(outputs, data.task, 2)
@@ -197,8 +240,13 @@ def _as_answers(data: Dataset, fold: int, outputs: Tensor) -> Tensor:
 
 
 def outputs_of(probabilities: Tensor, task: Task) -> Tensor:
-    """Return the outputs of which classes (..., K), or labels (..., K), have these probabilities."""
-    return probabilities.logit(_SMALLEST) if task == "multilabel" else probabilities.clamp_min(_SMALLEST).log()
+    """Return the outputs of which classes (..., K), or labels (..., K), have these
+    probabilities."""
+    return (
+        probabilities.logit(_SMALLEST)
+        if task == "multilabel"
+        else probabilities.clamp_min(_SMALLEST).log()
+    )
 
 
 def _predict(data: Dataset, fold: int, member: Member, trial: int, X: object) -> Tensor:
@@ -220,16 +268,19 @@ _KEPT_NUMBERS = 1 << 25  # of all validation rows, from which they are gathered 
 
 
 def drawing_rows(widest: int) -> int:
-    """Return the rows to evaluate at a time if a forward draws random numbers, for ``widest`` numbers of a row.
+    """Return the rows to evaluate at a time if a forward draws random numbers, for ``widest``
+    numbers of a row.
 
-    Each block has draws of its own, so its size must not depend on the number of trials in a chunk or on the device.
+    Each block has draws of its own, so its size must not depend on the number of trials in a chunk
+    or on the device.
     """
     return max(64, min(256, (1 << 18) // widest))
 
 
 @dataclass(frozen=True)
 class EvaluationDraws:
-    """The random numbers that plain modules draw on the CPU, as members did when they were scored in their search.
+    """The random numbers that plain modules draw on the CPU, as members did when they were scored
+    in their search.
 
     Attributes:
         seed: The seed of the search.
@@ -244,36 +295,49 @@ class EvaluationDraws:
     host: bool
 
     def seeded(self, fold: int, start: int) -> AbstractContextManager[None]:
-        """Let a block of rows, which begins at a place among the validation rows of a fold, have its draws inside."""
+        """Let a block of rows, which begins at a place among the validation rows of a fold, have
+        its draws inside."""
         key = self.epoch, fold, start
         return keyed_draws(torch.device("cpu"), self.seed, "evaluation", *key, host=self.host)
 
 
 class Validation:
-    """Scores members on the validation rows of their folds, which are kept as they are gathered where they are few."""
+    """Scores members on the validation rows of their folds, which are kept as they are gathered
+    where they are few."""
 
     def __init__(self, data: Dataset, scoring: Scoring | None) -> None:
-        self.data, self.scoring = data, scoring
+        self.data = data
+        self.scoring = scoring
         self.block_bytes = _BLOCK_BYTES
         if data.device.type == "cuda":  # a power of two, so that bits do not follow free memory
             share = max(_BLOCK_BYTES, free_of_gpu(data.device) // _GPU_SHARE)
             self.block_bytes = min(_GPU_BLOCK_BYTES, 1 << (share.bit_length() - 1))
         self.kept: dict[tuple[int, int], tuple[tuple[Tensor, ...], ...]] = {}
         self.outputs: Sequence[list[Tensor]] = []
-        """Of each epoch and fold (C, m, K), as they were last scored, where a scoring keeps them."""
+        """Of each epoch and fold (C, m, K), as they were last scored, where a scoring keeps
+        them."""
 
     def is_small(self, network: Network) -> bool:
-        """Whether one layer's outputs of one member on all validation rows of a fold stay within the block."""
+        """Whether one layer's outputs of one member on all validation rows of a fold stay within
+        the block."""
         return max(len(fold.valid) for fold in self.data.folds) <= self._block_rows(network, 1)
 
     def scores(
-        self, network: Network, params: Params, trials: int, computed: Sequence[Tensor] | None = None, *, epoch: int = 0
+        self,
+        network: Network,
+        params: Params,
+        trials: int,
+        computed: Sequence[Tensor] | None = None,
+        *,
+        epoch: int = 0,
     ) -> np.ndarray:
-        """Return the scores (C, F), or (C, F, M), of all members, by outputs (C, m, K) of folds if ``computed``.
+        """Return the scores (C, F), or (C, F, M), of all members, by outputs (C, m, K) of folds if
+        ``computed``.
 
         ``epoch``, the number of epochs that they have trained, seeds their draws."""
         assert self.scoring is not None
-        columns, kept = [], []
+        columns = []
+        kept = []
         block = self._block_rows(network, trials)
         for fold in range(self.data.n_folds):
             if computed is not None:
@@ -284,7 +348,11 @@ class Validation:
                     for number, part in enumerate(self._parts(fold, block))
                 ]
                 outputs = blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
-            columns.append(self.scoring.metrics(self.data, fold, outputs, partial(network.member, params, fold)))
+            columns.append(
+                self.scoring.metrics(
+                    self.data, fold, outputs, partial(network.member, params, fold)
+                )
+            )
             if self.scoring.kept_bytes:
                 kept.append(outputs)
         self.outputs = [kept]
@@ -292,7 +360,9 @@ class Validation:
 
     def _parts(self, fold: int, rows: int) -> Iterable[tuple[Tensor, ...]]:
         """Return the validation rows of a fold, so many at a time."""
-        parts = (self.data.rows(fold, part) for part in torch.split(self.data.folds[fold].valid, rows))
+        parts = (
+            self.data.rows(fold, part) for part in torch.split(self.data.folds[fold].valid, rows)
+        )
         if self.data.n_rows * self.data.row_numbers > _KEPT_NUMBERS:
             return parts
         if (fold, rows) not in self.kept:
@@ -300,7 +370,8 @@ class Validation:
         return self.kept[fold, rows]
 
     def _block_rows(self, network: Network, trials: int) -> int:
-        """Return the rows to evaluate at a time, so that one layer's outputs of all trials stay within the block."""
+        """Return the rows to evaluate at a time, so that one layer's outputs of all trials stay
+        within the block."""
         if not network.alone:
             return self.data.n_rows
         widest = max(self.data.row_numbers, network.widest)
@@ -310,24 +381,35 @@ class Validation:
 
 
 class BestOutputs:
-    """The outputs of each trial of a chunk at its best epoch, of at most ``limit`` bytes: those of the best trials.
+    """The outputs of each trial of a chunk at its best epoch, of at most ``limit`` bytes: those of
+    the best trials.
 
-    ``means`` (C,) are the best fold means so far, of epochs whose outputs are not known; -inf where there are none.
+    ``means`` (C,) are the best fold means so far, of epochs whose outputs are not known; -inf where
+    there are none.
     """
 
     def __init__(self, limit: int, means: NDArray[np.float64]) -> None:
-        self.limit, self.means = limit, means
+        self.limit = limit
+        self.means = means
         self.epochs = np.zeros(len(means), dtype=np.int64)
         self.places: dict[int, int] = {}
         self.values: Tensor | None = None
 
-    def take(self, epoch: int, trials: Sequence[int], means: NDArray[np.float64], outputs: Sequence[Tensor]) -> None:
-        """Take the outputs (T, m, K) of each fold, of those ``trials`` whose fold means (T,) are better than before."""
+    def take(
+        self,
+        epoch: int,
+        trials: Sequence[int],
+        means: NDArray[np.float64],
+        outputs: Sequence[Tensor],
+    ) -> None:
+        """Take the outputs (T, m, K) of each fold, of those ``trials`` whose fold means (T,) are
+        better than before."""
         rows = np.flatnonzero(means > self.means[list(trials)])
         if not rows.size:
             return
         better = np.asarray(trials)[rows]
-        self.means[better], self.epochs[better] = means[rows], epoch
+        self.means[better] = means[rows]
+        self.epochs[better] = epoch
         index = torch.from_numpy(rows).to(outputs[0].device)
         parts = [one.index_select(0, index).reshape(len(rows), one.shape[1], -1) for one in outputs]
         values = torch.cat(parts, 1).float()
@@ -339,7 +421,9 @@ class BestOutputs:
         self.places = {trial: place for trial, place in self.places.items() if trial in best}
         free = sorted(set(range(most)) - set(self.places.values()))
         kept = [row for row, trial in enumerate(better.tolist()) if trial in best]
-        self.places |= zip([trial for trial in better[kept].tolist() if trial not in self.places], free)
+        self.places |= zip(
+            [trial for trial in better[kept].tolist() if trial not in self.places], free
+        )
         self.values[[self.places[trial] for trial in better[kept].tolist()]] = values[kept]
 
     def of_trials(self, index: Sequence[int]) -> dict[int, Outputs]:
@@ -347,4 +431,7 @@ class BestOutputs:
         if self.values is None:
             return {}
         values = self.values.cpu().numpy()
-        return {index[c]: Outputs(int(self.epochs[c]), values[place].copy()) for c, place in self.places.items()}
+        return {
+            index[c]: Outputs(int(self.epochs[c]), values[place].copy())
+            for c, place in self.places.items()
+        }

@@ -1,4 +1,5 @@
-"""The scikit-learn face: estimators and searches in which all configurations and folds are fitted at once."""
+"""The scikit-learn face: estimators and searches in which all configurations and folds are fitted
+at once."""
 
 from gputune.sklearn.dataset import SliceDict
 from gputune.sklearn.descent import HypergradientSearchCV

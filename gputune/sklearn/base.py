@@ -1,4 +1,5 @@
-"""The base of every estimator: ``fit`` is the case of one configuration and one fold of fitting all at once."""
+"""The base of every estimator: ``fit`` is the case of one configuration and one fold of fitting all
+at once."""
 
 import functools
 import inspect
@@ -13,7 +14,12 @@ from sklearn.base import BaseEstimator, is_regressor
 from sklearn.pipeline import Pipeline
 from sklearn.utils import Tags, check_random_state
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
-from sklearn.utils.validation import _check_sample_weight, _check_y, check_consistent_length, validate_data
+from sklearn.utils.validation import (
+    _check_sample_weight,
+    _check_y,
+    check_consistent_length,
+    validate_data,
+)
 from torch import Tensor
 
 from gputune.data.arrays import Arrays, as_arrays
@@ -27,19 +33,29 @@ from gputune.types import Task
 
 
 def constructor(theirs: type, defaults: Mapping[str, object]) -> Callable[..., None]:
-    """Return the constructor of a class with the parameters of scikit-learn's installed one, and those of ``defaults``.
+    """Return the constructor of a class with the parameters of scikit-learn's installed one, and
+    those of ``defaults``.
 
     What both have takes its default from these.
     """
     own = inspect.signature(theirs.__init__)  # type: ignore[misc]
-    added = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in defaults if n not in own.parameters]
-    parameters = [p.replace(default=defaults.get(p.name, p.default)) for p in (*own.parameters.values(), *added)]
+    added = [
+        inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY)
+        for n in defaults
+        if n not in own.parameters
+    ]
+    parameters = [
+        p.replace(default=defaults.get(p.name, p.default))
+        for p in (*own.parameters.values(), *added)
+    ]
     signature = own.replace(parameters=parameters)
 
     def __init__(self: object, *values: object, **params: object) -> None:
         bound = signature.bind(self, *values, **params)
         bound.apply_defaults()
-        vars(self).update({name: value for name, value in bound.arguments.items() if name != "self"})
+        vars(self).update(
+            {name: value for name, value in bound.arguments.items() if name != "self"}
+        )
 
     __init__.__signature__ = signature  # type: ignore[attr-defined]
     return __init__
@@ -48,8 +64,8 @@ def constructor(theirs: type, defaults: Mapping[str, object]) -> Callable[..., N
 class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
     """An estimator whose configurations and folds can be fitted together.
 
-    A subclass says what its parameters mean (``_recipe``), how recipes are fitted on the rows of folds
-    (``_fit_recipes``), and what a fitted one takes over (``_set_fitted``).
+    A subclass says what its parameters mean (``_recipe``), how recipes are fitted on the rows of
+    folds (``_fit_recipes``), and what a fitted one takes over (``_set_fitted``).
     """
 
     _refused: ClassVar[Mapping[str, str]] = {}
@@ -61,9 +77,11 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
     _differentiable: ClassVar[Mapping[str, str]] = {}
     """The parameters that a descent may move, the usual one first -> what the engine calls them."""
     _fit_recipes: ClassVar[Callable[..., Mapping[Place, object]]]
-    """Of recipes by trial, folds and training: for each (fold, trial) what ``_set_fitted`` takes, or an error."""
+    """Of recipes by trial, folds and training: for each (fold, trial) what ``_set_fitted`` takes,
+    or an error."""
     _slopes: ClassVar[Callable[..., Iterable[tuple[Place, MemberSlope]]]]
-    """Of recipes by trial, folds, hyperparameters, how, and training: the slope of each member that has one."""
+    """Of recipes by trial, folds, hyperparameters, how, and training: the slope of each member that
+    has one."""
 
     def __new__(cls, *_: object, **params: object) -> Self:
         """Refuse what the constructor does not know in words that help."""
@@ -77,7 +95,8 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
         return estimator
 
     def set_params(self, **params: object) -> Self:
-        """Set parameters and return the estimator; raises InputError for one that has no counterpart here."""
+        """Set parameters and return the estimator; raises InputError for one that has no
+        counterpart here."""
         self._check_names(params)
         super().set_params(**params)
         return self
@@ -91,15 +110,20 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
                 raise InputError(f"{cls.__name__} has no parameter {name!r}: {cls._refused[name]}.")
 
     def fit(self, X: object, y: object, sample_weight: object = None) -> Self:
-        """Fit on rows X with their targets y; ``sample_weight`` (n,) is each row's weight in the loss.
+        """Fit on rows X with their targets y; ``sample_weight`` (n,) is each row's weight in the
+        loss.
 
-        Returns the estimator. Raises ValueError for bad input, DivergedError where the training diverges.
+        Returns the estimator. Raises ValueError for bad input, DivergedError where the training
+        diverges.
         """
         hook = fit_hook.get()
         if hook is not None and hook.fit(self, X, y, sample_weight):
             return self
-        own_callbacks = hasattr(self, "_skl_callbacks") and not hasattr(self, "_parent_callback_ctx")
-        if own_callbacks or self._left_to_scikit_learn(y) is not None:  # callbacks, since scikit-learn 1.9
+        own_callbacks = hasattr(self, "_skl_callbacks") and not hasattr(
+            self, "_parent_callback_ctx"
+        )
+        # callbacks, since scikit-learn 1.9
+        if own_callbacks or self._left_to_scikit_learn(y) is not None:
             weights = {} if sample_weight is None else {"sample_weight": sample_weight}
             fitted: Self = super().fit(X, y, **weights)
             return fitted
@@ -119,7 +143,8 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
         return self
 
     def _left_to_scikit_learn(self, y: object) -> str | None:
-        """Return what of the parameters, or of y, scikit-learn's class of this name fits itself; None where nothing."""
+        """Return what of the parameters, or of y, scikit-learn's class of this name fits itself;
+        None where nothing."""
         del y
         return None
 
@@ -129,7 +154,8 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
         return tags
 
     def _recipe(self, draw: DrawSeed) -> Any:
-        """Return what the parameters mean; ``draw`` is where random_state=None has its seed from."""
+        """Return what the parameters mean; ``draw`` is where random_state=None has its seed
+        from."""
         raise NotImplementedError
 
     def _set_fitted(self, fitted: Any, rows: Rows) -> None:
@@ -144,7 +170,8 @@ class FitHook(Protocol):
         """Do what ``fit`` would do and return True, or leave it to ``fit``."""
 
     def transform(self, function: Callable[..., object], *args: Any, **options: Any) -> object:
-        """Return what ``function`` does, which fits a transformer of a pipeline and transforms with it."""
+        """Return what ``function`` does, which fits a transformer of a pipeline and transforms with
+        it."""
 
 
 fit_hook: ContextVar[FitHook | None] = ContextVar("fit_hook", default=None)
@@ -160,22 +187,27 @@ def hooked(hook: FitHook | None) -> Iterator[None]:
         fit_hook.reset(token)
 
 
-FLOATS = (np.float64, np.float32)  # in which a table is taken as it is; another precision becomes the first
+# in which a table is taken as it is; another precision becomes the first
+FLOATS = (np.float64, np.float32)
 
 
 def check_rows(estimator: FusedEstimator, X: object, y: Any, sample_weight: object = None) -> Rows:
-    """Return the rows of a fit as scikit-learn checks them for ``estimator``, which takes its feature names over.
+    """Return the rows of a fit as scikit-learn checks them for ``estimator``, which takes its
+    feature names over.
 
-    Inputs that are no table, and targets of several columns, are for an estimator that takes them. Raises InputError or
-    scikit-learn's ValueError for anything else.
+    Inputs that are no table, and targets of several columns, are for an estimator that takes them.
+    Raises InputError or scikit-learn's ValueError for anything else.
     """
-    numeric, any_target = is_regressor(estimator), estimator._takes_any_target
+    numeric = is_regressor(estimator)
+    any_target = estimator._takes_any_target
     if estimator._takes_arrays:
         refuse_ragged(X, "X")
         refuse_ragged(y, "y")
-    X, y = as_dense(X), y.detach().cpu().numpy() if isinstance(y, Tensor) else y
+    X = as_dense(X)
+    y = y.detach().cpu().numpy() if isinstance(y, Tensor) else y
     several = estimator._takes_arrays and has_columns(y)
-    arrays, names = as_arrays(X) if estimator._takes_arrays else None, None
+    arrays = as_arrays(X) if estimator._takes_arrays else None
+    names = None
     if estimator._takes_arrays and arrays is None and isinstance(X, Mapping):
         kinds = ", ".join(f"{name!r}: {type(value).__name__}" for name, value in X.items())
         raise InputError(f"X as a dict must hold arrays or tensors, got {{{kinds}}}; convert them.")
@@ -187,12 +219,16 @@ def check_rows(estimator: FusedEstimator, X: object, y: Any, sample_weight: obje
         target = {} if any_target else {"y": y, "y_numeric": numeric, "multi_output": several}
         checked = validate_data(estimator, X, dtype=FLOATS, order="C", **target)
         table, y = (checked, y) if any_target else checked
-        arrays, names = Arrays((as_tensor(table),)), getattr(estimator, "feature_names_in_", None)
+        arrays = Arrays((as_tensor(table),))
+        names = getattr(estimator, "feature_names_in_", None)
     check_consistent_length(arrays.parts[0], y)
-    weights, classes = None, None
+    weights = None
+    classes = None
     if sample_weight is not None:
         weights = _check_sample_weight(sample_weight, y, dtype=np.float64, ensure_non_negative=True)
-    task: Task = "custom" if any_target else "multilabel" if several and not numeric else "regression"
+    task: Task = (
+        "custom" if any_target else "multilabel" if several and not numeric else "regression"
+    )
     if several and not any_target:
         _check_columns(estimator, y)
     if not any_target and (several or numeric):
@@ -213,20 +249,26 @@ def has_columns(y: Any) -> bool:
 def _check_columns(estimator: FusedEstimator, y: object) -> None:
     """Raise InputError for a target that is a sparse matrix, and for classes in several columns."""
     if issparse(y):
-        raise InputError("y is a sparse matrix, and only dense targets are supported; pass y.toarray().")
+        raise InputError(
+            "y is a sparse matrix, and only dense targets are supported; pass y.toarray()."
+        )
     if not is_regressor(estimator) and type_of_target(y) != "multilabel-indicator":
         shape = np.asarray(y).shape
         raise InputError(
-            f"{type(estimator).__name__} takes labels in several columns, 0 or 1 each, got y of shape {shape}; "
-            "fit one estimator for each column of classes, or a NeuralNetRegressor on numbers."
+            f"{type(estimator).__name__} takes labels in several columns, 0 or 1 each, got y of "
+            f"shape {shape}; fit one estimator for each column of classes, or a "
+            "NeuralNetRegressor on numbers."
         )
 
 
-def fit_together(candidates: Mapping[int, FusedEstimator], folds: FoldGroup, training: Training) -> dict[Place, object]:
+def fit_together(
+    candidates: Mapping[int, FusedEstimator], folds: FoldGroup, training: Training
+) -> dict[Place, object]:
     """Fit all candidates, of one class and by trial, on the training rows of all folds at once.
 
-    Returns for each (fold, trial) what ``_become`` takes. ``random_state=None`` is one fresh draw for all of them. A
-    candidate whose parameters are refused fails in every fold, as its own ``fit`` would.
+    Returns for each (fold, trial) what ``_become`` takes. ``random_state=None`` is one fresh draw
+    for all of them. A candidate whose parameters are refused fails in every fold, as its own
+    ``fit`` would.
     """
 
     @functools.cache
@@ -234,7 +276,8 @@ def fit_together(candidates: Mapping[int, FusedEstimator], folds: FoldGroup, tra
         return int(check_random_state(None).randint(2**31 - 1))
 
     results: dict[Place, object] = {}
-    recipes, trained = {}, []
+    recipes = {}
+    trained = []
     for trial, candidate in candidates.items():
         try:
             recipes[trial] = candidate._recipe(draw)
@@ -246,12 +289,15 @@ def fit_together(candidates: Mapping[int, FusedEstimator], folds: FoldGroup, tra
         else:
             results |= {(fold, trial): refusal for trial in recipes}
     if recipes and trained:
-        results |= next(iter(candidates.values()))._fit_recipes(recipes, folds.part(trained), training)
+        results |= next(iter(candidates.values()))._fit_recipes(
+            recipes, folds.part(trained), training
+        )
     return results
 
 
 def last_step(estimator: object) -> tuple[str, BaseEstimator]:
-    """Return the prefix of the parameters of what is trained, and that itself: a pipeline's last step, or all of it."""
+    """Return the prefix of the parameters of what is trained, and that itself: a pipeline's last
+    step, or all of it."""
     if isinstance(estimator, Pipeline) and estimator.steps:
         name, last = estimator.steps[-1]
         return f"{name}__", last

@@ -1,4 +1,5 @@
-"""Rows as scikit-learn checked them, turned into what the engine trains on: one copy of X for all folds."""
+"""Rows as scikit-learn checked them, turned into what the engine trains on: one copy of X for all
+folds."""
 
 import itertools
 import math
@@ -31,7 +32,8 @@ class Rows:
     """Checked rows of one fit, or of one search over many folds.
 
     X          a table is one tensor (n, D), float32 or float64; other inputs are as they were given
-    y          (n,) int64 positions in ``classes``, float64 numbers (n,) or (n, K), or labels (n, K) of 0 and 1
+    y          (n,) int64 positions in ``classes``, float64 numbers (n,) or (n, K), or labels (n, K)
+               of 0 and 1
     weights    (n,) float64, None where all are one
     classes    those of y, None for numbers and labels
     names      (D,) of a table's features, None where X had none
@@ -49,7 +51,12 @@ class Rows:
     def is_table(self) -> bool:
         """Whether X is rows of numbers, with features that scikit-learn counts and names."""
         x = self.X.parts[0]
-        return len(self.X.parts) == 1 and self.X.names is None and x.dim() == 2 and x.is_floating_point()
+        return (
+            len(self.X.parts) == 1
+            and self.X.names is None
+            and x.dim() == 2
+            and x.is_floating_point()
+        )
 
     @property
     def task(self) -> Task:
@@ -69,18 +76,24 @@ class Rows:
         return float(len(rows) if self.weights is None else self.weights[rows].sum())
 
     def refusal(self, rows: Index) -> ValueError | None:
-        """Return the error that training on these rows alone must raise, None where it can be done."""
+        """Return the error that training on these rows alone must raise, None where it can be
+        done."""
         if len(rows) == 0:
             return ValueError("no rows to train on: found array with 0 sample(s).")
         if not self.weight(rows) > 0:
-            return ValueError("sample_weight must be above 0 for at least one training row, got zeros.")
+            return ValueError(
+                "sample_weight must be above 0 for at least one training row, got zeros."
+            )
         if self.classes is not None and len(codes := np.unique(self.y[rows])) < 2:
             only = self.classes[codes[0]]
-            return ValueError(f"a classifier needs training rows of at least 2 classes, got 1 class: {only}.")
+            return ValueError(
+                f"a classifier needs training rows of at least 2 classes, got 1 class: {only}."
+            )
         return None
 
     def inputs(self, device: torch.device, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
-        """Return X on a device; floats are in their own precision on a CPU, single on a GPU, or in ``dtype``."""
+        """Return X on a device; floats are in their own precision on a CPU, single on a GPU, or in
+        ``dtype``."""
         if dtype is None and device.type != "cpu":
             dtype = torch.float32
         return tuple(x.to(device, dtype if x.is_floating_point() else None) for x in self.X.parts)
@@ -88,14 +101,19 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """The training or validation rows of one fold: ``index`` into checked rows, which it may share with other folds."""
+    """The training or validation rows of one fold: ``index`` into checked rows, which it may share
+    with other folds."""
 
     rows: Rows
     index: Index
 
     def labels(self) -> list[str | float]:
         """Return the labels that the rows have; none for a regression."""
-        return [] if self.rows.classes is None else self.rows.classes[np.unique(self.rows.y[self.index])].tolist()
+        return (
+            []
+            if self.rows.classes is None
+            else self.rows.classes[np.unique(self.rows.y[self.index])].tolist()
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,25 +130,35 @@ class FoldGroup:
 
     @cached_property
     def classes(self) -> Index | None:
-        """Positions of the classes of their training rows, which ``split`` makes the same; None without classes."""
+        """Positions of the classes of their training rows, which ``split`` makes the same; None
+        without classes."""
         return None if self.rows.classes is None else np.unique(self.rows.y[self.trains[0]])
 
     @cached_property
     def codes(self) -> Index:
-        """All rows' positions among ``classes``; rows of other classes are in no fold of the group."""
+        """All rows' positions among ``classes``; rows of other classes are in no fold of the
+        group."""
         assert self.classes is not None
         return np.searchsorted(self.classes, self.rows.y).clip(max=len(self.classes) - 1)
 
     def part(self, index: Sequence[int]) -> "FoldGroup":
         """Return some of the folds, by their positions."""
-        trains, valids = self.trains, self.valids
+        trains = self.trains
+        valids = self.valids
         valids = tuple(valids[i] for i in index) if valids else ()
-        return FoldGroup(tuple(self.numbers[i] for i in index), self.rows, tuple(trains[i] for i in index), valids)
+        return FoldGroup(
+            tuple(self.numbers[i] for i in index),
+            self.rows,
+            tuple(trains[i] for i in index),
+            valids,
+        )
 
     def split(self, keys: Iterable[Hashable] | None = None) -> "list[FoldGroup]":
-        """Return groups of folds whose training rows have the same classes, and that have the same key.
+        """Return groups of folds whose training rows have the same classes, and that have the same
+        key.
 
-        A network for the classes of its own fold is what a fit on that fold's rows alone would make.
+        A network for the classes of its own fold is what a fit on that fold's rows alone would
+        make.
         """
         groups: dict[Hashable, list[int]] = defaultdict(list)
         for i, (train, key) in enumerate(zip(self.trains, keys or itertools.repeat(None))):
@@ -151,7 +179,9 @@ def lay_out(folds: Mapping[int, Sequence[Part]]) -> list[FoldGroup]:
     for numbers in forms.values():
         blocks = {id(part.rows): part.rows for number in numbers for part in folds[number]}
         starts = dict(zip(blocks, np.cumsum([0, *(len(rows.X) for rows in blocks.values())])))
-        indices = ([part.index + starts[id(part.rows)] for part in folds[number]] for number in numbers)
+        indices = (
+            [part.index + starts[id(part.rows)] for part in folds[number]] for number in numbers
+        )
         groups.append(FoldGroup(tuple(numbers), _join(list(blocks.values())), *zip(*indices)))
     return groups
 
@@ -165,29 +195,50 @@ def _join(blocks: Sequence[Rows]) -> Rows:
     weighted = [rows.weights for rows in blocks if rows.weights is not None]
     weights = np.concatenate(weighted) if weighted else None
     if first.classes is None:
-        return Rows(X, np.concatenate([rows.y for rows in blocks]), weights, None, first.names, first.taken_as)
+        return Rows(
+            X,
+            np.concatenate([rows.y for rows in blocks]),
+            weights,
+            None,
+            first.names,
+            first.taken_as,
+        )
     labels = np.concatenate([rows.classes[rows.y] for rows in blocks if rows.classes is not None])
     classes, codes = np.unique(labels, return_inverse=True)
     return Rows(X, codes.astype(np.int64), weights, classes, first.names)
 
 
 def make_dataset(
-    group: FoldGroup, x: Sequence[Tensor], *, standardise: bool = True, numbers: str = "none", watched: bool = False
+    group: FoldGroup,
+    x: Sequence[Tensor],
+    *,
+    standardise: bool = True,
+    numbers: str = "none",
+    watched: bool = False,
 ) -> Dataset:
     """Return the engine's dataset of a group of folds on inputs (n, ...).
 
-    Numbers to be predicted are standardised by the training rows of each fold, unless told not to; ``numbers`` says
-    whether inputs are. Where training is ``watched``, the training rows that weigh something are its validation rows.
+    Numbers to be predicted are standardised by the training rows of each fold, unless told not to;
+    ``numbers`` says whether inputs are. Where training is ``watched``, the training rows that weigh
+    something are its validation rows.
     """
     rows = group.rows
     weigh = np.full(len(rows.y), watched) if rows.weights is None else (rows.weights > 0) & watched
     folds = list(zip(group.trains, group.valids or [train[weigh[train]] for train in group.trains]))
-    # Half a number is too little to train in; a module of integers alone has parameters of single precision.
+    # Half a number is too little to train in; a module of integers alone has parameters of single
+    # precision.
     dtype = torch.float64 if any(part.dtype == torch.float64 for part in x) else torch.float32
-    X, like = Arrays(tuple(x), rows.X.names), torch.empty(0, dtype=dtype, device=x[0].device)
-    statistics, weights = fit_channels(X, group.trains, numbers), Weights(rows.weights, None, of_target=True)
+    X = Arrays(tuple(x), rows.X.names)
+    like = torch.empty(0, dtype=dtype, device=x[0].device)
+    statistics = fit_channels(X, group.trains, numbers)
+    weights = Weights(rows.weights, None, of_target=True)
     if rows.classes is None or group.classes is None:
-        target = Target(rows.taken_as, np.require(rows.y, requirements=["C", "W"]), None, standardise=standardise)
+        target = Target(
+            rows.taken_as,
+            np.require(rows.y, requirements=["C", "W"]),
+            None,
+            standardise=standardise,
+        )
     else:
         task: Task = "binary" if len(group.classes) == 2 else "multiclass"
         target = Target(task, group.codes, rows.classes[group.classes])
@@ -195,14 +246,17 @@ def make_dataset(
 
 
 def as_dense(X: Any) -> Any:
-    """Return a sparse matrix as an array, anything else as it is. Raises InputError where memory does not hold it."""
+    """Return a sparse matrix as an array, anything else as it is. Raises InputError where memory
+    does not hold it."""
     if not issparse(X):
         return X
-    size, free = math.prod(X.shape) * X.dtype.itemsize, free_memory()
+    size = math.prod(X.shape) * X.dtype.itemsize
+    free = free_memory()
     if size > free:
         raise InputError(
-            f"X is a sparse matrix of {X.shape[0]} rows and {X.shape[1]} columns, which takes {size:.1e} bytes as the "
-            f"array that it is trained as, and {free:.1e} are free; give fewer columns, as TruncatedSVD makes them."
+            f"X is a sparse matrix of {X.shape[0]} rows and {X.shape[1]} columns, which takes "
+            f"{size:.1e} bytes as the array that it is trained as, and {free:.1e} are free; give "
+            "fewer columns, as TruncatedSVD makes them."
         )
     return X.toarray()
 
@@ -213,16 +267,19 @@ def as_tensor(array: np.ndarray) -> Tensor:
 
 
 class SliceDict(dict[str, Any]):
-    """Inputs of a module by the names of its forward's arguments, arrays or tensors (n, ...), split by their rows.
+    """Inputs of a module by the names of its forward's arguments, arrays or tensors (n, ...), split
+    by their rows.
 
         X = SliceDict(image=images, age=ages)
         cross_validate(net, X, y)
 
-    Its length and shape are those of rows, n and (n,). A name gives that input, any other index a SliceDict of those
-    rows. Raises InputError for what is no array, and for unequal lengths.
+    Its length and shape are those of rows, n and (n,). A name gives that input, any other index a
+    SliceDict of those rows. Raises InputError for what is no array, and for unequal lengths.
     """
 
-    def __init__(self, inputs: Mapping[str, object] | Iterable[tuple[str, object]] = (), **more: object) -> None:
+    def __init__(
+        self, inputs: Mapping[str, object] | Iterable[tuple[str, object]] = (), **more: object
+    ) -> None:
         super().__init__(inputs, **more)
         for name, value in self.items():
             if not isinstance(value, np.ndarray | Tensor) or value.ndim == 0:
@@ -247,10 +304,12 @@ class SliceDict(dict[str, Any]):
 
 
 def as_sliced(X: object) -> object:
-    """Return a dict of inputs as a SliceDict, anything else as it is. Raises InputError for a tuple of inputs."""
+    """Return a dict of inputs as a SliceDict, anything else as it is. Raises InputError for a tuple
+    of inputs."""
     if isinstance(X, tuple) and X and all(isinstance(value, np.ndarray | Tensor) for value in X):
         raise InputError(
-            f"X is a tuple of {len(X)} inputs, which scikit-learn cannot split by rows; name them after the arguments "
-            "of the module's forward: X=gputune.sklearn.SliceDict(image=..., age=...)."
+            f"X is a tuple of {len(X)} inputs, which scikit-learn cannot split by rows; name them "
+            "after the arguments of the module's forward: X=gputune.sklearn.SliceDict(image=..., "
+            "age=...)."
         )
     return SliceDict(X) if type(X) is dict else X

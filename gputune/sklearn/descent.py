@@ -1,4 +1,5 @@
-"""HypergradientSearchCV: drawn candidates descend along the derivative of their validation loss, all at once.
+"""HypergradientSearchCV: drawn candidates descend along the derivative of their validation loss,
+all at once.
 
 A slope is that of the same training once more, differentiated on the validation rows.
 """
@@ -36,7 +37,8 @@ from gputune.types import Config
 
 
 class TrialSlopes(NamedTuple):
-    """Of one trial, by fold: ``losses`` (F,), ``slopes`` hyperparameter -> (F, 1, 1), ``ratios`` (F,) of the guard."""
+    """Of one trial, by fold: ``losses`` (F,), ``slopes`` hyperparameter -> (F, 1, 1), ``ratios``
+    (F,) of the guard."""
 
     losses: NDArray[np.float64]
     slopes: dict[str, NDArray[np.float64]]
@@ -44,12 +46,16 @@ class TrialSlopes(NamedTuple):
 
 
 @entry
-def slopes_of(fits: Sequence[Fit], names: Sequence[str], mode: SlopeMode, training: Training) -> dict[int, TrialSlopes]:
-    """Return the slopes of each trial in some hyperparameters; all of its fits are made and hold validation rows out.
+def slopes_of(
+    fits: Sequence[Fit], names: Sequence[str], mode: SlopeMode, training: Training
+) -> dict[int, TrialSlopes]:
+    """Return the slopes of each trial in some hyperparameters; all of its fits are made and hold
+    validation rows out.
 
-    The loss is the mean cross-entropy of the validation rows, or the mean squared error in the target's own unit.
-    The slope is in the hyperparameter as the estimator has it: in alpha, where alpha is set. It is exact, or taken by
-    wide differences. Trials that the deadline cuts short are missing.
+    The loss is the mean cross-entropy of the validation rows, or the mean squared error in the
+    target's own unit. The slope is in the hyperparameter as the estimator has it: in alpha, where
+    alpha is set. It is exact, or taken by wide differences. Trials that the deadline cuts short are
+    missing.
     """
     by_fold: dict[int, dict[int, MemberSlope]] = defaultdict(dict)
     for folds, trials in layouts(fits, held_out=True):
@@ -57,35 +63,49 @@ def slopes_of(fits: Sequence[Fit], names: Sequence[str], mode: SlopeMode, traini
         for trial, own in trials.items():
             fit = own[folds.numbers[0]]
             recipes[trial] = fit.estimator._recipe(lambda: 0)
-            if isinstance(fit.fitted, Member):  # which knows the seed: a RandomState has drawn another one
+            # which knows the seed: a RandomState has drawn another one
+            if isinstance(fit.fitted, Member):
                 recipes[trial] = replace(recipes[trial], seed=fit.fitted.seed, patience=None)
         for (fold, trial), slope in fit.estimator._slopes(recipes, folds, names, mode, training):
             by_fold[trial][fold] = slope
-    whole, found = Counter(fit.trial for fit in fits), {}
+    whole = Counter(fit.trial for fit in fits)
+    found = {}
     for trial, slopes in by_fold.items():
         if len(slopes) == whole[trial]:
             losses, of_names, ratios = zip(*(slopes[fold] for fold in sorted(slopes)))
-            tables = {name: np.array([each[name] for each in of_names])[:, None, None] for name in of_names[0]}
+            tables = {
+                name: np.array([each[name] for each in of_names])[:, None, None]
+                for name in of_names[0]
+            }
             found[trial] = TrialSlopes(np.array(losses), tables, np.array(ratios))
     return found
 
 
-def descended_parameters(hyperparameters: str | Sequence[str] | None, estimator: object) -> dict[str, str]:
-    """Return what is descended on, in the engine's words -> the parameter of the estimator that holds it.
+def descended_parameters(
+    hyperparameters: str | Sequence[str] | None, estimator: object
+) -> dict[str, str]:
+    """Return what is descended on, in the engine's words -> the parameter of the estimator that
+    holds it.
 
-    None is the usual one. Raises InputError for one that the estimator has not, and for one named twice.
+    None is the usual one. Raises InputError for one that the estimator has not, and for one named
+    twice.
     """
     prefix, last = last_step(estimator)
     own = last.get_params(deep=False)
     offered = {word: name for word, name in last._differentiable.items() if word in own}
     words = [hyperparameters] if isinstance(hyperparameters, str) else hyperparameters
-    words = list(offered)[:1] if words is None else [str(word).removeprefix(prefix) for word in words]
+    words = (
+        list(offered)[:1] if words is None else [str(word).removeprefix(prefix) for word in words]
+    )
     names = [offered.get(word) for word in words]
     if not names or None in names or len(set(names)) < len(names):
-        several = [" or ".join(w for w in offered if offered[w] == n) for n in dict.fromkeys(offered.values())]
+        several = [
+            " or ".join(w for w in offered if offered[w] == n)
+            for n in dict.fromkeys(offered.values())
+        ]
         raise InputError(
-            f"hyperparameters: a descent of {type(last).__name__} moves some of {', '.join(several)}, each named once, "
-            f"got {hyperparameters!r}."
+            f"hyperparameters: a descent of {type(last).__name__} moves some of "
+            f"{', '.join(several)}, each named once, got {hyperparameters!r}."
         )
     return {name: prefix + word for name, word in zip(names, words) if name is not None}
 
@@ -98,30 +118,43 @@ def start_value(recipe: Recipe | Penalty, name: str, parameter: str, start: str)
     if isinstance(recipe, Penalty):
         if not recipe.fit_intercept:
             raise InputError(
-                "the derivative in C is that of a logistic regression with intercepts, got fit_intercept=False in "
-                f"{start}; leave it True, or search C with RandomizedSearchCV."
+                "the derivative in C is that of a logistic regression with intercepts, got "
+                f"fit_intercept=False in {start}; leave it True, or search C with "
+                "RandomizedSearchCV."
             )
         value = recipe.C
     else:
-        check_start(recipe.config, name, start, argument="hyperparameters", remedy=", or use RandomizedSearchCV")
-        value, alpha = recipe.config[name], recipe.alpha
+        check_start(
+            recipe.config,
+            name,
+            start,
+            argument="hyperparameters",
+            remedy=", or use RandomizedSearchCV",
+        )
+        value = recipe.config[name]
+        alpha = recipe.alpha
         if name == "weight_decay" and (alpha is not None) != parameter.endswith("alpha"):
             other = "weight_decay" if alpha is None else "alpha"
             raise InputError(
-                f"hyperparameters: {start} decays by {other}, and not by {parameter}; name {other!r}, or put "
-                f"{parameter!r} in param_distributions."
+                f"hyperparameters: {start} decays by {other}, and not by {parameter}; name "
+                f"{other!r}, or put {parameter!r} in param_distributions."
             )
         value = alpha if name == "weight_decay" and alpha is not None else float(value)
     check_coordinate(name, value, start, called=parameter, space="param_distributions")
     return value
 
 
-def neg_log_loss(estimator: BaseEstimator, X: object, y: object, sample_weight: object = None) -> float:
-    """Return minus the log loss of a fitted classifier on rows X (m, D) with labels y (m,), in (-inf, 0].
+def neg_log_loss(
+    estimator: BaseEstimator, X: object, y: object, sample_weight: object = None
+) -> float:
+    """Return minus the log loss of a fitted classifier on rows X (m, D) with labels y (m,), in
+    (-inf, 0].
 
-    Unlike scikit-learn's score of this name it also holds for rows that lack some of the classes. scikit-learn keeps
-    chances within [eps, 1 - eps], so that a loss beyond -log(eps), which the descended one may have, is cut there.
-    ``sample_weight`` (m,) is what newer releases of scikit-learn weight scores by where ``fit`` was given it.
+    Unlike scikit-learn's score of this name it also holds for rows that lack some of the classes.
+    scikit-learn keeps chances within [eps, 1 - eps], so that a loss beyond -log(eps), which the
+    descended one may have, is cut there.
+    ``sample_weight`` (m,) is what newer releases of scikit-learn weight scores by where ``fit`` was
+    given it.
     """
     chances = estimator.predict_proba(X)
     return -float(log_loss(y, chances, labels=estimator.classes_, sample_weight=sample_weight))
@@ -131,7 +164,8 @@ def neg_log_loss(estimator: BaseEstimator, X: object, y: object, sample_weight: 
 class DescentRun(SearchRun):
     """A run whose candidates are the points of a descent on the validation loss of X and y.
 
-    ``origins`` has the start and the outer step of each point, ``fits`` those of the point where each start stands.
+    ``origins`` has the start and the outer step of each point, ``fits`` those of the point where
+    each start stands.
     """
 
     X: object = None
@@ -147,17 +181,25 @@ class DescentRun(SearchRun):
     patient: ClassVar[bool] = False  # trainings are differentiated over all epochs
     measures_again: ClassVar[bool] = True
 
-    def descend(self, candidates: Candidates, space: Any, method: Hypergradient) -> TrainedCandidates:
-        """Train all candidates, then outer step by outer step the points to which those that can descend move.
+    def descend(
+        self, candidates: Candidates, space: Any, method: Hypergradient
+    ) -> TrainedCandidates:
+        """Train all candidates, then outer step by outer step the points to which those that can
+        descend move.
 
-        The folds are split once, and are the same at every step. A point that diverges steps down. One that is refused,
-        cannot be evaluated, or that ``deadline`` cuts short is the last of its start.
+        The folds are split once, and are the same at every step. A point that diverges steps down.
+        One that is refused, cannot be evaluated, or that ``deadline`` cuts short is the last of its
+        start.
 
-        Raises InputError, before anything trains, for a candidate or a fold that cannot be descended on.
+        Raises InputError, before anything trains, for a candidate or a fold that cannot be
+        descended on.
         """
-        begin, self.outer_steps = time.monotonic(), method.outer_steps
+        begin = time.monotonic()
+        self.outer_steps = method.outer_steps
         dicts = space if isinstance(space, list) else [space]
-        ranges = {name: range_of(dicts, (parameter,)) for name, parameter in self.parameters.items()}
+        ranges = {
+            name: range_of(dicts, (parameter,)) for name, parameter in self.parameters.items()
+        }
         bounds = {name: ends for name, ends in ranges.items() if ends is not None}
         starts = {}
         for number, params in enumerate(candidates):
@@ -166,7 +208,8 @@ class DescentRun(SearchRun):
                 recipe = last._recipe(lambda: 0)
             except (TypeError, ValueError):  # the estimator refuses the candidate, as its fit will
                 continue
-            own, start = self.parameters.items(), f"start {number}"
+            own = self.parameters.items()
+            start = f"start {number}"
             values = {name: start_value(recipe, name, parameter, start) for name, parameter in own}
             starts[number] = Descent(method, tuple(self.parameters), values, bounds)
         self.X, self.y = indexable(self.X, self.y)
@@ -178,9 +221,13 @@ class DescentRun(SearchRun):
 
     def add(self, starts: Mapping[int, Descent], step: int) -> None:
         """Train the points to which starts have moved."""
-        params = {origin[0]: point for origin, point in zip(self.origins, self.points)}  # the last of each
+        # the last of each
+        params = {origin[0]: point for origin, point in zip(self.origins, self.points)}
         points = [
-            {**params[number], **{self.parameters[name]: start.config[name] for name in start.names}}
+            {
+                **params[number],
+                **{self.parameters[name]: start.config[name] for name in start.names},
+            }
             for number, start in starts.items()
         ]
         if points:
@@ -188,18 +235,30 @@ class DescentRun(SearchRun):
 
     def _train(self, points: Candidates, origins: Sequence[tuple[int, int]]) -> None:
         """Train points, which are numbered after those before."""
-        events, first = self.record(points, self.X, self.y, self.splits), len(self.points)
+        events = self.record(points, self.X, self.y, self.splits)
+        first = len(self.points)
         fits = fits_of(events)
         seen: set[tuple[int, int]] = set()
-        for fit in fits:  # the loss on the validation rows of a fold must have a slope, whatever is trained
-            train, valid = fit.train, fit.valid
-            if not (isinstance(train, Part) and isinstance(valid, Part)) or (fit.fold, id(train)) in seen:
+        # the loss on the validation rows of a fold must have a slope, whatever is trained
+        for fit in fits:
+            train = fit.train
+            valid = fit.valid
+            if (
+                not (isinstance(train, Part) and isinstance(valid, Part))
+                or (fit.fold, id(train)) in seen
+            ):
                 continue
             seen.add((fit.fold, id(train)))
             if len(valid.index) == 0:
-                raise InputError(f"cv: fold {fit.fold} has no validation rows to descend on; give it some.")
+                raise InputError(
+                    f"cv: fold {fit.fold} has no validation rows to descend on; give it some."
+                )
             weights = train.rows.weights
-            weighing = train if weights is None else replace(train, index=train.index[weights[train.index] > 0])
+            weighing = (
+                train
+                if weights is None
+                else replace(train, index=train.index[weights[train.index] > 0])
+            )
             check_classes(fit.fold, valid.labels(), weighing.labels(), weighed=weights is not None)
         self.train(points, fits)
         self.fits = {number: [] for number, _ in origins}
@@ -211,20 +270,27 @@ class DescentRun(SearchRun):
         self.events += events
 
     def measure(self, starts: Mapping[int, Descent], step: int) -> dict[int, Slope]:
-        """Return the slope where each start stands that can go on; those that the deadline cuts short are missing.
+        """Return the slope where each start stands that can go on; those that the deadline cuts
+        short are missing.
 
-        A start can go on where its point was trained in all folds, or diverged, and has validation rows in all of them.
+        A start can go on where its point was trained in all folds, or diverged, and has validation
+        rows in all of them.
         """
         if step == self.outer_steps:
             return {}
-        slopes, whole = {}, {}
+        slopes = {}
+        whole = {}
         for n, start in starts.items():
             errors = [fit.error for fit in self.fits[n] if isinstance(fit.valid, Part)]
-            if len(errors) < len(self.splits) or not all(isinstance(each, DivergedError | None) for each in errors):
+            if len(errors) < len(self.splits) or not all(
+                isinstance(each, DivergedError | None) for each in errors
+            ):
                 continue
             if any(errors):  # no slope, nor would differences find one: it steps down
                 none = {name: np.full((1, 1), math.nan) for name in start.names}
-                slopes[n] = Slope(math.nan, none, none, usable=False, ratio=math.inf, mode="differences")
+                slopes[n] = Slope(
+                    math.nan, none, none, usable=False, ratio=math.inf, mode="differences"
+                )
             else:
                 whole[n] = self.fits[n]
         modes: tuple[SlopeMode, ...] = ("exact", "differences")
@@ -233,45 +299,61 @@ class DescentRun(SearchRun):
             if not fits or (self.deadline is not None and time.monotonic() > self.deadline):
                 continue
             training = Training(workers(), self.deadline)
-            found = slopes_of([fit for own in fits.values() for fit in own], tuple(self.parameters), mode, training)
+            found = slopes_of(
+                [fit for own in fits.values() for fit in own],
+                tuple(self.parameters),
+                mode,
+                training,
+            )
             points = {n: found[own[0].trial] for n, own in fits.items() if own[0].trial in found}
             slopes |= {n: slope_at(starts[n].config, *slope, mode) for n, slope in points.items()}
         return slopes
 
 
 class HypergradientSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  # type: ignore[misc]
-    """A search whose candidates move: ``n_iter`` starts are drawn, and descend on their cross-validated loss.
+    """A search whose candidates move: ``n_iter`` starts are drawn, and descend on their
+    cross-validated loss.
 
-    At each outer step all starts train in all folds at once, the mean over the folds of the loss on their validation
-    rows is differentiated through the training, and every start moves against its slope, in the logarithm of its
-    hyperparameters (momentum in the logit). What else a start was drawn with stays. Every point on the way is a
-    candidate in ``cv_results_``, which has ``start`` and ``outer_step`` (0 for the starts) beside scikit-learn's keys;
-    the best of all of them is refitted. Attributes are those of RandomizedSearchCV.
+    At each outer step all starts train in all folds at once, the mean over the folds of the loss on
+    their validation rows is differentiated through the training, and every start moves against its
+    slope, in the logarithm of its hyperparameters (momentum in the logit). What else a start was
+    drawn with stays. Every point on the way is a candidate in ``cv_results_``, which has ``start``
+    and ``outer_step`` (0 for the starts) beside scikit-learn's keys; the best of all of them is
+    refitted. Attributes are those of RandomizedSearchCV.
 
     estimator        one of gputune's, or a Pipeline that ends in one
-    hyperparameters  what is moved, in the estimator's words: "learning_rate_init", "alpha" or "weight_decay" and
-                     "momentum" of an MLP, "lr", "optimizer__weight_decay" and "optimizer__momentum" of a NeuralNet, "C"
-                     of a LogisticRegression, at its minimum; None is the first. Where one is drawn from a distribution
-                     in ``param_distributions``, it stays within its range; else a start has the estimator's own value
+    hyperparameters  what is moved, in the estimator's words: "learning_rate_init", "alpha" or
+                     "weight_decay" and "momentum" of an MLP, "lr", "optimizer__weight_decay" and
+                     "optimizer__momentum" of a NeuralNet, "C" of a LogisticRegression, at its
+                     minimum; None is the first. Where one is drawn from a distribution in
+                     ``param_distributions``, it stays within its range; else a start has the
+                     estimator's own value
     n_iter           starts
-    outer_steps      points that follow a start at most; a start ends sooner where its steps are short or lead nowhere
-    step             "sign": every value moves by its own step, halved when the sign of its slope flips; "normalized":
-                     all move along the slope, by a length divided by ten when the loss rises
-    first_step       length of the first step in the logarithm; None: 1.5 for one value, 1.0 for several
+    outer_steps      points that follow a start at most; a start ends sooner where its steps are
+                     short or lead nowhere
+    step             "sign": every value moves by its own step, halved when the sign of its slope
+                     flips; "normalized": all move along the slope, by a length divided by ten when
+                     the loss rises
+    first_step       length of the first step in the logarithm; None: 1.5 for one value, 1.0 for
+                     several
     smallest_step    a start whose steps are all shorter has ended
-    scoring          None is the loss that is descended: the negative log loss, also on folds whose validation rows lack
-                     a class, for a regressor "neg_mean_squared_error"; the method ``score`` is then the estimator's
-                     own, as in every search of scikit-learn. Any other one ranks the points, and does not move them.
-    device, study, timeout, n_jobs   as in gputune's RandomizedSearchCV; after ``timeout`` seconds no start moves on
+    scoring          None is the loss that is descended: the negative log loss, also on folds whose
+                     validation rows lack a class, for a regressor "neg_mean_squared_error"; the
+                     method ``score`` is then the estimator's own, as in every search of
+                     scikit-learn. Any other one ranks the points, and does not move them.
+    device, study, timeout, n_jobs   as in gputune's RandomizedSearchCV; after ``timeout`` seconds
+                                     no start moves on
 
-    A point whose training diverges, or whose slope is noise, steps down with its learning rate; after the second time
-    its slopes come from wide finite differences. ``mean_fit_time`` is a fit's share of all training, the differentiated
-    one included. The descended loss is not weighted by ``sample_weight``; training is, and newer releases of
-    scikit-learn weight the scores too. Folds are split once. A parameter of an estimator is one number: for schedules
-    and rates of each layer use ``gputune.tune(method=gputune.Hypergradient(...))``.
+    A point whose training diverges, or whose slope is noise, steps down with its learning rate;
+    after the second time its slopes come from wide finite differences. ``mean_fit_time`` is a fit's
+    share of all training, the differentiated one included. The descended loss is not weighted by
+    ``sample_weight``; training is, and newer releases of scikit-learn weight the scores too. Folds
+    are split once. A parameter of an estimator is one number: for schedules and rates of each layer
+    use ``gputune.tune(method=gputune.Hypergradient(...))``.
 
-    Raises InputError, before anything trains, for an estimator that is none of gputune's, a hyperparameter that it or
-    its optimizer has not, a start that cannot move, and a fold whose validation rows have a class of their own.
+    Raises InputError, before anything trains, for an estimator that is none of gputune's, a
+    hyperparameter that it or its optimizer has not, a start that cannot move, and a fold whose
+    validation rows have a class of their own.
     """
 
     _space_name = "param_distributions"
@@ -288,15 +370,23 @@ class HypergradientSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  #
     __init__ = constructor(
         model_selection.RandomizedSearchCV,
         {
-            "n_iter": 4, "outer_steps": 10, "hyperparameters": None, "step": "sign", "first_step": None,
-            "smallest_step": 0.05, **EXTRAS,
+            "n_iter": 4,
+            "outer_steps": 10,
+            "hyperparameters": None,
+            "step": "sign",
+            "first_step": None,
+            "smallest_step": 0.05,
+            **EXTRAS,
         },
-    )  # fmt: skip
+    )
 
     def score(self, X: object, y: object = None, **params: object) -> float:
-        """Return the score of the refitted estimator: by ``scoring`` where it was given, else its own ``score``."""
+        """Return the score of the refitted estimator: by ``scoring`` where it was given, else its
+        own ``score``."""
         by_estimator = self.scoring is None and hasattr(self, "best_estimator_")
-        return float((self.best_estimator_.score if by_estimator else super().score)(X, y, **params))
+        return float(
+            (self.best_estimator_.score if by_estimator else super().score)(X, y, **params)
+        )
 
     def _effective_scoring(self) -> object:
         if self.scoring is not None:
@@ -305,8 +395,8 @@ class HypergradientSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  #
 
     def _leave_to_own_loop(self, reason: str) -> None:
         raise InputError(
-            f"HypergradientSearchCV differentiates the training of gputune's estimators, and {reason}; use "
-            "RandomizedSearchCV."
+            "HypergradientSearchCV differentiates the training of gputune's estimators, and "
+            f"{reason}; use RandomizedSearchCV."
         )
 
     def _make_run(self, X: object, y: object) -> SearchRun:

@@ -1,4 +1,5 @@
-"""LogisticRegression: scikit-learn's linear classifier, solved to convergence for every C and fold at once."""
+"""LogisticRegression: scikit-learn's linear classifier, solved to convergence for every C and fold
+at once."""
 
 import inspect
 import itertools
@@ -51,11 +52,15 @@ class SolvedMember:
     classes: NDArray[np.int64]
 
 
-def solve_groups(penalties: Mapping[int, Penalty], folds: FoldGroup) -> list[tuple[list[int], FoldGroup]]:
-    """Return what is solved together: trials that differ in C and l1_ratio alone, and folds of the same classes."""
+def solve_groups(
+    penalties: Mapping[int, Penalty], folds: FoldGroup
+) -> list[tuple[list[int], FoldGroup]]:
+    """Return what is solved together: trials that differ in C and l1_ratio alone, and folds of the
+    same classes."""
     alike: dict[Hashable, list[int]] = defaultdict(list)
     for trial, p in penalties.items():
-        device = device_for_solver(p.device).device  # one that is not there is an error of the search, not of a fit
+        # one that is not there is an error of the search, not of a fit
+        device = device_for_solver(p.device).device
         alike[device, repr(p.class_weight), p.fit_intercept, p.tol, p.max_iter].append(trial)
     return [(trials, group) for trials in alike.values() for group in folds.split()]
 
@@ -63,7 +68,8 @@ def solve_groups(penalties: Mapping[int, Penalty], folds: FoldGroup) -> list[tup
 def solve_members(
     penalties: Mapping[int, Penalty], folds: FoldGroup, training: Training
 ) -> dict[Place, SolvedMember | Exception]:
-    """Solve every penalty on the training rows of every fold; ValueError for class weights that do not fit them."""
+    """Solve every penalty on the training rows of every fold; ValueError for class weights that do
+    not fit them."""
     del training  # one batched solve, which takes seconds where training takes minutes
     members: dict[Place, SolvedMember | Exception] = {}
     for trials, group in solve_groups(penalties, folds):
@@ -75,11 +81,15 @@ def solve_members(
             continue
         assert group.classes is not None
         solution = solve(problem)
-        members |= {place: SolvedMember(solution, p, group.classes) for p, place in enumerate(places)}
+        members |= {
+            place: SolvedMember(solution, p, group.classes) for p, place in enumerate(places)
+        }
     return members
 
 
-def solver_slopes(penalties: Mapping[int, Penalty], folds: FoldGroup, *_: object) -> list[tuple[Place, MemberSlope]]:
+def solver_slopes(
+    penalties: Mapping[int, Penalty], folds: FoldGroup, *_: object
+) -> list[tuple[Place, MemberSlope]]:
     """Return the slope in C, at the minimum, of every penalty in every fold."""
     found: list[tuple[Place, MemberSlope]] = []
     for trials, group in solve_groups(penalties, folds):
@@ -87,16 +97,21 @@ def solver_slopes(penalties: Mapping[int, Penalty], folds: FoldGroup, *_: object
         valids = [as_tensor(valid).to(problem.y.device) for valid in group.valids]
         implicit = implicit_gradients(problem, solve(problem), valids)
         slopes = implicit.gradient / problem.C.repeat(len(valids))  # members are fold-major
-        members = zip(itertools.product(group.numbers, trials), implicit.value.tolist(), slopes.tolist())
+        members = zip(
+            itertools.product(group.numbers, trials), implicit.value.tolist(), slopes.tolist()
+        )
         found += [(place, (loss, {"C": slope}, 0.0)) for place, loss, slope in members]
     return found
 
 
 def make_problem(penalties: Sequence[Penalty], folds: FoldGroup) -> Problem:
-    """Return the problem of penalties that are alike; raises ValueError for weights that leave no rows."""
+    """Return the problem of penalties that are alike; raises ValueError for weights that leave no
+    rows."""
     first = penalties[0]
     (x,) = folds.rows.inputs(device_for_solver(first.device).device, torch.float64)
-    weights = as_tensor(np.stack([_weights(first.class_weight, folds, train) for train in folds.trains])).to(x.device)
+    weights = as_tensor(
+        np.stack([_weights(first.class_weight, folds, train) for train in folds.trains])
+    ).to(x.device)
     C, l1_ratio = (x.new_tensor(values) for values in zip(*((p.C, p.l1_ratio) for p in penalties)))
     assert folds.classes is not None
     return Problem(
@@ -115,8 +130,10 @@ def make_problem(penalties: Sequence[Penalty], folds: FoldGroup) -> Problem:
 def _weights(
     class_weight: Mapping[object, float] | str | None, folds: FoldGroup, train: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """Return each row's weight in a fold, (n,), 0 outside of its training rows: sample weight times class weight."""
-    rows, codes = folds.rows, folds.codes[train]
+    """Return each row's weight in a fold, (n,), 0 outside of its training rows: sample weight times
+    class weight."""
+    rows = folds.rows
+    codes = folds.codes[train]
     assert rows.classes is not None and folds.classes is not None
     of_rows = np.ones(len(train)) if rows.weights is None else rows.weights[train]
     labels = rows.classes[folds.classes]
@@ -128,7 +145,9 @@ def _weights(
     weights = np.zeros(len(rows.y))
     weights[train] = of_rows * per_class[codes]
     if not ((weights >= 0).all() and weights.any()):
-        raise ValueError(f"class_weight={class_weight!r} must leave weights >= 0, and one training row above 0.")
+        raise ValueError(
+            f"class_weight={class_weight!r} must leave weights >= 0, and one training row above 0."
+        )
     return weights
 
 
@@ -136,26 +155,30 @@ _PENALTY = inspect.signature(Theirs).parameters["penalty"].default
 
 
 class LogisticRegression(FusedEstimator, Theirs):  # type: ignore[misc]
-    """The logistic regression (softmax for more than two classes), with scikit-learn's objective and its parameters.
+    """The logistic regression (softmax for more than two classes), with scikit-learn's objective
+    and its parameters.
 
-    Minimises C * (sum of weight * log loss) + (1 - l1_ratio) / 2 ||W||^2 + l1_ratio ||W||_1 by Newton's method, in
-    double precision whatever X has; the intercepts carry no penalty. The solution is unique, so that ``solver``,
-    ``random_state``, ``warm_start``, ``n_jobs`` and ``verbose`` take no part, and l1 and elastic net are solved
-    whatever the solver. ``fit`` is scikit-learn's own, of one estimator alone, for solver="liblinear", which penalises
-    the intercept too, for dual=True, and with callbacks of the estimator's own.
+    Minimises C * (sum of weight * log loss) + (1 - l1_ratio) / 2 ||W||^2 + l1_ratio ||W||_1 by
+    Newton's method, in double precision whatever X has; the intercepts carry no penalty. The
+    solution is unique, so that ``solver``,
+    ``random_state``, ``warm_start``, ``n_jobs`` and ``verbose`` take no part, and l1 and elastic
+    net are solved whatever the solver. ``fit`` is scikit-learn's own, of one estimator alone, for
+    solver="liblinear", which penalises the intercept too, for dual=True, and with callbacks of the
+    estimator's own.
 
     C                the inverse strength of the penalty, inf for none
     l1_ratio         0 is L2, 1 is L1, between them the elastic net
-    penalty          the older word: "l2", "l1", "elasticnet" (as l1_ratio says), None (no penalty, C ignored);
-                     "auto" and the default leave it to C and l1_ratio
+    penalty          the older word: "l2", "l1", "elasticnet" (as l1_ratio says), None (no penalty,
+                     C ignored); "auto" and the default leave it to C and l1_ratio
     class_weight     None, "balanced", or a dict from class to weight
     fit_intercept    False: no intercept
     tol              largest violation of the optimality conditions, 1e-10 where that is smaller
     max_iter         Newton steps at most; a ConvergenceWarning where they were not enough
     device           "auto" (the CPU), "cpu", "cuda", "cuda:1"
 
-    After ``fit``: what scikit-learn's has; ``coef_`` (K, D) and ``intercept_`` (K,) in X's precision, with K = 1 for
-    two classes, ``n_iter_`` (1,) Newton steps. Sparse X is made dense, where memory holds it.
+    After ``fit``: what scikit-learn's has; ``coef_`` (K, D) and ``intercept_`` (K,) in X's
+    precision, with K = 1 for two classes, ``n_iter_`` (1,) Newton steps. Sparse X is made dense,
+    where memory holds it.
     """
 
     _fit_recipes = staticmethod(solve_members)
@@ -171,7 +194,9 @@ class LogisticRegression(FusedEstimator, Theirs):  # type: ignore[misc]
     _refused: ClassVar = {
         "multi_class": "more than two classes are one softmax; leave it out, or use "
         "sklearn.multiclass.OneVsRestClassifier(LogisticRegression())",
-        **dict.fromkeys(("optimizer", "lr", "max_epochs"), "the objective has one solution; leave it out"),
+        **dict.fromkeys(
+            ("optimizer", "lr", "max_epochs"), "the objective has one solution; leave it out"
+        ),
         "weight_decay": "give C, the inverse strength of the penalty",
     }
     __init__ = constructor(Theirs, {"device": "auto"})
@@ -186,27 +211,39 @@ class LogisticRegression(FusedEstimator, Theirs):  # type: ignore[misc]
         return "dual=True" if self.dual else None
 
     def predict_log_proba(self, X: object) -> NDArray[np.floating]:
-        """Return the logarithm of the probability of each class, (n, K) in the order of ``classes_``."""
+        """Return the logarithm of the probability of each class, (n, K) in the order of
+        ``classes_``."""
         if self.solver == "liblinear":
             return np.asarray(super().predict_log_proba(X))
         scores = self.decision_function(X)
         binary = scores.ndim == 1
-        return np.stack([log_expit(-scores), log_expit(scores)], 1) if binary else np.asarray(log_softmax(scores, 1))
+        return (
+            np.stack([log_expit(-scores), log_expit(scores)], 1)
+            if binary
+            else np.asarray(log_softmax(scores, 1))
+        )
 
     def _recipe(self, draw: DrawSeed) -> Penalty:
         del draw  # the solution is unique
         self._validate_params()
         if (reason := self._left_to_scikit_learn(None)) is not None:
-            raise InputError(f"{reason} is left to scikit-learn's own LogisticRegression, which is fitted alone.")
+            raise InputError(
+                f"{reason} is left to scikit-learn's own LogisticRegression, which is fitted alone."
+            )
         C, l1_ratio = _penalty(float(self.C), float(self.l1_ratio or 0), self.penalty)
-        tol, max_iter = min(float(self.tol), _TOLERANCE), int(self.max_iter)
-        return Penalty(C, l1_ratio, self.class_weight, bool(self.fit_intercept), tol, max_iter, self.device)
+        tol = min(float(self.tol), _TOLERANCE)
+        max_iter = int(self.max_iter)
+        return Penalty(
+            C, l1_ratio, self.class_weight, bool(self.fit_intercept), tol, max_iter, self.device
+        )
 
     def _set_fitted(self, fitted: SolvedMember, rows: Rows) -> None:
         assert rows.classes is not None
         self.classes_ = rows.classes[fitted.classes]
-        solution, p = fitted.solution, fitted.position
-        precision, steps = rows.X.parts[0].numpy().dtype, int(solution.steps[p])
+        solution = fitted.solution
+        p = fitted.position
+        precision = rows.X.parts[0].numpy().dtype
+        steps = int(solution.steps[p])
         # Copies: what was solved together goes with the search.
         self.coef_, self.intercept_ = (
             t[p].cpu().numpy().astype(precision) for t in (solution.coef, solution.intercept)
@@ -215,8 +252,8 @@ class LogisticRegression(FusedEstimator, Theirs):  # type: ignore[misc]
         if not solution.converged[p]:
             warn(
                 f"the logistic regression did not converge in {steps} Newton steps (violation "
-                f"{solution.residual[p].item():.1e}, tol={min(self.tol, _TOLERANCE):g}); a smaller C or scaled inputs "
-                "converge.",
+                f"{solution.residual[p].item():.1e}, tol={min(self.tol, _TOLERANCE):g}); a "
+                "smaller C or scaled inputs converge.",
                 ConvergenceWarning,
             )
 
@@ -225,13 +262,16 @@ def _penalty(C: float, l1_ratio: float, penalty: str | None) -> tuple[float, flo
     """Return C and l1_ratio with the older word ``penalty`` translated."""
     if penalty is None:
         if C != 1.0 or l1_ratio != 0.0:
-            warn(f"Setting penalty=None will ignore the C and l1_ratio parameters, got C={C} and l1_ratio={l1_ratio}.")
+            warn(
+                f"Setting penalty=None will ignore the C and l1_ratio parameters, got C={C} and "
+                f"l1_ratio={l1_ratio}."
+            )
         return math.inf, 0.0
     # The default, which was "l2" before scikit-learn 1.8, leaves it to l1_ratio.
     meant = {"l2": 0.0, "l1": 1.0, _PENALTY: l1_ratio}.get(penalty, l1_ratio)
     if l1_ratio not in (0.0, meant):
         raise InputError(
-            f"penalty={penalty!r} and l1_ratio={l1_ratio} say the same thing and differ; give l1_ratio alone: 0 is "
-            "l2, 1 is l1."
+            f"penalty={penalty!r} and l1_ratio={l1_ratio} say the same thing and differ; give "
+            "l1_ratio alone: 0 is l2, 1 is l1."
         )
     return C, meant

@@ -21,10 +21,19 @@ from gputune.population.population import complete
 from gputune.sklearn.base import FLOATS, constructor, has_columns
 from gputune.sklearn.dataset import Rows, as_dense, as_tensor
 from gputune.sklearn.networks import TrainedEstimator
-from gputune.sklearn.recipe import AUTO_BATCH, MOMENTUM, DrawSeed, Member, Patience, Recipe, draw_seed
+from gputune.sklearn.recipe import (
+    AUTO_BATCH,
+    MOMENTUM,
+    DrawSeed,
+    Member,
+    Patience,
+    Recipe,
+    draw_seed,
+)
 from gputune.types import ACTIVATIONS, SCHEDULES
 
-# Each with Nesterov's momentum, which scikit-learn's "sgd" has too unless told otherwise, and without.
+# Each with Nesterov's momentum, which scikit-learn's "sgd" has too unless told otherwise, and
+# without.
 _NESTEROVS = {"sgd": ("nesterov", "sgd"), "sgdhd": ("nesterovhd", "sgdhd")}
 _SOLVERS = ("sgd", "adam", "adamw", "sgdhd", "adamhd", "adamwhd")
 
@@ -50,7 +59,9 @@ class _MLP(TrainedEstimator):
         "momentum": "momentum",
     }
     _refused: ClassVar = {
-        **dict.fromkeys(("width", "depth"), "give hidden_layer_sizes, (64, 64) for two layers of 64"),
+        **dict.fromkeys(
+            ("width", "depth"), "give hidden_layer_sizes, (64, 64) for two layers of 64"
+        ),
         "lr": "give learning_rate_init",
         "max_epochs": "give max_iter",
         "optimizer": "give solver",
@@ -75,7 +86,11 @@ class _MLP(TrainedEstimator):
         if has_columns(y):
             return "a target of several columns"
         labels = np.asarray(y, dtype=object).ravel()
-        return "a target of one class" if is_classifier(self) and labels.size and (labels == labels[0]).all() else None
+        return (
+            "a target of one class"
+            if is_classifier(self) and labels.size and (labels == labels[0]).all()
+            else None
+        )
 
     def _setting_of_scikit_learn(self) -> str | None:
         """Return the setting that gputune does not train, None where there is none."""
@@ -83,7 +98,8 @@ class _MLP(TrainedEstimator):
         differing = {
             "solver": self.solver == "lbfgs",
             "activation": self.activation in ("identity", "logistic"),
-            "learning_rate": self.solver == "sgd" and self.learning_rate in ("invscaling", "adaptive"),
+            "learning_rate": self.solver == "sgd"
+            and self.learning_rate in ("invscaling", "adaptive"),
             "hidden_layer_sizes": np.size(self.hidden_layer_sizes) == 0,
             "loss": self.loss != self._loss,
             "shuffle": not self.shuffle,
@@ -93,10 +109,14 @@ class _MLP(TrainedEstimator):
             "beta_2": adam and self.beta_2 != 0.999,
             "epsilon": adam and self.epsilon != 1e-8,
         }
-        return next((f"{name}={getattr(self, name)!r}" for name, differs in differing.items() if differs), None)
+        return next(
+            (f"{name}={getattr(self, name)!r}" for name, differs in differing.items() if differs),
+            None,
+        )
 
     def _validate_input(self, X: object, y: object, incremental: bool, reset: bool) -> object:
-        """Begin scikit-learn's own ``fit`` and ``partial_fit``: the network of an earlier fit is forgotten.
+        """Begin scikit-learn's own ``fit`` and ``partial_fit``: the network of an earlier fit is
+        forgotten.
 
         Raises InputError for what gputune alone trains.
         """
@@ -104,8 +124,8 @@ class _MLP(TrainedEstimator):
         for name, values in _THEIRS.items():
             if (value := getattr(self, name)) not in values:
                 raise InputError(
-                    f"{name}={value!r} is gputune's own, and {reason} is left to scikit-learn's own "
-                    f"{type(self).__name__}; leave one of them out."
+                    f"{name}={value!r} is gputune's own, and {reason} is left to scikit-learn's "
+                    f"own {type(self).__name__}; leave one of them out."
                 )
         for name in ("module_", "target_mean_", "target_scale_"):
             self.__dict__.pop(name, None)
@@ -114,21 +134,32 @@ class _MLP(TrainedEstimator):
     def _check_solver(self) -> bool:
         """Raise AttributeError where there is no ``partial_fit``."""
         if self.solver not in _THEIRS["solver"][1:]:
-            raise AttributeError(f"partial_fit is of solver='sgd' and 'adam' alone, got {self.solver!r}.")
+            raise AttributeError(
+                f"partial_fit is of solver='sgd' and 'adam' alone, got {self.solver!r}."
+            )
         return True
 
     def _recipe(self, draw: DrawSeed) -> Recipe:
         self._validate_params()
         if (reason := self._setting_of_scikit_learn()) is not None:
-            raise InputError(f"{reason} is left to scikit-learn's own {type(self).__name__}, which trains alone.")
-        layers, alpha, patience = _layers(self.hidden_layer_sizes), self._alpha(), None
+            raise InputError(
+                f"{reason} is left to scikit-learn's own {type(self).__name__}, which trains alone."
+            )
+        layers = _layers(self.hidden_layer_sizes)
+        alpha = self._alpha()
+        patience = None
         if self.n_iter_no_change < np.inf:
             patience = Patience(float(self.tol), int(self.n_iter_no_change))
-        optimizer = _NESTEROVS.get(self.solver, (self.solver, self.solver))[0 if self.nesterovs_momentum else 1]
-        schedule = self.learning_rate if self.learning_rate in SCHEDULES else "constant"  # which is for sgd alone
+        optimizer = _NESTEROVS.get(self.solver, (self.solver, self.solver))[
+            0 if self.nesterovs_momentum else 1
+        ]
+        # which is for sgd alone
+        schedule = self.learning_rate if self.learning_rate in SCHEDULES else "constant"
         momentum = check_value("momentum", self.momentum, "momentum")
         config = {
-            "width": check_value("width", tuple(layers) if len({*layers}) > 1 else layers[0], "hidden_layer_sizes"),
+            "width": check_value(
+                "width", tuple(layers) if len({*layers}) > 1 else layers[0], "hidden_layer_sizes"
+            ),
             "depth": check_value("depth", len(layers), "hidden_layer_sizes"),
             "activation": self.activation,
             "dropout": float(self.dropout),
@@ -141,25 +172,30 @@ class _MLP(TrainedEstimator):
             config["weight_decay"] = float(self.weight_decay)
         if optimizer in MOMENTUM:
             config["momentum"] = momentum
-        config, seed = complete(config, optimizer=optimizer, schedule="constant"), draw_seed(self.random_state, draw)
-        return Recipe("mlp", config, alpha, int(self.max_iter), seed, self.device, patience=patience)
+        config = complete(config, optimizer=optimizer, schedule="constant")
+        seed = draw_seed(self.random_state, draw)
+        return Recipe(
+            "mlp", config, alpha, int(self.max_iter), seed, self.device, patience=patience
+        )
 
     def _alpha(self) -> float | None:
-        """Return the L2 penalty, None where another decay takes its place; InputError where both were asked for."""
+        """Return the L2 penalty, None where another decay takes its place; InputError where both
+        were asked for."""
         chosen = self.alpha != 1e-4  # scikit-learn's default
         if self.solver in ("adamw", "adamwhd"):
             if chosen:
                 raise InputError(
-                    f"alpha={self.alpha!r} is an L2 penalty, and the decay of solver={self.solver!r} is another one; "
-                    "give weight_decay, or solver='adam'."
+                    f"alpha={self.alpha!r} is an L2 penalty, and the decay of "
+                    f"solver={self.solver!r} is another one; give weight_decay, or solver='adam'."
                 )
             return None
         if self.weight_decay is None:
             return float(self.alpha)
         if chosen and not self.weight_decay == self.alpha == 0:
             raise InputError(
-                f"weight_decay={self.weight_decay!r} and alpha={self.alpha!r} are two penalties of one kind (alpha is "
-                "divided by the weight of a minibatch's rows); give one of them."
+                f"weight_decay={self.weight_decay!r} and alpha={self.alpha!r} are two penalties "
+                "of one kind (alpha is divided by the weight of a minibatch's rows); give one of "
+                "them."
             )
         return None
 
@@ -170,8 +206,10 @@ class _MLP(TrainedEstimator):
         self.coefs_ = [layer.weight.detach().numpy().T.copy() for layer in layers]
         self.intercepts_ = [layer.bias.detach().numpy().copy() for layer in layers]
         self._set_outputs(fitted, rows)
-        self.n_layers_, self.n_outputs_ = len(layers) + 1, len(self.intercepts_[-1])
-        self.loss_curve_, self._no_improvement_count = fitted.losses.tolist(), fitted.stalled
+        self.n_layers_ = len(layers) + 1
+        self.n_outputs_ = len(self.intercepts_[-1])
+        self.loss_curve_ = fitted.losses.tolist()
+        self._no_improvement_count = fitted.stalled
         self.best_loss_ = min(self.loss_curve_, default=np.inf)
         if self.loss_curve_:
             self.loss_ = self.loss_curve_[-1]
@@ -180,17 +218,25 @@ class _MLP(TrainedEstimator):
         self.__dict__.pop("_optimizer", None)
 
     def _set_outputs(self, fitted: Member, rows: Rows) -> None:
-        """Turn the last layer into scikit-learn's: of one probability for two classes, of numbers in their units."""
+        """Turn the last layer into scikit-learn's: of one probability for two classes, of numbers
+        in their units."""
         raise NotImplementedError
 
     def _forward_pass_fast(self, X: object, check_input: bool = True) -> NDArray[np.floating]:
         """Return the probabilities or numbers that the network gives."""
         if self.activation in THEIR_ACTIVATIONS:
             return np.asarray(super()._forward_pass_fast(X, check_input=check_input))
-        table = validate_data(self, X, dtype=FLOATS, accept_sparse="csr", reset=False) if check_input else X
-        hidden, activation = as_tensor(as_dense(table)), MLP_ACTIVATIONS[self.activation]()
+        table = (
+            validate_data(self, X, dtype=FLOATS, accept_sparse="csr", reset=False)
+            if check_input
+            else X
+        )
+        hidden = as_tensor(as_dense(table))
+        activation = MLP_ACTIVATIONS[self.activation]()
         for weight, bias in zip(self.coefs_[:-1], self.intercepts_[:-1]):
-            hidden = activation(hidden @ as_tensor(weight).to(hidden.dtype) + as_tensor(bias).to(hidden.dtype))
+            hidden = activation(
+                hidden @ as_tensor(weight).to(hidden.dtype) + as_tensor(bias).to(hidden.dtype)
+            )
         outputs: NDArray[np.floating] = hidden.numpy() @ self.coefs_[-1] + self.intercepts_[-1]
         THEIR_ACTIVATIONS[self.out_activation_](outputs)
         return outputs
@@ -202,8 +248,8 @@ def _layers(sizes: object) -> list[int]:
         isinstance(n, Integral) and not isinstance(n, bool) and int(n) >= 1 for n in layers
     ):
         raise InputError(
-            f"hidden_layer_sizes must be one layer's size or a tuple of sizes, integers >= 1, got {sizes!r}. "
-            "For example (64, 32)."
+            "hidden_layer_sizes must be one layer's size or a tuple of sizes, integers >= 1, got "
+            f"{sizes!r}. For example (64, 32)."
         )
     return [int(n) for n in layers]
 
@@ -274,7 +320,8 @@ class MLPRegressor(_MLP, neural_network.MLPRegressor):  # type: ignore[misc]
     __init__ = constructor(neural_network.MLPRegressor, _EXTRAS)
 
     def _set_outputs(self, fitted: Member, rows: Rows) -> None:
-        self.target_mean_, self.target_scale_ = float(fitted.center), float(fitted.scale)
+        self.target_mean_ = float(fitted.center)
+        self.target_scale_ = float(fitted.scale)
         self.out_activation_ = "identity"
         self.coefs_[-1] *= self.target_scale_
         self.intercepts_[-1] = self.intercepts_[-1] * self.target_scale_ + self.target_mean_

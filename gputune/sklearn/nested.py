@@ -32,8 +32,9 @@ AnySearch = RandomizedSearchCV | GridSearchCV
 class NestedScores:
     """What nested cross-validation found, by outer fold (O of them).
 
-    scores       (O,) of each fold's best candidate, refitted on the fold's training rows, on its test rows: their
-                 mean estimates how well the search and its refit do, which ``best_score_`` of one search does not
+    scores       (O,) of each fold's best candidate, refitted on the fold's training rows, on its
+                 test rows: their mean estimates how well the search and its refit do, which
+                 ``best_score_`` of one search does not
     best_params  of each fold
     best_scores  (O,) inner cross-validated score of each fold's best candidate
     searches     the fitted searches
@@ -54,20 +55,24 @@ def nested_cv(
     groups: object = None,
     params: Mapping[str, object] | None = None,
 ) -> NestedScores:
-    """Return scores and best parameters of a search in each outer fold, equal to those of the loop by hand.
+    """Return scores and best parameters of a search in each outer fold, equal to those of the loop
+    by hand.
 
-    ``search`` is a RandomizedSearchCV or a GridSearchCV of gputune, ``outer`` a number of folds, a splitter or an
-    iterable of splits. By hand it is ``clone(search).fit(X[train], y[train]).score(X[test], y[test])`` in each outer
-    fold. Here the inner folds of all outer ones train together; a search with ``random_state=None`` draws other
-    candidates in every outer fold, which then train one outer fold after the other. A ``timeout`` is that of all.
+    ``search`` is a RandomizedSearchCV or a GridSearchCV of gputune, ``outer`` a number of folds, a
+    splitter or an iterable of splits. By hand it is ``clone(search).fit(X[train],
+    y[train]).score(X[test], y[test])`` in each outer fold. Here the inner folds of all outer ones
+    train together; a search with ``random_state=None`` draws other candidates in every outer fold,
+    which then train one outer fold after the other. A ``timeout`` is that of all.
 
-    ``groups`` (n,) are for the outer splitter, and ``params`` for the search's ``fit``, those with a value a row cut to
-    the training rows, as in ``cross_val_score``: ``params={"sample_weight": w}`` weights the rows, and
-    ``groups=g, params={"groups": g}`` splits inner folds by group too. With scikit-learn's metadata routing enabled,
+    ``groups`` (n,) are for the outer splitter, and ``params`` for the search's ``fit``, those with
+    a value a row cut to the training rows, as in ``cross_val_score``: ``params={"sample_weight":
+    w}`` weights the rows, and
+    ``groups=g, params={"groups": g}`` splits inner folds by group too. With scikit-learn's metadata
+    routing enabled,
     ``params`` go to all that request them, the outer splitter included.
 
-    Raises InputError for another search, for one without ``refit``, for one with a ``study``, and for ``groups`` where
-    metadata routing is enabled.
+    Raises InputError for another search, for one without ``refit``, for one with a ``study``, and
+    for ``groups`` where metadata routing is enabled.
     """
     _check_search(search)
     X, y = indexable(as_sliced(X), y)
@@ -75,7 +80,10 @@ def nested_cv(
     to_split, to_fit, to_score = _route(search, splitter, groups, params or {})
     splits = list(splitter.split(X, y, **to_split))
     searches = [clone(search) for _ in splits]
-    rows = [(*_safe_split(search, X, y, train), _check_method_params(X, to_fit, train)) for train, _ in splits]
+    rows = [
+        (*_safe_split(search, X, y, train), _check_method_params(X, to_fit, train))
+        for train, _ in splits
+    ]
     trained: Sequence[TrainedCandidates | None] = [None] * len(splits)
     if why_not_together(search.estimator, getattr(search, search._space_name)) is None:
         routed = _routed_within(search, X, to_fit).estimator.fit
@@ -87,41 +95,55 @@ def nested_cv(
             each.fit(features, target, **own)
     scorer = check_scoring(search)  # the search's own score
     scores = [
-        scorer(each, *_safe_split(search, X, y, test, train), **_check_method_params(X, to_score, test))
+        scorer(
+            each, *_safe_split(search, X, y, test, train), **_check_method_params(X, to_score, test)
+        )
         for each, (train, test) in zip(searches, splits)
     ]
     best_params = tuple(dict(each.best_params_) for each in searches)
-    best_scores = np.array([getattr(each, "best_score_", np.nan) for each in searches], dtype=np.float64)
-    return NestedScores(np.array(scores, dtype=np.float64), best_params, best_scores, tuple(searches))
+    best_scores = np.array(
+        [getattr(each, "best_score_", np.nan) for each in searches], dtype=np.float64
+    )
+    return NestedScores(
+        np.array(scores, dtype=np.float64), best_params, best_scores, tuple(searches)
+    )
 
 
 def _check_search(search: object) -> None:
     if not isinstance(search, AnySearch):
         raise InputError(
-            f"nested_cv(search) must be a RandomizedSearchCV or a GridSearchCV of gputune.sklearn, got {search!r}; for "
-            "another one use sklearn.model_selection.cross_validate(search, X, y)."
+            "nested_cv(search) must be a RandomizedSearchCV or a GridSearchCV of "
+            f"gputune.sklearn, got {search!r}; for another one use "
+            "sklearn.model_selection.cross_validate(search, X, y)."
         )
     if search.refit is False:
         raise InputError(
-            "nested_cv(search) scores the refitted best candidate of each outer fold, got refit=False; set refit."
+            "nested_cv(search) scores the refitted best candidate of each outer fold, got "
+            "refit=False; set refit."
         )
     if search.study is not None:
         raise InputError(
-            f"nested_cv(search) runs a search in every outer fold, and study={str(search.study)!r} keeps one; set "
-            "study=None."
+            "nested_cv(search) runs a search in every outer fold, and "
+            f"study={str(search.study)!r} keeps one; set study=None."
         )
 
 
-def _route(search: object, splitter: object, groups: object, params: Mapping[str, object]) -> list[Json]:
-    """Return what ``cross_val_score`` would send to the outer splitter, to the search's ``fit`` and its ``score``."""
+def _route(
+    search: object, splitter: object, groups: object, params: Mapping[str, object]
+) -> list[Json]:
+    """Return what ``cross_val_score`` would send to the outer splitter, to the search's ``fit`` and
+    its ``score``."""
     if not get_config()["enable_metadata_routing"]:
         return [{"groups": groups}, params, {}]
     if groups is not None:
         raise InputError(
-            "nested_cv(groups=...) goes to the outer splitter where metadata routing is off, and it is on: give "
-            "params={'groups': ...}."
+            "nested_cv(groups=...) goes to the outer splitter where metadata routing is off, and "
+            "it is on: give params={'groups': ...}."
         )
-    to = {callee: MethodMapping().add(caller="fit", callee=callee) for callee in ("split", "fit", "score")}
+    to = {
+        callee: MethodMapping().add(caller="fit", callee=callee)
+        for callee in ("split", "fit", "score")
+    }
     router = MetadataRouter(owner="nested_cv").add(splitter=splitter, method_mapping=to["split"])
     router.add(estimator=search, method_mapping=to["fit"])
     router.add(scorer=check_scoring(search), method_mapping=to["score"])
@@ -130,7 +152,8 @@ def _route(search: object, splitter: object, groups: object, params: Mapping[str
 
 
 def _routed_within(search: AnySearch, X: object, params: Mapping[str, object]) -> Bunch:
-    """Return what the search sends on of its ``fit``'s params; its ``fit`` says what there is to warn of."""
+    """Return what the search sends on of its ``fit``'s params; its ``fit`` says what there is to
+    warn of."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return search._get_routed_params_for_fit(_check_method_params(X, params))
@@ -142,26 +165,37 @@ def _train(
     parts: Sequence[Part | None],
 ) -> list[TrainedCandidates]:
     """Train the candidates of all searches in their inner folds."""
-    begin, recorded = time.monotonic(), []
+    begin = time.monotonic()
+    recorded = []
     for search, (X, y, params), part in zip(searches, rows, parts):
         routed = _routed_within(search, X, params)
-        run = SearchRun(with_hook(search.estimator, search.device), search.cv, fit_params=routed.estimator.fit)
+        run = SearchRun(
+            with_hook(search.estimator, search.device), search.cv, fit_params=routed.estimator.fit
+        )
         if isinstance(search, GridSearchCV):
             candidates = list(ParameterGrid(search.param_grid))
         else:
             space = to_scipy(search.param_distributions)
-            candidates = list(ParameterSampler(space, search.n_iter, random_state=search.random_state))
+            candidates = list(
+                ParameterSampler(space, search.n_iter, random_state=search.random_state)
+            )
         splits = run.split(X, y, routed.splitter.split)
-        recorded.append(TrainedCandidates(candidates, splits, run.record(candidates, X, y, splits, part), 0.0))
-    alike = getattr(searches[0], "random_state", 0) is not None  # then all searches draw the same candidates
+        recorded.append(
+            TrainedCandidates(candidates, splits, run.record(candidates, X, y, splits, part), 0.0)
+        )
+    # then all searches draw the same candidates
+    alike = getattr(searches[0], "random_state", 0) is not None
     deadline = None if searches[0].timeout is None else begin + searches[0].timeout
     for group in [recorded] if alike else [[each] for each in recorded]:
-        fits, folds = [], 0
+        fits = []
+        folds = 0
         for each in group:
             for fit in fits_of(each.events):
                 fit.fold += folds
                 fits.append(fit)
             folds += len(each.splits)
         train(fits, Training(workers(), deadline))
-    share = (time.monotonic() - begin) / sum(len(each.candidates) * len(each.splits) for each in recorded)
+    share = (time.monotonic() - begin) / sum(
+        len(each.candidates) * len(each.splits) for each in recorded
+    )
     return [replace(each, seconds=share) for each in recorded]

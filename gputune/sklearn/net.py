@@ -1,4 +1,5 @@
-"""NeuralNet, NeuralNetClassifier and NeuralNetRegressor: a user's nn.Module as an estimator, in skorch's words."""
+"""NeuralNet, NeuralNetClassifier and NeuralNetRegressor: a user's nn.Module as an estimator, in
+skorch's words."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -16,7 +17,12 @@ from torch.nn.functional import logsigmoid
 from gputune.errors import InputError
 from gputune.methods.config import check_value
 from gputune.modules.construction import Builder, what_to_pass
-from gputune.optimizers.classes import OPTIMIZER_PREFIX, check_optimizer, has_weight_decay, optimizer_word
+from gputune.optimizers.classes import (
+    OPTIMIZER_PREFIX,
+    check_optimizer,
+    has_weight_decay,
+    optimizer_word,
+)
 from gputune.population.population import complete, two_logits
 from gputune.scoring.objective import LOSS_PREFIX
 from gputune.sklearn.dataset import Rows
@@ -30,19 +36,28 @@ _PREFIXES = ("module__", "criterion__", OPTIMIZER_PREFIX)
 
 
 _HARMLESS: dict[str, tuple[tuple[object, ...], str]] = {
-    "train_split": ((None, False), "every row is trained on; leave it out, and let a search split the rows"),
-    "callbacks": ((None, []), "an estimator calls none; leave them out, or pass them to gputune.tune"),
+    "train_split": (
+        (None, False),
+        "every row is trained on; leave it out, and let a search split the rows",
+    ),
+    "callbacks": (
+        (None, []),
+        "an estimator calls none; leave them out, or pass them to gputune.tune",
+    ),
 }
-"""Parameters without an effect -> the values that skorch takes for none, and what to do in place of another one."""
+"""Parameters without an effect -> the values that skorch takes for none, and what to do in place of
+another one."""
 
 
 class _NeuralNet(TrainedEstimator):
-    """Parameters of both: those of the constructor, ``module__*`` for the arguments of the module, ``criterion__*`` and
+    """Parameters of both: those of the constructor, ``module__*`` for the arguments of the module,
+    ``criterion__*`` and
     ``optimizer__*``.
     """
 
     _own_losses: ClassVar[Mapping[type[nn.Module], str]]
-    """The losses that train as the engine's of that name, and may be written as classes of torch.nn."""
+    """The losses that train as the engine's of that name, and may be written as classes of
+    torch.nn."""
     _takes_arrays = True
     _epochs = "max_epochs"
     _differentiable: ClassVar = {
@@ -87,18 +102,21 @@ class _NeuralNet(TrainedEstimator):
         self.__dict__.update({name: value for name, value in parameters.items() if name != "self"})
 
     def get_params(self, deep: bool = True) -> Config:
-        """Return all parameters, the ``module__*``, ``criterion__*`` and ``optimizer__*`` given among them."""
+        """Return all parameters, the ``module__*``, ``criterion__*`` and ``optimizer__*`` given
+        among them."""
         params: Config = super().get_params(deep)
         arguments: Config = self._arguments
         return params | arguments
 
     def set_params(self, **params: object) -> Self:
-        """Set parameters, any ``module__*``, ``criterion__*`` and ``optimizer__*`` among them; return the estimator."""
+        """Set parameters, any ``module__*``, ``criterion__*`` and ``optimizer__*`` among them;
+        return the estimator."""
         self._check_names(params)
         own = inspect.signature(type(self)).parameters
         rest = {}
         for name, value in params.items():
-            if "__" in name and name in own:  # scikit-learn would look for the parameters of an optimizer
+            # scikit-learn would look for the parameters of an optimizer
+            if "__" in name and name in own:
                 setattr(self, name, value)
             elif name.startswith(_PREFIXES) or name in self._arguments:
                 self._arguments = self._arguments | {name: value}
@@ -114,7 +132,8 @@ class _NeuralNet(TrainedEstimator):
         return tags
 
     def _recipe(self, draw: DrawSeed) -> Recipe:
-        """Raises InputError also for a module, an optimizer or a criterion that cannot be trained."""
+        """Raises InputError also for a module, an optimizer or a criterion that cannot be
+        trained."""
         for name, (harmless, remedy) in _HARMLESS.items():
             if (value := getattr(self, name)) not in harmless:
                 raise InputError(f"{type(self).__name__} has no {name}={value!r}: {remedy}.")
@@ -123,20 +142,33 @@ class _NeuralNet(TrainedEstimator):
         epochs = self.max_epochs
         if isinstance(epochs, bool) or not isinstance(epochs, Integral) or int(epochs) < 1:
             raise InputError(f"max_epochs must be an integer >= 1, got {epochs!r}. For example 50.")
-        config, seed = self._config(), draw_seed(self.random_state, draw)
+        config = self._config()
+        seed = draw_seed(self.random_state, draw)
         functions = _builder(self.module), self._loss(), self.training_step, self.augment
-        return Recipe("module", config, None, int(epochs), seed, self.device, *functions, self.numbers)
+        return Recipe(
+            "module", config, None, int(epochs), seed, self.device, *functions, self.numbers
+        )
 
     def _config(self) -> Config:
         """Return the engine's complete configuration."""
         optimizer = optimizer_word(self.optimizer, "optimizer")
-        decay, momentum = self.optimizer__weight_decay, self.optimizer__momentum
+        decay = self.optimizer__weight_decay
+        momentum = self.optimizer__momentum
         if momentum is not None and optimizer not in MOMENTUM:
             only = ", ".join(MOMENTUM)
-            raise InputError(f"optimizer__momentum={momentum!r} is for {only}; {optimizer!r} has none: leave it out.")
+            raise InputError(
+                f"optimizer__momentum={momentum!r} is for {only}; {optimizer!r} has none: leave "
+                "it out."
+            )
         if decay is not None and not has_weight_decay(optimizer):
-            raise InputError(f"optimizer__weight_decay={decay!r}: {optimizer!r} has none; leave it out.")
-        batch_size = AUTO_BATCH if isinstance(self.batch_size, str) and self.batch_size == "auto" else self.batch_size
+            raise InputError(
+                f"optimizer__weight_decay={decay!r}: {optimizer!r} has none; leave it out."
+            )
+        batch_size = (
+            AUTO_BATCH
+            if isinstance(self.batch_size, str) and self.batch_size == "auto"
+            else self.batch_size
+        )
         values = {"lr": self.lr, "batch_size": batch_size}
         values |= {"optimizer__weight_decay": decay, "optimizer__momentum": momentum}
         config: Config = {"optimizer": optimizer}
@@ -146,21 +178,34 @@ class _NeuralNet(TrainedEstimator):
                 config[key] = check_value(key, value, name)
         config = complete(config, optimizer=optimizer, schedule="constant")
         for name, value in self._arguments.items():
-            if not name.startswith(_PREFIXES):  # not by the constructor, which takes what a clone hands it
+            # not by the constructor, which takes what a clone hands it
+            if not name.startswith(_PREFIXES):
                 own = type(self).__name__
-                raise TypeError(f"{own} has no parameter {name!r}; arguments of the module are written module__*.")
-            key = LOSS_PREFIX + name.removeprefix("criterion__") if name.startswith("criterion__") else name
+                raise TypeError(
+                    f"{own} has no parameter {name!r}; arguments of the module are written "
+                    "module__*."
+                )
+            key = (
+                LOSS_PREFIX + name.removeprefix("criterion__")
+                if name.startswith("criterion__")
+                else name
+            )
             config[key] = check_value(name, value, name)
         check_optimizer(config, "module")
         return config
 
     def _loss(self) -> str | Callable[..., object] | None:
-        """Return the criterion as the engine's loss: the name of one, or the user's own; None for the task's."""
+        """Return the criterion as the engine's loss: the name of one, or the user's own; None for
+        the task's."""
         criterion: str | Callable[..., object] | None = self.criterion
         words = {name for name in self._arguments if name.startswith("criterion__")}
         for loss, name in self._own_losses.items():
-            default = type(self.criterion) is loss and _settings(self.criterion) == _settings(loss())
-            if (default and not words) or (criterion is loss and words <= {"criterion__label_smoothing"}):
+            default = type(self.criterion) is loss and _settings(self.criterion) == _settings(
+                loss()
+            )
+            if (default and not words) or (
+                criterion is loss and words <= {"criterion__label_smoothing"}
+            ):
                 return name
         return criterion
 
@@ -168,11 +213,13 @@ class _NeuralNet(TrainedEstimator):
 def _builder(module: object) -> Builder:
     """Return what makes a module; InputError for what does not."""
     if isinstance(module, nn.Module):
-        raise InputError(f"module {what_to_pass(module)} Arguments of the module are written module__*.")
+        raise InputError(
+            f"module {what_to_pass(module)} Arguments of the module are written module__*."
+        )
     if not is_builder(module):
         raise InputError(
-            f"module must be a torch.nn.Module class, or a function or functools.partial that returns one, got "
-            f"{module!r}."
+            "module must be a torch.nn.Module class, or a function or functools.partial that "
+            f"returns one, got {module!r}."
         )
     return module
 
@@ -252,7 +299,8 @@ class NeuralNetClassifier(ClassifierMixin, _NeuralNet):  # type: ignore[misc]
     classes_: np.ndarray | list[np.ndarray]
 
     def predict(self, X: object) -> np.ndarray:
-        """Return the most probable class of each row, (n,); of labels (n, K) those more probable than not."""
+        """Return the most probable class of each row, (n,); of labels (n, K) those more probable
+        than not."""
         outputs = self._logits(X)  # says first whether the estimator is fitted
         if isinstance(self.classes_, list):
             return (outputs > 0).numpy().astype(np.int64)
@@ -260,14 +308,19 @@ class NeuralNetClassifier(ClassifierMixin, _NeuralNet):  # type: ignore[misc]
         return labels
 
     def predict_proba(self, X: object) -> NDArray[np.float64]:
-        """Return the probability of each class, (n, K) in the order of ``classes_``, or of each label, (n, K)."""
+        """Return the probability of each class, (n, K) in the order of ``classes_``, or of each
+        label, (n, K)."""
         outputs = self._logits(X)
-        return (outputs.sigmoid() if isinstance(self.classes_, list) else outputs.softmax(1)).numpy()
+        return (
+            outputs.sigmoid() if isinstance(self.classes_, list) else outputs.softmax(1)
+        ).numpy()
 
     def predict_log_proba(self, X: object) -> NDArray[np.float64]:
         """Return the logarithms of what ``predict_proba`` returns."""
         outputs = self._logits(X)
-        return (logsigmoid(outputs) if isinstance(self.classes_, list) else outputs.log_softmax(1)).numpy()
+        return (
+            logsigmoid(outputs) if isinstance(self.classes_, list) else outputs.log_softmax(1)
+        ).numpy()
 
     def _set_fitted(self, fitted: Member, rows: Rows) -> None:
         super()._set_fitted(fitted, rows)
@@ -308,13 +361,17 @@ class NeuralNetRegressor(RegressorMixin, _NeuralNet):  # type: ignore[misc]
 
     def predict(self, X: object) -> NDArray[np.float64]:
         """Return the predicted target of each row, (n,) or (n, K) as y was, in the units of y."""
-        values: NDArray[np.float64] = self._outputs(X).numpy() * self.target_scale_ + self.target_mean_
+        values: NDArray[np.float64] = (
+            self._outputs(X).numpy() * self.target_scale_ + self.target_mean_
+        )
         return values if isinstance(self.target_mean_, np.ndarray) else values[:, 0]
 
     def _set_fitted(self, fitted: Member, rows: Rows) -> None:
         super()._set_fitted(fitted, rows)
         if rows.y.ndim == 1:
-            self.target_mean_, self.target_scale_ = float(fitted.center), float(fitted.scale)
+            self.target_mean_ = float(fitted.center)
+            self.target_scale_ = float(fitted.scale)
         else:
             zeros = np.zeros(rows.y.shape[1:])
-            self.target_mean_, self.target_scale_ = fitted.center + zeros, fitted.scale + zeros
+            self.target_mean_ = fitted.center + zeros
+            self.target_scale_ = fitted.scale + zeros

@@ -1,4 +1,5 @@
-"""Estimators that are networks: how all configurations train in all folds at once, and how one of them predicts."""
+"""Estimators that are networks: how all configurations train in all folds at once, and how one of
+them predicts."""
 
 import itertools
 import re
@@ -28,18 +29,29 @@ from gputune.scoring.objective import Objective
 from gputune.seeding import prediction_draws
 from gputune.sklearn.base import FLOATS, FusedEstimator
 from gputune.sklearn.dataset import FoldGroup, Rows, as_dense, as_tensor, make_dataset
-from gputune.sklearn.recipe import Member, MemberJob, MemberSlope, Place, Recipe, Training, TrainingLoss, Weights
+from gputune.sklearn.recipe import (
+    Member,
+    MemberJob,
+    MemberSlope,
+    Place,
+    Recipe,
+    Training,
+    TrainingLoss,
+    Weights,
+)
 from gputune.tuning.descent import SlopeMode
 from gputune.tuning.trainer import Trainer
 from gputune.types import Config
 
 Members = dict[Place, Member | Exception]
-"""What became of each (fold, trial): DivergedError, InputError for a module that cannot be trained, TimeoutError."""
+"""What became of each (fold, trial): DivergedError, InputError for a module that cannot be trained,
+TimeoutError."""
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Recipes, of the ``trials``, that have all but their configurations in common, on folds of the same classes."""
+    """Recipes, of the ``trials``, that have all but their configurations in common, on folds of the
+    same classes."""
 
     trials: list[int]
     recipes: list[Recipe]
@@ -70,20 +82,24 @@ class Batch:
 
 def batches(recipes: Mapping[int, Recipe], folds: FoldGroup) -> Iterator[Batch]:
     """Yield what trains together of recipes, by trial."""
-    rows, families = folds.rows, defaultdict[Hashable, list[int]](list)
+    rows = folds.rows
+    families = defaultdict[Hashable, list[int]](list)
     for trial, recipe in recipes.items():
         families[recipe.family].append(trial)
     for trials in families.values():
         alike = [recipes[trial] for trial in trials]
         first = alike[0]
-        by_fold = [[r.config_for(len(train), rows.weight(train)) for r in alike] for train in folds.trains]
+        by_fold = [
+            [r.config_for(len(train), rows.weight(train)) for r in alike] for train in folds.trains
+        ]
         work = Work(
             kind=first.kind,
             configs=by_fold[0],
             rows=[len(train) for train in folds.trains],
             n_features=rows.X.parts[0][0].numel(),
             n_outputs=1 if rows.classes is None else len(rows.classes),
-            # A training that stops at rungs stays where it was begun, however little is left of it: on the CPU.
+            # A training that stops at rungs stays where it was begun, however little is left of it:
+            # on the CPU.
             epochs=first.epochs if first.state is None else 0,
             dtype=rows.X.parts[0].dtype,
         )
@@ -95,7 +111,9 @@ def batches(recipes: Mapping[int, Recipe], folds: FoldGroup) -> Iterator[Batch]:
             # A loss of the user's own takes numbers as they are.
             own_loss = first.step is not None or not isinstance(first.loss, str | None)
             watched = first.patience is not None
-            data = make_dataset(group, x, standardise=not own_loss, numbers=first.numbers, watched=watched)
+            data = make_dataset(
+                group, x, standardise=not own_loss, numbers=first.numbers, watched=watched
+            )
             objective = _objective(first, configs[0], data)
             if objective is not None and objective.one_logit:
                 data = data.with_one_logit()
@@ -103,9 +121,11 @@ def batches(recipes: Mapping[int, Recipe], folds: FoldGroup) -> Iterator[Batch]:
 
 
 def _objective(recipe: Recipe, config: Config, data: Dataset) -> Objective | None:
-    """Return what is trained on: of a module that returns one logit of two classes the binary cross-entropy."""
+    """Return what is trained on: of a module that returns one logit of two classes the binary
+    cross-entropy."""
     if recipe.module is not None and recipe.loss is None and recipe.step is None:
-        with suppress(InputError):  # which the check of the module raises again, for each configuration its own
+        # which the check of the module raises again, for each configuration its own
+        with suppress(InputError):
             if returns_one_logit(recipe.module, config, data):
                 recipe = replace(recipe, loss="bce")
     return recipe.objective(data.task)
@@ -113,7 +133,8 @@ def _objective(recipe: Recipe, config: Config, data: Dataset) -> Objective | Non
 
 @entry
 def fit_members(recipes: Mapping[int, Recipe], folds: FoldGroup, training: Training) -> Members:
-    """Train every recipe, by trial, on the training rows of every fold, as one tensor program as far as shapes allow.
+    """Train every recipe, by trial, on the training rows of every fold, as one tensor program as
+    far as shapes allow.
 
     A member's numbers depend on its recipe and on its rows, not on those that train with it.
     """
@@ -123,7 +144,9 @@ def fit_members(recipes: Mapping[int, Recipe], folds: FoldGroup, training: Train
         try:
             recipe.objective(folds.rows.task)
         except InputError as error:  # a loss that does not fit the target
-            members |= dict.fromkeys([(fold, trial) for fold in folds.numbers], in_skorchs_words(error))
+            members |= dict.fromkeys(
+                [(fold, trial) for fold in folds.numbers], in_skorchs_words(error)
+            )
             continue
         if (state := training.states.get(trial)) is not None:
             seed = recipe.seed if state.seed is None else state.seed
@@ -139,24 +162,33 @@ def in_skorchs_words(error: InputError) -> InputError:
     text = str(error).replace("model: ", "module: ", 1).replace("space: ", "", 1)
     for word in ("loss__", "loss=", "loss must"):
         text = text.replace(word, word.replace("loss", "criterion"), 1)
-    text = re.sub(r"put '(module__\w+)' into the space \(some values, or one\)", r"pass \1=...", text)
+    text = re.sub(
+        r"put '(module__\w+)' into the space \(some values, or one\)", r"pass \1=...", text
+    )
     text = re.sub(r"set (module__\w+=\d+) in the space", r"pass \1", text)
     return InputError(text.replace("values of the space", "values"))
 
 
 def _fit_batch(batch: Batch, training: Training) -> Members:
-    recipe, data, trainer = batch.recipes[0], batch.data, batch.trainer(training)
-    trainer = replace(trainer, backend=choose_backend("auto", data.device, data.dtype, trainer.kind)[0])
+    recipe = batch.recipes[0]
+    data = batch.data
+    trainer = batch.trainer(training)
+    trainer = replace(
+        trainer, backend=choose_backend("auto", data.device, data.dtype, trainer.kind)[0]
+    )
     members: Members = {}
-    populations, parameters = [], 0
+    populations = []
+    parameters = 0
     for population in trainer.groups(batch.configs):
         try:
             if recipe.module is not None:
-                traits = traits_of(recipe.module, population.configs[0], data, objective=trainer.objective)
+                traits = traits_of(
+                    recipe.module, population.configs[0], data, objective=trainer.objective
+                )
                 if traits.probabilities and data.task in ("binary", "multiclass"):
                     raise InputError(
-                        f"model: {name_of(recipe.module)} returns probabilities, and its outputs are taken for logits; "
-                        "leave out the softmax at its end."
+                        f"model: {name_of(recipe.module)} returns probabilities, and its outputs "
+                        "are taken for logits; leave out the softmax at its end."
                     )
                 parameters = max(parameters, traits.parameters)
             populations.append(population)
@@ -165,10 +197,16 @@ def _fit_batch(batch: Batch, training: Training) -> Members:
     if not populations:
         return members
     plan = trainer.plan(populations, epochs=recipe.epochs - recipe.begin, parameters=parameters)
-    chunks = tuple(_resumed_chunk(chunk, batch) for chunk in plan.chunks) if recipe.begin else plan.chunks
+    chunks = (
+        tuple(_resumed_chunk(chunk, batch) for chunk in plan.chunks)
+        if recipe.begin
+        else plan.chunks
+    )
     plan = replace(plan, chunks=chunks, threads=min(plan.threads, torch.get_num_threads()))
     patiences = {i: r.patience for i, r in enumerate(batch.recipes) if r.patience is not None}
-    job = trainer.job(MemberJob, epochs=recipe.epochs, keeps_state=recipe.state is not None, patiences=patiences)
+    job = trainer.job(
+        MemberJob, epochs=recipe.epochs, keeps_state=recipe.state is not None, patiences=patiences
+    )
     late = TimeoutError("the time was over before this fit had ended; give it more.")
     members |= {place: late for chunk in chunks for place in batch.places(chunk)}
     for outcome in trainer.train(job, plan):
@@ -183,13 +221,23 @@ def _fit_batch(batch: Batch, training: Training) -> Members:
 
 
 def training_slopes(
-    recipes: Mapping[int, Recipe], folds: FoldGroup, names: Sequence[str], mode: SlopeMode, training: Training
+    recipes: Mapping[int, Recipe],
+    folds: FoldGroup,
+    names: Sequence[str],
+    mode: SlopeMode,
+    training: Training,
 ) -> list[tuple[Place, MemberSlope]]:
-    """Return the slopes of recipes that train in the folds; those that the deadline cuts short have none."""
+    """Return the slopes of recipes that train in the folds; those that the deadline cuts short have
+    none."""
     found: list[tuple[Place, MemberSlope]] = []
     for batch in batches(recipes, folds):
         trainer = batch.trainer(training)
-        job = trainer.job(HypergradientJob, epochs=batch.recipes[0].epochs, hyperparameters=tuple(names), mode=mode)
+        job = trainer.job(
+            HypergradientJob,
+            epochs=batch.recipes[0].epochs,
+            hyperparameters=tuple(names),
+            mode=mode,
+        )
         try:
             plan, job = trainer.plan_differentiated(batch.configs, job)
         except InputError as error:
@@ -201,7 +249,9 @@ def training_slopes(
             assert isinstance(outcome, Slopes)
             if outcome.losses is None or outcome.slopes is None or outcome.ratios is None:
                 continue
-            for (c, i), (f, fold) in itertools.product(enumerate(outcome.index), enumerate(batch.folds.numbers)):
+            for (c, i), (f, fold) in itertools.product(
+                enumerate(outcome.index), enumerate(batch.folds.numbers)
+            ):
                 slopes = {name: table[c, f].item() for name, table in outcome.slopes.items()}
                 if (alpha := batch.recipes[i].alpha) is not None and "weight_decay" in slopes:
                     slopes["weight_decay"] *= batch.configs[i]["weight_decay"] / alpha
@@ -214,12 +264,19 @@ def _resumed_chunk(chunk: Population, batch: Batch) -> BegunChunk:
     """Return the chunk with the states of its members, from which they train on."""
     states = [state for i in chunk.index if (state := batch.recipes[i].state) is not None]
     members = [state.buffers[fold] for state in states for fold in batch.folds.numbers]
-    buffers = tuple(torch.stack(buffers).view(len(states), len(batch.folds.numbers), -1) for buffers in zip(*members))
-    return BegunChunk(chunk.kind, chunk.index, chunk.configs, State(batch.recipes[0].begin, buffers))
+    buffers = tuple(
+        torch.stack(buffers).view(len(states), len(batch.folds.numbers), -1)
+        for buffers in zip(*members)
+    )
+    return BegunChunk(
+        chunk.kind, chunk.index, chunk.configs, State(batch.recipes[0].begin, buffers)
+    )
 
 
-ROWS, NUMBERS = 8192, 1 << 20
-"""Rows that a module is given at a time when it predicts, fewer where they have more numbers than so many."""
+ROWS = 8192
+NUMBERS = 1 << 20
+"""Rows that a module is given at a time when it predicts, fewer where they have more numbers than
+so many."""
 
 
 class TrainedEstimator(FusedEstimator):
@@ -245,7 +302,9 @@ class TrainedEstimator(FusedEstimator):
         check_is_fitted(self)
         X = as_dense(X)
         if self._layout is None:
-            arrays = Arrays((as_tensor(validate_data(self, X, dtype=FLOATS, order="C", reset=False)),))
+            arrays = Arrays(
+                (as_tensor(validate_data(self, X, dtype=FLOATS, order="C", reset=False)),)
+            )
         else:
             arrays = self._layout.raw(X)
         self.module_.eval()  # the user may have trained it on
@@ -258,11 +317,17 @@ class TrainedEstimator(FusedEstimator):
             torch.no_grad(),
         ):  # not inference_mode, on whose tensors TorchScript fails
             for block in zip(*(torch.split(part, rows) for part in arrays.parts)):
-                scaled = [x if of is None else of(x[None], slice(0, 1))[0] for x, of in zip(block, self._scaling)]
+                scaled = [
+                    x if of is None else of(x[None], slice(0, 1))[0]
+                    for x, of in zip(block, self._scaling)
+                ]
                 # Floats are given in the precision of the module's weights.
-                # Copies, as the module may write into them: without a scaling they are the caller's own rows.
+                # Copies, as the module may write into them: without a scaling they are the caller's
+                # own rows.
                 dtypes = [weight.dtype if x.is_floating_point() else x.dtype for x in scaled]
                 inputs = [x.to(weight.device, dtype, copy=True) for x, dtype in zip(scaled, dtypes)]
-                found.append(first_output(call_module(self.module_, inputs, arrays.names)).double().cpu())
+                found.append(
+                    first_output(call_module(self.module_, inputs, arrays.names)).double().cpu()
+                )
         outputs = torch.cat(found)
         return outputs if outputs.dim() > 1 else outputs[:, None]

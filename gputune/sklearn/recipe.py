@@ -1,4 +1,5 @@
-"""How one configuration trains, whatever words it was written in, how a chunk of them ends, and what it gave.
+"""How one configuration trains, whatever words it was written in, how a chunk of them ends, and
+what it gave.
 
 A member ends by itself where its loss stalls.
 """
@@ -31,18 +32,23 @@ from gputune.types import Config, Task
 
 Place = tuple[int, int]  # (fold, trial): which member of a search
 MemberSlope = tuple[float, dict[str, float], float]
-"""Of one member: its validation loss, the loss's slope in each hyperparameter, the ratio of the chaos guard."""
-DrawSeed = Callable[[], int]  # of random_state=None: once for all configurations that are fitted together
+"""Of one member: its validation loss, the loss's slope in each hyperparameter, the ratio of the
+chaos guard."""
+# of random_state=None: once for all configurations that are fitted together
+DrawSeed = Callable[[], int]
 
-MOMENTUM = ("sgd", "nesterov", "rmsprop", "muon", "sgdhd", "nesterovhd")  # the optimizers that have one
+# the optimizers that have one
+MOMENTUM = ("sgd", "nesterov", "rmsprop", "muon", "sgdhd", "nesterovhd")
 AUTO_BATCH = 200  # what batch_size="auto" is in scikit-learn, and at most all rows
-# In place of a loss that is no number: a member that diverges leaves its trial in the other folds alone.
+# In place of a loss that is no number: a member that diverges leaves its trial in the other folds
+# alone.
 LARGEST = float(np.finfo(np.float64).max)
 
 
 @dataclass(frozen=True)
 class Patience:
-    """When training has converged: after more than ``epochs`` epochs whose loss was not below the least by ``tol``."""
+    """When training has converged: after more than ``epochs`` epochs whose loss was not below the
+    least by ``tol``."""
 
     tol: float
     epochs: int
@@ -60,7 +66,8 @@ class Member:
     rows      that it was trained on
     epochs, stalled   how long it has trained, and how many epochs at its end without an improvement
     seed      what its random numbers come from
-    buffers   the engine's buffers of this member where it may train on, None where its training is over
+    buffers   the engine's buffers of this member where it may train on, None where its training is
+              over
     losses    (epochs,) on its training rows after each epoch; none where it was not watched
     draws     whether it draws random numbers when it predicts
     """
@@ -82,7 +89,8 @@ class Member:
 
 @dataclass(frozen=True, eq=False)
 class RungState:
-    """Where one configuration is in a training that stops at rungs: after ``epoch`` of ``horizon`` epochs.
+    """Where one configuration is in a training that stops at rungs: after ``epoch`` of ``horizon``
+    epochs.
 
     seed     that of its random numbers, None before the first rung
     buffers  by fold: the engine's buffers of one member, parameters first
@@ -156,10 +164,19 @@ class Recipe:
         """What recipes have in common that train together, on one device and for as long."""
         length = (self.begin, self.epochs, self.horizon, self.state is None)
         functions = tuple(map(content, (self.module, self.loss, self.step, self.augment)))
-        return self.device, self.kind, functions, self.numbers, self.seed, length, self.patience is None
+        return (
+            self.device,
+            self.kind,
+            functions,
+            self.numbers,
+            self.seed,
+            length,
+            self.patience is None,
+        )
 
     def objective(self, task: Task) -> Objective | None:
-        """Return what a module is trained on, None for a built-in model; InputError for what does not fit the task."""
+        """Return what a module is trained on, None for a built-in model; InputError for what does
+        not fit the task."""
         if self.kind != "module":
             return None
         objective = make_objective(self.loss, self.step, self.augment, task)
@@ -169,9 +186,10 @@ class Recipe:
     def config_for(self, rows: int, weight: float) -> Config:
         """Return the configuration for so many training rows of so much weight in all.
 
-        scikit-learn's gradient is (sum of weight x slope + alpha W) / (sum of weights) over a minibatch, so its
-        penalty is an L2 weight decay of alpha / (sum of the minibatch's weights): here of a whole minibatch of
-        average weight. Departures: a short last minibatch has the same decay, and the biases decay too.
+        scikit-learn's gradient is (sum of weight x slope + alpha W) / (sum of weights) over a
+        minibatch, so its penalty is an L2 weight decay of alpha / (sum of the minibatch's weights):
+        here of a whole minibatch of average weight. Departures: a short last minibatch has the same
+        decay, and the biases decay too.
         """
         if self.alpha is None:
             return self.config
@@ -180,15 +198,21 @@ class Recipe:
 
 
 def draw_seed(random_state: object, draw: DrawSeed) -> int:
-    """Return an integer as it is, a draw from a RandomState, ``draw()`` for None; else raise scikit-learn's error."""
+    """Return an integer as it is, a draw from a RandomState, ``draw()`` for None; else raise
+    scikit-learn's error."""
     if random_state is None:
         return draw()
     generator = check_random_state(random_state)
-    return int(random_state) if isinstance(random_state, Integral) else int(generator.randint(2**31 - 1))
+    return (
+        int(random_state)
+        if isinstance(random_state, Integral)
+        else int(generator.randint(2**31 - 1))
+    )
 
 
 def content(value: object) -> Hashable:
-    """Return what a value and its copies have in common; nothing else equals one that cannot be pickled."""
+    """Return what a value and its copies have in common; nothing else equals one that cannot be
+    pickled."""
     if value is None or isinstance(value, str | type | FunctionType):
         return value
     try:
@@ -198,48 +222,67 @@ def content(value: object) -> Hashable:
 
 
 class TrainingLoss(scoring.Scoring):
-    """Minus the loss on the training rows, which are a dataset's validation rows here, by their weights."""
+    """Minus the loss on the training rows, which are a dataset's validation rows here, by their
+    weights."""
 
     def __init__(self) -> None:
         super().__init__("neg_loss", None, None, None)
 
-    def __call__(self, data: Dataset, fold: int, outputs: Tensor, member: scoring.Member | None = None) -> Tensor:
-        """Return the scores (C,), float64, of outputs (C, m, K); of numbers half the squared error, standardised."""
-        rows, outputs, numbers = data.folds[fold].valid, outputs.double(), data.y.dim() > 1
+    def __call__(
+        self, data: Dataset, fold: int, outputs: Tensor, member: scoring.Member | None = None
+    ) -> Tensor:
+        """Return the scores (C,), float64, of outputs (C, m, K); of numbers half the squared error,
+        standardised."""
+        rows = data.folds[fold].valid
+        outputs = outputs.double()
+        numbers = data.y.dim() > 1
         if data.present is not None:
             outputs = outputs.masked_fill(~data.present[fold], -torch.inf)
         y = data.y[fold, rows].double() if numbers else data.y[rows]
         losses = row_losses(outputs, y.expand(outputs.shape[:2])) / (2 if numbers else 1)
-        weights = losses.new_ones(len(rows)) if data.weights is None else data.weights[fold, rows].double()
+        weights = (
+            losses.new_ones(len(rows))
+            if data.weights is None
+            else data.weights[fold, rows].double()
+        )
         mean = (losses * weights).sum(1) / weights.sum()
         return -mean.nan_to_num(LARGEST, LARGEST).clamp(max=LARGEST)
 
 
 class Stopping:
-    """What happens after every epoch of a chunk: members whose loss stalls end, and their parameters are kept.
+    """What happens after every epoch of a chunk: members whose loss stalls end, and their
+    parameters are kept.
 
     patiences  of the trials (C)
-    ends       (2, C, F) epochs that each member has trained, and those of them at its end without an improvement
+    ends       (2, C, F) epochs that each member has trained, and those of them at its end without
+               an improvement
     rows       (C, F, N) its parameters at its end
     """
 
     def __init__(self, job: Job, patiences: Sequence[Patience], folds: int) -> None:
         self.job = job
-        self.tol, self.most = (np.array(of)[:, None] for of in zip(*((p.tol, p.epochs) for p in patiences)))
+        self.tol, self.most = (
+            np.array(of)[:, None] for of in zip(*((p.tol, p.epochs) for p in patiences))
+        )
         self.best = np.full((len(patiences), folds), np.inf)
         self.ends = np.zeros((2, len(patiences), folds), dtype=int)
         self.rows: Tensor | None = None
 
     def __call__(self, trained: Trained) -> bool | np.ndarray:
-        """Return which of the trials that are still there have a member that goes on; True where time is over."""
+        """Return which of the trials that are still there have a member that goes on; True where
+        time is over."""
         alive = np.array(trained.alive)
         epochs, stalled = self.ends[:, alive]
-        loss, best = -trained.curves[alive, trained.epochs - 1], self.best[alive]
+        loss = -trained.curves[alive, trained.epochs - 1]
+        best = self.best[alive]
         goes_on = epochs == 0
-        stalled = np.where(goes_on, np.where(loss > best - self.tol[alive], stalled + 1, 0), stalled)
+        stalled = np.where(
+            goes_on, np.where(loss > best - self.tol[alive], stalled + 1, 0), stalled
+        )
         ends = goes_on & ((stalled > self.most[alive]) | (trained.epochs == self.job.epochs))
         epochs = np.where(ends, trained.epochs, epochs)
-        self.ends[:, alive], self.best[alive] = [epochs, stalled], np.where(goes_on, np.fmin(best, loss), best)
+        self.ends[:, alive] = [epochs, stalled]
+        self.best[alive] = np.where(goes_on, np.fmin(best, loss), best)
         if ends.any():
             rows = trained.network.blocks.to_rows(trained.scored).cpu()
             if self.rows is None:
@@ -253,8 +296,8 @@ class Stopping:
 class Weights(Outcome):
     """What training a chunk gave: ``flat`` has all members' parameters in the order of its blocks.
 
-    ``buffers`` (C, F, N) are their whole state, None where they do not train on; ``ends`` (2, C, F) are the epochs of
-    each member, and how many of its last ones had stalled.
+    ``buffers`` (C, F, N) are their whole state, None where they do not train on; ``ends`` (2, C, F)
+    are the epochs of each member, and how many of its last ones had stalled.
     """
 
     flat: np.ndarray
@@ -264,7 +307,8 @@ class Weights(Outcome):
 
 @dataclass(frozen=True, kw_only=True)
 class MemberJob(Job):
-    """A job whose chunks give their members' weights, not their scores; where they may train on, all their state.
+    """A job whose chunks give their members' weights, not their scores; where they may train on,
+    all their state.
 
     ``patiences`` are those of the trials by their index, none where all train to the last epoch.
     """
@@ -274,18 +318,28 @@ class MemberJob(Job):
 
     def run(self, data: Dataset, chunk: Population, progress: Progress | None = None) -> Weights:
         """Train one chunk and return its weights."""
-        begin, state = time.monotonic(), None
+        begin = time.monotonic()
+        state = None
         if self.patiences:
             stopping = Stopping(self, [self.patiences[i] for i in chunk.index], data.n_folds)
-            curves, epochs = train_chunk(self, data, chunk, after_epoch=stopping).curves, 0
-            flat, ends = np.empty(0), stopping.ends
+            curves = train_chunk(self, data, chunk, after_epoch=stopping).curves
+            epochs = 0
+            flat = np.empty(0)
+            ends = stopping.ends
             if stopping.rows is not None and ends[0].all():  # else the time was over
-                flat, epochs = self.network(data, chunk).blocks.from_rows(stopping.rows).numpy(), self.epochs
+                flat = self.network(data, chunk).blocks.from_rows(stopping.rows).numpy()
+                epochs = self.epochs
         else:
             trained = train_chunk(self, data, chunk, progress)
-            curves, epochs = trained.curves, trained.epochs
-            state = tuple(buffer.cpu() for buffer in trained.state.buffers) if self.keeps_state else None
-            flat = trained.scored.to("cpu", copy=True).numpy()  # the next chunk may train in this one's memory
+            curves = trained.curves
+            epochs = trained.epochs
+            state = (
+                tuple(buffer.cpu() for buffer in trained.state.buffers)
+                if self.keeps_state
+                else None
+            )
+            # the next chunk may train in this one's memory
+            flat = trained.scored.to("cpu", copy=True).numpy()
             ends = np.zeros((2, len(chunk.index), data.n_folds), dtype=int)
             ends[0] = epochs
         return Weights(chunk.index, curves, epochs, time.monotonic() - begin, flat, state, ends)
@@ -293,32 +347,56 @@ class MemberJob(Job):
     def members(
         self, data: Dataset, chunk: Population, weights: Weights, classes: NDArray[np.int64] | None
     ) -> list[Member | Exception]:
-        """Return the members of a chunk, fold by fold, that trained to their last epoch; none where it did not."""
+        """Return the members of a chunk, fold by fold, that trained to their last epoch; none where
+        it did not."""
         if weights.epochs < self.epochs:
             return []
-        network, flat = self.network(data, chunk), torch.from_numpy(weights.flat)
-        params, shape = network.blocks.views(flat), (data.n_folds, len(chunk.index), -1)
-        whole = [w.reshape(shape).all(2) for w in network.blocks.by_member(flat.isfinite()).values()]
+        network = self.network(data, chunk)
+        flat = torch.from_numpy(weights.flat)
+        params = network.blocks.views(flat)
+        shape = (data.n_folds, len(chunk.index), -1)
+        whole = [
+            w.reshape(shape).all(2) for w in network.blocks.by_member(flat.isfinite()).values()
+        ]
         finite = torch.stack(whole).all(0).tolist()  # F lists of C
-        center, scale = data.center.cpu().numpy(), data.scale.cpu().numpy()
+        center = data.center.cpu().numpy()
+        scale = data.scale.cpu().numpy()
         members: list[Member | Exception] = []
         for f, fold in enumerate(data.folds):
             scaling = tuple(None if of is None else of.of_fold(f) for of in data.scaling)
-            present = None if data.present is None or data.present[f].all() else data.present[f].cpu().numpy()
+            present = (
+                None
+                if data.present is None or data.present[f].all()
+                else data.present[f].cpu().numpy()
+            )
             for c, config in enumerate(chunk.configs):
                 if not finite[f][c]:
-                    words = f"the training diverged with {config['optimizer']} and a learning rate of"
+                    words = (
+                        f"the training diverged with {config['optimizer']} and a learning rate of"
+                    )
                     members.append(
                         DivergedError(
-                            f"{words} {config['lr']:.3g}: its weights are no finite numbers any more; use a smaller "
-                            "rate, or scale the inputs (StandardScaler in a pipeline)."
+                            f"{words} {config['lr']:.3g}: its weights are no finite numbers any "
+                            "more; use a smaller rate, or scale the inputs (StandardScaler in a "
+                            "pipeline)."
                         )
                     )
                     continue
                 epochs, stalled = weights.ends[:, c, f].tolist()
                 state = None if weights.buffers is None else tuple(b[c, f] for b in weights.buffers)
                 losses = -weights.curves[c, : epochs if self.patiences else 0, f]
-                module, lengths = partial(network.member, params, f, c), (len(fold.train), epochs, stalled)
+                module = partial(network.member, params, f, c)
+                lengths = (len(fold.train), epochs, stalled)
                 outputs = (classes, present, center[f], scale[f], scaling)
-                members.append(Member(module, *outputs, *lengths, self.seed, state, losses, network.evaluation_draws))
+                members.append(
+                    Member(
+                        module,
+                        *outputs,
+                        *lengths,
+                        self.seed,
+                        state,
+                        losses,
+                        network.evaluation_draws,
+                    )
+                )
         return members

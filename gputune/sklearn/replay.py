@@ -1,7 +1,8 @@
-"""One run of a search: its fits are recorded, trained together, and replayed while scikit-learn evaluates them.
+"""One run of a search: its fits are recorded, trained together, and replayed while scikit-learn
+evaluates them.
 
-scikit-learn fits candidate after candidate, and of each one fold after the other. What its loop does is known before,
-so that every step of it finds what it would have made.
+scikit-learn fits candidate after candidate, and of each one fold after the other. What its loop
+does is known before, so that every step of it finds what it would have made.
 """
 
 import copy
@@ -35,16 +36,19 @@ def train(fits: Iterable[Fit], training: Training) -> None:
     for folds, trials in layouts(fits):
         candidates = {trial: own[folds.numbers[0]].estimator for trial, own in trials.items()}
         for (fold, trial), fitted in fit_together(candidates, folds, training).items():
-            trials[trial][fold].fitted, trials[trial][fold].rows = fitted, folds.rows
+            trials[trial][fold].fitted = fitted
+            trials[trial][fold].rows = folds.rows
 
 
 def workers() -> int | None:
-    """Return 1 within a worker of joblib, whose neighbours have the other cores; None lets an estimate decide."""
+    """Return 1 within a worker of joblib, whose neighbours have the other cores; None lets an
+    estimate decide."""
     return 1 if get_active_backend()[0].nesting_level else None
 
 
 class HookedMemory:
-    """The ``memory`` of a pipeline in a search: the hook has every fitted transformer; elsewhere it is the user's."""
+    """The ``memory`` of a pipeline in a search: the hook has every fitted transformer; elsewhere it
+    is the user's."""
 
     def __init__(self, memory: object) -> None:
         self.memory = memory
@@ -65,7 +69,8 @@ class HookedMemory:
 
 
 def with_hook(estimator: BaseEstimator, device: str) -> BaseEstimator:
-    """Return the estimator as scikit-learn gets it while a search runs; the user's own stays as it is."""
+    """Return the estimator as scikit-learn gets it while a search runs; the user's own stays as it
+    is."""
     _, last = last_step(estimator)
     last = last if device == "auto" else clone(last).set_params(device=device)
     if not isinstance(estimator, Pipeline):
@@ -91,7 +96,8 @@ class TrainedCandidates:
 
 @dataclass(eq=False)
 class SearchRun:
-    """One call of a search's ``fit``, which hands each fit of scikit-learn's loop what was made for it.
+    """One call of a search's ``fit``, which hands each fit of scikit-learn's loop what was made for
+    it.
 
     trained          candidates that were trained before, with other searches
     seconds, epochs  how long each candidate trained, in the order of their evaluation
@@ -124,23 +130,30 @@ class SearchRun:
 
         def split(X: object, y: object, **params: object) -> Splits:
             """Train before the splits are returned, over which scikit-learn's loop goes."""
-            trained = self.trained or self._train_all(candidates, X, y, self.split(X, y, params, cv))
+            trained = self.trained or self._train_all(
+                candidates, X, y, self.split(X, y, params, cv)
+            )
             epochs: dict[int, int] = {}
             for fit in fits_of(trained.events):
                 epochs[fit.trial] = max(epochs.get(fit.trial, 1), getattr(fit.fitted, "epochs", 1))
-            self.seconds += [trained.seconds if number in epochs else np.nan for number in range(len(candidates))]
+            self.seconds += [
+                trained.seconds if number in epochs else np.nan for number in range(len(candidates))
+            ]
             self.epochs += [epochs.get(number, 1) for number in range(len(candidates))]
             self.steps.extend(trained.events)
             return trained.splits
 
         with hooked(self):
             splitter = SimpleNamespace(split=split)
-            results = evaluate_candidates(candidates, splitter, more_results=more_results, **context)
+            results = evaluate_candidates(
+                candidates, splitter, more_results=more_results, **context
+            )
         if self.steps:
             raise RuntimeError(
-                f"{len(self.steps)} of the fits that were trained together were never asked for: a backend of joblib "
-                "runs scikit-learn's loop elsewhere, or this release of scikit-learn has another loop. Leave the "
-                "backend (joblib.parallel_config), or use scikit-learn's own search."
+                f"{len(self.steps)} of the fits that were trained together were never asked for: "
+                "a backend of joblib runs scikit-learn's loop elsewhere, or this release of "
+                "scikit-learn has another loop. Leave the backend (joblib.parallel_config), or "
+                "use scikit-learn's own search."
             )
         together = ~np.isnan(self.seconds)  # the others were fitted in this loop
         results["mean_fit_time"][together] = np.array(self.seconds)[together]
@@ -148,7 +161,8 @@ class SearchRun:
         return results
 
     def fit(self, estimator: FusedEstimator, X: object, y: object, sample_weight: object) -> bool:
-        """Finish the estimator where it is its turn; one that is no step of the loop fits itself."""
+        """Finish the estimator where it is its turn; one that is no step of the loop fits
+        itself."""
         del sample_weight
         step = self.steps[0] if self.steps and estimator._left_to_scikit_learn(y) is None else None
         if not isinstance(step, Fit) or not step.is_of(estimator, X):
@@ -157,7 +171,9 @@ class SearchRun:
         step.finish(estimator)
         return True
 
-    def transform(self, function: Callable[..., object], *args: object, **options: object) -> object:
+    def transform(
+        self, function: Callable[..., object], *args: object, **options: object
+    ) -> object:
         """Return what fitting a transformer gave where it is its turn, else fit it."""
         if self.steps and isinstance(step := self.steps[0], Transformation):
             self.steps.popleft()
@@ -165,12 +181,18 @@ class SearchRun:
         with hooked(None):
             return function(*args, **options)
 
-    def split(self, X: object, y: object, params: Mapping[str, object], cv: object = None) -> Splits:
+    def split(
+        self, X: object, y: object, params: Mapping[str, object], cv: object = None
+    ) -> Splits:
         """Return the splits of ``cv``, the search's own where it is None."""
-        splitter = check_cv(self.cv if cv is None else cv, y, classifier=is_classifier(self.estimator))
+        splitter = check_cv(
+            self.cv if cv is None else cv, y, classifier=is_classifier(self.estimator)
+        )
         return list(splitter.split(X, y, **params))
 
-    def _train_all(self, candidates: Candidates, X: object, y: object, splits: Splits) -> TrainedCandidates:
+    def _train_all(
+        self, candidates: Candidates, X: object, y: object, splits: Splits
+    ) -> TrainedCandidates:
         begin = time.monotonic()
         events = self.record(candidates, X, y, splits)
         self.train(candidates, fits_of(events))
@@ -178,22 +200,37 @@ class SearchRun:
         return TrainedCandidates(candidates, splits, events, share)
 
     def record(
-        self, candidates: Candidates, X: object, y: object, splits: Splits, within: Part | None = None
+        self,
+        candidates: Candidates,
+        X: object,
+        y: object,
+        splits: Splits,
+        within: Part | None = None,
     ) -> list[Event]:
-        """Return what fitting the candidates takes; X and y may be ``within`` rows that other searches share.
+        """Return what fitting the candidates takes; X and y may be ``within`` rows that other
+        searches share.
 
         Raises scikit-learn's ValueError for a parameter that the estimator has not.
         """
-        estimators = [clone(self.estimator).set_params(**clone(params, safe=False)) for params in candidates]
+        estimators = [
+            clone(self.estimator).set_params(**clone(params, safe=False)) for params in candidates
+        ]
         events = self.recorder.record(estimators, X, y, splits, self.fit_params, within)
         if left := self.recorder.left:
             warn(
-                f"{len({trial for trial, _ in left})} of {len(candidates)} candidates are fitted by scikit-learn's own "
-                f"loop, one by one, because gputune does not train {', '.join(sorted(set(left.values())))}."
+                f"{len({trial for trial, _ in left})} of {len(candidates)} candidates are fitted "
+                "by scikit-learn's own loop, one by one, because gputune does not train "
+                f"{', '.join(sorted(set(left.values())))}."
             )
         return events
 
-    def train(self, candidates: Candidates, fits: Sequence[Fit], states: Mapping[int, RungState] | None = None) -> None:
-        """Train the fits of candidates; ``states`` are where each goes on from, in a search that stops at rungs."""
+    def train(
+        self,
+        candidates: Candidates,
+        fits: Sequence[Fit],
+        states: Mapping[int, RungState] | None = None,
+    ) -> None:
+        """Train the fits of candidates; ``states`` are where each goes on from, in a search that
+        stops at rungs."""
         del candidates
         train(fits, Training(workers(), self.deadline, states or {}, self.patient))

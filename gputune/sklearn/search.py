@@ -1,6 +1,8 @@
-"""scikit-learn's searches with all candidates and folds trained together; everything else is scikit-learn's own.
+"""scikit-learn's searches with all candidates and folds trained together; everything else is
+scikit-learn's own.
 
-A search is written as a study file too: its trials, for ``gputune.Study.open`` and the command line.
+A search is written as a study file too: its trials, for ``gputune.Study.open`` and the command
+line.
 """
 
 import functools
@@ -33,7 +35,8 @@ from gputune.types import Config
 
 
 def why_not_together(estimator: BaseEstimator, space: object) -> str | None:
-    """Return the reason why the candidates of a space cannot be trained together, None where they can."""
+    """Return the reason why the candidates of a space cannot be trained together, None where they
+    can."""
     prefix, last = last_step(estimator)
     name = type(last).__name__
     if not isinstance(last, FusedEstimator):
@@ -51,7 +54,8 @@ def why_not_together(estimator: BaseEstimator, space: object) -> str | None:
 
 
 class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no types
-    """What makes a search of scikit-learn train together; it comes before scikit-learn's class among the bases."""
+    """What makes a search of scikit-learn train together; it comes before scikit-learn's class
+    among the bases."""
 
     _space_name: ClassVar[str]
     """The parameter that holds the space."""
@@ -61,21 +65,27 @@ class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no ty
     """The running ``fit``."""
 
     def fit(self, X: object, y: object = None, **params: object) -> Self:
-        """Run the search on rows X with targets y, as the estimator takes them, and refit the best candidate on all.
+        """Run the search on rows X with targets y, as the estimator takes them, and refit the best
+        candidate on all.
 
-        ``params`` are those of scikit-learn's search: ``sample_weight``, ``groups`` and whatever is routed. Returns
-        the search. Raises what scikit-learn's search raises, and InputError for a ``study`` that exists.
+        ``params`` are those of scikit-learn's search: ``sample_weight``, ``groups`` and whatever is
+        routed. Returns the search. Raises what scikit-learn's search raises, and InputError for a
+        ``study`` that exists.
         """
         X = as_sliced(X)
         if isinstance(self.study, str | os.PathLike):  # what else it may be, scikit-learn refuses
-            path, study = Path(self.study), f"study={str(self.study)!r}"
+            path = Path(self.study)
+            study = f"study={str(self.study)!r}"
             if path.exists():  # a search of this face is never resumed
                 begins = "exists already, and this search begins a new one"
-                raise InputError(f"{study} {begins}; give it a path of its own, or remove the file.")
+                raise InputError(
+                    f"{study} {begins}; give it a path of its own, or remove the file."
+                )
             if not path.parent.is_dir():
                 raise InputError(f"{study}: the folder does not exist; make it first.")
         reason = why_not_together(self.estimator, getattr(self, self._space_name))
-        if reason is not None and not isinstance(self.estimator, type):  # which scikit-learn refuses
+        # which scikit-learn refuses
+        if reason is not None and not isinstance(self.estimator, type):
             self._leave_to_own_loop(reason)
         with override(self, self._overrides(together=reason is None)):
             run = self._make_run(X, y) if reason is None else None
@@ -91,18 +101,29 @@ class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no ty
     def _make_run(self, X: object, y: object) -> SearchRun:
         """Return the run of one fit on X and y, which are not checked yet."""
         del X, y
-        deadline = time.monotonic() + float(self.timeout) if isinstance(self.timeout, Real) else None
+        deadline = (
+            time.monotonic() + float(self.timeout) if isinstance(self.timeout, Real) else None
+        )
         return SearchRun(self.estimator, self.cv, deadline, self._trained)
 
     def _overrides(self, *, together: bool) -> dict[str, object]:
-        """Return what scikit-learn gets to see in place of the user's parameters while it searches."""
-        overrides = {self._space_name: to_scipy(getattr(self, self._space_name)), "scoring": self._effective_scoring()}
+        """Return what scikit-learn gets to see in place of the user's parameters while it
+        searches."""
+        overrides = {
+            self._space_name: to_scipy(getattr(self, self._space_name)),
+            "scoring": self._effective_scoring(),
+        }
         if self.pre_dispatch is None:
             overrides["pre_dispatch"] = "2*n_jobs"
         if together:
             overrides |= {"estimator": with_hook(self.estimator, self.device), "n_jobs": 1}
-            if isinstance(self.cv, Iterable) and not isinstance(self.cv, str) and not hasattr(self.cv, "split"):
-                overrides["cv"] = list(self.cv)  # it may be a generator, and is looked at more than once
+            if (
+                isinstance(self.cv, Iterable)
+                and not isinstance(self.cv, str)
+                and not hasattr(self.cv, "split")
+            ):
+                # it may be a generator, and is looked at more than once
+                overrides["cv"] = list(self.cv)
         return overrides
 
     def _effective_scoring(self) -> object:
@@ -111,25 +132,32 @@ class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no ty
 
     def _leave_to_own_loop(self, reason: str) -> None:
         """Warn that scikit-learn's loop takes over."""
-        idle = " and ".join(name for name in ("device", "timeout") if getattr(self, name) not in (None, "auto"))
+        idle = " and ".join(
+            name for name in ("device", "timeout") if getattr(self, name) not in (None, "auto")
+        )
         without = f", and {idle} have no effect" if idle else ""
         warn(
-            f"{type(self).__name__} cannot train these candidates together, because {reason}: scikit-learn's own "
-            f"loop fits them one by one{without}."
+            f"{type(self).__name__} cannot train these candidates together, because {reason}: "
+            f"scikit-learn's own loop fits them one by one{without}."
         )
 
     def _get_routed_params_for_fit(self, params: object) -> Bunch:
         routed = super()._get_routed_params_for_fit(params)
         if self._run is not None:
-            self._run.fit_params, self._run.split_params = routed.estimator.fit, routed.splitter.split
+            self._run.fit_params = routed.estimator.fit
+            self._run.split_params = routed.splitter.split
         return routed
 
     def _run_search(
-        self, evaluate_candidates: Callable[..., dict[str, np.ndarray]], *, callback_ctx: object = None
+        self,
+        evaluate_candidates: Callable[..., dict[str, np.ndarray]],
+        *,
+        callback_ctx: object = None,
     ) -> None:
         if self._run is not None:
             evaluate_candidates = functools.partial(self._run.evaluate, evaluate_candidates)
-        context = {} if callback_ctx is None else {"callback_ctx": callback_ctx}  # since scikit-learn 1.9
+        # since scikit-learn 1.9
+        context = {} if callback_ctx is None else {"callback_ctx": callback_ctx}
         super()._run_search(evaluate_candidates, **context)
 
 
@@ -180,7 +208,9 @@ class RandomizedSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  # ty
     """
 
     _space_name = "param_distributions"
-    _parameter_constraints: ClassVar = model_selection.RandomizedSearchCV._parameter_constraints | CONSTRAINTS
+    _parameter_constraints: ClassVar = (
+        model_selection.RandomizedSearchCV._parameter_constraints | CONSTRAINTS
+    )
 
     __init__ = constructor(model_selection.RandomizedSearchCV, EXTRAS)
 
@@ -189,22 +219,35 @@ class GridSearchCV(FusedSearch, model_selection.GridSearchCV):  # type: ignore[m
     __doc__ = f"""scikit-learn's GridSearchCV, with its candidates trained together.{_TOGETHER}"""
 
     _space_name = "param_grid"
-    _parameter_constraints: ClassVar = model_selection.GridSearchCV._parameter_constraints | CONSTRAINTS
+    _parameter_constraints: ClassVar = (
+        model_selection.GridSearchCV._parameter_constraints | CONSTRAINTS
+    )
 
     __init__ = constructor(model_selection.GridSearchCV, EXTRAS)
 
 
-def write_search(path: str | os.PathLike[str], search: BaseSearchCV, epochs: Sequence[int] | None) -> None:
-    """Write a fitted search; ``epochs`` is how long each candidate trained, None where that is not known."""
-    results, n = search.cv_results_, len(search.cv_results_["params"])
+def write_search(
+    path: str | os.PathLike[str], search: BaseSearchCV, epochs: Sequence[int] | None
+) -> None:
+    """Write a fitted search; ``epochs`` is how long each candidate trained, None where that is not
+    known."""
+    results = search.cv_results_
+    n = len(search.cv_results_["params"])
     known = [name.removeprefix("mean_test_") for name in results if name.startswith("mean_test_")]
-    metrics = sorted(known, key=lambda name: name != search.refit)  # the one that chooses is the first
-    folds = [[results[f"split{f}_test_{name}"] for f in range(search.n_splits_)] for name in metrics]
+    # the one that chooses is the first
+    metrics = sorted(known, key=lambda name: name != search.refit)
+    folds = [
+        [results[f"split{f}_test_{name}"] for f in range(search.n_splits_)] for name in metrics
+    ]
     seconds = search.n_splits_ * (results["mean_fit_time"] + results["mean_score_time"])
-    starts, steps = (results.get(name, np.zeros(n, int)).tolist() for name in ("start", "outer_step"))
+    starts, steps = (
+        results.get(name, np.zeros(n, int)).tolist() for name in ("start", "outer_step")
+    )
     origins = [(start, step) if step else "random" for start, step in zip(starts, steps)]
     meta = {
-        "metrics": [{"name": name, "scorer": name, "positive": None} for name in metrics if len(metrics) > 1],
+        "metrics": [
+            {"name": name, "scorer": name, "positive": None} for name in metrics if len(metrics) > 1
+        ],
         "face": "sklearn",
         "model": type(last_step(search.estimator)[1]).__name__,
         "method": type(search).__name__,
@@ -224,7 +267,8 @@ def write_search(path: str | os.PathLike[str], search: BaseSearchCV, epochs: Seq
 def _result(number: int, scores: np.ndarray, seconds: float, epochs: int) -> Result:
     """Return the result of a trial that was scored (F, M) after its last epoch alone."""
     curve = np.full((epochs, *scores.shape), np.nan)
-    curve[-1], folds = scores, scores[:, 0]
+    curve[-1] = scores
+    folds = scores[:, 0]
     state: State = "complete" if np.isfinite(folds).all() else "failed"
     curve = curve if scores.shape[1] > 1 else curve[..., 0]
     return Result(number, state, float(folds.mean()), tuple(folds.tolist()), epochs, seconds, curve)
@@ -241,7 +285,8 @@ def _score_name(search: BaseSearchCV) -> str:
 
 
 def _storable(value: object) -> object:
-    """Return a value of a configuration as a file can hold it: as text where it can in no other way."""
+    """Return a value of a configuration as a file can hold it: as text where it can in no other
+    way."""
     with suppress(InputError):
         to_json(value)
         return value

@@ -1,13 +1,16 @@
-"""Newton steps of many members at once, by conjugate gradients, with a line search of each member's own.
+"""Newton steps of many members at once, by conjugate gradients, with a line search of each member's
+own.
 
-Source: truncated Newton, Nocedal and Wright (2006), algorithm 7.1. Members with a lasso term move their nonzero weights
-only and keep their signs; a proximal gradient step chooses those weights before, and Newton fits them: the scheme of
-Chen, Curtis and Robinson (2017), doi:10.1137/16M1062259. Departure: both kinds of step alternate, since a proximal
-step costs little beside a Newton step.
+Source: truncated Newton, Nocedal and Wright (2006), algorithm 7.1. Members with a lasso term move
+their nonzero weights only and keep their signs; a proximal gradient step chooses those weights
+before, and Newton fits them: the scheme of Chen, Curtis and Robinson (2017),
+doi:10.1137/16M1062259. Departure: both kinds of step alternate, since a proximal step costs little
+beside a Newton step.
 
-The quadratic model of a step is minimised by conjugate gradients with a diagonal preconditioner; where the minimiser
-lies across zero, a projected search fixes the weights that reached zero there, and conjugate gradients go on with the
-rest. Source: Moré and Toraldo (1991), doi:10.1137/0801008; departure: conjugate gradients stop by their residual.
+The quadratic model of a step is minimised by conjugate gradients with a diagonal preconditioner;
+where the minimiser lies across zero, a projected search fixes the weights that reached zero there,
+and conjugate gradients go on with the rest. Source: Moré and Toraldo (1991), doi:10.1137/0801008;
+departure: conjugate gradients stop by their residual.
 """
 
 from collections.abc import Callable
@@ -16,7 +19,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gputune.solver.objective import Point, Rows, curvature_diagonal, curvature_times, origin, point_at
+from gputune.solver.objective import (
+    Point,
+    Rows,
+    curvature_diagonal,
+    curvature_times,
+    origin,
+    point_at,
+)
 
 LOOSEST = 0.25  # share of the slopes that conjugate gradients may leave far from the optimum
 DAMPING = 0.03  # per unit of violation, as a share of the curvature; fades at the optimum
@@ -32,7 +42,8 @@ PROJECTED = 0.1  # of the decrease that the slope promises, in the projected sea
 FLOOR = 1e-12  # smallest entry of the preconditioner's diagonal, as a share of the largest
 STILL = 1e-13  # a step that lowers the objective by a smaller share changes nothing
 PATIENCE = 10  # such steps in a row before a member is given up
-SETTLED = 1e-3  # largest last change of a logit with which a member without penalty counts as converged
+# largest last change of a logit with which a member without penalty counts as converged
+SETTLED = 1e-3
 
 Step = Callable[[Rows, Point, float], Point]
 
@@ -40,29 +51,37 @@ Step = Callable[[Rows, Point, float], Point]
 def descend(
     rows: Rows, step: Step, ridge: Tensor, lasso: Tensor, tolerance: float, max_steps: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Step all members until each has converged or changes no more; who is done leaves and costs nothing.
+    """Step all members until each has converged or changes no more; who is done leaves and costs
+    nothing.
 
     Return where they ended: weights (m, K, E), steps, residuals and whether they converged, (m,).
     """
     point = origin(rows, ridge, lasso)
-    weight, steps, residual = point.weight.clone(), torch.zeros_like(ridge, dtype=torch.int64), torch.zeros_like(ridge)
+    weight = point.weight.clone()
+    steps = torch.zeros_like(ridge, dtype=torch.int64)
+    residual = torch.zeros_like(ridge)
     converged = torch.zeros_like(ridge, dtype=torch.bool)
     left = torch.arange(len(ridge), device=ridge.device)
-    idle, calm = torch.zeros_like(steps), torch.ones_like(converged)
+    idle = torch.zeros_like(steps)
+    calm = torch.ones_like(converged)
     for taken in range(max_steps + 1):
         gap = point.violation(rows)
         done = (gap <= tolerance) & calm
-        weight[left], steps[left], residual[left], converged[left] = point.weight, taken, gap, done
+        weight[left] = point.weight
+        steps[left] = taken
+        residual[left] = gap
+        converged[left] = done
         going = ~done & (idle < PATIENCE)
         if taken == max_steps or not going.any():
             break
-        left, idle = left[going], idle[going]
+        left = left[going]
+        idle = idle[going]
         old = point if going.all() else point[going]
         point = step(rows, old, tolerance)
         fall = old.objective - point.objective
         idle = torch.where(fall > STILL * point.objective.abs(), 0, idle + 1)
-        # Where classes can be separated and no penalty holds the weights, the gradient vanishes too, but they grow for
-        # ever: such a member has converged when its logits stay.
+        # Where classes can be separated and no penalty holds the weights, the gradient vanishes
+        # too, but they grow for ever: such a member has converged when its logits stay.
         calm = ((point.ridge + point.lasso) > 0).flatten(1).any(1)
         if not calm.all():
             calm |= (point.logits - old.logits).abs().amax((1, 2)) < SETTLED
@@ -94,7 +113,8 @@ class Model:
 
 
 def newton_step(rows: Rows, point: Point, tolerance: float) -> Point:
-    """Move each member to the minimiser of its quadratic model, or as far towards it as the objective falls."""
+    """Move each member to the minimiser of its quadratic model, or as far towards it as the
+    objective falls."""
     closeness = point.violation(rows)
     # The residual shrinks like its power 1.5, but not far beyond what was asked for.
     forcing = closeness.sqrt().maximum(0.1 * tolerance / closeness).clamp_max(LOOSEST)
@@ -102,7 +122,8 @@ def newton_step(rows: Rows, point: Point, tolerance: float) -> Point:
     free = (point.weight != 0) | ~signed
     slopes = point.steepest * free
     diagonal = curvature_diagonal(rows, point.chance)
-    # Without a ridge the curvature on the nonzero weights may vanish in a direction: hold steps back there.
+    # Without a ridge the curvature on the nonzero weights may vanish in a direction: hold steps
+    # back there.
     hold = point.ridge + DAMPING * closeness.clamp_max(1)[:, None, None] * signed * diagonal
     model = Model(point.weight, slopes, free, signed, point.chance, hold, diagonal + hold, forcing)
     # Along the principal axes conjugate gradients reach their goal in single precision to the end.
@@ -110,32 +131,47 @@ def newton_step(rows: Rows, point: Point, tolerance: float) -> Point:
     largest = model.diagonal.amax((1, 2))
     coarse &= (largest > SINGLE[0]) & (largest < SINGLE[1])
     new = _move(rows, point, model, coarse)
-    stuck = coarse & (new.objective >= point.objective) & (closeness > tolerance) & signed.flatten(1).any(1)
+    stuck = (
+        coarse
+        & (new.objective >= point.objective)
+        & (closeness > tolerance)
+        & signed.flatten(1).any(1)
+    )
     if stuck.any():
         left = stuck.nonzero()[:, 0]
-        new = _replace(new, left, _move(rows, point[left], model[left], torch.zeros_like(stuck)[left]))
+        new = _replace(
+            new, left, _move(rows, point[left], model[left], torch.zeros_like(stuck)[left])
+        )
     return new
 
 
 def _move(rows: Rows, point: Point, model: Model, coarse: Tensor) -> Point:
-    """Go to the minimiser of the model, found in single precision for the members ``coarse`` (m,)."""
+    """Go to the minimiser of the model, found in single precision for the members ``coarse``
+    (m,)."""
     step = torch.zeros_like(model.slopes)
     if coarse.all():
         step = _coarse_step(rows, model)
     elif not coarse.any():
         step = minimise(rows, model)
     else:
-        step[coarse], step[~coarse] = _coarse_step(rows, model[coarse]), minimise(rows, model[~coarse])
+        step[coarse] = _coarse_step(rows, model[coarse])
+        step[~coarse] = minimise(rows, model[~coarse])
     return line_search(rows, point, step, dot(model.slopes, step))
 
 
 def _coarse_step(rows: Rows, model: Model) -> Tensor:
-    """Minimise the model in single precision, which finds the direction to the few digits that are asked for.
+    """Minimise the model in single precision, which finds the direction to the few digits that are
+    asked for.
 
-    The slopes and the line search stay in double precision, so the end does. It is in units of each member's largest
-    slope, so that none is too small for single precision. A weight that comes to zero does so exactly.
+    The slopes and the line search stay in double precision, so the end does. It is in units of each
+    member's largest slope, so that none is too small for single precision. A weight that comes to
+    zero does so exactly.
     """
-    unit = model.slopes.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(model.slopes.dtype).tiny)
+    unit = (
+        model.slopes.abs()
+        .amax((1, 2), keepdim=True)
+        .clamp_min(torch.finfo(model.slopes.dtype).tiny)
+    )
     scaled = replace(model, weight=model.weight / unit, slopes=model.slopes / unit).single()
     step = minimise(rows.single(), scaled)
     exact = step.to(unit.dtype) * unit
@@ -144,21 +180,27 @@ def _coarse_step(rows: Rows, model: Model) -> Tensor:
 
 
 def line_search(rows: Rows, point: Point, step: Tensor, slope: Tensor) -> Point:
-    """Halve each member's step until its objective falls enough; a member for which none does stays.
+    """Halve each member's step until its objective falls enough; a member for which none does
+    stays.
 
-    ``slope`` (m,) is the objective's slope along the step. The logits are linear in the length, so trying one
-    costs no product.
+    ``slope`` (m,) is the objective's slope along the step. The logits are linear in the length, so
+    trying one costs no product.
     """
-    before, turn = point.objective, rows.change_of_logits(step)
-    new, left, length = point, torch.arange(len(step), device=step.device), 1.0
+    before = point.objective
+    turn = rows.change_of_logits(step)
+    new = point
+    left = torch.arange(len(step), device=step.device)
+    length = 1.0
     for _ in range(HALVINGS):
         here = point[left] if len(left) < len(step) else point
-        weight, logits = here.weight + length * step[left], here.logits + length * turn[left]
+        weight = here.weight + length * step[left]
+        logits = here.logits + length * turn[left]
         trial = point_at(rows, weight, logits, here.ridge, here.lasso)
         enough = before[left] + SUFFICIENT * length * slope[left] + ROUNDING * before[left].abs()
         good = trial.objective <= enough
-        # Where the decrease that a slope promises is lost in the rounding of the objective, slopes must judge. Source:
-        # the approximate conditions of Hager and Zhang (2005), doi:10.1137/030601880.
+        # Where the decrease that a slope promises is lost in the rounding of the objective, slopes
+        # must judge. Source: the approximate conditions of Hager and Zhang (2005),
+        # doi:10.1137/030601880.
         unseen = slope[left].abs() < UNSEEN * before[left].abs()
         good |= unseen & (trial.violation(rows) < here.violation(rows))
         if len(left) == len(step) and good.all():
@@ -174,20 +216,25 @@ def line_search(rows: Rows, point: Point, step: Tensor, slope: Tensor) -> Point:
 def _replace(point: Point, members: Tensor, by: Point) -> Point:
     """The point with some members' state taken from another."""
     state = ("weight", "logits", "chance", "loss", "slope", "error")
-    return replace(point, **{name: getattr(point, name).index_copy(0, members, getattr(by, name)) for name in state})
+    return replace(
+        point,
+        **{name: getattr(point, name).index_copy(0, members, getattr(by, name)) for name in state},
+    )
 
 
 def proximal_newton_step(rows: Rows, point: Point, tolerance: float) -> Point:
     """A proximal gradient step, then a Newton step on the weights that it left nonzero.
 
-    The first has the length 1 / (curvature's bound) and is shrunk by the lasso; the objective never rises.
+    The first has the length 1 / (curvature's bound) and is shrunk by the lasso; the objective never
+    rises.
     """
     length = 1 / (rows.bound + point.ridge)
     target = point.weight - length * point.slope
     target = target.sign() * (target.abs() - length * point.lasso).clamp_min(0)
     if rows.outputs > 1:
-        # Softmax does not see a shift of an input's weights, so without a ridge the lasso alone decides it: it
-        # is least where their median is zero. Newton's step would have no end along it.
+        # Softmax does not see a shift of an input's weights, so without a ridge the lasso alone
+        # decides it: it is least where their median is zero. Newton's step would have no end along
+        # it.
         only_lasso = (point.ridge == 0) & (point.lasso > 0)
         # By sorting: torch.median has no deterministic form on a GPU.
         middle = target.sort(1).values[:, (rows.outputs - 1) // 2, None]
@@ -197,7 +244,8 @@ def proximal_newton_step(rows: Rows, point: Point, tolerance: float) -> Point:
 
 
 def minimise(rows: Rows, model: Model) -> Tensor:
-    """Return the step (m, K, E) of each member; the model's value there is below zero unless all slopes are."""
+    """Return the step (m, K, E) of each member; the model's value there is below zero unless all
+    slopes are."""
     total = torch.zeros_like(model.slopes)
     left = torch.arange(len(total), device=total.device)
     for _ in range(ROUNDS):
@@ -207,7 +255,10 @@ def minimise(rows: Rows, model: Model) -> Tensor:
         total[left[~crosses]] += step[~crosses]
         if not crosses.any():
             break
-        left, model, step, bent = left[crosses], model[crosses], step[crosses], bent[crosses]
+        left = left[crosses]
+        model = model[crosses]
+        step = step[crosses]
+        bent = bent[crosses]
         step, bent = projected_search(rows, model, step, bent)
         total[left] += step
         weight = model.weight + step
@@ -217,12 +268,16 @@ def minimise(rows: Rows, model: Model) -> Tensor:
 
 
 def conjugate_gradients(rows: Rows, model: Model) -> tuple[Tensor, Tensor]:
-    """Return the model's minimiser but for its signs, and the model's matrix times it; (m, K, E) each."""
+    """Return the model's minimiser but for its signs, and the model's matrix times it; (m, K, E)
+    each."""
     floor = FLOOR * model.diagonal.amax((1, 2), keepdim=True) + torch.finfo(model.slopes.dtype).tiny
     inverse = model.free / model.diagonal.maximum(floor)
     slopes = model.slopes
-    steps, rests = torch.zeros_like(slopes), -slopes
-    left, step, rest = torch.arange(len(steps), device=steps.device), steps, rests
+    steps = torch.zeros_like(slopes)
+    rests = -slopes
+    left = torch.arange(len(steps), device=steps.device)
+    step = steps
+    rest = rests
     direction = inverse * rest
     size = dot(rest, direction)
     goal = model.forcing**2 * size
@@ -230,12 +285,19 @@ def conjugate_gradients(rows: Rows, model: Model) -> tuple[Tensor, Tensor]:
         going = size > goal
         running = int(going.sum())
         if 2 * running <= len(left):  # the others have stopped, let them cost nothing
-            steps, rests = steps.index_copy(0, left, step), rests.index_copy(0, left, rest)
+            steps = steps.index_copy(0, left, step)
+            rests = rests.index_copy(0, left, rest)
             if not running:
                 break
-            left, model, inverse = left[going], model[going], inverse[going]
-            step, rest, direction = step[going], rest[going], direction[going]
-            size, goal, going = size[going], goal[going], going[going]
+            left = left[going]
+            model = model[going]
+            inverse = inverse[going]
+            step = step[going]
+            rest = rest[going]
+            direction = direction[going]
+            size = size[going]
+            goal = goal[going]
+            going = going[going]
         bent = model.times(rows, direction)
         bend = dot(direction, bent)
         going = going & (bend > 0)
@@ -243,32 +305,44 @@ def conjugate_gradients(rows: Rows, model: Model) -> tuple[Tensor, Tensor]:
         step = torch.addcmul(step, stride, direction)
         rest = torch.addcmul(rest, stride, bent, value=-1)
         scaled = inverse * rest
-        last, size = size, torch.where(going, dot(rest, scaled), 0)
-        direction = torch.addcmul(scaled, torch.where(going, size / last, 0)[:, None, None], direction)
+        last = size
+        size = torch.where(going, dot(rest, scaled), 0)
+        direction = torch.addcmul(
+            scaled, torch.where(going, size / last, 0)[:, None, None], direction
+        )
     return steps.index_copy(0, left, step), -slopes - rests.index_copy(0, left, rest)
 
 
 def projected_search(rows: Rows, model: Model, step: Tensor, bent: Tensor) -> tuple[Tensor, Tensor]:
-    """Shorten each step until, with the weights that cross zero put to zero, the model falls enough.
+    """Shorten each step until, with the weights that cross zero put to zero, the model falls
+    enough.
 
-    Where no length does, the step ends where the first weight reaches zero: there the model always falls.
+    Where no length does, the step ends where the first weight reaches zero: there the model always
+    falls.
     """
     crossing = model.signed & ((model.weight + step) * model.weight < 0)
     lengths = torch.where(crossing, -model.weight / step, 1.0)
     reach = lengths.flatten(1).amin(1)[:, None, None]
-    chosen, chosen_bent = torch.where(lengths <= reach, lengths * step, reach * step), reach * bent
+    chosen = torch.where(lengths <= reach, lengths * step, reach * step)
+    chosen_bent = reach * bent
     chosen = torch.where(crossing & (lengths <= reach), -model.weight, chosen)
-    left, length = torch.arange(len(step), device=step.device), 1.0
+    left = torch.arange(len(step), device=step.device)
+    length = 1.0
     for _ in range(SEARCHES):
         target = model.weight + length * step
-        trial = torch.where(model.signed & (target * model.weight < 0), -model.weight, length * step)
+        trial = torch.where(
+            model.signed & (target * model.weight < 0), -model.weight, length * step
+        )
         trial_bent = model.times(rows, trial)
         promised = dot(model.slopes, trial)
         good = promised + dot(trial, trial_bent) / 2 <= PROJECTED * promised.clamp_max(0)
-        chosen[left[good]], chosen_bent[left[good]] = trial[good], trial_bent[good]
+        chosen[left[good]] = trial[good]
+        chosen_bent[left[good]] = trial_bent[good]
         if good.all():
             break
-        left, model, step = left[~good], model[~good], step[~good]
+        left = left[~good]
+        model = model[~good]
+        step = step[~good]
         length /= 4
     return chosen, chosen_bent
 

@@ -1,8 +1,11 @@
-"""The logistic regression's objective on one fold's rows, for many members at once: value, slope, curvature.
+"""The logistic regression's objective on one fold's rows, for many members at once: value, slope,
+curvature.
 
-It is scikit-learn's, divided by C times the sum of the row weights, so that any C up to infinity is one scale:
-``mean loss + ridge / 2 ||W||^2 + lasso ||W||_1``, intercepts not penalised. All members read the same rows, so
-a product with the rows is one matrix product of width members x outputs, and no operation mixes members.
+It is scikit-learn's, divided by C times the sum of the row weights, so that any C up to infinity is
+one scale:
+``mean loss + ridge / 2 ||W||^2 + lasso ||W||_1``, intercepts not penalised. All members read the
+same rows, so a product with the rows is one matrix product of width members x outputs, and no
+operation mixes members.
 Axes: m members, K outputs (1 = sigmoid, else softmax), n rows, D inputs, E columns of the design.
 """
 
@@ -12,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-STRONGEST = 1e150  # penalty over the mean loss whose square is still a number: under it no weight moves
+# penalty over the mean loss whose square is still a number: under it no weight moves
+STRONGEST = 1e150
 
 
 @dataclass(frozen=True)
@@ -24,9 +28,12 @@ class Rows:
     root: Tensor  # (n,) square root of the row's share of all weight
     codes: Tensor  # (n,) class of each row
     truth: Tensor  # (K, n) 1 where the row is of the class; one output: the chance of class 1
-    penalised: Tensor  # (E,) how much a weight is when the inputs are in their own units; 0 for the intercept
-    unit: Tensor  # (D or D + 1,) weighted root mean square of each input, in which slopes are measured
-    basis: Tensor | None  # (E, D or D + 1) the columns' directions among the inputs; None: the inputs
+    # (E,) how much a weight is when the inputs are in their own units; 0 for the intercept
+    penalised: Tensor
+    # (D or D + 1,) weighted root mean square of each input, in which slopes are measured
+    unit: Tensor
+    # (E, D or D + 1) the columns' directions among the inputs; None: the inputs
+    basis: Tensor | None
     bound: Tensor  # () the mean loss's curvature is nowhere higher
     coarse: Tensor  # (n, E) the design in single precision
 
@@ -35,7 +42,8 @@ class Rows:
         return replace(self, design=self.coarse)
 
     def scaled(self, scale: Tensor) -> "Rows":
-        """The rows of inputs that were divided by ``scale`` (D,), their weights penalised as if they had not been."""
+        """The rows of inputs that were divided by ``scale`` (D,), their weights penalised as if
+        they had not been."""
         whole = functional.pad(scale, (0, len(self.penalised) - len(scale)), value=1.0)
         return replace(self, penalised=self.penalised / whole)
 
@@ -68,32 +76,49 @@ class Point:
     @property
     def objective(self) -> Tensor:
         """What is minimised, (m,)."""
-        return self.loss + (self.ridge / 2 * self.weight**2 + self.lasso * self.weight.abs()).sum((1, 2))
+        return self.loss + (self.ridge / 2 * self.weight**2 + self.lasso * self.weight.abs()).sum(
+            (1, 2)
+        )
 
     @property
     def steepest(self) -> Tensor:
-        """The smallest element of the subdifferential, (m, K, E), which is zero exactly at the optimum."""
+        """The smallest element of the subdifferential, (m, K, E), which is zero exactly at the
+        optimum."""
         at_zero = self.slope.sign() * (self.slope.abs() - self.lasso).clamp_min(0)
         return torch.where(self.weight == 0, at_zero, self.slope + self.lasso * self.weight.sign())
 
     def violation(self, rows: Rows) -> Tensor:
         """How far each member is from optimal, (m,): see ``Solution.residual``."""
         slopes = self.steepest if rows.basis is None else self.steepest @ rows.basis
-        return (slopes.abs() / rows.unit).amax((1, 2)) / self.error.clamp_min(torch.finfo(slopes.dtype).tiny)
+        return (slopes.abs() / rows.unit).amax((1, 2)) / self.error.clamp_min(
+            torch.finfo(slopes.dtype).tiny
+        )
 
 
-def rows_of(x: Tensor, codes: Tensor, share: Tensor, classes: int, *, intercept: bool, rotate: bool = False) -> Rows:
-    """The rows of inputs (n, D), centred where there is an intercept, with shares (n,) > 0 that sum to one.
+def rows_of(
+    x: Tensor, codes: Tensor, share: Tensor, classes: int, *, intercept: bool, rotate: bool = False
+) -> Rows:
+    """The rows of inputs (n, D), centred where there is an intercept, with shares (n,) > 0 that sum
+    to one.
 
-    ``rotate`` takes the columns along the principal axes of the rows (no more than there are rows), on which the
-    curvature is nearly diagonal; a ridge does not see the rotation, a lasso does. ``classes`` is 1 for sigmoid.
+    ``rotate`` takes the columns along the principal axes of the rows (no more than there are rows),
+    on which the curvature is nearly diagonal; a ridge does not see the rotation, a lasso does.
+    ``classes`` is 1 for sigmoid.
     """
-    classes_of_outputs = torch.arange(classes, device=x.device) if classes > 1 else codes.new_ones(1)
-    unit, basis = (share @ x**2).sqrt(), None
-    if rotate:  # orthonormal directions (E, D) that span the rows, along which their second moment is diagonal
+    classes_of_outputs = (
+        torch.arange(classes, device=x.device) if classes > 1 else codes.new_ones(1)
+    )
+    unit = (share @ x**2).sqrt()
+    basis = None
+    # orthonormal directions (E, D) that span the rows, along which their second moment is diagonal
+    if rotate:
         seen = x * share.sqrt()[:, None]
         many = x.shape[1] > len(x)
-        span = torch.linalg.qr(seen.T)[0].T if many else torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+        span = (
+            torch.linalg.qr(seen.T)[0].T
+            if many
+            else torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+        )
         seen = seen @ span.T
         basis = torch.linalg.eigh(seen.T @ seen).eigenvectors.T @ span
         x = x @ basis.T
@@ -101,7 +126,8 @@ def rows_of(x: Tensor, codes: Tensor, share: Tensor, classes: int, *, intercept:
     if intercept:
         one = x.new_ones(1)
         x = torch.cat([x, one.expand(len(x), 1)], 1)
-        penalised, unit = torch.cat([penalised, 0 * one]), torch.cat([unit, one])
+        penalised = torch.cat([penalised, 0 * one])
+        unit = torch.cat([unit, one])
         if basis is not None:
             basis = functional.pad(basis, (0, 1, 0, 1))
             basis[-1, -1] = 1
@@ -121,7 +147,8 @@ def rows_of(x: Tensor, codes: Tensor, share: Tensor, classes: int, *, intercept:
 
 
 def _curvature_bound(design: Tensor, classes: int) -> Tensor:
-    """Source: Böhning (1992), doi:10.1007/BF00048682: half the second moment for softmax, a quarter for sigmoid."""
+    """Source: Böhning (1992), doi:10.1007/BF00048682: half the second moment for softmax, a quarter
+    for sigmoid."""
     tall = len(design) >= design.shape[1]
     moment = design.T @ design if tall else design @ design.T
     if not moment.isfinite().all():
@@ -135,7 +162,8 @@ def point_at(rows: Rows, weight: Tensor, logits: Tensor, ridge: Tensor, lasso: T
     share = rows.root**2
     if rows.outputs == 1:
         against = (1 - 2 * rows.truth) * logits
-        chance, loss = against.sigmoid(), functional.softplus(against)[:, 0] @ share
+        chance = against.sigmoid()
+        loss = functional.softplus(against)[:, 0] @ share
     else:
         log_chance = logits.log_softmax(1)
         loss = -(log_chance.gather(1, rows.codes.expand(len(logits), 1, -1))[:, 0] @ share)
@@ -156,7 +184,8 @@ def origin(rows: Rows, ridge: Tensor, lasso: Tensor) -> Point:
 
 
 def misfit(rows: Rows, chance: Tensor) -> Tensor:
-    """Chance minus truth, (m, K, n), without the cancellation of 1 - chance where the chance is near 1."""
+    """Chance minus truth, (m, K, n), without the cancellation of 1 - chance where the chance is
+    near 1."""
     if rows.outputs == 1:
         return (1 - 2 * rows.truth) * chance
     wrong = chance * (1 - rows.truth)

@@ -1,10 +1,13 @@
-"""The code of a user: what a study knows a function by, and what this user has trained or saved on this machine.
+"""The code of a user: what a study knows a function by, and what this user has trained or saved on
+this machine.
 
-Code is known by digests: of its source and the values that it holds, and of the files that run where a module is
-imported, found without running any. Code that is remembered runs again without a word. The list is
-``gputune/trusted-code`` in the user's folder of state ($XDG_STATE_HOME, else ~/.local/state), a digest a line. Where
-that folder cannot be had (a container without HOME) nothing outlives the process. A list that others could have
-written, or put in the place of the user's, is not used. Whoever removes the file withdraws all that it holds.
+Code is known by digests: of its source and the values that it holds, and of the files that run
+where a module is imported, found without running any. Code that is remembered runs again without a
+word. The list is
+``gputune/trusted-code`` in the user's folder of state ($XDG_STATE_HOME, else ~/.local/state), a
+digest a line. Where that folder cannot be had (a container without HOME) nothing outlives the
+process. A list that others could have written, or put in the place of the user's, is not used.
+Whoever removes the file withdraws all that it holds.
 """
 
 import dis
@@ -37,10 +40,11 @@ _OF_MODULES = frozenset(vars(nn.Module()))
 
 
 def source_text(function: Any) -> str:
-    """Return the source of a function or class, else a function's bytecode; "" where there is neither.
+    """Return the source of a function or class, else a function's bytecode; "" where there is
+    neither.
 
-    Of a lambda it is its lines, and its bytecode too where these have several, which are then told apart; another
-    Python has another bytecode.
+    Of a lambda it is its lines, and its bytecode too where these have several, which are then told
+    apart; another Python has another bytecode.
     """
     code = getattr(function, "__code__", None)
     try:
@@ -61,9 +65,9 @@ def _bytecode(value: Any) -> str:
 def digest_of_code(value: object) -> str:
     """Return the SHA-256 of what a function or a callable object does, the same in every process.
 
-    That is its source, its defaults, what it has closed over and what it reads of its file; of an object its class and
-    attributes, of a module its parameters and buffers too. Of what is torch's it is the name alone, and so it is of an
-    object that is not called.
+    That is its source, its defaults, what it has closed over and what it reads of its file; of an
+    object its class and attributes, of a module its parameters and buffers too. Of what is torch's
+    it is the name alone, and so it is of an object that is not called.
     """
     return sha256("\0".join(_parts(value, ())))
 
@@ -100,7 +104,11 @@ def _parts(value: Any, path: tuple[int, ...]) -> Iterator[str]:
 
 def _source(function: Any) -> str:
     name = f"{function.__module__}:{function.__qualname__}"
-    return name if name.startswith(("torch.", "torch:", "builtins:")) else source_text(function) or name
+    return (
+        name
+        if name.startswith(("torch.", "torch:", "builtins:"))
+        else source_text(function) or name
+    )
 
 
 def _closure(function: Any) -> Iterator[object]:
@@ -112,7 +120,8 @@ def _closure(function: Any) -> Iterator[object]:
 
 
 def _module_values(function: Any) -> Iterator[object]:
-    """Yield names and values of numbers, texts and arrays of their module that a function, or a class's methods, read.
+    """Yield names and values of numbers, texts and arrays of their module that a function, or a
+    class's methods, read.
 
     What one of them sets is left out: a counter of calls is no other code.
     """
@@ -120,7 +129,8 @@ def _module_values(function: Any) -> Iterator[object]:
         for part in filter(inspect.isfunction, vars(function).values()):
             yield from _module_values(part)
         return
-    around, parts = getattr(function, "__globals__", {}), [getattr(function, "__code__", None)]
+    around = getattr(function, "__globals__", {})
+    parts = [getattr(function, "__code__", None)]
     uses: dict[str, set[str]] = {"LOAD_GLOBAL": set(), "STORE_GLOBAL": set()}
     for code in filter(inspect.iscode, parts):  # it grows
         parts += code.co_consts
@@ -141,10 +151,12 @@ def _attributes(value: Any) -> dict[str, object]:
 
 
 Files = tuple[tuple[str, str], ...]
-"""Path and SHA-256 of the files that run where a module is imported: of its packages, outermost first, then its own."""
+"""Path and SHA-256 of the files that run where a module is imported: of its packages, outermost
+first, then its own."""
 
 FILE_MODULE = "gputune_file_"
-"""What the names of modules begin with that gputune made of a file, whose digest they have as ``__sha256__``."""
+"""What the names of modules begin with that gputune made of a file, whose digest they have as
+``__sha256__``."""
 
 # Each is taken once: a file that is edited later is not what this process has imported.
 _FILES: "weakref.WeakKeyDictionary[ModuleType, Files]" = weakref.WeakKeyDictionary()
@@ -156,7 +168,8 @@ _DICTIONARY = vars(ModuleType)["__dict__"].__get__
 def module_values(module: object) -> Mapping[str, Any]:
     """Return the dictionary of a module, empty for another object.
 
-    It is read by Python's own descriptor: the class of a lazy module may run that module at any other access.
+    It is read by Python's own descriptor: the class of a lazy module may run that module at any
+    other access.
     """
     if not issubclass(type(module), ModuleType):
         return {}
@@ -174,25 +187,36 @@ def files_of(module: ModuleType) -> Files:
         return ()
     if module not in _FILES:
         names = accumulate(own_name.split("."), "{}.{}".format)
-        _FILES[module] = _hash_files(module_values(sys.modules.get(name)).get("__file__") for name in names)
+        _FILES[module] = _hash_files(
+            module_values(sys.modules.get(name)).get("__file__") for name in names
+        )
     return _FILES[module]
 
 
 def files_to_import(package: str) -> Files:
-    """Return the files that importing a module runs, without running any; ImportError where there is no such module.
+    """Return the files that importing a module runs, without running any; ImportError where there
+    is no such module.
 
-    Those of a module that is here already are the ones that made it, though none of them runs again.
+    Those of a module that is here already are the ones that made it, though none of them runs
+    again.
     """
     if (module := sys.modules.get(package)) is not None:
         return files_of(module)
-    name, places, files = "", None, []
+    name = ""
+    places = None
+    files = []
     for part in package.split("."):
         if not part.isidentifier():  # a finder might take it for a path
             raise ModuleNotFoundError(f"{package!r} is no name of a module")
         name = f"{name}.{part}" if name else part
         loaded = module_values(sys.modules.get(name))
         spec = loaded.get("__spec__") or next(
-            (spec for finder in sys.meta_path if (spec := finder.find_spec(name, places)) is not None), None
+            (
+                spec
+                for finder in sys.meta_path
+                if (spec := finder.find_spec(name, places)) is not None
+            ),
+            None,
         )
         if spec is None:
             raise ModuleNotFoundError(f"No module named {name!r}")
@@ -202,8 +226,10 @@ def files_to_import(package: str) -> Files:
 
 
 def _hash_files(paths: Iterable[str | None]) -> Files:
-    """Return the files with their digests; none where one of them cannot be read by itself, as in an archive."""
-    # Not the target of a link: Python takes the compiled code that lies beside the link. A package may have no file.
+    """Return the files with their digests; none where one of them cannot be read by itself, as in
+    an archive."""
+    # Not the target of a link: Python takes the compiled code that lies beside the link. A package
+    # may have no file.
     places = [Path(path).parent.resolve() / Path(path).name for path in paths if path is not None]
     try:
         return tuple((str(place), sha256(read_file(place))) for place in places)
@@ -221,24 +247,28 @@ _here: set[str] = set()
 
 
 def remember(text: str) -> None:
-    """Remember a text, which says what was run, for this process and where it can be for later ones."""
+    """Remember a text, which says what was run, for this process and where it can be for later
+    ones."""
     digest = sha256(text)
     _here.add(digest)
     if (file := _open(os.O_RDWR | os.O_CREAT | os.O_APPEND)) is None:
         return
-    with suppress(OSError), os.fdopen(file, "rb+", buffering=0) as lines:  # a full disk: it is asked about again
+    # a full disk: it is asked about again
+    with suppress(OSError), os.fdopen(file, "rb+", buffering=0) as lines:
         known = _digests(file)
         if digest in known:
             return
         if len(known) >= MOST:
             lines.truncate(0)
             digest = "\n".join([*known[-(MOST // 2) :], digest])
-        # One write that begins a line, so that other processes may write too, and one of them end in the middle.
+        # One write that begins a line, so that other processes may write too, and one of them end
+        # in the middle.
         lines.write(f"\n{digest}".encode())
 
 
 def is_remembered(text: str) -> bool:
-    """Whether ``remember`` was told this very text, by this process or by an earlier one of this user."""
+    """Whether ``remember`` was told this very text, by this process or by an earlier one of this
+    user."""
     digest = sha256(text)
     if digest in _here:
         return True
@@ -262,14 +292,16 @@ def _folder() -> Path | None:
         return state / "gputune"
     with suppress(RuntimeError, OSError):
         home = Path.home()
-        # Root with the HOME of a user, as sudo may leave it, would make folders there that are not the user's.
+        # Root with the HOME of a user, as sudo may leave it, would make folders there that are not
+        # the user's.
         if home.is_absolute() and home.stat().st_uid == os.geteuid():
             return home / ".local" / "state" / "gputune"
     return None
 
 
 def _open(flags: int) -> int | None:
-    """Return the opened list, None where there is none; warns of one that is not this user's alone to write."""
+    """Return the opened list, None where there is none; warns of one that is not this user's alone
+    to write."""
     if (folder := _folder()) is None or sys.platform == "win32":
         return None
     opened: list[int] = []
@@ -280,19 +312,24 @@ def _open(flags: int) -> int | None:
             (folder, os.O_RDONLY | os.O_DIRECTORY, stat.S_ISDIR),
             (folder / LIST, flags | os.O_NOFOLLOW | os.O_NONBLOCK, stat.S_ISREG),
         ):
-            opened.append(os.open(path.name if opened else path, how, 0o600, dir_fd=opened[0] if opened else None))
+            opened.append(
+                os.open(
+                    path.name if opened else path, how, 0o600, dir_fd=opened[0] if opened else None
+                )
+            )
             status = os.fstat(opened[-1])
             if not (is_kind(status.st_mode) and is_users(status)):
                 warn(
-                    f"the list of the code that you have trained is not used, since {str(path)!r} is not yours, or "
-                    "others may write to it: remove it, or take that right away (chmod go-w)."
+                    f"the list of the code that you have trained is not used, since {str(path)!r} "
+                    "is not yours, or others may write to it: remove it, or take that right away "
+                    "(chmod go-w)."
                 )
                 return None
         if (place := open_to_others(folder)) is not None:
             warn(
-                f"the list of the code that you have trained is not used, since {str(place)!r}, which it is in, is "
-                "another user's, or others may write to it. Take that right away (chmod go-w), or set XDG_STATE_HOME "
-                "to a folder of your own."
+                f"the list of the code that you have trained is not used, since {str(place)!r}, "
+                "which it is in, is another user's, or others may write to it. Take that right "
+                "away (chmod go-w), or set XDG_STATE_HOME to a folder of your own."
             )
             return None
         return opened.pop()

@@ -1,8 +1,9 @@
 """How a study file is opened, checked and written to: SQLite, with its errors put into words.
 
-A file is looked at through a read-only connection first, and only one that is whole, of a known version and with
-exactly our tables is opened for writing. What a transaction wrote is on the disk when it ends, or was never there. A
-new file is made in a folder of its own beside its path, and given that when it is whole.
+A file is looked at through a read-only connection first, and only one that is whole, of a known
+version and with exactly our tables is opened for writing. What a transaction wrote is on the disk
+when it ends, or was never there. A new file is made in a folder of its own beside its path, and
+given that when it is whole.
 """
 
 import errno
@@ -24,23 +25,31 @@ APPLICATION_ID = 0x67707475  # "gptu"
 FORMAT_VERSION = 3
 BUSY_SECONDS = 30.0
 JOURNAL_MAGIC = bytes.fromhex("d9d505f920a163d7")
-PRAGMAS = ("synchronous = FULL", "foreign_keys = ON", "trusted_schema = OFF", "cell_size_check = ON", "schema_version")
+PRAGMAS = (
+    "synchronous = FULL",
+    "foreign_keys = ON",
+    "trusted_schema = OFF",
+    "cell_size_check = ON",
+    "schema_version",
+)
 """Of each connection; the last one reads the file, which may fail."""
 
 TABLES = {
-    "meta": "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL, checksum TEXT NOT NULL) STRICT",
-    "trials": "CREATE TABLE trials (number INTEGER PRIMARY KEY, params TEXT NOT NULL, origin TEXT NOT NULL,"
-    " checksum TEXT NOT NULL) STRICT",
-    "plan": "CREATE TABLE plan (chunk INTEGER PRIMARY KEY, stage INTEGER NOT NULL, trials TEXT NOT NULL,"
-    " facts TEXT NOT NULL, checksum TEXT NOT NULL) STRICT",
-    "results": "CREATE TABLE results (number INTEGER PRIMARY KEY REFERENCES trials (number), state TEXT NOT"
-    " NULL, score BLOB NOT NULL, fold_scores BLOB NOT NULL, best_epoch INTEGER NOT NULL, seconds BLOB NOT"
-    " NULL, curve BLOB NOT NULL, detail TEXT NOT NULL, checksum TEXT NOT NULL) STRICT",
+    "meta": "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL, checksum TEXT NOT NULL) "
+    "STRICT",
+    "trials": "CREATE TABLE trials (number INTEGER PRIMARY KEY, params TEXT NOT NULL, origin TEXT NOT "
+    "NULL, checksum TEXT NOT NULL) STRICT",
+    "plan": "CREATE TABLE plan (chunk INTEGER PRIMARY KEY, stage INTEGER NOT NULL, trials TEXT NOT "
+    "NULL, facts TEXT NOT NULL, checksum TEXT NOT NULL) STRICT",
+    "results": "CREATE TABLE results (number INTEGER PRIMARY KEY REFERENCES trials (number), state TEXT "
+    "NOT NULL, score BLOB NOT NULL, fold_scores BLOB NOT NULL, best_epoch INTEGER NOT NULL, "
+    "seconds BLOB NOT NULL, curve BLOB NOT NULL, detail TEXT NOT NULL, checksum TEXT NOT "
+    "NULL) STRICT",
     "claims": "CREATE TABLE claims (chunk INTEGER PRIMARY KEY, lock TEXT NOT NULL) STRICT",
 }
 OUTPUTS = (
-    "CREATE TABLE outputs (number INTEGER PRIMARY KEY REFERENCES trials (number), epoch INTEGER NOT NULL,"
-    " width INTEGER NOT NULL, outputs BLOB NOT NULL, checksum TEXT NOT NULL) STRICT"
+    "CREATE TABLE outputs (number INTEGER PRIMARY KEY REFERENCES trials (number), epoch INTEGER "
+    "NOT NULL, width INTEGER NOT NULL, outputs BLOB NOT NULL, checksum TEXT NOT NULL) STRICT"
 )
 """The table of the outputs of trials, which a file has where some were kept."""
 
@@ -48,8 +57,9 @@ OUTPUTS = (
 def open_file(path: Path) -> sqlite3.Connection:
     """Return a connection to a checked study file, for reading only where it may not be written.
 
-    It is in autocommit mode: every transaction is one that ``transaction`` begins. Raises FileNotFoundError,
-    StudyCorruptError for a damaged or foreign file, StudyVersionError for one of a newer gputune.
+    It is in autocommit mode: every transaction is one that ``transaction`` begins. Raises
+    FileNotFoundError, StudyCorruptError for a damaged or foreign file, StudyVersionError for one of
+    a newer gputune.
     """
     check_study_file(path)
     _check_bytes(path)
@@ -68,8 +78,9 @@ def open_file(path: Path) -> sqlite3.Connection:
     reading.close()
     if not wal:
         warn(
-            f"study {str(path)!r}: this file system does not allow SQLite's write-ahead log, so a rollback journal is "
-            "used. It is as safe, but readers and writers wait for each other; prefer a local disk."
+            f"study {str(path)!r}: this file system does not allow SQLite's write-ahead log, so a "
+            "rollback journal is used. It is as safe, but readers and writers wait for each "
+            "other; prefer a local disk."
         )
     return writing
 
@@ -77,7 +88,8 @@ def open_file(path: Path) -> sqlite3.Connection:
 def check_study_file(path: Path) -> None:
     """Raise FileNotFoundError if there is no file, and InputError if SQLite should not open it.
 
-    That is if it, or a file that SQLite keeps for it, is a pipe or a device, or if memory does not hold it.
+    That is if it, or a file that SQLite keeps for it, is a pipe or a device, or if memory does not
+    hold it.
     """
     if os.path.isdir(path):  # Path.is_dir raises an error for a name that is too long
         inside = next(iter(sorted(path.glob("*.db"))), None)
@@ -88,7 +100,8 @@ def check_study_file(path: Path) -> None:
     check_room(path, check_file(path))
     for ending in ("-wal", "-shm", "-journal"):
         log = beside(path, ending)
-        if log.exists() and not (log.is_file() or log.is_dir()):  # SQLite has an error of its own for a folder
+        # SQLite has an error of its own for a folder
+        if log.exists() and not (log.is_file() or log.is_dir()):
             raise damage_error(path, f"{str(log)!r} beside it is no file; remove that")
 
 
@@ -108,7 +121,8 @@ def _closed_on_error(connection: sqlite3.Connection) -> Iterator[sqlite3.Connect
 
 @contextmanager
 def transaction(connection: sqlite3.Connection, path: Path) -> Iterator[None]:
-    """Commit what the block wrote, or leave the file as it was. IMMEDIATE: the lock comes before any read."""
+    """Commit what the block wrote, or leave the file as it was. IMMEDIATE: the lock comes before
+    any read."""
     with sqlite_errors(path):
         connection.execute("BEGIN IMMEDIATE")
         try:
@@ -123,11 +137,14 @@ def transaction(connection: sqlite3.Connection, path: Path) -> Iterator[None]:
 
 @contextmanager
 def sqlite_errors(path: Path) -> Iterator[None]:
-    """Turn what SQLite raises into Python's exception for it: a full disk, a lock, a missing right; else damage."""
+    """Turn what SQLite raises into Python's exception for it: a full disk, a lock, a missing right;
+    else damage."""
     try:
         yield
     except sqlite3.ProgrammingError as error:  # closed, or used from another thread
-        raise ValueError(f"study {str(path)!r} cannot be used here: {error} Open it again.") from error
+        raise ValueError(
+            f"study {str(path)!r} cannot be used here: {error} Open it again."
+        ) from error
     except sqlite3.Error as error:
         raise _in_words(error, path) from error
     except UnicodeDecodeError as error:  # SQLite quotes a damaged schema in its message
@@ -137,41 +154,55 @@ def sqlite_errors(path: Path) -> Iterator[None]:
 def damage_error(path: Path, reason: str) -> StudyCorruptError:
     """The error for a file that was a study once."""
     return StudyCorruptError(
-        f"study {str(path)!r} is damaged: {reason}. Nothing was changed in it; restore the file from a copy, or save "
-        f"what is whole in it: gputune repair {shlex.quote(str(path))} --out NEW.db"
+        f"study {str(path)!r} is damaged: {reason}. Nothing was changed in it; restore the file "
+        f"from a copy, or save what is whole in it: gputune repair {shlex.quote(str(path))} --out "
+        "NEW.db"
     )
 
 
 @contextmanager
 def option_errors(path: Path) -> Iterator[None]:
-    """Turn what options raise that were never written, when a search is made of them, into StudyCorruptError."""
+    """Turn what options raise that were never written, when a search is made of them, into
+    StudyCorruptError."""
     try:
         yield
     except InputError:
         raise
     except (*MALFORMED, zlib.error) as error:
-        raise damage_error(path, f"its options make no search ({type(error).__name__}: {error})") from error
+        raise damage_error(
+            path, f"its options make no search ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _in_words(error: sqlite3.Error, path: Path) -> Exception:
-    code, name = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT), f"study {str(path)!r}"
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
+    name = f"study {str(path)!r}"
     match code & 0xFF:  # the low byte is the kind, the others say more
         case sqlite3.SQLITE_FULL:
-            return OSError(errno.ENOSPC, f"{name}: the disk is full; what was committed is safe, make room")
+            return OSError(
+                errno.ENOSPC, f"{name}: the disk is full; what was committed is safe, make room"
+            )
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
             return TimeoutError(
                 errno.ETIMEDOUT,
-                f"{name}: another process has held its lock for {BUSY_SECONDS:g} s; wait for it or end it",
+                f"{name}: another process has held its lock for {BUSY_SECONDS:g} s; wait for it "
+                "or end it",
             )
         case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_PERM:
-            return PermissionError(errno.EACCES, f"{name} may not be written ({error}); check the rights of its folder")
+            return PermissionError(
+                errno.EACCES, f"{name} may not be written ({error}); check the rights of its folder"
+            )
         case sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_IOERR:
-            return OSError(errno.EIO, f"{name}: {error}; check the disk, the rights of its folder and limits on files")
+            return OSError(
+                errno.EIO,
+                f"{name}: {error}; check the disk, the rights of its folder and limits on files",
+            )
     return damage_error(path, str(error))
 
 
 def connect(path: Path, mode: str, *, threads: bool = False) -> sqlite3.Connection:
-    """Return a connection in autocommit mode; with ``threads`` any thread may use it, one at a time."""
+    """Return a connection in autocommit mode; with ``threads`` any thread may use it, one at a
+    time."""
     uri = f"{path.resolve().as_uri()}?mode={mode}"
     with sqlite_errors(path):
         connection = sqlite3.connect(
@@ -190,26 +221,30 @@ def _connect_readonly(path: Path) -> sqlite3.Connection:
         log = beside(path, "-wal")
         if log.exists() and log.stat().st_size:
             raise
-    # The write-ahead log needs files beside the study even to read. Where they cannot be made (a read-only
-    # medium) and no log is pending, the file alone is the whole study.
+    # The write-ahead log needs files beside the study even to read. Where they cannot be made (a
+    # read-only medium) and no log is pending, the file alone is the whole study.
     return connect(path, "ro&immutable=1")
 
 
 def _check_bytes(path: Path) -> None:
-    """Refuse, before SQLite touches it, a foreign file, or one whose rollback journal names a super-journal.
+    """Refuse, before SQLite touches it, a foreign file, or one whose rollback journal names a
+    super-journal.
 
     None of ours does, and SQLite removes the file that it names.
     """
     with path.open("rb") as file:
         header = file.read(100)
     if not header:
-        raise StudyCorruptError(f"{str(path)!r} is not a gputune study: it is empty; remove it, or check the path.")
+        raise StudyCorruptError(
+            f"{str(path)!r} is not a gputune study: it is empty; remove it, or check the path."
+        )
     is_sqlite = len(header) == 100 and header[:16] == b"SQLite format 3\x00"
     if not is_sqlite or int.from_bytes(header[68:72], "big") != APPLICATION_ID:
         reason = "it is an SQLite file of another program" if is_sqlite else "it is no SQLite file"
         raise StudyCorruptError(
-            f"{str(path)!r} is not a gputune study: {reason}; check the path. Where it was a study once, its first "
-            f"page is damaged: restore it from a copy, or try gputune repair {shlex.quote(str(path))} --out NEW.db."
+            f"{str(path)!r} is not a gputune study: {reason}; check the path. Where it was a "
+            "study once, its first page is damaged: restore it from a copy, or try gputune "
+            f"repair {shlex.quote(str(path))} --out NEW.db."
         )
     journal = beside(path, "-journal")
     if journal.is_file():
@@ -220,23 +255,26 @@ def _check_bytes(path: Path) -> None:
 
 
 def _check_content(connection: sqlite3.Connection, path: Path) -> None:
-    """Raise unless the file is whole, of a known version, and holds our tables only (no trigger or view)."""
+    """Raise unless the file is whole, of a known version, and holds our tables only (no trigger or
+    view)."""
     with sqlite_errors(path):
         (version,) = connection.execute("PRAGMA user_version").fetchone()
         if version > FORMAT_VERSION:
             raise StudyVersionError(
-                f"study {str(path)!r} has file format {version}, this gputune reads up to {FORMAT_VERSION}; "
-                "upgrade gputune to open it."
+                f"study {str(path)!r} has file format {version}, this gputune reads up to "
+                f"{FORMAT_VERSION}; upgrade gputune to open it."
             )
         if version in (1, 2):
             raise StudyVersionError(
-                f"study {str(path)!r} has file format {version}, of a gputune before its first release; search again "
-                "with another path."
+                f"study {str(path)!r} has file format {version}, of a gputune before its first "
+                "release; search again with another path."
             )
         verdict = [row[0] for row in connection.execute("PRAGMA quick_check(1)")]
         if verdict != ["ok"]:
             raise damage_error(path, str(verdict[0]).splitlines()[-1])
-        schema = dict(connection.execute("SELECT name, sql FROM sqlite_schema WHERE sql IS NOT NULL"))
+        schema = dict(
+            connection.execute("SELECT name, sql FROM sqlite_schema WHERE sql IS NOT NULL")
+        )
         orphans = connection.execute("PRAGMA foreign_key_check").fetchall()
     if version < 1 or schema.pop("outputs", OUTPUTS) != OUTPUTS or schema != TABLES:
         raise damage_error(path, "its tables are not those of a study")
@@ -245,7 +283,8 @@ def _check_content(connection: sqlite3.Connection, path: Path) -> None:
 
 
 def use_wal(connection: sqlite3.Connection, path: Path) -> bool:
-    """Switch to the write-ahead log, or to the rollback journal where the file system has no shared memory."""
+    """Switch to the write-ahead log, or to the rollback journal where the file system has no shared
+    memory."""
     with sqlite_errors(path):
         wal: bool = connection.execute("PRAGMA journal_mode = WAL").fetchone() == ("wal",)
         if not wal:
@@ -254,14 +293,15 @@ def use_wal(connection: sqlite3.Connection, path: Path) -> bool:
 
 
 DRAFTS = ".study"
-"""How the folders of unfinished files begin. What a killed process left is removed when one is made, or a search."""
+"""How the folders of unfinished files begin. What a killed process left is removed when one is
+made, or a search."""
 
 
 def create_file(path: Path, rows: Mapping[str, Iterable[Row]], argument: str = "study=") -> None:
     """Make a file with our tables and these rows of them; it appears whole or not at all.
 
-    Raises InputError where something lies at ``path`` already, or where its folder does not exist: ``argument``, as its
-    door calls it.
+    Raises InputError where something lies at ``path`` already, or where its folder does not exist:
+    ``argument``, as its door calls it.
     """
     with _draft(path, argument) as connection, transaction(connection, path):
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
@@ -278,7 +318,8 @@ def insert(connection: sqlite3.Connection, table: str, row: Row) -> None:
 
 
 def copy_file(source: sqlite3.Connection, path: Path) -> None:
-    """Write what an open study file holds now into a new file, as ``create_file`` does; claims stay behind."""
+    """Write what an open study file holds now into a new file, as ``create_file`` does; claims stay
+    behind."""
     with _draft(path) as connection:
         with sqlite_errors(path):
             source.backup(connection)
@@ -288,8 +329,11 @@ def copy_file(source: sqlite3.Connection, path: Path) -> None:
 
 @contextmanager
 def _draft(path: Path, argument: str = "study=") -> Iterator[sqlite3.Connection]:
-    """Yield a new file in a folder of its own; it gets the name ``path`` when the block has ended well."""
-    exists_already = InputError(f"{argument}{str(path)!r} exists already; open it, or give a path that is free.")
+    """Yield a new file in a folder of its own; it gets the name ``path`` when the block has ended
+    well."""
+    exists_already = InputError(
+        f"{argument}{str(path)!r} exists already; open it, or give a path that is free."
+    )
     if path.exists():
         raise exists_already
     if not path.parent.is_dir():

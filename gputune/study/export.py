@@ -1,4 +1,5 @@
-"""A tuned model written as one file that runs without gputune: ONNX, or PyTorch's own exported program."""
+"""A tuned model written as one file that runs without gputune: ONNX, or PyTorch's own exported
+program."""
 
 import copy
 import io
@@ -30,15 +31,21 @@ from gputune.version import __version__
 METADATA = "gputune.json"
 """Key of the description, in the metadata of ONNX and among the extra files of a .pt2."""
 
-_TALKATIVE = ("torch.onnx", "torch.export", "torch._export", "torch.fx.experimental.symbolic_shapes")
+_TALKATIVE = (
+    "torch.onnx",
+    "torch.export",
+    "torch._export",
+    "torch.fx.experimental.symbolic_shapes",
+)
 """Loggers of what is exported."""
 
 
 class TableInputs(nn.Module):
-    """Missing values, scaling, quantiles and bins of a table: (n, C) float64 -> the features, (n, D) float64.
+    """Missing values, scaling, quantiles and bins of a table: (n, C) float64 -> the features, (n,
+    D) float64.
 
-    The C numbers of a row are its columns where all of them are numbers or booleans, NaN where one is missing; else
-    the features of ``Layout.raw``, since text and dates are no tensors.
+    The C numbers of a row are its columns where all of them are numbers or booleans, NaN where one
+    is missing; else the features of ``Layout.raw``, since text and dates are no tensors.
     """
 
     fill: Tensor
@@ -54,11 +61,19 @@ class TableInputs(nn.Module):
         super().__init__()
         for name in ("fill", "center", "scale", "quantiles", "least", "most"):
             self.register_buffer(name, torch.tensor(getattr(statistics, name)))
-        self.ranked, self.clipped = statistics.ranked.tolist(), statistics.clipped.tolist()
-        self.places, self.from_columns = statistics.places.tolist(), takes_columns(layout)
-        features = [(i, k >= len(c.parts)) for i, c in enumerate(layout.columns) for k, _ in enumerate(c.feature_names)]
+        self.ranked = statistics.ranked.tolist()
+        self.clipped = statistics.clipped.tolist()
+        self.places = statistics.places.tolist()
+        self.from_columns = takes_columns(layout)
+        features = [
+            (i, k >= len(c.parts))
+            for i, c in enumerate(layout.columns)
+            for k, _ in enumerate(c.feature_names)
+        ]
         self.register_buffer("source", torch.tensor([i for i, _ in features]))
-        self.register_buffer("indicator", torch.tensor([is_indicator for _, is_indicator in features]))
+        self.register_buffer(
+            "indicator", torch.tensor([is_indicator for _, is_indicator in features])
+        )
 
     def forward(self, X: Tensor) -> tuple[Tensor, ...]:
         x = X[:, self.source] if self.from_columns else X
@@ -80,7 +95,8 @@ class TableInputs(nn.Module):
 
 
 class ArrayInputs(nn.Module):
-    """The scaling of inputs (n, ...) that are no table: of each that has one its channels, the others as they are."""
+    """The scaling of inputs (n, ...) that are no table: of each that has one its channels, the
+    others as they are."""
 
     def __init__(self, statistics: ArrayStatistics) -> None:
         super().__init__()
@@ -92,16 +108,20 @@ class ArrayInputs(nn.Module):
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         buffer = self.get_buffer
         return tuple(
-            (x.double() - buffer(f"center{number}")) / buffer(f"scale{number}") if self.scaled[number] else x
+            (x.double() - buffer(f"center{number}")) / buffer(f"scale{number}")
+            if self.scaled[number]
+            else x
             for number, x in enumerate(inputs)
         )
 
 
 class WholeModel(nn.Module):
-    """What is done to the inputs, the network, and probabilities or the target's units, in one module.
+    """What is done to the inputs, the network, and probabilities or the target's units, in one
+    module.
 
-    Shape: inputs as ``TableInputs`` or ``ArrayInputs`` take them -> (label (n,) int64, probabilities (n, K) float64),
-    of several labels both (n, K), or prediction (n,) or (n, K) float64; for a custom target the outputs (n, ...).
+    Shape: inputs as ``TableInputs`` or ``ArrayInputs`` take them -> (label (n,) int64,
+    probabilities (n, K) float64), of several labels both (n, K), or prediction (n,) or (n, K)
+    float64; for a custom target the outputs (n, ...).
     """
 
     target_center: Tensor
@@ -112,21 +132,35 @@ class WholeModel(nn.Module):
         super().__init__()
         # Activations that a forward kept have a graph, with which torch does not copy them.
         values = [value for part in model.module.modules() for value in vars(part).values()]
-        values += [member for value in values if isinstance(value, dict) for member in value.values()]
+        values += [
+            member for value in values if isinstance(value, dict) for member in value.values()
+        ]
         values += [member for value in values if isinstance(value, list) for member in value]
         graphs = [value for value in values if isinstance(value, Tensor) and not value.is_leaf]
         if any(isinstance(part, torch.jit.ScriptModule) for part in model.module.modules()):
             name = type(model.module).__name__
             raise InputError(
-                f"{name} cannot be exported: it has a part that TorchScript compiled, which torch.export "
-                "does not read. Leave out torch.jit in the function that makes it, and search again."
+                f"{name} cannot be exported: it has a part that TorchScript compiled, which "
+                "torch.export does not read. Leave out torch.jit in the function that makes it, "
+                "and search again."
             )
-        self.network = copy.deepcopy(model.module, {id(value): value.detach() for value in graphs}).cpu().eval()
+        self.network = (
+            copy.deepcopy(model.module, {id(value): value.detach() for value in graphs})
+            .cpu()
+            .eval()
+        )
         self.network.requires_grad_(False)  # what it predicts is numbers, which numpy() reads
-        self.dtype, self.task, self.transform = model.dtype, model.task, model.transform
+        self.dtype = model.dtype
+        self.task = model.task
+        self.transform = model.transform
         self.several = not isinstance(model.center, float)
-        numbers = {"target_center": model.center, "target_scale": model.scale, "temperature": model.temperature}
-        for name, number in numbers.items():  # as buffers, since a plain number would be written in single precision
+        numbers = {
+            "target_center": model.center,
+            "target_scale": model.scale,
+            "temperature": model.temperature,
+        }
+        # as buffers, since a plain number would be written in single precision
+        for name, number in numbers.items():
             self.register_buffer(name, torch.tensor(number, dtype=torch.float64))
         self.names = None if isinstance(model.layout, Layout) else model.layout.names
         self.inputs: nn.Module
@@ -137,7 +171,8 @@ class WholeModel(nn.Module):
             self.inputs = TableInputs(model.layout, model.statistics)
 
     def forward(self, *rows: Tensor) -> tuple[Tensor, Tensor] | Tensor:
-        # Copies: those that are not scaled are the caller's own rows, into which the network may write.
+        # Copies: those that are not scaled are the caller's own rows, into which the network may
+        # write.
         own = [x.clone() if any(x is row for row in rows) else x for x in self.inputs(*rows)]
         inputs = [x.to(self.dtype) if x.is_floating_point() else x for x in own]
         # torch.export refuses a forward that keeps activations in its module.
@@ -156,23 +191,31 @@ class WholeModel(nn.Module):
 
 
 def takes_columns(layout: Layout) -> bool:
-    """Whether an exported model takes the columns themselves, all of which are numbers or booleans."""
+    """Whether an exported model takes the columns themselves, all of which are numbers or
+    booleans."""
     return all(column.kind in ("number", "boolean") for column in layout.columns)
 
 
 def encoded(model: ModelContent, table: Table | Arrays) -> Any:
-    """Return what an exported model takes of these rows: (n, C) float64, or the arrays in the dtypes of training."""
+    """Return what an exported model takes of these rows: (n, C) float64, or the arrays in the
+    dtypes of training."""
     layout = model.layout
     if not isinstance(layout, Layout):
         assert isinstance(table, Arrays)
-        parts = tuple(x.to(getattr(torch, dtype)) for x, dtype in zip(layout.raw(table).gathered(), layout.dtypes))
+        parts = tuple(
+            x.to(getattr(torch, dtype))
+            for x, dtype in zip(layout.raw(table).gathered(), layout.dtypes)
+        )
         return Arrays(parts, layout.names).as_given()
     assert isinstance(table, Table)
     features = layout.raw(table)  # it checks the columns, also where only some of it is wanted
     if not takes_columns(layout):
         return features
     columns = layout.columns
-    return np.stack([c.read(table.kind(c.name), table.column(c.name)).astype(np.float64) for c in columns], axis=1)
+    return np.stack(
+        [c.read(table.kind(c.name), table.column(c.name)).astype(np.float64) for c in columns],
+        axis=1,
+    )
 
 
 def description(model: ModelContent) -> Json:
@@ -183,16 +226,27 @@ def description(model: ModelContent) -> Json:
     layout = model.layout
     if isinstance(layout, Layout):
         columns = takes_columns(layout)
-        names = [column.name for column in layout.columns] if columns else list(layout.feature_names)
+        names = (
+            [column.name for column in layout.columns] if columns else list(layout.feature_names)
+        )
         inputs: dict[str, object] = {"inputs": "columns" if columns else "features", "names": names}
         inputs["columns"] = [column.to_json() for column in layout.columns]
     else:
         several = len(layout.shapes) > 1
-        names = list(layout.names or ([f"X{i}" for i in range(len(layout.shapes))] if several else ["X"]))
+        names = list(
+            layout.names or ([f"X{i}" for i in range(len(layout.shapes))] if several else ["X"])
+        )
         shapes = [["rows", *shape] for shape in layout.shapes]
-        inputs = {"inputs": "arrays", "names": names, "shapes": shapes, "dtypes": list(layout.dtypes)}
+        inputs = {
+            "inputs": "arrays",
+            "names": names,
+            "shapes": shapes,
+            "dtypes": list(layout.dtypes),
+        }
     return inputs | {
-        "outputs": ["prediction"] if model.task in ("regression", "custom") else ["label", "probabilities"],
+        "outputs": ["prediction"]
+        if model.task in ("regression", "custom")
+        else ["label", "probabilities"],
         "task": model.task,
         "target": model.target,
         "classes": None if model.classes is None else model.classes.tolist(),
@@ -201,25 +255,33 @@ def description(model: ModelContent) -> Json:
 
 def export(model: ModelContent, path: str | os.PathLike[str]) -> None:
     """Write the model to a new file, ``.onnx`` or ``.pt2``; see ``TunedModel.export``."""
-    path, layout = Path(path), model.layout
+    path = Path(path)
+    layout = model.layout
     if path.suffix not in (".onnx", ".pt2"):
-        raise InputError(f"export(path={str(path)!r}) must end in .onnx or .pt2; choose one of them.")
+        raise InputError(
+            f"export(path={str(path)!r}) must end in .onnx or .pt2; choose one of them."
+        )
     if path.exists():
-        raise InputError(f"export(path={str(path)!r}) exists already; give a path that is free, or remove it.")
+        raise InputError(
+            f"export(path={str(path)!r}) exists already; give a path that is free, or remove it."
+        )
     if not path.parent.is_dir():
         raise no_folder(f"export(path={str(path)!r})", path)
     if model.transform is not None and not isinstance(model.transform.how, str):
         raise InputError(
-            f"export() cannot write target_transform={model.transform.how!r}, which is code of scikit-learn's: search "
-            "with 'log' or 'log1p', or keep the model with save()."
+            f"export() cannot write target_transform={model.transform.how!r}, which is code of "
+            "scikit-learn's: search with 'log' or 'log1p', or keep the model with save()."
         )
     for needed in ("onnx", "onnxscript") if path.suffix == ".onnx" else ():
         import_extra(needed, extra="onnx", used_by=f"export({path.name!r})")
-    whole, known = WholeModel(model).eval(), description(model)
+    whole = WholeModel(model).eval()
+    known = description(model)
     shapes = [(len(known["names"]),)] if isinstance(layout, Layout) else layout.shapes
     dtypes = ["float64"] if isinstance(layout, Layout) else layout.dtypes
     # Of two rows, since PyTorch takes a size of one for a constant.
-    examples = tuple(torch.zeros(2, *shape, dtype=getattr(torch, dtype)) for shape, dtype in zip(shapes, dtypes))
+    examples = tuple(
+        torch.zeros(2, *shape, dtype=getattr(torch, dtype)) for shape, dtype in zip(shapes, dtypes)
+    )
     text = json.dumps({"format": "gputune export", "gputune": __version__, **known})
     with scratch_folder(path.parent, prefix=".export") as folder:
         draft = folder / path.name
@@ -249,13 +311,18 @@ def _export_errors(failure: str) -> Iterator[None]:
         raise
     except Exception as error:  # torch.export raises anything, its own and the module's
         cause = error.__cause__ or error
-        reason = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+        reason = next(
+            (line for line in str(cause).splitlines() if line.strip()), type(cause).__name__
+        )
         reason = f"{type(cause).__name__}: {reason.strip()}"
         if "Constraints violated (rows)" in reason:
-            reason = "its forward() fixes the number of rows: write x.shape[0] for len(x), and no if on it."
+            reason = (
+                "its forward() fixes the number of rows: write x.shape[0] for len(x), and no if "
+                "on it."
+            )
         raise InputError(
-            f"{failure}: {reason} Its forward() must be one that torch.export can trace for any number of rows; "
-            "save() keeps the model as it is."
+            f"{failure}: {reason} Its forward() must be one that torch.export can trace for any "
+            "number of rows; save() keeps the model as it is."
         ) from error
     finally:
         for logger, level in levels.items():
@@ -266,15 +333,19 @@ def _write_onnx(whole: WholeModel, examples: tuple[Tensor, ...], text: str, draf
     known = json.loads(text)
 
     def converted_program() -> Any:
-        # Traced here, since torch.onnx.export fixes the number of rows where it cannot leave it open.
-        traced, names = _trace(whole, examples), known["names"] if known["inputs"] == "arrays" else ["X"]
+        # Traced here, since torch.onnx.export fixes the number of rows where it cannot leave it
+        # open.
+        traced = _trace(whole, examples)
+        names = known["names"] if known["inputs"] == "arrays" else ["X"]
         shapes = (tuple({0: "rows"} for _ in examples),)  # what the axis is called
         more = {"input_names": names, "output_names": known["outputs"], "dynamic_shapes": shapes}
         return torch.onnx.export(traced, dynamo=True, verbose=False, **more)
 
     program = converted_program()
     # GELU's error function: ONNX Runtime has none for doubles on a CPU.
-    if whole.dtype == torch.float64 and any(node.op_type in ("Erf", "Gelu") for node in program.model.graph):
+    if whole.dtype == torch.float64 and any(
+        node.op_type in ("Erf", "Gelu") for node in program.model.graph
+    ):
         whole.network.float()
         whole.dtype = torch.float32
         program = converted_program()

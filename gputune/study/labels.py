@@ -1,4 +1,5 @@
-"""The right answers of rows that a model predicts: labels as codes of its classes, numbers as a search reads them."""
+"""The right answers of rows that a model predicts: labels as codes of its classes, numbers as a
+search reads them."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +22,8 @@ def class_codes(classes: np.ndarray, y: object) -> tuple[list[object], NDArray[n
         answers = answers[:, 0]
     if answers.ndim != 1:
         raise InputError(
-            f"the right answers have the shape {answers.shape}, and the model predicts one class for each row. Give "
-            "one class for each row."
+            f"the right answers have the shape {answers.shape}, and the model predicts one class "
+            "for each row. Give one class for each row."
         )
     known = classes.tolist()
     labels = answers.tolist()
@@ -30,27 +31,34 @@ def class_codes(classes: np.ndarray, y: object) -> tuple[list[object], NDArray[n
         labels = list(map(text_of, labels))
     else:  # one text among them makes text of a column of numbers
         of_text = {text_of(label): label for label in known}
-        labels = [of_text.get(label, label) if isinstance(label, str) else label for label in labels]
+        labels = [
+            of_text.get(label, label) if isinstance(label, str) else label for label in labels
+        ]
     known += sorted({*labels} - {*known}, key=str)
     position = {label: code for code, label in enumerate(known)}
     return known, np.array([position[label] for label in labels], dtype=np.int64)
 
 
 def refuse_unknown(classes: list[object], codes: NDArray[np.int64], K: int, name: str) -> None:
-    """Raise InputError where each code is beyond the K classes of a model, the first of ``classes``."""
+    """Raise InputError where each code is beyond the K classes of a model, the first of
+    ``classes``."""
     if (codes >= K).all():
         raise InputError(
-            f"{name} has no class that the model knows: it holds {quoted(map(str, classes[K:]))}, and the model's "
-            f"classes are {quoted(map(str, classes[:K]))}; write them as the model has them."
+            f"{name} has no class that the model knows: it holds {quoted(map(str, classes[K:]))}, "
+            f"and the model's classes are {quoted(map(str, classes[:K]))}; write them as the "
+            "model has them."
         )
 
 
 def checked_codes(classes: np.ndarray, y: object, rows: int) -> NDArray[np.int64]:
-    """Return the codes of labels y, (n,), one for each row. Raises InputError for labels that cannot be scored."""
+    """Return the codes of labels y, (n,), one for each row. Raises InputError for labels that
+    cannot be scored."""
     labels = target_array(y, "y")
     labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
     if labels.shape != (rows,):
-        raise InputError(f"y must have one label a row of X, got shape {labels.shape} and {rows} rows.")
+        raise InputError(
+            f"y must have one label a row of X, got shape {labels.shape} and {rows} rows."
+        )
     refuse_missing(labels, "y", "leave those rows out")
     known, codes = class_codes(classes, labels)
     refuse_unknown(known, codes, len(classes), "y")
@@ -58,9 +66,14 @@ def checked_codes(classes: np.ndarray, y: object, rows: int) -> NDArray[np.int64
 
 
 def checked_numbers(y: object, task: Task, rows: int) -> np.ndarray:
-    """Return numbers y, (n,) or (n, K), of text too where it reads as numbers. Raises InputError as ``tune``."""
+    """Return numbers y, (n,) or (n, K), of text too where it reads as numbers. Raises InputError as
+    ``tune``."""
     values = target_array(y, "y")
-    if values.ndim == 1 and values.dtype.kind in "OU" and any(isinstance(value, str) for value in values):
+    if (
+        values.ndim == 1
+        and values.dtype.kind in "OU"
+        and any(isinstance(value, str) for value in values)
+    ):
         table = as_table(values[:, None])
         y = table.columns[0] if table.kinds[0] == "number" else y
     return check_target(y, task=task, n_rows=rows).values

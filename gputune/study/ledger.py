@@ -1,4 +1,5 @@
-"""The trials of a running search, its plan and its results: in memory, and in a study file where one is kept."""
+"""The trials of a running search, its plan and its results: in memory, and in a study file where
+one is kept."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,18 +26,21 @@ _PATIENCE = 2.0
 """Seconds of waiting for another process, which adds trials, before a word of it."""
 
 Cut = Callable[[Sequence[Candidate]], Sequence[tuple[Sequence[int], int, int]]]
-"""Makes chunks of candidates: their positions, in order, the threads that compute each chunk, and how many chunks may
-train at once."""
+"""Makes chunks of candidates: their positions, in order, the threads that compute each chunk, and
+how many chunks may train at once."""
 
 
 class Ledger:
-    """Candidates in the order of their numbers, the chunks they train in, and the results of those that are finished.
+    """Candidates in the order of their numbers, the chunks they train in, and the results of those
+    that are finished.
 
-    Where a file is kept, other processes may work on the same one: ``refresh`` takes in what they have written.
+    Where a file is kept, other processes may work on the same one: ``refresh`` takes in what they
+    have written.
     """
 
     def __init__(self, store: Store | None, claims: Claims | None = None) -> None:
-        self.store, self.claims = store, claims
+        self.store = store
+        self.claims = claims
         self.candidates: list[Candidate] = []
         self.plan: list[Chunk] = []
         self.results: dict[int, Result] = {}
@@ -47,7 +51,8 @@ class Ledger:
         self.on_finish: Callable[[list[tuple[Candidate, Result | None]]], None] | None = None
         """Called with the trials that ``finish`` has kept, after they are."""
         self.on_wait: Callable[[str], None] | None = None
-        """Called with who keeps this process from planning, again and again while it does; may raise to end that."""
+        """Called with who keeps this process from planning, again and again while it does; may
+        raise to end that."""
         # What an earlier call's deadline cut short is trained again; until then its result counts.
         self._stopped: dict[int, Result] = {}
         self.refresh()
@@ -57,9 +62,15 @@ class Ledger:
         if self.store is None:
             return
         with without_collector():
-            self.candidates, self.plan, results = self.store.candidates(), self.store.plan(), self.store.results()
-        self._stopped = {number: result for number, result in results.items() if result.state == "stopped"}
-        self.results = {number: result for number, result in results.items() if result.state != "stopped"}
+            self.candidates = self.store.candidates()
+            self.plan = self.store.plan()
+            results = self.store.results()
+        self._stopped = {
+            number: result for number, result in results.items() if result.state == "stopped"
+        }
+        self.results = {
+            number: result for number, result in results.items() if result.state != "stopped"
+        }
 
     def add(self, new: Sequence[Candidate]) -> None:
         """Take in drawn candidates before anything trains."""
@@ -74,7 +85,8 @@ class Ledger:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Let no other process add candidates or chunks inside; what others have added is known then."""
+        """Let no other process add candidates or chunks inside; what others have added is known
+        then."""
         if self.claims is None:
             yield
             return
@@ -82,8 +94,8 @@ class Ledger:
         while (owner := self.claims.take_setup()) is not None:
             if self.on_wait is not None and time.monotonic() - begin > _PATIENCE:
                 self.on_wait(
-                    f"study {str(self.claims.path)!r}: {owner} has been adding trials to it, and others wait. "
-                    f"{self.claims.remedy(owner)}"
+                    f"study {str(self.claims.path)!r}: {owner} has been adding trials to it, and "
+                    f"others wait. {self.claims.remedy(owner)}"
                 )
             time.sleep(_LOOK)
         try:
@@ -93,26 +105,39 @@ class Ledger:
             self.claims.leave_setup()
 
     def claim_search(self, method: str) -> None:
-        """Claim the whole search. Raises InputError, naming the other process, where one is at work on it."""
+        """Claim the whole search. Raises InputError, naming the other process, where one is at work
+        on it."""
         if self.claims is not None:
             self.claims.take_search(method)
             self.refresh()
 
     def chunks(self, trials: Sequence[Candidate], stage: int, cut: Cut) -> list[Chunk]:
-        """Return the frozen chunks of a stage that hold these trials; what is in none is cut into new ones first."""
+        """Return the frozen chunks of a stage that hold these trials; what is in none is cut into
+        new ones first."""
         if self._without_plan(trials, stage):
             with self.alone():
-                if left := self._without_plan(trials, stage):  # by another process too, which may have just planned
+                # by another process too, which may have just planned
+                if left := self._without_plan(trials, stage):
                     first = 1 + max((chunk.number for chunk in self.plan), default=-1)
                     new = [
-                        Chunk(number, stage, tuple(left[position].number for position in part), threads, at_once)
+                        Chunk(
+                            number,
+                            stage,
+                            tuple(left[position].number for position in part),
+                            threads,
+                            at_once,
+                        )
                         for number, (part, threads, at_once) in enumerate(cut(left), first)
                     ]
                     if self.store is not None:
                         self.store.add_chunks(new)
                     self.plan += new
         numbers = {trial.number for trial in trials}
-        return [chunk for chunk in self.plan if chunk.stage == stage and not numbers.isdisjoint(chunk.trials)]
+        return [
+            chunk
+            for chunk in self.plan
+            if chunk.stage == stage and not numbers.isdisjoint(chunk.trials)
+        ]
 
     def _without_plan(self, trials: Sequence[Candidate], stage: int) -> list[Candidate]:
         planned = {number for chunk in self.plan if chunk.stage == stage for number in chunk.trials}
@@ -124,21 +149,30 @@ class Ledger:
             self.claims.show(progress)
 
     def claim(self, chunk: Chunk) -> bool:
-        """Say whether a chunk is ours to train: no other process trains it, and it is not finished."""
+        """Say whether a chunk is ours to train: no other process trains it, and it is not
+        finished."""
         return self.claims is None or self.claims.take(chunk)
 
     def owners_of(self, chunks: Sequence[Chunk]) -> tuple[str, str]:
-        """Return the other processes that have chunks, in words, and what to do about one of them on another host."""
+        """Return the other processes that have chunks, in words, and what to do about one of them
+        on another host."""
         assert self.claims is not None
         owners = [owner for owner in map(self.claims.holder, chunks) if owner is not None]
         remedies = [self.claims.remedy(owner) for owner in owners if not owner.is_near]
-        return ", ".join(sorted(set(map(str, owners)))) or "another process", next(iter(remedies), "")
+        return ", ".join(sorted(set(map(str, owners)))) or "another process", next(
+            iter(remedies), ""
+        )
 
     def wait(self, chunks: Sequence[Chunk], is_over: Callable[[], bool]) -> None:
-        """Wait until another process has finished something, one that has a chunk is gone, or ``is_over``."""
+        """Wait until another process has finished something, one that has a chunk is gone, or
+        ``is_over``."""
         assert self.store is not None and self.claims is not None
         finished = self.store.finished()
-        while not is_over() and self.store.finished() == finished and all(map(self.claims.holder, chunks)):
+        while (
+            not is_over()
+            and self.store.finished() == finished
+            and all(map(self.claims.holder, chunks))
+        ):
             time.sleep(_LOOK)
         self.refresh()
 
@@ -147,13 +181,17 @@ class Ledger:
         return [candidate for candidate in self.candidates if candidate.number not in self.results]
 
     def has_waiting(self) -> bool:
-        """Whether the file has a trial without a result that stays, of this process or of another one."""
+        """Whether the file has a trial without a result that stays, of this process or of another
+        one."""
         return self.store is not None and self.store.waiting() > 0
 
-    def finish(self, results: Sequence[Result], outputs: Mapping[int, Outputs] = MappingProxyType({})) -> None:
+    def finish(
+        self, results: Sequence[Result], outputs: Mapping[int, Outputs] = MappingProxyType({})
+    ) -> None:
         """Keep the results of one chunk, all or none; those that are kept already stay as they are.
 
-        ``outputs`` by number are kept too where a trial is complete and they are those of its best epoch.
+        ``outputs`` by number are kept too where a trial is complete and they are those of its best
+        epoch.
         """
         new = {result.number: result for result in results if result.number not in self.results}
         best = {r.number: r.best_epoch for r in new.values() if r.state == "complete"}
@@ -164,7 +202,9 @@ class Ledger:
         self.kept += new
         if self.store is None:
             self.outputs |= outputs
-            drop_beyond_limit(self.outputs, {number: self.results[number].score for number in self.outputs})
+            drop_beyond_limit(
+                self.outputs, {number: self.results[number].score for number in self.outputs}
+            )
         if self.on_finish is not None and new:
             self.on_finish([(c, new[c.number]) for c in self.candidates if c.number in new])
 
@@ -179,26 +219,36 @@ def differences(there: SearchRecord, here: SearchRecord) -> list[str]:
     """Return what makes a call another search than the one that its file holds, in words."""
     values = {
         # Files that lack max_levels are of a version in which 32 was the only choice.
-        name: [getattr(r, name) if name not in r.absent or name == "max_levels" else None for r in (there, here)]
+        name: [
+            getattr(r, name) if name not in r.absent or name == "max_levels" else None
+            for r in (there, here)
+        ]
         for name in IDENTITY
     }
-    names = {name for name, pair in values.items() if _without_steps(pair[0]) != _without_steps(pair[1])}
+    names = {
+        name for name, pair in values.items() if _without_steps(pair[0]) != _without_steps(pair[1])
+    }
     said = names - {"code"} - ({"scoring"} if "metrics" in names else set())
     held_out = [(record.source or {}).get("held_out") for record in (there, here)]
     others = ["the held-out rows"] if None not in held_out and held_out[0] != held_out[1] else []
     if "fingerprint" in names:
-        # Other rows are cut into other folds, and others of them are held out: that is no news then.
+        # Other rows are cut into other folds, and others of them are held out: that is no news
+        # then.
         said -= {"splits", "fingerprint"}
         others = _other_rows(there, here, of_target="target" in names)
-    of_code = "code" not in there.absent and "objective" not in names  # else of an earlier version, or of another name
-    code = [name for name, digest in here.code.items() if of_code and there.code.get(name) != digest]
+    # else of an earlier version, or of another name
+    of_code = "code" not in there.absent and "objective" not in names
+    code = [
+        name for name, digest in here.code.items() if of_code and there.code.get(name) != digest
+    ]
     words = [_word(name, *values[name]) for name in values if name in said]
     return [*words, *(f"{name} (its code or its values have changed)" for name in code), *others]
 
 
 def _word(name: str, there: Any, here: Any) -> str:
     """Return what differs, and how where that is short."""
-    if name == "scoring" and DIRECTIONS.keys() >= {there, here}:  # which search() calls by another name
+    # which search() calls by another name
+    if name == "scoring" and DIRECTIONS.keys() >= {there, here}:
         return f"direction{_in_words(DIRECTIONS[there], DIRECTIONS[here])}"
     is_loop = name == "spec" and (here or {}).get("kind") == "objective"
     return f"{'objective' if is_loop else IDENTITY[name]}{_in_words(there, here)}"
@@ -206,7 +256,11 @@ def _word(name: str, there: Any, here: Any) -> str:
 
 def _without_steps(value: object) -> object:
     """Return a value without what may grow when a search goes on: the steps of a descent."""
-    return {key: part for key, part in value.items() if key != "outer_steps"} if isinstance(value, dict) else value
+    return (
+        {key: part for key, part in value.items() if key != "outer_steps"}
+        if isinstance(value, dict)
+        else value
+    )
 
 
 def _other_rows(there: SearchRecord, here: SearchRecord, *, of_target: bool) -> list[str]:
@@ -221,7 +275,9 @@ def _other_rows(there: SearchRecord, here: SearchRecord, *, of_target: bool) -> 
     sizes = [table_size(record.fingerprint, record.source) for record in (there, here)]
     if sizes[0] == sizes[1]:
         return ["data (as many rows and columns, with other values, names or order)"]
-    words = [f"{count(size['rows'], 'row')} and {count(size['columns'], 'column')}" for size in sizes]
+    words = [
+        f"{count(size['rows'], 'row')} and {count(size['columns'], 'column')}" for size in sizes
+    ]
     return [f"data ({words[0]} there, {words[1]} here)"]
 
 
@@ -229,7 +285,9 @@ def _in_words(there: object, here: object) -> str:
     """Two values that differ in words, where both are short."""
     texts = [repr(there), repr(here)]
     if isinstance(there, list) and isinstance(here, list):
-        texts = [", ".join(metric["name"] for metric in metrics) or "one" for metrics in (there, here)]
+        texts = [
+            ", ".join(metric["name"] for metric in metrics) or "one" for metrics in (there, here)
+        ]
     if isinstance(there, dict) and isinstance(here, dict) and there.keys() == here.keys():
         keys = [key for key in there if there[key] != here[key]]
         if keys == ["sha256"] and "kind" in there:
@@ -239,11 +297,14 @@ def _in_words(there: object, here: object) -> str:
 
 
 @contextmanager
-def open_ledger(path: str | Path | None, record: SearchRecord, store: Store | None = None) -> Iterator[Ledger]:
-    """Open the ledger of a new search, or of the search that ``path`` holds, which ``store`` is where it is open.
+def open_ledger(
+    path: str | Path | None, record: SearchRecord, store: Store | None = None
+) -> Iterator[Ledger]:
+    """Open the ledger of a new search, or of the search that ``path`` holds, which ``store`` is
+    where it is open.
 
-    Raises InputError where the file holds another search, and says what differs; at the end StudyCorruptError where
-    another program has damaged the file meanwhile.
+    Raises InputError where the file holds another search, and says what differs; at the end
+    StudyCorruptError where another program has damaged the file meanwhile.
     """
     if path is None:
         yield Ledger(None)
@@ -263,13 +324,15 @@ def open_ledger(path: str | Path | None, record: SearchRecord, store: Store | No
         if not there.face and there.lost:
             lost = ", ".join(IDENTITY[name] for name in there.lost)
             raise InputError(
-                f"study={str(path)!r} has lost options of its search ({lost}) and cannot go on. Its trials "
-                "can be read with gputune.Study.open; give this search a path of its own."
+                f"study={str(path)!r} has lost options of its search ({lost}) and cannot go on. "
+                "Its trials can be read with gputune.Study.open; give this search a path of its "
+                "own."
             )
         if words := differences(there, record):
             raise InputError(
-                f"study={str(path)!r} holds another search, which differs from this call in: {', '.join(words)}. "
-                "Give this search a path of its own, or repeat the first call's arguments."
+                f"study={str(path)!r} holds another search, which differs from this call in: "
+                f"{', '.join(words)}. Give this search a path of its own, or repeat the first "
+                "call's arguments."
             )
         arguments = there.arguments.updated(record.arguments)
         if arguments != there.arguments and "arguments" not in there.absent:

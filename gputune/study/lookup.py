@@ -1,37 +1,48 @@
 """Which class or function a name in a file stands for: the rule, and the lookup that follows it.
 
-A study or a model folder may come from a stranger. It names the code that builds its modules, and gputune calls that
-code with arguments from the same file. Without ``trust_code=True``, a name stands for one of these, or for nothing:
+A study or a model folder may come from a stranger. It names the code that builds its modules, and
+gputune calls that code with arguments from the same file. Without ``trust_code=True``, a name
+stands for one of these, or for nothing:
 
 (a) a public model of ``gputune.models``, that is, one of its ``__all__``;
-(b) a class or function that this user has trained or saved, in that very file or module, under that very name;
-(c) a subclass of ``nn.Module`` that the running program (``__main__``) defines. A function of the running program
+(b) a class or function that this user has trained or saved, in that very file or module, under that
+very name; (c) a subclass of ``nn.Module`` that the running program (``__main__``) defines. A
+function of the running program
     counts only if this user has trained it from that script, or this process has.
 
 Each step of the lookup, and why it is safe:
 
-1. A name of ``gputune.models`` is a key of a table (``public_model``). No attribute is read and nothing is imported.
-2. The files behind any other name are located and hashed, by ``files_to_import``. Python's finders locate a module
-   without running it. Each part of a module's name must be an identifier, so that no part is a path.
-3. The trust list is asked (``grant_of``) before any of these files runs. Its key holds the path and digest of each
-   file and the name of the object. The files that run are thus files that this user has run before, byte for byte and
-   in the same place. A trained file vouches only for the trained object. Its imports, helpers and other functions
-   have no key, so that a file is no way to reach them.
-4. The name is walked through dictionaries: that of the module, then those of classes, both read past any override.
-   Therefore no module ``__getattr__``, property, descriptor or metaclass runs. The walk ends at
-   anything that is not a class: a module such as ``torch.os``, a function, an instance.
-5. The object must be a class of modules, a plain function or a ``functools.partial``, by its exact type. ``isinstance``
-   is not asked, because it may call a ``__class__`` property. The ``__module__`` and ``__qualname__`` of the object
-   must be the ones that were named. An alias and a class imported from elsewhere have others.
-6. A partial has no name. It counts only at the top level of its module, and only if its own function or class is
-   defined in that module and passes step 5. Its preset arguments come from the user's file, not from the stranger's.
-7. The object is called with arguments from the stranger's file. ``values.from_json`` makes these from JSON: numbers,
-   text, lists, dicts, arrays, and public layers and functions of ``torch.nn``. None of these runs other code when it
-   is called. What a user's own class does with a text, such as a path that it loads, is the business of that class.
+1. A name of ``gputune.models`` is a key of a table (``public_model``). No attribute is read and
+nothing is imported.
+2. The files behind any other name are located and hashed, by ``files_to_import``. Python's finders
+   locate a module without running it. Each part of a module's name must be an identifier, so that
+   no part is a path.
+3. The trust list is asked (``grant_of``) before any of these files runs. Its key holds the path and
+   digest of each file and the name of the object. The files that run are thus files that this user
+   has run before, byte for byte and in the same place. A trained file vouches only for the trained
+   object. Its imports, helpers and other functions have no key, so that a file is no way to reach
+   them.
+4. The name is walked through dictionaries: that of the module, then those of classes, both read
+   past any override. Therefore no module ``__getattr__``, property, descriptor or metaclass runs.
+   The walk ends at anything that is not a class: a module such as ``torch.os``, a function, an
+   instance.
+5. The object must be a class of modules, a plain function or a ``functools.partial``, by its exact
+   type. ``isinstance`` is not asked, because it may call a ``__class__`` property. The
+   ``__module__`` and ``__qualname__`` of the object must be the ones that were named. An alias and
+   a class imported from elsewhere have others.
+6. A partial has no name. It counts only at the top level of its module, and only if its own
+   function or class is defined in that module and passes step 5. Its preset arguments come from the
+   user's file, not from the stranger's.
+7. The object is called with arguments from the stranger's file. ``values.from_json`` makes these
+   from JSON: numbers, text, lists, dicts, arrays, and public layers and functions of ``torch.nn``.
+   None of these runs other code when it is called. What a user's own class does with a text, such
+   as a path that it loads, is the business of that class.
 
-Trust lists that gputune wrote before it noted names have keys of files alone. Such a key vouches for the subclasses of
-``nn.Module`` that the file defines, and for partials of these at its top level: to build a module is what they are for.
-It does not vouch for functions, because nothing tells the trained one from a helper such as ``clean_up(folder)``.
+Trust lists that gputune wrote before it noted names have keys of files alone. Such a key vouches
+for the subclasses of
+``nn.Module`` that the file defines, and for partials of these at its top level: to build a module
+is what they are for. It does not vouch for functions, because nothing tells the trained one from a
+helper such as ``clean_up(folder)``.
 """
 
 import functools
@@ -53,7 +64,9 @@ MAIN = "__main__"
 
 _MODELS = "gputune.models"
 _MODELS_VALUES = vars(import_module(_MODELS))
-_PUBLIC: Mapping[str, type[nn.Module]] = {name: _MODELS_VALUES[name] for name in _MODELS_VALUES["__all__"]}
+_PUBLIC: Mapping[str, type[nn.Module]] = {
+    name: _MODELS_VALUES[name] for name in _MODELS_VALUES["__all__"]
+}
 
 
 class Grant(Enum):
@@ -65,7 +78,8 @@ class Grant(Enum):
 
 
 def public_model(package: str, name: str) -> type[nn.Module] | None:
-    """Return a model of ``gputune.models`` by the name of the package, or by the file that it is defined in."""
+    """Return a model of ``gputune.models`` by the name of the package, or by the file that it is
+    defined in."""
     model = _PUBLIC.get(name)
     if model is None or package not in (_MODELS, model.__module__):
         return None
@@ -73,7 +87,8 @@ def public_model(package: str, name: str) -> type[nn.Module] | None:
 
 
 def remember_object(module: ModuleType, name: str, builder: Builder) -> None:
-    """Remember a class, function or partial that is trained or saved here, by its files and its name."""
+    """Remember a class, function or partial that is trained or saved here, by its files and its
+    name."""
     is_script = module_values(module).get("__name__") == MAIN
     if is_script and type(builder) in (FunctionType, functools.partial):
         _trained_here.add(builder)
@@ -87,7 +102,8 @@ _trained_here: WeakSet[Any] = WeakSet()
 
 
 def grant_of(files: Files, name: str) -> Grant:
-    """Return what the trust list allows a name in these files to stand for. Nothing of them runs."""
+    """Return what the trust list allows a name in these files to stand for. Nothing of them
+    runs."""
     if not files:
         return Grant.NOTHING
     if is_remembered(_key(files, name)):
@@ -97,7 +113,8 @@ def grant_of(files: Files, name: str) -> Grant:
 
 
 def _key(files: Files, name: str, *, is_script: bool = False) -> str:
-    """Return the text by which the trust list knows an object. That of a script is used only while the script runs."""
+    """Return the text by which the trust list knows an object. That of a script is used only while
+    the script runs."""
     return json.dumps({"script" if is_script else "files": files, "name": name})
 
 
@@ -108,11 +125,14 @@ def is_granted(builder: Builder, grant: Grant) -> bool:
 
 
 def is_of_program(builder: Builder, name: str) -> bool:
-    """Whether the running program may build its own object under this name: a class, or what was trained from it."""
+    """Whether the running program may build its own object under this name: a class, or what was
+    trained from it."""
     if is_module_class(builder):
         return True
     files = files_of(sys.modules[MAIN])
-    return builder in _trained_here or (bool(files) and is_remembered(_key(files, name, is_script=True)))
+    return builder in _trained_here or (
+        bool(files) and is_remembered(_key(files, name, is_script=True))
+    )
 
 
 def lookup(module: ModuleType, name: str) -> Builder | None:
@@ -151,7 +171,8 @@ def _is_class(value: object) -> TypeGuard[type]:
 
 
 def is_module_class(value: object) -> TypeGuard[type[nn.Module]]:
-    """Whether a value is a subclass of ``nn.Module``. Neither its attributes nor its metaclass is asked."""
+    """Whether a value is a subclass of ``nn.Module``. Neither its attributes nor its metaclass is
+    asked."""
     return _is_class(value) and issubclass(value, nn.Module)
 
 

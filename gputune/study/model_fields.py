@@ -1,4 +1,5 @@
-"""The fields of a tuned model, read from its description: each is held against its form before it is used."""
+"""The fields of a tuned model, read from its description: each is held against its form before it
+is used."""
 
 import math
 from typing import get_args
@@ -17,24 +18,36 @@ from gputune.types import Json, Task
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 _INFO = {
-    "drop?": [str], "loss?": str, "loss_arguments?": {"": (int, float)}, "params?": dict, "scoring?": (str, None),
-    "score?": (int, float), "std_error?": (int, float), "positive?": (str, bool, int, float, None),
-    "held_out_score?": (int, float, None), "held_out_rows?": int,
+    "drop?": [str],
+    "loss?": str,
+    "loss_arguments?": {"": (int, float)},
+    "params?": dict,
+    "scoring?": (str, None),
+    "score?": (int, float),
+    "std_error?": (int, float),
+    "positive?": (str, bool, int, float, None),
+    "held_out_score?": (int, float, None),
+    "held_out_rows?": int,
     "trained_rows?": str,
-}  # fmt: skip
+}
 """The form of what an interface reads of a model's info. Further keys are free."""
 
 
 def read_content(body: Json) -> Json:
-    """Return the fields of a ``ModelContent`` but its module. Raises ValueError where one cannot be what it says."""
+    """Return the fields of a ``ModelContent`` but its module. Raises ValueError where one cannot be
+    what it says."""
     # Files of old versions lack these.
     body = {"target_transform": None, "residuals": None, "temperature": 1.0, **body}
-    layout, classes, transform, residuals = (body[n] for n in ("layout", "classes", "target_transform", "residuals"))
+    layout, classes, transform, residuals = (
+        body[n] for n in ("layout", "classes", "target_transform", "residuals")
+    )
     if classes is not None and not (isinstance(classes, np.ndarray) and classes.ndim == 1):
         raise ValueError(f"its classes are no list of labels but {type(classes).__name__}")
     if not has_form(info := dict(body["info"]), _INFO):
         raise ValueError("its info is of another type")
-    numbers = isinstance(residuals, np.ndarray) and residuals.dtype.kind == "f" and residuals.ndim == 1
+    numbers = (
+        isinstance(residuals, np.ndarray) and residuals.dtype.kind == "f" and residuals.ndim == 1
+    )
     if not (residuals is None or numbers):
         raise ValueError("its residuals are no numbers")
     if not 0 < (temperature := float(body["temperature"])) < math.inf:
@@ -73,10 +86,16 @@ def _read_layout(layout: Json, statistics: Json) -> Json:
 
 def _check_target(fields: Json) -> None:
     """Raise ValueError unless the fields that describe the target fit each other."""
-    task, classes, center, transform = (fields[name] for name in ("task", "classes", "center", "transform"))
+    task, classes, center, transform = (
+        fields[name] for name in ("task", "classes", "center", "transform")
+    )
     n_classes = 0 if classes is None else len(classes)
     is_known = task in get_args(Task) and isinstance(fields["target"], str)
-    if not is_known or (task in ("binary", "multiclass")) != (n_classes > 0) or (task == "binary" and n_classes != 2):
+    if (
+        not is_known
+        or (task in ("binary", "multiclass")) != (n_classes > 0)
+        or (task == "binary" and n_classes != 2)
+    ):
         raise ValueError("its task, its target and its classes do not fit each other")
     if np.ndim(center) > 1 or np.size(center) == 0 or np.shape(center) != np.shape(fields["scale"]):
         raise ValueError("the center and the scale of its target are of other shapes")
@@ -119,11 +138,17 @@ def _check_statistics(statistics: Statistics, n_features: int) -> None:
     n_inputs = len(statistics.places) or n_features
     ends = (n_inputs,) if statistics.least.size else (0,)
     shapes = {
-        "fill": (n_features,), "center": (n_inputs,), "scale": (n_inputs,), "least": ends, "most": ends,
-    }  # fmt: skip
+        "fill": (n_features,),
+        "center": (n_inputs,),
+        "scale": (n_inputs,),
+        "least": ends,
+        "most": ends,
+    }
     for name, shape in shapes.items():
         if getattr(statistics, name).shape != shape:
-            raise ValueError(f"its statistics have another number of values for {name!r} than it has features")
+            raise ValueError(
+                f"its statistics have another number of values for {name!r} than it has features"
+            )
     for name, end in (("ranked", n_inputs), ("clipped", n_inputs), ("places", n_features)):
         positions = getattr(statistics, name)
         if positions.ndim != 1 or not ((positions >= 0) & (positions < end)).all():

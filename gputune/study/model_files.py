@@ -1,7 +1,8 @@
-"""What a tuned model consists of, and its folder: tensors as safetensors, everything else as JSON with both checksums.
+"""What a tuned model consists of, and its folder: tensors as safetensors, everything else as JSON
+with both checksums.
 
-Each file appears whole or not at all, and the description comes last. A folder that does not fit its checksums is
-refused by an error that names the file; nothing is ever unpickled.
+Each file appears whole or not at all, and the description comes last. A folder that does not fit
+its checksums is refused by an error that names the file; nothing is ever unpickled.
 """
 
 import json
@@ -25,7 +26,14 @@ from gputune.errors import InputError, UntrustedCodeError, warn
 from gputune.input_files import read_file
 from gputune.models import MLP, LogisticRegression
 from gputune.modules.calls import convert
-from gputune.modules.construction import Builder, call_arguments, construct, materialise, module_stream, name_of
+from gputune.modules.construction import (
+    Builder,
+    call_arguments,
+    construct,
+    materialise,
+    module_stream,
+    name_of,
+)
 from gputune.population.population import Ensemble, InputKind
 from gputune.scratch import naming_folder, write_files
 from gputune.study import module_source
@@ -42,8 +50,10 @@ from gputune.study.module_state import (
 from gputune.study.values import MALFORMED, from_json, sha256, to_json
 from gputune.types import Config, Json, Task
 
-DESCRIPTION, TENSORS = "model.json", "model.safetensors"
-FORMAT, FORMAT_VERSION = "gputune model", 3
+DESCRIPTION = "model.json"
+TENSORS = "model.safetensors"
+FORMAT = "gputune model"
+FORMAT_VERSION = 3
 DRAFTS = ".model"
 """How what a killed process may have left in the folder begins."""
 
@@ -92,18 +102,22 @@ def save_model(model: ModelContent, folder: str | os.PathLike[str]) -> None:
     place = Path(folder)
     saved = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     if odd := [(name, type(value).__name__) for name, value in state.items() if name not in saved]:
-        what = "{!r}, a {}, in its state; only tensors can be saved, make it a buffer.".format(*odd[0])
+        what = "{!r}, a {}, in its state; only tensors can be saved, make it a buffer.".format(
+            *odd[0]
+        )
         raise InputError(f"{type(model.module).__name__} keeps {what}")
     if place.exists() and not place.is_dir():
         raise InputError(f"save(folder={str(place)!r}): a file has that name; choose another.")
     for name in sorted(os.listdir(place)) if place.exists() else ():
         if name not in (TENSORS, DESCRIPTION) and not name.startswith(DRAFTS):
             raise InputError(
-                f"save(folder={str(place)!r}): the folder holds {name!r}, which is no part of a model; "
-                "give a new or an empty folder."
+                f"save(folder={str(place)!r}): the folder holds {name!r}, which is no part of a "
+                "model; give a new or an empty folder."
             )
     # Clones: safetensors refuses tensors that share memory, as tied weights do.
-    tensors = safetensors.torch.save({key: value.cpu().clone().contiguous() for key, value in saved.items()})
+    tensors = safetensors.torch.save(
+        {key: value.cpu().clone().contiguous() for key, value in saved.items()}
+    )
     text = to_json({**body, "tensors_sha256": sha256(tensors)}, name="the model's spec or info")
     head = json.dumps({"format": FORMAT, "version": FORMAT_VERSION, "sha256": sha256(text)})
     files = {TENSORS: tensors, DESCRIPTION: f'{head[:-1]}, "body": {text}}}\n'.encode()}
@@ -117,18 +131,24 @@ def save_model(model: ModelContent, folder: str | os.PathLike[str]) -> None:
         if where := module_source.why_not_found(module_class):
             call = f"load_model({str(folder)!r}, module={module_class.__name__})"
             warn(
-                f"save({str(folder)!r}): the class {module_class.__name__} was defined {where}, so that load_model "
-                f"does not find it from elsewhere: pass it there, {call}, or define it in a file of its own and "
-                "import it from that."
+                f"save({str(folder)!r}): the class {module_class.__name__} was defined {where}, "
+                f"so that load_model does not find it from elsewhere: pass it there, {call}, or "
+                "define it in a file of its own and import it from that."
             )
 
 
 def _full_spec(model: ModelContent) -> Json:
     """Return how the module is built again; of a user's class with the file where it lies now."""
-    if model.spec["kind"] != "module" or "made" in model.spec:  # by a function, of which the module knows nothing
+    # by a function, of which the module knows nothing
+    if model.spec["kind"] != "module" or "made" in model.spec:
         return model.spec
-    source, file = module_source.class_source(_module_type(model)), module_source.source_file(_module_type(model))
-    kept = {key: model.spec[key] for key in ("kind", "kwargs", "ensemble", "columns", "seeds") if key in model.spec}
+    source = module_source.class_source(_module_type(model))
+    file = module_source.source_file(_module_type(model))
+    kept = {
+        key: model.spec[key]
+        for key in ("kind", "kwargs", "ensemble", "columns", "seeds")
+        if key in model.spec
+    }
     return {**kept, **source, **({"file": file} if file is not None and "import" in source else {})}
 
 
@@ -143,16 +163,23 @@ def read_fields(folder: Path, module: Builder | None, *, trust_code: bool) -> Js
     state = _read_tensors(folder / TENSORS, body)
     with file_errors(folder / DESCRIPTION):
         known = read_content(body)
-        spec, members = known["spec"], _members(known)
+        spec = known["spec"]
+        members = _members(known)
         seeds = read_seeds(spec, len(members))
-        numbers, temporary = read_numbers(body), read_temporary(body, state)
+        numbers = read_numbers(body)
+        temporary = read_temporary(body, state)
         if (kind := str(spec["kind"])) in BUILT_IN:
             _check_size(members, kind, state)
     module_class = _module_class(spec, module, folder, trust_code=trust_code)
-    file, name = module_source.source_file(module_class), name_of(module_class)
+    file = module_source.source_file(module_class)
+    name = name_of(module_class)
     changed = kind == "module" and module is None and module_source.is_changed(module_class, spec)
     change = f"{file or name!r} has changed since the model was saved"
-    remedy = f"{change}: restore it, or pass the class as it was." if changed else "pass the class as it was."
+    remedy = (
+        f"{change}: restore it, or pass the class as it was."
+        if changed
+        else "pass the class as it was."
+    )
     try:
         modules = _build(module_class, members, seeds, known)
     except Exception as error:  # a user's constructor may raise anything
@@ -160,13 +187,18 @@ def read_fields(folder: Path, module: Builder | None, *, trust_code: bool) -> Js
             f"{name} could not be built from the saved arguments {members[0][0] | members[0][1]}: "
             f"{type(error).__name__}: {str(error).rstrip('.')}; {remedy}"
         ) from error
-    weights, columns = [1 / len(modules)] * len(modules), spec.get("columns", ())
-    network = Ensemble(modules, weights, known["task"], columns) if "ensemble" in spec else modules[0]
+    weights = [1 / len(modules)] * len(modules)
+    columns = spec.get("columns", ())
+    network = (
+        Ensemble(modules, weights, known["task"], columns) if "ensemble" in spec else modules[0]
+    )
     try:
         restore(network, state, numbers, temporary)
     except (RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split()).rstrip(".")  # torch writes a line for each tensor
-        raise InputError(f"{str(folder / TENSORS)!r} does not fit {name}: {reason}; {remedy}") from error
+        raise InputError(
+            f"{str(folder / TENSORS)!r} does not fit {name}: {reason}; {remedy}"
+        ) from error
     if changed:
         warn(f"{change}; its parameters still fit, but it may predict otherwise.")
     return {**known, "module": network.eval()}
@@ -174,28 +206,41 @@ def read_fields(folder: Path, module: Builder | None, *, trust_code: bool) -> Js
 
 def _members(known: Json) -> _Members:
     """Return the arguments of a model's modules, an ensemble's several."""
-    spec, layout, statistics = known["spec"], known["layout"], known["statistics"]
+    spec = known["spec"]
+    layout = known["layout"]
+    statistics = known["statistics"]
     members = [dict(member) for member in spec.get("ensemble", [spec["kwargs"]])]
     pairs = []
     for member, ends in zip(members, spec.get("columns") or [None] * len(members), strict=True):
         if isinstance(layout, Layout):
             begin, end = ends or (0, statistics.n_inputs)
-            D, groups = end - begin, layout.groups(statistics.places)[begin:end]
+            D = end - begin
+            groups = layout.groups(statistics.places)[begin:end]
             sizes: Config = {"n_features": D, "input_shape": (D,), "feature_groups": groups}
         else:
-            sizes = {"n_features": layout.n_features, "input_shape": layout.shapes[0], "feature_groups": None}
+            sizes = {
+                "n_features": layout.n_features,
+                "input_shape": layout.shapes[0],
+                "feature_groups": None,
+            }
         sizes["n_outputs"] = 1 if known["classes"] is None else len(known["classes"])
-        sizes |= {name: value for name, value in {**spec["kwargs"], **member}.items() if name in sizes}
+        sizes |= {
+            name: value for name, value in {**spec["kwargs"], **member}.items() if name in sizes
+        }
         pairs.append((sizes, {name: value for name, value in member.items() if name not in sizes}))
     return pairs
 
 
 def _check_size(members: _Members, kind: str, state: dict[str, Tensor]) -> None:
-    """Raise ValueError for networks that are larger than their tensors, before they take the memory."""
-    numbers, standard = 0, {"width": 128, "depth": 2 if kind == "mlp" else 0}
+    """Raise ValueError for networks that are larger than their tensors, before they take the
+    memory."""
+    numbers = 0
+    standard = {"width": 128, "depth": 2 if kind == "mlp" else 0}
     for sizes, others in members:
         words = {**standard, **sizes, **others}
-        D, K, width = int(words["n_features"] or 0), int(words["n_outputs"] or 0), words["width"]
+        D = int(words["n_features"] or 0)
+        K = int(words["n_outputs"] or 0)
+        width = words["width"]
         if isinstance(width, tuple):  # of each layer
             numbers += sum((a + 1) * b for a, b in pairwise((D, *map(int, width), K)))
         elif depth := int(words["depth"]):  # which may be too many to be listed
@@ -205,15 +250,24 @@ def _check_size(members: _Members, kind: str, state: dict[str, Tensor]) -> None:
             numbers += (D + 1) * K
     there = sum(tensor.numel() for tensor in state.values())
     if numbers > there:
-        raise ValueError(f"it describes a network of {numbers} parameters, and {TENSORS} holds {there}")
+        raise ValueError(
+            f"it describes a network of {numbers} parameters, and {TENSORS} holds {there}"
+        )
 
 
-def _module_class(spec: Mapping[str, object], module: Builder | None, folder: Path, *, trust_code: bool) -> Builder:
+def _module_class(
+    spec: Mapping[str, object], module: Builder | None, folder: Path, *, trust_code: bool
+) -> Builder:
     kind = str(spec["kind"])
     if module is not None and not module_source.is_builder(module):
-        raise InputError(f"load_model(module=...) must be a subclass of torch.nn.Module, got {module!r}.")
+        raise InputError(
+            f"load_model(module=...) must be a subclass of torch.nn.Module, got {module!r}."
+        )
     if module is not None and kind in BUILT_IN:
-        raise InputError(f"load_model(module=...): {str(folder)!r} holds the built-in {kind!r}; leave module out.")
+        raise InputError(
+            f"load_model(module=...): {str(folder)!r} holds the built-in {kind!r}; leave module "
+            "out."
+        )
     if known := module or BUILT_IN.get(kind):
         return known
     or_pass = f"Or pass the class: load_model({str(folder)!r}, module=...)."
@@ -223,24 +277,34 @@ def _module_class(spec: Mapping[str, object], module: Builder | None, folder: Pa
                 raise ValueError(f"it names an unknown kind of model, {kind!r}")
             return module_source.find_class(spec, trust_code=trust_code, or_changed=True)
     except UntrustedCodeError as error:
-        raise UntrustedCodeError(error.code, f"If you trust it, pass trust_code=True. {or_pass}") from error
+        raise UntrustedCodeError(
+            error.code, f"If you trust it, pass trust_code=True. {or_pass}"
+        ) from error
     except InputError as error:
         raise InputError(f"{error} {or_pass}") from error
 
 
-def _build(module_class: Builder, members: _Members, seeds: Sequence[int | None], known: Json) -> list[nn.Module]:
+def _build(
+    module_class: Builder, members: _Members, seeds: Sequence[int | None], known: Json
+) -> list[nn.Module]:
     """Build the modules of a model, on the CPU."""
-    layout, statistics = known["layout"], known["statistics"]
-    names, kinds = None, list[InputKind]()
+    layout = known["layout"]
+    statistics = known["statistics"]
+    names = None
+    kinds = list[InputKind]()
     if isinstance(layout, ArrayLayout):
         parts = zip(layout.shapes, layout.dtypes, statistics.channels, strict=True)
-        kinds = [(shape, torch.float32 if scaled else getattr(torch, dtype)) for shape, dtype, scaled in parts]
+        kinds = [
+            (shape, torch.float32 if scaled else getattr(torch, dtype))
+            for shape, dtype, scaled in parts
+        ]
         names = layout.names
     modules = []
     for (sizes, arguments), seed in zip(members, seeds):
         words = call_arguments(module_class, sizes, arguments)
         inputs = kinds or [(sizes["input_shape"], torch.float32)]
-        # From the stream of the training: what the constructor draws into plain attributes is in no file.
+        # From the stream of the training: what the constructor draws into plain attributes is in no
+        # file.
         with module_stream(seed or 0):
             module = construct(module_class, words)
             materialise(module, inputs, names)
@@ -251,8 +315,8 @@ def _build(module_class: Builder, members: _Members, seeds: Sequence[int | None]
 def read_description(path: Path) -> Json:
     """Return the description of a model from its file, without the tensors.
 
-    Raises InputError, saying which file and what to do, for a folder that is missing, incomplete, damaged or of a newer
-    gputune.
+    Raises InputError, saying which file and what to do, for a folder that is missing, incomplete,
+    damaged or of a newer gputune.
     """
     with file_errors(path):
         head = json.loads(_read(path, bytes_per_byte=_JSON_BYTES))
@@ -260,8 +324,8 @@ def read_description(path: Path) -> Json:
             raise ValueError("it is no description of a gputune model")
         if head["version"] > FORMAT_VERSION:
             raise InputError(
-                f"{str(path)!r} has model format {head['version']}, this gputune reads up to {FORMAT_VERSION}; "
-                "upgrade gputune."
+                f"{str(path)!r} has model format {head['version']}, this gputune reads up to "
+                f"{FORMAT_VERSION}; upgrade gputune."
             )
         text = json.dumps(head["body"], separators=(",", ":"))
         if sha256(text) != head["sha256"]:
@@ -306,6 +370,10 @@ def _read(path: Path, bytes_per_byte: int = 1) -> bytes:
         raise InputError(f"there is no model folder {str(path.parent)!r}; check the path.")
     if not path.exists():
         inner = path.parent / "model"
-        remedy = f"did you mean {str(inner)!r}?" if (inner / path.name).exists() else "save the model again."
+        remedy = (
+            f"did you mean {str(inner)!r}?"
+            if (inner / path.name).exists()
+            else "save the model again."
+        )
         raise InputError(f"the model folder {str(path.parent)!r} has no {path.name}; {remedy}")
     return read_file(path, bytes_per_byte=bytes_per_byte)

@@ -1,14 +1,17 @@
-"""Where a user's module class lives, or a function that makes modules, so that another process finds it again.
+"""Where a user's module class lives, or a function that makes modules, so that another process
+finds it again.
 
 {"import": "package.module:Class", "sha256": ...}     a class of an installed package, or of the running script
 {"path": "/.../net.py", "class": "Net", "sha256": ...}   a class of a file that ``class_from_file`` ran
 {..., "made": "function"}                              a function there, or a partial that has a name there
 {..., "made": "function", "keywords": {...}}           a partial without a name, of the class or function there
 
-The digest is that of the file, or of the source of the class and of those it inherits from; a class that was typed at
-a prompt has none. A model has "file" beside "import": where the source lay when it was saved.
+The digest is that of the file, or of the source of the class and of those it inherits from; a class
+that was typed at a prompt has none. A model has "file" beside "import": where the source lay when
+it was saved.
 
-To find a class may run the file that it is in. ``lookup.py`` says which names a file may use, and why that is safe.
+To find a class may run the file that it is in. ``lookup.py`` says which names a file may use, and
+why that is safe.
 """
 
 import functools
@@ -52,7 +55,8 @@ def class_source(module_class: Builder) -> Json:
     Raises InputError for a partial that has no name and cannot be written down.
     """
     home, name = _place(module_class)
-    module, builder = sys.modules.get(home), _builder_json(module_class)
+    module = sys.modules.get(home)
+    builder = _builder_json(module_class)
     if module is not None and module.__name__.startswith(FILE_MODULE):
         ((path, digest),) = files_of(module)
         return {"path": path, "class": name, "sha256": digest, **builder}
@@ -98,8 +102,9 @@ def _builder_json(builder: Builder) -> Json:
         json.dumps(keywords)
     except TypeError as error:
         raise InputError(
-            f"model: the partial of {inner.__name__} cannot be written down ({error}); give it a name at the top of "
-            "the file of its function, or make it with numbers and texts as keywords."
+            f"model: the partial of {inner.__name__} cannot be written down ({error}); give it a "
+            "name at the top of the file of its function, or make it with numbers and texts as "
+            "keywords."
         ) from error
     return {"made": "function", "keywords": keywords}
 
@@ -111,12 +116,19 @@ def source_file(module_class: Builder) -> str | None:
 
 
 def why_not_found(module_class: Builder) -> str | None:
-    """Return where a class is defined that another process does not find by itself; None where it does."""
+    """Return where a class is defined that another process does not find by itself; None where it
+    does."""
     home, name = _place(module_class)
     if home == MAIN:
-        return f"in the script {script!r}" if (script := source_file(module_class)) else "in a notebook or at a prompt"
+        return (
+            f"in the script {script!r}"
+            if (script := source_file(module_class))
+            else "in a notebook or at a prompt"
+        )
     found_there = lookup(sys.modules[home], name) if home in sys.modules else None
-    if found_there is not None and (found_there is module_class or found_there is _unwrap(module_class)):
+    if found_there is not None and (
+        found_there is module_class or found_there is _unwrap(module_class)
+    ):
         return None
     return f"in {home!r}, where no import reaches it"
 
@@ -126,10 +138,12 @@ _DIGESTS: "weakref.WeakKeyDictionary[object, str | None]" = weakref.WeakKeyDicti
 
 
 def _digest(module_class: Builder) -> str | None:
-    """Digest of the source of a function, or of a class and of those under ``nn.Module`` it inherits from; or None."""
+    """Digest of the source of a function, or of a class and of those under ``nn.Module`` it
+    inherits from; or None."""
     if (inner := _unwrap(module_class)) not in _DIGESTS:
         chain = inner.__mro__[:-1] if isinstance(inner, type) else (inner,)
-        own, digest = [kind for kind in chain if not kind.__module__.startswith("torch.")], None
+        own = [kind for kind in chain if not kind.__module__.startswith("torch.")]
+        digest = None
         with suppress(OSError, TypeError):
             digest = sha256("\0".join(map(inspect.getsource, own)))
         _DIGESTS[inner] = digest
@@ -143,7 +157,8 @@ def is_changed(module_class: Builder, source: Mapping[str, object]) -> bool:
 
 
 def remember_code(module_class: Builder) -> None:
-    """Remember a class or function that is trained or saved here, so that ``find_class`` finds it again.
+    """Remember a class or function that is trained or saved here, so that ``find_class`` finds it
+    again.
 
     A script never runs again for it: to run a script is more than to define its classes.
     """
@@ -155,49 +170,72 @@ def remember_code(module_class: Builder) -> None:
 def find_class(source: Json, *, trust_code: bool = False, or_changed: bool = False) -> Builder:
     """Return the class that ``class_source`` described; may run its file or import its package.
 
-    Raises UntrustedCodeError for a name that ``lookup.py`` does not allow, unless ``trust_code``; before anything has
-    run, if the user has never trained or saved from these files. Raises InputError if the class is gone or, unless
+    Raises UntrustedCodeError for a name that ``lookup.py`` does not allow, unless ``trust_code``;
+    before anything has run, if the user has never trained or saved from these files. Raises
+    InputError if the class is gone or, unless
     ``or_changed``, its file has changed.
     """
     if keywords := source.get("keywords"):
-        builder = find_class({**source, "keywords": None}, trust_code=trust_code, or_changed=or_changed)
+        builder = find_class(
+            {**source, "keywords": None}, trust_code=trust_code, or_changed=or_changed
+        )
         return functools.partial(builder, **keywords)
     if "import" not in source:
-        path, name, known = source["path"], str(source["class"]), source.get("sha256")
+        path = source["path"]
+        name = str(source["class"])
+        known = source.get("sha256")
         return _of_file(path, name, known, trust_code=trust_code, or_changed=or_changed)
-    place, file = str(source["import"]), source.get("file")
-    module_class = (_of_main if place.partition(":")[0] == MAIN else _import_builder)(place, file, trust_code)
+    place = str(source["import"])
+    file = source.get("file")
+    module_class = (_of_main if place.partition(":")[0] == MAIN else _import_builder)(
+        place, file, trust_code
+    )
     if not or_changed and is_changed(module_class, source):
-        raise InputError(f"the module class {place!r} has changed since the search was begun; restore its source.")
+        raise InputError(
+            f"the module class {place!r} has changed since the search was begun; restore its "
+            "source."
+        )
     return module_class
 
 
 def class_from_file(path: str | os.PathLike[str], name: str) -> Builder:
-    """Return the ``nn.Module`` class, or the function that makes modules, ``name`` of the Python file at ``path``.
+    """Return the ``nn.Module`` class, or the function that makes modules, ``name`` of the Python
+    file at ``path``.
 
-    That runs the file, once a process. Raises InputError for a missing file, one that does not run, and a name that is
-    neither.
+    That runs the file, once a process. Raises InputError for a missing file, one that does not run,
+    and a name that is neither.
     """
     return _of_file(path, name, trust_code=True)
 
 
 def _of_file(
-    path: str | os.PathLike[str], name: str, known: str | None = None, *, trust_code: bool, or_changed: bool = True
+    path: str | os.PathLike[str],
+    name: str,
+    known: str | None = None,
+    *,
+    trust_code: bool,
+    or_changed: bool = True,
 ) -> Builder:
     """Return the class of a file whose digest was ``known``, None where it was not."""
     try:
         path = Path(path).resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a link to itself, a NUL
-        raise InputError(f"model: {str(path)!r:.300} is not the path of a file ({error}); check the path.") from error
+        raise InputError(
+            f"model: {str(path)!r:.300} is not the path of a file ({error}); check the path."
+        ) from error
     if not path.exists():
         raise InputError(f"model: the file {str(path)!r} does not exist; check the path.")
     if check_file(path) > LARGEST_SOURCE:
-        raise InputError(f"model: the file {str(path)!r} is too large for a Python file; check the path.")
+        raise InputError(
+            f"model: the file {str(path)!r} is too large for a Python file; check the path."
+        )
     content = read_file(path)
     digest = sha256(content)
     changed = known not in (None, digest)
     if changed and not or_changed:
-        raise InputError(f"the module file {str(path)!r} has changed since the model was trained; restore it.")
+        raise InputError(
+            f"the module file {str(path)!r} has changed since the model was trained; restore it."
+        )
     if trust_code:
         return _trusted(_run(path, content), name)
     more = "; it has changed since the model was saved" if changed else ""
@@ -206,26 +244,29 @@ def _of_file(
 
 
 def _of_main(place: str, script: str | None, trust_code: bool) -> Builder:
-    """Return a class of the running program, or of the script that it was defined in, which is then run."""
+    """Return a class of the running program, or of the script that it was defined in, which is then
+    run."""
     name = place.partition(":")[2]
     here = lookup(sys.modules[MAIN], name)
     if here is not None:
         if trust_code or is_of_program(here, name):
             return here
         raise UntrustedCodeError(
-            f"{name!r} is a function of the running program, and loading it calls that function with arguments from "
-            "the file. You have not trained it from this program."
+            f"{name!r} is a function of the running program, and loading it calls that function "
+            "with arguments from the file. You have not trained it from this program."
         )
     if script is None:
         raise InputError(
-            f"the module class {name!r} was defined in a script, in a notebook or at a prompt, and this program has "
-            "none of that name; define it here too, or go on in the program that has it."
+            f"the module class {name!r} was defined in a script, in a notebook or at a prompt, "
+            "and this program has none of that name; define it here too, or go on in the program "
+            "that has it."
         )
     script = str(Path(script).resolve())
     if not trust_code:
         raise UntrustedCodeError(
-            f"the module class {name!r} is in the script {script!r}, and loading it runs that script again, all but "
-            f'what stands under `if __name__ == "__main__":`.'
+            f"the module class {name!r} is in the script {script!r}, and loading it runs that "
+            "script again, all but "
+            'what stands under `if __name__ == "__main__":`.'
         )
     return class_from_file(script, name)
 
@@ -243,56 +284,61 @@ def _import_builder(place: str, file: str | None, trust_code: bool) -> Builder:
             return _of_file(file, name, trust_code=trust_code)
         there = "" if file is None else f"; it was in {file!r}"
         raise InputError(
-            f"the module class {place!r} cannot be imported ({error}){there}; make its package importable here."
+            f"the module class {place!r} cannot be imported ({error}){there}; make its package "
+            "importable here."
         ) from error
     grant = None if trust_code else _checked_grant(files, name)
     try:
         module = importlib.import_module(package)
     except (Exception, SystemExit) as error:
         raise InputError(
-            f"the module class {place!r} cannot be imported ({type(error).__name__}: {error}); correct its package."
+            f"the module class {place!r} cannot be imported ({type(error).__name__}: {error}); "
+            "correct its package."
         ) from error
     return _trusted(module, name) if grant is None else _granted(module, name, grant)
 
 
 def _checked_grant(files: Files, name: str, more: str = "") -> Grant:
-    """Return what the trust list allows the name to stand for. UntrustedCodeError, before the files run, if nothing."""
+    """Return what the trust list allows the name to stand for. UntrustedCodeError, before the files
+    run, if nothing."""
     grant = grant_of(files, name)
     if grant is Grant.NOTHING:
         where = repr(files[-1][0]) if files else "a package without a file"
         raise UntrustedCodeError(
-            f"the module class {name!r} is in {where}, and loading it runs that code, which you have not trained or "
-            f"saved on this machine as it is now{more}."
+            f"the module class {name!r} is in {where}, and loading it runs that code, which you "
+            f"have not trained or saved on this machine as it is now{more}."
         )
     return grant
 
 
 def _granted(module: ModuleType, name: str, grant: Grant) -> Builder:
-    """Return what a name in a stranger's file stands for. Raises UntrustedCodeError unless the grant allows it."""
+    """Return what a name in a stranger's file stands for. Raises UntrustedCodeError unless the
+    grant allows it."""
     builder = lookup(module, name)
     if builder is not None and is_granted(builder, grant):
         return builder
     where = repr(module_values(module).get("__file__"))
     if builder is None:
         raise UntrustedCodeError(
-            f"{name!r} is not the name of a class or function that is defined in {where}, and loading it runs whatever "
-            "code has that name."
+            f"{name!r} is not the name of a class or function that is defined in {where}, and "
+            "loading it runs whatever code has that name."
         )
     raise UntrustedCodeError(
-        f"loading it calls the function {name!r} of {where}. An earlier version of gputune noted that you trained from "
-        "this file, but not which function."
+        f"loading it calls the function {name!r} of {where}. An earlier version of gputune noted "
+        "that you trained from this file, but not which function."
     )
 
 
 def _trusted(module: ModuleType, name: str) -> Builder:
-    """Return what a name stands for that the user has typed, or trusts, which may lead through other modules."""
+    """Return what a name stands for that the user has typed, or trusts, which may lead through
+    other modules."""
     with suppress(AttributeError):
         if is_builder(kind := functools.reduce(getattr, name.split("."), module)):
             return kind
     there = ", ".join(key for key, value in vars(module).items() if is_module_class(value))
     raise InputError(
-        f"{getattr(module, '__file__', None) or module.__name__!r} has no torch.nn.Module class {name!r}; "
-        f"it has {there or 'none'}."
+        f"{getattr(module, '__file__', None) or module.__name__!r} has no torch.nn.Module class "
+        f"{name!r}; it has {there or 'none'}."
     )
 
 
@@ -312,7 +358,8 @@ def _run(path: Path, content: bytes) -> ModuleType:
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise InputError(
-            f"the module file {str(path)!r} does not run ({type(error).__name__}: {error}); correct it."
+            f"the module file {str(path)!r} does not run ({type(error).__name__}: {error}); "
+            "correct it."
         ) from error
     finally:
         sys.path.remove(str(path.parent))

@@ -1,7 +1,9 @@
-"""The state of a trained module, as a model file holds it: all its tensors, and the numbers that it counts in.
+"""The state of a trained module, as a model file holds it: all its tensors, and the numbers that it
+counts in.
 
-``state_dict()`` has only a part of that. It leaves out the buffers with ``persistent=False``, and numbers of Python.
-What a constructor draws into plain attributes is in no file: the module is built from the same random stream again.
+``state_dict()`` has only a part of that. It leaves out the buffers with ``persistent=False``, and
+numbers of Python. What a constructor draws into plain attributes is in no file: the module is built
+from the same random stream again.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -15,7 +17,8 @@ Numbers = dict[str, bool | int | float]
 
 
 def saved_tensors(module: nn.Module) -> dict[str, object]:
-    """Return the parameters and all buffers of a module by name, also buffers that ``state_dict()`` leaves out."""
+    """Return the parameters and all buffers of a module by name, also buffers that ``state_dict()``
+    leaves out."""
     return dict(module.named_buffers()) | dict(module.state_dict())
 
 
@@ -26,7 +29,8 @@ def temporary_buffers(module: nn.Module) -> list[str]:
 
 
 def saved_numbers(module: nn.Module) -> Numbers:
-    """Return the numbers that the submodules of a module hold in plain attributes, such as a count of calls."""
+    """Return the numbers that the submodules of a module hold in plain attributes, such as a count
+    of calls."""
     numbers: Numbers = {}
     for path, part in _counting_parts(module):
         for name, value in vars(part).items():
@@ -47,18 +51,22 @@ def read_numbers(body: Json) -> Json:
 
 
 def read_temporary(body: Json, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of the buffers that are in no ``state_dict()``; files of old versions have none.
+    """Return the names of the buffers that are in no ``state_dict()``; files of old versions have
+    none.
 
     Raises ValueError for anything else.
     """
     names = body.get("temporary", [])
-    if not isinstance(names, list) or not all(isinstance(name, str) and name in tensors for name in names):
+    if not isinstance(names, list) or not all(
+        isinstance(name, str) and name in tensors for name in names
+    ):
         raise ValueError("the names of its temporary buffers are of another type")
     return names
 
 
 def read_seeds(spec: Json, n_modules: int) -> list[int | None]:
-    """Return the seed with which each module was built; None for files of old versions, which do not have it.
+    """Return the seed with which each module was built; None for files of old versions, which do
+    not have it.
 
     Raises ValueError for anything else.
     """
@@ -69,12 +77,15 @@ def read_seeds(spec: Json, n_modules: int) -> list[int | None]:
 
 
 def restore(
-    module: nn.Module, tensors: Mapping[str, Tensor], numbers: Mapping[str, object], temporary: Collection[str]
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    numbers: Mapping[str, object],
+    temporary: Collection[str],
 ) -> None:
     """Give a new module the tensors and numbers that were saved of another one.
 
-    A number is left alone where the class no longer has it. Raises RuntimeError, as ``load_state_dict`` does, for
-    tensors that do not fit.
+    A number is left alone where the class no longer has it. Raises RuntimeError, as
+    ``load_state_dict`` does, for tensors that do not fit.
 
     Args:
         module: What receives them, in place.
@@ -82,7 +93,9 @@ def restore(
         numbers: What ``saved_numbers`` returned.
         temporary: What ``temporary_buffers`` returned.
     """
-    module.load_state_dict({name: tensor for name, tensor in tensors.items() if name not in temporary})
+    module.load_state_dict(
+        {name: tensor for name, tensor in tensors.items() if name not in temporary}
+    )
     for name in temporary:
         path, _, key = name.rpartition(".")
         part = module.get_submodule(path) if path in dict(module.named_modules()) else None

@@ -15,19 +15,23 @@ from gputune.study.database import TABLES, beside, check_study_file, create_file
 from gputune.study.rows import HOW_MANY, Candidate, Chunk, Result, Row, option_from_row, read_rows
 
 _MOST_FAILURES = 20_000
-"""Reads of damaged pages after which what lies between is given up: more rows than a page of pages leads to."""
+"""Reads of damaged pages after which what lies between is given up: more rows than a page of pages
+leads to."""
 
 _READERS: dict[str, Callable[..., Iterable[Any]]] = {
-    "meta": partial(map, option_from_row), "trials": Candidate.from_rows,
-    "plan": partial(map, Chunk.from_row), "results": Result.from_rows,
-}  # fmt: skip
+    "meta": partial(map, option_from_row),
+    "trials": Candidate.from_rows,
+    "plan": partial(map, Chunk.from_row),
+    "results": Result.from_rows,
+}
 
 
 @dataclass(frozen=True)
 class RepairResult:
     """How many rows were saved, and out of how many that the file is known to have held.
 
-    Whether a trial without a result had one cannot be known; ``finished`` is the number of those that have one.
+    Whether a trial without a result had one cannot be known; ``finished`` is the number of those
+    that have one.
     """
 
     options: tuple[int, int]
@@ -52,11 +56,15 @@ class RepairResult:
         return "\n".join(lines[:-1] if self.is_whole_search else lines)
 
 
-def repair(path: str | os.PathLike[str], out: str | os.PathLike[str], *, argument: str = "out=") -> RepairResult:
-    """Save every whole row of the study at ``path`` into a new file ``out``; the old one is only read.
+def repair(
+    path: str | os.PathLike[str], out: str | os.PathLike[str], *, argument: str = "out="
+) -> RepairResult:
+    """Save every whole row of the study at ``path`` into a new file ``out``; the old one is only
+    read.
 
-    Whole is a row that SQLite reaches and whose checksum fits, so no value is ever a guess. Raises FileNotFoundError;
-    StudyCorruptError where no option and no trial is whole; InputError where ``out``, called
+    Whole is a row that SQLite reaches and whose checksum fits, so no value is ever a guess. Raises
+    FileNotFoundError; StudyCorruptError where no option and no trial is whole; InputError where
+    ``out``, called
     ``argument`` there, exists already, or its folder does not.
     """
     path = Path(path)
@@ -67,10 +75,14 @@ def repair(path: str | os.PathLike[str], out: str | os.PathLike[str], *, argumen
     how_many = named.pop(HOW_MANY, 0)
     if not named and not trials:
         raise StudyCorruptError(
-            f"{str(path)!r} holds no whole row of a study that can be reached; check the path, or restore it from a "
-            "copy."
+            f"{str(path)!r} holds no whole row of a study that can be reached; check the path, or "
+            "restore it from a copy."
         )
-    numbers = {*trials, *results, *(number for _, chunk in plan.values() for number in chunk.trials)}
+    numbers = {
+        *trials,
+        *results,
+        *(number for _, chunk in plan.values() for number in chunk.trials),
+    }
     rows = {
         # Where its index is damaged, an option may be there twice.
         "meta": list({row[0]: row for row, _ in options.values()}.values()),
@@ -88,17 +100,20 @@ def repair(path: str | os.PathLike[str], out: str | os.PathLike[str], *, argumen
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    """Return a connection that reads what is there: with the log beside the file, or without where that fails."""
+    """Return a connection that reads what is there: with the log beside the file, or without where
+    that fails."""
     for mode in ("mode=ro", "mode=ro&immutable=1"):
         connection = sqlite3.connect(f"{path.resolve().as_uri()}?{mode}", uri=True)
-        connection.text_factory = lambda raw: raw.decode(errors="replace")  # its checksum fits no more
+        # its checksum fits no more
+        connection.text_factory = lambda raw: raw.decode(errors="replace")
         # No value is longer than the file, whatever a damaged record says of its own.
         log = beside(path, "-wal")
         size = path.stat().st_size + (log.stat().st_size if log.is_file() else 0)
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, max(size, 10_000))
         with suppress(sqlite3.Error):
             connection.execute("PRAGMA trusted_schema = OFF")
-            connection.execute("PRAGMA writable_schema = ON")  # or a file that was cut is not read at all
+            # or a file that was cut is not read at all
+            connection.execute("PRAGMA writable_schema = ON")
             connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
             return connection
         connection.close()
@@ -106,20 +121,27 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _whole_rows(connection: sqlite3.Connection, table: str) -> dict[int, tuple[Row, Any]]:
-    """Return the whole rows of a table by their rowids, with what they say; none where the file has lost the table."""
+    """Return the whole rows of a table by their rowids, with what they say; none where the file has
+    lost the table."""
     whole: dict[int, tuple[Row, Any]] = {}
     with suppress(sqlite3.Error):
-        schema = connection.execute("SELECT sql FROM sqlite_schema WHERE type = 'table' AND name = ?", (table,))
-        reached = _readable_rows(connection, table) if schema.fetchall() == [(TABLES[table],)] else {}
+        schema = connection.execute(
+            "SELECT sql FROM sqlite_schema WHERE type = 'table' AND name = ?", (table,)
+        )
+        reached = (
+            _readable_rows(connection, table) if schema.fetchall() == [(TABLES[table],)] else {}
+        )
         for rowid, row in sorted(reached.items()):
-            with suppress(ValueError):  # its checksum does not fit, or it does and nobody can read it
+            # its checksum does not fit, or it does and nobody can read it
+            with suppress(ValueError):
                 (value,) = read_rows(_READERS[table], [row])
                 whole[rowid] = row, value
     return whole
 
 
 def _readable_rows(connection: sqlite3.Connection, table: str) -> dict[int, Row]:
-    """Return the rows that can be read: from both ends to the first damaged pages, between these rowid by rowid."""
+    """Return the rows that can be read: from both ends to the first damaged pages, between these
+    rowid by rowid."""
     rows: dict[int, Row] = {}
     query = f"SELECT rowid, * FROM {table} NOT INDEXED WHERE rowid BETWEEN ? AND ? ORDER BY rowid"
 
@@ -130,7 +152,8 @@ def _readable_rows(connection: sqlite3.Connection, table: str) -> dict[int, Row]
             return True
         return False
 
-    low, high = 0, 2**63 - 1
+    low = 0
+    high = 2**63 - 1
     if read(low, high):
         return rows
     low = 1 + max(rows, default=-1)

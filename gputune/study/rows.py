@@ -1,7 +1,9 @@
-"""What a study file holds, row by row; curves of trials side by side, and what one of them does on its folds.
+"""What a study file holds, row by row; curves of trials side by side, and what one of them does on
+its folds.
 
-Floats are raw little-endian float64, because SQLite's REAL turns NaN into NULL and -0.0 into 0. Each row carries a
-checksum of its key and content, by which a whole row is known wherever it is found.
+Floats are raw little-endian float64, because SQLite's REAL turns NaN into NULL and -0.0 into 0.
+Each row carries a checksum of its key and content, by which a whole row is known wherever it is
+found.
 """
 
 import hashlib
@@ -29,23 +31,35 @@ Curve: TypeAlias = NDArray[np.float64]
 Row = tuple[Any, ...]
 Value = TypeVar("Value")
 
-_LARGE, _PADDING = 2**30, 64
-"""Bytes that the curves of all trials may take side by side in any case, and for each byte of them."""
+_LARGE = 2**30
+_PADDING = 64
+"""Bytes that the curves of all trials may take side by side in any case, and for each byte of
+them."""
 
 _POINT = re.compile(r"([0-9]{1,9}):([0-9]{1,9})")
-_MOST_THREADS, _FLOAT = 4096, np.dtype("<f8")
+_MOST_THREADS = 4096
+_FLOAT = np.dtype("<f8")
 STATES = get_args(State)
 _NUMBERS: list[object] = []  # nested lists of numbers
 _NUMBERS.append((float, _NUMBERS))
 _DETAIL = {
-    "loss?": float, "ratio?": float, "usable?": bool, "mode?": str, "rung?": int, "reason?": str, "error?": str,
-    "slope?": {"": (float, _NUMBERS)}, "slope_error?": {"": (float, _NUMBERS)},
-}  # fmt: skip
+    "loss?": float,
+    "ratio?": float,
+    "usable?": bool,
+    "mode?": str,
+    "rung?": int,
+    "reason?": str,
+    "error?": str,
+    "slope?": {"": (float, _NUMBERS)},
+    "slope_error?": {"": (float, _NUMBERS)},
+}
 
 HOW_MANY = ""
-"""The key of the option that says how many others there are, so that a repair knows of those that are lost."""
+"""The key of the option that says how many others there are, so that a repair knows of those that
+are lost."""
 
-# Each ``from_row`` gets a row whose checksum fits, and raises ValueError for one that was never written.
+# Each ``from_row`` gets a row whose checksum fits, and raises ValueError for one that was never
+# written.
 
 
 def option_to_row(key: str, value: object) -> Row:
@@ -67,17 +81,22 @@ class Candidate:
     number: int
     params: Config
     origin: str | tuple[int, int]
-    """"default", "include", "random", or "batch 3" where Optuna's sampler proposed it; a point of a descent has
-    (trial number of its start, outer step from 1)."""
+    """"default", "include", "random", or "batch 3" where Optuna's sampler proposed it; a point of a
+    descent has (trial number of its start, outer step from 1)."""
 
     def to_row(self) -> Row:
         origin = self.origin if isinstance(self.origin, str) else "{}:{}".format(*self.origin)
         return int(self.number), to_json(self.params, name=f"trial {self.number}"), origin
 
     @classmethod
-    def from_rows(cls, numbers: Sequence[int], params: Sequence[str], origins: Sequence[str]) -> list[Self]:
+    def from_rows(
+        cls, numbers: Sequence[int], params: Sequence[str], origins: Sequence[str]
+    ) -> list[Self]:
         values = [from_json(text) for text in params]
-        if not ({dict}.issuperset(map(type, values)) and {str}.issuperset(map(type, chain.from_iterable(values)))):
+        if not (
+            {dict}.issuperset(map(type, values))
+            and {str}.issuperset(map(type, chain.from_iterable(values)))
+        ):
             raise ValueError(f"parameters {params[0][:60]} are no object")
         return list(map(cls, numbers, values, map(_origin, origins)))
 
@@ -93,11 +112,13 @@ _FACTS = {"threads": int, "at_once?": int}
 
 @dataclass(frozen=True)
 class Chunk:
-    """Trials that train together, in this order, whenever they train; ``threads`` compute each of its steps.
+    """Trials that train together, in this order, whenever they train; ``threads`` compute each of
+    its steps.
 
-    ``stage`` is where the chunk begins: epochs done before it (halving) or the outer step (a descent), else 0.
-    ``at_once`` is how many chunks of the plan may train at the same time, which decides where a search that is good
-    enough ends.
+    ``stage`` is where the chunk begins: epochs done before it (halving) or the outer step (a
+    descent), else 0.
+    ``at_once`` is how many chunks of the plan may train at the same time, which decides where a
+    search that is good enough ends.
     """
 
     number: int
@@ -114,7 +135,8 @@ class Chunk:
 
     @classmethod
     def from_row(cls, number: int, stage: int, trials: str, facts: str) -> Self:
-        members, shared = from_json(trials), from_json(facts)
+        members = from_json(trials)
+        shared = from_json(facts)
         if not has_form(members, [int]) or not members or not has_form(shared, _FACTS):
             raise ValueError(f"its trials are {trials[:60]}, its facts {facts[:60]}")
         threads = min(max(1, shared["threads"]), _MOST_THREADS)
@@ -140,20 +162,30 @@ class Result:
         folds = len(self.fold_scores)
         if folds < 1 or self.curve.ndim not in (2, 3) or self.curve.shape[1] != folds:
             raise InputError(
-                f"Result(curve=...) must be (epochs, F) with a column for each of the fold_scores, got shape "
-                f"{self.curve.shape} and {folds} fold_scores in trial {self.number}."
+                "Result(curve=...) must be (epochs, F) with a column for each of the "
+                f"fold_scores, got shape {self.curve.shape} and {folds} fold_scores in trial "
+                f"{self.number}."
             )
 
     @classmethod
     def of_curve(
-        cls, number: int, curve: Curve, *, epochs: int, rule: EpochRule, seconds: float, detail: Json | None = None
+        cls,
+        number: int,
+        curve: Curve,
+        *,
+        epochs: int,
+        rule: EpochRule,
+        seconds: float,
+        detail: Json | None = None,
     ) -> Self:
         """Return the result of a trial with this curve, of which so many epochs were done.
 
-        One NaN fold at any of them makes it "failed" with score NaN; the earliest epoch wins a tie. "stopped" is one
-        that a deadline cut short, scored on what it had. Of several metrics the first decides all that.
+        One NaN fold at any of them makes it "failed" with score NaN; the earliest epoch wins a tie.
+        "stopped" is one that a deadline cut short, scored on what it had. Of several metrics the
+        first decides all that.
         """
-        detail, done = detail or {}, first_metric(curve, axes=2)[:epochs]
+        detail = detail or {}
+        done = first_metric(curve, axes=2)[:epochs]
         diverged = np.flatnonzero(np.isnan(done).any(1))
         state: State = "complete" if epochs == len(curve) else "stopped"
         if len(diverged) or epochs == 0:
@@ -162,7 +194,9 @@ class Result:
             return cls(number, "failed", math.nan, folds, at, seconds, curve, detail)
         mean = done.mean(1)
         at = int(mean.argmax()) if rule == "best" else epochs - 1
-        return cls(number, state, float(mean[at]), tuple(done[at].tolist()), at + 1, seconds, curve, detail)
+        return cls(
+            number, state, float(mean[at]), tuple(done[at].tolist()), at + 1, seconds, curve, detail
+        )
 
     @property
     def metrics(self) -> Curve:
@@ -186,14 +220,26 @@ class Result:
         )
 
     @classmethod
-    def from_rows(cls, numbers: Sequence[int], states: Sequence[State], *columns: Any) -> list[Self]:
+    def from_rows(
+        cls, numbers: Sequence[int], states: Sequence[State], *columns: Any
+    ) -> list[Self]:
         scores, fold_scores, epochs, seconds, curves, details = columns
         means, folds, (times,) = _table(scores), _table(fold_scores), _table(seconds).T
-        if not (min(epochs) >= 0 and max(epochs) < 2**31 and ((times >= 0) & (times < 1e15) | np.isnan(times)).all()):
+        if not (
+            min(epochs) >= 0
+            and max(epochs) < 2**31
+            and ((times >= 0) & (times < 1e15) | np.isnan(times)).all()
+        ):
             raise ValueError("its best epoch or seconds are out of their range or of another type")
         shape = (-1, folds.shape[1], *means.shape[1:] * (means.shape[1] > 1))
         tables = [np.frombuffer(curve, dtype=_FLOAT).reshape(shape) for curve in curves]
-        of_training = means[:, 0].tolist(), map(tuple, folds.tolist()), epochs, times.tolist(), tables
+        of_training = (
+            means[:, 0].tolist(),
+            map(tuple, folds.tolist()),
+            epochs,
+            times.tolist(),
+            tables,
+        )
         return list(map(cls, numbers, states, *of_training, map(read_detail, details)))
 
 
@@ -203,7 +249,8 @@ class FoldReport:
 
     confusion   (K, K) rows of the true class (first axis) that are predicted as each class
     columns     names of the columns of X, most important first
-    drops       (n,) how much worse the score is, on average, when one column is shuffled among the rows of a fold
+    drops       (n,) how much worse the score is, on average, when one column is shuffled among the
+                rows of a fold
     errors      (n,) standard deviation of that over shuffles and folds
     """
 
@@ -215,10 +262,13 @@ class FoldReport:
 
 
 def _table(values: Sequence[bytes]) -> Curve:
-    """Return floats as a row for each trial. Raises ValueError where trials have not the same number of them."""
+    """Return floats as a row for each trial. Raises ValueError where trials have not the same
+    number of them."""
     size, *others = {*map(len, values)}
     if others or size % 8:
-        raise ValueError(f"{size} bytes are no float64" if size % 8 else "rows are of unlike length")
+        raise ValueError(
+            f"{size} bytes are no float64" if size % 8 else "rows are of unlike length"
+        )
     return np.frombuffer(b"".join(values), dtype=_FLOAT).reshape(len(values), -1)
 
 
@@ -233,24 +283,29 @@ def outputs_from_row(number: int, epoch: int, width: int, values: bytes) -> tupl
 
 
 def ranked(scores: NDArray[np.float64], pruned: NDArray[np.bool_]) -> NDArray[np.intp]:
-    """Return the rows of trials (C,), best first; pruned ones after the others, those without a finite score last."""
+    """Return the rows of trials (C,), best first; pruned ones after the others, those without a
+    finite score last."""
     finite = np.isfinite(scores)
     return np.lexsort((np.where(finite, -scores, 0.0), pruned, ~finite))  # ties keep their order
 
 
 def stack_curves(rows: Sequence[Curve | None]) -> Curve:
-    """Curves of unlike length as one array (C, epochs, F) or (C, epochs, F, M), NaN beyond their end.
+    """Curves of unlike length as one array (C, epochs, F) or (C, epochs, F, M), NaN beyond their
+    end.
 
     Raises InputError where it is huge.
     """
     known = [row for row in rows if row is not None]
-    epochs, folds, *metrics = map(int, np.max([row.shape for row in known], axis=0)) if known else (0, 0)
+    epochs, folds, *metrics = (
+        map(int, np.max([row.shape for row in known], axis=0)) if known else (0, 0)
+    )
     size = sum(row.nbytes for row in known)
     whole = 8 * len(rows) * epochs * folds * math.prod(metrics)
     if whole > max(_LARGE, _PADDING * size):
         raise InputError(
-            f"the learning curves of {len(rows)} trials, {epochs} epochs and {folds} folds take {size_words(whole)} "
-            f"side by side, and hold {size_words(size)}, since few are as long: a page or plot of them cannot be made."
+            f"the learning curves of {len(rows)} trials, {epochs} epochs and {folds} folds take "
+            f"{size_words(whole)} side by side, and hold {size_words(size)}, since few are as "
+            "long: a page or plot of them cannot be made."
         )
     curves = np.full((len(rows), epochs, folds, *metrics), np.nan)
     for place, row in zip(curves, rows):
@@ -261,7 +316,8 @@ def stack_curves(rows: Sequence[Curve | None]) -> Curve:
 
 
 class Lazy:
-    """A field of a study, which in one that was opened is a function until it is first asked for."""
+    """A field of a study, which in one that was opened is a function until it is first asked
+    for."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
@@ -288,7 +344,8 @@ def read_detail(text: str) -> Json:
 
 
 def read_rows(make: Callable[..., Iterable[Value]], rows: Sequence[Row]) -> list[Value]:
-    """Return what rows say, the last value of each being its checksum. Raises ValueError where one is damaged."""
+    """Return what rows say, the last value of each being its checksum. Raises ValueError where one
+    is damaged."""
     *columns, given = zip(*rows)
     if list(given) != checksums(columns):
         raise ValueError("does not fit its checksum")
@@ -304,7 +361,8 @@ def _lead(kind: type, size: int) -> bytes:
 
 
 def checksums(columns: Iterable[Sequence[str | bytes | int]]) -> list[str]:
-    """64 bits of SHA-256 over each row's values, each led by its type and length so that no two rows read alike."""
+    """64 bits of SHA-256 over each row's values, each led by its type and length so that no two
+    rows read alike."""
     parts: list[Iterable[bytes]] = []
     for values in columns:
         raws = [value if isinstance(value, bytes) else str(value).encode() for value in values]

@@ -1,8 +1,10 @@
-"""One SQLite file that keeps a study: options, drawn candidates, the plan, and each finished trial exactly once.
+"""One SQLite file that keeps a study: options, drawn candidates, the plan, and each finished trial
+exactly once.
 
-Tables: ``meta`` (option -> JSON), ``trials`` (the candidates, written before anything trains), ``plan`` (the chunks
-in which they train, frozen when they are planned), ``results`` (at most one row a trial, never replaced), ``claims``
-(which process trains which chunk; see ``claims.py``) and, where some were kept, ``outputs`` of the best trials.
+Tables: ``meta`` (option -> JSON), ``trials`` (the candidates, written before anything trains),
+``plan`` (the chunks in which they train, frozen when they are planned), ``results`` (at most one
+row a trial, never replaced), ``claims`` (which process trains which chunk; see ``claims.py``) and,
+where some were kept, ``outputs`` of the best trials.
 """
 
 import errno
@@ -44,8 +46,13 @@ from gputune.study.rows import (
 )
 from gputune.types import Json, Outputs, beyond_limit
 
-_ROWS = {"meta": "option {!r}", "trials": "trial {}", "plan": "chunk {} of the plan",
-         "results": "the result of trial {}", "outputs": "the row of outputs of trial {}"}  # fmt: skip
+_ROWS = {
+    "meta": "option {!r}",
+    "trials": "trial {}",
+    "plan": "chunk {} of the plan",
+    "results": "the result of trial {}",
+    "outputs": "the row of outputs of trial {}",
+}
 """What a row of a table is called by its first value."""
 
 _AT_ONCE = 100
@@ -60,7 +67,8 @@ States = list[tuple[TrialState, Json, int]]
 
 
 class Meta(dict[str, Any]):
-    """The options of a study file; one that a repair could not save says so where it is asked for."""
+    """The options of a study file; one that a repair could not save says so where it is asked
+    for."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -71,14 +79,16 @@ class Meta(dict[str, Any]):
 
 
 class Store(AbstractContextManager["Store"]):
-    """An open study file. Made by ``Store.create`` or ``Store.open``; a context manager that closes it."""
+    """An open study file. Made by ``Store.create`` or ``Store.open``; a context manager that closes
+    it."""
 
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
         self.path = path
         self._connection = connection
         self._whole = path.absolute()  # wherever this process goes meanwhile
         self._file = path.stat()
-        # What was read once is not read again: no candidate and no chunk is changed, and no result that stays.
+        # What was read once is not read again: no candidate and no chunk is changed, and no result
+        # that stays.
         self._candidates: dict[int, Candidate] = {}
         self._chunks: dict[int, Chunk] = {}
         self._results: dict[int, Result] = {}
@@ -87,8 +97,9 @@ class Store(AbstractContextManager["Store"]):
     def create(cls, path: str | os.PathLike[str], meta: Mapping[str, object]) -> Self:
         """Make a new study file that holds ``meta`` and no trials, and open it.
 
-        The file appears whole or not at all. Raises InputError where something lies at ``path`` already,
-        where its folder does not exist, or where a value of ``meta`` cannot be written (see ``to_json``).
+        The file appears whole or not at all. Raises InputError where something lies at ``path``
+        already, where its folder does not exist, or where a value of ``meta`` cannot be written
+        (see ``to_json``).
         """
         rows = [option_to_row(*option) for option in {HOW_MANY: len(meta), **meta}.items()]
         database.create_file(Path(path), {"meta": [(*row, checksum(*row)) for row in rows]})
@@ -98,8 +109,8 @@ class Store(AbstractContextManager["Store"]):
     def open(cls, path: str | os.PathLike[str]) -> Self:
         """Open an existing study file, for reading only where it may not be written.
 
-        Raises FileNotFoundError, StudyCorruptError for a damaged or foreign file, StudyVersionError for one of another
-        format.
+        Raises FileNotFoundError, StudyCorruptError for a damaged or foreign file, StudyVersionError
+        for one of another format.
         """
         path = Path(path)
         return cls(path, database.open_file(path))
@@ -134,43 +145,59 @@ class Store(AbstractContextManager["Store"]):
         """Freeze chunks of the plan, all or none. Raises InputError for a number that is taken."""
         self._insert("plan", [chunk.to_row() for chunk in chunks])
 
-    def finish(self, results: Iterable[Result], outputs: Mapping[int, Outputs] = MappingProxyType({})) -> None:
+    def finish(
+        self, results: Iterable[Result], outputs: Mapping[int, Outputs] = MappingProxyType({})
+    ) -> None:
         """Write the results of one chunk, all or none; when this returns they are on the disk.
 
-        Outputs by the numbers of these trials are kept beside them, up to a limit, for which the worst are dropped.
-        A trial that a deadline had stopped gets its new result in place of the old one. Raises InputError for one
-        that has any other result already (which is never replaced) or that was never added; the file is then as before.
+        Outputs by the numbers of these trials are kept beside them, up to a limit, for which the
+        worst are dropped. A trial that a deadline had stopped gets its new result in place of the
+        old one. Raises InputError for one that has any other result already (which is never
+        replaced) or that was never added; the file is then as before.
         """
         self._insert("results", [result.to_row() for result in results])
         if not outputs:
             return
         self._check_place()
         rows = [outputs_to_row(*one) for one in outputs.items()]
-        query = "SELECT number, length(outputs), substr(score, 1, 8) FROM outputs JOIN results USING (number)"
+        query = (
+            "SELECT number, length(outputs), substr(score, 1, 8) FROM outputs JOIN results USING "
+            "(number)"
+        )
         with transaction(self._connection, self.path):
             write = self._connection.execute
             write(database.OUTPUTS.replace("TABLE", "TABLE IF NOT EXISTS"))
             for row in rows:  # also over those of a trial whose result was lost
-                write("INSERT OR REPLACE INTO outputs VALUES (?, ?, ?, ?, ?)", (*row, checksum(*row)))
+                write(
+                    "INSERT OR REPLACE INTO outputs VALUES (?, ?, ?, ?, ?)", (*row, checksum(*row))
+                )
             kept = write(query).fetchall()
             scores = {number: float(np.frombuffer(score, "<f8")[0]) for number, _, score in kept}
             for number in beyond_limit({number: size for number, size, _ in kept}, scores):
                 write("DELETE FROM outputs WHERE number = ?", (number,))
 
-    def trials(self, numbers: Collection[int] | None = None) -> list[tuple[Candidate, Result | None]]:
-        """Return every candidate, or those of some numbers, in their order, each with its result or None.
+    def trials(
+        self, numbers: Collection[int] | None = None
+    ) -> list[tuple[Candidate, Result | None]]:
+        """Return every candidate, or those of some numbers, in their order, each with its result or
+        None.
 
-        Raises StudyCorruptError where a row does not fit its checksum; a changed value is never returned.
+        Raises StudyCorruptError where a row does not fit its checksum; a changed value is never
+        returned.
         """
         if numbers is None:
-            candidates, results = self.candidates(), self.results()
+            candidates = self.candidates()
+            results = self.results()
         else:
             candidates = self._rows("trials", Candidate.from_rows, numbers)
-            results = {result.number: result for result in self._rows("results", Result.from_rows, numbers)}
+            results = {
+                result.number: result for result in self._rows("results", Result.from_rows, numbers)
+            }
         return [(candidate, results.get(candidate.number)) for candidate in candidates]
 
     def check(self, numbers: Collection[int] | None = None) -> set[int]:
-        """Hold each trial and result, or those of some numbers, against its checksum; return the numbers of results."""
+        """Hold each trial and result, or those of some numbers, against its checksum; return the
+        numbers of results."""
         self._rows("trials", zip, numbers)
         return {number for number, *_ in self._rows("results", zip, numbers)}
 
@@ -179,12 +206,19 @@ class Store(AbstractContextManager["Store"]):
         return self._all("trials", Candidate.from_rows, self._candidates)
 
     def results(self) -> dict[int, Result]:
-        """Return every result by the number of its trial, in that order. Raises StudyCorruptError."""
-        self._results = {number: result for number, result in self._results.items() if result.state != "stopped"}
-        return {result.number: result for result in self._all("results", Result.from_rows, self._results)}
+        """Return every result by the number of its trial, in that order. Raises
+        StudyCorruptError."""
+        self._results = {
+            number: result for number, result in self._results.items() if result.state != "stopped"
+        }
+        return {
+            result.number: result
+            for result in self._all("results", Result.from_rows, self._results)
+        }
 
     def states(self) -> States:
-        """Return how many trials there are of each state and detail. Nothing is held against a checksum."""
+        """Return how many trials there are of each state and detail. Nothing is held against a
+        checksum."""
         groups = self._read("SELECT state, detail, count(*) FROM results GROUP BY state, detail")
         try:
             known = [(state, read_detail(detail), number) for state, detail, number in groups]
@@ -196,12 +230,19 @@ class Store(AbstractContextManager["Store"]):
         return [*known, ("waiting", {}, waiting)] if waiting else known
 
     def best(self, most: int) -> list[int]:
-        """Return the numbers of at most so many trials, the best of those that have a finite score, best first."""
-        rows = self._read("SELECT number, state = 'pruned', substr(score, 1, 8) FROM results ORDER BY number")
+        """Return the numbers of at most so many trials, the best of those that have a finite score,
+        best first."""
+        rows = self._read(
+            "SELECT number, state = 'pruned', substr(score, 1, 8) FROM results ORDER BY number"
+        )
         try:
-            scores = np.frombuffer(b"".join(score for *_, score in rows), dtype="<f8", count=len(rows))
+            scores = np.frombuffer(
+                b"".join(score for *_, score in rows), dtype="<f8", count=len(rows)
+            )
         except (ValueError, TypeError) as error:
-            raise damage_error(self.path, f"the score of a result cannot be read ({error})") from error
+            raise damage_error(
+                self.path, f"the score of a result cannot be read ({error})"
+            ) from error
         pruned = np.array([is_pruned for _, is_pruned, _ in rows], dtype=bool)
         best = ranked(scores, pruned)[:most]
         return [rows[place][0] for place in best if np.isfinite(scores[place])]
@@ -215,18 +256,22 @@ class Store(AbstractContextManager["Store"]):
         return self._count("trials") - self.finished()
 
     def plan(self) -> list[Chunk]:
-        """Return the chunks that were frozen, in order of their numbers. Raises StudyCorruptError."""
+        """Return the chunks that were frozen, in order of their numbers. Raises
+        StudyCorruptError."""
         return self._all("plan", partial(map, Chunk.from_row), self._chunks)
 
     def backup(self, path: str | os.PathLike[str]) -> None:
-        """Write the study as it is now into a new file, whole or not at all, whoever writes meanwhile.
+        """Write the study as it is now into a new file, whole or not at all, whoever writes
+        meanwhile.
 
-        Raises InputError where something lies at ``path`` already, or where its folder does not exist.
+        Raises InputError where something lies at ``path`` already, or where its folder does not
+        exist.
         """
         database.copy_file(self._connection, Path(path))
 
     def outputs(self, numbers: Collection[int]) -> dict[int, Outputs]:
-        """Return the outputs that are kept of trials with these numbers. Raises StudyCorruptError."""
+        """Return the outputs that are kept of trials with these numbers. Raises
+        StudyCorruptError."""
         if not self._read("SELECT 1 FROM sqlite_schema WHERE name = 'outputs'"):
             return {}
         return dict(self._rows("outputs", partial(map, outputs_from_row), numbers))
@@ -239,9 +284,13 @@ class Store(AbstractContextManager["Store"]):
         self.close()
 
     def _rows(
-        self, table: str, make: Callable[..., Iterable[Value]], numbers: Collection[int] | None = None
+        self,
+        table: str,
+        make: Callable[..., Iterable[Value]],
+        numbers: Collection[int] | None = None,
     ) -> list[Value]:
-        """Return what the rows of a table, or those of some numbers, say; StudyCorruptError where one is damaged."""
+        """Return what the rows of a table, or those of some numbers, say; StudyCorruptError where
+        one is damaged."""
         some = "" if numbers is None else "WHERE rowid IN (SELECT value FROM json_each(?))"
         given = () if numbers is None else (json.dumps(list(numbers)),)
         query = f"SELECT * FROM {table} {some} ORDER BY rowid"
@@ -256,13 +305,22 @@ class Store(AbstractContextManager["Store"]):
                         try:
                             values += read_rows(make, [row])
                         except ValueError as error:
-                            raise damage_error(self.path, f"{_ROWS[table].format(row[0])} {error}") from error
+                            raise damage_error(
+                                self.path, f"{_ROWS[table].format(row[0])} {error}"
+                            ) from error
         return values
 
-    def _all(self, table: str, make: Callable[..., Iterable[Kept]], known: dict[int, Kept]) -> list[Kept]:
-        """Return what a table says whose rows are never changed; those that are ``known`` are not read again."""
+    def _all(
+        self, table: str, make: Callable[..., Iterable[Kept]], known: dict[int, Kept]
+    ) -> list[Kept]:
+        """Return what a table says whose rows are never changed; those that are ``known`` are not
+        read again."""
         if self._count(table) != len(known):
-            numbers = {n for (n,) in self._read(f"SELECT rowid FROM {table}")} - known.keys() if known else None
+            numbers = (
+                {n for (n,) in self._read(f"SELECT rowid FROM {table}")} - known.keys()
+                if known
+                else None
+            )
             known |= {value.number: value for value in self._rows(table, make, numbers)}
         return [known[number] for number in sorted(known)]
 
@@ -274,14 +332,16 @@ class Store(AbstractContextManager["Store"]):
             return self._connection.execute(query).fetchall()
 
     def _check_place(self) -> None:
-        """Raise OSError where the file is not at its path any more: what is written to it then may be in none."""
+        """Raise OSError where the file is not at its path any more: what is written to it then may
+        be in none."""
         with suppress(OSError):
             if os.path.samestat(self._whole.stat(), self._file):
                 return
         raise OSError(
             errno.ESTALE,
-            f"study {str(self.path)!r} was removed, moved or replaced while it was at work; where it was moved, "
-            "put it back, with the files beside it, and go on: what was finished before is in it",
+            f"study {str(self.path)!r} was removed, moved or replaced while it was at work; where "
+            "it was moved, put it back, with the files beside it, and go on: what was finished "
+            "before is in it",
         )
 
     def _insert(self, table: str, rows: Iterable[Row]) -> None:
@@ -290,12 +350,16 @@ class Store(AbstractContextManager["Store"]):
             for row in rows:
                 try:
                     if table == "results":
-                        self._connection.execute("DELETE FROM results WHERE number = ? AND state = 'stopped'", row[:1])
+                        self._connection.execute(
+                            "DELETE FROM results WHERE number = ? AND state = 'stopped'", row[:1]
+                        )
                     database.insert(self._connection, table, (*row, checksum(*row)))
                 except sqlite3.IntegrityError as error:
                     never_added = error.sqlite_errorcode == sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY
                     raise InputError(
-                        f"study {str(self.path)!r}: {'chunk' if table == 'plan' else 'trial'} {row[0]} "
+                        f"study {str(self.path)!r}: {'chunk' if table == 'plan' else 'trial'} "
+                        f"{row[0]} "
                         f"{'was never added' if never_added else 'is there already and is never replaced'}; "
-                        "nothing was written. Two processes may be at work on one study, or it is another one."
+                        "nothing was written. Two processes may be at work on one study, or it "
+                        "is another one."
                     ) from error

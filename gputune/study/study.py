@@ -21,29 +21,34 @@ from gputune.text import count, did_you_mean, of_class
 from gputune.types import Config, Json
 
 if TYPE_CHECKING:
-    # Reading a study must not wait for torch; pandas and polars are imported by the one who asks for a table.
+    # Reading a study must not wait for torch; pandas and polars are imported by the one who asks
+    # for a table.
     import pandas
     import polars
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One configuration and its cross-validated result. Scores follow scikit-learn: greater is better.
+    """One configuration and its cross-validated result. Scores follow scikit-learn: greater is
+    better.
 
-    metrics      of several metrics by name the fold scores at ``best_epoch``, the one that ranks first; {} for one
-    state        "complete"; "pruned" where a rung of successive halving sent it away, "stopped" where a deadline cut
-                 the training short (both are scored on what they had); "failed" where it diverged (score NaN);
-                 "waiting" where it has not run
-    score        mean of ``fold_scores`` at ``best_epoch``; NaN where one fold is NaN or nothing has run
+    metrics      of several metrics by name the fold scores at ``best_epoch``, the one that ranks
+                 first; {} for one
+    state        "complete"; "pruned" where a rung of successive halving sent it away, "stopped"
+                 where a deadline cut the training short (both are scored on what they had);
+                 "failed" where it diverged (score NaN); "waiting" where it has not run
+    score        mean of ``fold_scores`` at ``best_epoch``; NaN where one fold is NaN or nothing has
+                 run
     best_epoch   epochs trained when the score was taken, 1 for the first; 0 where nothing has run
-    seconds      time of its training; members train together, so it is the trial's share of its chunk
-    origin       "default", "include", "random", or "batch 3" where Optuna's sampler proposed it; in a study by
-                 hypergradients (start, outer step), the start being the number of the trial it began with, which is
-                 outer step 0
-    detail       what the search method keeps of it: for hypergradients "loss", "ratio", "usable", "slope", ...; for
-                 halving "rung", the epoch at which it was pruned; "error" where an objective of ``search`` raised
-                 one; "reason" where it was given up: memory did not hold it, or it ended every worker process that
-                 trained it
+    seconds      time of its training; members train together, so it is the trial's share of its
+                 chunk
+    origin       "default", "include", "random", or "batch 3" where Optuna's sampler proposed it; in
+                 a study by hypergradients (start, outer step), the start being the number of the
+                 trial it began with, which is outer step 0
+    detail       what the search method keeps of it: for hypergradients "loss", "ratio", "usable",
+                 "slope", ...; for halving "rung", the epoch at which it was pruned; "error" where
+                 an objective of ``search`` raised one; "reason" where it was given up: memory did
+                 not hold it, or it ended every worker process that trained it
     """
 
     number: int
@@ -65,11 +70,16 @@ class Trial:
     @property
     def origin_text(self) -> str:
         """``origin`` in words."""
-        return self.origin if isinstance(self.origin, str) else "start {}, step {}".format(*self.origin)
+        return (
+            self.origin
+            if isinstance(self.origin, str)
+            else "start {}, step {}".format(*self.origin)
+        )
 
     @property
     def std_error(self) -> float:
-        """Standard error of ``score`` over the folds, std(ddof=1) / sqrt(F); NaN for fewer than two folds."""
+        """Standard error of ``score`` over the folds, std(ddof=1) / sqrt(F); NaN for fewer than two
+        folds."""
         folds = len(self.fold_scores)
         if folds < 2 or not np.isfinite(self.fold_scores).all():
             return math.nan
@@ -81,10 +91,12 @@ class Study:
     """What a search found.
 
     trials   in order of their number
-    curves   (C, epochs, F) validation scores after each epoch, row c for ``trials[c]``; NaN where a trial did
-             not train that long
-    meta     the options of the search by name, to be read only; ``record`` has those that gputune knows
-    data     what the process that searched keeps for a refit; None for a study that was opened from its file
+    curves   (C, epochs, F) validation scores after each epoch, row c for ``trials[c]``; NaN where a
+             trial did not train that long
+    meta     the options of the search by name, to be read only; ``record`` has those that gputune
+             knows
+    data     what the process that searched keeps for a refit; None for a study that was opened from
+             its file
     file     the file that keeps the study; None where none does
     """
 
@@ -94,15 +106,16 @@ class Study:
     data: Any = None
     file: Path | None = None
     if not TYPE_CHECKING:
-        trials, curves = Lazy(), Lazy()
+        trials = Lazy()
+        curves = Lazy()
 
     def __post_init__(self) -> None:
         vars(self)["trials"] = tuple(self.trials)
         curves = np.array(vars(self)["curves"], dtype=np.float64)
         if curves.ndim not in (3, 4) or len(curves) != len(self.trials):
             raise InputError(
-                f"Study(curves=...) must be (C, epochs, F) with a row for each of the {len(self.trials)} "
-                f"trials, got shape {curves.shape}."
+                "Study(curves=...) must be (C, epochs, F) with a row for each of the "
+                f"{len(self.trials)} trials, got shape {curves.shape}."
             )
         curves.flags.writeable = False
         vars(self)["curves"] = curves
@@ -125,22 +138,29 @@ class Study:
         data: object = None,
         file: Path | None = None,
     ) -> Self:
-        """Return the study of these candidates, in this order, and of the results that there are so far."""
+        """Return the study of these candidates, in this order, and of the results that there are so
+        far."""
         study = cls(meta=meta, trials=(), curves=np.empty((0, 0, 0)), data=data, file=file)
         trials = partial(_trials, rows, SearchRecord.from_json(meta))
-        curves = partial(stack_curves, [None if result is None else result.curve for _, result in rows])
+        curves = partial(
+            stack_curves, [None if result is None else result.curve for _, result in rows]
+        )
         vars(study).update(rows=rows, trials=trials, curves=curves)
         return study
 
     @cached_property
     def rows(self) -> Sequence[tuple[Candidate | Trial, Result | Trial | None]]:
-        """The configuration of each trial and its result, from which ``trials`` are made when they are asked for."""
+        """The configuration of each trial and its result, from which ``trials`` are made when they
+        are asked for."""
         return [(trial, trial) for trial in self.trials]
 
     @cached_property
     def scores(self) -> NDArray[np.float64]:
         """The scores (C,) of the trials."""
-        return np.array([math.nan if result is None else result.score for _, result in self.rows], dtype=np.float64)
+        return np.array(
+            [math.nan if result is None else result.score for _, result in self.rows],
+            dtype=np.float64,
+        )
 
     @cached_property
     def order(self) -> list[int]:
@@ -159,11 +179,13 @@ class Study:
         return tuple(metric["name"] for metric in self.record.metrics)
 
     def curves_of(self, metric: str) -> Curve:
-        """Return the scores (C, epochs, F) after each epoch by one of several metrics, as ``curves`` has the first.
+        """Return the scores (C, epochs, F) after each epoch by one of several metrics, as
+        ``curves`` has the first.
 
         Raises InputError for a name that is none of ``metrics``.
         """
-        curves, place = curves_of_all(self), self.metrics.index(check_metric(self, metric, "curves_of"))
+        curves = curves_of_all(self)
+        place = self.metrics.index(check_metric(self, metric, "curves_of"))
         return curves[..., place] if curves.ndim == 4 else curves
 
     def backup(self, path: str | os.PathLike[str]) -> None:
@@ -172,13 +194,17 @@ class Study:
         Raises InputError for a study without a file, or where something lies at ``path`` already.
         """
         if self.file is None:
-            raise InputError("backup() copies the file of a study, and this one is in memory; search with study=PATH.")
+            raise InputError(
+                "backup() copies the file of a study, and this one is in memory; search with "
+                "study=PATH."
+            )
         with Store.open(self.file) as store:
             store.backup(path)
 
     @property
     def best_trial(self) -> Trial:
-        """The trial with the highest finite score, the lower number on a tie; a pruned one only where all are.
+        """The trial with the highest finite score, the lower number on a tie; a pruned one only
+        where all are.
 
         Raises SearchFailedError where no trial has one.
         """
@@ -193,12 +219,14 @@ class Study:
 
     @property
     def best_score(self) -> float:
-        """The score of ``best_trial``. Optimistic: it is the best of many on the folds that chose it."""
+        """The score of ``best_trial``. Optimistic: it is the best of many on the folds that chose
+        it."""
         return self.best_trial.score
 
     @property
     def spent(self) -> tuple[int, int]:
-        """Trial-epochs that were trained, and those that training every trial to the end would have taken."""
+        """Trial-epochs that were trained, and those that training every trial to the end would have
+        taken."""
         trained = int(np.isfinite(self.curves).all(2).sum())
         return trained, len(self.trials) * (self.record.max_epochs or self.curves.shape[1])
 
@@ -206,31 +234,43 @@ class Study:
     def guarded(self) -> dict[str, int]:
         """Points of a search by hypergradients at which the guard acted, by what it did.
 
-        "chaotic": the slope was noise, and the start stepped down; "differences": taken by wide finite differences.
+        "chaotic": the slope was noise, and the start stepped down; "differences": taken by wide
+        finite differences.
         """
-        modes = Counter((trial.detail.get("mode"), bool(trial.detail.get("usable", True))) for trial in self.trials)
+        modes = Counter(
+            (trial.detail.get("mode"), bool(trial.detail.get("usable", True)))
+            for trial in self.trials
+        )
         differences = modes["differences", False] + modes["differences", True]
         return {"chaotic": modes["exact", False], "differences": differences}
 
     def ranking(self) -> tuple[Trial, ...]:
-        """The trials, best first; pruned ones after the others, those without a finite score last; ties by number."""
+        """The trials, best first; pruned ones after the others, those without a finite score last;
+        ties by number."""
         return tuple(self.trials[row] for row in self.order)
 
     def to_pandas(self) -> "pandas.DataFrame":
-        """One row a trial: number, state, score, std_error, fold_0.., best_epoch, seconds, origin, params_*.
+        """One row a trial: number, state, score, std_error, fold_0.., best_epoch, seconds, origin,
+        params_*.
 
-        Of several metrics there is a ``score_NAME`` each, the mean at ``best_epoch``, behind the folds of the first.
+        Of several metrics there is a ``score_NAME`` each, the mean at ``best_epoch``, behind the
+        folds of the first.
 
         A parameter that a trial does not have is missing. Raises ImportError without pandas.
         """
         try:
             import pandas
         except ImportError as error:
-            raise ImportError("to_pandas() needs pandas: pip install pandas, or use to_polars().") from error
+            raise ImportError(
+                "to_pandas() needs pandas: pip install pandas, or use to_polars()."
+            ) from error
         columns = self.columns().items()
         # pandas would turn integers with a gap into floats.
         gaps = {name for name, values in columns if _kinds(values) == {int} and None in values}
-        series = {name: pandas.Series(values, dtype="Int64" if name in gaps else None) for name, values in columns}
+        series = {
+            name: pandas.Series(values, dtype="Int64" if name in gaps else None)
+            for name, values in columns
+        }
         return pandas.DataFrame(series)
 
     def to_polars(self) -> "polars.DataFrame":
@@ -240,12 +280,15 @@ class Study:
         series = []
         for name, values in self.columns().items():
             plain = (kinds := _kinds(values)) <= {int, float} or kinds in ({bool}, {str})
-            column = values if plain else [None if value is None else str(value) for value in values]
+            column = (
+                values if plain else [None if value is None else str(value) for value in values]
+            )
             series.append(polars.Series(name, column, strict=False))
         return polars.DataFrame(series)
 
     def columns(self) -> dict[str, list[object]]:
-        """Return the columns of ``to_pandas`` as lists; None where a trial does not have a parameter."""
+        """Return the columns of ``to_pandas`` as lists; None where a trial does not have a
+        parameter."""
         trials = self.trials
         folds = range(max((len(t.fold_scores) for t in trials), default=0))
         names = dict.fromkeys(name for t in trials for name in t.params)
@@ -254,8 +297,16 @@ class Study:
             "state": [t.state for t in trials],
             "score": [t.score for t in trials],
             "std_error": [t.std_error for t in trials],
-            **{f"fold_{f}": [t.fold_scores[f] if f < len(t.fold_scores) else math.nan for t in trials] for f in folds},
-            **{f"score_{name}": [t.scores.get(name, math.nan) for t in trials] for name in self.metrics},
+            **{
+                f"fold_{f}": [
+                    t.fold_scores[f] if f < len(t.fold_scores) else math.nan for t in trials
+                ]
+                for f in folds
+            },
+            **{
+                f"score_{name}": [t.scores.get(name, math.nan) for t in trials]
+                for name in self.metrics
+            },
             "best_epoch": [t.best_epoch for t in trials],
             "seconds": [t.seconds for t in trials],
             "origin": [t.origin_text for t in trials],
@@ -264,12 +315,14 @@ class Study:
 
     def why_none_is_best(self) -> str:
         """Return the reason, and what to do, where no trial has a finite score."""
-        trials, states = self.trials, Counter(trial.state for trial in self.trials)
+        trials = self.trials
+        states = Counter(trial.state for trial in self.trials)
         if not trials:
             return "the study has no trials; search with n_trials >= 1."
         if states["waiting"] == len(trials):
             return f"none of the {len(trials)} trials has been trained yet; run the search."
-        all_of, none = count(len(trials), "trial"), "no trial has a finite score"
+        all_of = count(len(trials), "trial")
+        none = "no trial has a finite score"
         if errors := [str(t.detail["error"]) for t in trials if "error" in t.detail]:
             return f"{none}: {len(errors)} of {all_of} raised an error, the first {errors[0]}."
         reasons = {str(t.detail["reason"]) for t in trials if "reason" in t.detail}
@@ -277,8 +330,12 @@ class Study:
             return f"{none}, and some of {len(trials)} were given up: {min(lost)}"
         if reasons:
             small = "did not fit into memory even alone"
-            return f"{none}, and some of {len(trials)} {small} ({min(reasons)}); search smaller widths and batch sizes."
-        failed, waiting = states["failed"], f", {states['waiting']} have not been trained" * (states["waiting"] > 0)
+            return (
+                f"{none}, and some of {len(trials)} {small} ({min(reasons)}); search smaller "
+                "widths and batch sizes."
+            )
+        failed = states["failed"]
+        waiting = f", {states['waiting']} have not been trained" * (states["waiting"] > 0)
         if self.record.face == "loop":
             odd = "the objective returned or reported NaN or an infinite number"
             return f"{none}: of {all_of} {odd} in {failed}{waiting}; look at what it returns."
@@ -288,10 +345,15 @@ class Study:
     def __repr__(self) -> str:
         states = Counter("waiting" if result is None else result.state for _, result in self.rows)
         parts = [*filter(None, [self.record.model]), count(len(self.rows), "trial")]
-        parts += [f"{states[s]} {s}" for s in ("pruned", "stopped", "failed", "waiting") if s in states]
+        parts += [
+            f"{states[s]} {s}" for s in ("pruned", "stopped", "failed", "waiting") if s in states
+        ]
         if np.isfinite(self.scores).any():
-            score, best = f"{self.record.scoring or 'score'}{of_class(self.record.ranked_class)}", self.order[0]
-            parts.append(f"best {score} {self.scores[best]:.4g} in trial {self.rows[best][0].number}")
+            score = f"{self.record.scoring or 'score'}{of_class(self.record.ranked_class)}"
+            best = self.order[0]
+            parts.append(
+                f"best {score} {self.scores[best]:.4g} in trial {self.rows[best][0].number}"
+            )
         return f"Study({', '.join(parts)})"
 
 
@@ -301,22 +363,28 @@ def best_trial(study: Study) -> Trial | None:
 
 
 def curves_of_all(study: Study) -> Curve:
-    """Return the curves (C, epochs, F, M) of a study by all metrics; (C, epochs, F) where there is one."""
+    """Return the curves (C, epochs, F, M) of a study by all metrics; (C, epochs, F) where there is
+    one."""
     study.curves  # noqa: B018 they are made now
     curves: Curve = vars(study)["curves"]
     return curves
 
 
 def check_metric(study: Study, metric: object, method: str) -> str:
-    """Return the name of a metric, of neg_log_loss also log_loss; InputError, in a ``method``'s words, for another."""
+    """Return the name of a metric, of neg_log_loss also log_loss; InputError, in a ``method``'s
+    words, for another."""
     if not study.metrics:
         call = method if metric is None else f"{method}({metric!r})"
-        raise InputError(f"{call} needs a study of several metrics, and this one has {study.record.scoring!r} alone.")
+        raise InputError(
+            f"{call} needs a study of several metrics, and this one has {study.record.scoring!r} "
+            "alone."
+        )
     for name in (metric, f"neg_{metric}"):  # tables are headed by what they show, the loss itself
         if name in study.metrics:
             return str(name)
     raise InputError(
-        f"{method}(...) must be one of the study's metrics, {', '.join(map(repr, study.metrics))}, got {metric!r}."
+        f"{method}(...) must be one of the study's metrics, "
+        f"{', '.join(map(repr, study.metrics))}, got {metric!r}."
         f"{did_you_mean(metric, study.metrics)}"
     )
 
@@ -326,15 +394,26 @@ def _kinds(values: Sequence[object]) -> set[type]:
 
 
 @without_collector()
-def _trials(rows: Sequence[tuple[Candidate, Result | None]], record: SearchRecord) -> tuple[Trial, ...]:
-    names, descends, trials = [metric["name"] for metric in record.metrics], record.descends, []
+def _trials(
+    rows: Sequence[tuple[Candidate, Result | None]], record: SearchRecord
+) -> tuple[Trial, ...]:
+    names = [metric["name"] for metric in record.metrics]
+    descends = record.descends
+    trials = []
     for candidate, result in rows:
-        number, params = candidate.number, dict(candidate.params)
+        number = candidate.number
+        params = dict(candidate.params)
         origin = (number, 0) if descends and isinstance(candidate.origin, str) else candidate.origin
         if result is None:
             trials.append(Trial(number, params, math.nan, (), 0, "waiting", math.nan, origin))
             continue
-        of_training = result.score, tuple(result.fold_scores), result.best_epoch, result.state, result.seconds
+        of_training = (
+            result.score,
+            tuple(result.fold_scores),
+            result.best_epoch,
+            result.state,
+            result.seconds,
+        )
         metrics = dict(zip(names, map(tuple, result.metrics.T.tolist()))) if names else {}
         trials.append(Trial(number, params, *of_training, origin, dict(result.detail), metrics))
     return tuple(trials)

@@ -1,8 +1,10 @@
-"""Whether rows are among those that a model was trained on, by a sample of row digests that the model keeps.
+"""Whether rows are among those that a model was trained on, by a sample of row digests that the
+model keeps.
 
-The sample is the smallest digests of all training rows (a bottom-k sketch; Cohen & Kaplan, 2007, Summarizing data using
-bottom-k sketches). So the digests of other rows up to the same bound are a random sample of these rows, and the share
-of them that the model's sample holds estimates the share of rows that the model was trained on.
+The sample is the smallest digests of all training rows (a bottom-k sketch; Cohen & Kaplan, 2007,
+Summarizing data using bottom-k sketches). So the digests of other rows up to the same bound are a
+random sample of these rows, and the share of them that the model's sample holds estimates the share
+of rows that the model was trained on.
 """
 
 from collections.abc import Iterator
@@ -19,7 +21,8 @@ from gputune.data.table import Table
 SAMPLE_SIZE = 1024
 """Digests that a model keeps: of fewer training rows the answer is exact."""
 
-_BYTES = 6  # of a digest: enough to tell a million rows apart from 1024, as short as the file allows
+# of a digest: enough to tell a million rows apart from 1024, as short as the file allows
+_BYTES = 6
 _ROWS = 8192  # whose digests are made at a time
 _KEY_SEED = 0x6770
 
@@ -36,21 +39,28 @@ def sample_of_rows(layout: Layout | ArrayLayout, X: Table | Tensor | Arrays, y: 
     return b"".join(int(digest).to_bytes(_BYTES, "big") for digest in smallest).hex()
 
 
-def share_of_rows(sample: str, layout: Layout | ArrayLayout, X: Table | Tensor | Arrays, y: np.ndarray) -> float:
+def share_of_rows(
+    sample: str, layout: Layout | ArrayLayout, X: Table | Tensor | Arrays, y: np.ndarray
+) -> float:
     """Return about which share of rows, 0 to 1, equals rows that the model was trained on.
 
-    The arguments are those of ``sample_of_rows``, whose result is ``sample``. Raises ValueError for another sample.
+    The arguments are those of ``sample_of_rows``, whose result is ``sample``. Raises ValueError for
+    another sample.
     """
     content = bytes.fromhex(sample)
     starts = range(0, len(content), _BYTES)
-    trained = np.array([int.from_bytes(content[i : i + _BYTES], "big") for i in starts], dtype=np.uint64)
+    trained = np.array(
+        [int.from_bytes(content[i : i + _BYTES], "big") for i in starts], dtype=np.uint64
+    )
     digests = _digests(layout, X, y)
     if len(trained) >= SAMPLE_SIZE:  # else it has the digests of all training rows
         digests = digests[digests <= trained.max()]
     return float(np.isin(digests, trained).mean()) if len(digests) else 0.0
 
 
-def _digests(layout: Layout | ArrayLayout, X: Table | Tensor | Arrays, y: np.ndarray) -> NDArray[np.uint64]:
+def _digests(
+    layout: Layout | ArrayLayout, X: Table | Tensor | Arrays, y: np.ndarray
+) -> NDArray[np.uint64]:
     """Return a digest of each row, (n,), of the numbers that it is made into and of its target."""
     target = np.asarray(y, dtype=np.float64).reshape(len(y), -1)
     digests = []
@@ -62,7 +72,9 @@ def _digests(layout: Layout | ArrayLayout, X: Table | Tensor | Arrays, y: np.nda
     return np.concatenate(digests)
 
 
-def _numbers(layout: Layout | ArrayLayout, X: Table | Tensor | Arrays) -> Iterator[list[NDArray[np.float64]]]:
+def _numbers(
+    layout: Layout | ArrayLayout, X: Table | Tensor | Arrays
+) -> Iterator[list[NDArray[np.float64]]]:
     """Yield the numbers of some rows at a time, (n, d) float64 for each input."""
     for start in range(0, len(X), _ROWS):
         rows = np.arange(start, min(start + _ROWS, len(X)))
@@ -78,16 +90,23 @@ def _numbers(layout: Layout | ArrayLayout, X: Table | Tensor | Arrays) -> Iterat
 
 
 def _digests_of(numbers: NDArray[np.float64]) -> NDArray[np.uint64]:
-    """Return a digest of each row of (n, d) numbers, (n,): a sum of mixed bits times a random number of each column."""
+    """Return a digest of each row of (n, d) numbers, (n,): a sum of mixed bits times a random
+    number of each column."""
     numbers = numbers + 0.0  # -0.0 becomes 0.0
     numbers[np.isnan(numbers)] = np.nan  # NaN has many bit patterns
-    keys = np.random.Generator(np.random.PCG64(_KEY_SEED)).integers(2**64, size=numbers.shape[1], dtype=np.uint64) | 1
+    keys = (
+        np.random.Generator(np.random.PCG64(_KEY_SEED)).integers(
+            2**64, size=numbers.shape[1], dtype=np.uint64
+        )
+        | 1
+    )
     sums = (_mixed(numbers.view(np.uint64)) * keys).sum(axis=1, dtype=np.uint64)
     return _mixed(sums) >> np.uint64(64 - 8 * _BYTES)
 
 
 def _mixed(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Return numbers of which each bit depends on all bits of those given. Source: MurmurHash3's 64-bit finalizer."""
+    """Return numbers of which each bit depends on all bits of those given. Source: MurmurHash3's
+    64-bit finalizer."""
     bits = (bits ^ (bits >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
     bits = (bits ^ (bits >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
     return bits ^ (bits >> np.uint64(33))

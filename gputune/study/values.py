@@ -1,7 +1,8 @@
 """How values are written in files: JSON text that gives them back with their type and every bit.
 
-JSON has no word for infinity, tuples or arrays: such a value becomes an object with one key, its tag. Nothing is
-pickled. A name from a file reaches only the public layers and functions of torch.nn.
+JSON has no word for infinity, tuples or arrays: such a value becomes an object with one key, its
+tag. Nothing is pickled. A name from a file reaches only the public layers and functions of
+torch.nn.
 """
 
 import hashlib
@@ -19,7 +20,8 @@ from gputune.errors import InputError
 from gputune.types import Json
 
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
-"""What is raised where a value that was read, and may be damaged or of somebody else, is not what it should be."""
+"""What is raised where a value that was read, and may be damaged or of somebody else, is not what
+it should be."""
 
 FUNCTIONAL = "torch.nn.functional"
 _OF_FUNCTIONAL = (FUNCTIONAL, "torch", "torch._C._nn")
@@ -27,9 +29,11 @@ _OF_FUNCTIONAL = (FUNCTIONAL, "torch", "torch._C._nn")
 
 _CALLABLE = (type, FunctionType, BuiltinFunctionType)
 
-_JSON, _PLAIN = json.JSONDecoder(), frozenset((int, float, str))
+_JSON = json.JSONDecoder()
+_PLAIN = frozenset((int, float, str))
 ARRAY_KINDS = "biufUO"
-_SMALL, _WIDTH = 2**20, 64
+_SMALL = 2**20
+_WIDTH = 64
 """Bytes that an array may take in any case, and for each character of its items."""
 
 
@@ -42,18 +46,21 @@ def sha256(content: bytes | str) -> str:
 def to_json(value: object, *, name: str = "value") -> str:
     """Return JSON text (ASCII) from which ``from_json`` gives the value back.
 
-    Known are None, bool, int, float (infinite and NaN too), str, list, tuple, dict, NumPy arrays of these, and
-    functions or classes of ``torch.nn``; NumPy scalars become Python's. Raises InputError, naming ``name``,
-    for anything else.
+    Known are None, bool, int, float (infinite and NaN too), str, list, tuple, dict, NumPy arrays of
+    these, and functions or classes of ``torch.nn``; NumPy scalars become Python's. Raises
+    InputError, naming ``name``, for anything else.
     """
     try:
         return json.dumps(_encode(value, name), allow_nan=False, separators=(",", ":"))
     except RecursionError:
-        raise InputError(f"{name} is nested too deeply (or holds itself) to be kept in a file.") from None
+        raise InputError(
+            f"{name} is nested too deeply (or holds itself) to be kept in a file."
+        ) from None
 
 
 def from_json(text: str) -> Any:
-    """Return the value that ``to_json`` wrote. Raises ValueError for text that it cannot have written."""
+    """Return the value that ``to_json`` wrote. Raises ValueError for text that it cannot have
+    written."""
     try:
         value, end = _JSON.raw_decode(text)
         if end < len(text):
@@ -77,9 +84,15 @@ def _encode(value: object, name: str) -> object:
             return {"tuple": [_encode(item, name) for item in value]}
         case Mapping() if all(isinstance(key, str) for key in value):
             encoded = {str(key): _encode(item, name) for key, item in value.items()}
-            return {"dict": encoded} if len(encoded) == 1 and encoded.keys() <= DECODERS.keys() else encoded
+            return (
+                {"dict": encoded}
+                if len(encoded) == 1 and encoded.keys() <= DECODERS.keys()
+                else encoded
+            )
         case Mapping():
-            return {"pairs": [[_encode(key, name), _encode(item, name)] for key, item in value.items()]}
+            return {
+                "pairs": [[_encode(key, name), _encode(item, name)] for key, item in value.items()]
+            }
         case np.ndarray() if value.dtype.kind in ARRAY_KINDS:
             items = [_encode(item, name) for item in value.ravel().tolist()]
             return {"array": {"dtype": value.dtype.str, "shape": list(value.shape), "items": items}}
@@ -117,21 +130,26 @@ def _torch_name(value: object, name: str) -> str:
 
     places = [(getattr(value, "__module__", None), getattr(value, "__name__", None))]
     # Functions in C are called otherwise, and say that they come from torch._C.
-    places += [(functional.__name__, key) for key, known in vars(functional).items() if known is value]
+    places += [
+        (functional.__name__, key) for key, known in vars(functional).items() if known is value
+    ]
     for module, short in places:
         with suppress(ValueError, ImportError, AttributeError):
             if _torch_object(f"{module}:{short}") is value:
                 return f"{module}:{short}"
     raise InputError(
-        f"{name} holds {value!r}, which cannot be kept in a file; use numbers, text, lists, dicts, functions "
-        "or classes of torch.nn (or give a name, and choose the object inside your module)."
+        f"{name} holds {value!r}, which cannot be kept in a file; use numbers, text, lists, "
+        "dicts, functions or classes of torch.nn (or give a name, and choose the object inside "
+        "your module)."
     )
 
 
 def _torch_object(text: str) -> object:
-    """Return the public function or class of torch.nn that is called "module:name". Raises ValueError for another.
+    """Return the public function or class of torch.nn that is called "module:name". Raises
+    ValueError for another.
 
-    A user's class may call what it is given, so that a file must not name more than torch's layers and functions.
+    A user's class may call what it is given, so that a file must not name more than torch's layers
+    and functions.
     """
     home, _, short = text.partition(":")
     parts = [*home.split("."), short]
@@ -158,4 +176,5 @@ DECODERS: dict[str, Callable[[Any], object]] = {
     "array": _decode_array,
     "torch": _torch_object,
 }
-"""Tag -> what reads its content. A dict of the user's with one such key is written under the tag "dict"."""
+"""Tag -> what reads its content. A dict of the user's with one such key is written under the tag
+"dict"."""

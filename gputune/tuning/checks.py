@@ -1,4 +1,5 @@
-"""What an option may be: a check returns the value to go on with, of a name and a value, or raises InputError.
+"""What an option may be: a check returns the value to go on with, of a name and a value, or raises
+InputError.
 
 What is heavy is imported when it is needed: ``gputune --help`` must not wait for torch.
 """
@@ -36,7 +37,9 @@ def whole(name: str, value: object, *, none: bool = False) -> object:
 
 
 def score(name: str, value: object) -> object:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or value != value):
+    if value is not None and (
+        isinstance(value, bool) or not isinstance(value, Real) or value != value
+    ):
         raise InputError(f"{name} must be a score, a number, or None, got {value!r}.")
     return value
 
@@ -50,7 +53,9 @@ def verbosity(name: str, value: object) -> object:
 def seconds(name: str, value: object, *, none: bool = False) -> object:
     is_number = isinstance(value, Real) and not isinstance(value, bool) and float(value) > 0
     if not (is_number or (none and value is None)):
-        raise InputError(f"{name} is a number of seconds above 0{', or None' if none else ''}, got {value!r}.")
+        raise InputError(
+            f"{name} is a number of seconds above 0{', or None' if none else ''}, got {value!r}."
+        )
     return value
 
 
@@ -60,12 +65,17 @@ def path(name: str, value: object) -> Path | None:
         raise InputError(f"{name} is the path of a file, or None, {got}")
     if value is not None and Path(value).is_dir():
         file = str(Path(value) / "study.db")
-        raise InputError(f"{name} must be a file, got the folder {str(value)!r}; give a file in it, such as {file!r}.")
-    return None if value is None else Path(value).absolute()  # wherever a module of the user's goes meanwhile
+        raise InputError(
+            f"{name} must be a file, got the folder {str(value)!r}; give a file in it, such as "
+            f"{file!r}."
+        )
+    # wherever a module of the user's goes meanwhile
+    return None if value is None else Path(value).absolute()
 
 
 def studies(name: str, value: object) -> "tuple[Study, ...]":
-    """Return studies, those that are given by their files too, or by the folder that the command line wrote."""
+    """Return studies, those that are given by their files too, or by the folder that the command
+    line wrote."""
     from gputune.study.study import Study
 
     def opened(path: Path) -> Study:
@@ -73,8 +83,12 @@ def studies(name: str, value: object) -> "tuple[Study, ...]":
 
     one = (str, os.PathLike, Study)
     studies = [value] if isinstance(value, one) else value
-    if not isinstance(studies, list | tuple) or not all(isinstance(study, one) for study in studies):
-        raise InputError(f"{name} must be a study, the path of one, or a list of them, got {value!r}.")
+    if not isinstance(studies, list | tuple) or not all(
+        isinstance(study, one) for study in studies
+    ):
+        raise InputError(
+            f"{name} must be a study, the path of one, or a list of them, got {value!r}."
+        )
     return tuple(study if isinstance(study, Study) else opened(Path(study)) for study in studies)
 
 
@@ -98,7 +112,10 @@ def workers(name: str, value: object) -> object:
     if value == "ray":
         return Ray()
     if isinstance(value, str) and value != "auto":
-        raise InputError(f"{name} must be a number of processes, 'auto', 'ray' or gputune.Ray(...), got {value!r}.")
+        raise InputError(
+            f"{name} must be a number of processes, 'auto', 'ray' or gputune.Ray(...), got "
+            f"{value!r}."
+        )
     return value if isinstance(value, Ray) or value == "auto" else whole(name, value)
 
 
@@ -140,15 +157,21 @@ def callbacks(name: str, value: object) -> "tuple[Callback, ...]":
 
 
 def seed(name: str, random_state: object) -> int:
-    """Return an integer as it is; otherwise one draw from a RandomState or Generator, or from the system (None)."""
+    """Return an integer as it is; otherwise one draw from a RandomState or Generator, or from the
+    system (None)."""
     import numpy as np
 
     if isinstance(random_state, int | np.integer) and not isinstance(random_state, bool):
         if not 0 <= random_state < 2**32:
-            raise InputError(f"random_state must be in [0, 2**32), as scikit-learn has it, got {random_state}.")
+            raise InputError(
+                f"random_state must be in [0, 2**32), as scikit-learn has it, got {random_state}."
+            )
         return int(random_state)
     if isinstance(random_state, np.random.RandomState):
         return int(random_state.randint(2**31))
     if random_state is None or isinstance(random_state, np.random.Generator):
         return int(np.random.default_rng(random_state).integers(2**31))
-    raise InputError(f"random_state is an integer, a numpy RandomState or Generator, or None, got {random_state!r}.")
+    raise InputError(
+        "random_state is an integer, a numpy RandomState or Generator, or None, got "
+        f"{random_state!r}."
+    )

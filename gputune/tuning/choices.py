@@ -1,4 +1,5 @@
-"""What the arguments ``model`` and ``method`` mean: their words, classes, values, and how a study file holds them."""
+"""What the arguments ``model`` and ``method`` mean: their words, classes, values, and how a study
+file holds them."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -32,7 +33,8 @@ BUILT_IN = ("mlp", "logistic")
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """A checked model: which space it has, which engine trains it, and how a saved model builds it again."""
+    """A checked model: which space it has, which engine trains it, and how a saved model builds it
+    again."""
 
     searched: SearchedModel
     optimizer: str
@@ -52,12 +54,15 @@ class ModelChoice:
         return recipe_of(self.module_class, self.goal)
 
     def defaults(self, schedule: str) -> Config:
-        """Return its recipe, with the optimizer, and a ``schedule`` where that is not the constant one."""
+        """Return its recipe, with the optimizer, and a ``schedule`` where that is not the constant
+        one."""
         own = {} if schedule == "constant" and "schedule" in self.recipe else {"schedule": schedule}
         return {**self.recipe, **own, "optimizer": self.optimizer}
 
     def complete(self, params: Config, schedule: str) -> Config:
-        return complete({**self.defaults(schedule), **params}, optimizer=self.optimizer, schedule=schedule)
+        return complete(
+            {**self.defaults(schedule), **params}, optimizer=self.optimizer, schedule=schedule
+        )
 
     @property
     def solved(self) -> bool:
@@ -88,7 +93,8 @@ class ModelChoice:
 
 
 def choose_model(model: object, optimizer: object) -> ModelChoice:
-    """Return the checked choice. Raises InputError for what cannot be imported, and an optimizer that does not fit."""
+    """Return the checked choice. Raises InputError for what cannot be imported, and an optimizer
+    that does not fit."""
     searched, module_class = _resolve(model)
     if optimizer is None:
         return ModelChoice(searched, "exact" if searched == "logistic" else "adamw", module_class)
@@ -99,9 +105,12 @@ def choose_model(model: object, optimizer: object) -> ModelChoice:
 
 
 def recorded_model(spec: Json, optimizer: str, *, trust_code: bool) -> ModelChoice:
-    """Return the choice that a study stored. Raises InputError where a class has gone, UntrustedCodeError."""
+    """Return the choice that a study stored. Raises InputError where a class has gone,
+    UntrustedCodeError."""
     if optimizer not in (*OPTIMIZERS, *CLASSES, "exact"):
-        why = f"the study was searched with optimizer={optimizer!r}, which this gputune does not have"
+        why = (
+            f"the study was searched with optimizer={optimizer!r}, which this gputune does not have"
+        )
         raise InputError(f"{why}; open it with the version that wrote it.")
     module_class = find_class(spec, trust_code=trust_code) if spec["kind"] == "module" else None
     return ModelChoice(spec["kind"], optimizer, module_class)
@@ -114,19 +123,26 @@ def _resolve(model: object) -> tuple[SearchedModel, Builder | None]:
         return "module", model
     if isinstance(model, nn.Module):
         raise InputError(f"model {what_to_pass(model)}")
-    words, meant = (*BUILT_IN, *NAMED), ""
+    words = (*BUILT_IN, *NAMED)
+    meant = ""
     if isinstance(model, str):
         path, colon, name = model.rpartition(":")
         if model in NAMED or colon:
             return "module", NAMED.get(model) or class_from_file(path, name)
         meant = did_you_mean(model, words)
-    kinds = f"{', '.join(map(repr, words))}, a torch.nn.Module class, a function that makes modules, or 'FILE.py:NAME'"
+    kinds = (
+        f"{', '.join(map(repr, words))}, a torch.nn.Module class, a function that makes modules, "
+        "or 'FILE.py:NAME'"
+    )
     raise InputError(f"model must be {kinds}, got {model!r}.{meant}")
 
 
 Method = Literal["random"] | StoppingRule | Hypergradient | OptunaSampler
 
-METHODS: Mapping[str, type[StoppingRule] | type[Hypergradient]] = {**STOPPING_RULES, "hypergradient": Hypergradient}
+METHODS: Mapping[str, type[StoppingRule] | type[Hypergradient]] = {
+    **STOPPING_RULES,
+    "hypergradient": Hypergradient,
+}
 """The methods that a word names; "random" is another one, without options."""
 
 
@@ -140,11 +156,14 @@ def check_method(method: object) -> Method:
     words = "random", *METHODS
     values = *map(repr, words), *(f"gputune.{kind.__name__}(...)" for kind in METHODS.values())
     meant = did_you_mean(method, words) if isinstance(method, str) else ""
-    raise InputError(f"method must be {', '.join(values)} or gputune.OptunaSampler(...), got {method!r}.{meant}")
+    raise InputError(
+        f"method must be {', '.join(values)} or gputune.OptunaSampler(...), got {method!r}.{meant}"
+    )
 
 
 def check_patience(method: Method, epoch: str, *, solved: bool) -> None:
-    """Raise InputError where ``patience`` has no part in a search: trials must train, and to their best epoch."""
+    """Raise InputError where ``patience`` has no part in a search: trials must train, and to their
+    best epoch."""
     if solved:
         why = "the logistic regression solved with optimizer='exact' has no epochs"
     elif epoch == "last":
@@ -153,7 +172,10 @@ def check_patience(method: Method, epoch: str, *, solved: bool) -> None:
         return
     else:
         why = f"method={method_name(method)!r} decides itself how long a trial trains"
-    raise InputError(f"patience is for trials that train on from their best epoch, and {why}; leave patience out.")
+    raise InputError(
+        f"patience is for trials that train on from their best epoch, and {why}; leave patience "
+        "out."
+    )
 
 
 def method_name(method: Method) -> str:
@@ -172,7 +194,8 @@ def method_to_json(method: Method) -> str | Json:
 
 
 def method_from_json(value: str | Json) -> Method:
-    """Return the method that ``method_to_json`` wrote, for a refit; a sampler has no part in that."""
+    """Return the method that ``method_to_json`` wrote, for a refit; a sampler has no part in
+    that."""
     if isinstance(value, str):
         return check_method(value)
     if value["name"] == "optuna":

@@ -1,7 +1,8 @@
 """What every search of rows works with: a session, the data, the model, and the recorded plan.
 
-The bits of a result depend on the company in which a trial trains and on the threads that compute it. A search that is
-resumed, and every process that works on it, therefore run whole chunks of one plan, that of the study file.
+The bits of a result depend on the company in which a trial trains and on the threads that compute
+it. A search that is resumed, and every process that works on it, therefore run whole chunks of one
+plan, that of the study file.
 """
 
 import math
@@ -40,7 +41,8 @@ from gputune.types import Config, Outputs
 
 @dataclass(frozen=True)
 class RecordedPlan:
-    """A plan of recorded chunks. ``index`` of its chunks counts in ``trials``, and is the key of ``chunks``."""
+    """A plan of recorded chunks. ``index`` of its chunks counts in ``trials``, and is the key of
+    ``chunks``."""
 
     plan: Plan
     trials: tuple[Candidate, ...]
@@ -63,7 +65,8 @@ class Context(Session):
     """A session that trains configurations on rows.
 
     needs   what shapes were measured to take of the device's memory
-    timed   how members train fastest, by those module__* values, as text, on which their sizes may depend
+    timed   how members train fastest, by those module__* values, as text, on which their sizes may
+            depend
     faults  what went wrong while chunks trained and did no harm, a sentence each
     """
 
@@ -82,7 +85,9 @@ class Context(Session):
     @property
     def in_rungs(self) -> bool:
         method = self.options.method
-        return isinstance(method.halving if isinstance(method, OptunaSampler) else method, StoppingRule)
+        return isinstance(
+            method.halving if isinstance(method, OptunaSampler) else method, StoppingRule
+        )
 
     @property
     def data(self) -> Dataset:
@@ -104,15 +109,22 @@ class Context(Session):
         return self.trainer.horizon
 
     def complete(self, params: Config) -> Config:
-        """Return a trial's parameters with every key that training reads, of a descent the betas too."""
-        betas = {"beta1": BETA1, "beta2": BETA2} if isinstance(self.options.method, Hypergradient) else {}
+        """Return a trial's parameters with every key that training reads, of a descent the betas
+        too."""
+        betas = (
+            {"beta1": BETA1, "beta2": BETA2}
+            if isinstance(self.options.method, Hypergradient)
+            else {}
+        )
         return betas | self.choice.complete(params, self.options.schedule)
 
     def plan(self, configs: Sequence[Config], *, epochs: int) -> Plan:
-        """Return the chunks in which configurations train for so many epochs. Raises InputError for a bad module."""
+        """Return the chunks in which configurations train for so many epochs. Raises InputError for
+        a bad module."""
         with self.profile.clock("planning"):
             self.trainer.compile(configs, self.progress.say)
-        groups, parameters = self.trainer.groups(configs), 0
+        groups = self.trainer.groups(configs)
+        parameters = 0
         if self.choice.module_class is not None:
             first = {group.arguments: group.configs[0] for group in groups}
             parameters = max([0, *map(self.check_module, first.values())])
@@ -120,30 +132,48 @@ class Context(Session):
         for remark in self.remarks_on(configs):
             self.progress.say(f"note: {remark}", once=True)
         with self.profile.clock("planning"):
-            make = partial(self.trainer.plan, groups, epochs=epochs, parameters=parameters, measure=self._need)
+            make = partial(
+                self.trainer.plan, groups, epochs=epochs, parameters=parameters, measure=self._need
+            )
             plan = make()
             if self._time(plan, groups, epochs):
                 plan = make()
             plan = replace(plan, failures=tuple(self.trainer.fits.failures))
         self.profile.plan = plan
         if plan.chunk_bytes > (self.trainer.memory or math.inf):
-            takes = f"which takes about {size_words(plan.chunk_bytes)}; such a trial trains alone, and takes it"
+            takes = (
+                f"which takes about {size_words(plan.chunk_bytes)}; such a trial trains alone, "
+                "and takes it"
+            )
             lacks = f"memory={self.options.memory!r} does not hold one trial of the largest"
             self.progress.say(f"note: {lacks}, {takes}", once=True)
         return plan
 
     def _time(self, plan: Plan, groups: Sequence[Population], epochs: int) -> bool:
-        """Time the ways of a user's module where one may be chosen, and return whether any trains in another one."""
-        builder, data = self.choice.module_class, self.data
-        if builder is None or self.options.backend != "auto" or data.device.type != "cpu" or self.trainer.cluster:
+        """Time the ways of a user's module where one may be chosen, and return whether any trains
+        in another one."""
+        builder = self.choice.module_class
+        data = self.data
+        if (
+            builder is None
+            or self.options.backend != "auto"
+            or data.device.type != "cpu"
+            or self.trainer.cluster
+        ):
             return False
         alike: dict[str, list[Population]] = {}
         for chunk, way in zip(plan.chunks, plan.ways):
             if way != "loop":
-                # A fraction, such as a standard deviation of the start, is no size: its trials are timed once.
-                sizes = {key: value for key, value in chunk.configs[0].items() if not isinstance(value, float)}
+                # A fraction, such as a standard deviation of the start, is no size: its trials are
+                # timed once.
+                sizes = {
+                    key: value
+                    for key, value in chunk.configs[0].items()
+                    if not isinstance(value, float)
+                }
                 alike.setdefault(arguments_text(sizes), []).append(chunk)
-        rows, has_news = sum(len(fold.train) for fold in data.folds), False
+        rows = sum(len(fold.train) for fold in data.folds)
+        has_news = False
         for key, chunks in alike.items():
             if key not in self.timed:
                 trials = sum(len(chunk.index) for chunk in chunks)
@@ -152,7 +182,11 @@ class Context(Session):
                 job = self.trainer.job(Job, epochs=epochs)
                 self.timed[key] = fastest_way(job, data, group, member_steps=steps)
                 if slow := self.timed[key][0]:
-                    reason = f"since {slow}" if slow in self.trainer.fits.failures else f"which is faster here: {slow}"
+                    reason = (
+                        f"since {slow}"
+                        if slow in self.trainer.fits.failures
+                        else f"which is faster here: {slow}"
+                    )
                     self.progress.say(f"note: {self.choice.name} trains one by one, {reason}")
             slow, gain = self.timed[key]
             for arguments in {chunk.arguments for chunk in chunks}:
@@ -162,8 +196,10 @@ class Context(Session):
     def recorded_plans(
         self, waiting: Sequence[Candidate], stage: int, make: Callable[[Sequence[Config]], Plan]
     ) -> list[RecordedPlan]:
-        """Return plans of whole recorded chunks, one for each number of threads; ``make`` plans what is in none yet."""
-        plan_of: dict[int, Plan] = {}  # a number of trials: where all are new, they are planned once
+        """Return plans of whole recorded chunks, one for each number of threads; ``make`` plans
+        what is in none yet."""
+        # a number of trials: where all are new, they are planned once
+        plan_of: dict[int, Plan] = {}
         options = self.options
 
         def cut(new: Sequence[Candidate]) -> list[tuple[tuple[int, ...], int, int]]:
@@ -191,7 +227,9 @@ class Context(Session):
             part = {tuple(place[n] for n in c.trials): c for c in chunks if c.threads == threads}
             plan_of_part = replace(
                 plan,
-                chunks=tuple(Population(self.choice.kind, i, tuple(configs[p] for p in i)) for i in part),
+                chunks=tuple(
+                    Population(self.choice.kind, i, tuple(configs[p] for p in i)) for i in part
+                ),
                 workers=1 if threads > 1 and not plan.cluster else min(plan.workers, len(part)),
                 threads=threads,
             )
@@ -207,14 +245,17 @@ class Context(Session):
         may_begin: Claim[Population] | None = None,
     ) -> Iterator[Outcome | Failure]:
         """Train the chunks of a plan, show how far they are, and yield what came of them."""
-        for outcome in self.trainer.train(job, plan, progress=self.progress.advance, claim=claim, may_begin=may_begin):
+        for outcome in self.trainer.train(
+            job, plan, progress=self.progress.advance, claim=claim, may_begin=may_begin
+        ):
             if isinstance(outcome, Outcome) and outcome.fault:
                 self.faults[outcome.fault] = None
                 self.progress.say(f"note: {outcome.fault}", once=True)
             yield outcome
 
     def may_begin(self, recorded: RecordedPlan) -> Claim[Population] | None:
-        """Return what says whether a chunk of a recorded plan may begin; None if every chunk may at any time."""
+        """Return what says whether a chunk of a recorded plan may begin; None if every chunk may at
+        any time."""
         if not self.good_enough.is_possible:
             return None
         return lambda part: self.good_enough.allows(recorded.chunk_of(part))
@@ -222,23 +263,33 @@ class Context(Session):
     def _need(self, population: Population, most: int) -> Need | None:
         shape = shape_of(population)
         if shape not in self.needs:
-            job, peak = self.trainer.job(Job, epochs=self.epochs), cuda_peak(self.data.device)
+            job = self.trainer.job(Job, epochs=self.epochs)
+            peak = cuda_peak(self.data.device)
             self.needs[shape] = measure_need(job, self.data, population, peak, most=most)
         return self.needs[shape]
 
     def checkpointing(self, numbers: Sequence[int]) -> Checkpointing | None:
-        """Return how the trials with these numbers keep their state while they train; None without a study file."""
-        folder, seconds = self.checkpoints, self.options.checkpoint_seconds
+        """Return how the trials with these numbers keep their state while they train; None without
+        a study file."""
+        folder = self.checkpoints
+        seconds = self.options.checkpoint_seconds
         return None if folder is None else Checkpointing(folder, tuple(numbers), seconds)
 
     def checkpoints_of(self, numbers: Sequence[int], configs: Sequence[Config]) -> list[Checkpoint]:
-        checkpoints = [] if self.checkpoints is None else self.checkpoints.read(dict(zip(numbers, configs)))
+        checkpoints = (
+            [] if self.checkpoints is None else self.checkpoints.read(dict(zip(numbers, configs)))
+        )
         if begun := {number for checkpoint in checkpoints for number in checkpoint.trials}:
-            self.progress.say(f"{count(len(begun), 'trial')} can go on from where training was stopped", once=True)
+            self.progress.say(
+                f"{count(len(begun), 'trial')} can go on from where training was stopped", once=True
+            )
         return checkpoints
 
-    def finish(self, results: Sequence[Result], outputs: Mapping[int, Outputs] = MappingProxyType({})) -> None:
-        """Keep results of trials that have ended, and outputs by number; show how many are new, drop checkpoints."""
+    def finish(
+        self, results: Sequence[Result], outputs: Mapping[int, Outputs] = MappingProxyType({})
+    ) -> None:
+        """Keep results of trials that have ended, and outputs by number; show how many are new,
+        drop checkpoints."""
         new = [result for result in results if result.number not in self.ledger.results]
         with self.profile.clock("storing"):
             self.ledger.finish(results, outputs)
@@ -251,26 +302,34 @@ class Context(Session):
             self.checkpoints.drop(result.number for result in results if result.state != "stopped")
 
     def tidy(self) -> None:
-        """Remove what earlier calls left of trials that have ended, and all checkpoints where no trial waits."""
+        """Remove what earlier calls left of trials that have ended, and all checkpoints where no
+        trial waits."""
         self._drop(self.ledger.results.values())
         if self.checkpoints is not None and not self.ledger.has_waiting():
             self.checkpoints.clear()
 
     def check_module(self, config: Config, *, first: bool = False) -> int:
         """Try a module, the ``first`` also for finite numbers; return its number of parameters."""
-        builder, objective = self.choice.module_class, self.trainer.objective
+        builder = self.choice.module_class
+        objective = self.trainer.objective
         if builder is None:
             return 0
-        traits = traits_of(builder, config, self.data, columns=self.problem.columns_in_words, objective=objective)
+        traits = traits_of(
+            builder, config, self.data, columns=self.problem.columns_in_words, objective=objective
+        )
         if traits.unstackable and self.options.backend == "stacked":
             why = f"the members of {self.choice.name} cannot be stacked: {traits.unstackable}"
-            raise InputError(f"backend='stacked': {why}. Change that, or let backend='auto' train them one by one.")
+            raise InputError(
+                f"backend='stacked': {why}. Change that, or let backend='auto' train them one by "
+                "one."
+            )
         if first and traits.at_start:
             raise InputError(f"model: {traits.at_start}")
         return traits.parameters
 
     def _check_rows(self, groups: Sequence[Population]) -> None:
-        """Raise InputError for rates that the user's module has not, and minibatches with fewer rows than it takes."""
+        """Raise InputError for rates that the user's module has not, and minibatches with fewer
+        rows than it takes."""
         known = known_traits(self.choice.module_class, self.data)
         smallest = min(len(fold.train) for fold in self.data.folds)
         for group in groups:
@@ -280,15 +339,22 @@ class Context(Session):
             rows = min(smallest, *(config["batch_size"] for config in group.configs))
             if rows < traits.least_rows:
                 why = "cannot train on a minibatch of one row, as BatchNorm cannot"
-                remedy = f"batch_size={rows} gives no other; use minibatches of {traits.least_rows} rows or more"
+                remedy = (
+                    f"batch_size={rows} gives no other; use minibatches of {traits.least_rows} "
+                    "rows or more"
+                )
                 raise InputError(f"model: {self.choice.name} {why}, and {remedy}.")
 
     def remarks_on(self, configs: Sequence[Config]) -> tuple[str, ...]:
-        """Return why trials train one by one, a sentence each: by the modules tried so far, and by configurations."""
+        """Return why trials train one by one, a sentence each: by the modules tried so far, and by
+        configurations."""
         if self.options.backend == "loop":
             return ()
         traits = known_traits(self.choice.module_class, self.data).values()
         stacked = f"{self.choice.name} trains one by one, since its members cannot be stacked"
         of_modules = [f"{stacked}: {one.unstackable}" for one in traits if one.unstackable]
-        of_configs = [f"trials train one by one, since {reason}" for reason in filter(None, map(loop_reason, configs))]
+        of_configs = [
+            f"trials train one by one, since {reason}"
+            for reason in filter(None, map(loop_reason, configs))
+        ]
         return tuple(dict.fromkeys([*of_modules, *of_configs]))

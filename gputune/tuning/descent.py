@@ -1,4 +1,5 @@
-"""The search by hypergradients at work: all starts descend at once, and every point on the way is a trial."""
+"""The search by hypergradients at work: all starts descend at once, and every point on the way is a
+trial."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -28,17 +29,26 @@ MODES: tuple[SlopeMode, ...] = "exact", "differences"
 
 
 def searched_names(method: Hypergradient, choice: ModelChoice) -> tuple[str, ...]:
-    """Return the hyperparameters that are descended on, of the solved logistic regression C alone."""
+    """Return the hyperparameters that are descended on, of the solved logistic regression C
+    alone."""
     names = tuple(method.hyperparameters)
     if not choice.solved:
         if "C" in names:
             why = "only the logistic regression solved with optimizer='exact' has 'C'"
-            raise InputError(f"Hypergradient(hyperparameters=...): {why}, got {names!r}; descend on 'weight_decay'.")
+            raise InputError(
+                f"Hypergradient(hyperparameters=...): {why}, got {names!r}; descend on "
+                "'weight_decay'."
+            )
         return names
     if names not in (("lr",), ("C",)) or method.segments > 1 or method.per_layer:
-        got = f"got hyperparameters={names!r}, segments={method.segments}, per_layer={method.per_layer}"
+        got = (
+            f"got hyperparameters={names!r}, segments={method.segments}, "
+            f"per_layer={method.per_layer}"
+        )
         why = f"the solved logistic regression has C alone, without segments or layers, {got}"
-        raise InputError(f"Hypergradient: {why}; leave them out, or train it with optimizer='adamw'.")
+        raise InputError(
+            f"Hypergradient: {why}; leave them out, or train it with optimizer='adamw'."
+        )
     return ("C",)
 
 
@@ -46,10 +56,16 @@ def check_descent(method: Hypergradient, trials: Sequence[Candidate], context: C
     """Raise InputError where starts cannot descend."""
     if (transform := context.options.target_transform) is not None:
         why = "descends on the squared error of the target as it is, got target_transform="
-        raise InputError(f"method='hypergradient' {why}{transform!r}: choose another method, or transform y before.")
-    names, data, solved = searched_names(method, context.choice), context.data, context.choice.solved
+        raise InputError(
+            f"method='hypergradient' {why}{transform!r}: choose another method, or transform y "
+            "before."
+        )
+    names = searched_names(method, context.choice)
+    data = context.data
+    solved = context.choice.solved
     labels = context.problem.target.classes
-    if labels is not None and data.present is not None:  # a fold must train on the classes that it holds out
+    # a fold must train on the classes that it holds out
+    if labels is not None and data.present is not None:
         words = labels.tolist()
         for number, fold in enumerate(data.folds):
             valid = [words[code] for code in data.target[fold.valid].tolist()]
@@ -58,20 +74,25 @@ def check_descent(method: Hypergradient, trials: Sequence[Candidate], context: C
     for number, config in configs.items():
         for name in names:
             if not solved:
-                check_start(config, name, f"trial {number}", argument="Hypergradient(hyperparameters=...)")
+                check_start(
+                    config, name, f"trial {number}", argument="Hypergradient(hyperparameters=...)"
+                )
             check_coordinate(name, config[name], f"trial {number}", called=name, space="the space")
     if not solved:
         _plan(list(configs.values()), "exact", context)
 
 
 class DescentPoints(Protocol):
-    """What the points of a descent are to a face: trials of a study, or candidates of a search of scikit-learn's."""
+    """What the points of a descent are to a face: trials of a study, or candidates of a search of
+    scikit-learn's."""
 
     measures_again: ClassVar[bool]
-    """Whether a start that noise keeps in its place is measured there again; else that is a point of its own."""
+    """Whether a start that noise keeps in its place is measured there again; else that is a point
+    of its own."""
 
     def measure(self, starts: Mapping[int, Descent], step: int) -> Mapping[int, Slope]:
-        """Return the slope where each start stands, by number; one that is missing has come to its last point."""
+        """Return the slope where each start stands, by number; one that is missing has come to its
+        last point."""
 
     def add(self, starts: Mapping[int, Descent], step: int) -> None:
         """Take over the points to which starts have moved."""
@@ -82,7 +103,8 @@ def run_descent(starts: Mapping[int, Descent], points: DescentPoints, outer_step
         slopes = points.measure(starts, step)
         if step == outer_steps:
             return
-        going, stayed = set(slopes), {}
+        going = set(slopes)
+        stayed = {}
         for number, slope in slopes.items():
             start = starts[number]
             before = dict(start.config)
@@ -94,7 +116,9 @@ def run_descent(starts: Mapping[int, Descent], points: DescentPoints, outer_step
             for number, slope in again.items():
                 starts[number].move(slope)
             going -= stayed.keys() - again.keys()
-        starts = {number: start for number, start in starts.items() if number in going and not start.ended}
+        starts = {
+            number: start for number, start in starts.items() if number in going and not start.ended
+        }
         points.add(starts, step + 1)
         if not starts:
             return
@@ -102,14 +126,21 @@ def run_descent(starts: Mapping[int, Descent], points: DescentPoints, outer_step
 
 def descend(context: Context, space: Space, method: Hypergradient) -> None:
     """Let every start of the ledger descend; points that it has already are not trained again."""
-    names, outer = searched_names(method, context.choice), method.outer_steps
+    names = searched_names(method, context.choice)
+    outer = method.outer_steps
     starts = {c.number: c for c in context.ledger.candidates if isinstance(c.origin, str)}
     ranges = {name: range_of(space, (name,)) for name in names}
     bounds = {name: ends for name, ends in ranges.items() if ends is not None}
-    paths = {number: Descent(method, names, context.complete(c.params), bounds) for number, c in starts.items()}
+    paths = {
+        number: Descent(method, names, context.complete(c.params), bounds)
+        for number, c in starts.items()
+    }
     most = len(starts) * (outer + 1)
     each = "each in all folds and with derivatives; fewer with a smaller n_trials"
-    points = f"{count(len(starts), 'starting point')} x at most {outer + 1} points = {most} trainings at most"
+    points = (
+        f"{count(len(starts), 'starting point')} x at most {outer + 1} points = {most} trainings "
+        "at most"
+    )
     context.progress.say(f"hypergradient search: {points}, {each}")
     with context.progress.bar_over(most - len(context.ledger.results), context.epochs):
         run_descent(paths, _Trials(context, outer, starts), outer)
@@ -117,7 +148,8 @@ def descend(context: Context, space: Space, method: Hypergradient) -> None:
 
 @dataclass(eq=False)
 class _Trials:
-    """The points of a descent as trials: ``points`` has the one where each start stands that still descends."""
+    """The points of a descent as trials: ``points`` has the one where each start stands that still
+    descends."""
 
     context: Context
     outer_steps: int
@@ -125,7 +157,8 @@ class _Trials:
     measures_again: ClassVar[bool] = False
 
     def measure(self, starts: Mapping[int, Descent], step: int) -> dict[int, Slope]:
-        """Evaluate the points that have no result yet; one that was cut short, or given up, has no slope."""
+        """Evaluate the points that have no result yet; one that was cut short, or given up, has no
+        slope."""
         context = self.context
         if step > 0 and context.is_over():
             return {}
@@ -139,20 +172,29 @@ class _Trials:
                 _train(waiting, mode, step, context)
         done = context.ledger.results
         results = {n: done[p.number] for n in starts if (p := self.points[n]).number in done}
-        return {n: Slope.from_detail(result.detail) for n, result in results.items() if "slope" in result.detail}
+        return {
+            n: Slope.from_detail(result.detail)
+            for n, result in results.items()
+            if "slope" in result.detail
+        }
 
     def add(self, starts: Mapping[int, Descent], step: int) -> None:
         """Make each point a trial of the ledger, unless it is one."""
         if self.context.stop.reason:  # a search that is good enough ends without further points
             self.points = {}
             return
-        ledger, points = self.context.ledger, dict[int, Candidate]()
+        ledger = self.context.ledger
+        points = dict[int, Candidate]()
         known = {candidate.origin: candidate for candidate in ledger.candidates}
-        number, new = 1 + max(candidate.number for candidate in ledger.candidates), list[Candidate]()
+        number = 1 + max(candidate.number for candidate in ledger.candidates)
+        new = list[Candidate]()
         for start, path in starts.items():
             candidate = known.get((start, step))
             if candidate is None:
-                params = {**self.points[start].params, **{name: path.config[name] for name in path.names}}
+                params = {
+                    **self.points[start].params,
+                    **{name: path.config[name] for name in path.names},
+                }
                 candidate = Candidate(number + len(new), params, (start, step))
                 new.append(candidate)
             path.config |= candidate.params
@@ -172,22 +214,38 @@ def _train(points: list[Candidate], mode: SlopeMode, step: int, context: Context
         return plan
 
     for recorded in context.recorded_plans(points, step, make):
-        trials, configs = recorded.trials, recorded.configs
+        trials = recorded.trials
+        configs = recorded.configs
         context.progress.plan(recorded.plan, aloud=step == 0)
-        for outcome in context.train(jobs[-1], recorded.plan, may_begin=context.may_begin(recorded)):
+        for outcome in context.train(
+            jobs[-1], recorded.plan, may_begin=context.may_begin(recorded)
+        ):
             if isinstance(outcome, Failure):
-                results = [failed_result(trials[outcome.index[0]].number, context.no_curve, outcome.reason)]
+                results = [
+                    failed_result(trials[outcome.index[0]].number, context.no_curve, outcome.reason)
+                ]
             else:
                 assert isinstance(outcome, Slopes)
-                results = [_result(trials[i], configs[i], c, outcome, mode) for c, i in enumerate(outcome.index)]
+                results = [
+                    _result(trials[i], configs[i], c, outcome, mode)
+                    for c, i in enumerate(outcome.index)
+                ]
             context.finish(results)
 
 
-def _plan(configs: Sequence[Config], mode: SlopeMode, context: Context) -> tuple[Plan, HypergradientJob]:
-    """Return the chunks of these points and their job; raises InputError where they cannot be differentiated."""
-    method, trainer = context.options.method, context.trainer
+def _plan(
+    configs: Sequence[Config], mode: SlopeMode, context: Context
+) -> tuple[Plan, HypergradientJob]:
+    """Return the chunks of these points and their job; raises InputError where they cannot be
+    differentiated."""
+    method = context.options.method
+    trainer = context.trainer
     assert isinstance(method, Hypergradient)
-    more = {"hyperparameters": searched_names(method, context.choice), "segments": method.segments, "mode": mode}
+    more = {
+        "hyperparameters": searched_names(method, context.choice),
+        "segments": method.segments,
+        "mode": mode,
+    }
     job = trainer.job(HypergradientJob, epochs=context.epochs, per_layer=method.per_layer, **more)
     return trainer.plan_differentiated(configs, job)
 
@@ -198,19 +256,28 @@ def _result(point: Candidate, config: Config, c: int, outcome: Slopes, mode: Slo
     if outcome.slopes is not None and outcome.losses is not None and outcome.ratios is not None:
         slopes = {name: table[c] for name, table in outcome.slopes.items()}
         detail = slope_at(config, outcome.losses[c], slopes, outcome.ratios[c], mode).to_detail()
-    curve, epochs, seconds = outcome.curves[c], outcome.epochs, outcome.seconds / len(outcome.index)
-    return Result.of_curve(point.number, curve, epochs=epochs, rule="last", seconds=seconds, detail=detail)
+    curve = outcome.curves[c]
+    epochs = outcome.epochs
+    seconds = outcome.seconds / len(outcome.index)
+    return Result.of_curve(
+        point.number, curve, epochs=epochs, rule="last", seconds=seconds, detail=detail
+    )
 
 
 def _solve(points: list[Candidate], context: Context) -> None:
-    """Solve points that read the same data in all folds at once, and differentiate the solutions."""
-    begin, configs = time.monotonic(), [context.complete(point.params) for point in points]
+    """Solve points that read the same data in all folds at once, and differentiate the
+    solutions."""
+    begin = time.monotonic()
+    configs = [context.complete(point.params) for point in points]
     data = context.data.of(configs[0])
     solution, derivative = implicit_chunk(data, configs, memory=context.trainer.memory)
     curves = score_solution(data, len(points), solution, context.scoring)
-    losses, slopes = (t.view(data.n_folds, -1).T.cpu().numpy() for t in (derivative.value, derivative.gradient))
+    losses, slopes = (
+        t.view(data.n_folds, -1).T.cpu().numpy() for t in (derivative.value, derivative.gradient)
+    )
     of_C = {"C": slopes[..., None, None] / np.array([c["C"] for c in configs])[:, None, None, None]}
-    index, seconds = tuple(range(len(points))), time.monotonic() - begin
+    index = tuple(range(len(points)))
+    seconds = time.monotonic() - begin
     outcome = Slopes(index, curves, 1, seconds, losses, of_C, np.zeros(losses.shape))
     context.progress.advance(len(points), curves)
     context.finish([_result(points[i], configs[i], i, outcome, "exact") for i in index])

@@ -1,12 +1,13 @@
 """When a search is good enough to end: with ``target_score`` and ``patience_trials``.
 
-Trials are looked at in order of their numbers, never in the order in which they end. A trial counts when all trials of
-its chunk, of all earlier chunks, and all trials with lower numbers have ended. The first trial that ends the search is
-therefore the same with any number of workers, after a kill, and in the same call again.
+Trials are looked at in order of their numbers, never in the order in which they end. A trial counts
+when all trials of its chunk, of all earlier chunks, and all trials with lower numbers have ended.
+The first trial that ends the search is therefore the same with any number of workers, after a kill,
+and in the same call again.
 
-A chunk begins only if the chunks before it, except the last few, do not end the search. "The last few" is the number of
-chunks that may train at once, which the study holds. These chunks train to their end, also after the decision, so that
-the set of trained trials is the same each time.
+A chunk begins only if the chunks before it, except the last few, do not end the search. "The last
+few" is the number of chunks that may train at once, which the study holds. These chunks train to
+their end, also after the decision, so that the set of trained trials is the same each time.
 """
 
 import math
@@ -21,22 +22,31 @@ from gputune.study.store import Candidate, Chunk
 from gputune.text import count
 
 BATCH = "batch "
-"""Start of the origin of a trial that an Optuna sampler proposed, before the number of its batch."""
+"""Start of the origin of a trial that an Optuna sampler proposed, before the number of its
+batch."""
 
 _BLOCK = 16
-"""Fewest trials in a row that are planned together: fewer would leave the stacked backends with little to do."""
+"""Fewest trials in a row that are planned together: fewer would leave the stacked backends with
+little to do."""
 
 
 def batch_of(candidate: Candidate) -> int:
-    """Return the number of the batch in which an Optuna sampler proposed a trial; 0 for any other trial."""
+    """Return the number of the batch in which an Optuna sampler proposed a trial; 0 for any other
+    trial."""
     origin = candidate.origin
-    return int(origin.removeprefix(BATCH)) if isinstance(origin, str) and origin.startswith(BATCH) else 0
+    return (
+        int(origin.removeprefix(BATCH))
+        if isinstance(origin, str) and origin.startswith(BATCH)
+        else 0
+    )
 
 
 def block_size(target_score: float | None, patience_trials: int | None) -> int | None:
-    """Return how many trials in a row are planned together; None if a search has no such end and plans all at once.
+    """Return how many trials in a row are planned together; None if a search has no such end and
+    plans all at once.
 
-    Chunks of trials from all over the search would delay the decision, which goes through the trials in order.
+    Chunks of trials from all over the search would delay the decision, which goes through the
+    trials in order.
     """
     if target_score is None and patience_trials is None:
         return None
@@ -48,8 +58,8 @@ class GoodEnough:
     """The decision to end a search, taken chunk by chunk.
 
     Attributes:
-        in_rungs: whether trials train together from rung to rung. Then all of them, or with an Optuna sampler all of a
-            batch, take the place of a chunk.
+        in_rungs: whether trials train together from rung to rung. Then all of them, or with an
+            Optuna sampler all of a batch, take the place of a chunk.
         reason: why the search ends, in words; "" as long as it goes on.
     """
 
@@ -63,7 +73,8 @@ class GoodEnough:
     _counted: int = 0  # candidates from the first one that count
     _best: float = -math.inf
     _since_best: int = 0
-    _lock: threading.RLock = field(default_factory=threading.RLock)  # threads of an executor ask too
+    # threads of an executor ask too
+    _lock: threading.RLock = field(default_factory=threading.RLock)
 
     @property
     def is_possible(self) -> bool:
@@ -81,7 +92,8 @@ class GoodEnough:
             return self._allows(place, chunk)
 
     def is_reached(self) -> bool:
-        """Return whether the search ends here: a trial has ended it, and all chunks that may train have ended."""
+        """Return whether the search ends here: a trial has ended it, and all chunks that may train
+        have ended."""
         if not self.is_possible:
             return False
         with self._lock:
@@ -90,7 +102,9 @@ class GoodEnough:
             if not self.reason:
                 return False
             later = list(enumerate(chunks))[self._ended :]
-            return all(self._has_ended(chunk) for place, chunk in later if self._allows(place, chunk))
+            return all(
+                self._has_ended(chunk) for place, chunk in later if self._allows(place, chunk)
+            )
 
     def _allows(self, place: int, chunk: Chunk) -> bool:
         if self.reason:
@@ -107,8 +121,11 @@ class GoodEnough:
         return all(number in self.ledger.results for number in chunk.trials)
 
     def _look(self, chunks: Sequence[Chunk]) -> None:
-        """Take in the chunks that have ended since the last look, in order, until a trial ends the search."""
-        while not self.reason and self._ended < len(chunks) and self._has_ended(chunks[self._ended]):
+        """Take in the chunks that have ended since the last look, in order, until a trial ends the
+        search."""
+        while (
+            not self.reason and self._ended < len(chunks) and self._has_ended(chunks[self._ended])
+        ):
             self._trials.update(chunks[self._ended].trials)
             self._ended += 1
             self._count_trials(chunks)
@@ -123,7 +140,8 @@ class GoodEnough:
             self._count(number)
 
     def _is_without_chunk(self, number: int, chunks: Sequence[Chunk]) -> bool:
-        """Return whether a trial has ended and is in no chunk, as in a repaired study that has lost chunks."""
+        """Return whether a trial has ended and is in no chunk, as in a repaired study that has lost
+        chunks."""
         return number in self.ledger.results and not any(number in chunk.trials for chunk in chunks)
 
     def _count(self, number: int) -> None:
@@ -135,7 +153,9 @@ class GoodEnough:
             # A pruned trial is no worse than a best trial that does not exist yet.
             self._since_best += 1
         if self.target_score is not None and self._best >= self.target_score:
-            self.reason = f"trial {number} has reached the target score (target_score={self.target_score:g})"
+            self.reason = (
+                f"trial {number} has reached the target score (target_score={self.target_score:g})"
+            )
         elif self.patience_trials is not None and self._since_best >= self.patience_trials:
             trials = count(self._since_best, "trial")
             rule = f"(patience_trials={self.patience_trials})"

@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM while a search trains: the first lets the running epoch end, the second ends it at once.
+"""Ctrl-C and SIGTERM while a search trains: the first lets the running epoch end, the second ends
+it at once.
 
 Before and after the training of a command either ends it, in words too.
 """
@@ -20,10 +21,12 @@ from gputune.errors import Terminated
 if TYPE_CHECKING:
     from gputune.study.study import Study  # a command that has just begun must not wait for numpy
 
-CTRL_C, TERMINATED = int(signal.SIGINT), int(signal.SIGTERM)
+CTRL_C = int(signal.SIGINT)
+TERMINATED = int(signal.SIGTERM)
 
 GRACE_SECONDS = 2.5
-"""From SIGTERM to the end of training, finished or not: whoever sends it sends SIGKILL some seconds later."""
+"""From SIGTERM to the end of training, finished or not: whoever sends it sends SIGKILL some seconds
+later."""
 
 Handler = Callable[[int, FrameType | None], object] | int | None
 
@@ -31,7 +34,8 @@ _USUAL: dict[int, Handler] = {CTRL_C: signal.default_int_handler, TERMINATED: si
 
 
 def take_signals(handle: Callable[[int, FrameType | None], None]) -> None:
-    """Let a function handle both signals in a process that runs one command; one that is ignored stays ignored."""
+    """Let a function handle both signals in a process that runs one command; one that is ignored
+    stays ignored."""
     if threading.current_thread() is not threading.main_thread():
         return
     for number, usual in _USUAL.items():
@@ -40,9 +44,11 @@ def take_signals(handle: Callable[[int, FrameType | None], None]) -> None:
 
 
 def end_command(number: int, frame: FrameType | None) -> None:
-    """Raise KeyboardInterrupt, or Terminated; but end the process where a library is being imported.
+    """Raise KeyboardInterrupt, or Terminated; but end the process where a library is being
+    imported.
 
-    Some make another error of an interrupt there, and none of them holds anything yet that would be lost.
+    Some make another error of an interrupt there, and none of them holds anything yet that would be
+    lost.
     """
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
@@ -60,7 +66,8 @@ def end_process(number: int, _frame: FrameType | None) -> NoReturn:
 def run_until_signal(
     run: Callable[[], object], stop: Stop, signals: Sequence[int], say: Callable[[str], None]
 ) -> list[int]:
-    """Run a training; return the numbers of the signals that ended it early, none where none came."""
+    """Run a training; return the numbers of the signals that ended it early, none where none
+    came."""
     numbers: list[int] = []
     timers: list[threading.Timer] = []
 
@@ -78,7 +85,9 @@ def run_until_signal(
     if threading.current_thread() is threading.main_thread():  # which alone may set handlers
         # A handler of the program's own stays.
         handlers = {number: signal.getsignal(number) for number in signals}
-        before = {n: handler for n, handler in handlers.items() if handler in (_USUAL[n], end_command)}
+        before = {
+            n: handler for n, handler in handlers.items() if handler in (_USUAL[n], end_command)
+        }
     try:
         for number in before:
             signal.signal(number, handle)
@@ -102,7 +111,11 @@ def _end_in_time() -> threading.Timer:
     """Send the main thread SIGTERM once more when the grace is over."""
     main = threading.main_thread().ident
     assert main is not None
-    send = partial(signal.pthread_kill, main) if hasattr(signal, "pthread_kill") else signal.raise_signal
+    send = (
+        partial(signal.pthread_kill, main)
+        if hasattr(signal, "pthread_kill")
+        else signal.raise_signal
+    )
     timer = threading.Timer(GRACE_SECONDS, send, (signal.SIGTERM,))
     timer.daemon = True
     timer.start()

@@ -1,4 +1,5 @@
-"""The search of a training loop of the user's own, top to bottom: space, trials, calls of the objective, study."""
+"""The search of a training loop of the user's own, top to bottom: space, trials, calls of the
+objective, study."""
 
 import functools
 import inspect
@@ -34,7 +35,14 @@ from gputune.tuning.options import Options
 from gputune.tuning.progress import Progress
 from gputune.tuning.random import sample, train_waiting
 from gputune.tuning.record import distributions, versions
-from gputune.tuning.session import AnyStudy, Session, check_ending, draw_trials, draws_at_once, with_earlier
+from gputune.tuning.session import (
+    AnyStudy,
+    Session,
+    check_ending,
+    draw_trials,
+    draws_at_once,
+    with_earlier,
+)
 from gputune.tuning.trainer import unseen
 
 Direction = Literal["maximize", "minimize"]
@@ -42,9 +50,15 @@ Direction = Literal["maximize", "minimize"]
 
 @entry
 def search_loop(
-    objective: Objective, options: Options, *, direction: Direction, max_epochs: int | None, study_type: type[AnyStudy]
+    objective: Objective,
+    options: Options,
+    *,
+    direction: Direction,
+    max_epochs: int | None,
+    study_type: type[AnyStudy],
 ) -> AnyStudy:
-    """Train the trials of an objective; see ``gputune.search``. ``max_epochs`` None: nobody has said it."""
+    """Train the trials of an objective; see ``gputune.search``. ``max_epochs`` None: nobody has
+    said it."""
     stop = Stop(None if options.timeout is None else time.monotonic() + options.timeout)
     _check_objective(objective, direction)
     if options.is_on_cluster:
@@ -73,9 +87,15 @@ def search_loop(
         n_workers = options.workers if isinstance(options.workers, int) else None
         n_calls = max(1, options.n_trials + len(options.include))
         with trial_processes(task, n_workers, n_calls, folder) as workers:
-            train = partial(train_waiting, session, partial(_train, session, task, workers), epochs=1)
+            train = partial(
+                train_waiting, session, partial(_train, session, task, workers), epochs=1
+            )
             asks = isinstance(options.method, OptunaSampler)
-            run = partial(sample, session, space, train, epochs=1, check=plain_config) if asks else train
+            run = (
+                partial(sample, session, space, train, epochs=1, check=plain_config)
+                if asks
+                else train
+            )
             numbers = session.run(run, callbacks, make_study, (CTRL_C,))
     return check_ending(make_study(ledger.rows(), file=options.study), numbers)
 
@@ -84,21 +104,33 @@ def _first_trials(options: Options, space: Space) -> tuple[Candidate, ...]:
     check_count(options.n_trials, "n_trials", least=0, remedy=" For example n_trials=64.")
     first = numbered([(config, "include") for config in check_own_include(options.include, space)])
     if not first and not options.n_trials:
-        raise InputError("n_trials must be >= 1 where nothing is included, got n_trials=0. For example n_trials=64.")
+        raise InputError(
+            "n_trials must be >= 1 where nothing is included, got n_trials=0. For example "
+            "n_trials=64."
+        )
     if isinstance(options.method, OptunaSampler):
         check_askable(space)
-    return first + draw_trials(first, space, options, plain_config) if draws_at_once(options) else first
+    return (
+        first + draw_trials(first, space, options, plain_config)
+        if draws_at_once(options)
+        else first
+    )
 
 
 def _check_objective(objective: object, direction: object) -> None:
     """Raise InputError for what cannot be called as an objective, or a direction that is none."""
     if not callable(objective):
-        raise InputError(f"objective must be a function of (params, report) that returns a score, got {objective!r}.")
+        raise InputError(
+            "objective must be a function of (params, report) that returns a score, got "
+            f"{objective!r}."
+        )
     try:
         inspect.signature(objective).bind({}, None)
     except TypeError as error:
         lacks = f"{_function(objective)[1]} does not: {error}"
-        raise InputError(f"objective must take two arguments, (params, report), and {lacks}.") from None
+        raise InputError(
+            f"objective must take two arguments, (params, report), and {lacks}."
+        ) from None
     except ValueError:  # a function in C says nothing of its arguments
         pass
     if direction not in ("maximize", "minimize"):
@@ -116,7 +148,10 @@ def _pruning_rule(options: Options, max_epochs: int | None) -> PruningRule | Non
     """Return what ends trials early, if anything does."""
     method = options.method
     if isinstance(method, Hypergradient):
-        why = "differentiates the training of gputune.tune, and search() knows nothing of the inside of yours"
+        why = (
+            "differentiates the training of gputune.tune, and search() knows nothing of the "
+            "inside of yours"
+        )
         others = "choose 'random', 'halving', 'median' or gputune.OptunaSampler(...)"
         raise InputError(f"method='hypergradient' {why}; {others}.")
     rule = method.halving if isinstance(method, OptunaSampler) else method
@@ -144,24 +179,41 @@ def _record(
     text = source_text(function if inspect.isroutine(function) else type(function))
     callbacks = [type(callback).__name__ for callback in options.callbacks]
     arguments = Arguments(
-        kept={"n_trials": options.n_trials}, space=space_to_json(space), lacking=["objective, a function"],
+        kept={"n_trials": options.n_trials},
+        space=space_to_json(space),
+        lacking=["objective, a function"],
         callbacks=callbacks,
-    )  # fmt: skip
+    )
     return SearchRecord(
-        face="loop", model=name, spec={"kind": "objective", "name": name, "sha256": sha256(text) if text else ""},
-        space=space_text(space), distributions=distributions(space), method=method_to_json(options.method), folds=0,
-        scoring="objective" if direction == "maximize" else "neg_objective", epoch="last", max_epochs=max_epochs or 0,
-        seed=options.random_state, versions=versions(), arguments=arguments, absent=frozenset(_ABSENT),
-    )  # fmt: skip
+        face="loop",
+        model=name,
+        spec={"kind": "objective", "name": name, "sha256": sha256(text) if text else ""},
+        space=space_text(space),
+        distributions=distributions(space),
+        method=method_to_json(options.method),
+        folds=0,
+        scoring="objective" if direction == "maximize" else "neg_objective",
+        epoch="last",
+        max_epochs=max_epochs or 0,
+        seed=options.random_state,
+        versions=versions(),
+        arguments=arguments,
+        absent=frozenset(_ABSENT),
+    )
 
 
 def _train(
     session: Session, task: Task, workers: Executor[Trial, Ending], waiting: Sequence[Candidate]
 ) -> Sequence[Chunk]:
-    """Train the trials that can be claimed; return those that other processes have where none can."""
-    ledger, progress, begun = session.ledger, session.progress, False
+    """Train the trials that can be claimed; return those that other processes have where none
+    can."""
+    ledger = session.ledger
+    progress = session.progress
+    begun = False
     at_once = max(1, workers.capacity)
-    chunks = ledger.chunks(waiting, 0, lambda trials: [((place,), 1, at_once) for place in range(len(trials))])
+    chunks = ledger.chunks(
+        waiting, 0, lambda trials: [((place,), 1, at_once) for place in range(len(trials))]
+    )
     chunk_of = {chunk.trials[0]: chunk for chunk in chunks}
     trials = [Trial(trial.number, trial.params) for trial in waiting]
     good_enough = session.good_enough
@@ -169,7 +221,8 @@ def _train(
     def claim(trial: Trial) -> bool:
         if not ledger.claim(chunk_of[trial.number]):
             return False
-        task.reports.write(trial.number, (), ended=False)  # trials with higher numbers wait for its reports
+        # trials with higher numbers wait for its reports
+        task.reports.write(trial.number, (), ended=False)
         return True
 
     def may_begin(trial: Trial) -> bool:
@@ -177,10 +230,12 @@ def _train(
 
     queue = Queue(trials, workers, task.stop, claim, may_begin if good_enough.is_possible else None)
     for ending in queue.run(None if workers.capacity else task, unseen):
-        begun, detail = True, {"error": ending.error} if ending.error else {}
+        begun = True
+        detail = {"error": ending.error} if ending.error else {}
         if ending.error:
             progress.say(f"note: trial {ending.number} failed: {ending.error}")
-            task.reports.write(ending.number, ending.values, ended=True)  # also if its worker was lost
+            # also if its worker was lost
+            task.reports.write(ending.number, ending.values, ended=True)
         curve = np.array(ending.values or [ending.score], dtype=np.float64)[:, None]
         progress.advance(1, curve[None])
         progress.finished(1, pruned=int(ending.state == "pruned"))

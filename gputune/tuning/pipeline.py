@@ -44,7 +44,14 @@ from gputune.tuning.progress import PREPARING, Profile, Progress
 from gputune.tuning.random import check_sampling, sample, train_batches, train_fully
 from gputune.tuning.record import RecordedSearch, checkpoint_folder, search_record
 from gputune.tuning.rungs import check_rungs, train_in_rungs
-from gputune.tuning.session import AnyStudy, check_ending, checked_space, default_params, first_trials, with_earlier
+from gputune.tuning.session import (
+    AnyStudy,
+    check_ending,
+    checked_space,
+    default_params,
+    first_trials,
+    with_earlier,
+)
 from gputune.tuning.task_choice import chosen_task
 from gputune.tuning.trainer import Trainer
 from gputune.types import KEPT_BYTES, Config
@@ -77,20 +84,26 @@ def search(
 ) -> AnyStudy:
     """The pipeline: space, rows, folds, data on the device, trials, training, study.
 
-    ``say_notes=False`` is for a caller that shows the notes of the record, on the columns and the trials, itself;
-    ``profile`` is told where time goes, ``words`` is as in ``Progress``. Raises SearchInterrupted after ``signals``.
+    ``say_notes=False`` is for a caller that shows the notes of the record, on the columns and the
+    trials, itself;
+    ``profile`` is told where time goes, ``words`` is as in ``Progress``. Raises SearchInterrupted
+    after ``signals``.
     """
     options = recorded.options
     stop = Stop(None if options.timeout is None else time.monotonic() + options.timeout)
     callbacks = Callbacks(options.callbacks, stop)
     # A copy of the curves, since the search goes on with its own.
-    progress = Progress(options.verbose, lambda curves: callbacks.tell("on_epoch", curves.copy()), words)
+    progress = Progress(
+        options.verbose, lambda curves: callbacks.tell("on_epoch", curves.copy()), words
+    )
     profile = Profile() if profile is None else profile
     with _open_store(options) as store:
         with profile.clock(PREPARING):
             setup = _prepare(recorded, progress, store)
-        problem, options = setup.problem, setup.problem.options
-        profile.device, progress.scoring = setup.data.device, setup.scoring.name
+        problem = setup.problem
+        options = setup.problem.options
+        profile.device = setup.data.device
+        progress.scoring = setup.scoring.name
         with _cluster(problem) as cluster:
             trainer = _trainer(setup, stop, cluster, progress)
             context = Context(Ledger(None), options, progress, stop, trainer, problem, profile)
@@ -105,10 +118,14 @@ def search(
                 progress.say(f"note: {note}")
             make_study = partial(study_type.from_rows, record.to_json())
             with open_ledger(options.study, record, store) as ledger:
-                context = replace(context, ledger=ledger, checkpoints=checkpoint_folder(options.study, record))
+                context = replace(
+                    context, ledger=ledger, checkpoints=checkpoint_folder(options.study, record)
+                )
                 context.add(setup.trials, setup.space)
                 with profile.clock("training"), matrix_products(tf32=options.tf32):
-                    numbers = context.run(partial(training, context), callbacks, make_study, signals)
+                    numbers = context.run(
+                        partial(training, context), callbacks, make_study, signals
+                    )
                 profile.ended = stop.reason
                 context.tidy()
                 if context.faults:
@@ -124,7 +141,8 @@ def search(
 
 
 def _open_store(options: Options) -> AbstractContextManager[Store | None]:
-    """Open the study of the search that goes on; None of a new one, and of a file with a fault, which is said later."""
+    """Open the study of the search that goes on; None of a new one, and of a file with a fault,
+    which is said later."""
     if options.study is not None:
         with suppress(OSError, StudyCorruptError, StudyVersionError):
             return Store.open(options.study)
@@ -133,7 +151,8 @@ def _open_store(options: Options) -> AbstractContextManager[Store | None]:
 
 def _prepare(recorded: RecordedSearch, progress: Progress, store: Store | None) -> _Setup:
     """Understand a call. Raises InputError for what cannot be searched."""
-    choice, options = recorded.choice, recorded.options
+    choice = recorded.choice
+    options = recorded.options
     checked_space(choice, options)  # refused before the rows are encoded
     if options.patience is not None:
         check_patience(options.method, options.epoch, solved=choice.solved)
@@ -142,16 +161,21 @@ def _prepare(recorded: RecordedSearch, progress: Progress, store: Store | None) 
     choice = problem.choice
     space = checked_space(choice, options)  # again: what is predicted decides some
     problem = problem.with_space(space, with_earlier(options, space))
-    options, folds = problem.options, problem.folds()
+    options = problem.options
+    folds = problem.folds()
     with without_collector():
         trials = first_trials(space, choice, options, store, problem.portfolio)
         configs = [choice.complete(trial.params, options.schedule) for trial in trials]
-    place = DeviceChoice(torch.device("cpu"))  # on its way to a cluster the data lies in main memory
+    # on its way to a cluster the data lies in main memory
+    place = DeviceChoice(torch.device("cpu"))
     if not options.is_on_cluster:
         repeats = max(1.0, options.n_trials / max(1, len(configs)))  # of what a sampler draws later
         place = problem.device_choice(folds, configs, repeats=repeats)
     if place.why:
-        progress.say(f"note: trials train on the CPU and not on the GPU, which device='cuda' takes: {place.why}")
+        progress.say(
+            "note: trials train on the CPU and not on the GPU, which device='cuda' takes: "
+            f"{place.why}"
+        )
     data = problem.dataset(folds, place.device)
     if has_function(options.scoring):  # which sees the rows as the user gave them
         data = replace(data, scorer_rows=ScorerRows(problem.source.original_rows(), problem.layout))
@@ -163,7 +187,11 @@ def _prepare(recorded: RecordedSearch, progress: Progress, store: Store | None) 
     if problem.objective is not None:
         problem = replace(problem, objective=problem.objective.of_space(space))
     # A descent has no epoch that is the best, a custom target no mean of outputs.
-    has_best = options.epoch == "best" and not isinstance(options.method, Hypergradient) and data.task != "custom"
+    has_best = (
+        options.epoch == "best"
+        and not isinstance(options.method, Hypergradient)
+        and data.task != "custom"
+    )
     kept_bytes = KEPT_BYTES if options.keep_predictions and has_best else 0
     scoring = replace(problem.scoring(_earlier_scoring(store)), kept_bytes=kept_bytes)
     check_folds(scoring, data)
@@ -175,18 +203,24 @@ def _prepare(recorded: RecordedSearch, progress: Progress, store: Store | None) 
 
 
 def _earlier_scoring(store: Store | None) -> str | None:
-    """Return "r2" if that ranks the study that goes on: it was the default of every regression before."""
+    """Return "r2" if that ranks the study that goes on: it was the default of every regression
+    before."""
     return "r2" if store is not None and store.meta.get("scoring") == "r2" else None
 
 
 def _record(setup: _Setup, context: Context) -> SearchRecord:
     """Return what the study's file keeps of the search, with its notes, a sentence each."""
-    problem, data, options, limit = setup.problem, setup.data, setup.problem.options, setup.scoring.kept_bytes
+    problem = setup.problem
+    data = setup.data
+    options = setup.problem.options
+    limit = setup.scoring.kept_bytes
     without_model = baseline(data, setup.scoring, problem.target.classes)
     defaults = default_params(problem.choice, options)
     remarks = [
         *problem.remarks_on_target(),
-        *notes(setup.trials, setup.space, include_default=options.include_default, defaults=defaults),
+        *notes(
+            setup.trials, setup.space, include_default=options.include_default, defaults=defaults
+        ),
         *context.remarks_on(setup.configs),
         *problem.remarks_on_loss(setup.scoring),
         *remark_on_accuracy(without_model, setup.scoring),
@@ -201,7 +235,8 @@ def _record(setup: _Setup, context: Context) -> SearchRecord:
 
 
 def remember_what_runs(choice: ModelChoice, options: Options) -> None:
-    """Let later processes of this user find the class again, and the cluster, without being told to trust them."""
+    """Let later processes of this user find the class again, and the cluster, without being told to
+    trust them."""
     if choice.module_class is not None:
         remember_code(choice.module_class)
     if isinstance(options.workers, Ray) and options.workers.is_elsewhere:
@@ -213,28 +248,51 @@ def _cluster(problem: Problem) -> AbstractContextManager[RayCluster | None]:
     if not isinstance(workers, Ray):
         return nullcontext()
     if problem.choice.solved:
-        why = "the logistic regression solved with optimizer='exact' is a batched solve of seconds on this machine"
-        raise InputError(f"workers='ray': {why}; leave workers out, or train it with optimizer='adamw'.")
+        why = (
+            "the logistic regression solved with optimizer='exact' is a batched solve of seconds "
+            "on this machine"
+        )
+        raise InputError(
+            f"workers='ray': {why}; leave workers out, or train it with optimizer='adamw'."
+        )
     return ray_cluster(workers, device=problem.options.device)
 
 
 def _trainer(setup: _Setup, stop: Stop, cluster: RayCluster | None, progress: Progress) -> Trainer:
     """Return what trains, with the backend that is asked for or chosen; say where that is slow."""
-    choice, options, data = setup.problem.choice, setup.problem.options, setup.data
+    choice = setup.problem.choice
+    options = setup.problem.options
+    data = setup.data
     workers = None if isinstance(options.workers, str | Ray) else int(options.workers)
     trainer = Trainer(
-        data=data, kind=choice.kind, module_class=choice.module_class, objective=setup.problem.objective,
-        seed=options.random_state, horizon=1 if choice.solved else options.max_epochs, scoring=setup.scoring,
-        memory=parse_memory(options.memory), precision=options.precision, each_epoch=bool(options.callbacks), stop=stop,
-        cluster=cluster, workers=workers if cluster is None else cluster.tasks,
+        data=data,
+        kind=choice.kind,
+        module_class=choice.module_class,
+        objective=setup.problem.objective,
+        seed=options.random_state,
+        horizon=1 if choice.solved else options.max_epochs,
+        scoring=setup.scoring,
+        memory=parse_memory(options.memory),
+        precision=options.precision,
+        each_epoch=bool(options.callbacks),
+        stop=stop,
+        cluster=cluster,
+        workers=workers if cluster is None else cluster.tasks,
         # TF32 is set in this process alone.
-        others=() if options.tf32 or cluster is not None else other_gpus(options.device, data.device),
-    )  # fmt: skip
-    return trainer if choice.solved else trainer.with_backend(options.backend, setup.configs, progress.say)
+        others=()
+        if options.tf32 or cluster is not None
+        else other_gpus(options.device, data.device),
+    )
+    return (
+        trainer
+        if choice.solved
+        else trainer.with_backend(options.backend, setup.configs, progress.say)
+    )
 
 
 def _training(setup: _Setup, context: Context) -> Callable[[Context], object]:
-    """Return what trains trials by the method. Raises InputError for a search that it cannot make."""
+    """Return what trains trials by the method. Raises InputError for a search that it cannot
+    make."""
     space = setup.space
     match context.options.method:
         case Hypergradient() as descent:

@@ -1,4 +1,5 @@
-"""What trials predict of the rows that the folds of their study validate on, kept by it or by members trained again."""
+"""What trials predict of the rows that the folds of their study validate on, kept by it or by
+members trained again."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -25,12 +26,15 @@ from gputune.tuning.progress import Progress
 from gputune.tuning.refit import Search
 from gputune.types import Outputs
 
-_BLOCK, _RESIDUALS = 2**13, 10_000  # rows of which outputs are made at a time, and residuals that a model keeps
+# rows of which outputs are made at a time, and residuals that a model keeps
+_BLOCK = 2**13
+_RESIDUALS = 10_000
 _LEAST = torch.finfo(torch.float64).tiny  # probability that has a logarithm
 
 
 def predictions_of(search: Search, trials: Sequence[Trial], progress: Progress) -> "Predictions":
-    """Return what trials predict on the folds of the search: as the study keeps it, or by training there again."""
+    """Return what trials predict on the folds of the search: as the study keeps it, or by training
+    there again."""
     kept = _kept_outputs(search, trials)
     lacking = [trial for trial in trials if trial.number not in kept]
     values: dict[int, Sequence[Tensor]] = {}  # of each trial by fold
@@ -42,7 +46,9 @@ def predictions_of(search: Search, trials: Sequence[Trial], progress: Progress) 
         for trial, folds in zip(lacking, members):
             own = data.of(search.config(trial))
             draws = search.evaluation_draws(own, trial)
-            values[trial.number] = [_predict(module, own, f, draws) for f, module in enumerate(folds)]
+            values[trial.number] = [
+                _predict(module, own, f, draws) for f, module in enumerate(folds)
+            ]
         data = data.of(search.config(lacking[0]))
     else:
         data, scoring = _folds(search, trials)
@@ -50,13 +56,17 @@ def predictions_of(search: Search, trials: Sequence[Trial], progress: Progress) 
     for number, one in kept.items():
         parts = torch.split(torch.tensor(one.values, device=data.device), lengths)
         values[number] = [_values(part.double(), data) for part in parts]
-    stacked = [torch.stack([values[trial.number][f] for trial in trials]) for f in range(data.n_folds)]
+    stacked = [
+        torch.stack([values[trial.number][f] for trial in trials]) for f in range(data.n_folds)
+    ]
     return Predictions(stacked, data, scoring)
 
 
 def _kept_outputs(search: Search, trials: Sequence[Trial]) -> dict[int, Outputs]:
-    """Return the outputs that the study keeps of trials, by number, where its rows are those at hand."""
-    study, epochs = search.study, {trial.number: trial.best_epoch for trial in trials}
+    """Return the outputs that the study keeps of trials, by number, where its rows are those at
+    hand."""
+    study = search.study
+    epochs = {trial.number: trial.best_epoch for trial in trials}
     if search.rows != study.record.fingerprint:
         return {}
     known: Mapping[int, Outputs] = {}
@@ -69,20 +79,26 @@ def _kept_outputs(search: Search, trials: Sequence[Trial]) -> dict[int, Outputs]
 
 
 def _folds(search: Search, trials: Sequence[Trial]) -> tuple[Dataset, Scoring]:
-    """Return the data of the folds of the search, for some trials, and how it was scored: by the metric that ranks."""
-    record, target, asked = search.study.record, search.problem.target, search.options.scoring
+    """Return the data of the folds of the search, for some trials, and how it was scored: by the
+    metric that ranks."""
+    record = search.study.record
+    target = search.problem.target
+    asked = search.options.scoring
     data = search.dataset(unpack_folds(record.arguments.folds), trials)
     positive = record.ranked_class if asked is None else record.positive
     if (scorers := scorers_of(asked)) is not None and record.metrics:
         asked = {one["name"]: scorers[one["name"]] for one in record.metrics}
     scoring = record.scoring if asked is None else asked
-    return data, make_scoring(scoring, target.task, target.classes, positive, search.objective, target.n_outputs)
+    return data, make_scoring(
+        scoring, target.task, target.classes, positive, search.objective, target.n_outputs
+    )
 
 
 def members_of(
     search: Search, trials: Sequence[Trial], progress: Progress
 ) -> tuple[list[list[nn.Module]], Dataset, Scoring]:
-    """Train trials on the folds of the search again; return the members (M, F), their data, and how it was scored."""
+    """Train trials on the folds of the search again; return the members (M, F), their data, and how
+    it was scored."""
     data, scoring = _folds(search, trials)
     progress.scoring = scoring.name
     epochs = max(trial.best_epoch for trial in trials)
@@ -94,7 +110,8 @@ def members_of(
 class Predictions:
     """What M candidates predict of the rows that each fold validates on.
 
-    ``values[f]`` (M, m_f, K), float64, are probabilities; of a regression the outputs, of which a mean is taken alike.
+    ``values[f]`` (M, m_f, K), float64, are probabilities; of a regression the outputs, of which a
+    mean is taken alike.
     """
 
     values: Sequence[Tensor]
@@ -102,49 +119,63 @@ class Predictions:
     scoring: Scoring
 
     def complete(self, model: TunedModel, weights: Tensor, *, calibrated: bool) -> TunedModel:
-        """Return a model, the mean of the candidates by ``weights`` (M,), with its residuals and its temperature."""
-        means = [(weights[:, None, None].to(value) * value).sum(0) for value in self.values]  # of each fold (m, K)
+        """Return a model, the mean of the candidates by ``weights`` (M,), with its residuals and
+        its temperature."""
+        # of each fold (m, K)
+        means = [(weights[:, None, None].to(value) * value).sum(0) for value in self.values]
         temperature = self._temperature(means) if calibrated else 1.0
         return replace(model, residuals=self._residuals(means), temperature=temperature)
 
     def _residuals(self, means: Sequence[Tensor]) -> NDArray[np.float64] | None:
         """Return how far off the means are on validation rows, ascending.
 
-        They are on the scale of a transformed target, of a row of several folds the mean, and at most ``_RESIDUALS``,
-        evenly by rank. None for classes and for several numbers a row.
+        They are on the scale of a transformed target, of a row of several folds the mean, and at
+        most ``_RESIDUALS``, evenly by rank. None for classes and for several numbers a row.
         """
         data = self.data
         if data.task != "regression" or self.values[0].shape[-1] > 1:
             return None
-        errors, target = [], data.target.view(data.n_rows, -1).cpu()
+        errors = []
+        target = data.target.view(data.n_rows, -1).cpu()
         for f, mean in enumerate(means):
             rows = target[data.folds[f].valid.cpu()]
             there = data.transforms[f].forward(rows.numpy()) if data.transforms else rows
-            errors.append(((mean * data.scale[f] + data.center[f]).cpu() - torch.as_tensor(there)).abs())
+            errors.append(
+                ((mean * data.scale[f] + data.center[f]).cpu() - torch.as_tensor(there)).abs()
+            )
         of_rows = means_of_rows(data, errors)[:, 0]
         ascending: NDArray[np.float64] = np.sort(of_rows[np.isfinite(of_rows)])
         many = min(len(ascending), _RESIDUALS)
-        kept: NDArray[np.float64] = ascending[np.ceil(np.arange(1, many + 1) * len(ascending) / many).astype(int) - 1]
+        kept: NDArray[np.float64] = ascending[
+            np.ceil(np.arange(1, many + 1) * len(ascending) / many).astype(int) - 1
+        ]
         return kept
 
     def _temperature(self, means: Sequence[Tensor]) -> float:
         """Return the temperature that calibrates the means on validation rows.
 
-        Rows of a class that their fold's training rows lack tell nothing of it; where there are no others it is 1.
+        Rows of a class that their fold's training rows lack tell nothing of it; where there are no
+        others it is 1.
         """
-        logits, targets = [], []
+        logits = []
+        targets = []
         for f, (fold, mean) in enumerate(zip(self.data.folds, means)):
             target = self.data.target[fold.valid]
-            known = slice(None) if self.data.present is None else self.data.present[f][target].to(mean.device)
+            known = (
+                slice(None)
+                if self.data.present is None
+                else self.data.present[f][target].to(mean.device)
+            )
             logits.append(mean[known].clamp(min=_LEAST).log())
             targets.append(target[known])
         return best_temperature(torch.cat(logits), torch.cat(targets))
 
     def choose(self, size: int, folds: Sequence[int] | None = None) -> Counter[int]:
-        """Return how often each candidate is chosen in at most ``size`` greedy steps; of those the best number.
+        """Return how often each candidate is chosen in at most ``size`` greedy steps; of those the
+        best number.
 
-        Each step adds the candidate with which the mean score over the folds is best, of those with equal scores that
-        with the best log loss: an accuracy has few values.
+        Each step adds the candidate with which the mean score over the folds is best, of those with
+        equal scores that with the best log loss: an accuracy has few values.
         """
         folds = range(self.data.n_folds) if folds is None else folds
         sums = {fold: torch.zeros_like(self.values[fold][0]) for fold in folds}
@@ -152,7 +183,10 @@ class Predictions:
         keys: list[tuple[float, float]] = []
         for step in range(1, size + 1):
             scores = [self.scores(fold, (sums[fold] + self.values[fold]) / step) for fold in folds]
-            means = [tuple(pair) for pair in np.nan_to_num(np.mean(scores, axis=0), nan=-np.inf).T.tolist()]
+            means = [
+                tuple(pair)
+                for pair in np.nan_to_num(np.mean(scores, axis=0), nan=-np.inf).T.tolist()
+            ]
             chosen.append(max(range(len(means)), key=means.__getitem__))
             keys.append(means[chosen[-1]])
             for fold in folds:
@@ -162,11 +196,15 @@ class Predictions:
     def nested_scores(self, size: int) -> list[float]:
         """Return the score of each fold (F,) by what is chosen on the others alone.
 
-        Of one fold, (2,): every second row of it, and the others, by what is chosen on the other half.
+        Of one fold, (2,): every second row of it, and the others, by what is chosen on the other
+        half.
         """
         if self.data.n_folds > 1:
             every = range(self.data.n_folds)
-            return [self._score_of(self.choose(size, [f for f in every if f != fold]), fold) for fold in every]
+            return [
+                self._score_of(self.choose(size, [f for f in every if f != fold]), fold)
+                for fold in every
+            ]
         (fold,), (values,), halves = self.data.folds, self.values, []
         for start in (0, 1):
             part = replace(self.data, folds=(replace(fold, valid=fold.valid[start::2]),))
@@ -179,7 +217,8 @@ class Predictions:
         return float(self.scores(fold, mean[None])[0][0])
 
     def scores(self, fold: int, values: Tensor) -> np.ndarray:
-        """Return the scores of predictions (M, m, K) on one fold and, of classes, minus their log losses: (2, M)."""
+        """Return the scores of predictions (M, m, K) on one fold and, of classes, minus their log
+        losses: (2, M)."""
         task = self.data.task
         outputs = values if task == "regression" else outputs_of(values, task)
         score = self.scoring(self.data, fold, outputs)
@@ -189,8 +228,10 @@ class Predictions:
 
 
 def means_of_rows(data: Dataset, values: Sequence[Tensor]) -> NDArray[np.float64]:
-    """Return the mean over the folds of values (m_f, K) of their validation rows, (n, K); NaN for rows of no fold."""
-    sums, counts = torch.zeros(data.n_rows, values[0].shape[1], dtype=torch.float64), torch.zeros(data.n_rows)
+    """Return the mean over the folds of values (m_f, K) of their validation rows, (n, K); NaN for
+    rows of no fold."""
+    sums = torch.zeros(data.n_rows, values[0].shape[1], dtype=torch.float64)
+    counts = torch.zeros(data.n_rows)
     for fold, value in zip(data.folds, values, strict=True):
         rows = fold.valid.cpu()
         sums.index_add_(0, rows, value)
@@ -211,7 +252,8 @@ def _predict(module: nn.Module, data: Dataset, fold: int, draws: EvaluationDraws
 
 
 def values_of(module: nn.Module, inputs: Sequence[Tensor], data: Dataset) -> Tensor:
-    """Return what a member predicts of rows on the CPU, (m, K) float64: probabilities, or outputs of a regression."""
+    """Return what a member predicts of rows on the CPU, (m, K) float64: probabilities, or outputs
+    of a regression."""
     with torch.no_grad():  # not inference_mode, on whose tensors TorchScript fails
         output = first_output(call_module(module, inputs, data.names))
         return _values(output.double().view(len(inputs[0]), -1).to(data.device), data)
@@ -221,4 +263,8 @@ def _values(outputs: Tensor, data: Dataset) -> Tensor:
     """Return what outputs (m, K) mean: probabilities, or themselves in a regression."""
     if data.task == "regression":
         return outputs
-    return outputs.sigmoid() if data.task == "multilabel" else class_logits(outputs, data.task, 1).softmax(-1)
+    return (
+        outputs.sigmoid()
+        if data.task == "multilabel"
+        else class_logits(outputs, data.task, 1).softmax(-1)
+    )

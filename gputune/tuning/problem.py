@@ -1,4 +1,5 @@
-"""A source made ready to train on: target, column layout, encoded rows, folds, and the data on one device."""
+"""A source made ready to train on: target, column layout, encoded rows, folds, and the data on one
+device."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -48,7 +49,8 @@ _PASS = "pass a module, for example model=gputune.models.MLP"
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """What is searched, and for which rows and target, encoded; statistics are not fitted yet: they belong to folds."""
+    """What is searched, and for which rows and target, encoded; statistics are not fitted yet: they
+    belong to folds."""
 
     choice: ModelChoice
     options: Options
@@ -60,35 +62,57 @@ class Problem:
     numbers: Numbers
     objective: Objective | None
 
-    def device_choice(self, folds: Sequence[Rows], configs: Sequence[Config], *, repeats: float = 1.0) -> DeviceChoice:
+    def device_choice(
+        self, folds: Sequence[Rows], configs: Sequence[Config], *, repeats: float = 1.0
+    ) -> DeviceChoice:
         """Return the device on which configurations train, with X in hand."""
-        options, choice = self.options, self.choice
+        options = self.options
+        choice = self.choice
         if options.tf32 and options.device == "auto":
             return DeviceChoice(options.device_here())  # TF32 is a GPU's
         parts = self.raw.parts if isinstance(self.raw, Arrays) else (self.raw,)
         work = Work(
-            kind=choice.kind, configs=configs or [choice.complete({}, options.schedule)], epochs=options.max_epochs,
-            rows=[len(train) for train, _ in folds], repeats=repeats, n_outputs=self.target.n_outputs,
-            n_features=self.n_features if isinstance(self.layout, Layout) else 1, solved=choice.solved,
-            differentiated=isinstance(options.method, Hypergradient), backend=options.backend,
+            kind=choice.kind,
+            configs=configs or [choice.complete({}, options.schedule)],
+            epochs=options.max_epochs,
+            rows=[len(train) for train, _ in folds],
+            repeats=repeats,
+            n_outputs=self.target.n_outputs,
+            n_features=self.n_features if isinstance(self.layout, Layout) else 1,
+            solved=choice.solved,
+            differentiated=isinstance(options.method, Hypergradient),
+            backend=options.backend,
             dtype=DTYPES[options.dtype],
             held_by=next((part.device for part in parts if isinstance(part, Tensor)), None),
-        )  # fmt: skip
+        )
         return device_for(options.device, work)
 
     def dataset(self, folds: Sequence[Rows], device: torch.device) -> Dataset:
         """Return the data of some folds on a device, and what prepares numbers in other ways."""
-        options, objective, trains = self.options, self.objective, [train for train, _ in folds]
+        options = self.options
+        objective = self.objective
+        trains = [train for train, _ in folds]
         # The solver's tolerance lies beyond single precision.
         dtype = torch.float64 if self.choice.solved else DTYPES[options.dtype]
         like = torch.empty(0, dtype=dtype, device=device)
         weights = check_weights(options.sample_weight, options.class_weight, self.target)
         target = replace(self.target, standardise=objective is None or objective.is_named)
-        data = make_dataset(self.raw, self._statistics(trains, self.numbers), target, folds, weights=weights, like=like)
+        data = make_dataset(
+            self.raw,
+            self._statistics(trains, self.numbers),
+            target,
+            folds,
+            weights=weights,
+            like=like,
+        )
         data = replace(data, numbers=self.numbers)
         if isinstance(self.layout, Layout):
             groups = self.layout.groups(self.layout.places(self.numbers))
-            data = replace(data, feature_groups=groups, preparations=Preparations(partial(self._inputs, trains, like)))
+            data = replace(
+                data,
+                feature_groups=groups,
+                preparations=Preparations(partial(self._inputs, trains, like)),
+            )
         return data.with_one_logit() if objective is not None and objective.one_logit else data
 
     def _statistics(
@@ -97,17 +121,21 @@ class Problem:
         if isinstance(self.raw, Arrays):
             return fit_channels(self.raw, trains, numbers)
         assert isinstance(self.layout, Layout)
-        fit = partial(fit_statistics, self.raw, self.layout, numbers=numbers, target=self.target.values)
+        fit = partial(
+            fit_statistics, self.raw, self.layout, numbers=numbers, target=self.target.values
+        )
         return tuple(map(fit, trains))
 
     def _inputs(self, trains: Sequence[np.ndarray], like: Tensor, numbers: Numbers) -> Inputs:
-        """Return the table with its numbers prepared in a way, which is fitted on the training rows of each fold."""
+        """Return the table with its numbers prepared in a way, which is fitted on the training rows
+        of each fold."""
         assert isinstance(self.layout, Layout) and not isinstance(self.raw, Arrays)
         groups = self.layout.groups(self.layout.places(numbers))
         return inputs_of(self.raw, self._statistics(trains, numbers), like, groups)
 
     def with_space(self, space: Space, options: Options) -> "Problem":
-        """Return the problem with these options, whose trials may prepare numbers in ways of their own.
+        """Return the problem with these options, whose trials may prepare numbers in ways of their
+        own.
 
         Raises InputError for a way that the rows cannot have.
         """
@@ -116,22 +144,33 @@ class Problem:
         for way in sorted({*ways, *included} - {self.numbers}):
             if isinstance(self.raw, Arrays):
                 remedy = f"leave the key out, and give numbers={way!r} to the whole search"
-                raise InputError(f"space: 'numbers' is searched for tables, and X is {self.layout}; {remedy}.")
+                raise InputError(
+                    f"space: 'numbers' is searched for tables, and X is {self.layout}; {remedy}."
+                )
             check_numbers(way, self.raw)
         numbers = self.numbers if self.numbers in ways else ways[0]  # no copy is made for nobody
         return replace(self, numbers=numbers, options=replace(options, numbers=numbers))
 
     @property
     def portfolio(self) -> list[Config]:
-        """The configurations of a named space that the rows and the method can have: descents average no weights."""
-        if not isinstance(self.options.space, str) or isinstance(self.options.method, Hypergradient):
+        """The configurations of a named space that the rows and the method can have: descents
+        average no weights."""
+        if not isinstance(self.options.space, str) or isinstance(
+            self.options.method, Hypergradient
+        ):
             return []
         ways = TENSOR_NUMBERS if isinstance(self.raw, Tensor) else NUMBERS
-        return [one for one in PORTFOLIOS.get(self.options.space, ()) if one.get("numbers", "standard") in ways]
+        return [
+            one
+            for one in PORTFOLIOS.get(self.options.space, ())
+            if one.get("numbers", "standard") in ways
+        ]
 
     def folds(self) -> list[Rows]:
         """Return the folds; a splitter sees the rows as the user gave them."""
-        cv, groups, seed = self.options.cv, self.source.groups, self.options.random_state
+        cv = self.options.cv
+        groups = self.source.groups
+        seed = self.options.random_state
         X = self.source.original_rows() if isinstance(cv, Splitter) else None
         if isinstance(X, Arrays):  # of several inputs no splitter knows the number of rows
             X = None if len(X.parts) > 1 else X.as_given()
@@ -139,18 +178,27 @@ class Problem:
 
     @property
     def has_soft_labels(self) -> bool:
-        """Whether the target is a probability of each class, with which the loss compares the module's outputs."""
+        """Whether the target is a probability of each class, with which the loss compares the
+        module's outputs."""
         objective = self.objective
-        is_of_outputs = objective is not None and objective.step is None
-        return is_of_outputs and takes_probabilities(objective.loss) and are_soft_labels(self.target)  # type: ignore[union-attr]
+        if objective is None or objective.step is not None:
+            return False
+        return takes_probabilities(objective.loss) and are_soft_labels(self.target)
 
     def scoring(self, earlier: str | None = None) -> Scoring:
-        """Return the scoring of a search. Raises InputError for what a study could not know again later.
+        """Return the scoring of a search. Raises InputError for what a study could not know again
+        later.
 
-        ``earlier`` is the score of a study that goes on and was given none: earlier versions ranked by another one.
+        ``earlier`` is the score of a study that goes on and was given none: earlier versions ranked
+        by another one.
         """
-        target, options = self.target, self.options
-        if options.scoring is None and isinstance(options.method, Hypergradient) and target.task != "custom":
+        target = self.target
+        options = self.options
+        if (
+            options.scoring is None
+            and isinstance(options.method, Hypergradient)
+            and target.task != "custom"
+        ):
             return loss_scoring(target.task, target.classes, options.positive)
         of_target = target.task, target.classes, options.positive, self.objective
         given = options.scoring if options.scoring is not None else earlier
@@ -159,7 +207,9 @@ class Problem:
         scoring = make_scoring(given, *of_target, n_labels=target.n_outputs)
         scorers = [("scoring", one.name) for one in (scoring, *scoring.others)]
         for argument, name in (*scorers, ("target_transform", repr(options.target_transform))):
-            if options.study is not None and any(part in name for part in ("<lambda>", "<locals>", "<function ")):
+            if options.study is not None and any(
+                part in name for part in ("<lambda>", "<locals>", "<function ")
+            ):
                 why = f"has no name by which study={str(options.study)!r} could know it again"
                 remedy = "define it with def at the top of a module, or leave study out"
                 raise InputError(f"{argument}={name!r} {why}; {remedy}.")
@@ -169,44 +219,67 @@ class Problem:
     def n_features(self) -> int:
         """Numbers that a row of a table becomes; inputs where X is arrays."""
         layout = self.layout
-        return sum(layout.widths(self.numbers)) if isinstance(layout, Layout) else len(layout.shapes)
+        return (
+            sum(layout.widths(self.numbers)) if isinstance(layout, Layout) else len(layout.shapes)
+        )
 
     def default_loss(self, data: Dataset, params: Config) -> str:
-        """Return "bce" where no loss is given and the module returns one logit a row of two classes, else ""."""
-        module, options = self.choice.module_class, self.options
+        """Return "bce" where no loss is given and the module returns one logit a row of two
+        classes, else ""."""
+        module = self.choice.module_class
+        options = self.options
         is_given = options.loss is not None or options.training_step is not None
-        return "bce" if module is not None and not is_given and returns_one_logit(module, params, data) else ""
+        return (
+            "bce"
+            if module is not None and not is_given and returns_one_logit(module, params, data)
+            else ""
+        )
 
     def in_words(self) -> str:
         """Return how many rows of which size there are, and what they are searched for."""
-        layout, target = self.layout, self.target
-        what = f" of {layout}" if isinstance(layout, ArrayLayout) else f", {self.n_features} features"
+        layout = self.layout
+        target = self.target
+        what = (
+            f" of {layout}" if isinstance(layout, ArrayLayout) else f", {self.n_features} features"
+        )
         override = f"; {target.override}" if target.override else ""
         rows = f"{self.choice.name} on {len(self.source.X)} rows{what}"
         return f"{rows}; target {target.name!r}: {target.in_words}{override}"
 
     def remarks(self) -> list[str]:
-        """Return how a loss sees the target, and which inputs that are no table are scaled, a sentence each."""
-        target, objective, remarks = self.target, self.objective, list[str]()
+        """Return how a loss sees the target, and which inputs that are no table are scaled, a
+        sentence each."""
+        target = self.target
+        objective = self.objective
+        remarks = list[str]()
         if objective is not None and not objective.is_named and target.task == "regression":
-            values = f"it is (mean {target.values.mean():.4g}, standard deviation {target.values.std():.4g})"
+            values = (
+                f"it is (mean {target.values.mean():.4g}, standard deviation "
+                f"{target.values.std():.4g})"
+            )
             seen = values if target.transform is None else "target_transform makes it"
             sees = f"{objective.name} sees {target.name} as {seen}"
             remarks.append(f"{sees}; a loss that has a name sees it standardised")
         if not isinstance(self.raw, Arrays):
             return remarks
         parts = dict(zip(self.raw.labels, self.raw.parts, strict=True))
-        can = [label for label, x in parts.items() if x.is_floating_point() or x.dtype == torch.uint8]
+        can = [
+            label for label, x in parts.items() if x.is_floating_point() or x.dtype == torch.uint8
+        ]
         rest = ", ".join(label for label in parts if label not in can)
         if can and self.numbers == "none":
             remarks.append(f"not scaled: {', '.join(can)}; numbers='standard' scales by channel")
         elif can:
-            remarks.append(f"scaled by channel: {', '.join(can)}{f'; not scaled: {rest}' if rest else ''}")
+            remarks.append(
+                f"scaled by channel: {', '.join(can)}{f'; not scaled: {rest}' if rest else ''}"
+            )
         return remarks
 
     def remarks_on_target(self) -> tuple[str, ...]:
-        """Return what to know of the target: how many rows were left out, and whole numbers that may be classes."""
-        source, remarks = self.source, list[str]()
+        """Return what to know of the target: how many rows were left out, and whole numbers that
+        may be classes."""
+        source = self.source
+        remarks = list[str]()
         if source.n_dropped:
             remarks.append(dropped_words(source.n_dropped, self.target.name))
         is_guess = self.options.task is None or source.is_task_guessed
@@ -214,14 +287,17 @@ class Problem:
             remarks.append(whole_numbers_words(self.target))
         if self.has_soft_labels:
             remarks.append(
-                f"{self.target.name} holds a probability of each class, so trials are ranked by the loss (neg_loss); "
-                "predict returns the module's outputs, whose softmax is the probabilities"
+                f"{self.target.name} holds a probability of each class, so trials are ranked by "
+                "the loss (neg_loss); predict returns the module's outputs, whose softmax is the "
+                "probabilities"
             )
         return tuple(remarks)
 
     def remarks_on_loss(self, scoring: Scoring) -> tuple[str, ...]:
-        """Return what the user should know of the loss, a sentence each: of which class one logit is, what ranks."""
-        classes, objective = self.target.classes, self.objective
+        """Return what the user should know of the loss, a sentence each: of which class one logit
+        is, what ranks."""
+        classes = self.target.classes
+        objective = self.objective
         if objective is None:
             return ()
         ranks = any(one.is_loss for one in (scoring, *scoring.others))
@@ -230,68 +306,111 @@ class Problem:
             return of_values
         other, positive = classes.tolist()
         trained = f"{self.choice.name} is trained on the loss {objective.name}"
-        return (f"{trained}: its one logit a row is of {self.target.name} = {positive!r} against {other!r}", *of_values)
+        return (
+            f"{trained}: its one logit a row is of {self.target.name} = {positive!r} against "
+            f"{other!r}",
+            *of_values,
+        )
 
     def remarks_on_limits(self, data: Dataset) -> tuple[str, ...]:
-        """Return which columns have numbers so far from those of training rows that they are clipped, a sentence."""
-        if self.numbers != "standard" or not isinstance(self.layout, Layout) or isinstance(self.raw, Arrays):
+        """Return which columns have numbers so far from those of training rows that they are
+        clipped, a sentence."""
+        if (
+            self.numbers != "standard"
+            or not isinstance(self.layout, Layout)
+            or isinstance(self.raw, Arrays)
+        ):
             return ()
         columns = [column.name for column in self.layout.columns for _ in column.feature_names]
         statistics = [one for one in data.statistics if isinstance(one, Statistics)]
-        names = list(dict.fromkeys(columns[feature] for feature in limited_features(self.raw, statistics)))
-        words = f"numbers beyond {LIMIT:g} standard deviations and beyond all training rows of a fold count as"
-        return (f"Column{'s' * (len(names) > 1)} {quoted(names)}: {words} the farther of the two.",) if names else ()
+        names = list(
+            dict.fromkeys(columns[feature] for feature in limited_features(self.raw, statistics))
+        )
+        words = (
+            f"numbers beyond {LIMIT:g} standard deviations and beyond all training rows of a fold "
+            "count as"
+        )
+        return (
+            (f"Column{'s' * (len(names) > 1)} {quoted(names)}: {words} the farther of the two.",)
+            if names
+            else ()
+        )
 
     @cached_property
     def columns_in_words(self) -> str:
-        """Which columns are no feature, or several, for messages about shapes; "" where there are none."""
+        """Which columns are no feature, or several, for messages about shapes; "" where there are
+        none."""
         if isinstance(self.layout, ArrayLayout):
             return ""
         used = dict(zip((c.name for c in self.layout.columns), self.layout.widths(self.numbers)))
         lost = [name for name in self.layout.inputs if name not in used]
         wide = [name for name, features in used.items() if features > 1]
-        parts = [f"{quoted(lost)} left out"] * bool(lost) + [f"{quoted(wide)} several features each"] * bool(wide)
-        remedy = "" if self.columns == "keep" else "; columns 'keep' leaves numbers and booleans as they are"
-        counts = f"Of the {len(self.layout.inputs)} columns of X, which are {sum(used.values())} features"
+        parts = [f"{quoted(lost)} left out"] * bool(lost) + [
+            f"{quoted(wide)} several features each"
+        ] * bool(wide)
+        remedy = (
+            ""
+            if self.columns == "keep"
+            else "; columns 'keep' leaves numbers and booleans as they are"
+        )
+        counts = (
+            f"Of the {len(self.layout.inputs)} columns of X, which are {sum(used.values())} "
+            "features"
+        )
         return f" {counts}, {' and '.join(parts)}{remedy}." if parts else ""
 
 
 def _soft_label_scoring(scoring: Scorings | None) -> Scorings:
-    """Return the score of a target of probabilities. Raises InputError for scores that compare them with logits."""
+    """Return the score of a target of probabilities. Raises InputError for scores that compare them
+    with logits."""
     several = scorers_of(scoring)
     scorers = [scoring] if several is None else list(several.values())
     for scorer in scorers:
         if isinstance(scorer, str) and scorer != "neg_loss":
             raise InputError(
-                f"scoring={scorer!r} would compare the module's logits with the probabilities in y. Leave scoring out "
-                "to rank by the loss, or give scoring=callable(outputs, y)."
+                f"scoring={scorer!r} would compare the module's logits with the probabilities in "
+                "y. Leave scoring out to rank by the loss, or give scoring=callable(outputs, y)."
             )
     return "neg_loss" if scoring is None else scoring
 
 
-def make_problem(source: Source, task: TaskWord | None, choice: ModelChoice, options: Options) -> Problem:
+def make_problem(
+    source: Source, task: TaskWord | None, choice: ModelChoice, options: Options
+) -> Problem:
     """Check the target and the loss, fix the column layout and encode the rows."""
     if options.precision == "bf16" and choice.kind != "module":
-        why = f"precision='bf16' is for a module of your own, and model={choice.name!r} trains in full precision"
+        why = (
+            f"precision='bf16' is for a module of your own, and model={choice.name!r} trains in "
+            "full precision"
+        )
         raise InputError(f"{why}: {_PASS}, or leave it out.")
     if options.tf32 and choice.solved:
-        exact = "the logistic regression solved with optimizer='exact' has double precision, where it would do nothing"
-        raise InputError(f"tf32=True is for matrix products of single precision, and {exact}; leave tf32 out.")
+        exact = (
+            "the logistic regression solved with optimizer='exact' has double precision, where "
+            "it would do nothing"
+        )
+        raise InputError(
+            f"tf32=True is for matrix products of single precision, and {exact}; leave tf32 out."
+        )
     if options.backend == "loop" and choice.kind != "module":
         why = f"trains the members of a user's module one by one, and the model is {choice.name!r}"
         raise InputError(f"backend='loop' {why}; choose backend='auto', or 'eager'.")
     target = check_target(source.y, task=task, n_rows=len(source.X), name=source.target)
     target = with_transform(target, options.target_transform)
     check_spread(target)
-    objective, X = _objective(target, choice, options), source.X
-    is_own = choice.kind == "module" and not choice.recipe  # which may count on the number and order of columns
+    objective = _objective(target, choice, options)
+    X = source.X
+    # which may count on the number and order of columns
+    is_own = choice.kind == "module" and not choice.recipe
     keeps = options.columns == "keep" or (options.columns == "auto" and is_own)
     columns: Columns = "keep" if keeps else "drop-constant"
     default: Numbers = "robust" if choice.recipe and not isinstance(X, Tensor) else "standard"
     layout: Layout | ArrayLayout
     raw: np.ndarray | Tensor | Arrays
     if isinstance(X, Arrays):
-        layout, raw, default = ArrayLayout.of(X), X, "none"
+        layout = ArrayLayout.of(X)
+        raw = X
+        default = "none"
     else:
         layout = fit_layout(X, columns=columns, max_levels=options.max_levels)
         raw = layout.raw(X)
@@ -301,31 +420,51 @@ def make_problem(source: Source, task: TaskWord | None, choice: ModelChoice, opt
 
 
 def _objective(target: Target, choice: ModelChoice, options: Options) -> Objective | None:
-    """Return what a module is trained on, None for a built-in model, whose loss is that of its task."""
+    """Return what a module is trained on, None for a built-in model, whose loss is that of its
+    task."""
     if choice.kind == "module":
         return make_objective(options.loss, options.training_step, options.augment, target.task)
     if target.values.ndim > 1 or target.task == "custom":
-        why = f"predicts one class or one number a row, and {target.name} has shape {target.values.shape}"
+        why = (
+            f"predicts one class or one number a row, and {target.name} has shape "
+            f"{target.values.shape}"
+        )
         raise InputError(f"model={choice.name!r} {why}: {_PASS}, which takes n_outputs.")
     if choice.solved and target.task == "regression":
-        why = "model='logistic' solved with optimizer='exact' predicts classes, and the target is a number"
-        raise InputError(f"{why}: choose model='mlp', or optimizer='adamw' for a linear regression.")
+        why = (
+            "model='logistic' solved with optimizer='exact' predicts classes, and the target is "
+            "a number"
+        )
+        raise InputError(
+            f"{why}: choose model='mlp', or optimizer='adamw' for a linear regression."
+        )
     for name in ("training_step", "augment"):
         if getattr(options, name) is not None:
-            why = f"{name} is for a module of your own, and model={choice.name!r} trains on its task's loss"
+            why = (
+                f"{name} is for a module of your own, and model={choice.name!r} trains on its "
+                "task's loss"
+            )
             raise InputError(f"{why}: {_PASS}, or leave it out.")
     return None if options.loss is None else _built_in_objective(target, choice, options)
 
 
 def _built_in_objective(target: Target, choice: ModelChoice, options: Options) -> Objective | None:
     """Return the loss of a built-in model that is given by name; None for that of its task."""
-    fitting = "'mse', 'mae', 'huber' or 'quantile'" if target.task == "regression" else "'cross_entropy'"
+    fitting = (
+        "'mse', 'mae', 'huber' or 'quantile'" if target.task == "regression" else "'cross_entropy'"
+    )
     if not isinstance(options.loss, str):
-        why = f"a loss of your own is for a module, and model={choice.name!r} takes losses by name: {fitting}"
+        why = (
+            f"a loss of your own is for a module, and model={choice.name!r} takes losses by name: "
+            f"{fitting}"
+        )
         raise InputError(f"loss: {why}. Or {_PASS}.")
     objective = make_objective(options.loss, None, None, target.task)
     if objective.loss == LOSS_OF_TASK[target.task]:
         return None
     if target.task != "regression":
-        raise InputError(f"loss={options.loss!r} does not fit model={choice.name!r}: choose {fitting}, or {_PASS}.")
+        raise InputError(
+            f"loss={options.loss!r} does not fit model={choice.name!r}: choose {fitting}, or "
+            f"{_PASS}."
+        )
     return objective

@@ -1,4 +1,5 @@
-"""What a person sees of a search: one bar over trials x epochs while it runs, and where its time went."""
+"""What a person sees of a search: one bar over trials x epochs while it runs, and where its time
+went."""
 
 import math
 import sys
@@ -27,12 +28,14 @@ _SHARE = 0.01  # of the work: before it is done the pace says nothing
 _FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}, {remaining} left{postfix}]"
 
 
-# What standard error raises where there is none, where it is full or has no reader, where it is closed.
+# What standard error raises where there is none, where it is full or has no reader, where it is
+# closed.
 _NO_SCREEN = AttributeError, OSError, ValueError
 
 
 class _Screen:
-    """Standard error, as it is at each call. What it does not take is lost: a bar must not end a search."""
+    """Standard error, as it is at each call. What it does not take is lost: a bar must not end a
+    search."""
 
     def __getattr__(self, name: str) -> object:
         return getattr(sys.stderr, name)
@@ -53,32 +56,50 @@ class _Screen:
 
 def reading_bar(numbers: Sequence[int], *, verbose: int) -> Iterable[int]:
     """Go through numbers of items that are read, behind a bar where somebody watches."""
-    return cast(Iterable[int], Progress(verbose).new_bar(iterable=numbers, desc="reading X", unit="row"))
+    return cast(
+        Iterable[int], Progress(verbose).new_bar(iterable=numbers, desc="reading X", unit="row")
+    )
 
 
 class Progress:
-    """A bar that counts trial-epochs, or plain lines where standard error is no terminal; silent with ``verbose=0``.
+    """A bar that counts trial-epochs, or plain lines where standard error is no terminal; silent
+    with ``verbose=0``.
 
     ``words`` puts what is said in the words of the door that the search came through.
     """
 
     def __init__(
-        self, verbose: int, on_epoch: Callable[[np.ndarray], None] | None = None, words: Callable[[str], str] = str
+        self,
+        verbose: int,
+        on_epoch: Callable[[np.ndarray], None] | None = None,
+        words: Callable[[str], str] = str,
     ) -> None:
-        self.verbose, self.on_epoch, self.words_of = verbose, on_epoch, words
+        self.verbose = verbose
+        self.on_epoch = on_epoch
+        self.words_of = words
         self.scoring = "score"
         self.bar: Any = None
-        self.screen, notebook = _Screen(), "ipykernel" in sys.modules
+        self.screen = _Screen()
+        notebook = "ipykernel" in sys.modules
         self.plain = not self.screen.isatty() and not notebook
-        self.bar_file = None if notebook else self.screen  # tqdm knows itself where a notebook's goes
+        # tqdm knows itself where a notebook's goes
+        self.bar_file = None if notebook else self.screen
         self.begin = time.monotonic()
-        self.next_line, self.next_look = self.begin + _LINE_SECONDS, 0.0
+        self.next_line = self.begin + _LINE_SECONDS
+        self.next_look = 0.0
         # Called now and then with what the bar shows, for those who look from another process.
         self.on_look: Callable[[Json], object] | None = None
-        self.best, self.trials_done, self.trials, self.pruned = -math.inf, 0, 0, 0
+        self.best = -math.inf
+        self.trials_done = 0
+        self.trials = 0
+        self.pruned = 0
         self.said: set[str] = set()
-        self.epochs_done, self.epochs, self.unit = 0, 0, "trial-epochs"
-        self.members, self.processes, self.batches = 0, 1, 0
+        self.epochs_done = 0
+        self.epochs = 0
+        self.unit = "trial-epochs"
+        self.members = 0
+        self.processes = 1
+        self.batches = 0
 
     def say(self, text: str, *, once: bool = False) -> None:
         """Print a line unless ``verbose`` is 0; with ``once`` not again in this search."""
@@ -95,11 +116,14 @@ class Progress:
     def new_bar(self, **options: Any) -> Any:
         """Return a bar of tqdm's with some options, silent where nobody watches."""
         is_silent = self.verbose < 1 or self.plain
-        return tqdm(file=self.bar_file, disable=is_silent, dynamic_ncols=True, leave=False, **options)
+        return tqdm(
+            file=self.bar_file, disable=is_silent, dynamic_ncols=True, leave=False, **options
+        )
 
     @contextmanager
     def bar_over(self, trials: int, epochs: int) -> Iterator[None]:
-        """Show the bar inside, for so many trials more; inside of another bar, for a batch of its trials, that one."""
+        """Show the bar inside, for so many trials more; inside of another bar, for a batch of its
+        trials, that one."""
         if self.bar is not None:
             yield
             self.batches += 1
@@ -107,8 +131,11 @@ class Progress:
         if not self.epochs:
             self.begin = time.monotonic()
         self.unit = "trials" if epochs == 1 else "trial-epochs"
-        self.trials, self.epochs = self.trials_done + trials, self.epochs_done + trials * epochs
-        self.bar = self.new_bar(total=self.epochs, initial=self.epochs_done, bar_format=_FORMAT, unit=self.unit)
+        self.trials = self.trials_done + trials
+        self.epochs = self.epochs_done + trials * epochs
+        self.bar = self.new_bar(
+            total=self.epochs, initial=self.epochs_done, bar_format=_FORMAT, unit=self.unit
+        )
         self._show()
         try:
             yield
@@ -137,7 +164,8 @@ class Progress:
         self._show()
 
     def spare(self, trial_epochs: int, *, trials: int = 0) -> None:
-        """So many trial-epochs, and trials, will not be trained: they left early, or never began."""
+        """So many trial-epochs, and trials, will not be trained: they left early, or never
+        began."""
         self.trials -= trials
         self.epochs -= trial_epochs
         self.bar.total = self.epochs
@@ -146,11 +174,15 @@ class Progress:
     @property
     def words(self) -> str:
         """What the bar says beside its counts."""
-        measure, n = measure_of(self.scoring, self.best), self.processes
+        measure = measure_of(self.scoring, self.best)
+        n = self.processes
         best = f"{measure.name} {measure.text(self.best)}" if self.best > -math.inf else "-"
         members = f", {self.members} members{'' if n == 1 else f' in each of {n} processes'}"
         pruned = f", {self.pruned} pruned" if self.pruned else ""
-        return f"trials {self.trials_done}/{self.trials}, best {best}{members if self.members > 1 else ''}{pruned}"
+        return (
+            f"trials {self.trials_done}/{self.trials}, best "
+            f"{best}{members if self.members > 1 else ''}{pruned}"
+        )
 
     @property
     def seconds_left(self) -> float | None:
@@ -176,11 +208,14 @@ class Progress:
 PREPARING = "reading and preparing rows"
 """The name of a clock that is used in several places."""
 
-_SIZE, _REPEATS = 1024, 8  # of the square matrices whose product is the measure
+# of the square matrices whose product is the measure
+_SIZE = 1024
+_REPEATS = 8
 
 
 class Profile:
-    """Seconds of a search by what they were spent on, the arithmetic of its steps, and why it ended."""
+    """Seconds of a search by what they were spent on, the arithmetic of its steps, and why it
+    ended."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -192,9 +227,11 @@ class Profile:
 
     @contextmanager
     def clock(self, name: str) -> Iterator[None]:
-        """Count the time inside under a name; what is counted inside of it by another clock is not counted twice."""
+        """Count the time inside under a name; what is counted inside of it by another clock is not
+        counted twice."""
         self.seconds.setdefault(name, 0.0)  # in the order in which they begin
-        begin, others = time.perf_counter(), sum(self.seconds.values())
+        begin = time.perf_counter()
+        others = sum(self.seconds.values())
         try:
             yield
         finally:
@@ -202,33 +239,39 @@ class Profile:
             self.seconds[name] += time.perf_counter() - begin - inside
 
     def report(self, *, dtype: torch.dtype, device: torch.device) -> str:
-        """Return the table; it measures the product of large matrices on the device, for a fraction of a second."""
+        """Return the table; it measures the product of large matrices on the device, for a fraction
+        of a second."""
         total = time.perf_counter() - self.begin
         rest = max(0.0, total - sum(self.seconds.values()))
         workers, threads = (1, 1) if self.plan is None else (self.plan.workers, self.plan.threads)
-        steps, scores, lines = self.spent.steps, self.spent.scores, ["Where the time went:", ""]
+        steps = self.spent.steps
+        scores = self.spent.scores
+        lines = ["Where the time went:", ""]
         for name, seconds in [*self.seconds.items(), ("the rest", rest)]:
             lines.append(f"  {name:<30} {seconds:8.2f} s  {seconds / total:4.0%}")
             whole = seconds * workers
             if name == "training" and steps and whole:  # a descent and a solver are not told apart
                 waiting = max(0.0, whole - (steps + scores))
                 parts = {"steps": steps, "scores": scores, "starting, waiting, telling": waiting}
-                lines += [f"    {part:<32} {spent / whole:9.0%} of it" for part, spent in parts.items()]
+                lines += [
+                    f"    {part:<32} {spent / whole:9.0%} of it" for part, spent in parts.items()
+                ]
         if steps and self.spent.operations > 0:
             place = "a GPU" if device.type == "cuda" else count(workers * threads, "core")
             peak = product_speed(workers * threads, dtype, device)
             # Seconds of steps are added up over processes, of which each one has its threads.
             reached = self.spent.operations / (steps / workers)
             lines += [
-                f"\nSteps reached {reached / 1e9:.1f} GFLOP/s, {reached / peak:.0%} of the {peak / 1e9:.1f} that the "
-                f"product of two {_SIZE} x {_SIZE} matrices reaches here on {place} "
-                f"({str(dtype).removeprefix('torch.')})."
+                f"\nSteps reached {reached / 1e9:.1f} GFLOP/s, {reached / peak:.0%} of the "
+                f"{peak / 1e9:.1f} that the product of two {_SIZE} x {_SIZE} matrices reaches "
+                f"here on {place} ({str(dtype).removeprefix('torch.')})."
             ]
         return "\n".join(lines)
 
 
 def product_speed(cores: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Return floating-point operations a second of the product of large matrices: one on each core, or on a GPU."""
+    """Return floating-point operations a second of the product of large matrices: one on each core,
+    or on a GPU."""
     a, b = (torch.rand(_SIZE, _SIZE, dtype=dtype, device=device) for _ in range(2))
 
     def multiply(_: int) -> None:

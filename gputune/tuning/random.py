@@ -1,4 +1,5 @@
-"""Trials trained to the end (or solved): all drawn at once, or batch by batch as one of Optuna's samplers proposes."""
+"""Trials trained to the end (or solved): all drawn at once, or batch by batch as one of Optuna's
+samplers proposes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -33,11 +34,18 @@ _SOLVED_TOGETHER = 16  # trials of the solved logistic regression between two lo
 
 def train_fully(context: Context) -> bool:
     """Train what waits in the ledger, chunk by chunk; say whether there is time for more."""
-    return train_waiting(context, partial(_solve if context.choice.solved else _train, context), epochs=context.epochs)
+    return train_waiting(
+        context,
+        partial(_solve if context.choice.solved else _train, context),
+        epochs=context.epochs,
+    )
 
 
-def train_waiting(session: Session, train: Callable[[Sequence[Candidate]], Sequence[Chunk]], *, epochs: int) -> bool:
-    """Train what waits in the ledger; say whether time is left. ``train`` returns chunks of other processes."""
+def train_waiting(
+    session: Session, train: Callable[[Sequence[Candidate]], Sequence[Chunk]], *, epochs: int
+) -> bool:
+    """Train what waits in the ledger; say whether time is left. ``train`` returns chunks of other
+    processes."""
     ledger = session.ledger
     with session.progress.bar_over(len(ledger.waiting()), epochs):
         while waiting := ledger.waiting():
@@ -52,8 +60,10 @@ def train_waiting(session: Session, train: Callable[[Sequence[Candidate]], Seque
 
 
 def _train(context: Context, waiting: Sequence[Candidate]) -> list[Chunk]:
-    """Train the chunks that can be claimed; return those that other processes have where none can."""
-    ledger, epochs = context.ledger, context.epochs
+    """Train the chunks that can be claimed; return those that other processes have where none
+    can."""
+    ledger = context.ledger
+    epochs = context.epochs
 
     def make(configs: Sequence[Config]) -> Plan:
         return context.plan(configs, epochs=epochs).answering_early(context.data.n_folds)
@@ -71,11 +81,16 @@ def _train(context: Context, waiting: Sequence[Candidate]) -> list[Chunk]:
         numbers = [trial.number for trial in recorded.trials]
         plan = _with_begun(recorded, context.checkpoints_of(numbers, recorded.configs))
         context.progress.plan(plan)
-        checkpointing, patience = context.checkpointing(numbers), context.options.patience
-        job = context.trainer.job(Job, epochs=epochs, checkpointing=checkpointing, patience=patience)
+        checkpointing = context.checkpointing(numbers)
+        patience = context.options.patience
+        job = context.trainer.job(
+            Job, epochs=epochs, checkpointing=checkpointing, patience=patience
+        )
         for outcome in context.train(job, plan, claim=claim, may_begin=context.may_begin(recorded)):
             if isinstance(outcome, Failure):
-                context.finish([failed_result(numbers[outcome.index[0]], context.no_curve, outcome.reason)])
+                context.finish(
+                    [failed_result(numbers[outcome.index[0]], context.no_curve, outcome.reason)]
+                )
             else:
                 _keep(context, recorded.trials, outcome)
     return []
@@ -83,9 +98,14 @@ def _train(context: Context, waiting: Sequence[Candidate]) -> list[Chunk]:
 
 def _solve(context: Context, waiting: Sequence[Candidate]) -> list[Chunk]:
     def cut(new: Sequence[Candidate]) -> list[tuple[Sequence[int], int, int]]:
-        threads, alike = torch.get_num_threads(), by_numbers([trial.params for trial in new])
+        threads = torch.get_num_threads()
+        alike = by_numbers([trial.params for trial in new])
         together = [(part, range(0, len(part), _SOLVED_TOGETHER)) for part in alike]
-        return [(part[n : n + _SOLVED_TOGETHER], threads, 1) for part, begins in together for n in begins]
+        return [
+            (part[n : n + _SOLVED_TOGETHER], threads, 1)
+            for part, begins in together
+            for n in begins
+        ]
 
     chunks = context.ledger.chunks(waiting, 0, cut)
     by_number = {trial.number: trial for trial in context.ledger.candidates}
@@ -106,7 +126,8 @@ def _solve(context: Context, waiting: Sequence[Candidate]) -> list[Chunk]:
 
 
 def _keep(context: Context, trials: Sequence[Candidate], outcome: Outcome) -> None:
-    patience, results = context.options.patience, []
+    patience = context.options.patience
+    results = []
     context.profile.spent += outcome.spent
     if not context.is_over():
         context.progress.spare(len(outcome.index) * (context.epochs - outcome.epochs))
@@ -114,11 +135,14 @@ def _keep(context: Context, trials: Sequence[Candidate], outcome: Outcome) -> No
         epochs = outcome.epochs
         if patience is not None:
             stalled = stalled_epochs(first_metric(curve, axes=2)[None, :epochs].mean(2))[0]
-            # By the curve alone: a trial that went on from a checkpoint may have trained for an epoch more.
+            # By the curve alone: a trial that went on from a checkpoint may have trained for an
+            # epoch more.
             if (ends := np.flatnonzero(stalled >= patience)).size:
                 epochs = int(ends[0]) + 1
                 curve = curve[:epochs]
-        number, rule, share = trials[i].number, context.options.epoch, outcome.seconds / len(outcome.index)
+        number = trials[i].number
+        rule = context.options.epoch
+        share = outcome.seconds / len(outcome.index)
         results.append(Result.of_curve(number, curve, epochs=epochs, rule=rule, seconds=share))
     context.finish(results, {trials[i].number: one for i, one in outcome.outputs.items()})
 
@@ -131,8 +155,10 @@ def wait_for_others(session: Session, chunks: Sequence[Chunk]) -> None:
 
 
 def _with_begun(recorded: RecordedPlan, checkpoints: Sequence[Checkpoint]) -> Plan:
-    """Return a plan whose chunks go on from checkpoints: these come first, in their old company, for the same bits."""
-    place, plan = {trial.number: i for i, trial in enumerate(recorded.trials)}, recorded.plan
+    """Return a plan whose chunks go on from checkpoints: these come first, in their old company,
+    for the same bits."""
+    place = {trial.number: i for i, trial in enumerate(recorded.trials)}
+    plan = recorded.plan
     begun: list[Population] = []
     taken: set[int] = set()
     for checkpoint in checkpoints:
@@ -143,28 +169,43 @@ def _with_begun(recorded: RecordedPlan, checkpoints: Sequence[Checkpoint]) -> Pl
         configs = tuple(recorded.configs[i] for i in index)
         so_far = checkpoint.state, checkpoint.alive, checkpoint.curves, checkpoint.seconds
         begun.append(BegunChunk(plan.chunks[0].kind, index, configs, *so_far))
-    rest = [chunk.select([c for c, i in enumerate(chunk.index) if i not in taken]) for chunk in plan.chunks]
+    rest = [
+        chunk.select([c for c, i in enumerate(chunk.index) if i not in taken])
+        for chunk in plan.chunks
+    ]
     return replace(plan, chunks=(*begun, *(chunk for chunk in rest if chunk.index)))
 
 
 def check_sampling(method: OptunaSampler, space: Space, context: Context) -> None:
-    """Raise InputError where the sampler cannot be asked for this space, before anything is kept or trained."""
+    """Raise InputError where the sampler cannot be asked for this space, before anything is kept or
+    trained."""
     check_askable(space)
     if "penalty" in space[0]:
-        words = "space must have 'l1_ratio' in the place of its older word 'penalty' for an Optuna sampler"
+        words = (
+            "space must have 'l1_ratio' in the place of its older word 'penalty' for an Optuna "
+            "sampler"
+        )
         raise InputError(f"{words}: 0 is l2, 1 is l1, C=inf is none.")
     if method.halving is not None:
         check_rungs(method.halving, context)
 
 
 def sample(
-    session: Session, space: Space, train: Callable[[], bool], *, epochs: int, check: ConfigCheck = check_config
+    session: Session,
+    space: Space,
+    train: Callable[[], bool],
+    *,
+    epochs: int,
+    check: ConfigCheck = check_config,
 ) -> None:
-    """Train what waits, tell the sampler all results in order, then ask, train and tell batch by batch.
+    """Train what waits, tell the sampler all results in order, then ask, train and tell batch by
+    batch.
 
-    This process alone does so: a batch depends on every result of the last. ``train`` says whether the search goes on.
+    This process alone does so: a batch depends on every result of the last. ``train`` says whether
+    the search goes on.
     """
-    ledger, method = session.ledger, session.options.method
+    ledger = session.ledger
+    method = session.options.method
     assert isinstance(method, OptunaSampler)
     if not train() or not _n_missing(session):
         return
@@ -174,7 +215,9 @@ def sample(
             proposals = [study.ask() for _ in range(missing)]
             number = 1 + max((c.number for c in ledger.candidates), default=-1)
             batch = f"{BATCH}{1 + max(map(batch_of, ledger.candidates), default=0)}"
-            ledger.add([Candidate(number + i, params, batch) for i, (_, params) in enumerate(proposals)])
+            ledger.add(
+                [Candidate(number + i, params, batch) for i, (_, params) in enumerate(proposals)]
+            )
             if not train():
                 return
             for i, (trial, _) in enumerate(proposals):
@@ -189,7 +232,8 @@ def _n_missing(session: Session) -> int:
 
 
 def train_batches(context: Context, method: OptunaSampler) -> bool:
-    """Train what waits in the ledger together, with halving each batch by itself; False where time is over."""
+    """Train what waits in the ledger together, with halving each batch by itself; False where time
+    is over."""
     ledger = context.ledger
     if method.halving is None:
         return train_fully(context) if ledger.waiting() else not context.is_over()
@@ -200,39 +244,53 @@ def train_batches(context: Context, method: OptunaSampler) -> bool:
 
 
 def _study_so_far(session: Session, make: Callable[..., OptunaStudy]) -> OptunaStudy:
-    """Return a study of a fresh copy of the sampler in which all results so far have been told, in order.
+    """Return a study of a fresh copy of the sampler in which all results so far have been told, in
+    order.
 
-    The copy is asked again for what it was asked before. A seeded sampler proposes the same again, and then goes on as
-    if it had never stopped. Where it proposes something else, a reseeded copy is told what was tried in the place of
-    its proposals.
+    The copy is asked again for what it was asked before. A seeded sampler proposes the same again,
+    and then goes on as if it had never stopped. Where it proposes something else, a reseeded copy
+    is told what was tried in the place of its proposals.
     """
     progress = session.progress
     for reseed in (False, True):
         study = make(reseed=reseed)
         for earlier in session.options.warm_start:
             if (other := earlier.record.scoring) != progress.scoring:
-                words = f"a study of {other} says nothing of {progress.scoring}, so the sampler is not told its scores."
+                words = (
+                    f"a study of {other} says nothing of {progress.scoring}, so the sampler is "
+                    "not told its scores."
+                )
                 progress.say(f"note: warm_start: {words}", once=True)
                 continue
             for t in earlier.trials:
                 if t.state == "complete":
                     curve = np.array([t.fold_scores])
-                    study.add(t.params, Result(t.number, t.state, t.score, t.fold_scores, 1, t.seconds, curve))
+                    study.add(
+                        t.params,
+                        Result(t.number, t.state, t.score, t.fold_scores, 1, t.seconds, curve),
+                    )
         if _repeat(study, session, enqueue=reseed):
             break
-        words = "the sampler does not propose the finished trials again (it has no seed, or is another one)"
+        words = (
+            "the sampler does not propose the finished trials again (it has no seed, or is "
+            "another one)"
+        )
         progress.say(f"note: {words}; a reseeded copy of it is told their results.", once=True)
     return study
 
 
 def _repeat(study: OptunaStudy, session: Session, *, enqueue: bool) -> bool:
-    """Tell all results, with ``enqueue`` in the place of proposals; False where a proposal is another than it was."""
+    """Tell all results, with ``enqueue`` in the place of proposals; False where a proposal is
+    another than it was."""
     results = session.ledger.results
     for batch, group in groupby(session.ledger.candidates, batch_of):
         candidates = list(group)
         if batch == 0:
             for c in (c for c in candidates if not study.add(c.params, results[c.number])):
-                words = f"trial {c.number} ({c.origin}) is not in the space, so the sampler is not told."
+                words = (
+                    f"trial {c.number} ({c.origin}) is not in the space, so the sampler is not "
+                    "told."
+                )
                 session.progress.say(f"note: {words}")
             continue
         proposals = [study.ask(c.params if enqueue else None) for c in candidates]

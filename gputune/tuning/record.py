@@ -1,4 +1,5 @@
-"""The record of a search, made from its options; and the search made from its record, for a resume and a refit."""
+"""The record of a search, made from its options; and the search made from its record, for a resume
+and a refit."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,13 +12,26 @@ import torch
 
 from gputune.data.dataset import Rows
 from gputune.data.folds import pack_folds, unpack_folds
-from gputune.data.source import Source, digest_of, fingerprint, read_apart, rows_difference, table_size
+from gputune.data.source import (
+    Source,
+    digest_of,
+    fingerprint,
+    read_apart,
+    rows_difference,
+    table_size,
+)
 from gputune.data.target import TaskWord, check_target
 from gputune.data.target_transform import is_known, transform_from_json, transform_to_json
 from gputune.engine.checkpoint import CheckpointFolder
 from gputune.errors import InputError, UntrustedCodeError
 from gputune.executors.ray_cluster import Ray
-from gputune.methods.distributions import Space, describe, space_from_json, space_text, space_to_json
+from gputune.methods.distributions import (
+    Space,
+    describe,
+    space_from_json,
+    space_text,
+    space_to_json,
+)
 from gputune.methods.optuna import OptunaSampler
 from gputune.scoring.metrics import has_function
 from gputune.study.code import digest_of_code, is_remembered
@@ -31,52 +45,94 @@ from gputune.version import __version__
 
 
 def search_record(
-    context: Context, space: Space, folds: Sequence[Rows], notes: Sequence[str], baseline: Json | None
+    context: Context,
+    space: Space,
+    folds: Sequence[Rows],
+    notes: Sequence[str],
+    baseline: Json | None,
 ) -> SearchRecord:
     """Return what a study holds beside its trials; ``notes`` are those on the trials."""
-    problem, cluster, data, scoring = context.problem, context.trainer.cluster, context.data, context.scoring
-    choice, options, target, objective = problem.choice, problem.options, problem.target, problem.objective
+    problem = context.problem
+    cluster = context.trainer.cluster
+    data = context.data
+    scoring = context.scoring
+    choice = problem.choice
+    options = problem.options
+    target = problem.target
+    objective = problem.objective
     classes = None if target.classes is None else target.classes.tolist()
     metrics: list[Json] = []
     for metric in (scoring, *scoring.others):
         positive = None if classes is None or metric.positive is None else classes[metric.positive]
         metrics.append({"name": metric.label, "scorer": metric.name, "positive": positive})
-    parts = objective and {"loss": objective.loss, "training_step": objective.step, "augment": objective.augment}
+    parts = objective and {
+        "loss": objective.loss,
+        "training_step": objective.step,
+        "augment": objective.augment,
+    }
     positives = (one["positive"] for one in metrics if one["positive"] is not None)
     return SearchRecord(
-        model=choice.name, spec=choice.spec, optimizer=choice.optimizer, schedule=options.schedule,
-        space=space_text(space), distributions=distributions(space), method=method_to_json(options.method),
-        task=target.task, target=target.name, target_transform=transform_to_json(options.target_transform),
-        classes=classes, source=problem.source.origin, fingerprint=fingerprint(problem.source.X, target),
-        features=problem.n_features, columns=problem.columns, numbers=problem.numbers, max_levels=options.max_levels,
+        model=choice.name,
+        spec=choice.spec,
+        optimizer=choice.optimizer,
+        schedule=options.schedule,
+        space=space_text(space),
+        distributions=distributions(space),
+        method=method_to_json(options.method),
+        task=target.task,
+        target=target.name,
+        target_transform=transform_to_json(options.target_transform),
+        classes=classes,
+        source=problem.source.origin,
+        fingerprint=fingerprint(problem.source.X, target),
+        features=problem.n_features,
+        columns=problem.columns,
+        numbers=problem.numbers,
+        max_levels=options.max_levels,
         notes=[*problem.layout.notes, *notes],
         class_weight=None if options.class_weight is None else repr(options.class_weight),
-        sample_weight=None if options.sample_weight is None else digest_of(np.asarray(options.sample_weight)),
-        cv=repr(options.cv) if isinstance(options.cv, int | np.integer) else type(options.cv).__name__,
+        sample_weight=None
+        if options.sample_weight is None
+        else digest_of(np.asarray(options.sample_weight)),
+        cv=repr(options.cv)
+        if isinstance(options.cv, int | np.integer)
+        else type(options.cv).__name__,
         folds=data.n_folds,
-        splits=digest_of(*(rows.cpu().numpy() for fold in data.folds for rows in (fold.train, fold.valid))),
+        splits=digest_of(
+            *(rows.cpu().numpy() for fold in data.folds for rows in (fold.train, fold.valid))
+        ),
         objective="" if objective is None else objective.name_unless_default(target.task),
         code={name: digest_of_code(part) for name, part in (parts or {}).items() if callable(part)},
-        scoring=scoring.name, metrics=metrics if scoring.others else [], positive=next(positives, None),
-        baseline=baseline, epoch=options.epoch, patience=options.patience,
-        max_epochs=1 if choice.solved else options.max_epochs, seed=options.random_state,
-        dtype=str(data.dtype).removeprefix("torch."), device=str(data.device) if cluster is None else cluster.device,
-        versions=versions(), arguments=_arguments(options, problem.source, space, folds),
-    )  # fmt: skip
+        scoring=scoring.name,
+        metrics=metrics if scoring.others else [],
+        positive=next(positives, None),
+        baseline=baseline,
+        epoch=options.epoch,
+        patience=options.patience,
+        max_epochs=1 if choice.solved else options.max_epochs,
+        seed=options.random_state,
+        dtype=str(data.dtype).removeprefix("torch."),
+        device=str(data.device) if cluster is None else cluster.device,
+        versions=versions(),
+        arguments=_arguments(options, problem.source, space, folds),
+    )
 
 
 def _arguments(options: Options, source: Source, space: Space, folds: Sequence[Rows]) -> Arguments:
     values = space_to_json(space)
     is_lacking = {
         "X and y, which were in memory": source.origin is None,
-        "groups, which were in memory": source.groups is not None and not (source.origin or {}).get("groups"),
+        "groups, which were in memory": source.groups is not None
+        and not (source.origin or {}).get("groups"),
         "scoring, a function": has_function(options.scoring),
         "loss, a function": callable(options.loss),
         "training_step, a function": options.training_step is not None,
         "augment, a function": options.augment is not None,
         "class_weight": not _is_storable(options.class_weight),
         "sample_weight": options.sample_weight is not None,
-        "target_transform, an object of your own": not is_known(transform_to_json(options.target_transform)),
+        "target_transform, an object of your own": not is_known(
+            transform_to_json(options.target_transform)
+        ),
         "space, with an object of your own": values is None,
         "method, with a sampler of Optuna's": isinstance(options.method, OptunaSampler),
     }
@@ -85,24 +141,37 @@ def _arguments(options: Options, source: Source, space: Space, folds: Sequence[R
     if isinstance(options.workers, Ray):
         kept["workers"] = asdict(options.workers)
     callbacks = [type(callback).__name__ for callback in options.callbacks]
-    return Arguments(kept=kept, space=values, folds=pack_folds(folds), lacking=lacking, callbacks=callbacks)
+    return Arguments(
+        kept=kept, space=values, folds=pack_folds(folds), lacking=lacking, callbacks=callbacks
+    )
 
 
 def recorded_options(record: SearchRecord, **changed: object) -> Options:
     """Return the options of a search as far as its record tells them, some of them ``changed``."""
-    known = {part.argument: getattr(record, name) for name, part in PARTS.items() if part.argument in RULES}
-    kept, transform = record.arguments.kept, record.target_transform
+    known = {
+        part.argument: getattr(record, name)
+        for name, part in PARTS.items()
+        if part.argument in RULES
+    }
+    kept = record.arguments.kept
+    transform = record.target_transform
     known["target_transform"] = None if transform is None else transform_from_json(transform)
     known |= {name: kept[name] for name in KEPT if name in kept}
     return Options(**{**known, "method": method_from_json(record.method), **changed})
 
 
 def versions() -> dict[str, str]:
-    return {"gputune": __version__, "torch": torch.__version__, "sklearn": sklearn.__version__, "numpy": np.__version__}
+    return {
+        "gputune": __version__,
+        "torch": torch.__version__,
+        "sklearn": sklearn.__version__,
+        "numpy": np.__version__,
+    }
 
 
 def distributions(space: Space) -> dict[str, Json]:
-    """What an export to Optuna knows of each key: the law it is drawn from, where one law is all and Optuna has it."""
+    """What an export to Optuna knows of each key: the law it is drawn from, where one law is all
+    and Optuna has it."""
     laws = {key: describe(choices) for part in space for key, choices in part.items()}
     many = {key for key in laws if sum(key in part for part in space) > 1}
     return {key: law for key, law in laws.items() if law is not None and key not in many}
@@ -117,13 +186,16 @@ def _is_storable(value: object) -> bool:
 
 
 def checkpoint_folder(study: Path | None, record: SearchRecord) -> CheckpointFolder | None:
-    """Return the folder of a study's checkpoints, ``study.db.state`` beside ``study.db``; None without a study."""
+    """Return the folder of a study's checkpoints, ``study.db.state`` beside ``study.db``; None
+    without a study."""
     if study is None:
         return None
     values = {name: getattr(record, name) for name, part in PARTS.items() if part.training}
     # Without these as it was before there were such.
     later = {"metrics": record.metrics, "code": record.code, "max_levels": record.max_levels}
-    values |= {name: value for name, value in later.items() if value and value != SearchRecord.max_levels}
+    values |= {
+        name: value for name, value in later.items() if value and value != SearchRecord.max_levels
+    }
     return CheckpointFolder(Path(f"{study}.state"), sha256(to_json(values, name="checkpoint")))
 
 
@@ -131,8 +203,10 @@ def checkpoint_folder(study: Path | None, record: SearchRecord) -> CheckpointFol
 class RecordedSearch:
     """A search as it was begun.
 
-    ``test`` are the rows that it held out, if it did; ``outputs`` those of its trials by number that no file keeps.
-    ``final_model`` has the options of the model that the command line saves at the end, see ``Arguments``.
+    ``test`` are the rows that it held out, if it did; ``outputs`` those of its trials by number
+    that no file keeps.
+    ``final_model`` has the options of the model that the command line saves at the end, see
+    ``Arguments``.
     """
 
     choice: ModelChoice
@@ -146,12 +220,17 @@ class RecordedSearch:
 def recorded_search(
     path: Path, record: SearchRecord, changed: Mapping[str, object], *, trust_code: bool = False
 ) -> RecordedSearch:
-    """Return the search of a study file, some options ``changed``. Raises InputError, UntrustedCodeError."""
-    arguments, file = record.arguments, repr(str(path))
+    """Return the search of a study file, some options ``changed``. Raises InputError,
+    UntrustedCodeError."""
+    arguments = record.arguments
+    file = repr(str(path))
     kept = {**arguments.kept, **changed}
     why = ""
     if record.face == "sklearn":
-        why = f"is of {record.method}, which searched scikit-learn's estimators: a search of that face is not resumed."
+        why = (
+            f"is of {record.method}, which searched scikit-learn's estimators: a search of that "
+            "face is not resumed."
+        )
     elif record.face == "loop":
         repeat = f"repeat the call with study={file}, which goes on where it stopped"
         why = f"is of gputune.search, whose training loop is in no file: {repeat}."
@@ -161,10 +240,19 @@ def recorded_search(
     elif arguments.lacking:
         of_command = "test_size" in (record.source or {})  # which alone keeps rows apart
         call = "command that began it" if of_command else f"call of gputune.tune(..., study={file})"
-        why = f"does not hold: {'; '.join(arguments.lacking)}. Repeat the {call}, which goes on where it stopped."
+        why = (
+            f"does not hold: {'; '.join(arguments.lacking)}. Repeat the {call}, which goes on "
+            "where it stopped."
+        )
     elif kept.get("n_trials") == 0:
-        remedy = "repeat the command or call that trained one of them, or search from here with n_trials=8 or more"
-        why = f"holds configurations that were trained one by one, and no search that could go on; {remedy}."
+        remedy = (
+            "repeat the command or call that trained one of them, or search from here with "
+            "n_trials=8 or more"
+        )
+        why = (
+            "holds configurations that were trained one by one, and no search that could go on; "
+            f"{remedy}."
+        )
     if why:
         raise InputError(f"study {file} {why}")
     study = path.absolute()  # wherever a module of the user's goes meanwhile
@@ -175,24 +263,36 @@ def recorded_search(
         workers = Ray(**workers)
         # A cluster elsewhere gets the rows, and answers in pickles, which are code.
         if not trust_code and workers.is_elsewhere and not is_remembered(workers.address):
-            why = "which would get its rows and could run code here, and which you have not trained on"
-            raise UntrustedCodeError(f"the study names the Ray cluster {workers.address!r}, {why} from this machine.")
-    space, folds = space_from_json(arguments.space or ()), unpack_folds(arguments.folds)
-    options = recorded_options(record, **{**changed, "workers": workers}, space=space, cv=folds, study=study)
+            why = (
+                "which would get its rows and could run code here, and which you have not "
+                "trained on"
+            )
+            raise UntrustedCodeError(
+                f"the study names the Ray cluster {workers.address!r}, {why} from this machine."
+            )
+    space = space_from_json(arguments.space or ())
+    folds = unpack_folds(arguments.folds)
+    options = recorded_options(
+        record, **{**changed, "workers": workers}, space=space, cv=folds, study=study
+    )
     return RecordedSearch(choice, source, options, test, final_model=arguments.final_model)
 
 
 def _reread(record: SearchRecord, choice: ModelChoice) -> tuple[Source, Source | None]:
     """Return the rows of a search, read again from its file, and those that it held out."""
     assert record.source is not None  # rows in memory are lacking
-    origin, file = record.source, repr(record.source["path"])
+    origin = record.source
+    file = repr(record.source["path"])
     try:
         source, test = read_apart(origin, module=choice.takes_arrays)
     except FileNotFoundError as error:
         remedy = "put it back, or repeat the first call with its new place"
         raise InputError(f"the search cannot go on: its data {file} is gone; {remedy}.") from error
-    target = check_target(source.y, task=cast(TaskWord, record.task), n_rows=len(source.X), name=source.target)
-    change, held_out = "", origin.get("held_out")
+    target = check_target(
+        source.y, task=cast(TaskWord, record.task), n_rows=len(source.X), name=source.target
+    )
+    change = ""
+    held_out = origin.get("held_out")
     if (now := fingerprint(source.X, target)) != record.fingerprint:
         sizes = table_size(record.fingerprint, origin), table_size(now, source.origin)
         change = f"have changed since it was begun ({rows_difference(*sizes)})"

@@ -1,4 +1,5 @@
-"""From a study to its tuned model: the best configuration trained again on all rows of the study."""
+"""From a study to its tuned model: the best configuration trained again on all rows of the
+study."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -42,7 +43,8 @@ from gputune.version import __version__
 
 @dataclass(frozen=True, eq=False)
 class Search:
-    """The search of a study as it was: what trains its trials again. ``rows`` is the fingerprint of those at hand."""
+    """The search of a study as it was: what trains its trials again. ``rows`` is the fingerprint of
+    those at hand."""
 
     study: Study
     problem: Problem
@@ -59,19 +61,25 @@ class Search:
     @property
     def objective(self) -> Objective | None:
         """The loss of a module as ``neg_loss`` ranks the trials by it."""
-        objective, space = self.problem.objective, self.study.record.arguments.space
+        objective = self.problem.objective
+        space = self.study.record.arguments.space
         if objective is None:
             return None
         # A space with an object of the user's own is in no file; its trials tell of it.
-        trained = [{name: [value] for name, value in trial.params.items()} for trial in self.study.trials]
+        trained = [
+            {name: [value] for name, value in trial.params.items()} for trial in self.study.trials
+        ]
         return objective.of_space(trained if space is None else space_from_json(space))
 
     def config(self, trial: Trial) -> Config:
         """Return the complete configuration of a trial, and how it prepares numbers."""
-        return self.choice.complete({"numbers": self.problem.numbers, **trial.params}, self.options.schedule)
+        return self.choice.complete(
+            {"numbers": self.problem.numbers, **trial.params}, self.options.schedule
+        )
 
     def evaluation_draws(self, data: Dataset, trial: Trial) -> EvaluationDraws | None:
-        """Return what members of a trial draw when they are evaluated; None if they do not. They were trained here."""
+        """Return what members of a trial draw when they are evaluated; None if they do not. They
+        were trained here."""
         config = self.config(trial)
         data = data.of(config)
         traits = known_traits(self.choice.module_class, data).get(arguments_text(config))
@@ -83,14 +91,21 @@ class Search:
         return EvaluationDraws(self.options.random_state, trial.best_epoch, rows, traits.host_draws)
 
     def note_on_draws(self, data: Dataset, trials: Sequence[Trial]) -> Config:
-        """Return what the ``info`` of a model of some trials says of draws in predictions: nothing if it makes none."""
+        """Return what the ``info`` of a model of some trials says of draws in predictions: nothing
+        if it makes none."""
         draws = [self.evaluation_draws(data, trial) for trial in trials]
         return {"draws": True} if any(draws) else {}
 
     def train(
-        self, data: Dataset, trials: Sequence[Trial], *, seed: int | None = None, progress: Progress = unseen
+        self,
+        data: Dataset,
+        trials: Sequence[Trial],
+        *,
+        seed: int | None = None,
+        progress: Progress = unseen,
     ) -> list[list[nn.Module]]:
-        """Train trials each to its best epoch; return the member of every fold of the data. Raises DivergedError."""
+        """Train trials each to its best epoch; return the member of every fold of the data. Raises
+        DivergedError."""
         configs = [self.config(trial) for trial in trials]
         if self.choice.solved:
             members: list[list[nn.Module]] = [[] for _ in configs]
@@ -102,7 +117,8 @@ class Search:
                     members[place] = [solved_module(solution, number) for number in numbers]
         else:
             trainer = self._trainer(data, self.options.random_state if seed is None else seed)
-            epochs, descent = [trial.best_epoch for trial in trials], self.options.method
+            epochs = [trial.best_epoch for trial in trials]
+            descent = self.options.method
             with matrix_products(tf32=self.options.tf32):
                 if isinstance(descent, Hypergradient):
                     members = [[trainer.train_scheduled(configs[0], descent, epochs=epochs[0])]]
@@ -113,51 +129,88 @@ class Search:
         for trial, modules in zip(trials, members):
             if not all(bool(w.isfinite().all()) for module in modules for w in module.parameters()):
                 other = "give the next best configuration, or a smaller lr, a search of its own"
-                raise DivergedError(f"trial {trial.number} diverged when it was trained on all rows; {other}.")
+                raise DivergedError(
+                    f"trial {trial.number} diverged when it was trained on all rows; {other}."
+                )
         return members
 
     def _trainer(self, data: Dataset, seed: int) -> Trainer:
-        options, choice = self.options, self.choice
+        options = self.options
+        choice = self.choice
         backend: Backend = "eager"
         if not isinstance(options.method, Hypergradient):
             backend, _ = choose_backend(options.backend, data.device, data.dtype, choice.kind)
         return Trainer(
-            data=data, kind=choice.kind, module_class=choice.module_class, objective=self.problem.objective, seed=seed,
-            horizon=options.max_epochs, backend=backend, precision=options.precision,
-        )  # fmt: skip
+            data=data,
+            kind=choice.kind,
+            module_class=choice.module_class,
+            objective=self.problem.objective,
+            seed=seed,
+            horizon=options.max_epochs,
+            backend=backend,
+            precision=options.precision,
+        )
 
     def dataset(self, folds: Sequence[Rows] | None, trials: Sequence[Trial]) -> Dataset:
-        """Return the data of some folds (None: of all rows) as the first trial reads them, where trials train there."""
+        """Return the data of some folds (None: of all rows) as the first trial reads them, where
+        trials train there."""
         folds = [all_rows(len(self.problem.source.X))] if folds is None else folds
         configs = [self.config(trial) for trial in trials]
         device = self.problem.device_choice(folds, configs).device
         return replace(self.problem, numbers=configs[0]["numbers"]).dataset(folds, device)
 
     def model(
-        self, module: nn.Module, data: Dataset, spec: Config, info: Config, statistics: Statistics | None = None
+        self,
+        module: nn.Module,
+        data: Dataset,
+        spec: Config,
+        info: Config,
+        statistics: Statistics | None = None,
     ) -> TunedModel:
-        """Return the tuned model of a module trained on all rows; ``statistics``: of the data where none are given."""
-        target, record, loss = self.problem.target, self.study.record, self.objective
+        """Return the tuned model of a module trained on all rows; ``statistics``: of the data where
+        none are given."""
+        target = self.problem.target
+        record = self.study.record
+        loss = self.objective
         groups = (record.source or {}).get("groups")
-        # A series that was the target is named as its column, which frames to be predicted may still have.
+        # A series that was the target is named as its column, which frames to be predicted may
+        # still have.
         names = groups, getattr(self.problem.source.y, "name", None)
         unread = [*self.options.drop, *(name for name in names if isinstance(name, str))]
         info = info | {
-            "scoring": record.scoring, "positive": record.ranked_class, "loss": record.objective,
-            **({"loss_arguments": loss.fixed} if loss is not None and loss.is_named and loss.fixed else {}),
-            "trials": len(self.study.trials), "rows": self.rows["rows"], "fingerprint": self.rows,
+            "scoring": record.scoring,
+            "positive": record.ranked_class,
+            "loss": record.objective,
+            **(
+                {"loss_arguments": loss.fixed}
+                if loss is not None and loss.is_named and loss.fixed
+                else {}
+            ),
+            "trials": len(self.study.trials),
+            "rows": self.rows["rows"],
+            "fingerprint": self.rows,
             "versions": {"gputune": __version__, "torch": torch.__version__},
             **({"drop": unread} if unread else {}),
-            "trained_rows": sample_of_rows(self.problem.layout, self.problem.source.X, target.values),
-        }  # fmt: skip
+            "trained_rows": sample_of_rows(
+                self.problem.layout, self.problem.source.X, target.values
+            ),
+        }
         units = [one[0].cpu() for one in (data.center, data.scale)]
         center, scale = (float(one) if one.dim() == 0 else one.numpy() for one in units)
         return TunedModel(
-            module=module, layout=self.problem.layout, task=target.task, classes=target.classes, target=target.name,
-            statistics=data.statistics[0] if statistics is None else statistics, center=center, scale=scale,
-            dtype=data.dtype, transform=data.transforms[0] if data.transforms else None,
-            spec={**self.choice.spec, **spec}, info=info,
-        )  # fmt: skip
+            module=module,
+            layout=self.problem.layout,
+            task=target.task,
+            classes=target.classes,
+            target=target.name,
+            statistics=data.statistics[0] if statistics is None else statistics,
+            center=center,
+            scale=scale,
+            dtype=data.dtype,
+            transform=data.transforms[0] if data.transforms else None,
+            spec={**self.choice.spec, **spec},
+            info=info,
+        )
 
     def arguments(self, trial: Trial, data: Dataset) -> Config:
         """Return with what the module of a trial is built."""
@@ -168,18 +221,21 @@ class Search:
         return size | module_arguments(config)
 
     def seeds(self, seeds: Sequence[int]) -> Config:
-        """Return the seeds of the modules of a model, as its spec has them; none of built-in models."""
+        """Return the seeds of the modules of a model, as its spec has them; none of built-in
+        models."""
         return {"seeds": list(seeds)} if self.choice.kind == "module" else {}
 
     def score(self, score: float, std_error: float) -> Config:
-        """Return a score as the ``info`` of a model has it: that of the rows of the search, and of no others."""
+        """Return a score as the ``info`` of a model has it: that of the rows of the search, and of
+        no others."""
         same = self.rows == self.study.record.fingerprint
         return {"score": score, "std_error": std_error} if same else {}
 
 
 @dataclass(frozen=True)
 class Access:
-    """How a call reaches the rows and the code of a study: X and y, or its own; no others where ``check``."""
+    """How a call reaches the rows and the code of a study: X and y, or its own; no others where
+    ``check``."""
 
     study: Study
     X: object = None
@@ -193,17 +249,24 @@ class Access:
 
 
 def search_of(access: Access) -> Search:
-    """Return the search of a study on the rows of a call. Raises InputError where there are none, or others."""
-    study, own = access.study, access.X is None
+    """Return the search of a study on the rows of a call. Raises InputError where there are none,
+    or others."""
+    study = access.study
+    own = access.X is None
     from_file = study.file if own and study.data is None else None
     with nullcontext() if from_file is None else option_errors(from_file):
         known = _read_search(access)
-    # How many classes there are is for the rows to say: others may have two where the study's have three.
-    task = cast(TaskWord, "classification" if study.record.classes is not None else study.record.task)
+    # How many classes there are is for the rows to say: others may have two where the study's have
+    # three.
+    task = cast(
+        TaskWord, "classification" if study.record.classes is not None else study.record.task
+    )
     problem = make_problem(known.source, task, known.choice, known.options)
     # Rows that the process has kept are the study's own.
     is_kept = study.data is not None and own
-    rows = dict(study.record.fingerprint) if is_kept else fingerprint(known.source.X, problem.target)
+    rows = (
+        dict(study.record.fingerprint) if is_kept else fingerprint(known.source.X, problem.target)
+    )
     search = Search(study, problem, rows)
     if access.check and rows != study.record.fingerprint:
         raise InputError(_other_rows(search, access))
@@ -213,21 +276,30 @@ def search_of(access: Access) -> Search:
 def refit_trial(search: Search, one: Trial) -> TunedModel:
     data = search.dataset(None, [one])
     ((module,),) = search.train(data, [one])
-    info = {"params": one.params, "epochs": one.best_epoch, **search.score(one.score, one.std_error)}
+    info = {
+        "params": one.params,
+        "epochs": one.best_epoch,
+        **search.score(one.score, one.std_error),
+    }
     info |= search.note_on_draws(data, [one])
     spec = {"kwargs": search.arguments(one, data), **search.seeds([search.options.random_state])}
     return search.model(module, data, spec, info)
 
 
 def _read_search(access: Access) -> RecordedSearch:
-    """Return the model, the rows and the options of the search, from memory or from the study's file."""
-    study, record = access.study, access.study.record
+    """Return the model, the rows and the options of the search, from memory or from the study's
+    file."""
+    study = access.study
+    record = access.study.record
     if study.data is not None:
         kept: RecordedSearch = study.data
         if access.X is None:
             return kept
         if kept.options.sample_weight is not None:
-            raise InputError(f"{access} cannot weight other rows: the study used sample_weight; leave X and y out.")
+            raise InputError(
+                f"{access} cannot weight other rows: the study used sample_weight; leave X and y "
+                "out."
+            )
         return replace(kept, source=_source_of(access, kept.choice, kept.options))
     cannot = f"{access.called}() cannot"
     if record.face == "sklearn":
@@ -235,11 +307,14 @@ def _read_search(access: Access) -> RecordedSearch:
         raise InputError(f"{cannot} refit a study of {of}; its best_estimator_ is the model.")
     if record.face == "loop":
         of = "search(), whose training loop is your own"
-        raise InputError(f"{cannot} refit a study of {of}: call your objective with study.best_params.")
+        raise InputError(
+            f"{cannot} refit a study of {of}: call your objective with study.best_params."
+        )
     if lost := [name for name in record.lost if PARTS[name].training or name == "method"]:
         raise lost_option(study.file, lost[0])
     # The record has class weights as text, its arguments as they were given.
-    given, lacking = record.arguments.kept.get("class_weight"), ""
+    given = record.arguments.kept.get("class_weight")
+    lacking = ""
     class_weight = {None: None, "'balanced'": "balanced"}.get(record.class_weight, given)
     if record.sample_weight is not None:
         lacking = "sample_weight again, which this study used"
@@ -248,7 +323,10 @@ def _read_search(access: Access) -> RecordedSearch:
     elif record.class_weight is not None and class_weight is None:
         lacking = f"class_weight={record.class_weight} again"
     if lacking:
-        raise InputError(f"{cannot} read {lacking}; call it on the study that tune() returned, in the same process.")
+        raise InputError(
+            f"{cannot} read {lacking}; call it on the study that tune() returned, in the same "
+            "process."
+        )
     options = recorded_options(record, **_machine(record), class_weight=class_weight)
     choice = recorded_model(dict(record.spec), record.optimizer, trust_code=access.trust_code)
     return RecordedSearch(choice, _source_of(access, choice, options), options)
@@ -257,7 +335,9 @@ def _read_search(access: Access) -> RecordedSearch:
 def _source_of(access: Access, choice: ModelChoice, options: Options) -> Source:
     """Return the rows of a call, or those of the study, read again."""
     if access.X is not None:
-        read = partial(read_source, module=choice.takes_arrays, drop=options.drop, kinds=options.kinds)
+        read = partial(
+            read_source, module=choice.takes_arrays, drop=options.drop, kinds=options.kinds
+        )
         return read(access.X, access.y, missing_target=options.missing_target)
     origin = access.study.record.source
     if origin is None:
@@ -266,38 +346,63 @@ def _source_of(access: Access, choice: ModelChoice, options: Options) -> Source:
     try:
         return read_again(origin, module=choice.takes_arrays)
     except FileNotFoundError as error:
-        raise InputError(f"{access} cannot read {origin['path']!r} again: it is gone. Pass X and y.") from error
+        raise InputError(
+            f"{access} cannot read {origin['path']!r} again: it is gone. Pass X and y."
+        ) from error
 
 
 def _machine(record: SearchRecord) -> Config:
-    """Return what a study's file says of the machine, as far as this one has it; a refit is for one process."""
+    """Return what a study's file says of the machine, as far as this one has it; a refit is for one
+    process."""
     kept = record.arguments.kept
-    device = "auto" if isinstance(kept.get("workers"), dict) else kept.get("device", "auto")  # of a cluster's tasks
-    backend, tf32 = kept.get("backend", "auto"), kept.get("tf32", False)
+    # of a cluster's tasks
+    device = "auto" if isinstance(kept.get("workers"), dict) else kept.get("device", "auto")
+    backend = kept.get("backend", "auto")
+    tf32 = kept.get("tf32", False)
     try:
         place = choose_device(device)
     except InputError:
-        device, place = "auto", choose_device("auto")
+        device = "auto"
+        place = choose_device("auto")
     try:
         if backend != "auto":
             choose_backend(backend, place, DTYPES[record.dtype])
     except InputError:
         backend = "auto"
-    return {"device": device, "backend": backend, "tf32": tf32 and place.type == "cuda", "workers": 1}
+    return {
+        "device": device,
+        "backend": backend,
+        "tf32": tf32 and place.type == "cuda",
+        "workers": 1,
+    }
 
 
 def _other_rows(search: Search, access: Access) -> str:
-    """Return in which way the rows are not those of the search, and what to do; best_model alone may do without."""
-    record, classes = search.study.record, search.problem.target.classes
-    origin, then, now = record.source, record.classes, None if classes is None else classes.tolist()
+    """Return in which way the rows are not those of the search, and what to do; best_model alone
+    may do without."""
+    record = search.study.record
+    classes = search.problem.target.classes
+    origin = record.source
+    then = record.classes
+    now = None if classes is None else classes.tolist()
     difference = rows_difference(record.fingerprint, search.rows)
     if then != now:
         counts = [len(labels or ()) for labels in (then, now)]
-        difference += "; other classes" if counts[0] == counts[1] else f"; {counts[0]} classes then, {counts[1]} now"
-    of_refit, others = access.called == "best_model", "the model then has no score"
+        difference += (
+            "; other classes"
+            if counts[0] == counts[1]
+            else f"; {counts[0]} classes then, {counts[1]} now"
+        )
+    of_refit = access.called == "best_model"
+    others = "the model then has no score"
     if origin is not None and access.X is None:
-        or_as_they_are = f", or add check=False to train on them as they are: {others}" if of_refit else ""
-        changed = f"the rows of {origin['path']!r} have changed since the study was searched on them ({difference})"
+        or_as_they_are = (
+            f", or add check=False to train on them as they are: {others}" if of_refit else ""
+        )
+        changed = (
+            f"the rows of {origin['path']!r} have changed since the study was searched on them "
+            f"({difference})"
+        )
         return f"{changed}; restore the file{or_as_they_are}."
     again = "" if origin is None else f", or leave X and y out to read {origin['path']!r} again"
     or_others = f"; check=False trains on others, and {others}" if of_refit else ""

@@ -1,7 +1,9 @@
-"""Successive halving and the median rule: trials train together from stop to stop, where a rule prunes some of them.
+"""Successive halving and the median rule: trials train together from stop to stop, where a rule
+prunes some of them.
 
-A search that goes on trains the trials without a result, each from its checkpoint, and nothing besides. Compiled
-members have the same bits whoever trains beside them; eager ones, and those on a GPU, agree to rounding.
+A search that goes on trains the trials without a result, each from its checkpoint, and nothing
+besides. Compiled members have the same bits whoever trains beside them; eager ones, and those on a
+GPU, agree to rounding.
 """
 
 import time
@@ -33,8 +35,10 @@ def check_rungs(rule: StoppingRule, context: Context) -> None:
 
 
 def train_in_rungs(context: Context, rule: StoppingRule, trials: Sequence[Candidate]) -> None:
-    """Train trials of the ledger to each stop of a rule and to the end; those that ended are judged by their curves."""
-    search, begin = _RungSearch(context, rule, trials), 0
+    """Train trials of the ledger to each stop of a rule and to the end; those that ended are judged
+    by their curves."""
+    search = _RungSearch(context, rule, trials)
+    begin = 0
     try:
         with context.progress.bar_over(len(search.running), context.epochs):
             for stop in sorted({*search.stops, context.epochs}):
@@ -66,17 +70,25 @@ class _RungSearch:
     """The trials that run, and their states between two stops."""
 
     def __init__(self, context: Context, rule: StoppingRule, trials: Sequence[Candidate]) -> None:
-        self.context, self.rule = context, rule
+        self.context = context
+        self.rule = rule
         self.stops = rule.stops(context.epochs)
         configs = {trial.number: context.complete(trial.params) for trial in trials}
         ended = context.ledger.results
-        self.curves = {n: ended[n].curve for n in configs if n in ended}  # of the trials that have ended
+        # of the trials that have ended
+        self.curves = {n: ended[n].curve for n in configs if n in ended}
         self.outputs: dict[int, Outputs] = {}  # at the best epochs so far
-        self.running = [_RunningTrial(n, config, context.no_curve) for n, config in configs.items() if n not in ended]
-        free = free_bytes(torch.device("cpu")) // 4  # states wait in main memory, wherever they train
+        self.running = [
+            _RunningTrial(n, config, context.no_curve)
+            for n, config in configs.items()
+            if n not in ended
+        ]
+        # states wait in main memory, wherever they train
+        free = free_bytes(torch.device("cpu")) // 4
         self.states = StateCache(min(free, context.trainer.memory or free))
         self.unsaved: list[tuple[int, ...]] = []  # chunks whose states no file has
-        self.saved_at, self.earliest = time.monotonic(), 0.0
+        self.saved_at = time.monotonic()
+        self.earliest = 0.0
         # Each trial is put where the furthest of its checkpoints has it.
         by_number = {trial.number: trial for trial in self.running}
         checkpoints = context.checkpoints_of(list(configs), list(configs.values()))
@@ -88,16 +100,23 @@ class _RungSearch:
                 trial.seconds = checkpoint.seconds / len(checkpoint.trials)
                 self.states.drop(number)
                 if position in checkpoint.alive:
-                    self.states.park(number, checkpoint.state.select([checkpoint.alive.index(position)]))
+                    self.states.park(
+                        number, checkpoint.state.select([checkpoint.alive.index(position)])
+                    )
 
     def train(self, begin: int, stop: int) -> None:
         """Train what runs from one stop to the next."""
-        context, trials = self.context, self.running
+        context = self.context
+        trials = self.running
         plan = context.plan([trial.config for trial in trials], epochs=stop - begin)
         context.progress.plan(replace(plan, cache_bytes=self.states.limit), aloud=begin == 0)
-        chunks = tuple(part for chunk in plan.chunks for part in self._begun_chunks(chunk, trials, stop))
+        chunks = tuple(
+            part for chunk in plan.chunks for part in self._begun_chunks(chunk, trials, stop)
+        )
         checkpointing = context.checkpointing([trial.number for trial in trials])
-        job = context.trainer.job(RungJob, epochs=stop, checkpointing=checkpointing, keep_stopped=False)
+        job = context.trainer.job(
+            RungJob, epochs=stop, checkpointing=checkpointing, keep_stopped=False
+        )
         trained: set[int] = set()
         plan = replace(plan, chunks=chunks, workers=min(plan.workers, len(chunks)))
         for outcome in context.train(job, plan) if chunks else ():
@@ -111,17 +130,25 @@ class _RungSearch:
                 self._keep(trials, outcome)
         for chunk in chunks:
             for row, position in enumerate(chunk.alive or ()):
-                if chunk.state is not None and chunk.index[position] not in trained:  # time was over before it went on
-                    self.states.park(trials[chunk.index[position]].number, chunk.state.select([row]))
+                # time was over before it went on
+                if chunk.state is not None and chunk.index[position] not in trained:
+                    self.states.park(
+                        trials[chunk.index[position]].number, chunk.state.select([row])
+                    )
 
-    def _begun_chunks(self, chunk: Population, trials: Sequence[_RunningTrial], stop: int) -> Iterator[BegunChunk]:
-        """Yield the trials of a planned chunk that have not come to the stop yet, those of one length together."""
+    def _begun_chunks(
+        self, chunk: Population, trials: Sequence[_RunningTrial], stop: int
+    ) -> Iterator[BegunChunk]:
+        """Yield the trials of a planned chunk that have not come to the stop yet, those of one
+        length together."""
         length = {c: len(trials[i].curve) for c, i in enumerate(chunk.index)}
         for epoch, group in groupby(sorted(length, key=length.__getitem__), key=length.__getitem__):
             places = list(group)
             part = [trials[chunk.index[c]] for c in places]
-            index, configs = tuple(chunk.index[c] for c in places), tuple(chunk.configs[c] for c in places)
-            # Those that have diverged stay in their place, without a state, and get the rest of their curve.
+            index = tuple(chunk.index[c] for c in places)
+            configs = tuple(chunk.configs[c] for c in places)
+            # Those that have diverged stay in their place, without a state, and get the rest of
+            # their curve.
             alive = tuple(i for i, trial in enumerate(part) if not trial.has_diverged(epoch))
             if epoch == 0:
                 yield BegunChunk(chunk.kind, index, configs)
@@ -138,8 +165,14 @@ class _RungSearch:
             trials[i].seconds += outcome.seconds / len(outcome.index)
         # Outputs of better epochs; where all take too much the worst trials go without.
         self.outputs |= {trials[i].number: one for i, one in outcome.outputs.items()}
-        means = {t.number: first_metric(t.curve, axes=2).mean(1) for t in self.running if t.number in self.outputs}
-        drop_beyond_limit(self.outputs, {number: float(np.nanmax(mean)) for number, mean in means.items()})
+        means = {
+            t.number: first_metric(t.curve, axes=2).mean(1)
+            for t in self.running
+            if t.number in self.outputs
+        }
+        drop_beyond_limit(
+            self.outputs, {number: float(np.nanmax(mean)) for number, mean in means.items()}
+        )
         for row, position in enumerate(outcome.alive):
             self.states.park(trials[outcome.index[position]].number, outcome.state.select([row]))
         self.unsaved.append(tuple(trials[i].number for i in outcome.index))
@@ -150,7 +183,8 @@ class _RungSearch:
 
     def save(self) -> None:
         """Keep the states of the chunks that no file has, where there is a study file."""
-        begin, by_number = time.monotonic(), {trial.number: trial for trial in self.running}
+        begin = time.monotonic()
+        by_number = {trial.number: trial for trial in self.running}
         checkpointing = self.context.checkpointing(list(by_number))
         seen: set[int] = set()
         # From the last: the chunk that a trial trained in last holds trials of one length.
@@ -162,7 +196,9 @@ class _RungSearch:
                 state = State.stack([self.states.look(trials[i].number) for i in alive])
                 curves = np.stack([trial.curve for trial in trials])
                 seconds = sum(trial.seconds for trial in trials)
-                checkpoint = Checkpoint(tuple(t.number for t in trials), alive, curves, state, seconds)
+                checkpoint = Checkpoint(
+                    tuple(t.number for t in trials), alive, curves, state, seconds
+                )
                 checkpointing.keep(checkpoint, [trial.config for trial in trials])
         self.unsaved.clear()
         self.saved_at = time.monotonic()
@@ -171,7 +207,9 @@ class _RungSearch:
     def leave(self, epoch: int) -> None:
         """Finish the trials that have diverged, that were cut short, or that the rule prunes."""
         is_last = epoch == self.context.epochs
-        ended = {t for t in self.running if is_last or len(t.curve) < epoch or t.has_diverged(epoch)}
+        ended = {
+            t for t in self.running if is_last or len(t.curve) < epoch or t.has_diverged(epoch)
+        }
         self.finish([trial for trial in self.running if trial in ended and len(trial.curve)])
         self.running = [trial for trial in self.running if trial not in ended]
         if epoch in self.stops and not self.context.is_over():
@@ -182,13 +220,21 @@ class _RungSearch:
             self.running = [trial for trial in self.running if trial.number not in pruned]
 
     def finish(self, trials: Sequence[_RunningTrial], *, rung: int | None = None) -> None:
-        """Keep the results of trials that train no more; ``rung`` is the epoch at which the rule pruned them."""
-        epochs, how, results = self.context.epochs, self.context.options.epoch, []
+        """Keep the results of trials that train no more; ``rung`` is the epoch at which the rule
+        pruned them."""
+        epochs = self.context.epochs
+        how = self.context.options.epoch
+        results = []
         for trial in trials:
             self.states.drop(trial.number)
-            curve, detail = (trial.curve[:epochs], {}) if rung is None else (trial.curve[:rung], {"rung": rung})
-            done, seconds = len(curve), trial.seconds
-            result = Result.of_curve(trial.number, curve, epochs=done, rule=how, seconds=seconds, detail=detail)
+            curve, detail = (
+                (trial.curve[:epochs], {}) if rung is None else (trial.curve[:rung], {"rung": rung})
+            )
+            done = len(curve)
+            seconds = trial.seconds
+            result = Result.of_curve(
+                trial.number, curve, epochs=done, rule=how, seconds=seconds, detail=detail
+            )
             if result.state == "complete" and (rung is not None or done < epochs):
                 result = replace(result, state="stopped" if rung is None else "pruned")
             results.append(result)

@@ -1,6 +1,8 @@
-"""The trials of a call, and the session in which they train: the space, the trials, the ledger till a signal comes.
+"""The trials of a call, and the session in which they train: the space, the trials, the ledger till
+a signal comes.
 
-The trials are the default one, those of a portfolio, included and drawn ones, and what an old ledger lacks of them.
+The trials are the default one, those of a portfolio, included and drawn ones, and what an old
+ledger lacks of them.
 """
 
 import errno
@@ -19,7 +21,15 @@ from gputune.methods.config import ConfigCheck, check_config, legal_keys
 from gputune.methods.distributions import Space, is_inside, space_text, to_scipy
 from gputune.methods.optuna import OptunaSampler
 from gputune.methods.random import first_candidates, n_counted, numbered, remarks, top_up
-from gputune.methods.space import PORTFOLIOS, SPACES, check_include, check_space, choices_of, default_space, named_space
+from gputune.methods.space import (
+    PORTFOLIOS,
+    SPACES,
+    check_include,
+    check_space,
+    choices_of,
+    default_space,
+    named_space,
+)
 from gputune.modules.construction import parameters_of
 from gputune.optimizers.classes import argument_defaults
 from gputune.scoring.objective import loss_defaults
@@ -37,17 +47,19 @@ from gputune.types import DEFAULTS, Config
 AnyStudy = TypeVar("AnyStudy", bound=Study)
 
 _DRAWING_SHARE = 0.05
-"""Most of the ``timeout`` that is spent on drawing trials. ``n_trials`` may be far more than there is time for."""
+"""Most of the ``timeout`` that is spent on drawing trials. ``n_trials`` may be far more than there
+is time for."""
 _DRAWING_SECONDS = 0.5
-"""Seconds that drawing may take with any ``timeout``. They are enough for thousands of trials, so that a short timeout
-cuts the training and not the list of trials, which a resumed search trains."""
+"""Seconds that drawing may take with any ``timeout``. They are enough for thousands of trials, so
+that a short timeout cuts the training and not the list of trials, which a resumed search trains."""
 
 _BEST = 5  # trials of each earlier study that are tried first
 
 
 def checked_space(choice: ModelChoice, options: Options) -> Space:
     """Return the checked space of a call, by default that of the model. Raises InputError."""
-    keys, module = legal_keys(choice.searched, choice.optimizer), choice.searched == "module"
+    keys = legal_keys(choice.searched, choice.optimizer)
+    module = choice.searched == "module"
     check_include(options.include, keys=keys, module=module)
     space = "realmlp" if options.space is None and choice.recipe else options.space
     if isinstance(space, str):
@@ -59,12 +71,15 @@ def checked_space(choice: ModelChoice, options: Options) -> Space:
     ways = choices_of(checked, "numbers", default=options.numbers)
     if options.numbers not in ("auto", *ways):
         why = f"is none of those that the space has, {', '.join(ways)}, so no trial would have it"
-        raise InputError(f"numbers={options.numbers!r} {why}; leave it out, or add it to the space.")
+        raise InputError(
+            f"numbers={options.numbers!r} {why}; leave it out, or add it to the space."
+        )
     return checked
 
 
 def _check_named(space: str, choice: ModelChoice) -> None:
-    """Raise InputError for a space of a name that is another model's, or was measured with another optimizer."""
+    """Raise InputError for a space of a name that is another model's, or was measured with another
+    optimizer."""
     if space not in SPACES:
         return  # which ``named_space`` says
     if choice.searched != "mlp" if space in PORTFOLIOS else not choice.recipe:
@@ -78,13 +93,22 @@ def _check_named(space: str, choice: ModelChoice) -> None:
 
 
 def first_trials(
-    space: Space, choice: ModelChoice, options: Options, store: Store | None = None, portfolio: Sequence[Config] = ()
+    space: Space,
+    choice: ModelChoice,
+    options: Options,
+    store: Store | None = None,
+    portfolio: Sequence[Config] = (),
 ) -> tuple[Candidate, ...]:
-    """Draw the trials of this call: default, portfolio, included, random, of which those in the study come first."""
+    """Draw the trials of this call: default, portfolio, included, random, of which those in the
+    study come first."""
     first = first_candidates(
-        space, n_trials=options.n_trials, include=options.include, include_default=options.include_default,
-        defaults=default_params(choice, options), portfolio=portfolio,
-    )  # fmt: skip
+        space,
+        n_trials=options.n_trials,
+        include=options.include,
+        include_default=options.include_default,
+        defaults=default_params(choice, options),
+        portfolio=portfolio,
+    )
     if not draws_at_once(options):
         return first
     stored: tuple[Candidate, ...] = ()  # to draw many takes long
@@ -102,15 +126,24 @@ def draws_at_once(options: Options) -> bool:
 
 
 def draw_trials(
-    known: Sequence[Candidate], space: Space, options: Options, check: ConfigCheck, drawn: Sequence[Config] = ()
+    known: Sequence[Candidate],
+    space: Space,
+    options: Options,
+    check: ConfigCheck,
+    drawn: Sequence[Config] = (),
 ) -> tuple[Candidate, ...]:
-    """Draw the trials that the known ones lack, none that an earlier study has trained; ``drawn`` before."""
-    earlier = [t.params for study in options.warm_start for t in study.trials if t.state != "waiting"]
+    """Draw the trials that the known ones lack, none that an earlier study has trained; ``drawn``
+    before."""
+    earlier = [
+        t.params for study in options.warm_start for t in study.trials if t.state != "waiting"
+    ]
     if drawn and (lacking := options.n_trials - n_counted(known)) > 0:
         again = numbered([(config, "random") for config in drawn], known, earlier)[:lacking]
         if len(again) == lacking:
             return again
-    seconds = None if options.timeout is None else max(_DRAWING_SECONDS, options.timeout * _DRAWING_SHARE)
+    seconds = (
+        None if options.timeout is None else max(_DRAWING_SECONDS, options.timeout * _DRAWING_SHARE)
+    )
     return top_up(known, space, options.n_trials, options.random_state, check, earlier, seconds)
 
 
@@ -120,16 +153,27 @@ def default_params(choice: ModelChoice, options: Options) -> Config:
     if choice.module_class is not None:  # what signatures say
         parameters = parameters_of(choice.module_class).items()
         defaults |= argument_defaults(choice.optimizer) | loss_defaults(options.loss)
-        defaults |= {f"module__{name}": one.default for name, one in parameters if one.default is not one.empty}
+        defaults |= {
+            f"module__{name}": one.default
+            for name, one in parameters
+            if one.default is not one.empty
+        }
     return defaults | choice.defaults(options.schedule)
 
 
 def with_earlier(options: Options, space: Space) -> Options:
-    """Return the options that include the best trials of earlier studies. Raises InputError where there are none."""
+    """Return the options that include the best trials of earlier studies. Raises InputError where
+    there are none."""
     configs: list[Mapping[str, object]] = []
     for study in options.warm_start:
-        name = "warm_start: a study in memory" if study.file is None else f"warm_start: study {str(study.file)!r}"
-        trials = [t.params for t in study.ranking() if t.state == "complete" and math.isfinite(t.score)]
+        name = (
+            "warm_start: a study in memory"
+            if study.file is None
+            else f"warm_start: study {str(study.file)!r}"
+        )
+        trials = [
+            t.params for t in study.ranking() if t.state == "complete" and math.isfinite(t.score)
+        ]
         if not trials:
             raise InputError(f"{name} has no finished trial; leave it out.")
         inside = [params for params in trials if is_inside(params, space)]
@@ -155,10 +199,15 @@ class Session:
         """Whether training ends now."""
         return self.stop.is_over()
 
-    def add(self, trials: Sequence[Candidate], space: Space, check: ConfigCheck = check_config) -> None:
-        """Add the trials that the ledger lacks: all of a new study, or what a call adds to an old one."""
-        ledger, options = self.ledger, self.options
-        ledger.on_wait, self.progress.on_look = self._wait, ledger.show
+    def add(
+        self, trials: Sequence[Candidate], space: Space, check: ConfigCheck = check_config
+    ) -> None:
+        """Add the trials that the ledger lacks: all of a new study, or what a call adds to an old
+        one."""
+        ledger = self.ledger
+        options = self.options
+        ledger.on_wait = self._wait
+        self.progress.on_look = ledger.show
         if not isinstance(options.method, str):
             ledger.claim_search(method_name(options.method))
         known = len(ledger.candidates)
@@ -170,7 +219,9 @@ class Session:
                     new = self._missing(trials, space, check)
                 ledger.add(new)
         if finished := len(ledger.results):
-            self.progress.say(f"going on: {finished} of {count(len(ledger.candidates), 'trial')} are finished")
+            self.progress.say(
+                f"going on: {finished} of {count(len(ledger.candidates), 'trial')} are finished"
+            )
         if draws_at_once(options):
             sentences = remarks(
                 ledger.candidates,
@@ -182,18 +233,24 @@ class Session:
             for sentence in sentences:
                 self.progress.say(f"note: {sentence}")
 
-    def _missing(self, trials: Sequence[Candidate], space: Space, check: ConfigCheck) -> Sequence[Candidate]:
-        candidates, options = self.ledger.candidates, self.options
+    def _missing(
+        self, trials: Sequence[Candidate], space: Space, check: ConfigCheck
+    ) -> Sequence[Candidate]:
+        candidates = self.ledger.candidates
+        options = self.options
         if not candidates:
             return trials
         params = [candidate.params for candidate in candidates]
-        # The default configuration was another one where it was not yet held to the space: it runs once.
+        # The default configuration was another one where it was not yet held to the space: it runs
+        # once.
         origins = {"random"} | {c.origin for c in candidates if c.origin == "default"}
         new = [c for c in trials if c.origin not in origins and c.params not in params]
         room = max(0, options.n_trials - n_counted(candidates))
         beyond = [c for c in new if c.origin == "portfolio"][room:]
         number = 1 + max(candidate.number for candidate in candidates)
-        added = [replace(c, number=number + i) for i, c in enumerate(c for c in new if c not in beyond)]
+        added = [
+            replace(c, number=number + i) for i, c in enumerate(c for c in new if c not in beyond)
+        ]
         if not draws_at_once(options):
             return added
         there = {candidate.number: candidate for candidate in candidates}
@@ -209,10 +266,16 @@ class Session:
             raise TimeoutError(errno.ETIMEDOUT, f"the time is over; {words}")
 
     def run(
-        self, train: Callable[[], object], callbacks: Callbacks, study: Callable[..., Study], signals: Sequence[int]
+        self,
+        train: Callable[[], object],
+        callbacks: Callbacks,
+        study: Callable[..., Study],
+        signals: Sequence[int],
     ) -> list[int]:
-        """Train what waits, and tell the callbacks; return the numbers of the signals that ended it early."""
-        ledger, file = self.ledger, self.options.study
+        """Train what waits, and tell the callbacks; return the numbers of the signals that ended it
+        early."""
+        ledger = self.ledger
+        file = self.options.study
 
         def finished(rows: Sequence[tuple[Candidate, Result | None]]) -> None:
             callbacks.tell("on_trials_end", study(rows))
@@ -223,7 +286,11 @@ class Session:
             callbacks.tell("on_study_start", study(ledger.rows(), file=file))
         self.stop_where_enough()
         try:
-            return [] if self.stop.asked else run_until_signal(train, self.stop, signals, self.progress.say)
+            return (
+                []
+                if self.stop.asked
+                else run_until_signal(train, self.stop, signals, self.progress.say)
+            )
         finally:
             if callbacks.active:
                 callbacks.tell("on_study_end", study(ledger.rows(), file=file))
@@ -249,9 +316,11 @@ class Session:
 
 
 def check_ending(study: AnyStudy, numbers: Sequence[int]) -> AnyStudy:
-    """Return the study of a search that has ended by itself; raise what a caller has to hear of another one."""
+    """Return the study of a search that has ended by itself; raise what a caller has to hear of
+    another one."""
     if numbers:
-        words, at_once = interrupted_words(study, study.file), len(numbers) > 1
+        words = interrupted_words(study, study.file)
+        at_once = len(numbers) > 1
         raise SearchInterrupted(words, study=study, signal=numbers[0], at_once=at_once)
     if all(result is not None and result.state == "failed" for _, result in study.rows):
         raise SearchFailedError(study.why_none_is_best())

@@ -1,4 +1,5 @@
-"""Whether whole numbers to be predicted are classes, where the user does not say it and the values do not tell."""
+"""Whether whole numbers to be predicted are classes, where the user does not say it and the values
+do not tell."""
 
 from contextlib import suppress
 
@@ -20,11 +21,13 @@ _ROWS_PER_CODE = 2  # and codes 0, 1, 2, ... that repeat so often
 
 
 def chosen_task(source: Source, choice: ModelChoice, options: Options) -> TaskWord | None:
-    """Return the task that the user says or that the model decides; None to take the target as it looks.
+    """Return the task that the user says or that the model decides; None to take the target as it
+    looks.
 
-    More than ``MAX_CLASSES`` distinct whole numbers look like a number to be predicted. They are classes if the loss
-    only classifies, or if the module has as many outputs as there are distinct numbers although it was asked for one
-    output. Otherwise numbers that may well be classes are warned of.
+    More than ``MAX_CLASSES`` distinct whole numbers look like a number to be predicted. They are
+    classes if the loss only classifies, or if the module has as many outputs as there are distinct
+    numbers although it was asked for one output. Otherwise numbers that may well be classes are
+    warned of.
     """
     if options.task is not None:
         return options.task
@@ -40,14 +43,16 @@ def chosen_task(source: Source, choice: ModelChoice, options: Options) -> TaskWo
 
 
 def _may_be_classes(values: np.ndarray, n_distinct: int) -> bool:
-    """Whether whole numbers repeat as classes do; consecutive ones from 0 or 1 may be codes of many small classes."""
+    """Whether whole numbers repeat as classes do; consecutive ones from 0 or 1 may be codes of many
+    small classes."""
     rows_per_number = len(values) / n_distinct
     are_codes = values.min() in (0, 1) and values.max() - values.min() < 1.1 * n_distinct
     return rows_per_number >= (_ROWS_PER_CODE if are_codes else _ROWS_PER_NUMBER)
 
 
 def _n_outputs(source: Source, choice: ModelChoice, options: Options) -> int | None:
-    """Return the number of outputs of a module that is asked for one output; None if it cannot be tried.
+    """Return the number of outputs of a module that is asked for one output; None if it cannot be
+    tried.
 
     An error of the module is left to its inspection, which knows more to say.
     """

@@ -1,4 +1,5 @@
-"""What trains configurations of one model on one dataset, for every face: plans, jobs, and what came of the chunks."""
+"""What trains configurations of one model on one dataset, for every face: plans, jobs, and what
+came of the chunks."""
 
 import sys
 from collections import Counter
@@ -37,7 +38,8 @@ from gputune.types import Backend, BackendWord, Config, Precision
 
 AnyJob = TypeVar("AnyJob", bound=Job)
 
-_BUILT_SECONDS = 0.3  # that it takes to write the code of a member's step, whose kernels its search has built
+# that it takes to write the code of a member's step, whose kernels its search has built
+_BUILT_SECONDS = 0.3
 
 
 def unseen(_trial_epochs: int, _curves: np.ndarray) -> None:
@@ -74,14 +76,22 @@ class Trainer:
 
     def __post_init__(self) -> None:
         gpus = self.data.device, *self.others
-        if self.data.device.type == "cuda" and self.cluster is None and (self.workers or 1) > len(gpus):
+        if (
+            self.data.device.type == "cuda"
+            and self.cluster is None
+            and (self.workers or 1) > len(gpus)
+        ):
             raise InputError(
-                f"workers={self.workers}: one process drives each GPU, and this search has {count(len(gpus), 'GPU')}, "
-                f"{', '.join(map(str, gpus))}; leave workers out, or choose device='cpu'."
+                f"workers={self.workers}: one process drives each GPU, and this search has "
+                f"{count(len(gpus), 'GPU')}, {', '.join(map(str, gpus))}; leave workers out, or "
+                "choose device='cpu'."
             )
 
-    def with_backend(self, word: BackendWord, configs: Sequence[Config], say: Callable[[str], object]) -> "Trainer":
-        """Return the trainer with the backend that is asked for, or the fastest; say where training is slow."""
+    def with_backend(
+        self, word: BackendWord, configs: Sequence[Config], say: Callable[[str], object]
+    ) -> "Trainer":
+        """Return the trainer with the backend that is asked for, or the fastest; say where training
+        is slow."""
         device = self.data.device if self.cluster is None else torch.device(self.cluster.device)
         backend, why = choose_backend(word, device, self.data.dtype, self.kind)
         if backend == "kernel":
@@ -91,16 +101,23 @@ class Trainer:
         ways = {trains_as(fast, self.kind, config) for config in configs}
         some_fast = not ways or fast in ways
         if why and some_fast:
-            slow, slower = "eagerly, slower than in recorded steps", "in recorded steps, slower than compiled ones"
+            slow = "eagerly, slower than in recorded steps"
+            slower = "in recorded steps, slower than compiled ones"
             say(f"note: trials train {slow if backend == 'eager' else slower}: {why}")
         if word in ("compiled", "graph") and not some_fast and ways != {"loop"}:
             how = "in recorded steps" if module and word == "compiled" else "eagerly"
             models = "MLPs and linear models with " if word == "compiled" else ""
-            say(f"note: all trials train {how}: backend={word!r} knows {models}sgd, nesterov, adam or adamw alone")
+            say(
+                f"note: all trials train {how}: backend={word!r} knows {models}sgd, nesterov, "
+                "adam or adamw alone"
+            )
         return replace(self, backend=backend)
 
-    def _kernel(self, word: BackendWord, configs: Sequence[Config], say: Callable[[str], object] = str) -> Backend:
-        """Return the backend where a kernel is chosen; say what it does not know, or refuse what was asked for."""
+    def _kernel(
+        self, word: BackendWord, configs: Sequence[Config], say: Callable[[str], object] = str
+    ) -> Backend:
+        """Return the backend where a kernel is chosen; say what it does not know, or refuse what
+        was asked for."""
         if self.cluster is not None:
             why = "is for a GPU of this machine, and workers='ray' trains on others"
         elif self.kind == "module":
@@ -114,15 +131,20 @@ class Trainer:
                 return "kernel"
             why = f"does not know {parts[0]}"
         if word == "kernel":
-            raise InputError(f"backend='kernel' {why}; choose backend='graph', which records steps, or 'auto'.")
+            raise InputError(
+                f"backend='kernel' {why}; choose backend='graph', which records steps, or 'auto'."
+            )
         return "graph"
 
     def compile(self, configs: Sequence[Config], say: Callable[[str], object]) -> None:
-        """Compile the kernels in which complete configurations train, and say so; plans know where that fails."""
+        """Compile the kernels in which complete configurations train, and say so; plans know where
+        that fails."""
         if self.backend == "kernel":
             known = [config for config in configs if not lacks(config, self.kind, self.data)]
             with suppress(NotBuiltError):  # which a warning has told
-                for kernel in dict.fromkeys(kernel_of([config], self.kind, self.data) for config in known):
+                for kernel in dict.fromkeys(
+                    kernel_of([config], self.kind, self.data) for config in known
+                ):
                     compiled(kernel, self.data.device, say)
 
     def groups(self, configs: Sequence[Config]) -> list[Population]:
@@ -130,8 +152,11 @@ class Trainer:
 
         def own_steps(config: Config) -> Hashable:
             way = trains_as(self.backend, self.kind, config, data=self.data)
-            # Of those in the kernel what a tile holds decides the order of sums: company then changes no bit.
-            return kernel_of([config], self.kind, self.data) if way == "kernel" else way == "compiled"
+            # Of those in the kernel what a tile holds decides the order of sums: company then
+            # changes no bit.
+            return (
+                kernel_of([config], self.kind, self.data) if way == "kernel" else way == "compiled"
+            )
 
         rows = max(len(fold.train) for fold in self.data.folds)
         own_loss = self.objective is not None and not self.objective.is_named
@@ -145,38 +170,66 @@ class Trainer:
         parameters: int = 0,
         measure: Callable[[Population, int], Need | None] | None = None,
     ) -> Plan:
-        """Return the chunks in which populations train; ``measure`` finds what one takes of a GPU that is here."""
+        """Return the chunks in which populations train; ``measure`` finds what one takes of a GPU
+        that is here."""
         is_gpu_here = self.cluster is None and self.data.device.type == "cuda"
         planner = Planner(
-            self.data, self.memory, self.workers, gpus=1 + len(self.others), backend=self.backend,
-            free=None if self.cluster is None else self.cluster.free, parameters=parameters,
-            traits=known_traits(self.module_class, self.data), measure=measure if is_gpu_here else None,
-        )  # fmt: skip
+            self.data,
+            self.memory,
+            self.workers,
+            gpus=1 + len(self.others),
+            backend=self.backend,
+            free=None if self.cluster is None else self.cluster.free,
+            parameters=parameters,
+            traits=known_traits(self.module_class, self.data),
+            measure=measure if is_gpu_here else None,
+        )
         return self._place(planner.plan(groups, epochs))
 
-    def plan_differentiated(self, configs: Sequence[Config], job: HypergradientJob) -> tuple[Plan, HypergradientJob]:
-        """Return the chunks in which configurations are differentiated, and the job with its budget of bytes."""
+    def plan_differentiated(
+        self, configs: Sequence[Config], job: HypergradientJob
+    ) -> tuple[Plan, HypergradientJob]:
+        """Return the chunks in which configurations are differentiated, and the job with its budget
+        of bytes."""
         if self.cluster is not None:  # a task shares ``memory`` with no other
             budget = min(self.memory or sys.maxsize, self.cluster.bytes_of_a_task())
         else:
             device = self.data.device
-            processes = (self.workers or cores()) if device.type == "cpu" else 1  # one has a GPU of its own
+            # one has a GPU of its own
+            processes = (self.workers or cores()) if device.type == "cpu" else 1
             budget = (self.memory or free_bytes(device)) // processes
         job = replace(job, budget=budget)
-        plan = plan_chunks(self.groups(configs), self.data, job, workers=self.workers, gpus=1 + len(self.others))
+        plan = plan_chunks(
+            self.groups(configs), self.data, job, workers=self.workers, gpus=1 + len(self.others)
+        )
         return self._place(plan), job
 
     def _place(self, plan: Plan) -> Plan:
         """Return a plan with the threads that each task of a cluster has, where there is one."""
-        return plan if self.cluster is None else replace(plan, threads=self.cluster.threads, cluster=True)
+        return (
+            plan
+            if self.cluster is None
+            else replace(plan, threads=self.cluster.threads, cluster=True)
+        )
 
     def job(self, kind: type[AnyJob], *, epochs: int, **more: Any) -> AnyJob:
-        """Return what all chunks that train up to so many epochs have in common; ``more`` are fields of its kind."""
+        """Return what all chunks that train up to so many epochs have in common; ``more`` are
+        fields of its kind."""
         return kind(
-            seed=self.seed, epochs=epochs, horizon=self.horizon, scoring=self.scoring, backend=self.backend,
-            precision=self.precision, module_class=self.module_class, objective=self.objective, stop=self.stop,
-            fits=self.fits, each_epoch=self.each_epoch, traits=known_traits(self.module_class, self.data), **more,
-        )  # fmt: skip
+            seed=self.seed,
+            epochs=epochs,
+            horizon=self.horizon,
+            scoring=self.scoring,
+            backend=self.backend,
+            precision=self.precision,
+            module_class=self.module_class,
+            objective=self.objective,
+            stop=self.stop,
+            fits=self.fits,
+            each_epoch=self.each_epoch,
+            traits=known_traits(self.module_class, self.data),
+            **more,
+        )
 
     def train(
         self,
@@ -187,10 +240,12 @@ class Trainer:
         claim: Claim[Population] = lambda chunk: True,
         may_begin: Claim[Population] | None = None,
     ) -> Iterator[Outcome | Failure]:
-        """Train the chunks of a plan that ``claim`` does not refuse, and yield what came of them, as they end.
+        """Train the chunks of a plan that ``claim`` does not refuse, and yield what came of them,
+        as they end.
 
-        A chunk waits for the results of others until ``may_begin`` allows it, and is left out if it never does.
-        What memory does not hold comes in parts; a trial that does not fit alone is given up.
+        A chunk waits for the results of others until ``may_begin`` allows it, and is left out if it
+        never does. What memory does not hold comes in parts; a trial that does not fit alone is
+        given up.
         """
         data = self.data
         if self.cluster is not None:
@@ -209,13 +264,16 @@ class Trainer:
             chunk_processes(job, data, devices) if devices else nullcontext(Executor())
         )
         with torch_threads(plan.threads), executor as place:
-            for outcome in Queue(plan.chunks, place, job.stop, claim, may_begin).run(train, progress):
+            for outcome in Queue(plan.chunks, place, job.stop, claim, may_begin).run(
+                train, progress
+            ):
                 if isinstance(outcome, Outcome) and job.checkpointing is not None:
                     job.checkpointing.expect(outcome.index)
                 yield outcome
 
     def take_code(self, configs: Sequence[Config], epochs: Sequence[int]) -> None:
-        """Let members of a refit train in compiled code where that was faster in the search and repays its building."""
+        """Let members of a refit train in compiled code where that was faster in the search and
+        repays its building."""
         builder = self.module_class
         if builder is None or self.data.device.type != "cpu":
             return
@@ -229,16 +287,20 @@ class Trainer:
     def train_members(
         self, configs: Sequence[Config], epochs: Sequence[int], progress: Progress = unseen
     ) -> list[list[nn.Module]]:
-        """Train each configuration for its own number of epochs; return its member of every fold, on the CPU."""
+        """Train each configuration for its own number of epochs; return its member of every fold,
+        on the CPU."""
         members: dict[int, list[nn.Module]] = {}
-        job, plan = self.job(Job, epochs=max(epochs)), self.plan(self.groups(configs), epochs=max(epochs))
+        job = self.job(Job, epochs=max(epochs))
+        plan = self.plan(self.groups(configs), epochs=max(epochs))
         with torch_threads(plan.threads):
             for chunk in plan.chunks:
 
                 def keep(trained: Trained, index: Sequence[int] = chunk.index) -> bool:
                     for trial, config in enumerate(index):
                         if epochs[config] == trained.epochs:
-                            members[config] = [trained.member(fold, trial) for fold in range(self.data.n_folds)]
+                            members[config] = [
+                                trained.member(fold, trial) for fold in range(self.data.n_folds)
+                            ]
                     progress(len(index), trained.curves[:, trained.epochs - 1 : trained.epochs])
                     return all(epochs[config] <= trained.epochs for config in index)
 
@@ -248,6 +310,7 @@ class Trainer:
     def train_scheduled(self, config: Config, descent: Hypergradient, *, epochs: int) -> nn.Module:
         """Train a point of a descent as it was there, on the only fold; return the module."""
         (chunk,) = self.groups([config])
-        names, segments = tuple(descent.hyperparameters), descent.segments
+        names = tuple(descent.hyperparameters)
+        segments = descent.segments
         more = {"hyperparameters": names, "segments": segments, "per_layer": descent.per_layer}
         return train_scheduled(self.job(HypergradientJob, epochs=epochs, **more), self.data, chunk)

@@ -1,4 +1,5 @@
-"""What trials of a study do on the rows that its folds validate on: predictions, an ensemble, a report of the best.
+"""What trials of a study do on the rows that its folds validate on: predictions, an ensemble, a
+report of the best.
 
 The study keeps what they predict there, or their members train again as in the search.
 """
@@ -28,14 +29,22 @@ from gputune.seeding import stream, stream_seed
 from gputune.study.model import TunedModel
 from gputune.study.rows import FoldReport
 from gputune.study.study import Study, Trial
-from gputune.tuning.predictions import Predictions, means_of_rows, members_of, predictions_of, values_of
+from gputune.tuning.predictions import (
+    Predictions,
+    means_of_rows,
+    members_of,
+    predictions_of,
+    values_of,
+)
 from gputune.tuning.progress import Progress
 from gputune.tuning.refit import Access, Search, refit_trial, search_of
 from gputune.types import Config
 
 Refit: TypeAlias = int | Literal["all", "folds"]
 
-_SHUFFLES, _ROWS = 5, 10_000  # shuffles of a column, and rows of a fold at most that are shuffled
+# shuffles of a column, and rows of a fold at most that are shuffled
+_SHUFFLES = 5
+_ROWS = 10_000
 
 
 def _check_folds_train(study: Study, called: str) -> None:
@@ -46,22 +55,36 @@ def _check_folds_train(study: Study, called: str) -> None:
 def _why_no_folds(study: Study) -> str:
     """Return of what a study is whose trials do not train again on its folds; "" where they do."""
     if study.record.face == "loop":
-        return "of search(), whose training loop is your own: keep what your objective predicts in a file"
+        return (
+            "of search(), whose training loop is your own: keep what your objective predicts in "
+            "a file"
+        )
     if isinstance(study.record.method, dict) and study.record.descends:
-        return "of a hypergradient search, whose points have schedules of their own; use a study of another method"
+        return (
+            "of a hypergradient search, whose points have schedules of their own; use a study of "
+            "another method"
+        )
     if study.record.task == "custom":
-        return "of a custom target, of which there is no probability and no mean; train the module on your own folds"
+        return (
+            "of a custom target, of which there is no probability and no mean; train the module "
+            "on your own folds"
+        )
     return ""
 
 
 def _is_calibrated(access: Access, calibrate: bool | None) -> bool:
-    """Return whether probabilities are calibrated; None: where trials are ranked by the log loss."""
+    """Return whether probabilities are calibrated; None: where trials are ranked by the log
+    loss."""
     record = access.study.record
     if calibrate not in (None, True, False):
-        raise InputError(f"{access.called}(calibrate=...) must be True, False or None, got {calibrate!r}.")
+        raise InputError(
+            f"{access.called}(calibrate=...) must be True, False or None, got {calibrate!r}."
+        )
     is_of_classes = record.task in ("binary", "multiclass")
     if calibrate and not is_of_classes:
-        what = {"multilabel": "several labels", "custom": "a custom target"}.get(record.task, "numbers")
+        what = {"multilabel": "several labels", "custom": "a custom target"}.get(
+            record.task, "numbers"
+        )
         is_for = f"{access.called}(calibrate=True) is for one class a row to be predicted"
         raise InputError(f"{is_for}, and the study is of {what}; leave it out.")
     return is_of_classes and record.scoring == "neg_log_loss" if calibrate is None else calibrate
@@ -69,35 +92,50 @@ def _is_calibrated(access: Access, calibrate: bool | None) -> bool:
 
 @entry
 def oof_predictions(access: Access, trial: int | None) -> NDArray[np.float64]:
-    """Return what a trial predicts of rows that it was not trained on; see ``Study.oof_predictions``."""
+    """Return what a trial predicts of rows that it was not trained on; see
+    ``Study.oof_predictions``."""
     _check_folds_train(access.study, "oof_predictions()")
     one = _trial_of_number(access, trial)
     predictions = predictions_of(search_of(access), [one], Progress(0))
     data = predictions.data
-    means = means_of_rows(data, [data.in_units(f, of_one).cpu() for f, (of_one,) in enumerate(predictions.values)])
+    means = means_of_rows(
+        data, [data.in_units(f, of_one).cpu() for f, (of_one,) in enumerate(predictions.values)]
+    )
     return means[:, 0] if data.task == "regression" and means.shape[1] == 1 else means
 
 
 @entry
-def refit_with_folds(access: Access, *, trial: int | None, intervals: bool, calibrate: bool | None) -> TunedModel:
-    """Return the best trial of a study, or one of a number, trained on all rows; see ``Study.best_model``."""
+def refit_with_folds(
+    access: Access, *, trial: int | None, intervals: bool, calibrate: bool | None
+) -> TunedModel:
+    """Return the best trial of a study, or one of a number, trained on all rows; see
+    ``Study.best_model``."""
     study = access.study
     if calibrate is None and (not access.check or _why_no_folds(study)):
         calibrate = False
     calibrated = _is_calibrated(access, calibrate)
-    called, on_folds = f"best_model({'intervals' if intervals else 'calibrate'}=True)", intervals or calibrated
+    called = f"best_model({'intervals' if intervals else 'calibrate'}=True)"
+    on_folds = intervals or calibrated
     if on_folds:
         _check_folds_train(study, called)
     if intervals and study.record.task != "regression":
-        raise InputError(f"{called} is for a number to be predicted, and the study is of classes; leave it out.")
+        raise InputError(
+            f"{called} is for a number to be predicted, and the study is of classes; leave it out."
+        )
     one = _trial_of_number(access, trial)
     search = search_of(access)
     if not on_folds:
         return refit_trial(search, one)
     if search.rows != study.record.fingerprint:
-        raise InputError(f"{called} needs the rows of the search, whose folds it trains on; leave out check=False.")
+        raise InputError(
+            f"{called} needs the rows of the search, whose folds it trains on; leave out "
+            "check=False."
+        )
     if intervals and search.problem.target.n_outputs > 1:
-        raise InputError(f"{called} is for one number a row, and the target has several; search for one at a time.")
+        raise InputError(
+            f"{called} is for one number a row, and the target has several; search for one at a "
+            "time."
+        )
     predictions = predictions_of(search, [one], Progress(0))
     return predictions.complete(refit_trial(search, one), torch.ones(1), calibrated=calibrated)
 
@@ -108,19 +146,32 @@ def _trial_of_number(access: Access, number: object) -> Trial:
     if number is None:
         return study.best_trial
     scored = {trial.number: trial for trial in study.trials if math.isfinite(trial.score)}
-    if not isinstance(number, int | np.integer) or isinstance(number, bool) or int(number) not in scored:
-        must = f"must be the number of a trial that has a score, for example {study.best_trial.number}"
+    if (
+        not isinstance(number, int | np.integer)
+        or isinstance(number, bool)
+        or int(number) not in scored
+    ):
+        must = (
+            f"must be the number of a trial that has a score, for example {study.best_trial.number}"
+        )
         raise InputError(f"{access.called}(trial={number!r}) {must}; study.trials lists them.")
     return scored[int(number)]
 
 
 @entry
 def ensemble(
-    access: Access, *, size: int, candidates: int, refit: Refit, calibrate: bool | None, verbose: int
+    access: Access,
+    *,
+    size: int,
+    candidates: int,
+    refit: Refit,
+    calibrate: bool | None,
+    verbose: int,
 ) -> TunedModel:
     """Choose and train an ensemble of the trials of a study; see ``Study.ensemble``.
 
-    Source: Caruana et al. (2004), Ensemble selection from libraries of models: with repetition, from the best one on.
+    Source: Caruana et al. (2004), Ensemble selection from libraries of models: with repetition,
+        from the best one on.
     """
     study = access.study
     check_count(size, "ensemble(size=...)")
@@ -128,25 +179,34 @@ def ensemble(
     starts = 1 if isinstance(refit, str) and refit in ("all", "folds") else refit
     check_count(starts, "ensemble(refit=...), unless it is 'all' or 'folds',")
     _check_folds_train(study, "ensemble()")
-    trials = [t for t in study.ranking() if t.state == "complete" and math.isfinite(t.score)][:candidates]
+    trials = [t for t in study.ranking() if t.state == "complete" and math.isfinite(t.score)][
+        :candidates
+    ]
     if len(trials) < 2:
         has = f"ensemble() needs two finished trials, and the study has {len(trials)}"
         raise InputError(f"{has}; search on, or use best_model().")
     calibrated = _is_calibrated(access, calibrate)
     search = search_of(access)
     predictions = predictions_of(search, trials, Progress(verbose))
-    chosen, scores = predictions.choose(size), predictions.nested_scores(size)
+    chosen = predictions.choose(size)
+    scores = predictions.nested_scores(size)
     weights = [chosen[place] / chosen.total() for place in range(len(trials))]
     shares = [(trial, weight) for trial, weight in zip(trials, weights) if weight]
     info = {"ensemble": {str(trial.number): weight for trial, weight in shares}, "refit": refit}
-    info |= search.score(float(np.mean(scores)), float(np.std(scores, ddof=1)) / math.sqrt(len(scores)))
+    info |= search.score(
+        float(np.mean(scores)), float(np.std(scores, ddof=1)) / math.sqrt(len(scores))
+    )
     model = _mean_model(search, shares, None if refit == "folds" else int(starts), info)
     return predictions.complete(model, torch.tensor(weights), calibrated=calibrated)
 
 
-def _mean_model(search: Search, shares: Sequence[tuple[Trial, float]], starts: int | None, info: Config) -> TunedModel:
-    """Return the weighted mean of trials, each trained on all rows from so many starts; None: on those of each fold."""
-    trials, seed = [trial for trial, _ in shares], search.options.random_state
+def _mean_model(
+    search: Search, shares: Sequence[tuple[Trial, float]], starts: int | None, info: Config
+) -> TunedModel:
+    """Return the weighted mean of trials, each trained on all rows from so many starts; None: on
+    those of each fold."""
+    trials = [trial for trial, _ in shares]
+    seed = search.options.random_state
     whole = search.dataset(None, trials)
     if starts is None:  # prepared as all rows are: members then read the same
         (every,) = whole.folds
@@ -163,29 +223,41 @@ def _mean_model(search: Search, shares: Sequence[tuple[Trial, float]], starts: i
     weights = [weight / len(parts) for _, weight in shares] * len(parts)
     network = Ensemble(modules, weights, search.problem.target.task, columns)
     arguments = [search.arguments(trial, whole) for trial in trials] * len(parts)
-    spec = {"kwargs": arguments[0], "ensemble": arguments, **({"columns": columns} if columns else {})}
+    spec = {
+        "kwargs": arguments[0],
+        "ensemble": arguments,
+        **({"columns": columns} if columns else {}),
+    }
     spec |= search.seeds([one for _, one in parts for _ in trials])
     return search.model(network.eval(), whole, spec, info, statistics)
 
 
 def _columns(own: Sequence[Dataset]) -> tuple[list[list[int]], Statistics | None]:
-    """Return the first column and the end of what each trial reads of an ensemble's inputs, and what makes these."""
+    """Return the first column and the end of what each trial reads of an ensemble's inputs, and
+    what makes these."""
     distinct = {one.numbers: one for one in own}
     if len(distinct) == 1:
         return [], None  # all columns of the data itself
     ends = np.cumsum([one.n_features for one in distinct.values()]).tolist()
-    columns = {word: [end - one.n_features, end] for end, (word, one) in zip(ends, distinct.items())}
-    parts = [part for one in distinct.values() for part in one.statistics if isinstance(part, Statistics)]
+    columns = {
+        word: [end - one.n_features, end] for end, (word, one) in zip(ends, distinct.items())
+    }
+    parts = [
+        part for one in distinct.values() for part in one.statistics if isinstance(part, Statistics)
+    ]
     return [columns[one.numbers] for one in own], side_by_side(parts)
 
 
 @entry
 def fold_report(access: Access, *, confusion: bool = False, importance: bool = False) -> FoldReport:
-    """Return the confusion matrix and the importance of the columns that were asked for; see ``Study.report``."""
+    """Return the confusion matrix and the importance of the columns that were asked for; see
+    ``Study.report``."""
     study = access.study
     check_fold_report(study, confusion=confusion)
-    search, one = search_of(access), study.best_trial
-    layout, matrix = search.problem.layout, np.zeros((0, 0), np.int64)
+    search = search_of(access)
+    one = study.best_trial
+    layout = search.problem.layout
+    matrix = np.zeros((0, 0), np.int64)
     if importance and not isinstance(layout, Layout):
         why = f"report(importance=True) is of the columns of a table, and X is {layout}"
         raise InputError(f"{why}; leave importance out.")
@@ -207,23 +279,34 @@ def fold_report(access: Access, *, confusion: bool = False, importance: bool = F
 
 
 def check_fold_report(study: Study, *, confusion: bool) -> None:
-    """Raise InputError for a study without folds to train on, and for a ``confusion`` where there are no classes."""
+    """Raise InputError for a study without folds to train on, and for a ``confusion`` where there
+    are no classes."""
     _check_folds_train(study, f"report({'confusion' if confusion else 'importance'}=True)")
     if confusion and (study.record.classes is None or study.record.task == "multilabel"):
         what = "several labels" if study.record.task == "multilabel" else "numbers"
-        raise InputError(f"report(confusion=True) is of classes, and the study predicts {what}; leave confusion out.")
+        raise InputError(
+            f"report(confusion=True) is of classes, and the study predicts {what}; leave "
+            "confusion out."
+        )
 
 
 def _drops(
-    members: list[nn.Module], data: Dataset, scoring: Scoring, sizes: list[int], draws: EvaluationDraws | None
+    members: list[nn.Module],
+    data: Dataset,
+    scoring: Scoring,
+    sizes: list[int],
+    draws: EvaluationDraws | None,
 ) -> NDArray[np.float64]:
-    """Return how much the score falls when a column of so many features is shuffled, (columns, shuffles of folds).
+    """Return how much the score falls when a column of so many features is shuffled, (columns,
+    shuffles of folds).
 
-    Source: Breiman (2001), Random forests; as sklearn.inspection.permutation_importance, on the rows of each fold.
+    Source: Breiman (2001), Random forests; as sklearn.inspection.permutation_importance, on the
+        rows of each fold.
     """
     few = [fold.valid[:: -(-len(fold.valid) // _ROWS) or 1] for fold in data.folds]
     data = replace(data, folds=tuple(Fold(fold.train, rows) for fold, rows in zip(data.folds, few)))
-    scored, drops = Predictions((), data, scoring), []
+    scored = Predictions((), data, scoring)
+    drops = []
     ends = np.cumsum(sizes).tolist()
     for f, (module, rows) in enumerate(zip(members, few)):
         x = data.rows(f, rows)[0].cpu()

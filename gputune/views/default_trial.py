@@ -78,7 +78,8 @@ def improvement_text(study: Study) -> str:
         n_folds = count(len(default.fold_scores), "fold")
         gain = f"{gain} ± {error} (paired standard error over {n_folds})"
     sentences = [
-        f"The default configuration (trial {default.number}) scores {measure.text(default.score)} {scored_on},",
+        f"The default configuration (trial {default.number}) scores {measure.text(default.score)} "
+        f"{scored_on},",
         f"the best trial {measure.text(default.best_score)}: an improvement of {gain}.",
     ]
     if remark := shorter_training(default):
@@ -95,7 +96,8 @@ def shorter_training(default: DefaultTrial) -> str:
 
 
 def improvement_json(study: Study) -> Json | None:
-    """Return the comparison with the default as plain values, null for NaN; None if there is none."""
+    """Return the comparison with the default as plain values, null for NaN; None if there is
+    none."""
     default = default_trial(study)
     if default is None:
         return None

@@ -18,7 +18,8 @@ from gputune.study.study import Study
 from gputune.text import clean, short
 from gputune.views.scores import Scale, Scores, linear_scale, log_scale, number_text, score_view
 
-_DECADES = 100.0  # positive values whose largest is so many times the smallest are read on a logarithm
+# positive values whose largest is so many times the smallest are read on a logarithm
+_DECADES = 100.0
 _FARTHEST = 1e300  # an axis reaches no farther, so that its ends and their distance are numbers
 _LEVELS = 12  # the words of a hyperparameter that are told apart; rarer ones share one level
 _APART = 0.08  # share of an axis by which ticks must be apart
@@ -30,7 +31,8 @@ class Parameter:
 
     name: str
     label: str  # its name, and what was made of lists of values
-    values: NDArray[np.float64]  # (C,) numbers, or positions in ``levels``; NaN for a trial without it
+    # (C,) numbers, or positions in ``levels``; NaN for a trial without it
+    values: NDArray[np.float64]
     levels: tuple[str, ...] = ()  # the words, () for numbers
     log: bool = False  # whether its numbers are read on a logarithm
     hidden: int = 0  # trials whose value is a number that no axis has (infinity)
@@ -55,12 +57,19 @@ def varied_parameters(study: Study) -> tuple[Parameter, ...]:
 def _parameter(name: str, study: Study) -> Parameter:
     values = [trial.params.get(name) for trial in study.trials]
     present = [value for value in values if value is not None]
-    plain = {int, float}.issuperset(map(type, present)) and all(abs(value) < _FARTHEST for value in present)
-    if not present or not (plain or all(map(_is_numbers, present))):  # most are plain, and lists are slow
-        return _words(name, [short(t.params[name]) if name in t.params else None for t in study.trials])
+    plain = {int, float}.issuperset(map(type, present)) and all(
+        abs(value) < _FARTHEST for value in present
+    )
+    # most are plain, and lists are slow
+    if not present or not (plain or all(map(_is_numbers, present))):
+        return _words(
+            name, [short(t.params[name]) if name in t.params else None for t in study.trials]
+        )
     lists = not plain and any(isinstance(value, list) for value in present)
     label = f"{clean(name)} (median of its values)" if lists else clean(name)
-    medians = values if plain else [None if value is None else median(_flat(value)) for value in values]
+    medians = (
+        values if plain else [None if value is None else median(_flat(value)) for value in values]
+    )
     numbers = np.array(medians, dtype=np.float64)  # NaN for None
     infinite = np.abs(numbers) > _FARTHEST
     numbers[infinite] = np.nan
@@ -69,7 +78,8 @@ def _parameter(name: str, study: Study) -> Parameter:
 
 
 def is_log(name: str, values: NDArray[np.float64], space: str) -> bool:
-    """Whether numbers are read on a logarithm: the space draws them so, or they span decades, or are powers."""
+    """Whether numbers are read on a logarithm: the space draws them so, or they span decades, or
+    are powers."""
     levels = np.unique(values[np.isfinite(values)])
     if levels.size < 2 or levels[0] <= 0:
         return False
@@ -101,11 +111,16 @@ def _is_numbers(value: object) -> bool:
 
 
 def _flat(value: Any) -> list[float]:
-    return [number for part in value for number in _flat(part)] if isinstance(value, list) else [float(value)]
+    return (
+        [number for part in value for number in _flat(part)]
+        if isinstance(value, list)
+        else [float(value)]
+    )
 
 
 def parameter_scale(parameter: Parameter, *, most: int = 6, pad: float = 0.0) -> Scale:
-    """Return the scale of a hyperparameter that some trial has: its words, its few numbers, or its range."""
+    """Return the scale of a hyperparameter that some trial has: its words, its few numbers, or its
+    range."""
     if parameter.levels:
         edge = 0.5 if pad else 0.0
         last = max(len(parameter.levels) - 1, 0 if pad else 1)
@@ -121,7 +136,8 @@ def parameter_scale(parameter: Parameter, *, most: int = 6, pad: float = 0.0) ->
 
 @dataclass(frozen=True, eq=False)
 class Axis:
-    """An axis of parallel coordinates: ``column`` is its key in the table of trials, ``heights`` (C,) are in [0, 1]."""
+    """An axis of parallel coordinates: ``column`` is its key in the table of trials, ``heights``
+    (C,) are in [0, 1]."""
 
     column: str
     label: str
@@ -136,7 +152,10 @@ def parallel_axes(shown: Scores) -> list[Axis]:
         for one in varied_parameters(shown.study)
     ]
     columns.append(("score", shown.measure.name, shown.scale(pad=0.0), shown.values))
-    return [Axis(key, label, scale, np.clip(scale(values), 0, 1)) for key, label, scale, values in columns]
+    return [
+        Axis(key, label, scale, np.clip(scale(values), 0, 1))
+        for key, label, scale, values in columns
+    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,14 +170,16 @@ class DescentPath:
 
 
 def descended(study: Study) -> tuple[Parameter, ...]:
-    """Return the hyperparameters that a search by hypergradients descended on; () for another search."""
+    """Return the hyperparameters that a search by hypergradients descended on; () for another
+    search."""
     numbers = {parameter.name: parameter for parameter in parameters(study) if not parameter.levels}
     return tuple(numbers[name] for name in study.record.descended if name in numbers)
 
 
 def descent_paths(study: Study) -> tuple[DescentPath, ...]:
     """Return the paths with their best score first; () for another search."""
-    columns, shown = descended(study), score_view(study)
+    columns = descended(study)
+    shown = score_view(study)
     points: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for row in study.order if columns else ():
         trial = study.trials[row]
@@ -173,9 +194,12 @@ def descent_paths(study: Study) -> tuple[DescentPath, ...]:
     return tuple(paths)
 
 
-FEWEST, MOST = 10, 2000  # trials that a forest needs, and those it is given at most, drawn from all
+# trials that a forest needs, and those it is given at most, drawn from all
+FEWEST = 10
+MOST = 2000
 
-_TREES, _SHUFFLES = 32, 5
+_TREES = 32
+_SHUFFLES = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,8 +208,10 @@ class Importance:
 
     names: tuple[str, ...]  # most important first
     labels: tuple[str, ...]
-    drops: NDArray[np.float64]  # (n,) fall of R2 when one is shuffled: 0 of no matter, up to 2 where it alone decides
-    errors: NDArray[np.float64]  # (n,) standard deviation of the fall over the shuffles and the two halves
+    # (n,) fall of R2 when one is shuffled: 0 of no matter, up to 2 where it alone decides
+    drops: NDArray[np.float64]
+    # (n,) standard deviation of the fall over the shuffles and the two halves
+    errors: NDArray[np.float64]
     fit: float  # R2 of the forest: near 0 or below, the falls mean nothing
     trials: int  # how many it learned from
 
@@ -193,16 +219,16 @@ class Importance:
 def importance(study: Study, *, seed: int = 0) -> Importance:
     """Return the permutation importance of the hyperparameters that varied (Breiman 2001).
 
-    Every finished trial counts, with the rank of its score; a diverged one has the lowest rank. Each half of the trials
-    is predicted by a forest of the other half. Raises InputError where fewer than ten trials are finished, or no
-    hyperparameter varied.
+    Every finished trial counts, with the rank of its score; a diverged one has the lowest rank.
+    Each half of the trials is predicted by a forest of the other half. Raises InputError where
+    fewer than ten trials are finished, or no hyperparameter varied.
     """
     columns = varied_parameters(study)
     done = np.flatnonzero([trial.state != "waiting" for trial in study.trials])
     if len(done) < FEWEST or not columns:
         raise InputError(
-            f"importance needs {FEWEST} finished trials and a hyperparameter that varies, got {len(done)} trials and "
-            f"{len(columns)} hyperparameters; search further."
+            f"importance needs {FEWEST} finished trials and a hyperparameter that varies, got "
+            f"{len(done)} trials and {len(columns)} hyperparameters; search further."
         )
     from scipy.stats import rankdata
     from sklearn.ensemble import RandomForestRegressor
@@ -211,20 +237,29 @@ def importance(study: Study, *, seed: int = 0) -> Importance:
     drawn = np.random.default_rng(seed).permutation(len(done))[:MOST]
     scores = np.array([study.trials[row].score for row in done])
     # In [0, 1], the best 1, equal scores alike.
-    ranks = ((rankdata(np.where(np.isfinite(scores), scores, -np.inf)) - 1) / max(1, len(scores) - 1))[drawn]
+    ranks = (
+        (rankdata(np.where(np.isfinite(scores), scores, -np.inf)) - 1) / max(1, len(scores) - 1)
+    )[drawn]
     table = np.stack([column.values for column in columns], axis=1)
     # A hyperparameter that a trial lacks lies below all values, where a tree can cut it off.
     table = np.where(np.isnan(table), np.nanmin(table, axis=0) - 1.0, table)[done[drawn]]
     halves = np.array_split(np.arange(len(drawn)), 2)
-    fits, drops = [], []
+    fits = []
+    drops = []
     for fitted, judged in (halves, halves[::-1]):
-        forest = RandomForestRegressor(_TREES, min_samples_leaf=2, max_features=0.5, random_state=seed)
+        forest = RandomForestRegressor(
+            _TREES, min_samples_leaf=2, max_features=0.5, random_state=seed
+        )
         forest.fit(table[fitted], ranks[fitted])
         held_out = table[judged], ranks[judged]
         fits.append(forest.score(*held_out))
-        falls = permutation_importance(forest, *held_out, n_repeats=_SHUFFLES, random_state=seed, scoring="r2")
+        falls = permutation_importance(
+            forest, *held_out, n_repeats=_SHUFFLES, random_state=seed, scoring="r2"
+        )
         drops.append(falls.importances)
     every = np.concatenate(drops, axis=1)
     order = np.argsort(-every.mean(1), kind="stable")
     names, labels = zip(*((columns[i].name, columns[i].label) for i in order))
-    return Importance(names, labels, every.mean(1)[order], every.std(1)[order], float(np.mean(fits)), len(drawn))
+    return Importance(
+        names, labels, every.mean(1)[order], every.std(1)[order], float(np.mean(fits)), len(drawn)
+    )

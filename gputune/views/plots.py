@@ -20,19 +20,29 @@ from gputune.views.parameters import (
     parameters,
     varied_parameters,
 )
-from gputune.views.scores import BEST, Scale, Scores, curve_view, pareto_front, score_range, score_view
+from gputune.views.scores import (
+    BEST,
+    Scale,
+    Scores,
+    curve_view,
+    pareto_front,
+    score_range,
+    score_view,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_BLUE, _GREY = "C0", "0.7"
+_BLUE = "C0"
+_GREY = "0.7"
 _COLUMNS = 3  # of the grid of slices
 _LEVELS = 12  # of a contour
 _LETTERS = 24  # of words that have room side by side on an axis
 
 
 def _pyplot(plot: str) -> ModuleType:
-    """Return matplotlib.pyplot; MissingExtraError, naming the plot and the extra, where it is not installed."""
+    """Return matplotlib.pyplot; MissingExtraError, naming the plot and the extra, where it is not
+    installed."""
     return import_extra("matplotlib.pyplot", extra="report", used_by=f"study.{plot}()")
 
 
@@ -57,9 +67,12 @@ def _name_axes(ax: "Axes", x: Parameter | str, y: Parameter | str) -> None:
         if what.log:
             ax.set(**{f"{axis}scale": "log"})
         if what.levels or (what.log and len(ticks) == len(what.distinct)):
-            places, words = [place for place, _ in ticks], [_plain(words) for _, words in ticks]
+            places = [place for place, _ in ticks]
+            words = [_plain(words) for _, words in ticks]
             slanted = axis == "x" and sum(map(len, words)) > _LETTERS
-            style: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
+            style: dict[str, Any] = (
+                {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
+            )
             ax.minorticks_off()
             (ax.set_xticks if axis == "x" else ax.set_yticks)(places, words, **style)
 
@@ -69,8 +82,11 @@ def _scale_axis(ax: "Axes", scale: Scale) -> None:
     ax.set(ylim=(scale.low, scale.high), yscale="log" if scale.log else "linear")
 
 
-def _draw_scores(ax: "Axes", x: Parameter | str, places: NDArray[Any], shown: Scores, **style: Any) -> None:
-    """Draw a point a trial that has a place and a score, and say in the title what stands at the edge of the axis."""
+def _draw_scores(
+    ax: "Axes", x: Parameter | str, places: NDArray[Any], shown: Scores, **style: Any
+) -> None:
+    """Draw a point a trial that has a place and a score, and say in the title what stands at the
+    edge of the axis."""
     drawn = np.isfinite(places) & np.isfinite(shown.values)
     ax.scatter(places[drawn], np.clip(shown.values[drawn], *shown.range), s=14, **style)
     _name_axes(ax, x, shown.measure.title)
@@ -80,10 +96,17 @@ def _draw_scores(ax: "Axes", x: Parameter | str, places: NDArray[Any], shown: Sc
 
 def plot_history(study: Study, *, ax: "Axes | None" = None) -> "Axes":
     """Score of each trial that has one, in the order of their numbers, and the best so far."""
-    ax, shown = _axes("plot_history", ax), score_view(study)
+    ax = _axes("plot_history", ax)
+    shown = score_view(study)
     numbers = np.array([trial.number for trial in study.trials], dtype=int)
     _draw_scores(ax, "trial", numbers, shown, color=_GREY, label="trial")
-    ax.step(numbers, np.clip(shown.best_so_far, *shown.range), where="post", color=_BLUE, label="best so far")
+    ax.step(
+        numbers,
+        np.clip(shown.best_so_far, *shown.range),
+        where="post",
+        color=_BLUE,
+        label="best so far",
+    )
     ax.legend()
     return ax
 
@@ -91,18 +114,25 @@ def plot_history(study: Study, *, ax: "Axes | None" = None) -> "Axes":
 def plot_curves(study: Study, *, best: int = BEST, ax: "Axes | None" = None) -> "Axes":
     """Learning curves: the mean over the folds after each epoch.
 
-    The ``best`` trials have a band of one standard deviation over the folds on either side, the others lie behind.
-    Raises InputError for a negative or fractional ``best``.
+    The ``best`` trials have a band of one standard deviation over the folds on either side, the
+    others lie behind. Raises InputError for a negative or fractional ``best``.
     """
     check_count(best, "plot_curves(best=...)", least=0)
-    ax, curves = _axes("plot_curves", ax), curve_view(study)
+    ax = _axes("plot_curves", ax)
+    curves = curve_view(study)
     for row in sorted(curves.order[best:]):
         ax.plot(curves.epochs, curves.mean[row], color=_GREY, linewidth=0.5, alpha=0.5, zorder=1)
     for place, row in enumerate(curves.order[:best]):
-        mean, spread, colour = curves.mean[row], curves.spread[row], f"C{place % 10}"
-        ax.plot(curves.epochs, mean, color=colour, label=f"trial {study.trials[row].number}", zorder=3)
+        mean = curves.mean[row]
+        spread = curves.spread[row]
+        colour = f"C{place % 10}"
+        ax.plot(
+            curves.epochs, mean, color=colour, label=f"trial {study.trials[row].number}", zorder=3
+        )
         if np.isfinite(spread).any():
-            ax.fill_between(curves.epochs, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
+            ax.fill_between(
+                curves.epochs, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0
+            )
     _name_axes(ax, "epoch", curves.measure.title)
     if curves.order:
         _scale_axis(ax, curves.scale())
@@ -111,25 +141,36 @@ def plot_curves(study: Study, *, best: int = BEST, ax: "Axes | None" = None) -> 
     return ax
 
 
-def plot_slice(study: Study, parameter: str | None = None, *, ax: "Axes | None" = None) -> "Axes | np.ndarray":
-    """Score against one hyperparameter; without ``parameter``, an array of Axes, one for each that varied.
+def plot_slice(
+    study: Study, parameter: str | None = None, *, ax: "Axes | None" = None
+) -> "Axes | np.ndarray":
+    """Score against one hyperparameter; without ``parameter``, an array of Axes, one for each that
+    varied.
 
-    Raises InputError for an unknown hyperparameter, for ``ax`` without ``parameter``, and where none varied.
+    Raises InputError for an unknown hyperparameter, for ``ax`` without ``parameter``, and where
+    none varied.
     """
-    shown, style = score_view(study), dict[str, Any](color=_BLUE, alpha=0.7)
+    shown = score_view(study)
+    style = dict[str, Any](color=_BLUE, alpha=0.7)
     if parameter is not None:
         column = _parameter(study, parameter, "plot_slice")
         ax = _axes("plot_slice", ax, (4.5, 3.5))
         _draw_scores(ax, column, column.values, shown, **style)
         return ax
     if ax is not None:
-        raise InputError("plot_slice(ax=...) is one Axes and needs parameter=..., got none; name one.")
+        raise InputError(
+            "plot_slice(ax=...) is one Axes and needs parameter=..., got none; name one."
+        )
     if not (varied := varied_parameters(study)):
-        raise InputError("plot_slice() needs a hyperparameter in which two trials differ, and there is none.")
+        raise InputError(
+            "plot_slice() needs a hyperparameter in which two trials differ, and there is none."
+        )
     columns = min(_COLUMNS, len(varied))
     rows = math.ceil(len(varied) / columns)
     size = (3.6 * columns, 3 * rows)
-    _, grid = _pyplot("plot_slice").subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    _, grid = _pyplot("plot_slice").subplots(
+        rows, columns, figsize=size, layout="constrained", squeeze=False
+    )
     cells: np.ndarray = grid.ravel()
     for cell, column in zip(cells, varied):
         _draw_scores(cell, column, column.values, shown, **style)
@@ -139,21 +180,27 @@ def plot_slice(study: Study, parameter: str | None = None, *, ax: "Axes | None" 
 
 
 def _parameter(study: Study, name: str, plot: str) -> Parameter:
-    """Return a hyperparameter by its name; InputError, with those that there are, for another one."""
+    """Return a hyperparameter by its name; InputError, with those that there are, for another
+    one."""
     columns = {parameter.name: parameter for parameter in parameters(study)}
     if name not in columns:
         known = ", ".join(map(short, columns)) or "none"
-        raise InputError(f"{plot}: the trials have no hyperparameter {name!r}; choose one of {known}.")
+        raise InputError(
+            f"{plot}: the trials have no hyperparameter {name!r}; choose one of {known}."
+        )
     return columns[name]
 
 
 def plot_parallel(study: Study, *, ax: "Axes | None" = None) -> "Axes":
-    """Parallel coordinates: a line a trial with a score, through an axis for each hyperparameter that varied.
+    """Parallel coordinates: a line a trial with a score, through an axis for each hyperparameter
+    that varied.
 
-    Each axis runs from 0 to 1 over its range (its logarithm where that is its scale) or through its words; a line
-    breaks where a trial lacks one. Its colour is the score; the better lines lie on top.
+    Each axis runs from 0 to 1 over its range (its logarithm where that is its scale) or through its
+    words; a line breaks where a trial lacks one. Its colour is the score; the better lines lie on
+    top.
     """
-    ax, shown = _axes("plot_parallel", ax, (9.0, 4.5)), score_view(study)
+    ax = _axes("plot_parallel", ax, (9.0, 4.5))
+    shown = score_view(study)
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
@@ -166,22 +213,29 @@ def plot_parallel(study: Study, *, ax: "Axes | None" = None) -> "Axes":
     for place, column in enumerate(columns):
         for value, label in column.scale.ticks:
             height = float(column.scale(value))
-            ax.text(place, height, f" {_plain(label)}", fontsize="x-small", va="center", clip_on=True)
+            ax.text(
+                place, height, f" {_plain(label)}", fontsize="x-small", va="center", clip_on=True
+            )
     ax.set_xticks(places, [_plain(column.label) for column in columns])
     ax.set_ylabel("low to high")
     ax.figure.colorbar(colours, ax=ax, label=_plain(shown.measure.title))
     return ax
 
 
-def plot_pareto(study: Study, x: str | None = None, y: str | None = None, *, ax: "Axes | None" = None) -> "Axes":
-    """Trials by two metrics, the first two without names, and the line through those that are Pareto-optimal.
+def plot_pareto(
+    study: Study, x: str | None = None, y: str | None = None, *, ax: "Axes | None" = None
+) -> "Axes":
+    """Trials by two metrics, the first two without names, and the line through those that are
+    Pareto-optimal.
 
     Raises InputError for a study of one metric and for a name that is none of its metrics.
     """
     known = study.metrics
     x = known[0] if x is None and known else x
     y = next((name for name in known if name != x), None) if y is None else y
-    front = pareto_front(study, check_metric(study, x, "plot_pareto"), check_metric(study, y, "plot_pareto"))
+    front = pareto_front(
+        study, check_metric(study, x, "plot_pareto"), check_metric(study, y, "plot_pareto")
+    )
     ax, (across, down) = _axes("plot_pareto", ax, (5.0, 4.0)), front.measures
     ax.scatter(front.values[:, 0], front.values[:, 1], s=14, color=_GREY, label="trial")
     ax.plot(*front.values[front.order].T, "o-", color=_BLUE, markersize=5, label="Pareto-optimal")
@@ -195,33 +249,42 @@ def _colour_map(shown: Scores) -> str:
 
 
 def plot_importance(study: Study, *, seed: int = 0, ax: "Axes | None" = None) -> "Axes":
-    """Permutation importance of the hyperparameters, by a random forest on the trials. InputError for a small study."""
+    """Permutation importance of the hyperparameters, by a random forest on the trials. InputError
+    for a small study."""
     shown = importance(study, seed=seed)
     ax = _axes("plot_importance", ax, (6.0, 1.2 + 0.4 * len(shown.names)))
     places = range(len(shown.names))
     ax.barh(places, shown.drops, xerr=shown.errors, color=_BLUE, height=0.6)
     ax.set_yticks(places, list(map(_plain, shown.labels)))
     ax.invert_yaxis()
-    ax.set_xlabel(f"fall of the forest's R² when shuffled (R² {shown.fit:.2f} on trials it has not seen)")
+    ax.set_xlabel(
+        f"fall of the forest's R² when shuffled (R² {shown.fit:.2f} on trials it has not seen)"
+    )
     return ax
 
 
-def plot_contour(study: Study, x: str | None = None, y: str | None = None, *, ax: "Axes | None" = None) -> "Axes":
-    """Score over two hyperparameters as filled contours; without ``x`` and ``y`` over the two most important ones.
+def plot_contour(
+    study: Study, x: str | None = None, y: str | None = None, *, ax: "Axes | None" = None
+) -> "Axes":
+    """Score over two hyperparameters as filled contours; without ``x`` and ``y`` over the two most
+    important ones.
 
-    Between trials the score is interpolated linearly, on the logarithm where that is the scale; trials at one place are
-    averaged. Raises InputError for an unknown hyperparameter, one name without the other, and where the trials
-    lie on a line.
+    Between trials the score is interpolated linearly, on the logarithm where that is the scale;
+    trials at one place are averaged. Raises InputError for an unknown hyperparameter, one name
+    without the other, and where the trials lie on a line.
     """
     if (x is None) != (y is None) or (x is not None and x == y):
-        raise InputError(f"plot_contour needs two different hyperparameters or none, got x={x!r}, y={y!r}.")
+        raise InputError(
+            f"plot_contour needs two different hyperparameters or none, got x={x!r}, y={y!r}."
+        )
     try:
         names = importance(study).names if x is None else (x, str(y))
     except InputError as error:
         raise InputError(f"{error} Or name two: plot_contour(x, y).") from None
     if len(names) < 2:
         raise InputError(f"plot_contour needs two hyperparameters that vary, got {len(names)}.")
-    columns, shown = [_parameter(study, name, "plot_contour") for name in names[:2]], score_view(study)
+    columns = [_parameter(study, name, "plot_contour") for name in names[:2]]
+    shown = score_view(study)
     at = np.stack([column.values for column in columns], axis=1)
     scored = np.isfinite(at).all(1) & np.isfinite(shown.values)
     places, trials = np.unique(at[scored], axis=0, return_inverse=True)
@@ -229,8 +292,9 @@ def plot_contour(study: Study, x: str | None = None, y: str | None = None, *, ax
     flat = np.stack([np.log(at) if one.log else at for one, at in zip(columns, places.T)], axis=1)
     if len(places) < 3 or np.linalg.matrix_rank(flat - flat[0], tol=1e-9) < 2:
         raise InputError(
-            f"plot_contour needs scored trials at three places that are not on one line, got {len(places)} places in "
-            f"{columns[0].name!r} and {columns[1].name!r}; choose others, or search further."
+            "plot_contour needs scored trials at three places that are not on one line, got "
+            f"{len(places)} places in {columns[0].name!r} and {columns[1].name!r}; choose others, "
+            "or search further."
         )
     ax = _axes("plot_contour", ax, (6.0, 4.5))
     from matplotlib.tri import Triangulation
@@ -248,25 +312,36 @@ def plot_contour(study: Study, x: str | None = None, y: str | None = None, *, ax
 
 
 def plot_path(study: Study, parameter: str | None = None, *, ax: "Axes | None" = None) -> "Axes":
-    """Paths of a search by hypergradients: a hyperparameter from outer step to outer step, a line a start.
+    """Paths of a search by hypergradients: a hyperparameter from outer step to outer step, a line a
+    start.
 
-    ``parameter`` is the first of those descended on where it is left out. The best five starts have colours; a hollow
-    point is one whose slope the guard took for noise. Raises InputError for a study of another method and for a
-    hyperparameter that was not descended on.
+    ``parameter`` is the first of those descended on where it is left out. The best five starts have
+    colours; a hollow point is one whose slope the guard took for noise. Raises InputError for a
+    study of another method and for a hyperparameter that was not descended on.
     """
     columns = {column.name: column for column in descended(study)}
     if not columns:
-        raise InputError("plot_path needs a study by hypergradients: tune(..., method='hypergradient').")
+        raise InputError(
+            "plot_path needs a study by hypergradients: tune(..., method='hypergradient')."
+        )
     name = next(iter(columns)) if parameter is None else parameter
     if name not in columns:
-        raise InputError(f"plot_path(parameter=...) must be one of {', '.join(columns)}, got {name!r}.")
-    ax, shown = _axes("plot_path", ax), descent_paths(study)
+        raise InputError(
+            f"plot_path(parameter=...) must be one of {', '.join(columns)}, got {name!r}."
+        )
+    ax = _axes("plot_path", ax)
+    shown = descent_paths(study)
     for place, path in reversed(list(enumerate(shown))):
         named = place < BEST
-        values, noisy = path.values[name], ~path.usable
-        (line,) = ax.plot(path.steps, values, "o-", color=f"C{place}" if named else _GREY, markersize=4)
+        values = path.values[name]
+        noisy = ~path.usable
+        (line,) = ax.plot(
+            path.steps, values, "o-", color=f"C{place}" if named else _GREY, markersize=4
+        )
         line.set(label=f"start {path.start}" if named else None, zorder=2 + named)
-        (points,) = ax.plot(path.steps[noisy], values[noisy], "o", color=line.get_color(), markersize=4)
+        (points,) = ax.plot(
+            path.steps[noisy], values[noisy], "o", color=line.get_color(), markersize=4
+        )
         points.set(markerfacecolor="white", zorder=4)
     _name_axes(ax, "outer step", columns[name])
     if shown:

@@ -1,20 +1,24 @@
-"""Train one list of trials with gputune and with every alternative that is installed: the same scores, then the times.
+"""Train one list of trials with gputune and with every alternative that is installed: the same
+scores, then the times.
 
     python scripts/benchmark                     digits, widths 16..64 and 16..256, into scripts/benchmark/results/
     python scripts/benchmark --work narrow:128 narrow:2000 wide:64 narrow:1
                                                  these lists, with so many trials, in one report
     python scripts/benchmark --engines sklearn,torch,ray:32,gputune
-                                                 only these; Ray Tune on the first 32 trials of each list
+                                                 only these; Ray Tune on the first 32 trials of each
+                                                 list
     python scripts/benchmark --grid              gputune, scikit-learn and the loop over trials x widths x batch
                                                  sizes; time and memory against trials, folds and epochs
     python scripts/benchmark --quality [--adult adult.data.gz]
-                                                 best held-out score against time, random search and halving
+                                                 best held-out score against time, random search and
+                                                 halving
     python scripts/benchmark --hypergradients    what each mode costs over plain training
     python scripts/benchmark --halving [--adult adult.data.gz]   halving beside the full search, over seeds
     python scripts/benchmark --logistic          the solved logistic regression beside scikit-learn's
     python scripts/benchmark --profile           share of the matrix-product peak, and a trial's cost beside training
     python scripts/benchmark --modules [--rows GRU LSTM]
-                                                 modules of a user's own beside a plain loop on all cores and Optuna
+                                                 modules of a user's own beside a plain loop on all
+                                                 cores and Optuna
     python scripts/benchmark --many              a study file of 100,000 trials: opening it, going on with it
     python scripts/benchmark --native            the compiled code beside the same code built with -march=native
     python scripts/benchmark --optuna            Optuna's TPE beside random search, and what asking costs
@@ -22,8 +26,9 @@
     python scripts/benchmark --portfolio --data FILE.py   a short list of good configurations, chosen over them
     python scripts/benchmark --realmlp --data FILE.py   RealMLP's space here and in pytabkit
 
-The engines are sklearn, torch (a plain loop), compile (its step through torch.compile), optuna, ray, skorch, jax and
-gputune. One whose package is missing is named in the report and left out: pip install optuna "ray[tune]" skorch jax.
+The engines are sklearn, torch (a plain loop), compile (its step through torch.compile), optuna,
+ray, skorch, jax and gputune. One whose package is missing is named in the report and left out: pip
+install optuna "ray[tune]" skorch jax.
 
 Run it on a machine that does nothing else.
 """
@@ -34,7 +39,8 @@ from importlib import import_module
 from pathlib import Path
 
 if __name__ == "__main__":
-    # This folder is the package "benchmark"; Python has put it on the path, where its profile.py would hide another.
+    # This folder is the package "benchmark"; Python has put it on the path, where its profile.py
+    # would hide another.
     sys.path[0] = str(Path(__file__).parents[1])
 
 from benchmark.engines import choose
@@ -56,16 +62,18 @@ STUDIES = {
     "portfolio": "a short list of good configurations of the MLP, over the tables of --data",
     "realmlp": "RealMLP's space here and in pytabkit, its authors' package; --rows are tables of --data",
 }
-"""What else is measured, and what the option says of it. The ``run`` of the module of that name measures, prints and
-writes; it returns 0, or 1 where what must hold does not: then it writes nothing, but for ``--optuna``."""
+"""What else is measured, and what the option says of it. The ``run`` of the module of that name
+measures, prints and writes; it returns 0, or 1 where what must hold does not: then it writes
+nothing, but for ``--optuna``."""
 
 HELP = {
     "epochs": "default 20, with --hypergradients 5, --grid 10, --quality 27",
     "repeats": "default 3, with --hypergradients 7, --optuna 10, --native 15, --grid 1",
     "work": f"{' or '.join(WIDTHS)}, each with its own number of trials (default: both, --trials long)",
-    "engines": "of those above, with a number: on the first trials only (default: all; --grid: sklearn,torch)",
-    "rows": "with --modules: only rows with one of these in their name; with --tables: these ways; with --realmlp: "
-    "these tables",
+    "engines": "of those above, with a number: on the first trials only (default: all; --grid: "
+    "sklearn,torch)",
+    "rows": "with --modules: only rows with one of these in their name; with --tables: these ways; "
+    "with --realmlp: these tables",
 }
 
 
@@ -81,7 +89,12 @@ def main(arguments: list[str] | None = None) -> int:
     add("--work", nargs="+", type=_work, default=works, metavar="NAME[:TRIALS]", help=HELP["work"])
     add("--engines", type=choose, metavar="WORD[:TRIALS],...", help=HELP["engines"])
     add("--out", type=Path, default=HERE / "results", help="folder of the two files")
-    add("--adult", type=Path, metavar="FILE", help="with --halving, --quality: UCI's adult.data, also .gz")
+    add(
+        "--adult",
+        type=Path,
+        metavar="FILE",
+        help="with --halving, --quality: UCI's adult.data, also .gz",
+    )
     add("--rows", nargs="+", metavar="WORDS", help=HELP["rows"])
     add("--data", type=Path, metavar="FILE.py", help="with --tables: has load(name) -> X, y, task")
     for name, says in STUDIES.items():
@@ -96,7 +109,8 @@ def _work(text: str) -> tuple[str, int | None]:
     name, colon, number = text.partition(":")
     if name not in WIDTHS or (colon and not (number.isdecimal() and int(number) > 0)):
         raise argparse.ArgumentTypeError(
-            f"must be {' or '.join(WIDTHS)}, or one of them and a number of trials as in narrow:128, got {text!r}"
+            f"must be {' or '.join(WIDTHS)}, or one of them and a number of trials as in "
+            f"narrow:128, got {text!r}"
         )
     return name, int(number) if colon else None
 

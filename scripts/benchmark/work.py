@@ -1,7 +1,8 @@
-"""The work that every engine gets, how a loop gives it to cores, and how processes tell when a score was known.
+"""The work that every engine gets, how a loop gives it to cores, and how processes tell when a
+score was known.
 
-Workers import this file, so scikit-learn is imported only inside the functions that the parent calls: an
-engine's workers pay for the start of the library that they use, and of no other.
+Workers import this file, so scikit-learn is imported only inside the functions that the parent
+calls: an engine's workers pay for the start of the library that they use, and of no other.
 """
 
 import functools
@@ -23,7 +24,8 @@ from threadpoolctl import threadpool_limits
 WIDTHS = {"narrow": (16, 32, 64), "wide": (16, 32, 64, 128, 256)}
 BATCH_SIZES = (16, 32, 64, 128, 256)
 LEARNING_RATES = (1e-3, 3e-2)  # log-uniform between
-START_REPAYS = 5_000  # steps; the start of worker processes takes longer than so few in this process
+# steps; the start of worker processes takes longer than so few in this process
+START_REPAYS = 5_000
 
 compile_seconds = 0.0  # that this process has compiled
 
@@ -54,7 +56,11 @@ class Work:
     epochs: int
 
     def steps(self, trials: Sequence[Trial]) -> int:
-        return sum(self.epochs * -(-len(train) // t["batch_size"]) for t in trials for train, _ in self.folds)
+        return sum(
+            self.epochs * -(-len(train) // t["batch_size"])
+            for t in trials
+            for train, _ in self.folds
+        )
 
     def no_scores(self) -> np.ndarray:
         """NaN for every trial and fold, (C, F)."""
@@ -66,7 +72,8 @@ class Outcome:
     """What an engine gives back.
 
     scores   (C, F) last-epoch accuracies
-    start    seconds until the last worker process began to train: start, imports, scaling and writing of the data
+    start    seconds until the last worker process began to train: start, imports, scaling and
+             writing of the data
     compile  seconds of compiling, in the process that compiled longest
     """
 
@@ -81,8 +88,10 @@ def add_compile_seconds(seconds: float) -> None:
 
 
 def last_began(jobs: Iterable[tuple[int, float]]) -> float:
-    """Return when the last process began its first job, of the process and the begin of every job."""
-    return max(dict(sorted(jobs, key=lambda job: -job[1])).values())  # a process' earliest job comes last
+    """Return when the last process began its first job, of the process and the begin of every
+    job."""
+    # a process' earliest job comes last
+    return max(dict(sorted(jobs, key=lambda job: -job[1])).values())
 
 
 def draw_trials(n_trials: int, widths: Sequence[int], seed: int = 0) -> list[Trial]:
@@ -90,14 +99,16 @@ def draw_trials(n_trials: int, widths: Sequence[int], seed: int = 0) -> list[Tri
     rng = np.random.RandomState(seed)
 
     def draw() -> Trial:
-        lr, size = float(np.exp(rng.uniform(*np.log(LEARNING_RATES)))), int(rng.choice(BATCH_SIZES))
+        lr = float(np.exp(rng.uniform(*np.log(LEARNING_RATES))))
+        size = int(rng.choice(BATCH_SIZES))
         return {"lr": lr, "batch_size": size, "width": int(rng.choice(widths))}
 
     return [draw() for _ in range(n_trials)]
 
 
 def digits_work(name: str, *, n_trials: int, epochs: int, folds: int = 5) -> Work:
-    """Return the work "narrow" or "wide" on scikit-learn's digits, 1,797 rows in stratified folds."""
+    """Return the work "narrow" or "wide" on scikit-learn's digits, 1,797 rows in stratified
+    folds."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import StratifiedKFold
 
@@ -112,7 +123,12 @@ def standardised(work: Work) -> list[Fold]:
 
     def scaled(train: np.ndarray, valid: np.ndarray) -> Fold:
         scaler = StandardScaler().fit(work.X[train])
-        return scaler.transform(work.X[train]), work.y[train], scaler.transform(work.X[valid]), work.y[valid]
+        return (
+            scaler.transform(work.X[train]),
+            work.y[train],
+            scaler.transform(work.X[valid]),
+            work.y[valid],
+        )
 
     return [scaled(*fold) for fold in work.folds]
 
@@ -123,7 +139,8 @@ def longest_first(trials: Sequence[Trial]) -> list[int]:
 
 
 def processes(work: Work, cores: int) -> int:
-    """Return on how many processes a loop trains: one, this one, where others would not repay their start."""
+    """Return on how many processes a loop trains: one, this one, where others would not repay their
+    start."""
     return 1 if work.steps(work.trials) < START_REPAYS else cores
 
 
@@ -132,7 +149,9 @@ def over_cores(fit: Fit, work: Work, cores: int) -> Outcome:
     # Longest first, so that no worker begins a long training when the others have ended.
     jobs = list(product(longest_first(work.trials), range(len(work.folds))))
     scores = work.no_scores()
-    results, *seconds = run_jobs(functools.partial(_fit_one, fit, work.trials, work.epochs), jobs, work, cores)
+    results, *seconds = run_jobs(
+        functools.partial(_fit_one, fit, work.trials, work.epochs), jobs, work, cores
+    )
     for job, result in zip(jobs, results):
         scores[job] = result
     return Outcome(scores, *seconds)
@@ -141,13 +160,16 @@ def over_cores(fit: Fit, work: Work, cores: int) -> Outcome:
 def run_jobs(
     call: Callable[[list[Fold], Job], Any], jobs: Sequence[Job], work: Work, cores: int
 ) -> tuple[list[Any], float, float]:
-    """Call for each job in worker processes, in the given order; the rows are scaled and written once, then mapped.
+    """Call for each job in worker processes, in the given order; the rows are scaled and written
+    once, then mapped.
 
-    Returns the results, the seconds until the last worker began its first job, and those of the worker that compiled
-    longest.
+    Returns the results, the seconds until the last worker began its first job, and those of the
+    worker that compiled longest.
     """
     global compile_seconds
-    begin, compile_seconds = time.monotonic(), 0.0  # one worker is this process, which other calls may have used
+    # one worker is this process, which other calls may have used
+    begin = time.monotonic()
+    compile_seconds = 0.0
     with tempfile.TemporaryDirectory() as folder, one_thread_each(processes(work, cores)):
         one = functools.partial(joblib.delayed(_run_one), call, write_folds(work, folder))
         done = joblib.Parallel(batch_size=1, pre_dispatch="all")(map(one, jobs))
@@ -159,12 +181,16 @@ def run_jobs(
 def one_thread_each(cores: int) -> Iterator[None]:
     """Let joblib use so many processes in the block, one thread in each of them and in this one."""
     # A second thread slows such small products down, and this process has no worker's setting.
-    with threadpool_limits(1), joblib.parallel_config("loky", n_jobs=cores, inner_max_num_threads=1):
+    with (
+        threadpool_limits(1),
+        joblib.parallel_config("loky", n_jobs=cores, inner_max_num_threads=1),
+    ):
         yield
 
 
 def write_folds(work: Work, folder: str) -> str:
-    """Write the rows of all folds, scaled, into a folder; return the path that ``read_folds`` takes."""
+    """Write the rows of all folds, scaled, into a folder; return the path that ``read_folds``
+    takes."""
     path = str(Path(folder) / "folds.joblib")
     joblib.dump(standardised(work), path)
     return path
@@ -172,17 +198,22 @@ def write_folds(work: Work, folder: str) -> str:
 
 @functools.lru_cache(maxsize=1)
 def read_folds(path: str) -> list[Fold]:
-    """Return the rows of all folds, mapped; copy-on-write, because torch wants arrays that could be written."""
+    """Return the rows of all folds, mapped; copy-on-write, because torch wants arrays that could be
+    written."""
     folds: list[Fold] = joblib.load(path, mmap_mode="c")
     return folds
 
 
-def _run_one(call: Callable[[list[Fold], Job], Any], path: str, job: Job) -> tuple[Any, int, float, float]:
+def _run_one(
+    call: Callable[[list[Fold], Job], Any], path: str, job: Job
+) -> tuple[Any, int, float, float]:
     begin = time.monotonic()  # the same clock in every process of the machine
     return call(read_folds(path), job), os.getpid(), begin, compile_seconds
 
 
-def _fit_one(fit: Fit, trials: Sequence[Trial], epochs: int, folds: list[Fold], job: tuple[int, int]) -> float:
+def _fit_one(
+    fit: Fit, trials: Sequence[Trial], epochs: int, folds: list[Fold], job: tuple[int, int]
+) -> float:
     return fit(folds[job[1]], trials[job[0]], epochs)
 
 
@@ -190,7 +221,8 @@ def stop_workers() -> None:
     """End the processes that joblib and gputune keep for the next call."""
     from joblib.externals.loky import get_reusable_executor
 
-    from gputune.executors.processes import idle  # here: the workers of other engines do not import gputune
+    # here: the workers of other engines do not import gputune
+    from gputune.executors.processes import idle
 
     for executor in (get_reusable_executor(), *idle):
         executor.shutdown(wait=True, kill_workers=True)
@@ -199,7 +231,8 @@ def stop_workers() -> None:
 
 @dataclass(frozen=True)
 class Event:
-    """After so many seconds of a search the fold mean of a candidate (its position in the list) was known."""
+    """After so many seconds of a search the fold mean of a candidate (its position in the list) was
+    known."""
 
     seconds: float
     candidate: int

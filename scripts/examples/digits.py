@@ -1,10 +1,11 @@
 # %% [markdown]
 # # Tune an MLP on scikit-learn's digits
 #
-# Run it as a script (`python scripts/examples/digits.py FOLDER`), or cell by cell in an editor that knows `# %%`, as
-# VS Code and Spyder do. It writes its plots, its report and the model to FOLDER.
+# Run it as a script (`python scripts/examples/digits.py FOLDER`), or cell by cell in an editor that
+# knows `# %%`, as VS Code and Spyder do. It writes its plots, its report and the model to FOLDER.
 
-# %% The rows: 1797 handwritten digits of 8 x 8 pixels, a fifth of them held out before anything is fitted.
+# %% The rows: 1797 handwritten digits of 8 x 8 pixels, a fifth of them held out before anything is
+# fitted.
 import sys
 from pathlib import Path
 
@@ -16,15 +17,16 @@ from sklearn.model_selection import train_test_split
 
 import gputune
 
-N_TRIALS, EPOCHS = 32, 20
+N_TRIALS = 32
+EPOCHS = 20
 FOLDER = Path(sys.argv[1] if len(sys.argv) == 2 else "example-digits")
 FOLDER.mkdir(exist_ok=True)
 
 X, y = load_digits(return_X_y=True)
 X_known, X_held, y_known, y_held = train_test_split(X, y, test_size=0.2, stratify=y, random_state=0)
 
-# %% The search: every configuration trains in all five folds at the same time. The study's file keeps it, so that
-# this cell, run again, goes on where it was stopped.
+# %% The search: every configuration trains in all five folds at the same time. The study's file
+# keeps it, so that this cell, run again, goes on where it was stopped.
 space = {
     "lr": loguniform(1e-4, 1e-1),
     "batch_size": [32, 64, 128],
@@ -53,7 +55,8 @@ study.plot_importance(ax=axes[1])
 study.plot_contour("lr", "width", ax=axes[2])
 figure.savefig(FOLDER / "plots.png")
 
-# %% The best model: trained again on all known rows, for as many epochs as the mean over the folds liked best.
+# %% The best model: trained again on all known rows, for as many epochs as the mean over the folds
+# liked best.
 model = study.best_model()
 print(model)
 

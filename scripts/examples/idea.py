@@ -2,10 +2,10 @@
 
     python scripts/examples/idea.py
 
-C configurations x F folds of a small network are stacked along one leading axis and train together. Each
-configuration is scored by its mean over the folds at every epoch. Halfway, the worse half is dropped by
-indexing. At the end, one hypergradient says how the validation loss changes with each learning rate.
-Nothing here imports gputune, so that the whole idea can be read on one page.
+C configurations x F folds of a small network are stacked along one leading axis and train together.
+Each configuration is scored by its mean over the folds at every epoch. Halfway, the worse half is
+dropped by indexing. At the end, one hypergradient says how the validation loss changes with each
+learning rate. Nothing here imports gputune, so that the whole idea can be read on one page.
 
 Shapes: C configurations, F folds, P = C * F members, B rows of a batch, D features, K classes.
 """
@@ -32,7 +32,8 @@ def make_network(n_features: int, n_classes: int) -> nn.Module:
 
 
 def load_folds() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the features, the classes, and the row numbers of each fold's two parts: (F, n_train), (F, n_valid)."""
+    """Return the features, the classes, and the row numbers of each fold's two parts: (F, n_train),
+    (F, n_valid)."""
     features, classes = load_digits(return_X_y=True)
     features = features[:1500] / 16
     classes = classes[:1500]
@@ -41,7 +42,12 @@ def load_folds() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     for train_rows, valid_rows in StratifiedKFold(F).split(features, classes):
         train_parts.append(torch.tensor(train_rows))
         valid_parts.append(torch.tensor(valid_rows))
-    return torch.tensor(features), torch.tensor(classes), torch.stack(train_parts), torch.stack(valid_parts)
+    return (
+        torch.tensor(features),
+        torch.tensor(classes),
+        torch.stack(train_parts),
+        torch.stack(valid_parts),
+    )
 
 
 NETWORK = make_network(64, 10)
@@ -63,22 +69,26 @@ def step(params: Params, lr: Tensor, x: Tensor, y: Tensor) -> Params:
     return {name: value - lr * gradients[name] for name, value in params.items()}
 
 
-# vmap turns each function of one member into a function of P members: every tensor gets a leading axis P.
+# vmap turns each function of one member into a function of P members: every tensor gets a leading
+# axis P.
 step_all = vmap(step)
 loss_all = vmap(loss)
 accuracy_all = vmap(accuracy)
 
 
 def train_epoch(params: Params, lrs: Tensor, x: Tensor, y: Tensor, epoch: int) -> Params:
-    """Return the parameters of P members after one epoch: lrs (P,), x (P, n_train, D), y (P, n_train)."""
-    order = torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(epoch))  # the same for all members
+    """Return the parameters of P members after one epoch: lrs (P,), x (P, n_train, D), y (P,
+    n_train)."""
+    # the same for all members
+    order = torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(epoch))
     for rows in order.split(BATCH):
         params = step_all(params, lrs, x[:, rows], y[:, rows])
     return params
 
 
 def search() -> tuple[list[Tensor], Tensor, Tensor]:
-    """Return the mean scores of each epoch, the surviving learning rates, and their hypergradients."""
+    """Return the mean scores of each epoch, the surviving learning rates, and their
+    hypergradients."""
     features, classes, train_rows, valid_rows = load_folds()
     lrs = LEARNING_RATES
     curves = []
@@ -88,7 +98,9 @@ def search() -> tuple[list[Tensor], Tensor, Tensor]:
         n = len(lrs)
         train = train_rows.repeat(n, 1)  # (F, n_train) -> (P, n_train)
         valid = valid_rows.repeat(n, 1)
-        params = train_epoch(params, lrs.repeat_interleave(F), features[train], classes[train], epoch)
+        params = train_epoch(
+            params, lrs.repeat_interleave(F), features[train], classes[train], epoch
+        )
         scores = accuracy_all(params, features[valid], classes[valid])
         means = scores.view(n, F).mean(1)  # (P,) -> (C,)
         curves.append(means.detach())
@@ -105,7 +117,8 @@ def search() -> tuple[list[Tensor], Tensor, Tensor]:
 def hypergradient(
     params: Params, lrs: Tensor, features: Tensor, classes: Tensor, train: Tensor, valid: Tensor
 ) -> Tensor:
-    """Return the derivative of each mean validation loss after one more epoch with respect to its learning rate."""
+    """Return the derivative of each mean validation loss after one more epoch with respect to its
+    learning rate."""
     lrs = lrs.clone().requires_grad_()
     after = train_epoch(params, lrs.repeat_interleave(F), features[train], classes[train], EPOCHS)
     losses = loss_all(after, features[valid], classes[valid])
@@ -119,7 +132,10 @@ def main() -> None:
     for epoch, means in enumerate(curves, 1):
         print(f"epoch {epoch}  mean accuracy " + "  ".join(f"{value:.3f}" for value in means))
     for lr, gradient in zip(lrs, gradients):
-        print(f"learning rate {lr:.4g}: derivative of the validation loss after one more epoch {gradient:+.3g}")
+        print(
+            f"learning rate {lr:.4g}: derivative of the validation loss after one more epoch "
+            f"{gradient:+.3g}"
+        )
 
 
 if __name__ == "__main__":

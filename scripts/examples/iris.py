@@ -1,13 +1,16 @@
-"""Iris, three ways: cross-validation and random search beside scikit-learn, and descent on a hyperparameter.
+"""Iris, three ways: cross-validation and random search beside scikit-learn, and descent on a
+hyperparameter.
 
     python scripts/examples/iris.py [cross-validation] [random-search] [descent]
 
-Solved to convergence by both, a logistic regression has equal scores. A perceptron is trained by both for the same
-epochs with Adam, from other starting weights, so its scores are alike but not the same.
+Solved to convergence by both, a logistic regression has equal scores. A perceptron is trained by
+both for the same epochs with Adam, from other starting weights, so its scores are alike but not the
+same.
 
-A descent goes down the mean validation loss of 5 folds by its derivative in the logarithm of a hyperparameter: C of
-the regression by implicit differentiation, the perceptron's learning rate by differentiating through training. A grid
-is trained on the same folds, so that its losses and the path's are of one curve.
+A descent goes down the mean validation loss of 5 folds by its derivative in the logarithm of a
+hyperparameter: C of the regression by implicit differentiation, the perceptron's learning rate by
+differentiating through training. A grid is trained on the same folds, so that its losses and the
+path's are of one curve.
 """
 
 import math
@@ -22,15 +25,23 @@ from scipy.stats import loguniform
 from sklearn.datasets import load_iris
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, RandomizedSearchCV, StratifiedKFold, cross_val_score
+from sklearn.model_selection import (
+    GridSearchCV,
+    RandomizedSearchCV,
+    StratifiedKFold,
+    cross_val_score,
+)
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import gputune
 
-N_TRIALS, EPOCHS = 6, 50  # of the random search
-N_GRID, DESCENT_EPOCHS = 61, 20
+# of the random search
+N_TRIALS = 6
+EPOCHS = 50
+N_GRID = 61
+DESCENT_EPOCHS = 20
 
 X, y = load_iris(return_X_y=True)
 # Iris is sorted by class, so the rows are shuffled. Everything gets the same folds.
@@ -54,24 +65,39 @@ def cross_validation() -> None:
 
 def random_search() -> None:
     """Search both models with both libraries and print the trials, best first."""
-    common = {"n_trials": N_TRIALS, "include_default": False, "cv": FOLDS, "random_state": 0, "verbose": 0}
-    space: dict[str, Any] = {"C": [0.1, 1, 10, 100], "l1_ratio": [0, 1]}  # 0 is the l2 penalty, 1 is l1
+    common = {
+        "n_trials": N_TRIALS,
+        "include_default": False,
+        "cv": FOLDS,
+        "random_state": 0,
+        "verbose": 0,
+    }
+    # 0 is the l2 penalty, 1 is l1
+    space: dict[str, Any] = {"C": [0.1, 1, 10, 100], "l1_ratio": [0, 1]}
     study = gputune.tune("logistic", X, y, space=space, **common)
-    # Before 1.8 scikit-learn reads l1_ratio only beside penalty="elasticnet", which later releases deprecate.
+    # Before 1.8 scikit-learn reads l1_ratio only beside penalty="elasticnet", which later releases
+    # deprecate.
     older = tuple(map(int, sklearn.__version__.split(".")[:2])) < (1, 8)
     penalty = {"penalty": "elasticnet"} if older else {}
-    logistic = LogisticRegression(solver="saga", tol=1e-8, max_iter=20_000, random_state=0, **penalty)
+    logistic = LogisticRegression(
+        solver="saga", tol=1e-8, max_iter=20_000, random_state=0, **penalty
+    )
     search = RandomizedSearchCV(  # the same seed draws the same configurations
         make_pipeline(StandardScaler(), logistic),
         {f"logisticregression__{key}": values for key, values in space.items()},
-        n_iter=N_TRIALS, random_state=0, cv=FOLDS, refit=False,
-    )  # fmt: skip
+        n_iter=N_TRIALS,
+        random_state=0,
+        cv=FOLDS,
+        refit=False,
+    )
     side_by_side("logistic regression", study, search)
 
     space = {"lr": loguniform(1e-3, 1e-1), "batch_size": [8, 16, 32], "width": [8, 16, 32, 64]}
     training = {"optimizer": "adam", "max_epochs": EPOCHS, "epoch": "last"}
     study = gputune.tune("mlp", X, y, space=space, **common, **training)
-    mlp = MLPClassifier(alpha=0, max_iter=EPOCHS, tol=0, n_iter_no_change=EPOCHS + 1, random_state=0)
+    mlp = MLPClassifier(
+        alpha=0, max_iter=EPOCHS, tol=0, n_iter_no_change=EPOCHS + 1, random_state=0
+    )
     drawn = [  # gputune's own draws in scikit-learn's words, each as a grid of one point
         {
             "mlpclassifier__learning_rate_init": [trial.params["lr"]],
@@ -84,8 +110,11 @@ def random_search() -> None:
     side_by_side("multilayer perceptron", study, search)
 
 
-def side_by_side(title: str, study: gputune.Study, search: GridSearchCV | RandomizedSearchCV) -> None:
-    """Run scikit-learn's search and print both; they have their trials in the order of the draws."""
+def side_by_side(
+    title: str, study: gputune.Study, search: GridSearchCV | RandomizedSearchCV
+) -> None:
+    """Run scikit-learn's search and print both; they have their trials in the order of the
+    draws."""
     with warnings.catch_warnings():
         # saga crawls at C=100, and a perceptron trained for a fixed time is not meant to converge
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -98,7 +127,8 @@ def side_by_side(title: str, study: gputune.Study, search: GridSearchCV | Random
 
 @dataclass(frozen=True)
 class Descent:
-    """A path on the hyperparameter ``name``, its trials by outer step, and a grid of values with their losses."""
+    """A path on the hyperparameter ``name``, its trials by outer step, and a grid of values with
+    their losses."""
 
     name: str
     path: list[gputune.Trial]
@@ -115,44 +145,59 @@ class Descent:
         return tuple(trial.detail[key][self.name][0][0] for key in ("slope", "slope_error"))
 
 
-def descend(model: str, name: str, start: float, low: float, high: float, **options: Any) -> Descent:
-    """Descend on one hyperparameter from ``start`` within [low, high], then train a grid over the whole range."""
+def descend(
+    model: str, name: str, start: float, low: float, high: float, **options: Any
+) -> Descent:
+    """Descend on one hyperparameter from ``start`` within [low, high], then train a grid over the
+    whole range."""
     common = {"n_trials": 0, "include_default": False, "cv": FOLDS, "verbose": 0, **options}
     space = {name: loguniform(low, high)}  # nothing is drawn from it: it sets the bounds
-    study = gputune.tune(model, X, y, space=space, include=[{name: start}], method="hypergradient", **common)
+    study = gputune.tune(
+        model, X, y, space=space, include=[{name: start}], method="hypergradient", **common
+    )
     grid = np.geomspace(low, high, N_GRID)
     points = [{name: value} for value in grid]
-    beside = gputune.tune(model, X, y, include=points, scoring="neg_log_loss", epoch="last", **common)
+    beside = gputune.tune(
+        model, X, y, include=points, scoring="neg_log_loss", epoch="last", **common
+    )
     losses = [-trial.score if np.isfinite(trial.score) else math.inf for trial in beside.trials]
-    return Descent(name, sorted(study.trials, key=lambda trial: trial.origin[1]), grid, np.array(losses))
+    return Descent(
+        name, sorted(study.trials, key=lambda trial: trial.origin[1]), grid, np.array(losses)
+    )
 
 
 def table(descent: Descent) -> str:
-    """Return the path: value, loss, and slope in the logarithm, both with their standard errors over the folds."""
+    """Return the path: value, loss, and slope in the logarithm, both with their standard errors
+    over the folds."""
     lines = [f"step {descent.name:>10}     loss  +-           slope  +-"]
     for trial, value in zip(descent.path, descent.values):
         slope, error = descent.slope(trial)
         lines.append(
             f"{trial.origin[1]:4} {value:10.4g}  {-trial.score:7.4f}  {trial.std_error:6.4f}  "
-            f"{slope:8.4f}  {error:6.4f}{'' if trial.detail['mode'] == 'exact' else '  by differences'}"
+            f"{slope:8.4f}  "
+            f"{error:6.4f}{'' if trial.detail['mode'] == 'exact' else '  by differences'}"
         )
     return "\n".join(lines)
 
 
 def verdict(descent: Descent) -> str:
-    """Return how far the best point of the path, which is what tune returns, lies from the grid's best one."""
-    name, grid, losses = descent.name, descent.grid, descent.losses
+    """Return how far the best point of the path, which is what tune returns, lies from the grid's
+    best one."""
+    name = descent.name
+    grid = descent.grid
+    losses = descent.losses
     best = max(descent.path, key=lambda trial: trial.score)
-    value, i = best.params[name], int(losses.argmin())
+    value = best.params[name]
+    i = int(losses.argmin())
     excess = -best.score - losses[i]
     slope, error = descent.slope(descent.path[-1])
     sign = "clear" if abs(slope) >= error else "not, it is within its standard error"
     return (
-        f"path:  {name} = {value:.4g}, loss {-best.score:.4f}, the best of {len(descent.path)} points\n"
-        f"grid:  {name} = {grid[i]:.4g}, loss {losses[i]:.4f}, the best of {len(grid)}\n"
-        f"apart: a factor of {math.exp(abs(math.log(value / grid[i]))):.2g} in {name}; {excess:+.4f} in loss, "
-        f"{excess / best.std_error:.2g} of its standard error over the folds\n"
-        f"end:   the sign of the last slope is {sign}"
+        f"path:  {name} = {value:.4g}, loss {-best.score:.4f}, the best of {len(descent.path)} "
+        f"points\ngrid:  {name} = {grid[i]:.4g}, loss {losses[i]:.4f}, the best of {len(grid)}\n"
+        f"apart: a factor of {math.exp(abs(math.log(value / grid[i]))):.2g} in {name}; "
+        f"{excess:+.4f} in loss, {excess / best.std_error:.2g} of its standard error over the "
+        f"folds\nend:   the sign of the last slope is {sign}"
     )
 
 
@@ -162,7 +207,8 @@ def descent() -> None:
     for title, path in (
         ("logistic regression: descent on C, from 1", descend("logistic", "C", 1.0, 0.1, 1000)),
         (
-            f"multilayer perceptron, Adam, {DESCENT_EPOCHS} epochs: descent on the learning rate, from 0.0001",
+            f"multilayer perceptron, Adam, {DESCENT_EPOCHS} epochs: descent on the learning rate, "
+            "from 0.0001",
             descend("mlp", "lr", 1e-4, 1e-5, 1, **rate),
         ),
     ):

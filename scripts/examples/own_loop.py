@@ -1,10 +1,11 @@
-"""One search of a training loop of your own, written three ways: with Optuna, gputune.search and gputune.tune.
+"""One search of a training loop of your own, written three ways: with Optuna, gputune.search and
+gputune.tune.
 
     python scripts/examples/own_loop.py [optuna] [search] [tune] [--trials 32]
 
-The same network, rows, epochs and random draws by the same laws; Optuna and ``search`` call the same loop. Prints lines
-of code, wall seconds on all cores, imports and starts of processes counted, and the best validation accuracy. The first
-two prune by a median, each by its own rule.
+The same network, rows, epochs and random draws by the same laws; Optuna and ``search`` call the
+same loop. Prints lines of code, wall seconds on all cores, imports and starts of processes counted,
+and the best validation accuracy. The first two prune by a median, each by its own rule.
 """
 
 import argparse
@@ -64,7 +65,9 @@ def with_search() -> float:
     train, valid = train_test_split(range(len(X)), random_state=0, stratify=y)
 
     def objective(params: dict[str, Any], report: Callable[[float], None]) -> float:
-        net = nn.Sequential(nn.Linear(64, params["width"]), nn.ReLU(), nn.Linear(params["width"], 10))
+        net = nn.Sequential(
+            nn.Linear(64, params["width"]), nn.ReLU(), nn.Linear(params["width"], 10)
+        )
         optimizer = torch.optim.AdamW(net.parameters(), lr=params["lr"])
         x = X.float() / 16
         for _ in range(20):
@@ -78,7 +81,13 @@ def with_search() -> float:
 
     space = {"lr": loguniform(1e-4, 1e-1), "width": [32, 64, 128]}
     study = gputune.search(
-        objective, space, direction="maximize", n_trials=TRIALS, method="median", max_epochs=20, verbose=0
+        objective,
+        space,
+        direction="maximize",
+        n_trials=TRIALS,
+        method="median",
+        max_epochs=20,
+        verbose=0,
     )
     return study.best_score
 
@@ -98,11 +107,25 @@ def with_tune() -> float:
         return nn.Sequential(nn.Linear(n_features, width), nn.ReLU(), nn.Linear(width, n_outputs))
 
     space = {"lr": loguniform(1e-4, 1e-1), "module__width": [32, 64, 128], "batch_size": 32}
-    study = gputune.tune(net, X, y, space=space, cv=[fold], n_trials=TRIALS, method="median", max_epochs=20, verbose=0)
+    study = gputune.tune(
+        net,
+        X,
+        y,
+        space=space,
+        cv=[fold],
+        n_trials=TRIALS,
+        method="median",
+        max_epochs=20,
+        verbose=0,
+    )
     return study.best_score
 
 
-WAYS: dict[str, Callable[[], float]] = {"optuna": with_optuna, "search": with_search, "tune": with_tune}
+WAYS: dict[str, Callable[[], float]] = {
+    "optuna": with_optuna,
+    "search": with_search,
+    "tune": with_tune,
+}
 
 
 def lines(way: Callable[[], float]) -> int:
@@ -119,13 +142,22 @@ def main() -> None:
     print(f"{'':8} lines  seconds  best accuracy of {arguments.trials} trials")
     for name in arguments.ways:
         begin = time.perf_counter()
-        code = f"import own_loop; own_loop.TRIALS = {arguments.trials}; print(own_loop.WAYS[{name!r}]())"
+        code = (
+            f"import own_loop; own_loop.TRIALS = {arguments.trials}; "
+            f"print(own_loop.WAYS[{name!r}]())"
+        )
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", code],
-            cwd=sys.path[0], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True,
-        )  # fmt: skip
+            cwd=sys.path[0],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            check=True,
+        )
         seconds = time.perf_counter() - begin
-        print(f"{name:8} {lines(WAYS[name]):5} {seconds:8.1f}  {float(done.stdout.split()[-1]):.4f}")
+        print(
+            f"{name:8} {lines(WAYS[name]):5} {seconds:8.1f}  {float(done.stdout.split()[-1]):.4f}"
+        )
 
 
 if __name__ == "__main__":

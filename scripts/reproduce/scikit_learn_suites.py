@@ -1,11 +1,14 @@
-"""scikit-learn's own tests of its MLP, its logistic regression and its searches, with gputune's classes in their place.
+"""scikit-learn's own tests of its MLP, its logistic regression and its searches, with gputune's
+classes in their place.
 
     python scripts/reproduce/scikit_learn_suites.py
     python scripts/reproduce/scikit_learn_suites.py test_mlp -k early --out OUT     OUT/scikit-learn-suites.md
 
-Each test file of the installed scikit-learn is copied into a temporary folder with one line more, after its imports:
-``from gputune.sklearn import ...``. It is run as it was, and with that line. A test counts where scikit-learn's own
-class passes it. The page lists those that fail, with the reason, and the script fails where one has none.
+Each test file of the installed scikit-learn is copied into a temporary folder with one line more,
+after its imports:
+``from gputune.sklearn import ...``. It is run as it was, and with that line. A test counts where
+scikit-learn's own class passes it. The page lists those that fail, with the reason, and the script
+fails where one has none.
 """
 
 import argparse
@@ -23,37 +26,59 @@ from pathlib import Path
 
 import sklearn
 
-_ANY_SOLVER = "the objective has one solution, found whatever the solver: none refuses l1 or the elastic net"
+_ANY_SOLVER = (
+    "the objective has one solution, found whatever the solver: none refuses l1 or the elastic net"
+)
 _CONVERGENCE = "the ConvergenceWarning names a solver of scikit-learn's, and it was Newton's method"
-_START = "it is solved to its end from wherever it begins, so that an earlier solution saves no steps"
+_START = (
+    "it is solved to its end from wherever it begins, so that an earlier solution saves no steps"
+)
 _DEPRECATED = "words that scikit-learn will remove are taken without a warning"
 REASONS: dict[str, tuple[tuple[str, str], ...]] = {
     "test_mlp": (
         (
             "test_partial_fit_regression",
-            "fit is gputune's and partial_fit scikit-learn's, with other random numbers: they are not the same network",
+            "fit is gputune's and partial_fit scikit-learn's, with other random numbers: they "
+            "are not the same network",
         ),
-        ("test_nonfinite_params", "a training that diverges raises gputune.DivergedError, an ArithmeticError"),
-        ("test_n_iter_no_change_inf", "with n_iter_no_change=inf no loss is computed, and nothing is counted"),
+        (
+            "test_nonfinite_params",
+            "a training that diverges raises gputune.DivergedError, an ArithmeticError",
+        ),
+        (
+            "test_n_iter_no_change_inf",
+            "with n_iter_no_change=inf no loss is computed, and nothing is counted",
+        ),
     ),
     "test_search": (
         (
             "test_searchcv_raise_warning_with_non_finite_score",
-            "one more warning says that the estimator is none of gputune's, and that scikit-learn's own loop fits it",
+            "one more warning says that the estimator is none of gputune's, and that "
+            "scikit-learn's own loop fits it",
         ),
     ),
     "test_logistic": (
-        ("test_check_solver_option|test_elasticnet_l1_ratio_err|test_l1_ratio_non_elasticnet", _ANY_SOLVER),
+        (
+            "test_check_solver_option|test_elasticnet_l1_ratio_err|test_l1_ratio_non_elasticnet",
+            _ANY_SOLVER,
+        ),
         (
             "test_logistic_cv_multinomial_score",
-            "the test hands all parameters of the estimator to a private function of scikit-learn, which has no device",
+            "the test hands all parameters of the estimator to a private function of "
+            "scikit-learn, which has no device",
         ),
         ("test_max_iter|test_newton_cholesky_fallback", _CONVERGENCE),
         ("test_warm_start", _START),
         ("callback_fitted_estimator", _START),
         ("deprecated|warns_with_n_jobs", _DEPRECATED),
-        ("penalty_l1ratio_incompatible", "penalty='l1' and 'l2' say what l1_ratio would: no warning of its default"),
-        ("test_large_sparse_matrix", "sparse X is made dense, so that 64-bit indices are no trouble"),
+        (
+            "penalty_l1ratio_incompatible",
+            "penalty='l1' and 'l2' say what l1_ratio would: no warning of its default",
+        ),
+        (
+            "test_large_sparse_matrix",
+            "sparse X is made dense, so that 64-bit indices are no trouble",
+        ),
     ),
 }
 """Of a suite: a pattern of the names of tests that fail, and why they do."""
@@ -71,14 +96,19 @@ class Suite:
         return Path(self.path).stem
 
     def source(self, *, swapped: bool) -> str:
-        """Return the test file, with one more import after the others where the classes are ``swapped``."""
+        """Return the test file, with one more import after the others where the classes are
+        ``swapped``."""
         assert sklearn.__file__ is not None
         text = (Path(sklearn.__file__).parent / self.path).read_text()
         if not swapped:
             return text
         lines = text.splitlines(keepends=True)
-        imports = [node for node in ast.parse(text).body if isinstance(node, ast.Import | ast.ImportFrom)]
-        lines.insert(imports[-1].end_lineno or 0, f"from gputune.sklearn import {', '.join(self.classes)}\n")
+        imports = [
+            node for node in ast.parse(text).body if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
+        lines.insert(
+            imports[-1].end_lineno or 0, f"from gputune.sklearn import {', '.join(self.classes)}\n"
+        )
         return "".join(lines)
 
 
@@ -92,11 +122,21 @@ SUITES = (
 
 
 def outcomes(suite: Suite, *, swapped: bool, keyword: str) -> dict[str, str]:
-    """Return for each test "" where it passed, else the last line of its error; skipped ones are left out."""
+    """Return for each test "" where it passed, else the last line of its error; skipped ones are
+    left out."""
     with tempfile.TemporaryDirectory() as folder:
-        file, report = Path(folder) / f"{suite.name}.py", Path(folder) / "report.xml"
+        file = Path(folder) / f"{suite.name}.py"
+        report = Path(folder) / "report.xml"
         file.write_text(suite.source(swapped=swapped))
-        options = ["-p", "sklearn.conftest", "-p", "no:cacheprovider", f"--junitxml={report}", "-q", "--tb=line"]
+        options = [
+            "-p",
+            "sklearn.conftest",
+            "-p",
+            "no:cacheprovider",
+            f"--junitxml={report}",
+            "-q",
+            "--tb=line",
+        ]
         options += ["-p", "no:xdist"] * (find_spec("xdist") is not None)
         options += ["-k", keyword, "--rootdir", folder, "-c", "/dev/null"]
         command = [sys.executable, "-m", "pytest", *options, str(file)]
@@ -118,10 +158,13 @@ def _error(case: ElementTree.Element) -> str | None:
 
 
 def compared(suite: Suite, keyword: str) -> tuple[list[str], dict[str, str]]:
-    """Return the tests that scikit-learn's own class passes, and the errors of those that fail when it is swapped."""
+    """Return the tests that scikit-learn's own class passes, and the errors of those that fail when
+    it is swapped."""
     own, swapped = (outcomes(suite, swapped=flag, keyword=keyword) for flag in (False, True))
     applies = [name for name, error in own.items() if not error]
-    return applies, {name: swapped.get(name, "not run") for name in applies if swapped.get(name, "not run")}
+    return applies, {
+        name: swapped.get(name, "not run") for name in applies if swapped.get(name, "not run")
+    }
 
 
 def by_reason(suite: Suite, failed: Mapping[str, str]) -> dict[str, list[str]]:
@@ -139,8 +182,8 @@ def page(results: Mapping[Suite, tuple[Sequence[str], Mapping[str, str]]]) -> st
         "",
         "Made by `python scripts/reproduce/scikit_learn_suites.py --out docs`, with scikit-learn "
         f"{sklearn.__version__}. Each of",
-        "its test files was run as it is, and with gputune's classes in place of its own by one import; a test counts "
-        "where",
+        "its test files was run as it is, and with gputune's classes in place of its own by one "
+        "import; a test counts where",
         "scikit-learn's own class passes it.",
         "",
         "| test file | classes | pass |",
@@ -148,25 +191,37 @@ def page(results: Mapping[Suite, tuple[Sequence[str], Mapping[str, str]]]) -> st
     ]
     for suite, (applies, failed) in results.items():
         classes = ", ".join(f"`{name}`" for name in suite.classes)
-        lines.append(f"| `sklearn/{suite.path}` | {classes} | {len(applies) - len(failed)} of {len(applies)} |")
+        lines.append(
+            f"| `sklearn/{suite.path}` | {classes} | {len(applies) - len(failed)} of "
+            f"{len(applies)} |"
+        )
     for suite, (_, failed) in results.items():
         if not failed:
             continue
         lines += ["", f"## What fails in {suite.name}", "", "| tests | why |", "|---|---|"]
         for why, names in by_reason(suite, failed).items():
             functions = Counter(name.split("[")[0] for name in names)
-            listed = ", ".join(f"`{name}`" + (f" ({n})" if n > 1 else "") for name, n in functions.items())
+            listed = ", ".join(
+                f"`{name}`" + (f" ({n})" if n > 1 else "") for name, n in functions.items()
+            )
             lines.append(f"| {listed} | {why or 'not known'} |")
     return "\n".join(lines) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suites", nargs="*", choices=[[], *(suite.name for suite in SUITES)], help="default: all")
-    parser.add_argument("-k", default="", metavar="WORDS", help="only tests with these words, as of pytest")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "suites", nargs="*", choices=[[], *(suite.name for suite in SUITES)], help="default: all"
+    )
+    parser.add_argument(
+        "-k", default="", metavar="WORDS", help="only tests with these words, as of pytest"
+    )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write the page here")
     options = parser.parse_args(arguments)
-    unexplained, results = 0, {}
+    unexplained = 0
+    results = {}
     for suite in (suite for suite in SUITES if suite.name in options.suites or not options.suites):
         applies, failed = results[suite] = compared(suite, options.k)
         print(f"{suite.name}: {len(applies) - len(failed)} of {len(applies)}")

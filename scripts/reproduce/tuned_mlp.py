@@ -1,12 +1,14 @@
-"""The tuned MLPs and TabM of two papers on their tables, beside gputune's networks on the same rows.
+"""The tuned MLPs and TabM of two papers on their tables, beside gputune's networks on the same
+rows.
 
     python scripts/reproduce/tuned_mlp.py FOLDER                    churn, california and adult, in this order
     python scripts/reproduce/tuned_mlp.py FOLDER --tables churn --seeds 3 --rows training all
 
-FOLDER has a folder for each table with the files of TabM's authors: X_num_train.npy, X_bin_train.npy, X_cat_train.npy
-(those that the table has), Y_train.npy, and the same of val and test. Every trial is trained on the training rows and
-scored on the validation rows, as in the papers; the test rows are read once, by the models that are chosen. A stopped
-run goes on: each search is a study of its own in --studies, and what is in the result file is not measured again.
+FOLDER has a folder for each table with the files of TabM's authors: X_num_train.npy,
+X_bin_train.npy, X_cat_train.npy (those that the table has), Y_train.npy, and the same of val and
+test. Every trial is trained on the training rows and scored on the validation rows, as in the
+papers; the test rows are read once, by the models that are chosen. A stopped run goes on: each
+search is a study of its own in --studies, and what is in the result file is not measured again.
 """
 
 import argparse
@@ -29,12 +31,20 @@ from benchmark.report import HERE, Clock, describe_machine, positive, publish, p
 PARTS = ("train", "val", "test")
 REGRESSION = ("california",)
 ADDRESS = "https://github.com/yandex-research/tabm, section Data of its README (tabm-data)"
-SEARCHES = {"mlp": ("mlp", None, 32, 64), "portfolio": ("mlp", "mlp", 32, 64), "realmlp": ("realmlp", None, 8, 256)}
+SEARCHES = {
+    "mlp": ("mlp", None, 32, 64),
+    "portfolio": ("mlp", "mlp", 32, 64),
+    "realmlp": ("realmlp", None, 8, 256),
+}
 """Of a search the model, the name of its space (None: its default one), trials and epochs."""
 
-RTDL, TABM = "MLP, tuned (RTDL)", "MLP, tuned (TabM's authors)"
+RTDL = "MLP, tuned (RTDL)"
+TABM = "MLP, tuned (TabM's authors)"
 PUBLISHED = {
-    "churn": {TABM: ("0.8553 ± 0.0029", 294, "A100"), "TabM, tuned": ("0.8605 ± 0.0016", 561, "A100")},
+    "churn": {
+        TABM: ("0.8553 ± 0.0029", 294, "A100"),
+        "TabM, tuned": ("0.8605 ± 0.0016", 561, "A100"),
+    },
     "california": {
         RTDL: ("0.4986 ± 0.0031", 1510, "RTX 2080 Ti"),
         TABM: ("0.4948 ± 0.0058", 1294, "A100"),
@@ -46,7 +56,8 @@ PUBLISHED = {
         "TabM, tuned": ("0.8575 ± 0.0008", 2376, "A100"),
     },
 }
-"""Test score, mean and standard deviation of 15 seeds of the winner; the seconds of tuning (100 trials); where."""
+"""Test score, mean and standard deviation of 15 seeds of the winner; the seconds of tuning (100
+trials); where."""
 
 HOW = """\
 Test scores (RMSE of california, less is better; else accuracy), and the seconds of the whole search. The published
@@ -65,7 +76,8 @@ and validation rows.
 
 @dataclass(frozen=True)
 class Data:
-    """Training rows, then validation rows; ``n_train`` tells where the second begin. Test rows stand apart."""
+    """Training rows, then validation rows; ``n_train`` tells where the second begin. Test rows
+    stand apart."""
 
     X: pd.DataFrame
     y: np.ndarray
@@ -81,7 +93,8 @@ class Data:
 
 @dataclass(frozen=True)
 class Result:
-    """One model of one search: test score, members, seconds of wall clock and of the processor with its search."""
+    """One model of one search: test score, members, seconds of wall clock and of the processor with
+    its search."""
 
     table: str
     seed: int
@@ -96,14 +109,16 @@ class Result:
 
 
 def read(folder: Path, name: str) -> Data:
-    """Return a table of TabM's authors. Raises InputError where files are missing or their rows do not agree."""
+    """Return a table of TabM's authors. Raises InputError where files are missing or their rows do
+    not agree."""
     parts = {part: _columns(folder / name, part) for part in PARTS}
     targets = {part: _array(folder / name / f"Y_{part}.npy").ravel() for part in PARTS}
     for part in PARTS:
         if len(parts[part]) != len(targets[part]) or [*parts[part]] != [*parts["train"]]:
             raise gputune.InputError(
-                f"{folder / name}: the {part} files must have the columns of the train files and a target for each "
-                f"row, got {parts[part].shape} and {len(targets[part])} targets. They come from {ADDRESS}."
+                f"{folder / name}: the {part} files must have the columns of the train files and "
+                f"a target for each row, got {parts[part].shape} and {len(targets[part])} "
+                f"targets. They come from {ADDRESS}."
             )
     X = pd.concat([parts["train"], parts["val"]], ignore_index=True)
     y = np.concatenate([targets["train"], targets["val"]])
@@ -111,14 +126,17 @@ def read(folder: Path, name: str) -> Data:
 
 
 def _columns(folder: Path, part: str) -> pd.DataFrame:
-    """Return the columns of a part, n0, n1, ... b0, ... c0, ...: numbers, binary ones, and categories as text."""
+    """Return the columns of a part, n0, n1, ... b0, ... c0, ...: numbers, binary ones, and
+    categories as text."""
     kinds = [kind for kind in ("num", "bin", "cat") if (folder / f"X_{kind}_{part}.npy").exists()]
     if not kinds:
         raise gputune.InputError(
-            f"FOLDER must have {folder.name}/X_num_{part}.npy, X_bin_{part}.npy or X_cat_{part}.npy, got "
-            f"{folder.parent}. The files come from {ADDRESS}."
+            f"FOLDER must have {folder.name}/X_num_{part}.npy, X_bin_{part}.npy or "
+            f"X_cat_{part}.npy, got {folder.parent}. The files come from {ADDRESS}."
         )
-    frames = [pd.DataFrame(_array(folder / f"X_{kind}_{part}.npy")).add_prefix(kind[0]) for kind in kinds]
+    frames = [
+        pd.DataFrame(_array(folder / f"X_{kind}_{part}.npy")).add_prefix(kind[0]) for kind in kinds
+    ]
     return pd.concat([f.astype(str) if k == "cat" else f for k, f in zip(kinds, frames)], axis=1)
 
 
@@ -126,24 +144,38 @@ def _array(path: Path) -> np.ndarray:
     try:
         array: np.ndarray = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise gputune.InputError(f"{path} must be an array of numbers or text: {error}. See {ADDRESS}.") from error
+        raise gputune.InputError(
+            f"{path} must be an array of numbers or text: {error}. See {ADDRESS}."
+        ) from error
     return array
 
 
-def search(model: str, data: Data, seed: int, trials: int, file: Path) -> tuple[gputune.Study, float, float]:
-    """Search, or go on where the file ends; return the study and what all calls took, in seconds and CPU seconds."""
+def search(
+    model: str, data: Data, seed: int, trials: int, file: Path
+) -> tuple[gputune.Study, float, float]:
+    """Search, or go on where the file ends; return the study and what all calls took, in seconds
+    and CPU seconds."""
     word, space, _, epochs = SEARCHES[model]
     file.parent.mkdir(parents=True, exist_ok=True)
     spent = file.with_suffix(".json")
     clock = Clock(*json.loads(spent.read_text())) if spent.exists() else Clock()
     try:
         study = gputune.tune(
-            word, data.X, data.y, space=space, n_trials=trials, max_epochs=epochs,
+            word,
+            data.X,
+            data.y,
+            space=space,
+            n_trials=trials,
+            max_epochs=epochs,
             cv=[(np.arange(data.n_train), np.arange(data.n_train, len(data.y)))],
             scoring="neg_root_mean_squared_error" if data.regression else "accuracy",
             task="regression" if data.regression else "classification",
-            device="cpu", workers=1, study=file, random_state=seed, verbose=0,
-        )  # fmt: skip
+            device="cpu",
+            workers=1,
+            study=file,
+            random_state=seed,
+            verbose=0,
+        )
     finally:
         spent.write_text(json.dumps(clock()))
     return study, *clock()
@@ -152,8 +184,11 @@ def search(model: str, data: Data, seed: int, trials: int, file: Path) -> tuple[
 def measure(
     name: str, data: Data, seed: int, model: str, trials: int, rows: Sequence[str], studies: Path
 ) -> Iterator[Result]:
-    """Yield the best trial and the ensemble of a search, trained on training rows, on all rows, or on both in turn."""
-    study, *spent = search(model, data, seed, trials, studies / f"{name}-{model}-{trials}-{seed}.db")
+    """Yield the best trial and the ensemble of a search, trained on training rows, on all rows, or
+    on both in turn."""
+    study, *spent = search(
+        model, data, seed, trials, studies / f"{name}-{model}-{trials}-{seed}.db"
+    )
     for where in rows:
         for way, size in (("best trial", 1), ("ensemble", 25)):
             clock = Clock(*spent)
@@ -161,23 +196,47 @@ def measure(
             refit: Literal["folds", "all"] = "folds" if where == "training" else "all"
             tuned = study.ensemble(data.X, data.y, size=size, refit=refit, verbose=0)
             costs = clock()
-            yield Result(name, seed, model, trials, where, way, data.score(tuned), len(tuned.info["ensemble"]), *costs)
+            yield Result(
+                name,
+                seed,
+                model,
+                trials,
+                where,
+                way,
+                data.score(tuned),
+                len(tuned.info["ensemble"]),
+                *costs,
+            )
 
 
 def scores(results: Sequence[Result]) -> str:
     """Return the table: the published scores, and those of each group of results."""
     rows = []
     for name in dict.fromkeys(one.table for one in results):
-        rows += [f"{name}|{who}|{score}||{s:,}||{on}" for who, (score, s, on) in PUBLISHED.get(name, {}).items()]
-        groups = dict.fromkeys((one.model, one.trials, one.way, one.rows) for one in results if one.table == name)
+        rows += [
+            f"{name}|{who}|{score}||{s:,}||{on}"
+            for who, (score, s, on) in PUBLISHED.get(name, {}).items()
+        ]
+        groups = dict.fromkeys(
+            (one.model, one.trials, one.way, one.rows) for one in results if one.table == name
+        )
         for group in groups:
-            of = [one for one in results if (one.table, one.model, one.trials, one.way, one.rows) == (name, *group)]
+            of = [
+                one
+                for one in results
+                if (one.table, one.model, one.trials, one.way, one.rows) == (name, *group)
+            ]
             found = [one.score for one in of]
             spread = f" ± {stdev(found):.4f} ({len(of)} seeds)" if len(of) > 1 else ""
-            members = "-".join(map(str, sorted({min(one.members for one in of), max(one.members for one in of)})))
-            seconds, cpu = mean(one.seconds for one in of), mean(one.cpu for one in of)
+            members = "-".join(
+                map(str, sorted({min(one.members for one in of), max(one.members for one in of)}))
+            )
+            seconds = mean(one.seconds for one in of)
+            cpu = mean(one.cpu for one in of)
             who = "gputune, {}, {} trials: {}, on {} rows".format(*group)
-            rows.append(f"{name}|{who}|{mean(found):.4f}{spread}|{members}|{seconds:,.0f}|{cpu:,.0f}|CPU")
+            rows.append(
+                f"{name}|{who}|{mean(found):.4f}{spread}|{members}|{seconds:,.0f}|{cpu:,.0f}|CPU"
+            )
     return table("table|model|test score|trials in it|seconds|CPU seconds|on", rows)
 
 
@@ -190,24 +249,37 @@ def run(options: argparse.Namespace) -> int:
             for model in options.models:
                 trials = options.trials or SEARCHES[model][2]
                 asked = name, seed, model, trials
-                known = {one.rows for one in results if (one.table, one.seed, one.model, one.trials) == asked}
+                known = {
+                    one.rows
+                    for one in results
+                    if (one.table, one.seed, one.model, one.trials) == asked
+                }
                 lacking = [rows for rows in options.rows if rows not in known]
                 if not lacking:
                     continue
                 results += measure(name, data, seed, model, trials, lacking, options.studies)
-                parts, whole = (HOW, options.note, scores(results)), {"machine": machine, "results": results}
+                parts = (HOW, options.note, scores(results))
+                whole = {"machine": machine, "results": results}
                 publish(options.out, "tuned-mlp", "Published tuned MLPs", *parts, **whole)
     return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("folder", type=Path, metavar="FOLDER", help=f"the tables, from {ADDRESS}")
     add("--tables", nargs="+", choices=PUBLISHED, default=[*PUBLISHED])
     add("--models", nargs="+", choices=SEARCHES, default=[*SEARCHES])
     add("--trials", type=positive, help="of each search (default 8 of realmlp, else 32)")
-    add("--rows", nargs="+", choices=["training", "all"], default=["training"], help="those of the models scored")
+    add(
+        "--rows",
+        nargs="+",
+        choices=["training", "all"],
+        default=["training"],
+        help="those of the models scored",
+    )
     add("--seeds", type=positive, default=1, help="searches of each table (default 1)")
     add("--studies", type=Path, default=Path("tuned-mlp-studies"), help="folder of the studies")
     add("--out", type=Path, default=HERE / "results", help="folder of the two files")

@@ -21,17 +21,26 @@ class Listener(Callback):
     """Keeps everything it is told."""
 
     def __init__(self):
-        self.starts, self.epochs, self.batches, self.ends = [], [], [], []
-        self.on_study_start, self.on_epoch = self.starts.append, self.epochs.append
-        self.on_trials_end, self.on_study_end = self.batches.append, self.ends.append
+        self.starts = []
+        self.epochs = []
+        self.batches = []
+        self.ends = []
+        self.on_study_start = self.starts.append
+        self.on_epoch = self.epochs.append
+        self.on_trials_end = self.batches.append
+        self.on_study_end = self.ends.append
 
     @property
     def trials(self):
-        return sorted((trial for batch in self.batches for trial in batch.trials), key=lambda t: t.number)
+        return sorted(
+            (trial for batch in self.batches for trial in batch.trials), key=lambda t: t.number
+        )
 
 
 def tune(*callbacks, **options):
-    return gputune.tune("mlp", X, Y, callbacks=callbacks, **{"space": SPACE, "n_trials": 7, **FAST, **options})
+    return gputune.tune(
+        "mlp", X, Y, callbacks=callbacks, **{"space": SPACE, "n_trials": 7, **FAST, **options}
+    )
 
 
 METHODS = {
@@ -57,7 +66,9 @@ def test_every_method_tells_the_same_four_moments(method):
         for trial, curve in zip(batch.trials, batch.curves):
             np.testing.assert_array_equal(curve, study.curves[trial.number][: len(curve)])
     if method != "hypergradient":  # whose line search scores points that it does not keep
-        assert sum(curves.shape[0] * curves.shape[1] for curves in listener.epochs) == study.spent[0]
+        assert (
+            sum(curves.shape[0] * curves.shape[1] for curves in listener.epochs) == study.spent[0]
+        )
     assert all(curves.ndim == 3 and curves.shape[2] == 3 for curves in listener.epochs)
 
 
@@ -97,8 +108,12 @@ def test_one_that_raises_loses_nothing_and_is_not_called_again(moment, tmp_path)
         raise RuntimeError("no such server")
 
     setattr(Broken, moment, fail)
-    other, path = Listener(), tmp_path / "study.db"
-    with pytest.warns(UserWarning, match=rf"Broken\.{moment} raised RuntimeError: no such server. It is not called"):
+    other = Listener()
+    path = tmp_path / "study.db"
+    with pytest.warns(
+        UserWarning,
+        match=rf"Broken\.{moment} raised RuntimeError: no such server. It is not called",
+    ):
         study = tune(Broken(), other, study=path)
     assert (len(calls), len(other.trials), len(other.ends)) == (1, 7, 1)
     np.testing.assert_array_equal(study.curves, tune().curves)
@@ -106,7 +121,9 @@ def test_one_that_raises_loses_nothing_and_is_not_called_again(moment, tmp_path)
 
 
 def test_trials_are_in_the_file_before_a_callback_hears_of_them(tmp_path):
-    path, listener, seen = tmp_path / "study.db", Listener(), []
+    path = tmp_path / "study.db"
+    listener = Listener()
+    seen = []
 
     class Reader(Callback):
         def on_trials_end(self, trials):
@@ -120,7 +137,8 @@ def test_trials_are_in_the_file_before_a_callback_hears_of_them(tmp_path):
 
 
 def test_what_was_told_or_is_of_another_process_is_not_told_again(tmp_path):
-    path, heard = tmp_path / "study.db", []
+    path = tmp_path / "study.db"
+    heard = []
     with Store.create(path, {}) as store, Store.open(path) as other:
         ledger = Ledger(store)
         ledger.add(candidates(range(4)))
@@ -134,7 +152,8 @@ def test_what_was_told_or_is_of_another_process_is_not_told_again(tmp_path):
 
 
 def test_ctrl_c_in_a_callback_stops_the_search_and_keeps_what_is_done(tmp_path):
-    path, listener = tmp_path / "study.db", Listener()
+    path = tmp_path / "study.db"
+    listener = Listener()
     wide = [{"width": 128}]  # a population of its own, so that there is more than one chunk
 
     class Stop(Callback):

@@ -17,7 +17,15 @@ from study_rows import candidates, result
 
 X, Y = load_iris(return_X_y=True)
 SPACE = {"lr": [1e-3, 1e-2, 3e-2], "activation": ["relu", "tanh"], "width": 8}
-FAST = {"max_epochs": 3, "cv": 3, "verbose": 0, "workers": 1, "n_trials": 5, "space": SPACE, "include_default": False}
+FAST = {
+    "max_epochs": 3,
+    "cv": 3,
+    "verbose": 0,
+    "workers": 1,
+    "n_trials": 5,
+    "space": SPACE,
+    "include_default": False,
+}
 
 
 def tune(callback, **options):
@@ -26,11 +34,18 @@ def tune(callback, **options):
 
 def test_values_as_loggers_take_them():
     params = {"lr": 0.1, "act": nn.ReLU, "none": None, "flag": True, "word": "relu"}
-    assert plain_params(params) == params | {"act": "torch.nn.modules.activation.ReLU", "none": "None"}
+    assert plain_params(params) == params | {
+        "act": "torch.nn.modules.activation.ReLU",
+        "none": "None",
+    }
     rows = list(zip(candidates([0]), [result(0, state="failed", score=np.nan)]))
     (trial,) = gputune.Study.from_rows({}, rows).trials
     numbers = trial_numbers(trial)
-    assert "score" not in numbers and numbers["params/lr"] == 0.1 and "params/activation" not in numbers
+    assert (
+        "score" not in numbers
+        and numbers["params/lr"] == 0.1
+        and "params/activation" not in numbers
+    )
     several = trial_numbers(replace(trial, metrics={"f1": (0.5, 0.75), "roc_auc": (np.nan, 1.0)}))
     assert several == {**numbers, "metrics/f1": 0.625}
 
@@ -42,17 +57,25 @@ def test_tensorboard(tmp_path):
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
         study = tune(TensorBoard(tmp_path), scoring=["accuracy", "neg_log_loss"])
-        for trial, curve, losses in zip(study.trials, study.curves, study.curves_of("neg_log_loss")):
+        for trial, curve, losses in zip(
+            study.trials, study.curves, study.curves_of("neg_log_loss")
+        ):
             events = EventAccumulator(str(tmp_path / f"trial-{trial.number:05d}")).Reload()
             assert [e.step for e in events.Scalars("score")] == [1, 2, 3]
             for name, values, last in (
                 ("score", curve, trial.score),
                 ("metrics/neg_log_loss", losses, trial.scores["neg_log_loss"]),
             ):
-                np.testing.assert_allclose([e.value for e in events.Scalars(name)], values.mean(1), rtol=1e-6)
+                np.testing.assert_allclose(
+                    [e.value for e in events.Scalars(name)], values.mean(1), rtol=1e-6
+                )
                 assert events.Scalars(f"final {name}")[0].value == pytest.approx(last)
             summary = events.summary_metadata.items()
-            (start,) = (one.plugin_data.content for tag, one in summary if tag == "_hparams_/session_start_info")
+            (start,) = (
+                one.plugin_data.content
+                for tag, one in summary
+                if tag == "_hparams_/session_start_info"
+            )
             assert trial.params["activation"].encode() in start and b"lr" in start
         best = EventAccumulator(str(tmp_path / "search")).Reload().Scalars("best score")
         assert best[-1].step == 15 and best[-1].value == pytest.approx(study.best_score)
@@ -62,7 +85,9 @@ def test_tensorboard(tmp_path):
 def test_mlflow(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.chdir(tmp_path)
-    uri, sent, batches = f"sqlite:///{tmp_path / 'mlflow.db'}", [], []
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    sent = []
+    batches = []
     whole = mlflow.MlflowClient.log_batch
 
     def counted(client, run_id, metrics=(), **more):
@@ -79,16 +104,20 @@ def test_mlflow(tmp_path, monkeypatch):
         warnings.simplefilter("ignore")
         scoring = {"accuracy": "accuracy", "f1 (mean)": "f1_macro"}
         study = tune(Counting("iris", tracking_uri=uri, run_name="first"), scoring=scoring)
-        assert len(sent) == 2 + len(batches) and sum(batches) == 5  # the options, each batch, the best
+        # the options, each batch, the best
+        assert len(sent) == 2 + len(batches) and sum(batches) == 5
         client = mlflow.MlflowClient(tracking_uri=uri)
         (run,) = client.search_runs([client.get_experiment_by_name("iris").experiment_id])
         assert run.info.status == "FINISHED" and run.info.run_name == "first"
-        assert run.data.params["model"] == "mlp" and run.data.params["best/trial"] == str(study.best_trial.number)
+        assert run.data.params["model"] == "mlp" and run.data.params["best/trial"] == str(
+            study.best_trial.number
+        )
         assert run.data.params["best/lr"] == str(study.best_params["lr"])
         assert run.data.metrics["best_score"] == study.best_score
         for name, value in (
             ("score", lambda trial: trial.score),
-            ("metrics/f1 _mean_", lambda trial: trial.scores["f1 (mean)"]),  # MLflow takes no brackets
+            # MLflow takes no brackets
+            ("metrics/f1 _mean_", lambda trial: trial.scores["f1 (mean)"]),
             ("params/lr", lambda trial: trial.params["lr"]),
         ):
             history = {m.step: m.value for m in client.get_metric_history(run.info.run_id, name)}
@@ -101,19 +130,24 @@ def test_mlflow(tmp_path, monkeypatch):
         callback.on_study_start(many)
         callback.on_trials_end(many)
         assert sent[1:] == [1000, 1000, 401]
-        callback.on_study_end(gputune.Study.from_rows({}, [*rows, (candidates([400])[0], None)]))  # one that waits
+        # one that waits
+        callback.on_study_end(gputune.Study.from_rows({}, [*rows, (candidates([400])[0], None)]))
         assert client.get_run(callback.run_id).info.status == "KILLED"
 
 
 def records_of(path):
-    """Yield the records of a .wandb file: a header of 7 bytes, then LevelDB's log, in blocks of 32 KiB."""
-    raw, at, record = path.read_bytes(), 7, b""
+    """Yield the records of a .wandb file: a header of 7 bytes, then LevelDB's log, in blocks of 32
+    KiB."""
+    raw = path.read_bytes()
+    at = 7
+    record = b""
     while at + 7 <= len(raw):
         left = 32768 - at % 32768
         if left < 7:
             at += left
             continue
-        length, kind = int.from_bytes(raw[at + 4 : at + 6], "little"), raw[at + 6]
+        length = int.from_bytes(raw[at + 4 : at + 6], "little")
+        kind = raw[at + 6]
         record += raw[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # whole, or the last part
@@ -129,14 +163,20 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     with warnings.catch_warnings():  # of its own parts
         warnings.simplefilter("ignore")
-        study = tune(WandB("iris", name="first", folder=tmp_path), scoring=["accuracy", "neg_log_loss"])
+        study = tune(
+            WandB("iris", name="first", folder=tmp_path), scoring=["accuracy", "neg_log_loss"]
+        )
         wandb.teardown()  # the end of a process: what W&B's own process holds is written
 
     def values(items):
-        return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+        return {
+            item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items
+        }
 
     (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    rows, config, summary = {}, {}, {}
+    rows = {}
+    config = {}
+    summary = {}
     for record in map(wandb_internal_pb2.Record.FromString, records_of(path)):
         if row := values(record.history.item):
             rows[row["trial"]] = row
@@ -153,9 +193,12 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("package", "make"), [("tensorboard", lambda: TensorBoard("runs")), ("mlflow", MLflow), ("wandb", WandB)]
+    ("package", "make"),
+    [("tensorboard", lambda: TensorBoard("runs")), ("mlflow", MLflow), ("wandb", WandB)],
 )
 def test_a_missing_extra(package, make, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingExtraError, match=rf'needs {package}.*pip install "gputune\[{package}\]"'):
+    with pytest.raises(
+        MissingExtraError, match=rf'needs {package}.*pip install "gputune\[{package}\]"'
+    ):
         make()

@@ -1,4 +1,5 @@
-"""gputune check: its laws on this machine, its loop beside the oracle, what it says where a law fails."""
+"""gputune check: its laws on this machine, its loop beside the oracle, what it says where a law
+fails."""
 
 import json
 import math
@@ -43,7 +44,10 @@ def on(device):
     # A recorded step is the eager one.
     marked = [
         pytest.param(
-            law, b, marks=[pytest.mark.long] * (b == "eager" and "graph" in law.backends), id=f"{law.name}, {b}"
+            law,
+            b,
+            marks=[pytest.mark.long] * (b == "eager" and "graph" in law.backends),
+            id=f"{law.name}, {b}",
         )
         for law, b in checks
     ]
@@ -58,7 +62,8 @@ def test_a_law_holds(law, backend):
 @pytest.mark.parametrize("name", CASES)
 def test_the_loop_is_the_oracle(name):
     case = CASES[name]
-    data, configs = case.data(CPU), case.complete()
+    data = case.data(CPU)
+    configs = case.complete()
     for fold in range(1, data.n_folds):  # the oracle knows no absent class
         x, y, weights = rows_of(data, fold)
         lengths = {"epochs": case.epochs, "max_epochs": case.horizon}
@@ -69,7 +74,9 @@ def test_the_loop_is_the_oracle(name):
             torch.testing.assert_close(tensor, expected[key], rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("law", [law for law in LAWS if "plain loop" in law.name or "members that" in law.name])
+@pytest.mark.parametrize(
+    "law", [law for law in LAWS if "plain loop" in law.name or "members that" in law.name]
+)
 def test_a_step_that_is_wrong_is_found(law, monkeypatch):
     """As if an update were off by a millionth: by a thousandth in single precision."""
     train_chunk = laws.train_chunk
@@ -85,7 +92,9 @@ def test_a_step_that_is_wrong_is_found(law, monkeypatch):
     assert not law.measure(CPU, "eager") <= law.allowed
 
 
-@pytest.mark.parametrize(("case", "part"), [("weights", "weights"), ("regression", "weights"), ("regression", "y")])
+@pytest.mark.parametrize(
+    ("case", "part"), [("weights", "weights"), ("regression", "weights"), ("regression", "y")]
+)
 def test_what_is_read_of_another_fold_is_found(case, part, monkeypatch):
     train_chunk = laws.train_chunk
 
@@ -96,10 +105,18 @@ def test_what_is_read_of_another_fold_is_found(case, part, monkeypatch):
     assert laws.from_plain_loop(CASES[case], CPU, "eager") > 1e-3
 
 
-@pytest.mark.parametrize(("name", "limit", "value", "message"), [
-    ("memory that runs out halves the chunk", "_SINGLE", 100, "memory did not run out"),
-    ("members that leave change nothing", "_WILD", 0.1, r"\(1, 2, 3\) should stay, but \(0, 1, 2, 3, 4\) did"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "limit", "value", "message"),
+    [
+        ("memory that runs out halves the chunk", "_SINGLE", 100, "memory did not run out"),
+        (
+            "members that leave change nothing",
+            "_WILD",
+            0.1,
+            r"\(1, 2, 3\) should stay, but \(0, 1, 2, 3, 4\) did",
+        ),
+    ],
+)
 def test_a_drill_must_have_happened(name, limit, value, message, monkeypatch):
     monkeypatch.setattr(f"gputune.check.laws.{limit}", value)
     (law,) = (law for law in LAWS if law.name == name)
@@ -123,7 +140,12 @@ def test_json_and_what_is_kept(two_laws):
     told = json.loads(out)
     assert code == 1 and not told["ok"]
     assert [law["difference"] for law in told["laws"]] == [1e-13, 3e-7, 0.0, None]
-    assert told["speeds"][2] == {"device": "cpu", "backend": "compiled", "step": 1e-4, "member": 1e-5}
+    assert told["speeds"][2] == {
+        "device": "cpu",
+        "backend": "compiled",
+        "step": 1e-4,
+        "member": 1e-5,
+    }
     found = read_findings(CPU)
     assert found.failed == {"graph": "a law", "eager": "another"}
     assert found.speeds["compiled"] == Speed(1e-4, 1e-5)
@@ -132,21 +154,30 @@ def test_json_and_what_is_kept(two_laws):
 
 def test_what_another_device_fails_is_none_of_the_cpus(two_laws, monkeypatch):
     kept = {}
-    monkeypatch.setattr(check, "keep_findings", lambda device, findings: kept.update({device.type: findings}))
+    monkeypatch.setattr(
+        check, "keep_findings", lambda device, findings: kept.update({device.type: findings})
+    )
     for name in ("device_name", "_facts"):
         monkeypatch.setattr(check, name, str)
     check.check(torch.device("meta"), print)
-    assert kept["meta"].failed == {"graph": "a law", "eager": "another"} and len(kept["meta"].speeds) == 3
+    assert (
+        kept["meta"].failed == {"graph": "a law", "eager": "another"}
+        and len(kept["meta"].speeds) == 3
+    )
     assert kept["cpu"] == Findings(None, {"compiled": Speed(1e-4, 1e-5)})
 
 
 def test_speeds_alone_forget_no_law(folder):
     keep_findings(CPU, Findings({"eager": "a law"}, {"eager": Speed(1, 2)}))
     keep_findings(CPU, Findings(None, {"graph": Speed(3, 4)}))
-    assert read_findings(CPU) == Findings({"eager": "a law"}, {"eager": Speed(1, 2), "graph": Speed(3, 4)})
+    assert read_findings(CPU) == Findings(
+        {"eager": "a law"}, {"eager": Speed(1, 2), "graph": Speed(3, 4)}
+    )
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"failed": {}}', '{"failed": {}, "speeds": {"eager": {"a": 1}}}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"failed": {}}', '{"failed": {}, "speeds": {"eager": {"a": 1}}}']
+)
 def test_a_file_that_says_nothing_is_no_finding(text, folder):
     keep_findings(CPU, Findings({}, {})).write_text(text)
     assert read_findings(CPU) == Findings()

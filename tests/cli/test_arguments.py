@@ -1,4 +1,5 @@
-"""Flags and the arguments of gputune.tune: KEY=SPEC becomes a value, what Python says is said in flags."""
+"""Flags and the arguments of gputune.tune: KEY=SPEC becomes a value, what Python says is said in
+flags."""
 
 import inspect
 import math
@@ -20,14 +21,20 @@ from refused import refused
 
 PYTHON_ALONE = {"X", "y", "sample_weight", "epoch", "callbacks", "training_step", "augment"}
 OF_METHODS = {
-    field.name for method in (gputune.Halving, gputune.Median, gputune.Hypergradient) for field in fields(method)
+    field.name
+    for method in (gputune.Halving, gputune.Median, gputune.Hypergradient)
+    for field in fields(method)
 } - {"min_trials", "step", "first_step", "smallest_step"}
 
 
 def test_every_argument_that_has_an_option_is_known():
     known = flags()
     assert {*inspect.signature(tune).parameters} - PYTHON_ALONE | OF_METHODS <= known.keys()
-    typed = ["tune", "FILE", *(f for f in known.values() if f in ("--no-default", "--quiet", "--per-layer"))]
+    typed = [
+        "tune",
+        "FILE",
+        *(f for f in known.values() if f in ("--no-default", "--quiet", "--per-layer")),
+    ]
     assert make_parser().parse_args(typed).verbose == 0
     assert "tune" in make_parser().format_help()
 
@@ -37,8 +44,8 @@ def test_every_argument_that_has_an_option_is_known():
     [
         (
             "tune FILE --seed=1 --trails 3 --metrics --epoch=4",
-            "--trails 3 --metrics --epoch=4. Did you mean '--trials'? Did you mean '--scoring'? Did you mean "
-            "'--epochs'?",
+            "--trails 3 --metrics --epoch=4. Did you mean '--trials'? Did you mean '--scoring'? "
+            "Did you mean '--epochs'?",
         ),
         ("train FILE --trials 3", "--trials 3. train has no --trials, a flag of tune, resume."),
         ("train FILE --ensemble", "--ensemble. train has no --ensemble, a flag of tune, resume."),
@@ -59,22 +66,27 @@ def test_the_default_space_is_in_every_help(capsys):
     for command in ("tune", "train"):
         with pytest.raises(SystemExit):
             make_parser().parse_args([command, "--help"])
-        assert defaults_in_words().split() == capsys.readouterr().out.split()[-len(defaults_in_words().split()) :]
+        assert (
+            defaults_in_words().split()
+            == capsys.readouterr().out.split()[-len(defaults_in_words().split()) :]
+        )
     assert defaults_in_words() in gputune.tune.__doc__
 
 
 @pytest.mark.parametrize("name", [*IDENTITY.values(), "test_size"])
 def test_a_difference_of_two_searches_names_the_option(name):
     said = in_flags(
-        f"study='gputune-out/study.db' holds another search, which differs from this call in: {name} (30 there, 2 "
-        f"here), space, {name}. Give this search a path of its own, or repeat the first call's arguments."
+        "study='gputune-out/study.db' holds another search, which differs from this call in: "
+        f"{name} (30 there, 2 here), space, {name}. Give this search a path of its own, or repeat "
+        "the first call's arguments."
     )
     option = {"data": name, "sample_weight": name, "epoch": name, "code": name}.get(
         name, flags().get(name, "folds (--cv, --groups)")
     )
     assert said == (
-        f"--out gputune-out holds another search, which differs from this command in: {option} (30 there, 2 here), "
-        f"--space, {option}. Give this search a folder of its own, --out OTHER, or repeat the first command's options."
+        f"--out gputune-out holds another search, which differs from this command in: {option} "
+        f"(30 there, 2 here), --space, {option}. Give this search a folder of its own, --out "
+        "OTHER, or repeat the first command's options."
     )
 
 
@@ -82,7 +94,9 @@ def test_a_difference_of_two_searches_names_the_option(name):
 def test_a_value_is_said_as_it_is_typed(name):
     flag = flags()[name]
     if name != "study":
-        assert in_flags(f"choose {name}='some', {name}=-0.5.") == f"choose {flag} some, {flag} -0.5."
+        assert (
+            in_flags(f"choose {name}='some', {name}=-0.5.") == f"choose {flag} some, {flag} -0.5."
+        )
     assert in_flags(f"a smaller {name}= helps") == f"a smaller {flag} helps"
     assert in_flags(f"{name} must be 3, got 4.") == f"{flag} must be 3, got 4."
     assert in_flags(f"{name} has 2 missing values", kept={name}) == f"{name} has 2 missing values"
@@ -96,29 +110,42 @@ def test_a_value_is_said_as_it_is_typed(name):
         ("fewer with a smaller n_trials", "fewer with a smaller --trials"),
         ("leave it out (include_default=False)", "leave it out (--no-default)"),
         ("tf32=True is for one process, got workers='ray'", "--tf32 is for one process, got --ray"),
-        ("Halving(min_epochs=...) must be below max_epochs=5", "--min-epochs must be below --epochs 5"),
+        (
+            "Halving(min_epochs=...) must be below max_epochs=5",
+            "--min-epochs must be below --epochs 5",
+        ),
         ("Hypergradient(hyperparameters=...): no", "--descend-on: no"),
         ("got hyperparameters=('lr', 'C')", "got --descend-on lr,C"),
         ("Hypergradient(step=...) must be", "Hypergradient(step=...) must be"),
         ("space['width'] must be an integer", "--space width must be an integer"),
         ("target='a b' is not a column", "--target 'a b' is not a column"),
         ("the model folder has no groups", "the model folder has no groups"),
-        ("read it; give this search a path of its own.", "read it; give this search a folder of its own, --out OTHER."),
+        (
+            "read it; give this search a path of its own.",
+            "read it; give this search a folder of its own, --out OTHER.",
+        ),
         ("A space is KEY=SPEC, got 'optimizer=a'.", "A space is KEY=SPEC, got 'optimizer=a'."),
         ("'/my/max_epochs/n_trials.csv' is gone", "'/my/max_epochs/n_trials.csv' is gone"),
         ("got device='cpu'; leave tf32 out.", "got --device cpu; leave --tf32 out."),
         ("model: Net(groups=1, cv=2) raised E: x", "--model: Net(groups=1, cv=2) raised E: x"),
         (
-            "its forward says: vmap: groups=1 and cv=2. Control flow and so on, or let backend='auto'",
-            "its forward says: vmap: groups=1 and cv=2. Control flow and so on, or let --backend auto",
+            "its forward says: vmap: groups=1 and cv=2. Control flow and so on, or let "
+            "backend='auto'",
+            "its forward says: vmap: groups=1 and cv=2. Control flow and so on, or let --backend "
+            "auto",
         ),
         (
-            "augment is for a module of your own: pass a module, for example model=gputune.models.MLP, or leave it out",
-            "augment is for a module of your own: give a module, --model FILE.py:NAME, or leave it out",
+            "augment is for a module of your own: pass a module, for example "
+            "model=gputune.models.MLP, or leave it out",
+            "augment is for a module of your own: give a module, --model FILE.py:NAME, or leave "
+            "it out",
         ),
         ("'mse', a torch.nn loss, or callable(outputs, y), got 'l1'", "'mse', got 'l1'"),
         ("scorer names or a callable, got 'x'", "scorer names, got 'x'"),
-        ("timeout is a number of seconds above 0, or None, got 0.", "--timeout is a number of seconds above 0, got 0."),
+        (
+            "timeout is a number of seconds above 0, or None, got 0.",
+            "--timeout is a number of seconds above 0, got 0.",
+        ),
         ("task must be 'custom' or None, got 'x'", "--task must be 'custom', got 'x'"),
         ("X has no column 'a'; got 'b'.", "FILE has no column 'a'; got 'b'."),
         ("include[0]['lr'] must be > 0, got -1", "lr must be > 0, got -1"),
@@ -128,16 +155,27 @@ def test_a_value_is_said_as_it_is_typed(name):
         ),
         ('workers="ray" needs Ray, which is missing', "--ray needs Ray, which is missing"),
         ("export(path='o.onnx') exists already; give", "--out 'o.onnx' exists already; give"),
-        ("export(path='a/o.pt') must end in .onnx or .pt2", "--out 'a/o.pt' must end in .onnx or .pt2"),
-        ("export(path='a/o.pt2'): the folder", "--out 'a/o.pt2': the folder"),
-        ("kinds={'a b': 'number'}: column 'a b' has 'x'", "--kind a b=number: column 'a b' has 'x'"),
         (
-            "put 'module__k' into the space (one), give it a default, or pass functools.partial(Net, k=...).",
+            "export(path='a/o.pt') must end in .onnx or .pt2",
+            "--out 'a/o.pt' must end in .onnx or .pt2",
+        ),
+        ("export(path='a/o.pt2'): the folder", "--out 'a/o.pt2': the folder"),
+        (
+            "kinds={'a b': 'number'}: column 'a b' has 'x'",
+            "--kind a b=number: column 'a b' has 'x'",
+        ),
+        (
+            "put 'module__k' into the space (one), give it a default, or pass "
+            "functools.partial(Net, k=...).",
             "put module__k=... into --space (one), or give it a default.",
         ),
-        ("one value as a tuple in a list, [(0.9, 0.99)].", "one value in parentheses, '(0.9, 0.99)'."),
         (
-            "X is a dict; pass one table of its columns, which the forward of a module takes apart.",
+            "one value as a tuple in a list, [(0.9, 0.99)].",
+            "one value in parentheses, '(0.9, 0.99)'.",
+        ),
+        (
+            "X is a dict; pass one table of its columns, which the forward of a module takes "
+            "apart.",
             "FILE holds several inputs, which a module alone takes: give --model FILE.py:NAME.",
         ),
     ],
@@ -217,14 +255,20 @@ def test_both_ends_of_an_integer_range_are_drawn():
         ("width=16..", "two finite numbers, got 'width=16..'. Examples"),
         ("lr=0.1..inf", "two finite numbers"),
         ("lr=1e-4..1e-1:lg", "may end in ':log', not in ':lg', got 'lr=1e-4..1e-1:lg'. Examples"),
-        ("width=9..9", "needs LOW < HIGH, got 'width=9..9'. Swap the ends, or write width=9 for one value"),
+        (
+            "width=9..9",
+            "needs LOW < HIGH, got 'width=9..9'. Swap the ends, or write width=9 for one value",
+        ),
         ("lr=0.1..0.01:log", "needs LOW < HIGH"),
         ("lr=0..0.1:log", "needs LOW > 0, got 'lr=0..0.1:log'. For example lr=0.0001..0.1:log"),
         ("module__k=-2..-1.5:log", "needs LOW > 0, .*For example module__k=1e-4..1e-1:log"),
         ("width=1.5..3", "A range of width needs integer ends, got 'width=1.5..3'. Examples"),
         ("width=0..9:log", "needs LOW > 0"),
         ("width=32,,64", "needs a value at each place, got 'width=32,,64'. Examples"),
-        ("width=wide", "width must be an integer >= 1, got the text 'wide' in 'width=wide'. Examples"),
+        (
+            "width=wide",
+            "width must be an integer >= 1, got the text 'wide' in 'width=wide'. Examples",
+        ),
         ("lr=0.1..0.2,0.5", "lr must be a finite number > 0, got the text '0.1..0.2' in"),
     ],
 )
@@ -234,7 +278,9 @@ def test_malformed_text_gets_the_remedy(text, message):
 
 
 def test_several_specs_make_one_space():
-    space = parse_specs(["lr=1e-4..1e-1:log", "width=16..256", "activation=relu,tanh", "dropout=0..0.5", "depth=2"])
+    space = parse_specs(
+        ["lr=1e-4..1e-1:log", "width=16..256", "activation=relu,tanh", "dropout=0..0.5", "depth=2"]
+    )
     assert list(space) == ["lr", "width", "activation", "dropout", "depth"]
     assert check_space(space, keys=legal_keys("mlp", "adamw"), module=False)[0]["depth"] == [2]
     with refused(r"must name a key once, got 'lr' twice\. Join them: lr=A,B"):

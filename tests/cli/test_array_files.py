@@ -29,7 +29,8 @@ class Net(nn.Module):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A folder with a model of each kind, trained on a .npz that has groups too, and the predictions of its rows."""
+    """A folder with a model of each kind, trained on a .npz that has groups too, and the
+    predictions of its rows."""
     folder = tmp_path_factory.mktemp("models")
     (folder / "net.py").write_text(NET)
     expected = {}
@@ -58,7 +59,9 @@ def write(path, X, **more):
     elif path.suffix == ".npz":
         np.savez(path, **more, X=X)
     else:
-        torch.save({name: torch.from_numpy(value) for name, value in {**more, "X": X}.items()}, path)
+        torch.save(
+            {name: torch.from_numpy(value) for name, value in {**more, "X": X}.items()}, path
+        )
     return path
 
 
@@ -83,9 +86,14 @@ def test_a_file_of_arrays_is_predicted_and_evaluated(models, tmp_path, kind, suf
 def test_the_inputs_are_found_by_their_shape(models, tmp_path):
     folder, expected = models
     path = write(tmp_path / "t.npz", TABLE, weight=np.ones(40), more=np.ones((40, 7)))
-    assert output("predict", folder / "table", path).splitlines()[1:] == [*map(str, expected["table"])]
+    assert output("predict", folder / "table", path).splitlines()[1:] == [
+        *map(str, expected["table"])
+    ]
     path = write(tmp_path / "t.npz", TABLE, twin=TABLE)
-    words = "holds 'twin', 'X', and the model takes 1 array of shape (rows, 3). Write a file with the inputs"
+    words = (
+        "holds 'twin', 'X', and the model takes 1 array of shape (rows, 3). Write a file with "
+        "the inputs"
+    )
     assert words in refusal("predict", folder / "table", path)
 
 
@@ -94,22 +102,41 @@ def test_the_right_answers_may_have_another_name(models, tmp_path):
     path = write(tmp_path / "t.npz", TABLE, answers=LABELS)
     out = run("evaluate", folder / "table", path, "--target", "answers", "--format", "json")[1]
     assert json.loads(out)["rows"] == 40
-    frame = pd.DataFrame({"x0": TABLE[:, 0], "x1": TABLE[:, 1], "x2": TABLE[:, 2], "answers": LABELS})
+    frame = pd.DataFrame(
+        {"x0": TABLE[:, 0], "x1": TABLE[:, 1], "x2": TABLE[:, 2], "answers": LABELS}
+    )
     frame.to_csv(tmp_path / "t.csv", index=False)
-    out = run("evaluate", folder / "table", tmp_path / "t.csv", "--target", "answers", "--format", "json")[1]
+    out = run(
+        "evaluate", folder / "table", tmp_path / "t.csv", "--target", "answers", "--format", "json"
+    )[1]
     assert json.loads(out)["scores"]["accuracy"]["score"] == (expected["table"] == LABELS).mean()
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["evaluate", "images", "t.npy"], "--target is missing: give the .npy file that has the right answer of each"),
+        (
+            ["evaluate", "images", "t.npy"],
+            "--target is missing: give the .npy file that has the right answer of each",
+        ),
         (["evaluate", "images", "t.npy", "--target", "y"], "target must be a .npy file too"),
-        (["evaluate", "images", "t.npy", "--target", "short.npy"], "has 40 rows, and the target 'short.npy' has the"),
-        (["evaluate", "images", "t.npz"], "--target label is none of the arrays of 't.npz', which are 'X'."),
+        (
+            ["evaluate", "images", "t.npy", "--target", "short.npy"],
+            "has 40 rows, and the target 'short.npy' has the",
+        ),
+        (
+            ["evaluate", "images", "t.npz"],
+            "--target label is none of the arrays of 't.npz', which are 'X'.",
+        ),
         (["predict", "images", "t.csv"], "arrays are read from .npz, .npy, .pt, .pth, got 't.csv'"),
-        (["predict", "table", "t.npy"], "'t.npy' must be two-dimensional (rows, columns), got shape"),
-        (["predict", "images", "t.npy", "--keep", "id"], "--keep names columns of a table, and 't.npy' holds arrays"),
+        (
+            ["predict", "table", "t.npy"],
+            "'t.npy' must be two-dimensional (rows, columns), got shape",
+        ),
+        (
+            ["predict", "images", "t.npy", "--keep", "id"],
+            "--keep names columns of a table, and 't.npy' holds arrays",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(models, tmp_path, monkeypatch, options, words):
@@ -127,7 +154,14 @@ def test_one_column_of_answers_is_read_and_several_are_refused(models, tmp_path)
     np.save(tmp_path / "column.npy", LABELS[:, None])
     np.save(tmp_path / "columns.npy", TABLE)
     path = write(tmp_path / "t.npy", TABLE)
-    out = run("evaluate", folder / "table", path, "--target", tmp_path / "column.npy", "--format", "json")[1]
+    out = run(
+        "evaluate", folder / "table", path, "--target", tmp_path / "column.npy", "--format", "json"
+    )[1]
     assert json.loads(out)["scores"]["accuracy"]["score"] == (expected["table"] == LABELS).mean()
-    words = "the right answers have the shape (40, 3), and the model predicts one class for each row. Give one class"
-    assert words in refusal("evaluate", folder / "table", path, "--target", tmp_path / "columns.npy")
+    words = (
+        "the right answers have the shape (40, 3), and the model predicts one class for each "
+        "row. Give one class"
+    )
+    assert words in refusal(
+        "evaluate", folder / "table", path, "--target", tmp_path / "columns.npy"
+    )

@@ -1,4 +1,5 @@
-"""Bad input ends with exit code 2 and one line that names the argument, the value and the remedy."""
+"""Bad input ends with exit code 2 and one line that names the argument, the value and the
+remedy."""
 
 import shlex
 
@@ -16,7 +17,9 @@ def bugs(tmp_path, monkeypatch):
 def refused(*arguments, words=(), lines=1):
     """Run a command that must be refused; its message must have the words."""
     err = refusal(*arguments)
-    assert err.startswith("gputune: error: ") and "Traceback" not in err and err.count("\n") == lines
+    assert (
+        err.startswith("gputune: error: ") and "Traceback" not in err and err.count("\n") == lines
+    )
     assert [word for word in words if word not in err] == [], err
 
 
@@ -45,7 +48,9 @@ def test_missing_answers_are_told_with_their_line(bugs):
 
 def test_a_file_without_a_header(bugs):
     bugs.write_text("5.1,3.5,ant\n4.9,3.0,bee\n")
-    refused_tune(bugs, words=["has '5.1', '3.5' in its first line", "write a line of names above it"])
+    refused_tune(
+        bugs, words=["has '5.1', '3.5' in its first line", "write a line of names above it"]
+    )
     bugs.write_text("2019,2020,kind\n" + "5,1.5,ant\n4,2,bee\n" * 20)  # years are names
     assert run("tune", bugs, "--target", "kind", *FAST)[0] == 0
 
@@ -54,8 +59,18 @@ def test_a_file_without_a_header(bugs):
     ("command", "value", "options", "words"),
     [
         ("tune", 1e300, FAST, "price has 1e+300 in row 35, beside which"),
-        ("tune", -5, [*FAST, "--target-transform", "log"], "--target-transform log needs numbers above 0 in price"),
-        ("train", -5, ["--epochs", "2", "--cv", "2", "--target-transform", "log"], "and 1 of 40 are not, the least -5"),
+        (
+            "tune",
+            -5,
+            [*FAST, "--target-transform", "log"],
+            "--target-transform log needs numbers above 0 in price",
+        ),
+        (
+            "train",
+            -5,
+            ["--epochs", "2", "--cv", "2", "--target-transform", "log"],
+            "and 1 of 40 are not, the least -5",
+        ),
     ],
 )
 def test_a_target_in_a_row_that_is_held_out(bugs, command, value, options, words):
@@ -73,7 +88,10 @@ def test_what_a_module_says_is_not_written_in_flags(bugs):
         "    def __init__(self, n_features, n_outputs): super().__init__(n_features, n_outputs)\n"
         "    def forward(self, x): raise RuntimeError('given groups=1, study=2 and max_epochs=3')\n"
     )
-    words = ["--model: the forward of Net raised RuntimeError: given groups=1, study=2 and max_epochs=3. It must"]
+    words = [
+        "--model: the forward of Net raised RuntimeError: given groups=1, study=2 and "
+        "max_epochs=3. It must"
+    ]
     refused_tune(bugs, "--model", "net.py:Net", words=words)
 
 
@@ -106,7 +124,10 @@ def test_what_the_parser_refuses(bugs, options, words):
         ("--scoring acuracy", ["--scoring", "'acuracy'", ". Did you mean 'accuracy'?"]),
         ("--scoring auc", ["--scoring", "'auc'", ". Did you mean 'roc_auc'?"]),
         ("--schedule cosin", ["--schedule", "'cosin'", ". Did you mean 'cosine'?"]),
-        ("--model cnn --loss crossentropy", ["--loss", "'crossentropy'", ". Did you mean 'cross_entropy'?"]),
+        (
+            "--model cnn --loss crossentropy",
+            ["--loss", "'crossentropy'", ". Did you mean 'cross_entropy'?"],
+        ),
         ("--space widht=8", ["'widht'", "Did you mean 'width'?"]),
         ("--space learning_rate=0.1", ["'learning_rate'", "Did you mean 'lr'?"]),
         ("--space lr=0", ["lr", "> 0", "got 0"]),
@@ -120,7 +141,10 @@ def test_what_the_parser_refuses(bugs, options, words):
         ("--space activation=relo", ["--space activation must", "Did you mean 'relu'?"]),
         ("--space optimizer=adaam", ["--space optimizer must", "Did you mean 'adam'?"]),
         ("--space module__hidden=8", ["module__hidden", "nn.Module class", "Leave it out"]),
-        ("--space realmlp", ["--space realmlp is of RealMLP, got --model mlp; choose --model realmlp, or a space"]),
+        (
+            "--space realmlp",
+            ["--space realmlp is of RealMLP, got --model mlp; choose --model realmlp, or a space"],
+        ),
         ("--space lr=1 --space lr=2", ["'lr' twice", "Join"]),
         ("--test-size 1", ["0 <= --test-size < 1", "got 1.0"]),
         ("--timeout 0", ["--timeout is a number of seconds above 0, got 0.0"]),
@@ -134,36 +158,69 @@ def test_what_the_parser_refuses(bugs, options, words):
         ("--columns all", ["--columns", "'all'", "drop-constant"]),
         ("--numbers log", ["--numbers", "'log'", "quantile"]),
         ("--schedule step", ["--schedule", "'step'", "cosine"]),
-        ("--target-transform lg", ["--target-transform must be 'log' or 'log1p', got 'lg'. Did you mean 'log'?"]),
+        (
+            "--target-transform lg",
+            ["--target-transform must be 'log' or 'log1p', got 'lg'. Did you mean 'log'?"],
+        ),
         ("--target a --target-transform log", ["--target-transform log needs", "; leave it out."]),
         ("--optimizer lamb", ["--optimizer", "'lamb'", "adamw"]),
-        ("--scoring neg_loss", ["--scoring neg_loss is of a module's loss", "; choose another --scoring."]),
+        (
+            "--scoring neg_loss",
+            ["--scoring neg_loss is of a module's loss", "; choose another --scoring."],
+        ),
         ("--scoring r2", ["--scoring r2", "binary", "accuracy"]),
         ("--task ranking", ["--task", "'ranking'", "classification"]),
         ("--task regression", ["--task regression", "kind", "text", "convert it"]),
         ("--model net.py:Net", ["--model", "net.py", "does not exist", "check the path"]),
-        ("--drop aa,b", ["--drop has 'aa'", "columns of the table are 'a', 'b', 'c', 'kind'", "mean 'a'?"]),
-        ("--drop kind", ["--drop has 'kind', which is the target or the groups; name other columns"]),
+        (
+            "--drop aa,b",
+            ["--drop has 'aa'", "columns of the table are 'a', 'b', 'c', 'kind'", "mean 'a'?"],
+        ),
+        (
+            "--drop kind",
+            ["--drop has 'kind', which is the target or the groups; name other columns"],
+        ),
         ("--drop a,b,c", ["--drop must leave a column to predict from, got 'a', 'b', 'c'"]),
         ("--kind d=number", ["--kind has 'd'"]),
-        ("--kind c=number", ["--kind c=number: column 'c' has '", "in row 0", "choose another kind"]),
+        (
+            "--kind c=number",
+            ["--kind c=number: column 'c' has '", "in row 0", "choose another kind"],
+        ),
         ("--kind c", ["--kind is written as in --kind zip=category, got 'c'"]),
-        ("--kind c=text", ["--kind must be one of number, category, date for each column, got 'text'"]),
+        (
+            "--kind c=text",
+            ["--kind must be one of number, category, date for each column, got 'text'"],
+        ),
         ("--class-weight ant", ["--class-weight left=5,stayed=1, or balanced, got 'ant'"]),
-        ("--class-weight ant=many", ["--class-weight has a number for each class", "got 'ant=many'"]),
+        (
+            "--class-weight ant=many",
+            ["--class-weight has a number for each class", "got 'ant=many'"],
+        ),
         ("--class-weight cat=2", ["--class-weight has the class 'cat', which kind has not"]),
-        ("--include lr=1,2", ["--include takes one value for each key, got 'lr=1,2'; lists and ranges"]),
+        (
+            "--include lr=1,2",
+            ["--include takes one value for each key, got 'lr=1,2'; lists and ranges"],
+        ),
         ("--include lr=1 lr=2", ["--include must name a key once, got 'lr' twice. Leave one out."]),
         ("--include widht=3", ["error: --include must have only the keys", "mean 'width'?"]),
         ("--include lr=x", ["lr must be a finite number", "'lr=x'"]),
         ("--sampler tpe --method median", ["--sampler tpe goes with --method random or halving"]),
-        ("--method median --factor 2", ["--factor belongs to --method halving, got --method median"]),
-        ("--method halving --every 2", ["--every belongs to --method median, got --method halving"]),
+        (
+            "--method median --factor 2",
+            ["--factor belongs to --method halving, got --method median"],
+        ),
+        (
+            "--method halving --every 2",
+            ["--every belongs to --method median, got --method halving"],
+        ),
         ("--min-epochs 2", ["--min-epochs belongs to --method halving, got --method random"]),
         ("--segments 2", ["belongs to --method hypergradient, got --method random"]),
         ("--per-layer", ["belongs to --method hypergradient, got --method random"]),
         ("--descend-on lr,momentum", ["belongs to --method hypergradient, got --method random"]),
-        ("--method hypergradient --descend-on width", ["some of lr, momentum, weight_decay, beta1, beta2"]),
+        (
+            "--method hypergradient --descend-on width",
+            ["some of lr, momentum, weight_decay, beta1, beta2"],
+        ),
         ("--method hypergradient --descend-on momentum", ["adamw has no 'momentum'"]),
     ],
 )
@@ -174,7 +231,14 @@ def test_options_that_cannot_be(bugs, options, words):
 
 def test_the_configuration_of_one_training_is_named_as_it_was_typed(bugs):
     refused(
-        "train", bugs, "--target", "kind", "--set", "lr=1", "wdth=3", words=["error: --set must have only the keys"]
+        "train",
+        bugs,
+        "--target",
+        "kind",
+        "--set",
+        "lr=1",
+        "wdth=3",
+        words=["error: --set must have only the keys"],
     )
 
 
@@ -188,8 +252,16 @@ def test_a_folder_that_cannot_be_written_without_a_loss(bugs):
 
 def test_a_study_of_another_search(bugs):
     assert run("tune", bugs, "--target", "kind", *FAST)[0] == 0
-    words = ["--out gputune-out holds another search", "--seed (0 there, 1 here)", "--epochs (2 there, 3 here)"]
-    words += ["--schedule ('constant' there, 'cosine' here)", "--out OTHER", "first command's options"]
+    words = [
+        "--out gputune-out holds another search",
+        "--seed (0 there, 1 here)",
+        "--epochs (2 there, 3 here)",
+    ]
+    words += [
+        "--schedule ('constant' there, 'cosine' here)",
+        "--out OTHER",
+        "first command's options",
+    ]
     refused_tune(bugs, *"--seed 1 --epochs 3 --schedule cosine".split(), words=words)
     assert run("best", "gputune-out")[0] == 0
 
@@ -206,11 +278,30 @@ def test_predict_without_a_file_or_a_model(bugs, model):
 
 def test_predict_does_not_write_over_its_input(bugs, model):
     before = bugs.read_text()
-    refused("predict", model, bugs, "--out", bugs, words=["--out", "is the file that is read", "another name"])
-    refused("predict", model, bugs, "--out", bugs.parent, words=["--out", "is a folder", "name of a file"])
+    refused(
+        "predict",
+        model,
+        bugs,
+        "--out",
+        bugs,
+        words=["--out", "is the file that is read", "another name"],
+    )
+    refused(
+        "predict",
+        model,
+        bugs,
+        "--out",
+        bugs.parent,
+        words=["--out", "is a folder", "name of a file"],
+    )
     assert bugs.read_text() == before
     refused(
-        "predict", model, bugs, "--out", "no/such/folder.csv", words=["--out", "'no/such' does not exist", "make it"]
+        "predict",
+        model,
+        bugs,
+        "--out",
+        "no/such/folder.csv",
+        words=["--out", "'no/such' does not exist", "make it"],
     )
 
 

@@ -1,4 +1,5 @@
-"""A model on a file with the answers: scores as scikit-learn has them, a matrix, classes; predictions beside an id."""
+"""A model on a file with the answers: scores as scikit-learn has them, a matrix, classes;
+predictions beside an id."""
 
 import csv
 import io
@@ -34,7 +35,9 @@ def folder(tmp_path_factory):
     """Models of two classes and of a number, with their table."""
     folder = tmp_path_factory.mktemp("models")
     price = [i * 1.5 + 0.25 for i in range(60)]
-    table = write_table(folder / "t.csv", 60, id=[f"{i:03}" for i in range(60)], kind=kinds(60), price=price)
+    table = write_table(
+        folder / "t.csv", 60, id=[f"{i:03}" for i in range(60)], kind=kinds(60), price=price
+    )
     for target in ("kind", "price"):
         command = ["tune", table, "--target", target, "--drop", "id", "--out", folder / target]
         assert run(*command, *FAST)[0] == 0
@@ -47,14 +50,19 @@ def refused_file(folder, target, file, *options, words):
 
 
 def evaluated(folder, target, *options):
-    code, out, err = run("evaluate", folder / target / "model", folder / "t.csv", "--format", "json", *options)
+    code, out, err = run(
+        "evaluate", folder / target / "model", folder / "t.csv", "--format", "json", *options
+    )
     assert code == 0, err
     return json.loads(out)
 
 
 def test_classes_are_scored_as_scikit_learn_does(folder):
-    model, table = gputune.load_model(folder / "kind" / "model"), pl.read_csv(folder / "t.csv").drop("id")
-    y, labels, proba = table["kind"].to_numpy(), model.predict(table), model.predict_proba(table)
+    model = gputune.load_model(folder / "kind" / "model")
+    table = pl.read_csv(folder / "t.csv").drop("id")
+    y = table["kind"].to_numpy()
+    labels = model.predict(table)
+    proba = model.predict_proba(table)
     found = evaluated(folder, "kind", "--positive", "bee")
     scores = {
         "accuracy": (y == labels).mean(), "balanced_accuracy": balanced_accuracy_score(y, labels),
@@ -72,7 +80,10 @@ def test_classes_are_scored_as_scikit_learn_does(folder):
     text = run("evaluate", folder / "kind" / "model", folder / "t.csv", "--positive", "bee")[1]
     remark = "The interval of the accuracy is Wilson's; the others hold 95% of bootstrap samples."
     assert remark in " ".join(text.split())
-    assert f"f1 of class 'bee'           {scores['f1']:.4f}" in text and "true \\ predicted  ant  bee" in text
+    assert (
+        f"f1 of class 'bee'           {scores['f1']:.4f}" in text
+        and "true \\ predicted  ant  bee" in text
+    )
     precision = (y == labels)[labels == "ant"].mean()
     recall = (y == labels)[y == "ant"].mean()
     assert f"ant      30     {precision:.4f}  {recall:.4f}" in text
@@ -80,8 +91,11 @@ def test_classes_are_scored_as_scikit_learn_does(folder):
 
 @pytest.mark.parametrize("target", ["kind", "price"])
 def test_the_model_computes_once_for_all_scores(folder, monkeypatch, target):
-    outputs, calls = TunedModel._outputs, []
-    monkeypatch.setattr(TunedModel, "_outputs", lambda model, X: calls.append(1) or outputs(model, X))
+    outputs = TunedModel._outputs
+    calls = []
+    monkeypatch.setattr(
+        TunedModel, "_outputs", lambda model, X: calls.append(1) or outputs(model, X)
+    )
     assert len(evaluated(folder, target)["scores"]) > 2 and calls == [1]
 
 
@@ -108,24 +122,49 @@ def test_a_number_is_scored_as_scikit_learn_does(folder):
 )
 def test_a_loss_that_has_a_name_is_a_score(folder, tmp_path, target, loss, value, more):
     (tmp_path / "net.py").write_text(NET)
-    command = ["tune", folder / "t.csv", "--target", target, "--drop", "id", "--model", f"{tmp_path}/net.py:Net"]
-    command += ["--loss", loss, "--scoring", "neg_loss", "--space", value, *more, "--out", tmp_path / target, *FAST]
+    command = [
+        "tune",
+        folder / "t.csv",
+        "--target",
+        target,
+        "--drop",
+        "id",
+        "--model",
+        f"{tmp_path}/net.py:Net",
+    ]
+    command += [
+        "--loss",
+        loss,
+        "--scoring",
+        "neg_loss",
+        "--space",
+        value,
+        *more,
+        "--out",
+        tmp_path / target,
+        *FAST,
+    ]
     assert "Held-out loss (lower is better): " in output(*command)
-    model, table = gputune.load_model(tmp_path / target / "model"), pl.read_csv(folder / "t.csv").drop("id")
+    model = gputune.load_model(tmp_path / target / "model")
+    table = pl.read_csv(folder / "t.csv").drop("id")
     outputs = model._outputs(table)
     if target == "kind":
         codes = torch.tensor((table["kind"] == model.classes[1]).to_list())
-        of_one = functional.binary_cross_entropy_with_logits(outputs.diff(dim=1)[:, 0], codes.double())
+        of_one = functional.binary_cross_entropy_with_logits(
+            outputs.diff(dim=1)[:, 0], codes.double()
+        )
         of_all = functional.cross_entropy(outputs, codes.long(), label_smoothing=0.1)
         expected = of_one if loss == "bce" else of_all
     else:
         y = (np.log(table["price"]) if more else table["price"]).to_numpy()
-        y, outputs = torch.tensor((y - model.center) / model.scale), outputs[:, 0]
+        y = torch.tensor((y - model.center) / model.scale)
+        outputs = outputs[:, 0]
         gap = y - outputs
         of_gap = torch.maximum(0.8 * gap, -0.2 * gap).mean()
         expected = of_gap if loss == "quantile" else functional.huber_loss(outputs, y, delta=0.5)
     command = ["evaluate", tmp_path / target / "model", folder / "t.csv", "--format", "json"]
-    for scoring in ((), ("--scoring", "neg_loss")):  # it is among the usual ones, as the search's own
+    # it is among the usual ones, as the search's own
+    for scoring in ((), ("--scoring", "neg_loss")):
         score = json.loads(run(*command, *scoring)[1])["scores"]["neg_loss"]["score"]
         assert score == pytest.approx(-float(expected), rel=1e-6)
 
@@ -133,8 +172,16 @@ def test_a_loss_that_has_a_name_is_a_score(folder, tmp_path, target, loss, value
 @pytest.mark.parametrize(
     ("task", "loss", "words"),
     [
-        ("binary", "my:loss", "and this model was trained on my:loss; choose another, for example neg_log_loss"),
-        ("custom", "", "no score that has a name is of a custom target; gputune predict writes what the model"),
+        (
+            "binary",
+            "my:loss",
+            "and this model was trained on my:loss; choose another, for example neg_log_loss",
+        ),
+        (
+            "custom",
+            "",
+            "no score that has a name is of a custom target; gputune predict writes what the model",
+        ),
     ],
 )
 def test_a_loss_of_ones_own_is_no_score(task, loss, words):
@@ -145,49 +192,86 @@ def test_a_loss_of_ones_own_is_no_score(task, loss, words):
 
 @pytest.mark.parametrize("name", ["f1", "precision", "recall", "average_precision"])
 def test_a_score_of_a_class_without_a_row_is_none(folder, tmp_path, name):
-    rows = pl.read_csv(folder / "t.csv", schema_overrides={"id": str}).filter(pl.col("kind") == "ant")
+    rows = pl.read_csv(folder / "t.csv", schema_overrides={"id": str}).filter(
+        pl.col("kind") == "ant"
+    )
     rows.write_csv(tmp_path / "ants.csv")
-    command = ["evaluate", folder / "kind" / "model", tmp_path / "ants.csv", "--scoring", name, "--positive", "bee"]
+    command = [
+        "evaluate",
+        folder / "kind" / "model",
+        tmp_path / "ants.csv",
+        "--scoring",
+        name,
+        "--positive",
+        "bee",
+    ]
     assert f"No {name}: none of these rows is of the positive class." in output(*command)
     score = json.loads(run(*command, "--format", "json")[1])["scores"][name]
-    assert score == {"score": None, "why": "none of these rows is of the positive class", "positive": "bee"}
+    assert score == {
+        "score": None,
+        "why": "none of these rows is of the positive class",
+        "positive": "bee",
+    }
 
 
 def test_a_class_that_the_model_does_not_know_is_wrong(folder, tmp_path):
     rows = pl.read_csv(folder / "t.csv").with_columns(kind=pl.Series(["cat", *kinds(59)]))
     rows.write_csv(tmp_path / "cats.csv")
-    code, out, _ = run("evaluate", folder / "kind" / "model", tmp_path / "cats.csv", "--scoring", "accuracy")
-    assert code == 0 and "1 row of a class that the model does not know counts as wrong, in scores" in out
+    code, out, _ = run(
+        "evaluate", folder / "kind" / "model", tmp_path / "cats.csv", "--scoring", "accuracy"
+    )
+    assert (
+        code == 0
+        and "1 row of a class that the model does not know counts as wrong, in scores" in out
+    )
     assert "cat       1          -  0.0000" in out
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--scoring", "acuracy"], "--scoring must be one of scikit-learn's scorer names, got 'acuracy'. Did you mean"),
+        (
+            ["--scoring", "acuracy"],
+            "--scoring must be one of scikit-learn's scorer names, got 'acuracy'. Did you mean",
+        ),
         (["--scoring", "r2"], "--scoring r2 does not fit a binary task"),
         (
             ["--scoring", "accuracy,neg_loss"],
-            "--scoring neg_loss is of a module and of a loss that has a name, cross_entropy, mse, mae, huber, "
-            "quantile, bce, and this model is a built-in mlp; choose another, for example neg_log_loss.",
+            "--scoring neg_loss is of a module and of a loss that has a name, cross_entropy, "
+            "mse, mae, huber, quantile, bce, and this model is a built-in mlp; choose another, "
+            "for example neg_log_loss.",
         ),
         (["--scoring", "f1"], "say which of the two it is, --positive ant or --positive bee"),
-        (["--scoring", "f1", "--positive", "cat"], "--positive must be one of the classes 'ant' and 'bee'"),
+        (
+            ["--scoring", "f1", "--positive", "cat"],
+            "--positive must be one of the classes 'ant' and 'bee'",
+        ),
     ],
 )
 def test_a_score_that_cannot_be_had(folder, options, words):
     refused_file(folder, "kind", folder / "t.csv", *options, words=words)
 
 
-SOME, COLUMN = pl.col("id") != 2, pl.lit(0).alias("a")
+SOME = pl.col("id") != 2
+COLUMN = pl.lit(0).alias("a")
 
 
 @pytest.mark.parametrize(
     ("target", "change", "options", "words"),
     [
         ("kind", pl.when(SOME).then("kind"), [], "kind has 1 missing value (the first in line 4);"),
-        ("price", pl.when(SOME).then("price"), [], "price has 1 missing value (the first in line 4);"),
-        ("price", pl.lit("dear").alias("price"), [], "needs numbers in price, got text such as 'dear'"),
+        (
+            "price",
+            pl.when(SOME).then("price"),
+            [],
+            "price has 1 missing value (the first in line 4);",
+        ),
+        (
+            "price",
+            pl.lit("dear").alias("price"),
+            [],
+            "needs numbers in price, got text such as 'dear'",
+        ),
         (
             "price",
             pl.when(SOME).then(pl.lit("1")).otherwise(pl.lit("dear")).alias("price"),
@@ -196,7 +280,12 @@ SOME, COLUMN = pl.col("id") != 2, pl.lit(0).alias("a")
         ),
         ("price", COLUMN, ["--positive", "1"], "--positive needs a model of classes, and "),
         ("price", COLUMN, ["--scoring", "f1"], "--scoring f1 does not fit a regression task"),
-        ("kind", (pl.col("id") % 2).alias("kind"), [], "it holds '0', '1', and the model's classes are 'ant', 'bee'"),
+        (
+            "kind",
+            (pl.col("id") % 2).alias("kind"),
+            [],
+            "it holds '0', '1', and the model's classes are 'ant', 'bee'",
+        ),
     ],
 )
 def test_rows_that_cannot_be_evaluated(folder, tmp_path, target, change, options, words):
@@ -217,9 +306,19 @@ def test_a_file_without_a_column_or_the_answers(folder, tmp_path, target, column
 
 
 def test_a_missing_number_of_an_array_file_is_refused(tmp_path):
-    X, y = np.random.default_rng(0).normal(size=(40, 1, 8, 8)), np.arange(40) / 8
+    X = np.random.default_rng(0).normal(size=(40, 1, 8, 8))
+    y = np.arange(40) / 8
     np.savez(tmp_path / "t.npz", image=X, size=y)
-    command = ["tune", tmp_path / "t.npz", "--target", "size", "--out", tmp_path / "out", "--model", "cnn"]
+    command = [
+        "tune",
+        tmp_path / "t.npz",
+        "--target",
+        "size",
+        "--out",
+        tmp_path / "out",
+        "--model",
+        "cnn",
+    ]
     assert run(*command, *FAST)[0] == 0
     assert run("evaluate", tmp_path / "out" / "model", tmp_path / "t.npz")[0] == 0
     np.savez(tmp_path / "t.npz", image=X, size=np.where(y == 0, np.nan, y))
@@ -228,36 +327,60 @@ def test_a_missing_number_of_an_array_file_is_refused(tmp_path):
 
 
 def test_a_class_that_no_row_is_predicted_as(folder, tmp_path):
-    model, table = gputune.load_model(folder / "kind" / "model"), pl.read_csv(folder / "t.csv")
-    table.filter(pl.Series(model.predict(table.drop("id")) == "ant")).write_csv(tmp_path / "ants.csv")
+    model = gputune.load_model(folder / "kind" / "model")
+    table = pl.read_csv(folder / "t.csv")
+    table.filter(pl.Series(model.predict(table.drop("id")) == "ant")).write_csv(
+        tmp_path / "ants.csv"
+    )
     command = ["evaluate", folder / "kind" / "model", tmp_path / "ants.csv", "--positive", "bee"]
     code, out, err = run(*command, "--scoring", "precision")
-    assert (code, err) == (0, "") and "No row is predicted as class 'bee': its precision is shown as 0." in out
+    assert (code, err) == (
+        0,
+        "",
+    ) and "No row is predicted as class 'bee': its precision is shown as 0." in out
 
 
 def test_a_matrix_is_of_few_classes():
-    texts = [Evaluation(n, {}, list(range(n)), np.eye(n, dtype=int).tolist()).text(80) for n in (12, 13)]
+    texts = [
+        Evaluation(n, {}, list(range(n)), np.eye(n, dtype=int).tolist()).text(80) for n in (12, 13)
+    ]
     assert ["predicted" in text for text in texts] == [True, False]
 
 
 def test_labels_that_read_as_numbers_stay_text(tmp_path):
     table, out, _ = searched(tmp_path, kind=["007", "bee"] * 20)
-    pl.read_csv(table, infer_schema=False).filter(pl.col("kind") == "007").write_csv(tmp_path / "new.csv")
+    pl.read_csv(table, infer_schema=False).filter(pl.col("kind") == "007").write_csv(
+        tmp_path / "new.csv"
+    )
     assert run("evaluate", out / "model", tmp_path / "new.csv")[0] == 0
 
 
 def test_it_is_said_that_rows_were_trained_on(folder, tmp_path):
     # Of 60 rows, 12 were held out.
-    assert evaluated(folder, "kind")["trained_share"] == evaluated(folder, "price")["trained_share"] == 0.8
-    words = "The model was trained on about 80% of these rows, or on equal ones, so the scores are better than those"
+    assert (
+        evaluated(folder, "kind")["trained_share"]
+        == evaluated(folder, "price")["trained_share"]
+        == 0.8
+    )
+    words = (
+        "The model was trained on about 80% of these rows, or on equal ones, so the scores are "
+        "better than those"
+    )
     assert evaluated(folder, "kind")["notes"][0].startswith(words)
-    assert words in " ".join(run("evaluate", folder / "kind" / "model", folder / "t.csv")[1].split())
+    assert words in " ".join(
+        run("evaluate", folder / "kind" / "model", folder / "t.csv")[1].split()
+    )
     test = gputune.Study.open(folder / "kind" / "study.db")
     held_out = read_apart(test.record.source)[1].X.column("a")
     is_held_out = pl.col("a").is_in(held_out.tolist())
-    for rows, share, text in ((~is_held_out, 1.0, "The model was trained on these rows"), (is_held_out, 0.0, "")):
+    for rows, share, text in (
+        (~is_held_out, 1.0, "The model was trained on these rows"),
+        (is_held_out, 0.0, ""),
+    ):
         pl.read_csv(folder / "t.csv").filter(rows).write_csv(tmp_path / "part.csv")
-        out = run("evaluate", folder / "kind" / "model", tmp_path / "part.csv", "--format", "json")[1]
+        out = run("evaluate", folder / "kind" / "model", tmp_path / "part.csv", "--format", "json")[
+            1
+        ]
         assert json.loads(out)["trained_share"] == share
         out = run("evaluate", folder / "kind" / "model", tmp_path / "part.csv")[1]
         assert text in out and ("trained on" in out) == bool(text)
@@ -282,7 +405,8 @@ def test_columns_are_kept_as_they_are_written(folder, tmp_path, suffix):
     command = ["predict", folder / "kind" / "model", tmp_path / f"t.{suffix}", "--keep"]
     code, out, err = run(*command, "id,a")
     header, *rows = csv.reader(io.StringIO(out))
-    assert (code, header, err) == (0, ["id", "a", "kind"], "")  # a column that is meant draws no warning
+    # a column that is meant draws no warning
+    assert (code, header, err) == (0, ["id", "a", "kind"], "")
     assert [row[0] for row in rows] == table["id"].to_list()
     np.testing.assert_array_equal([float(row[1]) for row in rows], table["a"])
     code, _, err = run(*command, "aa")
@@ -300,7 +424,13 @@ def test_a_kept_column_has_a_name_of_its_own(folder, tmp_path):
     code, out, err = run(*command)
     assert (code, err) == (0, "") and out.startswith("id,price_given,price\n000,0.25,")
     pl.read_csv(folder / "t.csv").with_columns(price_given=1).write_csv(tmp_path / "t.csv")
-    out = run("predict", folder / "price" / "model", tmp_path / "t.csv", "--keep", "price,price_given")[1]
+    out = run(
+        "predict", folder / "price" / "model", tmp_path / "t.csv", "--keep", "price,price_given"
+    )[1]
     assert out.startswith("price_given_given,price_given,price\n0.25,1,")
     code, _, err = run("predict", folder / "kind" / "model", folder / "t.csv", "--interval", "0.9")
-    assert code == 2 and "--interval is for a model" in err and err.endswith("predicts classes: use --proba.\n")
+    assert (
+        code == 2
+        and "--interval is for a model" in err
+        and err.endswith("predicts classes: use --proba.\n")
+    )

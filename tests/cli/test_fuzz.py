@@ -1,4 +1,5 @@
-"""Odd tables and odd command lines end in a result or in one line of words: never in a traceback."""
+"""Odd tables and odd command lines end in a result or in one line of words: never in a
+traceback."""
 
 import warnings
 
@@ -31,7 +32,9 @@ def searched(X, y):
             return None
 
 
-NAMES = st.text(min_size=0, max_size=6) | st.sampled_from(["😀", "a b", "x\ny", "; DROP TABLE", "=1+1", "y", ""])
+NAMES = st.text(min_size=0, max_size=6) | st.sampled_from(
+    ["😀", "a b", "x\ny", "; DROP TABLE", "=1+1", "y", ""]
+)
 CELLS = st.one_of(
     st.floats(width=32),
     st.integers(-(2**70), 2**70),
@@ -45,7 +48,8 @@ CELLS = st.one_of(
 
 @st.composite
 def frames(draw):
-    """A frame of a few rows whose columns are constant, mixed, missing, duplicates of each other, or nested."""
+    """A frame of a few rows whose columns are constant, mixed, missing, duplicates of each other,
+    or nested."""
     rows = draw(st.integers(0, 12))
     names = draw(st.lists(NAMES, max_size=4))
     columns = []
@@ -54,8 +58,19 @@ def frames(draw):
         one = draw(CELLS)
         numbers = draw(st.lists(st.floats(), min_size=rows, max_size=rows))
         mixed = draw(st.lists(CELLS, min_size=rows, max_size=rows))
-        columns.append({"mixed": mixed, "constant": [one] * rows, "numbers": numbers, "missing": [None] * rows}[kind])
-    frame = pandas.concat([pandas.Series(c, dtype=object) for c in columns], axis=1) if columns else pandas.DataFrame()
+        columns.append(
+            {
+                "mixed": mixed,
+                "constant": [one] * rows,
+                "numbers": numbers,
+                "missing": [None] * rows,
+            }[kind]
+        )
+    frame = (
+        pandas.concat([pandas.Series(c, dtype=object) for c in columns], axis=1)
+        if columns
+        else pandas.DataFrame()
+    )
     frame.columns = names
     return frame, draw(st.lists(st.sampled_from(["a", "b"]) | CELLS, min_size=rows, max_size=rows))
 
@@ -74,17 +89,28 @@ def test_tables_of_few_rows(rows):
 def test_tables_that_are_searched_all_the_same():
     y = ["a", "b"] * 10
     draw = np.random.default_rng(0)
-    duplicate = pandas.DataFrame({"x": draw.normal(size=20), "constant": 1.0, "none": None, "word": "same"})
+    duplicate = pandas.DataFrame(
+        {"x": draw.normal(size=20), "constant": 1.0, "none": None, "word": "same"}
+    )
     duplicate["x again"] = duplicate["x"]
     assert searched(duplicate, y) == 20
-    odd = pandas.DataFrame(draw.normal(size=(20, 4)), columns=["😀", "a\tb", "عربي", "'; DROP TABLE trials; --"])
+    odd = pandas.DataFrame(
+        draw.normal(size=(20, 4)), columns=["😀", "a\tb", "عربي", "'; DROP TABLE trials; --"]
+    )
     assert searched(odd, y) == 20
 
 
 def test_a_hundred_thousand_levels():
-    levels = polars.DataFrame({"level": [f"l{i}" for i in range(100_000)], "x": [0.5, 1.5] * 50_000})
+    levels = polars.DataFrame(
+        {"level": [f"l{i}" for i in range(100_000)], "x": [0.5, 1.5] * 50_000}
+    )
     y = ["a", "b"] * 50_000
-    one = {**QUICK, "n_trials": 1, "include_default": False, "space": {"batch_size": [2048], "lr": [0.1]}}
+    one = {
+        **QUICK,
+        "n_trials": 1,
+        "include_default": False,
+        "space": {"batch_size": [2048], "lr": [0.1]},
+    }
     assert gputune.tune("mlp", levels, y, **one).best_score == 1.0
     with pytest.raises(gputune.InputError, match="level"):
         gputune.tune("mlp", levels.drop("x"), y, **one)
@@ -108,11 +134,21 @@ cosine float64 1KB cpu cuda:9 quantile binary csv json ../x /dev/null '' \x00 \x
 
 @st.composite
 def command_lines(draw):
-    """A command, often with what it needs, and then options of any command and words in any order."""
+    """A command, often with what it needs, and then options of any command and words in any
+    order."""
     command = draw(st.sampled_from([*PARSERS, *PARSERS, "", "-q", "--version", "nonsense"]))
-    needed = {"tune": ["bugs.csv", "--target", "kind"], "predict": ["out/model", "bugs.csv"], "export": ["out/model"]}
+    needed = {
+        "tune": ["bugs.csv", "--target", "kind"],
+        "predict": ["out/model", "bugs.csv"],
+        "export": ["out/model"],
+    }
     base = needed.get(command, ["out"]) if draw(st.booleans()) else []
-    options = [name for parser in PARSERS.values() for action in parser._actions for name in action.option_strings]
+    options = [
+        name
+        for parser in PARSERS.values()
+        for action in parser._actions
+        for name in action.option_strings
+    ]
     words = st.sampled_from(WORDS) | st.text(max_size=3)
     return [command, *base, *draw(st.lists(st.sampled_from(options) | words, max_size=5))]
 
@@ -122,7 +158,8 @@ def searched_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(check, "LAWS", check.LAWS[:1])  # that each holds, and how fast, are other tests
+        # that each holds, and how fast, are other tests
+        patch.setattr(check, "LAWS", check.LAWS[:1])
         patch.setattr(choice, "MANY", {"cpu": 5, "cuda": 5})
         write_table(folder / "bugs.csv", 20, kind=["ant", "bee"] * 10)
         assert run("tune", "bugs.csv", "--target", "kind", *FEW, "--out", "out")[0] == 0

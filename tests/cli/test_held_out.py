@@ -19,7 +19,8 @@ from gputune.text import measure_of
 from study_models import make_model
 
 RNG = np.random.default_rng(0)
-X, LABELS = RNG.normal(size=(60, 3)), np.array(["ant", "bee", "cat"])
+X = RNG.normal(size=(60, 3))
+LABELS = np.array(["ant", "bee", "cat"])
 
 
 def fitted(y, kind=LogisticRegression):
@@ -30,15 +31,27 @@ def fitted(y, kind=LogisticRegression):
 
     def outputs(table):
         rows = np.column_stack(table.columns)
-        values = estimator.predict(rows) if classes is None else np.log(estimator.predict_proba(rows))
+        values = (
+            estimator.predict(rows) if classes is None else np.log(estimator.predict_proba(rows))
+        )
         return torch.from_numpy(values.astype(np.float64))
 
-    return estimator, SimpleNamespace(classes=classes, task=task, _outputs=outputs, _predict=torch.Tensor.numpy)
+    return estimator, SimpleNamespace(
+        classes=classes, task=task, _outputs=outputs, _predict=torch.Tensor.numpy
+    )
 
 
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize(
-    "scoring", ["accuracy", "balanced_accuracy", "neg_log_loss", "f1_macro", "roc_auc_ovr", "matthews_corrcoef"]
+    "scoring",
+    [
+        "accuracy",
+        "balanced_accuracy",
+        "neg_log_loss",
+        "f1_macro",
+        "roc_auc_ovr",
+        "matthews_corrcoef",
+    ],
 )
 def test_classes_are_scored_as_scikit_learn_does(scoring, classes):
     y = LABELS[RNG.integers(0, classes, 60)]
@@ -64,13 +77,16 @@ def test_saturated_probabilities_tie_as_those_that_the_model_gives():
     model = make_model(X, classes=("ant", "bee"))
     with torch.no_grad():
         model.module.layers[-1].weight.mul_(300)
-    p, y = model.predict_proba(X)[:, 1], LABELS[RNG.integers(0, 2, 60)]
+    p = model.predict_proba(X)[:, 1]
+    y = LABELS[RNG.integers(0, 2, 60)]
     assert 2 < len(set(p.tolist())) < 50
     held = held_out_score(model, "roc_auc", read_source(X, y))
     assert held.score == pytest.approx(roc_auc_score(y, p), abs=1e-15)
 
 
-@pytest.mark.parametrize("scoring", ["r2", "neg_root_mean_squared_error", "neg_median_absolute_error"])
+@pytest.mark.parametrize(
+    "scoring", ["r2", "neg_root_mean_squared_error", "neg_median_absolute_error"]
+)
 def test_numbers_are_scored_as_scikit_learn_does(scoring):
     y = X[:, 0] ** 3 * 100 + 1000
     estimator, model = fitted(y, LinearRegression)
@@ -106,17 +122,28 @@ def test_an_undefined_score_is_nan_with_the_reason():
     assert math.isnan(held.score) and held.why == "it is undefined on these rows"
 
 
-SCORES = ["average_precision", "f1", "precision", "recall", "balanced_accuracy", "roc_auc", "neg_log_loss"]
+SCORES = [
+    "average_precision",
+    "f1",
+    "precision",
+    "recall",
+    "balanced_accuracy",
+    "roc_auc",
+    "neg_log_loss",
+]
 
 
 @pytest.mark.parametrize("scoring", SCORES)
 def test_an_unknown_class_is_not_the_positive_one_and_has_no_mean_or_probability(scoring):
     y = np.where(np.arange(60) % 3 == 0, "ant", "bee")
     estimator, model = fitted(y)
-    tested, rows = y[40:].copy(), np.arange(40, 60)
+    tested = y[40:].copy()
+    rows = np.arange(40, 60)
     tested[[0, 1, 5]] = "cat"
     of_class = scoring in SCORES[:4]
-    held = held_out_score(model, scoring, read_source(X[rows], tested), positive="ant" if of_class else None)
+    held = held_out_score(
+        model, scoring, read_source(X[rows], tested), positive="ant" if of_class else None
+    )
     if of_class:
         estimator, _ = fitted(y == "ant")
         expected = get_scorer(scoring)(estimator, X[rows], tested == "ant")
@@ -131,13 +158,18 @@ def test_an_interval_holds_the_scores_of_bootstrap_samples(monkeypatch):
     monkeypatch.setattr("gputune.cli.held_out._SAMPLES", 400)
     rng = np.random.default_rng(1)
     for rows in (400, 60_000):  # of many rows smaller samples are drawn, and their spread is scaled
-        y, right = np.repeat([0, 1], rows // 2), rng.random(rows) < 0.8
+        y = np.repeat([0, 1], rows // 2)
+        right = rng.random(rows) < 0.8
         outputs = torch.from_numpy(np.eye(2)[np.where(right, y, 1 - y)])
-        model = SimpleNamespace(classes=np.array([0, 1]), task="binary", _outputs=lambda X, o=outputs: o)
+        model = SimpleNamespace(
+            classes=np.array([0, 1]), task="binary", _outputs=lambda X, o=outputs: o
+        )
         for scoring, method in (("balanced_accuracy", "bootstrap"), ("accuracy", "wilson")):
             held = held_out_score(model, scoring, read_source(np.zeros((rows, 1)), y))
             width = 1.96 * math.sqrt(held.score * (1 - held.score) / rows)
-            np.testing.assert_allclose(np.array(held.interval) - held.score, [-width, width], rtol=0.2)
+            np.testing.assert_allclose(
+                np.array(held.interval) - held.score, [-width, width], rtol=0.2
+            )
             assert held.interval_method == method
 
 
@@ -157,7 +189,9 @@ def test_the_interval_of_a_perfect_accuracy_is_not_one_point():
     assert held.interval_text(measure_of("accuracy", 1.0)) == " (95% interval: 0.9036 to 1.0000)"
 
 
-@pytest.mark.parametrize(("successes", "n"), [(0, 10), (10, 10), (5, 10), (34, 36), (59_000, 60_000)])
+@pytest.mark.parametrize(
+    ("successes", "n"), [(0, 10), (10, 10), (5, 10), (34, 36), (59_000, 60_000)]
+)
 def test_wilsons_interval_equals_scipys(successes, n):
     expected = scipy.stats.binomtest(successes, n).proportion_ci(method="wilson")
     assert wilson_interval(successes, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
@@ -184,7 +218,8 @@ def test_a_loss_that_has_a_name_is_of_known_rows_and_another_one_is_no_score():
     y = LABELS[np.arange(60) % 2]
     estimator, model = fitted(y)
     tested = np.where(np.arange(20) < 3, "cat", y[40:])
-    model.info, model.spec = {"loss": ""}, {"kind": "module"}
+    model.info = {"loss": ""}
+    model.spec = {"kind": "module"}
     held = held_out_score(model, "neg_loss", read_source(X[40:], tested))
     expected = -log_loss(y[43:], estimator.predict_proba(X[43:]), labels=estimator.classes_)
     assert held.score == pytest.approx(expected) and held.unseen == 3
@@ -195,7 +230,8 @@ def test_a_loss_that_has_a_name_is_of_known_rows_and_another_one_is_no_score():
 
 def test_the_command_calibrates_where_that_is_asked_or_the_log_loss_ranks(tmp_path):
     prices = RNG.normal(size=40).round(3)
-    file, out = write_table(tmp_path / "ants.csv", kind=kinds(), price=prices), tmp_path / "out"
+    file = write_table(tmp_path / "ants.csv", kind=kinds(), price=prices)
+    out = tmp_path / "out"
     words = ["tune", file, "--trials", "2", "--epochs", "2", "--cv", "2", "--workers", "1"]
     assert run(*words, "--target", "kind", "--out", out)[0] == 0
     assert gputune.load_model(out / "model").temperature == 1
@@ -208,7 +244,9 @@ def test_the_command_calibrates_where_that_is_asked_or_the_log_loss_ranks(tmp_pa
     assert gputune.load_model(tmp_path / "loss" / "model").temperature != 1
     code, _, err = run(*words, "--target", "price", "--calibrate", "--out", tmp_path / "no")
     assert code == 2 and "--calibrate is for one class to be predicted, and the target is" in err
-    code, _, err = run(*words, "--target", "price", "--intervals", "--calibrate", "--out", tmp_path / "no")
+    code, _, err = run(
+        *words, "--target", "price", "--intervals", "--calibrate", "--out", tmp_path / "no"
+    )
     assert code == 2 and "--calibrate is for one class to be predicted, and the target is" in err
     assert not (tmp_path / "no").exists()  # nothing was trained
 
@@ -218,9 +256,12 @@ def test_the_best_constant_of_the_other_rows_is_scored_on_the_held_out_rows(scor
     y = LABELS[(np.arange(60) % 3 == 0).astype(int)]  # two thirds are "ant"
     _, model = fitted(y)
     positive = "bee" if scoring == "f1" else None
-    rest, test = read_source(X[:40], y[:40]), read_source(X[40:], y[40:])
+    rest = read_source(X[:40], y[:40])
+    test = read_source(X[40:], y[40:])
     answer, score = held_out_baseline(model, scoring, rest, test, positive=positive)
-    strategy = {"strategy": "constant", "constant": "bee"} if scoring == "f1" else {"strategy": "prior"}
+    strategy = (
+        {"strategy": "constant", "constant": "bee"} if scoring == "f1" else {"strategy": "prior"}
+    )
     dummy = DummyClassifier(**strategy).fit(X[:40], y[:40])
     scorer = make_scorer(f1_score, pos_label="bee") if scoring == "f1" else get_scorer(scoring)
     assert score == pytest.approx(scorer(dummy, X[40:], y[40:]), abs=1e-12)
@@ -230,7 +271,8 @@ def test_the_best_constant_of_the_other_rows_is_scored_on_the_held_out_rows(scor
 
 def test_the_constant_of_numbers_and_rows_of_an_unseen_class():
     y = X[:, 0] ** 3
-    rest, test = read_source(X[:40], y[:40]), read_source(X[40:], y[40:])
+    rest = read_source(X[:40], y[:40])
+    test = read_source(X[40:], y[40:])
     _, model = fitted(y, LinearRegression)
     answer, score = held_out_baseline(model, "neg_mean_absolute_error", rest, test)
     assert (answer, score) == (
@@ -240,6 +282,7 @@ def test_the_constant_of_numbers_and_rows_of_an_unseen_class():
     labels = LABELS[np.r_[np.arange(40) % 2, np.full(20, 2)]]
     labels[40:50] = "ant"
     _, model = fitted(labels[:40].repeat(2)[:60])
-    rest, test = read_source(X[:39], labels[:39]), read_source(X[40:], labels[40:])
+    rest = read_source(X[:39], labels[:39])
+    test = read_source(X[40:], labels[40:])
     assert held_out_baseline(model, "accuracy", rest, test) == ("always 'ant'", 0.5)
     assert held_out_baseline(model, "neg_loss", rest, test) is None

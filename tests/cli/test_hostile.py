@@ -1,4 +1,5 @@
-"""Whatever a study of somebody else holds, a command ends in words: no traceback, and nothing of the user's is lost."""
+"""Whatever a study of somebody else holds, a command ends in words: no traceback, and nothing of
+the user's is lost."""
 
 import json
 import os
@@ -13,10 +14,19 @@ from gputune.errors import InputError
 from gputune.study.rows import checksum
 
 VALUES = [
-    "null", "-1", "99999999999999999999", '"x"', "[]", '["\\ud800"]', '{"name":"hypergradient"}',
-    '{"kind":"module","import":"os:system"}', "[" * 300 + "]" * 300,
-    '{"array":{"dtype":"<f8","shape":[1],"items":[1.0]}}', '{"pairs":[[1,2]]}', '{"torch":"torch.nn:Linear"}',
-]  # fmt: skip
+    "null",
+    "-1",
+    "99999999999999999999",
+    '"x"',
+    "[]",
+    '["\\ud800"]',
+    '{"name":"hypergradient"}',
+    '{"kind":"module","import":"os:system"}',
+    "[" * 300 + "]" * 300,
+    '{"array":{"dtype":"<f8","shape":[1],"items":[1.0]}}',
+    '{"pairs":[[1,2]]}',
+    '{"torch":"torch.nn:Linear"}',
+]
 LOOKS = ["trials", "best", "report"]
 
 
@@ -33,7 +43,8 @@ def study(whole, tmp_path):
 
 
 def write(whole, study, table, changed, row=0):
-    """Make the study with some values of a row changed, and a checksum that fits, by someone who knows the format."""
+    """Make the study with some values of a row changed, and a checksum that fits, by someone who
+    knows the format."""
     study.write_bytes((whole / "study.db").read_bytes())
     key = {"meta": "key", "plan": "chunk"}.get(table, "number")
     raw = sqlite3.connect(study)
@@ -47,14 +58,18 @@ def write(whole, study, table, changed, row=0):
 
 def ends_in_words(study, *commands):
     for command in commands:
-        out = {"report": ["--out", study.with_name("report.html")], "repair": ["--out", study.with_name("new.db")]}
+        out = {
+            "report": ["--out", study.with_name("report.html")],
+            "repair": ["--out", study.with_name("new.db")],
+        }
         study.with_name("new.db").unlink(missing_ok=True)
         code, _, err = run(command, study, *out.get(command, ()))
         assert code in (0, 1, 2) and "Traceback" not in err, (command, err)
 
 
 def looked_at(study):
-    """Look at a study by every command; what is refused when it is opened is refused by all of them alike."""
+    """Look at a study by every command; what is refused when it is opened is refused by all of them
+    alike."""
     try:
         gputune.Study.open(study)
     except InputError:
@@ -89,9 +104,17 @@ def test_no_option_of_another_type_ends_in_a_traceback(whole, study, pytestconfi
 
 def test_no_option_of_another_type_ends_a_resume_in_a_traceback(whole, study):
     arguments = json.loads(dict(options(whole))["arguments"])
-    kept = [{**arguments, "kept": {**arguments["kept"], name: [1]}} for name in (*arguments["kept"], "pairs")]
-    cases = [("arguments", json.dumps(value)) for value in (*kept, {**arguments, "space": None, "folds": [[]]})]
-    cases += [(key, value) for key, text in options(whole) for value in parts(json.loads(text))][::8]
+    kept = [
+        {**arguments, "kept": {**arguments["kept"], name: [1]}}
+        for name in (*arguments["kept"], "pairs")
+    ]
+    cases = [
+        ("arguments", json.dumps(value))
+        for value in (*kept, {**arguments, "space": None, "folds": [[]]})
+    ]
+    cases += [(key, value) for key, text in options(whole) for value in parts(json.loads(text))][
+        ::8
+    ]
     cases += [(key, '"x"') for key, text in options(whole) if text.startswith('"')]
     for key, value in cases:
         write(whole, study, "meta", {"value": value}, key)
@@ -111,7 +134,12 @@ def test_no_row_of_another_type_ends_in_a_traceback(whole, study):
     for value in (float("inf"), float("nan"), -1.0, 1e150, -1e150):
         for column in ("score", "seconds", "fold_scores", "curve"):
             number = struct.pack("<d", value)
-            write(whole, study, "results", {column: number * (1 + (column in ("fold_scores", "curve")))})
+            write(
+                whole,
+                study,
+                "results",
+                {column: number * (1 + (column in ("fold_scores", "curve")))},
+            )
             looked_at(study)
     for lr in ("1e308", "-1e308", "1" + "0" * 400):
         write(whole, study, "trials", {"params": f'{{"lr":{lr}}}'})
@@ -123,21 +151,41 @@ def test_no_row_of_another_type_ends_in_a_traceback(whole, study):
     [
         ("meta", {"value": "[1]"}, r"option 'folds' cannot be read \(\[1\] is of another type\)"),
         ("trials", {"params": "1"}, r"trial 0 cannot be read \(parameters 1 are no object\)"),
-        ("results", {"best_epoch": 2**40}, r"the result of trial 0 cannot be read \(its best epoch or seconds"),
-        ("results", {"detail": '{"usable":1}'}, r"the result of trial 0 cannot be read \(its detail is"),
-        ("results", {"score": b"123"}, r"the result of trial 0 cannot be read \(3 bytes are no float64"),
-        ("meta", {"value": '{"array":{"dtype":"<U400000000","shape":[1],"items":["a"]}}'}, "holds nothing as long"),
+        (
+            "results",
+            {"best_epoch": 2**40},
+            r"the result of trial 0 cannot be read \(its best epoch or seconds",
+        ),
+        (
+            "results",
+            {"detail": '{"usable":1}'},
+            r"the result of trial 0 cannot be read \(its detail is",
+        ),
+        (
+            "results",
+            {"score": b"123"},
+            r"the result of trial 0 cannot be read \(3 bytes are no float64",
+        ),
+        (
+            "meta",
+            {"value": '{"array":{"dtype":"<U400000000","shape":[1],"items":["a"]}}'},
+            "holds nothing as long",
+        ),
     ],
 )
 def test_what_is_odd_is_named_when_the_study_is_opened(whole, study, table, changed, words):
     write(whole, study, table, changed, "folds" if table == "meta" else 0)
-    with pytest.raises(gputune.StudyCorruptError, match=rf"study\.db' is damaged: .*{words}.* gputune repair "):
+    with pytest.raises(
+        gputune.StudyCorruptError, match=rf"study\.db' is damaged: .*{words}.* gputune repair "
+    ):
         gputune.Study.open(study)
 
 
 def test_a_plan_that_is_odd_is_named(whole, study):
     write(whole, study, "plan", {"trials": '["../thesis"]'})
-    assert 'chunk 0 of the plan cannot be read (its trials are ["../thesis"], its facts' in refusal("resume", study)
+    assert 'chunk 0 of the plan cannot be read (its trials are ["../thesis"], its facts' in refusal(
+        "resume", study
+    )
 
 
 def test_an_origin_is_no_formula_in_a_spreadsheet(whole, study):
@@ -165,7 +213,9 @@ def test_a_page_and_predictions_may_go_to_a_pipe_or_through_a_link(whole, tmp_pa
     (tmp_path / "link.csv").symlink_to(tmp_path / "rows.csv")
     table = whole.parent / "t.csv"
     assert run("predict", whole / "model", table, "--out", tmp_path / "link.csv")[0] == 0
-    assert (tmp_path / "link.csv").is_symlink() and (tmp_path / "rows.csv").read_text().startswith("kind\n")
+    assert (tmp_path / "link.csv").is_symlink() and (tmp_path / "rows.csv").read_text().startswith(
+        "kind\n"
+    )
     assert run("predict", whole / "model", table, "--out", os.devnull)[0] == 0
     assert not os.path.isfile(os.devnull)
 

@@ -39,10 +39,31 @@ def test_the_best_parameters_can_be_copied_and_are_those_of_the_saved_model(desc
 
 def test_chaos_is_counted_in_the_closing_text(tmp_path):
     code, text, _ = run(
-        "tune", "sklearn:iris", "--method", "hypergradient", "--optimizer", "sgd", "--space", "lr=30",
-        "momentum=0.9", "width=8", "depth=1", "activation=tanh", "batch_size=16", "--epochs", "10", "--cv", "3",
-        "--trials", "1", "--no-default", "--workers", "1", "--out", tmp_path / "out",
-    )  # fmt: skip
+        "tune",
+        "sklearn:iris",
+        "--method",
+        "hypergradient",
+        "--optimizer",
+        "sgd",
+        "--space",
+        "lr=30",
+        "momentum=0.9",
+        "width=8",
+        "depth=1",
+        "activation=tanh",
+        "batch_size=16",
+        "--epochs",
+        "10",
+        "--cv",
+        "3",
+        "--trials",
+        "1",
+        "--no-default",
+        "--workers",
+        "1",
+        "--out",
+        tmp_path / "out",
+    )
     guarded = gputune.Study.open(tmp_path / "out" / "study.db").guarded
     assert code == 0 and guarded["chaotic"] and guarded["differences"]
     flat = " ".join(text.split())
@@ -51,11 +72,26 @@ def test_chaos_is_counted_in_the_closing_text(tmp_path):
 
 
 def test_halving_is_told_in_the_closing_text(tmp_path):
-    common = ["tune", "sklearn:iris", "--method", "halving", "--space", "lr=0.001..0.1:log", "width=8", "--trials", "9"]
+    common = [
+        "tune",
+        "sklearn:iris",
+        "--method",
+        "halving",
+        "--space",
+        "lr=0.001..0.1:log",
+        "width=8",
+        "--trials",
+        "9",
+    ]
     rest = ["--cv", "2", "--workers", "1"]
-    code, text, _ = run(*common, "--epochs", "9", "--min-epochs", "1", *rest, "--out", tmp_path / "a")
+    code, text, _ = run(
+        *common, "--epochs", "9", "--min-epochs", "1", *rest, "--out", tmp_path / "a"
+    )
     flat = " ".join(text.split())
-    assert code == 0 and "Halving of 9 trials these were pruned: 6 after epoch 1, 2 after epoch 3;" in flat
+    assert (
+        code == 0
+        and "Halving of 9 trials these were pruned: 6 after epoch 1, 2 after epoch 3;" in flat
+    )
     assert "The best trial by accuracy" in flat  # of those that trained to the end
     code, text, _ = run(*common, "--epochs", "1", *rest, "--out", tmp_path / "b")
     assert code == 0 and "Halving no trial was pruned" in " ".join(text.split())
@@ -63,21 +99,58 @@ def test_halving_is_told_in_the_closing_text(tmp_path):
 
 def test_a_descent_from_the_command_line_draws_few_starts(tmp_path):
     code, _, _ = run(
-        "tune", "sklearn:iris", "--method", "hypergradient", "--space", "lr=0.01..0.1:log", "width=8", "--epochs", "1",
-        "--outer-steps", "1", "--cv", "2", "--workers", "1", "--out", tmp_path / "out",
-    )  # fmt: skip
+        "tune",
+        "sklearn:iris",
+        "--method",
+        "hypergradient",
+        "--space",
+        "lr=0.01..0.1:log",
+        "width=8",
+        "--epochs",
+        "1",
+        "--outer-steps",
+        "1",
+        "--cv",
+        "2",
+        "--workers",
+        "1",
+        "--out",
+        tmp_path / "out",
+    )
     study = gputune.Study.open(tmp_path / "out" / "study.db")
     assert code == 0 and len({trial.origin[0] for trial in study.trials}) == 8
 
 
 def test_a_second_look_at_a_point_is_no_second_row(tmp_path):
-    """A start whose slope is noise is measured again where it stands: a trial of its own, with the same score."""
+    """A start whose slope is noise is measured again where it stands: a trial of its own, with the
+    same score."""
     out = tmp_path / "out"
     code, text, err = run(
-        "tune", "sklearn:iris", "--method", "hypergradient", "--space", "lr=0.03", "width=8", "depth=1",
-        "activation=tanh", "batch_size=16", "--epochs", "10", "--cv", "3", "--trials", "1", "--no-default",
-        "--workers", "1", "--test-size", "0", "--out", out, loud=True,
-    )  # fmt: skip
+        "tune",
+        "sklearn:iris",
+        "--method",
+        "hypergradient",
+        "--space",
+        "lr=0.03",
+        "width=8",
+        "depth=1",
+        "activation=tanh",
+        "batch_size=16",
+        "--epochs",
+        "10",
+        "--cv",
+        "3",
+        "--trials",
+        "1",
+        "--no-default",
+        "--workers",
+        "1",
+        "--test-size",
+        "0",
+        "--out",
+        out,
+        loud=True,
+    )
     assert code == 0 and "hypergradient search: 1 starting point x at most 11 points" in err
     study = gputune.Study.open(out / "study.db")
     again = [b.number for a, b in itertools.combinations(study.trials, 2) if a.params == b.params]

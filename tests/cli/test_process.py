@@ -1,4 +1,5 @@
-"""The command line in a process of its own: start-up, a model that outlives its process, a closed pipe."""
+"""The command line in a process of its own: start-up, a model that outlives its process, a closed
+pipe."""
 
 import io
 import os
@@ -67,7 +68,8 @@ def modules_of(code, *arguments):
 
 @pytest.mark.parametrize("arguments", [("check", "--device", "none"), ("report", "study.db")])
 def test_no_garbage_is_looked_for_while_torch_is_imported(arguments, tmp_path):
-    """Of what an import makes none is garbage, and looking for it takes a good part of the start of a command."""
+    """Of what an import makes none is garbage, and looking for it takes a good part of the start of
+    a command."""
     Store.create(tmp_path / "study.db", {"model": "mlp", "scoring": "accuracy", "folds": 2}).close()
     script = """if True:
     import gc, sys
@@ -84,15 +86,29 @@ def test_no_garbage_is_looked_for_while_torch_is_imported(arguments, tmp_path):
     assert python(script, *arguments, cwd=tmp_path).stdout.split()[0] == "False"
 
 
-LIBRARIES = {"joblib", "matplotlib", "narwhals", "pandas", "polars", "scipy", "sklearn", "torch", "tqdm"}
+LIBRARIES = {
+    "joblib",
+    "matplotlib",
+    "narwhals",
+    "pandas",
+    "polars",
+    "scipy",
+    "sklearn",
+    "torch",
+    "tqdm",
+}
 
 
 def test_import_and_status_wait_for_no_library(tmp_path):
     own = [name for name in modules_of("import gputune") if name.startswith("gputune")]
     assert sorted(own) == ["gputune", "gputune.errors", "gputune.garbage", "gputune.version"]
-    with Store.create(tmp_path / "study.db", {"model": "mlp", "scoring": "accuracy", "folds": 2}) as store:
+    with Store.create(
+        tmp_path / "study.db", {"model": "mlp", "scoring": "accuracy", "folds": 2}
+    ) as store:
         store.add_trials(candidates(range(1)))
-    modules = modules_of("import sys; from gputune.cli.main import main; main(sys.argv[1:])", "status", tmp_path)
+    modules = modules_of(
+        "import sys; from gputune.cli.main import main; main(sys.argv[1:])", "status", tmp_path
+    )
     assert "gputune.cli.study" in modules and not LIBRARIES & set(modules)
 
 
@@ -107,8 +123,13 @@ def test_tune_loads_what_it_uses_alone():
 
 @pytest.mark.parametrize(("call", "frozen"), [("main()", True), ("main(['--version'])", False)])
 def test_a_process_that_ends_with_its_command_looks_for_no_garbage_then(call, frozen):
-    script = f"import gc; from gputune.cli.main import main; {call}; print(gc.get_freeze_count() > 0)"
-    assert python(script, "--version", check=True).stdout == f"gputune {gputune.__version__}\n{frozen}\n"
+    script = (
+        f"import gc; from gputune.cli.main import main; {call}; print(gc.get_freeze_count() > 0)"
+    )
+    assert (
+        python(script, "--version", check=True).stdout
+        == f"gputune {gputune.__version__}\n{frozen}\n"
+    )
 
 
 WITHOUT_POSIX = """
@@ -193,12 +214,18 @@ FULL = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
     ],
 )
 def test_a_closed_or_full_stream_ends_in_an_exit_code(tmp_path, streams, code):
-    with Store.create(tmp_path / "study.db", {"model": "mlp", "scoring": "accuracy", "folds": 2}) as store:
+    with Store.create(
+        tmp_path / "study.db", {"model": "mlp", "scoring": "accuracy", "folds": 2}
+    ) as store:
         store.add_trials(candidates(range(1)))
     command = [sys.executable, "-P", "-c", START, "status", "study.db"]
-    ran = subprocess.run(["sh", "-c", f'exec "$@" {streams}', "sh", *command], cwd=tmp_path, stderr=subprocess.PIPE)
+    ran = subprocess.run(
+        ["sh", "-c", f'exec "$@" {streams}', "sh", *command], cwd=tmp_path, stderr=subprocess.PIPE
+    )
     assert ran.returncode == code
-    assert ran.stderr == b"" or ran.stderr.startswith(b"gputune: error: standard output does not take")
+    assert ran.stderr == b"" or ran.stderr.startswith(
+        b"gputune: error: standard output does not take"
+    )
     assert ran.stderr.count(b"\n") <= 1
 
 
@@ -214,7 +241,8 @@ def test_a_search_outlives_its_standard_error(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def own_process(monkeypatch):
-    """Let the command of ``sys.argv`` have this process; return what it would have ended it with."""
+    """Let the command of ``sys.argv`` have this process; return what it would have ended it
+    with."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     codes = []
 
@@ -229,9 +257,15 @@ def own_process(monkeypatch):
         signal.signal(number, handler)
 
 
-def test_sigterm_while_the_best_is_trained_again_ends_in_words(tmp_path, monkeypatch, capsys, own_process):
-    monkeypatch.setattr(Study, "best_model", lambda study, **more: signal.raise_signal(signal.SIGTERM))
-    monkeypatch.setattr(sys, "argv", ["gputune", "tune", "sklearn:iris", "--out", str(tmp_path / "out"), *FAST])
+def test_sigterm_while_the_best_is_trained_again_ends_in_words(
+    tmp_path, monkeypatch, capsys, own_process
+):
+    monkeypatch.setattr(
+        Study, "best_model", lambda study, **more: signal.raise_signal(signal.SIGTERM)
+    )
+    monkeypatch.setattr(
+        sys, "argv", ["gputune", "tune", "sklearn:iris", "--out", str(tmp_path / "out"), *FAST]
+    )
     assert main() == 143
     assert "interrupted: 3 of 3 trials are finished; all is kept in" in capsys.readouterr().err
     with pytest.raises(SystemExit):  # from here on nothing is left to be done
@@ -242,7 +276,8 @@ def test_sigterm_while_the_best_is_trained_again_ends_in_words(tmp_path, monkeyp
 def test_ctrl_c_while_a_library_is_imported_and_at_the_very_end(tmp_path):
     # A library that makes another error of it, as numpy does.
     (tmp_path / "torch.py").write_text(
-        "import signal\ntry: signal.raise_signal(signal.SIGINT)\nexcept KeyboardInterrupt: raise ImportError"
+        "import signal\ntry: signal.raise_signal(signal.SIGINT)\nexcept KeyboardInterrupt: raise "
+        "ImportError"
     )
     ran = python(START, "tune", "sklearn:iris", env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert (ran.returncode, ran.stdout, ran.stderr) == (130, "", "gputune: interrupted.\n")

@@ -29,7 +29,8 @@ from moments import at_finish
 from study_processes import done, table
 
 SMALL = ["--trials", "3", "--epochs", "2", "--workers", "1"]
-FOLDER, STUDY = Path("gputune-out"), Path("gputune-out/study.db")
+FOLDER = Path("gputune-out")
+STUDY = Path("gputune-out/study.db")
 
 
 @pytest.fixture
@@ -41,7 +42,9 @@ def bugs(tmp_path, monkeypatch):
 
 def tuned(*options, **more):
     """Search by the command; return what it said."""
-    code, out, err = run("tune", Path("bugs.csv").absolute(), "--target", "kind", *SMALL, *options, **more)
+    code, out, err = run(
+        "tune", Path("bugs.csv").absolute(), "--target", "kind", *SMALL, *options, **more
+    )
     assert code == 0, err
     return out + err
 
@@ -67,7 +70,15 @@ def without_time(text):
     "options",
     [
         [],
-        ["--cv", "time:3", "--space", "lr=1e-4..1e-1:log", "width=8..16", "dropout=0..0.5", "depth=1,2"],
+        [
+            "--cv",
+            "time:3",
+            "--space",
+            "lr=1e-4..1e-1:log",
+            "width=8..16",
+            "dropout=0..0.5",
+            "depth=1,2",
+        ],
         ["--groups", "site", "--cv", "3", "--scoring", "neg_log_loss", "--numbers", "quantile"],
         ["--method", "halving", "--test-size", "0"],
         ["--method", "hypergradient", "--outer-steps", "1", "--space", "lr=1e-3..1e-2:log"],
@@ -77,7 +88,8 @@ def without_time(text):
 )
 def test_a_stopped_search_ends_as_one_that_was_never_stopped(bugs, options):
     (bugs.parent / "net.py").write_text(NET)
-    whole, expected = tuned(*options), table(STUDY)
+    whole = tuned(*options)
+    expected = table(STUDY)
     shutil.rmtree(FOLDER / "model")
     lose_results(STUDY, 1)
     out = output("resume", FOLDER)
@@ -88,16 +100,22 @@ def test_a_stopped_search_ends_as_one_that_was_never_stopped(bugs, options):
 
 def test_what_a_resumed_search_may_change_arrives(bugs, monkeypatch):
     tuned("--backend", "compiled", "--checkpoint-seconds", "7")
-    assert recorded_search(STUDY, gputune.Study.open(STUDY).record, {}).options.checkpoint_seconds == 7
+    assert (
+        recorded_search(STUDY, gputune.Study.open(STUDY).record, {}).options.checkpoint_seconds == 7
+    )
     lose_results(STUDY, 1)
-    seen, search = [], tune.search
+    seen = []
+    search = tune.search
 
     def spy(recorded, *arguments, **more):
         seen.append(recorded.options)
         return search(recorded, *arguments, **more)
 
     monkeypatch.setattr(tune, "search", spy)
-    changed = "--backend eager --checkpoint-seconds 3 --memory 1MB --workers 1 --timeout 600 --device cpu --profile"
+    changed = (
+        "--backend eager --checkpoint-seconds 3 --memory 1MB --workers 1 --timeout 600 --device "
+        "cpu --profile"
+    )
     code, out, err = run("resume", FOLDER, *changed.split(), loud=True)
     assert code == 0 and ", eager" in err and "Where the time went:" in out
     (options,) = seen
@@ -123,7 +141,11 @@ def test_a_killed_command_is_resumed_in_a_new_process(tmp_path, monkeypatch):
 def test_more_trials_and_a_study_from_python(bugs):
     study = searched(space={"lr": stats.loguniform(1e-4, 0.1)}, n_trials=2)
     code, out, err = run("resume", "my.db", "--trials", "4")
-    assert (code, err) == (0, "") and "gputune.Study.open('my.db').best_model()" in out and "Model " not in out
+    assert (
+        (code, err) == (0, "")
+        and "gputune.Study.open('my.db').best_model()" in out
+        and "Model " not in out
+    )
     more = gputune.Study.open("my.db")
     assert more.trials[:2] == study.trials and len(more.trials) == 4
     assert sorted(p.name for p in bugs.parent.iterdir()) == ["bugs.csv", "my.db"]
@@ -136,7 +158,8 @@ def refused(*words):
 
 
 def test_what_has_changed_is_said(bugs):
-    net, whole = bugs.with_name("net.py"), bugs.read_text()
+    net = bugs.with_name("net.py")
+    whole = bugs.read_text()
     net.write_text(NET)
     searched(model="net.py:Net", space={"lr": [0.1, 0.2]})
     bugs.write_text(whole + "1.0,2.0,red,s1,ant\n")
@@ -163,7 +186,10 @@ def test_code_that_this_user_has_not_trained_runs_only_when_that_is_said(bugs, a
     another_user()
     for command in commands:
         err = refusal(*command)
-        assert f"'Net' is in '{bugs.parent}/net.py', and loading it runs that code, which you have" in err
+        assert (
+            f"'Net' is in '{bugs.parent}/net.py', and loading it runs that code, which you have"
+            in err
+        )
         assert err.endswith(" as it is now. If you trust it, add --trust-code.\n")
     for command in commands:
         assert run(*command, "--trust-code")[::2] == (0, "")
@@ -177,7 +203,10 @@ def test_code_that_this_user_has_not_trained_runs_only_when_that_is_said(bugs, a
     assert code == 0 and "warning: " in err and "its parameters still fit" in err
     (bugs.parent / "net.py").rename(bugs.parent / "moved.py")
     for command in commands[:2]:
-        assert "does not exist; check the path. Or say where the class is now: --model FILE" in run(*command)[2]
+        assert (
+            "does not exist; check the path. Or say where the class is now: --model FILE"
+            in run(*command)[2]
+        )
     there = ("--model", "moved.py:Net")
     assert run(*commands[0], *there)[::2] == (0, "")
     Path("model.pt2").unlink()
@@ -195,10 +224,14 @@ def test_a_cluster_that_only_the_file_names_gets_no_rows(bugs, another_user):
         wanted = gputune.Ray(address)
         if wanted.is_elsewhere:
             with pytest.raises(
-                gputune.InputError, match="names the Ray cluster 'ray://10.0.0.1:10001', which would get"
+                gputune.InputError,
+                match="names the Ray cluster 'ray://10.0.0.1:10001', which would get",
             ):
                 recorded_search(Path("my.db"), record, {})
-            assert recorded_search(Path("my.db"), record, {}, trust_code=True).options.workers == wanted
+            assert (
+                recorded_search(Path("my.db"), record, {}, trust_code=True).options.workers
+                == wanted
+            )
             assert recorded_search(Path("my.db"), record, {"workers": 1}).options.workers == 1
             remember_what_runs(choose_model("mlp", None), Options(workers=wanted))
         assert recorded_search(Path("my.db"), record, {}).options.workers == wanted
@@ -206,7 +239,8 @@ def test_a_cluster_that_only_the_file_names_gets_no_rows(bugs, another_user):
 
 def test_a_change_of_any_row_is_said_those_held_out_too(bugs):
     assert run("tune", "bugs.csv", "--target", "kind", *FAST)[0] == 0
-    whole, said = bugs.read_text().splitlines(), set()
+    whole = bugs.read_text().splitlines()
+    said = set()
     for row in range(1, 41, 3):
         changed = whole.copy()
         changed[row] = changed[row].replace(",", "9,", 1)  # its first number
@@ -217,16 +251,27 @@ def test_a_change_of_any_row_is_said_those_held_out_too(bugs):
         assert "40 rows then, " not in err
         held_out = "that were held out have changed since it was begun; restore the file" in err
         assert held_out or "have changed since it was begun (" in err
-        changed = "the held-out rows." if held_out else "data (as many rows and columns, with other values"
+        changed = (
+            "the held-out rows."
+            if held_out
+            else "data (as many rows and columns, with other values"
+        )
         assert f"this command in: {changed}" in words
         said.add(held_out)
     assert said == {True, False}
     bugs.write_text("\n".join([*whole, whole[-1]]) + "\n")
     assert "(40 rows then, 41 now); restore the file" in run("resume", "gputune-out")[2]
     words = run("tune", "bugs.csv", "--target", "kind", *FAST)[2]
-    assert "this command in: data (40 rows and 4 columns there, 41 rows and 4 columns here). Give this" in words
+    assert (
+        "this command in: data (40 rows and 4 columns there, 41 rows and 4 columns here). Give this"
+        in words
+    )
     bugs.write_text("\n".join(whole) + "\n")
-    assert run("resume", "gputune-out")[0] == run("tune", "bugs.csv", "--target", "kind", *FAST)[0] == 0
+    assert (
+        run("resume", "gputune-out")[0]
+        == run("tune", "bugs.csv", "--target", "kind", *FAST)[0]
+        == 0
+    )
 
 
 def test_another_target_is_named_and_not_what_follows_from_it(bugs):
@@ -278,7 +323,11 @@ X = np.arange(80.0).reshape(40, 2)
         ((), {"scoring": make_scorer(accuracy_score)}, "scoring, a function"),
         ((), {"space": {"lr": Odd()}}, "space, with an object of your own"),
         ((), {"groups": np.arange(40) % 5, "cv": GroupKFold(2)}, "groups, which were in memory"),
-        ((), {"method": gputune.OptunaSampler(RandomSampler(seed=0))}, "method, with a sampler of Optuna's"),
+        (
+            (),
+            {"method": gputune.OptunaSampler(RandomSampler(seed=0))},
+            "method, with a sampler of Optuna's",
+        ),
     ],
 )
 def test_what_the_file_does_not_hold_is_named(bugs, data, options, words):
@@ -292,8 +341,13 @@ def test_a_study_that_no_search_goes_on_from(bugs):
     refused("is of RandomizedSearchCV", "a search of that face is not resumed")
     (bugs.parent / "my.db").unlink()
     Store.create("my.db", {"model": "mlp"}).close()
-    refused("has lost options of its search and cannot go on; search again, into another folder. `gputune trials`")
-    with pytest.raises(gputune.InputError, match=r"has lost options .*\(model, target, .*Its trials can be read"):
+    refused(
+        "has lost options of its search and cannot go on; search again, into another folder. "
+        "`gputune trials`"
+    )
+    with pytest.raises(
+        gputune.InputError, match=r"has lost options .*\(model, target, .*Its trials can be read"
+    ):
         searched()
 
 
@@ -330,7 +384,10 @@ def test_a_search_goes_on_without_its_callbacks_and_says_so(bugs):
 
 def test_folds_come_back_in_order():
     draw = np.random.default_rng(0)
-    folds = [(draw.permutation(1000)[:700], np.arange(700, 1000)), (np.arange(10), np.empty(0, np.int64))]
+    folds = [
+        (draw.permutation(1000)[:700], np.arange(700, 1000)),
+        (np.arange(10), np.empty(0, np.int64)),
+    ]
     packed = pack_folds(folds)
     assert len(packed[0][1]) < 100
     for pair, back in zip(folds, unpack_folds(packed)):
@@ -342,8 +399,17 @@ def test_folds_come_back_in_order():
 @pytest.mark.parametrize(
     "space",
     [
-        {"lr": stats.loguniform(1e-4, 0.1), "width": [8, 16], "activation": ["relu", "tanh"], "depth": 2},
-        {"lr": stats.uniform(loc=0.1, scale=0.5), "width": stats.randint(4, 9), "dropout": stats.beta(2, 3, scale=0.5)},
+        {
+            "lr": stats.loguniform(1e-4, 0.1),
+            "width": [8, 16],
+            "activation": ["relu", "tanh"],
+            "depth": 2,
+        },
+        {
+            "lr": stats.uniform(loc=0.1, scale=0.5),
+            "width": stats.randint(4, 9),
+            "dropout": stats.beta(2, 3, scale=0.5),
+        },
         [{"width": gputune.log_int(4, 64)}, {"lr": [0.1], "dropout": stats.uniform}],
         to_scipy(
             {
@@ -357,11 +423,15 @@ def test_folds_come_back_in_order():
 )
 def test_a_space_is_made_again_from_plain_values(space):
     checked = check_space(space, keys=legal_keys("mlp", "adamw"), module=False)
-    again = check_space(space_from_json(space_to_json(checked)), keys=legal_keys("mlp", "adamw"), module=False)
+    again = check_space(
+        space_from_json(space_to_json(checked)), keys=legal_keys("mlp", "adamw"), module=False
+    )
     assert space_text(again) == space_text(checked)
 
 
 def test_a_space_names_nothing_but_distributions():
     for name in ("sys", "ttest_ind", "__loader__", "no_such"):
-        with pytest.raises(gputune.InputError, match=f"scipy.stats has no distribution {name!r}; use the"):
+        with pytest.raises(
+            gputune.InputError, match=f"scipy.stats has no distribution {name!r}; use the"
+        ):
             space_from_json([{"lr": {"scipy": name, "with": {}}}])

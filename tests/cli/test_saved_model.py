@@ -1,4 +1,5 @@
-"""What the closing text says of the saved model: the default's model next to it, its calibration, its intervals."""
+"""What the closing text says of the saved model: the default's model next to it, its calibration,
+its intervals."""
 
 import re
 from dataclasses import replace
@@ -18,7 +19,8 @@ from gputune.text import measure_of
 from made_studies import made_study
 from study_models import make_model
 
-A, B = np.random.default_rng(0).normal(size=(2, 60)).round(3)  # the first columns of a table, as ``write_table`` draws
+# the first columns of a table, as ``write_table`` draws
+A, B = np.random.default_rng(0).normal(size=(2, 60)).round(3)
 PRICES = {"target": "price", "price": (10 + 3 * A + B).round(3).tolist(), "n_rows": 60}
 BETTER = ["--space", "lr=0.001,0.03"]  # of which the default has the worse one
 COMPARED = r"The default configuration, also trained on all rows, has a held-out r2 of (-?[\d.]+)"
@@ -32,7 +34,8 @@ def text_of(*arguments):
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    """A search whose best trial is not the default, with both models' scores in its closing text."""
+    """A search whose best trial is not the default, with both models' scores in its closing
+    text."""
     folder = tmp_path_factory.mktemp("compared")
     _, out, text = searched(folder, *BETTER, "--compare-default", "--intervals", **PRICES)
     study = gputune.Study.open(out / "study.db")
@@ -45,7 +48,11 @@ def test_the_defaults_model_is_scored_on_the_held_out_rows(compared):
     found = re.search(COMPARED, text)
     assert found is not None
     rows = study.best_model().info["rows"]
-    assert rows == 48 and f"and the saved model {gputune.load_model(out / 'model').info['held_out_score']:.4f}" in text
+    assert (
+        rows == 48
+        and f"and the saved model {gputune.load_model(out / 'model').info['held_out_score']:.4f}"
+        in text
+    )
     saved = gputune.load_model(out / "model")
     assert saved.info["params"] == study.best_params  # and the saved model stays the best one
 
@@ -59,7 +66,9 @@ def test_the_choice_is_stored_and_may_be_changed(compared):
 
 
 def test_it_is_on_by_default_where_it_takes_less_than_a_tenth(tmp_path):
-    _, out, text = searched(tmp_path, "--trials", "12", "--cv", "3", "--space", "lr=0.001..0.1:log", **PRICES)
+    _, out, text = searched(
+        tmp_path, "--trials", "12", "--cv", "3", "--space", "lr=0.001..0.1:log", **PRICES
+    )
     study = gputune.Study.open(out / "study.db")
     assert study.default_trial.improvement > 0
     assert re.search(COMPARED, " ".join(text.split()))
@@ -72,7 +81,13 @@ def test_it_is_on_by_default_where_it_takes_less_than_a_tenth(tmp_path):
 
 def test_a_tenth_of_the_member_steps(iris):
     X, y = iris
-    how = {"n_trials": 4, "max_epochs": 6, "cv": 2, "space": {"batch_size": [15]}, "include_default": False}
+    how = {
+        "n_trials": 4,
+        "max_epochs": 6,
+        "cv": 2,
+        "space": {"batch_size": [15]},
+        "include_default": False,
+    }
     study = gputune.tune("mlp", X, y, **how, workers=1, verbose=0)
     (trial,) = study.trials
     # 2 folds x 6 epochs x 5 steps of 75 rows are 60; an epoch on all 150 rows takes 10 steps.
@@ -86,8 +101,14 @@ def test_a_tenth_of_the_member_steps(iris):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--test-size", "0"], "No rows are held out on which to compare with the default's model."),
-        (["--no-default"], "There is no comparison with the default's model: no trial with a score is the default"),
+        (
+            ["--test-size", "0"],
+            "No rows are held out on which to compare with the default's model.",
+        ),
+        (
+            ["--no-default"],
+            "There is no comparison with the default's model: no trial with a score is the default",
+        ),
     ],
 )
 def test_a_comparison_that_is_not_possible_says_why(tmp_path, options, words):
@@ -112,27 +133,49 @@ def test_what_goes_wrong_with_the_defaults_model_leaves_the_best_one(tmp_path, m
 
     monkeypatch.setattr(gputune.Study, "best_model", best_model)
     table = write_table(tmp_path / "t.csv", 60, price=PRICES["price"])
-    words = ["tune", table, "--target", "price", "--out", tmp_path / "o", "--compare-default", *BETTER, *FAST]
+    words = [
+        "tune",
+        table,
+        "--target",
+        "price",
+        "--out",
+        tmp_path / "o",
+        "--compare-default",
+        *BETTER,
+        *FAST,
+    ]
     code, out, err = run(*words)
     assert (tmp_path / "o" / "model" / "model.json").exists() and "Held-out r2" in out
     if isinstance(error, KeyboardInterrupt):
-        assert code == INTERRUPTED and "the comparison with the default was interrupted; the best model is saved" in err
+        assert (
+            code == INTERRUPTED
+            and "the comparison with the default was interrupted; the best model is saved" in err
+        )
     else:
-        assert code == 0 and "The default's model diverged when it was trained on all rows." in " ".join(out.split())
+        assert (
+            code == 0
+            and "The default's model diverged when it was trained on all rows."
+            in " ".join(out.split())
+        )
 
 
 def test_two_scores_within_their_intervals_may_be_chance():
     measure = measure_of("neg_log_loss", -0.3)
-    saved, default = (HeldOut(score, 50, interval=(score - 0.05, score + 0.05)) for score in (-0.30, -0.33))
+    saved, default = (
+        HeldOut(score, 50, interval=(score - 0.05, score + 0.05)) for score in (-0.30, -0.33)
+    )
     assert comparison_text(measure, saved, default) == (
-        "The default configuration, also trained on all rows, has a held-out log_loss of 0.3300 (95% of "
-        "bootstrap samples: 0.2800 to 0.3800), and the saved model 0.3000. One lies within the other's 95% interval, "
-        "so the difference may be chance."
+        "The default configuration, also trained on all rows, has a held-out log_loss of 0.3300 "
+        "(95% of bootstrap samples: 0.2800 to 0.3800), and the saved model 0.3000. One lies "
+        "within the other's 95% interval, so the difference may be chance."
     )
     far = replace(default, score=-0.5, interval=(-0.55, -0.45))
     assert "chance" not in comparison_text(measure, saved, far)
     nothing = HeldOut(float("nan"), 50, why="it is undefined on these rows")
-    assert comparison_text(measure, saved, nothing) == "The default's model has no held-out log_loss to compare with."
+    assert (
+        comparison_text(measure, saved, nothing)
+        == "The default's model has no held-out log_loss to compare with."
+    )
 
 
 def test_intervals_leave_a_line_with_their_coverage(compared, tmp_path):
@@ -143,12 +186,15 @@ def test_intervals_leave_a_line_with_their_coverage(compared, tmp_path):
     assert model.residuals is not None
     assert "No rows were held out" in coverage_text(model, None)
     _, _, text = searched(tmp_path, "--intervals", "--test-size", "0", **PRICES)
-    assert "The model has intervals. No rows were held out to check how many" in " ".join(text.split())
+    assert "The model has intervals. No rows were held out to check how many" in " ".join(
+        text.split()
+    )
 
 
 def test_the_coverage_counts_the_rows_inside():
     rng = np.random.default_rng(0)
-    X, y = rng.normal(size=(50, 3)), rng.normal(size=50)
+    X = rng.normal(size=(50, 3))
+    y = rng.normal(size=50)
     model = replace(make_model(X, classes=None), residuals=np.linspace(0.0, 2.0, 40))
     lower, upper = model.predict_interval(X, 0.9)
     inside = int(((lower <= y) & (y <= upper)).sum())
@@ -158,13 +204,19 @@ def test_the_coverage_counts_the_rows_inside():
         == f"Intervals with level 90% hold {inside} of 50 held-out rows ({inside / 50:.0%})."
     )
     few = replace(model, residuals=np.linspace(0.0, 2.0, 4))
-    assert coverage_text(few, source) == "The model has intervals, but the folds have too few rows for a level of 90%."
+    assert (
+        coverage_text(few, source)
+        == "The model has intervals, but the folds have too few rows for a level of 90%."
+    )
 
 
 def test_calibration_leaves_a_line_with_the_temperature(tmp_path):
     _, out, text = searched(tmp_path, "--calibrate")
     temperature = gputune.load_model(out / "model").temperature
-    said = f"The probabilities are calibrated: the logits are divided by the temperature {temperature:.4g}, which"
+    said = (
+        "The probabilities are calibrated: the logits are divided by the temperature "
+        f"{temperature:.4g}, which"
+    )
     assert temperature != 1 and said in " ".join(text.split())
     (tmp_path / "plain").mkdir()
     assert "calibrated" not in searched(tmp_path / "plain")[2]
@@ -185,20 +237,25 @@ def test_the_held_out_score_has_a_baseline_on_the_same_rows(tmp_path):
 def test_rows_that_chose_the_ensemble_are_not_called_untouched(tmp_path):
     _, out, text = searched(tmp_path, "--ensemble", n_rows=60, kind=kinds(60))
     text = " ".join(text.split())
-    assert "that nothing was fitted on, but that chose between the ensemble and the best trial" in text
+    assert (
+        "that nothing was fitted on, but that chose between the ensemble and the best trial" in text
+    )
     info = gputune.load_model(out / "model").info
     assert info["held_out_chose"] is True
     other = "the best trial" if "ensemble" in info else "an ensemble"
     page = tmp_path / "page.html"
     assert run("report", out, "--out", page)[0] == 0
-    assert f"but they chose it over {other}, so its score is a little optimistic" in page.read_text()
+    assert (
+        f"but they chose it over {other}, so its score is a little optimistic" in page.read_text()
+    )
 
 
 @pytest.mark.parametrize(
     ("info", "words"),
     [
         ({}, "the model on 36 rows nothing was fitted on; the best of"),
-        ({"ensemble": {"0": 1.0}}, "but they chose it over the best trial, so"),  # as an earlier version saved it
+        # as an earlier version saved it
+        ({"ensemble": {"0": 1.0}}, "but they chose it over the best trial, so"),
         ({"held_out_chose": True}, "but they chose it over an ensemble, so"),
     ],
 )
@@ -206,5 +263,9 @@ def test_the_page_says_what_the_held_out_rows_chose(info, words):
     study = made_study(5)
     best = study.best_trial
     known = {"params": best.params, "score": best.score, "held_out_score": 0.9, "held_out_rows": 36}
-    (note,) = [note for name, _, note in score_facts(study, {**known, **info}) if name == "held-out accuracy"]
+    (note,) = [
+        note
+        for name, _, note in score_facts(study, {**known, **info})
+        if name == "held-out accuracy"
+    ]
     assert words in note and ("optimistic; " in note) == bool(info)

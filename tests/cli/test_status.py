@@ -1,4 +1,5 @@
-"""``gputune status`` and ``report``: a search looked at from outside, while it runs, after it was killed or ended."""
+"""``gputune status`` and ``report``: a search looked at from outside, while it runs, after it was
+killed or ended."""
 
 import os
 import re
@@ -44,7 +45,8 @@ def path(tmp_path):
 
 @contextmanager
 def searching(path, trials, *results, **meta):
-    """Yield the store of a search of so many trials with these results, as it is while the search runs."""
+    """Yield the store of a search of so many trials with these results, as it is while the search
+    runs."""
     with Store.create(path, {**META, **meta}) as store:
         store.add_trials(candidates(range(trials)))
         store.finish(results)
@@ -55,11 +57,15 @@ def test_a_running_search(path):
     with searching(path, 6) as store:
         assert "Trials   0 of 6 trials finished: 6 waiting\nBest     none yet" in status(path)
         store.finish([result(n, score=0.5 + n / 10) for n in range(2)])
-        store.finish([result(2, state="pruned", score=0.9), result(3, state="failed", score=float("nan"))])
+        store.finish(
+            [result(2, state="pruned", score=0.9), result(3, state="failed", score=float("nan"))]
+        )
         out = output("status", path.parent)
         name, trials, best, written = out.rstrip("\n").split("\n")
         assert name == f"Study    {path}"
-        assert trials == ("Trials   4 of 6 trials finished: 2 complete, 1 pruned, 1 diverged, 2 waiting")
+        assert trials == (
+            "Trials   4 of 6 trials finished: 2 complete, 1 pruned, 1 diverged, 2 waiting"
+        )
         assert best == "Best     accuracy 0.6000 in trial 1: lr=0.05, width=16, activation=relu"
         assert re.fullmatch(r"Written  \d+\.\d s ago", written)
         store.finish([result(4, score=0.75)])  # the search was not held up
@@ -72,12 +78,16 @@ def test_of_many_trials_the_best_alone_are_read(path, monkeypatch, watch, best):
     with searching(path, 250, *(result(n, score=n / 300) for n in range(250))):
         pass
     from_rows = Result.from_rows
-    monkeypatch.setattr(Result, "from_rows", lambda *columns: read.extend(columns[0]) or from_rows(*columns))
+    monkeypatch.setattr(
+        Result, "from_rows", lambda *columns: read.extend(columns[0]) or from_rows(*columns)
+    )
     text = status(path, watch=watch)
     assert "250 of 250 trials" in text and "accuracy 0.8300 in trial 249: lr=" in text
     assert read == best and text.count("\ntrial ") == (5 if watch else 0)
     change(path, "UPDATE results SET best_epoch = 2 WHERE number = 249")
-    with pytest.raises(StudyCorruptError, match="the result of trial 249 does not fit its checksum"):
+    with pytest.raises(
+        StudyCorruptError, match="the result of trial 249 does not fit its checksum"
+    ):
         status(path)
 
 
@@ -97,13 +107,18 @@ def test_the_best_of_the_trials_that_train_is_told_by_the_processes(path):
     with searching(path, 6), Claims(path) as claims:
         claims.take_search("halving")
         said = {"done": 3, "of": 9, "unit": "trial-epochs"}
-        for best, left, words in [(None, None, ""), (0.875, 42.5, ", best so far accuracy 0.8750, about 42.5 s left")]:
+        for best, left, words in [
+            (None, None, ""),
+            (0.875, 42.5, ", best so far accuracy 0.8750, about 42.5 s left"),
+        ]:
             claims.show({**said, "best": best, "left": left})
             assert f"Running  process {os.getpid()}: 3 of 9 trial-epochs{words}\n" in status(path)
 
 
 def test_the_best_of_those_that_were_sent_away_is_said_to_be_one(path):
-    with searching(path, 3, *(result(n, state="pruned", score=0.5 + n / 10) for n in range(2))) as store:
+    with searching(
+        path, 3, *(result(n, state="pruned", score=0.5 + n / 10) for n in range(2))
+    ) as store:
         said = "Best     accuracy 0.6000 in trial 1: lr=0.05, width=16, activation=relu"
         assert f"{said} (pruned; those that train on are not told yet)\n" in status(path)
         store.finish([result(2, state="pruned", score=0.1)])
@@ -135,7 +150,9 @@ def test_a_watch_ends_with_the_search(path, monkeypatch, capsys):
         def sleep(seconds):
             looks.append(seconds)
             first = 2 * len(looks) - 2
-            store.finish([replace(result(n, score=0.5 + n / 10), curve=CURVE) for n in (first, first + 1)])
+            store.finish(
+                [replace(result(n, score=0.5 + n / 10), curve=CURVE) for n in (first, first + 1)]
+            )
 
         monkeypatch.setattr(commands.time, "sleep", sleep)
         last = status(path, watch=True)
@@ -154,7 +171,8 @@ sys.stdout, study._WATCH_SECONDS = open({os.ttyname(other_end)!r}, "w"), 0.01
 sys.exit(main(["status", {str(path)!r}, "--watch"]))
 """
     with searching(path, 2, max_epochs=3) as store:
-        watch, screens = Fork(code), b""
+        watch = Fork(code)
+        screens = b""
         for n in range(3):
             while f"Trials   {n} of 2 trials".encode() not in screens:
                 screens += os.read(terminal, 4096)
@@ -178,7 +196,9 @@ def test_a_live_page_reloads_itself_in_a_browser(tmp_path):
     class Pages(BaseHTTPRequestHandler):
         def do_GET(self):
             if self.path == "/live.html":
-                self.wfile.write(b"HTTP/1.0 200 OK\r\nContent-Type: text/html\r\n\r\n" + live.encode())
+                self.wfile.write(
+                    b"HTTP/1.0 200 OK\r\nContent-Type: text/html\r\n\r\n" + live.encode()
+                )
                 pages.put(self.path)
 
         log_message = print
@@ -187,7 +207,12 @@ def test_a_live_page_reloads_itself_in_a_browser(tmp_path):
     with ThreadingHTTPServer(("127.0.0.1", 0), Pages) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}/live.html"
-        flags = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}")
+        flags = (
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--user-data-dir={tmp_path / 'profile'}",
+        )
         with subprocess.Popen(["chromium", *flags, address], stderr=subprocess.DEVNULL) as browser:
             try:
                 for _ in range(3):
@@ -198,7 +223,8 @@ def test_a_live_page_reloads_itself_in_a_browser(tmp_path):
 
 
 def test_a_live_page_reloads_itself_until_the_search_has_ended(path, monkeypatch):
-    out, pages = path.with_name("page.html"), []
+    out = path.with_name("page.html")
+    pages = []
     with searching(path, 1) as store:
 
         def sleep(seconds):
@@ -230,11 +256,17 @@ def test_a_loss_is_shown_in_its_own_sign_and_no_name_steers_the_terminal(path):
 
 def test_the_page_has_the_held_out_score_of_the_model_beside_the_study(tmp_path):
     _, out, _ = searched(tmp_path, n_rows=60)
-    assert output("report", out, "--out", tmp_path / "report.html") == f"Report   {tmp_path / 'report.html'}\n"
-    model, study = gputune.load_model(out / "model"), gputune.Study.open(out / "study.db")
+    assert (
+        output("report", out, "--out", tmp_path / "report.html")
+        == f"Report   {tmp_path / 'report.html'}\n"
+    )
+    model = gputune.load_model(out / "model")
+    study = gputune.Study.open(out / "study.db")
     assert (tmp_path / "report.html").read_text() == page(study, model=model.info)
     score = model.info["held_out_score"]
-    assert f'<dd class="value">{score:.4f}</dd><dd class="about">the model on 12 rows' in page(study, model=model.info)
+    assert f'<dd class="value">{score:.4f}</dd><dd class="about">the model on 12 rows' in page(
+        study, model=model.info
+    )
     study.report(tmp_path / "same.html", model=model)
     assert (tmp_path / "same.html").read_text() == (tmp_path / "report.html").read_text()
     assert run("report", out, "--live", "--confusion", "--out", tmp_path / "live.html")[0] == 0
@@ -264,5 +296,7 @@ def test_bad_places_are_refused_and_nothing_is_lost(tmp_path):
     before = study.read_bytes()
     words = f"error: --out {str(study)!r} is the file of the study itself; give another name"
     assert words in refusal("report", study, "--out", study)
-    assert "there is no study file" in refusal("report", tmp_path / "none.db", "--out", tmp_path / "x.html")
+    assert "there is no study file" in refusal(
+        "report", tmp_path / "none.db", "--out", tmp_path / "x.html"
+    )
     assert study.read_bytes() == before and not (tmp_path / "x.html").exists()

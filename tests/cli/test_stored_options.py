@@ -1,4 +1,5 @@
-"""A study holds each option of its command: ``gputune resume`` ends with the same trials and the same model."""
+"""A study holds each option of its command: ``gputune resume`` ends with the same trials and the
+same model."""
 
 import json
 import shutil
@@ -30,28 +31,35 @@ def as_field(read):
 # The commands whose studies are looked at, by a word.
 COMMANDS = {
     "classes": (
-        "--target kind --model mlp --optimizer adamw --include lr=0.5 --no-default --epochs 3 --patience 2 --trials 2 "
-        "--scoring f1 --positive bee --space lr=0.25 --schedule cosine --seed 3 --target-score 0.999 "
-        "--patience-trials 50 --task classification --cv 2 --class-weight balanced --drop c --kind z=category "
-        "--max-levels 5 --columns keep --numbers quantile --groups site --test-size 0.3 --device cpu --backend eager "
-        "--dtype float64 --memory 1MB --workers 1 --checkpoint-seconds 7 --no-predictions --ensemble --calibrate "
-        "--no-compare-default --missing-target drop"
+        "--target kind --model mlp --optimizer adamw --include lr=0.5 --no-default --epochs 3 "
+        "--patience 2 --trials 2 --scoring f1 --positive bee --space lr=0.25 --schedule cosine "
+        "--seed 3 --target-score 0.999 --patience-trials 50 --task classification --cv 2 "
+        "--class-weight balanced --drop c --kind z=category --max-levels 5 --columns keep "
+        "--numbers quantile --groups site --test-size 0.3 --device cpu --backend eager --dtype "
+        "float64 --memory 1MB --workers 1 --checkpoint-seconds 7 --no-predictions --ensemble "
+        "--calibrate --no-compare-default --missing-target drop"
     ),
     "numbers": (
-        "--target price --model net.py:Net --trials 2 --epochs 4 --method halving --factor 2 --min-epochs 1 "
-        "--brackets 2 --target-transform log1p --loss huber --intervals --cv 2 --workers 1 "
-        "--warm-start earlier/study.db --space module__hidden=2,3"
+        "--target price --model net.py:Net --trials 2 --epochs 4 --method halving --factor 2 "
+        "--min-epochs 1 --brackets 2 --target-transform log1p --loss huber --intervals --cv 2 "
+        "--workers 1 --warm-start earlier/study.db --space module__hidden=2,3"
     ),
-    "median": "--target price --trials 2 --epochs 4 --method median --min-epochs 1 --every 2 --cv 2 --workers 1",
+    "median": "--target price --trials 2 --epochs 4 --method median --min-epochs 1 --every 2 --cv 2 "
+    "--workers 1",
     "descents": (
-        "--target kind --trials 1 --epochs 2 --method hypergradient --descend-on lr,weight_decay --outer-steps 1 "
-        "--segments 2 --per-layer --cv 2 --workers 1"
+        "--target kind --trials 1 --epochs 2 --method hypergradient --descend-on lr,weight_decay "
+        "--outer-steps 1 --segments 2 --per-layer --cv 2 --workers 1"
     ),
 }
 
-# Where each option is stored: the command that gives it, how a resumed search reads it, and the expected value.
+# Where each option is stored: the command that gives it, how a resumed search reads it, and the
+# expected value.
 STORED = {
-    "file": ("classes", as_field(lambda record: record.source["path"].rpartition("/")[2]), "bugs.csv"),
+    "file": (
+        "classes",
+        as_field(lambda record: record.source["path"].rpartition("/")[2]),
+        "bugs.csv",
+    ),
     "target": ("classes", as_field(lambda record: record.target), "kind"),
     "model": ("numbers", lambda search, record: search.choice.name, "Net"),
     "optimizer": ("classes", lambda search, record: search.choice.optimizer, "adamw"),
@@ -72,7 +80,9 @@ STORED = {
     "brackets": ("numbers", as_option(lambda options: options.method.brackets), 2),
     "every": ("median", as_option(lambda options: options.method.every), 2),
     "hyperparameters": (
-        "descents", as_option(lambda options: list(options.method.hyperparameters)), ["lr", "weight_decay"],
+        "descents",
+        as_option(lambda options: list(options.method.hyperparameters)),
+        ["lr", "weight_decay"],
     ),
     "outer_steps": ("descents", as_option(lambda options: options.method.outer_steps), 1),
     "segments": ("descents", as_option(lambda options: options.method.segments), 2),
@@ -89,11 +99,16 @@ STORED = {
     "columns": ("classes", as_option(lambda options: options.columns), "keep"),
     "numbers": ("classes", as_option(lambda options: options.numbers), "quantile"),
     "groups": ("classes", as_field(lambda record: record.source["groups"]), "site"),
-    "test_size": ("classes", lambda search, record: (record.source["test_size"], search.test is not None), (0.3, True)),
+    "test_size": (
+        "classes",
+        lambda search, record: (record.source["test_size"], search.test is not None),
+        (0.3, True),
+    ),
     "device": ("classes", as_option(lambda options: options.device), "cpu"),
     "backend": ("classes", as_option(lambda options: options.backend), "eager"),
     "dtype": ("classes", as_option(lambda options: options.dtype), "float64"),
-    "tf32": ("classes", lambda search, record: record.arguments.kept["tf32"], False),  # a GPU alone takes it
+    # a GPU alone takes it
+    "tf32": ("classes", lambda search, record: record.arguments.kept["tf32"], False),
     "precision": ("classes", lambda search, record: record.arguments.kept["precision"], "full"),
     "memory": ("classes", as_option(lambda options: options.memory), "1MB"),
     "workers": ("classes", as_option(lambda options: options.workers), 1),
@@ -102,8 +117,12 @@ STORED = {
     "ensemble": ("classes", lambda search, record: search.final_model["ensemble"], True),
     "intervals": ("numbers", lambda search, record: search.final_model["intervals"], True),
     "calibrate": ("classes", lambda search, record: search.final_model["calibrate"], True),
-    "compare_default": ("classes", lambda search, record: search.final_model["compare_default"], False),
-}  # fmt: skip
+    "compare_default": (
+        "classes",
+        lambda search, record: search.final_model["compare_default"],
+        False,
+    ),
+}
 
 # Options that are stored as trials: the parameters that the trials of the study have.
 TRIALS = {"include": ("classes", {"lr": 0.5}), "warm_start": ("numbers", {"module__hidden": 3})}
@@ -130,7 +149,10 @@ def studies(tmp_path_factory):
         columns = {"site": [f"s{i % 7}" for i in range(40)], "z": [i % 4 for i in range(40)]}
         price = [100.0 + i + 0.5 * (i % 3) for i in range(40)]
         write_table(folder / "bugs.csv", **columns, kind=kinds(), price=price)
-        earlier = "--target price --model net.py:Net --space module__hidden=2,3 --cv 2 --trials 2 --epochs 1"
+        earlier = (
+            "--target price --model net.py:Net --space module__hidden=2,3 --cv 2 --trials 2 "
+            "--epochs 1"
+        )
         for name, options in {"earlier": earlier, **COMMANDS}.items():
             code, _, err = run("tune", "bugs.csv", *options.split(), "--out", name, "-q")
             assert code == 0, err
@@ -144,7 +166,10 @@ def test_each_option_of_the_commands_has_a_place_in_the_study(studies, monkeypat
     assert names == {*STORED, *TRIALS, *NOT_STORED}
     resumed = {name: options_now(studies / name / "study.db") for name in COMMANDS}
     records = {name: gputune.Study.open(studies / name / "study.db").record for name in COMMANDS}
-    read = {name: place(resumed[command], records[command]) for name, (command, place, _) in STORED.items()}
+    read = {
+        name: place(resumed[command], records[command])
+        for name, (command, place, _) in STORED.items()
+    }
     assert read == {name: expected for name, (_, _, expected) in STORED.items()}
     for name, (command, params) in TRIALS.items():
         trials = gputune.Study.open(studies / command / "study.db").trials
@@ -160,7 +185,9 @@ def test_each_option_of_the_commands_has_a_place_in_the_study(studies, monkeypat
         ("price", ["--ensemble", "--intervals"]),
     ],
 )
-def test_a_search_killed_before_its_first_model_ends_with_the_same_model(tmp_path, monkeypatch, target, options):
+def test_a_search_killed_before_its_first_model_ends_with_the_same_model(
+    tmp_path, monkeypatch, target, options
+):
     monkeypatch.chdir(tmp_path)
     price = [100.0 + i + 0.5 * (i % 3) for i in range(40)]
     table = write_table(tmp_path / "bugs.csv", kind=kinds(), price=price)
@@ -170,7 +197,10 @@ def test_a_search_killed_before_its_first_model_ends_with_the_same_model(tmp_pat
     resumed = output("resume", "killed")
     ending = [text.partition("Trials ")[2].partition("\n")[2] for text in (whole, resumed)]
     assert ending[0].replace("whole", "killed") == ending[1]
-    descriptions = [json.loads((tmp_path / name / "model" / "model.json").read_text()) for name in ("whole", "killed")]
+    descriptions = [
+        json.loads((tmp_path / name / "model" / "model.json").read_text())
+        for name in ("whole", "killed")
+    ]
     assert descriptions[0] == descriptions[1]
     models = [gputune.load_model(f"{name}/model") for name in ("whole", "killed")]
     predict = "predict_proba" if target == "kind" else "predict"

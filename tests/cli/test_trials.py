@@ -19,7 +19,9 @@ META = {"model": "mlp", "scoring": "accuracy", "folds": 2}
 
 def make_study(trials, scoring="accuracy", folds=2):
     curves = np.zeros((len(trials), 1, folds))
-    return Study(meta={**META, "scoring": scoring, "folds": folds}, trials=tuple(trials), curves=curves)
+    return Study(
+        meta={**META, "scoring": scoring, "folds": folds}, trials=tuple(trials), curves=curves
+    )
 
 
 def trial(number, score, params=None, state="complete"):
@@ -50,7 +52,9 @@ def test_a_table_has_a_line_for_each_trial(study):
 
 def test_a_failed_trial_says_why_and_one_without_reports_has_no_epoch():
     errors = [{"error": "ValueError: no"}, *[{"reason": "out of memory"}] * 20]
-    failed = [replace(trial(n, math.nan, state="failed"), detail=d) for n, d in enumerate([{}, *errors])]
+    failed = [
+        replace(trial(n, math.nan, state="failed"), detail=d) for n, d in enumerate([{}, *errors])
+    ]
     done = replace(trial(22, 0.8), best_epoch=0)
     study = replace(make_study([*failed, done]), meta={**META, "face": "loop"})
     lines = trials_table(study, width=80).split("\n")
@@ -85,7 +89,9 @@ def test_many_parameters_share_a_column_of_several_lines():
     lines = trials_table(make_study([trial(0, 0.8, params)]), width=80).split("\n")
     assert all(len(line) <= 80 for line in lines)
     assert lines[2].split() == ["trial", "accuracy", "epoch", "state", "parameters"]
-    assert " ".join(" ".join(lines[3:]).split()).endswith(" ".join(f"{k}={v}" for k, v in params.items()))
+    assert " ".join(" ".join(lines[3:]).split()).endswith(
+        " ".join(f"{k}={v}" for k, v in params.items())
+    )
 
 
 def test_one_fold_has_no_error():
@@ -98,29 +104,46 @@ def test_one_fold_has_no_error():
 def test_a_loss_is_shown_positive_and_stays_negative_in_json():
     study = make_study([trial(0, -0.31)], scoring="neg_log_loss")
     text = trials_table(study, width=80)
-    assert "log_loss (lower is better)" in text and " 0.3100 ± 0.1000" in text and "-0.31" not in text
+    assert (
+        "log_loss (lower is better)" in text and " 0.3100 ± 0.1000" in text and "-0.31" not in text
+    )
     assert json.loads(trials_json(study))[0]["score"] == -0.31
-    lines = trials_table(make_study([trial(0, -0.31)], scoring="neg_root_mean_squared_error"), width=80).split("\n")
-    assert "root_mean_squared_error (lower is better)" in " ".join(lines)  # a long name is in the title alone
+    lines = trials_table(
+        make_study([trial(0, -0.31)], scoring="neg_root_mean_squared_error"), width=80
+    ).split("\n")
+    # a long name is in the title alone
+    assert "root_mean_squared_error (lower is better)" in " ".join(lines)
     assert ["trial", "score", "epoch"] in [line.split()[:3] for line in lines]
 
 
 def test_json_has_null_for_nan(study):
-    rows = json.loads(trials_json(study), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    rows = json.loads(
+        trials_json(study), parse_constant=lambda name: pytest.fail(f"{name} is not JSON")
+    )
     assert [list(row) for row in rows] == [list(FIELDS), [*FIELDS, "reason"], list(FIELDS)]
     assert rows[0] == {
-        "number": 0, "params": {"lr": 0.001, "width": 64}, "score": 0.8, "fold_scores": [0.8 - 0.1, 0.8 + 0.1],
-        "best_epoch": 7, "state": "complete", "seconds": 1.25, "origin": "random",
-    }  # fmt: skip
-    assert (rows[1]["score"], rows[1]["fold_scores"], rows[2]["seconds"]) == (None, [None, None], None)
+        "number": 0,
+        "params": {"lr": 0.001, "width": 64},
+        "score": 0.8,
+        "fold_scores": [0.8 - 0.1, 0.8 + 0.1],
+        "best_epoch": 7,
+        "state": "complete",
+        "seconds": 1.25,
+        "origin": "random",
+    }
+    assert (rows[1]["score"], rows[1]["fold_scores"], rows[2]["seconds"]) == (
+        None,
+        [None, None],
+        None,
+    )
 
 
 def test_csv_reads_back(study):
     rows = list(csv.DictReader(io.StringIO(trials_csv(study))))
     assert list(rows[0]) == list(study.to_pandas())
-    assert {name: float(rows[0][name]) for name in ("params_lr", "params_width", "fold_1", "score")} == {
-        "params_lr": 0.001, "params_width": 64, "fold_1": 0.8 + 0.1, "score": 0.8
-    }  # fmt: skip
+    assert {
+        name: float(rows[0][name]) for name in ("params_lr", "params_width", "fold_1", "score")
+    } == {"params_lr": 0.001, "params_width": 64, "fold_1": 0.8 + 0.1, "score": 0.8}
     assert (rows[1]["score"], rows[1]["fold_0"], rows[2]["seconds"]) == ("", "", "")
 
 
@@ -154,8 +177,15 @@ def test_no_name_steers_the_terminal():
 def test_best_shows_parameters_in_full():
     study = make_study([trial(0, 0.5), trial(1, 0.8, {"lr": 0.009637248262359661, "width": 64})])
     assert best_text(study).split("\n") == [
-        "trial 1: accuracy 0.8000 ± 0.1000, epoch 7", "", "parameter  value", "lr         0.009637248262359661",
+        "trial 1: accuracy 0.8000 ± 0.1000, epoch 7",
+        "",
+        "parameter  value",
+        "lr         0.009637248262359661",
         "width      64",
-    ]  # fmt: skip
+    ]
     found = json.loads(best_json(study))
-    assert (found["scoring"], found["number"], found["params"]) == ("accuracy", 1, study.best_params)
+    assert (found["scoring"], found["number"], found["params"]) == (
+        "accuracy",
+        1,
+        study.best_params,
+    )

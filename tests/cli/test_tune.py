@@ -52,9 +52,13 @@ def tuned(tmp_path_factory):
 
 def test_tune_says_what_it_understood_the_best_trials_where_all_lies_and_what_comes_next(tuned):
     folder, out = tuned
-    study, lines = study_in(folder / "out"), out.split("\n")
-    assert " ".join(out.split()).startswith(f"Data {folder / 'bugs.csv'}: 48 rows to search on and 12 held out")
-    assert "Columns  2 numbers, 1 category, made into 4 features" in lines  # without id, which is left out
+    study = study_in(folder / "out")
+    lines = out.split("\n")
+    assert " ".join(out.split()).startswith(
+        f"Data {folder / 'bugs.csv'}: 48 rows to search on and 12 held out"
+    )
+    # without id, which is left out
+    assert "Columns  2 numbers, 1 category, made into 4 features" in lines
     assert "Task     2 classes of 'kind': ant, bee" in lines
     assert "Search   mlp trained with adamw; 3 trials x 2 folds x 2 epochs" in lines
     assert "Note     Column 'id': left out, text with all 48 values distinct." in lines
@@ -62,7 +66,8 @@ def test_tune_says_what_it_understood_the_best_trials_where_all_lies_and_what_co
     header, *rows = out[begin:].split("\n")[2:6]
     assert header.split() == ["trial", "accuracy", "epoch", *study.best_params]
     for row, trial in zip(rows, study.ranking(), strict=True):
-        score, error = f"{trial.score:.4f}", f"{trial.std_error:.4f}"
+        score = f"{trial.score:.4f}"
+        error = f"{trial.std_error:.4f}"
         assert row.split()[:5] == [str(trial.number), score, "±", error, str(trial.best_epoch)]
     *_, trials, file, model, following, _ = lines
     assert trials.startswith("Trials   3 complete; ") and trials.endswith(" s in all")
@@ -73,7 +78,8 @@ def test_tune_says_what_it_understood_the_best_trials_where_all_lies_and_what_co
 
 def test_tune_ends_with_the_saved_models_own_honest_score(tuned):
     folder, out = tuned
-    model, study = gputune.load_model(folder / "out" / "model"), study_in(folder / "out")
+    model = gputune.load_model(folder / "out" / "model")
+    study = study_in(folder / "out")
     searched = {tuple(row) for row in zip(*read_again(study.meta["source"]).X.columns)}
     table = pl.read_csv(folder / "bugs.csv")
     held = table.filter([row not in searched for row in table.drop("kind").iter_rows()])
@@ -83,7 +89,10 @@ def test_tune_ends_with_the_saved_models_own_honest_score(tuned):
     said = " ".join(out.split())
     assert f"Held-out accuracy: {score:.4f}, the saved model's own score on 12 rows" in said
     assert "that nothing was fitted on (95% interval: " in said
-    assert f"The best cross-validated accuracy, {study.best_score:.4f}, is optimistic: it is the best of 3" in said
+    assert (
+        f"The best cross-validated accuracy, {study.best_score:.4f}, is optimistic: it is the "
+        "best of 3" in said
+    )
 
 
 def test_trials_and_best_show_a_study_by_its_file_or_its_folder(tuned):
@@ -96,7 +105,9 @@ def test_trials_and_best_show_a_study_by_its_file_or_its_folder(tuned):
     assert [row["score"] for row in found] == [trial.score for trial in study.trials]
     header, *rows = read_csv(run("trials", folder / "out", "--format", "csv")[1])
     assert header == list(study.to_pandas())
-    assert [float(row[header.index("score")]) for row in rows] == [trial.score for trial in study.trials]
+    assert [float(row[header.index("score")]) for row in rows] == [
+        trial.score for trial in study.trials
+    ]
     out = output("best", folder / "out")
     assert out.startswith(f"trial {study.best_trial.number}: accuracy {study.best_score:.4f} ± ")
     found = json.loads(run("best", folder / "out", "--format", "json")[1])
@@ -105,10 +116,14 @@ def test_trials_and_best_show_a_study_by_its_file_or_its_folder(tuned):
 
 def test_predict_writes_one_column_named_as_the_target_or_one_for_each_class(tuned):
     folder, _ = tuned
-    model, table = gputune.load_model(folder / "out" / "model"), folder / "bugs.csv"
+    model = gputune.load_model(folder / "out" / "model")
+    table = folder / "bugs.csv"
     out = output("predict", folder / "out" / "model", table)
     assert read_csv(out) == [["kind"], *([label] for label in model.predict(table))]
-    assert run("predict", folder / "out" / "model", table, "--out", folder / "guess.csv")[:2] == (0, "")
+    assert run("predict", folder / "out" / "model", table, "--out", folder / "guess.csv")[:2] == (
+        0,
+        "",
+    )
     assert (folder / "guess.csv").read_text() == out
     header, *rows = read_csv(run("predict", folder / "out" / "model", table, "--proba")[1])
     assert header == ["ant", "bee"]
@@ -121,11 +136,16 @@ def test_predict_ignores_further_columns_and_says_so_once(tuned, tmp_path):
     table = write_table(tmp_path / "new.csv", n, id=["x"] * n, more=[1] * n)
     code, out, err = run("predict", folder / "out" / "model", table)
     assert code == 0 and len(read_csv(out)) == n + 1
-    assert err == f"gputune: warning: {str(table)!r} has columns that the model does not read: 'more'.\n"
+    assert (
+        err
+        == f"gputune: warning: {str(table)!r} has columns that the model does not read: 'more'.\n"
+    )
 
 
 def test_a_space_by_its_name(tmp_path):
-    _, out, _ = searched(tmp_path, "--model", "realmlp", "--space", "realmlp", "--trials", "1", "--epochs", "1")
+    _, out, _ = searched(
+        tmp_path, "--model", "realmlp", "--space", "realmlp", "--trials", "1", "--epochs", "1"
+    )
     assert study_in(out).best_params["module__embedding"] == "pbld"
 
 
@@ -140,22 +160,33 @@ def test_where_the_result_cannot_be_written_is_said_before_anything_is_read(tmp_
     refused("text", "--out 'text': 'text' is a file; give a folder.")
     refused("text/o", f"--out 'text/o': '{tmp_path / 'text'}' is a file; give a folder.")
     monkeypatch.setattr("gputune.cli.tune.os.access", lambda place, mode: False)
-    refused("o", f"--out 'o' cannot be written: check the rights of '{tmp_path}', or give another folder.")
+    refused(
+        "o",
+        f"--out 'o' cannot be written: check the rights of '{tmp_path}', or give another folder.",
+    )
     assert sorted(place.name for place in tmp_path.iterdir()) == ["text"]
 
 
 def test_a_note_is_said_once(tmp_path, capsys):
-    table = write_table(tmp_path / "bugs.csv", 40, id=[f"row{i}" for i in range(40)], kind=kinds(40))
-    code, out, err = run("tune", table, "--target", "kind", "--out", tmp_path / "out", *FAST, loud=True)
+    table = write_table(
+        tmp_path / "bugs.csv", 40, id=[f"row{i}" for i in range(40)], kind=kinds(40)
+    )
+    code, out, err = run(
+        "tune", table, "--target", "kind", "--out", tmp_path / "out", *FAST, loud=True
+    )
     assert code == 0 and (out + err).count("left out, text with all 32 values distinct") == 1
-    gputune.tune("mlp", table, "kind", n_trials=1, max_epochs=1, cv=2, workers=1)  # without a closing text
-    assert "note: Column 'id': left out, text with all 40 values distinct" in capsys.readouterr().err
+    # without a closing text
+    gputune.tune("mlp", table, "kind", n_trials=1, max_epochs=1, cv=2, workers=1)
+    assert (
+        "note: Column 'id': left out, text with all 40 values distinct" in capsys.readouterr().err
+    )
 
 
 def test_the_same_command_goes_on_where_it_ended(tmp_path, monkeypatch):
     table, folder, _ = searched(tmp_path)
     command = ["tune", table, "--target", "kind", "--out", folder, *FAST]
-    before, study = study_in(folder).trials, folder / "study.db"
+    before = study_in(folder).trials
+    study = folder / "study.db"
     with contextlib.closing(sqlite3.connect(study)) as connection, connection:
         connection.execute("DELETE FROM results WHERE number = 1")
     assert "3 complete" in output(*command)
@@ -169,7 +200,8 @@ def test_the_same_command_goes_on_where_it_ended(tmp_path, monkeypatch):
 
 def test_a_loss_is_shown_as_what_it_measures(tmp_path):
     _, folder, out = searched(tmp_path, "--scoring", "neg_log_loss")
-    study, held = study_in(folder), gputune.load_model(folder / "model").info["held_out_score"]
+    study = study_in(folder)
+    held = gputune.load_model(folder / "model").info["held_out_score"]
     said = " ".join(out.split())
     assert held < 0 and study.best_score < 0
     assert "by log_loss (lower is better), mean" in said and "neg_" not in said
@@ -179,22 +211,34 @@ def test_a_loss_is_shown_as_what_it_measures(tmp_path):
 
 
 def test_a_score_of_one_class_says_which(tmp_path):
-    kind = ["ant" if i % 4 else "bee" for i in range(40)]  # of bee a model that always says ant scores 0
-    table, out = write_table(tmp_path / "bugs.csv", kind=kind), tmp_path / "o"
+    # of bee a model that always says ant scores 0
+    kind = ["ant" if i % 4 else "bee" for i in range(40)]
+    table = write_table(tmp_path / "bugs.csv", kind=kind)
+    out = tmp_path / "o"
     command = ["tune", table, "--target", "kind", "--scoring", "f1", "--out", out, *FAST]
     code, _, err = run(*command)
     assert code == 2 and "--positive ant or --positive bee" in err and not out.exists()
     said = output(*command, "--positive", "ant")
     assert "The best 3 of 3 trials by f1 of class 'ant', mean" in said
-    study, model = study_in(out), gputune.load_model(out / "model")
+    study = study_in(out)
+    model = gputune.load_model(out / "model")
     assert study.meta["positive"] == model.info["positive"] == "ant"
     _, apart = read_apart(study.meta["source"])
     score = f1_score(apart.y, model.predict(apart.X), pos_label="ant")
     assert score > 0.5 and f"Held-out f1 of class 'ant': {score:.4f}," in said
-    assert "f1 of class 'ant'" in repr(study) and "f1 of class 'ant'" in unescape(model._repr_html_())
+    assert "f1 of class 'ant'" in repr(study) and "f1 of class 'ant'" in unescape(
+        model._repr_html_()
+    )
     code, again, _ = run("resume", out, "--trials", "4")
-    assert code == 0 and "Held-out f1 of class 'ant': " in again and "4 trials by f1 of class 'ant'" in again
-    assert "f1 of class 'ant'" in run("status", out)[1] and "f1 of class 'ant'" in run("trials", out)[1]
+    assert (
+        code == 0
+        and "Held-out f1 of class 'ant': " in again
+        and "4 trials by f1 of class 'ant'" in again
+    )
+    assert (
+        "f1 of class 'ant'" in run("status", out)[1]
+        and "f1 of class 'ant'" in run("trials", out)[1]
+    )
     assert json.loads(run("best", out, "--format", "json")[1])["positive"] == "ant"
     assert run("report", out, "--out", tmp_path / "report.html")[0] == 0
     html = unescape((tmp_path / "report.html").read_text())
@@ -207,10 +251,13 @@ def test_a_guess_of_the_task_that_may_be_wrong_is_a_warning_said_once(tmp_path):
     # One number fewer than in all rows is left to search on, and these would be classes.
     codes = [*(i % 20 for i in range(400)), 20]
     for seed in range(100):
-        rest, _ = hold_out(check_target(np.array(codes) + 0.5, n_rows=401), test_size=0.2, seed=seed)
+        rest, _ = hold_out(
+            check_target(np.array(codes) + 0.5, n_rows=401), test_size=0.2, seed=seed
+        )
         if 400 not in rest:
             break
-    table, out = write_table(tmp_path / "t.csv", 401, code=codes), tmp_path / "o"
+    table = write_table(tmp_path / "t.csv", 401, code=codes)
+    out = tmp_path / "o"
     command = ["tune", table, "--target", "code", "--seed", str(seed), "--out", out, *FAST]
     code, said, err = run(*command)
     assert code == 0 and "Task     regression: predict the number 'code'" in said
@@ -231,11 +278,14 @@ def test_without_held_out_rows_no_honest_score_is_left(tmp_path):
 
 def test_a_number_is_a_regression_with_all_options(tmp_path):
     options = (
-        "--task regression --groups site --space width=4,8 lr=1e-3..1e-1:log --space dropout=0..0.5 --optimizer sgd "
-        "--schedule cosine --numbers quantile --columns keep --test-size 0.4 --seed 3 --device cpu --dtype float64 "
-        "--memory 1GB --timeout 600 --scoring neg_mean_absolute_error"
+        "--task regression --groups site --space width=4,8 lr=1e-3..1e-1:log --space "
+        "dropout=0..0.5 --optimizer sgd --schedule cosine --numbers quantile --columns keep "
+        "--test-size 0.4 --seed 3 --device cpu --dtype float64 --memory 1GB --timeout 600 "
+        "--scoring neg_mean_absolute_error"
     ).split()
-    table, folder, out = searched(tmp_path, *options, target="price", price=PRICES, site=[i // 8 for i in range(40)])
+    table, folder, out = searched(
+        tmp_path, *options, target="price", price=PRICES, site=[i // 8 for i in range(40)]
+    )
     assert "Task     regression: predict the number 'price'" in out
     assert "mlp trained with sgd, cosine; 3 trials" in out
     assert "16 held out" in out  # two whole groups of five
@@ -247,18 +297,38 @@ def test_a_number_is_a_regression_with_all_options(tmp_path):
     values = gputune.load_model(folder / "model").predict(table)
     assert header == ["price"] and np.isfinite(values).all()
     assert [float(row[0]) for row in rows] == values.tolist()  # in full precision
-    assert "--proba needs a model of classes" in refusal("predict", folder / "model", table, "--proba")
+    assert "--proba needs a model of classes" in refusal(
+        "predict", folder / "model", table, "--proba"
+    )
 
 
 def test_columns_as_they_are_said_to_be(tmp_path):
     day = [f"2020{1 + i % 12:02}{1 + i % 28:02}" for i in range(40)]
-    words = "--drop id,a --kind zip=category day=date --class-weight ant=3 --include lr=0.5 width=8 --include width=9"
+    words = (
+        "--drop id,a --kind zip=category day=date --class-weight ant=3 --include lr=0.5 width=8 "
+        "--include width=9"
+    )
     columns = {"id": range(40), "zip": ["007", "7"] * 20, "day": day, "kind": kinds()}
     table, folder, _ = searched(tmp_path, *words.split(), "--trials", "1", **columns)
-    study, model = study_in(folder), gputune.load_model(folder / "model")
-    names = ["b", "c=blue", "c=red", "zip=007", "zip=7", "day.days", "day.month", "day.day", "day.weekday"]
+    study = study_in(folder)
+    model = gputune.load_model(folder / "model")
+    names = [
+        "b",
+        "c=blue",
+        "c=red",
+        "zip=007",
+        "zip=7",
+        "day.days",
+        "day.month",
+        "day.day",
+        "day.weekday",
+    ]
     assert list(model.layout.feature_names) == names
-    assert [(t.params["width"], t.params["lr"]) for t in study.trials] == [(128, 1e-3), (8, 0.5), (9, 1e-3)]
+    assert [(t.params["width"], t.params["lr"]) for t in study.trials] == [
+        (128, 1e-3),
+        (8, 0.5),
+        (9, 1e-3),
+    ]
     assert study.meta["class_weight"] == "{'ant': 3.0}"
     again = study.best_model()  # which reads the same columns from the file
     rows = read_source(table, "kind", drop=["id", "a"], kinds={"zip": "category", "day": "date"}).X
@@ -282,7 +352,17 @@ def test_columns_of_an_array_have_no_names(words, value):
 
 
 def test_a_sampler_by_its_name(tmp_path):
-    command = ["tune", "sklearn:iris", "--sampler", "tpe", "--method", "halving", "--out", tmp_path / "o", *FAST]
+    command = [
+        "tune",
+        "sklearn:iris",
+        "--sampler",
+        "tpe",
+        "--method",
+        "halving",
+        "--out",
+        tmp_path / "o",
+        *FAST,
+    ]
     assert "Sampler  Optuna's TPESampler proposed 2 trials in 1 batch" in output(*command)
     words = "Repeat the command that began it, which goes on where it stopped"
     assert words in refusal("resume", tmp_path / "o", "--trials", "9")
@@ -294,22 +374,36 @@ def test_one_configuration_is_trained_without_a_search(tmp_path, monkeypatch):
     table = write_table(tmp_path / "bugs.csv", 60, kind=kinds(60))
     command = ["train", table, "--target", "kind", "--epochs", "3", "--cv", "2", "--workers", "1"]
     assert run(*command, "--set", "lr=0.5")[0] == 0
-    code, out, err = run(*command, "--set", "lr=1e-3", "--set", "width=8")  # another trial of the same study
+    # another trial of the same study
+    code, out, err = run(*command, "--set", "lr=1e-3", "--set", "width=8")
     assert (code, err) == (0, "")
     study = gputune.Study.open("gputune-train/study.db")
     first, trial = study.trials
-    assert (first.params["lr"], trial.params["lr"], trial.params["width"], trial.origin) == (0.5, 1e-3, 8, "include")
-    said, folds = " ".join(out.split()), ", ".join(f"{score:.4f}" for score in trial.fold_scores)
+    assert (first.params["lr"], trial.params["lr"], trial.params["width"], trial.origin) == (
+        0.5,
+        1e-3,
+        8,
+        "include",
+    )
+    said = " ".join(out.split())
+    folds = ", ".join(f"{score:.4f}" for score in trial.fold_scores)
     assert "Trial 1 batch_size=32, lr=0.001, weight_decay=0.01, width=8 Score accuracy" in said
     assert f"Folds {folds} Curve " in said and f"after epoch {trial.best_epoch} of 3" in said
     assert set(said.split("Curve ")[1].split()[0]) <= set("▁▂▃▄▅▆▇█")
-    assert "is that of the epoch that scored best on these folds" in said and "it is the best of" not in said
+    assert (
+        "is that of the epoch that scored best on these folds" in said
+        and "it is the best of" not in said
+    )
     assert gputune.load_model("gputune-train/model").info["params"] == trial.params
     code, out, _ = run(*command, "--set", "lr=0.5", "--quiet")
     assert (code, out) == (0, "")
     assert gputune.load_model("gputune-train/model").info["params"] == first.params
     code, _, err = run("resume", "gputune-train")
-    assert code == 2 and "no search that could go on; repeat the command" in err and "with --trials 8 or more" in err
+    assert (
+        code == 2
+        and "no search that could go on; repeat the command" in err
+        and "with --trials 8 or more" in err
+    )
     assert run("resume", "gputune-train", "--trials", "2", "-q") == (0, "", "")
     diverged = ["--optimizer", "sgd", "--set", "lr=1e30", "--out", "o"]
     code, _, err = run(*command, *diverged)
@@ -319,7 +413,10 @@ def test_one_configuration_is_trained_without_a_search(tmp_path, monkeypatch):
     )  # as beside a trial that has one
     code, _, err = run(*command, *diverged)
     assert code == 1 and "trial 0, which was to be trained, has no finite score: it diverged" in err
-    for words, said in {"lr=1,2": "got 'lr=1,2'; lists and ranges are for", "lr=1..2": "got 'lr=1..2'"}.items():
+    for words, said in {
+        "lr=1,2": "got 'lr=1,2'; lists and ranges are for",
+        "lr=1..2": "got 'lr=1..2'",
+    }.items():
         code, _, err = run(*command, "--set", words)
         assert code == 2 and "--set takes one value for each key" in err and said in err
     assert run(*command, "--trials", "3")[0] == 2
@@ -337,7 +434,9 @@ def test_an_interrupted_ensemble_leaves_the_best_trial(tmp_path, monkeypatch):
 
 
 def test_a_time_series_keeps_the_last_rows_apart(tmp_path):
-    _, folder, _ = searched(tmp_path, "--cv", "time:3", target="price", step=list(range(40)), price=PRICES)
+    _, folder, _ = searched(
+        tmp_path, "--cv", "time:3", target="price", step=list(range(40)), price=PRICES
+    )
     study = study_in(folder)
     assert read_again(study.meta["source"]).X.column("step").tolist() == list(range(32))
     assert study.meta["cv"] == "TimeSeriesSplit" and study.meta["folds"] == 3
@@ -345,15 +444,30 @@ def test_a_time_series_keeps_the_last_rows_apart(tmp_path):
 
 def test_the_solved_logistic_regression_of_a_bundled_set(tmp_path):
     code, out, err = run("tune", "sklearn:iris", "--model", "logistic", "--out", tmp_path, *FAST)
-    assert (code, err) == (0, "") and "Search   logistic, solved to convergence; 3 trials x 2 folds\n" in out
+    assert (code, err) == (
+        0,
+        "",
+    ) and "Search   logistic, solved to convergence; 3 trials x 2 folds\n" in out
     assert "Task     3 classes of 'target': setosa, versicolor, virginica" in out
-    code, out, _ = run("tune", "sklearn:iris", "--model", "logistic", "--out", tmp_path / "b", *FAST, "--trials", "1")
+    code, out, _ = run(
+        "tune",
+        "sklearn:iris",
+        "--model",
+        "logistic",
+        "--out",
+        tmp_path / "b",
+        *FAST,
+        "--trials",
+        "1",
+    )
     assert code == 0 and "The best trial by accuracy" in out and "optimistic" not in out
 
 
 def test_a_module_of_ones_own(tmp_path):
     (tmp_path / "net.py").write_text(NET)
-    table, folder, out = searched(tmp_path, "--model", f"{tmp_path}/net.py:Net", "--space", "module__hidden=2,3")
+    table, folder, out = searched(
+        tmp_path, "--model", f"{tmp_path}/net.py:Net", "--space", "module__hidden=2,3"
+    )
     assert "Search   Net trained with adamw" in out and "module__hidden" in out
     code, out, _ = run("predict", folder / "model", table)
     assert code == 0 and len(read_csv(out)) == 41
@@ -376,9 +490,14 @@ def test_diverged_trials_are_counted_and_where_all_are_the_command_ends_with_1(t
     options = ["--optimizer", "sgd", "--space"]
     table, _, out = searched(tmp_path, *options, "lr=0.01,0.02,1e30", target="price", price=PRICES)
     assert "2 complete, 1 diverged" in out and "The best 2 of 3 trials" in out
-    code, out, err = run("tune", table, "--target", "price", *options, "lr=1e30", "--out", tmp_path / "p", *FAST)
+    code, out, err = run(
+        "tune", table, "--target", "price", *options, "lr=1e30", "--out", tmp_path / "p", *FAST
+    )
     assert (code, out) == (1, "")
-    assert err.startswith("gputune: error: no trial has a finite score") and "lower the learning rates" in err
+    assert (
+        err.startswith("gputune: error: no trial has a finite score")
+        and "lower the learning rates" in err
+    )
 
 
 def test_a_bug_ends_with_1_and_its_traceback(tmp_path, monkeypatch):
@@ -394,7 +513,8 @@ def test_a_bug_ends_with_1_and_its_traceback(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("stop_after", [0, 1])
 def test_an_interrupt_says_what_is_kept(tmp_path, monkeypatch, stop_after):
-    original, out = tune.search, tmp_path / "o"
+    original = tune.search
+    out = tmp_path / "o"
 
     def search(*arguments, **options):
         if stop_after:
@@ -405,7 +525,10 @@ def test_an_interrupt_says_what_is_kept(tmp_path, monkeypatch, stop_after):
     code, printed, err = run("tune", "sklearn:iris", "--out", out, *FAST)
     assert (code, printed, err.count("\n")) == (130, "", 1)
     if stop_after:
-        assert f"interrupted: 3 of 3 trials are finished; all is kept in '{out / 'study.db'}': repeat" in err
+        assert (
+            f"interrupted: 3 of 3 trials are finished; all is kept in '{out / 'study.db'}': repeat"
+            in err
+        )
     else:
         assert err == "gputune: interrupted before the first trial; nothing was kept.\n"
 
@@ -413,10 +536,13 @@ def test_an_interrupt_says_what_is_kept(tmp_path, monkeypatch, stop_after):
 def test_names_from_a_file_do_not_steer_the_terminal(tmp_path):
     evil = "\x1b[2Jevil\x07"
     table = write_table(
-        tmp_path / "t.csv", **{f"{evil}col": [f"{evil}{i}" for i in range(40)]},
+        tmp_path / "t.csv",
+        **{f"{evil}col": [f"{evil}{i}" for i in range(40)]},
         **{f"{evil}y": [f"{evil}ant" if i % 2 else f"{evil}bee" for i in range(40)]},
-    )  # fmt: skip
-    code, out, err = run("tune", table, "--target", f"{evil}y", "--out", tmp_path / "o", *FAST, loud=True)
+    )
+    code, out, err = run(
+        "tune", table, "--target", f"{evil}y", "--out", tmp_path / "o", *FAST, loud=True
+    )
     assert code == 0
     assert "[2Jevilant" in out and "left out" in out
     assert not set(out + err.replace("\r", "")) & set(map(chr, [*range(10), *range(11, 32), 127]))
@@ -439,7 +565,10 @@ def test_predictions_are_exact_in_a_file_and_cleaned_for_a_terminal(tmp_path):
 
 def test_a_warning_is_one_line_said_once(tmp_path):
     kind = [*kinds(37), "cat", "cat", "cat"]
-    warning = "kind has classes with fewer rows than the 5 folds: 'cat' (3); some folds are validated without them."
+    warning = (
+        "kind has classes with fewer rows than the 5 folds: 'cat' (3); some folds are validated "
+        "without them."
+    )
     said = f"gputune: warning: {warning}\n"
     searched(tmp_path, "--test-size", "0", "--cv", "5", kind=kind, warnings=said)
 
@@ -455,8 +584,14 @@ def test_predict_says_nothing_of_columns_that_the_search_was_told_to_leave_out(t
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--target-score", "0.01"], r"trial \d has reached the target score \(--target-score 0.01\)"),
-        (["--patience-trials", "1", "--memory", "1KB", "--trials", "8"], r"\d trials? in a row were no better .*1\)"),
+        (
+            ["--target-score", "0.01"],
+            r"trial \d has reached the target score \(--target-score 0.01\)",
+        ),
+        (
+            ["--patience-trials", "1", "--memory", "1KB", "--trials", "8"],
+            r"\d trials? in a row were no better .*1\)",
+        ),
     ],
 )
 def test_the_closing_text_says_why_a_search_was_good_enough(tmp_path, options, words):
@@ -481,14 +616,24 @@ def test_several_metrics_are_kept_shown_and_gone_on_with(tmp_path):
     page = tmp_path / "page.html"
     assert run("report", out, "--by", "f1", "--importance", "--out", page)[::2] == (0, "")
     html = page.read_text()
-    assert f"{best.score:.4f}" in html and f"Trial {best.number}, scored at epoch {best.best_epoch}" in html
+    assert (
+        f"{best.score:.4f}" in html
+        and f"Trial {best.number}, scored at epoch {best.best_epoch}" in html
+    )
     assert "which accuracy chose, as in the search" in html and "fall of f1 of class" in html
     for command in ("best", "report"):
-        assert "error: --by must be one of the study's metrics, " in run(command, out, "--by", "f2")[2]
+        assert (
+            "error: --by must be one of the study's metrics, " in run(command, out, "--by", "f2")[2]
+        )
     for other in ("accuracy,f1", "f1,accuracy"):  # the scores are named once, whichever ranks
-        words = run("tune", table, "--target", "kind", *options, "--out", out, *FAST, "--scoring", other)[2]
+        words = run(
+            "tune", table, "--target", "kind", *options, "--out", out, *FAST, "--scoring", other
+        )[2]
         here = other.replace(",", ", ")
-        assert f"this command in: --scoring (accuracy, roc_auc, f1 there, {here} here). Give this" in words
+        assert (
+            f"this command in: --scoring (accuracy, roc_auc, f1 there, {here} here). Give this"
+            in words
+        )
 
 
 def test_no_predicted_text_is_a_formula(tmp_path):
@@ -497,13 +642,16 @@ def test_no_predicted_text_is_a_formula(tmp_path):
     code, out, err = run("predict", model, table, "--proba")
     assert (code, read_csv(out)[0]) == (0, ["+3", "-", "'-cheap", "'=1+1", "'@x"])
     assert err == (
-        "gputune: warning: a spreadsheet takes '-cheap' for a formula, so that there is a ' before it; --raw leaves it "
-        "out.\n"
+        "gputune: warning: a spreadsheet takes '-cheap' for a formula, so that there is a ' "
+        "before it; --raw leaves it out.\n"
     )
     code, out, err = run("predict", model, table, "--proba", "--raw")
     assert (code, read_csv(out)[0], err) == (0, ["+3", "-", "-cheap", "=1+1", "@x"], "")
     predicted = gputune.load_model(model).predict(table).tolist()
-    assert read_csv(run("predict", model, table, "--raw")[1]) == [["kind"], *([label] for label in predicted)]
+    assert read_csv(run("predict", model, table, "--raw")[1]) == [
+        ["kind"],
+        *([label] for label in predicted),
+    ]
     guarded = [f"'{label}" if label in ("-cheap", "=1+1", "@x") else label for label in predicted]
     assert read_csv(run("predict", model, table)[1])[1:] == [[label] for label in guarded]
 
@@ -513,29 +661,48 @@ def test_no_predicted_text_is_a_formula(tmp_path):
     [
         ("net.py:Net", "after the rows: write the file again with X[:, None]"),
         ("net.py:Last", "want them first: write the file again with X.transpose("),
-        ("mlp", "choose --model cnn for images, --model gru for sequences, .* write the file again with X.reshape("),
+        (
+            "mlp",
+            "choose --model cnn for images, --model gru for sequences, .* write the file again "
+            "with X.reshape(",
+        ),
     ],
 )
 def test_images_that_a_model_does_not_take_are_written_again(tmp_path, monkeypatch, model, message):
     monkeypatch.chdir(tmp_path)
-    np.savez("digits.npz", image=np.random.default_rng(0).random((40, 8, 7), np.float32), kind=np.arange(40) % 2)
-    head = "def __init__(self, n_outputs):\n        super().__init__(nn.{}, nn.Flatten(), nn.Linear(2, n_outputs))\n"
+    np.savez(
+        "digits.npz",
+        image=np.random.default_rng(0).random((40, 8, 7), np.float32),
+        kind=np.arange(40) % 2,
+    )
+    head = (
+        "def __init__(self, n_outputs):\n        super().__init__(nn.{}, nn.Flatten(), "
+        "nn.Linear(2, n_outputs))\n"
+    )
     layers = {"Net": "Conv2d(1, 2, 3)", "Last": "Conv1d(7, 2, 3)"}
-    bodies = [f"class {name}(nn.Sequential):\n    {head.format(layer)}" for name, layer in layers.items()]
+    bodies = [
+        f"class {name}(nn.Sequential):\n    {head.format(layer)}" for name, layer in layers.items()
+    ]
     (tmp_path / "net.py").write_text("from torch import nn\n" + "\n".join(bodies))
     code, _, err = run("tune", "digits.npz", "--target", "kind", "--model", model, *FAST)
     assert code == 2 and re.search(message.replace("(", r"\(").replace("[", r"\["), err)
 
 
 def test_one_logit_of_two_classes(tmp_path):
-    (tmp_path / "net.py").write_text(NET.replace("n_outputs, hidden", "hidden").replace("n_outputs", "1"))
-    table, folder, out = searched(tmp_path, "--model", f"{tmp_path}/net.py:Net", "--scoring", "roc_auc")
+    (tmp_path / "net.py").write_text(
+        NET.replace("n_outputs, hidden", "hidden").replace("n_outputs", "1")
+    )
+    table, folder, out = searched(
+        tmp_path, "--model", f"{tmp_path}/net.py:Net", "--scoring", "roc_auc"
+    )
     assert "Net is trained on the loss bce: its one logit a row is of kind" in out
     header, *rows = read_csv(run("predict", folder / "model", table, "--proba")[1])
     assert header == ["ant", "bee"] and all(abs(sum(map(float, row)) - 1) < 1e-9 for row in rows)
 
 
-def test_a_module_that_changes_the_folder_leaves_study_and_model_where_they_were_asked_for(tmp_path, monkeypatch):
+def test_a_module_that_changes_the_folder_leaves_study_and_model_where_they_were_asked_for(
+    tmp_path, monkeypatch
+):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     leave = f"os.chdir({str(elsewhere)!r})"
@@ -550,7 +717,9 @@ def test_a_module_that_changes_the_folder_leaves_study_and_model_where_they_were
     )
     table = write_table(tmp_path / "bugs.csv", kind=kinds())
     monkeypatch.chdir(tmp_path)
-    code, out, err = run("tune", table, "--target", "kind", "--model", "net.py:Net", "--out", "found", *FAST)
+    code, out, err = run(
+        "tune", table, "--target", "kind", "--model", "net.py:Net", "--out", "found", *FAST
+    )
     assert code == 0, err
     assert "found/study.db" in out and str(tmp_path) not in out.split("Study")[-1]
     monkeypatch.chdir(tmp_path)
@@ -559,7 +728,9 @@ def test_a_module_that_changes_the_folder_leaves_study_and_model_where_they_were
     monkeypatch.chdir(tmp_path)
     how = {"n_trials": 1, "max_epochs": 1, "cv": 2, "study": "my.db", "verbose": 0}
     study = gputune.tune(f"{tmp_path}/net.py:Net", table, "kind", **how)
-    assert study.file == tmp_path / "my.db" and len(gputune.Study.open(tmp_path / "my.db").trials) == 1
+    assert (
+        study.file == tmp_path / "my.db" and len(gputune.Study.open(tmp_path / "my.db").trials) == 1
+    )
     assert sorted(path.name for path in (tmp_path / "found").iterdir()) == ["model", "study.db"]
     assert not any(elsewhere.iterdir())
 
@@ -571,18 +742,29 @@ def closing(study, **more):
 
 
 def test_the_closing_text_says_what_is_to_be_known_of_the_scores():
-    laws, baseline = {"lr": {"kind": "choices", "choices": [0.1, 0.2, 0.3]}}, {"score": 0.4, "answer": "ant"}
+    laws = {"lr": {"kind": "choices", "choices": [0.1, 0.2, 0.3]}}
+    baseline = {"score": 0.4, "answer": "ant"}
     made = study_of([{"lr": lr} for lr in (0.1, 0.2, 0.3)], distributions=laws, baseline=baseline)
     study = replace(made, trials=[replace(trial, best_epoch=30) for trial in made.trials])
     text = closing(study, held_out=HeldOut(0.75, 20, unseen=1))
-    assert "own score on 20 rows that nothing was fitted on. 1 row of a class that no row of the search has" in text
+    assert (
+        "own score on 20 rows that nothing was fitted on. 1 row of a class that no row of the "
+        "search has" in text
+    )
     assert "has counts as wrong. The best cross-validated accuracy" in text
-    assert "On the same folds ant scores 0.4000 without a model. It was best after the last of 30 epochs: more" in text
-    assert text.endswith("gputune.Study.open('out/study.db').best_model()") and edge_remarks(study)[0] in text
+    assert (
+        "On the same folds ant scores 0.4000 without a model. It was best after the last of 30 "
+        "epochs: more" in text
+    )
+    assert (
+        text.endswith("gputune.Study.open('out/study.db').best_model()")
+        and edge_remarks(study)[0] in text
+    )
 
 
 def test_an_accuracy_of_labels_is_one_of_rows():
-    X, y = np.random.default_rng(0).normal(size=(30, 2)).astype("float32"), np.arange(60).reshape(30, 2) % 2
+    X = np.random.default_rng(0).normal(size=(30, 2)).astype("float32")
+    y = np.arange(60).reshape(30, 2) % 2
     y[::3] = 1
     words = {"n_trials": 1, "max_epochs": 1, "cv": 2, "verbose": 0}
     rows = "accuracy is the share of rows of which all labels are right"
@@ -591,17 +773,23 @@ def test_an_accuracy_of_labels_is_one_of_rows():
 
 
 def test_features_are_counted_by_the_numbers_that_trials_have():
-    X, y = np.random.default_rng(0).normal(size=(30, 2)), np.arange(30) % 2
+    X = np.random.default_rng(0).normal(size=(30, 2))
+    y = np.arange(30) % 2
     how = {"n_trials": 2, "max_epochs": 1, "cv": 2, "verbose": 0}
     for space, numbers, words in (
-        ({"numbers": ["standard", "piecewise"]}, "auto", "made into 2 features with numbers 'standard' "),
+        (
+            {"numbers": ["standard", "piecewise"]},
+            "auto",
+            "made into 2 features with numbers 'standard' ",
+        ),
         ({"width": [8]}, "piecewise", "made into 32 features Task"),
     ):
         assert words in closing(gputune.tune("mlp", X, y, space=space, numbers=numbers, **how))
 
 
 @pytest.mark.parametrize(
-    ("trials", "words"), [(21, "proposed 20 trials in 3 batches"), (2, "proposed 1 trial in 1 batch")]
+    ("trials", "words"),
+    [(21, "proposed 20 trials in 3 batches"), (2, "proposed 1 trial in 1 batch")],
 )
 def test_a_sampler_is_told_with_its_batches(trials, words):
     text = closing(made_batches(trials))
@@ -613,8 +801,13 @@ def test_a_sampler_whose_batches_are_halved():
     study = made_batches(40, halving=Halving(min_epochs=3))
     text = closing(study)
     assert any(trial.state == "pruned" for trial in study.trials)
-    assert "Sampler Optuna's TPESampler proposed 39 trials in 5 batches Halving of 40 trials these were pruned" in text
+    assert (
+        "Sampler Optuna's TPESampler proposed 39 trials in 5 batches Halving of 40 trials these "
+        "were pruned" in text
+    )
     assert "after epoch 3" in text and "hypergradient" not in text
     pruned = tuple(trial for trial in study.trials if trial.state == "pruned")
     alone = replace(study, trials=pruned, curves=study.curves[: len(pruned)])
-    assert f"The best 5 of {len(pruned)} trials, pruned as all with a score are, by" in closing(alone)
+    assert f"The best 5 of {len(pruned)} trials, pruned as all with a score are, by" in closing(
+        alone
+    )

@@ -1,4 +1,5 @@
-"""Inputs that are no table: how they are checked and scaled, what a prediction must bring; digests of all inputs."""
+"""Inputs that are no table: how they are checked and scaled, what a prediction must bring; digests
+of all inputs."""
 
 import numpy as np
 import pandas as pd
@@ -27,13 +28,16 @@ def _objects(rows):
     return array
 
 
-@pytest.mark.parametrize(("X", "parts", "names"), [
-    (IMAGES, 1, None),
-    (IMAGES.numpy(), 1, None),
-    (IDS, 1, None),
-    ((IDS, torch.rand(6, 2)), 2, None),
-    ({"ids": IDS[:, 0], "image": IMAGES.numpy()}, 2, ("ids", "image")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("X", "parts", "names"),
+    [
+        (IMAGES, 1, None),
+        (IMAGES.numpy(), 1, None),
+        (IDS, 1, None),
+        ((IDS, torch.rand(6, 2)), 2, None),
+        ({"ids": IDS[:, 0], "image": IMAGES.numpy()}, 2, ("ids", "image")),
+    ],
+)
 def test_arrays_are_taken_as_they_are(X, parts, names):
     arrays = as_arrays(X)
     assert (len(arrays), len(arrays.parts), arrays.names) == (6, parts, names)
@@ -44,11 +48,18 @@ def test_arrays_that_torch_does_not_take_are_those_of_a_type_that_it_does():
     x = np.arange(24).reshape(4, 3, 2)
     of_types = (x.astype(">f4"), x.astype(np.longdouble), x.astype(np.uint16), x[::-1].copy()[::-1])
     found = [as_arrays(of_type).parts[0] for of_type in of_types]
-    assert [part.dtype for part in found] == [torch.float32, torch.float64, torch.int32, torch.int64]
+    assert [part.dtype for part in found] == [
+        torch.float32,
+        torch.float64,
+        torch.int32,
+        torch.int64,
+    ]
     assert all(torch.equal(part.long(), torch.tensor(x)) for part in found)
 
 
-@pytest.mark.parametrize("X", [torch.rand(6, 2), np.zeros((6, 2)), np.arange(12).reshape(6, 2), [[1, 2]], "file"])
+@pytest.mark.parametrize(
+    "X", [torch.rand(6, 2), np.zeros((6, 2)), np.arange(12).reshape(6, 2), [[1, 2]], "file"]
+)
 def test_a_table_is_no_array(X):
     assert as_arrays(X) is None
 
@@ -72,32 +83,59 @@ class Stream(IterableDataset):
 UNLIKE = [(torch.zeros(2, 2), 0), (torch.zeros(2, 3), 1)]
 
 
-@pytest.mark.parametrize(("X", "message"), [
-    ({}, "X is empty"),
-    ((IDS, IMAGES[:4]), r"one row for each of the same cases, got lengths X\[0\] 6, X\[1\] 4"),
-    (np.full((2, 2, 2), "a"), "X must hold numbers or booleans, got <U1"),
-    ({"a": IMAGES.to_sparse()}, r"X\['a'\] is a sparse tensor"),
-    (IMAGES.to(torch.complex64), "must hold real numbers, got torch.complex64"),
-    (torch.empty(0, 2, 2), r"none of its axes may be empty, got shape \(0, 2, 2\)"),
-    (IMAGES.where(IMAGES[3, 0, 1, 1] != IMAGES, torch.nan), "got NaN or an infinite value in row 3"),
-    (IMAGES.to("meta"), "X lies on the device 'meta', which holds no values"),
-    (IMAGES.to(torch.float8_e4m3fn), "floats of 16 bits or more, got torch.float8_e4m3fn; pass X.half()"),
-    ({"a": _objects([[1], [2, 3]])}, r"X\['a'\] has rows of different shapes: row 0 has \(1,\)"),
-    (list(IMAGES), r"X is a list of 6 arrays of shape \(2, 3, 3\); pass one array, torch.stack\(X\)"),
-    (list(IMAGES.numpy()), r"pass one array, numpy.stack\(X\)"),
-    ([*IMAGES, torch.zeros(2, 3, 4)], r"unlike shapes: X\[0\] has \(2, 3, 3\), X\[6\] \(2, 3, 4\); pad or crop"),
-    (_objects([[[1.0, 2.0]], [[1.0]]]), r"X is a list of 2 arrays of unlike shapes"),
-    ([IDS, IMAGES], "where they are inputs of the module, pass a tuple of them"),
-    ((IDS, IDS.tolist()), r"X\[1\] must be an array or a tensor, one for each input, got list"),
-    ({"a": IDS, "b": [1] * 6}, r"X\['b'\] must be an array or a tensor, .* pass numpy.asarray\(X\['b'\]\)"),
-    (["a text", "another"], "X is a list of 2 texts; give the words numbers"),
-    (DataLoader(TensorDataset(IMAGES)), "X is a DataLoader, .* pass its dataset, loader.dataset"),
-    (Stream(), "Stream, which has no length; pass a map-style Dataset"),
-    (Items(UNLIKE), "cannot be stacked"),
-    (Items([torch.zeros(2, 2)] * 3), "are no pairs"),
-    (Items([]), r"X is a Items without items"),
-    (Items({0: (torch.zeros(2), 0), 1: (torch.zeros(2), 0), 3: 4}), "item 2 of X, a Items, raised KeyError: 2"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("X", "message"),
+    [
+        ({}, "X is empty"),
+        ((IDS, IMAGES[:4]), r"one row for each of the same cases, got lengths X\[0\] 6, X\[1\] 4"),
+        (np.full((2, 2, 2), "a"), "X must hold numbers or booleans, got <U1"),
+        ({"a": IMAGES.to_sparse()}, r"X\['a'\] is a sparse tensor"),
+        (IMAGES.to(torch.complex64), "must hold real numbers, got torch.complex64"),
+        (torch.empty(0, 2, 2), r"none of its axes may be empty, got shape \(0, 2, 2\)"),
+        (
+            IMAGES.where(IMAGES[3, 0, 1, 1] != IMAGES, torch.nan),
+            "got NaN or an infinite value in row 3",
+        ),
+        (IMAGES.to("meta"), "X lies on the device 'meta', which holds no values"),
+        (
+            IMAGES.to(torch.float8_e4m3fn),
+            "floats of 16 bits or more, got torch.float8_e4m3fn; pass X.half()",
+        ),
+        (
+            {"a": _objects([[1], [2, 3]])},
+            r"X\['a'\] has rows of different shapes: row 0 has \(1,\)",
+        ),
+        (
+            list(IMAGES),
+            r"X is a list of 6 arrays of shape \(2, 3, 3\); pass one array, torch.stack\(X\)",
+        ),
+        (list(IMAGES.numpy()), r"pass one array, numpy.stack\(X\)"),
+        (
+            [*IMAGES, torch.zeros(2, 3, 4)],
+            r"unlike shapes: X\[0\] has \(2, 3, 3\), X\[6\] \(2, 3, 4\); pad or crop",
+        ),
+        (_objects([[[1.0, 2.0]], [[1.0]]]), r"X is a list of 2 arrays of unlike shapes"),
+        ([IDS, IMAGES], "where they are inputs of the module, pass a tuple of them"),
+        ((IDS, IDS.tolist()), r"X\[1\] must be an array or a tensor, one for each input, got list"),
+        (
+            {"a": IDS, "b": [1] * 6},
+            r"X\['b'\] must be an array or a tensor, .* pass numpy.asarray\(X\['b'\]\)",
+        ),
+        (["a text", "another"], "X is a list of 2 texts; give the words numbers"),
+        (
+            DataLoader(TensorDataset(IMAGES)),
+            "X is a DataLoader, .* pass its dataset, loader.dataset",
+        ),
+        (Stream(), "Stream, which has no length; pass a map-style Dataset"),
+        (Items(UNLIKE), "cannot be stacked"),
+        (Items([torch.zeros(2, 2)] * 3), "are no pairs"),
+        (Items([]), r"X is a Items without items"),
+        (
+            Items({0: (torch.zeros(2), 0), 1: (torch.zeros(2), 0), 3: 4}),
+            "item 2 of X, a Items, raised KeyError: 2",
+        ),
+    ],
+)
 def test_what_is_no_array_is_refused_by_name(X, message):
     with refused(message):
         read_source(X, None if isinstance(X, Items) else [0] * 6, module=True)
@@ -161,15 +199,21 @@ def test_equal_tables_give_equal_digests(tmp_path):
     assert digest({"a": [0.0, 1]}, y=Y[:2]) == digest({"a": [-0.0, 1]}, y=Y[:2])
 
 
-@pytest.mark.parametrize(("columns", "y"), [
-    (COLUMNS | {"a": [1.0, 2.0, 3.0]}, Y),
-    (COLUMNS | {"a": [1.0, None, 3.0 + 1e-15]}, Y),
-    (COLUMNS | {"s": ["x", "None", "yz"]}, Y), (COLUMNS | {"s": ["xy", None, "z"]}, Y),
-    (COLUMNS | {"b": [1, 0, 1]}, Y), (COLUMNS | {"c": [1, 2, 3]}, Y),
-    ({name.replace("a", "A"): values for name, values in COLUMNS.items()}, Y),
-    (dict(reversed(COLUMNS.items())), Y),
-    (COLUMNS, np.array(["no", "no", "yes"])), (COLUMNS, np.array([0, 1, 0])),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("columns", "y"),
+    [
+        (COLUMNS | {"a": [1.0, 2.0, 3.0]}, Y),
+        (COLUMNS | {"a": [1.0, None, 3.0 + 1e-15]}, Y),
+        (COLUMNS | {"s": ["x", "None", "yz"]}, Y),
+        (COLUMNS | {"s": ["xy", None, "z"]}, Y),
+        (COLUMNS | {"b": [1, 0, 1]}, Y),
+        (COLUMNS | {"c": [1, 2, 3]}, Y),
+        ({name.replace("a", "A"): values for name, values in COLUMNS.items()}, Y),
+        (dict(reversed(COLUMNS.items())), Y),
+        (COLUMNS, np.array(["no", "no", "yes"])),
+        (COLUMNS, np.array([0, 1, 0])),
+    ],
+)
 def test_any_change_of_a_table_changes_its_digest(columns, y):
     assert digest(columns, y) != digest()
 
@@ -179,8 +223,12 @@ def test_digests_of_tensors(dtype):
     X = torch.arange(6).reshape(2, 3).to(dtype)
     y = check_target([0.5, 1.5], n_rows=2)
     found = fingerprint(X, y)
-    assert (found["rows"], found["columns"]) == (2, 3) and fingerprint(X.T.contiguous().T, y) == found
-    assert found["sha256"] not in [fingerprint(other, y)["sha256"] for other in (X.reshape(3, 2)[:2], X + 1)]
+    assert (found["rows"], found["columns"]) == (2, 3) and fingerprint(
+        X.T.contiguous().T, y
+    ) == found
+    assert found["sha256"] not in [
+        fingerprint(other, y)["sha256"] for other in (X.reshape(3, 2)[:2], X + 1)
+    ]
 
 
 class TestFiles:
@@ -190,17 +238,34 @@ class TestFiles:
         for name in ("d.npz", "d.pt"):
             source = read_source(tmp_path / name, "label", module=True)
             assert torch.equal(source.X.parts[0], IMAGES) and source.X.names is None
-            assert source.origin == {"path": str(tmp_path / name), "target": "label", "groups": None}
+            assert source.origin == {
+                "path": str(tmp_path / name),
+                "target": "label",
+                "groups": None,
+            }
 
     def test_several_inputs_are_keywords(self, tmp_path):
-        np.savez(tmp_path / "d.npz", image=IMAGES.numpy(), ids=IDS.numpy(), label=np.arange(6) % 2, who=np.arange(6))
+        np.savez(
+            tmp_path / "d.npz",
+            image=IMAGES.numpy(),
+            ids=IDS.numpy(),
+            label=np.arange(6) % 2,
+            who=np.arange(6),
+        )
         source = read_source(tmp_path / "d.npz", "label", "who", module=True)
         assert source.X.names == ("image", "ids") and source.groups.tolist() == [0, 1, 2, 3, 4, 5]
 
-    @pytest.mark.parametrize(("y", "groups", "message"), [
-        ("lable", None, "target='lable' is none of the arrays of .*, which are 'image', 'label'"),
-        ("label", "who", "groups='who' is none of the arrays"),
-    ])  # fmt: skip
+    @pytest.mark.parametrize(
+        ("y", "groups", "message"),
+        [
+            (
+                "lable",
+                None,
+                "target='lable' is none of the arrays of .*, which are 'image', 'label'",
+            ),
+            ("label", "who", "groups='who' is none of the arrays"),
+        ],
+    )
     def test_names_are_checked(self, tmp_path, y, groups, message):
         np.savez(tmp_path / "d.npz", image=IMAGES.numpy(), label=np.arange(6))
         with refused(message):
@@ -219,12 +284,16 @@ class TestFiles:
             (tmp_path / name).write_bytes(b"nothing" * (name != "n.pt"))
         (tmp_path / "f.npz").mkdir()
         for name, message in [
-            ("d.npz", "holds Python objects"), ("d.pt", "a dict of tensors, got list"),
+            ("d.npz", "holds Python objects"),
+            ("d.pt", "a dict of tensors, got list"),
             ("e.pt", "it is damaged, or was not written by torch.save"),
-            ("n.npz", "it is damaged, or was not written by NumPy"), ("n.npy", "or was not written by NumPy"),
-            ("n.pt", "it is empty"), ("half.pt", "it is damaged"),
-            ("m.pt", "holds more than tensors, which is not unpickled"), ("f.npz", "is a folder; give the file"),
-        ]:  # fmt: skip
+            ("n.npz", "it is damaged, or was not written by NumPy"),
+            ("n.npy", "or was not written by NumPy"),
+            ("n.pt", "it is empty"),
+            ("half.pt", "it is damaged"),
+            ("m.pt", "holds more than tensors, which is not unpickled"),
+            ("f.npz", "is a folder; give the file"),
+        ]:
             with refused(message):
                 read_array_file(tmp_path / name)
 
@@ -235,7 +304,10 @@ class TestFiles:
         assert torch.equal(source.X.parts[0], IMAGES) and source.target == "label"
         again = read_again(source.origin, module=True)
         assert fingerprint(again.X, again.y) == fingerprint(source.X, source.y)
-        for y, message in [("label", "y must be a .npy file too"), (tmp_path / "no.npy", "y: there is no file")]:
+        for y, message in [
+            ("label", "y must be a .npy file too"),
+            (tmp_path / "no.npy", "y: there is no file"),
+        ]:
             with refused(message):
                 read_source(tmp_path / "x.npy", y, module=True)
 
@@ -256,23 +328,35 @@ class TestDatasets:
 class TestScaling:
     @pytest.mark.parametrize("row", [(3,), (4, 5), (3, 4, 5)])
     def test_training_rows_have_mean_0_and_variance_1(self, row):
-        x = torch.randn(40, *row, generator=torch.Generator().manual_seed(1)).mul(3).add(100).float()
+        x = (
+            torch.randn(40, *row, generator=torch.Generator().manual_seed(1))
+            .mul(3)
+            .add(100)
+            .float()
+        )
         train = np.arange(30)
         statistics = fit_channels(as_arrays((x,)), [train, np.arange(10, 40)], "standard")
-        (scaled,) = encode(as_arrays((x,)), ArrayLayout.of(as_arrays((x,))), statistics[0], torch.float64)
-        axes, part = {1: 0, 2: (0, 1, 2), 3: (0, 2, 3)}[len(row)], scaled[train].numpy()
+        (scaled,) = encode(
+            as_arrays((x,)), ArrayLayout.of(as_arrays((x,))), statistics[0], torch.float64
+        )
+        axes = {1: 0, 2: (0, 1, 2), 3: (0, 2, 3)}[len(row)]
+        part = scaled[train].numpy()
         np.testing.assert_allclose([part.mean(axes), part.std(axes) - 1], 0, atol=1e-6)
 
     def test_a_constant_channel_is_only_centred_and_integers_stay(self):
         x = torch.ones(8, 2, 3, 3)
         x[:, 1] = torch.randn(8, 3, 3)
-        (statistics,) = fit_channels(as_arrays((x, IDS[:1].expand(8, 2))), [np.arange(8)], "standard")
+        (statistics,) = fit_channels(
+            as_arrays((x, IDS[:1].expand(8, 2))), [np.arange(8)], "standard"
+        )
         assert statistics.channels[0][1].flatten()[0] == 1 and statistics.channels[1] is None
         again = ArrayStatistics.from_json(statistics.to_json())
         np.testing.assert_array_equal(again.channels[0][0], statistics.channels[0][0])
 
     def test_bytes_become_floats(self):
-        x = torch.randint(256, (20, 3, 4, 4), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+        x = torch.randint(256, (20, 3, 4, 4), generator=torch.Generator().manual_seed(0)).to(
+            torch.uint8
+        )
         (statistics,) = fit_channels(as_arrays(x), [np.arange(20)], "standard")
         (scaled,) = encode(as_arrays(x), ArrayLayout.of(as_arrays(x)), statistics, torch.float32)
         assert scaled.dtype == torch.float32 and abs(float(scaled.mean())) < 1e-5
@@ -293,11 +377,17 @@ class TestLayout:
         layout = ArrayLayout.of(as_arrays((torch.rand(6, 2),)))
         assert layout.raw(np.zeros((3, 2))).parts[0].shape == (3, 2)
 
-    @pytest.mark.parametrize(("X", "message"), [
-        ({"ids": IDS}, "X has no input 'image'; those seen in training are 'ids', 'image'"),
-        ({"ids": IDS, "image": IMAGES[:, :1]}, r"must be what was seen in training, .*float32 \(rows, 2, 3, 3\)"),
-        ({"ids": IDS.float(), "image": IMAGES}, "must be what was seen in training"),
-    ])  # fmt: skip
+    @pytest.mark.parametrize(
+        ("X", "message"),
+        [
+            ({"ids": IDS}, "X has no input 'image'; those seen in training are 'ids', 'image'"),
+            (
+                {"ids": IDS, "image": IMAGES[:, :1]},
+                r"must be what was seen in training, .*float32 \(rows, 2, 3, 3\)",
+            ),
+            ({"ids": IDS.float(), "image": IMAGES}, "must be what was seen in training"),
+        ],
+    )
     def test_others_are_refused(self, X, message):
         with refused(message):
             self.LAYOUT.raw(X)

@@ -1,4 +1,5 @@
-"""One column's features: levels, rare ones, missing values, dates, and values of another kind at prediction."""
+"""One column's features: levels, rare ones, missing values, dates, and values of another kind at
+prediction."""
 
 import numpy as np
 import pytest
@@ -24,7 +25,9 @@ def test_rare_levels_share_a_feature():
     assert notes == ("rare levels share one feature (1 of 4 levels, 9 rows)",)
     np.testing.assert_array_equal(column.features("category", values).sum(0), [50, 12, 929, 9])
     # Unknown and missing ones (there was none in training) count as other.
-    np.testing.assert_array_equal(column.features("category", text("zzz", None)), [[0, 0, 0, 1]] * 2)
+    np.testing.assert_array_equal(
+        column.features("category", text("zzz", None)), [[0, 0, 0, 1]] * 2
+    )
 
 
 def test_at_most_so_many_levels_the_most_frequent_then_by_name():
@@ -35,7 +38,9 @@ def test_at_most_so_many_levels_the_most_frequent_then_by_name():
 def test_few_rows_keep_their_levels_and_a_missing_category_is_one():
     column, notes, _ = fit("category", ["a", "b", "a"])
     assert (column.feature_names, notes) == (("c=a", "c=b"), ())
-    np.testing.assert_array_equal(column.features("category", text("b", "zzz", None)), [[0, 1], [0, 0], [0, 0]])
+    np.testing.assert_array_equal(
+        column.features("category", text("b", "zzz", None)), [[0, 1], [0, 0], [0, 0]]
+    )
     column, notes, values = fit("category", ["a", None, "b", "a"])
     assert (column.feature_names, notes) == (
         ("c=a", "c=b", "c=(missing)"),
@@ -45,16 +50,23 @@ def test_few_rows_keep_their_levels_and_a_missing_category_is_one():
     assert fit("category", ["a", None, "a"])[0].feature_names == ("c=a", "c=(missing)")
 
 
-@pytest.mark.parametrize(("kind", "values", "note"), [
-    ("category", [f"v{i}" for i in range(30)], "left out, text with all 30 values distinct"),
-    ("category", ["a"] * 4, "left out, constant"),
-    ("category", [None] * 4, "left out, all values missing"),
-    ("category", [f"v{i // 2}" for i in range(2000)], "left out, text with 1000 levels of which none has 10 rows"),
-    ("number", [1, 1, 1], "left out, constant"),
-    ("number", [np.nan] * 3, "left out, all values missing"),
-    ("boolean", [1, 1, 1], "left out, constant"),
-    ("date", [86400.0] * 3, "left out, constant"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "values", "note"),
+    [
+        ("category", [f"v{i}" for i in range(30)], "left out, text with all 30 values distinct"),
+        ("category", ["a"] * 4, "left out, constant"),
+        ("category", [None] * 4, "left out, all values missing"),
+        (
+            "category",
+            [f"v{i // 2}" for i in range(2000)],
+            "left out, text with 1000 levels of which none has 10 rows",
+        ),
+        ("number", [1, 1, 1], "left out, constant"),
+        ("number", [np.nan] * 3, "left out, all values missing"),
+        ("boolean", [1, 1, 1], "left out, constant"),
+        ("date", [86400.0] * 3, "left out, constant"),
+    ],
+)
 def test_what_is_left_out(kind, values, note):
     column, notes, _ = fit(kind, values)
     assert column.feature_names == ()
@@ -74,7 +86,9 @@ def test_numbers_and_booleans_with_missing_values():
 
 
 def test_parts_of_a_date():
-    days = np.array(["1969-12-31T23:30:00", "2024-02-29T00:00:00", "2023-03-01T12:00:00"], dtype="datetime64[s]")
+    days = np.array(
+        ["1969-12-31T23:30:00", "2024-02-29T00:00:00", "2023-03-01T12:00:00"], dtype="datetime64[s]"
+    )
     column, _, values = fit("date", days.astype(np.int64).astype(float))
     assert column.feature_names == ("c.days", "c.month", "c.day", "c.weekday", "c.hour")
     features = column.features("date", values)
@@ -99,7 +113,8 @@ def test_a_column_of_codes_read_as_numbers_at_prediction():
 
 
 def test_values_of_another_kind_that_fit():
-    number, boolean = Column("c", "number", parts=("value",)), Column("c", "boolean", parts=("value",))
+    number = Column("c", "number", parts=("value",))
+    boolean = Column("c", "boolean", parts=("value",))
     date = Column("c", "date", parts=("days",))
     assert features(number, "true", "false") == [[1], [0]]
     assert features(boolean, "0", "1") == [[0], [1]]
@@ -108,33 +123,67 @@ def test_values_of_another_kind_that_fit():
     for column in (number, boolean, date):
         assert np.isnan(column.features("category", text(None, None))).all()
     amounts = Column("c", "category", levels=("$1", "NA", "free"))
-    assert convert(np.array([1.0, np.nan]), "number", "category", "c", amounts.levels).tolist() == ["$1", None]
+    assert convert(np.array([1.0, np.nan]), "number", "category", "c", amounts.levels).tolist() == [
+        "$1",
+        None,
+    ]
     assert number.features("category", text("$1", "$2")).tolist() == [[1], [2]]
     category = Column("c", "category", levels=("a",), missing=True)
     assert category.features("number", np.array([np.nan])).tolist() == [[0, 1]]
 
 
-@pytest.mark.parametrize(("wanted", "kind", "values", "message"), [
-    ("number", "category", ["$1", "abc"], "must be a number as it was for training, got text such as 'abc'"),
-    ("number", "date", [0.0], "must be a number as it was for training, got a date"),
-    ("boolean", "number", [2.0], "must be a boolean as it was for training, got a number"),
-    ("date", "number", [1.0], "must be a date as it was for training, got a number"),
-    ("date", "category", ["soon"], "must be a date as it was for training, got text such as 'soon'"),
-    ("category", "date", [0.0], r"must be a category \(text\) as it was for training, got a date"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("wanted", "kind", "values", "message"),
+    [
+        (
+            "number",
+            "category",
+            ["$1", "abc"],
+            "must be a number as it was for training, got text such as 'abc'",
+        ),
+        ("number", "date", [0.0], "must be a number as it was for training, got a date"),
+        ("boolean", "number", [2.0], "must be a boolean as it was for training, got a number"),
+        ("date", "number", [1.0], "must be a date as it was for training, got a number"),
+        (
+            "date",
+            "category",
+            ["soon"],
+            "must be a date as it was for training, got text such as 'soon'",
+        ),
+        (
+            "category",
+            "date",
+            [0.0],
+            r"must be a category \(text\) as it was for training, got a date",
+        ),
+    ],
+)
 def test_values_of_another_kind_that_do_not_fit(wanted, kind, values, message):
     column = Column("c", wanted, parts=("value",))
     with refused(f"column 'c' {message}"):
         column.features(kind, np.array(values, dtype=object if kind == "category" else float))
 
 
-@pytest.mark.parametrize(("texts", "note"), [
-    (["1"] * 10 + ["2"] * 10 + ["oops"] * 2, " because of 'oops', though most of its values are numbers"),
-    (["1,234.5", "2,500"] * 10, " because of commas as in '1,234.5'; write numbers without them, decimals with a "
-                                "point"),
-    (["31/12/2020"] * 5 + ["01.02.2021"] * 15, "; write dates like '01.02.2021' as year-month-day"),
-    (["1", "2"] * 10, None),
-    (["red", "blue", "3"] * 10, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("texts", "note"),
+    [
+        (
+            ["1"] * 10 + ["2"] * 10 + ["oops"] * 2,
+            " because of 'oops', though most of its values are numbers",
+        ),
+        (
+            ["1,234.5", "2,500"] * 10,
+            " because of commas as in '1,234.5'; write numbers without them, decimals with a point",
+        ),
+        (
+            ["31/12/2020"] * 5 + ["01.02.2021"] * 15,
+            "; write dates like '01.02.2021' as year-month-day",
+        ),
+        (["1", "2"] * 10, None),
+        (["red", "blue", "3"] * 10, None),
+    ],
+)
 def test_text_that_was_meant_otherwise_is_said(texts, note):
-    assert fit("category", texts, min_count=1)[1] == (() if note is None else (f"read as text{note}",))
+    assert fit("category", texts, min_count=1)[1] == (
+        () if note is None else (f"read as text{note}",)
+    )

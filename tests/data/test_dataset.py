@@ -1,4 +1,5 @@
-"""Each fold's copy of X and its targets come from its own training rows, and equal copies are kept once."""
+"""Each fold's copy of X and its targets come from its own training rows, and equal copies are kept
+once."""
 
 from dataclasses import replace
 
@@ -23,7 +24,8 @@ N = 60
 
 def table():
     g = np.random.default_rng(0)
-    a, b = g.normal(5, 3, N), np.where(g.random(N) < 0.2, np.nan, g.lognormal(size=N))
+    a = g.normal(5, 3, N)
+    b = np.where(g.random(N) < 0.2, np.nan, g.lognormal(size=N))
     return pd.DataFrame({"a": a, "b": b, "c": g.choice(["x", "y", "z"], N)})
 
 
@@ -34,10 +36,13 @@ def labels():
 FOLDS = list(KFold(3).split(np.zeros(N)))
 
 
-def build(X=None, y=None, folds=FOLDS, *, numbers="standard", dtype=torch.float64, layout=None, **weights):
+def build(
+    X=None, y=None, folds=FOLDS, *, numbers="standard", dtype=torch.float64, layout=None, **weights
+):
     X = as_table(table()) if X is None else X
     layout = layout or fit_layout(X)
-    raw, target = layout.raw(X), check_target(labels() if y is None else y, n_rows=N)
+    raw = layout.raw(X)
+    target = check_target(labels() if y is None else y, n_rows=N)
     statistics = [fit_statistics(raw, layout, train, numbers=numbers) for train, _ in folds]
     weights = check_weights(weights.get("sample_weight"), weights.get("class_weight"), target)
     like = torch.empty(0, dtype=dtype)
@@ -46,9 +51,20 @@ def build(X=None, y=None, folds=FOLDS, *, numbers="standard", dtype=torch.float6
 
 def test_shapes_and_types():
     data, statistics = build(dtype=torch.float32)
-    assert (data.n_folds, data.n_rows, data.n_features, data.n_outputs, data.task) == (3, N, 6, 3, "multiclass")
+    assert (data.n_folds, data.n_rows, data.n_features, data.n_outputs, data.task) == (
+        3,
+        N,
+        6,
+        3,
+        "multiclass",
+    )
     assert (data.x.shape, data.copies, len(statistics)) == ((3, N, 6), (0, 1, 2), 3)
-    assert (data.dtype, data.device, data.weights, data.present) == (torch.float32, torch.device("cpu"), None, None)
+    assert (data.dtype, data.device, data.weights, data.present) == (
+        torch.float32,
+        torch.device("cpu"),
+        None,
+        None,
+    )
     assert (data.center.tolist(), data.scale.tolist()) == ([0, 0, 0], [1, 1, 1])
     assert data.center.dtype == data.scale.dtype == torch.float64
     rows = [part for fold in data.folds for part in (fold.train, fold.valid)]
@@ -80,8 +96,12 @@ def test_equal_copies_are_kept_once():
 APART = [(numbers, 3, False) for numbers in ("none", "robust", "quantile", "piecewise")]
 
 
-@pytest.mark.parametrize(("numbers", "copies", "tensor"), [("standard", 1, False), ("standard", 1, True), *APART])
-def test_folds_of_a_large_table_share_one_copy_where_an_affine_map_lies_between(numbers, copies, tensor, monkeypatch):
+@pytest.mark.parametrize(
+    ("numbers", "copies", "tensor"), [("standard", 1, False), ("standard", 1, True), *APART]
+)
+def test_folds_of_a_large_table_share_one_copy_where_an_affine_map_lies_between(
+    numbers, copies, tensor, monkeypatch
+):
     X = table()[["a", "b"]].assign(t=1e9 + np.arange(N)) if tensor else table()
     X = torch.from_numpy(X.to_numpy()) if tensor else as_table(X)
     own, _ = build(X, numbers=numbers)
@@ -110,14 +130,19 @@ def test_rounding_limits_no_training_row_of_a_tensor_far_from_0():
     X = torch.randn(2000, 1, generator=torch.Generator().manual_seed(0)) + 1e6
     X[5] += 500  # 45 standard deviations
     statistics = fit_statistics(X, fit_layout(X), np.arange(2000))
-    assert scaling.limited_features(X, [statistics]) == [] != scaling.limited_features(X * 2, [statistics])
+    assert (
+        scaling.limited_features(X, [statistics])
+        == []
+        != scaling.limited_features(X * 2, [statistics])
+    )
 
 
 @pytest.mark.parametrize("model", ["mlp", "logistic"])
 def test_a_search_on_one_copy_is_that_on_copies(model, monkeypatch):
     options = {"n_trials": 2, "cv": 3, "scoring": "neg_log_loss", "dtype": "float64", "verbose": 0}
     options |= {"max_epochs": 3, "class_weight": "balanced"} if model == "mlp" else {}
-    own, shared = [], []
+    own = []
+    shared = []
     for beyond, found in ((scaling.SHARED_BEYOND, own), (0, shared)):
         monkeypatch.setattr(scaling, "SHARED_BEYOND", beyond)
         study = gputune.tune(model, table(), labels(), **options)
@@ -129,13 +154,21 @@ def test_a_search_on_one_copy_is_that_on_copies(model, monkeypatch):
 def test_a_regression_is_standardised_by_the_training_rows():
     y = np.random.default_rng(2).lognormal(3, 1, N)
     data, _ = build(y=y)
-    assert (data.task, data.n_outputs, data.present, data.y.shape) == ("regression", 1, None, (3, N))
+    assert (data.task, data.n_outputs, data.present, data.y.shape) == (
+        "regression",
+        1,
+        None,
+        (3, N),
+    )
     np.testing.assert_array_equal(data.target.numpy(), y)
     for f, fold in enumerate(data.folds):
         train = data.y[f, fold.train]
         assert abs(train.mean()) < 1e-12 and abs(train.std(correction=0) - 1) < 1e-12
-    np.testing.assert_allclose((data.y * data.scale[:, None] + data.center[:, None]).numpy(), [y] * 3)
-    data, _ = build(y=np.r_[np.full(40, 0.1), np.arange(20.0)])  # constant in the training rows of the last fold
+    np.testing.assert_allclose(
+        (data.y * data.scale[:, None] + data.center[:, None]).numpy(), [y] * 3
+    )
+    # constant in the training rows of the last fold
+    data, _ = build(y=np.r_[np.full(40, 0.1), np.arange(20.0)])
     assert data.scale[2] == 1
     np.testing.assert_allclose(data.y[2, :40].numpy(), 0, atol=1e-15)
 
@@ -153,7 +186,8 @@ def test_weights_are_one_row_a_fold():
     assert data.weights.dtype == torch.float64
     balanced = build(class_weight="balanced")[0]
     for f, fold in enumerate(balanced.folds):
-        weights, codes = balanced.weights[f, fold.train], balanced.y[fold.train]
+        weights = balanced.weights[f, fold.train]
+        codes = balanced.y[fold.train]
         sums = torch.stack([weights[codes == k].sum() for k in range(3)])
         torch.testing.assert_close(sums, sums.mean().expand(3))
     assert not torch.equal(balanced.weights[0], balanced.weights[1])
@@ -166,7 +200,8 @@ def test_weights_are_one_row_a_fold():
 @pytest.mark.parametrize("numbers", ["standard", "quantile", "none"])
 @pytest.mark.parametrize("task", ["classification", "regression"])
 def test_no_leakage(numbers, task):
-    """Other values in a fold's validation rows change no training row, statistic, target or weight of that fold."""
+    """Other values in a fold's validation rows change no training row, statistic, target or weight
+    of that fold."""
     y = labels() if task == "classification" else np.random.default_rng(3).normal(size=N)
     options = {"numbers": numbers, "class_weight": "balanced" if task == "classification" else None}
     folds = list(KFold(3, shuffle=True, random_state=0).split(np.zeros(N)))
@@ -213,19 +248,34 @@ def test_equal_rows_are_found_at_their_first_place(dtype, monkeypatch):
 def test_rows_of_arrays_that_are_not_gathered_train_as_their_copies(kind):
     g = np.random.default_rng(0)
     numbers = g.random((N, 2))
-    y = {"classes": np.arange(N) % 3, "numbers": numbers[:, 0], "column": numbers[:, :1], "labels": 1 * (numbers > 0.5)}
+    y = {
+        "classes": np.arange(N) % 3,
+        "numbers": numbers[:, 0],
+        "column": numbers[:, :1],
+        "labels": 1 * (numbers > 0.5),
+    }
     y = y[kind]
-    X, kept = ({"image": g.random((2 * N, 2, 3, 3), np.float32), "ids": np.arange(2 * N)}, g.permutation(2 * N)[:N])
-    target, found = replace(check_target(y, n_rows=N), standardise=kind != "column"), []
+    X = {"image": g.random((2 * N, 2, 3, 3), np.float32), "ids": np.arange(2 * N)}
+    kept = g.permutation(2 * N)[:N]
+    target = replace(check_target(y, n_rows=N), standardise=kind != "column")
+    found = []
     weights = check_weights(g.random(N), "balanced" if kind == "classes" else None, target)
     for arrays in (as_arrays(X).select(kept), as_arrays({name: x[kept] for name, x in X.items()})):
         statistics = fit_channels(arrays, [train for train, _ in FOLDS], "standard")
         data = make_dataset(arrays, statistics, target, FOLDS, weights=weights, like=torch.empty(0))
         for f, fold in enumerate(data.folds):
             for rows in (fold.train, fold.valid):
-                found.append([*data.rows(f, rows), data.targets(f)[rows], data.target[rows], data.weights[f, rows]])
+                found.append(
+                    [
+                        *data.rows(f, rows),
+                        data.targets(f)[rows],
+                        data.target[rows],
+                        data.weights[f, rows],
+                    ]
+                )
             found[-1] += map(torch.from_numpy, ScorerRows(arrays, None).rows(fold).values())
-    lazy, copied = found[: len(found) // 2], found[len(found) // 2 :]
+    lazy = found[: len(found) // 2]
+    copied = found[len(found) // 2 :]
     assert all(torch.equal(a, b) for x, y in zip(lazy, copied) for a, b in zip(x, y, strict=True))
     if kind == "column":
         assert data.y.shape == (1, N, 1)

@@ -1,6 +1,8 @@
-"""The layout comes from X alone, statistics from the training rows alone, and one transform applies both.
+"""The layout comes from X alone, statistics from the training rows alone, and one transform applies
+both.
 
-Piecewise-linear encoding equals its definition, bin by bin; normal scores in torch are those of NumPy and scipy.
+Piecewise-linear encoding equals its definition, bin by bin; normal scores in torch are those of
+NumPy and scipy.
 """
 
 import json
@@ -27,13 +29,15 @@ TRAIN = np.arange(1, N, 2)
 
 
 def frame():
-    g, n = np.random.default_rng(0), np.arange(N)
+    g = np.random.default_rng(0)
+    n = np.arange(N)
     return pd.DataFrame(
         {
             "age": np.where(n % 7 == 0, np.nan, g.normal(40, 10, N)),
             "city": pd.Series(g.choice(["Bonn", "Ulm", "Kiel"], N)).mask(n % 11 == 0),
             "member": g.random(N) < 0.3,
-            "joined": pd.to_datetime("2019-12-01") + pd.to_timedelta(g.integers(0, 400, N), unit="D"),
+            "joined": pd.to_datetime("2019-12-01")
+            + pd.to_timedelta(g.integers(0, 400, N), unit="D"),
             "income": g.lognormal(size=N),
         }
     )
@@ -51,7 +55,9 @@ def test_features_of_a_mixed_frame():
     layout, raw = fit(table)
     levels = "city=Bonn city=Kiel city=Ulm city=(missing)"
     dates = "joined.days joined.month joined.day joined.weekday"
-    assert layout.feature_names == tuple(f"age age=(missing) {levels} member {dates} income".split())
+    assert layout.feature_names == tuple(
+        f"age age=(missing) {levels} member {dates} income".split()
+    )
     assert layout.numeric.tolist() == [True, *[False] * 6, *[True] * 5]
     assert (raw.dtype, raw.shape) == (np.float64, (N, 12))
     np.testing.assert_array_equal(raw[:, 0], table.column("age"))
@@ -67,10 +73,15 @@ def test_features_of_a_mixed_frame():
 @pytest.mark.parametrize("ways", [NUMBERS, NUMBERS[::-1]])
 def test_inputs_side_by_side_are_those_of_each_way_to_prepare_numbers(ways):
     layout, raw = fit(frame())
-    parts = [fit_statistics(raw, layout, TRAIN, numbers=way, target=np.arange(N) // 2 % 2) for way in ways]
+    parts = [
+        fit_statistics(raw, layout, TRAIN, numbers=way, target=np.arange(N) // 2 % 2)
+        for way in ways
+    ]
     written = json.dumps(side_by_side(parts).to_json(), allow_nan=False)
     x = transform(raw, Statistics.from_json(json.loads(written)))
-    np.testing.assert_array_equal(x, np.concatenate([transform(raw, part) for part in parts], axis=1))
+    np.testing.assert_array_equal(
+        x, np.concatenate([transform(raw, part) for part in parts], axis=1)
+    )
 
 
 @pytest.mark.parametrize("numbers", ["standard", "robust", "quantile", "piecewise", "none"])
@@ -93,14 +104,21 @@ def test_standard_numbers_equal_scikit_learns_and_none_only_fills():
     np.testing.assert_array_equal(x[:, ~numeric], raw[:, ~numeric])
     given = raw.copy()
     x = transform(raw, fit_statistics(raw, layout, TRAIN, numbers="none"))
-    np.testing.assert_allclose(x, np.where(np.isnan(raw), np.nanmean(raw[TRAIN, 0]), raw), rtol=1e-15)
+    np.testing.assert_allclose(
+        x, np.where(np.isnan(raw), np.nanmean(raw[TRAIN, 0]), raw), rtol=1e-15
+    )
     np.testing.assert_array_equal(raw, given)  # nothing is changed that was given
 
 
 @pytest.mark.parametrize("n", [7, 200, 3000])
 def test_quantile_numbers_equal_scikit_learns(n):
     g = np.random.default_rng(1)
-    columns = [g.normal(size=n), g.integers(0, 4, n), g.lognormal(size=n), np.round(g.normal(size=n), 1)]
+    columns = [
+        g.normal(size=n),
+        g.integers(0, 4, n),
+        g.lognormal(size=n),
+        np.round(g.normal(size=n), 1),
+    ]
     values = np.stack(columns, axis=1).astype(float)
     values[::5, 0] = np.nan
     layout, raw = fit(values)
@@ -123,28 +141,38 @@ def test_quantiles_of_tiny_numbers_and_of_a_column_constant_in_the_rows():
 
 def test_robust_numbers_are_clipped_smoothly_after_scikit_learns_robust_scale():
     values = np.random.default_rng(0).lognormal(sigma=2, size=(60, 4))
-    values[:, 1] = np.where(np.arange(60) % 10, 5.0, values[:, 1])  # equal quartiles: half the range instead
+    # equal quartiles: half the range instead
+    values[:, 1] = np.where(np.arange(60) % 10, 5.0, values[:, 1])
     values[:40, 2] = 7.0  # constant in the training rows: only centred
     values[::7, 3] = np.nan
     (layout, raw), train = fit(values), np.arange(40)
     statistics = fit_statistics(raw, layout, train, numbers="robust")
     x = transform(raw, statistics)
-    scaled = RobustScaler().fit(raw[train]).transform(np.where(np.isnan(raw), np.nanmean(raw[train], 0), raw))
+    scaled = (
+        RobustScaler()
+        .fit(raw[train])
+        .transform(np.where(np.isnan(raw), np.nanmean(raw[train], 0), raw))
+    )
     scaled[:, 1] *= 2 / np.ptp(values[train, 1])
     expected = np.where(layout.numeric, scaled / np.sqrt(1 + (scaled / 3) ** 2), raw)
     np.testing.assert_allclose(x, expected, rtol=1e-12, atol=1e-12)
     largest = np.finfo(np.float64).max
     far = np.array([1e30, 1e160, -1e160, largest, -largest])[:, None] * np.ones(raw.shape[1])
     x = transform(far, statistics)
-    np.testing.assert_allclose(x[:, layout.numeric], 3 * np.sign(far)[:, layout.numeric], rtol=1e-15)
+    np.testing.assert_allclose(
+        x[:, layout.numeric], 3 * np.sign(far)[:, layout.numeric], rtol=1e-15
+    )
 
 
-@pytest.mark.parametrize(("numbers", "dtype", "far"), [
-    ("standard", None, np.finfo(np.float64).max),
-    ("piecewise", None, 1.3e300),
-    ("standard", torch.float64, 1e300),
-    ("standard", torch.float32, 1e38),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("numbers", "dtype", "far"),
+    [
+        ("standard", None, np.finfo(np.float64).max),
+        ("piecewise", None, 1.3e300),
+        ("standard", torch.float64, 1e300),
+        ("standard", torch.float32, 1e38),
+    ],
+)
 def test_a_number_whose_square_overflows_is_scaled_as_a_smaller_one(numbers, dtype, far):
     values = np.random.default_rng(0).normal(size=(60, 2))
     values[7, 1] = far
@@ -156,11 +184,14 @@ def test_a_number_whose_square_overflows_is_scaled_as_a_smaller_one(numbers, dty
 
     smaller = np.where(values == far, 1e12, values)
     for rows in (np.arange(60), np.arange(8, 60)):  # with that number, and without
-        np.testing.assert_allclose(inputs(values, rows), inputs(smaller, rows), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            inputs(values, rows), inputs(smaller, rows), rtol=1e-5, atol=1e-6
+        )
 
 
 def test_a_column_constant_or_missing_in_the_training_rows():
-    constant, missing = np.full(30, 1e6 + 0.1), np.full(30, np.nan)
+    constant = np.full(30, 1e6 + 0.1)
+    missing = np.full(30, np.nan)
     values = np.stack([np.r_[constant, 5, 6], np.r_[missing, 5, 6], np.arange(32)], axis=1)
     for X in (values, torch.tensor(values)):
         layout, raw = fit(X)
@@ -181,19 +212,24 @@ def test_a_tensor_gives_the_numbers_of_an_array():
     assert fit(known)[1].data_ptr() == known.data_ptr()  # it is not copied before the transform
     for numbers in ("standard", "none"):
         expected, x = (
-            transform(raw, fit_statistics(raw, layout, TRAIN[:30], numbers=numbers)) for raw in (array, tensor)
+            transform(raw, fit_statistics(raw, layout, TRAIN[:30], numbers=numbers))
+            for raw in (array, tensor)
         )
         assert isinstance(x, torch.Tensor)
         np.testing.assert_allclose(x.numpy(), expected, rtol=0, atol=1e-13)
 
 
-SINGLE, DOUBLE = torch.float32, torch.float64
+SINGLE = torch.float32
+DOUBLE = torch.float64
 
 
-@pytest.mark.parametrize(("given", "used"), [
-    *[(t, SINGLE) for t in (torch.float16, torch.bfloat16, SINGLE)],
-    *[(t, DOUBLE) for t in (DOUBLE, torch.int32, torch.bool)],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given", "used"),
+    [
+        *[(t, SINGLE) for t in (torch.float16, torch.bfloat16, SINGLE)],
+        *[(t, DOUBLE) for t in (DOUBLE, torch.int32, torch.bool)],
+    ],
+)
 def test_tensor_types(given, used):
     X = torch.arange(8).reshape(4, 2)
     layout, raw = fit(X > 2 if given == torch.bool else X.to(given))
@@ -226,32 +262,45 @@ def test_columns_that_are_kept_are_one_feature_each(X):
     found = np.asarray(transform(raw, fit_statistics(raw, layout, np.arange(3), numbers="none")))
     np.testing.assert_array_equal(found, [[0, 1, 4, 0, 5], [0, 2, 3, 0, 6], [0, 4, 5, 0, 7]])
     assert fit_layout(X).feature_names == ("x1", "x2", "x2=(missing)", "x4")
-    ends = np.array([[-1.7e308], [1.7e308]])  # whose difference overflows: a warning is an error here
-    assert fit_layout(as_table(ends) if isinstance(X, Table) else torch.tensor(ends), columns="keep").notes == ()
+    # whose difference overflows: a warning is an error here
+    ends = np.array([[-1.7e308], [1.7e308]])
+    assert (
+        fit_layout(
+            as_table(ends) if isinstance(X, Table) else torch.tensor(ends), columns="keep"
+        ).notes
+        == ()
+    )
 
 
 def test_text_and_dates_that_are_kept_become_features_as_ever():
     layout = fit_layout(as_table(np.arange(60.0).reshape(30, 2)), columns="keep")
-    assert layout.notes == ("Columns 'x0', 'x1': counts the rows; leave it out if it is only an identifier.",)
+    assert layout.notes == (
+        "Columns 'x0', 'x1': counts the rows; leave it out if it is only an identifier.",
+    )
     day = pd.to_datetime(["2020-01-01", "2020-01-02", "2020-01-03"])
-    frame = pd.DataFrame({"flag": [True] * 3, "site": [*"aba"], "same": [*"aaa"], "id": [*"pqr"], "day": day})
+    frame = pd.DataFrame(
+        {"flag": [True] * 3, "site": [*"aba"], "same": [*"aaa"], "id": [*"pqr"], "day": day}
+    )
     kept, dropped = (fit_layout(as_table(frame), columns=how) for how in ("keep", "drop-constant"))
     assert kept.feature_names == ("flag", *dropped.feature_names)
     assert "Column 'id': left out, text with all 3 values distinct." in kept.notes
 
 
-@pytest.mark.parametrize(("X", "message"), [
-    (torch.zeros(3), r"two-dimensional .*\(3,\)"),
-    (torch.tensor(1.0), r"two-dimensional .*got shape \(\); one value is X.reshape\(1, 1\)"),
-    (torch.zeros(0, 3), r"at least one row and column, got shape \(0, 3\)"),
-    (torch.zeros(2, 2, dtype=torch.complex64), "real numbers"),
-    (torch.eye(2).to_sparse(), "sparse tensor"),
-    (torch.zeros(2, 2, device="meta"), "X lies on the device 'meta', which holds no values"),
-    (torch.eye(2).to(torch.float8_e4m3fn), r"floats of 16 bits or more, .* pass X.half\(\)"),
-    (torch.tensor([[0.0, 1.0], [1.0, torch.inf]]), "column 'x1' has an infinite value"),
-    (torch.ones(3, 2), "no usable column. Columns 'x0', 'x1': left out, constant"),
-    (as_table([[1], [1]]), r"X has no usable column\. Column 'x0': left out, constant."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("X", "message"),
+    [
+        (torch.zeros(3), r"two-dimensional .*\(3,\)"),
+        (torch.tensor(1.0), r"two-dimensional .*got shape \(\); one value is X.reshape\(1, 1\)"),
+        (torch.zeros(0, 3), r"at least one row and column, got shape \(0, 3\)"),
+        (torch.zeros(2, 2, dtype=torch.complex64), "real numbers"),
+        (torch.eye(2).to_sparse(), "sparse tensor"),
+        (torch.zeros(2, 2, device="meta"), "X lies on the device 'meta', which holds no values"),
+        (torch.eye(2).to(torch.float8_e4m3fn), r"floats of 16 bits or more, .* pass X.half\(\)"),
+        (torch.tensor([[0.0, 1.0], [1.0, torch.inf]]), "column 'x1' has an infinite value"),
+        (torch.ones(3, 2), "no usable column. Columns 'x0', 'x1': left out, constant"),
+        (as_table([[1], [1]]), r"X has no usable column\. Column 'x0': left out, constant."),
+    ],
+)
 def test_what_has_no_layout(X, message):
     with refused(message):
         fit_layout(X)
@@ -262,7 +311,9 @@ def test_tensors_have_no_quantiles_and_no_text(numbers):
     layout, raw = fit(torch.arange(6.0).reshape(3, 2))
     with refused(f"numbers='{numbers}' is not there for tensors; pass a NumPy array"):
         fit_statistics(raw, layout, np.arange(3), numbers=numbers)
-    with refused("numbers must be one of 'standard', .*'piecewise', 'piecewise-tree', 'none', got 'log'"):
+    with refused(
+        "numbers must be one of 'standard', .*'piecewise', 'piecewise-tree', 'none', got 'log'"
+    ):
         fit_statistics(raw, layout, np.arange(3), numbers="log")
     texts = np.array([["a", 1.0], ["b", 2.0], ["a", 3.0], ["b", 4.0]], dtype=object)
     with refused("a tensor holds numbers only, but 'x0' are text or dates"):
@@ -272,7 +323,8 @@ def test_tensors_have_no_quantiles_and_no_text(numbers):
 def test_columns_are_found_by_name_whatever_their_order():
     table = frame()
     layout, expected = fit(table)
-    assert fit_layout(as_table(table.sample(frac=1, random_state=3))) == layout  # whatever the order of rows
+    # whatever the order of rows
+    assert fit_layout(as_table(table.sample(frac=1, random_state=3))) == layout
     np.testing.assert_array_equal(layout.raw(as_table(table[table.columns[::-1]])), expected)
     with refused("X has no column 'age', 'income'; the columns seen in training are 'age', 'city'"):
         layout.raw(as_table(table.drop(columns=["age", "income"])))
@@ -296,10 +348,14 @@ def test_left_out_columns_are_named_and_need_not_be_there_again():
     n = 120
     table = pd.DataFrame(
         {
-            "id": [f"p{i}" for i in range(n)], "row": np.arange(n), "same": 3, "word": "x", "empty": np.nan,
+            "id": [f"p{i}" for i in range(n)],
+            "row": np.arange(n),
+            "same": 3,
+            "word": "x",
+            "empty": np.nan,
             "x": np.random.default_rng(0).normal(size=n),
         }
-    )  # fmt: skip
+    )
     layout = fit_layout(as_table(table))
     assert layout.feature_names == ("row", "x")
     assert layout.notes == (
@@ -311,21 +367,28 @@ def test_left_out_columns_are_named_and_need_not_be_there_again():
     assert layout.raw(as_table(table[["x", "row"]])).shape == (n, 2)
 
 
-@pytest.mark.parametrize(("values", "counts"), [
-    (np.delete(np.arange(100), range(0, 100, 5)), True),  # some rows are held out
-    (np.arange(100)[::-1], False),
-    (np.arange(100) * 3, False),
-    (np.arange(100) / 2, False),
-    (np.repeat(np.arange(50), 2), False),
-    (np.arange(20), False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("values", "counts"),
+    [
+        (np.delete(np.arange(100), range(0, 100, 5)), True),  # some rows are held out
+        (np.arange(100)[::-1], False),
+        (np.arange(100) * 3, False),
+        (np.arange(100) / 2, False),
+        (np.repeat(np.arange(50), 2), False),
+        (np.arange(20), False),
+    ],
+)
 def test_a_column_that_counts_the_rows(values, counts):
     notes = fit(pd.DataFrame({"row": values}))[0].notes
     assert any("counts the rows" in note for note in notes) == counts
 
 
-@pytest.mark.parametrize(("numbers", "tensor"), [("standard", False), ("standard", True), ("piecewise", False)])
-def test_numbers_beyond_20_standard_deviations_and_all_training_rows_count_as_the_farther_of_the_two(numbers, tensor):
+@pytest.mark.parametrize(
+    ("numbers", "tensor"), [("standard", False), ("standard", True), ("piecewise", False)]
+)
+def test_numbers_beyond_20_standard_deviations_and_all_training_rows_count_as_the_farther_of_the_two(
+    numbers, tensor
+):
     raw = np.random.default_rng(0).normal(5, 2, (500, 2))
     raw[7, 1] = 1e4  # 22 standard deviations, among the training rows
     end = raw.mean(0) + 20 * raw.std(0)
@@ -340,19 +403,24 @@ def test_numbers_beyond_20_standard_deviations_and_all_training_rows_count_as_th
     if numbers == "standard":  # that of scikit-learn on all training rows
         np.testing.assert_allclose(first[1], 20, rtol=1e-6)
         own = np.asarray(transform(given, statistics))
-        np.testing.assert_allclose(own, StandardScaler().fit_transform(raw), rtol=0, atol=1e-5 if tensor else 1e-12)
+        np.testing.assert_allclose(
+            own, StandardScaler().fit_transform(raw), rtol=0, atol=1e-5 if tensor else 1e-12
+        )
         assert tensor or own[7, 1] > 22
 
 
 RNG = np.random.default_rng(0)
-MIXED = pd.DataFrame({"a": [*RNG.normal(size=99), np.nan], "c": ["red", "blue"] * 50, "b": RNG.random(100)})
+MIXED = pd.DataFrame(
+    {"a": [*RNG.normal(size=99), np.nan], "c": ["red", "blue"] * 50, "b": RNG.random(100)}
+)
 
 
 def encoded(x, edges):
     """The definition of arXiv:2203.05556, equation 1, of one number."""
     features = [0.0] * N_BINS
     for t, (low, high) in enumerate(zip(edges[:-1], edges[1:])):
-        is_first, is_last = t == 0, t == len(edges) - 2
+        is_first = t == 0
+        is_last = t == len(edges) - 2
         if x < low and not is_first:
             features[t] = 0.0
         elif x >= high and not is_last:
@@ -362,12 +430,16 @@ def encoded(x, edges):
     return features
 
 
-@pytest.mark.parametrize("values", [RNG.normal(size=200), RNG.integers(0, 3, 50), [0.0, 1.0], [5.0, 5.0]])
+@pytest.mark.parametrize(
+    "values", [RNG.normal(size=200), RNG.integers(0, 3, 50), [0.0, 1.0], [5.0, 5.0]]
+)
 def test_a_column_is_the_definition_of_each_of_its_numbers(values):
     edges = bin_edges(np.array(values, float))
     low, width, least, most = bins_between(edges)
     for x in [*values[:20], -9.0, 9.0]:
-        np.testing.assert_allclose(np.clip((x - low) / width, least, most), encoded(x, edges), atol=1e-12)
+        np.testing.assert_allclose(
+            np.clip((x - low) / width, least, most), encoded(x, edges), atol=1e-12
+        )
 
 
 def test_a_tree_cuts_where_classes_change():
@@ -376,8 +448,14 @@ def test_a_tree_cuts_where_classes_change():
     edges = bin_edges(x, y)
     assert len(edges) == 4 and (edges[0], edges[-1]) == (x[0], x[-1])
     assert x[100] < edges[1] < x[101] and x[200] < edges[2] < x[201]
-    tree = DecisionTreeClassifier(max_leaf_nodes=N_BINS, min_samples_leaf=5).fit(x[:, None] - 1e9, y).tree_
-    np.testing.assert_allclose(edges[1:-1] - 1e9, np.sort(tree.threshold[tree.children_left >= 0]), atol=1e-6)
+    tree = (
+        DecisionTreeClassifier(max_leaf_nodes=N_BINS, min_samples_leaf=5)
+        .fit(x[:, None] - 1e9, y)
+        .tree_
+    )
+    np.testing.assert_allclose(
+        edges[1:-1] - 1e9, np.sort(tree.threshold[tree.children_left >= 0]), atol=1e-6
+    )
     assert len(bin_edges(x, x[:, None] + 0.0)) == N_BINS + 1
     assert bin_edges(np.ones(5), np.arange(5.0)).tolist() == [1.0]
 
@@ -385,8 +463,10 @@ def test_a_tree_cuts_where_classes_change():
 @pytest.mark.parametrize("numbers", ["piecewise", "piecewise-tree"])
 def test_features_of_a_table_and_what_is_missing(numbers):
     table = as_table(MIXED)
-    layout, target = fit_layout(table), RNG.integers(0, 2, 100)
-    raw, train = layout.raw(table), np.arange(1, 100)
+    layout = fit_layout(table)
+    target = RNG.integers(0, 2, 100)
+    raw = layout.raw(table)
+    train = np.arange(1, 100)
     statistics = fit_statistics(raw, layout, train, numbers=numbers, target=target)
     x = transform(raw, statistics)
     assert layout.widths(numbers) == [N_BINS + 1, 2, N_BINS] and x.shape == (100, 35)
@@ -405,7 +485,14 @@ def test_a_search_is_that_on_encoded_rows_and_its_model_is_saved(tmp_path):
     layout, (train, valid) = fit_layout(as_table(MIXED)), np.split(RNG.permutation(100), [70])
     y = (MIXED.b + 0.3 * RNG.normal(size=100)).to_numpy()
     raw = layout.raw(as_table(MIXED))
-    how = {"cv": [(train, valid)], "n_trials": 2, "max_epochs": 3, "verbose": 0, "dtype": "float64", "workers": 1}
+    how = {
+        "cv": [(train, valid)],
+        "n_trials": 2,
+        "max_epochs": 3,
+        "verbose": 0,
+        "dtype": "float64",
+        "workers": 1,
+    }
     for numbers in ("piecewise", "piecewise-tree"):
         x = transform(raw, fit_statistics(raw, layout, train, numbers=numbers, target=y))
         study = gputune.tune("mlp", MIXED, y, numbers=numbers, **how)
@@ -418,8 +505,12 @@ def test_a_search_is_that_on_encoded_rows_and_its_model_is_saved(tmp_path):
 
 
 def test_the_normal_deviate_is_scipys():
-    p = np.concatenate([np.logspace(-7, -0.31, 500), 1 - np.logspace(-7, -0.31, 500), [0.075, 0.925, 0.5]])
-    np.testing.assert_allclose(encode.normal_deviate(torch.tensor(p)).numpy(), ndtri(p), rtol=1e-12, atol=1e-15)
+    p = np.concatenate(
+        [np.logspace(-7, -0.31, 500), 1 - np.logspace(-7, -0.31, 500), [0.075, 0.925, 0.5]]
+    )
+    np.testing.assert_allclose(
+        encode.normal_deviate(torch.tensor(p)).numpy(), ndtri(p), rtol=1e-12, atol=1e-15
+    )
     ends = encode.normal_deviate(torch.tensor([0.0, 1.0], dtype=torch.float64))
     np.testing.assert_allclose(ends, [-5.199337582605575, 5.199337582605575], rtol=1e-9)
 
@@ -427,13 +518,20 @@ def test_the_normal_deviate_is_scipys():
 @pytest.mark.parametrize("rows", [2, 3, 40, 2500])
 def test_the_scores_are_those_of_numpy(rows):
     rng = np.random.default_rng(rows)
-    columns = [rng.normal(size=rows), rng.lognormal(8, 3, rows), rng.integers(0, 4, rows), 1e-9 * rng.normal(size=rows)]
+    columns = [
+        rng.normal(size=rows),
+        rng.lognormal(8, 3, rows),
+        rng.integers(0, 4, rows),
+        1e-9 * rng.normal(size=rows),
+    ]
     part = np.stack(columns, axis=1)
     part[0] = 17.0, 3.0, 0.0, 1e-9
     part[1] = -2.0, 5.0, 3.0, -1e-9
     fitted = encode.fit_quantiles(part)
     beyond = np.stack([part.min(0) - 1, part.max(0) + 1, part.mean(0), np.full(4, 0.5)])
     values = np.concatenate([part, beyond, fitted, (fitted[1:] + fitted[:-1]) / 2])
-    expected = np.stack([encode.normal_scores(values[:, j], fitted[:, j]) for j in range(4)], axis=1)
+    expected = np.stack(
+        [encode.normal_scores(values[:, j], fitted[:, j]) for j in range(4)], axis=1
+    )
     found = encode.normal_scores_of(torch.tensor(values), torch.tensor(fitted)).numpy()
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)

@@ -43,43 +43,69 @@ def test_csv_columns_get_kinds_and_missing_values(tmp_path):
     np.testing.assert_array_equal(table.column("member"), [1, 0, 1])
     np.testing.assert_array_equal(table.column("joined") / 86400, [18661, np.nan, 18627])
     np.testing.assert_array_equal(table.column("score"), [1.5, 20, np.nan])
-    assert {c.dtype for c, k in zip(table.columns, table.kinds) if k != "category"} == {np.dtype("float64")}
+    assert {c.dtype for c, k in zip(table.columns, table.kinds) if k != "category"} == {
+        np.dtype("float64")
+    }
     assert read_table(write(tmp_path, "a;b,c\n1,2\n", "comma.csv")).names == ("a;b", "c")
     frame = table.frame()  # the same table
     assert_same(as_table(frame), table)
     assert frame.schema["joined"] == pl.Datetime and frame.schema["member"] == pl.Boolean
-    assert frame["city"].to_list() == ["Bonn", "Ulm", None] and frame["age"].to_list() == [31, None, 54]
+    assert frame["city"].to_list() == ["Bonn", "Ulm", None] and frame["age"].to_list() == [
+        31,
+        None,
+        54,
+    ]
 
 
 @pytest.mark.parametrize("name", ["t.tsv", "t.csv.gz", "t.tsv.gz", "T.CSV", "semicolon.csv"])
 def test_text_files_read_alike(tmp_path, name):
     separator = "\t" if ".tsv" in name else ";" if "semicolon" in name else ","
     text = CSV.replace(",", separator)
-    assert_same(read_table(write(tmp_path, text, name)), read_table(write(tmp_path, CSV, "plain.csv")))
+    assert_same(
+        read_table(write(tmp_path, text, name)), read_table(write(tmp_path, CSV, "plain.csv"))
+    )
 
 
-@pytest.mark.parametrize(("text", "columns"), [
-    # Blanks around fields are no part of them.
-    ("a, b, c\n 1, x, ?\n 2, y, 4\n", [("number", [1, 2]), ("category", ["x", "y"]), ("number", [np.nan, 4])]),
-    ("a\n20141013T000000\n20141209T120000\n", [("date", [1413158400, 1418126400])]),
-    # Other orders than that of ISO 8601 are a guess.
-    (
-        "a,b,c\n2020-01-01T06:00:00,1/2/2020,2020/1/2\n1969-12-31 23:59:59Z,1/2/2020,\n",
-        [("date", [1577858400, -1]), ("category", ["1/2/2020"] * 2), ("category", ["2020/1/2", None])],
-    ),
-    # A late text makes a long column of numbers a category.
-    ("a,b\n" + "1,2\n" * 20000 + "abc,2\n", [("category", [*["1"] * 20000, "abc"]), ("number", [2] * 20001)]),
-    # Where semicolons separate, commas belong to the values.
-    ("a;b\n1,5;2,25\n2,5;3,25\n", [("category", ["1,5", "2,5"]), ("category", ["2,25", "3,25"])]),
-    # Empty lines at the end are no rows.
-    ("a,b\n1,\n,\n3,4\n\n,\n\n", [("number", [1, np.nan, 3]), ("number", [np.nan, np.nan, 4])]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "columns"),
+    [
+        # Blanks around fields are no part of them.
+        (
+            "a, b, c\n 1, x, ?\n 2, y, 4\n",
+            [("number", [1, 2]), ("category", ["x", "y"]), ("number", [np.nan, 4])],
+        ),
+        ("a\n20141013T000000\n20141209T120000\n", [("date", [1413158400, 1418126400])]),
+        # Other orders than that of ISO 8601 are a guess.
+        (
+            "a,b,c\n2020-01-01T06:00:00,1/2/2020,2020/1/2\n1969-12-31 23:59:59Z,1/2/2020,\n",
+            [
+                ("date", [1577858400, -1]),
+                ("category", ["1/2/2020"] * 2),
+                ("category", ["2020/1/2", None]),
+            ],
+        ),
+        # A late text makes a long column of numbers a category.
+        (
+            "a,b\n" + "1,2\n" * 20000 + "abc,2\n",
+            [("category", [*["1"] * 20000, "abc"]), ("number", [2] * 20001)],
+        ),
+        # Where semicolons separate, commas belong to the values.
+        (
+            "a;b\n1,5;2,25\n2,5;3,25\n",
+            [("category", ["1,5", "2,5"]), ("category", ["2,25", "3,25"])],
+        ),
+        # Empty lines at the end are no rows.
+        ("a,b\n1,\n,\n3,4\n\n,\n\n", [("number", [1, np.nan, 3]), ("number", [np.nan, np.nan, 4])]),
+    ],
+)
 def test_fields_of_text(tmp_path, text, columns):
     table = read_table(write(tmp_path, text))
     assert table.names == tuple("abc"[: len(columns)])
     for found, values, (kind, expected) in zip(table.kinds, table.columns, columns):
         assert found == kind
-        np.testing.assert_array_equal(values, np.array(expected, dtype=object if kind == "category" else float))
+        np.testing.assert_array_equal(
+            values, np.array(expected, dtype=object if kind == "category" else float)
+        )
 
 
 @pytest.mark.parametrize("short", [0, 500])  # rows up to which a column is read value by value
@@ -88,7 +114,10 @@ def test_every_column_of_text_reads_as_its_values_do_one_by_one(monkeypatch, tmp
     odd = ["1_0", "1e5", "+1", ".5", "-0", " 7 ", "nan", "?", "0x10", "true", "1d5", "2020-01-02"]
     for extra in ("3", "", "false", "x"):
         columns = [[text, extra] for text in odd]
-        lines = [",".join(f"c{j}" for j in range(len(columns))), *(",".join(row) for row in zip(*columns))]
+        lines = [
+            ",".join(f"c{j}" for j in range(len(columns))),
+            *(",".join(row) for row in zip(*columns)),
+        ]
         table = read_table(write(tmp_path, "\n".join([*lines, "1," * (len(columns) - 1) + "1"])))
         for j, (text, other) in enumerate(columns):
             kind, values = parse_text(np.array([text, other, "1"], dtype=object))
@@ -109,33 +138,48 @@ def test_bundled_sets(name):
     table = read_table(f"sklearn:{name}")
     X, y = split_target(table, "target")
     assert len(X) == len(y) == dict(zip(BUNDLED, (150, 1797, 178, 569, 442)))[name]
-    assert y.dtype.kind == {"diabetes": "i", "digits": "i"}.get(name, "O") and "target" not in X.names
+    assert (
+        y.dtype.kind == {"diabetes": "i", "digits": "i"}.get(name, "O") and "target" not in X.names
+    )
     assert name != "iris" or set(y) == {"setosa", "versicolor", "virginica"}
 
 
-@pytest.mark.parametrize(("name", "text", "message"), [
-    ("t.csv", "", "is empty; a header line"), ("t.csv", "a,b\n", "no rows"),
-    ("t.csv", "a,b,a\n1,2,3\n", "more than one 'a'"),
-    ("t.csv", "a,b\n1,inf\n", "column 'b' has an infinite value in row 0"),
-    ("t.csv", "a,b\n1,2\n1,2,3\n", "t.csv' has 3 fields in line 3, and 2 in its header line; write equally"),
-    ("t.csv", 'a,b\n"1\n2",2\n\n1\n', "t.csv' has 1 field in line 5, and 2 in its header line"),
-    ("t.tsv", "a\tb\tc\n1\t2\t3\n1\t2\n", "has 2 fields in line 3, and 3 in its header line"),
-    ("t.parquet", "nothing", "could not be read as Parquet"),
-    ("t.xlsx", "a", "a table is read from .csv"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("t.csv", "", "is empty; a header line"),
+        ("t.csv", "a,b\n", "no rows"),
+        ("t.csv", "a,b,a\n1,2,3\n", "more than one 'a'"),
+        ("t.csv", "a,b\n1,inf\n", "column 'b' has an infinite value in row 0"),
+        (
+            "t.csv",
+            "a,b\n1,2\n1,2,3\n",
+            "t.csv' has 3 fields in line 3, and 2 in its header line; write equally",
+        ),
+        ("t.csv", 'a,b\n"1\n2",2\n\n1\n', "t.csv' has 1 field in line 5, and 2 in its header line"),
+        ("t.tsv", "a\tb\tc\n1\t2\t3\n1\t2\n", "has 2 fields in line 3, and 3 in its header line"),
+        ("t.parquet", "nothing", "could not be read as Parquet"),
+        ("t.xlsx", "a", "a table is read from .csv"),
+    ],
+)
 def test_bad_files(tmp_path, name, text, message):
     with refused(message):
         read_table(write(tmp_path, text, name))
 
 
-@pytest.mark.parametrize(("name", "text", "place"), [
-    ("t.csv", "a,y\n1,2\n\n2,\n3,\n", "line 3"),
-    ("t.csv", 'a;y\n"1\n1";2\n3;NA\n', "line 4"),
-    ("t.tsv", "a\ty\n1\t2\n\t\n1\t2\n", "line 3"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "text", "place"),
+    [
+        ("t.csv", "a,y\n1,2\n\n2,\n3,\n", "line 3"),
+        ("t.csv", 'a;y\n"1\n1";2\n3;NA\n', "line 4"),
+        ("t.tsv", "a\ty\n1\t2\n\t\n1\t2\n", "line 3"),
+    ],
+)
 def test_a_missing_target_is_named_by_its_line(tmp_path, name, text, place):
     lost = "3 missing values" if text.startswith("a,") else "1 missing value"
-    with refused(rf"y has {lost} \(the first in {place}\); fill it, or say missing_target='drop' to leave"):
+    with refused(
+        rf"y has {lost} \(the first in {place}\); fill it, or say missing_target='drop' to leave"
+    ):
         read_source(write(tmp_path, text, name), "y")
 
 
@@ -156,7 +200,9 @@ def test_a_packed_file_is_unpacked_as_far_as_there_is_memory(monkeypatch, tmp_pa
     assert Counting.unpacked < 4 << 20  # of 40 MB
 
 
-@pytest.mark.parametrize("text", ["1," * 5000 + "1\n", "1,2\n" * 50_000, None], ids=["wide", "long", "parquet"])
+@pytest.mark.parametrize(
+    "text", ["1," * 5000 + "1\n", "1,2\n" * 50_000, None], ids=["wide", "long", "parquet"]
+)
 def test_a_file_that_memory_does_not_hold_is_refused_before_it_is_read(monkeypatch, tmp_path, text):
     path = tmp_path / "t.parquet" if text is None else write(tmp_path, text)
     if text is None:

@@ -1,4 +1,5 @@
-"""Folds and rows kept apart: in proportion, whole groups, by the seed or the last ones; bad ones are refused."""
+"""Folds and rows kept apart: in proportion, whole groups, by the seed or the last ones; bad ones
+are refused."""
 
 import hashlib
 import math
@@ -35,7 +36,9 @@ def folds(cv, target=CLASSES, groups=None, seed=0):
 
 
 def equal(a, b):
-    return len(a) == len(b) and all(np.array_equal(x, y) for p, q in zip(a, b) for x, y in zip(p, q))
+    return len(a) == len(b) and all(
+        np.array_equal(x, y) for p, q in zip(a, b) for x, y in zip(p, q)
+    )
 
 
 @pytest.mark.parametrize("target", [CLASSES, NUMBERS])
@@ -43,7 +46,9 @@ def equal(a, b):
 @pytest.mark.parametrize("cv", [2, 5, np.int64(3)])
 def test_an_int_partitions_the_rows(cv, target, groups):
     made = folds(cv, target, groups)
-    assert len(made) == cv and np.array_equal(np.sort(np.concatenate([valid for _, valid in made])), np.arange(N))
+    assert len(made) == cv and np.array_equal(
+        np.sort(np.concatenate([valid for _, valid in made])), np.arange(N)
+    )
     for train, valid in made:
         assert train.dtype == valid.dtype == np.int64
         assert np.array_equal(np.sort(np.concatenate([train, valid])), np.arange(N))
@@ -70,7 +75,10 @@ def test_splitters_are_taken_as_they_are():
     repeated = RepeatedStratifiedKFold(n_splits=2, n_repeats=2, random_state=0)
     for cv in (KFold(3), TimeSeriesSplit(4), StratifiedKFold(2), repeated):
         assert equal(folds(cv), list(cv.split(np.zeros((N, 1)), CLASSES.labels)))
-    assert equal(folds(LeaveOneGroupOut(), groups=GROUPS), list(LeaveOneGroupOut().split(np.zeros(N), groups=GROUPS)))
+    assert equal(
+        folds(LeaveOneGroupOut(), groups=GROUPS),
+        list(LeaveOneGroupOut().split(np.zeros(N), groups=GROUPS)),
+    )
     names = [f"g{group}" for group in GROUPS]
     assert equal(folds(4, groups=names), folds(4, groups=np.array(names, dtype=object)))
     assert equal(folds(4, groups=torch.tensor(GROUPS)), folds(4, groups=GROUPS))
@@ -80,10 +88,14 @@ def test_iterables():
     expected = list(KFold(3).split(np.zeros(N)))
     assert equal(folds(iter(expected)), expected)
     assert equal(folds([(train.tolist(), valid.tolist()) for train, valid in expected]), expected)
-    masks = [(np.isin(np.arange(N), train), np.isin(np.arange(N), valid)) for train, valid in expected]
+    masks = [
+        (np.isin(np.arange(N), train), np.isin(np.arange(N), valid)) for train, valid in expected
+    ]
     assert equal(folds(masks), expected)
     assert equal(folds([(slice(0, 30), slice(30, None))]), [(np.arange(30), np.arange(30, N))])
-    assert equal(folds(PredefinedSplit(np.arange(N) % 2)), list(PredefinedSplit(np.arange(N) % 2).split()))
+    assert equal(
+        folds(PredefinedSplit(np.arange(N) % 2)), list(PredefinedSplit(np.arange(N) % 2).split())
+    )
 
 
 def test_a_rare_class_is_one_warning_of_ours():
@@ -96,7 +108,8 @@ def test_a_rare_class_is_one_warning_of_ours():
             "some folds are validated without them."
         ]
     with pytest.warns(
-        UserWarning, match=r"1 of 5 folds \(the first is fold 4\) train without rows of a class \('b', 'c' the"
+        UserWarning,
+        match=r"1 of 5 folds \(the first is fold 4\) train without rows of a class \('b', 'c' the",
     ):
         folds(KFold(5), target)
     with warnings.catch_warnings(action="error"):
@@ -104,22 +117,31 @@ def test_a_rare_class_is_one_warning_of_ours():
 
 
 def test_validation_on_training_rows_is_a_warning():
-    with pytest.warns(UserWarning, match=r"1 of 2 folds \(the first is fold 1\) validate on rows that they train on"):
+    with pytest.warns(
+        UserWarning,
+        match=r"1 of 2 folds \(the first is fold 1\) validate on rows that they train on",
+    ):
         folds([(range(20), range(20, 40)), (range(25), range(20, 40))])
 
 
 KEPT = (np.arange(20), np.arange(20, N))
 
 
-@pytest.mark.parametrize(("cv", "how", "fold", "group"), [
-    (KFold(3), "cv=KFold", 0, "2 is"),
-    (StratifiedKFold(3), "cv=StratifiedKFold", 0, "2 is"),
-    (ShuffleSplit(1, random_state=0), "cv=ShuffleSplit", 0, "[0-7] .and . more. is"),
-    (PredefinedSplit(np.arange(N) % 2), "cv=PredefinedSplit", 0, "[0-7] .and . more. is"),
-    ([KEPT, (np.arange(22), np.arange(22, N))], "the .train, valid. rows of cv", 1, "4 is"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("cv", "how", "fold", "group"),
+    [
+        (KFold(3), "cv=KFold", 0, "2 is"),
+        (StratifiedKFold(3), "cv=StratifiedKFold", 0, "2 is"),
+        (ShuffleSplit(1, random_state=0), "cv=ShuffleSplit", 0, "[0-7] .and . more. is"),
+        (PredefinedSplit(np.arange(N) % 2), "cv=PredefinedSplit", 0, "[0-7] .and . more. is"),
+        ([KEPT, (np.arange(22), np.arange(22, N))], "the .train, valid. rows of cv", 1, "4 is"),
+    ],
+)
 def test_a_group_on_both_sides_of_a_fold_is_refused(cv, how, fold, group):
-    message = f"groups are not kept whole by {how}[^:]*: in fold {fold} the group {group} among .*such as GroupKFold"
+    message = (
+        f"groups are not kept whole by {how}[^:]*: in fold {fold} the group {group} among .*such "
+        "as GroupKFold"
+    )
     with refused(message):
         folds(cv, groups=GROUPS)
 
@@ -130,7 +152,8 @@ def test_what_keeps_groups_whole_is_taken():
     mixed = [f"g{group}" if group % 2 else int(group) for group in GROUPS]
     with refused("the group 'g1' is among"):
         folds([(range(8), range(8, N))], groups=np.array(mixed, dtype=object))
-    with warnings.catch_warnings(action="error"):  # KFold's own words on groups: here they are kept by chance
+    # KFold's own words on groups: here they are kept by chance
+    with warnings.catch_warnings(action="error"):
         folds(KFold(2), groups=GROUPS)
 
 
@@ -146,32 +169,46 @@ def test_a_splitter_sees_the_rows_and_the_target():
     assert time[made[0][0]].max() < time[made[0][1]].min()
 
 
-@pytest.mark.parametrize(("cv", "groups", "message"), [
-    *[(cv, None, f"cv must be at least 2 folds, got {cv}") for cv in (1, 0)],
-    (41, None, "cv=41 folds need at least as many rows, got 40; use fewer folds"),
-    (9, GROUPS, "cv=9 folds need at least as many groups, got 8; use fewer folds"),
-    (35, None, r"cannot split these 40 rows: .*n_splits=35"),
-    *[(cv, None, f"cv must be a number of folds, a splitter .*got {cv!r}") for cv in (True, 2.5, "5", None)],
-    ([], None, "at least one fold"),
-    ([1, 2], None, "pairs of .train, valid. rows, got int for fold 0"),
-    ((np.arange(30), np.arange(30, 40)), None, r"got ndarray for fold 0; one split is cv=\[\(train, valid\)\]\.$"),
-    ([([0], [1], [2])], None, "pairs of .train, valid. rows, got tuple for fold 0"),
-    ([([], [1])], None, "fold 0 of cv has no training rows"),
-    ([([0], [1]), ([0], [])], None, "fold 1 of cv has no validation rows"),
-    ([([0], [40])], None, r"the validation rows of fold 0 must lie in 0..39, got 40"),
-    ([([-1, 3], [5])], None, r"the training rows of fold 0 must lie in 0..39, got -1"),
-    ([([0.5], [1])], None, "must be positions or a mask, got float64"),
-    ([([[0]], [1])], None, r"positions or a mask, got int64 of shape \(1, 1\)"),
-    ([([True, False], [1])], None, "training mask of fold 0 must have one value for each of the 40 rows"),
-    ([(np.zeros(N, dtype=bool), [1])], None, "with 0 selected"),
-    (GroupKFold(3), None, "splits by groups, but groups is None; pass groups"),
-    (LeaveOneGroupOut(), None, "splits by groups, but groups is None; pass groups"),
-    (GroupKFold(9), GROUPS, "cannot split these 40 rows: .*n_splits=9"),
-    (KFold(41), None, "cannot split these 40 rows: .*n_splits=41"),
-    (2, [1, 2, 3], r"groups must have one value a row, shape \(40,\), got shape \(3,\)"),
-    (2, ["a", None, np.nan, *"b" * 37], r"groups has 2 missing values \(the first in row 1\)"),
-    (2, [np.nan, *range(39)], r"groups has 1 missing value \(the first in row 0\)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("cv", "groups", "message"),
+    [
+        *[(cv, None, f"cv must be at least 2 folds, got {cv}") for cv in (1, 0)],
+        (41, None, "cv=41 folds need at least as many rows, got 40; use fewer folds"),
+        (9, GROUPS, "cv=9 folds need at least as many groups, got 8; use fewer folds"),
+        (35, None, r"cannot split these 40 rows: .*n_splits=35"),
+        *[
+            (cv, None, f"cv must be a number of folds, a splitter .*got {cv!r}")
+            for cv in (True, 2.5, "5", None)
+        ],
+        ([], None, "at least one fold"),
+        ([1, 2], None, "pairs of .train, valid. rows, got int for fold 0"),
+        (
+            (np.arange(30), np.arange(30, 40)),
+            None,
+            r"got ndarray for fold 0; one split is cv=\[\(train, valid\)\]\.$",
+        ),
+        ([([0], [1], [2])], None, "pairs of .train, valid. rows, got tuple for fold 0"),
+        ([([], [1])], None, "fold 0 of cv has no training rows"),
+        ([([0], [1]), ([0], [])], None, "fold 1 of cv has no validation rows"),
+        ([([0], [40])], None, r"the validation rows of fold 0 must lie in 0..39, got 40"),
+        ([([-1, 3], [5])], None, r"the training rows of fold 0 must lie in 0..39, got -1"),
+        ([([0.5], [1])], None, "must be positions or a mask, got float64"),
+        ([([[0]], [1])], None, r"positions or a mask, got int64 of shape \(1, 1\)"),
+        (
+            [([True, False], [1])],
+            None,
+            "training mask of fold 0 must have one value for each of the 40 rows",
+        ),
+        ([(np.zeros(N, dtype=bool), [1])], None, "with 0 selected"),
+        (GroupKFold(3), None, "splits by groups, but groups is None; pass groups"),
+        (LeaveOneGroupOut(), None, "splits by groups, but groups is None; pass groups"),
+        (GroupKFold(9), GROUPS, "cannot split these 40 rows: .*n_splits=9"),
+        (KFold(41), None, "cannot split these 40 rows: .*n_splits=41"),
+        (2, [1, 2, 3], r"groups must have one value a row, shape \(40,\), got shape \(3,\)"),
+        (2, ["a", None, np.nan, *"b" * 37], r"groups has 2 missing values \(the first in row 1\)"),
+        (2, [np.nan, *range(39)], r"groups has 1 missing value \(the first in row 0\)"),
+    ],
+)
 def test_bad_folds(cv, groups, message):
     with refused(message):
         folds(cv, groups=groups)
@@ -182,7 +219,9 @@ def test_the_command_line():
     splitter = parse_cv("time:4")
     assert isinstance(splitter, TimeSeriesSplit) and splitter.get_n_splits() == 4
     for text in ("", "1", "x", "2.5", "-3", "time:1", "time:", "time", "group:5", "5:"):
-        with refused(f"--cv must be a number of folds such as 5, at least 2, or time:5, got {text!r}"):
+        with refused(
+            f"--cv must be a number of folds such as 5, at least 2, or time:5, got {text!r}"
+        ):
             parse_cv(text)
 
 
@@ -207,13 +246,19 @@ def test_classes_are_kept_in_proportion_and_numbers_drawn_by_the_seed():
 @pytest.mark.parametrize("seed", [0, 7])
 @pytest.mark.parametrize(
     ("target", "splitter", "groups"),
-    [(CLASSES, StratifiedShuffleSplit, None), (NUMBERS, ShuffleSplit, None), (NUMBERS, GroupShuffleSplit, GROUPS)],
+    [
+        (CLASSES, StratifiedShuffleSplit, None),
+        (NUMBERS, ShuffleSplit, None),
+        (NUMBERS, GroupShuffleSplit, GROUPS),
+    ],
 )
 def test_they_are_found_again_by_what_is_documented(target, splitter, groups, seed):
     digest = hashlib.blake2b(f"{seed}/hold out".encode(), digest_size=8).digest()
     number = int.from_bytes(digest, "little") // 2 % 2**32
     size = math.ceil(0.2 * N) if groups is None else 0.2
-    found = next(splitter(1, test_size=size, random_state=number).split(np.zeros(N), target.labels, groups))
+    found = next(
+        splitter(1, test_size=size, random_state=number).split(np.zeros(N), target.labels, groups)
+    )
     assert number == 2483452753 or seed
     for rows, there in zip(held_out(target, groups=groups, seed=seed), found):
         assert np.array_equal(rows, np.sort(there))
@@ -240,16 +285,38 @@ def test_the_only_row_of_a_class_is_not_kept_apart_and_size_zero_keeps_none():
 BAD_SIZES = [1, 1.0, 1.5, -0.1, np.nan, "0.2", True, None]
 
 
-@pytest.mark.parametrize(("target", "options", "words"), [
-    *[(NUMBERS, {"test_size": size}, "test_size must be a share of the rows, 0 <= test_") for size in BAD_SIZES],
-    (NUMBERS, {"test_size": 0.99}, r"test_size=0\.99 leaves none of the 40 rows"),
-    (NUMBERS, {"test_size": 0.99, "cv": TimeSeriesSplit(2)}, r"test_size=0\.99 leaves none of the 40 rows"),
-    (NUMBERS, {"test_size": 0.95, "groups": GROUPS}, r"test_size=0\.95 leaves none of the 8 groups"),
-    (CLASSES, {"test_size": 0.01}, "would keep 1 of 40 rows apart, which cannot hold the 2 classes"),
-    (CLASSES, {"test_size": 0.99}, "would keep 40 of 40 rows apart"),
-    (NUMBERS, {"test_size": 0.2, "groups": [1, 2]}, "groups must have one value a row"),
-    (NUMBERS, {"test_size": 0.2, "groups": GROUPS, "cv": TimeSeriesSplit(2)}, "cannot be kept whole by a time ser"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("target", "options", "words"),
+    [
+        *[
+            (NUMBERS, {"test_size": size}, "test_size must be a share of the rows, 0 <= test_")
+            for size in BAD_SIZES
+        ],
+        (NUMBERS, {"test_size": 0.99}, r"test_size=0\.99 leaves none of the 40 rows"),
+        (
+            NUMBERS,
+            {"test_size": 0.99, "cv": TimeSeriesSplit(2)},
+            r"test_size=0\.99 leaves none of the 40 rows",
+        ),
+        (
+            NUMBERS,
+            {"test_size": 0.95, "groups": GROUPS},
+            r"test_size=0\.95 leaves none of the 8 groups",
+        ),
+        (
+            CLASSES,
+            {"test_size": 0.01},
+            "would keep 1 of 40 rows apart, which cannot hold the 2 classes",
+        ),
+        (CLASSES, {"test_size": 0.99}, "would keep 40 of 40 rows apart"),
+        (NUMBERS, {"test_size": 0.2, "groups": [1, 2]}, "groups must have one value a row"),
+        (
+            NUMBERS,
+            {"test_size": 0.2, "groups": GROUPS, "cv": TimeSeriesSplit(2)},
+            "cannot be kept whole by a time ser",
+        ),
+    ],
+)
 def test_rows_that_cannot_be_kept_apart(target, options, words):
     with refused(words):
         hold_out(target, **options, seed=0)

@@ -1,4 +1,5 @@
-"""Whatever lies at the place of a file that is read: an error in a few words, no hang, and little memory."""
+"""Whatever lies at the place of a file that is read: an error in a few words, no hang, and little
+memory."""
 
 import contextlib
 import gzip
@@ -84,17 +85,23 @@ READERS = {
     "repair": ("study.db", None, lambda path: repair(path, path.with_name("new.db"))),
     "model.json": ("model.json", None, read_model),
     "model.safetensors": ("model.safetensors", None, read_model),
-}  # fmt: skip
-"""Of each reader the name of a file, what writes a good one, and what reads it; None: one that a search has made."""
+}
+"""Of each reader the name of a file, what writes a good one, and what reads it; None: one that a
+search has made."""
 
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory):
     """The contents of the files of a study and a model, by name."""
     folder = tmp_path_factory.mktemp("searched")
-    study = gputune.tune("logistic", ROWS, np.arange(40) % 2, n_trials=1, cv=2, study=folder / "study.db", verbose=0)
+    study = gputune.tune(
+        "logistic", ROWS, np.arange(40) % 2, n_trials=1, cv=2, study=folder / "study.db", verbose=0
+    )
     study.best_model().save(folder / "model")
-    return {path.name: path.read_bytes() for path in (folder / "study.db", *(folder / "model").iterdir())}
+    return {
+        path.name: path.read_bytes()
+        for path in (folder / "study.db", *(folder / "model").iterdir())
+    }
 
 
 def good_file(reader, folder, searched):
@@ -127,10 +134,15 @@ def no_hang(seconds=10):
 
 def message_of(read, path):
     """The message of the error that a reader ends with: one to three sentences about that file."""
-    with no_hang(), pytest.raises((gputune.errors.InputError, FileNotFoundError, PermissionError)) as raised:
+    with (
+        no_hang(),
+        pytest.raises((gputune.errors.InputError, FileNotFoundError, PermissionError)) as raised,
+    ):
         read(path)
     error = raised.value
-    message = f"{error.strerror}: {error.filename!r}." if getattr(error, "strerror", None) else str(error)
+    message = (
+        f"{error.strerror}: {error.filename!r}." if getattr(error, "strerror", None) else str(error)
+    )
     plain = re.sub(r"'[^']*'", "NAME", message)
     assert path.name[:20] in message and len(plain) < 500 and "\n" not in message
     assert 1 <= len(re.findall(r"[.:](?= [A-Z]|$)", plain)) <= 3, message
@@ -142,7 +154,8 @@ def as_pipe(path, _):
 
 
 def as_socket(path, _):
-    with contextlib.chdir(path.parent), socket.socket(socket.AF_UNIX) as listener:  # a path of at most 107 bytes
+    # a path of at most 107 bytes
+    with contextlib.chdir(path.parent), socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path.name)
 
 
@@ -158,9 +171,15 @@ HOSTILE = {
     "pipe": (as_pipe, "is a pipe and no file; write its content into a file first"),
     "device": (lambda path, _: path.symlink_to("/dev/zero"), "is a device and no file"),
     "socket": (as_socket, "is a socket and no file"),
-    "loop of links": (lambda path, _: path.symlink_to(path.name), "there is no|has no|too many levels"),
+    "loop of links": (
+        lambda path, _: path.symlink_to(path.name),
+        "there is no|has no|too many levels",
+    ),
     "link to nothing": (lambda path, _: path.symlink_to("nothing"), "there is no|has no"),
-    "empty": (lambda path, _: path.touch(), "empty|Parquet|damaged|could not be read as a text table"),
+    "empty": (
+        lambda path, _: path.touch(),
+        "empty|Parquet|damaged|could not be read as a text table",
+    ),
     "cut": (lambda path, content: path.write_bytes(content[: len(content) // 2]), ""),
     "other": (lambda path, _: path.write_bytes(b"\0\1\2\3" * 5000), ""),
     "sparse": (as_sparse, "memory|could not be read|cannot be read|damaged|bytes of value 0"),
@@ -213,11 +232,14 @@ def test_a_link_to_a_file_is_as_good_as_the_file(reader, searched, tmp_path):
     read(path)
 
 
-@pytest.mark.parametrize(("name", "words"), [
-    ("-", "there is no file '-'; standard input is not read, write it into a file first"),
-    ("https://example.org/t.csv", "a URL is not read, download it into a file first"),
-    ("s3://bucket/t.npz", "a URL is not read, download it into a file first"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("-", "there is no file '-'; standard input is not read, write it into a file first"),
+        ("https://example.org/t.csv", "a URL is not read, download it into a file first"),
+        ("s3://bucket/t.npz", "a URL is not read, download it into a file first"),
+    ],
+)
 def test_what_is_no_file_of_this_machine(name, words):
     with pytest.raises(FileNotFoundError, match=words):
         read_source(name, "y")
@@ -243,7 +265,10 @@ ARRAYS = {
     "negative": (header((-1, 3)) + bytes(24), "no length can be negative"),
     "negative twice": (header((-3, -1)) + bytes(24), "no length can be negative"),
     "text of no letters": (header((10**12,), "<U0"), "and holds"),
-    "objects": (header((3,), "|O") + bytes(24), "holds Python objects, such as rows of different lengths"),
+    "objects": (
+        header((3,), "|O") + bytes(24),
+        "holds Python objects, such as rows of different lengths",
+    ),
     "fields": (header((1,), [("a", "<f8"), ("b", "<f8")]) + bytes(16), "has named fields"),
     "wide fields": (header((1,), [("a", "<f8", (10**12,))]) + bytes(16), "damaged"),
     "no type": (header((1,), "hello") + bytes(16), "it is damaged, or was not written by NumPy"),
@@ -251,7 +276,7 @@ ARRAYS = {
     "many axes": (header((1,) * 1000) + bytes(8), "damaged"),
     "long header": (b"\x93NUMPY\x02\x00" + (2**31).to_bytes(4, "little") + bytes(100), "damaged"),
     "new version": (b"\x93NUMPY\x07\x00" + bytes(100), "named fields|damaged"),
-}  # fmt: skip
+}
 """Files of NumPy's of which nothing must be read, and what is said of them."""
 
 
@@ -264,17 +289,25 @@ def test_a_hostile_array(kind, tmp_path):
         if suffix == ".npz":
             with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
                 archive.writestr("y.npy", content)
-        assert re.search(words, message_of(read_array_file, path)), (suffix, message_of(read_array_file, path))
+        assert re.search(words, message_of(read_array_file, path)), (
+            suffix,
+            message_of(read_array_file, path),
+        )
 
 
 def packed(path, deflate=True):
     """Write the archive of torch's at a path again, with packed records."""
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if deflate else zipfile.ZIP_STORED) as archive:
+    with zipfile.ZipFile(
+        path, "w", zipfile.ZIP_DEFLATED if deflate else zipfile.ZIP_STORED
+    ) as archive:
         for name, content in members.items():
             archive.writestr(
-                name, content if deflate else content.replace(b"cpuq\x06K\x07", b"cpuq\x06J\xff\xff\xff\x7f")
+                name,
+                content
+                if deflate
+                else content.replace(b"cpuq\x06K\x07", b"cpuq\x06J\xff\xff\xff\x7f"),
             )
 
 
@@ -284,14 +317,17 @@ def nested():
 
 
 TENSORS = {
-    "stride 0": (lambda: torch.zeros(1).expand(10**10, 2), "needs about 74.5 GiB of memory or more, and .* are free"),
+    "stride 0": (
+        lambda: torch.zeros(1).expand(10**10, 2),
+        "needs about 74.5 GiB of memory or more, and .* are free",
+    ),
     "nested": (nested, "'X' in .*t.pt' is a nested tensor, .*to_padded_tensor"),
     "sparse": (lambda: torch.eye(3).to_sparse(), "'X' in .* is a sparse tensor"),
     "complex": (lambda: torch.zeros(3, dtype=torch.complex64), "'X' in .* must hold real numbers"),
     "meta": (lambda: torch.zeros(3, device="meta"), "'X' in .* lies on the device 'meta'"),
     "a list": (lambda: [torch.zeros(3)], "must hold a dict of tensors"),
     "code": (lambda: io.BytesIO, "holds more than tensors, which is not unpickled"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", TENSORS)
@@ -302,11 +338,19 @@ def test_a_hostile_tensor(kind, tmp_path):
     assert re.search(words, message_of(read_array_file, path)), message_of(read_array_file, path)
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    (packed, "its records are packed"),
-    (lambda path: packed(path, deflate=False), "'X' does not fit the records of the file"),
-    (lambda path: torch.save({"X": torch.zeros(3)}, path, _use_new_zipfile_serialization=False), "damaged, or was not"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (packed, "its records are packed"),
+        (lambda path: packed(path, deflate=False), "'X' does not fit the records of the file"),
+        (
+            lambda path: torch.save(
+                {"X": torch.zeros(3)}, path, _use_new_zipfile_serialization=False
+            ),
+            "damaged, or was not",
+        ),
+    ],
+)
 def test_a_hostile_archive_of_tensors(change, words, tmp_path):
     path = tmp_path / "m.pt"
     torch.save({"X": torch.zeros(7), "y": torch.zeros(3)}, path)
@@ -315,18 +359,33 @@ def test_a_hostile_archive_of_tensors(change, words, tmp_path):
 
 
 TEXTS = {
-    "UTF-16": (TABLE.encode("utf-16"), "is text in UTF-16, and gputune reads UTF-8. Save it as UTF-8"),
+    "UTF-16": (
+        TABLE.encode("utf-16"),
+        "is text in UTF-16, and gputune reads UTF-8. Save it as UTF-8",
+    ),
     "UTF-16, big": (b"\xfe\xff" + TABLE.encode("utf-16-be"), "is text in UTF-16"),
     "UTF-32": (TABLE.encode("utf-32"), "is text in UTF-32"),
-    "UTF-16 without a mark": (TABLE.encode("utf-16-le"), "bytes of value 0 .* If it is text in UTF-16, save it as"),
+    "UTF-16 without a mark": (
+        TABLE.encode("utf-16-le"),
+        "bytes of value 0 .* If it is text in UTF-16, save it as",
+    ),
     "binary": (TABLE.encode() + b"1,2,\0\n", "bytes of value 0 and is no text table"),
     "Latin-1": ("a,b\ncaf\xe9,1\n".encode("latin-1"), "it must be UTF-8 text"),
-    "a long line": (b"a,b\n1," + b"x" * 3_000_000 + b",3\n1,2\n", "could not be read|3 fields in line 2"),
-    "a long name": (b"a," + b"x" * 3_000_000 + b"\n1,2\n", "a field of 3000000 characters in its first line"),
+    "a long line": (
+        b"a,b\n1," + b"x" * 3_000_000 + b",3\n1,2\n",
+        "could not be read|3 fields in line 2",
+    ),
+    "a long name": (
+        b"a," + b"x" * 3_000_000 + b"\n1,2\n",
+        "a field of 3000000 characters in its first line",
+    ),
     "an open quotation": (b'a,b\n"' + b"1,2\n" * 100_000, "could not be read|has 1 field in line"),
     "two names": (b"a,b,a\n1,2,3\n", "column names must differ, got more than one 'a'"),
-    "many names": (b",".join([b"a"] * 3000) + b"\n" + b",".join([b"1"] * 3000) + b"\n", "column names must differ"),
-}  # fmt: skip
+    "many names": (
+        b",".join([b"a"] * 3000) + b"\n" + b",".join([b"1"] * 3000) + b"\n",
+        "column names must differ",
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", TEXTS)
@@ -349,7 +408,10 @@ def test_nested_columns_and_texts_that_memory_does_not_hold(monkeypatch, tmp_pat
     path = tmp_path / "t.parquet"
     for column in ([[1.0] * 9] * 3, [{"b": 1}] * 3, [b"1"] * 3):
         pl.DataFrame({"a": column, "y": [1, 2, 3]}).write_parquet(path)
-        with refused("column 'a' of .*t.parquet' holds .*, which is no single value; give it columns of numbers"):
+        with refused(
+            "column 'a' of .*t.parquet' holds .*, which is no single value; give it columns of "
+            "numbers"
+        ):
             read_source(path, "y")
     # A dictionary has each text once; the table has an object of Python's for each row.
     pl.DataFrame({"a": ["x" * 1000] * 10_000, "y": [1] * 10_000}).write_parquet(path)
@@ -360,13 +422,22 @@ def test_nested_columns_and_texts_that_memory_does_not_hold(monkeypatch, tmp_pat
 
 
 def test_rows_of_a_file_that_become_a_table_need_memory(monkeypatch, tmp_path):
-    np.save(tmp_path / "X.npy", np.zeros((20_000, 10), np.uint8))  # of which a table makes numbers of eight bytes
+    # of which a table makes numbers of eight bytes
+    np.save(tmp_path / "X.npy", np.zeros((20_000, 10), np.uint8))
     np.save(tmp_path / "y.npy", np.zeros(20_000))
     np.savez(tmp_path / "t.npz", X=np.zeros((20_000, 10), np.uint8), y=np.zeros(20_000))
     np.savez_compressed(tmp_path / "bomb.npz", X=np.zeros((20_000, 10)), y=np.zeros(20_000))
-    torch.save({"X": torch.zeros(20_000, 10, dtype=torch.uint8), "y": torch.zeros(20_000)}, tmp_path / "t.pt")
+    torch.save(
+        {"X": torch.zeros(20_000, 10, dtype=torch.uint8), "y": torch.zeros(20_000)},
+        tmp_path / "t.pt",
+    )
     monkeypatch.setattr(input_files, "free_memory", lambda: 1 << 20)
-    for name, y in (("X.npy", tmp_path / "y.npy"), ("t.npz", "y"), ("t.pt", "y"), ("bomb.npz", "y")):
+    for name, y in (
+        ("X.npy", tmp_path / "y.npy"),
+        ("t.npz", "y"),
+        ("t.pt", "y"),
+        ("bomb.npz", "y"),
+    ):
         with refused(rf"{name}' needs about 1.\d MiB of memory or more, and 1.0 MiB are free"):
             read_source(tmp_path / name, y)
 
@@ -395,7 +466,9 @@ assert peak < 50_000, peak
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the addresses of a process")
 def test_bombs_take_little_memory(tmp_path):
     zeros = bytes(1 << 20)
-    with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+    with zipfile.ZipFile(
+        tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1
+    ) as archive:
         for name in ("X.npy", "y.npy"):
             with archive.open(name, "w") as file:
                 file.write(header((1 << 22,)))  # 32 MiB

@@ -1,4 +1,5 @@
-"""What texts and Python objects are read as, one column at a time; amounts are numbers where all of a column agree."""
+"""What texts and Python objects are read as, one column at a time; amounts are numbers where all of
+a column agree."""
 
 import datetime
 from decimal import Decimal
@@ -10,7 +11,15 @@ import pytest
 
 from gputune.data.columns import fit_layout
 from gputune.data.files import read_table
-from gputune.data.kinds import MISSING_TEXT, from_column, from_values, is_missing, parse_text, read_amounts, read_as
+from gputune.data.kinds import (
+    MISSING_TEXT,
+    from_column,
+    from_values,
+    is_missing,
+    parse_text,
+    read_amounts,
+    read_as,
+)
 from gputune.data.table import as_table, split_target
 from refused import refused
 
@@ -19,42 +28,57 @@ NAN = np.nan
 
 def assert_read(found, kind, values):
     assert found[0] == kind
-    np.testing.assert_array_equal(found[1], np.array(values, dtype=object if kind == "category" else float))
+    np.testing.assert_array_equal(
+        found[1], np.array(values, dtype=object if kind == "category" else float)
+    )
 
 
-@pytest.mark.parametrize(("texts", "kind", "values"), [
-    (["1", " 2.5 ", None], "number", [1, 2.5, NAN]),
-    (["1e3", "-0.5", "?"], "number", [1000, -0.5, NAN]),
-    (["TRUE", "false", ""], "boolean", [1, 0, NAN]),
-    (["2020-01-01", "2020/01/02", "NA"], "date", [1577836800, 1577923200, NAN]),
-    (["2020-01-01T00:00:00Z", "2020-01-01T01:00:00+01:00"], "date", [1577836800, 1577836800]),
-    (["1", "true"], "category", ["1", "true"]),
-    (["1_000", "2"], "category", ["1_000", "2"]),
-    (["1.2.2020"], "category", ["1.2.2020"]),
-    ([" a ", "null"], "category", ["a", None]),
-    (sorted(MISSING_TEXT), "number", [NAN] * len(MISSING_TEXT)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("texts", "kind", "values"),
+    [
+        (["1", " 2.5 ", None], "number", [1, 2.5, NAN]),
+        (["1e3", "-0.5", "?"], "number", [1000, -0.5, NAN]),
+        (["TRUE", "false", ""], "boolean", [1, 0, NAN]),
+        (["2020-01-01", "2020/01/02", "NA"], "date", [1577836800, 1577923200, NAN]),
+        (["2020-01-01T00:00:00Z", "2020-01-01T01:00:00+01:00"], "date", [1577836800, 1577836800]),
+        (["1", "true"], "category", ["1", "true"]),
+        (["1_000", "2"], "category", ["1_000", "2"]),
+        (["1.2.2020"], "category", ["1.2.2020"]),
+        ([" a ", "null"], "category", ["a", None]),
+        (sorted(MISSING_TEXT), "number", [NAN] * len(MISSING_TEXT)),
+    ],
+)
 def test_text(texts, kind, values):
     assert_read(parse_text(np.array(texts, dtype=object)), kind, values)
 
 
-@pytest.mark.parametrize(("given", "kind", "values"), [
-    ([1, 2.5, None], "number", [1, 2.5, NAN]),
-    ([Decimal("1.5"), True, None], "number", [1.5, 1, NAN]),
-    ([True, np.False_], "boolean", [1, 0]),
-    ([datetime.date(1970, 1, 2), pd.Timestamp("1970-01-01 00:01"), None], "date", [86400, 60, NAN]),
-    ([np.datetime64("1970-01-02"), datetime.datetime(1970, 1, 1)], "date", [86400, 0]),
-    ([datetime.time(0, 1, 1), None], "number", [61, NAN]),
-    ([datetime.timedelta(minutes=1)], "number", [60]),
-    (["a", 1.0, 1, True, None], "category", ["a", "1", "1", "True", None]),
-    ([None, None], "number", [NAN, NAN]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given", "kind", "values"),
+    [
+        ([1, 2.5, None], "number", [1, 2.5, NAN]),
+        ([Decimal("1.5"), True, None], "number", [1.5, 1, NAN]),
+        ([True, np.False_], "boolean", [1, 0]),
+        (
+            [datetime.date(1970, 1, 2), pd.Timestamp("1970-01-01 00:01"), None],
+            "date",
+            [86400, 60, NAN],
+        ),
+        ([np.datetime64("1970-01-02"), datetime.datetime(1970, 1, 1)], "date", [86400, 0]),
+        ([datetime.time(0, 1, 1), None], "number", [61, NAN]),
+        ([datetime.timedelta(minutes=1)], "number", [60]),
+        (["a", 1.0, 1, True, None], "category", ["a", "1", "1", "True", None]),
+        ([None, None], "number", [NAN, NAN]),
+    ],
+)
 def test_objects(given, kind, values):
     assert_read(from_values(given, name="c", untyped=False), kind, values)
 
 
 def test_text_among_objects_is_parsed_only_where_the_source_has_no_types():
-    assert [from_values(["1", None], name="c", untyped=one)[0] for one in (True, False)] == ["number", "category"]
+    assert [from_values(["1", None], name="c", untyped=one)[0] for one in (True, False)] == [
+        "number",
+        "category",
+    ]
 
 
 def test_an_object_that_is_no_value():
@@ -72,7 +96,9 @@ def test_times_of_numpy():
 
 
 def test_missing_values():
-    assert all(map(is_missing, [None, NAN, np.float32("nan"), pd.NA, pd.NaT, np.datetime64("NaT", "s")]))
+    assert all(
+        map(is_missing, [None, NAN, np.float32("nan"), pd.NA, pd.NaT, np.datetime64("NaT", "s")])
+    )
     assert not any(map(is_missing, [0, "", "nan", False, np.datetime64("2020-01-01")]))
 
 
@@ -80,56 +106,112 @@ def column(*values):
     return np.array(values, dtype=object if any(isinstance(v, str) for v in values) else float)
 
 
-@pytest.mark.parametrize(("wanted", "kind", "values", "read"), [
-    ("category", "category", column("007", None), ["007", None]),
-    ("category", "number", column(7, NAN, 1.5), ["7", None, "1.5"]),
-    ("category", "boolean", column(1, NAN), ["True", None]),
-    ("number", "category", column("007", "1e3"), [7, 1000]),
-    ("number", "category", column("$1,234", "-"), [1234, NAN]),
-    ("number", "boolean", column(1, 0), [1, 0]),
-    ("date", "number", column(20200101, NAN), [1577836800, NAN]),
-    ("date", "category", column("2020-01-01", None), [1577836800, NAN]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("wanted", "kind", "values", "read"),
+    [
+        ("category", "category", column("007", None), ["007", None]),
+        ("category", "number", column(7, NAN, 1.5), ["7", None, "1.5"]),
+        ("category", "boolean", column(1, NAN), ["True", None]),
+        ("number", "category", column("007", "1e3"), [7, 1000]),
+        ("number", "category", column("$1,234", "-"), [1234, NAN]),
+        ("number", "boolean", column(1, 0), [1, 0]),
+        ("date", "number", column(20200101, NAN), [1577836800, NAN]),
+        ("date", "category", column("2020-01-01", None), [1577836800, NAN]),
+    ],
+)
 def test_a_column_is_read_as_its_owner_says(wanted, kind, values, read):
     assert_read((wanted, read_as(wanted, kind, values, "c")), wanted, read)
 
 
-@pytest.mark.parametrize(("wanted", "kind", "values", "words"), [
-    ("number", "category", column("1", "many"), ": 'number'}: column 'c' has 'many' in row 1; leave that cell emp"),
-    ("date", "number", column(7, 20200101), r"kinds={'c': 'date'}: column 'c' has '7' in row 0"),
-    ("number", "date", column(0), "holds dates, which nothing else is read from; convert it"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("wanted", "kind", "values", "words"),
+    [
+        (
+            "number",
+            "category",
+            column("1", "many"),
+            ": 'number'}: column 'c' has 'many' in row 1; leave that cell emp",
+        ),
+        (
+            "date",
+            "number",
+            column(7, 20200101),
+            r"kinds={'c': 'date'}: column 'c' has '7' in row 0",
+        ),
+        ("number", "date", column(0), "holds dates, which nothing else is read from; convert it"),
+    ],
+)
 def test_a_column_that_cannot_be_read_as_its_owner_says(wanted, kind, values, words):
     with refused(words):
         read_as(wanted, kind, values, "c")
 
 
-@pytest.mark.parametrize(("texts", "numbers", "remark"), [
-    (["$112.8", "$0.5", None], [112.8, 0.5, NAN], "text such as '$112.8' is read as numbers"),
-    (["$1,234", "$999", "-$1,234,567.89"], [1234, 999, -1234567.89], "text such as '$1,234' is read as numbers"),
-    (["89.5%", "100%", "-3 %"], [89.5, 100, -3], "text such as '89.5%' is read as numbers"),
-    (["1,234", "12", "12,345.5"], [1234, 12, 12345.5], "text such as '1,234' is read as numbers"),
-    (["12.50 €", " 7 € "], [12.5, 7], "text such as '12.50 €' is read as numbers"),
-    (["£+5", "£10000"], [5, 10000], "text such as '£+5' is read as numbers"),
-    (["¥1.125", "¥1.5"], [1.125, 1.5], "text such as '¥1.125' is read as numbers"),
-    (["-", "12", "-0.5", None], [NAN, 12, -0.5, NAN], "'-' among numbers is read as missing"),
-    (["1e3", " -- ", ".5", "2."], [1000, NAN, 0.5, 2], "'--' among numbers is read as missing"),
-    (["$1", "–"], [1, NAN], "text such as '$1' is read as numbers, '–' as missing"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("texts", "numbers", "remark"),
+    [
+        (["$112.8", "$0.5", None], [112.8, 0.5, NAN], "text such as '$112.8' is read as numbers"),
+        (
+            ["$1,234", "$999", "-$1,234,567.89"],
+            [1234, 999, -1234567.89],
+            "text such as '$1,234' is read as numbers",
+        ),
+        (["89.5%", "100%", "-3 %"], [89.5, 100, -3], "text such as '89.5%' is read as numbers"),
+        (
+            ["1,234", "12", "12,345.5"],
+            [1234, 12, 12345.5],
+            "text such as '1,234' is read as numbers",
+        ),
+        (["12.50 €", " 7 € "], [12.5, 7], "text such as '12.50 €' is read as numbers"),
+        (["£+5", "£10000"], [5, 10000], "text such as '£+5' is read as numbers"),
+        (["¥1.125", "¥1.5"], [1.125, 1.5], "text such as '¥1.125' is read as numbers"),
+        (["-", "12", "-0.5", None], [NAN, 12, -0.5, NAN], "'-' among numbers is read as missing"),
+        (["1e3", " -- ", ".5", "2."], [1000, NAN, 0.5, 2], "'--' among numbers is read as missing"),
+        (["$1", "–"], [1, NAN], "text such as '$1' is read as numbers, '–' as missing"),
+    ],
+)
 def test_amounts_are_numbers_and_a_dash_among_numbers_is_missing(texts, numbers, remark):
     values, words = read_amounts(texts)
     np.testing.assert_array_equal(values, numbers)
     assert words == remark
 
 
-@pytest.mark.parametrize("texts", [
-    ["$1", "2"], ["$1", "2%"], ["$1", "€2"], ["$5%"],  # not one currency throughout
-    ["1,234", "5678"], ["$1,234", "$5678"], ["1,23"], ["0,125"], ["1,2345"],  # commas in some thousands, decimal ones
-    ["1.234,50 €"], ["1.234 €", "12.500 €"], ["1.234 €", "12 €"],  # thousands, where a point stands between them
-    ["$007"], ["12", "7"], ["-", "007"], ["-", "1_000"], ["02139"],  # plain numbers, and codes
-    ["-", "red"], ["-", "."], ["-", None], ["$"], ["%"], ["-$-5"], ["(5)"], ["$1e3"], ["$1", "call us"], ["$1", ""],
-    ["٣%"], [None], [],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["$1", "2"],
+        ["$1", "2%"],
+        ["$1", "€2"],
+        ["$5%"],  # not one currency throughout
+        # commas in some thousands, decimal ones
+        ["1,234", "5678"],
+        ["$1,234", "$5678"],
+        ["1,23"],
+        ["0,125"],
+        ["1,2345"],
+        # thousands, where a point stands between them
+        ["1.234,50 €"],
+        ["1.234 €", "12.500 €"],
+        ["1.234 €", "12 €"],
+        ["$007"],
+        ["12", "7"],
+        ["-", "007"],
+        ["-", "1_000"],
+        ["02139"],  # plain numbers, and codes
+        ["-", "red"],
+        ["-", "."],
+        ["-", None],
+        ["$"],
+        ["%"],
+        ["-$-5"],
+        ["(5)"],
+        ["$1e3"],
+        ["$1", "call us"],
+        ["$1", ""],
+        ["٣%"],
+        [None],
+        [],
+    ],
+)
 def test_what_does_not_agree_stays_text(texts):
     assert read_amounts(texts) is None
 
@@ -145,7 +227,8 @@ def test_a_file_of_amounts_has_numbers_and_a_note(tmp_path):
     for name, example in {"price": "$1,000.50", "share": "0.5%", "mixed": "$10"}.items():
         assert f"Column '{name}': text such as '{example}' is read as numbers" in notes
     assert "'odd': text such" not in notes and rest.select(np.arange(5)).amounts == table.amounts
-    assert table.read_as({"price": "number"}).amounts.keys() == {"share", "mixed"}  # as its owner says
+    # as its owner says
+    assert table.read_as({"price": "number"}).amounts.keys() == {"share", "mixed"}
 
 
 def test_amounts_in_a_frame_are_numbers_but_not_categories():

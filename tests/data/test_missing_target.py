@@ -33,35 +33,57 @@ def scores(study):
 
 FORMS = {
     "array": (X, np.where(np.isin(np.arange(48), LOST), np.nan, Y)),
-    "tensor": (torch.from_numpy(X), torch.from_numpy(np.where(np.isin(np.arange(48), LOST), np.nan, Y))),
+    "tensor": (
+        torch.from_numpy(X),
+        torch.from_numpy(np.where(np.isin(np.arange(48), LOST), np.nan, Y)),
+    ),
     "list": (X.tolist(), with_gaps(Y).tolist()),
     "pandas": (pd.DataFrame(X, columns=list("abc")).assign(y=with_gaps(Y).astype(float)), "y"),
-    "polars": (pl.DataFrame(X, schema=list("abc")).with_columns(y=pl.Series(with_gaps(Y).tolist())), "y"),
-}  # fmt: skip
+    "polars": (
+        pl.DataFrame(X, schema=list("abc")).with_columns(y=pl.Series(with_gaps(Y).tolist())),
+        "y",
+    ),
+}
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_dropped_rows_take_no_part(form):
     given, y = FORMS[form]
-    with pytest.raises(InputError, match=r"3 missing values \(the first in row 3\).*missing_target='drop'"):
+    with pytest.raises(
+        InputError, match=r"3 missing values \(the first in row 3\).*missing_target='drop'"
+    ):
         gputune.tune("mlp", given, y, **HOW)
     study = gputune.tune("mlp", given, y, missing_target="drop", **HOW)
     inputs = torch.from_numpy(X[KEPT]) if form == "tensor" else X[KEPT]
     assert scores(study) == scores(gputune.tune("mlp", inputs, Y[KEPT], **HOW))
     assert f"3 rows without a value of '{study.record.target}' were left out" in study.record.notes
-    rows = given.drop(columns="y") if form == "pandas" else given.drop("y") if form == "polars" else given
+    rows = (
+        given.drop(columns="y")
+        if form == "pandas"
+        else given.drop("y")
+        if form == "polars"
+        else given
+    )
     assert study.best_model().predict(rows).shape == (48,)
 
 
 def test_whole_numbers_of_a_column_stay_classes():
     y = with_gaps(RNG.integers(0, 3, 48))
-    study = gputune.tune("mlp", pd.DataFrame(X).assign(y=y.astype(float)).set_axis(list("abcy"), axis=1), "y",
-                         missing_target="drop", **HOW)  # fmt: skip
-    assert study.record.classes == [0, 1, 2] and all(type(one) is int for one in study.record.classes)
+    study = gputune.tune(
+        "mlp",
+        pd.DataFrame(X).assign(y=y.astype(float)).set_axis(list("abcy"), axis=1),
+        "y",
+        missing_target="drop",
+        **HOW,
+    )
+    assert study.record.classes == [0, 1, 2] and all(
+        type(one) is int for one in study.record.classes
+    )
 
 
 def test_weights_groups_splitters_and_scorers_see_the_rows_that_are_left():
-    weights, groups = RNG.uniform(size=48), RNG.integers(0, 6, 48)
+    weights = RNG.uniform(size=48)
+    groups = RNG.integers(0, 6, 48)
     gaps = with_gaps(Y)
     how = {**HOW, "sample_weight": weights, "cv": GroupKFold(3)}
     frame = pd.DataFrame(X, columns=list("abc"))
@@ -71,26 +93,39 @@ def test_weights_groups_splitters_and_scorers_see_the_rows_that_are_left():
         seen.append((type(rows), len(rows), len(y)))
         return float(-((estimator.predict(rows) - y) ** 2).mean())
 
-    study = gputune.tune("mlp", frame, gaps, groups=groups, missing_target="drop", scoring=scorer, **how)
+    study = gputune.tune(
+        "mlp", frame, gaps, groups=groups, missing_target="drop", scoring=scorer, **how
+    )
     how["sample_weight"] = weights[KEPT]
-    other = gputune.tune("mlp", frame.iloc[KEPT], Y[KEPT], groups=groups[KEPT], scoring=scorer, **how)
+    other = gputune.tune(
+        "mlp", frame.iloc[KEPT], Y[KEPT], groups=groups[KEPT], scoring=scorer, **how
+    )
     assert scores(study) == scores(other)
     assert {kind for kind, *_ in seen} == {pd.DataFrame} and all(a == b for _, a, b in seen)
-    tensors = gputune.tune("mlp", X, gaps, missing_target="drop", **{**HOW, "sample_weight": torch.from_numpy(weights)})
+    tensors = gputune.tune(
+        "mlp", X, gaps, missing_target="drop", **{**HOW, "sample_weight": torch.from_numpy(weights)}
+    )
     assert np.isfinite(tensors.best_score)
 
 
 def test_folds_of_positions_and_wrong_lengths_are_refused():
-    gaps, pairs = with_gaps(Y), list(KFold(3).split(X))
-    with pytest.raises(InputError, match="cv holds row positions, which change when missing_target='drop'"):
+    gaps = with_gaps(Y)
+    pairs = list(KFold(3).split(X))
+    with pytest.raises(
+        InputError, match="cv holds row positions, which change when missing_target='drop'"
+    ):
         gputune.tune("mlp", X, gaps, missing_target="drop", **{**HOW, "cv": pairs})
-    with pytest.raises(InputError, match=r"sample_weight must have one number a row, shape \(48,\), got 45"):
+    with pytest.raises(
+        InputError, match=r"sample_weight must have one number a row, shape \(48,\), got 45"
+    ):
         gputune.tune("mlp", X, gaps, missing_target="drop", sample_weight=np.ones(45), **HOW)
     with pytest.raises(InputError, match="groups must have one value a row"):
         gputune.tune("mlp", X, gaps, missing_target="drop", groups=np.ones(45), **HOW)
     with pytest.raises(InputError, match="y is missing in every row"):
         gputune.tune("mlp", X, [None] * 48, missing_target="drop", **HOW)
-    with pytest.raises(InputError, match="missing_target must be one of 'error', 'drop', got 'skip'"):
+    with pytest.raises(
+        InputError, match="missing_target must be one of 'error', 'drop', got 'skip'"
+    ):
         gputune.tune("mlp", X, gaps, missing_target="skip", **HOW)
 
 
@@ -99,7 +134,9 @@ def test_several_numbers_a_row_are_dropped_if_one_is_missing():
     y[5, 1] = np.nan
     how = {**HOW, "missing_target": "drop"}
     study = gputune.tune(gputune.models.MLP, X.astype("float32"), y, **how)
-    assert study.record.fingerprint["rows"] == 47 and study.best_model().predict(X.astype("float32")).shape == (48, 2)
+    assert study.record.fingerprint["rows"] == 47 and study.best_model().predict(
+        X.astype("float32")
+    ).shape == (48, 2)
 
 
 def test_the_command_line_drops_them_and_resumes(tmp_path, monkeypatch):
@@ -113,7 +150,9 @@ def test_the_command_line_drops_them_and_resumes(tmp_path, monkeypatch):
     assert "3 rows without a value of 'y' were left out" in " ".join(text.split())
     assert "36 rows to search on and 9 held out" in " ".join(text.split())
     study = gputune.Study.open("gputune-out/study.db")
-    assert study.record.source["missing_target"] == "drop" and study.best_model().predict("rows.csv").shape == (48,)
+    assert study.record.source["missing_target"] == "drop" and study.best_model().predict(
+        "rows.csv"
+    ).shape == (48,)
     output("resume", "gputune-out", "--trials", 3)
     assert len(gputune.Study.open("gputune-out/study.db").trials) == 3
     evaluate = ["evaluate", "gputune-out/model", "rows.csv"]

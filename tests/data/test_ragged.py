@@ -20,7 +20,9 @@ OBJECTS[:] = [np.ones(length) for length in LENGTHS]
 FLAT = np.random.default_rng(0).normal(size=(30, 2)).astype(np.float32)
 
 NESTED_WORDS = r"is a nested tensor, whose rows have different lengths. Pad .*: torch.nested.to_padded_tensor\("
-RAGGED_WORDS = r"has rows of different shapes: row 0 has \(2.*\), row 1 \(3.*\). Pad or crop .*pad_sequence\("
+RAGGED_WORDS = (
+    r"has rows of different shapes: row 0 has \(2.*\), row 1 \(3.*\). Pad or crop .*pad_sequence\("
+)
 OPTIONS = {"n_trials": 1, "max_epochs": 1, "cv": 2, "verbose": 0}
 
 
@@ -45,7 +47,9 @@ def mean_of_rows(n_outputs):
 def models():
     """A model of a table, and a model of sequences."""
     sequences = torch.ones(30, 3, 3) * torch.arange(30)[:, None, None]
-    return [gputune.tune(mean_of_rows, X, LABELS, **OPTIONS).best_model() for X in (FLAT, sequences)]
+    return [
+        gputune.tune(mean_of_rows, X, LABELS, **OPTIONS).best_model() for X in (FLAT, sequences)
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
@@ -75,14 +79,18 @@ def test_rows_of_different_lengths_are_refused_wherever_they_are_passed(kind, mo
 def test_the_remedies_give_one_tensor():
     X = nested(torch.strided)
     assert torch.nested.to_padded_tensor(X, 0.0).shape == (30, 3, 3)
-    padded = torch.nn.utils.rnn.pad_sequence([torch.as_tensor(row) for row in LISTS], batch_first=True)
+    padded = torch.nn.utils.rnn.pad_sequence(
+        [torch.as_tensor(row) for row in LISTS], batch_first=True
+    )
     assert padded.shape == (30, 3)
     refuse_ragged(padded, "X")
 
 
 def test_a_dataset_of_a_nested_tensor_is_refused():
     with refused(r"X.tensors\[0\] is a nested tensor"):
-        gputune.tune(mean_of_rows, TensorDataset(nested(torch.jagged), torch.as_tensor(LABELS)), **OPTIONS)
+        gputune.tune(
+            mean_of_rows, TensorDataset(nested(torch.jagged), torch.as_tensor(LABELS)), **OPTIONS
+        )
 
 
 def test_an_object_array_of_equal_rows_is_told_to_be_stacked():
@@ -95,5 +103,11 @@ def test_an_object_array_of_equal_rows_is_told_to_be_stacked():
 
 
 def test_rows_of_one_shape_are_accepted():
-    for value in (FLAT.tolist(), ["a", None, "b"], [1, 2.5], np.array(["a", None], dtype=object), (FLAT, [1])):
+    for value in (
+        FLAT.tolist(),
+        ["a", None, "b"],
+        [1, 2.5],
+        np.array(["a", None], dtype=object),
+        (FLAT, [1]),
+    ):
         refuse_ragged(value, "X")

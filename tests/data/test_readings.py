@@ -1,4 +1,5 @@
-"""A file and a data frame of equal values are read alike, or a note names the column and what to do."""
+"""A file and a data frame of equal values are read alike, or a note names the column and what to
+do."""
 
 import pandas as pd
 import polars as pl
@@ -33,7 +34,10 @@ def path(tmp_path):
 
 def test_a_file_says_what_a_frame_would_keep(path):
     notes = notes_of(path)
-    zeros = "leading zeros are lost, since all values are numbers. To keep codes as they are written, set kinds="
+    zeros = (
+        "leading zeros are lost, since all values are numbers. To keep codes as they are "
+        "written, set kinds="
+    )
     assert f"Column 'zip': {zeros}{{'zip': 'category'}}." in notes
     assert "Column 'region': 'NA' is read as a missing value." in notes
     assert "Column 'pool': 'None' is read as a missing value." in notes
@@ -46,11 +50,20 @@ def test_a_frame_says_what_a_file_would_read(tmp_path):
     pl.from_pandas(FRAME).write_parquet(tmp_path / "t.parquet")
     for X in (FRAME, pl.from_pandas(FRAME), tmp_path / "t.parquet"):
         notes = notes_of(X)
-        numbers = "text that looks like numbers stays text, as the type of the column says. To read numbers, set kinds="
+        numbers = (
+            "text that looks like numbers stays text, as the type of the column says. To read "
+            "numbers, set kinds="
+        )
         assert f"Columns 'zip', 'share': {numbers}{{'zip': 'number'}}." in notes
-        dates = "text that looks like dates stays text, as the type of the column says. To read dates, set kinds="
+        dates = (
+            "text that looks like dates stays text, as the type of the column says. To read "
+            "dates, set kinds="
+        )
         assert f"Column 'day': {dates}{{'day': 'date'}}." in notes
-        word = "is a level like others, and would be missing in a CSV file. Write None for a missing value."
+        word = (
+            "is a level like others, and would be missing in a CSV file. Write None for a "
+            "missing value."
+        )
         assert f"Column 'region': 'NA' {word}" in notes and f"Column 'pool': 'None' {word}" in notes
         assert "'n'" not in notes
         notes = notes_of(X, kinds={"zip": "category", "day": "date", "share": "number"})
@@ -66,7 +79,9 @@ def test_no_remark_on_what_is_read_alike(path, tmp_path):
     frame.to_csv(path, index=False)
     assert read_table(path).readings == {} and "looks like" not in notes_of(path)
     read = pd.read_csv(path)  # the type of "kind" is that of the file then
-    assert as_table(read).readings == {} and as_table(read).kinds[1:3] == read_table(path).kinds[1:3]
+    assert (
+        as_table(read).readings == {} and as_table(read).kinds[1:3] == read_table(path).kinds[1:3]
+    )
 
 
 def test_the_command_line_names_its_own_option(tmp_path):

@@ -47,7 +47,11 @@ def test_pandas_types():
         "boolean": (pd.array([True, None, False], dtype="boolean"), "boolean", [1, np.nan, 0]),
         "string": (pd.array(["a", None, "b"], dtype="string"), "category", ["a", None, "b"]),
         "str": (pd.Series(["a", None, "b"], dtype="str"), "category", ["a", None, "b"]),
-        "category": (pd.Categorical(["a", None, "b"], categories=["b", "a", "z"]), "category", ["a", None, "b"]),
+        "category": (
+            pd.Categorical(["a", None, "b"], categories=["b", "a", "z"]),
+            "category",
+            ["a", None, "b"],
+        ),
         "codes": (pd.Categorical([1.0, None, 2.0]), "category", ["1", None, "2"]),
         "mixed": (pd.Series([1, "a", None], dtype=object), "category", ["1", "a", None]),
         "numbers": (pd.Series([1, 2.5, None], dtype=object), "number", [1, 2.5, np.nan]),
@@ -55,7 +59,11 @@ def test_pandas_types():
         "delta": (pd.to_timedelta(["1s", None, "1h"]), "number", [1, np.nan, 3600]),
         "arrow": (pd.array([1, None, 3], dtype="int64[pyarrow]"), "number", [1, np.nan, 3]),
         "nothing": (pd.Series([None, None, None], dtype=object), "category", [None, None, None]),
-        "interval": (pd.cut([1, 5, 9], 2), "category", ["(0.992, 5.0]", "(0.992, 5.0]", "(5.0, 9.0]"]),
+        "interval": (
+            pd.cut([1, 5, 9], 2),
+            "category",
+            ["(0.992, 5.0]", "(0.992, 5.0]", "(5.0, 9.0]"],
+        ),
     }
     table = as_table(pd.DataFrame({name: column for name, (column, _, _) in of_types.items()}))
     for name, (_, kind, values) in of_types.items():
@@ -80,7 +88,11 @@ def test_polars_types():
 def test_arrays_and_lists():
     values = np.arange(6).reshape(3, 2)
     table = as_table(values)
-    assert as_table(table) is table and table.names == ("x0", "x1") and table.kinds == ("number", "number")
+    assert (
+        as_table(table) is table
+        and table.names == ("x0", "x1")
+        and table.kinds == ("number", "number")
+    )
     texts = values.astype(str)
     for X in (values.tolist(), texts, [list(row) for row in texts], torch.tensor(values)):
         same(table, as_table(X))
@@ -91,35 +103,67 @@ def test_arrays_and_lists():
     np.testing.assert_array_equal(table.columns[0], before)
 
 
-@pytest.mark.parametrize(("X", "message"), [
-    (csr_matrix(np.eye(3)), "sparse matrix"), (csr_array(np.eye(3)), "sparse matrix"),
-    (np.zeros((2, 2, 2)), r"two-dimensional .*\(2, 2, 2\); pass X.reshape\(len\(X\), -1\), which the forward"),
-    ([np.zeros((3, 2)), np.zeros((3, 4))], r"X is a list of 2 inputs, of shapes \(3, 2\), \(3, 4\).*hstack\(X\)"),
-    ((torch.zeros(3, 2), torch.zeros(3)), r"X is a tuple of 2 inputs, of shapes \(3, 2\), \(3,\)"),
-    ({"a": np.zeros((3, 2))}, r"X is a dict; pass one table .*pandas.DataFrame\(X\).*hstack\(list\(X.values"),
-    (TensorDataset(torch.zeros(3, 2)), "X is a TensorDataset; pass its tensors: X, y = dataset.tensors"),
-    (DataLoader(TensorDataset(torch.zeros(3, 2))), "X is a DataLoader, .*batch_size is a key"),
-    (Subset(TensorDataset(torch.zeros(3, 2)), [0]), "X is a Subset, a torch Dataset; pass all its rows"),
-    ([[10**400], [1]], "column 'x0' holds an integer that is larger than any float"),
-    (np.zeros(3), r"two-dimensional .*\(3,\)"),
-    (None, "X must be rows, a data frame, an array of two axes or a list of lists, got None"),
-    (2.5, "got 2.5"),
-    (pd.Series([1, 2]), "two-dimensional"), ([1, 2], "two-dimensional"),
-    ([torch.ones(2), torch.ones(3)], r"rows of different shapes.*torch.nn.utils.rnn.pad_sequence"),
-    ([[1, 2], [1]], "row 1 \\(1,\\).* In a table, fill the shorter rows with None"),
-    (np.zeros((0, 3)), "no rows"),
-    (np.zeros((3, 0)), "no columns"),
-    (pd.DataFrame(), "no columns"),
-    (pd.DataFrame([[1, 2]], columns=["a", "a"]), "column names must differ"),
-    (pd.DataFrame([[1, 2]], columns=["1", 1]), "column names must differ"),
-    (pl.DataFrame({"a": [1]}).lazy(), "lazy frame"),
-    (np.array([[1.0, np.inf]]), "column 'x1' has an infinite value in row 0; clip it, or leave it empty.$"),
-    (pd.DataFrame({"price": [1.0, -np.inf]}), "'price' has an infinite value in row 1, where the first is row 0; "),
-    (np.zeros((2, 2), dtype=complex), "column 'x0' holds complex128"),
-    (pd.DataFrame({"a": [[1], [2]]}), "column 'a' holds list"),
-    (np.zeros(2, dtype=[("a", float)]), "structured array"),
-    (np.ma.masked_array(np.zeros((2, 2)), mask=np.eye(2)), "masked array"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("X", "message"),
+    [
+        (csr_matrix(np.eye(3)), "sparse matrix"),
+        (csr_array(np.eye(3)), "sparse matrix"),
+        (
+            np.zeros((2, 2, 2)),
+            r"two-dimensional .*\(2, 2, 2\); pass X.reshape\(len\(X\), -1\), which the forward",
+        ),
+        (
+            [np.zeros((3, 2)), np.zeros((3, 4))],
+            r"X is a list of 2 inputs, of shapes \(3, 2\), \(3, 4\).*hstack\(X\)",
+        ),
+        (
+            (torch.zeros(3, 2), torch.zeros(3)),
+            r"X is a tuple of 2 inputs, of shapes \(3, 2\), \(3,\)",
+        ),
+        (
+            {"a": np.zeros((3, 2))},
+            r"X is a dict; pass one table .*pandas.DataFrame\(X\).*hstack\(list\(X.values",
+        ),
+        (
+            TensorDataset(torch.zeros(3, 2)),
+            "X is a TensorDataset; pass its tensors: X, y = dataset.tensors",
+        ),
+        (DataLoader(TensorDataset(torch.zeros(3, 2))), "X is a DataLoader, .*batch_size is a key"),
+        (
+            Subset(TensorDataset(torch.zeros(3, 2)), [0]),
+            "X is a Subset, a torch Dataset; pass all its rows",
+        ),
+        ([[10**400], [1]], "column 'x0' holds an integer that is larger than any float"),
+        (np.zeros(3), r"two-dimensional .*\(3,\)"),
+        (None, "X must be rows, a data frame, an array of two axes or a list of lists, got None"),
+        (2.5, "got 2.5"),
+        (pd.Series([1, 2]), "two-dimensional"),
+        ([1, 2], "two-dimensional"),
+        (
+            [torch.ones(2), torch.ones(3)],
+            r"rows of different shapes.*torch.nn.utils.rnn.pad_sequence",
+        ),
+        ([[1, 2], [1]], "row 1 \\(1,\\).* In a table, fill the shorter rows with None"),
+        (np.zeros((0, 3)), "no rows"),
+        (np.zeros((3, 0)), "no columns"),
+        (pd.DataFrame(), "no columns"),
+        (pd.DataFrame([[1, 2]], columns=["a", "a"]), "column names must differ"),
+        (pd.DataFrame([[1, 2]], columns=["1", 1]), "column names must differ"),
+        (pl.DataFrame({"a": [1]}).lazy(), "lazy frame"),
+        (
+            np.array([[1.0, np.inf]]),
+            "column 'x1' has an infinite value in row 0; clip it, or leave it empty.$",
+        ),
+        (
+            pd.DataFrame({"price": [1.0, -np.inf]}),
+            "'price' has an infinite value in row 1, where the first is row 0; ",
+        ),
+        (np.zeros((2, 2), dtype=complex), "column 'x0' holds complex128"),
+        (pd.DataFrame({"a": [[1], [2]]}), "column 'a' holds list"),
+        (np.zeros(2, dtype=[("a", float)]), "structured array"),
+        (np.ma.masked_array(np.zeros((2, 2)), mask=np.eye(2)), "masked array"),
+    ],
+)
 def test_what_is_no_table(X, message):
     with refused(message):
         as_table(X)
@@ -137,14 +181,17 @@ def test_large_arrays_are_read_column_by_column():
     np.testing.assert_array_equal(table.column("x4"), values[:, 4])
 
 
-@pytest.mark.parametrize(("column", "kind", "values"), [
-    ([1, 2], "i", [1, 2]),
-    ([1.5, 2.0], "f", [1.5, 2.0]),
-    ([True, False], "b", [True, False]),
-    (["a", "b"], "O", ["a", "b"]),
-    (["a", None], "O", ["a", None]),
-    ([1, None], "f", [1, np.nan]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("column", "kind", "values"),
+    [
+        ([1, 2], "i", [1, 2]),
+        ([1.5, 2.0], "f", [1.5, 2.0]),
+        ([True, False], "b", [True, False]),
+        (["a", "b"], "O", ["a", "b"]),
+        (["a", None], "O", ["a", None]),
+        ([1, None], "f", [1, np.nan]),
+    ],
+)
 def test_the_target_is_a_plain_array(column, kind, values):
     rest, y = split_target(as_table(pl.DataFrame({"x": [1, 2], "y": column})), "y")
     assert rest.names == ("x",)
@@ -167,14 +214,19 @@ def test_bad_targets():
 
 
 def test_rows_stay_what_the_user_gave():
-    rows, order = [[1.0, 2.0, "x"], [3.0, 4.0, "y"], [5.0, 6.0, "z"]], np.array([2, 0])
+    rows = [[1.0, 2.0, "x"], [3.0, 4.0, "y"], [5.0, 6.0, "z"]]
+    order = np.array([2, 0])
     array = np.array(rows, dtype=object)
     assert as_rows(array, ()) is array
     assert select_rows(as_rows(rows, ()), order).tolist() == [rows[2], rows[0]]
     pandas = pd.DataFrame(rows, columns=["a", 7, "c"], index=[10, 20, 30])
     assert as_rows(pandas, ("a", "7", "c")) is pandas
     part = select_rows(as_rows(pandas, ("a", "7")), order)
-    assert list(part) == ["a", 7] and part.index.tolist() == [30, 10] and part[7].tolist() == [6.0, 2.0]
+    assert (
+        list(part) == ["a", 7]
+        and part.index.tolist() == [30, 10]
+        and part[7].tolist() == [6.0, 2.0]
+    )
     polars = pl.DataFrame({"a": [1, 2, 3], "b": ["x", "y", "z"]})
     assert select_rows(as_rows(polars, ("b",)), order).to_dict(as_series=False) == {"b": ["z", "x"]}
     arrow = polars.to_arrow()

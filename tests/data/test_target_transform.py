@@ -1,4 +1,5 @@
-"""A transformed target: a fold equals a plain loop on it, and everything that is told is in the target's own units."""
+"""A transformed target: a fold equals a plain loop on it, and everything that is told is in the
+target's own units."""
 
 import numpy as np
 import pytest
@@ -6,12 +7,22 @@ import torch
 from sklearn.compose import TransformedTargetRegressor
 from sklearn.linear_model import LinearRegression
 from sklearn.metrics import r2_score
-from sklearn.preprocessing import FunctionTransformer, KBinsDiscretizer, PowerTransformer, QuantileTransformer
+from sklearn.preprocessing import (
+    FunctionTransformer,
+    KBinsDiscretizer,
+    PowerTransformer,
+    QuantileTransformer,
+)
 
 import gputune
 import reference
 from command_line import run, write_table
-from gputune.data.target_transform import FittedTransform, fit_transform, transform_from_json, transform_to_json
+from gputune.data.target_transform import (
+    FittedTransform,
+    fit_transform,
+    transform_from_json,
+    transform_to_json,
+)
 from gputune.errors import InputWarning
 from gputune.models import MLP
 from gputune.population.population import complete
@@ -21,26 +32,44 @@ from refused import refused
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(60, 3))
 Y = np.exp(X @ [1.0, 0.5, 0.0] + 0.1 * RNG.normal(size=60))
-FOLDS = [(np.flatnonzero(np.arange(60) % 2 != f), np.flatnonzero(np.arange(60) % 2 == f)) for f in range(2)]
+FOLDS = [
+    (np.flatnonzero(np.arange(60) % 2 != f), np.flatnonzero(np.arange(60) % 2 == f))
+    for f in range(2)
+]
 HOW = {"n_trials": 1, "max_epochs": 3, "cv": FOLDS, "verbose": 0, "workers": 1}
 QUANTILES = QuantileTransformer(n_quantiles=20, output_distribution="normal")
-TRANSFORMERS = {"log": FunctionTransformer(np.log, np.exp), "log1p": FunctionTransformer(np.log1p, np.expm1)}
+TRANSFORMERS = {
+    "log": FunctionTransformer(np.log, np.exp),
+    "log1p": FunctionTransformer(np.log1p, np.expm1),
+}
 
 
 @pytest.mark.parametrize("transform", ["log", "log1p", QUANTILES], ids=str)
 @pytest.mark.parametrize("backend", [pytest.param("compiled", marks=needs_compiled_code), "eager"])
 def test_a_fold_equals_a_plain_loop_on_the_transformed_target(transform, backend):
     params = {"lr": 0.01, "batch_size": 8, "width": 16}
-    study = gputune.tune("mlp", X, Y, space=params, target_transform=transform, dtype="float64", backend=backend, **HOW)
+    study = gputune.tune(
+        "mlp",
+        X,
+        Y,
+        space=params,
+        target_transform=transform,
+        dtype="float64",
+        backend=backend,
+        **HOW,
+    )
     config = complete(params, optimizer="adamw", schedule="constant")
     of_rows = study.oof_predictions()
     for f, (train, valid) in enumerate(FOLDS):
         x = torch.tensor((X - X[train].mean(0)) / X[train].std(0))
         fitted = TRANSFORMERS.get(str(transform), transform).fit(Y[train, None])
         there = fitted.transform(Y[train, None])[:, 0]
-        y, scores = torch.tensor((there - there.mean()) / there.std()), []
+        y = torch.tensor((there - there.mean()) / there.std())
+        scores = []
 
-        def after_epoch(epoch, module, x=x[valid], there=there, fitted=fitted, scores=scores, valid=valid):
+        def after_epoch(
+            epoch, module, x=x[valid], there=there, fitted=fitted, scores=scores, valid=valid
+        ):
             with torch.no_grad():
                 output = module(x).numpy() * there.std() + there.mean()
             scores.append(fitted.inverse_transform(output)[:, 0])
@@ -53,14 +82,19 @@ def test_a_fold_equals_a_plain_loop_on_the_transformed_target(transform, backend
 
 
 def test_a_transformer_is_used_as_scikit_learn_uses_it():
-    regressor = TransformedTargetRegressor(LinearRegression(), transformer=PowerTransformer()).fit(X, Y)
+    regressor = TransformedTargetRegressor(LinearRegression(), transformer=PowerTransformer()).fit(
+        X, Y
+    )
     fitted = fit_transform(PowerTransformer(), Y)
     line = LinearRegression().fit(X, fitted.forward(Y)).predict(X)
     expected = regressor.predict(X)
     known = np.isfinite(expected)
     inverse = fitted.inverse(torch.tensor(line[:, None])).numpy()[:, 0]
     np.testing.assert_allclose(inverse[known], expected[known])
-    assert np.isfinite(inverse).all() and np.isnan(fitted.inverse(torch.tensor([[np.nan]])).numpy()).all()
+    assert (
+        np.isfinite(inverse).all()
+        and np.isnan(fitted.inverse(torch.tensor([[np.nan]])).numpy()).all()
+    )
     beyond = fitted.inverse(torch.tensor([[9.0]])).item()
     assert beyond == pytest.approx(Y.max())  # what has no inverse is the nearest training target
 
@@ -71,14 +105,17 @@ def test_models_are_saved_and_studies_opened(transform, tmp_path):
     study = gputune.tune("mlp", X, Y, **how)
     model = study.best_model()
     model.save(tmp_path / "model")
-    loaded, opened = gputune.load_model(tmp_path / "model"), gputune.Study.open(tmp_path / "study.db")
+    loaded = gputune.load_model(tmp_path / "model")
+    opened = gputune.Study.open(tmp_path / "study.db")
     np.testing.assert_array_equal(loaded.predict(X), model.predict(X))
     np.testing.assert_array_equal(opened.best_model(X, Y).predict(X), model.predict(X))
     assert len(gputune.tune("mlp", X, Y, **{**how, "n_trials": 2}).trials) == 2
     with refused("differs from this call in: target_transform"):
         gputune.tune("mlp", X, Y, **{**how, "target_transform": "log1p"})
     opened.report(tmp_path / "report.html")
-    assert f"target_transform={repr(transform)[:9]}" in (tmp_path / "report.html").read_text().replace("&#39;", "'")
+    assert f"target_transform={repr(transform)[:9]}" in (
+        tmp_path / "report.html"
+    ).read_text().replace("&#39;", "'")
 
 
 def test_several_numbers_a_loss_of_ones_own_and_an_ensemble():
@@ -95,7 +132,9 @@ def test_a_loss_of_ones_own_sees_the_target_transformed():
 
     how = {**HOW, "loss": loss, "epoch": "last"}
     transformed = gputune.tune(MLP, X, Y, target_transform="log", **how).oof_predictions()
-    np.testing.assert_allclose(transformed, np.exp(gputune.tune(MLP, X, np.log(Y), **how).oof_predictions()))
+    np.testing.assert_allclose(
+        transformed, np.exp(gputune.tune(MLP, X, np.log(Y), **how).oof_predictions())
+    )
 
 
 @pytest.mark.parametrize("suffix", [pytest.param(".onnx", marks=pytest.mark.long), ".pt2"])
@@ -110,13 +149,27 @@ def test_an_export_inverts_words_and_refuses_code(suffix, tmp_path):
         found = torch.export.load(path).module()(torch.tensor(X)).detach().numpy()
     np.testing.assert_allclose(found, model.predict(X), rtol=1e-5)
     model = gputune.tune("mlp", X, Y, target_transform=PowerTransformer(), **HOW).best_model()
-    with refused(r"export\(\) cannot write target_transform=PowerTransformer\(\), .* 'log' or 'log1p'"):
+    with refused(
+        r"export\(\) cannot write target_transform=PowerTransformer\(\), .* 'log' or 'log1p'"
+    ):
         model.export(tmp_path / f"other{suffix}")
 
 
 def test_the_command_line(tmp_path):
-    file, out = (write_table(tmp_path / "houses.csv", price=np.round(np.exp(RNG.normal(size=40)), 3)), tmp_path / "out")
-    words = ["--target", "price", "--target-transform", "log", "--epochs", "2", "--cv", "2", "--workers", "1"]
+    file = write_table(tmp_path / "houses.csv", price=np.round(np.exp(RNG.normal(size=40)), 3))
+    out = tmp_path / "out"
+    words = [
+        "--target",
+        "price",
+        "--target-transform",
+        "log",
+        "--epochs",
+        "2",
+        "--cv",
+        "2",
+        "--workers",
+        "1",
+    ]
     code, text, err = run("tune", file, *words, "--trials", "2", "--out", out)
     assert (code, err) == (0, "") and "Held-out r2" in text
     assert run("resume", out, "--trials", "3")[0] == 0
@@ -139,9 +192,13 @@ def test_an_object_of_ones_own_is_known_to_its_process_alone(tmp_path):
     study = gputune.tune("mlp", X, Y, **how)
     model = study.best_model()
     assert study.record.target_transform == {"object": "Halved()"}
-    with refused(r"save\(\) cannot write target_transform=Halved\(\), which is no transformer of sklearn"):
+    with refused(
+        r"save\(\) cannot write target_transform=Halved\(\), which is no transformer of sklearn"
+    ):
         model.save(tmp_path / "model")
-    with refused("cannot read target_transform again, which is an object of your own; call it on the study"):
+    with refused(
+        "cannot read target_transform again, which is an object of your own; call it on the study"
+    ):
         gputune.Study.open(tmp_path / "study.db").best_model(X, Y)
     assert "target_transform, an object of your own" in study.record.arguments.lacking
 
@@ -156,25 +213,52 @@ class Wide(FunctionTransformer):
         return np.concatenate([X, X], 1)
 
 
-@pytest.mark.parametrize(("transform", "y", "words"), [
-    ("log", Y - 2, "above 0 in y, and .* of 60 are not, the least -1.*; choose a PowerTransformer, or"),
-    ("log", np.r_[0.0, Y[1:]], "and 1 of 60 are not, the least 0; choose 'log1p' .all above -1., or"),
-    ("log1p", Y - 2, "needs numbers above -1 in y, and"),
-    ("log", X[:, 0] > 0, "is for numbers to be predicted, and y is 2 classes: leave it out, or"),
-    ("sqrt", Y, "must be 'log', 'log1p' or a transformer .* inverse_transform, or None, got 'sqrt'"),
-    ("lg", Y, "Did you mean 'log'"), (PowerTransformer, Y, "target_transform must be"),
-    (LinearRegression(), Y, "target_transform must be"),
-    (Failing(), Y, r"target_transform=Failing\(\) raised RuntimeError on the training rows of a fold: no. Choose"),
-    (Wide(), Y, r"raised ValueError on .*: it makes \(30, 2\) of \(30,\), or"),
-    (PowerTransformer(method="box-cox"), -Y, "raised ValueError on the training rows"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("transform", "y", "words"),
+    [
+        (
+            "log",
+            Y - 2,
+            "above 0 in y, and .* of 60 are not, the least -1.*; choose a PowerTransformer, or",
+        ),
+        (
+            "log",
+            np.r_[0.0, Y[1:]],
+            "and 1 of 60 are not, the least 0; choose 'log1p' .all above -1., or",
+        ),
+        ("log1p", Y - 2, "needs numbers above -1 in y, and"),
+        (
+            "log",
+            X[:, 0] > 0,
+            "is for numbers to be predicted, and y is 2 classes: leave it out, or",
+        ),
+        (
+            "sqrt",
+            Y,
+            "must be 'log', 'log1p' or a transformer .* inverse_transform, or None, got 'sqrt'",
+        ),
+        ("lg", Y, "Did you mean 'log'"),
+        (PowerTransformer, Y, "target_transform must be"),
+        (LinearRegression(), Y, "target_transform must be"),
+        (
+            Failing(),
+            Y,
+            r"target_transform=Failing\(\) raised RuntimeError on the training rows of a fold: no. Choose",
+        ),
+        (Wide(), Y, r"raised ValueError on .*: it makes \(30, 2\) of \(30,\), or"),
+        (PowerTransformer(method="box-cox"), -Y, "raised ValueError on the training rows"),
+    ],
+)
 def test_what_is_refused(transform, y, words):
     with refused(words):
         gputune.tune("mlp", X, y, target_transform=transform, **HOW)
 
 
 def test_a_descent_is_refused():
-    with refused("method='hypergradient' descends on the squared error .* target_transform='log': choose another"):
+    with refused(
+        "method='hypergradient' descends on the squared error .* target_transform='log': choose "
+        "another"
+    ):
         gputune.tune("mlp", X, Y, target_transform="log", method="hypergradient", **HOW)
 
 
@@ -187,7 +271,12 @@ def test_a_poor_inverse_is_warned_of_and_a_function_without_a_name_refused(tmp_p
 
 
 def test_a_file_makes_no_other_object():
-    for value in ({"class": "os", "params": {}}, {"class": "normalize", "params": {}}, {"ufunc": "save"}, "sqrt"):
+    for value in (
+        {"class": "os", "params": {}},
+        {"class": "normalize", "params": {}},
+        {"ufunc": "save"},
+        "sqrt",
+    ):
         with pytest.raises((ValueError, AttributeError, TypeError)):
             transform_from_json(value)
     assert str(transform_from_json(transform_to_json(QUANTILES))) == str(QUANTILES)

@@ -9,7 +9,9 @@ from gputune.types import OPTIMIZERS
 from problems import fill, needs_compiled_code
 from refused import refused
 
-CPU, GPU, META = torch.device("cpu"), torch.device("cuda", 1), torch.device("meta")
+CPU = torch.device("cpu")
+GPU = torch.device("cuda", 1)
+META = torch.device("meta")
 
 
 @pytest.mark.parametrize(
@@ -60,5 +62,7 @@ def test_how_a_trial_trains(backend, kind, config, way):
 
 
 def test_the_optimizers_whose_steps_are_recorded():
-    taken = [word for word in OPTIMIZERS if trains_as("graph", "mlp", {"optimizer": word}) == "graph"]
+    taken = [
+        word for word in OPTIMIZERS if trains_as("graph", "mlp", {"optimizer": word}) == "graph"
+    ]
     assert taken == ["sgd", "nesterov", "adam", "adamw", "rmsprop", "lion", "muon", "schedulefree"]

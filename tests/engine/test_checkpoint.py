@@ -33,7 +33,9 @@ def written(folder, one=None):
 
 
 def keep(folder, *, epoch=2, seconds=60.0):
-    return Checkpointing(folder, (3, 5), seconds).keep(checkpoint(epoch=epoch), list(CONFIGS.values()))
+    return Checkpointing(folder, (3, 5), seconds).keep(
+        checkpoint(epoch=epoch), list(CONFIGS.values())
+    )
 
 
 def test_it_comes_back_bit_for_bit(folder):
@@ -53,7 +55,9 @@ def test_every_changed_or_missing_byte_is_seen(folder):
     rng = np.random.default_rng(0)
     for at in [*rng.integers(0, len(whole), 150), *range(len(whole) - 64, len(whole))]:
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        with pytest.warns(UserWarning, match="1 of the checkpoints in .* cannot be used .* from its start"):
+        with pytest.warns(
+            UserWarning, match="1 of the checkpoints in .* cannot be used .* from its start"
+        ):
             assert folder.read(CONFIGS) == []
     for end in range(0, len(whole), 37):
         path.write_bytes(whole[:end])
@@ -65,7 +69,9 @@ def test_those_of_others_are_left_out_with_one_warning(folder):
     written(folder)
     written(folder, checkpoint((3,)))
     other = CheckpointFolder(folder.folder, "of another search")
-    with pytest.warns(UserWarning, match="2 of the checkpoints in .* is of another search") as caught:
+    with pytest.warns(
+        UserWarning, match="2 of the checkpoints in .* is of another search"
+    ) as caught:
         assert other.read(CONFIGS) == []
     assert len(caught) == 1
     with pytest.warns(UserWarning, match="is of other configurations"):
@@ -84,7 +90,9 @@ def test_they_go_when_all_their_trials_have_ended(folder):
 
 def test_a_disk_that_takes_nothing_is_a_warning(folder):
     folder.folder.write_text("a file in the place of the folder")
-    with pytest.warns(UserWarning, match="no checkpoint could be written in .* Make room on the disk"):
+    with pytest.warns(
+        UserWarning, match="no checkpoint could be written in .* Make room on the disk"
+    ):
         assert keep(folder) == 60.0
 
 
@@ -93,15 +101,20 @@ def test_what_results_need_is_left_on_the_disk(folder, monkeypatch):
     whole = path.read_bytes()
     free = SimpleNamespace(free=2**24)
     monkeypatch.setattr("gputune.engine.checkpoint.shutil.disk_usage", lambda folder: free)
-    with pytest.warns(UserWarning, match="no checkpoint .* less than 16 MB for results.* Make room on the"):
+    with pytest.warns(
+        UserWarning, match="no checkpoint .* less than 16 MB for results.* Make room on the"
+    ):
         keep(folder, epoch=3)
     assert [p.name for p in path.parent.iterdir()] == [path.name] and path.read_bytes() == whole
     free.free += 10_000
     written(folder, checkpoint(epoch=3))
 
 
-def test_another_process_may_remove_the_empty_folder_while_a_checkpoint_is_made(folder, monkeypatch):
-    look, removals = shutil.disk_usage, [1, 2, 3]
+def test_another_process_may_remove_the_empty_folder_while_a_checkpoint_is_made(
+    folder, monkeypatch
+):
+    look = shutil.disk_usage
+    removals = [1, 2, 3]
 
     def removed_meanwhile(place):
         usage = look(place)

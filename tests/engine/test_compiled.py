@@ -1,4 +1,5 @@
-"""Compiled training beside eager training: the same numbers, whatever the shape, the company and the threads."""
+"""Compiled training beside eager training: the same numbers, whatever the shape, the company and
+the threads."""
 
 import itertools
 import signal
@@ -67,7 +68,10 @@ def test_company_and_threads_change_no_bit(activation):
     data = make_data(n=200, dtype=torch.float32)
     scoring = scoring_of(data, "neg_log_loss")
     sizes = [(3, 8), (16, 64), (9, 200), (12, 33), (16, 16)]
-    sizes = [{"width": w, "batch_size": b, "ema": ema} for (w, b), ema in zip(sizes, (0, 0.9, 0.5, 0, 0.99))]
+    sizes = [
+        {"width": w, "batch_size": b, "ema": ema}
+        for (w, b), ema in zip(sizes, (0, 0.9, 0.5, 0, 0.99))
+    ]
     configs = fill(*({**size, "activation": activation} for size in sizes))
     with on_threads(1):
         one = run(data, configs, scoring=scoring)
@@ -97,9 +101,12 @@ def test_rows_that_are_scaled_as_they_are_gathered_change_no_bit(backend):
     np.testing.assert_array_equal(one.curves, other.curves)
 
 
-CLASSES, NUMBERS = make_data(folds=3), make_data("regression")
+CLASSES = make_data(folds=3)
+NUMBERS = make_data("regression")
 EACH_SCORE = [
-    *itertools.product([CLASSES, without_class_2(CLASSES)], ["accuracy", "neg_log_loss", "balanced_accuracy"]),
+    *itertools.product(
+        [CLASSES, without_class_2(CLASSES)], ["accuracy", "neg_log_loss", "balanced_accuracy"]
+    ),
     (CLASSES, "f1_weighted"),
     *((NUMBERS, word) for word in ("r2", "neg_mean_absolute_error", "neg_median_absolute_error")),
 ]
@@ -107,12 +114,16 @@ EACH_SCORE = [
 
 @pytest.mark.parametrize(("data", "scoring"), EACH_SCORE)
 def test_scores_are_those_of_eager_training(data, scoring):
-    configs = fill({"width": 8, "lr": 1e-2}, {"width": 14, "batch_size": 9}, {"width": 16, "lr": 3e-2})
+    configs = fill(
+        {"width": 8, "lr": 1e-2}, {"width": 14, "batch_size": 9}, {"width": 16, "lr": 3e-2}
+    )
     eager, compiled = both(data, configs, scoring=scoring_of(data, scoring))
     np.testing.assert_allclose(compiled.curves, eager.curves, rtol=1e-9)
 
 
-@pytest.mark.parametrize(("scoring", "lr"), [("accuracy", 1e38), ("neg_log_loss", 1e30), ("neg_log_loss", 1e38)])
+@pytest.mark.parametrize(
+    ("scoring", "lr"), [("accuracy", 1e38), ("neg_log_loss", 1e30), ("neg_log_loss", 1e38)]
+)
 @pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "tanh"])
 def test_a_trial_that_diverges_is_seen_to(activation, scoring, lr):
     data = make_data(dtype=torch.float32)
@@ -134,7 +145,8 @@ def test_every_schedule():
 def test_averages_that_go_on_have_the_same_bits():
     data = make_data(dtype=torch.float32)
     configs = fill(*({"width": 8, "batch_size": 9, "ema": ema} for ema in (0.5, 0.99)))
-    whole, half = run(data, configs, epochs=4), run(data, configs, epochs=2, horizon=4)
+    whole = run(data, configs, epochs=4)
+    half = run(data, configs, epochs=2, horizon=4)
     rest = run(data, configs, epochs=4, begin=half.state)
     assert torch.equal(rest.scored, whole.scored) and not torch.equal(whole.scored, whole.flat)
 
@@ -142,7 +154,8 @@ def test_averages_that_go_on_have_the_same_bits():
 def test_an_interruption_is_heard_in_the_middle_of_an_epoch(monkeypatch):
     data = make_data(n=20_000, d=60, dtype=torch.float32)
     configs = fill(*({"width": 256, "depth": 4, "batch_size": 1} for _ in range(20)))  # minutes
-    begun, whole = [], compiled.library(data.dtype)
+    begun = []
+    whole = compiled.library(data.dtype)
 
     class Pressed:
         """The compiled code, and somebody who sends the signal once it has taken a member."""
@@ -186,12 +199,20 @@ def test_the_deepest_network_that_is_compiled():
     assert largest_difference(compiled, eager) <= 1e-10
 
 
-@pytest.mark.parametrize("method", [pytest.param("random", marks=pytest.mark.long), "halving", "median"])
+@pytest.mark.parametrize(
+    "method", [pytest.param("random", marks=pytest.mark.long), "halving", "median"]
+)
 def test_a_search_has_the_same_table_either_way(method):
     rng = np.random.RandomState(0)
     X = rng.randn(90, 4)
     y = (X[:, 0] + X[:, 1] ** 2 > 0.5).astype(int)
-    space = {"lr": [1e-3, 1e-2], "width": [8, 20], "batch_size": [8, 16, 30], "dropout": [0.0, 0.2], "ema": [0.0, 0.9]}
+    space = {
+        "lr": [1e-3, 1e-2],
+        "width": [8, 20],
+        "batch_size": [8, 16, 30],
+        "dropout": [0.0, 0.2],
+        "ema": [0.0, 0.9],
+    }
     common = {"n_trials": 9, "max_epochs": 9, "cv": 2, "dtype": "float64", "verbose": 0}
     common |= {"space": space, "method": method, "scoring": "neg_log_loss"}
     eager, fast = (gputune.tune("mlp", X, y, backend=b, **common) for b in ("eager", "compiled"))

@@ -5,27 +5,43 @@ import torch
 
 import gputune
 from gputune.engine import backend, choice
-from gputune.engine.backend import Findings, Speed, choose_backend, choose_device, keep_findings, read_findings
+from gputune.engine.backend import (
+    Findings,
+    Speed,
+    choose_backend,
+    choose_device,
+    keep_findings,
+    read_findings,
+)
 from gputune.engine.choice import DeviceChoice, Work, device_for, device_for_solver, work_of_a_step
 from problems import fill, needs_compiled_code
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
+CPU = torch.device("cpu")
+GPU = torch.device("cuda")
 CONFIGS = fill(*({"lr": lr, "width": 64, "batch_size": 32} for lr in (1e-3, 1e-2)))
 WORK = {
-    "kind": "mlp", "configs": CONFIGS, "rows": [320, 320], "n_features": 64, "n_outputs": 10, "epochs": 50,
-}  # fmt: skip
+    "kind": "mlp",
+    "configs": CONFIGS,
+    "rows": [320, 320],
+    "n_features": 64,
+    "n_outputs": 10,
+    "epochs": 50,
+}
 
 pytestmark = [pytest.mark.cpu, needs_compiled_code]
 
 
 @pytest.fixture(autouse=True)
 def machine(tmp_path, monkeypatch):
-    """A machine with a GPU, of which nothing is known; returns the places whose speed was measured."""
+    """A machine with a GPU, of which nothing is known; returns the places whose speed was
+    measured."""
     monkeypatch.setattr(backend, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(backend, "device_name", lambda device: f"a {device.type}")
     monkeypatch.setattr(choice, "device_name", lambda device: f"a {device.type}")
-    monkeypatch.setattr(choice, "choose_device", lambda word: GPU if word == "auto" else torch.device(word))
+    monkeypatch.setattr(
+        choice, "choose_device", lambda word: GPU if word == "auto" else torch.device(word)
+    )
     measured = []
 
     def measure(device, backend):
@@ -43,7 +59,9 @@ SPEEDS = {"cpu": Speed(0.0, 1e-4), "cuda": Speed(1e-3, 1e-6)}
 def test_what_is_soon_done_stays_on_the_cpu_and_no_gpu_is_asked(machine):
     work = Work(**WORK)
     assert work.seconds(SPEEDS["cpu"], alone=True) == pytest.approx(0.2)
-    assert device_for("auto", work) == DeviceChoice(CPU, "compiled code takes about 0.2 s on the CPU")
+    assert device_for("auto", work) == DeviceChoice(
+        CPU, "compiled code takes about 0.2 s on the CPU"
+    )
     assert machine == [("cpu", "compiled")]
 
 
@@ -70,17 +88,25 @@ def test_a_device_that_cannot_be_timed_is_not_taken(monkeypatch, broken, device)
         device_for("auto", long)
     monkeypatch.delenv("GPUTUNE_STRICT_BACKENDS")
     if broken == "cpu":
-        with pytest.warns(RuntimeWarning, match="CPU failed, so that the GPU trains: OSError: no such code"):
+        with pytest.warns(
+            RuntimeWarning, match="CPU failed, so that the GPU trains: OSError: no such code"
+        ):
             assert device_for("auto", long) == DeviceChoice(device)
     else:
-        assert device_for("auto", long) == DeviceChoice(device, "timing a cuda failed: OSError: no such code")
+        assert device_for("auto", long) == DeviceChoice(
+            device, "timing a cuda failed: OSError: no such code"
+        )
 
 
-def test_a_speed_that_is_known_is_not_measured_and_trials_that_a_sampler_will_ask_for_count(machine):
+def test_a_speed_that_is_known_is_not_measured_and_trials_that_a_sampler_will_ask_for_count(
+    machine,
+):
     keep_findings(CPU, Findings(None, {"compiled": SPEEDS["cpu"]}))
     device_for("auto", Work(**WORK))
     assert machine == []
-    assert device_for("auto", Work(**WORK, repeats=100.0)).why.startswith("compiled code takes about 20 s")
+    assert device_for("auto", Work(**WORK, repeats=100.0)).why.startswith(
+        "compiled code takes about 20 s"
+    )
 
 
 @pytest.mark.parametrize(
@@ -104,7 +130,11 @@ def test_what_is_asked_for_or_never_compiled_needs_no_speed(word, given, device,
 
 def test_what_is_solved_stays_on_the_cpu(machine):
     found = device_for("auto", Work(**WORK, solved=True))
-    assert found == device_for_solver("auto") and found.device == CPU and "wait for each other" in found.why
+    assert (
+        found == device_for_solver("auto")
+        and found.device == CPU
+        and "wait for each other" in found.why
+    )
     assert device_for_solver("cuda") == DeviceChoice(GPU) and machine == []
 
 
@@ -120,7 +150,10 @@ def test_a_gpu_that_failed_its_laws_is_not_taken():
         (Findings(), ("graph", "")),
         (Findings({}, {"eager": Speed(2e-3, 0), "graph": Speed(1e-3, 0)}), ("graph", "")),
         (Findings({}, {"eager": Speed(1e-3, 0), "graph": Speed(2e-3, 0)}), ("eager", "")),
-        (Findings({"graph": "a law"}, {}), ("eager", Findings({"graph": "a law"}).why_not("graph"))),
+        (
+            Findings({"graph": "a law"}, {}),
+            ("eager", Findings({"graph": "a law"}).why_not("graph")),
+        ),
         (Findings({}, {"graph": Speed(2e-3, 0), "kernel": Speed(1e-3, 0)}), ("kernel", "")),
         (Findings({}, {"graph": Speed(1e-3, 0), "kernel": Speed(2e-3, 0)}), ("graph", "")),
         (Findings(None, {"graph": Speed(2e-3, 0), "kernel": Speed(1e-3, 0)}), ("graph", "")),
@@ -137,7 +170,11 @@ def test_what_the_check_found_says_how_a_gpu_trains(found, expected):
 @pytest.mark.parametrize(
     ("failed", "options", "said"),
     [
-        ({"compiled": "a law"}, {"device": "cpu"}, "recorded steps, slower than compiled ones: gputune check found"),
+        (
+            {"compiled": "a law"},
+            {"device": "cpu"},
+            "recorded steps, slower than compiled ones: gputune check found",
+        ),
         (None, {}, "the CPU and not on the GPU, which device='cuda' takes: compiled code"),
     ],
 )
@@ -157,7 +194,10 @@ def test_the_cost_of_a_step_is_that_of_its_parameters():
     assert work_of_a_step(config, 64, 10, 320, "linear") == pytest.approx(650 / 8970)
 
 
-OLD = "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver."
+OLD = (
+    "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU "
+    "driver."
+)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +207,12 @@ OLD = "The NVIDIA driver on your system is too old (found version 11040). Please
         ("13.0", "", None, "CUDA_VISIBLE_DEVICES='' hides every GPU: unset it"),
         ("13.0", "-1", None, "CUDA_VISIBLE_DEVICES='-1' hides every GPU"),
         ("13.0", None, OLD, "torch says: The NVIDIA driver on your system is too old"),
-        ("13.0", None, "Found no NVIDIA driver on your system.", "torch says: Found no NVIDIA driver"),
+        (
+            "13.0",
+            None,
+            "Found no NVIDIA driver on your system.",
+            "torch says: Found no NVIDIA driver",
+        ),
         ("13.0", None, None, "torch finds none: look at what nvidia-smi shows"),
     ],
 )
@@ -184,5 +229,7 @@ def test_a_gpu_that_is_not_there(built, hidden, driver, said, monkeypatch):
     if hidden is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
     for word in ("cuda", "cuda:3"):
-        with pytest.raises(gputune.InputError, match=rf"this machine has \(cpu\), got '{word}'. {said}"):
+        with pytest.raises(
+            gputune.InputError, match=rf"this machine has \(cpu\), got '{word}'. {said}"
+        ):
             choose_device(word)

@@ -1,4 +1,5 @@
-"""A faster way to train that fails while it is tried ends no search: the next one trains, and the user reads why."""
+"""A faster way to train that fails while it is tried ends no search: the next one trains, and the
+user reads why."""
 
 import warnings
 
@@ -17,11 +18,20 @@ from problems import make_data
 pytestmark = pytest.mark.cpu
 
 DATA = make_data()
-X, Y = DATA.x[0], DATA.y
-SEARCH = {"n_trials": 2, "cv": 2, "workers": 1, "max_epochs": 6, "dtype": "float64", "space": {"lr": [1e-3, 1e-2]}}
+X = DATA.x[0]
+Y = DATA.y
+SEARCH = {
+    "n_trials": 2,
+    "cv": 2,
+    "workers": 1,
+    "max_epochs": 6,
+    "dtype": "float64",
+    "space": {"lr": [1e-3, 1e-2]},
+}
 
 
-MANY = {"max_epochs": 10, "space": {"lr": [1e-3, 1e-2], "batch_size": [8]}}  # steps enough to be recorded
+# steps enough to be recorded
+MANY = {"max_epochs": 10, "space": {"lr": [1e-3, 1e-2], "batch_size": [8]}}
 
 
 class Net(nn.Linear):
@@ -73,8 +83,11 @@ def test_compiled_code_that_fails_is_in_the_plan(monkeypatch, capsys, all_tried,
 def test_the_way_that_remains_trains(monkeypatch, capsys, lenient, all_tried, way, says):
     seconds = choice._seconds
     monkeypatch.setattr(choice, "MemberChunk", fail)
-    monkeypatch.setattr(choice, "_seconds", lambda *given: fail() if given[3] == way else seconds(*given))
-    found, said = search(verbose=1), capsys.readouterr().err
+    monkeypatch.setattr(
+        choice, "_seconds", lambda *given: fail() if given[3] == way else seconds(*given)
+    )
+    found = search(verbose=1)
+    said = capsys.readouterr().err
     assert says in said and "compiled code failed" in said
     np.testing.assert_allclose(found.curves, search(backend="loop").curves, rtol=1e-10)
 
@@ -92,16 +105,20 @@ class Weighed(Net):
 def test_an_error_of_the_module_in_each_backend_ends_the_search(monkeypatch, all_tried, strict):
     monkeypatch.setenv("GPUTUNE_STRICT_BACKENDS", strict)
     y = torch.zeros(500, dtype=torch.int64)
-    y[::2], y[1::25] = 1, 2
+    y[::2] = 1
+    y[1::25] = 2
     y[torch.linspace(0, 499, 31).long()] = 0
     with pytest.raises(InputError, match="IndexError"):
-        gputune.tune(Weighed, torch.randn(500, 3), y, **SEARCH, verbose=0, training_step=Weighed.loss)
+        gputune.tune(
+            Weighed, torch.randn(500, 3), y, **SEARCH, verbose=0, training_step=Weighed.loss
+        )
 
 
 @pytest.mark.parametrize("place", ["capture", "replay"])
 def test_steps_whose_recording_fails_are_taken_as_they_are(monkeypatch, lenient, place):
     expected = search(backend="loop", **MANY).curves
-    compile_trace, steps = recorder.compile_trace, []
+    compile_trace = recorder.compile_trace
+    steps = []
 
     def half_a_step(trace):
         if place == "capture":
@@ -128,7 +145,9 @@ def test_steps_whose_recording_fails_are_taken_as_they_are(monkeypatch, lenient,
 def test_a_chunk_that_cannot_be_made_is_made_for_the_next_backend(monkeypatch, lenient):
     expected = search("mlp", backend="eager").curves
     monkeypatch.setattr(train, "CompiledChunk", fail)
-    with pytest.warns(RuntimeWarning, match="in recorded steps, slower than compiled ones: IndexError"):
+    with pytest.warns(
+        RuntimeWarning, match="in recorded steps, slower than compiled ones: IndexError"
+    ):
         study = search("mlp")
     assert any("compiled code failed: IndexError" in note for note in study.record.notes)
     np.testing.assert_allclose(study.curves, expected, rtol=1e-10)
@@ -136,7 +155,8 @@ def test_a_chunk_that_cannot_be_made_is_made_for_the_next_backend(monkeypatch, l
 
 def test_memory_that_runs_out_is_none_of_these_errors(monkeypatch, lenient):
     """Chunks are halved then, as long as they have several trials."""
-    made, compiled = [], train.CompiledChunk
+    made = []
+    compiled = train.CompiledChunk
 
     def make(network, *given, **options):
         made.append(len(network.configs))

@@ -1,4 +1,5 @@
-"""What keeps the kernel from training, in words, and how launches are cut; it trains on the simulated devices."""
+"""What keeps the kernel from training, in words, and how launches are cut; it trains on the
+simulated devices."""
 
 import re
 from types import SimpleNamespace
@@ -17,7 +18,9 @@ from refused import refused
 
 GPU = torch.device("cuda", 0)
 CARD = SimpleNamespace(
-    multi_processor_count=4, shared_memory_per_block_optin=232_448, shared_memory_per_multiprocessor=233_472
+    multi_processor_count=4,
+    shared_memory_per_block_optin=232_448,
+    shared_memory_per_multiprocessor=233_472,
 )
 
 
@@ -31,14 +34,26 @@ def card(monkeypatch):
     monkeypatch.setattr(_utils, "_get_gpu_rtc_library", lambda: None)
 
 
-NVRTC = "NVRTC library. pip install 'nvidia-cuda-{}.*' brings the library. Or choose backend='graph'."
+NVRTC = (
+    "NVRTC library. pip install 'nvidia-cuda-{}.*' brings the library. Or choose backend='graph'."
+)
 
 
 @pytest.mark.parametrize(
     ("device", "capability", "version", "words"),
     [
-        ("cpu", (9, 0), "13.0", "trains on a GPU, and the device is 'cpu'; choose device='cuda', or backend='auto'."),
-        ("cuda:0", (7, 5), "13.0", "8.0 (Ampere) or newer, and a card has 7.5; choose backend='graph', or 'auto'."),
+        (
+            "cpu",
+            (9, 0),
+            "13.0",
+            "trains on a GPU, and the device is 'cpu'; choose device='cuda', or backend='auto'.",
+        ),
+        (
+            "cuda:0",
+            (7, 5),
+            "13.0",
+            "8.0 (Ampere) or newer, and a card has 7.5; choose backend='graph', or 'auto'.",
+        ),
         ("cuda:0", (9, 0), "13.0", NVRTC.format("nvrtc==13.0")),
         ("cuda:0", (9, 0), "12.8", NVRTC.format("nvrtc-cu12==12.8")),
     ],
@@ -46,7 +61,11 @@ NVRTC = "NVRTC library. pip install 'nvidia-cuda-{}.*' brings the library. Or ch
 def test_where_it_cannot_be_had(device, capability, version, words, card, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "cuda", version)
-    monkeypatch.setattr(_utils, "_get_gpu_rtc_library", Mock(side_effect=OSError("Could not find any NVRTC library")))
+    monkeypatch.setattr(
+        _utils,
+        "_get_gpu_rtc_library",
+        Mock(side_effect=OSError("Could not find any NVRTC library")),
+    )
     with refused(re.escape(words)):
         choose_backend("kernel", torch.device(device), torch.float32)
 
@@ -78,7 +97,8 @@ def test_what_it_does_not_know_is_recorded(config, data, part, card):
 def chunk():
     """Members of which one takes 10 steps and two take 4, on a card with two blocks."""
     chunk = object.__new__(KernelChunk)
-    chunk.turns, chunk.epochs = np.cumsum([2] * 4 + [1] * 6), 1
+    chunk.turns = np.cumsum([2] * 4 + [1] * 6)
+    chunk.epochs = 1
     return chunk
 
 
@@ -92,8 +112,10 @@ def chunk():
     ],
 )
 def test_a_launch_is_short_and_ends_with_its_draws(pace, ahead, ends, chunk):
-    chunk.pace, chunk.draws = pace, None if ahead is None else SimpleNamespace(ahead=ahead)
-    found, begin = [], 0
+    chunk.pace = pace
+    chunk.draws = None if ahead is None else SimpleNamespace(ahead=ahead)
+    found = []
+    begin = 0
     while begin < 10:
         found.append(begin := chunk._end(begin))
     assert found == ends
@@ -111,11 +133,19 @@ def test_a_launch_is_short_and_ends_with_its_draws(pace, ahead, ends, chunk):
         (180.0, 9, 999, 3, 1),
     ],
 )
-def test_a_launch_takes_the_epochs_that_it_has_time_and_memory_for(pace, most, room, draws, epochs, chunk, monkeypatch):
+def test_a_launch_takes_the_epochs_that_it_has_time_and_memory_for(
+    pace, most, room, draws, epochs, chunk, monkeypatch
+):
     monkeypatch.setattr(kernel, "_ROOM_BYTES", room)
     chunk.draws = SimpleNamespace(room=draws, steps=10)
-    chunk.pace, chunk.scoring, chunk.lengths = pace, None, np.array([4])
-    chunk.arrays = {"means": torch.empty((1, 4), dtype=torch.float64), "scored": None, "draw_start": None}
+    chunk.pace = pace
+    chunk.scoring = None
+    chunk.lengths = np.array([4])
+    chunk.arrays = {
+        "means": torch.empty((1, 4), dtype=torch.float64),
+        "scored": None,
+        "draw_start": None,
+    }
     chunk.room = lambda epochs: {"means": torch.empty((epochs, 4), dtype=torch.float64)}
     assert chunk.take(most) == chunk.epochs == epochs
 

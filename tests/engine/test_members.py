@@ -26,8 +26,12 @@ pytestmark = pytest.mark.skipif(built.find_compiler() is None, reason="no C comp
 class Net(nn.Sequential):
     def __init__(self, n_features, n_outputs):
         inside = (
-            nn.Linear(n_features, 7, bias=False), nn.BatchNorm1d(7), nn.ReLU(), nn.Dropout(0.2), nn.LayerNorm(7),
-        )  # fmt: skip
+            nn.Linear(n_features, 7, bias=False),
+            nn.BatchNorm1d(7),
+            nn.ReLU(),
+            nn.Dropout(0.2),
+            nn.LayerNorm(7),
+        )
         super().__init__(*inside, nn.Linear(7, n_outputs))
 
 
@@ -44,8 +48,11 @@ def no_grad(monkeypatch):
 
 def both(data, configs, objective=None, module=Net, traits=TRAITS):
     """The chunk in compiled code, and the same on stacked tensors."""
-    network = StackedModule(module, configs, shape_of(data), seed=0, traits=traits, objective=objective)
-    kinds, scoring = (MemberChunk, StackedChunk), scoring_of(data)
+    network = StackedModule(
+        module, configs, shape_of(data), seed=0, traits=traits, objective=objective
+    )
+    kinds = (MemberChunk, StackedChunk)
+    scoring = scoring_of(data)
     return [kind(network, Validation(data, scoring), seed=0, horizon=6) for kind in kinds]
 
 
@@ -54,7 +61,9 @@ def assert_alike(chunk, other, epochs=(0, 1)):
     for epoch in epochs:
         chunk.advance(epoch)
         other.advance(epoch)
-        for mine, theirs in zip((chunk.flat, *chunk.moments), (other.flat, *other.moments), strict=True):
+        for mine, theirs in zip(
+            (chunk.flat, *chunk.moments), (other.flat, *other.moments), strict=True
+        ):
             torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
         assert np.allclose(chunk.scores(), other.scores())
 
@@ -62,7 +71,10 @@ def assert_alike(chunk, other, epochs=(0, 1)):
 ABSENT = torch.tensor([[True, True, True], [True, False, True], [True, True, True]])
 CASES = {
     "rates": (make_data(), [{"lr": 0.01}, {"lr": 0.03, "schedule": "cosine"}]),
-    "weights and a target to predict": (make_data("regression", weights=True), [{"lr": 0.01, "weight_decay": 0.1}]),
+    "weights and a target to predict": (
+        make_data("regression", weights=True),
+        [{"lr": 0.01, "weight_decay": 0.1}],
+    ),
     "absent classes": (replace(make_data(copies=False), present=ABSENT), [{"lr": 0.01}]),
     "what members differ in": (
         make_data(),
@@ -71,31 +83,49 @@ CASES = {
             {"lr": 0.02, "clip_norm": 0.1, "weight_decay": 0.3, "weight_decay_schedule": "linear"},
         ],
     ),
-    "momentum": (make_data(), [{"lr": 0.01, "momentum": m, "optimizer": "nesterov"} for m in (0.5, 0.9)]),
+    "momentum": (
+        make_data(),
+        [{"lr": 0.01, "momentum": m, "optimizer": "nesterov"} for m in (0.5, 0.9)],
+    ),
     "another rule": (make_data(), [{"lr": 0.001 * i, "optimizer": "rmsprop"} for i in (1, 2)]),
     "the numbers of their loss": (
-        make_data("regression"), [{"lr": 0.01, "loss__delta": delta} for delta in (0.1, 2.0)], Objective("huber"),
+        make_data("regression"),
+        [{"lr": 0.01, "loss__delta": delta} for delta in (0.1, 2.0)],
+        Objective("huber"),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_members_are_those_of_stacked_tensors(name):
     data, configs, *objective = CASES[name]
-    assert_alike(*both(data, fill(*({"batch_size": 9, **config} for config in configs)), *objective))
+    assert_alike(
+        *both(data, fill(*({"batch_size": 9, **config} for config in configs)), *objective)
+    )
 
 
 @pytest.mark.parametrize(
-    "goal, rates", [("binary", (0.0, 0.1, 0.4)), ("regression", (0.0, 0.1, 0.4)), ("binary", (0.0,))]
+    "goal, rates",
+    [("binary", (0.0, 0.1, 0.4)), ("regression", (0.0, 0.1, 0.4)), ("binary", (0.0,))],
 )
 def test_realmlp_with_a_dropout_of_each_member_and_its_schedule(goal, rates):
     """Nothing is drawn where all rates are 0."""
     data = make_data(goal)
     configs = fill(
-        *({"lr": 0.01, "batch_size": 9, "dropout": rate, "dropout_schedule": word, "schedule": "coslog4",
-           "lr_factor__scale": 6.0, "module__width": 5, "module__depth": 2}
-          for rate, word in zip(rates, ("constant", "flat_cos", "linear")))
-    )  # fmt: skip
+        *(
+            {
+                "lr": 0.01,
+                "batch_size": 9,
+                "dropout": rate,
+                "dropout_schedule": word,
+                "schedule": "coslog4",
+                "lr_factor__scale": 6.0,
+                "module__width": 5,
+                "module__depth": 2,
+            }
+            for rate, word in zip(rates, ("constant", "flat_cos", "linear"))
+        )
+    )
     chunk, other = both(data, configs, module=RealMLP, traits=traits_of(RealMLP, configs[0], data))
     assert (chunk.members[0].draws is not None) == any(rates)
     assert_alike(chunk, other)
@@ -104,7 +134,12 @@ def test_realmlp_with_a_dropout_of_each_member_and_its_schedule(goal, rates):
 def test_trials_leave_and_draws_are_made_a_few_steps_ahead(monkeypatch):
     monkeypatch.setattr(calls, "_DRAW_BYTES", 2 * 2 * 9 * 7 * 8)
     data = make_data()
-    decays = ({"beta2": 0.9, "weight_decay": 0.1}, {}, {"weight_decay_schedule": "linear", "weight_decay": 0.1}, {})
+    decays = (
+        {"beta2": 0.9, "weight_decay": 0.1},
+        {},
+        {"weight_decay_schedule": "linear", "weight_decay": 0.1},
+        {},
+    )
     chunk, other = both(data, fill(*({"lr": 0.01, "batch_size": 9, **decay} for decay in decays)))
     assert chunk.ahead == 2
     for epoch, stays in enumerate(([1, 1, 1, 1], [1, 0, 1, 1], [0, 1, 0])):
@@ -114,7 +149,8 @@ def test_trials_leave_and_draws_are_made_a_few_steps_ahead(monkeypatch):
 
 
 def test_threads_change_nothing_and_an_error_of_one_is_heard(monkeypatch):
-    states, configs = [], fill(*({"lr": lr, "batch_size": 9} for lr in (0.01, 0.02, 0.03)))
+    states = []
+    configs = fill(*({"lr": lr, "batch_size": 9} for lr in (0.01, 0.02, 0.03)))
     for threads in (1, 2):
         with on_threads(threads):
             chunk, _ = both(make_data(), configs)
@@ -132,16 +168,30 @@ def test_threads_change_nothing_and_an_error_of_one_is_heard(monkeypatch):
         ({"optimizer": "adamwhd"}, nullcontext()),
         (
             {"objective": Objective("mse", augment=lambda x, g: x)},
-            pytest.warns(RuntimeWarning, match="'adamw' train in recorded steps, slower .*: a function of the user's"),
+            pytest.warns(
+                RuntimeWarning,
+                match="'adamw' train in recorded steps, slower .*: a function of the user's",
+            ),
         ),
     ],
 )
 def test_what_is_in_no_code_trains_in_another_way(given, says):
     data = make_data("regression")
     configs = fill({"lr": 0.01, "batch_size": 9}, optimizer=given.pop("optimizer", "adamw"))
-    network = StackedModule(Net, configs, shape_of(data), seed=0, traits=replace(TRAITS, coded=True), **given)
+    network = StackedModule(
+        Net, configs, shape_of(data), seed=0, traits=replace(TRAITS, coded=True), **given
+    )
     with says:
-        trained = train(network, data, configs, seed=0, epochs=1, horizon=1, scoring=scoring_of(data), backend="graph")
+        trained = train(
+            network,
+            data,
+            configs,
+            seed=0,
+            epochs=1,
+            horizon=1,
+            scoring=scoring_of(data),
+            backend="graph",
+        )
     assert np.isfinite(trained.curves).all()
 
 

@@ -1,6 +1,7 @@
 """The plan: memory bounds chunks, work decides on processes, nothing is lost or doubled.
 
-Memory is measured at two sizes: by what PyTorch allocates on the CPU, where the same code trains as on a GPU.
+Memory is measured at two sizes: by what PyTorch allocates on the CPU, where the same code trains as
+on a GPU.
 """
 
 from dataclasses import replace
@@ -23,7 +24,9 @@ from refused import refused
 
 
 def groups(data, *configs, kind="mlp", optimizer="adamw"):
-    return populations(fill(*configs, optimizer=optimizer), kind, rows=max(len(fold.train) for fold in data.folds))
+    return populations(
+        fill(*configs, optimizer=optimizer), kind, rows=max(len(fold.train) for fold in data.folds)
+    )
 
 
 def make_plan(found, data, epochs=1, memory=None, workers=1, **more):
@@ -34,7 +37,9 @@ def make_plan(found, data, epochs=1, memory=None, workers=1, **more):
 @pytest.mark.parametrize("memory", [None, 1, 100_000])
 def test_every_trial_is_in_one_chunk(workers, memory):
     data = make_data()
-    found = groups(data, *({"width": w, "batch_size": b} for w in (8, 40, 100) for b in (7, 16, 16, 16, 16)))
+    found = groups(
+        data, *({"width": w, "batch_size": b} for w in (8, 40, 100) for b in (7, 16, 16, 16, 16))
+    )
     plan = make_plan(found, data, epochs=3, memory=memory, workers=workers)
     assert sorted(i for chunk in plan.chunks for i in chunk.index) == list(range(15))
     assert plan.workers == min(workers, len(plan.chunks))
@@ -74,11 +79,19 @@ def test_the_first_answer_comes_early():
     early = plan.answering_early(4)
     assert [chunk.index for chunk in early.chunks] == [(0, 3, 4), (1,), tuple(range(5, 10)), (2,)]
     assert len(early.ways) == 4 and "10 trials in 4 chunks of 1 to 5" in str(early)
-    # as many as give each of the threads two members; what is not compiled pays for each cut, and stays whole
-    assert [len(c.index) for c in replace(plan, threads=8).answering_early(4).chunks] == [4, 1, 4, 1]
+    # as many as give each of the threads two members; what is not compiled pays for each cut, and
+    # stays whole
+    assert [len(c.index) for c in replace(plan, threads=8).answering_early(4).chunks] == [
+        4,
+        1,
+        4,
+        1,
+    ]
     assert [c.index[0] for c in find(workers=1).answering_early(4).chunks] == [0, 1, 2]
     several = find(workers=3)
-    assert several.answering_early(4).chunks[1:] == tuple(c for c in several.chunks if 0 not in c.index)
+    assert several.answering_early(4).chunks[1:] == tuple(
+        c for c in several.chunks if 0 not in c.index
+    )
 
 
 class Net(nn.Linear):
@@ -89,7 +102,9 @@ class Net(nn.Linear):
         self.still = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
 
 
-@pytest.mark.parametrize("backend", sorted({"eager", choose_backend("auto", torch.device("cpu"), torch.float64)[0]}))
+@pytest.mark.parametrize(
+    "backend", sorted({"eager", choose_backend("auto", torch.device("cpu"), torch.float64)[0]})
+)
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("kind", ["mlp", "linear", "module"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -97,9 +112,12 @@ def test_waiting_states_are_counted_to_the_byte(optimizer, kind, momentum, backe
     data = make_data()
     own = {} if kind == "module" else {"width": 20, "depth": 1}
     configs = ({**own, "lr": lr, "momentum": momentum} for lr in (0.1, 0.2))
-    found, parameters = (groups(data, *configs, kind=kind, optimizer=optimizer), (data.n_features + 1) * data.n_outputs)
+    found = groups(data, *configs, kind=kind, optimizer=optimizer)
+    parameters = (data.n_features + 1) * data.n_outputs
     plan = make_plan(found, data, parameters=parameters, backend=backend)
-    job = Job(seed=0, epochs=1, horizon=1, module_class=Net if kind == "module" else None, backend=backend)
+    job = Job(
+        seed=0, epochs=1, horizon=1, module_class=Net if kind == "module" else None, backend=backend
+    )
     states = [train_chunk(job, data, chunk).state for chunk in plan.chunks]
     assert plan.state_bytes == sum(buffer.nbytes for state in states for buffer in state.buffers)
 
@@ -108,20 +126,34 @@ def test_waiting_states_are_counted_to_the_byte(optimizer, kind, momentum, backe
     ("room", "words"),
     [
         (None, ""),
-        (4096, "; states that wait for a rung take up to 4.0 KiB in main memory and 6.0 KiB in files"),
+        (
+            4096,
+            "; states that wait for a rung take up to 4.0 KiB in main memory and 6.0 KiB in files",
+        ),
         (10240, "; states that wait for a rung take up to 10.0 KiB in main memory"),
     ],
 )
 def test_the_plan_says_what_trains_and_where_states_wait(room, words):
     data = make_data(folds=3)
     plan = make_plan(groups(data, {"width": 8}), data)
-    assert str(plan) == "1 trial in 1 chunk of 1, about 217.0 KiB a chunk and 7.1 KiB of data, in this process, eager"
+    assert (
+        str(plan)
+        == "1 trial in 1 chunk of 1, about 217.0 KiB a chunk and 7.1 KiB of data, in this "
+        "process, eager"
+    )
     assert str(replace(plan, state_bytes=10240, cache_bytes=room)) == f"{plan}{words}"
 
 
 @pytest.mark.parametrize(
     ("memory", "size"),
-    [(None, None), (1000, 1000), ("8GB", 2**33), ("500 mb", 500 * 2**20), ("1.5GiB", 3 * 2**29), ("64B", 64)],
+    [
+        (None, None),
+        (1000, 1000),
+        ("8GB", 2**33),
+        ("500 mb", 500 * 2**20),
+        ("1.5GiB", 3 * 2**29),
+        ("64B", 64),
+    ],
 )
 def test_memory_is_read(memory, size):
     assert parse_memory(memory) == size
@@ -156,7 +188,8 @@ def test_compiled_members_share_threads_of_one_process_whatever_their_batch_size
 
 
 def test_each_trial_says_whether_it_takes_steps_of_its_own():
-    configs = fill({"beta2": 0.999}, {"beta2": 0.5})  # of one shape; compiled code knows no other beta
+    # of one shape; compiled code knows no other beta
+    configs = fill({"beta2": 0.999}, {"beta2": 0.5})
     found = populations(configs, "mlp", rows=41, own_steps=is_plain)
     assert [group.index for group in found] == [(0,), (1,)]
 
@@ -165,7 +198,9 @@ DATA = make_data(n=120, d=20, dtype=torch.float32)
 
 
 def job(module_class=None, epochs=9):
-    return Job(seed=0, epochs=epochs, horizon=epochs, scoring=scoring_of(DATA), module_class=module_class)
+    return Job(
+        seed=0, epochs=epochs, horizon=epochs, scoring=scoring_of(DATA), module_class=module_class
+    )
 
 
 def population(*configs, kind="mlp"):
@@ -202,12 +237,18 @@ def test_a_module_is_measured_too():
     need = measure_need(job(Wide), DATA, group, peak)
     assert need.once + 16 * need.trial == pytest.approx(whole_peak(group, Wide), rel=0.05)
     size = sum(p.numel() for p in Wide(20, 3).parameters())
-    assert need.trial > 5 * trial_cost(group, DATA, size).trial_bytes  # what an estimate cannot know
+    # what an estimate cannot know
+    assert need.trial > 5 * trial_cost(group, DATA, size).trial_bytes
 
 
 def test_the_largest_batches_are_measured():
-    large, small = (population(*({"batch_size": size if i == 9 else 20} for i in range(10))) for size in (60, 20))
-    assert measure_need(job(), DATA, large, peak).trial > measure_need(job(), DATA, small, peak).trial
+    large, small = (
+        population(*({"batch_size": size if i == 9 else 20} for i in range(10)))
+        for size in (60, 20)
+    )
+    assert (
+        measure_need(job(), DATA, large, peak).trial > measure_need(job(), DATA, small, peak).trial
+    )
 
 
 def test_the_plan_goes_by_what_was_measured():
@@ -223,8 +264,13 @@ def test_the_plan_goes_by_what_was_measured():
 
 
 def test_a_search_that_is_far_from_the_limit_is_not_measured():
-    asked, group = [], population(*({"width": 16} for _ in range(10)))
-    one, measure = trial_cost(group, DATA).trial_bytes, lambda found, most: asked.append(most)
+    asked = []
+    group = population(*({"width": 16} for _ in range(10)))
+    one = trial_cost(group, DATA).trial_bytes
+
+    def measure(found, most):
+        asked.append(most)
+
     for free in (25 * one * 2, 5 * one * 2):
         made = Planner(DATA, None, 1, free=free, measure=measure).plan([group], 1)
     assert asked == [8]  # of 0.8 x 10
@@ -232,9 +278,19 @@ def test_a_search_that_is_far_from_the_limit_is_not_measured():
 
 
 def test_what_cannot_be_measured_is_left_to_the_estimate():
-    alone, two = population({"width": 16}), population({"width": 16}, {"width": 16})
-    assert measure_need(job(), DATA, alone, peak) is measure_need(job(), DATA, two, peak, most=1) is None
-    assert measure_need(job(), DATA, two, Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory."))) is None
+    alone = population({"width": 16})
+    two = population({"width": 16}, {"width": 16})
+    assert (
+        measure_need(job(), DATA, alone, peak)
+        is measure_need(job(), DATA, two, peak, most=1)
+        is None
+    )
+    assert (
+        measure_need(
+            job(), DATA, two, Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory."))
+        )
+        is None
+    )
     with pytest.raises(RuntimeError, match="x"):
         measure_need(job(), DATA, two, Mock(side_effect=RuntimeError("x")))
     # A trial that leaves nothing over needs a byte at least.

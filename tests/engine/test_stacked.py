@@ -1,4 +1,5 @@
-"""Recorded steps: how often they are recorded, that nothing of an epoch waits, and where graphs are used at all."""
+"""Recorded steps: how often they are recorded, that nothing of an epoch waits, and where graphs are
+used at all."""
 
 import dataclasses
 import gc
@@ -23,18 +24,26 @@ from stand_in import CaptureError, StandIn
 
 
 def configs_of(count, optimizer="adamw", **more):
-    return fill(*({"optimizer": optimizer, "lr": 1e-3 * (i + 1), "batch_size": 9, **more} for i in range(count)))
+    return fill(
+        *(
+            {"optimizer": optimizer, "lr": 1e-3 * (i + 1), "batch_size": 9, **more}
+            for i in range(count)
+        )
+    )
 
 
 def make_chunk(data, configs, *, recorded=True):
     network = StackedMLP("mlp", configs, shape_of(data), seed=0)
-    return StackedChunk(network, Validation(data, scoring_of(data)), seed=0, horizon=20, recorded=recorded)
+    return StackedChunk(
+        network, Validation(data, scoring_of(data)), seed=0, horizon=20, recorded=recorded
+    )
 
 
 class Counting(StandIn):
     """The stand-in, which counts."""
 
-    captures, warm_ups = 0, 0
+    captures = 0
+    warm_ups = 0
 
     def capture(self, step):
         Counting.captures += 1
@@ -59,7 +68,8 @@ def no_grad(recorded_on_cpu):
 
 
 def test_a_step_is_taken_three_times_as_it_is_and_then_replayed(counted, monkeypatch):
-    data, asked = make_data(folds=3), []
+    data = make_data(folds=3)
+    asked = []
     chunk = make_chunk(data, configs_of(2))
     monkeypatch.setattr(StackedChunk, "_step", lambda chunk, shape, key: asked.append(shape))
     shapes = chunk.batches.shapes  # 40 or 41 rows: four whole minibatches, one of 4 or 5
@@ -72,7 +82,9 @@ def test_a_step_is_taken_three_times_as_it_is_and_then_replayed(counted, monkeyp
 
 
 def test_few_steps_are_recorded_as_trials_leave_one_by_one(counted):
-    data, count, slots = make_data(), 12, []
+    data = make_data()
+    count = 12
+    slots = []
     configs = configs_of(count, batch_size=5)
     found, expected = (make_chunk(data, configs, recorded=recorded) for recorded in (True, False))
     for epoch in range(count):
@@ -108,7 +120,9 @@ class NothingWaits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert torch.Tag.data_dependent_output not in func.tags, func
-        assert torch.Tag.dynamic_output_shape not in func.tags or func is torch.ops.aten.index.Tensor, func
+        assert (
+            torch.Tag.dynamic_output_shape not in func.tags or func is torch.ops.aten.index.Tensor
+        ), func
         return func(*args, **(kwargs or {}))
 
 
@@ -122,7 +136,9 @@ def test_nothing_waits_for_the_device_inside_an_epoch(counted, sizes, monkeypatc
     captures = counted.captures
     monkeypatch.setattr(Tensor := torch.Tensor, "numpy", lambda tensor: pytest.fail("numpy"))
     monkeypatch.setattr(Tensor, "tolist", lambda tensor: pytest.fail("tolist"))
-    monkeypatch.setattr(StackedChunk, "_step", lambda chunk, shape, key: pytest.fail("a step was not replayed"))
+    monkeypatch.setattr(
+        StackedChunk, "_step", lambda chunk, shape, key: pytest.fail("a step was not replayed")
+    )
     with NothingWaits():
         chunk.advance(4)
     assert counted.captures == captures > 0
@@ -143,7 +159,8 @@ def test_a_step_that_asks_the_host_is_found_out(monkeypatch):
 
 
 def test_draws_of_dropout_that_do_not_fit_are_made_part_by_part(monkeypatch):
-    data, configs = make_data(folds=3), configs_of(2, dropout=0.3, width=8)
+    data = make_data(folds=3)
+    configs = configs_of(2, dropout=0.3, width=8)
     whole = make_chunk(data, configs)
     monkeypatch.setattr(mlp, "_DRAW_BYTES", 2 * 4 * 2 * 9 * 16)
     parts = make_chunk(data, configs)
@@ -156,7 +173,9 @@ def test_draws_of_dropout_that_do_not_fit_are_made_part_by_part(monkeypatch):
 
 def test_graphs_are_dropped_before_a_chunk_is_halved(monkeypatch):
     """Memory runs out in a replay: when the halves begin, nothing is left of what was recorded."""
-    data, left, begun = make_data(), [], []
+    data = make_data()
+    left = []
+    begun = []
     take = Replays.take
 
     class Watched(StandIn):
@@ -182,10 +201,13 @@ def test_graphs_are_dropped_before_a_chunk_is_halved(monkeypatch):
     chunk = Population("mlp", (0, 1, 2, 3), tuple(configs))
     outcomes = run_in_parts(job, data, chunk)
     assert [outcome.index for outcome in outcomes] == [(0, 1), (2, 3)]
-    assert len(left) == 1 + 2 and begun[:2] == [0, 0]  # the second half replays what the first one recorded
+    # the second half replays what the first one recorded
+    assert len(left) == 1 + 2 and begun[:2] == [0, 0]
     monkeypatch.setattr(Replays, "take", take)
     (whole,) = run_in_parts(dataclasses.replace(job, fits=Fits()), data, chunk)
-    np.testing.assert_allclose(np.concatenate([o.curves for o in outcomes]), whole.curves, rtol=1e-9)
+    np.testing.assert_allclose(
+        np.concatenate([o.curves for o in outcomes]), whole.curves, rtol=1e-9
+    )
 
 
 def both_searches(model, X, y, **options):
@@ -197,11 +219,13 @@ def both_searches(model, X, y, **options):
 
 
 @pytest.mark.parametrize(
-    ("model", "optimizer"), [("mlp", "adam"), ("logistic", "sgd"), ("mlp", "adamhd"), (Linear, "sgd")]
+    ("model", "optimizer"),
+    [("mlp", "adam"), ("logistic", "sgd"), ("mlp", "adamhd"), (Linear, "sgd")],
 )
 def test_a_search_is_the_same(model, optimizer):
     rng = np.random.RandomState(0)
-    X, y = rng.randn(60, 4), rng.randint(3, size=60)
+    X = rng.randn(60, 4)
+    y = rng.randint(3, size=60)
     with torch.enable_grad():
         eager, found = both_searches(model, X, y, optimizer=optimizer, n_trials=5, max_epochs=4)
         assert found.best_model().predict(X).tolist() == eager.best_model().predict(X).tolist()
@@ -211,7 +235,8 @@ def test_a_search_is_the_same(model, optimizer):
 @pytest.mark.parametrize("sizes", [(9, 9), (9, 13)])
 @pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam", "adamw"])
 def test_on_a_gpu_graphs_give_the_numbers_of_eager_training(optimizer, sizes):
-    X, y = np.random.RandomState(0).randn(200, 5), np.random.RandomState(1).randint(3, size=200)
+    X = np.random.RandomState(0).randn(200, 5)
+    y = np.random.RandomState(1).randint(3, size=200)
     space = [{"batch_size": [size], "dropout": [0.0, 0.2], "lr": [1e-3, 1e-2]} for size in sizes]
     options = {"n_trials": 8, "max_epochs": 6, "optimizer": optimizer, "device": "cuda"}
     with torch.enable_grad():

@@ -1,4 +1,5 @@
-"""The stand-in for CUDA graphs: a recorded step is what was recorded, and what a graph cannot do is refused."""
+"""The stand-in for CUDA graphs: a recorded step is what was recorded, and what a graph cannot do is
+refused."""
 
 import numpy as np
 import pytest
@@ -26,7 +27,8 @@ def test_a_recorded_step_happens_at_its_replays_alone(total):
 
 
 def test_temporaries_views_and_counters_on_the_device_are_replayed(total):
-    table, at = torch.arange(12.0).view(3, 4), torch.zeros((), dtype=torch.int64)
+    table = torch.arange(12.0).view(3, 4)
+    at = torch.zeros((), dtype=torch.int64)
 
     def step():
         row = table.index_select(0, at.view(1))[0]
@@ -51,25 +53,40 @@ FORBIDDEN = {
     "item": (lambda t: t[0].item(), "_local_scalar_dense.*waits for the device"),
     "bool": (lambda t: bool(t.any()), "_local_scalar_dense.*waits for the device"),
     "float": (lambda t: float(t.sum()), "_local_scalar_dense.*waits for the device"),
-    "index by a counter": (lambda t: t[torch.zeros_like(t, dtype=torch.int64)[0]], "waits for the device"),
+    "index by a counter": (
+        lambda t: t[torch.zeros_like(t, dtype=torch.int64)[0]],
+        "waits for the device",
+    ),
     "equal": (lambda t: torch.equal(t, t), "aten.equal.*waits for the device"),
     "tolist": (lambda t: t.tolist(), "Tensor.tolist.*waits for the device"),
     "numpy": (lambda t: t.numpy(), "Tensor.numpy.*waits for the device"),
     "numpy's asarray": (lambda t: np.asarray(t), "Tensor.__array__.*waits for the device"),
-    "from numpy": (lambda t: t.add_(torch.from_numpy(np.ones(4, np.float32))), "numbers of the host"),
+    "from numpy": (
+        lambda t: t.add_(torch.from_numpy(np.ones(4, np.float32))),
+        "numbers of the host",
+    ),
     "as_tensor": (lambda t: t.add_(torch.as_tensor(np.ones(4, np.float32))), "numbers of the host"),
     "tensor": (lambda t: t.add_(torch.tensor([1.0])), "numbers of the host"),
     "arange": (lambda t: t.add_(torch.arange(4)), "aten.arange.*out of nothing"),
-    "where with a number": (lambda t: t.copy_(torch.where(t > 0, t, 1.0)), "scalar_tensor.*out of nothing"),
+    "where with a number": (
+        lambda t: t.copy_(torch.where(t > 0, t, 1.0)),
+        "scalar_tensor.*out of nothing",
+    ),
     "to another device": (lambda t: t.to("meta"), "_to_copy.*is not on cpu alone"),
-    "copy between devices": (lambda t: torch.empty_like(t, device="meta").copy_(t), "is not on cpu alone"),
+    "copy between devices": (
+        lambda t: torch.empty_like(t, device="meta").copy_(t),
+        "is not on cpu alone",
+    ),
     "mask": (lambda t: t[t > 0], "aten.index.Tensor.*shape of its result depends on numbers"),
     "nonzero": (lambda t: t.nonzero(), "aten.nonzero.*shape of its result depends on numbers"),
     "random numbers": (lambda t: t.add_(torch.rand_like(t)), "rand_like.*draws random numbers"),
-    "a generator of the host": (lambda t: t.uniform_(generator=torch.Generator()), "uniform_.*draws random numbers"),
+    "a generator of the host": (
+        lambda t: t.uniform_(generator=torch.Generator()),
+        "uniform_.*draws random numbers",
+    ),
     "dropout": (lambda t: torch.nn.functional.dropout(t), "bernoulli_.*draws random numbers"),
     "resize": (lambda t: t.resize_(8), "moves or resizes a tensor"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FORBIDDEN)
@@ -88,7 +105,9 @@ def test_what_a_graph_cannot_do_is_refused_and_undone(name, total):
 
 def test_a_result_that_outlives_the_step_is_refused(total):
     kept = []
-    with pytest.raises(CaptureError, match=r"aten.add.Tensor in a recorded step: its result outlives the step"):
+    with pytest.raises(
+        CaptureError, match=r"aten.add.Tensor in a recorded step: its result outlives the step"
+    ):
         StandIn(CPU).capture(lambda: kept.append(total + 1))
 
 
@@ -99,5 +118,7 @@ def test_a_tensor_that_was_replaced_is_missed():
     recorded = StandIn(CPU).capture(lambda: Owner.total.add_(1))
     recorded()
     Owner.total = Owner.total + 1
-    with pytest.raises(CaptureError, match=r"the memory of a \(4,\) tensor .* is gone: keep its tensors"):
+    with pytest.raises(
+        CaptureError, match=r"the memory of a \(4,\) tensor .* is gone: keep its tensors"
+    ):
         recorded()

@@ -1,4 +1,5 @@
-"""When training ends: as this process and as a worker's copy see it, and where a trial's score stalls.
+"""When training ends: as this process and as a worker's copy see it, and where a trial's score
+stalls.
 
 And work with torch in a program that has set its modes, and in one that ends meanwhile.
 """
@@ -18,19 +19,27 @@ from problems import Linear, Net
 from refused import refused
 
 SEARCH = {
-    "space": {"lr": [1e-4, 3e-3, 0.1, 0.5], "batch_size": [16, 32]}, "n_trials": 6, "max_epochs": 12, "cv": 3,
-    "verbose": 0, "workers": 1,
-}  # fmt: skip
+    "space": {"lr": [1e-4, 3e-3, 0.1, 0.5], "batch_size": [16, 32]},
+    "n_trials": 6,
+    "max_epochs": 12,
+    "cv": 3,
+    "verbose": 0,
+    "workers": 1,
+}
 
 
 def test_a_deadline_passes_in_copies_too():
-    for stop in (Stop(time.monotonic() - 1), pickle.loads(pickle.dumps(Stop(time.monotonic() - 1)))):
+    for stop in (
+        Stop(time.monotonic() - 1),
+        pickle.loads(pickle.dumps(Stop(time.monotonic() - 1))),
+    ):
         assert stop.is_over()
     assert not Stop().is_over() and not Stop(time.monotonic() + 60).is_over()
 
 
 def test_a_copy_hears_what_is_asked_here(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.getppid", lambda: __import__("os").getpid())  # as in a worker of this process
+    # as in a worker of this process
+    monkeypatch.setattr("os.getppid", lambda: __import__("os").getpid())
     stop = Stop()
     with stop.heard_by_workers(tmp_path / "stop"):
         copy = pickle.loads(pickle.dumps(stop))
@@ -50,15 +59,23 @@ def test_a_copy_whose_parent_has_died_is_over_and_a_folder_that_is_gone_is_no_er
     assert stop.is_over()
 
 
-@pytest.mark.parametrize(("model", "backend"), [("mlp", "auto"), ("mlp", "eager"), (Net, "stacked"), (Net, "loop")])
+@pytest.mark.parametrize(
+    ("model", "backend"), [("mlp", "auto"), ("mlp", "eager"), (Net, "stacked"), (Net, "loop")]
+)
 def test_a_trial_ends_where_a_plain_loop_over_its_curve_ends_it(model, backend, iris):
-    full, short = (gputune.tune(model, *iris, patience=patience, backend=backend, **SEARCH) for patience in (None, 3))
+    full, short = (
+        gputune.tune(model, *iris, patience=patience, backend=backend, **SEARCH)
+        for patience in (None, 3)
+    )
     lengths = []
     for trial, curve, of_full in zip(short.trials, short.curves, full.curves, strict=True):
-        best, at, epoch = -np.inf, 0, 0
+        best = -np.inf
+        at = 0
+        epoch = 0
         for epoch, mean in enumerate(of_full.mean(1), 1):
             if mean > best:
-                best, at = mean, epoch
+                best = mean
+                at = epoch
             if epoch - at == 3:
                 break
         lengths.append(epoch)
@@ -83,8 +100,14 @@ def test_a_search_cut_short_goes_on_to_the_same_ends(iris, tmp_path, when):
     whole = gputune.tune("mlp", *iris, patience=3, **SEARCH)
     stops = StopAfter(when)
     cut = gputune.tune(
-        "mlp", *iris, patience=3, study=tmp_path / "s.db", callbacks=[stops], checkpoint_seconds=1e-9, **SEARCH,
-    )  # fmt: skip
+        "mlp",
+        *iris,
+        patience=3,
+        study=tmp_path / "s.db",
+        callbacks=[stops],
+        checkpoint_seconds=1e-9,
+        **SEARCH,
+    )
     assert "stopped" in {trial.state for trial in cut.trials}
     again = gputune.tune("mlp", *iris, patience=3, study=tmp_path / "s.db", **SEARCH)
     np.testing.assert_allclose(again.curves, whole.curves, atol=1e-6)
@@ -132,8 +155,14 @@ def test_a_process_that_ends_waits_for_the_epoch_of_a_daemon_thread(tmp_path):
 
 @pytest.mark.parametrize("model", ["mlp", "logistic", Linear])
 def test_the_default_device_of_a_program_is_left_alone(tmp_path, model, iris):
-    options = {"space": {"C": [1.0]} if model == "logistic" else {"lr": [1e-2]}, "n_trials": 1, "cv": 2,
-               "max_epochs": 2, "workers": 1, "verbose": 0}  # fmt: skip
+    options = {
+        "space": {"C": [1.0]} if model == "logistic" else {"lr": [1e-2]},
+        "n_trials": 1,
+        "cv": 2,
+        "max_epochs": 2,
+        "workers": 1,
+        "verbose": 0,
+    }
     plain = gputune.tune(model, *iris, **options)
     torch.set_default_device("meta")
     try:

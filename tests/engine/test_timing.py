@@ -1,4 +1,5 @@
-"""A module trains stacked, one by one or in compiled code, as a few steps of each show it, where it is worth trying."""
+"""A module trains stacked, one by one or in compiled code, as a few steps of each show it, where it
+is worth trying."""
 
 import math
 from dataclasses import replace
@@ -16,8 +17,10 @@ from gputune.population.population import Population
 from problems import fill, make_data
 
 CONFIGS = fill(*({"lr": lr, "batch_size": 16} for lr in (1e-3, 1e-2)))
-DATA, CHUNK = make_data(), Population("module", (0, 1), tuple(CONFIGS))
-X, Y = DATA.x[0].float(), DATA.y
+DATA = make_data()
+CHUNK = Population("module", (0, 1), tuple(CONFIGS))
+X = DATA.x[0].float()
+Y = DATA.y
 
 
 class Net(nn.Linear):
@@ -32,7 +35,13 @@ SEARCH = {"n_trials": 2, "cv": 2, "workers": 1, "verbose": 0}
 @pytest.mark.parametrize(
     ("stacked", "code", "steps", "slow", "gain"),
     [
-        (0.002, 0.00095, 1e9, "a step of a member takes 1 ms so, and 2 ms with its members stacked", 0.0),
+        (
+            0.002,
+            0.00095,
+            1e9,
+            "a step of a member takes 1 ms so, and 2 ms with its members stacked",
+            0.0,
+        ),
         (0.002, 0.0009, 1e9, "", 0.0001),
         (0.00105, 1.0, 1e9, "", 0.0),
         (0.0001, 0.00008, 1e9, "", 0.00002),
@@ -42,7 +51,9 @@ SEARCH = {"n_trials": 2, "cv": 2, "workers": 1, "verbose": 0}
 )
 def test_the_fastest_way_is_kept_where_it_matters(monkeypatch, stacked, code, steps, slow, gain):
     monkeypatch.setattr(choice, "_compiled_seconds", lambda job, data, chunk: code)
-    monkeypatch.setattr(choice, "_seconds", lambda job, data, chunk, backend: {"loop": 0.001}.get(backend, stacked))
+    monkeypatch.setattr(
+        choice, "_seconds", lambda job, data, chunk, backend: {"loop": 0.001}.get(backend, stacked)
+    )
     assert fastest_way(JOB, DATA, CHUNK, member_steps=steps) == (slow, pytest.approx(gain))
 
 
@@ -58,13 +69,16 @@ def test_all_ways_are_timed():
 
 @pytest.mark.cpu
 def test_a_search_says_which_way_it_took(monkeypatch, capsys):
-    scores, note = [], "note: Net trains one by one, which is faster here: 2 ms so"
+    scores = []
+    note = "note: Net trains one by one, which is faster here: 2 ms so"
     for way, noted, plan in (
         (("", 0.0), False, "recorded"),
         (("2 ms so", 0.0), True, "one by one"),
         (("", 1.0), False, "compiled"),
     ):
-        monkeypatch.setattr("gputune.tuning.context.fastest_way", lambda *args, way=way, **more: way)
+        monkeypatch.setattr(
+            "gputune.tuning.context.fastest_way", lambda *args, way=way, **more: way
+        )
         study = gputune.tune(Net, X, Y, **{**SEARCH, "max_epochs": 2, "verbose": 1})
         said = capsys.readouterr().err
         assert (note in said) == noted and plan in said.split("plan:")[1]
@@ -76,10 +90,18 @@ def test_a_search_says_which_way_it_took(monkeypatch, capsys):
 def test_what_is_built_to_be_timed_trains(monkeypatch):
     """It is made once, and gives what recorded steps give."""
     sources = []
-    monkeypatch.setattr(members, "build_kernels", lambda *given: sources.append(given) or build_kernels(*given))
-    for name, value in {"_WORTH_SECONDS": 0, "_CODE_SECONDS": 0, "_seconds": lambda *given: 1.0}.items():
+    monkeypatch.setattr(
+        members, "build_kernels", lambda *given: sources.append(given) or build_kernels(*given)
+    )
+    for name, value in {
+        "_WORTH_SECONDS": 0,
+        "_CODE_SECONDS": 0,
+        "_seconds": lambda *given: 1.0,
+    }.items():
         monkeypatch.setattr(choice, name, value)
-    found, expected = (gputune.tune(Net, X, Y, **SEARCH, backend=word).curves for word in ("auto", "graph"))
+    found, expected = (
+        gputune.tune(Net, X, Y, **SEARCH, backend=word).curves for word in ("auto", "graph")
+    )
     assert len(sources) == 1
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
@@ -90,9 +112,14 @@ def test_a_refit_is_compiled_where_its_search_was_and_it_pays(monkeypatch, pays,
     expected = gputune.tune(Net, X, Y, **SEARCH, backend="graph").best_model()
     monkeypatch.setattr("gputune.tuning.context.fastest_way", lambda *args, **more: ("", 1.0))
     monkeypatch.setattr("gputune.tuning.trainer._BUILT_SECONDS", pays)
-    study, sources = gputune.tune(Net, X, Y, **SEARCH), []
-    monkeypatch.setattr(members, "build_kernels", lambda *given: sources.append(given) or build_kernels(*given))
-    for found, other in zip(study.best_model().module.parameters(), expected.module.parameters(), strict=True):
+    study = gputune.tune(Net, X, Y, **SEARCH)
+    sources = []
+    monkeypatch.setattr(
+        members, "build_kernels", lambda *given: sources.append(given) or build_kernels(*given)
+    )
+    for found, other in zip(
+        study.best_model().module.parameters(), expected.module.parameters(), strict=True
+    ):
         assert found.allclose(other, rtol=1e-4, atol=1e-6)
     assert len(sources) == built
 
@@ -112,7 +139,14 @@ def test_trials_that_differ_in_fractions_alone_are_timed_once(monkeypatch, capsy
         return "", 1.0
 
     monkeypatch.setattr("gputune.tuning.context.fastest_way", timing_of)
-    space = {"lr": [0.01], "module__spread": [0.1, 0.2, 0.4], "module__bias": [True, False], "batch_size": [16]}
-    gputune.tune(Scaled, X, Y, **{**SEARCH, "space": space, "n_trials": 6, "max_epochs": 2, "verbose": 1})
+    space = {
+        "lr": [0.01],
+        "module__spread": [0.1, 0.2, 0.4],
+        "module__bias": [True, False],
+        "batch_size": [16],
+    }
+    gputune.tune(
+        Scaled, X, Y, **{**SEARCH, "space": space, "n_trials": 6, "max_epochs": 2, "verbose": 1}
+    )
     assert sorted(timed) == [(False, 3 * 2 * len(X) / 16), (True, 3 * 2 * len(X) / 16)]
     assert "recorded" not in capsys.readouterr().err.split("plan:")[1]

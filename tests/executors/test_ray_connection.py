@@ -1,6 +1,8 @@
-"""The way to a Ray cluster: what is missing or cannot be reached is said before anything happens to the study.
+"""The way to a Ray cluster: what is missing or cannot be reached is said before anything happens to
+the study.
 
-A cluster that ``ray start`` began, and that asks for a token, is found by itself and by its address.
+A cluster that ``ray start`` began, and that asks for a token, is found by itself and by its
+address.
 """
 
 import functools
@@ -34,14 +36,17 @@ def test_a_missing_ray_says_what_to_install(iris, tmp_path, monkeypatch):
     monkeypatch.setattr(ray_cluster, "find_spec", lambda name: None)
     path = tmp_path / "study.db"
     with pytest.raises(
-        MissingExtraError, match=r'workers="ray" needs Ray, which is missing: pip install "gputune\[ray\]"'
+        MissingExtraError,
+        match=r'workers="ray" needs Ray, which is missing: pip install "gputune\[ray\]"',
     ):
         gputune.tune("mlp", *iris, workers="ray", study=path, **SMALL)
     assert not path.exists()
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "auto"])
-def test_a_cluster_that_cannot_be_reached_is_named_and_the_study_stays(iris, tmp_path, monkeypatch, address):
+def test_a_cluster_that_cannot_be_reached_is_named_and_the_study_stays(
+    iris, tmp_path, monkeypatch, address
+):
     ray = pytest.importorskip("ray", reason=NO_RAY)
     assert not ray.is_initialized()
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
@@ -49,15 +54,21 @@ def test_a_cluster_that_cannot_be_reached_is_named_and_the_study_stays(iris, tmp
     path = tmp_path / "study.db"
     gputune.tune("mlp", *iris, study=path, workers=1, **SMALL)
     before = path.read_bytes()
-    message = f"the Ray cluster at '{address}' cannot be used: .*refused.* Start it with 'ray start --head'"
+    message = (
+        f"the Ray cluster at '{address}' cannot be used: .*refused.* Start it with 'ray start "
+        "--head'"
+    )
     with refused(message):
-        gputune.tune("mlp", *iris, study=path, workers=gputune.Ray(address), **{**SMALL, "n_trials": 4})
+        gputune.tune(
+            "mlp", *iris, study=path, workers=gputune.Ray(address), **{**SMALL, "n_trials": 4}
+        )
     assert path.read_bytes() == before
 
 
 @pytest.fixture
 def ray(monkeypatch):
-    """Return Ray, which has noted a cluster of this machine whose head is gone, and finds no other."""
+    """Return Ray, which has noted a cluster of this machine whose head is gone, and finds no
+    other."""
     ray = pytest.importorskip("ray", reason=NO_RAY)
     services = importlib.import_module("ray._private.services")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -71,7 +82,9 @@ def test_a_cluster_that_this_machine_no_longer_has_is_found_out_at_once(ray, iri
         patch.setattr(ray, "init", None)  # would wait for minutes
         with refused("the Ray cluster at 'auto' cannot be used: .*refused. Start"):
             gputune.tune("mlp", *iris, workers=gputune.Ray("auto"), **SMALL)
-    monkeypatch.setattr(importlib.import_module("ray._private.services"), "find_bootstrap_address", {}.get)
+    monkeypatch.setattr(
+        importlib.import_module("ray._private.services"), "find_bootstrap_address", {}.get
+    )
     with refused("at 'auto' cannot be used: Could not find any running Ray"):
         gputune.tune("mlp", *iris, workers=gputune.Ray("auto"), **SMALL)
 
@@ -90,7 +103,10 @@ def test_a_cluster_that_answers_and_does_not_let_in_may_want_a_token(ray, iris, 
     monkeypatch.setattr(ray, "init", init)
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
-        message = f"'{address}' cannot be used: no entry.* RAY_AUTH_MODE=token .* token in RAY_AUTH_TOKEN, .* Nothing"
+        message = (
+            f"'{address}' cannot be used: no entry.* RAY_AUTH_MODE=token .* token in "
+            "RAY_AUTH_TOKEN, .* Nothing"
+        )
         with refused(message):
             gputune.tune("mlp", *iris, workers=gputune.Ray(address), **SMALL)
     with pytest.raises(gputune.InputError) as caught:
@@ -101,7 +117,10 @@ def test_a_cluster_that_answers_and_does_not_let_in_may_want_a_token(ray, iris, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"address": "cluster"}, "must be 'local', 'auto', 'HOST:PORT' or 'ray://HOST:PORT', got 'cluster'"),
+        (
+            {"address": "cluster"},
+            "must be 'local', 'auto', 'HOST:PORT' or 'ray://HOST:PORT', got 'cluster'",
+        ),
         ({"address": "http://a:1"}, "'auto', 'HOST:PORT' or 'ray://HOST:PORT', got 'http://a:1'"),
         ({"cpus": 0}, "Ray.cpus=.... must be an integer of at least 1, got 0"),
         ({"cpus": True}, "Ray.cpus=.... must be an integer of at least 1, got True"),
@@ -122,7 +141,10 @@ def test_the_command_line_says_what_is_wrong(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     quick = [option for option in FAST if option not in ("--workers", "1")]
     code, out, err = run("tune", "sklearn:iris", "--ray", "auto", "--workers", "2", "--trials", "1")
-    assert (code, out) == (2, "") and "--workers 2 and --ray exclude each other: leave one out." in err
+    assert (code, out) == (
+        2,
+        "",
+    ) and "--workers 2 and --ray exclude each other: leave one out." in err
     code, out, err = run("tune", "sklearn:iris", *quick, "--ray", "somewhere")
     assert (code, out) == (2, "") and "--ray: must be 'local', 'auto', 'HOST:PORT'" in err
     monkeypatch.setattr(ray_cluster, "find_spec", lambda name: None)
@@ -133,21 +155,38 @@ def test_the_command_line_says_what_is_wrong(monkeypatch, tmp_path):
 
 @pytest.mark.long
 def test_a_signal_to_a_cluster_of_its_own_and_resume(tmp_path, monkeypatch):
-    """SIGTERM, whose handler Ray changes when it connects; Ctrl-C is tested where the cluster is shared."""
+    """SIGTERM, whose handler Ray changes when it connects; Ctrl-C is tested where the cluster is
+    shared."""
     pytest.importorskip("ray", reason=NO_RAY)
     options = ["--trials", "11", "--epochs", "20", "--memory", "1KB", "--seed", "3"]
     told = at_finish(2, "os.kill(os.getpid(), signal.SIGTERM)")
     program = told + "import sys; from gputune.cli.main import main; sys.exit(main())"
-    command = [sys.executable, "-P", "-c", program, "tune", "sklearn:iris", *options, "--out", "out", "--ray"]
-    stopped = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-P",
+        "-c",
+        program,
+        "tune",
+        "sklearn:iris",
+        *options,
+        "--out",
+        "out",
+        "--ray",
+    ]
+    stopped = subprocess.run(
+        command, cwd=tmp_path, env=environment(), capture_output=True, text=True
+    )
     path = tmp_path / "out" / "study.db"
-    assert stopped.returncode == 143 and " of 11 trials are finished" in stopped.stderr, stopped.stderr
+    assert stopped.returncode == 143 and " of 11 trials are finished" in stopped.stderr, (
+        stopped.stderr
+    )
     assert "resume" in stopped.stdout or "--ray" in stopped.stdout
     assert 2 <= done(path) < 12
     monkeypatch.chdir(tmp_path)
     record = gputune.Study.open(path).record
     assert recorded_search(path, record, {}).options.workers == gputune.Ray("local")
-    code, _, err = run("resume", "out", "-q", "--workers", "1")  # it would go on with Ray, but may go on here
+    # it would go on with Ray, but may go on here
+    code, _, err = run("resume", "out", "-q", "--workers", "1")
     assert code == 0, err
     assert run("tune", "sklearn:iris", *options, "--workers", "1", "--out", "whole")[0] == 0
     assert table(path) == table(tmp_path / "whole" / "study.db")
@@ -182,9 +221,15 @@ def free_ports(number):
 def token_environment():
     """Return what the head and its users share: a token, and where the head notes that it runs."""
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a-token-of-the-tests"}
-    # Ray's sockets lie below its folder, and their paths may have 107 letters: no folder of pytest's.
+    # Ray's sockets lie below its folder, and their paths may have 107 letters: no folder of
+    # pytest's.
     with TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as folder:
-        own = {"RAY_TMPDIR": folder, "RAY_ADDRESS": "", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+        own = {
+            "RAY_TMPDIR": folder,
+            "RAY_ADDRESS": "",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "OMP_NUM_THREADS": "1",
+        }
         yield {**os.environ, **token, **own}
 
 
@@ -194,11 +239,20 @@ def head(token_environment):
     pytest.importorskip("ray", reason=NO_RAY)
     port, client_port = free_ports(2)
     ports = f"--port={port} --ray-client-server-port={client_port}"
-    words = f"-m ray.scripts.scripts start --head --block --num-cpus=2 --include-dashboard=false {ports}".split()
+    words = (
+        "-m ray.scripts.scripts start --head --block --num-cpus=2 --include-dashboard=false "
+        f"{ports}"
+    ).split()
     # In a folder without the sources: workers find the package that is installed.
     folder = Path(token_environment["RAY_TMPDIR"])
     with (folder / "said").open("w") as said:
-        own = {"cwd": folder, "env": token_environment, "start_new_session": True, "stdout": said, "stderr": said}
+        own = {
+            "cwd": folder,
+            "env": token_environment,
+            "start_new_session": True,
+            "stdout": said,
+            "stderr": said,
+        }
         process = subprocess.Popen([sys.executable, "-P", *words], **own)
     try:
         wait_until_started(process, folder / "said")

@@ -1,4 +1,5 @@
-"""A search on a Ray cluster of two workers is the search of one machine, bit for bit, whatever the workers do."""
+"""A search on a Ray cluster of two workers is the search of one machine, bit for bit, whatever the
+workers do."""
 
 import importlib
 import os
@@ -34,7 +35,12 @@ FAST = {"max_epochs": 4, "cv": 3, "verbose": 0, "n_trials": 6}
 SAMPLER = gputune.OptunaSampler(optuna.samplers.RandomSampler(seed=0), batch=3)
 FEW_STEPS = {"space": {**LR, "batch_size": [64], "width": [4]}, "include_default": False}
 # So little memory makes every trial a chunk of its own.
-MODULE = {**FAST, "space": {**LR, "module__hidden": [4, 6]}, "memory": 1024, "include_default": False}
+MODULE = {
+    **FAST,
+    "space": {**LR, "module__hidden": [4, 6]},
+    "memory": 1024,
+    "include_default": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +53,9 @@ def cluster():
 
 def rows(study):
     """Every trial but its seconds, in a form that compares bits."""
-    trials = [(t.number, t.params, t.origin, t.state, t.best_epoch, t.fold_scores) for t in study.trials]
+    trials = [
+        (t.number, t.params, t.origin, t.state, t.best_epoch, t.fold_scores) for t in study.trials
+    ]
     return repr(trials), study.curves.tobytes()
 
 
@@ -62,12 +70,22 @@ def rows(study):
         ),
         {"space": LR, "method": SAMPLER},
         pytest.param(
-            {"space": LR, "method": gputune.Hypergradient(outer_steps=1), "n_trials": 3}, marks=pytest.mark.long
+            {"space": LR, "method": gputune.Hypergradient(outer_steps=1), "n_trials": 3},
+            marks=pytest.mark.long,
         ),
         # By default a killed worker's module and a deadline's scorer travel.
-        pytest.param({**MODULE, "model": Net, "scoring": ray_searches.share_right}, marks=pytest.mark.long),
+        pytest.param(
+            {**MODULE, "model": Net, "scoring": ray_searches.share_right}, marks=pytest.mark.long
+        ),
     ],
-    ids=["random", "halving", "median", "sampler", "hypergradient", "a module and a scorer, which travel as code"],
+    ids=[
+        "random",
+        "halving",
+        "median",
+        "sampler",
+        "hypergradient",
+        "a module and a scorer, which travel as code",
+    ],
 )
 def test_a_cluster_gives_the_table_of_one_machine(cluster, iris, arguments):
     X, y = iris
@@ -82,8 +100,13 @@ def test_the_page_of_the_cluster(cluster, tmp_path, monkeypatch, capsys):
     run_blocks(PAGE, capsys)
 
 
-def test_the_data_goes_to_the_store_once_and_threads_are_the_cpus(cluster, iris, monkeypatch, capsys):
-    sent, threads, put, submit = [], [], ray_cluster.to_arrays, ray_cluster.RayTasks.submit
+def test_the_data_goes_to_the_store_once_and_threads_are_the_cpus(
+    cluster, iris, monkeypatch, capsys
+):
+    sent = []
+    threads = []
+    put = ray_cluster.to_arrays
+    submit = ray_cluster.RayTasks.submit
     monkeypatch.setattr(ray_cluster, "to_arrays", lambda data: sent.append(data) or put(data))
 
     def submitted(tasks, *chunk):
@@ -92,9 +115,12 @@ def test_the_data_goes_to_the_store_once_and_threads_are_the_cpus(cluster, iris,
 
     monkeypatch.setattr(ray_cluster.RayTasks, "submit", submitted)
     workers = gputune.Ray("auto", cpus=2)
-    # Few steps: two threads that wait for each other on cores that something else keeps busy take long for many.
+    # Few steps: two threads that wait for each other on cores that something else keeps busy take
+    # long for many.
     given = {**FAST, **FEW_STEPS, "max_epochs": 2, "n_trials": 6, "verbose": 1}
-    gputune.tune("mlp", *iris, method=gputune.Halving(min_epochs=1, factor=2), workers=workers, **given)
+    gputune.tune(
+        "mlp", *iris, method=gputune.Halving(min_epochs=1, factor=2), workers=workers, **given
+    )
     assert len(sent) == 1 and set(threads) == {2}
     assert "on 1 Ray worker, compiled;" in capsys.readouterr().err
 
@@ -111,14 +137,17 @@ def orders(tmp_path, monkeypatch):
 def test_a_killed_worker_loses_nothing_and_doubles_nothing(cluster, iris, tmp_path, orders):
     gputune.tune(Net, *iris, workers=1, study=tmp_path / "here.db", **MODULE)
     (orders / "once").touch()
-    with pytest.warns(UserWarning, match="a Ray worker was lost while it trained 1 trial, now handed out"):
+    with pytest.warns(
+        UserWarning, match="a Ray worker was lost while it trained 1 trial, now handed out"
+    ):
         gputune.tune(Net, *iris, workers="ray", study=tmp_path / "there.db", **MODULE)
     assert not (orders / "once").exists()
     assert table(tmp_path / "there.db") == table(tmp_path / "here.db")
     assert done(tmp_path / "there.db") == 6
 
 
-@pytest.mark.long  # each loss is a process that imports torch; tests/executors/test_workers.py has one of this machine
+# each loss is a process that imports torch; tests/executors/test_workers.py has one of this machine
+@pytest.mark.long
 def test_a_chunk_that_ends_every_worker_is_given_up_and_nothing_else_is_lost(
     cluster, iris, tmp_path, orders, monkeypatch
 ):
@@ -141,7 +170,13 @@ def test_a_chunk_that_ends_every_worker_is_given_up_and_nothing_else_is_lost(
 
 def test_a_deadline_stops_the_workers_and_a_later_call_goes_on(cluster, iris, tmp_path):
     # No trial ends within the time; one that a worker begins too late still trains for an epoch.
-    given = {**FAST, "space": LR, "study": tmp_path / "study.db", "max_epochs": 100_000, "memory": 1024}
+    given = {
+        **FAST,
+        "space": LR,
+        "study": tmp_path / "study.db",
+        "max_epochs": 100_000,
+        "memory": 1024,
+    }
     study = gputune.tune("mlp", *iris, workers="ray", timeout=1.0, **given)
     states = [trial.state for trial in study.trials]
     assert "stopped" in states and "waiting" in states
@@ -158,15 +193,23 @@ class CtrlC(gputune.callbacks.Callback):
 
 
 @pytest.mark.parametrize(
-    "method", [gputune.Halving(min_epochs=1), pytest.param("random", marks=pytest.mark.long)], ids=["halving", "random"]
+    "method",
+    [gputune.Halving(min_epochs=1), pytest.param("random", marks=pytest.mark.long)],
+    ids=["halving", "random"],
 )
-def test_ctrl_c_ends_the_tasks_and_the_same_call_goes_on(cluster, iris, tmp_path, monkeypatch, method):
+def test_ctrl_c_ends_the_tasks_and_the_same_call_goes_on(
+    cluster, iris, tmp_path, monkeypatch, method
+):
     sent = []
-    monkeypatch.setattr(ray_cluster, "pickle_job", lambda job, **how: sent.append(job) or pickle_job(job, **how))
+    monkeypatch.setattr(
+        ray_cluster, "pickle_job", lambda job, **how: sent.append(job) or pickle_job(job, **how)
+    )
     path = tmp_path / "study.db"
     given = {**FAST, "space": LR, "n_trials": 12, "method": method}
     given |= {"memory": 1024, "checkpoint_seconds": 1e-9}
-    with pytest.raises(gputune.SearchInterrupted, match="interrupted: .* of 12 trials are finished"):
+    with pytest.raises(
+        gputune.SearchInterrupted, match="interrupted: .* of 12 trials are finished"
+    ):
         gputune.tune("mlp", *iris, workers="ray", study=path, callbacks=[CtrlC()], **given)
     assert done(path) < 12
     gputune.tune("mlp", *iris, workers="ray", study=path, **given)
@@ -177,8 +220,11 @@ def test_ctrl_c_ends_the_tasks_and_the_same_call_goes_on(cluster, iris, tmp_path
 
 
 def test_memory_that_runs_out_in_a_worker_halves_the_chunk(cluster, iris, orders, monkeypatch):
-    parts, end = [], executor.Queue._end_chunk
-    monkeypatch.setattr(executor.Queue, "_end_chunk", lambda queue, c, o: parts.append(len(o)) or end(queue, c, o))
+    parts = []
+    end = executor.Queue._end_chunk
+    monkeypatch.setattr(
+        executor.Queue, "_end_chunk", lambda queue, c, o: parts.append(len(o)) or end(queue, c, o)
+    )
     # One task at a time, so that the plan keeps the trials together.
     given = {**MODULE, "memory": None, "workers": gputune.Ray(cpus=2), "max_epochs": 3, "cv": 2}
     given["space"] = {**LR, "module__hidden": [6], "batch_size": [10]}
@@ -201,7 +247,9 @@ def test_a_trial_that_fits_no_worker_fails_alone(cluster, iris, orders):
 def test_what_a_worker_cannot_import_is_named(cluster, iris):
     message = "a Ray worker has no module 'problems', which your module or scorer imports"
     with refused(message):
-        gputune.tune("mlp", *iris, workers="ray", **{**FAST, "scoring": ray_searches.lacks_a_module})
+        gputune.tune(
+            "mlp", *iris, workers="ray", **{**FAST, "scoring": ray_searches.lacks_a_module}
+        )
 
 
 @pytest.fixture
@@ -211,7 +259,9 @@ def begun(iris, tmp_path):
     gputune.tune("mlp", *iris, study=path, space=LR, workers=1, **{**FAST, "n_trials": 2})
 
     def go_on(**more):
-        return gputune.tune("mlp", *iris, study=path, space=LR, **{**FAST, "workers": "ray", **more})
+        return gputune.tune(
+            "mlp", *iris, study=path, space=LR, **{**FAST, "workers": "ray", **more}
+        )
 
     return go_on, path
 
@@ -220,7 +270,9 @@ def test_a_worker_with_another_version_is_named(cluster, begun, monkeypatch):
     go_on, path = begun
     before = table(path)
     monkeypatch.setattr(ray_cluster, "__version__", "9.9.9")
-    with refused(f"on .* has gputune {gputune.__version__}, and this process gputune 9.9.9: install"):
+    with refused(
+        f"on .* has gputune {gputune.__version__}, and this process gputune 9.9.9: install"
+    ):
         go_on()
     monkeypatch.undo()
     torch_here = torch.__version__.partition("+")[0]
@@ -235,13 +287,18 @@ def test_a_worker_with_another_version_is_named(cluster, begun, monkeypatch):
 def test_a_worker_without_the_package_is_named(cluster, begun, monkeypatch):
     """What is sent is read and run where no import of the package works."""
     go_on, path = begun
-    before, make = table(path), ray_cluster.make_task
+    before = table(path)
+    make = ray_cluster.make_task
 
     def make_bare(ray):
         sent = ray.cloudpickle.dumps(make(SimpleNamespace(remote=lambda task: task)))
 
         def bare(*arguments):
-            missing = {name: None for name in ("gputune", *sys.modules) if name.partition(".")[0] == "gputune"}
+            missing = {
+                name: None
+                for name in ("gputune", *sys.modules)
+                if name.partition(".")[0] == "gputune"
+            }
             with mock.patch.dict(sys.modules, missing):
                 return pickle.loads(sent)(*arguments)
 
@@ -255,8 +312,10 @@ def test_a_worker_without_the_package_is_named(cluster, begun, monkeypatch):
 
 def test_a_cluster_without_nodes_ends_the_search(cluster, begun, monkeypatch):
     go_on, _ = begun
-    nodes, asked = ray_cluster.RayCluster._nodes, []
-    monkeypatch.setattr(ray_cluster, "_COUNT_SECONDS", -1)  # at once, while its tasks are on their way
+    nodes = ray_cluster.RayCluster._nodes
+    asked = []
+    # at once, while its tasks are on their way
+    monkeypatch.setattr(ray_cluster, "_COUNT_SECONDS", -1)
 
     def lost(cluster):
         asked.append(1)
@@ -273,13 +332,27 @@ def test_a_cluster_without_nodes_ends_the_search(cluster, begun, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"device": "cuda"}, "with workers='ray': a task needs 1 CPU and a GPU on one node, and no node"),
-        ({"device": "cuda:1"}, "device with workers='ray' must be 'auto', 'cpu' or 'cuda' .*, got 'cuda:1'"),
-        ({"workers": gputune.Ray(cpus=3)}, "3 CPUs on one node, .* .nodes: 2 CPUs and 0 GPUs.. Start nodes"),
-        ({"workers": gputune.Ray("127.0.0.1:1")}, "connected to a Ray cluster already; call ray.shutdown.. "),
+        (
+            {"device": "cuda"},
+            "with workers='ray': a task needs 1 CPU and a GPU on one node, and no node",
+        ),
+        (
+            {"device": "cuda:1"},
+            "device with workers='ray' must be 'auto', 'cpu' or 'cuda' .*, got 'cuda:1'",
+        ),
+        (
+            {"workers": gputune.Ray(cpus=3)},
+            "3 CPUs on one node, .* .nodes: 2 CPUs and 0 GPUs.. Start nodes",
+        ),
+        (
+            {"workers": gputune.Ray("127.0.0.1:1")},
+            "connected to a Ray cluster already; call ray.shutdown.. ",
+        ),
     ],
 )
-def test_what_the_cluster_has_not_is_refused_and_the_study_stays(cluster, begun, arguments, message):
+def test_what_the_cluster_has_not_is_refused_and_the_study_stays(
+    cluster, begun, arguments, message
+):
     go_on, path = begun
     before = table(path)
     with refused(message):
@@ -303,7 +376,8 @@ def test_a_package_that_is_not_installed_travels_whole(tmp_path, monkeypatch):
 
 
 def test_tasks_on_nodes_with_gpus():
-    node, of = {"CPU": 8.0, "GPU": 4.0}, ray_cluster._tasks_on
+    node = {"CPU": 8.0, "GPU": 4.0}
+    of = ray_cluster._tasks_on
     assert [of(node, cpus, "cuda") for cpus in (1, 3, 9)] == [4, 2, 0]
     assert [of(node, 1, "cpu"), of(node, 3, "cpu"), of({"CPU": 8.0}, 1, "cuda")] == [8, 2, 0]
 

@@ -1,4 +1,5 @@
-"""Data on its way to worker processes: what lies in a file is mapped again, and everything arrives as it was."""
+"""Data on its way to worker processes: what lies in a file is mapped again, and everything arrives
+as it was."""
 
 import inspect
 import os
@@ -28,7 +29,9 @@ def mapped(tmp_path):
     return np.load(tmp_path / "x.npy", mmap_mode="r")
 
 
-@pytest.mark.parametrize("view", [lambda x: x, lambda x: x.transpose(0, 3, 1, 2), lambda x: x[3:], lambda x: x[:, ::2]])
+@pytest.mark.parametrize(
+    "view", [lambda x: x, lambda x: x.transpose(0, 3, 1, 2), lambda x: x[3:], lambda x: x[:, ::2]]
+)
 def test_what_lies_in_a_file_is_mapped_again(mapped, view):
     data = replace(make_data(), inputs=(as_arrays(view(mapped)).parts[0][None],))
     sent = to_arrays(data, here=True)
@@ -71,7 +74,13 @@ class Image(nn.Module):
         return self.head(self.body(x))
 
 
-SMALL = {"space": {"lr": [0.01, 0.02], "batch_size": [100, 200]}, "n_trials": 2, "cv": 2, "max_epochs": 2, "verbose": 0}
+SMALL = {
+    "space": {"lr": [0.01, 0.02], "batch_size": [100, 200]},
+    "n_trials": 2,
+    "cv": 2,
+    "max_epochs": 2,
+    "verbose": 0,
+}
 
 
 def test_workers_train_on_a_mapped_file_as_on_an_array(mapped):
@@ -105,7 +114,8 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, X.nb
 
 
 def peak(rows, kind):
-    """Bytes that a search in a process of its own takes at most beyond its data, and bytes of the data."""
+    """Bytes that a search in a process of its own takes at most beyond its data, and bytes of the
+    data."""
     script = SCRIPT.replace("rows =", f"{inspect.getsource(Image)}\nrows =", 1)
     out, err = Fork(script, rows, kind).communicate()
     assert err == ""
@@ -125,8 +135,11 @@ def test_200_000_images_take_less_than_4_gib():
 
 
 def test_a_search_in_a_process_that_ends_leaves_its_trials_waiting(monkeypatch):
-    """Workers start no more then, and nobody says so to the search before the process waits for it."""
+    """Workers start no more then, and nobody says so to the search before the process waits for
+    it."""
     monkeypatch.setattr(processes.Processes, "submit", lambda *arguments: False)
     space = {"x": [0.0, 1.0, 2.0, 3.0]}
-    study = gputune.search(lambda params, report: 0.0, space, direction="maximize", workers=2, verbose=0)
+    study = gputune.search(
+        lambda params, report: 0.0, space, direction="maximize", workers=2, verbose=0
+    )
     assert {trial.state for trial in study.trials} == {"waiting"}

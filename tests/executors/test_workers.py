@@ -1,4 +1,5 @@
-"""Worker processes: what is lost with one, what one raises, and what they leave to the rest of the process."""
+"""Worker processes: what is lost with one, what one raises, and what they leave to the rest of the
+process."""
 
 import os
 import signal
@@ -41,7 +42,8 @@ class Odd(Exception):
 
 
 class Net(torch.nn.Linear):
-    """A network that obeys an order in its worker; those of one file are obeyed once, the others always."""
+    """A network that obeys an order in its worker; those of one file are obeyed once, the others
+    always."""
 
     def __init__(self, n_features, n_outputs):
         super().__init__(n_features, n_outputs)
@@ -63,9 +65,17 @@ def obey(order):
     raise Odd("this", "that")
 
 
-# So little memory makes every trial a chunk of its own; the first is given to the worker before this process takes one.
-SEARCH = {"space": {"lr": loguniform(1e-3, 0.1)}, "n_trials": 2, "include_default": False, "cv": 2, "max_epochs": 2,
-          "memory": 1024, "verbose": 0}  # fmt: skip
+# So little memory makes every trial a chunk of its own; the first is given to the worker before
+# this process takes one.
+SEARCH = {
+    "space": {"lr": loguniform(1e-3, 0.1)},
+    "n_trials": 2,
+    "include_default": False,
+    "cv": 2,
+    "max_epochs": 2,
+    "memory": 1024,
+    "verbose": 0,
+}
 
 
 @pytest.fixture
@@ -97,7 +107,9 @@ def test_joblib_works_after_a_search_and_beside_one(tmp_path):
             time.sleep(0.01)
         return end.exists()
 
-    begun, end, found = tmp_path / "begun", tmp_path / "end", []
+    begun = tmp_path / "begun"
+    end = tmp_path / "end"
+    found = []
     calls = [delayed(waits)(begun, end)] * 2
     thread = threading.Thread(target=lambda: found.extend(Parallel(n_jobs=2)(calls)))
     thread.start()
@@ -112,8 +124,11 @@ def test_joblib_works_after_a_search_and_beside_one(tmp_path):
 def test_the_chunk_of_a_lost_worker_is_handed_out_again(orders):
     alone = scores(search(workers=1))
     (orders / "once exit").touch()
-    with pytest.warns(UserWarning, match="a worker process was lost while it trained 1 trial, now handed out again: it "
-                      "ended itself with exit code 7, as os._exit does."):  # fmt: skip
+    with pytest.warns(
+        UserWarning,
+        match="a worker process was lost while it trained 1 trial, now handed out again: it "
+        "ended itself with exit code 7, as os._exit does.",
+    ):
         assert scores(search()) == alone
     for pool in processes.idle:  # workers that are killed while nobody needs them
         for process in list(pool._processes.values()):
@@ -146,18 +161,27 @@ class Branching(Net):
 
 @pytest.mark.cpu
 def test_halving_of_what_trains_one_by_one_gives_the_scores_of_one_process():
-    words = {"space": {"lr": [1e-3, 1e-2, 1e-1]}, "n_trials": 3, "method": "halving", "max_epochs": 4}
+    words = {
+        "space": {"lr": [1e-3, 1e-2, 1e-1]},
+        "n_trials": 3,
+        "method": "halving",
+        "max_epochs": 4,
+    }
     assert scores(search(Branching, **words)) == scores(search(Branching, **words, workers=1))
 
 
 def test_a_chunk_that_ends_every_worker_is_given_up(orders, monkeypatch):
     monkeypatch.setattr(executor, "LOSSES", 2)
     (orders / "kill").touch()
-    with pytest.warns(UserWarning, match="SIGKILL ended it .as the system does where memory has run out"):
+    with pytest.warns(
+        UserWarning, match="SIGKILL ended it .as the system does where memory has run out"
+    ):
         study = search()
     (failed,) = (t for t in study.trials if t.state == "failed")
     reason = failed.detail["reason"]
-    assert reason.startswith("its chunk of 1 trial has lost 2 worker processes one after the other, the last")
+    assert reason.startswith(
+        "its chunk of 1 trial has lost 2 worker processes one after the other, the last"
+    )
     assert "fewer workers= leave more to each, and a smaller one takes less" in reason
     assert sorted(t.state for t in study.trials) == ["complete", "failed"]
     assert states_text(states_of(study)) == "1 complete, 1 that lost their workers"
@@ -173,7 +197,9 @@ def test_without_a_place_for_failures_a_trial_that_cannot_be_trained_is_an_error
 
 def test_an_error_that_cannot_be_pickled_is_named(orders):
     (orders / "raise").touch()
-    with pytest.raises(RuntimeError, match="Odd .which cannot be pickled. in a worker process: this and that"):
+    with pytest.raises(
+        RuntimeError, match="Odd .which cannot be pickled. in a worker process: this and that"
+    ):
         search()
 
 
@@ -224,15 +250,21 @@ def test_a_search_needs_no_standard_output_or_error(tmp_path):
 def test_a_worker_records_the_steps_of_like_chunks_once(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "getppid", os.getpid)  # this process is the worker
     monkeypatch.setattr(CpuRecorder, "repays", 1)
-    recorded, capture = [], CpuRecorder.capture
-    monkeypatch.setattr(CpuRecorder, "capture", lambda self, *step: recorded.append(self) or capture(self, *step))
-    data, path, numbers = make_data(), str(tmp_path / "data"), []
+    recorded = []
+    capture = CpuRecorder.capture
+    monkeypatch.setattr(
+        CpuRecorder, "capture", lambda self, *step: recorded.append(self) or capture(self, *step)
+    )
+    data = make_data()
+    path = str(tmp_path / "data")
+    numbers = []
     scoring = make_scoring(None, data.task, np.arange(3))
     job = Job(seed=0, epochs=2, horizon=2, scoring=scoring, module_class=Net, backend="graph")
     joblib.dump(to_arrays(data), path)
     sent = processes.pickle_job(job)
     for rate in (1e-3, 1e-2):
-        chunk, before = Population("module", (0,), tuple(fill({"batch_size": 9, "lr": rate}))), len(recorded)
+        chunk = Population("module", (0,), tuple(fill({"batch_size": 9, "lr": rate})))
+        before = len(recorded)
         (outcome,) = processes._run_in_worker(sent, path, chunk, torch.device("cpu"))
         numbers.append(len(recorded) - before)
         assert np.array_equal(outcome.curves, job.run(data, chunk).curves)
@@ -253,4 +285,6 @@ def test_each_worker_of_a_loop_has_a_gpu(hidden, workers, trials, gpus, monkeypa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-    assert [each["CUDA_VISIBLE_DEVICES"] for each in processes.environments(workers, trials)] == gpus
+    assert [
+        each["CUDA_VISIBLE_DEVICES"] for each in processes.environments(workers, trials)
+    ] == gpus

@@ -1,4 +1,5 @@
-"""hypergradient(): against torch.optim and finite differences, for many modules; what it leaves as it was."""
+"""hypergradient(): against torch.optim and finite differences, for many modules; what it leaves as
+it was."""
 
 import copy
 import functools
@@ -29,11 +30,15 @@ VALUES = {"lr": 0.05, "momentum": 0.8, "weight_decay": 0.02, "beta1": 0.85, "bet
 cross_entropy = functional.cross_entropy
 
 
-def run(module, loss=cross_entropy, given=None, *, hyperparameters=None, optimizer="sgd", **options):
+def run(
+    module, loss=cross_entropy, given=None, *, hyperparameters=None, optimizer="sgd", **options
+):
     batches, valid = given or data()
     options.setdefault("seed", 0)
     values = {"lr": 0.1} if hyperparameters is None else hyperparameters
-    return hypergradient(module, loss, batches, valid, hyperparameters=values, optimizer=optimizer, **options)
+    return hypergradient(
+        module, loss, batches, valid, hyperparameters=values, optimizer=optimizer, **options
+    )
 
 
 def assert_close(found, expected, tolerance=1e-12):
@@ -63,17 +68,22 @@ def slopes_of_the_value(optimizer):
             for sign in (1, -1):
                 moved = values_of(optimizer)
                 moved[name][entry] *= np.exp(sign * 1e-5)
-                ends.append(run(network(), hyperparameters=moved, optimizer=optimizer, mode="reverse").value)
+                ends.append(
+                    run(network(), hyperparameters=moved, optimizer=optimizer, mode="reverse").value
+                )
             value[entry] = (ends[0] - ends[1]) / 2e-5
     return found
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "options"), [*((name, MODES[-1]) for name in OPTIMIZERS), *(("adamw", mode) for mode in MODES[:-1])]
+    ("optimizer", "options"),
+    [*((name, MODES[-1]) for name in OPTIMIZERS), *(("adamw", mode) for mode in MODES[:-1])],
 )
 def test_every_mode_is_the_slope_of_the_value(optimizer, options):
     found = run(network(), hyperparameters=values_of(optimizer), optimizer=optimizer, **options)
-    assert options["mode"] == "auto" or (found.mode == options["mode"] and found.reason.startswith("asked for; "))
+    assert options["mode"] == "auto" or (
+        found.mode == options["mode"] and found.reason.startswith("asked for; ")
+    )
     for name, slope in slopes_of_the_value(optimizer).items():
         tolerance = (1e-5 if found.mode == "fd" else 1e-6) * np.abs(slope) + 1e-9
         assert (np.abs(found.log_gradient[name].numpy() - slope) <= tolerance).all(), name
@@ -101,7 +111,8 @@ def trained_by(stepper, module, batches):
 @pytest.mark.parametrize("steps", (50, 5))
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_the_parameters_are_those_of_torch_optim(optimizer, steps):
-    given, module = data(steps), network()
+    given = data(steps)
+    module = network()
     values = {name: VALUES[name] for name in OF[optimizer]} if steps > 5 else {"lr": 0.01}
     result = run(module, given=given, hyperparameters=values, optimizer=optimizer)
     theirs = copy.deepcopy(module)
@@ -114,7 +125,8 @@ def test_the_parameters_are_those_of_torch_optim(optimizer, steps):
 
 
 class Nested(nn.Module):
-    """Layers in the order of named_modules: the root, "block.first", "last"; one is frozen, one shares the first's."""
+    """Layers in the order of named_modules: the root, "block.first", "last"; one is frozen, one
+    shares the first's."""
 
     def __init__(self):
         super().__init__()
@@ -125,7 +137,8 @@ class Nested(nn.Module):
         self.last = nn.Linear(5, 3)
         self.scale = nn.Parameter(torch.ones(5))
         self.block["frozen"].requires_grad_(False)
-        self.again.weight, self.again.bias = self.block["first"].weight, self.block["first"].bias
+        self.again.weight = self.block["first"].weight
+        self.again.bias = self.block["first"].bias
         self.double()
 
     def forward(self, x):
@@ -134,8 +147,11 @@ class Nested(nn.Module):
 
 
 def test_segments_and_layers_are_the_steps_and_submodules_they_are_said_to_be():
-    given, module = data(7), Nested()
-    rates = torch.tensor([[0.1, 0.2, 0.3], [0.05, 0.25, 0.15], [0.3, 0.1, 0.2]], dtype=torch.float64)
+    given = data(7)
+    module = Nested()
+    rates = torch.tensor(
+        [[0.1, 0.2, 0.3], [0.05, 0.25, 0.15], [0.3, 0.1, 0.2]], dtype=torch.float64
+    )
     result = run(module, given=given, hyperparameters={"lr": rates})
     theirs = copy.deepcopy(module)
     layers = [[theirs.scale], theirs.block["first"].parameters(), theirs.last.parameters()]
@@ -203,19 +219,26 @@ def test_the_module_is_left_as_it_was(options):
     assert all((p.grad == 7).all() for p in module.parameters())
     for name, tensor in module.state_dict().items():
         assert torch.equal(tensor, state[name]), name
-    assert all(torch.equal(a, b) for a, b in zip(before, (tensor for pair in (*given[0], given[1]) for tensor in pair)))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(before, (tensor for pair in (*given[0], given[1]) for tensor in pair))
+    )
 
 
 class Remembering(nn.Module):
-    """One layer under two names; keeps activations in an attribute, a dict and a list, and may fail."""
+    """One layer under two names; keeps activations in an attribute, a dict and a list, and may
+    fail."""
 
     def __init__(self, *, second_name, fails=False):
         super().__init__()
         torch.manual_seed(0)
-        self.a, self.last = nn.Linear(5, 5).double(), nn.Linear(5, 3).double()
+        self.a = nn.Linear(5, 5).double()
+        self.last = nn.Linear(5, 3).double()
         if second_name:
             self.b = self.a
-        self.kept, self.log, self.fails = {}, [], fails
+        self.kept = {}
+        self.log = []
+        self.fails = fails
 
     def forward(self, x):
         self.hidden = self.kept["hidden"] = torch.tanh(self.a(x))
@@ -227,12 +250,15 @@ class Remembering(nn.Module):
 
 @pytest.mark.parametrize("options", MODES)
 def test_a_submodule_with_two_names_is_left_as_it_was(options):
-    module, plain = Remembering(second_name=True), run(Remembering(second_name=False), **options)
+    module = Remembering(second_name=True)
+    plain = run(Remembering(second_name=False), **options)
     objects = list(module.parameters())
     values = [p.detach().clone() for p in objects]
     for _ in range(2):
         result = run(module, **options)
-        assert result.value == plain.value and torch.equal(result.gradient["lr"], plain.gradient["lr"])
+        assert result.value == plain.value and torch.equal(
+            result.gradient["lr"], plain.gradient["lr"]
+        )
     assert all(a is b for a, b in zip(module.parameters(), objects, strict=True))
     assert module.b is module.a and module.b.weight is objects[0]
     assert all(torch.equal(p, value) for p, value in zip(objects, values))
@@ -241,8 +267,10 @@ def test_a_submodule_with_two_names_is_left_as_it_was(options):
 
 def test_a_submodule_with_two_names_is_left_as_it_was_after_an_error():
     module = Remembering(second_name=True, fails=True).eval()
-    objects, hook = list(module.parameters()), module.a.register_forward_hook(lambda *_: None)
-    draws, state = torch.get_rng_state(), copy.deepcopy(module.state_dict())
+    objects = list(module.parameters())
+    hook = module.a.register_forward_hook(lambda *_: None)
+    draws = torch.get_rng_state()
+    state = copy.deepcopy(module.state_dict())
     with refused("it fails"):
         run(module)
     assert torch.equal(torch.get_rng_state(), draws)
@@ -254,7 +282,9 @@ def test_a_submodule_with_two_names_is_left_as_it_was_after_an_error():
 
 
 def test_draws_are_the_same_under_one_seed_in_all_modes():
-    noisy = Calling(lambda m, x: m.inner(x + 0.3 * torch.randn(x.shape, dtype=x.dtype)), inner=network())
+    noisy = Calling(
+        lambda m, x: m.inner(x + 0.3 * torch.randn(x.shape, dtype=x.dtype)), inner=network()
+    )
     draws = torch.get_rng_state()
     assert_agree([run(noisy, seed=1, **options) for options in MODES])  # in evaluation too
     assert torch.equal(torch.get_rng_state(), draws)
@@ -270,7 +300,8 @@ def test_draws_are_the_same_under_one_seed_in_all_modes():
 def test_without_a_seed_one_is_drawn():
     module = network(nn.Dropout(0.5))
     torch.manual_seed(3)
-    first, second = run(module, seed=None), run(module, seed=None)
+    first = run(module, seed=None)
+    second = run(module, seed=None)
     state = torch.get_rng_state()
     torch.manual_seed(3)
     seeds = [int(torch.randint(2**62, ())) for _ in range(2)]
@@ -280,7 +311,8 @@ def test_without_a_seed_one_is_drawn():
 
 
 @pytest.mark.parametrize(
-    ("off", "options"), [(torch.no_grad, MODES[-1]), *((torch.inference_mode, mode) for mode in MODES[:-1])]
+    ("off", "options"),
+    [(torch.no_grad, MODES[-1]), *((torch.inference_mode, mode) for mode in MODES[:-1])],
 )
 def test_it_works_where_gradients_are_off(off, options):
     expected = run(network(nn.LayerNorm(6)), **options)
@@ -294,7 +326,10 @@ def test_it_works_where_gradients_are_off(off, options):
     given = data()
     with torch.inference_mode():
         made_there = data()
-    assert run(network(), given=made_there, **options).value == run(network(), given=given, **options).value
+    assert (
+        run(network(), given=made_there, **options).value
+        == run(network(), given=given, **options).value
+    )
 
 
 class Tokens(nn.Module):
@@ -303,7 +338,9 @@ class Tokens(nn.Module):
     def __init__(self, middle, inputs=5):
         super().__init__()
         torch.manual_seed(0)
-        self.embedding, self.middle, self.last = nn.Embedding(9, 4), middle, nn.Linear(4, 3)
+        self.embedding = nn.Embedding(9, 4)
+        self.middle = middle
+        self.last = nn.Linear(4, 3)
         self.double()
 
     def forward(self, x):
@@ -329,7 +366,9 @@ MODULES = {
     "layer norm": lambda: network(nn.LayerNorm(6), nn.GELU()),
     "group norm": lambda: network(nn.GroupNorm(2, 6), nn.SiLU()),
     "batch norm": lambda: network(nn.BatchNorm1d(6, track_running_stats=False)),
-    "running statistics": lambda: network(nn.BatchNorm1d(6), nn.Tanh(), nn.BatchNorm1d(6, affine=False)),
+    "running statistics": lambda: network(
+        nn.BatchNorm1d(6), nn.Tanh(), nn.BatchNorm1d(6, affine=False)
+    ),
     "cumulative statistics": lambda: network(nn.BatchNorm1d(6, momentum=None)),
     "conv": lambda: image(nn.Conv2d(1, 3, 2), nn.Flatten(), nn.Tanh(), nn.Linear(3, 3)),
     "embedding": lambda: Tokens(nn.Identity()),
@@ -349,14 +388,20 @@ def test_modules(kind):
     if isinstance(module, Tokens):
         batches, (valid,) = tokens(batches), tokens([valid])
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no second derivative
-        results = [run(module, given=(batches, valid), optimizer="adam", **options) for options in MODES[:-1]]
+        results = [
+            run(module, given=(batches, valid), optimizer="adam", **options)
+            for options in MODES[:-1]
+        ]
     assert_agree(results, 1e-10, fd=1e-5)
 
 
 @pytest.mark.parametrize("options", MODES[:4])
 def test_running_statistics_are_those_of_a_plain_loop(options):
-    """Which torch's own modules keep; the slope is how the loop's own loss in evaluation mode moves with its rate."""
-    module = image(nn.Conv2d(1, 3, 2, bias=False), nn.BatchNorm2d(3), nn.Flatten(), nn.Tanh(), nn.Linear(3, 3))
+    """Which torch's own modules keep; the slope is how the loop's own loss in evaluation mode moves
+    with its rate."""
+    module = image(
+        nn.Conv2d(1, 3, 2, bias=False), nn.BatchNorm2d(3), nn.Flatten(), nn.Tanh(), nn.Linear(3, 3)
+    )
     before = copy.deepcopy(module.double().train().state_dict())
     (batches, (x, y)), rate = data(), 0.3
 
@@ -370,9 +415,13 @@ def test_running_statistics_are_those_of_a_plain_loop(options):
     theirs, value = plain(rate)
     assert found.value == pytest.approx(value, rel=1e-11)
     slope = (plain(rate + 1e-5)[1] - plain(rate - 1e-5)[1]) / 2e-5
-    assert float(found.gradient["lr"]) == pytest.approx(slope, rel=1e-5 if found.mode == "fd" else 1e-7)
+    assert float(found.gradient["lr"]) == pytest.approx(
+        slope, rel=1e-5 if found.mode == "fd" else 1e-7
+    )
     for name, tensor in found.parameters.items():
-        torch.testing.assert_close(tensor, theirs.state_dict()[name].double(), rtol=1e-11, atol=1e-13)
+        torch.testing.assert_close(
+            tensor, theirs.state_dict()[name].double(), rtol=1e-11, atol=1e-13
+        )
     assert "2.running_var" in found.parameters
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
     assert module.training and "forward" not in vars(module[2])
@@ -382,7 +431,9 @@ def test_running_statistics_are_those_of_a_plain_loop(options):
 def test_losses_of_a_regression(loss):
     batches, (x, _) = data()
     *pairs, valid = [(x, x.sin().sum(1, keepdim=True)) for x in (*(x for x, _ in batches), x)]
-    assert_agree([run(network(outputs=1), loss, (pairs, valid), **options) for options in MODES], fd=1e-5)
+    assert_agree(
+        [run(network(outputs=1), loss, (pairs, valid), **options) for options in MODES], fd=1e-5
+    )
 
 
 def test_a_loss_may_have_parameters_and_weights_of_its_own():
@@ -407,7 +458,9 @@ def test_a_loss_that_reads_the_parameters_of_the_module_sees_the_trained_ones(op
     module = network()
 
     def with_decay(output, y):
-        return cross_entropy(output, y) + 0.1 / 2 * sum(p.square().sum() for p in module.parameters())
+        return cross_entropy(output, y) + 0.1 / 2 * sum(
+            p.square().sum() for p in module.parameters()
+        )
 
     found = run(module, with_decay, **options)
     expected = run(module, hyperparameters={"lr": 0.1, "weight_decay": 0.1})
@@ -433,7 +486,10 @@ def test_parameters_without_entries():
     none = nn.Parameter(torch.zeros(0, 3, dtype=torch.float64))
     empty = Calling(lambda m, x: m.inner(x) + m.none.sum(), none=none, inner=network())
     found = run(empty, hyperparameters={"lr": [[0.1, 0.1, 0.1]]})
-    assert_close({"lr": found.gradient["lr"][:, 1:]}, run(network(), hyperparameters={"lr": [[0.1, 0.1]]}).gradient)
+    assert_close(
+        {"lr": found.gradient["lr"][:, 1:]},
+        run(network(), hyperparameters={"lr": [[0.1, 0.1]]}).gradient,
+    )
     assert found.gradient["lr"][0, 0] == 0 and found.parameters["none"].shape == (0, 3)
 
 
@@ -455,42 +511,66 @@ def test_x_may_be_anything_that_the_module_takes():
 
 def test_truncated():
     values = {"lr": [0.1, 0.2, 0.3]}
-    whole, last = (run(network(), given=data(9), hyperparameters=values, truncate=n, mode="reverse") for n in (None, 3))
+    whole, last = (
+        run(network(), given=data(9), hyperparameters=values, truncate=n, mode="reverse")
+        for n in (None, 3)
+    )
     assert last.value == pytest.approx(whole.value, rel=1e-13)
     # The last segment is the last three steps: before it, its rate has no effect.
     assert_close(last.gradient, {"lr": whole.gradient["lr"] * torch.tensor([0, 0, 1])})
 
 
 def test_auto_takes_the_fastest_mode_that_fits():
-    steps, values = 40, {"lr": [0.1, 0.1, 0.1]}
+    steps = 40
+    values = {"lr": [0.1, 0.1, 0.1]}
     given = data(steps)
     training = ModuleTraining(network(), cross_entropy, *given, seed=0)
-    tables = {**_default_tables("sgd", 0.0, training.start()), "lr": torch.full((1, 3, 1), 0.1).double()}
+    tables = {
+        **_default_tables("sgd", 0.0, training.start()),
+        "lr": torch.full((1, 3, 1), 0.1).double(),
+    }
     sizes = measure(InnerProblem(training, "sgd", tables)).of_modes(steps, 3)
 
     def chosen(memory, values=values):
         result = run(network(), given=given, hyperparameters=values, memory=memory)
         return result.mode, result.reason.split(";")[0]
 
-    assert chosen(None, {"lr": 0.1}) == ("forward", "one hyperparameter, whose tangent is no slower than reverse")
-    assert chosen("1GB") == chosen(sizes["reverse"]) == ("reverse", "one price for all hyperparameters")
+    assert chosen(None, {"lr": 0.1}) == (
+        "forward",
+        "one hyperparameter, whose tangent is no slower than reverse",
+    )
+    assert (
+        chosen("1GB")
+        == chosen(sizes["reverse"])
+        == ("reverse", "one price for all hyperparameters")
+    )
     between = (sizes["checkpointed"] + sizes["reverse"]) // 2
     assert chosen(between) == ("reverse", "checkpointed, since the whole does not fit")
     assert sizes["forward"] < sizes["checkpointed"] - 1
     assert chosen(sizes["forward"]) == ("forward", "reverse does not fit")
     reason = run(network(), given=given, hyperparameters=values, memory="1MB").reason
-    assert "for 40 steps" in reason and "for 3 hyperparameters" in reason and "1.0 MiB may be used" in reason
+    assert (
+        "for 40 steps" in reason
+        and "for 3 hyperparameters" in reason
+        and "1.0 MiB may be used" in reason
+    )
 
 
 @pytest.mark.parametrize("mode", ("reverse", "forward"))
 def test_the_ratio_flags_chaotic_training_and_nothing_else(mode):
     def ratio(optimizer, lr, steps):
         torch.manual_seed(0)
-        module = nn.Sequential(nn.Linear(10, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 3)).double()
+        module = nn.Sequential(
+            nn.Linear(10, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 3)
+        ).double()
         given = data(steps, rows=32, inputs=10)
-        return run(module, given=given, hyperparameters={"lr": lr}, optimizer=optimizer, mode=mode).ratio
+        return run(
+            module, given=given, hyperparameters={"lr": lr}, optimizer=optimizer, mode=mode
+        ).ratio
 
-    with pytest.warns(RuntimeWarning, match="training is chaotic: it amplifies a small change .* times"):
+    with pytest.warns(
+        RuntimeWarning, match="training is chaotic: it amplifies a small change .* times"
+    ):
         assert ratio("momentum", 0.8, 60) > CHAOTIC
     assert ratio("momentum", 0.003, 30) < 20
     assert ratio("adam", 0.001, 30) < 20
@@ -501,7 +581,9 @@ def test_a_training_that_diverges_is_seen_to(options):
     def steep(output, y):
         return (output**4).sum()
 
-    with pytest.warns(RuntimeWarning, match="the validation loss is (nan|inf): look for NaN in the minibatches"):
+    with pytest.warns(
+        RuntimeWarning, match="the validation loss is (nan|inf): look for NaN in the minibatches"
+    ):
         result = run(network(), steep, hyperparameters={"lr": 10.0}, **options)
     assert not np.isfinite(result.value) and result.chaotic
     assert not result.gradient["lr"].isfinite() and not result.ratio <= CHAOTIC
@@ -509,7 +591,9 @@ def test_a_training_that_diverges_is_seen_to(options):
 
 def test_fixed_values_are_used_and_not_differentiated():
     both = run(network(), hyperparameters={"lr": 0.1, "momentum": 0.7, "weight_decay": [0.1, 0.01]})
-    one = run(network(), hyperparameters={"lr": 0.1}, fixed={"momentum": 0.7, "weight_decay": [0.1, 0.01]})
+    one = run(
+        network(), hyperparameters={"lr": 0.1}, fixed={"momentum": 0.7, "weight_decay": [0.1, 0.01]}
+    )
     assert set(one.gradient) == {"lr"} and not one.chaotic
     assert one.value == pytest.approx(both.value, rel=1e-12)
     torch.testing.assert_close(one.gradient["lr"], both.gradient["lr"], rtol=1e-12, atol=0)
@@ -523,7 +607,11 @@ def test_half_precision_runs():
 
 def test_a_result_is_shown_in_one_line():
     shown = repr(run(network(), hyperparameters={"lr": 0.1, "weight_decay": [0.1, 0.2]}))
-    assert shown.startswith("HypergradientResult(value ") and "weight_decay: (2,)" in shown and len(shown) < 160
+    assert (
+        shown.startswith("HypergradientResult(value ")
+        and "weight_decay: (2,)" in shown
+        and len(shown) < 160
+    )
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
@@ -540,11 +628,19 @@ def test_the_default_device_of_a_program_is_left_alone(options):
     exact = "optimizer" in options
     module = LogisticRegression(5, 3).double() if exact else network()
     wanted = {"C": 1.0} if exact else {"lr": [0.1, 0.2], "momentum": 0.5}
-    found, given = [], data(2)
+    found = []
+    given = data(2)
     for device in (None, "meta"):  # which holds no numbers
         torch.set_default_device(device)
         try:
-            found.append(run(module, given=given, hyperparameters=wanted, **{"optimizer": "momentum", **options}))
+            found.append(
+                run(
+                    module,
+                    given=given,
+                    hyperparameters=wanted,
+                    **{"optimizer": "momentum", **options},
+                )
+            )
         finally:
             torch.set_default_device(None)
     for name in wanted:

@@ -30,9 +30,12 @@ def run(module=None, loss=functional.cross_entropy, *, batches=None, valid=None,
     given = data()
     options = {"hyperparameters": {"lr": 0.1}, "optimizer": "sgd", "seed": 0} | options
     return hypergradient(
-        network() if module is None else module, loss, given[0] if batches is None else batches,
-        given[1] if valid is None else valid, **options,
-    )  # fmt: skip
+        network() if module is None else module,
+        loss,
+        given[0] if batches is None else batches,
+        given[1] if valid is None else valid,
+        **options,
+    )
 
 
 def refused(*words, **arguments):
@@ -46,7 +49,13 @@ def refused(*words, **arguments):
 NUMBER = "must be a number or an array of numbers"
 
 REFUSED = [  # hyperparameters, optimizer, words of the message
-    ({"momentum": 0.9}, "adam", "adam has lr, weight_decay, beta1, beta2", "'momentum'", "leave it out"),
+    (
+        {"momentum": 0.9},
+        "adam",
+        "adam has lr, weight_decay, beta1, beta2",
+        "'momentum'",
+        "leave it out",
+    ),
     ({"lr": 0.1, "beta1": 0.9}, "sgd", "sgd has lr, momentum, weight_decay", "'beta1'"),
     ({"rate": 0.1}, "sgd", "'rate'"),
     ({1: 0.1}, "sgd", "got 1"),
@@ -58,7 +67,12 @@ REFUSED = [  # hyperparameters, optimizer, words of the message
     ({"lr": math.nan}, "sgd", "finite and > 0", "got nan"),
     ({"lr": [[0.1, math.nan]]}, "sgd", "finite and > 0", "nan"),
     ({"lr": math.inf}, "sgd", "finite and > 0", "got inf"),
-    ({"weight_decay": -1e-9}, "sgd", "hyperparameters['weight_decay'] must be finite and >= 0", "-1e-09"),
+    (
+        {"weight_decay": -1e-9},
+        "sgd",
+        "hyperparameters['weight_decay'] must be finite and >= 0",
+        "-1e-09",
+    ),
     ({"weight_decay": math.nan}, "sgd", "finite and >= 0"),
     ({"momentum": 1.0}, "sgd", "hyperparameters['momentum'] must be in [0, 1)", "got 1.0"),
     ({"momentum": -0.1}, "momentum", "in [0, 1)"),
@@ -86,12 +100,27 @@ def test_hyperparameters(case):
 
 
 def test_the_module_itself_as_a_layer_is_named():
-    rooted = Calling(lambda m, x: m.last(x * m.weight), weight=nn.Parameter(torch.ones(5).double()), last=network())
-    refused("3 layers (the module itself, last.0, last.2)", module=rooted, hyperparameters={"lr": [[0.1]]})
+    rooted = Calling(
+        lambda m, x: m.last(x * m.weight),
+        weight=nn.Parameter(torch.ones(5).double()),
+        last=network(),
+    )
+    refused(
+        "3 layers (the module itself, last.0, last.2)",
+        module=rooted,
+        hyperparameters={"lr": [[0.1]]},
+    )
 
 
 OPTIONS = {  # name -> rule, values that break it
-    "optimizer": ("must be one of sgd, momentum, nesterov, adam, adamw", "rmsprop", "", None, ["sgd"], torch.optim.SGD),
+    "optimizer": (
+        "must be one of sgd, momentum, nesterov, adam, adamw",
+        "rmsprop",
+        "",
+        None,
+        ["sgd"],
+        torch.optim.SGD,
+    ),
     "mode": ("must be 'auto', 'reverse', 'forward' or 'fd'", "backward", None, 3, ["reverse"]),
     "truncate": ("must be a number of steps >= 1 or None", 0, -1, 1.5, True, "all"),
     "checkpoint": ("must be True or False", "sqrt"),
@@ -107,14 +136,20 @@ def test_options(name):
 
 
 def test_truncate_and_checkpoint_belong_to_reverse_mode():
-    for mode, options in itertools.product(("forward", "fd"), ({"truncate": 2}, {"checkpoint": True})):
+    for mode, options in itertools.product(
+        ("forward", "fd"), ({"truncate": 2}, {"checkpoint": True})
+    ):
         words = "truncate and checkpoint belong to reverse mode", repr(mode), "mode='reverse'"
         refused(*words, mode=mode, **options)
 
 
 @pytest.mark.parametrize(
     ("hyperparameters", "optimizer"),
-    (({"weight_decay": 0.0}, "sgd"), ({"momentum": [0.5, 0.0]}, "nesterov"), ({"beta1": 0}, "adam")),
+    (
+        ({"weight_decay": 0.0}, "sgd"),
+        ({"momentum": [0.5, 0.0]}, "nesterov"),
+        ({"beta1": 0}, "adam"),
+    ),
 )
 def test_finite_differences_at_zero(hyperparameters, optimizer):
     name = next(iter(hyperparameters))
@@ -151,7 +186,10 @@ NUMPY = "Make x and y tensors with torch.from_numpy."
         ({"valid": (X,)}, ("valid must be a pair (x, y)", "got 1 values")),
         ({"valid": data()[0]}, ("valid must be a pair (x, y)", "got 4 values")),
         ({"valid": 7}, ("valid must be a pair (x, y)", "got int")),
-        ({"batches": [(X[:, :3], Y)]}, ("batches[0]", *SHAPES, "mat1 and mat2 shapes cannot be multiplied")),
+        (
+            {"batches": [(X[:, :3], Y)]},
+            ("batches[0]", *SHAPES, "mat1 and mat2 shapes cannot be multiplied"),
+        ),
         ({"batches": [(X, Y.double())]}, ("batches[0]", *SHAPES)),
         ({"batches": [(X.float(), Y)]}, ("batches[0]", *SHAPES, "same dtype")),
         ({"valid": (X[:, :3], Y)}, ("valid", *SHAPES)),
@@ -160,7 +198,10 @@ NUMPY = "Make x and y tensors with torch.from_numpy."
         ({"valid": (X.numpy(), Y)}, ("valid", NUMPY)),
         (
             {"loss": lambda y, output: functional.cross_entropy(output, y)},
-            ("batches[0]: the module or the loss computes with whole numbers", "check the order of its arguments"),
+            (
+                "batches[0]: the module or the loss computes with whole numbers",
+                "check the order of its arguments",
+            ),
         ),
     ),
 )
@@ -176,12 +217,18 @@ def test_several_validation_pairs_are_refused_before_the_training(mode):
         trained.append(y)
         return output.sum() if isinstance(y, tuple) else functional.cross_entropy(output, y)
 
-    words = ("valid: the module or the loss raised TypeError", "If valid holds several pairs (x, y)", "torch.cat")
+    words = (
+        "valid: the module or the loss raised TypeError",
+        "If valid holds several pairs (x, y)",
+        "torch.cat",
+    )
     refused(*words, loss=loss, valid=data()[0][:2], mode=mode)
     assert len(trained) == 1
 
     picky = Calling(lambda m, x: m.inner(x.view(-1, 5)), inner=network())
-    refused("valid: the module or the loss raised AttributeError", module=picky, valid=data()[0][:2])
+    refused(
+        "valid: the module or the loss raised AttributeError", module=picky, valid=data()[0][:2]
+    )
 
 
 COMPLEX = Calling(
@@ -196,11 +243,18 @@ COMPLEX = Calling(
         (nn.Linear, ("must be a torch.nn.Module", "got type")),
         (lambda x: x, ("must be a torch.nn.Module", "got function")),
         (nn.Sequential(nn.Tanh()), ("nothing to train",)),
-        (nn.Sequential(nn.LazyLinear(4)), ("must have its parameters", "'0.weight'", "call module(x) once before")),
+        (
+            nn.Sequential(nn.LazyLinear(4)),
+            ("must have its parameters", "'0.weight'", "call module(x) once before"),
+        ),
         (network().requires_grad_(False), ("nothing to train",)),
         (
             nn.Sequential(nn.Linear(5, 4).double(), nn.Linear(4, 3)),
-            ("one floating dtype on one device", "torch.float32 on cpu, torch.float64 on cpu", "module.to("),
+            (
+                "one floating dtype on one device",
+                "torch.float32 on cpu, torch.float64 on cpu",
+                "module.to(",
+            ),
         ),
         (COMPLEX, ("one floating dtype", "torch.complex128 on cpu")),
         (
@@ -214,11 +268,13 @@ def test_module(module, words):
 
 
 class Counter(nn.Module):
-    """Remembers how often it was called, in place or by a new tensor, in training or in evaluation."""
+    """Remembers how often it was called, in place or by a new tensor, in training or in
+    evaluation."""
 
     def __init__(self, *, in_place, when):
         super().__init__()
-        self.in_place, self.when = in_place, when
+        self.in_place = in_place
+        self.when = when
         self.register_buffer("calls", torch.zeros(()).double())
 
     def forward(self, x):
@@ -231,7 +287,12 @@ class Counter(nn.Module):
 def test_buffers_that_change(mode):
     for in_place, when in itertools.product((False, True), ("batches[0]", "valid")):
         counter = Counter(in_place=in_place, when=when)
-        refused(f"the buffer '2.calls' changes in {when}", "no running state", module=network(counter), mode=mode)
+        refused(
+            f"the buffer '2.calls' changes in {when}",
+            "no running state",
+            module=network(counter),
+            mode=mode,
+        )
         assert counter.calls == 0 and counter.training
 
 
@@ -246,7 +307,10 @@ class Teacher(nn.Linear):
 @pytest.mark.parametrize(
     ("middle", "words"),
     (
-        (Teacher(4, 4).double().requires_grad_(False), "module: the parameter '2.weight' changes in batches[0]"),
+        (
+            Teacher(4, 4).double().requires_grad_(False),
+            "module: the parameter '2.weight' changes in batches[0]",
+        ),
         (spectral_norm(nn.Linear(4, 4)), "'2.parametrizations.weight.0._u' changes"),
     ),
 )
@@ -266,7 +330,10 @@ cross_entropy = functional.cross_entropy
     (
         (lambda output, y: output, ("one number for batches[0]", "got (8, 3)", ".mean()")),
         (lambda output, y: cross_entropy(output, y, reduction="none"), ("got (8,)",)),
-        (lambda output, y: cross_entropy(output, y).item(), ("one number for batches[0]", "got float")),
+        (
+            lambda output, y: cross_entropy(output, y).item(),
+            ("one number for batches[0]", "got float"),
+        ),
         (lambda output, y: None, ("got NoneType",)),
         ("cross_entropy", ("loss must be a function loss(module(x), y)", "'cross_entropy'")),
         (lambda output, y: torch.zeros(()), (DEPEND, "batches[0]", ".detach()")),
@@ -361,11 +428,20 @@ def attend(m, x):
         (applied(Numeric.apply), ("(Numeric)", "incomplete")),
         (applied(Partial.apply), ("(Partial)", "incomplete")),
         (weight_norm(nn.Linear(4, 4)), ("(WeightNormInterface)", "incomplete", "weight_norm")),
-        (applied(Refusing.apply), ("(the derivative for aten::odd is not implemented); replace it, or call",)),
-        (Calling(attend, inner=nn.MultiheadAttention(2, 1, batch_first=True)), ("scaled_dot_product", ATTENTION)),
-        (applied(lambda x: x + (x.round() - x).detach()), ("a .detach() of what depends on the parameters",)),
+        (
+            applied(Refusing.apply),
+            ("(the derivative for aten::odd is not implemented); replace it, or call",),
+        ),
+        (
+            Calling(attend, inner=nn.MultiheadAttention(2, 1, batch_first=True)),
+            ("scaled_dot_product", ATTENTION),
+        ),
+        (
+            applied(lambda x: x + (x.round() - x).detach()),
+            ("a .detach() of what depends on the parameters",),
+        ),
     ),
-)  # fmt: skip
+)
 def test_operations_without_a_second_derivative(middle, words, mode):
     module = network(middle)
     refused("cannot be differentiated twice", *words, "mode='fd'", module=module, mode=mode)
@@ -387,12 +463,18 @@ def test_a_detached_path_is_no_second_derivative(mode):
     (
         network(applied(Numeric.apply)),
         network(weight_norm(nn.Linear(4, 4))),
-        nn.Sequential(nn.Linear(5, 3), applied(Once.apply)),  # what is left of its second derivative is symmetric: 0
+        # what is left of its second derivative is symmetric: 0
+        nn.Sequential(nn.Linear(5, 3), applied(Once.apply)),
     ),
 )
 def test_in_single_precision_most_are_seen_too(module):
     (x, y), valid = data()[0][0], data()[1]
-    refused("incomplete", module=module.float(), batches=[(x.float(), y)], valid=(valid[0].float(), valid[1]))
+    refused(
+        "incomplete",
+        module=module.float(),
+        batches=[(x.float(), y)],
+        valid=(valid[0].float(), valid[1]),
+    )
 
 
 @pytest.mark.parametrize(
@@ -402,7 +484,8 @@ def test_in_single_precision_most_are_seen_too(module):
         nn.Hardtanh(-0.1, 0.1),
         nn.Dropout(0.5),
         nn.Sequential(nn.Unflatten(1, (1, 4)), nn.MaxPool1d(2, 1), nn.Flatten(), nn.Linear(3, 4)),
-        applied(lambda x: x.float().sigmoid().to(x.dtype)),  # a float64 module that computes in float32 inside
+        # a float64 module that computes in float32 inside
+        applied(lambda x: x.float().sigmoid().to(x.dtype)),
         applied(torch.round),
     ),
 )
@@ -412,7 +495,12 @@ def test_what_has_kinks_or_steps_or_little_precision_is_not_refused(middle, dtyp
         return pair[0].to(dtype), pair[1]
 
     batches, valid = data()
-    run(network(middle).to(dtype), batches=[lower(pair) for pair in batches], valid=lower(valid), mode="reverse")
+    run(
+        network(middle).to(dtype),
+        batches=[lower(pair) for pair in batches],
+        valid=lower(valid),
+        mode="reverse",
+    )
 
 
 def test_other_errors_of_torch_stay_themselves():
@@ -432,7 +520,10 @@ def numbers(text):
 def test_memory_beyond_the_budget_says_what_fits():
     options = {"batches": inner_problems.data(100)[0], "hyperparameters": {"lr": [0.1] * 2}}
     text = refused(
-        "memory does not suffice for mode='reverse': reverse needs about", mode="reverse", memory=1, **options
+        "memory does not suffice for mode='reverse': reverse needs about",
+        mode="reverse",
+        memory=1,
+        **options,
     )
     assert text.endswith("Use smaller minibatches or a larger memory=.")
     whole, blocks, tangents, budget = numbers(text)
@@ -444,7 +535,13 @@ def test_memory_beyond_the_budget_says_what_fits():
     for option in fitting:
         run(memory=int(1.1 * blocks), **options, **option)
     refused("mode='reverse'", memory=int(1.1 * blocks), truncate=steps + 1, **options)
-    refused("mode='reverse'", "mode='forward' (fits)", checkpoint=True, memory=int(1.1 * tangents), **options)
+    refused(
+        "mode='reverse'",
+        "mode='forward' (fits)",
+        checkpoint=True,
+        memory=int(1.1 * tangents),
+        **options,
+    )
     refused("mode='forward'", "larger memory=", mode="forward", memory=100, **options)
     refused("mode='forward'", "larger memory=", memory=100, **options)
 
@@ -454,7 +551,12 @@ def test_large_sizes_are_in_larger_units(monkeypatch):
         return Need(step=3 * 2**30, state=2**20)
 
     monkeypatch.setattr(hypergradient_file, "measure", large)
-    refused("reverse needs about 12.0 GiB for 4 steps", "1.0 MiB may be used", mode="reverse", memory="1MB")
+    refused(
+        "reverse needs about 12.0 GiB for 4 steps",
+        "1.0 MiB may be used",
+        mode="reverse",
+        memory="1MB",
+    )
 
 
 def test_fixed_values_are_checked_as_the_others_are():

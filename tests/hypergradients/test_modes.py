@@ -1,4 +1,5 @@
-"""Reverse and forward mode and finite differences: closed forms, each other, memory; populations as inner trainings."""
+"""Reverse and forward mode and finite differences: closed forms, each other, memory; populations as
+inner trainings."""
 
 import itertools
 import math
@@ -26,8 +27,26 @@ from gputune.hypergradients.inner import (
 from gputune.hypergradients.modes import default_width, differences, forward, reverse
 from gputune.modules.inspection import traits_of
 from gputune.population.population import Population
-from inner_problems import OF, OPTIMIZERS, Quadratics, StackedNets, chaotic, rule_of, tables_of, usable
-from problems import Net, fill, grid, largest_difference, make_data, peak_bytes, shape_of, train_together
+from inner_problems import (
+    OF,
+    OPTIMIZERS,
+    Quadratics,
+    StackedNets,
+    chaotic,
+    rule_of,
+    tables_of,
+    usable,
+)
+from problems import (
+    Net,
+    fill,
+    grid,
+    largest_difference,
+    make_data,
+    peak_bytes,
+    shape_of,
+    train_together,
+)
 from refused import refused
 
 LOSSES = {"cross_entropy": torch.tanh, "mse_loss": torch.nn.functional.gelu}
@@ -37,8 +56,11 @@ STEP = 1e-5  # of the logarithm, in central differences
 
 
 def central_differences(training_of, optimizer, tables, wanted):
-    """d validation / d log hyperparameter of one member; all the trainings that it takes are members of one."""
-    columns = [(name, s, layer) for name in wanted for s, layer in np.ndindex(tables[name].shape[1:])]
+    """d validation / d log hyperparameter of one member; all the trainings that it takes are
+    members of one."""
+    columns = [
+        (name, s, layer) for name in wanted for s, layer in np.ndindex(tables[name].shape[1:])
+    ]
     many = {name: table.repeat(2 * len(columns), 1, 1) for name, table in tables.items()}
     for j, (name, s, layer) in enumerate(columns):
         many[name][2 * j, s, layer] *= math.exp(STEP)
@@ -52,23 +74,35 @@ def central_differences(training_of, optimizer, tables, wanted):
 
 
 def assert_same(found, expected, tables):
-    """To 1e-12 of the largest entry of each hyperparameter's log gradient, and 1e-15 where the truth is 0."""
+    """To 1e-12 of the largest entry of each hyperparameter's log gradient, and 1e-15 where the
+    truth is 0."""
     for name, table in expected.items():
-        a, b = found[name] * tables[name], table * tables[name]
+        a = found[name] * tables[name]
+        b = table * tables[name]
         assert (a - b).abs().max() <= 1e-12 * b.abs().max() + 1e-15, name
 
 
 FEW = [("sgd", "mse_loss", 25), ("adamw", "mse_loss", 25)]
-FEW += [(name, loss, steps) for name in OPTIMIZERS for loss, steps in (("cross_entropy", 25), ("mse_loss", 1))]
+FEW += [
+    (name, loss, steps)
+    for name in OPTIMIZERS
+    for loss, steps in (("cross_entropy", 25), ("mse_loss", 1))
+]
 
 
-@pytest.mark.parametrize(("optimizer", "loss", "steps"), grid(OPTIMIZERS, LOSSES, (1, 25), short=FEW))
+@pytest.mark.parametrize(
+    ("optimizer", "loss", "steps"), grid(OPTIMIZERS, LOSSES, (1, 25), short=FEW)
+)
 def test_all_modes_equal_finite_differences(optimizer, loss, steps):
     def training_of(members):
         return StackedNets(steps, seeds=(0,) * members, loss=loss, activation=LOSSES[loss])
 
-    rule, wanted, tables = rule_of(optimizer), OF[optimizer], tables_of(optimizer, segments=min(3, steps))
-    whole, blocks, tangents = (mode(InnerProblem(training_of(1), rule, tables), wanted) for mode in MODES)
+    rule = rule_of(optimizer)
+    wanted = OF[optimizer]
+    tables = tables_of(optimizer, segments=min(3, steps))
+    whole, blocks, tangents = (
+        mode(InnerProblem(training_of(1), rule, tables), wanted) for mode in MODES
+    )
     assert tangents.ratio < 10
     for name, expected in central_differences(training_of, rule, tables, wanted).items():
         found = whole.gradients[name] * tables[name]
@@ -85,14 +119,18 @@ def test_all_modes_equal_finite_differences(optimizer, loss, steps):
 @pytest.mark.parametrize("mode", (*MODES, partial(differences, width=0.1)))
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_member_that_diverges_leaves_the_others_bit_for_bit(optimizer, mode):
-    training, wanted = StackedNets(6, seeds=(0, 1, 2)), OF[optimizer]
+    training = StackedNets(6, seeds=(0, 1, 2))
+    wanted = OF[optimizer]
     calm = tables_of(optimizer, 3, segments=2)
     wild = {name: table.clone() for name, table in calm.items()}
     wild["lr"][1] = wild["weight_decay"][1] = 1e200
-    before, after = (mode(InnerProblem(training, rule_of(optimizer), tables), wanted) for tables in (calm, wild))
+    before, after = (
+        mode(InnerProblem(training, rule_of(optimizer), tables), wanted) for tables in (calm, wild)
+    )
     others = [0, 2]
     assert usable(after)[others].all()
-    # Adam takes steps of the length of its rate, however large it is: differences of them are finite.
+    # Adam takes steps of the length of its rate, however large it is: differences of them are
+    # finite.
     assert not usable(after)[1] or (mode not in MODES and optimizer == "adam")
     assert torch.equal(before.value[others], after.value[others])
     for name in wanted:
@@ -109,8 +147,11 @@ class Silent(StackedNets):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("optimizer", ("sgd", "adamw"))
 def test_zero_gradients_give_the_closed_form_of_weight_decay(optimizer, mode):
-    training, tables = Silent(7), tables_of("sgd")
-    tables["lr"], tables["weight_decay"] = (torch.full((1, 1, 1), x, dtype=torch.float64) for x in (0.1, 0.3))
+    training = Silent(7)
+    tables = tables_of("sgd")
+    tables["lr"], tables["weight_decay"] = (
+        torch.full((1, 1, 1), x, dtype=torch.float64) for x in (0.1, 0.3)
+    )
     tables["momentum"] *= 0
     found = mode(InnerProblem(training, optimizer, tables), ("lr", "weight_decay"))
     lr, decay = (tables[name].clone().requires_grad_() for name in ("lr", "weight_decay"))
@@ -124,7 +165,8 @@ def test_a_dead_network_has_finite_gradients_with_adam(mode):
     def dead(x):
         return torch.relu(x - 100)
 
-    training, tables = StackedNets(5, activation=dead), tables_of("adam", segments=2)
+    training = StackedNets(5, activation=dead)
+    tables = tables_of("adam", segments=2)
     found = mode(InnerProblem(training, "adam", tables), OF["adam"])
     assert usable(found).all()
     assert (found.gradients["lr"][0, :, 1] != 0).all()  # the last layer's bias lives
@@ -132,10 +174,13 @@ def test_a_dead_network_has_finite_gradients_with_adam(mode):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_one_step_back_from_the_next_minibatch_is_the_formula_of_hypergradient_descent(optimizer):
-    """Baydin et al. (2018): the slope of the next loss in the rate is minus its gradient times the last direction."""
-    two, tables = StackedNets(2), tables_of(optimizer)
+    """Baydin et al. (2018): the slope of the next loss in the rate is minus its gradient times the
+    last direction."""
+    two = StackedNets(2)
+    tables = tables_of(optimizer)
     tables["lr"] = tables["lr"].mean((1, 2), keepdim=True)
-    momentum, decay = tables["momentum"][0, 0, 0], tables["weight_decay"][0, 0][two.layer][None]
+    momentum = tables["momentum"][0, 0, 0]
+    decay = tables["weight_decay"][0, 0][two.layer][None]
 
     class One(StackedNets):
         def validation(self, weights):
@@ -146,9 +191,12 @@ def test_one_step_back_from_the_next_minibatch_is_the_formula_of_hypergradient_d
     g = slope(two, w.clone().requires_grad_(), 0, graph=False)
     l2 = g + decay * w
     u = {
-        "sgd": l2, "momentum": l2, "nesterov": (1 + momentum) * l2, "adam": l2 / (l2.abs() + 1e-8),
+        "sgd": l2,
+        "momentum": l2,
+        "nesterov": (1 + momentum) * l2,
+        "adam": l2 / (l2.abs() + 1e-8),
         "adamw": g / (g.abs() + 1e-8) + decay * w,
-    }[optimizer]  # fmt: skip
+    }[optimizer]
     following = slope(two, (w - tables["lr"].view(1, 1) * u).requires_grad_(), 1, graph=False)
     expected = -(following * u).sum()
     assert abs(found.gradients["lr"].item() - expected) <= 1e-12 * abs(expected)
@@ -158,13 +206,16 @@ def test_one_step_back_from_the_next_minibatch_is_the_formula_of_hypergradient_d
 @pytest.mark.parametrize("steps", (1, 2, 5, 40))
 def test_a_quadratic_has_its_closed_form(mode, steps):
     product = torch.tensor([0.01, 0.5, 1.0, 1.3, 1.99], dtype=torch.float64)  # lr a, in (0, 2)
-    a, w0 = torch.linspace(0.5, 4, 5).double(), torch.linspace(1, -2, 5).double()
+    a = torch.linspace(0.5, 4, 5).double()
+    w0 = torch.linspace(1, -2, 5).double()
     tables = tables_of("sgd", 5)
     tables["lr"] = (product / a).view(5, 1, 1)
     tables["momentum"], tables["weight_decay"] = 0 * tables["momentum"], 0 * tables["weight_decay"]
     found = mode(InnerProblem(Quadratics(a, w0, steps), "sgd", tables), ("lr",))
     contraction = 1 - product
-    torch.testing.assert_close(found.value, a / 2 * (contraction**steps * w0) ** 2, rtol=1e-12, atol=1e-30)
+    torch.testing.assert_close(
+        found.value, a / 2 * (contraction**steps * w0) ** 2, rtol=1e-12, atol=1e-30
+    )
     expected = -steps * a**2 * w0**2 * contraction ** (2 * steps - 1)
     torch.testing.assert_close(found.gradients["lr"].flatten(), expected, rtol=1e-12, atol=1e-30)
 
@@ -172,11 +223,14 @@ def test_a_quadratic_has_its_closed_form(mode, steps):
 @pytest.mark.parametrize("checkpoint", (False, True))
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_truncated_is_the_derivative_of_the_last_steps_from_a_fixed_state(optimizer, checkpoint):
-    training, rule, wanted = StackedNets(11, seeds=(0, 1)), rule_of(optimizer), OF[optimizer]
+    training = StackedNets(11, seeds=(0, 1))
+    rule = rule_of(optimizer)
+    wanted = OF[optimizer]
     tables = tables_of(optimizer, 2, segments=3)
     problem = InnerProblem(training, rule, tables)
     leaves = {name: table.clone().requires_grad_() for name, table in tables.items()}
-    last, state = InnerProblem(training, rule, leaves), leaves_of(problem.advance(problem.start(), range(6)))
+    last = InnerProblem(training, rule, leaves)
+    state = leaves_of(problem.advance(problem.start(), range(6)))
     for step in range(6, 11):
         state = last.step(state, step, graph=True)
     value = training.validation(state[0]).sum()
@@ -200,17 +254,24 @@ def test_a_segment_covers_the_steps_from_its_floor_on():
     for steps in range(1, 30):
         for segments in range(1, steps + 1):
             begins = [s * steps // segments for s in range(segments)]
-            expected = [max(s for s in range(segments) if begins[s] <= done) for done in range(steps)]
-            assert segment_at(np.arange(steps), np.full(steps, steps), segments).tolist() == expected
+            expected = [
+                max(s for s in range(segments) if begins[s] <= done) for done in range(steps)
+            ]
+            assert (
+                segment_at(np.arange(steps), np.full(steps, steps), segments).tolist() == expected
+            )
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_gradient_of_a_segment_is_the_sum_over_its_steps(mode):
-    training, few = StackedNets(7), tables_of("momentum", segments=3)
+    training = StackedNets(7)
+    few = tables_of("momentum", segments=3)
     many = {name: table.clone() for name, table in few.items()}
     for name in ("lr", "momentum"):
         many[name] = few[name][:, [0, 0, 1, 1, 2, 2, 2]]
-    found, each = (mode(InnerProblem(training, "sgd", tables), ("lr", "momentum")) for tables in (few, many))
+    found, each = (
+        mode(InnerProblem(training, "sgd", tables), ("lr", "momentum")) for tables in (few, many)
+    )
     for name in ("lr", "momentum"):
         parts = [each.gradients[name][:, i:j].sum(1) for i, j in ((0, 2), (2, 4), (4, 7))]
         assert_same({name: found.gradients[name]}, {name: torch.stack(parts, 1)}, few)
@@ -218,19 +279,26 @@ def test_the_gradient_of_a_segment_is_the_sum_over_its_steps(mode):
 
 
 def test_layers_share_a_value_or_have_their_own():
-    training, own = StackedNets(5), tables_of("sgd", segments=2)
+    training = StackedNets(5)
+    own = tables_of("sgd", segments=2)
     own["lr"] = own["lr"].mean(2, keepdim=True).expand(-1, -1, 2).clone()
     shared = own | {"lr": own["lr"][:, :, :1]}
     for mode in MODES:
-        found, each = (mode(InnerProblem(training, "sgd", tables), ("lr",)) for tables in (shared, own))
+        found, each = (
+            mode(InnerProblem(training, "sgd", tables), ("lr",)) for tables in (shared, own)
+        )
         assert_same(found.gradients, {"lr": each.gradients["lr"].sum(2, keepdim=True)}, shared)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_step_is_watched_once_and_in_order(mode):
-    training, tables, seen = StackedNets(10), tables_of("sgd"), []
+    training = StackedNets(10)
+    tables = tables_of("sgd")
+    seen = []
     found = mode(
-        InnerProblem(training, "sgd", tables), ("lr",), watch=lambda step, weights: seen.append((step, weights))
+        InnerProblem(training, "sgd", tables),
+        ("lr",),
+        watch=lambda step, weights: seen.append((step, weights)),
     )
     assert [step for step, _ in seen] == list(range(1, 11))
     plain = []
@@ -253,7 +321,8 @@ def test_single_precision_is_within_a_thousandth_of_double(mode):
         problem = InnerProblem(StackedNets(50, dtype=dtype), "adam", tables_of("adam", dtype=dtype))
         return mode(problem, ("lr",)).gradients["lr"]
 
-    found, exact = slopes(torch.float32), slopes(torch.float64)
+    found = slopes(torch.float32)
+    exact = slopes(torch.float64)
     assert found.dtype == torch.float32
     assert ((found - exact).abs() <= 1e-3 * exact.abs().max()).all()
 
@@ -264,10 +333,14 @@ def test_the_ratio_is_zero_where_the_loss_depends_on_no_weight():
             return torch.ones(self.members, dtype=weights.dtype, requires_grad=True) * 2
 
     for mode in MODES:
-        found = mode(InnerProblem(Indifferent(3, seeds=(0, 1)), "sgd", tables_of("sgd", 2)), ("lr",))
+        found = mode(
+            InnerProblem(Indifferent(3, seeds=(0, 1)), "sgd", tables_of("sgd", 2)), ("lr",)
+        )
         assert (found.gradients["lr"] == 0).all() and not chaotic(found.ratio).any()
         assert found.value.tolist() == [2, 2]
-    assert (reverse(InnerProblem(Indifferent(3), "sgd", tables_of("sgd")), ("lr",)).ratio == 0).all()
+    assert (
+        reverse(InnerProblem(Indifferent(3), "sgd", tables_of("sgd")), ("lr",)).ratio == 0
+    ).all()
 
 
 def test_a_network_of_zeros_that_stays_so_is_not_chaotic():
@@ -285,17 +358,23 @@ def test_a_loss_that_is_linear_in_the_weights():
         def losses(self, weights, step):
             return weights.sum(1)
 
-    tables, training = tables_of("sgd", segments=2), Linear(4)
-    whole, blocks, tangents = (mode(InnerProblem(training, "sgd", tables), ("lr", "weight_decay")) for mode in MODES)
+    tables = tables_of("sgd", segments=2)
+    training = Linear(4)
+    whole, blocks, tangents = (
+        mode(InnerProblem(training, "sgd", tables), ("lr", "weight_decay")) for mode in MODES
+    )
     assert_same(blocks.gradients, whole.gradients, tables)
     assert_same(tangents.gradients, whole.gradients, tables)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_differences_equal_reverse_mode(optimizer):
-    training, tables = StackedNets(8, seeds=(0, 1, 2)), tables_of(optimizer, 3, segments=2)
+    training = StackedNets(8, seeds=(0, 1, 2))
+    tables = tables_of(optimizer, 3, segments=2)
     width = default_width(torch.float64)
-    found = differences(InnerProblem(training, rule_of(optimizer), tables), OF[optimizer], width=width)
+    found = differences(
+        InnerProblem(training, rule_of(optimizer), tables), OF[optimizer], width=width
+    )
     exact = reverse(InnerProblem(training, rule_of(optimizer), tables), OF[optimizer])
     for name in OF[optimizer]:
         distance = (found.gradients[name] - exact.gradients[name]).abs().flatten(1).amax(1)
@@ -305,29 +384,44 @@ def test_differences_equal_reverse_mode(optimizer):
 
 
 def test_the_ratio_of_differences_is_the_tangent_ratio_after_the_last_step():
-    training, tables = StackedNets(20, seeds=(0, 1)), tables_of("sgd", 2)
+    training = StackedNets(20, seeds=(0, 1))
+    tables = tables_of("sgd", 2)
     tables["lr"] = tables["lr"][:, :, :1]
     found = differences(InnerProblem(training, "sgd", tables), ("lr",), width=1e-5)
-    # Plain gradient descent that is calm: the tangent grows to the end, so the largest ratio is the last.
+    # Plain gradient descent that is calm: the tangent grows to the end, so the largest ratio is the
+    # last.
     torch.testing.assert_close(
-        found.ratio, forward(InnerProblem(training, "sgd", tables), ("lr",)).ratio, rtol=1e-6, atol=0
+        found.ratio,
+        forward(InnerProblem(training, "sgd", tables), ("lr",)).ratio,
+        rtol=1e-6,
+        atol=0,
     )
 
 
 def test_of_differences_only_the_training_at_the_values_themselves_is_watched():
-    training, tables, seen = StackedNets(4), tables_of("sgd"), []
-    differences(InnerProblem(training, "sgd", tables), ("lr",), width=0.1, watch=lambda step, w: seen.append((step, w)))
+    training = StackedNets(4)
+    tables = tables_of("sgd")
+    seen = []
+    differences(
+        InnerProblem(training, "sgd", tables),
+        ("lr",),
+        width=0.1,
+        watch=lambda step, w: seen.append((step, w)),
+    )
     assert [step for step, _ in seen] == [1, 2, 3, 4]
     assert torch.equal(seen[-1][1], InnerProblem(training, "sgd", tables).train())
 
 
 def test_a_wide_step_sees_over_the_edge_of_stability():
-    """At lr a = 2 the loss stays, below it falls, above it rises: a wide difference points down, to smaller rates."""
-    a, w0 = torch.tensor([1.0]).double(), torch.tensor([1.0]).double()
+    """At lr a = 2 the loss stays, below it falls, above it rises: a wide difference points down, to
+    smaller rates."""
+    a = torch.tensor([1.0]).double()
+    w0 = torch.tensor([1.0]).double()
     tables = {name: 0 * table for name, table in tables_of("sgd").items()}
     tables["lr"] = torch.tensor([[[1.95]]]).double()
     narrow, wide = (
-        differences(InnerProblem(Quadratics(a, w0, 50), "sgd", tables), ("lr",), width=h) for h in (1e-6, 0.2)
+        differences(InnerProblem(Quadratics(a, w0, 50), "sgd", tables), ("lr",), width=h)
+        for h in (1e-6, 0.2)
     )
     assert 0 < narrow.gradients["lr"] < wide.gradients["lr"] < math.inf
 
@@ -361,7 +455,8 @@ def test_forward_mode_needs_no_more_for_more_steps():
 
 def test_reverse_mode_grows_with_the_steps_and_checkpointed_with_their_root():
     (few, many), (few_blocks, many_blocks) = (
-        [peak_of(mode, StackedNets(steps), "adam", ("lr",)) for steps in (16, 144)] for mode in (reverse, checkpointed)
+        [peak_of(mode, StackedNets(steps), "adam", ("lr",)) for steps in (16, 144)]
+        for mode in (reverse, checkpointed)
     )
     assert many > 8 * few
     assert 2.5 * few_blocks < many_blocks < 3.5 * few_blocks
@@ -369,7 +464,10 @@ def test_reverse_mode_grows_with_the_steps_and_checkpointed_with_their_root():
 
 
 def test_training_without_derivatives_keeps_nothing():
-    few, many = (peak_of(lambda problem, _: problem.train(), StackedNets(steps), "adam", ()) for steps in (5, 25))
+    few, many = (
+        peak_of(lambda problem, _: problem.train(), StackedNets(steps), "adam", ())
+        for steps in (5, 25)
+    )
     assert many == few
 
 
@@ -385,7 +483,8 @@ def test_the_estimate_is_within_a_factor_of_two(shape):
 
 
 def test_measuring_leaves_nothing_behind():
-    training, tables = StackedNets(3), tables_of("adam")
+    training = StackedNets(3)
+    tables = tables_of("adam")
     before = [tensor.clone() for tensor in (training.first, *tables.values())]
     first, second = (measure(InnerProblem(training, "adam", tables)) for _ in range(2))
     assert first == second
@@ -427,15 +526,23 @@ RULES = ["sgd", "nesterov", "adam", "adamw"]
 
 
 def unlike(optimizer, **common):
-    """Three trials of one population that share nothing else: widths, batch sizes, rates, decays."""
+    """Three trials of one population that share nothing else: widths, batch sizes, rates,
+    decays."""
     rows = ((8, 16, 0.01, 0.1), (13, 10, 0.03, 0.02), (16, 12, 0.02, 0.01))
     return fill(
         *(
-            {"optimizer": optimizer, "width": w, "batch_size": b, "lr": lr, "weight_decay": wd,
-             "activation": "tanh", **common}
+            {
+                "optimizer": optimizer,
+                "width": w,
+                "batch_size": b,
+                "lr": lr,
+                "weight_decay": wd,
+                "activation": "tanh",
+                **common,
+            }
             for w, b, lr, wd in rows
         )
-    )  # fmt: skip
+    )
 
 
 def population_problem(data, configs, *, segments=1):
@@ -448,10 +555,16 @@ def population_problem(data, configs, *, segments=1):
 
 
 SCHEDULES = ["constant", "cosine"]
-FEW_TASKS = [(task, name, SCHEDULES[(i + j) % 2]) for i, task in enumerate(TASKS) for j, name in enumerate(RULES)]
+FEW_TASKS = [
+    (task, name, SCHEDULES[(i + j) % 2])
+    for i, task in enumerate(TASKS)
+    for j, name in enumerate(RULES)
+]
 
 
-@pytest.mark.parametrize(("task", "optimizer", "schedule"), grid(TASKS, RULES, SCHEDULES, short=FEW_TASKS))
+@pytest.mark.parametrize(
+    ("task", "optimizer", "schedule"), grid(TASKS, RULES, SCHEDULES, short=FEW_TASKS)
+)
 def test_members_equal_those_of_plain_training(task, optimizer, schedule):
     data = make_data(task, weights=True, folds=3)
     configs = unlike(optimizer, dropout=0.1, schedule=schedule)
@@ -463,8 +576,11 @@ def test_members_equal_those_of_plain_training(task, optimizer, schedule):
 
 @pytest.mark.parametrize("optimizer", RULES)
 def test_each_member_has_the_slope_that_it_has_alone(optimizer):
-    """All modes agree, and neighbours, members of other lengths and padding change nothing (law 2 and law 3)."""
-    data, configs, names = make_data(weights=True, folds=3), unlike(optimizer), ("lr", "weight_decay")
+    """All modes agree, and neighbours, members of other lengths and padding change nothing (law 2
+    and law 3)."""
+    data = make_data(weights=True, folds=3)
+    configs = unlike(optimizer)
+    names = ("lr", "weight_decay")
     configs[1]["schedule"] = "cosine"
     whole = population_problem(data, configs, segments=2)
     assert len(set(whole.training.totals.tolist())) > 1
@@ -477,22 +593,31 @@ def test_each_member_has_the_slope_that_it_has_alone(optimizer):
             alone = mode(population_problem(data, [config], segments=2), names)
             for name in names:
                 own = together.gradients[name].view(3, 3, -1)[:, c]
-                torch.testing.assert_close(own, alone.gradients[name].view(3, -1), rtol=1e-11, atol=1e-15)
-            torch.testing.assert_close(together.value.view(3, 3)[:, c], alone.value, rtol=1e-12, atol=0)
+                torch.testing.assert_close(
+                    own, alone.gradients[name].view(3, -1), rtol=1e-11, atol=1e-15
+                )
+            torch.testing.assert_close(
+                together.value.view(3, 3)[:, c], alone.value, rtol=1e-12, atol=0
+            )
             torch.testing.assert_close(together.ratio.view(3, 3)[:, c], alone.ratio)
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_slopes_equal_finite_differences(task):
-    inner = population_problem(make_data(task, folds=3), unlike("adam", schedule="cosine"), segments=2)
-    found, expected = reverse(inner, ("lr",)), differences(inner, ("lr",), width=1e-5)
+    inner = population_problem(
+        make_data(task, folds=3), unlike("adam", schedule="cosine"), segments=2
+    )
+    found = reverse(inner, ("lr",))
+    expected = differences(inner, ("lr",), width=1e-5)
     for a, b in zip(found.gradients["lr"].flatten(), expected.gradients["lr"].flatten()):
         assert a == pytest.approx(float(b), rel=1e-6, abs=1e-7)
 
 
 def test_padded_units_have_no_slope_of_nan():
-    """A unit that is padding has gradient and squares of zero, where the root's slope would be infinite."""
-    data, configs = (make_data(folds=3), fill({"optimizer": "adam", "width": 3}, {"optimizer": "adam", "width": 16}))
+    """A unit that is padding has gradient and squares of zero, where the root's slope would be
+    infinite."""
+    data = make_data(folds=3)
+    configs = fill({"optimizer": "adam", "width": 3}, {"optimizer": "adam", "width": 16})
     for mode in (forward, reverse):
         found = mode(population_problem(data, configs), ("lr", "beta1", "beta2"))
         for table in found.gradients.values():
@@ -504,7 +629,8 @@ class Sequence(nn.Module):
 
     def __init__(self, n_features, n_outputs):
         super().__init__()
-        self.cell, self.leave = self.kind(1, 3, batch_first=True), nn.Linear(3, n_outputs)
+        self.cell = self.kind(1, 3, batch_first=True)
+        self.leave = nn.Linear(3, n_outputs)
 
     def forward(self, x):
         return self.leave(self.cell(x[..., None])[0][:, -1])
@@ -516,34 +642,55 @@ class WithLSTM(Sequence):
 
 class Convolution(nn.Sequential):
     def __init__(self, n_features, n_outputs, **options):
-        first = nn.Unflatten(1, (1, -1)), nn.Conv1d(1, 3, 3), nn.BatchNorm1d(3, **options), nn.Tanh()
-        super().__init__(*first, nn.Dropout(0.1), nn.Flatten(), nn.Linear(3 * (n_features - 2), n_outputs))
+        first = (
+            nn.Unflatten(1, (1, -1)),
+            nn.Conv1d(1, 3, 3),
+            nn.BatchNorm1d(3, **options),
+            nn.Tanh(),
+        )
+        super().__init__(
+            *first, nn.Dropout(0.1), nn.Flatten(), nn.Linear(3 * (n_features - 2), n_outputs)
+        )
 
 
 def module_problem(kind, data, *configs):
-    """A module's job and chunk, and its training for two epochs at the hyperparameters of the configurations."""
+    """A module's job and chunk, and its training for two epochs at the hyperparameters of the
+    configurations."""
     chunk = Population("module", tuple(range(len(configs))), tuple(fill(*configs)))
     traits = {chunk.arguments: traits_of(kind, chunk.configs[0], data)}
-    job = HypergradientJob(seed=0, epochs=2, horizon=2, module_class=kind, traits=traits, backend="eager")
+    job = HypergradientJob(
+        seed=0, epochs=2, horizon=2, module_class=kind, traits=traits, backend="eager"
+    )
     return job, chunk, inner_problem(job, data, chunk)
 
 
 @pytest.mark.parametrize(
     ("kind", "layers", "kept"),
-    [(Net, 2, 0), (Sequence, 2, 0), (WithLSTM, 2, 0), (Convolution, 3, 7), (partial(Convolution, momentum=None), 3, 7)],
+    [
+        (Net, 2, 0),
+        (Sequence, 2, 0),
+        (WithLSTM, 2, 0),
+        (Convolution, 3, 7),
+        (partial(Convolution, momentum=None), 3, 7),
+    ],
 )
 def test_modules_are_differentiated_twice(kind, layers, kept):
-    """They are those of plain training; forward and reverse agree, and their slope is that of central differences."""
-    data, optimizer = make_data(folds=3, weights=kind is Net), "adamw" if kind is Net else "sgd"
+    """They are those of plain training; forward and reverse agree, and their slope is that of
+    central differences."""
+    data = make_data(folds=3, weights=kind is Net)
+    optimizer = "adamw" if kind is Net else "sgd"
     config = {"optimizer": optimizer, "lr": 0.3, "batch_size": 16}
     job, chunk, inner = module_problem(kind, data, config, config | {"lr": 0.1})
     assert (inner.training.kept, int(inner.training.layer.max()) + 1) == (kept, layers)
-    weights, plain = inner.train(), train_chunk(job, data, chunk)
+    weights = inner.train()
+    plain = train_chunk(job, data, chunk)
     for f, c in itertools.product(range(3), range(2)):
         assert largest_difference(inner.training.member(weights, f, c), plain.member(f, c)) <= 1e-12
     a, b = (mode(inner, ("lr",)).gradients["lr"] for mode in (forward, reverse))
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-13)
-    torch.testing.assert_close(b, differences(inner, ("lr",), width=1e-5).gradients["lr"], rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(
+        b, differences(inner, ("lr",), width=1e-5).gradients["lr"], rtol=1e-5, atol=1e-9
+    )
 
 
 class Counting(Net):

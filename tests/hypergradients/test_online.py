@@ -1,4 +1,5 @@
-"""The online optimizers follow their equations, written out by hand, and are optimizers as torch knows them."""
+"""The online optimizers follow their equations, written out by hand, and are optimizers as torch
+knows them."""
 
 import copy
 import io
@@ -30,7 +31,9 @@ SHAPES = [(3, 4), (4,), (4, 1)]
 
 def start(seed=0):
     g = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=g, dtype=torch.float64).requires_grad_() for shape in SHAPES]
+    return [
+        torch.randn(shape, generator=g, dtype=torch.float64).requires_grad_() for shape in SHAPES
+    ]
 
 
 def loss(params, t):
@@ -48,7 +51,9 @@ def flat(tensors):
 def gradient(w, t):
     """The gradient of ``loss`` at a flat vector."""
     w = w.detach().requires_grad_()
-    parts = [part.view(shape) for part, shape in zip(w.split([math.prod(s) for s in SHAPES]), SHAPES)]
+    parts = [
+        part.view(shape) for part, shape in zip(w.split([math.prod(s) for s in SHAPES]), SHAPES)
+    ]
     return torch.autograd.grad(loss(parts, t), w)[0]
 
 
@@ -67,17 +72,21 @@ def written_out(name, w, *, rule, beta, steps, decay, lr, mu=0.8, b1=0.9, b2=0.9
             else:
                 lr = lr + beta * h / (before.norm() * u.norm())
         buffer = mu * buffer + g
-        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * g**2
         adam = (m / (1 - b1 ** (t + 1))) / ((v / (1 - b2 ** (t + 1))).sqrt() + eps)
         directions = {"sgd": g, "momentum": buffer, "nesterov": g + mu * buffer}
         u = (directions | {"adam": adam, "adamw": adam + decay * w})[name]
-        w, before = w - lr * u, g
+        w = w - lr * u
+        before = g
         yield w, float(lr)
 
 
 def make(name, params, *, rule="multiplicative", **more):
     kind, keys = CLASSES[name]
-    return kind(params, **{"lr": LR[name], "hypergrad_lr": RULES[rule], "rule": rule, **keys, **more})
+    return kind(
+        params, **{"lr": LR[name], "hypergrad_lr": RULES[rule], "rule": rule, **keys, **more}
+    )
 
 
 def saved(state_dict):
@@ -103,7 +112,9 @@ def steps_with(optimizer, w, grads):
     return optimizer.param_groups[0]["lr"]
 
 
-FEW = [(name, "multiplicative") for name in CLASSES] + [(n, r) for n in ("nesterov", "adamw") for r in RULES]
+FEW = [(name, "multiplicative") for name in CLASSES] + [
+    (n, r) for n in ("nesterov", "adamw") for r in RULES
+]
 
 
 @pytest.mark.parametrize(("name", "rule"), grid(CLASSES, RULES, short=FEW))
@@ -111,7 +122,9 @@ def test_one_hundred_steps_follow_the_equations(name, rule):
     params = start()
     optimizer = make(name, params, rule=rule, lr=np.float64(LR[name]), lr_min=None, foreach=False)
     decay = CLASSES[name][1]["weight_decay"]
-    path = written_out(name, flat(params), rule=rule, beta=RULES[rule], steps=100, decay=decay, lr=LR[name])
+    path = written_out(
+        name, flat(params), rule=rule, beta=RULES[rule], steps=100, decay=decay, lr=LR[name]
+    )
     for t, (w, lr) in enumerate(path):
         take(optimizer, params, t)
         torch.testing.assert_close(flat(params), w, rtol=1e-12, atol=1e-12)
@@ -125,8 +138,10 @@ def test_one_hundred_steps_follow_the_equations(name, rule):
 def test_a_hypergrad_lr_of_zero_is_torch_optim(name, foreach):
     keys = CLASSES[name][1]
     twin = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}.get(name, torch.optim.SGD)
-    ours, theirs = start(), start()
-    optimizer, plain = make(name, ours, hypergrad_lr=0, foreach=foreach), twin(theirs, lr=LR[name], **keys)
+    ours = start()
+    theirs = start()
+    optimizer = make(name, ours, hypergrad_lr=0, foreach=foreach)
+    plain = twin(theirs, lr=LR[name], **keys)
     take(optimizer, ours, *range(50))
     take(plain, theirs, *range(50))
     torch.testing.assert_close(flat(ours), flat(theirs), rtol=1e-12, atol=1e-12)
@@ -165,8 +180,12 @@ def test_one_rate_for_all_tensors_whatever_their_order(rule):
 
 
 def test_groups_own_their_rates_and_hyperparameters():
-    params, alone = start(), start()
-    groups = [{"params": params[:2], "lr": 0.02, "momentum": 0.5}, {"params": params[2:], "hypergrad_lr": 0.0}]
+    params = start()
+    alone = start()
+    groups = [
+        {"params": params[:2], "lr": 0.02, "momentum": 0.5},
+        {"params": params[2:], "hypergrad_lr": 0.0},
+    ]
     optimizer = SGDHD(groups, lr=0.05, hypergrad_lr=0.1)
     first = SGDHD(alone[:2], lr=0.02, momentum=0.5, hypergrad_lr=0.1)
     second = torch.optim.SGD(alone[2:], lr=0.05)
@@ -184,7 +203,9 @@ def test_a_group_may_be_added_later_with_a_rule_of_its_own():
     params = start()
     optimizer = SGDHD(params[:2], lr=0.05)
     take(optimizer, params, 0)
-    optimizer.add_param_group({"params": params[2:], "lr": 0.2, "rule": "additive", "hypergrad_lr": 1e-3})
+    optimizer.add_param_group(
+        {"params": params[2:], "lr": 0.2, "rule": "additive", "hypergrad_lr": 1e-3}
+    )
     take(optimizer, params, *range(1, 4))
     assert [group["rule"] for group in optimizer.param_groups] == ["multiplicative", "additive"]
     assert optimizer.param_groups[1]["lr"] not in (0.05, 0.2)
@@ -228,8 +249,10 @@ def test_a_state_dict_goes_on_bit_for_bit(name, rule):
 
 
 def test_a_closure_computes_the_loss_with_gradients():
-    params, plain = start(), start()
-    optimizer, twin = make("nesterov", params), make("nesterov", plain)
+    params = start()
+    plain = start()
+    optimizer = make("nesterov", params)
+    twin = make("nesterov", plain)
 
     def closure():
         optimizer.zero_grad()
@@ -263,7 +286,8 @@ def test_a_parameter_without_gradient_stays_and_counts_for_nothing(name):
     optimizer = make(name, params, rule="additive", hypergrad_lr=1.0, lr_min=None, weight_decay=0.0)
     optimizer.param_groups[0]["hypergrad_lr"] = 0.0
     take(optimizer, params, *range(3))
-    here, direction = params[0].detach().clone(), optimizer.state[params[0]]["direction"]
+    here = params[0].detach().clone()
+    direction = optimizer.state[params[0]]["direction"]
     optimizer.zero_grad()
     loss(params, 3).backward()
     params[0].grad = None
@@ -282,9 +306,11 @@ def test_a_parameter_without_gradient_stays_and_counts_for_nothing(name):
 def test_the_cosine_is_that_of_whole_vectors_where_gradients_are_missing():
     a, b = (torch.zeros(1, dtype=torch.float64, requires_grad=True) for _ in range(2))
     optimizer = SGDHD([a, b], lr=1.0, hypergrad_lr=0.5)
-    a.grad, b.grad = torch.tensor([3.0]).double(), torch.tensor([4.0]).double()
+    a.grad = torch.tensor([3.0]).double()
+    b.grad = torch.tensor([4.0]).double()
     optimizer.step()
-    a.grad, b.grad = torch.tensor([2.0]).double(), None
+    a.grad = torch.tensor([2.0]).double()
+    b.grad = None
     optimizer.step()  # g = (2, 0), u = (3, 4): the cosine is 6 / (2 * 5)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1 + 0.5 * 0.6, rel=1e-14)
 
@@ -292,18 +318,26 @@ def test_the_cosine_is_that_of_whole_vectors_where_gradients_are_missing():
 def test_no_gradient_at_all_leaves_everything():
     optimizer = make("adam", params := start())
     optimizer.step()
-    assert optimizer.param_groups[0]["lr"] == LR["adam"] and torch.equal(flat(params), flat(start()))
+    assert optimizer.param_groups[0]["lr"] == LR["adam"] and torch.equal(
+        flat(params), flat(start())
+    )
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("grads", [(0.0, 0.0, 1.0, 0.0, 0.0), (1.0, math.nan, 1.0), (1.0, math.inf, 1.0)])
+@pytest.mark.parametrize(
+    "grads", [(0.0, 0.0, 1.0, 0.0, 0.0), (1.0, math.nan, 1.0), (1.0, math.inf, 1.0)]
+)
 def test_a_norm_that_is_zero_or_not_finite_leaves_the_rate(rule, grads):
     w = torch.ones(3, dtype=torch.float64, requires_grad=True)
     optimizer = SGDHD([w], lr=0.1, rule=rule, hypergrad_lr=0.5)
     assert [steps_with(optimizer, w, [grad]) for grad in grads] == [0.1] * len(grads)
 
 
-BOUNDS = [(rule, *case) for rule in RULES for case in (({"lr_min": 0.08}, -1.0, 0.08), ({"lr_max": 0.12}, 1.0, 0.12))]
+BOUNDS = [
+    (rule, *case)
+    for rule in RULES
+    for case in (({"lr_min": 0.08}, -1.0, 0.08), ({"lr_max": 0.12}, 1.0, 0.12))
+]
 BOUNDS += [("additive", {"lr_min": None}, -1.0, -2.6), ("additive", {}, -1.0, 0.0)]
 
 
@@ -322,8 +356,10 @@ def test_a_rate_at_zero_of_the_additive_rule_comes_back():
 
 
 def test_a_scheduler_scales_the_adapted_rate():
-    params, alone = start(), start()
-    optimizer, twin = make("momentum", params), make("momentum", alone)
+    params = start()
+    alone = start()
+    optimizer = make("momentum", params)
+    twin = make("momentum", alone)
     scheduler = lr_scheduler.ExponentialLR(optimizer, gamma=0.9)
     for t in range(10):
         take(optimizer, params, t)
@@ -344,7 +380,11 @@ def test_channels_last_and_contiguous_memory_agree():
     found = []
     for layout in (torch.contiguous_format, torch.channels_last):
         g = torch.Generator().manual_seed(0)
-        w = torch.randn(2, 3, 4, 5, generator=g, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+        w = (
+            torch.randn(2, 3, 4, 5, generator=g, dtype=torch.float64)
+            .to(memory_format=layout)
+            .requires_grad_()
+        )
         optimizer = AdamWHD([w], lr=0.1, hypergrad_lr=0.3)
         for _ in range(4):
             w.grad = torch.randn(2, 3, 4, 5, generator=g, dtype=torch.float64)
@@ -355,7 +395,10 @@ def test_channels_last_and_contiguous_memory_agree():
 
 ERRORS = [
     ({"lr": 0.0}, "lr must be a finite number > 0, got 0.0"),
-    ({"lr": -1.0, "rule": "additive", "hypergrad_lr": 1}, "lr must be a finite number >= 0, got -1.0"),
+    (
+        {"lr": -1.0, "rule": "additive", "hypergrad_lr": 1},
+        "lr must be a finite number >= 0, got -1.0",
+    ),
     ({"lr": math.nan}, "lr must be a finite number > 0, got nan"),
     ({"lr": "fast"}, "lr must be a finite number > 0, got 'fast'. For example 0.001."),
     ({"lr": True}, "lr must be a finite number > 0, got True"),
@@ -363,7 +406,10 @@ ERRORS = [
     ({"hypergrad_lr": 1.0}, "hypergrad_lr must be a finite number >= 0 and < 1, got 1.0"),
     ({"hypergrad_lr": -0.1}, "hypergrad_lr must be a finite number >= 0 and < 1, got -0.1"),
     ({"hypergrad_lr": -1, "rule": "additive"}, "hypergrad_lr must be a finite number >= 0, got -1"),
-    ({"rule": "additive"}, "hypergrad_lr must be given with rule='additive', whose unit depends on the model"),
+    (
+        {"rule": "additive"},
+        "hypergrad_lr must be given with rule='additive', whose unit depends on the model",
+    ),
     ({"rule": "normalized"}, "hypergrad_lr must be given with rule='normalized'"),
     ({"rule": "greedy"}, "rule must be one of multiplicative, additive, normalized, got 'greedy'"),
     ({"rule": None}, "rule must be one of multiplicative, additive, normalized, got None"),
@@ -384,8 +430,16 @@ def test_a_module_in_place_of_its_parameters_is_refused(kind, wrap):
 
 OWN_ERRORS = [
     (SGDHD, {"momentum": 1.0}, "momentum must be a finite number >= 0 and < 1, got 1.0"),
-    (SGDHD, {"momentum": Fraction(10**20 - 1, 10**20)}, "momentum must be a finite number >= 0 and < 1, got Fraction"),
-    (SGDHD, {"nesterov": True}, "momentum must be > 0 with nesterov=True, got 0.0. For example momentum=0.9."),
+    (
+        SGDHD,
+        {"momentum": Fraction(10**20 - 1, 10**20)},
+        "momentum must be a finite number >= 0 and < 1, got Fraction",
+    ),
+    (
+        SGDHD,
+        {"nesterov": True},
+        "momentum must be > 0 with nesterov=True, got 0.0. For example momentum=0.9.",
+    ),
     (AdamHD, {"betas": (0.9, 1.0)}, "betas[1] must be a finite number >= 0 and < 1, got 1.0"),
     (AdamHD, {"betas": 0.9}, "betas must be two numbers in [0, 1), got 0.9"),
     (AdamWHD, {"betas": (0.9,)}, "betas must be two numbers in [0, 1), got (0.9,)"),

@@ -31,20 +31,35 @@ VALUES = {
     "activation": (ACTIVATIONS, ("swish", None, 1)),
     "optimizer": (OPTIMIZERS, ("exact", "adaam", 3)),
     "beta2": ((0, 0.95), (-0.1, 1)),
-    **dict.fromkeys(("schedule", "weight_decay_schedule", "dropout_schedule"), (SCHEDULES, ("step",))),
+    **dict.fromkeys(
+        ("schedule", "weight_decay_schedule", "dropout_schedule"), (SCHEDULES, ("step",))
+    ),
     "hypergrad_rule": (("multiplicative",), ("adam",)),
 }
 """The legal ones of each key, and some that are not."""
 
 
 def test_the_keys_of_each_kind_of_model():
-    trained = {"lr", "batch_size", "weight_decay", "momentum", "optimizer", "schedule", "clip_norm", "ema"}
+    trained = {
+        "lr",
+        "batch_size",
+        "weight_decay",
+        "momentum",
+        "optimizer",
+        "schedule",
+        "clip_norm",
+        "ema",
+    }
     trained |= {"beta2", "weight_decay_schedule", "numbers"}
     assert set(legal_keys("logistic", "sgd")) == trained
     assert set(MODULE) == trained | {"dropout", "dropout_schedule"}
     assert set(MLP) == trained | {"width", "depth", "activation", "dropout"}
     assert set(EXACT) == {"C", "l1_ratio", "penalty", "numbers"}
-    assert set(KEYS) == set(MLP) | set(EXACT) | {"hypergrad_lr", "hypergrad_rule", "dropout_schedule"}
+    assert set(KEYS) == set(MLP) | set(EXACT) | {
+        "hypergrad_lr",
+        "hypergrad_rule",
+        "dropout_schedule",
+    }
     assert set(VALUES) == set(KEYS) - {"penalty"}  # no key escapes the tests below
 
 
@@ -66,12 +81,20 @@ def test_values_in_range_are_kept_and_others_refused(key):
 @pytest.mark.parametrize(
     "key, value, expected",
     [
-        ("width", 32.0, 32), ("width", np.float32(32), 32), ("width", np.int16(32), 32),
-        ("width", (np.int16(32), 8.0), (32, 8)), ("width", [32, 8], (32, 8)), ("width", 2**60 + 1, 2**60 + 1),
-        ("lr", 1, 1.0), ("lr", np.float32(0.5), 0.5), ("lr", np.array(0.5), 0.5), ("lr", Fraction(1, 4), 0.25),
-        ("activation", np.str_("relu"), "relu"), ("module__flag", np.True_, True),
+        ("width", 32.0, 32),
+        ("width", np.float32(32), 32),
+        ("width", np.int16(32), 32),
+        ("width", (np.int16(32), 8.0), (32, 8)),
+        ("width", [32, 8], (32, 8)),
+        ("width", 2**60 + 1, 2**60 + 1),
+        ("lr", 1, 1.0),
+        ("lr", np.float32(0.5), 0.5),
+        ("lr", np.array(0.5), 0.5),
+        ("lr", Fraction(1, 4), 0.25),
+        ("activation", np.str_("relu"), "relu"),
+        ("module__flag", np.True_, True),
     ],
-)  # fmt: skip
+)
 def test_values_become_pythons_own(key, value, expected):
     value = check_config({key: value})[key]
     assert value == expected and type(value) is type(expected)
@@ -80,14 +103,29 @@ def test_values_become_pythons_own(key, value, expected):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"width": (8, 0)}, r"each layer of trial\['width'\] must be an integer >= 1, got 0\. For example 128"),
-        ({"width": ()}, r"trial\['width'\] must have the units of each hidden layer, got \(\)\. For example \(100"),
-        ({"width": (8, 4), "depth": 3}, r"no 'depth' beside the width \(8, 4\), which is of 2 layers, got 3\. Leave"),
+        (
+            {"width": (8, 0)},
+            r"each layer of trial\['width'\] must be an integer >= 1, got 0\. For example 128",
+        ),
+        (
+            {"width": ()},
+            r"trial\['width'\] must have the units of each hidden layer, got \(\)\. For example \(100",
+        ),
+        (
+            {"width": (8, 4), "depth": 3},
+            r"no 'depth' beside the width \(8, 4\), which is of 2 layers, got 3\. Leave",
+        ),
         ({"activation": "ReLU"}, "one of relu, gelu, silu, tanh, got 'ReLU'. Did you mean 'relu'?"),
         ({"activation": "tahn"}, "got 'tahn'. Did you mean 'tanh'?"),
         ({"schedule": "step"}, "got 'step'. For example 'constant'"),
-        ({"penalty": "elasticnet"}, "one of l2, l1, none, got 'elasticnet'. .* leave 'penalty' out"),
-        ({"penalty": "l1", "l1_ratio": 0.5}, r"one of 'penalty' and 'l1_ratio', .* got both. Leave 'penalty' out"),
+        (
+            {"penalty": "elasticnet"},
+            "one of l2, l1, none, got 'elasticnet'. .* leave 'penalty' out",
+        ),
+        (
+            {"penalty": "l1", "l1_ratio": 0.5},
+            r"one of 'penalty' and 'l1_ratio', .* got both. Leave 'penalty' out",
+        ),
     ],
 )
 def test_configurations_that_cannot_be(config, message):
@@ -98,7 +136,12 @@ def test_configurations_that_cannot_be(config, message):
 def test_keys_are_sorted_modules_keep_their_values_and_penalty_is_the_older_word_for_l1_ratio():
     config = check_config({"module__b": (1, 2), "lr": 0.1, "module__a": None})
     assert list(config.items()) == [("lr", 0.1), ("module__a", None), ("module__b", (1, 2))]
-    for penalty, C, ratio in (("l2", 3.0, 0.0), ("l1", 3.0, 1.0), ("none", math.inf, 0.0), (None, math.inf, 0.0)):
+    for penalty, C, ratio in (
+        ("l2", 3.0, 0.0),
+        ("l1", 3.0, 1.0),
+        ("none", math.inf, 0.0),
+        (None, math.inf, 0.0),
+    ):
         assert check_config({"penalty": penalty, "C": 3}) == {"C": C, "l1_ratio": ratio}
 
 
@@ -118,11 +161,15 @@ def test_keys_are_sorted_modules_keep_their_values_and_penalty_is_the_older_word
     ],
 )
 def test_an_unknown_key_is_an_error_that_says_what_to_do(key, keys, remedy):
-    with refused(rf"^space must have only the keys {', '.join(sorted(keys))}.*, got {key!r}\. {remedy}"):
+    with refused(
+        rf"^space must have only the keys {', '.join(sorted(keys))}.*, got {key!r}\. {remedy}"
+    ):
         check_key(key, keys=keys, module=keys is MODULE, name="space")
 
 
 def test_module_keys_need_a_module():
     check_key("module__hidden", keys=(), module=True, name="space")
-    with refused(r"space has the key 'module__hidden', but module__\*, loss__\*, .* keys need an nn.Module"):
+    with refused(
+        r"space has the key 'module__hidden', but module__\*, loss__\*, .* keys need an nn.Module"
+    ):
         check_key("module__hidden", keys=MLP, module=False, name="space")

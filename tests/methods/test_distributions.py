@@ -1,4 +1,5 @@
-"""log_int draws what it promises; a distribution's text is stable; a best value at the edge of its law is remarked."""
+"""log_int draws what it promises; a distribution's text is stable; a best value at the edge of its
+law is remarked."""
 
 import math
 from dataclasses import replace
@@ -17,10 +18,16 @@ from refused import refused
 def test_log_int_draws_each_integer_with_its_share_in_the_shape_asked_for_from_seeds_and_generators():
     draws = log_int(1, 7).rvs(size=40_000, random_state=0)
     shares = np.bincount(draws, minlength=8)[1:] / len(draws)
-    np.testing.assert_allclose(shares, [math.log((k + 1) / k) / math.log(8) for k in range(1, 8)], atol=0.01)
+    np.testing.assert_allclose(
+        shares, [math.log((k + 1) / k) / math.log(8) for k in range(1, 8)], atol=0.01
+    )
     assert draws.dtype == np.int64 and draws.min() == 1 and draws.max() == 7
     law = log_int(16, 512)
-    assert [np.shape(law.rvs(size=size, random_state=0)) for size in ((), (3,), (2, 5))] == [(), (3,), (2, 5)]
+    assert [np.shape(law.rvs(size=size, random_state=0)) for size in ((), (3,), (2, 5))] == [
+        (),
+        (3,),
+        (2, 5),
+    ]
     one = law.rvs(random_state=3)
     assert type(one) is int and one == law.rvs(random_state=np.random.RandomState(3))
     generator = [law.rvs(size=4, random_state=np.random.default_rng(3)).tolist() for _ in range(2)]
@@ -69,7 +76,11 @@ class Named(stats.rv_continuous):
 
 
 def test_what_is_a_distribution():
-    assert is_distribution(log_int(1, 2)) and is_distribution(stats.uniform(0, 1)) and is_distribution(Ours(0))
+    assert (
+        is_distribution(log_int(1, 2))
+        and is_distribution(stats.uniform(0, 1))
+        and is_distribution(Ours(0))
+    )
     assert not is_distribution(Ours) and not is_distribution([1]) and not is_distribution("rvs")
 
 
@@ -92,27 +103,54 @@ def test_scipys_distributions_are_told_by_name_and_parameters_others_by_type_and
 def study(key, choices, best, others):
     """A study of one hyperparameter whose first trial is the best one."""
     law = None if choices is None else describe(choices)
-    meta = {"model": "mlp", "scoring": "accuracy", "distributions": {} if law is None else {key: law}}
+    meta = {
+        "model": "mlp",
+        "scoring": "accuracy",
+        "distributions": {} if law is None else {key: law},
+    }
     rows = []
     for number, value in enumerate([best, *others]):
         score = 0.9 - number / 100
-        result = Result(number, "complete", score, (score, score), 1, 0.1, np.full((1, 2), score), {})
+        result = Result(
+            number, "complete", score, (score, score), 1, 0.1, np.full((1, 2), score), {}
+        )
         rows.append((Candidate(number, {key: value}, "random"), result))
     return gputune.Study.from_rows(meta, rows)
 
 
 SOME = [64, 100, 128]
-LIST, LOG, LINE, WHOLE = ([32, 64, 256], stats.loguniform(1e-4, 1e-1), stats.uniform(0, 0.5), stats.randint(16, 257))
+LIST = [32, 64, 256]
+LOG = stats.loguniform(1e-4, 1e-1)
+LINE = stats.uniform(0, 0.5)
+WHOLE = stats.randint(16, 257)
 
 
 @pytest.mark.parametrize(
     ("key", "choices", "best", "others", "words"),
     [
-        ("width", LIST, 256, [32, 64], "The best width, 256, lies at the upper end of the space, 32 to 256: no larger"),
-        ("width", LIST, 32, [64, 256], "The best width, 32, lies at the lower end of the space, 32 to 256: no smaller"),
+        (
+            "width",
+            LIST,
+            256,
+            [32, 64],
+            "The best width, 256, lies at the upper end of the space, 32 to 256: no larger",
+        ),
+        (
+            "width",
+            LIST,
+            32,
+            [64, 256],
+            "The best width, 32, lies at the lower end of the space, 32 to 256: no smaller",
+        ),
         ("width", WHOLE, 256, SOME, "upper end of the space, 16 to 256: no larger one was tried."),
         ("width", log_int(16, 512), 16, SOME, "lower end of the space, 16 to 512"),
-        ("lr", LOG, 0.09, [1e-3, 1e-2], "The best lr, 0.09, lies at the upper end of the space, 0.0001 to 0.1"),
+        (
+            "lr",
+            LOG,
+            0.09,
+            [1e-3, 1e-2],
+            "The best lr, 0.09, lies at the upper end of the space, 0.0001 to 0.1",
+        ),
         ("lr", LOG, 1.2e-4, [1e-3, 1e-2], "lower end"),
         ("dropout", LINE, 0.49, [0.1, 0.2], "upper end of the space, 0 to 0.5"),
         # Nothing is said that is not so.
@@ -123,7 +161,8 @@ LIST, LOG, LINE, WHOLE = ([32, 64, 256], stats.loguniform(1e-4, 1e-1), stats.uni
         ("width", LIST, 512, [32, 64, 256], None),  # an included one beyond the space
         ("width", LIST, 256, [32, 64, 512], None),  # a larger one was tried
         ("width", WHOLE, 240, SOME, None),
-        ("lr", LOG, 0.05, [1e-3, 1e-2], None),  # far from its end on its scale, half of it on another
+        # far from its end on its scale, half of it on another
+        ("lr", LOG, 0.05, [1e-3, 1e-2], None),
         ("lr", LOG, 6e-4, [1e-3, 1e-2], None),
         ("dropout", LINE, 0.0, [0.1, 0.2], None),  # nothing lies below
         ("dropout", [0.0, 0.1, 0.2], 0.0, [0.1, 0.2], None),

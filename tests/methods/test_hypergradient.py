@@ -55,7 +55,9 @@ def test_a_slope_within_its_standard_error_moves_nothing():
 
 
 def test_noise_may_give_way_to_a_trend_seen_from_afar_of_which_a_solution_has_none():
-    found = places(start(first_step=1.0), slope(5.0, error=9.0), slope(5.0, error=1.0, mode="differences"))
+    found = places(
+        start(first_step=1.0), slope(5.0, error=9.0), slope(5.0, error=1.0, mode="differences")
+    )
     np.testing.assert_allclose(np.diff(found), [0, -1], atol=1e-12)
     path = start(1.0, name="C")
     path.move(slope(5.0, error=9.0, name="C"))
@@ -64,12 +66,14 @@ def test_noise_may_give_way_to_a_trend_seen_from_afar_of_which_a_solution_has_no
 
 def test_a_descent_never_comes_back_ends_when_its_steps_are_short_and_finds_the_minimum_of_a_quadratic():
     path = start(first_step=1.0, smallest_step=0.01)
-    found = places(path, *map(slope, (1, -1, -1, 1, 1, -1)))  # halved steps on a flip alone would lead back twice
+    # halved steps on a flip alone would lead back twice
+    found = places(path, *map(slope, (1, -1, -1, 1, 1, -1)))
     assert len({round(float(place), 9) for place in found}) == len(found)
     path = start(first_step=1.0, smallest_step=0.2)
     places(path, *map(slope, (1, -1, 1, -1)))
     assert path.ended
-    path, target = start(first_step=1.0, outer_steps=40), math.log(0.37)
+    path = start(first_step=1.0, outer_steps=40)
+    target = math.log(0.37)
     while not path.ended:
         path.move(slope(math.log(path.config["lr"]) - target))
     assert abs(math.log(path.config["lr"]) - target) < 0.1
@@ -109,14 +113,22 @@ def test_chaos_steps_the_rate_down_then_turns_to_finite_differences():
     assert path.mode == "differences"
 
 
-@pytest.mark.parametrize(("name", "value", "low"), [("lr", 9.0, 0.3), ("weight_decay", math.inf, 1e-9)])
-def test_chaos_with_nowhere_to_step_down_to_looks_at_the_same_point_by_finite_differences(name, value, low):
+@pytest.mark.parametrize(
+    ("name", "value", "low"), [("lr", 9.0, 0.3), ("weight_decay", math.inf, 1e-9)]
+)
+def test_chaos_with_nowhere_to_step_down_to_looks_at_the_same_point_by_finite_differences(
+    name, value, low
+):
     """At the lower bound of the rate, and where the rate is not searched."""
     path = start(0.3, name=name, bounds={name: (low, 3.0)})
     before, after = places(path, slope(value, usable=False, name=name), name=name)
     assert path.mode == "differences" and after == pytest.approx(before)
     usable = name == "lr"
-    places(path, slope(1.0 if usable else math.nan, usable=usable, name=name, mode="differences"), name=name)
+    places(
+        path,
+        slope(1.0 if usable else math.nan, usable=usable, name=name, mode="differences"),
+        name=name,
+    )
     assert path.ended
 
 
@@ -134,15 +146,21 @@ def test_slope_at_is_the_fold_mean_in_the_coordinate_with_its_standard_error():
 @pytest.mark.parametrize(
     ("losses", "gradient", "ratio", "mode", "usable"),
     [
-        (1.0, 1.0, 1.0, "exact", True), (1.0, 1.0, 101.0, "exact", False), (1.0, 1.0, math.nan, "exact", False),
-        (1.0, math.nan, 1.0, "exact", False), (math.inf, 1.0, 1.0, "exact", False),
-        (1.0, 1.0, 1e9, "differences", True), (1.0, math.nan, 1.0, "differences", False),
+        (1.0, 1.0, 1.0, "exact", True),
+        (1.0, 1.0, 101.0, "exact", False),
+        (1.0, 1.0, math.nan, "exact", False),
+        (1.0, math.nan, 1.0, "exact", False),
+        (math.inf, 1.0, 1.0, "exact", False),
+        (1.0, 1.0, 1e9, "differences", True),
+        (1.0, math.nan, 1.0, "differences", False),
     ],
-)  # fmt: skip
+)
 def test_what_makes_a_slope_usable(losses, gradient, ratio, mode, usable):
     """One fold that is noise spoils the mean."""
     table = np.array([1.0, gradient])[:, None, None]
-    found = slope_at({"lr": 0.1}, np.array([1.0, losses]), {"lr": table}, np.array([1.0, ratio]), mode)
+    found = slope_at(
+        {"lr": 0.1}, np.array([1.0, losses]), {"lr": table}, np.array([1.0, ratio]), mode
+    )
     assert found.usable is usable
 
 
@@ -151,22 +169,33 @@ def test_a_slope_survives_the_study():
     again = Slope.from_detail(first.to_detail())
     np.testing.assert_array_equal(again.slopes["lr"], first.slopes["lr"])
     np.testing.assert_array_equal(again.errors["lr"], first.errors["lr"])
-    assert (again.usable, again.ratio, again.mode) == (False, 1.0, "exact") and math.isnan(again.loss)
+    assert (again.usable, again.ratio, again.mode) == (False, 1.0, "exact") and math.isnan(
+        again.loss
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"hyperparameters": ()}, r"some of lr, momentum, weight_decay, beta1, beta2, C, each once, got \(\)"),
+        (
+            {"hyperparameters": ()},
+            r"some of lr, momentum, weight_decay, beta1, beta2, C, each once, got \(\)",
+        ),
         ({"hyperparameters": ("lr", "lr")}, "each once"),
         ({"hyperparameters": "width"}, r"got \('width',\)"),
         ({"outer_steps": 0}, "outer_steps=...\\) must be an integer of at least 1, got 0"),
         ({"outer_steps": True}, "must be an integer of at least 1, got True"),
         ({"segments": 1.5}, "segments=...\\) must be an integer of at least 1, got 1.5"),
         ({"per_layer": "yes"}, "per_layer=...\\) must be True or False, got 'yes'"),
-        ({"first_step": 0.1, "smallest_step": 0.2}, "at most the first step, .* smallest_step=0.2 and a .* 0.1"),
+        (
+            {"first_step": 0.1, "smallest_step": 0.2},
+            "at most the first step, .* smallest_step=0.2 and a .* 0.1",
+        ),
         ({"smallest_step": 1.6}, "and a first step of 1.5. For example"),
-        ({"smallest_step": 1.2, "segments": 2}, "smallest_step=1.2 and a first step of 1. For example"),
+        (
+            {"smallest_step": 1.2, "segments": 2},
+            "smallest_step=1.2 and a first step of 1. For example",
+        ),
         ({"step": "adam"}, "must be 'sign' or 'normalized', got 'adam'"),
         ({"first_step": 0}, "first_step=...\\) must be a finite number > 0, got 0"),
         ({"smallest_step": math.inf}, "smallest_step=...\\) must be a finite number > 0, got inf"),

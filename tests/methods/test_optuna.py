@@ -30,11 +30,16 @@ KEYS = legal_keys("mlp", "adamw")
 @pytest.mark.parametrize(
     "distribution",
     [
-        FloatDistribution(0.0, 0.5), FloatDistribution(1e-4, 1e-1, log=True),
-        FloatDistribution(0.0, 0.6, step=0.2), IntDistribution(4, 64), IntDistribution(4, 64, log=True),
-        IntDistribution(16, 64, step=16), CategoricalDistribution([16, 32, 64]), CategoricalDistribution([0.5]),
+        FloatDistribution(0.0, 0.5),
+        FloatDistribution(1e-4, 1e-1, log=True),
+        FloatDistribution(0.0, 0.6, step=0.2),
+        IntDistribution(4, 64),
+        IntDistribution(4, 64, log=True),
+        IntDistribution(16, 64, step=16),
+        CategoricalDistribution([16, 32, 64]),
+        CategoricalDistribution([0.5]),
     ],
-)  # fmt: skip
+)
 def test_a_distribution_of_optunas_there_and_back(distribution):
     (there,) = to_scipy([{"x": distribution}])
     assert as_optuna(describe(there["x"])) == distribution
@@ -43,14 +48,17 @@ def test_a_distribution_of_optunas_there_and_back(distribution):
 @pytest.mark.parametrize(
     ("choices", "expected"),
     [
-        (stats.uniform(0.1, 0.4), FloatDistribution(0.1, 0.5)), (stats.uniform, FloatDistribution(0.0, 1.0)),
+        (stats.uniform(0.1, 0.4), FloatDistribution(0.1, 0.5)),
+        (stats.uniform, FloatDistribution(0.0, 1.0)),
         (stats.loguniform(1e-3, 1e-1), FloatDistribution(1e-3, 1e-1, log=True)),
         (stats.loguniform(1e-3, 1e-1, scale=2), FloatDistribution(2e-3, 2e-1, log=True)),
-        (stats.randint(4, 9), IntDistribution(4, 8)), (stats.randint(4, 9, loc=1), IntDistribution(5, 9)),
-        (gputune.log_int(4, 64), IntDistribution(4, 64, log=True)), ([32, 64, 32], CategoricalDistribution([32, 64])),
+        (stats.randint(4, 9), IntDistribution(4, 8)),
+        (stats.randint(4, 9, loc=1), IntDistribution(5, 9)),
+        (gputune.log_int(4, 64), IntDistribution(4, 64, log=True)),
+        ([32, 64, 32], CategoricalDistribution([32, 64])),
         ([nn.ReLU, None], CategoricalDistribution(["torch.nn.modules.activation.ReLU", None])),
     ],
-)  # fmt: skip
+)
 def test_lists_and_laws_of_scipy_as_optunas(choices, expected):
     assert as_optuna(describe(choices)) == expected
     choices = [nn.ReLU, 1, True, "relu", (1, 2)]
@@ -58,7 +66,9 @@ def test_lists_and_laws_of_scipy_as_optunas(choices, expected):
     assert type(of_label(True, choices)) is bool and type(of_label(1, choices)) is int
 
 
-@pytest.mark.parametrize("law", [stats.norm(0, 1), stats.loguniform(1, 10, loc=5), stats.poisson(3)])
+@pytest.mark.parametrize(
+    "law", [stats.norm(0, 1), stats.loguniform(1, 10, loc=5), stats.poisson(3)]
+)
 def test_a_law_that_optuna_lacks(law):
     assert describe(law) is None
     with refused("space\\['x'\\] must be a list, scipy's uniform, loguniform or randint"):
@@ -75,11 +85,22 @@ def test_tune_takes_them():
         "depth": IntDistribution(1, 1),
     }
     study = gputune.tune(
-        "mlp", *load_iris(return_X_y=True), space=space, n_trials=20, include_default=False, max_epochs=1, cv=2,
-        verbose=0, workers=1,
-    )  # fmt: skip
+        "mlp",
+        *load_iris(return_X_y=True),
+        space=space,
+        n_trials=20,
+        include_default=False,
+        max_epochs=1,
+        cv=2,
+        verbose=0,
+        workers=1,
+    )
     drawn = {key: [trial.params[key] for trial in study.trials] for key in space}
-    assert all(1e-3 <= lr <= 1e-1 for lr in drawn["lr"]) and set(drawn["dropout"]) == {0.0, 0.2, 0.4}
+    assert all(1e-3 <= lr <= 1e-1 for lr in drawn["lr"]) and set(drawn["dropout"]) == {
+        0.0,
+        0.2,
+        0.4,
+    }
     assert all(type(width) is int and 4 <= width <= 16 for width in drawn["width"])
     assert set(drawn["batch_size"]) == {16, 32, 48} and set(drawn["activation"]) == {"relu", "tanh"}
     assert set(drawn["depth"]) == {1}
@@ -90,7 +111,10 @@ def test_tune_takes_them():
     [
         ({"width": FloatDistribution(4.0, 16.0, step=0.5)}, "which draws real numbers"),
         ({"width": FloatDistribution(4.0, 16.0)}, "which draws real numbers"),
-        ({"dropout": FloatDistribution(0.0, 1.0, step=0.5)}, "which draws from 0 to 1. Narrow its range"),
+        (
+            {"dropout": FloatDistribution(0.0, 1.0, step=0.5)},
+            "which draws from 0 to 1. Narrow its range",
+        ),
         ({"batch_size": IntDistribution(0, 16)}, "which draws from 0 to 16. Narrow its range"),
         ({"activation": IntDistribution(0, 3)}, "must be a list of words"),
     ],
@@ -101,7 +125,10 @@ def test_they_are_checked_as_other_distributions(space, message):
 
 
 def test_their_text_is_the_same_in_every_process_and_log_integers_favour_small_ones():
-    space = {"width": IntDistribution(4, 64, log=True), "dropout": FloatDistribution(0.0, 0.5, step=0.25)}
+    space = {
+        "width": IntDistribution(4, 64, log=True),
+        "dropout": FloatDistribution(0.0, 0.5, step=0.25),
+    }
     text = space_text(check_space(to_scipy(space), keys=KEYS, module=False))
     assert text == "dropout=Steps(low=0.0, high=0.5, step=0.25), width=LogIntegers(low=4, high=64)"
     law = to_scipy({"width": IntDistribution(1, 64, log=True)})["width"]
@@ -111,7 +138,11 @@ def test_their_text_is_the_same_in_every_process_and_log_integers_favour_small_o
 
 X, Y = load_iris(return_X_y=True)
 FAST = {"max_epochs": 4, "cv": 3, "verbose": 0, "workers": 1}
-SPACE = {"lr": stats.loguniform(1e-3, 1e-1), "width": gputune.log_int(4, 16), "batch_size": [16, 32]}
+SPACE = {
+    "lr": stats.loguniform(1e-3, 1e-1),
+    "width": gputune.log_int(4, 16),
+    "batch_size": [16, 32],
+}
 SPACE |= {"dropout": stats.truncnorm(-2, 2, loc=0.2, scale=0.05)}  # a law that Optuna lacks
 
 
@@ -142,10 +173,14 @@ def test_every_trial_with_its_curve_state_and_folds(study, written):
         means = {epoch: mean for epoch, mean in enumerate(curve.mean(1), 1) if np.isfinite(mean)}
         assert theirs.intermediate_values == means
         assert [*theirs.user_attrs.items()] == [
-            ("number", ours.number), ("origin", ours.origin), ("fold_scores", list(ours.fold_scores)),
-            ("std_error", ours.std_error), ("best_epoch", ours.best_epoch), ("seconds", ours.seconds),
+            ("number", ours.number),
+            ("origin", ours.origin),
+            ("fold_scores", list(ours.fold_scores)),
+            ("std_error", ours.std_error),
+            ("best_epoch", ours.best_epoch),
+            ("seconds", ours.seconds),
             ("state", ours.state),
-        ]  # fmt: skip
+        ]
         assert theirs.duration.total_seconds() == pytest.approx(ours.seconds, abs=1e-5)
     assert written.best_params == study.best_params and written.best_value == study.best_score
     assert {t.state for t in written.trials} == set(states.values())
@@ -170,16 +205,26 @@ def test_optunas_plots_and_importances_work(written):
     assert importances.keys() == SPACE.keys() and sum(importances.values()) == pytest.approx(1)
     pytest.importorskip("plotly")
     for name in (
-        "optimization_history", "intermediate_values", "parallel_coordinate", "contour", "slice",
-        "param_importances", "edf", "rank", "timeline",
-    ):  # fmt: skip
+        "optimization_history",
+        "intermediate_values",
+        "parallel_coordinate",
+        "contour",
+        "slice",
+        "param_importances",
+        "edf",
+        "rank",
+        "timeline",
+    ):
         assert len(getattr(optuna.visualization, f"plot_{name}")(written).data) > 0
 
 
 def test_failed_stopped_and_waiting_trials():
     assert made([]).to_optuna().trials == []
     rows = [
-        ({"lr": 0.1}, result(0, state="failed", score=np.nan, curve=np.array([[0.5, 0.6], [np.nan, 0.6]]))),
+        (
+            {"lr": 0.1},
+            result(0, state="failed", score=np.nan, curve=np.array([[0.5, 0.6], [np.nan, 0.6]])),
+        ),
         ({"lr": 0.2}, result(1, state="stopped")),
         ({"lr": 0.3}, None),
         ({"lr": 0.4}, result(3)),
@@ -195,7 +240,9 @@ def test_a_value_without_a_place_in_its_law_is_an_attribute():
     laws = {"weight_decay": {"kind": "float", "low": 1e-4, "high": 0.1, "log": True}}
     rows = [({"weight_decay": 0.0}, result(0)), ({"weight_decay": 0.01}, result(1))]
     written = made(rows, distributions=laws).to_optuna()
-    assert written.trials[0].params == {} and written.trials[0].user_attrs["other_params"] == {"weight_decay": "0.0"}
+    assert written.trials[0].params == {} and written.trials[0].user_attrs["other_params"] == {
+        "weight_decay": "0.0"
+    }
     assert written.trials[1].params == {"weight_decay": 0.01}
     assert "other_params" not in written.trials[1].user_attrs
 
@@ -222,16 +269,22 @@ def test_what_a_key_is_drawn_from(law, values, expected):
     assert widened_law(study, "x") == expected
 
 
-@pytest.mark.parametrize("storage", ["optuna.db", "sqlite:////no/such/folder/o.db", "nosuch://host/base", 7])
+@pytest.mark.parametrize(
+    "storage", ["optuna.db", "sqlite:////no/such/folder/o.db", "nosuch://host/base", 7]
+)
 def test_a_storage_that_cannot_be_opened_is_named(study, storage):
-    message = f"to_optuna\\(storage='{re.escape(str(storage))}'\\) cannot be opened: .* It is a URL such as 'sqlite:///"
+    message = (
+        f"to_optuna\\(storage='{re.escape(str(storage))}'\\) cannot be opened: .* It is a URL "
+        "such as 'sqlite:///"
+    )
     with refused(message):
         study.to_optuna(storage)
 
 
 @pytest.fixture
 def storage(tmp_path):
-    """A file for Optuna, whose connections are open until they are collected: here, not in a later test."""
+    """A file for Optuna, whose connections are open until they are collected: here, not in a later
+    test."""
     yield f"sqlite:///{tmp_path / 'optuna.db'}"
     gc.collect()
 
@@ -248,8 +301,11 @@ def test_a_name_that_is_there_already_loses_nothing(storage, study):
     assert optuna.get_all_study_names(storage) == ["digits", "other"]
 
 
-def test_a_study_that_cannot_be_written_whole_goes_again_and_without_optuna_none_is(study, monkeypatch):
-    storage, whole = optuna.storages.InMemoryStorage(), optuna.Study.add_trial
+def test_a_study_that_cannot_be_written_whole_goes_again_and_without_optuna_none_is(
+    study, monkeypatch
+):
+    storage = optuna.storages.InMemoryStorage()
+    whole = optuna.Study.add_trial
 
     def full(self, trial):
         if len(self.trials) == 3:
@@ -261,5 +317,7 @@ def test_a_study_that_cannot_be_written_whole_goes_again_and_without_optuna_none
         study.to_optuna(storage, name="half")
     assert optuna.get_all_study_names(storage) == []
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(MissingExtraError, match=r'to_optuna\(\) needs optuna.*pip install "gputune\[optuna\]"'):
+    with pytest.raises(
+        MissingExtraError, match=r'to_optuna\(\) needs optuna.*pip install "gputune\[optuna\]"'
+    ):
         study.to_optuna()

@@ -1,4 +1,5 @@
-"""Random search draws what scikit-learn draws, numbers the trials, and never runs one configuration twice."""
+"""Random search draws what scikit-learn draws, numbers the trials, and never runs one configuration
+twice."""
 
 import math
 
@@ -21,7 +22,12 @@ EXACT = legal_keys("logistic", "exact")
 MODULE = legal_keys("module", "adamw")
 MLP_DEFAULTS = {**DEFAULTS, "optimizer": "adamw"}
 
-MIXED = {"lr": stats.loguniform(1e-4, 1e-1), "width": log_int(8, 64), "batch_size": [32, 64], "depth": 2}
+MIXED = {
+    "lr": stats.loguniform(1e-4, 1e-1),
+    "width": log_int(8, 64),
+    "batch_size": [32, 64],
+    "depth": 2,
+}
 LISTS = {"lr": [0.1, 0.01, 0.001], "width": [8, 16]}
 ALTERNATIVES = [{"lr": stats.uniform(0, 1), "width": [8, 16]}, {"dropout": stats.uniform(0, 0.5)}]
 
@@ -52,7 +58,11 @@ class Constant:
 
 class Anything(BaseEstimator):
     def __init__(self, lr=None, width=None, batch_size=None, depth=None, dropout=None):
-        self.lr, self.width, self.batch_size, self.depth, self.dropout = lr, width, batch_size, depth, dropout
+        self.lr = lr
+        self.width = width
+        self.batch_size = batch_size
+        self.depth = depth
+        self.dropout = dropout
 
     def fit(self, X, y):
         return self
@@ -72,7 +82,12 @@ def test_draws_are_those_of_scikit_learns_random_search(space, seed):
 def test_draws_are_pythons_numbers_and_a_shorter_draw_is_the_beginning_of_a_longer_one():
     space = checked(MIXED)
     drawn = draw(space, 6, 0)
-    assert [type(drawn[0][key]) for key in ("batch_size", "depth", "lr", "width")] == [int, int, float, int]
+    assert [type(drawn[0][key]) for key in ("batch_size", "depth", "lr", "width")] == [
+        int,
+        int,
+        float,
+        int,
+    ]
     assert draw(space, 3, 0) == drawn[:3] != draw(space, 3, 1)
     with refused(r"a draw of space\['width'\] must be an integer >= 1, got 17.3. Use a list"):
         draw(checked({"width": Constant(17.3)}), 3, 0)
@@ -81,7 +96,9 @@ def test_draws_are_pythons_numbers_and_a_shorter_draw_is_the_beginning_of_a_long
 def test_lists_with_too_few_points_give_all_of_them_without_a_warning():
     space = checked(LISTS)
     drawn = draw(space, 64, 0)
-    assert sorted((c["lr"], c["width"]) for c in drawn) == [(a, b) for a in (0.001, 0.01, 0.1) for b in (8, 16)]
+    assert sorted((c["lr"], c["width"]) for c in drawn) == [
+        (a, b) for a in (0.001, 0.01, 0.1) for b in (8, 16)
+    ]
     trials = search(space, 64, include_default=False)
     said = remarks(trials, space, n_trials=64, include_default=False)
     assert said == ("The space has 6 configurations, fewer than n_trials=64: all of them are run.",)
@@ -95,12 +112,16 @@ def test_lists_of_very_many_points():
     space = {"lr": many, "weight_decay": many, "width": many, "depth": many, "batch_size": many}
     assert len(draw(checked(space), 3, 0)) == 3
     space |= {"C": many, "module__k": many}
-    with refused(r"space must have fewer than 2\*\*63 configurations .*got lists of \[\[1000, .*Use a distribution"):
+    with refused(
+        r"space must have fewer than 2\*\*63 configurations .*got lists of \[\[1000, .*Use a distribution"
+    ):
         draw(checked(space, (*MLP, "C"), True), 3, 0)
 
 
 @pytest.mark.parametrize("model", ["mlp", "module", "logistic"])
-@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam", "adamw", "RAdam", "Rprop", "Adadelta"])
+@pytest.mark.parametrize(
+    "optimizer", ["sgd", "nesterov", "adam", "adamw", "RAdam", "Rprop", "Adadelta"]
+)
 def test_default_spaces_are_legal_and_hold_the_default(model, optimizer):
     space = default_space(model, optimizer)
     (same,) = check_space(space, keys=legal_keys(model, optimizer), module=False)
@@ -108,7 +129,8 @@ def test_default_spaces_are_legal_and_hold_the_default(model, optimizer):
     keys = {"lr", "batch_size"} | ({"width"} if model == "mlp" else set())
     assert set(space) == keys | ({"weight_decay"} if optimizer != "Rprop" else set())
     low, high = space["lr"].support()
-    plain, lr = optimizer in ("sgd", "nesterov"), {"Rprop": 1e-2, "Adadelta": 1.0}.get(optimizer, 1e-3)
+    plain = optimizer in ("sgd", "nesterov")
+    lr = {"Rprop": 1e-2, "Adadelta": 1.0}.get(optimizer, 1e-3)
     assert (low, high) == ((1e-3, 1.0) if plain else (lr / 10, 30 * lr))
     assert low <= lr <= high and DEFAULTS["batch_size"] in space["batch_size"]
 
@@ -125,9 +147,17 @@ def test_the_order_is_default_include_random():
     trials = search(space, 3, include=[{"lr": 0.5}, {"width": 9, "dropout": 0.1}])
     default = {"batch_size": 32, "depth": 2, "lr": 1e-3, "width": 64}
     assert [(t.number, t.origin) for t in trials] == [
-        (0, "default"), (1, "include"), (2, "include"), (3, "random"), (4, "random"),
-    ]  # fmt: skip
-    assert params(trials[:3]) == [default, default | {"lr": 0.5}, default | {"width": 9, "dropout": 0.1}]
+        (0, "default"),
+        (1, "include"),
+        (2, "include"),
+        (3, "random"),
+        (4, "random"),
+    ]
+    assert params(trials[:3]) == [
+        default,
+        default | {"lr": 0.5},
+        default | {"width": 9, "dropout": 0.1},
+    ]
     assert params(trials[3:]) == draw(space, 2, 0)
 
 
@@ -144,50 +174,89 @@ def test_a_portfolio_follows_the_default_as_far_as_there_is_room(n_trials, liste
 
 
 def test_missing_keys_take_the_default_held_to_the_space():
-    space = checked({"lr": [0.1, 0.2], "depth": 5, "width": [64, 256], "activation": ["tanh", "gelu"]})
+    space = checked(
+        {"lr": [0.1, 0.2], "depth": 5, "width": [64, 256], "activation": ["tanh", "gelu"]}
+    )
     default = {"activation": "tanh", "depth": 5, "lr": 0.1, "width": 64}
     others = [{"lr": 0.2}, {"depth": 3, "dropout": 0.5}]
-    assert params(search(space, include=others)) == [default, *(default | other for other in others)]
+    assert params(search(space, include=others)) == [
+        default,
+        *(default | other for other in others),
+    ]
 
 
 @pytest.mark.parametrize(
     ("choices", "default", "held"),
     [
-        ([16, 32], 128, 32), ([256, 64, 192], 128, 64),  # the first of two that are equally near
-        ([16, 128], 128, 128), (["b", "c"], "a", "b"), ([None, 0.5], 0.2, None), ([(8,), (8, 8)], 4, (8,)),
-        ([(8, 8), 32, 64], 128, 64), (stats.loguniform(0.1, 1.0), 1e-3, 0.1),
-        (stats.loguniform(1e-5, 1e-4), 1e-3, 1e-4), (stats.loguniform(1e-4, 1.0), 1e-3, 1e-3), (stats.norm(), 7.5, 7.5),
-        (stats.randint(16, 65), 128, 64), (stats.randint(1, 5), 2.5, 1),  # none there, and nobody knows the nearest
-        (stats.uniform(1, 2), None, 1.0976270078546495 + 1), (log_int(8, 64), 128, 64), (LogIntegers(2, 8), 2.6, 3),
-        (Steps(16, 96, 16), 60, 64), (Steps(0.0, 0.5, 0.2), 0.45, 0.4), (Constant(5.5), 1.0, 5.5),
+        ([16, 32], 128, 32),
+        ([256, 64, 192], 128, 64),  # the first of two that are equally near
+        ([16, 128], 128, 128),
+        (["b", "c"], "a", "b"),
+        ([None, 0.5], 0.2, None),
+        ([(8,), (8, 8)], 4, (8,)),
+        ([(8, 8), 32, 64], 128, 64),
+        (stats.loguniform(0.1, 1.0), 1e-3, 0.1),
+        (stats.loguniform(1e-5, 1e-4), 1e-3, 1e-4),
+        (stats.loguniform(1e-4, 1.0), 1e-3, 1e-3),
+        (stats.norm(), 7.5, 7.5),
+        # none there, and nobody knows the nearest
+        (stats.randint(16, 65), 128, 64),
+        (stats.randint(1, 5), 2.5, 1),
+        (stats.uniform(1, 2), None, 1.0976270078546495 + 1),
+        (log_int(8, 64), 128, 64),
+        (LogIntegers(2, 8), 2.6, 3),
+        (Steps(16, 96, 16), 60, 64),
+        (Steps(0.0, 0.5, 0.2), 0.45, 0.4),
+        (Constant(5.5), 1.0, 5.5),
     ],
-)  # fmt: skip
+)
 def test_a_default_is_held_to_what_the_space_names(choices, default, held):
     space = checked({"module__k": choices}, MODULE, True)
     (trial,) = search(space, defaults=MLP_DEFAULTS | {"module__k": default})
     assert trial.params == {"module__k": held}
-    (said,) = notes([trial], space, include_default=True, defaults=MLP_DEFAULTS | {"module__k": default}) or ("",)
-    moved = "" if held == default else "Trial 0 is the default configuration, held to the space: module__k="
+    (said,) = notes(
+        [trial], space, include_default=True, defaults=MLP_DEFAULTS | {"module__k": default}
+    ) or ("",)
+    moved = (
+        ""
+        if held == default
+        else "Trial 0 is the default configuration, held to the space: module__k="
+    )
     assert said.startswith(moved) and bool(said) == bool(moved)
 
 
 def test_alternatives_hold_the_default_where_the_fewest_values_are_others():
-    space = checked([{"depth": 5, "width": 9, "lr": [0.1]}, {"depth": 5, "width": [8, 16], "dropout": [0.0, 0.2]}])
+    space = checked(
+        [
+            {"depth": 5, "width": 9, "lr": [0.1]},
+            {"depth": 5, "width": [8, 16], "dropout": [0.0, 0.2]},
+        ]
+    )
     assert search(space)[0].params == {"depth": 5, "dropout": 0.0, "lr": 1e-3, "width": 16}
-    space = checked([{"optimizer": ["sgd"], "lr": [0.5]}, {"optimizer": ["adam"], "lr": [0.1, 0.2]}])
+    space = checked(
+        [{"optimizer": ["sgd"], "lr": [0.5]}, {"optimizer": ["adam"], "lr": [0.1, 0.2]}]
+    )
     adam = {"optimizer": "adam"}
-    assert params(search(space, include=[adam])) == [{"lr": 0.5, "optimizer": "sgd"}, {"lr": 0.1, **adam}]
+    assert params(search(space, include=[adam])) == [
+        {"lr": 0.5, "optimizer": "sgd"},
+        {"lr": 0.1, **adam},
+    ]
     # Layers of unlike widths have no depth beside them.
     space = checked([{"width": [64], "depth": [1, 3]}, {"width": [(8, 4, 2)]}])
     trials = search(space, 1, include=[{"width": (9, 5, 3)}, {"width": (9, 5), "depth": 2}])
-    assert params(trials) == [{"width": (8, 4, 2)}, {"width": (9, 5, 3)}, {"depth": 2, "width": (9, 5)}]
+    assert params(trials) == [
+        {"width": (8, 4, 2)},
+        {"width": (9, 5, 3)},
+        {"depth": 2, "width": (9, 5)},
+    ]
 
 
 @pytest.mark.parametrize(
     "optimizer, decay, momentum", [("sgd", 0.0, 0.0), ("nesterov", 0.0, 0.9), ("adamw", 0.01, 0.0)]
 )
 def test_weight_decay_and_momentum_follow_the_optimizer(optimizer, decay, momentum):
-    decays, momenta = stats.uniform(0, 1), stats.uniform(0, 1)
+    decays = stats.uniform(0, 1)
+    momenta = stats.uniform(0, 1)
     space = checked({"optimizer": ["sgd", "adamw"], "weight_decay": decays, "momentum": momenta})
     (trial,) = search(space, 0, include=[{"optimizer": optimizer}])
     assert trial.params == {"optimizer": optimizer, "weight_decay": decay, "momentum": momentum}
@@ -203,9 +272,16 @@ def test_penalty_in_a_search():
     trials = search(space, 6, include=[{"penalty": "l1"}], defaults=defaults)
     assert params(trials[:2]) == [{"C": 0.1, "l1_ratio": 0.0}, {"C": 0.1, "l1_ratio": 1.0}]
     # C has no meaning where there is no penalty, so one trial is left of two.
-    assert {(c["C"], c["l1_ratio"]) for c in params(trials[2:])} == {(10.0, 0.0), (10.0, 1.0), (math.inf, 0.0)}
+    assert {(c["C"], c["l1_ratio"]) for c in params(trials[2:])} == {
+        (10.0, 0.0),
+        (10.0, 1.0),
+        (math.inf, 0.0),
+    }
     assert len(trials) == 5
-    for penalty, ends in ((["l1"], {"C": 1.0, "l1_ratio": 1.0}), ([None], {"C": math.inf, "l1_ratio": 0.0})):
+    for penalty, ends in (
+        (["l1"], {"C": 1.0, "l1_ratio": 1.0}),
+        ([None], {"C": math.inf, "l1_ratio": 0.0}),
+    ):
         one = search(checked({"penalty": penalty}, EXACT), defaults=defaults)[0].params
         assert one == {key: ends[key] for key in one} and "l1_ratio" in one
 
@@ -231,8 +307,8 @@ def test_a_key_that_no_optimizer_of_the_trials_takes_is_said():
         return notes(trials, checked(space), include_default=False, defaults=MLP_DEFAULTS)
 
     assert said_of({"momentum": [0.1, 0.9]}, 2) == (
-        "'momentum' has no effect: adamw has none; leave it out, or use sgd, nesterov, rmsprop, muon, sgdhd or "
-        "nesterovhd.",
+        "'momentum' has no effect: adamw has none; leave it out, or use sgd, nesterov, rmsprop, "
+        "muon, sgdhd or nesterovhd.",
     )
     (said,) = said_of({"momentum": [0.1, 0.9], "optimizer": ["adam", "adamw"]}, 4)
     assert said.startswith("'momentum' has no effect: adam and adamw have none;")
@@ -270,7 +346,8 @@ def test_a_required_argument_of_a_module_has_no_default():
     assert search(space, defaults=with_default)[0].params == {"lr": 0.1, "module__k": 2}
     fixed = checked({"module__k": [1], "lr": [0.1]}, MODULE, True)
     assert params(search(fixed)) == [{"lr": 0.1, "module__k": 1}]
-    assert notes(search(fixed), fixed, include_default=True, defaults=MLP_DEFAULTS) == ()  # fixed values are known
+    # fixed values are known
+    assert notes(search(fixed), fixed, include_default=True, defaults=MLP_DEFAULTS) == ()
 
 
 LAWS = {"lr": stats.loguniform(1e-4, 1e-1), "dropout": stats.uniform(0, 0.5), "width": [8, 16, 32]}
@@ -279,17 +356,25 @@ WHOLE = {"depth": stats.randint(1, 90), "width": log_int(8, 64), "batch_size": S
 
 @pytest.mark.parametrize(
     ("space", "most"),
-    [(MIXED, 6), (ALTERNATIVES, 6), (LAWS, 6), (WHOLE, 6), ({"weight_decay": stats.expon(), **LAWS}, 99)],
+    [
+        (MIXED, 6),
+        (ALTERNATIVES, 6),
+        (LAWS, 6),
+        (WHOLE, 6),
+        ({"weight_decay": stats.expon(), **LAWS}, 99),
+    ],
 )
 @pytest.mark.parametrize("include", [(), [{"lr": 0.1}]])
 def test_a_larger_number_continues_the_search_and_draws_the_new_trials_alone(space, most, include):
-    space, drawn = checked(space), []
+    space = checked(space)
+    drawn = []
 
     def check(config, *, name):
         drawn.append(config)
         return check_config(config, name=name)
 
-    old, whole = search(space, 30, include), search(space, 34, include)
+    old = search(space, 30, include)
+    whole = search(space, 34, include)
     assert top_up(old, space, 30, 0) == top_up(old, space, 2, 0) == ()
     assert old + top_up(old, space, 34, 0, check) == whole
     assert len(drawn) <= most
@@ -311,7 +396,10 @@ def test_what_an_older_study_holds_is_counted_and_numbered_on():
     """One from before the default counted; one of other draws; one with a gap in its numbers."""
     space = checked(MIXED)
     drawn = [Candidate(1 + i, config, "random") for i, config in enumerate(draw(space, 4, 0))]
-    old = (Candidate(0, {"batch_size": 32, "depth": 2, "lr": 1e-3, "width": 128}, "default"), *drawn)
+    old = (
+        Candidate(0, {"batch_size": 32, "depth": 2, "lr": 1e-3, "width": 128}, "default"),
+        *drawn,
+    )
     assert top_up(old, space, 4, 0) == ()
     (said,) = remarks(old, space, n_trials=4, include_default=True)
     assert said == "The study holds 5 configurations, more than n_trials=4: all stay in it."

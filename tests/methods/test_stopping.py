@@ -1,4 +1,5 @@
-"""When rules stop trials, and who stays: successive halving, and the median rule against plain Python."""
+"""When rules stop trials, and who stays: successive halving, and the median rule against plain
+Python."""
 
 import math
 import statistics
@@ -14,11 +15,14 @@ from refused import refused
 @pytest.mark.parametrize(
     ("options", "max_epochs", "rungs"),
     [
-        ({}, 54, [[2, 6, 18]]), ({}, 27, [[1, 3, 9]]), ({}, 1, [[]]),
-        ({"factor": 2, "min_epochs": 4}, 20, [[4, 8, 16]]), ({"factor": 1.5, "min_epochs": 1}, 6, [[1, 2, 3, 5]]),
+        ({}, 54, [[2, 6, 18]]),
+        ({}, 27, [[1, 3, 9]]),
+        ({}, 1, [[]]),
+        ({"factor": 2, "min_epochs": 4}, 20, [[4, 8, 16]]),
+        ({"factor": 1.5, "min_epochs": 1}, 6, [[1, 2, 3, 5]]),
         ({"brackets": 4}, 54, [[2, 6, 18], [6, 18], [18], []]),
     ],
-)  # fmt: skip
+)
 def test_rungs_grow_by_the_factor_and_end_before_the_last_epoch(options, max_epochs, rungs):
     assert Halving(**options).rungs(max_epochs) == rungs
 
@@ -35,11 +39,13 @@ def test_brackets_get_about_the_same_number_of_epochs_and_more_trials_move_no_ot
 @pytest.mark.parametrize(
     ("means", "factor", "stay"),
     [
-        ([0.1, 0.9, 0.5, 0.7, 0.2, 0.3, 0.8], 3, [1, 6]), ([0.1, 0.9], 3, [1]),
+        ([0.1, 0.9, 0.5, 0.7, 0.2, 0.3, 0.8], 3, [1, 6]),
+        ([0.1, 0.9], 3, [1]),
         ([0.5, 0.5, 0.5, math.nan], 2, [0, 1]),  # the earlier trial wins a tie
-        ([math.nan, 0.1, math.nan, math.nan], 2, [1]), ([math.nan, math.nan], 3, []),
+        ([math.nan, 0.1, math.nan, math.nan], 2, [1]),
+        ([math.nan, math.nan], 3, []),
     ],
-)  # fmt: skip
+)
 def test_the_best_stay_and_nan_never_does(means, factor, stay):
     assert np.flatnonzero(survivors(np.array(means), factor)).tolist() == stay
 
@@ -47,16 +53,40 @@ def test_the_best_stay_and_nan_never_does(means, factor, stay):
 @pytest.mark.parametrize(
     ("rule", "options", "message"),
     [
-        (gputune.Halving, {"factor": 1}, r"Halving\(factor=...\) must be a finite number > 1, got 1"),
+        (
+            gputune.Halving,
+            {"factor": 1},
+            r"Halving\(factor=...\) must be a finite number > 1, got 1",
+        ),
         (gputune.Halving, {"factor": math.inf}, "got inf"),
         (gputune.Halving, {"factor": "3"}, "got '3'"),
-        (gputune.Halving, {"min_epochs": 0}, r"Halving\(min_epochs=...\) must be .* at least 1, or None, got 0"),
+        (
+            gputune.Halving,
+            {"min_epochs": 0},
+            r"Halving\(min_epochs=...\) must be .* at least 1, or None, got 0",
+        ),
         (gputune.Halving, {"min_epochs": 2.5}, "got 2.5"),
-        (gputune.Halving, {"brackets": 0}, r"Halving\(brackets=...\) must be an integer of at least 1, got 0"),
+        (
+            gputune.Halving,
+            {"brackets": 0},
+            r"Halving\(brackets=...\) must be an integer of at least 1, got 0",
+        ),
         (gputune.Halving, {"brackets": True}, "got True"),
-        (gputune.Median, {"min_epochs": 0}, r"Median\(min_epochs=...\) must be .* at least 1, or None, got 0"),
-        (gputune.Median, {"every": 2.0}, r"Median\(every=...\) must be an integer of at least 1, or None, got 2.0"),
-        (gputune.Median, {"min_trials": None}, r"Median\(min_trials=...\) must be an integer of at least 1, got None"),
+        (
+            gputune.Median,
+            {"min_epochs": 0},
+            r"Median\(min_epochs=...\) must be .* at least 1, or None, got 0",
+        ),
+        (
+            gputune.Median,
+            {"every": 2.0},
+            r"Median\(every=...\) must be an integer of at least 1, or None, got 2.0",
+        ),
+        (
+            gputune.Median,
+            {"min_trials": None},
+            r"Median\(min_trials=...\) must be an integer of at least 1, got None",
+        ),
         (gputune.Median, {"min_trials": True}, "got True"),
     ],
 )
@@ -70,9 +100,21 @@ def test_epochs_of_the_medians_decisions_and_options_that_do_not_fit_the_epochs(
     assert gputune.Median(min_epochs=4, every=10).stops(27) == [4, 14, 24]
     assert gputune.Median().stops(1) == []
     for rule, epochs, words in (
-        (gputune.Median(min_epochs=9), 9, r"Median\(min_epochs=...\) must be below max_epochs=9, got 9; lower it"),
-        (Halving(min_epochs=10), 10, r"Halving\(min_epochs=...\) must be below max_epochs=10, got 10; lower it"),
-        (Halving(brackets=4), 5, r"must be at most 3 for max_epochs=5, which has rungs at \[1, 3\], got 4"),
+        (
+            gputune.Median(min_epochs=9),
+            9,
+            r"Median\(min_epochs=...\) must be below max_epochs=9, got 9; lower it",
+        ),
+        (
+            Halving(min_epochs=10),
+            10,
+            r"Halving\(min_epochs=...\) must be below max_epochs=10, got 10; lower it",
+        ),
+        (
+            Halving(brackets=4),
+            5,
+            r"must be at most 3 for max_epochs=5, which has rungs at \[1, 3\], got 4",
+        ),
     ):
         with refused(words):
             rule.stops(epochs)
@@ -106,7 +148,8 @@ def test_decisions_are_those_of_the_plain_rule():
             curves[int(number)] = (rng.integers(0, 6, length) / 5).tolist()
             if length and rng.random() < 0.1:
                 curves[int(number)][-1] = math.nan
-        epoch, least = int(rng.choice([2, 4, 6])), int(rng.integers(1, 7))
+        epoch = int(rng.choice([2, 4, 6]))
+        least = int(rng.integers(1, 7))
         assert leave(epoch, curves, least) == plainly(epoch, curves, least)
 
 

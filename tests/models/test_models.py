@@ -1,6 +1,8 @@
-"""The models to begin from: what they give, what they refuse, and that they are searched and loaded by name.
+"""The models to begin from: what they give, what they refuse, and that they are searched and loaded
+by name.
 
-RealMLP: its published form, its start from the data, its recipe, and its way through a search to an export.
+RealMLP: its published form, its start from the data, its recipe, and its way through a search to an
+    export.
 """
 
 import inspect
@@ -69,13 +71,29 @@ def test_bytes_and_token_ids_are_taken_as_they_are():
         (MLP, {"n_features": 3, "width": 0}, "width must be at least 1, got width=0"),
         (MLP, {"n_features": 3, "width": (4, 0)}, "width must be at least 1, got width=0"),
         (MLP, {"n_features": 3, "depth": -1}, "depth must be at least 0"),
-        (MLP, {"n_features": 3, "activation": "sigmoid"}, "activation must be one of .*, got 'sigmoid'"),
+        (
+            MLP,
+            {"n_features": 3, "activation": "sigmoid"},
+            "activation must be one of .*, got 'sigmoid'",
+        ),
         (MLP, {"n_features": 3, "dropout": 1.0}, r"dropout is a probability in \[0, 1\)"),
         (LogisticRegression, {"n_features": -1}, "n_features must be at least 0"),
-        (CNN, {"input_shape": (64,)}, r"a CNN takes images, .*got rows of shape \(64,\): reshape X"),
-        (CNN, {"input_shape": (8, 8, 3)}, "images of 4 x 4 or more, got 8 x 3: .*check the order of the axes"),
+        (
+            CNN,
+            {"input_shape": (64,)},
+            r"a CNN takes images, .*got rows of shape \(64,\): reshape X",
+        ),
+        (
+            CNN,
+            {"input_shape": (8, 8, 3)},
+            "images of 4 x 4 or more, got 8 x 3: .*check the order of the axes",
+        ),
         (CNN, {"input_shape": (8, 8), "channels": 0}, "channels must be at least 1"),
-        (GRU, {"input_shape": (1, 2, 3)}, r"a GRU takes sequences, .*got rows of shape \(1, 2, 3\)"),
+        (
+            GRU,
+            {"input_shape": (1, 2, 3)},
+            r"a GRU takes sequences, .*got rows of shape \(1, 2, 3\)",
+        ),
         (GRU, {"input_shape": (6,)}, "need n_tokens, the largest id plus 1"),
         (GRU, {"input_shape": (6, 2), "n_tokens": 5}, "and numbers, .*, none"),
         (
@@ -83,7 +101,11 @@ def test_bytes_and_token_ids_are_taken_as_they_are():
             {"n_features": 3, "activation": "tanh"},
             "activation must be auto, selu, mish, relu, silu, got 'tanh'",
         ),
-        (RealMLP, {"n_features": 3, "embedding": "pwl"}, "embedding must be one of pbld, plr, pl, none, got 'pwl'"),
+        (
+            RealMLP,
+            {"n_features": 3, "embedding": "pwl"},
+            "embedding must be one of pbld, plr, pl, none, got 'pwl'",
+        ),
         (RealMLP, {"n_features": 3, "waves": 1}, "waves must be at least 2, got waves=1"),
     ],
 )
@@ -128,8 +150,10 @@ PRICE = TABLE["size"].to_numpy() + TABLE["sunny"].to_numpy()
 
 
 def written_out(module, x):
-    """The published network in evaluation mode, one unit's sum after the other: PBLD, scale, NTP, parametric mish."""
-    e, h = module.embedding, []
+    """The published network in evaluation mode, one unit's sum after the other: PBLD, scale, NTP,
+    parametric mish."""
+    e = module.embedding
+    h = []
     for j in range(x.shape[1]):
         waves = torch.cos(2 * math.pi * x[:, j, None] * e.frequency[j] + e.phase[j])
         h += [waves @ e.weight[j] + e.offset[j], x[:, j, None]]
@@ -169,7 +193,8 @@ def test_large_categories_are_embedded_and_other_flags_stay(embedding):
 
 def test_the_start_gives_every_layer_a_variance_of_1_and_kinks_among_the_rows():
     torch.manual_seed(0)
-    x, module = 100 * torch.rand(500, 4), RealMLP(4, 1, width=32, depth=2)
+    x = 100 * torch.rand(500, 4)
+    module = RealMLP(4, 1, width=32, depth=2)
     module.start_from(x, y := torch.randn(500))
     assert (float(module.low), float(module.high)) == (float(y.min()), float(y.max()))
     seen = []
@@ -177,7 +202,9 @@ def test_the_start_gives_every_layer_a_variance_of_1_and_kinks_among_the_rows():
         layer.register_forward_hook(lambda _layer, _x, h: seen.append(h.detach()))
     module(x)
     for h in seen:
-        torch.testing.assert_close(h.std(0, correction=0), torch.ones(h.shape[1]), rtol=1e-4, atol=0)
+        torch.testing.assert_close(
+            h.std(0, correction=0), torch.ones(h.shape[1]), rtol=1e-4, atol=0
+        )
         assert ((h.amin(0) <= 0) & (h.amax(0) >= 0)).all()
 
 
@@ -185,7 +212,9 @@ def test_the_start_gives_every_layer_a_variance_of_1_and_kinks_among_the_rows():
 def test_each_fold_begins_from_its_own_rows_as_a_plain_loop_would(kind):
     data = make_data("regression")
     configs = fill({"batch_size": 16, "lr": 0.01}, {"batch_size": 16, "lr": 0.03})
-    network = kind(RealMLP, configs, shape_of(data), seed=3, traits=traits_of(RealMLP, configs[0], data))
+    network = kind(
+        RealMLP, configs, shape_of(data), seed=3, traits=traits_of(RealMLP, configs[0], data)
+    )
     begun = train(network, data, configs, seed=3, epochs=0, horizon=1)
     for fold in range(data.n_folds):
         with torch.random.fork_rng():
@@ -207,13 +236,17 @@ class Calm(Clumsy):
 
 
 def test_a_start_that_fails_is_named_and_one_that_a_class_gives_up_is_none(iris):
-    with refused(r"model: Clumsy.start_from\(rows, y\) raised KeyError: 'nothing'. Mend it, or leave it out"):
+    with refused(
+        r"model: Clumsy.start_from\(rows, y\) raised KeyError: 'nothing'. Mend it, or leave it out"
+    ):
         gputune.tune(Clumsy, *iris, n_trials=1, **TWO)
     assert gputune.tune(Calm, *iris, n_trials=1, **TWO).best_score > 0
 
 
 def test_a_search_by_name_from_its_recipe_to_a_loaded_model(tmp_path):
-    study = gputune.tune("realmlp", TABLE, PRICE, n_trials=2, space=SMALL | {"lr": [0.1, 0.2]}, **TWO)
+    study = gputune.tune(
+        "realmlp", TABLE, PRICE, n_trials=2, space=SMALL | {"lr": [0.1, 0.2]}, **TWO
+    )
     assert study.trials[0].params == {"lr": 0.2, "module__depth": 2, "module__width": 8}
     assert study.meta["numbers"] == "robust" and study.meta["columns"] == "drop-constant"
     model = study.best_model()
@@ -237,10 +270,17 @@ def test_its_recipe_is_that_of_the_paper():
     y = np.arange(60) % 3
     params = gputune.tune("realmlp", TABLE, y, **ONE).trials[0].params
     assert params == {
-        "dropout": 0.15, "loss__label_smoothing": 0.1, "lr": 0.04, "module__activation": "selu", "module__depth": 3,
-        "module__embedding": "pbld", "module__scaling": True, "module__sigma": 0.1, "module__width": 256,
+        "dropout": 0.15,
+        "loss__label_smoothing": 0.1,
+        "lr": 0.04,
+        "module__activation": "selu",
+        "module__depth": 3,
+        "module__embedding": "pbld",
+        "module__scaling": True,
+        "module__sigma": 0.1,
+        "module__width": 256,
         "weight_decay": 0.02,
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("name", ["realmlp", "realmlp-tabarena"])
@@ -254,5 +294,7 @@ def test_a_space_has_a_name(name, goal):
 
 
 def test_a_space_that_has_no_name_here():
-    with refused("a list of dicts, or one of mlp, realmlp, .*got 'realmpl'. Did you mean 'realmlp'"):
+    with refused(
+        "a list of dicts, or one of mlp, realmlp, .*got 'realmpl'. Did you mean 'realmlp'"
+    ):
         gputune.tune("realmlp", TABLE, PRICE, space="realmpl", **TWO)

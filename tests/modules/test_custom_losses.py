@@ -1,4 +1,5 @@
-"""Losses and training steps of the user: shapes that broadcast, dtypes that differ, and probabilities."""
+"""Losses and training steps of the user: shapes that broadcast, dtypes that differ, and
+probabilities."""
 
 import numpy as np
 import pytest
@@ -56,7 +57,8 @@ def step(loss):
 
 
 COLUMN_WORDS = (
-    r"shape \(30, 1\) and y \(30,\), which torch broadcasts to \(30, 30\). Take outputs\[:, 0\] or y\[:, None\]"
+    r"shape \(30, 1\) and y \(30,\), which torch broadcasts to \(30, 30\). "
+    r"Take outputs\[:, 0\] or y\[:, None\]"
 )
 ROW_WORDS = r"shape \(30,\) and y \(30, 1\), .* Take outputs\[:, None\] or y\[:, 0\] in the {place}, or pass y of shape"
 PAIRED = {
@@ -65,7 +67,9 @@ PAIRED = {
     "a loss of torch": functional.mse_loss,
     "a module of torch": nn.SmoothL1Loss(),
     "where": lambda outputs, y: torch.where(y > 0, outputs, -outputs).mean(),
-    "broadcast_tensors": lambda outputs, y: torch.stack(torch.broadcast_tensors(outputs, y)).var(0).mean(),
+    "broadcast_tensors": lambda outputs, y: (
+        torch.stack(torch.broadcast_tensors(outputs, y)).var(0).mean()
+    ),
 }
 
 
@@ -73,7 +77,9 @@ PAIRED = {
 @pytest.mark.parametrize("kind", PAIRED)
 def test_a_training_step_that_pairs_all_rows_is_refused(kind):
     loss = PAIRED[kind]
-    with refused(f"^training_step=.* compares each output with the targets of all rows.*{COLUMN_WORDS}"):
+    with refused(
+        f"^training_step=.* compares each output with the targets of all rows.*{COLUMN_WORDS}"
+    ):
         tune(Net, NUMBERS, training_step=step(loss))
     with refused(ROW_WORDS.format(place="training_step")):
         tune(Flat, NUMBERS[:, None], training_step=step(loss))
@@ -90,7 +96,8 @@ def test_losses_and_estimators_that_pair_all_rows_are_refused():
 
 
 def centres(module, batch):
-    """Compares each output with as many centres as there are rows: by chance, since there are 30 of them."""
+    """Compares each output with as many centres as there are rows: by chance, since there are 30 of
+    them."""
     x, y = batch
     outputs = module(x)
     distances = (outputs - torch.linspace(-1, 1, 30)).square()
@@ -105,7 +112,9 @@ def ranking(module, batch):
     return functional.softplus((outputs.T - outputs)[is_higher]).mean()
 
 
-@pytest.mark.parametrize("training_step", [centres, ranking, step(lambda o, y: (o - y[:, None]).square().mean())])
+@pytest.mark.parametrize(
+    "training_step", [centres, ranking, step(lambda o, y: (o - y[:, None]).square().mean())]
+)
 def test_a_training_step_that_compares_rows_on_purpose_is_taken(training_step):
     assert np.isfinite(tune(Net, NUMBERS, training_step=training_step).best_score)
 
@@ -122,9 +131,13 @@ def test_the_class_weights_of_a_loss_follow_the_dtype(dtype, backend):
     scores = []
     for weights in (WEIGHTS, WEIGHTS.double()):
         loss = nn.CrossEntropyLoss(weight=weights)
-        study = tune(Net, CLASSES, loss=loss, dtype=dtype, scoring="neg_loss", max_epochs=3, backend=backend)
+        study = tune(
+            Net, CLASSES, loss=loss, dtype=dtype, scoring="neg_loss", max_epochs=3, backend=backend
+        )
         scores.append(study.curves)
-        assert loss.weight.dtype == weights.dtype and study.best_model().dtype == getattr(torch, dtype)
+        assert loss.weight.dtype == weights.dtype and study.best_model().dtype == getattr(
+            torch, dtype
+        )
     np.testing.assert_array_equal(*scores)
     labels = np.stack([CLASSES, CLASSES & (ROWS[:, 1] > 0)], 1)
     study = tune(Net, labels, loss=nn.BCEWithLogitsLoss(pos_weight=WEIGHTS.double()), dtype=dtype)
@@ -135,7 +148,10 @@ def test_the_class_weights_of_an_estimators_criterion_follow_the_dtype_of_the_ro
     for weights in (WEIGHTS, WEIGHTS.double()):
         criterion = nn.CrossEntropyLoss(weight=weights)
         estimator = NeuralNetClassifier(Net, criterion=criterion, max_epochs=1)
-        assert estimator.fit(ROWS.astype(np.float64), CLASSES).module_.layer.weight.dtype == torch.float64
+        assert (
+            estimator.fit(ROWS.astype(np.float64), CLASSES).module_.layer.weight.dtype
+            == torch.float64
+        )
         assert estimator.fit(ROWS, CLASSES).module_.layer.weight.dtype == torch.float32
 
 
@@ -144,7 +160,8 @@ class DoublePart(nn.Module):
 
     def __init__(self, n_features, n_outputs):
         super().__init__()
-        self.first, self.last = nn.Linear(n_features, 4).double(), nn.Linear(4, n_outputs)
+        self.first = nn.Linear(n_features, 4).double()
+        self.last = nn.Linear(4, n_outputs)
 
     def forward(self, x):
         return self.last(self.first(x.double()).float())
@@ -169,14 +186,17 @@ class Following(DoublePart):
 
 def test_a_part_in_another_precision_is_explained_and_the_remedy_works():
     words = (
-        r"float32 while it trains, also 'first.weight', which is made as float64. .* x.to\(self.first.weight.dtype\)"
+        r"float32 while it trains, also 'first.weight', which is made as float64. "
+        r".* x.to\(self.first.weight.dtype\)"
     )
     with refused(words):
         tune(DoublePart, CLASSES)
     with refused(r"also 'scale', which is made as float64. .* x.to\(self.scale.dtype\)"):
         tune(DoubleBuffer, CLASSES)
     for dtype in ("float32", "float64"):
-        assert tune(Following, CLASSES, dtype=dtype).best_model().module.first.weight.dtype == getattr(torch, dtype)
+        assert tune(
+            Following, CLASSES, dtype=dtype
+        ).best_model().module.first.weight.dtype == getattr(torch, dtype)
 
 
 LIKELIHOODS = [nn.NLLLoss, nn.NLLLoss(), functional.nll_loss]
@@ -185,20 +205,30 @@ LIKELIHOODS = [nn.NLLLoss, nn.NLLLoss(), functional.nll_loss]
 @pytest.mark.parametrize("loss", LIKELIHOODS)
 def test_the_negative_log_likelihood_takes_log_probabilities_alone(loss):
     ending = (
-        r"takes the logarithms of probabilities. Choose loss=torch.nn.CrossEntropyLoss{}, or end .* in log_softmax\(1\)"
+        r"takes the logarithms of probabilities. Choose loss=torch.nn.CrossEntropyLoss{}, "
+        r"or end .* in log_softmax\(1\)"
     )
     with refused("Net returns logits, .*" + ending.format("")):
         tune(Net, CLASSES, loss=loss)
-    with refused("Probabilities returns probabilities, .*" + ending.format(", without the softmax at its end")):
+    with refused(
+        "Probabilities returns probabilities, .*"
+        + ending.format(", without the softmax at its end")
+    ):
         tune(Probabilities, CLASSES, loss=loss)
     expected = tune(Net, CLASSES, max_epochs=3).best_model().predict_proba(ROWS)
-    found = tune(LogProbabilities, CLASSES, loss=loss, max_epochs=3).best_model().predict_proba(ROWS)
+    found = (
+        tune(LogProbabilities, CLASSES, loss=loss, max_epochs=3).best_model().predict_proba(ROWS)
+    )
     np.testing.assert_allclose(found, expected, atol=1e-5)
     with refused("Choose criterion=torch.nn.CrossEntropyLoss, without the softmax"):
         NeuralNetClassifier(Probabilities, criterion=loss).fit(ROWS, CLASSES)
 
 
-@pytest.mark.parametrize("loss", [None, nn.CrossEntropyLoss, nn.CrossEntropyLoss(), functional.cross_entropy])
+@pytest.mark.parametrize(
+    "loss", [None, nn.CrossEntropyLoss, nn.CrossEntropyLoss(), functional.cross_entropy]
+)
 def test_probabilities_under_a_cross_entropy_are_said(loss):
-    with pytest.warns(InputWarning, match="returns probabilities, .*leave out the softmax at its end"):
+    with pytest.warns(
+        InputWarning, match="returns probabilities, .*leave out the softmax at its end"
+    ):
         tune(Probabilities, CLASSES, loss=loss)

@@ -11,21 +11,34 @@ from gputune.engine import choice
 from gputune.native import library as built
 from problems import variant
 
-pytestmark = [pytest.mark.cpu, pytest.mark.skipif(built.find_compiler() is None, reason="no C compiler")]
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.skipif(built.find_compiler() is None, reason="no C compiler"),
+]
 
 G = torch.Generator().manual_seed(0)
 X = torch.randn(120, 5, generator=G, dtype=torch.float64)
 Y = (X[:, 0] > 0).long() + (X[:, 1] > 1)
-SEARCH = {"n_trials": 2, "cv": 2, "workers": 1, "verbose": 0, "dtype": "float64", "max_epochs": 3,
-          "scoring": "neg_log_loss", "space": {"lr": [3e-3, 1e-2]}}  # fmt: skip
+SEARCH = {
+    "n_trials": 2,
+    "cv": 2,
+    "workers": 1,
+    "verbose": 0,
+    "dtype": "float64",
+    "max_epochs": 3,
+    "scoring": "neg_log_loss",
+    "space": {"lr": [3e-3, 1e-2]},
+}
 
 
 class Net(nn.Module):
-    """A network with a table of noise levels, as diffusion models have, and an embedding of them."""
+    """A network with a table of noise levels, as diffusion models have, and an embedding of
+    them."""
 
     def __init__(self, n_features, n_outputs):
         super().__init__()
-        self.enter, self.leave = nn.Linear(n_features, 6), nn.Linear(6, n_outputs)
+        self.enter = nn.Linear(n_features, 6)
+        self.leave = nn.Linear(6, n_outputs)
         self.code = nn.Embedding(20, n_features)
         self.register_buffer("level", torch.linspace(1, 0.1, 20))
 
@@ -37,7 +50,9 @@ def mixup(module, batch):
     x, y = batch
     order = torch.randperm(len(x))
     outputs = module(0.7 * x + 0.3 * x[order])
-    return 0.7 * functional.cross_entropy(outputs, y) + 0.3 * functional.cross_entropy(outputs, y[order])
+    return 0.7 * functional.cross_entropy(outputs, y) + 0.3 * functional.cross_entropy(
+        outputs, y[order]
+    )
 
 
 def noisy(self, x):
@@ -53,11 +68,15 @@ def mixed_inside(self, x):
 
 
 def from_the_end(self, x):
-    return Net.forward(self, x + self.code.weight[torch.randint(-20, 0, (len(x),))] if self.training else x)
+    return Net.forward(
+        self, x + self.code.weight[torch.randint(-20, 0, (len(x),))] if self.training else x
+    )
 
 
 def sorted_draws(self, x):
-    return Net.forward(self, 0.5 * x + 0.5 * x[torch.rand(len(x)).argsort()] if self.training else x)
+    return Net.forward(
+        self, 0.5 * x + 0.5 * x[torch.rand(len(x)).argsort()] if self.training else x
+    )
 
 
 def chosen_by_weight(self, x):
@@ -83,9 +102,21 @@ CASES = {
     "mixed inside": (variant(Net, mixed_inside), {}, "compiled"),
     "from the end": (variant(Net, from_the_end), {}, "compiled"),
     "masked": (variant(Net, masked), {}, "compiled"),
-    "sorted draws": (variant(Net, sorted_draws), {}, "recorded; not in compiled code: aten.sort.default"),
-    "chosen by weight": (variant(Net, chosen_by_weight), {}, "recorded; not in compiled code: what it draws depends"),
-    "written": (variant(Net, written), {}, "recorded; not in compiled code: aten.index_put_.default"),
+    "sorted draws": (
+        variant(Net, sorted_draws),
+        {},
+        "recorded; not in compiled code: aten.sort.default",
+    ),
+    "chosen by weight": (
+        variant(Net, chosen_by_weight),
+        {},
+        "recorded; not in compiled code: what it draws depends",
+    ),
+    "written": (
+        variant(Net, written),
+        {},
+        "recorded; not in compiled code: aten.index_put_.default",
+    ),
 }
 
 SHORT = ("mixup", "noise levels", "written")
@@ -96,7 +127,9 @@ def everything_is_tried(monkeypatch):
     """As if the search were large; compiled code is taken where there is any."""
     for name in ("_WORTH_SECONDS", "_CODE_SECONDS"):
         monkeypatch.setattr(choice, name, 0)
-    monkeypatch.setattr(choice, "_seconds", lambda job, data, chunk, backend: 2.0 if backend == "loop" else 1.0)
+    monkeypatch.setattr(
+        choice, "_seconds", lambda job, data, chunk, backend: 2.0 if backend == "loop" else 1.0
+    )
     monkeypatch.setattr(built, "FLAGS", ("-O0", *built.FLAGS[1:]))
 
 
@@ -107,6 +140,8 @@ def test_each_backend_gives_what_plain_modules_give(name, capsys):
     module, options, plan = CASES[name]
     expected = gputune.tune(module, X, Y, **SEARCH, **options, backend="loop").curves
     for backend in ("eager", "stacked", "auto"):
-        found = gputune.tune(module, X, Y, **{**SEARCH, "verbose": 1}, **options, backend=backend).curves
+        found = gputune.tune(
+            module, X, Y, **{**SEARCH, "verbose": 1}, **options, backend=backend
+        ).curves
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-10)
     assert plan in capsys.readouterr().err.split("plan:")[-1]

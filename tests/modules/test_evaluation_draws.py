@@ -1,4 +1,5 @@
-"""What a module draws while it is evaluated depends on the seed, the epoch and the fold, in every backend."""
+"""What a module draws while it is evaluated depends on the seed, the epoch and the fold, in every
+backend."""
 
 import random
 from dataclasses import replace
@@ -25,7 +26,8 @@ class Encoder(nn.Module):
 
     def __init__(self, n_features, n_outputs):
         super().__init__()
-        self.enter, self.leave = nn.Linear(n_features, 16), nn.Linear(16, n_outputs)
+        self.enter = nn.Linear(n_features, 16)
+        self.leave = nn.Linear(16, n_outputs)
 
 
 class Variational(Encoder):
@@ -50,7 +52,9 @@ class Attention(Encoder):
 
     def forward(self, x):
         h = self.enter(x).view(len(x), 4, 4)
-        return self.leave(functional.scaled_dot_product_attention(h, h, h, dropout_p=0.3).flatten(1))
+        return self.leave(
+            functional.scaled_dot_product_attention(h, h, h, dropout_p=0.3).flatten(1)
+        )
 
 
 class Noise(Encoder):
@@ -89,17 +93,26 @@ def train(module, *, configs=CONFIGS, kind=StackedModule, coded=False, **more):
     rows = data()
     traits = replace(traits_of(module, configs[0], rows), coded=coded)
     network = kind(module, configs, Shape.of(rows), seed=0, traits=traits)
-    options = {"seed": 0, "epochs": EPOCHS, "horizon": EPOCHS, "scoring": scoring_of(rows, "neg_log_loss")}
+    options = {
+        "seed": 0,
+        "epochs": EPOCHS,
+        "horizon": EPOCHS,
+        "scoring": scoring_of(rows, "neg_log_loss"),
+    }
     return problems.train(network, rows, configs, **{**options, **more})
 
 
 def plain_score(module, fold):
-    """Minus the log loss of a plain module after all epochs, block by block of the fold's validation rows."""
+    """Minus the log loss of a plain module after all epochs, block by block of the fold's
+    validation rows."""
     rows = data()
     valid = rows.folds[fold].valid
     outputs = []
     for start in range(0, len(valid), ROWS_AT_ONCE):
-        with keyed_draws(torch.device("cpu"), 0, "evaluation", EPOCHS, fold, start, host=True), torch.no_grad():
+        with (
+            keyed_draws(torch.device("cpu"), 0, "evaluation", EPOCHS, fold, start, host=True),
+            torch.no_grad(),
+        ):
             outputs.append(module(rows.x[rows.copies[fold], valid[start : start + ROWS_AT_ONCE]]))
     return -float(functional.cross_entropy(torch.cat(outputs), rows.y[valid]))
 
@@ -144,13 +157,21 @@ def test_company_and_a_resume_change_no_draw(kind):
     begun = train(Variational, kind=kind, epochs=1)
     resumed = train(Variational, kind=kind, configs=CONFIGS[1:], begin=begun.state.select([1]))
     np.testing.assert_allclose(resumed.curves[0, 1:], whole.curves[1, 1:], rtol=1e-10)
-    assert len(np.unique(whole.curves)) == whole.curves.size  # each epoch and fold has draws of its own
+    # each epoch and fold has draws of its own
+    assert len(np.unique(whole.curves)) == whole.curves.size
 
 
 def search(module, **more):
     generator = torch.Generator().manual_seed(0)
     X = torch.randn(80, 5, generator=generator)
-    options = {"n_trials": 3, "max_epochs": 2, "cv": 2, "verbose": 0, "scoring": "neg_log_loss", "workers": 1}
+    options = {
+        "n_trials": 3,
+        "max_epochs": 2,
+        "cv": 2,
+        "verbose": 0,
+        "scoring": "neg_log_loss",
+        "workers": 1,
+    }
     space = {"batch_size": [16], "lr": [1e-2, 1e-3, 1e-4]}
     return X, gputune.tune(module, X, (X.sum(1) > 0).long(), space=space, **{**options, **more})
 
@@ -165,18 +186,27 @@ def test_a_search_and_its_model_are_the_same_in_each_call(tmp_path):
     before = torch.get_rng_state()
     model = study.best_model()
     model.save(tmp_path / "model")
-    for other in (model, gputune.load_model(tmp_path / "model"), study.ensemble(), study.ensemble()):
+    for other in (
+        model,
+        gputune.load_model(tmp_path / "model"),
+        study.ensemble(),
+        study.ensemble(),
+    ):
         assert other.info["draws"]
     loaded = gputune.load_model(tmp_path / "model")
     np.testing.assert_array_equal(loaded.predict_proba(X), model.predict_proba(X))
-    np.testing.assert_array_equal(study.ensemble().predict_proba(X), study.ensemble().predict_proba(X))
+    np.testing.assert_array_equal(
+        study.ensemble().predict_proba(X), study.ensemble().predict_proba(X)
+    )
     assert torch.equal(torch.get_rng_state(), before)
     assert "draws" not in search(problems.Linear)[1].best_model().info
 
 
 def test_an_estimator_predicts_the_same_in_each_call():
     X = np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32)
-    estimator = gputune.sklearn.NeuralNetClassifier(MonteCarlo, max_epochs=2).fit(X, (X[:, 0] > 0).astype(int))
+    estimator = gputune.sklearn.NeuralNetClassifier(MonteCarlo, max_epochs=2).fit(
+        X, (X[:, 0] > 0).astype(int)
+    )
     np.testing.assert_array_equal(estimator.predict_proba(X), estimator.predict_proba(X))
 
 

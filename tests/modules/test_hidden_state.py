@@ -1,4 +1,5 @@
-"""State in plain attributes, and state that predictions change: refused where predictions depend on it."""
+"""State in plain attributes, and state that predictions change: refused where predictions depend on
+it."""
 
 from types import SimpleNamespace
 
@@ -90,7 +91,14 @@ class Part(nn.Module):
         return self.part(x)
 
 
-HIDDEN = {Attribute: "held", InPlace: "held", Listed: "held", InAnObject: "held", OfNumPy: "held", Part: "part.held"}
+HIDDEN = {
+    Attribute: "held",
+    InPlace: "held",
+    Listed: "held",
+    InAnObject: "held",
+    OfNumPy: "held",
+    Part: "part.held",
+}
 
 
 @pytest.mark.parametrize("module", HIDDEN)
@@ -113,23 +121,31 @@ class Evaluated(Net):
 
 
 def test_a_buffer_that_predictions_change_is_refused():
-    with refused("changes 'seen' in evaluation mode, .* Change it only where self.training is True"):
+    with refused(
+        "changes 'seen' in evaluation mode, .* Change it only where self.training is True"
+    ):
         tune(Evaluated)
 
 
 class Caching(Net):
-    """Keeps activations, makes a table at its first call, and counts its calls, none of which its outputs show."""
+    """Keeps activations, makes a table at its first call, and counts its calls, none of which its
+    outputs show."""
 
     def begin(self, n_features):
-        self.last, self.calls, self.log = None, torch.zeros(()), []
+        self.last = None
+        self.calls = torch.zeros(())
+        self.log = []
         self.register_buffer("table", None, persistent=False)
 
     def forward(self, x):
         if self.table is None:
             self.table = torch.ones(x.shape[1], dtype=x.dtype)
         if not hasattr(self, "scale"):
-            self.register_buffer("scale", torch.full((x.shape[1],), 2.0, dtype=x.dtype), persistent=False)
-        self.last, self.calls = x, self.calls + 1
+            self.register_buffer(
+                "scale", torch.full((x.shape[1],), 2.0, dtype=x.dtype), persistent=False
+            )
+        self.last = x
+        self.calls = self.calls + 1
         self.log.append(len(x))
         return self.layer(x * self.table * self.scale)
 
@@ -138,7 +154,9 @@ def test_what_outputs_do_not_show_is_taken_and_may_be_saved_after_a_prediction(t
     model = tune(Caching).best_model()
     expected = model.predict_proba(ROWS)
     model.save(tmp_path / "model")  # with the buffers that the prediction has made
-    np.testing.assert_array_equal(gputune.load_model(tmp_path / "model", module=Caching).predict_proba(ROWS), expected)
+    np.testing.assert_array_equal(
+        gputune.load_model(tmp_path / "model", module=Caching).predict_proba(ROWS), expected
+    )
 
 
 class Started(Net):

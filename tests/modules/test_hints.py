@@ -1,4 +1,5 @@
-"""What a user's module fails on is named before anything trains where it can be known: ids, shapes, rows, numbers."""
+"""What a user's module fails on is named before anything trains where it can be known: ids, shapes,
+rows, numbers."""
 
 from functools import partial
 
@@ -14,7 +15,12 @@ from gputune.modules.inspection import explain
 from gputune.modules.module import StackedModule
 from problems import Linear, fill, make_data, shape_of, variant
 
-SMALL = {"n_trials": 2, "cv": [(np.arange(20), np.arange(20, 30))] * 2, "max_epochs": 2, "verbose": 0}
+SMALL = {
+    "n_trials": 2,
+    "cv": [(np.arange(20), np.arange(20, 30))] * 2,
+    "max_epochs": 2,
+    "verbose": 0,
+}
 IDS = torch.randint(9, (30, 5), generator=torch.Generator().manual_seed(0))
 ROWS = torch.rand(30, 3, generator=torch.Generator().manual_seed(1))
 IMAGES = torch.rand(30, 4, 4, 3, generator=torch.Generator().manual_seed(2))
@@ -35,20 +41,24 @@ def changed(x, row, value):
 class Words(nn.Module):
     def __init__(self, n_outputs, n_ids=9):
         super().__init__()
-        self.code, self.head = nn.Embedding(n_ids, 4), nn.Linear(4, n_outputs)
+        self.code = nn.Embedding(n_ids, 4)
+        self.head = nn.Linear(4, n_outputs)
 
     def forward(self, ids, weight=None):
         return self.head(self.code(ids).mean(1))
 
 
-Folded = variant(Words, lambda self, ids: self.head(self.code(ids.flatten()).view(len(ids), -1, 4).mean(1)))
+Folded = variant(
+    Words, lambda self, ids: self.head(self.code(ids.flatten()).view(len(ids), -1, 4).mean(1))
+)
 Columns = variant(Words, lambda self, x: self.head(self.code(x[:, 0].long())))
 
 
 class Image(nn.Module):
     def __init__(self, n_outputs):
         super().__init__()
-        self.body, self.head = nn.Conv2d(3, 2, 3, padding=1), nn.Linear(2, n_outputs)
+        self.body = nn.Conv2d(3, 2, 3, padding=1)
+        self.head = nn.Linear(2, n_outputs)
 
     def forward(self, x):
         return self.head(self.body(x).mean((2, 3)))
@@ -59,7 +69,9 @@ class Lazy(nn.Module):
 
     def __init__(self, n_outputs, first=nn.Identity):
         super().__init__()
-        self.first, self.conv, self.last = first(), nn.LazyConv2d(2, 3), nn.LazyLinear(n_outputs)
+        self.first = first()
+        self.conv = nn.LazyConv2d(2, 3)
+        self.last = nn.LazyLinear(n_outputs)
 
     def forward(self, image, ids):
         return self.last(torch.cat([self.conv(self.first(image)).mean((2, 3)), ids.float()], 1))
@@ -99,26 +111,66 @@ LAZY = r"Lazy raised ValueError on two rows of zeros, .*4D .*pass X\[:, None\]"
 @pytest.mark.parametrize(
     ("module", "X", "message"),
     [
-        (Words, changed(IDS, 27, 9), r"X has the id 9 in row 27, and the embedding 'code' of Words has 9 places"),
-        (Words, changed(IDS, 27, -1), r"X has the id -1 in row 27, .* for ids 0 to 8; give such ids other numbers"),
-        (Words, (changed(IDS, 3, 20), ROWS), r"X\[0\] has the id 20 in row 3, .* give it num_embeddings=21"),
-        (Words, changed(changed(IDS, 3, 12), 27, 20), "has the id 20 in row 27, .* num_embeddings=21 or more"),
+        (
+            Words,
+            changed(IDS, 27, 9),
+            r"X has the id 9 in row 27, and the embedding 'code' of Words has 9 places",
+        ),
+        (
+            Words,
+            changed(IDS, 27, -1),
+            r"X has the id -1 in row 27, .* for ids 0 to 8; give such ids other numbers",
+        ),
+        (
+            Words,
+            (changed(IDS, 3, 20), ROWS),
+            r"X\[0\] has the id 20 in row 3, .* give it num_embeddings=21",
+        ),
+        (
+            Words,
+            changed(changed(IDS, 3, 12), 27, 20),
+            "has the id 20 in row 27, .* num_embeddings=21 or more",
+        ),
         (Words, {"ids": changed(IDS, 3, 9), "weight": ROWS}, r"X\['ids'\] has the id 9 in row 3"),
         (Words, changed(IDS.repeat(1, 20), 8, 9), "X has the id 9 in row 8"),
         (Folded, changed(IDS, 3, 9), "X has the id 9, and the embedding 'code'"),
-        (partial(Columns, n_ids=4), IDS.double(), "makes the id -1 .* a tensor of integers, .* which leaves codes"),
+        (
+            partial(Columns, n_ids=4),
+            IDS.double(),
+            "makes the id -1 .* a tensor of integers, .* which leaves codes",
+        ),
         (Words, IDS.numpy(), "For token ids pass a tensor of integers"),
         (Words, IDS.to(torch.int16), r"begin the forward with x.long\(\)"),
         (Image, IMAGES, r"channels of X seem to come last, .* X.transpose\(0, 3, 1, 2\)"),
-        (Image, IMAGES[..., 0], r"X lacks the axis of the channels, .* after the rows: pass X\[:, None\]"),
+        (
+            Image,
+            IMAGES[..., 0],
+            r"X lacks the axis of the channels, .* after the rows: pass X\[:, None\]",
+        ),
         (Image, FIRST.mul(255).byte(), r"x.float\(\), or numbers='standard' makes floats of bytes"),
         (Image, FIRST > 0.5, r"begin the forward with x.float\(\)\."),
-        (Image, FIRST.long(), r"Integers, .* come as they are: begin the forward with x.float\(\)\."),
-        (Image, IMAGES.flatten(1), r"a row of X is 48 numbers: pass X.reshape\(-1, channels, height, width\)"),
+        (
+            Image,
+            FIRST.long(),
+            r"Integers, .* come as they are: begin the forward with x.float\(\)\.",
+        ),
+        (
+            Image,
+            IMAGES.flatten(1),
+            r"a row of X is 48 numbers: pass X.reshape\(-1, channels, height, width\)",
+        ),
         (Image, (IMAGES, IMAGES), "Several inputs are passed in order, .* leave y out"),
         (Image, IDS.to(torch.uint8)[:, None, None, :3].expand(-1, 3, 3, -1), "numbers='standard'"),
-        (sequence, IMAGES[:, 0].repeat(1, 3, 1), r"come last, .* X.transpose\(0, 2, 1\) of an array, X.permute"),
-        (partial(Lazy, first=partial(nn.BatchNorm2d, 1)), {"image": IMAGES[..., 0], "ids": IDS}, LAZY),
+        (
+            sequence,
+            IMAGES[:, 0].repeat(1, 3, 1),
+            r"come last, .* X.transpose\(0, 2, 1\) of an array, X.permute",
+        ),
+        (
+            partial(Lazy, first=partial(nn.BatchNorm2d, 1)),
+            {"image": IMAGES[..., 0], "ids": IDS},
+            LAZY,
+        ),
         (Axes, ROWS, r"got \(20, 1, 2\) .* Axes beside the rows are to be pooled"),
         (Both, ROWS, "got tuple .* return the first, or train them by training_step"),
         (
@@ -169,9 +221,15 @@ class Picky(Linear):
 # An embedding whose ids are made of two columns, so that no single one tells of them.
 Codes = variant(Words, lambda self, x: self.head(self.code((x[:, 0] * x[:, 1] + x[:, 2]).long())))
 CODES = torch.zeros(100, 3)
-CODES[50], CODES[60, :2], CODES[70, 2] = 1.5, 1, 1  # the sum of products is above 2 in row 50 alone
+# the sum of products is above 2 in row 50 alone
+CODES[50] = 1.5
+CODES[60, :2] = 1
+CODES[70, 2] = 1
 CODES[40:43] = 2 * torch.eye(3)
-LARGE = "Picky raised ArithmeticError in fold 1, after {} epochs?: too large. It fails on row {} of X, of the {} rows"
+LARGE = (
+    "Picky raised ArithmeticError in fold 1, after {} epochs?: too large. It fails on row {} of "
+    "X, of the {} rows"
+)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +251,9 @@ class Tires(Linear):
 
     def __init__(self, n_features, n_outputs, after, evaluates=False):
         super().__init__(n_features, n_outputs)
-        self.after, self.calls, self.evaluates = after, 0, evaluates
+        self.after = after
+        self.calls = 0
+        self.evaluates = evaluates
 
     def forward(self, x):
         self.calls += self.training or self.evaluates
@@ -207,7 +267,12 @@ class Tires(Linear):
     [(True, "No single row of X is at fault"), (False, "In evaluation mode it fails on no row")],
 )
 def test_a_failure_that_no_row_causes_names_the_configuration(evaluates, finding):
-    space = {"module__after": [10], "module__evaluates": [evaluates], "lr": [0.1], "batch_size": [4]}
+    space = {
+        "module__after": [10],
+        "module__evaluates": [evaluates],
+        "lr": [0.1],
+        "batch_size": [4],
+    }
     message = (
         rf"Tires\(module__after=10, module__evaluates={evaluates}\) raised RuntimeError after \d epochs?: tired. "
         rf"{finding}.*; mend its forward, or leave these values out of the space\.$"
@@ -216,7 +281,9 @@ def test_a_failure_that_no_row_causes_names_the_configuration(evaluates, finding
         tune(Tires, ROWS, space=space, include_default=False, n_trials=1, max_epochs=9)
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), RuntimeError("CUDA error: misaligned")])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("out of memory"), RuntimeError("CUDA error: misaligned")]
+)
 def test_what_a_device_says_is_no_fault_of_a_row(error, monkeypatch):
     def fail(*_):
         raise error

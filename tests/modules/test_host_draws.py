@@ -1,4 +1,5 @@
-"""Draws outside of PyTorch's default generator are found, also rare ones, and such modules train one by one."""
+"""Draws outside of PyTorch's default generator are found, also rare ones, and such modules train
+one by one."""
 
 import functools
 import os
@@ -56,8 +57,10 @@ class Holds(Linear):
 
     def __init__(self, n_features, n_outputs):
         super().__init__(n_features, n_outputs)
-        self.own, self.several = np.random.default_rng(1), {"a": random.Random(1)}
-        self.policy, self.calls = Policy(), []
+        self.own = np.random.default_rng(1)
+        self.several = {"a": random.Random(1)}
+        self.policy = Policy()
+        self.calls = []
 
 
 def flip(x):
@@ -168,8 +171,12 @@ def test_code_that_draws_from_torch_alone_is_left_as_it_is():
         noise = torch.randn_like(x) + nn.functional.dropout(x, 0.5, self.training)
         return Linear.forward(self, x * np.sqrt(2) + noise * random.__name__.count("x"))
 
-    module = nn.Sequential(variant(Holds, forward)(5, 3), nn.Dropout(), nn.LSTM(3, 3), DrawsWhenMade(3, 3))
-    assert drawing_code(module, ["mse", None, nn.MSELoss(), nn.MSELoss, nn.functional.mse_loss]) == ""
+    module = nn.Sequential(
+        variant(Holds, forward)(5, 3), nn.Dropout(), nn.LSTM(3, 3), DrawsWhenMade(3, 3)
+    )
+    assert (
+        drawing_code(module, ["mse", None, nn.MSELoss(), nn.MSELoss, nn.functional.mse_loss]) == ""
+    )
 
 
 class Touchy:
@@ -193,11 +200,14 @@ class Touchy:
         return False
 
 
-TOUCHY, LOOKS = Touchy(), []
+TOUCHY = Touchy()
+LOOKS = []
 
 
 def test_objects_that_code_refers_to_run_nothing():
-    module = variant(Holds, lambda self, x: Linear.forward(self, x) if TOUCHY is self.touchy.other else x)(5, 3)
+    module = variant(
+        Holds, lambda self, x: Linear.forward(self, x) if TOUCHY is self.touchy.other else x
+    )(5, 3)
     module.touchy = TOUCHY
     LOOKS.clear()  # pytest has looked as well
     assert drawing_code(module, [TOUCHY], TOUCHY) == ""
@@ -206,13 +216,16 @@ def test_objects_that_code_refers_to_run_nothing():
 
 
 class LayerDrop(nn.Module):
-    """Leaves its second layer out in 2% of the steps. Its forwards on the rows of a minibatch are counted."""
+    """Leaves its second layer out in 2% of the steps. Its forwards on the rows of a minibatch are
+    counted."""
 
     calls = 0
 
     def __init__(self, n_features, n_outputs):
         super().__init__()
-        self.first, self.second, self.last = nn.Linear(n_features, 8), nn.Linear(8, 8), nn.Linear(8, n_outputs)
+        self.first = nn.Linear(n_features, 8)
+        self.second = nn.Linear(8, 8)
+        self.last = nn.Linear(8, n_outputs)
 
     def forward(self, x):
         LayerDrop.calls += self.training and len(x) == 16
@@ -231,7 +244,8 @@ def draws_from_a_list(self, x):
 
 
 @pytest.mark.parametrize(
-    ("forward", "source"), [(shuffles, "numpy.random"), (draws_from_a_list, "a random.Random of its own")]
+    ("forward", "source"),
+    [(shuffles, "numpy.random"), (draws_from_a_list, "a random.Random of its own")],
 )
 def test_draws_that_no_code_shows_are_found_by_the_states_of_generators(forward, source):
     module = variant(Holds, forward)
@@ -243,14 +257,21 @@ def test_draws_that_no_code_shows_are_found_by_the_states_of_generators(forward,
 
 def search(model, **more):
     X = torch.linspace(-1, 1, 64 * 3).reshape(64, 3).sin()
-    options = {"n_trials": 2, "max_epochs": 2, "cv": 2, "verbose": 0, "space": {"batch_size": [16], "lr": [1e-2, 1e-3]}}
+    options = {
+        "n_trials": 2,
+        "max_epochs": 2,
+        "cv": 2,
+        "verbose": 0,
+        "space": {"batch_size": [16], "lr": [1e-2, 1e-3]},
+    }
     return gputune.tune(model, X, (X.sum(1) > 0).long(), **{**options, **more})
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_a_layer_that_is_left_out_by_a_rare_draw_is_left_out_in_each_step(seed):
     random.seed(seed)
-    LayerDrop.calls, before = 0, random.getstate()
+    LayerDrop.calls = 0
+    before = random.getstate()
     study = search(LayerDrop, random_state=seed)
     assert LayerDrop.calls == 2 * 2 * 2 * 2  # trials, folds, epochs, minibatches
     assert any("LayerDrop.forward calls random.random" in note for note in study.record.notes)
@@ -258,7 +279,8 @@ def test_a_layer_that_is_left_out_by_a_rare_draw_is_left_out_in_each_step(seed):
 
 
 class Noisy(Linear):
-    """Draws from all generators that gputune seeds, when it is made and in each forward in training."""
+    """Draws from all generators that gputune seeds, when it is made and in each forward in
+    training."""
 
     def __init__(self, n_features, n_outputs):
         super().__init__(n_features, n_outputs)

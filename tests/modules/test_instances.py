@@ -1,4 +1,5 @@
-"""Errors about what is passed as a module: instances of every kind, and builders with defaults of their own."""
+"""Errors about what is passed as a module: instances of every kind, and builders with defaults of
+their own."""
 
 import numpy as np
 import pytest
@@ -38,13 +39,34 @@ class Depends(Net):
 
 SEQUENTIAL = nn.Sequential(nn.Linear(3, 3))
 INSTANCES = {
-    "Sequential": (SEQUENTIAL, r"function that makes .* instance of nn.Sequential, .* return nn.Sequential\(\.\.\.\)"),
-    "a layer of PyTorch": (nn.Linear(3, 3), r"instance of nn.Linear, .* return nn.Linear\(\.\.\.\)"),
-    "DataParallel": (nn.DataParallel(Net(3, 3)), r"instance of nn.DataParallel, .*: return nn.DataParallel\(\.\.\.\)"),
-    "a class with other arguments": (Depends(3, 3), r"instance of Depends, .* return Depends\(\.\.\.\)"),
-    "a class that the data build": (Net(3, 3), "the class, not an instance, .*: pass Net. To start .* weights"),
-    "torch.compile": (torch.compile(Net(3, 3), backend="eager"), "the class, not an instance, .*: pass Net"),
-    "torch.compile of Sequential": (torch.compile(SEQUENTIAL, backend="eager"), "not an instance of nn.Sequential"),
+    "Sequential": (
+        SEQUENTIAL,
+        r"function that makes .* instance of nn.Sequential, .* return nn.Sequential\(\.\.\.\)",
+    ),
+    "a layer of PyTorch": (
+        nn.Linear(3, 3),
+        r"instance of nn.Linear, .* return nn.Linear\(\.\.\.\)",
+    ),
+    "DataParallel": (
+        nn.DataParallel(Net(3, 3)),
+        r"instance of nn.DataParallel, .*: return nn.DataParallel\(\.\.\.\)",
+    ),
+    "a class with other arguments": (
+        Depends(3, 3),
+        r"instance of Depends, .* return Depends\(\.\.\.\)",
+    ),
+    "a class that the data build": (
+        Net(3, 3),
+        "the class, not an instance, .*: pass Net. To start .* weights",
+    ),
+    "torch.compile": (
+        torch.compile(Net(3, 3), backend="eager"),
+        "the class, not an instance, .*: pass Net",
+    ),
+    "torch.compile of Sequential": (
+        torch.compile(SEQUENTIAL, backend="eager"),
+        "not an instance of nn.Sequential",
+    ),
 }
 
 
@@ -85,12 +107,19 @@ def vision(**kwargs):
 
 
 def test_the_default_that_gives_the_wrong_number_of_outputs_is_named():
-    with refused(r"got \(\d+, 1000\).* Vision has num_classes=1000 by default: set module__num_classes=3 in the space"):
+    with refused(
+        r"got \(\d+, 1000\).* Vision has num_classes=1000 by default: set module__num_classes=3 in the space"
+    ):
         tune(Vision)
-    with refused(r"got \(\d+, 1000\).* has num_classes=1000 by default: pass module__num_classes=3\."):
+    with refused(
+        r"got \(\d+, 1000\).* has num_classes=1000 by default: pass module__num_classes=3\."
+    ):
         NeuralNetClassifier(Vision, max_epochs=1).fit(ROWS, CLASSES)
     study = gputune.tune(Vision, ROWS, CLASSES, space={"module__num_classes": [3]}, **OPTIONS)
-    assert NeuralNetClassifier(Vision, module__num_classes=3, max_epochs=1).fit(ROWS, CLASSES).n_iter_ == 1
+    assert (
+        NeuralNetClassifier(Vision, module__num_classes=3, max_epochs=1).fit(ROWS, CLASSES).n_iter_
+        == 1
+    )
     assert study.best_model().predict_proba(ROWS).shape == (30, 3)
 
 

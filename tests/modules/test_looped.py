@@ -1,4 +1,5 @@
-"""What cannot be stacked trains one by one: every member equals its plain loop, with the same curves and states."""
+"""What cannot be stacked trains one by one: every member equals its plain loop, with the same
+curves and states."""
 
 import copy
 import pickle
@@ -40,8 +41,10 @@ class Gated(nn.Module):
 
     def __init__(self, n_features, n_outputs, hidden=6, p=0.0):
         super().__init__()
-        self.enter, self.leave = nn.Linear(n_features, hidden), nn.Linear(hidden, n_outputs)
-        self.other, self.drop = nn.Linear(hidden, hidden), nn.Dropout(p)
+        self.enter = nn.Linear(n_features, hidden)
+        self.leave = nn.Linear(hidden, n_outputs)
+        self.other = nn.Linear(hidden, hidden)
+        self.drop = nn.Dropout(p)
         self.scale = nn.Parameter(torch.full((n_features,), 0.7), requires_grad=False)
 
     def forward(self, x):
@@ -53,7 +56,9 @@ class Gated(nn.Module):
 class Recurrent(nn.Module):
     def __init__(self, n_features, n_outputs, kind=nn.GRU):
         super().__init__()
-        self.cell, self.norm, self.leave = (kind(1, 4, batch_first=True), nn.BatchNorm1d(4), nn.Linear(4, n_outputs))
+        self.cell = kind(1, 4, batch_first=True)
+        self.norm = nn.BatchNorm1d(4)
+        self.leave = nn.Linear(4, n_outputs)
 
     def forward(self, x):
         return self.leave(self.norm(self.cell(x[..., None])[0][:, -1]))
@@ -158,7 +163,9 @@ SHORT = [("control flow", name) for name in OPTIMIZERS] + [(name, "adamw") for n
 def test_a_member_equals_its_plain_loop(name, optimizer):
     build, reason = MODULES[name]
     data = make_data(weights=True)
-    configs = fill(*({"optimizer": optimizer, "lr": lr, "batch_size": b} for lr, b in ((1e-3, 7), (1e-2, 500))))
+    configs = fill(
+        *({"optimizer": optimizer, "lr": lr, "batch_size": b} for lr, b in ((1e-3, 7), (1e-2, 500)))
+    )
     assert reason in traits_of(build, configs[0], data).unstackable
     for population in populations(configs, "module", rows=len(data.folds[0].train)):
         configs = list(population.configs)
@@ -171,7 +178,8 @@ def test_a_member_equals_its_plain_loop(name, optimizer):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam", "adamw", "NAdam"])
 def test_a_parameter_that_a_step_does_not_use_is_left_as_it_is(optimizer):
-    """As zero_grad() of PyTorch's has it, also after a resume: no decay, no momentum, no count of a step."""
+    """As zero_grad() of PyTorch's has it, also after a resume: no decay, no momentum, no count of a
+    step."""
     data = make_data()
     configs = fill({"optimizer": optimizer, "lr": 0.01, "batch_size": 7, "weight_decay": 0.1})
     traits = traits_of(Dropping, configs[0], data)
@@ -198,8 +206,13 @@ class Turning(nn.Module):
 def test_complex_weights_train_as_their_real_and_imaginary_parts(more):
     data = make_data()
     configs = fill({"lr": 0.01, "batch_size": 7, **more})
-    whole, parts = (trained(partial(Turning, parts=parts), configs, data, 3).member(1, 0) for parts in (False, True))
-    torch.testing.assert_close(torch.view_as_real(whole.weight), parts.weight, rtol=1e-10, atol=1e-10)
+    whole, parts = (
+        trained(partial(Turning, parts=parts), configs, data, 3).member(1, 0)
+        for parts in (False, True)
+    )
+    torch.testing.assert_close(
+        torch.view_as_real(whole.weight), parts.weight, rtol=1e-10, atol=1e-10
+    )
     reason = traits_of(partial(Turning, parts=False), configs[0], data).unstackable
     assert reason == "its 'weight' holds complex numbers that change"
 
@@ -209,20 +222,32 @@ def test_complex_weights_train_as_their_real_and_imaginary_parts(more):
     [("adamw", "constant"), ("sgd", "cosine"), ("nesterov", "constant"), ("rmsprop", "one_cycle")],
 )
 def test_looped_equals_stacked(optimizer, schedule):
-    """The same curves and members, for a module that can be either; each goes on from the other's state."""
+    """The same curves and members, for a module that can be either; each goes on from the other's
+    state."""
 
     def build(n_features, n_outputs):
-        return nn.Sequential(nn.Linear(n_features, 6), nn.BatchNorm1d(6), nn.Dropout(0.2), nn.Linear(6, n_outputs))
+        return nn.Sequential(
+            nn.Linear(n_features, 6), nn.BatchNorm1d(6), nn.Dropout(0.2), nn.Linear(6, n_outputs)
+        )
 
     data = make_data("regression")
     configs = [
-        c | {"schedule": schedule, "weight_decay": 0.1, "momentum": 0.0 if optimizer == "nesterov" else 0.9}
-        for c in fill(*({"batch_size": 16, "lr": lr, "optimizer": optimizer} for lr in (1e-3, 1e-2)))
+        c
+        | {
+            "schedule": schedule,
+            "weight_decay": 0.1,
+            "momentum": 0.0 if optimizer == "nesterov" else 0.9,
+        }
+        for c in fill(
+            *({"batch_size": 16, "lr": lr, "optimizer": optimizer} for lr in (1e-3, 1e-2))
+        )
     ]
 
     def run(kind, epochs, **begin):
         scoring = make_scoring(None, "regression", None)
-        return train_modules(kind, build, configs, data, epochs, horizon=6, scoring=scoring, **begin)
+        return train_modules(
+            kind, build, configs, data, epochs, horizon=6, scoring=scoring, **begin
+        )
 
     one, other = (run(kind, 3) for kind in (StackedModule, LoopedModule))
     whole = run(StackedModule, 6)
@@ -230,19 +255,24 @@ def test_looped_equals_stacked(optimizer, schedule):
     for kind, state in ((LoopedModule, one.state), (StackedModule, other.state)):
         resumed = run(kind, 6, begin=state)
         np.testing.assert_allclose(resumed.curves[:, 3:], whole.curves[:, 3:], rtol=1e-7)
-        torch.testing.assert_close(resumed.state.buffers[0], whole.state.buffers[0], rtol=1e-7, atol=1e-8)
+        torch.testing.assert_close(
+            resumed.state.buffers[0], whole.state.buffers[0], rtol=1e-7, atol=1e-8
+        )
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgdhd", "RAdam", "Adafactor"])
 def test_halving_and_a_resume_change_nothing(optimizer):
     data = make_data()
-    configs = fill(*({"batch_size": 16, "lr": lr, "optimizer": optimizer} for lr in (1e-3, 1e-2, 1e-1)))
+    configs = fill(
+        *({"batch_size": 16, "lr": lr, "optimizer": optimizer} for lr in (1e-3, 1e-2, 1e-1))
+    )
     for build in (Recurrent, Annealed):
         whole, begun = (trained(build, configs, data, epochs) for epochs in (6, 2))
         resumed = trained(build, configs[1:], data, 6, begin=begun.state.select([1, 2]))
         for f in range(data.n_folds):
             for c in range(2):
-                one, other = resumed.member(f, c), whole.member(f, c + 1)
+                one = resumed.member(f, c)
+                other = whole.member(f, c + 1)
                 assert largest_difference(one, other) <= 1e-9
                 assert getattr(one, "step", 0) == getattr(other, "step", 0)
 
@@ -263,7 +293,14 @@ def rows():
 def search(model, **words):
     X, y = rows()
     space = {"lr": [1e-3, 1e-2], "batch_size": [16]}
-    options = {"space": space, "cv": 2, "max_epochs": 4, "n_trials": 2, "include_default": False, "verbose": 0}
+    options = {
+        "space": space,
+        "cv": 2,
+        "max_epochs": 4,
+        "n_trials": 2,
+        "include_default": False,
+        "verbose": 0,
+    }
     return gputune.tune(model, X, y, **options | words)
 
 
@@ -277,7 +314,8 @@ def pretrained():
 class Headed(nn.Module):
     def __init__(self, n_outputs, backbone):
         super().__init__()
-        self.backbone, self.head = backbone, nn.Linear(8, n_outputs)
+        self.backbone = backbone
+        self.head = nn.Linear(8, n_outputs)
 
     def forward(self, x):
         return self.head(self.backbone(x))
@@ -291,21 +329,28 @@ def alike(backbone, copies):
         "attribute": lambda n_outputs: Headed(n_outputs, given(backbone)),
         "sequence": lambda n_outputs: nn.Sequential(given(backbone), nn.Linear(8, n_outputs)),
         "same": lambda: given(whole),
-        "argument": Headed if not copies else lambda n_outputs, backbone: Headed(n_outputs, given(backbone)),
+        "argument": Headed
+        if not copies
+        else lambda n_outputs, backbone: Headed(n_outputs, given(backbone)),
     }
 
 
-@pytest.mark.parametrize("words", [{"backend": "loop"}, {"backend": "stacked"}, {"optimizer": ["RAdam"]}], ids=repr)
+@pytest.mark.parametrize(
+    "words", [{"backend": "loop"}, {"backend": "stacked"}, {"optimizer": ["RAdam"]}], ids=repr
+)
 @pytest.mark.parametrize("name", ["attribute", "sequence", "same", "argument"])
 def test_a_pretrained_part_that_modules_share_is_copied_for_each_member(name, words):
     """Members and folds that train one parameter see each other's validation rows."""
-    found, space = ([], {"lr": [1e-3, 1e-1], "batch_size": [16], "optimizer": words.get("optimizer", ["adamw"])})
+    found = []
+    space = {"lr": [1e-3, 1e-1], "batch_size": [16], "optimizer": words.get("optimizer", ["adamw"])}
     for copies in (False, True):
         backbone = pretrained()
         build = alike(backbone, copies)[name]
         if name == "argument":
             space = space | {"module__backbone": [backbone]}
-        study = search(build, space=space, scoring="neg_log_loss", backend=words.get("backend", "auto"))
+        study = search(
+            build, space=space, scoring="neg_log_loss", backend=words.get("backend", "auto")
+        )
         found.append([trial.fold_scores for trial in study.trials])
         for key, value in pretrained().state_dict().items():
             assert torch.equal(backbone.state_dict()[key], value), key
@@ -329,7 +374,9 @@ def test_a_shared_part_that_cannot_be_copied_is_refused(how):
         backbone.lock = threading.Lock()
     else:
         backbone[0].weight.register_hook(lambda slope: 2 * slope)
-    with refused(r"modules that share '0\.0\.weight', .* copy\.deepcopy of one raised .*Let it construct that part"):
+    with refused(
+        r"modules that share '0\.0\.weight', .* copy\.deepcopy of one raised .*Let it construct that part"
+    ):
         search(alike(backbone, False)["sequence"])
 
 
@@ -339,7 +386,9 @@ def test_of_a_compiled_module_the_module_itself_trains():
     def compiled(n_features, n_outputs):
         return torch.compile(Gated(n_features, n_outputs))
 
-    with pytest.warns(gputune.InputWarning, match=r"compiled returns torch\.compile\(module\): .*Leave torch"):
+    with pytest.warns(
+        gputune.InputWarning, match=r"compiled returns torch\.compile\(module\): .*Leave torch"
+    ):
         found = search(compiled)
     assert [t.fold_scores for t in found.trials] == [t.fold_scores for t in search(Gated).trials]
 
@@ -352,11 +401,14 @@ def convolutions(n_outputs):
     return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(1024, n_outputs))
 
 
-@pytest.mark.parametrize("seed", [pytest.param(s, marks=() if s == 5 else pytest.mark.long) for s in range(10)])
+@pytest.mark.parametrize(
+    "seed", [pytest.param(s, marks=() if s == 5 else pytest.mark.long) for s in range(10)]
+)
 def test_rounding_does_not_make_members_train_one_by_one(seed):
     """Of units that are on or off by rounding alone, images of some seeds have one."""
     torch.manual_seed(seed)
-    images, y = torch.randn(31, 3, 32, 32), torch.randint(10, (31,))
+    images = torch.randn(31, 3, 32, 32)
+    y = torch.randint(10, (31,))
     traits = inspect_module(ModuleTrial(convolutions, *fill({}), data_of(images, 10, y)))
     assert traits.unstackable == ""
 
@@ -370,7 +422,9 @@ class Hiding(Remembering):
         return super().forward(functional.dropout(x, 0.2, self.training))
 
 
-@pytest.mark.parametrize(("build", "says"), [(Remembering, "it has"), (Hiding, "it draws random numbers, and has")])
+@pytest.mark.parametrize(
+    ("build", "says"), [(Remembering, "it has"), (Hiding, "it draws random numbers, and has")]
+)
 def test_a_gradient_that_differs_by_more_than_rounding_is_found_in_single_precision(build, says):
     traits = inspect_module(ModuleTrial(build, *fill({}), data_of(rows()[0], 3)))
     assert traits.unstackable == f"{says} another gradient when its members are stacked than alone"
@@ -383,14 +437,21 @@ def noisy_step(module, batch):
 
 def test_a_training_step_that_draws_has_the_same_draws_alone_and_stacked():
     words = {"training_step": noisy_step, "scoring": "neg_log_loss"}
-    found = [search(Net, backend=backend, **words).curves for backend in ("loop", "loop", "stacked")]
+    found = [
+        search(Net, backend=backend, **words).curves for backend in ("loop", "loop", "stacked")
+    ]
     np.testing.assert_array_equal(found[0], found[1])
     np.testing.assert_allclose(found[0], found[2], rtol=1e-5)
 
 
 def test_an_average_of_the_weights_is_scored_alone_as_it_is_stacked():
-    words = {"space": {"lr": [1e-2, 0.1], "batch_size": [16], "ema": [0.9]}, "scoring": "neg_log_loss"}
-    loop, stacked = (search(Linear, backend=backend, **words).curves for backend in ("loop", "stacked"))
+    words = {
+        "space": {"lr": [1e-2, 0.1], "batch_size": [16], "ema": [0.9]},
+        "scoring": "neg_log_loss",
+    }
+    loop, stacked = (
+        search(Linear, backend=backend, **words).curves for backend in ("loop", "stacked")
+    )
     np.testing.assert_allclose(loop, stacked, rtol=1e-5)
 
 
@@ -405,8 +466,13 @@ def test_a_training_step_that_decides_by_a_draw_trains_one_by_one(capsys):
 def test_a_search_says_what_trains_one_by_one_and_why(capsys):
     study = search(Gated, verbose=1)
     said = capsys.readouterr().err
-    sentence = "note: Gated trains one by one, since its members cannot be stacked: its forward says: vmap: It looks"
-    assert said.count(sentence) == 1 and "2 trials in 2 chunks of 1" in said and ", one by one" in said
+    sentence = (
+        "note: Gated trains one by one, since its members cannot be stacked: its forward says: "
+        "vmap: It looks"
+    )
+    assert (
+        said.count(sentence) == 1 and "2 trials in 2 chunks of 1" in said and ", one by one" in said
+    )
     assert any("one by one" in note for note in study.record.notes)
     assert isinstance(study.best_model().module, Gated)
 
@@ -414,39 +480,75 @@ def test_a_search_says_what_trains_one_by_one_and_why(capsys):
 @pytest.mark.parametrize(
     ("model", "words", "message"),
     [
-        (Gated, {"backend": "stacked"}, "backend='stacked': the members of Gated cannot be stacked: .*backend='auto'"),
+        (
+            Gated,
+            {"backend": "stacked"},
+            "backend='stacked': the members of Gated cannot be stacked: .*backend='auto'",
+        ),
         ("mlp", {"backend": "loop"}, "backend='loop' trains the members of a user's module"),
-        (Gated, {"method": "hypergradient", "space": {"lr": loguniform(1e-3, 1e-1)}},
-         "Gated trains one by one, since.*Hypergradients need members"),
-        (Linear, {"backend": "stacked", "optimizer": "RAdam"},
-         "backend='stacked': torch.optim.RAdam takes the steps of one member"),
-        (Linear, {"method": "hypergradient", "optimizer": "RAdam"},
-         "cannot differentiate what trial 0 has: optimizer='RAdam'"),
-        (Linear, {"method": "hypergradient", "space": {"optimizer__eps": [1e-6], "lr": [1e-3]}},
-         "trial 0 has: optimizer__eps=1e-06, which torch.optim's own class"),
-        ("mlp", {"space": {"optimizer": ["adam", "RAdam"]}},
-         "torch.optim.RAdam takes the steps .*model='mlp' trains all members"),
+        (
+            Gated,
+            {"method": "hypergradient", "space": {"lr": loguniform(1e-3, 1e-1)}},
+            "Gated trains one by one, since.*Hypergradients need members",
+        ),
+        (
+            Linear,
+            {"backend": "stacked", "optimizer": "RAdam"},
+            "backend='stacked': torch.optim.RAdam takes the steps of one member",
+        ),
+        (
+            Linear,
+            {"method": "hypergradient", "optimizer": "RAdam"},
+            "cannot differentiate what trial 0 has: optimizer='RAdam'",
+        ),
+        (
+            Linear,
+            {"method": "hypergradient", "space": {"optimizer__eps": [1e-6], "lr": [1e-3]}},
+            "trial 0 has: optimizer__eps=1e-06, which torch.optim's own class",
+        ),
+        (
+            "mlp",
+            {"space": {"optimizer": ["adam", "RAdam"]}},
+            "torch.optim.RAdam takes the steps .*model='mlp' trains all members",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_had_is_refused(model, words, message):
     with pytest.raises(InputError, match=message):
         search(model, **words)
 
 
 def test_a_class_of_torch_optim_trains_one_by_one_in_a_search(tmp_path, capsys):
-    """By type and by name, its arguments searched, with halving, a study, a resume, a refit and a page."""
+    """By type and by name, its arguments searched, with halving, a study, a resume, a refit and a
+    page."""
     betas = [(0.9, 0.999), (0.8, 0.99)]
-    space = {"optimizer": [torch.optim.RAdam, "adam"], "optimizer__betas": betas, "lr": [1e-3, 1e-1]}
-    words = {"space": space, "n_trials": 8, "method": "halving", "study": tmp_path / "study.db", "verbose": 1}
+    space = {
+        "optimizer": [torch.optim.RAdam, "adam"],
+        "optimizer__betas": betas,
+        "lr": [1e-3, 1e-1],
+    }
+    words = {
+        "space": space,
+        "n_trials": 8,
+        "method": "halving",
+        "study": tmp_path / "study.db",
+        "verbose": 1,
+    }
     study = search(Linear, **words)
     said = capsys.readouterr().err
     for name in ("RAdam", "Adam"):
-        sentence = f"trials train one by one, since torch.optim.{name} takes the steps of one member at a time"
+        sentence = (
+            f"trials train one by one, since torch.optim.{name} takes the steps of one member at "
+            "a time"
+        )
         assert said.count(sentence) == 1 and any(sentence in note for note in study.record.notes)
     assert "8 trials in 8 chunks of 1" in said and ", one by one" in said
     again = gputune.Study.open(tmp_path / "study.db")
     assert [t.params for t in again.trials] == [t.params for t in study.trials]
-    assert search(Linear, **words, include=[{"optimizer": "RAdam", "lr": 3e-3}]).best_score >= study.best_score
+    assert (
+        search(Linear, **words, include=[{"optimizer": "RAdam", "lr": 3e-3}]).best_score
+        >= study.best_score
+    )
     model = again.best_model(*rows())
     alone = next(t for t in study.trials if t.params["optimizer"] == "RAdam")
     assert isinstance(model.module, Linear) and alone.params["optimizer__betas"] in betas

@@ -13,7 +13,8 @@ from gputune.native import library as built
 
 pytestmark = pytest.mark.skipif(built.find_compiler() is None, reason="no C compiler")
 X = torch.rand(2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 0.3
-IDS, FOUR = torch.tensor([[0, 1, 1], [1, 0, 1]]), torch.tensor([3, 0, 0, 1])
+IDS = torch.tensor([[0, 1, 1], [1, 0, 1]])
+FOUR = torch.tensor([3, 0, 0, 1])
 BIG = torch.linspace(0, 1, 5000, dtype=torch.float64)
 
 
@@ -22,9 +23,12 @@ def wide(x, down, across):
 
 
 def slope(function, *inputs):
-    """The slope of a function's sum, times the numbers of its outputs' places, in its first input."""
+    """The slope of a function's sum, times the numbers of its outputs' places, in its first
+    input."""
     return torch.func.grad(
-        lambda x: (lambda y: (y * torch.arange(y.numel()).view(y.shape)).sum())(function(x, *inputs[1:]))
+        lambda x: (lambda y: (y * torch.arange(y.numel()).view(y.shape)).sum())(
+            function(x, *inputs[1:])
+        )
     )(inputs[0])
 
 
@@ -32,43 +36,68 @@ STEPS = {
     "nothing": lambda t, x: None,
     "views": lambda t, x: t[:, 1:].copy_((x * 3).view(4, 2).T.reshape(2, 4)[:, 1:]),
     "a copy of another type": lambda t, x: t.add_((x > t).to(x.dtype)),
-    "arithmetic": lambda t, x: t.copy_((2 - x) / (x + 3) - x.neg().abs() * x.square() + x**3 + (x + 1) ** 0.3),
+    "arithmetic": lambda t, x: t.copy_(
+        (2 - x) / (x + 3) - x.neg().abs() * x.square() + x**3 + (x + 1) ** 0.3
+    ),
     "functions": lambda t, x: t.copy_(
-        sum(getattr(torch, name)(x + 1) for name in "exp log sqrt rsqrt log2 log1p expm1 sin cos erf".split())
+        sum(
+            getattr(torch, name)(x + 1)
+            for name in "exp log sqrt rsqrt log2 log1p expm1 sin cos erf".split()
+        )
         + (9 * x).floor()
     ),
     "activations": lambda t, x: t.copy_(
         sum(f(x) for f in (torch.tanh, torch.sigmoid, F.silu, F.gelu, F.relu, F.selu, F.leaky_relu))
-        + x.clamp_min(-0.1) + x.clamp_max(0.1) + F.mish(30 * x) + F.softplus(x, 20, 9) + F.elu(x, 0.5)
+        + x.clamp_min(-0.1)
+        + x.clamp_max(0.1)
+        + F.mish(30 * x)
+        + F.softplus(x, 20, 9)
+        + F.elu(x, 0.5)
     ),
     "slopes": lambda t, x: t.copy_(
         sum(slope(f, x) for f in (torch.tanh, torch.sigmoid, F.gelu, F.relu, F.leaky_relu, F.selu))
-        + slope(lambda v: F.softplus(v, 20, 9), x) + torch.ops.aten.mish_backward(x, 30 * x)
+        + slope(lambda v: F.softplus(v, 20, 9), x)
+        + torch.ops.aten.mish_backward(x, 30 * x)
     ),
-    "conditions": lambda t, x: t.copy_(torch.where((x > 0) & ~(x > 0.5), x, -x).masked_fill(x.eq(x[0, 0]), 7.0)),
+    "conditions": lambda t, x: t.copy_(
+        torch.where((x > 0) & ~(x > 0.5), x, -x).masked_fill(x.eq(x[0, 0]), 7.0)
+    ),
     "moments": lambda t, x: t.lerp_(x, 0.1).addcmul_(x, x, value=2.0).lerp_(x, x),
     "sums": lambda t, x: t.copy_(
         x.sum(1, keepdim=True) + x.sum(0, keepdim=True) + x.mean(0) + x.sum() + x.mean(-1)[:, None]
     ),
     "products": lambda t, x: t.copy_(
-        torch.addmm(x[0], x @ x.mT, x) + torch.addmm(x[:1, :1], x @ x.mT, x)
-        + torch.baddbmm(x[None], x[None] @ x.mT, x[None])[0] + x @ (x.mT @ x)
+        torch.addmm(x[0], x @ x.mT, x)
+        + torch.addmm(x[:1, :1], x @ x.mT, x)
+        + torch.baddbmm(x[None], x[None] @ x.mT, x[None])[0]
+        + x @ (x.mT @ x)
     ),
-    "wide products": lambda t, x: t.copy_((wide(x, 5, 9) @ wide(x, 9, 9).mT @ wide(x, 9, 9))[:2, :4]),
+    "wide products": lambda t, x: t.copy_(
+        (wide(x, 5, 9) @ wide(x, 9, 9).mT @ wide(x, 9, 9))[:2, :4]
+    ),
     "softmax": lambda t, x: t.copy_(x.softmax(0) + x.log_softmax(1)),
-    "slopes of softmax": lambda t, x: t.copy_(slope(lambda v: v.softmax(0), x) + slope(lambda v: v.log_softmax(1), x)),
+    "slopes of softmax": lambda t, x: t.copy_(
+        slope(lambda v: v.softmax(0), x) + slope(lambda v: v.log_softmax(1), x)
+    ),
     "chosen rows": lambda t, x: t.copy_(
-        x.index_select(1, FOUR) + x.index_select(0, IDS[1, 1:]) + x.gather(1, FOUR.expand(2, 4)) + x[:, FOUR]
+        x.index_select(1, FOUR)
+        + x.index_select(0, IDS[1, 1:])
+        + x.gather(1, FOUR.expand(2, 4))
+        + x[:, FOUR]
     ),
     "an embedding": lambda t, x: t.copy_(
-        F.embedding(IDS, torch.cat([x, x])).sum(1) + slope(lambda w: F.embedding(IDS, w), torch.cat([x, x]))[:2]
+        F.embedding(IDS, torch.cat([x, x])).sum(1)
+        + slope(lambda w: F.embedding(IDS, w), torch.cat([x, x]))[:2]
     ),
     "added at places": lambda t, x: t.copy_(
-        torch.ops.aten.index_put(t, [None, FOUR - 4], x, accumulate=True) + x.scatter_add(1, FOUR.expand(2, 4), x * x)
+        torch.ops.aten.index_put(t, [None, FOUR - 4], x, accumulate=True)
+        + x.scatter_add(1, FOUR.expand(2, 4), x * x)
     ).index_put_((IDS[0, 1:],), x[0], accumulate=True),
     "chosen from the end": lambda t, x: t.copy_(x[:, FOUR - 4]),
     "joined": lambda t, x: t.copy_(torch.cat([x[:, 1:], x[:, :1]], 1) + torch.stack([x[1], x[0]])),
-    "slopes of parts": lambda t, x: t.copy_(slope(lambda v: v[:, 1:4:2], x) + slope(lambda v: v[1], x)),
+    "slopes of parts": lambda t, x: t.copy_(
+        slope(lambda v: v[:, 1:4:2], x) + slope(lambda v: v[1], x)
+    ),
     "a loss": lambda t, x: t.copy_(
         F.cross_entropy(x, IDS[0, :2], reduction="none")[:, None]
         + slope(lambda v: F.cross_entropy(v, IDS[0, :2], reduction="none"), x)
@@ -83,17 +112,23 @@ STEPS = {
         + slope(lambda v: F.batch_norm(v, None, None, v[0], v[1], True), x)
     ),
     "remainders": lambda t, x: t.copy_(x + torch.remainder(IDS[:, :1] * 7 - 5, 3)),
-    "long passes": lambda t, x: BIG.mul_(0.9).add_(x[0, 0]).addcmul_(BIG, BIG).sub_(t.fill_(0.5)[0, 0]),
+    "long passes": lambda t, x: (
+        BIG.mul_(0.9).add_(x[0, 0]).addcmul_(BIG, BIG).sub_(t.fill_(0.5)[0, 0])
+    ),
     "a number of a long pass": lambda t, x: t.copy_(x * (BIG.mul_(0.9).view(-1)[0] * 2)),
-}  # fmt: skip
+}
 
 
 def taken(step, memories, kernels):
     """Take a step of the code."""
     room = torch.empty(step.room + 64, dtype=torch.uint8)
-    pointers = [-(-room.data_ptr() // 64) * 64, *(storage.data_ptr() for storage in memories.values())]
+    pointers = [
+        -(-room.data_ptr() // 64) * 64,
+        *(storage.data_ptr() for storage in memories.values()),
+    ]
     places, calls, numbers = (
-        (ctypes.c_void_p * len(own))(*own) for own in (pointers, [step.calls.ctypes.data], [step.numbers.ctypes.data])
+        (ctypes.c_void_p * len(own))(*own)
+        for own in (pointers, [step.calls.ctypes.data], [step.numbers.ctypes.data])
     )
     kernels.take_steps(ctypes.c_int64(1), calls, kernels.addresses, places, numbers)
 
@@ -104,10 +139,13 @@ def test_a_step_is_the_step(dtype, monkeypatch):
     global BIG
     BIG = BIG.to(dtype)
     monkeypatch.setattr(built, "FLAGS", ("-O1", *built.FLAGS[1:]))
-    code, written = MemberCode(dtype), []
+    code = MemberCode(dtype)
+    written = []
     with torch.no_grad():
         for name, step in STEPS.items():
-            total, x, memories = torch.zeros(2, 4, dtype=dtype), X.to(dtype, copy=True), {}
+            total = torch.zeros(2, 4, dtype=dtype)
+            x = X.to(dtype, copy=True)
+            memories = {}
             run = lambda total=total, x=x, step=step: step(total, x)  # noqa: E731
             written.append((name, run, (total, BIG), code.add(trace(run), memories), memories))
         kernels = built.build_kernels(list(code.kernels), dtype)
@@ -118,7 +156,9 @@ def test_a_step_is_the_step(dtype, monkeypatch):
             for tensor, value in zip(state, before):
                 tensor.copy_(value)
             run()
-            assert any(not torch.equal(a, b) for a, b in zip(before, state)) or name == "nothing", name
+            assert any(not torch.equal(a, b) for a, b in zip(before, state)) or name == "nothing", (
+                name
+            )
             for a, b in zip(found, state):
                 torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
 
@@ -133,11 +173,22 @@ REFUSED = {
     "torch.bfloat16": lambda t, x: t.copy_(x.bfloat16() * 2),
     "a product of torch.float64": lambda t, x: t.copy_(x.double() @ x.double().mT @ x.double()),
     "nll_loss_forward.default of other": lambda t, x: t.copy_(F.cross_entropy(x, IDS[0, :2], x[0])),
-    "native_batch_norm.default of other": lambda t, x: t.copy_(F.batch_norm(x[None], None, None, training=True)[0]),
-    "native_batch_norm.default of other arguments": lambda t, x: t.copy_(F.batch_norm(x, t[0], x[0])),
+    "native_batch_norm.default of other": lambda t, x: t.copy_(
+        F.batch_norm(x[None], None, None, training=True)[0]
+    ),
+    "native_batch_norm.default of other arguments": lambda t, x: t.copy_(
+        F.batch_norm(x, t[0], x[0])
+    ),
     "native_layer_norm_backward.default of other": lambda t, x: t[:, :2].copy_(
         torch.ops.aten.native_layer_norm_backward(
-            x[:, ::2], x[:, :2] + 0, [2], x[:, :1] + 0, x[:, 1:2] + 0, None, None, [True, False, False]
+            x[:, ::2],
+            x[:, :2] + 0,
+            [2],
+            x[:, :1] + 0,
+            x[:, 1:2] + 0,
+            None,
+            None,
+            [True, False, False],
         )[0]
     ),
     "bitwise_and of torch.int64": lambda t, x: t.copy_(x + (IDS[0, :1] & 1)),
@@ -149,30 +200,37 @@ REFUSED = {
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_is_in_no_code_is_refused(what):
-    total, x = torch.zeros(2, 4), X.float()
+    total = torch.zeros(2, 4)
+    x = X.float()
     with torch.no_grad(), pytest.raises(TraceError, match=what):
         MemberCode(torch.float32).add(trace(lambda: REFUSED[what](total, x)), {})
 
 
 def test_minibatches_of_all_sizes_and_layers_of_all_widths_share_kernels():
-    code, counts = MemberCode(torch.float64), []
+    code = MemberCode(torch.float64)
+    counts = []
     for rows, length, width in ((5, 40, 40), (5, 50, 40), (6, 50, 40), (6, 50, 50)):
-        y, order = torch.zeros(rows, width, dtype=torch.float64), torch.zeros(3, length, dtype=torch.int64)
+        y = torch.zeros(rows, width, dtype=torch.float64)
+        order = torch.zeros(3, length, dtype=torch.int64)
         layer = torch.ones(width, width, dtype=torch.float64)
         places = torch.arange(rows)
 
         def step(y=y, order=order, places=places, layer=layer):
             index = order.index_select(1, places)
-            y.add_((y @ layer + index[0, :, None]).softmax(1)).sub_(y.sum(0) / y.mean(1, keepdim=True))
+            y.add_((y @ layer + index[0, :, None]).softmax(1)).sub_(
+                y.sum(0) / y.mean(1, keepdim=True)
+            )
 
         with torch.no_grad():
             code.add(trace(step), {})
         counts.append(len(code.kernels))
-    # One more for the rows that are chosen for each of three tables: these lie as far apart as there are few rows.
+    # One more for the rows that are chosen for each of three tables: these lie as far apart as
+    # there are few rows.
     assert counts == [counts[0], counts[0], counts[0] + 1, counts[0] + 1]
 
 
-ROWS, WIDTH = 64, 128
+ROWS = 64
+WIDTH = 128
 BYTES = 4 * ROWS * WIDTH
 WRITTEN = Span(0, 0, BYTES, 4)
 
@@ -194,5 +252,6 @@ def test_passes_go_block_by_block_where_each_row_is_read_by_itself(read, unit, t
     def line(written, read, unit):
         return Line(0, [], 0, [ROWS * WIDTH // unit], unit, [written, read])
 
-    before, after = Span(2, 0, BYTES, 4), Span(3, 0, BYTES, 4 * unit)
+    before = Span(2, 0, BYTES, 4)
+    after = Span(3, 0, BYTES, 4 * unit)
     assert _go_together([line(WRITTEN, before, 1), line(after, read, unit)]) is together

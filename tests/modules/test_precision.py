@@ -1,4 +1,5 @@
-"""bfloat16: members equal a plain loop under torch.autocast; parameters and scores are of single precision."""
+"""bfloat16: members equal a plain loop under torch.autocast; parameters and scores are of single
+precision."""
 
 import functools
 
@@ -22,8 +23,11 @@ SEEN = set()
 class Images(nn.Module):
     def __init__(self, n_outputs, p=0.0):
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(2))
-        self.drop, self.head = (nn.Dropout(p), nn.Sequential(nn.Linear(36, 16), nn.Tanh(), nn.Linear(16, n_outputs)))
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(2)
+        )
+        self.drop = nn.Dropout(p)
+        self.head = nn.Sequential(nn.Linear(36, 16), nn.Tanh(), nn.Linear(16, n_outputs))
 
     def forward(self, x):
         x = self.body(x)
@@ -45,7 +49,15 @@ def largest(a, b):
     return max(float((x - y).detach().abs().max()) for x, y in pairs)
 
 
-SMALL = {"n_trials": 1, "cv": 2, "max_epochs": 6, "epoch": "last", "precision": "bf16", "workers": 1, "verbose": 0}
+SMALL = {
+    "n_trials": 1,
+    "cv": 2,
+    "max_epochs": 6,
+    "epoch": "last",
+    "precision": "bf16",
+    "workers": 1,
+    "verbose": 0,
+}
 SPACE = {k: [v] for k, v in CONFIG.items() if k != "optimizer"}
 
 
@@ -57,24 +69,31 @@ def plain(kind, epochs, p):
 @pytest.mark.cpu
 @pytest.mark.parametrize("backend", ["eager", "graph", "loop"])
 def test_members_equal_a_plain_loop_under_autocast(backend, p=0.3):
-    """One by one exactly; stacked to the rounding of their products, which their own kernels order otherwise."""
+    """One by one exactly; stacked to the rounding of their products, which their own kernels order
+    otherwise."""
     SEEN.clear()
     space = {**SPACE, "module__p": [p]}
-    study = gputune.tune(Images, IMAGES, LABELS, space=space, optimizer="sgd", backend=backend, **SMALL)
+    study = gputune.tune(
+        Images, IMAGES, LABELS, space=space, optimizer="sgd", backend=backend, **SMALL
+    )
     member = study.best_model().module
-    rounded, start = plain(Autocast, 6, p), plain(Images, 0, p)
+    rounded = plain(Autocast, 6, p)
+    start = plain(Images, 0, p)
     within = 0.0 if backend == "loop" else 2**-6 * largest(rounded, start)
     assert largest(member, rounded) <= within
     assert largest(member, plain(Images, 6, p)) > 1e-5
-    assert (torch.bfloat16, True) in SEEN and (torch.bfloat16, False) not in SEEN  # scores are of single precision
+    # scores are of single precision
+    assert (torch.bfloat16, True) in SEEN and (torch.bfloat16, False) not in SEEN
     assert all(w.dtype == torch.float32 for w in member.parameters())
 
 
 class Words(nn.Module):
     def __init__(self, n_outputs):
         super().__init__()
-        self.code, self.norm = nn.Embedding(9, 8), nn.LayerNorm(8)
-        self.attend, self.walk = nn.MultiheadAttention(8, 2, batch_first=True), nn.GRU(8, 8, batch_first=True)
+        self.code = nn.Embedding(9, 8)
+        self.norm = nn.LayerNorm(8)
+        self.attend = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.walk = nn.GRU(8, 8, batch_first=True)
         self.head = nn.Linear(8, n_outputs)
 
     def forward(self, ids):
@@ -89,20 +108,37 @@ def test_attention_and_recurrence_train(backend):
     ids = torch.randint(9, (48, 5), generator=G)
     full, rounded = (
         gputune.tune(
-            Words, ids, LABELS, space={"lr": [0.01]}, scoring="neg_log_loss", backend=backend,
+            Words,
+            ids,
+            LABELS,
+            space={"lr": [0.01]},
+            scoring="neg_log_loss",
+            backend=backend,
             **{**SMALL, "precision": precision},
         )
         for precision in ("full", "bf16")
-    )  # fmt: skip
+    )
     gap = np.abs(full.curves - rounded.curves).max()
     assert 0 < gap < 0.02
 
 
 @pytest.mark.long
 def test_workers_and_a_loss_of_ones_own_are_rounded_too():
-    options = {**SMALL, "n_trials": 2, "optimizer": "sgd", "loss": nn.CrossEntropyLoss(), "memory": "1KB"}
+    options = {
+        **SMALL,
+        "n_trials": 2,
+        "optimizer": "sgd",
+        "loss": nn.CrossEntropyLoss(),
+        "memory": "1KB",
+    }
     one, two = (
-        gputune.tune(Images, IMAGES, LABELS, space=SPACE | {"lr": [0.1, 0.2]}, **{**options, "workers": workers})
+        gputune.tune(
+            Images,
+            IMAGES,
+            LABELS,
+            space=SPACE | {"lr": [0.1, 0.2]},
+            **{**options, "workers": workers},
+        )
         for workers in (1, 2)
     )
     assert [t.score for t in one.trials] == [t.score for t in two.trials]
@@ -111,8 +147,17 @@ def test_workers_and_a_loss_of_ones_own_are_rounded_too():
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        ("mlp", {}, "precision='bf16' is for a module of your own, and model='mlp' trains in full precision"),
-        (Images, {"dtype": "float64"}, "precision='bf16' goes with dtype='float32', got dtype='float64'"),
+        (
+            "mlp",
+            {},
+            "precision='bf16' is for a module of your own, and model='mlp' trains in full "
+            "precision",
+        ),
+        (
+            Images,
+            {"dtype": "float64"},
+            "precision='bf16' goes with dtype='float32', got dtype='float64'",
+        ),
         (Images, {"method": "hypergradient"}, "rounds what method='hypergradient' differentiates"),
         (Images, {"precision": "fp16"}, "precision must be one of 'full', 'bf16', got 'fp16'"),
     ],

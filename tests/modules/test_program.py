@@ -1,4 +1,5 @@
-"""A step recorded on a CPU is the step itself: to the bit, without its views and allocations, on the memory of then."""
+"""A step recorded on a CPU is the step itself: to the bit, without its views and allocations, on
+the memory of then."""
 
 from collections import Counter
 
@@ -30,7 +31,8 @@ def total():
 
 
 def copied_to_what_is_made_later(t, x):
-    first, second = x * 2, x * 3
+    first = x * 2
+    second = x * 3
     t.add_(second)
     t.add_(torch.empty(2, 4).copy_(first))
 
@@ -42,9 +44,13 @@ STEPS = {
     "two results": lambda t, x: t.copy_(torch.nn.functional.layer_norm(x + t, (4,))),
     "a part of a result": lambda t, x: t.copy_(torch.stack([x + 1, x * 2])[1]),
     "numbers of the host": lambda t, x: t.add_(torch.tensor([1.0, 2.0, 3.0, 4.0]).mul_(2)) * x,
-    "memory made and filled": lambda t, x: t.add_(torch.zeros(2, 4).add_(x).index_add_(0, torch.tensor([1]), x[:1])),
+    "memory made and filled": lambda t, x: t.add_(
+        torch.zeros(2, 4).add_(x).index_add_(0, torch.tensor([1]), x[:1])
+    ),
     "constants": lambda t, x: t.add_(torch.ones(4).cumsum(0) * x),
-    "an activation": lambda t, x: t.add_(torch.relu(x - 0.5) + torch.full_like(x, float("inf")).reciprocal()),
+    "an activation": lambda t, x: t.add_(
+        torch.relu(x - 0.5) + torch.full_like(x, float("inf")).reciprocal()
+    ),
     "a copy of another type": lambda t, x: t.add_((x > t).to(torch.float32)),
     "a slope of a selection": lambda t, x: t.add_(torch.func.grad(lambda v: (v[1] ** 2).sum())(x)),
     "what nobody reads": lambda t, x: (x.exp(), t.add_(x)),
@@ -54,7 +60,9 @@ STEPS = {
 
 @pytest.mark.parametrize("name", STEPS)
 def test_a_recorded_step_is_the_step(name, total):
-    step, x, expected = STEPS[name], torch.rand(2, 4), total.clone()
+    step = STEPS[name]
+    x = torch.rand(2, 4)
+    expected = total.clone()
     run = recorded(lambda: step(total, x))
     assert not total.any()  # what is recorded has not happened
     for _ in range(3):
@@ -67,7 +75,8 @@ def test_a_recorded_step_is_the_step(name, total):
 
 @pytest.mark.parametrize("channels", [3, 8])
 def test_pooling_takes_the_first_of_equal_numbers(channels):
-    x, total = torch.randn(2, channels, 6, 7).clamp_min(0), torch.zeros(2, channels, 3, 3)
+    x = torch.randn(2, channels, 6, 7).clamp_min(0)
+    total = torch.zeros(2, channels, 3, 3)
     where = torch.zeros(2, channels, 3, 3, dtype=torch.int64)
 
     def step():
@@ -86,7 +95,9 @@ REFUSED = {
     "draws random numbers": lambda t: t.add_(torch.rand_like(t)),
     "moves or resizes a tensor": lambda t: t.resize_(8),
     "is not a plain one in main memory": lambda t: t.to_sparse(),
-    "is read as torch.int32": lambda t: t.copy_(nn.functional.layer_norm(t, (4,)).view(torch.int32)),
+    "is read as torch.int32": lambda t: t.copy_(
+        nn.functional.layer_norm(t, (4,)).view(torch.int32)
+    ),
 }
 
 
@@ -137,7 +148,8 @@ class Drawing(nn.Module):
     def __init__(self, n_features, n_outputs):
         super().__init__()
         self.body = small(n_features, n_outputs)
-        self.drop, self.channel = nn.Dropout(0.3), nn.Dropout1d(0.5)
+        self.drop = nn.Dropout(0.3)
+        self.channel = nn.Dropout1d(0.5)
 
     def forward(self, x):
         noise = torch.randn(len(x), 1, dtype=x.dtype) if self.training else 0
@@ -155,7 +167,8 @@ def by_chances(n_features, n_outputs):
 class Attending(nn.Module):
     def __init__(self, n_features, n_outputs):
         super().__init__()
-        self.attend, self.body = nn.MultiheadAttention(n_features, 1, batch_first=True), small(n_features, n_outputs)
+        self.attend = nn.MultiheadAttention(n_features, 1, batch_first=True)
+        self.body = small(n_features, n_outputs)
 
     def forward(self, x):
         x = x[:, None].expand(-1, 3, -1)
@@ -169,10 +182,13 @@ def chunk_of(data, configs, *, recorded, module=small):
 
 
 def recorded_as_eager(data, configs, module=small, *, epochs=4, stays=None):
-    """Assert that recorded steps give the bits of those as they are; return their chunk. Trials leave after two."""
+    """Assert that recorded steps give the bits of those as they are; return their chunk. Trials
+    leave after two."""
     before = torch.get_rng_state()
     with torch.no_grad():
-        found, expected = (chunk_of(data, configs, recorded=recorded, module=module) for recorded in (True, False))
+        found, expected = (
+            chunk_of(data, configs, recorded=recorded, module=module) for recorded in (True, False)
+        )
         for epoch in range(epochs):
             for chunk in (found, expected):
                 chunk.advance(epoch)
@@ -186,11 +202,19 @@ def recorded_as_eager(data, configs, module=small, *, epochs=4, stays=None):
 
 @pytest.mark.parametrize(
     ("optimizer", "task"),
-    [("sgd", "multiclass"), ("nesterov", "regression"), ("adam", "multiclass"), ("adamw", "regression")],
+    [
+        ("sgd", "multiclass"),
+        ("nesterov", "regression"),
+        ("adam", "multiclass"),
+        ("adamw", "regression"),
+    ],
 )
 def test_a_module_trains_to_the_same_bits(task, optimizer, monkeypatch):
     monkeypatch.setattr(CpuRecorder, "repays", 1)
-    rates = ({"optimizer": optimizer, "lr": rate, "weight_decay": rate, "batch_size": 9} for rate in (1e-3, 1e-2, 0.1))
+    rates = (
+        {"optimizer": optimizer, "lr": rate, "weight_decay": rate, "batch_size": 9}
+        for rate in (1e-3, 1e-2, 0.1)
+    )
     data = make_data(task, weights=task == "regression")
     found = recorded_as_eager(data, fill(*rates), stays=[True, False, True])
     assert found.steps.begun and len(found.slots) == 2
@@ -208,15 +232,21 @@ def test_what_a_module_draws_is_made_ahead_and_the_same(monkeypatch, draw_bytes)
 @pytest.mark.parametrize("turned", [False, True])
 def test_what_compiled_code_draws_lies_as_torch_has_it(turned):
     def build(n_features, n_outputs):
-        noisy = variant(nn.Identity, lambda _, x: x + (torch.rand_like(x.t()).t() if turned else torch.rand_like(x)))
+        noisy = variant(
+            nn.Identity,
+            lambda _, x: x + (torch.rand_like(x.t()).t() if turned else torch.rand_like(x)),
+        )
         return nn.Sequential(noisy(), small(n_features, n_outputs))
 
-    found = recorded_as_eager(make_data(dtype=torch.float32), fill({"batch_size": 9}), build, epochs=2)
+    found = recorded_as_eager(
+        make_data(dtype=torch.float32), fill({"batch_size": 9}), build, epochs=2
+    )
     assert bool(found.draws.uniform) != turned
 
 
 def test_attention_is_recorded_and_draws_by_other_numbers_are_made_in_the_step():
-    data, configs = make_data(), fill({"batch_size": 9})
+    data = make_data()
+    configs = fill({"batch_size": 9})
     assert recorded_as_eager(data, configs, Attending, epochs=1).steps.begun
     assert recorded_as_eager(data, configs, by_chances, epochs=1).draws is None
 

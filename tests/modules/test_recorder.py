@@ -1,4 +1,5 @@
-"""The recorder of CUDA graphs asks CUDA for what PyTorch's documentation asks; no GPU is needed to see that."""
+"""The recorder of CUDA graphs asks CUDA for what PyTorch's documentation asks; no GPU is needed to
+see that."""
 
 import threading
 import time
@@ -19,7 +20,8 @@ class Stream:
     """A stream that notes for whom it waits."""
 
     def __init__(self, name, log):
-        self.name, self.log = name, log
+        self.name = name
+        self.log = log
 
     def wait_stream(self, other):
         self.log.append(f"{self.name} waits for {other.name}")
@@ -30,7 +32,8 @@ def cuda(monkeypatch):
     """torch.cuda as a log of what is asked of it; the last capture ends as ``cuda.end`` says."""
     log = []
     fake = SimpleNamespace(log=log, end=lambda: None)
-    current, streams = Stream("current", log), []
+    current = Stream("current", log)
+    streams = []
 
     @contextmanager
     def inside(text):
@@ -77,15 +80,26 @@ def test_warm_up_and_capture_are_on_one_side_stream(cuda):
     one.warm_up(lambda: cuda.log.append("step"))
     one.capture(lambda: cuda.log.append("step"))()
     assert cuda.log == [
-        "side cuda:1 waits for current", "in side cuda:1", "step", "out of side cuda:1",
-        "current waits for side cuda:1", "in cuda:1", "capture on side cuda:1 into pool", "step", "captured",
-        "out of cuda:1", "replay",
-    ]  # fmt: skip
+        "side cuda:1 waits for current",
+        "in side cuda:1",
+        "step",
+        "out of side cuda:1",
+        "current waits for side cuda:1",
+        "in cuda:1",
+        "capture on side cuda:1 into pool",
+        "step",
+        "captured",
+        "out of cuda:1",
+        "replay",
+    ]
     assert CudaRecorder(torch.device("cuda", 1)).stream is one.stream
 
 
-def test_captures_of_threads_are_on_streams_of_their_own_and_end_before_anything_waits_for_the_device(cuda):
-    device, both = torch.device("cuda", 0), threading.Barrier(2)
+def test_captures_of_threads_are_on_streams_of_their_own_and_end_before_anything_waits_for_the_device(
+    cuda,
+):
+    device = torch.device("cuda", 0)
+    both = threading.Barrier(2)
 
     def record(_):
         one = CudaRecorder(device)
@@ -117,13 +131,17 @@ def test_a_capture_that_runs_out_of_memory_says_so(cuda):
 def test_a_capture_that_fails_is_the_last_one(cuda, monkeypatch):
     monkeypatch.setattr(CudaRecorder, "failure", "")
     expected = Counter({"shape": 9, "other": 9})
-    steps, replays = [], Replays(CudaRecorder(torch.device("cuda", 0)), expected, list, 0.0)
+    steps = []
+    replays = Replays(CudaRecorder(torch.device("cuda", 0)), expected, list, 0.0)
 
     def end():
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more")
 
     cuda.end = end
-    with pytest.warns(RuntimeWarning, match="recording a step on cuda:0 failed: .* when stream is capturing. Nothing"):
+    with pytest.warns(
+        RuntimeWarning,
+        match="recording a step on cuda:0 failed: .* when stream is capturing. Nothing",
+    ):
         for shape in ["shape"] * 5 + ["other"] * 5:
             replays.take(shape, lambda: steps.append(1))
     assert len(steps) == 10 + 1  # one was captured, and so not taken

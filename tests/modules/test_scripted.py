@@ -42,7 +42,8 @@ def tuned(module):
 
 @pytest.mark.parametrize("module", [scripted, traced, ScriptedPart])
 def test_a_scripted_module_trains_and_predicts_as_the_plain_one(module, tmp_path):
-    study, expected = tuned(module), tuned(plain)
+    study = tuned(module)
+    expected = tuned(plain)
     np.testing.assert_allclose(study.curves, expected.curves, atol=1e-6)
     model = study.best_model()
     # TorchScript replaces its code after the second call, with code that autograd takes part in.
@@ -58,7 +59,9 @@ def test_an_ensemble_of_scripted_modules_predicts_again_and_again():
     study = tuned(scripted)
     model = study.ensemble(size=2, candidates=2, verbose=0)
     found = [model.predict_proba(ROWS) for _ in range(4)]
-    assert all((one == found[0]).all() for one in found) and len(study.oof_predictions()) == len(ROWS)
+    assert all((one == found[0]).all() for one in found) and len(study.oof_predictions()) == len(
+        ROWS
+    )
 
 
 def test_an_estimator_of_a_scripted_module_predicts_again_and_again():
@@ -72,7 +75,8 @@ class Keeping(nn.Module):
 
     def __init__(self, n_features, n_outputs):
         super().__init__()
-        self.layer, self.table = nn.Linear(n_features, n_outputs), None
+        self.layer = nn.Linear(n_features, n_outputs)
+        self.table = None
 
     def forward(self, x):
         outputs = self.layer(x)
@@ -91,5 +95,7 @@ def test_a_module_that_has_predicted_can_be_trained_on():
 @pytest.mark.parametrize("module", [scripted, ScriptedPart])
 def test_the_export_of_a_scripted_module_says_what_to_do(module, tmp_path):
     model = tuned(module).best_model()
-    with refused("cannot be exported: it has a part that TorchScript compiled.* Leave out torch.jit"):
+    with refused(
+        "cannot be exported: it has a part that TorchScript compiled.* Leave out torch.jit"
+    ):
         model.export(tmp_path / "model.pt2")

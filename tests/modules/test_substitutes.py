@@ -1,4 +1,5 @@
-"""What is put in the place of an operation, or a layer, of PyTorch's gives its numbers, and its derivatives."""
+"""What is put in the place of an operation, or a layer, of PyTorch's gives its numbers, and its
+derivatives."""
 
 from functools import partial
 
@@ -23,13 +24,19 @@ LAYERS = {
     "layer norm": (nn.LayerNorm((2, 4)), (5, 3, 2, 4)),
     "layer norm of a vector": (nn.LayerNorm(4, elementwise_affine=False), (4,)),
     "group norm": (nn.GroupNorm(2, 4), (5, 4)),
-    "group norm of images": (nn.Sequential(nn.Conv2d(2, 4, 2), nn.GroupNorm(2, 4, affine=False)), (5, 2, 3, 3)),
+    "group norm of images": (
+        nn.Sequential(nn.Conv2d(2, 4, 2), nn.GroupNorm(2, 4, affine=False)),
+        (5, 2, 3, 3),
+    ),
     "conv1d": (nn.Conv1d(4, 6, 3, groups=2, stride=2), (5, 4, 9)),
     "conv2d": (nn.Conv2d(2, 4, 3, padding="same", padding_mode="zeros"), (5, 2, 6, 7)),
     "conv2d of one image": (nn.Conv2d(2, 4, 3, bias=False), (2, 6, 7)),
     "conv3d": (nn.Conv3d(2, 3, 2, dilation=2), (5, 2, 4, 4, 4)),
     "pools": (nn.Sequential(nn.Conv2d(2, 4, 2), nn.MaxPool2d(2), nn.AvgPool2d(2)), (5, 2, 9, 9)),
-    "pools of one image": (nn.Sequential(nn.Conv2d(2, 4, 2), nn.MaxPool2d(3, 1), nn.AvgPool2d(2)), (2, 9, 9)),
+    "pools of one image": (
+        nn.Sequential(nn.Conv2d(2, 4, 2), nn.MaxPool2d(3, 1), nn.AvgPool2d(2)),
+        (2, 9, 9),
+    ),
     "a mean": (nn.Sequential(nn.Conv2d(2, 4, 2), nn.Tanh(), nn.AdaptiveAvgPool2d(1)), (5, 2, 5, 5)),
     "batch norm": (nn.BatchNorm1d(4), (5, 4)),
     "batch norm in evaluation": (nn.BatchNorm1d(4).eval(), (5, 4)),
@@ -38,7 +45,9 @@ LAYERS = {
 }
 
 
-def computed(layer: nn.Module, tensors: dict[str, Tensor], x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def computed(
+    layer: nn.Module, tensors: dict[str, Tensor], x: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
     held = {name: tensor + 0 for name, tensor in tensors.items()}  # what a layer writes into
     return functional_call(layer, held, (x,)), {k: held[k] for k in dict(layer.named_buffers())}
 
@@ -49,15 +58,23 @@ def test_a_mapped_layer_is_that_of_each_member(name):
     layer = layer.double()
     torch.manual_seed(0)
     x = torch.randn(MEMBERS, *shape, dtype=torch.float64, requires_grad=True)
-    tensors = {k: torch.stack([t.detach() + 0.1 * m for m in range(MEMBERS)]) for k, t in layer.state_dict().items()}
-    leaves = [x, *(t.requires_grad_() for k, t in tensors.items() if k in dict(layer.named_parameters()))]
+    tensors = {
+        k: torch.stack([t.detach() + 0.1 * m for m in range(MEMBERS)])
+        for k, t in layer.state_dict().items()
+    }
+    leaves = [
+        x,
+        *(t.requires_grad_() for k, t in tensors.items() if k in dict(layer.named_parameters())),
+    ]
 
     def results(mapped: bool) -> list[Tensor]:
         if mapped:
             with Mapped():
                 outputs, after = vmap(lambda own, rows: computed(layer, own, rows))(tensors, x)
         else:
-            each = [computed(layer, {k: t[m] for k, t in tensors.items()}, x[m]) for m in range(MEMBERS)]
+            each = [
+                computed(layer, {k: t[m] for k, t in tensors.items()}, x[m]) for m in range(MEMBERS)
+            ]
             outputs = torch.stack([one for one, _ in each])
             after = {k: torch.stack([buffers[k] for _, buffers in each]) for k in each[0][1]}
         slopes = torch.autograd.grad(outputs.sin().sum(), leaves, create_graph=True)
@@ -69,15 +86,21 @@ def test_a_mapped_layer_is_that_of_each_member(name):
 
 
 def test_running_statistics_are_written_where_members_have_their_own():
-    x, means, variance = torch.randn(MEMBERS, 5, 4), torch.zeros(4, MEMBERS), torch.ones(4)
+    x = torch.randn(MEMBERS, 5, 4)
+    means = torch.zeros(4, MEMBERS)
+    variance = torch.ones(4)
     with Mapped():
-        vmap(lambda rows, mean: functional.batch_norm(rows, mean, variance, training=True), in_dims=(0, 1))(x, means)
+        vmap(
+            lambda rows, mean: functional.batch_norm(rows, mean, variance, training=True),
+            in_dims=(0, 1),
+        )(x, means)
     torch.testing.assert_close(means.T, 0.1 * x.mean(1))
     assert torch.equal(variance, torch.ones(4))
 
 
 def test_the_row_of_an_embeddings_padding_has_no_gradient():
-    ids, weights = torch.tensor([[0, 3, 1], [3, 3, 2]]), torch.randn(MEMBERS, 4, 2, requires_grad=True)
+    ids = torch.tensor([[0, 3, 1], [3, 3, 2]])
+    weights = torch.randn(MEMBERS, 4, 2, requires_grad=True)
     with Mapped():
         found = vmap(lambda weight: functional.embedding(ids, weight, -1))(weights)
     expected = torch.stack([functional.embedding(ids, weight, 3) for weight in weights])
@@ -86,12 +109,18 @@ def test_the_row_of_an_embeddings_padding_has_no_gradient():
 
 
 def test_weights_that_all_members_share_are_mapped_as_torch_does():
-    weight, x = torch.randn(3, 4), torch.randn(MEMBERS, 5, 4)
+    weight = torch.randn(3, 4)
+    x = torch.randn(MEMBERS, 5, 4)
     indices = functional.max_pool2d(x[None], 2, return_indices=True)[1]
     with Mapped():
-        assert torch.equal(vmap(lambda rows: functional.linear(rows, weight))(x), functional.linear(x, weight))
         assert torch.equal(
-            vmap(lambda rows: functional.max_pool2d(rows[None], 2, return_indices=True)[1])(x)[:, 0], indices[0]
+            vmap(lambda rows: functional.linear(rows, weight))(x), functional.linear(x, weight)
+        )
+        assert torch.equal(
+            vmap(lambda rows: functional.max_pool2d(rows[None], 2, return_indices=True)[1])(x)[
+                :, 0
+            ],
+            indices[0],
         )
         assert torch.equal(functional.linear(x, weight), x @ weight.T)
 
@@ -100,7 +129,9 @@ PADDING = torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 4 + [Tr
 LATER = torch.ones(5, 5, dtype=torch.bool).triu(1)
 
 
-@pytest.mark.parametrize("more", [{}, {"scale": 0.3}, {"is_causal": True}, {"dropout_p": 0.4}, {"attn_mask": True}])
+@pytest.mark.parametrize(
+    "more", [{}, {"scale": 0.3}, {"is_causal": True}, {"dropout_p": 0.4}, {"attn_mask": True}]
+)
 def test_attention(more):
     query, key, value = torch.randn(3, 2, 4, 5, 8, dtype=torch.float64)
     if "attn_mask" in more:
@@ -114,10 +145,14 @@ def test_attention(more):
 
 
 @pytest.mark.filterwarnings("error")  # torch warns of what it maps by a loop
-@pytest.mark.parametrize("masks", [{}, {"src_key_padding_mask": PADDING}, {"src_mask": LATER, "is_causal": True}])
+@pytest.mark.parametrize(
+    "masks", [{}, {"src_key_padding_mask": PADDING}, {"src_mask": LATER, "is_causal": True}]
+)
 @pytest.mark.parametrize("training", [False, True])
 def test_a_transformer_is_mapped_over_members(training, masks):
-    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.2 if training else 0.0, batch_first=True).double()
+    layer = nn.TransformerEncoderLayer(
+        8, 2, 16, dropout=0.2 if training else 0.0, batch_first=True
+    ).double()
     layer.train(training)
     params = {k: w.detach() for k, w in layer.named_parameters()}
     members = {k: torch.stack([w, 2 * w]) for k, w in params.items()}
@@ -145,7 +180,8 @@ WORDS = [
 
 @pytest.mark.parametrize("words", WORDS, ids=repr)
 @pytest.mark.parametrize(
-    "kind", [nn.GRU, nn.LSTM, nn.RNN, partial(nn.RNN, nonlinearity="relu"), partial(nn.LSTM, proj_size=2)]
+    "kind",
+    [nn.GRU, nn.LSTM, nn.RNN, partial(nn.RNN, nonlinearity="relu"), partial(nn.LSTM, proj_size=2)],
 )
 def test_what_is_written_out_equals_torch(kind, words):
     torch.manual_seed(0)
@@ -173,7 +209,8 @@ class Packed(nn.Module):
 
     def __init__(self, n_features, n_outputs):
         super().__init__()
-        self.cell, self.leave = nn.GRU(1, 4, batch_first=True), nn.Linear(4, n_outputs)
+        self.cell = nn.GRU(1, 4, batch_first=True)
+        self.leave = nn.Linear(4, n_outputs)
 
     def forward(self, x):
         lengths = torch.full((len(x),), x.shape[1])

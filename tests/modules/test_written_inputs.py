@@ -1,4 +1,5 @@
-"""A forward, loss, step, augmentation or score that writes into what it gets changes nothing outside of its call."""
+"""A forward, loss, step, augmentation or score that writes into what it gets changes nothing
+outside of its call."""
 
 import warnings
 
@@ -21,15 +22,24 @@ from problems import data_of, fill, shape_of, variant
 pytestmark = pytest.mark.cpu
 
 G = torch.Generator().manual_seed(0)
-X = torch.randn(64, 1, 4, generator=G, dtype=torch.float64)  # no table: rows come to the module as they are
+# no table: rows come to the module as they are
+X = torch.randn(64, 1, 4, generator=G, dtype=torch.float64)
 Y = (X[:, 0, 0] > 0).long() + (X[:, 0, 1] > 1)
-SEARCH = {"cv": 2, "workers": 1, "verbose": 0, "dtype": "float64", "max_epochs": 3, "scoring": "neg_log_loss"}
+SEARCH = {
+    "cv": 2,
+    "workers": 1,
+    "verbose": 0,
+    "dtype": "float64",
+    "max_epochs": 3,
+    "scoring": "neg_log_loss",
+}
 
 
 class Net(nn.Module):
     def __init__(self, n_features, n_outputs):
         super().__init__()
-        self.enter, self.leave = nn.Linear(n_features, 5), nn.Linear(5, n_outputs)
+        self.enter = nn.Linear(n_features, 5)
+        self.leave = nn.Linear(5, n_outputs)
 
     def forward(self, x):
         return self.leave(torch.tanh(self.enter(x.flatten(1))))
@@ -53,25 +63,40 @@ def with_weight(module, x):
 # What writes, and the same written out of place.
 FORWARDS = {
     "scaled": (lambda m, x: x.mul_(1.5), lambda m, x: x * 1.5),
-    "bounded": (lambda m, x: x.clamp_(-2.5, 2.5), lambda m, x: x.clamp(-2.5, 2.5)),  # few numbers change
+    # few numbers change
+    "bounded": (lambda m, x: x.clamp_(-2.5, 2.5), lambda m, x: x.clamp(-2.5, 2.5)),
     "through a view": (lambda m, x: halves(x), lambda m, x: halves(x.clone())),
     "out=": (lambda m, x: torch.mul(x, 1.5, out=x), lambda m, x: x * 1.5),
     "by data": (lambda m, x: (x.data.mul_(1.5), x)[1], lambda m, x: x * 1.5),
-    "by numpy": (lambda m, x: (np.multiply(x.numpy(), 1.5, out=x.numpy()), x)[1], lambda m, x: x * 1.5),
+    "by numpy": (
+        lambda m, x: (np.multiply(x.numpy(), 1.5, out=x.numpy()), x)[1],
+        lambda m, x: x * 1.5,
+    ),
     "a layer in place": (lambda m, x: nn.ReLU(inplace=True)(x), lambda m, x: x.relu()),
     "dropout in place": (
         lambda m, x: functional.dropout(x, 0.3, m.training, inplace=True),
         lambda m, x: functional.dropout(x, 0.3, m.training),
     ),
     "a parameter": (with_weight, lambda m, x: with_weight(m, x.clone())),
-    "in evaluation": (lambda m, x: x if m.training else x.mul_(1.5), lambda m, x: x if m.training else x * 1.5),
-    "in training": (lambda m, x: x.mul_(1.5) if m.training else x, lambda m, x: x * 1.5 if m.training else x),
-    "at some rows": (lambda m, x: x.mul_(3) if x.sum() > -5 else x, lambda m, x: x * 3 if x.sum() > -5 else x),
+    "in evaluation": (
+        lambda m, x: x if m.training else x.mul_(1.5),
+        lambda m, x: x if m.training else x * 1.5,
+    ),
+    "in training": (
+        lambda m, x: x.mul_(1.5) if m.training else x,
+        lambda m, x: x * 1.5 if m.training else x,
+    ),
+    "at some rows": (
+        lambda m, x: x.mul_(3) if x.sum() > -5 else x,
+        lambda m, x: x * 3 if x.sum() > -5 else x,
+    ),
     "with draws": (
-        lambda m, x: x.mul_(1.5).add_(torch.rand(x.shape, dtype=x.dtype)) if m.training else x.mul_(1.5),
+        lambda m, x: (
+            x.mul_(1.5).add_(torch.rand(x.shape, dtype=x.dtype)) if m.training else x.mul_(1.5)
+        ),
         lambda m, x: x * 1.5 + torch.rand(x.shape, dtype=x.dtype) if m.training else x * 1.5,
     ),
-}  # fmt: skip
+}
 
 
 def step_that_writes(module, batch):
@@ -110,7 +135,8 @@ OPTIONS = {
     "step": ({"training_step": step_that_writes}, {"training_step": step}),
     "loss": ({"loss": loss_that_writes}, {"loss": loss}),
     "loss as the score": (
-        {"loss": loss_that_writes, "scoring": "neg_loss"}, {"loss": loss, "scoring": "neg_loss"},
+        {"loss": loss_that_writes, "scoring": "neg_loss"},
+        {"loss": loss, "scoring": "neg_loss"},
     ),
     "augment": ({"augment": lambda x, g: x.mul_(1.5)}, {"augment": lambda x, g: x * 1.5}),
     "score": (
@@ -118,7 +144,7 @@ OPTIONS = {
         {"scoring": lambda outputs, y: -functional.cross_entropy(outputs, y)},
     ),
     "scorer": ({"scoring": make_scorer(scorer_that_writes)}, {"scoring": "accuracy"}),
-}  # fmt: skip
+}
 CASES = {
     **{name: [(forward_of(one), {}) for one in pair] for name, pair in FORWARDS.items()},
     **{name: [(Net, one) for one in pair] for name, pair in OPTIONS.items()},
@@ -128,7 +154,9 @@ SHORT = ("scaled", "in evaluation", "at some rows", "score")
 
 def search(model, options, trials=2, rows=X, **more):
     space = {"lr": [1e-3, 1e-2][:trials], "batch_size": [16]}
-    return gputune.tune(model, rows, Y, **{**SEARCH, "n_trials": trials, "space": space, **options, **more})
+    return gputune.tune(
+        model, rows, Y, **{**SEARCH, "n_trials": trials, "space": space, **options, **more}
+    )
 
 
 @pytest.fixture
@@ -136,21 +164,29 @@ def all_tried(monkeypatch):
     """As if the search were large: it takes compiled code where there is any."""
     monkeypatch.setattr(choice, "_WORTH_SECONDS", 0)
     monkeypatch.setattr(choice, "_CODE_SECONDS", 0)
-    monkeypatch.setattr(choice, "_seconds", lambda job, data, chunk, backend: 2.0 if backend == "loop" else 1.0)
+    monkeypatch.setattr(
+        choice, "_seconds", lambda job, data, chunk, backend: 2.0 if backend == "loop" else 1.0
+    )
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in SHORT else pytest.mark.long) for n in CASES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in SHORT else pytest.mark.long) for n in CASES]
+)
 def test_scores_are_those_of_what_writes_nothing(all_tried, name):
     (writes, options), (plain, others) = CASES[name]
-    rows, expected = X.clone(), search(plain, others, backend="loop").curves
+    rows = X.clone()
+    expected = search(plain, others, backend="loop").curves
     for backend in ("loop", "eager", "graph", "auto"):
         for trials in (1, 2):  # of one member the rows are its own, of several they are shared
             found = search(writes, options, trials, rows, backend=backend).curves
-            np.testing.assert_allclose(found, expected[:trials], rtol=0, atol=1e-10, err_msg=backend)
+            np.testing.assert_allclose(
+                found, expected[:trials], rtol=0, atol=1e-10, err_msg=backend
+            )
             assert torch.equal(rows, X)
 
 
-WRITES, PLAIN = ScaledInPlace, Scaled
+WRITES = ScaledInPlace
+PLAIN = Scaled
 
 
 def as_given(kind):
@@ -161,7 +197,8 @@ def as_given(kind):
 @pytest.mark.parametrize("kind", ["tensor", "array"])
 def test_predictions_leave_the_rows_of_the_caller_as_they_are(kind):
     (rows, before), study, other = as_given(kind), search(WRITES, {}), search(PLAIN, {})
-    model, expected = study.best_model(), other.best_model().predict_proba(X)
+    model = study.best_model()
+    expected = other.best_model().predict_proba(X)
     for _ in range(2):
         np.testing.assert_allclose(model.predict_proba(rows), expected, rtol=0, atol=1e-10)
     assert model.score(rows, Y) == other.best_model().score(X, Y)
@@ -182,7 +219,10 @@ def test_which_rows_of_a_table_are_equal_is_known_before_the_forward():
     rows = X[:, 0].float().numpy()
     options = {"dtype": "float32", "n_trials": 1, "columns": "keep"}
     with warnings.catch_warnings(action="ignore"):
-        found = [gputune.tune(m, rows, Y.numpy(), **{**SEARCH, **options}) for m in (variant(Net, emptied), Net)]
+        found = [
+            gputune.tune(m, rows, Y.numpy(), **{**SEARCH, **options})
+            for m in (variant(Net, emptied), Net)
+        ]
     np.testing.assert_array_equal(*(study.best_model().predict_proba(rows) for study in found))
 
 
@@ -191,7 +231,8 @@ def test_an_exported_model_leaves_its_rows_as_they_are(tmp_path):
     study = search(WRITES, {})
     model = study.best_model()
     model.export(tmp_path / "model.pt2")
-    program, rows = torch.export.load(tmp_path / "model.pt2").module(), X.clone()
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    rows = X.clone()
     for _ in range(2):
         np.testing.assert_allclose(program(rows)[1], model.predict_proba(X), rtol=0, atol=1e-10)
     assert torch.equal(rows, X)
@@ -203,14 +244,16 @@ def test_members_in_other_processes_and_a_saved_model_too(tmp_path):
     expected = search(PLAIN, {}, backend="loop")
     np.testing.assert_allclose(found.curves, expected.curves, rtol=0, atol=1e-10)
     found.best_model().save(tmp_path / "model")
-    probabilities, rows = expected.best_model().predict_proba(X), X.clone()
+    probabilities = expected.best_model().predict_proba(X)
+    rows = X.clone()
     loaded = load_model(tmp_path / "model").predict_proba(rows)
     np.testing.assert_allclose(loaded, probabilities, rtol=0, atol=1e-10)
     assert torch.equal(rows, X)
 
 
 def test_the_estimators_leave_their_rows_as_they_are():
-    rows, before = X.numpy().copy(), X.numpy().copy()
+    rows = X.numpy().copy()
+    before = X.numpy().copy()
     found = []
     for module in (WRITES, PLAIN):
         net = NeuralNetClassifier(module, max_epochs=3, random_state=0)
@@ -224,17 +267,27 @@ def test_a_hypergradient_leaves_its_minibatches_as_they_are():
         y.mul_(2)
         return functional.mse_loss(outputs, y)
 
-    found, module = [], nn.Linear(4, 1).double()
-    pairs = [(X[begin : begin + 8, 0].clone(), X[begin : begin + 8, 0, :1].clone()) for begin in range(0, 32, 8)]
+    found = []
+    module = nn.Linear(4, 1).double()
+    pairs = [
+        (X[begin : begin + 8, 0].clone(), X[begin : begin + 8, 0, :1].clone())
+        for begin in range(0, 32, 8)
+    ]
     for changes, loss in (
         (nn.ReLU(inplace=True), squares),
         (nn.ReLU(), lambda outputs, y: functional.mse_loss(outputs, 2 * y)),
     ):
         given = [(x.clone(), y.clone()) for x, y in pairs]
         result = gputune.hypergradient(
-            nn.Sequential(changes, module), loss, given[1:], given[0], hyperparameters={"lr": 0.1}, optimizer="sgd",
-            mode="reverse", seed=0,
-        )  # fmt: skip
+            nn.Sequential(changes, module),
+            loss,
+            given[1:],
+            given[0],
+            hyperparameters={"lr": 0.1},
+            optimizer="sgd",
+            mode="reverse",
+            seed=0,
+        )
         found.append((result.value, float(result.gradient["lr"])))
         for one, other in zip(given, pairs):
             assert all(map(torch.equal, one, other))

@@ -1,4 +1,5 @@
-"""Kernels of CUDA C++ on a CPU: g++ compiles them, and the threads of a block are fibers (``emulation.cpp``)."""
+"""Kernels of CUDA C++ on a CPU: g++ compiles them, and the threads of a block are fibers
+(``emulation.cpp``)."""
 
 import ctypes
 import functools
@@ -46,12 +47,22 @@ class Emulator:
         """Return the library of a kernel."""
         fibers = self._build("emulation", (HERE / "emulation.cpp").read_text(), "-c")
         text = f'#include "emulation.h"\n{source}'
-        return ctypes.CDLL(str(self._build("kernel", text, "-shared", "-Wl,-Bsymbolic", str(fibers))))
+        return ctypes.CDLL(
+            str(self._build("kernel", text, "-shared", "-Wl,-Bsymbolic", str(fibers)))
+        )
 
     def launch(
-        self, source: str, name: str, arguments: Sequence[int], *, blocks: int, threads: int, shared: int = 0,
-        order: int = 2, left_out: int = -1,
-    ) -> bool:  # fmt: skip
+        self,
+        source: str,
+        name: str,
+        arguments: Sequence[int],
+        *,
+        blocks: int,
+        threads: int,
+        shared: int = 0,
+        order: int = 2,
+        left_out: int = -1,
+    ) -> bool:
         """Launch a kernel; return whether all of its threads came to their ends."""
         library = self.kernel(source)
         library.leave_out(left_out)
@@ -68,7 +79,8 @@ def bytes_of(value: np.ndarray | torch.Tensor | None) -> bytes:
 
 
 def written(numbers: dict[str, int], arrays: dict[str, bytes]) -> bytes:
-    """Return what ``members_main.c`` reads: of each field -1 and a number, or the size of an array and its bytes."""
+    """Return what ``members_main.c`` reads: of each field -1 and a number, or the size of an array
+    and its bytes."""
     parts = []
     for name, _ in Work._fields_:
         first = [-1, numbers[name]] if name in numbers else [len(arrays[name])]
@@ -90,11 +102,22 @@ def kernel_of(numbers: dict[str, int], arrays: dict[str, Any], shared: int = LAR
 
 
 def train_members(
-    emulator: Emulator, numbers: dict[str, int], arrays: dict[str, Any], *, order: int = 2, left_out: int = -1,
-    pieces: int = 1 << 20, blocks: int = 2, tf32: bool = False, rows: int = 0, epochs: int = 1,
-) -> bool:  # fmt: skip
-    """Train members by the kernel, as the C code does for an epoch, in launches of so many steps."""
-    kernel, work = kernel_of(numbers, arrays), make_work(numbers, arrays)
+    emulator: Emulator,
+    numbers: dict[str, int],
+    arrays: dict[str, Any],
+    *,
+    order: int = 2,
+    left_out: int = -1,
+    pieces: int = 1 << 20,
+    blocks: int = 2,
+    tf32: bool = False,
+    rows: int = 0,
+    epochs: int = 1,
+) -> bool:
+    """Train members by the kernel, as the C code does for an epoch, in launches of so many
+    steps."""
+    kernel = kernel_of(numbers, arrays)
+    work = make_work(numbers, arrays)
     kernel = replace(kernel, tf32=tf32, rows=rows or kernel.rows)
     lengths = np.asarray(arrays["lengths"])[:, None]
     steps = int((-(-lengths // np.minimum(arrays["sizes"].numpy(), lengths))).max())
@@ -102,7 +125,14 @@ def train_members(
     whole = True
     for begin in range(0, epochs * steps, pieces):
         taken = np.zeros(1, dtype=np.uint32)
-        arguments = [ctypes.addressof(work), taken.ctypes.data, scratch.data_ptr(), begin, begin + pieces, epochs]
+        arguments = [
+            ctypes.addressof(work),
+            taken.ctypes.data,
+            scratch.data_ptr(),
+            begin,
+            begin + pieces,
+            epochs,
+        ]
         sizes = {"blocks": blocks, "threads": kernel.threads, "shared": kernel.shared}
         how = {"order": order, "left_out": left_out}
         whole &= emulator.launch(kernel.source, "train_members", arguments, **sizes, **how)

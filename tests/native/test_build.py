@@ -1,4 +1,5 @@
-"""Building generated code: once on a machine, whole or not at all, and with a reason where it cannot be had."""
+"""Building generated code: once on a machine, whole or not at all, and with a reason where it
+cannot be had."""
 
 import ctypes
 import os
@@ -33,7 +34,10 @@ def three():
 def test_it_is_built_once_for_each_kind_of_processor(monkeypatch, folder):
     assert three() == 3
     (path,) = folder.iterdir()
-    assert (stat.S_IMODE(folder.stat().st_mode), stat.S_IMODE(path.stat().st_mode)) == (0o700, 0o600)
+    assert (stat.S_IMODE(folder.stat().st_mode), stat.S_IMODE(path.stat().st_mode)) == (
+        0o700,
+        0o600,
+    )
     with monkeypatch.context() as patch:
         patch.setattr(built, "_build", lambda *a: pytest.fail("built again"))
         assert three() == 3
@@ -47,7 +51,9 @@ def test_no_process_asks_for_a_processor_that_a_file_names(monkeypatch, tmp_path
     monkeypatch.setattr(built, "Path", lambda _: tmp_path / "cpuinfo")
     asked = []
     monkeypatch.setattr(built.platform, "processor", lambda: asked.append(1) or "asked for")
-    assert (built.processor_name(), bool(asked)) == (("A b", False) if "name" in facts else ("asked for", True))
+    assert (built.processor_name(), bool(asked)) == (
+        ("A b", False) if "name" in facts else ("asked for", True)
+    )
 
 
 def test_the_environments_compiler_comes_first_and_none_is_said(monkeypatch):
@@ -83,7 +89,9 @@ def a_link(monkeypatch, folder):
 
 
 SPOILT = {
-    "another user's": lambda patch, folder: patch.setattr(built.os, "geteuid", lambda: folder.stat().st_uid + 1),
+    "another user's": lambda patch, folder: patch.setattr(
+        built.os, "geteuid", lambda: folder.stat().st_uid + 1
+    ),
     "open to all": lambda patch, folder: folder.chmod(0o770),
     "a link": a_link,
     "in a folder of all": lambda patch, folder: folder.parent.parent.chmod(0o777),
@@ -95,8 +103,12 @@ SPOILT = {
 def test_a_cache_that_others_may_write_is_not_used(monkeypatch, folder, how):
     three()
     SPOILT[how](monkeypatch, folder)
-    monkeypatch.setattr(built, "_cached", lambda folder, *rest: [] if folder is None else pytest.fail("looked"))
-    with pytest.warns(UserWarning, match="gputune/code is not used for compiled code.*chmod 700.*XDG_CACHE_HOME"):
+    monkeypatch.setattr(
+        built, "_cached", lambda folder, *rest: [] if folder is None else pytest.fail("looked")
+    )
+    with pytest.warns(
+        UserWarning, match="gputune/code is not used for compiled code.*chmod 700.*XDG_CACHE_HOME"
+    ):
         assert three() == 3
 
 
@@ -120,13 +132,17 @@ def read_only(monkeypatch, tmp_path):
 
 @needs_compiler
 @pytest.mark.parametrize("lose", [no_passwd_entry, no_folder, read_only])
-def test_without_a_cache_to_write_to_it_is_built_for_this_process(monkeypatch, tmp_path, folder, lose):
+def test_without_a_cache_to_write_to_it_is_built_for_this_process(
+    monkeypatch, tmp_path, folder, lose
+):
     lose(monkeypatch, tmp_path)
     assert three() == 3
     assert not folder.exists() or not list(folder.iterdir())
 
 
-def test_a_relative_cache_home_is_ignored_and_users_are_not_asked_for_where_there_are_none(monkeypatch, tmp_path):
+def test_a_relative_cache_home_is_ignored_and_users_are_not_asked_for_where_there_are_none(
+    monkeypatch, tmp_path
+):
     monkeypatch.setenv("XDG_CACHE_HOME", "here")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delattr(built.os, "geteuid")
@@ -136,7 +152,9 @@ def test_a_relative_cache_home_is_ignored_and_users_are_not_asked_for_where_ther
 
 @needs_compiler
 @pytest.mark.parametrize("spoil, mode", [(lambda content: content[:4096], 0o600), (bytes, 0o660)])
-def test_a_file_that_is_not_as_it_was_built_or_that_others_may_write_is_built_again(folder, spoil, mode):
+def test_a_file_that_is_not_as_it_was_built_or_that_others_may_write_is_built_again(
+    folder, spoil, mode
+):
     three()
     (path,) = folder.iterdir()
     content = path.read_bytes()

@@ -1,4 +1,5 @@
-"""The kernels are CUDA C++ that NVIDIA's compiler takes; what they compute, the simulated devices test."""
+"""The kernels are CUDA C++ that NVIDIA's compiler takes; what they compute, the simulated devices
+test."""
 
 import re
 import shutil
@@ -32,12 +33,24 @@ def test_it_compiles_without_spills(path, dtype, architecture, tmp_path):
 @pytest.mark.parametrize(
     ("error", "version", "said"),
     [
-        (OSError("Could not find any NVRTC library"), "13.0", r"library\. pip install 'nvidia-cuda-nvrtc==13\.0\.\*'"),
-        (OSError("Could not find any NVRTC library"), "12.8", r"library\. pip install 'nvidia-cuda-nvrtc-cu12==12\.8"),
-        (RuntimeError("Kernel compilation failed:\nlines"), "13.0", r"failed: lines\. Nothing is lost"),
+        (
+            OSError("Could not find any NVRTC library"),
+            "13.0",
+            r"library\. pip install 'nvidia-cuda-nvrtc==13\.0\.\*'",
+        ),
+        (
+            OSError("Could not find any NVRTC library"),
+            "12.8",
+            r"library\. pip install 'nvidia-cuda-nvrtc-cu12==12\.8",
+        ),
+        (
+            RuntimeError("Kernel compilation failed:\nlines"),
+            "13.0",
+            r"failed: lines\. Nothing is lost",
+        ),
         (RuntimeError(), "13.0", r"RuntimeError\. Nothing is lost"),
     ],
-)  # fmt: skip
+)
 def test_kernels_that_cannot_be_compiled_are_said(error, version, said, monkeypatch):
     def fail(source, name):
         raise error

@@ -1,6 +1,8 @@
-"""The compiled library: of the processor's level, the same members at every level, and a reason where there is none.
+"""The compiled library: of the processor's level, the same members at every level, and a reason
+where there is none.
 
-And under other compilers, on emulated processors, and watched by sanitizers, each where its program is there.
+And under other compilers, on emulated processors, and watched by sanitizers, each where its program
+is there.
 """
 
 import ctypes
@@ -19,7 +21,15 @@ from gputune.engine import compiled
 from gputune.native import library as native
 from gputune.native.library import FOLDER, LEVELS, NotBuiltError, Work, fill_uniform, library
 from native.emulated import bytes_of, written
-from problems import Linear, fill, largest_difference, make_data, needs_compiled_code, scoring_of, train_together
+from problems import (
+    Linear,
+    fill,
+    largest_difference,
+    make_data,
+    needs_compiled_code,
+    scoring_of,
+    train_together,
+)
 from refused import refused
 
 SOURCES = Path(__file__).parents[2]
@@ -70,19 +80,36 @@ def test_an_older_processor_gets_the_library_of_its_level(folder, monkeypatch, l
 
 
 def test_the_levels_together_are_built_for_what_a_processor_is_asked_for():
-    """-march=x86-64-v3 would allow more, such as lzcnt, which a virtual machine may hide beside AVX2."""
-    asked = set(re.findall(r'supports\("(\w+)"\)', (SOURCES / "gputune" / "native" / "members.c").read_text()))
-    modules = tomllib.loads((SOURCES / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"]
+    """-march=x86-64-v3 would allow more, such as lzcnt, which a virtual machine may hide beside
+    AVX2."""
+    asked = set(
+        re.findall(
+            r'supports\("(\w+)"\)', (SOURCES / "gputune" / "native" / "members.c").read_text()
+        )
+    )
+    modules = tomllib.loads((SOURCES / "pyproject.toml").read_text())["tool"]["setuptools"][
+        "ext-modules"
+    ]
     assert {module["name"][-1] for module in modules} == set(map(str, LEVELS))
     for module in modules:
-        flags = {flag[2:] for flag in module["extra-compile-args"] if flag.startswith("-m") and "=" not in flag}
-        assert flags == {"1": set(), "3": {f for f in asked if "512" not in f}, "4": asked}[module["name"][-1]]
+        flags = {
+            flag[2:]
+            for flag in module["extra-compile-args"]
+            if flag.startswith("-m") and "=" not in flag
+        }
+        assert (
+            flags
+            == {"1": set(), "3": {f for f in asked if "512" not in f}, "4": asked}[
+                module["name"][-1]
+            ]
+        )
 
 
 @needs_compiled_code
 @pytest.mark.parametrize("seed", [0, 2**32 - 1, 2**63 - 1])
 def test_uniform_draws_are_those_of_torch(seed):
-    generator, parts = torch.Generator().manual_seed(seed), [torch.empty(n) for n in (1, 623, 1250, 17)]
+    generator = torch.Generator().manual_seed(seed)
+    parts = [torch.empty(n) for n in (1, 623, 1250, 17)]
     assert fill_uniform(seed, parts)
     for part in parts:
         assert torch.equal(part, torch.rand(part.shape, generator=generator))
@@ -91,7 +118,8 @@ def test_uniform_draws_are_those_of_torch(seed):
 @needs_compiled_code
 def test_members_are_the_same_at_every_level(folder, monkeypatch):
     monkeypatch.setattr("problems.BACKEND", "compiled")
-    data, config = make_data(), {"lr": 1e-2, "width": 19, "batch_size": 16, "activation": "gelu"}
+    data = make_data()
+    config = {"lr": 1e-2, "width": 19, "batch_size": 16, "activation": "gelu"}
     found = []
     for level in LEVELS:
         library.cache_clear()
@@ -108,7 +136,10 @@ def test_without_compiled_code_the_reason_is_said(monkeypatch, tmp_path, capsys)
     with pytest.raises(NotBuiltError, match="no compiled code.*install gcc or clang"):
         library(torch.float32)
     gputune.tune("mlp", ROWS, LABELS, **SMALL)
-    said = "note: trials train in recorded steps, slower than compiled ones: this installation of gputune has no"
+    said = (
+        "note: trials train in recorded steps, slower than compiled ones: this installation of "
+        "gputune has no"
+    )
     assert said in capsys.readouterr().err
     gputune.tune("mlp", ROWS, LABELS, optimizer="adamhd", **SMALL)  # which is never compiled
     assert "slower" not in capsys.readouterr().err
@@ -137,7 +168,9 @@ def test_a_backend_that_knows_none_of_the_trials_says_so(capsys, what, backend, 
 @pytest.mark.cpu  # a GPU is not expected to train in compiled code
 @needs_compiled_code
 @pytest.mark.parametrize("machine", [None, b"\xb7\x00"], ids=["damaged", "another processor's"])
-def test_a_library_that_cannot_be_loaded_is_said_and_members_train_in_recorded_steps(folder, capsys, machine):
+def test_a_library_that_cannot_be_loaded_is_said_and_members_train_in_recorded_steps(
+    folder, capsys, machine
+):
     for path in folder.iterdir():
         built = path.read_bytes()  # bytes 18 and 19 of an ELF file are its machine
         path.unlink()
@@ -145,7 +178,10 @@ def test_a_library_that_cannot_be_loaded_is_said_and_members_train_in_recorded_s
     with pytest.raises(NotBuiltError, match="cannot be loaded, install gputune anew: .*_float1"):
         library(torch.float32)
     gputune.tune("mlp", ROWS, LABELS, **SMALL)
-    assert "recorded steps, slower than compiled ones: gputune's compiled code cannot be" in capsys.readouterr().err
+    assert (
+        "recorded steps, slower than compiled ones: gputune's compiled code cannot be"
+        in capsys.readouterr().err
+    )
 
 
 WATCHED = "-O1 -g -fno-sanitize-recover=all -fsanitize={}"
@@ -163,20 +199,28 @@ WAYS = {
 
 @pytest.fixture(scope="module")
 def epochs():
-    """Return, for two types, what the compiled code was given for an epoch, and the arrays that it left."""
-    seen, run = {}, compiled._run
+    """Return, for two types, what the compiled code was given for an epoch, and the arrays that it
+    left."""
+    seen = {}
+    run = compiled._run
 
     def watched(library, numbers, arrays):
         before = {name: bytes_of(value) for name, value in arrays.items()}
         run(library, numbers, arrays)
-        seen[arrays["theta"].dtype] = numbers, before, {n: v for n, v in arrays.items() if v is not None}
+        seen[arrays["theta"].dtype] = (
+            numbers,
+            before,
+            {n: v for n, v in arrays.items() if v is not None},
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiled, "_run", watched)
         patch.setattr("problems.BACKEND", "compiled")
         rates = [{"lr": 1e-2, "dropout": 0.2}, {"lr": 1e-3, "dropout": 0.5, "weight_decay": 0.1}]
         sizes = [{"width": 19, "batch_size": 16}, {"width": 12, "batch_size": 7}]
-        configs = [{**one, **other, "activation": "gelu", "ema": 0.9} for one, other in zip(rates, sizes)]
+        configs = [
+            {**one, **other, "activation": "gelu", "ema": 0.9} for one, other in zip(rates, sizes)
+        ]
         for dtype in (torch.float32, torch.float64):
             data = make_data(dtype=dtype, weights=True)
             train_together(data, fill(*configs), epochs=1, scoring=scoring_of(data, "neg_log_loss"))
@@ -197,8 +241,11 @@ def test_an_epoch_is_the_same(epochs, tmp_path, way, dtype):
     subprocess.run([compiler, *flags.split(), *double, *paths, "-lm", "-lpthread"], check=True)
     numbers, before, after = epochs[dtype]
     (tmp_path / "in").write_bytes(written(numbers, before))
-    subprocess.run([*runner.split(), tmp_path / "main", tmp_path / "in", tmp_path / "out"], check=True)
-    left, tolerance = (tmp_path / "out").read_bytes(), 1e-12 if double else 1e-4
+    subprocess.run(
+        [*runner.split(), tmp_path / "main", tmp_path / "in", tmp_path / "out"], check=True
+    )
+    left = (tmp_path / "out").read_bytes()
+    tolerance = 1e-12 if double else 1e-4
     for name, _ in Work._fields_:
         if name in after:
             value = np.asarray(after[name])
@@ -206,18 +253,25 @@ def test_an_epoch_is_the_same(epochs, tmp_path, way, dtype):
             left = left[value.nbytes :]
             if name != "nanoseconds":
                 assert np.isfinite(found).all()
-                np.testing.assert_allclose(found, value, rtol=0, atol=tolerance * max(1, np.abs(value).max()))
+                np.testing.assert_allclose(
+                    found, value, rtol=0, atol=tolerance * max(1, np.abs(value).max())
+                )
     assert not left
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "processor, level", [("core2duo", 1), ("Nehalem", 1), ("Haswell", 3), ("Haswell,-fma", 1), ("Haswell,-bmi2", 1)]
+    "processor, level",
+    [("core2duo", 1), ("Nehalem", 1), ("Haswell", 3), ("Haswell,-fma", 1), ("Haswell,-bmi2", 1)],
 )
 def test_a_processor_is_of_the_level_whose_instructions_it_has(tmp_path, processor, level):
     for program in ("gcc", "qemu-x86_64"):
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed")
-    (tmp_path / "main.c").write_text('#include "members.c"\nint main(void) { return processor_level(); }')
-    subprocess.run(["gcc", "-w", "-I", FOLDER, tmp_path / "main.c", "-o", tmp_path / "main", "-lm"], check=True)
+    (tmp_path / "main.c").write_text(
+        '#include "members.c"\nint main(void) { return processor_level(); }'
+    )
+    subprocess.run(
+        ["gcc", "-w", "-I", FOLDER, tmp_path / "main.c", "-o", tmp_path / "main", "-lm"], check=True
+    )
     assert subprocess.run(["qemu-x86_64", "-cpu", processor, tmp_path / "main"]).returncode == level

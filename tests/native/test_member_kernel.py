@@ -1,4 +1,5 @@
-"""The kernel that trains one member a thread block, on a CPU: the plain loop's numbers, in every order of threads."""
+"""The kernel that trains one member a thread block, on a CPU: the plain loop's numbers, in every
+order of threads."""
 
 import os
 import re
@@ -19,7 +20,16 @@ from gputune.engine.mlp import StackedMLP
 from gputune.native.cuda import OPTIONS, MemberKernel, compile_kernel
 from gputune.scoring.scores import REGRESSION
 from gputune.scoring.scoring import Validation
-from native.emulated import HERE, LARGEST, ORDERS, Emulator, bytes_of, kernel_of, train_members, written
+from native.emulated import (
+    HERE,
+    LARGEST,
+    ORDERS,
+    Emulator,
+    bytes_of,
+    kernel_of,
+    train_members,
+    written,
+)
 from problems import (
     assert_equals_plain_loop,
     fill,
@@ -37,7 +47,8 @@ from test_laws import OPTIMIZERS, SIZES, each, epochs_of_50_steps
 pytestmark = pytest.mark.cpu  # emulates the kernel itself, from the CPU's arrays
 
 CARDS = {"80": 166_912, "86": 101_376, "89": 101_376, "90": LARGEST, "100": LARGEST, "120": 101_376}
-"""Bytes of shared memory that a block may have. Source: CUDA C++ Programming Guide, compute capabilities."""
+"""Bytes of shared memory that a block may have. Source: CUDA C++ Programming Guide, compute
+capabilities."""
 
 
 @pytest.fixture(scope="session")
@@ -64,31 +75,53 @@ WIDTHS = [{"width": 16, "batch_size": 16}, {"width": 9, "batch_size": 7, "lr": 1
 CASES = {
     "two layers": ({}, [{**ADAMW, **sizes} for sizes in WIDTHS]),
     "four layers": ({}, [{**ADAMW, "depth": 4, **sizes} for sizes in WIDTHS]),
-    "gelu": ({}, [{"optimizer": "adam", "depth": 1, "width": 19, "batch_size": 31, "activation": "gelu"}]),
+    "gelu": (
+        {},
+        [{"optimizer": "adam", "depth": 1, "width": 19, "batch_size": 31, "activation": "gelu"}],
+    ),
     "silu, weights": (
         {"weights": True},
-        [{"optimizer": "nesterov", "momentum": 0.8, "depth": 3, "activation": "silu", **s} for s in WIDTHS],
+        [
+            {"optimizer": "nesterov", "momentum": 0.8, "depth": 3, "activation": "silu", **s}
+            for s in WIDTHS
+        ],
     ),
     "tanh, regression": (
         {"task": "regression"},
-        [{"optimizer": "sgd", "weight_decay": 0.01, "activation": "tanh", **s, "lr": 1e-2} for s in WIDTHS],
+        [
+            {"optimizer": "sgd", "weight_decay": 0.01, "activation": "tanh", **s, "lr": 1e-2}
+            for s in WIDTHS
+        ],
     ),
     "regression, weights, momentum": (
         {"task": "regression", "weights": True},
         [{"optimizer": "sgd", "momentum": 0.9, **sizes} for sizes in WIDTHS],
     ),
-    "a minibatch in parts": ({"n": 200}, [{**ADAMW, "width": 48, "batch_size": s} for s in (100, 70, 40)]),
-    "moments that are streamed": ({}, [{**ADAMW, "width": w, "batch_size": 16} for w in (128, 100)]),
+    "a minibatch in parts": (
+        {"n": 200},
+        [{**ADAMW, "width": 48, "batch_size": s} for s in (100, 70, 40)],
+    ),
+    "moments that are streamed": (
+        {},
+        [{**ADAMW, "width": w, "batch_size": 16} for w in (128, 100)],
+    ),
     "dropout": (
         {"n": 100},
-        [{**ADAMW, "width": 16, "batch_size": s, "activation": "tanh", "dropout": p} for s, p in ((40, 0.2), (9, 0.5))],
+        [
+            {**ADAMW, "width": 16, "batch_size": s, "activation": "tanh", "dropout": p}
+            for s, p in ((40, 0.2), (9, 0.5))
+        ],
     ),
-    "many outputs": ({"n": 150, "d": 17, "k": 40}, [{**ADAMW, "depth": 1, **sizes} for sizes in WIDTHS]),
+    "many outputs": (
+        {"n": 150, "d": 17, "k": 40},
+        [{**ADAMW, "depth": 1, **sizes} for sizes in WIDTHS],
+    ),
     "a schedule": ({"dtype": torch.float32}, [{**ADAMW, **WIDTHS[0], "schedule": "cosine"}]),
-}  # fmt: skip
+}
 
 
-# Whose products are of every kind; double precision, where factors are not rounded, shows that fragments are in place.
+# Whose products are of every kind; double precision, where factors are not rounded, shows that
+# fragments are in place.
 BY_TENSOR_CORES = ("tanh, regression", "a minibatch in parts", "many outputs")
 EACH_CASE = [
     *((case, {}) for case in CASES),
@@ -150,14 +183,22 @@ def epoch_of(data, configs, scoring=None):
 
 def copied(arrays):
     return {
-        name: value.clone() if isinstance(value, torch.Tensor) else None if value is None else value.copy()
+        name: value.clone()
+        if isinstance(value, torch.Tensor)
+        else None
+        if value is None
+        else value.copy()
         for name, value in arrays.items()
     }
 
 
 def twice(numbers, arrays):
     """What the kernel is given for two epochs, which read the rows in one order."""
-    of_epochs = {name: torch.stack([arrays[name]] * 2) for name in ("order", "means") if arrays[name] is not None}
+    of_epochs = {
+        name: torch.stack([arrays[name]] * 2)
+        for name in ("order", "means")
+        if arrays[name] is not None
+    }
     return numbers, {**arrays, **of_epochs}
 
 
@@ -187,11 +228,14 @@ SMALL = fill(*({**sizes, "lr": 1e-2} for sizes in WIDTHS))
 )
 def test_an_epoch_is_that_of_the_C_code(scoring, dtype, emulator):
     numbers = scoring in REGRESSION
-    data = make_data("regression", dtype=dtype) if numbers else without_class_2(make_data(dtype=dtype))
+    data = (
+        make_data("regression", dtype=dtype) if numbers else without_class_2(make_data(dtype=dtype))
+    )
     words = ("one_cycle", "coslog4")
     configs = [{**config, "schedule": word} for config, word in zip(SMALL, words)]
     numbers, arrays = epoch_of(data, configs, replace(scoring_of(data, scoring), kept_bytes=1))
-    by_kernel, by_c = copied(arrays), copied(arrays)
+    by_kernel = copied(arrays)
+    by_c = copied(arrays)
     assert train_members(emulator, numbers, by_kernel)
     compiled._run(compiled.library(dtype), numbers, by_c)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
@@ -212,8 +256,8 @@ def test_order_of_threads_and_launches_change_no_bit(tf32, emulator):
         assert after(emulator, *work, tf32=tf32, epochs=2, **how) == expected, how
 
 
-# Of a product of two factors, each of which is off by 2^-11 of it at most, in 10 bits; 2^-16 is for the square of that,
-# and for sums of up to 128 numbers in single precision.
+# Of a product of two factors, each of which is off by 2^-11 of it at most, in 10 bits; 2^-16 is for
+# the square of that, and for sums of up to 128 numbers in single precision.
 OFF = 2**-10 + 2**-16
 
 
@@ -233,14 +277,17 @@ def test_tf32_is_off_by_rounded_factors(by_kernel):
     together, _ = train_together(data, fill({"optimizer": "sgd", **kind}), epochs=1)
     for (fold, _), member in together.items():
         x, y, _ = (None if part is None else part.double() for part in rows_of(data, fold))
-        plain = reference.start(reference.MLP(5, 1, width=16, depth=1, activation="tanh"), 0).double()
+        plain = reference.start(
+            reference.MLP(5, 1, width=16, depth=1, activation="tanh"), 0
+        ).double()
         w, bias, v, shift = (parameter.detach().t() for parameter in plain.parameters())
         z, off = product((x, 0), (w, 0))
         h = (z + bias).tanh(), off
         output, off = product(h, (v, 0))
         slope = 2 * (output + shift - y[:, None]) / len(y), 2 * off / len(y)
         back, off = product(slope, (v.T, 0))
-        inner, wide = 1 - h[0] ** 2, 2 * h[0].abs() * h[1] + h[1] ** 2
+        inner = 1 - h[0] ** 2
+        wide = 2 * h[0].abs() * h[1] + h[1] ** 2
         below = back * inner, (back.abs() + off) * (inner.abs() + wide) - (back * inner).abs()
         sums = (
             product((x.T, 0), below),
@@ -257,7 +304,8 @@ def test_tf32_is_off_by_rounded_factors(by_kernel):
 @needs_compiled_code
 def test_company_changes_no_bit(by_kernel):
     data = make_data(dtype=torch.float32)
-    configs = fill(*({"width": 16, "batch_size": size} for size in (31, 9)))  # whose tiles are not of the same size
+    # whose tiles are not of the same size
+    configs = fill(*({"width": 16, "batch_size": size} for size in (31, 9)))
     together, _ = train_together(data, configs, epochs=1)
     for c, config in enumerate(configs):
         alone, _ = train_together(data, [config], epochs=1)
@@ -266,7 +314,14 @@ def test_company_changes_no_bit(by_kernel):
                 assert torch.equal(a, b)
 
 
-BARRIERS = {"queue": 0, "gathered": 1, "sloped": 2, "ended": 3, "forward": (10, 11, 12), "backward": (21, 22)}
+BARRIERS = {
+    "queue": 0,
+    "gathered": 1,
+    "sloped": 2,
+    "ended": 3,
+    "forward": (10, 11, 12),
+    "backward": (21, 22),
+}
 EACH_BARRIER = [number for numbers in BARRIERS.values() for number in np.atleast_1d(numbers)]
 
 
@@ -278,13 +333,37 @@ def test_a_barrier_that_is_left_out_is_found(barrier, tf32, emulator):
     work = epoch_of(data, SMALL, scoring_of(data, "neg_log_loss"))
     whole, *others = (after(emulator, *work, tf32=tf32, order=order) for order in range(3))
     assert whole is not None and others == [whole, whole]
-    left = [after(emulator, *work, tf32=tf32, order=order, left_out=int(barrier)) for order in range(3)]
+    left = [
+        after(emulator, *work, tf32=tf32, order=order, left_out=int(barrier)) for order in range(3)
+    ]
     assert left != [whole] * 3
 
 
-def shape(inputs=64, width=64, depth=2, outputs=10, moments=2, activation=0, dropout=False, classes=True, tf32=False):
+def shape(
+    inputs=64,
+    width=64,
+    depth=2,
+    outputs=10,
+    moments=2,
+    activation=0,
+    dropout=False,
+    classes=True,
+    tf32=False,
+):
     """A shape of members in single precision."""
-    return MemberKernel(inputs, width, depth, outputs, activation, moments, classes, dropout, torch.float32, 64, tf32)
+    return MemberKernel(
+        inputs,
+        width,
+        depth,
+        outputs,
+        activation,
+        moments,
+        classes,
+        dropout,
+        torch.float32,
+        64,
+        tf32,
+    )
 
 
 @pytest.mark.parametrize(
@@ -299,7 +378,8 @@ def shape(inputs=64, width=64, depth=2, outputs=10, moments=2, activation=0, dro
         ({"dtype": torch.float64}, "dtype='float64', only float32"),
         (
             {"shared": CARDS["86"]},
-            "170,752 bytes of weights and 20,352 of 8 rows' activations on chip, where the card has 101,376",
+            "170,752 bytes of weights and 20,352 of 8 rows' activations on chip, where the card "
+            "has 101,376",
         ),
         ({"width": 32, "shared": CARDS["86"]}, ""),
     ],
@@ -307,13 +387,16 @@ def shape(inputs=64, width=64, depth=2, outputs=10, moments=2, activation=0, dro
 def test_what_it_does_not_know_is_said(member, part):
     most = {"inputs": 256, "width": 128, "depth": 1, "outputs": 64, "shared": LARGEST}
     member = most | member
-    shared, dtype = member.pop("shared"), member.pop("dtype", torch.float32)
+    shared = member.pop("shared")
+    dtype = member.pop("dtype", torch.float32)
     assert replace(shape(**member), dtype=dtype).fitted(shared).unknown(shared) == part
 
 
 def test_the_page_says_what_fits_which_card():
     page = (HERE.parents[1] / "docs/kernel.md").read_text()
-    rows = re.findall(r"^\| (\d+) \| (\d) of (\d+) \| (\d+) \| (\S+) \| (\S+) \| (\S+) \|$", page, re.M)
+    rows = re.findall(
+        r"^\| (\d+) \| (\d) of (\d+) \| (\d+) \| (\S+) \| (\S+) \| (\S+) \|$", page, re.M
+    )
     for inputs, depth, width, outputs, *said in rows:
         member = shape(*map(int, (inputs, width, depth, outputs)))
         fitted = [(member.fitted(CARDS[card]), CARDS[card]) for card in ("90", "80", "86")]
@@ -358,12 +441,18 @@ def test_it_compiles_without_spills(name, card, tf32, tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize("tf32", [False, True])
 def test_its_machine_code_is_products(tf32, tmp_path):
-    """Each barrier is there once. Products read four numbers at once, one such read for 7 of them; or fragments."""
+    """Each barrier is there once. Products read four numbers at once, one such read for 7 of them;
+    or fragments."""
     if shutil.which("nvdisasm") is None:
         pytest.skip("nvdisasm is not here")
     machine_code(shape(tf32=tf32), "90", tmp_path)
-    done = subprocess.run(["nvdisasm", "-c", tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True)
-    found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z0-9]+)(\.128|\.64|\.1688\.F32\.TF32)?", done.stdout)
+    done = subprocess.run(
+        ["nvdisasm", "-c", tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True
+    )
+    found = re.findall(
+        r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z0-9]+)(\.128|\.64|\.1688\.F32\.TF32)?",
+        done.stdout,
+    )
     counts = Counter("".join(word) for word in found)
     assert counts["BAR"] == len(EACH_BARRIER)
     if tf32:
@@ -375,7 +464,8 @@ def test_its_machine_code_is_products(tf32, tmp_path):
 
 def test_nvrtc_compiles_it_once_on_a_machine(monkeypatch, tmp_path):
     """What NVRTC is asked for; neither it nor a driver is here."""
-    asked, kernel = [], shape()
+    asked = []
+    kernel = shape()
 
     def compile(source, name, nvcc_options):
         asked.append((source, name, tuple(nvcc_options)))
@@ -395,18 +485,46 @@ def test_nvrtc_compiles_it_once_on_a_machine(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def program(emulator, tmp_path_factory):
-    """Build, with a sanitizer, a program that trains two small epochs, and scores them: returns its folder."""
+    """Build, with a sanitizer, a program that trains two small epochs, and scores them: returns its
+    folder."""
     data = make_data(n=40, dtype=torch.float32)
     numbers, arrays = twice(*epoch_of(data, SMALL, scoring_of(data, "neg_log_loss")))
 
     def build(sanitizer, tf32=False):
         folder = tmp_path_factory.mktemp(sanitizer)
-        (folder / "in").write_bytes(written(numbers, {name: bytes_of(array) for name, array in arrays.items()}))
+        (folder / "in").write_bytes(
+            written(numbers, {name: bytes_of(array) for name, array in arrays.items()})
+        )
         (folder / "kernel.cu").write_text(replace(kernel_of(numbers, arrays), tf32=tf32).source)
-        watched = ["g++", "-std=c++17", "-O1", "-g", "-w", f"-fsanitize={sanitizer}", f"-I{HERE}", f"-I{folder}"]
-        main = [*watched, '-DKERNEL="kernel.cu"', "-c", HERE / "kernel_main.cpp", "-o", folder / "main.o"]
+        watched = [
+            "g++",
+            "-std=c++17",
+            "-O1",
+            "-g",
+            "-w",
+            f"-fsanitize={sanitizer}",
+            f"-I{HERE}",
+            f"-I{folder}",
+        ]
+        main = [
+            *watched,
+            '-DKERNEL="kernel.cu"',
+            "-c",
+            HERE / "kernel_main.cpp",
+            "-o",
+            folder / "main.o",
+        ]
         subprocess.run(main, check=True)
-        fibers = ["g++", "-std=c++17", "-O1", "-w", "-c", HERE / "emulation.cpp", "-o", folder / "fibers.o"]
+        fibers = [
+            "g++",
+            "-std=c++17",
+            "-O1",
+            "-w",
+            "-c",
+            HERE / "emulation.cpp",
+            "-o",
+            folder / "fibers.o",
+        ]
         subprocess.run(fibers, check=True)
         objects = [folder / "main.o", folder / "fibers.o"]
         subprocess.run([*watched, *objects, "-o", folder / "main", "-lpthread"], check=True)
@@ -417,10 +535,17 @@ def program(emulator, tmp_path_factory):
 
 def watched(folder, *, order, left_out=-1):
     """What a sanitizer says of these epochs; empty: nothing."""
-    environment = {**os.environ, "ORDER": str(order), "LEFT_OUT": str(left_out), "TSAN_OPTIONS": "exitcode=66"}
+    environment = {
+        **os.environ,
+        "ORDER": str(order),
+        "LEFT_OUT": str(left_out),
+        "TSAN_OPTIONS": "exitcode=66",
+    }
     command = ["setarch", "-R", folder / "main", folder / "in", folder / "out"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    said = [line for line in done.stderr.splitlines() if "doesn't fully support makecontext" not in line]
+    said = [
+        line for line in done.stderr.splitlines() if "doesn't fully support makecontext" not in line
+    ]
     assert bool(done.returncode) == bool(said), done.stderr
     return "\n".join(said)
 
@@ -439,5 +564,7 @@ def test_sanitizers_find_nothing(sanitizer, order, tf32, program):
 @pytest.mark.parametrize("tf32", [False, True])
 def test_a_sanitizer_finds_each_barrier_that_is_left_out(tf32, program):
     folder = program("thread", tf32)
-    said = {int(barrier): watched(folder, order=0, left_out=int(barrier)) for barrier in EACH_BARRIER}
+    said = {
+        int(barrier): watched(folder, order=0, left_out=int(barrier)) for barrier in EACH_BARRIER
+    }
     assert all("data race" in races for races in said.values()), said

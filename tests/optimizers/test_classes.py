@@ -1,4 +1,5 @@
-"""Classes of torch.optim: by name and by type, which rule is one of them, what is refused, what their state is."""
+"""Classes of torch.optim: by name and by type, which rule is one of them, what is refused, what
+their state is."""
 
 import pytest
 import torch
@@ -42,16 +43,28 @@ class Mine(torch.optim.SGD):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ("Radam", "^optimizer must be one of sgd, .*or a class of torch.optim.*'Radam'. Did you mean 'RAdam'"),
+        (
+            "Radam",
+            "^optimizer must be one of sgd, .*or a class of torch.optim.*'Radam'. Did you mean "
+            "'RAdam'",
+        ),
         ("adamm", "Did you mean 'adam'"),
         (3, "got 3. For example .adamw"),
         (
             torch.optim.Adam([torch.zeros(1)]),
-            "^optimizer must be the class, not an instance, .* pass torch.optim.Adam; .* lr and optimizer__",
+            "^optimizer must be the class, not an instance, .* pass torch.optim.Adam; .* lr and "
+            "optimizer__",
         ),
         (Mine, "got .*test_classes.Mine. For"),
-        ("LBFGS", "^optimizer cannot be torch.optim.LBFGS, which evaluates its loss several times .*choose another"),
-        (torch.optim.SparseAdam, "cannot be torch.optim.SparseAdam, which takes sparse gradients alone"),
+        (
+            "LBFGS",
+            "^optimizer cannot be torch.optim.LBFGS, which evaluates its loss several times "
+            ".*choose another",
+        ),
+        (
+            torch.optim.SparseAdam,
+            "cannot be torch.optim.SparseAdam, which takes sparse gradients alone",
+        ),
         ("Optimizer", "got 'Optimizer'"),
     ],
 )
@@ -76,12 +89,30 @@ def test_a_rule_with_arguments_is_its_class(config, kind):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"optimizer": "lion", "optimizer__betas": (0.9, 0.99)}, "optimizer__betas is for classes .*'lion' is none"),
-        ({"optimizer": "RAdam", "optimizer__beta": 1}, "no hyperparameter of torch.optim.RAdam.*mean .optimizer__bet"),
-        ({"optimizer": "RAdam", "optimizer__foreach": True}, "optimizer__foreach is no hyperparameter"),
-        ({"optimizer": "RAdam", "optimizer__lr": 1}, "^optimizer__lr is written 'lr'; leave the prefix out"),
-        ({"optimizer": "RAdam", "optimizer__betas": 0.9}, r"raised TypeError.* as a tuple in a list, \[\(0.9,"),
-        ({"optimizer": "RAdam", "optimizer__betas": (0.9, 2)}, "raised ValueError: Invalid beta .*Mend the values"),
+        (
+            {"optimizer": "lion", "optimizer__betas": (0.9, 0.99)},
+            "optimizer__betas is for classes .*'lion' is none",
+        ),
+        (
+            {"optimizer": "RAdam", "optimizer__beta": 1},
+            "no hyperparameter of torch.optim.RAdam.*mean .optimizer__bet",
+        ),
+        (
+            {"optimizer": "RAdam", "optimizer__foreach": True},
+            "optimizer__foreach is no hyperparameter",
+        ),
+        (
+            {"optimizer": "RAdam", "optimizer__lr": 1},
+            "^optimizer__lr is written 'lr'; leave the prefix out",
+        ),
+        (
+            {"optimizer": "RAdam", "optimizer__betas": 0.9},
+            r"raised TypeError.* as a tuple in a list, \[\(0.9,",
+        ),
+        (
+            {"optimizer": "RAdam", "optimizer__betas": (0.9, 2)},
+            "raised ValueError: Invalid beta .*Mend the values",
+        ),
     ],
 )
 def test_arguments_that_a_class_has_not_are_refused(config, words):
@@ -91,14 +122,20 @@ def test_arguments_that_a_class_has_not_are_refused(config, words):
 
 def test_built_in_models_and_stacked_members_have_no_such_class():
     (config,) = fill({"optimizer": "RAdam"})
-    with refused("torch.optim.RAdam takes the steps of one member at a time, and model='mlp' .*models.MLP"):
+    with refused(
+        "torch.optim.RAdam takes the steps of one member at a time, and model='mlp' .*models.MLP"
+    ):
         check_optimizer(config, "mlp")
-    with refused("backend='stacked': torch.optim.RAdam takes .*backend='auto' train them one by one"):
+    with refused(
+        "backend='stacked': torch.optim.RAdam takes .*backend='auto' train them one by one"
+    ):
         check_optimizer(config, "module", stacked=True)
 
 
 def test_rates_that_a_class_does_not_know_are_refused():
-    with refused("optimizer='RAdam' is a class of torch.optim here, and does not know 'beta2': leave it out"):
+    with refused(
+        "optimizer='RAdam' is a class of torch.optim here, and does not know 'beta2': leave it out"
+    ):
         fill({"optimizer": "RAdam", "beta2": 0.9})
     with refused("optimizer='adam' is a class .*does not know 'lr_factor__bias'"):
         fill({"optimizer": "adam", "optimizer__eps": 1e-6, "lr_factor__bias": 2.0})
@@ -127,7 +164,8 @@ def test_a_state_goes_on_bit_for_bit(name):
     }
     (config,) = fill({"optimizer": name, "lr": 0.01, "momentum": 0.5, **more.get(name, {})})
     one, other = (
-        [torch.linspace(-1, 2, 12).view(3, 4).requires_grad_(), torch.ones(3).requires_grad_()] for _ in range(2)
+        [torch.linspace(-1, 2, 12).view(3, 4).requires_grad_(), torch.ones(3).requires_grad_()]
+        for _ in range(2)
     )
     rule = RowUpdate(config, torch.empty(15), one, steps=9, horizon=1)
     steps(rule, one, [1.0, -0.5, 2.0])
@@ -155,7 +193,8 @@ def test_a_state_that_is_longer_than_its_parameter_is_refused(monkeypatch):
 def test_the_oracle_makes_the_same_optimizer():
     (config,) = fill({"optimizer": "NAdam", "optimizer__momentum_decay": 0.01, "weight_decay": 0.1})
     module = torch.nn.Linear(2, 1)
-    one, other = make_optimizer(config, list(module.parameters())), reference.make_optimizer(module, config)
+    one = make_optimizer(config, list(module.parameters()))
+    other = reference.make_optimizer(module, config)
     assert type(one) is type(other) and one.defaults == other.defaults
 
 

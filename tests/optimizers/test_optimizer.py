@@ -1,4 +1,5 @@
-"""Optimizers, clipping and averages of stacked members, and of members one by one, equal a plain PyTorch loop."""
+"""Optimizers, clipping and averages of stacked members, and of members one by one, equal a plain
+PyTorch loop."""
 
 import itertools
 import math
@@ -18,7 +19,16 @@ from gputune.modules.module import StackedModule
 from gputune.optimizers.classes import CLASSES
 from gputune.population.population import is_plain, populations
 from gputune.seeding import stream, stream_seed
-from problems import fill, largest_difference, make_data, rows_of, scoring_of, shape_of, train, train_together
+from problems import (
+    fill,
+    largest_difference,
+    make_data,
+    rows_of,
+    scoring_of,
+    shape_of,
+    train,
+    train_together,
+)
 
 NEW = ("rmsprop", "lion", "muon", "schedulefree")
 TOLERANCE = 1e-10
@@ -63,7 +73,8 @@ class Muon(torch.optim.Optimizer):
 
 
 class ScheduleFree(torch.optim.Optimizer):
-    """Algorithm 1 of Defazio et al. (2024), written with x, y and z; ``average`` puts x in the place of y."""
+    """Algorithm 1 of Defazio et al. (2024), written with x, y and z; ``average`` puts x in the
+    place of y."""
 
     def __init__(self, params, lr, weight_decay):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
@@ -74,12 +85,20 @@ class ScheduleFree(torch.optim.Optimizer):
             for y in group["params"]:
                 state = self.state[y]
                 if not state:
-                    state |= {"x": y.clone(), "z": y.clone(), "v": torch.zeros_like(y), "t": 0, "sum": 0.0}
+                    state |= {
+                        "x": y.clone(),
+                        "z": y.clone(),
+                        "v": torch.zeros_like(y),
+                        "t": 0,
+                        "sum": 0.0,
+                    }
                 state["t"] += 1
                 corrected = 1 - 0.999 ** state["t"]
                 state["v"].mul_(0.999).addcmul_(y.grad, y.grad, value=0.001)
                 rate = group["lr"] * math.sqrt(corrected)
-                state["z"] -= rate * (y.grad / (state["v"].sqrt() + 1e-8) + group["weight_decay"] * y)
+                state["z"] -= rate * (
+                    y.grad / (state["v"].sqrt() + 1e-8) + group["weight_decay"] * y
+                )
                 state["sum"] += corrected
                 state["x"].lerp_(state["z"], corrected / state["sum"])
                 y.copy_(0.1 * state["z"] + 0.9 * state["x"])
@@ -91,8 +110,11 @@ class ScheduleFree(torch.optim.Optimizer):
 
 
 def make_optimizers(module, config):
-    lr, decay, momentum = config["lr"], config["weight_decay"], config["momentum"]
-    name, params = config["optimizer"], list(module.parameters())
+    lr = config["lr"]
+    decay = config["weight_decay"]
+    momentum = config["momentum"]
+    name = config["optimizer"]
+    params = list(module.parameters())
     if name == "rmsprop":
         return [torch.optim.RMSprop(params, lr=lr, momentum=momentum, weight_decay=decay)]
     if name == "lion":
@@ -110,13 +132,16 @@ def make_optimizers(module, config):
 def plain_loop(module, data, fold, config, epochs):
     """Train a plain module as anyone would, and return what is scored."""
     x, y, _ = rows_of(data, fold)
-    n, size = len(x), min(config["batch_size"], len(x))
+    n = len(x)
+    size = min(config["batch_size"], len(x))
     optimizers = make_optimizers(module, config)
     averaged = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(config["ema"]))
     module.train()
     for epoch in range(epochs):
         for rows in torch.randperm(n, generator=stream(0, "rows", n, epoch)).split(size):
-            loss = reference.minibatch_loss(module(x[rows]), y[rows], torch.ones(len(rows), dtype=x.dtype))
+            loss = reference.minibatch_loss(
+                module(x[rows]), y[rows], torch.ones(len(rows), dtype=x.dtype)
+            )
             module.zero_grad()
             loss.backward()
             if config["clip_norm"] < math.inf:
@@ -133,7 +158,13 @@ def plain_loop(module, data, fold, config, epochs):
 def plain_mlp(data, config):
     from gputune.models import MLP
 
-    module = MLP(data.n_features, data.n_outputs, width=config["width"], depth=config["depth"], activation="tanh")
+    module = MLP(
+        data.n_features,
+        data.n_outputs,
+        width=config["width"],
+        depth=config["depth"],
+        activation="tanh",
+    )
     return reference.start(module.double(), 0)
 
 
@@ -147,19 +178,27 @@ def unlike(optimizer, *more):
         {"lr": 2e-2, "batch_size": 20, "ema": 0.3, "clip_norm": 0.1},
     ]
     less = {"ema": 0.0} if optimizer == "schedulefree" else {}  # which is an average itself
-    return fill(*(row | common | less for row in rows for common in (more or ({},))), optimizer=optimizer)
+    return fill(
+        *(row | common | less for row in rows for common in (more or ({},))), optimizer=optimizer
+    )
 
 
 COMPILED = [
-    pytest.param(name, "compiled", marks=problems.needs_compiled_code) for name in ("sgd", "nesterov", "adam", "adamw")
+    pytest.param(name, "compiled", marks=problems.needs_compiled_code)
+    for name in ("sgd", "nesterov", "adam", "adamw")
 ]
 
 
-@pytest.mark.parametrize(("optimizer", "backend"), [*((name, "eager") for name in (*NEW, "sgd", "adamw")), *COMPILED])
+@pytest.mark.parametrize(
+    ("optimizer", "backend"), [*((name, "eager") for name in (*NEW, "sgd", "adamw")), *COMPILED]
+)
 def test_members_of_a_network_equal_a_plain_loop(optimizer, backend, monkeypatch):
     monkeypatch.setattr(problems, "BACKEND", backend)
     data = make_data(folds=2)
-    sizes = ({"width": 5, "depth": 3, "activation": "tanh"}, {"width": 16, "depth": 1, "activation": "tanh"})
+    sizes = (
+        {"width": 5, "depth": 3, "activation": "tanh"},
+        {"width": 16, "depth": 1, "activation": "tanh"},
+    )
     configs = unlike(optimizer, *sizes)
     together, _ = train_together(data, configs, epochs=6)
     for i, config in enumerate(configs):  # each in one fold: the plain loops take the time
@@ -168,11 +207,13 @@ def test_members_of_a_network_equal_a_plain_loop(optimizer, backend, monkeypatch
 
 
 class Net(nn.Module):
-    """A convolution between others, a matrix that is higher than wide, and statistics over minibatches."""
+    """A convolution between others, a matrix that is higher than wide, and statistics over
+    minibatches."""
 
     def __init__(self, n_features, n_outputs):
         super().__init__()
-        self.first = nn.Conv1d(1, 3, 3, padding=1, bias=False)  # BatchNorm would make its slope rounding alone
+        # BatchNorm would make its slope rounding alone
+        self.first = nn.Conv1d(1, 3, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm1d(3)
         self.second = nn.Conv1d(3, 4, 3, padding=1)
         self.third = nn.Linear(4, 7)
@@ -185,7 +226,11 @@ class Net(nn.Module):
 
 ONE_BY_ONE = [(LoopedModule, name, {}) for name in CLASSES] + [
     (LoopedModule, "Adagrad", {"optimizer__initial_accumulator_value": 0.1}),
-    (LoopedModule, "RAdam", {"optimizer__betas": [0.8, 0.99], "optimizer__decoupled_weight_decay": True}),
+    (
+        LoopedModule,
+        "RAdam",
+        {"optimizer__betas": [0.8, 0.99], "optimizer__decoupled_weight_decay": True},
+    ),
 ]
 
 
@@ -193,14 +238,18 @@ ONE_BY_ONE = [(LoopedModule, name, {}) for name in CLASSES] + [
     ("kind", "optimizer", "more"),
     [
         *itertools.product([StackedModule], [*NEW, "adamw", "adam"], [{}]),
-        *(pytest.param(LoopedModule, name, {}, marks=pytest.mark.long) for name in (*NEW, "adamw", "adam")),
+        *(
+            pytest.param(LoopedModule, name, {}, marks=pytest.mark.long)
+            for name in (*NEW, "adamw", "adam")
+        ),
         *ONE_BY_ONE,
     ],
 )
 def test_members_of_a_module_equal_a_plain_loop(kind, optimizer, more):
     data = make_data(n=40, folds=2)
     configs = unlike(optimizer, more)
-    configs = configs if kind is StackedModule else configs[1::3]  # of those alone: one clips, one averages as well
+    # of those alone: one clips, one averages as well
+    configs = configs if kind is StackedModule else configs[1::3]
     traits = traits_of(Net, configs[0], data)
     for population in populations(configs, "module", rows=20):
         members = list(population.configs)
@@ -216,7 +265,10 @@ def test_members_of_a_module_equal_a_plain_loop(kind, optimizer, more):
 
 def test_hidden_matrices_are_neither_first_nor_last_nor_embeddings():
     module = Net(5, 3)
-    assert hidden_sides(module, dict(module.named_parameters())) == {"second.weight": 9, "third.weight": 7}
+    assert hidden_sides(module, dict(module.named_parameters())) == {
+        "second.weight": 9,
+        "third.weight": 7,
+    }
     words = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 6), nn.Linear(6, 2))
     assert hidden_sides(words, dict(words.named_parameters())) == {"1.weight": 6}
 
@@ -225,7 +277,9 @@ def test_the_steps_of_muon_are_those_of_torch_but_for_its_rounding():
     torch.manual_seed(0)
     ours, theirs = (nn.Parameter(torch.eye(6, 4) + 0.1) for _ in range(2))
     one = Muon([ours], 0.02, 0.1, 0.95)
-    other = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    other = torch.optim.Muon(
+        [theirs], lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+    )
     for _ in range(5):
         for w, optimizer in ((ours, one), (theirs, other)):
             w.grad = (w.detach() - torch.arange(24.0).view(6, 4).sin()) ** 3
@@ -249,12 +303,16 @@ def test_an_average_and_moments_go_on_from_a_state(optimizer):
         network = kind(problems.Linear, configs, shape_of(data), seed=0)
         return train(network, data, population.configs, **(words | more))
 
-    for kind, backend in ((LoopedModule, "eager"), (StackedModule, "graph"))[: 1 + (optimizer not in CLASSES)]:
+    for kind, backend in ((LoopedModule, "eager"), (StackedModule, "graph"))[
+        : 1 + (optimizer not in CLASSES)
+    ]:
         whole = run(kind, epochs=6, backend=backend)
         half = run(kind, epochs=3, backend=backend)
         rest = run(kind, epochs=6, backend=backend, begin=half.state, alive=half.alive)
         assert rest.alive == whole.alive
-        np.testing.assert_allclose(rest.curves[list(rest.alive), 3:], whole.curves[list(rest.alive), 3:])
+        np.testing.assert_allclose(
+            rest.curves[list(rest.alive), 3:], whole.curves[list(rest.alive), 3:]
+        )
 
 
 def test_what_clips_or_averages_is_not_plain():

@@ -1,4 +1,5 @@
-"""Rates of some parameters and of dropout, their schedules and beta2: each member equals a plain PyTorch loop."""
+"""Rates of some parameters and of dropout, their schedules and beta2: each member equals a plain
+PyTorch loop."""
 
 import itertools
 import math
@@ -24,7 +25,8 @@ class Scaled(nn.Module):
     def __init__(self, n_features, n_outputs):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(n_features))
-        self.enter, self.leave = nn.Linear(n_features, 7), nn.Linear(7, n_outputs)
+        self.enter = nn.Linear(n_features, 7)
+        self.leave = nn.Linear(7, n_outputs)
         self.drop = Dropout()
 
     def forward(self, x):
@@ -34,10 +36,16 @@ class Scaled(nn.Module):
 CONFIGS = fill(
     {"batch_size": 16, "lr": 0.03, "beta2": 0.95, "lr_factor__scale": 6.0, "schedule": "coslog4"},
     {
-        "batch_size": 16, "lr": 0.01, "lr_factor__bias": 0.1, "weight_decay_factor__bias": 0.0, "weight_decay": 0.5,
-        "weight_decay_schedule": "flat_cos", "dropout": 0.3, "dropout_schedule": "flat_cos",
+        "batch_size": 16,
+        "lr": 0.01,
+        "lr_factor__bias": 0.1,
+        "weight_decay_factor__bias": 0.0,
+        "weight_decay": 0.5,
+        "weight_decay_schedule": "flat_cos",
+        "dropout": 0.3,
+        "dropout_schedule": "flat_cos",
     },
-)  # fmt: skip
+)
 
 
 def flat_cos(t):
@@ -45,13 +53,15 @@ def flat_cos(t):
 
 
 def plain_loop(x, y, config):
-    """One member with groups of parameters, whose rates are set before every step, as PyTorch users write it."""
+    """One member with groups of parameters, whose rates are set before every step, as PyTorch users
+    write it."""
     with torch.random.fork_rng():
         torch.manual_seed(stream_seed(0, "module"))
         module = Scaled(x.shape[1], 3).to(x.dtype).train()
     groups = [{"params": [w], "name": name.split(".")} for name, w in module.named_parameters()]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, config["beta2"]))
-    total, done = EPOCHS * math.ceil(len(x) / 16), 0
+    total = EPOCHS * math.ceil(len(x) / 16)
+    done = 0
     for epoch in range(EPOCHS):
         order = torch.randperm(len(x), generator=stream(0, "rows", len(x), epoch))
         for step, rows in enumerate(order.split(16)):
@@ -90,11 +100,18 @@ def test_members_equal_a_plain_loop(kind, backend):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "rmsprop", "muon", "schedulefree"])
 def test_factors_of_all_parameters_are_those_of_the_rates(optimizer):
-    """A factor on every parameter is a factor on the rate: also in rules that have none of their own."""
-    data, values = make_data(), {"batch_size": 61, "momentum": 0.5, "beta2": 0.9}
+    """A factor on every parameter is a factor on the rate: also in rules that have none of their
+    own."""
+    data = make_data()
+    values = {"batch_size": 61, "momentum": 0.5, "beta2": 0.9}
     (config,) = fill({**values, "lr": 0.01, "weight_decay": 0.2}, optimizer=optimizer)
-    halves = [{f"lr_factor__{part}": 0.5, f"weight_decay_factor__{part}": 2} for part in ("weight", "bias")]
-    (other,) = fill({**values, "lr": 0.02, "weight_decay": 0.1, **halves[0], **halves[1]}, optimizer=optimizer)
+    halves = [
+        {f"lr_factor__{part}": 0.5, f"weight_decay_factor__{part}": 2}
+        for part in ("weight", "bias")
+    ]
+    (other,) = fill(
+        {**values, "lr": 0.02, "weight_decay": 0.1, **halves[0], **halves[1]}, optimizer=optimizer
+    )
     members = []
     for kind, each in itertools.product((StackedModule, LoopedModule), (config, other)):
         network = kind(Net, [each], shape_of(data), seed=0, traits=traits_of(Net, each, data))
@@ -116,9 +133,21 @@ def test_a_factor_is_the_product_of_those_that_are_named():
             {"lr_factor__scale": 2.0},
             "lr_factor__scale names no parameter of Net: the parts of their paths are 0",
         ),
-        ("random", {"lr_factor__bias": -1}, "'lr_factor__bias'] must be a finite number >= 0, got -1"),
-        ("random", {"dropout": 0.1}, "dropout is the rate of gputune.models.Dropout, which Net does not have; use"),
-        ("random", {"lr_factor__bias": 0.1, "optimizer": "adamhd"}, "optimizer='adamhd' adapts its rate, and does not"),
+        (
+            "random",
+            {"lr_factor__bias": -1},
+            "'lr_factor__bias'] must be a finite number >= 0, got -1",
+        ),
+        (
+            "random",
+            {"dropout": 0.1},
+            "dropout is the rate of gputune.models.Dropout, which Net does not have; use",
+        ),
+        (
+            "random",
+            {"lr_factor__bias": 0.1, "optimizer": "adamhd"},
+            "optimizer='adamhd' adapts its rate, and does not",
+        ),
         ("hypergradient", {"lr_factor__bias": 0.1}, "lr_factor__bias=0.1; leave it out"),
     ],
 )

@@ -1,4 +1,5 @@
-"""The in-place updates equal the pure rules, the pure rules torch.optim, and adapted rates the drop-in optimizers."""
+"""The in-place updates equal the pure rules, the pure rules torch.optim, and adapted rates the
+drop-in optimizers."""
 
 import itertools
 import math
@@ -14,8 +15,11 @@ from gputune.optimizers.rules import MOMENTS, RULES, SCHEDULES, Rates, schedule_
 from gputune.optimizers.update import IN_PLACE, Update
 from gputune.types import ONLINE
 
-F, C = 2, 3
-BLOCKS = Blocks([Block("wide", (F, 4, C, 5), 2), Block("plain", (F, C, 2, 2), 1), Block("one", (F, C), 1)])
+F = 2
+C = 3
+BLOCKS = Blocks(
+    [Block("wide", (F, 4, C, 5), 2), Block("plain", (F, C, 2, 2), 1), Block("one", (F, C), 1)]
+)
 STEPS = np.array([[4, 5, 3], [4, 4, 3]])  # an epoch, of each member
 
 
@@ -38,7 +42,9 @@ def make_update(configs, flat, kind=Update):
 
 
 def empty_moments(optimizer, params):
-    return {name: {k: torch.zeros_like(w) for k, w in params.items()} for name in MOMENTS[optimizer]}
+    return {
+        name: {k: torch.zeros_like(w) for k, w in params.items()} for name in MOMENTS[optimizer]
+    }
 
 
 def of_members(configs, key):
@@ -58,16 +64,26 @@ def of_members(configs, key):
 def test_in_place_equals_the_pure_rule(name, alike, schedules):
     g = torch.Generator().manual_seed(0)
     flat = torch.randn(BLOCKS.size, generator=g, dtype=torch.float64)
-    configs, params = configs_of(name, alike=alike, schedules=schedules), stacked(flat)
-    moments, update = empty_moments(name, params), make_update(configs, flat)
+    configs = configs_of(name, alike=alike, schedules=schedules)
+    params = stacked(flat)
+    moments = empty_moments(name, params)
+    update = make_update(configs, flat)
     for epoch in range(2):
         update.clock.begin(epoch)
         for step in range(STEPS.max()):
             grad = torch.randn(BLOCKS.size, generator=g, dtype=torch.float64)
-            active, done = step < STEPS, epoch * STEPS + np.minimum(step, STEPS)
-            factors = [schedule_factor(s, done[:, c], 4 * STEPS[:, c]) for c, s in enumerate(schedules)]
+            active = step < STEPS
+            done = epoch * STEPS + np.minimum(step, STEPS)
+            factors = [
+                schedule_factor(s, done[:, c], 4 * STEPS[:, c]) for c, s in enumerate(schedules)
+            ]
             lr = of_members(configs, "lr") * np.stack(factors, 1)
-            tables = (lr, of_members(configs, "weight_decay"), of_members(configs, "momentum"), done + 1)
+            tables = (
+                lr,
+                of_members(configs, "weight_decay"),
+                of_members(configs, "momentum"),
+                done + 1,
+            )
             rates = Rates(*(torch.from_numpy(table.flatten().astype(float)) for table in tables))
             new, new_moments = RULES[name](params, stacked(grad), moments, rates)
             on = torch.from_numpy(active.flatten())
@@ -96,7 +112,8 @@ def test_numbers_beyond_the_dtype_neither_fail_nor_touch_a_neighbour(optimizer, 
             update.step(theta, torch.ones(BLOCKS.size), None)
         return BLOCKS.by_member(theta)["plain"]
 
-    alone, beside = after((1e-3, 2e-3, 3e-3)), after((1e300, 2e-3, 1e300))
+    alone = after((1e-3, 2e-3, 3e-3))
+    beside = after((1e300, 2e-3, 1e300))
     assert torch.equal(alone[:, 1], beside[:, 1])
     assert key != "lr" or not beside[:, 0].isfinite().any()
     after((1e300,) * C)
@@ -106,14 +123,17 @@ def test_numbers_beyond_the_dtype_neither_fail_nor_touch_a_neighbour(optimizer, 
 def test_the_pure_rules_equal_torch_optim(name):
     makers = {
         "sgd": lambda w: torch.optim.SGD(w, lr=0.05, momentum=0.9, weight_decay=0.1),
-        "nesterov": lambda w: torch.optim.SGD(w, lr=0.05, momentum=0.9, weight_decay=0.1, nesterov=True),
+        "nesterov": lambda w: torch.optim.SGD(
+            w, lr=0.05, momentum=0.9, weight_decay=0.1, nesterov=True
+        ),
         "adam": lambda w: torch.optim.Adam(w, lr=0.05, weight_decay=0.1),
         "adamw": lambda w: torch.optim.AdamW(w, lr=0.05, weight_decay=0.1),
         "rmsprop": lambda w: torch.optim.RMSprop(w, lr=0.05, momentum=0.9, weight_decay=0.1),
     }
     weight = torch.randn(1, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     plain = torch.nn.Parameter(weight[0].clone())
-    optimizer, params = makers[name]([plain]), {"w": weight}
+    optimizer = makers[name]([plain])
+    params = {"w": weight}
     moments = empty_moments(name, params)
     for step in range(20):
         optimizer.zero_grad()
@@ -126,11 +146,13 @@ def test_the_pure_rules_equal_torch_optim(name):
 
 
 def test_the_state_of_trials_that_stay_is_carried_over():
-    configs, keep = configs_of("adamw"), torch.tensor([0, 2])
+    configs = configs_of("adamw")
+    keep = torch.tensor([0, 2])
     flat = torch.randn(BLOCKS.size, generator=torch.Generator().manual_seed(2))
     update = make_update(configs, flat)
     update.step(flat, torch.ones(BLOCKS.size), None)
-    moments, less = [m.clone() for m in update.moments], BLOCKS.subset(2)
+    moments = [m.clone() for m in update.moments]
+    less = BLOCKS.subset(2)
     steps = torch.from_numpy(STEPS[:, [0, 2]])
     update.select([configs[0], configs[2]], less, keep, BLOCKS.select(flat, keep), steps=steps)
     for moment, before in zip(update.moments, moments, strict=True):
@@ -139,7 +161,8 @@ def test_the_state_of_trials_that_stay_is_carried_over():
 
 
 def _torch_schedule(word, optimizer, total):
-    torch_schedules, warmup = torch.optim.lr_scheduler, total // 10
+    torch_schedules = torch.optim.lr_scheduler
+    warmup = total // 10
     cosine = torch_schedules.CosineAnnealingLR
     formulas = {
         "constant": lambda step: 1.0,
@@ -154,7 +177,9 @@ def _torch_schedule(word, optimizer, total):
         return torch_schedules.OneCycleLR(optimizer, 1.0, total, cycle_momentum=False)
     if word == "warmup+cosine" and warmup:
         rising = torch_schedules.LinearLR(optimizer, 1 / (warmup + 1), 1.0, warmup)
-        return torch_schedules.SequentialLR(optimizer, [rising, cosine(optimizer, total - warmup)], [warmup])
+        return torch_schedules.SequentialLR(
+            optimizer, [rising, cosine(optimizer, total - warmup)], [warmup]
+        )
     return cosine(optimizer, total)
 
 
@@ -162,7 +187,8 @@ def _torch_schedule(word, optimizer, total):
 @pytest.mark.parametrize("total", [1, 2, 3, 4, 9, 10, 47])
 def test_schedules_equal_those_of_torch(word, total):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler, rates = _torch_schedule(word, optimizer, total), []
+    scheduler = _torch_schedule(word, optimizer, total)
+    rates = []
     for step in range(total):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
@@ -185,12 +211,14 @@ def members_of(flat):
 @pytest.mark.parametrize("alike", [False, True])
 @pytest.mark.parametrize("name", ONLINE)
 def test_each_member_steps_like_the_drop_in_optimizer(name, alike, ragged):
-    # ``ragged``: at every step one member has none. A schedule's factor scales the adapted rate and is forgotten.
+    # ``ragged``: at every step one member has none. A schedule's factor scales the adapted rate and
+    # is forgotten.
     g = torch.Generator().manual_seed(0)
     flat = torch.randn(BLOCKS.size, generator=g, dtype=torch.float64)
     more = {"weight_decay": 0.0} if alike else {"schedule": "cosine"}
     configs = configs_of(name, alike=alike, **more)
-    update, members = make_update(configs, flat, OnlineUpdate), members_of(flat)
+    update = make_update(configs, flat, OnlineUpdate)
+    members = members_of(flat)
     done = np.zeros((F, C))
     optimizers = {
         (f, c): reference.make_optimizer(torch.nn.ParameterList(params), configs[c])
@@ -233,15 +261,19 @@ def test_zero_and_nan_gradients_leave_the_rate(name):
 @pytest.mark.parametrize("name", ["sgdhd", "adamwhd"])
 def test_the_rates_of_trials_that_stay_are_carried_over(name):
     g = torch.Generator().manual_seed(2)
-    flat, keep = torch.randn(BLOCKS.size, generator=g).double(), torch.tensor([0, 2])
+    flat = torch.randn(BLOCKS.size, generator=g).double()
+    keep = torch.tensor([0, 2])
     configs = configs_of(name)
     grads = [torch.randn(BLOCKS.size, generator=g).double() for _ in range(4)]
-    less, small = flat.clone(), make_update(configs, flat, OnlineUpdate)
+    less = flat.clone()
+    small = make_update(configs, flat, OnlineUpdate)
     whole = make_update(configs, flat, OnlineUpdate)
     for step, grad in enumerate(grads, 1):
         whole.step(flat, grad.clone(), None)
         if step == 3:
-            less, kept, done = BLOCKS.select(less, keep), [configs[0], configs[2]], small.clock.done[:, keep]
+            less = BLOCKS.select(less, keep)
+            kept = [configs[0], configs[2]]
+            done = small.clock.done[:, keep]
             small.select(kept, BLOCKS.subset(2), keep, less, steps=torch.from_numpy(STEPS)[:, keep])
             small.clock.done.copy_(done)  # trials leave between epochs, where begin() counts anew
         small.step(less, grad.clone() if step < 3 else BLOCKS.select(grad, keep), None)

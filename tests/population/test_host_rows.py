@@ -1,4 +1,5 @@
-"""Inputs that stay in main memory: the same minibatches, gathered a step ahead. No GPU is needed: a CPU stands in."""
+"""Inputs that stay in main memory: the same minibatches, gathered a step ahead. No GPU is needed: a
+CPU stands in."""
 
 from dataclasses import replace
 from functools import partial
@@ -15,17 +16,23 @@ from gputune.population.batches import Batches, HostRows
 from problems import make_data
 
 
-@pytest.mark.parametrize(("sizes", "exact"), [([16, 16], True), ([16, 16], False), ([16, 7], False)])
+@pytest.mark.parametrize(
+    ("sizes", "exact"), [([16, 16], True), ([16, 16], False), ([16, 7], False)]
+)
 def test_minibatches_are_the_same(sizes, exact, monkeypatch):
     data = make_data(weights=True, n=203)
-    ahead, begun = [], HostRows.take
+    ahead = []
+    begun = HostRows.take
 
     def take(self, folds, step, rows, taken, *, last):
         ahead.append((folds.start, step, rows) in self.ahead)
         return begun(self, folds, step, rows, taken, last=last)
 
     monkeypatch.setattr(HostRows, "take", take)
-    here, there = (Batches(d, sizes, data.y[None], seed=0, exact=exact) for d in (data, replace(data, on_host=True)))
+    here, there = (
+        Batches(d, sizes, data.y[None], seed=0, exact=exact)
+        for d in (data, replace(data, on_host=True))
+    )
     for epoch in range(2):
         for step in range(len(here.shapes)):
             for a, b in zip(here.at(epoch, step), there.at(epoch, step), strict=True):
@@ -49,8 +56,16 @@ def rows(n_outputs):
 
 @pytest.mark.parametrize("backend", ["graph", "loop"])
 def test_a_search_gives_the_same_scores(backend, monkeypatch):
-    X, y = torch.rand(60, 2, 3, generator=torch.Generator().manual_seed(0)), [0, 1] * 30
-    options = {"cv": 3, "n_trials": 2, "max_epochs": 3, "verbose": 0, "workers": 1, "scoring": "neg_log_loss"}
+    X = torch.rand(60, 2, 3, generator=torch.Generator().manual_seed(0))
+    y = [0, 1] * 30
+    options = {
+        "cv": 3,
+        "n_trials": 2,
+        "max_epochs": 3,
+        "verbose": 0,
+        "workers": 1,
+        "scoring": "neg_log_loss",
+    }
     search = partial(gputune.tune, rows, X, y, backend=backend, **options)
     here = search()
     monkeypatch.setattr(dataset, "_stays_on_host", lambda arrays, device: True)

@@ -1,4 +1,5 @@
-"""Small searches, one for each way through the product; tables.json holds what they gave when they were recorded."""
+"""Small searches, one for each way through the product; tables.json holds what they gave when they
+were recorded."""
 
 import contextlib
 import io
@@ -38,7 +39,9 @@ class Net(nn.Module):
 
     def __init__(self, n_features, n_outputs, hidden=6):
         super().__init__()
-        self.body = nn.Sequential(nn.Linear(n_features, hidden), nn.LayerNorm(hidden), nn.Tanh(), nn.Dropout(0.2))
+        self.body = nn.Sequential(
+            nn.Linear(n_features, hidden), nn.LayerNorm(hidden), nn.Tanh(), nn.Dropout(0.2)
+        )
         self.head = nn.Linear(hidden, n_outputs)
 
     def forward(self, x):
@@ -50,9 +53,16 @@ def tune(model="mlp", x=X, y=Y, *, space=SPACE, **options):
 
 
 def study_table(study):
-    """Parameters, states, best epochs and curves of a study's trials, and what its best model predicts."""
+    """Parameters, states, best epochs and curves of a study's trials, and what its best model
+    predicts."""
     trials = [
-        {"params": t.params, "state": t.state, "best_epoch": t.best_epoch, "origin": t.origin, "scores": t.fold_scores}
+        {
+            "params": t.params,
+            "state": t.state,
+            "best_epoch": t.best_epoch,
+            "origin": t.origin,
+            "scores": t.fold_scores,
+        }
         for t in study.trials
     ]
     return {"trials": trials, "best": study.best_trial.number, "curves": study.curves}
@@ -107,7 +117,9 @@ def frame():
 
 
 def grouped():
-    return study_table(tune(groups=np.arange(len(Y)) // 5, cv=4, scoring="neg_log_loss", include=[{"width": 9}]))
+    return study_table(
+        tune(groups=np.arange(len(Y)) // 5, cv=4, scoring="neg_log_loss", include=[{"width": 9}])
+    )
 
 
 def included():
@@ -143,19 +155,28 @@ def command(*words):
 
 def command_line(folder):
     table = folder / "table.csv"
-    polars.DataFrame({**{f"x{j}": X[:, j] for j in range(4)}, "y": [f"kind {k}" for k in Y]}).write_csv(table)
+    polars.DataFrame(
+        {**{f"x{j}": X[:, j] for j in range(4)}, "y": [f"kind {k}" for k in Y]}
+    ).write_csv(table)
     place = folder / "out"
-    words = "--target y --trials 4 --epochs 4 --cv 3 --dtype float64 --no-default --workers 1 --device cpu --quiet"
+    words = (
+        "--target y --trials 4 --epochs 4 --cv 3 --dtype float64 --no-default --workers 1 "
+        "--device cpu --quiet"
+    )
     command("tune", table, *words.split(), "--out", place)
     shown = json.loads(command("best", place, "--format", "json"))
     predictions = command("predict", place / "model", table, "--proba").splitlines()[1:7]
-    rows = [[part if part.startswith("kind") else float(part) for part in row.split(",")] for row in predictions]
+    rows = [
+        [part if part.startswith("kind") else float(part) for part in row.split(",")]
+        for row in predictions
+    ]
     study = gputune.Study.open(place / "study.db")
     return study_table(study) | {"shown": shown["params"], "rows": rows}
 
 
 def searched(search, x=X, y=Y):
-    """Parameters and scores of a search of the scikit-learn face, and what its best estimator predicts."""
+    """Parameters and scores of a search of the scikit-learn face, and what its best estimator
+    predicts."""
     results = search.fit(x, y).cv_results_
     kept = {
         name: values
@@ -169,10 +190,14 @@ def searched(search, x=X, y=Y):
 def in_words_of_tune(params):
     """The parameters of an MLP in the words that the tables have."""
     words = {"learning_rate_init": "lr", "hidden_layer_sizes": "width", "max_iter": "max_epochs"}
-    return dict(sorted((words.get(k, k), v[0] if isinstance(v, tuple) else v) for k, v in params.items()))
+    return dict(
+        sorted((words.get(k, k), v[0] if isinstance(v, tuple) else v) for k, v in params.items())
+    )
 
 
-MLP = face.MLPClassifier((6,), solver="adamw", max_iter=4, batch_size=16, learning_rate_init=0.01, random_state=0)
+MLP = face.MLPClassifier(
+    (6,), solver="adamw", max_iter=4, batch_size=16, learning_rate_init=0.01, random_state=0
+)
 MLP_RATES = {"learning_rate_init": RATES["lr"]}
 FACE = {"cv": 3, "random_state": 0}
 
@@ -185,13 +210,19 @@ def random_face():
 
 
 def regressor_face():
-    estimator = face.MLPRegressor(hidden_layer_sizes=(6,), solver="adamw", max_iter=4, random_state=0)
-    return searched(face.RandomizedSearchCV(estimator, MLP_RATES, n_iter=3, **FACE), DIABETES, PROGRESS)
+    estimator = face.MLPRegressor(
+        hidden_layer_sizes=(6,), solver="adamw", max_iter=4, random_state=0
+    )
+    return searched(
+        face.RandomizedSearchCV(estimator, MLP_RATES, n_iter=3, **FACE), DIABETES, PROGRESS
+    )
 
 
 def halving_face():
     return searched(
-        face.HalvingRandomSearchCV(MLP, MLP_RATES, n_candidates=6, resource="max_iter", max_resources=4, **FACE)
+        face.HalvingRandomSearchCV(
+            MLP, MLP_RATES, n_candidates=6, resource="max_iter", max_resources=4, **FACE
+        )
     )
 
 
@@ -206,7 +237,9 @@ def solved_face():
 
 
 def net_face():
-    net = face.NeuralNetClassifier(Net, max_epochs=3, batch_size=16, optimizer="adam", random_state=0)
+    net = face.NeuralNetClassifier(
+        Net, max_epochs=3, batch_size=16, optimizer="adam", random_state=0
+    )
     return searched(face.GridSearchCV(net, {"module__hidden": [4, 8], "lr": [0.003, 0.03]}, cv=3))
 
 
@@ -232,7 +265,10 @@ def derivative(mode, optimizer="adamw"):
             mode=mode,
             seed=0,
         )
-        return {"value": result.value, "gradients": {name: np.asarray(result.gradient[name]) for name in names}}
+        return {
+            "value": result.value,
+            "gradients": {name: np.asarray(result.gradient[name]) for name in names},
+        }
 
     return run
 
@@ -253,7 +289,11 @@ def online_optimizers():
 
 LR = gputune.Hypergradient(outer_steps=2)
 SEVERAL = gputune.Hypergradient(
-    outer_steps=2, hyperparameters=("lr", "weight_decay"), segments=2, per_layer=True, step="normalized"
+    outer_steps=2,
+    hyperparameters=("lr", "weight_decay"),
+    segments=2,
+    per_layer=True,
+    step="normalized",
 )
 SMOOTH = RATES | {"activation": "tanh", "width": [5, 12], "batch_size": [16]}
 
@@ -265,17 +305,25 @@ SEARCHES = {
     "nesterov": optimizer_of("nesterov", weight_decay=[0.0, 0.1]),
     "adam": optimizer_of("adam", weight_decay=[0.0, 0.1]),
     "sgdhd": optimizer_of("sgdhd"),
-    "adamwhd": optimizer_of("adamwhd", hypergrad_rule=["additive", "multiplicative"], hypergrad_lr=[1e-6, 1e-5]),
+    "adamwhd": optimizer_of(
+        "adamwhd", hypergrad_rule=["additive", "multiplicative"], hypergrad_lr=[1e-6, 1e-5]
+    ),
     "deep": deep,
     "weighted": weighted,
     "regression": regression,
     "frame": frame,
     "groups and include": grouped,
     "default configuration": included,
-    "linear": lambda: with_model(tune("logistic", space=RATES | {"batch_size": [7, 16]}, optimizer="adamw")),
-    "solved": lambda: with_model(tune("logistic", space={"C": loguniform(0.01, 100), "l1_ratio": [0, 0.5]})),
+    "linear": lambda: with_model(
+        tune("logistic", space=RATES | {"batch_size": [7, 16]}, optimizer="adamw")
+    ),
+    "solved": lambda: with_model(
+        tune("logistic", space={"C": loguniform(0.01, 100), "l1_ratio": [0, 0.5]})
+    ),
     "module": lambda: with_model(tune(Net, space=RATES | {"module__hidden": [4, 8]})),
-    "module graph": lambda: with_model(tune(Net, space=RATES | {"module__hidden": [4, 8]}, backend="graph")),
+    "module graph": lambda: with_model(
+        tune(Net, space=RATES | {"module__hidden": [4, 8]}, backend="graph")
+    ),
     "halving": of_method("halving", n_trials=9),
     "halving brackets": of_method(gputune.Halving(factor=2, min_epochs=1, brackets=2), n_trials=8),
     "halving module": of_method("halving", Net, space=RATES, n_trials=6),
@@ -284,7 +332,10 @@ SEARCHES = {
     "descent of several": of_method(SEVERAL, space=SMOOTH, n_trials=2),
     "descent of a module": of_method(LR, Net, space=RATES, n_trials=2),
     "descent solved": of_method(
-        gputune.Hypergradient(outer_steps=2, hyperparameters="C"), "logistic", space={"C": [0.1, 10.0]}, n_trials=2
+        gputune.Hypergradient(outer_steps=2, hyperparameters="C"),
+        "logistic",
+        space={"C": [0.1, 10.0]},
+        n_trials=2,
     ),
     "optuna": sampled,
     "resumed": resumed,

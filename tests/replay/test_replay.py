@@ -1,6 +1,8 @@
-"""Every search of searches.py gives the table that is kept: how a move of code is seen to be only a move.
+"""Every search of searches.py gives the table that is kept: how a move of code is seen to be only a
+move.
 
-In ``tests/``, ``python -m replay.test_replay NAME ...`` records tables anew, where a change of numbers is meant.
+In ``tests/``, ``python -m replay.test_replay NAME ...`` records tables anew, where a change of
+numbers is meant.
 """
 
 import inspect
@@ -21,7 +23,9 @@ from replay.searches import SEARCHES
 from stand_in import StandIn
 
 TABLES = Path(__file__).with_name("tables.json")
-RELATIVE, ABSOLUTE = 1e-9, 1e-11  # tables are of float64, and keep 13 digits
+# tables are of float64, and keep 13 digits
+RELATIVE = 1e-9
+ABSOLUTE = 1e-11
 
 SINGLE = ("face regressor", "face descent")
 """What a GPU trains in single precision."""
@@ -67,7 +71,9 @@ def assert_same(found, kept, place):
     "name",
     [
         pytest.param(
-            name, marks=[pytest.mark.cpu] * (name in SINGLE) + [needs_compiled_code] * (name == "mlp compiled")
+            name,
+            marks=[pytest.mark.cpu] * (name in SINGLE)
+            + [needs_compiled_code] * (name == "mlp compiled"),
         )
         for name in SEARCHES
     ],
@@ -81,7 +87,11 @@ def test_a_search_gives_the_table_that_is_kept(name, tmp_path):
 def test_backends_agree():
     tables = json.loads(TABLES.read_text())
     assert list(tables) == list(SEARCHES)
-    for other, first in (("mlp eager", "mlp compiled"), ("mlp graph", "mlp compiled"), ("module graph", "module")):
+    for other, first in (
+        ("mlp eager", "mlp compiled"),
+        ("mlp graph", "mlp compiled"),
+        ("module graph", "module"),
+    ):
         assert_same(tables[other], tables[first], other)
 
 
@@ -92,7 +102,9 @@ def record(names):
     for name in names or SEARCHES:
         with tempfile.TemporaryDirectory() as folder:
             tables[name] = run(name, Path(folder))
-    lines = (f"{json.dumps(name)}: {json.dumps(tables[name])}" for name in SEARCHES if name in tables)
+    lines = (
+        f"{json.dumps(name)}: {json.dumps(tables[name])}" for name in SEARCHES if name in tables
+    )
     TABLES.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 

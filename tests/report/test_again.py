@@ -47,7 +47,9 @@ def assert_trains_it_again(study, rows, **given):
     again = session["study"]
     assert len(again.trials) == 1 and again.best_params == study.best_params
     assert again.best_score == pytest.approx(study.best_score, abs=1e-6)
-    np.testing.assert_allclose(again.best_trial.fold_scores, study.best_trial.fold_scores, atol=1e-6)
+    np.testing.assert_allclose(
+        again.best_trial.fold_scores, study.best_trial.fold_scores, atol=1e-6
+    )
     np.testing.assert_array_equal(session["model"].predict(rows), study.best_model().predict(rows))
     return session
 
@@ -69,7 +71,13 @@ DESCENT = {"n_trials": 1, "include_default": False, "space": {"lr": [0.003], "wi
         ("logistic", {"include": [{"C": 100.0}], "space": {"C": [0.01]}, "cv": 2}),
         ("line.py:Line", {"space": {"lr": [0.01, 0.1]}}),
         ("mlp", {"method": gputune.Hypergradient(outer_steps=2), **DESCENT}),
-        ("mlp", {"method": gputune.OptunaSampler(RandomSampler(seed=0), batch=3), "include_default": False}),
+        (
+            "mlp",
+            {
+                "method": gputune.OptunaSampler(RandomSampler(seed=0), batch=3),
+                "include_default": False,
+            },
+        ),
     ],
 )
 def test_data_in_memory(iris, tmp_path, monkeypatch, capsys, model, options):
@@ -83,19 +91,31 @@ def test_data_in_memory(iris, tmp_path, monkeypatch, capsys, model, options):
 
 def test_a_study_opened_from_its_file_on_a_bundled_set(tmp_path):
     gputune.tune(
-        "mlp", "sklearn:iris", method="halving", schedule="cosine", numbers="quantile", epoch="last",
-        class_weight={"setosa": 1.0, "versicolor": 2.0, "virginica": 1.0}, study=tmp_path / "study.db", **CHEAP,
-    )  # fmt: skip
+        "mlp",
+        "sklearn:iris",
+        method="halving",
+        schedule="cosine",
+        numbers="quantile",
+        epoch="last",
+        class_weight={"setosa": 1.0, "versicolor": 2.0, "virginica": 1.0},
+        study=tmp_path / "study.db",
+        **CHEAP,
+    )
     study = gputune.Study.open(tmp_path / "study.db")
     again = executed(study)["study"]  # nothing need be given
     assert again.best_score == pytest.approx(study.best_score, abs=1e-6)
     assert again.meta["class_weight"] == study.meta["class_weight"]
-    assert (again.meta["schedule"], again.meta["numbers"], again.meta["epoch"]) == ("cosine", "quantile", "last")
+    assert (again.meta["schedule"], again.meta["numbers"], again.meta["epoch"]) == (
+        "cosine",
+        "quantile",
+        "last",
+    )
 
 
 def test_another_metric_than_the_one_that_chose_the_epochs(iris):
     X, y = iris
-    space, scoring = {"lr": [0.003, 0.01, 0.03, 0.1]}, ["accuracy", "neg_log_loss", "f1"]
+    space = {"lr": [0.003, 0.01, 0.03, 0.1]}
+    scoring = ["accuracy", "neg_log_loss", "f1"]
     study = gputune.tune("mlp", X, y == 1, space=space, scoring=scoring, positive=True, **CHEAP)
     for name in scoring[1:]:
         assert_trains_it_again(study.ranked_by(name), X, X=X, y=y == 1)
@@ -103,7 +123,9 @@ def test_another_metric_than_the_one_that_chose_the_epochs(iris):
 
 @pytest.mark.parametrize("options", [("--groups", "site"), ("--cv", "time:3")])
 def test_the_rows_of_the_command_line_without_those_held_out(tmp_path, options):
-    _, out, _ = searched(tmp_path, *options, n_rows=60, kind=kinds(60), site=[i // 6 for i in range(60)])
+    _, out, _ = searched(
+        tmp_path, *options, n_rows=60, kind=kinds(60), site=[i // 6 for i in range(60)]
+    )
     study = gputune.Study.open(out / "study.db")
     rows = read_again(study.meta["source"])
     assert len(rows.X) == 48
@@ -118,11 +140,14 @@ def test_the_rows_of_the_command_line_without_those_held_out(tmp_path, options):
 
 def test_a_module_a_scorer_and_a_splitter_of_ones_own(iris):
     X, y = iris
-    cv, space = KFold(3, shuffle=True, random_state=5), {"lr": [0.01, 0.1], "module__hidden": [3, 5]}
+    cv = KFold(3, shuffle=True, random_state=5)
+    space = {"lr": [0.01, 0.1], "module__hidden": [3, 5]}
     study = gputune.tune(Net, X, y, space=space, scoring=half_accuracy, **{**CHEAP, "cv": cv})
     code = code_on(page(study))
     assert "# cv: the KFold of the search" in code
-    assert "from problems import Net\n" in code and f"from {__name__} import half_accuracy\n" in code
+    assert (
+        "from problems import Net\n" in code and f"from {__name__} import half_accuracy\n" in code
+    )
     assert_trains_it_again(study, X, X=X, y=y, cv=cv)
 
 
@@ -143,8 +168,14 @@ def test_a_search_of_the_scikit_learn_face(iris, tmp_path):
 
     X, y = iris
     estimator = MLPClassifier(hidden_layer_sizes=(8,), max_iter=5, random_state=0)
-    search = RandomizedSearchCV(estimator, {"learning_rate_init": [0.01, 0.1], "hidden_layer_sizes": [(8,), (4, 4)]},
-                                n_iter=3, cv=2, random_state=0, study=tmp_path / "study.db")  # fmt: skip
+    search = RandomizedSearchCV(
+        estimator,
+        {"learning_rate_init": [0.01, 0.1], "hidden_layer_sizes": [(8,), (4, 4)]},
+        n_iter=3,
+        cv=2,
+        random_state=0,
+        study=tmp_path / "study.db",
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # five epochs do not converge
         search.fit(X, y)
@@ -164,7 +195,9 @@ def test_weights_that_no_file_holds_are_asked_for(iris):
 def test_values_are_written_so_that_python_reads_them():
     study = made_study(3, folds=2)
     best = study.best_trial
-    best.params.update({"C": float("inf"), "module__act": nn.Tanh, "module__sizes": (4,), "text": 'it\'s\n"x"'})
+    best.params.update(
+        {"C": float("inf"), "module__act": nn.Tanh, "module__sizes": (4,), "text": 'it\'s\n"x"'}
+    )
     code = snippet(study)
     session = {}
     exec(code.partition("study = ")[0], session)
@@ -182,13 +215,24 @@ def test_a_trial_that_was_cut_short_trains_again_by_its_study():
 def test_no_text_of_a_study_becomes_code():
     evil = 'x"]); import os; os.abort() #\nimport os'
     study = made_study(
-        3, model=evil, class_weight=evil, cv=evil, target=evil, device=evil, dtype=evil, scoring=f"os:{evil}",
+        3,
+        model=evil,
+        class_weight=evil,
+        cv=evil,
+        target=evil,
+        device=evil,
+        dtype=evil,
+        scoring=f"os:{evil}",
         source={"path": evil, "target": evil, "groups": evil},
-    )  # fmt: skip
+    )
     code = snippet(study)
     compile(code, "page", "exec")
     calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
-    assert {ast.unparse(call.func) for call in calls} == {"gputune.tune", "print", "study.best_model"}
+    assert {ast.unparse(call.func) for call in calls} == {
+        "gputune.tune",
+        "print",
+        "study.best_model",
+    }
     assert imports_of(code) == ["import gputune"]
 
 
@@ -196,7 +240,8 @@ def test_a_module_class_made_within_a_function(iris):
     class Inner(Net):
         pass
 
-    X, y = iris[0].copy(), iris[1]
+    X = iris[0].copy()
+    y = iris[1]
     X[:, 1] = 1.0
     study = gputune.tune(Inner, X, y, space={"lr": [0.01, 0.1]}, columns="drop-constant", **CHEAP)
     assert "columns='drop-constant'," in snippet(study)
@@ -205,10 +250,16 @@ def test_a_module_class_made_within_a_function(iris):
 
 
 def imports_of(code):
-    return [ast.unparse(node) for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    return [
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
 
 
-@pytest.mark.parametrize("place", ["os:x; import os", "os.system('x'):Net", "__main__:Net", "a.b:class", ":"])
+@pytest.mark.parametrize(
+    "place", ["os:x; import os", "os.system('x'):Net", "__main__:Net", "a.b:class", ":"]
+)
 def test_the_name_of_a_module_class_is_no_code(place):
     code = snippet(made_study(3, spec={"kind": "module", "import": place}))
     assert imports_of(code) == ["import gputune"]

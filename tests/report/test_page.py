@@ -26,7 +26,10 @@ class Elements(HTMLParser):
 
     def __init__(self, text):
         super().__init__(convert_charrefs=True)
-        self.tags, self.attributes, self.texts, self.open = [], [], {}, []
+        self.tags = []
+        self.attributes = []
+        self.texts = {}
+        self.open = []
         self.feed(text)
         self.close()
 
@@ -68,7 +71,8 @@ def html(study):
 
 
 def test_the_headline(study, html):
-    best, text = study.best_trial, Elements(html).text
+    best = study.best_trial
+    text = Elements(html).text
     assert f"{best.score:.4f} ± {best.std_error:.4f}" in text
     assert f"trial {best.number}, mean ± standard error over 5 folds" in text
     card = html.partition('<dl class="parameters">')[2].partition("</dl>")[0]
@@ -81,11 +85,19 @@ def test_the_headline(study, html):
 
 def test_the_held_out_score_is_that_of_the_studys_own_model(study):
     best = study.best_trial
-    info = {"params": best.params, "score": best.score, "held_out_score": 0.87654, "held_out_rows": 36}
+    info = {
+        "params": best.params,
+        "score": best.score,
+        "held_out_score": 0.87654,
+        "held_out_rows": 36,
+    }
     assert "0.8765" in Elements(page(study, model=info)).text
     assert "the model on 36 rows nothing was fitted on" in Elements(page(study, model=info)).text
     for change in ({"score": 0.5}, {"params": {"lr": 1.0}}, {"fingerprint": {"rows": 3}}):
-        with pytest.raises(InputError, match=r"report\(model=...\) must be the tuned model of this study, got one of"):
+        with pytest.raises(
+            InputError,
+            match=r"report\(model=...\) must be the tuned model of this study, got one of",
+        ):
             page(study, model=info | change)
 
 
@@ -102,14 +114,32 @@ def test_every_section_is_there_and_reached_from_the_top(html):
     ids = {value for _, name, value in parsed.attributes if name == "id"}
     links = [value for tag, name, value in parsed.attributes if tag == "a" and name == "href"]
     assert {link.removeprefix("#") for link in links} <= ids
-    assert {"curves", "slices", "parallel", "importance", "endings", "table", "again", "setting"} <= ids
+    assert {
+        "curves",
+        "slices",
+        "parallel",
+        "importance",
+        "endings",
+        "table",
+        "again",
+        "setting",
+    } <= ids
     assert "paths" not in ids
-    assert "paths" in {value for _, name, value in Elements(page(made_descent())).attributes if name == "id"}
+    assert "paths" in {
+        value for _, name, value in Elements(page(made_descent())).attributes if name == "id"
+    }
 
 
 def test_a_chart_of_each_kind_is_drawn(study, html):
-    labels = [value for tag, name, value in Elements(html).attributes if tag == "svg" and name == "aria-label"]
-    assert labels[0] == "Learning curves of the best 5 trials, mean and standard deviation over the folds"
+    labels = [
+        value
+        for tag, name, value in Elements(html).attributes
+        if tag == "svg" and name == "aria-label"
+    ]
+    assert (
+        labels[0]
+        == "Learning curves of the best 5 trials, mean and standard deviation over the folds"
+    )
     for name in study.best_params:
         assert f"Score against {name}" in labels
     assert "Parallel coordinates: one line a trial" in labels
@@ -121,29 +151,47 @@ def test_how_the_trials_ended(study, html):
     for state in ("complete", "pruned", "failed"):
         number = sum(trial.state == state for trial in study.trials)
         assert number and re.search(rf"\b{number} (complete|pruned|diverged)", text)
-    rungs = re.findall(r'<tr><td class="number">(3|9)</td><td class="number">(\d+)</td><td class="number">(\d+)', html)
+    rungs = re.findall(
+        r'<tr><td class="number">(3|9)</td><td class="number">(\d+)</td><td class="number">(\d+)',
+        html,
+    )
     left = {r: sum(t.detail.get("rung") == r for t in study.trials) for r in (3, 9)}
     on = {r: int((np.isfinite(study.curves).any(2).sum(1) > r).sum()) for r in (3, 9)}
     assert rungs == [(str(r), str(left[r]), str(on[r])) for r in (3, 9)]
     failed = next(trial for trial in study.trials if trial.state == "failed")
-    assert f'<td class="number">{failed.number}</td><td>diverged in epoch {failed.best_epoch + 1}</td>' in html
+    assert (
+        f'<td class="number">{failed.number}</td><td>diverged in epoch {failed.best_epoch + 1}</td>'
+        in html
+    )
 
 
 def test_the_table_has_every_trial_best_first(study, html):
     columns = {column["key"]: column for column in table_of(html)["columns"]}
-    ranking = sorted(study.ranking(), key=lambda trial: -trial.score if math.isfinite(trial.score) else math.inf)
+    ranking = sorted(
+        study.ranking(), key=lambda trial: -trial.score if math.isfinite(trial.score) else math.inf
+    )
     assert columns["number"]["values"] == [trial.number for trial in ranking]
-    assert columns["score"]["values"] == [round(t.score, 4) if math.isfinite(t.score) else None for t in ranking]
+    assert columns["score"]["values"] == [
+        round(t.score, 4) if math.isfinite(t.score) else None for t in ranking
+    ]
     states = columns["state"]
-    assert [states["levels"][place] for place in states["values"]] == [trial.state for trial in ranking]
+    assert [states["levels"][place] for place in states["values"]] == [
+        trial.state for trial in ranking
+    ]
     assert columns["params_width"]["values"] == [trial.params["width"] for trial in ranking]
-    np.testing.assert_allclose(columns["params_lr"]["values"], [t.params["lr"] for t in ranking], rtol=5e-4)
+    np.testing.assert_allclose(
+        columns["params_lr"]["values"], [t.params["lr"] for t in ranking], rtol=5e-4
+    )
 
 
 def test_importance_says_how_it_was_made(study, html):
-    found, text = importance(study), Elements(html).text
+    found = importance(study)
+    text = Elements(html).text
     assert found.names[0] == "lr"
-    assert f"of {found.trials} finished trials" in text and "random forests (scikit-learn, seed 0)" in text
+    assert (
+        f"of {found.trials} finished trials" in text
+        and "random forests (scikit-learn, seed 0)" in text
+    )
     assert f"Unshuffled, R² is {found.fit:.2f}." in text
     assert page(study) == html  # the same every time
 
@@ -152,7 +200,14 @@ def test_it_needs_no_network(html):
     parsed = Elements(html)
     assert not re.search(r"https?:|//[a-z]", html.replace("application/json", ""))
     for tag, name, value in parsed.attributes:
-        assert name not in ("src", "srcset", "style", "action", "data", "xlink:href") and not name.startswith("on")
+        assert name not in (
+            "src",
+            "srcset",
+            "style",
+            "action",
+            "data",
+            "xlink:href",
+        ) and not name.startswith("on")
         assert name != "href" or value.startswith("#"), (tag, value)
     loading = "link img iframe object embed base form image use foreignobject"
     assert not {*loading.split()} & {*parsed.tags}
@@ -176,14 +231,18 @@ def hostile_page(text):
 @pytest.mark.parametrize("text", HOSTILE)
 def test_no_text_adds_an_element(text):
     written = hostile_page(text)
-    hostile, plain = Elements(written), Elements(hostile_page("plain"))
+    hostile = Elements(written)
+    plain = Elements(hostile_page("plain"))
     assert hostile.tags == plain.tags
     assert [a[:2] for a in hostile.attributes] == [a[:2] for a in plain.attributes]
     assert not any(ord(char) < 32 and char not in "\n" for char in written)
 
 
 def test_no_text_ends_the_data():
-    assert as_json({"a": "</script><!--&\u2028"}) == '{"a":"\\u003c/script\\u003e\\u003c!--\\u0026\\u2028"}'
+    assert (
+        as_json({"a": "</script><!--&\u2028"})
+        == '{"a":"\\u003c/script\\u003e\\u003c!--\\u0026\\u2028"}'
+    )
     for text in HOSTILE[:6]:
         columns = {column["key"]: column for column in table_of(hostile_page(text))["columns"]}
         assert text in columns[f"params_module__{text}"]["levels"]
@@ -197,8 +256,14 @@ def test_no_text_ends_the_data():
         (lambda: made_study(30, waiting=20), "20 of 30 trials have not been trained yet"),
         (lambda: made_study(3, waiting=1), "1 of 3 trials has not been trained yet"),
         (lambda: made_study(1), "Not computed: importance needs 10 finished trials"),
-        (lambda: study_of([{"lr": 1.0 + c} for c in range(4)], [math.nan] * 4), "4 of 4 trials diverged"),
-        (lambda: Study(meta={}, trials=(), curves=np.zeros((0, 0, 0))), "The study holds no options."),
+        (
+            lambda: study_of([{"lr": 1.0 + c} for c in range(4)], [math.nan] * 4),
+            "4 of 4 trials diverged",
+        ),
+        (
+            lambda: Study(meta={}, trials=(), curves=np.zeros((0, 0, 0))),
+            "The study holds no options.",
+        ),
     ],
 )
 def test_an_empty_a_running_and_a_failed_study_is_a_page(made, words):
@@ -212,7 +277,9 @@ def test_ten_thousand_trials_are_small_and_say_what_is_thinned():
     assert len(html.encode()) < 2_000_000
     text = Elements(html).text
     assert re.search(r"250 of the \d+ other curves are drawn", text)
-    assert re.search(r"1500 of \d+ scored trials are drawn: the best 375, and the others evenly by rank", text)
+    assert re.search(
+        r"1500 of \d+ scored trials are drawn: the best 375, and the others evenly by rank", text
+    )
     assert re.search(r"400 of \d+ scored trials have a line", text)
     assert len(table_of(html)["columns"][0]["values"]) == 10_000
 
@@ -247,7 +314,8 @@ def test_one_bad_score_does_not_stretch_the_axes():
 
 
 def test_report_writes_a_file_and_refuses_bad_places(study, html, tmp_path):
-    out, kept = tmp_path / "report.html", tmp_path / "study.db"
+    out = tmp_path / "report.html"
+    kept = tmp_path / "study.db"
     out.write_text("an older page")
     study.report(out)
     assert out.read_text() == html
@@ -255,8 +323,16 @@ def test_report_writes_a_file_and_refuses_bad_places(study, html, tmp_path):
     for shown, place, message in (
         (study, tmp_path, "is a folder; give the name of a file, such as report.html"),
         (made_study(2, file=kept), kept, "is the file of the study itself; give another name"),
-        (study, tmp_path / "report.pdf", r"report\('.*report.pdf'\) must end in .html, since a page of HTML is"),
-        (study, "none/r.html", r"report\('none/r.html'\): the folder 'none' does not exist; make it"),
+        (
+            study,
+            tmp_path / "report.pdf",
+            r"report\('.*report.pdf'\) must end in .html, since a page of HTML is",
+        ),
+        (
+            study,
+            "none/r.html",
+            r"report\('none/r.html'\): the folder 'none' does not exist; make it",
+        ),
     ):
         with pytest.raises(InputError, match=message):
             shown.report(place)
@@ -280,12 +356,15 @@ def test_the_page_of_a_samplers_study():
 
 
 def test_batches_are_sorted_by_their_number():
-    (origins,) = [column for column in table_columns(made_batches(90))[0] if column["key"] == "origin"]
+    (origins,) = [
+        column for column in table_columns(made_batches(90))[0] if column["key"] == "origin"
+    ]
     assert origins["levels"] == [*(f"Optuna, batch {n}" for n in range(1, 13)), "default"]
 
 
 def test_under_halving_the_page_says_which_trials_can_win():
-    """A pruned trial scores higher than the best one: the list is in order, and the page says why it did not win."""
+    """A pruned trial scores higher than the best one: the list is in order, and the page says why
+    it did not win."""
     made = study_of([{"lr": 0.1 * (n + 1)} for n in range(4)], [0.7, 0.9, 0.8, math.nan])
     trials = [replace(t, state="pruned") if t.number == 1 else t for t in made.trials]
     study = replace(made, trials=tuple(trials))
@@ -297,10 +376,15 @@ def test_under_halving_the_page_says_which_trials_can_win():
     words = [None if place is None else eligible["levels"][place] for place in eligible["values"]]
     assert words == ["no", "best", "yes", None]
     text = Elements(html).text
-    assert "1 trial was pruned and cannot be the best trial, even with a higher score: that score is from" in text
+    assert (
+        "1 trial was pruned and cannot be the best trial, even with a higher score: that score "
+        "is from" in text
+    )
     assert "the best score so far, without pruned trials" in text
     assert score_view(study).best_so_far.tolist() == [0.7, 0.7, 0.8, 0.8]
-    lines = re.findall(r'data-rank="(\d+)"', html.partition('class="lines"')[2].partition("</g>")[0])
+    lines = re.findall(
+        r'data-rank="(\d+)"', html.partition('class="lines"')[2].partition("</g>")[0]
+    )
     assert sorted(lines) == ["0", "1", "2"]
     plain = page(made)
     assert "eligible" not in plain and "without pruned trials" not in plain
@@ -311,9 +395,19 @@ def test_under_halving_the_page_says_which_trials_can_win():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.001, "0.001"), (1.5e-5, "1.5e-5"), (1.234e-7, "1.234e-7"), (0.0, "0"), (64, "64"), (1234567, "1234567"),
-     (0.12, "0.12"), (12350.0, "12350"), (-2.5e-6, "-2.5e-6"), (1.235e8, "123500000")],
-)  # fmt: skip
+    [
+        (0.001, "0.001"),
+        (1.5e-5, "1.5e-5"),
+        (1.234e-7, "1.234e-7"),
+        (0.0, "0"),
+        (64, "64"),
+        (1234567, "1234567"),
+        (0.12, "0.12"),
+        (12350.0, "12350"),
+        (-2.5e-6, "-2.5e-6"),
+        (1.235e8, "123500000"),
+    ],
+)
 def test_numbers_of_the_table_are_short(value, text):
     assert plain_number(value) == text
 
@@ -342,7 +436,10 @@ def test_thinning_keeps_the_first_and_the_last_and_is_the_same_every_time():
 
 def test_paths_and_long_names():
     assert line_path([0, 1, 2, 3], [0, 1, math.nan, 2]) == "M0.0 0.0L1.0 1.0M3.0 2.0"
-    assert dots_path(np.array([1.0, math.nan, 2.0]), np.array([1.0, 1.0, 3.0])) == "M1.0 1.0h0M2.0 3.0h0"
+    assert (
+        dots_path(np.array([1.0, math.nan, 2.0]), np.array([1.0, 1.0, 3.0]))
+        == "M1.0 1.0h0M2.0 3.0h0"
+    )
     x = np.array([0.0, 1.0, 2.0])
     band = band_path(x, np.array([0, 1, math.nan]), np.array([2, 3, math.nan]))
     assert band == "M0.0 2.0L1.0 3.0L1.0 1.0L0.0 0.0Z"
@@ -352,19 +449,25 @@ def test_paths_and_long_names():
 
 def test_elements_are_escaped():
     made = element("text", '<b>&"', class_='"><svg onload=x>', x=1.25, data_rank=3, none=None)
-    assert str(made) == ('<text class="&#34;&gt;&lt;svg onload=x&gt;" x="1.2" data-rank="3">&lt;b&gt;&amp;&#34;</text>')
+    assert str(made) == (
+        '<text class="&#34;&gt;&lt;svg onload=x&gt;" x="1.2" '
+        'data-rank="3">&lt;b&gt;&amp;&#34;</text>'
+    )
 
 
 @pytest.mark.parametrize("words", ["relu", "a_very_long_schedule"])
 def test_ticks_have_room_in_their_drawing(words):
-    """By the width of a letter, 6 of 12 pixels: no tick begins left of the drawing, or reaches the name of an axis."""
+    """By the width of a letter, 6 of 12 pixels: no tick begins left of the drawing, or reaches the
+    name of an axis."""
     x = Scale(-0.5, 6.5, tuple((place, words) for place in range(7)))
     frame = Frame(440.0, 300.0, x, linear_scale(-20_000, 20_000), letters=14).with_room()
     axes = str(frame.axes("name", "name"))
     for left, top, angle, text in re.findall(
-        r'class="tick (?:end|mid)" x="([-\d.]+)" y="([-\d.]+)"(?: transform="rotate\((-\d+)[^"]*")?>([^<]*)<', axes
+        r'class="tick (?:end|mid)" x="([-\d.]+)" y="([-\d.]+)"(?: transform="rotate\((-\d+)[^"]*")?>([^<]*)<',
+        axes,
     ):
-        turn, length = math.radians(-float(angle or 0)), 6.0 * len(text)
+        turn = math.radians(-float(angle or 0))
+        length = 6.0 * len(text)
         assert float(left) - length * math.cos(turn) > (0 if angle else 20)
         assert float(top) + length * math.sin(turn) < frame.height - 18
     assert ("rotate(-40" in axes) == (len(words) > 10) == (frame.height > 300)

@@ -1,4 +1,5 @@
-"""The page in a real browser: no error, brushes and sorting by mouse and keyboard, quick with ten thousand trials."""
+"""The page in a real browser: no error, brushes and sorting by mouse and keyboard, quick with ten
+thousand trials."""
 
 import json
 import math
@@ -9,14 +10,15 @@ import pytest
 from gputune.views.scores import order_by_score
 from made_studies import HOSTILE, hostile_study, made_descent, made_study, study_of
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+CHROMIUM = shutil.which("chromium")
+DRIVER = shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
     not (CHROMIUM and DRIVER), reason="there is no chromium with its chromedriver on this machine"
 )
 
 FLAGS = (
-    "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update "
-    "disable-sync window-size=1200,1000"
+    "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
+    "disable-component-update disable-sync window-size=1200,1000"
 ).split()
 
 
@@ -41,7 +43,9 @@ def opened(browser, tmp_path):
         study.report(tmp_path / "report.html")
         browser.get((tmp_path / "report.html").as_uri())
         # painted, not only parsed
-        browser.execute_async_script("const done = arguments[0]; requestAnimationFrame(() => setTimeout(done))")
+        browser.execute_async_script(
+            "const done = arguments[0]; requestAnimationFrame(() => setTimeout(done))"
+        )
         assert browser.get_log("browser") == []
 
     return open_page
@@ -59,7 +63,9 @@ def by_score(study):
 
 def cells(browser, column):
     rows = "[...document.querySelectorAll('.trials tbody tr')]"
-    return browser.execute_script(f"return {rows}.map((row) => row.cells[arguments[0]].textContent)", column)
+    return browser.execute_script(
+        f"return {rows}.map((row) => row.cells[arguments[0]].textContent)", column
+    )
 
 
 def headings(browser):
@@ -81,7 +87,9 @@ def actions(browser):
 def drag(browser, axis, low, high):
     """Drag over an axis from one share of its length to another."""
     reach = browser.find_elements("css selector", ".parallel .reach")[axis]
-    browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", reach)
+    browser.execute_script(
+        "arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", reach
+    )
     length = reach.rect["height"]
     start, end = (round((0.5 - share) * length) for share in (low, high))
     chain = actions(browser).move_to_element_with_offset(reach, 0, start).click_and_hold()
@@ -89,7 +97,9 @@ def drag(browser, axis, low, high):
 
 
 def axis_of(browser, name):
-    names = browser.execute_script("return [...document.querySelectorAll('.parallel .axis')].map((a) => a.ariaLabel)")
+    names = browser.execute_script(
+        "return [...document.querySelectorAll('.parallel .axis')].map((a) => a.ariaLabel)"
+    )
     return names.index(f"Brush on {name}")
 
 
@@ -99,7 +109,9 @@ def test_sorting_by_a_click(browser, opened, study):
     assert cells(browser, 0) == [str(trial.number) for trial in ranking[:25]]
     place = headings(browser).index("width")
     button = browser.find_elements("css selector", ".trials thead button")[place]
-    browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", button)
+    browser.execute_script(
+        "arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", button
+    )
     button.click()
     widths = sorted(trial.params["width"] for trial in study.trials)
     assert cells(browser, place) == list(map(str, widths[:25]))
@@ -109,7 +121,8 @@ def test_sorting_by_a_click(browser, opened, study):
     score = headings(browser).index("accuracy")
     browser.find_elements("css selector", ".trials thead button")[score].click()
     best_first = sorted((t.score for t in study.trials if math.isfinite(t.score)), reverse=True)
-    assert cells(browser, score) == [f"{value:.4f}" for value in best_first[:25]]  # a first click shows the best
+    # a first click shows the best
+    assert cells(browser, score) == [f"{value:.4f}" for value in best_first[:25]]
     assert len(browser.find_elements("css selector", ".trials th[aria-sort]")) == 1
 
 
@@ -133,7 +146,9 @@ def test_trials_without_a_score_are_last_in_either_order(browser, opened, study)
     opened(study)
     place = headings(browser).index("accuracy")
     for _ in range(2):
-        browser.execute_script("document.querySelectorAll('.trials thead button')[arguments[0]].click()", place)
+        browser.execute_script(
+            "document.querySelectorAll('.trials thead button')[arguments[0]].click()", place
+        )
         assert "–" not in cells(browser, place)
     for _ in range(3):
         browser.execute_script("document.getElementById('after').click()")
@@ -144,7 +159,8 @@ def test_brushing_with_the_mouse_keeps_the_trials_that_pass(browser, opened, stu
     opened(study)
     place = axis_of(browser, "lr")
     logs = [math.log(trial.params["lr"]) for trial in study.trials]
-    low, high = min(logs), max(logs)
+    low = min(logs)
+    high = max(logs)
     drag(browser, place, 0.3, 0.7)
     brush = browser.find_elements("css selector", ".parallel .brush")[place]
     reach = browser.find_elements("css selector", ".parallel .reach")[place]
@@ -160,7 +176,8 @@ def test_brushing_with_the_mouse_keeps_the_trials_that_pass(browser, opened, stu
     assert 5 < len(inside) < 75
     assert kept(browser) == f"{len(inside)} of 80 trials are kept."
     lit = browser.execute_script(
-        "return [...document.querySelectorAll('.parallel .lines path:not(.off)')].map((p) => Number(p.dataset.rank))"
+        "return [...document.querySelectorAll('.parallel .lines path:not(.off)')].map((p) => "
+        "Number(p.dataset.rank))"
     )
     assert set(lit) == {rank for rank in inside if math.isfinite(by_score(study)[rank].score)}
     numbers = [str(by_score(study)[rank].number) for rank in sorted(inside)]
@@ -207,9 +224,10 @@ def test_every_control_is_reached_with_the_tab_key(browser, opened, study):
     from selenium.webdriver.common.keys import Keys
 
     opened(study)
-    reached, script = (
-        [],
-        "const e = document.activeElement; return e.className.baseVal || e.className || e.id || e.tagName",
+    reached = []
+    script = (
+        "const e = document.activeElement; return e.className.baseVal || e.className || e.id || "
+        "e.tagName"
     )
     while len(reached) < 100 and reached[-1:] != ["copy"]:
         actions(browser).send_keys(Keys.TAB).perform()
@@ -221,7 +239,9 @@ def test_every_control_is_reached_with_the_tab_key(browser, opened, study):
 def test_pointing_at_a_row_shows_its_line(browser, opened, study):
     opened(study)
     row = browser.find_elements("css selector", ".trials tbody tr")[2]
-    browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", row)
+    browser.execute_script(
+        "arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", row
+    )
     actions(browser).move_to_element(row).perform()
     shown = browser.execute_script(
         "return [...document.querySelectorAll('.parallel .shown')].map((path) => path.dataset.rank)"
@@ -236,14 +256,21 @@ def test_hostile_text_adds_nothing_and_runs_nothing(browser, opened, text):
     plain = browser.execute_script(script)
     opened(hostile_study(text))
     assert browser.execute_script(script) == plain
-    assert browser.execute_script("return document.querySelector('h1').textContent") == f"Study of {text}"
+    assert (
+        browser.execute_script("return document.querySelector('h1').textContent")
+        == f"Study of {text}"
+    )
 
 
 def test_the_page_asks_the_network_for_nothing(browser, opened, study):
     browser.get_log("performance")
     opened(study)
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    sent = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    sent = [
+        m["params"]["request"]["url"]
+        for m in messages
+        if m["method"] == "Network.requestWillBeSent"
+    ]
     assert [url for url in sent if not url.startswith(("file:", "data:"))] == []
     assert len([url for url in sent if url.startswith("file:")]) == 1
 
@@ -251,10 +278,13 @@ def test_the_page_asks_the_network_for_nothing(browser, opened, study):
 def test_the_policy_stops_what_is_not_the_pages_own(browser, opened, study):
     opened(study)
     browser.execute_script(
-        "const s = document.createElement('script'); s.textContent = 'window.stranger = 1'; document.body.append(s)"
+        "const s = document.createElement('script'); s.textContent = 'window.stranger = 1'; "
+        "document.body.append(s)"
     )
     assert browser.execute_script("return window.stranger") is None
-    assert any("Content Security Policy" in entry["message"] for entry in browser.get_log("browser"))
+    assert any(
+        "Content Security Policy" in entry["message"] for entry in browser.get_log("browser")
+    )
 
 
 def test_dark_and_print_have_their_colours(browser, opened, study):
@@ -266,7 +296,10 @@ def test_dark_and_print_have_their_colours(browser, opened, study):
     assert browser.execute_script(back) != light
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print", **dark})
     assert browser.execute_script(back) == "rgb(255, 255, 255)"
-    assert browser.execute_script("return getComputedStyle(document.querySelector('nav')).display") == "none"
+    assert (
+        browser.execute_script("return getComputedStyle(document.querySelector('nav')).display")
+        == "none"
+    )
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": []})
 
 
@@ -350,4 +383,6 @@ def test_the_script_writes_numbers_as_the_first_rows_have_them(browser, opened):
     values = [1.2345e-5, 0.000123456, 0.25, 123456.7, 1.5e-7]
     opened(study_of([{"lr": value, "width": 64} for value in values]))
     place = headings(browser).index("lr")
-    assert sorted(cells(browser, place)) == sorted(["1.234e-5", "0.0001235", "0.25", "123500", "1.5e-7"])
+    assert sorted(cells(browser, place)) == sorted(
+        ["1.234e-5", "0.0001235", "0.25", "123500", "1.5e-7"]
+    )

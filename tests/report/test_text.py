@@ -80,10 +80,14 @@ def test_a_negated_score_is_shown_as_what_it_measures():
 
 
 def test_table_aligns_numbers_right_and_words_left():
-    lines = table(["n", "state"], [["1", "complete"], ["10", "failed"]], left=["state"], indent="  ")
+    lines = table(
+        ["n", "state"], [["1", "complete"], ["10", "failed"]], left=["state"], indent="  "
+    )
     assert lines == "   n  state\n   1  complete\n  10  failed"
 
 
 def test_paragraph_hangs_and_keeps_words_whole():
     text = paragraph("weight_decay=0.001 " * 4, 40, first="A  ", then="   ")
-    assert text == "A  weight_decay=0.001 weight_decay=0.001\n   weight_decay=0.001 weight_decay=0.001"
+    assert (
+        text == "A  weight_decay=0.001 weight_decay=0.001\n   weight_decay=0.001 weight_decay=0.001"
+    )

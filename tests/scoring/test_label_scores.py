@@ -1,4 +1,5 @@
-"""Scores of labels for many models at once equal scikit-learn's, also of ties, absent classes and empty shares."""
+"""Scores of labels for many models at once equal scikit-learn's, also of ties, absent classes and
+empty shares."""
 
 import numpy as np
 import pytest
@@ -9,16 +10,20 @@ from gputune.scoring.estimators import fitted
 from gputune.scoring.label_scores import LABEL_SCORES
 from gputune.scoring.metrics import make_scoring
 
-pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.UndefinedMetricWarning", "ignore::UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::sklearn.exceptions.UndefinedMetricWarning", "ignore::UserWarning"
+)
 OF_ONE_CLASS = ("f1", "precision", "recall", "jaccard", "average_precision")
 CASES = [(task, name, None) for task, names in LABEL_SCORES.items() for name in names]
 CASES += [("binary", name, 0) for name in OF_ONE_CLASS]
 
 
 def examples(task, seed):
-    """Outputs (4, m, K) and targets, among them ties, classes that nobody has or predicts, and constant outputs."""
+    """Outputs (4, m, K) and targets, among them ties, classes that nobody has or predicts, and
+    constant outputs."""
     rng = np.random.default_rng(seed)
-    m, K = int(rng.integers(2, 40)), 2 if task == "binary" else int(rng.integers(3, 7))
+    m = int(rng.integers(2, 40))
+    K = 2 if task == "binary" else int(rng.integers(3, 7))
     outputs = rng.normal(size=(4, m, K))
     outputs[1] = np.round(outputs[1])  # ties
     outputs[2] = outputs[2, :1]  # one answer for all rows
@@ -27,7 +32,9 @@ def examples(task, seed):
         y = (rng.random((m, K)) < rng.random(K)).astype(float)
         y[:, 0] = 0.0  # which no row has
         return torch.from_numpy(outputs), torch.from_numpy(y)
-    return torch.from_numpy(outputs), torch.from_numpy(rng.integers(0, int(rng.integers(1, K + 1)), m))
+    return torch.from_numpy(outputs), torch.from_numpy(
+        rng.integers(0, int(rng.integers(1, K + 1)), m)
+    )
 
 
 @pytest.mark.parametrize(("task", "name", "positive"), CASES)

@@ -24,18 +24,28 @@ def search(*, model="mlp", scoring=METRICS, y=Y, **options):
 
 
 WAYS = {
-    "compiled": {}, "eager": {"backend": "eager"}, "graph": {"backend": "graph"},
+    "compiled": {},
+    "eager": {"backend": "eager"},
+    "graph": {"backend": "graph"},
     "halving": {"method": gputune.Halving(min_epochs=1), "n_trials": 6},
-    "hypergradient": {"method": gputune.Hypergradient(outer_steps=1), "n_trials": 1, "space": {"lr": [1e-2]}},
-    "solved": {"model": "logistic", "space": {"C": [0.1, 1.0]}, "n_trials": 2}, "module": {"model": Linear},
+    "hypergradient": {
+        "method": gputune.Hypergradient(outer_steps=1),
+        "n_trials": 1,
+        "space": {"lr": [1e-2]},
+    },
+    "solved": {"model": "logistic", "space": {"C": [0.1, 1.0]}, "n_trials": 2},
+    "module": {"model": Linear},
     "loop": {"model": Linear, "backend": "loop", "n_trials": 2},
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize("way", [*WAYS, pytest.param("workers", marks=[pytest.mark.cpu, pytest.mark.long])])
+@pytest.mark.parametrize(
+    "way", [*WAYS, pytest.param("workers", marks=[pytest.mark.cpu, pytest.mark.long])]
+)
 @pytest.mark.usefixtures("recorded_on_cpu")
 def test_each_metric_is_that_of_scikit_learn_and_the_first_ranks_as_alone(way):
-    """A scorer of scikit-learn's sees each member's own predictions, epoch by epoch and fold by fold."""
+    """A scorer of scikit-learn's sees each member's own predictions, epoch by epoch and fold by
+    fold."""
     options = WAYS.get(way, {"workers": 2, "memory": "1KB"})
     scorers = {f"{name} of scikit-learn": get_scorer(name) for name in METRICS}
     study = search(scoring={**dict(zip(METRICS, METRICS)), **scorers}, **options)
@@ -91,7 +101,8 @@ class EndAfter(Callback):
 @pytest.mark.parametrize("method", ["random", gputune.Halving(min_epochs=1)])
 def test_a_search_that_was_stopped_goes_on_with_all_metrics(tmp_path, method):
     options = {"method": method, "n_trials": 4, "memory": "1KB", "checkpoint_seconds": 1e-9}
-    whole, file = search(**options), tmp_path / "study.db"
+    whole = search(**options)
+    file = tmp_path / "study.db"
     search(**options, study=file, callbacks=[EndAfter(2)])
     begun = gputune.Study.open(file)
     assert any(trial.state in ("waiting", "stopped") for trial in begun.trials)
@@ -106,13 +117,18 @@ def test_a_search_that_was_stopped_goes_on_with_all_metrics(tmp_path, method):
 def test_other_metrics_are_another_search(tmp_path, other):
     file = tmp_path / "study.db"
     search(study=file, n_trials=1)
-    there, here = ", ".join(METRICS), "one" if isinstance(other, str) else ", ".join(other)
-    with refused(rf"differs .* in: scoring( \({there} there, {here} here\))?(, positive .*)?\. Give"):
+    there = ", ".join(METRICS)
+    here = "one" if isinstance(other, str) else ", ".join(other)
+    with refused(
+        rf"differs .* in: scoring( \({there} there, {here} here\))?(, positive .*)?\. Give"
+    ):
         search(scoring=other, study=file, n_trials=1)
 
 
 def test_the_positive_class_goes_to_the_metrics_that_are_of_one():
-    study = search(scoring=["accuracy", "f1", "average_precision"], y=WORDS, positive="ill", n_trials=1)
+    study = search(
+        scoring=["accuracy", "f1", "average_precision"], y=WORDS, positive="ill", n_trials=1
+    )
     alone = search(scoring="f1", y=WORDS, positive="ill", n_trials=1)
     np.testing.assert_array_equal(study.curves_of("f1"), alone.curves)
     assert (study.record.positive, study.record.ranked_class) == ("ill", None)
@@ -121,7 +137,9 @@ def test_the_positive_class_goes_to_the_metrics_that_are_of_one():
 
 def test_a_study_of_several_metrics_trains_its_best_again(tmp_path):
     """Also where another metric than the first is of a class."""
-    study = search(scoring=["roc_auc", "f1"], y=WORDS, positive="ill", n_trials=2, study=tmp_path / "study.db")
+    study = search(
+        scoring=["roc_auc", "f1"], y=WORDS, positive="ill", n_trials=2, study=tmp_path / "study.db"
+    )
     opened = gputune.Study.open(tmp_path / "study.db")
     model = study.best_model()
     assert (opened.best_model(X, WORDS).predict(X) == model.predict(X)).all()
@@ -134,17 +152,35 @@ def test_a_study_of_several_metrics_trains_its_best_again(tmp_path):
     assert "f1 of class" in (tmp_path / "page.html").read_text()
 
 
-@pytest.mark.parametrize(("scoring", "words"), [
-    ([], r"scoring needs at least one score, got \[\]; name one, or leave it out"),
-    ({}, r"scoring needs at least one score, got \{\}; name one"),
-    (["accuracy", "acuracy"], "scorer names or a callable, got 'acuracy'. Did you mean 'accuracy'?"),
-    (["f1_macro", "accuracy", "f1_macro"], "scoring names 'f1_macro' twice; leave one out, or give a dict"),
-    (["accuracy", 3], r"scoring holds scikit-learn scorer names and callables, .*, got 3 in it; replace it"),
-    ({"a": "accuracy", 2: "f1_macro"}, "scoring, a dict, has texts as keys, got 2; name each score"),
-    (["accuracy", "r2"], "scoring='r2' does not fit a binary task; choose for example accuracy"),
-    ({"accuracy", "f1"}, r"or \(outputs, y\), or a list or dict of them, got \{"),
-    (["accuracy", lambda outputs, y: 0.0], "scoring='.*<lambda>' has no name by which study="),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("scoring", "words"),
+    [
+        ([], r"scoring needs at least one score, got \[\]; name one, or leave it out"),
+        ({}, r"scoring needs at least one score, got \{\}; name one"),
+        (
+            ["accuracy", "acuracy"],
+            "scorer names or a callable, got 'acuracy'. Did you mean 'accuracy'?",
+        ),
+        (
+            ["f1_macro", "accuracy", "f1_macro"],
+            "scoring names 'f1_macro' twice; leave one out, or give a dict",
+        ),
+        (
+            ["accuracy", 3],
+            r"scoring holds scikit-learn scorer names and callables, .*, got 3 in it; replace it",
+        ),
+        (
+            {"a": "accuracy", 2: "f1_macro"},
+            "scoring, a dict, has texts as keys, got 2; name each score",
+        ),
+        (
+            ["accuracy", "r2"],
+            "scoring='r2' does not fit a binary task; choose for example accuracy",
+        ),
+        ({"accuracy", "f1"}, r"or \(outputs, y\), or a list or dict of them, got \{"),
+        (["accuracy", lambda outputs, y: 0.0], "scoring='.*<lambda>' has no name by which study="),
+    ],
+)
 def test_what_is_no_list_of_metrics_is_refused(tmp_path, scoring, words):
     with refused(words):
         search(scoring=scoring, study=tmp_path / "study.db")
@@ -153,11 +189,18 @@ def test_what_is_no_list_of_metrics_is_refused(tmp_path, scoring, words):
 ONE_CLASS = [(np.arange(60), np.flatnonzero(Y == 1)[-5:])]
 
 
-@pytest.mark.parametrize(("scoring", "options", "words"), [
-    (["accuracy", "f1"], {"y": WORDS}, "say which"),
-    (["accuracy"], {"y": WORDS, "positive": "ill"}, "no positive"),
-    (["accuracy", "roc_auc"], {"cv": ONE_CLASS}, "scoring='roc_auc' needs every class among the validation rows"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("scoring", "options", "words"),
+    [
+        (["accuracy", "f1"], {"y": WORDS}, "say which"),
+        (["accuracy"], {"y": WORDS, "positive": "ill"}, "no positive"),
+        (
+            ["accuracy", "roc_auc"],
+            {"cv": ONE_CLASS},
+            "scoring='roc_auc' needs every class among the validation rows",
+        ),
+    ],
+)
 def test_a_metric_without_its_class_is_refused(scoring, options, words):
     with refused(words):
         search(scoring=scoring, **options)

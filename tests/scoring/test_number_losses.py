@@ -1,4 +1,5 @@
-"""Losses of numbers by name: built-in models train on them in every backend as a plain loop does."""
+"""Losses of numbers by name: built-in models train on them in every backend as a plain loop
+does."""
 
 import numpy as np
 import pytest
@@ -19,7 +20,9 @@ from problems import fill, largest_difference, make_data, shape_of
 PLAIN = {
     ("mae", 0.0): lambda output, y: (output - y).abs(),
     ("huber", 0.3): lambda output, y: functional.huber_loss(output, y, reduction="none", delta=0.3),
-    ("quantile", 0.9): lambda output, y: torch.where(y > output, 0.9 * (y - output), 0.1 * (output - y)),
+    ("quantile", 0.9): lambda output, y: torch.where(
+        y > output, 0.9 * (y - output), 0.1 * (output - y)
+    ),
 }
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(120, 3))
@@ -31,7 +34,11 @@ HOW = {"n_trials": 2, "max_epochs": 3, "cv": 2, "verbose": 0}
 @pytest.mark.parametrize(("loss", "number"), PLAIN)
 def test_members_equal_a_plain_loop(loss, number, backend, monkeypatch):
     data = make_data(n=60, task="regression", weights=True)
-    configs = fill({"width": 9, "batch_size": 16}, {"width": 5, "batch_size": 16, "lr": 1e-2}, optimizer="adamw")
+    configs = fill(
+        {"width": 9, "batch_size": 16},
+        {"width": 5, "batch_size": 16, "lr": 1e-2},
+        optimizer="adamw",
+    )
     network = StackedMLP("mlp", configs, shape_of(data), seed=0, loss=loss, loss_number=number)
     trained = problems.train(network, data, configs, seed=0, epochs=3, horizon=3, backend=backend)
 
@@ -50,21 +57,26 @@ def test_members_equal_a_plain_loop(loss, number, backend, monkeypatch):
 def test_the_slope_is_that_of_autograd_also_where_the_output_is_the_target(loss, number):
     outputs = torch.tensor([[-1.0], [0.0], [0.5]], dtype=torch.float64, requires_grad=True)
     y = torch.tensor([0.3, 0.0, 0.4], dtype=torch.float64)
-    arguments = {name: torch.tensor([[number]], dtype=torch.float64) for name in LOSSES[loss].arguments}
+    arguments = {
+        name: torch.tensor([[number]], dtype=torch.float64) for name in LOSSES[loss].arguments
+    }
     LOSSES[loss].rows(outputs[None], y[None], **arguments).sum().backward()
     slope = number_slope_(outputs.detach().clone(), y[:, None], 1.0, loss=loss, number=number)
     torch.testing.assert_close(slope, outputs.grad, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(("loss", "name", "scoring"), [
-    ("mse", "", "r2"),
-    ("squared_error", "", "r2"),
-    ("mae", "mae", "neg_mean_absolute_error"),
-    ("absolute_error", "mae", "neg_mean_absolute_error"),
-    ("huber", "huber", "neg_mean_absolute_error"),
-    ("huber:0.5", "huber:0.5", "neg_mean_absolute_error"),
-    ("quantile:0.9", "quantile:0.9", "neg_mean_pinball_loss"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("loss", "name", "scoring"),
+    [
+        ("mse", "", "r2"),
+        ("squared_error", "", "r2"),
+        ("mae", "mae", "neg_mean_absolute_error"),
+        ("absolute_error", "mae", "neg_mean_absolute_error"),
+        ("huber", "huber", "neg_mean_absolute_error"),
+        ("huber:0.5", "huber:0.5", "neg_mean_absolute_error"),
+        ("quantile:0.9", "quantile:0.9", "neg_mean_pinball_loss"),
+    ],
+)
 def test_the_default_score_follows_the_loss(loss, name, scoring):
     study = gputune.tune("mlp", X, Y, loss=loss, **HOW)
     assert (study.record.objective, study.record.scoring) == (name, scoring)
@@ -88,11 +100,16 @@ def test_the_pinball_score_is_scikit_learns():
     cv = [(np.arange(60), np.arange(60, 120))]
     study = gputune.tune("mlp", X, Y, loss="quantile:0.9", **{**HOW, "cv": cv, "n_trials": 1})
     predicted = study.oof_predictions()[60:]
-    assert study.best_score == pytest.approx(-mean_pinball_loss(Y[60:], predicted, alpha=0.9), rel=1e-5)
+    assert study.best_score == pytest.approx(
+        -mean_pinball_loss(Y[60:], predicted, alpha=0.9), rel=1e-5
+    )
     level = np.quantile(Y[:60], 0.9, method="averaged_inverted_cdf")
     expected = -mean_pinball_loss(Y[60:], np.full(60, level), alpha=0.9)
     baseline = study.record.baseline
-    assert baseline == {"answer": "the 0.9 quantile of the training rows", "score": pytest.approx(expected)}
+    assert baseline == {
+        "answer": "the 0.9 quantile of the training rows",
+        "score": pytest.approx(expected),
+    }
 
 
 def test_quantiles_lie_where_they_should():
@@ -104,12 +121,22 @@ def test_quantiles_lie_where_they_should():
 
 
 def test_a_descent_differentiates_them():
-    study = gputune.tune("mlp", X, Y, loss="mae", method=gputune.Hypergradient(outer_steps=2), **{**HOW, "n_trials": 1})
+    study = gputune.tune(
+        "mlp",
+        X,
+        Y,
+        loss="mae",
+        method=gputune.Hypergradient(outer_steps=2),
+        **{**HOW, "n_trials": 1},
+    )
     assert np.isfinite(study.best_score) and len(study.trials) > 1
 
 
 def test_words_that_name_no_loss_are_refused():
-    assert parse_loss("quantile:0.9") == ("quantile", {"q": 0.9}) and parse_loss("l1") == ("mae", {})
+    assert parse_loss("quantile:0.9") == ("quantile", {"q": 0.9}) and parse_loss("l1") == (
+        "mae",
+        {},
+    )
     for loss, message in {
         "quantile:1.5": r"q of 'quantile' must be a number in \(0, 1\), got '1.5'",
         "huber:x": "delta of 'huber' must be a number",
@@ -121,15 +148,33 @@ def test_words_that_name_no_loss_are_refused():
             gputune.tune("mlp", X, Y, loss=loss, **HOW)
     with pytest.raises(InputError, match="loss='mae' does not fit a binary target"):
         gputune.tune("mlp", X, Y > 0, loss="mae", **HOW)
-    with pytest.raises(InputError, match="loss='bce' does not fit model='mlp': choose 'cross_entropy'"):
+    with pytest.raises(
+        InputError, match="loss='bce' does not fit model='mlp': choose 'cross_entropy'"
+    ):
         gputune.tune("mlp", X, Y > 0, loss="bce", **HOW)
 
 
 def test_the_command_line_takes_them_and_scores_held_out_rows(tmp_path):
     table = write_table(tmp_path / "t.csv", 60, price=RNG.exponential(2.0, 60).round(4).tolist())
-    call = ["tune", table, "--target", "price", "--trials", 2, "--epochs", 2, "--cv", 2, "--workers", 1]
+    call = [
+        "tune",
+        table,
+        "--target",
+        "price",
+        "--trials",
+        2,
+        "--epochs",
+        2,
+        "--cv",
+        2,
+        "--workers",
+        1,
+    ]
     text = " ".join(output(*call, "--loss", "quantile:0.8", "--out", tmp_path / "o").split())
-    assert "Held-out mean_pinball_loss" in text and "the 0.8 quantile of the training rows scores" in text
+    assert (
+        "Held-out mean_pinball_loss" in text
+        and "the 0.8 quantile of the training rows scores" in text
+    )
     assert "mean_pinball_loss" in output("evaluate", tmp_path / "o" / "model", table)
     output("resume", tmp_path / "o", "--trials", 3)
     assert "takes no number" in refusal(*call, "--loss", "mae:3", "--out", tmp_path / "p")

@@ -34,26 +34,37 @@ def logits_and_labels(k, *, ties=False, rows=40):
 def assert_those_of_scikit_learn(task, outputs, y, classes=None):
     nothing = np.zeros((len(y), 1))
     for name, score in scores.OF_TASK[task].items():
-        expected = [get_scorer(name)(fitted(one, classes, nothing, nothing), nothing, y.numpy()) for one in outputs]
+        expected = [
+            get_scorer(name)(fitted(one, classes, nothing, nothing), nothing, y.numpy())
+            for one in outputs
+        ]
         if name == "neg_log_loss":  # the scorer of two classes rounds 1 - p
             expected = [-metrics.log_loss(y, one.softmax(-1)) for one in outputs]
-        np.testing.assert_allclose(score(outputs, y), expected, rtol=1e-12, atol=1e-12, err_msg=name)
+        np.testing.assert_allclose(
+            score(outputs, y), expected, rtol=1e-12, atol=1e-12, err_msg=name
+        )
 
 
 @pytest.mark.parametrize("k", [2, 4])
 @pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("size", [1, 300])  # 300 saturates the softmax, which then ties rows of unlike margins
+# 300 saturates the softmax, which then ties rows of unlike margins
+@pytest.mark.parametrize("size", [1, 300])
 def test_classification_scores_equal_scikit_learn(k, ties, size):
     logits, y = logits_and_labels(k, ties=ties)
-    assert_those_of_scikit_learn("binary" if k == 2 else "multiclass", logits * size, y, np.arange(k))
+    assert_those_of_scikit_learn(
+        "binary" if k == 2 else "multiclass", logits * size, y, np.arange(k)
+    )
 
 
 def test_classes_that_do_not_occur_are_treated_as_scikit_learn_does():
     logits, y = logits_and_labels(4)
     y = y.clamp_max(2)
     guess = logits[0].argmax(-1).numpy()
-    with warnings.catch_warnings(action="ignore"):  # scikit-learn warns of predicted classes that y lacks
-        assert scores.balanced_accuracy(logits, y)[0].item() == metrics.balanced_accuracy_score(y, guess)
+    # scikit-learn warns of predicted classes that y lacks
+    with warnings.catch_warnings(action="ignore"):
+        assert scores.balanced_accuracy(logits, y)[0].item() == metrics.balanced_accuracy_score(
+            y, guess
+        )
     f1 = metrics.f1_score(y, guess, average="macro")
     assert scores.f1_macro(logits, y)[0].item() == pytest.approx(f1, abs=1e-12)
     assert scores.roc_auc_ovr(logits, y).isnan().all()
@@ -66,11 +77,13 @@ def test_log_loss_is_held_from_infinity():
 
 
 def test_regression_scores_equal_scikit_learn():
-    outputs, y = random_outputs(3, 30, 1), random_outputs(30, seed=1)
+    outputs = random_outputs(3, 30, 1)
+    y = random_outputs(30, seed=1)
     assert_those_of_scikit_learn("regression", outputs, y)
 
 
-@pytest.mark.parametrize("value", [0.1, 1.0, 3.3, 1e-200])  # the mean of three or seven times 0.1 is not 0.1
+# the mean of three or seven times 0.1 is not 0.1
+@pytest.mark.parametrize("value", [0.1, 1.0, 3.3, 1e-200])
 def test_r2_of_a_constant_target_and_of_one_row(value):
     y = torch.full((7,), value, dtype=torch.float64)
     outputs = torch.stack([y, y + 1])[..., None]
@@ -101,13 +114,19 @@ OF_A_CLASS = {
     "precision": lambda y, guess, p, label: metrics.precision_score(y, guess, pos_label=label),
     "recall": lambda y, guess, p, label: metrics.recall_score(y, guess, pos_label=label),
     "jaccard": lambda y, guess, p, label: metrics.jaccard_score(y, guess, pos_label=label),
-    "average_precision": lambda y, guess, p, label: metrics.average_precision_score(y, p[:, 1], pos_label=label),
+    "average_precision": lambda y, guess, p, label: metrics.average_precision_score(
+        y, p[:, 1], pos_label=label
+    ),
     "positive_likelihood_ratio": lambda y, guess, p, label: ratios(y == label, guess == label)[0],
-    "neg_negative_likelihood_ratio": lambda y, guess, p, label: -ratios(y == label, guess == label)[1],
+    "neg_negative_likelihood_ratio": lambda y, guess, p, label: (
+        -ratios(y == label, guess == label)[1]
+    ),
 }
 OF_NO_CLASS = {
     "f1_weighted": lambda y, guess, p, label: metrics.f1_score(y, guess, average="weighted"),
-    "neg_brier_score": lambda y, guess, p, label: -metrics.brier_score_loss(y, p[:, 1], pos_label=label),
+    "neg_brier_score": lambda y, guess, p, label: (
+        -metrics.brier_score_loss(y, p[:, 1], pos_label=label)
+    ),
     "matthews_corrcoef": lambda y, guess, p, label: metrics.matthews_corrcoef(y, guess),
     "roc_auc": lambda y, guess, p, label: metrics.roc_auc_score(y == label, p[:, 1]),
     "neg_log_loss": lambda y, guess, p, label: -metrics.log_loss(y == label, p),
@@ -115,16 +134,21 @@ OF_NO_CLASS = {
 
 
 @pytest.mark.parametrize(
-    ("name", "code"), [*[(n, code) for n in OF_A_CLASS for code in (0, 1)], *[(n, None) for n in OF_NO_CLASS]]
+    ("name", "code"),
+    [*[(n, code) for n in OF_A_CLASS for code in (0, 1)], *[(n, None) for n in OF_NO_CLASS]],
 )
 @pytest.mark.parametrize("size", [1, 30])
-def test_a_score_on_text_labels_is_of_the_class_that_was_asked_for_and_of_probabilities_in_double(name, code, size):
+def test_a_score_on_text_labels_is_of_the_class_that_was_asked_for_and_of_probabilities_in_double(
+    name, code, size
+):
     data = make_data("binary")
-    rows, label = data.folds[1].valid, 1 if code is None else code
+    rows = data.folds[1].valid
+    label = 1 if code is None else code
     outputs = size * random_outputs(2, len(rows), 2).float()
     scoring = make_scoring(name, "binary", NAMED, None if code is None else NAMED[code])
     assert scoring.positive == code
-    y, guess = NAMED[data.target[rows].numpy()], NAMED[outputs[0].argmax(-1).numpy()]
+    y = NAMED[data.target[rows].numpy()]
+    guess = NAMED[outputs[0].argmax(-1).numpy()]
     p = outputs[0].double().softmax(-1)[:, [1 - label, label]].numpy()
     expected = (OF_A_CLASS | OF_NO_CLASS)[name](y, guess, p, NAMED[label])
     assert scoring(data, 1, outputs)[0].item() == pytest.approx(expected, abs=1e-12)
@@ -135,7 +159,9 @@ def test_a_score_on_text_labels_is_of_the_class_that_was_asked_for_and_of_probab
 
 def test_these_are_all_scores_of_one_class_that_scikit_learn_has():
     table = {*scores.CLASSIFICATION, *scores.REGRESSION, "roc_auc"}  # none of these is
-    others = {n: make_scoring(n, "binary", np.arange(2)) for n in {*metrics.get_scorer_names()} - table}
+    others = {
+        n: make_scoring(n, "binary", np.arange(2)) for n in {*metrics.get_scorer_names()} - table
+    }
     assert {name for name, one in others.items() if one.positive is not None} == set(OF_A_CLASS)
 
 
@@ -143,39 +169,86 @@ def test_the_larger_of_two_usual_classes_is_positive_and_another_may_be_given_as
     for classes in ([0, 1], [-1, 1], [False, True], [0.0, 1.0]):
         assert make_scoring("f1", "binary", np.array(classes)).positive == 1
         assert make_scoring("f1", "binary", np.array(classes), classes[0]).positive == 0
-    for classes, text in (([0, 1], "0"), ([False, True], "false"), ([2.0, 1.0], "2"), ([2.5, 1.5], "2.5")):
+    for classes, text in (
+        ([0, 1], "0"),
+        ([False, True], "false"),
+        ([2.0, 1.0], "2"),
+        ([2.5, 1.5], "2.5"),
+    ):
         assert make_scoring("recall", "binary", np.array(classes), text).positive == 0
 
 
 METRICS = [
-    (metrics.mean_squared_error, "'neg_mean_squared_error'"), (metrics.r2_score, "'r2'"), (metrics.f1_score, "'f1'"),
-    (metrics.accuracy_score, "'accuracy'"), (metrics.fbeta_score, r"sklearn.metrics.make_scorer\(fbeta_score, "),
+    (metrics.mean_squared_error, "'neg_mean_squared_error'"),
+    (metrics.r2_score, "'r2'"),
+    (metrics.f1_score, "'f1'"),
+    (metrics.accuracy_score, "'accuracy'"),
+    (metrics.fbeta_score, r"sklearn.metrics.make_scorer\(fbeta_score, "),
     (partial(metrics.f1_score, average="macro"), r"sklearn.metrics.make_scorer\(f1_score, "),
-]  # fmt: skip
+]
 
 
-@pytest.mark.parametrize(("scoring", "classes", "positive", "message"), [
-    ("acuracy", NAMED, None, "got 'acuracy'. Did you mean 'accuracy'?"),
-    ("r2", NAMED, None, "scoring='r2' does not fit a binary task; .* neg_log_loss, roc_auc, f1"),
-    ("accuracy", None, None, "does not fit a regression task; choose for example r2"),
-    *[("f1", classes, None, "scoring='f1' does not fit a .* task; choose for ex") for classes in (None, [*"abc"])],
-    ("roc_auc", [*"abc"], None, "choose 'roc_auc_ovr'"),
-    (3, NAMED, None, r"callable\(estimator, X, y\) or \(outputs, y\), or a list or dict of them, got 3"),
-    *[(metric, NAMED, None, rf"y_pred\) and no scorer; give scoring={words}") for metric, words in METRICS],
-    ("f1", [1, 2], None, r"say which of the two it is, positive=1 or positive=2"),
-    ("f1", ["0", "1"], None, "positive='0' or positive='1'"),
-    ("f1", NAMED, "Yes", r"positive must be one of the classes 'no' and 'yes', got 'Yes'. Did you mean 'yes'\?"),
-    ("f1", ["0", "1"], 1, "one of the classes '0' and '1', got 1"),
-    ("f1", [0, 1], [0, 1], r"got \[0, 1\]"),
-    ("f1_macro", [*"abc"], "a", r"positive='a' needs a target of two classes, got a multiclass"),
-    ("r2", None, 1, "positive=1 .* got a regression task; leave it out"),
-    ("accuracy", NAMED, "no", "scoring='accuracy' knows no positive class; leave it out"),
-    ("f1_macro", NAMED, "no", "scoring='f1_macro' knows no positive class"),
-    ("roc_auc", NAMED, "no", "scoring='roc_auc' knows no positive class: it is the same for both; leave"),
-    ("neg_brier_score", NAMED, "no", "scoring='neg_brier_score' knows no positive class"),
-    (None, NAMED, "no", "scoring='accuracy' knows no positive class"),
-    (metrics.make_scorer(metrics.f1_score), NAMED, "no", "knows no positive class; leave it out"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("scoring", "classes", "positive", "message"),
+    [
+        ("acuracy", NAMED, None, "got 'acuracy'. Did you mean 'accuracy'?"),
+        (
+            "r2",
+            NAMED,
+            None,
+            "scoring='r2' does not fit a binary task; .* neg_log_loss, roc_auc, f1",
+        ),
+        ("accuracy", None, None, "does not fit a regression task; choose for example r2"),
+        *[
+            ("f1", classes, None, "scoring='f1' does not fit a .* task; choose for ex")
+            for classes in (None, [*"abc"])
+        ],
+        ("roc_auc", [*"abc"], None, "choose 'roc_auc_ovr'"),
+        (
+            3,
+            NAMED,
+            None,
+            r"callable\(estimator, X, y\) or \(outputs, y\), or a list or dict of them, got 3",
+        ),
+        *[
+            (metric, NAMED, None, rf"y_pred\) and no scorer; give scoring={words}")
+            for metric, words in METRICS
+        ],
+        ("f1", [1, 2], None, r"say which of the two it is, positive=1 or positive=2"),
+        ("f1", ["0", "1"], None, "positive='0' or positive='1'"),
+        (
+            "f1",
+            NAMED,
+            "Yes",
+            r"positive must be one of the classes 'no' and 'yes', got 'Yes'. Did you mean 'yes'\?",
+        ),
+        ("f1", ["0", "1"], 1, "one of the classes '0' and '1', got 1"),
+        ("f1", [0, 1], [0, 1], r"got \[0, 1\]"),
+        (
+            "f1_macro",
+            [*"abc"],
+            "a",
+            r"positive='a' needs a target of two classes, got a multiclass",
+        ),
+        ("r2", None, 1, "positive=1 .* got a regression task; leave it out"),
+        ("accuracy", NAMED, "no", "scoring='accuracy' knows no positive class; leave it out"),
+        ("f1_macro", NAMED, "no", "scoring='f1_macro' knows no positive class"),
+        (
+            "roc_auc",
+            NAMED,
+            "no",
+            "scoring='roc_auc' knows no positive class: it is the same for both; leave",
+        ),
+        ("neg_brier_score", NAMED, "no", "scoring='neg_brier_score' knows no positive class"),
+        (None, NAMED, "no", "scoring='accuracy' knows no positive class"),
+        (
+            metrics.make_scorer(metrics.f1_score),
+            NAMED,
+            "no",
+            "knows no positive class; leave it out",
+        ),
+    ],
+)
 def test_bad_scoring_or_a_bad_positive_class_is_named(scoring, classes, positive, message):
     task = "regression" if classes is None else "binary" if len(classes) == 2 else "multiclass"
     with refused(message):
@@ -193,7 +266,10 @@ def test_a_loss_is_of_the_target_that_a_fold_trains_on():
 
 
 def test_a_loss_is_of_no_class():
-    for task, classes, message in (("binary", NAMED, "knows no positive class"), ("regression", None, "got a regr")):
+    for task, classes, message in (
+        ("binary", NAMED, "knows no positive class"),
+        ("regression", None, "got a regr"),
+    ):
         with refused(message):
             loss_scoring(task, classes, "no")
 
@@ -201,7 +277,8 @@ def test_a_loss_is_of_no_class():
 def test_a_scorer_that_does_not_fit_is_an_error_with_its_reason():
     data = make_data()
     outputs = torch.zeros(1, len(data.folds[0].valid), 3)
-    numbers, name = make_data("regression"), "neg_mean_squared_log_error"
+    numbers = make_data("regression")
+    name = "neg_mean_squared_log_error"
     with refused(f"scoring='{name}' raised ValueError on fold 0: .*fits the task"):
         scoring_of(numbers, name)(numbers, 0, outputs[..., :1])
     own = make_scoring(lambda estimator, X, y: y["nope"], "multiclass", np.arange(3))
@@ -216,7 +293,9 @@ def test_a_regression_scorer_sees_original_units():
     guess = outputs[0, :, 0].numpy() * float(data.scale[2]) + float(data.center[2])
     for name in ("median_absolute_error", "root_mean_squared_error"):
         found = scoring_of(data, f"neg_{name}")(data, 2, outputs)
-        assert found[0].item() == pytest.approx(-getattr(metrics, name)(data.target[rows].numpy(), guess))
+        assert found[0].item() == pytest.approx(
+            -getattr(metrics, name)(data.target[rows].numpy(), guess)
+        )
 
 
 def test_outputs_that_are_not_finite_score_nan():
@@ -226,8 +305,11 @@ def test_outputs_that_are_not_finite_score_nan():
     for name in ("accuracy", "neg_log_loss", "f1_weighted"):
         found = scoring_of(data, name)(data, 0, outputs)
         assert found[0].isfinite() and found[1].isnan()
-    data = replace(make_data("regression"), transforms=(FittedTransform("log"),) * 2)  # exp(1000) overflows
-    outputs = torch.tensor([0.0, 1000]).double()[:, None, None].expand(2, len(data.folds[0].valid), 1)
+    # exp(1000) overflows
+    data = replace(make_data("regression"), transforms=(FittedTransform("log"),) * 2)
+    outputs = (
+        torch.tensor([0.0, 1000]).double()[:, None, None].expand(2, len(data.folds[0].valid), 1)
+    )
     for name in ("r2", "explained_variance"):
         found = scoring_of(data, name)(data, 0, outputs)
         assert found[0].isfinite() and found[1].isnan()

@@ -1,6 +1,8 @@
-"""A scorer of the user's own sees the user's rows, and its estimator predicts whatever rows it is given.
+"""A scorer of the user's own sees the user's rows, and its estimator predicts whatever rows it is
+given.
 
-Of each trial the outputs at its best fold mean so far are kept; where they take too much, of the best trials.
+Of each trial the outputs at its best fold mean so far are kept; where they take too much, of the
+best trials.
 """
 
 import numpy as np
@@ -24,25 +26,34 @@ FAST = {"n_trials": 2, "max_epochs": 1, "cv": 2, "verbose": 0, "workers": 1}
 
 
 def consistent(estimator, X, y):
-    """Accuracy, by an estimator that answers for a part, a permutation and other values as for the rows scored."""
-    guess, order = estimator.predict(X), np.argsort(X[:, 1])
+    """Accuracy, by an estimator that answers for a part, a permutation and other values as for the
+    rows scored."""
+    guess = estimator.predict(X)
+    order = np.argsort(X[:, 1])
     assert 0 < (X[:, 1] > 50).mean() < 1
     assert (estimator.predict(X[:4]) == guess[:4]).all()
     assert (estimator.predict(X[order]) == guess[order]).all()
-    np.testing.assert_allclose(estimator.predict_proba(X[order]), estimator.predict_proba(X)[order], atol=1e-6)
+    np.testing.assert_allclose(
+        estimator.predict_proba(X[order]), estimator.predict_proba(X)[order], atol=1e-6
+    )
     far = estimator.predict_proba(X * [1000, 1, 1])
     assert not np.allclose(far, estimator.predict_proba(X), atol=1e-3)
     return float((guess == y).mean())
 
 
-@pytest.mark.parametrize(("model", "options"), [
-    ("mlp", {"max_epochs": 2}), ("mlp", {"backend": "graph"}),
-    ("mlp", {"method": "halving", "max_epochs": 2, "numbers": "quantile"}),
-    ("mlp", {"method": gputune.Hypergradient(outer_steps=1), "n_trials": 1}),
-    pytest.param("mlp", {"workers": 2, "memory": "1KB"}, marks=pytest.mark.cpu),
-    ("logistic", {}),
-    (Linear, {"dtype": "float64"}),
-], ids=["compiled", "graph", "halving", "hypergradient", "workers", "solved", "module"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("mlp", {"max_epochs": 2}),
+        ("mlp", {"backend": "graph"}),
+        ("mlp", {"method": "halving", "max_epochs": 2, "numbers": "quantile"}),
+        ("mlp", {"method": gputune.Hypergradient(outer_steps=1), "n_trials": 1}),
+        pytest.param("mlp", {"workers": 2, "memory": "1KB"}, marks=pytest.mark.cpu),
+        ("logistic", {}),
+        (Linear, {"dtype": "float64"}),
+    ],
+    ids=["compiled", "graph", "halving", "hypergradient", "workers", "solved", "module"],
+)
 @pytest.mark.usefixtures("recorded_on_cpu")
 def test_an_estimator_predicts_what_it_is_given(model, options):
     study = gputune.tune(model, X, Y, scoring=consistent, **{**FAST, **options})
@@ -65,7 +76,9 @@ def test_a_frame_stays_a_frame_and_may_be_written_to():
     def scorer(estimator, X, y):
         before = estimator.predict_proba(X)
         part = X["b"] > 50
-        np.testing.assert_allclose(estimator.predict_proba(X[part]), before[part.to_numpy()], atol=1e-6)
+        np.testing.assert_allclose(
+            estimator.predict_proba(X[part]), before[part.to_numpy()], atol=1e-6
+        )
         assert X.index.isin(FRAME.index).all() and list(X) == list("abcd")
         importance = permutation_importance(estimator, X, y, n_repeats=1, random_state=0)
         assert len(importance.importances_mean) == 4
@@ -82,7 +95,9 @@ def test_the_rows_of_a_file_are_a_polars_frame(tmp_path):
     def scorer(estimator, X, y):
         assert X.columns == ["a", "b", "c", "d"] and X["d"].is_in(["left", "right"]).all()
         guess = estimator.predict(X)
-        assert (estimator.predict(X.filter(pl.col("b") > 50)) == guess[(X["b"] > 50).to_numpy()]).all()
+        assert (
+            estimator.predict(X.filter(pl.col("b") > 50)) == guess[(X["b"] > 50).to_numpy()]
+        ).all()
         return float((guess == y).mean())
 
     FRAME.assign(y=Y, g=np.arange(N) // 3).to_csv(tmp_path / "rows.csv", index=False)
@@ -112,7 +127,9 @@ def test_what_an_estimator_refuses():
             gputune.tune("mlp", X, Y, scoring=scorer, **FAST)
 
 
-TRIALS, EPOCHS, SIZES = 5, 6, (3, 2)
+TRIALS = 5
+EPOCHS = 6
+SIZES = (3, 2)
 BYTES = 4 * sum(SIZES) * 2
 
 
@@ -123,18 +140,24 @@ def test_the_best_trials_keep_the_outputs_of_their_best_epochs(most, seed):
     means = draws.integers(6, size=(EPOCHS, TRIALS)) / 4
     means[2:, 1] = np.nan  # it has diverged
     outputs = [torch.tensor(draws.normal(size=(EPOCHS, TRIALS, m, 2))) for m in SIZES]
-    before = np.array([-np.inf] * 4 + [1.0])  # of the last one an epoch is known whose outputs are not
+    # of the last one an epoch is known whose outputs are not
+    before = np.array([-np.inf] * 4 + [1.0])
     best = BestOutputs(most * BYTES + 1, before.copy())
     for epoch in range(EPOCHS):
         alive = np.flatnonzero(epoch < 4 + np.arange(TRIALS))  # the first trial leaves early
-        best.take(epoch + 1, alive.tolist(), means[epoch, alive], [one[epoch, alive] for one in outputs])
+        best.take(
+            epoch + 1, alive.tolist(), means[epoch, alive], [one[epoch, alive] for one in outputs]
+        )
     means[4:, 0] = np.nan
     tops = np.fmax(np.nanmax(means, 0), before)
     at = np.nanargmax(means, 0)
-    kept = [t for t in np.argsort(-tops, kind="stable")[:most] if np.nanmax(means[:, t]) > before[t]]
+    kept = [
+        t for t in np.argsort(-tops, kind="stable")[:most] if np.nanmax(means[:, t]) > before[t]
+    ]
     found = best.of_trials([f"trial {t}" for t in range(TRIALS)])
     assert found.keys() == {f"trial {t}" for t in kept}
     for t in kept:
-        one, expected = found[f"trial {t}"], torch.cat([o[at[t], t] for o in outputs])
+        one = found[f"trial {t}"]
+        expected = torch.cat([o[at[t], t] for o in outputs])
         assert one.epoch == at[t] + 1
         np.testing.assert_array_equal(one.values, expected.float())

@@ -1,4 +1,5 @@
-"""The benchmark's engines: each gets the same work, and where scores differ no speed is shown. No time is asserted."""
+"""The benchmark's engines: each gets the same work, and where scores differ no speed is shown. No
+time is asserted."""
 
 import functools
 import json
@@ -52,7 +53,9 @@ def test_every_engine_trains_the_same_work(script, work, word, monkeypatch):
     if word == "compile":  # traced, but its C++ takes a compiler half a minute
         script("benchmark.engines.torch")._compiled_step.cache_clear()
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    work = replace(work, trials=[{"lr": 0.01, "batch_size": size, "width": 32} for size in (16, 64)])
+    work = replace(
+        work, trials=[{"lr": 0.01, "batch_size": size, "width": 32} for size in (16, 64)]
+    )
     reference = script("benchmark.engines.sklearn").train(work, 1).scores
     outcome = engine.load()(work, 1)
     np.testing.assert_allclose(outcome.scores, reference, atol=0.04)
@@ -65,12 +68,21 @@ def test_every_engine_trains_the_same_work(script, work, word, monkeypatch):
     [
         (["--trials", "0"], "argument --trials: must be an integer of at least 1, got 0"),
         (["--engines", "sklearn,keras"], "argument --engines: must be of sklearn, torch, "),
-        (["--engines", "sklearn:0"], "sklearn: must have a number of trials of at least 1 after it, got '0'"),
-        (["--engines", "gputune:3"], "gputune trains the whole list, and a part of it where another engine"),
-        (["--work", "broad"], "must be narrow or wide, or one of them and a number of trials as in narrow:128"),
+        (
+            ["--engines", "sklearn:0"],
+            "sklearn: must have a number of trials of at least 1 after it, got '0'",
+        ),
+        (
+            ["--engines", "gputune:3"],
+            "gputune trains the whole list, and a part of it where another engine",
+        ),
+        (
+            ["--work", "broad"],
+            "must be narrow or wide, or one of them and a number of trials as in narrow:128",
+        ),
         (["--work", "wide:x"], "as in narrow:128, got 'wide:x'"),
     ],
-)  # fmt: skip
+)
 def test_a_bad_option_is_named(script, capsys, option, message):
     with pytest.raises(SystemExit) as stopped:
         script("benchmark.__main__").main(option)
@@ -103,7 +115,8 @@ def test_scores_that_differ_or_diverge_do_not_agree(script, accuracies, agree):
 
 
 def test_engines_take_turns(script, work):
-    module, calls = script("benchmark.studies.training"), []
+    module = script("benchmark.studies.training")
+    calls = []
 
     def engine(name):
         def train(work):
@@ -117,13 +130,18 @@ def test_engines_take_turns(script, work):
     found = module.measure(runs, work, 2)
     assert calls[:3] == [(name, 4, 1) for name in "abc"]  # the warm-up, on a small piece
     assert calls[3:] == [(name, 5 if name == "b" else 8, 3) for name in "abcbca"]
-    assert [(m.engine, len(m.seconds), m.trials) for m in found] == [("a", 2, 8), ("b", 2, 5), ("c", 2, 8)]
+    assert [(m.engine, len(m.seconds), m.trials) for m in found] == [
+        ("a", 2, 8),
+        ("b", 2, 5),
+        ("c", 2, 8),
+    ]
     assert found[0].start == (0.25, 0.25) and found[0].compile == (0.5, 0.5)
 
 
 @pytest.fixture
 def fake(script, monkeypatch, tmp_path, capsys):
-    """Run the command with engines that know their scores in the place of all: its exit code, and what it says."""
+    """Run the command with engines that know their scores in the place of all: its exit code, and
+    what it says."""
 
     def run(*options, lacks=None, **accuracies):
         def engine(word, accuracy):
@@ -132,14 +150,18 @@ def fake(script, monkeypatch, tmp_path, capsys):
                 return script("benchmark.work").Outcome(scores, 0.001, 0.0)
 
             lack = (lacks or {}).get(word)
-            return SimpleNamespace(word=word, name=word, package="sklearn", lacks=lambda: lack, load=lambda: train)
+            return SimpleNamespace(
+                word=word, name=word, package="sklearn", lacks=lambda: lack, load=lambda: train
+            )
 
         fakes = {word: engine(word, accuracy) for word, accuracy in accuracies.items()}
         for name in ("benchmark.engines", "benchmark.studies.training"):
             monkeypatch.setattr(script(name), "ENGINES", fakes)
         for name in ("benchmark.report", "benchmark.studies.training"):
             monkeypatch.setattr(script(name), "card", lambda: None)
-        return script("benchmark.__main__").main([*options, "--out", str(tmp_path)]), capsys.readouterr().out
+        return script("benchmark.__main__").main(
+            [*options, "--out", str(tmp_path)]
+        ), capsys.readouterr().out
 
     return run
 
@@ -159,7 +181,10 @@ def test_the_report_is_written(fake, tmp_path):
     assert code == 0
     (numbers,), (page,) = tmp_path.glob("training-*.json"), tmp_path.glob("training-*.md")
     report = json.loads(numbers.read_text())
-    assert [(part["work"], len(part["trials"])) for part in report["works"]] == [("narrow", 6), ("wide", 7)]
+    assert [(part["work"], len(part["trials"])) for part in report["works"]] == [
+        ("narrow", 6),
+        ("wide", 7),
+    ]
     assert report["machine"]["cores"] >= 1 and report["machine"]["versions"]["torch"]
     engines = report["works"][1]["engines"]
     # gputune is also run on each part of the list that another engine gets.
@@ -169,7 +194,10 @@ def test_the_report_is_written(fake, tmp_path):
     text = page.read_text()
     assert "## wide: 7 trials x 5 folds x 20 epochs" in text
     assert "| torch (measured on the first 3 trials) | 0.9500 |" in text
-    assert "| ray: ray.tune is not installed |" in text and "ray is left out: ray.tune is not installed" in said
+    assert (
+        "| ray: ray.tune is not installed |" in text
+        and "ray is left out: ray.tune is not installed" in said
+    )
     assert text in said
 
 
@@ -185,12 +213,15 @@ def test_ratios_are_to_the_same_trials(script, work):
     ]
     part = report.summary(work, found, {"skorch": "skorch is not installed"})
     assert part["speed"] == {"rival": "Ray Tune", "ratio": 1.0, "trials": 2}
-    ratios = [part["engines"][0][key] for key in ("ratio", "ratio_min", "ratio_max", "ratio_compiled")]
+    ratios = [
+        part["engines"][0][key] for key in ("ratio", "ratio_min", "ratio_max", "ratio_compiled")
+    ]
     assert ratios == [9 / 2.5, 9 / 4, 4.0, 9 / 2] and part["engines"][1]["ratio_compiled"] == 8 / 2
     machine = {**script("benchmark.report").describe_machine(), "card": "NVIDIA H100 80GB HBM3"}
     text = "\n".join(report.section(part))
     for line in (
-        "| scikit-learn | 0.9000 | 9.00 | 8.00 | 10.00 | 0.50 | 0.00 | 0.44 | 3.60x (2.25 to 4.00) | 4.50x |",
+        "| scikit-learn | 0.9000 | 9.00 | 8.00 | 10.00 | 0.50 | 0.00 | 0.44 | 3.60x (2.25 to "
+        "4.00) | 4.50x |",
         "| Ray Tune (measured on the first 2 trials) | 0.9000 | 1.00 |",
         "| gputune | 0.9000 | 2.50 | 2.00 | 4.00 | 0.50 | 0.50 | 1.60 |  |  |",
         "| gputune on the GPU | 0.9000 | 0.50 | 0.25 | 1.00 | 0.50 | 0.00 | 8.00 |  |  |",

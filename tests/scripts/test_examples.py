@@ -1,4 +1,5 @@
-"""The scripts that a newcomer reads: gputune's numbers beside scikit-learn's, and a descent beside a grid."""
+"""The scripts that a newcomer reads: gputune's numbers beside scikit-learn's, and a descent beside
+a grid."""
 
 import json
 import math
@@ -36,7 +37,9 @@ def test_the_example_goes_from_the_rows_to_a_saved_model(tmp_path, monkeypatch, 
 
 def test_cross_validation_shows_the_same_numbers_twice(script, capsys):
     script("iris").cross_validation()
-    pairs = re.findall(r"^(?:fold \d|mean) +(-?\d\.\d{4}) +(-?\d\.\d{4})$", capsys.readouterr().out, re.M)
+    pairs = re.findall(
+        r"^(?:fold \d|mean) +(-?\d\.\d{4}) +(-?\d\.\d{4})$", capsys.readouterr().out, re.M
+    )
     assert len(pairs) == 12  # five folds and their mean, of accuracy and of log loss
     assert all(ours == theirs for ours, theirs in pairs) and len(set(pairs)) > 6
 
@@ -50,7 +53,9 @@ def test_both_searches_are_shown_side_by_side(script, monkeypatch, capsys):
     rows = re.findall(pattern, logistic, re.M)
     assert len(rows) == 2 and all(ours == theirs for ours, theirs, _ in rows)
     rows = re.findall(pattern, perceptron, re.M)
-    assert len(rows) == 2 and all(abs(float(ours) - float(theirs)) < 0.1 for ours, theirs, _ in rows)
+    assert len(rows) == 2 and all(
+        abs(float(ours) - float(theirs)) < 0.1 for ours, theirs, _ in rows
+    )
     assert all(re.search(r"batch_size=\d+, lr=\S+, width=\d+", words) for _, _, words in rows)
 
 
@@ -59,9 +64,16 @@ def regression(script):
     return script("iris").descend("logistic", "C", 1.0, 0.1, 1000)
 
 
-def test_the_path_lies_on_the_grids_curve_with_its_slopes_and_is_shown_beside_it(script, regression):
-    logs, losses = np.log(regression.grid), [-trial.score for trial in regression.path]
-    assert regression.values[0] == 1 and losses == sorted(losses, reverse=True) and losses[-1] < losses[0] / 2
+def test_the_path_lies_on_the_grids_curve_with_its_slopes_and_is_shown_beside_it(
+    script, regression
+):
+    logs = np.log(regression.grid)
+    losses = [-trial.score for trial in regression.path]
+    assert (
+        regression.values[0] == 1
+        and losses == sorted(losses, reverse=True)
+        and losses[-1] < losses[0] / 2
+    )
     at = np.log(regression.values)
     np.testing.assert_allclose(losses, np.interp(at, logs, regression.losses), atol=0.003)
     slopes = np.interp(at, (logs[1:] + logs[:-1]) / 2, np.diff(regression.losses) / np.diff(logs))
@@ -71,7 +83,9 @@ def test_the_path_lies_on_the_grids_curve_with_its_slopes_and_is_shown_beside_it
     iris = script("iris")
     row = r"^ +\d+ +([\d.]+) +(\d\.\d{4}) +\d\.\d{4} +-?\d\.\d{4} +\d\.\d{4}$"
     shown = np.array(re.findall(row, iris.table(regression), re.M), dtype=float)
-    np.testing.assert_allclose(shown, np.transpose([regression.values, losses]), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(
+        shown, np.transpose([regression.values, losses]), rtol=1e-3, atol=1e-4
+    )
     assert f"loss {regression.losses.min():.4f}, the best of 61" in iris.verdict(regression)
 
 
@@ -97,7 +111,8 @@ def test_a_notebook_runs_and_holds_such_outputs(script, name):
 
 
 def train_alone(idea, lr, fold, n_epochs):
-    """Return the accuracy on a fold after each epoch of a network that a plain PyTorch loop trains."""
+    """Return the accuracy on a fold after each epoch of a network that a plain PyTorch loop
+    trains."""
     features, classes, train_rows, valid_rows = idea.load_folds()
     x_valid = features[valid_rows[fold]]
     y_valid = classes[valid_rows[fold]]
@@ -105,7 +120,9 @@ def train_alone(idea, lr, fold, n_epochs):
     optimizer = torch.optim.SGD(network.parameters(), lr=float(lr))
     scores = []
     for epoch in range(n_epochs):
-        order = torch.randperm(len(train_rows[fold]), generator=torch.Generator().manual_seed(epoch))
+        order = torch.randperm(
+            len(train_rows[fold]), generator=torch.Generator().manual_seed(epoch)
+        )
         for batch in train_rows[fold][order].split(idea.BATCH):
             optimizer.zero_grad()
             nn.functional.cross_entropy(network(features[batch]), classes[batch]).backward()
@@ -134,7 +151,8 @@ def test_the_idea_scores_like_a_loop_over_single_networks(script):
 
 
 def test_the_hypergradient_of_the_idea_is_the_slope_of_one_more_epoch(script):
-    """Central differences: train one more epoch with the rate moved a little up and a little down."""
+    """Central differences: train one more epoch with the rate moved a little up and a little
+    down."""
     idea = script("idea")
     _, survivors, gradients = idea.search()
     step = 1e-5
@@ -145,7 +163,9 @@ def test_the_hypergradient_of_the_idea_is_the_slope_of_one_more_epoch(script):
         for epoch in range(idea.EPOCHS + 1):
             rate = last_lr if epoch == idea.EPOCHS else lr
             rates = torch.full((idea.F,), float(rate), dtype=torch.float64)
-            params = idea.train_epoch(params, rates, features[train_rows], classes[train_rows], epoch)
+            params = idea.train_epoch(
+                params, rates, features[train_rows], classes[train_rows], epoch
+            )
         return idea.loss_all(params, features[valid_rows], classes[valid_rows]).mean().item()
 
     lr = survivors[0]

@@ -1,4 +1,5 @@
-"""The reproductions in a small form: their tables, their files, what they read, and their errors."""
+"""The reproductions in a small form: their tables, their files, what they read, and their
+errors."""
 
 import csv
 import gzip
@@ -19,14 +20,22 @@ import gputune
 from gputune.errors import InputError
 
 BAYDIN = Path(__file__).parents[2] / "scripts" / "reproduce" / "baydin2018.py"
-EPOCHS, SEEDS, WIDTH, STEPS = 8, 2, 128, 12  # 1,437 rows in batches of 128
+# 1,437 rows in batches of 128
+EPOCHS = 8
+SEEDS = 2
+WIDTH = 128
+STEPS = 12
 METHODS = ["SGD", "SGD-HD", "SGDN", "SGDN-HD", "Adam", "Adam-HD", "SGD, tuned lr"]
 MODELS = {"logistic regression": "logreg", "MLP": "mlp"}
 
 
 def cells_of(page):
     """The cells after the first two by (model, method), the header's among them."""
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line[:1] == "|"]
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in page.splitlines()
+        if line[:1] == "|"
+    ]
     return {(model, method): cells for model, method, *cells in rows if not model.startswith("-")}
 
 
@@ -39,19 +48,28 @@ def rows_of(path):
 def test_the_claims_of_the_paper_and_the_files(tmp_path):
     out = tmp_path / "new" / "folder"
     size = ("--epochs", EPOCHS, "--seeds", SEEDS, "--width", WIDTH, "--out", out)
-    done = subprocess.run([sys.executable, BAYDIN, *map(str, size)], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, BAYDIN, *map(str, size)], cwd=tmp_path, capture_output=True, text=True
+    )
     assert (done.returncode, done.stderr) == (0, "")
     cells = cells_of(done.stdout)
     assert cells.pop(("model", "method")) == ["epoch 1", f"epoch {EPOCHS}", "lr at the end"]
     assert list(cells) == [(model, method) for model in MODELS for method in METHODS]
-    assert "1437 rows to train on, 360 to validate" in done.stdout and "the medians of 2 runs" in done.stdout
-    assert (out / "table.md").read_text() in done.stdout and "<svg" in (out / "curves.svg").read_text()
+    assert (
+        "1437 rows to train on, 360 to validate" in done.stdout
+        and "the medians of 2 runs" in done.stdout
+    )
+    assert (out / "table.md").read_text() in done.stdout and "<svg" in (
+        out / "curves.svg"
+    ).read_text()
     for model in MODELS:
         end = {method: float(cells[model, method][1]) for method in METHODS}
         assert end["SGD-HD"] < end["SGD"] - 0.05 and end["SGDN-HD"] < end["SGDN"] - 0.5
-        assert end["Adam-HD"] == pytest.approx(end["Adam"], rel=0.1)  # far less than the others gain
+        # far less than the others gain
+        assert end["Adam-HD"] == pytest.approx(end["Adam"], rel=0.1)
         assert end["SGD, tuned lr"] < end["SGD-HD"]
-    losses, rates = rows_of(out / "losses.csv"), rows_of(out / "learning_rates.csv")
+    losses = rows_of(out / "losses.csv")
+    rates = rows_of(out / "learning_rates.csv")
     assert len(losses) == len(cells) * SEEDS * EPOCHS and len(rates) == len(losses) * STEPS
     for (model, method), (_, loss, lr) in cells.items():
         mine = [row for row in losses if (row["model"], row["method"]) == (MODELS[model], method)]
@@ -59,7 +77,9 @@ def test_the_claims_of_the_paper_and_the_files(tmp_path):
         medians = [np.median([float(row[key]) for row in last]) for key in ("valid_loss", "lr")]
         assert [loss, lr] == [f"{medians[0]:.4f}", f"{medians[1]:.3g}"]
         assert len({row["valid_loss"] for row in last}) == SEEDS
-        moves = {row["lr"] for row in rates if (row["model"], row["method"]) == (MODELS[model], method)}
+        moves = {
+            row["lr"] for row in rates if (row["model"], row["method"]) == (MODELS[model], method)
+        }
         assert (len(moves) > 1) == method.endswith("HD")
 
 
@@ -83,7 +103,8 @@ def idx(array):
 
 @pytest.fixture
 def small_mnist(script, monkeypatch, tmp_path):
-    """Four files of random pixels that pass for MNIST: 20 rows, 8 to validate; beside the arrays in them."""
+    """Four files of random pixels that pass for MNIST: 20 rows, 8 to validate; beside the arrays in
+    them."""
     module = script("baydin2018")
     monkeypatch.setattr(module, "TRAIN_ROWS", 20)
     monkeypatch.setattr(module, "VALID_ROWS", 8)
@@ -105,16 +126,30 @@ def test_mnist_is_read_from_a_folder_and_comes_from_openml(small_mnist, monkeypa
     expected = (small_mnist.images.reshape(28, 784) / 255 - 0.1307) / 0.3081
     for source in (str(small_mnist.folder), "openml"):
         data = small_mnist.module.load(source)
-        np.testing.assert_allclose(torch.cat([data.X, data.X_valid]), expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            torch.cat([data.X, data.X_valid]), expected, rtol=1e-4, atol=1e-5
+        )
         np.testing.assert_array_equal(torch.cat([data.y, data.y_valid]), small_mnist.classes)
-        assert (len(data.y), data.X.dtype, data.y.dtype) == (20, torch.float32, torch.int64) and data.is_mnist
+        assert (len(data.y), data.X.dtype, data.y.dtype) == (
+            20,
+            torch.float32,
+            torch.int64,
+        ) and data.is_mnist
 
 
 @pytest.mark.parametrize(
     "name, content, complaint",
     [
-        ("train-labels-idx1-ubyte", idx(np.arange(20) % 10), "the first classes (5, 0, 4, 1, 9); got 28 images"),
-        ("train-labels-idx1-ubyte", idx(np.zeros(19)), "cannot reshape array of size 19 into shape (20,)"),
+        (
+            "train-labels-idx1-ubyte",
+            idx(np.arange(20) % 10),
+            "the first classes (5, 0, 4, 1, 9); got 28 images",
+        ),
+        (
+            "train-labels-idx1-ubyte",
+            idx(np.zeros(19)),
+            "cannot reshape array of size 19 into shape (20,)",
+        ),
         ("t10k-labels-idx1-ubyte", b"", "offset must be non-negative"),
         ("t10k-labels-idx1-ubyte", gzip.compress(idx(np.zeros(8)), mtime=0)[:-9], "ended before"),
         ("t10k-labels-idx1-ubyte", None, "No such file"),
@@ -132,7 +167,9 @@ def test_files_that_are_not_mnist_are_refused(small_mnist, name, content, compla
 def test_what_cannot_be_had_ends_with_its_remedy(script, monkeypatch, tmp_path, capsys):
     assert script("baydin2018").main(["--data", "nowhere"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: --data must be a folder of MNIST's four idx files, got nowhere: ")
+    assert said.startswith(
+        "error: --data must be a folder of MNIST's four idx files, got nowhere: "
+    )
     assert "torchvision.datasets.MNIST('data', download=True) puts the four files" in said
 
     def fetch(*arguments, **options):
@@ -141,7 +178,9 @@ def test_what_cannot_be_had_ends_with_its_remedy(script, monkeypatch, tmp_path, 
     monkeypatch.setattr(script("baydin2018"), "fetch_openml", fetch)
     assert script("baydin2018").main(["--data", "openml"]) == 2
     said = capsys.readouterr().err
-    assert "--data openml needs a network that reaches openml.org, got: <urlopen error Name or" in said
+    assert (
+        "--data openml needs a network that reaches openml.org, got: <urlopen error Name or" in said
+    )
     (tmp_path / "taken").write_text("a file")
     assert script("baydin2018").main(["--out", str(tmp_path / "taken")]) == 2
     assert "error: --out must be a folder or a new name for one, got" in capsys.readouterr().err
@@ -150,8 +189,16 @@ def test_what_cannot_be_had_ends_with_its_remedy(script, monkeypatch, tmp_path, 
 @pytest.mark.parametrize(
     "name, options, complaint",
     [
-        ("baydin2018", ["--seeds", "1.5"], "argument --seeds: must be an integer of at least 1, got 1.5"),
-        ("hypergradient_schedules", ["--splits", "0"], "--splits: must be an integer of at least 1, got 0"),
+        (
+            "baydin2018",
+            ["--seeds", "1.5"],
+            "argument --seeds: must be an integer of at least 1, got 1.5",
+        ),
+        (
+            "hypergradient_schedules",
+            ["--splits", "0"],
+            "--splits: must be an integer of at least 1, got 0",
+        ),
     ],
 )
 def test_a_bad_option_is_named(script, capsys, name, options, complaint):
@@ -160,7 +207,12 @@ def test_a_bad_option_is_named(script, capsys, name, options, complaint):
     assert stopped.value.code == 2 and complaint in capsys.readouterr().err
 
 
-SEARCHES = ["descent, 10 rates", "descent, 1 rate", "random, 1 rate, 2 draws", "random, 1 rate, 4 draws"]
+SEARCHES = [
+    "descent, 10 rates",
+    "descent, 1 rate",
+    "random, 1 rate, 2 draws",
+    "random, 1 rate, 4 draws",
+]
 
 
 @pytest.fixture(scope="module")
@@ -171,12 +223,17 @@ def schedules(script):
 
 
 def test_the_table_and_the_files_of_the_schedules(script, schedules, monkeypatch, tmp_path, capsys):
-    module, out = script("hypergradient_schedules"), tmp_path / "new" / "folder"
+    module = script("hypergradient_schedules")
+    out = tmp_path / "new" / "folder"
     monkeypatch.setattr(module, "run", lambda split, *, draws, outer_steps: schedules)
     assert module.main(["--splits", "2", "--draws", "4", "--out", str(out)]) == 0
     page = (out / "table.md").read_text()
     assert page in capsys.readouterr().out and [r.search for r in schedules] == SEARCHES
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line[:1] == "|"]
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in page.splitlines()
+        if line[:1] == "|"
+    ]
     table = [row for row in rows if len(row) == 8 and row[0] in "01"]
     for row, r in zip(table, 2 * schedules, strict=True):
         assert row[1:3] == [r.search, f"{r.trials} x 5"]
@@ -191,15 +248,20 @@ def test_the_table_and_the_files_of_the_schedules(script, schedules, monkeypatch
     assert float(held_out.split()[0]) == pytest.approx(gaps.mean(), abs=1e-4)
     assert held_out_wins == f"{2 * (gaps.mean() < 0)} of 2"
     assert (clear != "0, 0") == (abs(gaps.mean()) > 2 * gaps.std(ddof=1) / math.sqrt(197))
-    assert len(re.findall(r"^- split \d: first layer (?:\S+, ){4}\S+; second layer", page, re.M)) == 2
+    assert (
+        len(re.findall(r"^- split \d: first layer (?:\S+, ){4}\S+; second layer", page, re.M)) == 2
+    )
     whole = json.loads((out / "results.json").read_text())
-    assert [(r["split"], r["search"]) for r in whole["results"]] == [(s, n) for s in (0, 1) for n in SEARCHES]
+    assert [(r["split"], r["search"]) for r in whole["results"]] == [
+        (s, n) for s in (0, 1) for n in SEARCHES
+    ]
     assert whole["results"][0]["held_out_loss"] == schedules[0].held_out_loss
 
 
 @pytest.fixture
 def papers_tables(tmp_path):
-    """Two small tables as TabM's authors write them: churn of all kinds of columns, california of numbers."""
+    """Two small tables as TabM's authors write them: churn of all kinds of columns, california of
+    numbers."""
     rng = np.random.default_rng(0)
     for name, targets in (("churn", lambda x: (x > 0).astype(int)), ("california", lambda x: x)):
         folder = tmp_path / "tables" / name
@@ -214,24 +276,52 @@ def papers_tables(tmp_path):
     return tmp_path / "tables"
 
 
-def test_published_tables_are_searched_and_a_stopped_run_goes_on(script, papers_tables, monkeypatch, tmp_path, capsys):
+def test_published_tables_are_searched_and_a_stopped_run_goes_on(
+    script, papers_tables, monkeypatch, tmp_path, capsys
+):
     module = script("tuned_mlp")
     monkeypatch.setattr(module, "SEARCHES", {"portfolio": ("mlp", "mlp", 3, 8)})
-    options = [str(papers_tables), "--studies", str(tmp_path / "studies"), "--out", str(tmp_path), "--tables", "churn"]
+    options = [
+        str(papers_tables),
+        "--studies",
+        str(tmp_path / "studies"),
+        "--out",
+        str(tmp_path),
+        "--tables",
+        "churn",
+    ]
     assert module.main([*options, "--seeds", "2"]) == 0
     data = module.read(papers_tables, "churn")
-    assert [*data.X] == ["n0", "n1", "b0", "c0", "c1"] and (len(data.X), data.n_train, len(data.X_test)) == (60, 40, 30)
-    assert module.main([*options, "california", "--rows", "training", "all", "--note", "Rows of a test."]) == 0
+    assert [*data.X] == ["n0", "n1", "b0", "c0", "c1"] and (
+        len(data.X),
+        data.n_train,
+        len(data.X_test),
+    ) == (60, 40, 30)
+    assert (
+        module.main(
+            [*options, "california", "--rows", "training", "all", "--note", "Rows of a test."]
+        )
+        == 0
+    )
     (page,), (numbers,) = tmp_path.glob("tuned-mlp-*.md"), tmp_path.glob("tuned-mlp-*.json")
-    text, results = page.read_text(), [module.Result(**one) for one in json.loads(numbers.read_text())["results"]]
+    text = page.read_text()
+    results = [module.Result(**one) for one in json.loads(numbers.read_text())["results"]]
     assert text in capsys.readouterr().out and "Rows of a test." in text
-    asked = [("churn", 0, "training"), ("churn", 1, "training"), ("churn", 0, "all"), ("california", 0, "training")]
+    asked = [
+        ("churn", 0, "training"),
+        ("churn", 1, "training"),
+        ("churn", 0, "all"),
+        ("california", 0, "training"),
+    ]
     asked.append(("california", 0, "all"))
     ways = [(*one, way) for one in asked for way in ("best trial", "ensemble")]
     assert [(one.table, one.seed, one.rows, one.way) for one in results] == ways
     assert all(one.seconds > 0 and one.members == 1 for one in results if one.way == "best trial")
     mean = sum(one.score for one in results[:3:2]) / 2
-    assert f"| churn | gputune, portfolio, 3 trials: best trial, on training rows | {mean:.4f} ± " in text
+    assert (
+        f"| churn | gputune, portfolio, 3 trials: best trial, on training rows | {mean:.4f} ± "
+        in text
+    )
     assert "| churn | TabM, tuned | 0.8605 ± 0.0016 |  | 561 |  | A100 |" in text
     # The best trial trains on the training rows alone: it is the member of the search.
     study = gputune.Study.open(tmp_path / "studies" / "california-portfolio-3-0.db")
@@ -240,19 +330,34 @@ def test_published_tables_are_searched_and_a_stopped_run_goes_on(script, papers_
     assert rmse == next(one.score for one in results if one.table == "california")
     before = numbers.read_text()
     monkeypatch.setattr(module, "search", None)  # nothing is left to be searched
-    assert module.main([*options, "california", "--seeds", "1"]) == 0 and numbers.read_text() == before
+    assert (
+        module.main([*options, "california", "--seeds", "1"]) == 0 and numbers.read_text() == before
+    )
 
 
 @pytest.mark.parametrize(
     "change, complaint",
     [
-        (lambda at: at.rename(at.with_name("other")), r"must have churn/X_num_train.npy, X_bin_train.npy or X_cat"),
-        (lambda at: (at / "Y_val.npy").unlink(), r"Y_val.npy must be an array of numbers or text: .*No such file"),
+        (
+            lambda at: at.rename(at.with_name("other")),
+            r"must have churn/X_num_train.npy, X_bin_train.npy or X_cat",
+        ),
+        (
+            lambda at: (at / "Y_val.npy").unlink(),
+            r"Y_val.npy must be an array of numbers or text: .*No such file",
+        ),
         (lambda at: np.save(at / "Y_test.npy", np.ones(3)), r"got \(30, 5\) and 3 targets"),
-        (lambda at: (at / "X_cat_test.npy").unlink(), r"test files must have the columns of the train files"),
+        (
+            lambda at: (at / "X_cat_test.npy").unlink(),
+            r"test files must have the columns of the train files",
+        ),
     ],
 )
-def test_a_table_that_is_not_there_is_told_with_its_address(script, papers_tables, capsys, change, complaint):
+def test_a_table_that_is_not_there_is_told_with_its_address(
+    script, papers_tables, capsys, change, complaint
+):
     change(papers_tables / "churn")
     assert script("tuned_mlp").main([str(papers_tables), "--tables", "churn"]) == 2
-    assert re.search(f"error: .*{complaint}.*https://github.com/yandex-research/tabm", capsys.readouterr().err)
+    assert re.search(
+        f"error: .*{complaint}.*https://github.com/yandex-research/tabm", capsys.readouterr().err
+    )

@@ -16,7 +16,9 @@ def suites(script):
 def test_a_suite_is_swapped_by_one_import(suites, place):
     suite = suites.SUITES[place]
     own, swapped = (suite.source(swapped=flag).splitlines() for flag in (False, True))
-    (line,) = [i for i, line in enumerate(swapped) if line.startswith("from gputune.sklearn import ")]
+    (line,) = [
+        i for i, line in enumerate(swapped) if line.startswith("from gputune.sklearn import ")
+    ]
     assert swapped[:line] + swapped[line + 1 :] == own
     assert not any(later.startswith(("import ", "from ")) for later in swapped[line + 1 :])
 
@@ -43,7 +45,8 @@ def test_it_compares_with_scikit_learns_own_class(suites, monkeypatch, tmp_path)
             pytest.main(command[3:])
         del sys.modules["test_small"]  # the next one has its name
 
-    monkeypatch.setattr(suites, "subprocess", SimpleNamespace(run=run))  # a process would import all again
+    # a process would import all again
+    monkeypatch.setattr(suites, "subprocess", SimpleNamespace(run=run))
     (tmp_path / "test_small.py").write_text(TESTS)
     suite = suites.Suite(str(tmp_path / "test_small.py"), ("MLPClassifier",))
     applies, failed = suites.compared(suite, "either or own")
@@ -54,8 +57,13 @@ def test_it_compares_with_scikit_learns_own_class(suites, monkeypatch, tmp_path)
 
 @pytest.mark.parametrize(("name", "code"), [("test_nonfinite_params", 0), ("test_of_tomorrow", 1)])
 def test_a_failure_needs_a_reason(suites, monkeypatch, tmp_path, capsys, name, code):
-    monkeypatch.setattr(suites, "compared", lambda suite, keyword: (["test_fit", name], {name: "an error"}))
+    monkeypatch.setattr(
+        suites, "compared", lambda suite, keyword: (["test_fit", name], {name: "an error"})
+    )
     assert suites.main(["test_mlp", "--out", str(tmp_path)]) == code
     assert "test_mlp: 1 of 2" in capsys.readouterr().out
     page = (tmp_path / "scikit-learn-suites.md").read_text()
-    assert "| 1 of 2 |" in page and f"`{name}` | {'not known' if code else 'a training that diverges'}" in page
+    assert (
+        "| 1 of 2 |" in page
+        and f"`{name}` | {'not known' if code else 'a training that diverges'}" in page
+    )

@@ -1,4 +1,5 @@
-"""The other parts of the benchmark in a tiny form: each writes its report, and none where numbers must not stand."""
+"""The other parts of the benchmark in a tiny form: each writes its report, and none where numbers
+must not stand."""
 
 import json
 import math
@@ -19,7 +20,8 @@ from problems import needs_compiled_code
 
 @pytest.fixture
 def study(script, tmp_path, capsys, monkeypatch):
-    """A part by its name, with other constants: what it returned, its numbers, and its page, which it printed."""
+    """A part by its name, with other constants: what it returned, its numbers, and its page, which
+    it printed."""
 
     def run(name, *options, **constants):
         module = script(f"benchmark.studies.{name}")
@@ -45,7 +47,9 @@ def test_the_speeds_of_modules_in_the_docs_are_those_of_the_results():
     page = (ROOT / "docs/tune-my-module.md").read_text()
     (path,) = (ROOT / "scripts/benchmark/results").glob("modules-*.json")
     for row in json.loads(path.read_text())["rows"]:
-        ours, loop, optuna = (statistics.median(row["seconds"][e]) for e in ("gputune", "loop", "optuna"))
+        ours, loop, optuna = (
+            statistics.median(row["seconds"][e]) for e in ("gputune", "loop", "optuna")
+        )
         numbers = f"{ours:.1f} | {loop:.1f} | {loop / ours:.1f} | {optuna / ours:.1f}"
         assert f"| {row['name']} | {row['work']} | {numbers} |" in page
 
@@ -53,29 +57,46 @@ def test_the_speeds_of_modules_in_the_docs_are_those_of_the_results():
 def test_what_is_measured_is_the_commit_of_when_it_was_read(script, monkeypatch):
     report = script("benchmark.report")
     before = report.describe_machine()
-    monkeypatch.setattr(report.subprocess, "run", lambda *_, **__: pytest.fail("git is asked once more"))
+    monkeypatch.setattr(
+        report.subprocess, "run", lambda *_, **__: pytest.fail("git is asked once more")
+    )
     assert report.describe_machine() == before and before["date"] and before["commit"]
 
 
 def test_the_grid(script, study, monkeypatch):
-    grid, said = script("benchmark.studies.grid"), []
+    grid = script("benchmark.studies.grid")
+    said = []
     monkeypatch.setattr(grid, "print", lambda line, **_: said.append(line), raising=False)
-    monkeypatch.setattr(grid, "in_fresh_process", lambda *case: grid.Growth(*case, 0.5, 300.0, 310.0))
+    monkeypatch.setattr(
+        grid, "in_fresh_process", lambda *case: grid.Growth(*case, 0.5, 300.0, 310.0)
+    )
     small = {"ROWS": (1000,), "TRIALS": (1,), "WIDTHS": (16,), "BATCH_SIZES": (256,), "GROWTH": 2}
     # Six steps are too few for scores to agree.
-    _, whole, text = study("grid", "--engines", "torch:1", "--trials", "2", "--epochs", "2", **small, AGREEMENT=1.0)
+    _, whole, text = study(
+        "grid", "--engines", "torch:1", "--trials", "2", "--epochs", "2", **small, AGREEMENT=1.0
+    )
     cells = [(c["trials"], c["width"], c["batch_size"]) for c in whole["cells"]]
-    assert cells == [(1, 16, 256), (2, 16, 256)] and [line.count("gputune") for line in said] == [1, 1]
+    assert cells == [(1, 16, 256), (2, 16, 256)] and [line.count("gputune") for line in said] == [
+        1,
+        1,
+    ]
     cases = [(g["trials"], g["folds"], g["epochs"], g["rows"]) for g in whole["growth"]]
     assert cases == [(2, 5, 2, 0), (4, 5, 2, 0), (2, 10, 2, 0), (2, 5, 4, 0), (1, 5, 1, 1000)]
     assert "| width | batch size | 1 trial | 2 trials |" in text
     assert re.search(r"^\| 16 \| 256 \| \S+x\S* \| \S+x\S* \|$", text, re.M)
-    assert "| 2 | 10 | 2 | 40 | 0.50 | 12500 | 310 | 10 |" in text and "| 1,000 | 0.5 | 500.0 | 310 | 10 |" in text
+    assert (
+        "| 2 | 10 | 2 | 40 | 0.50 | 12500 | 310 | 10 |" in text
+        and "| 1,000 | 0.5 | 500.0 | 310 | 10 |" in text
+    )
 
 
 def test_a_search_that_grows_by_rows(script):
     grown = script("benchmark.studies.grid").measure_here(1, 2, 1, 300)
-    assert (grown.work, grown.rows) == (2, 300) and grown.seconds > 0 and grown.peak >= grown.before > 0
+    assert (
+        (grown.work, grown.rows) == (2, 300)
+        and grown.seconds > 0
+        and grown.peak >= grown.before > 0
+    )
 
 
 @pytest.mark.long
@@ -101,10 +122,17 @@ NETWORKS = ("mlp", "mlp portfolio", "realmlp default", "realmlp")
 
 @pytest.mark.long
 def test_tables(study, flowers):
-    small = {"NAMES": ("iris",), "LARGE": {"iris": 50}, "SEARCHES": dict.fromkeys(NETWORKS, (2, 1)), "SECONDS": 1}
+    small = {
+        "NAMES": ("iris",),
+        "LARGE": {"iris": 50},
+        "SEARCHES": dict.fromkeys(NETWORKS, (2, 1)),
+        "SECONDS": 1,
+    }
     _, whole, text = study("tables", *flowers, "--repeats", "1", **small)
     ways = [one["way"] for one in whole["results"] if one["way"].startswith(("mlp", "realmlp"))]
-    assert ways == [f"{way}{what}" for way in (*NETWORKS, "mlp", "realmlp") for what in ("", " ensemble")]
+    assert ways == [
+        f"{way}{what}" for way in (*NETWORKS, "mlp", "realmlp") for what in ("", " ensemble")
+    ]
     assert {one["table"] for one in whole["results"][-4:]} == {"iris, 50 rows"}
     assert all(one["score"] > 0.3 for one in whole["results"])
     assert "| iris | " in text and "accuracy" in text
@@ -116,7 +144,11 @@ def test_tables(study, flowers):
 def test_portfolio(study, flowers):
     small = {"NAMES": ("iris", "again"), "WIDE_TRIALS": 4, "TRIALS": 3, "EPOCHS": 2, "SIZE": 2}
     _, whole, text = study("portfolio", *flowers, **small)
-    assert len(whole["configurations"]) == 2 and whole["configurations"][0]["numbers"] and "| mean | " in text
+    assert (
+        len(whole["configurations"]) == 2
+        and whole["configurations"][0]["numbers"]
+        and "| mean | " in text
+    )
 
 
 def test_native_needs_a_compiler(study):
@@ -130,7 +162,10 @@ def test_native_needs_a_compiler(study):
 def test_native(study):
     small = {"WIDTHS": (19,), "BATCH_SIZES": (32,), "ACTIVATIONS": ("relu",), "ROWS": 200}
     _, numbers, text = study("native", "--repeats", "3", **small)
-    assert {(dtype, width) for dtype, _, _, width, _, _ in numbers["rows"]} == {("float32", 19), ("float64", 19)}
+    assert {(dtype, width) for dtype, _, _, width, _, _ in numbers["rows"]} == {
+        ("float32", 19),
+        ("float64", 19),
+    }
     assert all(0.2 < row[-1] < 5 for row in numbers["rows"])
     assert text.count("| relu | 19 | 32 | ") == len(numbers["rows"])
 
@@ -138,7 +173,9 @@ def test_native(study):
 def test_many_trials(study):
     _, numbers, text = study("many", "--repeats", "1", TRIALS=8)
     assert numbers["bytes"] > 10_000 and len(numbers["times"]) == text.count("\n| ") - 1
-    assert all(seconds > 0 for pairs in numbers["times"].values() for pair in pairs for seconds in pair)
+    assert all(
+        seconds > 0 for pairs in numbers["times"].values() for pair in pairs for seconds in pair
+    )
 
 
 @pytest.mark.skipif(find_spec("pytabkit") is not None, reason="pytabkit is here, and would train")
@@ -154,19 +191,28 @@ def test_halving(script, study):
     assert first.run == pytest.approx(first.halving, abs=2e-3) and second.run is None
     assert first.full_epochs == 36 and first.halving_epochs == 9 + 3 * 2 + 1 * 1
     for one in (first, second):
-        assert f"| iris | {one.seed} | {one.full:.4f} | {one.halving:.4f} | {one.loss:.2%} | 44.4% |" in text
+        assert (
+            f"| iris | {one.seed} | {one.full:.4f} | {one.halving:.4f} | {one.loss:.2%} | 44.4% |"
+            in text
+        )
     assert "0 of 2 reach the aim." in text  # four epochs are too few to save much
 
 
 def test_hypergradients(study):
     _, whole, text = study("hypergradients", "--epochs", "1", "--repeats", "1", MEMBERS=(10,))
     costs = whole["costs"]
-    assert [(c["optimizer"], c["members"], c["steps"]) for c in costs] == [("sgd", 10, 10), ("adam", 10, 10)]
+    assert [(c["optimizer"], c["members"], c["steps"]) for c in costs] == [
+        ("sgd", 10, 10),
+        ("adam", 10, 10),
+    ]
     for cost in costs:
         assert len(cost["seconds"]) == 7 and cost["disagreement"] < 1e-4
         for kind, seconds in cost["seconds"].items():
             plain, optimised = (seconds / cost["seconds"][base] for base in ("plain", "optimised"))
-            row = f"| {cost['optimizer']} | 10 | 10 | {kind} | {seconds * 1e3:.2f} | {plain:.2f} | {optimised:.2f} |"
+            row = (
+                f"| {cost['optimizer']} | 10 | 10 | {kind} | {seconds * 1e3:.2f} | {plain:.2f} | "
+                f"{optimised:.2f} |"
+            )
             assert row in text
 
 
@@ -196,9 +242,15 @@ def test_optuna_alone_proposes_the_same(script, monkeypatch):
 
 
 def test_what_the_profile_says_is_read(script):
-    lines = "  planning   0.80 s   8%\n  storing   1.00 s   10%\n  training   8.00 s   80%\n    steps   90% of it\n"
+    lines = (
+        "  planning   0.80 s   8%\n  storing   1.00 s   10%\n  training   8.00 s   80%\n    "
+        "steps   90% of it\n"
+    )
     said = f"Where the time went:\n\n{lines}    scores   5% of it\n  the rest   0.20 s   2%\n"
-    speed = "Steps reached 50.0 GFLOP/s, 25% of the 200.0 that the product reaches here on 2 cores (float32)."
+    speed = (
+        "Steps reached 50.0 GFLOP/s, 25% of the 200.0 that the product reaches here on 2 cores "
+        "(float32)."
+    )
     read = script("benchmark.studies.profile").read
     run = read(f"{said}\n{speed}\n", 16, 4)
     assert run.seconds == pytest.approx(10) and run.share == 0.25
@@ -209,9 +261,13 @@ def test_what_the_profile_says_is_read(script):
 
 @pytest.mark.long
 def test_the_profile(study):
-    _, whole, text = study("profile", "--epochs", "1", "--repeats", "1", WIDE_TRIALS=2, NARROW_TRIALS=3)
+    _, whole, text = study(
+        "profile", "--epochs", "1", "--repeats", "1", WIDE_TRIALS=2, NARROW_TRIALS=3
+    )
     assert [(r["width"], r["trials"]) for r in whole["runs"]] == [(256, 2), (128, 2), (16, 3)]
-    assert all(r["reached"] > 0 and r["peak"] > 0 and r["parts"]["steps"] >= 0 for r in whole["runs"])
+    assert all(
+        r["reached"] > 0 and r["peak"] > 0 and r["parts"]["steps"] >= 0 for r in whole["runs"]
+    )
     assert re.search(r"^\| 16 \| 3 \| [\d.]+ \| [\d.]+ \| [\d.]+ \| \d+% \| [\d.]+ \|$", text, re.M)
 
 
@@ -235,7 +291,9 @@ def test_every_search_tells_of_every_candidate(script, place):
     assert [e.seconds for e in events] == sorted(e.seconds for e in events)
     if name == "gputune, random":
         means = script("benchmark.engines.gputune").train(work).scores.mean(1)
-        assert {e.candidate: e.score for e in events} == {c: pytest.approx(means[c]) for c in range(3)}
+        assert {e.candidate: e.score for e in events} == {
+            c: pytest.approx(means[c]) for c in range(3)
+        }
 
 
 def test_the_choice_is_the_best_so_far_and_judged_by_the_rows_held_out(script, monkeypatch):
@@ -245,7 +303,9 @@ def test_the_choice_is_the_best_so_far_and_judged_by_the_rows_held_out(script, m
     monkeypatch.setattr(quality, "ROWS", 80)
     assert len(quality_work(quality)[0].X) == 60  # a larger table is sampled
     known = [(3.0, 1, 0.8), (1.0, 0, 0.5), (2.0, 2, 0.4), (4.0, 1, 0.9), (5.0, 3, 0.9)]
-    points = quality.choices([quality.Event(*one) for one in known], lambda candidate: candidate / 10)
+    points = quality.choices(
+        [quality.Event(*one) for one in known], lambda candidate: candidate / 10
+    )
     assert points == (quality.Point(1.0, 0, 0.0), quality.Point(3.0, 1, 0.1))
     curves = [quality.Curve("digits", 0, "x", points[:n], 9.0) for n in (2, 2, 1)]
     times = [quality._time(level, curves) for level in (0.0, 0.05, 0.2)]
@@ -255,7 +315,9 @@ def test_the_choice_is_the_best_so_far_and_judged_by_the_rows_held_out(script, m
 def test_quality(script, study):
     quality = script("benchmark.studies.quality")
     frame = pl.DataFrame({"age": [1, None, 3], "job": ["a", "b", None]})
-    np.testing.assert_array_equal(quality.numbers(frame), [[1, 1, 0, 0], [0, 0, 1, 0], [3, 0, 0, 1]])
+    np.testing.assert_array_equal(
+        quality.numbers(frame), [[1, 1, 0, 0], [0, 0, 1, 0], [3, 0, 0, 1]]
+    )
 
     def search(name, work):
         return [quality.Event(0.25, 1, 0.6), quality.Event(0.5, 2, 0.7)], 1.0
@@ -263,8 +325,15 @@ def test_quality(script, study):
     searches = dict.fromkeys(("A", "B"), ("sklearn", "")) | {"C": ("no_such_package", "")}
     tables = {"tables": lambda adult: {"digits": load_iris(return_X_y=True)}}
     options = ("--epochs", "2", "--repeats", "2")
-    _, whole, text = study("quality", *options, **tables, SEARCHES=searches, search=search, TRIALS=3)
-    assert [(c["search"], c["seed"]) for c in whole["curves"]] == [("A", 0), ("A", 1), ("B", 0), ("B", 1)]
+    _, whole, text = study(
+        "quality", *options, **tables, SEARCHES=searches, search=search, TRIALS=3
+    )
+    assert [(c["search"], c["seed"]) for c in whole["curves"]] == [
+        ("A", 0),
+        ("A", 1),
+        ("B", 0),
+        ("B", 1),
+    ]
     assert [p["candidate"] for p in whole["curves"][0]["points"]] == [1, 2]
     assert whole["curves"][0]["points"] == whole["curves"][2]["points"]
     assert "## digits, 2 seeds" in text and "| C: not installed |" in text
@@ -278,7 +347,9 @@ def test_modules_are_measured_row_by_row(script, study):
     def compare(case, repeats, apart=0.0):
         seconds = dict(zip(modules.ENGINES, ([1.0], [2.0] * repeats, [4.0])))
         accuracies = dict(zip(modules.ENGINES, (0.9, 0.9, 0.9 - apart)))
-        return modules.Row(case.name, "1 x 5 x 1", case.asked, "2026-01-01", 0.0, seconds, accuracies)
+        return modules.Row(
+            case.name, "1 x 5 x 1", case.asked, "2026-01-01", 0.0, seconds, accuracies
+        )
 
     rows = ("modules", "--rows", "GRU")
     assert study(*rows, compare=lambda case, repeats: compare(case, repeats, apart=0.1))[0] == 1
@@ -293,5 +364,7 @@ def test_a_module_is_trained_by_all_engines(script):
     modules = script("benchmark.studies.modules")
     case = modules.Case("small", modules.modules.Recurrent, 2, 1, 2, 1.0, 256, "sequences")
     row = modules.compare(case, 1)
-    assert row.work == "2 x 5 x 1" and list(row.seconds) == list(row.accuracies) == list(modules.ENGINES)
+    assert row.work == "2 x 5 x 1" and list(row.seconds) == list(row.accuracies) == list(
+        modules.ENGINES
+    )
     assert all(0 < score < 1 for score in row.accuracies.values()) and row.ratio("loop") > 0

@@ -1,4 +1,5 @@
-"""The developers' scripts: a matrix of versions, a release, all that a GPU can tell, a simulated cluster.
+"""The developers' scripts: a matrix of versions, a release, all that a GPU can tell, a simulated
+cluster.
 
 What each refuses, makes the same, reads and says; all of it where there is time.
 """
@@ -35,7 +36,9 @@ def test_tests_are_counted(script, output, says):
     assert script("matrix").result(output) == says
 
 
-def test_a_row_takes_the_place_of_the_one_of_its_name_and_others_stay(script, monkeypatch, tmp_path):
+def test_a_row_takes_the_place_of_the_one_of_its_name_and_others_stay(
+    script, monkeypatch, tmp_path
+):
     matrix = script("matrix")
     monkeypatch.setattr(matrix, "PAGE", tmp_path / "supported.md")
     matrix.PAGE.write_text(f"# Page\n\n{matrix.HEAD}\n|---|\n")
@@ -44,8 +47,9 @@ def test_a_row_takes_the_place_of_the_one_of_its_name_and_others_stay(script, mo
     lines = matrix.PAGE.read_text().splitlines()
     assert lines[:3] == ["# Page", "", matrix.HEAD]
     assert [line.split(" | ")[:3] for line in lines[4:]] == [
-        ["| floors", "3.13", "2 passed"], ["| newest", "3.13", "3 passed"],
-    ]  # fmt: skip
+        ["| floors", "3.13", "2 passed"],
+        ["| newest", "3.13", "3 passed"],
+    ]
 
 
 def test_a_python_that_is_not_there_is_a_row_that_says_so(script, monkeypatch, tmp_path):
@@ -54,7 +58,11 @@ def test_a_python_that_is_not_there_is_a_row_that_says_so(script, monkeypatch, t
     assert "not run: there is no python3.13 here" in row and row.count("|") == 10
 
 
-LIBRARIES = {f"gputune/native/_{kind}{level}.abi3.so": 1000 for kind in ("float", "double") for level in (1, 3, 4)}
+LIBRARIES = {
+    f"gputune/native/_{kind}{level}.abi3.so": 1000
+    for kind in ("float", "double")
+    for level in (1, 3, 4)
+}
 
 
 def make_wheel(folder, **files):
@@ -87,7 +95,10 @@ def test_a_source_package_of_another_hour_is_the_same_bytes(script, tmp_path):
         with tarfile.open(fileobj=buffer, mode="w") as tar:
             for name in ("b", "a")[:: 3 - 2 * moment]:
                 member = tarfile.TarInfo(name)
-                member.size, member.mtime, member.uid, member.uname = 3, moment, moment, str(moment)
+                member.size = 3
+                member.mtime = moment
+                member.uid = moment
+                member.uname = str(moment)
                 tar.addfile(member, io.BytesIO(b"abc"))
         path = tmp_path / "source.tar.gz"
         path.write_bytes(gzip.compress(buffer.getvalue(), mtime=moment))
@@ -95,11 +106,14 @@ def test_a_source_package_of_another_hour_is_the_same_bytes(script, tmp_path):
         packed.append(path.read_bytes())
     assert packed[0] == packed[1]
     with tarfile.open(path) as tar:
-        assert [(m.name, m.mtime, tar.extractfile(m).read()) for m in tar] == [(n, 1.7e9, b"abc") for n in "ab"]
+        assert [(m.name, m.mtime, tar.extractfile(m).read()) for m in tar] == [
+            (n, 1.7e9, b"abc") for n in "ab"
+        ]
 
 
 def test_a_wheel_is_named_after_the_glibc_that_it_needs(script, tmp_path, monkeypatch):
-    release, asked = script("release"), []
+    release = script("release")
+    asked = []
     monkeypatch.setattr(release, "run", lambda *words: asked.append(words) or "new.whl")
     wheel = make_wheel(tmp_path)
     with zipfile.ZipFile(wheel, "a") as content:
@@ -127,10 +141,21 @@ def on_gpu():
 
 @pytest.mark.long
 def test_a_plain_python_imports_it(on_gpu, tmp_path, monkeypatch):
-    """Where all that is missing in one with torch and scikit-learn alone is missing; joblib brings cloudpickle."""
+    """Where all that is missing in one with torch and scikit-learn alone is missing; joblib brings
+    cloudpickle."""
     monkeypatch.setattr(on_gpu, "find_spec", lambda name: None if name != "cloudpickle" else name)
     path = str(on_gpu.importable(tmp_path))
-    for name in ("polars", "pandas", "pyarrow", "matplotlib", "optuna", "ray", "onnx", "pytest", "hypothesis"):
+    for name in (
+        "polars",
+        "pandas",
+        "pyarrow",
+        "matplotlib",
+        "optuna",
+        "ray",
+        "onnx",
+        "pytest",
+        "hypothesis",
+    ):
         (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError({name!r})")
     search = "n_trials=1, max_epochs=1, cv=2, device='cpu'"
     code = (
@@ -138,7 +163,9 @@ def test_a_plain_python_imports_it(on_gpu, tmp_path, monkeypatch):
         f"print(gputune.tune('mlp', [[0.], [1.]] * 9, [0, 1] * 9, {search}))"
     )
     environment = {**os.environ, "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "Study(mlp, 1 trial" in done.stdout
 
@@ -148,9 +175,12 @@ def test_what_is_missing_is_named(on_gpu, monkeypatch):
     monkeypatch.setattr(on_gpu.shutil, "which", lambda name: None)
     missing = {name: missing for name, _, _, missing in on_gpu.steps("cuda", tiny=True)}
     assert missing == {
-        "check": "", "tests": "pytest is not installed", "sanitizer-memcheck": "it is not installed",
-        "sanitizer-racecheck": "it is not installed", "rivals": "",
-    }  # fmt: skip
+        "check": "",
+        "tests": "pytest is not installed",
+        "sanitizer-memcheck": "it is not installed",
+        "sanitizer-racecheck": "it is not installed",
+        "rivals": "",
+    }
 
 
 def test_all_steps_have_their_time(on_gpu):
@@ -162,9 +192,14 @@ def test_what_became_of_a_step(on_gpu, tmp_path):
     python = [sys.executable, "-c"]
     done = on_gpu.run("a", [*python, "print('said'); exit(3)"], 60, "", tmp_path, dict(os.environ))
     assert done["exit code"] == 3 and (tmp_path / "a.txt").read_text() == "said\n"
-    late = on_gpu.run("b", [*python, "import time; time.sleep(60)"], 0.2, "", tmp_path, dict(os.environ))
+    late = on_gpu.run(
+        "b", [*python, "import time; time.sleep(60)"], 0.2, "", tmp_path, dict(os.environ)
+    )
     assert late["stopped after"] == 0.2
-    assert on_gpu.run("c", [], 1, "no time is left", tmp_path, {}) == {"step": "c", "left out": "no time is left"}
+    assert on_gpu.run("c", [], 1, "no time is left", tmp_path, {}) == {
+        "step": "c",
+        "left out": "no time is left",
+    }
 
 
 @pytest.mark.cpu
@@ -182,11 +217,17 @@ def test_the_whole_on_a_cpu(tmp_path):
     assert subprocess.run(command, env=environment, capture_output=True).returncode == 0
     (folder,) = tmp_path.glob("on-*")
     summary = json.loads((folder / "summary.json").read_text())
-    assert [step["step"] for step in summary["steps"] if step.get("exit code") == 0] == ["check", "rivals"]
+    assert [step["step"] for step in summary["steps"] if step.get("exit code") == 0] == [
+        "check",
+        "rivals",
+    ]
     assert json.loads((folder / "check.txt").read_text())["ok"]
     rates = json.loads((folder / "rivals.txt").read_text())["member-steps a second"]
-    assert rates["gputune, eager"] > 0 and rates["gputune, recorded"] > 0 and rates["plain loop"] > 0
-    assert "benchmark" not in str(rates["JAX vmap"])  # where JAX is missing, that is what is missing
+    assert (
+        rates["gputune, eager"] > 0 and rates["gputune, recorded"] > 0 and rates["plain loop"] > 0
+    )
+    # where JAX is missing, that is what is missing
+    assert "benchmark" not in str(rates["JAX vmap"])
 
 
 @pytest.fixture
@@ -215,7 +256,8 @@ def test_too_many_workers_wait_for_the_one_process(cluster):
     assert busy.most_workers == pytest.approx(100)
     assert cluster.simulate(busy, 50, bandwidth=1e9)[1] > 0.9
     seconds, share = cluster.simulate(busy, 1000, bandwidth=1e9)
-    assert seconds == pytest.approx(0.02 * 1000 * cluster.PER_WORKER, rel=0.01)  # its hands are never still
+    # its hands are never still
+    assert seconds == pytest.approx(0.02 * 1000 * cluster.PER_WORKER, rel=0.01)
     assert share == pytest.approx(0.1, rel=0.01)
 
 
@@ -236,9 +278,14 @@ def test_a_search_is_measured_and_reported(cluster):
 def test_size_counts_tokens_without_docstrings_imports_and_comments(script):
     """A formatter moves no token, so that packed and unpacked code have the same size."""
     size = script("size")
-    packed = 'import os\n\n"""Not a docstring: it is not first."""\na, b = 1, [2,\n3]  # a comment\n'
+    packed = (
+        'import os\n\n"""Not a docstring: it is not first."""\na, b = 1, [2,\n3]  # a comment\n'
+    )
     unpacked = packed.replace("[2,\n3]", "[\n    2,\n    3]")
-    documented = f'"""A docstring\nof two lines."""\n{packed}def f():\n    """Another one."""\n    return 1\n'
+    documented = (
+        f'"""A docstring\nof two lines."""\n{packed}def f():\n    """Another one."""\n    return '
+        "1\n"
+    )
     assert size.python_size(packed) == size.Size(files=1, tokens=12, lines=3)
     assert size.python_size(unpacked).tokens == 12
     assert size.python_size(documented) == size.Size(files=1, tokens=12 + 7, lines=5)

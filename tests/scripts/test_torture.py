@@ -1,4 +1,5 @@
-"""The short form of scripts/torture.py: real processes, killed by real signals, and nothing is lost."""
+"""The short form of scripts/torture.py: real processes, killed by real signals, and nothing is
+lost."""
 
 import sys
 
@@ -14,7 +15,9 @@ def torture(script):
 
 def only(counts, *words):
     """The counts but those that must be nought, which are."""
-    assert {word: number for word in sys.modules["torture"].BAD if (number := counts.pop(word, 0))} == {}
+    assert {
+        word: number for word in sys.modules["torture"].BAD if (number := counts.pop(word, 0))
+    } == {}
     return tuple(counts[word] for word in words)
 
 
@@ -30,7 +33,8 @@ def test_a_study_survives_a_kill_between_every_two_calls_of_the_store(torture, t
 
 
 @pytest.mark.parametrize(
-    "method", ["random", pytest.param(gputune.Halving(min_epochs=10), id="halving", marks=pytest.mark.long)]
+    "method",
+    ["random", pytest.param(gputune.Halving(min_epochs=10), id="halving", marks=pytest.mark.long)],
 )
 def test_a_search_that_is_killed_within_its_chunks_goes_on(torture, tmp_path, method):
     counts = torture.kills_in_chunks(tmp_path, 1, method, 0, 20)
@@ -53,8 +57,16 @@ def test_the_counts_of_damage_and_of_storing(torture, tmp_path):
 
 def test_a_part_that_goes_wrong_ends_with_1(torture, monkeypatch, capsys):
     for name in (
-        "kills", "fault_points", "kills_in_chunks", "good_enough", "command", "crowd", "cuts", "full_disk", "storing",
-    ):  # fmt: skip
+        "kills",
+        "fault_points",
+        "kills_in_chunks",
+        "good_enough",
+        "command",
+        "crowd",
+        "cuts",
+        "full_disk",
+        "storing",
+    ):
         monkeypatch.setattr(torture, name, lambda *arguments: {"lost": 0})
     monkeypatch.setattr(torture, "flips", lambda *arguments: {"flips": 3, "wrong values": 1})
     assert torture.main([]) == 1

@@ -1,4 +1,5 @@
-"""Searches whose members train in the kernel, on the simulated devices; ``test_simulated_cuda.py`` runs this too."""
+"""Searches whose members train in the kernel, on the simulated devices; ``test_simulated_cuda.py``
+runs this too."""
 
 import re
 from types import SimpleNamespace
@@ -26,7 +27,14 @@ pytestmark = pytest.mark.gpu
 DEVICE = "cuda:1"  # what lands on the current device by mistake is on the wrong one
 SPACE = {"lr": [1e-3, 1e-2], "batch_size": [25, 32], "width": [9, 16]}
 # Folds of 112 and 113 rows.
-FAST = {"n_trials": 4, "max_epochs": 3, "cv": 4, "scoring": "neg_log_loss", "verbose": 0, "workers": 1}
+FAST = {
+    "n_trials": 4,
+    "max_epochs": 3,
+    "cv": 4,
+    "scoring": "neg_log_loss",
+    "verbose": 0,
+    "workers": 1,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -44,15 +52,23 @@ def search(iris, model="mlp", **options):
 
 SEARCHES = {
     "widths": ("mlp", {"space": {**SPACE, "width": [9, (9, 20), 20]}, "include_default": False}),
-    "accuracy, with dropout": ("mlp", {"space": {**SPACE, "dropout": [0.2]}, "scoring": "accuracy"}),
+    "accuracy, with dropout": (
+        "mlp",
+        {"space": {**SPACE, "dropout": [0.2]}, "scoring": "accuracy"},
+    ),
     "halving": ("mlp", {"method": gputune.Halving(min_epochs=1), "n_trials": 9, "max_epochs": 9}),
     "median": ("mlp", {"method": "median", "n_trials": 5, "class_weight": "balanced"}),
-    "linear": ("logistic", {"optimizer": "nesterov", "space": {"lr": [0.1, 0.2], "batch_size": [10, 40]}}),
+    "linear": (
+        "logistic",
+        {"optimizer": "nesterov", "space": {"lr": [0.1, 0.2], "batch_size": [10, 40]}},
+    ),
 }
 LONG = {"median"}
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in SEARCHES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in SEARCHES]
+)
 def test_a_search_has_the_table_of_compiled_code(name, iris):
     model, options = SEARCHES[name]
     expected = search(iris, model, **options, device="cpu", backend="compiled")
@@ -82,7 +98,9 @@ def test_members_over_the_grid_of_the_laws_are_those_of_compiled_code(optimizer,
 
 
 def test_tf32_is_of_the_kernel_too(iris):
-    exact, study = (search(iris, n_trials=2, max_epochs=2, tf32=tf32).curves for tf32 in (False, True))
+    exact, study = (
+        search(iris, n_trials=2, max_epochs=2, tf32=tf32).curves for tf32 in (False, True)
+    )
     assert cuda.counts("launch")["kernel"] and not cuda.counts("replay")
     assert 1e-6 < abs(study - exact).max() < 1e-2
 
@@ -92,7 +110,9 @@ def test_a_regression_has_the_table_of_compiled_code(iris):
     rows = (iris[0][:, :3], iris[0][:, 3])
     options = {"scoring": "r2", "optimizer": "sgd", "n_trials": 2}
     expected = search(rows, **options, device="cpu", backend="compiled")
-    np.testing.assert_allclose(search(rows, **options).curves, expected.curves, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        search(rows, **options).curves, expected.curves, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_a_search_goes_on_where_it_ended_and_launches_change_no_bit(iris, tmp_path, monkeypatch):
@@ -116,17 +136,28 @@ def test_a_search_goes_on_where_it_ended_and_launches_change_no_bit(iris, tmp_pa
         ({"keep_predictions": False}, 2),  # of the log loss, which is scored where the outputs are
         ({"scoring": ["neg_log_loss", "accuracy"]}, 2),
         ({"method": gputune.Halving(factor=2, min_epochs=2)}, 2 + 2),  # from rung to rung
-        ({"scoring": lambda model, X, y: (model.predict(X) == y).mean()}, 4),  # which may ask it for other rows
+        # which may ask it for other rows
+        ({"scoring": lambda model, X, y: (model.predict(X) == y).mean()}, 4),
         ({"patience": 3}, 4),
         ({"callbacks": [gputune.callbacks.Callback()]}, 4),
     ],
 )
-def test_epochs_between_which_nothing_is_decided_are_one_launch(options, launches, iris, monkeypatch):
+def test_epochs_between_which_nothing_is_decided_are_one_launch(
+    options, launches, iris, monkeypatch
+):
     """But the first of a chunk, whose speed is not known."""
-    options, rows = dict(options), [part[::4] for part in iris]
-    space = {"lr": [1e-2, 1e38], "width": [9], "batch_size": [16], "dropout": [options.pop("dropout", 0.0)]}
-    options |= {"space": space, "n_trials": 2, "max_epochs": 4, "cv": 2, "include_default": False}  # one diverges
-    kept, of_trials = [{}], BestOutputs.of_trials
+    options = dict(options)
+    rows = [part[::4] for part in iris]
+    space = {
+        "lr": [1e-2, 1e38],
+        "width": [9],
+        "batch_size": [16],
+        "dropout": [options.pop("dropout", 0.0)],
+    }
+    # one diverges
+    options |= {"space": space, "n_trials": 2, "max_epochs": 4, "cv": 2, "include_default": False}
+    kept = [{}]
+    of_trials = BestOutputs.of_trials
 
     def noted(best, index):
         kept[-1] |= (found := of_trials(best, index))
@@ -145,27 +176,48 @@ def test_epochs_between_which_nothing_is_decided_are_one_launch(options, launche
     assert study.curves.tobytes() == each.curves.tobytes()
     one, other = ({n: (o.epoch, o.values.tobytes()) for n, o in found.items()} for found in kept)
     assert one == other and bool(one) == options.get("keep_predictions", True)
-    assert [trial.best_epoch for trial in study.trials] == [trial.best_epoch for trial in each.trials]
+    assert [trial.best_epoch for trial in study.trials] == [
+        trial.best_epoch for trial in each.trials
+    ]
 
 
 def test_the_plan_says_what_the_kernel_trains(iris, capsys):
-    space = {"depth": [2, 5], "lr": [1e-3], "width": [16], "batch_size": [32], "numbers": ["none", "piecewise"]}
+    space = {
+        "depth": [2, 5],
+        "lr": [1e-3],
+        "width": [16],
+        "batch_size": [32],
+        "numbers": ["none", "piecewise"],
+    }
     search(iris, space=space, include_default=False, n_trials=4, max_epochs=1, verbose=1)
     said = capsys.readouterr().err
-    why = "2 of 4 trials train in recorded steps: the kernel does not know depth of 5, where 4 is the most"
+    why = (
+        "2 of 4 trials train in recorded steps: the kernel does not know depth of 5, where 4 is "
+        "the most"
+    )
     assert "2 by the kernel, 2 recorded" in said and f"note: {why}" in said
-    compiled = re.findall("compiling the kernel for members of (.*): some seconds, once on this machine", said)
+    compiled = re.findall(
+        "compiling the kernel for members of (.*): some seconds, once on this machine", said
+    )
     assert sorted(compiled) == ["4-16-16-3", "64-16-16-3"]
 
 
 @pytest.mark.parametrize(
     ("model", "options", "words"),
     [
-        ("mlp", {"optimizer": "rmsprop"}, "does not know .*rmsprop.*; choose backend='graph', which records steps, or"),
+        (
+            "mlp",
+            {"optimizer": "rmsprop"},
+            "does not know .*rmsprop.*; choose backend='graph', which records steps, or",
+        ),
         ("mlp", {"dtype": "float64"}, "does not know .*float64.*; choose"),
-        (Linear, {"space": {"lr": [0.1]}}, "trains the built-in MLP and linear models, and the model is a module of"),
+        (
+            Linear,
+            {"space": {"lr": [0.1]}},
+            "trains the built-in MLP and linear models, and the model is a module of",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_the_kernel_does_not_know_is_said(model, options, words, iris):
     with refused(words):
         search(iris, model, **options)
@@ -173,7 +225,9 @@ def test_what_the_kernel_does_not_know_is_said(model, options, words, iris):
 
 
 def test_a_cluster_has_no_kernel():
-    trainer = Trainer(data=make_data(), kind="mlp", seed=0, horizon=1, cluster=SimpleNamespace(device=DEVICE))
+    trainer = Trainer(
+        data=make_data(), kind="mlp", seed=0, horizon=1, cluster=SimpleNamespace(device=DEVICE)
+    )
     with refused("backend='kernel' is for a GPU of this machine, and workers='ray'"):
         trainer.with_backend("kernel", [], print)
     assert trainer._kernel("auto", []) == "graph"
@@ -184,7 +238,10 @@ def test_a_kernel_that_cannot_be_compiled_leaves_recorded_steps(iris, monkeypatc
         raise RuntimeError("Kernel compilation failed:\nmember.cu(3): error: x\nmore")
 
     monkeypatch.setattr(_utils, "_nvrtc_compile", fail)
-    said = re.escape(f"member.cu cannot be compiled for {DEVICE}: Kernel compilation failed: member.cu(3): error: x.")
+    said = re.escape(
+        f"member.cu cannot be compiled for {DEVICE}: Kernel compilation failed: member.cu(3): "
+        "error: x."
+    )
     with pytest.warns(RuntimeWarning, match=f"{said} Nothing is lost"):
         study = search(iris, verbose=1)
     shown = capsys.readouterr().err

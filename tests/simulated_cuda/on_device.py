@@ -1,4 +1,5 @@
-"""What gputune does on the simulated devices; ``test_simulated_cuda.py`` runs this in a process that has them."""
+"""What gputune does on the simulated devices; ``test_simulated_cuda.py`` runs this in a process
+that has them."""
 
 import dataclasses
 import os
@@ -40,7 +41,8 @@ from simulated_cuda import torch_cuda as cuda
 
 pytestmark = pytest.mark.gpu
 
-# What lands on the current device by mistake, cuda:0, is on the wrong one where it is not asked for.
+# What lands on the current device by mistake, cuda:0, is on the wrong one where it is not asked
+# for.
 DEVICES = ["cuda:1", pytest.param("cuda:0", marks=pytest.mark.long)]
 FAST = {"n_trials": 3, "max_epochs": 3, "cv": 3, "verbose": 0, "dtype": "float64", "workers": 1}
 
@@ -50,8 +52,10 @@ class Net(nn.Module):
 
     def __init__(self, n_features, n_outputs, width=8, dropout=0.0, norm=True):
         super().__init__()
-        self.first, self.norm = nn.Linear(n_features, width), nn.BatchNorm1d(width) if norm else nn.Identity()
-        self.dropout, self.last = nn.Dropout(dropout), nn.Linear(width, n_outputs)
+        self.first = nn.Linear(n_features, width)
+        self.norm = nn.BatchNorm1d(width) if norm else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+        self.last = nn.Linear(width, n_outputs)
 
     def forward(self, x):
         return self.last(self.dropout(torch.relu(self.norm(self.first(x)))))
@@ -80,13 +84,19 @@ def fresh(monkeypatch):
 
 def moved(data, device):
     """A Dataset whose tensors are on a device."""
-    folds = [dataclasses.replace(f, train=f.train.to(device), valid=f.valid.to(device)) for f in data.folds]
+    folds = [
+        dataclasses.replace(f, train=f.train.to(device), valid=f.valid.to(device))
+        for f in data.folds
+    ]
     tensors = {k: v.to(device) for k, v in vars(data).items() if isinstance(v, torch.Tensor)}
-    return dataclasses.replace(data, inputs=tuple(x.to(device) for x in data.inputs), folds=tuple(folds), **tensors)
+    return dataclasses.replace(
+        data, inputs=tuple(x.to(device) for x in data.inputs), folds=tuple(folds), **tensors
+    )
 
 
 CHECKS = checks_of(torch.device("cuda:1"))
-# A recorded step is warmed up and compared as it is: what the two ways to train share is asked of the recorded one.
+# A recorded step is warmed up and compared as it is: what the two ways to train share is asked of
+# the recorded one.
 TWICE = {law.name for law, backend in CHECKS if backend == "graph"}
 
 
@@ -107,7 +117,9 @@ def test_the_check_of_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(choice, "MANY", {"cpu": 5, "cuda": 5})
     monkeypatch.setattr(choice, "_ROWS", 40)  # a step an epoch
     code, out, _ = run("check", "--device", "cuda:1")
-    assert code == 0 and re.search(r"a GPU that is not there; capability 9.0, [0-9.]+ GiB of 16.0 GiB free", out)
+    assert code == 0 and re.search(
+        r"a GPU that is not there; capability 9.0, [0-9.]+ GiB of 16.0 GiB free", out
+    )
     assert "a recording that fails falls back" in out and "cuda:1" in out
     found = read_findings(torch.device("cuda:1"))
     assert found.failed == {} and set(found.speeds) == {"eager", "graph", "kernel"}
@@ -118,11 +130,17 @@ SEARCHES = {
     "graph": ("mlp", {"backend": "graph"}),
     "halving": ("mlp", {"method": "halving", "n_trials": 9, "max_epochs": 9}),
     "median": ("mlp", {"method": "median", "n_trials": 5, "max_epochs": 8, "backend": "graph"}),
-    "hypergradient": ("mlp", {"method": gputune.Hypergradient(outer_steps=1), "n_trials": 2, "max_epochs": 2, "cv": 2}),
+    "hypergradient": (
+        "mlp",
+        {"method": gputune.Hypergradient(outer_steps=1), "n_trials": 2, "max_epochs": 2, "cv": 2},
+    ),
     "solved": ("logistic", {}),
     "stacked module": (Net, {"backend": "stacked"}),
     "recorded module": (Net, {"backend": "graph"}),
-    "module that draws": (Net, {"backend": "graph", "space": {"lr": [0.01, 0.03], "module__dropout": [0.3]}}),
+    "module that draws": (
+        Net,
+        {"backend": "graph", "space": {"lr": [0.01, 0.03], "module__dropout": [0.3]}},
+    ),
     "module one by one": (Reader, {}),
 }
 
@@ -176,14 +194,20 @@ def test_a_chunk_that_does_not_fit_is_halved(device, iris, monkeypatch):
 
 
 def test_several_processes_are_refused(device, iris, tmp_path):
-    with refused(f"workers=2: one process drives each GPU, and this search has 1 GPU, {device}; leave"):
-        gputune.tune("mlp", *iris, **{**FAST, "workers": 2}, device=device, study=tmp_path / "study.db")
+    with refused(
+        f"workers=2: one process drives each GPU, and this search has 1 GPU, {device}; leave"
+    ):
+        gputune.tune(
+            "mlp", *iris, **{**FAST, "workers": 2}, device=device, study=tmp_path / "study.db"
+        )
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("model", [pytest.param("mlp", marks=pytest.mark.long), Net])
 def test_the_best_is_trained_again_on_all_rows(model, device, iris):
-    study, expected = same_search(*iris, model, {"space": {"lr": [0.01, 0.03]}, "n_trials": 2}, device)
+    study, expected = same_search(
+        *iris, model, {"space": {"lr": [0.01, 0.03]}, "n_trials": 2}, device
+    )
     found, own = (s.best_model().predict_proba(iris[0]) for s in (study, expected))
     np.testing.assert_allclose(found, own, atol=1e-6)
 
@@ -204,7 +228,9 @@ def test_a_module_is_built_without_a_context_on_other_gpus(iris):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long) for name in ("graph", "hypergradient")] + ["module that draws"]
+    "name",
+    [pytest.param(name, marks=pytest.mark.long) for name in ("graph", "hypergradient")]
+    + ["module that draws"],
 )
 def test_the_default_device_of_torch_changes_nothing(name, iris):
     torch.set_default_device("cuda:1")
@@ -225,7 +251,9 @@ def test_a_hypergradient_is_where_its_module_is(mode):
     for default in (None, "cuda:1"):
         torch.set_default_device(default)
         try:
-            found = gputune.hypergradient(module, functional.cross_entropy, 3 * pairs, *pairs, **options)
+            found = gputune.hypergradient(
+                module, functional.cross_entropy, 3 * pairs, *pairs, **options
+            )
         finally:
             torch.set_default_device(None)
         slopes.append(found.gradient["lr"])
@@ -243,7 +271,13 @@ class Flat(Net):
 def test_rows_that_a_gpu_has_no_room_for_stay_on_the_host(device, monkeypatch):
     monkeypatch.setattr(dataset, "_DEVICE_SHARE", 0)
     rows = torch.rand(60, 2, 3, generator=torch.Generator().manual_seed(0))
-    same_search(rows, [0, 1] * 30, lambda n_outputs: Flat(6, n_outputs), {"space": {"lr": [0.01, 0.1]}}, device)
+    same_search(
+        rows,
+        [0, 1] * 30,
+        lambda n_outputs: Flat(6, n_outputs),
+        {"space": {"lr": [0.01, 0.1]}},
+        device,
+    )
 
 
 def test_what_pytorch_keeps_of_a_gpu_is_free(device, monkeypatch):
@@ -254,13 +288,19 @@ def test_what_pytorch_keeps_of_a_gpu_is_free(device, monkeypatch):
 
 
 def test_the_scikit_learn_face_has_the_numbers_of_the_cpu(device, iris):
-    """Of an estimator, which computes in single precision there, a solved one, and a search of estimators."""
+    """Of an estimator, which computes in single precision there, a solved one, and a search of
+    estimators."""
     found = []
     for where in (device, "cpu"):
         network = MLPClassifier((8,), max_iter=3, random_state=0, device=where, tol=0)
         solved = LogisticRegression(device=where)
         search = RandomizedSearchCV(
-            network, {"learning_rate_init": [0.01, 0.03]}, n_iter=2, cv=2, scoring="neg_log_loss", device=where
+            network,
+            {"learning_rate_init": [0.01, 0.03]},
+            n_iter=2,
+            cv=2,
+            scoring="neg_log_loss",
+            device=where,
         )
         cuda.forget()
         found.append([each.fit(*iris).predict_proba(iris[0]) for each in (network, solved, search)])
@@ -280,11 +320,20 @@ def faster(patch, folder):
 
 AUTO = {
     "a module": (lambda *iris: gputune.tune(Net, *iris, **FAST), True),
-    "TF32": (lambda *iris: gputune.tune("mlp", *iris, **{**FAST, "dtype": "float32"}, tf32=True), True),
+    "TF32": (
+        lambda *iris: gputune.tune("mlp", *iris, **{**FAST, "dtype": "float32"}, tf32=True),
+        True,
+    ),
     "the faster one": (lambda *iris: gputune.tune("mlp", *iris, **FAST), True),
     "what is small": (lambda *iris: gputune.tune("mlp", *iris, **{**FAST, "verbose": 1}), False),
-    "what is solved": (lambda *iris: gputune.tune("logistic", *iris, **{**FAST, "verbose": 1}), False),
-    "an estimator": (lambda *iris: MLPClassifier((8,), max_iter=3, random_state=0).fit(*iris), False),
+    "what is solved": (
+        lambda *iris: gputune.tune("logistic", *iris, **{**FAST, "verbose": 1}),
+        False,
+    ),
+    "an estimator": (
+        lambda *iris: MLPClassifier((8,), max_iter=3, random_state=0).fit(*iris),
+        False,
+    ),
     "a solved estimator": (lambda *iris: LogisticRegression().fit(*iris), False),
 }
 
@@ -302,23 +351,41 @@ def test_what_auto_trains_on_a_gpu(name, iris, monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize("where", DEVICES)
 def test_a_tensor_that_lies_on_a_gpu_trains_there(where, iris):
-    X, y = torch.from_numpy(iris[0]).to(where), iris[1]
+    X = torch.from_numpy(iris[0]).to(where)
+    y = iris[1]
     study = gputune.tune("mlp", X, y, **FAST)
-    np.testing.assert_array_equal(study.curves, gputune.tune("mlp", X, y, **FAST, device=where).curves)
+    np.testing.assert_array_equal(
+        study.curves, gputune.tune("mlp", X, y, **FAST, device=where).curves
+    )
 
 
-def chunk(device, *, module=False, sizes=(10, 10, 10), trials=({},) * 3, recorded=True, data=None, **shared):
+def chunk(
+    device,
+    *,
+    module=False,
+    sizes=(10, 10, 10),
+    trials=({},) * 3,
+    recorded=True,
+    data=None,
+    **shared,
+):
     """Members in stacked tensors, by default of one batch size and recorded."""
     data = moved(data or make_data(folds=5, dtype=torch.float32), device)
-    each = ({"lr": 0.01 * i, "batch_size": size, **trial} for i, (size, trial) in enumerate(zip(sizes, trials), 1))
+    each = (
+        {"lr": 0.01 * i, "batch_size": size, **trial}
+        for i, (size, trial) in enumerate(zip(sizes, trials), 1)
+    )
     configs = fill(*({"width": 8, **shared, **config} for config in each))
     kind, how = (StackedModule, partial(Net, norm=False)) if module else (StackedMLP, "mlp")
     network = kind(how, configs, shape_of(data), seed=0)
-    return StackedChunk(network, Validation(data, scoring_of(data)), seed=0, horizon=9, recorded=recorded)
+    return StackedChunk(
+        network, Validation(data, scoring_of(data)), seed=0, horizon=9, recorded=recorded
+    )
 
 
 def launches_of(members):
-    """The most launches that a step of recorded members takes; a product that adds a bias copies it first."""
+    """The most launches that a step of recorded members takes; a product that adds a bias copies it
+    first."""
     most = 0
     for shape in set(members.batches.shapes):
         cuda.forget()
@@ -346,19 +413,33 @@ def test_a_step_takes_few_launches(options, most, device):
 
 ALL_OPTIONS = (
     {"schedule": "cosine", "clip_norm": 0.1, "dropout": 0.2, "momentum": 0.5},
-    {"schedule": "coslog4", "weight_decay_schedule": "flat_cos", "ema": 0.9, "dropout": 0.1, "momentum": 0.9},
-    {"weight_decay": 0.1, "lr_factor__bias0": 3.0, "weight_decay_factor__weight1": 0.0, "momentum": 0.1},
+    {
+        "schedule": "coslog4",
+        "weight_decay_schedule": "flat_cos",
+        "ema": 0.9,
+        "dropout": 0.1,
+        "momentum": 0.9,
+    },
+    {
+        "weight_decay": 0.1,
+        "lr_factor__bias0": 3.0,
+        "weight_decay_factor__weight1": 0.0,
+        "momentum": 0.1,
+    },
 )
 
 
 @pytest.mark.parametrize("optimizer", [*RULES, "sgd without momentum"])
 def test_a_step_with_all_options_is_the_same_recorded_and_as_it_is(optimizer):
-    """Of three members with options of their own, the recorded steps of kernels, the others of PyTorch's operations."""
+    """Of three members with options of their own, the recorded steps of kernels, the others of
+    PyTorch's operations."""
     word, _, without = optimizer.partition(" ")
     trials = [{**trial, **({"momentum": 0.0} if without else {})} for trial in ALL_OPTIONS]
     data = moved(make_data(weights=True, folds=3), "cuda:1")
     shared = data.weights[:1].expand(3, -1)  # one row of memory for all folds, as of an estimator
-    data = dataclasses.replace(data, weights=shared, present=torch.tensor([[True, True, False], *[[True] * 3] * 2]))
+    data = dataclasses.replace(
+        data, weights=shared, present=torch.tensor([[True, True, False], *[[True] * 3] * 2])
+    )
     options = {"sizes": (9, 10, 13), "trials": trials, "data": data, "optimizer": word}
     recorded, plain = (chunk("cuda:1", **options, recorded=recorded) for recorded in (True, False))
     for epoch in range(5):
@@ -381,19 +462,28 @@ def kernels_anew():
 
 
 def test_a_gpu_draws_what_the_cpu_draws(device, monkeypatch):
-    drawn = [mlp.Draws([7, 3], layers=2, width=400, seed=1, device=torch.device(where)) for where in (device, "cpu")]
+    drawn = [
+        mlp.Draws([7, 3], layers=2, width=400, seed=1, device=torch.device(where))
+        for where in (device, "cpu")
+    ]
     cuda.forget()
     for draws in drawn:
         draws.fill(2, 0)
     assert cuda.counts("launch")["kernel"] == 1
     for step, rows in enumerate((7, 3)):
-        one, other = (draws.at(torch.tensor(step, device=draws.buffer.device), rows) for draws in drawn)
+        one, other = (
+            draws.at(torch.tensor(step, device=draws.buffer.device), rows) for draws in drawn
+        )
         assert torch.equal(one.cpu(), other)
     wrong = Path(mlp.SOURCE).read_text().replace("1812433253u", "1812433254u")
-    monkeypatch.setattr("gputune.native.cuda.source", lambda path, dtype: "typedef float real;\n" + wrong)
+    monkeypatch.setattr(
+        "gputune.native.cuda.source", lambda path, dtype: "typedef float real;\n" + wrong
+    )
     with (
         kernels_anew(),
-        pytest.warns(RuntimeWarning, match=f"what {device} draws for dropout is not what PyTorch draws"),
+        pytest.warns(
+            RuntimeWarning, match=f"what {device} draws for dropout is not what PyTorch draws"
+        ),
     ):
         assert mlp.uniform_kernel(torch.device(device)) is None
 
@@ -442,17 +532,21 @@ def test_an_epoch_of_recorded_steps_copies_nothing_and_waits_for_nothing(module,
 
 def test_a_profile_has_the_time_of_the_gpu(device):
     """Launching takes the host a moment; the simulated device a millisecond an operation."""
-    data, configs = moved(make_data(), device), fill({"batch_size": 10, "width": 8})
+    data = moved(make_data(), device)
+    configs = fill({"batch_size": 10, "width": 8})
     network = StackedMLP("mlp", configs, shape_of(data), seed=0)
     cuda.forget()
-    spent = train(network, data, configs, seed=0, epochs=3, horizon=3, scoring=scoring_of(data)).spent
+    spent = train(
+        network, data, configs, seed=0, epochs=3, horizon=3, scoring=scoring_of(data)
+    ).spent
     launches = sum(cuda.counts("launch").values())
     assert 0.7 * launches < 1000 * (spent.steps + spent.scores) <= launches
     assert spent.scores < spent.steps / 3
 
 
 def test_an_epoch_of_scores_takes_few_launches(device, monkeypatch):
-    """1,000 trials of width 256 on 5,000 rows; two of width 16 stand for them, in blocks that are as many."""
+    """1,000 trials of width 256 on 5,000 rows; two of width 16 stand for them, in blocks that are
+    as many."""
     data = moved(make_data(n=5000, folds=5, dtype=torch.float32), device)
     configs = fill(*[{"batch_size": 100, "width": 16}] * 2)
     network = StackedMLP("mlp", configs, shape_of(data), seed=0)
@@ -492,13 +586,16 @@ def test_a_replay_that_is_not_the_step_is_the_last_one(device, iris, monkeypatch
 
     monkeypatch.setattr(cuda.Graph, "replay", wrong)
     options = {"backend": "graph", "space": {"lr": [1e-3, 1e-2]}, "n_trials": 3}
-    with pytest.warns(RuntimeWarning, match="a recorded step differs from the step itself by .* of its size. N"):
+    with pytest.warns(
+        RuntimeWarning, match="a recorded step differs from the step itself by .* of its size. N"
+    ):
         same_search(*iris, "mlp", options, device)
     assert cuda.counts("replay") == {"": 1}
 
 
 def test_memory_that_runs_out_in_a_capture_halves_the_chunk(device, iris):
-    """The allocator of torch < 2.13 then takes every later call for one inside a capture: halves are not recorded."""
+    """The allocator of torch < 2.13 then takes every later call for one inside a capture: halves
+    are not recorded."""
     cuda.fail_next_capture = torch.OutOfMemoryError("CUDA out of memory.")
     options = {"backend": "graph", "space": {"lr": [1e-3, 1e-2]}, "n_trials": 3}
     with pytest.warns(RuntimeWarning, match="recording a step on .* failed: captures_underway"):
@@ -512,16 +609,25 @@ def test_a_gpu_that_has_failed_is_said(device, iris, monkeypatch):
 
     cuda.fail_next_capture = cuda.INVALID
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    with pytest.raises(RuntimeError, match=f"{device} has failed, and this process cannot use it any more: CUDA"):
+    with pytest.raises(
+        RuntimeError, match=f"{device} has failed, and this process cannot use it any more: CUDA"
+    ):
         gputune.tune("mlp", *iris, **FAST, backend="graph", device=device)
 
 
 @pytest.mark.parametrize("model", ["mlp", Net])
 def test_recordings_outlive_their_chunk(model, device, iris, monkeypatch):
-    """Halving makes chunks anew at every rung; in the memory of the last one their steps are recorded already."""
-    monkeypatch.setattr(Context, "_need", lambda *given: None)  # which trains, and records, to measure memory
+    """Halving makes chunks anew at every rung; in the memory of the last one their steps are
+    recorded already."""
+    # which trains, and records, to measure memory
+    monkeypatch.setattr(Context, "_need", lambda *given: None)
     space = {"lr": [1e-3 * 2**i for i in range(9)], "batch_size": [25]}
-    options = {"space": space, "n_trials": 9, "backend": "graph", "method": gputune.Halving(min_epochs=3)}
+    options = {
+        "space": space,
+        "n_trials": 9,
+        "backend": "graph",
+        "method": gputune.Halving(min_epochs=3),
+    }
     same_search(*iris, model, {**options, "max_epochs": 9, "include_default": False}, device)
     assert cuda.counts("capture") == {"": 1}
     # 3 rungs of 3 epochs of 4 steps, of which 3 warm up and one is taken both ways
@@ -538,15 +644,25 @@ class Seen(Net):
 
 @pytest.mark.parametrize(
     ("model", "method"),
-    [(Seen, "random"), *(pytest.param("mlp", name, marks=pytest.mark.long) for name in ("halving", "hypergradient"))],
-)  # fmt: skip
+    [
+        (Seen, "random"),
+        *(
+            pytest.param("mlp", name, marks=pytest.mark.long)
+            for name in ("halving", "hypergradient")
+        ),
+    ],
+)
 def test_all_gpus_of_a_machine_train(model, method, iris, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("SEEN", str(tmp_path))
     monkeypatch.setattr(worker, "begin_worker", cuda.begin_worker)
     monkeypatch.setattr(plan, "_GPUS_PAY", 0)
     options = {
-        **FAST, "workers": "auto", "verbose": 1, "method": method, "space": {"lr": [1e-3, 2e-3, 4e-3, 8e-3]},
-    }  # fmt: skip
+        **FAST,
+        "workers": "auto",
+        "verbose": 1,
+        "method": method,
+        "space": {"lr": [1e-3, 2e-3, 4e-3, 8e-3]},
+    }
     options |= {"scoring": "neg_log_loss", "n_trials": 2 if method == "hypergradient" else 4}
     study = gputune.tune(model, *iris, **options, device="cuda")
     assert "on 2 GPUs" in capsys.readouterr().err
@@ -597,17 +713,23 @@ def _set(**values):
 
 
 MUTATIONS = {
-    "positions on the CPU": _after(Batches, "_set_sizes", _set(positions=lambda b: b.positions.cpu())),
+    "positions on the CPU": _after(
+        Batches, "_set_sizes", _set(positions=lambda b: b.positions.cpu())
+    ),
     "learning rates on the CPU": _on_cpu(Clock, "table"),
     "a target on the CPU": _on_cpu(StackedMLP, "targets"),
-    "dropout's rates on the CPU": _after(StackedMLP, "__init__", _set(rates=lambda net: net.rates.cpu())),
+    "dropout's rates on the CPU": _after(
+        StackedMLP, "__init__", _set(rates=lambda net: net.rates.cpu())
+    ),
     "a read in a step": _in_step(lambda chunk: chunk.grad.sum().item()),
     "a copy in a step": _in_step(lambda chunk: torch.ones(2).to(chunk.grad.device)),
     "a draw in a step": _in_step(lambda chunk: chunk.grad.uniform_()),
     "a shape by numbers in a step": _in_step(lambda chunk: chunk.grad[chunk.grad > 0]),
     "a result that outlives its step": _in_step(_set(last=lambda chunk: chunk.grad + 1)),
     "memory that was never written": _after(
-        Update, "__init__", _set(moments=lambda update: [torch.empty_like(m) for m in update.moments])
+        Update,
+        "__init__",
+        _set(moments=lambda update: [torch.empty_like(m) for m in update.moments]),
     ),
 }
 """Ten errors, put into gputune one at a time: what is wrong -> where, and what is there instead."""

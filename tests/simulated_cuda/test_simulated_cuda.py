@@ -1,4 +1,5 @@
-"""gputune on two CUDA devices that are not there: ``on_device.py``, in a process that loads them before torch."""
+"""gputune on two CUDA devices that are not there: ``on_device.py``, in a process that loads them
+before torch."""
 
 import hashlib
 import json
@@ -13,7 +14,8 @@ import torch
 
 HERE = Path(__file__).parent
 TORCH = Path(torch.__file__).parent
-SUPPORTED = "2.13."  # the device leans on what PyTorch has inside, which was looked at in this version alone
+# the device leans on what PyTorch has inside, which was looked at in this version alone
+SUPPORTED = "2.13."
 
 
 @pytest.fixture(scope="session")
@@ -23,9 +25,14 @@ def device(pytestconfig):
     if sys.platform != "linux" or compiler is None:
         pytest.skip("the simulated device needs Linux and g++")
     if not torch.__version__.startswith(SUPPORTED) or torch.version.cuda is not None:
-        pytest.skip(f"the simulated device needs a CPU build of torch {SUPPORTED}x, here is {torch.__version__}")
+        pytest.skip(
+            f"the simulated device needs a CPU build of torch {SUPPORTED}x, here is "
+            f"{torch.__version__}"
+        )
     source = HERE / "device.cpp"
-    built_from = hashlib.sha256(source.read_bytes() + f"{torch.__version__} {TORCH}".encode()).hexdigest()
+    built_from = hashlib.sha256(
+        source.read_bytes() + f"{torch.__version__} {TORCH}".encode()
+    ).hexdigest()
     path = pytestconfig.cache.mkdir("simulated_cuda") / f"{built_from[:16]}.so"
     if path.exists():
         return path
@@ -38,16 +45,20 @@ def device(pytestconfig):
 
 
 def run(device, folder, *arguments, seconds):
-    """The end of pytest with the simulated device: (exit code, what it said); 124 where it was ended for its time."""
+    """The end of pytest with the simulated device: (exit code, what it said); 124 where it was
+    ended for its time."""
     environment = {**os.environ, "SIMULATED_CUDA": str(device), "PYTHONPATH": str(HERE.parent)}
     plugins = ["-p", "simulated_cuda.torch_cuda", "-p", "no:cacheprovider"]
-    # A test that hangs says where, long before the time is up; Ctrl-C then leaves pytest to tell what has failed.
+    # A test that hangs says where, long before the time is up; Ctrl-C then leaves pytest to tell
+    # what has failed.
     shown = ["--tb=short", "--durations=5", "-o", f"faulthandler_timeout={seconds // 4}"]
     ended = ["timeout", "--signal=INT", "--kill-after=60", str(seconds)]
     command = [*ended, sys.executable, "-P", "-m", "pytest", *plugins, *shown, *arguments]
     said = folder / "said.txt"  # no pipe, which processes that are left over would hold open
     with said.open("w") as file:
-        done = subprocess.run(command, env=environment, cwd=HERE.parents[1], stdout=file, stderr=subprocess.STDOUT)
+        done = subprocess.run(
+            command, env=environment, cwd=HERE.parents[1], stdout=file, stderr=subprocess.STDOUT
+        )
     return done.returncode, said.read_text()
 
 
@@ -63,7 +74,9 @@ def test_gputune_on_a_gpu(device, pytestconfig, tmp_path):
 
 
 ALONE = {"simulated_cuda", "test_structure.py"}  # this room, and what looks at the source alone
-PARTS = sorted({path.relative_to(HERE.parent).parts[0] for path in HERE.parent.rglob("test_*.py")} - ALONE)
+PARTS = sorted(
+    {path.relative_to(HERE.parent).parts[0] for path in HERE.parent.rglob("test_*.py")} - ALONE
+)
 
 
 @pytest.mark.long
@@ -71,7 +84,8 @@ PARTS = sorted({path.relative_to(HERE.parent).parts[0] for path in HERE.parent.r
 def test_the_suite_where_auto_is_a_gpu(part, device, tmp_path):
     """But for what looks at the CPU, or at what the simulated device has not: cuDNN.
 
-    Both cores: ``pytest --all --numprocesses 2 --dist worksteal tests/simulated_cuda -k where_auto``.
+    Both cores: ``pytest --all --numprocesses 2 --dist worksteal tests/simulated_cuda -k
+    where_auto``.
     """
     code, said = run(device, tmp_path, "--auto-gpu", HERE.parent / part, seconds=3600)
     assert code == 0, said
@@ -89,4 +103,8 @@ def test_the_script_for_a_card(device, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     steps = json.loads((tmp_path / "on-a-gpu-that-is-not-there/summary.json").read_text())["steps"]
-    assert [step["step"] for step in steps if step.get("exit code") == 0] == ["check", "tests", "rivals"]
+    assert [step["step"] for step in steps if step.get("exit code") == 0] == [
+        "check",
+        "tests",
+        "rivals",
+    ]

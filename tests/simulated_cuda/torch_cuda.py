@@ -1,8 +1,10 @@
-"""What of torch.cuda gputune uses, over the simulated device (``device.cpp``). It is loaded before torch:
+"""What of torch.cuda gputune uses, over the simulated device (``device.cpp``). It is loaded before
+torch:
 ``SIMULATED_CUDA=DIR/device.so PYTHONPATH=tests pytest -p simulated_cuda.torch_cuda``.
 
-Numbers are those of the CPU's kernels. It finds tensors on the wrong device, waits and copies where none may be, memory
-that is read before it is written, and what a graph cannot record; not races between streams, nor how fast a GPU is.
+Numbers are those of the CPU's kernels. It finds tensors on the wrong device, waits and copies where
+none may be, memory that is read before it is written, and what a graph cannot record; not races
+between streams, nor how fast a GPU is.
 """
 
 import ctypes
@@ -19,7 +21,9 @@ from types import SimpleNamespace
 from typing import Any
 
 if "torch" in sys.modules:
-    raise RuntimeError("load the simulated device before torch, which looks once for its CUDA hooks.")
+    raise RuntimeError(
+        "load the simulated device before torch, which looks once for its CUDA hooks."
+    )
 _torch = importlib.util.find_spec("torch")
 assert _torch is not None and _torch.origin is not None
 ctypes.CDLL(str(Path(_torch.origin).parent / "lib/libtorch_cpu.so"), mode=ctypes.RTLD_GLOBAL)
@@ -39,13 +43,19 @@ fail_next_capture: RuntimeError | None = None
 """How the next capture ends."""
 INVALID = RuntimeError("CUDA error: operation failed due to a previous error during capture")
 underway = False
-"""Whether PyTorch's allocator believes in a capture, as that of torch < 2.13 does for ever after one that failed."""
+"""Whether PyTorch's allocator believes in a capture, as that of torch < 2.13 does for ever after
+one that failed."""
 
 
 def counts(kind: str) -> dict[str, int]:
-    """Return how often each operation did so: "launch", "to device" and "to host" (copies), "wait", "replay"."""
+    """Return how often each operation did so: "launch", "to device" and "to host" (copies), "wait",
+    "replay"."""
     lines = (line.split(" ", 1) for line in _device.simulated_counts().decode().splitlines())
-    return {what.removeprefix(kind).strip(): int(times) for times, what in lines if what.startswith(kind)}
+    return {
+        what.removeprefix(kind).strip(): int(times)
+        for times, what in lines
+        if what.startswith(kind)
+    }
 
 
 def begin_worker(parent: int) -> None:
@@ -77,7 +87,9 @@ def _devices() -> int:
 
 
 def _index(device: Any = None) -> int:
-    device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device or "cuda")
+    device = (
+        torch.device("cuda", device) if isinstance(device, int) else torch.device(device or "cuda")
+    )
     return int(_device.simulated_device() if device.index is None else device.index)
 
 
@@ -99,7 +111,8 @@ class Stream:
     """``torch.cuda.Stream``: one of the names of the only queue."""
 
     def __init__(self, device: Any = None, *, default: bool = False) -> None:
-        self.device, self.default = torch.device("cuda", _index(device)), default
+        self.device = torch.device("cuda", _index(device))
+        self.default = default
 
     def wait_stream(self, other: "Stream") -> None:
         pass
@@ -136,7 +149,8 @@ def _stream(stream: Stream) -> Iterator[None]:
 
 
 class Event:
-    """``torch.cuda.Event``, on a device that takes a millisecond for an operation and has no other work."""
+    """``torch.cuda.Event``, on a device that takes a millisecond for an operation and has no other
+    work."""
 
     def __init__(self, enable_timing: bool = False) -> None:
         assert enable_timing, "made to measure time"
@@ -164,8 +178,11 @@ class Graph:
 
 
 @contextmanager
-def _graph(graph: Graph, pool: Any = None, stream: Any = None, capture_error_mode: str = "") -> Iterator[None]:
-    """``torch.cuda.graph``. A capture that fails leaves the side stream current, as PyTorch's does."""
+def _graph(
+    graph: Graph, pool: Any = None, stream: Any = None, capture_error_mode: str = ""
+) -> Iterator[None]:
+    """``torch.cuda.graph``. A capture that fails leaves the side stream current, as PyTorch's
+    does."""
     global fail_next_capture, underway
     _synchronize()
     _empty_cache()
@@ -175,7 +192,12 @@ def _graph(graph: Graph, pool: Any = None, stream: Any = None, capture_error_mod
     _thread.recording = recording = Recording(stream.device)
     _device.simulated_set_capturing(1)
     try:
-        with recording.undone(), NoReading(), recording, torch.autograd.set_multithreading_enabled(False):
+        with (
+            recording.undone(),
+            NoReading(),
+            recording,
+            torch.autograd.set_multithreading_enabled(False),
+        ):
             yield
         if fail_next_capture is not None:
             raise fail_next_capture
@@ -192,7 +214,9 @@ def _graph(graph: Graph, pool: Any = None, stream: Any = None, capture_error_mod
 
 
 _CARD = SimpleNamespace(
-    multi_processor_count=2, shared_memory_per_block_optin=232_448, shared_memory_per_multiprocessor=233_472
+    multi_processor_count=2,
+    shared_memory_per_block_optin=232_448,
+    shared_memory_per_multiprocessor=233_472,
 )
 """What of its properties gputune asks for: those of an H100, with fewer multiprocessors."""
 
@@ -208,23 +232,30 @@ def _emulator() -> Any:
 
 
 class Kernel:
-    """A kernel of CUDA C++, compiled for the CPU: its threads are fibers, its blocks come one after the other."""
+    """A kernel of CUDA C++, compiled for the CPU: its threads are fibers, its blocks come one after
+    the other."""
 
     def __init__(self, source: str, name: str) -> None:
-        self.source, self.name, self.shared = source, name, _WITHOUT_ASKING
+        self.source = source
+        self.name = name
+        self.shared = _WITHOUT_ASKING
         _emulator().kernel(source)
 
     def set_shared_memory_config(self, shared_mem_bytes: int) -> None:
         assert shared_mem_bytes <= _CARD.shared_memory_per_block_optin
         self.shared = max(self.shared, shared_mem_bytes)
 
-    def __call__(self, grid: Any, block: Any, args: list[torch.Tensor | int], shared_mem: int = 0) -> None:
+    def __call__(
+        self, grid: Any, block: Any, args: list[torch.Tensor | int], shared_mem: int = 0
+    ) -> None:
         tensors = [arg for arg in args if not isinstance(arg, int)]
         assert len({tensor.device for tensor in tensors}) == 1 and tensors[0].is_cuda
         assert tensors[0].device.index == _index(), "the current stream is that of another device"
         assert shared_mem <= self.shared
         # What goes through its work with a stride does all of it in whatever number of threads.
-        run = functools.partial(self.run, *(grid[0], block[0], shared_mem) if shared_mem else (2, 2, 0))
+        run = functools.partial(
+            self.run, *(grid[0], block[0], shared_mem) if shared_mem else (2, 2, 0)
+        )
         if (recording := _thread.recording) is not None:
             with _disable_current_modes():  # among them the recording
                 for tensor in tensors:
@@ -237,7 +268,9 @@ class Kernel:
         _device.simulated_count(b"launch kernel")
         words = [arg if isinstance(arg, int) else arg.data_ptr() for arg in args]
         size = {"blocks": grid, "threads": block, "shared": shared}
-        assert _emulator().launch(self.source, self.name, words, **size), "threads wait for others that have ended"
+        assert _emulator().launch(self.source, self.name, words, **size), (
+            "threads wait for others that have ended"
+        )
 
 
 def _refuse_in_capture() -> None:
@@ -311,14 +344,18 @@ _FUNCTIONS: dict[str, Any] = {
 
 
 def _state(device: Any) -> torch.Tensor:
-    _device.simulated_count(f"context {_index(device)}".encode())  # a real GPU makes one where it has none yet
+    # a real GPU makes one where it has none yet
+    _device.simulated_count(f"context {_index(device)}".encode())
     return _generators[_index(device)].get_state()
 
 
 for _name, _function in _FUNCTIONS.items():
     setattr(torch.cuda, _name, _function)
 _utils._get_gpu_rtc_library = lambda: None
-_utils._nvrtc_compile = lambda source, name, *options, **more: (source.encode(), name)  # a binary is its source
-_utils._cuda_load_module = lambda binary, names: {name: Kernel(binary.decode(), name) for name in names}
+# a binary is its source
+_utils._nvrtc_compile = lambda source, name, *options, **more: (source.encode(), name)
+_utils._cuda_load_module = lambda binary, names: {
+    name: Kernel(binary.decode(), name) for name in names
+}
 torch._C._cuda_getCurrentRawStream = lambda device: 0  # what torch.compile imports
 torch.cuda.random.manual_seed_all = _FUNCTIONS["manual_seed_all"]

@@ -8,7 +8,8 @@ from searches import CountingScaler
 
 @pytest.fixture
 def training(monkeypatch):
-    """The calls that train, by their numbers of candidates and folds and the shape of their rows."""
+    """The calls that train, by their numbers of candidates and folds and the shape of their
+    rows."""
     calls = []
     fit_together = replay.fit_together
 

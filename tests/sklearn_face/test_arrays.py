@@ -1,4 +1,5 @@
-"""Images, sequences and several inputs, targets and losses of one's own: fused searches beside scikit-learn's."""
+"""Images, sequences and several inputs, targets and losses of one's own: fused searches beside
+scikit-learn's."""
 
 import functools
 import pickle
@@ -13,7 +14,15 @@ from sklearn.experimental import enable_halving_search_cv  # noqa: F401
 from sklearn.metrics import r2_score
 from torch import nn
 
-from face_modules import Conv, GatedConv, OneNumber, Recurrent, TwoInputs, make_conv, weighed_squares
+from face_modules import (
+    Conv,
+    GatedConv,
+    OneNumber,
+    Recurrent,
+    TwoInputs,
+    make_conv,
+    weighed_squares,
+)
 from gputune.errors import InputError
 from gputune.sklearn import (
     GridSearchCV,
@@ -63,12 +72,16 @@ def minus_squares(estimator, X, y):
 
 
 def both_grids(estimator, grid, X, y, **options):
-    ours, _, theirs, _ = both(GridSearchCV, model_selection.GridSearchCV, estimator, grid, X, y, cv=2, **options)
+    ours, _, theirs, _ = both(
+        GridSearchCV, model_selection.GridSearchCV, estimator, grid, X, y, cv=2, **options
+    )
     assert_same_results(ours, theirs, tolerance=1e-7)
     return ours, theirs.best_estimator_
 
 
-@pytest.mark.parametrize("part", [{"training_step": cross_entropy}, {"augment": noise}, {"numbers": "standard"}])
+@pytest.mark.parametrize(
+    "part", [{"training_step": cross_entropy}, {"augment": noise}, {"numbers": "standard"}]
+)
 def test_a_step_of_ones_own_augmentation_and_scaling_are_the_fits(part):
     net = clone(CONV).set_params(**part)
     images = (np.clip(IMAGES, -1, 1) * 127 + 127).astype(np.uint8) if "numbers" in part else IMAGES
@@ -89,9 +102,13 @@ def test_scaling_is_that_of_a_scaler_in_front():
 
 
 def test_a_target_of_any_shape_with_a_criterion():
-    net = NeuralNet(nn.Conv2d, module__in_channels=1, module__out_channels=1, module__kernel_size=3, **TRAINING)
+    net = NeuralNet(
+        nn.Conv2d, module__in_channels=1, module__out_channels=1, module__kernel_size=3, **TRAINING
+    )
     maps = IMAGES[:, :, 1:-1, 1:-1] * 2
-    with pytest.raises(InputError, match=r"a custom target has no loss of its own; give criterion=callable"):
+    with pytest.raises(
+        InputError, match=r"a custom target has no loss of its own; give criterion=callable"
+    ):
         net.fit(IMAGES, maps)
     net.set_params(criterion=squares_of_maps)
     ours, _ = both_grids(net, {"lr": [0.01, 0.1]}, IMAGES, maps, scoring=lambda: minus_squares)
@@ -105,7 +122,9 @@ def test_a_search_on_images_is_scikit_learns_loop_over_fit(X, training):
     assert training == [(4, 2, (60, 1, 6, 6))]
     best = ours.best_estimator_
     np.testing.assert_allclose(best.predict_proba(X), theirs.predict_proba(X), rtol=1e-8)
-    mine, other = best.module_.state_dict(), theirs.module_.state_dict()  # the running statistics too
+    # the running statistics too
+    mine = best.module_.state_dict()
+    other = theirs.module_.state_dict()
     torch.testing.assert_close(dict(mine), dict(other), rtol=1e-8, atol=1e-10)
     assert best.module_.body[1].num_batches_tracked > 0 and not hasattr(best, "n_features_in_")
 
@@ -120,7 +139,7 @@ def test_a_search_on_images_is_scikit_learns_loop_over_fit(X, training):
         (NeuralNetClassifier(functools.partial(Conv, channels=2), **TRAINING), RATES, IMAGES),
     ],
     ids=["one by one", "token ids", "two inputs", "function", "partial"],
-)  # fmt: skip
+)
 def test_any_module_is_searched_as_scikit_learns_loop_does(net, grid, X, training):
     both_grids(net, grid, X, CLASSES)
     assert len(training) == 1
@@ -128,7 +147,9 @@ def test_any_module_is_searched_as_scikit_learns_loop_does(net, grid, X, trainin
 
 def test_labels_are_searched_and_scored():
     grid = RATES | {"criterion": [None, nn.BCEWithLogitsLoss]}
-    ours, _ = both_grids(CONV, grid, IMAGES, LABELS, scoring=["roc_auc", "f1_macro"], refit="roc_auc")
+    ours, _ = both_grids(
+        CONV, grid, IMAGES, LABELS, scoring=["roc_auc", "f1_macro"], refit="roc_auc"
+    )
     scores = ours.cv_results_["mean_test_roc_auc"].reshape(2, 2)
     assert (scores[0] == scores[1]).all()
     best = ours.best_estimator_
@@ -174,17 +195,24 @@ def test_a_criterion_of_ones_own_takes_the_target_as_it_is():
     with pytest.raises(InputError, match="sample_weight .* return row losses"):
         net.fit(IMAGES, NUMBERS, sample_weight=np.linspace(1, 2, 60))
     net = NeuralNetRegressor(
-        Conv, training_step=lambda net, batch: nn.functional.mse_loss(net(batch[0]), batch[1]), **slow
+        Conv,
+        training_step=lambda net, batch: nn.functional.mse_loss(net(batch[0]), batch[1]),
+        **slow,
     )
     assert (net.fit(IMAGES, NUMBERS).target_scale_ == 1).all()
 
 
 def test_a_class_of_torch_trains_as_the_loss_of_its_name():
-    words = [{"criterion": c, "criterion__label_smoothing": 0.1} for c in ("cross_entropy", nn.CrossEntropyLoss, None)]
+    words = [
+        {"criterion": c, "criterion__label_smoothing": 0.1}
+        for c in ("cross_entropy", nn.CrossEntropyLoss, None)
+    ]
     words.append({"criterion": nn.CrossEntropyLoss(label_smoothing=0.1)})
     nets = [clone(CONV).set_params(**each).fit(IMAGES, CLASSES) for each in words]
     for net in nets[1:]:
-        np.testing.assert_allclose(net.predict_proba(IMAGES), nets[0].predict_proba(IMAGES), rtol=1e-10)
+        np.testing.assert_allclose(
+            net.predict_proba(IMAGES), nets[0].predict_proba(IMAGES), rtol=1e-10
+        )
 
 
 def test_scikit_learns_tools_take_images():
@@ -193,7 +221,9 @@ def test_scikit_learns_tools_take_images():
     weights = np.linspace(0.5, 1, 60)
     fitted = pickle.loads(pickle.dumps(net.fit(IMAGES, CLASSES, sample_weight=weights)))
     np.testing.assert_array_equal(fitted.predict_proba(IMAGES), net.predict_proba(IMAGES))
-    halving = model_selection.HalvingGridSearchCV(net, GRID, cv=2, resource="max_epochs", max_resources=4)
+    halving = model_selection.HalvingGridSearchCV(
+        net, GRID, cv=2, resource="max_epochs", max_resources=4
+    )
     assert np.isfinite([*scores, halving.fit(IMAGES, CLASSES).best_score_]).all()
     search = GridSearchCV(net, {"lr": [0.1, 0.3]}, cv=2)
     by_hand = model_selection.cross_val_score(search, IMAGES, CLASSES, cv=2)
@@ -206,7 +236,9 @@ def test_halving_trains_on_with_the_running_statistics():
     results = search.fit(IMAGES, CLASSES).cv_results_
     for params, score in zip(results["params"], results["mean_test_score"]):
         alone = clone(CONV).set_params(**params)
-        assert score == pytest.approx(model_selection.cross_val_score(alone, IMAGES, CLASSES, cv=2).mean())
+        assert score == pytest.approx(
+            model_selection.cross_val_score(alone, IMAGES, CLASSES, cv=2).mean()
+        )
 
 
 def test_inputs_come_as_a_dict_or_a_tuple():
@@ -214,7 +246,9 @@ def test_inputs_come_as_a_dict_or_a_tuple():
     net = NeuralNetRegressor(TwoInputs, **TRAINING)
     named = net.fit({"image": IMAGES, "age": AGES}, y).predict({"age": AGES, "image": IMAGES})
     np.testing.assert_array_equal(net.fit((IMAGES, AGES), y).predict((IMAGES, AGES)), named)
-    search = RandomizedSearchCV(net, {"lr": [0.1, 0.3]}, n_iter=2, cv=2).fit({"image": IMAGES, "age": AGES}, y)
+    search = RandomizedSearchCV(net, {"lr": [0.1, 0.3]}, n_iter=2, cv=2).fit(
+        {"image": IMAGES, "age": AGES}, y
+    )
     assert search.predict(SliceDict(image=IMAGES, age=AGES)).shape == (60,)
 
 
@@ -233,23 +267,41 @@ def test_hypergradients_go_through_running_statistics():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: SliceDict(a=IMAGES, b=AGES[:3]), r"SliceDict needs inputs of one length, got {'a': 60, 'b': 3}"),
+        (
+            lambda: SliceDict(a=IMAGES, b=AGES[:3]),
+            r"SliceDict needs inputs of one length, got {'a': 60, 'b': 3}",
+        ),
         (lambda: SliceDict(a=[1, 2]), r"SliceDict: 'a' must be an array or tensor .*got \[1, 2\]"),
         (lambda: SliceDict(), "SliceDict needs inputs of one length, got none"),
-        (lambda: CONV.fit({"image": [1, 2]}, CLASSES), "must hold arrays or tensors, got {'image': list}"),
+        (
+            lambda: CONV.fit({"image": [1, 2]}, CLASSES),
+            "must hold arrays or tensors, got {'image': list}",
+        ),
         (lambda: CONV.fit((IMAGES, AGES[:3]), CLASSES), r"got lengths X\[0\] 60, X\[1\] 3"),
         (lambda: CONV.fit(IMAGES * np.nan, CLASSES), "X must be finite, got NaN .* in row 0"),
-        (lambda: CONV.fit(IMAGES, CLASSES).predict(IMAGES[:, :, :5]), "X must be what was seen in training"),
+        (
+            lambda: CONV.fit(IMAGES, CLASSES).predict(IMAGES[:, :, :5]),
+            "X must be what was seen in training",
+        ),
         (lambda: CONV.fit(IMAGES, CLASSES).predict(AGES), "X must be what was seen in training"),
-        (lambda: CONV.fit(IMAGES, np.stack([CLASSES] * 2, 1)), r"labels in several columns.*shape \(60, 2\)"),
-        (lambda: CONV.fit(IMAGES, csr_matrix(LABELS)), r"only dense targets are supported; pass y.toarray\(\)"),
+        (
+            lambda: CONV.fit(IMAGES, np.stack([CLASSES] * 2, 1)),
+            r"labels in several columns.*shape \(60, 2\)",
+        ),
+        (
+            lambda: CONV.fit(IMAGES, csr_matrix(LABELS)),
+            r"only dense targets are supported; pass y.toarray\(\)",
+        ),
         (lambda: CONV.fit(IMAGES[:50], CLASSES), "inconsistent numbers of samples"),
         (lambda: CONV.fit(IMAGES[:, :, :2], CLASSES), "module: the forward of Conv.*raised"),
         (lambda: MLPClassifier().fit(IMAGES, CLASSES), "Found array with dim 4"),
-        (lambda: GridSearchCV(CONV, {}).fit((IMAGES, AGES), CLASSES), "tuple of 2 inputs.*SliceDict"),
+        (
+            lambda: GridSearchCV(CONV, {}).fit((IMAGES, AGES), CLASSES),
+            "tuple of 2 inputs.*SliceDict",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
-)  # fmt: skip
+)
 def test_what_is_no_input_is_refused_by_name(call, message):
     with pytest.raises(ValueError, match=message):
         call()

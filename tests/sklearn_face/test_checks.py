@@ -1,4 +1,5 @@
-"""scikit-learn's own checks of estimators and searches, without excuses or expected failures, and its other tools."""
+"""scikit-learn's own checks of estimators and searches, without excuses or expected failures, and
+its other tools."""
 
 import copy
 
@@ -35,7 +36,12 @@ NET = COMMON | {"module": Net, "module__hidden": 16, "optimizer": "adam", "max_e
 # Where scikit-learn's own fit takes over: for labels, for one class, in partial_fit.
 WARNS = ("ignore:Got `batch_size` less than 1", "ignore:Stochastic Optimizer")
 # One of each class of which the others are a spelling or a sibling.
-ESTIMATORS = [LogisticRegression(), MLPClassifier(**MLP), MLPRegressor(**MLP), NeuralNetClassifier(**NET, lr=0.05)]
+ESTIMATORS = [
+    LogisticRegression(),
+    MLPClassifier(**MLP),
+    MLPRegressor(**MLP),
+    NeuralNetClassifier(**NET, lr=0.05),
+]
 OTHERS = [MLPClassifier(**MLP, alpha=1e-3), NeuralNetRegressor(**NET, lr=0.02)]
 
 
@@ -49,7 +55,8 @@ def test_scikit_learns_check(estimator, check):
 
 
 SHORT = COMMON | {"hidden_layer_sizes": (16,), "max_iter": 12}
-CLASSIFIER, REGRESSOR = MLPClassifier(**SHORT), MLPRegressor(**SHORT)
+CLASSIFIER = MLPClassifier(**SHORT)
+REGRESSOR = MLPRegressor(**SHORT)
 PIPELINE = make_pipeline(StandardScaler(), LogisticRegression())
 # No distribution, whose address would be in the names of the tests.
 RATES = {"learning_rate_init": [0.01, 0.02, 0.05]}
@@ -128,20 +135,28 @@ def test_an_ensemble_of_regressors():
     assert make_pipeline(StandardScaler(), pair).fit(*DIABETES).score(*DIABETES) > 0.4
 
 
-@pytest.mark.parametrize("estimator", [CLASSIFIERS[0], REGRESSORS[0]], ids=["classifier", "regressor"])
+@pytest.mark.parametrize(
+    "estimator", [CLASSIFIERS[0], REGRESSORS[0]], ids=["classifier", "regressor"]
+)
 def test_sample_weights_are_routed(estimator):
     X, y = IRIS if is_classifier(estimator) else DIABETES
     weights = np.random.default_rng(0).uniform(0.1, 2, len(y)) ** 4
-    splits, predict = (
-        list(KFold(3, shuffle=True, random_state=0).split(X, y)),
-        "predict_proba" if y is IRIS[1] else "predict",
-    )
+    splits = list(KFold(3, shuffle=True, random_state=0).split(X, y))
+    predict = "predict_proba" if y is IRIS[1] else "predict"
     with sklearn.config_context(enable_metadata_routing=True):
-        asking = clone(estimator).set_fit_request(sample_weight=True).set_score_request(sample_weight=False)
-        scores = cross_validate(asking, X, y, cv=splits, params={"sample_weight": weights}, return_estimator=True)
+        asking = (
+            clone(estimator)
+            .set_fit_request(sample_weight=True)
+            .set_score_request(sample_weight=False)
+        )
+        scores = cross_validate(
+            asking, X, y, cv=splits, params={"sample_weight": weights}, return_estimator=True
+        )
     for (train, _), found in zip(splits, scores["estimator"]):
         by_hand = clone(estimator).fit(X[train], y[train], sample_weight=weights[train])
         unweighted = clone(estimator).fit(X[train], y[train])
-        routed, weighted, plain = (getattr(model, predict)(X) for model in (found, by_hand, unweighted))
+        routed, weighted, plain = (
+            getattr(model, predict)(X) for model in (found, by_hand, unweighted)
+        )
         np.testing.assert_array_equal(routed, weighted)
         assert not np.allclose(routed, plain, rtol=1e-3)

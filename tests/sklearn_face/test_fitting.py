@@ -1,4 +1,5 @@
-"""All at once = one after the other; training ends where its loss stalls; what is left to scikit-learn's own fit."""
+"""All at once = one after the other; training ends where its loss stalls; what is left to
+scikit-learn's own fit."""
 
 import itertools
 import time
@@ -43,10 +44,21 @@ MIXED = [
     {"hidden_layer_sizes": (128,), "activation": "tanh", "max_iter": 3},
     {"hidden_layer_sizes": (20, 7), "dropout": 0.2},
     {"alpha": 1.0, "learning_rate_init": 0.01},
-    {"alpha": 0.5, "batch_size": 32, "solver": "sgd", "learning_rate_init": 0.05, "learning_rate": "cosine"},
+    {
+        "alpha": 0.5,
+        "batch_size": 32,
+        "solver": "sgd",
+        "learning_rate_init": 0.05,
+        "learning_rate": "cosine",
+    },
     {"solver": "adamwhd", "random_state": 7},
 ]
-NETS = [{}, {"module__hidden": 5}, {"batch_size": 16, "optimizer": "adam"}, {"module__dropout": 0.3, "lr": 0.1}]
+NETS = [
+    {},
+    {"module__hidden": 5},
+    {"batch_size": 16, "optimizer": "adam"},
+    {"module__dropout": 0.3, "lr": 0.1},
+]
 
 
 def unequal_folds(n, folds=3):
@@ -62,7 +74,9 @@ def together(estimator, spaces, X, y, folds, sample_weight=None, **options):
 
 
 def predictions(estimator, X):
-    return estimator.predict_proba(X) if hasattr(estimator, "predict_proba") else estimator.predict(X)
+    return (
+        estimator.predict_proba(X) if hasattr(estimator, "predict_proba") else estimator.predict(X)
+    )
 
 
 PENALTIES = [
@@ -92,7 +106,11 @@ def test_together_is_what_fit_gives_alone(estimator, spaces, weighted):
     X, y = IRIS if hasattr(estimator, "predict_proba") else NUMBERS
     weights = np.random.default_rng(1).uniform(0, 2, len(X)) if weighted else None
     tolerance = 1e-6 if spaces is PENALTIES else 1e-9
-    folds = unequal_folds(len(X)) if spaces is not PENALTIES else [np.arange(150), np.arange(100), np.arange(50)]
+    folds = (
+        unequal_folds(len(X))
+        if spaces is not PENALTIES
+        else [np.arange(150), np.arange(100), np.arange(50)]
+    )
     fits = together(estimator, spaces, X, y, folds, weights)
     for f, train in enumerate(folds):
         for i, params in enumerate(spaces):
@@ -104,19 +122,28 @@ def test_together_is_what_fit_gives_alone(estimator, spaces, weighted):
                 assert type(fits.error(f, i)) is type(error) and str(fits.error(f, i)) == str(error)
                 continue
             member = fits.estimator(f, i)
-            np.testing.assert_allclose(predictions(member, X), predictions(alone, X), rtol=tolerance, atol=tolerance)
-            assert member.get_params() == alone.get_params() and member.n_features_in_ == alone.n_features_in_
+            np.testing.assert_allclose(
+                predictions(member, X), predictions(alone, X), rtol=tolerance, atol=tolerance
+            )
+            assert (
+                member.get_params() == alone.get_params()
+                and member.n_features_in_ == alone.n_features_in_
+            )
             # Rounding may decide whether the last step of a solution is still needed.
-            np.testing.assert_allclose(member.n_iter_, alone.n_iter_, rtol=0, atol=spaces is PENALTIES)
+            np.testing.assert_allclose(
+                member.n_iter_, alone.n_iter_, rtol=0, atol=spaces is PENALTIES
+            )
 
 
 def test_single_precision_stays_single_and_together_is_alone():
-    X, y = IRIS[0].astype(np.float32), IRIS[1]
+    X = IRIS[0].astype(np.float32)
+    y = IRIS[1]
     estimator = MLPClassifier(hidden_layer_sizes=(12, 12), max_iter=5, random_state=3)
     folds = unequal_folds(len(X))
     fits = together(estimator, [{}, {"alpha": 0.01}], X, y, folds)
     for f, train in enumerate(folds):
-        member, alone = fits.estimator(f, 1), clone(estimator).set_params(alpha=0.01).fit(X[train], y[train])
+        member = fits.estimator(f, 1)
+        alone = clone(estimator).set_params(alpha=0.01).fit(X[train], y[train])
         assert next(member.module_.parameters()).dtype == torch.float32
         np.testing.assert_allclose(member.predict_proba(X), alone.predict_proba(X), atol=1e-5)
         assert member.predict_proba(X).dtype == np.float32
@@ -128,7 +155,9 @@ def test_a_fit_is_the_plain_loop():
     weights = np.random.default_rng(1).uniform(0, 2, len(X))
     common = {"batch_size": 40, "weight_decay": 0.1}
     own = {"hidden_layer_sizes": (12, 7), "learning_rate_init": 0.01, "solver": "adam"}
-    fitted = MLPRegressor(max_iter=6, random_state=3, **own, **common).fit(X, y, sample_weight=weights)
+    fitted = MLPRegressor(max_iter=6, random_state=3, **own, **common).fit(
+        X, y, sample_weight=weights
+    )
     engine = common | {"width": (12, 7), "lr": 0.01, "optimizer": "adam"}
     mean = np.average(y, weights=weights)
     scale = np.sqrt(np.average((y - mean) ** 2, weights=weights))
@@ -150,15 +179,24 @@ def test_a_fit_is_the_plain_loop():
 @pytest.mark.cpu  # a GPU trains estimators in single precision
 def test_alpha_decays_the_weights_as_scikit_learns():
     X, y = IRIS
-    common = {"hidden_layer_sizes": 8, "activation": "tanh", "solver": "sgd", "momentum": 0.0, "alpha": 30.0}
+    common = {
+        "hidden_layer_sizes": 8,
+        "activation": "tanh",
+        "solver": "sgd",
+        "momentum": 0.0,
+        "alpha": 30.0,
+    }
     start, step = (
-        MLPClassifier(**common, batch_size=150, learning_rate_init=lr, max_iter=1, random_state=0).fit(X, y).module_
+        MLPClassifier(**common, batch_size=150, learning_rate_init=lr, max_iter=1, random_state=0)
+        .fit(X, y)
+        .module_
         for lr in (1e-14, 0.1)
     )
     theirs = Theirs(**common, batch_size=150, learning_rate_init=0.1, random_state=0)
     theirs.partial_fit(X, y, classes=np.unique(y))
     for layer, coef, intercept in zip(start.layers, theirs.coefs_, theirs.intercepts_):
-        coef[:], intercept[:] = layer.weight.detach().numpy().T, layer.bias.detach().numpy()
+        coef[:] = layer.weight.detach().numpy().T
+        intercept[:] = layer.bias.detach().numpy()
     theirs.partial_fit(X, y)
     for layer, coef in zip(step.layers, theirs.coefs_):
         np.testing.assert_allclose(layer.weight.detach().numpy().T, coef, rtol=1e-9, atol=1e-12)
@@ -170,8 +208,13 @@ QUICK = MLPClassifier((8, 8), max_iter=2, random_state=0)
 def test_a_fold_that_lacks_a_class_has_a_network_without_it():
     X, y = IRIS
     fits = together(QUICK, [{}], X, y, [np.arange(100), np.arange(150)])
-    member, alone = fits.estimator(0, 0), clone(QUICK).fit(X[:100], y[:100])
-    assert member.classes_.tolist() == [0, 1] and fits.estimator(1, 0).classes_.tolist() == [0, 1, 2]
+    member = fits.estimator(0, 0)
+    alone = clone(QUICK).fit(X[:100], y[:100])
+    assert member.classes_.tolist() == [0, 1] and fits.estimator(1, 0).classes_.tolist() == [
+        0,
+        1,
+        2,
+    ]
     np.testing.assert_allclose(member.predict_proba(X), alone.predict_proba(X), rtol=1e-9)
 
 
@@ -222,7 +265,10 @@ def test_a_diverged_fit_is_an_arithmetic_error_with_a_remedy():
 @pytest.mark.parametrize(
     ("estimator", "rate"),
     [
-        (MLPRegressor(hidden_layer_sizes=8, max_iter=4, solver="sgd", batch_size=16), "learning_rate_init"),
+        (
+            MLPRegressor(hidden_layer_sizes=8, max_iter=4, solver="sgd", batch_size=16),
+            "learning_rate_init",
+        ),
         (NeuralNetRegressor(Net, max_epochs=4, batch_size=16), "lr"),
     ],
     ids=["mlp", "module"],
@@ -232,7 +278,8 @@ def test_a_diverged_member_leaves_the_others_as_they_were(estimator, rate):
     X, y = NUMBERS
     wild = X.copy()
     wild[0] = 1e200  # in the training rows of two folds
-    folds, rates = unequal_folds(len(X)), [{rate: 0.01}, {rate: 0.02}]
+    folds = unequal_folds(len(X))
+    rates = [{rate: 0.01}, {rate: 0.02}]
     with_row = [f for f in range(3) if 0 in folds[f]]
     tame, mad = (together(estimator, rates, rows, y, folds) for rows in (X, wild))
     for fold, trial in itertools.product(range(3), range(2)):
@@ -253,7 +300,9 @@ def test_other_processes_train_the_same():
     for place in itertools.product(range(3), range(3)):
         member = there.estimator(*place)
         assert type(member.module_) is Net
-        np.testing.assert_array_equal(member.predict_proba(X), here.estimator(*place).predict_proba(X))
+        np.testing.assert_array_equal(
+            member.predict_proba(X), here.estimator(*place).predict_proba(X)
+        )
 
 
 def test_what_has_not_ended_in_time_is_no_fit():
@@ -278,13 +327,16 @@ def test_the_module_is_plain_and_the_users_own():
 
 X, Y = load_iris(return_X_y=True)
 X = (X - X.mean(0)) / X.std(0)
-PATIENT = MLPClassifier((8,), learning_rate_init=0.05, tol=0.02, n_iter_no_change=3, max_iter=60, random_state=0)
+PATIENT = MLPClassifier(
+    (8,), learning_rate_init=0.05, tol=0.02, n_iter_no_change=3, max_iter=60, random_state=0
+)
 DIABETES = load_diabetes(return_X_y=True)
 
 
 def stopped_at(losses, tol, patience):
     """The epoch at which scikit-learn's rule ends: written out, one epoch after another."""
-    best, stalled = np.inf, 0
+    best = np.inf
+    stalled = 0
     for epoch, loss in enumerate(losses, 1):
         stalled = stalled + 1 if loss > best - tol else 0
         best = min(best, loss)
@@ -299,29 +351,42 @@ def test_training_ends_where_the_loss_of_the_training_rows_stalls(weighted):
     weights = np.random.default_rng(0).integers(0, 3, len(X)).astype(float) if weighted else None
     losses = []
     for epochs in range(1, PATIENT.max_iter + 1):
-        model = clone(PATIENT).set_params(n_iter_no_change=np.inf, max_iter=epochs).fit(X, Y, weights)
+        model = (
+            clone(PATIENT).set_params(n_iter_no_change=np.inf, max_iter=epochs).fit(X, Y, weights)
+        )
         chance = model.predict_proba(X)[np.arange(len(Y)), Y]
         losses.append(-np.average(np.log(chance), weights=weights))
         assert model.loss_curve_ == [] and model.n_iter_ == epochs
         if stopped_at(losses, 0.02, 3) < epochs:
             break
     fitted = clone(PATIENT).fit(X, Y, weights)
-    assert fitted.n_iter_ == stopped_at(losses, 0.02, 3) == len(fitted.loss_curve_) < PATIENT.max_iter
+    assert (
+        fitted.n_iter_ == stopped_at(losses, 0.02, 3) == len(fitted.loss_curve_) < PATIENT.max_iter
+    )
     np.testing.assert_allclose(fitted.loss_curve_, losses[: fitted.n_iter_], rtol=1e-9)
     assert fitted.loss_ == fitted.loss_curve_[-1] and fitted.best_loss_ == min(fitted.loss_curve_)
     assert fitted.t_ == fitted.n_iter_ * len(X)
-    plain = clone(PATIENT).set_params(n_iter_no_change=np.inf, max_iter=fitted.n_iter_).fit(X, Y, weights)
-    for coefs, expected in zip(fitted.coefs_ + fitted.intercepts_, plain.coefs_ + plain.intercepts_):
+    plain = (
+        clone(PATIENT)
+        .set_params(n_iter_no_change=np.inf, max_iter=fitted.n_iter_)
+        .fit(X, Y, weights)
+    )
+    for coefs, expected in zip(
+        fitted.coefs_ + fitted.intercepts_, plain.coefs_ + plain.intercepts_
+    ):
         np.testing.assert_allclose(coefs, expected, rtol=1e-9)
 
 
-@pytest.mark.parametrize("estimator", [PATIENT, MLPRegressor(**PATIENT.get_params(), loss="squared_error")])
+@pytest.mark.parametrize(
+    "estimator", [PATIENT, MLPRegressor(**PATIENT.get_params(), loss="squared_error")]
+)
 @pytest.mark.cpu  # a GPU trains estimators in single precision
 def test_members_end_each_by_themselves(estimator):
     data = (X, Y) if isinstance(estimator, MLPClassifier) else DIABETES
     grid = {"learning_rate_init": [0.001, 0.1], "tol": [0.0, 0.05]}
     search = GridSearchCV(estimator, grid, cv=KFold(3, shuffle=True, random_state=0)).fit(*data)
-    ends, folds = set(), [search.cv_results_[f"split{f}_test_score"] for f in range(3)]
+    ends = set()
+    folds = [search.cv_results_[f"split{f}_test_score"] for f in range(3)]
     for params, *scores in zip(search.cv_results_["params"], *folds):
         alone = clone(estimator).set_params(**params)
         np.testing.assert_allclose(cross_val_score(alone, *data, cv=search.cv), scores, rtol=1e-9)
@@ -331,14 +396,19 @@ def test_members_end_each_by_themselves(estimator):
 
 def test_rungs_and_descents_go_to_their_last_epoch():
     impatient = clone(PATIENT).set_params(tol=100.0, n_iter_no_change=1, max_iter=8)
-    options, rates = {"cv": 3, "refit": False}, {"learning_rate_init": [0.05, 0.001]}
+    options = {"cv": 3, "refit": False}
+    rates = {"learning_rate_init": [0.05, 0.001]}
     rung = {"n_candidates": 2, "min_resources": 8, "scoring": "neg_log_loss", "random_state": 0}
     halving = HalvingRandomSearchCV(impatient, rates, **rung, **options)
-    descent = HypergradientSearchCV(impatient, rates, n_iter=2, outer_steps=1, random_state=0, **options)
+    descent = HypergradientSearchCV(
+        impatient, rates, n_iter=2, outer_steps=1, random_state=0, **options
+    )
     endless = clone(impatient).set_params(n_iter_no_change=np.inf)
     whole = GridSearchCV(endless, rates, scoring="neg_log_loss", **options).fit(X, Y)
     for search in (halving.fit(X, Y), descent.fit(X, Y)):
-        for params, score in zip(search.cv_results_["params"][:2], search.cv_results_["mean_test_score"]):
+        for params, score in zip(
+            search.cv_results_["params"][:2], search.cv_results_["mean_test_score"]
+        ):
             place = rates["learning_rate_init"].index(params["learning_rate_init"])
             assert score == pytest.approx(whole.cv_results_["mean_test_score"][place])
 
@@ -350,14 +420,25 @@ def test_a_regression_stalls_by_half_the_standardised_error():
     error = (fitted.predict(features) - target) / fitted.target_scale_
     assert fitted.loss_ == pytest.approx((error**2).mean() / 2)
     module = fitted.module_(torch.from_numpy(features)).detach().numpy()[:, 0]
-    np.testing.assert_allclose(fitted.predict(features), module * fitted.target_scale_ + fitted.target_mean_)
+    np.testing.assert_allclose(
+        fitted.predict(features), module * fitted.target_scale_ + fitted.target_mean_
+    )
 
 
 @pytest.mark.parametrize(
     "params",
     [
-        *({"solver": "lbfgs"}, {"solver": "sgd", "learning_rate": "adaptive"}, {"activation": "logistic"}),
-        *({"hidden_layer_sizes": ()}, {"shuffle": False}, {"warm_start": True}, {"early_stopping": True}),
+        *(
+            {"solver": "lbfgs"},
+            {"solver": "sgd", "learning_rate": "adaptive"},
+            {"activation": "logistic"},
+        ),
+        *(
+            {"hidden_layer_sizes": ()},
+            {"shuffle": False},
+            {"warm_start": True},
+            {"early_stopping": True},
+        ),
         *({"beta_1": 0.8}, {"beta_2": 0.99}, {"epsilon": 1e-7}),
     ],
     ids=str,
@@ -365,7 +446,8 @@ def test_a_regression_stalls_by_half_the_standardised_error():
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_what_gputune_does_not_train_is_scikit_learns_own_fit(params):
     common = {"max_iter": 12, "random_state": 0} | params
-    ours, theirs = MLPClassifier(**common).fit(X, Y), neural_network.MLPClassifier(**common).fit(X, Y)
+    ours = MLPClassifier(**common).fit(X, Y)
+    theirs = neural_network.MLPClassifier(**common).fit(X, Y)
     np.testing.assert_array_equal(ours.predict_proba(X), theirs.predict_proba(X))
     assert not hasattr(ours, "module_") and ours.n_iter_ == theirs.n_iter_
 
@@ -379,13 +461,19 @@ def test_a_search_says_which_candidates_it_does_not_train(scaled):
         estimator = make_pipeline(StandardScaler(), estimator)
         grid = {f"mlpclassifier__{name}": values for name, values in grid.items()}
     search = GridSearchCV(estimator, grid, cv=3)
-    with pytest.warns(UserWarning, match=r"2 of 6 candidates .* one by one, because .* not train solver='lbfgs'\."):
+    with pytest.warns(
+        UserWarning, match=r"2 of 6 candidates .* one by one, because .* not train solver='lbfgs'\."
+    ):
         search.fit(X, Y)
     results = search.cv_results_
     for params, score in zip(results["params"], results["mean_test_score"]):
-        assert cross_val_score(clone(estimator).set_params(**params), X, Y, cv=3).mean() == pytest.approx(score)
+        assert cross_val_score(
+            clone(estimator).set_params(**params), X, Y, cv=3
+        ).mean() == pytest.approx(score)
     lbfgs = np.array(["lbfgs" in params.values() for params in results["params"]])
-    assert (results["std_fit_time"][lbfgs] > 0).all() and (results["std_fit_time"][~lbfgs] == 0).all()
+    assert (results["std_fit_time"][lbfgs] > 0).all() and (
+        results["std_fit_time"][~lbfgs] == 0
+    ).all()
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
@@ -401,12 +489,19 @@ def test_targets_that_gputune_does_not_train_are_scikit_learns():
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_partial_fit_goes_on_from_what_gputune_trained():
     fitted = clone(PATIENT).fit(X, Y)
-    before, epochs = fitted.loss_, len(fitted.loss_curve_)
+    before = fitted.loss_
+    epochs = len(fitted.loss_curve_)
     for _ in range(20):
         fitted.partial_fit(X, Y)
-    assert fitted.loss_ < before and len(fitted.loss_curve_) == epochs + 20 and not hasattr(fitted, "module_")
+    assert (
+        fitted.loss_ < before
+        and len(fitted.loss_curve_) == epochs + 20
+        and not hasattr(fitted, "module_")
+    )
     assert not hasattr(MLPClassifier(solver="adamw"), "partial_fit")
-    with pytest.raises(InputError, match="dropout=0.5 is gputune's own, and partial_fit is left to scikit-learn's"):
+    with pytest.raises(
+        InputError, match="dropout=0.5 is gputune's own, and partial_fit is left to scikit-learn's"
+    ):
         MLPClassifier(dropout=0.5).partial_fit(X, Y, classes=[0, 1, 2])
 
 
@@ -414,20 +509,34 @@ def test_partial_fit_goes_on_from_what_gputune_trained():
 @pytest.mark.parametrize("target", [Y, Y > 0])
 @pytest.mark.cpu  # a GPU trains estimators in single precision
 def test_the_module_and_the_coefficients_give_the_same(activation, target):
-    fitted = clone(PATIENT).set_params(activation=activation, hidden_layer_sizes=(8, 8)).fit(X, target)
+    fitted = (
+        clone(PATIENT).set_params(activation=activation, hidden_layer_sizes=(8, 8)).fit(X, target)
+    )
     logits = fitted.module_(torch.from_numpy(X))
-    np.testing.assert_allclose(fitted.predict_proba(X), logits.softmax(1).detach().numpy(), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(
+        fitted.predict_proba(X), logits.softmax(1).detach().numpy(), rtol=1e-9, atol=1e-12
+    )
     assert fitted.coefs_[-1].shape == (8, 3 if target is Y else 1)
 
 
 @pytest.mark.parametrize(
-    "estimator", [PATIENT, LogisticRegression(), NeuralNetClassifier(lambda: torch.nn.Linear(4, 3), random_state=0)]
+    "estimator",
+    [
+        PATIENT,
+        LogisticRegression(),
+        NeuralNetClassifier(lambda: torch.nn.Linear(4, 3), random_state=0),
+    ],
 )
 def test_sparse_x_is_what_it_is_as_an_array(estimator):
     dense = clone(estimator).fit(X, Y).predict_proba(X)
-    np.testing.assert_allclose(clone(estimator).fit(csr_array(X), Y).predict_proba(csr_array(X)), dense, rtol=1e-9)
+    np.testing.assert_allclose(
+        clone(estimator).fit(csr_array(X), Y).predict_proba(csr_array(X)), dense, rtol=1e-9
+    )
 
 
 def test_sparse_x_that_memory_does_not_hold_is_refused():
-    with pytest.raises(InputError, match="a sparse matrix of 4000 rows and 1000000000000000 columns, which takes 3.2e"):
+    with pytest.raises(
+        InputError,
+        match="a sparse matrix of 4000 rows and 1000000000000000 columns, which takes 3.2e",
+    ):
         as_dense(csr_array((4000, 10**15)))

@@ -27,7 +27,9 @@ def same(own, theirs, X):
         np.testing.assert_allclose(getattr(own, name), getattr(theirs, name), rtol=1e-6, atol=1e-6)
         assert getattr(own, name).shape == getattr(theirs, name).shape
     for method in ("predict_proba", "decision_function"):
-        np.testing.assert_allclose(getattr(own, method)(X), getattr(theirs, method)(X), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            getattr(own, method)(X), getattr(theirs, method)(X), rtol=1e-5, atol=1e-6
+        )
     np.testing.assert_array_equal(own.predict(X), theirs.predict(X))
     np.testing.assert_array_equal(own.classes_, theirs.classes_)
 
@@ -45,7 +47,8 @@ def test_the_solution_is_scikit_learns(data, params):
 def test_weights_count_as_in_scikit_learn(class_weight):
     X, y = IRIS
     weights = np.random.default_rng(0).uniform(0, 3, len(y))
-    own, theirs = LogisticRegression(class_weight=class_weight), Theirs(class_weight=class_weight, **TIGHT)
+    own = LogisticRegression(class_weight=class_weight)
+    theirs = Theirs(class_weight=class_weight, **TIGHT)
     same(own.fit(X, y, sample_weight=weights), theirs.fit(X, y, sample_weight=weights), X)
 
 
@@ -53,38 +56,56 @@ def test_balanced_classes_count_the_weights_of_their_rows():
     X, y = IRIS
     weights = np.where(y == 0, 3.0, 1.0)
     own = LogisticRegression(class_weight="balanced").fit(X, y, sample_weight=weights)
-    even = LogisticRegression(class_weight={0: 5 / 9, 1: 5 / 3, 2: 5 / 3}).fit(X, y, sample_weight=weights)
+    even = LogisticRegression(class_weight={0: 5 / 9, 1: 5 / 3, 2: 5 / 3}).fit(
+        X, y, sample_weight=weights
+    )
     np.testing.assert_allclose(own.coef_, even.coef_, rtol=1e-8, atol=1e-10)
 
 
 def test_the_older_word_for_the_penalty(monkeypatch):
     X, y = CANCER
     lasso = LogisticRegression(l1_ratio=1.0, C=0.1).fit(X, y)
-    np.testing.assert_array_equal(LogisticRegression(penalty="l1", C=0.1).fit(X, y).coef_, lasso.coef_)
+    np.testing.assert_array_equal(
+        LogisticRegression(penalty="l1", C=0.1).fit(X, y).coef_, lasso.coef_
+    )
     assert (lasso.coef_ == 0).mean() > 0.5
     ridge = LogisticRegression(C=0.1).fit(X, y)
-    np.testing.assert_array_equal(LogisticRegression(penalty="l2", C=0.1).fit(X, y).coef_, ridge.coef_)
-    net, word = (LogisticRegression(l1_ratio=0.5, penalty=p).fit(X, y) for p in ("auto", "elasticnet"))
+    np.testing.assert_array_equal(
+        LogisticRegression(penalty="l2", C=0.1).fit(X, y).coef_, ridge.coef_
+    )
+    net, word = (
+        LogisticRegression(l1_ratio=0.5, penalty=p).fit(X, y) for p in ("auto", "elasticnet")
+    )
     np.testing.assert_array_equal(word.coef_, net.coef_)
-    monkeypatch.setattr("gputune.sklearn.logistic._PENALTY", "l2")  # the default before scikit-learn 1.8
-    np.testing.assert_array_equal(LogisticRegression(l1_ratio=0.5, penalty="l2").fit(X, y).coef_, net.coef_)
+    # the default before scikit-learn 1.8
+    monkeypatch.setattr("gputune.sklearn.logistic._PENALTY", "l2")
+    np.testing.assert_array_equal(
+        LogisticRegression(l1_ratio=0.5, penalty="l2").fit(X, y).coef_, net.coef_
+    )
     # Without a penalty, what can be separated has no optimum.
     X, y = make_classification(200, 5, flip_y=0.4, random_state=0)
-    free, none = LogisticRegression(C=np.inf).fit(X, y), LogisticRegression(penalty=None).fit(X, y)
+    free = LogisticRegression(C=np.inf).fit(X, y)
+    none = LogisticRegression(penalty=None).fit(X, y)
     np.testing.assert_array_equal(none.coef_, free.coef_)
-    with pytest.warns(UserWarning, match="penalty=None will ignore the C and l1_ratio parameters, got C=3.0"):
+    with pytest.warns(
+        UserWarning, match="penalty=None will ignore the C and l1_ratio parameters, got C=3.0"
+    ):
         LogisticRegression(C=3.0, penalty=None).fit(X, y)
 
 
 def test_it_warns_where_it_did_not_converge():
-    with pytest.warns(ConvergenceWarning, match="did not converge in 1 Newton steps .*tol=1e-10") as caught:
+    with pytest.warns(
+        ConvergenceWarning, match="did not converge in 1 Newton steps .*tol=1e-10"
+    ) as caught:
         LogisticRegression(max_iter=1).fit(*CANCER)
     assert caught[0].filename == __file__
 
 
 @pytest.mark.parametrize("params", [{"C": 0.1}, {"C": 0.01, "dual": True, "tol": 0.1}], ids=str)
 def test_liblinear_is_scikit_learns_own_fit(params):
-    own, theirs = (kind(solver="liblinear", random_state=0, **params) for kind in (LogisticRegression, Theirs))
+    own, theirs = (
+        kind(solver="liblinear", random_state=0, **params) for kind in (LogisticRegression, Theirs)
+    )
     X, y = CANCER
     np.testing.assert_array_equal(own.fit(X, y).predict_proba(X), theirs.fit(X, y).predict_proba(X))
     np.testing.assert_array_equal(own.predict_log_proba(X), theirs.predict_log_proba(X))
@@ -101,7 +122,10 @@ REFUSED = [
     ({"C": 0}, "The 'C' parameter of LogisticRegression must be"),
     ({"l1_ratio": 2}, "The 'l1_ratio' parameter"),
     ({"penalty": "l3"}, "The 'penalty' parameter .* Got 'l3'"),
-    ({"penalty": "l1", "l1_ratio": 0.5}, "penalty='l1' and l1_ratio=0.5 say the same thing and differ"),
+    (
+        {"penalty": "l1", "l1_ratio": 0.5},
+        "penalty='l1' and l1_ratio=0.5 say the same thing and differ",
+    ),
     ({"class_weight": "even"}, "The 'class_weight' parameter"),
     ({"class_weight": {0: 1.0, 9: 1.0}}, "are not in class_weight"),
     ({"class_weight": {0: -1.0, 1: 1.0, 2: 1.0}}, "must leave weights >= 0"),
@@ -120,7 +144,8 @@ def test_what_cannot_be_meant_is_refused(params, message):
 
 
 def test_one_of_two_classes_whose_rows_weigh_nothing_is_never_predicted():
-    X, y = IRIS[0][:100], IRIS[1][:100]
+    X = IRIS[0][:100]
+    y = IRIS[1][:100]
     two = LogisticRegression().fit(X, y, sample_weight=(y == 1).astype(float))
     assert (two.predict(X) == 1).all()
     np.testing.assert_array_equal(two.predict_log_proba(X[:2]), [[-np.inf, 0]] * 2)
@@ -130,7 +155,9 @@ def test_one_of_two_classes_whose_rows_weigh_nothing_is_never_predicted():
 def test_one_huge_value_ends_no_search(size):
     X, y = load_iris(return_X_y=True)
     X[7, 2] = size
-    search = GridSearchCV(LogisticRegression(), {"C": [1e-60, 1.0]}, cv=3, error_score="raise").fit(X, y)
+    search = GridSearchCV(LogisticRegression(), {"C": [1e-60, 1.0]}, cv=3, error_score="raise").fit(
+        X, y
+    )
     assert search.best_score_ > 0.9
     study = gputune.tune("logistic", X, y, numbers="none", n_trials=1, cv=3, verbose=0)
     assert study.best_score > 0.9

@@ -41,11 +41,14 @@ ONE_RATE = {"learning_rate_init": [0.1]}
 
 
 @pytest.mark.parametrize("search", SEARCHES, ids=lambda s: type(s).__name__)
-@pytest.mark.parametrize("scoring", ["neg_log_loss", pytest.param("accuracy", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "scoring", ["neg_log_loss", pytest.param("accuracy", marks=pytest.mark.long)]
+)
 def test_it_is_the_loop_by_hand(search, scoring, training):
     search.set_params(scoring=scoring)
     found = nested_cv(search, X, Y, outer=3)
-    candidates, inner = len(found.searches[0].cv_results_["params"]), found.searches[0].n_splits_
+    candidates = len(found.searches[0].cv_results_["params"])
+    inner = found.searches[0].n_splits_
     assert [call[:2] for call in training] == [(candidates, 3 * inner)]  # one population
     by_hand = cross_validate(search, X, Y, cv=3, return_estimator=True)
     np.testing.assert_allclose(found.scores, by_hand["test_score"], atol=1e-6)
@@ -62,7 +65,9 @@ def test_outer_folds_are_any_that_scikit_learn_takes():
     search = SEARCHES[1]
     outer = KFold(3, shuffle=True, random_state=0)
     found = nested_cv(search, X, Y, outer=outer)
-    np.testing.assert_allclose(found.scores, model_selection.cross_val_score(search, X, Y, cv=outer))
+    np.testing.assert_allclose(
+        found.scores, model_selection.cross_val_score(search, X, Y, cv=outer)
+    )
     again = nested_cv(search, X.tolist(), Y.tolist(), outer=outer.split(X))
     np.testing.assert_array_equal(again.scores, found.scores)
 
@@ -73,25 +78,31 @@ WEIGHTS = np.random.default_rng(0).uniform(0.1, 5, 150)
 
 @pytest.mark.parametrize("params", [None, {"groups": GROUPS}], ids=["outer", "outer and inner"])
 def test_groups_split_outer_folds_and_as_params_inner_ones(params):
-    outer, inner = GroupKFold(3), 3 if params is None else GroupKFold(4)
+    outer = GroupKFold(3)
+    inner = 3 if params is None else GroupKFold(4)
     search = clone(SEARCHES[1]).set_params(cv=inner, scoring="neg_log_loss")
     found = nested_cv(search, X, Y, outer=outer, groups=GROUPS, params=params)
     given = {"cv": outer, "groups": GROUPS, "params": params, "return_estimator": True}
     by_hand = cross_validate(search, X, Y, **given, error_score="raise")
     np.testing.assert_allclose(found.scores, by_hand["test_score"], atol=1e-8)
     for name in ("split0_test_score", "mean_test_score"):
-        mine, theirs = ([s.cv_results_[name] for s in some] for some in (found.searches, by_hand["estimator"]))
+        mine, theirs = (
+            [s.cv_results_[name] for s in some] for some in (found.searches, by_hand["estimator"])
+        )
         np.testing.assert_allclose(mine, theirs, atol=1e-8)
 
 
 @pytest.mark.parametrize(
-    ("search", "word"), [(SEARCHES[1], "sample_weight"), (SEARCHES[2], "mlpclassifier__sample_weight")]
+    ("search", "word"),
+    [(SEARCHES[1], "sample_weight"), (SEARCHES[2], "mlpclassifier__sample_weight")],
 )
 def test_sample_weight_reaches_every_fit(search, word, training):
     search = clone(search).set_params(scoring="neg_log_loss")
     found = nested_cv(search, X, Y, outer=3, params={word: WEIGHTS})
     assert [call[:2] for call in training] == [(len(found.searches[0].cv_results_["params"]), 9)]
-    weighted, unweighted = (cross_val_score(search, X, Y, cv=3, params=params) for params in ({word: WEIGHTS}, {}))
+    weighted, unweighted = (
+        cross_val_score(search, X, Y, cv=3, params=params) for params in ({word: WEIGHTS}, {})
+    )
     np.testing.assert_allclose(found.scores, weighted, atol=1e-6)
     assert np.abs(weighted - unweighted).max() > 1e-3
 
@@ -103,12 +114,19 @@ def test_metadata_is_routed_as_in_cross_val_score():
         search = GridSearchCV(logistic, {"C": [0.01, 1.0]}, cv=GroupKFold(4), scoring=loss)
         params = {"sample_weight": WEIGHTS, "groups": GROUPS}
         found = nested_cv(search, X, Y, outer=GroupKFold(3), params=params)
-        by_hand = cross_val_score(search, X, Y, cv=GroupKFold(3), params=params, error_score="raise")
+        by_hand = cross_val_score(
+            search, X, Y, cv=GroupKFold(3), params=params, error_score="raise"
+        )
         np.testing.assert_allclose(found.scores, by_hand, atol=1e-8)
         with pytest.raises(InputError, match="metadata routing is off, and it is on: give params="):
             nested_cv(search, X, Y, groups=GROUPS)
         with pytest.raises(UnsetMetadataPassedError, match="sample_weight"):
-            nested_cv(GridSearchCV(LogisticRegression(), {"C": [1.0]}), X, Y, params={"sample_weight": WEIGHTS})
+            nested_cv(
+                GridSearchCV(LogisticRegression(), {"C": [1.0]}),
+                X,
+                Y,
+                params={"sample_weight": WEIGHTS},
+            )
 
 
 def test_what_a_scorer_cannot_weigh_is_warned_of_once_a_fit():
@@ -128,7 +146,10 @@ def test_a_search_without_a_seed_draws_anew_in_every_fold(training):
     np.random.seed(0)
     search = RandomizedSearchCV(LogisticRegression(), PENALTIES, n_iter=2, cv=2)
     found = nested_cv(search, X, Y, outer=3)
-    assert len({params["C"] for params in found.best_params}) == 3 and [call[:2] for call in training] == [(2, 2)] * 3
+    assert (
+        len({params["C"] for params in found.best_params}) == 3
+        and [call[:2] for call in training] == [(2, 2)] * 3
+    )
     found.searches[0].fit(X, Y)  # draws and trains again
     assert len(training) == 4
 
@@ -153,13 +174,22 @@ def test_other_estimators_are_left_to_scikit_learn():
 @pytest.mark.parametrize(
     ("search", "error"),
     [
-        (HypergradientSearchCV(MLP, {}), "must be a RandomizedSearchCV or a GridSearchCV of gputune"),
+        (
+            HypergradientSearchCV(MLP, {}),
+            "must be a RandomizedSearchCV or a GridSearchCV of gputune",
+        ),
         (HalvingRandomSearchCV(MLP, ONE_RATE), "must be a RandomizedSearchCV or a GridSearchCV"),
-        (model_selection.GridSearchCV(MLP, ONE_RATE), "must be a RandomizedSearchCV or a GridSearchCV"),
+        (
+            model_selection.GridSearchCV(MLP, ONE_RATE),
+            "must be a RandomizedSearchCV or a GridSearchCV",
+        ),
         (GridSearchCV(MLP, ONE_RATE, refit=False), "got refit=False; set refit"),
-        (GridSearchCV(MLP, ONE_RATE, study="study.db"), "study='study.db' keeps one; set study=None"),
+        (
+            GridSearchCV(MLP, ONE_RATE, study="study.db"),
+            "study='study.db' keeps one; set study=None",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_nested_is_refused(search, error):
     with pytest.raises(InputError, match=error):
         nested_cv(search, X, Y)

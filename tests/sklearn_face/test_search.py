@@ -1,4 +1,5 @@
-"""RandomizedSearchCV and GridSearchCV beside scikit-learn's own, over the same estimators; pipelines; study files."""
+"""RandomizedSearchCV and GridSearchCV beside scikit-learn's own, over the same estimators;
+pipelines; study files."""
 
 import json
 import pickle
@@ -55,14 +56,27 @@ WEIGHTS = np.random.default_rng(0).uniform(0.1, 2, len(Y))
 MLP = MLPClassifier(hidden_layer_sizes=(8,), max_iter=4, batch_size=32, random_state=0)
 RATES = {"learning_rate_init": loguniform(1e-3, 1e-1)}
 ALTERNATIVES = [
-    {"hidden_layer_sizes": randint(4, 40), "learning_rate_init": loguniform(1e-3, 1e-1), "alpha": [0.01, 0.1]},
-    {"learning_rate_init": [0.01, 0.1], "dropout": [0.2], "batch_size": randint(5, 60), "solver": ["adam", "sgd"]},
+    {
+        "hidden_layer_sizes": randint(4, 40),
+        "learning_rate_init": loguniform(1e-3, 1e-1),
+        "alpha": [0.01, 0.1],
+    },
+    {
+        "learning_rate_init": [0.01, 0.1],
+        "dropout": [0.2],
+        "batch_size": randint(5, 60),
+        "solver": ["adam", "sgd"],
+    },
 ]
 
 
 def fitting_scorer(model, X, y):
     """Fits estimators of its own."""
-    return model.score(X, y) + clone(model).fit(X, y).score(X, y) + LogisticRegression().fit(X, y).score(X, y)
+    return (
+        model.score(X, y)
+        + clone(model).fit(X, y).score(X, y)
+        + LogisticRegression().fit(X, y).score(X, y)
+    )
 
 
 SGD = clone(MLP).set_params(solver="sgd")
@@ -73,10 +87,13 @@ SGD = clone(MLP).set_params(solver="sgd")
     [
         (MLPClassifier(max_iter=5, random_state=3), ALTERNATIVES),
         (LogisticRegression(), {"C": loguniform(1e-2, 1e2), "l1_ratio": [0.0, 1.0]}),
-        (NeuralNetClassifier(Net, max_epochs=3, random_state=1), {"module__hidden": [4, 8], "lr": [0.1, 0.01]}),
+        (
+            NeuralNetClassifier(Net, max_epochs=3, random_state=1),
+            {"module__hidden": [4, 8], "lr": [0.1, 0.01]},
+        ),
     ],
     ids=lambda v: type(v).__name__,
-)  # fmt: skip
+)
 def test_scores_are_those_of_scikit_learns_search(estimator, space, training):
     options = {"scoring": SCORES, "refit": "neg_log_loss", "n_iter": 4, "return_train_score": True}
     ours, _, theirs, _ = both_random(estimator, space, **options)
@@ -108,16 +125,35 @@ def test_a_grid_and_a_regression(training):
         {"cv": GroupKFold(3), "fit_params": {"groups": np.arange(150) % 7}},
         {"fit_params": {"sample_weight": WEIGHTS}},
         {"scoring": lambda: fitting_scorer, "n_iter": 2, "cv": 2},
-        {"X": pd.DataFrame(X, columns=list("abcd")), "y": pd.Series(np.array(["setosa", "versicolor", "other"])[Y])},
+        {
+            "X": pd.DataFrame(X, columns=list("abcd")),
+            "y": pd.Series(np.array(["setosa", "versicolor", "other"])[Y]),
+        },
         {"X": X.tolist(), "y": Y.tolist()},
         {"space": {"random_state": [1, 2, 3, 4]}},
         {"estimator": clone(MLP).set_params(random_state=np.random.RandomState(5))},
     ],
-    ids=["callable refit", "no refit", "dict scorer", "random folds", "generator state", "splits", "masks", "groups",
-         "weights", "scorer that fits", "frame", "lists", "seeds", "generator"],
-)  # fmt: skip
+    ids=[
+        "callable refit",
+        "no refit",
+        "dict scorer",
+        "random folds",
+        "generator state",
+        "splits",
+        "masks",
+        "groups",
+        "weights",
+        "scorer that fits",
+        "frame",
+        "lists",
+        "seeds",
+        "generator",
+    ],
+)
 def test_the_options_of_scikit_learn(options):
-    ours, said, theirs, said_by_theirs = both_random(**{"estimator": MLP, "space": RATES, **options})
+    ours, said, theirs, said_by_theirs = both_random(
+        **{"estimator": MLP, "space": RATES, **options}
+    )
     assert said == said_by_theirs
     assert hasattr(ours, "best_score_") == hasattr(theirs, "best_score_")
     assert hasattr(ours, "best_estimator_") == hasattr(theirs, "best_estimator_")
@@ -132,8 +168,11 @@ def test_one_draw_of_a_seed_is_for_all_candidates():
 
 
 def test_a_search_leaves_its_parameters_as_they_were(training):
-    splitter, generator = CountingSplitter(), np.random.RandomState(0)
-    search = RandomizedSearchCV(MLP, RATES, n_iter=2, cv=splitter, n_jobs=-1, random_state=generator)
+    splitter = CountingSplitter()
+    generator = np.random.RandomState(0)
+    search = RandomizedSearchCV(
+        MLP, RATES, n_iter=2, cv=splitter, n_jobs=-1, random_state=generator
+    )
     before = dict(vars(search))
     with pytest.raises(ValueError, match="inconsistent numbers of samples"):
         search.fit(X, Y[1:])
@@ -156,12 +195,16 @@ def test_times_are_shares_of_the_time_of_all():
 
 
 def test_failed_fits_are_counted_and_explained():
-    _, said, _, said_by_theirs = both_random(SGD, {"learning_rate_init": [1e300, 0.1, -1.0]}, n_iter=3)
+    _, said, _, said_by_theirs = both_random(
+        SGD, {"learning_rate_init": [1e300, 0.1, -1.0]}, n_iter=3
+    )
     assert len(said) == 2 and [kind for kind, _ in said] == [kind for kind, _ in said_by_theirs]
     failed = next(message for kind, message in said if kind is FitFailedWarning)
     assert "6 fits failed out of a total of 9" in failed
     assert "3 fits failed with the following error" in failed  # each reason once
-    assert "DivergedError: the training diverged with nesterov and a learning rate of 1e+300" in failed
+    assert (
+        "DivergedError: the training diverged with nesterov and a learning rate of 1e+300" in failed
+    )
     assert "'learning_rate_init' parameter of MLPClassifier must be" in failed
 
 
@@ -177,7 +220,8 @@ def test_a_fold_may_fail_alone():
     wrong = X.copy()
     wrong[0, 0] = np.nan
     ours, said, _, said_by_theirs = both_random(MLP, RATES, X=wrong, refit=False)
-    assert np.isfinite(ours.cv_results_["split0_test_score"]).sum() == 0  # trained, but cannot be scored
+    # trained, but cannot be scored
+    assert np.isfinite(ours.cv_results_["split0_test_score"]).sum() == 0
     assert len(said) == len(said_by_theirs) > 2
     assert "8 fits failed out of a total of 12" in str(said)
 
@@ -210,9 +254,14 @@ def test_the_same_mistake_is_the_same_error(wrong, error, training):
 
 def test_a_score_of_one_class_of_named_classes_is_scikit_learns_error():
     names = np.where(Y == 0, "setosa", "other")
-    ours, said, _, said_by_theirs = both_random(MLP, {"alpha": [0.01]}, y=names, scoring="f1", refit=False)
+    ours, said, _, said_by_theirs = both_random(
+        MLP, {"alpha": [0.01]}, y=names, scoring="f1", refit=False
+    )
     assert np.isnan(ours.cv_results_["mean_test_score"]).all()
-    assert sum("pos_label=1 is not a valid label: It should be one of" in text for _, text in said) == 3
+    assert (
+        sum("pos_label=1 is not a valid label: It should be one of" in text for _, text in said)
+        == 3
+    )
     assert [category for category, _ in said] == [category for category, _ in said_by_theirs]
 
 
@@ -220,7 +269,10 @@ def test_a_score_of_one_class_of_named_classes_is_scikit_learns_error():
 def test_a_class_in_place_of_an_estimator_is_scikit_learns_error(ours):
     caught = []
     for search in (ours, model_selection.RandomizedSearchCV):
-        with warnings.catch_warnings(record=True) as said, pytest.raises(TypeError, match="instance") as found:
+        with (
+            warnings.catch_warnings(record=True) as said,
+            pytest.raises(TypeError, match="instance") as found,
+        ):
             warnings.simplefilter("always")
             search(MLPClassifier, RATES).fit(X, Y)
         caught.append(str(found.value))
@@ -229,7 +281,8 @@ def test_a_class_in_place_of_an_estimator_is_scikit_learns_error(ours):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"device": 3}, {"timeout": 0}, {"timeout": "long"}, {"study": 3}, {"pre_dispatch": 2.5}]
+    "wrong",
+    [{"device": 3}, {"timeout": 0}, {"timeout": "long"}, {"study": 3}, {"pre_dispatch": 2.5}],
 )
 def test_its_own_parameters_are_checked_as_scikit_learns(wrong):
     (name,) = wrong
@@ -246,21 +299,33 @@ class Own(MLPClassifier):
     ("estimator", "space", "options", "words"),
     [
         (SVC(), {"C": [0.1, 1.0]}, {}, "SVC is none of gputune's estimators"),
-        (Own((8,), max_iter=2, random_state=0), RATES, {"timeout": 60.0}, "Own has a fit of its own.*timeout have"),
+        (
+            Own((8,), max_iter=2, random_state=0),
+            RATES,
+            {"timeout": 60.0},
+            "Own has a fit of its own.*timeout have",
+        ),
     ],
 )
-def test_another_estimator_is_left_to_scikit_learn_with_one_warning(estimator, space, options, words, training):
+def test_another_estimator_is_left_to_scikit_learn_with_one_warning(
+    estimator, space, options, words, training
+):
     with pytest.warns(UserWarning, match=words) as caught:
         ours = RandomizedSearchCV(estimator, space, n_iter=2, random_state=0, **options).fit(X, Y)
     assert [warning.filename for warning in caught] == [__file__] and training == []
-    assert_same_results(ours, model_selection.RandomizedSearchCV(estimator, space, n_iter=2, random_state=0).fit(X, Y))
+    assert_same_results(
+        ours,
+        model_selection.RandomizedSearchCV(estimator, space, n_iter=2, random_state=0).fit(X, Y),
+    )
 
 
 def test_a_device_is_that_of_all_fits_and_the_refit():
     search = RandomizedSearchCV(MLP, RATES, device="cpu", n_iter=2).fit(X, Y)
     assert search.best_estimator_.device == "cpu" and search.estimator.device == "auto"
     pipeline = make_pipeline(StandardScaler(), MLP)
-    search = RandomizedSearchCV(pipeline, {"mlpclassifier__alpha": [0, 0.1]}, n_iter=2, cv=2, device="cpu").fit(X, Y)
+    search = RandomizedSearchCV(
+        pipeline, {"mlpclassifier__alpha": [0, 0.1]}, n_iter=2, cv=2, device="cpu"
+    ).fit(X, Y)
     assert search.best_estimator_[-1].device == "cpu" and pipeline[-1].device == "auto"
     for estimator, space in ((MLP, {"alpha": [0, 0.1]}), (LogisticRegression(), {"C": [0.1, 1.0]})):
         with pytest.raises(InputError, match="^device must be 'auto' or one that this machine has"):
@@ -269,15 +334,22 @@ def test_a_device_is_that_of_all_fits_and_the_refit():
 
 def test_time_that_is_over_fails_the_fits(monkeypatch):
     monkeypatch.setattr(replay, "workers", lambda: 1)  # a process takes longer to start than this
-    long = MLPClassifier((8,), max_iter=10**6, n_iter_no_change=10**6, random_state=0)  # no end of its own
-    search = RandomizedSearchCV(long, {"learning_rate_init": [0.1, 0.2]}, n_iter=2, cv=2, timeout=0.2, refit=False)
-    with pytest.raises(ValueError, match=r"All the 4 fits failed[\s\S]*TimeoutError: the time was over"):
+    # no end of its own
+    long = MLPClassifier((8,), max_iter=10**6, n_iter_no_change=10**6, random_state=0)
+    search = RandomizedSearchCV(
+        long, {"learning_rate_init": [0.1, 0.2]}, n_iter=2, cv=2, timeout=0.2, refit=False
+    )
+    with pytest.raises(
+        ValueError, match=r"All the 4 fits failed[\s\S]*TimeoutError: the time was over"
+    ):
         search.fit(X, Y)
 
 
 def test_within_a_worker_of_joblib_no_other_processes_start():
     assert replay.workers() is None
-    within = joblib.Parallel(n_jobs=2, prefer="threads")(joblib.delayed(replay.workers)() for _ in range(2))
+    within = joblib.Parallel(n_jobs=2, prefer="threads")(
+        joblib.delayed(replay.workers)() for _ in range(2)
+    )
     assert within == [1, 1]
 
 
@@ -291,11 +363,15 @@ def test_a_convergence_warning_is_that_of_each_fit():
 def test_loops_that_change_are_noticed(monkeypatch):
     search = RandomizedSearchCV(MLP, RATES, n_iter=2, cv=3)
     monkeypatch.setattr(replay.Fit, "is_of", lambda *_: False)
-    with pytest.raises(RuntimeError, match="6 of the fits that were trained together were never asked for"):
+    with pytest.raises(
+        RuntimeError, match="6 of the fits that were trained together were never asked for"
+    ):
         search.fit(X, Y)
 
 
-@pytest.mark.skipif(not hasattr(model_selection.RandomizedSearchCV, "set_callbacks"), reason="since 1.9")
+@pytest.mark.skipif(
+    not hasattr(model_selection.RandomizedSearchCV, "set_callbacks"), reason="since 1.9"
+)
 def test_callbacks_hear_what_they_hear_of_scikit_learn():
     heard = []
     for search in (RandomizedSearchCV, model_selection.RandomizedSearchCV):
@@ -306,7 +382,8 @@ def test_callbacks_hear_what_they_hear_of_scikit_learn():
     callback = Callback()
     pipeline = make_pipeline(StandardScaler(), MLP).set_callbacks(callback)
     GridSearchCV(pipeline, {"mlpclassifier__alpha": [0, 0.1]}, cv=2).fit(X, Y)
-    assert [heard[:2] for heard in callback.heard].count(("begin", "fit")) == 5  # none of what was only recorded
+    # none of what was only recorded
+    assert [heard[:2] for heard in callback.heard].count(("begin", "fit")) == 5
 
 
 def test_optunas_distributions():
@@ -319,7 +396,9 @@ def test_optunas_distributions():
         "activation": CategoricalDistribution(("relu", "tanh")),
     }
     quick = MLPClassifier(max_iter=1, random_state=0)
-    search = RandomizedSearchCV(quick, [space], n_iter=60, cv=2, random_state=0, refit=False).fit(X, Y)
+    search = RandomizedSearchCV(quick, [space], n_iter=60, cv=2, random_state=0, refit=False).fit(
+        X, Y
+    )
     drawn = {name: [params[name] for params in search.cv_results_["params"]] for name in space}
     rates = drawn["learning_rate_init"]
     assert all(1e-3 <= rate <= 1e-1 for rate in rates) and np.median(rates) < 0.02
@@ -327,7 +406,9 @@ def test_optunas_distributions():
     assert set(drawn["dropout"]) == {0.0, 0.25, 0.5}
     assert set(drawn["batch_size"]) == {16, 32, 48} and set(drawn["activation"]) == {"relu", "tanh"}
     widths = drawn["hidden_layer_sizes"]
-    assert all(type(width) is int and 4 <= width <= 64 for width in widths) and np.median(widths) < 30
+    assert (
+        all(type(width) is int and 4 <= width <= 64 for width in widths) and np.median(widths) < 30
+    )
     assert search.param_distributions == [space]
 
 
@@ -337,17 +418,25 @@ STEP_RATES = {"mlpclassifier__learning_rate_init": loguniform(1e-3, 1e-1)}
 def test_scores_of_a_pipeline_are_those_of_scikit_learns_search(training):
     pipeline = make_pipeline(StandardScaler(), PCA(3), MLP)
     space = STEP_RATES | {"mlpclassifier__hidden_layer_sizes": [4, 8, 20]}
-    ours, _, theirs, _ = both_random(pipeline, space, scoring=SCORES, refit="neg_log_loss", return_train_score=True)
+    ours, _, theirs, _ = both_random(
+        pipeline, space, scoring=SCORES, refit="neg_log_loss", return_train_score=True
+    )
     assert training == [(4, 3, (300, 3))]  # the training rows of all folds, one after the other
     np.testing.assert_allclose(ours.predict_proba(X), theirs.predict_proba(X), atol=1e-9)
 
 
 def test_a_searched_transformer_is_fitted_once_for_each_of_its_parameters(scaler_fits, training):
     pipeline = make_pipeline(CountingScaler(), MLP)
-    space = {"countingscaler__shift": [0.0, 1.0], "mlpclassifier__learning_rate_init": [0.01, 0.02, 0.1]}
+    space = {
+        "countingscaler__shift": [0.0, 1.0],
+        "mlpclassifier__learning_rate_init": [0.01, 0.02, 0.1],
+    }
     ours, *_ = both_random(pipeline, space, n_iter=6)
-    assert scaler_fits == [100] * 6 + [150] + [100] * 18 + [150]  # each fold, and the refit; scikit-learn's each fit
-    assert ours.best_estimator_[0].mean_ == pytest.approx(X.mean(0) + ours.best_params_["countingscaler__shift"])
+    # each fold, and the refit; scikit-learn's each fit
+    assert scaler_fits == [100] * 6 + [150] + [100] * 18 + [150]
+    assert ours.best_estimator_[0].mean_ == pytest.approx(
+        X.mean(0) + ours.best_params_["countingscaler__shift"]
+    )
     assert sorted(training) == [(3, 3, (300, 4))] * 2
 
 
@@ -361,7 +450,14 @@ def test_a_searched_transformer_is_fitted_once_for_each_of_its_parameters(scaler
         ([OneHotEncoder(handle_unknown="ignore", sparse_output=False)], {}),
         (["passthrough"], {}),
     ],
-    ids=["whole step", "lambda", "a model of gputune inside", "pipeline inside", "unlike columns", "no step"],
+    ids=[
+        "whole step",
+        "lambda",
+        "a model of gputune inside",
+        "pipeline inside",
+        "unlike columns",
+        "no step",
+    ],
 )
 def test_what_a_step_may_be(steps, space):
     pipeline = make_pipeline(*(s if isinstance(s, str) else clone(s) for s in steps), MLP)
@@ -386,7 +482,10 @@ def test_a_mistake_shows_the_pipeline_as_the_user_wrote_it(memory):
         with pytest.raises(ValueError) as found:
             search(pipeline, {"mlp__learning_rate_init": [0.1]}, cv=3).fit(X, Y)
         messages.append(str(found.value))
-    assert messages[0] == messages[1] and "Invalid parameter 'mlp' for estimator Pipeline" in messages[0]
+    assert (
+        messages[0] == messages[1]
+        and "Invalid parameter 'mlp' for estimator Pipeline" in messages[0]
+    )
 
 
 def test_parameters_of_fit_reach_their_steps():
@@ -395,14 +494,21 @@ def test_parameters_of_fit_reach_their_steps():
     given = {"mlpclassifier__sample_weight": weights, "standardscaler__sample_weight": weights}
     ours, *_ = both_random(pipeline, STEP_RATES, fit_params=given)
     plain = RandomizedSearchCV(pipeline, STEP_RATES, **OPTIONS).fit(X, Y)
-    assert not np.allclose(ours.cv_results_["mean_test_score"], plain.cv_results_["mean_test_score"])
+    assert not np.allclose(
+        ours.cv_results_["mean_test_score"], plain.cv_results_["mean_test_score"]
+    )
     with sklearn.config_context(enable_metadata_routing=True):
         asking = make_pipeline(
-            StandardScaler().set_fit_request(sample_weight=True), clone(MLP).set_fit_request(sample_weight=True)
+            StandardScaler().set_fit_request(sample_weight=True),
+            clone(MLP).set_fit_request(sample_weight=True),
         )
         accuracy = get_scorer("accuracy").set_score_request(sample_weight=False)
-        routed, *_ = both_random(asking, STEP_RATES, fit_params={"sample_weight": weights}, scoring=lambda: accuracy)
-    np.testing.assert_allclose(routed.cv_results_["mean_test_score"], ours.cv_results_["mean_test_score"])
+        routed, *_ = both_random(
+            asking, STEP_RATES, fit_params={"sample_weight": weights}, scoring=lambda: accuracy
+        )
+    np.testing.assert_allclose(
+        routed.cv_results_["mean_test_score"], ours.cv_results_["mean_test_score"]
+    )
 
 
 def test_a_step_that_fails_is_a_failed_fit(training):
@@ -420,14 +526,20 @@ def test_a_step_that_fails_is_a_failed_fit(training):
 def test_an_unknown_parameter_is_an_error_before_anything_is_fitted(name, scaler_fits):
     pipeline = make_pipeline(CountingScaler(), MLP)
     with pytest.raises(ValueError, match="Invalid parameter 'bogus'"):
-        RandomizedSearchCV(pipeline, [STEP_RATES, {name: [1]}], n_iter=9, cv=3, random_state=0).fit(X, Y)
+        RandomizedSearchCV(pipeline, [STEP_RATES, {name: [1]}], n_iter=9, cv=3, random_state=0).fit(
+            X, Y
+        )
     assert scaler_fits == []
 
 
-@pytest.mark.parametrize(("step", "values"), [("mlpclassifier", [MLP, LogisticRegression()]), ("memory", [None])])
+@pytest.mark.parametrize(
+    ("step", "values"), [("mlpclassifier", [MLP, LogisticRegression()]), ("memory", [None])]
+)
 def test_a_search_over_the_last_step_itself_is_left_to_scikit_learn(step, values):
     pipeline = make_pipeline(StandardScaler(), MLP)
-    _, said, *_ = both_random(pipeline, {step: values, "standardscaler__with_mean": [True, False]}, n_iter=2)
+    _, said, *_ = both_random(
+        pipeline, {step: values, "standardscaler__with_mean": [True, False]}, n_iter=2
+    )
     ((kind, message),) = said
     assert kind is UserWarning and f"{step!r} is searched" in message
 
@@ -453,7 +565,9 @@ def path(tmp_path):
 def search_rates(path, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the fit that diverges
-        return GridSearchCV(SHORT_MLP, {"learning_rate_init": [0.1, 1e300, 0.2]}, cv=3, study=path, **options).fit(X, Y)
+        return GridSearchCV(
+            SHORT_MLP, {"learning_rate_init": [0.1, 1e300, 0.2]}, cv=3, study=path, **options
+        ).fit(X, Y)
 
 
 def test_a_study_has_every_trial(path):
@@ -474,7 +588,9 @@ def test_a_study_has_every_trial(path):
     assert code == 0 and json.loads(out)["params"] == search.best_params_
     with pytest.raises(InputError, match=r"best_model\(\) cannot refit a study of GridSearchCV"):
         study.best_model(X, Y)
-    with pytest.raises(InputError, match="holds another search, which differs from this call in: model"):
+    with pytest.raises(
+        InputError, match="holds another search, which differs from this call in: model"
+    ):
         gputune.tune("mlp", X, Y, n_trials=1, max_epochs=1, study=path, verbose=0)
 
 
@@ -502,17 +618,25 @@ def test_the_score_is_the_one_that_chooses(path, scoring, refit, metric, name):
     options = {"n_iter": 2, "cv": 2, "scoring": scoring, "refit": refit, "study": path}
     search = RandomizedSearchCV(LogisticRegression(), {"C": [0.1, 1.0]}, **options).fit(X, Y)
     study = gputune.Study.open(path)
-    assert [trial.score for trial in study.trials] == search.cv_results_[f"mean_test_{metric}"].tolist()
+    assert [trial.score for trial in study.trials] == search.cv_results_[
+        f"mean_test_{metric}"
+    ].tolist()
     assert study.meta["scoring"] == name and study.meta["method"] == "RandomizedSearchCV"
-    others = [other for other in scoring if other != name] if isinstance(scoring, list | dict) else []
+    others = (
+        [other for other in scoring if other != name] if isinstance(scoring, list | dict) else []
+    )
     assert study.metrics == ((name, *others) if others else ())
     for other in others:
         expected = search.cv_results_[f"mean_test_{other}"]
-        np.testing.assert_allclose([trial.scores[other] for trial in study.trials], expected, rtol=1e-12)
+        np.testing.assert_allclose(
+            [trial.scores[other] for trial in study.trials], expected, rtol=1e-12
+        )
 
 
 def test_a_regression_is_scored_by_r2(path):
-    GridSearchCV(gputune.sklearn.MLPRegressor(max_iter=1), {"alpha": [0.1]}, cv=2, study=path).fit(X, X[:, 0])
+    GridSearchCV(gputune.sklearn.MLPRegressor(max_iter=1), {"alpha": [0.1]}, cv=2, study=path).fit(
+        X, X[:, 0]
+    )
     assert gputune.Study.open(path).meta["scoring"] == "r2"
 
 

@@ -1,4 +1,5 @@
-"""What the parameters of estimators mean to the engine, and words of scikit-learn and skorch that mean nothing here."""
+"""What the parameters of estimators mean to the engine, and words of scikit-learn and skorch that
+mean nothing here."""
 
 import inspect
 import pickle
@@ -46,7 +47,9 @@ HOMES = {
 
 def test_pickles_find_their_classes_where_they_were_written():
     homes = {name: getattr(gputune.sklearn, name).__module__ for name in gputune.sklearn.__all__}
-    assert homes == {name: f"gputune.sklearn.{home}" for home, names in HOMES.items() for name in names}
+    assert homes == {
+        name: f"gputune.sklearn.{home}" for home, names in HOMES.items() for name in names
+    }
 
 
 def recipe(**params):
@@ -54,18 +57,40 @@ def recipe(**params):
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs"), [(MLPClassifier, neural_network.MLPClassifier), (MLPRegressor, neural_network.MLPRegressor)]
+    ("ours", "theirs"),
+    [(MLPClassifier, neural_network.MLPClassifier), (MLPRegressor, neural_network.MLPRegressor)],
 )
 def test_the_defaults_are_scikit_learns(ours, theirs):
     extras = {"dropout": 0.0, "weight_decay": None, "device": "auto"}
     assert ours().get_params() == theirs().get_params() | extras
-    assert list(inspect.signature(ours).parameters)[:2] == list(inspect.signature(theirs).parameters)[:2]
+    assert (
+        list(inspect.signature(ours).parameters)[:2]
+        == list(inspect.signature(theirs).parameters)[:2]
+    )
     r = recipe()
-    expected = {"width": 100, "depth": 1, "lr": 1e-3, "optimizer": "adam", "batch_size": 200, "schedule": "constant"}
+    expected = {
+        "width": 100,
+        "depth": 1,
+        "lr": 1e-3,
+        "optimizer": "adam",
+        "batch_size": 200,
+        "schedule": "constant",
+    }
     assert r.config.items() >= expected.items()
-    assert (r.epochs, r.seed, r.alpha, r.kind, r.patience) == (200, 0, 1e-4, "mlp", Patience(1e-4, 10))
-    r = recipe(hidden_layer_sizes=(64, 64, 64), learning_rate_init=0.03, max_iter=7, learning_rate="cosine")
-    assert r.config.items() >= {"width": 64, "depth": 3, "lr": 0.03, "schedule": "cosine"}.items() and r.epochs == 7
+    assert (r.epochs, r.seed, r.alpha, r.kind, r.patience) == (
+        200,
+        0,
+        1e-4,
+        "mlp",
+        Patience(1e-4, 10),
+    )
+    r = recipe(
+        hidden_layer_sizes=(64, 64, 64), learning_rate_init=0.03, max_iter=7, learning_rate="cosine"
+    )
+    assert (
+        r.config.items() >= {"width": 64, "depth": 3, "lr": 0.03, "schedule": "cosine"}.items()
+        and r.epochs == 7
+    )
 
 
 @pytest.mark.parametrize("sizes", [32, [32], np.array([32])])
@@ -96,14 +121,19 @@ def test_alpha_is_an_l2_penalty_of_a_minibatch():
     # batch_size="auto" is all rows where they are few
     assert r.config_for(120, 120.0)["weight_decay"] == pytest.approx(0.6 / 120)
     assert r.config_for(1000, 1000.0)["weight_decay"] == pytest.approx(0.6 / 200)
-    assert recipe(alpha=0.6, batch_size=30).config_for(1000, 500.0)["weight_decay"] == pytest.approx(0.6 / 15)
+    assert recipe(alpha=0.6, batch_size=30).config_for(1000, 500.0)[
+        "weight_decay"
+    ] == pytest.approx(0.6 / 15)
     assert recipe(weight_decay=0, alpha=0.0, solver="sgd").alpha is None
     assert recipe(weight_decay=0.1).alpha is recipe(solver="adamw").alpha is None
 
 
 REFUSED = [
     ({"weight_decay": 0.1, "alpha": 0.1}, "weight_decay=0.1 and alpha=0.1 are two penalties"),
-    ({"solver": "adamw", "alpha": 0.1}, "alpha=0.1 is an L2 penalty, and the decay of solver='adamw'"),
+    (
+        {"solver": "adamw", "alpha": 0.1},
+        "alpha=0.1 is an L2 penalty, and the decay of solver='adamw'",
+    ),
     ({"hidden_layer_sizes": (3.5,)}, "hidden_layer_sizes must be one layer's size or a tuple"),
     ({"solver": ["adam"]}, "'solver' parameter of MLPRegressor must be a str among"),
     ({"activation": "sine"}, "'activation' parameter of MLPRegressor must be a str among"),
@@ -113,13 +143,28 @@ REFUSED = [
     ({"dropout": 1}, "'dropout' parameter"),
     ({"weight_decay": -1}, "'weight_decay' parameter"),
     ({"device": "tpu"}, "device must be 'auto' or one"),
-    ({"solver": "lbfgs", "dropout": 0.5}, "dropout=0.5 is gputune's own, and solver='lbfgs' is left to scikit-le"),
-    ({"activation": "logistic", "weight_decay": 0.5}, "weight_decay=0.5 is gputune's own, and activation='logistic'"),
-    ({"warm_start": True, "activation": "gelu"}, "activation='gelu' is gputune's own, and warm_start=True"),
+    (
+        {"solver": "lbfgs", "dropout": 0.5},
+        "dropout=0.5 is gputune's own, and solver='lbfgs' is left to scikit-le",
+    ),
+    (
+        {"activation": "logistic", "weight_decay": 0.5},
+        "weight_decay=0.5 is gputune's own, and activation='logistic'",
+    ),
+    (
+        {"warm_start": True, "activation": "gelu"},
+        "activation='gelu' is gputune's own, and warm_start=True",
+    ),
     ({"shuffle": False, "device": "cuda"}, "device='cuda' is gputune's own, and shuffle=False"),
-    ({"early_stopping": True, "solver": "adamw"}, "solver='adamw' is gputune's own, and early_stopping=True"),
-    ({"solver": "sgd", "learning_rate": "one_cycle", "loss": "poisson"}, "and loss='poisson' is left to"),
-]  # fmt: skip
+    (
+        {"early_stopping": True, "solver": "adamw"},
+        "solver='adamw' is gputune's own, and early_stopping=True",
+    ),
+    (
+        {"solver": "sgd", "learning_rate": "one_cycle", "loss": "poisson"},
+        "and loss='poisson' is left to",
+    ),
+]
 
 
 @pytest.mark.parametrize(("params", "message"), REFUSED, ids=[str(params) for params, _ in REFUSED])
@@ -136,17 +181,23 @@ def test_a_random_state_is_what_scikit_learn_takes(state):
 
 def test_random_states_draw_as_in_scikit_learn():
     def fitted(state):
-        return MLPRegressor(hidden_layer_sizes=4, max_iter=1, random_state=state).fit(*LINE).predict([[0.5]])
+        return (
+            MLPRegressor(hidden_layer_sizes=4, max_iter=1, random_state=state)
+            .fit(*LINE)
+            .predict([[0.5]])
+        )
 
     state = np.random.RandomState(3)
-    first, second = fitted(state), fitted(state)
+    first = fitted(state)
+    second = fitted(state)
     assert fitted(np.random.RandomState(3)) == first != second
     np.random.seed(5)
     fresh = fitted(None)
     np.random.seed(5)
     before = np.random.get_state()[1].copy()
     fitted(0)
-    assert (np.random.get_state()[1] == before).all()  # an integer takes nothing from the global state
+    # an integer takes nothing from the global state
+    assert (np.random.get_state()[1] == before).all()
     assert fitted(None) == fresh
 
 
@@ -170,7 +221,8 @@ def net(**params):
     ],
 )
 def test_words_that_change_nothing_are_taken(make, harmless):
-    plain, said = make().fit(*IRIS), make(**harmless).fit(*IRIS)
+    plain = make().fit(*IRIS)
+    said = make(**harmless).fit(*IRIS)
     np.testing.assert_array_equal(said.predict_proba(IRIS[0]), plain.predict_proba(IRIS[0]))
     assert {name: clone(said).get_params()[name] for name in harmless} == harmless
 
@@ -181,8 +233,8 @@ NO_COUNTERPART = [
     (LogisticRegression, "multi_class optimizer lr max_epochs weight_decay"),
     (
         NeuralNetClassifier,
-        "warm_start iterator_train__shuffle optimizer__nesterov optimizer__lr learning_rate_init max_iter solver alpha "
-        "weight_decay momentum",
+        "warm_start iterator_train__shuffle optimizer__nesterov optimizer__lr learning_rate_init "
+        "max_iter solver alpha weight_decay momentum",
     ),
 ]
 
@@ -205,20 +257,30 @@ class Tokens(Net):
 
 
 def test_what_a_module_lacks_and_a_search_gives_too_much_is_named():
-    with pytest.raises(InputError, match=r"asks for 'vocabulary', .*: pass module__vocabulary=\.\.\., give it"):
+    with pytest.raises(
+        InputError, match=r"asks for 'vocabulary', .*: pass module__vocabulary=\.\.\., give it"
+    ):
         NeuralNetClassifier(Tokens).fit(*IRIS)
-    with pytest.raises(InputError, match="MLPClassifier has no parameter 'lr': give learning_rate_init"):
+    with pytest.raises(
+        InputError, match="MLPClassifier has no parameter 'lr': give learning_rate_init"
+    ):
         GridSearchCV(mlp(), {"lr": [1e-3, 1e-4]}, cv=2).fit(*IRIS)
 
 
 def test_every_parameter_of_scikit_learns_is_ours_or_refused():
-    theirs = neural_network.MLPClassifier, neural_network.MLPRegressor, linear_model.LogisticRegression
+    theirs = (
+        neural_network.MLPClassifier,
+        neural_network.MLPRegressor,
+        linear_model.LogisticRegression,
+    )
     for ours, other in zip((MLPClassifier, MLPRegressor, LogisticRegression), theirs):
         assert other().get_params().keys() <= ours().get_params().keys() | ours._refused.keys()
 
 
 def test_a_misspelt_parameter_is_named_as_of_the_class():
-    with pytest.raises(TypeError, match=r"^MLPClassifier has no parameter 'alhpa'. Did you mean 'alpha'\?$"):
+    with pytest.raises(
+        TypeError, match=r"^MLPClassifier has no parameter 'alhpa'. Did you mean 'alpha'\?$"
+    ):
         MLPClassifier(alhpa=3)
     with pytest.raises(TypeError, match=r"^LogisticRegression has no parameter 'ftrs'.$"):
         LogisticRegression(ftrs=3)
@@ -229,7 +291,8 @@ class Wider(MLPClassifier):
 
     def __init__(self, factor=1, tol=0.1):
         super().__init__(hidden_layer_sizes=8 * factor, max_iter=1)
-        self.factor, self.tol = factor, tol
+        self.factor = factor
+        self.tol = tol
 
 
 def test_a_subclass_may_have_words_of_its_own():
@@ -261,7 +324,13 @@ def test_parameters_of_the_module_are_parameters_of_the_estimator():
 
 def test_the_defaults_are_skorchs():
     r = net_recipe()
-    expected = {"lr": 0.01, "batch_size": 128, "optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0}
+    expected = {
+        "lr": 0.01,
+        "batch_size": 128,
+        "optimizer": "sgd",
+        "momentum": 0.0,
+        "weight_decay": 0.0,
+    }
     assert {k: r.config[k] for k in expected} == expected
     assert r.epochs == 10
 
@@ -280,14 +349,18 @@ def test_the_defaults_are_skorchs():
 def test_an_optimizer_is_a_word_or_a_class(optimizer, word, decay):
     config = net_recipe(optimizer=optimizer).config
     assert (config["optimizer"], config["weight_decay"]) == (word, decay)
-    assert net_recipe(optimizer=optimizer, optimizer__weight_decay=0.3).config["weight_decay"] == 0.3
+    assert (
+        net_recipe(optimizer=optimizer, optimizer__weight_decay=0.3).config["weight_decay"] == 0.3
+    )
 
 
 def test_a_plain_module_of_skorch_is_built_with_its_own_arguments():
     fitted = NeuralNetClassifier(PlainNet, module__hidden=6, max_epochs=2).fit(*IRIS)
     assert fitted.module_.layers[0].out_features == 6
     X, y = make_regression(40, 7, random_state=0)
-    net = NeuralNetRegressor(PlainNet, module__inputs=7, module__outputs=1, lr=0.1, max_epochs=60, random_state=0)
+    net = NeuralNetRegressor(
+        PlainNet, module__inputs=7, module__outputs=1, lr=0.1, max_epochs=60, random_state=0
+    )
     assert net.fit(X, y).score(X, y) > 0.9
     assert NeuralNetRegressor(OneNumber, lr=0.3, max_epochs=60).fit(X, y).score(X, y) > 0.99
 
@@ -307,14 +380,19 @@ def test_a_class_of_torch_with_its_defaults_is_the_loss_of_its_name(estimator, c
 @pytest.mark.parametrize("criterion", [None, "bce", nn.BCEWithLogitsLoss])
 @pytest.mark.cpu  # a GPU trains estimators in single precision
 def test_one_logit_tells_two_classes_apart(criterion):
-    X, y = IRIS[0], np.where(IRIS[1] == 0, "setosa", "other")
-    made = NeuralNetClassifier(OneNumber, criterion=criterion, lr=0.1, max_epochs=20, random_state=0).fit(X, y)
+    X = IRIS[0]
+    y = np.where(IRIS[1] == 0, "setosa", "other")
+    made = NeuralNetClassifier(
+        OneNumber, criterion=criterion, lr=0.1, max_epochs=20, random_state=0
+    ).fit(X, y)
     assert made.score(X, y) == 1
     logits = made.module_(torch.as_tensor(X)).detach().numpy()
     np.testing.assert_allclose(made.predict_proba(X)[:, 1], 1 / (1 + np.exp(-logits)), rtol=1e-6)
     two = clone(made).set_params(module=PlainNet, module__outputs=1)
     assert (
-        model_selection.GridSearchCV(two, {"module__hidden": [3, 4]}, cv=2, scoring="roc_auc").fit(X, y).best_score_
+        model_selection.GridSearchCV(two, {"module__hidden": [3, 4]}, cv=2, scoring="roc_auc")
+        .fit(X, y)
+        .best_score_
         == 1
     )
 
@@ -325,7 +403,9 @@ def make_net(n_features, n_outputs, hidden=4):
 
 @pytest.mark.parametrize("build", [make_net, partial(make_net, hidden=5)])
 def test_a_function_that_makes_modules_is_a_module(build):
-    net = NeuralNetClassifier(build, max_epochs=20, lr=0.05, module__hidden=6, random_state=0).fit(*IRIS)
+    net = NeuralNetClassifier(build, max_epochs=20, lr=0.05, module__hidden=6, random_state=0).fit(
+        *IRIS
+    )
     assert net.score(*IRIS) > 0.6 and net.module_[0].out_features == 6
     assert clone(net).fit(*IRIS).score(*IRIS) == pickle.loads(pickle.dumps(net)).score(*IRIS)
 
@@ -334,35 +414,76 @@ REFUSED_NETS = [
     ({"module": Net(4, 3)}, "module must be the class, not an instance.*pass Net"),
     ({"module": "Net"}, "module must be a torch.nn.Module class, or a function .*, got 'Net'"),
     ({"module": dict}, "module must be a torch.nn.Module class, .*got <class 'dict'>"),
-    ({"module": lambda n_outputs: n_outputs}, "module: <lambda> must return a torch.nn.Module, got int"),
-    ({"module": Probabilities}, "module: Probabilities returns probabilities.*leave out the softmax"),
-    ({"module": PlainNet, "module__outputs": 5}, r"module: PlainNet must return a tensor of shape \(rows, 3\)"),
+    (
+        {"module": lambda n_outputs: n_outputs},
+        "module: <lambda> must return a torch.nn.Module, got int",
+    ),
+    (
+        {"module": Probabilities},
+        "module: Probabilities returns probabilities.*leave out the softmax",
+    ),
+    (
+        {"module": PlainNet, "module__outputs": 5},
+        r"module: PlainNet must return a tensor of shape \(rows, 3\)",
+    ),
     ({"module": PlainNet, "module__inputs": 5}, "module: the forward of PlainNet.*raised"),
-    ({"module__width": 5}, r"module__width is no argument of Net\(n_features, n_outputs, hidden=16"),
+    (
+        {"module__width": 5},
+        r"module__width is no argument of Net\(n_features, n_outputs, hidden=16",
+    ),
     ({"module__n_features": 5}, "module__n_features is given by the data"),
     ({"optimizer": torch.optim.LBFGS}, "optimizer cannot be torch.optim.LBFGS"),
-    ({"optimizer": "Rprop", "optimizer__weight_decay": 0.1}, "optimizer__weight_decay=0.1: 'Rprop' has none"),
-    ({"optimizer": "RAdam", "optimizer__beta": 0.1}, "^optimizer__beta is no hyperparameter .*optimizer__betas"),
+    (
+        {"optimizer": "Rprop", "optimizer__weight_decay": 0.1},
+        "optimizer__weight_decay=0.1: 'Rprop' has none",
+    ),
+    (
+        {"optimizer": "RAdam", "optimizer__beta": 0.1},
+        "^optimizer__beta is no hyperparameter .*optimizer__betas",
+    ),
     ({"optimizer": "lamb"}, "got 'lamb'"),
     ({"optimizer": "adam", "optimizer__momentum": 0.9}, "'adam' has none"),
-    ({"criterion": nn.NLLLoss, "module": Probabilities}, "criterion=torch.nn.CrossEntropyLoss, without the softmax"),
+    (
+        {"criterion": nn.NLLLoss, "module": Probabilities},
+        "criterion=torch.nn.CrossEntropyLoss, without the softmax",
+    ),
     ({"criterion": "hinge"}, "criterion must be one of 'cross_entropy', .*got 'hinge'"),
     ({"criterion": 3}, "criterion must be one of .*got 3"),
-    ({"criterion": "huber"}, "criterion='huber' does not fit a multiclass target; choose 'cross_entropy'"),
-    ({"criterion__delta": 1}, "^criterion__delta is none of criterion='cross_entropy', which takes label_smoo"),
-    ({"criterion": nn.CrossEntropyLoss, "criterion__label_smoothing": 2}, "^criterion__label_smoothing must be"),
-    ({"criterion": nn.CrossEntropyLoss(), "criterion__label_smoothing": 0.1}, "the loss is an instance of CrossEnt"),
-    ({"criterion": nn.NLLLoss, "criterion__delta": 1}, "^criterion__delta is no argument of the loss .*NLLLoss"),
-    ({"criterion": lambda outputs, y: outputs}, r"the loss .*lambda.* must return row losses of shape \(rows,\)"),
+    (
+        {"criterion": "huber"},
+        "criterion='huber' does not fit a multiclass target; choose 'cross_entropy'",
+    ),
+    (
+        {"criterion__delta": 1},
+        "^criterion__delta is none of criterion='cross_entropy', which takes label_smoo",
+    ),
+    (
+        {"criterion": nn.CrossEntropyLoss, "criterion__label_smoothing": 2},
+        "^criterion__label_smoothing must be",
+    ),
+    (
+        {"criterion": nn.CrossEntropyLoss(), "criterion__label_smoothing": 0.1},
+        "the loss is an instance of CrossEnt",
+    ),
+    (
+        {"criterion": nn.NLLLoss, "criterion__delta": 1},
+        "^criterion__delta is no argument of the loss .*NLLLoss",
+    ),
+    (
+        {"criterion": lambda outputs, y: outputs},
+        r"the loss .*lambda.* must return row losses of shape \(rows,\)",
+    ),
     ({"lr": 0}, "lr must be"),
     ({"batch_size": -1}, "batch_size must be"),
     ({"max_epochs": 0}, "max_epochs must be"),
     ({"train_split": 5}, "NeuralNetClassifier has no train_split=5: every row is trained on"),
     ({"callbacks": [print]}, "has no callbacks=.*: an estimator calls none; leave them out"),
-]  # fmt: skip
+]
 
 
-@pytest.mark.parametrize(("params", "message"), REFUSED_NETS, ids=[message for _, message in REFUSED_NETS])
+@pytest.mark.parametrize(
+    ("params", "message"), REFUSED_NETS, ids=[message for _, message in REFUSED_NETS]
+)
 @pytest.mark.filterwarnings("ignore::gputune.InputWarning")
 def test_what_cannot_be_trained_is_refused_by_name(params, message):
     with pytest.raises(InputError, match=message):
@@ -370,18 +491,30 @@ def test_what_cannot_be_trained_is_refused_by_name(params, message):
 
 
 def test_a_class_of_torch_optim_is_fitted_and_searched_with_its_arguments():
-    net = NeuralNetClassifier(Net, optimizer=torch.optim.RAdam, lr=0.05, max_epochs=2, random_state=0)
-    space = {"optimizer": [torch.optim.RAdam, "NAdam"], "optimizer__betas": [(0.8, 0.9), (0.9, 0.999)]}
+    net = NeuralNetClassifier(
+        Net, optimizer=torch.optim.RAdam, lr=0.05, max_epochs=2, random_state=0
+    )
+    space = {
+        "optimizer": [torch.optim.RAdam, "NAdam"],
+        "optimizer__betas": [(0.8, 0.9), (0.9, 0.999)],
+    }
     search = model_selection.GridSearchCV(net, space, cv=2).fit(*IRIS)
     again = clone(net).set_params(**search.best_params_).fit(*IRIS)
-    torch.testing.assert_close(again.module_.first.weight, search.best_estimator_.module_.first.weight)
+    torch.testing.assert_close(
+        again.module_.first.weight, search.best_estimator_.module_.first.weight
+    )
     assert not torch.equal(again.module_.first.weight, clone(net).fit(*IRIS).module_.first.weight)
     assert np.isfinite(search.cv_results_["mean_test_score"]).all()
 
 
 def test_a_search_over_a_pipeline_reaches_the_modules_arguments():
-    pipeline = make_pipeline(StandardScaler(), NeuralNetClassifier(Net, max_epochs=2, random_state=0))
-    space = {"neuralnetclassifier__module__hidden": [3, 9], "neuralnetclassifier__optimizer__momentum": [0.5]}
+    pipeline = make_pipeline(
+        StandardScaler(), NeuralNetClassifier(Net, max_epochs=2, random_state=0)
+    )
+    space = {
+        "neuralnetclassifier__module__hidden": [3, 9],
+        "neuralnetclassifier__optimizer__momentum": [0.5],
+    }
     best = model_selection.GridSearchCV(pipeline, space, cv=2).fit(*IRIS).best_estimator_
     net = best[-1]
     assert net.module_.first.out_features == net.get_params()["module__hidden"]

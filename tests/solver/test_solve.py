@@ -1,4 +1,5 @@
-"""The solved logistic regression: scikit-learn's solution, the optimality conditions, and no member sees another.
+"""The solved logistic regression: scikit-learn's solution, the optimality conditions, and no member
+sees another.
 
 And as a chunk: scores, modules, folds that lack a class.
 """
@@ -26,7 +27,12 @@ from gputune.solver.solve import Problem, solve_all, solve_chunk, solved_module
 from problems import fill, make_data
 from refused import refused
 
-LOADERS = {"iris": load_iris, "wine": load_wine, "breast_cancer": load_breast_cancer, "digits": load_digits}
+LOADERS = {
+    "iris": load_iris,
+    "wine": load_wine,
+    "breast_cancer": load_breast_cancer,
+    "digits": load_digits,
+}
 ALL_C = {**dict.fromkeys(LOADERS, (0.01, 0.1, 1, 10)), "digits": (0.1, 10)}
 
 # scikit-learn before 1.8 reads l1_ratio only where the penalty says so.
@@ -49,16 +55,23 @@ def solve_table(name, C, l1_ratio, **options):
     """All C with one l1_ratio on one table, as a single fold of all rows."""
     x, y = table(name)
     C = torch.as_tensor(C, dtype=torch.float64)
-    rows = torch.from_numpy(x)[None], torch.from_numpy(y), torch.ones(1, len(y), dtype=torch.float64)
+    rows = (
+        torch.from_numpy(x)[None],
+        torch.from_numpy(y),
+        torch.ones(1, len(y), dtype=torch.float64),
+    )
     return solve(*rows, C, torch.full_like(C, l1_ratio), n_classes=int(y.max()) + 1, **options)
 
 
 def random_problem(folds=2, n=60, d=4, k=3, seed=0):
-    """Folds with inputs of their own, overlapping classes, and a third of the rows left out of each fold."""
+    """Folds with inputs of their own, overlapping classes, and a third of the rows left out of each
+    fold."""
     rng = np.random.default_rng(seed)
     y = rng.integers(k, size=n)
     x = rng.normal(size=(folds, n, d)) + y[:, None] * rng.normal(size=(folds, 1, d)) / 2
-    weights = (np.arange(n) % 3 != np.arange(folds)[:, None] % 3) * rng.uniform(0.5, 2, size=(folds, n))
+    weights = (np.arange(n) % 3 != np.arange(folds)[:, None] % 3) * rng.uniform(
+        0.5, 2, size=(folds, n)
+    )
     return torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(weights)
 
 
@@ -68,7 +81,8 @@ def many(*values):
 
 def worst(found, reference):
     """Largest difference over the largest reference."""
-    found, reference = np.asarray(found), np.asarray(reference)
+    found = np.asarray(found)
+    reference = np.asarray(reference)
     return np.abs(found - reference).max() / np.abs(reference).max()
 
 
@@ -104,7 +118,9 @@ def test_l2_is_newton_cg_at_its_limit(name):
     solution = solve_table(name, ALL_C[name], 0.0)
     assert solution.converged.all() and (solution.residual <= 1e-10).all()
     for c, C in enumerate(ALL_C[name]):
-        reference = LogisticRegression(C=C, solver="newton-cg", tol=1e-12, max_iter=10_000).fit(x, y)
+        reference = LogisticRegression(C=C, solver="newton-cg", tol=1e-12, max_iter=10_000).fit(
+            x, y
+        )
         assert worst(solution.coef[c], reference.coef_) < 1e-6
         if len(reference.intercept_) > 1:
             assert abs(solution.intercept[c].sum()) < 1e-12
@@ -112,7 +128,8 @@ def test_l2_is_newton_cg_at_its_limit(name):
         assert np.abs(solution.intercept[c].numpy() - reference.intercept_).max() < 1e-6
 
 
-@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")  # saga stops far from the optimum
+# saga stops far from the optimum
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 @pytest.mark.parametrize("l1_ratio", [1.0, 0.4])
 @pytest.mark.parametrize("name", LOADERS)
 def test_l1_and_elastic_net_are_optimal(name, l1_ratio):
@@ -120,23 +137,27 @@ def test_l1_and_elastic_net_are_optimal(name, l1_ratio):
     solution = solve_table(name, ALL_C[name], l1_ratio)
     assert solution.converged.all()
     for c, C in enumerate(ALL_C[name]):
-        coef, intercept = solution.coef[c].numpy(), solution.intercept[c].numpy()
+        coef = solution.coef[c].numpy()
+        intercept = solution.intercept[c].numpy()
         assert kkt(x, y, coef, intercept, C, l1_ratio) < 1e-6
         if name != "digits":
             how = {"solver": "saga", "tol": 1e-10, "max_iter": 100, "random_state": 0, **ELASTIC}
             saga = LogisticRegression(C=C, l1_ratio=l1_ratio, **how).fit(x, y)
             ours = objective(x, y, coef, intercept, C, l1_ratio)
             assert ours <= objective(x, y, saga.coef_, saga.intercept_, C, l1_ratio) + 1e-9
-    assert (solution.coef[0] == 0).double().mean() > 0.3  # zeros are exact, most with the strongest penalty
+    # zeros are exact, most with the strongest penalty
+    assert (solution.coef[0] == 0).double().mean() > 0.3
 
 
 @pytest.mark.parametrize("k", [2, 3])
 def test_a_member_alone_is_the_member_in_the_batch(k):
     x, y, weights = random_problem(k=k)
-    C, l1_ratio = many(0.01, 3.0, 0.5, 100.0, 0.3, 1.0), many(0, 1, 0, 0.5, 1, 0)
+    C = many(0.01, 3.0, 0.5, 100.0, 0.3, 1.0)
+    l1_ratio = many(0, 1, 0, 0.5, 1, 0)
     together = solve(x, y, weights, C=C, l1_ratio=l1_ratio, n_classes=k)
     for p, (f, c) in enumerate(itertools.product(range(2), range(len(C)))):  # fold-major
-        fold, one = slice(f, f + 1), slice(c, c + 1)
+        fold = slice(f, f + 1)
+        one = slice(c, c + 1)
         alone = solve(x[fold], y, weights[fold], C=C[one], l1_ratio=l1_ratio[one], n_classes=k)
         assert worst(together.coef[p], alone.coef[0]) < 1e-8
         assert worst(together.intercept[p], alone.intercept[0]) < 1e-8
@@ -153,22 +174,33 @@ def test_a_member_with_an_odd_C_disturbs_no_other(l1_ratio, odd):
     assert found.coef[[0, 2]].abs().max() <= (0 if l1_ratio else 1e-9)
 
 
-@pytest.mark.parametrize("name", ["iris", "wine", "breast_cancer"])  # iris: one class of three is separable
+# iris: one class of three is separable
+@pytest.mark.parametrize("name", ["iris", "wine", "breast_cancer"])
 def test_no_penalty_on_separable_classes_ends_unconverged_and_finite(name):
     solution = solve_table(name, [math.inf], 0.0)
     assert not solution.converged.any()
     assert solution.coef.isfinite().all() and solution.intercept.isfinite().all()
 
 
-@pytest.mark.parametrize(("C", "l1_ratio", "intercept"), [(math.inf, 0, True), (math.inf, 1, True), (2.0, 0, False)])
+@pytest.mark.parametrize(
+    ("C", "l1_ratio", "intercept"), [(math.inf, 0, True), (math.inf, 1, True), (2.0, 0, False)]
+)
 @pytest.mark.parametrize("k", [2, 3])
 def test_overlapping_classes_without_a_penalty_or_an_intercept(k, C, l1_ratio, intercept):
     x, y, weights = random_problem(folds=1, k=k)
     solution = solve(
-        x, y, weights, C=many(C), l1_ratio=many(l1_ratio), n_classes=k, fit_intercept=intercept,
-    )  # fmt: skip
+        x,
+        y,
+        weights,
+        C=many(C),
+        l1_ratio=many(l1_ratio),
+        n_classes=k,
+        fit_intercept=intercept,
+    )
     assert solution.converged.all()
-    plain = LogisticRegression(C=C, fit_intercept=intercept, solver="newton-cg", tol=1e-12, max_iter=1000)
+    plain = LogisticRegression(
+        C=C, fit_intercept=intercept, solver="newton-cg", tol=1e-12, max_iter=1000
+    )
     assert worst(solution.coef[0], plain.fit(x[0], y, sample_weight=weights[0]).coef_) < 1e-6
     assert intercept or (solution.intercept == 0).all()
 
@@ -183,10 +215,12 @@ def test_a_step_limit_is_told():
 def test_weights_are_repeated_rows_and_rows_without_weight_do_not_matter(l1_ratio):
     x, y, _ = random_problem(folds=1)
     count = torch.arange(60) % 4
-    C, ratio = many(0.5), many(l1_ratio)
+    C = many(0.5)
+    ratio = many(l1_ratio)
     blind = x.masked_fill((count == 0)[None, :, None], 1e6)
     weighted = solve(blind, y, count[None].double(), C=C, l1_ratio=ratio, n_classes=3)
-    again, codes = x[:, torch.arange(60).repeat_interleave(count)], y.repeat_interleave(count)
+    again = x[:, torch.arange(60).repeat_interleave(count)]
+    codes = y.repeat_interleave(count)
     ones = torch.ones(again.shape[:2], dtype=torch.float64)
     repeated = solve(again, codes, ones, C=C, l1_ratio=ratio, n_classes=3)
     assert worst(weighted.coef, repeated.coef) < 1e-8
@@ -198,7 +232,8 @@ def test_an_absent_class_takes_no_part(missing, l1_ratio):
     x, y, weights = random_problem(k=4)
     rest = [k for k in range(4) if k not in missing]
     weights[1] = weights[1].masked_fill(torch.isin(y, torch.tensor(missing)), 0)
-    C, ratio = many(0.3, 2.0), many(l1_ratio, l1_ratio)
+    C = many(0.3, 2.0)
+    ratio = many(l1_ratio, l1_ratio)
     solution = solve(x, y, weights, C=C, l1_ratio=ratio, n_classes=4)
     assert solution.converged.all()
     assert solution.intercept[:2].isfinite().all()
@@ -208,7 +243,8 @@ def test_an_absent_class_takes_no_part(missing, l1_ratio):
     rows = x[1, kept].numpy(), np.searchsorted(rest, y[kept].numpy())
     for c in range(2):
         # Two of four classes are still the softmax form: two vectors, each with its own penalty.
-        coef, intercept = solution.coef[2 + c, rest].numpy(), solution.intercept[2 + c, rest].numpy()
+        coef = solution.coef[2 + c, rest].numpy()
+        intercept = solution.intercept[2 + c, rest].numpy()
         assert abs(intercept.sum()) < 1e-12
         assert kkt(*rows, coef, intercept, C[c].item(), l1_ratio, weights[1, kept].numpy()) < 1e-7
 
@@ -229,7 +265,8 @@ def test_more_inputs_than_rows(l1_ratio):
     ones = torch.ones(1, 30, dtype=torch.float64)
     solution = solve(x, y, ones, C=many(0.5), l1_ratio=many(l1_ratio), n_classes=3)
     assert solution.converged.all()
-    coef, intercept = solution.coef[0].numpy(), solution.intercept[0].numpy()
+    coef = solution.coef[0].numpy()
+    intercept = solution.intercept[0].numpy()
     assert kkt(x[0].numpy(), y.numpy(), coef, intercept, 0.5, l1_ratio) < 1e-7
 
 
@@ -261,7 +298,12 @@ def test_huge_inputs_are_the_same_problem_in_other_units(k, l1_ratio, size):
 def test_one_huge_value_leaves_the_other_inputs_their_say(intercept, l1_ratio, size):
     x, y, weights = random_problem(folds=1)
     x[0, 1, 0] = size
-    options = {"C": many(1.0), "l1_ratio": many(l1_ratio), "n_classes": 3, "fit_intercept": intercept}
+    options = {
+        "C": many(1.0),
+        "l1_ratio": many(l1_ratio),
+        "n_classes": 3,
+        "fit_intercept": intercept,
+    }
     solution = solve(x, y, weights, **options)
     x[0, :, 0] *= 1e15 / size  # a penalty is as good as none on the column either way
     smaller = solve(x, y, weights, **options)
@@ -326,7 +368,9 @@ def test_slope_and_curvature_are_the_derivatives(k):
 )
 def test_bad_input_is_named(change, message):
     with refused(message):
-        Problem(*random_problem(), **{"C": many(1.0), "l1_ratio": many(0.0), "n_classes": 3, **change})
+        Problem(
+            *random_problem(), **{"C": many(1.0), "l1_ratio": many(0.0), "n_classes": 3, **change}
+        )
 
 
 @pytest.mark.parametrize("task", ["binary", "multiclass"])
@@ -337,19 +381,27 @@ def test_scores_and_modules_equal_scikit_learn(task):
     outcome = solve_chunk(data, configs, range(2), make_scoring("neg_log_loss", task, classes))
     solution = solve_all(data, configs)
     for f, fold in enumerate(data.folds):
-        x, y = data.x[f].numpy(), data.y.numpy()
+        x = data.x[f].numpy()
+        y = data.y.numpy()
         for c, config in enumerate(configs):
-            plain = LogisticRegression(C=config["C"], tol=1e-12, max_iter=10_000).fit(x[fold.train], y[fold.train])
+            plain = LogisticRegression(C=config["C"], tol=1e-12, max_iter=10_000).fit(
+                x[fold.train], y[fold.train]
+            )
             p = plain.predict_proba(x[fold.valid])
             loss = -np.log(p[np.arange(len(p)), y[fold.valid]]).mean()
             assert outcome.curves[c, 0, f] == pytest.approx(-loss, abs=1e-7)
             module = solved_module(solution, f * 2 + c)
-            np.testing.assert_allclose(module(data.x[f, fold.valid]).softmax(-1).detach().numpy(), p, atol=1e-6)
+            np.testing.assert_allclose(
+                module(data.x[f, fold.valid]).softmax(-1).detach().numpy(), p, atol=1e-6
+            )
 
 
 def test_one_fold_is_held_at_a_time_where_folds_are_large(monkeypatch):
-    data, configs = make_data(), fill({"C": 0.1}, {"C": 2.0, "l1_ratio": 1.0}, {"C": 1.0})
-    whole, made, alive = solve_all(data, configs), [], []
+    data = make_data()
+    configs = fill({"C": 0.1}, {"C": 2.0, "l1_ratio": 1.0}, {"C": 1.0})
+    whole = solve_all(data, configs)
+    made = []
+    alive = []
 
     def watched(*arguments, **more):
         alive.append(sum(rows() is not None for rows in made))
@@ -369,8 +421,12 @@ def test_a_fold_with_rows_of_one_class_alone_predicts_that_class(only):
     data = make_data("binary")
     rows = torch.nonzero(data.y == only)[:, 0]
     present = torch.tensor([[only == 0, only == 1]])
-    data = replace(data, folds=(Fold(train=rows, valid=torch.arange(61)),), copies=(0,), present=present)
-    outcome = solve_chunk(data, fill({"C": 1.0}), [0], make_scoring("accuracy", "binary", np.arange(2)))
+    data = replace(
+        data, folds=(Fold(train=rows, valid=torch.arange(61)),), copies=(0,), present=present
+    )
+    outcome = solve_chunk(
+        data, fill({"C": 1.0}), [0], make_scoring("accuracy", "binary", np.arange(2))
+    )
     assert outcome.curves[0, 0, 0] == pytest.approx(float((data.y == only).double().mean()))
 
 
@@ -378,5 +434,7 @@ def test_what_does_not_converge_is_said():
     data = make_data("binary", folds=3)
     data = replace(data, y=(data.x[0, :, 0] > 0).long())
     data = replace(data, target=data.y, inputs=(data.x[:1],), copies=(0, 0, 0))
-    with pytest.warns(ConvergenceWarning, match="did not converge in 3 of 3 fits, for C = inf; a smaller C"):
+    with pytest.warns(
+        ConvergenceWarning, match="did not converge in 3 of 3 fits, for C = inf; a smaller C"
+    ):
         solve_all(data, fill({"C": float("inf")}))

@@ -1,4 +1,5 @@
-"""A user's functions are known by their source and what they hold; what is remembered outlives the process.
+"""A user's functions are known by their source and what they hold; what is remembered outlives the
+process.
 
 That is in a list which is this user's alone; any other list is not used.
 """
@@ -36,7 +37,8 @@ def powered(power, scale=None):
 class Powered(nn.Module):
     def __init__(self, power):
         super().__init__()
-        self._power, self.itself = power, [self]
+        self._power = power
+        self.itself = [self]
 
     def forward(self, outputs, y):
         return powered(self._power)(outputs, y)
@@ -45,8 +47,14 @@ class Powered(nn.Module):
 def reading(power, what):
     """The loss, or a module of it, in a file that has set the power."""
     file = {"POWER": power, "torch": torch, "CALLS": power, "__name__": "file"}
-    text = "def loss(o, y):\n global CALLS\n CALLS += 1\n return [abs(a - b) ** POWER for a, b in zip(o, y)]\n"
-    exec(text + "class Loss(torch.nn.Module):\n def forward(self, o, y): return (o - y) ** POWER", file)
+    text = (
+        "def loss(o, y):\n global CALLS\n CALLS += 1\n return [abs(a - b) ** POWER for a, b in "
+        "zip(o, y)]\n"
+    )
+    exec(
+        text + "class Loss(torch.nn.Module):\n def forward(self, o, y): return (o - y) ** POWER",
+        file,
+    )
     return file[what]
 
 
@@ -69,7 +77,7 @@ PAIRS = {
     "a module's value": (lambda: reading(2, "loss"), lambda: reading(B, "loss")),
     "that of a class": (lambda: reading(2, "Loss")(), lambda: reading(3, "Loss")()),
     "a method": (lambda: Powered(2).forward, lambda: Powered(3).forward),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS.keys())
@@ -99,11 +107,14 @@ MAKE = {
 
 @pytest.mark.parametrize("argument", MAKE)
 def test_a_study_does_not_go_on_with_other_code(argument, tmp_path):
-    X, make = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)), MAKE[argument]
+    X = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    make = MAKE[argument]
     how = {"space": {"lr": [0.1, 0.01]}, "max_epochs": 1, "cv": 2, "verbose": 0, "workers": 1}
     call = functools.partial(gputune.tune, Net, X, X[:, 0], **how, study=tmp_path / "study.db")
     call(n_trials=1, **{argument: make(2)})
-    with refused(rf"differs from this call in: {argument} \(its code or its values have changed\)\. Give"):
+    with refused(
+        rf"differs from this call in: {argument} \(its code or its values have changed\)\. Give"
+    ):
         call(n_trials=2, **{argument: make(3)})
     assert len(call(n_trials=2, **{argument: make(2)}).trials) == 2
 
@@ -113,8 +124,13 @@ def test_a_study_of_an_earlier_version_goes_on_unchecked_and_changed_code_of_a_m
     assert not differences(SearchRecord(objective="the:loss", absent=frozenset({"code"})), here)
     assert differences(SearchRecord(objective="the:loss", code={"loss": "b"}), here)
     # Of an imported class; the table of the study would mix two models.
-    there, here = (SearchRecord(spec={"kind": "module", "import": "net:Net", "sha256": digest}) for digest in "ab")
-    assert differences(there, here) == ["model (its code has changed)"] and not differences(there, there)
+    there, here = (
+        SearchRecord(spec={"kind": "module", "import": "net:Net", "sha256": digest})
+        for digest in "ab"
+    )
+    assert differences(there, here) == ["model (its code has changed)"] and not differences(
+        there, there
+    )
 
 
 @pytest.fixture
@@ -172,7 +188,9 @@ def test_a_list_that_others_may_write_or_own_is_not_used(folder, later, monkeypa
     remember("a")
     (folder.parent / place).chmod(0o777)
     later()
-    with pytest.warns(UserWarning, match=rf"not used, since '.*{place}' is not yours, or others may write"):
+    with pytest.warns(
+        UserWarning, match=rf"not used, since '.*{place}' is not yours, or others may write"
+    ):
         assert not is_remembered("a")
     with pytest.warns(UserWarning, match="remove it, or take that right away .chmod go-w."):
         remember("b")
@@ -193,9 +211,14 @@ def test_a_list_below_a_folder_that_others_may_write_to_is_not_used(tmp_path, mo
     remember("a")
     (tmp_path / "link").symlink_to(tmp_path / "above")
     used = {
-        (state, 0o777): False, (state, 0o1777): True, (state, 0o772): False, (state, 0o755): True,
-        (state.parent, 0o777): False, (state.parent, 0o707): False, (state.parent, 0o1777): True,
-    }  # fmt: skip
+        (state, 0o777): False,
+        (state, 0o1777): True,
+        (state, 0o772): False,
+        (state, 0o755): True,
+        (state.parent, 0o777): False,
+        (state.parent, 0o707): False,
+        (state.parent, 0o1777): True,
+    }
     for home in (state, tmp_path / "link" / "state"):
         monkeypatch.setenv("XDG_STATE_HOME", str(home))
         for (folder, mode), is_used in used.items():
@@ -209,7 +232,8 @@ def test_a_list_below_a_folder_that_others_may_write_to_is_not_used(tmp_path, mo
 
 def test_a_group_of_one_user_is_no_other_user(tmp_path, monkeypatch):
     """Many systems give each user a group of the same name, and folders that it may write to."""
-    me, other = os.geteuid(), 12345
+    me = os.geteuid()
+    other = 12345
     folder = tmp_path / "folder"
     folder.mkdir()
     folder.chmod(0o775)
@@ -217,7 +241,9 @@ def test_a_group_of_one_user_is_no_other_user(tmp_path, monkeypatch):
     monkeypatch.setattr("pwd.getpwuid", lambda uid: user)
     status = types.SimpleNamespace(st_uid=me, st_gid=user.pw_gid, st_mode=0o40775)
     whole = type(folder).stat
-    monkeypatch.setattr(type(folder), "stat", lambda path, **how: status if path == folder else whole(path, **how))
+    monkeypatch.setattr(
+        type(folder), "stat", lambda path, **how: status if path == folder else whole(path, **how)
+    )
     for name, members, is_open in (
         ("ann", [], False),
         ("ann", ["ann"], False),
@@ -227,7 +253,8 @@ def test_a_group_of_one_user_is_no_other_user(tmp_path, monkeypatch):
         group = types.SimpleNamespace(gr_name=name, gr_mem=members)
         monkeypatch.setattr("grp.getgrgid", lambda gid, group=group: group)
         assert (open_to_others(folder / "list") == folder) == is_open
-    status.st_uid, status.st_mode = other, 0o40755
+    status.st_uid = other
+    status.st_mode = 0o40755
     assert open_to_others(folder / "list") == folder
 
 
@@ -235,9 +262,14 @@ def test_a_group_of_one_user_is_no_other_user(tmp_path, monkeypatch):
 def test_what_is_no_file_is_not_used(folder, later, kind, tmp_path):
     remember("a")
     later()
-    place, elsewhere = folder / "trusted-code", tmp_path / "elsewhere"
+    place = folder / "trusted-code"
+    elsewhere = tmp_path / "elsewhere"
     place.rename(elsewhere)
-    make = {"link": lambda: place.symlink_to(elsewhere), "pipe": lambda: os.mkfifo(place), "folder": place.mkdir}
+    make = {
+        "link": lambda: place.symlink_to(elsewhere),
+        "pipe": lambda: os.mkfifo(place),
+        "folder": place.mkdir,
+    }
     make[kind]()
     if kind != "link":
         place.chmod(0o700)
@@ -248,17 +280,25 @@ def test_what_is_no_file_is_not_used(folder, later, kind, tmp_path):
 def test_without_a_home_nothing_outlives_the_process(monkeypatch, later, tmp_path):
     monkeypatch.delenv("XDG_STATE_HOME")
     monkeypatch.chdir(tmp_path)
-    me, homeless = os.geteuid(), "1234567"
+    me = os.geteuid()
+    homeless = "1234567"
 
     def nobody(*_):
         raise KeyError(homeless)
 
     monkeypatch.setattr("pwd.getpwuid", nobody)
-    for home, state, user in ((None, "", me), (None, "state", me), ("home", "", me), (str(tmp_path), "", me + 1)):
+    for home, state, user in (
+        (None, "", me),
+        (None, "state", me),
+        ("home", "", me),
+        (str(tmp_path), "", me + 1),
+    ):
         later()
         monkeypatch.setenv("XDG_STATE_HOME", state)  # one that is relative counts for nothing
         monkeypatch.setattr(os, "geteuid", lambda user=user: user)
-        monkeypatch.delenv("HOME", raising=False) if home is None else monkeypatch.setenv("HOME", home)
+        monkeypatch.delenv("HOME", raising=False) if home is None else monkeypatch.setenv(
+            "HOME", home
+        )
         remember("a")
         assert is_remembered("a")
         later()

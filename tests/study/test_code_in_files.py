@@ -1,4 +1,5 @@
-"""A study or a model of a stranger runs no code, whatever name it gives; what its user has trained is found by name."""
+"""A study or a model of a stranger runs no code, whatever name it gives; what its user has trained
+is found by name."""
 
 import functools
 import hashlib
@@ -122,7 +123,8 @@ def __getattr__(name):
     return sing if name != "__path__" else None
 '''
 
-OF_FILE = [*"""
+OF_FILE = [
+    *"""
 sing alias Alias Relinked popen system unnamed of_system of_popen wrapped Other Hooked HookedNet Hooked.any.name
 HookedNet.any Instance instance instance.any Helper Helper.make Helper.value Helper.of_class Helper.of_nobody
 Helper.Inner Helper.attribute Helper.__init_subclass__ Meta Meta.__call__ Net.forward Net.build Net.helper
@@ -130,7 +132,14 @@ Net.__init__ Net.__class__ Net.__mro__ Net.__subclasses__ Net.__init__.__globals
 no_such_name no_such_name.any torch.os.popen torch.os.system torch.hub.load os.system os.path.os.popen
 functools.partial partial nn.Linear nn.Module torch.nn.Sequential sing.__call__ __builtins__ __builtins__.exec
 __builtins__.__import__ __loader__ __loader__.load_module __import__ Net. .Net . Net..forward
-""".split(), "", "Net\0", "Net()", "Net.__dict__['sing']", "<lambda>", "sing.<locals>.x"]  # fmt: skip
+""".split(),
+    "",
+    "Net\0",
+    "Net()",
+    "Net.__dict__['sing']",
+    "<lambda>",
+    "sing.<locals>.x",
+]
 """Names in the file that the user has trained."""
 
 IMPORTED = """
@@ -165,7 +174,10 @@ def save_spec(folder, study, spec, kwargs):
     path.write_text(json.dumps(whole))
     value = json.dumps({"kind": "module", **spec})
     raw = sqlite3.connect(study)
-    raw.execute("UPDATE meta SET value = ?, checksum = ? WHERE key = 'spec'", (value, checksum("spec", value)))
+    raw.execute(
+        "UPDATE meta SET value = ?, checksum = ? WHERE key = 'spec'",
+        (value, checksum("spec", value)),
+    )
     raw.commit()
     raw.close()
 
@@ -174,16 +186,35 @@ class Scene:
     """A folder with what a user has trained, and what a stranger has made of a copy of it."""
 
     def __init__(self, folder):
-        self.folder, self.canary = folder, folder / "canary"
-        self.file, self.table = folder / "trained.py", write_table(folder / "t.csv", kind=["ant", "bee"] * 20)
+        self.folder = folder
+        self.canary = folder / "canary"
+        self.file = folder / "trained.py"
+        self.table = write_table(folder / "t.csv", kind=["ant", "bee"] * 20)
         self.file.write_text(TRAINED.format(canary=str(self.canary)))
-        (folder / "evil.py").write_text(f"open({str(self.canary)!r}, 'w').close()\n{self.file.read_text()}")
+        (folder / "evil.py").write_text(
+            f"open({str(self.canary)!r}, 'w').close()\n{self.file.read_text()}"
+        )
         self.out = folder / "o"
-        options = ["--trials", "1", "--epochs", "1", "--cv", "2", "--workers", "1", "--out", self.out]
-        answer = run("tune", self.table, "--target", "kind", "--model", f"{self.file}:Net", *options)
+        options = [
+            "--trials",
+            "1",
+            "--epochs",
+            "1",
+            "--cv",
+            "2",
+            "--workers",
+            "1",
+            "--out",
+            self.out,
+        ]
+        answer = run(
+            "tune", self.table, "--target", "kind", "--model", f"{self.file}:Net", *options
+        )
         assert answer[::2] == (0, "")
-        self.model, self.study = self.out / "model", self.out / "study.db"
-        self.evil, self.evil_study = folder / "evil", folder / "evil" / "study.db"
+        self.model = self.out / "model"
+        self.study = self.out / "study.db"
+        self.evil = folder / "evil"
+        self.evil_study = folder / "evil" / "study.db"
         shutil.copytree(self.out, self.evil)
 
     @property
@@ -192,18 +223,30 @@ class Scene:
 
     def arguments(self):
         """Arguments that make the popular functions sing, by what they call them."""
-        evil, text = str(self.folder / "evil.py"), f"open({str(self.canary)!r}, 'w')"
+        evil = str(self.folder / "evil.py")
+        text = f"open({str(self.canary)!r}, 'w')"
         payload = pickle.dumps(Canary(self.canary), protocol=0).decode()
         return [
-            {"cmd": self.touch}, {"command": self.touch}, {}, {"args": self.touch, "shell": True}, {"source": text},
-            {"path": evil, "name": "Net"}, {"path_name": evil}, {"name": "evil"}, {"mod_name": "evil"},
-            {"repo_or_dir": str(self.folder), "model": "Net", "source": "local"}, {"stmt": text}, {"f": evil},
+            {"cmd": self.touch},
+            {"command": self.touch},
+            {},
+            {"args": self.touch, "shell": True},
+            {"source": text},
+            {"path": evil, "name": "Net"},
+            {"path_name": evil},
+            {"name": "evil"},
+            {"mod_name": "evil"},
+            {"repo_or_dir": str(self.folder), "model": "Net", "source": "local"},
+            {"stmt": text},
+            {"f": evil},
             {"data": payload},
-        ]  # fmt: skip
+        ]
 
     def entries(self):
         """Every way in, by name: each raises InputError, or ends with code 2."""
-        folder, study, table = self.evil / "model", self.evil_study, self.table
+        folder = self.evil / "model"
+        study = self.evil_study
+        table = self.table
 
         def command(*arguments):
             return lambda: _refused_command(*arguments)
@@ -223,11 +266,14 @@ class Scene:
             "export FILE": command("export", folder, "--out", self.folder / "x.pt2"),
             "resume": command("resume", self.evil, "-q"),
             "resume for more": command("resume", self.evil, "--trials", "3", "-q"),
-            "report FILE": command("report", self.evil, "--out", self.folder / "page.html", "--importance"),
+            "report FILE": command(
+                "report", self.evil, "--out", self.folder / "page.html", "--importance"
+            ),
         }
 
     def attack(self, spec, kwargs, entries):
-        """Let a stranger's files in through some entries, of which all must refuse them, and nothing must sing."""
+        """Let a stranger's files in through some entries, of which all must refuse them, and
+        nothing must sing."""
         save_spec(self.evil / "model", self.evil_study, spec, kwargs)
         for name in entries:
             try:
@@ -253,7 +299,8 @@ def _refused_command(*arguments):
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory):
-    """A user of their own, who has trained ``Net`` of a file, and works in the stranger's folder."""
+    """A user of their own, who has trained ``Net`` of a file, and works in the stranger's
+    folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         patch.setattr(code, "_here", set())
@@ -282,7 +329,8 @@ def an_older_list(scene):
 
 
 def names_and_arguments(scene, *, in_each_way=False):
-    """Each name as the spec of a study or a model gives it, with arguments that would make it sing."""
+    """Each name as the spec of a study or a model gives it, with arguments that would make it
+    sing."""
     arguments = scene.arguments()
     for place, name in enumerate(OF_FILE):
         given = arguments[place % 3]
@@ -293,9 +341,17 @@ def names_and_arguments(scene, *, in_each_way=False):
         ]
         yield from ways if in_each_way else [ways[place % 3]]
     for name in OF_PROGRAM:
-        yield {"import": f"__main__:{name}", "made": "function", "keywords": {"command": scene.touch}}, {}
+        yield (
+            {
+                "import": f"__main__:{name}",
+                "made": "function",
+                "keywords": {"command": scene.touch},
+            },
+            {},
+        )
     for number, place in enumerate(IMPORTED):
-        given, file = _fitting(arguments, place), str(scene.folder / "evil.py")
+        given = _fitting(arguments, place)
+        file = str(scene.folder / "evil.py")
         ways = [({"import": place, "made": "function"}, given)]
         ways += [({"import": place, "keywords": given or {"x": 1}, "file": file}, {})]
         yield from ways if in_each_way else [ways[number % 2]]
@@ -306,9 +362,20 @@ def names_and_arguments(scene, *, in_each_way=False):
 def _fitting(arguments, place):
     """The arguments that a function of the standard library takes."""
     words = {
-        "popen": 0, "system": 1, "Popen": 3, "exec": 4, "eval": 4, "class_from_file": 5, "run_path": 6,
-        "import_module": 7, "run_module": 8, "hub.load": 9, "timeit": 10, "load": 11, "loads": 12,
-    }  # fmt: skip
+        "popen": 0,
+        "system": 1,
+        "Popen": 3,
+        "exec": 4,
+        "eval": 4,
+        "class_from_file": 5,
+        "run_path": 6,
+        "import_module": 7,
+        "run_module": 8,
+        "hub.load": 9,
+        "timeit": 10,
+        "load": 11,
+        "loads": 12,
+    }
     fitting = [number for word, number in words.items() if place.endswith(word)]
     return arguments[fitting[0] if fitting else 2]
 
@@ -318,12 +385,17 @@ def random_specs(scene, number, seed=0):
     draw = random.Random(seed)
     parts = [part for name in [*OF_FILE, *OF_PROGRAM] for part in name.split(".")]
     packages = ["trained", "evil", "__main__", *(place.partition(":")[0] for place in IMPORTED)]
-    arguments, digest = scene.arguments(), scene.spec("Net")["sha256"]
+    arguments = scene.arguments()
+    digest = scene.spec("Net")["sha256"]
     for _ in range(number):
-        name = ".".join(draw.choices(parts, k=draw.randint(2, 5)))  # one part alone may be a class that is allowed
+        # one part alone may be a class that is allowed
+        name = ".".join(draw.choices(parts, k=draw.randint(2, 5)))
         spec = {"import": f"{draw.choice(packages)}:{name}"}
         if draw.random() < 0.6:
-            spec = {"path": draw.choice([str(scene.file)] * 3 + ["evil.py", str(scene.table)]), "class": name}
+            spec = {
+                "path": draw.choice([str(scene.file)] * 3 + ["evil.py", str(scene.table)]),
+                "class": name,
+            }
         for key, value in {"made": "function", "sha256": digest, "file": "evil.py"}.items():
             if draw.random() < 0.3:
                 spec[key] = value
@@ -346,7 +418,10 @@ def test_names_that_are_put_together_at_random_run_nothing(scene):
 @pytest.mark.long
 def test_every_name_by_every_way_in_runs_nothing(scene):
     entries = list(scene.entries())
-    for spec, kwargs in [*names_and_arguments(scene, in_each_way=True), *random_specs(scene, 200, seed=1)]:
+    for spec, kwargs in [
+        *names_and_arguments(scene, in_each_way=True),
+        *random_specs(scene, 200, seed=1),
+    ]:
         scene.attack(spec, kwargs, entries)
 
 
@@ -359,21 +434,49 @@ def test_a_file_that_an_older_list_names_vouches_for_its_modules_alone(scene):
 
 def test_arguments_of_a_stranger_are_plain_data(scene):
     """Of a class that may be built, which calls what it is given."""
-    save_spec(scene.evil / "model", scene.evil_study, scene.spec("Net"), {"act": {"torch": "torch.nn:ReLU"}})
+    save_spec(
+        scene.evil / "model",
+        scene.evil_study,
+        scene.spec("Net"),
+        {"act": {"torch": "torch.nn:ReLU"}},
+    )
     gputune.load_model(scene.evil / "model")
-    homes = ("torch.nn", "torch.nn.functional", "torch.nn.modules.module", "torch.nn.parallel.distributed")
+    homes = (
+        "torch.nn",
+        "torch.nn.functional",
+        "torch.nn.modules.module",
+        "torch.nn.parallel.distributed",
+    )
     inner = "functional.torch torch boolean_dispatch warnings.warn functools.partial RRef __getattr__".split()
-    names = ["os:system", "torch.hub:load", "builtins:exec", "torchvision.ops:MLP", "torch.nn.__init__:os"]
+    names = [
+        "os:system",
+        "torch.hub:load",
+        "builtins:exec",
+        "torchvision.ops:MLP",
+        "torch.nn.__init__:os",
+    ]
     names += [f"{home}:{name}" for home in homes for name in inner]
     for value in [{"torch": name} for name in names]:
-        for kwargs in ({"act": value}, {"act": {"tuple": [value]}}, {"hidden": {"pairs": [[1, value]]}}):
+        for kwargs in (
+            {"act": value},
+            {"act": {"tuple": [value]}},
+            {"hidden": {"pairs": [[1, value]]}},
+        ):
             scene.attack(scene.spec("Net"), kwargs, ["load_model"])
         scene.attack(scene.spec("Net", keywords={"act": value}), {}, ["best_model"])
 
 
 def test_it_would_have_sung(scene):
     """What the attacks name does run, if the user says so."""
-    for name in ("sing", "Other", "Hooked.any", "no_such_name", "Helper.value", "Helper.of_nobody", "Net.helper"):
+    for name in (
+        "sing",
+        "Other",
+        "Hooked.any",
+        "no_such_name",
+        "Helper.value",
+        "Helper.of_nobody",
+        "Net.helper",
+    ):
         save_spec(scene.evil / "model", scene.evil_study, scene.spec(name), {})
         with pytest.raises(InputError):  # it makes no module that fits
             gputune.load_model(scene.evil / "model", trust_code=True)
@@ -465,11 +568,17 @@ def saved(builder, folder):
 
 
 @pytest.mark.parametrize("kind", LEGITIMATE)
-def test_what_its_user_has_trained_is_loaded_in_this_process_and_in_the_next(modules, later, kind, tmp_path):
-    made = {place: saved(LEGITIMATE[kind](nets), tmp_path / place) for place, nets in modules.items()}
+def test_what_its_user_has_trained_is_loaded_in_this_process_and_in_the_next(
+    modules, later, kind, tmp_path
+):
+    made = {
+        place: saved(LEGITIMATE[kind](nets), tmp_path / place) for place, nets in modules.items()
+    }
     for _ in range(2):
         for place, (frame, expected) in made.items():
-            np.testing.assert_array_equal(gputune.load_model(tmp_path / place).predict_proba(frame), expected)
+            np.testing.assert_array_equal(
+                gputune.load_model(tmp_path / place).predict_proba(frame), expected
+            )
             frame.to_csv(tmp_path / "rows.csv")
             exit_code, out, err = run("predict", tmp_path / place, tmp_path / "rows.csv", "--proba")
             assert exit_code == 0 and len(out.splitlines()) == 31, err
@@ -495,15 +604,29 @@ def test_only_what_was_trained_of_a_file_is_found_again(modules, later):
     later()
     found = find_class(source)
     assert found.__name__ == "make"
-    for name in ("Net", "Net.Deep.build", "clean_up", "small", "of_another", "Relinked", "make.__globals__"):
-        with pytest.raises(UntrustedCodeError, match=f"{re.escape(name)}' is in '.*nets.py', and loading it runs that"):
+    for name in (
+        "Net",
+        "Net.Deep.build",
+        "clean_up",
+        "small",
+        "of_another",
+        "Relinked",
+        "make.__globals__",
+    ):
+        with pytest.raises(
+            UntrustedCodeError,
+            match=f"{re.escape(name)}' is in '.*nets.py', and loading it runs that",
+        ):
             find_class({**source, "class": name})
-    remember_code(found.__globals__["of_another"])  # of a class of torch's, without a name in this file
+    # of a class of torch's, without a name in this file
+    remember_code(found.__globals__["of_another"])
     with pytest.raises(UntrustedCodeError):
         find_class({**source, "class": "of_another"})
 
 
-def test_a_list_of_an_older_version_finds_modules_and_says_why_it_does_not_find_functions(modules, later):
+def test_a_list_of_an_older_version_finds_modules_and_says_why_it_does_not_find_functions(
+    modules, later
+):
     source = class_source(modules["a file"].Net)
     code.remember(json.dumps(code.files_of(modules["a file"])))
     later()
@@ -522,11 +645,15 @@ def test_a_list_of_an_older_version_finds_modules_and_says_why_it_does_not_find_
     assert find_class({**source, "class": "make"}) is made
 
 
-def test_a_function_of_the_running_program_is_found_if_it_was_trained(tmp_path, monkeypatch, another_user, later):
+def test_a_function_of_the_running_program_is_found_if_it_was_trained(
+    tmp_path, monkeypatch, another_user, later
+):
     another_user()
     script = tmp_path / "train.py"
     script.write_text(NETS)
-    places = [{"import": f"__main__:{name}"} for name in ("make", "small", "of_another", "Net.Deep.build")]
+    places = [
+        {"import": f"__main__:{name}"} for name in ("make", "small", "of_another", "Net.Deep.build")
+    ]
 
     def begin():
         later()
@@ -539,7 +666,10 @@ def test_a_function_of_the_running_program_is_found_if_it_was_trained(tmp_path, 
     for name in ("Net", "Net.Deep.Net"):
         assert find_class({"import": f"__main__:{name}"}).__qualname__ == name
     for source in [*places, {"import": "__main__:clean_up"}]:
-        with pytest.raises(UntrustedCodeError, match="is a function of the running program, .* You have not trained"):
+        with pytest.raises(
+            UntrustedCodeError,
+            match="is a function of the running program, .* You have not trained",
+        ):
             find_class(source)
         assert find_class(source, trust_code=True) is not None
     builders = [main.make, main.small, main.of_another, main.Net.Deep.build]
@@ -549,7 +679,9 @@ def test_a_function_of_the_running_program_is_found_if_it_was_trained(tmp_path, 
             assert find_class(source) is builder
         main = begin()
         builders = [find_class(source) for source in places]
-    with pytest.raises(UntrustedCodeError, match="calls that function with arguments from the file"):
+    with pytest.raises(
+        UntrustedCodeError, match="calls that function with arguments from the file"
+    ):
         find_class({"import": "__main__:clean_up"})
     script.write_text(NETS + "# another program")
     begin()

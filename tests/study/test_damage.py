@@ -1,4 +1,5 @@
-"""A study file that was cut or changed gives what was committed, or the clear error: never a wrong value."""
+"""A study file that was cut or changed gives what was committed, or the clear error: never a wrong
+value."""
 
 import os
 import pickle
@@ -57,7 +58,8 @@ def path(tmp_path):
 
 
 def test_the_file_cut_at_every_sector(path):
-    whole, found = filled(path, 3), read(path)
+    whole = filled(path, 3)
+    found = read(path)
     assert found[1] == candidates(range(3))
     for end in range(0, len(whole), 512):
         path.write_bytes(whole[:end])
@@ -67,17 +69,21 @@ def test_the_file_cut_at_every_sector(path):
 
 
 def test_the_log_cut_at_every_sector_gives_the_commits_before(path, tmp_path):
-    prefixes, copy = [], tmp_path / "copy" / "study.db"
+    prefixes = []
+    copy = tmp_path / "copy" / "study.db"
     with Store.create(path, META) as store:
         for commit in fill(store, 3):
             prefixes.append(read(path))
             commit()
         prefixes.append(read(path))
         assert prefixes[-1] == (
-            META, candidates(range(3)), {n: bits(result(n, epochs=20)) for n in range(3)},
+            META,
+            candidates(range(3)),
+            {n: bits(result(n, epochs=20)) for n in range(3)},
             [Chunk(n, 0, (n,), 1) for n in range(3)],
-        )  # fmt: skip
-        log, base = path.with_name("study.db-wal").read_bytes(), path.read_bytes()
+        )
+        log = path.with_name("study.db-wal").read_bytes()
+        base = path.read_bytes()
     seen = []
     for end in [*range(0, len(log), 512), len(log)]:
         shutil.rmtree(copy.parent, ignore_errors=True)
@@ -88,11 +94,16 @@ def test_the_log_cut_at_every_sector_gives_the_commits_before(path, tmp_path):
     assert seen == sorted(seen) and set(seen) == set(range(len(prefixes)))
 
 
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(2, 10))])
+@pytest.mark.parametrize(
+    "seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(2, 10))]
+)
 def test_a_flipped_bit_is_found_or_harmless(path, seed):
-    whole, found, got = filled(path, 3), read(path), []
+    whole = filled(path, 3)
+    found = read(path)
+    got = []
     rng = np.random.default_rng(seed)
-    for position, bit in zip(rng.integers(0, len(whole), 100), rng.integers(0, 8, 100)):  # 1,000 in all
+    # 1,000 in all
+    for position, bit in zip(rng.integers(0, len(whole), 100), rng.integers(0, 8, 100)):
         flipped = bytearray(whole)
         flipped[position] ^= 1 << bit
         path.write_bytes(flipped)
@@ -116,12 +127,15 @@ def test_a_journal_beside_a_study_that_names_another_file_is_refused(path):
     raw.close()
     victim = path.with_name("thesis.txt")
     victim.write_text("mine")
-    name, magic = str(victim).encode(), database.JOURNAL_MAGIC
+    name = str(victim).encode()
+    magic = database.JOURNAL_MAGIC
     pages = path.stat().st_size // 4096
     head = (magic + struct.pack(">IIIII", 0, 0, pages, 512, 4096)).ljust(512, b"\0")
     tail = struct.pack(">I", 2**18 + 1) + name + struct.pack(">II", len(name), sum(name)) + magic
     path.with_name("study.db-journal").write_bytes(head + tail)
-    with pytest.raises(StudyCorruptError, match=r"study\.db-journal' beside it is not its own; remove that"):
+    with pytest.raises(
+        StudyCorruptError, match=r"study\.db-journal' beside it is not its own; remove that"
+    ):
         Store.open(path)
     assert victim.read_text() == "mine"
 
@@ -133,7 +147,12 @@ def test_nothing_of_a_study_is_unpickled(path, tmp_path, table):
     filled(path, 1, {**META, "method": "random"})
     raw = sqlite3.connect(path)
     raw.execute("INSERT INTO claims VALUES (0, 'x')")
-    columns = {"meta": "key value", "trials": "params origin", "plan": "trials facts", "claims": "lock"}
+    columns = {
+        "meta": "key value",
+        "trials": "params origin",
+        "plan": "trials facts",
+        "claims": "lock",
+    }
     columns["results"] = "state score fold_scores seconds curve detail"
     for column in columns[table].split():
         blob = raw.execute(f"SELECT typeof({column}) FROM {table}").fetchone() == ("blob",)
@@ -162,7 +181,10 @@ def test_a_file_that_is_damaged_while_a_search_writes_to_it_is_noticed_at_the_en
     with Store.create(path, SEARCH.to_json()) as store:
         store.add_trials(candidates(range(2)))
     error = FileNotFoundError if how == "removed" else StudyCorruptError
-    with pytest.raises(error, match=r"study\.db' is damaged: |no study file"), open_ledger(path, SEARCH) as ledger:
+    with (
+        pytest.raises(error, match=r"study\.db' is damaged: |no study file"),
+        open_ledger(path, SEARCH) as ledger,
+    ):
         ledger.finish([result(0), result(1)])
         match how:
             case "overwritten":

@@ -1,4 +1,5 @@
-"""A tuned model as one file: what onnxruntime and torch.export make of it equals the model's own predictions."""
+"""A tuned model as one file: what onnxruntime and torch.export make of it equals the model's own
+predictions."""
 
 import json
 import re
@@ -25,18 +26,25 @@ pytest.importorskip("onnxscript")
 
 FRAME = pd.DataFrame(rows(60))
 NUMBERS = FRAME.drop(columns="city")
-OTHERS = pd.DataFrame({
-    "member": [1.0, 0.0, np.nan, 1.0], "income": [-50.0, 1e5, 3000.0, 2500.0],
-    "age": [np.nan, 39.5, 1e3, -1e3], "city": ["Oslo", "Bonn", "Lima", "Rome"],
-})  # fmt: skip
-"""Rows that training never saw: columns in another order, a missing boolean, far numbers, an unknown level."""
+OTHERS = pd.DataFrame(
+    {
+        "member": [1.0, 0.0, np.nan, 1.0],
+        "income": [-50.0, 1e5, 3000.0, 2500.0],
+        "age": [np.nan, 39.5, 1e3, -1e3],
+        "city": ["Oslo", "Bonn", "Lima", "Rome"],
+    }
+)
+"""Rows that training never saw: columns in another order, a missing boolean, far numbers, an
+unknown level."""
 
 
 def outputs(path, inputs):
     """Run an exported file on inputs by name; return its outputs as arrays, and its description."""
     if path.suffix == ".onnx":
         session = ort.InferenceSession(path)
-        return session.run(None, inputs), json.loads(session.get_modelmeta().custom_metadata_map["gputune.json"])
+        return session.run(None, inputs), json.loads(
+            session.get_modelmeta().custom_metadata_map["gputune.json"]
+        )
     extra = {"gputune.json": ""}
     found = torch.export.load(path, extra_files=extra).module()(*map(torch.tensor, inputs.values()))
     arrays = [f.numpy() for f in (found if isinstance(found, tuple) else (found,))]
@@ -48,8 +56,11 @@ class Remembering(nn.Module):
 
     def __init__(self, n_features, n_outputs):
         super().__init__()
-        self.a, self.last = nn.Linear(n_features, n_features), nn.Linear(n_features, n_outputs)
-        self.b, self.kept, self.log = self.a, {}, []
+        self.a = nn.Linear(n_features, n_features)
+        self.last = nn.Linear(n_features, n_outputs)
+        self.b = self.a
+        self.kept = {}
+        self.log = []
 
     def forward(self, x):
         self.hidden = self.kept["hidden"] = torch.tanh(self.a(x))
@@ -71,7 +82,8 @@ def test_a_module_that_keeps_activations(tmp_path, suffix):
 
 
 def check(model, path, X):
-    """Export, which leaves the model as it was, and compare predictions for all rows and for one."""
+    """Export, which leaves the model as it was, and compare predictions for all rows and for
+    one."""
     model.module.train()
     before = {name: value.clone() for name, value in model.module.state_dict().items()}
     model.export(path)
@@ -83,7 +95,9 @@ def check(model, path, X):
         if model.classes is None:
             (values,) = found
             assert values.shape == (len(part),) and values.dtype == np.float64
-            np.testing.assert_allclose(values, model.predict(part), rtol=1e-5, atol=1e-5 * model.scale)
+            np.testing.assert_allclose(
+                values, model.predict(part), rtol=1e-5, atol=1e-5 * model.scale
+            )
         else:
             label, probabilities = found
             np.testing.assert_allclose(probabilities, model.predict_proba(part), atol=1e-5)
@@ -92,11 +106,17 @@ def check(model, path, X):
 
 
 class Net(nn.Module):
-    """A user's module with a normalization that is no linear map, and one value a row for a regression."""
+    """A user's module with a normalization that is no linear map, and one value a row for a
+    regression."""
 
     def __init__(self, n_features, n_outputs, hidden=8):
         super().__init__()
-        layers = nn.Linear(n_features, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, n_outputs)
+        layers = (
+            nn.Linear(n_features, hidden),
+            nn.LayerNorm(hidden),
+            nn.GELU(),
+            nn.Linear(hidden, n_outputs),
+        )
         self.body = nn.Sequential(*layers)
         self.single = n_outputs == 1
 
@@ -128,13 +148,17 @@ USERS = {"module": Net, "classes": None, "numbers": "none", "dtype": torch.float
 @pytest.mark.parametrize(
     ("frame", "options", "suffix"),
     [
-        pytest.param(NUMBERS, {}, ".onnx", marks=LONG), pytest.param(NUMBERS, {}, ".pt2", marks=LONG),
-        (NUMBERS, {"numbers": "quantile", "classes": None}, ".onnx"), (FRAME, {"numbers": "robust"}, ".onnx"),
+        pytest.param(NUMBERS, {}, ".onnx", marks=LONG),
+        pytest.param(NUMBERS, {}, ".pt2", marks=LONG),
+        (NUMBERS, {"numbers": "quantile", "classes": None}, ".onnx"),
+        (FRAME, {"numbers": "robust"}, ".onnx"),
         pytest.param(NUMBERS, {"numbers": "quantile", "classes": None}, ".pt2", marks=LONG),
-        pytest.param(NUMBERS, {"numbers": "piecewise"}, ".onnx", marks=LONG), (FRAME, {"numbers": "piecewise"}, ".pt2"),
-        pytest.param(FRAME, USERS, ".onnx", marks=LONG), (FRAME, USERS, ".pt2"),
+        pytest.param(NUMBERS, {"numbers": "piecewise"}, ".onnx", marks=LONG),
+        (FRAME, {"numbers": "piecewise"}, ".pt2"),
+        pytest.param(FRAME, USERS, ".onnx", marks=LONG),
+        (FRAME, USERS, ".pt2"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.filterwarnings("ignore:X has categories that were not there")
 def test_predictions_are_the_models_own(frame, options, suffix, tmp_path):
     model = make_model(frame, **options)
@@ -150,7 +174,11 @@ def test_predictions_are_the_models_own(frame, options, suffix, tmp_path):
 @pytest.mark.parametrize("activation", ["gelu", pytest.param("silu", marks=LONG)])
 def test_activations_in_double(activation, tmp_path):
     module = partial(MLP, width=8, depth=2, activation=activation, dropout=0.2)
-    check(make_model(NUMBERS, module=module, dtype=torch.float64), tmp_path / "model.onnx", OTHERS.drop(columns="city"))
+    check(
+        make_model(NUMBERS, module=module, dtype=torch.float64),
+        tmp_path / "model.onnx",
+        OTHERS.drop(columns="city"),
+    )
 
 
 @pytest.mark.parametrize("model", ["mlp", pytest.param("logistic", marks=LONG)])
@@ -161,12 +189,16 @@ def test_a_tuned_model_and_the_solved_logistic_regression(model, tmp_path):
     calibrated = study.best_model(calibrate=True)
     assert calibrated.temperature != 1
     known = check(calibrated, tmp_path / "model.onnx", X)
-    assert known["names"] == [f"x{i}" for i in range(30)] and known["classes"] == ["benign", "malignant"]
+    assert known["names"] == [f"x{i}" for i in range(30)] and known["classes"] == [
+        "benign",
+        "malignant",
+    ]
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
 @pytest.mark.parametrize(
-    ("module", "reason"), [(Branching, ".*torch.export can trace"), (Counting, "its forward.* fixes the number")]
+    ("module", "reason"),
+    [(Branching, ".*torch.export can trace"), (Counting, "its forward.* fixes the number")],
 )
 def test_a_module_that_cannot_be_traced(module, reason, suffix, tmp_path, capfd):
     path = tmp_path / f"model{suffix}"
@@ -178,8 +210,12 @@ def test_a_module_that_cannot_be_traced(module, reason, suffix, tmp_path, capfd)
 
 @pytest.mark.filterwarnings("ignore:X has categories that were not there")
 def test_encoded_rows_are_columns_or_features_and_what_is_refused(tmp_path, monkeypatch):
-    model, mixed, others = make_model(NUMBERS), make_model(FRAME), OTHERS.drop(columns="city")
-    np.testing.assert_array_equal(model.encoded(others), others[["age", "income", "member"]].to_numpy())
+    model = make_model(NUMBERS)
+    mixed = make_model(FRAME)
+    others = OTHERS.drop(columns="city")
+    np.testing.assert_array_equal(
+        model.encoded(others), others[["age", "income", "member"]].to_numpy()
+    )
     assert mixed.encoded(OTHERS).shape == (4, len(mixed.layout.feature_names))
     with refused("X has no column 'age'"):
         model.encoded(others.drop(columns="age"))
@@ -193,24 +229,36 @@ def test_encoded_rows_are_columns_or_features_and_what_is_refused(tmp_path, monk
     with refused("the folder '.*nowhere' does not exist"):
         model.export(tmp_path / "nowhere" / "model.pt2")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(MissingExtraError, match=r'.model.onnx.\) needs onnxscript.*"gputune\[onnx\]"'):
+    with pytest.raises(
+        MissingExtraError, match=r'.model.onnx.\) needs onnxscript.*"gputune\[onnx\]"'
+    ):
         model.export(tmp_path / "model.onnx")
     model.export(tmp_path / "model.pt2")
 
 
 def test_the_command(tmp_path):
     X, y = load_iris(return_X_y=True)
-    model = gputune.tune("mlp", X, y, n_trials=1, cv=2, max_epochs=2, verbose=0, workers=1).best_model()
+    model = gputune.tune(
+        "mlp", X, y, n_trials=1, cv=2, max_epochs=2, verbose=0, workers=1
+    ).best_model()
     model.save(tmp_path / "model")
     code, out, err = run("export", tmp_path / "model", "--out", tmp_path / "iris.pt2")
     assert (code, err) == (0, "")
-    assert "takes X, float64, a row of 4 columns for each prediction; gives label and probabilities" in out
+    assert (
+        "takes X, float64, a row of 4 columns for each prediction; gives label and probabilities"
+        in out
+    )
     (label, _), _ = outputs(tmp_path / "iris.pt2", {"X": X})
     assert label.tolist() == model.predict(X).tolist()
     (tmp_path / "net.py").write_text("from torch import nn\n\n\nclass Net(nn.Module):\n    pass\n")
     for folder, out, more, words in (
         ("model", "iris.pt2", [], "error: --out '.*iris.pt2' exists already"),
-        ("model", "o.pt2", ["--model", f"{tmp_path / 'net.py'}:Net"], "--model: '.*built-in 'mlp'; leave --model"),
+        (
+            "model",
+            "o.pt2",
+            ["--model", f"{tmp_path / 'net.py'}:Net"],
+            "--model: '.*built-in 'mlp'; leave --model",
+        ),
         ("nothing", "o.pt2", [], "there is no model folder"),
     ):
         code, _, err = run("export", tmp_path / folder, "--out", tmp_path / out, *more)
@@ -222,7 +270,8 @@ class Two(nn.Module):
 
     def __init__(self, n_outputs):
         super().__init__()
-        self.body, self.last = nn.Conv2d(3, 4, 3), nn.Linear(4 + 2, n_outputs)
+        self.body = nn.Conv2d(3, 4, 3)
+        self.last = nn.Linear(4 + 2, n_outputs)
 
     def forward(self, image, meta):
         seen = self.body(image.to(self.last.weight.dtype)).mean((2, 3))
@@ -251,19 +300,30 @@ CASES = [
     ("case", "suffix"),
     [  # the simulated device has no cuDNN
         pytest.param(
-            case, suffix,
-            marks=[LONG] * (n == 2 or (suffix == ".onnx") != (n == 4)) + [pytest.mark.cpu] * (case[0] == "gru"),
+            case,
+            suffix,
+            marks=[LONG] * (n == 2 or (suffix == ".onnx") != (n == 4))
+            + [pytest.mark.cpu] * (case[0] == "gru"),
         )
-        for n, case in enumerate(CASES) for suffix in (".onnx", ".pt2")
+        for n, case in enumerate(CASES)
+        for suffix in (".onnx", ".pt2")
     ],
-)  # fmt: skip
+)
 def test_images_and_sequences(case, suffix, tmp_path):
     module, X, y, names, options = case
     path = tmp_path / f"model{suffix}"
-    model = gputune.tune(module, X, y, n_trials=1, cv=2, max_epochs=1, verbose=0, workers=1, **options).best_model()
+    model = gputune.tune(
+        module, X, y, n_trials=1, cv=2, max_epochs=1, verbose=0, workers=1, **options
+    ).best_model()
     model.export(path)
     encoded = model.encoded(X)
-    parts = [*encoded.values()] if isinstance(encoded, dict) else encoded if isinstance(encoded, tuple) else [encoded]
+    parts = (
+        [*encoded.values()]
+        if isinstance(encoded, dict)
+        else encoded
+        if isinstance(encoded, tuple)
+        else [encoded]
+    )
     expected = model.predict(X) if model.task == "regression" else model.predict_proba(X)
     for n in (40, 1):
         (*_, found), _ = outputs(path, dict(zip(names, [part[:n] for part in parts])))

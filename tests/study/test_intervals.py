@@ -1,4 +1,5 @@
-"""Intervals from the residuals of the folds: their coverage, their rank, what they need, on both doors."""
+"""Intervals from the residuals of the folds: their coverage, their rank, what they need, on both
+doors."""
 
 import csv
 import io
@@ -17,7 +18,8 @@ from refused import refused
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(2600, 3))
 NOISE = RNG.normal(size=2600)
-KNOWN, NEW = slice(0, 600), slice(600, None)
+KNOWN = slice(0, 600)
+NEW = slice(600, None)
 TARGETS = {None: X[:, 0] + 0.3 * NOISE, "log": np.exp(X[:, 0] + 0.3 * NOISE)}
 HOW = {"n_trials": 1, "max_epochs": 10, "cv": KFold(4), "verbose": 0, "workers": 1}
 
@@ -47,7 +49,8 @@ def test_the_half_width_is_the_corrected_rank_of_the_residuals(case):
     residuals = np.sort(np.abs(inverse(y[KNOWN]) - inverse(study.oof_predictions())))
     np.testing.assert_allclose(model.residuals, residuals, rtol=1e-9)
     lower, upper = model.predict_interval(X[:2], 0.9)
-    np.testing.assert_allclose(inverse(upper) - inverse(lower), 2 * residuals[540])  # ceil(601 * 0.9) = 541
+    # ceil(601 * 0.9) = 541
+    np.testing.assert_allclose(inverse(upper) - inverse(lower), 2 * residuals[540])
 
 
 def test_they_are_saved_and_an_ensemble_has_them(case, tmp_path):
@@ -77,30 +80,45 @@ def test_many_residuals_are_kept_evenly_and_rows_of_several_folds_count_once(mon
 def test_what_is_refused(case):
     study, model, y = case
     for level in (0, 1, 90, True, "0.9"):
-        with refused(r"predict_interval\(level=.*\) must be a share between 0 and 1, such as 0.9 for 90 %"):
+        with refused(
+            r"predict_interval\(level=.*\) must be a share between 0 and 1, such as 0.9 for 90 %"
+        ):
             model.predict_interval(X, level)
     with refused(r"level=0.999\) needs more than the 600 rows .* a level of at most 0.9983"):
         model.predict_interval(X, 0.999)
-    with refused(r"needs the residuals .* study.best_model\(intervals=True\), or with gputune resume FOLDER --int"):
+    with refused(
+        r"needs the residuals .* study.best_model\(intervals=True\), or with gputune resume FOLDER --int"
+    ):
         replace(model, residuals=None).predict_interval(X)
-    for task, words in {"multilabel": "labels: use predict_proba.", "custom": "its own: use predict."}.items():
+    for task, words in {
+        "multilabel": "labels: use predict_proba.",
+        "custom": "its own: use predict.",
+    }.items():
         with refused(f"and this one predicts {words}"):
             replace(model, task=task).predict_interval(X)
-    with refused(r"best_model\(intervals=True\) needs the rows of the search.* leave out check=False"):
+    with refused(
+        r"best_model\(intervals=True\) needs the rows of the search.* leave out check=False"
+    ):
         study.best_model(X, y, intervals=True, check=False)
     classes = gputune.tune("mlp", X[:40], X[:40, 0] > 0, **{**HOW, "max_epochs": 1})
     with refused("is for a number to be predicted, and the study is of classes; leave it out"):
         classes.best_model(intervals=True)
-    with refused("predict_interval is for a model of one number .* this one predicts classes: use predict_proba"):
+    with refused(
+        "predict_interval is for a model of one number .* this one predicts classes: use "
+        "predict_proba"
+    ):
         classes.best_model().predict_interval(X)
     two = gputune.tune(MLP, X[:40], X[:40, :2], **{**HOW, "max_epochs": 1})
     with refused("is for one number a row, and the target has several; search for one at a time"):
         two.best_model(intervals=True)
     with refused("this one predicts several: search for one column at a time"):
         two.best_model().predict_interval(X)
-    points = gputune.tune("mlp", X[:40], X[:40, 0], method=gputune.Hypergradient(outer_steps=1), **HOW)
+    points = gputune.tune(
+        "mlp", X[:40], X[:40, 0], method=gputune.Hypergradient(outer_steps=1), **HOW
+    )
     words = (
-        r"best_model\(intervals=True\) trains a trial again on its folds, and this study is of a hypergradient search"
+        r"best_model\(intervals=True\) trains a trial again on its folds, "
+        r"and this study is of a hypergradient search"
     )
     with refused(words):
         points.best_model(intervals=True)
@@ -108,22 +126,46 @@ def test_what_is_refused(case):
 
 def test_the_command_line(tmp_path, monkeypatch):
     prices = np.exp(RNG.normal(size=40)).round(3)
-    file, out = write_table(tmp_path / "houses.csv", price=prices, kind=kinds()), tmp_path / "out"
-    words = ["--trials", "1", "--epochs", "2", "--cv", "2", "--workers", "1", "--target-transform", "log"]
+    file = write_table(tmp_path / "houses.csv", price=prices, kind=kinds())
+    out = tmp_path / "out"
+    words = [
+        "--trials",
+        "1",
+        "--epochs",
+        "2",
+        "--cv",
+        "2",
+        "--workers",
+        "1",
+        "--target-transform",
+        "log",
+    ]
     assert run("tune", file, "--target", "price", *words, "--out", out)[::2] == (0, "")
     code, _, err = run("predict", out / "model", file, "--interval", "0.9")
-    assert code == 2 and "--interval needs the residuals" in err and "make it with gputune resume FOLDER --int" in err
-    assert run("resume", out, "--intervals")[0] == run("resume", out, "--trials", "2")[0] == 0  # which keeps them
-    outputs, calls = TunedModel._outputs, []
-    monkeypatch.setattr(TunedModel, "_outputs", lambda model, X: calls.append(1) or outputs(model, X))
-    rows = list(csv.reader(io.StringIO(run("predict", out / "model", file, "--interval", "0.9", "--keep", "a")[1])))
+    assert (
+        code == 2
+        and "--interval needs the residuals" in err
+        and "make it with gputune resume FOLDER --int" in err
+    )
+    # which keeps them
+    assert run("resume", out, "--intervals")[0] == run("resume", out, "--trials", "2")[0] == 0
+    outputs = TunedModel._outputs
+    calls = []
+    monkeypatch.setattr(
+        TunedModel, "_outputs", lambda model, X: calls.append(1) or outputs(model, X)
+    )
+    rows = list(
+        csv.reader(
+            io.StringIO(run("predict", out / "model", file, "--interval", "0.9", "--keep", "a")[1])
+        )
+    )
     assert calls == [1]
     assert rows[0] == ["a", "price", "price_lower", "price_upper"] and len(rows) == 41
-    assert all(0 < float(lower) < float(price) < float(upper) for _, price, lower, upper in rows[1:])
-    predict, tune = (
-        ["predict", out / "model", file, "--interval"],
-        ["tune", file, "--intervals", "--out", tmp_path / "no"],
+    assert all(
+        0 < float(lower) < float(price) < float(upper) for _, price, lower, upper in rows[1:]
     )
+    predict = ["predict", out / "model", file, "--interval"]
+    tune = ["tune", file, "--intervals", "--out", tmp_path / "no"]
     for words, said in (
         ([*predict, "90"], "--interval 90.0 must be a share between 0 and 1"),
         ([*predict, "0.9", "--proba"], "--interval and --proba exclude each other"),

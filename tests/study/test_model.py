@@ -1,4 +1,5 @@
-"""A tuned model predicts from any kind of rows; for scikit-learn it is an estimator that is fitted already."""
+"""A tuned model predicts from any kind of rows; for scikit-learn it is an estimator that is fitted
+already."""
 
 import matplotlib
 import numpy as np
@@ -79,7 +80,9 @@ def test_values_are_in_original_units(frame):
 def test_every_kind_of_rows_gives_the_same(frame, tmp_path):
     model = make_model(frame)
     wanted = model.predict_proba(frame)
-    polars.DataFrame(rows()).with_columns(polars.col("age").fill_nan(None)).write_csv(tmp_path / "rows.csv")
+    polars.DataFrame(rows()).with_columns(polars.col("age").fill_nan(None)).write_csv(
+        tmp_path / "rows.csv"
+    )
     polars.DataFrame(rows()).write_parquet(tmp_path / "rows.parquet")
     for X in (
         as_table(frame),
@@ -101,7 +104,9 @@ def test_a_tensor_is_predicted_as_the_array_that_it_holds(numbers):
     with refused("X must be two-dimensional"):
         model.predict(torch.tensor(1.0))
     for row in (X[0], torch.tensor(X[0])):
-        with refused(r"got shape \(3,\); one row is X.reshape\(1, -1\), of a data frame frame.iloc\[\[0\]\]"):
+        with refused(
+            r"got shape \(3,\); one row is X.reshape\(1, -1\), of a data frame frame.iloc\[\[0\]\]"
+        ):
             model.predict(row)
     with refused(r"has no column 'x2'"):
         model.predict(torch.ones(4, 2))
@@ -126,7 +131,8 @@ def test_missing_columns_are_named_and_others_ignored(frame):
     with pytest.warns(UserWarning, match="columns that the model does not read: 'note'"):
         got = model.predict(frame.assign(note="late"))
     np.testing.assert_array_equal(got, model.predict(frame))
-    np.testing.assert_array_equal(model.predict(frame.assign(outcome="yes")), got)  # its target, without a warning
+    # its target, without a warning
+    np.testing.assert_array_equal(model.predict(frame.assign(outcome="yes")), got)
 
 
 class Net(nn.Module):
@@ -136,13 +142,16 @@ class Net(nn.Module):
 
     def __init__(self, n_features, n_outputs):
         super().__init__()
-        self.linear, self.drop = nn.Linear(n_features, n_outputs), nn.Dropout(0.5)
+        self.linear = nn.Linear(n_features, n_outputs)
+        self.drop = nn.Dropout(0.5)
 
     def forward(self, x):
         return self.shape(self.drop(self.linear(x)))
 
 
-def test_many_rows_are_predicted_in_batches_of_bounded_size_without_dropout_and_gradients(frame, monkeypatch):
+def test_many_rows_are_predicted_in_batches_of_bounded_size_without_dropout_and_gradients(
+    frame, monkeypatch
+):
     model = make_model(frame, module=Net)
     wanted = model.predict_proba(frame)
     model.module.train()
@@ -166,15 +175,20 @@ def test_many_rows_are_predicted_in_batches_of_bounded_size_without_dropout_and_
     ("shape", "classes", "got"),
     [
         (lambda output: output[:, 0], None, None),  # one value a row
-        (lambda output: (output, output.mean()), ("no", "yes"), None),  # of several heads the first predicts
+        # of several heads the first predicts
+        (lambda output: (output, output.mean()), ("no", "yes"), None),
         (lambda output: {"outputs": output, "mean": output.mean()}, ("no", "yes"), None),
         (lambda output: output[:, [0, 1, 1]], ("a", "b"), r"\(30, 3\)"),
         (lambda output: output.T, None, r"\(1, 30\)"),
         (lambda output: {"output": None}, None, "NoneType"),
     ],
 )
-def test_a_module_may_return_more_than_its_outputs_and_one_with_others_is_named(frame, shape, classes, got):
-    model = make_model(frame, classes=classes, module=type("Odd", (Net,), {"shape": staticmethod(shape)}))
+def test_a_module_may_return_more_than_its_outputs_and_one_with_others_is_named(
+    frame, shape, classes, got
+):
+    model = make_model(
+        frame, classes=classes, module=type("Odd", (Net,), {"shape": staticmethod(shape)})
+    )
     if got is None:
         expected = make_model(frame, classes=classes, module=Net).predict(frame)
         np.testing.assert_array_equal(model.predict(frame), expected)
@@ -191,7 +205,9 @@ def test_numbers_too_large_to_compute_with_are_clipped_as_in_training_or_told_wi
         if numbers != "none":
             first, last = model.predict(frame.assign(age=40.0, city="Rome", member=True))[[2, 29]]
             assert np.isclose(first, last)
-    with refused(r"column 'income' has a number of size 1e\+39 in row 2, too large for the float32 in which"):
+    with refused(
+        r"column 'income' has a number of size 1e\+39 in row 2, too large for the float32 in which"
+    ):
         model.predict(frame)
 
 
@@ -216,18 +232,30 @@ def priced():
 
 
 def test_it_scores_as_estimators_do_what_a_search_reads(model, priced, iris):
-    X, y, weights = iris[0], np.array(["a", "b", "c"])[iris[1]], np.arange(150)
-    score, worth = accuracy_score(y, model.predict(X)), r2_score(DIABETES[1], priced.predict(DIABETES[0]))
+    X = iris[0]
+    y = np.array(["a", "b", "c"])[iris[1]]
+    weights = np.arange(150)
+    score = accuracy_score(y, model.predict(X))
+    worth = r2_score(DIABETES[1], priced.predict(DIABETES[0]))
     assert model.score(X, y, weights) == accuracy_score(y, model.predict(X), sample_weight=weights)
-    assert {model.score(X, labels) for labels in (y, y.tolist(), pandas.Series(y), y[:, None])} == {score}
+    assert {model.score(X, labels) for labels in (y, y.tolist(), pandas.Series(y), y[:, None])} == {
+        score
+    }
     odd = np.where(np.arange(150) < 10, "new", y)
     assert model.score(X, odd) == accuracy_score(odd, model.predict(X))
     as_column = torch.as_tensor(DIABETES[1])[:, None]
     assert priced.score(*DIABETES) == priced.score(DIABETES[0], as_column) == worth
     text = [f"${value:,.2f}" for value in 1000 * DIABETES[1]]
-    assert priced.score(DIABETES[0], text) == r2_score(1000 * DIABETES[1], priced.predict(DIABETES[0]))
+    assert priced.score(DIABETES[0], text) == r2_score(
+        1000 * DIABETES[1], priced.predict(DIABETES[0])
+    )
     for one, inputs, bad, message in (
-        (model, X, iris[1], "y has no class that the model knows: it holds '0', '1', '2', and .* 'a', 'b', 'c'"),
+        (
+            model,
+            X,
+            iris[1],
+            "y has no class that the model knows: it holds '0', '1', '2', and .* 'a', 'b', 'c'",
+        ),
         (model, X, [None, *y[1:]], r"y has 1 missing value \(the first in row 0\)"),
         (model, X, y[:9], r"one label a row of X, got shape \(9,\) and 150 rows"),
         (priced, DIABETES[0], [None, *DIABETES[1][1:]], "y has 1 missing value"),
@@ -238,13 +266,17 @@ def test_it_scores_as_estimators_do_what_a_search_reads(model, priced, iris):
 
 
 def test_scikit_learn_explains_and_calibrates_it_but_does_not_fit_it(model, priced, iris):
-    X, y = iris[0], np.array(["a", "b", "c"])[iris[1]]
+    X = iris[0]
+    y = np.array(["a", "b", "c"])[iris[1]]
     check_is_fitted(model)
     assert model.classes_.tolist() == ["a", "b", "c"] and is_classifier(model)
     assert is_regressor(priced) and not hasattr(priced, "classes_")
     assert permutation_importance(model, X, y, n_repeats=2).importances.shape == (4, 2)
     assert permutation_importance(priced, *DIABETES, n_repeats=2).importances.shape == (10, 2)
-    assert partial_dependence(priced, DIABETES[0], [2], grid_resolution=3)["average"].shape == (1, 3)
+    assert partial_dependence(priced, DIABETES[0], [2], grid_resolution=3)["average"].shape == (
+        1,
+        3,
+    )
     with matplotlib.rc_context({"backend": "agg"}):
         assert ConfusionMatrixDisplay.from_estimator(model, X, y).confusion_matrix.sum() == 150
     calibrated = CalibratedClassifierCV(FrozenEstimator(model), cv=2).fit(X, y)
@@ -254,7 +286,8 @@ def test_scikit_learn_explains_and_calibrates_it_but_does_not_fit_it(model, pric
 
 
 def test_a_trial_of_a_number_is_trained_as_the_best_is(study, model, iris):
-    best, other = study.best_trial, study.ranking()[-1]
+    best = study.best_trial
+    other = study.ranking()[-1]
     again = study.best_model(trial=best.number)
     np.testing.assert_array_equal(again.predict_proba(iris[0]), model.predict_proba(iris[0]))
     assert study.best_model(trial=np.int64(other.number)).info["params"] == other.params

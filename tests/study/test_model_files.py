@@ -1,4 +1,5 @@
-"""A saved model predicts the same in a new process; a folder that is not whole is refused and runs nothing."""
+"""A saved model predicts the same in a new process; a folder that is not whole is refused and runs
+nothing."""
 
 import hashlib
 import json
@@ -85,25 +86,32 @@ def edit(folder, change):
 
 
 OBJECTS = np.array(["no", "yes"], dtype=object)
-LOGISTIC = {"module": LogisticRegression, "spec": {"kind": "logistic", "kwargs": {}}}  # sizes follow from the layout
+# sizes follow from the layout
+LOGISTIC = {"module": LogisticRegression, "spec": {"kind": "logistic", "kwargs": {}}}
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {}, {"classes": (3, 1, 2), "numbers": "robust"}, {"classes": (False, True), "numbers": "quantile"},
-        {"classes": (0.1, 0.3), "numbers": "piecewise"}, {"classes": None, "dtype": torch.float64},
-        {"classes": None, "numbers": "quantile"}, {"numbers": "piecewise", "dtype": torch.float64},
-        {"classes": OBJECTS}, LOGISTIC,
+        {},
+        {"classes": (3, 1, 2), "numbers": "robust"},
+        {"classes": (False, True), "numbers": "quantile"},
+        {"classes": (0.1, 0.3), "numbers": "piecewise"},
+        {"classes": None, "dtype": torch.float64},
+        {"classes": None, "numbers": "quantile"},
+        {"numbers": "piecewise", "dtype": torch.float64},
+        {"classes": OBJECTS},
+        LOGISTIC,
     ],
-)  # fmt: skip
+)
 def test_a_loaded_model_is_the_saved_one_bit_for_bit(frame, folder, options):
     model = make_model(frame, **options)
     model.save(folder)
     before = torch.random.get_rng_state()
     loaded = load_model(str(folder))
     assert torch.equal(torch.random.get_rng_state(), before)
-    got, wanted = loaded.predict(frame), model.predict(frame)
+    got = loaded.predict(frame)
+    wanted = model.predict(frame)
     np.testing.assert_array_equal(got, wanted)
     assert got.dtype == wanted.dtype and not loaded.module.training
     for name in ("task", "center", "scale", "dtype", "target", "spec", "layout"):
@@ -122,7 +130,8 @@ def test_a_model_that_an_earlier_version_wrote_is_read(frame, saved):
     edit(
         saved,
         lambda body: [
-            body.pop(name) for name in ("target_transform", "residuals", "temperature", "numbers", "temporary")
+            body.pop(name)
+            for name in ("target_transform", "residuals", "temperature", "numbers", "temporary")
         ],
     )
     np.testing.assert_array_equal(load_model(saved).predict_proba(frame), expected)
@@ -131,7 +140,8 @@ def test_a_model_that_an_earlier_version_wrote_is_read(frame, saved):
 class Tied(nn.Module):
     def __init__(self, n_features, n_outputs):
         super().__init__()
-        self.a, self.b = nn.Linear(n_features, n_outputs), nn.Linear(n_features, n_outputs)
+        self.a = nn.Linear(n_features, n_outputs)
+        self.b = nn.Linear(n_features, n_outputs)
         self.b.weight = self.a.weight
 
     def forward(self, x):
@@ -140,11 +150,15 @@ class Tied(nn.Module):
 
 def test_tied_weights_are_saved_and_a_class_that_no_import_reaches_is_told(frame, folder):
     here = type("Here", (Tied,), {})
-    model = make_model(frame, module=here, spec={"kind": "module", "kwargs": {}, **class_source(here)})
+    model = make_model(
+        frame, module=here, spec={"kind": "module", "kwargs": {}, **class_source(here)}
+    )
     words = r"save\('.*model'\): the class Here was defined in '.*', where no import reaches it, so that load_model"
     with pytest.warns(UserWarning, match=words):
         model.save(folder)
-    np.testing.assert_array_equal(load_model(folder, module=here).predict(frame), model.predict(frame))
+    np.testing.assert_array_equal(
+        load_model(folder, module=here).predict(frame), model.predict(frame)
+    )
 
 
 def test_a_model_is_replaced_by_the_next_one_and_anything_else_is_left_alone(frame, saved):
@@ -194,7 +208,10 @@ def test_what_cannot_be_written_is_named_before_anything_is(frame, folder):
     for content, words in (
         ({"spec": {"kind": "mlp", "kwargs": {"width": print}}}, of_json),
         ({"info": {"when": object()}}, of_json),
-        ({"module": Odd(2, 2)}, "Odd keeps '_extra_state', a dict, in its state; only tensors can be saved"),
+        (
+            {"module": Odd(2, 2)},
+            "Odd keeps '_extra_state', a dict, in its state; only tensors can be saved",
+        ),
     ):
         with refused(words):
             replace(make_model(frame), **content).save(folder)
@@ -217,7 +234,9 @@ def test_a_missing_changed_or_cut_file_is_named(frame, folder):
             flipped[place] ^= 1
             for spoiled in (content[:place], flipped):
                 (saved / name).write_bytes(spoiled)
-                with refused(rf"{re.escape(name)}' (is damaged: .* restore it from a copy|has model format \d+, this)"):
+                with refused(
+                    rf"{re.escape(name)}' (is damaged: .* restore it from a copy|has model format \d+, this)"
+                ):
                     load_model(saved)
         (saved / name).write_bytes(content)
     load_model(saved)
@@ -225,7 +244,13 @@ def test_a_missing_changed_or_cut_file_is_named(frame, folder):
     path.write_text(path.read_text().replace('"version": 3', '"version": 4', 1))
     with refused(r"model\.json' has model format 4, this gputune reads up to 3; upgrade"):
         load_model(saved)
-    for other in ('{"format": "other"}', "[]", "3", "{}", '{"format": "gputune model", "version": "x"}'):
+    for other in (
+        '{"format": "other"}',
+        "[]",
+        "3",
+        "{}",
+        '{"format": "gputune model", "version": "x"}',
+    ):
         path.write_text(other)
         with refused(r"model\.json' is damaged: "):
             load_model(saved)
@@ -249,20 +274,29 @@ NO_LABELS = f"{DAMAGED}its classes are no list of labels but"
     ("change", "words"),
     [
         *((methodcaller("pop", key), DAMAGED) for key in KEYS),
-        (put("dtype", "float8"), DAMAGED), (put("layout", {"columns": [{"name": "x"}]}), DAMAGED),
-        (put("statistics", [1]), DAMAGED), (put("spec", {"kind": "resnet", "kwargs": {}}), DAMAGED),
+        (put("dtype", "float8"), DAMAGED),
+        (put("layout", {"columns": [{"name": "x"}]}), DAMAGED),
+        (put("statistics", [1]), DAMAGED),
+        (put("spec", {"kind": "resnet", "kwargs": {}}), DAMAGED),
         (put("spec", {"kind": "module", "kwargs": {}}), DAMAGED),
         (put("spec", {"kind": "module", "kwargs": {}, "path": 3}), DAMAGED),
-        (put("temperature", 0), DAMAGED), (put("temperature", "hot"), DAMAGED),
+        (put("temperature", 0), DAMAGED),
+        (put("temperature", "hot"), DAMAGED),
         (put("classes", {"torch": "os:system"}), DAMAGED),
-        (put("classes", ["a", "b"]), NO_LABELS), (put("classes", "ab"), NO_LABELS),
+        (put("classes", ["a", "b"]), NO_LABELS),
+        (put("classes", "ab"), NO_LABELS),
         (put("classes", {"array": {"dtype": "<i8", "shape": [1, 2], "items": [0, 1]}}), NO_LABELS),
         (sized(width=7), r"model\.safetensors' does not fit MLP: .*size mismatch"),
-        (sized(width=-1), "MLP could not be built from the saved arguments .*width must be at least 1"),
-        (sized(width=40_000), LARGER), (sized(depth=10**7), LARGER),  # before they take the memory
-        (sized(n_features=10**9), LARGER), (sized(width={"tuple": [9, 10**9]}), LARGER),
+        (
+            sized(width=-1),
+            "MLP could not be built from the saved arguments .*width must be at least 1",
+        ),
+        (sized(width=40_000), LARGER),
+        (sized(depth=10**7), LARGER),  # before they take the memory
+        (sized(n_features=10**9), LARGER),
+        (sized(width={"tuple": [9, 10**9]}), LARGER),
     ],
-)  # fmt: skip
+)
 def test_a_description_that_makes_no_sense_is_named(saved, change, words):
     edit(saved, change)
     with refused(words):
@@ -296,16 +330,23 @@ def test_a_users_class_is_found_again_and_its_changed_file_is_trusted_anew(frame
     remedy = r"Or pass the class: load_model\('.*model', module=...\)"
     net.write_text(NET + "# a word")
     words = r"net\.py', and loading it runs that code, .* as it is now; it has changed since the model was saved\. "
-    with pytest.raises(UntrustedCodeError, match=rf"{words}If you trust it, pass trust_code=True. {remedy}"):
+    with pytest.raises(
+        UntrustedCodeError, match=rf"{words}If you trust it, pass trust_code=True. {remedy}"
+    ):
         load_model(folder)
     fits = r"net\.py' has changed since the model was saved; its parameters still fit, but it may predict otherwise"
     with pytest.warns(UserWarning, match=fits):
-        np.testing.assert_array_equal(load_model(folder, trust_code=True).predict_proba(frame), wanted)
+        np.testing.assert_array_equal(
+            load_model(folder, trust_code=True).predict_proba(frame), wanted
+        )
     save_net(frame, net, folder.with_name("other"))  # which is to trust it
     with pytest.warns(UserWarning, match=fits):
         load_model(folder)
     wider = NET.replace("nn.Linear(width", "nn.Linear(width, 3), act(), nn.Linear(3")
-    unlike = {wider: "does not fit Net: .*", NET.replace("width", "size"): "Net could not be built from the saved .*"}
+    unlike = {
+        wider: "does not fit Net: .*",
+        NET.replace("width", "size"): "Net could not be built from the saved .*",
+    }
     for text, words in unlike.items():
         net.write_text(text)
         with refused(rf"{words}; '.*net\.py' has changed since .*: restore it, or pass the class"):
@@ -321,7 +362,10 @@ def test_a_relative_path_is_kept_as_a_full_one(frame, folder, net, monkeypatch):
     save_net(frame, "net.py", folder)
     monkeypatch.chdir("/")
     assert load_model(folder).spec["path"] == str(net)
-    edit(folder, put("spec", {"kind": "module", "kwargs": {"dict": {}}, "import": "no_such_package:Net"}))
+    edit(
+        folder,
+        put("spec", {"kind": "module", "kwargs": {"dict": {}}, "import": "no_such_package:Net"}),
+    )
     with refused(r"'no_such_package:Net' cannot be imported .* Or pass the class"):
         load_model(folder)
 
@@ -329,11 +373,15 @@ def test_a_relative_path_is_kept_as_a_full_one(frame, folder, net, monkeypatch):
 @pytest.mark.parametrize(
     "place",
     [
-        {"path": "{folder}/evil.py"}, {"path": "evil.py"}, {"path": "{folder}/../model/evil.py"},
-        {"path": "/proc/self/cwd/evil.py"}, {"import": "evil:Net"},
-        {"import": "no_such_module:Net", "file": "evil.py"}, {"import": "__main__:Evil", "file": "evil.py"},
+        {"path": "{folder}/evil.py"},
+        {"path": "evil.py"},
+        {"path": "{folder}/../model/evil.py"},
+        {"path": "/proc/self/cwd/evil.py"},
+        {"import": "evil:Net"},
+        {"import": "no_such_module:Net", "file": "evil.py"},
+        {"import": "__main__:Evil", "file": "evil.py"},
     ],
-)  # fmt: skip
+)
 def test_code_runs_only_when_that_is_said(frame, folder, net, place, monkeypatch, tmp_path):
     canary = tmp_path / "ran"
     save_net(frame, net, folder)
@@ -377,11 +425,17 @@ def test_a_class_of_a_script_or_notebook_is_told_at_once(frame, folder, monkeypa
         np.testing.assert_array_equal(load_model(folder).predict(frame), model.predict(frame))
         main.__file__ = str(tmp_path / "train.py")
         (tmp_path / "train.py").write_text(NET)
-        with pytest.warns(UserWarning, match=r"Net was defined in the script '.*train\.py', so that"):
+        with pytest.warns(
+            UserWarning, match=r"Net was defined in the script '.*train\.py', so that"
+        ):
             model.save(folder.with_name("of-script"))
-    with refused(r"define it here too, or go on in the program that .* Or pass the class: load_model\('.*', module="):
+    with refused(
+        r"define it here too, or go on in the program that .* Or pass the class: load_model\('.*', module="
+    ):
         load_model(folder)
-    with pytest.raises(UntrustedCodeError, match=r"script '.*train\.py', and loading it runs that script"):
+    with pytest.raises(
+        UntrustedCodeError, match=r"script '.*train\.py', and loading it runs that script"
+    ):
         load_model(folder.with_name("of-script"))
     for how in ({"trust_code": True}, {"module": net_class}):
         loaded = load_model(folder.with_name("of-script"), **how)
@@ -396,5 +450,7 @@ def test_the_module_argument_is_checked(frame, saved, folder, net):
     for odd in (nn.Linear(1, 1), int, "Net"):
         with refused(r"must be a subclass of torch\.nn\.Module, got"):
             load_model(folder, module=odd)
-    with refused(r"LogisticRegression could not be built .* is no argument of .* pass the class as it was"):
+    with refused(
+        r"LogisticRegression could not be built .* is no argument of .* pass the class as it was"
+    ):
         load_model(folder, module=LogisticRegression)

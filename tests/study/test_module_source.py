@@ -1,4 +1,5 @@
-"""A user's class, function or partial is run from its file once a process, and described so that another finds it."""
+"""A user's class, function or partial is run from its file once a process, and described so that
+another finds it."""
 
 import functools
 import hashlib
@@ -22,7 +23,13 @@ from gputune.modules.construction import build_module
 from gputune.population.population import Shape
 from gputune.study import code
 from gputune.study import module_source as sources
-from gputune.study.module_source import class_from_file, class_source, find_class, is_changed, remember_code
+from gputune.study.module_source import (
+    class_from_file,
+    class_source,
+    find_class,
+    is_changed,
+    remember_code,
+)
 from refused import refused
 
 NET = """
@@ -48,7 +55,9 @@ number = 3
 
 @pytest.fixture
 def net(tmp_path):
-    (tmp_path / "beside.py").write_text("calls = []\ndef count():\n    calls.append(1)\n    return len(calls)\n")
+    (tmp_path / "beside.py").write_text(
+        "calls = []\ndef count():\n    calls.append(1)\n    return len(calls)\n"
+    )
     path = tmp_path / "net.py"
     path.write_text(NET)
     yield path
@@ -62,12 +71,18 @@ def test_a_class_of_a_file_and_the_way_back(net):
     source = class_source(found)
     digest = hashlib.sha256(NET.encode()).hexdigest()
     assert source == {"path": str(net.resolve()), "class": "Net", "sha256": digest}
-    assert find_class(source, trust_code=True) is found and sources.source_file(found) == str(net.resolve())
+    assert find_class(source, trust_code=True) is found and sources.source_file(found) == str(
+        net.resolve()
+    )
     assert sys.modules["beside"].calls == [1]  # the file ran once
     assert class_from_file(net, "Outer.Inner") is nn.Linear
     net.write_text(NET + "\n")
     second = class_from_file(net, "Net")
-    assert second is not found and is_changed(second, source) and not is_changed(second, class_source(second))
+    assert (
+        second is not found
+        and is_changed(second, source)
+        and not is_changed(second, class_source(second))
+    )
     with refused(r"net\.py' has changed since the model was trained; restore it"):
         find_class(source, trust_code=True)
     assert find_class(source, trust_code=True, or_changed=True) is second
@@ -77,7 +92,9 @@ def test_a_class_of_a_package_is_found_by_import():
     digest = hashlib.sha256(inspect.getsource(MLP).encode()).hexdigest()
     assert class_source(MLP) == {"import": "gputune.models.mlp:MLP", "sha256": digest}
     assert find_class({"import": "gputune.models.mlp:MLP"}, trust_code=True) is MLP
-    assert class_source(type("Net", (nn.Module,), {"__module__": "__main__"})) == {"import": "__main__:Net"}
+    assert class_source(type("Net", (nn.Module,), {"__module__": "__main__"})) == {
+        "import": "__main__:Net"
+    }
     assert sources.why_not_found(MLP) is None
     here = type("Net", (nn.Module,), {})
     assert sources.why_not_found(here) == f"in {__name__!r}, where no import reaches it"
@@ -90,7 +107,9 @@ def test_an_imported_class_that_has_changed_is_another_model(tmp_path, monkeypat
     (tmp_path / "own_nets.py").write_text(base + "\nclass Net(Base):\n    pass\n")
     first = importlib.import_module("own_nets").Net
     source = class_source(first)
-    (tmp_path / "own_nets.py").write_text(base.replace("1", "22") + "\nclass Net(Base):\n    pass\n")
+    (tmp_path / "own_nets.py").write_text(
+        base.replace("1", "22") + "\nclass Net(Base):\n    pass\n"
+    )
     assert class_source(first) == source  # what was imported is what it was
     sys.modules.pop("own_nets")
     importlib.invalidate_caches()
@@ -133,12 +152,21 @@ def test_a_file_that_does_not_run_or_is_no_source(net, text, message):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"path": "no.py", "class": "Net"}, r"model: the file '.*no\.py' does not exist; check the path"),
-        ({"import": "no_such_package:Net"}, "the module class 'no_such_package:Net' cannot be imported"),
+        (
+            {"path": "no.py", "class": "Net"},
+            r"model: the file '.*no\.py' does not exist; check the path",
+        ),
+        (
+            {"import": "no_such_package:Net"},
+            "the module class 'no_such_package:Net' cannot be imported",
+        ),
         ({"import": ":Net"}, "the module class ':Net' cannot be imported"),
         ({"import": ""}, "the module class '' cannot be imported"),
         ({"import": "gputune.models:Missing"}, "has no torch.nn.Module class 'Missing'"),
-        ({"import": "own_pack.nets:Net"}, "'own_pack.nets:Net' cannot be imported .ZeroDivisionError: .*correct its"),
+        (
+            {"import": "own_pack.nets:Net"},
+            "'own_pack.nets:Net' cannot be imported .ZeroDivisionError: .*correct its",
+        ),
     ],
 )
 def test_a_class_that_is_not_there(source, message, package):
@@ -163,7 +191,8 @@ def package(tmp_path, monkeypatch):
     (tmp_path / "own_pack").mkdir()
     (tmp_path / "own_pack" / "__init__.py").write_text("import sys\nsys.ran.append('pack')\n")
     (tmp_path / "own_pack" / "nets.py").write_text(
-        "import sys\nfrom torch import nn\n\nsys.ran.append('nets')\n\n\nclass Net(nn.Module):\n    pass\n"
+        "import sys\nfrom torch import nn\n\nsys.ran.append('nets')\n\n\nclass "
+        "Net(nn.Module):\n    pass\n"
     )
     yield tmp_path / "own_pack"
     forget(monkeypatch, "own_pack", "own_pack.nets")
@@ -184,7 +213,8 @@ def trusted(package, monkeypatch, another_user):
 
 def test_no_file_of_a_package_runs_that_was_not_remembered(package, monkeypatch, another_user):
     another_user()
-    with pytest.raises(UntrustedCodeError, match=r"'Linear' is in '.*linear.py'"):  # which is loaded
+    # which is loaded
+    with pytest.raises(UntrustedCodeError, match=r"'Linear' is in '.*linear.py'"):
         find_class({"import": "torch.nn.modules.linear:Linear"})
     words = r"'Net' is in '.*own_pack/nets.py', and loading it runs that code, which you have not trained or saved"
     with pytest.raises(UntrustedCodeError, match=words):
@@ -209,7 +239,9 @@ def test_a_package_that_has_changed_is_trusted_anew(trusted, monkeypatch, name):
 
 
 @pytest.mark.parametrize("linked", [False, True])
-def test_a_package_of_the_same_content_elsewhere_is_another_one(trusted, monkeypatch, tmp_path, linked):
+def test_a_package_of_the_same_content_elsewhere_is_another_one(
+    trusted, monkeypatch, tmp_path, linked
+):
     """Also by a link: what lies beside it, such as compiled code, would be run with it."""
     copy = shutil.copy if not linked else os.symlink
     (tmp_path / "down" / "own_pack").mkdir(parents=True)
@@ -264,9 +296,17 @@ def make(input_shape, n_outputs, hidden=4):
 rectified = functools.partial(Net, kind=nn.ReLU)
 """
 
-X, Y = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 3
+X = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(60) % 3
 SPACE = {"lr": [1e-2], "batch_size": [16], "module__hidden": [5, 6]}
-WORDS = {"space": SPACE, "cv": 2, "max_epochs": 2, "n_trials": 2, "include_default": False, "verbose": 0}
+WORDS = {
+    "space": SPACE,
+    "cv": 2,
+    "max_epochs": 2,
+    "n_trials": 2,
+    "include_default": False,
+    "verbose": 0,
+}
 
 
 @pytest.fixture
@@ -280,7 +320,11 @@ def nets(tmp_path):
 def test_what_a_file_has_is_searched_resumed_saved_and_loaded(nets, tmp_path, name):
     study = gputune.tune(f"{nets}:{name}", X, Y, study=tmp_path / "s.db", **WORDS)
     model = gputune.Study.open(tmp_path / "s.db").best_model(X, Y)
-    assert model.module[0].out_features in (5, 6) if name == "make" else model.module.layers[0].in_features == 4
+    assert (
+        model.module[0].out_features in (5, 6)
+        if name == "make"
+        else model.module.layers[0].in_features == 4
+    )
     model.save(tmp_path / "model")
     loaded = gputune.load_model(tmp_path / "model")
     np.testing.assert_array_equal(loaded.predict_proba(X), study.best_model().predict_proba(X))
@@ -297,12 +341,24 @@ def test_a_partial_without_a_name_is_written_with_its_keywords_or_refused(nets):
         (functools.partial(net, 1, 7), {"n_outputs": 1, "hidden": 7}),
     ):
         source = class_source(partial)
-        assert source["keywords"] == keywords and source["class"] == "Net" and not is_changed(partial, source)
+        assert (
+            source["keywords"] == keywords
+            and source["class"] == "Net"
+            and not is_changed(partial, source)
+        )
         found = find_class(source, trust_code=True)
-        assert found.func is net and build_module(found, {}, Shape(2, 1), seed=0).layers[0].out_features == 7
+        assert (
+            found.func is net
+            and build_module(found, {}, Shape(2, 1), seed=0).layers[0].out_features == 7
+        )
     named = class_from_file(nets, "rectified")
-    assert class_source(named)["class"] == "rectified" and find_class(class_source(named), trust_code=True) is named
-    with refused(r"the partial of variadic cannot be written down \(it has arguments without a keyword"):
+    assert (
+        class_source(named)["class"] == "rectified"
+        and find_class(class_source(named), trust_code=True) is named
+    )
+    with refused(
+        r"the partial of variadic cannot be written down \(it has arguments without a keyword"
+    ):
         class_source(functools.partial(variadic, 2))
     with refused("the partial of Net cannot be written down .*give it a name"):
         gputune.tune(functools.partial(net, kind=nn.ELU), X, Y, **WORDS)
@@ -323,19 +379,39 @@ def test_a_builder_gets_what_its_signature_has():
         seen.append(sorted(words))
         return nn.Linear(words["n_features"], words["n_outputs"])
 
-    partial, wide = functools.partial, {"width": 5}
-    builders = positional, anything, partial(positional, n_outputs=4), counted, counted, partial(counted, num_classes=4)
+    partial = functools.partial
+    wide = {"width": 5}
+    builders = (
+        positional,
+        anything,
+        partial(positional, n_outputs=4),
+        counted,
+        counted,
+        partial(counted, num_classes=4),
+    )
     for builder, arguments in zip(builders, (wide, wide, {}, {}, {"num_classes": 1}, {})):
         build_module(builder, arguments, Shape(3, 2, input_shape=(3,)), seed=0)
-    calls = [(2, (3,), 5), ["n_features", "n_outputs", "width"], (4, (3,), 2), (2, 3), (1, 3), (4, 3)]
-    assert seen == [call for call in calls for _ in range(2)]  # the second to see whether modules share tensors
+    calls = [
+        (2, (3,), 5),
+        ["n_features", "n_outputs", "width"],
+        (4, (3,), 2),
+        (2, 3),
+        (1, 3),
+        (4, 3),
+    ]
+    # the second to see whether modules share tensors
+    assert seen == [call for call in calls for _ in range(2)]
 
 
 def test_a_builder_that_does_not_build_is_named():
     for builder, arguments, message in (
         (lambda n_outputs: n_outputs, {}, "must return a torch.nn.Module, got int"),
         (lambda n_outputs: 1 / 0, {}, r"<lambda>\(n_outputs=2\) raised ZeroDivisionError"),
-        (lambda n_outputs: n_outputs, {"depth": 3}, r"module__depth is no argument of <lambda>\(n_outputs\)"),
+        (
+            lambda n_outputs: n_outputs,
+            {"depth": 3},
+            r"module__depth is no argument of <lambda>\(n_outputs\)",
+        ),
         (lambda n_outputs: n_outputs, {"n_outputs": 3}, "module__n_outputs is given by the data"),
     ):
         with refused(message):

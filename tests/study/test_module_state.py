@@ -61,7 +61,9 @@ class Complex(Base):
     """Updates a complex buffer that ``state_dict()`` leaves out."""
 
     def hold(self, n_features):
-        self.register_buffer("phase", torch.zeros(n_features, dtype=torch.complex64), persistent=False)
+        self.register_buffer(
+            "phase", torch.zeros(n_features, dtype=torch.complex64), persistent=False
+        )
 
     def forward(self, x):
         if self.training:
@@ -74,7 +76,8 @@ class Number(Base):
     """Counts in a number of Python, and notes its first call in a flag."""
 
     def hold(self, n_features):
-        self.steps, self.begun = 0, False
+        self.steps = 0
+        self.begun = False
 
     def forward(self, x):
         if self.training:
@@ -110,7 +113,9 @@ def spectral(n_features, n_outputs):
 
 
 def lazy(n_outputs):
-    return nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d(momentum=None), nn.LazyLinear(n_outputs))
+    return nn.Sequential(
+        nn.LazyLinear(4), nn.LazyBatchNorm1d(momentum=None), nn.LazyLinear(n_outputs)
+    )
 
 
 def parallel(n_features, n_outputs):
@@ -128,7 +133,8 @@ def tuned(module, **options):
 @pytest.mark.parametrize("module", MODULES)
 def test_a_loaded_model_predicts_as_the_saved_one(module, tmp_path):
     study = tuned(module)
-    one, several = study.best_model(), study.ensemble(size=2, candidates=2, refit=2, verbose=0)
+    one = study.best_model()
+    several = study.ensemble(size=2, candidates=2, refit=2, verbose=0)
     for number, model in enumerate((one, several)):
         expected = model.predict_proba(ROWS)
         loaded = model

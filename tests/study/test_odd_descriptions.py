@@ -1,4 +1,5 @@
-"""A model.json with values of other types is refused in words, or the model works: no call ends in a traceback."""
+"""A model.json with values of other types is refused in words, or the model works: no call ends in
+a traceback."""
 
 import copy
 import hashlib
@@ -22,11 +23,23 @@ from refused import refused
 from study_models import make_model, rows
 
 ODD = [
-    None, True, -1, 10**30, "x", [], ["x"], {"a": 1}, {"float": "nan"}, {"tuple": [1]}, {"torch": "torch.nn:ReLU"},
-    [[1]], {"array": {"dtype": "O", "shape": [1], "items": [None]}},
-]  # fmt: skip
+    None,
+    True,
+    -1,
+    10**30,
+    "x",
+    [],
+    ["x"],
+    {"a": 1},
+    {"float": "nan"},
+    {"tuple": [1]},
+    {"torch": "torch.nn:ReLU"},
+    [[1]],
+    {"array": {"dtype": "O", "shape": [1], "items": [None]}},
+]
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # scikit-learn, NumPy and torch warn of odd numbers
+# scikit-learn, NumPy and torch warn of odd numbers
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 FRAME = pandas.DataFrame(rows())
 IMAGES = torch.ones(3, 1, 6, 6)
@@ -46,11 +59,18 @@ def of_numbers():
 def of_images():
     size = {"input_shape": (1, 6, 6), "n_outputs": 2}
     model = TunedModel(
-        module=CNN(**size, channels=2, depth=1), layout=ArrayLayout(((1, 6, 6),), ("float32",)),
-        statistics=ArrayStatistics(((np.zeros((1, 1, 1)), np.ones((1, 1, 1))),)), task="binary",
-        classes=np.array([0, 1]), center=0.0, scale=1.0, dtype=torch.float32, target="y",
-        spec={"kind": "module", "kwargs": {"channels": 2, "depth": 1}, **class_source(CNN)}, info={"params": {}},
-    )  # fmt: skip
+        module=CNN(**size, channels=2, depth=1),
+        layout=ArrayLayout(((1, 6, 6),), ("float32",)),
+        statistics=ArrayStatistics(((np.zeros((1, 1, 1)), np.ones((1, 1, 1))),)),
+        task="binary",
+        classes=np.array([0, 1]),
+        center=0.0,
+        scale=1.0,
+        dtype=torch.float32,
+        target="y",
+        spec={"kind": "module", "kwargs": {"channels": 2, "depth": 1}, **class_source(CNN)},
+        info={"params": {}},
+    )
     return model, IMAGES
 
 
@@ -58,7 +78,13 @@ def places(value, at=()):
     """Every place in a description, of lists the first item only."""
     if at:
         yield at
-    items = value.items() if isinstance(value, dict) else enumerate(value[:1]) if isinstance(value, list) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value[:1])
+        if isinstance(value, list)
+        else ()
+    )
     for key, part in items:
         yield from places(part, (*at, key))
 
@@ -78,7 +104,9 @@ def with_value(body, at, value):
 
 def write(path, whole, body):
     text = json.dumps(body, separators=(",", ":"))
-    path.write_text(json.dumps({**whole, "body": body, "sha256": hashlib.sha256(text.encode()).hexdigest()}))
+    path.write_text(
+        json.dumps({**whole, "body": body, "sha256": hashlib.sha256(text.encode()).hexdigest()})
+    )
 
 
 def use(folder, data):
@@ -113,9 +141,15 @@ WRONG = {
     ("layout", "columns", 0, "parts"): (["x"], "the column 'age' has other features than its kind"),
     ("layout", "columns", 0, "missing"): (1, "the column 'age' has fields of another type"),
     ("layout", "columns"): ([], "its layout has no column, or names of another type"),
-    ("statistics", "fill"): ([1.0], "its statistics have another number of values for 'fill' than it has features"),
+    ("statistics", "fill"): (
+        [1.0],
+        "its statistics have another number of values for 'fill' than it has features",
+    ),
     ("statistics", "ranked"): ([99], "positions in 'ranked' that no feature has|cannot reshape"),
-    ("statistics", "clipped"): ([99], "its statistics have positions in 'clipped' that no feature has"),
+    ("statistics", "clipped"): (
+        [99],
+        "its statistics have positions in 'clipped' that no feature has",
+    ),
     ("task",): ("ranking", "its task, its target and its classes do not fit each other"),
     ("center",): ([1.0, 2.0], "the center and the scale of its target are of other shapes"),
     ("info", "params"): (None, "its info is of another type"),
@@ -142,7 +176,10 @@ def test_what_is_wrong_with_arrays_and_transformations_is_said(tmp_path):
         },
         of_numbers: {
             ("target_transform", "ends"): (1.0, "its target_transform lacks the ends"),
-            ("target_transform", "transformer", "state"): ({"a": 1}, "its target_transform does not work"),
+            ("target_transform", "transformer", "state"): (
+                {"a": 1},
+                "its target_transform does not work",
+            ),
             ("residuals",): ([1], "its residuals are no numbers"),
         },
     }

@@ -24,7 +24,8 @@ SAME_MACHINE = RECORDED["machine"] == older_commit.machine()
 
 @pytest.fixture
 def archive(tmp_path, monkeypatch):
-    """Return the folder with the unpacked archive. Its studies name the module file by the path that it has there."""
+    """Return the folder with the unpacked archive. Its studies name the module file by the path
+    that it has there."""
     zipfile.ZipFile(ARCHIVE).extractall(tmp_path)
     for study in tmp_path.glob("*/*/study.db"):
         _replace_text(study, f"{RECORDED['folder']}/net.py", f"{tmp_path}/net.py")
@@ -39,7 +40,10 @@ def _replace_text(study, before, after):
     for key, value in connection.execute("SELECT key, value FROM meta").fetchall():
         if before in value:
             row = (key, value.replace(before, after))
-            connection.execute("UPDATE meta SET value = ?, checksum = ? WHERE key = ?", (row[1], checksum(*row), key))
+            connection.execute(
+                "UPDATE meta SET value = ?, checksum = ? WHERE key = ?",
+                (row[1], checksum(*row), key),
+            )
     connection.commit()
     connection.close()
 
@@ -78,7 +82,8 @@ def test_a_study_of_an_older_commit_opens(archive, name):
 
 @pytest.mark.parametrize("name", older_commit.COMMANDS)
 def test_a_killed_search_of_an_older_commit_resumes(archive, name, monkeypatch):
-    """It goes on from its checkpoint, ends with the table of the whole search, and saves the same model."""
+    """It goes on from its checkpoint, ends with the table of the whole search, and saves the same
+    model."""
     monkeypatch.chdir(archive)
     folder = archive / name / "partly"
     assert any(folder.glob("study.db.state/*.safetensors"))
@@ -88,15 +93,20 @@ def test_a_killed_search_of_an_older_commit_resumes(archive, name, monkeypatch):
     code, _, err = run("resume", folder, "--trust-code", "--quiet")
     assert (code, err) == (0, "")
     assert not folder.joinpath("study.db.state").exists()
-    _assert_same_table(gputune.Study.open(folder / "study.db"), RECORDED["tables"][name], float64=_is_float64(name))
-    predictions = gputune.load_model(folder / "model", trust_code=True).predict_proba(older_commit.rows())
+    _assert_same_table(
+        gputune.Study.open(folder / "study.db"), RECORDED["tables"][name], float64=_is_float64(name)
+    )
+    predictions = gputune.load_model(folder / "model", trust_code=True).predict_proba(
+        older_commit.rows()
+    )
     _assert_equal(predictions, RECORDED["predictions"][name], float64=_is_float64(name))
 
 
 @pytest.mark.parametrize("name", older_commit.COMMANDS)
 def test_a_model_of_an_older_commit_predicts_and_its_study_refits_the_same(archive, name):
     folder = archive / name / "finished"
-    rows, expected = older_commit.rows(), RECORDED["predictions"][name]
+    rows = older_commit.rows()
+    expected = RECORDED["predictions"][name]
     # The module file of the model has another path by now, so the class is given.
     moved = {"module": class_from_file(archive / "net.py", "Net")} if name == "module" else {}
     saved = gputune.load_model(folder / "model", **moved)
@@ -120,12 +130,16 @@ def test_a_killed_search_of_a_custom_training_loop_resumes(archive):
     _assert_same_table(resumed, RECORDED["tables"]["loop"])
 
 
-def test_a_finished_search_of_an_older_commit_trains_nothing_when_it_is_repeated(archive, monkeypatch):
+def test_a_finished_search_of_an_older_commit_trains_nothing_when_it_is_repeated(
+    archive, monkeypatch
+):
     monkeypatch.chdir(archive)
     before = archive / "before.db"
     study = archive / "mlp" / "finished" / "study.db"
     shutil.copy(study, before)
     code, _, err = run("resume", study.parent, "--quiet")
     assert (code, err) == (0, "")
-    seconds = [[trial.seconds for trial in gputune.Study.open(file).trials] for file in (before, study)]
+    seconds = [
+        [trial.seconds for trial in gputune.Study.open(file).trials] for file in (before, study)
+    ]
     assert seconds[0] == seconds[1]

@@ -1,4 +1,5 @@
-"""Several processes on one study: each trial is trained once, and what a dead process had is taken over."""
+"""Several processes on one study: each trial is trained once, and what a dead process had is taken
+over."""
 
 import json
 import os
@@ -73,7 +74,8 @@ def foreign(path, chunk=0, **owner):
 def test_four_processes_share_a_search(tmp_path, alone):
     path = tmp_path / "study.db"
     processes = [start(40, study=str(path)) for _ in range(4)]
-    assert [finish(process) for process in processes] == ["40 40\n"] * 4  # each returns the whole study
+    # each returns the whole study
+    assert [finish(process) for process in processes] == ["40 40\n"] * 4
     assert table(path) == alone
     assert left_over(tmp_path) == []
 
@@ -95,7 +97,9 @@ def test_what_a_killed_process_had_is_trained_by_another(tmp_path, alone):
     assert left_over(tmp_path) == []
 
 
-def test_a_claim_is_one_processs_by_a_link_too_until_it_is_closed_and_a_finished_chunk_is_nobodys(path, mine, other):
+def test_a_claim_is_one_processs_by_a_link_too_until_it_is_closed_and_a_finished_chunk_is_nobodys(
+    path, mine, other
+):
     with Store.open(path) as store:
         store.finish([result(0), result(1, state="stopped")])
         assert mine.take(CHUNKS[0]) and mine.take(CHUNKS[0]) and mine.holder(CHUNKS[0]) is None
@@ -135,17 +139,27 @@ def test_a_claim_names_a_lock_file_of_its_study_or_is_void(path, kind):
     victim = path.with_name("thesis.txt")
     victim.write_text("mine")
     lock = f"study.db-{16 * '0'}.lock"
-    names = {"absolute": str(victim), "relative": f"../{path.parent.name}/thesis.txt", "name": "thesis.txt"}
+    names = {
+        "absolute": str(victim),
+        "relative": f"../{path.parent.name}/thesis.txt",
+        "name": "thesis.txt",
+    }
     place = path.with_name(lock)
     make = {"pipe": os.mkfifo, "link": lambda place: place.symlink_to(victim), "folder": os.mkdir}
     make.get(kind, lambda place: None)(place)
     change(path, "INSERT INTO claims VALUES (0, ?), (-1, ?)", 2 * (names.get(kind, lock),))
     with Claims(path) as claims:
-        assert claims.holder(CHUNKS[0]) is None and claims.take(CHUNKS[0]) and claims.take_setup() is None
+        assert (
+            claims.holder(CHUNKS[0]) is None
+            and claims.take(CHUNKS[0])
+            and claims.take_setup() is None
+        )
     assert victim.read_text() == "mine" and os.path.lexists(place) == (kind in make)
 
 
-def test_one_process_at_a_time_adds_to_the_plan_and_what_it_has_planned_is_planned_no_more(path, mine, other):
+def test_one_process_at_a_time_adds_to_the_plan_and_what_it_has_planned_is_planned_no_more(
+    path, mine, other
+):
     assert mine.take_setup() is None and other.take_setup().pid == os.getpid()
     mine.leave_setup()
     assert other.take_setup() is None
@@ -153,7 +167,9 @@ def test_one_process_at_a_time_adds_to_the_plan_and_what_it_has_planned_is_plann
     with Store.open(path) as store:
         ledger = Ledger(store, mine)
         store.add_chunks([Chunk(2, 1, (0, 1, 2), 1)])
-        assert ledger.chunks(ledger.candidates, 1, lambda left: pytest.fail("cut twice")) == [Chunk(2, 1, (0, 1, 2), 1)]
+        assert ledger.chunks(ledger.candidates, 1, lambda left: pytest.fail("cut twice")) == [
+            Chunk(2, 1, (0, 1, 2), 1)
+        ]
 
 
 RECORD = record()
@@ -161,7 +177,10 @@ RECORD = record()
 
 @pytest.mark.parametrize("method", ["halving", "hypergradient"])
 def test_a_search_that_one_process_decides_refuses_a_second_one_before_it_trains(tmp_path, method):
-    with open_ledger(tmp_path / "s.db", RECORD) as ledger, open_ledger(tmp_path / "s.db", RECORD) as second:
+    with (
+        open_ledger(tmp_path / "s.db", RECORD) as ledger,
+        open_ledger(tmp_path / "s.db", RECORD) as second,
+    ):
         ledger.claim_search(method)
         words = rf"is at work .* method='{method}' .* Wait for it, or end it\.$"
         with refused(rf"process {os.getpid()} on '.*' {words}"):
@@ -179,15 +198,23 @@ def test_a_claim_of_another_host_is_respected_until_its_lock_file_is_removed(pat
         mine.take_search("halving")
 
 
-def test_a_process_that_waits_to_plan_says_for_whom_until_its_time_is_over(tmp_path, capsys, monkeypatch):
+def test_a_process_that_waits_to_plan_says_for_whom_until_its_time_is_over(
+    tmp_path, capsys, monkeypatch
+):
     X, y = load_iris(return_X_y=True)
-    call = {"include_default": False, "max_epochs": 1, "cv": 2, "workers": 1, "study": tmp_path / "study.db"}
+    call = {
+        "include_default": False,
+        "max_epochs": 1,
+        "cv": 2,
+        "workers": 1,
+        "study": tmp_path / "study.db",
+    }
     gputune.tune("mlp", X, y, n_trials=1, verbose=0, **call)
     lock = foreign(tmp_path / "study.db", claims_file.SETUP)
     monkeypatch.setattr("gputune.study.ledger._PATIENCE", -1)
     words = (
-        f"study '{tmp_path / 'study.db'}': process 7 on 'far' has been adding trials to it, and others wait. "
-        f"Wait for it, or end it; where it is gone for good, remove '{lock}'."
+        f"study '{tmp_path / 'study.db'}': process 7 on 'far' has been adding trials to it, and "
+        f"others wait. Wait for it, or end it; where it is gone for good, remove '{lock}'."
     )
     with pytest.raises(TimeoutError, match=re.escape(f"the time is over; {words}")):
         gputune.tune("mlp", X, y, n_trials=2, verbose=1, timeout=1e-9, **call)
@@ -233,7 +260,8 @@ def test_who_trains_what_is_waited_for_is_said(path, mine, other):
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # torch's threads, all asleep
 def test_a_forked_child_does_not_keep_what_its_dead_parent_had(path, mine):
     """The lock of the parent is gone with it, although the child inherited the open file."""
-    ready, done = os.pipe(), os.pipe()
+    ready = os.pipe()
+    done = os.pipe()
     if (child := os.fork()) == 0:
         claims = Claims(path)
         claims.take(CHUNKS[0])
@@ -270,19 +298,27 @@ def test_a_claim_of_before_the_last_start_or_of_a_dead_process_is_void(path, min
 
 
 def test_another_process_that_looks_at_a_lock_for_a_moment_is_no_owner(path, monkeypatch):
-    lock, answers = (claims_file.lock_descriptor, iter([False, False, True, False]))  # its own file is looked at too
+    # its own file is looked at too
+    lock = claims_file.lock_descriptor
+    answers = iter([False, False, True, False])
     with Claims(path) as mine:
         foreign(path, host=platform.node())
         monkeypatch.setattr(
-            claims_file, "lock_descriptor", lambda file, **how: next(answers, True) and lock(file, **how)
+            claims_file,
+            "lock_descriptor",
+            lambda file, **how: next(answers, True) and lock(file, **how),
         )
         assert mine.take(CHUNKS[0])
-        assert next(answers, None) is None and len(left_over(path.parent)) == 3  # one lock file, two of SQLite
+        # one lock file, two of SQLite
+        assert next(answers, None) is None and len(left_over(path.parent)) == 3
     assert left_over(path.parent) == []
 
 
 def test_a_lock_file_that_cannot_be_made_is_named(path, monkeypatch):
-    with Claims(path) as mine, pytest.raises(OSError, match=r"its lock file cannot be made \(No space left"):
+    with (
+        Claims(path) as mine,
+        pytest.raises(OSError, match=r"its lock file cannot be made \(No space left"),
+    ):
         full = Mock(side_effect=OSError(28, "No space left on device"))
         monkeypatch.setattr(claims_file, "lock_descriptor", full)
         mine.take(CHUNKS[0])
@@ -290,7 +326,8 @@ def test_a_lock_file_that_cannot_be_made_is_named(path, monkeypatch):
 
 
 def test_a_study_that_another_process_makes_meanwhile_is_opened(tmp_path, monkeypatch):
-    path, create = tmp_path / "study.db", Store.create
+    path = tmp_path / "study.db"
+    create = Store.create
 
     def late(place, meta):
         create(place, meta).close()

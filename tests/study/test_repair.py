@@ -1,4 +1,5 @@
-"""What is whole in a damaged study is saved into a new file, and nothing else is; a backup is the study as it was."""
+"""What is whole in a damaged study is saved into a new file, and nothing else is; a backup is the
+study as it was."""
 
 import random
 import re
@@ -24,18 +25,22 @@ TRIALS = 60
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A study of many pages; long curves lie on pages of their own, and one result replaced another."""
+    """A study of many pages; long curves lie on pages of their own, and one result replaced
+    another."""
     path = tmp_path_factory.mktemp("whole") / "study.db"
     with Store.create(path, META) as store:
         store.add_trials(candidates(range(TRIALS)))
-        store.add_chunks([Chunk(n, 0, tuple(range(3 * n, 3 * n + 3)), 1) for n in range(TRIALS // 3)])
+        store.add_chunks(
+            [Chunk(n, 0, tuple(range(3 * n, 3 * n + 3)), 1) for n in range(TRIALS // 3)]
+        )
         store.finish([result(0, state="stopped"), result(TRIALS - 2, state="stopped")])
         store.finish([result(n, epochs=900 if n % 10 == 0 else 5) for n in range(TRIALS - 2)])
     return path
 
 
 def saved(path, tmp_path):
-    """Repair into a new file and return what it holds; every value must be one of the whole study."""
+    """Repair into a new file and return what it holds; every value must be one of the whole
+    study."""
     out = tmp_path / "out.db"
     out.unlink(missing_ok=True)
     report = repair(path, out)
@@ -43,7 +48,8 @@ def saved(path, tmp_path):
 
 
 def losses(whole, tmp_path, files):
-    """What a repair of such files has lost of the whole study, by kind, and nothing else; None where it is refused."""
+    """What a repair of such files has lost of the whole study, by kind, and nothing else; None
+    where it is refused."""
     parts = meta, trials, results, plan = content(whole)
     for raw in files:
         (tmp_path / "study.db").write_bytes(raw)
@@ -62,29 +68,40 @@ def test_a_healthy_file_is_saved_whole(whole, tmp_path):
     assert found == content(whole)
     assert report == RepairResult((3, 3), (60, 60), (20, 20), 58)
     assert str(report).split("\n") == [
-        "options  3 of 3", "trials   60 of 60", "chunks   20 of 20 of the frozen plan",
+        "options  3 of 3",
+        "trials   60 of 60",
+        "chunks   20 of 20 of the frozen plan",
         "results  of 58 of the 60 trials; what has none is trained when the search goes on",
-    ]  # fmt: skip
+    ]
 
 
 def test_a_lost_page_takes_the_rows_below_it_and_no_others(whole, tmp_path):
-    raw, parts = whole.read_bytes(), content(whole)
+    raw = whole.read_bytes()
+    parts = content(whole)
     pages = range(0, len(raw), 4096)
-    first, *lost = losses(whole, tmp_path, (raw[:page] + bytes(4096) + raw[page + 4096 :] for page in pages))
-    # The first page leads to all tables, the root of a table to all its rows, any other page to its own.
+    first, *lost = losses(
+        whole, tmp_path, (raw[:page] + bytes(4096) + raw[page + 4096 :] for page in pages)
+    )
+    # The first page leads to all tables, the root of a table to all its rows, any other page to its
+    # own.
     assert first is None and None not in lost
-    wholly = [sum(table[kind] == len(all_of) for table in lost) for kind, all_of in enumerate(parts)]
+    wholly = [
+        sum(table[kind] == len(all_of) for table in lost) for kind, all_of in enumerate(parts)
+    ]
     assert wholly == [1, 1, 2, 2]  # without its candidates no result and no chunk is kept
     assert sum(0 < results_lost < 25 for _, _, results_lost, _ in lost) > 10
 
 
 def test_a_flipped_bit_never_changes_a_row_and_a_cut_leaves_what_is_before(whole, tmp_path):
-    raw, draw, files = whole.read_bytes(), random.Random(0), []
+    raw = whole.read_bytes()
+    draw = random.Random(0)
+    files = []
     for _ in range(30):
         files.append(bytearray(raw))
         files[-1][draw.randrange(100, len(raw))] ^= 1 << draw.randrange(8)
     *lost, cut = losses(whole, tmp_path, [*files, raw[: len(raw) // 2]])
-    assert sum(one is not None and one[2] <= 1 for one in lost) > 24  # else the page that leads to all others
+    # else the page that leads to all others
+    assert sum(one is not None and one[2] <= 1 for one in lost) > 24
     assert cut[0] == 0 and 0 < cut[2] < 48
 
 
@@ -120,7 +137,10 @@ def test_rows_that_are_only_in_the_log_are_saved(tmp_path):
 def test_what_holds_nothing_is_refused_and_an_existing_file_too(whole, tmp_path):
     (tmp_path / "text").write_text("number,score\n" * 500)
     words = "text' holds no whole row of a study that can be reached; check the path"
-    for name, error, said in (("text", StudyCorruptError, words), ("none", FileNotFoundError, "no study file")):
+    for name, error, said in (
+        ("text", StudyCorruptError, words),
+        ("none", FileNotFoundError, "no study file"),
+    ):
         with pytest.raises(error, match=said):
             repair(tmp_path / name, tmp_path / "new.db")
     assert not (tmp_path / "new.db").exists()
@@ -177,7 +197,9 @@ def test_a_lost_option_is_counted_and_said_where_the_search_would_go_on(folder, 
     assert code == 0 or (code == 2 and "has lost" in err and "Traceback" not in err)
 
 
-@pytest.mark.parametrize("commands", [["report", "status"], pytest.param(["trials", "best"], marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "commands", [["report", "status"], pytest.param(["trials", "best"], marks=pytest.mark.long)]
+)
 def test_every_option_can_be_lost_without_a_traceback(folder, commands):
     path = folder / "gputune-out" / "study.db"
     for key in ["", *gputune.Study.open(path).meta]:
@@ -185,11 +207,16 @@ def test_every_option_can_be_lost_without_a_traceback(folder, commands):
         change("lost.db", "DELETE FROM meta WHERE key = ?", (key,))
         for command in commands:
             code, _, err = run(command, "lost.db")
-            assert code == 0 or (code == 2 and f"has lost the option '{key}'" in err), (key, command, err)
+            assert code == 0 or (code == 2 and f"has lost the option '{key}'" in err), (
+                key,
+                command,
+                err,
+            )
 
 
 def test_a_backup_while_a_writer_runs_is_a_prefix_of_its_commits(tmp_path):
-    path, ended = make_study(tmp_path / "study.db", 300, meta=META), threading.Event()
+    path = make_study(tmp_path / "study.db", 300, meta=META)
+    ended = threading.Event()
 
     def write():
         with Store.open(path) as store:
@@ -212,7 +239,10 @@ def test_a_backup_while_a_writer_runs_is_a_prefix_of_its_commits(tmp_path):
 
 
 def test_a_backup_needs_a_file_and_a_free_path_and_has_no_claims(tmp_path):
-    change(make_study(tmp_path / "study.db"), "INSERT INTO claims VALUES (0, 'study.db-0000000000000000.lock')")
+    change(
+        make_study(tmp_path / "study.db"),
+        "INSERT INTO claims VALUES (0, 'study.db-0000000000000000.lock')",
+    )
     study = gputune.Study.open(tmp_path / "study.db")
     study.backup(tmp_path / "copy.db")
     with closing(sqlite3.connect(tmp_path / "copy.db")) as raw:

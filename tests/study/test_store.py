@@ -26,7 +26,12 @@ from gputune.types import Outputs
 from refused import refused
 from study_rows import bits, candidates, change, make_study, result
 
-META = {"model": "mlp", "seed": 0, "weights": {0: 1.0, 1: math.inf}, "rows": np.arange(6).reshape(2, 3)}
+META = {
+    "model": "mlp",
+    "seed": 0,
+    "weights": {0: 1.0, 1: math.inf},
+    "rows": np.arange(6).reshape(2, 3),
+}
 
 
 @pytest.fixture
@@ -47,7 +52,9 @@ def damaged(words):
 
 
 def test_everything_comes_back_bit_for_bit_in_order_of_number(path):
-    odd = result(1, curve=np.array([[math.nan, -0.0], [5e-324, math.inf]]), state="failed", score=math.nan)
+    odd = result(
+        1, curve=np.array([[math.nan, -0.0], [5e-324, math.inf]]), state="failed", score=math.nan
+    )
     detail = {"slope": {"lr": [[0.1, math.inf]]}, "usable": False, "rung": 3}
     point = Candidate(3, {"lr": [0.1, 0.2]}, (0, 12))
     with Store.create(path, META) as store:
@@ -55,7 +62,8 @@ def test_everything_comes_back_bit_for_bit_in_order_of_number(path):
         store.add_trials([point, *candidates([1])])
         store.finish([odd, result(0, detail=detail), result(3, state="pruned")])
     with Store.open(str(path)) as store:
-        meta, rows = store.meta, store.trials()
+        meta = store.meta
+        rows = store.trials()
     assert list(meta) == list(META) and meta["weights"] == META["weights"]
     np.testing.assert_array_equal(meta["rows"], META["rows"])
     assert [candidate for candidate, _ in rows] == [*candidates([0, 1, 2]), point]
@@ -80,7 +88,9 @@ def test_a_result_is_never_replaced_and_a_chunk_is_written_whole_or_not_at_all(s
         store.finish([result(0), result(1, score=9.0), result(2)])
     with refused("trial 7 was never added; nothing was written"):
         store.finish([result(0), result(7)])
-    assert {number: bits(found) for number, found in store.results().items()} == {1: bits(result(1))}
+    assert {number: bits(found) for number, found in store.results().items()} == {
+        1: bits(result(1))
+    }
     store.finish([result(0), result(2)])  # the store goes on after an error
     assert list(store.results()) == [0, 1, 2]
 
@@ -106,7 +116,10 @@ def test_outputs_are_kept_of_the_best_trials_and_not_by_a_repair(store, path, mo
 def test_a_result_that_contradicts_itself_is_refused():
     for changed, message in (
         ({"state": "running"}, r"Result\(state=...\) must be one of .*, got 'running'"),
-        ({"fold_scores": (1.0,)}, r"curve=...\) must be \(epochs, F\) .* got shape \(3, 2\) and 1 fold_scores"),
+        (
+            {"fold_scores": (1.0,)},
+            r"curve=...\) must be \(epochs, F\) .* got shape \(3, 2\) and 1 fold_scores",
+        ),
         ({"fold_scores": ()}, "0 fold_scores in trial 4"),
         ({"curve": np.zeros(3)}, r"got shape \(3,\)"),
     ):
@@ -114,15 +127,25 @@ def test_a_result_that_contradicts_itself_is_refused():
             result(4, **changed)
 
 
-def test_settings_of_the_file_which_is_on_the_disk_before_it_has_its_name(path, durable, monkeypatch):
-    calls, flush = [], database.flush
-    monkeypatch.setattr(database, "flush", lambda place: calls.append((place.name, path.exists())) or flush(place))
+def test_settings_of_the_file_which_is_on_the_disk_before_it_has_its_name(
+    path, durable, monkeypatch
+):
+    calls = []
+    flush = database.flush
+    monkeypatch.setattr(
+        database, "flush", lambda place: calls.append((place.name, path.exists())) or flush(place)
+    )
     with Store.create(path, {}) as store:
         assert calls == [("draft.db", False), (path.parent.name, True)]
-        names = "application_id user_version journal_mode synchronous busy_timeout foreign_keys trusted_schema".split()
+        names = (
+            "application_id user_version journal_mode synchronous busy_timeout foreign_keys "
+            "trusted_schema"
+        ).split()
         found = [store._connection.execute(f"PRAGMA {name}").fetchone()[0] for name in names]
         assert found == [int.from_bytes(b"gptu", "big"), 3, "wal", 2, 30_000, 1, 0]  # 2 is FULL
-        strict = store._connection.execute("SELECT name FROM pragma_table_list WHERE strict").fetchall()
+        strict = store._connection.execute(
+            "SELECT name FROM pragma_table_list WHERE strict"
+        ).fetchall()
         assert {name for (name,) in strict} == {"meta", "trials", "plan", "results", "claims"}
 
 
@@ -139,7 +162,9 @@ def test_a_study_that_is_not_in_its_place_takes_nothing_more(tmp_path, what):
             folder.rename(tmp_path / "elsewhere")
         else:
             make_study(tmp_path / "other.db").replace(folder / "s.db")
-        with pytest.raises(OSError, match="was removed, moved or replaced while .* where it was moved, put it"):
+        with pytest.raises(
+            OSError, match="was removed, moved or replaced while .* where it was moved, put it"
+        ):
             store.finish([result(1)])
         if what == "folder moved":
             (tmp_path / "elsewhere").rename(folder)
@@ -164,22 +189,33 @@ def test_what_cannot_be_made_is_refused_and_leaves_nothing(path, monkeypatch):
     assert not list(path.parent.iterdir())
     link = os.link
     # Another process makes the file while ours is filled.
-    monkeypatch.setattr(database.os, "link", lambda draft, place: place.write_text("precious") and link(draft, place))
+    monkeypatch.setattr(
+        database.os,
+        "link",
+        lambda draft, place: place.write_text("precious") and link(draft, place),
+    )
     for _ in range(2):
         with refused(r"study='.*study\.db' exists already; open it, or give a path that is free"):
             Store.create(path, {})
         assert path.read_text() == "precious" and len(list(path.parent.iterdir())) == 1
     path.unlink()
-    monkeypatch.setattr(database.os, "link", Mock(side_effect=PermissionError))  # a file system without hard links
+    # a file system without hard links
+    monkeypatch.setattr(database.os, "link", Mock(side_effect=PermissionError))
     with Store.create(path, {"a": 1}) as store:
         assert store.meta == {"a": 1}
 
 
-def test_a_file_system_without_shared_memory_gets_a_rollback_journal_and_a_warning(path, monkeypatch):
+def test_a_file_system_without_shared_memory_gets_a_rollback_journal_and_a_warning(
+    path, monkeypatch
+):
     connect = sqlite3.connect
     # This VFS of SQLite locks by files and has no shared memory, as on many network file systems.
-    monkeypatch.setattr(sqlite3, "connect", lambda at, **kw: connect(at + "&vfs=unix-dotfile", **kw))
-    with pytest.warns(UserWarning, match="does not allow SQLite's write-ahead log, so a rollback journal"):
+    monkeypatch.setattr(
+        sqlite3, "connect", lambda at, **kw: connect(at + "&vfs=unix-dotfile", **kw)
+    )
+    with pytest.warns(
+        UserWarning, match="does not allow SQLite's write-ahead log, so a rollback journal"
+    ):
         store = Store.create(path, {})
     with store:
         assert store._connection.execute("PRAGMA journal_mode").fetchone() == ("delete",)
@@ -191,10 +227,14 @@ def test_a_file_system_without_shared_memory_gets_a_rollback_journal_and_a_warni
 @pytest.mark.parametrize("without_memory", [False, True])
 def test_a_study_that_may_not_be_written_is_read(path, monkeypatch, without_memory):
     make_study(path, 1, meta={"a": 1})
-    connect, before = database.connect, path.read_bytes()
+    connect = database.connect
+    before = path.read_bytes()
     monkeypatch.setattr(database.os, "access", lambda *_: False)
     if without_memory:  # whose files cannot be made
-        connections = {"ro": lambda p: connect(p.with_name("none"), "ro"), "ro&immutable=1": lambda p: connect(p, "ro")}
+        connections = {
+            "ro": lambda p: connect(p.with_name("none"), "ro"),
+            "ro&immutable=1": lambda p: connect(p, "ro"),
+        }
         monkeypatch.setattr(database, "connect", lambda p, mode: connections[mode](p))
     with Store.open(path) as store:
         assert store.meta == {"a": 1} and len(store.trials()) == 1
@@ -226,8 +266,8 @@ def test_a_closed_study_is_read_where_nothing_can_be_written(path):
     meta, trials, warning, error = done.stdout.strip().split("\n")
     assert (meta, trials) == ("{'a': 1}", "1")
     assert warning == (
-        "it can only be read: study 'study.db': disk I/O error; check the disk, the rights of its folder and limits on "
-        "files. Make room before the search goes on."
+        "it can only be read: study 'study.db': disk I/O error; check the disk, the rights of "
+        "its folder and limits on files. Make room before the search goes on."
     )
     assert "study 'study.db' may not be written" in error
     with Store.open(path) as store:
@@ -250,7 +290,10 @@ def test_a_lock_that_is_held_too_long_another_thread_and_a_closed_store_get_an_e
     monkeypatch.setattr(database, "BUSY_SECONDS", 0.05)
     with Store.open(path) as second:
         store._connection.execute("BEGIN IMMEDIATE")
-        with pytest.raises(TimeoutError, match=r"another process has held its lock for 0\.05 s; wait for it or end it"):
+        with pytest.raises(
+            TimeoutError,
+            match=r"another process has held its lock for 0\.05 s; wait for it or end it",
+        ):
             second.add_trials(candidates([9]))
         store._connection.execute("ROLLBACK")
         second.add_trials(candidates([9]))
@@ -261,7 +304,9 @@ def test_a_lock_that_is_held_too_long_another_thread_and_a_closed_store_get_an_e
     with pytest.raises(ValueError) as caught:
         store.finished()
     for error in (*errors, caught.value):
-        assert type(error) is ValueError and re.search("cannot be used here: .* Open it again", str(error))
+        assert type(error) is ValueError and re.search(
+            "cannot be used here: .* Open it again", str(error)
+        )
 
 
 def of_another_program(path):
@@ -275,7 +320,9 @@ def as_folder(path, inside="../whole.db"):
     path.with_name("whole.db").rename(path / inside)
 
 
-NO_FILE, CORRUPT, VERSION = FileNotFoundError, StudyCorruptError, StudyVersionError
+NO_FILE = FileNotFoundError
+CORRUPT = StudyCorruptError
+VERSION = StudyVersionError
 OTHER_TABLES = "is damaged: its tables are not those of a study"
 BEFORE = "of a gputune before its first release"
 
@@ -286,26 +333,44 @@ BEFORE = "of a gputune before its first release"
         (os.unlink, NO_FILE, r"there is no study file; check the path: '.*study\.db'"),
         (as_folder, NO_FILE, "no study file; this is a folder, give the file in it: "),
         (lambda p: as_folder(p, "s.db"), NO_FILE, r"this is a folder, give .*/s\.db: "),
-        (lambda p: p.write_bytes(b""), CORRUPT, r"study\.db' is not .*: it is empty; remove it, or check the path"),
         (
-            lambda p: p.write_bytes(b"number,score\n1,2\n" * 20), CORRUPT,
+            lambda p: p.write_bytes(b""),
+            CORRUPT,
+            r"study\.db' is not .*: it is empty; remove it, or check the path",
+        ),
+        (
+            lambda p: p.write_bytes(b"number,score\n1,2\n" * 20),
+            CORRUPT,
             r"study\.db' is not a gputune study: it is no SQLite file; check the path\..* try gputune repair",
         ),
         (of_another_program, CORRUPT, "an SQLite file of another program; check the path"),
         (
-            lambda p: p.with_name("study.db-wal").mkdir(), OSError,
+            lambda p: p.with_name("study.db-wal").mkdir(),
+            OSError,
             r"study\.db': unable to open database file; check the disk, the rights",
         ),
-        (lambda p: p.write_bytes(p.read_bytes().replace(b"seconds B", b"seconds\xa0B")), CORRUPT, OTHER_TABLES),
+        (
+            lambda p: p.write_bytes(p.read_bytes().replace(b"seconds B", b"seconds\xa0B")),
+            CORRUPT,
+            OTHER_TABLES,
+        ),
         ("UPDATE results SET number = 5", CORRUPT, "is damaged: 1 results belong to no trial"),
-        ("PRAGMA user_version = 4", VERSION, "format 4, this gputune reads up to 3; upgrade gputune"),
+        (
+            "PRAGMA user_version = 4",
+            VERSION,
+            "format 4, this gputune reads up to 3; upgrade gputune",
+        ),
         *((f"PRAGMA user_version = {n}", VERSION, f"format {n}, {BEFORE}") for n in (1, 2)),
         ("PRAGMA user_version = 0", CORRUPT, OTHER_TABLES),
         ("DROP TABLE results", CORRUPT, OTHER_TABLES),
         ("CREATE VIEW v AS SELECT 1", CORRUPT, OTHER_TABLES),
-        ("CREATE TRIGGER t AFTER INSERT ON results BEGIN DELETE FROM trials; END", CORRUPT, OTHER_TABLES),
+        (
+            "CREATE TRIGGER t AFTER INSERT ON results BEGIN DELETE FROM trials; END",
+            CORRUPT,
+            OTHER_TABLES,
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_study_of_this_version_is_refused(path, spoil, error, message):
     make_study(path, 2, [result(0)])
     change(path, spoil) if isinstance(spoil, str) else spoil(path)
@@ -324,12 +389,15 @@ def test_what_is_no_study_of_this_version_is_refused(path, spoil, error, message
         ("UPDATE results SET curve = substr(curve, 1, 16)", "the result of trial 0"),
         ("UPDATE results SET number = 1", "the result of trial 1"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("read", [Store.check, Store.trials])
 def test_a_changed_value_is_never_returned(path, statement, what, read):
     make_study(path, 2, [result(0)], META)
     change(path, statement)
-    with Store.open(path) as store, damaged(f"is damaged: {what} does not fit its checksum.* restore the file"):
+    with (
+        Store.open(path) as store,
+        damaged(f"is damaged: {what} does not fit its checksum.* restore the file"),
+    ):
         assert store.meta
         read(store)
 
@@ -344,10 +412,14 @@ def test_what_is_counted_is_what_the_whole_study_has(path, scores, pruned):
     results = [result(n, score=s, state=states[n]) for n, s in enumerate(scores)]
     study = Study.open(make_study(path, 8, results, META))
     with Store.open(path) as store:
-        assert sorted(store.states()) == sorted((s, {}, n) for s, n in Counter(t.state for t in study.trials).items())
+        assert sorted(store.states()) == sorted(
+            (s, {}, n) for s, n in Counter(t.state for t in study.trials).items()
+        )
         finite = [trial.number for trial in study.ranking() if np.isfinite(trial.score)]
         assert [store.best(most) for most in (1, 3)] == [finite[:1], finite[:3]]
-        assert [c.number for c in store.candidates()] == list(range(8)) and store.check() == set(range(len(scores)))
+        assert [c.number for c in store.candidates()] == list(range(8)) and store.check() == set(
+            range(len(scores))
+        )
         assert [row[0] for row in store.trials([3, 1])] == [store.candidates()[n] for n in (1, 3)]
 
 
@@ -366,7 +438,9 @@ def test_what_was_read_once_is_not_read_again(path, monkeypatch):
             "gputune.study.store.read_rows",
             lambda make, rows: read.extend(row[0] for row in rows) or read_rows(make, rows),
         )
-        assert [found and found.state for _, found in store.trials()] == 3 * ["complete"] + 3 * [None]
+        assert [found and found.state for _, found in store.trials()] == 3 * ["complete"] + 3 * [
+            None
+        ]
         assert [chunk.number for chunk in store.plan()] == [0, 7]
     assert read == [4, 5, 0, 2, 7]
 
@@ -378,7 +452,8 @@ RESULTS = [result(0), result(2, state="stopped", detail={"rung": 3})]
 
 
 def write(path):
-    """How the file of the present format was made; run it once when the format changes, and keep the old files."""
+    """How the file of the present format was made; run it once when the format changes, and keep
+    the old files."""
     with Store.create(path, FORMAT_META) as store:
         store.add_trials(TRIALS)
         store.add_chunks(PLAN)

@@ -1,4 +1,5 @@
-"""The store against a dict: whatever is done to it, in whatever order, it holds what a dict would."""
+"""The store against a dict: whatever is done to it, in whatever order, it holds what a dict
+would."""
 
 import shutil
 import tempfile
@@ -33,7 +34,10 @@ class StoreStates(RuleBasedStateMachine):
         self.path = self.folder / "study.db"
         self.meta = {"model": "mlp", "seed": 0}
         self.handles = [Store.create(self.path, self.meta), Store.open(self.path)]
-        self.trials, self.results, self.plan, self.claimed = {}, {}, {}, {}
+        self.trials = {}
+        self.results = {}
+        self.plan = {}
+        self.claimed = {}
         self.claims = [Claims(self.path), Claims(self.path)]
         self.copies = 0
 
@@ -51,7 +55,11 @@ class StoreStates(RuleBasedStateMachine):
             self.handles[who].add_trials(new)
         self.trials |= {candidate.number: candidate for candidate in new if is_new}
 
-    @rule(who=st.integers(0, 1), numbers=st.lists(NUMBERS, min_size=1, max_size=3), stopped=st.booleans())
+    @rule(
+        who=st.integers(0, 1),
+        numbers=st.lists(NUMBERS, min_size=1, max_size=3),
+        stopped=st.booleans(),
+    )
     def finish(self, who, numbers, stopped):
         new = [result(n, state="stopped" if stopped else "complete") for n in numbers]
         final = {n for n, found in self.results.items() if found.state != "stopped"}
@@ -62,7 +70,11 @@ class StoreStates(RuleBasedStateMachine):
             self.handles[who].finish(new)
         self.results |= {found.number: found for found in new if is_new}
 
-    @rule(who=st.integers(0, 1), number=NUMBERS, trials=st.lists(NUMBERS, min_size=1, max_size=3, unique=True))
+    @rule(
+        who=st.integers(0, 1),
+        number=NUMBERS,
+        trials=st.lists(NUMBERS, min_size=1, max_size=3, unique=True),
+    )
     def freeze(self, who, number, trials):
         chunk = Chunk(number, 0, tuple(trials), 1)
         with refused(f"chunk {number} is there already") if number in self.plan else nullcontext():
@@ -114,9 +126,13 @@ class StoreStates(RuleBasedStateMachine):
         rows = store.trials()
         assert store.meta == self.meta and store.plan() == plan
         assert repr([c for c, _ in rows]) == repr([self.trials[n] for n in sorted(self.trials)])
-        assert {r.number: bits(r) for _, r in rows if r} == {n: bits(r) for n, r in self.results.items()}
+        assert {r.number: bits(r) for _, r in rows if r} == {
+            n: bits(r) for n, r in self.results.items()
+        }
         assert store.finished() == sum(found.state != "stopped" for found in self.results.values())
 
 
 TestStoreStates = StoreStates.TestCase
-TestStoreStates.settings = settings(max_examples=settings.default.max_examples // 5, stateful_step_count=25)
+TestStoreStates.settings = settings(
+    max_examples=settings.default.max_examples // 5, stateful_step_count=25
+)

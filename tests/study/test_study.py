@@ -1,4 +1,5 @@
-"""A study ranks its trials, says why none is best, becomes a table, and is read from its file, as its record is."""
+"""A study ranks its trials, says why none is best, becomes a table, and is read from its file, as
+its record is."""
 
 import dataclasses
 import math
@@ -50,10 +51,14 @@ def test_the_best_trial_is_finite_and_highest_and_the_lower_number_on_a_tie():
     assert [t.number for t in found.ranking()] == [2, 4, 1, 6, 0, 3, 5]
     trials = trial(0, 0.8), trial(1, math.nan, state="failed"), trial(2, 0.91234567)
     assert (
-        repr(study(*trials, model="mlp", scoring="r2")) == "Study(mlp, 3 trials, 1 failed, best r2 0.9123 in trial 2)"
+        repr(study(*trials, model="mlp", scoring="r2"))
+        == "Study(mlp, 3 trials, 1 failed, best r2 0.9123 in trial 2)"
     )
     assert repr(study()) == "Study(0 trials)"
-    assert repr(study(trial(0, 0.5, state="stopped"))) == "Study(1 trial, 1 stopped, best score 0.5 in trial 0)"
+    assert (
+        repr(study(trial(0, 0.5, state="stopped")))
+        == "Study(1 trial, 1 stopped, best score 0.5 in trial 0)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -61,10 +66,13 @@ def test_the_best_trial_is_finite_and_highest_and_the_lower_number_on_a_tie():
     [
         ([], r"the study has no trials; search with n_trials >= 1"),
         ([(NAN, "waiting")] * 2, r"none of the 2 trials has been trained yet; run the search"),
-        ([(NAN, "failed")] * 3 + [(NAN, "waiting")], "3 of 4 trials diverged, 1 have not been trained; lower"),
+        (
+            [(NAN, "failed")] * 3 + [(NAN, "waiting")],
+            "3 of 4 trials diverged, 1 have not been trained; lower",
+        ),
         ([(NAN, "failed")] * 2, "2 of 2 trials diverged; lower"),
     ],
-)  # fmt: skip
+)
 def test_a_search_without_a_best_trial_says_why(trials, message):
     found = study(*[trial(n, score, state=state) for n, (score, state) in enumerate(trials)])
     for get in ("best_trial", "best_params", "best_score"):
@@ -73,7 +81,9 @@ def test_a_search_without_a_best_trial_says_why(trials, message):
 
 
 def test_curves_must_fit_the_trials_and_cannot_be_changed():
-    with refused(r"Study\(curves=...\) must be \(C, epochs, F\) .* the 1 trials, got shape \(2, 3\)"):
+    with refused(
+        r"Study\(curves=...\) must be \(C, epochs, F\) .* the 1 trials, got shape \(2, 3\)"
+    ):
         Study(meta={}, trials=(trial(0, 1.0),), curves=np.zeros((2, 3)))
     given = np.zeros((1, 2, 3))
     found = Study(meta={}, trials=[trial(0, 1.0)], curves=given)
@@ -86,11 +96,41 @@ def test_curves_must_fit_the_trials_and_cannot_be_changed():
 
 
 TRIALS = (
-    Trial(0, {"lr": 0.1, "width": 16, "activation": "relu"}, 0.5, (0.4, 0.6), 3, "complete", 1.5, "default"),
-    Trial(1, {"lr": 1e-3, "layers": [8, 4], "C": 1}, math.nan, (math.nan, 0.5), 1, "failed", 0.5, "random"),
-    Trial(2, {"lr": 0.2, "width": 32, "layers": (2,), "C": 0.5}, NAN, (), 0, "waiting", NAN, "random"),
+    Trial(
+        0,
+        {"lr": 0.1, "width": 16, "activation": "relu"},
+        0.5,
+        (0.4, 0.6),
+        3,
+        "complete",
+        1.5,
+        "default",
+    ),
+    Trial(
+        1,
+        {"lr": 1e-3, "layers": [8, 4], "C": 1},
+        math.nan,
+        (math.nan, 0.5),
+        1,
+        "failed",
+        0.5,
+        "random",
+    ),
+    Trial(
+        2, {"lr": 0.2, "width": 32, "layers": (2,), "C": 0.5}, NAN, (), 0, "waiting", NAN, "random"
+    ),
 )
-COLUMNS = ["number", "state", "score", "std_error", "fold_0", "fold_1", "best_epoch", "seconds", "origin"]
+COLUMNS = [
+    "number",
+    "state",
+    "score",
+    "std_error",
+    "fold_0",
+    "fold_1",
+    "best_epoch",
+    "seconds",
+    "origin",
+]
 COLUMNS += ["params_lr", "params_width", "params_activation", "params_layers", "params_C"]
 
 
@@ -109,7 +149,9 @@ def test_to_pandas(monkeypatch):
     assert table["params_layers"].tolist()[1:] == [[8, 4], (2,)]
     assert study().to_pandas().shape == (0, 7)
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(ImportError, match=r"to_pandas\(\) needs pandas: pip install pandas, or use to_polars"):
+    with pytest.raises(
+        ImportError, match=r"to_pandas\(\) needs pandas: pip install pandas, or use to_polars"
+    ):
         study().to_pandas()
 
 
@@ -118,7 +160,10 @@ def test_to_polars():
     table = study(*TRIALS).to_polars()
     assert table.columns == COLUMNS and table.height == 3
     assert table["number"].dtype == polars.Int64 and table["score"].dtype == polars.Float64
-    assert table["params_width"].to_list() == [16, None, 32] and table["params_width"].dtype == polars.Int64
+    assert (
+        table["params_width"].to_list() == [16, None, 32]
+        and table["params_width"].dtype == polars.Int64
+    )
     assert table["params_C"].to_list() == [None, 1.0, 0.5]
     assert table["params_layers"].to_list() == [None, "[8, 4]", "(2,)"]  # unlike types as text
     assert table["fold_1"].to_list()[:2] == [0.6, 0.5] and math.isnan(table["fold_1"][2])
@@ -151,26 +196,38 @@ def test_a_study_is_read_from_its_file(tmp_path):
 
 def test_opening_a_study_makes_no_curves_until_they_are_asked_for(tmp_path, monkeypatch):
     make_study(tmp_path / "study.db", 3, [result(0), result(2, epochs=5)])
-    stack_curves, made = study_file.stack_curves, []
-    monkeypatch.setattr(study_file, "stack_curves", lambda rows: made.append(len(rows)) or stack_curves(rows))
+    stack_curves = study_file.stack_curves
+    made = []
+    monkeypatch.setattr(
+        study_file, "stack_curves", lambda rows: made.append(len(rows)) or stack_curves(rows)
+    )
     found = Study.open(tmp_path / "study.db")
-    assert found.best_trial.state == "complete" and "3 trials" in repr(found) and len(found.to_polars()) == 3
+    assert (
+        found.best_trial.state == "complete"
+        and "3 trials" in repr(found)
+        and len(found.to_polars()) == 3
+    )
     assert made == []
     assert found.curves.shape == (3, 5, 2) and found.curves is found.curves and made == [3]
     np.testing.assert_array_equal(found.curves[2], result(2, epochs=5).curve)
     assert np.isnan(found.curves[1]).all() and not found.curves.flags.writeable
-    assert {"trials", "curves"} <= {*dir(Study)} and Study.__getattribute__ is object.__getattribute__
+    assert {"trials", "curves"} <= {
+        *dir(Study)
+    } and Study.__getattribute__ is object.__getattribute__
     monkeypatch.undo()
     again = pickle.loads(pickle.dumps(Study.open(tmp_path / "study.db")))
     np.testing.assert_array_equal(dataclasses.replace(again, meta={}).curves, found.curves)
 
 
 def test_curves_that_few_trials_fill_are_bounded_by_what_they_hold(tmp_path, monkeypatch):
-    long, wide = result(7, epochs=2000, folds=1), result(8, epochs=1, folds=2000)
+    long = result(7, epochs=2000, folds=1)
+    wide = result(8, epochs=1, folds=2000)
     make_study(tmp_path / "study.db", 9, [*(result(n, epochs=1) for n in range(7)), long, wide])
     monkeypatch.setattr(rows, "_LARGE", 2**20)
     found = Study.open(tmp_path / "study.db")
-    with refused(r"of 9 trials, 2000 epochs and 2000 folds take 274\.7 MiB side by side, and hold 31\.\d KiB"):
+    with refused(
+        r"of 9 trials, 2000 epochs and 2000 folds take 274\.7 MiB side by side, and hold 31\.\d KiB"
+    ):
         found.curves  # noqa: B018
 
 
@@ -183,32 +240,48 @@ def test_best_model_is_a_refit_of_this_study_on_the_given_rows(monkeypatch):
     assert found.best_model() == (Access(found, None, None, True, False), plain)
     how = {"trial": 3, "intervals": True, "calibrate": False}
     assert found.best_model("X", y="y", check=False, trust_code=True, **how) == (
-        Access(found, "X", "y", False, True), how,
-    )  # fmt: skip
+        Access(found, "X", "y", False, True),
+        how,
+    )
 
 
 def test_the_card_of_a_study():
     study = made_study(30, halved=True)
-    html, best = study._repr_html_(), study.best_trial
-    assert "Study of mlp" in html and f"{best.score:.4f} ± {best.std_error:.4f} over 5 folds" in html
+    html = study._repr_html_()
+    best = study.best_trial
+    assert (
+        "Study of mlp" in html and f"{best.score:.4f} ± {best.std_error:.4f} over 5 folds" in html
+    )
     assert all(f">{name}</th>" in html for name in best.params)
     assert f"{sum(t.state == 'pruned' for t in study.trials)} pruned" in html and len(html) < 2500
-    assert "none" in made_study(0)._repr_html_() and "4 waiting" in made_study(4, waiting=4)._repr_html_()
-    assert Study(meta={}, trials=(), curves=np.zeros((0, 0, 0)))._repr_html_().startswith("<div><strong>Study</strong>")
+    assert (
+        "none" in made_study(0)._repr_html_()
+        and "4 waiting" in made_study(4, waiting=4)._repr_html_()
+    )
+    assert (
+        Study(meta={}, trials=(), curves=np.zeros((0, 0, 0)))
+        ._repr_html_()
+        .startswith("<div><strong>Study</strong>")
+    )
 
 
 def test_the_card_of_a_model():
-    X, y = np.random.default_rng(0).normal(size=(40, 3)), np.array(["<b>", "x"])[np.arange(40) % 2]
+    X = np.random.default_rng(0).normal(size=(40, 3))
+    y = np.array(["<b>", "x"])[np.arange(40) % 2]
     study = gputune.tune("mlp", X, y, n_trials=1, max_epochs=2, cv=2, workers=1, verbose=0)
     html = study.best_model()._repr_html_()
     assert "TunedModel: MLP" in html and "2: &lt;b&gt;, x" in html and "3 columns" in html
-    assert f'cross-validated accuracy</th><td style="text-align:left">{study.best_score:.4f}' in html
+    assert (
+        f'cross-validated accuracy</th><td style="text-align:left">{study.best_score:.4f}' in html
+    )
 
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_no_text_adds_an_element_to_a_card(text):
     html = hostile_study(text)._repr_html_()
-    assert re.findall(r"<(/?\w+)", html) == re.findall(r"<(/?\w+)", hostile_study("plain")._repr_html_())
+    assert re.findall(r"<(/?\w+)", html) == re.findall(
+        r"<(/?\w+)", hostile_study("plain")._repr_html_()
+    )
     assert gputune.text.clean(text) in unescape(html)
 
 
@@ -226,9 +299,13 @@ def test_what_a_damaged_file_lacks_is_said_and_is_empty_as_what_no_descent_has()
     assert record.to_json() == {"model": "mlp"}
     assert (record.method_name, record.descended, record.folds, record.seed) == ("", [], 0, None)
     assert record.lost == [name for name in IDENTITY if name not in LATER]
-    with pytest.raises(StudyCorruptError, match=r"study 'a\.db' has lost the option 'seed' .*open\('a\.db'\)"):
+    with pytest.raises(
+        StudyCorruptError, match=r"study 'a\.db' has lost the option 'seed' .*open\('a\.db'\)"
+    ):
         raise lost_option("a.db", "seed")
-    with pytest.raises(StudyCorruptError, match="study has lost the option 'seed' of its search. Its trials"):
+    with pytest.raises(
+        StudyCorruptError, match="study has lost the option 'seed' of its search. Its trials"
+    ):
         raise lost_option(None, "seed")
     method = {"name": "hypergradient", "hyperparameters": ("lr", "momentum")}
     assert SearchRecord(method=method).descended == ["lr", "momentum"]
@@ -236,7 +313,10 @@ def test_what_a_damaged_file_lacks_is_said_and_is_empty_as_what_no_descent_has()
 
 
 def test_the_order_in_which_a_checkpoint_digests_a_search_stays():
-    training = "spec optimizer schedule task target_transform fingerprint columns numbers class_weight sample_weight"
+    training = (
+        "spec optimizer schedule task target_transform fingerprint columns numbers class_weight "
+        "sample_weight"
+    )
     training += " splits objective scoring positive max_epochs seed dtype"
     assert [name for name, part in PARTS.items() if part.training] == training.split()
     others = {"target", "space", "method", "epoch", "patience", "metrics", "code", "max_levels"}

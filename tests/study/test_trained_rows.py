@@ -1,4 +1,5 @@
-"""A model knows about which share of some rows it was trained on, by a small sample of its training rows."""
+"""A model knows about which share of some rows it was trained on, by a small sample of its training
+rows."""
 
 import numpy as np
 import pandas as pd
@@ -21,7 +22,8 @@ LAYOUT = fit_layout(TABLE)
 
 @pytest.mark.parametrize("n_trained", [50, SAMPLE_SIZE - 1, SAMPLE_SIZE, 2 * SAMPLE_SIZE])
 def test_the_share_is_exact_for_few_rows_and_close_for_many(n_trained):
-    trained, others = np.arange(n_trained), np.arange(n_trained, N)
+    trained = np.arange(n_trained)
+    others = np.arange(n_trained, N)
     sample = sample_of_rows(LAYOUT, TABLE.select(trained), Y[trained])
     assert len(sample) == 12 * min(n_trained, SAMPLE_SIZE)
 
@@ -30,7 +32,8 @@ def test_the_share_is_exact_for_few_rows_and_close_for_many(n_trained):
 
     assert share(trained) == 1 and share(trained[::-2]) == 1
     assert share(others) == 0
-    found, expected = share(np.arange(N)), n_trained / N
+    found = share(np.arange(N))
+    expected = n_trained / N
     assert found == expected if n_trained < SAMPLE_SIZE else abs(found - expected) < 0.05
 
 

@@ -1,4 +1,5 @@
-"""Values come back from JSON with their type and every bit; what cannot be kept is refused by name."""
+"""Values come back from JSON with their type and every bit; what cannot be kept is refused by
+name."""
 
 import json
 import math
@@ -36,20 +37,44 @@ BITS = np.random.default_rng(0).integers(0, 2**64, size=1000, dtype=np.uint64).v
 @pytest.mark.parametrize(
     "value",
     [
-        None, True, False, 1, 0, 2**70,
-        1.0, -0.0, 0.1 + 0.2, 5e-324, 1.7976931348623157e308, math.inf, -math.inf, math.nan,
+        None,
+        True,
+        False,
+        1,
+        0,
+        2**70,
+        1.0,
+        -0.0,
+        0.1 + 0.2,
+        5e-324,
+        1.7976931348623157e308,
+        math.inf,
+        -math.inf,
+        math.nan,
         BITS[~np.isnan(BITS)].tolist(),
-        "", 'naïve 🐍 \x00 " \ud800',
-        {}, [], (), [1, 1.0, True, None, "1"], (1, (2.5, [3])), {"lr": 0.1, "width": 32, "nested": {"a": (1, 2)}},
+        "",
+        'naïve 🐍 \x00 " \ud800',
+        {},
+        [],
+        (),
+        [1, 1.0, True, None, "1"],
+        (1, (2.5, [3])),
+        {"lr": 0.1, "width": 32, "nested": {"a": (1, 2)}},
         {0: 1.0, 1: 2.5, "other": True, None: "x", (1, 2): []},
-        {"float": "nan"}, {"torch": {"dict": {"tuple": 1}}},  # these look like our own tags
-        np.array([3, 1, 2]), np.array([1, 2], dtype=np.int8), np.array([True, False]), np.empty((0, 4)),
-        np.array(["setosa", "", "日本"]), np.array(["a", 1, None, 2.5, True], dtype=object),
-        np.array([0.1, math.nan, math.inf, -0.0], dtype=np.float32), np.arange(6.0).reshape(2, 3),
+        {"float": "nan"},
+        {"torch": {"dict": {"tuple": 1}}},  # these look like our own tags
+        np.array([3, 1, 2]),
+        np.array([1, 2], dtype=np.int8),
+        np.array([True, False]),
+        np.empty((0, 4)),
+        np.array(["setosa", "", "日本"]),
+        np.array(["a", 1, None, 2.5, True], dtype=object),
+        np.array([0.1, math.nan, math.inf, -0.0], dtype=np.float32),
+        np.arange(6.0).reshape(2, 3),
         np.array(["a", "b" * 1000]),
         [nn.ReLU, nn.Linear, nn.functional.relu, nn.functional.gelu, nn.functional.logsigmoid],
     ],
-)  # fmt: skip
+)
 def test_round_trip_in_plain_ascii_json_without_nan(value):
     text = to_json({"a": value})
     assert same(from_json(text), {"a": value}) and text.isascii()
@@ -62,7 +87,16 @@ def test_numpy_scalars_become_pythons():
 
 
 def test_other_values_are_refused_by_name():
-    for value in (lambda x: x, print, object(), {1, 2}, 1j, b"raw", torch.ones(2), np.datetime64(1, "D")):
+    for value in (
+        lambda x: x,
+        print,
+        object(),
+        {1, 2},
+        1j,
+        b"raw",
+        torch.ones(2),
+        np.datetime64(1, "D"),
+    ):
         with refused(r"trial 7 holds .* cannot be kept in a file; use numbers"):
             to_json([value], name="trial 7")
     endless = []
@@ -77,13 +111,25 @@ WIDE = '{"array":{"dtype":"<U%d","shape":[2],"items":["a","b"]}}'
 @pytest.mark.parametrize(
     "text",
     [
-        '{"torch":"os:system"}', '{"torch":"torch.nn:does_not_exist"}', '{"torch":"torch.nn.no_such_module:x"}',
-        '{"torch":"torch.nn.modules.module:warnings"}', '{"torch":"torch.nn.functional:Callable"}',  # torch's imports
-        '{"torch":"torch.hub:load"}', '{"torch":3}', '{"float":"one"}', '{"float":[1]}', '{"pairs":[1]}',
-        '{"array":{"dtype":"V8","shape":[0],"items":[]}}', '{"array":{"dtype":"<f8","shape":[2],"items":[1.0]}}',
-        '{"array":{}}', WIDE % 400_000_000, "{", "[" * 100_000,
+        '{"torch":"os:system"}',
+        '{"torch":"torch.nn:does_not_exist"}',
+        '{"torch":"torch.nn.no_such_module:x"}',
+        # torch's imports
+        '{"torch":"torch.nn.modules.module:warnings"}',
+        '{"torch":"torch.nn.functional:Callable"}',
+        '{"torch":"torch.hub:load"}',
+        '{"torch":3}',
+        '{"float":"one"}',
+        '{"float":[1]}',
+        '{"pairs":[1]}',
+        '{"array":{"dtype":"V8","shape":[0],"items":[]}}',
+        '{"array":{"dtype":"<f8","shape":[2],"items":[1.0]}}',
+        '{"array":{}}',
+        WIDE % 400_000_000,
+        "{",
+        "[" * 100_000,
     ],
-)  # fmt: skip
+)
 def test_text_that_was_never_written_is_a_value_error(text):
     with pytest.raises(ValueError, match="not a stored value: "):
         from_json(text)

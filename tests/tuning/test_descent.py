@@ -20,8 +20,21 @@ from moments import time_is_over
 from problems import Net
 from refused import refused
 
-FAST = {"max_epochs": 4, "cv": 3, "verbose": 0, "workers": 1, "optimizer": "adam", "include_default": False}
-LR = {"lr": loguniform(1e-4, 1.0), "batch_size": [16], "width": [8], "activation": ["tanh"], "depth": [1]}
+FAST = {
+    "max_epochs": 4,
+    "cv": 3,
+    "verbose": 0,
+    "workers": 1,
+    "optimizer": "adam",
+    "include_default": False,
+}
+LR = {
+    "lr": loguniform(1e-4, 1.0),
+    "batch_size": [16],
+    "width": [8],
+    "activation": ["tanh"],
+    "depth": [1],
+}
 tune = partial(gputune.tune, **FAST, space=LR, method="hypergradient")
 
 
@@ -36,7 +49,9 @@ def paths(study):
 
 def assert_same_points(study, other, rel=1e-4):
     for a, b in zip(study.trials, other.trials, strict=True):
-        assert a.params["lr"] == pytest.approx(b.params["lr"], rel=rel) and a.score == pytest.approx(b.score, rel=rel)
+        assert a.params["lr"] == pytest.approx(
+            b.params["lr"], rel=rel
+        ) and a.score == pytest.approx(b.score, rel=rel)
 
 
 @pytest.fixture(scope="module")
@@ -58,15 +73,21 @@ def test_every_point_is_a_trial_and_the_best_so_far_is_returned(study):
 
 
 def test_the_slopes_of_the_study_are_those_of_its_losses(iris):
-    """Two studies of one fixed rate each, a little apart: the difference of their scores is the slope."""
-    search = partial(tune, "mlp", *iris, dtype="float64", n_trials=1, method=gputune.Hypergradient(outer_steps=1))
-    first, up, down = (search(space={**LR, "lr": [0.01 * math.exp(h)]}).trials[0] for h in (0, 1e-5, -1e-5))
+    """Two studies of one fixed rate each, a little apart: the difference of their scores is the
+    slope."""
+    search = partial(
+        tune, "mlp", *iris, dtype="float64", n_trials=1, method=gputune.Hypergradient(outer_steps=1)
+    )
+    first, up, down = (
+        search(space={**LR, "lr": [0.01 * math.exp(h)]}).trials[0] for h in (0, 1e-5, -1e-5)
+    )
     slope = (down.score - up.score) / 2e-5
     assert first.detail["slope"]["lr"][0][0] == pytest.approx(slope, rel=1e-6)
 
 
 def test_rates_for_segments_and_layers_reach_the_best_params_and_the_refit(iris):
-    """The refit equals a plain loop with a parameter group for each layer, whose rate changes from part to part."""
+    """The refit equals a plain loop with a parameter group for each layer, whose rate changes from
+    part to part."""
     X, y = iris
     method = gputune.Hypergradient(segments=2, per_layer=True, outer_steps=3)
     study = tune("mlp", X, y, n_trials=2, method=method, dtype="float64")
@@ -78,7 +99,9 @@ def test_rates_for_segments_and_layers_reach_the_best_params_and_the_refit(iris)
     optimizer = torch.optim.Adam(groups)
     steps = 10  # an epoch: 150 rows in batches of 16
     for epoch, step in itertools.product(range(4), range(steps)):
-        rows = torch.randperm(150, generator=reference.stream(0, "rows", 150, epoch))[step * 16 : step * 16 + 16]
+        rows = torch.randperm(150, generator=reference.stream(0, "rows", 150, epoch))[
+            step * 16 : step * 16 + 16
+        ]
         segment = int(epoch * steps + step >= 4 * steps // 2)
         for group, rate in zip(optimizer.param_groups, rates[segment]):
             group["lr"] = rate
@@ -92,17 +115,31 @@ def test_rates_for_segments_and_layers_reach_the_best_params_and_the_refit(iris)
 
 
 def test_batch_size_width_and_depth_stay_population_axes(iris):
-    space = {**LR, "batch_size": [8, 16, 32], "width": [4, 8], "depth": [1, 2], "weight_decay": [1e-3]}
-    method = gputune.Hypergradient(per_layer=True, outer_steps=2, hyperparameters=("lr", "weight_decay"))
+    space = {
+        **LR,
+        "batch_size": [8, 16, 32],
+        "width": [4, 8],
+        "depth": [1, 2],
+        "weight_decay": [1e-3],
+    }
+    method = gputune.Hypergradient(
+        per_layer=True, outer_steps=2, hyperparameters=("lr", "weight_decay")
+    )
     for path in paths(tune("mlp", *iris, space=space, n_trials=5, method=method)).values():
-        assert len({(t.params["batch_size"], t.params["width"], t.params["depth"]) for t in path}) == 1
+        assert (
+            len({(t.params["batch_size"], t.params["width"], t.params["depth"]) for t in path}) == 1
+        )
         shape = (1, path[0].params["depth"] + 1)
-        assert {np.shape(t.params[name]) for t in path[1:] for name in ("lr", "weight_decay")} <= {shape}
+        assert {np.shape(t.params[name]) for t in path[1:] for name in ("lr", "weight_decay")} <= {
+            shape
+        }
 
 
 def test_momentum_and_betas_move_too(iris):
     method = gputune.Hypergradient(hyperparameters=("lr", "momentum"), segments=2, outer_steps=3)
-    study = tune("mlp", *iris, space={**LR, "momentum": [0.5]}, n_trials=1, method=method, optimizer="sgd")
+    study = tune(
+        "mlp", *iris, space={**LR, "momentum": [0.5]}, n_trials=1, method=method, optimizer="sgd"
+    )
     momentum = study.trials[-1].params["momentum"]
     assert np.shape(momentum) == (2,) and set(momentum) != {0.5}
     method = gputune.Hypergradient(hyperparameters=("beta1", "beta2"), outer_steps=3)
@@ -128,8 +165,11 @@ def test_a_regression_descends_its_squared_error_in_the_targets_units():
 
 def test_the_solved_logistic_regression_descends_on_c():
     X, y = (part[::3] for part in load_breast_cancer(return_X_y=True))
-    solve = partial(gputune.tune, "logistic", X, y, cv=3, verbose=0, n_trials=0, include_default=False)
-    starts, ratios = [{"C": C, "l1_ratio": r} for C, r in ((0.005, 0.0), (100.0, 1.0))], (0.0, 1.0)
+    solve = partial(
+        gputune.tune, "logistic", X, y, cv=3, verbose=0, n_trials=0, include_default=False
+    )
+    starts = [{"C": C, "l1_ratio": r} for C, r in ((0.005, 0.0), (100.0, 1.0))]
+    ratios = (0.0, 1.0)
     study = solve(space={"C": loguniform(1e-3, 1e3)}, include=starts, method="hypergradient")
     points = [{"C": C, "l1_ratio": r} for C in np.logspace(-2, 1, 4) for r in ratios]
     grid = solve(scoring="neg_log_loss", include=points)
@@ -143,7 +183,12 @@ def test_the_solved_logistic_regression_descends_on_c():
 def test_the_slopes_of_solved_points_are_those_of_their_losses(iris):
     """Points that are solved together: each has the slope of its own C."""
     include = [{"C": C * math.exp(h)} for C in (0.05, 2.0) for h in (0, 1e-3, -1e-3)]
-    how = {"method": gputune.Hypergradient(outer_steps=1), "n_trials": 0, "include_default": False, "cv": 2}
+    how = {
+        "method": gputune.Hypergradient(outer_steps=1),
+        "n_trials": 0,
+        "include_default": False,
+        "cv": 2,
+    }
     trials = gputune.tune(
         "logistic", *iris, space={"C": loguniform(1e-3, 1e3)}, include=include, **how, verbose=0
     ).trials
@@ -163,7 +208,8 @@ def test_a_users_module_descends(iris):
 
 
 def test_chaos_is_flagged_stepped_down_from_and_counted(iris):
-    """Momentum 0.9 at a rate of 10: the slope is noise, and the search still ends at a good rate."""
+    """Momentum 0.9 at a rate of 10: the slope is noise, and the search still ends at a good
+    rate."""
     space = {**LR, "lr": [30.0], "momentum": [0.9]}
     study = tune("mlp", *iris, space=space, n_trials=1, optimizer="sgd", max_epochs=10)
     assert study.guarded["chaotic"] >= 2 and study.guarded["differences"] >= 1
@@ -174,9 +220,15 @@ def test_chaos_is_flagged_stepped_down_from_and_counted(iris):
 
 
 def test_a_stopped_search_goes_on_without_training_a_point_twice(iris, tmp_path, monkeypatch):
-    space, path = {**LR, "lr": [1e-4, 3e-4, 1e-3]}, tmp_path / "s.db"
-    search = partial(tune, "mlp", *iris, space=space, n_trials=3, method=gputune.Hypergradient(outer_steps=4))
-    whole, trained, limit, train = search(), [], 2, Trainer.train
+    space = {**LR, "lr": [1e-4, 3e-4, 1e-3]}
+    path = tmp_path / "s.db"
+    search = partial(
+        tune, "mlp", *iris, space=space, n_trials=3, method=gputune.Hypergradient(outer_steps=4)
+    )
+    whole = search()
+    trained = []
+    limit = 2
+    train = Trainer.train
 
     def counting(trainer, job, plan, **rest):
         if len(trained) == limit:
@@ -189,7 +241,8 @@ def test_a_stopped_search_goes_on_without_training_a_point_twice(iris, tmp_path,
         search(study=path)
     kept = [trial for trial in gputune.Study.open(path).trials if trial.state == "complete"]
     assert len(kept) == sum(trained)
-    trained, limit = [], None
+    trained = []
+    limit = None
     study = search(study=path)
     assert sum(trained) == len(whole.trials) - len(kept)
     assert [t.origin for t in study.trials] == [t.origin for t in whole.trials]
@@ -203,26 +256,36 @@ def test_a_stopped_search_goes_on_without_training_a_point_twice(iris, tmp_path,
 def test_more_starts_and_longer_descents_join_a_study(iris, tmp_path):
     search = partial(tune, "mlp", *iris, study=tmp_path / "s.db")
     first, second, longer = (
-        search(n_trials=n, method=gputune.Hypergradient(outer_steps=steps)) for n, steps in ((1, 1), (3, 1), (3, 3))
+        search(n_trials=n, method=gputune.Hypergradient(outer_steps=steps))
+        for n, steps in ((1, 1), (3, 1), (3, 3))
     )
     assert [t.score for t in second.trials[: len(first.trials)]] == [t.score for t in first.trials]
     assert len(paths(second)) == 3
-    assert [t.score for t in longer.trials[: len(second.trials)]] == [t.score for t in second.trials]
+    assert [t.score for t in longer.trials[: len(second.trials)]] == [
+        t.score for t in second.trials
+    ]
     assert len(longer.trials) > len(second.trials)
     with refused("holds another search, which differs from this call in: method, scoring"):
         search(n_trials=1, method="random")
 
 
 def test_processes_give_what_one_process_gives(iris):
-    space, method = {**LR, "width": [8, 20, 40]}, gputune.Hypergradient(outer_steps=1)
-    assert_same_points(*(tune("mlp", *iris, space=space, n_trials=4, method=method, workers=n) for n in (1, 2)))
+    space = {**LR, "width": [8, 20, 40]}
+    method = gputune.Hypergradient(outer_steps=1)
+    assert_same_points(
+        *(tune("mlp", *iris, space=space, n_trials=4, method=method, workers=n) for n in (1, 2))
+    )
 
 
 def test_little_memory_cuts_chunks_and_changes_nothing(iris):
-    search = partial(tune, "mlp", *iris, n_trials=4, method=gputune.Hypergradient(outer_steps=1, segments=2))
+    search = partial(
+        tune, "mlp", *iris, n_trials=4, method=gputune.Hypergradient(outer_steps=1, segments=2)
+    )
     plenty = search()
     for memory in ("3MB", "800KB"):
-        assert [t.score for t in search(memory=memory).trials] == pytest.approx([t.score for t in plenty.trials], 1e-5)
+        assert [t.score for t in search(memory=memory).trials] == pytest.approx(
+            [t.score for t in plenty.trials], 1e-5
+        )
     with refused("memory does not suffice to differentiate one trial in 3 folds"):
         search(memory="20KB")
 
@@ -230,23 +293,42 @@ def test_little_memory_cuts_chunks_and_changes_nothing(iris):
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("halfing", {}, "method must be 'random', 'halving', 'median', 'hypergradient', gputune.Halving"),
+        (
+            "halfing",
+            {},
+            "method must be 'random', 'halving', 'median', 'hypergradient', gputune.Halving",
+        ),
         ({"hyperparameters": "C"}, {}, "only the logistic regression solved with .* has 'C'"),
         ({"hyperparameters": "momentum"}, {}, "adam has no 'momentum', and trial 0 uses it"),
         ({"hyperparameters": "weight_decay"}, {}, "start from weight_decay=0, as trial 0"),
-        ({"segments": 50}, {}, r"segments=...\) must be at most the number of steps, got 50 segments for"),
+        (
+            {"segments": 50},
+            {},
+            r"segments=...\) must be at most the number of steps, got 50 segments for",
+        ),
         ({}, {"optimizer": "sgdhd"}, "trial 0 has: optimizer='sgdhd'; choose one of sgd"),
         ({}, {"optimizer": "muon"}, "trial 0 has: optimizer='muon'; choose one of sgd"),
         ({}, {"space": {"clip_norm": [1.0]}}, "trial 0 has: clip_norm=1; leave it out"),
         ({}, {"space": {"ema": [0.9]}}, "trial 0 has: ema=0.9; leave it out"),
         *(
-            (options, {"model": "logistic", "optimizer": None, "space": None}, "logistic regression has C alone")
-            for options in ({"segments": 2}, {"per_layer": True}, {"hyperparameters": "weight_decay"})
+            (
+                options,
+                {"model": "logistic", "optimizer": None, "space": None},
+                "logistic regression has C alone",
+            )
+            for options in (
+                {"segments": 2},
+                {"per_layer": True},
+                {"hyperparameters": "weight_decay"},
+            )
         ),
-        ({}, {"model": "logistic", "optimizer": None, "space": {"C": [math.inf]}},
-         "cannot start from C=inf, as trial 0 does.*above 0 and finite"),
+        (
+            {},
+            {"model": "logistic", "optimizer": None, "space": {"C": [math.inf]}},
+            "cannot start from C=inf, as trial 0 does.*above 0 and finite",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_methods_are_named(iris, method, options, message):
     method = gputune.Hypergradient(**method) if isinstance(method, dict) else method
     how = {"model": "mlp", "n_trials": 1, **options}
@@ -257,18 +339,27 @@ def test_bad_methods_are_named(iris, method, options, message):
 @pytest.mark.filterwarnings("ignore:y has classes with fewer rows than the 3 folds")
 @pytest.mark.parametrize("options", [{}, {"scoring": "neg_log_loss"}])
 @pytest.mark.parametrize("model", ["mlp", "logistic"])
-def test_a_class_that_a_fold_does_not_train_on_is_said_before_anything_trains(iris, monkeypatch, model, options):
+def test_a_class_that_a_fold_does_not_train_on_is_said_before_anything_trains(
+    iris, monkeypatch, model, options
+):
     """Its loss is infinite at every point: no learning rate is to blame."""
     monkeypatch.setattr(Trainer, "train", None)
     monkeypatch.setattr(descent, "implicit_chunk", None)
     names = np.array(["a", "b", "c"])[np.where(np.arange(150) == 149, 2, np.minimum(iris[1], 1))]
-    with refused("validation rows of fold . have class 'c', of which it has no training row: its log loss"):
-        gputune.tune(model, iris[0], names, method="hypergradient", n_trials=1, cv=3, verbose=0, **options)
+    with refused(
+        "validation rows of fold . have class 'c', of which it has no training row: its log loss"
+    ):
+        gputune.tune(
+            model, iris[0], names, method="hypergradient", n_trials=1, cv=3, verbose=0, **options
+        )
 
 
 def test_what_a_timeout_cut_short_goes_on_in_a_later_call(iris, tmp_path, monkeypatch):
-    method, path = gputune.Hypergradient(outer_steps=1), tmp_path / "s.db"
-    search = partial(tune, "mlp", *iris, space={**LR, "lr": [1e-3]}, n_trials=1, method=method, max_epochs=10)
+    method = gputune.Hypergradient(outer_steps=1)
+    path = tmp_path / "s.db"
+    search = partial(
+        tune, "mlp", *iris, space={**LR, "lr": [1e-3]}, n_trials=1, method=method, max_epochs=10
+    )
     with monkeypatch.context() as patch:
         time_is_over(patch, 5)
         first = search(study=path, timeout=600)
@@ -283,7 +374,8 @@ class Detached(nn.Module):
 
     def __init__(self, n_features, n_outputs):
         super().__init__()
-        self.first, self.last = nn.Linear(n_features, 6), nn.Linear(6, n_outputs)
+        self.first = nn.Linear(n_features, 6)
+        self.last = nn.Linear(6, n_outputs)
 
     def forward(self, x):
         h = torch.tanh(self.first(x))
@@ -305,7 +397,8 @@ def test_what_fills_narrow_members_is_at_no_kink(width):
 
 def test_the_score_is_the_loss_however_large_it_is(iris):
     """scikit-learn's log loss has a limit, the loss that is descended has none."""
-    space, method = {**LR, "lr": [3.0], "activation": ["relu"]}, gputune.Hypergradient(outer_steps=1)
+    space = {**LR, "lr": [3.0], "activation": ["relu"]}
+    method = gputune.Hypergradient(outer_steps=1)
     search = partial(tune, "mlp", *iris, space=space, n_trials=1, method=method)
     own, limited = (search(scoring=scoring).trials[0] for scoring in (None, "neg_log_loss"))
     assert own.score == pytest.approx(-own.detail["loss"], rel=1e-4)

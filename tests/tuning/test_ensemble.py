@@ -1,4 +1,5 @@
-"""An ensemble is the greedy choice of Caruana et al., of trials that train again as they did in the search."""
+"""An ensemble is the greedy choice of Caruana et al., of trials that train again as they did in the
+search."""
 
 import re
 from collections import Counter
@@ -37,7 +38,9 @@ def study(tmp_path_factory):
 
 def predicted(study, trials=None):
     """What trials of a study predict, by default all in the order of their scores."""
-    return predictions_of(search_of(Access(study)), study.ranking() if trials is None else trials, Progress(0))
+    return predictions_of(
+        search_of(Access(study)), study.ranking() if trials is None else trials, Progress(0)
+    )
 
 
 @pytest.fixture
@@ -49,12 +52,15 @@ def predictions(study):
 def test_the_candidates_score_again_as_in_the_search(study, kept):
     study = study if kept else tune("mlp", *IRIS, keep_predictions=False)
     predictions = predicted(study)
-    again = np.array([predictions.scores(fold, v)[0] for fold, v in enumerate(predictions.values)]).T
+    again = np.array(
+        [predictions.scores(fold, v)[0] for fold, v in enumerate(predictions.values)]
+    ).T
     np.testing.assert_array_equal(again, [trial.fold_scores for trial in study.ranking()])
 
 
 def greedy(predictions, size, folds):
-    """The obvious form: every ensemble of a step scored by scikit-learn's words, from its list of members."""
+    """The obvious form: every ensemble of a step scored by scikit-learn's words, from its list of
+    members."""
     targets = [predictions.data.target[fold.valid].cpu().numpy() for fold in predictions.data.folds]
 
     def key(members):
@@ -63,7 +69,8 @@ def greedy(predictions, size, folds):
         loss = [log_loss(targets[fold], q, labels=[0, 1, 2]) for q, fold in zip(p, folds)]
         return np.mean(right), -np.mean(loss)
 
-    chosen, keys = [], []
+    chosen = []
+    keys = []
     for _ in range(size):
         tried = [key([*chosen, m]) for m in range(len(predictions.values[0]))]
         chosen.append(tried.index(max(tried)))
@@ -82,7 +89,8 @@ def test_the_choice_is_the_greedy_one(predictions, folds):
 def test_a_fold_is_scored_by_what_the_others_choose(predictions):
     before = predictions.nested_scores(5)
     target = predictions.data.target
-    target[predictions.data.folds[1].valid] = 0  # another answer on one fold changes the choices for the others alone
+    # another answer on one fold changes the choices for the others alone
+    target[predictions.data.folds[1].valid] = 0
     choice = greedy(predictions, 5, [0, 2])
     mean = sum(n * predictions.values[1][m] for m, n in choice.items())
     after = predictions.nested_scores(5)
@@ -93,12 +101,19 @@ def test_halves_of_the_only_fold_are_scored_by_what_the_other_half_chooses():
     study = tune("mlp", *IRIS, cv=[(np.arange(0, 150, 2), np.arange(1, 150, 2))])
     predictions = predicted(study)
     (values,), (fold,) = predictions.values, predictions.data.folds
-    data = [replace(predictions.data, folds=(replace(fold, valid=fold.valid[start::2]),)) for start in (0, 1)]
-    halves = [replace(predictions, values=[values[:, start::2]], data=data[start]) for start in (0, 1)]
+    data = [
+        replace(predictions.data, folds=(replace(fold, valid=fold.valid[start::2]),))
+        for start in (0, 1)
+    ]
+    halves = [
+        replace(predictions, values=[values[:, start::2]], data=data[start]) for start in (0, 1)
+    ]
     scores = []
     for half, other in (halves, halves[::-1]):
         mean = sum(n * half.values[0][m] for m, n in greedy(other, 5, [0]).items())
-        scores.append(float((mean.argmax(1) == half.data.target[half.data.folds[0].valid]).double().mean()))
+        scores.append(
+            float((mean.argmax(1) == half.data.target[half.data.folds[0].valid]).double().mean())
+        )
     tuned = study.ensemble(size=5, refit="folds", verbose=0)
     assert predictions.nested_scores(5) == scores and scores[0] != scores[1]
     assert tuned.info["score"] == pytest.approx(np.mean(scores))
@@ -107,15 +122,21 @@ def test_halves_of_the_only_fold_are_scored_by_what_the_other_half_chooses():
 
 @pytest.mark.parametrize("task", ["multiclass", "multilabel", "regression"])
 def test_the_module_is_the_weighted_mean(task):
-    members, x = [nn.Linear(4, 3).double() for _ in range(3)], torch.randn(5, 4).double()
+    members = [nn.Linear(4, 3).double() for _ in range(3)]
+    x = torch.randn(5, 4).double()
     weights = torch.tensor([0.5, 0.3, 0.2]).double()
-    link = {"multiclass": lambda z: z.softmax(-1), "multilabel": torch.sigmoid, "regression": lambda z: z}[task]
+    link = {
+        "multiclass": lambda z: z.softmax(-1),
+        "multilabel": torch.sigmoid,
+        "regression": lambda z: z,
+    }[task]
     mean = sum(w * link(member(x)) for w, member in zip(weights, members))
     torch.testing.assert_close(link(Ensemble(members, weights.tolist(), task)(x)), mean)
 
 
 def test_one_step_is_the_best_model_and_more_starts_are_other_members(study):
-    best, one = study.best_model(), study.ensemble(size=1, verbose=0)
+    best = study.best_model()
+    one = study.ensemble(size=1, verbose=0)
     np.testing.assert_allclose(one.predict_proba(IRIS[0]), best.predict_proba(IRIS[0]), rtol=1e-5)
     assert one.info["ensemble"] == {str(study.best_trial.number): 1.0}
     first, second = study.ensemble(size=1, refit=2, verbose=0).module.members
@@ -126,9 +147,9 @@ def test_one_step_is_the_best_model_and_more_starts_are_other_members(study):
 def test_each_start_of_a_member_has_its_part_of_the_share():
     rng = np.random.default_rng(0)
     X = rng.normal(size=(80, 4))
-    tuned = tune("mlp", X, X[:, 0] + 0.8 * rng.normal(size=80), n_trials=6, cv=2, max_epochs=4).ensemble(
-        size=10, refit=2, verbose=0
-    )
+    tuned = tune(
+        "mlp", X, X[:, 0] + 0.8 * rng.normal(size=80), n_trials=6, cv=2, max_epochs=4
+    ).ensemble(size=10, refit=2, verbose=0)
     shares = list(tuned.info["ensemble"].values())
     assert len(set(shares)) > 1
     np.testing.assert_allclose(tuned.module.weights, np.divide([*shares, *shares], 2))
@@ -137,7 +158,8 @@ def test_each_start_of_a_member_has_its_part_of_the_share():
 def test_a_member_of_a_fold_is_that_of_the_search():
     folds = list(StratifiedKFold(3).split(*IRIS))
     study = tune("mlp", *IRIS, cv=folds, numbers="none")
-    together, out_of_fold = study.ensemble(size=1, refit="folds", verbose=0), study.oof_predictions()
+    together = study.ensemble(size=1, refit="folds", verbose=0)
+    out_of_fold = study.oof_predictions()
     assert together.info["refit"] == "folds" and len(together.module.members) == 3
     for member, (_, valid) in zip(together.module.members, folds):
         outputs = member(torch.tensor(IRIS[0][valid], dtype=torch.float32)).softmax(1).detach()
@@ -147,7 +169,8 @@ def test_a_member_of_a_fold_is_that_of_the_search():
 class Net(nn.Module):
     def __init__(self, n_features, n_outputs, width=4):
         super().__init__()
-        self.norm, self.layers = (nn.BatchNorm1d(n_features), nn.Sequential(nn.Linear(n_features, width), nn.Tanh()))
+        self.norm = nn.BatchNorm1d(n_features)
+        self.layers = nn.Sequential(nn.Linear(n_features, width), nn.Tanh())
         self.last = nn.Linear(width, n_outputs)
 
     def forward(self, x):
@@ -172,15 +195,26 @@ TWO = IRIS[0][50:], IRIS[1][50:]
     ("model", "data", "how"),
     [
         ("mlp", IRIS, {"scoring": "neg_log_loss", "patience": 1}),
-        ("mlp", IRIS, {"scoring": ["accuracy", "f1_macro"], "backend": "eager", "method": "halving"}),
-        ("mlp", DIABETES, {"dtype": "float64", "space": {"numbers": ["standard", "quantile"], "lr": [0.01, 0.03]}}),
+        (
+            "mlp",
+            IRIS,
+            {"scoring": ["accuracy", "f1_macro"], "backend": "eager", "method": "halving"},
+        ),
+        (
+            "mlp",
+            DIABETES,
+            {
+                "dtype": "float64",
+                "space": {"numbers": ["standard", "quantile"], "lr": [0.01, 0.03]},
+            },
+        ),
         pytest.param("realmlp", TWO, {}, marks=pytest.mark.long),
         ("logistic", TWO, {}),
         (Net, IRIS, NET),
         (Net, IRIS, {**NET, "backend": "graph", "method": gputune.Median(min_epochs=1)}),
         (OneLogit, TWO, {"space": {"lr": [0.01, 0.03]}, "backend": "loop"}),
     ],
-)  # fmt: skip
+)
 def test_kept_predictions_are_those_of_members_that_train_again(model, data, how):
     study = tune(model, *data, **how)
     trials = [trial for trial in study.ranking() if trial.state == "complete"]
@@ -189,14 +223,18 @@ def test_kept_predictions_are_those_of_members_that_train_again(model, data, how
     kept, again = (predicted(one, trials) for one in (study, lacking))
     for one, other in zip(kept.values, again.values, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    first, second = ({place: n / one.total() for place, n in one.items()} for one in (kept.choose(8), again.choose(8)))
+    first, second = (
+        {place: n / one.total() for place, n in one.items()}
+        for one in (kept.choose(8), again.choose(8))
+    )
     assert first == pytest.approx(second)
 
 
 def test_a_file_keeps_them_and_what_goes_on_adds_its_own(tmp_path, capsys):
     tune("mlp", *IRIS, study=tmp_path / "study.db", n_trials=2)
     study = tune("mlp", *IRIS, study=tmp_path / "study.db")
-    first, second = study.ensemble(verbose=0), gputune.Study.open(study.file).ensemble(*IRIS)
+    first = study.ensemble(verbose=0)
+    second = gputune.Study.open(study.file).ensemble(*IRIS)
     assert "train on their folds" not in capsys.readouterr().err
     np.testing.assert_array_equal(first.predict_proba(IRIS[0]), second.predict_proba(IRIS[0]))
     assert first.info == second.info
@@ -206,7 +244,10 @@ def test_a_file_keeps_them_and_what_goes_on_adds_its_own(tmp_path, capsys):
     ("keep", "words"),
     [
         (True, "3 trials train on their folds once more: no predictions of them were kept"),
-        (False, "6 trials train on their folds once more: the search was told to keep no predictions"),
+        (
+            False,
+            "6 trials train on their folds once more: the search was told to keep no predictions",
+        ),
     ],
 )
 def test_what_was_not_kept_trains_again(keep, words, monkeypatch, capsys):
@@ -214,7 +255,10 @@ def test_what_was_not_kept_trains_again(keep, words, monkeypatch, capsys):
     for place in ("types", "tuning.pipeline"):
         monkeypatch.setattr(f"gputune.{place}.KEPT_BYTES", limit)
     study = tune("mlp", *IRIS, keep_predictions=keep, verbose=1)
-    said = "predictions of validation rows are kept of about 3 trials, the best, since those of all take more than 5"
+    said = (
+        "predictions of validation rows are kept of about 3 trials, the best, since those of all "
+        "take more than 5"
+    )
     assert (said in capsys.readouterr().err) == keep
     best = {trial.number for trial in study.ranking()[:3]}
     assert study.data.outputs.keys() == (best if keep else set())
@@ -226,7 +270,11 @@ def test_what_was_not_kept_trains_again(keep, words, monkeypatch, capsys):
     ("model", "data", "how"),
     [
         pytest.param("mlp", IRIS, {}, marks=pytest.mark.long),
-        ("mlp", DIABETES, {"space": {"width": [8, 16], "numbers": ["standard", "piecewise"], "lr": [0.01, 0.03]}}),
+        (
+            "mlp",
+            DIABETES,
+            {"space": {"width": [8, 16], "numbers": ["standard", "piecewise"], "lr": [0.01, 0.03]}},
+        ),
         pytest.param("logistic", IRIS, {}, marks=pytest.mark.long),
         (OneLogit, TWO, {"space": {"lr": [0.01, 0.03]}}),
         pytest.param(Net, IRIS, {**NET, "optimizer": "sgd"}, marks=pytest.mark.long),
@@ -239,11 +287,16 @@ def test_it_is_saved_loaded_and_exported_as_any_model(model, data, how, tmp_path
         study = tune(model, X, y, **how)
     tuned = study.ensemble(refit="folds" if model == "mlp" else 2, verbose=0)
     tuned.save(tmp_path / "model")
-    loaded = gputune.load_model(tmp_path / "model", module=None if isinstance(model, str) else model)
-    predict, again = (one.predict if tuned.classes is None else one.predict_proba for one in (tuned, loaded))
+    loaded = gputune.load_model(
+        tmp_path / "model", module=None if isinstance(model, str) else model
+    )
+    predict, again = (
+        one.predict if tuned.classes is None else one.predict_proba for one in (tuned, loaded)
+    )
     np.testing.assert_array_equal(again(X), predict(X))
     assert loaded.info == tuned.info and sum(loaded.info["ensemble"].values()) == pytest.approx(1)
-    assert ("columns" in tuned.spec) == ("numbers" in how.get("space", {}))  # of some columns each, where they differ
+    # of some columns each, where they differ
+    assert ("columns" in tuned.spec) == ("numbers" in how.get("space", {}))
     if model in ("logistic", "mlp") and tuned.classes is not None:
         return  # the others are exported
     tuned.export(tmp_path / "model.onnx")
@@ -288,14 +341,38 @@ def test_rows_that_are_not_the_studys_are_refused_in_the_callers_words(study, tm
     ("how", "asked", "message"),
     [
         ({}, {"size": 0}, r"ensemble\(size=...\) must be an integer of at least 1, got 0"),
-        ({}, {"candidates": True}, r"ensemble\(candidates=...\) must be an integer of at least 2, got True"),
-        ({}, {"refit": 1.5}, r"unless it is 'all' or 'folds', must be an integer of at least 1, got 1.5"),
-        ({}, {"refit": "fold"}, r"unless it is 'all' or 'folds', must be an integer of at least 1, got 'fold'"),
-        ({"n_trials": 1}, {}, "needs two finished trials, and the study has 1; search on, or use best_model"),
-        ({}, {"candidates": 1}, r"ensemble\(candidates=...\) must be an integer of at least 2, got 1"),
-        ({"method": "hypergradient", "n_trials": 1}, {}, "this study is of a hypergradient search, whose points"),
+        (
+            {},
+            {"candidates": True},
+            r"ensemble\(candidates=...\) must be an integer of at least 2, got True",
+        ),
+        (
+            {},
+            {"refit": 1.5},
+            r"unless it is 'all' or 'folds', must be an integer of at least 1, got 1.5",
+        ),
+        (
+            {},
+            {"refit": "fold"},
+            r"unless it is 'all' or 'folds', must be an integer of at least 1, got 'fold'",
+        ),
+        (
+            {"n_trials": 1},
+            {},
+            "needs two finished trials, and the study has 1; search on, or use best_model",
+        ),
+        (
+            {},
+            {"candidates": 1},
+            r"ensemble\(candidates=...\) must be an integer of at least 2, got 1",
+        ),
+        (
+            {"method": "hypergradient", "n_trials": 1},
+            {},
+            "this study is of a hypergradient search, whose points",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_an_ensemble_is_said(study, how, asked, message):
     study = tune("mlp", *IRIS, **how) if how else study
     with refused(message):
@@ -312,11 +389,18 @@ def test_what_cannot_be_an_ensemble_is_said(study, how, asked, message):
 )
 def test_the_command_line_saves_the_better_one(typed, words, tmp_path, capsys):
     out = tmp_path / "out"
-    assert main([*"tune sklearn:iris --trials 4 --epochs 3 --ensemble --out".split(), str(out), *typed]) == 0
+    assert (
+        main(
+            [*"tune sklearn:iris --trials 4 --epochs 3 --ensemble --out".split(), str(out), *typed]
+        )
+        == 0
+    )
     text = " ".join(capsys.readouterr().out.split())
     assert words in text and "On the same folds always" in text
     is_ensemble = isinstance(gputune.load_model(out / "model").module, Ensemble)
-    assert is_ensemble == ("the ensemble is saved, by these rows" in text or "is the model that is saved" in text)
+    assert is_ensemble == (
+        "the ensemble is saved, by these rows" in text or "is the model that is saved" in text
+    )
     assert main(["resume", str(out)]) == 0  # what was saved as an ensemble is one again
     assert isinstance(gputune.load_model(out / "model").module, Ensemble) == is_ensemble
 
@@ -324,15 +408,29 @@ def test_the_command_line_saves_the_better_one(typed, words, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("ensemble", "best", "words"),
     [
-        (0.95, 0.91, "the ensemble is saved, .* One lies within the other's 95% interval, .* be chance"),
+        (
+            0.95,
+            0.91,
+            "the ensemble is saved, .* One lies within the other's 95% interval, .* be chance",
+        ),
         (0.91, 0.95, "the best trial is saved, .* may be chance"),
-        (0.95, 0.80, "the ensemble is saved, by these rows: its score there is a little optimistic.$"),
-        (0.95, 0.95, "the best trial is saved, by these rows: its score there is a little optimistic.$"),
+        (
+            0.95,
+            0.80,
+            "the ensemble is saved, by these rows: its score there is a little optimistic.$",
+        ),
+        (
+            0.95,
+            0.95,
+            "the best trial is saved, by these rows: its score there is a little optimistic.$",
+        ),
     ],
 )
 def test_a_difference_within_an_interval_may_be_chance(study, ensemble, best, words):
     model = replace(study.best_model(), info={"ensemble": {"0": 1.0}, "score": 0.9})
-    scores = [HeldOut(score, 100, interval=(score - 0.05, score + 0.03)) for score in (ensemble, best)]
+    scores = [
+        HeldOut(score, 100, interval=(score - 0.05, score + 0.03)) for score in (ensemble, best)
+    ]
     assert re.search(words, ensemble_words(study, model, *scores, is_saved=ensemble > best))
     scores = [replace(score, interval=None) for score in scores]  # of which nothing is said
     assert "chance" not in ensemble_words(study, model, *scores, is_saved=ensemble > best)

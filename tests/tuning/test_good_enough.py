@@ -1,4 +1,5 @@
-"""A search that ends because it is good enough ends at the same trial after a kill, and in the same call again."""
+"""A search that ends because it is good enough ends at the same trial after a kill, and in the same
+call again."""
 
 import itertools
 import random
@@ -29,7 +30,9 @@ def sampler(**options):
 
 
 def tune(study, **options):
-    return gputune.tune("mlp", X, Y, space=SPACE, max_epochs=3, study=study, **{**COMMON, "n_trials": 16, **options})
+    return gputune.tune(
+        "mlp", X, Y, space=SPACE, max_epochs=3, study=study, **{**COMMON, "n_trials": 16, **options}
+    )
 
 
 def objective(params, report):
@@ -49,21 +52,39 @@ MODES = {
     "target": (tune, {"target_score": -1.0}),
     "logistic": (
         lambda study, **options: gputune.tune(
-            "logistic", X, Y, space={"C": [0.01, 0.1, 1.0, 10.0, 30.0]}, study=study, n_trials=5, **COMMON, **options
+            "logistic",
+            X,
+            Y,
+            space={"C": [0.01, 0.1, 1.0, 10.0, 30.0]},
+            study=study,
+            n_trials=5,
+            **COMMON,
+            **options,
         ),
         {"patience_trials": 2},
     ),
     "halving": (tune, {"patience_trials": 2, "method": "halving"}),
     "median": (tune, {"patience_trials": 2, "method": "median"}),
     "optuna": (tune, {"patience_trials": 3, "method": sampler()}),
-    "optuna and halving": (tune, {"patience_trials": 2, "method": sampler(halving=Halving(factor=2))}),
+    "optuna and halving": (
+        tune,
+        {"patience_trials": 2, "method": sampler(halving=Halving(factor=2))},
+    ),
     "hypergradient": (
         tune,
-        {"patience_trials": 2, "n_trials": 2, "memory": "4MB", "method": gputune.Hypergradient(outer_steps=5)},
+        {
+            "patience_trials": 2,
+            "n_trials": 2,
+            "memory": "4MB",
+            "method": gputune.Hypergradient(outer_steps=5),
+        },
     ),
     "loop": (search, {"patience_trials": 3}),
     "loop and target": (search, {"target_score": 1.2}),
-    "loop and halving": (search, {"patience_trials": 4, "method": Halving(min_epochs=1), "max_epochs": 4}),
+    "loop and halving": (
+        search,
+        {"patience_trials": 4, "method": Halving(min_epochs=1), "max_epochs": 4},
+    ),
     "loop and optuna": (search, {"patience_trials": 4, "method": sampler()}),
 }
 
@@ -73,7 +94,8 @@ class Killed(BaseException):
 
 
 def fail_at(monkeypatch, moment):
-    """Let the process end before a call of the ledger that keeps results or adds trials, counted from 1."""
+    """Let the process end before a call of the ledger that keeps results or adds trials, counted
+    from 1."""
     numbers = itertools.count(1)
 
     def watched(original):
@@ -95,7 +117,9 @@ def seconds(study):
 SLOW = ("halving", "median", "optuna and halving", "hypergradient")
 
 
-@pytest.mark.parametrize("mode", [pytest.param(mode, marks=[pytest.mark.long] * (mode in SLOW)) for mode in MODES])
+@pytest.mark.parametrize(
+    "mode", [pytest.param(mode, marks=[pytest.mark.long] * (mode in SLOW)) for mode in MODES]
+)
 def test_a_search_its_resume_and_its_repetition_give_one_table(tmp_path, monkeypatch, mode):
     run, options = MODES[mode]
     whole = tmp_path / "whole.db"
@@ -120,13 +144,16 @@ def test_a_search_its_resume_and_its_repetition_give_one_table(tmp_path, monkeyp
 
 
 def test_trials_are_counted_in_order_of_their_numbers(tmp_path):
-    """Wide networks train in chunks of their own, one after the other, in another order than the trials' numbers."""
+    """Wide networks train in chunks of their own, one after the other, in another order than the
+    trials' numbers."""
     patience = 3
     study = tune(tmp_path / "study.db", patience_trials=patience)
     ended = {trial.number: trial.score for trial in study.trials if trial.state == "complete"}
     last = max(ended)
     assert sorted(ended) == list(range(last + 1)) and last < len(study.trials) - 1
-    since_best = [last - int(np.argmax([ended[n] for n in range(last + 1)])) for last in range(last + 1)]
+    since_best = [
+        last - int(np.argmax([ended[n] for n in range(last + 1)])) for last in range(last + 1)
+    ]
     assert since_best[-1] == patience and max(since_best[:-1]) < patience
 
 
@@ -159,7 +186,8 @@ class Unit:
 
 
 def trained_in_a_crowd(scores, chunks, *, seed, kill, **options):
-    """Return the trials that are trained by several workers, in a random order, with a kill after some chunks."""
+    """Return the trials that are trained by several workers, in a random order, with a kill after
+    some chunks."""
     draw = random.Random(seed)
     results = {}
     for most in (draw.randrange(1, len(chunks)) if kill else len(chunks), len(chunks)):
@@ -171,7 +199,11 @@ def trained_in_a_crowd(scores, chunks, *, seed, kill, **options):
         stop = Stop()
         units = [Unit(chunk) for chunk in chunks if not results.keys() >= set(chunk.trials)]
         queue = Queue(
-            units, Crowd(3, draw), stop, lambda unit: True, lambda unit, allows=good_enough.allows: allows(unit.chunk)
+            units,
+            Crowd(3, draw),
+            stop,
+            lambda unit: True,
+            lambda unit, allows=good_enough.allows: allows(unit.chunk),
         )
         if good_enough.is_reached():
             break
@@ -188,8 +220,10 @@ def trained_in_a_crowd(scores, chunks, *, seed, kill, **options):
     return set(results), good_enough.reason
 
 
-@pytest.mark.parametrize("options", [{"patience_trials": 4, "target_score": None},
-                                     {"patience_trials": None, "target_score": 0.9}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [{"patience_trials": 4, "target_score": None}, {"patience_trials": None, "target_score": 0.9}],
+)
 def test_the_order_in_which_workers_end_does_not_decide(options):
     draw = random.Random(0)
     n_early = 0
@@ -198,12 +232,17 @@ def test_the_order_in_which_workers_end_does_not_decide(options):
         scores = [draw.random() for _ in numbers]
         chunks = []
         while numbers:
-            part = [numbers.pop(draw.randrange(min(6, len(numbers)))) for _ in range(min(len(numbers), 2))]
+            part = [
+                numbers.pop(draw.randrange(min(6, len(numbers))))
+                for _ in range(min(len(numbers), 2))
+            ]
             chunks.append(Chunk(len(chunks), 0, tuple(part), 1, at_once=3))
         expected = trained_in_a_crowd(scores, chunks, seed=0, kill=False, **options)
         n_early += len(expected[0]) < 40
         for seed in range(8):
-            assert trained_in_a_crowd(scores, chunks, seed=seed, kill=seed % 2, **options) == expected
+            assert (
+                trained_in_a_crowd(scores, chunks, seed=seed, kill=seed % 2, **options) == expected
+            )
     assert n_early > 8
 
 
@@ -216,13 +255,16 @@ def test_a_chunk_begins_when_those_that_cannot_train_beside_it_have_ended():
     ledger.results[1] = Result(1, "complete", 2.0, (2.0,), 1, 0.0, np.array([[2.0]]))
     assert not good_enough.is_reached() and not good_enough.allows(ledger.plan[2])
     ledger.results[0] = replace(ledger.results[1], number=0, score=0.0)
-    assert list(map(good_enough.allows, ledger.plan))[2:] == [True, False]  # it would train beside trial 1
+    # it would train beside trial 1
+    assert list(map(good_enough.allows, ledger.plan))[2:] == [True, False]
     assert not good_enough.is_reached()
     ledger.results[2] = replace(ledger.results[1], number=2, score=0.0)
     assert good_enough.is_reached() and good_enough.reason.startswith("trial 1 has reached")
 
 
-@pytest.mark.parametrize("rule", [Halving(min_epochs=1, factor=2), Median(min_epochs=1, min_trials=2)])
+@pytest.mark.parametrize(
+    "rule", [Halving(min_epochs=1, factor=2), Median(min_epochs=1, min_trials=2)]
+)
 def test_a_custom_training_loop_is_compared_with_lower_numbers_only(tmp_path, rule):
     reports = Reports(tmp_path / "reports")
     reports.write(0, [0.5], ended=False)

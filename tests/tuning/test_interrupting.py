@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM, in this process and as real signals to real processes with workers; the timeout."""
+"""Ctrl-C and SIGTERM, in this process and as real signals to real processes with workers; the
+timeout."""
 
 import os
 import shlex
@@ -47,11 +48,13 @@ class Net(torch.nn.Linear):
 # So little memory makes every trial a chunk of its own.
 MANY = "--space lr=1e-4..1e-1:log width=8 --cv 2 --trials 12 --epochs 40 --memory 1KB".split()
 # To the group, as a terminal does it.
-CTRL_C, TERMINATE = "os.killpg(0, signal.SIGINT)", "os.killpg(0, signal.SIGTERM)"
+CTRL_C = "os.killpg(0, signal.SIGINT)"
+TERMINATE = "os.killpg(0, signal.SIGTERM)"
 
 
 def finish(*arguments, cwd, first=""):
-    """Run the command in a process group of its own, as a shell does; return its exit code and outputs."""
+    """Run the command in a process group of its own, as a shell does; return its exit code and
+    outputs."""
     process = Fork(first + START, *arguments, cwd=cwd, COLUMNS="100")
     out, err = process.communicate()
     return process.returncode, out, err
@@ -79,7 +82,11 @@ def test_ctrl_c_keeps_all_and_says_the_command_that_goes_on(tmp_path, monkeypatc
     assert f"Trials   {done} complete" in out and f"{states.count('waiting')} waiting; " in out
     if workers == 1:  # one of the two goes on
         return
-    (go_on,) = (line.removeprefix("Go on    gputune ") for line in out.splitlines() if line.startswith("Go on"))
+    (go_on,) = (
+        line.removeprefix("Go on    gputune ")
+        for line in out.splitlines()
+        if line.startswith("Go on")
+    )
     monkeypatch.chdir(tmp_path)
     code, out, err = run(*shlex.split(go_on))
     assert code == 0 and "Trials   12 complete; " in out, err
@@ -93,20 +100,44 @@ def test_ctrl_c_keeps_all_and_says_the_command_that_goes_on(tmp_path, monkeypatc
 def finish_net(tmp_path, do, *, first=""):
     (tmp_path / "net.py").write_text(NET.format(do=do))
     return finish(
-        "tune", "sklearn:iris", "--model", "net.py:Net", "--space", "lr=1e-3,1e-2", "--cv", "2", "--trials", "2",
-        "--no-default", "--epochs", "20", "--workers", "1", "--out", "out", cwd=tmp_path, first=TRAINS + first,
-    )  # fmt: skip
+        "tune",
+        "sklearn:iris",
+        "--model",
+        "net.py:Net",
+        "--space",
+        "lr=1e-3,1e-2",
+        "--cv",
+        "2",
+        "--trials",
+        "2",
+        "--no-default",
+        "--epochs",
+        "20",
+        "--workers",
+        "1",
+        "--out",
+        "out",
+        cwd=tmp_path,
+        first=TRAINS + first,
+    )
 
 
 def test_the_first_ctrl_c_finishes_the_epoch_and_leaves_the_model_of_the_best_so_far(tmp_path):
     code, out, err = finish_net(tmp_path, CTRL_C)
     assert code == 130 and "Trials   2 cut short" in out
-    assert "stopping after the running epoch" in err and "training the best trial so far on all rows" in err
-    study, model = gputune.Study.open(tmp_path / "out/study.db"), gputune.load_model(tmp_path / "out/model")
+    assert (
+        "stopping after the running epoch" in err
+        and "training the best trial so far on all rows" in err
+    )
+    study = gputune.Study.open(tmp_path / "out/study.db")
+    model = gputune.load_model(tmp_path / "out/model")
     assert np.isfinite(study.curves[:, 0]).all() and np.isnan(study.curves[:, 1:]).all()
     assert (model.info["params"], model.info["epochs"]) == (study.best_params, 1)
     assert f"Held-out accuracy: {model.info['held_out_score']:.4f}" in out
-    assert "\nModel    out/model\nNext     gputune predict out/model FILE\nGo on    gputune tune" in out
+    assert (
+        "\nModel    out/model\nNext     gputune predict out/model FILE\nGo on    gputune tune"
+        in out
+    )
 
 
 def test_the_second_ctrl_c_does_not(tmp_path):
@@ -159,7 +190,13 @@ class Pressing(torch.nn.Linear):
         return super().forward(x)
 
 
-SEARCH = {"space": {"lr": [1e-3, 1e-2, 1e-1]}, "n_trials": 3, "include_default": False, "cv": 3, "workers": 1}
+SEARCH = {
+    "space": {"lr": [1e-3, 1e-2, 1e-1]},
+    "n_trials": 3,
+    "include_default": False,
+    "cv": 3,
+    "workers": 1,
+}
 IRIS = load_iris(return_X_y=True)
 
 
@@ -182,7 +219,9 @@ def test_a_script_gets_a_keyboard_interrupt_that_has_the_study():
 
 @pytest.mark.parametrize("method", ["halving", "hypergradient"])
 def test_other_methods_hear_it_too(method, tmp_path):
-    with pytest.raises(SearchInterrupted, match="all is kept in .*repeat the call to go on") as caught:
+    with pytest.raises(
+        SearchInterrupted, match="all is kept in .*repeat the call to go on"
+    ) as caught:
         interrupted_tune(method=method, study=tmp_path / "s.db", max_epochs=300)
     kept = gputune.Study.open(tmp_path / "s.db")
     assert [t.state for t in kept.trials] == [t.state for t in caught.value.study.trials]
@@ -194,7 +233,10 @@ def test_at_a_prompt_the_study_so_far_is_returned(monkeypatch, capsys):
     study = interrupted_tune(verbose=1)
     assert "stopped" in {t.state for t in study.trials} and np.isfinite(study.best_score)
     err = capsys.readouterr().err
-    assert "stopping after the running epoch" in err and "interrupted: 0 of 3 trials are finished" in err
+    assert (
+        "stopping after the running epoch" in err
+        and "interrupted: 0 of 3 trials are finished" in err
+    )
 
 
 def test_a_programs_own_handler_stays():
@@ -209,7 +251,9 @@ def test_a_programs_own_handler_stays():
 
 def test_another_thread_sets_no_handler():
     with ThreadPoolExecutor(1) as thread:
-        study = thread.submit(gputune.tune, "mlp", *IRIS, **SEARCH, max_epochs=2, verbose=0).result()
+        study = thread.submit(
+            gputune.tune, "mlp", *IRIS, **SEARCH, max_epochs=2, verbose=0
+        ).result()
     assert [t.state for t in study.trials] == ["complete"] * 3
 
 
@@ -240,10 +284,30 @@ def test_a_timeout_holds_to_an_epoch_with_workers_too(tmp_path, monkeypatch):
     (tmp_path / "net.py").write_text(LATE.format(here=str(tmp_path), here_pid=os.getpid()))
     at_call(job, "train", 1, (tmp_path / "trains").touch, before=True, patch=monkeypatch.setattr)
     code, out, _ = run(
-        "tune", "sklearn:iris", "--model", "net.py:Net", "--space", "lr=1e-3..1e-1:log", "--cv", "2",
-        "--trials", "20", "--no-default", "--epochs", "1000", "--memory", "1KB", "--workers", "2",
-        "--timeout", "600", "--out", "out", "--backend", "stacked",
-    )  # fmt: skip
+        "tune",
+        "sklearn:iris",
+        "--model",
+        "net.py:Net",
+        "--space",
+        "lr=1e-3..1e-1:log",
+        "--cv",
+        "2",
+        "--trials",
+        "20",
+        "--no-default",
+        "--epochs",
+        "1000",
+        "--memory",
+        "1KB",
+        "--workers",
+        "2",
+        "--timeout",
+        "600",
+        "--out",
+        "out",
+        "--backend",
+        "stacked",
+    )
     assert code == 0 and "2 cut short, 18 waiting" in " ".join(out.split())
     curves = gputune.Study.open("out/study.db").curves
     assert np.isfinite(curves[:, 0]).all(1).sum() == 2 and np.isnan(curves[:, 1:]).all()

@@ -1,4 +1,5 @@
-"""search(): a training loop of the user's own, its trials, its study, and how it ends and goes on."""
+"""search(): a training loop of the user's own, its trials, its study, and how it ends and goes
+on."""
 
 import math
 import os
@@ -60,7 +61,8 @@ def test_lower_is_better_where_the_search_is_told_so():
 
 
 def test_workers_find_what_this_process_finds():
-    """A function of a test, which no fresh process could import, with what it closes over; its errors too."""
+    """A function of a test, which no fresh process could import, with what it closes over; its
+    errors too."""
     factor = 2.0
 
     def objective(params, report):
@@ -131,7 +133,9 @@ def test_a_search_draws_the_same_numbers_next_to_another_thread(call):
 @pytest.mark.parametrize("method", ["halving", "median"])
 def test_a_method_prunes_what_is_worse_than_those_before_it(method):
     lrs = [0.1, 0.5, 0.4, 0.6, 0.7, 0.01]
-    study = search(space={"lr": [1.0]}, n_trials=0, include=[{"lr": lr} for lr in lrs], method=method)
+    study = search(
+        space={"lr": [1.0]}, n_trials=0, include=[{"lr": lr} for lr in lrs], method=method
+    )
     states = {
         "halving": "complete pruned pruned pruned pruned complete",
         "median": "complete complete complete complete pruned complete",
@@ -144,8 +148,12 @@ def test_a_method_prunes_what_is_worse_than_those_before_it(method):
 def test_a_sampler_of_optunas_proposes_and_hears():
     method = gputune.OptunaSampler(optuna.samplers.TPESampler(seed=0, n_startup_trials=4), batch=4)
     study = search(method=method, n_trials=12, include=[{"lr": 0.1, "layers": (8,)}])
-    assert [trial.origin for trial in study.trials] == ["include"] + [f"batch {i // 4 + 1}" for i in range(12)]
-    assert all(1e-3 <= trial.params["lr"] <= 1 and trial.state == "complete" for trial in study.trials)
+    assert [trial.origin for trial in study.trials] == ["include"] + [
+        f"batch {i // 4 + 1}" for i in range(12)
+    ]
+    assert all(
+        1e-3 <= trial.params["lr"] <= 1 and trial.state == "complete" for trial in study.trials
+    )
 
 
 def test_a_failed_trial_keeps_its_error_and_the_search_goes_on(capsys):
@@ -160,9 +168,14 @@ def test_a_failed_trial_keeps_its_error_and_the_search_goes_on(capsys):
     assert {trial.state for trial in failed} == {"failed"} and 0 < len(failed) < 8
     line = objective.__code__.co_firstlineno + 3
     assert failed[0].detail["error"] == f"ValueError: too large (line {line} of objective)"
-    assert f"note: trial {failed[0].number} failed: ValueError: too large" in capsys.readouterr().err
+    assert (
+        f"note: trial {failed[0].number} failed: ValueError: too large" in capsys.readouterr().err
+    )
     assert {t.state for t in study.trials if 0.01 < t.params["lr"] <= 0.05} <= {"failed"}
-    with pytest.raises(gputune.SearchFailedError, match="8 of 8 trials raised an error, the first TypeError: what the"):
+    with pytest.raises(
+        gputune.SearchFailedError,
+        match="8 of 8 trials raised an error, the first TypeError: what the",
+    ):
         search(lambda params, report: None)
 
 
@@ -175,7 +188,10 @@ def test_a_value_that_is_no_number_ends_the_training():
         report(math.nan)
         raise AssertionError
 
-    with pytest.raises(gputune.SearchFailedError, match="of 8 trials the objective .* reported NaN .* in 8; look at"):
+    with pytest.raises(
+        gputune.SearchFailedError,
+        match="of 8 trials the objective .* reported NaN .* in 8; look at",
+    ):
         search(objective)
     assert len(seen) == 8
 
@@ -191,7 +207,11 @@ def test_a_worker_that_is_killed_costs_its_trial_alone(tmp_path):
 
     with pytest.warns(UserWarning, match="a worker process was lost while it trained 1 trial"):
         study = search(objective, {"lr": [1, 2, 3]}, workers=2, n_trials=3)
-    assert {t.params["lr"]: t.state for t in study.trials} == {1: "failed", 2: "complete", 3: "complete"}
+    assert {t.params["lr"]: t.state for t in study.trials} == {
+        1: "failed",
+        2: "complete",
+        3: "complete",
+    }
     (error,) = [trial.detail["error"] for trial in study.trials if trial.detail]
     assert error.startswith("it has lost 3 worker processes, the last because SIGKILL")
     assert (tmp_path / "calls").read_text() == "x" * 5
@@ -238,7 +258,8 @@ def test_an_objective_whose_code_has_changed_is_another_search(tmp_path):
     def objective(params, report):
         return params["lr"]
 
-    first, how = (objective, {"direction": "maximize", "study": tmp_path / "study.db", "workers": 1, "verbose": 0})
+    first = objective
+    how = {"direction": "maximize", "study": tmp_path / "study.db", "workers": 1, "verbose": 0}
     gputune.search(first, {"lr": [0.1, 0.2]}, n_trials=1, **how)
 
     def objective(params, report):
@@ -252,7 +273,8 @@ def test_an_objective_whose_code_has_changed_is_another_search(tmp_path):
 
 
 def test_it_stops_at_a_report_when_time_is_over_and_goes_on_later(tmp_path):
-    calls, steps = [], 50
+    calls = []
+    steps = 50
 
     def objective(params, report):
         calls.append(report.number)
@@ -268,7 +290,9 @@ def test_it_stops_at_a_report_when_time_is_over_and_goes_on_later(tmp_path):
 
     steps = 0
     for _ in range(2):  # nothing is trained by the second
-        assert [trial.state for trial in search(objective, n_trials=2, study=path).trials] == ["complete"] * 2
+        assert [trial.state for trial in search(objective, n_trials=2, study=path).trials] == [
+            "complete"
+        ] * 2
     assert calls == [0, 0, 1]
     with pytest.raises(gputune.InputError, match="differs from this call in: objective. Give"):
         search(train, n_trials=2, study=path)
@@ -288,7 +312,10 @@ def test_the_study_is_shown_and_what_it_has_not_is_refused(tmp_path):
     study = search(method="halving", study=tmp_path / "study.db")
     study.report(tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    assert "best objective" in page and "fold" not in page.split("<body")[1].split("<script")[0].lower()
+    assert (
+        "best objective" in page
+        and "fold" not in page.split("<body")[1].split("<script")[0].lower()
+    )
     assert "score = train({" in page
     assert len(study.to_pandas()) == 8 and len(study.to_optuna().trials) == 8
     with refused("best_model.* study.best_params"):
@@ -314,7 +341,13 @@ class Impatient(gputune.callbacks.Callback):
 )
 def test_a_search_ends_when_it_is_good_enough(tmp_path, given, trained, capsys):
     lrs = [{"lr": lr} for lr in (0.6, 0.4, 0.5, 0.45, 0.2, 0.1, 0.15, 0.3)]
-    call = {"direction": "minimize", "n_trials": 0, "include": lrs, "study": tmp_path / "s.db", "verbose": 1}
+    call = {
+        "direction": "minimize",
+        "n_trials": 0,
+        "include": lrs,
+        "study": tmp_path / "s.db",
+        "verbose": 1,
+    }
 
     def objective(params, report):
         return params["lr"]
@@ -322,9 +355,15 @@ def test_a_search_ends_when_it_is_good_enough(tmp_path, given, trained, capsys):
     for _ in range(1 if "callbacks" in given else 2):  # the same call again trains no more
         study = search(objective, {"lr": [1.0]}, **call, **given)
         assert [trial.state for trial in study.trials].count("complete") == trained
-    words = {"target_score": "trial 4 has reached the target score", "patience_trials": "2 trials in a row were no"}
+    words = {
+        "target_score": "trial 4 has reached the target score",
+        "patience_trials": "2 trials in a row were no",
+    }
     shown = capsys.readouterr().err
-    assert all((f"note: the search ends: {words[name]}" in shown) == (trained < 8) for name in words.keys() & given)
+    assert all(
+        (f"note: the search ends: {words[name]}" in shown) == (trained < 8)
+        for name in words.keys() & given
+    )
 
 
 def test_the_best_of_earlier_studies_are_tried_first(tmp_path):
@@ -333,7 +372,9 @@ def test_the_best_of_earlier_studies_are_tried_first(tmp_path):
     shutil.copy(tmp_path / "old.db", tmp_path / "study.db")
     for warm in (old, tmp_path / "old.db", [str(tmp_path / "old.db")], tmp_path):
         new = search(warm_start=warm, random_state=1)
-        assert [(trial.params, trial.origin) for trial in new.trials[:5]] == [(params, "include") for params in best]
+        assert [(trial.params, trial.origin) for trial in new.trials[:5]] == [
+            (params, "include") for params in best
+        ]
         assert len(new.trials) == 13
     with refused(
         r"warm_start: study '.*old.db' was searched in another space, .* the keys layers, width; leave "
@@ -342,7 +383,9 @@ def test_the_best_of_earlier_studies_are_tried_first(tmp_path):
         search(space={"lr": SPACE["lr"], "width": [1]}, warm_start=tmp_path / "old.db")
     with refused("warm_start: a study in memory was searched in another space, .* values, such as"):
         search(space={**SPACE, "lr": [5.0]}, warm_start=search())
-    with refused("warm_start must be of studies of direction='minimize', got one of 'maximize', whose best"):
+    with refused(
+        "warm_start must be of studies of direction='minimize', got one of 'maximize', whose best"
+    ):
         search(warm_start=old, direction="minimize")
     with refused("warm_start must be a study, the path of one, or a list of them, got 3"):
         search(warm_start=3)
@@ -366,10 +409,13 @@ def test_a_sampler_hears_of_earlier_scores(capsys):
 
     class Listening(optuna.samplers.RandomSampler):
         def sample_relative(self, study, trial, space):
-            heard.append([t.value for t in study.get_trials(states=[optuna.trial.TrialState.COMPLETE])])
+            heard.append(
+                [t.value for t in study.get_trials(states=[optuna.trial.TrialState.COMPLETE])]
+            )
             return super().sample_relative(study, trial, space)
 
-    old, method = search(), gputune.OptunaSampler(Listening(seed=0), batch=1)
+    old = search()
+    method = gputune.OptunaSampler(Listening(seed=0), batch=1)
     search(method=method, n_trials=1, warm_start=old)
     assert heard[-1] == [t.score for t in (*old.trials, *old.ranking()[:5])]
     vars(old)["record"] = replace(old.record, scoring="accuracy")
@@ -382,7 +428,10 @@ def test_a_sampler_hears_of_earlier_scores(capsys):
     "given, words",
     [
         ({"objective": 3}, ["objective", "(params, report)", "3"]),
-        ({"objective": lambda params: 1.0}, ["objective", "two arguments", "too many positional arguments"]),
+        (
+            {"objective": lambda params: 1.0},
+            ["objective", "two arguments", "too many positional arguments"],
+        ),
         ({"direction": "up"}, ["direction", "'minimize'", "'up'"]),
         ({"space": {}}, ["space", "at least one key", "{}"]),
         ({"space": {"x": []}}, ["space['x']", "at least one value", "leave the key out"]),
@@ -395,9 +444,12 @@ def test_a_sampler_hears_of_earlier_scores(capsys):
         ({"method": "halving", "max_epochs": None}, ["method='halving'", "max_epochs", "None"]),
         ({"method": gputune.Halving(min_epochs=9)}, ["min_epochs", "max_epochs=9"]),
         ({"workers": "ray"}, ["workers", "'ray'", "a number of processes"]),
-        ({"workers": 2, "objective": lambda params, report, lock=LOCK: 1.0}, ["objective", "workers=1"]),
+        (
+            {"workers": 2, "objective": lambda params, report, lock=LOCK: 1.0},
+            ["objective", "workers=1"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_refused(given, words):
     with refused(".*".join(map(re.escape, words))):
         search(**given)

@@ -28,7 +28,8 @@ def test_trials_are_drawn_for_a_small_part_of_the_timeout(tmp_path, capsys, run)
     n_drawn = len(study.trials)
     assert 1 <= n_drawn < 10**6
     says = (
-        f"note: {n_drawn} of 1000000000 configurations were drawn: the others repeat one of them, or there was no time"
+        f"note: {n_drawn} of 1000000000 configurations were drawn: the others repeat one of them, "
+        "or there was no time"
     )
     assert says in capsys.readouterr().err
     again = run(timeout=0.4, study=tmp_path / "study.db")

@@ -1,4 +1,5 @@
-"""An allocator that fails at the k-th step: what fits in parts comes out as it would whole, the others fail alone."""
+"""An allocator that fails at the k-th step: what fits in parts comes out as it would whole, the
+others fail alone."""
 
 import math
 import pickle
@@ -22,25 +23,44 @@ from gputune.sklearn import MLPClassifier, RandomizedSearchCV
 from gputune.study.store import Store
 from problems import fill
 
-SPACE = {"lr": loguniform(1e-4, 0.1), "batch_size": [16, 32], "width": [8, 16], "dropout": [0.0, 0.1]}
+SPACE = {
+    "lr": loguniform(1e-4, 0.1),
+    "batch_size": [16, 32],
+    "width": [8, 16],
+    "dropout": [0.0, 0.1],
+}
 
 
 def tune(method="random", **more):
-    how = {"space": SPACE, "n_trials": 8, "backend": "eager", "cv": 2, "max_epochs": 4, "verbose": 0, "workers": 1}
+    how = {
+        "space": SPACE,
+        "n_trials": 8,
+        "backend": "eager",
+        "cv": 2,
+        "max_epochs": 4,
+        "verbose": 0,
+        "workers": 1,
+    }
     return gputune.tune("mlp", *IRIS, method=METHODS[method], **{**how, **more})
 
 
 METHODS = {"random": "random", "halving": gputune.Halving(min_epochs=2)}
-IRIS, ONE_SHAPE = load_iris(return_X_y=True), {"lr": loguniform(1e-4, 0.1), "width": [8]}
+IRIS = load_iris(return_X_y=True)
+ONE_SHAPE = {"lr": loguniform(1e-4, 0.1), "width": [8]}
 ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you "
+        "tried ..."
+    ),
     RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if ..."),
     torch.AcceleratorError("CUDA error: out of memory", 2),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"),
+    RuntimeError(
+        "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"
+    ),
     MemoryError(),
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +69,10 @@ def whole():
 
 
 def fail(monkeypatch, when, error=ERRORS[0]):
-    """Let the training raise where ``when(number from 1, number of trials)`` says so, steps or compiled epochs."""
-    count, failed = [0], []
+    """Let the training raise where ``when(number from 1, number of trials)`` says so, steps or
+    compiled epochs."""
+    count = [0]
+    failed = []
 
     def allocating(chunk, *arguments, train):
         count[0] += 1
@@ -95,11 +117,15 @@ def test_what_never_fits_together_is_trained_one_by_one(whole, monkeypatch, meth
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_trial_that_does_not_fit_alone_fails_with_the_reason(whole, tmp_path, monkeypatch, method):
+def test_a_trial_that_does_not_fit_alone_fails_with_the_reason(
+    whole, tmp_path, monkeypatch, method
+):
     step = StackedChunk._step
 
     def allocating(chunk, *arguments):
-        if any(config["batch_size"] == 16 and config["width"] == 16 for config in chunk.network.configs):
+        if any(
+            config["batch_size"] == 16 and config["width"] == 16 for config in chunk.network.configs
+        ):
             raise ERRORS[1]
         return step(chunk, *arguments)
 
@@ -110,8 +136,14 @@ def test_a_trial_that_does_not_fit_alone_fails_with_the_reason(whole, tmp_path, 
         big = (trial.params.get("batch_size", 32), trial.params.get("width", 128)) == (16, 16)
         assert ("reason" in trial.detail) == big
         if big:
-            assert trial.state == "failed" and math.isnan(trial.score) and trial.number != found.best_trial.number
-            assert trial.detail["reason"].startswith("out of memory: [enforce fail at alloc_cpu.cpp:127]")
+            assert (
+                trial.state == "failed"
+                and math.isnan(trial.score)
+                and trial.number != found.best_trial.number
+            )
+            assert trial.detail["reason"].startswith(
+                "out of memory: [enforce fail at alloc_cpu.cpp:127]"
+            )
         elif method == "random":
             assert trial.fold_scores == pytest.approx(other.fold_scores, abs=1e-4)
     assert any("reason" in trial.detail for trial in found.trials)
@@ -123,8 +155,11 @@ LONG = ["random", pytest.param("halving", marks=pytest.mark.long)]
 @pytest.mark.cpu  # the plan of a GPU trains three members first, to measure them
 @pytest.mark.parametrize("method", LONG)
 def test_a_size_that_did_not_fit_is_not_tried_again(monkeypatch, method):
-    """Chunks of 6 of one shape, of which 2 fit: one of 6 fails, one of 3, and no other of that search."""
-    call = partial(tune, method, space=ONE_SHAPE, n_trials=12, cv=3, include_default=False, memory=800_000)
+    """Chunks of 6 of one shape, of which 2 fit: one of 6 fails, one of 3, and no other of that
+    search."""
+    call = partial(
+        tune, method, space=ONE_SHAPE, n_trials=12, cv=3, include_default=False, memory=800_000
+    )
     whole = call()
     failed = fail(monkeypatch, lambda number, trials: trials > 2)
     found = call()
@@ -142,17 +177,20 @@ def test_the_frozen_plan_stays_whole_when_a_chunk_does_not_fit(tmp_path, monkeyp
 
 
 def test_workers_remember_what_did_not_fit():
-    """A job that comes again, as it does for every chunk, knows what this process has learned since."""
+    """A job that comes again, as it does for every chunk, knows what this process has learned
+    since."""
     chunk = Population("mlp", tuple(range(8)), tuple(fill(*({"width": 8} for _ in range(8)))))
     wider = Population("mlp", (8, 9), tuple(fill({"width": 100}, {"width": 100})))
     sent = pickle_job(Job(seed=0, epochs=1, horizon=1))
-    first, second = pickle.loads(sent), pickle.loads(sent)
+    first = pickle.loads(sent)
+    second = pickle.loads(sent)
     first.fits.refused(chunk)
     assert (second.fits.most(chunk), second.fits.most(wider)) == (4, 2)
     learned = Job(seed=0, epochs=1, horizon=1, fits=second.fits)
     second.fits.refused(chunk.part(0, 4))
     assert pickle.loads(pickle_job(learned)).fits.most(chunk) == 2
-    assert pickle.loads(pickle_job(Job(seed=0, epochs=1, horizon=1))).fits.most(chunk) == 8  # another search
+    # another search
+    assert pickle.loads(pickle_job(Job(seed=0, epochs=1, horizon=1))).fits.most(chunk) == 8
     assert pickle.loads(pickle_job(learned)).fits.most(chunk) == 2
 
 
@@ -170,16 +208,22 @@ def test_parts_that_have_not_begun_when_time_is_over_wait(tmp_path, monkeypatch)
 def test_a_search_of_which_nothing_fits_says_so_and_another_error_is_raised(monkeypatch):
     with monkeypatch.context() as patch:
         fail(patch, lambda number, trials: True)
-        with pytest.raises(SearchFailedError, match="did not fit into memory even alone .* search smaller widths"):
+        with pytest.raises(
+            SearchFailedError, match="did not fit into memory even alone .* search smaller widths"
+        ):
             tune()
-    fail(monkeypatch, lambda number, trials: number == 3, RuntimeError("shapes cannot be multiplied"))
+    fail(
+        monkeypatch, lambda number, trials: number == 3, RuntimeError("shapes cannot be multiplied")
+    )
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         tune()
 
 
 def test_the_bar_takes_back_what_was_lost(monkeypatch):
     told = []
-    monkeypatch.setattr("gputune.tuning.progress.Progress.advance", lambda bar, number, curves: told.append(number))
+    monkeypatch.setattr(
+        "gputune.tuning.progress.Progress.advance", lambda bar, number, curves: told.append(number)
+    )
     fail(monkeypatch, lambda number, trials: number == 6)  # in the second epoch
     tune(space={"lr": [1e-3, 1e-2, 1e-1]})
     assert sum(told) == 3 * 4 and told[:2] == [3, -3]
@@ -196,7 +240,9 @@ def test_the_search_of_scikit_learns_kind_is_halved_too(monkeypatch):
         failed = fail(patch, lambda number, trials: number == 2)
         found = search()
     assert failed and failed[0] > 1
-    np.testing.assert_allclose(found.cv_results_["mean_test_score"], whole.cv_results_["mean_test_score"], atol=1e-4)
+    np.testing.assert_allclose(
+        found.cv_results_["mean_test_score"], whole.cv_results_["mean_test_score"], atol=1e-4
+    )
     fail(monkeypatch, lambda number, trials: True)
     with pytest.raises(MemoryError, match="One training alone does not fit; make it smaller"):
         search()

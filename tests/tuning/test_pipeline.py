@@ -16,7 +16,13 @@ import pytest
 import torch
 from scipy.stats import loguniform
 from sklearn.datasets import make_classification, make_regression
-from sklearn.model_selection import GroupKFold, KFold, ShuffleSplit, StratifiedKFold, TimeSeriesSplit
+from sklearn.model_selection import (
+    GroupKFold,
+    KFold,
+    ShuffleSplit,
+    StratifiedKFold,
+    TimeSeriesSplit,
+)
 from torch import nn
 
 import gputune
@@ -40,7 +46,9 @@ class Net(nn.Module):
 
     def __init__(self, n_features, n_outputs, hidden=8):
         super().__init__()
-        self.body = nn.Sequential(nn.Linear(n_features, hidden), nn.Tanh(), nn.Linear(hidden, n_outputs))
+        self.body = nn.Sequential(
+            nn.Linear(n_features, hidden), nn.Tanh(), nn.Linear(hidden, n_outputs)
+        )
 
     def forward(self, x):
         return self.body(x)
@@ -76,32 +84,49 @@ def test_a_study_has_trials_scores_curves_and_a_best_one(iris, capsys):
 def test_the_same_call_gives_the_same_study(iris):
     first, second = (tune("mlp", *iris, n_trials=4, random_state=3) for _ in range(2))
     np.testing.assert_array_equal(first.curves, second.curves)
-    other = tune("mlp", *iris, n_trials=4, random_state=np.random.RandomState(0))  # which is used once
+    # which is used once
+    other = tune("mlp", *iris, n_trials=4, random_state=np.random.RandomState(0))
     assert [t.params for t in other.trials[1:]] != [t.params for t in first.trials[1:]]
     assert other.meta["seed"] == np.random.RandomState(0).randint(2**31)
     assert tune("mlp", *iris, n_trials=1, random_state=None).meta["seed"] >= 0
 
 
 def test_a_fold_equals_a_plain_loop_on_its_own_preprocessing(iris):
-    """Laws 1 and 5 through the public door: statistics of the training rows, then the plain loop."""
+    """Laws 1 and 5 through the public door: statistics of the training rows, then the plain
+    loop."""
     X, y = iris
     folds = list(StratifiedKFold(3, shuffle=True, random_state=0).split(X, y))
     params = {"lr": 0.01, "batch_size": 20, "width": 24}
     study = tune(
-        "mlp", X, y, n_trials=0, include=[params], include_default=False, space=params, dtype="float64",
-        scoring="neg_log_loss", epoch="last", cv=folds,
-    )  # fmt: skip
+        "mlp",
+        X,
+        y,
+        n_trials=0,
+        include=[params],
+        include_default=False,
+        space=params,
+        dtype="float64",
+        scoring="neg_log_loss",
+        epoch="last",
+        cv=folds,
+    )
     config = complete(params, optimizer="adamw", schedule="constant")
     for f, (train, valid) in enumerate(folds):
-        center, scale = X[train].mean(0), X[train].std(0)
-        x, rows = torch.tensor((X - center) / scale), torch.tensor(valid)
+        center = X[train].mean(0)
+        scale = X[train].std(0)
+        x = torch.tensor((X - center) / scale)
+        rows = torch.tensor(valid)
         losses = []
 
         def after_epoch(epoch, module, x=x, rows=rows, losses=losses):
             with torch.no_grad():
-                losses.append(nn.functional.cross_entropy(module(x[rows]), torch.tensor(y)[rows]).item())
+                losses.append(
+                    nn.functional.cross_entropy(module(x[rows]), torch.tensor(y)[rows]).item()
+                )
 
-        reference.train_mlp(x[train], torch.tensor(y)[train], config, n_outputs=3, epochs=3, after_epoch=after_epoch)
+        reference.train_mlp(
+            x[train], torch.tensor(y)[train], config, n_outputs=3, epochs=3, after_epoch=after_epoch
+        )
         np.testing.assert_allclose(-study.curves[0, :, f], losses, rtol=1e-9)
 
 
@@ -109,15 +134,19 @@ def test_a_fold_equals_a_plain_loop_on_its_own_preprocessing(iris):
 def test_the_refit_equals_a_plain_loop_for_the_best_epochs(iris, width, tmp_path):
     X, y = iris
     params = {"lr": 0.03, "batch_size": 16, "width": width, "schedule": "cosine"}
-    space, path = {**params, "width": [width]}, tmp_path / "study.db"
+    space = {**params, "width": [width]}
+    path = tmp_path / "study.db"
     tune_one("mlp", X, y, space=space, dtype="float64", max_epochs=5, study=path)
     study = gputune.Study.open(path)
     assert study.best_params == params
     study.best_model(X, y).save(tmp_path / "model")
     model = gputune.load_model(tmp_path / "model")
-    x, config = torch.tensor((X - X.mean(0)) / X.std(0)), complete(params, optimizer="adamw", schedule="constant")
+    x = torch.tensor((X - X.mean(0)) / X.std(0))
+    config = complete(params, optimizer="adamw", schedule="constant")
     epochs = study.best_trial.best_epoch
-    alone = reference.train_mlp(x, torch.tensor(y), config, n_outputs=3, epochs=epochs, max_epochs=5)
+    alone = reference.train_mlp(
+        x, torch.tensor(y), config, n_outputs=3, epochs=epochs, max_epochs=5
+    )
     assert largest_difference(model.module, alone) <= 1e-10
     assert model.info["epochs"] == epochs
 
@@ -125,7 +154,10 @@ def test_the_refit_equals_a_plain_loop_for_the_best_epochs(iris, width, tmp_path
 @pytest.mark.parametrize(
     ("model", "kind"),
     [("mlp", "multiclass"), ("logistic", "binary"), (Net, "binary")]
-    + [pytest.param(*one, marks=pytest.mark.long) for one in (("mlp", "binary"), ("logistic", "multiclass"))],
+    + [
+        pytest.param(*one, marks=pytest.mark.long)
+        for one in (("mlp", "binary"), ("logistic", "multiclass"))
+    ],
 )
 def test_models_and_class_tasks(model, kind):
     classes = 2 if kind == "binary" else 3
@@ -174,7 +206,9 @@ WAYS = ["robust", "piecewise"]
 
 
 @pytest.mark.parametrize("model", ["mlp", "logistic", Net])
-def test_trials_that_prepare_numbers_in_a_way_are_those_of_a_search_of_it_alone(iris, model, tmp_path):
+def test_trials_that_prepare_numbers_in_a_way_are_those_of_a_search_of_it_alone(
+    iris, model, tmp_path
+):
     search = partial(tune, model, *iris, n_trials=4, include_default=False)
     space = {"C": [1.0, 0.1]} if model == "logistic" else {"lr": [1e-2, 1e-3]}
     study = search(space={"numbers": WAYS, **space}, study=tmp_path / "study.db")
@@ -188,7 +222,9 @@ def test_trials_that_prepare_numbers_in_a_way_are_those_of_a_search_of_it_alone(
             models = alone.best_model(trial=trial.number), opened.best_model(*iris, trial=number)
             np.testing.assert_array_equal(*(found.predict_proba(iris[0]) for found in models))
     assert not isinstance(model, type) or models[1].module.body[0].in_features == 64
-    assert f"'numbers': [{study.best_params['numbers']!r}]" in "".join(snippet(opened)).replace('"', "'")
+    assert f"'numbers': [{study.best_params['numbers']!r}]" in "".join(snippet(opened)).replace(
+        '"', "'"
+    )
 
 
 @pytest.mark.parametrize(
@@ -198,17 +234,24 @@ def test_trials_that_prepare_numbers_in_a_way_are_those_of_a_search_of_it_alone(
         pytest.param({"method": "median"}, marks=pytest.mark.long),
         {"method": gputune.OptunaSampler(optuna.samplers.RandomSampler(seed=0))},
         {"method": gputune.Hypergradient(outer_steps=1), "scoring": "neg_log_loss"},
-        {"method": gputune.Hypergradient(outer_steps=1), "model": "logistic", "space": {"C": loguniform(0.1, 1)}},
+        {
+            "method": gputune.Hypergradient(outer_steps=1),
+            "model": "logistic",
+            "space": {"C": loguniform(0.1, 1)},
+        },
     ],
 )
 def test_each_method_prepares_numbers_as_its_trials_say(iris, how):
     how = {"model": "mlp", "space": {"lr": loguniform(1e-3, 1e-2)}, "n_trials": 4, **how}
-    model, space = how.pop("model"), {"numbers": WAYS, **how.pop("space")}
+    model = how.pop("model")
+    space = {"numbers": WAYS, **how.pop("space")}
     study = tune(model, *iris, space=space, **how)
     assert {trial.params["numbers"] for trial in study.trials} == {*WAYS}
     how |= {"method": "random", "workers": 1, "scoring": study.record.scoring}
     plain = tune(model, *iris, space=space, **how)
-    alike = [(a.number, b.number) for a in study.trials for b in plain.trials if a.params == b.params]
+    alike = [
+        (a.number, b.number) for a in study.trials for b in plain.trials if a.params == b.params
+    ]
     for number, other in alike:
         done = np.isfinite(study.curves[number]).all(1)
         np.testing.assert_allclose(study.curves[number][done], plain.curves[other][done], atol=1e-6)
@@ -224,7 +267,8 @@ def test_numbers_of_a_space_have_a_default_go_on_and_are_included(iris, tmp_path
     for study in (more, search(warm_start=[more], n_trials=1)):
         assert study.record.numbers == "robust" and np.isfinite(study.curves).all()
     own = tune("mlp", *iris, n_trials=1, numbers="robust", include=[{"numbers": "none"}])
-    assert own.record.numbers == "robust" and own.trials[1].params["numbers"] == "none"  # goes before the argument
+    # goes before the argument
+    assert own.record.numbers == "robust" and own.trials[1].params["numbers"] == "none"
 
 
 @pytest.mark.parametrize(("row", "numbers"), [(0, "auto"), (slice(0, 75), "auto"), (0, "robust")])
@@ -232,7 +276,10 @@ def test_a_note_says_which_columns_have_numbers_beyond_those_of_training_rows(ir
     X = iris[0].copy()
     X[row, 2] = 1e6  # of one row, or of rows that every fold trains on
     notes = tune("mlp", X, iris[1], n_trials=1, numbers=numbers, max_epochs=1).record.notes
-    said = "Column 'x2': numbers beyond 20 standard deviations and beyond all training rows of a fold count as the far"
+    said = (
+        "Column 'x2': numbers beyond 20 standard deviations and beyond all training rows of a "
+        "fold count as the far"
+    )
     assert any(note.startswith(said) for note in notes) == (row == 0 and numbers == "auto")
 
 
@@ -241,23 +288,31 @@ def test_the_space_of_the_mlp_by_its_name_begins_with_a_portfolio(iris, tmp_path
     few, more = (search(n_trials=n, study=tmp_path / "study.db") for n in (3, 10))
     at_once = search(n_trials=10)
     origins = ["default", *["portfolio"] * len(PORTFOLIOS["mlp"]), *["random"] * 10][:10]
-    assert [trial.origin for trial in at_once.trials] == [trial.origin for trial in more.trials] == origins
+    assert (
+        [trial.origin for trial in at_once.trials]
+        == [trial.origin for trial in more.trials]
+        == origins
+    )
     assert more.trials[:3] == few.trials
     assert [trial.params for trial in at_once.trials] == [trial.params for trial in more.trials]
     for listed, trial in zip(PORTFOLIOS["mlp"], at_once.trials[1:]):
         assert listed.items() <= trial.params.items()
-    tensors = tune("mlp", torch.tensor(iris[0]), iris[1], n_trials=9, space="mlp", max_epochs=1, cv=2).trials
+    tensors = tune(
+        "mlp", torch.tensor(iris[0]), iris[1], n_trials=9, space="mlp", max_epochs=1, cv=2
+    ).trials
     assert {trial.params.get("numbers", "standard") for trial in tensors} == {"standard"}
     descent = search(n_trials=2, method=gputune.Hypergradient(outer_steps=1))
     assert "portfolio" not in {trial.origin for trial in descent.trials}
     search(n_trials=2, include_default=False, study=tmp_path / "plain.db")
-    later = search(n_trials=3, study=tmp_path / "plain.db")  # which has room for one more, beside the default
+    # which has room for one more, beside the default
+    later = search(n_trials=3, study=tmp_path / "plain.db")
     assert [trial.origin for trial in later.trials] == ["random", "random", "default", "portfolio"]
 
 
 @pytest.mark.parametrize("kind", [int, float])
 def test_files_frames_and_arrays_have_one_rule_for_the_task(tmp_path, iris, kind, capsys):
-    X, y = iris[0], (iris[1] == 1).astype(kind)
+    X = iris[0]
+    y = (iris[1] == 1).astype(kind)
     frame = pd.DataFrame(X, columns=list("abcd")).assign(t=y)
     frame.to_csv(tmp_path / "t.csv", index=False)
     rows = [(X, y), (frame.drop(columns="t"), frame.t), (frame, "t"), (tmp_path / "t.csv", "t")]
@@ -268,8 +323,11 @@ def test_files_frames_and_arrays_have_one_rule_for_the_task(tmp_path, iris, kind
 
 
 def test_a_guess_of_the_task_that_may_be_wrong_is_a_warning_where_tune_was_called():
-    X, y = np.random.default_rng(0).normal(size=(210, 2)), np.repeat(np.arange(21), 10)
-    with pytest.warns(gputune.InputWarning, match="21 distinct whole numbers in 210 rows") as caught:
+    X = np.random.default_rng(0).normal(size=(210, 2))
+    y = np.repeat(np.arange(21), 10)
+    with pytest.warns(
+        gputune.InputWarning, match="21 distinct whole numbers in 210 rows"
+    ) as caught:
         tune("mlp", X, y, n_trials=1, max_epochs=1)
     assert [warning.filename for warning in caught] == [__file__]
 
@@ -292,7 +350,10 @@ def test_mixed_columns_missing_values_and_unknown_levels(tmp_path):
     assert any("id" in note for note in study.meta["notes"])
     model = study.best_model()
     fresh = frame.head(3).assign(color=["red", "violet", None], extra=1)
-    with pytest.warns(UserWarning, match="extra"), pytest.warns(gputune.InputWarning, match="column 'color': 'violet'"):
+    with (
+        pytest.warns(UserWarning, match="extra"),
+        pytest.warns(gputune.InputWarning, match="column 'color': 'violet'"),
+    ):
         assert model.predict(fresh)[0] == "yes"
     model.save(tmp_path / "model")
     loaded = gputune.load_model(tmp_path / "model")
@@ -300,10 +361,14 @@ def test_mixed_columns_missing_values_and_unknown_levels(tmp_path):
 
 
 def test_the_levels_of_a_category_are_bounded(tmp_path):
-    frame, y = pd.DataFrame({"city": [f"c{i % 6}" for i in range(60)]}), np.arange(60) % 2
+    frame = pd.DataFrame({"city": [f"c{i % 6}" for i in range(60)]})
+    y = np.arange(60) % 2
     call = partial(tune_one, "mlp", frame, y, study=tmp_path / "study.db", max_epochs=1)
     study = call(max_levels=3)
-    assert study.record.features == 4 and "max_levels bounds the others to the 3 most" in study.record.notes[0]
+    assert (
+        study.record.features == 4
+        and "max_levels bounds the others to the 3 most" in study.record.notes[0]
+    )
     model = gputune.Study.open(tmp_path / "study.db").best_model(frame, y)
     assert model.layout.feature_names == ("city=c0", "city=c1", "city=c2", "city=(other)")
     assert "max_levels=3," in snippet(study)
@@ -315,7 +380,11 @@ def test_the_levels_of_a_category_are_bounded(tmp_path):
 def test_folds_groups_and_time_series():
     X, y = make_classification(60, 4, random_state=0)
     groups = np.repeat(np.arange(12), 5)
-    for cv, given, count in ((GroupKFold(4), groups, 4), (4, groups, 4), (TimeSeriesSplit(3), None, 3)):
+    for cv, given, count in (
+        (GroupKFold(4), groups, 4),
+        (4, groups, 4),
+        (TimeSeriesSplit(3), None, 3),
+    ):
         study = tune("mlp", X, y, groups=given, n_trials=1, cv=cv)
         assert study.curves.shape[2] == count
     named = pd.DataFrame(X, columns=list("abcd")).assign(group=groups)
@@ -327,7 +396,8 @@ def test_folds_groups_and_time_series():
 
 @pytest.mark.parametrize("kind", ["frame", "array", "tensor", "file"])
 def test_a_splitter_sees_the_rows_as_they_were_given(tmp_path, kind):
-    X, y = np.random.default_rng(1).normal(size=(60, 3)), np.arange(60) % 2
+    X = np.random.default_rng(1).normal(size=(60, 3))
+    y = np.arange(60) % 2
     time = np.random.default_rng(0).permutation(60)
     frame = pd.DataFrame(X, columns=list("abc")).assign(time=time, label=y, group=time // 10)
     frame.to_csv(tmp_path / "rows.csv", index=False)
@@ -345,11 +415,14 @@ def test_a_splitter_sees_the_rows_as_they_were_given(tmp_path, kind):
             order = np.argsort(X[:, 3] if isinstance(X, np.ndarray) else X["time"].to_numpy())
             yield order[:40], order[40:]
 
-    assert tune_one("mlp", rows, target, groups=groups, scoring=times, cv=ByTime()).best_score == 40.0
+    assert (
+        tune_one("mlp", rows, target, groups=groups, scoring=times, cv=ByTime()).best_score == 40.0
+    )
 
 
 def test_a_splitter_of_scikit_learn_cuts_arrays():
-    images, y = np.random.default_rng(0).normal(size=(24, 1, 4, 4)), np.arange(24) % 2
+    images = np.random.default_rng(0).normal(size=(24, 1, 4, 4))
+    y = np.arange(24) % 2
     for rows, n_inputs in ((images, 1), ((images, images), 2)):
         model = partial(Flat, n_inputs=n_inputs)
         study = tune_one(model, rows, y, max_epochs=1, cv=ShuffleSplit(2, random_state=0))
@@ -419,9 +492,14 @@ def test_a_study_file_holds_the_search_and_goes_on(tmp_path, iris, monkeypatch):
 
 
 def test_a_study_opened_later_refits_from_its_file_or_asks_for_rows(tmp_path, iris):
-    frame, csv = pd.DataFrame(iris[0], columns=list("abcd")).assign(kind=iris[1]), tmp_path / "iris.csv"
+    frame = pd.DataFrame(iris[0], columns=list("abcd")).assign(kind=iris[1])
+    csv = tmp_path / "iris.csv"
     frame.to_csv(csv, index=False)
-    expected = tune("mlp", csv, "kind", n_trials=2, study=tmp_path / "a.db").best_model().predict_proba(frame)
+    expected = (
+        tune("mlp", csv, "kind", n_trials=2, study=tmp_path / "a.db")
+        .best_model()
+        .predict_proba(frame)
+    )
     opened = gputune.Study.open(tmp_path / "a.db")
     np.testing.assert_array_equal(opened.best_model().predict_proba(frame), expected)
     frame.head(140).to_csv(csv, index=False)
@@ -445,7 +523,10 @@ def test_a_model_has_the_score_of_its_own_rows_alone(tmp_path, iris):
     study = tune("mlp", X, y, n_trials=1, study=tmp_path / "a.db")
     opened = gputune.Study.open(tmp_path / "a.db")
     model = opened.best_model(X, y)
-    assert (model.info["score"], model.info["fingerprint"]) == (study.best_score, study.meta["fingerprint"])
+    assert (model.info["score"], model.info["fingerprint"]) == (
+        study.best_score,
+        study.meta["fingerprint"],
+    )
     others = {
         r"\(150 rows then, 120 now\)": (X[:120], y[:120]),
         r"\(4 columns then, 3 now\)": (X[:, :3], y),
@@ -461,28 +542,38 @@ def test_a_model_has_the_score_of_its_own_rows_alone(tmp_path, iris):
         opened.best_model(X + 1, y)
     other = opened.best_model(X[:120], y[:120], check=False)
     assert other.info["rows"] == 120 and other.info["params"] == study.best_params
-    assert not {"score", "std_error"} & other.info.keys() and "cross-validated" not in other._repr_html_()
-    for of_other_rows in (other, replace(model, info={**model.info, "fingerprint": other.info["fingerprint"]})):
+    assert (
+        not {"score", "std_error"} & other.info.keys()
+        and "cross-validated" not in other._repr_html_()
+    )
+    for of_other_rows in (
+        other,
+        replace(model, info={**model.info, "fingerprint": other.info["fingerprint"]}),
+    ):
         with refused("of other parameters, another score or other rows; make it"):
             study.report(tmp_path / "report.html", model=of_other_rows)
     study.report(tmp_path / "report.html", model=model)
-    old = {key: value for key, value in model.info.items() if key != "fingerprint"}  # of an earlier version
+    # of an earlier version
+    old = {key: value for key, value in model.info.items() if key != "fingerprint"}
     study.report(tmp_path / "report.html", model=replace(model, info=old))
 
 
 def test_a_study_runs_code_only_of_whom_its_user_has_trained(tmp_path, iris, another_user):
     (tmp_path / "net.py").write_text(
-        "from torch import nn\n\n\nclass Net(nn.Linear):\n"
-        "    def __init__(self, n_features, n_outputs):\n        super().__init__(n_features, n_outputs)\n"
+        "from torch import nn\n\n\nclass Net(nn.Linear):\n    def __init__(self, n_features, "
+        "n_outputs):\n        super().__init__(n_features, n_outputs)\n"
     )
     path = tmp_path / "a.db"
     study = tune(f"{tmp_path / 'net.py'}:Net", *iris, n_trials=1, study=path)
-    expected, opened = study.best_model().predict(iris[0]), gputune.Study.open(path)
+    expected = study.best_model().predict(iris[0])
+    opened = gputune.Study.open(path)
     np.testing.assert_array_equal(opened.best_model(*iris).predict(iris[0]), expected)
     another_user()
     with refused(rf"{tmp_path}/net.py', and loading it runs .*, pass trust_code=True"):
         opened.best_model(*iris)
-    np.testing.assert_array_equal(opened.best_model(*iris, trust_code=True).predict(iris[0]), expected)
+    np.testing.assert_array_equal(
+        opened.best_model(*iris, trust_code=True).predict(iris[0]), expected
+    )
     with refused("pass trust_code=True"):  # it was said for that call
         opened.best_model(*iris)
 
@@ -502,7 +593,9 @@ def test_weights_that_a_file_does_not_hold_are_asked_for(tmp_path, iris):
 
 @pytest.mark.parametrize("class_weight", ["balanced", {0: 3.0, 2: 0.5}])
 def test_class_weights_are_read_from_a_study_file(tmp_path, iris, class_weight):
-    X, y = iris[0][20:], iris[1][20:]  # classes of unlike size
+    # classes of unlike size
+    X = iris[0][20:]
+    y = iris[1][20:]
     study = tune("mlp", X, y, study=tmp_path / "a.db", class_weight=class_weight, n_trials=1)
     expected = study.best_model().predict_proba(X)
     again = gputune.Study.open(tmp_path / "a.db").best_model(X, y)
@@ -524,51 +617,123 @@ IMAGES = {"X": np.ones((9, 1, 4, 4)), "y": np.arange(9) % 3}
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"model": "mpl"}, "model must be 'mlp', 'logistic', 'cnn', 'gru', 'realmlp', a torch.nn.Module.*mean 'mlp'"),
+        (
+            {"model": "mpl"},
+            "model must be 'mlp', 'logistic', 'cnn', 'gru', 'realmlp', a torch.nn.Module.*mean "
+            "'mlp'",
+        ),
         ({"model": Net(4, 3)}, "must be the class, not an instance.*pass Net"),
-        ({"optimizer": "adagrad"}, "optimizer for model='mlp' must be one of sgd, nesterov, adam, adamw, rmsprop, lion,"
-         " muon, schedulefree, sgdhd, nesterovhd, adamhd, adamwhd, or a class of .*'adagrad'. .* mean 'Adagrad'"),
-        ({"optimizer": "Adagrad"}, "torch.optim.Adagrad takes the steps .*model='mlp' trains all .*models.MLP"),
+        (
+            {"optimizer": "adagrad"},
+            "optimizer for model='mlp' must be one of sgd, nesterov, adam, adamw, rmsprop, lion, "
+            "muon, schedulefree, sgdhd, nesterovhd, adamhd, adamwhd, or a class of .*'adagrad'. "
+            ".* mean 'Adagrad'",
+        ),
+        (
+            {"optimizer": "Adagrad"},
+            "torch.optim.Adagrad takes the steps .*model='mlp' trains all .*models.MLP",
+        ),
         ({"method": "halvng"}, "method must be .*got 'halvng'. Did you mean 'halving'"),
         ({"loss": "hubber", "model": Net}, "loss must be .*got 'hubber'. Did you mean 'huber'"),
         ({"task": "clasification"}, "task must be one of .*Did you mean 'classification'"),
         ({"schedule": "one-cycle"}, "schedule must be one of .*Did you mean 'one_cycle'"),
         ({"schedule": "step"}, "schedule must be one of 'constant', 'cosine', 'linear', 'warmup"),
         ({"epoch": "first"}, "epoch must be one of 'best', 'last', got 'first'"),
-        ({"numbers": "log"}, "numbers must be one of 'auto', .*'piecewise', 'piecewise-tree', 'none', got 'log'"),
-        ({"space": {"numbers": ["standrd"]}}, r"space\['numbers'\] must be one of .*'standrd'. .* mean 'standard'"),
-        ({"numbers": "robust", "space": [{"numbers": ["standard"]}, {"numbers": ["none", "quantile"]}]},
-         "numbers='robust' is none of those that the space has, standard, none, quantile, so no trial would have it"),
-        ({"y": np.full(150, 2.5)}, "y is 2.5 in every row: there is nothing to predict; check the target's column"),
-        ({"y": np.append(np.linspace(0, 1, 149), 1e30)},
-         r"y has 1e\+30 in row 149, beside which half of the other numbers are equal in single precision"),
-        ({"space": {"numbers": ["robust"]}, "X": torch.rand(9, 2), "y": np.arange(9) % 3},
-         "numbers='robust' is not there for tensors; pass a NumPy array"),
-        ({"space": {"numbers": ["standard"]}, "model": "cnn", **IMAGES},
-         "'numbers' is searched for tables, and X is .* leave the key out, and give numbers='standard' to the whole"),
-        ({"space": "mlp", "model": "logistic"}, "is of the MLP, got model='logistic'; choose model='mlp', or a space"),
-        ({"space": "mlp", "optimizer": "sgd"}, "space='mlp' .* measured with adamw, got optimizer='sgd'; leave one"),
+        (
+            {"numbers": "log"},
+            "numbers must be one of 'auto', .*'piecewise', 'piecewise-tree', 'none', got 'log'",
+        ),
+        (
+            {"space": {"numbers": ["standrd"]}},
+            r"space\['numbers'\] must be one of .*'standrd'. .* mean 'standard'",
+        ),
+        (
+            {
+                "numbers": "robust",
+                "space": [{"numbers": ["standard"]}, {"numbers": ["none", "quantile"]}],
+            },
+            "numbers='robust' is none of those that the space has, standard, none, quantile, so "
+            "no trial would have it",
+        ),
+        (
+            {"y": np.full(150, 2.5)},
+            "y is 2.5 in every row: there is nothing to predict; check the target's column",
+        ),
+        (
+            {"y": np.append(np.linspace(0, 1, 149), 1e30)},
+            r"y has 1e\+30 in row 149, beside which half of the other numbers are equal in single precision",
+        ),
+        (
+            {"space": {"numbers": ["robust"]}, "X": torch.rand(9, 2), "y": np.arange(9) % 3},
+            "numbers='robust' is not there for tensors; pass a NumPy array",
+        ),
+        (
+            {"space": {"numbers": ["standard"]}, "model": "cnn", **IMAGES},
+            "'numbers' is searched for tables, and X is .* leave the key out, and give "
+            "numbers='standard' to the whole",
+        ),
+        (
+            {"space": "mlp", "model": "logistic"},
+            "is of the MLP, got model='logistic'; choose model='mlp', or a space",
+        ),
+        (
+            {"space": "mlp", "optimizer": "sgd"},
+            "space='mlp' .* measured with adamw, got optimizer='sgd'; leave one",
+        ),
         ({"dtype": "float16"}, "dtype must be one of 'float32', 'float64', got 'float16'"),
         ({"max_epochs": 0}, "max_epochs must be an integer of at least 1, got 0"),
-        ({"workers": "rays"}, "workers must be a number of processes, 'auto', 'ray' or gputune.Ray.*, got 'rays'"),
+        (
+            {"workers": "rays"},
+            "workers must be a number of processes, 'auto', 'ray' or gputune.Ray.*, got 'rays'",
+        ),
         ({"workers": 0}, "workers must be an integer of at least 1, got 0"),
-        ({"study": 3}, "study is the path of a file, or None, got 3; of a study that is open give its file"),
-        ({"study": "/"}, "study must be a file, got the folder '/'; give a file in it, such as '/study.db'"),
+        (
+            {"study": 3},
+            "study is the path of a file, or None, got 3; of a study that is open give its file",
+        ),
+        (
+            {"study": "/"},
+            "study must be a file, got the folder '/'; give a file in it, such as '/study.db'",
+        ),
         ({"target_score": "0.9"}, "target_score must be a score, a number, or None, got '0.9'"),
-        ({"patience_trials": 0}, "patience_trials must be an integer of at least 1, or None, got 0"),
+        (
+            {"patience_trials": 0},
+            "patience_trials must be an integer of at least 1, or None, got 0",
+        ),
         ({"patience": 0}, "patience must be an integer of at least 1, or None, got 0"),
-        ({"patience": 3, "method": "halving"}, "patience is for .*, and method='halving' decides itself .*; leave"),
+        (
+            {"patience": 3, "method": "halving"},
+            "patience is for .*, and method='halving' decides itself .*; leave",
+        ),
         ({"patience": 3, "method": "hypergradient"}, "and method='hypergradient' decides itself"),
         ({"patience": 3, "method": "median"}, "and method='median' decides itself"),
         ({"patience": 3, "method": OPTUNA}, "and method='optuna' decides itself"),
-        ({"patience": 3, "epoch": "last"}, "patience is for .*, and epoch='last' scores the last one"),
-        ({"patience": 3, "model": "logistic"}, "and the logistic regression solved .* has no epochs"),
+        (
+            {"patience": 3, "epoch": "last"},
+            "patience is for .*, and epoch='last' scores the last one",
+        ),
+        (
+            {"patience": 3, "model": "logistic"},
+            "and the logistic regression solved .* has no epochs",
+        ),
         ({"timeout": -1}, "timeout is a number of seconds above 0, or None, got -1"),
-        ({"memory": "lots"}, "memory is a number of bytes or text such as '8GB', above 0, got 'lots'"),
-        ({"device": "cuda:99"}, r"device must be 'auto' or one that this machine has \(cpu.*\), got 'cuda:99'"),
+        (
+            {"memory": "lots"},
+            "memory is a number of bytes or text such as '8GB', above 0, got 'lots'",
+        ),
+        (
+            {"device": "cuda:99"},
+            r"device must be 'auto' or one that this machine has \(cpu.*\), got 'cuda:99'",
+        ),
         ({"device": "gpu"}, "device must be 'auto' or one that this machine has"),
-        ({"random_state": -1}, "random_state must be in \\[0, 2\\*\\*32\\), as scikit-learn has it, got -1"),
-        ({"random_state": "0"}, "random_state is an integer, a numpy RandomState or Generator, or None, got '0'"),
+        (
+            {"random_state": -1},
+            "random_state must be in \\[0, 2\\*\\*32\\), as scikit-learn has it, got -1",
+        ),
+        (
+            {"random_state": "0"},
+            "random_state is an integer, a numpy RandomState or Generator, or None, got '0'",
+        ),
         ({"verbose": "x"}, r"verbose must be 0 \(silent\) or 1, got 'x'"),
         ({"verbose": -1}, "verbose must be .*, got -1"),
         ({"verbose": 1.5}, "verbose must be .*, got 1.5"),
@@ -579,7 +744,7 @@ IMAGES = {"X": np.ones((9, 1, 4, 4)), "y": np.arange(9) % 3}
         ({"y": None}, "y is missing"),
         ({"groups": "group"}, "groups='group' is not a column of the table"),
     ],
-)  # fmt: skip
+)
 def test_bad_arguments_are_named(iris, arguments, message):
     how = {"model": "mlp", "X": iris[0], "y": iris[1], "n_trials": 1, **arguments}
     with warnings.catch_warnings(), refused(message):
@@ -587,13 +752,24 @@ def test_bad_arguments_are_named(iris, arguments, message):
         tune(how.pop("model"), how.pop("X"), how.pop("y"), **how)
 
 
-IN_THE_SPACE = [("learning_rate", "lr"), ("batch_size", "batch_size"), ("module__size", "module__size")]
+IN_THE_SPACE = [
+    ("learning_rate", "lr"),
+    ("batch_size", "batch_size"),
+    ("module__size", "module__size"),
+]
 
 
 @pytest.mark.parametrize(
     ("word", "meant"),
-    [(word, f' Hyperparameters belong in the space: space={{"{key}": [...]}}.') for word, key in IN_THE_SPACE]
-    + [("epochs", " Did you mean 'max_epochs'?"), ("scorin", " Did you mean 'scoring'?"), ("zzz", "")]
+    [
+        (word, f' Hyperparameters belong in the space: space={{"{key}": [...]}}.')
+        for word, key in IN_THE_SPACE
+    ]
+    + [
+        ("epochs", " Did you mean 'max_epochs'?"),
+        ("scorin", " Did you mean 'scoring'?"),
+        ("zzz", ""),
+    ]
     + [("n_iter", " Did you mean 'n_trials'?"), ("scorer", " Did you mean 'scoring'?")],
 )
 def test_an_argument_that_there_is_not_is_a_type_error(word, meant):
@@ -610,27 +786,55 @@ def test_more_bad_input(tmp_path, iris):
     csv.write_text("a,b\n1,2\n")
     folder.mkdir()
     latin.write_bytes("a,kind\ncaf\xe9,1\n".encode("latin-1"))
-    of_types, groups = pd.DataFrame({"x": range(4), "kind": [1, "a"] * 2}), np.arange(150) // 5
-    halves, last = [(np.arange(100), np.arange(100, 150))], [(np.arange(149), [149])]
+    of_types = pd.DataFrame({"x": range(4), "kind": [1, "a"] * 2})
+    groups = np.arange(150) // 5
+    halves = [(np.arange(100), np.arange(100, 150))]
+    last = [(np.arange(149), [149])]
     cases = [
         ("solved with optimizer='exact' predicts classes", "logistic", X, X[:, 0], {}),
-        ("y and groups must be arrays when X is a tensor or arrays", "mlp", torch.tensor(X), "target", {}),
+        (
+            "y and groups must be arrays when X is a tensor or arrays",
+            "mlp",
+            torch.tensor(X),
+            "target",
+            {},
+        ),
         (r"kind has values of two types, int \(1\) and text \('a'\)", "mlp", of_types, "kind", {}),
         ("y must name the target column of the file", "mlp", csv, y, {}),
-        ("scoring='roc_auc_ovr' needs every class.*fold 0 lacks one", "mlp", X, y,
-         {"scoring": "roc_auc_ovr", "cv": halves}),
+        (
+            "scoring='roc_auc_ovr' needs every class.*fold 0 lacks one",
+            "mlp",
+            X,
+            y,
+            {"scoring": "roc_auc_ovr", "cv": halves},
+        ),
         ("scoring='r2' needs two validation rows", "mlp", X, X[:, 0], {"cv": last}),
-        ("groups cannot be kept whole by a time series", "mlp", X, y, {"groups": groups, "cv": TimeSeriesSplit(3)}),
-        ("groups and the target must be two columns, got 'kind'", "mlp", frame, "kind", {"groups": "kind"}),
+        (
+            "groups cannot be kept whole by a time series",
+            "mlp",
+            X,
+            y,
+            {"groups": groups, "cv": TimeSeriesSplit(3)},
+        ),
+        (
+            "groups and the target must be two columns, got 'kind'",
+            "mlp",
+            frame,
+            "kind",
+            {"groups": "kind"},
+        ),
         ("folder.csv' is a folder; give the file in it", "mlp", folder, "kind", {}),
         ("must be UTF-8 text", "mlp", latin, "kind", {}),
-    ]  # fmt: skip
+    ]
     for size, words in (
         (51, "class 1 has 1 row for 3 folds: choose another scoring."),
         (52, "class 1 has 2 rows for 3 folds: choose 2 stratified folds, or another scoring."),
         (101, "class 2 has 1 row for 3 folds: choose another scoring, or leave that class out."),
     ):
-        how = {"scoring": "roc_auc" if size < 100 else "roc_auc_ovr", "cv": list(KFold(3).split(X[:size]))}
+        how = {
+            "scoring": "roc_auc" if size < 100 else "roc_auc_ovr",
+            "cv": list(KFold(3).split(X[:size])),
+        }
         said = f"scoring='{how['scoring']}' needs every class.*lacks one; {words}$"
         cases.append((said, "mlp", X[:size], y[:size], how))
     for words, model, rows, target, how in cases:
@@ -639,21 +843,30 @@ def test_more_bad_input(tmp_path, iris):
 
 
 def test_a_study_refuses_other_folds_weights_and_nameless_scorers(tmp_path, iris):
-    weights, first = np.ones(150), StratifiedKFold(3, shuffle=True, random_state=1)
-    search = partial(tune, "mlp", *iris, n_trials=1, study=tmp_path / "study.db", cv=first, sample_weight=weights)
+    weights = np.ones(150)
+    first = StratifiedKFold(3, shuffle=True, random_state=1)
+    search = partial(
+        tune, "mlp", *iris, n_trials=1, study=tmp_path / "study.db", cv=first, sample_weight=weights
+    )
     search()
     for words, changed in (
         ("differs from this call in: folds .cv, groups.", {"cv": StratifiedKFold(3)}),
         ("call in: sample_weight", {"sample_weight": weights * 2}),
-        ("has no name by which study=", {"scoring": lambda *_: 0.0, "study": tmp_path / "other.db"}),
+        (
+            "has no name by which study=",
+            {"scoring": lambda *_: 0.0, "study": tmp_path / "other.db"},
+        ),
     ):
         with refused(words):
             search(**changed)
 
 
 def test_a_score_of_one_class_goes_on_in_a_file_that_does_not_say_which(tmp_path, iris):
-    X, y = iris[0], np.where(iris[1] == 0, "rare", "usual")
-    search = partial(tune, "mlp", X, y, scoring="f1", study=tmp_path / "study.db", n_trials=1, max_epochs=2)
+    X = iris[0]
+    y = np.where(iris[1] == 0, "rare", "usual")
+    search = partial(
+        tune, "mlp", X, y, scoring="f1", study=tmp_path / "study.db", n_trials=1, max_epochs=2
+    )
     study = search(positive="usual")
     with Store.open(study.file) as store:
         store._connection.execute("DELETE FROM meta WHERE key = 'positive'")
@@ -668,7 +881,11 @@ def test_included_configurations_join_a_study_that_goes_on(tmp_path, iris):
     search = partial(tune, "mlp", *iris, study=tmp_path / "study.db", n_trials=1)
     search(include_default=False)
     trials = search(include=[{"lr": 0.5}]).trials
-    assert [(trial.number, trial.origin) for trial in trials] == [(0, "random"), (1, "default"), (2, "include")]
+    assert [(trial.number, trial.origin) for trial in trials] == [
+        (0, "random"),
+        (1, "default"),
+        (2, "include"),
+    ]
 
 
 @pytest.mark.parametrize("space", [{"lr": [1e39]}, {"lr": [1e-3], "weight_decay": [1e40]}])
@@ -679,17 +896,23 @@ def test_values_beyond_single_precision_diverge_and_harm_nobody(iris, space):
 
 
 def test_sizes_without_effect_and_a_row_of_no_fold_change_nothing(iris):
-    """How far a batch size lies beyond all rows, the size of equal weights, a row that no fold uses."""
+    """How far a batch size lies beyond all rows, the size of equal weights, a row that no fold
+    uses."""
     large = tune("mlp", *iris, space={"batch_size": [10**20, 10**6]}, n_trials=2).curves
     np.testing.assert_allclose(large[0], large[1], atol=1e-6)
     plain, *weighted = (
-        tune_one("mlp", *iris, sample_weight=None if weight is None else np.full(150, weight)).curves
+        tune_one(
+            "mlp", *iris, sample_weight=None if weight is None else np.full(150, weight)
+        ).curves
         for weight in (None, 1e38, 1e-42)
     )
     np.testing.assert_allclose(weighted, [plain] * 2, atol=1e-6)
-    X, order = iris[0].copy(), np.random.RandomState(0).permutation(np.arange(1, 150))
+    X = iris[0].copy()
+    order = np.random.RandomState(0).permutation(np.arange(1, 150))
     X[0] = 1e300
-    study = tune("mlp", X, iris[1], n_trials=1, cv=[(order[:90], order[90:]), (order[:80], order[80:])])
+    study = tune(
+        "mlp", X, iris[1], n_trials=1, cv=[(order[:90], order[90:]), (order[:80], order[80:])]
+    )
     assert all(trial.state == "complete" for trial in study.trials)
 
 
@@ -700,9 +923,13 @@ def test_the_default_configuration_is_held_to_the_space_and_counts(iris, capsys)
     assert [trial.origin for trial in study.trials] == ["default", "include", "random", "random"]
     assert study.trials[0].params == {"width": 32, "momentum": 0.0}
     assert study.trials[1].params == {"width": 32, "momentum": 0.0, "lr": 0.1}
-    said, notes = capsys.readouterr().err, study.meta["notes"]
+    said = capsys.readouterr().err
+    notes = study.meta["notes"]
     assert all(f"note: {note}\n" in said for note in notes)
-    assert "Trial 0 is the default configuration, held to the space: width=32 in place of 128." in notes
+    assert (
+        "Trial 0 is the default configuration, held to the space: width=32 in place of 128."
+        in notes
+    )
     assert notes[-1].startswith("'momentum' has no effect: adamw")
     inside = tune("mlp", *iris, space={"width": [16, 128]}, n_trials=1)
     assert inside.trials[0].params == {"width": 128} and inside.meta["notes"] == []
@@ -784,7 +1011,9 @@ def test_a_search_in_a_thread_or_in_inference_mode_is_the_search_alone(iris):
     def search(_):
         return tune(Noisy, *iris, n_trials=1).curves
 
-    before, alone, pause = torch.get_rng_state(), search(None), sys.getswitchinterval()
+    before = torch.get_rng_state()
+    alone = search(None)
+    pause = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
         with ThreadPoolExecutor(3) as threads:
@@ -815,7 +1044,8 @@ class Sharing(Net):
 def test_a_module_that_keeps_an_activation_has_a_model(iris, method):
     study, plain = (tune(kind, *iris, method=method, n_trials=1) for kind in (Sharing, Net))
     np.testing.assert_array_equal(study.curves, plain.curves)
-    found, expected = study.best_model(), plain.best_model()
+    found = study.best_model()
+    expected = plain.best_model()
     np.testing.assert_array_equal(found.predict_proba(iris[0]), expected.predict_proba(iris[0]))
     assert found.module.head is found.module.body[2]
 
@@ -832,7 +1062,10 @@ def test_a_target_of_single_rows_and_the_folder_above_a_model_are_named(tmp_path
 @pytest.mark.parametrize(
     ("model", "method"),
     [("mlp", "hypergradient"), (Net, "random"), ("logistic", "hypergradient")]
-    + [pytest.param("mlp", name, marks=pytest.mark.long) for name in ("random", "halving", "optuna")]
+    + [
+        pytest.param("mlp", name, marks=pytest.mark.long)
+        for name in ("random", "halving", "optuna")
+    ]
     + [pytest.param(Net, "hypergradient", marks=pytest.mark.long)],
 )
 def test_a_search_leaves_no_tensor_behind(iris, model, method):
@@ -846,8 +1079,11 @@ def test_a_search_leaves_no_tensor_behind(iris, model, method):
 
 
 def test_a_best_value_at_the_edge_is_a_note(capsys):
-    X, y = np.random.default_rng(0).normal(size=(40, 2)), np.arange(40) % 2
+    X = np.random.default_rng(0).normal(size=(40, 2))
+    y = np.arange(40) % 2
     space = {"lr": [1e-9, 1e-8, 1e-7]}
-    study = tune("mlp", X, y, space=space, n_trials=3, max_epochs=1, cv=2, scoring="neg_log_loss", verbose=1)
+    study = tune(
+        "mlp", X, y, space=space, n_trials=3, max_epochs=1, cv=2, scoring="neg_log_loss", verbose=1
+    )
     (remark,) = edge_remarks(study)
     assert f"note: {remark}" in capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""What is shown while a search runs, and where its time went: clocks that never count twice, torch's own count."""
+"""What is shown while a search runs, and where its time went: clocks that never count twice,
+torch's own count."""
 
 import re
 import sys
@@ -44,7 +45,9 @@ def test_plain_lines_where_there_is_no_terminal(monkeypatch, capsys):
         shown.finished(4)
     lines = capsys.readouterr().err.split("\n")
     assert lines[0] == "trials 0/4, best -, 0/8 trial-epochs"
-    assert re.fullmatch(r"trials 0/4, best accuracy 0\.5000, 12 members, 4/8 trial-epochs, 0 s left", lines[1])
+    assert re.fullmatch(
+        r"trials 0/4, best accuracy 0\.5000, 12 members, 4/8 trial-epochs, 0 s left", lines[1]
+    )
     assert lines[2].startswith("trials 4/4, best accuracy 0.5000, 12 members, 4/8 trial-epochs")
     assert not any("|" in line for line in lines)
 
@@ -64,7 +67,8 @@ def test_the_best_score_skips_diverged_trials_and_has_the_sign_of_its_name(capsy
 
 
 def test_other_processes_hear_of_the_running_trials_now_and_then():
-    shown, heard = Progress(0), []
+    shown = Progress(0)
+    heard = []
     shown.on_look = heard.append
     with shown.bar_over(4, 1):
         shown.advance(2, np.full((2, 1, 2), 0.5))  # too early
@@ -119,12 +123,20 @@ def test_what_leaves_early_shortens_the_time_that_is_left(monkeypatch):
         (gputune.Halving(min_epochs=1), 3),
         (gputune.Hypergradient(outer_steps=2), 2),
         (gputune.OptunaSampler(RandomSampler(seed=0), batch=2), 3),
-        (gputune.OptunaSampler(RandomSampler(seed=0), batch=3, halving=gputune.Halving(min_epochs=1)), 3),
+        (
+            gputune.OptunaSampler(
+                RandomSampler(seed=0), batch=3, halving=gputune.Halving(min_epochs=1)
+            ),
+            3,
+        ),
     ],
 )
 def test_every_method_ends_where_its_counts_end(method, epochs, monkeypatch, iris):
-    made, begin = [], Progress.__init__
-    monkeypatch.setattr(Progress, "__init__", lambda self, *rest: (begin(self, *rest), made.append(self))[0])
+    made = []
+    begin = Progress.__init__
+    monkeypatch.setattr(
+        Progress, "__init__", lambda self, *rest: (begin(self, *rest), made.append(self))[0]
+    )
     space = {"lr": [0.001, 0.002, 0.003, 0.004, 0.005], "width": [8]}
     how = {"n_trials": 5, "cv": 2, "max_epochs": epochs, "workers": 1, "verbose": 0}
     study = gputune.tune("mlp", *iris, space=space, method=method, **how)
@@ -142,7 +154,8 @@ def test_a_terminal_gets_a_bar(monkeypatch, capsys, epochs, unit):
     shown = Progress(1)
     shown.scoring = "accuracy"
     with shown.bar_over(2, epochs):
-        shown.bar.ncols, shown.bar.dynamic_ncols = 160, False
+        shown.bar.ncols = 160
+        shown.bar.dynamic_ncols = False
         shown.advance(1, np.ones((2, 1, 1)))
         shown.bar.refresh()
     last = [line for line in capsys.readouterr().err.split("\r") if line.strip()][-1]
@@ -190,9 +203,12 @@ def test_a_screen_that_takes_nothing_ends_no_search(monkeypatch, tmp_path, scree
 
 @pytest.fixture
 def passes(monkeypatch):
-    """Return a function that lets so many seconds pass on the profile's clock, on which none pass otherwise."""
+    """Return a function that lets so many seconds pass on the profile's clock, on which none pass
+    otherwise."""
     now = [100.0]
-    monkeypatch.setattr("gputune.tuning.progress.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(
+        "gputune.tuning.progress.time", SimpleNamespace(perf_counter=lambda: now[0])
+    )
     return lambda seconds: now.append(now.pop() + seconds)
 
 
@@ -203,7 +219,10 @@ def test_a_clock_inside_another_is_counted_once(passes):
         with profile.clock("inner"):
             passes(0.5)
         passes(1.0)
-    assert profile.seconds == {"outer": 1.25, "inner": 0.5} and list(profile.seconds) == ["outer", "inner"]
+    assert profile.seconds == {"outer": 1.25, "inner": 0.5} and list(profile.seconds) == [
+        "outer",
+        "inner",
+    ]
 
 
 @pytest.mark.parametrize(("kind", "depth"), [("linear", 0), ("mlp", 1), ("mlp", 3)])
@@ -229,7 +248,9 @@ def test_the_table(passes, monkeypatch):
     profile.spent += Spent(0.03, 0.01, 3e9)
     text = profile.report(dtype=torch.float64, device=torch.device("cpu"))
     assert re.search(r"training +0\.05 s +50%\n +steps +60% of it\n +scores +20% of it", text)
-    assert re.search(r"Steps reached 100\.0 GFLOP/s, 50% of the 200.0 that .* on 1 core \(float64\)\.", text)
+    assert re.search(
+        r"Steps reached 100\.0 GFLOP/s, 50% of the 200.0 that .* on 1 core \(float64\)\.", text
+    )
 
 
 def test_what_is_inside_a_module_is_not_guessed():
@@ -244,7 +265,9 @@ def test_the_speed_of_a_product_is_above_zero_and_leaves_the_threads_alone():
     assert torch.get_num_threads() == before
 
 
-@pytest.mark.parametrize("more", [[], ["--backend", "eager", "--workers", "2"], ["--method", "halving"]], ids=str)
+@pytest.mark.parametrize(
+    "more", [[], ["--backend", "eager", "--workers", "2"], ["--method", "halving"]], ids=str
+)
 def test_the_command(tmp_path, more, monkeypatch):
     if more:  # it takes half a second to be measured
         monkeypatch.setattr("gputune.tuning.progress.product_speed", lambda *arguments: 2e11)

@@ -1,4 +1,5 @@
-"""A search that was killed or stopped goes on from its checkpoints, and ends as one that never was, bit for bit."""
+"""A search that was killed or stopped goes on from its checkpoints, and ends as one that never was,
+bit for bit."""
 
 import itertools
 import os
@@ -22,9 +23,12 @@ from gputune.engine.stacked import StackedChunk
 from refused import refused
 
 COMPILED = {
-    "lr": loguniform(1e-4, 0.1), "batch_size": [8, 16], "width": [8, 16], "dropout": [0.0, 0.1],
+    "lr": loguniform(1e-4, 0.1),
+    "batch_size": [8, 16],
+    "width": [8, 16],
+    "dropout": [0.0, 0.1],
     "optimizer": ["adamw", "sgd"],
-}  # fmt: skip
+}
 SPACE = COMPILED | {"optimizer": ["adamw", "sgd", "adamhd"]}  # adamhd is not compiled
 COMMON = {"space": SPACE, "n_trials": 8, "cv": 2, "max_epochs": 27, "verbose": 0, "workers": 1}
 IRIS = load_iris(return_X_y=True)
@@ -67,10 +71,13 @@ def assert_same(found, whole):
 
 
 class Dies:
-    """A job whose process is lost at the n-th epoch of all chunks; ``epochs`` and ``trials`` are those that train."""
+    """A job whose process is lost at the n-th epoch of all chunks; ``epochs`` and ``trials`` are
+    those that train."""
 
     def __init__(self, monkeypatch, at=None):
-        self.epochs, self.at, self.trials = 0, at, set()
+        self.epochs = 0
+        self.at = at
+        self.trials = set()
         advance = chunks._Watch.__call__
 
         def watched(watch, trained):
@@ -86,9 +93,11 @@ class Dies:
 
 
 def lose(at, call):
-    """Make a call whose process is lost at the n-th epoch, and which writes a checkpoint at every one."""
+    """Make a call whose process is lost at the n-th epoch, and which writes a checkpoint at every
+    one."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="lost"):
-        # An interval of twenty writes would leave most epochs out here, where an epoch takes milliseconds.
+        # An interval of twenty writes would leave most epochs out here, where an epoch takes
+        # milliseconds.
         patch.setattr("gputune.engine.checkpoint._WRITING_SHARE", 0)
         Dies(patch, at)
         tune(**call, checkpoint_seconds=1e-9)
@@ -97,7 +106,11 @@ def lose(at, call):
 @pytest.mark.parametrize(
     ("method", "at"),
     [
-        pytest.param(method, at, marks=() if at != 7 and method in ("random", "brackets") else pytest.mark.long)
+        pytest.param(
+            method,
+            at,
+            marks=() if at != 7 and method in ("random", "brackets") else pytest.mark.long,
+        )
         for method in METHODS
         for at in (1, 7, 30)
     ],
@@ -116,7 +129,9 @@ def test_a_lost_search_ends_as_one_that_was_not(counted, tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("method", ["halving", pytest.param("median", marks=pytest.mark.long)])
-def test_an_eager_one_agrees_to_rounding_and_trains_no_finished_trial(tmp_path, monkeypatch, method):
+def test_an_eager_one_agrees_to_rounding_and_trains_no_finished_trial(
+    tmp_path, monkeypatch, method
+):
     call = {**METHODS[method], "backend": "eager", "space": SPACE}
     whole = tune(**call)
     lose(45, call | {"study": tmp_path / "s.db"})
@@ -130,7 +145,8 @@ def test_an_eager_one_agrees_to_rounding_and_trains_no_finished_trial(tmp_path, 
 
 
 def told_time(monkeypatch, *, epoch, writing):
-    """Let the clock go by what is trained and written alone: seconds of a chunk's epoch, and of one checkpoint."""
+    """Let the clock go by what is trained and written alone: seconds of a chunk's epoch, and of one
+    checkpoint."""
     now = [0.0]
 
     def taking(seconds, work):
@@ -147,12 +163,21 @@ def told_time(monkeypatch, *, epoch, writing):
 
 
 @pytest.mark.parametrize(
-    ("method", "writing"), [("random", 1.0), ("halving", 0.0), pytest.param("halving", 1.0, marks=pytest.mark.long)]
+    ("method", "writing"),
+    [("random", 1.0), ("halving", 0.0), pytest.param("halving", 1.0, marks=pytest.mark.long)],
 )
-def test_no_more_is_repeated_than_the_time_between_two_checkpoints(tmp_path, monkeypatch, method, writing):
-    """Lost after any epoch, which takes a second: a checkpoint is due after 7, or 20 times what writing took."""
+def test_no_more_is_repeated_than_the_time_between_two_checkpoints(
+    tmp_path, monkeypatch, method, writing
+):
+    """Lost after any epoch, which takes a second: a checkpoint is due after 7, or 20 times what
+    writing took."""
     memory = {"random": 800_000, "halving": 200_000}[method]  # chunks of 27 epochs, or of 3 to 18
-    call = {**METHODS[method], "space": {"lr": loguniform(1e-4, 0.1), "width": [8, 20]}, "cv": 3, "n_trials": 6}
+    call = {
+        **METHODS[method],
+        "space": {"lr": loguniform(1e-4, 0.1), "width": [8, 20]},
+        "cv": 3,
+        "n_trials": 6,
+    }
     call |= {"checkpoint_seconds": 7.0, "backend": "eager", "memory": memory}
     # The plan of a GPU trains three members first, to measure them.
     monkeypatch.setattr("gputune.tuning.context.measure_need", lambda *work, **options: None)
@@ -170,13 +195,18 @@ def test_no_more_is_repeated_than_the_time_between_two_checkpoints(tmp_path, mon
                     tune(study=tmp_path / f"{at}.db", **call)
                 epochs += run.epochs
         repeated.append(epochs - total.epochs)
-    together = {"random": 1, "halving": 2}[method]  # chunks whose states are written one after the other
+    # chunks whose states are written one after the other
+    together = {"random": 1, "halving": 2}[method]
     assert 0 < max(repeated) <= max(7, 20 * writing * together) + 1
 
 
-@pytest.mark.parametrize("method", ["random", pytest.param("halving", marks=pytest.mark.long), "brackets", "median"])
+@pytest.mark.parametrize(
+    "method", ["random", pytest.param("halving", marks=pytest.mark.long), "brackets", "median"]
+)
 def test_a_stopped_trial_goes_on_from_where_it_was(whole, tmp_path, monkeypatch, method):
-    epochs, found, advance = [0], [], chunks._Watch.__call__
+    epochs = [0]
+    found = []
+    advance = chunks._Watch.__call__
 
     def watched(watch, trained):
         epochs[0] += 1
@@ -213,11 +243,20 @@ def test_a_foreign_checkpoint_is_ignored_and_all_trained_anew(whole, tmp_path):
     assert_same(found, whole["random"])
 
 
-@pytest.mark.parametrize("method", [gputune.Halving(min_epochs=1), gputune.Median(min_epochs=1, every=2)])
+@pytest.mark.parametrize(
+    "method", [gputune.Halving(min_epochs=1), gputune.Median(min_epochs=1, every=2)]
+)
 def test_none_is_left_of_trials_that_ended_before_the_last_stop(tmp_path, method):
-    """The first call's file is of a whole chunk, of which the second trains what the first rung left."""
+    """The first call's file is of a whole chunk, of which the second trains what the first rung
+    left."""
     space = {"lr": [1e-4, 1e-3, 1e-2, 1e-1, 3e-4, 3e-3], "width": [8]}
-    call = {"space": space, "n_trials": 6, "include_default": False, "max_epochs": 9, "method": method}
+    call = {
+        "space": space,
+        "n_trials": 6,
+        "include_default": False,
+        "max_epochs": 9,
+        "method": method,
+    }
     call["study"] = tmp_path / "s.db"
     for at in (3, 2):
         lose(at, call)
@@ -232,11 +271,16 @@ def test_what_goes_on_from_a_checkpoint_is_said(tmp_path, capsys):
     assert "can go on" not in capsys.readouterr().err
     tune(**call)
     stopped = sum(trial.state == "stopped" for trial in cut.trials)
-    assert re.search(rf"^{stopped} trials? can go on from where training was stopped$", capsys.readouterr().err, re.M)
+    assert re.search(
+        rf"^{stopped} trials? can go on from where training was stopped$",
+        capsys.readouterr().err,
+        re.M,
+    )
 
 
 def test_what_cannot_be_used_goes_with_the_last_trial(tmp_path):
-    path, state = tmp_path / "s.db", tmp_path / "s.db.state"
+    path = tmp_path / "s.db"
+    state = tmp_path / "s.db.state"
     tune(timeout=1e-9, study=path)
     (state / "7-0123456789abcdef.tmp").touch()
     (state / "8-0123456789abcdef.safetensors").write_bytes(b"torn")
@@ -246,7 +290,9 @@ def test_what_cannot_be_used_goes_with_the_last_trial(tmp_path):
     assert [place.name for place in state.iterdir()] == ["mine.txt"]
 
 
-def test_a_file_in_the_place_of_the_folder_costs_the_checkpoints_alone(whole, tmp_path, monkeypatch):
+def test_a_file_in_the_place_of_the_folder_costs_the_checkpoints_alone(
+    whole, tmp_path, monkeypatch
+):
     (tmp_path / "s.db.state").touch()
     monkeypatch.setattr("gputune.engine.checkpoint._WRITING_SHARE", 0)
     with pytest.warns(UserWarning, match="no checkpoint could be written"):
@@ -275,7 +321,8 @@ def test_without_a_study_there_are_none(tmp_path, monkeypatch):
         tune(checkpoint_seconds=0)
 
 
-# Its scorer waits in the middle of a process's first trial, whose state is kept by then, until there is a file "go on".
+# Its scorer waits in the middle of a process's first trial, whose state is kept by then, until
+# there is a file "go on".
 SCRIPT = """
 import pathlib, time
 import gputune
@@ -307,11 +354,15 @@ def test_a_killed_search_with_workers_goes_on(tmp_path):
     names = {"__name__": "__main__"}
     exec(script, names)
     assert not state.exists()
-    assert_same(gputune.Study.open(tmp_path / "s.db"), gputune.tune("mlp", *IRIS, workers=1, **names["CALL"]))
+    assert_same(
+        gputune.Study.open(tmp_path / "s.db"),
+        gputune.tune("mlp", *IRIS, workers=1, **names["CALL"]),
+    )
 
 
 def test_a_clock_that_jumps_changes_nothing(whole, tmp_path, monkeypatch):
-    """The time of day goes back and forth by years: deadlines, checkpoints and claims do not read it."""
+    """The time of day goes back and forth by years: deadlines, checkpoints and claims do not read
+    it."""
     jumps = itertools.cycle([0.0, 4e9, 1.0])
     monkeypatch.setattr(time, "time", lambda: next(jumps))
     call = {**METHODS["halving"], "study": tmp_path / "s.db", "timeout": 600.0}

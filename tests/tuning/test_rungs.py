@@ -19,8 +19,14 @@ from gputune.tuning.trainer import Trainer
 from moments import time_is_over
 from refused import refused
 
-SPACE = {"lr": loguniform(1e-4, 0.1), "batch_size": [8, 16, 32], "width": [8, 16, 20], "dropout": [0.0, 0.1]}
-HALVING, MEDIAN = gputune.Halving(min_epochs=1), gputune.Median(min_epochs=2, every=3)
+SPACE = {
+    "lr": loguniform(1e-4, 0.1),
+    "batch_size": [8, 16, 32],
+    "width": [8, 16, 20],
+    "dropout": [0.0, 0.1],
+}
+HALVING = gputune.Halving(min_epochs=1)
+MEDIAN = gputune.Median(min_epochs=2, every=3)
 tune = partial(gputune.tune, max_epochs=9, cv=3, verbose=0, workers=1)
 many = partial(tune, "mlp", *load_iris(return_X_y=True), space=SPACE, n_trials=27)
 
@@ -45,7 +51,8 @@ def lengths(study):
 
 
 def assert_begins_as(full, study, atol=2e-6):
-    """Every curve is that of the full search up to where it ends, and every trial says where that is."""
+    """Every curve is that of the full search up to where it ends, and every trial says where that
+    is."""
     assert [t.params for t in full.trials] == [t.params for t in study.trials]
     for a, b, trial, length in zip(full.curves, study.curves, study.trials, lengths(study)):
         np.testing.assert_allclose(b[:length], a[:length], atol=atol)
@@ -78,23 +85,30 @@ def test_the_median_decides_as_the_rule_on_the_full_curves(full, median):
             ended[number] = min(ended[number], epoch)
     assert lengths(median).tolist() == list(ended.values())
     assert 2 < list(ended.values()).count(9) < 27
-    assert median.best_trial.state == "complete" and median.spent[0] == sum(ended.values()) < median.spent[1]
-    assert lengths(median).sum() > lengths(many(method=gputune.Halving(min_epochs=2))).sum()  # which is less mild
+    assert (
+        median.best_trial.state == "complete"
+        and median.spent[0] == sum(ended.values()) < median.spent[1]
+    )
+    # which is less mild
+    assert lengths(median).sum() > lengths(many(method=gputune.Halving(min_epochs=2))).sum()
     assert {t.state for t in many(method="median", n_trials=3).trials} == {"complete"}
 
 
 def test_brackets_share_the_run():
     method = gputune.Halving(min_epochs=1, brackets=3)
     ends = lengths(many(n_trials=31, method=method))
-    found, brackets = np.bincount(ends, minlength=10), method.brackets_of(31, 9)
+    found = np.bincount(ends, minlength=10)
+    brackets = method.brackets_of(31, 9)
     assert found[1] and found[3] and found[9] and found.sum() == 31
     assert all(length == 9 for length, bracket in zip(ends, brackets) if bracket == 2)
     assert not any(length == 1 for length, bracket in zip(ends, brackets) if bracket == 1)
 
 
 def test_a_trial_that_a_repair_has_lost_moves_no_other_into_another_bracket():
-    """At the first rung those of the first bracket are judged, by their numbers and not by their places."""
-    method, kept = gputune.Halving(min_epochs=1, brackets=3), [n for n in range(13) if n != 3]
+    """At the first rung those of the first bracket are judged, by their numbers and not by their
+    places."""
+    method = gputune.Halving(min_epochs=1, brackets=3)
+    kept = [n for n in range(13) if n != 3]
     away = method.trials_to_stop(1, {n: np.full((1, 2), float(n)) for n in kept}, 9)
     first = [n for n in kept if method.brackets_of(13, 9)[n] == 0]
     assert away == set(first[: -(len(first) // 3)]) and first != [
@@ -144,12 +158,16 @@ def test_a_full_disk_where_states_wait_is_named(iris, monkeypatch):
         raise SafetensorError("No space left on device (os error 28)")
 
     monkeypatch.setattr("gputune.engine.checkpoint.save_file", full)
-    with pytest.raises(OSError, match=r"no room for the states .* takes no more .*No space left.* let TMPDIR name"):
+    with pytest.raises(
+        OSError, match=r"no room for the states .* takes no more .*No space left.* let TMPDIR name"
+    ):
         tune("mlp", *iris, n_trials=4, method="halving", memory=1000)
 
 
 def test_a_halved_search_grows(tmp_path):
-    search, runs, train = partial(many, method=HALVING, study=tmp_path / "s.db"), [], Trainer.train
+    search = partial(many, method=HALVING, study=tmp_path / "s.db")
+    runs = []
+    train = Trainer.train
 
     def interrupted(*arguments, **rest):
         runs.append(1)
@@ -165,9 +183,14 @@ def test_a_halved_search_grows(tmp_path):
 
 
 def test_any_result_that_was_lost_comes_back(tmp_path):
-    """As after a repair, which may leave out a trial that left at a rung while all that stayed are kept."""
-    space, path = {"lr": loguniform(1e-4, 0.1), "width": [8]}, tmp_path / "s.db"  # one shape: all train in one company
-    search = partial(many, space=space, n_trials=8, include_default=False, method=HALVING, study=path)
+    """As after a repair, which may leave out a trial that left at a rung while all that stayed are
+    kept."""
+    # one shape: all train in one company
+    space = {"lr": loguniform(1e-4, 0.1), "width": [8]}
+    path = tmp_path / "s.db"
+    search = partial(
+        many, space=space, n_trials=8, include_default=False, method=HALVING, study=path
+    )
     whole = search()
     assert {t.state for t in whole.trials} == {"pruned", "complete"}
     for trial in whole.trials:
@@ -192,7 +215,11 @@ def test_a_timeout_scores_what_was_trained(iris, monkeypatch):
     [
         ("logistic", "halving", "method='halving' judges trials while they train, and the solved"),
         ("logistic", "median", "method='median' judges trials while they train, and the solved"),
-        ("mlp", gputune.Halving(min_epochs=20), r"Halving\(min_epochs=...\) must be below max_epochs=9, got 20"),
+        (
+            "mlp",
+            gputune.Halving(min_epochs=20),
+            r"Halving\(min_epochs=...\) must be below max_epochs=9, got 20",
+        ),
         ("mlp", gputune.Hypergradient(segments=1000), "must be at most the number of steps"),
     ],
 )
@@ -221,7 +248,12 @@ def test_a_study_keeps_the_options_of_its_method(iris, tmp_path, first, second, 
 def test_trials_with_and_without_momentum_go_on_in_any_company(backend):
     """Those without have no buffer for it, also where a rung leaves them beside one that has."""
     X = np.random.default_rng(0).normal(size=(90, 4))
-    space = {"lr": [0.001, 0.003, 0.01, 0.03, 0.1, 0.3], "momentum": [0.0, 0.9], "width": [8], "batch_size": [16]}
+    space = {
+        "lr": [0.001, 0.003, 0.01, 0.03, 0.1, 0.3],
+        "momentum": [0.0, 0.9],
+        "width": [8],
+        "batch_size": [16],
+    }
     how = {"optimizer": "sgd", "n_trials": 9, "method": "halving", "backend": backend}
     study = tune("mlp", X, X[:, 0] > 0, space=space, **how)
     assert {trial.state for trial in study.trials} == {"complete", "pruned"}

@@ -4,6 +4,7 @@ import itertools
 import re
 import sys
 import warnings
+from typing import ClassVar
 
 import numpy as np
 import optuna
@@ -30,7 +31,9 @@ X, Y = load_iris(return_X_y=True)
 
 def tune(sampler, *, batch=4, halving=None, space=SPACE, n_trials=10, model="mlp", **options):
     method = gputune.OptunaSampler(sampler, batch=batch, halving=halving)
-    return gputune.tune(model, X, Y, space=space, n_trials=n_trials, method=method, **{**FAST, **options})
+    return gputune.tune(
+        model, X, Y, space=space, n_trials=n_trials, method=method, **{**FAST, **options}
+    )
 
 
 def tpe(seed=0):
@@ -44,7 +47,8 @@ def params(study):
 class Listening(optuna.samplers.RandomSampler):
     """Keeps what the study holds whenever it is asked, and what it is told."""
 
-    seen, told = [], []
+    seen: ClassVar[list] = []
+    told: ClassVar[list] = []
 
     def before_trial(self, study, trial):
         self.seen.append([(t.state.name, t.value) for t in study.get_trials(deepcopy=False)[:-1]])
@@ -97,7 +101,9 @@ def test_nothing_comes_between_optuna_and_its_sampler():
         "dropout": optuna.distributions.CategoricalDistribution([0.0, 0.1]),
     }
     first = study.trials[0]
-    alone.add_trial(optuna.trial.create_trial(params=first.params, distributions=laws, value=first.score))
+    alone.add_trial(
+        optuna.trial.create_trial(params=first.params, distributions=laws, value=first.score)
+    )
     for batch in (study.trials[1:5], study.trials[5:9], study.trials[9:]):
         asked = [alone.ask(laws) for _ in batch]
         assert [trial.params for trial in asked] == [trial.params for trial in batch]
@@ -115,9 +121,13 @@ def test_trials_score_as_they_do_alone_and_the_sampler_stays_as_it_was():
 
 def test_a_diverged_trial_is_told_as_failed():
     space = {"lr": [1e30, 0.01], "optimizer": "sgd", "width": 8}
-    study = tune(Listening(seed=0), space=space, n_trials=8, include_default=False, scoring="neg_log_loss")
+    study = tune(
+        Listening(seed=0), space=space, n_trials=8, include_default=False, scoring="neg_log_loss"
+    )
     assert {trial.state for trial in study.trials} == {"complete", "failed"}
-    expected = [("COMPLETE", [t.score]) if t.state == "complete" else ("FAIL", None) for t in study.trials]
+    expected = [
+        ("COMPLETE", [t.score]) if t.state == "complete" else ("FAIL", None) for t in study.trials
+    ]
     assert [told[:2] for told in Listening.told] == expected
 
 
@@ -140,7 +150,9 @@ def test_given_trials_outside_the_space_are_run_and_not_told(capsys):
     study = tune(Listening(seed=0), n_trials=2, include=[{"lr": 0.01, "depth": 3}], verbose=1)
     said = capsys.readouterr().err
     assert "trial 1 (include) is not in the space, so the sampler is not told" in said
-    assert "trial 0" not in said.replace("Trial 0 is the default configuration, held to the space", "")
+    assert "trial 0" not in said.replace(
+        "Trial 0 is the default configuration, held to the space", ""
+    )
     assert Listening.seen[0] == [("COMPLETE", study.trials[0].score)]
     assert [t.state for t in study.trials] == ["complete"] * 3
 
@@ -157,7 +169,8 @@ def test_without_given_trials(capsys):
 
 def interrupted(monkeypatch, at, **options):
     """Run a search that is interrupted before its so-manieth training."""
-    count, name = itertools.count(1), "train_in_rungs" if "halving" in options else "train_fully"
+    count = itertools.count(1)
+    name = "train_in_rungs" if "halving" in options else "train_fully"
     whole = getattr(sampler, name)
 
     def train(*given):
@@ -170,11 +183,17 @@ def interrupted(monkeypatch, at, **options):
         tune(**options)
 
 
-HALVED = {"halving": gputune.Halving(min_epochs=1), "batch": 6, "n_trials": 18, "include_default": False}
+HALVED = {
+    "halving": gputune.Halving(min_epochs=1),
+    "batch": 6,
+    "n_trials": 18,
+    "include_default": False,
+}
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("TPESampler", {}), ("CmaEsSampler", {}), ("RandomSampler", {}), ("TPESampler", HALVED)]
+    ("name", "options"),
+    [("TPESampler", {}), ("CmaEsSampler", {}), ("RandomSampler", {}), ("TPESampler", HALVED)],
 )
 def test_a_stopped_search_goes_on_as_if_it_had_not_stopped(name, options, path, monkeypatch):
     made = tpe() if name == "TPESampler" else getattr(optuna.samplers, name)(seed=0)
@@ -184,11 +203,15 @@ def test_a_stopped_search_goes_on_as_if_it_had_not_stopped(name, options, path, 
         with Store.open(path) as store:
             store._connection.execute("DELETE FROM results WHERE number = 1")
     else:
-        assert [t.state for t in gputune.Study.open(path).trials] == ["complete"] * 5 + ["waiting"] * 4
+        assert [t.state for t in gputune.Study.open(path).trials] == ["complete"] * 5 + [
+            "waiting"
+        ] * 4
     resumed = tune(made, study=path, **options)
     assert params(resumed) == params(whole)
     np.testing.assert_array_equal(resumed.curves, whole.curves)
-    assert [(t.origin, t.state) for t in resumed.trials] == [(t.origin, t.state) for t in whole.trials]
+    assert [(t.origin, t.state) for t in resumed.trials] == [
+        (t.origin, t.state) for t in whole.trials
+    ]
 
 
 def test_each_batch_freezes_chunks_of_its_own(path):
@@ -215,7 +238,9 @@ def test_one_process_alone_asks_one_sampler(path):
 
 def test_more_trials_later(path):
     tune(tpe(), n_trials=6, study=path)
-    longer = tune(tpe(), n_trials=11, study=path, include=[{"lr": 0.02, "width": 9, "dropout": 0.1}])
+    longer = tune(
+        tpe(), n_trials=11, study=path, include=[{"lr": 0.02, "width": 9, "dropout": 0.1}]
+    )
     origins = ["default", *["batch 1"] * 4, "batch 2", "include", *["batch 3"] * 4, "batch 4"]
     assert [t.origin for t in longer.trials] == origins
     assert params(tune(tpe(), n_trials=11, study=path)) == params(longer)
@@ -234,7 +259,9 @@ def test_another_seed_does_not_repeat_its_first_proposals(path):
     tune(optuna.samplers.RandomSampler(seed=1), n_trials=4, study=path)
     study = tune(optuna.samplers.RandomSampler(seed=2), n_trials=8, study=path)
     fresh = tune(optuna.samplers.RandomSampler(seed=2), n_trials=4)
-    rates, others = ({trial.params["lr"] for trial in trials} for trials in (study.trials[4:], fresh.trials[1:]))
+    rates, others = (
+        {trial.params["lr"] for trial in trials} for trials in (study.trials[4:], fresh.trials[1:])
+    )
     assert not rates & others
 
 
@@ -277,12 +304,30 @@ def test_a_module_with_choices_that_optuna_cannot_hold(path):
     ("make", "message"),
     [
         (lambda: gputune.OptunaSampler("tpe"), "TPESampler(seed=0), got 'tpe'"),
-        (lambda: gputune.OptunaSampler(optuna.samplers.TPESampler), "must be a sampler of Optuna's"),
-        (lambda: gputune.OptunaSampler(optuna.samplers.GridSampler({"lr": [0.1]}, seed=0)), "cannot be a GridSampler"),
-        (lambda: gputune.OptunaSampler(tpe(), batch=0), "batch=...) must be an integer of at least 1, got 0"),
-        (lambda: gputune.OptunaSampler(tpe(), batch=True), "batch=...) must be an integer of at least 1, got True"),
-        (lambda: gputune.OptunaSampler(tpe(), halving=3), "must be gputune.Halving(...) or None, got 3"),
-        (lambda: gputune.tune("mlp", X, Y, method="tpe", **FAST), "or gputune.OptunaSampler(...), got 'tpe'"),
+        (
+            lambda: gputune.OptunaSampler(optuna.samplers.TPESampler),
+            "must be a sampler of Optuna's",
+        ),
+        (
+            lambda: gputune.OptunaSampler(optuna.samplers.GridSampler({"lr": [0.1]}, seed=0)),
+            "cannot be a GridSampler",
+        ),
+        (
+            lambda: gputune.OptunaSampler(tpe(), batch=0),
+            "batch=...) must be an integer of at least 1, got 0",
+        ),
+        (
+            lambda: gputune.OptunaSampler(tpe(), batch=True),
+            "batch=...) must be an integer of at least 1, got True",
+        ),
+        (
+            lambda: gputune.OptunaSampler(tpe(), halving=3),
+            "must be gputune.Halving(...) or None, got 3",
+        ),
+        (
+            lambda: gputune.tune("mlp", X, Y, method="tpe", **FAST),
+            "or gputune.OptunaSampler(...), got 'tpe'",
+        ),
     ],
 )
 def test_what_is_no_sampler_is_refused(make, message):
@@ -293,12 +338,27 @@ def test_what_is_no_sampler_is_refused(make, message):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"space": [SPACE, SPACE]}, "space must be one dict for an Optuna sampler, got a list of 2"),
-        ({"model": "logistic", "space": {"penalty": ["l1"], "C": [1.0]}}, "'l1_ratio' in the place of its older word"),
+        (
+            {"space": [SPACE, SPACE]},
+            "space must be one dict for an Optuna sampler, got a list of 2",
+        ),
+        (
+            {"model": "logistic", "space": {"penalty": ["l1"], "C": [1.0]}},
+            "'l1_ratio' in the place of its older word",
+        ),
         ({"space": {"lr": NARROW}}, "must be a list, scipy's uniform"),
-        ({"model": "logistic", "halving": gputune.Halving(), "space": None}, "judges trials while they train"),
-        ({"n_trials": 0, "include_default": False}, "n_trials must be >= 1 where nothing else is to run"),
-        *(({"n_trials": n}, f"n_trials must be an integer of at least 0, got {n!r}") for n in (-1, "8", 2.5)),
+        (
+            {"model": "logistic", "halving": gputune.Halving(), "space": None},
+            "judges trials while they train",
+        ),
+        (
+            {"n_trials": 0, "include_default": False},
+            "n_trials must be >= 1 where nothing else is to run",
+        ),
+        *(
+            ({"n_trials": n}, f"n_trials must be an integer of at least 0, got {n!r}")
+            for n in (-1, "8", 2.5)
+        ),
     ],
 )
 def test_a_refused_search_leaves_no_study(how, message, path):
@@ -309,6 +369,8 @@ def test_a_refused_search_leaves_no_study(how, message, path):
 
 def test_without_optuna(monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna.samplers", None)
-    with pytest.raises(MissingExtraError, match=r'OptunaSampler needs optuna.*pip install "gputune\[optuna\]"'):
+    with pytest.raises(
+        MissingExtraError, match=r'OptunaSampler needs optuna.*pip install "gputune\[optuna\]"'
+    ):
         gputune.OptunaSampler(None)
     assert issubclass(MissingExtraError, ImportError) and issubclass(MissingExtraError, InputError)

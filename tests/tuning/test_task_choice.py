@@ -1,4 +1,5 @@
-"""Many whole numbers are predicted as numbers, which is said, unless the loss or the module is of classes."""
+"""Many whole numbers are predicted as numbers, which is said, unless the loss or the module is of
+classes."""
 
 import numpy as np
 import pandas as pd
@@ -41,7 +42,8 @@ def fixed_outputs(number, name):
     return build
 
 
-X, IMAGES = RNG.normal(size=(100, 3)), RNG.normal(size=(200, 1, 4, 4)).astype("float32")
+X = RNG.normal(size=(100, 3))
+IMAGES = RNG.normal(size=(200, 1, 4, 4)).astype("float32")
 CODES = np.arange(100) % 50
 INPUTS = {
     "array": (X, CODES),
@@ -55,7 +57,9 @@ INPUTS = {
 @pytest.mark.parametrize("form", INPUTS)
 def test_a_regression_of_whole_numbers_says_so_and_names_the_option(form):
     rows, y = INPUTS[form]
-    with pytest.warns(InputWarning, match="distinct whole numbers in .* rows.* say task='classification'"):
+    with pytest.warns(
+        InputWarning, match="distinct whole numbers in .* rows.* say task='classification'"
+    ):
         study = gputune.tune(Net, rows, y, **HOW)
     assert study.record.task == "regression"
     assert any("say task='classification'" in note for note in study.record.notes)
@@ -76,13 +80,23 @@ def test_as_many_outputs_as_distinct_numbers_make_classes(form):
     study = gputune.tune(fixed_outputs(number, f"net_{form}"), rows, y, **{**HOW, "cv": 5})
     assert study.record.task == "multiclass" and len(study.record.classes) == number
     assert np.isfinite(study.best_score)
-    with pytest.warns(InputWarning, match="distinct whole numbers"), pytest.raises(InputError, match="must return"):
+    with (
+        pytest.warns(InputWarning, match="distinct whole numbers"),
+        pytest.raises(InputError, match="must return"),
+    ):
         gputune.tune(fixed_outputs(number - 1, f"less_{form}"), rows, y, **HOW)
 
 
 @FEW_ROWS
 @pytest.mark.parametrize(
-    "loss", [nn.CrossEntropyLoss, nn.CrossEntropyLoss(), "cross_entropy", "log_loss", nn.functional.cross_entropy]
+    "loss",
+    [
+        nn.CrossEntropyLoss,
+        nn.CrossEntropyLoss(),
+        "cross_entropy",
+        "log_loss",
+        nn.functional.cross_entropy,
+    ],
 )
 def test_a_loss_of_classes_makes_classes(loss):
     study = gputune.tune(Net, X, CODES, loss=loss, **HOW)
@@ -93,15 +107,31 @@ def test_a_loss_of_classes_makes_classes(loss):
 @FEW_ROWS
 def test_many_classes_of_a_few_rows_each_train_and_are_held_out(tmp_path):
     y = np.arange(3000) % 1000
-    study = gputune.tune(fixed_outputs(1000, "net"), RNG.normal(size=(3000, 2)), y, **{**HOW, "cv": 5})
+    study = gputune.tune(
+        fixed_outputs(1000, "net"), RNG.normal(size=(3000, 2)), y, **{**HOW, "cv": 5}
+    )
     assert study.record.task == "multiclass" and np.isfinite(study.best_score)
     (tmp_path / "net.py").write_text(
-        "from torch import nn\n\nclass Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
-        "        self.last = nn.LazyLinear(100)\n\n    def forward(self, x):\n        return self.last(x)\n"
+        "from torch import nn\n\nclass Net(nn.Module):\n    def __init__(self):\n        "
+        "super().__init__()\n        self.last = nn.LazyLinear(100)\n\n    def forward(self, "
+        "x):\n        return self.last(x)\n"
     )
-    table = pl.DataFrame(RNG.normal(size=(200, 2)), schema=["a", "b"]).with_columns(y=pl.Series(np.arange(200) % 100))
+    table = pl.DataFrame(RNG.normal(size=(200, 2)), schema=["a", "b"]).with_columns(
+        y=pl.Series(np.arange(200) % 100)
+    )
     table.write_csv(tmp_path / "t.csv")
-    call = ["tune", tmp_path / "t.csv", "--target", "y", "--trials", 1, "--epochs", 1, "--workers", 1]
+    call = [
+        "tune",
+        tmp_path / "t.csv",
+        "--target",
+        "y",
+        "--trials",
+        1,
+        "--epochs",
+        1,
+        "--workers",
+        1,
+    ]
     code, text, said = run(*call, "--model", f"{tmp_path / 'net.py'}:Net", "--out", tmp_path / "o")
     assert code == 0 and "y has classes with fewer rows than the 5 folds" in said
     assert "100 classes of 'y'" in text and "40 held out" in text
@@ -117,7 +147,9 @@ def test_small_classes_are_spread_over_the_folds(n_folds):
         folds = make_folds(n_folds, target, seed=0)
     sizes = [len(valid) for _, valid in folds]
     assert max(sizes) - min(sizes) <= 1
-    np.testing.assert_array_equal(np.sort(np.concatenate([valid for _, valid in folds])), np.arange(80))
+    np.testing.assert_array_equal(
+        np.sort(np.concatenate([valid for _, valid in folds])), np.arange(80)
+    )
     for train, valid in folds:
         assert np.bincount(target.values[valid]).max() == 1 and not np.isin(train, valid).any()
     rest, test = hold_out(target, test_size=0.3, seed=0)
@@ -129,7 +161,10 @@ def test_small_classes_are_spread_over_the_folds(n_folds):
 @pytest.mark.parametrize("rows", [257, 300])
 def test_a_target_of_names_looks_like_an_identifier(rows):
     names = [f"name {k}" for k in range(257)] + [f"name {k}" for k in range(rows - 257)]
-    with pytest.raises(InputError, match=f"The target 'y' looks like an identifier: it has 257 .* in {rows} rows. Cho"):
+    with pytest.raises(
+        InputError,
+        match=f"The target 'y' looks like an identifier: it has 257 .* in {rows} rows. Cho",
+    ):
         gputune.tune("mlp", RNG.normal(size=(rows, 2)), names, n_trials=1, max_epochs=1)
     with pytest.raises(InputError, match="looks like an identifier"):
         hold_out(check_target(names, n_rows=rows), test_size=0.2, seed=0)

@@ -1,4 +1,5 @@
-"""What trials predict of the rows that they have not seen, what the best one confuses and needs there; its refit."""
+"""What trials predict of the rows that they have not seen, what the best one confuses and needs
+there; its refit."""
 
 from functools import partial
 
@@ -57,11 +58,16 @@ def test_classes_score_as_in_the_search(model):
 
 
 def test_a_calibrated_model_has_the_temperature_of_what_its_folds_predict(study, tmp_path):
-    np.testing.assert_array_equal(gputune.Study.open(study.file).oof_predictions(*IRIS), study.oof_predictions())
-    plain, model = study.best_model(), study.best_model(calibrate=True)
+    np.testing.assert_array_equal(
+        gputune.Study.open(study.file).oof_predictions(*IRIS), study.oof_predictions()
+    )
+    plain = study.best_model()
+    model = study.best_model(calibrate=True)
     logits = torch.tensor(study.oof_predictions()).log()
     assert plain.temperature == 1 != model.temperature
-    assert model.temperature == pytest.approx(best_temperature(logits, torch.tensor(IRIS[1])), rel=1e-6)
+    assert model.temperature == pytest.approx(
+        best_temperature(logits, torch.tensor(IRIS[1])), rel=1e-6
+    )
     expected = (torch.tensor(plain.predict_proba(IRIS[0])).log() / model.temperature).softmax(1)
     np.testing.assert_allclose(model.predict_proba(IRIS[0]), expected, rtol=1e-9)
     np.testing.assert_array_equal(model.predict(IRIS[0]), plain.predict(IRIS[0]))
@@ -81,7 +87,11 @@ def test_rows_of_a_class_that_their_fold_has_not_seen_calibrate_nothing():
 def test_models_ranked_by_the_log_loss_are_calibrated(points):
     study = tune("mlp", *IRIS, cv=3, scoring="neg_log_loss")
     assert study.best_model().temperature == study.best_model(calibrate=True).temperature != 1
-    assert study.best_model(*IRIS, check=False).temperature == 1 == study.best_model(calibrate=False).temperature
+    assert (
+        study.best_model(*IRIS, check=False).temperature
+        == 1
+        == study.best_model(calibrate=False).temperature
+    )
     assert study.ensemble(verbose=0, size=1).temperature == study.best_model().temperature
     assert study.ensemble(verbose=0, calibrate=False).temperature == 1
     assert points.record.scoring == "neg_log_loss" and points.best_model().temperature == 1
@@ -95,8 +105,16 @@ def test_what_cannot_be_calibrated_is_refused(study, points, labels):
         (numbers.best_model, {}, rf"\(calibrate=True\) {words} numbers; leave it out"),
         (numbers.ensemble, {}, rf"\(calibrate=True\) {words} numbers; leave it out"),
         (labels[1].best_model, {}, f"{words} several labels"),
-        (study.best_model, {"calibrate": "yes"}, r"best_model\(calibrate=...\) must be True, False or None, got 'yes'"),
-        (study.best_model, asked, r"best_model\(calibrate=True\) needs the rows of the search.* leave out check=False"),
+        (
+            study.best_model,
+            {"calibrate": "yes"},
+            r"best_model\(calibrate=...\) must be True, False or None, got 'yes'",
+        ),
+        (
+            study.best_model,
+            asked,
+            r"best_model\(calibrate=True\) needs the rows of the search.* leave out check=False",
+        ),
         (
             points.best_model,
             {},
@@ -135,10 +153,18 @@ def test_what_cannot_train_again_on_its_folds_is_refused(study, points):
         gputune.Study.open(study.file).oof_predictions(IRIS[0][::2], IRIS[1][::2])
     how = {"direction": "maximize", "n_trials": 1, "workers": 1, "verbose": 0}
     loop = gputune.search(lambda params, report: params["x"], {"x": [1.0]}, **how)
-    X, loss = IRIS[0], lambda outputs, y: (outputs - y).abs().sum(1)
+    X = IRIS[0]
+
+    def loss(outputs, y):
+        return (outputs - y).abs().sum(1)
+
     custom = tune(nn.Linear, X, X, task="custom", loss=loss, space=SPACE, cv=2)
     for other, words in (
-        (points, "trains a trial again on its folds, and this study is of a hypergradient search, .* another method"),
+        (
+            points,
+            "trains a trial again on its folds, and this study is of a hypergradient search, .* "
+            "another method",
+        ),
         (loop, "this study is of search.., whose training loop is your own: keep what"),
         (custom, "this study is of a custom target, .* your own folds"),
     ):
@@ -148,7 +174,9 @@ def test_what_cannot_train_again_on_its_folds_is_refused(study, points):
 
 RNG = np.random.default_rng(0)
 longer = partial(tune, max_epochs=8, cv=KFold(3, shuffle=True, random_state=0))
-FRAME = pd.DataFrame({"idle": RNG.normal(size=150), "city": RNG.choice(["a", "b"], 150), "big": RNG.normal(size=150)})
+FRAME = pd.DataFrame(
+    {"idle": RNG.normal(size=150), "city": RNG.choice(["a", "b"], 150), "big": RNG.normal(size=150)}
+)
 Y = 3 * FRAME.big + (FRAME.city == "a")
 
 
@@ -174,12 +202,15 @@ def test_columns_as_scikit_learn_shuffles_them(scoring, transform):
     assert report.columns[0] == "big" and report.confusion.size == 0
     theirs = permutation_importance(study.best_model(), FRAME, y, scoring=scoring, random_state=0)
     drops = dict(zip(report.columns, report.drops))
-    np.testing.assert_allclose([drops[c] for c in FRAME], theirs.importances_mean, atol=0.25 * report.drops[0])
+    np.testing.assert_allclose(
+        [drops[c] for c in FRAME], theirs.importances_mean, atol=0.25 * report.drops[0]
+    )
     assert abs(drops["idle"]) < 0.1 * drops["big"] and report.errors.shape == (3,)
 
 
 def test_columns_by_another_metric(tmp_path):
-    error, file = "neg_mean_absolute_error", tmp_path / "study.db"
+    error = "neg_mean_absolute_error"
+    file = tmp_path / "study.db"
     search = partial(longer, "mlp", FRAME, Y, n_trials=1, epoch="last")
     several = search(scoring=["r2", error], study=file)
     alone = fold_report(Access(search(scoring=error)), importance=True)
@@ -193,7 +224,9 @@ def test_many_rows_are_thinned(insects, monkeypatch):
     whole = fold_report(Access(insects), importance=True)
     monkeypatch.setattr("gputune.tuning.validation._ROWS", 20)
     thin = fold_report(Access(insects), importance=True)
-    assert {*thin.columns} == {*whole.columns} and not np.array_equal(np.sort(thin.drops), np.sort(whole.drops))
+    assert {*thin.columns} == {*whole.columns} and not np.array_equal(
+        np.sort(thin.drops), np.sort(whole.drops)
+    )
 
 
 def test_the_page_draws_them(insects, tmp_path):
@@ -203,18 +236,29 @@ def test_the_page_draws_them(insects, tmp_path):
     insects.report(path, confusion=True, importance=True)
     text = path.read_text()
     matrix = fold_report(Access(insects), confusion=True).confusion
-    assert f"<title>bee predicted as cat: {matrix[1, 2]}</title>" in text and "Importance of the columns" in text
+    assert (
+        f"<title>bee predicted as cat: {matrix[1, 2]}</title>" in text
+        and "Importance of the columns" in text
+    )
     longer("mlp", FRAME, Y, scoring="neg_mean_absolute_error").report(path, importance=True)
-    assert "rise of mean_absolute_error" in path.read_text() and "Confusion matrix" not in path.read_text()
+    assert (
+        "rise of mean_absolute_error" in path.read_text()
+        and "Confusion matrix" not in path.read_text()
+    )
 
 
 def test_many_classes_and_columns_are_left_out_with_a_note(insects):
-    many = FoldReport(0, np.eye(40, dtype=np.int64), tuple(f"c{i}" for i in range(31)), np.ones(31), np.zeros(31))
+    many = FoldReport(
+        0, np.eye(40, dtype=np.int64), tuple(f"c{i}" for i in range(31)), np.ones(31), np.zeros(31)
+    )
     columns = columns_chart(insects, many)
     assert columns.notes == ("The 30 most important columns; 1 others are left out.",)
     insects.record.classes[:] = [f"a long name {i}" for i in range(40)]
     chart = confusion_chart(insects, many)
-    assert chart.notes == ("The 25 most frequent classes; 15 others are left out.",) and "rotate(-40" in chart.svg
+    assert (
+        chart.notes == ("The 25 most frequent classes; 15 others are left out.",)
+        and "rotate(-40" in chart.svg
+    )
     empty = FoldReport(0, np.zeros((0, 0), np.int64), (), np.zeros(0), np.zeros(0))
     assert confusion_chart(insects, empty) is None and columns_chart(insects, empty) is None
 
@@ -225,19 +269,29 @@ def test_the_command_line(tmp_path):
     page = tmp_path / "report.html"
     code, said, err = run("report", tmp_path / "out", "--out", page, "--confusion", "--importance")
     assert (code, said, err) == (0, f"Report   {page}\n", "")
-    assert "Confusion matrix" in page.read_text() and "Importance of the columns" in page.read_text()
+    assert (
+        "Confusion matrix" in page.read_text() and "Importance of the columns" in page.read_text()
+    )
     assert run("tune", table, "--target", "age", "--out", tmp_path / "age", *FAST)[0] == 0
     page.unlink()
     for live in ([], ["--live"]):
-        code, _, err = run("report", tmp_path / "age", "--out", page, "--confusion", "--importance", *live)
+        code, _, err = run(
+            "report", tmp_path / "age", "--out", page, "--confusion", "--importance", *live
+        )
         assert code == 2 and not page.exists()
-        assert "--confusion is of classes, and the study predicts numbers; leave --confusion out" in err
+        assert (
+            "--confusion is of classes, and the study predicts numbers; leave --confusion out"
+            in err
+        )
 
 
 def test_a_report_of_no_columns_or_of_descents_is_refused():
-    short, descent = partial(longer, n_trials=1, max_epochs=1), gputune.Hypergradient(outer_steps=1)
+    short = partial(longer, n_trials=1, max_epochs=1)
+    descent = gputune.Hypergradient(outer_steps=1)
     images = short(CNN, RNG.normal(size=(24, 1, 8, 8)), RNG.integers(0, 2, 24))
-    with refused(r"report\(importance=True\) is of the columns of a table, and X is .*; leave importance out"):
+    with refused(
+        r"report\(importance=True\) is of the columns of a table, and X is .*; leave importance out"
+    ):
         images.report("x.html", importance=True)
     with refused(
         r"report\(confusion=True\) trains a trial again on its folds, and this study is of a hypergradient search"
@@ -263,23 +317,42 @@ def machine(monkeypatch, *devices, **kept):
     [
         (["cpu"], {}, ("auto", "auto", False, 1)),
         (["cpu"], {"device": "cpu", "backend": "eager", "workers": 4}, ("cpu", "eager", False, 1)),
-        (["cpu", "cuda"], {"device": "cuda", "backend": "graph", "tf32": True}, ("cuda", "graph", True, 1)),
-        (["cpu"], {"device": "cuda", "backend": "graph", "tf32": True}, ("auto", "graph", False, 1)),
+        (
+            ["cpu", "cuda"],
+            {"device": "cuda", "backend": "graph", "tf32": True},
+            ("cuda", "graph", True, 1),
+        ),
+        (
+            ["cpu"],
+            {"device": "cuda", "backend": "graph", "tf32": True},
+            ("auto", "graph", False, 1),
+        ),
         (["cpu"], {"device": "cuda", "backend": "kernel"}, ("auto", "auto", False, 1)),
-        (["cpu", "cuda"], {"device": "cpu", "backend": "eager", "workers": {"address": "auto", "cpus": 1}},
-         ("auto", "eager", False, 1)),
+        (
+            ["cpu", "cuda"],
+            {"device": "cpu", "backend": "eager", "workers": {"address": "auto", "cpus": 1}},
+            ("auto", "eager", False, 1),
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_the_machine_has_is_kept(monkeypatch, devices, kept, expected):
     assert machine(monkeypatch, *devices, **kept) == expected
 
 
 def test_a_refit_from_a_file_trains_as_one_from_memory(tmp_path, monkeypatch):
-    how = {"backend": "eager", "device": "cpu", "numbers": "quantile", "schedule": "cosine", "max_epochs": 2}
+    how = {
+        "backend": "eager",
+        "device": "cpu",
+        "numbers": "quantile",
+        "schedule": "cosine",
+        "max_epochs": 2,
+    }
     study = tune("mlp", *IRIS, study=tmp_path / "study.db", n_trials=1, cv=2, **how)
     trained = []
     choose = refit.choose_backend
-    monkeypatch.setattr(refit, "choose_backend", lambda word, *where: trained.append(word) or choose(word, *where))
+    monkeypatch.setattr(
+        refit, "choose_backend", lambda word, *where: trained.append(word) or choose(word, *where)
+    )
     models = [study.best_model(), gputune.Study.open(study.file).best_model(*IRIS)]
     assert set(trained) == {"eager"}
     first, second = (dict(model.module.named_parameters()) for model in models)
@@ -287,12 +360,17 @@ def test_a_refit_from_a_file_trains_as_one_from_memory(tmp_path, monkeypatch):
 
 
 def test_an_optimizer_of_a_later_version_is_refused_by_name():
-    with pytest.raises(gputune.InputError, match="searched with optimizer='adamx', which this gputune does not have"):
+    with pytest.raises(
+        gputune.InputError,
+        match="searched with optimizer='adamx', which this gputune does not have",
+    ):
         recorded_model({"kind": "mlp"}, "adamx", trust_code=False)
 
 
 def test_a_file_with_the_target_and_what_was_left_out_predicts_without_a_warning():
     x = np.random.default_rng(0).normal(size=30)
-    frame = pd.DataFrame({"x": x, "one": 1, "id": [f"id {i}" for i in range(30)], "price": 2 * x + 0.5})
+    frame = pd.DataFrame(
+        {"x": x, "one": 1, "id": [f"id {i}" for i in range(30)], "price": 2 * x + 0.5}
+    )
     study = tune("mlp", frame.drop(columns="price"), frame["price"], n_trials=1, max_epochs=1, cv=2)
     assert study.best_model().predict(frame).shape == (30,)

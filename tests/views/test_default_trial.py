@@ -19,7 +19,8 @@ FOLDS = {"default": (0.80, 0.90, 0.85), "better": (0.85, 0.91, 0.94), "worse": (
 
 
 def compared(*kinds, states=(), scoring="accuracy", origin="default"):
-    """Return a study of a default trial and others with these fold scores; of a loss, what they lack of 1."""
+    """Return a study of a default trial and others with these fold scores; of a loss, what they
+    lack of 1."""
     made = study_of([{"lr": 0.1 * (c + 1)} for c in range(len(kinds))], scoring=scoring, folds=3)
     trials = []
     for trial, kind, state in zip(made.trials, kinds, [*states, *["complete"] * len(kinds)]):
@@ -33,27 +34,36 @@ def compared(*kinds, states=(), scoring="accuracy", origin="default"):
 
 
 @pytest.mark.parametrize(
-    ("scoring", "shown"), [("accuracy", ("0.8500", "0.9000")), ("neg_log_loss", ("0.1500", "0.1000"))]
+    ("scoring", "shown"),
+    [("accuracy", ("0.8500", "0.9000")), ("neg_log_loss", ("0.1500", "0.1000"))],
 )
 def test_the_improvement_and_its_paired_standard_error(scoring, shown):
     study = compared("default", "better", "worse", scoring=scoring)
     default = study.default_trial
     differences = np.subtract(FOLDS["better"], FOLDS["default"])
-    assert (default.number, default.params, default.score) == (0, {"lr": 0.1}, study.trials[0].score)
+    assert (default.number, default.params, default.score) == (
+        0,
+        {"lr": 0.1},
+        study.trials[0].score,
+    )
     assert default.best_score == study.best_score
     assert default.improvement == pytest.approx(differences.mean()) and default.improvement > 0
-    assert default.improvement_std_error == pytest.approx(np.std(differences, ddof=1) / math.sqrt(3))
+    assert default.improvement_std_error == pytest.approx(
+        np.std(differences, ddof=1) / math.sqrt(3)
+    )
     unpaired = math.hypot(default.std_error, study.best_trial.std_error)
     assert default.improvement_std_error != pytest.approx(unpaired)
     assert improvement_text(study) == (
-        f"The default configuration (trial 0) scores {shown[0]} on the same folds, the best trial {shown[1]}: an "
-        "improvement of 0.0500 ± 0.0231 (paired standard error over 3 folds)."
+        f"The default configuration (trial 0) scores {shown[0]} on the same folds, the best trial "
+        f"{shown[1]}: an improvement of 0.0500 ± 0.0231 (paired standard error over 3 folds)."
     )
 
 
 def test_a_search_that_did_not_help_says_so():
     study = compared("default", "worse")
-    assert study.default_trial.improvement == 0.0 and study.default_trial.improvement_std_error == 0.0
+    assert (
+        study.default_trial.improvement == 0.0 and study.default_trial.improvement_std_error == 0.0
+    )
     assert improvement_text(study) == NO_IMPROVEMENT == "The search did not improve on the default."
     # A pruned default is never the best trial, even if its score is higher.
     pruned = compared("default", "worse", states=["pruned"])
@@ -92,7 +102,10 @@ def test_the_default_alone_is_not_compared_with_itself():
 
 def test_one_fold_has_no_standard_error():
     made = compared("default", "better")
-    trials = [replace(trial, fold_scores=trial.fold_scores[:1], score=trial.fold_scores[0]) for trial in made.trials]
+    trials = [
+        replace(trial, fold_scores=trial.fold_scores[:1], score=trial.fold_scores[0])
+        for trial in made.trials
+    ]
     study = replace(made, trials=tuple(trials), curves=np.ones((2, 1, 1)))
     assert math.isnan(study.default_trial.improvement_std_error)
     assert improvement_text(study).endswith(
@@ -103,11 +116,19 @@ def test_one_fold_has_no_standard_error():
 
 def test_another_metric_compares_by_that_metric(iris):
     X, y = iris
-    how = {"space": {"lr": [0.001, 0.03]}, "n_trials": 2, "max_epochs": 2, "cv": 3, "workers": 1, "verbose": 0}
+    how = {
+        "space": {"lr": [0.001, 0.03]},
+        "n_trials": 2,
+        "max_epochs": 2,
+        "cv": 3,
+        "workers": 1,
+        "verbose": 0,
+    }
     study = gputune.tune("mlp", X, y, scoring=["accuracy", "neg_log_loss"], **how)
     for name in study.metrics:
         ranked = study.ranked_by(name)
-        best, default = ranked.best_trial, ranked.trials[0]
+        best = ranked.best_trial
+        default = ranked.trials[0]
         differences = np.subtract(best.metrics[name], default.metrics[name])
         assert ranked.default_trial.improvement == pytest.approx(differences.mean())
         assert ranked.default_trial.improvement >= 0
@@ -118,7 +139,9 @@ def test_another_metric_compares_by_that_metric(iris):
 def test_the_points_of_a_hypergradient_search_are_not_the_default(iris):
     X, y = iris
     method = gputune.Hypergradient(outer_steps=1)
-    study = gputune.tune("mlp", X, y, method=method, n_trials=1, max_epochs=2, cv=3, workers=1, verbose=0)
+    study = gputune.tune(
+        "mlp", X, y, method=method, n_trials=1, max_epochs=2, cv=3, workers=1, verbose=0
+    )
     assert study.trials[0].params["lr"] == 1e-3 and study.default_trial is None
 
 
@@ -127,7 +150,9 @@ def the_value(params, report):
 
 
 def test_a_loop_of_ones_own_has_no_default():
-    study = gputune.search(the_value, {"x": [1.0, 2.0]}, direction="maximize", n_trials=2, workers=1, verbose=0)
+    study = gputune.search(
+        the_value, {"x": [1.0, 2.0]}, direction="maximize", n_trials=2, workers=1, verbose=0
+    )
     assert study.default_trial is None and improvement_text(study) == ""
 
 
@@ -146,12 +171,20 @@ def test_every_interface_shows_the_comparison():
     assert improvement_text(study) in " ".join(best_text(study).split())
     shown = json.loads(best_json(study))["default"]
     assert shown == {
-        "number": 0, "state": "complete", "score": pytest.approx(0.85), "best_score": pytest.approx(0.9),
-        "improvement": pytest.approx(0.05), "improvement_std_error": study.default_trial.improvement_std_error,
-    }  # fmt: skip
+        "number": 0,
+        "state": "complete",
+        "score": pytest.approx(0.85),
+        "best_score": pytest.approx(0.9),
+        "improvement": pytest.approx(0.05),
+        "improvement_std_error": study.default_trial.improvement_std_error,
+    }
     value, note = Facts(study).facts["improvement over the default"]
     assert value == "0.0500 ± 0.0231"
-    assert note == "the default, trial 0, scores 0.8500, the best trial 0.9000; ± paired standard error over 3 folds"
+    assert (
+        note
+        == "the default, trial 0, scores 0.8500, the best trial 0.9000; ± paired standard error "
+        "over 3 folds"
+    )
     value, note = Facts(compared("default", "worse")).facts["improvement over the default"]
     assert (value, note) == ("none", NO_IMPROVEMENT)
 

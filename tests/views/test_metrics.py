@@ -21,11 +21,19 @@ METRICS = [
 
 def study_by(pairs, states=()):
     """Return a study of trials with these fold means of the accuracy and of minus the log loss."""
-    made = study_of([{"lr": 0.1 * (n + 1)} for n in range(len(pairs))], [a for a, _ in pairs], metrics=METRICS)
+    made = study_of(
+        [{"lr": 0.1 * (n + 1)} for n in range(len(pairs))], [a for a, _ in pairs], metrics=METRICS
+    )
     trials = [
-        replace(t, score=a, fold_scores=(a,), metrics={"accuracy": (a,), "neg_log_loss": (b,)}, state=s or t.state)
+        replace(
+            t,
+            score=a,
+            fold_scores=(a,),
+            metrics={"accuracy": (a,), "neg_log_loss": (b,)},
+            state=s or t.state,
+        )
         for t, (a, b), s in zip(made.trials, pairs, [*states, *[None] * len(pairs)])
-    ]  # fmt: skip
+    ]
     curves = np.array(pairs)[:, None, None, :]
     return type(made)(meta=made.meta, trials=trials, curves=curves)
 
@@ -48,7 +56,11 @@ def test_best_trials_are_those_that_no_other_one_beats(pairs, states, best):
     known = [t for t in study.trials if np.isfinite(list(t.scores.values())).all()]
     known = [t for t in known if t.state != "pruned"] or known
     scores = [np.array(list(t.scores.values())) for t in known]
-    expected = [t.number for t, s in zip(known, scores) if not any((o >= s).all() and (o > s).any() for o in scores)]
+    expected = [
+        t.number
+        for t, s in zip(known, scores)
+        if not any((o >= s).all() and (o > s).any() for o in scores)
+    ]
     assert sorted(best) == expected
 
 
@@ -59,13 +71,28 @@ def test_with_one_metric_the_best_trial_is_the_only_one():
 def test_a_study_by_another_metric_has_its_scores_order_and_curves():
     study = study_by([(0.9, -0.3), (0.8, -0.2)])
     other = study.ranked_by("log_loss")  # as its table is headed
-    assert (other.best_trial.number, other.best_score, other.metrics) == (1, -0.2, ("neg_log_loss", "accuracy"))
+    assert (other.best_trial.number, other.best_score, other.metrics) == (
+        1,
+        -0.2,
+        ("neg_log_loss", "accuracy"),
+    )
     np.testing.assert_array_equal(other.curves, study.curves_of("neg_log_loss"))
     np.testing.assert_array_equal(other.curves_of("accuracy"), study.curves)
-    assert other.ranked_by("accuracy").trials == study.trials and study.ranked_by("accuracy") is study
-    assert (epochs_by(study), epochs_by(other), epochs_by(other.ranked_by("accuracy"))) == ("", "accuracy", "")
+    assert (
+        other.ranked_by("accuracy").trials == study.trials and study.ranked_by("accuracy") is study
+    )
+    assert (epochs_by(study), epochs_by(other), epochs_by(other.ranked_by("accuracy"))) == (
+        "",
+        "accuracy",
+        "",
+    )
     assert "which accuracy chose" in page(other) and "which accuracy" not in page(study)
-    ensemble = {"ensemble": {"0": 1.0}, "scoring": "accuracy", "held_out_score": 0.9, "held_out_rows": 9}
+    ensemble = {
+        "ensemble": {"0": 1.0},
+        "scoring": "accuracy",
+        "held_out_score": 0.9,
+        "held_out_rows": 9,
+    }
     assert "0.9000" in page(study, model=ensemble)
     with pytest.raises(InputError, match="must be the tuned model of this study, got one of other"):
         page(other, model=ensemble)
@@ -74,7 +101,11 @@ def test_a_study_by_another_metric_has_its_scores_order_and_curves():
 def test_a_study_without_a_result_can_be_by_any_metric():
     study = study_by([(np.nan, np.nan)])
     study = type(study)(meta=study.meta, trials=study.trials, curves=np.empty((1, 0, 0)))
-    assert study.ranked_by("neg_log_loss").curves.shape == study.curves_of("neg_log_loss").shape == (1, 0, 0)
+    assert (
+        study.ranked_by("neg_log_loss").curves.shape
+        == study.curves_of("neg_log_loss").shape
+        == (1, 0, 0)
+    )
 
 
 @pytest.mark.parametrize("method", ["ranked_by", "curves_of", "plot_pareto"])
@@ -82,7 +113,10 @@ def test_a_metric_that_a_study_has_not_is_refused(method):
     words = rf"{method}\(...\) must be one of the study's metrics, 'accuracy', 'neg_log_loss', got 'acuracy'. Did you"
     with pytest.raises(InputError, match=words):
         getattr(study_by([(0.9, -0.3)]), method)("acuracy")
-    with pytest.raises(InputError, match=rf"{method}\('f1'\) needs a study of several metrics, and this one has 'acc"):
+    with pytest.raises(
+        InputError,
+        match=rf"{method}\('f1'\) needs a study of several metrics, and this one has 'acc",
+    ):
         getattr(study_of([{"a": 1}], [0.5]), method)("f1")
 
 
@@ -96,7 +130,10 @@ def test_tables_and_json_show_all_metrics():
     assert re.search(r"trial +accuracy +log_loss", trials_table(study, width=100))
     assert '"neg_log_loss": [\n    -0.3\n   ]' in trials_json(study)
     text = best_text(study)
-    assert "log_loss 0.3000" in text and "By accuracy and log_loss 2 trials are Pareto-optimal:" in text
+    assert (
+        "log_loss 0.3000" in text
+        and "By accuracy and log_loss 2 trials are Pareto-optimal:" in text
+    )
     assert re.search(r"\n +1 +0.8000 +0.2000", text)
     assert '"best_trials": [\n  0,\n  1\n ]' in best_json(study)
 
@@ -117,8 +154,12 @@ def test_the_page_has_a_chart_and_columns_of_the_metrics():
 def test_a_chart_for_each_metric_that_has_scores():
     study = study_by([(0.9, -0.3), (0.8, np.nan)])
     metrics = [*METRICS, {"name": "roc_auc", "scorer": "roc_auc", "positive": None}]
-    trials = [replace(trial, metrics={**trial.metrics, "roc_auc": (np.nan,)}) for trial in study.trials]
-    (chart,) = pareto_charts(type(study)(meta={**study.meta, "metrics": metrics}, trials=trials, curves=study.curves))
+    trials = [
+        replace(trial, metrics={**trial.metrics, "roc_auc": (np.nan,)}) for trial in study.trials
+    ]
+    (chart,) = pareto_charts(
+        type(study)(meta={**study.meta, "metrics": metrics}, trials=trials, curves=study.curves)
+    )
     assert "accuracy and log_loss of the trials" in chart.svg and "trial 1:" not in chart.svg
     assert pareto_charts(study_by([(0.9, np.nan)])) == []
 
@@ -126,7 +167,10 @@ def test_a_chart_for_each_metric_that_has_scores():
 def test_an_export_to_optuna_has_all_metrics_beside_the_value_of_the_first():
     pytest.importorskip("optuna")
     (trial,) = study_by([(0.9, -0.3)]).to_optuna().trials
-    assert (trial.value, trial.user_attrs["metrics"]) == (0.9, {"accuracy": [0.9], "neg_log_loss": [-0.3]})
+    assert (trial.value, trial.user_attrs["metrics"]) == (
+        0.9,
+        {"accuracy": [0.9], "neg_log_loss": [-0.3]},
+    )
 
 
 def test_the_plot_draws_the_trials_and_the_line_through_the_front():
@@ -134,4 +178,7 @@ def test_the_plot_draws_the_trials_and_the_line_through_the_front():
     ax = study_by([(0.9, -0.3), (0.8, -0.2), (0.7, -0.4)]).plot_pareto()
     (line,) = ax.lines
     np.testing.assert_allclose(line.get_xydata(), [(0.9, 0.3), (0.8, 0.2)])
-    assert (len(ax.collections[0].get_offsets()), ax.get_ylabel()) == (3, "log_loss (lower is better)")
+    assert (len(ax.collections[0].get_offsets()), ax.get_ylabel()) == (
+        3,
+        "log_loss (lower is better)",
+    )

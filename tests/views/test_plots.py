@@ -50,11 +50,17 @@ def test_history(study):
 
 def test_curves(study):
     ax = study.plot_curves(best=3)
-    lines = {line.get_label(): line.get_ydata() for line in ax.lines if line.get_label().startswith("trial ")}
+    lines = {
+        line.get_label(): line.get_ydata()
+        for line in ax.lines
+        if line.get_label().startswith("trial ")
+    }
     best = study.ranking()[:3]
     assert list(lines) == [f"trial {trial.number}" for trial in best]
     for trial in best:
-        np.testing.assert_allclose(lines[f"trial {trial.number}"], study.curves[trial.number].mean(1))
+        np.testing.assert_allclose(
+            lines[f"trial {trial.number}"], study.curves[trial.number].mean(1)
+        )
     band = ax.collections[0].get_paths()[0].vertices
     curve = study.curves[best[0].number]
     top = (curve.mean(1) + curve.std(1, ddof=1)).max()
@@ -67,7 +73,9 @@ def test_slice_of_one(study):
     ax = study.plot_slice("lr")
     points = ax.collections[0].get_offsets()
     finite = np.isfinite(scores(study))
-    np.testing.assert_allclose(points[:, 0], np.array([t.params["lr"] for t in study.trials])[finite])
+    np.testing.assert_allclose(
+        points[:, 0], np.array([t.params["lr"] for t in study.trials])[finite]
+    )
     np.testing.assert_array_equal(points[:, 1], scores(study)[finite])
     assert ax.get_xscale() == "log" and ax.get_xlabel() == "lr"
     assert study.plot_slice("dropout").get_xscale() == "linear"
@@ -91,7 +99,9 @@ def test_parallel(study):
     assert [label.get_text() for label in ax.get_xticklabels()] == [*study.best_params, "accuracy"]
     drawn = {(text.get_text().strip(), *text.get_position()) for text in ax.texts}
     for place, axis in enumerate(parallel_axes(score_view(study))):
-        assert {(label, place, float(axis.scale(value))) for value, label in axis.scale.ticks} <= drawn
+        assert {
+            (label, place, float(axis.scale(value))) for value, label in axis.scale.ticks
+        } <= drawn
     top = ax.lines[-1].get_ydata()  # the best lies on top
     logs = np.log([trial.params["lr"] for trial in study.trials])
     expected = (math.log(study.best_params["lr"]) - logs.min()) / (logs.max() - logs.min())
@@ -99,7 +109,8 @@ def test_parallel(study):
 
 
 def test_importance(study):
-    ax, found = study.plot_importance(), importance(study)
+    ax = study.plot_importance()
+    found = importance(study)
     np.testing.assert_allclose([bar.get_width() for bar in ax.patches], found.drops)
     assert [label.get_text() for label in ax.get_yticklabels()] == list(found.names)
     assert f"R² {found.fit:.2f}" in ax.get_xlabel()
@@ -133,20 +144,70 @@ def of_numbers(**params):
     ("made", "plot", "how", "message"),
     [
         *(
-            (made_study(4), "curves", {"best": best}, r"plot_curves\(best=...\) must be an integer of at least 0, got")
+            (
+                made_study(4),
+                "curves",
+                {"best": best},
+                r"plot_curves\(best=...\) must be an integer of at least 0, got",
+            )
             for best in (-1, 1.5, True)
         ),
-        (made_study(4), "slice", {"parameter": "rate"}, "have no hyperparameter 'rate'; choose one of activation, ba"),
-        (made_study(4), "slice", {"ax": 0}, r"plot_slice\(ax=...\) is one Axes and needs parameter=..., got none"),
-        (made_study(1), "slice", {}, r"plot_slice\(\) needs a hyperparameter in which two trials differ"),
-        (made_study(4), "contour", {"x": "lr"}, "needs two different hyperparameters or none, got x='lr'"),
+        (
+            made_study(4),
+            "slice",
+            {"parameter": "rate"},
+            "have no hyperparameter 'rate'; choose one of activation, ba",
+        ),
+        (
+            made_study(4),
+            "slice",
+            {"ax": 0},
+            r"plot_slice\(ax=...\) is one Axes and needs parameter=..., got none",
+        ),
+        (
+            made_study(1),
+            "slice",
+            {},
+            r"plot_slice\(\) needs a hyperparameter in which two trials differ",
+        ),
+        (
+            made_study(4),
+            "contour",
+            {"x": "lr"},
+            "needs two different hyperparameters or none, got x='lr'",
+        ),
         (made_study(4), "contour", {"x": "lr", "y": "lr"}, "got x='lr', y='lr'"),
-        (made_study(4), "contour", {"x": "lr", "y": "x"}, "plot_contour: the trials have no hyperparameter 'x'"),
-        (of_numbers(a=1, b=2), "contour", {"x": "a", "y": "b"}, "not on one line, got 12 places in 'a' and 'b'"),
-        (made_study(4), "contour", {}, r"importance needs 10 finished .* Or name two: plot_contour\(x, y\)"),
+        (
+            made_study(4),
+            "contour",
+            {"x": "lr", "y": "x"},
+            "plot_contour: the trials have no hyperparameter 'x'",
+        ),
+        (
+            of_numbers(a=1, b=2),
+            "contour",
+            {"x": "a", "y": "b"},
+            "not on one line, got 12 places in 'a' and 'b'",
+        ),
+        (
+            made_study(4),
+            "contour",
+            {},
+            r"importance needs 10 finished .* Or name two: plot_contour\(x, y\)",
+        ),
         (of_numbers(a=1), "contour", {}, "needs two hyperparameters that vary, got 1"),
-        (made_study(4), "path", {}, r"plot_path needs a study by hypergradients: tune\(..., method="),
-        (made_descent(), "path", {"parameter": "width"}, r"must be one of lr, weight_decay, got 'width'"),
+        (
+            made_study(4),
+            "path",
+            {},
+            r"plot_path needs a study by hypergradients: tune\(..., method=",
+        ),
+        (
+            made_descent(),
+            "path",
+            {"parameter": "width"},
+            r"must be one of lr, weight_decay, got 'width'",
+        ),
     ],
 )
 def test_plots_that_cannot_be(made, plot, how, message):
@@ -158,7 +219,9 @@ def test_path(descent):
     ax = descent.plot_path("lr")
     for start in range(6):
         points = [t for t in descent.trials if t.origin[0] == start]
-        line = next(x for x in ax.lines if np.array_equal(x.get_ydata(), [t.params["lr"] for t in points]))
+        line = next(
+            x for x in ax.lines if np.array_equal(x.get_ydata(), [t.params["lr"] for t in points])
+        )
         np.testing.assert_array_equal(line.get_xdata(), range(len(points)))
     noisy = sum(not trial.detail["usable"] for trial in descent.trials)
     hollow = [line for line in ax.lines if line.get_markerfacecolor() == "white"]
@@ -179,8 +242,15 @@ def test_a_loss_is_drawn_in_its_own_sign(descent):
 
 
 def test_losses_of_several_decades_have_a_logarithm():
-    study = study_of([{"lr": 0.1 * (c + 1)} for c in range(6)], [-(10.0**-c) for c in range(6)], scoring="neg_log_loss")
-    assert [ax.get_yscale() for ax in (study.plot_history(), study.plot_slice("lr"))] == ["log", "log"]
+    study = study_of(
+        [{"lr": 0.1 * (c + 1)} for c in range(6)],
+        [-(10.0**-c) for c in range(6)],
+        scoring="neg_log_loss",
+    )
+    assert [ax.get_yscale() for ax in (study.plot_history(), study.plot_slice("lr"))] == [
+        "log",
+        "log",
+    ]
 
 
 def test_scores_that_are_far_off_stand_at_the_edge_of_the_axis():
@@ -202,9 +272,14 @@ def test_scores_that_are_far_off_stand_at_the_edge_of_the_axis():
 
 
 PLOTS = {
-    "plot_history": {}, "plot_curves": {}, "plot_slice": {"parameter": "lr"}, "plot_parallel": {},
-    "plot_importance": {}, "plot_contour": {"x": "lr", "y": "weight_decay"}, "plot_path": {},
-}  # fmt: skip
+    "plot_history": {},
+    "plot_curves": {},
+    "plot_slice": {"parameter": "lr"},
+    "plot_parallel": {},
+    "plot_importance": {},
+    "plot_contour": {"x": "lr", "y": "weight_decay"},
+    "plot_path": {},
+}
 
 
 @pytest.mark.parametrize("plot", PLOTS)
@@ -224,7 +299,9 @@ def test_without_matplotlib_the_error_says_what_to_install(descent, plot, monkey
 
 
 @pytest.mark.parametrize("plot", ["plot_history", "plot_curves", "plot_parallel"])
-@pytest.mark.parametrize("made", [lambda: made_study(0), lambda: made_study(3, waiting=3)], ids=["empty", "waiting"])
+@pytest.mark.parametrize(
+    "made", [lambda: made_study(0), lambda: made_study(3, waiting=3)], ids=["empty", "waiting"]
+)
 def test_an_empty_study_is_drawn(plot, made):
     getattr(made(), plot)().figure.canvas.draw()
 
@@ -233,5 +310,10 @@ def test_an_empty_study_is_drawn(plot, made):
 def test_no_name_is_a_formula(name):
     params = [{name: c + 1, "words": name * (c + 1)} for c in range(5)]
     study = study_of(params, epochs=2, scoring=name)
-    for ax in (study.plot_slice(name), study.plot_slice("words"), study.plot_parallel(), study.plot_curves()):
+    for ax in (
+        study.plot_slice(name),
+        study.plot_slice("words"),
+        study.plot_parallel(),
+        study.plot_curves(),
+    ):
         ax.figure.canvas.draw()

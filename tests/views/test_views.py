@@ -1,4 +1,5 @@
-"""What is drawn of a study: scores, hyperparameters, curves, importance, descents; the axes of plots and charts."""
+"""What is drawn of a study: scores, hyperparameters, curves, importance, descents; the axes of
+plots and charts."""
 
 import math
 
@@ -19,10 +20,18 @@ from gputune.views.parameters import (
     parameters,
     varied_parameters,
 )
-from gputune.views.scores import curve_view, linear_scale, log_scale, number_text, score_range, score_view
+from gputune.views.scores import (
+    curve_view,
+    linear_scale,
+    log_scale,
+    number_text,
+    score_range,
+    score_view,
+)
 from made_studies import made_descent, made_study, study_of
 
-ACCURACY, LOSS = measure_of("accuracy", 0.9), measure_of("neg_log_loss", -0.3)
+ACCURACY = measure_of("accuracy", 0.9)
+LOSS = measure_of("neg_log_loss", -0.3)
 
 
 def test_scores_have_the_sign_of_their_name():
@@ -99,7 +108,15 @@ def test_one_value_has_an_axis_and_few_are_their_own_ticks():
 
 
 def test_numbers_are_short():
-    texts = {0: "0", 0.001: "0.001", 2e4: "20000", 1e-5: "1e-5", 2.5e8: "2.5e8", 1e6: "1e6", -3e-7: "-3e-7"}
+    texts = {
+        0: "0",
+        0.001: "0.001",
+        2e4: "20000",
+        1e-5: "1e-5",
+        2.5e8: "2.5e8",
+        1e6: "1e6",
+        -3e-7: "-3e-7",
+    }
     assert {value: number_text(value) for value in texts} == texts
 
 
@@ -110,7 +127,14 @@ def test_whole_ticks(ends):
 
 
 def test_numbers_words_and_what_is_missing():
-    study = study_of([{"a": 1, "b": "x", "c": 0.5}, {"a": 3, "b": "y"}, {"a": 2, "b": "x", "c": math.inf}, {"b": None}])
+    study = study_of(
+        [
+            {"a": 1, "b": "x", "c": 0.5},
+            {"a": 3, "b": "y"},
+            {"a": 2, "b": "x", "c": math.inf},
+            {"b": None},
+        ]
+    )
     a, b, c = parameters(study)
     np.testing.assert_array_equal(a.values, [1, 3, 2, math.nan])
     assert b.levels == ("x", "None", "y") and b.values.tolist() == [0, 2, 0, 1]
@@ -144,17 +168,25 @@ def test_curves_are_means_over_the_folds():
 
 def test_importance_finds_what_matters():
     rng = np.random.default_rng(0)
-    params = [{"strong": float(s), "weak": float(w), "none": str(n)} for s, w, n in rng.uniform(size=(300, 3)).round(2)]
+    params = [
+        {"strong": float(s), "weak": float(w), "none": str(n)}
+        for s, w, n in rng.uniform(size=(300, 3)).round(2)
+    ]
     scores = [3 * abs(p["strong"] - 0.5) + 0.3 * p["weak"] for p in params]
     found = importance(study_of(params, scores))
     assert found.names == ("strong", "weak", "none")
-    assert found.drops[0] > 1 > 5 * found.drops[1] > 0 and abs(found.drops[2]) < 0.05 and found.fit > 0.75
+    assert (
+        found.drops[0] > 1 > 5 * found.drops[1] > 0
+        and abs(found.drops[2]) < 0.05
+        and found.fit > 0.75
+    )
     assert found.trials == 300
 
 
 def test_importance_is_seeded_and_ranks_diverged_trials_last():
     study = made_study(120)
-    again, first = importance(study), importance(study)
+    again = importance(study)
+    first = importance(study)
     np.testing.assert_array_equal(again.drops, first.drops)
     assert not np.array_equal(importance(study, seed=1).drops, first.drops)
     params = [{"lr": float(c), "x": float(c * 7 % 20)} for c in range(20)]
@@ -178,7 +210,9 @@ def test_importance_of_noise_fits_nothing_and_many_trials_are_drawn_from():
     ],
 )
 def test_importance_of_too_little(study, words):
-    with pytest.raises(InputError, match=f"needs 10 finished trials and a hyperparameter that varies, {words}"):
+    with pytest.raises(
+        InputError, match=f"needs 10 finished trials and a hyperparameter that varies, {words}"
+    ):
         importance(study)
 
 

@@ -1,7 +1,8 @@
-"""The engines of the benchmark: which there are, which can run here, and how many trials of the list each trains.
+"""The engines of the benchmark: which there are, which can run here, and how many trials of the
+list each trains.
 
-Each is a module of this folder, imported when it runs; skorch, Ray Tune and torch.compile stand beside the PyTorch
-loop.
+Each is a module of this folder, imported when it runs; skorch, Ray Tune and torch.compile stand
+beside the PyTorch loop.
 """
 
 import shutil
@@ -17,7 +18,8 @@ from benchmark.work import Outcome, Work
 
 @dataclass(frozen=True)
 class Engine:
-    """One way to train the work; ``word`` names it on the command line, ``package`` is what it needs."""
+    """One way to train the work; ``word`` names it on the command line, ``package`` is what it
+    needs."""
 
     word: str
     name: str
@@ -34,7 +36,8 @@ class Engine:
         return None
 
     def load(self) -> Callable[[Work, int], Outcome]:
-        """Import it, and with it its package: a work and the number of cores -> its scores and times."""
+        """Import it, and with it its package: a work and the number of cores -> its scores and
+        times."""
         module = import_module(f"benchmark.engines.{self.module}")
         train: Callable[[Work, int], Outcome] = getattr(module, self.function)
         return train
@@ -69,9 +72,13 @@ def choose(text: str) -> list[Chosen]:
         if word not in ENGINES:
             raise ArgumentTypeError(f"must be of {', '.join(ENGINES)}, got {word!r}")
         if colon and not (number.isdecimal() and int(number) > 0):
-            raise ArgumentTypeError(f"{word}: must have a number of trials of at least 1 after it, got {number!r}")
+            raise ArgumentTypeError(
+                f"{word}: must have a number of trials of at least 1 after it, got {number!r}"
+            )
         if word == "gputune" and colon:
-            raise ArgumentTypeError("gputune trains the whole list, and a part of it where another engine does")
+            raise ArgumentTypeError(
+                "gputune trains the whole list, and a part of it where another engine does"
+            )
         found[word] = ENGINES[word], int(number) if colon else None
     found.pop("gputune", None)
     return [*found.values(), (ENGINES["gputune"], None)]
@@ -87,5 +94,9 @@ def split_by_lack(chosen: list[Chosen]) -> tuple[list[Chosen], dict[str, str]]:
 
 def versions(chosen: list[Chosen]) -> dict[str, str]:
     """Return the versions of the packages that the engines use beyond those of every benchmark."""
-    packages = {engine.package.partition(".")[0] for engine, _ in chosen} - {"sklearn", "torch", "gputune"}
+    packages = {engine.package.partition(".")[0] for engine, _ in chosen} - {
+        "sklearn",
+        "torch",
+        "gputune",
+    }
     return {package: version(package) for package in sorted(packages)}

@@ -40,6 +40,18 @@ def search(method: str, work: Work, cores: int) -> list[Event]:
 
 def _tune(work: Work, times: Times, device: str = "cpu", **options: Any) -> gputune.Study:
     return gputune.tune(
-        "mlp", work.X, work.y, n_trials=0, include=work.trials, include_default=False, cv=work.folds, device=device,
-        optimizer="adam", max_epochs=work.epochs, epoch="last", callbacks=[times], verbose=0, **options,
-    )  # fmt: skip
+        "mlp",
+        work.X,
+        work.y,
+        n_trials=0,
+        include=work.trials,
+        include_default=False,
+        cv=work.folds,
+        device=device,
+        optimizer="adam",
+        max_epochs=work.epochs,
+        epoch="last",
+        callbacks=[times],
+        verbose=0,
+        **options,
+    )

@@ -1,7 +1,8 @@
-"""JAX's side of the benchmark: trials of one batch size and width as one program, vmapped over trials and folds.
+"""JAX's side of the benchmark: trials of one batch size and width as one program, vmapped over
+trials and folds.
 
-Each shape is compiled once, in the process that trains it. Workers are as for the other engines: one process a core,
-one thread each, the longest work first.
+Each shape is compiled once, in the process that trains it. Workers are as for the other engines:
+one process a core, one thread each, the longest work first.
 """
 
 import functools
@@ -18,8 +19,11 @@ import numpy as np
 
 from benchmark.work import Fold, Outcome, Trial, Work, add_compile_seconds, longest_first, run_jobs
 
-CHUNK_BYTES = 16 << 20  # of weights, gradients and moments; what is trained together should stay in the cache
-BETAS, EPSILON = (0.9, 0.999), 1e-8  # of torch.optim.Adam
+# of weights, gradients and moments; what is trained together should stay in the cache
+CHUNK_BYTES = 16 << 20
+# of torch.optim.Adam
+BETAS = (0.9, 0.999)
+EPSILON = 1e-8
 
 Group = tuple[int, ...]
 """Positions of trials with one batch size and width."""
@@ -33,9 +37,12 @@ def train(work: Work, cores: int) -> Outcome:
     for position in longest_first(work.trials):
         groups[work.trials[position]["batch_size"], work.trials[position]["width"]].append(position)
     # The widest of a batch size first, and larger groups before smaller ones.
-    jobs = sorted((tuple(group) for group in groups.values()), key=lambda group: -_flops(work, group))
+    jobs = sorted(
+        (tuple(group) for group in groups.values()), key=lambda group: -_flops(work, group)
+    )
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()
-    with patch.dict(os.environ, XLA_FLAGS=flags):  # the processes that are started compute with one thread each
+    # the processes that are started compute with one thread each
+    with patch.dict(os.environ, XLA_FLAGS=flags):
         one = functools.partial(train_group, work.trials, work.epochs)
         results, *seconds = run_jobs(one, jobs, work, cores)
     scores = work.no_scores()
@@ -50,10 +57,15 @@ def _flops(work: Work, group: Group) -> float:
     return steps * (work.trials[group[0]]["batch_size"] * width * (width + work.X.shape[1]) + 1e5)
 
 
-def train_group(trials: Sequence[Trial], epochs: int, folds: list[Fold], group: Group) -> np.ndarray:
-    """Train trials of one shape on all folds, in chunks of equal size; return their accuracies (C, F)."""
-    batch, width = trials[group[0]]["batch_size"], trials[group[0]]["width"]
-    rows, classes = stacked(folds, batch, epochs), int(max(fold[1].max() for fold in folds)) + 1
+def train_group(
+    trials: Sequence[Trial], epochs: int, folds: list[Fold], group: Group
+) -> np.ndarray:
+    """Train trials of one shape on all folds, in chunks of equal size; return their accuracies (C,
+    F)."""
+    batch = trials[group[0]]["batch_size"]
+    width = trials[group[0]]["width"]
+    rows = stacked(folds, batch, epochs)
+    classes = int(max(fold[1].max() for fold in folds)) + 1
     start = start_weights((rows["x"].shape[-1], width, width, classes))
     together = max(1, CHUNK_BYTES // (16 * len(folds) * sum(w.size + b.size for w, b in start)))
     chunks = -(-len(group) // together)
@@ -63,7 +75,11 @@ def train_group(trials: Sequence[Trial], epochs: int, folds: list[Fold], group: 
     begin = time.perf_counter()
     one = functools.partial(train_one, bool((rows["weights"].sum(-1) == 0).any()))
     over_trials = jax.vmap(one, in_axes=(0, None, None))  # a fold's trials share their minibatches
-    compiled = jax.jit(jax.vmap(over_trials, in_axes=(None, None, 0))).lower(rates[0], start, rows).compile()
+    compiled = (
+        jax.jit(jax.vmap(over_trials, in_axes=(None, None, 0)))
+        .lower(rates[0], start, rows)
+        .compile()
+    )
     add_compile_seconds(time.perf_counter() - begin)  # tracing too
     scores = np.concatenate([np.asarray(compiled(chunk, start, rows)).T for chunk in rates])
     return scores[: len(group)]
@@ -74,7 +90,10 @@ def start_weights(sizes: tuple[int, ...]) -> Weights:
     rng = np.random.default_rng(0)
     layers = []
     for inputs, outputs in zip(sizes, sizes[1:]):
-        w, b = (rng.uniform(-(inputs**-0.5), inputs**-0.5, shape) for shape in ((inputs, outputs), outputs))
+        w, b = (
+            rng.uniform(-(inputs**-0.5), inputs**-0.5, shape)
+            for shape in ((inputs, outputs), outputs)
+        )
         layers.append((w.astype(np.float32), b.astype(np.float32)))
     return layers
 
@@ -82,8 +101,8 @@ def start_weights(sizes: tuple[int, ...]) -> Weights:
 def stacked(folds: list[Fold], batch: int, epochs: int) -> dict[str, np.ndarray]:
     """Return the rows and the order of the rows of all folds, fold first, shorter folds padded.
 
-    order    (F, epochs, steps, batch) positions in x; the draws are made here, because a program that draws and sorts
-             takes longer to compile
+    order    (F, epochs, steps, batch) positions in x; the draws are made here, because a program
+             that draws and sorts takes longer to compile
     weights  (F, steps, batch) 1, and 0 where there is no row
     """
     rng = np.random.default_rng(0)
@@ -95,7 +114,9 @@ def stacked(folds: list[Fold], batch: int, epochs: int) -> dict[str, np.ndarray]
         return np.pad(part, [(0, length - len(part))] + [(0, 0)] * (part.ndim - 1))
 
     def orders(rows: int) -> np.ndarray:
-        drawn = [padded(rng.permutation(rows).astype(np.int32), steps * batch) for _ in range(epochs)]
+        drawn = [
+            padded(rng.permutation(rows).astype(np.int32), steps * batch) for _ in range(epochs)
+        ]
         return np.stack(drawn).reshape(epochs, steps, batch)
 
     classes = max(int(fold[1].max()) for fold in folds) + 1
@@ -153,7 +174,8 @@ def _adam(state: Any, gradients: Any, lr: Any) -> Any:
     steps = steps + 1
 
     def update(w: Any, m: Any, v: Any) -> Any:
-        m, v = m / (1 - BETAS[0] ** steps), v / (1 - BETAS[1] ** steps)
+        m = m / (1 - BETAS[0] ** steps)
+        v = v / (1 - BETAS[1] ** steps)
         return w - lr * m / (jnp.sqrt(v) + EPSILON)
 
     first = jax.tree.map(lambda m, g: BETAS[0] * m + (1 - BETAS[0]) * g, first, gradients)

@@ -15,7 +15,9 @@ class Block(nn.Module):
 
     def __init__(self, width: int, norm: type[nn.Module], dropout: float) -> None:
         super().__init__()
-        self.norm, self.first, self.second = norm(width), nn.Linear(width, width), nn.Linear(width, width)
+        self.norm = norm(width)
+        self.first = nn.Linear(width, width)
+        self.second = nn.Linear(width, width)
         self.drop = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -31,7 +33,8 @@ class Residual(nn.Module):
 
     def __init__(self, n_features: int, n_outputs: int, width: int = 48) -> None:
         super().__init__()
-        self.enter, self.leave = nn.Linear(n_features, width), nn.Linear(width, n_outputs)
+        self.enter = nn.Linear(n_features, width)
+        self.leave = nn.Linear(width, n_outputs)
         self.blocks = nn.Sequential(*(Block(width, self.norm, self.dropout) for _ in range(2)))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,7 +64,8 @@ class Recurrent(nn.Module):
 
     def __init__(self, n_features: int, n_outputs: int, width: int = 32) -> None:
         super().__init__()
-        self.body, self.leave = (self.kind(n_features // 20, width, batch_first=True), nn.Linear(width, n_outputs))
+        self.body = self.kind(n_features // 20, width, batch_first=True)
+        self.leave = nn.Linear(width, n_outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.leave(self.body(x.unflatten(1, (20, -1)))[0][:, -1])
@@ -77,13 +81,16 @@ class Encoder(nn.Module):
 
     def __init__(self, n_features: int, n_outputs: int, width: int = 32) -> None:
         super().__init__()
-        self.enter, self.leave = nn.Linear(n_features // 16, width), nn.Linear(width, n_outputs)
+        self.enter = nn.Linear(n_features // 16, width)
+        self.leave = nn.Linear(width, n_outputs)
         self.place = nn.Parameter(torch.zeros(16, width))
         layer = nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, batch_first=True)
         self.body = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.leave(self.body(self.enter(x.unflatten(1, (16, -1))) + self.place).mean(1))
+        result: Tensor = self.leave(
+            self.body(self.enter(x.unflatten(1, (16, -1))) + self.place).mean(1)
+        )
         return result
 
 
@@ -93,9 +100,15 @@ class Convolutional(nn.Module):
     def __init__(self, n_features: int, n_outputs: int, width: int = 8) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(width, 2 * width, 3, padding=1), nn.BatchNorm2d(2 * width), nn.ReLU(), nn.MaxPool2d(2),
-        )  # fmt: skip
+            nn.Conv2d(1, width, 3, padding=1),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(width, 2 * width, 3, padding=1),
+            nn.BatchNorm2d(2 * width),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        )
         self.leave = nn.Linear(2 * width * 49, n_outputs)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -104,7 +117,8 @@ class Convolutional(nn.Module):
 
 
 def fit(module_class: Callable[..., nn.Module], fold: Fold, trial: Trial, epochs: int) -> float:
-    """Train one module on one fold, as fast as a plain loop does; return its accuracy on the validation rows."""
+    """Train one module on one fold, as fast as a plain loop does; return its accuracy on the
+    validation rows."""
     x, y = map(torch.from_numpy, fold[:2])
     torch.manual_seed(0)
     module = module_class(n_features=x.shape[1], n_outputs=int(y.max()) + 1)

@@ -1,4 +1,5 @@
-"""Optuna with the plain PyTorch loop: one process a core, all of them in one study, which holds the shared list."""
+"""Optuna with the plain PyTorch loop: one process a core, all of them in one study, which holds the
+shared list."""
 
 import functools
 import os
@@ -16,7 +17,16 @@ from optuna.storages.journal import JournalFileBackend
 
 from benchmark import work as shared
 from benchmark.engines.torch import accuracy, denormals_as_zero, fit, trained
-from benchmark.work import Event, Fit, Outcome, Trial, Work, one_thread_each, read_folds, write_folds
+from benchmark.work import (
+    Event,
+    Fit,
+    Outcome,
+    Trial,
+    Work,
+    one_thread_each,
+    read_folds,
+    write_folds,
+)
 
 Objective = Callable[[optuna.Trial, Trial], float]
 """Optuna's trial and its parameters -> its score; it raises ``TrialPruned`` to end early."""
@@ -24,10 +34,12 @@ Objective = Callable[[optuna.Trial, Trial], float]
 
 def train(work: Work, cores: int, fit: Fit = fit) -> Outcome:
     """Train the work by a loop: the processes take trials from the study's list, longest first."""
-    begin, scores = time.monotonic(), work.no_scores()
+    begin = time.monotonic()
+    scores = work.no_scores()
     with tempfile.TemporaryDirectory() as folder:
         objective = functools.partial(_train_all_folds, fit, write_folds(work, folder), work.epochs)
-        order, cores = shared.longest_first(work.trials), shared.processes(work, cores)
+        order = shared.longest_first(work.trials)
+        cores = shared.processes(work, cores)
         study, began = share(work, order, objective, NopPruner(), cores, folder)
         for trial in study.trials[: len(work.trials)]:
             scores[trial.user_attrs["position"]] = trial.user_attrs["scores"]
@@ -43,17 +55,28 @@ def _train_all_folds(fit: Fit, path: str, epochs: int, trial: optuna.Trial, para
 def search(method: str, work: Work, cores: int) -> list[Event]:
     """Search, "random" or with pruning by "halving"; a candidate is heard of after every epoch."""
     pruned = method == "halving"
-    pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3) if pruned else NopPruner()
+    pruner = (
+        optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
+        if pruned
+        else NopPruner()
+    )
     with shared.recorded() as (begin, path), tempfile.TemporaryDirectory() as folder:
-        objective = functools.partial(_train_together, write_folds(work, folder), path, work.epochs, pruned)
+        objective = functools.partial(
+            _train_together, write_folds(work, folder), path, work.epochs, pruned
+        )
         share(work, range(len(work.trials)), objective, pruner, cores, folder)
-        return [Event(at - begin, candidate, score) for at, candidate, _, score in shared.read(path)]
+        return [
+            Event(at - begin, candidate, score) for at, candidate, _, score in shared.read(path)
+        ]
 
 
-def _train_together(folds: str, path: str, epochs: int, pruned: bool, trial: optuna.Trial, params: Trial) -> float:
+def _train_together(
+    folds: str, path: str, epochs: int, pruned: bool, trial: optuna.Trial, params: Trial
+) -> float:
     """Train one candidate on all folds, epoch by epoch, until the end or its pruning."""
     rows = read_folds(folds)
-    runs, score = [trained(fold, params) for fold in rows], 0.0
+    runs = [trained(fold, params) for fold in rows]
+    score = 0.0
     # The pruner looks at no other epochs, and to report one is a write to the disk.
     rungs = {3**k for k in range(epochs) if 3**k < epochs} if pruned else set()
     with denormals_as_zero():
@@ -68,15 +91,22 @@ def _train_together(folds: str, path: str, epochs: int, pruned: bool, trial: opt
 
 
 def share(
-    work: Work, order: Sequence[int], objective: Objective, pruner: BasePruner, cores: int, folder: str
+    work: Work,
+    order: Sequence[int],
+    objective: Objective,
+    pruner: BasePruner,
+    cores: int,
+    folder: str,
 ) -> tuple[optuna.Study, float]:
-    """Let processes optimize one study of the work's trials in this order; it is kept in the folder.
+    """Let processes optimize one study of the work's trials in this order; it is kept in the
+    folder.
 
-    Returns the study, its first trials being those of the list with their "position" in the work, and when the last
-    process began.
+    Returns the study, its first trials being those of the list with their "position" in the work,
+    and when the last process began.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    journal, widths = str(Path(folder) / "journal.log"), sorted({trial["width"] for trial in work.trials})
+    journal = str(Path(folder) / "journal.log")
+    widths = sorted({trial["width"] for trial in work.trials})
     study = optuna.create_study(storage=_storage(journal), study_name="work", direction="maximize")
     for position in order:
         study.enqueue_trial(work.trials[position], user_attrs={"position": position})
@@ -85,7 +115,9 @@ def share(
         return study, max(joblib.Parallel(batch_size=1)([one] * cores))
 
 
-def _optimize(journal: str, widths: list[int], n_trials: int, objective: Objective, pruner: BasePruner) -> float:
+def _optimize(
+    journal: str, widths: list[int], n_trials: int, objective: Objective, pruner: BasePruner
+) -> float:
     """Take trials of the study until its list has ended; return when this process began."""
     begin = time.monotonic()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -101,8 +133,11 @@ def _optimize(journal: str, widths: list[int], n_trials: int, objective: Objecti
         }
         return objective(trial, params)
 
-    sampler = optuna.samplers.RandomSampler(seed=os.getpid())  # TPE would compute what nobody asks for
-    optuna.load_study(study_name="work", storage=_storage(journal), sampler=sampler, pruner=pruner).optimize(take)
+    # TPE would compute what nobody asks for
+    sampler = optuna.samplers.RandomSampler(seed=os.getpid())
+    optuna.load_study(
+        study_name="work", storage=_storage(journal), sampler=sampler, pruner=pruner
+    ).optimize(take)
     return begin
 
 

@@ -1,6 +1,8 @@
-"""PyTorch's side of the benchmark: the plain loop, as fast as eager PyTorch goes with one network at a time.
+"""PyTorch's side of the benchmark: the plain loop, as fast as eager PyTorch goes with one network
+at a time.
 
-Beside it skorch, which wraps such a loop, Ray Tune, which runs it, and the loop whose whole step is one function of
+Beside it skorch, which wraps such a loop, Ray Tune, which runs it, and the loop whose whole step is
+one function of
 ``torch.compile``.
 """
 
@@ -21,11 +23,14 @@ from torch.nn.functional import cross_entropy, linear
 from benchmark import work as shared
 from benchmark.work import Fold, Outcome, Trial, Work, over_cores
 
-BETAS, EPSILON = (0.9, 0.999), 1e-8  # of torch.optim.Adam
+# of torch.optim.Adam
+BETAS = (0.9, 0.999)
+EPSILON = 1e-8
 
 
 def fit(fold: Fold, trial: Trial, epochs: int) -> float:
-    """Train one network on one fold; return its accuracy on the validation rows after the last epoch."""
+    """Train one network on one fold; return its accuracy on the validation rows after the last
+    epoch."""
     with denormals_as_zero():
         for _, network in zip(range(epochs), trained(fold, trial)):
             last = network
@@ -38,8 +43,8 @@ train = functools.partial(over_cores, fit)  # one process a core
 def trained(fold: Fold, trial: Trial) -> Iterator[nn.Module]:
     """Yield the network after each epoch, for ever.
 
-    What was faster than its alternatives: fused Adam, rows shuffled once an epoch and sliced, no DataLoader; the
-    caller takes denormal numbers for zero.
+    What was faster than its alternatives: fused Adam, rows shuffled once an epoch and sliced, no
+    DataLoader; the caller takes denormal numbers for zero.
     """
     x, y, network = _begin(fold, trial)
     optimizer = torch.optim.Adam(network.parameters(), lr=trial["lr"], fused=True)
@@ -54,7 +59,8 @@ def trained(fold: Fold, trial: Trial) -> Iterator[nn.Module]:
 def _begin(fold: Fold, trial: Trial) -> tuple[Tensor, Tensor, nn.Sequential]:
     x, y = map(torch.from_numpy, fold[:2])
     torch.manual_seed(0)
-    width, classes = trial["width"], int(y.max()) + 1
+    width = trial["width"]
+    classes = int(y.max()) + 1
     hidden = nn.Linear(x.shape[1], width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()
     return x, y, nn.Sequential(*hidden, nn.Linear(width, classes))
 
@@ -63,8 +69,8 @@ def _begin(fold: Fold, trial: Trial) -> tuple[Tensor, Tensor, nn.Sequential]:
 def denormals_as_zero() -> Iterator[None]:
     """Take denormal numbers for zero in the block: products of them are many times slower."""
     torch.set_flush_denormal(True)
-    # Where gputune has set torch's threads in this process, MKL does not hear threadpoolctl's limit: two threads that
-    # wait for each other at every product made this loop many times slower.
+    # Where gputune has set torch's threads in this process, MKL does not hear threadpoolctl's
+    # limit: two threads that wait for each other at every product made this loop many times slower.
     torch.set_num_threads(torch.get_num_threads())
     try:
         yield
@@ -91,11 +97,19 @@ def fit_skorch(fold: Fold, trial: Trial, epochs: int) -> float:
     X, y, X_valid, y_valid = fold
     classifier = skorch.NeuralNetClassifier(
         _begin(fold, trial)[2],
-        criterion=nn.CrossEntropyLoss,  # of logits, as everywhere else; the default wants probabilities
-        optimizer=torch.optim.Adam, optimizer__fused=True, lr=trial["lr"], batch_size=trial["batch_size"],
-        max_epochs=epochs, iterator_train__shuffle=True, iterator_valid__batch_size=len(X_valid),
-        train_split=None, callbacks="disable", verbose=0,
-    )  # fmt: skip
+        # of logits, as everywhere else; the default wants probabilities
+        criterion=nn.CrossEntropyLoss,
+        optimizer=torch.optim.Adam,
+        optimizer__fused=True,
+        lr=trial["lr"],
+        batch_size=trial["batch_size"],
+        max_epochs=epochs,
+        iterator_train__shuffle=True,
+        iterator_valid__batch_size=len(X_valid),
+        train_split=None,
+        callbacks="disable",
+        verbose=0,
+    )
     with denormals_as_zero():
         classifier.fit(X, y)
     return float(classifier.score(X_valid, y_valid))
@@ -114,25 +128,40 @@ RAY_SETTINGS = {
 
 
 def train_ray(work: Work, cores: int) -> Outcome:
-    """Train the work with Ray Tune, every trial on one core, on a Ray of this machine started and ended in the call."""
+    """Train the work with Ray Tune, every trial on one core, on a Ray of this machine started and
+    ended in the call."""
     os.environ |= RAY_SETTINGS
     import ray
     from ray import tune
 
     begin = time.monotonic()
-    folds, trials, epochs = shared.standardised(work), work.trials, work.epochs
+    folds = shared.standardised(work)
+    trials = work.trials
+    epochs = work.epochs
 
     def train_one(config: dict[str, Any]) -> None:
         began = time.monotonic()
         torch.set_num_threads(1)
         parts = ray.get(rows)  # mapped
-        scores = [fit([part.copy() for part in fold], trials[config["position"]], epochs) for fold in parts]
+        scores = [
+            fit([part.copy() for part in fold], trials[config["position"]], epochs)
+            for fold in parts
+        ]
         tune.report({"scores": scores, "began": began, "process": os.getpid()})
 
     # The workers import what this process can.
-    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)), tempfile.TemporaryDirectory() as folder:
+    with (
+        patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)),
+        tempfile.TemporaryDirectory() as folder,
+    ):
         try:
-            ray.init("local", num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level="error")
+            ray.init(
+                "local",
+                num_cpus=cores,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="error",
+            )
             rows = ray.put(folds)
             results = tune.Tuner(
                 tune.with_resources(train_one, {"cpu": 1}),
@@ -142,7 +171,8 @@ def train_ray(work: Work, cores: int) -> Outcome:
             ).fit()
         finally:
             ray.shutdown()
-    scores, began = work.no_scores(), []
+    scores = work.no_scores()
+    began = []
     for result in results:
         if result.error is not None:
             raise result.error
@@ -152,7 +182,8 @@ def train_ray(work: Work, cores: int) -> Outcome:
 
 
 def train_compiled(work: Work, cores: int) -> Outcome:
-    """Train the work with the compiled step; each process compiles, and no earlier call has left it anything."""
+    """Train the work with the compiled step; each process compiles, and no earlier call has left it
+    anything."""
     torch.compiler.reset()
     with tempfile.TemporaryDirectory() as folder:  # a cache that begins empty
         empty = {"TORCHINDUCTOR_CACHE_DIR": folder, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
@@ -161,12 +192,14 @@ def train_compiled(work: Work, cores: int) -> Outcome:
 
 
 def fit_compiled(fold: Fold, trial: Trial, epochs: int) -> float:
-    """Train one network on one fold; return its accuracy on the validation rows after the last epoch."""
+    """Train one network on one fold; return its accuracy on the validation rows after the last
+    epoch."""
     x, y, network = _begin(fold, trial)
     weights = [parameter.detach() for parameter in network.parameters()]
     first, second = ([torch.zeros_like(weight) for weight in weights] for _ in range(2))
     # Tensors, because another number would be compiled anew.
-    lr, steps = torch.tensor(trial["lr"]), torch.zeros(())
+    lr = torch.tensor(trial["lr"])
+    steps = torch.zeros(())
     with denormals_as_zero():
         for _ in range(epochs):
             for rows, labels in batches(x, y, trial["batch_size"]):
@@ -176,13 +209,20 @@ def fit_compiled(fold: Fold, trial: Trial, epochs: int) -> float:
 
 @functools.cache
 def _compiled_step() -> Callable[..., None]:
-    # One compilation for all widths and batch sizes; one for each of them takes longer than it saves.
+    # One compilation for all widths and batch sizes; one for each of them takes longer than it
+    # saves.
     compiled: Callable[..., None] = torch.compile(_step, dynamic=True)
     return compiled
 
 
 def _step(
-    weights: list[Tensor], first: list[Tensor], second: list[Tensor], x: Tensor, y: Tensor, lr: Tensor, steps: Tensor
+    weights: list[Tensor],
+    first: list[Tensor],
+    second: list[Tensor],
+    x: Tensor,
+    y: Tensor,
+    lr: Tensor,
+    steps: Tensor,
 ) -> None:
     gradients = torch.func.grad(_loss)(weights, x, y)
     steps += 1
@@ -200,9 +240,11 @@ def _loss(weights: list[Tensor], x: Tensor, y: Tensor) -> Tensor:
 
 
 def _timed(step: Callable[..., None], *arguments: Any) -> None:
-    from torch._dynamo.utils import counters  # here: it takes the plain loop's workers long to import
+    # here: it takes the plain loop's workers long to import
+    from torch._dynamo.utils import counters
 
-    before, begin = counters["stats"]["unique_graphs"], time.perf_counter()
+    before = counters["stats"]["unique_graphs"]
+    begin = time.perf_counter()
     step(*arguments)
     if counters["stats"]["unique_graphs"] > before:
         shared.add_compile_seconds(time.perf_counter() - begin)

@@ -1,4 +1,5 @@
-"""Boosted trees for a table: scikit-learn's, LightGBM's and CatBoost's, at their defaults and tuned by Optuna."""
+"""Boosted trees for a table: scikit-learn's, LightGBM's and CatBoost's, at their defaults and tuned
+by Optuna."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,21 +15,34 @@ from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostin
 from sklearn.metrics import get_scorer
 from sklearn.model_selection import KFold, StratifiedKFold
 
-ROUNDS, PATIENCE = 2_000, 50  # of boosting, at most and without a better score on a fold's validation rows
+# of boosting, at most and without a better score on a fold's validation rows
+ROUNDS = 2_000
+PATIENCE = 50
 LIBRARIES = {"lightgbm": "LightGBM", "catboost": "CatBoost"}
 SPACES: dict[str, dict[str, Any]] = {
     "lightgbm": {
-        "learning_rate": (5e-3, 0.1, "log"), "num_leaves": (2, 200, "log"), "min_child_samples": (1, 64, "log"),
-        "colsample_bytree": (0.4, 1.0), "subsample": (0.7, 1.0), "extra_trees": [False, True],
-        "reg_alpha": (1e-5, 1.0, "log"), "reg_lambda": (1e-5, 2.0, "log"),
+        "learning_rate": (5e-3, 0.1, "log"),
+        "num_leaves": (2, 200, "log"),
+        "min_child_samples": (1, 64, "log"),
+        "colsample_bytree": (0.4, 1.0),
+        "subsample": (0.7, 1.0),
+        "extra_trees": [False, True],
+        "reg_alpha": (1e-5, 1.0, "log"),
+        "reg_lambda": (1e-5, 2.0, "log"),
     },
     "catboost": {
-        "learning_rate": (5e-3, 0.1, "log"), "depth": (4, 8), "l2_leaf_reg": (1e-4, 5.0, "log"),
-        "subsample": (0.7, 1.0), "colsample_bylevel": (0.85, 1.0), "grow_policy": ["SymmetricTree", "Depthwise"],
-        "leaf_estimation_iterations": (1, 20, "log"), "one_hot_max_size": (8, 100, "log"),
-        "model_size_reg": (0.1, 1.5, "log"), "max_ctr_complexity": (2, 5),
+        "learning_rate": (5e-3, 0.1, "log"),
+        "depth": (4, 8),
+        "l2_leaf_reg": (1e-4, 5.0, "log"),
+        "subsample": (0.7, 1.0),
+        "colsample_bylevel": (0.85, 1.0),
+        "grow_policy": ["SymmetricTree", "Depthwise"],
+        "leaf_estimation_iterations": (1, 20, "log"),
+        "one_hot_max_size": (8, 100, "log"),
+        "model_size_reg": (0.1, 1.5, "log"),
+        "max_ctr_complexity": (2, 5),
     },
-}  # fmt: skip
+}
 """Those of AutoGluon's searches (TabArena's for CatBoost)."""
 
 
@@ -53,7 +67,9 @@ class OfTable:
             out = out.assign(year=when.dt.year, month=when.dt.month, day=when.dt.day)
         if self.as_text:
             text = [name for name in self.levels if name not in dates]
-            out = out.assign(**{name: out[name].astype(object).fillna("missing").astype(str) for name in text})
+            out = out.assign(
+                **{name: out[name].astype(object).fillna("missing").astype(str) for name in text}
+            )
         return out
 
     def fit(self, X: pd.DataFrame, y: pd.Series) -> "OfTable":
@@ -74,22 +90,35 @@ def levels_of(X: pd.DataFrame) -> dict[str, pd.CategoricalDtype]:
 
 def with_defaults(X: pd.DataFrame, y: pd.Series, task: str) -> Iterator[tuple[str, OfTable]]:
     """Yield the name of each library that is installed and its trees as its defaults say."""
-    histogram = HistGradientBoostingRegressor if task == "regression" else HistGradientBoostingClassifier
+    histogram = (
+        HistGradientBoostingRegressor if task == "regression" else HistGradientBoostingClassifier
+    )
     levels = levels_of(X)
-    yield "HistGradientBoosting", OfTable(histogram(categorical_features="from_dtype", random_state=0), levels)
+    yield (
+        "HistGradientBoosting",
+        OfTable(histogram(categorical_features="from_dtype", random_state=0), levels),
+    )
     for library, name in LIBRARIES.items():
         if find_spec(library):
             yield name, _model(library, task, levels)
 
 
-def _model(library: str, task: str, levels: dict[str, pd.CategoricalDtype], **chosen: Any) -> OfTable:
+def _model(
+    library: str, task: str, levels: dict[str, pd.CategoricalDtype], **chosen: Any
+) -> OfTable:
     module = import_module(library)
     if library == "lightgbm":
         kind = module.LGBMRegressor if task == "regression" else module.LGBMClassifier
         return OfTable(kind(n_jobs=1, random_state=0, verbose=-1, **chosen), levels)
     kind = module.CatBoostRegressor if task == "regression" else module.CatBoostClassifier
     text = [name for name in levels if not name.startswith("date")]
-    fixed = {"thread_count": 1, "random_seed": 0, "verbose": 0, "allow_writing_files": False, "cat_features": text}
+    fixed = {
+        "thread_count": 1,
+        "random_seed": 0,
+        "verbose": 0,
+        "allow_writing_files": False,
+        "cat_features": text,
+    }
     return OfTable(kind(**fixed, **chosen), levels, as_text=True)
 
 
@@ -103,23 +132,37 @@ def _settings(library: str, task: str, scoring: str, rounds: int) -> dict[str, A
 
 
 def tuned(
-    library: str, X: pd.DataFrame, y: pd.Series, task: str, scoring: str, *, folds: int, seconds: float
+    library: str,
+    X: pd.DataFrame,
+    y: pd.Series,
+    task: str,
+    scoring: str,
+    *,
+    folds: int,
+    seconds: float,
 ) -> tuple[OfTable, int, int]:
-    """Return a library's trees tuned for so many seconds by Optuna's TPE, how many trials it had and the best one.
+    """Return a library's trees tuned for so many seconds by Optuna's TPE, how many trials it had
+    and the best one.
 
-    Each fold stops early, and the best trial is fitted on all rows with the folds' mean number of rounds.
+    Each fold stops early, and the best trial is fitted on all rows with the folds' mean number of
+    rounds.
     """
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    numbers, levels = task == "regression", levels_of(X)
+    numbers = task == "regression"
+    levels = levels_of(X)
     parts = (KFold if numbers else StratifiedKFold)(folds, shuffle=True, random_state=0)
     judge = get_scorer(scoring)
 
     def objective(trial: optuna.Trial) -> float:
-        chosen, scores, rounds = _drawn(trial, SPACES[library]), [], []
+        chosen = _drawn(trial, SPACES[library])
+        scores = []
+        rounds = []
         for train, valid in parts.split(X, None if numbers else y):
-            one = _model(library, task, levels, **_settings(library, task, scoring, ROUNDS), **chosen)
+            one = _model(
+                library, task, levels, **_settings(library, task, scoring, ROUNDS), **chosen
+            )
             others = one.rows(X.iloc[valid]), y.iloc[valid]
             one.estimator.fit(one.rows(X.iloc[train]), y.iloc[train], **_stop(library, others))
             scores.append(judge(one.estimator, *others))
@@ -133,7 +176,11 @@ def tuned(
         study.optimize(objective, n_trials=1)
     best = study.best_trial
     settings = _settings(library, task, scoring, best.user_attrs["rounds"])
-    return _model(library, task, levels, **settings, **best.params).fit(X, y), len(study.trials), best.number
+    return (
+        _model(library, task, levels, **settings, **best.params).fit(X, y),
+        len(study.trials),
+        best.number,
+    )
 
 
 def _drawn(trial: Any, space: dict[str, Any]) -> dict[str, Any]:

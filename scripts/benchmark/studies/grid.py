@@ -1,7 +1,9 @@
-"""gputune beside scikit-learn and the PyTorch loop over trials x widths x batch sizes, and what grows with the work.
+"""gputune beside scikit-learn and the PyTorch loop over trials x widths x batch sizes, and what
+grows with the work.
 
-Every trial of a cell has the cell's width and batch size. The cells in which gputune is slower are in the table too.
-What grows is measured in fresh processes: python -m benchmark.studies.grid TRIALS FOLDS EPOCHS ROWS prints one as JSON.
+Every trial of a cell has the cell's width and batch size. The cells in which gputune is slower are
+in the table too. What grows is measured in fresh processes: python -m benchmark.studies.grid TRIALS
+FOLDS EPOCHS ROWS prints one as JSON.
 """
 
 import json
@@ -26,7 +28,8 @@ from benchmark.studies.training import AGREEMENT, measure, runs
 from benchmark.work import digits_work
 
 TRIALS = (1, 4)  # and the command's --trials
-WIDTHS, BATCH_SIZES = (16, 64, 256, 512), (16, 64, 256)
+WIDTHS = (16, 64, 256, 512)
+BATCH_SIZES = (16, 64, 256)
 EPOCHS = 10  # with fewer, other laws of the start show in the accuracies
 FOLDS = 5  # of the least work that grows
 GROWTH = 8  # times the least number of trials, of folds, of epochs
@@ -47,14 +50,16 @@ GROWN_ROWS = """\
 A table of {columns} columns in float32, one trial of width {width}, batch size {batch_size}, 5 folds, one epoch.
 """
 ROWS = (62_500, 250_000, 1_000_000)
-COLUMNS, LARGE = 50, {"width": 16, "batch_size": 256}
+COLUMNS = 50
+LARGE = {"width": 16, "batch_size": 256}
 
 Cell = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Growth:
-    """One search, of digits where ``rows`` is 0: seconds, and the memory of its process (MiB), before and at most."""
+    """One search, of digits where ``rows`` is 0: seconds, and the memory of its process (MiB),
+    before and at most."""
 
     trials: int
     folds: int
@@ -70,7 +75,8 @@ class Growth:
 
 
 def run(options: Namespace) -> int:
-    epochs, repeats = options.epochs or EPOCHS, options.repeats or 1
+    epochs = options.epochs or EPOCHS
+    repeats = options.repeats or 1
     able, lacks = split_by_lack(options.engines or choose("sklearn,torch"))
     cells: list[Cell] = []
     for width, batch_size, count in product(WIDTHS, BATCH_SIZES, sorted({*TRIALS, options.trials})):
@@ -85,32 +91,57 @@ def run(options: Namespace) -> int:
             "ratio": {m.engine: m.median / own.median for m in measured if m.rival},
         }
         cells.append({"trials": count, **shape, **numbers})
-        seconds = ", ".join(f"{name} {min(each):.2f} s" for name, each in cells[-1]["seconds"].items())
+        seconds = ", ".join(
+            f"{name} {min(each):.2f} s" for name, each in cells[-1]["seconds"].items()
+        )
         print(f"{_name(cells[-1])}: {seconds}", flush=True)
-    means = {name: sum(c["accuracy"][name] for c in cells) / len(cells) for name in cells[0]["accuracy"]}
+    means = {
+        name: sum(c["accuracy"][name] for c in cells) / len(cells) for name in cells[0]["accuracy"]
+    }
     if not max(means.values()) - min(means.values()) <= AGREEMENT:  # a NaN is not
-        print(f"NO SPEED: the mean accuracies over the cells differ by more than {AGREEMENT}: {means}")
+        print(
+            f"NO SPEED: the mean accuracies over the cells differ by more than {AGREEMENT}: {means}"
+        )
         return 1
     grown = measure_growth(trials=max(*TRIALS, options.trials), epochs=epochs, factor=GROWTH)
     each = ", ".join(f"{name} {mean:.4f}" for name, mean in means.items())
-    how = HOW.format(repeats=counted(repeats, "run"), agreement=AGREEMENT, epochs=epochs, means=each)
-    numbers = {"epochs": epochs, "cells": cells, "accuracy": means, "left_out": lacks, "growth": grown}
+    how = HOW.format(
+        repeats=counted(repeats, "run"), agreement=AGREEMENT, epochs=epochs, means=each
+    )
+    numbers = {
+        "epochs": epochs,
+        "cells": cells,
+        "accuracy": means,
+        "left_out": lacks,
+        "growth": grown,
+    }
     title = "gputune over trials, widths and batch sizes"
     return publish(options.out, "grid", title, how, *_sections(cells, grown), **numbers)
 
 
 def _name(cell: Cell) -> str:
-    return f"{counted(cell['trials'], 'trial')} of width {cell['width']}, batch size {cell['batch_size']}"
+    return (
+        f"{counted(cell['trials'], 'trial')} of width {cell['width']}, batch size "
+        f"{cell['batch_size']}"
+    )
 
 
 def _sections(cells: Sequence[Cell], grown: Sequence[Growth]) -> list[str]:
     parts = []
-    head = "|".join(["width|batch size", *(counted(n, "trial") for n in sorted({cell["trials"] for cell in cells}))])
+    head = "|".join(
+        [
+            "width|batch size",
+            *(counted(n, "trial") for n in sorted({cell["trials"] for cell in cells})),
+        ]
+    )
     for rival in cells[0]["ratio"]:
         rows: dict[str, str] = {}  # in a row the cells' trials grow
         for cell in cells:
-            shape, ratio = f"{cell['width']}|{cell['batch_size']}", cell["ratio"][rival]
-            rows[shape] = rows.get(shape, shape) + (f"|**{ratio:.2f}x**" if ratio < 1 else f"|{ratio:.2f}x")
+            shape = f"{cell['width']}|{cell['batch_size']}"
+            ratio = cell["ratio"][rival]
+            rows[shape] = rows.get(shape, shape) + (
+                f"|**{ratio:.2f}x**" if ratio < 1 else f"|{ratio:.2f}x"
+            )
         lost = [_name(cell) for cell in cells if cell["ratio"][rival] < 1]
         which = f": {'; '.join(lost)}" if lost else ""
         verdict = f"gputune is slower in {len(lost)} of {len(cells)} cells{which}."
@@ -129,14 +160,18 @@ def _sections(cells: Sequence[Cell], grown: Sequence[Growth]) -> list[str]:
     costs = "seconds|µs for each|peak MiB|above the start"
     return [
         *parts,
-        "## What grows with trials x folds x epochs", GROWN,
+        "## What grows with trials x folds x epochs",
+        GROWN,
         table(f"trials|folds|epochs|trials x folds x epochs|{costs}", by_work),
-        "## What grows with rows", GROWN_ROWS.format(columns=COLUMNS, **LARGE), table(f"rows|{costs}", by_rows),
-    ]  # fmt: skip
+        "## What grows with rows",
+        GROWN_ROWS.format(columns=COLUMNS, **LARGE),
+        table(f"rows|{costs}", by_rows),
+    ]
 
 
 def measure_growth(*, trials: int, epochs: int, factor: int) -> list[Growth]:
-    """Measure the least work, then twice of its trials, of its folds and of its epochs, to ``factor``; and ``ROWS``."""
+    """Measure the least work, then twice of its trials, of its folds and of its epochs, to
+    ``factor``; and ``ROWS``."""
     times = [2**k for k in range(factor.bit_length())]
     cases = [
         *((trials * n, FOLDS, epochs, 0) for n in times),
@@ -149,8 +184,15 @@ def measure_growth(*, trials: int, epochs: int, factor: int) -> list[Growth]:
 
 def in_fresh_process(trials: int, folds: int, epochs: int, rows: int) -> Growth:
     """Measure one search in a process that has done nothing else."""
-    command = [sys.executable, "-m", "benchmark.studies.grid", *map(str, (trials, folds, epochs, rows))]
-    said = subprocess.run(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True, check=True).stdout
+    command = [
+        sys.executable,
+        "-m",
+        "benchmark.studies.grid",
+        *map(str, (trials, folds, epochs, rows)),
+    ]
+    said = subprocess.run(
+        command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
     return Growth(**json.loads(said))
 
 
@@ -159,9 +201,11 @@ def measure_here(trials: int, folds: int, epochs: int, rows: int) -> Growth:
     work = digits_work("narrow", n_trials=trials, epochs=epochs, folds=folds)
     if rows:
         X = np.random.default_rng(0).standard_normal((rows, COLUMNS), dtype=np.float32)
-        parts, same = list(KFold(folds).split(X)), [trial | LARGE for trial in work.trials]
+        parts = list(KFold(folds).split(X))
+        same = [trial | LARGE for trial in work.trials]
         work = replace(work, X=X, y=(X[:, 0] > X[:, 1]).astype(int), folds=parts, trials=same)
-    before, begin = peak_mib(), time.perf_counter()
+    before = peak_mib()
+    begin = time.perf_counter()
     train(work)
     return Growth(trials, folds, epochs, rows, time.perf_counter() - begin, before, peak_mib())
 
@@ -169,7 +213,10 @@ def measure_here(trials: int, folds: int, epochs: int, rows: int) -> Growth:
 def peak_mib() -> float:
     """Return the largest resident memory of this process so far."""
     # Linux lets a child begin with its parent's peak in getrusage, but not here.
-    return int(re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.M)[1]) / 1024
+    return (
+        int(re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.M)[1])
+        / 1024
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""What successive halving costs and what it loses: its best score beside that of the full search, over seeds.
+"""What successive halving costs and what it loses: its best score beside that of the full search,
+over seeds.
 
-Which trials halving keeps is read off the curves of the full search, which are the ones that it sees; on the first seed
-of every table it is also run, and must end the same. A seed draws its own trials, folds and starts.
+Which trials halving keeps is read off the curves of the full search, which are the ones that it
+sees; on the first seed of every table it is also run, and must end the same. A seed draws its own
+trials, folds and starts.
 """
 
 from argparse import Namespace
@@ -17,16 +19,22 @@ import gputune
 from benchmark.report import describe_machine, publish, table
 from gputune.methods.stopping import survivors
 
-TRIALS, EPOCHS, SEEDS, FOLDS = 243, 54, 10, 3
+TRIALS = 243
+EPOCHS = 54
+SEEDS = 10
+FOLDS = 3
 ADULT_ROWS = 10_000
-LOSS, SHARE = 0.005, 0.2  # of the full search's best score, and of its trial-epochs
+# of the full search's best score, and of its trial-epochs
+LOSS = 0.005
+SHARE = 0.2
 AGREEMENT = 2e-3  # between halving as it is run and as it is read off: rounding may turn a tie
 HEAD = "table|seed|full search|halving|loss|trial-epochs|run"
 
 
 @dataclass(frozen=True)
 class Seed:
-    """Best fold-mean scores of both, and their trial-epochs; ``run`` is the best of halving where it was run."""
+    """Best fold-mean scores of both, and their trial-epochs; ``run`` is the best of halving where
+    it was run."""
 
     table: str
     seed: int
@@ -38,7 +46,8 @@ class Seed:
 
     @property
     def loss(self) -> float:
-        """The part of the full search's best score that halving is below it; below 0 where it is above."""
+        """The part of the full search's best score that halving is below it; below 0 where it is
+        above."""
         return 1 - self.halving / self.full
 
     @property
@@ -52,30 +61,47 @@ class Seed:
 
 
 def run(options: Namespace) -> int:
-    epochs, found = options.epochs or EPOCHS, []
+    epochs = options.epochs or EPOCHS
+    found = []
     for name, (X, y) in tables(options.adult).items():
         for seed in range(options.repeats or SEEDS):
             found.append(compare(name, X, y, epochs=epochs, seed=seed))
             cells = zip(HEAD.split("|"), found[-1].row().split("|"))
             print(", ".join(f"{word} {value or 'no'}" for word, value in cells), flush=True)
     if any(one.run is not None and not abs(one.run - one.halving) <= AGREEMENT for one in found):
-        print("NO COMPARISON: halving as it is run ends with another score than its decisions on the full curves.")
+        print(
+            "NO COMPARISON: halving as it is run ends with another score than its decisions on "
+            "the full curves."
+        )
         return 1
     how = (
-        f"{TRIALS} trials of the default space, {epochs} epochs, {FOLDS} folds; `gputune.Halving()`. Accuracy is the "
-        "best fold mean. Halving's survivors are read off the curves of the full search; on seed 0 it was run as well. "
-        f"The aim is a loss of at most {LOSS:.1%} for at most {SHARE:.0%} of the trial-epochs."
+        f"{TRIALS} trials of the default space, {epochs} epochs, {FOLDS} folds; "
+        "`gputune.Halving()`. Accuracy is the best fold mean. Halving's survivors are read off "
+        "the curves of the full search; on seed 0 it was run as well. The aim is a loss of at "
+        f"most {LOSS:.1%} for at most {SHARE:.0%} of the trial-epochs."
     )
     within = sum(one.loss <= LOSS and one.share <= SHARE for one in found)
-    parts = how, table(HEAD, (one.row() for one in found)), f"{within} of {len(found)} reach the aim."
-    machine, numbers = describe_machine(with_card=True), {"trials": TRIALS, "epochs": epochs, "seeds": found}
+    parts = (
+        how,
+        table(HEAD, (one.row() for one in found)),
+        f"{within} of {len(found)} reach the aim.",
+    )
+    machine = describe_machine(with_card=True)
+    numbers = {"trials": TRIALS, "epochs": epochs, "seeds": found}
     title = "What successive halving loses, and what it saves"
     return publish(options.out, "halving", title, *parts, machine=machine, **numbers)
 
 
 def compare(table: str, X: Any, y: Any, *, epochs: int, seed: int) -> Seed:
-    options = {"n_trials": TRIALS, "max_epochs": epochs, "cv": FOLDS, "random_state": seed, "verbose": 0}
-    full, halving = gputune.tune("mlp", X, y, method="random", **options), gputune.Halving()
+    options = {
+        "n_trials": TRIALS,
+        "max_epochs": epochs,
+        "cv": FOLDS,
+        "random_state": seed,
+        "verbose": 0,
+    }
+    full = gputune.tune("mlp", X, y, method="random", **options)
+    halving = gputune.Halving()
     stays, spent = halved(full.curves, halving, epochs)
     score = float(np.nanmax(full.curves[stays].mean(2).max(1)))
     ran = gputune.tune("mlp", X, y, method=halving, **options).best_score if seed == 0 else None
@@ -83,13 +109,17 @@ def compare(table: str, X: Any, y: Any, *, epochs: int, seed: int) -> Seed:
 
 
 def halved(curves: np.ndarray, method: gputune.Halving, epochs: int) -> tuple[np.ndarray, int]:
-    """Return which trials (positions) come to the end, and the trial-epochs of all, by curves (C, epochs, F)."""
-    alive, spent, before = np.arange(len(curves)), 0, 0
+    """Return which trials (positions) come to the end, and the trial-epochs of all, by curves (C,
+    epochs, F)."""
+    alive = np.arange(len(curves))
+    spent = 0
+    before = 0
     (rungs,) = method.rungs(epochs)
     for rung in rungs:
         spent += len(alive) * (rung - before)
         means = curves[alive, rung - 1].mean(1)
-        alive, before = alive[survivors(means, method.factor)], rung
+        alive = alive[survivors(means, method.factor)]
+        before = rung
     return alive, spent + len(alive) * (epochs - before)
 
 
@@ -104,7 +134,10 @@ def tables(adult: Path | None) -> dict[str, tuple[Any, Any]]:
     rows = pl.read_csv(adult, has_header=False, null_values=["?", " ?"], truncate_ragged_lines=True)
     rows = rows.sample(min(ADULT_ROWS, len(rows)), seed=0)
     # The file has a blank after each comma, which makes text of its numbers.
-    plain = [_plain(column.str.strip_chars(" .") if column.dtype == pl.String else column) for column in rows]
+    plain = [
+        _plain(column.str.strip_chars(" .") if column.dtype == pl.String else column)
+        for column in rows
+    ]
     return {**found, "adult": (pl.DataFrame(plain[:-1]), plain[-1].to_numpy() == ">50K")}
 
 

@@ -1,6 +1,8 @@
-"""What a hypergradient costs: every mode on one stacked population, over the same training without derivatives.
+"""What a hypergradient costs: every mode on one stacked population, over the same training without
+derivatives.
 
-Members are 64-32-10 tanh networks of one population, trained in batches of 64 in float32 on one thread.
+Members are 64-32-10 tanh networks of one population, trained in batches of 64 in float32 on one
+thread.
 """
 
 import time
@@ -26,13 +28,20 @@ from gputune.tuning.choices import ModelChoice, choose_model
 from gputune.tuning.options import Options
 from gputune.tuning.problem import make_problem
 
-FOLDS, BATCH, STEPS_AN_EPOCH, EPOCHS, REPEATS = 5, 64, 10, 5, 7
+FOLDS = 5
+BATCH = 64
+STEPS_AN_EPOCH = 10
+EPOCHS = 5
+REPEATS = 7
 RATES = {"sgd": (1e-2, 1e-1), "adam": (1e-3, 1e-2)}  # a calm range of learning rates
 MEMBERS = (30, 200)
 AGREEMENT = 1e-3  # of the largest number: float32 after 50 steps
 
-PLAIN, OPTIMISED = "plain", "optimised"
-FORWARD, REVERSE, CHECKPOINTED = "forward, 1 rate", "reverse, 10 rates", "checkpointed, 10 rates"
+PLAIN = "plain"
+OPTIMISED = "optimised"
+FORWARD = "forward, 1 rate"
+REVERSE = "reverse, 10 rates"
+CHECKPOINTED = "checkpointed, 10 rates"
 
 HOW = f"""\
 Stacked 64-32-10 tanh networks, batches of {BATCH}, float32, one thread. Ten rates are 5 segments of the training
@@ -61,7 +70,9 @@ class Cost:
 
 
 def run(options: Namespace) -> int:
-    epochs, repeats, threads = options.epochs or EPOCHS, options.repeats or REPEATS, torch.get_num_threads()
+    epochs = options.epochs or EPOCHS
+    repeats = options.repeats or REPEATS
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         costs = [measure(o, n, epochs=epochs, repeats=repeats) for o in RATES for n in MEMBERS]
@@ -69,16 +80,22 @@ def run(options: Namespace) -> int:
         torch.set_num_threads(threads)
     worst = float(np.max([cost.disagreement for cost in costs]))  # unlike max(), NaN where one is
     if not worst <= AGREEMENT:
-        print(f"NO RATIO: slopes or weights that must be the same differ by {worst:.2g} of the largest.")
+        print(
+            f"NO RATIO: slopes or weights that must be the same differ by {worst:.2g} of the "
+            "largest."
+        )
         return 1
     head = f"optimizer|members|steps|kind|ms a step|over {PLAIN}|over {OPTIMISED}"
     found = table(head, (cost.row(kind) for cost in costs for kind in cost.seconds))
-    return publish(options.out, "hypergradients", "What a hypergradient costs", HOW, found, costs=costs)
+    return publish(
+        options.out, "hypergradients", "What a hypergradient costs", HOW, found, costs=costs
+    )
 
 
 def measure(optimizer: str, members: int, *, epochs: int, repeats: int) -> Cost:
     """Run every kind once, compare, and then time them all ``repeats`` times, in turns."""
-    found, steps = kinds(optimizer, members, epochs), epochs * STEPS_AN_EPOCH
+    found = kinds(optimizer, members, epochs)
+    steps = epochs * STEPS_AN_EPOCH
     worst = disagreement({name: run() for name, run in found.items()})
     seconds: dict[str, list[float]] = {name: [] for name in found}
     for _ in range(repeats):
@@ -86,7 +103,9 @@ def measure(optimizer: str, members: int, *, epochs: int, repeats: int) -> Cost:
             begin = time.perf_counter()
             run()
             seconds[name].append((time.perf_counter() - begin) / steps)
-    return Cost(optimizer, members, steps, {k: float(np.median(v)) for k, v in seconds.items()}, worst)
+    return Cost(
+        optimizer, members, steps, {k: float(np.median(v)) for k, v in seconds.items()}, worst
+    )
 
 
 def kinds(optimizer: str, members: int, epochs: int) -> Mapping[str, Callable[[], Any]]:
@@ -94,10 +113,13 @@ def kinds(optimizer: str, members: int, epochs: int) -> Mapping[str, Callable[[]
     data = dataset(choice := choose_model("mlp", optimizer))
     network = {"width": 32, "depth": 1, "activation": "tanh", "batch_size": BATCH}
     rates = np.geomspace(*RATES[optimizer], members // FOLDS)
-    configs = [complete({"lr": lr, **network}, optimizer=optimizer, schedule="constant") for lr in rates]
+    configs = [
+        complete({"lr": lr, **network}, optimizer=optimizer, schedule="constant") for lr in rates
+    ]
     (chunk,) = populations(configs, choice.kind, rows=BATCH * STEPS_AN_EPOCH)
     one = inner_problem(HypergradientJob(seed=0, epochs=epochs, horizon=epochs), data, chunk)
-    ten = replace(one, tables={**one.tables, "lr": one.tables["lr"].expand(-1, 5, 2)})  # segments x layers
+    # segments x layers
+    ten = replace(one, tables={**one.tables, "lr": one.tables["lr"].expand(-1, 5, 2)})
 
     def plain() -> Tensor:
         weights = one.train()
@@ -122,8 +144,10 @@ def kinds(optimizer: str, members: int, epochs: int) -> Mapping[str, Callable[[]
 
 
 def dataset(choice: ModelChoice) -> Dataset:
-    """Return 64 columns of numbers, 10 classes that a noisy linear map decides, 640 training rows in each fold."""
-    rng, rows = np.random.default_rng(0), BATCH * STEPS_AN_EPOCH * FOLDS // (FOLDS - 1)
+    """Return 64 columns of numbers, 10 classes that a noisy linear map decides, 640 training rows
+    in each fold."""
+    rng = np.random.default_rng(0)
+    rows = BATCH * STEPS_AN_EPOCH * FOLDS // (FOLDS - 1)
     X = rng.standard_normal((rows, 64))
     y = (X @ rng.standard_normal((64, 10)) + 4 * rng.standard_normal((rows, 10))).argmax(1)
     options = Options(device="cpu", dtype="float32")
@@ -133,9 +157,12 @@ def dataset(choice: ModelChoice) -> Dataset:
 
 
 def disagreement(results: Mapping[str, Any]) -> float:
-    """Return by how much what must be the same differs, as a part of the largest number; NaN if anything is NaN."""
+    """Return by how much what must be the same differs, as a part of the largest number; NaN if
+    anything is NaN."""
     trained = results[OPTIMISED].state.buffers[0].transpose(0, 1).flatten(0, 1)
     # Slopes in the rate: (P,) of one, (P, 5, 2) of ten.
-    one, ten, again = (results[kind].gradients["lr"].squeeze() for kind in (FORWARD, REVERSE, CHECKPOINTED))
+    one, ten, again = (
+        results[kind].gradients["lr"].squeeze() for kind in (FORWARD, REVERSE, CHECKPOINTED)
+    )
     pairs = [(trained, results[PLAIN]), (one, ten.sum((1, 2))), (ten, again)]
     return float(torch.stack([(a - b).abs().max() / b.abs().max() for a, b in pairs]).max())

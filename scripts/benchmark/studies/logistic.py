@@ -1,11 +1,13 @@
-"""The logistic regression searched by gputune's GridSearchCV and by scikit-learn's, no further from optimal.
+"""The logistic regression searched by gputune's GridSearchCV and by scikit-learn's, no further from
+optimal.
 
-Both search the same candidates on the same folds of standardised digits: C from 1e-3 to 1e3, with the l2 and with the
-l1 penalty. How far a solution is from optimal is measured in one way for both: its objective over the minimum, which
-gputune finds at a tolerance of 1e-10, at values of C on one fold. Times are shown only where gputune is no further
-from it than scikit-learn at any of them, to 1e-7; to that end it stops at a tolerance of 1e-5 (l2) or 1e-4 (l1).
-scikit-learn solves l2 with newton-cholesky and l1 with saga, its only solver for the softmax with l1, which at large C
-ends at its limit of steps.
+Both search the same candidates on the same folds of standardised digits: C from 1e-3 to 1e3, with
+the l2 and with the l1 penalty. How far a solution is from optimal is measured in one way for both:
+its objective over the minimum, which gputune finds at a tolerance of 1e-10, at values of C on one
+fold. Times are shown only where gputune is no further from it than scikit-learn at any of them, to
+1e-7; to that end it stops at a tolerance of 1e-5 (l2) or 1e-4 (l1). scikit-learn solves l2 with
+newton-cholesky and l1 with saga, its only solver for the softmax with l1, which at large C ends at
+its limit of steps.
 """
 
 import time
@@ -27,7 +29,8 @@ import gputune.sklearn
 from benchmark.report import publish, table
 from benchmark.work import stop_workers
 
-FOLDS, CANDIDATES = 5, 60
+FOLDS = 5
+CANDIDATES = 60
 ROUNDING = 1e-7  # share by which an objective may lie above the best one and count as equal
 SOLVERS: dict[str, Any] = {
     "l2": {"solver": "newton-cholesky", "tol": 1e-6},
@@ -43,7 +46,8 @@ HEAD = (
 
 @dataclass(frozen=True)
 class Row:
-    """One penalty: seconds of both, worst share of an objective above the minimum, and difference of the mean scores.
+    """One penalty: seconds of both, worst share of an objective above the minimum, and difference
+    of the mean scores.
 
     ``excess`` is the most by which gputune's share is above scikit-learn's at one C.
     """
@@ -58,29 +62,38 @@ class Row:
     score_difference: float
 
     def row(self) -> str:
-        worst, times = (
-            f"{self.gputune_gap:.1e}, {self.sklearn_gap:.1e}",
-            _times(self.gputune_seconds, self.sklearn_seconds),
+        worst = f"{self.gputune_gap:.1e}, {self.sklearn_gap:.1e}"
+        times = _times(self.gputune_seconds, self.sklearn_seconds)
+        return (
+            f"{self.penalty}|{self.candidates} x "
+            f"{FOLDS}|{times}|{worst}|{self.score_difference:.1e}"
         )
-        return f"{self.penalty}|{self.candidates} x {FOLDS}|{times}|{worst}|{self.score_difference:.1e}"
 
 
 def run(options: Namespace) -> int:
     rows = [compare(penalty, CANDIDATES) for penalty in ("l2", "l1")]
-    own, theirs = sum(row.gputune_seconds for row in rows), sum(row.sklearn_seconds for row in rows)
+    own = sum(row.gputune_seconds for row in rows)
+    theirs = sum(row.sklearn_seconds for row in rows)
     text = table(HEAD, [*(row.row() for row in rows), f"both||{_times(own, theirs)}"])
     if any(row.excess > ROUNDING for row in rows):
-        print(f"{text}\nNO SPEED: gputune's solutions are further from optimal than scikit-learn's.")
+        print(
+            f"{text}\nNO SPEED: gputune's solutions are further from optimal than scikit-learn's."
+        )
         return 1
-    return publish(options.out, "logistic", "Searching the logistic regression", __doc__ or "", text, rows=rows)
+    return publish(
+        options.out, "logistic", "Searching the logistic regression", __doc__ or "", text, rows=rows
+    )
 
 
 def compare(penalty: str, candidates: int) -> Row:
     """Search one penalty with both libraries, scikit-learn on all cores."""
     X, y = load_digits(return_X_y=True)
-    X, grid = StandardScaler().fit_transform(X), {"C": np.geomspace(1e-3, 1e3, candidates)}
+    X = StandardScaler().fit_transform(X)
+    grid = {"C": np.geomspace(1e-3, 1e3, candidates)}
     folds = list(StratifiedKFold(FOLDS).split(X, y))
-    own = gputune.sklearn.LogisticRegression(l1_ratio=float(penalty == "l1"), tol=OWN_TOLERANCE[penalty])
+    own = gputune.sklearn.LogisticRegression(
+        l1_ratio=float(penalty == "l1"), tol=OWN_TOLERANCE[penalty]
+    )
     theirs = LogisticRegression(**SOLVERS[penalty])
     common = {"cv": folds, "scoring": "neg_log_loss", "refit": False}
     own_seconds, own_scores = timed(gputune.sklearn.GridSearchCV(own, grid, **common), X, y)
@@ -93,7 +106,8 @@ def compare(penalty: str, candidates: int) -> Row:
 
 
 def timed(search: GridSearchCV, X: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray]:
-    """Return the seconds that a search takes with everything that a user waits for, and its mean scores."""
+    """Return the seconds that a search takes with everything that a user waits for, and its mean
+    scores."""
     stop_workers()
     begin = time.perf_counter()
     with warnings.catch_warnings():
@@ -102,9 +116,13 @@ def timed(search: GridSearchCV, X: np.ndarray, y: np.ndarray) -> tuple[float, np
     return time.perf_counter() - begin, search.cv_results_["mean_test_score"]
 
 
-def optimality(models: tuple[Any, Any], X: np.ndarray, y: np.ndarray, values: np.ndarray, penalty: str) -> np.ndarray:
-    """Return by how much the objectives of gputune's model and the other lie above the minimum, (values of C, 2)."""
-    sharp, gaps = clone(models[0]).set_params(tol=1e-10), []
+def optimality(
+    models: tuple[Any, Any], X: np.ndarray, y: np.ndarray, values: np.ndarray, penalty: str
+) -> np.ndarray:
+    """Return by how much the objectives of gputune's model and the other lie above the minimum,
+    (values of C, 2)."""
+    sharp = clone(models[0]).set_params(tol=1e-10)
+    gaps = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         for C in map(float, values[:: max(1, len(values) // LOOKED_AT)]):

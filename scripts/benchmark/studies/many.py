@@ -15,7 +15,10 @@ from benchmark.report import Clock, publish, table
 from gputune.cli.main import main
 from gputune.study.store import Result, Store
 
-TRIALS, EPOCHS, FOLDS, REPEATS = 100_000, 20, 5, 3
+TRIALS = 100_000
+EPOCHS = 20
+FOLDS = 5
+REPEATS = 3
 
 HOW = """\
 {trials:,} trials of the MLP on digits as a search draws and plans them, with curves of {epochs} epochs x
@@ -34,15 +37,23 @@ def run(options: Namespace) -> int:
             "`Study.open`": lambda _: gputune.Study.open(file),
             "`Study.open` and `print`": lambda _: print(gputune.Study.open(file)),
             "`gputune status`": lambda _: main(["status", str(file)]),
-            "`gputune report`": lambda _: main(["report", str(file), "--out", f"{folder}/page.html"]),
+            "`gputune report`": lambda _: main(
+                ["report", str(file), "--out", f"{folder}/page.html"]
+            ),
             "the same call again": lambda _: search(file, TRIALS),
             "the same call with one trial more": lambda n: search(file, TRIALS + n),
         }
         times = {name: [timed(step, 1 + n) for n in range(repeats)] for name, step in steps.items()}
-    how = HOW.format(trials=TRIALS, epochs=EPOCHS, folds=FOLDS, repeats=repeats, megabytes=size / 1e6)
-    rows = (f"{name}|{min(cpu for cpu, _ in each):.2f}|{min(s for _, s in each):.2f}" for name, each in times.items())
+    how = HOW.format(
+        trials=TRIALS, epochs=EPOCHS, folds=FOLDS, repeats=repeats, megabytes=size / 1e6
+    )
+    rows = (
+        f"{name}|{min(cpu for cpu, _ in each):.2f}|{min(s for _, s in each):.2f}"
+        for name, each in times.items()
+    )
     numbers = {"trials": TRIALS, "bytes": size, "times": times}
-    title, found = "A study of many trials", table("step|CPU seconds|seconds", rows)
+    title = "A study of many trials"
+    found = table("step|CPU seconds|seconds", rows)
     return publish(options.out, "many", title, how, found, **numbers)
 
 
@@ -53,13 +64,20 @@ def search(file: Path, n_trials: int, **more: object) -> gputune.Study:
 
 
 def make(file: Path) -> None:
-    """Let a search draw and plan its trials, and finish those that it has not trained with random curves."""
+    """Let a search draw and plan its trials, and finish those that it has not trained with random
+    curves."""
     search(file, TRIALS, timeout=1e-3)
     rng = np.random.default_rng(0)
     with Store.open(file) as store:
-        numbers = [trial.number for trial, result in store.trials() if result is None or result.state == "stopped"]
+        numbers = [
+            trial.number
+            for trial, result in store.trials()
+            if result is None or result.state == "stopped"
+        ]
         how = {"epochs": EPOCHS, "rule": "best", "seconds": 0.01}
-        store.finish(Result.of_curve(number, rng.random((EPOCHS, FOLDS)), **how) for number in numbers)
+        store.finish(
+            Result.of_curve(number, rng.random((EPOCHS, FOLDS)), **how) for number in numbers
+        )
 
 
 def timed(step: Callable[[int], object], number: int) -> tuple[float, float]:

@@ -1,10 +1,12 @@
-"""Modules of a user's own, tuned by gputune, by a plain PyTorch loop, and by Optuna with that loop, one process a core.
+"""Modules of a user's own, tuned by gputune, by a plain PyTorch loop, and by Optuna with that loop,
+one process a core.
 
-Adam without decay, float32, batches of 32 unless the row says otherwise, learning rates of the shared list; all that a
-user waits for is counted. The loops score every epoch too, as gputune does. They train the first trials alone, and
-their time without the start of their processes is scaled to all. All take turns; times are medians. Rows in which
-gputune is slower than was asked are in bold. The mean accuracy of the trials that both trained must be the same, to
-0.02. "Load" is what else the machine did before a row, in processes that wait for a core (0 on a quiet one).
+Adam without decay, float32, batches of 32 unless the row says otherwise, learning rates of the
+shared list; all that a user waits for is counted. The loops score every epoch too, as gputune does.
+They train the first trials alone, and their time without the start of their processes is scaled to
+all. All take turns; times are medians. Rows in which gputune is slower than was asked are in bold.
+The mean accuracy of the trials that both trained must be the same, to 0.02. "Load" is what else the
+machine did before a row, in processes that wait for a core (0 on a quiet one).
 """
 
 import os
@@ -27,14 +29,15 @@ from benchmark.work import Work, digits_work, over_cores, stop_workers
 AGREEMENT = 0.02
 ENGINES = ("gputune", "loop", "optuna")
 HEAD = (
-    "module|trials x folds x epochs|gputune, s|loop on all cores, s|Optuna with the loop, s|times as fast as the loop|"
-    "asked for|as Optuna|accuracy: gputune, loop, Optuna|date, load"
+    "module|trials x folds x epochs|gputune, s|loop on all cores, s|Optuna with the loop, "
+    "s|times as fast as the loop|asked for|as Optuna|accuracy: gputune, loop, Optuna|date, load"
 )
 
 
 @dataclass(frozen=True)
 class Case:
-    """A module, how much of it is trained, by a loop on the first ``looped`` trials, and what is asked of gputune."""
+    """A module, how much of it is trained, by a loop on the first ``looped`` trials, and what is
+    asked of gputune."""
 
     name: str
     module_class: type
@@ -48,7 +51,15 @@ class Case:
 
 CASES = (
     Case("residual net, LayerNorm, batches of 32", modules.Residual, 64, 10, 16, 10.0),
-    Case("residual net, LayerNorm, batches of 128", modules.Residual, 64, 10, 16, 10.0, batch_size=128),
+    Case(
+        "residual net, LayerNorm, batches of 128",
+        modules.Residual,
+        64,
+        10,
+        16,
+        10.0,
+        batch_size=128,
+    ),
     Case("residual net, dropout", modules.WithDropout, 64, 10, 16, 8.0),
     Case("residual net, BatchNorm", modules.WithBatchNorm, 64, 10, 16, 8.0),
     Case("transformer encoder", modules.Encoder, 16, 3, 8, 3.0),
@@ -61,7 +72,8 @@ CASES = (
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of a case: seconds of each engine in each repeat, mean accuracies of what all trained."""
+    """What was measured of a case: seconds of each engine in each repeat, mean accuracies of what
+    all trained."""
 
     name: str
     work: str
@@ -77,14 +89,19 @@ class Row:
 
     def row(self) -> str:
         seconds = "|".join(f"{np.median(self.seconds[engine]):.1f}" for engine in ENGINES)
-        ratio = f"{self.ratio('loop'):.2f}" if self.ratio("loop") >= self.asked else f"**{self.ratio('loop'):.2f}**"
+        ratio = (
+            f"{self.ratio('loop'):.2f}"
+            if self.ratio("loop") >= self.asked
+            else f"**{self.ratio('loop'):.2f}**"
+        )
         accuracies = ", ".join(f"{self.accuracies[engine]:.3f}" for engine in ENGINES)
         ratios = f"{ratio}|{self.asked}|{self.ratio('optuna'):.2f}"
         return f"{self.name}|{self.work}|{seconds}|{ratios}|{accuracies}|{self.date}, {self.load}"
 
 
 def run(options: Namespace) -> int:
-    """Measure the chosen rows, print and write them beside those of before; return 1 where the accuracies differ."""
+    """Measure the chosen rows, print and write them beside those of before; return 1 where the
+    accuracies differ."""
     machine = describe_machine()
     rows = {row.name: row for row in published(options.out, "modules", machine, "rows", Row)}
     for case in CASES:
@@ -97,31 +114,45 @@ def run(options: Namespace) -> int:
             return 1
     found = [rows[case.name] for case in CASES if case.name in rows]
     ratios = {engine: {row.name: row.ratio(engine) for row in found} for engine in ENGINES[1:]}
-    parts, numbers = (__doc__ or "", table(HEAD, (row.row() for row in found))), {"rows": found, "ratios": ratios}
-    return publish(options.out, "modules", "Modules of a user's own", *parts, machine=machine, **numbers)
+    parts = (__doc__ or "", table(HEAD, (row.row() for row in found)))
+    numbers = {"rows": found, "ratios": ratios}
+    return publish(
+        options.out, "modules", "Modules of a user's own", *parts, machine=machine, **numbers
+    )
 
 
 def compare(case: Case, repeats: int) -> Row:
     """Measure one case; each engine begins in its turn."""
-    work, load = case_work(case), os.getloadavg()[0]
+    work = case_work(case)
+    load = os.getloadavg()[0]
     found: dict[str, list[tuple[float, np.ndarray]]] = {engine: [] for engine in ENGINES}
     for repeat in range(repeats):
         first = repeat % len(ENGINES)
         for engine in ENGINES[first:] + ENGINES[:first]:
             stop_workers()
-            found[engine].append(_tuned(case, work) if engine == "gputune" else _looped(engine, case, work))
+            found[engine].append(
+                _tuned(case, work) if engine == "gputune" else _looped(engine, case, work)
+            )
     return Row(
-        case.name, f"{case.trials} x {len(work.folds)} x {case.epochs}", case.asked,
-        datetime.now(UTC).date().isoformat(), round(load, 1),
+        case.name,
+        f"{case.trials} x {len(work.folds)} x {case.epochs}",
+        case.asked,
+        datetime.now(UTC).date().isoformat(),
+        round(load, 1),
         {engine: [round(seconds, 2) for seconds, _ in times] for engine, times in found.items()},
-        {e: float(np.mean([scores[: case.looped] for _, scores in times])) for e, times in found.items()},
-    )  # fmt: skip
+        {
+            e: float(np.mean([scores[: case.looped] for _, scores in times]))
+            for e, times in found.items()
+        },
+    )
 
 
 def case_work(case: Case) -> Work:
-    """Return digits with the trials of a case, as images of 28 x 28 or sequences of 20 where it asks for them."""
+    """Return digits with the trials of a case, as images of 28 x 28 or sequences of 20 where it
+    asks for them."""
     work = digits_work("narrow", n_trials=case.trials, epochs=case.epochs)
-    X, trials = work.X, [{**trial, "batch_size": case.batch_size} for trial in work.trials]
+    X = work.X
+    trials = [{**trial, "batch_size": case.batch_size} for trial in work.trials]
     if case.features == "images":
         large = np.kron(X.reshape(-1, 8, 8), np.ones((1, 3, 3), np.float32))
         X = np.pad(large, ((0, 0), (2, 2), (2, 2))).reshape(len(X), -1)
@@ -132,18 +163,33 @@ def case_work(case: Case) -> Work:
 
 def _tuned(case: Case, work: Work) -> tuple[float, np.ndarray]:
     begin = time.perf_counter()
-    include = [{"lr": t["lr"], "batch_size": t["batch_size"], "weight_decay": 0.0} for t in work.trials]
+    include = [
+        {"lr": t["lr"], "batch_size": t["batch_size"], "weight_decay": 0.0} for t in work.trials
+    ]
     study = gputune.tune(
-        case.module_class, work.X, work.y, n_trials=0, include=include, include_default=False, cv=work.folds,
-        optimizer="adam", max_epochs=work.epochs, epoch="last", device="cpu", verbose=0,
-    )  # fmt: skip
+        case.module_class,
+        work.X,
+        work.y,
+        n_trials=0,
+        include=include,
+        include_default=False,
+        cv=work.folds,
+        optimizer="adam",
+        max_epochs=work.epochs,
+        epoch="last",
+        device="cpu",
+        verbose=0,
+    )
     return time.perf_counter() - begin, study.curves[:, -1]
 
 
 def _looped(engine: str, case: Case, work: Work) -> tuple[float, np.ndarray]:
     begin = time.perf_counter()
     few = replace(work, trials=work.trials[: case.looped])
-    fit, cores = partial(modules.fit, case.module_class), joblib.cpu_count()
-    outcome = over_cores(fit, few, cores) if engine == "loop" else with_optuna.train(few, cores, fit)
+    fit = partial(modules.fit, case.module_class)
+    cores = joblib.cpu_count()
+    outcome = (
+        over_cores(fit, few, cores) if engine == "loop" else with_optuna.train(few, cores, fit)
+    )
     spent = time.perf_counter() - begin - outcome.start
     return outcome.start + spent * case.trials / case.looped, outcome.scores

@@ -1,9 +1,10 @@
 """Optuna's TPE through the bridge beside random search on digits, and what asking and telling cost.
 
-For each seed both searches have the same folds and starts, and train as many trials: random search draws them all at
-once, TPE proposes them in batches and hears the scores of a batch before the next. What must hold: the median over
-the seeds of TPE's best score is at least that of random search. Asking and telling are timed inside of the search, and
-once more with Optuna alone: a fresh sampler of the same seed, asked and told the same.
+For each seed both searches have the same folds and starts, and train as many trials: random search
+draws them all at once, TPE proposes them in batches and hears the scores of a batch before the
+next. What must hold: the median over the seeds of TPE's best score is at least that of random
+search. Asking and telling are timed inside of the search, and once more with Optuna alone: a fresh
+sampler of the same seed, asked and told the same.
 """
 
 import statistics
@@ -25,8 +26,11 @@ from benchmark.report import describe_machine, publish, table
 from gputune.api.study import Study
 from gputune.methods.optuna import OptunaStudy, check_askable
 
-BATCH, BATCHES, SEEDS = 16, 10, 10
-EPOCHS, FOLDS = 10, 3
+BATCH = 16
+BATCHES = 10
+SEEDS = 10
+EPOCHS = 10
+FOLDS = 3
 SPACE = {
     "lr": loguniform(1e-4, 1e-1),
     "batch_size": [64, 128, 256],
@@ -42,7 +46,8 @@ HEAD = (
 
 @dataclass(frozen=True)
 class Row:
-    """One seed: best score of each search, seconds of each, and seconds of asking and telling in both ways."""
+    """One seed: best score of each search, seconds of each, and seconds of asking and telling in
+    both ways."""
 
     seed: int
     random_best: float
@@ -54,15 +59,21 @@ class Row:
 
 
 def run(options: Namespace) -> int:
-    machine, rows = describe_machine(), []
+    machine = describe_machine()
+    rows = []
     machine["versions"]["optuna"] = optuna.__version__
     for seed in range(options.repeats or SEEDS):
         rows.append(compare(seed, BATCHES))
         print(rows[-1], flush=True)
     middle = Row(0, *(statistics.median(column) for column in list(zip(*map(astuple, rows)))[1:]))
     trials = BATCH * BATCHES
-    what = f"Digits, {FOLDS} folds, {EPOCHS} epochs, {trials} trials a search; best accuracy, the mean over the folds."
-    text = table(HEAD, [*(_line(row.seed, row, trials) for row in rows), _line("median", middle, trials)])
+    what = (
+        f"Digits, {FOLDS} folds, {EPOCHS} epochs, {trials} trials a search; best accuracy, the "
+        "mean over the folds."
+    )
+    text = table(
+        HEAD, [*(_line(row.seed, row, trials) for row in rows), _line("median", middle, trials)]
+    )
     title = f"Optuna's TPE in batches of {BATCH}"
     publish(options.out, "optuna", title, __doc__ or "", what, text, machine=machine, rows=rows)
     return int(middle.tpe_best < middle.random_best)
@@ -81,9 +92,18 @@ def compare(seed: int, batches: int) -> Row:
 def search(seed: int, method: Any, batches: int) -> Study:
     X, y = load_digits(return_X_y=True)
     return gputune.tune(
-        "mlp", X, y, space=SPACE, n_trials=BATCH * batches, include_default=False, method=method,
-        cv=FOLDS, max_epochs=EPOCHS, random_state=seed, verbose=0,
-    )  # fmt: skip
+        "mlp",
+        X,
+        y,
+        space=SPACE,
+        n_trials=BATCH * batches,
+        include_default=False,
+        method=method,
+        cv=FOLDS,
+        max_epochs=EPOCHS,
+        random_state=seed,
+        verbose=0,
+    )
 
 
 def sampler(seed: int) -> optuna.samplers.TPESampler:
@@ -110,10 +130,12 @@ def timed() -> Iterator[list[float]]:
 
 
 def alone(seed: int, study: Study) -> float:
-    """Return the seconds of asking and telling the same with Optuna alone, which must propose the same."""
+    """Return the seconds of asking and telling the same with Optuna alone, which must propose the
+    same."""
     _, laws = check_askable([SPACE])
     scores = [trial.score for trial in study.trials]
-    asked, seconds = [], 0.0
+    asked = []
+    seconds = 0.0
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     plain = optuna.create_study(sampler=sampler(seed), direction="maximize")
     for begin in range(0, len(scores), BATCH):
@@ -127,11 +149,15 @@ def alone(seed: int, study: Study) -> float:
         seconds += time.perf_counter() - start
         asked += [trial.params for trial in trials]
     if asked != [trial.params for trial in study.trials]:
-        raise AssertionError("Optuna alone proposed something else, so the times are not of the same work.")
+        raise AssertionError(
+            "Optuna alone proposed something else, so the times are not of the same work."
+        )
     return seconds
 
 
 def _line(name: int | str, row: Row, trials: int) -> str:
-    bridge, alone = (f"{seconds / trials * 1e3:.2f}" for seconds in (row.bridge_seconds, row.alone_seconds))
+    bridge, alone = (
+        f"{seconds / trials * 1e3:.2f}" for seconds in (row.bridge_seconds, row.alone_seconds)
+    )
     seconds = f"{row.random_seconds:.1f}, {row.tpe_seconds:.1f}"
     return f"{name}|{row.random_best:.4f}|{row.tpe_best:.4f}|{seconds}|{bridge}, {alone}"

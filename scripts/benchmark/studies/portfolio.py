@@ -1,4 +1,5 @@
-"""A short list of good configurations of the MLP: chosen greedily over tables, judged on a table left out."""
+"""A short list of good configurations of the MLP: chosen greedily over tables, judged on a table
+left out."""
 
 import json
 from argparse import Namespace
@@ -11,7 +12,11 @@ import gputune
 from benchmark.report import publish, table
 from benchmark.studies.tables import FOLDS, NAMES, ROWS, loader, split_of
 
-WIDE_TRIALS, TRIALS, EPOCHS, SIZE, DRAWS = 96, 48, 32, 7, 2_000
+WIDE_TRIALS = 96
+TRIALS = 48
+EPOCHS = 32
+SIZE = 7
+DRAWS = 2_000
 WIDE = {
     "lr": loguniform(1e-4, 3e-2),
     "batch_size": [32, 64, 128, 256],
@@ -38,11 +43,16 @@ default space (mean of {draws:,} draws).
 
 
 def run(options: Namespace) -> int:
-    load, scores, configs = loader(options.data), [], []
+    load = loader(options.data)
+    scores = []
+    configs = []
     for name in NAMES:
         split = split_of(name, load, 0)
-        wide = split.search("mlp", space=WIDE, n_trials=WIDE_TRIALS, include_default=False, max_epochs=EPOCHS)
-        plain = split.search("mlp", n_trials=TRIALS + 1, max_epochs=EPOCHS)  # the default configuration first
+        wide = split.search(
+            "mlp", space=WIDE, n_trials=WIDE_TRIALS, include_default=False, max_epochs=EPOCHS
+        )
+        # the default configuration first
+        plain = split.search("mlp", n_trials=TRIALS + 1, max_epochs=EPOCHS)
         scores.append(np.concatenate([honest(wide), honest(plain)[1:], honest(plain)[:1]]))
         configs = [trial.params for trial in wide.trials]
         print(name, np.nanmax(scores[-1]), wide.best_params, flush=True)
@@ -56,9 +66,15 @@ def run(options: Namespace) -> int:
         for name, numbers in zip([*NAMES, "mean"], [*found, found.mean(0)])
     ]
     how = HOW.format(
-        wide_trials=WIDE_TRIALS, trials=TRIALS, folds=FOLDS, epochs=EPOCHS, rows=ROWS, size=SIZE, draws=DRAWS,
+        wide_trials=WIDE_TRIALS,
+        trials=TRIALS,
+        folds=FOLDS,
+        epochs=EPOCHS,
+        rows=ROWS,
+        size=SIZE,
+        draws=DRAWS,
         wide=", ".join(WIDE),
-    )  # fmt: skip
+    )
     listed = "\n".join(f"- {json.dumps(one)}" for one in configs)
     parts = how, table("table|default|with the list|with draws", map("|".join, rows)), listed
     results = [dict(zip(("table", "default", "list", "draws"), row)) for row in rows]
@@ -67,9 +83,11 @@ def run(options: Namespace) -> int:
 
 
 def honest(study: gputune.Study) -> NDArray[np.float64]:
-    """Return the score of each trial: of each fold that at the epoch which the others choose, and their mean.
+    """Return the score of each trial: of each fold that at the epoch which the others choose, and
+    their mean.
 
-    The best epoch of the mean flatters trials whose curves are rough: a refit does not meet the same luck.
+    The best epoch of the mean flatters trials whose curves are rough: a refit does not meet the
+    same luck.
     """
     curves = np.nan_to_num(study.curves, nan=-np.inf)  # (trials, epochs, folds)
     folds = range(curves.shape[2])
@@ -79,15 +97,21 @@ def honest(study: gputune.Study) -> NDArray[np.float64]:
 
 
 def regret(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return how far each score is from the best, where the median is 1; one that diverged is 10."""
+    """Return how far each score is from the best, where the median is 1; one that diverged is
+    10."""
     scores = np.where(np.isfinite(scores), scores, np.nan)
-    best, middle = np.nanmax(scores), np.nanmedian(scores)
-    return np.nan_to_num((best - scores) / max(best - middle, 1e-12), nan=10.0, posinf=10.0).clip(0, 10)
+    best = np.nanmax(scores)
+    middle = np.nanmedian(scores)
+    return np.nan_to_num((best - scores) / max(best - middle, 1e-12), nan=10.0, posinf=10.0).clip(
+        0, 10
+    )
 
 
 def greedy(regrets: NDArray[np.float64], start: NDArray[np.float64]) -> list[int]:
-    """Return SIZE places of configurations, of regrets (tables, configurations), to be tried beside ``start``."""
-    chosen, least = list[int](), start
+    """Return SIZE places of configurations, of regrets (tables, configurations), to be tried beside
+    ``start``."""
+    chosen = list[int]()
+    least = start
     for _ in range(SIZE):
         chosen.append(int(np.minimum(regrets, least[:, None]).mean(axis=0).argmin()))
         least = np.minimum(least, regrets[:, chosen[-1]])
@@ -98,7 +122,8 @@ def left_out(regrets: NDArray[np.float64], place: int) -> tuple[float, float]:
     """Return the regret on one table of the list that the others choose, and of as many draws."""
     others = np.delete(regrets, place, axis=0)
     chosen = greedy(others[:, :WIDE_TRIALS], others[:, -1])
-    own, start = regrets[place], regrets[place, -1]
+    own = regrets[place]
+    start = regrets[place, -1]
     rng = np.random.default_rng(0)
     drawn = own[WIDE_TRIALS + rng.integers(0, TRIALS, size=(DRAWS, SIZE))].min(axis=1)
     return float(min(start, own[chosen].min())), float(np.minimum(start, drawn).mean())

@@ -1,7 +1,9 @@
-"""What ``gputune tune --profile`` says: the share of the matrix-product peak, and what a trial costs beside training.
+"""What ``gputune tune --profile`` says: the share of the matrix-product peak, and what a trial
+costs beside training.
 
-Digits, 5 folds, 20 epochs, Adam, batch sizes 16 to 256. Wide trials tell how near the steps come to the machine's
-products; a great many of the narrowest tell what planning, storing, telling and all else take for each trial.
+Digits, 5 folds, 20 epochs, Adam, batch sizes 16 to 256. Wide trials tell how near the steps come to
+the machine's products; a great many of the narrowest tell what planning, storing, telling and all
+else take for each trial.
 """
 
 import re
@@ -14,16 +16,23 @@ from dataclasses import dataclass
 
 from benchmark.report import publish, table
 
-EPOCHS, REPEATS = 20, 3
-WIDE, WIDE_TRIALS = (256, 128), 32
-NARROW, NARROW_TRIALS = 16, 10_000
+EPOCHS = 20
+REPEATS = 3
+WIDE = (256, 128)
+WIDE_TRIALS = 32
+NARROW = 16
+NARROW_TRIALS = 10_000
 TRAINING = ("steps", "scores")  # the other lines are what a trial costs beside
-HEAD = "width|trials|seconds|steps, GFLOP/s|the product of 1024 x 1024 matrices|share|ms a trial beside training"
+HEAD = (
+    "width|trials|seconds|steps, GFLOP/s|the product of 1024 x 1024 matrices|share|ms a trial "
+    "beside training"
+)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One command: seconds in all and by line of its table, GFLOP/s of its steps and of the product.
+    """One command: seconds in all and by line of its table, GFLOP/s of its steps and of the
+    product.
 
     The last two are None where the command did not say them.
     """
@@ -49,11 +58,22 @@ class Run:
 
 def run(options: Namespace) -> int:
     epochs = options.epochs or EPOCHS
-    found = [measure(width, WIDE_TRIALS, epochs) for _ in range(options.repeats or REPEATS) for width in WIDE]
+    found = [
+        measure(width, WIDE_TRIALS, epochs)
+        for _ in range(options.repeats or REPEATS)
+        for width in WIDE
+    ]
     found.append(measure(NARROW, NARROW_TRIALS, epochs))
-    rows = (f"{r.width}|{r.trials:,}|{r.seconds:.1f}|{r.reached}|{r.peak}|{r.share:.0%}|{r.beside:.2f}" for r in found)
-    shares = {width: statistics.median(r.share for r in found if r.width == width) for width in WIDE}
-    seconds = ("|".join([str(r.width), *(f"{number:.2f}" for number in r.parts.values())]) for r in found)
+    rows = (
+        f"{r.width}|{r.trials:,}|{r.seconds:.1f}|{r.reached}|{r.peak}|{r.share:.0%}|{r.beside:.2f}"
+        for r in found
+    )
+    shares = {
+        width: statistics.median(r.share for r in found if r.width == width) for width in WIDE
+    }
+    seconds = (
+        "|".join([str(r.width), *(f"{number:.2f}" for number in r.parts.values())]) for r in found
+    )
     parts = (
         (__doc__ or "").split("\n", 2)[2],
         table(HEAD, rows),
@@ -67,10 +87,27 @@ def run(options: Namespace) -> int:
 def measure(width: int, trials: int, epochs: int) -> Run:
     with tempfile.TemporaryDirectory() as folder:
         command = [  # -P: the installed package, whatever the current folder holds
-            sys.executable, "-P", "-m", "gputune", "tune", "sklearn:digits", "--trials", str(trials), "--no-default",
-            "--optimizer", "adam", "--epochs", str(epochs), "--profile", "--out", f"{folder}/out",
-            "--space", "lr=1e-4..1e-2:log", "batch_size=16,32,64,128,256", f"width={width}",
-        ]  # fmt: skip
+            sys.executable,
+            "-P",
+            "-m",
+            "gputune",
+            "tune",
+            "sklearn:digits",
+            "--trials",
+            str(trials),
+            "--no-default",
+            "--optimizer",
+            "adam",
+            "--epochs",
+            str(epochs),
+            "--profile",
+            "--out",
+            f"{folder}/out",
+            "--space",
+            "lr=1e-4..1e-2:log",
+            "batch_size=16,32,64,128,256",
+            f"width={width}",
+        ]
         said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     return read(said, width, trials)
 
@@ -78,7 +115,10 @@ def measure(width: int, trials: int, epochs: int) -> Run:
 def read(said: str, width: int, trials: int) -> Run:
     """Return what the command's table says; the parts of training are printed as shares of it."""
     table = said[said.index("Where the time went:") :]
-    parts = {name: float(number) for name, number in re.findall(r"^  (\S.*?) +([\d.]+) s +\d+%$", table, re.M)}
+    parts = {
+        name: float(number)
+        for name, number in re.findall(r"^  (\S.*?) +([\d.]+) s +\d+%$", table, re.M)
+    }
     seconds = sum(parts.values())
     training = parts.pop("training")
     for name, share in re.findall(r"^    (\S.*?) +(\d+)% of it$", table, re.M):

@@ -1,8 +1,10 @@
-"""Time to quality: how long each search takes until the configuration it would choose reaches a score on held-out rows.
+"""Time to quality: how long each search takes until the configuration it would choose reaches a
+score on held-out rows.
 
-A quarter of the rows is held out. At any time a search's choice is the candidate with the best fold mean that it
-knows; when all have ended, that choice is trained on all other rows by the plain PyTorch loop, and scored on the
-held-out ones. So every search is judged by the same scores, and this part costs it no time.
+A quarter of the rows is held out. At any time a search's choice is the candidate with the best fold
+mean that it knows; when all have ended, that choice is trained on all other rows by the plain
+PyTorch loop, and scored on the held-out ones. So every search is judged by the same scores, and
+this part costs it no time.
 """
 
 import functools
@@ -25,7 +27,10 @@ from benchmark.report import counted, publish, table
 from benchmark.studies.halving import tables
 from benchmark.work import WIDTHS, Event, Work, draw_trials, stop_workers
 
-TRIALS, EPOCHS, SEEDS, FOLDS = 81, 27, 5, 3
+TRIALS = 81
+EPOCHS = 27
+SEEDS = 5
+FOLDS = 3
 ROWS = 4_000  # of a table, drawn by the seed
 LEVELS = {"digits": (0.95, 0.96, 0.97, 0.975, 0.98), "adult": (0.82, 0.83, 0.84, 0.845, 0.85)}
 
@@ -73,11 +78,13 @@ SEARCHES = {
     "scikit-learn, RandomizedSearchCV": ("sklearn", "random"),
     "scikit-learn, HalvingRandomSearchCV": ("sklearn", "halving"),
 }
-"""Name -> the engine, whose package it needs, and its method. Halving keeps a third at epochs 1, 3, 9, ..."""
+"""Name -> the engine, whose package it needs, and its method. Halving keeps a third at epochs 1, 3,
+9, ..."""
 
 
 def run(options: Namespace) -> int:
-    epochs, found = options.epochs or EPOCHS, list[Curve]()
+    epochs = options.epochs or EPOCHS
+    found = list[Curve]()
     names = [name for name, (package, _) in SEARCHES.items() if find_spec(package)]
     for place, (X, y) in tables(options.adult).items():
         rows = (numbers(X), np.unique(y, return_inverse=True)[1])
@@ -92,14 +99,17 @@ def run(options: Namespace) -> int:
                 found.append(curve := Curve(place, seed, name, choices(events, held_out), seconds))
                 last = f"{seconds:.2f} s, held-out accuracy {curve.points[-1].held_out:.4f}"
                 print(f"{place}, seed {seed}: {name}: {last}", flush=True)
-    found.sort(key=lambda curve: (list(LEVELS).index(curve.table), names.index(curve.search), curve.seed))
+    found.sort(
+        key=lambda curve: (list(LEVELS).index(curve.table), names.index(curve.search), curve.seed)
+    )
     parts = HOW.format(trials=TRIALS, folds=FOLDS, epochs=epochs), *_tables(found)
     whole = {"trials": TRIALS, "epochs": epochs, "curves": found}
     return publish(options.out, "quality", "Time to quality", *parts, **whole)
 
 
 def numbers(X: Any) -> np.ndarray:
-    """Return the columns as numbers, one of 0 and 1 for each value of a text; the same for every search."""
+    """Return the columns as numbers, one of 0 and 1 for each value of a text; the same for every
+    search."""
     if isinstance(X, np.ndarray):
         return X.astype(np.float32)
     import polars.selectors as columns
@@ -111,8 +121,11 @@ Judge = Callable[[int], float]
 """A candidate -> its accuracy on the held-out rows, trained on all others."""
 
 
-def split(X: np.ndarray, y: np.ndarray, *, seed: int, trials: int, epochs: int) -> tuple[Work, Judge]:
-    """Return the work of a search on three quarters of the rows, and what judges its choices by the others."""
+def split(
+    X: np.ndarray, y: np.ndarray, *, seed: int, trials: int, epochs: int
+) -> tuple[Work, Judge]:
+    """Return the work of a search on three quarters of the rows, and what judges its choices by the
+    others."""
     if len(X) > ROWS:
         X, _, y, _ = train_test_split(X, y, train_size=ROWS, stratify=y, random_state=seed)
     X, X_out, y, y_out = train_test_split(X, y, test_size=0.25, stratify=y, random_state=seed)
@@ -125,7 +138,8 @@ def split(X: np.ndarray, y: np.ndarray, *, seed: int, trials: int, epochs: int) 
 
 def choices(events: Sequence[Event], held_out: Judge) -> tuple[Point, ...]:
     """Return the choices of a search by the time that they became the best it knew."""
-    points, best = list[Point](), float("-inf")
+    points = list[Point]()
+    best = float("-inf")
     for event in sorted(events, key=lambda event: event.seconds):
         if event.score > best:
             best = event.score
@@ -145,14 +159,25 @@ def search(name: str, work: Work) -> tuple[list[Event], float]:
 
 def _tables(found: Sequence[Curve]) -> list[str]:
     parts = []
-    left_out = [f"{search}: not installed" for search in SEARCHES if search not in {curve.search for curve in found}]
+    left_out = [
+        f"{search}: not installed"
+        for search in SEARCHES
+        if search not in {curve.search for curve in found}
+    ]
     for name in dict.fromkeys(curve.table for curve in found):
-        curves, levels, rows = [curve for curve in found if curve.table == name], LEVELS[name], []
+        curves = [curve for curve in found if curve.table == name]
+        levels = LEVELS[name]
+        rows = []
         for search in dict.fromkeys(curve.search for curve in curves):
             of = [curve for curve in curves if curve.search == search]
-            end, last = median(c.seconds for c in of), median(c.points[-1].held_out for c in of)
-            rows.append("|".join([search, *(_time(level, of) for level in levels), f"{end:.2f}|{last:.4f}"]))
-        head = "|".join(["search", *(f"to {level}" for level in levels), "to its end|held-out accuracy"])
+            end = median(c.seconds for c in of)
+            last = median(c.points[-1].held_out for c in of)
+            rows.append(
+                "|".join([search, *(_time(level, of) for level in levels), f"{end:.2f}|{last:.4f}"])
+            )
+        head = "|".join(
+            ["search", *(f"to {level}" for level in levels), "to its end|held-out accuracy"]
+        )
         seeds = counted(len({curve.seed for curve in curves}), "seed")
         parts += [f"## {name}, {seeds}", table(head, rows + left_out)]
     return parts
@@ -160,6 +185,7 @@ def _tables(found: Sequence[Curve]) -> list[str]:
 
 def _time(level: float, curves: Sequence[Curve]) -> str:
     times = [curve.time_to(level) for curve in curves]
-    reached, middle = sum(np.isfinite(times)), median(times)
+    reached = sum(np.isfinite(times))
+    middle = median(times)
     shown = f"{middle:.2f}" if np.isfinite(middle) else "not reached"
     return shown if reached == len(times) else f"{shown} ({reached} of {len(times)})"

@@ -1,4 +1,5 @@
-"""The same configurations of RealMLP's space here and in its authors' package, pytabkit: seconds and scores."""
+"""The same configurations of RealMLP's space here and in its authors' package, pytabkit: seconds
+and scores."""
 
 from argparse import Namespace
 from collections.abc import Iterator
@@ -15,12 +16,19 @@ from benchmark.report import Clock, describe_machine, publish, table
 from benchmark.studies.tables import FOLDS, HELD_OUT, Split, loader, split_of
 
 NAMES = ("california", "churn")
-ROWS, CONFIGURATIONS, EPOCHS = 5_000, 8, 64
+ROWS = 5_000
+CONFIGURATIONS = 8
+EPOCHS = 64
 NAMES_OF = {
-    "num_emb_type": "module__embedding", "add_front_scale": "module__scaling", "lr": "lr", "p_drop": "dropout",
-    "wd": "weight_decay", "plr_sigma": "module__sigma", "act": "module__activation",
+    "num_emb_type": "module__embedding",
+    "add_front_scale": "module__scaling",
+    "lr": "lr",
+    "p_drop": "dropout",
+    "wd": "weight_decay",
+    "plr_sigma": "module__sigma",
+    "act": "module__activation",
     "ls_eps": "loss__label_smoothing",
-}  # fmt: skip
+}
 """What is drawn, in the words of pytabkit and here."""
 
 HOW = """\
@@ -34,7 +42,8 @@ configurations one after the other. Threads of each: {cores}, in turn on the sam
 
 @dataclass(frozen=True)
 class Result:
-    """All configurations of one table in one package; ``scores`` on the rows held out, in their order."""
+    """All configurations of one table in one package; ``scores`` on the rows held out, in their
+    order."""
 
     table: str
     package: str
@@ -47,7 +56,9 @@ class Result:
 def run(options: Namespace) -> int:
     if find_spec("pytabkit") is None:
         raise SystemExit("--realmlp needs pytabkit: pip install pytabkit")
-    load, results, machine = loader(options.data), list[Result](), describe_machine()
+    load = loader(options.data)
+    results = list[Result]()
+    machine = describe_machine()
     machine["versions"] |= {"pytabkit": version("pytabkit")}
     for name in options.rows or NAMES:
         split = split_of(name, load, 0, ROWS)
@@ -63,11 +74,18 @@ def run(options: Namespace) -> int:
         mean = f"{np.mean(one.scores):.4f} ± {error:.4f}"
         rows.append(f"{one.table}|{one.package}|{one.seconds:.0f}|{mean}|{best:.4f}")
     how = HOW.format(
-        configurations=CONFIGURATIONS, last=CONFIGURATIONS - 1, epochs=EPOCHS, folds=FOLDS, rows=ROWS,
-        held_out=HELD_OUT, cores=machine["cores"],
-    )  # fmt: skip
+        configurations=CONFIGURATIONS,
+        last=CONFIGURATIONS - 1,
+        epochs=EPOCHS,
+        folds=FOLDS,
+        rows=ROWS,
+        held_out=HELD_OUT,
+        cores=machine["cores"],
+    )
     found = table("table|package|seconds|mean score|best", rows)
-    return publish(options.out, "realmlp", "RealMLP's space", how, found, machine=machine, results=results)
+    return publish(
+        options.out, "realmlp", "RealMLP's space", how, found, machine=machine, results=results
+    )
 
 
 def configurations(task: str) -> list[dict[str, Any]]:
@@ -83,7 +101,9 @@ def here(split: Split, drawn: list[dict[str, Any]]) -> Iterator[float]:
         | {"module__width": int(one["hidden_sizes"][0]), "module__depth": len(one["hidden_sizes"])}
         for one in drawn
     ]
-    study = split.search("realmlp", include=included, include_default=False, n_trials=0, max_epochs=EPOCHS)
+    study = split.search(
+        "realmlp", include=included, include_default=False, n_trials=0, max_epochs=EPOCHS
+    )
     yield from (split.score(study.best_model(trial=number)) for number in range(len(included)))
 
 
@@ -98,10 +118,21 @@ def there(split: Split, drawn: list[dict[str, Any]]) -> Iterator[float]:
     least = min(map(len, valid))  # pytabkit wants folds of one length
     for one in drawn:
         model = kind(
-            **{key: _plain(value) for key, value in one.items() if key in (*NAMES_OF, "hidden_sizes")},
-            n_cv=FOLDS, n_refit=1, n_epochs=EPOCHS, n_threads=cpu_count(), device="cpu", random_state=0,
-        )  # fmt: skip
-        model.fit(split.X, split.y.to_numpy(), val_idxs=np.stack([place[:least] for place in valid]))
+            **{
+                key: _plain(value)
+                for key, value in one.items()
+                if key in (*NAMES_OF, "hidden_sizes")
+            },
+            n_cv=FOLDS,
+            n_refit=1,
+            n_epochs=EPOCHS,
+            n_threads=cpu_count(),
+            device="cpu",
+            random_state=0,
+        )
+        model.fit(
+            split.X, split.y.to_numpy(), val_idxs=np.stack([place[:least] for place in valid])
+        )
         yield split.score(model)
 
 

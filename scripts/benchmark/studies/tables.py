@@ -1,4 +1,5 @@
-"""Which model for a table: networks and boosted trees, scored on rows that nothing was fitted on."""
+"""Which model for a table: networks and boosted trees, scored on rows that nothing was fitted
+on."""
 
 import importlib.util
 from argparse import Namespace
@@ -19,18 +20,33 @@ from benchmark.engines import trees
 from benchmark.report import Clock, counted, describe_machine, publish, published, table
 
 NAMES = (
-    "california", "adult", "churn", "kc_house", "phoneme", "letter", "pendigits", "wine_quality", "german_credit",
-    "heart_2020", "protein",
-)  # fmt: skip
+    "california",
+    "adult",
+    "churn",
+    "kc_house",
+    "phoneme",
+    "letter",
+    "pendigits",
+    "wine_quality",
+    "german_credit",
+    "heart_2020",
+    "protein",
+)
 LOGARITHMS = ("kc_house",)  # prices, of which the logarithm is predicted
 RARE = 0.1  # share of the rarer class below which ROC AUC is the score
-ROWS, HELD_OUT, SPLITS, FOLDS = 2_000, 5_000, 3, 3
+ROWS = 2_000
+HELD_OUT = 5_000
+SPLITS = 3
+FOLDS = 3
 LARGE = {"california": 10_000, "kc_house": 10_000, "wine_quality": 10_000, "protein": 10_000}
 """Rows of tables that networks are searched on once more, in one split."""
 SECONDS = 60.0  # of tuning boosted trees
 SEARCHES = {
-    "mlp": (32, 64), "mlp portfolio": (32, 64), "realmlp default": (1, 256), "realmlp": (8, 256)
-}  # fmt: skip
+    "mlp": (32, 64),
+    "mlp portfolio": (32, 64),
+    "realmlp default": (1, 256),
+    "realmlp": (8, 256),
+}
 """Trials and epochs."""
 
 HOW = """\
@@ -50,7 +66,8 @@ Load = Callable[[str], tuple[pd.DataFrame, pd.Series, str]]
 
 @dataclass(frozen=True)
 class Result:
-    """One way on one split of a table: its score, seconds of wall clock and of the processor, trials searched."""
+    """One way on one split of a table: its score, seconds of wall clock and of the processor,
+    trials searched."""
 
     table: str
     split: int
@@ -82,7 +99,9 @@ class Split:
 
     def search(self, model: str, **options: Any) -> gputune.Study:
         task = "regression" if self.task == "regression" else "classification"
-        return gputune.tune(model, self.X, self.y, cv=FOLDS, scoring=self.scoring, task=task, verbose=0, **options)
+        return gputune.tune(
+            model, self.X, self.y, cv=FOLDS, scoring=self.scoring, task=task, verbose=0, **options
+        )
 
     def score(self, model: Any) -> float:
         """Return the score of a model on the rows that are held out; an RMSE is positive."""
@@ -95,21 +114,32 @@ class Split:
 
 
 def run(options: Namespace) -> int:
-    load, machine = loader(options.data), describe_machine()
+    load = loader(options.data)
+    machine = describe_machine()
     machine["versions"] |= trees.versions()
     results = published(options.out, "tables", machine, "results", Result)
-    small = [(name, name, ROWS, number, WAYS) for number in range(options.repeats or SPLITS) for name in NAMES]
+    small = [
+        (name, name, ROWS, number, WAYS)
+        for number in range(options.repeats or SPLITS)
+        for name in NAMES
+    ]
     networks = {group: WAYS[group] for group in ("mlp", "realmlp")}
     large = [(f"{name}, {rows:,} rows", name, rows, 0, networks) for name, rows in LARGE.items()]
     for label, name, rows, number, ways in small + large:
         for group, measure in ways.items():
-            known = any((one.split, one.table, one.group) == (number, label, group) for one in results)
+            known = any(
+                (one.split, one.table, one.group) == (number, label, group) for one in results
+            )
             if known or (options.rows and group not in options.rows):
                 continue
             split = split_of(name, load, number, rows)
             for way, model, trials, *costs in measure(split):
                 score = split.score(model)
-                results.append(Result(label, number, group, f"{group}{way}", score, split.scoring, *costs, trials))
+                results.append(
+                    Result(
+                        label, number, group, f"{group}{way}", score, split.scoring, *costs, trials
+                    )
+                )
                 print(results[-1], flush=True)
             whole = {"machine": machine, "results": results}
             publish(options.out, "tables", "Which model for a table", *words(results), **whole)
@@ -117,9 +147,13 @@ def run(options: Namespace) -> int:
 
 
 def loader(path: Path | None) -> Load:
-    """Return ``load(name) -> X, y, task`` of a Python file. Raises SystemExit where there is none."""
+    """Return ``load(name) -> X, y, task`` of a Python file. Raises SystemExit where there is
+    none."""
     if path is None:
-        raise SystemExit("--tables needs --data FILE.py, a file with load(name) -> X, y, task of the tables' names.")
+        raise SystemExit(
+            "--tables needs --data FILE.py, a file with load(name) -> X, y, task of the tables' "
+            "names."
+        )
     spec = importlib.util.spec_from_file_location("tables_data", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -129,7 +163,8 @@ def loader(path: Path | None) -> Load:
 
 
 def split_of(name: str, load: Load, number: int, most: int = ROWS) -> Split:
-    """Return the rows of a table that a split searches on, at most so many, and those that it scores."""
+    """Return the rows of a table that a split searches on, at most so many, and those that it
+    scores."""
     X, y, task = load(name)
     y = np.log(y) if name in LOGARITHMS else y
     rows = min(most, len(X) * 4 // 5)
@@ -140,7 +175,8 @@ def split_of(name: str, load: Load, number: int, most: int = ROWS) -> Split:
 
 
 Models = Iterator[tuple[str, Any, int, float, float]]
-"""What the way is called beside its group's name, its model, its trials, the seconds of wall clock and processor."""
+"""What the way is called beside its group's name, its model, its trials, the seconds of wall clock
+and processor."""
 
 
 def defaults(split: Split) -> Models:
@@ -195,13 +231,24 @@ def words(results: list[Result]) -> tuple[str, str]:
         if not found:
             return ""
         few = f", {counted(len(found), 'split')}" if len(found) < splits else ""
-        return f"{median(one.score for one in found):.4f} ({median(one.seconds for one in found):.0f} s{few})"
+        return (
+            f"{median(one.score for one in found):.4f} "
+            f"({median(one.seconds for one in found):.0f} s{few})"
+        )
 
     how = HOW.format(
-        rows=ROWS, held_out=HELD_OUT, larger=larger, splits=splits, folds=FOLDS, seconds=SECONDS,
-        numbers=" and ".join(name for name, scoring in few_rows.items() if scoring.startswith("neg")),
-        rare=" and ".join(name for name, scoring in few_rows.items() if scoring == "roc_auc") or "none",
+        rows=ROWS,
+        held_out=HELD_OUT,
+        larger=larger,
+        splits=splits,
+        folds=FOLDS,
+        seconds=SECONDS,
+        numbers=" and ".join(
+            name for name, scoring in few_rows.items() if scoring.startswith("neg")
+        ),
+        rare=" and ".join(name for name, scoring in few_rows.items() if scoring == "roc_auc")
+        or "none",
         **SEARCHES,
-    )  # fmt: skip
+    )
     rows = ("|".join([name, *(cell(name, way) for way in ways)]) for name in tables)
     return how, table("|".join(["table", *ways]), rows)

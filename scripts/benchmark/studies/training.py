@@ -1,4 +1,5 @@
-"""One shared list of trials through every engine: the scores must agree, then the times are shown."""
+"""One shared list of trials through every engine: the scores must agree, then the times are
+shown."""
 
 import functools
 import time
@@ -16,7 +17,8 @@ from benchmark.engines.gputune import train as train_with_gputune
 from benchmark.report import card, counted, describe_machine, publish, table
 from benchmark.work import Outcome, Work, digits_work, stop_workers
 
-EPOCHS, REPEATS = 20, 3
+EPOCHS = 20
+REPEATS = 3
 ON_CARD = "gputune on the GPU"
 AGREEMENT = 0.01  # in mean accuracy; a network's other start and row order move it less
 
@@ -77,7 +79,8 @@ class Measured:
         return self.scores.shape[1]
 
     def accuracy(self, trials: int | None = None) -> float:
-        """Mean over repeats, the first ``trials`` (None: all) and folds; NaN where one of them diverged."""
+        """Mean over repeats, the first ``trials`` (None: all) and folds; NaN where one of them
+        diverged."""
         return float(self.scores[:, :trials].mean())
 
     @property
@@ -86,7 +89,8 @@ class Measured:
 
 
 def measure(runs: Sequence[Run], work: Work, repeats: int) -> list[Measured]:
-    """Run each engine ``repeats`` times, in turns, after each one's warm-up on a small piece of the work.
+    """Run each engine ``repeats`` times, in turns, after each one's warm-up on a small piece of the
+    work.
 
     In each repeat another engine begins.
     """
@@ -103,11 +107,15 @@ def measure(runs: Sequence[Run], work: Work, repeats: int) -> list[Measured]:
     stop_workers()
     return [
         Measured(
-            run.engine, tuple(seconds for seconds, _ in each), np.stack([outcome.scores for _, outcome in each]),
-            tuple(outcome.start for _, outcome in each), tuple(outcome.compile for _, outcome in each), run.rival,
+            run.engine,
+            tuple(seconds for seconds, _ in each),
+            np.stack([outcome.scores for _, outcome in each]),
+            tuple(outcome.start for _, outcome in each),
+            tuple(outcome.compile for _, outcome in each),
+            run.rival,
         )
         for run, each in zip(runs, found)
-    ]  # fmt: skip
+    ]
 
 
 def run(options: Namespace) -> int:
@@ -119,17 +127,22 @@ def run(options: Namespace) -> int:
         for m in measured:
             print(f"{name}: {m.engine}: mean last-epoch accuracy {m.accuracy():.4f}", flush=True)
         if not agree(measured):
-            print(f"NO SPEED: the mean accuracies differ by more than {AGREEMENT}, so the work was not the same.")
+            print(
+                f"NO SPEED: the mean accuracies differ by more than {AGREEMENT}, so the work was "
+                "not the same."
+            )
             return 1
         parts.append(summary(work, measured, lacks))
     machine = describe_machine(with_card=True)
     machine["versions"] |= versions(able)
-    title, sections = "One list of trials, trained by each engine", [text for part in parts for text in section(part)]
+    title = "One list of trials, trained by each engine"
+    sections = [text for part in parts for text in section(part)]
     return publish(options.out, "training", title, HOW, *sections, machine=machine, works=parts)
 
 
 def runs(chosen: Sequence[Chosen], work: Work) -> list[Run]:
-    """Return each engine on its trials, gputune also on every part of the list that another one gets."""
+    """Return each engine on its trials, gputune also on every part of the list that another one
+    gets."""
     whole = len(work.trials)
 
     def run_of(engine: Engine, trials: int) -> Run:
@@ -140,12 +153,15 @@ def runs(chosen: Sequence[Chosen], work: Work) -> list[Run]:
     found = [run_of(engine, min(trials or whole, whole)) for engine, trials in rivals]
     found += [run_of(own, trials) for trials in sorted({run.trials for run in found} | {whole})]
     if card():
-        found.append(Run(ON_CARD, functools.partial(train_with_gputune, device="cuda"), whole, rival=False))
+        found.append(
+            Run(ON_CARD, functools.partial(train_with_gputune, device="cuda"), whole, rival=False)
+        )
     return found
 
 
 def agree(measured: Sequence[Measured]) -> bool:
-    """Whether the mean accuracies of all that trained the same first trials lie within ``AGREEMENT``.
+    """Whether the mean accuracies of all that trained the same first trials lie within
+    ``AGREEMENT``.
 
     A NaN agrees with nothing.
     """
@@ -165,8 +181,17 @@ def summary(work: Work, measured: Sequence[Measured], lacks: Mapping[str, str]) 
     engines = [_engine(m, own[m.trials]) for m in measured]
     rivals = [engine for engine in engines if engine["ratio"] is not None]
     fastest = min(rivals, key=lambda engine: engine["ratio"], default=None)
-    speed = fastest and {"rival": fastest["engine"], "ratio": fastest["ratio"], "trials": fastest["trials"]}
-    shape = {"work": work.name, "epochs": work.epochs, "folds": len(work.folds), "trials": list(work.trials)}
+    speed = fastest and {
+        "rival": fastest["engine"],
+        "ratio": fastest["ratio"],
+        "trials": fastest["trials"],
+    }
+    shape = {
+        "work": work.name,
+        "epochs": work.epochs,
+        "folds": len(work.folds),
+        "trials": list(work.trials),
+    }
     return {**shape, "engines": engines, "left_out": dict(lacks), "speed": speed}
 
 
@@ -174,9 +199,11 @@ def _engine(measured: Measured, own: Measured) -> dict[str, Any]:
     each = np.array(measured.seconds) / np.array(own.seconds)
     compiled, own_compiled = (np.median(np.subtract(m.seconds, m.compile)) for m in (measured, own))
     ratios = {
-        "ratio": measured.median / own.median, "ratio_min": float(each.min()), "ratio_max": float(each.max()),
+        "ratio": measured.median / own.median,
+        "ratio_min": float(each.min()),
+        "ratio_max": float(each.max()),
         "ratio_compiled": float(compiled / own_compiled),
-    }  # fmt: skip
+    }
     return {
         "engine": measured.engine,
         "trials": measured.trials,
@@ -194,19 +221,32 @@ def _engine(measured: Measured, own: Measured) -> dict[str, Any]:
 
 
 def section(part: dict[str, Any]) -> list[str]:
-    widths, sizes = (sorted({trial[key] for trial in part["trials"]}) for key in ("width", "batch_size"))
+    widths, sizes = (
+        sorted({trial[key] for trial in part["trials"]}) for key in ("width", "batch_size")
+    )
     whole = len(part["trials"])
-    head = "engine|mean accuracy|seconds, median|min|max|of it start|compile|trials/s|gputune is|without compiling"
+    head = (
+        "engine|mean accuracy|seconds, median|min|max|of it start|compile|trials/s|gputune "
+        "is|without compiling"
+    )
     rows = [_row(engine, whole) for engine in part["engines"]]
     rows += [f"{name}: {lack}" for name, lack in part["left_out"].items()]
     texts = [
-        f"## {part['work']}: {counted(whole, 'trial')} x {part['folds']} folds x {part['epochs']} epochs",
+        f"## {part['work']}: {counted(whole, 'trial')} x {part['folds']} folds x {part['epochs']} "
+        "epochs",
         f"Widths {', '.join(map(str, widths))}; batch sizes {', '.join(map(str, sizes))}.",
         table(head, rows),
     ]
     if (speed := part["speed"]) is not None:
-        on = "" if speed["trials"] == whole else f", on the first {counted(speed['trials'], 'trial')}"
-        texts.append(f"gputune is {speed['ratio']:.2f}x as fast as the fastest other one, {speed['rival']}{on}.")
+        on = (
+            ""
+            if speed["trials"] == whole
+            else f", on the first {counted(speed['trials'], 'trial')}"
+        )
+        texts.append(
+            f"gputune is {speed['ratio']:.2f}x as fast as the fastest other one, "
+            f"{speed['rival']}{on}."
+        )
     return texts
 
 
