@@ -20,8 +20,8 @@ def test_the_example_goes_from_the_rows_to_a_saved_model(tmp_path, monkeypatch, 
     pyplot = pytest.importorskip("matplotlib.pyplot", reason='pip install "gputune[report]"')
     pyplot.switch_backend("Agg")
     text = (EXAMPLES / "digits.py").read_text()
-    short = text.replace("N_TRIALS, EPOCHS = 32, 20", "N_TRIALS, EPOCHS = 10, 3")
-    assert short != text and text.count("\n# %%") >= 7
+    short = text.replace("N_TRIALS = 32", "N_TRIALS = 10").replace("EPOCHS = 20", "EPOCHS = 3")
+    assert "N_TRIALS = 10" in short and "EPOCHS = 3" in short and text.count("\n# %%") >= 7
     monkeypatch.setattr("sys.argv", ["digits.py", str(tmp_path / "out")])
     shown = []
     for _ in range(2):
@@ -89,11 +89,11 @@ def test_the_path_lies_on_the_grids_curve_with_its_slopes_and_is_shown_beside_it
     assert f"loss {regression.losses.min():.4f}, the best of 61" in iris.verdict(regression)
 
 
-def test_a_loop_of_ones_own_takes_no_more_lines_than_with_optuna(script, monkeypatch):
+def test_a_loop_of_ones_own_takes_no_more_statements_than_with_optuna(script, monkeypatch):
     own_loop = script("own_loop")
     monkeypatch.setattr(own_loop, "TRIALS", 1)
-    lines = [own_loop.lines(way) for way in own_loop.WAYS.values()]
-    assert lines == sorted(lines, reverse=True)
+    counts = [own_loop.statements(way) for way in own_loop.WAYS.values()]
+    assert counts == sorted(counts, reverse=True)
     assert own_loop.with_search() > 0.5 and own_loop.with_tune() > 0.5
 
 
