@@ -38,8 +38,8 @@ ONE = {"n_trials": 1, "max_epochs": 1, **SEARCH}
 
 
 @pytest.mark.parametrize("model", [CNN, GRU, MLP, LogisticRegression])
-def test_a_model_is_an_example_of_less_than_60_lines(model):
-    assert len(inspect.getsource(inspect.getmodule(model)).splitlines()) < 60
+def test_a_model_is_an_example_that_fits_a_page(model):
+    assert len(inspect.getsource(inspect.getmodule(model)).splitlines()) < 80
 
 
 @pytest.mark.parametrize(
