@@ -1,5 +1,7 @@
-"""Arrays from files of NumPy's and torch's: nothing is unpickled, and nothing is read that memory
-does not hold."""
+"""Read arrays from files that NumPy and torch wrote.
+
+Nothing is unpickled. A file that needs more memory than is free is refused.
+"""
 
 import math
 import os
@@ -22,28 +24,33 @@ from gputune.text import count, size_words
 
 ARRAY_SUFFIXES = (".npz", ".npy", ".pt", ".pth")
 _WRITE = "Write it with numpy.savez(path, image=X, label=y), or torch.save of a dict of tensors."
-_TEXT_BYTES = 64  # of a short text as an object of Python's, which text in an array becomes
+_TEXT_BYTES = 64  # an estimate: the str that Python makes of one short text
 _READERS = {1: npy_format.read_array_header_1_0, 2: npy_format.read_array_header_2_0}
-"""Readers of the header of a .npy file by its major version. Version 3 is for the names of fields
-alone."""
+"""Readers of the header of a .npy file, by the major version of the format.
+
+Version 3 is used only for named fields, which gputune refuses.
+"""
 
 
 class _Malformed(ValueError):
-    """The reason why a file is not read as arrays."""
+    """The reason why a file cannot be read as arrays."""
 
 
 def read_array_file(path: Path) -> dict[str, Any]:
-    """Return the arrays of a file by their names: arrays of a .npz, tensors of a .pt that holds a
-    dict of them.
+    """Return a dict from name to array of a file: the arrays of a .npz, or the tensors of a .pt
+    file.
 
-    The array of a .npy has the name "". It is mapped, and so are tensors: their rows are read when
-    they are gathered.
+    A .pt file must hold a dict of tensors. The array of a .npy file has the name "". Arrays of .npy
+    files and tensors are memory-mapped: their rows are read when they are gathered.
+
+    Args:
+        path: the file, with one of the suffixes ``ARRAY_SUFFIXES``.
 
     Raises:
-        FileNotFoundError: there is no file of this name.
+        FileNotFoundError: the file does not exist.
         PermissionError: the file may not be read.
-        InputError: it is no file of arrays, holds Python objects, or needs more memory than is
-            free.
+        InputError: the file does not hold arrays, holds Python objects, or needs more memory than
+            is free.
     """
     size = check_file(path)
     if path.suffix.lower() not in ARRAY_SUFFIXES:
@@ -87,11 +94,16 @@ def _read_npz(path: Path) -> dict[str, Any]:
 
 
 def _check_array(file: IO[bytes], size: int, name: str = "it") -> int:
-    """Return the bytes of memory that an array needs, by its header, in a file of NumPy's format of
-    ``size`` bytes.
+    """Return the bytes of memory that an array needs, read from its header in NumPy's format.
 
-    Raises ValueError for an array that does not fit into the file, or is none of numbers, booleans,
-    dates or text.
+    Args:
+        file: the open file, at the start of the array.
+        size: the size of the file in bytes.
+        name: the name of the array in error messages.
+
+    Raises:
+        _Malformed: the array does not fit into the file, or does not hold numbers, booleans, dates
+            or text.
     """
     version, _ = npy_format.read_magic(file)
     if version not in _READERS:
@@ -109,7 +121,7 @@ def _check_array(file: IO[bytes], size: int, name: str = "it") -> int:
             f"{name} has the shape {_shape_words(shape)}, and no length can be negative"
         )
     n_values = math.prod(shape)
-    # a text may have no bytes, and be an object nevertheless
+    # A text type may have 0 bytes per value, and each value still becomes a Python object.
     declared = n_values * max(1, dtype.itemsize)
     available = size - file.tell()
     if declared > available:
@@ -117,11 +129,12 @@ def _check_array(file: IO[bytes], size: int, name: str = "it") -> int:
             f"{name} has the shape {_shape_words(shape)}, which takes {size_words(declared)}, and "
             f"holds {size_words(max(0, available))}. It may be cut off"
         )
+    # Text (kinds "S" and "U") needs the array and one Python string per value.
     return declared + n_values * _TEXT_BYTES * (dtype.kind in "SU")
 
 
 def _shape_words(shape: Iterable[int]) -> str:
-    """Return a shape in words, shortened if it has many axes."""
+    """Return a shape as text, shortened after 60 characters."""
     text = str(tuple(shape))
     return text if len(text) <= 60 else f"{text[:60]}..."
 
@@ -149,7 +162,7 @@ def _read_torch(path: Path) -> dict[str, Any]:
         stored = value.untyped_storage().nbytes()
         if stored not in sizes and value.numel() > 0:
             raise _Malformed(f"its tensor {name!r:.100} does not fit the records of the file")
-        # A tensor of stride 0 repeats its numbers, and has them all as soon as rows are gathered.
+        # A tensor of stride 0 stores each number once. Gathering rows writes all of them out.
         full = value.numel() * value.itemsize
         if full > stored:
             needed += full
@@ -158,10 +171,11 @@ def _read_torch(path: Path) -> dict[str, Any]:
 
 
 def _record_sizes(path: Path) -> set[int]:
-    """Return the sizes of the records of an archive of torch's, in bytes.
+    """Return the sizes in bytes of the records in a torch archive.
 
-    Raises ValueError for packed records: torch maps the file, so it would take packed bytes for
-    numbers.
+    Raises:
+        _Malformed: the records are compressed. torch maps the file, so it would read compressed
+            bytes as numbers.
     """
     with open_file(path) as file, zipfile.ZipFile(file) as archive:
         members = archive.infolist()
@@ -171,11 +185,17 @@ def _record_sizes(path: Path) -> set[int]:
 
 
 def pick_arrays(path: Path, y: Any, groups: Any) -> tuple[object, object, object]:
-    """Return X, y and groups of a file; ``y`` and ``groups`` name arrays in it, or next to a .npy
-    are files of it.
+    """Return X, y and groups of an array file.
 
-    X is a dict if more than one array is left. Raises InputError for other names, and if nothing is
-    left.
+    X is a dict if more than one array is left after y and groups are taken out.
+
+    Args:
+        path: the file of arrays.
+        y: the name of the target array in the file. For a .npy file, the path of another .npy file.
+        groups: the name of the groups array, a path as for ``y``, or None.
+
+    Raises:
+        InputError: a name is not in the file, or no array is left for X.
     """
     values = read_array_file(path)
     if path.suffix.lower() == ".npy":
@@ -217,17 +237,17 @@ def pick_inputs(
     """Return the inputs of a model from a file that may also hold the target and other arrays.
 
     Args:
-        path: the file.
-        names: the names of the inputs at training, None if they had none.
+        path: the file of arrays.
+        names: the names of the inputs at training, None if they had no names.
         shapes: the shape of a row of each input.
-        unread: the names of arrays that are no inputs, such as the target.
+        unread: the names of arrays that are not inputs, such as the target.
 
     Returns:
-        A dict of the inputs that have ``names``, else an array, or a tuple of several arrays in
-        their order.
+        If ``names`` is given, a dict of the named inputs. Otherwise one array, or a tuple of
+            several arrays in the order of the file.
 
     Raises:
-        InputError: nothing is left, or it is not clear which arrays are the inputs.
+        InputError: no array is left, or it is not clear which arrays are the inputs.
     """
     arrays = read_array_file(path)
     if names is not None:
@@ -248,8 +268,10 @@ def pick_inputs(
 
 
 def pick_target(path: Path, name: str) -> np.ndarray:
-    """Return an array of a file by its name; of a .npy file, the array of the .npy file of that
-    name."""
+    """Return the target array of a file by its name.
+
+    For a .npy file, ``name`` is the path of the .npy file of the target.
+    """
     if path.suffix.lower() == ".npy":
         return _beside(path, "target", name)
     arrays = read_array_file(path)
@@ -264,7 +286,7 @@ def pick_target(path: Path, name: str) -> np.ndarray:
 
 
 def _beside(path: Path, option: str, name: object) -> np.ndarray:
-    """Return the array of the .npy file ``name``."""
+    """Return the array of the .npy file ``name``, which belongs to the .npy file ``path``."""
     if not isinstance(name, str | Path) or Path(name).suffix.lower() != ".npy":
         got = f"got {name!r:.60}; or write both into one file, numpy.savez(path, image=X, label=y)"
         raise InputError(

@@ -1,7 +1,7 @@
-"""Inputs that are no table: images, sequences, token ids, several of them; as they are, or scaled
-by channel.
+"""Inputs that are not tables: images, sequences, token ids, or several inputs at once.
 
-Nothing is copied: memory-mapped arrays are read where their rows are gathered.
+They stay unchanged or are scaled per channel. Nothing is copied: rows of memory-mapped arrays are
+read when they are gathered.
 """
 
 import math
@@ -17,17 +17,18 @@ from gputune.data.ragged import refuse_ragged
 from gputune.errors import InputError
 from gputune.types import TENSOR_NUMBERS, Json
 
-_BLOCK = 1 << 21  # numbers that are looked at at a time
-# integers that torch computes little with
+_BLOCK = 1 << 21  # numbers per block when all values are checked or summed
+# torch has few operations for these integer types, so they become wider ones.
 _TAKEN_AS = {torch.uint16: torch.int32, torch.uint32: torch.int64}
 
 
 @dataclass(frozen=True, eq=False)
 class Arrays:
-    """Inputs of a module: ``parts`` (N, ...), passed in order, or as the keywords ``names``.
+    """Inputs of a module: the tensors ``parts``, each (N, ...).
 
-    ``places`` (n,) are the rows that are meant, where these are some alone: nothing is copied until
-    they are gathered.
+    The module receives them in order, or as the keywords ``names``. ``places`` (n,) holds the
+    positions of the selected rows, or None if all rows are selected. Nothing is copied until the
+    rows are gathered.
     """
 
     parts: tuple[Tensor, ...]
@@ -39,16 +40,16 @@ class Arrays:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """What messages call the inputs."""
+        """The names of the inputs in messages."""
         return input_labels(len(self.parts), self.names)
 
     def select(self, rows: np.ndarray) -> "Arrays":
-        """Return the given rows, not gathered yet."""
+        """Return the inputs with only the given rows, which are not gathered yet."""
         positions = np.asarray(rows, dtype=np.int64)
         return replace(self, places=positions if self.places is None else self.places[positions])
 
     def gathered(self) -> tuple[Tensor, ...]:
-        """Return the rows of all inputs, each (n, ...)."""
+        """Return the selected rows of all inputs, each (n, ...)."""
         return tuple(self._rows(x, slice(None)) for x in self.parts)
 
     def _rows(self, x: Tensor, rows: slice) -> Tensor:
@@ -59,13 +60,14 @@ class Arrays:
         )
 
     def as_given(self) -> object:
-        """Return the rows as a scorer sees them: an array, a tuple, or a dict of arrays."""
+        """Return the rows in the form that a scorer reads: an array, a tuple, or a dict of
+        arrays."""
         arrays = tuple(x.cpu().numpy() for x in self.gathered())
         alone = arrays if len(arrays) > 1 else arrays[0]
         return alone if self.names is None else dict(zip(self.names, arrays))
 
     def blocks(self, part: int) -> Iterator[tuple[int, Tensor]]:
-        """Return the rows of an input, a block at a time, each with the number of its first row."""
+        """Yield the rows of an input block by block, each with the number of its first row."""
         x = self.parts[part]
         rows = max(1, _BLOCK // max(1, x[0].numel()))
         for start in range(0, len(self), rows):
@@ -73,7 +75,7 @@ class Arrays:
 
 
 def input_labels(number: int, names: Sequence[str] | None) -> tuple[str, ...]:
-    """Return what messages call so many inputs: X, X[0], X['image']."""
+    """Return the names of ``number`` inputs in messages: X, X[0] or X['image']."""
     return (
         ("X",)
         if number == 1 and names is None
@@ -82,10 +84,15 @@ def input_labels(number: int, names: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def as_arrays(X: object) -> Arrays | None:
-    """Return X as inputs of a module, None where it is a table: two axes, of floats or in a frame.
+    """Return X as inputs of a module, or None if X is a table.
 
-    X is an array or tensor with three axes or more, a tensor of integers with two, or a tuple or
-    dict of any such.
+    X is taken as inputs if it is
+
+    - an array or tensor with at least three axes,
+    - a tensor of integers with two axes, or
+    - a tuple or dict of arrays and tensors.
+
+    A table is a data frame, or has two axes and holds floats.
     """
     if isinstance(X, Mapping) and all(
         isinstance(value, Tensor | np.ndarray) for value in X.values()
@@ -129,20 +136,20 @@ _NUMBERS_OF = {
 
 
 def _tensor(value: np.ndarray | Tensor, label: str) -> Tensor:
-    """Return a checked tensor over the memory of an array or a tensor."""
+    """Return a checked tensor that shares the memory of an array or a tensor."""
     if isinstance(value, np.ndarray):
         if value.dtype.kind not in "biuf":
             remedy = _NUMBERS_OF.get(value.dtype.kind, "convert it")
             raise InputError(f"{label} must hold numbers or booleans, got {value.dtype}; {remedy}.")
-        # torch has no long double, no other order of bytes and no negative strides.
+        # torch has no long double, no foreign byte order and no negative strides.
         native = value.astype(
             np.float64 if value.itemsize > 8 else value.dtype.newbyteorder("="), copy=False
         )
         native = (
             np.ascontiguousarray(native) if any(stride < 0 for stride in native.strides) else native
         )
-        # torch warns of memory that must not be written, such as a file's, and cannot be told that
-        # it will not be.
+        # torch warns about read-only memory, such as a mapped file. gputune never writes to it, but
+        # torch has no option to say so.
         with warnings.catch_warnings(action="ignore", category=UserWarning):
             value = torch.from_numpy(native)
     refuse_kind(value, label)
@@ -155,8 +162,10 @@ def _tensor(value: np.ndarray | Tensor, label: str) -> Tensor:
 
 
 def refuse_kind(value: Tensor, label: str) -> None:
-    """Raise InputError for a tensor that is not dense, real numbers of 16 bits or more in some
-    memory."""
+    """Raise InputError unless a tensor is dense, real, not quantized and in memory.
+
+    Floats must have at least 16 bits.
+    """
     refuse_ragged(value, label)
     for is_bad, words in (
         (
@@ -183,8 +192,8 @@ def refuse_kind(value: Tensor, label: str) -> None:
 
 @dataclass(frozen=True)
 class ArrayLayout:
-    """What the inputs of a module look like: the ``shapes`` of a row, their ``dtypes``, and
-    ``names`` if any."""
+    """The ``shapes`` of a row of each input of a module, their ``dtypes``, and their ``names``
+    if any."""
 
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[str, ...]
@@ -199,8 +208,11 @@ class ArrayLayout:
         )
 
     def raw(self, X: object) -> Arrays:
-        """Return X as the arrays that were seen in training; InputError for other names, shapes or
-        kinds."""
+        """Return X as checked arrays in the order of the training inputs.
+
+        Raises:
+            InputError: names, shapes or kinds of numbers differ from the training data.
+        """
         refuse_ragged(X, "X")
         arrays = X if isinstance(X, Arrays) else as_arrays(X)
         if arrays is None:
@@ -229,22 +241,24 @@ class ArrayLayout:
 
     @property
     def feature_names(self) -> tuple[str, ...]:
-        """The inputs, as messages and files name them."""
+        """The names of the inputs in messages and files."""
         return self.names or tuple(f"input{i}" for i in range(len(self.shapes)))
 
     @property
     def n_features(self) -> int:
-        """What a module is built with: the size of the last axis of the first input, 1 where a row
-        is one number."""
+        """The number of features with which a module is built.
+
+        It is the size of the last axis of the first input, or 1 if a row is one number.
+        """
         return self.shapes[0][-1] if self.shapes[0] else 1
 
     @property
     def row_numbers(self) -> int:
-        """How many numbers a row has, in all inputs."""
+        """The count of numbers in a row, summed over all inputs."""
         return sum(math.prod(shape) for shape in self.shapes)
 
     def in_words(self) -> str:
-        """Say what a row is made of."""
+        """Return the contents of a row as text: name, dtype and shape of each input."""
         parts = zip(self.names or [""] * len(self.shapes), self.dtypes, self.shapes)
         return " and ".join(
             f"{name} {dtype} {('rows', *row)}".replace("'", "").strip()
@@ -259,14 +273,17 @@ class ArrayLayout:
 
     @staticmethod
     def from_json(value: Json) -> "ArrayLayout":
-        """Return the layout that ``to_json`` wrote. Raises ValueError for what it cannot have
-        written."""
+        """Return the layout that ``to_json`` wrote.
+
+        Raises:
+            ValueError: ``to_json`` cannot have written this value.
+        """
         names = None if value["names"] is None else tuple(value["names"])
         layout = ArrayLayout(tuple(map(tuple, value["shapes"])), tuple(value["dtypes"]), names)
         sizes = [size for shape in layout.shapes for size in shape]
         if not {int}.issuperset(map(type, sizes)) or min(sizes, default=1) < 1:
             raise ValueError("the shapes of its inputs are no sizes")
-        # Not getattr, which may import a part of torch.
+        # vars() and not getattr, because getattr may import a part of torch.
         if not all(isinstance(vars(torch).get(dtype), torch.dtype) for dtype in layout.dtypes):
             raise ValueError("the dtypes of its inputs are none of torch's")
         if names is not None and not {str}.issuperset(map(type, names)):
@@ -281,8 +298,10 @@ class ArrayLayout:
 
 @dataclass(frozen=True, eq=False)
 class ArrayStatistics:
-    """The mean and the scale of each channel of each input, float64; None for an input that stays
-    as it is."""
+    """The mean and the scale of each channel of each input, float64.
+
+    An entry of ``channels`` is None for an input that stays unchanged.
+    """
 
     channels: tuple[tuple[np.ndarray, np.ndarray] | None, ...]
 
@@ -299,7 +318,7 @@ class ArrayStatistics:
         return ArrayStatistics(tuple(parts))
 
     def check(self, layout: ArrayLayout) -> None:
-        """Raise ValueError unless these are statistics of the inputs of a layout."""
+        """Raise ValueError unless the statistics fit the inputs of a layout."""
         if len(self.channels) != len(layout.shapes):
             raise ValueError("its statistics are of another number of inputs")
         for channels, shape in zip(self.channels, layout.shapes):
@@ -311,12 +330,16 @@ class ArrayStatistics:
 def fit_channels(
     arrays: Arrays, folds: Sequence[np.ndarray], numbers: str
 ) -> tuple[ArrayStatistics, ...]:
-    """Return the statistics of each fold's training rows; with ``numbers="none"`` inputs stay as
-    they are.
+    """Return the channel statistics of each fold's training rows.
 
-    "standard" gives the channels of floats and of bytes (uint8) mean 0 and variance 1: the first
-    axis of a row with three or more, each column of a row with one, all numbers of a row with two.
-    Scale 1 where a channel is constant.
+    With ``numbers="none"`` all inputs stay unchanged. With ``numbers="standard"`` the channels of
+    floats and of bytes (uint8) get mean 0 and variance 1. The channels are
+
+    - the first axis of a row with three axes or more,
+    - each column of a row with one axis,
+    - all numbers together of a row with two axes.
+
+    A constant channel has scale 1.
     """
     if numbers not in TENSOR_NUMBERS:
         raise InputError(
@@ -336,18 +359,22 @@ def fit_channels(
 def _fit(
     arrays: Arrays, part: int, folds: Sequence[np.ndarray]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return mean and scale of an input's channels in each fold, by sums of every row that are made
-    once."""
+    """Return (mean, scale) of an input's channels for each fold.
+
+    The sums of each row are computed once and shared by all folds.
+    """
     x = arrays.parts[part]
     row = tuple(x.shape[1:])
     shape = tuple(
         size if len(row) == 1 or (len(row) > 2 and axis == 0) else 1
         for axis, size in enumerate(row)
     )
+    # axis + 1, because axis 0 of a block counts its rows
     summed = [axis + 1 for axis, size in enumerate(shape) if size == 1]
     each = x[0].numel() / math.prod(shape)
-    # against cancellation
+    # Subtracting a rough mean first avoids cancellation in E[x^2] - E[x]^2.
     shift = next(arrays.blocks(part))[1].double().mean([0, *summed], keepdim=True)
+    # sums of x and of x^2 of each row, (n, *channels)
     first, second = (np.empty((len(arrays), *shape)) for _ in range(2))
     for start, block in arrays.blocks(part):
         gap = block.double() - shift

@@ -1,14 +1,16 @@
-"""How a column becomes features: decided once from the column itself (``fit_layout``), then applied
-to any other rows.
+"""Turn columns into features.
+
+``fit_layout`` decides once from the column itself. The decision is then applied to any other rows.
 
 number     its value
 boolean    1 or 0
 category   one feature per level (one-hot); rare levels share the feature ``(other)``
-date       days since 1970, month, day of the month, weekday (0 = Monday), hour; those that vary
+date       days since 1970, month, day of the month, weekday (0 = Monday), hour;
+           only the parts that vary
 
-Where values are missing, numbers, booleans and dates get a feature ``(missing)`` beside NaN in the
-others, and a category gets a level of that name. Torch tensors, tables of numbers, are checked,
-summed up and decided where they lie.
+If values are missing, numbers, booleans and dates get an additional feature ``(missing)``, and
+their other features are NaN. A category gets a level of that name. Torch tensors are tables of
+numbers. They are checked, summarized and decided on their own device.
 """
 
 import math
@@ -35,8 +37,7 @@ DATE_PARTS = ("days", "month", "day", "weekday", "hour")
 
 
 def _parts(kind: Kind, values: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the features that numbers, booleans or dates are made into, by the names of
-    ``Column.parts``."""
+    """Return the features of numbers, booleans or dates, by the names in ``Column.parts``."""
     if kind != "date":
         return {"value": values}
     known = ~np.isnan(values)
@@ -44,6 +45,7 @@ def _parts(kind: Kind, values: np.ndarray) -> dict[str, np.ndarray]:
     days = seconds.astype("datetime64[D]")
     months = seconds.astype("datetime64[M]")
     numbers = [
+        # numpy counts months and days from 1970-01-01
         months.astype(np.int64) % 12 + 1,
         (days - months.astype(days.dtype)).astype(np.int64) + 1,
         (days.astype(np.int64) + 3) % 7,  # 1970-01-01 was a Thursday
@@ -60,42 +62,51 @@ class Column:
 
     name: str
     kind: Kind
-    parts: tuple[str, ...] = ()  # "value" for numbers and booleans, of DATE_PARTS for dates
+    parts: tuple[str, ...] = ()  # "value" for numbers and booleans; names from DATE_PARTS for dates
     levels: tuple[str, ...] = ()
     other: bool = False
     missing: bool = False
 
     @property
     def feature_names(self) -> tuple[str, ...]:
-        """Names of the features, each beginning with the column's."""
+        """The names of the features. Each begins with the name of the column."""
         parts = [self.name if part == "value" else f"{self.name}.{part}" for part in self.parts]
         levels = [*self.levels, *["(other)"] * self.other, *["(missing)"] * self.missing]
         return (*parts, *(f"{self.name}={level}" for level in levels))
 
     @property
     def numeric(self) -> tuple[bool, ...]:
-        """Which features are numbers to be centred and scaled: values of numbers, and the parts of
-        dates."""
+        """One flag per feature: True if the feature is a number to be centered and scaled.
+
+        These are the values of numbers and the parts of dates.
+        """
         scaled = self.kind in ("number", "date")
         return tuple(scaled and i < len(self.parts) for i in range(len(self.feature_names)))
 
     def read(self, kind: Kind, values: np.ndarray) -> np.ndarray:
-        """Return values of a kind read as the column's; InputError where one does not fit."""
+        """Return values of another kind converted to the kind of this column.
+
+        Raises:
+            InputError: a value does not fit the kind of the column.
+        """
         return convert(values, kind, self.kind, self.name, self.levels)
 
     def features(self, kind: Kind, values: np.ndarray) -> np.ndarray:
-        """Return (n, d) float64 for values of a kind; NaN where a number, boolean or date is
-        missing."""
+        """Return the features (n, d) of values of a kind, float64.
+
+        A feature is NaN if its number, boolean or date is missing.
+        """
         values = self.read(kind, values)
         if self.kind != "category":
             parts = _parts(self.kind, values)
             lost = [np.isnan(values).astype(np.float64)] * self.missing
             return np.stack([*(parts[part] for part in self.parts), *lost], axis=1)
         width = len(self.feature_names)
-        unknown = len(self.levels) if self.other else width  # of no feature: all zeros
+        unknown = len(self.levels) if self.other else width  # column cut off below: zeros
         position: dict[str | None, int] = {level: j for j, level in enumerate(self.levels)}
         position[None] = width - 1 if self.missing else unknown
         codes = np.array([position.get(value, unknown) for value in values], dtype=np.int64)
+        # (n,) codes -> (n, width) one-hot
         return np.eye(width + 1)[codes, :width]
 
     def to_json(self) -> Json:
@@ -115,13 +126,13 @@ def fit_column(
     min_count: int,
     keep: bool = False,
 ) -> tuple[Column, tuple[str, ...]]:
-    """Decide a column's features; returns it (with no feature if it is left out) and what a user
-    should know.
+    """Decide the features of a column.
 
-    A level is rare with fewer than ``min_count`` rows (or 1 % of the rows, where that is less), or
-    beyond the
-    ``max_levels`` most frequent ones. With ``keep`` a number or boolean is one feature, whatever
-    its values.
+    Returns the column and the remarks for the user. A column that is left out has no feature.
+
+    A level is rare if it has fewer than ``min_count`` rows (or fewer than 1% of the rows, if that
+    is less). It is also rare if it is not among the ``max_levels`` most frequent levels. With
+    ``keep``, a number or boolean is always one feature, whatever its values are.
     """
     if kind == "category":
         return _fit_category(name, values, max_levels=max_levels, min_count=min_count)
@@ -157,13 +168,14 @@ def _fit_category(
     known = sum(counts.values())
     meant = _meant_otherwise(counts)
     missing = known < len(values)
+    # Every value is distinct: an identifier or free text.
     if len(counts) == known and known > 1:
         return Column(name, "category"), (
             f"left out, text with all {known} values distinct",
             *meant,
         )
     least = min(min_count, math.ceil(len(values) / 100))
-    # By count, then by name, so that the order of rows decides nothing.
+    # By count, then by name: the order of the rows has no influence.
     ranked = sorted(counts, key=lambda level: (-counts[level], level))[:max_levels]
     levels = tuple(sorted(level for level in ranked if counts[level] >= least))
     rare = len(counts) - len(levels)
@@ -183,8 +195,10 @@ def _fit_category(
 
 
 def _meant_otherwise(counts: Counter[str]) -> tuple[str, ...]:
-    """Say where text looks as if numbers or dates were meant: one odd cell makes a whole column
-    text."""
+    """Return remarks on text that looks like numbers or dates.
+
+    One odd cell turns a whole column into text.
+    """
 
     def are_most(fits: Callable[[str], object]) -> bool:
         return sum(number for level, number in counts.items() if fits(level)) >= 0.8 * sum(
@@ -203,8 +217,11 @@ def _meant_otherwise(counts: Counter[str]) -> tuple[str, ...]:
 
 
 def _counts(values: np.ndarray) -> bool:
-    """Whether numbers count the rows: more than 20, whole ones that rise; some rows may be held
-    out."""
+    """Return True if numbers look like a row counter.
+
+    A counter has more than 20 values that rise in whole steps. Gaps are allowed, because some rows
+    may be held out.
+    """
     if len(values) <= 20 or not np.isfinite(values).all():
         return False
     steps = np.diff(values)
@@ -214,8 +231,12 @@ def _counts(values: np.ndarray) -> bool:
 
 
 def checked_tensor(X: Tensor) -> Tensor:
-    """Return a dense (n, D) tensor of floats, finite or NaN, at least of single precision; else
-    InputError."""
+    """Return a dense (n, D) tensor of floats that are finite or NaN, with at least single
+    precision.
+
+    Raises:
+        InputError: the tensor has another shape or kind, or an infinite value.
+    """
     refuse_kind(X, "X")
     if X.ndim != 2 or 0 in X.shape:
         got = f"got shape {tuple(X.shape)}; {two_axes(X.ndim)}"
@@ -232,12 +253,14 @@ def checked_tensor(X: Tensor) -> Tensor:
 
 
 def _summary(X: Tensor) -> Table:
-    """Return a table whose columns are decided as those of a tensor: of their ends, and a missing
-    value if any."""
+    """Return a table of three rows from which the columns of a tensor are decided.
+
+    Each column holds its minimum, its maximum and, if the tensor has a missing value there, NaN.
+    """
     lost = X.isnan()
     low = torch.where(lost, torch.inf, X).amin(0)
     high = torch.where(lost, -torch.inf, X).amax(0)
-    # Three numbers of each leave the device.
+    # (3, D): only three numbers per column leave the device.
     ends = torch.stack([low, high, torch.where(lost.any(0), torch.nan, low)]).cpu().double().numpy()
     kind: Kind = "number"
     return Table(
@@ -247,15 +270,17 @@ def _summary(X: Tensor) -> Table:
 
 Columns = Literal["keep", "drop-constant"]
 Raw: TypeAlias = np.ndarray | Tensor
-"""Features before any statistics, (n, D)."""
+"""Features before any statistics are applied, (n, D)."""
 N_BINS = 16
-"""Bins of a number at most; where it has fewer, the features of the others are 0."""
+"""The largest number of bins of a number. If it has fewer bins, the remaining features are 0."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The columns that are used, the names of all columns seen, and one sentence for each thing a
-    user should know."""
+    """The columns in use, the names of all columns seen, and the notes for the user.
+
+    Each note is one sentence.
+    """
 
     columns: tuple[Column, ...]
     inputs: tuple[str, ...]
@@ -267,14 +292,19 @@ class Layout:
 
     @cached_property
     def numeric(self) -> np.ndarray:
-        """(D,) bool: features that are centred and scaled; indicators, booleans and levels are
-        not."""
+        """(D,) bool: True for features that are centered and scaled.
+
+        Indicators, booleans and levels are False.
+        """
         return np.array([flag for column in self.columns for flag in column.numeric], dtype=bool)
 
     @cached_property
     def feature_groups(self) -> tuple[int, ...]:
-        """Of each feature 0 where it is a number, else, from 1, of which category or flag it is a
-        level: (D,)."""
+        """(D,) group number of each feature.
+
+        It is 0 for a number. Each category or flag has its own number, counted from 1, which all
+        levels of the category share.
+        """
         groups: list[int] = []
         for column in self.columns:
             for j, numeric in enumerate(column.numeric):
@@ -283,8 +313,10 @@ class Layout:
         return tuple(groups)
 
     def groups(self, places: np.ndarray) -> tuple[int, ...]:
-        """Return ``feature_groups`` of the inputs that are made of the features at ``places``,
-        (0,): of each one."""
+        """Return the feature group of each network input.
+
+        ``places`` (D',) holds the feature of each input. If it is empty, each feature is one input.
+        """
         return (
             tuple(self.feature_groups[j] for j in places.tolist())
             if places.size
@@ -292,19 +324,21 @@ class Layout:
         )
 
     def places(self, numbers: Numbers) -> np.ndarray:
-        """Return of which feature each input of a network is made, (D',): several of one that is
-        cut into bins."""
+        """Return the feature of each network input, (D',).
+
+        A feature that is cut into bins appears several times.
+        """
         is_cut = self.numeric & numbers.startswith("piecewise")
         return np.repeat(np.arange(len(is_cut)), np.where(is_cut, N_BINS, 1))
 
     def widths(self, numbers: Numbers) -> list[int]:
-        """Return how many inputs of a network each column is made into."""
+        """Return the number of network inputs that each column becomes."""
         ends = np.cumsum([len(column.feature_names) for column in self.columns])
         widths: list[int] = np.diff(np.searchsorted(self.places(numbers), ends), prepend=0).tolist()
         return widths
 
     def in_words(self) -> str:
-        """Say what a row is made of."""
+        """Return the contents of a row as text, for example "3 columns"."""
         return count(len(self.columns), "column")
 
     @overload
@@ -312,12 +346,16 @@ class Layout:
     @overload
     def raw(self, X: Tensor) -> Tensor: ...
     def raw(self, X: Table | Tensor) -> Raw:
-        """Return the features before any statistics, (n, D), NaN where a number is missing.
+        """Return the features before any statistics are applied, (n, D), NaN if a number is
+        missing.
 
-        float64 for a table; on its device for a tensor, in its float dtype (at least float32;
-        float64 for integers). Columns are found by name; extra ones are ignored with one
-        UserWarning. An unknown level counts as ``(other)`` where there is such a feature and is all
-        zeros elsewhere. InputError for missing columns and other kinds.
+        The result of a table is float64. The result of a tensor stays on its device and keeps its
+        float dtype (at least float32; float64 for integers). Columns are found by name. Extra
+        columns are ignored with one UserWarning. An unknown level counts as ``(other)`` if that
+        feature exists, otherwise its features are all 0.
+
+        Raises:
+            InputError: a column is missing, or has a kind that cannot be converted.
         """
         if isinstance(X, Tensor):
             return self._raw_tensor(checked_tensor(X))
@@ -328,8 +366,8 @@ class Layout:
         return np.concatenate(parts, axis=1)
 
     def unseen(self, X: Table) -> dict[str, list[str]]:
-        """Return the levels of each column that were not there at training and that no feature
-        stands for."""
+        """Return the new levels of each column: levels that training did not see and that no
+        feature represents."""
         names = set(X.names)
         levels = dict[str, list[str]]()
         for column in self.columns:
@@ -339,13 +377,13 @@ class Layout:
         return {name: unseen for name, unseen in levels.items() if unseen}
 
     def _check(self, names: tuple[str, ...]) -> None:
-        """Raise InputError for names of which some lack; warn of those that are not read."""
+        """Raise InputError if a column is missing; warn about columns that are not read."""
         present = set(names)
         if missing := [column.name for column in self.columns if column.name not in present]:
             known = f"the columns seen in training are {quoted(self.inputs)}, got {quoted(names)}"
             raise InputError(f"X has no column {quoted(missing)}; {known}.")
         if extra := sorted(present - set(self.inputs)):
-            # nobody has said which of them are meant
+            # Without names it is unclear which of the columns are meant.
             if names == nameless(len(names)) and {*self.inputs} < {*names}:
                 raise InputError(
                     f"X must have {len(self.inputs)} columns as in training, or names, got "
@@ -394,12 +432,17 @@ def fit_layout(
     max_levels: int = 32,
     min_count: int = 10,
 ) -> Layout:
-    """Decide from X alone (never y) how its columns become features; constant ones are left out,
-    which ``notes`` say.
+    """Decide from X, and never from y, how its columns become features.
 
-    So is text with all values distinct. "keep" makes each number and boolean one feature, whatever
-    its values; "drop-constant" adds one that says where values are missing. A category keeps levels
-    as ``fit_column`` says.
+    Constant columns are left out, and so is text with all values distinct. ``notes`` of the layout
+    say so.
+
+    Args:
+        X: a table, or a tensor (n, D).
+        columns: "keep" makes each number and boolean one feature, whatever its values are.
+            "drop-constant" adds a feature that marks missing values.
+        max_levels: the largest number of levels of a category, see ``fit_column``.
+        min_count: the number of rows below which a level is rare, see ``fit_column``.
     """
     if isinstance(X, Tensor):
         X = _summary(checked_tensor(X))

@@ -1,4 +1,4 @@
-"""Checked X and y on one device: what the engine trains on."""
+"""Checked X and y on one device: the data on which the engine trains."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,9 +21,9 @@ from gputune.memory import free_of_gpu
 from gputune.types import Config, Task
 
 Rows = tuple[np.ndarray, np.ndarray]
-"""Training and validation rows of one fold, as positions."""
+"""The training rows and the validation rows of one fold, as positions."""
 Fitted: TypeAlias = Sequence[Statistics] | Sequence[ArrayStatistics]
-"""On each fold's training rows."""
+"""The statistics fitted on each fold's training rows, one entry per fold."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,15 +36,19 @@ class Fold:
 
 @dataclass(frozen=True, eq=False)
 class ScorerRows:
-    """What a scorer of the user's own reads: the rows X as ``Source.original_rows`` returns them,
-    or as features."""
+    """The rows that a custom scorer reads.
+
+    ``X`` holds them as ``Source.original_rows`` returns them, or as features.
+    """
 
     X: object
     layout: Layout | ArrayLayout
 
     def rows(self, fold: Fold) -> object:
-        """Return the validation rows of a fold, of the kind of X; no write to an array reaches
-        anyone else."""
+        """Return the validation rows of a fold, in the type of X.
+
+        No write to a returned array reaches the data of others.
+        """
         positions = fold.valid.cpu().numpy()
         if isinstance(self.X, Arrays):
             return replace(self.X, places=positions).as_given()
@@ -56,8 +60,8 @@ class ScorerRows:
     def encoded(
         self, X: object, statistics: Statistics | ArrayStatistics, dtype: torch.dtype
     ) -> tuple[Tensor, ...]:
-        """Return rows like those of X as the members of a fold see them, each (m, ...), on the
-        CPU."""
+        """Return new rows in the form of X as the members of a fold read them, each (m, ...), on
+        the CPU."""
         if isinstance(self.layout, Layout):
             X = as_table(checked_tensor(X).cpu().numpy() if isinstance(X, Tensor) else X)
         return encode(X, self.layout, statistics, dtype)
@@ -65,7 +69,10 @@ class ScorerRows:
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """What of a ``Dataset`` depends on how the numbers of its table are prepared; as there."""
+    """The fields of a ``Dataset`` that depend on the preparation of the numbers of its table.
+
+    They have the same names there.
+    """
 
     inputs: tuple[Tensor, ...]
     copies: tuple[int, ...]
@@ -76,8 +83,7 @@ class Inputs:
 
 
 class Preparations(dict[str, Inputs]):
-    """The inputs of one table by how its numbers are prepared, each made when it is first asked
-    for."""
+    """The inputs of one table by the preparation of its numbers, each made at its first use."""
 
     def __init__(self, make: Callable[[str], Inputs]) -> None:
         super().__init__()
@@ -89,53 +95,57 @@ class Preparations(dict[str, Inputs]):
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """X, y and folds of a study on one device. Axes: V distinct copies of X, n rows, D features, F
-    folds, K classes.
+    """X, y and folds of a study on one device.
 
-    A copy of a table holds all rows, transformed by what was fitted on the training rows of the
-    folds that read it. Large tables, and tensors of another shape, have one copy where they can be
-    scaled as they are gathered.
+    Axes: V distinct copies of X, n rows, D features, F folds, K classes.
+
+    A copy of a table holds all rows. It is transformed by the statistics of the training rows of
+    the folds that read it. Large tables, and tensors of another shape, have only one copy if they
+    can be scaled when they are gathered.
     """
 
-    # each (V, n, ...); a table is one (V, n, D); floats are gathered in ``dtype``
+    # each (V, n, ...); a table is one (V, n, D). Floats get ``dtype`` when rows are gathered.
     inputs: tuple[Tensor, ...]
-    copies: tuple[int, ...]  # (F,) which copy a fold reads
-    # (n,) int64 class codes; regression: (F, n) or (F, n, K), standardised by each fold's training
-    # rows,
+    copies: tuple[int, ...]  # (F,) index of the copy that a fold reads
+    # (n,) int64 class codes. Regression: (F, n) or (F, n, K), standardized by each fold's training
+    # rows unless the loss is custom. Labels and custom targets: (1, n, ...).
     y: Tensor
-    # unless the loss is of the user's own; labels and custom targets (1, n, ...)
-    # (F, n) float64, sample weight times class weight; None when all are one
+    # (F, n) float64, sample weight times class weight; None if all are 1
     weights: Tensor | None
     folds: tuple[Fold, ...]
-    # (F, K) bool, classes that a fold's training rows have; None when all have all
+    # (F, K) bool, True for the classes in a fold's training rows; None if every fold has all
+    # classes
     present: Tensor | None
     center: Tensor  # (F,) or (F, K) float64, the target's training mean; 0 for classes
     scale: Tensor  # (F,) or (F, K) float64, the target's training standard deviation; 1 for classes
-    # K: number of classes (of two also 1, their one logit), of labels, or of numbers a row
+    # K: number of classes (or 1 if a module for two classes returns one logit), of labels, or of
+    # numbers per row
     n_outputs: int
     task: Task
     target: Tensor  # (n,) class codes, or y (n, ...) in its own units (float64)
-    # whether losses and scores of the user's own see y of one number a row as (n, 1)
+    # True if custom losses and scores read a y of one number per row as (n, 1)
     column: bool = False
-    scorer_rows: ScorerRows | None = None  # where there is a scorer of the user's own
-    names: tuple[str, ...] | None = None  # of the inputs, where a module takes them as keywords
-    scaling: tuple[Scaling | None, ...] = (None,)  # of each input
-    # of float inputs and of a regression's y; weights are float64
+    scorer_rows: ScorerRows | None = None  # None without a custom scorer
+    names: tuple[str, ...] | None = None  # keywords of the inputs, if any
+    scaling: tuple[Scaling | None, ...] = (None,)  # one per input
+    # dtype of float inputs and of a regression's y; weights are float64
     dtype: torch.dtype = torch.float32
-    # (D,) of a table: ``Layout.feature_groups``; None: numbers
+    # (D,) ``Layout.feature_groups`` of a table; None if all inputs are numbers
     feature_groups: tuple[int, ...] | None = None
-    # of each fold's target, before it is standardised; (): none
+    # one per fold, applied to the target before it is standardized; () without a transformation
     transforms: tuple[FittedTransform, ...] = ()
     statistics: tuple[Statistics | ArrayStatistics, ...] = ()  # fitted on each fold's training rows
-    numbers: str = ""  # how those of a table are prepared
-    # the table prepared in other ways
+    numbers: str = ""  # preparation of the numbers of a table
+    # the same table with its numbers prepared in other ways
     preparations: Mapping[str, Inputs] = field(default_factory=dict)
-    # whether inputs lie in main memory, of which gathered rows are sent to the device
+    # True if inputs lie in main memory and only gathered rows are sent to the device
     on_host: bool = False
 
     def of(self, config: Config) -> "Dataset":
-        """Return the data as the trials with a configuration read it, whose ``numbers`` may be
-        prepared otherwise."""
+        """Return the data as the trials with a configuration read it.
+
+        A configuration may have its own ``numbers``, the preparation of the numbers of a table.
+        """
         numbers = config.get("numbers", self.numbers)
         if numbers == self.numbers:
             return self
@@ -151,18 +161,18 @@ class Dataset:
 
     @property
     def x(self) -> Tensor:
-        """The only input, (V, n, D): a table."""
+        """The table, (V, n, D), if it is the only input."""
         (x,) = self.inputs
         return x
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """What messages call the inputs."""
+        """The names of the inputs in messages."""
         return input_labels(len(self.inputs), self.names)
 
     @property
     def device(self) -> torch.device:
-        """Where all tensors lie; the inputs too, unless they are ``on_host``."""
+        """The device of all tensors, except for inputs that are ``on_host``."""
         return self.folds[0].train.device
 
     @property
@@ -171,19 +181,22 @@ class Dataset:
 
     @property
     def n_features(self) -> int:
-        """Number of features D of a table; of other inputs the size of the first one's last axis, 1
-        without one."""
+        """The number of features D of a table.
+
+        For other inputs it is the size of the last axis of the first input, or 1 without such an
+        axis.
+        """
         return self.inputs[0].shape[-1] if self.inputs[0].dim() > 2 else 1
 
     @property
     def input_bytes(self) -> int:
-        """Bytes of all inputs, in all ways in which they have been prepared."""
+        """The bytes of all inputs, summed over all preparations that have been made."""
         prepared = (part.inputs for part in self.preparations.values())
         return sum(x.nbytes for inputs in (self.inputs, *prepared) for x in inputs)
 
     @property
     def row_numbers(self) -> int:
-        """How many numbers a row has, in all inputs."""
+        """The count of numbers in a row, summed over all inputs."""
         return sum(x[0, 0].numel() for x in self.inputs)
 
     @property
@@ -194,36 +207,42 @@ class Dataset:
         """Return rows of all inputs as a fold reads them, each (m, ...)."""
         rows = []
         for number, x in enumerate(self.inputs):
+            # (V, n, ...) -> (m, ...)
             gathered = x[self.copies[fold]].index_select(0, positions.to(x.device))
             gathered = stage_rows(gathered, self.device) if self.on_host else gathered
             rows.append(self.read(number, gathered[None], slice(fold, fold + 1))[0])
         return tuple(rows)
 
     def training_rows(self, fold: int) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Return the training rows of all inputs as a fold reads them, and their training targets,
-        each (n_f, ...)."""
+        """Return the training rows of all inputs as a fold reads them, and their targets, each
+        (n_f, ...)."""
         train = self.folds[fold].train
         return self.rows(fold, train), self.targets(fold)[train]
 
     def targets(self, fold: int) -> Tensor:
-        """Return the targets that a fold trains on, (n, ...)."""
+        """Return the targets on which a fold trains, (n, ...)."""
         return self.y if self.task in ("binary", "multiclass") else self.y[fold % len(self.y)]
 
     def read(self, number: int, rows: Tensor, folds: slice) -> Tensor:
-        """Return gathered rows (F, ..., *row) of an input as some folds read them."""
+        """Return gathered rows (F, ..., *row) of an input as some folds read them: scaled, in
+        ``dtype``."""
         if (scaling := self.scaling[number]) is not None:
             return scaling(rows, folds)
         return rows.to(self.dtype) if rows.is_floating_point() else rows
 
     def in_units(self, fold: int, outputs: Tensor) -> Tensor:
-        """Return outputs (..., K) of a regression in the target's own units; of another task as
-        they are."""
+        """Return outputs (..., K) of a regression in the units of the target.
+
+        Outputs of other tasks stay unchanged.
+        """
         values = outputs * self.scale[fold] + self.center[fold]
         return self.transforms[fold].inverse(values) if self.transforms else values
 
     def example(self, number: int) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Return at most so many training rows of the first fold, evenly spread, and their targets:
-        each (B, ...)."""
+        """Return up to ``number`` training rows of the first fold and their targets, each (B, ...).
+
+        The rows are spread evenly.
+        """
         train = self.folds[0].train
         spread = train[
             torch.linspace(0, len(train) - 1, min(number, len(train))).long().to(self.device)
@@ -231,14 +250,18 @@ class Dataset:
         return self.rows(0, spread), self.targets(0)[spread]
 
     def with_one_logit(self) -> "Dataset":
-        """Return the data of two classes for a module with one output: it has no class that could
-        take no part."""
+        """Return the data of two classes for a module with one output.
+
+        One logit covers both classes, so no class can be absent.
+        """
         return replace(self, n_outputs=1, present=None)
 
     @cached_property
     def first_equal(self) -> tuple[Tensor | None, ...]:
-        """Of each fold's validation rows the first that equals each, (m_f,) int64; None for a fold
-        without equals."""
+        """For each fold, the first validation row that equals each validation row, (m_f,) int64.
+
+        None for a fold without equal rows.
+        """
         if (
             len(self.inputs) > 1
             or self.inputs[0].dim() != 3
@@ -261,8 +284,16 @@ def make_dataset(
 ) -> Dataset:
     """Return the dataset in the dtype and on the device of ``like``.
 
-    ``raw`` is arrays, or (n, D) what ``Layout.raw`` returned, and ``statistics`` are those of each
-    fold's training rows. Raises InputError where the weights of a fold's training rows add up to 0.
+    Args:
+        raw: arrays, or the features (n, D) that ``Layout.raw`` returned.
+        statistics: the statistics of each fold's training rows.
+        target: the checked target.
+        folds: the rows of each fold.
+        weights: the sample and class weights.
+        like: a tensor with the dtype and the device of the result.
+
+    Raises:
+        InputError: the weights of a fold's training rows add up to 0.
     """
     row_weights = [weights.for_fold(target, train) for train, _ in folds]
     counted = row_weights if weights.of_target else [None] * len(folds)
@@ -270,8 +301,8 @@ def make_dataset(
     values = target.values
     present = _present(target, folds, counted)
     if isinstance(raw, Arrays) and raw.places is not None:
-        # The inputs have other rows as well, which no fold has: folds and targets name rows by
-        # their places among all.
+        # ``raw.places`` selects some of the rows in the inputs. Folds and targets use positions
+        # among all rows, so they are moved to these positions.
         among = partial(_among, raw.places, len(raw.parts[0]))
         places = raw.places
         y = among(y, axis=0 if target.classes is not None else 1)
@@ -302,8 +333,7 @@ def make_dataset(
 
 
 def _among(places: np.ndarray, size: int, values: np.ndarray, axis: int = 0) -> np.ndarray:
-    """Return the values of some rows, along an axis, in their places among ``size`` rows; 0
-    elsewhere."""
+    """Return values moved to their places among ``size`` rows along an axis, with 0 elsewhere."""
     spread = np.zeros((*values.shape[:axis], size, *values.shape[axis + 1 :]), values.dtype)
     spread[(slice(None),) * axis + (places,)] = values
     return spread
@@ -312,8 +342,10 @@ def _among(places: np.ndarray, size: int, values: np.ndarray, axis: int = 0) -> 
 def inputs_of(
     raw: Raw | Arrays, statistics: Fitted, like: Tensor, groups: tuple[int, ...] | None = None
 ) -> Inputs:
-    """Return the inputs in the dtype and on the device of ``like``; ``groups`` are the features' of
-    a table."""
+    """Return the inputs in the dtype and on the device of ``like``.
+
+    ``groups`` holds the feature groups of a table.
+    """
     if not isinstance(raw, Arrays):
         return Inputs(
             *table_inputs(raw, cast(Sequence[Statistics], statistics), like),
@@ -326,19 +358,21 @@ def inputs_of(
     return Inputs(inputs, (0,) * len(statistics), scaling, tuple(statistics), on_host=on_host)
 
 
-_DEVICE_SHARE = 0.5  # of the memory that is free on a GPU, which inputs may take
+_DEVICE_SHARE = 0.5  # share of a GPU's free memory that inputs may take
 
 
 def _stays_on_host(arrays: Arrays, device: torch.device) -> bool:
-    """Whether inputs are too large for a GPU beside what trains on it."""
+    """Return True if inputs are too large for a GPU that must also hold the training."""
     if device.type != "cuda" or any(x.device.type == "cuda" for x in arrays.parts):
         return False
     return sum(x.nbytes for x in arrays.parts) > _DEVICE_SHARE * free_of_gpu(device)
 
 
 def stage_rows(rows: Tensor, device: torch.device) -> Tensor:
-    """Return gathered rows on a device; to a CUDA device they go from pinned memory, and nobody
-    waits for that."""
+    """Return gathered rows on a device.
+
+    Rows for a CUDA device are copied from pinned memory without waiting for the copy.
+    """
     return (
         rows.pin_memory().to(device, non_blocking=True)
         if device.type == "cuda"
@@ -349,8 +383,10 @@ def stage_rows(rows: Tensor, device: torch.device) -> Tensor:
 def _present(
     target: Target, folds: Sequence[Rows], weights: Sequence[np.ndarray | None]
 ) -> np.ndarray | None:
-    """Return which classes have training rows that weigh something, (F, K); None where all have, or
-    there are none."""
+    """Return the presence (F, K) of each class among a fold's training rows with positive weight.
+
+    None if every fold has all classes, or if the target has no classes.
+    """
     if target.classes is None:
         return None
     parts = (
@@ -362,44 +398,51 @@ def _present(
 
 
 _ODD = 0x9E3779B97F4A7C15 - 2**64
-"""Multiplier of a hash of rows: the golden ratio's bits, of which splitmix64 makes streams."""
+"""Multiplier of the hash of a row: the bits of the golden ratio, as in splitmix64."""
 
 
 def first_equal(rows: Tensor) -> Tensor | None:
-    """Return the position of the first row that equals each of the rows (n, D), (n,) int64; None
-    where all differ.
+    """Return the position of the first row that equals each of the rows (n, D), (n,) int64.
 
-    A matrix product computes a row by other instructions at the edge of a block than within it, so
-    that equal rows may come out with unlike last bits; ``outputs[first_equal(rows)]`` are outputs
-    in which they are equal.
+    None if all rows differ.
+
+    A matrix product computes rows at the edge of a block with other instructions than rows within
+    it. So equal rows may get outputs that differ in their last bits. In
+    ``outputs[first_equal(rows)]`` equal rows have equal outputs.
     """
     bits = torch.int64 if rows.dtype == torch.float64 else torch.int32
     key = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
     for column in rows.T:
-        # + 0.0 makes 0.0 of -0.0, which is equal to it
+        # -0.0 + 0.0 is 0.0, so both zeros get the same key.
         key = (key ^ (column + 0.0).view(bits)) * _ODD
         key = key ^ (key >> 29)
+    # (n,) number of the key of each row, then the first row with that key
     group = torch.unique(key, return_inverse=True)[1]
     number = torch.arange(len(rows), device=rows.device)
     first = torch.full_like(number, len(rows)).scatter_reduce(0, group, number, "amin")[group]
     later = (first != number).nonzero().flatten()
-    unlike = later[(rows[later] != rows[first[later]]).any(1)]  # with one key by chance
+    # Equal keys do not prove equal rows, so the rows are compared.
+    unlike = later[(rows[later] != rows[first[later]]).any(1)]  # different rows with the same key
     first[unlike] = unlike
     return None if len(later) == len(unlike) else first
 
 
-# of which each may go to an embedding of its own; of longer rows only the outermost ids are tried
+# Each column may index its own embedding. For longer rows only the outermost ids are tried.
 _MOST_COLUMNS = 64
 
 
 def outermost_rows(x: Tensor) -> list[int]:
-    """Return the rows of an input (n, ...) with the largest and the smallest numbers; none of
-    images and the like."""
+    """Return the positions of rows of an input (n, ...) with the largest and the smallest numbers.
+
+    The list is empty for booleans, for floats with more than two axes such as images, and for long
+    rows of floats.
+    """
     if x.dtype == torch.bool or (x.dim() > 2 and x.is_floating_point()):
         return []
     columns = x.flatten(1) if x.dim() > 1 else x[:, None]
     if columns.shape[1] > _MOST_COLUMNS:
         if x.is_floating_point():
             return []
+        # (n, columns) -> (n, 2): largest and smallest id of each row
         columns = torch.stack([columns.amax(1), columns.amin(1)], 1)
     return [*columns.argmax(0).tolist(), *columns.argmin(0).tolist()]

@@ -1,19 +1,21 @@
-"""The statistics of each fold, and one pure transform, used to predict too.
+"""The statistics of each fold and one pure transform, which is used for training and prediction.
 
-Tables become NumPy arrays. A torch tensor (numbers only) stays where it lies, with the same
+Tables become NumPy arrays. A torch tensor (numbers only) stays on its device and gets the same
 numbers.
 
-The robust scale is by median and quartiles, and ends in a smooth clip that keeps outliers within
-+-3. Source: Holzmueller et al. (2024), arXiv:2407.04491, section 3. Of the quantile-normal
-transform scikit-learn fits the quantiles, plain arrays are kept, and ``normal_scores`` applies it;
-``normal_scores_of`` by operations that torch.export and ONNX both have.
+Robust scale: by median and quartiles, followed by a smooth clip that keeps outliers within +-3.
+Source: Holzmueller et al. (2024), arXiv:2407.04491, section 3.
 
-Piecewise-linear encoding: a number becomes a feature for each of its bins, 0 below it, 1 above it,
-linear within.
-Source: Gorishniy et al. (2022), On embeddings for numerical features in tabular deep learning,
-arXiv:2203.05556, section 3.2: bins between quantiles, or between the thresholds of a decision tree
-on the target. The first bin is open below and the last one above, as there. Departure: a leaf of
-the tree has at least a quarter of the rows of equal bins.
+Quantile-normal transform: scikit-learn fits the quantiles, and gputune stores them as plain arrays.
+``normal_scores`` applies them. ``normal_scores_of`` does the same with operations that both
+torch.export and ONNX have.
+
+Piecewise-linear encoding: a number becomes one feature for each of its bins. The feature is 0 below
+the bin, 1 above it, and linear within it. Source: Gorishniy et al. (2022), On embeddings for
+numerical features in tabular deep learning, arXiv:2203.05556, section 3.2. Bins lie between
+quantiles, or between the thresholds of a decision tree on the target. As in the source, the first
+bin is open below and the last one above. Departure: a leaf of the tree has at least a quarter of
+the rows of equally filled bins.
 """
 
 from dataclasses import dataclass, field, replace
@@ -29,11 +31,15 @@ from gputune.errors import InputError
 from gputune.types import NUMBERS, TENSOR_NUMBERS, Json, Numbers
 
 LIMIT = 20.0
-"""Standard deviations from the mean within which a number stays, or as far as the farthest training
-row if farther."""
+"""Numbers are clipped at this many standard deviations from the mean.
+
+If the farthest training row is farther, they are clipped at its distance instead.
+"""
 _ROUNDING = 1e-6
-"""How much farther than it that may be, so that no training row is clipped by rounding in single
-precision."""
+"""Relative tolerance on the distance of the farthest training row.
+
+It keeps rounding in single precision from clipping a training row.
+"""
 
 Array = TypeVar("Array", np.ndarray, Tensor, Raw)
 
@@ -43,16 +49,17 @@ _no_places = partial(np.empty, 0, dtype=np.int64)
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """What is fitted on the training rows of one fold; float64 arrays.
+    """The values fitted on the training rows of one fold; float64 arrays.
 
-    ``fill``, ``center``, ``scale`` are (D,): a missing value becomes ``fill``, then (x - center) /
-    scale.
-    ``ranked`` (R,) are the positions of the inputs with a quantile transform instead, ``quantiles``
-    (Q, R) their quantiles at equally spaced probabilities from 0 to 1. ``clipped`` are those of the
-    inputs that are clipped smoothly once they are scaled. Where a feature is several inputs,
-    ``places`` (D',) says of which feature each is made, else it is (0,) and D' is D; ``center`` and
-    ``scale`` are (D',). Inputs lie within ``least`` and ``most`` (D',), where there are such ends;
-    else these are (0,).
+    A missing value becomes ``fill`` (D,). Each input then becomes ``(x - center) / scale``.
+
+    - ``center`` and ``scale`` are (D',), where D' is the number of inputs of the network.
+    - ``places`` (D',) holds the feature of each input, if a feature becomes several inputs.
+      Otherwise it is (0,), and D' = D.
+    - ``ranked`` (R,) holds the positions of the inputs with a quantile transform instead.
+      ``quantiles`` (Q, R) are their quantiles at equally spaced probabilities from 0 to 1.
+    - ``clipped`` holds the positions of the inputs that are clipped smoothly after scaling.
+    - ``least`` and ``most`` (D',) are the limits of the inputs. Without limits they are (0,).
     """
 
     fill: np.ndarray
@@ -67,7 +74,7 @@ class Statistics:
 
     @property
     def n_inputs(self) -> int:
-        """Numbers that a row becomes, with which a module is built."""
+        """The count of numbers that a row becomes. A module is built with it."""
         return len(self.center)
 
     def to_json(self) -> Json:
@@ -81,7 +88,7 @@ class Statistics:
     @staticmethod
     def from_json(value: Json) -> "Statistics":
         arrays = {key: np.array(part, dtype=np.float64) for key, part in value.items()}
-        for positions in {"ranked", "clipped", "places"} & value.keys():  # not all models have all
+        for positions in {"ranked", "clipped", "places"} & value.keys():  # some models lack some
             arrays[positions] = np.array(value[positions], dtype=np.int64)
         arrays["quantiles"] = arrays["quantiles"].reshape(
             len(value["quantiles"]), len(value["ranked"])
@@ -98,26 +105,40 @@ def fit_statistics(
     numbers: Numbers = "standard",
     target: np.ndarray | None = None,
 ) -> Statistics:
-    """Fit on the given rows only: the mean (for missing values; 0 where there is none), and what
-    ``numbers`` asks for.
+    """Fit the statistics on the given rows only.
 
-    "standard": mean 0 and variance 1 over the known values (scale 1 where they are all equal);
-    other rows are clipped at ``LIMIT``, or at the farthest of these if farther, since a network's
-    outputs run away. "robust": by median and quartiles (half the range where these are equal), then
-    clipped smoothly to +-3. "quantile": normal scores, by at most 1000 quantiles of the known
-    values; of both, a column that is constant in these rows is only centred. "piecewise": features
-    of bins between quantiles; "piecewise-tree": of those that a decision tree makes for the
-    ``target`` (n, ...), of which the given rows alone are read; of both, of numbers within the same
-    limit. "none": numbers stay as they are. Source: scikit-learn's StandardScaler and
-    QuantileTransformer (with ``subsample=None``).
+    The mean fills missing values. It is 0 if all values are missing. ``numbers`` selects the
+    transform:
+
+    - "standard": mean 0 and variance 1 over the known values. The scale is 1 if they are all equal.
+      Other rows are clipped at ``LIMIT``, or at the farthest training row if that is farther,
+      because a network's outputs would grow without bound.
+    - "robust": by median and quartiles (half the range if the quartiles are equal), then clipped
+      smoothly to +-3.
+    - "quantile": normal scores, by at most 1000 quantiles of the known values.
+    - "piecewise": features of bins between quantiles.
+    - "piecewise-tree": features of bins between the thresholds of a decision tree.
+    - "none": numbers stay unchanged.
+
+    For "robust" and "quantile", a column that is constant in these rows is only centered. For both
+    piecewise encodings, numbers are clipped at the same limit as for "standard".
+
+    Source: scikit-learn's StandardScaler and QuantileTransformer (with ``subsample=None``).
+
+    Args:
+        raw: the features of all rows, (n, D).
+        layout: the layout of the features.
+        rows: the positions of the training rows.
+        numbers: the preparation of numbers.
+        target: the target (n, ...) for "piecewise-tree". Only the given rows of it are read.
     """
     check_numbers(numbers, raw)
     if isinstance(raw, Tensor):
-        part = np.empty((0, 0))  # what needs it is for tables
+        part = np.empty((0, 0))  # read only by transforms for tables
         mean, scale, farthest = tensor_moments(raw[torch.as_tensor(rows, device=raw.device)])
     else:
         part = raw[rows]
-        # a column with no known value in these rows has mean 0 and scale 1
+        # A column without a known value in these rows gets mean 0 and scale 1.
         part[:, np.isnan(part).all(0)] = 0.0
         mean, scale, farthest = _moments(part)
     numeric = layout.numeric
@@ -148,7 +169,7 @@ def fit_statistics(
             low, median, high = np.nanquantile(part, (0.25, 0.5, 0.75), axis=0)
             half = (np.nanmax(part, 0) - np.nanmin(part, 0)) / 2
             spread = np.where(high > low, high - low, half)
-            # Departure: a column that is constant in these rows is only centred; the source makes
+            # Departure: a column that is constant in these rows is only centered. The source makes
             # it 0 in all rows.
             center = np.where(numeric, median, 0.0)
             scale = np.where(numeric & (spread > 0), spread, 1.0)
@@ -159,8 +180,10 @@ def fit_statistics(
                 bins_between(bin_edges(x, of_rows)) if cut else OPEN
                 for x, cut in zip(part.T, numeric)
             ]
+            # D arrays (4, bins) -> (4, D')
             center, scale, least, most = np.concatenate(bins, axis=1)
             places = layout.places(numbers)
+            # The limit of the number, mean -+ reach, in the units of each bin.
             low, high = (mean[places] - center + [[-1], [1]] * reach[places]) / scale
             least = np.maximum(least, low)
             most = np.minimum(most, high)
@@ -171,8 +194,10 @@ def fit_statistics(
 
 
 def _moments(part: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return mean, scale and how far the known values (n, D) go from the mean, (D,); as
-    ``StandardScaler``."""
+    """Return mean, scale and largest distance from the mean of the known values (n, D), each (D,).
+
+    Mean and scale are computed by scikit-learn's StandardScaler.
+    """
     from sklearn.preprocessing import StandardScaler
 
     scaler = StandardScaler().fit(part)
@@ -181,34 +206,36 @@ def _moments(part: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     farthest = np.nanmax(np.abs(part - scaler.mean_), 0)
     if np.isfinite(scaler.var_).all():
         return mean, scale, farthest
-    unit = np.where(np.isfinite(scaler.var_), 1.0, 2.0**600)  # in which no square overflows
+    unit = np.where(np.isfinite(scaler.var_), 1.0, 2.0**600)  # units that keep squares finite
     mean, scale, farthest = _moments(part / unit)
     return mean * unit, scale * unit, farthest * unit
 
 
 def tensor_moments(part: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return mean, scale and reach of the known values, (D,), summed in float64 on the tensor's
-    device.
+    """Return mean, scale and largest distance from the mean of the known values, each (D,).
 
-    The scale is 1 where the deviation is no more than a rounding error. Source: scikit-learn's
-    StandardScaler.
+    Sums are in float64 on the tensor's device. The scale is 1 if the deviation is not larger than a
+    rounding error. Source: scikit-learn's StandardScaler.
     """
     lost = part.isnan()
     count = (~lost).sum(0).clamp(min=1)
     mean = part.nansum(0, dtype=torch.float64) / count
     gap = torch.where(lost, 0.0, part - mean.to(part.dtype))
     farthest = gap.abs().amax(0)
-    # in which no square overflows
+    # units that keep squares finite
     unit = torch.where(farthest > torch.finfo(gap.dtype).max ** 0.45, farthest, 1.0)
+    # in place: ``gap`` is as large as the data
     variance = gap.div_(unit).square_().sum(0, dtype=torch.float64) / count
     eps = torch.finfo(torch.float64).eps
+    # The same bound as scikit-learn's check for constant features.
     constant = variance <= count * eps * variance + (count * (mean / unit) * eps) ** 2
     scale = torch.where(constant, 1.0, variance.sqrt() * unit)
     return mean.cpu().numpy(), scale.cpu().numpy(), farthest.double().cpu().numpy()
 
 
 def check_numbers(numbers: str, raw: Raw) -> None:
-    """Raise InputError for a way to prepare numbers that there is not, or not for tensors."""
+    """Raise InputError for an unknown preparation of numbers, or one that tensors do not
+    support."""
     if numbers not in NUMBERS:
         raise InputError(
             f"numbers must be one of {', '.join(map(repr, NUMBERS))}, got {numbers!r}."
@@ -220,9 +247,12 @@ def check_numbers(numbers: str, raw: Raw) -> None:
         )
 
 
-@np.errstate(over="ignore")  # of a number so far away that it is clipped
+@np.errstate(over="ignore")  # a number that overflows is clipped anyway
 def transform(raw: Array, statistics: Statistics) -> Array:
-    """Return the inputs of a network, (n, D'), without NaN; type, device and dtype of ``raw``."""
+    """Return the inputs of a network, (n, D'), without NaN.
+
+    Type, device and dtype are those of ``raw``.
+    """
     if isinstance(raw, Tensor):
         parts = (getattr(statistics, name) for name in ("fill", "center", "scale", "least", "most"))
         fill, center, scale, least, most = (
@@ -231,7 +261,9 @@ def transform(raw: Array, statistics: Statistics) -> Array:
         scaled = (torch.where(raw.isnan(), fill, raw) - center) / scale
         return scaled.clamp_(least, most) if least.numel() else scaled
     x = np.where(np.isnan(raw), statistics.fill, raw)
+    # (n, D) -> (n, D'): a feature with bins is repeated once per bin
     x = x[:, statistics.places] if statistics.places.size else x
+    # Before centering, since the quantiles are in the units of the column.
     normal = [normal_scores(x[:, j], q) for j, q in zip(statistics.ranked, statistics.quantiles.T)]
     x -= statistics.center
     x /= statistics.scale
@@ -245,12 +277,12 @@ def transform(raw: Array, statistics: Statistics) -> Array:
 
 _BOUND = 3.0
 _FAR = 1e15
-"""Where the smooth clip is its bound up to rounding; the square of what lies beyond may
+"""From here on the smooth clip equals its bound up to rounding. Squares of larger numbers may
 overflow."""
 
 
 def smooth_clip(x: Array) -> Array:
-    """Return x / sqrt(1 + (x / 3)^2), which is x near 0 and lies within +-3."""
+    """Return x / sqrt(1 + (x / 3)^2), which is close to x near 0 and lies within +-3."""
     x = x.clip(-_FAR, _FAR)
     return x / (1 + (x / _BOUND) ** 2) ** 0.5
 
@@ -260,8 +292,10 @@ _LEAST = 1e-7 - 2.0**-52
 
 
 def fit_quantiles(part: np.ndarray) -> np.ndarray:
-    """Return (Q, R) quantiles of R columns, NaN left out, at Q equally spaced probabilities from 0
-    to 1."""
+    """Return the quantiles (Q, R) of R columns at Q equally spaced probabilities from 0 to 1.
+
+    NaN is left out.
+    """
     from sklearn.preprocessing import QuantileTransformer
 
     if part.shape[1] == 0:
@@ -271,11 +305,11 @@ def fit_quantiles(part: np.ndarray) -> np.ndarray:
 
 
 def normal_scores(values: np.ndarray, quantiles: np.ndarray) -> np.ndarray:
-    """Return the normal deviate at each value's rank among the quantiles (Q,), within +-5.2.
+    """Return the normal deviate at the rank of each value among the quantiles (Q,), within +-5.2.
 
-    A value that fills several quantiles gets the middle of their ranks. Departure from
-    scikit-learn: it also moves what lies within an absolute 1e-7 of the outermost quantiles to
-    them, which would break columns of tiny numbers.
+    A value that equals several quantiles gets the middle of their ranks. Departure from
+    scikit-learn: scikit-learn also moves values within an absolute 1e-7 of the outermost quantiles
+    to these quantiles. That would break columns of tiny numbers.
     """
     from scipy.special import ndtri
 
@@ -287,8 +321,8 @@ def normal_scores(values: np.ndarray, quantiles: np.ndarray) -> np.ndarray:
     return np.asarray(np.clip(ndtri(rank), -largest, largest))
 
 
-# Wichura's PPND16: numerator and denominator in the middle, and in the tails up to a probability of
-# 1.4e-11, which the bound below keeps away. Constant term first.
+# Wichura's PPND16: numerator and denominator in the middle, and in the tails down to a probability
+# of 1.4e-11. ``_LEAST`` keeps probabilities above that. Constant term first.
 _MIDDLE_ABOVE = (
     3.3871328727963666080e0,
     1.3314166789178437745e2,
@@ -332,8 +366,10 @@ _TAIL_BELOW = (
 
 
 def normal_scores_of(values: Tensor, quantiles: Tensor) -> Tensor:
-    """Return (n, R) normal scores of float64 values (n, R) by their quantiles (Q, R): those of
-    ``normal_scores``."""
+    """Return the normal scores (n, R) of float64 values (n, R) by their quantiles (Q, R).
+
+    They equal the results of ``normal_scores``.
+    """
     rank = (_interpolate(values, quantiles) + (1.0 - _interpolate(-values, -quantiles.flip(0)))) / 2
     rank = torch.where(values <= quantiles[0], 0.0, rank)
     return normal_deviate(torch.where(values >= quantiles[-1], 1.0, rank))
@@ -361,14 +397,17 @@ def _polynomial(r: Tensor, coefficients: tuple[float, ...]) -> Tensor:
 
 
 def _double(number: float) -> Tensor:
-    """Return a number as a tensor: ONNX would be given a plain one in single precision."""
+    """Return a number as a float64 tensor, because ONNX would store a plain number in single
+    precision."""
     return torch.tensor(number, dtype=torch.float64)
 
 
 def _interpolate(values: Tensor, quantiles: Tensor) -> Tensor:
-    """Return (n, R) ranks between 0 and 1, linear between quantiles; anything beyond the outermost
-    ones."""
-    # the last one not above a value is found by binary search: ONNX has no searchsorted
+    """Return ranks (n, R) between 0 and 1, linear between quantiles (Q, R).
+
+    Ranks of values beyond the outermost quantiles are undefined.
+    """
+    # A binary search finds the last quantile that is not above a value: ONNX has no searchsorted.
     last = len(quantiles) - 2
     at = torch.zeros_like(values, dtype=torch.int64)
     for bit in reversed(range(max(1, last).bit_length())):
@@ -381,15 +420,15 @@ def _interpolate(values: Tensor, quantiles: Tensor) -> Tensor:
 
 
 OPEN = np.array([[0.0], [1.0], [-np.finfo(np.float64).max], [np.finfo(np.float64).max]])
-"""The one bin of a number that stays as it is."""
+"""The one bin of a number that stays unchanged: lower edge, width, least and most, (4, 1)."""
 
 
 def bin_edges(values: np.ndarray, target: np.ndarray | None = None) -> np.ndarray:
-    """Return the edges of bins of a feature's values (n,), NaN left out, ascending; fewer where
-    values are equal.
+    """Return the edges of the bins of a feature's values (n,), ascending, with NaN left out.
 
-    They hold equally many of the values; with a target (n, ...) they are the thresholds of a tree,
-    and the ends.
+    Without a target, each bin holds equally many values. With a target (n, ...), the edges are the
+    thresholds of a decision tree and the two ends. Equal edges are merged, so a feature with equal
+    values may have fewer bins.
     """
     known = ~np.isnan(values)
     values = values[known]
@@ -404,7 +443,7 @@ def bin_edges(values: np.ndarray, target: np.ndarray | None = None) -> np.ndarra
     kind = DecisionTreeClassifier if is_of_classes else DecisionTreeRegressor
     y = (target if is_of_classes else target - target.mean(0)).reshape(len(target), -1)
     least = max(1, len(values) // (4 * N_BINS))
-    # Trees compute in single precision, in which values far from 0 may all be equal.
+    # Trees compute in single precision, where values far from 0 may all be equal.
     unit = (values - low) / (high - low) if high > low else np.zeros(len(values))
     fitted = kind(max_leaf_nodes=N_BINS, min_samples_leaf=least, random_state=0)
     tree = fitted.fit(unit[:, None], y).tree_
@@ -413,8 +452,7 @@ def bin_edges(values: np.ndarray, target: np.ndarray | None = None) -> np.ndarra
 
 
 def bins_between(edges: np.ndarray) -> np.ndarray:
-    """Return (4, N_BINS): of each bin its lower edge, its width, and the least and the most that
-    its feature is."""
+    """Return the bins between edges, (4, N_BINS): lower edge, width, and limits of the feature."""
     bins = np.zeros((4, N_BINS))
     count = len(edges) - 1
     bins[1] = 1.0
@@ -422,5 +460,6 @@ def bins_between(edges: np.ndarray) -> np.ndarray:
         bins[0, :count] = edges[:-1]
         bins[1, :count] = np.diff(edges)
         bins[3, :count] = 1.0
+        # The first bin is open below, the last one above.
         bins[2, 0], bins[3, count - 1] = OPEN[2:, 0]
     return bins

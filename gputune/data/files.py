@@ -1,5 +1,7 @@
-"""Files become a table: text and Parquet by polars, scikit-learn's sets by name, none that memory
-does not hold."""
+"""Read a table from a text file, a Parquet file or one of scikit-learn's data sets.
+
+polars reads text and Parquet. A file that needs more memory than is free is refused.
+"""
 
 import codecs
 import csv
@@ -26,32 +28,35 @@ if TYPE_CHECKING:
     import polars as pl
 
 BUNDLED = ("iris", "digits", "wine", "breast_cancer", "diabetes")
-"""scikit-learn's data sets that ``sklearn:NAME`` reads."""
+"""The scikit-learn data sets that ``sklearn:NAME`` reads."""
 
-# what to do about a file that is not there
+# remedy for a file that does not exist
 _MISSING = "give a CSV or Parquet file or 'sklearn:iris'"
-_FIELD_BYTES = 24  # of a short text and of the number that it is read as
-_TEXT_BYTES = 64  # of a text as an object of Python's, beside its letters
-_COLUMN_BYTES = 4096  # of a column, however short it is
-_LONGEST_NAME = 1000  # characters of a column's name: longer ones would fill every message
-_SHORT = 500  # rows up to which Python reads a column sooner than polars
+_FIELD_BYTES = 24  # of a short text and of its number
+_TEXT_BYTES = 64  # of a Python str, without its letters
+_COLUMN_BYTES = 4096  # of a column of any length
+_LONGEST_NAME = 1000  # characters of a column name, so that messages stay short
+_SHORT = 500  # rows up to which Python reads a column faster than polars
 
 
 def read_table(source: str | Path, kinds: Collection[str] = ()) -> Table:
-    """Read a .csv, .tsv (also .gz) or .parquet file, or one of scikit-learn's sets as
-    ``sklearn:NAME``.
+    """Read a table from a .csv, .tsv (also .gz) or .parquet file, or from ``sklearn:NAME``.
 
-    The columns of a text file that ``kinds`` names stay text, as they are written, for
-    ``Table.read_as``. A bundled set has its target in the column ``target``: class names for iris,
-    wine and breast_cancer, integers for digits, a number for diabetes. Empty fields and the texts
-    of ``MISSING_TEXT`` are missing values; blanks around a field and empty lines at the end are
-    dropped; a header with semicolons and no comma means semicolons throughout.
+    - Empty fields and the texts of ``MISSING_TEXT`` are missing values.
+    - Blanks around a field and empty lines at the end are dropped.
+    - A header with semicolons and without commas means that semicolons separate all fields.
+    - A scikit-learn data set has its target in the column ``target``: class names for iris, wine
+      and breast_cancer, integers for digits, a number for diabetes.
+
+    Args:
+        source: the path of the file, or ``sklearn:NAME``.
+        kinds: names of columns of a text file that stay text, as written, for ``Table.read_as``.
     """
     if str(source).startswith("sklearn:"):
         return _read_bundled_table(str(source).removeprefix("sklearn:"))
     path = Path(source)
     if os.path.isdir(path):  # Path.is_dir raises an error for a name that is too long
-        # a large folder is not gone through
+        # Only the first 1000 files are looked at, since a folder may be large.
         files = (path for path, _ in zip(path.rglob("*"), range(1000)))
         if any(path.suffix.lower() in _IMAGES for path in files):
             raise InputError(f"{str(source)!r} is a folder; {_OF_IMAGES}.")
@@ -73,8 +78,11 @@ def read_table(source: str | Path, kinds: Collection[str] = ()) -> Table:
 
 
 def read_columns(source: str | Path, names: Sequence[str]) -> list[list[object]]:
-    """Return columns of a file that ``read_table`` reads, text as it is written. Raises InputError
-    for one it lacks."""
+    """Return columns of a file that ``read_table`` reads. Text is returned as written.
+
+    Raises:
+        InputError: the file lacks a column.
+    """
     path = Path(source)
     values: dict[str, Iterable[object]] = {}
     if not str(source).startswith("sklearn:"):
@@ -106,13 +114,16 @@ _OF_IMAGES = (
 
 
 def _read_parquet(path: Path) -> "pl.DataFrame":
-    """Return the columns of a Parquet file. Raises InputError if memory does not hold them, or for
-    nested columns."""
+    """Return the columns of a Parquet file.
+
+    Raises:
+        InputError: memory cannot hold the columns, or a column is nested.
+    """
     import polars as pl
 
     if check_file(path) == 0:
         raise InputError(f"{str(path)!r} is empty; write the table again.")
-    # polars takes no name that is not UTF-8
+    # polars receives an open file, because it takes no path that is not UTF-8.
     with _read_errors(path, "Parquet"), open_file(path) as file:
         about = pl.scan_parquet(file)
         schema = about.collect_schema()
@@ -129,7 +140,7 @@ def _read_parquet(path: Path) -> "pl.DataFrame":
                 )
         file.seek(0)
         frame = pl.read_parquet(file)
-    # A few bytes can stand for many equal texts, each of which becomes an object of Python's.
+    # A few bytes can encode many equal texts, and each text becomes a Python object.
     texts = [column for column in frame if column.dtype == pl.String]
     letters = sum(int(column.str.len_bytes().sum()) for column in texts)
     check_room(path, letters + n_rows * len(texts) * _TEXT_BYTES)
@@ -151,8 +162,10 @@ def _read_bundled_table(name: str) -> Table:
 
 @contextmanager
 def _read_errors(path: Path, form: str, rule: str = "") -> Iterator[None]:
-    """Raise InputError, with the first line of what the reader says, for a file that is damaged or
-    of another form."""
+    """Turn the error of a reader into an InputError for a file that is damaged or of another form.
+
+    The message has the first line of the reader's error.
+    """
     from polars import exceptions
 
     failures = (
@@ -177,13 +190,13 @@ def _read_errors(path: Path, form: str, rule: str = "") -> Iterator[None]:
 
 
 def _text_suffix(path: Path) -> str:
-    """Return .csv or .tsv for a text file, which may be packed; "" for another one."""
+    """Return .csv or .tsv for a text file, which may be compressed, and "" for another file."""
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     return suffix if suffix in (".csv", ".tsv") else ""
 
 
 def _read_fields(path: Path) -> "tuple[list[str], pl.DataFrame]":
-    """Return the names in the header line, and the fields below it, as text."""
+    """Return the names in the header line, and the fields below it as text."""
     import polars as pl
 
     rule = "; it must be UTF-8 text with one header line and equally many fields in every line."
@@ -191,14 +204,14 @@ def _read_fields(path: Path) -> "tuple[list[str], pl.DataFrame]":
         header, separator = _header(path)
         check_room(path, header.count(separator.encode()) * _COLUMN_BYTES)
         try:
-            with _open_text(path) as file:  # anew: older polars go on where the system has read to
+            with _open_text(path) as file:  # opened again: older polars read on from here
                 fields = pl.read_csv(
                     file, separator=separator, has_header=False, infer_schema=False
                 )
         except pl.exceptions.ComputeError:
             _check_lines(path, separator)
             raise
-    # polars fills up a line that is too short
+    # polars fills short lines with nulls.
     if fields.width > 1 and fields.to_series(-1).null_count():
         _check_lines(path, separator)
     names = ["" if name is None else name.strip() for name in fields.row(0)]
@@ -207,7 +220,7 @@ def _read_fields(path: Path) -> "tuple[list[str], pl.DataFrame]":
             f"{str(path)!r} has a field of {longest} characters in its first line, where the "
             "names of the columns are due; write a line of names above it."
         )
-    numbers = [name for name in names if is_number(name)]  # whole ones, such as years, may be names
+    numbers = [name for name in names if is_number(name)]  # integers, such as years, may be names
     if any(not name.lstrip("-").isdecimal() for name in numbers) and len(numbers) * 2 >= len(names):
         raise InputError(
             f"{str(path)!r} has {quoted(numbers, 3)} in its first line, where the names of the "
@@ -219,16 +232,18 @@ def _read_fields(path: Path) -> "tuple[list[str], pl.DataFrame]":
         and len(rows)
         and not any(field and field.strip() for field in rows.row(-1))
     ):
-        # Blank lines at the end (spreadsheets also write lines of nothing but separators) are no
-        # rows.
+        # Blank lines at the end are not rows. Spreadsheets also write lines that hold only
+        # separators.
         filled = rows.select(pl.any_horizontal(pl.all().str.strip_chars() != "").fill_null(False))
         rows = rows[: max(filled.to_series().arg_true(), default=-1) + 1]
     return names, rows
 
 
 def _check_lines(path: Path, separator: str) -> None:
-    """Raise InputError, with its number, for the first line that has more or fewer fields than the
-    header line."""
+    """Raise InputError for the first line that has more or fewer fields than the header line.
+
+    The message has the number of the line.
+    """
     width = 0
     for line, fields in _lines(path, separator):
         width = width or len(fields)
@@ -240,11 +255,10 @@ def _check_lines(path: Path, separator: str) -> None:
 
 
 def _lines(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield the number, from 1, and the fields of each line of a text file; an empty one is a row
-    without values.
+    """Yield the line number, from 1, and the fields of each line of a text file.
 
-    It ends before a field that is longer than csv reads, which a quotation mark without its partner
-    makes.
+    An empty line is a row without values. The iteration ends before a field that is too long for
+    the csv module. An unmatched quotation mark causes such a field.
     """
     with _open_text(path) as file, suppress(csv.Error):
         lines = io.TextIOWrapper(file, "utf-8", errors="replace", newline="")
@@ -253,8 +267,10 @@ def _lines(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def line_of(source: str | Path, row: int) -> str:
-    """Return where a row of a file that ``read_table`` read stands: its line in a text file, else
-    its number."""
+    """Return the place of a row in a file that ``read_table`` read, as text.
+
+    It is the line in a text file, and the row number in other files.
+    """
     path = Path(source)
     if not _text_suffix(path):
         return f"row {row}"
@@ -263,7 +279,10 @@ def line_of(source: str | Path, row: int) -> str:
 
 
 def _header(path: Path) -> tuple[bytes, str]:
-    """Return the header line and what separates its fields; in rows, commas may be decimal."""
+    """Return the header line and the separator of its fields.
+
+    Only the header decides, because commas in rows may be decimal commas.
+    """
     with _open_text(path) as file:
         header = next((line for line in file if line.strip()), b"")
     commas = ";" if b";" in header and b"," not in header else ","
@@ -271,16 +290,16 @@ def _header(path: Path) -> tuple[bytes, str]:
 
 
 def _open_text(path: Path) -> IO[bytes]:
-    """Open a text file; one that is packed is unpacked in memory. Raises InputError if memory does
-    not hold its fields.
+    """Open a text file. A compressed file is decompressed in memory.
 
-    It also raises InputError for text in another encoding than UTF-8 and for bytes that are no
-    text.
+    Raises:
+        InputError: memory cannot hold the fields, the encoding is not UTF-8, or the bytes are not
+            text.
     """
     free = free_memory()
 
     def check(size: int, sample: bytes) -> None:
-        # The text takes memory, and so do its fields: as many as in a part of it.
+        # The text and its fields both take memory. A sample gives the number of fields per byte.
         fields = sum(sample.count(mark) for mark in b",;\t\n")
         check_room(path, size + size * fields * _FIELD_BYTES // max(1, len(sample)), free)
 
@@ -302,7 +321,7 @@ def _open_text(path: Path) -> IO[bytes]:
     return text
 
 
-_BYTE_ORDER_MARKS = (  # that of UTF-16 is the beginning of one of UTF-32
+_BYTE_ORDER_MARKS = (  # UTF-32 first: its mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "UTF-32"),
     (codecs.BOM_UTF32_BE, "UTF-32"),
     (codecs.BOM_UTF16_LE, "UTF-16"),
@@ -311,8 +330,7 @@ _BYTE_ORDER_MARKS = (  # that of UTF-16 is the beginning of one of UTF-32
 
 
 def _check_encoding(path: Path, sample: bytes) -> None:
-    """Raise InputError if the first bytes of a file are in another encoding than UTF-8, or are no
-    text."""
+    """Raise InputError if the first bytes of a file show UTF-16, UTF-32 or a binary file."""
     remedy = "Save it as UTF-8, which Excel calls 'CSV UTF-8'."
     for mark, encoding in _BYTE_ORDER_MARKS:
         if sample.startswith(mark):
@@ -327,8 +345,10 @@ def _check_encoding(path: Path, sample: bytes) -> None:
 
 
 def _column(texts: "pl.Series", *, as_text: bool) -> tuple[Kind, np.ndarray]:
-    """Read a polars series of text as ``parse_text`` does, numbers in a long one 20 times
-    faster."""
+    """Read a polars series of text as ``parse_text`` does.
+
+    Numbers in a long series are read 20x faster than by ``parse_text``.
+    """
     import polars as pl
 
     if as_text:

@@ -1,5 +1,7 @@
-"""Any description of a cross-validation becomes training and validation rows; some rows are held
-out before it."""
+"""Turn any description of a cross-validation into training and validation rows.
+
+Also hold out rows before the cross-validation.
+"""
 
 import base64
 import math
@@ -31,7 +33,7 @@ from gputune.seeding import stream_seed
 
 @runtime_checkable
 class Splitter(Protocol):
-    """What scikit-learn calls a CV splitter."""
+    """A CV splitter in the sense of scikit-learn."""
 
     def split(
         self, X: object, y: object = None, groups: object = None
@@ -41,12 +43,20 @@ class Splitter(Protocol):
 def make_folds(
     cv: object, target: Target, *, X: object = None, groups: object = None, seed: int
 ) -> list[Rows]:
-    """Return (train, valid) row positions, int64, one pair a fold.
+    """Return the row positions (train, valid) of each fold, int64.
 
-    ``cv`` is a number of folds (shuffled by ``seed``; stratified for classes; whole groups stay
-    together), a splitter of scikit-learn, or an iterable of pairs of positions, masks or slices;
-    the last two are taken as they are. A splitter is given ``X``; where it is None, zeros of as
-    many rows.
+    Args:
+        cv: a number of folds, a scikit-learn splitter, or an iterable of pairs of positions, masks
+            or slices. A number of folds is shuffled by ``seed``, stratified for classes, and keeps
+            groups whole. Splitters and pairs are used unchanged.
+        target: the checked target.
+        X: the rows for a splitter. If it is None, the splitter receives zeros with the same number
+            of rows.
+        groups: the group of each row, (n,), or None.
+        seed: the seed of the shuffle.
+
+    Raises:
+        InputError: ``cv`` is invalid, cannot split these rows, or splits a group.
     """
     groups = check_groups(groups, len(target), cv)
     n_rows = len(target)
@@ -90,8 +100,10 @@ def make_folds(
 
 
 def _refuse_split_groups(folds: list[Rows], groups: np.ndarray, cv: object) -> None:
-    """Raise InputError where a group has rows on both sides of a fold: splitters of rows, and
-    pairs, ignore groups."""
+    """Raise InputError if a group has rows on both sides of a fold.
+
+    Splitters of rows, and pairs, ignore groups.
+    """
     known: dict[object, int] = {}
     codes = np.array([known.setdefault(group, len(known)) for group in groups.tolist()])
     for f, (train, valid) in enumerate(folds):
@@ -111,13 +123,15 @@ def _refuse_split_groups(folds: list[Rows], groups: np.ndarray, cv: object) -> N
 
 
 def all_rows(n_rows: int) -> Rows:
-    """Return the one fold of a refit: all rows for training, none for validation."""
+    """Return the single fold of a refit: all rows for training, and an empty validation part."""
     return np.arange(n_rows, dtype=np.int64), np.empty(0, dtype=np.int64)
 
 
 def parse_cv(text: str) -> int | TimeSeriesSplit:
-    """Read ``--cv``: "5", or "time:5" for validation rows that always come after the training
-    rows."""
+    """Return the value of ``--cv``: 5 for "5", or a time series split for "time:5".
+
+    In a time series split the validation rows always come after the training rows.
+    """
     kind, _, count = text.rpartition(":")
     if kind not in ("", "time") or not count.isdecimal() or int(count) < 2:
         raise InputError(
@@ -127,8 +141,11 @@ def parse_cv(text: str) -> int | TimeSeriesSplit:
 
 
 def check_groups(groups: object, n_rows: int, cv: object = None) -> np.ndarray | None:
-    """Return groups as an array, (n,), or None; InputError for a wrong length, missing values, and
-    a split by time."""
+    """Return groups as an array, (n,), or None.
+
+    Raises:
+        InputError: the length is wrong, a value is missing, or ``cv`` splits by time.
+    """
     if groups is None:
         return None
     values = groups.detach().cpu().numpy() if isinstance(groups, Tensor) else np.asarray(groups)
@@ -157,7 +174,7 @@ def _fold_splitter(cv: int, target: Target, groups: np.ndarray | None, seed: int
             f"cv={cv} folds need at least as many groups, got {count}; use fewer folds."
         )
     random_state = stream_seed(seed, "folds") % 2**32
-    # scikit-learn stratifies only if a class has a row for each fold
+    # scikit-learn stratifies only if a class has at least one row per fold.
     if _are_small_classes(target, cv):
         return (
             GroupKFold(cv, shuffle=True, random_state=random_state)
@@ -172,7 +189,8 @@ def _fold_splitter(cv: int, target: Target, groups: np.ndarray | None, seed: int
 
 
 def _are_small_classes(target: Target, n_folds: int) -> bool:
-    """Whether a target is many classes, each of which has fewer rows than there are folds."""
+    """Return True for more than ``MAX_CLASSES`` classes that all have fewer rows than there are
+    folds."""
     if target.classes is None or len(target.classes) <= MAX_CLASSES:
         return False
     return bool(np.bincount(target.values).max() < n_folds)
@@ -180,8 +198,10 @@ def _are_small_classes(target: Target, n_folds: int) -> bool:
 
 @dataclass(frozen=True)
 class _SpreadKFold:
-    """Shuffled folds of equal size, over which the rows of each class are spread as evenly as
-    possible."""
+    """Shuffled folds of equal size.
+
+    The rows of each class are spread over the folds as evenly as possible.
+    """
 
     n_splits: int
     seed: int
@@ -192,8 +212,8 @@ class _SpreadKFold:
         del X, groups
         labels = np.asarray(y)
         rng = np.random.default_rng(stream_seed(self.seed, "folds"))
-        # Classes in random order, and each one's rows in random order: consecutive rows go to
-        # different folds.
+        # Classes in random order, and the rows of each class in random order. Consecutive rows go
+        # to different folds.
         codes = np.unique(labels, return_inverse=True)[1]
         place = rng.permutation(codes.max() + 1)[codes]
         order = np.lexsort((rng.permutation(len(labels)), place))
@@ -204,7 +224,11 @@ class _SpreadKFold:
 
 
 def refuse_identifier(target: Target) -> None:
-    """Raise InputError for text that has nearly as many different values as rows."""
+    """Raise InputError for a text target that looks like an identifier.
+
+    It has more than ``MAX_CLASSES`` different values, and these are more than half as many as its
+    rows.
+    """
     assert target.classes is not None
     n_classes = len(target.classes)
     n_rows = len(target)
@@ -225,7 +249,8 @@ def _split(
     rows = np.zeros((len(target), 1)) if X is None else X
     try:
         with warnings.catch_warnings():
-            # Both are said below: with the class's name, and as an error where it splits a group.
+            # gputune reports both below: the first with the name of the class, the second as an
+            # error if it splits a group.
             warnings.filterwarnings("ignore", message="The least populated class")
             warnings.filterwarnings("ignore", message="The groups parameter is ignored")
             pairs = [(train, valid) for train, valid in splitter.split(rows, target.labels, groups)]
@@ -253,7 +278,7 @@ def _split(
 
 
 def _rows(part: object, n_rows: int, fold: int, use: str) -> np.ndarray:
-    """Return checked positions, (m,) int64, of one side of one fold."""
+    """Return the checked positions, (m,) int64, of one side of one fold."""
     if isinstance(part, slice):
         part = np.arange(n_rows)[part]
     rows = np.asarray(part)
@@ -278,7 +303,7 @@ def _rows(part: object, n_rows: int, fold: int, use: str) -> np.ndarray:
 def _warn_of_missing_classes(
     folds: list[Rows], target: Target, classes: np.ndarray, least: int
 ) -> None:
-    """Warn of classes with so many rows or more, none of which a fold trains on."""
+    """Warn about classes with at least ``least`` rows that a fold does not train on."""
     train = np.array(
         [np.bincount(target.values[rows], minlength=len(classes)) for rows, _ in folds]
     )
@@ -295,13 +320,27 @@ def _warn_of_missing_classes(
 def hold_out(
     target: Target, *, test_size: float, groups: object = None, cv: object = None, seed: int
 ) -> Rows:
-    """Return the rows to tune on and the rows kept apart, both sorted, int64; the latter empty for
-    size 0.
+    """Return the rows to tune on and the held-out rows, both sorted, int64.
 
-    ``test_size`` is a share of the rows, rounded up as in scikit-learn. Where ``cv`` is a
-    TimeSeriesSplit, the last rows are kept apart (and its ``gap`` rows before them used by neither
-    side); with ``groups``, whole groups (then it is a share of the groups); else random rows, with
-    the classes in proportion. The row of a class that has only one is never kept apart.
+    The held-out rows are
+
+    - the last rows, if ``cv`` is a TimeSeriesSplit. Its ``gap`` rows before them belong to neither
+      side.
+    - whole groups, if there are ``groups``. Then ``test_size`` is a share of the groups.
+    - otherwise random rows, with the classes in proportion.
+
+    The row of a class with only one row is never held out.
+
+    Args:
+        target: the checked target.
+        test_size: the share of rows to hold out, rounded up as in scikit-learn. 0 holds out no
+            rows.
+        groups: the group of each row, (n,), or None.
+        cv: the cross-validation, as for ``make_folds``.
+        seed: the seed of the random choice.
+
+    Raises:
+        InputError: ``test_size`` is not in [0, 1), or leaves too few rows.
     """
     if not isinstance(test_size, Real) or isinstance(test_size, bool) or not 0 <= test_size < 1:
         raise InputError(
@@ -366,16 +405,16 @@ def hold_out(
 
 
 def _spread_apart(codes: np.ndarray, n_test: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return positions to tune on and positions kept apart, of more classes than the smaller part
-    has rows.
+    """Return the positions to tune on and the held-out positions, if there are more classes than
+    rows in the smaller part.
 
-    The rows kept apart are of as many classes as possible, and each class keeps a row to tune on.
-    If the classes have too few rows for that, fewer than ``n_test`` rows are kept apart.
+    The held-out rows cover as many classes as possible, and each class keeps a row to tune on. If
+    the classes have too few rows for that, fewer than ``n_test`` rows are held out.
     """
     rng = np.random.default_rng(stream_seed(seed, "hold out"))
     order = rng.permutation(len(codes))
     seen = np.zeros(codes.max() + 1, dtype=np.int64)
-    rank = np.empty(len(codes), dtype=np.int64)  # of a row within its class
+    rank = np.empty(len(codes), dtype=np.int64)  # of each row within its class
     for row in order:
         rank[row] = seen[codes[row]]
         seen[codes[row]] += 1
@@ -385,9 +424,13 @@ def _spread_apart(codes: np.ndarray, n_test: int, seed: int) -> tuple[np.ndarray
 
 
 def pack_folds(folds: Sequence[Rows]) -> list[list[str]]:
-    """Return (train, valid) row positions as pairs of text; sorted ones take a few bits a row."""
+    """Return the (train, valid) row positions of each fold as pairs of text.
+
+    Sorted positions take a few bits per row.
+    """
 
     def pack(rows: np.ndarray) -> str:
+        # Differences of sorted positions are small numbers, which zlib compresses well.
         steps = np.diff(np.asarray(rows, dtype="<i8"), prepend=0).astype("<i8")
         return base64.b64encode(zlib.compress(steps.tobytes())).decode()
 

@@ -1,10 +1,11 @@
-"""The kind of one column, and its values in that kind: number, boolean, category or date.
+"""The kind of one column (number, boolean, category or date), and its values in that kind.
 
-The kind follows the type of the values. Text from a source without types (a CSV file, an array of
-str or object, a list of lists) becomes a number, a boolean or a date where every value reads as
-one. Text in a data frame or a Parquet file stays a category, since there the column's type is its
-owner's word; but amounts, numbers with a currency, a percent sign or commas between thousands as
-spreadsheets write them, are numbers wherever they stand. A dash among numbers is a missing one.
+The kind follows the type of the values. A source without types is a CSV file, an array of str or
+object, or a list of lists. Its text becomes numbers, booleans or dates if every value can be read
+as one. Text in a data frame or a Parquet file stays a category, because its owner chose the type of
+the column. Amounts are numbers in every source. An amount is a number with a currency, a percent
+sign, or commas between thousands, as spreadsheets write it. A dash among numbers is a missing
+value.
 """
 
 import datetime
@@ -24,17 +25,16 @@ from gputune.errors import InputError
 Kind = Literal["number", "boolean", "category", "date"]
 
 KINDS = ("number", "category", "date")
-"""Kinds that a column can be said to have; booleans are seen."""
+"""The kinds that a user can request for a column. Booleans are detected."""
 MISSING_TEXT = frozenset(["", *"? NA N/A n/a #N/A <NA> NaN nan NAN null NULL None NaT".split()])
-"""Texts that stand for a missing value in a source without types."""
+"""Texts that mean a missing value in a source without types."""
 
 _NO_KIND = "which is no number, boolean, text or date; convert it"
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
 
 def is_missing(value: object) -> bool:
-    """Whether one Python value stands for a missing one: None, NaN, pandas' NA or NaT, numpy's
-    NaT."""
+    """Return True if a Python value means missing: None, NaN, pandas NA or NaT, or NumPy NaT."""
     if value is None or type(value).__name__ in ("NAType", "NaTType"):
         return True
     if isinstance(value, np.datetime64 | np.timedelta64):
@@ -43,8 +43,11 @@ def is_missing(value: object) -> bool:
 
 
 def checked_labels(values: np.ndarray, name: str) -> np.ndarray:
-    """Return the values of a target, (n,). Raises InputError for text beside other objects: 1 would
-    become '1'."""
+    """Return the values of a target, (n,).
+
+    Raises:
+        InputError: text is mixed with other objects, because 1 would become '1'.
+    """
     odd = (
         {isinstance(value, str): value for value in values if not is_missing(value)}
         if values.dtype == object
@@ -67,17 +70,17 @@ def text_of(value: object) -> str:
 
 
 def parse_text(values: np.ndarray) -> tuple[Kind, np.ndarray]:
-    """Read a column of str (None = missing): booleans, numbers or dates if every value is one, else
-    categories.
+    """Return the kind and the values of a column of str (None = missing).
 
-    A date is written as ISO 8601 has it (2020-01-31, 2020-01-31 12:30, 20200131T123000Z; slashes
-    will do too); other orders of day and month would be a guess.
+    Booleans, numbers or dates are recognized if every value is one. Otherwise the column is a
+    category. Dates are written as in ISO 8601 (2020-01-31, 2020-01-31 12:30, 20200131T123000Z), or
+    with slashes. Another order of day and month would be a guess.
     """
     texts = texts_of(values)
     present = {*texts} - {None}
     if present and {text.lower() for text in present} <= {"true", "false"}:
         return "boolean", _each(texts, lambda text: float(text.lower() == "true"))
-    # Python reads 1_000 as a number; in a table it is rather a code
+    # Python reads 1_000 as a number, but in a table it is more likely a code.
     if not any("_" in text for text in present):
         with suppress(ValueError):
             return "number", _each(texts, float)
@@ -87,8 +90,7 @@ def parse_text(values: np.ndarray) -> tuple[Kind, np.ndarray]:
 
 
 def texts_of(values: np.ndarray) -> np.ndarray:
-    """Return texts without the blanks around them, None for those that stand for a missing
-    value."""
+    """Return texts without surrounding blanks, and None for texts that mean a missing value."""
     stripped = [None if value is None else value.strip() for value in values]
     return np.array([None if text in MISSING_TEXT else text for text in stripped], dtype=object)
 
@@ -98,8 +100,11 @@ def _read_date(text: str) -> float:
 
 
 def read_as(wanted: Kind, kind: Kind, values: np.ndarray, name: str) -> np.ndarray:
-    """Return a column read as the kind that its owner wants; InputError with the first value that
-    is none."""
+    """Return a column converted to the kind ``wanted`` that the user requests.
+
+    Raises:
+        InputError: a value cannot be converted. The message shows the first one.
+    """
     if kind == wanted or (wanted, kind) == ("number", "boolean"):
         return values
     asked = f"kinds={{{name!r}: {wanted!r}}}: column {name!r}"
@@ -122,13 +127,14 @@ def read_as(wanted: Kind, kind: Kind, values: np.ndarray, name: str) -> np.ndarr
 
 
 def value_texts(values: np.ndarray, kind: Kind) -> np.ndarray:
-    """Return numbers or booleans as texts, None where they are missing."""
+    """Return numbers or booleans as texts, None if they are missing."""
     text = (lambda value: str(bool(value))) if kind == "boolean" else text_of
     return np.array([None if np.isnan(value) else text(value) for value in values], dtype=object)
 
 
 def from_series(series: "nw.Series[Any]") -> tuple[Kind, np.ndarray]:
-    """Return kind and values of one column of a data frame, whose type gives the kind."""
+    """Return the kind and the values of one column of a data frame. The type of the column
+    decides."""
     dtype = series.dtype
     if dtype == nw.Boolean or dtype.is_numeric():
         return "boolean" if dtype == nw.Boolean else "number", _floats(series)
@@ -153,11 +159,12 @@ def _category(values: Sequence[object]) -> np.ndarray:
 
 
 def from_column(column: np.ndarray, name: str) -> tuple[Kind, np.ndarray]:
-    """Return kind and values of one column of an array, whose dtype gives the kind."""
+    """Return the kind and the values of one column of an array. The dtype decides."""
     match column.dtype.kind:
         case "b" | "i" | "u" | "f":
             return "boolean" if column.dtype == bool else "number", column.astype(np.float64)
         case "M" | "m":
+            # microseconds -> seconds
             ticks = column.astype(f"{column.dtype.kind}8[us]").astype(np.int64) / 1e6
             return "date" if column.dtype.kind == "M" else "number", np.where(
                 np.isnat(column), np.nan, ticks
@@ -171,8 +178,10 @@ def from_column(column: np.ndarray, name: str) -> tuple[Kind, np.ndarray]:
 
 
 def from_values(values: Sequence[object], *, name: str, untyped: bool) -> tuple[Kind, np.ndarray]:
-    """Return kind and values of Python objects (None = missing): what all of them are, else
-    categories."""
+    """Return the kind and the values of Python objects (None = missing).
+
+    The kind is the common kind of all objects, or a category if they have no common kind.
+    """
     present = [value for value in values if value is not None]
     if not present:
         return "number", np.full(len(values), np.nan)
@@ -220,26 +229,30 @@ _OBJECTS: tuple[tuple[Any, Kind, Callable[[Any], float]], ...] = (
     ),
     (datetime.timedelta, "number", datetime.timedelta.total_seconds),
 )
-"""What Python's objects are read as, where all values of a column are of one of these types."""
+"""(types, kind, converter) of Python objects. An entry applies if all values of a column have
+its types."""
 
 _AMOUNT = re.compile(
     r"([-+]?)([$€£¥]?) ?([-+]?)(0|[1-9][0-9]*|[1-9][0-9]{0,2}(?:,[0-9]{3})+)(\.[0-9]+)? ?([%$€£¥]?)"
 )
 _MARKS = str.maketrans("", "", "$€£¥%, ")
-# 007 and 1_000 are codes
+# Texts such as 007 and 1_000 are codes and do not match.
 _PLAIN = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
 _DASHES = ("-", "--", "–", "—")
-_THOUSANDS = 4  # digits from which on a number has a comma, where its column has any
+_THOUSANDS = 4  # a number with this many digits has a comma if its column uses commas
 
 
 def read_amounts(texts: Iterable[str | None]) -> tuple[np.ndarray, str] | None:
-    """Return texts as numbers (n,), NaN for None, and a remark on what was read; None where they
-    are no amounts.
+    """Return texts as numbers (n,) with a remark for the user, or None if they are not amounts.
 
-    All are amounts of one form: they have the same currency or a percent sign, and commas between
-    thousands everywhere or nowhere. 89.5% is 89.5. Plain numbers are none, and neither are
-    currencies with three decimals throughout, which are thousands in other countries. A dash beside
-    amounts or plain numbers is a missing one.
+    None becomes NaN, and 89.5% becomes 89.5. All texts must have one form:
+
+    - the same currency, or a percent sign,
+    - commas between thousands everywhere or nowhere.
+
+    Plain numbers are not amounts. Currencies with three decimals throughout are not amounts either,
+    because a point separates thousands in some countries. A dash among amounts or plain numbers is
+    a missing value.
     """
     texts = [None if text is None else text.strip() for text in texts]
     dash = next((text for text in texts if text in _DASHES), None)
@@ -255,8 +268,10 @@ def read_amounts(texts: Iterable[str | None]) -> tuple[np.ndarray, str] | None:
 
 
 def _example(texts: Sequence[str]) -> str | None:
-    """Return one of texts that are all amounts of one form, with a comma where any has; None where
-    they are not."""
+    """Return an example from texts that are all amounts of one form, or None if they are not.
+
+    An example with a comma is preferred.
+    """
     signs = set[str]()
     decimals = set[int]()
     commas = set[bool]()
@@ -268,8 +283,10 @@ def _example(texts: Sequence[str]) -> str | None:
         decimals.add(len(match[5] or ""))
         if len(match[4]) >= _THOUSANDS:
             commas.add("," in match[4])
+    # Without a currency or percent sign, only commas show that the texts are amounts.
     if len(signs) != 1 or len(commas) > 1 or (signs == {""} and commas != {True}):
         return None
+    # 4 characters are the point and three decimals, which may be thousands.
     if not signs <= {"", "%"} and decimals - {0} == {4}:
         return None
     return next((text for text in texts if "," in text), texts[0])
@@ -278,12 +295,21 @@ def _example(texts: Sequence[str]) -> str | None:
 def convert(
     values: np.ndarray, kind: Kind, wanted: Kind, name: str, levels: Sequence[str] = ()
 ) -> np.ndarray:
-    """Return the values of a column read as the kind that it was at training, where each of them
-    has one meaning in it.
+    """Return the values of a column converted to its kind at training, if each has one meaning in
+    it.
 
-    A file for prediction may hold only the rows with numbers of a column of codes, or no value at
-    all, so that its column is read as another kind than at training. Raises InputError where a
-    value does not fit.
+    A file for prediction may hold only numbers in a column of codes, or no value at all. Then its
+    column is read as another kind than at training.
+
+    Args:
+        values: the values (n,) of the column.
+        kind: the kind of these values.
+        wanted: the kind of the column at training.
+        name: the name of the column, for errors.
+        levels: the levels of a category at training.
+
+    Raises:
+        InputError: a value does not fit the kind ``wanted``.
     """
     if kind == wanted:
         return values
@@ -295,17 +321,17 @@ def convert(
     got = f"a {kind}"
     if not known.any():
         return np.full(len(values), None if wanted == "category" else np.nan)
-    if wanted == "category" and kind != "date":  # "007" was the number 7, "true" a boolean
+    if wanted == "category" and kind != "date":  # "007" was read as 7, "true" as a boolean
         level_of = {level: level for level in levels}
         for level in levels:
             level_kind, value = _read([level])
-            # a level "NA" reads as a missing number
+            # A level "NA" is read as a missing number.
             if level_kind == kind and not np.isnan(value).any():
                 level_of.setdefault(value_texts(value, kind)[0], level)
         return np.array(
             [level_of.get(text, text) for text in value_texts(values, kind)], dtype=object
         )
-    if kind == "category":  # texts that read as something else
+    if kind == "category":  # texts that may be read as another kind
         kind, read = _read(values)
         if kind != "category":
             return convert(read, kind, wanted, name)
@@ -325,7 +351,7 @@ def convert(
 
 
 def _read(texts: Iterable[str | None]) -> tuple[Kind, np.ndarray]:
-    """Return texts as ``parse_text`` does, amounts as numbers."""
+    """Return texts read as by ``parse_text``, and amounts as numbers."""
     kind, values = parse_text(np.array([*texts], dtype=object))
     if kind == "category" and (amounts := read_amounts(values)) is not None:
         return "number", amounts[0]

@@ -1,4 +1,4 @@
-"""Rows without a target: an error, or left out when the caller asks for it."""
+"""Rows without a target: an error, or left out if the caller asks for that."""
 
 from collections.abc import Callable, Sized
 from typing import Any, Literal, get_args
@@ -26,10 +26,10 @@ def rows_with_target(
         y: targets (n,) or (n, ...), as ``tune`` takes them.
         name: the target's name in errors.
         missing_target: "drop", or "error" to refuse missing targets.
-        place: says where a row stands, for errors.
+        place: returns the place of a row as text, for errors.
 
     Raises:
-        InputError: if a target is missing and ``missing_target`` is "error", or if every target is
+        InputError: a target is missing and ``missing_target`` is "error", or every target is
             missing.
     """
     missing = _missing_rows(target_array(y, name))
@@ -41,10 +41,9 @@ def rows_with_target(
 
 
 def select_targets(y: Any, positions: np.ndarray, *, of_table: bool) -> np.ndarray | Tensor:
-    """Return the targets of some rows, none of which is missing.
+    """Return the targets of rows that all have a target.
 
-    A column of a table that has missing values holds floats. Its whole numbers become integers
-    again.
+    A table column with missing values holds floats. Its whole numbers become integers again.
     """
     if isinstance(y, Tensor):
         selected: Tensor = y[positions]
@@ -61,8 +60,11 @@ def select_targets(y: Any, positions: np.ndarray, *, of_table: bool) -> np.ndarr
 
 
 def check_row_options(n_given: int, cv: object, sample_weight: object) -> None:
-    """Raise InputError for folds given as row positions: rows that are left out would change the
-    positions."""
+    """Raise InputError for options that do not fit when rows are left out.
+
+    These are folds given as row positions, which would change, and sample weights with another
+    length than ``n_given``.
+    """
     if not isinstance(cv, int | np.integer | str) and not hasattr(cv, "split"):
         raise InputError(
             "cv holds row positions, which change when missing_target='drop' leaves rows out. "
@@ -92,7 +94,7 @@ def dropped_words(n_dropped: int, name: str) -> str:
 
 
 def _missing_rows(values: np.ndarray) -> np.ndarray:
-    """Return which rows (n,) of values (n, ...) have a missing value."""
+    """Return a mask (n,) of the rows of values (n, ...) that have a missing value."""
     if values.ndim == 0 or values.dtype.kind in "biuU":
         return np.zeros(len(values) if values.ndim else 0, dtype=bool)
     if values.dtype.kind == "f":

@@ -1,5 +1,7 @@
-"""Rows of different lengths, which no array can hold: each of their forms is refused with the way
-to pad it."""
+"""Refuse rows of different lengths, which cannot form one array.
+
+Each form of such rows has an error that shows how to pad it.
+"""
 
 from collections.abc import Iterator, Mapping
 
@@ -13,14 +15,14 @@ _FEW_INPUTS = 8
 
 
 def refuse_ragged(value: object, label: str) -> None:
-    """Raise InputError for rows of different lengths: a nested tensor, a list or an object array of
-    such rows.
+    """Raise InputError for rows of different lengths.
 
-    The inputs in a tuple or a dict are looked at one by one.
+    Such rows come as a nested tensor, a list, or an object array. The inputs in a tuple or a dict
+    are checked one by one.
 
     Args:
-        value: What the user passed. Everything else is accepted.
-        label: The name of the argument, for the message.
+        value: the object that the user passed. Everything else is accepted.
+        label: the name of the argument in the error.
     """
     if isinstance(value, tuple | Mapping):
         parts = value.items() if isinstance(value, Mapping) else enumerate(value)
@@ -52,7 +54,7 @@ def refuse_ragged(value: object, label: str) -> None:
 
 
 def pad_remedy(label: str) -> str:
-    """Return the sentence that says how rows of different lengths become one tensor."""
+    """Return the sentence that shows how to turn rows of different lengths into one tensor."""
     rows = f"[torch.as_tensor(row) for row in {label}]"
     pad = f"torch.nn.utils.rnn.pad_sequence({rows}, batch_first=True)"
     return (
@@ -62,7 +64,7 @@ def pad_remedy(label: str) -> str:
 
 
 def _shapes(rows: list[object]) -> Iterator[_Shape]:
-    """Yield the shape of each row, as far as a row is an array, a tensor or a list."""
+    """Yield the shape of each row that is an array, a tensor or a list, and () for other rows."""
     for row in rows:
         if isinstance(row, Tensor | np.ndarray):
             yield tuple(row.shape)

@@ -1,9 +1,8 @@
-"""Remarks on columns that gputune reads in one way from a text file and in another way from a data
-frame.
+"""Remarks on columns that gputune reads differently from a text file and from a data frame.
 
-A text file has no types: as in pandas.read_csv, text that is all numbers becomes numbers, and words
-such as NA are missing values. The type of a data frame's column is its owner's word: text stays
-text, and NA is a level like others.
+A text file has no types. As in pandas.read_csv, text that is all numbers becomes numbers, and words
+such as NA are missing values. In a data frame the owner chose the type of each column. Text stays
+text, and NA is a level like any other.
 """
 
 from typing import TYPE_CHECKING
@@ -16,17 +15,19 @@ if TYPE_CHECKING:
     import polars as pl
 
 _WORDS = ["NA", "N/A", "n/a", "NULL", "null", "None"]
-"""Words of ``MISSING_TEXT`` that may well be levels, such as North America or no alcohol."""
+"""Words of ``MISSING_TEXT`` that may also be levels, such as North America or no alcohol."""
 
 EXAMPLE = "<column>"
-"""Stands in a remark for the name of a column that it is about."""
+"""Placeholder in a remark for the name of its column."""
 
 _LEADING_ZERO = r"^\s*[-+]?0[0-9]"
 
 
 def file_remark(kind: Kind, texts: "pl.Series") -> str:
-    """Return the remark on a column of a text file that was read as a kind; "" if a data frame
-    would be read alike."""
+    """Return the remark on a column of a text file that was read as ``kind``.
+
+    "" if a data frame would be read in the same way.
+    """
     if kind == "number" and texts.str.contains(_LEADING_ZERO).any():
         remedy = f"To keep codes as they are written, set kinds={{{EXAMPLE}: 'category'}}"
         return f"leading zeros are lost, since all values are numbers. {remedy}"
@@ -39,14 +40,16 @@ def file_remark(kind: Kind, texts: "pl.Series") -> str:
 
 
 def frame_remark(values: np.ndarray) -> str:
-    """Return the remark on a column of text (None: missing) of a data frame; "" if a text file
-    would be read alike."""
+    """Return the remark on a text column (None: missing) of a data frame.
+
+    "" if a text file would be read in the same way.
+    """
     first = next(
         (value for value in values if value is not None and value not in MISSING_TEXT), None
     )
     if first is None:
         return ""
-    # most columns need no more than a look
+    # For most columns the first value settles it.
     is_text = parse_text(np.array([first], dtype=object))[0] == "category"
     kind = "category" if is_text else parse_text(values)[0]
     if kind in ("number", "date"):

@@ -1,7 +1,7 @@
-"""How folds read one table: each a copy of its own, or one copy that is scaled as its rows are
+"""Scale a table for each fold: one copy per fold, or one copy that is scaled when rows are
 gathered.
 
-Also how rows that are new are prepared as those of a fold were.
+New rows are prepared like those of a fold.
 """
 
 import math
@@ -20,12 +20,11 @@ from gputune.data.table import Table
 
 @dataclass(frozen=True, eq=False)
 class Scaling:
-    """What an input becomes as it is gathered: ``(input - center) / scale``, of the fold that reads
-    it.
+    """The scaling of gathered rows of an input: ``(input - center) / scale`` of the fold.
 
-    ``center`` and ``scale`` are (F, ...) in the dtype of the study, with an axis of 1 or of the
-    channels for each of a row's own. With ``missing`` a NaN is a missing number, which becomes the
-    mean of the fold's training rows: 0.
+    ``center`` and ``scale`` are (F, ...) in the dtype of the study. The other axes match those of a
+    row: size 1, or the size of an axis with its own values, such as channels. With ``missing``, NaN
+    means a missing number. It becomes 0, the mean of the fold's training rows.
     """
 
     center: Tensor
@@ -36,38 +35,41 @@ class Scaling:
     def of(
         parts: Iterable[tuple[np.ndarray, np.ndarray]], like: Tensor, *, missing: bool = False
     ) -> "Scaling":
-        """Return the scaling by the center and the scale of each fold."""
+        """Return the scaling made from the (center, scale) of each fold."""
         center, scale = (torch.as_tensor(np.stack(part)).to(like) for part in zip(*parts))
         return Scaling(center, scale, missing)
 
     def of_fold(self, fold: int) -> "Scaling":
-        """Return the scaling of one fold alone, on the CPU."""
+        """Return the scaling of only one fold, on the CPU."""
         return replace(
             self, center=self.center[fold : fold + 1].cpu(), scale=self.scale[fold : fold + 1].cpu()
         )
 
     def __call__(self, rows: Tensor, folds: slice) -> Tensor:
-        """Return rows (F, ..., *row) of some folds, scaled."""
+        """Return the scaled rows (F, ..., *row) of some folds."""
         center = self.center[folds]
+        # (F, *row) -> (F, 1, ..., 1, *row), to broadcast over the gathered rows
         shape = (len(center), *[1] * (rows.dim() - center.dim()), *center.shape[1:])
         scaled = (rows.to(center.dtype) - center.view(shape)).div_(self.scale[folds].view(shape))
         return torch.where(scaled.isnan(), 0.0, scaled) if self.missing else scaled
 
 
 SHARED_BEYOND = 2**28
-"""Bytes of a table's copies from which on folds share one, scaled at each gather: small copies are
-read faster."""
-_BLOCK = 2**22  # numbers that are transformed at a time
+"""Size of a table's copies in bytes above which folds share one copy, scaled at each gather.
+
+Small copies are read faster.
+"""
+_BLOCK = 2**22  # numbers per transformed block
 
 
 def table_inputs(
     raw: np.ndarray | Tensor, statistics: Sequence[Statistics], like: Tensor
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...], tuple[Scaling | None, ...]]:
-    """Return the copies of a table that folds read, (V, n, D), which of them each fold reads, and
-    how it scales it."""
+    """Return a table's copies (V, n, D), the copy index of each fold, and the scaling of the
+    table."""
     lost = raw.isnan().any(0).cpu().numpy() if isinstance(raw, Tensor) else np.isnan(raw).any(0)
-    # Of folds that give equal copies one is kept; the fill of a column without missing values
-    # changes nothing.
+    # Equal copies are stored once. The fill is ignored for columns without missing values, where it
+    # has no effect.
     alike = [replace(fitted, fill=np.where(lost, fitted.fill, 0.0)) for fitted in statistics]
     keys = [b"".join(part.tobytes() for part in vars(fitted).values()) for fitted in alike]
     order = list(dict.fromkeys(keys))
@@ -92,11 +94,11 @@ def table_inputs(
 def _from_first(
     raw: np.ndarray | Tensor, lost: np.ndarray, statistics: Sequence[Statistics], like: Tensor
 ) -> Scaling | None:
-    """Return what makes a fold's rows of the first fold's; None where more than a shift and a
-    factor lies between.
+    """Return the affine map from the first fold's rows to the rows of each fold.
 
-    ``lost`` are the columns with missing values; they are filled by zeros once scaled, where their
-    mean is the center.
+    None if the rows differ by more than a shift and a factor. ``lost`` marks the columns with
+    missing values. Missing values are filled with 0 after scaling, which is correct if the fill is
+    the center.
     """
     first = statistics[0]
     for s in statistics:
@@ -104,19 +106,24 @@ def _from_first(
             return None
     if limited_features(raw, statistics):
         return None
+    # x_f = (x - center_f) / scale_f = (x_0 - (center_f - center_0) / scale_0) / (scale_f / scale_0)
     parts = [((s.center - first.center) / first.scale, s.scale / first.scale) for s in statistics]
     return Scaling.of(parts, like, missing=bool(lost.any()))
 
 
 def limited_features(raw: np.ndarray | Tensor, statistics: Sequence[Statistics]) -> list[int]:
-    """Return which features, that are one input each, have a number beyond the limits of a fold."""
-    ends: np.ndarray | Tensor  # the least and the largest known number of each column, (2, D)
+    """Return the positions of features with a number beyond the limits of a fold.
+
+    The features must be one input each.
+    """
+    ends: np.ndarray | Tensor  # (2, D): smallest and largest number of each column
     if isinstance(raw, Tensor):
         ends = torch.stack(torch.where(raw.isnan(), 0.0, raw).aminmax(dim=0))
     else:
         ends = np.nan_to_num(np.stack([np.fmin.reduce(raw), np.fmax.reduce(raw)]))
     limited = torch.zeros(raw.shape[1], dtype=torch.bool)
     for fitted in statistics:
+        # The ends decide: a column is clipped only if its smallest or largest number is.
         free = replace(fitted, least=np.empty(0), most=np.empty(0))
         if fitted.least.size:
             within, beyond = (torch.as_tensor(transform(ends, one)).cpu() for one in (fitted, free))
@@ -126,7 +133,7 @@ def limited_features(raw: np.ndarray | Tensor, statistics: Sequence[Statistics])
 
 
 def scaling_of(statistics: Sequence[ArrayStatistics], like: Tensor) -> tuple[Scaling | None, ...]:
-    """Return how each input, that is no table, is scaled in each fold."""
+    """Return the scaling of each input that is not a table, or None for an unscaled input."""
     channels = zip(*(fitted.channels for fitted in statistics))
     return tuple(None if of[0] is None else Scaling.of(of, like) for of in channels)
 
@@ -137,8 +144,8 @@ def encode(
     statistics: Statistics | ArrayStatistics,
     dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    """Return the inputs that a module takes of a table or of arrays, each (n, ...), as
-    ``Dataset.rows`` gives them."""
+    """Return the inputs of a module from a table or arrays, each (n, ...), as ``Dataset.rows``
+    does."""
     if isinstance(layout, Layout):
         assert isinstance(statistics, Statistics) and isinstance(X, Table)
         return (torch.from_numpy(transform(layout.raw(X), statistics)).to(dtype),)
@@ -153,8 +160,10 @@ def encode(
 
 
 def side_by_side(parts: Sequence[Statistics]) -> Statistics:
-    """Return what makes the inputs of all parts beside each other; they were fitted on the same
-    rows, in other ways."""
+    """Return statistics that produce the inputs of all parts, one part after another.
+
+    The parts were fitted on the same rows with different preparations.
+    """
     begins = np.cumsum([0, *(part.n_inputs for part in parts)])
     whole = []
     for part in parts:

@@ -1,5 +1,7 @@
-"""Where the rows of a study come from, so that a study opened later reads the same ones, which
-their digest proves."""
+"""The source of a study's rows.
+
+A study that is opened later reads the same rows again, and a digest proves that they are the same.
+"""
 
 import hashlib
 import json
@@ -42,16 +44,16 @@ from gputune.types import Json
 
 
 def fingerprint(X: Table | Tensor | Arrays, y: Target | Tensor | np.ndarray) -> dict[str, object]:
-    """Return ``rows``, ``columns`` and ``sha256``, the hex digest of X's names, kinds and values
-    and of y's.
+    """Return ``rows``, ``columns`` and ``sha256`` of X and y.
 
-    Equal values in an array, a frame or a file of the same names and kinds give the same digest; a
-    tensor has its own, which depends on its dtype.
+    ``sha256`` is the hex digest of X's names, kinds and values, and of y. Equal values in an array,
+    a data frame or a file with the same names and kinds give the same digest. A tensor has a
+    different digest, which depends on its dtype.
     """
     digest = hashlib.sha256()
 
     def add(values: Tensor) -> None:
-        # Bytes, since NumPy has no bfloat16.
+        # As bytes, because NumPy has no bfloat16.
         digest.update(values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
     if isinstance(X, Arrays):
@@ -81,14 +83,13 @@ def fingerprint(X: Table | Tensor | Arrays, y: Target | Tensor | np.ndarray) -> 
 
 
 def table_size(sizes: Json, origin: Json | None) -> dict[str, int]:
-    """Return the rows and columns of a fingerprint; of a table that was cut, the rows that are held
-    out count too."""
+    """Return the rows and columns of a fingerprint. Rows that were held out count too."""
     return {"rows": (origin or {}).get("rows", sizes["rows"]), "columns": sizes["columns"]}
 
 
 def rows_difference(before: Mapping[str, object], now: Mapping[str, object]) -> str:
-    """Return what differs between the rows of a study and those that were ``found``, by their
-    numbers."""
+    """Return the difference between the rows of a study and the rows now, as text with their
+    sizes."""
     counts = [
         f"{before[n]} {n} then, {now[n]} now" for n in ("rows", "columns") if before[n] != now[n]
     ]
@@ -96,10 +97,12 @@ def rows_difference(before: Mapping[str, object], now: Mapping[str, object]) -> 
 
 
 def _add(digest: "hashlib._Hash", values: np.ndarray) -> None:
-    """Add numbers, booleans or text (None = missing) of any length, so that no two lists look
-    alike."""
+    """Add numbers, booleans or text (None = missing) to a digest.
+
+    Different lists of values always add different bytes.
+    """
     if values.dtype.kind in "OU":
-        # One JSON text, since it keeps "a", "b" apart from "ab", and None from "None".
+        # JSON keeps "a", "b" apart from "ab", and None apart from "None".
         digest.update(json.dumps(values.tolist()).encode())
         return
     numbers = values.astype(np.float64) + 0.0  # -0.0 becomes 0.0
@@ -109,7 +112,7 @@ def _add(digest: "hashlib._Hash", values: np.ndarray) -> None:
 
 
 def digest_of(*arrays: np.ndarray) -> str:
-    """Return the SHA-256, in hex, of arrays: their shapes, types and contents."""
+    """Return the SHA-256, in hex, of the shapes, types and contents of arrays."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(f"{array.shape} {array.dtype.str};".encode())
@@ -119,11 +122,12 @@ def digest_of(*arrays: np.ndarray) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Inputs and target as they were given: a table, or a tensor that stays where it lies.
+    """Inputs and target as the user gave them: a table, arrays, or a tensor that stays on its
+    device.
 
-    ``origin`` is what reads the same rows again (path, target, groups, how rows were held out and
-    which), None for data in memory; ``original`` the frame, array or list that X was made of, None
-    for files and tensors.
+    ``origin`` describes how to read the same rows again: path, target, groups, and the held-out
+    rows. It is None for data in memory. ``original`` is the data frame, array or list from which X
+    was made. It is None for files and tensors.
     """
 
     X: Table | Tensor | Arrays
@@ -133,22 +137,24 @@ class Source:
     origin: Json | None
     original: object = None
     kept: np.ndarray | None = None
-    """Positions of the rows among those that were given; None where no row was left out for a
-    missing target."""
+    """Positions of the remaining rows among the given rows, or None if no row lacked a target."""
     n_given: int = 0
     is_task_guessed: bool = False
-    """Whether the task was chosen from all rows of a file, and not by the user."""
+    """True if the task was chosen from all rows of a file and not by the user."""
 
     @property
     def n_dropped(self) -> int:
-        """How many rows were left out because their target is missing."""
+        """The number of rows that were left out because their target is missing."""
         return 0 if self.kept is None else self.n_given - len(self.kept)
 
     def with_target(
         self, missing_target: MissingTarget, place: Callable[[int], str], *, of_table: bool
     ) -> "Source":
-        """Return the rows that have a target. Raises InputError for missing targets unless they are
-        to be dropped."""
+        """Return the rows that have a target.
+
+        Raises:
+            InputError: a target is missing, and ``missing_target`` is not "drop".
+        """
         kept = rows_with_target(self.y, self.target, missing_target, place)
         if kept is None:
             return self
@@ -166,10 +172,10 @@ class Source:
         )
 
     def original_rows(self) -> object:
-        """Return the rows of X as the user knows them: the frame or array that was given, a polars
-        frame of a file.
+        """Return the rows of X in the user's own type, without the columns of target and groups.
 
-        Without the columns of target and groups; a list and a tensor are an array.
+        This is the data frame or array that the user passed, or a polars frame for a file. A list
+        or a tensor becomes an array.
         """
         if isinstance(self.X, Arrays):
             return self.X
@@ -195,11 +201,17 @@ def read_source(
     missing_target: MissingTarget = "error",
     place: Callable[[int], str] | None = None,
 ) -> Source:
-    """Return the rows of X, as ``_read_source`` does, without those whose target is missing if they
-    are to be dropped.
+    """Return the rows of X. Rows without a target are an error, or are dropped.
 
-    A file remembers that in its ``origin``. ``place`` says in errors where a row stands. Raises
-    InputError for a missing target that is not to be dropped.
+    The ``origin`` of a file records that rows were dropped. For the other arguments see
+    ``_read_source``.
+
+    Args:
+        missing_target: "drop", or "error" to refuse missing targets.
+        place: returns the place of a row as text, for errors.
+
+    Raises:
+        InputError: a target is missing, and ``missing_target`` is "error".
     """
     source = _read_source(X, y, groups, module=module, drop=drop, kinds=kinds)
     of_table = isinstance(y, str) and isinstance(source.X, Table)
@@ -220,11 +232,16 @@ def _read_source(
     drop: Sequence[str] = (),
     kinds: Mapping[str, Kind] | None = None,
 ) -> Source:
-    """Return the rows of X: a file, ``sklearn:NAME``, a frame, an array or a tensor; y is an array,
-    or a column's name.
+    """Return the rows of X, including rows without a target.
 
-    So is ``groups``. For a ``module`` X may be what ``as_arrays`` takes, or a Dataset of torch's.
-    The columns ``drop`` of a table are left out, those of ``kinds`` are read as they say.
+    Args:
+        X: a file, ``sklearn:NAME``, a data frame, an array or a tensor. For a ``module`` it may
+            also be inputs that ``as_arrays`` takes, or a torch Dataset.
+        y: the target as an array, or the name of its column.
+        groups: the groups as an array, or the name of their column.
+        module: True if a module takes the rows, and not a table model.
+        drop: columns of a table to leave out.
+        kinds: the kinds of columns of a table, by name.
     """
     kinds = kinds or {}
     if isinstance(X, str | Path):
@@ -271,8 +288,10 @@ def _read_source(
 def _read_table_file(
     X: str | Path, y: object, groups: object, drop: Sequence[str], kinds: Mapping[str, Kind]
 ) -> Source:
-    """Return the table of a file, whose target and groups are columns of it; of scikit-learn's sets
-    "target"."""
+    """Return the table of a file. Its target and groups are columns.
+
+    The default target of a scikit-learn data set is "target".
+    """
     of_sklearn = str(X).startswith("sklearn:")
     y = "target" if of_sklearn and y is None else y
     source = _source_of(read_table(X, kinds), y, groups, drop, kinds)
@@ -294,8 +313,10 @@ def _source_of(
     kinds: Mapping[str, Kind],
     original: object = None,
 ) -> Source:
-    """Return a table with target and groups, which may be names of its columns, that are read and
-    dropped as asked."""
+    """Return a source from a table, after ``drop`` and ``kinds`` are applied.
+
+    Target and groups may be names of columns of the table.
+    """
     for argument, names in (("drop", drop), ("kinds", kinds)):
         for name in names:
             if name not in table.names:
@@ -330,7 +351,7 @@ def _source_of(
         table, groups = table.drop(groups), table.column(groups)
     if not isinstance(y, str):
         return Source(table, y, "y", groups, None, original)
-    # the table has text alone where a frame had both
+    # The table holds only text if the data frame column mixed text and numbers.
     if hasattr(original, "columns") and y in table.names:
         checked_labels(target_array(as_rows(original, [y]), y).ravel(), y)
     return Source(*split_target(table, y), y, groups, None, original)
@@ -345,12 +366,12 @@ def _refuse_columns(drop: Sequence[str], kinds: Mapping[str, Kind]) -> None:
 
 
 def _read_arrays(path: Path, y: Any, groups: Any, *, module: bool) -> Source:
-    """Return the arrays of a file, of which ``y`` names the target, or those of .npy files."""
+    """Return the arrays of a file. ``y`` names the target in it, or is another .npy file."""
     X, target, of_groups = pick_arrays(path, y, groups)
     if module and isinstance(X, np.ndarray) and X.ndim == 2 and X.dtype.kind in "iu":
-        X = (X,)  # token ids, as an integer tensor of two axes is
+        X = (X,)  # token ids, like an integer tensor with two axes
     if isinstance(X, np.ndarray | Tensor) and X.ndim <= 2:
-        # Such an array becomes a table, with numbers of double precision. Others stay mapped.
+        # Such an array becomes a table in double precision. Other arrays stay memory-mapped.
         check_room(path, 8 * math.prod(X.shape))
     source = _read_source(X, target, of_groups, module=module)
     if path.suffix.lower() == ".npy":
@@ -365,12 +386,12 @@ def _read_arrays(path: Path, y: Any, groups: Any, *, module: bool) -> Source:
 
 
 def read_again(origin: Json, *, module: bool = False) -> Source:
-    """Return the rows that a study was searched on, without those it held out."""
+    """Return the rows on which a study was searched, without the held-out rows."""
     return read_apart(origin, module=module)[0]
 
 
 def read_apart(origin: Json, *, module: bool = False) -> tuple[Source, Source | None]:
-    """Return the rows that a study was searched on, and those that it held out, if it did."""
+    """Return the rows on which a study was searched, and its held-out rows or None."""
     columns = {name: origin[name] for name in ("drop", "kinds") if name in origin}
     missing_target = origin.get("missing_target", "error")
     source = read_source(
@@ -390,12 +411,14 @@ def read_apart(origin: Json, *, module: bool = False) -> tuple[Source, Source | 
 def set_apart(
     source: Source, target: Target, *, test_size: float, cv: str, seed: int
 ) -> tuple[Source, Source | None]:
-    """Split rows into those to search on and those held out, as ``hold_out`` does; None for
-    ``test_size=0``."""
+    """Split rows into those to search on and the held-out rows, as ``hold_out`` does.
+
+    The second part is None if ``test_size=0``.
+    """
     rest, test = hold_out(
         target, test_size=test_size, groups=source.groups, cv=parse_cv(cv), seed=seed
     )
-    # Once for all rows: the part of them that stays may have fewer distinct values.
+    # The task is chosen once from all rows: the remaining rows may have fewer distinct values.
     task = "classification" if target.classes is not None else cast(TaskWord, target.task)
     how = {"test_size": test_size, "cv": cv, "seed": seed, "task": task, "rows": len(source.X)}
     origin = None if source.origin is None else {**source.origin, **how}

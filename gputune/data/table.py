@@ -1,5 +1,7 @@
-"""Data frames, arrays and lists become a table of named columns, each with a kind; other containers
-are refused."""
+"""Turn data frames, arrays and lists into a table of named columns, each with a kind.
+
+Other containers are refused.
+"""
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -28,20 +30,25 @@ _ONE_AXIS = (
 class Table:
     """Named columns of equal length.
 
-    Number and boolean columns are float64 with NaN for a missing value; category columns are object
-    arrays of str with None; date columns are float64 seconds since 1970-01-01 (UTC, or local time
-    for dates without a zone) with NaN.
+    - Number and boolean columns are float64, with NaN for a missing value.
+    - Category columns are object arrays of str, with None for a missing value.
+    - Date columns are float64 seconds since 1970-01-01 (UTC, or local time for dates without a time
+      zone), with NaN for a missing value.
     """
 
     names: tuple[str, ...]
     kinds: tuple[Kind, ...]
     columns: tuple[np.ndarray, ...]
     amounts: Mapping[str, str] = field(default_factory=dict)
-    """A remark on each column whose numbers were written as amounts (kinds.py), also of columns
-    taken out."""
+    """Remark by column name on numbers that were written as amounts (see kinds.py).
+
+    It includes columns that were taken out.
+    """
     readings: Mapping[str, str] = field(default_factory=dict)
-    """A remark on each column that would be read differently from a file, or from a data frame
-    (readings.py)."""
+    """Remark by column name on a column that a file and a data frame would read differently.
+
+    See readings.py.
+    """
 
     def __len__(self) -> int:
         return len(self.columns[0])
@@ -70,8 +77,11 @@ class Table:
         return Table(left, kinds, columns, self.amounts, readings)
 
     def read_as(self, kinds: Mapping[str, Kind]) -> "Table":
-        """Return the table with the columns that ``kinds`` names read as these kinds. Raises
-        InputError."""
+        """Return the table with some columns converted to the kinds in ``kinds``.
+
+        Raises:
+            InputError: a value cannot be converted.
+        """
         read = {
             name: read_as(kind, self.kind(name), self.column(name), name)
             for name, kind in kinds.items()
@@ -84,11 +94,11 @@ class Table:
         )
 
     def with_readings(self, remarks: Mapping[str, str]) -> "Table":
-        """Return the table with ``readings``, of which empty ones are left out."""
+        """Return the table with these ``readings``. Empty remarks are left out."""
         return replace(self, readings={name: remark for name, remark in remarks.items() if remark})
 
     def frame(self) -> object:
-        """Return the table as a polars frame: dates as Datetime, null where a value is missing."""
+        """Return the table as a polars frame: dates as Datetime, null for a missing value."""
         import polars as pl
 
         def series(kind: Kind, values: np.ndarray) -> pl.Series:
@@ -103,11 +113,12 @@ class Table:
 
 
 def as_table(X: object) -> Table:
-    """Turn a 2-D array, a pandas or polars frame, or a list of rows into a table; a Table stays as
-    it is.
+    """Return a table made from a 2-D array, a pandas or polars frame, or a list of rows.
 
-    Columns of arrays and lists are named x0, x1, ... Raises InputError for everything else, with
-    what to do about it.
+    A Table is returned unchanged. Columns of arrays and lists are named x0, x1, ...
+
+    Raises:
+        InputError: X has any other type. The message shows how to convert it.
     """
     if isinstance(X, Table):
         return X
@@ -129,7 +140,7 @@ def as_table(X: object) -> Table:
     if isinstance(frame, nw.LazyFrame):
         raise InputError("X is a lazy frame; pass X.collect().")
     if isinstance(frame, nw.DataFrame):
-        # A categorical column is no number by its owner's word.
+        # A categorical column stays a category, because its owner chose that type.
         typed = [
             str(s.name)
             for s in frame.iter_columns()
@@ -170,13 +181,15 @@ def as_table(X: object) -> Table:
 
 
 def nameless(columns: int) -> tuple[str, ...]:
-    """Return the names of columns that have none: x0, x1, ..."""
+    """Return the default names of unnamed columns: x0, x1, ..."""
     return tuple(f"x{j}" for j in range(columns))
 
 
 def as_rows(X: object, names: Collection[str]) -> object:
-    """Return what ``as_table`` takes as the user knows it: a frame of the columns ``names``, or an
-    array of all."""
+    """Return X in the user's own type: a data frame with only the columns ``names``, or an array.
+
+    An array has all columns. X is anything that ``as_table`` takes.
+    """
     frame = nw.from_native(X, pass_through=True)
     if not isinstance(frame, nw.DataFrame):
         return X if isinstance(X, np.ndarray) else _rows_to_array(X)
@@ -185,8 +198,8 @@ def as_rows(X: object, names: Collection[str]) -> object:
 
 
 def select_rows(X: Any, rows: np.ndarray) -> object:
-    """Return rows (positions) of what ``as_rows`` returned, of the same kind; an array of its
-    own."""
+    """Return rows (positions) of the result of ``as_rows``, in the same type. An array is a
+    copy."""
     frame = nw.from_native(X, pass_through=True)
     return frame[rows].to_native() if isinstance(frame, nw.DataFrame) else X[rows]
 
@@ -194,8 +207,8 @@ def select_rows(X: Any, rows: np.ndarray) -> object:
 def split_target(table: Table, target: str) -> tuple[Table, np.ndarray]:
     """Return the table without the target's column, and the target as a plain array, (n,).
 
-    The array holds str (object; None where missing), bool, int64 where every number is an integer,
-    or float64 (NaN where missing).
+    The array holds str (object; None if missing), bool, int64 if every number is an integer, or
+    float64 (NaN if missing).
     """
     if target not in table.names:
         near = nearest(target, table.names, cutoff=0.5)
@@ -225,25 +238,28 @@ def split_target(table: Table, target: str) -> tuple[Table, np.ndarray]:
 
 
 def quoted(names: Iterable[str], limit: int = 8) -> str:
-    """Write names for a message: quoted, with commas, the first ``limit`` of them."""
+    """Return names for a message, in quotation marks and with commas.
+
+    At most ``limit`` names are written out.
+    """
     names = list(names)
     shown = ", ".join(_short_repr(str(name)) for name in names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
 def _short_repr(name: str, most: int = 100) -> str:
-    """Return a name in quotation marks, the beginning of it if it is very long."""
+    """Return a name in quotation marks, cut after ``most`` characters."""
     return repr(name) if len(name) <= most else repr(f"{name[:most]}...")
 
 
 def two_axes(ndim: int) -> str:
-    """Return how what has so many axes becomes a table."""
+    """Return the advice on how to turn an array with ``ndim`` axes into a table."""
     return ("one value is X.reshape(1, 1)", _ONE_AXIS, _FLATTEN)[min(ndim, 2)]
 
 
 def _rows_to_array(X: object) -> np.ndarray:
-    """Return rows given as nested lists (values keep their types), or as another library's
-    array."""
+    """Return nested lists, or another library's array, as a NumPy array. Values of lists keep
+    their types."""
     if not isinstance(X, list | tuple):
         return np.asarray(X)
     if not all(isinstance(row, list | tuple | np.ndarray) for row in X):
@@ -260,9 +276,10 @@ def _rows_to_array(X: object) -> np.ndarray:
 def checked_table(
     names: Sequence[str], columns: Sequence[tuple[Kind, np.ndarray]], typed: Collection[str] = ()
 ) -> Table:
-    """Return a table of at least one row and column, distinct names and finite values.
+    """Return a table with at least one row and one column, distinct names and finite values.
 
-    Text that is all amounts becomes numbers, but in columns that are ``typed`` by their owner.
+    Text that is all amounts becomes numbers, except in the columns ``typed``, whose owner chose
+    their type.
     """
     if not columns:
         raise InputError("the table has no columns; at least one is needed.")
@@ -290,8 +307,7 @@ def checked_table(
 
 
 def _refuse_containers(X: object) -> None:
-    """Raise InputError for what holds several inputs, or rows in a form of torch's that is no
-    table."""
+    """Raise InputError for containers of several inputs, and for torch containers of rows."""
     refuse_loader(X)
     name = type(X).__name__
     if isinstance(X, TensorDataset):
@@ -316,7 +332,7 @@ def _refuse_containers(X: object) -> None:
 
 
 def refuse_loader(X: object) -> None:
-    """Raise InputError for what draws minibatches itself."""
+    """Raise InputError for a DataLoader, which draws minibatches itself."""
     if isinstance(X, DataLoader):
         remedy = "pass its dataset, loader.dataset, or all rows as tensors X and y"
         raise InputError(
@@ -326,14 +342,17 @@ def refuse_loader(X: object) -> None:
 
 
 def refuse_lists(X: object) -> None:
-    """Raise InputError for what looks like inputs of a module but is neither arrays nor a table,
-    with its remedy."""
+    """Raise InputError for lists that look like inputs of a module but are not arrays or a table.
+
+    The message shows how to convert them.
+    """
     if is_image(X):
         raise InputError(f"X is one PIL image; pass all of them: {_STACK_IMAGES}.")
     if isinstance(X, np.ndarray) and X.dtype == object and X.ndim == 1:
         X = list(X)
     parts = dict(X if isinstance(X, Mapping) else enumerate(X if isinstance(X, tuple) else ()))
-    # Some of a few inputs have rows of their own; others are rows or columns of a table.
+    # A few parts, some of which have rows with axes, are inputs. Otherwise the parts are rows or
+    # columns of a table.
     if len(parts) <= 8 and any(len(_shape_of(part)) > 1 for part in parts.values()):
         for key, part in parts.items():
             if not isinstance(part, Tensor | np.ndarray):
@@ -368,7 +387,7 @@ def refuse_lists(X: object) -> None:
 
 
 def is_image(value: object) -> bool:
-    """Whether a value is an image of PIL's, which need not be installed."""
+    """Return True for a PIL image. PIL need not be installed."""
     return type(value).__module__.partition(".")[0] == "PIL" and hasattr(value, "getpixel")
 
 

@@ -1,4 +1,4 @@
-"""What is to be predicted: the task, and y as class codes or numbers."""
+"""The target of a study: its task, and y as class codes or numbers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,8 +21,10 @@ from gputune.text import count, did_you_mean, is_number
 from gputune.types import Task
 
 MAX_CLASSES = 20
-"""With more distinct whole numbers than this a target is a number to be predicted, unless ``task``
-says otherwise."""
+"""Whole numbers with more distinct values than this are predicted as numbers.
+
+``task`` overrides this.
+"""
 
 TaskWord = Literal["classification", "binary", "multiclass", "regression", "multilabel", "custom"]
 TASKS = get_args(TaskWord)
@@ -30,12 +32,17 @@ TASKS = get_args(TaskWord)
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """A checked target: ``values`` (n,) are int64 positions in ``classes`` (K,), or float64 for a
-    regression.
+    """A checked target.
 
-    A regression of several numbers has values (n, K), several labels are (n, K) of 0 and 1, and a
-    custom target is numbers (n, ...) as they were given. ``classes`` are sorted and keep the type
-    of the values given; None where there are none to choose from.
+    ``values`` depends on the task:
+
+    - classes: (n,) int64 positions in ``classes`` (K,).
+    - regression: (n,) float64, or (n, K) for several numbers.
+    - several labels: (n, K) of 0 and 1.
+    - custom target: numbers (n, ...) as the user gave them.
+
+    ``classes`` are sorted and keep the type of the given values. They are None if the target has no
+    classes.
     """
 
     task: Task
@@ -43,25 +50,25 @@ class Target:
     classes: np.ndarray | None
     name: str = "y"
     column: bool = False
-    """Whether numbers (n,) were given as (n, 1), in which shape losses and scores of the user's own
-    see them."""
+    """True if numbers (n,) were given as (n, 1). Custom losses and scores then read them as (n,
+    1)."""
     transform: TargetTransform | None = None
-    """What numbers become before they are standardised."""
+    """The transformation of numbers before they are standardized."""
     standardise: bool = True
-    """Whether numbers are standardised by the training rows of each fold: not for a loss of the
-    user's own."""
+    """True if numbers are standardized by the training rows of each fold. False for a custom
+    loss."""
 
     def __len__(self) -> int:
         return len(self.values)
 
     @property
     def n_outputs(self) -> int:
-        """Number of classes (2 for a binary task), of labels, or of numbers a row."""
+        """The number of classes (2 for a binary task), of labels, or of numbers per row."""
         return int(np.prod(self.values.shape[1:])) if self.classes is None else len(self.classes)
 
     @property
     def in_words(self) -> str:
-        """What is predicted of a row."""
+        """The prediction for a row, as text."""
         if self.classes is not None:
             return f"{len(self.classes)} classes"
         words = {"multilabel": "labels", "custom": "numbers, as they are"}.get(
@@ -71,8 +78,10 @@ class Target:
 
     @property
     def override(self) -> str:
-        """The option that takes whole numbers the other way, in words; "" where there is no other
-        way."""
+        """The option that switches whole numbers between classes and numbers, as text.
+
+        "" if the target has no alternative.
+        """
         labels = self.labels
         if (
             self.task == "custom"
@@ -86,11 +95,11 @@ class Target:
 
     @property
     def labels(self) -> np.ndarray:
-        """The target as it was given, (n,): class labels, or numbers as float64."""
+        """The target as it was given: class labels (n,), or numbers as float64."""
         return self.values if self.classes is None else self.classes[self.values]
 
     def select(self, rows: np.ndarray) -> "Target":
-        """Return the given rows; the classes stay, also those that no row has any more."""
+        """Return the given rows. All classes stay, even if no row has them."""
         return replace(self, values=self.values[rows])
 
 
@@ -99,9 +108,23 @@ def check_target(
 ) -> Target:
     """Return y, (n, ...), as class codes or numbers.
 
-    Without ``task``: text, booleans and at most 20 distinct whole numbers of which one repeats,
-    integers or floats, are classes; others are numbers. Of several columns, those of 0 and 1
-    are labels, others numbers; more axes are a custom target.
+    Without ``task``:
+
+    - Text and booleans are classes. At most 20 distinct whole numbers (integers or floats) are
+      classes too, if at least one of them repeats.
+    - Other single columns are numbers.
+    - Several columns are labels if they hold only 0 and 1, otherwise numbers.
+    - A target with more axes is a custom target.
+
+    Args:
+        y: the target.
+        task: the task, or None to choose it from the values.
+        n_rows: the number of rows of X.
+        name: the target's name in errors.
+
+    Raises:
+        InputError: y has missing or infinite values, another length than X, or does not fit
+            ``task``.
     """
     if task is not None and task not in TASKS:
         raise InputError(
@@ -149,8 +172,11 @@ def check_target(
 
 
 def with_transform(target: Target, transform: TargetTransform | None) -> Target:
-    """Return a target with its transformation. Raises InputError for classes, and for values that
-    it does not know."""
+    """Return a target with its transformation.
+
+    Raises:
+        InputError: the target has classes, or values for which the transformation is undefined.
+    """
     if transform is None:
         return target
     if target.task != "regression":
@@ -166,14 +192,13 @@ _ALL_EQUAL = (
 
 
 def check_spread(target: Target) -> None:
-    """Raise InputError for numbers that are all equal, or of which one is so far off that the
-    others seem equal."""
+    """Raise InputError if all numbers are equal, or seem equal because one of them is far away."""
     if target.task != "regression" or target.transform is not None:
         return
     values = target.values.reshape(len(target), -1)
     if (np.ptp(values, 0) == 0).all():
         raise InputError(_ALL_EQUAL.format(name=target.name, value=values[0, 0]))
-    # so that no square overflows
+    # scaled to at most 1, so that squares do not overflow
     values = values / np.maximum(np.abs(values).max(0), np.finfo(np.float64).tiny)
     low, middle, high = np.quantile(values, (0.25, 0.5, 0.75), axis=0)
     if len(
@@ -194,13 +219,12 @@ def standardised(
     folds: Sequence[tuple[np.ndarray, np.ndarray]],
     weights: Sequence[np.ndarray | None],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[FittedTransform, ...]]:
-    """Return y, center (F, ...), scale (F, ...) and the transformation of each fold, () without
-    one.
+    """Return y, center (F, ...), scale (F, ...) and the transformation of each fold.
 
-    y is (n,) class codes, (F, n, ...) standardised numbers, or (1 or F, n, ...) as they are or are
-    transformed.
-    ``weights`` (n,) of each fold count in the means and deviations, which are 1 where the numbers
-    are constant.
+    Here, y is (n,) class codes, (F, n, ...) standardized numbers, or (1 or F, n, ...) numbers that are
+    only transformed or unchanged. The transformations are () if the target has none. The
+    ``weights`` (n,) of each fold count in the means and deviations. The deviation is 1 if the
+    numbers are constant.
     """
     zeros = np.zeros(len(folds))
     ones = np.ones(len(folds))
@@ -217,19 +241,21 @@ def standardised(
         return values[..., None] if target.column else values, zeros, ones, transforms
     moments = []
     for f, ((train, _), weight) in enumerate(zip(folds, weights)):
+        # Rows of weight 0 must not decide whether the numbers are constant.
         train = train if weight is None else train[weight[train] > 0]
         y = values[f % len(values), train]
         counted = None if weight is None else weight[train]
         mean = np.average(y, 0, weights=counted)
         deviation = np.sqrt(np.average((y - mean) ** 2, 0, weights=counted))
-        # The standard deviation of a constant consists of rounding errors, not of 0.
+        # The standard deviation of a constant may be a rounding error instead of 0.
         moments.append((mean, np.where((np.ptp(y, 0) > 0) & (deviation > 0), deviation, 1.0)))
     center, scale = (np.array(part) for part in zip(*moments))
+    # (1 or F, n, ...) - (F, 1, ...) -> (F, n, ...)
     return (values - center[:, None]) / scale[:, None], center, scale, transforms
 
 
 def _values(values: np.ndarray, name: str) -> np.ndarray:
-    """Return an array (n, ...) as bool, integers, floats or text, nothing missing."""
+    """Return an array (n, ...) as bool, integers, floats or text, without missing values."""
     if values.ndim == 0 or 0 in values.shape:
         raise InputError(
             f"{name} must be one value a row, got shape {values.shape}; pass an array of rows."
@@ -255,8 +281,10 @@ def _values(values: np.ndarray, name: str) -> np.ndarray:
 def refuse_missing(
     values: np.ndarray, name: str, remedy: str, place: Callable[[int], str] = "row {}".format
 ) -> None:
-    """Raise InputError where one of the values (n,), of any type, is missing; ``place`` says where
-    a row stands."""
+    """Raise InputError if one of the values (n,), of any type, is missing.
+
+    ``place`` returns the place of a row as text.
+    """
     lost = (
         np.isnan(values)
         if values.dtype.kind in "biuf"
@@ -276,8 +304,10 @@ def _first_row(bad: np.ndarray) -> int:
 
 
 def target_array(y: object, name: str) -> np.ndarray:
-    """Return y as an array in its own type; a list of text, or of unlike values, holds Python
-    objects."""
+    """Return y as an array in its own type.
+
+    A list of text, or of values of different types, becomes an array of Python objects.
+    """
     from scipy.sparse import issparse
 
     if issparse(y):
@@ -303,7 +333,7 @@ def target_array(y: object, name: str) -> np.ndarray:
         array = np.asarray(y)
     except ValueError as error:  # of lists within the rows
         raise InputError(f"{name} has rows of different shapes. {pad_remedy(name)}") from error
-    # Lists such as ["a", None] or [1, True] would become text or integers of their own accord.
+    # Lists such as ["a", None] or [1, True] would silently become text or integers.
     return (
         np.asarray(y, dtype=object)
         if not isinstance(y, np.ndarray) and array.dtype.kind in "UO"
@@ -312,15 +342,17 @@ def target_array(y: object, name: str) -> np.ndarray:
 
 
 def _series(series: "nw.Series[Any]") -> np.ndarray:
-    """Return a column of a data frame: its numbers, or else its Python values."""
+    """Return a column of a data frame: its numbers, or otherwise its Python values."""
     is_number = series.dtype.is_numeric() or series.dtype == nw.Boolean
     has_all = is_number and not series.is_null().any()
     return np.asarray(series.to_numpy()) if has_all else np.array(series.to_list(), dtype=object)
 
 
 def _several(values: np.ndarray, task: TaskWord | None, name: str) -> Target:
-    """Return several columns, or a custom target; without a task labels where all is 0 or 1,
-    otherwise numbers."""
+    """Return the target of several columns, or a custom target.
+
+    Without a task, columns that hold only 0 and 1 are labels, other columns are numbers.
+    """
     are_flags = values.dtype.kind != "U" and bool(np.isin(values, (0, 1)).all())
     if task is None and values.ndim == 2 and are_flags and (values.sum(1) == 1).all():
         remedy = (
@@ -364,8 +396,10 @@ def _from_objects(values: np.ndarray, name: str) -> np.ndarray:
 
 
 def are_soft_labels(target: Target) -> bool:
-    """Whether a target (n, K) is a probability of each class: no number is negative, and rows sum
-    to one."""
+    """Return True if a target (n, K) holds a probability for each class.
+
+    Then all numbers are at least 0 and each row sums to 1.
+    """
     values = target.values
     if target.task != "regression" or values.ndim != 2 or values.shape[1] < 2:
         return False
@@ -373,15 +407,17 @@ def are_soft_labels(target: Target) -> bool:
 
 
 def are_many_whole_numbers(target: Target) -> bool:
-    """Whether a target is more whole numbers than are taken for classes, one number a row."""
+    """Return True for one whole number per row with more than ``MAX_CLASSES`` distinct values."""
     if target.task != "regression" or target.values.ndim > 1 or not _are_whole(target.values):
         return False
     return len(np.unique(target.values)) > MAX_CLASSES
 
 
 def whole_numbers_words(target: Target) -> str:
-    """Return the remark on whole numbers that are predicted as numbers, with the option that
-    changes it."""
+    """Return the remark on whole numbers that are predicted as numbers.
+
+    It names the option that changes this.
+    """
     distinct = f"{len(np.unique(target.values))} distinct whole numbers in {len(target)} rows"
     why = (
         f"more than the {MAX_CLASSES} that are taken for classes, so a number is predicted "

@@ -1,10 +1,10 @@
-"""A transformation of the numbers to be predicted, fitted on the training rows of a fold and
-inverted in predictions.
+"""A transformation of the numbers to predict.
 
-Source: sklearn.compose.TransformedTargetRegressor, whose transformer sees columns (n, K) and must
-    be invertible.
-Departure: where a prediction has no inverse (a PowerTransformer has none of extreme ones), that of
-the nearest training target is taken, and not NaN.
+It is fitted on the training rows of a fold and inverted in predictions.
+
+Source: sklearn.compose.TransformedTargetRegressor. Its transformer reads columns (n, K) and must be
+invertible. Departure: some predictions have no inverse, for example extreme values of a
+PowerTransformer. They get the inverse of the nearest training target instead of NaN.
 """
 
 import warnings
@@ -26,7 +26,7 @@ _CHOICES = f"{', '.join(map(repr, TRANSFORMS))} or a transformer of scikit-learn
 
 
 class Transformer(Protocol):
-    """A transformer of scikit-learn's, of columns (n, K)."""
+    """A scikit-learn transformer of columns (n, K)."""
 
     def fit(self, X: np.ndarray) -> Self: ...
     def transform(self, X: np.ndarray) -> np.ndarray: ...
@@ -39,19 +39,21 @@ _WORDS: Mapping[object, tuple[Callable[..., np.ndarray], Callable[[Tensor], Tens
     "log": (np.log, torch.exp, 0.0),
     "log1p": (np.log1p, torch.expm1, -1.0),
 }
-"""Of each word the function, its inverse, and the number above which it is known."""
+"""By word: the function, its inverse, and the number above which the function is defined."""
 
 
 @dataclass(frozen=True)
 class FittedTransform:
-    """A word, or a transformer that is fitted, with the least and the largest of its training
-    values, (2, K)."""
+    """A word, or a fitted transformer with the smallest and the largest of its training values.
+
+    ``ends`` (2, K) holds these two, after the transformation.
+    """
 
     how: TargetTransform
     ends: np.ndarray | None = None
 
     def forward(self, values: np.ndarray) -> np.ndarray:
-        """Return transformed values, (n,) or (n, K) as they are, float64."""
+        """Return transformed values in the shape of ``values``, (n,) or (n, K), float64."""
         if isinstance(self.how, str):
             return _WORDS[self.how][0](values)
         columns = np.asarray(self.how.transform(values.reshape(len(values), -1)), np.float64)
@@ -62,7 +64,10 @@ class FittedTransform:
         return columns.reshape(values.shape)
 
     def inverse(self, values: Tensor) -> Tensor:
-        """Return values (..., K) in the target's own units, float64; of what is not finite NaN."""
+        """Return values (..., K) in the units of the target, float64.
+
+        A transformer returns NaN for values that are not finite.
+        """
         if isinstance(self.how, str):
             return _WORDS[self.how][1](values.double())
         assert self.ends is not None
@@ -80,8 +85,11 @@ class FittedTransform:
         )
 
     def to_json(self) -> Json | str:
-        """Return the word, or class and fitted state of a transformer of scikit-learn's; InputError
-        for another."""
+        """Return the word, or the class and the fitted state of a scikit-learn transformer.
+
+        Raises:
+            InputError: the transformer is not from sklearn.preprocessing.
+        """
         try:
             if isinstance(self.how, str):
                 return self.how
@@ -94,7 +102,11 @@ class FittedTransform:
 
     @staticmethod
     def from_json(value: Json | str) -> "FittedTransform":
-        """Return what ``to_json`` wrote. Raises ValueError for what it did not."""
+        """Return the transformation that ``to_json`` wrote.
+
+        Raises:
+            ValueError: ``to_json`` cannot have written this value.
+        """
         if isinstance(value, str):
             return FittedTransform(transform_from_json(value))
         ends = np.asarray(value["ends"], np.float64)
@@ -112,8 +124,13 @@ class FittedTransform:
 
 
 def fit_transform(transform: TargetTransform, values: np.ndarray) -> FittedTransform:
-    """Fit on the training values (n, ...) of a fold. Raises InputError where that fails; warns of a
-    poor inverse."""
+    """Return a transformation fitted on the training values (n, ...) of a fold.
+
+    Warns if the inverse does not return the values.
+
+    Raises:
+        InputError: the transformer raised an error.
+    """
     if isinstance(transform, str):
         return FittedTransform(transform)
     from sklearn.base import clone
@@ -140,7 +157,7 @@ def fit_transform(transform: TargetTransform, values: np.ndarray) -> FittedTrans
 
 
 def check_values(transform: TargetTransform, values: np.ndarray, name: str) -> None:
-    """Raise InputError where a word does not know the logarithm of a value (n, ...)."""
+    """Raise InputError if the logarithm of a value (n, ...) is undefined."""
     lowest = _WORDS[transform][2] if isinstance(transform, str) else -np.inf
     if not (bad := values <= lowest).any():
         return
@@ -157,7 +174,11 @@ def check_values(transform: TargetTransform, values: np.ndarray, name: str) -> N
 
 
 def check_transform(name: str, value: object) -> "TargetTransform | None":
-    """Return a word, a transformer or None; raises InputError for anything else."""
+    """Return a word, a transformer or None.
+
+    Raises:
+        InputError: ``value`` is anything else.
+    """
     if value is None or (isinstance(value, str) and value in TRANSFORMS) or _is_transformer(value):
         return cast("TargetTransform | None", value)
     near = did_you_mean(value, TRANSFORMS) if isinstance(value, str) else ""
@@ -172,8 +193,10 @@ def _is_transformer(value: object) -> bool:
 
 
 def transform_to_json(transform: TargetTransform | None) -> Json | str | None:
-    """Return what a study's file knows of a transformation; of another object than scikit-learn's
-    its text alone."""
+    """Return the form of a transformation in a study file.
+
+    An object that is not from sklearn.preprocessing is stored only as its text.
+    """
     if transform is None or isinstance(transform, str):
         return transform
     try:
@@ -183,13 +206,16 @@ def transform_to_json(transform: TargetTransform | None) -> Json | str | None:
 
 
 def is_known(recorded: Json | str | None) -> bool:
-    """Whether ``transform_from_json`` makes a transformation of what a study's file knows of it."""
+    """Return True if ``transform_from_json`` can build this transformation from a study file."""
     return not isinstance(recorded, Mapping) or "object" not in recorded
 
 
 def transform_from_json(value: Json | str) -> TargetTransform:
-    """Return a transformation of a study's file, not fitted, or of a model's; ValueError for what
-    there is not."""
+    """Return a transformation from a study file (not fitted) or from a model file.
+
+    Raises:
+        ValueError: the value does not describe a transformation.
+    """
     if isinstance(value, str) and value in TRANSFORMS:
         return value
     transformer = _from_plain(value)
@@ -199,8 +225,12 @@ def transform_from_json(value: Json | str) -> TargetTransform:
 
 
 def _plain(value: object, *, fitted: bool) -> Json:
-    """Return an object of sklearn.preprocessing as its class and parameters, or fitted state;
-    TypeError for others."""
+    """Return an object of sklearn.preprocessing as its class and parameters, or as its fitted
+    state.
+
+    Raises:
+        TypeError: the object is not from sklearn.preprocessing.
+    """
     import sklearn.preprocessing
 
     kind = type(value)
@@ -227,14 +257,16 @@ def _part(value: object) -> object:
 
 
 def _from_plain(value: object) -> object:
-    """Return what ``_part`` wrote; nothing but classes of sklearn.preprocessing and ufuncs of NumPy
-    is made."""
+    """Return the value that ``_part`` wrote.
+
+    Only classes of sklearn.preprocessing and ufuncs of NumPy are created.
+    """
     if not isinstance(value, dict):
         return value
     if "dict" in value:
         return {name: _from_plain(part) for name, part in value["dict"].items()}
     if "ufunc" in value:
-        # Past the __getattr__ of the package, which imports for some names.
+        # vars() skips the __getattr__ of the package, which imports modules for some names.
         if isinstance(ufunc := vars(np).get(str(value["ufunc"])), np.ufunc):
             return ufunc
         raise ValueError(f"NumPy has no ufunc {value['ufunc']!r}")

@@ -1,4 +1,4 @@
-"""The inputs and the target of a map-style dataset of torch's, read once."""
+"""Read the inputs and the target of a map-style torch Dataset once."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -14,13 +14,20 @@ Bar = Callable[[Sequence[int]], Iterable[int]]
 
 
 def read_dataset(dataset: "Dataset[object]", y: object, bar: Bar = iter) -> tuple[object, object]:
-    """Return X and y of a map-style dataset of torch's, whose items are (inputs, target), read
-    once, behind a ``bar``.
+    """Return X and y of a map-style torch Dataset with items (inputs, target).
 
-    With ``y`` given, all of an item is inputs. A TensorDataset gives its tensors as they are.
+    Each item is read once. A TensorDataset returns its tensors without a copy.
+
+    Args:
+        dataset: the dataset.
+        y: the target, or None to read it from the items. If it is given, the whole item is inputs.
+        bar: wraps the item numbers, for example in a progress bar.
+
+    Raises:
+        InputError: the dataset has no length or no items, or its items cannot be read or stacked.
     """
     name = type(dataset).__name__
-    if type(dataset) is TensorDataset:  # which cannot count rows of different lengths
+    if type(dataset) is TensorDataset:  # it cannot count rows of different lengths
         for place, tensor in enumerate(dataset.tensors):
             refuse_ragged(tensor, f"X.tensors[{place}]")
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
@@ -57,8 +64,10 @@ def read_dataset(dataset: "Dataset[object]", y: object, bar: Bar = iter) -> tupl
 
 
 def read_inputs(dataset: "Dataset[object]", number: int) -> Any:
-    """Return the ``number`` of inputs of a dataset whose items are inputs, or pairs (inputs,
-    target); see above."""
+    """Return the inputs of a dataset for a model with ``number`` inputs.
+
+    The items are inputs, or pairs (inputs, target), see ``read_dataset``.
+    """
     inputs, _ = read_dataset(dataset, ())
     if (
         isinstance(inputs, tuple)
@@ -70,8 +79,7 @@ def read_inputs(dataset: "Dataset[object]", number: int) -> Any:
 
 
 def _split(item: object, y: object, name: str) -> tuple[object, object]:
-    """Return inputs and target of what the items are when they are stacked; several inputs are a
-    tuple."""
+    """Return inputs and target from the stacked items. Several inputs become a tuple."""
     if y is None:
         if not isinstance(item, list | tuple) or len(item) != 2:
             raise InputError(

@@ -1,4 +1,4 @@
-"""What each row weighs in the training loss: its sample weight times the weight of its class."""
+"""The weight of each row in the training loss: its sample weight times the weight of its class."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,12 +17,11 @@ ClassWeight = Literal["balanced"] | Mapping[Any, float] | None
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """Checked weights: ``rows`` (n,) and ``classes`` (K,) float64, each None where all are one.
+    """Checked weights: ``rows`` (n,) and ``classes`` (K,), float64, each None if all are 1.
 
-    ``classes="balanced"``: each class weighs as much as another among the training rows of the
-    fold. Where they are
-    ``of_target``, a target is standardised by them too, and a class whose rows weigh nothing takes
-    no part.
+    With ``classes="balanced"`` all classes have the same total weight among the training rows of a
+    fold. With ``of_target`` the weights also count when a target is standardized, and classes with
+    zero weight are left out.
     """
 
     rows: np.ndarray | None
@@ -30,10 +29,13 @@ class Weights:
     of_target: bool = False
 
     def for_fold(self, target: Target, train: np.ndarray) -> np.ndarray | None:
-        """Return (n,) float64 for all rows, those outside ``train`` too; None where all are one."""
+        """Return the weights of all rows in a fold, (n,) float64, or None if all are 1.
+
+        Rows outside ``train`` have weights too.
+        """
         weights = self.rows
         per_class = self.classes
-        # n / (classes present * rows of the class). Source: compute_class_weight
+        # n / (classes present * rows of the class). Source: scikit-learn's compute_class_weight.
         if isinstance(per_class, str):
             counts = np.bincount(
                 target.values[train], None if weights is None else weights[train], target.n_outputs
@@ -44,6 +46,7 @@ class Weights:
                 1.0,
             )
         if per_class is not None:
+            # (K,) -> (n,)
             weights = per_class[target.values] * (1.0 if weights is None else weights)
         if weights is None or (weights == 1.0).all():
             return None
@@ -56,7 +59,7 @@ class Weights:
 
 
 def check_weights(sample_weight: object, class_weight: ClassWeight, target: Target) -> Weights:
-    """Check weights as a user gives them; classes that ``class_weight`` does not name weigh 1."""
+    """Return the checked weights of a user. Classes that ``class_weight`` does not name weigh 1."""
     rows = None if sample_weight is None else _check_rows(sample_weight, target)
     return Weights(rows, None if class_weight is None else _check_classes(class_weight, target))
 
@@ -98,7 +101,7 @@ def _check_classes(class_weight: ClassWeight, target: Target) -> np.ndarray | Li
         )
     classes = target.classes.tolist()
     weights = np.ones(len(classes))
-    texts = {text_of(one): one for one in classes}  # a command line has nothing else
+    texts = {text_of(one): one for one in classes}  # the command line has only texts
     for name, weight in class_weight.items():
         label = texts.get(name, name) if isinstance(name, str) else name
         if label not in classes:
