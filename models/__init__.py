@@ -1,4 +1,4 @@
-"""Plain PyTorch models to begin from: an example each of what one's own module may look like."""
+"""Plain PyTorch models to start from. Each is an example of a module that gputune can tune."""
 
 from .cnn import CNN
 from .gru import GRU

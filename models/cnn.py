@@ -1,5 +1,7 @@
-"""A small convolutional net for images: blocks of convolution, BatchNorm and pooling, then one
-linear layer."""
+"""A small convolutional network for images.
+
+It has blocks of convolution, BatchNorm and pooling, followed by one linear layer.
+"""
 
 from torch import Tensor, nn
 
@@ -7,17 +9,26 @@ from .layers import check_size
 
 
 class CNN(nn.Module):
-    """A convolutional net that returns logits (classes) or values (regression) of images.
+    """A convolutional network that returns logits (classes) or values (regression) for images.
 
-    ``depth`` blocks, each a 3 x 3 convolution, BatchNorm, ReLU and a pooling that halves height and
-    width; the first has ``channels`` channels, each other twice those of the one before. The mean
-    over what is left of height and width, with ``dropout`` in [0, 1), goes to the linear layer.
-    BatchNorm takes away the scale of the images: bytes from 0 to 255 are as good as floats.
+    Each block is a 3 x 3 convolution, BatchNorm, ReLU and a max pooling that halves height and
+    width. The mean over the remaining height and width goes through dropout to the linear layer.
+    BatchNorm removes the scale of the images, so bytes from 0 to 255 work as well as floats.
 
-    ``input_shape`` is that of one image, (channels, height, width), or (height, width) where there
-    is one channel.
-    Shape: ``(B, *input_shape) -> (B, K)``. Raises ValueError for rows that are no images, images
-    too small for so many blocks, and arguments out of range.
+    Shape: ``(B, *input_shape) -> (B, K)``.
+
+    Args:
+        input_shape: shape of one image, (channels, height, width), or (height, width) if there is
+            one channel. Height and width must be at least ``2**depth``.
+        n_outputs: number of outputs K.
+        channels: channels of the first block, at least 1. Each further block has twice as many
+            channels as the block before.
+        depth: number of blocks, at least 1.
+        dropout: dropout rate before the linear layer, in [0, 1).
+
+    Raises:
+        ValueError: the rows are not images, the images are too small for ``depth`` blocks, or an
+            argument is out of range.
     """
 
     def __init__(
@@ -53,12 +64,15 @@ class CNN(nn.Module):
         self.last = nn.Linear(sizes[-1], n_outputs)
 
     def _block(self, inputs: int, outputs: int) -> nn.Sequential:
-        # BatchNorm has a shift of its own, so that the convolution needs none.
+        """Return one block: convolution, BatchNorm, ReLU and pooling."""
+        # BatchNorm adds its own shift, so a bias of the convolution would have no effect.
         convolution = nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=False)
         return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2))
 
     def forward(self, x: Tensor) -> Tensor:
+        r"""Return the outputs (B, K) for images (B, \*input_shape)."""
         x = x[:, None] if self.one_channel else x
-        x = self.blocks(x.to(self.last.weight.dtype))  # (B, C, H, W), also of bytes
+        # (B, channels, height, width); bytes become floats
+        x = self.blocks(x.to(self.last.weight.dtype))
         output: Tensor = self.last(self.drop(x.mean((2, 3))))
         return output

@@ -1,5 +1,7 @@
-"""A recurrent net for sequences of numbers or of token ids: GRU layers, of whose last state one
-linear layer."""
+"""A recurrent network for sequences of numbers or token ids.
+
+It has GRU layers. One linear layer reads their last state.
+"""
 
 from torch import Tensor, nn
 
@@ -7,16 +9,25 @@ from .layers import check_size
 
 
 class GRU(nn.Module):
-    """Gated recurrent units that return logits (classes) or values (regression) of sequences.
+    """Gated recurrent units that return logits (classes) or values (regression) for sequences.
 
-    ``layers`` GRU layers of ``hidden`` units; the state after the last step, with ``dropout`` in
-    [0, 1), goes to the linear layer. Token ids, integers from 0 to ``n_tokens - 1``, go through an
-    embedding of ``hidden`` numbers first.
+    The state after the last step goes through dropout to the linear layer. Token ids go through an
+    embedding with ``hidden`` numbers per token first.
 
-    ``input_shape`` is that of one sequence: (steps, numbers a step), or of token ids (steps,).
-    Shape: ``(B, *input_shape) -> (B, K)``. Raises ValueError for rows that are no sequences, token
-        ids without
-    ``n_tokens``, and arguments out of range.
+    Shape: ``(B, *input_shape) -> (B, K)``.
+
+    Args:
+        input_shape: shape of one sequence, (steps, numbers per step), or (steps,) for token ids.
+        n_outputs: number of outputs K.
+        hidden: number of units per layer, at least 1.
+        layers: number of GRU layers, at least 1.
+        n_tokens: number of different token ids, which are integers from 0 to ``n_tokens - 1``. None
+            for sequences of numbers.
+        dropout: dropout rate before the linear layer, in [0, 1).
+
+    Raises:
+        ValueError: the rows are not sequences, token ids come without ``n_tokens``, or an argument
+            is out of range.
     """
 
     def __init__(
@@ -50,7 +61,8 @@ class GRU(nn.Module):
         self.last = nn.Linear(hidden, n_outputs)
 
     def forward(self, x: Tensor) -> Tensor:
+        r"""Return the outputs (B, K) for sequences (B, \*input_shape)."""
         x = x.to(self.last.weight.dtype) if self.embedding is None else self.embedding(x.long())
-        states, _ = self.recurrent(x)  # (B, T, hidden)
+        states, _ = self.recurrent(x)  # (B, T, hidden), the states of the last layer
         output: Tensor = self.last(self.drop(states[:, -1]))
         return output

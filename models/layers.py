@@ -1,27 +1,34 @@
-"""What several models are made with: a check of their sizes, and a dropout whose rate may change
-while they train."""
+"""Parts that several models use: a check of sizes, and a dropout with a rate that can change."""
 
 import torch
 from torch import Tensor, nn
 
 
 def check_size(name: str, value: int, low: int) -> None:
-    """Raise ValueError where a size is below its lowest value."""
+    """Raise ValueError if a size is below its lowest value."""
     if value < low:
         raise ValueError(f"{name} must be at least {low}, got {name}={value}.")
 
 
 class Dropout(nn.Module):
-    """``nn.Dropout`` with its rate in a buffer ``rate``, in [0, 1).
+    """``nn.Dropout`` with its rate in a buffer, so that a search can change the rate in training.
 
-    A search sets it before every step: the key ``dropout`` is each member's own rate, by
-    ``dropout_schedule``, and 0 where it is not named. Shape: any -> the same.
+    Use it instead of ``nn.Dropout`` to search the dropout rate. The key ``dropout`` then gives each
+    member its own rate, and ``dropout_schedule`` changes the rate over time. The search sets the
+    rate before every step. The rate is 0 if the key is not named.
+
+    Shape: any shape, unchanged.
+
+    Args:
+        p: dropout rate in [0, 1), stored in the buffer ``rate``.
+
+    Raises:
+        ValueError: ``p`` is out of range.
     """
 
     rate: Tensor
     is_off = False
-    """Whether a search takes it for the identity, as the rate of none of its members ever differs
-    from 0."""
+    """True if a search treats the module as the identity, because all rates are always 0."""
 
     def __init__(self, p: float = 0.0) -> None:
         super().__init__()
@@ -30,6 +37,10 @@ class Dropout(nn.Module):
         self.register_buffer("rate", torch.tensor(float(p)))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return x with some numbers dropped and the rest scaled up.
+
+        Return x in evaluation mode.
+        """
         if not self.training or self.is_off:
             return x
         return torch.where(torch.rand_like(x) < self.rate, 0.0, x / (1 - self.rate))

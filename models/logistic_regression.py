@@ -1,5 +1,7 @@
-"""The linear model: one linear layer. Its softmax (or sigmoid) is in the loss, outside of the
-module."""
+"""The linear model: one linear layer.
+
+The softmax or sigmoid is part of the loss, not of the module.
+"""
 
 from torch import Tensor, nn
 
@@ -11,6 +13,13 @@ class LogisticRegression(nn.Module):
     output.
 
     Shape: ``(B, D) -> (B, K)`` logits.
+
+    Args:
+        n_features: number of inputs D, at least 0.
+        n_outputs: number of outputs K, at least 1.
+
+    Raises:
+        ValueError: a size is out of range.
     """
 
     def __init__(self, n_features: int, n_outputs: int) -> None:
@@ -22,5 +31,6 @@ class LogisticRegression(nn.Module):
         self.layers = nn.ModuleList([nn.Linear(n_features, n_outputs)])
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the logits (B, K) for rows (B, D)."""
         output: Tensor = self.layers[0](x)
         return output

@@ -1,4 +1,4 @@
-"""The multilayer perceptron: hidden layers, each linear, activation, dropout; a linear end."""
+"""The multilayer perceptron: hidden layers (linear, activation, dropout), then a linear layer."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from .layers import check_size
 
-# Each maps 0 to 0, so that a hidden unit whose weights are zero stays invisible in training.
+# Each activation maps 0 to 0. A hidden unit whose weights are zero then stays invisible in
+# training. Padding relies on this.
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
     "gelu": nn.GELU,
@@ -18,11 +19,19 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 class MLP(nn.Module):
     """A multilayer perceptron that returns logits (classes) or values (regression).
 
-    ``width`` units in each of ``depth`` hidden layers, ``depth=0`` being the linear model, or
-    ``width`` is the units of each, and there is no ``depth``; ``activation`` is "relu", "gelu",
-    "silu" or "tanh"; ``dropout`` in [0, 1) follows every activation.
+    Shape: ``(B, D) -> (B, K)``.
 
-    Shape: ``(B, D) -> (B, K)``. Raises ValueError for an argument out of range.
+    Args:
+        n_features: number of inputs D, at least 0.
+        n_outputs: number of outputs K, at least 1.
+        width: units of every hidden layer, at least 1, or a sequence with the units of each hidden
+            layer. With a sequence, ``depth`` is ignored.
+        depth: number of hidden layers. 0 is the linear model.
+        activation: "relu", "gelu", "silu" or "tanh".
+        dropout: dropout rate after every activation, in [0, 1).
+
+    Raises:
+        ValueError: an argument is out of range.
     """
 
     def __init__(
@@ -60,6 +69,7 @@ class MLP(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs (B, K) for rows (B, D)."""
         for layer in self.layers[:-1]:
             x = self.drop(self.act(layer(x)))
         output: Tensor = self.layers[-1](x)

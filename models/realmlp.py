@@ -1,8 +1,7 @@
-"""RealMLP: a multilayer perceptron for tables with embedded numbers, scaled inputs and a start that
-the data give.
+"""RealMLP: a multilayer perceptron for tables, with embedded numbers and scaled inputs.
 
-Source: Holzmueller et al. (2024), Better by default, arXiv:2407.04491; defaults as its authors'
-    package has them.
+Its initial weights are fitted to the data. Source: Holzmueller et al. (2024), Better by default,
+arXiv:2407.04491. The defaults are the defaults of the authors' package.
 """
 
 import math
@@ -22,16 +21,24 @@ ACTIVATIONS = {
 }
 EMBEDDINGS = ("pbld", "plr", "pl", "none")
 
-_START_ROWS = 10_000  # that a start looks at
+_START_ROWS = 10_000  # rows at most that ``start_from`` uses
 
 
 class NumberEmbedding(nn.Module):
-    """Each number as ``size`` of them: waves of it, then a linear layer of its own. (B, D) -> (B, D
-    * size).
+    """An embedding that turns each number into ``size`` numbers.
 
-    "pbld": cosines with a phase, a linear layer, and the number itself; "pl": cosines and sines and
-    a linear layer; "plr": that with a relu. ``sigma`` is the standard deviation of the frequencies,
-    of which there are ``waves``.
+    It computes periodic functions (waves) of the number, then a separate linear layer for each
+    feature.
+
+    Shape: ``(B, D) -> (B, D * size)``.
+
+    Args:
+        n_numbers: number of features D.
+        kind: "pbld": cosines with a phase, a linear layer, and the number itself. "pl": cosines and
+            sines, and a linear layer. "plr": "pl" followed by a relu.
+        sigma: standard deviation of the initial frequencies.
+        waves: number of waves per feature.
+        size: number of outputs per feature.
     """
 
     def __init__(self, n_numbers: int, kind: str, *, sigma: float, waves: int, size: int) -> None:
@@ -48,20 +55,28 @@ class NumberEmbedding(nn.Module):
         self.offset = nn.Parameter((2 * torch.rand(n_numbers, out) - 1) / math.sqrt(waves))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the embedding (B, D * size) of numbers (B, D)."""
         angle = 2 * math.pi * x[..., None] * self.frequency  # (B, D, waves)
         h = (
             torch.cat([angle.cos(), angle.sin()], -1)
             if self.phase is None
             else (angle + self.phase).cos()
         )
+        # (D, B, waves) @ (D, waves, out) -> (D, B, out), transposed back to (B, D, out)
         h = (h.transpose(0, 1) @ self.weight).transpose(0, 1) + self.offset
         h = torch.cat([h, x[..., None]], -1) if self.kind == "pbld" else h
         return (h.relu() if self.kind == "plr" else h).flatten(1)
 
 
 class TangentLinear(nn.Module):
-    """A linear layer in the neural tangent parametrisation: x W^T / sqrt(inputs) + bias, W of
-    variance 1."""
+    """A linear layer in the neural tangent parametrization: ``x @ W.T / sqrt(n_in) + bias``.
+
+    The initial W has variance 1.
+
+    Args:
+        n_in: number of inputs.
+        n_out: number of outputs.
+    """
 
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__()
@@ -69,20 +84,22 @@ class TangentLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n_out))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs (B, n_out) for inputs (B, n_in)."""
         return functional.linear(x, self.weight) / math.sqrt(self.weight.shape[1]) + self.bias
 
     def start_from(self, x: Tensor) -> Tensor:
-        """Give the outputs on rows a variance of 1, and each unit its kink among the rows; return
-        the outputs.
+        """Fit the layer to rows (m, n_in), and return its outputs (m, n_out).
 
-        The kink lies at a random mean of five rows.
+        The outputs get a variance of 1 (before the bias). The bias places the kink of each unit at
+        a random mean of five rows.
         """
         h = functional.linear(x, self.weight) / math.sqrt(self.weight.shape[1])
         spread = h.std(0, correction=0)
         spread = torch.where(spread > 0, spread, 1.0)
         self.weight /= spread[:, None]
         h = h / spread
-        shares = torch.rand(5, h.shape[1], device=h.device).log()  # of a uniform point of a simplex
+        # unnormalized weights of a uniform point on a simplex
+        shares = torch.rand(5, h.shape[1], device=h.device).log()
         rows = torch.randint(len(h), (5, h.shape[1]), device=h.device)
         self.bias.copy_(-(h.gather(0, rows) * shares / shares.sum(0)).sum(0))
         return h + self.bias
@@ -91,18 +108,37 @@ class TangentLinear(nn.Module):
 class RealMLP(nn.Module):
     """A network for tables that returns logits (classes) or values (regression).
 
-    ``depth`` hidden layers of ``width`` units with ``activation``, "auto": "mish" for one output,
-    "selu" for more; with
-    ``parametric`` every unit learns how much of it. ``embedding`` is that of numbers ("pbld",
-    "plr", "pl", "none"; see
-    ``NumberEmbedding``), with ``scaling`` every input is multiplied by a number that is learned.
+    In evaluation mode a regression clips its outputs to the range of the targets that
+    ``start_from`` received.
 
-    ``feature_groups`` says of each feature 0 where it is a number, else (from 1) of which category
-    it is a level: one of more than ``one_hot`` levels is embedded as ``category_size`` numbers.
-    None: all are numbers.
+    Shape: ``(B, D) -> (B, K)``.
 
-    Shape: ``(B, D) -> (B, K)``. In evaluation mode, and for numbers, outputs lie within the targets
-    that ``start_from`` was given. Raises ValueError for an argument out of range.
+    Source: Holzmueller et al. (2024), Better by default, arXiv:2407.04491.
+
+    Args:
+        n_features: number of inputs D.
+        n_outputs: number of outputs K.
+        feature_groups: for each feature 0 if it is a number, or the number of its category (from 1)
+            if it is a level of a category. None: all features are numbers.
+        width: units of every hidden layer, at least 1.
+        depth: number of hidden layers, at least 1.
+        activation: "selu", "mish", "relu", "silu" or "auto". "auto" is "mish" for one output and
+            "selu" for more.
+        parametric: whether every unit learns the strength of its activation.
+        embedding: embedding of numbers, "pbld", "plr", "pl" or "none". "pbld" uses cosines with a
+            phase, a linear layer and the number itself. "pl" uses cosines and sines and a linear
+            layer. "plr" adds a relu to "pl".
+        sigma: standard deviation of the initial frequencies of the embedding.
+        waves: number of waves per number, at least 2.
+        size: number of outputs per embedded number, at least 2.
+        scaling: whether every input is multiplied by a learned number.
+        one_hot: largest number of levels of a category whose one-hot features stay as inputs.
+            Larger categories are embedded.
+        category_size: numbers per embedded category.
+        dropout: dropout rate after every activation, in [0, 1).
+
+    Raises:
+        ValueError: an argument is out of range.
     """
 
     low: Tensor
@@ -173,15 +209,14 @@ class RealMLP(nn.Module):
         self.register_buffer("high", torch.full((n_outputs,), math.inf))
 
     def _split(self, groups: Sequence[int], one_hot: int) -> None:
-        """Say which features are numbers, which stay as they are, and which are the levels of a
-        large category."""
+        """Divide the features into numbers, unchanged features and levels of large categories."""
         members = {
             group: [j for j, of in enumerate(groups) if of == group]
             for group in sorted({*groups} - {0})
         }
         self.levels = [own for own in members.values() if len(own) > one_hot]
         plain = sorted(j for own in members.values() if len(own) <= one_hot for j in own)
-        # Buffers: places that are lists would be sent to a GPU at every step.
+        # Buffers, because index lists would be copied to a GPU at every step.
         for name, places in (
             ("numbers", [j for j, group in enumerate(groups) if group == 0]),
             ("plain", plain),
@@ -190,8 +225,11 @@ class RealMLP(nn.Module):
             self.register_buffer(name, torch.tensor(places, dtype=torch.int64), persistent=False)
 
     def _features(self, x: Tensor) -> Tensor:
+        """Return the inputs (B, D') of the first layer: embedded numbers, plain features,
+        categories."""
         numbers = x[:, self.numbers]
         parts = [numbers if self.embedding is None else self.embedding(numbers), x[:, self.plain]]
+        # (B, levels) @ (levels, category_size) -> (B, category_size)
         parts += [
             x[:, self.get_buffer(f"levels{i}")] @ weight for i, weight in enumerate(self.categories)
         ]
@@ -199,15 +237,17 @@ class RealMLP(nn.Module):
         return h if self.scale is None else h * self.scale
 
     def _hidden(self) -> Iterator[tuple[nn.Module, Tensor | None]]:
-        """Yield the hidden layers, each with its units' slopes."""
+        """Yield each hidden layer with the activation strengths of its units."""
         layers = list(self.layers.values())[:-1]
         return zip(layers, self.slopes if self.slopes is not None else [None] * len(layers))
 
     def _activated(self, h: Tensor, slope: Tensor | None) -> Tensor:
+        """Apply the activation. With ``slope`` (width,), mix it with the identity unit by unit."""
         active = self.activation(h)
         return active if slope is None else h + (active - h) * slope
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs (B, K) for rows (B, D)."""
         h = self._features(x)
         for layer, slope in self._hidden():
             h = self.drop(self._activated(layer(h), slope))
@@ -216,8 +256,11 @@ class RealMLP(nn.Module):
 
     @torch.no_grad()
     def start_from(self, x: Tensor, y: Tensor) -> None:
-        """Fit the start to training rows (n, D), and remember the range of their targets where
-        these are numbers."""
+        """Fit the initial weights to training rows x (n, D), and store the range of numeric targets
+        y.
+
+        gputune calls this once per fold before training.
+        """
         if y.is_floating_point():
             self.low.copy_(y.amin(0))
             self.high.copy_(y.amax(0))

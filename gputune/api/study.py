@@ -1,7 +1,7 @@
-"""The Study with all that can be done with it; what draws, trains or writes is imported when it is
-asked.
+"""Study with the methods that plot, train and write.
 
-Opening a study to look at its trials must not wait for torch.
+Each method imports its own dependencies when it is called. A study can then be opened to look at
+its trials without importing torch.
 """
 
 import os
@@ -25,11 +25,21 @@ if TYPE_CHECKING:
 
 
 class Study(data.Study):
-    """What a search found, and what can be done with it: a model, a page, plots, a study of
-    Optuna's.
+    """The results of a search, with methods that make models, reports and plots from them.
 
-    Scores are shown in the sign of their name: a log_loss is positive. The plots need matplotlib
-    (``pip install "gputune[report]"``), draw on ``ax`` where it is given, and return the Axes.
+    ``gputune.tune`` and ``gputune.search`` return a study. ``gputune.Study.open`` reads one from
+    its file.
+
+    Scores follow scikit-learn: greater is better. Plots and reports show a score in the sign of its
+    name, so a log_loss is positive there. The ``plot_...`` methods need matplotlib (``pip install
+    "gputune[report]"``). They draw on ``ax`` if you pass it, and return the Axes.
+
+    Attributes:
+        trials: all trials, in order of their number.
+        curves: (C, epochs, F) validation scores after each epoch. Row c belongs to ``trials[c]``.
+            NaN if a trial did not train that long.
+        meta: the options of the search by name, read-only.
+        file: the SQLite file that keeps the study. None if no file does.
     """
 
     def best_model(
@@ -43,21 +53,30 @@ class Study(data.Study):
         check: bool = True,
         trust_code: bool = False,
     ) -> "TunedModel":
-        """The best configuration, or that of the ``trial`` of a number, trained again on all rows.
+        """Train the best trial, or the trial with a given number, again on all rows.
 
-        ``X`` and ``y`` are needed where the study was opened from a file and its input cannot be
-        read again; they must be the rows of the search. ``check=False`` trains on others: the model
-        then has no score. ``trust_code=True`` runs the code of a class that a study names, also
-        where this user has not trained it on this machine.
-        ``intervals=True`` keeps the residuals on the rows that its folds validate on, which
-        ``predict_interval`` needs.
-        ``calibrate=True`` is for the probabilities of classes: logits are divided by the
-        temperature that is best on the rows that the folds validate on (Guo et al., 2017). None:
-        where trials are ranked by the log loss, unless
-        ``check=False``, or the study is of a hypergradient search.
+        Args:
+            X: the rows of the search. You need ``X`` and ``y`` if the study was opened from a file
+                and its input cannot be read again.
+            y: the targets of the search, or the name of the target column.
+            trial: number of the trial to train. None: the best trial.
+            intervals: True keeps the residuals on the validation rows of the folds.
+                ``TunedModel.predict_interval`` needs them.
+            calibrate: True divides the logits by the temperature that is best on the validation
+                rows of the folds (Guo et al., 2017). It is for the probabilities of classes. None
+                calibrates if the log loss ranks the trials, but not with ``check=False`` or for a
+                hypergradient search.
+            check: False accepts rows that differ from the rows of the search. The model then has no
+                score.
+            trust_code: True runs the code of a class that the study names, even if you have not
+                trained that code on this machine.
 
-        Raises InputError for a number of no scored trial, for other rows, saying what differs, for
-        a class that is not trusted, and where rows or options are in no file.
+        Returns:
+            The tuned model, which predicts from raw rows.
+
+        Raises:
+            InputError: no scored trial has this number, the rows differ (the message says how), a
+                class is not trusted, or no file holds the rows or options.
         """
         from gputune.tuning.refit import Access
         from gputune.tuning.validation import refit_with_folds
@@ -77,26 +96,42 @@ class Study(data.Study):
         trust_code: bool = False,
         verbose: int = 1,
     ) -> "TunedModel":
-        """The weighted mean of several trials, chosen on validation rows and trained again on all
-        rows.
+        """Return the weighted mean of several trials, trained again on all rows.
 
-        Of what the best ``candidates`` trials predict on the rows that they have not seen, which
-        the study keeps (else they train on their folds once more), an ensemble is chosen greedily
-        with repetition (Caruana et al., 2004), in at most ``size`` steps. Those chosen are trained
-        on all rows (``refit="all"``), each from so many starts and orders (``refit=5``), or once on
-        the training rows of each fold, prepared as all rows are (``refit="folds"``). Probabilities,
-        or values of a regression, are averaged. The model has the residuals that
-        ``predict_interval`` needs; chosen on the same rows, they are a little small.
-        ``calibrate`` is as in ``best_model``, and costs nothing here.
+        The trials and their weights are chosen on validation rows. The choice is greedy, with
+        repetition (Caruana et al., 2004). It uses the predictions of each trial on rows that the
+        trial was not trained on. The study usually keeps these predictions. Otherwise the trials
+        train on their folds once more.
 
-        ``info["score"]`` is honest about the choice: each fold is scored by what the other folds
-        choose (of one fold, as a validation split of your own, each half of its rows by the other
-        half); the trials are still the best of the search on the same rows. ``X``, ``y`` and
-        ``trust_code`` are as in ``best_model``.
+        The model averages probabilities, or the values of a regression. It has the residuals that
+        ``predict_interval`` needs. These are slightly too small, because the ensemble was chosen on
+        the same rows.
 
-        Raises InputError for fewer than two finished trials, a study of a hypergradient search, a
-        custom target, and as
-        ``best_model`` does; DivergedError where a trial diverges on all rows.
+        ``info["score"]`` accounts for the choice: each fold is scored by the ensemble that the
+        other folds choose. With one fold (your own validation split), each half of its rows is
+        scored by the ensemble of the other half. The candidates are still the best trials of the
+        search on the same rows.
+
+        Args:
+            X: the rows of the search, as in ``best_model``.
+            y: the targets of the search, as in ``best_model``.
+            size: number of greedy steps at most, at least 1.
+            candidates: number of best trials to choose from, at least 2.
+            refit: training of the chosen trials. "all" trains each once on all rows. An integer,
+                for example 5, trains each that many times on all rows, with different initial
+                weights and row orders. "folds" trains each once on the training rows of each fold,
+                prepared like all rows.
+            calibrate: calibration as in ``best_model``. It needs no extra training here.
+            trust_code: trust in the code of a class, as in ``best_model``.
+            verbose: 0 is silent, 1 shows a progress bar.
+
+        Returns:
+            The ensemble as a tuned model.
+
+        Raises:
+            InputError: fewer than two trials are complete, the study comes from a hypergradient
+                search, the target is custom, or as in ``best_model``.
+            DivergedError: a trial diverges when it trains on all rows.
         """
         from gputune.tuning.refit import Access
         from gputune.tuning.validation import ensemble
@@ -118,16 +153,26 @@ class Study(data.Study):
         trial: int | None = None,
         trust_code: bool = False,
     ) -> "NDArray[np.float64]":
-        """What the best trial, or the ``trial`` of a number, predicts of the rows that its folds
-        validate on.
+        """Return the out-of-fold predictions of the best trial, or of the trial with a given
+        number.
 
-        The study keeps them, in single precision; else its members train on their folds once more.
-        Returns probabilities of the classes, or of the labels, (n, K); values of a regression in
-        their units, (n,) or (n, K). A row of several folds has their mean, one that no fold
-        validates on has NaN. ``X``, ``y`` and ``trust_code`` are as in ``best_model``.
+        Each validation row is predicted by a member that was not trained on it. The study keeps
+        these predictions in single precision. Otherwise the members train on their folds once more.
 
-        Raises InputError for a number of no scored trial, a study of a hypergradient search, of
-        ``search`` or of a custom target, and as ``best_model`` does.
+        Args:
+            X: the rows of the search, as in ``best_model``.
+            y: the targets of the search, as in ``best_model``.
+            trial: number of the trial. None: the best trial.
+            trust_code: trust in the code of a class, as in ``best_model``.
+
+        Returns:
+            Probabilities of the classes or labels, (n, K), or values of a regression in their own
+            units, (n,) or (n, K). A row that several folds validate on has their mean. A row that
+            no fold validates on has NaN.
+
+        Raises:
+            InputError: no scored trial has this number, the study comes from a hypergradient search
+                or ``gputune.search``, the target is custom, or as in ``best_model``.
         """
         from gputune.tuning.refit import Access
         from gputune.tuning.validation import oof_predictions
@@ -135,22 +180,31 @@ class Study(data.Study):
         return oof_predictions(Access(self, X, y, True, trust_code, "oof_predictions"), trial)
 
     def to_optuna(self, storage: object = None, *, name: str | None = None) -> "optuna.Study":
-        """Write every trial into a new study of Optuna's and return it: for its dashboard, plots
-        and importances.
+        """Write every trial into a new Optuna study, for Optuna's dashboard, plots and importances.
 
-        storage: a URL such as "sqlite:///optuna.db" or an ``optuna.storages`` object; None: in
-        memory. name: of the new study, else Optuna makes one.
+        The Optuna study is maximized. Each of its trials has:
 
-        It is maximized. Each trial has its score as value, the fold mean of every epoch as
-        intermediate values, its state (COMPLETE, PRUNED, FAIL; one that a deadline stopped is
-        PRUNED, one that has not run is WAITING), its params in the distributions of the space,
-        widened where the default or an included trial lies outside, and as user attributes number,
-        origin, fold_scores, std_error, best_epoch, seconds, state, metrics, which are the fold
-        scores by each of several, and other_params, those that have no place in the distribution.
-        Its duration is the trial's; its time of day is that of the export.
+        - its score as value, and the mean validation score of every epoch as intermediate values;
+        - its state: COMPLETE, PRUNED, FAIL or WAITING. A trial that a deadline stopped is PRUNED,
+          and a trial that has not run is WAITING;
+        - its params, in the distributions of the space. A distribution is widened if the default or
+          an included trial lies outside;
+        - as user attributes ``number``, ``origin``, ``fold_scores``, ``std_error``, ``best_epoch``,
+          ``seconds`` and ``state``, the fold scores by each of several ``metrics``, and
+          ``other_params``, the params that do not fit into a distribution;
+        - the duration of the trial. Its time of day is the time of the export.
 
-        Raises InputError where ``storage`` has a study of that name, MissingExtraError without
-        Optuna. A study that could not be written to its end is deleted again.
+        Args:
+            storage: a URL such as "sqlite:///optuna.db", or an ``optuna.storages`` object. None: in
+                memory.
+            name: name of the new study. None: Optuna makes a name.
+
+        Returns:
+            The new Optuna study. If writing fails halfway, the study is deleted again.
+
+        Raises:
+            InputError: ``storage`` has a study with this name already.
+            MissingExtraError: Optuna is not installed.
         """
         from gputune.methods.optuna import export_to_optuna
 
@@ -167,15 +221,24 @@ class Study(data.Study):
         y: object = None,
         trust_code: bool = False,
     ) -> None:
-        """Write one page of HTML about the study to ``path``, which is replaced where it exists.
+        """Write an HTML report about the study.
 
-        ``model`` is the tuned model of the study, whose held-out score the page then shows. For the
-        ``confusion`` matrix of classes and the permutation ``importance`` of the columns of X the
-        best trial trains on its folds once more; both are of the rows that they validate on. ``X``,
-        ``y`` and ``trust_code`` are as in ``best_model``.
+        The ``confusion`` and ``importance`` parts need predictions on the validation rows of the
+        folds. For them the best trial trains on its folds once more.
 
-        Raises InputError for a folder, one that does not exist, a name that does not end in .html,
-        for a model of another study or of other rows, and as ``oof_predictions`` does.
+        Args:
+            path: the HTML file to write. An existing file is replaced.
+            model: the tuned model of this study. The report then shows its held-out score.
+            confusion: whether to add the confusion matrix of the classes.
+            importance: whether to add the permutation importance of the columns of X.
+            X: the rows of the search, as in ``best_model``.
+            y: the targets of the search, as in ``best_model``.
+            trust_code: trust in the code of a class, as in ``best_model``.
+
+        Raises:
+            InputError: ``path`` is a folder, its folder does not exist, its name does not end in
+                .html or .htm, the model belongs to another study or to other rows, or as in
+                ``oof_predictions``.
         """
         from gputune.report.facts import check_place
         from gputune.report.page import page
@@ -193,12 +256,12 @@ class Study(data.Study):
 
     @property
     def best_trials(self) -> "tuple[Trial, ...]":
-        """The trials that no other one equals in all metrics and beats in one (the Pareto front),
-        best first.
+        """The Pareto-optimal trials, best first.
 
-        ``best_trial`` is the first of them. Scores are those at a trial's best epoch by the first
-        metric; pruned trials count where there are no others. With one metric it is the best trial
-        alone.
+        Another trial beats a Pareto-optimal trial in no metric unless it is worse in another one.
+        ``best_trial`` is the first of them. The scores are taken at a trial's best epoch by the
+        first metric. Pruned trials count only if all trials with scores were pruned. With one
+        metric the tuple holds only the best trial.
         """
         return pareto_trials(self)
 
@@ -210,8 +273,9 @@ class Study(data.Study):
         ``improvement_std_error`` compare it with ``best_trial`` on the same folds. ``improvement``
         is positive if the best trial is better, for losses too.
 
-        None if no trial with a score is the default configuration: with ``include_default=False``,
-        a space with keys that have no default, ``method="hypergradient"`` and ``gputune.search``.
+        None if no trial with a score is the default configuration. This is so with
+        ``include_default=False``, a space with keys that have no default,
+        ``method="hypergradient"`` and ``gputune.search``.
         """
         return default_trial(self)
 
@@ -226,8 +290,10 @@ class Study(data.Study):
     plot_path = plots.plot_path
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: what it searched, its best score and parameters, how many trials
-        ended how."""
+        """Return the HTML summary that a notebook shows.
+
+        It has the number of trials by state, the best score, and the parameters of the best trial.
+        """
         states = Counter(trial.state for trial in self.trials)
         rows = [
             ("trials", ", ".join(f"{number} {state}" for state, number in states.items()) or "none")

@@ -1,5 +1,8 @@
-"""tune() and search(): the searches of a model on rows, and of those who have a training loop of
-their own."""
+"""The functions ``tune`` and ``search``.
+
+``tune`` searches the hyperparameters of a model on rows. ``search`` searches the hyperparameters of
+a custom training loop.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -57,14 +60,14 @@ _OTHER_WORDS: Mapping[str, str] = {
     "n_jobs": "workers",
     "scheduler": "schedule",
 }
-"""What other libraries call our arguments: too far for a spell checker."""
+"""The names that other libraries give to our arguments. A spell checker would not find them."""
 
 
 def public(function: Callable[Given, Value]) -> Callable[Given, Value]:
-    """Let the TypeError of an argument that a function has not name the one that was meant, as
-    Python 3.13 does.
+    """Wrap a public function to make its errors helpful in interactive use.
 
-    Where a person types the calls, a search that is interrupted returns its study so far.
+    An unknown keyword argument raises a TypeError that suggests the right name, like Python 3.13
+    does. In a notebook or at a prompt, an interrupted search returns its study so far.
     """
     known = signature(function).parameters
 
@@ -141,161 +144,248 @@ def tune(
     callbacks: Sequence[Callback] = (),
     verbose: int = 1,
 ) -> Study:
-    """Search hyperparameters by training every configuration x fold as one tensor program; return
-    the Study.
+    """Search hyperparameters by training every configuration x fold at once, and return the Study.
 
-    model        "mlp", "logistic", "realmlp" (RealMLP, for tables), "cnn" for images, "gru" for
-                 sequences, a ``torch.nn.Module`` class, a function or a partial that makes one,
-                 called with the trial's ``module__*`` values and what it has of ``n_features``,
-                 ``n_outputs``, ``input_shape`` and ``feature_groups``; or "FILE.py:NAME"
-    X, y         arrays, tensors, pandas or polars frames; or a file and the name of its target
-                 column. For a module also arrays and tensors (n, ...) of any shape, integer tensors
-                 (n, T) of token ids, a tuple of several or a dict of keyword inputs, a map-style
-                 Dataset of torch's, a .npz or .pt file, or .npy files of X and of y
-    space        a dict, or a list of dicts, of hyperparameter -> list, scipy.stats distribution,
-                 ``gputune.log_int(a, b)``, a distribution of Optuna's or one fixed value; or a
-                 space by its name, "mlp" (the default one, behind a portfolio: seven good
-                 configurations that are tried first), "realmlp" or "realmlp-tabarena"; None: a
-                 default for the model
-    n_trials     configurations in all: with ``include_default`` the default one, held to the space
-                 wherever that names a key, and the others drawn, or asked of Optuna's sampler;
-                 ``include`` (dicts; a missing key takes the default, held to the space too) comes
-                 on top
-    warm_start   earlier studies, or their files: the best five finished trials of each that lie in
-                 the space are included, on top of ``n_trials``, and Optuna's sampler hears of all
-                 that have the same score
-    method       "random": every trial is trained to the end; "halving" or ``gputune.Halving(...)``:
-                 all train together, and at each rung those with the best fold means go on; "median"
-                 or ``gputune.Median(...)``: those below the median of the fold means leave;
-                 "hypergradient" or ``gputune.Hypergradient(...)``: each drawn configuration is a
-                 start that descends on the fold mean of its validation loss after ``max_epochs``;
-                 each point of it is a trial, scored after the last epoch;
-                 ``gputune.OptunaSampler(...)``: a sampler of Optuna's proposes the configurations,
-                 batch by batch
-    cv           number of shuffled, stratified folds, a scikit-learn splitter, which sees X as you
-                 gave it, or (train, valid) index arrays
-    groups       one label a row, or the name of a column: folds that split a group are refused
-    scoring      a scikit-learn scorer name or ``callable(estimator, X, y)``, where X are rows as
-                 you gave them (a frame stays one, a tensor is an array) and ``estimator`` predicts
-                 whatever rows it is given; or ``callable(outputs, y)`` of a module's outputs (m,
-                 ...) on validation rows; None: accuracy (of labels the share of rows of which all
-                 are right) or R2, for hypergradients, custom targets and soft labels the loss; for
-                 "mae", "huber" and "quantile" see ``loss``. A list, tuple or dict (name -> scorer)
-                 of several: the first ranks the trials, prunes, chooses epochs and ends the search,
-                 all are kept for every epoch and fold (``Study.curves_of``)
-    positive     the class that f1, precision, recall, jaccard, average_precision or a likelihood
-                 ratio is of; may be left out for classes {0, 1}, {-1, 1} and {False, True}, of
-                 which the larger one is positive
-    task         overrides what the target looks like: text, booleans and at most 20 distinct whole
-                 numbers that repeat are classes, everything else is a number. More than 20 distinct
-                 whole numbers are classes too if the loss only classifies, or if a module has as
-                 many outputs as there are distinct numbers. For a module also several numbers a row
-                 ("regression" of (n, K)), "multilabel" (n, K) of 0 and 1, and "custom": numbers (n,
-                 ...) for a loss of your own
-    missing_target  "drop" leaves out the rows whose target is missing; "error" refuses them
-    target_transform  "log" (of numbers above 0), "log1p" (above -1) or a transformer of
-                      scikit-learn's that has an
-                 inverse, as in its TransformedTargetRegressor: fitted on each fold's training rows,
-                 and inverted in scores and predictions; a loss of your own sees y transformed
-    loss         "mse", "mae", "huber" or "quantile" of numbers, on the standardized target.
-                 "quantile:0.9" gives the level (0.5 by default), "huber:2" the delta (1, in
-                 standard deviations of the target). scikit-learn's names "squared_error" and
-                 "absolute_error" mean the same. "mae" and "huber" rank trials by
-                 neg_mean_absolute_error if you give no scoring, "quantile" by neg_mean_pinball_loss
-                 of its level. Of a module also "cross_entropy", "bce" (of labels, and of two
-                 classes with one logit a row); a loss of torch.nn or ``callable(outputs, y)``, of y
-                 as you gave it, that returns row losses or their mean. Numbers that it takes can be
-                 searched: ``loss__label_smoothing``, ``loss__delta``, ``loss__q``
-    training_step  ``callable(module, (x, y))`` in its place, for what needs the module; returns row
-                   losses or a mean
-    augment      ``callable(x, generator)`` on minibatches of training: returns inputs of the same
-                 shape
-    class_weight, sample_weight  weights of the rows in the training loss, as in scikit-learn;
-                                 scores are unweighted
-    drop         columns of a table to leave out, such as an id
-    kinds        what columns are read as, in the place of what they look like: {"zip": "category"};
-                 or "number", "date"
-    max_levels   levels of a category, the most frequent ones, that have a feature each; the others
-                 share one
-    columns      "keep": each column of numbers or booleans is one feature, whatever it holds;
-                 "drop-constant": constant ones are left out, and features say where values are
-                 missing; "auto": "keep" for a class of your own, else "drop-constant"
-    numbers      how numeric columns are scaled, fitted on each fold's training rows: "standard"
-                 (mean 0, variance 1; other rows are clipped at 20 or the farthest of these),
-                 "robust", "quantile", "none", or cut into 16 bins between quantiles ("piecewise"),
-                 or between the thresholds of a decision tree on the target ("piecewise-tree"), a
-                 feature each (arXiv:2203.05556); images, sequences and other inputs of a module are
-                 taken as they are ("auto"), or "standard": each channel with mean 0, variance 1
-    optimizer    "sgd", "nesterov", "adam", "adamw", "rmsprop", "lion", "muon" (hidden matrices, the
-                 rest by adamw), "schedulefree" (AdamW, scored and saved as its average), or one
-                 that adapts its rate as it trains (``gputune.optim``): "sgdhd", "nesterovhd",
-                 "adamhd", "adamwhd"; "logistic" is solved to convergence ("exact") by default. Of a
-                 module also a class of torch.optim or its name, "RAdam": its members train one by
-                 one, and its arguments can be searched: ``optimizer__betas``, ``optimizer__eps``
-    schedule     of the learning rate over ``max_epochs``, per step: "constant", "cosine", "linear",
-                 "warmup+cosine" or "one_cycle"
-    patience     epochs without a better fold mean after which a trial ends, and its members leave
-                 their chunk; it is scored at its best epoch. None: all train for ``max_epochs``,
-                 over which schedules run in any case
-    epoch        "best" scores the fold mean at its best epoch, "last" after the last one
-    timeout      seconds after which training stops at the end of the running epoch; what it cut
-                 short is scored on what it had, and trained on by a later call with the same
-                 ``study``
-    target_score, patience_trials  the search ends when a trial has that score (greater is better,
-                                   so -0.3 of a
-                 neg_log_loss), or so many in a row are no better than the best before them. Trials
-                 are looked at in order of number, when all trials with lower numbers have ended
-    study        path of an SQLite file to keep the study in; the same call goes on where the file
-                 ends
-    checkpoint_seconds  a chunk that trains longer than this keeps its state in a folder beside the
-                        study, again and
-                 again (or at 20 times what writing takes), so that a killed search repeats that and
-                 an epoch at most
-    device       "auto" takes the GPU where there is one and X is a tensor on it, or a module
-                 trains, or the training is long; else the CPU, whose compiled code has a small MLP
-                 trained before a GPU has begun
-    dtype        "float32" or "float64"
-    backend      "compiled" trains each member of an MLP or a linear model through whole epochs in
-                 compiled code, on a CPU; "kernel" does so in a thread block of a GPU; "graph"
-                 records a step of all members once and replays it; "eager" takes it as operations
-                 on stacked tensors. Members of a user's module are "stacked", which is an error
-                 where they cannot be, or train one by one ("loop"). "auto" chooses; numbers are the
-                 same to rounding
-    tf32         whether a GPU may round the factors of its matrix products to TF32 (10 bits of
-                 mantissa) while it trains, which is faster and moves scores by more than rounding;
-                 on a CPU it is refused
-    precision    of what a module computes while it trains: "full", or "bf16": matrix products and
-                 convolutions in bfloat16 by torch.autocast, with parameters, updates and scores in
-                 single precision
-    memory       bytes, or text such as "8GB", that a chunk of trials may take on the device
-    workers      processes on a CPU; "auto" uses the cores where the work repays their start; "ray"
-                 or ``gputune.Ray(address, cpus)``: tasks of a Ray cluster, each with one GPU or
-                 some CPUs
-    keep_predictions  whether the study keeps what each finished trial predicts, at its best epoch,
-                      of the rows that
-                 its folds validate on (at most 128 MiB; beyond that the worst trials go without):
-                 ``ensemble``,
-                 ``oof_predictions``, intervals and calibration then train no fold again. Not of
-                 descents, nor of a custom target, nor with ``epoch="last"``
-    random_state seed of candidates, folds, row order, starts, dropout and other draws of a module
-    callbacks    ``gputune.callbacks``: called at the start, after epochs, with finished trials, and
-                 at the end
-    verbose      0 silent, 1 a bar, the plan and remarks on standard error
+    Args:
+        model: the model to tune.
 
-    Raises InputError (a ValueError) for bad input, SearchFailedError where every trial failed,
-    SearchInterrupted (a KeyboardInterrupt with the ``study`` so far) on Ctrl-C; in a notebook or at
-    a prompt Ctrl-C returns that study.
+            - a name: "mlp", "logistic", "realmlp" (RealMLP, for tables), "cnn" (for images) or
+              "gru" (for sequences);
+            - a ``torch.nn.Module`` class, or a function or ``functools.partial`` that returns a
+              module;
+            - "FILE.py:NAME", such a class or function in a Python file.
+
+            A class or function is called with the trial's ``module__*`` values, and with
+            ``n_features``, ``n_outputs``, ``input_shape`` and ``feature_groups`` if its signature
+            has them.
+        X: an array, tensor, pandas or polars DataFrame, or the path of a file. A module also takes:
+
+            - arrays and tensors (n, ...) of any shape;
+            - integer tensors (n, T) of token ids;
+            - a tuple of several inputs, or a dict of keyword inputs;
+            - a map-style ``torch.utils.data.Dataset``;
+            - a .npz, .pt or .npy file.
+
+        y: the targets, or the name of the target column of a file or DataFrame. If X is a .npy
+            file, y is another .npy file.
+        space: the hyperparameters to search. None: the default space of the model.
+
+            - A dict from a hyperparameter to its values: a list, a scipy.stats distribution,
+              ``gputune.log_int(a, b)``, an Optuna distribution or one fixed value.
+            - A list of such dicts.
+            - The name of a space: "mlp", "realmlp" or "realmlp-tabarena". "mlp" is the default
+              space plus a portfolio of seven good configurations that run first.
+
+        n_trials: number of configurations. It counts the default configuration and the
+            configurations that are drawn or proposed by an Optuna sampler.
+        include: dicts, each a configuration that runs in addition to ``n_trials``. A missing key
+            takes its default, moved into the space in the same way as for ``include_default``.
+        include_default: whether trial 0 is the default configuration. A default outside the space
+            is replaced by the nearest number of the space, or by the first of a list of words.
+        warm_start: earlier studies, or the paths of their files. The best five finished trials of
+            each study that lie in the space run in addition to ``n_trials``. An Optuna sampler also
+            receives all earlier trials that have the same score.
+        method: the search method.
+
+            - "random" trains every trial to the end.
+            - "halving" or ``gputune.Halving(...)`` trains all trials together. At each rung only
+              the trials with the best mean validation scores continue.
+            - "median" or ``gputune.Median(...)`` stops trials that are below the median of the mean
+              validation scores.
+            - "hypergradient" or ``gputune.Hypergradient(...)`` takes each drawn configuration as a
+              starting point and moves it by gradient descent on the mean validation loss after
+              ``max_epochs``. Each point on the way is a trial, scored after its last epoch.
+            - ``gputune.OptunaSampler(...)`` lets an Optuna sampler propose the configurations in
+              batches.
+
+        cv: the folds.
+
+            - A number of folds, at least 2. Rows are shuffled with ``random_state``, and stratified
+              for classes.
+            - A scikit-learn splitter. It receives X as you passed it.
+            - An iterable of (train, valid) pairs of row positions, masks or slices. For one fixed
+              validation split, pass a list with one pair: ``cv=[(train, valid)]``.
+
+        groups: one label per row, or the name of a column. A number of folds keeps whole groups
+            together. Other folds that split a group are refused.
+        scoring: the metric, greater is better.
+
+            - The name of a scikit-learn scorer.
+            - ``callable(estimator, X, y)``. X holds rows in the form you passed: a DataFrame stays
+              a DataFrame, a tensor becomes an array. ``estimator`` predicts any rows.
+            - ``callable(outputs, y)``, on the outputs (m, ...) of a module on validation rows.
+            - A list, tuple or dict (name -> scorer) of several metrics. The first one ranks and
+              prunes trials, chooses epochs and ends the search. The study keeps all of them for
+              every epoch and fold (``Study.curves_of``).
+            - None: accuracy or R2. For several labels, accuracy is the share of rows with all
+              labels right. For hypergradients, custom targets and soft labels, None is the loss.
+              For "mae", "huber" and "quantile" see ``loss``.
+
+        positive: the positive class of f1, precision, recall, jaccard, average_precision and
+            likelihood ratios. You can omit it for the classes {0, 1}, {-1, 1} and {False, True}:
+            the larger one is positive.
+        task: the kind of target, "classification" or "regression". None: gputune guesses.
+
+            - Text, booleans and at most 20 distinct whole numbers that repeat are classes. Other
+              targets are numbers.
+            - More than 20 distinct whole numbers are also classes if the loss only classifies, or
+              if a module has as many outputs as there are distinct numbers.
+            - A module also takes "regression" on several numbers per row (n, K), "multilabel" on
+              (n, K) of 0 and 1, and "custom" on numbers (n, ...) for a custom loss.
+
+        missing_target: "error" refuses rows whose target is missing, "drop" leaves them out.
+        target_transform: "log" (of numbers above 0), "log1p" (of numbers above -1), or a
+            scikit-learn transformer with an inverse, as in ``TransformedTargetRegressor``. It is
+            fitted on the training rows of each fold, and inverted in scores and predictions. A
+            custom loss receives the transformed y.
+        loss: training loss.
+
+            - For numbers "mse", "mae", "huber" or "quantile", on the standardized target.
+              "quantile:0.9" sets the level (0.5 by default), "huber:2" the delta (1 by default, in
+              standard deviations of the target). scikit-learn's names "squared_error" and
+              "absolute_error" work too. Without ``scoring``, "mae" and "huber" rank trials by
+              neg_mean_absolute_error, and "quantile" by neg_mean_pinball_loss at its level.
+            - For a module also "cross_entropy", "bce" (for labels, and for two classes with one
+              logit per row), a loss of torch.nn, or ``callable(outputs, y)`` that receives y as you
+              passed it and returns the losses of the rows or their mean.
+            - Numeric arguments of the loss can be searched: ``loss__label_smoothing``,
+              ``loss__delta``, ``loss__q``.
+
+        training_step: ``callable(module, (x, y))`` in place of ``loss``, for a loss that needs the
+            module. It returns the losses of the rows or their mean.
+        augment: ``callable(x, generator)``, applied to training minibatches. It returns inputs of
+            the same shape.
+        class_weight: weights of the classes in the training loss, as in scikit-learn. Scores are
+            unweighted.
+        sample_weight: weights of the rows in the training loss, as in scikit-learn. Scores are
+            unweighted.
+        drop: columns of a table to leave out, such as an id.
+        kinds: the kind of a column ("category", "number" or "date") that replaces gputune's guess,
+            for example {"zip": "category"}.
+        max_levels: number of levels of a category (the most frequent ones) that get a feature each,
+            at least 1. The other levels share one feature.
+        columns: "keep" makes each numeric or boolean column one feature, whatever it holds.
+            "drop-constant" leaves out constant columns and adds features that mark missing values.
+            "auto" is "keep" for your own class, otherwise "drop-constant".
+        numbers: scaling of numeric columns, fitted on the training rows of each fold.
+
+            - "standard": mean 0 and variance 1. Other rows are clipped at 20, or at the farthest
+              training row if that is farther.
+            - "robust", "quantile" or "none".
+            - "piecewise": 16 bins between quantiles, one feature per bin (arXiv:2203.05556).
+            - "piecewise-tree": bins between the thresholds of a decision tree on the target.
+            - "auto": "standard" for tables. Images, sequences and other inputs of a module are not
+              scaled. For them "standard" gives each channel mean 0 and variance 1.
+
+        optimizer: name of an optimizer. None is "adamw", and "exact" for "logistic", which is
+            solved to convergence.
+
+            - "sgd", "nesterov", "adam", "adamw", "rmsprop", "lion".
+            - "muon": Muon for hidden matrices, AdamW for the rest.
+            - "schedulefree": AdamW, scored and saved as its average.
+            - "sgdhd", "nesterovhd", "adamhd", "adamwhd": they adapt the learning rate during
+              training (``gputune.optim``).
+            - For a module also a class of torch.optim or its name, such as "RAdam". Its members
+              train one by one. Its arguments can be searched: ``optimizer__betas``,
+              ``optimizer__eps``.
+
+        schedule: factor on the learning rate, which changes at every optimizer step and spans
+            ``max_epochs``. It can be searched too.
+
+            - "constant": always 1.
+            - "cosine": half a cosine from 1 to 0.
+            - "linear": a straight line from 1 to 0.
+            - "warmup+cosine": a straight line up to 1 in the first tenth of the steps, then half a
+              cosine to 0.
+            - "one_cycle": up from 1/25 to 1 at three tenths of the steps, then down to 1/250000,
+              like ``torch.optim.lr_scheduler.OneCycleLR``.
+            - "coslog4": four waves from 0 to 1 and back, each twice as long as the one before
+              (arXiv:2407.04491).
+            - "flat_cos": 1 in the first half of the steps, then half a cosine to 0.
+
+        max_epochs: number of epochs that a trial trains at most, at least 1. Schedules always span
+            this number.
+        patience: number of epochs (at least 1) without a better mean validation score after which a
+            trial ends. Its members then leave their population. It is scored at its best epoch.
+            None: all trials train for ``max_epochs``.
+        epoch: "best" takes the mean validation score at the best epoch, "last" the one after the
+            last epoch.
+        timeout: seconds (above 0) after which training stops at the end of the running epoch.
+            Trials that were cut short are scored at the epochs they have. A later call with the
+            same ``study`` trains them further. None: no limit.
+        target_score: the search ends when a trial has this score. Greater is better: use -0.3 for a
+            neg_log_loss of -0.3. Trials are compared in order of number, after all trials with
+            lower numbers have ended.
+        patience_trials: the search ends when this number of trials in a row (at least 1) are no
+            better than the best trial before them.
+        study: path of an SQLite file that keeps the study. The same call resumes a search that is
+            in this file.
+        checkpoint_seconds: seconds (above 0) between two checkpoints of trials in training, in a
+            folder next to the study. The interval is longer if writing is slow: at least 20 times
+            the time of one checkpoint. A killed search repeats at most this time and one epoch.
+        device: "auto", "cpu", "cuda" or "cuda:1". "auto" takes a GPU if there is one and X is a
+            tensor on it, a module trains, or the training is long. Otherwise it takes the CPU,
+            whose compiled code trains a small MLP before a GPU has started.
+        backend: how members train. "auto" chooses. All backends give the same numbers up to
+            rounding.
+
+            - "compiled": each member of an MLP or linear model trains whole epochs in compiled code
+              on a CPU.
+            - "kernel": the same in a thread block of a GPU.
+            - "graph": one step of all members is recorded once and replayed.
+            - "eager": one step at a time, as operations on stacked tensors.
+            - "stacked": the members of your module are stacked. This is an error if they cannot be.
+            - "loop": the members of your module train one by one.
+
+        dtype: "float32" or "float64".
+        tf32: whether a GPU may round the factors of matrix products to TF32 (10 bits of mantissa)
+            in training. This is faster, and changes scores by more than rounding. It is refused on
+            a CPU.
+        precision: "full", or "bf16" for a module: matrix products and convolutions in bfloat16 by
+            ``torch.autocast``, while parameters, updates and scores stay in single precision.
+        memory: memory of the device that trials training together may take, in bytes or as text
+            such as "8GB". None: gputune decides.
+        workers: number of processes on a CPU. "auto" uses several cores if the work repays the
+            start of the processes. "ray" or ``gputune.Ray(address, cpus)`` trains in tasks of a Ray
+            cluster, each with one GPU or some CPUs.
+        keep_predictions: whether the study keeps the predictions of each finished trial, at its
+            best epoch, on the validation rows of its folds. ``ensemble``, ``oof_predictions``,
+            intervals and calibration then train no fold again. The limit is 128 MiB; the
+            predictions of the worst trials are left out beyond it. Predictions are not kept for
+            hypergradient searches, custom targets or ``epoch="last"``.
+        random_state: an integer in [0, 2**32), a numpy RandomState or Generator, or None. It seeds
+            configurations, folds, row orders, initial weights, dropout and other random draws of a
+            module.
+        callbacks: objects of ``gputune.callbacks``. They are called at the start, after epochs,
+            with finished trials and at the end.
+        verbose: 0 is silent. 1 prints a progress bar, the plan and notes on standard error.
+
+    Returns:
+        The study with all trials.
+
+    Raises:
+        InputError: the input is bad. It is a ValueError.
+        SearchFailedError: no trial has a finite score.
+        SearchInterrupted: Ctrl-C ended the search. It is a KeyboardInterrupt, and its ``study``
+            holds the results so far. In a notebook or at a prompt, Ctrl-C returns that study
+            instead.
+
+    Example:
+        >>> study = gputune.tune("mlp", X, y, n_trials=16, max_epochs=20)
+        >>> study.best_params, study.best_score
+        >>> model = study.best_model()
     """
     return _search(locals())
 
 
 def _search(arguments: Mapping[str, Any]) -> Study:
+    """Run ``tune`` with its arguments by name."""
     options = Options(**{name: arguments[name] for name in RULES})
     choice = choose_model(arguments["model"], arguments["optimizer"])
     X = arguments["X"]
     y = arguments["y"]
     groups = arguments["groups"]
-    # behind a bar; read_source reads one too, in silence
+    # Read the Dataset here, behind a progress bar. ``read_source`` would read it silently.
     if choice.takes_arrays and isinstance(X, Dataset):
         X, y = read_dataset(X, y, partial(reading_bar, verbose=options.verbose))
     read = partial(read_source, module=choice.takes_arrays, drop=options.drop, kinds=options.kinds)
@@ -329,42 +419,75 @@ def search(
     callbacks: Sequence[Callback] = (),
     verbose: int = 1,
 ) -> Study:
-    """Search hyperparameters of a training loop of your own, a trial at a time on each core or GPU;
-    return the Study.
+    """Search the hyperparameters of a custom training loop, one trial at a time per core or GPU.
 
-    objective    ``objective(params, report)`` trains one configuration, a dict, and returns its
-                 score. ``report(value)`` after each epoch keeps the learning curve, and raises
-                 where the search prunes the trial or its time is over; ``report.number`` is the
-                 trial's. Another error makes the trial "failed", with ``trial.detail["error"]``,
-                 and the search goes on
-    space        as in ``tune``, with any keys and values
-    direction    whether the objective is to be large ("maximize") or small. As in scikit-learn
-                 greater scores of a study are better: those of "minimize" have the other sign
-    n_trials     configurations that are drawn, or asked of Optuna's sampler; ``include`` (dicts
-                 with all keys of the space) comes on top, and first
-    method       "random"; "halving", "median", ``gputune.Halving(...)``, ``gputune.Median(...)``: a
-                 trial is pruned at a report, compared with the trials that have lower numbers. It
-                 waits until these have come as far, so that any number of workers prunes the same
-                 trials; ``gputune.OptunaSampler(...)``, by its batch
-    max_epochs   how often a whole training calls ``report``; halving and the median rule need it
-    timeout      seconds after which no trial begins, and those that train end at their next report;
-                 a later call with the same ``study`` trains these anew
-    target_score, patience_trials  no trial begins any more when the objective has returned that or
-                                   better, or so many
-                 trials in a row were no better than the best before them. Trials are looked at in
-                 order of number; those that train meanwhile in other workers train to their end
-    study        path of an SQLite file to keep the study in; the same call goes on where the file
-                 ends
-    workers      processes that train, a trial each; "auto": one for each GPU, else for each core;
-                 1: this process. Each has a GPU of its own as "cuda" (by CUDA_VISIBLE_DEVICES) and
-                 its part of the cores for torch
-    random_state seed of the draws. ``random``, ``numpy.random`` and ``torch`` begin each trial at
-    this seed
-    ``warm_start``, ``callbacks``, ``verbose`` and what is raised are as in ``tune``.
+    Args:
+        objective: ``objective(params, report)`` trains one configuration (a dict) and returns its
+            score. Call ``report(value)`` after each epoch: it keeps the learning curve, and raises
+            an exception if the search prunes the trial or its time is over. ``report.number`` is
+            the number of the trial. If the objective raises another error, the trial is "failed",
+            ``trial.detail["error"]`` holds the error, and the search continues.
+        space: as in ``tune``, with any keys and values.
+        direction: "maximize" or "minimize" the value of the objective. In the study greater scores
+            are always better, as in scikit-learn. With "minimize" they have the opposite sign.
+        n_trials: number of configurations that are drawn, or proposed by an Optuna sampler.
+        include: dicts with all keys of the space, each a configuration. They run first, in addition
+            to ``n_trials``.
+        warm_start: earlier studies or their files, as in ``tune``. They must have the same
+            ``direction``.
+        method: the search method.
+
+            - "random" trains every trial to the end.
+            - "halving", "median", ``gputune.Halving(...)`` and ``gputune.Median(...)`` can prune a
+              trial at a report. The trial is compared with the trials that have lower numbers. It
+              waits until these have trained as far, so that any number of workers prunes the same
+              trials.
+            - ``gputune.OptunaSampler(...)`` lets an Optuna sampler propose the configurations in
+              batches.
+
+        max_epochs: number of times that a whole training calls ``report``. Halving and the median
+            rule need it.
+        timeout: seconds (above 0) after which no trial starts. Running trials end at their next
+            report. A later call with the same ``study`` trains these trials again from the
+            beginning.
+        target_score: no trial starts after the objective has returned this value or a better one.
+            Trials are compared in order of number. Trials that are running in other workers train
+            to their end.
+        patience_trials: no trial starts after this number of trials in a row were no better than
+            the best trial before them. The order is as for ``target_score``.
+        study: path of an SQLite file that keeps the study. The same call resumes a search that is
+            in this file.
+        workers: number of processes, each of which trains one trial at a time. "auto": one per GPU,
+            or one per core if there is no GPU. 1: this process. Each process sees its own GPU as
+            "cuda" (by CUDA_VISIBLE_DEVICES), and torch uses its share of the cores.
+        random_state: seed of the configurations, as in ``tune``. ``random``, ``numpy.random`` and
+            ``torch`` start each trial from this seed.
+        callbacks: as in ``tune``.
+        verbose: as in ``tune``.
+
+    Returns:
+        The study with all trials.
+
+    Raises:
+        InputError: the input is bad. It is a ValueError.
+        SearchFailedError: no trial has a finite score.
+        SearchInterrupted: Ctrl-C ended the search, as in ``tune``.
+
+    Example:
+        >>> def objective(params, report):
+        ...     model = make_model(params["width"])
+        ...     for _ in range(10):
+        ...         train_one_epoch(model, lr=params["lr"])
+        ...         report(accuracy(model))
+        ...     return accuracy(model)
+        >>> space = {"lr": scipy.stats.loguniform(1e-4, 1e-1), "width": [64, 128]}
+        >>> study = gputune.search(objective, space, direction="maximize", n_trials=20)
     """
     arguments = locals() | {"max_epochs": 1 if max_epochs is None else max_epochs}
     options = Options(**{name: arguments[name] for name in RULES.keys() & arguments.keys()})
     if options.target_score is not None and direction == "minimize":
+        # The study stores the scores of "minimize" with the opposite sign, so that greater is
+        # better.
         options = replace(options, target_score=-options.target_score)
     return search_loop(
         objective, options, direction=direction, max_epochs=max_epochs, study_type=Study
