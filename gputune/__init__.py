@@ -1,6 +1,6 @@
 """gputune: hyperparameter search for PyTorch as one tensor program.
 
-Names are imported when they are first used, so that ``gputune --help`` does not wait for torch.
+Each name is imported on first use, so that ``gputune --help`` does not wait for torch.
 """
 
 from importlib import import_module
@@ -21,7 +21,7 @@ from gputune.errors import (
 from gputune.garbage import without_collector
 from gputune.version import __version__
 
-# installation puts the folder models/ of the source in here
+# Installation maps the top-level folder models/ of the source to this package.
 if find_spec("gputune.models") is None:
     raise ImportError(
         f"gputune is imported from its source, {__path__[0]}, and not as it is installed, with "
@@ -69,6 +69,7 @@ __all__ = [
 
 _MODULES = ("callbacks", "models", "optim", "sklearn")
 _HOMES = {
+    # module of gputune -> the public names that it defines
     "api.study": ("Study",),
     "api.tuning": ("search", "tune"),
     "executors.ray_cluster": ("Ray",),
@@ -84,6 +85,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    """Import a public name on its first use."""
     for home, names in _HOMES.items():
         if name in names:
             with without_collector():

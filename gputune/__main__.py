@@ -1,4 +1,4 @@
-"""``python -m gputune``: the command line, where no script is on the path."""
+"""Run the command line with ``python -m gputune``, if no script is on the path."""
 
 import sys
 

@@ -1,8 +1,8 @@
-"""The protocol of ``tune(callbacks=...)``: four moments of a search, none of which can lose what is
-finished.
+"""The callback protocol of ``tune(callbacks=...)``, and loggers that use it.
 
-The loggers that use it, for MLflow, TensorBoard and Weights & Biases: a run for the search, and
-what it says of each trial, in plain numbers and words.
+A search calls a callback at four moments. A callback cannot lose finished results. The loggers
+write to MLflow, TensorBoard, and Weights & Biases. Each logs one run for the search, and plain
+numbers and text for each trial.
 """
 
 import math
@@ -24,54 +24,70 @@ from gputune.types import Json
 
 
 class StopSearch(Exception):
-    """Raised by a callback to end the search after the running epoch: what is finished is kept, no
-    error follows."""
+    """Raise it in a callback to end the search after the running epoch.
+
+    Finished results are kept, and no error follows.
+    """
 
 
 class Callback:
-    """A search calls these in its own process; override those that matter. Each does nothing here.
+    """Base class of callbacks. Override the methods that you need.
 
-    ``StopSearch`` ends the search. What else one raises is a warning: it is not called again in
-    this search, which goes on. (KeyboardInterrupt stops the search, as ever.) Trials are kept, in
-    memory and in the study's file, before a callback hears of them.
+    The search calls the methods in its own process. Each method does nothing by default. Trials are
+    stored, in memory and in the study's file, before a callback receives them.
+
+    ``StopSearch`` ends the search. Any other exception becomes a warning: gputune does not call
+    this callback again, and the search continues. A KeyboardInterrupt stops the search as usual.
     """
 
     def on_study_start(self, study: Study) -> None:
-        """Called before anything trains; ``study`` has the options (``meta``), and the trials known
-        so far."""
+        """Called before anything trains.
+
+        Args:
+            study: the study, with the options (``meta``) and the trials known so far.
+        """
 
     def on_epoch(self, curves: np.ndarray) -> None:
-        """Called when the trials of a chunk have trained on; their scores (C, epochs, F) in the
-        epochs just done.
+        """Called when the trials of a chunk have trained further.
 
-        Of several metrics they are those of the first. One epoch at a time in this process, all
-        epochs of a chunk at once from a worker process.
+        Training in this process reports one epoch at a time. A worker process reports all epochs of
+        a chunk at once.
+
+        Args:
+            curves: scores (C, epochs, F) of the chunk's trials in the new epochs. With several
+                metrics they are scores by the first one.
         """
 
     def on_trials_end(self, trials: Study) -> None:
-        """Called with each batch of trials that this process has finished, as a study: ``trials``,
-        ``curves``."""
+        """Called with each batch of trials that this process has finished.
+
+        Args:
+            trials: a study of these trials, with ``trials`` and ``curves``.
+        """
 
     def on_study_end(self, study: Study) -> None:
-        """Called once at the end, also after an error or Ctrl-C; ``study`` has everything that is
-        finished."""
+        """Called once at the end, also after an error or Ctrl-C.
+
+        Args:
+            study: the study with all finished results.
+        """
 
 
 class Callbacks:
-    """Several callbacks; one that raises is left out from then on."""
+    """Several callbacks. A callback that raises an error is not called again."""
 
     def __init__(self, callbacks: Sequence[Callback], stop: Stop) -> None:
         self.active = list(callbacks)
         self.stop = stop
 
     def tell(self, moment: str, argument: object) -> None:
-        """Call the method of this name of all of them."""
+        """Call the method named ``moment`` of all callbacks."""
         for callback in list(self.active):
             try:
                 getattr(callback, moment)(argument)
             except StopSearch:
                 self.stop.ask()
-            except Exception as error:  # whatever a user's callback raises
+            except Exception as error:  # any error of the user's callback
                 self.active.remove(callback)
                 raised = (
                     f"{type(callback).__name__}.{moment} raised {type(error).__name__}: {error}"
@@ -83,17 +99,18 @@ class Callbacks:
 
 
 def plain_params(params: Mapping[str, object]) -> dict[str, bool | int | float | str]:
-    """Return hyperparameters as numbers and words; other values, and None, as text."""
+    """Return hyperparameters as numbers and words. Other values, and None, become text."""
     return {
         key: "None" if (short := label(value)) is None else short for key, value in params.items()
     }
 
 
 def trial_numbers(trial: Trial) -> dict[str, float]:
-    """Return what is a finite number of a trial: score, std_error, best_epoch, seconds, numeric
-    ``params/...``.
+    """Return the finite numbers of a trial, by name.
 
-    Of several metrics also ``metrics/NAME``, the mean of each over the folds.
+    The names are score, std_error, best_epoch, seconds and ``params/...`` for numeric
+    hyperparameters. With several metrics there is also ``metrics/NAME``, the mean of each metric
+    over the folds.
     """
     numbers = {
         name: getattr(trial, name) for name in ("score", "std_error", "best_epoch", "seconds")
@@ -106,7 +123,7 @@ def trial_numbers(trial: Trial) -> dict[str, float]:
 
 
 def _best_score(study: Study) -> float:
-    """Return the best finite score of trials that no rung pruned, -inf where there is none."""
+    """Return the best finite score of the trials that were not pruned, or -inf without any."""
     return max(
         (t.score for t in study.trials if math.isfinite(t.score) and t.state != "pruned"),
         default=-math.inf,
@@ -114,7 +131,7 @@ def _best_score(study: Study) -> float:
 
 
 def _study_options(study: Study) -> Json:
-    """Return the options of a search that a person compares searches by."""
+    """Return the options by which people compare searches."""
     record = study.record
     values = {
         name: getattr(record, name)
@@ -124,23 +141,30 @@ def _study_options(study: Study) -> Json:
     return {name: value for name, value in values.items() if value is not None}
 
 
-_MOST = 1000  # metrics that a server takes in one log_batch
-_LONGEST = 500  # characters of a parameter
-_REFUSED = re.compile(r"[^\w./ -]")  # in the name of a metric
+_MOST = 1000  # MLflow's limit of metrics in one log_batch
+_LONGEST = 500  # characters of a parameter value that are logged at most
+_REFUSED = re.compile(r"[^\w./ -]")  # characters that MLflow refuses in a metric name
 
 
 class MLflow(Callback):
-    """Logs a search as one run of an MLflow experiment.
+    """Log a search as one run of an MLflow experiment.
 
-    The run's parameters are the options of the search and, at its end, "best/..." of the best
-    trial. Its metrics have the trial's number as step: score, std_error, best_epoch, seconds,
-    "params/...", of several metrics "metrics/..."; and, with the number of finished trials as step,
-    best_score, the best so far.
-    Every batch of trials is one ``log_batch`` (of at most 1000 metrics), however many trials it
-    has.
+    The parameters of the run are the options of the search and, at its end, "best/..." with the
+    best trial. The metrics score, std_error, best_epoch, seconds and "params/..." have the trial's
+    number as step. With several metrics there is "metrics/..." too. The metric best_score has the
+    number of finished trials as step.
 
-    tracking_uri: None takes MLflow's own (its environment variable, or the default). Raises
-    MissingExtraError without MLflow.
+    Every batch of trials is sent in one ``log_batch``, or in several if it has more than 1000
+    metrics.
+
+    Args:
+        experiment: name of the experiment. It is created if it does not exist.
+        tracking_uri: the tracking server. None: MLflow's own setting (its environment variable, or
+            its default).
+        run_name: name of the run. None: MLflow makes a name.
+
+    Raises:
+        MissingExtraError: MLflow is not installed.
     """
 
     def __init__(
@@ -207,12 +231,18 @@ class MLflow(Callback):
 
 
 class TensorBoard(Callback):
-    """Writes event files below ``folder``: "search" for the whole, "trial-00007" for a trial.
+    """Write TensorBoard event files: "search" for the whole search, "trial-00007" for a trial.
 
-    The search has the scalar "best score" by trial-epochs trained. A trial has "score", the fold
-    mean, and "std_error" by epoch, of several metrics "metrics/..." too, and its hyperparameters
-    for the HPARAMS page beside its "final score" and "final metrics/...". Raises MissingExtraError
-    without tensorboard.
+    The search has the scalar "best score" by the number of trained trial-epochs. A trial has the
+    scalars "score" (the mean validation score) and "std_error" by epoch. With several metrics it
+    has "metrics/..." too. Its hyperparameters are on the HPARAMS page, together with "final score"
+    and "final metrics/...".
+
+    Args:
+        folder: the folder for the event files.
+
+    Raises:
+        MissingExtraError: tensorboard is not installed.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -258,7 +288,8 @@ class TensorBoard(Callback):
                 for name, values in by_epoch.items():
                     for epoch in np.flatnonzero(np.isfinite(values[row])).tolist():
                         run.add_scalar(name, values[row, epoch], epoch + 1)
-                # add_hparams would open a second file in a folder of its own for every trial.
+                # SummaryWriter.add_hparams would open a second file in a separate folder for every
+                # trial.
                 final = {"final score": trial.score}
                 final |= {f"final metrics/{name}": score for name, score in trial.scores.items()}
                 for part in hparams(plain_params(trial.params), final):  # type: ignore[no-untyped-call]
@@ -272,17 +303,22 @@ class TensorBoard(Callback):
 
 
 class WandB(Callback):
-    """Logs a search as one run: the options as its config, a row of its history for each trial, the
-    best as summary.
+    """Log a search as one Weights & Biases run, offline by default.
 
-    A row has the numbers that ``MLflow`` has as metrics, and the words among the hyperparameters.
+    The options of the search are the config of the run. Each trial is a row of its history, with
+    the same numbers as the metrics of ``MLflow`` and the text values of hyperparameters. The best
+    trial is the summary. A process of W&B writes the rows to a file and sends them, so no trial
+    waits for the network.
 
-    mode     "offline" writes into ``folder`` only (``wandb sync`` sends it later), "online" sends
-             it as it comes
-    folder   where "wandb/" is made; None: the current folder
+    Args:
+        project: name of the project.
+        name: name of the run. None: W&B makes a name.
+        mode: "offline" only writes into ``folder`` (``wandb sync`` sends it later). "online" sends
+            the data during the search.
+        folder: the folder in which "wandb/" is made. None: the current folder.
 
-    Rows are written to a file and sent by a process of W&B's own, so no trial waits for the
-    network. Raises MissingExtraError without wandb.
+    Raises:
+        MissingExtraError: wandb is not installed.
     """
 
     def __init__(

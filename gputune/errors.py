@@ -8,22 +8,32 @@ from types import ModuleType
 from typing import Any
 
 TOO_BIG = "out of memory"
-"""How the reason of a trial begins that memory does not hold; others were given up for another
-reason."""
+"""The first words of the reason of a trial that does not fit into memory.
+
+Other reasons begin differently.
+"""
 
 
 class InputError(ValueError):
-    """Bad input. The command line ends with exit code 2 on it; every other error ends with 1."""
+    """Bad input: an argument, a file or an option that gputune cannot use.
+
+    It is a ValueError. The command line ends with exit code 2 on it, and with 1 on every other
+    error.
+    """
 
 
 class InputWarning(UserWarning):
-    """Input that can be read in two ways, of which one was taken."""
+    """A warning about ambiguous input. gputune has chosen one of two readings."""
 
 
 class UntrustedCodeError(InputError):
-    """A file names code that nobody has said to trust, and nothing of it has run.
+    """A study or model names code that you have not trusted. gputune has not run it.
 
-    code  which code that is, in words without a remedy: each door has its own
+    Pass ``trust_code=True`` (``--trust-code`` on the command line) if you trust the code.
+
+    Args:
+        code: description of the code, without a remedy.
+        remedy: the sentence that says how to trust the code. Each interface has its own.
     """
 
     def __init__(self, code: str, remedy: str = "If you trust it, pass trust_code=True.") -> None:
@@ -32,16 +42,23 @@ class UntrustedCodeError(InputError):
 
 
 class DivergedError(ArithmeticError):
-    """A training that was asked for a finite result went to infinity or NaN."""
+    """A training that must return a finite result went to infinity or NaN."""
 
 
 class ClusterError(RuntimeError):
-    """A cluster failed while it trained: workers, or all nodes, were lost. What was finished is
-    kept."""
+    """Workers or all nodes of a Ray cluster were lost during training.
+
+    Finished results are kept.
+    """
 
 
 class CheckFailedError(RuntimeError):
-    """A law does not hold on a device; ``report`` is what the command line prints of the check."""
+    """``gputune check`` found a device on which a guarantee does not hold.
+
+    Args:
+        message: summary of the failure.
+        report: the text that the command line prints about the check.
+    """
 
     def __init__(self, message: str, *, report: str) -> None:
         super().__init__(message)
@@ -53,26 +70,33 @@ class SearchFailedError(RuntimeError):
 
 
 class StudyCorruptError(InputError):
-    """A study file that is damaged, or a file that is no study. Nothing was read from it or changed
-    in it."""
+    """A study file is damaged, or the file is not a study.
+
+    Nothing was read from it or changed in it.
+    """
 
 
 class StudyVersionError(InputError):
-    """A study file of a format that this version of gputune does not know."""
+    """A study file has a format that this version of gputune cannot read."""
 
 
 class MissingExtraError(InputError, ImportError):
-    """An optional library is not installed; the message says which extra brings it. It is an
-    ImportError too."""
+    """An optional library is not installed. The message names the extra that installs it.
+
+    It is an ImportError too.
+    """
 
 
 class SearchInterrupted(KeyboardInterrupt):
-    """A search was ended by Ctrl-C or SIGTERM, after what is finished was kept.
+    """Ctrl-C or SIGTERM ended a search. The finished results are kept.
 
-    study   the Study so far
-    signal  number of the signal: 2 for Ctrl-C, 15 for SIGTERM
-    report  what the command line prints of it on standard output
-    at_once whether a second signal ended the running epoch too
+    It is a KeyboardInterrupt.
+
+    Attributes:
+        study: the Study so far.
+        signal: number of the signal, 2 for Ctrl-C and 15 for SIGTERM.
+        report: the text that the command line prints on standard output.
+        at_once: whether a second signal ended the running epoch too.
     """
 
     def __init__(
@@ -86,14 +110,16 @@ class SearchInterrupted(KeyboardInterrupt):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM ended a command while it did not train."""
+    """SIGTERM ended a command that was not training."""
 
 
 def check_count(
     value: object, name: str, *, least: int = 1, none: bool = False, remedy: str = ""
 ) -> None:
-    """Raise InputError unless a value is an integer from ``least`` on, or None where that is
-    allowed."""
+    """Raise InputError unless a value is an integer of at least ``least``.
+
+    None is also valid if ``none`` is True.
+    """
     if none and value is None:
         return
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
@@ -104,8 +130,8 @@ def check_count(
 
 
 def warn(message: str | Warning, category: type[Warning] = UserWarning) -> None:
-    """Warn at the line of the user's that called gputune, however deep within it this is."""
-    # sklearn wraps the methods of estimators
+    """Show a warning at the line of the user's code that called gputune."""
+    # Frames of these packages are skipped: scikit-learn wraps the methods of estimators.
     packages = ("gputune", "contextlib", "functools", "joblib", "sklearn")
     level = 1
     frame = sys._getframe()
@@ -119,10 +145,15 @@ def warn(message: str | Warning, category: type[Warning] = UserWarning) -> None:
 
 
 def import_extra(module: str, *, extra: str, used_by: str) -> ModuleType:
-    """Return the module; MissingExtraError, which says what to install, where it cannot be
-    imported.
+    """Import and return the module of an optional library.
 
-    used_by: what the user asked for, as the error calls it.
+    Args:
+        module: name of the module.
+        extra: the extra of gputune that installs it.
+        used_by: name of the feature that needs it, for the error message.
+
+    Raises:
+        MissingExtraError: the module cannot be imported. The message says how to install it.
     """
     try:
         return import_module(module)

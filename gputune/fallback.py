@@ -1,23 +1,25 @@
-"""What happens if a faster way to train fails while gputune tries it.
+"""Handling of errors in a faster backend that gputune tries.
 
-The next way trains, and the plan, a warning or a note says which error was the reason. An error of
-the user's own module is not hidden by this: it is raised again by the way that trains in the end.
+The next backend trains instead. The plan, a warning or a note names the error. This does not hide
+an error of the user's own module, because the backend that trains in the end raises it again.
 """
 
 import os
 
 STRICT = "GPUTUNE_STRICT_BACKENDS"
-"""The environment variable that lets such an error end the search, with its traceback: for tests
-and bug reports."""
+"""The environment variable that makes such an error end the search, with its traceback.
+
+It is for tests and bug reports.
+"""
 
 
 def is_strict() -> bool:
-    """Whether an error of a backend that is tried ends the search."""
+    """Return whether an error of a backend that gputune tries ends the search."""
     return os.environ.get(STRICT, "") not in ("", "0")
 
 
 def failure_in_words(error: Exception) -> str:
-    """Return the type and the first line of an error that a backend raised while it was tried.
+    """Return the type and the first line of an error that a tried backend raised.
 
     Raises the error again if ``is_strict``.
     """

@@ -1,20 +1,20 @@
-"""Python's garbage collector, held back where many objects are made and few of them are garbage."""
+"""A pause of Python's garbage collector, for code that makes many objects and little garbage."""
 
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 _MANY = 10_000
-"""New objects from which on the collector does not look at them soon."""
+"""Number of new objects from which the collector is kept from looking at them soon."""
 
 
 @contextmanager
 def without_collector() -> Iterator[None]:
-    """Hold the collector back: of a million new objects none is garbage, and it took a third of the
-    time.
+    """Pause the garbage collector inside the block.
 
-    An import that makes so many goes through all that torch has made before, which takes as long as
-    the import itself.
+    Among a million new objects there was no garbage, and the collector took a third of the time. In
+    a large import the collector also visits all objects that torch has made before. That takes as
+    long as the import itself.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -23,8 +23,8 @@ def without_collector() -> Iterator[None]:
     finally:
         if enabled:
             if gc.get_count()[0] > _MANY and not gc.get_freeze_count():
-                # They count as old ones, unseen; else the next small collection would go through
-                # all of them.
+                # Freezing and unfreezing marks the new objects as old without visiting them.
+                # Otherwise the next small collection would visit all of them.
                 gc.freeze()
                 gc.unfreeze()
             gc.enable()

@@ -1,8 +1,8 @@
-"""Files that gputune reads: each is checked before it is opened, and its size before its content
-takes memory.
+"""Checks of the files that gputune reads, before they are opened.
 
-Every reader of data, studies and models begins here. A pipe would be waited for, a device has no
-end, and a small file can describe more numbers than memory holds.
+Every reader of data, studies and models begins here. A read from a pipe would wait forever, a
+device has no end, and a small file can describe more numbers than memory holds. So gputune checks
+the kind of a file before it opens it, and the size before the content takes memory.
 """
 
 import os
@@ -27,15 +27,15 @@ _URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
 def check_file(
     path: Path, *, missing: str = "check the path", folder: str = "give the file in it"
 ) -> int:
-    """Return the size of a file in bytes. A symbolic link to a file is as good as the file.
+    """Return the size of a file in bytes. A symbolic link to a file is accepted.
 
     Args:
         path: the file that will be read.
-        missing: what the user can do if there is no such file.
-        folder: what the user can do if it is a folder.
+        missing: advice for the user if the file does not exist.
+        folder: advice for the user if it is a folder.
 
     Raises:
-        FileNotFoundError: there is no file of this name.
+        FileNotFoundError: the file does not exist.
         PermissionError: a folder of the path may not be entered.
         InputError: it is a folder, a pipe, a socket, a device or a link to itself.
     """
@@ -47,7 +47,7 @@ def check_file(
         ) from None
     except PermissionError:
         raise _no_permission(path) from None
-    except (OSError, ValueError) as error:  # a link to itself, a name that is too long, a NUL in it
+    except (OSError, ValueError) as error:  # a link to itself, a name that is too long or has a NUL
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(
             f"{str(path)!r:.300} cannot be read: {reason.lower()}. Check the path."
@@ -59,10 +59,12 @@ def check_file(
 def open_file(
     path: Path, *, missing: str = "check the path", folder: str = "give the file in it"
 ) -> IO[bytes]:
-    """Open a file for reading. Raises as ``check_file``, and PermissionError if it may not be
-    read."""
+    """Open a file for reading.
+
+    Raises the errors of ``check_file``, and PermissionError if the file may not be read.
+    """
     check_file(path, missing=missing, folder=folder)
-    # Without O_NONBLOCK, a pipe that took the file's place after the check would be waited for.
+    # A pipe can replace the file after the check. Without O_NONBLOCK, opening the pipe would wait.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         descriptor = os.open(path, flags)
@@ -83,7 +85,7 @@ def read_file(path: Path, *, bytes_per_byte: int = 1, missing: str = "check the 
     Args:
         path: the file.
         bytes_per_byte: the memory that is needed to read and decode one byte of it.
-        missing: what the user can do if there is no such file.
+        missing: advice for the user if the file does not exist.
 
     Raises:
         InputError: memory does not hold the content, or as ``check_file``.
@@ -95,8 +97,13 @@ def read_file(path: Path, *, bytes_per_byte: int = 1, missing: str = "check the 
 
 
 def check_room(path: Path, needed: int, free: int | None = None) -> None:
-    """Raise InputError if the content of a file needs more bytes of memory than are free (None:
-    than are free now)."""
+    """Raise InputError if the content of a file needs more memory than is free.
+
+    Args:
+        path: the file.
+        needed: bytes that its content needs.
+        free: bytes that are free. None: measure them.
+    """
     if free is None:
         free = free_memory()
     if needed > free:

@@ -1,6 +1,6 @@
-"""How much main memory this process may still take.
+"""The main memory that this process may still take.
 
-Torch is not imported, since a study is read without it.
+This module does not import torch, because a study is read without torch.
 """
 
 import os
@@ -12,19 +12,19 @@ from pathlib import Path
 
 _PROC = Path("/proc")
 
-# a group above its "high" limit is slowed down until it hardly moves
+# The kernel slows down a group above its "high" limit until it hardly runs.
 _V2_LIMITS = ("memory.max", "memory.high")
 _RECLAIMABLE = ("active_file", "inactive_file", "slab_reclaimable")
-"""Entries of a group's memory.stat that the kernel gives up when memory is short: cached files,
-mainly."""
+"""Entries of memory.stat that the kernel frees when memory is short, mainly cached files."""
 
 
 def free_memory() -> int:
     """Return the bytes of main memory that this process may still take.
 
-    This is the least of what the machine has available, what ``ulimit -v`` leaves, and what each
-    control group of the process leaves. Cached files count as free. It is half of all memory if the
-    system does not say what is available, and ``sys.maxsize`` if the system says nothing.
+    The result is the smallest of three numbers: the memory that the machine has available, the rest
+    of ``ulimit -v``, and the rest of each control group of the process. Cached files count as free.
+    The result is half of all memory if the system does not say how much is available, and
+    ``sys.maxsize`` if the system says nothing.
     """
     limits = [sys.maxsize, *_free_of_groups()]
     try:
@@ -37,9 +37,10 @@ def free_memory() -> int:
             with suppress(ValueError):
                 limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
     if sys.platform != "win32":
-        import resource  # which Windows has not
+        import resource  # not available on Windows
 
-        limit, _ = resource.getrlimit(resource.RLIMIT_AS)  # of addresses: ``ulimit -v``
+        # limit of the address space: ``ulimit -v``
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
         if limit != resource.RLIM_INFINITY:
             taken = 0
             with suppress(OSError):
@@ -51,7 +52,7 @@ def free_memory() -> int:
 
 
 def _free_of_groups() -> Iterator[int]:
-    """Yield the bytes that each control group of this process leaves, from its own group up to the
+    """Yield the free bytes of each control group of this process, from its own group up to the
     root."""
     for folder, top, is_v2 in _group_folders():
         while True:
@@ -62,8 +63,10 @@ def _free_of_groups() -> Iterator[int]:
 
 
 def _free_of_group(folder: Path, *, is_v2: bool) -> int:
-    """Return the bytes that the limits of one control group leave; ``sys.maxsize`` if it has no
-    limit."""
+    """Return the bytes that the limits of one control group leave.
+
+    ``sys.maxsize`` means no limit.
+    """
     limits = []
     for name in _V2_LIMITS if is_v2 else ("memory.limit_in_bytes",):
         with suppress(OSError, ValueError):  # "max": no limit
@@ -73,7 +76,7 @@ def _free_of_group(folder: Path, *, is_v2: bool) -> int:
     used = reclaimable = 0
     with suppress(OSError, ValueError):
         used = int((folder / ("memory.current" if is_v2 else "memory.usage_in_bytes")).read_text())
-        # Version 1 counts the groups below in entries of their own.
+        # Version 1 has separate "total_" entries that include the groups below.
         prefix = "" if is_v2 else "total_"
         entries = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         reclaimable = sum(int(entries.get(prefix + name, 0)) for name in _RECLAIMABLE)
@@ -81,8 +84,7 @@ def _free_of_group(folder: Path, *, is_v2: bool) -> int:
 
 
 def _group_folders() -> Iterator[tuple[Path, Path, bool]]:
-    """Yield the folder of this process's memory group, the mount point above it, and whether it is
-    of version 2.
+    """Yield the memory group folder of this process, its mount point, and whether it is version 2.
 
     Version 1 and version 2 can be mounted at the same time; then both are yielded. See man 7
     cgroups and man 5 proc.
@@ -116,5 +118,5 @@ def _group_folders() -> Iterator[tuple[Path, Path, bool]]:
 
 
 def _unescaped(text: str) -> str:
-    """Return a path of mountinfo, in which blanks and the like are octal numbers."""
+    """Decode a path of mountinfo, in which blanks and similar characters are octal numbers."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)

@@ -1,14 +1,13 @@
-"""How much memory of a GPU this process may still take, and whether an error says that memory has
-run out."""
+"""The free memory of a GPU, and the detection of out-of-memory errors."""
 
 import threading
 from contextlib import suppress
 
 import torch
 
-# What is said in a plain RuntimeError: by torch's allocator on the CPU; by CUDA where it loads code
-# or makes a graph; by the libraries that take memory of their own; by cuDNN where it finds no room
-# to work in.
+# Out-of-memory messages that come as a plain RuntimeError. In order: torch's allocator on the CPU,
+# CUDA when it loads code or makes a graph, three lines for libraries that allocate memory
+# themselves, and cuDNN when it finds no memory to work in.
 _TEXTS = (
     "can't allocate memory",
     "CUDA error: out of memory",
@@ -20,10 +19,10 @@ _TEXTS = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory has run out, on the device or on the host.
+    """Return whether an error says that memory of the device or the host has run out.
 
-    A graph that ends with such an error may say only that it failed; why is then the error before
-    it.
+    A CUDA graph that runs out of memory may only say that it failed. The reason is then in the
+    error before it.
     """
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
@@ -33,28 +32,33 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_of_gpu(device: torch.device) -> int:
-    """Return bytes of a GPU that may be taken: those that nobody has, and those that PyTorch keeps
-    for later."""
+    """Return the bytes of a GPU that this process may take.
+
+    They are the unused bytes and the bytes that PyTorch keeps for later.
+    """
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 CAPTURING = threading.RLock()
-"""Held while a step is captured on a GPU, and by what waits for the whole of one or gives back its
-memory, which would end the capture of another thread."""
+"""A lock that is held while a step is captured on a GPU.
+
+Waiting for the whole GPU, or giving back its memory, takes the lock too: either would end the
+capture of another thread.
+"""
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for a GPU; a CPU is done at once."""
+    """Wait for a GPU to finish. On a CPU return at once."""
     if device.type == "cuda":
         with CAPTURING:
             torch.cuda.synchronize(device)
 
 
 def empty_cache(device: torch.device) -> None:
-    """Give back what PyTorch keeps of a GPU's memory for later."""
+    """Give back the GPU memory that PyTorch keeps for later."""
     if device.type == "cuda":
-        # After a capture that failed, torch < 2.13 takes every later call for one inside a capture.
+        # After a failed capture, torch < 2.13 believes that every later call is inside a capture.
         # Source: https://github.com/pytorch/pytorch/issues/180395
         with CAPTURING, suppress(RuntimeError):
             torch.cuda.empty_cache()

@@ -1,5 +1,4 @@
-"""Optimizers for any PyTorch loop that adapt their learning rate while they run: SGDHD, AdamHD,
-AdamWHD."""
+"""Optimizers for any PyTorch loop that adapt their learning rate: SGDHD, AdamHD, AdamWHD."""
 
 from gputune.hypergradients.online import SGDHD, AdamHD, AdamWHD
 

@@ -1,9 +1,8 @@
-"""Folders for as long as their process works: removed at the end, and by the next process where
-this one was killed.
+"""Temporary folders that are removed when their process ends, and atomic writes of files.
 
-Each is locked by the process that made it, a lock of the operating system that ends with the
-process. Nothing is removed because it is old. In such a folder files are written that are to appear
-whole or not at all.
+If a process is killed, the next process removes its folder. The process that makes a folder locks
+it. The lock belongs to the operating system and ends with the process. No folder is removed because
+of its age. A file that must appear completely or not at all is written in such a folder first.
 """
 
 import errno
@@ -26,10 +25,13 @@ from gputune.errors import InputError
 
 @contextmanager
 def scratch_folder(parent: Path | None = None, *, prefix: str = "gputune") -> Iterator[Path]:
-    """Make a folder for this process alone in ``parent`` (None: that of temporary files), and
-    remove it at the end.
+    """Make a folder for this process only, and remove it at the end of the block.
 
-    What processes of this user that have ended left there under the same prefix is removed too.
+    Folders with the same prefix that ended processes of this user have left there are removed too.
+
+    Args:
+        parent: the folder in which it is made. None: the folder of temporary files.
+        prefix: beginning of its name.
     """
     parent = Path(tempfile.gettempdir()) if parent is None else parent
     sweep(parent, prefix=prefix)
@@ -43,16 +45,18 @@ def scratch_folder(parent: Path | None = None, *, prefix: str = "gputune") -> It
 
 
 def sweep(parent: Path, *, prefix: str) -> None:
-    """Remove the scratch folders of this user in ``parent`` whose processes on this host have
-    ended."""
-    if sys.platform == "win32":  # which locks files alone
+    """Remove old scratch folders of this user from ``parent``.
+
+    A folder is old if its process on this host has ended.
+    """
+    if sys.platform == "win32":  # Windows can lock only files
         return
     name = re.compile(re.escape(_start(prefix)) + "[a-z0-9_]{8}")
     places: list[Path] = []
-    with suppress(OSError):  # no folder, or one that cannot be read
+    with suppress(OSError):  # the folder is missing or cannot be read
         places += (place for place in parent.iterdir() if name.fullmatch(place.name))
     for place in places:
-        with suppress(OSError):  # it has just gone, or is no folder
+        with suppress(OSError):  # just removed by another process, or not a folder
             lock = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 if is_users(os.fstat(lock)) and lock_descriptor(lock, blocking=False):
@@ -62,12 +66,14 @@ def sweep(parent: Path, *, prefix: str) -> None:
 
 
 def cache_folder() -> Path | None:
-    """Return the folder ``gputune`` in this user's caches (XDG), made where it is missing; None
-    where none can be."""
+    """Return the folder ``gputune`` in this user's caches (XDG).
+
+    It is made if it is missing. None if it cannot be made.
+    """
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    # RuntimeError: no HOME, and a user without an entry in passwd
+    # Path.home() raises RuntimeError without HOME for a user without an entry in passwd.
     with suppress(OSError, RuntimeError):
-        # a relative one is to be ignored
+        # The XDG specification says to ignore a relative path.
         folder = (base if base.is_absolute() else Path.home() / ".cache") / "gputune"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return folder
@@ -75,23 +81,25 @@ def cache_folder() -> Path | None:
 
 
 def is_users(status: os.stat_result) -> bool:
-    """Whether a file or folder belongs to this user, and no other may write to it; taken for
-    granted on Windows."""
+    """Return whether a file or folder belongs to this user and no other user may write to it.
+
+    It is always True on Windows.
+    """
     return not hasattr(os, "geteuid") or (
         status.st_uid == os.geteuid() and not status.st_mode & 0o022
     )
 
 
 def open_to_others(path: Path) -> Path | None:
-    """Return the folder above a path in which another user could put something else in its place,
-    or None.
+    """Return the first folder above a path in which another user could replace the path, or None.
 
-    That is a folder of another user, or one that others may write to. The sticky bit, which
-    ``/tmp`` has, lets nobody move what is not theirs.
+    Such a folder belongs to another user, or others may write to it. The sticky bit, which ``/tmp``
+    has, lets users move only their own files.
     """
     if not hasattr(os, "geteuid"):
         return None
-    # If there is a link on the way, whoever writes beside the link could replace that too.
+    # A person who may write next to a symbolic link could replace the link. So the folders of the
+    # link are checked too.
     above = dict.fromkeys([*path.absolute().parents, *path.resolve().parents])
     for folder in above:
         status = folder.stat()
@@ -105,12 +113,14 @@ def open_to_others(path: Path) -> Path | None:
 
 
 _UNKNOWN_USER = 65534
-"""Who owns the system's folders in a container that does not map its root."""
+"""The user id that owns the system's folders in a container that does not map its root."""
 
 
 def _is_private_group(group_id: int) -> bool:
-    """Whether a group is that of one user alone, as many systems make one for each user. Root is in
-    all groups."""
+    """Return whether a group has only this user as a member, as many systems set it up.
+
+    Root is in all groups.
+    """
     if sys.platform == "win32":
         return False
     import grp
@@ -125,33 +135,37 @@ def _is_private_group(group_id: int) -> bool:
 
 
 def _start(prefix: str) -> str:
-    """Begin a name with the host: where folders are shared, the locks of other hosts may not be
-    seen here."""
+    """Return the beginning of a folder name, with a hash of the host.
+
+    On shared folders this host may not see the locks of other hosts.
+    """
     return f"{prefix}-{zlib.crc32(platform.node().encode()):08x}-"
 
 
 def _locked_folder(parent: Path, prefix: str) -> tuple[Path, int | None]:
+    """Make a new folder, and return it with the descriptor of its lock (None on Windows)."""
     while True:
         try:
             folder = Path(tempfile.mkdtemp(prefix=_start(prefix), dir=parent))
-        except OSError as error:  # whose path is of a name that nobody has chosen
+        except OSError as error:  # its path would have a random name
             raise OSError(
                 error.errno, f"no file can be made in this folder: {error.strerror}", str(parent)
             ) from error
         if sys.platform == "win32":
             return folder, None
         lock = os.open(folder, os.O_RDONLY)
-        # a file system without locks, where nobody gets one to sweep with either
+        # A file system without locks raises OSError. No process can then lock the folder to sweep
+        # it.
         with suppress(OSError):
             lock_descriptor(lock, blocking=False)
-        with suppress(FileNotFoundError):  # another process swept it before it was locked
+        with suppress(FileNotFoundError):  # another process removed it before it was locked
             if folder.stat().st_ino == os.fstat(lock).st_ino:
                 return folder, lock
         os.close(lock)
 
 
 def write_files(folder: Path, files: Mapping[str, bytes], *, prefix: str) -> None:
-    """Write all files in a scratch folder, then put them in their place in ``folder``, in order."""
+    """Write all files in a scratch folder, then move them to ``folder`` in order."""
     with scratch_folder(folder, prefix=prefix) as drafts:
         for name, content in files.items():
             (drafts / name).write_bytes(content)
@@ -163,8 +177,8 @@ def write_files(folder: Path, files: Mapping[str, bytes], *, prefix: str) -> Non
 
 @contextmanager
 def naming_folder(folder: Path, action: str, remedy: str) -> Iterator[None]:
-    """Let an OSError inside say what could not be done, in which folder, and what to do about
-    it."""
+    """Turn an OSError inside the block into one that names the failed action, the folder and a
+    remedy."""
     try:
         yield
     except OSError as error:
@@ -175,14 +189,15 @@ def naming_folder(folder: Path, action: str, remedy: str) -> Iterator[None]:
 
 
 def no_folder(argument: str, path: Path) -> InputError:
-    """Return the error of an ``argument``, as its door calls it, whose file would lie in a folder
-    that is not there."""
+    """Return the error for an argument with a file in a folder that does not exist."""
     return InputError(f"{argument}: the folder {str(path.parent)!r} does not exist; make it first.")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text to a file, which has it whole or stays as it was; what UTF-8 lacks is written as
-    an escape."""
+    """Write text to a file atomically: the file gets the whole text or stays unchanged.
+
+    Characters that UTF-8 lacks are written as escapes.
+    """
     content = text.encode(errors="backslashreplace")
     if path.exists() and not path.is_file():  # a pipe, a terminal
         path.write_bytes(content)
@@ -194,8 +209,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def flush(path: Path) -> None:
-    """Put on the disk what a file holds, or which files a folder has."""
-    # which opens no folder, and flushes what it may write
+    """Flush the content of a file, or the entries of a folder, to the disk."""
+    # Windows cannot open a folder, and flushes only what it may write.
     if sys.platform == "win32" and path.is_dir():
         return
     handle = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)

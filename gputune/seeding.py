@@ -1,5 +1,5 @@
-"""One independent random stream for every use, so that no draw depends on how many others were
-made."""
+"""One independent random stream for every use, so that no draw depends on the number of other
+draws."""
 
 import hashlib
 import random
@@ -11,14 +11,16 @@ import numpy as np
 import torch
 
 GLOBAL_DRAWS = threading.RLock()
-"""Held while a generator that all threads share (torch, Python, NumPy) is at a stream of ours or
-draws for us."""
+"""A lock for the generators that all threads share (torch, Python, NumPy).
+
+It is held while such a generator is at one of our streams or draws for us.
+"""
 
 
 def stream_seed(seed: int, *key: object) -> int:
-    """Return a 63-bit seed that depends on all bits of ``seed`` and of ``key``.
+    """Return a 63-bit seed that depends on all bits of ``seed`` and ``key``.
 
-    The key is hashed, because torch's CPU generator keeps only the low 32 bits of a seed: keys
+    The key is hashed, because torch's CPU generator keeps only the low 32 bits of a seed. Keys
     packed into the high bits would share one stream.
     """
     text = "/".join(str(part) for part in (seed, *key))
@@ -26,10 +28,9 @@ def stream_seed(seed: int, *key: object) -> int:
 
 
 def stream(seed: int, *key: object) -> torch.Generator:
-    """Return a CPU generator of its own for one use, for example ``stream(seed, "rows", n,
-    epoch)``.
+    """Return a separate CPU generator for one use, for example ``stream(seed, "rows", n, epoch)``.
 
-    Draws are made on the CPU and moved, so that a GPU gives the same numbers.
+    Draws are made on the CPU and then moved, so that a GPU gets the same numbers.
     """
     return torch.Generator().manual_seed(stream_seed(seed, *key))
 
@@ -38,11 +39,10 @@ def stream(seed: int, *key: object) -> torch.Generator:
 def keyed_draws(
     device: torch.device, seed: int, *key: object, host: bool = False
 ) -> Iterator[None]:
-    """Let torch's own generator draw from the stream of ``key`` inside, and continue as before
-    outside.
+    """Let torch's own generator draw from the stream of ``key`` inside the block.
 
-    Threads take turns, because they share this generator. It serves modules and dropout, which take
-    no other one.
+    It continues as before outside. Threads take turns, because they share this generator. It serves
+    modules and dropout, which accept no other generator.
 
     Args:
         device: The device that draws. The CPU's generator is always included.
@@ -57,10 +57,11 @@ def keyed_draws(
 
 
 def start_stream(device: torch.device, seed: int, *key: object, host: bool = False) -> None:
-    """Let torch's own generator draw from the stream of ``key`` from now on. Call it only inside
-    ``keyed_draws``."""
-    # Not torch.manual_seed(): that seeds the generators of all devices, and those would not be put
-    # back.
+    """Let torch's own generator draw from the stream of ``key`` from now on.
+
+    Call it only inside ``keyed_draws``.
+    """
+    # torch.manual_seed() would seed the generators of all devices, and these are not restored here.
     torch.default_generator.manual_seed(stream_seed(seed, *key))
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -68,21 +69,20 @@ def start_stream(device: torch.device, seed: int, *key: object, host: bool = Fal
     if host:
         number = stream_seed(seed, "host", *key)
         random.seed(number)
-        np.random.seed([number >> 32, number & 0xFFFFFFFF])  # NumPy takes words of 32 bits
+        np.random.seed([number >> 32, number & 0xFFFFFFFF])  # NumPy takes 32-bit words
 
 
 def prediction_draws(device: torch.device, *, draws: bool) -> AbstractContextManager[None]:
-    """Let a model that draws random numbers when it predicts draw the same ones in each call."""
+    """Let a model that draws random numbers in predictions draw the same numbers in each call."""
     return keyed_draws(device, 0, "predict", host=True) if draws else nullcontext()
 
 
 @contextmanager
 def seeded_generators(seed: int) -> Iterator[None]:
-    """Let the generators of Python, NumPy and torch start at ``seed`` inside, and put them back
-    afterwards.
+    """Start the generators of Python, NumPy and torch at ``seed`` inside the block.
 
-    A thread that wants the generators meanwhile, in another search, waits until this one is done
-    with them.
+    They are restored afterwards. A thread that needs the generators meanwhile, in another search,
+    waits until this block ends.
     """
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     with GLOBAL_DRAWS, torch.random.fork_rng(devices), _host_put_back(True):
@@ -94,8 +94,7 @@ def seeded_generators(seed: int) -> Iterator[None]:
 
 @contextmanager
 def _host_put_back(wanted: bool) -> Iterator[None]:
-    """Give the generators of Python and NumPy the state back that they have now, if that is
-    wanted."""
+    """Restore the state of the generators of Python and NumPy after the block, if ``wanted``."""
     if not wanted:
         yield
         return

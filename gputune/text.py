@@ -1,5 +1,5 @@
-"""Text for a terminal and a notebook: cleaned of control characters, numbers kept short, columns
-aligned."""
+"""Text for a terminal and a notebook: without control characters, with short numbers and aligned
+columns."""
 
 import math
 import re
@@ -16,10 +16,10 @@ _DIRECTIONS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\
 
 
 def clean(value: object, *, keep: str = "") -> str:
-    """Return the text of a value without what steers a terminal; only the control characters in
-    ``keep`` stay.
+    """Return the text of a value without characters that control a terminal.
 
-    A line break or a tab becomes a blank, everything else of the kind is dropped.
+    A line break or a tab becomes a blank. All other control characters are dropped, except the
+    characters in ``keep``.
     """
     return "".join(
         char
@@ -34,10 +34,10 @@ def clean(value: object, *, keep: str = "") -> str:
 
 
 def short(value: object) -> str:
-    """Return a hyperparameter's value as text: four digits of a float, the name of a function or
-    class.
+    """Return the value of a hyperparameter as text.
 
-    Values for the segments (and layers) of a training are lists of such numbers.
+    A float has four digits. A function or class is its name. Values for the segments and layers of
+    a training are lists of such texts.
     """
     if isinstance(value, float):
         return f"{value:.4g}"
@@ -47,22 +47,22 @@ def short(value: object) -> str:
 
 
 _PREFIX = 3
-"""Letters from which on the beginning of a word says which is meant."""
+"""Letters from which on the beginning of a word identifies the word."""
 
 
 def nearest(
     word: object, known: Iterable[object], *, others: Mapping[str, str] = ({}), cutoff: float = 0.65
 ) -> str | None:
-    """Return the known word that was meant by another one, whatever its case; None where none is
-    near.
+    """Return the known word that a mistyped word probably means, or None.
 
-    ``others`` are what people from elsewhere call some of the known: too far for a spell checker.
+    Upper and lower case do not matter. ``others`` maps the names that other libraries use to known
+    words. A spell checker would not find those.
     """
     by_case = {str(name).lower(): str(name) for name in known}
     if (other := others.get(str(word))) in by_case.values():
         return other
     text = str(word).lower()
-    # Two neighbours that have changed places are nearer than a spell checker's ratio says.
+    # Two swapped neighboring letters are more similar than a spell checker's ratio says.
     transposed = {text[:i] + text[i : i + 2][::-1] + text[i + 2 :] for i in range(len(text) - 1)}
     near = [name for name in by_case if name in transposed] or get_close_matches(
         text, by_case, 1, cutoff
@@ -75,20 +75,24 @@ def nearest(
 
 
 def did_you_mean(word: object, known: Iterable[object], *, others: Mapping[str, str] = ({})) -> str:
-    """Return the sentence that suggests a known word in place of an unknown one, behind a blank; ""
-    for none."""
+    """Return a sentence that suggests a known word for an unknown one, with a blank before it.
+
+    The result is "" if no known word is similar.
+    """
     near = nearest(word, known, others=others)
     return f" Did you mean {near!r}?" if near else ""
 
 
 def is_formula(cell: object) -> bool:
-    """Whether a spreadsheet may compute a cell: text that begins as a formula does, and is no sign
-    or number alone."""
+    """Return whether a spreadsheet may compute a cell: its text begins like a formula.
+
+    A single sign and a number are not formulas.
+    """
     return isinstance(cell, str) and len(cell) > 1 and cell[0] in "=+-@\t\r" and not is_number(cell)
 
 
 def is_number(text: str) -> bool:
-    """Whether a text reads as one number."""
+    """Return whether a text reads as one number."""
     try:
         float(text)
     except ValueError:
@@ -97,23 +101,27 @@ def is_number(text: str) -> bool:
 
 
 def count(number: int, noun: str) -> str:
-    """Return "1 row", "2 rows", "2 categories"."""
+    """Return a number with its noun, such as "1 row", "2 rows" or "2 categories"."""
     plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
     return f"{number} {noun if number == 1 else plural}"
 
 
 def size_words(number: int) -> str:
-    """Return a number of bytes as text."""
+    """Return a number of bytes as text, in KiB, MiB or GiB."""
     power, name = (3, "GiB") if number >= 2**30 else (2, "MiB") if number >= 2**20 else (1, "KiB")
     return f"{number / 2 ** (10 * power):.1f} {name}"
 
 
 @dataclass(frozen=True)
 class Measure:
-    """How scores are shown: scikit-learn's ``neg_log_loss`` of -0.31 is a log_loss of 0.31, lower
-    is better.
+    """The way to show scores: scikit-learn's ``neg_log_loss`` of -0.31 is shown as a log_loss of
+    0.31.
 
-    ``positive`` is the class that they are of, None where they are of none.
+    Attributes:
+        name: the name that is shown.
+        lower_is_better: whether the score is a loss, which is shown with the opposite sign.
+        decimals: number of decimals.
+        positive: the positive class of the score. None if it has none.
     """
 
     name: str
@@ -123,36 +131,42 @@ class Measure:
 
     @property
     def title(self) -> str:
-        """The name, with its class where it is of one, and with the direction where it is not the
-        usual one."""
+        """The name, with the positive class if there is one, and "(lower is better)" for a loss."""
         return f"{self.name}{of_class(self.positive)}{' (lower is better)' * self.lower_is_better}"
 
     def text(self, score: float) -> str:
-        """Return a score, in scikit-learn's sign, as it is shown; "-" where there is none."""
+        """Return the text of a score, which has scikit-learn's sign. NaN is "-"."""
         return self.size(-score if self.lower_is_better else score)
 
     def size(self, value: float) -> str:
-        """Return a number in the score's unit, a standard error for one, with the same decimals."""
+        """Return a number in the unit of the score, such as a standard error, with the same
+        decimals."""
         if not math.isfinite(value):
             return "-"
         # adding 0.0 turns -0.0 into 0.0
         return f"{value:.3e}" if abs(value) >= 1e7 else f"{value + 0.0:.{self.decimals}f}"
 
     def with_error(self, score: float, error: float) -> str:
-        """Return a score and its standard error, where there is one."""
+        """Return a score with its standard error, if that is finite."""
         return (
             f"{self.text(score)} ± {self.size(error)}" if math.isfinite(error) else self.text(score)
         )
 
 
 def of_class(positive: object) -> str:
-    """Return which class a score is of, to stand behind its name; nothing where it is of none."""
+    """Return the words about the positive class that follow the name of a score, or ""."""
     return "" if positive is None else f" of class {clean(repr(positive))}"
 
 
 def measure_of(scoring: str, best: float, positive: object = None, label: str = "") -> Measure:
-    """Return the measure of a scorer's name, shown as ``label``, with decimals for four digits of
-    the best score."""
+    """Return the measure for a scorer's name.
+
+    Args:
+        scoring: name of the scorer.
+        best: the best score. The decimals show four digits of it.
+        positive: the positive class of the score. None if it has none.
+        label: name to show instead of ``scoring``.
+    """
     size = abs(best)
     usual = not math.isfinite(size) or size == 0 or 0.01 <= size < 10
     decimals = 4 if usual else min(max(3 - math.floor(math.log10(size)), 0), 12)
@@ -168,7 +182,7 @@ def table(
     left: Sequence[str] = (),
     indent: str = "",
 ) -> str:
-    """Return lines of aligned cells, to the right but for the columns named in ``left``."""
+    """Return lines of aligned cells. Columns in ``left`` are aligned left, the others right."""
     lines = [list(header), *map(list, rows)]
     widths = [max(len(line[j]) for line in lines) for j in range(len(header))]
     aligns = ["<" if name in left else ">" for name in header]
@@ -179,8 +193,10 @@ def table(
 
 
 def paragraph(text: str, width: int, *, first: str = "", then: str = "") -> str:
-    """Return text filled to ``width``, its first line behind ``first``, the others behind
-    ``then``."""
+    """Return text filled to ``width``.
+
+    ``first`` precedes the first line, and ``then`` the other lines.
+    """
     wrapper = textwrap.TextWrapper(
         max(width, 40), first, then, break_long_words=False, break_on_hyphens=False
     )
@@ -191,8 +207,10 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 def blocks(values: Sequence[float], *, width: int) -> str:
-    """Return numbers as a curve of block characters, at most ``width`` of them; a blank where one
-    is not finite."""
+    """Return numbers as a curve of at most ``width`` block characters.
+
+    A blank stands for NaN and infinity.
+    """
     step = max(1, math.ceil(len(values) / width))
     shown = [float(value) for value in values[::step]]
     finite = [value for value in shown if math.isfinite(value)]
@@ -202,8 +220,10 @@ def blocks(values: Sequence[float], *, width: int) -> str:
 
 
 def card(title: str, rows: Iterable[tuple[str, str]]) -> str:
-    """Return an HTML table with one row for each name and text, all of it escaped: what a notebook
-    shows."""
+    """Return an HTML table for a notebook, with one row for each name and text.
+
+    All text is escaped.
+    """
     left = ' style="text-align:left"'
     cells = (
         f"<th{left}>{escape(clean(name))}</th><td{left}>{escape(clean(text))}</td>"

@@ -1,8 +1,8 @@
-"""The axis alphabet, the words for values that cross files, and the table of defaults.
+"""The names of tensor axes, shared type aliases, and the table of defaults.
 
 Axes, used in signatures, docs and errors: C trials, F folds, P = C*F members, B batch rows, D
-inputs, H width, K outputs, T steps, L layers. The member axis comes first; inside a chunk members
-are fold-major (``p = f*C + c``), so that one fold's members are contiguous. Public arrays are (C,
+inputs, H width, K outputs, T steps, L layers. The member axis comes first. Inside a chunk, members
+are fold-major (``p = f*C + c``), so the members of one fold are contiguous. Public arrays are (C,
 epochs, F).
 """
 
@@ -13,7 +13,7 @@ from itertools import accumulate
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-if TYPE_CHECKING:  # the command line reads this file, and must not wait for torch
+if TYPE_CHECKING:  # the command line imports this file and must not wait for torch
     import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
@@ -22,29 +22,37 @@ Config = dict[str, Any]
 """One configuration: hyperparameter name -> value."""
 
 Json = Mapping[str, Any]
-"""An object of a JSON text, to be read only: name -> value."""
+"""A read-only object of a JSON text: name -> value."""
 
 Params = dict[str, "Tensor"]
-"""Parameter name -> tensor of all members: (P, ...) in update rules, (F, C, ...) or as its Block
-says in a chunk."""
+"""Parameter name -> tensor of all members.
+
+Update rules use the shape (P, ...). In a chunk the shape is (F, C, ...), or the shape that its
+Block gives.
+"""
 
 Task = Literal["binary", "multiclass", "regression", "multilabel", "custom"]
 
 Goal = Literal["classes", "numbers", ""]
-"""What a model predicts, where that decides its defaults: classes by their cross-entropy, numbers,
-or neither."""
+"""The kind of prediction, if it decides defaults: classes (cross-entropy), numbers or neither."""
 
 Precision = Literal["full", "bf16"]
-"""Of what a module computes while it trains; bf16: torch.autocast to bfloat16."""
+"""The number format of a module's computations in training.
+
+"bf16" means torch.autocast to bfloat16.
+"""
 
 Backend = Literal["eager", "compiled", "graph", "loop", "kernel"]
-"""How a chunk trains: as operations on stacked tensors, one by one or each step recorded once and
-replayed, member by member in a compiled loop on a CPU or in a kernel of a GPU, or as plain modules
-one after another."""
+"""The way to train a chunk.
+
+"eager" runs operations on stacked tensors, one by one. "graph" records each step once and replays
+it. "compiled" trains member by member in a compiled loop on a CPU, and "kernel" in a kernel of a
+GPU. "loop" trains plain modules one after another.
+"""
 
 BY_MEMBER: tuple[Backend, ...] = ("compiled", "kernel")
-"""Those by which each member of an MLP takes steps of its own, whatever the batch sizes of the
-others."""
+"""The backends in which each member of an MLP takes its own steps, whatever batch sizes the others
+have."""
 
 BackendWord = Literal["auto", "eager", "compiled", "graph", "stacked", "loop", "kernel"]
 
@@ -67,7 +75,7 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "l1_ratio": 0.0,
     }
 )
-"""What a trial uses where its configuration is silent; lr, weight decay and momentum depend on the
+"""The values of keys that a configuration lacks. lr, weight decay and momentum depend on the
 optimizer."""
 
 DEFAULT_LR = 1e-3
@@ -82,17 +90,18 @@ SEARCHED: Mapping[str, Any] = MappingProxyType(
         "l1_ratio": (0.0, 0.5, 1.0),
     }
 )
-"""What a search without a space draws each key from: values, or the ends of a log-uniform range."""
+"""The values of each key in the default space: a list, or the ends of a log-uniform range."""
 
 LR_FACTORS = (0.1, 30.0)
 PLAIN_LR_FACTORS = (1.0, 1000.0)
-"""The ends of the range of lr, as factors on its default; of sgd and nesterov, which do not scale
-their steps."""
+"""The ends of the range of lr, as factors on its default.
+
+The second range is for sgd and nesterov, which do not scale their steps.
+"""
 
 
 def defaults_in_words() -> str:
-    """Return the default spaces and the default values, a line each, for help texts and the
-    documentation."""
+    """Return the default spaces and values as text, one line each, for help and documentation."""
 
     def of(key: str) -> str:
         choices = SEARCHED[key]
@@ -122,10 +131,10 @@ def defaults_in_words() -> str:
 
 
 ONLINE = ("sgdhd", "nesterovhd", "adamhd", "adamwhd")
-"""Optimizers that adapt each member's learning rate while it trains; ``lr`` is where it begins."""
+"""Optimizers that adapt each member's learning rate in training. ``lr`` is its initial value."""
 
 ONLINE_RULES = ("multiplicative", "additive", "normalized")
-"""What they do to it, see ``gputune.optim``."""
+"""The rules by which they change the learning rate. See ``gputune.optim``."""
 
 OPTIMIZERS = (
     "sgd",
@@ -146,27 +155,36 @@ SCHEDULES = get_args(ScheduleWord)
 
 LR_FACTOR = "lr_factor__"
 DECAY_FACTOR = "weight_decay_factor__"
-"""Keys of a module's parameters: ``lr_factor__bias`` is a factor on the rate of all that have
-"bias" in their path."""
+"""Prefixes of factors for the parameters of a module.
+
+``lr_factor__bias`` is a factor on the learning rate of all parameters that have "bias" in their
+path.
+"""
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
 
 Numbers = Literal["standard", "robust", "quantile", "piecewise", "piecewise-tree", "none"]
 NUMBERS = get_args(Numbers)
-"""How the numbers of a table are prepared."""
+"""The ways to prepare the numeric columns of a table."""
 TENSOR_NUMBERS = ("standard", "none")
-"""Those of them that tensors, images and sequences can have."""
+"""The ways to prepare tensors, images and sequences."""
 
 
 KEPT_BYTES = 128 << 20
-"""Bytes of the outputs that a study keeps, and of those that a chunk keeps while it trains."""
+"""Bytes of the outputs that a study keeps.
+
+A chunk in training keeps the same number of bytes at most.
+"""
 
 
 @dataclass(frozen=True, eq=False)
 class Outputs:
-    """Of one trial after ``epoch`` epochs: ``values`` (N, K), float32, on the validation rows of
-    fold after fold.
+    """The outputs of one trial on validation rows after ``epoch`` epochs, its best epoch.
 
-    At its best epoch: what ensembles are made of.
+    Ensembles are made from them.
+
+    Attributes:
+        epoch: number of trained epochs.
+        values: (N, K) float32. The validation rows of one fold follow those of the fold before.
     """
 
     epoch: int
@@ -174,8 +192,11 @@ class Outputs:
 
 
 def beyond_limit(sizes: Mapping[int, int], scores: Mapping[int, float]) -> list[int]:
-    """Return the trials that go without where all take too many bytes: the worst, of equal ones the
-    oldest."""
+    """Return the numbers of the trials to leave out, because all outputs exceed the limit of bytes.
+
+    These are the trials with the worst scores. Among equal scores the oldest trials are left out
+    first.
+    """
     order = sorted(sizes, key=lambda number: (scores[number], number), reverse=True)
     return [
         number
@@ -185,7 +206,7 @@ def beyond_limit(sizes: Mapping[int, int], scores: Mapping[int, float]) -> list[
 
 
 def drop_beyond_limit(outputs: dict[int, Outputs], scores: Mapping[int, float]) -> None:
-    """Take out of the outputs of trials those of the worst, where all take too many bytes."""
+    """Delete the outputs of the worst trials that do not fit into the limit of bytes."""
     for number in beyond_limit(
         {number: one.values.nbytes for number, one in outputs.items()}, scores
     ):
@@ -193,23 +214,32 @@ def drop_beyond_limit(outputs: dict[int, Outputs], scores: Mapping[int, float]) 
 
 
 def first_metric(scores: "np.ndarray", *, axes: int) -> "np.ndarray":
-    """Return scores of so many axes by the metric that ranks; those of several metrics have one
-    axis more, the last."""
-    # Of one piece, so that sums over it have the bits of a search with that metric alone.
+    """Return the scores by the metric that ranks.
+
+    Args:
+        scores: scores with ``axes`` axes for one metric. With several metrics they have one more
+            axis, the last.
+        axes: number of axes for one metric.
+    """
+    # A contiguous copy, so that sums over it have the same bits as in a search with only that
+    # metric.
     return scores if scores.ndim == axes else scores[..., 0].copy()
 
 
 def default_weight_decay(optimizer: str) -> float:
-    """0.01 for adamw and its kin, whose decay is decoupled from the gradient; 0 for the others, as
-    in torch.optim."""
+    """Return the default weight decay of an optimizer.
+
+    It is 0.01 for adamw and its relatives, whose decay is decoupled from the gradient. It is 0 for
+    the others, as in torch.optim.
+    """
     return 0.01 if optimizer in ("adamw", "adamwhd", "muon", "schedulefree") else 0.0
 
 
 def default_momentum(optimizer: str) -> float:
-    """0.9 for nesterov, which without momentum is plain gradient descent; 0.95 for muon, as in
-    torch.optim; else 0.
+    """Return the default momentum of an optimizer.
 
-    Adam and its kin have betas instead.
+    It is 0.9 for nesterov, which is plain gradient descent without momentum. It is 0.95 for muon,
+    as in torch.optim. It is 0 for the others. Adam and its relatives have betas instead.
     """
     if optimizer == "muon":
         return 0.95
@@ -217,8 +247,8 @@ def default_momentum(optimizer: str) -> float:
 
 
 EvaluationKey = tuple[int, int, int]
-"""The number of epochs that members have trained, the fold, and the place of the first row among
-its validation rows.
+"""The key that seeds the random draws of members in evaluation. All members draw the same numbers.
 
-It seeds what members draw while they are evaluated, each of them the same numbers.
+It holds the number of trained epochs, the fold, and the position of the first row among the fold's
+validation rows.
 """
