@@ -259,7 +259,7 @@ class RealMLP(nn.Module):
         """Fit the initial weights to training rows x (n, D), and store the range of numeric targets
         y.
 
-        gputune calls this once per fold before training.
+        A search calls this method once per fold, before training.
         """
         if y.is_floating_point():
             self.low.copy_(y.amin(0))
