@@ -1,12 +1,12 @@
-"""Where and how chunks train here: in compiled code on a CPU, in a kernel of a GPU, as recorded
-steps, or eagerly.
+"""Choose the backend and the numeric settings with which chunks train on this machine.
 
-How exactly a GPU multiplies matrices of single precision: as written, or with TF32 where that is
-asked for. On how many threads a CPU computes.
+The backends are compiled code on a CPU, a kernel on a GPU, recorded steps and eager steps. The
+settings are the precision of float32 matrix products on a GPU (full, or TF32 on request) and the
+number of CPU threads.
 
-What was found of a device, which backends fail their laws there, and how fast they are, is kept in
-the user's cache, for one device, one version of torch and one of gputune: ``gputune check`` finds
-it, and "auto" is chosen by it.
+``gputune check`` measures a device: it finds the backends that break a guarantee there, and the
+speed of each backend. The user's cache keeps these findings for one device, one version of torch
+and one version of gputune. The choice of "auto" is based on them.
 """
 
 import json
@@ -36,38 +36,41 @@ from gputune.scratch import cache_folder, write_text
 from gputune.types import BY_MEMBER, Backend, BackendWord, Config, Precision
 from gputune.version import __version__
 
-_FEW = 20  # members, of which a step is all launches
-_DEEPEST = 63  # hidden layers that the compiled code has room for
+_FEW = 20  # number of members for which the launches decide the time of a step
+_DEEPEST = 63  # most hidden layers that the compiled code can hold
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of a step: ``step`` whatever trains, and ``member`` for each member more."""
+    """Seconds of one step: ``step`` for any number of members, plus ``member`` for each member."""
 
     step: float
     member: float
 
     def of(self, members: float) -> float:
-        """Return the seconds of a step of so many members."""
+        """Return the seconds of one step of ``members`` members."""
         return self.step + members * self.member
 
 
 @dataclass(frozen=True)
 class Findings:
-    """``failed`` says of a backend which law it fails, None where none was checked; ``speeds`` how
-    fast it is."""
+    """Results of ``gputune check`` for one device.
+
+    ``failed`` maps a backend to the guarantee that it breaks. It is None if no guarantee was
+    checked. ``speeds`` maps a backend to its measured speed.
+    """
 
     failed: Mapping[Backend, str] | None = None
     speeds: Mapping[Backend, Speed] = field(default_factory=dict)
 
     def why_not(self, backend: Backend) -> str:
-        """Return why a backend is not to be used, in words; "" where nothing is against it."""
+        """Return the reason against a backend as a sentence, or "" if there is no reason."""
         law = (self.failed or {}).get(backend)
         return "" if law is None else f"gputune check found that {law!r} does not hold for it here"
 
 
 def device_name(device: torch.device) -> str:
-    """Return what a person calls a device: the name of the card, or of the processor."""
+    """Return the product name of a device: of the GPU, or of the processor."""
     return (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"
@@ -76,7 +79,8 @@ def device_name(device: torch.device) -> str:
 
 
 def read_findings(device: torch.device) -> Findings:
-    """Return what is known of a device; nothing where nothing is, or where it cannot be read."""
+    """Return the cached findings of a device. They are empty if the cache has none or cannot be
+    read."""
     with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
         if (path := _path(device)) is not None:
             kept = json.loads(read_file(path))
@@ -87,8 +91,10 @@ def read_findings(device: torch.device) -> Findings:
 
 
 def keep_findings(device: torch.device, found: Findings) -> Path | None:
-    """Keep what was found, with the speeds that were known before; return where, None where there
-    is no place."""
+    """Store findings in the cache, together with the speeds that it already has.
+
+    Returns the path of the file, or None if there is no cache or it cannot be written.
+    """
     known = read_findings(device)
     path = _path(device)
     failed = known.failed if found.failed is None else found.failed
@@ -103,9 +109,11 @@ def keep_findings(device: torch.device, found: Findings) -> Path | None:
 
 
 def _path(device: torch.device) -> Path | None:
-    if device.type == "cuda" and not torch.cuda.is_available():  # a GPU of a cluster's
+    """Return the cache file of a device, or None if the GPU is not in this machine."""
+    if device.type == "cuda" and not torch.cuda.is_available():  # the GPU belongs to a cluster
         return None
     folder = cache_folder()
+    # Findings hold only for these versions.
     words = f"{device_name(device)} torch {torch.__version__} gputune {__version__}"
     return folder and folder / f"check-{re.sub(r'[^a-z0-9.+]+', '-', words.lower())}.json"
 
@@ -113,13 +121,17 @@ def _path(device: torch.device) -> Path | None:
 def choose_backend(
     word: BackendWord, device: torch.device, dtype: torch.dtype, kind: ModelKind = "mlp"
 ) -> tuple[Backend, str]:
-    """Return the backend of a word, and why "auto" is not the fast one ("" where it is).
+    """Return the backend that a word stands for, and the reason if "auto" is not the fast backend.
 
-    "auto" is "graph" on a GPU, for a user's module, and where gputune has no compiled code; "eager"
-    on a GPU where
-    ``gputune check`` has found recorded steps wrong, or the slower ones; "kernel" where it has
-    found that right and the fastest. Raises InputError where compiled training, a kernel or
-    recorded steps are asked for and cannot be had.
+    The reason is "" if "auto" is the fast backend. "auto" is one of these:
+
+    - "graph" on a GPU, for a user's module, and if gputune has no compiled code;
+    - "eager" on a GPU if ``gputune check`` found that recorded steps are wrong or slower;
+    - "kernel" on a GPU if ``gputune check`` found that the kernel is right and the fastest;
+    - "compiled" in all other cases.
+
+    Raises InputError if compiled training, a kernel or recorded steps are requested but not
+    available.
     """
     if word == "kernel":
         if why := obstacle(device):
@@ -138,7 +150,8 @@ def choose_backend(
         found = read_findings(device)
         seconds = {way: speed.of(_FEW) for way, speed in found.speeds.items()}
         fastest = min(seconds, key=seconds.__getitem__, default="graph")
-        # which the kernel may train, where its law was checked
+        # The kernel trains only built-in models in float32, and only if its guarantees were
+        # checked.
         ours = kind != "module" and dtype == torch.float32
         if (
             ours
@@ -174,7 +187,8 @@ def choose_backend(
 
 
 def choose_device(device: str) -> torch.device:
-    """Return the device of "auto", "cpu", "cuda" or "cuda:1"; InputError where there is none."""
+    """Return the device of "auto", "cpu", "cuda" or "cuda:1". Raises InputError if it does not
+    exist."""
     on_gpu = torch.cuda.is_available()
     if device == "auto":
         return torch.device("cuda" if on_gpu else "cpu")
@@ -194,7 +208,7 @@ def choose_device(device: str) -> torch.device:
 
 
 def _why_no_gpu() -> str:
-    """Return why torch can use no GPU, and what to do about it."""
+    """Return the reason why torch cannot use a GPU, and the remedy."""
     if torch.version.cuda is None:
         page = "https://pytorch.org/get-started/locally"
         return (
@@ -211,11 +225,13 @@ def _why_no_gpu() -> str:
 
 
 def other_gpus(word: str, device: torch.device) -> tuple[torch.device, ...]:
-    """Return the GPUs that train beside a device: all others that are visible, for "auto" and
-    "cuda"; else none."""
+    """Return the other visible GPUs that train together with a device.
+
+    The result is empty unless the user asked for "auto" or "cuda".
+    """
     if device.type != "cuda" or word not in ("auto", "cuda"):
         return ()
-    # where the rows lie already
+    # The rows are already on a GPU that is not the current one: only that GPU trains.
     if device.index not in (None, current := torch.cuda.current_device()):
         return ()
     return tuple(torch.device("cuda", i) for i in range(torch.cuda.device_count()) if i != current)
@@ -229,15 +245,19 @@ def trains_as(
     *,
     data: Dataset | None = None,
 ) -> Backend:
-    """Return how trials like this one train where ``backend`` was chosen: as it says, or eagerly if
-    it cannot.
+    """Return the backend that trains a trial if ``backend`` was chosen for the search.
 
-    ``traits`` say whether members of a user's module can be stacked; a class of torch.optim trains
-    each alone. Of a module that can be stacked, whose inside is unknown, no code is compiled,
-    unless it is ``coded``; its steps are recorded in place of that, as are those of optimizers and
-    clipping that the compiled code does not know. What a kernel knows depends on the ``data`` and
-    on their device too; where a kernel, or a recording, has failed on a GPU, this process makes
-    none any more.
+    It is ``backend`` itself, unless ``backend`` cannot train this trial:
+
+    - A user's module trains in a loop if ``traits`` say that its members cannot be stacked, or if
+      the optimizer is a class of torch.optim.
+    - A user's module that can be stacked trains in compiled code only if it is ``coded``. Otherwise
+      its steps are recorded, because its layers are unknown.
+    - Steps are also recorded if the compiled code does not support the optimizer or the clipping,
+      or if the kernel does not support the trial. The kernel's support depends on the ``data`` and
+      on their device too.
+    - After a kernel or a recording has failed on a GPU, this process does not make another one.
+    - In all other cases the steps are eager.
     """
     if kind == "module":
         if (traits and traits.loop_reason) or backend == "loop" or class_of(config):
@@ -269,8 +289,8 @@ def trains_as(
     return backend if config["optimizer"] in RULES else "eager"
 
 
-# The setting belongs to the process. Searches in several threads may end in any order: the last one
-# puts it back.
+# The setting belongs to the process, and searches in several threads may end in any order: the last
+# one restores it.
 _TF32 = threading.Lock()
 _tf32_users = 0
 _before_tf32 = "none"
@@ -278,8 +298,10 @@ _before_tf32 = "none"
 
 @contextmanager
 def matrix_products(*, tf32: bool) -> Iterator[None]:
-    """Let matrix products of a GPU round their factors to TF32 (10 bits of mantissa) inside; as set
-    before otherwise.
+    """Let float32 matrix products on a GPU round their factors to TF32 (10 bits of mantissa)
+    inside.
+
+    Without ``tf32`` the setting does not change.
 
     Source:
         https://docs.pytorch.org/docs/stable/notes/cuda.html#tensorfloat-32-tf32-on-ampere-and-later-devices
@@ -305,12 +327,13 @@ def matrix_products(*, tf32: bool) -> Iterator[None]:
 
 @contextmanager
 def torch_threads(threads: int) -> Iterator[None]:
-    """Let torch compute with so many threads inside, and take numbers below 1e-38 (float32) for
-    zero.
+    """Let torch compute with ``threads`` threads inside, and round denormal numbers to zero.
 
-    The momentum of units that no longer learn decays into such denormal numbers, which a CPU
-    handles so slowly that the training of a wide network took twice as long.
+    Denormal numbers are those below 1e-38 in float32. The momentum of units that no longer learn
+    decays into them, and a CPU handles them very slowly. Rounding them to zero made the training of
+    a wide network 2x faster.
     """
+    # torch has no getter for this setting: a product with a denormal number shows it.
     flushed = bool(torch.tensor(1e-39, dtype=torch.float32) * 1 == 0)
     torch.set_flush_denormal(True)
     try:
@@ -322,7 +345,7 @@ def torch_threads(threads: int) -> Iterator[None]:
 
 @contextmanager
 def on_threads(threads: int) -> Iterator[None]:
-    """Let torch compute with so many threads inside."""
+    """Let torch compute with ``threads`` threads inside."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -332,8 +355,7 @@ def on_threads(threads: int) -> Iterator[None]:
 
 
 def check_tf32(tf32: object, dtype: str, workers: object, device: torch.device) -> None:
-    """Raise InputError where TF32 is asked for and there is none; it is set in this process
-    alone."""
+    """Raise InputError if TF32 is requested but not available. TF32 is set only in this process."""
     if not isinstance(tf32, bool):
         raise InputError(f"tf32 must be True or False, got {tf32!r}.")
     if not tf32:
@@ -357,7 +379,11 @@ def check_tf32(tf32: object, dtype: str, workers: object, device: torch.device) 
 def check_precision(
     precision: Precision, dtype: str, device: torch.device, *, descends: bool
 ) -> None:
-    """Raise InputError where bfloat16 is asked for and would mean nothing, or is not to be had."""
+    """Raise InputError if bfloat16 is requested but has no effect or is not supported.
+
+    ``descends`` is true for a hypergradient search. bfloat16 would round the numbers that it
+    differentiates.
+    """
     if precision == "full":
         return
     option = f"precision={precision!r}"

@@ -1,9 +1,8 @@
-"""A chunk in the middle of its training, in a file beside the study: what a stopped search goes on
-from.
+"""Checkpoints: files next to the study from which a stopped search resumes the training of a chunk.
 
-A file says which search, trials and configurations it belongs to, and carries a checksum of its
-content. It appears whole or not at all, and is gone when its trials have ended. Also where the
-states of trials wait for their next rung.
+A file names its search, trials and configurations, and has a checksum of its content. It is written
+completely or not at all, and is removed when its trials have ended. This module also stores the
+states of trials that wait for their next rung.
 """
 
 import errno
@@ -30,37 +29,45 @@ from gputune.scratch import flush, scratch_folder
 from gputune.types import Config
 
 _FORMAT = 1
+# Training lasts at least 20x as long as writing, so checkpoints take at most 5% of the time.
 _WRITING_SHARE = 20
-_RESERVE = 2**24  # bytes that a checkpoint leaves on the disk, for the results of what trains
+# bytes that a checkpoint leaves free on the disk for the results of running trials
+_RESERVE = 2**24
 _TRIES = 100
+# The smallest trial and a digest of all trials.
 _NAME = re.compile(r"\d+-[0-9a-f]{16}\.(safetensors|tmp)")
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """Trials (by number) after so many epochs: ``curves`` (C, epochs, F), and the state of those
-    still ``alive``."""
+    """Trials (by number) in the middle of their training: their curves (C, epochs, F) and their
+    state.
+
+    ``state`` has only the trials that are still ``alive``.
+    """
 
     trials: tuple[int, ...]
     alive: tuple[int, ...]  # positions in ``trials``
     curves: np.ndarray
     state: State
-    seconds: float  # of training so far
+    seconds: float  # time that the training has taken until now
 
 
 class CheckpointFolder:
-    """The checkpoints of one search. ``identity`` is a digest of all that its numbers depend on but
-    the trials."""
+    """Checkpoints of one search.
+
+    ``identity`` is a digest of everything that the search's numbers depend on, except the trials.
+    """
 
     def __init__(self, folder: Path, identity: str) -> None:
-        # wherever this process goes meanwhile
+        # absolute: the process may change its working directory
         self.folder = folder.absolute()
         self.identity = identity
-        # of each file that there may be, those that have not ended
+        # path of each file that may exist -> its trials that have not ended
         self._trials: dict[Path, set[int]] = {}
 
     def path(self, trials: Sequence[int]) -> Path:
-        """Return where the checkpoint of these trials lies, and remember to remove it when they
+        """Return the path of the checkpoint of these trials. ``drop`` removes the file when they
         have ended."""
         name = hashlib.sha256(json.dumps(list(trials)).encode()).hexdigest()[:16]
         path = self.folder / f"{min(trials)}-{name}.safetensors"
@@ -68,8 +75,8 @@ class CheckpointFolder:
         return path
 
     def write(self, checkpoint: Checkpoint, configs: Sequence[Config]) -> None:
-        """Keep a checkpoint in the place of an older one of the same trials. Raises OSError where
-        it cannot."""
+        """Write a checkpoint, which replaces an older one of the same trials. Raises OSError if
+        this fails."""
         tensors = {
             str(i): buffer.cpu().contiguous() for i, buffer in enumerate(checkpoint.state.buffers)
         }
@@ -86,27 +93,30 @@ class CheckpointFolder:
         size = sum(tensor.nbytes for tensor in tensors.values())
         for _ in range(_TRIES):
             self.folder.mkdir(mode=0o700, exist_ok=True)
-            # Another process may remove the folder as long as nothing is in it.
+            # Another process may remove the folder while it is empty, so several attempts are made.
             with suppress(FileNotFoundError):
                 if shutil.disk_usage(self.folder).free < size + _RESERVE:
                     raise OSError(
                         errno.ENOSPC, f"it would leave less than {_RESERVE >> 20} MB for results"
                     )
-                draft.unlink(missing_ok=True)  # of a write that was killed; a link is not followed
+                # left by a write that was killed; a link is not followed
+                draft.unlink(missing_ok=True)
                 draft.touch(mode=0o600, exist_ok=False)
                 break
         else:
             raise OSError(errno.ENOENT, "its folder goes again and again")
+        # The draft is flushed before it is renamed, so a file with the final name is always
+        # complete.
         _save(tensors, draft, {"facts": text, "checksum": _checksum(text, tensors)})
         flush(draft)
         os.replace(draft, path)
         flush(self.folder)
 
     def read(self, configs: Mapping[int, Config]) -> list[Checkpoint]:
-        """Return the checkpoints of trials that all still wait, by the number of each its
-        configuration.
+        """Return the checkpoints of trials that still wait.
 
-        A file that is damaged, or of another search, is left out with one warning for all.
+        ``configs`` maps the number of each waiting trial to its configuration. Files that are
+        damaged or belong to another search are skipped, with one warning for all of them.
         """
         checkpoints = []
         ignored = []
@@ -130,6 +140,8 @@ class CheckpointFolder:
         return checkpoints
 
     def _read(self, path: Path, configs: Mapping[int, Config]) -> Checkpoint:
+        """Return the checkpoint in a file. Raises ValueError if it does not belong to this
+        search."""
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
             facts = json.loads(metadata["facts"])
@@ -149,8 +161,8 @@ class CheckpointFolder:
         )
 
     def drop(self, ended: Iterable[int]) -> None:
-        """Remove the files of which no trial trains any more, and the folder with the last of
-        them."""
+        """Remove each file when all of its trials have ended. The folder is removed with its last
+        file."""
         ended = set(ended)
         for path, trials in list(self._trials.items()):
             trials -= ended
@@ -160,33 +172,35 @@ class CheckpointFolder:
         self._remove()
 
     def clear(self) -> None:
-        """Remove all files, also those that could not be used: no trial of the search waits any
-        more."""
+        """Remove all files, also files that could not be used. No trial of the search waits any
+        longer."""
         with suppress(OSError):  # there is no folder
             self._remove(*(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)))
 
     def _remove(self, *files: Path) -> None:
         for remove in (*(file.unlink for file in files), self.folder.rmdir):
-            with suppress(OSError):  # what cannot be removed does no harm
+            with suppress(OSError):  # a file that cannot be removed does no harm
                 remove()
 
 
 @dataclass(frozen=True)
 class Checkpointing:
-    """How the chunks of a job keep their state: ``numbers`` are those of its trials, by their place
-    in the search."""
+    """Settings with which the chunks of a job keep their state.
+
+    ``numbers`` are the numbers of the trials, by their place in the search.
+    """
 
     folder: CheckpointFolder
     numbers: tuple[int, ...]
-    seconds: float  # at least so long between two checkpoints of a chunk
+    seconds: float  # least time between two checkpoints of a chunk
 
     def expect(self, index: Sequence[int]) -> None:
-        """Remember that a worker may write a file of the trials at these places."""
+        """Remember that a worker may write a checkpoint of the trials at these places."""
         self.folder.path([self.numbers[i] for i in index])
 
     def keep(self, checkpoint: Checkpoint, configs: Sequence[Config]) -> float:
-        """Write a checkpoint, or warn where it cannot be written; return the seconds until the next
-        is due."""
+        """Write a checkpoint and return the seconds until the next one is due. Warns if it cannot
+        write."""
         begin = time.monotonic()
         try:
             self.folder.write(checkpoint, configs)
@@ -200,16 +214,21 @@ class Checkpointing:
 
 
 def pause_after(writing: float) -> float:
-    """Return the seconds of training before the next checkpoint, when one took so long to write."""
+    """Return the seconds of training before the next checkpoint.
+
+    ``writing`` is the time in seconds that writing the last one took.
+    """
     return _WRITING_SHARE * writing
 
 
 def _digest_of_configs(configs: Sequence[Config]) -> str:
+    """Return a digest of the values of some configurations, independent of the order of their
+    keys."""
     return hashlib.sha256(repr([sorted(config.items()) for config in configs]).encode()).hexdigest()
 
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write a file. Raises OSError where the disk is full."""
+    """Write tensors and metadata to a safetensors file. Raises OSError if the disk is full."""
     try:
         save_file(tensors, path, metadata=metadata)
     except SafetensorError as error:
@@ -217,6 +236,7 @@ def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> N
 
 
 def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 digest of a text and of the names, types, shapes and values of tensors."""
     digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
         array = tensor.numpy()
@@ -226,8 +246,11 @@ def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 class StateCache:
-    """Where the states of trials wait for their next rung: in memory up to a limit, then in files
-    that go with it."""
+    """States of trials that wait for their next rung.
+
+    They stay in memory up to ``limit`` bytes. Further states go to temporary files, which ``close``
+    removes.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -237,10 +260,10 @@ class StateCache:
         self.end = ExitStack()
 
     def park(self, trial: int, state: State) -> None:
-        """Keep the state (one row) of a trial."""
+        """Store the state (one row) of a trial."""
         if self.size + state.nbytes <= self.limit:
             self.size += state.nbytes
-            # A copy of its own: a row of a chunk would keep the whole chunk alive.
+            # A copy, because a view of one row would keep the tensors of the whole chunk alive.
             self.states[trial] = State(
                 state.epoch, tuple(buffer.clone() for buffer in state.buffers)
             )
@@ -260,7 +283,7 @@ class StateCache:
         self.states[trial] = path
 
     def look(self, trial: int) -> State:
-        """Return the state of a trial, which stays."""
+        """Return the state of a trial without removing it."""
         if isinstance(state := self.states[trial], State):
             return state
         with safe_open(state, framework="pt") as file:
@@ -268,15 +291,17 @@ class StateCache:
             return State(int(file.metadata()["epoch"]), buffers)
 
     def take(self, trials: Sequence[int]) -> State:
-        """Return the states of some trials, all after one number of epochs, and keep them no
-        longer."""
+        """Return the stacked states of some trials, and remove them from the cache.
+
+        All of the trials have trained for the same number of epochs.
+        """
         states = [self.look(trial) for trial in trials]
         for trial in trials:
             self.drop(trial)
         return State.stack(states)
 
     def drop(self, trial: int) -> None:
-        """Forget the state of a trial that has left."""
+        """Remove the state of a trial that has left the search."""
         state = self.states.pop(trial, None)
         if isinstance(state, State):
             self.size -= state.nbytes
@@ -284,5 +309,5 @@ class StateCache:
             state.unlink()
 
     def close(self) -> None:
-        """Remove the files."""
+        """Remove the temporary files."""
         self.end.close()

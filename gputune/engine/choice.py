@@ -1,13 +1,13 @@
-"""What "auto" is, by steps that are timed: the device, and how members of a module train fastest.
+"""Choose the settings of "auto" by timing steps: the device, and the fastest way to train a module.
 
-Modules and what nothing compiles go to a GPU. The built-in MLP goes where it is done first, by the
-speeds of both, which are measured where they are not known: a step takes some time whatever trains,
-and some more for each member, which two numbers of members tell. The solved logistic regression
-stays on the CPU.
+Modules go to a GPU, and so do models for which there is no compiled code. The built-in MLP goes to
+the device that finishes first, by the speeds of both devices. Unknown speeds are measured. A step
+takes a fixed time plus a time for each member, and timing two numbers of members gives both. The
+solved logistic regression stays on the CPU.
 
-On a CPU a step of stacked members moves their activations through memory where those of one member
-stay in a cache: wide convolutions lose by it what small layers gain. Which of these a module does
-is found by trying.
+On a CPU, a step of stacked members moves their activations through memory, but the activations of
+one member stay in a cache. Therefore stacking makes wide convolutions slower, and small layers
+faster. A trial run of both ways shows which case a module belongs to.
 """
 
 import math
@@ -54,15 +54,16 @@ from gputune.types import BY_MEMBER, Backend, BackendWord, Config
 
 CPU = torch.device("cpu")
 
-# seconds on the CPU, in which a GPU has hardly begun: to make a context and load libraries takes
-# some
+# Seconds on the CPU. A GPU needs some of this time only to make a context and load libraries.
 _SOON = 5.0
 
 
 @dataclass(frozen=True)
 class DeviceChoice:
-    """A device, and why "auto" is not the GPU that there is; "" where it is, or where there is
-    none."""
+    """A device, and the reason why "auto" did not choose the GPU of the machine.
+
+    The reason is "" if the GPU was chosen, or if the machine has no GPU.
+    """
 
     device: torch.device
     why: str = ""
@@ -75,11 +76,11 @@ _SOLVED = DeviceChoice(
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What is to be trained: complete configurations, on so many training ``rows`` of each fold,
-    for ``epochs``.
+    """Description of a training for which a device is chosen.
 
-    ``repeats`` is how often as much comes again, one after the other. ``held_by`` is the device of
-    a tensor that was given, None for rows in main memory.
+    Complete configurations train on ``rows`` training rows of each fold for ``epochs`` epochs. All
+    of this is done ``repeats`` times, one after the other. ``held_by`` is the device of a tensor
+    that the user passed. It is None for rows in main memory.
     """
 
     kind: ModelKind
@@ -96,13 +97,17 @@ class Work:
     held_by: torch.device | None = None
 
     def seconds(self, speed: Speed, *, alone: bool) -> float:
-        """Estimate how long it takes at a speed; ``alone`` where every member takes its own
-        steps."""
+        """Estimate the training time in seconds at a speed.
+
+        ``alone`` says that every member takes its own steps.
+        """
         rows = max(self.rows)
         seconds = 0.0
         for group in populations(
             self.configs, self.kind, rows=rows, own_steps=lambda config: alone
         ):
+            # Steps of an epoch in all folds, for each trial; the last minibatch of a fold may be
+            # short.
             steps = [
                 sum(-(-n // min(config["batch_size"], n)) for n in self.rows)
                 for config in group.configs
@@ -112,12 +117,15 @@ class Work:
                 for c in group.configs
             )
             seconds += speed.member * sum(n * each for n, each in zip(steps, work))
+            # The fixed time of a step counts once for all trials and folds of a group:
+            # the trial with the most steps decides.
             seconds += speed.step * max(steps) / len(self.rows)
         return self.repeats * self.epochs * seconds
 
 
 def device_for(word: str, work: Work) -> DeviceChoice:
-    """Return the device of "auto", "cpu", "cuda" or "cuda:1"; InputError where there is none."""
+    """Return the device of "auto", "cpu", "cuda" or "cuda:1". Raises InputError if it does not
+    exist."""
     if word != "auto":
         return DeviceChoice(choose_device(word))
     if work.held_by is not None and work.held_by.type != "cpu":
@@ -135,11 +143,12 @@ def device_for(word: str, work: Work) -> DeviceChoice:
 
 
 def device_for_solver(word: str) -> DeviceChoice:
-    """Return the device on which the logistic regression is solved, whose X is in main memory."""
+    """Return the device that solves the logistic regression if X is in main memory."""
     return _SOLVED if word == "auto" else DeviceChoice(choose_device(word))
 
 
 def _choice_by_speed(gpu: torch.device, work: Work) -> DeviceChoice:
+    """Return the CPU or a GPU: the device that trains the built-in MLP in less time."""
     backend, _ = choose_backend("auto", gpu, work.dtype)
     if why := read_findings(gpu).why_not(backend):
         return DeviceChoice(CPU, why)
@@ -165,7 +174,7 @@ def _choice_by_speed(gpu: torch.device, work: Work) -> DeviceChoice:
 
 
 def _speed(device: torch.device, backend: Backend) -> Speed:
-    """Return a speed that is known, or measure it and keep it."""
+    """Return the speed of a backend from the cache, or measure it and store it."""
     known = read_findings(device).speeds.get(backend)
     if known is None:
         known = measure_speed(device, backend)
@@ -173,6 +182,7 @@ def _speed(device: torch.device, backend: Backend) -> Speed:
     return known
 
 
+# The problem that is timed.
 FOLDS = 5
 FEATURES = 64
 CLASSES = 10
@@ -180,16 +190,16 @@ WIDTH = 64
 BATCH = 32
 FEW = 4
 MANY = {"cpu": 40, "cuda": 200}
-"""Trials, each of which has a member in every fold."""
+"""Number of trials on each type of device. Each trial has a member in every fold."""
 
-# 16 steps an epoch; what is made on first use, and the recording, is in the first two
+# 640 rows make 16 steps an epoch. First-use work and the recording fall into the first two epochs.
 _ROWS = 640
 _EPOCHS = 6
-_LONG = 10**6  # epochs of a horizon over which a recording pays, as it will in the search
+_LONG = 10**6  # epochs of a horizon over which a recording pays off, as in the search
 
 
 def measure_speed(device: torch.device, backend: Backend) -> Speed:
-    """Train few and many trials for some epochs, in seconds, and return the seconds of a step."""
+    """Return the speed of a backend, measured by training few and many trials for some epochs."""
     generator = torch.Generator().manual_seed(0)
     y = torch.randint(CLASSES, (_ROWS,), generator=generator).to(device)
     positions = torch.arange(_ROWS, device=device)
@@ -226,6 +236,7 @@ def measure_speed(device: torch.device, backend: Backend) -> Speed:
 
     few = seconds_of_a_step(FEW)
     most = seconds_of_a_step(many := MANY[device.type])
+    # Two measurements give both unknowns of: seconds = step + member * (number of members).
     member = max(0.0, most - few) / (FOLDS * (many - FEW))
     return Speed(max(0.0, few - FOLDS * FEW * member), member)
 
@@ -233,10 +244,11 @@ def measure_speed(device: torch.device, backend: Backend) -> Speed:
 def work_of_a_step(
     config: Config, n_features: int, n_outputs: int, rows: int, kind: ModelKind
 ) -> float:
-    """Return what one step of a member costs, as a multiple of those that are timed here.
+    """Return the cost of one step of a member, as a multiple of the members that are timed here.
 
-    Both of its parts go with the number of parameters: the update, once, and the products, for each
-    row. One row costs a tenth of the update, in compiled code on an EPYC core.
+    A step has two parts, and both scale with the number of parameters: the update, once, and the
+    matrix products, for each row. One row costs a tenth of the update (compiled code, one EPYC
+    core).
     """
 
     def parameters(*sizes: int) -> int:
@@ -248,29 +260,36 @@ def work_of_a_step(
     return float(parameters(n_features, *hidden, n_outputs)) * (10 + batch) / timed
 
 
-# of one shape, which is recorded in the first of the epochs
+# Steps of an epoch, all of one shape. They are recorded in the first epoch.
 _STEPS = 3
 _TRIED_EPOCHS = 4
-_WORTH_SECONDS = 3.0  # of all members one by one: less is trained before it could be told
-_CODE_SECONDS = 3.0  # of all members the faster way: from there one of building code is repaid
+# Seconds of all members one by one. A shorter training ends before the timing could help.
+_WORTH_SECONDS = 3.0
+# Seconds of all members in the faster way. From here on, one second of building code pays off.
+_CODE_SECONDS = 3.0
 _TRIALS = 4
-_TIMED_NUMBERS = 1 << 22  # of the parameters of all members that are timed in compiled code
-_MARGIN = 1.1  # a difference below this is noise
-_PATIENCE_SECONDS = 0.2  # after which two epochs must be enough
+# Parameters of all members. A larger chunk is timed in compiled code with few trials.
+_TIMED_NUMBERS = 1 << 22
+_MARGIN = 1.1  # a smaller ratio is noise
+_PATIENCE_SECONDS = 0.2  # after this time two epochs must be enough
 
 
 class _Enough(Exception):
-    """The time of a step is known well enough."""
+    """Raised when the time of a step is known well enough."""
 
 
 def fastest_way(
     job: Job, data: Dataset, group: Population, *, member_steps: float
 ) -> tuple[str, float]:
-    """Return by how much trials of one shape train faster one by one, in words, "" where they do
-    not, or hardly; and by how many seconds a member's step is faster in compiled code, 0.0 where it
-    is not.
+    """Time the ways to train trials of one shape, and compare them.
 
-    ``member_steps`` is how many steps all members of a search take that train as these do.
+    Args:
+        member_steps: Number of steps that all members of the search take that train like these.
+
+    Returns:
+        A sentence that says by how much the trials train faster one by one. It is "" if they do
+            not, or hardly. The seconds by which compiled code is faster for a step of a member, or
+            0.0 if it is not.
     """
     data = data.of(group.configs[0])
     rows = _STEPS * group.configs[0]["batch_size"]
@@ -305,8 +324,10 @@ def fastest_way(
 
 @dataclass(frozen=True)
 class _Tried:
-    """Seconds of a step of one member; infinity for a way that failed, with its error and the
-    plan's sentence."""
+    """Seconds of one step of one member in one way to train.
+
+    A way that failed has infinite seconds, its error, and a sentence for the plan.
+    """
 
     seconds: float
     error: Exception | None = None
@@ -314,8 +335,10 @@ class _Tried:
 
 
 def _try_way(name: str, job: Job, seconds: Callable[[], float]) -> _Tried:
-    """Time a way to train. If it fails, the search goes on without it, and ``Fits.failures`` says
-    so to the plan."""
+    """Time a way to train. If it fails, the search continues without it.
+
+    ``Fits.failures`` then has a sentence for the plan.
+    """
     try:
         return _Tried(seconds())
     except Exception as error:
@@ -325,10 +348,10 @@ def _try_way(name: str, job: Job, seconds: Callable[[], float]) -> _Tried:
 
 
 def _compiled_seconds(job: Job, data: Dataset, group: Population) -> float:
-    """Return the seconds of one step of one member in compiled code, which is built here; infinity
-    where none is.
+    """Return the seconds of one step of one member in compiled code, which is built here.
 
-    The chunk that is timed is that of all trials, unless they are large, and trains afterwards.
+    The result is infinity if there is no compiled code for the module. The timed chunk has all
+    trials, unless they are large. It is later used for the training.
     """
     network = job.network(data, group)
     chunk = group
@@ -352,13 +375,13 @@ def _compiled_seconds(job: Job, data: Dataset, group: Population) -> float:
 
 
 def _seconds(job: Job, data: Dataset, chunk: Population, backend: Backend) -> float:
-    """Return the seconds of one step of one member, once what is made in the first steps is
-    there."""
+    """Return the seconds of one step of one member, without the one-time work of the first
+    steps."""
     short = replace(
         job, epochs=_TRIED_EPOCHS, horizon=_LONG, scoring=None, backend=backend, fits=Fits()
     )
     short = replace(short, checkpointing=None)
-    with torch_threads(1):  # whose time is counted, whatever else the machine does
+    with torch_threads(1):  # the CPU time of this thread, whatever else the machine does
         seconds = _fastest_epoch(short, data, chunk, time.process_time, patience=_PATIENCE_SECONDS)
     size = int(chunk.configs[0]["batch_size"])
     return seconds / (sum(-(-len(fold.train) // size) for fold in data.folds) * len(chunk.index))
@@ -371,11 +394,10 @@ def _fastest_epoch(
     clock: Callable[[], float],
     patience: float = math.inf,
 ) -> float:
-    """Return the seconds of the fastest epoch after the first two; of the second where there are no
-    more.
+    """Return the seconds of the fastest epoch after the first two.
 
-    After ``patience`` seconds two epochs are enough. 0.0 where training is over before there are
-    two.
+    If there are only two epochs, the result is the seconds of the second. After ``patience``
+    seconds, two epochs are enough. The result is 0.0 if training ends before two epochs.
     """
     times = list[float]()
     begun = time.perf_counter()

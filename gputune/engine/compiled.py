@@ -1,10 +1,9 @@
-"""A chunk whose members each train through a whole epoch in compiled code, one after another on
-every core.
+"""A chunk in which each member trains through a whole epoch in compiled code.
 
-A small network with its moments fits into a core's cache: there it takes all steps of an epoch,
-with nothing between them but arithmetic. Members need no common batch size, and no step that others
-have is idle for them. The numbers of a member depend neither on its company nor on the number of
-threads, bit for bit.
+The members train one after another on every core. A small network with its moments fits into a
+core's cache. There it takes all steps of an epoch, with only arithmetic between them. Members need
+no common batch size, and no member idles in a step that only others have. The numbers of a member
+are the same, bit for bit, for any number of threads and with any other members.
 """
 
 import ctypes
@@ -36,8 +35,7 @@ Array: TypeAlias = Tensor | None
 
 
 class CompiledChunk:
-    """Parameters and moments of a chunk in the flat buffers of its network, and what the compiled
-    code is told."""
+    """Parameters and moments of a chunk in flat buffers, and the arguments of the compiled code."""
 
     def __init__(
         self, network: Network, validation: Validation, *, seed: int, horizon: int
@@ -48,8 +46,8 @@ class CompiledChunk:
         self.seed = seed
         self.horizon = horizon
         data, scoring = self.data, self.scoring = validation.data, validation.scoring
-        # How a score follows from what compiled code computes of each row; None where it is of
-        # outputs.
+        # The score as a function of a mean over rows that compiled code computes. It is None if the
+        # score is computed from outputs.
         score = None if scoring is None or scoring.others or data.transforms else scoring.score
         self.row_mean = None if score is None else ROW_MEANS.get(score)
         configs = self.configs = list(network.configs)
@@ -58,10 +56,11 @@ class CompiledChunk:
         self.flat = network.start()
         moments = n_moments(configs[0]["optimizer"], (config["momentum"] for config in configs))
         self.averages = any(config["ema"] for config in configs)
-        # Of the optimizer; an average of the parameters is the last.
+        # Moments of the optimizer; the last one is the average of the parameters, if there is one.
         self.moments = tuple(torch.zeros_like(self.flat) for _ in range(moments + self.averages))
         self.targets = [data.target[fold.valid] for fold in data.folds]
         self.lengths = np.array([len(fold.train) for fold in data.folds], dtype=np.int64)
+        # (F + 1,): first validation row of each fold.
         self.starts = np.cumsum([0, *(len(fold.valid) for fold in data.folds)], dtype=np.int64)
         shape = (data.n_folds, data.n_outputs)
         present = torch.ones(shape, dtype=torch.bool) if data.present is None else data.present
@@ -84,11 +83,11 @@ class CompiledChunk:
         self._rebuild()
 
     def place(self, values: np.ndarray | Sequence[float] | Sequence[tuple[int, ...]]) -> Tensor:
-        """Return numbers of 64 bits as a tensor on the device of the rows."""
+        """Return 64-bit numbers as a tensor on the device of the rows."""
         return torch.from_numpy(np.asarray(values)).to(self.data.device)
 
     def _rebuild(self) -> None:
-        """Tell what stays as it is until a trial leaves."""
+        """Build the arguments of the compiled code, which are valid until a trial leaves."""
         data = self.data
         self.numbers = {
             "folds": data.n_folds,
@@ -113,7 +112,7 @@ class CompiledChunk:
         sizes = [min(config["batch_size"], self.numbers["longest"]) for config in self.configs]
         first, second, *_ = [*self.moments[: len(self.moments) - self.averages], None, None]
         self.sizes = np.array(sizes, dtype=np.int64)
-        # (F, C)
+        # steps of an epoch (F, C)
         self.steps = -(-self.lengths[:, None] // np.minimum(self.sizes, self.lengths[:, None]))
         self.arrays: dict[str, Array] = {
             **self.fixed,
@@ -129,8 +128,8 @@ class CompiledChunk:
             "first": first,
             "second": second,
             "average": self.moments[-1] if self.averages else None,
-            # The longest first, and of those one fold after another, whose rows are then in the
-            # cache.
+            # Members with the most steps come first. Among equals, fold after fold: its rows are
+            # then in the cache.
             "queue": self.place(np.argsort(-self.steps.flatten(), kind="stable")),
             **dict.fromkeys(("draws", "draw_start", "draw_rows")),
             "nanoseconds": self.nanoseconds,
@@ -138,8 +137,7 @@ class CompiledChunk:
         }
 
     def room(self, epochs: int) -> dict[str, Array]:
-        """Return where scores are computed from, after each of some epochs: means over rows, or
-        outputs."""
+        """Return buffers for the scores of some epochs: means over rows, or outputs."""
         data = self.data
         trials = len(self.configs)
         room = dict[str, Array](scored=None, means=None)
@@ -153,27 +151,27 @@ class CompiledChunk:
 
     @property
     def scored(self) -> Tensor:
-        """What is scored and saved: the parameters, or their average."""
+        """Flat buffer that is scored and saved: the parameters, or their average."""
         return self.moments[-1] if self.averages else self.flat
 
     def resume(self, buffers: Sequence[Tensor]) -> None:
-        """Go on from flat buffers: of the parameters, then of the moments."""
+        """Continue from flat buffers: first of the parameters, then of the moments."""
         for buffer, value in zip([self.flat, *self.moments], buffers, strict=True):
             buffer.copy_(value)
 
     @property
     def scoring_share(self) -> float:
-        """The part of the time of ``advance`` that went into outputs on validation rows."""
+        """Fraction of the time of ``advance`` that was spent on outputs of validation rows."""
         training, scoring = self.nanoseconds.tolist()
         return float(scoring / max(1, training + scoring))
 
     def advance(self, epoch: int) -> None:
-        """Train for one epoch, and compute the outputs on the validation rows where there is a
-        scoring."""
+        """Train for one epoch. If there is a scoring, also compute the outputs on the validation
+        rows."""
         arrays = {**self.arrays, "order": row_order(self.data, self.seed, epoch).contiguous()}
         if self.network.rates is not None:
-            # The uniform draws of dropout: of each step, layer by layer, for the longest minibatch
-            # that it has.
+            # Uniform draws of dropout, one after the other: (rows, H) for each step and layer,
+            # where rows is the longest minibatch of the step.
             depth = self.network.depth
             width = self.network.hidden
             rows = self.draw_rows()
@@ -192,7 +190,8 @@ class CompiledChunk:
         _run(library(self.data.dtype), {**self.numbers, "epoch": epoch}, arrays)
 
     def draw_rows(self) -> np.ndarray:
-        """Return the longest minibatch that each step has, (steps,), for which dropout draws."""
+        """Return the size of the longest minibatch in each step, (steps,). Dropout draws for these
+        rows."""
         steps = range(int(self.steps.max()))
         return np.array(
             [self.sizes[(self.steps > step).any(0)].max() for step in steps], dtype=np.int64
@@ -206,6 +205,7 @@ class CompiledChunk:
         trials = len(self.configs)
         sizes = np.diff(self.starts).tolist()
         numbers = [size * trials * self.data.n_outputs for size in sizes]
+        # For each epoch, a list of the outputs (C, m, K) of each fold.
         outputs = [
             [part.view(trials, size, -1) for part, size in zip(torch.split(epoch, numbers), sizes)]
             for epoch in ([] if written is None else written)
@@ -215,7 +215,7 @@ class CompiledChunk:
             scores = np.stack(
                 [self.validation.scores(self.network, params, trials, one) for one in outputs], 1
             )
-        else:  # of (epochs, F, C)
+        else:  # means are (epochs, F, C)
             of_folds = [
                 self.row_mean.score(mean, target)
                 for mean, target in zip(means.unbind(1), self.targets)
@@ -226,7 +226,7 @@ class CompiledChunk:
         return scores
 
     def keep(self, stays: np.ndarray) -> None:
-        """Go on with the trials of ``stays`` (C,) alone."""
+        """Keep only the trials that are true in ``stays`` (C,)."""
         if stays.all():
             return
         places = np.flatnonzero(stays).tolist()
@@ -242,9 +242,10 @@ class CompiledChunk:
 
 
 def _run(library: ctypes.CDLL, numbers: Mapping[str, int], arrays: Mapping[str, Array]) -> None:
-    """Let as many threads as torch has here take members from one queue.
+    """Train members in torch's number of threads, which take them from one queue.
 
-    They are threads even where there is one, so that this one hears signals while they compute.
+    Even a single worker is a separate thread, so that this thread receives signals while it
+    computes.
     """
     taken = ctypes.c_int64(0)
     stop = ctypes.c_int32(0)
@@ -258,8 +259,8 @@ def _run(library: ctypes.CDLL, numbers: Mapping[str, int], arrays: Mapping[str, 
         finally:
             ended.set()
 
-    # Each thread holds what it computes on, and says itself that it has ended: join() takes a
-    # thread for ended once a signal's handler has raised inside of it.
+    # Each thread holds the tensors that it computes on, and sets an event at its end. join() is not
+    # enough: after a signal handler has raised inside it, join() takes the thread for ended.
     ends = [threading.Event() for _ in range(torch.get_num_threads())]
     threads = [
         threading.Thread(target=train, args=(make_work(numbers, arrays), arrays, end))

@@ -1,11 +1,12 @@
-"""One chunk, from its configurations to its results: the unit of work of a process, of a store, of
-a cluster.
+"""One chunk, from its configurations to its results. A chunk is the unit of work of a process, a
+study and a cluster.
 
-It trains to its end, or to a rung, from which it goes on later. One that does not fit into memory
-is halved and run again; a trial that does not fit alone is given up. What a chunk takes on its
-device is measured at two sizes, where an estimate would decide too much: training is the same
-tensor program at every size, so its peak is a straight line over the number of trials, of what is
-there once and what each trial adds.
+A chunk trains to its end, or to a rung from which it continues later. A chunk that does not fit
+into memory is halved and run again. A trial that does not fit by itself is given up.
+
+If an estimate is not accurate enough, the memory of a chunk is measured at two sizes. Training is
+the same tensor program at every size, so its peak is a straight line over the number of trials: a
+constant part plus a part for each trial.
 """
 
 import gc
@@ -43,21 +44,21 @@ Progress = Callable[[int, np.ndarray], object]
 
 @dataclass(frozen=True, kw_only=True)
 class Job(Training):
-    """What every chunk of a search has in common."""
+    """Settings that all chunks of a search share."""
 
     module_class: Builder | None = None
-    # what the module does, by ``Population.arguments``
+    # traits of the module, by ``Population.arguments``
     traits: Mapping[str, Traits] = field(default_factory=dict)
-    objective: Objective | None = None  # what a module is trained on; None: the loss of its task
-    # says when training ends, and no chunk begins any more
+    objective: Objective | None = None  # training loss of a module; None: the loss of its task
+    # says when training ends and no further chunk begins
     stop: Stop = field(default_factory=Stop)
-    # how the state of a long training is kept; None: not at all
+    # how to keep the state of a long training; None: not at all
     checkpointing: Checkpointing | None = None
-    # whether a chunk that is stopped keeps its state, not the one who gets its outcome
+    # Whether a stopped chunk writes its own checkpoint. Otherwise the receiver of its outcome does.
     keep_stopped: bool = True
-    # epochs without a better fold mean after which a trial leaves its chunk
+    # epochs without a better mean validation score after which a trial leaves its chunk
     patience: int | None = None
-    each_epoch: bool = False  # whether someone is told of every epoch, who may end training then
+    each_epoch: bool = False  # whether every epoch is reported to a receiver that may end training
     precision: Precision = "full"
 
     def is_over(self) -> bool:
@@ -72,9 +73,9 @@ class Job(Training):
                 words = {"loss": self.objective.loss, "loss_number": self.objective.number}
             return StackedMLP(chunk.kind, chunk.configs, shape, seed=self.seed, **words)
         assert self.module_class is not None
-        # a worker need not try the module again
         first = chunk.configs[0]
         traits = self.traits.get(chunk.arguments)
+        # Known traits save a worker from trying the module again.
         traits = traits or traits_of(self.module_class, first, data, objective=self.objective)
         objective = self.objective or make_objective(None, None, None, data.task)
         kind = (
@@ -109,12 +110,12 @@ class Job(Training):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What training a chunk gave: ``index`` of its trials, ``curves`` (C, epochs, F), epochs done,
-    seconds.
+    """Result of training a chunk.
 
-    ``spent`` is what they were spent on, where that is known; ``fault`` says what went wrong and
-    did no harm;
-    ``outputs`` are those that were kept, by the entries of ``index``.
+    ``index`` has the positions of its trials, ``curves`` is (C, epochs, F), and ``seconds`` is the
+    training time. ``spent`` divides the time into its parts, if they are known. ``fault`` describes
+    a problem that did no harm. ``outputs`` are the outputs that were kept, by the entries of
+    ``index``.
     """
 
     index: tuple[int, ...]
@@ -133,8 +134,11 @@ def train_chunk(
     progress: Progress | None = None,
     after_epoch: AfterEpoch | None = None,
 ) -> Trained:
-    """Train one chunk on from where it is. ``after_epoch`` alone says when it ends, and no
-    checkpoint is written."""
+    """Continue the training of one chunk from its current state.
+
+    With ``after_epoch``, only ``after_epoch`` decides when training ends, and no checkpoint is
+    written.
+    """
     begun = BegunChunk.of(chunk)
     data = data.of(chunk.configs[0])
     at_once = after_epoch is None and job.patience is None and not job.each_epoch
@@ -144,8 +148,10 @@ def train_chunk(
 
 @dataclass(frozen=True)
 class RungOutcome(Outcome):
-    """What a chunk gave up to a rung: ``state`` has a row for each of the trials ``alive``
-    (positions in the chunk)."""
+    """Result of training a chunk up to a rung.
+
+    ``state`` has a row for each of the trials ``alive`` (positions in the chunk).
+    """
 
     state: State
     alive: tuple[int, ...]
@@ -153,12 +159,12 @@ class RungOutcome(Outcome):
 
 @dataclass(frozen=True)
 class RungJob(Job):
-    """Trains every chunk on from where it is up to ``epochs``, of ``horizon``."""
+    """Job that continues every chunk up to ``epochs`` of ``horizon`` epochs."""
 
     def run(
         self, data: Dataset, chunk: Population, progress: Progress | None = None
     ) -> RungOutcome:
-        """Train one chunk; its curves have the epochs since it was begun."""
+        """Train one chunk. Its curves have only the epochs of this call."""
         begin = time.monotonic()
         start = BegunChunk.of(chunk).epoch
         trained = train_chunk(self, data, chunk, progress)
@@ -176,8 +182,8 @@ class RungJob(Job):
 
 
 class _Watch:
-    """What happens after an epoch, or several: they are told, the state is kept where that is due,
-    training may end."""
+    """Callback after one or several epochs: reports progress, writes a due checkpoint, may end
+    training."""
 
     def __init__(self, job: Job, chunk: BegunChunk, progress: Progress | None) -> None:
         self.job = job
@@ -210,12 +216,15 @@ class _Watch:
         if over or self.job.patience is None or not trained.alive:
             return over
         means = first_metric(curves[list(trained.alive), :epoch], axes=3).mean(2)
+        # (alive,): trials that improved recently enough stay.
         return stalled_epochs(means)[:, -1] < self.job.patience
 
 
 def stalled_epochs(means: np.ndarray) -> np.ndarray:
-    """Return (C, epochs) how many epochs have passed since the best of the means (C, epochs) so
-    far, the earliest."""
+    """Return the number of epochs since the best mean so far, (C, epochs), for means (C, epochs).
+
+    If several means are equally good, the earliest counts.
+    """
     epochs = np.arange(means.shape[1])
     best = np.maximum.accumulate(means, axis=1)
     is_better = np.pad(best[:, 1:] > best[:, :-1], ((0, 0), (1, 0)))
@@ -225,8 +234,10 @@ def stalled_epochs(means: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Failure:
-    """A trial (its place in the search) that cannot be trained, and why; ``fits``: into memory,
-    alone."""
+    """A trial that cannot be trained, and the reason. ``index`` is its place in the search.
+
+    ``fits`` is false if the trial does not fit into memory by itself.
+    """
 
     index: tuple[int]
     reason: str
@@ -242,8 +253,8 @@ class Failure:
 def run_in_parts(
     job: Job, data: Dataset, chunk: Population, progress: Progress | None = None
 ) -> list[Outcome | Failure]:
-    """Train one chunk in as many parts as memory makes necessary; none begins when training is
-    over."""
+    """Train one chunk in as many parts as memory requires. No part begins after training has
+    ended."""
     waiting = [chunk]
     done = list[Outcome | Failure]()
     while waiting and not (done and job.is_over()):
@@ -253,15 +264,15 @@ def run_in_parts(
             continue
         outcome = _attempt(job, data, part, progress)
         if not isinstance(outcome, str):
-            # A GPU trains in another way than was chosen where a kernel or a recording has failed.
+            # After the kernel or a recording has failed on a GPU, another backend than the chosen
+            # one trains.
             kernel = KernelChunk.failure if job.backend == "kernel" else ""
             graph = CudaRecorder.failure if job.backend in ("kernel", "graph") else ""
             of_gpu = [kernel, graph] if data.device.type == "cuda" else []
             fault = " ".join(filter(None, [*of_gpu, *job.fits.faults]))
             done.append(replace(outcome, fault=fault))
             continue
-        # Only here, where the error and the frames that it holds are gone, is there anything to
-        # free.
+        # Memory can be freed only here, because the error and the frames that it holds are gone.
         gc.collect()
         empty_cache(data.device)
         job.fits.refused(part)
@@ -275,7 +286,7 @@ def run_in_parts(
 def _attempt(
     job: Job, data: Dataset, chunk: Population, progress: Progress | None
 ) -> Outcome | str:
-    """Train a chunk; where memory runs out, take back what was told of it and return the reason."""
+    """Train a chunk. If memory runs out, withdraw the reported progress and return the reason."""
     told = 0
 
     def tell(trial_epochs: int, curves: np.ndarray) -> None:
@@ -295,19 +306,20 @@ def _attempt(
     return reason
 
 
-_TRIALS = 16  # of the larger of both sizes
-# Where steps are recorded, the fourth of each shape is: of whole minibatches and of the last.
+_TRIALS = 16  # trials of the larger chunk
+# The fourth step of each shape is recorded. There are two shapes: whole minibatches and the last
+# one.
 _BATCHES = 2
 _EPOCHS = 4
 
 Peak = Callable[[Callable[[], object]], int]
-"""Runs some work and returns the most bytes that it had at any time beyond those that were there
-before."""
+"""Runs some work and returns its peak memory in bytes, in addition to the memory in use before."""
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes of a chunk while it trains: ``once``, and what each of its trials adds."""
+    """Memory in bytes of a chunk while it trains: ``once``, plus ``trial`` for each of its
+    trials."""
 
     once: int
     trial: int
@@ -316,12 +328,11 @@ class Need:
 def measure_need(
     job: Job, data: Dataset, population: Population, peak: Peak, *, most: int = _TRIALS
 ) -> Need | None:
-    """Train two small chunks for a few steps, score them on all validation rows, and return what
-    that took.
+    """Measure the memory that a population needs, by training two small chunks for a few steps.
 
-    The chunks have at most ``most`` trials, those with the largest and the smallest batches among
-    them. Returns None where there is nothing to measure: a single trial, or chunks that memory does
-    not hold.
+    The chunks are also scored on all validation rows. They have at most ``most`` trials, including
+    the trials with the largest and the smallest batches. Returns None if nothing can be measured:
+    for a single trial, or if the chunks do not fit into memory.
     """
     small = min(most, len(population.index)) // 2
     large = 2 * small
@@ -329,7 +340,7 @@ def measure_need(
         return None
     order = sorted(range(len(population.index)), key=lambda i: -population.configs[i]["batch_size"])
     size = population.configs[order[0]]["batch_size"]
-    # All but two of the whole minibatches are left out of each fold: the last one stays as it is.
+    # Each fold keeps two of its whole minibatches, and the last minibatch as it is.
     left_out = [max(0, len(fold.train) // size - _BATCHES) * size for fold in data.folds]
     folds = tuple(Fold(fold.train[rows:], fold.valid) for fold, rows in zip(data.folds, left_out))
     few = replace(data, folds=folds)
@@ -348,12 +359,14 @@ def measure_need(
         if not is_out_of_memory(error):
             raise
         return None
+    # Peak memory is once + trial * (number of trials): two sizes give both unknowns.
     trial = max(1, -(-(greatest - least) // (large - small)))
     return Need(once=max(0, least - small * trial), trial=trial)
 
 
 def cuda_peak(device: torch.device) -> Peak:
-    """Return the measure of a GPU: what PyTorch's allocator gave out."""
+    """Return the memory meter of a GPU. It reads the bytes that PyTorch's allocator has given
+    out."""
 
     def peak(work: Callable[[], object]) -> int:
         synchronize(device)

@@ -1,9 +1,8 @@
-"""A chunk whose members each train through whole epochs in one thread block of a GPU:
-``native/member.cu``.
+"""A chunk in which each member trains through whole epochs in one thread block of a GPU.
 
-It is the compiled chunk with its arrays on the GPU, and with launches in the place of threads.
-Blocks take members from one queue, the longest first. A launch is so short that Ctrl-C and displays
-have their turn.
+The kernel is ``native/member.cu``. This is the compiled chunk with its arrays on the GPU, and with
+kernel launches instead of threads. Blocks take members from one queue, the longest member first. A
+launch is short enough for Ctrl-C and displays to get their turn.
 """
 
 import math
@@ -34,28 +33,36 @@ from gputune.population.batches import row_order
 from gputune.population.population import ModelKind, hidden_widths, is_plain, padded_width
 from gputune.types import Config
 
-_SECONDS = 0.25  # of a launch; half of what a display can wait, as the speed of the next is a guess
-_FIRST_TURNS = 16  # of the first launch of a chunk, whose speed is not known
-# of the orders of rows, and of the outputs, of epochs that are launched together
+# Intended seconds of a launch: half of the time that a display can wait, because the speed of the
+# next launch is a guess.
+_SECONDS = 0.25
+_FIRST_TURNS = 16  # turns in the first launch of a chunk, when its speed is not known
+# limit for the row orders and the outputs of epochs that are launched together
 _ROOM_BYTES = 64 << 20
-_OLDEST = (8, 0)  # compute capability
+_OLDEST = (8, 0)  # oldest compute capability
 
-# What a block has beside what its code asks for, and the most threads of a multiprocessor.
+# Shared memory that the system reserves for each block in addition to its code's request, and the
+# most threads of a multiprocessor.
 # Source: https://docs.nvidia.com/cuda/cuda-c-programming-guide/#compute-capabilities
 _RESERVED_BYTES = 1024
 _THREADS = 2048
 
 
 class KernelChunk(CompiledChunk):
-    """Members on a GPU, in the flat buffers that compiled members have. Raises NotBuiltError
-    without a kernel."""
+    """Members on a GPU, in the same flat buffers as compiled members.
 
-    # why this process trains no member by the kernel any more, in a sentence
+    Raises NotBuiltError if the kernel cannot be built.
+    """
+
+    # why this process no longer trains with the kernel, as a sentence
     failure: ClassVar[str] = ""
     draws: Draws | None = None
-    pace: float = math.inf  # turns a second: a step of as many members as there are blocks is one
+    # Turns per second. In one turn, each block takes a step of one member.
+    pace: float = math.inf
 
     def _rebuild(self) -> None:
+        """Build the arguments of the kernel, its scratch memory and the number of turns of an
+        epoch."""
         super()._rebuild()
         device = self.data.device
         steps = int(self.steps.max())
@@ -65,15 +72,15 @@ class KernelChunk(CompiledChunk):
         self.blocks = min(self.steps.size, _blocks(self.kernel, device))
         self.scratch = self.flat.new_empty(self.blocks * self.kernel.scratch)
         self.next = torch.zeros(1, dtype=torch.int32, device=device)
+        # (steps,): members that take each step, and turns from the first step to the end of each
+        # step.
         ends = np.sort(self.steps, axis=None)
-        # members that take a step
         active = ends.size - np.searchsorted(ends, np.arange(steps), side="right")
         self.turns = np.cumsum(-(-active // self.blocks))
         self.epochs = 1
 
     def room(self, epochs: int) -> dict[str, Array]:
-        """Return where scores are computed from, after each of some epochs, and the draws of their
-        dropout."""
+        """Return buffers for the scores of some epochs, and for the dropout draws."""
         room = super().room(epochs)
         if self.network.rates is None:
             return room
@@ -94,12 +101,12 @@ class KernelChunk(CompiledChunk):
         }
 
     def take(self, most: int) -> int:
-        """Return how many epochs the next ``advance`` trains for: as many of ``most`` as one launch
-        has time for."""
+        """Return the number of epochs for the next ``advance``: at most ``most``, and short enough
+        for one launch."""
         kept = self.arrays["scored"], self.arrays["means"], self.arrays["draw_start"]
         each = sum(array.nbytes for array in kept if array is not None) // self.epochs
         each += 8 * self.lengths.size * int(self.lengths.max())
-        # else members are asked as each epoch leaves them
+        # Other scorers ask the members themselves, in their state after each epoch.
         several = self.scoring is None or self.scoring.on_outputs
         many = 1
         if several and self.pace < math.inf:
@@ -113,8 +120,8 @@ class KernelChunk(CompiledChunk):
         return many
 
     def advance(self, epoch: int) -> None:
-        """Train for the epochs that were taken, and compute the scores of each where there is a
-        scoring."""
+        """Train for the epochs that ``take`` returned. If there is a scoring, also compute their
+        scores."""
         order = torch.stack(
             [row_order(self.data, self.seed, epoch + e) for e in range(self.epochs)]
         )
@@ -123,6 +130,7 @@ class KernelChunk(CompiledChunk):
         begin = 0
         last = len(self.turns) * self.epochs
         while begin < last:
+            # A single epoch is split into launches. Several epochs fit into one launch.
             end = self._end(begin) if self.epochs == 1 else last
             if self.draws is not None:
                 self.draws.fill(epoch, begin)
@@ -141,14 +149,17 @@ class KernelChunk(CompiledChunk):
                 self.compiled, self.blocks * threads, args, block=threads, shared=self.kernel.shared
             )
             synchronize(self.data.device)
-            if begin == 0:  # later ones are quicker: the smallest minibatches make the most steps
+            # Later launches are quicker: the smallest minibatches make the most steps.
+            if begin == 0:
                 turns = self.turns[end - 1] if self.epochs == 1 else self.turns[-1] * self.epochs
                 self.pace = turns / (time.perf_counter() - began)
             begin = end
 
     def _end(self, begin: int) -> int:
-        """Return the step before which a launch ends: it is short, and the draws of its steps are
-        there."""
+        """Return the step before which a launch ends.
+
+        The launch is short, and the buffer has the draws of its steps.
+        """
         turns = _FIRST_TURNS if self.pace == math.inf else self.pace * _SECONDS
         done = self.turns[begin - 1] if begin else 0
         end = max(begin + 1, int(np.searchsorted(self.turns, done + turns, side="right")))
@@ -158,8 +169,10 @@ class KernelChunk(CompiledChunk):
 
 
 def kernel_of(configs: Sequence[Config], kind: ModelKind, data: Dataset) -> MemberKernel:
-    """Return the kernel of complete configurations of one shape, which may be more than it knows
-    (``unknown``)."""
+    """Return the kernel for complete configurations of one shape.
+
+    ``MemberKernel.unknown`` says if the configurations need more than the kernel supports.
+    """
     first = configs[0]
     data = data.of(configs[0])
     depth = first["depth"] if kind == "mlp" else 0
@@ -185,11 +198,11 @@ _kernels: dict[tuple[MemberKernel, torch.device], Kernel] = {}
 def compiled(
     kernel: MemberKernel, device: torch.device, say: Callable[[str], object] = str
 ) -> Kernel:
-    """Return the kernel for a GPU; that it is compiled, which takes seconds once on a machine, is
-    said.
+    """Return the compiled kernel for a GPU.
 
-    Raises NotBuiltError where it cannot be, with a warning the first time. That is the last attempt
-    of a process.
+    Compiling takes seconds, once on each machine, and is announced through ``say``. Raises
+    NotBuiltError if the kernel cannot be compiled, with a warning the first time. After a failure,
+    the process makes no other attempt.
     """
     if (made := _kernels.get((kernel, device))) is None:
         if not KernelChunk.failure:
@@ -202,20 +215,25 @@ def compiled(
 
 
 def _blocks(kernel: MemberKernel, device: torch.device) -> int:
-    """Return how many blocks a GPU holds at once; one that waits for its turn finds an empty
-    queue."""
+    """Return the number of blocks that a GPU holds at once.
+
+    Further blocks would have to wait, and would then find an empty queue.
+    """
     card = torch.cuda.get_device_properties(device)
     room = card.shared_memory_per_multiprocessor // (kernel.shared + _RESERVED_BYTES)
     return int(card.multi_processor_count * max(1, min(room, _THREADS // kernel.threads)))
 
 
 def _shared_bytes(device: torch.device) -> int:
-    """Return the shared memory that a thread block may have."""
+    """Return the bytes of shared memory that a thread block may have."""
     return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
 def obstacle(device: torch.device) -> str:
-    """Return why the kernel cannot train on a device, and what to do; "" where it can."""
+    """Return the reason why the kernel cannot train on a device, with a remedy.
+
+    The result is "" if the kernel can train there.
+    """
     if device.type != "cuda":
         where = f"the device is {str(device)!r}; choose device='cuda', or backend='auto'."
         return f"backend='kernel' trains on a GPU, and {where}"
@@ -232,7 +250,8 @@ def obstacle(device: torch.device) -> str:
 
 
 def lacks(config: Config, kind: ModelKind, data: Dataset) -> str:
-    """Return the part of a trial that the kernel does not know, in words; "" where it trains it."""
+    """Return the part of a trial that the kernel does not support, in words, or "" if it supports
+    all."""
     if config["optimizer"] not in OPTIMIZERS:
         return f"the optimizer {config['optimizer']!r} ({', '.join(OPTIMIZERS)})"
     if not is_plain(config):

@@ -1,11 +1,11 @@
-"""A chunk of a user's module whose members each take the steps of an epoch in compiled code, one
-after another.
+"""A chunk of a user's module in which each member takes the steps of an epoch in compiled code.
 
-The step of a member is traced in a chunk of that member alone, and its trace is written as C
-(``modules/member_code.py``): parameters, moments and activations stay in one core's cache from step
-to step, which those of all members together never do. Each thread has memory of its own, into which
-members come for an epoch: what they differ in lies in tables, from which a member's own numbers are
-copied before its steps.
+The members train one after another. The step of a member is traced in a chunk of only that member,
+and its trace is written as C (``modules/member_code.py``). From step to step, the parameters,
+moments and activations of the member stay in one core's cache. Those of all members together would
+not fit there. Each thread has its own memory, into which a member is loaded for an epoch. Values
+that differ between members are in tables. A member's own values are copied from the tables before
+its steps.
 """
 
 import ctypes
@@ -36,16 +36,20 @@ from gputune.optimizers.optimizer import OnlineUpdate
 from gputune.population.batches import StepShape
 from gputune.scoring.scoring import Validation
 
+# steps that are timed to measure the speed
 _TIMED_STEPS = 8
+# bytes of a pointer
 _POINTER = ctypes.sizeof(ctypes.c_void_p)
 
 _Path = tuple[Any, ...]
-"""Names of attributes and keys of dicts, from a chunk to what it holds."""
+"""Names of attributes and keys of dicts that lead from a chunk to one of its values."""
 
 
 def _at(value: Any, path: _Path) -> Any:
-    """Return what lies at a path; None where it is there no more, as no member differs in it from
-    the rule."""
+    """Return the value at a path.
+
+    The result is None if the value no longer exists, because no member differs from the rule in it.
+    """
     for name in path:
         value = value.get(name) if isinstance(value, dict) else getattr(value, name)
         if value is None:
@@ -54,13 +58,14 @@ def _at(value: Any, path: _Path) -> Any:
 
 
 def _part(table: Tensor, fold: int, trial: int) -> Tensor:
-    """Return what is one member's of a table (F, C), or one trial's of (C,)."""
+    """Return the part of a table (F, C) for one member, or of a table (C,) for one trial."""
     one = slice(trial, trial + 1)
     return table[one] if table.dim() == 1 else table[fold : fold + 1, one]
 
 
 def _of_fold(data: Dataset, fold: int) -> Dataset:
-    """Return the data of one fold, in tensors of its own but for the inputs and the target."""
+    """Return the data of one fold. All of its tensors are copies, except the inputs and the
+    target."""
 
     def own(table: Tensor) -> Tensor:
         return table[fold : fold + 1].clone()
@@ -81,8 +86,10 @@ def _of_fold(data: Dataset, fold: int) -> Dataset:
 
 
 class OneMember:
-    """A chunk of one member like those of a fold, and its steps, whose code reads and writes its
-    tensors."""
+    """A chunk of one member, like the members of a fold, and the code of its steps.
+
+    The code reads and writes the tensors of this chunk.
+    """
 
     def __init__(self, chunk: "MemberChunk", fold: int, seed: int) -> None:
         network = chunk.module
@@ -91,7 +98,7 @@ class OneMember:
             raise TraceError("a function of the user's is in no code")
         self.network = StackedModule(
             network.builder,
-            # one that drops, where any does
+            # a configuration with dropout, if any has it: the code of all members then drops units
             [max(network.configs, key=lambda config: float(config["dropout"]))],
             replace(network.shape, folds=1, rows=None, present=data.present),
             seed=seed,
@@ -107,7 +114,7 @@ class OneMember:
             raise TraceError("a rate that adapts itself is in no code")
         if self.own.draws is None and network.traits.draws:
             raise TraceError("what it draws depends on more than the key of the step")
-        draws = self.own.draws  # of the steps ahead, where it draws any
+        draws = self.own.draws  # of the steps ahead, if the module draws numbers
         self.draws = draws if isinstance(draws, ModuleDraws) and any(draws.draws.values()) else None
         self._match(self.own.update, ("update",))
         self._match(self.own.update.clock, ("update", "clock"))
@@ -123,25 +130,32 @@ class OneMember:
         steps: dict[StepShape, Step] = {}
         for i, shape in enumerate(shapes):
             if shape not in steps:
-                if self.draws is not None:  # tracing takes the step, whose draws may be indices
+                # Tracing takes the step, and its draws may be used as indices, so they must be
+                # valid.
+                if self.draws is not None:
                     self.draws.fill(0, i - i % self.draws.ahead)
                 own.batches.step.fill_(i)
                 steps[shape] = code.add(trace(partial(own._step, shape, (0, i))), self.memories)
         self.steps = [steps[shape] for shape in shapes]
         self.outputs = self._outputs(code)
+        # Threads share these tensors: a ``Space`` does not copy them.
         buffers = [] if self.draws is None else list(tensors(self.draws.buffers))
         held = [*own.batches.inputs, own.batches.target, *buffers]
         self.common = {tensor.untyped_storage().data_ptr() for tensor in held}
 
     def _outputs(self, code: MemberCode) -> Step | None:
-        """Write what the member makes of its validation rows as code; None where that is not what
-        is scored."""
+        """Write the code of the member's outputs on its validation rows.
+
+        The result is None if the scores are not computed from these outputs, or if they cannot be
+        traced.
+        """
         own = self.own
         validation = self.chunk.validation
         data = self.own.validation.data
         as_it_is = validation.scoring is not None and self.chunk.scored is self.chunk.flat
         if own.network.evaluation_draws or not (as_it_is and validation.is_small(own.network)):
             return None
+        # (1, m, K): outputs of one member
         self.rows = [x.clone() for x in data.rows(0, data.folds[0].valid)]
         self.result = own.network.outputs(own.params, 0, self.rows).clone()
 
@@ -153,8 +167,8 @@ class OneMember:
         return None
 
     def _match(self, mine: object, path: _Path) -> None:
-        """Let a part of the optimizer be like the chunk's: with a table wherever members may differ
-        there."""
+        """Copy a part of the chunk's optimizer. Values that may differ between members become
+        tables."""
         for name, value in vars(_at(self.chunk, path)).items():
             if (isinstance(value, Tensor) and value.dim() == 2) or isinstance(value, dict):
                 setattr(mine, name, self._shared(value, (*path, name)))
@@ -164,13 +178,14 @@ class OneMember:
                 setattr(mine, name, value)
 
     def _shared(self, value: Any, path: _Path) -> Any:
+        """Return one member's copy of a table, and remember its path for ``Space.load``."""
         if isinstance(value, dict):
             return {key: self._shared(part, (*path, key)) for key, part in value.items()}
         self.tables.append((path, own := _part(value, 0, 0).clone()))
         return own
 
     def of_fold(self, fold: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield what a fold has, and the tensors in which its members find it."""
+        """Yield each tensor of a fold together with the tensor from which its members read it."""
         mine = self.own
         theirs = self.chunk
         data = self.chunk.data
@@ -195,11 +210,12 @@ class OneMember:
 
 
 def _pointers(addresses: Sequence[int]) -> "ctypes.Array[ctypes.c_void_p]":
+    """Return memory addresses as a C array of pointers."""
     return (ctypes.c_void_p * len(addresses))(*addresses)
 
 
 class Space:
-    """The memory in which a thread takes the steps of a member."""
+    """The memory in which one thread takes the steps of a member."""
 
     def __init__(self, one: OneMember) -> None:
         self.one = one
@@ -210,6 +226,7 @@ class Space:
         }
         steps = [*one.steps, *([] if one.outputs is None else [one.outputs])]
         self.room = torch.empty(max(step.room for step in steps) + 64, dtype=torch.uint8)
+        # Scratch memory begins at a multiple of 64 bytes.
         room = -(-self.room.data_ptr() // 64) * 64
         self.memories = _pointers([room, *(storage.data_ptr() for storage in self.copies.values())])
         self.calls = _pointers([step.calls.ctypes.data for step in steps])
@@ -221,8 +238,7 @@ class Space:
         self.step, self.done = self._here(own.batches.step), self._here(own.update.clock.done)
 
     def _here(self, tensor: Tensor) -> Tensor | None:
-        """Return a tensor of the chunk of one member in this memory; None where no step reads
-        it."""
+        """Return a tensor of the one-member chunk in this memory, or None if no step reads it."""
         storage = self.copies.get(tensor.untyped_storage().data_ptr())
         if storage is None:
             return None
@@ -231,7 +247,8 @@ class Space:
         )
 
     def load(self, fold: int, trial: int, rows: Sequence[Tensor], step: int) -> None:
-        """Take a member, its rows as they are before a step of this epoch."""
+        """Load a member before a step of the epoch. ``rows`` has its parameters and optimizer
+        state."""
         chunk = self.one.chunk
         if fold != self.fold:
             self._fill((theirs, self._here(mine)) for theirs, mine in self.one.of_fold(fold))
@@ -240,6 +257,8 @@ class Space:
         for path, table in self.tables:
             if table is not None:
                 value = _at(chunk, path)
+                # A value that is no table any more is the same for all members. If it is None, the
+                # rule's default applies: learning-rate factors are 1, other values 0.
                 if isinstance(value, Tensor):
                     table.copy_(_part(value, fold, trial))
                 else:
@@ -260,8 +279,10 @@ class Space:
                 tensor.copy_(value)
 
     def take(self, kernels: Kernels, begin: int, end: int, *, outputs: bool = False) -> None:
-        """Take some steps of the epoch; after these, with ``outputs``, what follows them in the
-        code."""
+        """Take the steps from ``begin`` to ``end`` of the epoch.
+
+        With ``outputs``, also run the code of the outputs, which follows the last step.
+        """
         end = min(end, len(self.one.steps)) + outputs
         if begin < end:
             calls, numbers = (
@@ -272,7 +293,7 @@ class Space:
             )
 
     def outputs(self, kernels: Kernels) -> Tensor:
-        """Return the outputs (m, K) on the validation rows, which are in the code."""
+        """Return the outputs (m, K) on the validation rows, computed in compiled code."""
         steps = len(self.one.steps)
         self.take(kernels, steps, steps, outputs=True)
         result = self._here(self.one.result)
@@ -281,8 +302,11 @@ class Space:
 
 
 class MemberChunk(StackedChunk):
-    """The trials in flat buffers, as in any stacked chunk; an epoch is a queue of members. Raises
-    TraceError."""
+    """A stacked chunk in which each epoch is a queue of members.
+
+    The trials are in flat buffers, as in any stacked chunk. Raises TraceError if the module cannot
+    be traced.
+    """
 
     def __init__(
         self, network: StackedModule, validation: Validation, *, seed: int, horizon: int
@@ -290,7 +314,7 @@ class MemberChunk(StackedChunk):
         super().__init__(network, validation, seed=seed, horizon=horizon)
         data = self.data = validation.data
         code = MemberCode(data.dtype)
-        # a step of one member is thousands of small operations, which threads only delay
+        # A step of one member is thousands of small operations, which more threads only delay.
         with torch_threads(1):
             # Folds of equal lengths share their code.
             lengths = [(len(fold.train), len(fold.valid)) for fold in data.folds]
@@ -306,21 +330,23 @@ class MemberChunk(StackedChunk):
             for one in ones.values():
                 one.write(code)
             self.kernels = build_kernels(list(code.kernels), data.dtype)
-        # room for those (C, m, K) of each fold, None where they are in no code
+        # outputs (C, m, K) of each fold; None if the code does not compute them
         self.outputs: list[Tensor | None] = []
-        # of threads: to ask the system for pages takes long
+        # memory of each thread, kept because asking the system for pages takes long
         self.spaces: list[dict[OneMember, Space]] = []
 
     @property
     def module(self) -> StackedModule:
-        """The network of the members that are alive."""
+        """Network of the members that are alive."""
         assert isinstance(self.network, StackedModule)
         return self.network
 
     def advance(self, epoch: int) -> None:
         """Train for one epoch."""
         self._begin(epoch)
-        with torch_threads(1):  # some megabytes, for which threads take longer to meet than to copy
+        # Only some megabytes: threads take longer to meet than to copy them.
+        # Each tensor is (C, F, N).
+        with torch_threads(1):
             rows = [block.to_rows(buffer) for block, buffer in self._buffers()]
         last = len(self.batches.shapes)
         self.outputs = [
@@ -329,6 +355,8 @@ class MemberChunk(StackedChunk):
             else one.result.new_empty((len(self.configs), *one.result.shape[1:]))
             for one in self.members
         ]
+        # The draws of ``ahead`` steps are in the buffer at once, so all members take these steps
+        # first.
         for begin in range(0, last, self.ahead):
             for one in dict.fromkeys(self.members):
                 if one.draws is not None:
@@ -343,12 +371,12 @@ class MemberChunk(StackedChunk):
         if len(outputs := [x for x in self.outputs if x is not None]) < self.data.n_folds:
             return super().scores()
         params = self._network.blocks.views(self._flat)
-        with torch_threads(1):  # what is left is so little that threads wait for each other
+        # the remaining work is so small that threads would wait for each other
+        with torch_threads(1):
             return self.validation.scores(self._network, params, len(self.configs), outputs)
 
     def seconds_of_a_step(self) -> float:
-        """Return the seconds of a core that a step of the first member takes; its state stays as it
-        is."""
+        """Return the CPU seconds of one step of the first member. Its state does not change."""
         self.batches.begin(0)
         self.update.begin(0)
         one = self.members[0]
@@ -357,27 +385,27 @@ class MemberChunk(StackedChunk):
         space = Space(one)
         end = min(_TIMED_STEPS, self.ahead)
         space.load(0, 0, [block.to_rows(buffer)[0, 0] for block, buffer in self._buffers()], 0)
-        times = [time.thread_time()]  # whatever else the machine does
+        times = [time.thread_time()]  # CPU time of this thread, whatever else the machine does
         for _ in range(3):
             space.take(self.kernels, 0, end)
             times.append(time.thread_time())
         return min(b - a for a, b in itertools.pairwise(times)) / min(end, len(one.steps))
 
     def _take(self, rows: Sequence[Tensor], begin: int, end: int) -> None:
-        """Let as many threads as torch has here take members from one queue, each through some
-        steps."""
+        """Let torch's number of threads take members from one queue, each through some steps."""
         queue = deque(itertools.product(range(self.data.n_folds), range(len(self.configs))))
         stop = threading.Event()
 
         def work(spaces: dict[OneMember, Space]) -> None:
             torch.set_flush_denormal(True)  # each thread has its own setting
             for space in spaces.values():
-                space.fold = -1  # the order of its rows is another one now
+                # the fold must be loaded again, because the order of its rows has changed
+                space.fold = -1
             with torch.no_grad():
                 while not stop.is_set():
                     try:
                         f, c = queue.popleft()
-                    except IndexError:  # which may be empty since another thread has taken its last
+                    except IndexError:  # another thread has taken the last member
                         return
                     one = self.members[f]
                     outputs = self.outputs[f]
@@ -397,6 +425,7 @@ class MemberChunk(StackedChunk):
         self.spaces += [{} for _ in range(threads - len(self.spaces))]
         with ThreadPoolExecutor(threads) as pool:
             try:
-                list(pool.map(work, self.spaces[:threads]))  # raises what one of them has raised
+                # list() raises the error of a thread, if one failed.
+                list(pool.map(work, self.spaces[:threads]))
             finally:
                 stop.set()

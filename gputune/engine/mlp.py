@@ -1,10 +1,11 @@
-"""The MLP of all members with its gradient written out: no graph, no gradient for the input.
+"""The MLP of all members, with a gradient written by hand: no graph, no gradient of the input.
 
-The first layer is one wide product per fold, (B, D) x (D, C*H), because a fold's members read the
-same rows; its weights are therefore kept with axes (F, D, C, H). The other layers are batched
-products over members. A width is padded with units whose weights are zero on both sides; with
-activations that map 0 to 0 they get gradient zero and stay zero. Axes: F folds, C trials, P = F*C
-members (fold-major), B rows, H width, K outputs.
+The members of a fold read the same rows, so the first layer is one wide product per fold: (B, D) x
+(D, C*H). Its weights therefore have axes (F, D, C, H). The other layers are batched products over
+members. Narrow layers are padded with units that have zero weights on both sides. The activations
+map 0 to 0, so these units get a zero gradient and stay zero.
+
+Axes: F folds, C trials, P = F*C members (fold-major), B rows, H width, K outputs.
 """
 
 import math
@@ -32,8 +33,9 @@ aten = torch.ops.aten
 
 SOURCE = Path(__file__).with_name("dropout.cu")
 
-_DRAW_BYTES = 64 << 20  # of draws that are made ahead; a buffer of them waits for the device once
-_SEED_BITS = (1 << 32) - 1  # those that PyTorch's generator of a CPU keeps
+# Bytes of draws that are made ahead. The host waits for the device once for each buffer.
+_DRAW_BYTES = 64 << 20
+_SEED_BITS = (1 << 32) - 1  # the bits of a seed that PyTorch's CPU generator uses
 
 _DIFFERENTIABLE = {
     "relu": torch.relu,
@@ -46,12 +48,16 @@ _SLOPES = {
     "gelu": (aten.gelu_backward, False),
     "silu": (aten.silu_backward, False),
 }
-"""PyTorch's own backward kernels; of the value, or of its argument."""
+"""PyTorch's own backward kernels. The flag says whether a kernel takes the value of the activation.
+Otherwise it takes the argument."""
 
 
 class Draws:
-    """The draws of some steps ahead, (steps, layers, B, H) on the device; B are the steps'
-    ``rows``, of some epochs."""
+    """Draws of some steps ahead, (steps, layers, B, H) on the device.
+
+    ``rows`` are the minibatch sizes B of the steps of an epoch. The steps of ``epochs`` epochs are
+    drawn.
+    """
 
     def __init__(
         self,
@@ -73,14 +79,18 @@ class Draws:
         self.kernel = uniform_kernel(device) if device.type == "cuda" else None
 
     def fill(self, epoch: int, step: int) -> None:
-        """Draw for this step, counted from an epoch's first, and those ahead, where the buffer ends
-        before it."""
+        """Fill the buffer for a step and the steps ahead, if the buffer ends before this step.
+
+        ``step`` is counted from the first step of ``epoch``.
+        """
         if step % self.ahead:
             return
         _, layers, most, width = self.buffer.shape
         ahead = self.rows[step : step + self.ahead]
         places = [divmod(step + slot, self.steps) for slot in range(len(ahead))]
         if self.kernel is not None:
+            # Each epoch, step and layer has its own stream, so draws do not depend on the buffer's
+            # size.
             keys = [
                 (epoch + more, within, layer) for more, within in places for layer in range(layers)
             ]
@@ -97,14 +107,17 @@ class Draws:
         self.buffer.copy_(drawn)
 
     def at(self, step: Tensor, rows: int) -> Tensor:
-        """Return the draws (layers, B, H) of the step that a counter on the device says."""
+        """Return the draws (layers, B, H) of a step. The step is read from a counter on the
+        device."""
         slot = torch.remainder(step, self.ahead).view(1)
         return self.buffer.index_select(0, slot)[0, :, :rows]
 
 
 def dropout_draw(seed: int, key: tuple[int, int], layer: int, rows: int, width: int) -> Tensor:
-    """Return the uniform draw (B, H) of one step and hidden layer, keyed by (epoch, step), on the
-    CPU."""
+    """Return the uniform draw (B, H) of one step and hidden layer, made on the CPU.
+
+    ``key`` is (epoch, step).
+    """
     drawn = torch.empty((rows, width), dtype=torch.float32, device="cpu")
     if fill_uniform(stream_seed(seed, "dropout", *key, layer), [drawn]):
         return drawn
@@ -117,7 +130,8 @@ def dropout_draw(seed: int, key: tuple[int, int], layer: int, rows: int, width: 
 
 
 def draw_uniform(kernel: Kernel, seeds: Sequence[int], counts: Sequence[int], out: Tensor) -> None:
-    """Write into each row of ``out`` (streams, n) the first numbers of a stream, on its GPU."""
+    """Write the first numbers of a random stream into each row of ``out`` (streams, n), on its
+    GPU."""
     streams = torch.tensor([seeds, counts], dtype=torch.int64).to(out.device)
     sizes = torch.tensor([len(seeds), out.shape[1]], dtype=torch.int64).to(out.device)
     launch(kernel, len(seeds), [sizes, streams, out], block=32)
@@ -125,8 +139,10 @@ def draw_uniform(kernel: Kernel, seeds: Sequence[int], counts: Sequence[int], ou
 
 @cache
 def uniform_kernel(device: torch.device) -> Kernel | None:
-    """Return the kernel that draws on a GPU; None, with a warning, where its numbers are not
-    PyTorch's on a CPU."""
+    """Return the kernel that draws uniform numbers on a GPU.
+
+    The result is None, with a warning, if its numbers differ from PyTorch's numbers on a CPU.
+    """
     if (compiled := kernels(SOURCE, ("uniform",), device, torch.float32)) is None:
         return None
     seeds = [0, 12345, _SEED_BITS]
@@ -144,14 +160,17 @@ def uniform_kernel(device: torch.device) -> Kernel | None:
 
 
 class StackedMLP:
-    """F x C members of an MLP (``kind="mlp"``) or of the linear model (``kind="linear"``), trained
-    on a ``loss``."""
+    """F x C members of an MLP (``kind="mlp"``) or of a linear model (``kind="linear"``).
+
+    The members train on the loss ``loss``, with the argument ``loss_number`` if it has one.
+    """
 
     exact = False
     alone = True
     least_rows = 1
     evaluation_draws = False
-    scheduled: tuple[str, ...] = ()  # its rates are in the draws
+    # No parameter follows a schedule: dropout rates apply to the draws.
+    scheduled: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -175,12 +194,15 @@ class StackedMLP:
         self.activation = first["activation"]
         rates = [c["dropout"] if self.depth else 0.0 for c in configs]
         self.rates = None
+        # Dropout rates (C, 1, 1).
         if any(rates):
             self.rates = torch.tensor(rates, dtype=shape.dtype, device=shape.device)[:, None, None]
             self.stays = 1 - self.rates
         self.sizes = [shape.n_features, *[self.hidden] * self.depth, shape.n_outputs]
         folds = shape.folds
         trials = len(configs)
+        # One block per parameter. Only hidden matrices have the true sides of each trial, which
+        # muon needs.
         widths = [hidden_widths(config) for config in configs]
         blocks = [
             Block("weight0", (folds, self.sizes[0], trials, self.sizes[1]), 2),
@@ -203,8 +225,11 @@ class StackedMLP:
         self._workspaces: dict[int, _Workspace] = {}
 
     def start(self) -> Tensor:
-        """Every fold and trial of one exact shape starts alike: the law of nn.Linear with the true
-        fan-in."""
+        """Return the initial parameters of all members in one flat buffer.
+
+        Every fold and every trial of one exact shape starts with the same numbers. They follow the
+        distribution of nn.Linear with the true fan-in, without padding.
+        """
         flat = torch.zeros(self.blocks.size, dtype=self.shape.dtype)
         views = self.blocks.by_member(flat)
         for c, config in enumerate(self.configs):
@@ -213,6 +238,7 @@ class StackedMLP:
                 draw = torch.rand(
                     n_out * (n_in + 1), generator=generator, dtype=torch.float64, device="cpu"
                 )
+                # Uniform in [-1/sqrt(n_in), 1/sqrt(n_in)).
                 draw = ((2 * draw - 1) / math.sqrt(n_in)).to(flat.dtype)
                 views[f"weight{layer}"][:, c, :n_in, :n_out] = (
                     draw[: n_out * n_in].view(n_out, n_in).T
@@ -221,6 +247,7 @@ class StackedMLP:
         return flat.to(self.shape.device)
 
     def _true_sizes(self, config: Config) -> list[tuple[int, int]]:
+        """Return the inputs and outputs of each layer of a trial, without padding."""
         hidden = hidden_widths(config) if self.depth else ()
         return list(pairwise([self.shape.n_features, *hidden, self.shape.n_outputs]))
 
@@ -256,10 +283,12 @@ class StackedMLP:
     ) -> Tensor:
         (x,) = inputs
         trials = len(self.configs)
+        # (m, D) @ (D, C*H) -> (m, C*H)
         wide = torch.addmm(params["bias0"][fold].flatten(), x, params["weight0"][fold].flatten(1))
         h = wide.view(len(x), trials, -1).movedim(1, 0)  # (C, m, H)
         for layer in range(1, self.depth + 1):
             h = _activate(self.activation, h)
+            # (C, m, H) @ (C, H, H) -> (C, m, H); K outputs in the last layer
             h = torch.baddbmm(params[f"bias{layer}"][fold], h, params[f"weight{layer}"][fold])
         return h
 
@@ -280,12 +309,14 @@ class StackedMLP:
             if layer:
                 h = _DIFFERENTIABLE[self.activation](h)
                 if self.rates is not None and key is not None:
-                    # one draw for all, each trial with its rate
+                    # one draw (B, H) for all members; each trial compares it with its own rate
                     keep = h.new_empty((len(self.configs), *h.shape[1:]))
                     self._keep_units(
                         dropout_draw(self.seed, key, layer - 1, *keep.shape[1:]).to(h.device), keep
                     )
+                    # (F, C, B, H) * (C, B, H)
                     h = (h.view(-1, *keep.shape) * keep).flatten(0, 1)
+            # (P, B, H) @ (P, H, H) -> (P, B, H); D inputs in the first layer, K outputs in the last
             h = torch.baddbmm(
                 params[f"bias{layer}"].view(len(h), 1, -1), h, params[f"weight{layer}"]
             )
@@ -312,6 +343,7 @@ class StackedMLP:
         self._forward(params, batch, space)
         if self.mask is not None:
             space.out.add_(self.mask)
+        # The members of a fold share their targets, or each trial has its own.
         y = batch.y.view(self.shape.folds, -1, *batch.y.shape[1:])  # (F, 1 or C, B, K)
         if self.shape.regression:
             number_slope_(space.out, y, batch.share, loss=self.loss, number=self.loss_number)
@@ -320,6 +352,7 @@ class StackedMLP:
         self._backward(params, batch, space, grads)
 
     def _forward(self, params: Params, batch: Batch, space: "_Workspace") -> None:
+        """Compute the outputs (F, C, B, K) of a minibatch, and the tensors for the backward pass."""
         z = self._first_layer(params, batch, space)  # (F, C, B, H)
         if self.rates is not None:
             assert isinstance(batch.draws, Tensor)
@@ -331,40 +364,50 @@ class StackedMLP:
             out = space.out if layer == self.depth else space.linear[layer]
             weight = params[f"weight{layer}"].flatten(0, 1)
             bias = params[f"bias{layer}"].flatten(0, 1)
+            # (P, B, H) @ (P, H, H) -> (P, B, H); K outputs in the last layer
             torch.baddbmm(bias, h.flatten(0, 1), weight, out=out.flatten(0, 1))
             z = out
 
     def _first_layer(self, params: Params, batch: Batch, space: "_Workspace") -> Tensor:
+        """Compute the first layer (F, C, B, H), in a wide product if the members of a fold share
+        their rows."""
         weight = params["weight0"]
         bias = params["bias0"]
         if len(batch.x) == self.shape.folds:  # one fold's members share their rows
+            # (F, B, D) @ (F, D, C*H) -> (F, B, C*H)
             torch.baddbmm(bias.flatten(1)[:, None], batch.x, weight.flatten(2), out=space.wide)
             z = space.by_trial
         else:
             z = space.linear[0]
-            # a copy of the weights costs less than launching an operation for each fold
+            # Copying the weights costs less than launching an operation for each fold.
             if z.is_cuda:
                 copy = weight.movedim(2, 1).flatten(0, 1)
+                # (P, B, D) @ (P, D, H) -> (P, B, H)
                 torch.baddbmm(bias.flatten(0, 1)[:, None], batch.x, copy, out=z.flatten(0, 1))
             else:
                 x = batch.x.view(self.shape.folds, len(self.configs), *batch.x.shape[1:])
                 for f in range(self.shape.folds):
+                    # (C, B, D) @ (C, D, H) -> (C, B, H)
                     torch.baddbmm(bias[f][:, None], x[f], weight[f].movedim(1, 0), out=z[f])
         return z if self.depth else space.out.copy_(z)
 
     def _keep_units(self, draw: Tensor, keep: Tensor) -> None:
-        """Fill keep (C, B, H) with 1/(1-p) where a unit stays."""
+        """Fill ``keep`` (C, B, H) with 1/(1-p) for each unit that stays, and with 0 for the
+        others."""
         assert self.rates is not None
         torch.ge(draw, self.rates, out=keep).div_(self.stays)
 
     def _backward(self, params: Params, batch: Batch, space: "_Workspace", grads: Params) -> None:
+        """Compute the gradients of all parameters from the slope of the loss in ``space.out``."""
         slope = space.out  # (F, C, B, width of this layer)
         below, spare = space.slopes
         for layer in range(self.depth, 0, -1):
             h = space.dropped[layer - 1] if self.rates is not None else space.active[layer - 1]
             flat = slope.flatten(0, 1)
+            # (P, H, B) @ (P, B, H) -> (P, H, H)
             torch.bmm(h.flatten(0, 1).mT, flat, out=grads[f"weight{layer}"].flatten(0, 1))
             torch.sum(flat, 1, keepdim=True, out=grads[f"bias{layer}"].flatten(0, 1))
+            # (P, B, H) @ (P, H, H) -> (P, B, H)
             torch.bmm(flat, params[f"weight{layer}"].flatten(0, 1).mT, out=below.flatten(0, 1))
             if self.rates is not None:
                 below.mul_(space.keep[layer - 1])
@@ -377,29 +420,34 @@ class StackedMLP:
             else:
                 rule, of_value = _SLOPES[self.activation]
                 rule.grad_input(below, h if of_value else z, grad_input=slope)
-            # the next slope is written beside the one it is computed from
+            # The buffers swap: a slope must not overwrite the slope that it is computed from.
             below, spare = spare, below
         if self.depth == 0:
             slope = space.by_trial.copy_(space.out)
         if len(batch.x) == self.shape.folds:
+            # (F, D, B) @ (F, B, C*H) -> (F, D, C*H)
             torch.bmm(batch.x.mT, space.wide, out=grads["weight0"].flatten(2))
             torch.sum(space.wide, 1, out=grads["bias0"].flatten(1))
             return
         x = batch.x.view(*slope.shape[:2], *batch.x.shape[1:])
         if slope.is_cuda:
+            # (P, D, B) @ (P, B, H) -> (P, D, H)
             product = torch.bmm(batch.x.mT, slope.flatten(0, 1)).view(
                 *slope.shape[:2], x.shape[-1], -1
             )
             grads["weight0"].copy_(product.movedim(1, 2))
         else:
             for f in range(self.shape.folds):
+                # (C, D, B) @ (C, B, H) -> (C, D, H)
                 grads["weight0"][f].copy_(torch.bmm(x[f].mT, slope[f]).movedim(0, 1))
         torch.sum(slope, 2, out=grads["bias0"])
 
 
 class _Workspace:
-    """The intermediate tensors of one step with B rows a member, made once: a step allocates
-    nothing."""
+    """The intermediate tensors of one step with B rows for each member.
+
+    They are made once, so that a step allocates no memory.
+    """
 
     def __init__(self, net: StackedMLP, rows: int) -> None:
         folds = net.shape.folds
@@ -412,10 +460,12 @@ class _Workspace:
         def members(width: int) -> Tensor:
             return empty(folds, trials, rows, width)
 
+        # (F, B, C*H)
         self.wide = empty(folds, rows, trials * first)
         self.by_trial = self.wide.view(folds, rows, trials, first).movedim(2, 1)  # (F, C, B, H)
         self.linear = [members(width) for width in net.sizes[1 : net.depth + 1]] or [members(first)]
-        # relu and tanh are recovered from their value, so it may overwrite its argument
+        # relu and tanh have a gradient that follows from their value, so the value may overwrite
+        # the argument.
         in_place = net.activation in ("relu", "tanh")
         self.active = (
             self.linear[: net.depth]
@@ -430,7 +480,8 @@ class _Workspace:
 
 
 def _activate(name: str, z: Tensor, out: Tensor | None = None) -> Tensor:
-    """The activation of z, into ``out`` (dense, whatever the layout of z)."""
+    """Return the activation of ``z``, written into ``out``. The result is dense for any layout of
+    ``z``."""
     out = torch.empty(z.shape, dtype=z.dtype, device=z.device) if out is None else out
     if name == "relu":
         return torch.clamp_min(z, 0, out=out)

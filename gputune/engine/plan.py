@@ -1,11 +1,12 @@
-"""The plan before a run: how many trials fit on the device at once, in which order, on how many
+"""The plan before a run: the number of trials on the device at once, their order, and the
 processes.
 
-On a GPU a chunk may fill the memory that is free; on the CPU it should stay in the cache, because
-the update passes over the whole state at every step. Compiled members come into the cache one by
-one: their chunks are larger, and threads of one process share their members. What a trial costs is
-an estimate, to cut chunks, to order them and to count workers: results do not depend on it, nor on
-the cut, beyond rounding.
+On a GPU, a chunk may fill the free memory. On the CPU, a chunk should stay in the cache, because
+every update passes over the whole state. Compiled members come into the cache one by one, so their
+chunks are larger, and the threads of one process share their members.
+
+The cost of a trial is an estimate. It is used to cut chunks, to order them and to choose the number
+of workers. Results do not depend on the estimate or on the cut, except for rounding.
 """
 
 import math
@@ -28,39 +29,43 @@ from gputune.population.population import Population, hidden_widths, padded_widt
 from gputune.text import count, size_words
 from gputune.types import BY_MEMBER, ONLINE, Backend
 
-# Parameters, gradient, two moments, scratch; and for unlike trials expanded rate, decay, activity,
-# corrections.
+# Buffers of the size of the parameters: parameters, gradient, two moments, scratch. If trials
+# differ: also the expanded rate, decay, activity, corrections.
 _BUFFERS = 11
-# of a class of torch.optim, whose state only a step tells: most keep two, and a count
+# Assumed for a class of torch.optim. Only a step shows its state: most keep two moments and a
+# count.
 _CLASS_MOMENTS = 3
-_WIDE_LAYERS = 4  # of a user's module that are as wide as its widest
+_WIDE_LAYERS = 4  # layers of a user's module that are assumed to be as wide as its widest layer
 
-# One core's speed, to order chunks and to count workers; no result depends on them. Measured on a
-# Xeon core.
+# Speed of one core, measured on a Xeon core. It only orders chunks and counts workers: no result
+# depends on it.
 _STEP_SECONDS = 60e-6  # operator overhead of one layer in one step
 _PARAMETER_SECONDS = 2.2e-9  # update of one parameter
 _PRODUCT_SECONDS = 8e-12  # one multiply-add pair
 _ACTIVATION_SECONDS = 1.5e-9
-# The same of compiled training, measured on an EPYC core.
-_COMPILED_STEP_SECONDS = 0.4e-6  # of one member
+# The same for compiled training, measured on an EPYC core.
+_COMPILED_STEP_SECONDS = 0.4e-6  # overhead of one step of one member
 _COMPILED_PARAMETER_SECONDS = 0.6e-9
 _COMPILED_PRODUCT_SECONDS = 2e-11
 _COMPILED_ACTIVATION_SECONDS = 0.5e-9
 
-# a chunk's state on the CPU; 8 to 32 MiB measured alike, beyond that slower
+# Bytes of a chunk's state on the CPU. 8 to 32 MiB were equally fast, more was slower.
 _CACHE_BYTES = 16 << 20
-# of compiled members: an epoch is then long beside what is done between two
+# For compiled members: an epoch is then long compared with the work between two epochs.
 _COMPILED_BYTES = 64 << 20
-# the same of a user's module, whose chunks each take some tenths of a second to begin
+# For a compiled user's module, whose chunks each take some tenths of a second to begin.
 _CODED_BYTES = 256 << 20
-_FEW = 3  # trials of the first chunk, which is there for an early answer
-_FREE_SHARE = 0.8  # of the GPU memory that is free
-# of the limit, beyond which an estimate of a population's memory is not enough
+_FEW = 3  # trials of the first chunk, which gives an early answer
+_FREE_SHARE = 0.8  # of the free GPU memory
+# Share of the limit beyond which memory is measured, because an estimate is not accurate enough.
 _MEASURED_SHARE = 0.5
-_WORKERS_PAY = 3.0  # estimated seconds of work from which a second process repays its start
-# and a second GPU: its process takes some 10 s to start, and a core is far slower than a GPU
+# Estimated seconds of work from which a second process repays its start.
+_WORKERS_PAY = 3.0
+# The same for a second GPU: its process takes about 10 s to start, and a core is far slower than a
+# GPU.
 _GPUS_PAY = 600.0
-_THREADS_PAY = 10.0  # and from which a second thread is worth its waiting, where nothing can be cut
+# Seconds from which a second thread pays off, if nothing can be cut.
+_THREADS_PAY = 10.0
 _WORDS: Mapping[Backend, str] = {
     "compiled": "compiled",
     "kernel": "by the kernel",
@@ -72,8 +77,11 @@ _WORDS: Mapping[Backend, str] = {
 
 @dataclass(frozen=True)
 class Cost:
-    """What one trial of a population costs: bytes while it trains and while it waits, seconds an
-    epoch, of overhead."""
+    """Estimated cost of one trial of a population.
+
+    A trial takes ``trial_bytes`` while it trains and ``state_bytes`` while it waits. An epoch takes
+    ``trial_seconds`` for each trial, plus ``step_seconds`` of overhead for the chunk.
+    """
 
     trial_bytes: int
     state_bytes: int
@@ -88,8 +96,10 @@ def trial_cost(
     backend: Backend = "eager",
     widest: int = 0,
 ) -> Cost:
-    """Estimate what one trial costs in all folds; ``widest`` numbers has a row in a layer of a
-    user's module."""
+    """Estimate the cost of one trial in all folds.
+
+    ``widest`` is the number of values of one row in the widest layer of a user's module.
+    """
     config = population.configs[0]
     folds = data.n_folds
     item = data.dtype.itemsize
@@ -98,7 +108,7 @@ def trial_cost(
     layers, size, units = _shape(population, data, parameters)
     momenta = (c["momentum"] for c in population.configs)
     moments = _CLASS_MOMENTS if class_of(config) else n_moments(config["optimizer"], momenta)
-    # A parameter that waits: itself, its moments, what adapts its rate, its average.
+    # A parameter that waits has: itself, its moments, the state of its adaptive rate, its average.
     state_bytes = (
         folds
         * item
@@ -107,17 +117,18 @@ def trial_cost(
     )
     longest_scored = max(len(fold.valid) for fold in data.folds) * data.n_outputs
     if backend in BY_MEMBER and population.kind != "module":
-        # Every member takes its own steps, and what it works in belongs to the thread.
+        # Every member takes its own steps, and its working memory belongs to the thread.
         row_seconds = 3 * _COMPILED_PRODUCT_SECONDS * size + _COMPILED_ACTIVATION_SECONDS * units
         of_step = (
             _COMPILED_STEP_SECONDS + _COMPILED_PARAMETER_SECONDS * size + batch_sizes * row_seconds
         )
-        # terms of one fold
+        # Outputs of all folds, and the terms of the scores of one fold.
         scored = sum(len(fold.valid) for fold in data.folds) * data.n_outputs + 4 * longest_scored
         trial_bytes = item * ((3 + bool(config["ema"])) * folds * size + scored)
         return Cost(
             trial_bytes,
             state_bytes,
+            # -(-a // b) rounds up: the last minibatch may be short.
             folds * float((-(-longest // batch_sizes) * of_step).mean()),
             0.0,
         )
@@ -128,7 +139,7 @@ def trial_cost(
         batch_sizes
     )
     dropout = 2 * rows * units if config["dropout"] else 0
-    # one more: the last direction
+    # An optimizer that adapts its rate also keeps the last direction.
     buffers = _BUFFERS + (config["optimizer"] in ONLINE) + bool(config["ema"])
     member_seconds = (
         _PARAMETER_SECONDS * size
@@ -137,8 +148,8 @@ def trial_cost(
     )
     looped = backend == "loop"
     return Cost(
-        # Outputs on the validation rows are there in the scores' working precision and once more
-        # for their terms.
+        # The outputs on the validation rows exist twice: in the working precision of the scores,
+        # and as their terms.
         trial_bytes=folds * item * (buffers * size + activations + dropout)
         + item * 5 * longest_scored,
         state_bytes=state_bytes,
@@ -148,13 +159,14 @@ def trial_cost(
 
 
 def _shape(population: Population, data: Dataset, parameters: int) -> tuple[int, int, int]:
-    """Layers, parameters and hidden units of one member, padding included."""
+    """Return the number of layers, of parameters and of hidden units of one member, with
+    padding."""
     config = population.configs[0]
     d = data.n_features
     k = data.n_outputs
     if population.kind == "linear":
         return 1, (d + 1) * k, k
-    # its inside is unknown: a square root of the size is a fair width
+    # The layers are unknown. The square root of the number of parameters is a fair width.
     if population.kind == "module":
         return 8, parameters, 4 * int(parameters**0.5)
     depth = config["depth"]
@@ -165,14 +177,21 @@ def _shape(population: Population, data: Dataset, parameters: int) -> tuple[int,
 
 @dataclass(frozen=True)
 class Plan:
-    """Chunks of a search, longest first; the processes that train them (1: this process alone);
-    threads of each.
+    """Chunks of a search, the longest first, and the processes and threads that train them.
 
-    With ``cluster`` the workers are tasks that run at once on other machines. ``ways`` says of each
-    chunk how it trains. ``state_bytes`` are those of all trials between two epochs; where they wait
-    for each other at rungs,
-    ``cache_bytes`` of these have room in main memory. ``failures`` say why a faster backend does
-    not train.
+    Args:
+        chunks: The chunks, in the order in which they begin.
+        workers: Number of processes; 1 means only this process.
+        threads: Number of threads of each process.
+        chunk_bytes: Memory of the largest chunk, in bytes.
+        data_bytes: Memory of the data, in bytes.
+        cluster: Whether the workers are tasks that run at once on other machines.
+        state_bytes: Size of the states of all trials between two epochs, in bytes.
+        cache_bytes: If trials wait for each other at rungs, bytes of the states that fit into main
+            memory.
+        ways: The backend of each chunk.
+        gpus: Whether each worker has a GPU.
+        failures: Sentences that say why a faster backend does not train.
     """
 
     chunks: tuple[Population, ...]
@@ -185,27 +204,28 @@ class Plan:
     cache_bytes: int | None = None
     ways: tuple[Backend, ...] = ()
     gpus: bool = False  # whether each worker has a GPU
-    # faster ways that cannot train or have failed when tried, and why
     failures: tuple[str, ...] = ()
 
     @property
     def at_once(self) -> int:
-        """How many chunks train at the same time."""
+        """Number of chunks that train at the same time."""
         return 1 if self.threads > 1 and not self.cluster else max(1, self.workers)
 
     def answering_early(self, folds: int) -> "Plan":
-        """Return the plan of a search whose first result comes early, of as much work.
+        """Return the plan of a search with the same work and an early first result.
 
-        The first trial and a few of its shape are a chunk of their own where that costs nothing,
-        and come first. (The step of a user's module would be traced for each.) One worker then
-        takes the shortest chunk first; several take the longest first, so that they end together.
+        The first trial and a few trials of its shape become a separate chunk, if that costs
+        nothing, and come first. (For a user's module, each chunk would trace the step again.) One
+        worker then takes the shortest chunk first. Several workers take the longest first, so that
+        they end together.
         """
         ordered = list(zip(self.chunks, self.ways))
         if self.workers == 1:
             ordered.reverse()
         place = next(at for at, (chunk, _) in enumerate(ordered) if 0 in chunk.index)
         chunk, way = ordered.pop(place)
-        few = max(_FEW, -(-2 * self.threads // folds))  # each thread has two members or more
+        # Each thread has two members or more.
+        few = max(_FEW, -(-2 * self.threads // folds))
         if way == "compiled" and chunk.kind != "module" and len(chunk.index) >= 2 * few:
             ordered.insert(place, (chunk.part(few, len(chunk.index)), way))
             chunk = chunk.part(0, few)
@@ -242,7 +262,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A chunk with what it costs."""
+    """A chunk with its estimated cost."""
 
     chunk: Population
     cost: Cost
@@ -251,20 +271,24 @@ class _Piece:
 
     @property
     def seconds(self) -> float:
+        """Estimated seconds of training."""
         return self.epochs * (
             self.cost.step_seconds + len(self.chunk.index) * self.cost.trial_seconds
         )
 
     def cut(self, number: int) -> list["_Piece"]:
-        """Cut into so many pieces of equal size, or one a trial."""
+        """Cut the chunk into ``number`` pieces of equal size, or into single trials if there are
+        fewer."""
         parts = np.array_split(np.arange(len(self.chunk.index)), min(number, len(self.chunk.index)))
         return [
             replace(self, chunk=self.chunk.part(int(part[0]), int(part[-1]) + 1)) for part in parts
         ]
 
     def halves(self, seconds: float) -> list["_Piece"]:
-        """Return it halved until no piece takes longer than that: one would keep a worker long
-        after the others."""
+        """Halve the chunk until no piece takes longer than ``seconds``.
+
+        A longer piece would keep one worker busy long after the others.
+        """
         if self.seconds <= seconds or len(self.chunk.index) == 1:
             return [self]
         return [part for half in reversed(self.cut(2)) for part in half.halves(seconds)]
@@ -274,18 +298,21 @@ class _Piece:
 class Planner:
     """Cuts populations into chunks.
 
-    data        the rows, and the device that they are on
-    memory      bytes that a chunk may take; None: what the device suggests
-    workers     processes; None lets the estimate decide, between one and ``gpus`` where the data is
-                on a GPU
-    free        bytes of a GPU that is not in this machine
-    traits      those of a user's module, of each text of its module__* values
-    parameters  the size of a user's module
-    cost_of     turns what a trial costs in plain training into what it costs here; ``memory`` is
-                then the only limit
-    measure     finds what a population takes of a device's memory, by at most so many of its
-                trials; asked where the estimate is near the limit, and for a user's module, whose
-                inside is unknown
+    Args:
+        data: The rows, and the device that holds them.
+        memory: Bytes that a chunk may take; None: the device decides.
+        workers: Number of processes. None: the estimate decides, between 1 and ``gpus`` if the data
+            is on a GPU.
+        gpus: Number of GPUs.
+        free: Free bytes of a GPU that is not in this machine.
+        backend: The backend that was chosen for the search.
+        traits: Traits of a user's module, for each text of its module__* values.
+        parameters: Number of parameters of a user's module.
+        cost_of: Converts the cost of a trial in plain training into its cost in this search.
+            ``memory`` is then the only limit.
+        measure: Measures the memory that a population takes on a device, with at most the given
+            number of its trials. It is called if the estimate is near the limit, and for a user's
+            module, because its layers are unknown.
     """
 
     data: Dataset
@@ -300,14 +327,14 @@ class Planner:
     measure: Callable[[Population, int], Need | None] | None = None
 
     def plan(self, populations: Sequence[Population], epochs: int) -> Plan:
-        """Return the chunks in which populations train for so many epochs."""
+        """Return the plan to train populations for ``epochs`` epochs."""
         pieces = [piece for population in populations for piece in self._pieces(population, epochs)]
         if (
             self.cost_of is None
             and self.workers in (None, 1)
             and all(piece.way == "compiled" for piece in pieces)
         ):
-            # threads share the members of a chunk, and need no start
+            # Threads share the members of a chunk, and start at no cost.
             workers = 1
             threads = cores()
         else:
@@ -325,7 +352,7 @@ class Planner:
         )
 
     def _pieces(self, population: Population, epochs: int) -> list[_Piece]:
-        """Return the chunks of a population, each of which fits into memory."""
+        """Return the chunks of a population. Each of them fits into memory."""
         config = population.configs[0]
         traits = self.traits.get(population.arguments)
         way = trains_as(self.backend, population.kind, config, traits, data=self.data)
@@ -347,24 +374,27 @@ class Planner:
                 cost = replace(cost, trial_bytes=need.trial)
                 limit = limit - need.once
         whole = _Piece(population, cost, epochs, way)
-        # nothing is gained by company, and a stop is heard earlier
+        # Stacking gains nothing here, and single trials react to a stop request earlier.
         if way == "loop" and self.cost_of is None:
             return whole.cut(len(population.index))
-        # Not cut by time too: checkpoints keep what a long chunk has done, and cost less than the
-        # overhead of every step, which each piece would pay anew.
+        # Chunks are not cut by time. Checkpoints keep the progress of a long chunk. They cost less
+        # than the overhead of every step, which each piece would pay again.
         return whole.cut(-(-len(population.index) // max(1, limit // cost.trial_bytes)))
 
     def _among_workers(self, pieces: list[_Piece]) -> tuple[list[_Piece], int, int]:
-        """Return pieces for the workers, or for as many as the work repays, these, and the threads
-        of each."""
+        """Return the pieces for the workers, the number of workers, and the threads of each worker.
+
+        If the user gave no number of workers, there are as many as the work repays.
+        """
         total = sum(piece.seconds for piece in pieces)
         workers = self.workers
         on_gpu = self.data.device.type == "cuda"
         if workers is None:
             most, pays = (self.gpus, _GPUS_PAY) if on_gpu else (cores(), _WORKERS_PAY)
             workers = most if total > pays else 1
+        # Two shares for each worker, so that workers end at about the same time.
         share = total / (2 * workers) if workers > 1 else math.inf
-        # a part for each GPU of those that are long, and no more: a short chunk is no faster
+        # Only long pieces are split, one part for each GPU: a short chunk would not be faster.
         if on_gpu:
             pieces = [
                 part
@@ -374,13 +404,16 @@ class Planner:
         else:
             pieces = [part for piece in reversed(pieces) for part in piece.halves(share)]
         workers = min(workers, len(pieces))
-        # Products this small lose time to a second thread; only a long run that cannot be cut has
+        # Products this small lose time to a second thread. Only a long run that cannot be cut has a
         # use for one.
         return pieces, workers, cores() if workers == 1 and total > _THREADS_PAY else 1
 
 
 def parse_memory(memory: object) -> int | None:
-    """Return bytes of an int or of text such as "8GB", "500MB", "2GiB"."""
+    """Return the number of bytes of an int, or of text such as "8GB", "500MB" or "2GiB".
+
+    Units are powers of 1,024. None stays None. Raises InputError for other values.
+    """
     if memory is None:
         return None
     text = str(memory).strip().upper().replace("IB", "B")

@@ -1,11 +1,10 @@
-"""What a chunk leaves to the next of its search: how many trials memory has held, and the memory
-itself.
+"""Knowledge and memory that a chunk leaves to the next chunks of its search.
 
-A chunk like one that has trained takes it over, and with it the steps that were recorded there. A
-recording costs as much as dozens of steps, and a search that stops at rungs, or that trains many
-chunks of one shape, would make it anew for each. What a step reads as a number of the host is part
-of the recording: a chunk is like another where all of that is equal, and what differs is in
-tensors.
+The knowledge is the number of trials that fitted into memory. A chunk that is like an earlier chunk
+takes over its memory, and with it the steps that were recorded there. A recording costs as much as
+dozens of steps. A search that stops at rungs, or trains many chunks of one shape, would otherwise
+record again for each chunk. Numbers of the host that a step reads are part of the recording. Two
+chunks are alike if all of these numbers are equal; everything that differs is in tensors.
 """
 
 import secrets
@@ -21,61 +20,64 @@ from gputune.population.population import Network, Population, arguments_text, s
 from gputune.scoring.scoring import Validation
 from gputune.types import Config
 
-# Of the parameters of a chunk that is kept; a larger one has long epochs, and memory to give back.
+# Limit for the parameters of kept chunks. A larger chunk has long epochs, and should give back its
+# memory.
 _KEPT_BYTES = 32 << 20
 
 _OF_HOST = frozenset(
     """StackedMLP.configs StackedModule.configs Batches.sizes Batches.steps Batches.host_taken Batches.shapes
     Batches.epoch Draws.rows ModuleDraws.rows""".split()
 )
-"""What the host reads between steps, and no step: it is taken from the new chunk."""
+"""Attributes that only the host reads, between steps. They are taken from the new chunk."""
 
 _STAYS = frozenset(
     """StackedModule.template StackedModule.stateless StackedMLP._workspaces Batches.inputs Batches.target
     Batches.weights""".split()
 )
-"""What is the same in like chunks by its making: the module of equal arguments, room to work in,
-the rows."""
+"""Attributes that are equal in like chunks by construction.
+
+They are the module of equal arguments, working memory, and the rows.
+"""
 
 
 class _Unlike(Exception):
-    """A recorded step of one chunk is no step of the other."""
+    """Raised if a recorded step of one chunk cannot be used for the other chunk."""
 
 
 class Fits:
-    """What the chunks of one search leave to the next, where a process has trained some.
+    """Knowledge and memory that the chunks of one search leave to later chunks in the same process.
 
-    How many trials of each tensor shape memory has held: what failed once is not tried again. And
-    the chunks that take recorded steps, the last of each shape, in whose memory the next of their
-    shape train. Within a process all copies are one object, however often it is sent there with a
-    job.
+    ``trials`` has the number of trials of each tensor shape that fitted into memory: a number that
+    failed once is not tried again. ``chunks`` has the last chunk with recorded steps of each shape.
+    The next chunk of that shape trains in its memory. Within a process, all copies of a search's
+    ``Fits`` are one object, however often jobs bring it there.
     """
 
     def __init__(self) -> None:
         self.token = secrets.token_hex(8)
         self.trials: dict[object, int] = {}
         self.chunks: dict[Hashable, StackedChunk] = {}
-        # those in compiled code that are at their start, being only timed
+        # timed chunks in compiled code, still at their start
         self.timed: list[StackedChunk] = []
-        # faster ways that cannot train or have failed when timed, and why
+        # sentences about faster backends that cannot train or failed when timed, as an ordered set
         self.failures: dict[str, None] = {}
-        # the same of backends that failed while chunks were made, a sentence each
+        # sentences about backends that failed while chunks were made, as an ordered set
         self.faults: dict[str, None] = {}
 
     def keep_timed(self, chunk: StackedChunk) -> None:
-        """Keep a chunk that was timed, where there is room beside the others."""
+        """Keep a timed chunk if the limit in bytes allows it."""
         if not self.timed or sum(kept.nbytes for kept in (*self.timed, chunk)) <= _KEPT_BYTES:
             self.timed.append(chunk)
 
     def drop_timed(self, configs: Sequence[Config]) -> None:
-        """Keep the chunk of these trials no longer."""
+        """Remove the timed chunk of these trials."""
         self.timed = [chunk for chunk in self.timed if chunk.configs != list(configs)]
 
     def take_timed(
         self, network: Network, validation: Validation, **options: int
     ) -> StackedChunk | None:
-        """Return the chunk of these trials that was timed, which is kept no longer; None where
-        there is none."""
+        """Return the timed chunk of these trials and remove it. The result is None without such a
+        chunk."""
         found = [chunk for chunk in self.timed if chunk.configs == list(network.configs)]
         self.drop_timed(network.configs)
         return (
@@ -87,8 +89,8 @@ class Fits:
     def take(
         self, network: Network, validation: Validation, *, recorded: bool, **options: int
     ) -> StackedChunk:
-        """Return a chunk of these trials at their start: one that was kept where it can be, or a
-        new one."""
+        """Return a chunk of these trials at their start: a kept chunk if possible, or else a new
+        one."""
         kept = self.chunks.pop(_key(network), None)
         trials = len(network.configs)
         if (
@@ -96,17 +98,18 @@ class Fits:
             and kept.is_made_with(validation, recorded=recorded, **options)
             and kept.holds(trials)
         ):
+            # Surplus slots of the kept chunk repeat the last trial and are dropped below.
             places = [min(slot, trials - 1) for slot in range(len(kept.slots))]
             like = StackedChunk(network.subset(places), validation, recorded=recorded, **options)
             if take_over(kept, like):
                 kept.keep(np.arange(len(places)) < trials)
                 return kept
             del like
-        del kept  # its memory is free before more is taken
+        del kept  # frees its memory before more is taken
         return StackedChunk(network, validation, recorded=recorded, **options)
 
     def give(self, chunk: object) -> None:
-        """Keep a chunk that has trained, where it takes recorded steps; the oldest go where all are
+        """Keep a trained chunk if it takes recorded steps. The oldest chunks go if all are too
         large."""
         if isinstance(chunk, StackedChunk) and chunk.steps.begun:
             self.chunks[_key(chunk.network)] = chunk
@@ -114,24 +117,26 @@ class Fits:
                 del self.chunks[next(iter(self.chunks))]
 
     def most(self, chunk: Population) -> int:
-        """Return how many trials of a chunk to train at once."""
+        """Return the number of trials of a chunk to train at once."""
         return min(len(chunk.index), self.trials.get(shape_of(chunk), len(chunk.index)))
 
     def refused(self, chunk: Population) -> None:
-        """Remember that a chunk did not fit: the next of its shape begins with half of it."""
+        """Remember that a chunk did not fit. The next chunk of its shape begins with half of its
+        trials."""
         self.chunks = {}
         self.timed = []
         self.trials[shape_of(chunk)] = -(-len(chunk.index) // 2)
 
     def __reduce__(self) -> tuple[object, ...]:
+        # Another process receives only the numbers of trials, not the chunks.
         return _here, (self.token, self.trials)
 
 
-_arrived: dict[str, Fits] = {}  # of the last search that this process had a job of
+_arrived: dict[str, Fits] = {}  # only of the last search that sent a job to this process
 
 
 def _here(token: str, trials: Mapping[object, int]) -> Fits:
-    """Return what this process knows of a search, with what the sender knows."""
+    """Return this process's ``Fits`` of a search, updated with the numbers of the sender."""
     if token not in _arrived:
         _arrived.clear()
         _arrived[token] = Fits()
@@ -143,15 +148,18 @@ def _here(token: str, trials: Mapping[object, int]) -> Fits:
 
 
 def _key(network: Network) -> Hashable:
-    """Return what like chunks have in common before they are looked at closely."""
+    """Return the lookup key of a chunk. Chunks with equal keys are then compared tensor by
+    tensor."""
     sizes = {config["batch_size"] for config in network.configs}
     shape = shape_of(Population(network.kind, (), network.configs))
     return shape, sizes.pop() if len(sizes) == 1 else None
 
 
 def take_over(chunk: StackedChunk, like: StackedChunk) -> bool:
-    """Make a chunk what another one is, in its own memory; return False, and change nothing, where
-    they are unlike."""
+    """Copy the values of the chunk ``like`` into the memory of ``chunk``.
+
+    Returns False, and changes nothing, if the chunks are not alike.
+    """
     mine, theirs = ([one._network, one.batches, one.update, one.draws] for one in (chunk, like))
     if _constants(chunk._network) != _constants(like._network):
         return False
@@ -170,8 +178,8 @@ def take_over(chunk: StackedChunk, like: StackedChunk) -> bool:
 
 
 def _constants(network: Network) -> object:
-    """Return the values of a user's module and loss that all members share, which are numbers of
-    the host."""
+    """Return the values of a user's module and loss that all members share. They are numbers of the
+    host."""
     if not isinstance(network, ModuleNetwork):
         return None
     config = network.configs[0]
@@ -182,13 +190,17 @@ def _constants(network: Network) -> object:
 
 
 def _pairs(mine: Any, theirs: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield the tensors of two structures, and the places and values of what the host reads. Raises
-    _Unlike."""
+    """Yield the tensors of two structures in pairs, and the values that only the host reads.
+
+    For such a value, the pair is its place (owner, name) and the new value. Raises _Unlike if the
+    structures differ.
+    """
     if mine is theirs:
         return
     if type(mine) is not type(theirs):
         raise _Unlike
     if isinstance(mine, Tensor):
+        # A recorded step holds addresses and strides, so the layouts must be equal.
         if (mine.shape, mine.dtype, mine.stride()) != (theirs.shape, theirs.dtype, theirs.stride()):
             raise _Unlike
         yield mine, theirs

@@ -1,9 +1,9 @@
-"""A chunk whose members take each step together, as operations on stacked tensors: any model, any
-device.
+"""A chunk in which all members take each step together, as operations on stacked tensors.
 
-Where steps are recorded, trials that leave go on in the tensors, unseen, until a quarter of them
-has left: only then are the tensors made anew and the steps recorded again. Inside an epoch nothing
-waits for the device, but for a recording and for a buffer of dropout's draws.
+It trains any model on any device. If steps are recorded, trials that leave stay in the tensors and
+keep training without being shown. When a quarter of the trials has left, the tensors are made again
+and the steps recorded again. Within an epoch the host waits for the device only for a recording and
+for a buffer of dropout draws.
 """
 
 from collections import Counter
@@ -27,7 +27,8 @@ from gputune.population.population import Network
 from gputune.scoring.scoring import Validation
 from gputune.types import Config
 
-# share of the trials in recorded tensors that must be alive: few numbers of trials are recorded
+# Least share of the trials in recorded tensors that must be alive. It limits the number of
+# recordings.
 _FULL = 0.75
 
 _TOLERANCES = {
@@ -35,12 +36,12 @@ _TOLERANCES = {
     ("full", torch.float64): 1e-10,
     ("bf16", torch.float32): 1e-2,
 }
-"""What a recorded step may differ by from the step itself."""
+"""Largest difference between a recorded step and the step itself, relative to the size of a tensor."""
 
 
 class StackedChunk:
-    """The trials ``slots`` in flat buffers (parameters, gradient, moments), and the steps over
-    them."""
+    """The trials ``slots`` in flat buffers (parameters, gradient, moments), and the steps that
+    train them."""
 
     scoring_share = 0.0
 
@@ -53,7 +54,7 @@ class StackedChunk:
         horizon: int,
         recorded: bool = False,
     ) -> None:
-        # A recorded step reads the memory of its device alone, and rows of main memory come from
+        # A recorded step reads only the memory of its device, but rows in main memory come from
         # outside.
         data = validation.data
         configs = network.configs
@@ -71,7 +72,7 @@ class StackedChunk:
         self.batches = Batches(
             data, sizes, target, seed=seed, exact=network.exact, least_rows=network.least_rows
         )
-        # what went wrong while steps were recorded, a sentence each
+        # problems while steps were recorded: sentences, as an ordered set
         self.faults: dict[str, None] = {}
         self._flat = network.start()
         steps = self.batches.active_until
@@ -81,7 +82,7 @@ class StackedChunk:
         self._rebuild()
 
     def _rebuild(self) -> None:
-        """Make what lies over the buffers as they are now."""
+        """Make everything that refers to the buffers: views, gradient, tables, steps and draws."""
         self.grad = torch.zeros_like(self._trained)
         self.params = self._network.blocks.views(self._flat)
         self.dropout = self.update.clock.table(self.configs, "dropout")
@@ -106,11 +107,11 @@ class StackedChunk:
             self._note_failure(failure_in_words(error))
             self.draws = None
             self.steps = Direct()
-        self._places: Tensor | None = None  # of the trials that are alive, None: of all
+        self._places: Tensor | None = None  # of the trials that are alive; None: all places
         self.network = self._network  # the model of the trials that are alive
 
     def _note_failure(self, reason: str) -> None:
-        """Say why steps are not recorded, in a warning and in the notes of the search."""
+        """Report why steps are not recorded, in a warning and in the notes of the search."""
         fault = (
             "Trials train in steps that are not recorded, which is slower, since recording them "
             f"failed: {reason}."
@@ -120,13 +121,13 @@ class StackedChunk:
             warn(fault, RuntimeWarning)
 
     def _expected_steps(self) -> Counter[Hashable]:
-        """How many steps of each shape a whole training takes."""
+        """Return the number of steps of each shape in a whole training."""
         return Counter(
             {shape: n * self.horizon for shape, n in Counter(self.batches.shapes).items()}
         )
 
     def _state(self) -> list[Tensor]:
-        """What a step changes."""
+        """Return the tensors that a step changes."""
         return [self._flat, *self.update.state(), self.update.clock.done, self.batches.step]
 
     @property
@@ -135,8 +136,10 @@ class StackedChunk:
         return self._flat.nbytes
 
     def is_made_with(self, validation: Validation, **options: int) -> bool:
-        """Whether it was made with these arguments, the network apart; objects are the same, as
-        some hold arrays."""
+        """Return whether the chunk was made with these arguments, apart from the network.
+
+        Objects are compared by identity, because some of them hold arrays.
+        """
         own = self.validation
         return (
             own.data is validation.data
@@ -145,14 +148,15 @@ class StackedChunk:
         )
 
     def holds(self, trials: int) -> bool:
-        """Whether so many trials are enough for its tensors: what is empty in them costs little."""
+        """Return whether ``trials`` trials use enough of its tensors. Empty slots of small tensors
+        cost little."""
         slots = len(self.slots)
         return trials <= slots and (
             trials >= _FULL * slots or self._flat.numel() <= self.steps.spare
         )
 
     def restart(self, configs: Sequence[Config]) -> None:
-        """Go on as the chunk of other trials, whose start is in the tensors already."""
+        """Continue as the chunk of other trials. Their start is in the tensors already."""
         self.configs = list(configs)
         self.slots = list(range(len(configs)))
         self.alive = list(range(len(configs)))
@@ -163,13 +167,15 @@ class StackedChunk:
 
     @property
     def flat(self) -> Tensor:
-        """The parameters and buffers of the members that are alive."""
+        """Parameters and buffers of the members that are alive."""
         return self._of_alive(self._network.blocks, self._flat)
 
     @property
     def scored(self) -> Tensor:
-        """What is scored and saved of those members: the parameters, or their average, and the
-        buffers."""
+        """Flat buffer that is scored and saved, of the members that are alive.
+
+        It has the parameters, or their average, and then the buffers.
+        """
         return self._of_alive(self._network.blocks, self._scored)
 
     @property
@@ -180,24 +186,25 @@ class StackedChunk:
 
     @property
     def _trained(self) -> Tensor:
-        """The parameters that have a gradient, of all members in the tensors."""
+        """Parameters with a gradient, of all members in the tensors."""
         return self._flat[: self._network.trained.size]
 
     @property
     def moments(self) -> tuple[Tensor, ...]:
-        """The optimizer's flat buffers, of those members."""
+        """Flat buffers of the optimizer, of the members that are alive."""
         return tuple(self._of_alive(block, moment) for block, moment in self._buffers()[1:])
 
     def _buffers(self) -> list[tuple[Blocks, Tensor]]:
-        """What a step changes in the members, and how it lies."""
+        """Return the tensors of the members that a step changes, each with its layout."""
         moments = [(self._network.trained, buffer) for buffer in self.update.state()]
         return [(self._network.blocks, self._flat), *moments]
 
     def _of_alive(self, blocks: Blocks, buffer: Tensor) -> Tensor:
+        """Return a flat buffer of only the members that are alive."""
         return buffer if self._places is None else blocks.select(buffer, self._places)
 
     def resume(self, buffers: Sequence[Tensor]) -> None:
-        """Go on from flat buffers: of the parameters, then of the moments."""
+        """Continue from flat buffers: first of the parameters, then of the moments."""
         if self._places is None:
             self._flat.copy_(buffers[0])
             self.update.resume(buffers[1:])
@@ -220,12 +227,12 @@ class StackedChunk:
         self.update.begin(epoch)
 
     def _step(self, shape: StepShape, key: tuple[int, int]) -> None:
-        """One step of all members, on what lies on the device alone; the counters there go on by
-        one."""
+        """Take one step of all members. It reads only the device, and advances the counters there
+        by one."""
         for name in self._network.scheduled:
             self.params[name].copy_(self.dropout * self.update.clock.factor("dropout_schedule"))
         if sum(part.end - part.begin for part in shape.parts) < len(self.batches.lengths):
-            # folds without a part would keep the last step's gradient, or what became of it
+            # Folds without rows in this step would otherwise keep the gradient of an earlier step.
             self.grad.zero_()
         for run, part in zip(shape.parts, self.batches.parts(shape, key)):
             if self.draws is not None:
@@ -247,7 +254,7 @@ class StackedChunk:
         return scores[np.isin(self.slots, self.alive)]
 
     def keep(self, stays: np.ndarray) -> None:
-        """Go on with the trials of ``stays`` (C,) alone."""
+        """Keep only the trials that are true in ``stays`` (C,)."""
         if stays.all():
             return
         self.alive = [self.alive[i] for i in np.flatnonzero(stays)]
@@ -255,11 +262,12 @@ class StackedChunk:
             return
         places = np.flatnonzero(np.isin(self.slots, self.alive)).tolist()
         on_device = torch.tensor(places).to(self._flat.device)
+        # Recorded steps still fit: the trials that leave stay in the tensors, unseen.
         if self.steps.begun and self.holds(len(places)):
             self._places = on_device
             self.network = self._network.subset(places)
             return
-        self.steps = Direct()  # what was recorded is over the old tensors
+        self.steps = Direct()  # recorded steps refer to the old tensors
         self._flat = self._network.blocks.select(self._flat, on_device)
         self._network = self._network.subset(places)
         self.batches.select(np.asarray(places))

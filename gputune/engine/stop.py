@@ -1,8 +1,7 @@
-"""When training ends before its last epoch, at a deadline or because someone asks for it; and how
-it is entered.
+"""The end of training before its last epoch, and the entry points that use torch.
 
-Work with torch is entered out of the modes that a program has set, and waited for when the process
-ends.
+Training ends early at a deadline or on request. Entry points leave the modes of torch that a
+program has set. A process waits for them before it ends.
 """
 
 import atexit
@@ -18,29 +17,37 @@ from typing import ParamSpec, TypeVar
 
 
 class Stop:
-    """Asked after every epoch, by this process and by its workers, whose copies hear what is asked
-    here."""
+    """A request to end training, read after every epoch by this process and by its workers.
+
+    Copies in workers receive the request through a file.
+    """
 
     def __init__(self, deadline: float | None = None) -> None:
-        """``deadline`` is a ``time.monotonic()``, a clock that the processes of a machine share."""
+        """Set the deadline, a value of ``time.monotonic()``. Processes of one machine share this
+        clock."""
         self.deadline = deadline
-        self.asked = False  # whether someone has asked for the end; a deadline is not asked for
-        self.reason = ""  # why the search was good enough to end; "" where it was not
-        self._sign: Path | None = None  # a file that says to the workers what ``asked`` says here
+        self.asked = False  # whether someone has asked for the end; a deadline does not count
+        self.reason = ""  # why the search was good enough to end, or ""
+        # A file whose existence passes ``asked`` on to the workers.
+        self._sign: Path | None = None
         self._parent: int | None = None
         _stops.add(self)
 
     def ask(self) -> None:
-        """End all training after the running epoch. May be called by a signal handler, and more
-        than once."""
+        """End all training after the running epoch. A signal handler may call this, also
+        repeatedly."""
         self.asked = True
         if self._sign is not None:
-            with suppress(OSError):  # the folder has just gone, and with it those who would look
+            # the folder has just been removed, and the workers that would look with it
+            with suppress(OSError):
                 self._sign.touch()
 
     def is_over(self) -> bool:
-        """Whether training ends now: it was asked to, the deadline has passed, or a worker has lost
-        its parent."""
+        """Return whether training ends now.
+
+        It ends after a request, after the deadline, and in a worker that has lost its parent
+        process.
+        """
         if self.asked or (self.deadline is not None and time.monotonic() > self.deadline):
             return True
         if self._parent is None:
@@ -49,10 +56,12 @@ class Stop:
 
     @contextmanager
     def heard_by_workers(self, sign: Path) -> Iterator[None]:
-        """Let copies that are pickled inside hear what is asked here, by a file that does not exist
-        yet."""
+        """Pass requests on to copies that are pickled inside, through the file ``sign``.
+
+        The file must not exist yet.
+        """
         self._sign = sign
-        if self.asked:  # before there was a file to make
+        if self.asked:  # the request came before the file could be made
             self.ask()
         try:
             yield
@@ -60,6 +69,7 @@ class Stop:
             self._sign = None
 
     def __getstate__(self) -> dict[str, object]:
+        # A copy in a worker remembers the process that sent it.
         return {**vars(self), "_parent": os.getpid()}
 
 
@@ -74,21 +84,22 @@ _ending = False
 
 
 def entry(function: Callable[Given, Value]) -> Callable[Given, Value]:
-    """Let a function compute gradients within ``torch.inference_mode``, and make its tensors on the
-    CPU by default.
+    """Let a function compute gradients inside ``torch.inference_mode`` and make its tensors on the
+    CPU.
 
-    What it makes elsewhere has its device by name, whatever ``torch.set_default_device`` was told
-    ("meta" holds no numbers at all). A process that ends while it runs in a daemon thread asks for
-    its end and waits for that.
+    Tensors on other devices name their device, so ``torch.set_default_device`` has no effect.
+    ("meta" tensors hold no numbers at all.) If the process ends while the function runs in a daemon
+    thread, training is asked to end, and the process waits for it.
     """
 
     @functools.wraps(function)
     def entered(*args: Given.args, **more: Given.kwargs) -> Value:
-        import torch  # here: ``gputune --help`` needs a ``Stop`` and must not wait for it
+        # here, because ``gputune --help`` needs a ``Stop`` and must not wait for torch
+        import torch
 
         default = torch.get_default_device()
-        # A mode costs something in every call of torch, so only where there is another one to be
-        # left.
+        # A mode slows down every call of torch, so it is set only if there is another default
+        # device.
         on_cpu = nullcontext() if default.type == "cpu" else torch.device("cpu")
         with waited_for(), torch.inference_mode(False), on_cpu:
             return function(*args, **more)
@@ -98,11 +109,10 @@ def entry(function: Callable[Given, Value]) -> Callable[Given, Value]:
 
 @contextmanager
 def waited_for() -> Iterator[None]:
-    """Count a daemon thread as one that works inside; where the process ends meanwhile, it never
-    comes out.
+    """Count a daemon thread as working inside the context, so that the process waits for it.
 
-    A decorator too. Python ends such a thread at the next line that it would run, and torch's code
-    then aborts.
+    It is also a decorator. If the process ends meanwhile, the thread never leaves the context.
+    Python would end the thread at the next line that it runs, and torch's code would then abort.
     """
     thread = threading.current_thread()
     if not thread.daemon or thread in _working:
@@ -122,12 +132,14 @@ def waited_for() -> Iterator[None]:
 
 
 def _wait_for_the_end() -> None:
+    """Block a thread forever if the process is ending and does not wait for this thread."""
     if _ending and threading.current_thread() not in _working:
         threading.Event().wait()
 
 
 @atexit.register
 def _end() -> None:
+    """Ask all training to end, and wait for the daemon threads that are at work."""
     global _ending
     with _changed:
         _ending = True
@@ -137,4 +149,4 @@ def _end() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_working.clear)  # a child has none of these threads
+    os.register_at_fork(after_in_child=_working.clear)  # a child process has none of these threads

@@ -1,5 +1,7 @@
-"""The only loop over epochs and batches: a chunk of members trains in lock step and is scored at
-every epoch."""
+"""The only loop over epochs and batches.
+
+The members of a chunk train in lock step and are scored after every epoch.
+"""
 
 import math
 import operator
@@ -33,16 +35,18 @@ from gputune.scoring.scoring import BestOutputs, Scoring, Validation, shape_of_s
 from gputune.types import Backend, Config, Outputs, first_metric
 
 Chunk = CompiledChunk | StackedChunk | LoopChunk
-"""Members while they train, which no method mixes; the trials ``alive`` are counted as they were at
-the start."""
+"""Members while they train. No method mixes members.
+
+The trials ``alive`` are numbered by their places at the start.
+"""
 
 
 @dataclass(frozen=True)
 class State:
-    """Members in the middle of their training: ``buffers`` (C, F, N), parameters first, after
-    ``epoch`` epochs.
+    """Members in the middle of their training, after ``epoch`` epochs.
 
-    A row holds all that is known of a trial, so that trials may be parked, sent and grouped anew.
+    ``buffers`` are (C, F, N), with the parameters first. A row holds everything about a trial.
+    Trials can therefore be parked, sent and grouped again.
     """
 
     epoch: int
@@ -59,7 +63,7 @@ class State:
 
     @staticmethod
     def stack(states: "Sequence[State]") -> "State":
-        """Return several states of one epoch and one shape as one."""
+        """Return several states of one epoch and one shape as one state."""
         return State(
             states[0].epoch, tuple(map(torch.cat, zip(*(state.buffers for state in states))))
         )
@@ -67,11 +71,11 @@ class State:
 
 @dataclass(frozen=True)
 class BegunChunk(Population):
-    """Trials of one shape that have trained for some epochs already, or for none (``state`` None).
+    """Trials of one shape that have trained for some epochs, or for none (``state`` is None).
 
-    ``state`` is that of the trials ``alive`` (positions in the chunk; None: all), ``before`` (C,
-    epochs, F) are the curves so far where they are known, and ``seconds`` is what the training
-    took.
+    ``state`` is the state of the trials ``alive`` (positions in the chunk; None: all). ``before``
+    has the curves (C, epochs, F) so far, if they are known. ``seconds`` is the time of the training
+    so far.
     """
 
     state: State | None = None
@@ -81,7 +85,7 @@ class BegunChunk(Population):
 
     @staticmethod
     def of(chunk: Population) -> "BegunChunk":
-        """Return a chunk as one that may have trained."""
+        """Return a chunk as a ``BegunChunk``."""
         return (
             chunk
             if isinstance(chunk, BegunChunk)
@@ -90,11 +94,11 @@ class BegunChunk(Population):
 
     @property
     def epoch(self) -> int:
-        """Epochs that they have trained."""
+        """Number of epochs that the trials have trained."""
         return 0 if self.state is None else self.state.epoch
 
     def part(self, start: int, stop: int) -> "BegunChunk":
-        """Return the trials start..stop-1 as a chunk of their own, with their states."""
+        """Return the trials start..stop-1 as a separate chunk, with their states."""
         alive = range(len(self.index)) if self.alive is None else self.alive
         rows = [row for row, c in enumerate(alive) if start <= c < stop]
         return replace(
@@ -110,11 +114,16 @@ class BegunChunk(Population):
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How chunks train: ``epochs``, of which a schedule runs over ``horizon``; without ``scoring``
-    none is scored.
+    """Settings of the training of chunks.
 
-    What ``backend`` does not know trains in another way (``trains_as``). ``fits`` is what one chunk
-    leaves to the next.
+    Args:
+        seed: Random seed.
+        epochs: Number of epochs.
+        horizon: Number of epochs that a schedule runs over.
+        scoring: How members are scored; None: not at all.
+        backend: The chosen backend. Trials that it does not support train in another way
+            (``trains_as``).
+        fits: Knowledge and memory that one chunk leaves to the next.
     """
 
     seed: int
@@ -127,10 +136,10 @@ class Training:
 
 @dataclass(frozen=True)
 class Spent:
-    """What a training took: seconds in its steps and in its scores, and the floating-point
-    operations of its steps.
+    """Time and operations of a training.
 
-    These are NaN for a user's module, whose inside is unknown.
+    ``steps`` and ``scores`` are seconds. ``operations`` are the floating-point operations of the
+    steps. They are NaN for a user's module, because its layers are unknown.
     """
 
     steps: float = 0.0
@@ -143,14 +152,21 @@ class Spent:
 
 @dataclass(frozen=True)
 class Trained:
-    """A chunk after ``epochs`` epochs: ``curves`` (C, epochs, F), NaN from the epoch on at which a
-    trial diverged.
+    """A chunk after ``epochs`` epochs.
 
-    With several metrics they are (C, epochs, F, M). The members of trials that did not diverge are
-    ``member(fold, trial)``, and ``state`` is theirs: copies. ``scored`` is what is scored and saved
-    of ``flat``,
-    ``moments`` are the optimizer's flat buffers: the chunk's own tensors, in which the next one may
-    train. ``best`` has the outputs that a scoring keeps.
+    Args:
+        curves: Scores (C, epochs, F), or (C, epochs, F, M) with several metrics. They are NaN from
+            the epoch at which a trial diverged.
+        epochs: Number of epochs.
+        alive: Trials that did not diverge. Their members are ``member(fold, trial)``, and ``state``
+            has a copy of their state.
+        network: The stacked model of these trials.
+        flat: Parameters and buffers in one tensor.
+        scored: The part of ``flat`` that is scored and saved.
+        moments: The flat buffers of the optimizer. These and ``flat`` are the chunk's own tensors,
+            in which the next chunk may train.
+        spent: Time and operations of the training.
+        best: The outputs that a scoring keeps.
     """
 
     curves: np.ndarray
@@ -165,7 +181,7 @@ class Trained:
 
     @property
     def state(self) -> State:
-        """The state of the trials ``alive``, for a ``BegunChunk``."""
+        """State of the trials ``alive``, for a ``BegunChunk``."""
         rows = [
             self.network.blocks.to_rows(self.flat),
             *map(self.network.trained.to_rows, self.moments),
@@ -173,11 +189,12 @@ class Trained:
         return State(self.epochs, tuple(buffer[: len(self.alive)] for buffer in rows))
 
     def outputs_of(self, index: Sequence[int]) -> dict[int, Outputs]:
-        """Return the outputs that were kept, each trial by its entry of ``index`` (C,)."""
+        """Return the outputs that were kept. Each trial has its entry of ``index`` (C,) as its
+        key."""
         return {} if self.best is None else self.best.of_trials(index)
 
     def member(self, fold: int, trial: int) -> nn.Module:
-        """Return one member as a plain module on the CPU; ``trial`` counts as it did before any
+        """Return one member as a plain module on the CPU. ``trial`` is its place before any trial
         diverged."""
         return self.network.member(
             self.network.blocks.views(self.scored), fold, self.alive.index(trial)
@@ -185,8 +202,10 @@ class Trained:
 
 
 AfterEpoch = Callable[[Trained], "bool | np.ndarray"]
-"""Called with the chunk as it is, of which nothing was copied, after an epoch or several
-(``train(at_once=True)``); returns whether to stop, or which of the trials ``alive`` go on, (C,)."""
+"""Called after one or several epochs (``train(at_once=True)``) with the chunk itself, not a copy.
+
+Returns whether to stop, or which of the trials ``alive`` continue, as an array (C,).
+"""
 
 
 @torch.no_grad()
@@ -202,9 +221,9 @@ def train(
     """Train the F x C members of one chunk and return their curves.
 
     Trials that diverge in any fold leave the chunk after the epoch, and cost nothing from then on.
-    What was begun goes on, up to the same ``epochs``; its curves are what they were before, NaN
-    where that is not known. With ``at_once`` nothing is decided after each epoch, so that a launch
-    of a kernel may take several.
+    A chunk that has begun continues up to the same ``epochs``. The start of its curves is their
+    known part, or NaN. With ``at_once``, no decision is made after each epoch. A launch of a kernel
+    may then train several epochs.
     """
     members = _make_chunk(network, data, training)
     if chunk.alive is not None:
@@ -220,6 +239,7 @@ def train(
     epoch = chunk.epoch
     scoring = training.scoring
     over = False
+    # (C, epochs, F), and (C, epochs, F, M) with several metrics.
     curves = np.full(
         (len(chunk.configs), training.epochs, *shape_of_scores(scoring, data.n_folds)), np.nan
     )
@@ -260,11 +280,11 @@ def train(
 
 
 def operations(config: Config, kind: ModelKind, data: Dataset) -> float:
-    """Return the floating-point operations of an epoch of one trial's steps, in all folds: its
-    matrix products alone.
+    """Return the floating-point operations of the steps of one epoch of one trial, in all folds.
 
-    A product (rows, in) x (in, out) is 2 rows in out; each layer has one forward and two backward,
-    the first layer one backward. NaN for a user's module, whose inside is unknown.
+    Only matrix products count. A product (rows, in) x (in, out) takes 2 * rows * in * out
+    operations. Each layer has one forward product and two backward products, but the first layer
+    has one backward product. The result is NaN for a user's module, because its layers are unknown.
     """
     if kind == "module":
         return math.nan
@@ -274,6 +294,7 @@ def operations(config: Config, kind: ModelKind, data: Dataset) -> float:
 
 
 def _make_chunk(network: Network, data: Dataset, training: Training) -> Chunk:
+    """Return the chunk of the fastest backend that can train a network."""
     words = {"seed": training.seed, "horizon": training.horizon}
     fits = training.fits
     validation = Validation(data, training.scoring)
@@ -306,13 +327,13 @@ def _try_to_make(
     try:
         return make()
     except NotBuiltError as error:
-        if word == "kernel":  # which has warned already
+        if word == "kernel":  # the kernel has warned already
             return None
         reason = str(error)
     except TraceError as error:
         reason = str(error)
     except Exception as error:
-        if is_out_of_memory(error):  # the chunk is halved
+        if is_out_of_memory(error):  # the caller halves the chunk
             raise
         reason = failure_in_words(error)
         where = "the kernel" if word == "kernel" else "compiled code"
@@ -328,8 +349,10 @@ def _try_to_make(
 def _train_epochs(
     chunk: Chunk, data: Dataset, epoch: int, *, scored: bool
 ) -> tuple[np.ndarray | None, Spent]:
-    """Train an epoch, or several; return the scores after them, None where there are none, and the
-    seconds of both."""
+    """Train one or several epochs, and return the scores after each of them and the seconds spent.
+
+    The scores are None if there is no scoring.
+    """
     begun = _time(data.device)
     with _row_errors(chunk, data, epoch):
         chunk.advance(epoch)
@@ -343,8 +366,10 @@ def _train_epochs(
 
 
 def _time(device: torch.device) -> "float | torch.cuda.Event":
-    """Return a moment of a device; of a GPU an event among what is queued, which the host is ahead
-    of."""
+    """Return a moment in time of a device.
+
+    For a GPU this is an event in the queue of its work, because the host runs ahead of the GPU.
+    """
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -353,17 +378,18 @@ def _time(device: torch.device) -> "float | torch.cuda.Event":
 
 
 def _seconds(begin: "float | torch.cuda.Event", end: "float | torch.cuda.Event") -> float:
-    """Return the seconds between two moments of a device, which are waited for."""
+    """Return the seconds between two moments of a device. It waits for both of them."""
     if isinstance(begin, float) and isinstance(end, float):
         return end - begin
     assert not isinstance(begin, float) and not isinstance(end, float)
     end.synchronize()
+    # CUDA events measure milliseconds.
     return float(begin.elapsed_time(end)) / 1000
 
 
 @contextmanager
 def _row_errors(chunk: Chunk, data: Dataset, epoch: int) -> Iterator[None]:
-    """Let an error inside, where a row of X is to blame, name that row."""
+    """Let an error inside name a row of X, if this row caused the error."""
     try:
         yield
     except Exception as error:
@@ -381,17 +407,21 @@ def _keep_scores(
     scores: np.ndarray,
     best: BestOutputs | None,
 ) -> int:
-    """Write the scores of ``many`` epochs into the curves, and let go who diverged; return how many
-    epochs count."""
+    """Write the scores of ``many`` epochs into the curves, and remove trials that diverged.
+
+    Returns the number of epochs that count.
+    """
     scores = scores.reshape(len(chunk.alive), many, *curves.shape[2:])
-    # (C, epochs)
+    # (C, epochs): whether a trial is finite in all folds up to each epoch
     goes_on = np.logical_and.accumulate(np.isfinite(first_metric(scores, axes=3)).all(2), axis=1)
     scores[:, 1:][~goes_on[:, :-1]] = np.nan
     curves[chunk.alive, epoch : epoch + many] = scores
     if best is not None:
         means = first_metric(scores, axes=3).mean(2)
-        with torch_threads(1):  # some megabytes, for which threads take longer to meet than to copy
+        # Only some megabytes: threads take longer to meet than to copy them.
+        with torch_threads(1):
             for e, outputs in enumerate(chunk.validation.outputs):
                 best.take(epoch + e + 1, chunk.alive, means[:, e], outputs)
     chunk.keep(goes_on[:, -1])
-    return min(many, 1 + int(goes_on.any(0).sum()))  # nothing is left after the last divergence
+    # No trial is left after the last divergence, so later epochs do not count.
+    return min(many, 1 + int(goes_on.any(0).sum()))
