@@ -1,7 +1,7 @@
-"""One chunk of a search by hypergradients: its trials trained in all folds, scored, and
+"""One chunk of a hypergradient search: its trials are trained in all folds, scored and
 differentiated.
 
-As many trials are differentiated at once as the memory of the mode that is used allows.
+The memory of the chosen mode limits the number of trials that are differentiated at once.
 """
 
 import time
@@ -35,17 +35,18 @@ from gputune.scoring.scoring import Scoring, shape_of_scores
 from gputune.text import size_words
 from gputune.types import Config, Params
 
-WIDE = 0.2  # in the logarithm: finite differences that look across the noise of chaotic training
-# than plain training: a step that is differentiated twice, by operations of autograd
+# Width of finite differences, in the logarithm. It is wide enough to see the trend through the
+# noise of chaotic training.
+WIDE = 0.2
+# Time of a differentiated step, compared with plain training: autograd differentiates it twice.
 _SLOWER = 10.0
 
 
 class PopulationTraining:
-    """A population as an inner training of ``epochs`` epochs: F folds x C trials, p = f*C + c, one
-    row each.
+    """A population as an inner training of ``epochs`` epochs, one row per member.
 
-    Members, starts, minibatches and dropout are those that training reads too, so that a member
-    here equals the same member there.
+    Members are F folds x C trials, p = f*C + c. Members, starting weights, minibatches and dropout
+    are the same as in plain training. Therefore a member here equals the same member there.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class PopulationTraining:
         self.batches = Batches(
             data, sizes, target, seed=seed, exact=network.exact, least_rows=network.least_rows
         )
+        # The longest epoch of any member, in steps. Members with shorter epochs wait for its end.
         self.each = int(self.batches.steps.max())
         self.steps = epochs * self.each
         self.totals = (epochs * self.batches.steps).flatten()
@@ -74,12 +76,16 @@ class PopulationTraining:
         self.layer = numbers.repeat_interleave(torch.tensor(self.sizes)).to(data.device)
 
     def start(self) -> Tensor:
+        """Return the starting parameters and running statistics (P, N)."""
         return torch.cat(
             [view.reshape(self.folds * self.trials, -1) for view in self.first.values()], 1
         )
 
     def clock(self, step: int) -> Clock:
-        """Return where the members stand: those with fewer steps an epoch wait for its end."""
+        """Return the position of each member before this step.
+
+        Members with fewer steps per epoch wait for its end.
+        """
         epoch, within = divmod(step, self.each)
         steps = self.batches.steps
         done = epoch * steps + np.minimum(within, steps - 1)
@@ -94,7 +100,10 @@ class PopulationTraining:
         return Clock(done.flatten(), None if active.all() else active.flatten(), factor)
 
     def losses(self, weights: Tensor, step: int) -> Tensor:
-        """Return each member's minibatch loss (P,); 0 for a member that has no step now."""
+        """Return each member's minibatch loss (P,).
+
+        The loss is 0 for a member that has no step now.
+        """
         params = self._params_of(weights)
         losses = [weights.new_zeros(self.trials)] * self.folds
         for part in self.batches.at(*divmod(step, self.each)):
@@ -108,8 +117,10 @@ class PopulationTraining:
         return torch.cat(losses)
 
     def statistics(self, weights: Tensor, step: int) -> Tensor:
-        """Return the running statistics (P, kept) after this step; as they are, of a member that
-        has none now."""
+        """Return the running statistics (P, kept) after this step.
+
+        They do not change for a member that has no step now.
+        """
         assert isinstance(self.network, StackedModule)
         params = self._params_of(weights)
         after = {name: list(params[name]) for name in self.remembered}
@@ -124,8 +135,8 @@ class PopulationTraining:
         )
 
     def _part_inputs(self, params: Params, batch: Batch) -> tuple[Params, list[Tensor]]:
-        """Return parameters and inputs of the members of one part of a step, each (P, ...)."""
-        # a slice of everything would be copied on the way back
+        """Return the parameters and inputs of the members of one part of a step, each (P, ...)."""
+        # Autograd would copy a slice on the way back, so all folds are taken without slicing.
         whole = batch.folds == slice(0, self.folds)
         weights = {
             name: (w if whole else w[batch.folds]).flatten(0, 1) for name, w in params.items()
@@ -134,8 +145,10 @@ class PopulationTraining:
         return weights, [for_members(x, self.trials) if shared else x for x in batch.inputs]
 
     def validation(self, weights: Tensor) -> Tensor:
-        """Return the loss (P,) on the validation rows: cross-entropy, or squared error in the
-        target's own units."""
+        """Return the loss (P,) on the validation rows.
+
+        It is the cross-entropy, or the squared error in the target's original units.
+        """
         params = self._params_of(weights)
         losses = []
         for f, fold in enumerate(self.data.folds):
@@ -157,6 +170,7 @@ class PopulationTraining:
         return np.asarray(torch.stack(columns, 1).cpu().numpy())
 
     def _valid(self, params: Params, fold: int, *, masked: bool = True) -> Tensor:
+        """Return the outputs (C, B, K) of a fold's members on its validation rows."""
         rows = self.data.rows(fold, self.data.folds[fold].valid)
         weights = {name: w[fold] for name, w in params.items()}
         outputs = self.network.differentiable(
@@ -165,7 +179,7 @@ class PopulationTraining:
         return self._mask_absent(outputs[None], slice(fold, fold + 1))[0] if masked else outputs
 
     def _mask_absent(self, outputs: Tensor, folds: slice) -> Tensor:
-        """Give -inf to the classes that take no part in a fold, of outputs (F, C, B, K)."""
+        """Set the outputs (F, C, B, K) of classes that are absent from a fold to -inf."""
         present = self.data.present
         return (
             outputs
@@ -174,7 +188,7 @@ class PopulationTraining:
         )
 
     def _params_of(self, weights: Tensor) -> Params:
-        """Return the parameters (F, C, ...) that rows (P, N) hold."""
+        """Return the parameters (F, C, ...) that are stored in rows (P, N)."""
         parts = zip(self.shapes.items(), torch.split(weights, self.sizes, 1))
         return {name: part.view(self.folds, self.trials, *shape) for (name, shape), part in parts}
 
@@ -190,11 +204,11 @@ class PopulationTraining:
 
 @dataclass(frozen=True, kw_only=True)
 class HypergradientJob(Job):
-    """What every chunk has in common.
+    """The settings that all chunks of a hypergradient search share.
 
-    Each of ``hyperparameters``, which are searched, has ``segments``, and a value for each layer or
-    not.
-    ``budget`` is in bytes; "exact" is the fastest of reverse and forward mode that fits into it.
+    Each searched hyperparameter (``hyperparameters``) has ``segments`` segments. With ``per_layer``
+    it has a separate value for each layer. ``budget`` is in bytes. The mode "exact" is the fastest
+    of reverse and forward mode that fits into the budget.
     """
 
     hyperparameters: tuple[str, ...] = ("lr",)
@@ -234,7 +248,7 @@ class HypergradientJob(Job):
         except _OverError as over:
             return Slopes(chunk.index, curves, over.args[0], time.monotonic() - begin)
         losses, ratios, *tables = (
-            # fold-major
+            # Members are fold-major: (F * C, ...) -> (C, F, ...)
             table.detach()
             .double()
             .cpu()
@@ -251,14 +265,16 @@ class HypergradientJob(Job):
     def mode_of(
         self, problem: InnerProblem[PopulationTraining]
     ) -> tuple[ExactMode, dict[ExactMode, int]]:
-        """Return the fastest mode whose memory the budget holds, and the bytes of each mode."""
+        """Return the fastest mode that fits into the budget, and the bytes of each mode."""
         number = len(problem.columns(self.hyperparameters))
         sizes = measure(problem).of_modes(problem.training.steps, number)
         return fastest_that_fits(sizes, self.budget, hyperparameters=number), sizes
 
     def tables(self, training: PopulationTraining, configs: Sequence[Config]) -> Tables:
-        """Return the hyperparameters (P, S, L) of configurations; those that are searched have all
-        their entries."""
+        """Return the hyperparameters (P, S, L) of configurations.
+
+        The tables of searched hyperparameters have all their segments and layers.
+        """
         whole = (self.segments, int(training.layer.max()) + 1 if self.per_layer else 1)
         defaults = {"beta1": BETA1, "beta2": BETA2}
         tables = {}
@@ -276,10 +292,11 @@ class HypergradientJob(Job):
 
 @dataclass(frozen=True)
 class Slopes(Outcome):
-    """What a chunk gave beside its curves, None where the deadline cut it short.
+    """The curves of a chunk with its losses and their derivatives.
 
-    ``losses`` (C, F) on the validation rows, ``slopes`` hyperparameter -> (C, F, S, L), ``ratios``
-    (C, F) of the guard.
+    ``losses`` (C, F) are computed on the validation rows. ``slopes`` maps each hyperparameter to
+    (C, F, S, L). ``ratios`` (C, F) is the test for noise. All three are None if the deadline
+    stopped the chunk.
     """
 
     losses: np.ndarray | None = None
@@ -288,14 +305,17 @@ class Slopes(Outcome):
 
 
 class _OverError(Exception):
-    """The deadline has passed, after so many epochs."""
+    """The deadline has passed; the argument is the number of finished epochs."""
 
 
 def inner_problem(
     job: HypergradientJob, data: Dataset, chunk: Population
 ) -> InnerProblem[PopulationTraining]:
-    """Return the training of a chunk over the whole horizon, at the hyperparameters of its
-    configurations."""
+    """Return the training of a chunk over the whole horizon, with the hyperparameters of its
+    configurations.
+
+    Raises InputError if the network or its loss cannot be differentiated.
+    """
     data = data.of(chunk.configs[0])
     network = job.network(data, chunk)
     if isinstance(network, LoopedModule):
@@ -321,8 +341,10 @@ def inner_problem(
 
 
 def train_scheduled(job: HypergradientJob, data: Dataset, chunk: Population) -> nn.Module:
-    """Train the one trial of a chunk on the rows of its one fold, with its segments and layers;
-    return the module."""
+    """Train the only trial of a chunk on its only fold, with its segments and layers.
+
+    Returns the trained module.
+    """
     problem = inner_problem(job, data, chunk)
     return problem.training.member(problem.train(steps=job.epochs * problem.training.each), 0, 0)
 
@@ -335,9 +357,10 @@ def plan_chunks(
     workers: int | None,
     gpus: int = 1,
 ) -> Plan:
-    """Return the plan for a job whose ``budget`` is that of a process.
+    """Return the plan of a job.
 
-    Raises InputError where one trial alone, with all its folds, does not fit.
+    The job's ``budget`` is the memory of one process. Raises InputError if a single trial with all
+    its folds does not fit.
     """
 
     def cost_of(population: Population, plain: Cost) -> Cost:

@@ -1,8 +1,8 @@
-"""What is asked before a training is differentiated: whether it has derivatives, and the memory
-that they need.
+"""Checks before a training is differentiated: does it have derivatives, and how much memory do they
+need?
 
-Second derivatives are tried on the first minibatch, since wrong ones often say nothing; memory is
-measured on one step.
+Second derivatives are tested on the first minibatch, because PyTorch often returns wrong ones
+without an error. Memory is measured on one step.
 """
 
 import math
@@ -41,10 +41,12 @@ HYPERPARAMETERS_OF = {
 
 
 def check_start(config: Config, name: str, start: str, *, argument: str, remedy: str = "") -> None:
-    """Raise InputError where what a ``start`` of a descent trains with has no derivative in a
-    hyperparameter.
+    """Raise InputError if a starting point of a hypergradient search cannot be differentiated in
+    ``name``.
 
-    ``argument`` is what has chosen it; ``remedy`` is another one than to change the configuration.
+    ``config`` is the configuration of the starting point, and ``start`` is its name in errors.
+    ``argument`` is the argument that chose the hyperparameter. ``remedy`` is a remedy other than
+    changing the configuration.
     """
     optimizer = config["optimizer"]
     taken = [key for key in config if key.startswith(OPTIMIZER_PREFIX)]
@@ -70,10 +72,11 @@ def check_start(config: Config, name: str, start: str, *, argument: str, remedy:
 
 
 def check_coordinate(name: str, value: float, start: str, *, called: str, space: str) -> None:
-    """Raise InputError for a value that a ``start`` cannot move from, since it has no finite
-    coordinate: 0, infinity.
+    """Raise InputError if the value of a starting point has no finite coordinate, for example 0 or
+    infinity.
 
-    In errors the hyperparameter is ``called`` so, and drawn from a ``space``.
+    A hypergradient search cannot move away from such a value. ``start`` is the name of the starting
+    point. Errors name the hyperparameter ``called`` and the space ``space``.
     """
     if not math.isfinite(
         to_coordinate(name, torch.tensor(float(value), dtype=torch.float64, device="cpu"))
@@ -89,11 +92,11 @@ def check_coordinate(name: str, value: float, start: str, *, called: str, space:
 def check_classes(
     fold: int, valid: Iterable[str | float], train: Iterable[str | float], *, weighed: bool = False
 ) -> None:
-    """Raise InputError where the validation rows of a fold have a class of which it trains on no
-    row.
+    """Raise InputError if the validation rows of a fold have a class without a training row in that
+    fold.
 
-    ``valid`` and ``train`` are labels; ``weighed``: the latter are those of training rows with a
-    weight above 0.
+    ``valid`` and ``train`` are labels. With ``weighed``, ``train`` has only the labels of training
+    rows whose weight is above 0.
     """
     if lacking := set(valid) - set(train):
         weighing = " with sample_weight above 0" if weighed else ""
@@ -106,10 +109,10 @@ def check_classes(
 
 @contextmanager
 def twice_differentiable(training: Training) -> Iterator[None]:
-    """Raise InputError where a training cannot be differentiated twice: on its first minibatch, or
-    as torch finds it.
+    """Raise InputError if a training cannot be differentiated twice.
 
-    What torch itself refuses inside of the block is said in the same words.
+    The first minibatch is tested on entry. Errors that torch raises inside the ``with`` block for
+    the same reason are reported in the same words.
     """
     try:
         _check_second_derivatives(training)
@@ -134,7 +137,7 @@ def twice_differentiable(training: Training) -> Iterator[None]:
 
 
 def nodes(tensor: Tensor) -> set[Node]:
-    """Return the nodes of the graph that a tensor was computed by."""
+    """Return the autograd nodes that a tensor was computed by."""
     graph: set[Node] = set()
     waiting = [tensor.grad_fn]
     while waiting:
@@ -146,14 +149,18 @@ def nodes(tensor: Tensor) -> set[Node]:
 
 @torch.enable_grad()
 def _check_second_derivatives(training: Training) -> None:
+    """Raise InputError if the second derivatives of the loss on the first minibatch are wrong or
+    missing.
+    """
     weights = training.start().requires_grad_()
     gradient = slope(training, weights, 0, graph=True)
     drawn = torch.randn(
         weights.shape, generator=stream(0, "curvature"), dtype=torch.float64, device="cpu"
     )
     v = drawn.to(weights.device, weights.dtype)
-    # autograd.grad walks only the paths to what it differentiates by, and the node that torch puts
-    # in the place of a missing derivative is on none of them.
+    # If a derivative is missing, torch puts a node named Error into the graph. autograd.grad does
+    # not
+    # reach this node, because the node is on no path to the weights. So the graph is searched here.
     missing = any(type(node).__name__ == "Error" for node in nodes(gradient))
     if (
         not missing
@@ -161,7 +168,7 @@ def _check_second_derivatives(training: Training) -> None:
         and _agrees_with_difference(training, gradient, weights, v)
     ):
         return
-    # What is known to have no second derivative, and the functions of the user's own.
+    # Operations without a second derivative, and the user's own autograd functions.
     kinds = {type(node) for node in nodes(training.losses(weights, 0))}
     suspects = [k for k in kinds if issubclass(k, BackwardCFunction) or "WeightNorm" in k.__name__]
     names = sorted({kind.__name__.removesuffix("0").removesuffix("Backward") for kind in suspects})
@@ -175,36 +182,38 @@ def _check_second_derivatives(training: Training) -> None:
 
 
 def _symmetric(gradient: Tensor, weights: Tensor, v: Tensor) -> bool:
-    """Tell whether the derivative H of a gradient is symmetric, as every true second derivative is.
+    """Return whether the derivative H of a gradient is symmetric, as every true second derivative
+    is.
 
-    With p = H'v the products p'p and v'(H'p) are equal if it is. In single precision rounding makes
-    them differ by far less than the tolerance, the cube root of the dtype's spacing.
+    With p = H'v, the products p'p and v'(H'p) are equal if H is symmetric. In single precision
+    rounding makes them differ, but by far less than the tolerance. The tolerance is the cube root
+    of the dtype's machine epsilon.
     """
     p = hessian_times(gradient, weights, v)
     q = hessian_times(gradient, weights, p)
     once = (p.double() ** 2).sum()
     twice = (v.double() * q.double()).sum()
-    # Not <=: where either is infinite or NaN, the training says so by itself.
+    # "not >" instead of "<=": infinite and NaN values pass here, because training reports them.
     return not bool((once - twice).abs() > torch.finfo(weights.dtype).eps ** (1 / 3) * once)
 
 
 def _agrees_with_difference(
     training: Training, gradient: Tensor, weights: Tensor, v: Tensor
 ) -> bool:
-    """Tell whether the derivative of a gradient is how the gradient changes, over a tiny distance
-    along ``v``.
+    """Return whether the second derivative agrees with a finite difference of the gradient along
+    ``v``.
 
-    Two distances tell how far the measurement can be trusted: a kink (of a relu) between them, or
-    operations of lower precision, make them differ. So do its two sides, where the kink is at the
-    weights themselves, as that of a relu whose input is exactly 0. In single precision kinks are
-    too close to each other for that: it is not measured.
+    Differences over two tiny distances tell how accurate the measurement is. They disagree if a
+    kink (of a relu) lies between them, or if operations run in lower precision. The differences to
+    the two sides disagree if the kink is at the weights themselves, as for a relu whose input is
+    exactly 0. In single precision kinks are too close to each other for this comparison. Then
+    nothing is measured, and the result is True.
     """
     if weights.dtype != torch.float64:
         return True
     here = gradient.detach()
     start = weights.detach()
-    # What fills narrower members up to one width is 0 and stays so; moved, its relu would be at a
-    # kink.
+    # The padding of narrower members is 0 and stays 0. Moving it would put its relu at a kink.
     v = v.where((weights != 0) | (gradient != 0), 0)
     v *= (start.norm() / v.norm()).clamp_min(1e-3)
 
@@ -227,7 +236,11 @@ ExactMode = Literal["reverse", "checkpointed", "forward"]
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes of one step's graph and of one state (parameters and moments), of all members."""
+    """The memory, in bytes, that one training needs for all its members.
+
+    ``step`` is the memory of the graph of one step. ``state`` is the memory of one state
+    (parameters and moments).
+    """
 
     step: int
     state: int
@@ -235,8 +248,9 @@ class Need:
     def of_modes(self, steps: int, hyperparameters: int) -> dict[ExactMode, int]:
         """Return the bytes of each mode.
 
-        Reverse mode holds all steps, checkpointed blocks of sqrt(T) and a state between two of
-        them. Forward mode holds one step and, in the update rule, four times the tangents.
+        Reverse mode holds the graphs of all steps. Checkpointed reverse mode holds the graphs of
+        one block of sqrt(T) steps, and one state per block. Forward mode holds the graph of one
+        step and, in the update rule, four times the tangents.
         """
         block = math.isqrt(steps - 1) + 1
         return {
@@ -247,14 +261,14 @@ class Need:
 
 
 def measure(problem: InnerProblem[Training]) -> Need:
-    """Take the first step once and count what its graph keeps."""
+    """Take the first step once, and return the bytes that its graph and the state need."""
     leaves = {name: table.detach().requires_grad_() for name, table in problem.tables.items()}
     state = leaves_of(problem.start())
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        # Held, so that no address comes up twice; detached, or the graph would hold itself, beyond
-        # Python's collector.
+        # Keep the tensor, so that its address cannot be reused and counted twice. Keep it detached:
+        # otherwise the graph would hold itself, and Python's garbage collector cannot free that.
         kept[tensor.untyped_storage().data_ptr()] = tensor.detach()
         return tensor.detach()
 
@@ -267,17 +281,17 @@ def measure(problem: InnerProblem[Training]) -> Need:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the bytes that may be used on a device: most of what is free."""
+    """Return the bytes that may be used on a device: 80% of the free memory."""
     return int(0.8 * (free_of_gpu(device) if device.type == "cuda" else free_memory()))
 
 
 def fastest_that_fits(
     sizes: Mapping[ExactMode, int], budget: int, *, hyperparameters: int
 ) -> ExactMode:
-    """Return the fastest of the modes whose bytes the budget holds; "forward" where it holds none.
+    """Return the fastest mode that fits into ``budget`` bytes, or "forward" if no mode fits.
 
-    With one hyperparameter forward mode is about as fast as reverse mode, with memory that does not
-    grow.
+    For one hyperparameter forward mode is about as fast as reverse mode, and its memory does not
+    grow with the number of steps.
     """
     modes: tuple[ExactMode, ...] = ("forward", "reverse", "checkpointed")
     modes = modes if hyperparameters == 1 else modes[1:]

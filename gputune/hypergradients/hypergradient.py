@@ -1,5 +1,7 @@
-"""hypergradient(): the derivative of a validation loss in the hyperparameters of the training
-before it."""
+"""The public function hypergradient().
+
+It differentiates a validation loss in the hyperparameters of the training that came before it.
+"""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -53,41 +55,57 @@ def hypergradient(
     fixed: Mapping[str, object] | None = None,
     memory: int | str | None = None,
 ) -> HypergradientResult:
-    """Train ``module`` on ``batches`` and differentiate its validation loss in the hyperparameters
-    of that training.
+    """Train ``module`` and differentiate its validation loss in the hyperparameters of that
+    training.
 
-    module           any ``nn.Module`` whose only state is the running statistics of BatchNorm; it
-                     is left as it was
-    loss             ``loss(module(x), y)`` -> one number, for example
-                     ``torch.nn.functional.cross_entropy``
-    batches          the minibatches (x, y), one step of the optimizer each
-    valid            the validation pair (x, y)
-    hyperparameters  some of "lr", "momentum", "weight_decay", "beta1", "beta2", each a number, (S,)
-                     or (S, L): segment s covers the steps from floor(s*T/S) on, layer l is the l-th
-                     submodule that owns parameters; those left out have the value of ``fixed``, or
-                     their default one (a momentum of 0 for sgd, 0.9 for momentum and nesterov)
-    optimizer        "sgd", "momentum", "nesterov", "adam" or "adamw", as ``torch.optim`` has them;
-                     "exact" solves a ``gputune.models.LogisticRegression`` on all minibatches
-                     together, whose hyperparameter is "C", and differentiates at the minimum
-                     (implicit differentiation), whatever the mode
-    mode             "reverse" (memory grows with the steps, one price for any number of
-                     hyperparameters), "forward" (memory independent of the steps, a price for
-                     each), "fd" (finite differences: two more trainings for each), "auto" (one of
-                     the first two, by their need of memory)
-    truncate         reverse mode through the last so many steps only: cheaper, and biased towards
-                     small rates
-    checkpoint       reverse mode that trains twice and remembers every sqrt(T)-th step
-    seed             of dropout and other draws, the same in every training; None: drawn from
-                     torch's generator
-    fixed            values, in the same shapes, of hyperparameters that are not differentiated
-    memory           bytes, or text such as "8GB", that may be used; None: most of what is free
+    Second derivatives are tested on the first minibatch before training. In float64 they are
+    compared with finite differences. In lower precision only their symmetry is tested, and this
+    test does not notice a ``.detach()`` in the loss.
 
-    Warns (RuntimeWarning) where training is chaotic, so that the gradient is noise. Raises
-    InputError for bad input, for an operation that cannot be differentiated twice, and where the
-    memory does not suffice. Second derivatives are tried on the first minibatch: in float64 against
-    measured ones, in lower precision for symmetry alone, which a .detach() in the loss passes
-    unseen. Sources: Maclaurin et al. (2015), Franceschi et al. (2017); Bengio (2000) for the
-    implicit derivative.
+    Args:
+        module: Any ``nn.Module`` whose only state is the running statistics of BatchNorm. The
+            module itself is not changed.
+        loss: A function ``loss(module(x), y)`` that returns one number, for example
+            ``torch.nn.functional.cross_entropy``.
+        batches: The minibatches (x, y). The optimizer takes one step for each of them.
+        valid: The validation pair (x, y).
+        hyperparameters: The hyperparameters to differentiate: some of "lr", "momentum",
+            "weight_decay", "beta1" and "beta2". Each value is a number, or has shape (S,) or (S,
+            L). Segment s of T steps begins at step floor(s*T/S). Layer l is the l-th submodule that
+            owns parameters. A hyperparameter that is left out has its value from ``fixed``, or its
+            default. The default momentum is 0 for "sgd" and 0.9 for "momentum" and "nesterov".
+        optimizer: "sgd", "momentum", "nesterov", "adam" or "adamw", as in ``torch.optim``. "exact"
+            solves a ``gputune.models.LogisticRegression`` on all minibatches together. Its only
+            hyperparameter is "C", and it always uses implicit differentiation at the minimum, for
+            any ``mode``.
+        mode: "reverse" needs memory that grows with the number of steps; its time does not depend
+            on the number of hyperparameters. "forward" needs memory that does not grow with the
+            number of steps; its time grows with the number of hyperparameters. "fd" uses finite
+            differences: two more trainings per hyperparameter. "auto" (the default) chooses
+            "reverse" or "forward" by the memory that they need.
+        truncate: Number of last steps that reverse mode differentiates through; None means all
+            steps. Truncation is cheaper, but its result is biased towards small rates.
+        checkpoint: If True, reverse mode stores only every sqrt(T)-th step and trains twice.
+        seed: Seed of dropout and other random draws. Every training uses the same draws. None draws
+            a seed from torch's generator.
+        fixed: Values of hyperparameters that are not differentiated, in the same shapes as in
+            ``hyperparameters``.
+        memory: The memory that may be used, in bytes or as text such as "8GB". None means most of
+            the free memory.
+
+    Returns:
+        A ``HypergradientResult``.
+
+    Raises:
+        InputError: An argument is invalid, an operation cannot be differentiated twice, or the
+            memory does not suffice.
+
+    Warns:
+        RuntimeWarning: Training is chaotic, so the gradient is noise; or the validation loss is not
+            finite.
+
+    Sources: Maclaurin et al. (2015); Franceschi et al. (2017); Bengio (2000) for the implicit
+    derivative.
     """
     check_module(module)
     batches = _check_data(loss, batches, valid)
@@ -134,6 +152,7 @@ def hypergradient(
 
 
 def _check_data(loss: object, batches: Iterable[Pair], valid: Pair) -> list[Pair]:
+    """Return the minibatches as a list, after a check of the loss and of every pair (x, y)."""
     if not callable(loss):
         raise InputError(f"loss must be a function loss(module(x), y), got {loss!r}.")
     if not isinstance(batches, Iterable):
@@ -170,7 +189,10 @@ def _check_mode(mode: object, truncate: object, checkpoint: object) -> None:
 
 
 def _check_optimizer(optimizer: object) -> tuple[str, float]:
-    """Return the update rule and its default momentum; "momentum" is sgd with a momentum of 0.9."""
+    """Return the name of the update rule and its default momentum.
+
+    "momentum" is the rule sgd with a momentum of 0.9.
+    """
     if optimizer == "momentum":
         return "sgd", 0.9
     if not isinstance(optimizer, str) or optimizer not in HYPERPARAMETERS_OF:
@@ -182,7 +204,7 @@ def _check_optimizer(optimizer: object) -> tuple[str, float]:
 
 
 def _default_tables(optimizer: str, momentum: float, like: Tensor) -> dict[str, Tensor]:
-    """Return a (1, 1, 1) table for each hyperparameter, with its default value."""
+    """Return a (1, 1, 1) table with the default value of each hyperparameter."""
     values = {
         "lr": DEFAULT_LR,
         "momentum": momentum,
@@ -200,7 +222,7 @@ def _check_tables(
     optimizer: str,
     training: ModuleTraining,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the tables that are differentiated, and those that are not."""
+    """Return the tables to differentiate and the tables of fixed hyperparameters."""
     wanted = _check_hyperparameters(hyperparameters, optimizer, training, "hyperparameters")
     others = _check_hyperparameters(fixed, optimizer, training, "fixed") if fixed else {}
     if twice := ", ".join(sorted(others.keys() & wanted)):
@@ -214,8 +236,10 @@ def _check_tables(
 def _check_hyperparameters(
     values: object, optimizer: str, training: ModuleTraining, argument: str
 ) -> dict[str, Tensor]:
-    """Return a table (1, S, L) for each value: a number, (S,) segments, or (S, L) segments and
-    layers."""
+    """Return a table (1, S, L) for each value.
+
+    A value is a number, segments (S,), or segments and layers (S, L).
+    """
     if not isinstance(values, Mapping) or not values:
         raise InputError(
             f'{argument} must be a dict with at least one of them, for example {{"lr": 0.1}}, got '
@@ -234,6 +258,7 @@ def _check_hyperparameters(
 
 
 def _table(place: str, name: str, value: object, training: ModuleTraining) -> Tensor:
+    """Return one value as a table (1, S, L); raise InputError if its shape or range is wrong."""
     layers = training.layers
     try:
         table = torch.as_tensor(value, dtype=training.dtype, device=training.device).detach()
@@ -254,7 +279,7 @@ def _table(place: str, name: str, value: object, training: ModuleTraining) -> Te
         )
     high, rule = (1.0, "in [0, 1)") if name in BETWEEN_0_AND_1 else (math.inf, "finite and >= 0")
     rule = "finite and > 0" if name == "lr" else rule
-    # NaN is no more than anything
+    # Written with > and >=, because every comparison with NaN is False and NaN must be refused.
     if not bool(((table > 0 if name == "lr" else table >= 0) & (table < high)).all()):
         raise InputError(f"{place} must be {rule}, got {table.tolist()}.")
     return table.reshape(1, -1, table.shape[1] if table.dim() == 2 else 1)
@@ -263,6 +288,7 @@ def _table(place: str, name: str, value: object, training: ModuleTraining) -> Te
 def _differences(
     problem: InnerProblem[ModuleTraining], names: list[str]
 ) -> tuple[str, Hypergradients]:
+    """Return the reason for mode "fd" and the hypergradients by finite differences."""
     if zero := [name for name in names if bool((problem.tables[name] == 0).any())]:
         raise InputError(
             f"hyperparameters[{zero[0]!r}] must be above 0 for mode='fd', which moves it in its "
@@ -281,10 +307,11 @@ def _choose(
     checkpoint: bool,
     budget: int | None,
 ) -> tuple[ExactMode, str]:
-    """Return the mode for so many hyperparameters, the one asked for where it fits or the fastest
-    that fits, and why.
+    """Return the mode to use and the reason for it.
 
-    ``budget`` is in bytes, None: most of what is free.
+    A mode that was asked for is used. For "auto" it is the fastest mode that fits into memory.
+    ``number`` is the number of hyperparameter entries. ``budget`` is in bytes; None means most of
+    the free memory. Raises InputError if the mode does not fit.
     """
     need = measure(problem)
     budget = budget or free_bytes(problem.training.device)
@@ -327,6 +354,7 @@ def _choose(
 
 
 def _warn_of_noise(result: HypergradientResult) -> None:
+    """Warn if the validation loss is not finite or if training was chaotic."""
     if not math.isfinite(result.value):
         warn(
             f"the validation loss is {result.value}: look for NaN in the minibatches and in "

@@ -1,16 +1,20 @@
-"""Implicit differentiation of the solved logistic regression: d validation loss / d log C of every
-C in every fold.
+"""Implicit differentiation of the solved logistic regression.
 
-Where the training objective is at its minimum, ``C * slope of the loss + slope of the penalty = 0``
-for every C, so
+This module computes d validation loss / d log C for every C in every fold. At the minimum of the
+training objective, ``C * slope of the loss + slope of the penalty = 0`` for every C. Therefore
 
-    d W / d log C = H^-1 (slope of the penalty),    H = C * (Hessian of the loss) + (1 - l1_ratio) I,
+    d W / d log C = H^-1 (slope of the penalty),    H = C * (Hessian of the loss) + (1 - l1_ratio)
+                                                    I.
 
-with no penalty on the intercepts, and the wanted number is that times the slope of the validation
-loss. Source: Larsen et al. (1996), doi:10.1109/NNSP.1996.548336; Bengio (2000),
-doi:10.1162/089976600300015187. H is built and factored as it is: nothing is iterated, so nothing is
-left unsolved.
-Axes: m members, K outputs (1 = sigmoid), n rows, D inputs, E = D + 1 with the intercept.
+Intercepts carry no penalty. The product of this vector and the slope of the validation loss is the
+hypergradient. H is built and factored directly. No iteration is involved, so no error of an
+unfinished iteration remains.
+
+Sources: Larsen et al. (1996), doi:10.1109/NNSP.1996.548336; Bengio (2000),
+doi:10.1162/089976600300015187.
+
+Axes: m members, K outputs (1 = sigmoid), n rows, D inputs, E = D + 1 columns (the last one is the
+intercept).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,17 +40,24 @@ BLOCK = 512  # training rows whose curvature is held at once
 
 @dataclass(frozen=True)
 class ImplicitGradient:
-    """The validation loss of P = F * C members, fold-major (p = f * C + c), and its slope in log C.
+    """The validation losses of P = F * C members and their derivatives in log C.
 
-    ``value`` is the mean cross-entropy of the fold's validation rows, not weighted. It is inf, and
-    the gradient 0, where a validation row is of a class that the fold has no training row of: it is
-    so for every C.
+    Members are fold-major (p = f * C + c).
 
-    ``gradient`` is 0 where the coefficients do not move with C: at C = inf, where an l1 penalty
-    holds all of them at zero, and in a fold with training rows of one class alone. It is NaN for a
-    member that has not converged, since the formula holds at the minimum only (``value`` is then
-    that of the coefficients reached), and for one whose H float64 cannot factor (under pure l1,
-    where all training rows are so sure of their class that no curvature is left).
+    ``value`` is the unweighted mean cross-entropy of the fold's validation rows. It is inf if a
+    validation row has a class without a training row in that fold. The loss is then infinite for
+    every C, and ``gradient`` is 0.
+
+    ``gradient`` is also 0 if the coefficients do not change with C:
+
+    - C = inf;
+    - an l1 penalty holds all coefficients at zero;
+    - all training rows of the fold have the same class.
+
+    ``gradient`` is NaN for a member that has not converged, because the formula holds only at the
+    minimum. ``value`` then belongs to the coefficients that were reached. ``gradient`` is also NaN
+    if float64 cannot factor the member's H. This can happen with a pure l1 penalty if the class
+    chances of all training rows are so certain that no curvature is left.
     """
 
     value: Tensor  # (P,) float64
@@ -56,11 +67,10 @@ class ImplicitGradient:
 def implicit_chunk(
     data: Dataset, configs: Sequence[Config], *, memory: int | None = None
 ) -> tuple[Solution, ImplicitGradient]:
-    """Solve C configurations (``C``, ``l1_ratio``) in all folds of float64 data, and differentiate
-    in log C.
+    """Solve C configurations in all folds and differentiate the validation losses in log C.
 
-    Warns, as ``solve_all`` does, of members that did not converge. Raises InputError as
-    ``implicit_gradients`` does.
+    A configuration has ``C`` and ``l1_ratio``. The data are float64. Warns, like ``solve_all``,
+    about members that did not converge. Raises InputError like ``implicit_gradients``.
     """
     solution = solve_all(data, configs)
     valid = [fold.valid for fold in data.folds]
@@ -70,21 +80,22 @@ def implicit_chunk(
 def implicit_gradients(
     problem: Problem, solution: Solution, valid: Sequence[Tensor], *, memory: int | None = None
 ) -> ImplicitGradient:
-    """Differentiate the validation loss of each member of a solved problem, intercepts fitted, in
-    log C.
+    """Differentiate the validation loss of each member of a solved problem in log C.
 
-    ``valid`` are the positions of each fold's validation rows. With an l1 part, coefficients at
-    zero stay there and the others keep their sign, which is exact but for the single values of C
-    where a coefficient leaves zero or comes to
-    it: there the loss has a kink, and this is its slope on the side where the coefficients found
-        zero are zero.
+    The problem must have fitted intercepts. ``valid`` has the positions of each fold's validation
+    rows.
 
-    ``memory`` bounds the bytes of the matrices and chances of the members worked on at once (None:
-    4 GiB on the CPU, 80 % of the free memory of a GPU); more members than fit are taken one lot
-    after the other. Raises InputError where one member alone does not fit.
+    With an l1 part, coefficients at zero stay at zero and the other coefficients keep their sign.
+    This is exact except at the single values of C at which a coefficient leaves or reaches zero.
+    The loss has a kink there. The result is then the slope on the side on which the coefficients
+    that were found to be zero stay zero.
+
+    ``memory`` is the largest number of bytes for the matrices and class chances that are held at
+    once. None means 4 GiB on the CPU and 80% of the free memory of a GPU. If the members do not all
+    fit, they are processed in groups. Raises InputError if a single member does not fit.
     """
     everyone = torch.arange(len(problem.C), device=problem.y.device)
-    lots: list[tuple[Tensor, Tensor]] = []
+    lots: list[tuple[Tensor, Tensor]] = []  # (value, gradient) of each group of members
     for f, rows in enumerate(valid):
         fold = _Fold(problem, f, rows, solution.coef.shape[1])
         for lot in torch.split(everyone, fold.members_at_once(memory)):
@@ -96,10 +107,10 @@ def implicit_gradients(
 
 
 class _Fold:
-    """Training and validation rows of one fold, both less the training rows' mean input.
+    """The training and validation rows of one fold, centered at the training rows' mean input.
 
-    ``total`` is the sum of the training rows' weights, ``center`` (D,) that mean; intercepts are
-    not penalised, so it changes nothing but rounding.
+    ``total`` is the sum of the training rows' weights. ``center`` (D,) is the weighted mean input.
+    Intercepts are not penalized, so centering changes only rounding errors.
     """
 
     def __init__(self, problem: Problem, fold: int, valid: Tensor, outputs: int) -> None:
@@ -123,12 +134,15 @@ class _Fold:
         )
 
     def members_at_once(self, memory: int | None) -> int:
-        """Return how many members fit in ``memory`` bytes; raises InputError for none."""
+        """Return the number of members that fit into ``memory`` bytes.
+
+        Raises InputError if not even one member fits.
+        """
         rows = len(self.train.design) + len(self.valid.design)
         outputs = self.train.outputs
         size = outputs * self.train.design.shape[1]
-        # The matrix, its factor and a copy between them; logits, chances and their misfit; a
-        # block's curvature.
+        # Bytes of one member: the matrix, its factor and a copy; logits, class chances and their
+        # misfits; the curvature of one block of rows. A float64 number has 8 bytes.
         needed = 8 * (3 * size**2 + 4 * outputs * rows + BLOCK * outputs * (outputs + 1) // 2)
         device = self.center.device
         limit = memory or (free_bytes(device) if device.type == "cuda" else 4 << 30)
@@ -144,15 +158,15 @@ class _Fold:
 def _differentiate(
     fold: _Fold, solution: Solution, members: Tensor, C: Tensor, l1_ratio: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Value and gradient, each (m,), of some members of a fold."""
+    """Return the validation losses (m,) and the gradients (m,) of some members of a fold."""
     coef = solution.coef[members]
     converged = solution.converged[members]
     intercept = solution.intercept[members] + (coef @ fold.center)
-    known = intercept.isfinite()  # classes that the fold has trained on
+    known = intercept.isfinite()  # (m, K): the classes that occur in the fold's training rows
     held_out = _point(fold.valid, coef, intercept)
     l1 = l1_ratio[:, None, None]
-    # The penalty's slope: at the minimum it is minus C times the loss's, without that sum's
-    # cancellation.
+    # The penalty's slope, (m, K, E). At the minimum it equals minus C times the slope of the loss,
+    # but it has no rounding errors from the cancellation in that sum.
     pull = _beside_intercept((1 - l1) * coef + l1 * coef.sign())
     active = known[..., None] & ~_beside_intercept((l1 > 0) & (coef == 0))
     gradient = torch.zeros_like(held_out.loss).masked_fill(~converged, torch.nan)
@@ -168,22 +182,26 @@ def _differentiate(
 
 
 def _point(rows: Rows, coef: Tensor, intercept: Tensor) -> Point:
-    """Loss, slope and chances of members whose intercepts may be infinite."""
+    """Return the loss, slope and class chances of members.
+
+    Their intercepts may be infinite.
+    """
     logits = product(coef, (rows.design[:, :-1] / rows.root[:, None]).T) + intercept[..., None]
     none = coef.new_zeros(len(coef), 1, 1)
     return point_at(rows, _beside_intercept(coef), logits, none, none)
 
 
 def _beside_intercept(coef: Tensor) -> Tensor:
-    """(m, K, D) -> (m, K, E), zero (false) for the intercept."""
+    """Append a zero (or False) for the intercept: (m, K, D) -> (m, K, E)."""
     return functional.pad(coef, (0, 1))
 
 
 def _curvature(rows: Rows, chance: Tensor) -> Tensor:
-    """Hessian of the mean training loss, (m, K, E, K, E), of members with chances (m, K, n).
+    """Return the Hessian of the mean training loss, (m, K, E, K, E).
 
-    Each of its numbers is a sum over rows of (a pair of classes' curvature) x (a pair of inputs).
-    The members of a fold share the second factor, so one wide product a column serves all members
+    ``chance`` (m, K, n) has the class chances of the members. Each entry of the Hessian is a sum
+    over rows of (curvature of a pair of classes) x (product of a pair of inputs). All members of a
+    fold share the second factor. Therefore one wide matrix product per column serves all members
     and all pairs of classes.
     """
     members = len(chance)
@@ -192,9 +210,11 @@ def _curvature(rows: Rows, chance: Tensor) -> Tensor:
     k, l = torch.triu_indices(outputs, outputs, device=chance.device)
     blocks = chance.new_zeros(members * len(k), columns, columns)
     for part, design in zip(torch.split(chance, BLOCK, -1), torch.split(rows.design, BLOCK)):
-        # Softmax's curvature in the logits is diag(p) - p p', sigmoid's is p (1 - p).
+        # The curvature in the logits is diag(p) - p p' for softmax and p (1 - p) for sigmoid.
+        # (members, pairs of classes, rows of the block)
         bend = part[:, k] * torch.where((k == l)[:, None], 1 - part[:, l], -part[:, l])
         for e in range(columns):
+            # Only the upper triangle: (members * pairs, rows) @ (rows, E - e)
             blocks[:, e, e:].addmm_(bend.flatten(0, 1), design[:, e : e + 1] * design[:, e:])
     blocks += blocks.triu(1).mT
     blocks = blocks.view(members, len(k), columns, columns)
@@ -206,13 +226,15 @@ def _curvature(rows: Rows, chance: Tensor) -> Tensor:
 
 
 def _make_solvable(matrix: Tensor, ridge: Tensor, active: Tensor, known: Tensor) -> None:
-    """Turn C times the curvature, (m, K, E, K, E), into H, with an inverse, in place.
+    """Turn C times the curvature, (m, K, E, K, E), into the invertible matrix H, in place.
 
-    What is not active (m, K, E) becomes a part of its own, diagonal. Where all known classes (m, K)
-    are active in a column, softmax does not see a common shift of it, nor does the validation loss;
-    the shift is an eigenvector, so that any multiple of its projector may be added. (Under pure l1
-    an even number of classes can all be active in one input: as many coefficients above zero as
-    below cost the same wherever they are shifted.)
+    Coefficients that are not active (``active`` is (m, K, E)) become a separate diagonal part.
+
+    If all known classes (``known`` is (m, K)) are active in a column, softmax and the validation
+    loss do not change when all coefficients of this column shift by the same amount. This shift is
+    an eigenvector of H, so any multiple of its projector may be added. With a pure l1 penalty, an
+    even number of classes can all be active in one input. If as many of these coefficients are
+    above zero as below, every such shift has the same penalty.
     """
     members, outputs, columns = active.shape
     matrix *= active[:, :, :, None, None] & active[:, None, None]
@@ -229,15 +251,20 @@ def _make_solvable(matrix: Tensor, ridge: Tensor, active: Tensor, known: Tensor)
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """Solve for right (m, K, E) by Cholesky factors; NaN for a member whose matrix has none."""
+    """Solve H z = ``right`` (m, K, E) by Cholesky factorization.
+
+    The result is NaN for a member whose matrix has no Cholesky factor.
+    """
     size = right[0].numel()
     flat = matrix.view(-1, size, size)
     factor, failed = torch.linalg.cholesky_ex(flat)
     again = failed > 0
     if again.any():
-        # Singular to rounding, as under l1 where the columns of a category's levels add up to the
-        # intercept's. The right side, a slope of the loss, has no part in directions that the rows
-        # do not see, so that a lift of the size of the factorisation's own error does not show.
+        # H is singular up to rounding. For example, with an l1 penalty the one-hot columns of a
+        # category add up to the intercept's column. The right side is a slope of the loss. It has
+        # no
+        # component in directions that leave all logits unchanged. Therefore increasing the diagonal
+        # by the size of the factorization's own rounding error does not change the result.
         lifted = flat[again]
         lifted.diagonal(dim1=1, dim2=2).mul_(1 + size * torch.finfo(flat.dtype).eps)
         factor[again], failed[again] = torch.linalg.cholesky_ex(lifted)
@@ -255,12 +282,13 @@ def differentiate_minimum(
     *,
     memory: int | None,
 ) -> HypergradientResult:
-    """Return the validation loss at the minimum of ``C * sum of losses + |W|^2 / 2`` and its
-    derivative in C.
+    """Return the validation loss at the minimum of the logistic regression, and its derivative in
+    C.
 
-    The objective is that of sklearn.linear_model.LogisticRegression; computed in float64. Raises
-    InputError where the problem is not that convex one, DivergedError where it has no minimum that
-    could be reached.
+    The objective is ``C * sum of losses + |W|^2 / 2``, as in
+    sklearn.linear_model.LogisticRegression. The computation uses float64. Raises InputError if the
+    problem is not this convex problem. Raises DivergedError if it has no minimum that the solver
+    can reach.
     """
     C, classes = _check_problem(module, loss, hyperparameters)
     problem, places = _join(batches, valid, C, classes)
@@ -285,8 +313,11 @@ def differentiate_minimum(
 def _join(
     batches: Sequence[tuple[Tensor, Tensor]], valid: tuple[Tensor, Tensor], C: float, classes: int
 ) -> tuple[Problem, Tensor]:
-    """Return the problem of all minibatches, and the positions of the validation rows, which weigh
-    nothing in it."""
+    """Join all minibatches into one problem, and return it with the positions of the validation
+    rows.
+
+    The validation rows have weight 0 in the problem.
+    """
     if not all(isinstance(part, Tensor) for pair in (*batches, valid) for part in pair):
         raise InputError(
             "optimizer='exact' joins all minibatches and needs tensors, got another kind of x or "
@@ -309,7 +340,11 @@ def _join(
 def _check_problem(
     module: nn.Module, loss: object, hyperparameters: Mapping[str, Any]
 ) -> tuple[float, int]:
-    """Return C and the number of classes; raise InputError where there is no convex problem."""
+    """Return C and the number of classes.
+
+    Raises InputError if the module, the loss or the hyperparameters do not define the convex
+    problem.
+    """
     if not isinstance(module, LogisticRegression) or module.n_outputs < 2:
         raise InputError(
             "implicit differentiation (optimizer='exact') needs the minimum of a convex problem: "

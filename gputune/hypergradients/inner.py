@@ -1,21 +1,23 @@
-"""The inner training as a map from hyperparameters to weights: one differentiable step of all
-members.
+"""The inner training: one differentiable step of all members, as a function of hyperparameters.
 
-The parameters of a member are one row of a (P, N) tensor, whatever their own shapes, so that an
-update is one pass of the pure rule. A hyperparameter is a table (P, S, L): member, segment of the
-training, layer. Segment s covers the steps from floor(s*T/S) on; with L = 1 all layers share it. No
-operation mixes members, so the gradient of a sum over members holds each member's own.
+The parameters of a member form one row of a (P, N) tensor, so an update is one pass of the pure
+update rule. A hyperparameter is a table (P, S, L) with axes member, segment of the training and
+layer. Segment s covers the steps from floor(s*T/S) on. With L = 1 all layers share the value. No
+operation mixes members. Therefore the gradient of a sum over members contains the gradient of each
+member.
 
-Hyperparameters move in the logarithm, or in the logit for what lies between 0 and 1: a step of one
-size then means the same change at a rate of 1e-5 as at 1, and never leaves the legal range.
+Hyperparameters move in their logarithm, or in their logit if they lie between 0 and 1. A step of
+one size then means the same relative change at a rate of 1e-5 as at 1, and a value never leaves its
+legal range.
 
-What a hypergradient is returned as, and when it is noise: training at too large a rate is chaotic,
-and its slope says nothing. There a change of the weights grows at every step, the hypergradient
-with it (to 1e30 and beyond), while the validation loss may still look harmless. Forward mode sees
-the growth in the tangent ratio, the largest
-|d weights / d log hyperparameter| / |weights| of any step; reverse mode in its transpose, how much larger a relative
-change of the weights weighs in the validation loss before some step than after the last. Metz et al. (2021,
-arXiv:2111.05803) describe the effect.
+This module also defines the results of a hypergradient and the test for noise. Training with too
+large a rate is chaotic: a change of the weights grows at every step. The hypergradient grows with
+it (to 1e30 and beyond), while the validation loss may still look harmless. Such a hypergradient is
+noise. Forward mode measures the growth by the tangent ratio, the largest |d weights / d log
+hyperparameter| / |weights| of any step. Reverse mode measures the transpose of this ratio: the
+largest effect on the validation loss of a relative change of the weights before some step, divided
+by the same effect after the last step. Metz et al. (2021, arXiv:2111.05803) describe chaotic
+training.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -34,24 +36,28 @@ HYPERPARAMETERS = ("lr", "momentum", "weight_decay", "beta1", "beta2")
 BETWEEN_0_AND_1 = ("momentum", "beta1", "beta2")
 
 Tables = Mapping[str, Tensor]
-"""Each of HYPERPARAMETERS -> (P, S, L), S and L of its own."""
+"""Maps each of HYPERPARAMETERS to a table (P, S, L). S and L may differ between hyperparameters."""
 
 Rows = Mapping[str, Sequence[Tensor]]
-"""The same, cut into what the steps of each segment read: (P, 1), or (P, N) where layers differ."""
+"""The same tables, cut into the values that the steps of each segment read.
+
+A value is (P, 1), or (P, N) if it differs between layers.
+"""
 
 Watch = Callable[[int, Tensor], None]
-"""Called after each step with the number of steps done and the weights (P, N)."""
+"""Called after each step with the number of finished steps and the weights (P, N)."""
 
 State = tuple[Tensor, ...]
-"""Parameters, then the moments of the optimizer, each (P, N)."""
+"""The parameters, then the moments of the optimizer, each (P, N)."""
 
 
 @dataclass(frozen=True)
 class Clock:
-    """Where each member stands before a step.
+    """The position of each member in its training, before a step.
 
-    ``done`` (P,) of its steps; ``active`` (P,), None where all step; ``factor`` (P,) of a schedule
-    on lr, None for 1.
+    ``done`` (P,) is the number of finished steps. ``active`` (P,) tells if a member takes this
+    step; None means that all members do. ``factor`` (P,) is the schedule's factor on lr; None means
+    1.
     """
 
     done: np.ndarray
@@ -60,29 +66,33 @@ class Clock:
 
 
 class Training(Protocol):
-    """What is trained: P members for at most ``steps`` steps, on minibatches that never change."""
+    """A training of P members for at most ``steps`` steps, on minibatches that never change."""
 
     steps: int
     totals: np.ndarray
-    """(P,) steps of each member, all of which fall within ``steps``."""
+    """The number of steps of each member, (P,). All of them fall within ``steps``."""
     layer: Tensor
-    """(N,) layer of each entry of a member's parameters."""
+    """The layer (N,) of each entry of a member's parameters."""
     kept: int
-    """How many of the last entries are no parameters, but what a step keeps: running statistics."""
+    """The number of entries at the end of a row that are running statistics, not parameters."""
 
     def start(self) -> Tensor:
         """Return the starting parameters (P, N)."""
 
     def clock(self, step: int) -> Clock:
-        """Return where the members stand before this step."""
+        """Return the position of each member before this step."""
 
     def losses(self, weights: Tensor, step: int) -> Tensor:
-        """Return each member's loss (P,) on its minibatch of this step, twice differentiable in
-        ``weights``."""
+        """Return each member's loss (P,) on its minibatch of this step.
+
+        The losses are twice differentiable in ``weights``.
+        """
 
     def statistics(self, weights: Tensor, step: int) -> Tensor:
-        """Return what is kept after this step from these weights, (P, kept), differentiable in
-        them."""
+        """Return the running statistics (P, kept) after this step from ``weights``.
+
+        They are differentiable in ``weights``.
+        """
 
     def validation(self, weights: Tensor) -> Tensor:
         """Return each member's validation loss (P,)."""
@@ -101,20 +111,24 @@ class InnerProblem(Generic[AnyTraining]):
 
     @cached_property
     def rows(self) -> Rows:
-        """The hyperparameters as the steps read them: cut once, since a row may be as large as the
-        parameters."""
+        """The hyperparameters in the form that the steps read.
+
+        They are cut only once, because a row may be as large as the parameters.
+        """
         return rows_of(self.tables, self.training.layer)
 
     def start(self) -> State:
+        """Return the starting parameters and moments of zero."""
         weights = self.training.start()
         return weights, *(torch.zeros_like(weights) for _ in MOMENTS[self.optimizer])
 
     def step(
         self, state: State, step: int, *, rows: Rows | None = None, graph: bool = False
     ) -> State:
-        """Return the state after one step, with ``graph`` in one to differentiate through.
+        """Return the state after one step.
 
-        ``rows`` are read in the place of those of the tables.
+        With ``graph``, the state can be differentiated. ``rows`` replaces the hyperparameters of
+        the tables.
         """
         weights = state[0] if graph else state[0].detach().requires_grad_()
         gradient = slope(self.training, weights, step, graph=graph)
@@ -129,6 +143,7 @@ class InnerProblem(Generic[AnyTraining]):
             )
 
     def advance(self, state: State, steps: range, watch: Watch | None = None) -> State:
+        """Return the state after several steps, without derivatives."""
         for step in steps:
             state = self.step(state, step)
             if watch is not None:
@@ -136,12 +151,14 @@ class InnerProblem(Generic[AnyTraining]):
         return state
 
     def train(self, watch: Watch | None = None, *, steps: int | None = None) -> Tensor:
-        """Return the weights (P, N) after all steps, or after the first ``steps``, no derivatives
-        taken."""
+        """Return the weights (P, N) after training, without derivatives.
+
+        ``steps`` is the number of first steps to take; None means all steps.
+        """
         return self.advance(self.start(), range(steps or self.training.steps), watch)[0]
 
     def columns(self, names: Sequence[str]) -> list[tuple[str, int, int]]:
-        """Return each entry of the tables of these hyperparameters: name, segment, layer."""
+        """Return each entry of the tables of these hyperparameters as (name, segment, layer)."""
         return [
             (name, s, layer)
             for name in names
@@ -150,8 +167,10 @@ class InnerProblem(Generic[AnyTraining]):
 
 
 def slope(training: Training, weights: Tensor, step: int, *, graph: bool) -> Tensor:
-    """Return the gradient (P, N) of every member's minibatch loss; ``weights`` must require
-    gradients."""
+    """Return the gradient (P, N) of every member's minibatch loss.
+
+    ``weights`` must require gradients.
+    """
     with torch.enable_grad():
         loss = training.losses(weights, step).sum()
         (gradient,) = torch.autograd.grad(loss, weights, create_graph=graph, materialize_grads=True)
@@ -159,8 +178,10 @@ def slope(training: Training, weights: Tensor, step: int, *, graph: bool) -> Ten
 
 
 def hessian_times(gradient: Tensor, weights: Tensor, vector: Tensor) -> Tensor:
-    """Return the Hessian of the loss times a vector (P, N); zero for a loss that is linear in the
-    weights."""
+    """Return the Hessian of the loss times a vector (P, N).
+
+    The result is zero if the loss is linear in the weights.
+    """
     if not gradient.requires_grad:
         return torch.zeros_like(vector)
     (product,) = torch.autograd.grad(
@@ -170,7 +191,10 @@ def hessian_times(gradient: Tensor, weights: Tensor, vector: Tensor) -> Tensor:
 
 
 def update(optimizer: str, state: State, gradient: Tensor, rates: Rates, clock: Clock) -> State:
-    """Return the state after one step of the rule; members that are not active stay as they are."""
+    """Return the state after one step of the update rule.
+
+    The state of members that are not active does not change.
+    """
     names = MOMENTS[optimizer]
     before = {name: {"w": tensor} for name, tensor in zip(names, state[1:])}
     weights, moments = RULES[optimizer]({"w": state[0]}, {"w": gradient}, before, rates)
@@ -182,17 +206,21 @@ def update(optimizer: str, state: State, gradient: Tensor, rates: Rates, clock: 
 
 
 def with_statistics(state: State, statistics: Tensor) -> State:
-    """Return the state with what a step keeps in the place of what its rule made of the last
-    entries."""
+    """Return the state with ``statistics`` in its last entries.
+
+    The update rule treats these entries as parameters, so its result for them is replaced.
+    """
     return torch.cat([state[0][..., : -statistics.shape[-1]], statistics], -1), *state[1:]
 
 
 def leaves_of(state: State) -> State:
-    """Return the same numbers without their past, to differentiate by."""
+    """Return the same state without its graph, as leaves that can be differentiated by."""
     return tuple(tensor.detach().requires_grad_() for tensor in state)
 
 
 def rows_of(tables: Tables, layer: Tensor) -> Rows:
+    """Cut tables (P, S, L) into one row per segment, (P, 1) or (P, N)."""
+    # Each row is (P, 1), or (P, L) -> (P, N) if the layers have different values.
     return {
         name: tuple(
             row if row.shape[1] == 1 else row.index_select(1, layer) for row in table.unbind(1)
@@ -202,8 +230,10 @@ def rows_of(tables: Tables, layer: Tensor) -> Rows:
 
 
 def rates_at(rows: Rows, clock: Clock, totals: np.ndarray) -> Rates:
-    """Return the hyperparameters of one step: (P, 1) where the layers share a value, otherwise (P,
-    N)."""
+    """Return the hyperparameters of one step.
+
+    A value is (P, 1) if all layers share it, otherwise (P, N).
+    """
     values = {}
     for name, parts in rows.items():
         segment = segment_at(clock.done, totals, len(parts))
@@ -222,14 +252,19 @@ def rates_at(rows: Rows, clock: Clock, totals: np.ndarray) -> Rates:
 
 
 def segment_at(done: np.ndarray, totals: np.ndarray, segments: int) -> np.ndarray:
-    """Return the segment (P,) of the step after ``done``: the last s with floor(s*T/S) <= done."""
+    """Return each member's segment (P,) of the step that follows ``done`` steps.
+
+    It is the last s with floor(s*T/S) <= done.
+    """
     segment: np.ndarray = np.minimum(((done + 1) * segments - 1) // totals, segments - 1)
     return segment.astype(np.int64)
 
 
 def as_table(value: object, shape: tuple[int, ...] | None = None) -> np.ndarray:
-    """Return a number, a list over segments, or one over segments and layers as a table (S, L),
-    spread to a shape."""
+    """Return a value as a table (S, L), broadcast to ``shape`` if it is given.
+
+    A value is a number, a list over segments, or a list over segments and layers.
+    """
     table = np.asarray(value, dtype=float)
     table = table.reshape(len(table) if table.ndim else 1, -1)
     return table if shape is None else np.broadcast_to(table, shape).copy()
@@ -241,31 +276,34 @@ def to_coordinate(name: str, value: Tensor) -> Tensor:
 
 
 def from_coordinate(name: str, coordinate: Tensor) -> Tensor:
-    """Return the value at a coordinate."""
+    """Return the value that belongs to a coordinate."""
     return coordinate.sigmoid() if name in BETWEEN_0_AND_1 else coordinate.exp()
 
 
 def speed(name: str, value: Tensor) -> Tensor:
-    """Return d value / d coordinate, by which a derivative is turned into one in the coordinate."""
+    """Return d value / d coordinate.
+
+    This factor turns a derivative in the value into a derivative in the coordinate.
+    """
     return value * (1 - value) if name in BETWEEN_0_AND_1 else value
 
 
 CHAOTIC = 100.0
-"""Ratio above which a hypergradient is taken for noise.
+"""The ratio above which a hypergradient counts as noise.
 
-Measured on a 10-32-32-3 tanh network over 300 steps: up to 20, finite differences in double
-precision agree to 1e-6; from some hundreds on they differ from 1e-3 to 1, and single from double
-precision as much.
+Measured on a 10-32-32-3 tanh network over 300 steps. Up to a ratio of 20, finite differences in
+double precision agree with the hypergradient to 1e-6. From a few hundred on, they differ by 1e-3 to
+1, and single precision differs from double precision by as much.
 """
 
 
 @dataclass(frozen=True)
 class Hypergradients:
-    """What one training gave, per member: the validation loss ``value`` (P,) after it, and its
-    derivatives.
+    """The results of one differentiated training, per member.
 
-    ``gradients`` has a (P, S, L) table for each hyperparameter that was asked for. ``ratio`` (P,)
-    tells noise from slope. ``weights`` (P, N) are the parameters after the last step.
+    ``value`` (P,) is the validation loss after training. ``gradients`` has a (P, S, L) table of
+    derivatives for each requested hyperparameter. ``ratio`` (P,) separates noise from usable
+    slopes. ``weights`` (P, N) are the parameters after the last step.
     """
 
     value: Tensor
@@ -278,15 +316,16 @@ class Hypergradients:
 class HypergradientResult:
     """The validation loss after training, and its derivatives.
 
-    value         the validation loss
-    gradient      hyperparameter -> d value / d hyperparameter, in the shape that the hyperparameter
-                  was given in
-    log_gradient  the same times the hyperparameter: d value / d log hyperparameter
-    parameters    name -> parameter after the last step
-    ratio         by how much training amplifies a small change: above ``CHAOTIC`` (100) the
-                  gradient is noise
-    mode          "reverse", "forward", "fd" or "implicit": how the gradient was taken
-    reason        why that mode
+    Attributes:
+        value: The validation loss.
+        gradient: Maps each hyperparameter to d value / d hyperparameter, in the shape of the given
+            hyperparameter.
+        log_gradient: The gradient times the hyperparameter: d value / d log hyperparameter.
+        parameters: Maps each parameter's name to its value after the last step.
+        ratio: The factor by which training amplifies a small change. Above ``CHAOTIC`` (100) the
+            gradient is noise.
+        mode: The method of differentiation: "reverse", "forward", "fd" or "implicit".
+        reason: The reason for this mode.
     """
 
     value: float
@@ -310,5 +349,5 @@ class HypergradientResult:
 
     @property
     def chaotic(self) -> bool:
-        """Whether training amplifies changes so much that the gradient is noise."""
-        return not self.ratio <= CHAOTIC
+        """True if training amplifies small changes so strongly that the gradient is noise."""
+        return not self.ratio <= CHAOTIC  # not ">": a ratio of NaN is chaotic too

@@ -1,19 +1,18 @@
-"""Hypergradients through training: in reverse mode, whole, truncated or checkpointed; in forward
-mode; by differences.
+"""Hypergradients through training: reverse mode, forward mode and finite differences.
 
-Reverse mode keeps every step's graph and goes back through it once, whatever the number of
-hyperparameters (Maclaurin et al. 2015; Franceschi et al. 2017, Reverse-HG). It differentiates the
-rules of optimizers/rules.py.
+Reverse mode keeps the graph of every step and goes back through it once, for any number of
+hyperparameters (Maclaurin et al. 2015; Franceschi et al. 2017, Reverse-HG). It can be truncated or
+checkpointed. It differentiates the rules of optimizers/rules.py.
 
 Forward mode carries a tangent Z = d state / d hyperparameter through training for each
-hyperparameter. It goes on as Z <- A Z + B, one Hessian-vector product a step and hyperparameter,
-with no more memory for more steps (Franceschi et al. 2017, Forward-HG), and agrees with reverse
-mode to rounding.
+hyperparameter. Each step computes Z <- A Z + B, with one Hessian-vector product per hyperparameter.
+Its memory does not grow with the number of steps (Franceschi et al. 2017, Forward-HG). Its results
+agree with reverse mode up to rounding.
 
-Finite differences take two more trainings for each hyperparameter, on the same numbers. With a
-small step they check the other modes, and serve operations without a second derivative; with a wide
-one they see the trend through chaotic training, where the exact derivative is noise (Metz et al.
-2021, arXiv:2111.05803).
+Finite differences need two more trainings per hyperparameter, with the same random numbers. With a
+small step they check the other modes, and they support operations without a second derivative. With
+a wide step they show the trend through chaotic training, for which the exact derivative is noise
+(Metz et al. 2021, arXiv:2111.05803).
 """
 
 import math
@@ -57,10 +56,10 @@ def reverse(
 ) -> Hypergradients:
     """Return the hypergradients of ``names`` by going back through training.
 
-    ``truncate=K`` goes back through the last K steps only, as if the weights before them did not
-    depend on the hyperparameters. ``checkpoint`` keeps the state of every sqrt(T)-th step and
-    trains the steps between again on the way back: the memory of 2 sqrt(T) steps for one more
-    training.
+    ``truncate=K`` goes back through the last K steps only, as if the earlier weights did not depend
+    on the hyperparameters. ``checkpoint`` keeps the state of every sqrt(T)-th step, and trains the
+    steps between two of them again on the way back. It needs the memory of 2 sqrt(T) steps and the
+    time of one more training.
     """
     training = problem.training
     steps = problem.training.steps
@@ -75,7 +74,8 @@ def reverse(
     leaves = {name: problem.tables[name].detach().requires_grad_() for name in names}
     with torch.enable_grad():
         spread = rows_of(leaves, training.layer)
-    # Differentiated by the rows, which many steps share, and only then by the tables.
+    # First differentiate by the rows, which many steps share. Then differentiate once by the
+    # tables.
     cut = {name: [row.detach().requires_grad_() for row in parts] for name, parts in spread.items()}
     searched = [row for parts in cut.values() for row in parts]
     record = _Record(problem, {**problem.rows, **cut}, state[0])
@@ -98,11 +98,11 @@ def reverse(
 
 
 class _Record:
-    """Steps with their graph, and by how much a small relative change of the weights grows in them,
-    per member.
+    """Differentiable steps, and the growth of a small relative change of each member's weights.
 
-    At step t it is |dL/dw_t| |w_t| over the same after the last step: the transpose of what forward
-    mode sees, read off the adjoints on the way back, at no other cost.
+    The growth at step t is |dL/dw_t| |w_t| divided by the same product after the last step. It is
+    the transpose of the ratio that forward mode computes. It is read from the adjoints on the way
+    back, at no extra cost.
     """
 
     def __init__(self, problem: InnerProblem[Training], rows: Rows, like: Tensor) -> None:
@@ -113,7 +113,9 @@ class _Record:
     def advance(self, state: State, steps: range, watch: Watch | None) -> State:
         for step in steps:
             after = self.problem.step(state, step, rows=self.rows, graph=True)
-            self._look_at(state[0])  # only now: the step has taken a gradient by them itself
+            # The hook comes after the step, because the step itself takes a gradient by these
+            # weights.
+            self._look_at(state[0])
             state = after
             if watch is not None:
                 watch(step + 1, state[0].detach())
@@ -122,7 +124,7 @@ class _Record:
         return state
 
     def _look_at(self, weights: Tensor, *, last: bool = False) -> None:
-        """Look at the adjoint of these weights when it is computed."""
+        """Register a hook that measures the adjoint of these weights when it is computed."""
         size = weights.detach().norm(dim=1)
 
         def look(adjoint: Tensor) -> None:
@@ -133,8 +135,10 @@ class _Record:
         weights.register_hook(look)  # type: ignore[no-untyped-call]
 
     def ratio(self) -> Tensor:
-        """Return the largest ratio (P,), at least 1; 0 where the loss does not depend on the
-        weights at all."""
+        """Return each member's largest growth (P,), at least 1.
+
+        It is 0 if the loss does not depend on the weights.
+        """
         return (self.largest / self.final).masked_fill((self.final == 0) & (self.largest == 0), 0.0)
 
 
@@ -143,12 +147,12 @@ Operand = Union["Dual", Tensor, float]
 
 @dataclass(frozen=True, eq=False)
 class Dual:
-    """``value`` (P, N) and its derivatives ``tangents`` (d, P, N); N may be 1 in both. Stands where
-    a tensor would.
+    """A number ``value`` (P, N) with its derivatives ``tangents`` (d, P, N), used like a tensor.
 
-    The rules of optimizers/rules.py work entry by entry, with the few operations that are here. The
-    number goes through once whatever d is, and what has no derivative costs nothing; torch's own
-    dual numbers have one derivative each, and compute with those that are zero.
+    N may be 1 in both. The rules of optimizers/rules.py work entry by entry and use only the few
+    operations of this class. The value is computed only once for any d, and a term without
+    derivatives costs nothing. PyTorch's own dual numbers have only one derivative each, and they
+    also compute with derivatives that are zero.
     """
 
     value: Tensor
@@ -162,7 +166,7 @@ class Dual:
         args: tuple[Tensor, "Dual", "Dual"],
         kwargs: object = None,
     ) -> object:
-        """``torch.where(condition, a, b)`` of two duals; no other function of torch."""
+        """Support ``torch.where(condition, a, b)`` of two duals, and no other function of torch."""
         if function is not torch.where:
             return NotImplemented
         condition, a, b = args
@@ -219,8 +223,10 @@ class Dual:
         return Dual(self.value**power, self.tangents * (power * self.value ** (power - 1)))
 
     def clamp_min(self, least: float) -> "Dual":
-        """As ``Tensor.clamp_min``: no derivative below ``least``."""
-        # PyTorch's own kernel for it: a comparison and a choice would be two passes.
+        """Return the same as ``Tensor.clamp_min``; the derivative is 0 below ``least``."""
+        # This is PyTorch's kernel for the derivative of a clamp. A comparison and a torch.where
+        # would
+        # need two passes.
         tangents: Tensor = torch.ops.aten.threshold_backward(self.tangents, self.value, least)
         return Dual(self.value.clamp_min(least), tangents)
 
@@ -232,12 +238,12 @@ class Dual:
 def forward(
     problem: InnerProblem[Training], names: Sequence[str], *, watch: Watch | None = None
 ) -> Hypergradients:
-    """Return the hypergradients of ``names`` by carrying a tangent of the state along for each of
-    their entries."""
+    """Return the hypergradients of ``names`` by carrying one tangent of the state per entry."""
     training = problem.training
     tables = problem.tables
     state = problem.start()
-    # Those of the first segments first: at every step, the ones that have begun are a prefix.
+    # Sort the columns by the start of their segment. At every step, the columns whose segment has
+    # begun are then the first ones of the list.
     columns = sorted(
         problem.columns(names), key=lambda column: column[1] / tables[column[0]].shape[1]
     )
@@ -251,13 +257,17 @@ def forward(
         value = training.validation(weights)
         (slopes,) = torch.autograd.grad(value.sum(), weights, materialize_grads=True)
     gradients = {name: torch.zeros_like(tables[name]) for name in names}
+    # Chain rule: (P, N) * (P, N), summed over N -> (P,)
     for (name, s, layer), tangent in zip(columns, tangents.of_state[0]):
         gradients[name][:, s, layer] = (slopes * tangent).sum(1)
     return Hypergradients(value.detach(), gradients, tangents.ratio, state[0])
 
 
 class _Tangents:
-    """The tangents ``of_state``, each (d, P, N), one for each hyperparameter that has begun."""
+    """The tangents of the state (``of_state``), each (d, P, N).
+
+    There is one tangent for each hyperparameter entry whose segment has begun.
+    """
 
     def __init__(
         self, problem: InnerProblem[Training], columns: list[tuple[str, int, int]], state: State
@@ -270,13 +280,13 @@ class _Tangents:
         self.ratio = state[0].new_zeros(len(state[0]))
 
     def step(self, state: State, step: int) -> State:
+        """Return the state after one step, and move the tangents and the ratio along."""
         training = self.problem.training
         tables = self.problem.tables
         weights = state[0].detach().requires_grad_()
         clock = training.clock(step)
         gradient = slope(training, weights, step, graph=True)
-        # A hyperparameter comes in where its segment has begun in some member; before that its
-        # tangent is zero.
+        # A column is added when its segment begins in some member. Before that its tangent is zero.
         reached = {
             n: int(segment_at(clock.done, training.totals, t.shape[1]).max())
             for n, t in tables.items()
@@ -288,7 +298,7 @@ class _Tangents:
         before = self.of_state[0]
         products = [hessian_times(gradient, weights, tangent) for tangent in before]
         gradient = gradient.detach()  # lets go of the graph, whose memory the update needs
-        # Without a copy of the one product there may be.
+        # A single product is not stacked, which would copy it. (d, P, N)
         new = self._update(
             state,
             gradient,
@@ -298,14 +308,14 @@ class _Tangents:
         if training.kept:
             new = self._keep_statistics(new, weights, before, step)
         grown = self.of_state[0].norm(dim=2) * self.sizes[: len(products)]  # per log hyperparameter
-        # Of weights that are zero, no growth is none.
+        # If the weights are zero and nothing grew, the ratio is 0 instead of 0 / 0.
         relative = torch.where(grown == 0, grown, grown / new[0].norm(dim=1))
         self.ratio = torch.maximum(self.ratio, relative.amax(0))
         return new
 
     @torch.no_grad()
     def _update(self, state: State, gradient: Tensor, tangents: Tensor, clock: Clock) -> State:
-        """Return the state after the rule, which the tangents go through too."""
+        """Return the state after the update rule, and apply the rule to the tangents too."""
         dual: Any = Dual  # to the rules it is a tensor
         rates = rates_at(self.problem.rows, clock, self.problem.training.totals)
         searched = dict.fromkeys(name for name, _, _ in self.columns)
@@ -318,8 +328,10 @@ class _Tangents:
 
     @torch.enable_grad()
     def _keep_statistics(self, new: State, weights: Tensor, before: Tensor, step: int) -> State:
-        """Put what a step from these weights keeps, and its tangents, at the end of the state after
-        it."""
+        """Replace the end of the new state by the running statistics, and their tangents likewise.
+
+        ``weights`` are the weights before the step, and ``before`` are their tangents.
+        """
         kept = self.problem.training.statistics(weights, step)
         # The derivative of a pullback v -> J'v, which is linear in v, is J.
         v = torch.zeros_like(kept, requires_grad=True)
@@ -331,8 +343,10 @@ class _Tangents:
         return with_statistics(new, kept.detach())
 
     def _seed(self, name: str, clock: Clock) -> Tensor:
-        """Return d value / d column for the value that each entry reads: (d, P, N), or (d, P, 1)
-        for all layers."""
+        """Return the derivative of the value that each entry reads, by each column.
+
+        The result is (d, P, N), or (d, P, 1) if all layers share the value.
+        """
         training = self.problem.training
         like = self.of_state[0]
         columns = self.columns[: len(like)]
@@ -348,7 +362,10 @@ class _Tangents:
 
 
 def default_width(dtype: torch.dtype) -> float:
-    """Return the cube root of the dtype's spacing: where rounding and curvature do equal harm."""
+    """Return the cube root of the dtype's machine epsilon.
+
+    At this width of a finite difference, rounding and curvature cause equal errors.
+    """
     return float(torch.finfo(dtype).eps ** (1 / 3))
 
 
@@ -360,11 +377,10 @@ def differences(
     width: float,
     watch: Watch | None = None,
 ) -> Hypergradients:
-    """Return the hypergradients of ``names`` from trainings at +-``width`` in the hyperparameter's
-    coordinate.
+    """Return the hypergradients of ``names`` from trainings at +-``width`` in the coordinate.
 
-    Every value must be above 0. ``ratio`` is |weights(+) - weights(-)| / (2 width |weights|) after
-    the last step.
+    The coordinate is the logarithm, or the logit of momentum and betas. Every value must be above
+    0. ``ratio`` is |weights(+) - weights(-)| / (2 width |weights|) after the last step.
     """
     training = problem.training
     tables = problem.tables

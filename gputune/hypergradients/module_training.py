@@ -25,8 +25,10 @@ Pair = tuple[Any, Any]
 
 
 class ModuleTraining:
-    """One minibatch a step, in training mode; the validation pair in evaluation mode. One member, P
-    = 1."""
+    """The inner training of a user's module: one minibatch per step, one member (P = 1).
+
+    Steps run in training mode. The validation pair runs in evaluation mode.
+    """
 
     def __init__(
         self, module: nn.Module, loss: Loss, batches: Sequence[Pair], valid: Pair, *, seed: int
@@ -43,7 +45,7 @@ class ModuleTraining:
             names = differentiate_statistics(module)
         buffers = dict(module.named_buffers())
         self.running = {name: buffers.pop(name) for name in names}
-        # Parameters, then running statistics: what a row holds.
+        # A row of weights (1, N) has the parameters first, then the running statistics.
         self.entries = {**self.trained, **self.running}
         self.sizes = [p.numel() for p in self.entries.values()]
         self.kept = sum(self.sizes[len(self.trained) :])
@@ -56,7 +58,7 @@ class ModuleTraining:
         self.dtype = like.dtype
         numbers, sizes = (torch.tensor(each, device="cpu") for each in (layers, self.sizes))
         self.layer = numbers.repeat_interleave(sizes).to(self.device)
-        # Clones, since a forward may write into them.
+        # These are clones, because a forward pass may write into them.
         frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
         self.fixed = {
             name: tensor.detach().clone() for name, tensor in {**frozen, **buffers}.items()
@@ -64,15 +66,17 @@ class ModuleTraining:
         self.frozen = frozen.keys()
 
     def start(self) -> Tensor:
-        """Return the module's own parameters and running statistics, (1, N)."""
+        """Return the module's parameters and running statistics, (1, N)."""
         return torch.cat([p.detach().flatten().to(self.dtype) for p in self.entries.values()])[None]
 
     def clock(self, step: int) -> Clock:
         return Clock(np.array([step]))
 
     def losses(self, weights: Tensor, step: int) -> Tensor:
-        """Return the loss (1,) of one minibatch; draws of dropout depend on the seed and the step
-        alone."""
+        """Return the loss (1,) of one minibatch.
+
+        Random draws such as dropout depend only on the seed and the step.
+        """
         return self._loss(weights, step)[0]
 
     def statistics(self, weights: Tensor, step: int) -> Tensor:
@@ -82,8 +86,10 @@ class ModuleTraining:
         return self._loss(weights, None)[0]
 
     def _loss(self, weights: Tensor, step: int | None) -> tuple[Tensor, Tensor]:
-        """Return the loss (1,) of a minibatch, or of the validation pair, and the running
-        statistics (1, kept)."""
+        """Return the loss (1,) and the running statistics (1, kept) of a minibatch.
+
+        ``step`` None means the validation pair.
+        """
         pair, name = (
             (self.valid, "valid") if step is None else (self.batches[step], f"batches[{step}]")
         )
@@ -97,8 +103,10 @@ class ModuleTraining:
         with draws, _module_errors(name, pair), self.objective.substitute(state) as objective:
             self.module.train(step is not None)
             differentiate_statistics(self.module)
-            # Copies: the module or the loss may write into them, and later steps read them again.
-            # And autograd could not keep one that was made in inference mode.
+            # The pair is copied for two reasons. The module or the loss may write into it, and
+            # later
+            # steps read it again. And autograd cannot save a tensor that was made in inference
+            # mode.
             loss = objective(*tree_map_only(Tensor, Tensor.clone, pair))
             after = {**dict(objective.named_parameters()), **dict(objective.named_buffers())}
         for key, before in self.fixed.items():
@@ -124,15 +132,16 @@ class ModuleTraining:
         return loss.view(1), torch.cat([*running, weights.new_empty(0)])[None]
 
     def check_graph(self) -> None:
-        """Raise InputError where a loss fails, or the first minibatch reads parameters behind the
-        module's back.
+        """Raise InputError if a loss fails, or if the first minibatch uses parameters that training
+        cannot reach.
 
-        Such parameters would stay at their start while the others are trained.
+        A module or loss that holds a parameter in its own variable always reads the starting value.
+        Such a parameter would not change while the others are trained.
         """
         with torch.enable_grad():
             loss = self.losses(self.start().requires_grad_(), 0)
         with torch.no_grad():
-            # so that what is wrong with the pair is said before the training
+            # This reports errors in the validation pair before the training begins.
             self.validation(self.start())
         read = {id(getattr(node, "variable", None)) for node in nodes(loss)}
         if behind := [name for name, p in self.trained.items() if id(p) in read]:
@@ -143,21 +152,20 @@ class ModuleTraining:
             )
 
     def parameters(self, weights: Tensor) -> Params:
-        """Return the named parameters and running statistics that a row (1, N) holds."""
+        """Return the named parameters and running statistics that are stored in a row (1, N)."""
         parts = torch.split(weights[0], self.sizes)
         return {name: part.view(p.shape) for (name, p), part in zip(self.entries.items(), parts)}
 
 
 @contextmanager
 def _module_errors(name: str, pair: Pair) -> Iterator[None]:
-    """Raise InputError, with the pair (x, y) that it was about, for what a module or a loss
-    raises."""
+    """Turn errors of a module or a loss into an InputError that names the pair (x, y)."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except NotImplementedError as error:
-        # as torch says it
+        # The words of torch's own error message.
         if not re.search("not implemented for '(Long|Int|Short|Char|Byte|Bool)'", str(error)):
             raise
         raise InputError(
@@ -177,8 +185,10 @@ def _module_errors(name: str, pair: Pair) -> Iterator[None]:
 
 
 class _Objective(nn.Module):
-    """The loss of a module's output, in one call: a loss that reads the module's parameters sees
-    the trained ones."""
+    """The loss of a module's output as one module.
+
+    If the loss reads the module's parameters, it sees the trained ones.
+    """
 
     def __init__(self, module: nn.Module, loss: Loss) -> None:
         super().__init__()
@@ -190,7 +200,7 @@ class _Objective(nn.Module):
 
 
 def check_module(module: nn.Module) -> None:
-    """Raise InputError for a module that cannot be trained as a function of its parameters."""
+    """Raise InputError if a module cannot be trained as a function of its parameters."""
     if not isinstance(module, nn.Module):
         raise InputError(f"module must be a torch.nn.Module, got {type(module).__name__}.")
     if lazy := [

@@ -1,22 +1,28 @@
-"""Optimizers that adapt their learning rate while they run, by the slope of the loss in the rate of
-the last step.
+"""Optimizers that adapt their learning rate while they train.
 
-After a step w_t = w_{t-1} - lr u_{t-1} the loss is a function of lr, and with the gradient g_t at
-w_t its slope is dL(w_t)/dlr = -g_t . u_{t-1} = -h_t. Every step first moves lr by what h_t says,
-then goes with it. The first step has no u, and leaves lr. Here u is all that lr multiplies
-(momentum, Adam's scaling, decoupled weight decay), and L2 weight decay is part of g. The sums run
-over all parameters of a group, which has one rate.
+They use the slope of the loss in the rate of the last step. After a step w_t = w_{t-1} - lr u_{t-1}
+the loss is a function of lr. With the gradient g_t at w_t, its slope is
+
+    dL(w_t)/dlr = -g_t . u_{t-1} = -h_t.
+
+Every step first changes lr according to h_t, and then moves the parameters with the new lr. The
+first step has no u, so it does not change lr.
+
+Here u is everything that lr multiplies: momentum, Adam's scaling and decoupled weight decay. L2
+weight decay is part of g. The sums run over all parameters of a group, because a group has one
+rate.
 
 rule                change of lr                            hypergrad_lr is
-"multiplicative"    lr * hypergrad_lr * h / (|g_t| |u|)     the largest relative change of lr in one step
+"multiplicative"    lr * hypergrad_lr * h / (|g_t| |u|)     largest relative change of lr a step
 "additive"          hypergrad_lr * h                        in units of lr squared over loss
 "normalized"        hypergrad_lr * h / (|g_{t-1}| |u|)      in units of lr
 
-Sources: "additive" is Baydin, Cornish, Martinez Rubio, Schmidt and Wood (2018), "Online learning
-rate adaptation with hypergradient descent", arXiv:1703.04782, and "multiplicative" the same made
-free of scale; "normalized" is Chu, Gao, Ye and Udell (2025), arXiv:2502.11229, as for plain
-gradient descent it divides by |g_{t-1}|^2. Departure from the
-first: lr does not fall below 0 unless ``lr_min`` is None.
+Sources: "additive" is the rule of Baydin, Cornish, Martinez Rubio, Schmidt and Wood (2018), "Online
+learning rate adaptation with hypergradient descent", arXiv:1703.04782. "multiplicative" is the same
+rule, made independent of the model's scale. "normalized" is the rule of Chu, Gao, Ye and Udell
+(2025), arXiv:2502.11229. For plain gradient descent it divides by |g_{t-1}|^2.
+
+Departure from Baydin et al.: lr does not fall below 0 unless ``lr_min`` is None.
 """
 
 import math
@@ -41,11 +47,11 @@ Pair = tuple[Tensor, Tensor]
 
 
 class _Online(Optimizer):
-    """A descent whose groups adapt their ``lr``; a subclass says in which direction it goes.
+    """Base class of optimizers with parameter groups that adapt their ``lr``.
 
-    The state of a parameter has its ``direction`` of the last step, if that step moved it. A group
-    has
-    ``grad_norm``, the norm of its gradient at the last step, for the rule that divides by it.
+    A subclass computes the direction of a step. The state of a parameter has ``direction``, the
+    direction of the last step, if that step moved the parameter. A group has ``grad_norm``, the
+    norm of its gradient at the last step, for the rule that divides by it.
     """
 
     _decoupled = False  # whether weight decay is part of the direction, not of the gradient
@@ -62,12 +68,14 @@ class _Online(Optimizer):
         super().__init__(params, {**defaults, "grad_norm": 0.0})
 
     def _directions(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-        """Return the directions u of this step in tensors of their own; the moments move."""
+        """Return the directions u of this step as new tensors, and update the moments."""
         raise NotImplementedError
 
     def _gradients(self, group: Group, params: list[Tensor]) -> list[Tensor]:
-        """Return the gradients that h is made of, L2 weight decay included; ``p.grad`` stays as it
-        is."""
+        """Return the gradients that enter h, including L2 weight decay.
+
+        ``p.grad`` is not changed.
+        """
         grads = [p.grad for p in params if p.grad is not None]
         for grad in grads:
             if grad.layout != torch.strided or grad.is_complex():
@@ -80,21 +88,35 @@ class _Online(Optimizer):
         return list(torch._foreach_add(grads, params, alpha=decay)) if decay and grads else grads
 
     def _moments(self, name: str, params: list[Tensor]) -> list[Tensor]:
-        """Return the tensors of one name in the state, zero before the first step."""
+        """Return the state tensors of one name; they are zero before the first step."""
         for p in params:
             if name not in self.state[p]:
                 self.state[p][name] = torch.zeros_like(p)
         return [self.state[p][name] for p in params]
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add parameters, with hyperparameters of their own where they are given. Raises
-        InputError."""
+        """Add a group of parameters, which may have its own hyperparameters.
+
+        Args:
+            param_group: A dict with "params" and any of the optimizer's hyperparameters. Missing
+                ones have the optimizer's values.
+
+        Raises:
+            InputError: A hyperparameter is out of its range.
+        """
         super().add_param_group({**param_group, **_check_group({**self.defaults, **param_group})})
 
     def load_state_dict(self, state_dict: Group) -> None:
-        """Go on, bit for bit, where an optimizer of the same class was. Raises InputError for
-        another class."""
-        keys = self.defaults.keys() - {"differentiable"}  # which torch adds of itself when it loads
+        """Continue, bit for bit, from the state of an optimizer of the same class.
+
+        Args:
+            state_dict: The result of ``state_dict()`` of that optimizer.
+
+        Raises:
+            InputError: The state belongs to another class.
+        """
+        # torch itself adds "differentiable" when it loads a state.
+        keys = self.defaults.keys() - {"differentiable"}
         if lacking := sorted(
             {key for group in state_dict["param_groups"] for key in keys - group.keys()}
         ):
@@ -111,8 +133,15 @@ class _Online(Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Adapt the ``lr`` of every group, then go with it; ``closure`` computes the loss anew and
-        returns it."""
+        """Adapt the ``lr`` of every group, then take a step with it.
+
+        Args:
+            closure: A function that computes the loss and its gradients again, and returns the
+                loss; or None.
+
+        Returns:
+            The loss of ``closure``, or None without it.
+        """
         with torch.enable_grad():
             loss = None if closure is None else closure()
         for group in self.param_groups:
@@ -127,14 +156,17 @@ class _Online(Optimizer):
                 for p, direction in zip(moved, directions):
                     self.state[p]["direction"] = direction
             for p in group["params"]:
-                # it stays where it is, so the next h has no part of it
+                # Without a gradient the parameter does not move, so it must not contribute to the
+                # next h.
                 if p.grad is None and p in self.state:
                     self.state[p].pop("direction", None)
         return loss
 
     def _adapt(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> None:
-        """Move the rate of a group by its rule: one rate for all its tensors, whatever their
-        order."""
+        """Change the rate of a group by its rule.
+
+        All tensors of the group share one rate, and their order does not matter.
+        """
         rule = group["rule"]
         lr = group["lr"]
         moved = [p for p in group["params"] if "direction" in self.state.get(p, ())]
@@ -159,37 +191,49 @@ class _Online(Optimizer):
 
 
 class SGDHD(_Online):
-    """torch.optim.SGD, heavy-ball and Nesterov momentum included, with a learning rate that adapts
-    itself.
+    """torch.optim.SGD with a learning rate that adapts itself.
 
-    lr: where the rate begins, > 0 (>= 0 with the other rules); ``param_groups[i]["lr"]`` is the
-        present one, a float.
-    hypergrad_lr: how fast it moves, see the module's table. None is 0.02 with rule="multiplicative"
-    (in [0, 1)): 35 steps that agree double the rate. The other rules depend on the scale of the
-    model and need a value.
-    rule: "multiplicative", which is free of scale, "additive" or "normalized".
-    momentum, nesterov, weight_decay (L2): as in torch.optim.SGD.
-    lr_min, lr_max: bounds of the rate; None is no bound, and then the rate may become negative.
-    foreach: all tensors of a group at once (None: if they are on a GPU) or one after the other; the
-        same numbers.
+    Heavy-ball and Nesterov momentum are supported.
 
-    A norm of zero, or one that is not finite, leaves the rate. A parameter without gradient is
+    If a norm is zero or not finite, the rate does not change. A parameter without a gradient is
     skipped, and counts as zero in g and u. A scheduler that multiplies the rate (StepLR,
-    ExponentialLR) goes well with it; one that sets it (LambdaLR, OneCycleLR) overwrites what was
-    learnt. Raises InputError, also at a sparse or complex gradient.
+    ExponentialLR) works with this optimizer. A scheduler that sets the rate (LambdaLR, OneCycleLR)
+    overwrites the learned rate.
 
-    What it can do is to repair a rate that is much too small. On digits (64-64-64-10, ReLU, batches
-    of 32, 30 epochs, mean of two seeds) the lowest validation loss from lr = 0.001, 0.01, 0.1, 0.5
-    is 0.365, 0.203, 0.151, 0.097; at constant rates 2.287, 1.325, 0.115, 0.074. So it does not
-    replace a search of lr:
+    Its use is to repair a rate that is much too small. The following results are on digits
+    (64-64-64-10 network, ReLU, batches of 32, 30 epochs, mean of two seeds). The lowest validation
+    loss from lr = 0.001, 0.01, 0.1, 0.5 is 0.365, 0.203, 0.151, 0.097. Constant rates give 2.287,
+    1.325, 0.115, 0.074. So it does not replace a search for lr:
 
-    - It is greedy: it asks for the best loss after one step, and such rates are too small for a
-      long training (Wu, Ren, Liao and Grosse, 2018, arXiv:1803.02021). Above, the rate that began
-      at 0.1 ended at 0.023, and with hypergrad_lr=0.05 at 0.010.
-    - With rule="additive" hypergrad_lr must be tuned for every model, since h is a sum over all its
-      parameters.
-    - A rate that is much too large may ruin the parameters before it has fallen: above, from lr = 2
-      the loss is 2.209.
+    - It is greedy: it minimizes the loss after one step, and such rates are too small for a long
+      training (Wu, Ren, Liao and Grosse, 2018, arXiv:1803.02021). In the example above, the rate
+      that began at 0.1 ended at 0.023, and with hypergrad_lr=0.05 at 0.010.
+    - With rule="additive" you must tune hypergrad_lr for every model, because h is a sum over all
+      its parameters.
+    - A rate that is much too large may ruin the parameters before the rate has fallen. In the
+      example above, the loss from lr = 2 is 2.209.
+
+    Args:
+        params: The parameters, or parameter groups, as in torch.optim.SGD.
+        lr: The starting rate, > 0 (>= 0 with the other rules). ``param_groups[i]["lr"]`` is the
+            present rate, a float.
+        hypergrad_lr: The speed at which the rate moves; see the table at the top of this module.
+            None means 0.02 with rule="multiplicative", for which the range is [0, 1). With 0.02,
+            the rate doubles after 35 steps whose directions agree. The other rules depend on the
+            scale of the model and need a value.
+        rule: "multiplicative" (independent of the model's scale, the default), "additive" or
+            "normalized".
+        momentum: As in torch.optim.SGD. Default 0.
+        nesterov: As in torch.optim.SGD. Default False.
+        weight_decay: L2 weight decay, as in torch.optim.SGD. Default 0.
+        lr_min: Lower bound of the rate, default 0. With None there is no bound, and the rate may
+            become negative.
+        lr_max: Upper bound of the rate. None, the default, means no bound.
+        foreach: True processes all tensors of a group at once, False one after the other. None
+            means True for tensors on a GPU. The numbers are the same.
+
+    Raises:
+        InputError: An argument is out of its range, or, in a step, a gradient is sparse or complex.
     """
 
     def __init__(
@@ -220,16 +264,28 @@ class SGDHD(_Online):
 
 
 class AdamHD(_Online):
-    """torch.optim.Adam with a learning rate that adapts itself; ``weight_decay`` is L2, in the
-    gradient.
+    """torch.optim.Adam with a learning rate that adapts itself.
 
-    hypergrad_lr, rule, lr_min, lr_max, foreach: as for SGDHD, with its warnings. Raises InputError
-    as it does.
+    Expect a smaller benefit than from SGDHD, because Adam already scales its steps. In the runs
+    that the paper's authors published, logistic regression on MNIST has a validation loss of 0.2723
+    after ten epochs, and 0.2719 with Adam. In the digits example of SGDHD, AdamHD ends at 0.141,
+    0.118, 0.091, 0.080 from lr = 1e-5, 1e-4, 1e-3, 1e-2. Constant rates end at 2.247, 0.556, 0.104,
+    0.076.
 
-    Expect less than from SGDHD: Adam scales its steps already. In the runs that the paper's authors
-    published, logistic regression on MNIST has a validation loss of 0.2723 after ten epochs, and
-    0.2719 with Adam. On the digits of SGDHD's docstring it ends at 0.141, 0.118, 0.091, 0.080 from
-    lr = 1e-5, 1e-4, 1e-3, 1e-2; at constant rates 2.247, 0.556, 0.104, 0.076.
+    Args:
+        params: The parameters, or parameter groups, as in torch.optim.Adam.
+        lr: The starting rate. Default 1e-3.
+        hypergrad_lr: As in SGDHD, with the same limits.
+        rule: As in SGDHD, with the same limits.
+        betas: As in torch.optim.Adam. Default (0.9, 0.999).
+        eps: As in torch.optim.Adam. Default 1e-8.
+        weight_decay: L2 weight decay, which is part of the gradient. Default 0.
+        lr_min: As in SGDHD.
+        lr_max: As in SGDHD.
+        foreach: As in SGDHD.
+
+    Raises:
+        InputError: As in SGDHD.
     """
 
     def __init__(
@@ -257,7 +313,7 @@ class AdamHD(_Online):
         torch._foreach_lerp_(m, grads, 1 - beta1)
         torch._foreach_mul_(v, beta2)
         torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
-        # m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
+        # Direction: m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
         below = torch._foreach_sqrt(v)
         torch._foreach_div_(below, [math.sqrt(1 - beta2 ** state["step"]) for state in states])
         torch._foreach_add_(below, group["eps"])
@@ -266,12 +322,26 @@ class AdamHD(_Online):
 
 
 class AdamWHD(AdamHD):
-    """torch.optim.AdamW with a learning rate that adapts itself: the decay, decoupled, is part of
-    the direction u.
+    """torch.optim.AdamW with a learning rate that adapts itself.
 
-    The arguments are those of AdamHD, and so is what it can do: on the same digits it ends at
-    0.142, 0.117, 0.091, 0.074 from lr = 1e-5, 1e-4, 1e-3, 1e-2; at constant rates 2.247, 0.557,
-    0.105, 0.068.
+    The decoupled weight decay is part of the direction u. In the digits example of SGDHD, AdamWHD
+    ends at 0.142, 0.117, 0.091, 0.074 from lr = 1e-5, 1e-4, 1e-3, 1e-2. Constant rates end at
+    2.247, 0.557, 0.105, 0.068. So its limits are those of AdamHD.
+
+    Args:
+        params: The parameters, or parameter groups, as in torch.optim.AdamW.
+        lr: The starting rate. Default 1e-3.
+        hypergrad_lr: As in SGDHD.
+        rule: As in SGDHD.
+        betas: As in torch.optim.AdamW. Default (0.9, 0.999).
+        eps: As in torch.optim.AdamW. Default 1e-8.
+        weight_decay: Decoupled weight decay. Default 0.01.
+        lr_min: As in SGDHD.
+        lr_max: As in SGDHD.
+        foreach: As in SGDHD.
+
+    Raises:
+        InputError: As in SGDHD.
     """
 
     _decoupled = True
@@ -299,13 +369,15 @@ class AdamWHD(AdamHD):
 
 
 def _arguments(names: Mapping[str, object]) -> Group:
-    """Return what a constructor was called with, of its local names."""
+    """Return the arguments of a constructor call, from its local variables."""
     return {name: value for name, value in names.items() if name not in ("self", "__class__")}
 
 
 def _check_group(group: Group) -> Group:
-    """Return the hyperparameters of a group in Python's own numbers; raise InputError where one is
-    out of range."""
+    """Return the hyperparameters of a group as Python numbers.
+
+    Raises InputError if one is out of range.
+    """
     rule = group["rule"]
     if rule not in ONLINE_RULES:
         raise InputError(
@@ -360,9 +432,10 @@ def _number(
     high: float = math.inf,
     low_counts: bool = True,
 ) -> float:
+    """Return a hyperparameter as a float; raise InputError if it is out of range."""
     value = group[name]
     if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
-        number = float(value)  # a fraction below 1 may round to it
+        number = float(value)  # a Fraction just below 1 may round to 1.0
         if number < high and (number >= low if low_counts else number > low):
             return number
     least = "" if low == -math.inf else f" >= {low:g}" if low_counts else f" > {low:g}"
@@ -373,8 +446,10 @@ def _number(
 
 
 def _parts(pairs: Sequence[Pair], foreach: bool | None) -> list[list[int]]:
-    """Return the positions of what is worked on at once: all of one device and dtype, or each
-    tensor alone."""
+    """Return the positions of the tensors that are processed together.
+
+    These are all tensors of one device and dtype, or each tensor separately.
+    """
     alike = defaultdict(list)
     together = all(x.is_cuda for x, _ in pairs) if foreach is None else foreach
     for i, (x, y) in enumerate(pairs):
@@ -383,26 +458,26 @@ def _parts(pairs: Sequence[Pair], foreach: bool | None) -> list[list[int]]:
 
 
 def _sums(products: list[list[Pair]], foreach: bool | None) -> list[float]:
-    """Return, for each list of pairs of tensors, the sum of the products of all their entries."""
+    """Return, for each list of tensor pairs, the sum of the products of all their entries."""
     parts = [
         [zip(*(pairs[i] for i in part)) for part in _parts(pairs, foreach)] for pairs in products
     ]
     dots = [[torch.dot(*map(_flat, part)) for part in group] for group in parts]
     every = [dot for group in dots for dot in group]
-    # one sync
+    # All sums are transferred in one synchronization with the GPU.
     values = iter(torch.stack([dot.to(every[0].device) for dot in every]).tolist() if every else [])
     return [sum(next(values) for _ in group) for group in dots]
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    """Return all entries as one vector, in float32 or a wider dtype."""
     flat = (
         tensors[0].reshape(-1) if len(tensors) == 1 else torch.cat([t.reshape(-1) for t in tensors])
     )
-    # Squares soon leave the range of half precision.
+    # Squares easily leave the range of half precision.
     return flat.to(torch.promote_types(flat.dtype, torch.float32))
 
 
 def _share(part: float, whole: float) -> float:
-    """Return part / whole, or 0 where nothing can be said: a norm of zero, or one that is no longer
-    finite."""
+    """Return part / whole, or 0 if ``whole`` is zero or the quotient is not finite."""
     return share if whole > 0 and math.isfinite(share := part / whole) else 0.0
