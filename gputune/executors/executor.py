@@ -1,5 +1,7 @@
-"""Where chunks train, and the one loop that hands them out: to this process, to worker processes,
-to a cluster."""
+"""Executors train chunks, and one queue hands the chunks out.
+
+A chunk trains in this process, in a worker process or on a cluster.
+"""
 
 import threading
 from collections import Counter, deque
@@ -13,59 +15,77 @@ from gputune.text import count
 
 
 class Unit(Protocol):
-    """What trains as one, a chunk of trials or a trial, known by the places of its trials."""
+    """A chunk of trials, or one trial, that trains as one unit of work.
+
+    It is identified by the numbers of its trials.
+    """
 
     @property
     def index(self) -> tuple[int, ...]:
-        """The places."""
+        """The numbers of the trials in the search."""
 
 
 Chunk = TypeVar("Chunk", bound=Unit)
 Result = TypeVar("Result")
 
-Outcomes = Sequence[Outcome | Failure]  # what came of a chunk of a population, part by part
+Outcomes = Sequence[Outcome | Failure]  # the results of a chunk of a population, part by part
 Task = Callable[[Chunk], Sequence[Result]]  # trains a chunk in this process
-# From any thread: told what came of a chunk that a worker has trained, or its error; asked whether
-# one may begin here.
+# Ended is called from any thread, with the results or the error of a chunk that a worker trained.
+# Claim returns whether a chunk may begin.
 Ended = Callable[[Chunk, Sequence[Result] | Exception], None]
 Claim = Callable[[Chunk], bool]
 
-LOSSES = 3  # workers that one chunk may lose before it is given up
+LOSSES = 3  # a chunk that has lost this number of workers is given up
 
 
 class LostWorkerError(Exception):
-    """A worker has ended without an answer; the text says how."""
+    """A worker ended without an answer. The text of the error says how the worker ended."""
 
 
 class Executor(Generic[Chunk, Result]):
-    """This process alone. Those that follow have workers, beside this process or instead of it."""
+    """The base executor, which has no workers: every chunk trains in this process.
+
+    Subclasses train chunks in workers, in addition to this process or instead of it.
+    """
 
     worker = "this process"
 
     @property
     def capacity(self) -> int:
-        """Chunks that the workers train at once."""
+        """The number of chunks that the workers can train at the same time."""
         return 0
 
     def submit(self, chunk: Chunk, ended: Ended[Chunk, Result]) -> bool:
-        """Give a chunk to a worker, of which one is free; False where no worker starts any more."""
+        """Give a chunk to a free worker. The caller makes sure that a worker is free.
+
+        Args:
+            chunk: The chunk to train.
+            ended: The function to call with the results or the error of the chunk, from any thread.
+
+        Returns:
+            False if no worker can be started any more, else True.
+        """
         return False
 
     def wait(self) -> None:
-        """Return when a chunk may have ended, or after a moment."""
+        """Block until a chunk may have ended, or for a short time."""
 
     def give_up(self, chunk: Chunk, losses: int, reason: str) -> Sequence[Result] | Exception:
-        """Return what becomes of a chunk that has lost so many workers; an error is raised when all
-        else is done."""
+        """Return the results of a chunk that has lost ``losses`` workers, or an error.
+
+        The queue raises the error after all other chunks have ended.
+        """
         return []
 
     def stop(self) -> None:
-        """End the workers, whatever they are doing."""
+        """End the workers at once, also in the middle of a chunk."""
 
 
 class Queue(Generic[Chunk, Result]):
-    """The chunks that wait. A worker that ends one is given the next at once, from whatever thread
-    says so."""
+    """The queue of waiting chunks.
+
+    A worker that ends a chunk is given the next chunk at once, by the thread that reports the end.
+    """
 
     def __init__(
         self,
@@ -75,31 +95,47 @@ class Queue(Generic[Chunk, Result]):
         claim: Claim[Chunk],
         may_begin: Claim[Chunk] | None = None,
     ) -> None:
-        """Make the queue. A chunk waits for the results of others until ``may_begin`` allows it."""
+        """Make the queue.
+
+        Args:
+            chunks: The chunks to train, in order.
+            executor: The executor with the workers.
+            stop: The signal that ends the search.
+            claim: Returns whether a chunk may be trained. A chunk that it refuses is dropped.
+            may_begin: Returns whether a chunk may begin now. Until then the chunk waits for the
+                results of other chunks. None lets every chunk begin.
+        """
         self.executor = executor
         self.stopping = stop
         self.claim = claim
         self.may_begin = may_begin
-        # A chunk whose worker is lost goes to another worker, never to this process, which it might
-        # end as well.
+        # A chunk whose worker is lost goes to another worker, never to this process: the chunk
+        # might end this process as well.
         self.waiting = deque(chunks)
         self.lost = deque[Chunk]()
         self.losses: Counter[tuple[int, ...]] = Counter()
         self.running: set[tuple[int, ...]] = set()
         self.done: deque[Sequence[Result] | Exception | str] = deque()  # a text is a warning
         self.begun = False
-        self.is_refused = False  # whether a worker was wanted and none starts any more
-        self.error: Exception | None = None  # raised when all else is done
-        # Reentrant: a worker may have ended a chunk before it is noted that it was given it.
+        self.is_refused = False  # whether no worker could be started for a chunk any more
+        self.error: Exception | None = None  # raised after all other chunks have ended
+        # Reentrant: a worker may end a chunk while submit() still runs in the same thread.
         self.lock = threading.RLock()
 
     def run(self, task: Task[Chunk, Result] | None, progress: Progress) -> Iterator[Result]:
-        """Yield what came of the chunks, as they end; by ``task``, if any, this process trains what
-        no worker takes."""
+        """Yield the results of the chunks as they end.
+
+        Args:
+            task: Trains a chunk in this process when no worker takes it. None leaves all chunks to
+                the workers.
+            progress: The function to call with the progress of the chunks that workers have
+                trained.
+        """
         try:
             self._fill()
             if task is None and self.is_refused and not self.running:
-                self.stopping.ask()  # the process ends, and nobody is left to train what waits
+                # the process is ending: nothing is left to train the waiting chunks
+                self.stopping.ask()
             trains_here = task is not None
             while True:
                 if trains_here and task is not None and (chunk := self._take()) is not None:
@@ -111,12 +147,12 @@ class Queue(Generic[Chunk, Result]):
                     yield from self._collect_results(progress)
                 else:
                     break
-                # whoever took the results may have let more chunks begin
+                # The caller has used the results by now, so more chunks may be allowed to begin.
                 if self.may_begin is not None:
                     self._fill()
             if self.error is not None and not self.stopping.asked:
                 raise self.error
-        except BaseException:  # GeneratorExit among them: whoever iterates has failed
+        except BaseException:  # also GeneratorExit, when the caller that iterates has failed
             with self.lock:
                 self.waiting.clear()
                 self.lost.clear()
@@ -133,14 +169,16 @@ class Queue(Generic[Chunk, Result]):
             return None
 
     def _next(self) -> Chunk | None:
-        """Return the first of the waiting chunks that may begin."""
+        """Return the first waiting chunk that may begin, or None."""
         if self.may_begin is None:
             return self.waiting[0] if self.waiting else None
         return next(filter(self.may_begin, self.waiting), None)
 
     def _fill(self) -> None:
-        """Give chunks to the workers that are free; one chunk at least begins, however little time
-        there is."""
+        """Give chunks to the free workers.
+
+        At least one chunk begins, even if the time of the search is already over.
+        """
         with self.lock:
             while len(self.running) < self.executor.capacity and not (
                 self.begun and self.stopping.is_over()
@@ -162,13 +200,17 @@ class Queue(Generic[Chunk, Result]):
             )
             try:
                 if not isinstance(content, Exception):
-                    self._fill()  # first, so that no worker waits while a result is written
+                    # before the result is stored, so that no worker waits for the storing
+                    self._fill()
             finally:
                 self.done.append(content)
 
     def _lose(self, chunk: Chunk, reason: str) -> Sequence[Result] | str:
-        """Let the chunk of a lost worker wait again, or give it up; return what is to be said of
-        it."""
+        """Put the chunk of a lost worker back into the queue, or give the chunk up.
+
+        Returns:
+            The text of a warning, or the results of a chunk that was given up.
+        """
         self.losses[chunk.index] += 1
         if self.losses[chunk.index] < LOSSES:
             self.lost.append(chunk)
@@ -184,7 +226,8 @@ class Queue(Generic[Chunk, Result]):
         return outcomes
 
     def _collect_results(self, progress: Progress) -> Iterator[Result]:
-        """Yield what the workers have done by now. An error of theirs is raised here."""
+        """Yield the results that the workers have delivered so far. An error of a worker is raised
+        here."""
         while self.done:
             result = self.done.popleft()
             if isinstance(result, Exception):

@@ -1,9 +1,8 @@
-"""Worker processes on this machine: how a job and its data come to one, how it starts, trains, ends
-and is lost.
+"""Worker processes on this machine train chunks and trials.
 
-A dataset travels as arrays for tensors, which processes map into their memory. An input whose
-memory is a file's already, such as one of ``np.load(mmap_mode="r")``, is not copied: a process of
-this machine maps that file again.
+A dataset travels to a worker as arrays in a file. The worker maps the file into its memory. An
+input that is already mapped from a file, for example by ``np.load(mmap_mode="r")``, is not copied.
+The worker maps the original file again.
 """
 
 import functools
@@ -54,47 +53,53 @@ from gputune.population.population import Population
 from gputune.scratch import naming_folder, scratch_folder
 from gputune.text import count
 
-_LARGE = 1 << 20  # bytes from which a tensor's file is looked for
-_BFLOAT16 = np.dtype([("bits", "<i2")])  # NumPy has no such numbers
+_LARGE = 1 << 20  # bytes; only for a tensor of at least this size is a mapped file searched
+_BFLOAT16 = np.dtype([("bits", "<i2")])  # stands for bfloat16, which NumPy lacks
 
-# the environment variables of a worker, and what its work is given
+# the environment variables of a worker, and the last argument of its work function
 _Place = tuple[Mapping[str, str] | None, object]
 _GiveUp = Callable[[Chunk, int, str], Sequence[Result]]
 
 
 @dataclass(frozen=True)
 class MappedFile:
-    """Where the values of a tensor lie in a file: from the byte ``begin`` on, with ``strides`` in
-    bytes."""
+    """The position of a tensor's values in a file.
+
+    The values begin at the byte ``begin``. The ``strides`` are in bytes.
+    """
 
     path: str
-    file: tuple[int, int]  # device and inode, by which the file is known again
+    file: tuple[int, int]  # device and inode, which show whether the file was replaced
     begin: int
     dtype: str
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
     def array(self) -> np.ndarray:
-        """Return the values, mapped. Raises InputError where the file is another one by now."""
+        """Return the values as an array that maps the file.
+
+        Raises InputError if the file was moved or replaced.
+        """
         if _identity(self.path) != self.file:
             why = (
                 f"the file {self.path!r}, which X is mapped from, was moved or replaced while it "
                 "was being used"
             )
             raise InputError(f"{why}; leave it in its place until the search has ended.")
-        # Copy-on-write: torch wants memory that could be written, and nobody writes to it.
+        # Mode "c" is copy-on-write: torch warns about memory that is read-only. Nothing writes to
+        # it.
         size = _extent(self.shape, self.strides, np.dtype(self.dtype).itemsize)
         memory = np.memmap(self.path, np.uint8, "c", self.begin, (size,))
         return np.ndarray(self.shape, self.dtype, memory, 0, self.strides)
 
 
 def _map_tensors(value: object, change: Any) -> Any:
-    """Return a dataset with ``change`` of every tensor, or of everything that stands for one."""
+    """Return a dataset in which ``change`` replaced every tensor, array and MappedFile."""
     if isinstance(value, Tensor | np.ndarray | MappedFile):
         return change(value)
     if isinstance(value, tuple):
         return tuple(_map_tensors(item, change) for item in value)
-    if isinstance(value, dict):  # of what is made when it is asked for, what is there
+    if isinstance(value, dict):  # entries that are made on demand: only the existing ones
         return {key: _map_tensors(item, change) for key, item in value.items()}
     if isinstance(value, Dataset | Fold | Inputs | Scaling):
         return replace(
@@ -104,8 +109,11 @@ def _map_tensors(value: object, change: Any) -> Any:
 
 
 def to_arrays(data: Dataset, *, here: bool = False) -> Dataset:
-    """Return a dataset on the CPU with arrays for tensors; ``here``, for those of a mapped file,
-    where they lie."""
+    """Return a copy of a dataset on the CPU with arrays in place of tensors.
+
+    With ``here=True``, a MappedFile replaces each tensor that is mapped from a file. Only processes
+    of this machine can read it.
+    """
 
     def change(tensor: Tensor) -> np.ndarray | MappedFile:
         if tensor.dtype == torch.bfloat16:
@@ -116,7 +124,7 @@ def to_arrays(data: Dataset, *, here: bool = False) -> Dataset:
 
 
 def to_tensors(data: Dataset) -> Dataset:
-    """Return the dataset of ``to_arrays``."""
+    """Convert the result of ``to_arrays`` back to a dataset of tensors."""
 
     def change(value: np.ndarray | MappedFile) -> Tensor:
         array = value.array() if isinstance(value, MappedFile) else value
@@ -128,18 +136,24 @@ def to_tensors(data: Dataset) -> Dataset:
 
 
 def to_device(data: Dataset, device: torch.device) -> Dataset:
-    """Return a dataset with its tensors on a device, but for inputs that stay in main memory."""
+    """Return a dataset with its tensors on a device.
+
+    The inputs stay in main memory if the dataset keeps them there (``on_host``).
+    """
     on_device = cast(Dataset, _map_tensors(data, lambda tensor: tensor.to(device)))
     return replace(on_device, inputs=data.inputs) if data.on_host else on_device
 
 
 def mapped_file(tensor: Tensor) -> MappedFile | None:
-    """Return where a tensor lies in a file that this process has mapped, None for one that may be
-    written to too."""
+    """Return the position of a tensor in a file that this process has mapped.
+
+    Returns None if the tensor is not mapped from a file, or if this process may have changed its
+    private copy.
+    """
     array = tensor.numpy()
     start = tensor.data_ptr()
     size = _extent(array.shape, array.strides, array.itemsize)
-    try:  # Linux alone says so
+    try:  # only Linux has this list of mapped files
         lines = Path("/proc/self/maps").read_text().splitlines() if size >= _LARGE else []
     except OSError:
         return None
@@ -147,7 +161,7 @@ def mapped_file(tensor: Tensor) -> MappedFile | None:
         ends, access, offset, _, inode, *path = line.split(maxsplit=5)
         low, high = (int(end, 16) for end in ends.split("-"))
         if low <= start < high:
-            private = access[1] == "w" and access[3] == "p"  # what was written is not in the file
+            private = access[1] == "w" and access[3] == "p"  # changes would be missing in the file
             if (
                 inode == "0"
                 or not path
@@ -162,12 +176,12 @@ def mapped_file(tensor: Tensor) -> MappedFile | None:
 
 
 def _extent(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> int:
-    """Return the bytes from the first value to the end of the last one."""
+    """Return the number of bytes from the first value to the end of the last value."""
     return sum((n - 1) * step for n, step in zip(shape, strides)) + itemsize
 
 
 def _identity(path: str) -> tuple[int, int] | None:
-    """Return device and inode of a file, None where it is gone."""
+    """Return the device and inode of a file, or None if the file is gone."""
     try:
         status = os.stat(path)
     except OSError:
@@ -176,8 +190,11 @@ def _identity(path: str) -> tuple[int, int] | None:
 
 
 def pickle_job(job: Job, *, here: bool = True) -> bytes:
-    """Pickle a job for a worker, with the code of what it could not import: elsewhere, all that is
-    not installed."""
+    """Pickle a job for a worker, together with the code that the worker cannot import.
+
+    With ``here=True`` the worker runs on this machine and can import modules from ``sys.path``.
+    Otherwise it can import only installed packages.
+    """
     metrics = () if job.scoring is None else (job.scoring, *job.scoring.others)
     scorers = [function for metric in metrics for function in (metric.scorer, metric.of_outputs)]
     functions = (
@@ -193,8 +210,11 @@ _NO_SEMAPHORES = "let it be writable, or choose workers=1, which trains in this 
 
 
 class Processes(Executor[Chunk, Result]):
-    """Worker processes, each with environment variables and an argument for ``work`` of its own:
-    its place."""
+    """An executor of worker processes.
+
+    Each worker has a place: its own environment variables, and the last argument of its calls of
+    ``work``.
+    """
 
     worker = "a worker process"
 
@@ -206,9 +226,10 @@ class Processes(Executor[Chunk, Result]):
     ) -> None:
         self.work = work
         self._give_up = give_up
-        # A start of its own, as it would let the signals through that are held off from a worker's.
+        # Started before the workers: it would unblock the signals that stay blocked while a worker
+        # starts.
         resource_tracker.ensure_running()
-        shared_memory = Path("/dev/shm")  # where Linux keeps the semaphores of the queues
+        shared_memory = Path("/dev/shm")  # Linux keeps the semaphores of the queues here
         with naming_folder(shared_memory, "worker processes cannot be started", _NO_SEMAPHORES):
             self.places = {one_worker(place[0]): place for place in places}
         self.idle = list(self.places)
@@ -217,12 +238,14 @@ class Processes(Executor[Chunk, Result]):
 
     @property
     def capacity(self) -> int:
-        """Chunks that the workers train at once."""
+        """The number of chunks that the workers can train at the same time."""
         return len(self.places)
 
     def submit(self, chunk: Chunk, ended: Ended[Chunk, Result]) -> bool:
-        """Give a chunk to an idle worker; False where the interpreter ends, and starts no worker
-        any more."""
+        """Give a chunk to an idle worker.
+
+        Returns False if the interpreter is ending and can start no worker any more.
+        """
         while True:
             pool = self.idle.pop()
             try:
@@ -241,7 +264,8 @@ class Processes(Executor[Chunk, Result]):
         self, chunk: Chunk, ended: Ended[Chunk, Result], future: "Future[Sequence[Result]]"
     ) -> None:
         error = future.exception()
-        # Idle before it is busy no more: whoever stops all workers meanwhile finds it.
+        # The order matters: a worker is always idle or busy, so that stop() in another thread finds
+        # it.
         pool = self.busy[future]
         self.idle.append(self._instead_of(pool) if isinstance(error, BrokenProcessPool) else pool)
         del self.busy[future]
@@ -253,22 +277,22 @@ class Processes(Executor[Chunk, Result]):
             self.news.set()
 
     def _instead_of(self, lost: ProcessPoolExecutor) -> ProcessPoolExecutor:
-        """Return a new worker in the place of one that is lost."""
+        """Return a new worker that replaces a lost worker."""
         pool = one_worker((place := self.places.pop(lost))[0])
         self.places[pool] = place
         return pool
 
     def wait(self) -> None:
-        """Return when a worker has ended a chunk, or after a second."""
+        """Block until a worker has ended a chunk, for at most one second."""
         self.news.wait(timeout=1.0)
         self.news.clear()
 
     def give_up(self, chunk: Chunk, losses: int, reason: str) -> Sequence[Result]:
-        """Return what becomes of a chunk that has lost so many workers."""
+        """Return the results of a chunk that has lost ``losses`` workers."""
         return self._give_up(chunk, losses, reason)
 
     def stop(self) -> None:
-        """End the workers, whatever they are doing."""
+        """End the workers at once, also in the middle of a chunk."""
         for pool in [*self.idle, *self.busy.values()]:
             pool.shutdown(wait=False, kill_workers=True)
         self.idle.clear()
@@ -278,8 +302,10 @@ class Processes(Executor[Chunk, Result]):
 def chunk_processes(
     job: Job, data: Dataset, devices: Sequence[torch.device]
 ) -> Iterator[Processes[Population, Outcome | Failure]]:
-    """Have a worker of one thread for each device inside, beside this process; idle ones serve the
-    next search."""
+    """Provide one worker of one thread for each device, in addition to this process.
+
+    Afterwards the idle workers stay available for the next search.
+    """
     with scratch_folder() as folder:
         path = folder / "data.joblib"
         with naming_folder(
@@ -293,7 +319,7 @@ def chunk_processes(
             )
             yield processes
             if job.is_over():
-                processes.stop()  # idle workers, for whose end this process would wait when it ends
+                processes.stop()  # this process would wait for the idle workers when it ends
             else:
                 idle.extend(processes.idle)
 
@@ -315,13 +341,16 @@ def _failures(chunk: Population, losses: int, reason: str) -> Outcomes:
 
 
 def _run_in_worker(packed: bytes, path: str, chunk: Population, device: torch.device) -> Outcomes:
-    """Train one chunk on a device; nothing comes of it where it is over before it has begun."""
+    """Train one chunk on a device.
+
+    Returns no results if the search is over before the chunk begins.
+    """
     with training:
         job = _unpack_job(packed)
         if job.is_over():
             return []
         try:
-            # What has no device by name would open a context on the first GPU.
+            # Without this, CUDA calls that name no device would open a context on the first GPU.
             gpu = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
             with torch_threads(1), gpu:
                 return run_in_parts(job, _load(path, device), chunk)
@@ -339,14 +368,18 @@ def _run_in_worker(packed: bytes, path: str, chunk: Population, device: torch.de
 
 @functools.lru_cache(maxsize=1)
 def _unpack_job(packed: bytes) -> Job:
-    """Return a job: one object for all chunks of a search, so that steps that were recorded for one
-    serve the next."""
+    """Return the job of a search.
+
+    All chunks of a search share one object, so that steps recorded for one chunk serve the next
+    chunk.
+    """
     return cast(Job, pickle.loads(packed))
 
 
 @functools.lru_cache(maxsize=1)
 def _load(path: str, device: torch.device) -> Dataset:
-    # Copy-on-write: torch wants arrays that could be written, and nobody writes to them.
+    # Mode "c" is copy-on-write: torch warns about arrays that are read-only. Nothing writes to
+    # them.
     return to_device(to_tensors(joblib.load(path, mmap_mode="c")), device)
 
 
@@ -354,15 +387,17 @@ def _load(path: str, device: torch.device) -> Dataset:
 def trial_processes(
     task: Task, workers: int | None, n_trials: int, folder: Path
 ) -> Iterator[Executor[Trial, Ending]]:
-    """Have worker processes inside that call the objective of a user's own loop; none where this
-    process is enough."""
+    """Provide worker processes that call the objective of a custom training loop.
+
+    No workers are started if one process is enough.
+    """
     with task.stop.heard_by_workers(folder / "stop"):
         executor = Executor[Trial, Ending]()
         path = folder / "task.pkl"
         if len(places := environments(workers, n_trials)) > 1:
             try:
                 pickled = pickled_with_code(task, [task.objective])
-            except Exception as error:  # whatever pickling it raises
+            except Exception as error:  # pickling user code may raise any error
                 why = (
                     f"objective cannot be sent to worker processes ({type(error).__name__}: "
                     f"{error})"
@@ -391,8 +426,17 @@ def _failed_trial(trial: Trial, losses: int, reason: str) -> Sequence[Ending]:
 
 
 def environments(workers: int | None, n_trials: int) -> list[dict[str, str]]:
-    """Return the environment of each worker, None: of one a GPU or core. It has that GPU as "cuda",
-    or some cores."""
+    """Return the environment variables of each worker.
+
+    Args:
+        workers: The number of workers. None means one for each GPU, without GPUs one for each core,
+            but at most one for each trial.
+        n_trials: The number of trials.
+
+    Returns:
+        One dict for each worker. The worker sees its GPU as "cuda". Its number of threads is its
+        share of the cores, unless OMP_NUM_THREADS is already set.
+    """
     gpus = [
         name.strip()
         for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")

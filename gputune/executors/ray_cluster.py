@@ -1,8 +1,7 @@
-"""Which Ray cluster, the connection to it, and whole chunks of a plan as its tasks, with a GPU or
-some CPUs each.
+"""Chunks of a plan train as tasks of a Ray cluster.
 
-The data goes to Ray's object store once. This process trains nothing itself. Ray is imported where
-it is asked for.
+Each task has one GPU or some CPUs. The data goes to Ray's object store once. This process trains
+nothing itself. Ray is imported only when it is used.
 """
 
 import functools
@@ -35,10 +34,10 @@ from gputune.executors.processes import pickle_job, to_arrays, to_device, to_ten
 from gputune.population.population import Population
 from gputune.version import __version__
 
-_COUNT_SECONDS = 5.0  # between two looks at the nodes
-_WAIT_SECONDS = 0.25  # between two looks at whether someone asks for the end
-_SUBMISSION_SECONDS = 0.5  # in which a task that is handed out is not ended: see RayTasks.stop
-_KNOCK_SECONDS = 10.0  # to answer a knock; Ray itself waits for minutes
+_COUNT_SECONDS = 5.0  # between two counts of the nodes
+_WAIT_SECONDS = 0.25  # between two checks for a request to stop
+_SUBMISSION_SECONDS = 0.5  # after its submission a task is not canceled: see RayTasks.stop
+_KNOCK_SECONDS = 10.0  # limit of a test connection; Ray itself waits for minutes
 _GO_ON = (
     "What was finished is kept, and the same call goes on from there where study= names a file."
 )
@@ -51,16 +50,20 @@ _TOKEN = (
 
 @dataclass(frozen=True)
 class Ray:
-    """Where the chunks of a search train: ``tune(..., workers=gputune.Ray("auto"))``;
-    ``workers="ray"`` is ``Ray()``.
+    """The Ray cluster on which the chunks of a search train.
 
-    address  "local": a cluster of this machine's cores and GPUs, started for the search and ended
-             with it; "auto": the cluster that this machine belongs to; "HOST:PORT" or
-             "ray://HOST:PORT" of another. A connection that the process already has (``ray.init``)
-             is used by "local" and "auto".
-    cpus     CPUs that a task reserves on its node, and threads that it computes with
+    Pass it as ``tune(..., workers=gputune.Ray("auto"))``. ``workers="ray"`` is short for ``Ray()``.
 
-    Raises InputError for anything else.
+    Args:
+        address: The cluster to use. "local" starts a cluster with this machine's cores and GPUs,
+            and ends it after the search. "auto" is the cluster that this machine belongs to.
+            "HOST:PORT" or "ray://HOST:PORT" is any other cluster. If the process already has a
+            connection (``ray.init``), "local" and "auto" use that connection.
+        cpus: The number of CPUs that a task reserves on its node. The task computes with this
+            number of threads.
+
+    Raises:
+        InputError: The address or the number of CPUs is not one of these.
     """
 
     address: str = "local"
@@ -74,13 +77,15 @@ class Ray:
 
     @property
     def is_elsewhere(self) -> bool:
-        """Whether the address itself says which cluster, and not this machine."""
+        """True if the address names a cluster by its host and port."""
         return self.address not in ("local", "auto")
 
 
 def check_ray(device: str) -> None:
-    """Raise MissingExtraError where Ray is missing, InputError for a device that its tasks cannot
-    have."""
+    """Check that Ray is installed and that its tasks can use a device.
+
+    Raises MissingExtraError if Ray is missing, and InputError for a device that tasks cannot use.
+    """
     if find_spec("ray") is None:
         raise MissingExtraError(
             'workers="ray" needs Ray, which is missing: pip install "gputune[ray]".'
@@ -92,8 +97,10 @@ def check_ray(device: str) -> None:
 
 @contextmanager
 def ray_cluster(workers: Ray, *, device: str) -> Iterator["RayCluster"]:
-    """Connect to the cluster for what happens inside; a connection that was there before stays.
-    Raises InputError."""
+    """Connect to the cluster for the duration of a ``with`` block.
+
+    A connection that existed before stays open. Raises InputError if the cluster cannot be used.
+    """
     ray = import_module("ray")
     is_ours = not ray.is_initialized()
     if workers.is_elsewhere and not is_ours:
@@ -102,7 +109,7 @@ def ray_cluster(workers: Ray, *, device: str) -> Iterator["RayCluster"]:
         raise InputError(f"Ray(address={workers.address!r}): {why}; {remedy}.")
     try:
         if is_ours:
-            before = signal.getsignal(signal.SIGTERM)  # which Ray changes when it connects
+            before = signal.getsignal(signal.SIGTERM)  # Ray replaces this handler when it connects
             try:
                 _connect(ray, workers.address)
             finally:
@@ -118,24 +125,24 @@ def ray_cluster(workers: Ray, *, device: str) -> Iterator["RayCluster"]:
 def _connect(ray: ModuleType, address: str) -> None:
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if address == "local":
-        # Ray would report usage to its makers; a cluster that is ours stays with us.
+        # Ray reports usage statistics to its makers by default. Off in a cluster that we start.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(address="local", num_cpus=cores(), include_dashboard=False, **quiet)
         return
     hint = ""
     noted = address
     try:
-        if address == "auto":  # the address that Ray has noted, whose head may be long gone
+        if address == "auto":  # the address that Ray has stored; its head node may be gone
             find = getattr(
                 import_module("ray._private.services"), "canonicalize_bootstrap_address", None
             )
-            # Where Ray has this function no longer it finds out by itself, in minutes.
+            # A version of Ray without this private function needs minutes to report a failure.
             noted = os.environ.get("RAY_ADDRESS", "") or (
                 str(find(address, None)) if find else address
             )
         if (place := _host_and_port(noted)) is not None:
             socket.create_connection(place, timeout=_KNOCK_SECONDS).close()
-        hint = _TOKEN  # someone is there; Ray does not say when it was the token that was missing
+        hint = _TOKEN  # a server answered, but Ray does not say when a token is missing
         ray.init(address=address, **quiet)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         why = (
@@ -153,8 +160,11 @@ def _host_and_port(address: str) -> tuple[str, int] | None:
 
 
 def make_task(ray: ModuleType) -> Any:
-    """Return the remote function. Being defined in here it travels as code, and arrives where
-    gputune is missing."""
+    """Return the remote function that trains one chunk.
+
+    It is defined inside this function so that Ray sends its code. It therefore also starts on a
+    node that lacks gputune.
+    """
 
     def chunk(
         foreign: str,
@@ -187,8 +197,15 @@ def make_task(ray: ModuleType) -> Any:
 def run_in_task(
     common: list[Any], population: bytes, left: float | None, threads: int, device: str
 ) -> Outcomes:
-    """Train one chunk in a worker: ``common`` refers to the data and the packed job, ``left`` are
-    seconds of time."""
+    """Train one chunk in a Ray worker.
+
+    Args:
+        common: Ray's references to the dataset and to the pickled job.
+        population: The pickled chunk.
+        left: The time that is left for the search, in seconds. None means no limit.
+        threads: The number of threads to compute with.
+        device: "cpu" or "cuda".
+    """
     import ray
 
     begin = time.monotonic()
@@ -204,19 +221,22 @@ def _dataset(reference: Any, device: str) -> Dataset:
     import ray
 
     with warnings.catch_warnings():
-        # The arrays lie in shared memory that cannot be written to; nobody writes to them.
+        # The arrays lie in Ray's shared memory, which is read-only. Nothing writes to them.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return to_device(to_tensors(ray.get(reference)), torch.device(device))
 
 
 def free_bytes() -> int:
-    """Return the bytes that are free on the GPU of a task."""
+    """Return the number of free bytes on the GPU of a task."""
     return int(torch.cuda.mem_get_info()[0])
 
 
 class RayCluster:
-    """A cluster to which this process is connected; ``device`` is where its tasks compute, ``free``
-    bytes of a GPU."""
+    """A cluster to which this process is connected.
+
+    Its tasks compute on ``device``. ``free`` is the number of free bytes of a GPU, or None on a
+    CPU.
+    """
 
     def __init__(self, ray: ModuleType, *, device: str, cpus: int) -> None:
         self.ray = ray
@@ -233,7 +253,10 @@ class RayCluster:
             )
 
     def room(self, cpus: int) -> int:
-        """Return how many tasks of so many CPUs run at once. Raises InputError where none does."""
+        """Return the number of tasks with ``cpus`` CPUs each that can run at the same time.
+
+        Raises InputError if the cluster cannot run even one such task.
+        """
         nodes = self._nodes()
         tasks = sum(_tasks_on(node, cpus, self.device) for node in nodes)
         if tasks == 0:
@@ -251,8 +274,11 @@ class RayCluster:
         return [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
 
     def bytes_of_a_task(self) -> int:
-        """Return the bytes that one task may take: of the GPU, or of the main memory of the
-        smallest node."""
+        """Return the number of bytes that one task may use.
+
+        On a GPU these are its free bytes. On a CPU it is a task's share of the memory of a node,
+        the smallest such share in the cluster.
+        """
         if self.free is not None:
             return self.free
         of_nodes = [
@@ -262,7 +288,7 @@ class RayCluster:
         return int(min(memory // tasks for memory, tasks in of_nodes if tasks))
 
     def put(self, data: Dataset) -> object:
-        """Return the reference to a dataset in Ray's store, where it lies once."""
+        """Return the reference to a dataset in Ray's object store, which stores it only once."""
         prepared = len(data.preparations)
         if self._stored is None or self._stored[0] is not data or self._stored[1] < prepared:
             self._stored = data, prepared, self.ray.put(to_arrays(data))
@@ -275,8 +301,10 @@ def _tasks_on(node: dict[str, float], cpus: int, device: str) -> int:
 
 
 class RayTasks(Executor[Population, Outcome | Failure]):
-    """The chunks of one plan on their way. Their workers write no checkpoints. Raises InputError
-    and ClusterError."""
+    """The executor that trains the chunks of one plan as Ray tasks.
+
+    The workers write no checkpoints. Raises InputError and ClusterError.
+    """
 
     worker = "a Ray worker"
 
@@ -302,21 +330,24 @@ class RayTasks(Executor[Population, Outcome | Failure]):
 
     @property
     def capacity(self) -> int:
-        """Tasks that run at once; none where a chunk was given up before any was trained."""
+        """The number of tasks that can run at the same time.
+
+        It is 0 if a chunk was given up before any chunk was trained.
+        """
         return 0 if self.has_given_up and not self.has_trained else self.room
 
     def submit(self, chunk: Population, ended: Ended[Population, Outcome | Failure]) -> bool:
-        """Send a chunk on its way."""
-        # Clocks of machines differ; what is left of the time does not.
+        """Submit a chunk as a Ray task."""
+        # The task gets the remaining seconds, not a time of day: clocks of machines differ.
         deadline = self.stopping.deadline
         self.submitted = time.monotonic()
         left = None if deadline is None else deadline - self.submitted
-        # Without what a build adds: machines with and without a GPU have the same torch in two
-        # builds.
+        # Compared without the build suffix, such as +cpu: machines with and without a GPU have
+        # different builds of the same torch.
         versions = ("gputune", __version__), ("torch", str(torch.__version__))
         expected = {name: version.partition("+")[0] for name, version in versions}
-        # Ray adds the current folder to what workers search: a checkout there would hide the
-        # package that is installed.
+        # Ray adds the current folder to the import path of its workers. A checkout in that folder
+        # would hide the installed package.
         foreign = "" if "" in sys.path or os.getcwd() in sys.path else os.getcwd()
         limits = left, self.threads, self.cluster.device
         self.running[
@@ -325,8 +356,9 @@ class RayTasks(Executor[Population, Outcome | Failure]):
         return True
 
     def wait(self) -> None:
-        """Take in what has come back, if anything does in a moment."""
-        # which tasks do not hear: they are ended, and a later call trains their chunks again
+        """Collect the results of a task that has ended, after a short wait at most."""
+        # Tasks do not receive the request to stop. They are canceled, and a later call trains their
+        # chunks again.
         if self.stopping.asked:
             self.stop()
             for chunk, ended in self.running.values():
@@ -334,7 +366,7 @@ class RayTasks(Executor[Population, Outcome | Failure]):
             self.running.clear()
             return
         refs, _ = self.ray.wait(list(self.running), num_returns=1, timeout=_WAIT_SECONDS)
-        if time.monotonic() - self.counted > _COUNT_SECONDS:  # a cluster grows and shrinks
+        if time.monotonic() - self.counted > _COUNT_SECONDS:  # clusters grow and shrink
             self.counted = time.monotonic()
             try:
                 self.room = self.cluster.room(self.cpus)
@@ -345,7 +377,7 @@ class RayTasks(Executor[Population, Outcome | Failure]):
             ended(chunk, self._result(ref))
 
     def _result(self, ref: object) -> Outcomes | Exception:
-        """Return what a task gave, or its error."""
+        """Return the results of a task, or the error that lost its worker."""
         errors = self.ray.exceptions
         try:
             end, *content = self.ray.get(ref)
@@ -373,8 +405,10 @@ class RayTasks(Executor[Population, Outcome | Failure]):
         return outcomes
 
     def give_up(self, chunk: Population, losses: int, reason: str) -> Exception:
-        """Return the error of a chunk that has lost so many workers; its trials wait for a later
-        call."""
+        """Return the error of a chunk that has lost ``losses`` workers.
+
+        The trials of the chunk wait for a later call.
+        """
         self.has_given_up = True
         why = f"have lost {losses} workers one after the other, the last because: {reason}"
         remedy = "A smaller memory= makes chunks of fewer trials."
@@ -383,11 +417,12 @@ class RayTasks(Executor[Population, Outcome | Failure]):
         )
 
     def stop(self) -> None:
-        """End the tasks, whatever they are doing.
+        """Cancel the tasks at once, also in the middle of a chunk.
 
-        Ray 2.60 takes down this process where a task is cancelled in the milliseconds between its
-        submission and its arrival in Ray's queue: it fails the task, trains it all the same and
-        does not expect the answer.
+        A bug of Ray 2.60 can end this process. It happens if a task is canceled in the milliseconds
+        between its submission and its arrival in Ray's queue. Ray then marks the task as failed,
+        trains it nevertheless, and does not expect its answer. Therefore this function waits after
+        a submission.
         """
         if self.running:
             time.sleep(max(0.0, self.submitted + _SUBMISSION_SECONDS - time.monotonic()))

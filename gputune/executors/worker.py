@@ -1,9 +1,9 @@
-"""What runs in a worker process, and how one starts, is idle and is lost: among it the objective of
-a user's own loop.
+"""The code that runs in a worker process, and the functions that start workers.
 
-A worker imports this file, and torch: nothing that such a loop would wait for. What trials have
-reported lies in a file each, in a folder that every worker reads: a rule that compares a trial with
-the others needs no process that answers.
+A worker also calls the objective of a custom training loop. It imports this file and torch, but no
+slow module that would delay such a loop. The reported values of each trial lie in a file of its
+own. All files lie in one folder that every worker reads. So a rule that compares trials needs no
+server process.
 """
 
 import io
@@ -37,8 +37,14 @@ Value = TypeVar("Value")
 
 
 def pickled_with_code(value: object, parts: Iterable[object], *, here: bool = True) -> bytes:
-    """Pickle a value for a worker; ``parts`` are the classes and functions in it that may have to
-    go as code."""
+    """Pickle a value for a worker, together with the code that the worker cannot import.
+
+    Args:
+        value: The value to pickle.
+        parts: The classes and functions in the value whose code may have to be included.
+        here: Whether the worker runs on this machine. It then can import modules from ``sys.path``.
+            Otherwise it can import only installed packages.
+    """
     known = _importable if here else _is_installed
     modules = {
         sys.modules.get(getattr(getattr(part, "func", part), "__module__", None) or "")
@@ -47,7 +53,7 @@ def pickled_with_code(value: object, parts: Iterable[object], *, here: bool = Tr
     hidden = [
         m for m in modules if m is not None and m.__name__ != "__main__" and not known(m.__name__)
     ]
-    if not here:  # the whole package, which its files import from each other
+    if not here:  # include the whole package, because its modules import each other
         hidden = list({sys.modules.get(m.__name__.partition(".")[0], m) for m in hidden})
     for module in hidden:
         cloudpickle.register_pickle_by_value(module)
@@ -59,7 +65,7 @@ def pickled_with_code(value: object, parts: Iterable[object], *, here: bool = Tr
 
 
 def _importable(name: str) -> bool:
-    """Whether a fresh process with this one's ``sys.path`` would find the module."""
+    """Return True if a new process with the same ``sys.path`` could import the module."""
     path = None
     for end in (i for i, c in enumerate(f"{name}.") if c == "."):
         if (spec := PathFinder.find_spec(name[:end], path)) is None:
@@ -69,7 +75,7 @@ def _importable(name: str) -> bool:
 
 
 def _is_installed(name: str) -> bool:
-    """Whether a module belongs to Python, to gputune, or to a package that was installed."""
+    """Return True if a module belongs to Python, to gputune or to an installed package."""
     top = name.partition(".")[0]
     if top == "gputune" or top in sys.stdlib_module_names or top in sys.builtin_module_names:
         return True
@@ -77,22 +83,25 @@ def _is_installed(name: str) -> bool:
     return not {"site-packages", "dist-packages"}.isdisjoint(parts)
 
 
-IDLE_SECONDS = 60  # before a worker that has nothing to do ends
+IDLE_SECONDS = 60  # an idle worker ends after this time
 
-# Executors of one worker each, which the next search takes over. loky's own, of which there is one
-# in a process, is left to joblib: it resizes that, and expects one of its own making.
+# Executors of one worker each, which the next search reuses. loky's shared executor is not used:
+# joblib resizes it and expects that it made it.
 idle: list[ProcessPoolExecutor] = []
 
-# whoever starts a worker may change this process's streams for a moment
+# Held while a worker starts: this process's streams and signals may change for a moment.
 _starting = threading.Lock()
 training = (
     threading.Lock()
-)  # held while this worker trains: one that has lost its parent keeps its state before it ends
+)  # held while this worker trains: a worker that has lost its parent first stores its state
 
 
 def one_worker(environment: Mapping[str, str] | None = None) -> ProcessPoolExecutor:
-    """Return an executor of one worker: when it is lost, it alone is. With variables of its own it
-    is a new one."""
+    """Return an executor with exactly one worker, so that a lost worker takes no other one with it.
+
+    It may be an idle executor of an earlier search. If environment variables are given, it is
+    always new.
+    """
     if environment is None:
         with suppress(IndexError):
             return idle.pop()
@@ -108,19 +117,20 @@ def one_worker(environment: Mapping[str, str] | None = None) -> ProcessPoolExecu
 def submit(
     executor: ProcessPoolExecutor, work: Callable[..., Value], *arguments: object
 ) -> "Future[Value]":
-    """Give a worker something to do; where it is not there any more, a new one is started."""
+    """Give a worker something to do. A worker that has ended is started again."""
     with _starting, _signals_held_off(), _streams_that_flush():
         return cast("Future[Value]", executor.submit(work, *arguments))
 
 
 @contextmanager
 def _signals_held_off() -> Iterator[None]:
-    """Let a worker that starts inside inherit that it hears neither Ctrl-C nor SIGTERM, which a
-    group may be sent.
+    """Block Ctrl-C (SIGINT) and SIGTERM in a worker that starts inside the ``with`` block.
 
-    Workers are told by ``Stop``, and end by themselves where this process has died.
+    The worker inherits the blocked signals. Otherwise a signal to the process group would end the
+    workers. A ``Stop`` notifies the workers instead, and they end by themselves if this process has
+    died.
     """
-    if sys.platform == "win32":  # which holds no signal off
+    if sys.platform == "win32":  # Windows cannot block signals
         yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
@@ -132,8 +142,10 @@ def _signals_held_off() -> Iterator[None]:
 
 @contextmanager
 def _streams_that_flush() -> Iterator[None]:
-    """Stand in for a standard output or error that is missing, closed or full: loky flushes both as
-    a worker starts."""
+    """Replace a standard output or error that is missing, closed or full for a moment.
+
+    loky flushes both streams when it starts a worker, and would fail.
+    """
     before = {name: getattr(sys, name) for name in ("stdout", "stderr")}
     try:
         for name, stream in before.items():
@@ -147,8 +159,10 @@ def _streams_that_flush() -> Iterator[None]:
 
 
 def begin_worker(parent: int) -> None:
-    """Let this worker end soon after its parent has, and find a standard error where it has
-    inherited none."""
+    """Prepare a new worker process.
+
+    The worker ends soon after its parent has ended. It gets a standard error if it inherited none.
+    """
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -157,12 +171,12 @@ def begin_worker(parent: int) -> None:
             os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    if sys.stderr is None:  # loky's report of crashes wants one
+    if sys.stderr is None:  # loky's crash reports need a standard error
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
 def why_lost(error: BrokenProcessPool) -> str:
-    """Return how a worker ended, in a sentence."""
+    """Return one sentence that says how a worker ended."""
     if match := re.search(r"(SIG[A-Z]+)\(-\d+\)", str(error)):
         by_system = (
             " (as the system does where memory has run out)" if match[1] == "SIGKILL" else ""
@@ -178,15 +192,17 @@ State = Literal["complete", "pruned", "stopped", "failed"]
 
 
 class Reported(NamedTuple):
-    """What a trial has reported so far, (steps,) float64, and whether it has ended."""
+    """The reported values of a trial so far, (steps,) float64, and whether the trial has ended."""
 
     values: NDArray[np.float64]
     ended: bool
 
 
 class Reports:
-    """What all trials of a search have reported, greater being better: a file of each trial, in one
-    folder."""
+    """The reported values of all trials of a search, one file for each trial in one folder.
+
+    Greater values are better.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -195,18 +211,19 @@ class Reports:
     def write(
         self, number: int, values: Sequence[float] | NDArray[np.float64], *, ended: bool
     ) -> None:
-        """Replace what is there of a trial; a NaN says that it has ended."""
+        """Replace the stored values of a trial. A final NaN marks a trial that has ended."""
         (self.folder / str(number)).write_bytes(
             np.asarray([*values, *[math.nan] * ended], "<f8").tobytes()
         )
 
     def add(self, number: int, value: float) -> None:
-        """Add one value."""
+        """Append one value to the values of a trial."""
         with (self.folder / str(number)).open("ab") as file:
             file.write(np.float64(value).tobytes())
 
     def read(self, up_to: int) -> dict[int, Reported]:
-        """Return what is there, by the number of the trial, in order, ``up_to`` a number."""
+        """Return the values of all trials up to the number ``up_to``, keyed by trial number in
+        ascending order."""
         reported = {}
         for number in sorted(int(place.name) for place in self.folder.iterdir()):
             if number > up_to:
@@ -218,24 +235,30 @@ class Reports:
         return reported
 
 
-# A trial, the number of values that it has reported, and what all have reported -> whether it ends
-# there; None as long as others must report first.
+# (trial number, number of values that it has reported, reports of all trials) -> whether the trial
+# ends here; None while other trials must report first.
 PruningRule = Callable[[int, int, Reports], bool | None]
 
 _LOOK = 0.01
-"""Seconds between two looks at what the trials have reported that another one waits for."""
+"""Seconds between two checks of the reports that a trial waits for."""
 
 
 class TrialEnd(BaseException):
-    """Ends a trial at a report. No Exception, which a loop may catch as a failure of its own."""
+    """The exception that ends a trial at a report.
+
+    It is not an Exception, because a training loop may catch those as its own failures.
+    """
 
 
 class Report:
-    """What an objective reports to: ``report(value)`` after each epoch, or however often its
-    training is scored.
+    """The function with which an objective reports its progress.
 
-    A call ends the trial, by an exception that ``finally`` and ``with`` see, where the search
-    prunes it, where its time is over, or where the value is NaN. ``number`` is that of the trial.
+    Call ``report(value)`` after each epoch, or whenever the model is validated. A call ends the
+    trial if the search prunes it, if the time is over, or if the value is NaN. It does so by
+    raising an exception, so ``finally`` and ``with`` blocks still run.
+
+    Attributes:
+        number: The number of the trial.
     """
 
     def __init__(self, task: "Task", number: int) -> None:
@@ -245,8 +268,12 @@ class Report:
         self._state: State | None = None
 
     def __call__(self, value: float) -> None:
-        """Take the score after one more step of the training; higher or lower is better, as the
-        search was told."""
+        """Report the score after one more step of the training.
+
+        Args:
+            value: The score. The ``direction`` of the search says whether higher or lower is
+                better.
+        """
         task = self._task
         score = self._task.sign * _number(value, "report(value)")
         if math.isnan(score):
@@ -262,8 +289,10 @@ class Report:
             raise TrialEnd
 
     def _judge(self, rule: PruningRule) -> State | None:
-        """Return the state in which the trial ends here, None if it goes on. Waits for trials with
-        lower numbers."""
+        """Return the state in which the trial ends here, or None if it continues.
+
+        The call waits until the trials with lower numbers have reported.
+        """
         while (ends := rule(self.number, len(self._values), self._task.reports)) is None:
             if self._task.stop.is_over():
                 return "stopped"
@@ -273,8 +302,11 @@ class Report:
 
 @dataclass(frozen=True)
 class Ending:
-    """What came of a trial: its score (NaN where it failed), what it reported, seconds, and the
-    error that ended it."""
+    """The result of a trial.
+
+    The score is NaN if the trial failed. ``values`` are the reported values, ``seconds`` is the
+    duration, and ``error`` is the text of the error that ended the trial.
+    """
 
     number: int
     state: State
@@ -286,21 +318,23 @@ class Ending:
 
 @dataclass(frozen=True)
 class Trial:
-    """A configuration by its number, which trains as one."""
+    """One configuration and its number. It trains as one unit."""
 
     number: int
     params: Config
 
     @property
     def index(self) -> tuple[int]:
-        """Its number."""
+        """The number of the trial, as a tuple."""
         return (self.number,)
 
 
 @dataclass(frozen=True)
 class Task:
-    """An objective with what all its trials have in common; ``sign`` is -1 where lower is
-    better."""
+    """An objective and the settings that all its trials share.
+
+    ``sign`` is -1 if lower values are better, else 1.
+    """
 
     objective: Objective
     sign: float
@@ -310,7 +344,8 @@ class Task:
     stop: Stop
 
     def __call__(self, trial: Trial) -> Sequence[Ending]:
-        """Train one trial. What the objective raises is its result, and the search goes on."""
+        """Train one trial. An exception of the objective becomes its result, and the search
+        continues."""
         number = trial.number
         params = trial.params
         begin = time.monotonic()
@@ -326,7 +361,7 @@ class Task:
         except TrialEnd:
             pass
         except Exception as failure:
-            # with the line of the objective, whose file a worker may not know
+            # The line number is part of the text: a worker may lack the file of the objective.
             frames = traceback.extract_tb(failure.__traceback__)[1:]
             places = [f" (line {f.lineno} of {f.name})" for f in frames if f.filename != __file__]
             error = f"{type(failure).__name__}: {failure}{''.join(places[:1])}"
@@ -346,12 +381,14 @@ def _number(value: object, name: str) -> float:
 
 
 def call_in_worker(path: str, trial: Trial, _place: object) -> Sequence[Ending]:
-    """Train one trial in a worker, whose environment has all that is its own."""
+    """Train one trial in a worker. The GPU and threads of the worker are set by its environment."""
     return _task(path)(trial)
 
 
 @lru_cache(maxsize=1)
 def _task(path: str) -> Task:
-    """Return the task of a search: one object for all its trials, so that data in it is read
-    once."""
+    """Return the task of a search.
+
+    All trials of a search share one object, so that data inside it is read only once.
+    """
     return cast(Task, cloudpickle.loads(Path(path).read_bytes()))
