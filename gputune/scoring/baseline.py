@@ -1,10 +1,9 @@
-"""The best answer without a model: one constant for all rows, fitted on training rows for the score
-in use.
+"""The baseline of a search: the best constant prediction for all rows.
 
-A search has to beat this score. Which constant is best depends on the score: the mean minimizes the
-squared error, the median the absolute error, and the share of each class the log loss. Where
-several constants may be best, all of them are fitted and scored, and the best mean score over the
-folds counts.
+A search has to beat this score. The constant is fitted on training rows for the score in use. The
+best constant depends on the score: the mean minimizes the squared error, the median the absolute
+error, and the share of each class the log loss. If several constants may be best, all of them are
+fitted and scored. The one with the best mean score over the folds counts.
 """
 
 import math
@@ -25,17 +24,19 @@ from gputune.types import Task
 
 MOST_FREQUENT = "the most frequent class of the training rows"
 _SHARES = "the share of each class in the training rows"
-_LOPSIDED = 0.8  # share of one class above which an accuracy says little
-_MOST_CONSTANTS = 20  # classes or labels, each of which is tried as the answer for all rows
+_LOPSIDED = 0.8  # above this share of one class, an accuracy says little
+_MOST_CONSTANTS = 20  # at most this number of classes or labels is tried as constants
 
 Fit = Callable[[Tensor, Tensor | None], Tensor]
-"""Returns the outputs (K,) of one constant from targets (n,) or (n, K) and weights (n,), which may
-be None."""
+"""Returns the outputs (K,) of one constant.
+
+It takes targets (n,) or (n, K) and weights (n,) or None.
+"""
 
 
 @dataclass(frozen=True)
 class Constant:
-    """A constant answer: how it is called, and how its outputs are fitted."""
+    """A constant prediction: its description and the function that fits its outputs."""
 
     answer: str
     fit: Fit
@@ -43,8 +44,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class FittedConstant:
-    """A constant fitted on some rows: how it is called, and its outputs (K,) as ``Scoring.on_rows``
-    takes them."""
+    """A constant fitted on rows: its description and its outputs (K,) for ``Scoring.on_rows``."""
 
     answer: str
     outputs: Tensor
@@ -53,11 +53,19 @@ class FittedConstant:
 def baseline(
     data: Dataset, scoring: Scoring, classes: np.ndarray | None
 ) -> Mapping[str, str | float] | None:
-    """Return the best constant's ``answer`` in words and its mean ``score`` over the folds.
+    """Return the description of the best constant and its mean score over the folds.
 
-    The constant of each fold is fitted on the fold's training rows, with their weights where it has
-    any. The result is None if the best constant is not known, as for a function of the user's own.
-    ``classes`` are the labels.
+    The constant of each fold is fitted on the fold's training rows, with their weights if there are
+    any.
+
+    Args:
+        data: The dataset.
+        scoring: The score in use.
+        classes: The class labels, or None.
+
+    Returns:
+        A mapping with the description ``answer`` and the mean ``score``. None if the best constant
+        is unknown, for example for a custom scoring function.
     """
     # The constant is in the target's own units.
     zeros = torch.zeros_like(data.center)
@@ -84,19 +92,22 @@ def best_constant(
     classes: np.ndarray | None = None,
     weights: Tensor | None = None,
 ) -> FittedConstant | None:
-    """Return the constant that scores best on training rows, fitted on them, to be scored on other
-    rows.
+    """Return the constant that scores best on training rows, fitted on these rows.
 
-    Score it with ``scoring.on_rows(constant.outputs.expand(m, -1), y_of_other_rows)``.
+    Score it on other rows with ``scoring.on_rows(constant.outputs.expand(m, -1),
+    y_of_other_rows)``.
 
     Args:
-        y: class codes (n,), labels (n, K), or numbers (n,) or (n, K) in their own units, of the
-            training rows.
-        classes: the labels of the classes; None for numbers.
-        weights: of the training rows, (n,); None where all are one.
+        scoring: The score in use.
+        task: The task of the search.
+        y: The targets of the training rows: class codes (n,), labels (n, K), or numbers (n,) or (n,
+            K) in their own units.
+        classes: The labels of the classes, or None for numbers.
+        weights: The weights of the training rows, (n,). None if all weights are one.
 
     Returns:
-        None if the best constant is not known, as for a function of the user's own.
+        The fitted constant. None if the best constant is unknown, for example for a custom scoring
+        function.
     """
     n_outputs = len(classes) if classes is not None else y[0].numel()
     best = None
@@ -115,7 +126,7 @@ def best_constant(
 def remark_on_accuracy(
     baseline: Mapping[str, str | float] | None, scoring: Scoring
 ) -> tuple[str, ...]:
-    """Return what to know of an accuracy that one class makes high."""
+    """Return a remark if one frequent class makes the accuracy high, else no remark."""
     if (
         baseline is None
         or scoring.score is not scores.accuracy
@@ -127,7 +138,7 @@ def remark_on_accuracy(
     two = scoring.classes is not None and len(scoring.classes) == 2
     others = "roc_auc, average_precision" if two else "f1_macro, roc_auc_ovr"
     tell = f"balanced_accuracy, {others} or neg_log_loss as scoring tell more"
-    # Of labels each has its own answer.
+    # No remark if the folds differ in their most frequent class.
     return (f"{answer} has an accuracy of {score} already: {tell}",) * answer.startswith("always")
 
 
@@ -137,7 +148,7 @@ def _fit_fold(constant: Constant, data: Dataset, weights: Tensor | None, fold: i
 
 
 def _mean_score(data: Dataset, scoring: Scoring, outputs: Sequence[Tensor]) -> float:
-    """Return the mean score over the folds of one constant for each, (K,)."""
+    """Return the mean score over the folds, with one constant (K,) for each fold."""
     values = []
     for f, fold in enumerate(data.folds):
         with warnings.catch_warnings(action="ignore"):  # scores that a constant leaves undefined
@@ -152,7 +163,10 @@ def _in_words(
     outputs: Sequence[Tensor],
     weights: Tensor | None,
 ) -> str:
-    """Return how a constant is called; an accuracy sees only its most frequent class."""
+    """Return the description of a constant.
+
+    For an accuracy, the shares of the classes are described by the most frequent class.
+    """
     if constant.answer == _SHARES and scoring.score is scores.accuracy and classes is not None:
         most = {int(one.argmax()) for one in outputs}
         # The folds may have different shares, and near balance different classes.
@@ -165,9 +179,9 @@ def _in_words(
 def _constants(
     scoring: Scoring, task: Task, classes: np.ndarray | None, n_outputs: int
 ) -> list[Constant]:
-    """Return the constants of which one is best for a score; [] if that is not known.
+    """Return the candidates for the best constant of a score, or [] if they are unknown.
 
-    The score of a constant that comes first counts if several score the same.
+    If several constants score the same, the first one counts.
     """
     metric = _metric_of(scoring)
     if metric is None or task == "custom":
@@ -180,7 +194,7 @@ def _constants(
     else:
         assert classes is not None
         shares = Constant(_SHARES, partial(_class_shares, n_classes=len(classes)))
-        # The best f1 without a model is that of the positive class for all rows.
+        # The best f1 without a model comes from predicting the positive class for all rows.
         of_one_class = scoring.positive is not None or (
             ":" in scoring.name and len(classes) <= _MOST_CONSTANTS
         )
@@ -189,7 +203,7 @@ def _constants(
 
 
 class _Metric(NamedTuple):
-    """A metric of scikit-learn's."""
+    """A metric of scikit-learn."""
 
     name: str
     arguments: Mapping[str, Any]
@@ -197,8 +211,7 @@ class _Metric(NamedTuple):
 
 
 def _metric_of(scoring: Scoring) -> _Metric | None:
-    """Return the metric of scikit-learn's that a score is; None for a function of the user's
-    own."""
+    """Return the scikit-learn metric behind a score, or None for a custom function."""
     if scoring.of_outputs is not None:
         return None
     if scoring.name == scores.PINBALL and isinstance(scoring.score, partial):
@@ -222,7 +235,7 @@ def _class_shares(codes: Tensor, weights: Tensor | None, *, n_classes: int) -> T
 
 
 def _single_classes(classes: np.ndarray) -> list[Constant]:
-    """Return the constants that are one class for all rows."""
+    """Return one constant for each class. It predicts this class for all rows."""
 
     def always(code: int, codes: Tensor, weights: Tensor | None) -> Tensor:
         del weights
@@ -241,8 +254,10 @@ def _label_shares(y: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def _label_sets(n_labels: int) -> list[Constant]:
-    """Return the constants that are sets of labels: the most frequent set, and the 1, 2, ... most
-    frequent labels."""
+    """Return the constants that predict a set of labels.
+
+    They are the most frequent set, and the sets of the 1, 2, ... most frequent labels.
+    """
 
     def most_frequent_set(y: Tensor, weights: Tensor | None) -> Tensor:
         sets, places = torch.unique(y, dim=0, return_inverse=True)
@@ -266,7 +281,7 @@ def _label_sets(n_labels: int) -> list[Constant]:
 
 
 def _weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
-    """Return the mean over rows (n, ...)."""
+    """Return the weighted mean of values (n, ...) over the rows."""
     if weights is None:
         return values.mean(0)
     total: Tensor = torch.tensordot(weights, values, 1)
@@ -274,17 +289,17 @@ def _weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def weighted_quantile(values: Tensor, weights: Tensor | None, level: float) -> Tensor:
-    """Return the number that minimizes the pinball loss of values (n,); the middle if there are
-    several.
+    """Return the number that minimizes the pinball loss of values (n,).
 
-    With level 0.5 and equal weights it is the median. It is
-    ``numpy.quantile(method="averaged_inverted_cdf")``.
+    If several numbers do, it is the middle between them. With level 0.5 and equal weights it is the
+    median. It is defined as ``numpy.quantile(method="averaged_inverted_cdf")``.
     """
     weights = torch.ones_like(values) if weights is None else weights
     values = values[weights > 0]
     weights = weights[weights > 0]
     values, order = values.sort()
     below = weights[order].cumsum(0)
+    # The tolerance keeps rounding errors of the sums from hiding a tie.
     place = level * below[-1]
     tolerance = 1e-12 * below[-1]
     low = torch.searchsorted(below, place - tolerance)
@@ -295,7 +310,7 @@ def weighted_quantile(values: Tensor, weights: Tensor | None, level: float) -> T
 
 def _median_by_size(values: Tensor, weights: Tensor | None) -> Tensor:
     """Return the minimizer of the absolute percentage error: the median with weights 1/|y|."""
-    # as scikit-learn limits it
+    # scikit-learn uses the same lower limit for |y|
     inverse = 1 / values.abs().clamp_min(torch.finfo(torch.float64).eps)
     return weighted_quantile(values, inverse if weights is None else inverse * weights, 0.5)
 
@@ -310,6 +325,7 @@ def _shortest_half(values: Tensor, weights: Tensor | None) -> Tensor:
     values, order = values.sort()
     through = weights[order].cumsum(0)
     before = through - weights[order]
+    # For each value as the start: the first end with more than half of the weight in between.
     ends = torch.searchsorted(through, before + through[-1] / 2, right=True)
     first = ends < len(values)
     starts = values[first]
@@ -319,7 +335,8 @@ def _shortest_half(values: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def _by_column(fit: Fit) -> Fit:
-    """Return a fit of numbers (n,) as one of numbers (n,) or (n, K), a constant for each column."""
+    """Return a fit of numbers (n,) or (n, K) from a fit of numbers (n,), with one constant per
+    column."""
 
     def fit_columns(y: Tensor, weights: Tensor | None) -> Tensor:
         columns = y.double().view(len(y), -1).T
@@ -382,5 +399,4 @@ _REGRESSION: Mapping[str, Callable[[Mapping[str, Any]], list[Constant]]] = {
     "neg_mean_pinball_loss": _of_level,
     "d2_pinball_score": _of_level,
 }
-"""The constants of which one is best for a metric of scikit-learn's, from the metric's
-arguments."""
+"""The candidates for the best constant of each scikit-learn metric, from the metric's arguments."""

@@ -1,7 +1,7 @@
-"""What a scorer of scikit-learn's takes for a fitted estimator: the outputs of one member.
+"""The estimator that a scikit-learn scorer receives, made from the outputs of one member.
 
-A file of its own: a worker process imports scikit-learn, which takes as long as torch, only where a
-scorer needs it.
+This is a separate file because importing scikit-learn takes as long as importing torch. A worker
+process imports it only if a scorer needs it.
 """
 
 import warnings
@@ -25,17 +25,25 @@ def fitted(
     rows: object,
     others: Callable[[object], Tensor] | None = None,
 ) -> "_FittedEstimator":
-    """Return what a scorer takes for a fitted estimator, whose outputs (m, K) for ``X`` are given.
+    """Return a fitted estimator with given outputs, for a scorer.
 
-    That holds as long as X is equal to ``rows``; ``others`` gives the outputs for anything else.
+    Args:
+        output: The outputs (m, K) for the rows ``X``.
+        classes: The class labels, a unit matrix (K, K) for several labels, or None for numbers.
+        X: The rows that the scorer receives.
+        rows: The unchanged rows, with which X is compared. The given outputs count only while both
+            are equal.
+        others: Returns the outputs for any other rows, or None.
     """
     kind = _Regressor if classes is None else _Labeller if classes.ndim == 2 else _Classifier
     return kind(output, classes, X, rows, others)
 
 
 def takes_task(scorer: Callable[..., object], task: Task) -> bool:
-    """Whether a scorer is one of numbers, or of several classes, tried on a few rows; True for
-    other tasks."""
+    """Return True if a scorer fits a task, regression or several classes.
+
+    The scorer is called on a few made-up rows. The result is True for all other tasks.
+    """
     if task not in ("regression", "multiclass"):
         return True
     x = np.zeros((6, 1))
@@ -51,8 +59,10 @@ def takes_task(scorer: Callable[..., object], task: Task) -> bool:
 
 @dataclass(eq=False, repr=False)
 class _FittedEstimator(BaseEstimator):  # type: ignore[misc]
-    """A fitted estimator, as far as a scorer asks for one: outputs that are already there, and
-    those of other rows."""
+    """A fitted estimator, with the methods that a scorer needs.
+
+    It has outputs that are already computed, and a function for the outputs of other rows.
+    """
 
     output: Tensor
     classes: np.ndarray | None
@@ -69,7 +79,7 @@ class _FittedEstimator(BaseEstimator):  # type: ignore[misc]
         )
 
     def close(self) -> None:
-        """Answer no more: the member trains on, and its outputs are overwritten."""
+        """End the use of the estimator: the member trains on, and its outputs are overwritten."""
         self.X = object()
         self.others = None
 
@@ -99,8 +109,10 @@ class _Classifier(ClassifierMixin, _FittedEstimator):  # type: ignore[misc]
 
 
 class _Labeller(_Classifier):
-    """Of several labels; ``classes`` are the unit matrix (K, K), by which scikit-learn knows them
-    for labels."""
+    """A fitted estimator of several labels.
+
+    ``classes`` is the unit matrix (K, K), from which scikit-learn recognizes several labels.
+    """
 
     def predict_proba(self, X: object) -> np.ndarray:
         return self.outputs(X).sigmoid().numpy()

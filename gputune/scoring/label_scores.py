@@ -1,11 +1,11 @@
-"""Scores of predicted labels for many models at once, under scikit-learn's names: greater is
-better.
+"""Scores of predicted labels, computed for many models at once, under scikit-learn's names.
 
-Each function takes outputs (C, m, K) of C models on the same m rows and the rows' targets, class
-codes (m,) or labels (m, K) of 0 and 1, and returns (C,). A share without rows is 0, as with
-``zero_division="warn"`` in scikit-learn.
+Greater scores are better. Each function takes outputs (C, m, K) of C models on the same m rows, and
+the targets of the rows. The targets are class codes (m,) or labels (m, K) of 0 and 1. It returns
+scores (C,). A ratio with a denominator of 0 is 0, as with ``zero_division="warn"`` in scikit-learn.
+
 Source: sklearn.metrics, precision_recall_fscore_support, jaccard_score, matthews_corrcoef,
-    average_precision_score.
+average_precision_score.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,19 +20,20 @@ from gputune.types import Task
 
 
 class Counts(NamedTuple):
-    """Rows of each class, or labels of each row, as float64 of one shape."""
+    """Counts of rows for each class, or of labels for each row, as float64 tensors of the same
+    shape."""
 
-    hits: Tensor  # predicted rightly
+    hits: Tensor  # predicted correctly
     guessed: Tensor
     true: Tensor
 
     def summed(self) -> "Counts":
-        """Return the sums over the last axis, which is kept with length 1."""
+        """Return the sums over the last axis. The axis stays with length 1."""
         return Counts(*(part.sum(-1, keepdim=True) for part in self))
 
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:
-    """Return part / whole, 0 where the whole is 0."""
+    """Return part / whole, or 0 if the whole is 0."""
     return torch.where(whole > 0, part / whole.clamp_min(1), torch.zeros_like(part))
 
 
@@ -45,9 +46,13 @@ _MEASURES: Mapping[str, Callable[[Counts], Tensor]] = {
 
 
 def _count_classes(outputs: Tensor, y: Tensor) -> Counts:
-    """Return the counts (C, K) of each class."""
+    """Return the counts of each class, (C, K).
+
+    ``outputs`` has the shape (C, m, K), and ``y`` holds class codes (m,).
+    """
     models, _, classes = outputs.shape
     guess = outputs.argmax(-1)  # (C, m)
+    # Model c counts class k at place c * K + k, so that one bincount counts for all models.
     place = guess + classes * torch.arange(models, device=y.device)[:, None]
     guessed = torch.bincount(place.flatten(), minlength=models * classes)
     hits = torch.bincount(place[guess == y], minlength=models * classes)
@@ -58,7 +63,7 @@ def _count_classes(outputs: Tensor, y: Tensor) -> Counts:
 
 
 def _count_labels(outputs: Tensor, y: Tensor, axis: int) -> Counts:
-    """Return the counts of each label, (C, K), for ``axis=-2``, or of each row, (C, m), for
+    """Return the counts of each label, (C, K), with ``axis=-2``, or of each row, (C, m), with
     ``axis=-1``."""
     guess = outputs > 0
     truth = y > 0
@@ -67,16 +72,16 @@ def _count_labels(outputs: Tensor, y: Tensor, axis: int) -> Counts:
 
 
 def of_positive_class(outputs: Tensor, y: Tensor, *, measure: str) -> Tensor:
-    """Return a measure of class 1 of two."""
+    """Return a measure of class 1 of two classes, (C,)."""
     return _MEASURES[measure](_count_classes(outputs, y))[:, 1]
 
 
 def averaged(outputs: Tensor, y: Tensor, *, measure: str, average: str) -> Tensor:
-    """Return a measure averaged over classes, labels or rows ("samples"), as scikit-learn's
-    ``average`` says.
+    """Return a measure averaged over classes, labels or rows, (C,).
 
-    Classes that occur neither among the targets nor among the predictions of a model have no part
-    in its average.
+    ``average`` is "micro", "macro", "weighted" or "samples" (rows), as in scikit-learn. A class
+    that occurs neither in the targets nor in the predictions of a model is left out of that model's
+    "macro" average.
     """
     several = y.dim() == 2
     counts = (
@@ -96,10 +101,13 @@ def averaged(outputs: Tensor, y: Tensor, *, measure: str, average: str) -> Tenso
 
 
 def matthews_corrcoef(outputs: Tensor, y: Tensor) -> Tensor:
-    """Return the Matthews correlation coefficient, in [-1, 1]; 0 if all labels or all predictions
-    are equal."""
+    """Return the Matthews correlation coefficient, (C,), in [-1, 1].
+
+    It is 0 if all labels or all predictions are equal.
+    """
     counts = _count_classes(outputs, y)
     rows = len(y)
+    # The covariances are multiplied by rows**2, so that they stay whole numbers.
     covariance = counts.hits.sum(-1) * rows - (counts.guessed * counts.true).sum(-1)
     of_guesses = rows**2 - counts.guessed.square().sum(-1)
     of_truth = rows**2 - counts.true.square().sum(-1)
@@ -110,8 +118,10 @@ def matthews_corrcoef(outputs: Tensor, y: Tensor) -> Tensor:
 
 
 def average_precision(outputs: Tensor, y: Tensor) -> Tensor:
-    """Return the average precision of class 1 of two, or its mean over labels (m, K); 0 without a
-    positive row."""
+    """Return the average precision of class 1 of two classes, (C,), or its mean over labels (m, K).
+
+    It is 0 without a positive row.
+    """
     if y.dim() == 1:
         return _average_precision(outputs.softmax(-1)[..., 1], y == 1)
     p = outputs.sigmoid()
@@ -121,12 +131,16 @@ def average_precision(outputs: Tensor, y: Tensor) -> Tensor:
 
 
 def _average_precision(p: Tensor, positive: Tensor) -> Tensor:
-    """Return the mean over positive rows of the precision among the rows that score at least as
-    high, p (C, m)."""
+    """Return the average precision of probabilities p (C, m).
+
+    It is the mean over the positive rows of a precision: the precision among the rows whose
+    probability is at least as high.
+    """
     of_positive = p[:, positive].contiguous()  # (C, P)
     n_positive = of_positive.shape[1]
     if n_positive == 0:
         return torch.zeros_like(p[:, 0])
+    # (C, P): for each positive row, the rows and the positive rows with a lower probability
     lower = torch.searchsorted(p.sort(-1).values, of_positive)
     lower_positive = torch.searchsorted(of_positive.sort(-1).values, of_positive)
     return ((n_positive - lower_positive).to(p.dtype) / (p.shape[1] - lower)).mean(-1)
@@ -155,4 +169,4 @@ LABEL_SCORES: Mapping[Task, Mapping[str, Score]] = {
         "average_precision": average_precision,
     },
 }
-"""By task and scikit-learn's name; a score of one class is of class 1."""
+"""Scores by task and by scikit-learn's name. A score of one class is a score of class 1."""

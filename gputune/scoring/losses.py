@@ -1,13 +1,14 @@
-"""Training losses of all members at once: those of the built-in models with their gradient, and all
-that have a name.
+"""Training losses of all members at once: the gradients for the built-in models, and all named
+losses.
 
-A minibatch's loss is ``sum(weight * loss) / sum(weight)`` over its rows: cross-entropy for classes,
-squared error for regression, as ``torch.nn.functional.cross_entropy`` and ``mse_loss`` define them.
+The loss of a minibatch is ``sum(weight * loss) / sum(weight)`` over its rows. The loss of a row is
+the cross-entropy for classes and the squared error for regression. Both are defined as in
+``torch.nn.functional.cross_entropy`` and ``mse_loss``.
 
-Temperature scaling: one number by which all logits are divided, so that probabilities are as sure
-as they are right.
-Source: Guo et al. (2017), On calibration of modern neural networks, arXiv:1706.04599, section 4.2;
-it is found as scikit-learn's CalibratedClassifierCV(method="temperature") finds it.
+Temperature scaling divides all logits by one number, so that the probabilities are calibrated.
+Source: Guo et al. (2017), On calibration of modern neural networks, arXiv:1706.04599, section 4.2.
+The temperature is found with the method of scikit-learn's
+CalibratedClassifierCV(method="temperature").
 """
 
 import copy
@@ -25,18 +26,22 @@ from gputune.errors import InputError
 from gputune.scoring.scores import neg_cross_entropy
 from gputune.types import Task
 
-# With fewer classes than fill a vector register, torch's softmax on a CPU goes one number at a
-# time: 7 times slower.
+# With fewer classes than a vector register holds, torch's softmax on a CPU computes one number at a
+# time and is 7x slower.
 _FULL_REGISTER = 16
-_FEW = 4096  # numbers, of which one operation costs less than the five that go around it
+_FEW = 4096  # numbers; below this, one slow operation costs less than five fast ones
 
 
 def cross_entropy_slope_(logits: Tensor, onehot: Tensor, share: Tensor | float) -> Tensor:
-    """Turn logits (..., B, K) into the slope of the loss in them, in place.
+    """Replace logits (..., B, K) by the gradient of the cross-entropy in the logits, in place.
 
-    ``onehot`` (..., B, K) is the target, ``share`` (..., B, 1) each row's weight over the sum of
-    weights (a float where all are equal). Source: d/dz of -log softmax(z)[y] is softmax(z) -
-    onehot(y). Classes that take no part carry a logit of -inf and get slope 0.
+    Source: the derivative of -log softmax(z)[y] in z is softmax(z) - onehot(y).
+
+    Args:
+        logits: The logits, (..., B, K). An absent class has the logit -inf, and its gradient is 0.
+        onehot: The one-hot target, (..., B, K).
+        share: The weight of each row divided by the sum of weights, (..., B, 1). A float if all
+            weights are equal.
     """
     if logits.device.type != "cpu" or logits.shape[-1] >= _FULL_REGISTER:
         torch.softmax(logits, -1, out=logits)
@@ -49,10 +54,16 @@ def cross_entropy_slope_(logits: Tensor, onehot: Tensor, share: Tensor | float) 
 def number_slope_(
     outputs: Tensor, y: Tensor, share: Tensor | float, *, loss: str = "mse", number: float = 0.0
 ) -> Tensor:
-    """Turn outputs (..., B, 1) into the slope of a loss of numbers in them, in place.
+    """Replace outputs (..., B, 1) by the gradient of a regression loss in the outputs, in place.
 
-    ``loss`` is a name in ``LOSSES``, and ``number`` the delta of the Huber loss or the level of the
-    quantile loss. Where an output equals the target, the slope is that of PyTorch's autograd.
+    If an output equals the target, the gradient is that of PyTorch's autograd.
+
+    Args:
+        outputs: The outputs, (..., B, 1).
+        y: The targets, in the same shape.
+        share: The weight of each row divided by the sum of weights, (..., B, 1), or a float.
+        loss: "mse", "huber", "mae" or "quantile", as in ``LOSSES``.
+        number: The delta of the Huber loss, or the level of the quantile loss.
     """
     gap = outputs.sub_(y)
     if loss == "mse":
@@ -62,13 +73,15 @@ def number_slope_(
     sign = gap.sign_()
     if loss == "mae":
         return sign.mul_(share)
+    # Quantile: 1 - q above the target, -q below it, 1/2 - q at the target.
     return sign.add_(1).mul_(0.5).sub_(number).mul_(share)
 
 
 def row_losses(outputs: Tensor, y: Tensor) -> Tensor:
-    """Return the loss of each row, (..., B), of outputs (..., B, K), twice differentiable.
+    """Return the loss of each row, (..., B), for outputs (..., B, K).
 
-    y (..., B) is codes (classes) or values. A class that takes no part has the output -inf.
+    The losses can be differentiated twice. ``y`` (..., B) holds class codes or values. An absent
+    class has the output -inf.
     """
     if y.is_floating_point():
         return (outputs.squeeze(-1) - y) ** 2
@@ -80,14 +93,17 @@ def row_losses(outputs: Tensor, y: Tensor) -> Tensor:
     ):
         flat = functional.cross_entropy(outputs.flatten(0, -2), y.flatten(), reduction="none")
         return flat.view(y.shape)
+    # log(sum(exp(z))) - z[y] from plain operations, which are faster here: see _FULL_REGISTER
     shifted = outputs - outputs.detach().amax(-1, keepdim=True)
     picked = shifted.gather(-1, y[..., None]).squeeze(-1)
     return shifted.exp().sum(-1).log() - picked
 
 
 class LossNumber(NamedTuple):
-    """A number that a loss takes: its default, and the open interval that it lies in (``low``
-    counts if closed)."""
+    """The parameter of a loss: its default and the open interval of valid values.
+
+    If ``closed``, ``low`` is a valid value too.
+    """
 
     default: float
     low: float
@@ -98,17 +114,19 @@ class LossNumber(NamedTuple):
         return f"a number in {'[' if self.closed else '('}{self.low:g}, {self.high:g})"
 
     def holds(self, value: object) -> bool:
-        """Whether a value is one that it may have."""
+        """Return True if a value is a valid value of the parameter."""
         if isinstance(value, bool) or not isinstance(value, Real):
             return False
         return self.low < float(value) < self.high or (self.closed and float(value) == self.low)
 
 
 def _cross_entropy(outputs: Tensor, y: Tensor, *, label_smoothing: Tensor | None = None) -> Tensor:
-    """(1 - s) * -log p(label) + s * the mean of -log p over the classes that take part (the others
-    are at -inf).
+    """Return the cross-entropy of each row, (..., B), with label smoothing s.
 
-    Source: Szegedy et al. (2016), section 7, as ``torch.nn.functional.cross_entropy`` has it.
+    It is (1 - s) * -log p(label) + s * the mean of -log p over the classes. Absent classes, with
+    outputs of -inf, are left out of the mean.
+
+    Source: Szegedy et al. (2016), section 7, as in ``torch.nn.functional.cross_entropy``.
     """
     of_label = row_losses(outputs, y)
     if label_smoothing is None:
@@ -125,15 +143,23 @@ def _gap(outputs: Tensor, y: Tensor) -> Tensor:
 
 
 def _huber(outputs: Tensor, y: Tensor, *, delta: Tensor) -> Tensor:
-    """Half the squared gap up to ``delta`` (in standard deviations of y), linear beyond. Source:
-    Huber (1964)."""
+    """Return the Huber loss of each row, (..., B).
+
+    It is half the squared gap up to ``delta``, and linear beyond. ``delta`` is in standard
+    deviations of y. Source: Huber (1964).
+    """
+    # delta: (C, 1) -> (C, 1, 1), to broadcast with the gaps (..., C, B, K)
     gap = _gap(outputs, y).abs()
     delta = delta[..., None]
     return torch.where(gap <= delta, gap.square() / 2, delta * (gap - delta / 2)).mean(-1)
 
 
 def _quantile(outputs: Tensor, y: Tensor, *, q: Tensor) -> Tensor:
-    """The gap times q above the output, times q - 1 below. Source: Koenker and Bassett (1978)."""
+    """Return the quantile (pinball) loss of each row, (..., B).
+
+    It is the gap times q above the output, and the gap times q - 1 below. Source: Koenker and
+    Bassett (1978).
+    """
     gap = _gap(outputs, y)
     q = q[..., None]
     return torch.maximum(q * gap, (q - 1) * gap).mean(-1)
@@ -146,8 +172,13 @@ def _bce(outputs: Tensor, y: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class NamedLoss:
-    """A loss that has a name: row losses of outputs (..., B, K), the tasks it is for, and the
-    numbers it takes."""
+    """A loss that the user can choose by name.
+
+    Attributes:
+        rows: Returns the row losses (..., B) of outputs (..., B, K).
+        tasks: The tasks that the loss is for.
+        arguments: The parameters of the loss, by name.
+    """
 
     rows: Callable[..., Tensor]
     tasks: tuple[Task, ...]
@@ -173,15 +204,14 @@ LOSS_ALIASES: Mapping[str, str] = {
     "pinball": "quantile",
     "log_loss": "cross_entropy",
 }
-"""What scikit-learn and others call the losses."""
+"""Other names of the losses, in scikit-learn and elsewhere."""
 
 
 def parse_loss(word: str) -> tuple[str, dict[str, float]]:
-    """Return the loss that a word names and the numbers that it gives: "quantile:0.9" is
-    ``("quantile", {"q": 0.9})``.
+    """Return the name of a loss and its parameters from a text.
 
-    A word that names no loss is returned as it is. Raises InputError for a number that the loss
-    does not take.
+    For example, "quantile:0.9" gives ``("quantile", {"q": 0.9})``. A text that names no loss is
+    returned unchanged. Raises InputError for a number that the loss does not accept.
     """
     name, colon, text = word.partition(":")
     name = LOSS_ALIASES.get(name, name)
@@ -207,7 +237,7 @@ LOSS_OF_TASK: Mapping[Task, str] = {
     "regression": "mse",
     "multilabel": "bce",
 }
-"""The loss that a module is trained on where none is given; a custom target has none."""
+"""The default loss of a module for each task. A custom target has no default loss."""
 
 
 _OF_CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss)
@@ -215,7 +245,7 @@ _OF_NUMBERS = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.PoissonN
 
 
 def only_classifies(loss: object) -> bool:
-    """Whether a loss is for one class a row, whatever the target looks like."""
+    """Return True if a loss is only for one class per row, independent of the target."""
     if isinstance(loss, str):
         return LOSS_ALIASES.get(loss, loss) == "cross_entropy"
     return issubclass(_kind(loss), _OF_CLASSES) or loss in (
@@ -225,29 +255,32 @@ def only_classifies(loss: object) -> bool:
 
 
 def takes_probabilities(loss: object) -> bool:
-    """Whether a loss compares logits, or log-probabilities, with a probability of each class."""
+    """Return True if a loss accepts a target with a probability for each class.
+
+    Its outputs are logits or log-probabilities.
+    """
     if issubclass(_kind(loss), (nn.CrossEntropyLoss, nn.KLDivLoss)):
         return True
     return loss in (functional.cross_entropy, functional.kl_div)
 
 
 def is_absolute(loss: object) -> bool:
-    """Whether a loss is of absolute errors, or of those except for small ones."""
+    """Return True if a loss is based on absolute errors, at least for large errors."""
     return loss in ("mae", "huber") or issubclass(
         _kind(loss), (nn.L1Loss, nn.HuberLoss, nn.SmoothL1Loss)
     )
 
 
 def _kind(loss: object) -> type:
-    return loss if isinstance(loss, type) else type(loss)  # which may be given as the class itself
+    return loss if isinstance(loss, type) else type(loss)  # a loss may be given as its class
 
 
 def loss_fitting(loss: object, task: Task) -> object:
-    """Return the name of torch's binary cross-entropy for classes and labels, any other loss as it
-    is.
+    """Return "bce" for torch's default binary cross-entropy of classes and labels, else the loss
+    itself.
 
-    Raises InputError for a loss of numbers where the target is classes, of one class for labels,
-    and for nn.BCELoss.
+    Raises InputError for a loss that does not fit the target: a loss of numbers for classes, a loss
+    of one class for labels, or nn.BCELoss.
     """
     kind = _kind(loss)
     if task in ("binary", "multiclass") and issubclass(kind, _OF_NUMBERS):
@@ -279,8 +312,10 @@ def loss_fitting(loss: object, task: Task) -> object:
 
 
 def refuse_one_number(loss: object, y: Tensor) -> None:
-    """Raise InputError for a loss of classes where y (B,) or (B, 1) is floats: of one class it is
-    always 0."""
+    """Raise InputError for a classification loss if y (B,) or (B, 1) holds floats.
+
+    With one class such a loss is always 0.
+    """
     kind = _kind(loss)
     if issubclass(kind, _OF_CLASSES) and y.is_floating_point() and y.numel() == len(y):
         remedy = (
@@ -293,8 +328,8 @@ def refuse_one_number(loss: object, y: Tensor) -> None:
 
 
 def takes_log_probabilities(loss: object) -> bool:
-    """Whether a loss of torch takes the logarithms of probabilities: NLLLoss, KLDivLoss, or one of
-    their functions."""
+    """Return True if a loss of torch takes log-probabilities: NLLLoss, KLDivLoss or their
+    functions."""
     return issubclass(_kind(loss), nn.NLLLoss | nn.KLDivLoss) or loss in (
         functional.nll_loss,
         functional.kl_div,
@@ -302,13 +337,16 @@ def takes_log_probabilities(loss: object) -> bool:
 
 
 def is_divergence(loss: object) -> bool:
-    """Whether a loss is torch's Kullback-Leibler divergence, whose outputs may have their classes
-    in any dimension."""
+    """Return True if a loss is torch's Kullback-Leibler divergence.
+
+    Its outputs may have the classes in any dimension.
+    """
     return issubclass(_kind(loss), nn.KLDivLoss) or loss is functional.kl_div
 
 
 def is_cross_entropy(loss: object) -> bool:
-    """Whether a loss is the cross-entropy of classes, by its name or one of torch's."""
+    """Return True if a loss is the cross-entropy of classes, by name or as torch's class or
+    function."""
     is_named = isinstance(loss, str) and loss == "cross_entropy"
     return (
         is_named or issubclass(_kind(loss), nn.CrossEntropyLoss) or loss is functional.cross_entropy
@@ -316,8 +354,11 @@ def is_cross_entropy(loss: object) -> bool:
 
 
 def by_rows(loss: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    """Let a loss of torch's give a number a row, of which the mean is what it gives otherwise,
-    where it can."""
+    """Return a function that computes a loss of torch for each row.
+
+    The mean of the row losses equals the original loss. A loss without mean reduction, or with
+    class weights, is returned unchanged.
+    """
     rows: Any = copy.deepcopy(loss)
     if getattr(loss, "reduction", None) != "mean" or getattr(loss, "weight", None) is not None:
         return loss
@@ -335,20 +376,28 @@ def by_rows(loss: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
 
 _LOG_RANGE = 10.0
 _TOLERANCE = 64 * torch.finfo(torch.float64).eps
-"""Of the logarithm of a temperature, as in scikit-learn."""
+"""The tolerance of the logarithm of a temperature, as in scikit-learn."""
 
 
 def best_temperature(logits: Tensor, target: Tensor) -> float:
-    """Return the temperature at which logits (n, K), divided by it, have the least log loss on
-    class codes (n,)."""
+    """Return the temperature with the least log loss.
+
+    Args:
+        logits: The logits, (n, K), which are divided by the temperature.
+        target: The class codes, (n,).
+
+    Returns:
+        The temperature. It is 1.0 if all rows are predicted correctly.
+    """
     from scipy.optimize import minimize_scalar
 
     if bool((logits.argmax(1) == target).all()):
-        return 1.0  # the loss would fall for ever as the temperature does
+        return 1.0  # no minimum: the loss would fall with the temperature without end
 
     def loss(log_inverse: float) -> float:
         return -float(neg_cross_entropy(logits * math.exp(log_inverse), target))
 
     bounds = (-_LOG_RANGE, _LOG_RANGE)
+    # The variable is the logarithm of 1 / temperature, so that the temperature stays positive.
     found = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": _TOLERANCE})
     return math.exp(-found.x)

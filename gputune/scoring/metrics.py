@@ -1,4 +1,5 @@
-"""The scoring argument of a search: one score, or several, of which the first ranks."""
+"""The ``scoring`` argument of a search: one score or several scores. The first score ranks the
+trials."""
 
 import inspect
 import math
@@ -33,13 +34,27 @@ def make_scoring(
     objective: Objective | None = None,
     n_labels: int = 0,
 ) -> Scoring:
-    """Return the checked Scoring of a name, a callable ``scorer(estimator, X, y)`` or ``(outputs,
-    y)``, or None.
+    """Return the checked Scoring of a ``scoring`` argument.
 
-    None is accuracy, R2, or for a custom target "neg_loss": minus the loss of the ``objective`` on
-    validation rows. Of several scorers it is the first one, with the ``others``. ``positive`` is
-    the class that f1 and its like are of, and goes to those. Raises InputError where they need it
-    and it is missing, and where another score is given it.
+    Args:
+        scoring: A scikit-learn name, a callable ``scorer(estimator, X, y)`` or ``(outputs, y)``, or
+            several of these. None means accuracy, for regression R2, the absolute error or the
+            pinball loss (see ``default_scoring``), and for a custom target "neg_loss". That is
+            minus the loss of the ``objective`` on the validation rows.
+        task: The task of the search.
+        classes: The class labels, or None.
+        positive: The positive class of f1 and similar scores. Among several scores, only these
+            receive it.
+        objective: The objective that the models train on.
+        n_labels: The number of labels of a multilabel target.
+
+    Returns:
+        The Scoring. For several scores, the Scoring of the first score, with the rest in
+        ``others``.
+
+    Raises:
+        InputError: A score needs ``positive`` and it is missing, or ``positive`` is given for a
+            score that has no positive class, or a score does not fit.
     """
     from sklearn.metrics import get_scorer
 
@@ -47,7 +62,7 @@ def make_scoring(
         of_class = [_is_of_class(scorer, task) for scorer in scorers.values()]
         metrics = []
         for (label, scorer), own in zip(scorers.items(), of_class):
-            # what none takes is refused with the first
+            # If no score takes the positive class, each score receives it, and the first raises.
             its_class = positive if own or not any(of_class) else None
             metric = make_scoring(scorer, task, classes, its_class, objective, n_labels)
             metrics.append(replace(metric, label=label))
@@ -89,9 +104,9 @@ def make_scoring(
 def default_scoring(task: Task, objective: Objective | None) -> str:
     """Return the score that ranks trials if the user names none.
 
-    A regression on absolute errors, or on the Huber loss, is ranked by the absolute error, and one
-    on quantiles by the pinball loss of their level. R2 would rank a model by the mean, which it was
-    not trained to predict.
+    A regression with an absolute-error loss or the Huber loss is ranked by the absolute error. A
+    regression with a quantile loss is ranked by the pinball loss of its level. R2 would rank a
+    model by the mean, which the model was not trained to predict.
     """
     if task != "regression":
         return "accuracy"
@@ -102,8 +117,11 @@ def default_scoring(task: Task, objective: Objective | None) -> str:
 
 
 def scorers_of(scoring: object) -> dict[str, OneScoring] | None:
-    """Return the scorers of a list, tuple or dict by name or key; None for one scorer, or none.
-    Raises InputError."""
+    """Return the scorers of a list, tuple or dict, keyed by name.
+
+    Returns None for a single scorer and for None. Raises InputError for invalid or repeated
+    entries.
+    """
     if not isinstance(scoring, list | tuple | Mapping):
         return None
     if not scoring:
@@ -131,13 +149,16 @@ def scorers_of(scoring: object) -> dict[str, OneScoring] | None:
 
 
 def has_function(scoring: object) -> bool:
-    """Whether a scoring argument is, or holds, a function of the user's own."""
+    """Return True if a scoring argument is or contains a custom function."""
     scorers = scorers_of(scoring)
     return callable(scoring) if scorers is None else any(map(callable, scorers.values()))
 
 
 def _is_of_class(scorer: OneScoring, task: Task) -> bool:
-    """Whether a scorer of two classes is given one of them; a function of the user's chooses it."""
+    """Return True if a scorer needs to know the positive class of two classes.
+
+    The result is False for a custom function, which chooses the class itself.
+    """
     from sklearn.metrics import get_scorer, get_scorer_names
 
     if callable(scorer) or task != "binary" or scorer in scores.OF_TASK[task]:
@@ -146,8 +167,11 @@ def _is_of_class(scorer: OneScoring, task: Task) -> bool:
 
 
 def loss_scoring(task: Task, classes: np.ndarray | None, positive: object = None) -> Scoring:
-    """Return minus the validation loss, without the limits of scikit-learn's log loss; InputError
-    for ``positive``."""
+    """Return the Scoring of minus the validation loss.
+
+    Probabilities are not clipped as in scikit-learn's log loss. Raises InputError if ``positive``
+    is given.
+    """
     if task == "regression":
         return make_scoring("neg_mean_squared_error", task, classes, positive)
     positive_code(positive, "neg_log_loss", None, task, classes)
@@ -155,7 +179,7 @@ def loss_scoring(task: Task, classes: np.ndarray | None, positive: object = None
 
 
 def check_folds(scoring: Scoring, data: Dataset) -> None:
-    """Raise InputError where the score is undefined on a fold, before anything trains."""
+    """Raise InputError if the score is undefined on a fold. This is called before any training."""
     for other in scoring.others:
         check_folds(other, data)
     needed = 2 if data.task in ("multilabel", "binary") else data.n_outputs
@@ -178,8 +202,10 @@ def check_folds(scoring: Scoring, data: Dataset) -> None:
 
 
 def _remedy(scoring: Scoring, data: Dataset) -> str:
-    """Return what helps where a fold lacks a class: other folds do not where the class has one
-    row."""
+    """Return the advice for a fold that lacks a class.
+
+    Other folds do not help if the class has only one row.
+    """
     counts = [] if data.task == "multilabel" else data.target.long().flatten().bincount().tolist()
     rows = min(counts, default=len(data.folds))
     if rows >= len(data.folds) or scoring.classes is None:
@@ -194,7 +220,7 @@ def _remedy(scoring: Scoring, data: Dataset) -> str:
 
 
 def _neg_loss(objective: Objective | None, *, asked: bool) -> Scoring:
-    """Return minus the loss on validation rows, the same one for all trials."""
+    """Return the Scoring of minus the validation loss, with the same loss for all trials."""
     if objective is None or objective.step is not None:
         of_step = "a custom target that training_step trains on has no score of its own"
         what = "scoring='neg_loss' is of a module's loss of outputs and y" if asked else of_step
@@ -210,7 +236,7 @@ def _neg_loss(objective: Objective | None, *, asked: bool) -> Scoring:
 
 
 def _takes_outputs(scorer: Callable[..., object]) -> bool:
-    """Whether a scorer is of (outputs, y) rather than of (estimator, X, y)."""
+    """Return True if a scorer takes (outputs, y) rather than (estimator, X, y)."""
     try:
         parameters = inspect.signature(scorer).parameters.values()
     except (TypeError, ValueError):
@@ -249,7 +275,7 @@ def _check_fits_task(scoring: str, task: Task) -> None:
 def positive_code(
     positive: Any, scoring: str, scorer: Scorer | None, task: Task, classes: np.ndarray | None
 ) -> int | None:
-    """Return the code of the class that a score is of, None where it is of none."""
+    """Return the code of a score's positive class, or None if the score has no positive class."""
     labels = [] if classes is None else classes.tolist()
     of_a_class = scorer is not None and task == "binary" and has_positive_class(scorer)
     if positive is None:
@@ -269,7 +295,7 @@ def positive_code(
             f"{why}."
         )
     for code, label in enumerate(labels):
-        # a command line has text alone
+        # The command line passes every class as text.
         if isinstance(positive, str) and not isinstance(label, str):
             if positive.lower() in (str(label).lower(), text_of(label)):
                 return code
@@ -280,8 +306,10 @@ def positive_code(
 
 
 def has_positive_class(scorer: Scorer) -> bool:
-    """Whether a scorer of two classes gives another score where they change places, tried on a few
-    rows."""
+    """Return True if the result of a scorer changes when the two classes swap places.
+
+    The scorer is called on a few made-up rows.
+    """
     from sklearn.naive_bayes import GaussianNB
 
     x = np.array([[0.0], [1.0], [3.0], [5.0], [8.0], [11.0], [15.0]])
@@ -290,6 +318,6 @@ def has_positive_class(scorer: Scorer) -> bool:
         try:
             one, other = (scorer(GaussianNB().fit(x, labels), x, labels) for labels in (y, 1 - y))
         except ValueError:
-            # it is for another kind of target, which it says better of the user's rows
+            # The scorer is for another kind of target. Its error on the user's rows is clearer.
             return False
     return not math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-6)

@@ -1,7 +1,7 @@
-"""What a module is trained on: a loss of its outputs and the target, or a step of the user's own.
+"""The training objective of a module: a loss of outputs and target, or a custom training step.
 
-A loss that has a name is of a standardised target and knows all members at once; one of the user's
-own sees the outputs of one member as its forward returns them, and the target in its own units.
+A named loss takes a standardized target and computes all members at once. A custom loss takes the
+outputs of one member as its forward returns them, and the target in its own units.
 """
 
 import contextlib
@@ -28,37 +28,44 @@ LOSS_PREFIX = "loss__"
 
 @dataclass(frozen=True)
 class Objective:
-    """How a module's minibatches become a loss: ``loss`` is a name, or what the user gave; ``step``
-    comes before it.
+    """The function that computes the loss of a module's minibatch.
 
-    loss     name, or callable(outputs, y, **values of loss__*) -> row losses (B,) or their mean
-    step     callable(module, (x, y)) -> row losses or their mean, in place of the loss; None: the
-             loss of the outputs
-    augment  callable(x, generator) -> x of the same shape, for the minibatches of training; None:
-             as they are
+    If ``step`` is given, it replaces ``loss``.
+
+    Attributes:
+        loss: The name of a loss, or a callable(outputs, y, **values of loss__*). The callable
+            returns the row losses (B,) or their mean.
+        step: A callable(module, (x, y)) that returns row losses or their mean. None uses the loss
+            of the outputs.
+        augment: A callable(x, generator) that returns x in the same shape. It is applied to
+            training minibatches. None leaves them unchanged.
     """
 
     loss: str | Callable[..., Tensor]
     step: Callable[..., Tensor] | None = None
     augment: Callable[..., object] | None = None
     any_outputs: bool = False
-    """Whether a module may return outputs of any shape (n, ...): for a custom target."""
+    """True if a module may return outputs of any shape (n, ...), as for a custom target."""
     binary: bool = False
-    """Whether the target is two classes, which one logit a row can tell apart."""
+    """True if the target has two classes, so that one logit per row is enough."""
     copies: bool = field(default=False, compare=False)
-    """Whether the user's code gets copies of the rows, as it writes, or may write, into what it is
-    given."""
+    """True if the user's code gets copies of the rows, because it writes or may write into its
+    arguments."""
     numbers: Mapping[str, float] = field(default_factory=dict, hash=False)
-    """The numbers that the loss was given with, as in "quantile:0.9", by the names that the loss
-    knows."""
+    """The parameters given with the loss, as in "quantile:0.9", by the argument names of the loss.
+    """
     fixed: Config = field(default_factory=dict, compare=False)
-    """The ``loss__*`` that a search has one value of: ``neg_loss`` is of them, and of the defaults
-    of ``varied``."""
+    """The ``loss__*`` arguments that have one value in the whole search.
+
+    ``neg_loss`` uses them, and the defaults in ``varied``.
+    """
     varied: Config = field(default_factory=dict, compare=False)
 
     def of_space(self, space: Sequence[Mapping[str, Any]]) -> Self:
-        """Return it as it ranks all trials of a space by one loss; a part has choices, or a
-        distribution, by key."""
+        """Return the objective with which one loss ranks all trials of a space.
+
+        Each part of the space maps a key to its choices or its distribution.
+        """
         fixed = {}
         varied = {}
         defaults = loss_defaults(self.loss) | {
@@ -74,8 +81,8 @@ class Objective:
         return replace(self, fixed=fixed, varied=varied)
 
     def remarks_on_neg_loss(self) -> tuple[str, ...]:
-        """Return what to know of a ranking by the loss where trials are trained on several, a
-        sentence each."""
+        """Return a remark if ``neg_loss`` ranks trials that train on different losses, else no
+        remark."""
         defaults = ", ".join(f"{name}={value!r}" for name, value in self.varied.items())
         remark = (
             f"neg_loss of each trial is of the loss with {defaults}, its default: losses of other "
@@ -85,8 +92,8 @@ class Objective:
         return (remark,) if defaults else ()
 
     def like(self, dtype: torch.dtype, device: torch.device) -> Self:
-        """Return the objective with the numbers of its loss, such as class weights, in a dtype and
-        on a device."""
+        """Return the objective with the tensors of its loss, such as class weights, in a dtype on a
+        device."""
         if not isinstance(self.loss, nn.Module):
             return self
         tensors = (*self.loss.parameters(), *self.loss.buffers())
@@ -98,13 +105,13 @@ class Objective:
 
     @property
     def name(self) -> str:
-        """What a study calls it."""
+        """The name of the objective in a study."""
         augment = "" if self.augment is None else f", augment={qualified_name(self.augment)}"
         return f"{self.in_words.removeprefix('the loss ')}{augment}"
 
     @property
     def in_words(self) -> str:
-        """What makes a loss of a minibatch, as errors call it."""
+        """The name of the loss or the training step in error messages."""
         if self.step is not None:
             return f"training_step={qualified_name(self.step)}"
         numbers = "".join(f":{number:g}" for number in self.numbers.values())
@@ -114,7 +121,7 @@ class Objective:
         )
 
     def name_unless_default(self, task: Task) -> str:
-        """Return its name, "" where it is the task's own loss and nothing else."""
+        """Return the name of the objective, or "" if it is exactly the default loss of the task."""
         return (
             ""
             if self == Objective(LOSS_OF_TASK.get(task, ""), binary=task == "binary")
@@ -123,8 +130,8 @@ class Objective:
 
     @property
     def number(self) -> float:
-        """The number by which a loss of numbers ranks all trials: its delta or its level; 0 if it
-        takes none."""
+        """The parameter of the loss that ranks all trials: its delta or its level. It is 0 without
+        one."""
         if not isinstance(self.loss, str) or self.loss not in LOSSES:
             return 0.0
         for name, of in LOSSES[self.loss].arguments.items():
@@ -135,29 +142,31 @@ class Objective:
 
     @property
     def one_logit(self) -> bool:
-        """Whether a module is asked for one logit a row of two classes."""
+        """True if a module must return one logit per row for two classes."""
         of_one = self.loss == "bce" or isinstance(self.loss, nn.BCEWithLogitsLoss)
         return self.binary and self.step is None and of_one
 
     @property
     def may_be_one_logit(self) -> bool:
-        """Whether a module may return one logit a row of two classes: all but the cross-entropy
-        leave that to it."""
+        """True if a module may return one logit per row for two classes.
+
+        Every loss except the cross-entropy leaves this choice to the module.
+        """
         return self.binary and (self.step is not None or self.loss != "cross_entropy")
 
     @property
     def is_named(self) -> bool:
-        """Whether it is a loss that has a name, which knows all members at once."""
+        """True if the loss has a name. A named loss computes all members at once."""
         return self.step is None and isinstance(self.loss, str)
 
     def check(self, config: Config) -> None:
-        """Raise InputError for a ``loss__*`` value that the loss does not take."""
+        """Raise InputError for a ``loss__*`` value that the loss does not accept."""
         for name, value in loss_arguments(config).items():
             if words := self._refusal(name, value):
                 raise InputError(f"space: {LOSS_PREFIX}{name} {words}.")
 
     def _refusal(self, name: str, value: object) -> str:
-        """Return why the loss does not take a value; "" where it does."""
+        """Return the reason why the loss does not accept a value, or "" if it does."""
         if self.step is not None:
             return "has no loss to go to beside training_step; leave it out"
         if isinstance(self.loss, str):
@@ -189,8 +198,11 @@ class Objective:
         )
 
     def values(self, configs: Sequence[Config], like: Tensor) -> dict[str, Tensor]:
-        """Return the numbers that a loss takes, by name, each (C, 1) as ``like`` is; none that are
-        all 0."""
+        """Return the parameters of the loss by name, each (C, 1), in the dtype and on the device of
+        ``like``.
+
+        A parameter that is 0 for all configurations is left out.
+        """
         numbers = {}
         for name, of in (
             LOSSES[self.loss].arguments.items()
@@ -204,21 +216,22 @@ class Objective:
         return numbers
 
     def rows(self, outputs: Tensor, y: Tensor, values: Mapping[str, Tensor]) -> Tensor:
-        """Return the row losses (..., C, B) of outputs (..., C, B, K), by a loss that has a
-        name."""
+        """Return the row losses (..., C, B) of outputs (..., C, B, K), for a named loss."""
         assert isinstance(self.loss, str)
         return LOSSES[self.loss].rows(outputs, y, **values)
 
     def outputs(
         self, module: nn.Module, inputs: Sequence[Tensor], names: Sequence[str] | None
     ) -> Tensor:
-        """Return what a module predicts of its inputs: of several heads, for a step of the user's
-        own, the first."""
+        """Return the predictions of a module for its inputs.
+
+        With a custom training step, a module may have several heads. The first one counts.
+        """
         outputs = call_module(module, self._to_give(inputs), names)
         return outputs if self.step is None else first_output(outputs)
 
     def _to_give(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return the tensors that the user's code gets in the place of these."""
+        """Return the tensors that the user's code receives: copies if ``copies`` is set."""
         return [tensor.clone() for tensor in tensors] if self.copies else tensors
 
     def losses(
@@ -231,8 +244,17 @@ class Objective:
         names: Sequence[str] | None,
         absent: Tensor | None = None,
     ) -> Tensor:
-        """Return the losses of a module on a minibatch, (B,) or a mean; ``absent`` (K,) are classes
-        without a part."""
+        """Return the losses of a module on a minibatch, (B,) or a mean.
+
+        Args:
+            module: The module.
+            inputs: The input tensors of the minibatch, each (B, ...).
+            y: The targets of the minibatch.
+            config: The configuration with the ``loss__*`` values.
+            names: The names of the inputs if the module takes them by name, else None.
+            absent: A mask (K,) of the absent classes, whose outputs become -inf. None if no class
+                is absent.
+        """
         inputs = self._to_give(inputs)
         if self.step is not None:
             (y,) = self._to_give([y])
@@ -242,23 +264,27 @@ class Objective:
             (y,) = self._to_give([y])
             return self.member_loss(config)(outputs, y)
         outputs = outputs if outputs.dim() > 1 else outputs[:, None]
-        if outputs.dtype == torch.bfloat16:  # of autocast: the loss is of single precision
+        if outputs.dtype == torch.bfloat16:  # from autocast: the loss is computed in float32
             outputs = outputs.float()
         if absent is not None:
             outputs = outputs.masked_fill(absent, -torch.inf)
+        # (B, K) -> (1, B, K): the named losses have an axis of members
         return self.rows(outputs[None], y[None], self.values([config], outputs))[0]
 
     def augmented(
         self, inputs: Sequence[Tensor], names: Sequence[str] | None, seed: int, key: tuple[int, int]
     ) -> Sequence[Tensor]:
-        """Return a minibatch (F, B, ...), each fold's augmented with the same draws; InputError for
-        other shapes."""
+        """Return an augmented minibatch, (F, B, ...). Each fold is augmented with the same random
+        draws.
+
+        Raises InputError if ``augment`` returns another shape.
+        """
         if self.augment is None:
             return inputs
         folds = []
         for fold in range(len(inputs[0])):
-            # Copies: steps that augment are not recorded, so that it may write into any minibatch,
-            # or into some.
+            # augment gets copies, so that it may write into its argument. Steps that augment are
+            # not recorded, so it may also write into only some minibatches.
             minibatch = [x[fold].clone() for x in inputs]
             generator = torch.Generator(inputs[0].device).manual_seed(
                 stream_seed(seed, "augment", *key)
@@ -279,8 +305,10 @@ class Objective:
         return [torch.stack(parts) for parts in zip(*folds)]
 
     def neg_loss(self, outputs: Tensor, y: Tensor) -> float:
-        """Return minus the mean loss of one member's outputs, the same loss for each trial; see
-        ``of_space``."""
+        """Return minus the mean loss of the outputs of one member.
+
+        The loss is the same for each trial, see ``of_space``.
+        """
         if self.is_named:
             losses = self.rows(
                 outputs[None, None], y[None, None], self.values([self.fixed], outputs)
@@ -291,8 +319,10 @@ class Objective:
         return -float(losses.double().mean())
 
     def member_loss(self, config: Config) -> Callable[[Tensor, Tensor], Tensor]:
-        """Return the user's loss of one member's outputs, with a configuration's values: row losses
-        or a mean."""
+        """Return the custom loss with the values of a configuration.
+
+        It takes the outputs of one member and returns row losses or a mean.
+        """
         loss = self.loss
         values = loss_arguments(config)
         if isinstance(loss, type):
@@ -302,14 +332,17 @@ class Objective:
         if not isinstance(loss, nn.Module):
             return partial(loss, **values)
         ignored = getattr(loss, "ignore_index", None)
-        # A mean without ignored rows is not that of row losses. Classes count from 0, a custom
-        # target has any numbers.
+        # A mean without the ignored rows differs from the mean of the row losses. A negative
+        # ignore_index ignores no class, because classes count from 0. A custom target may hold any
+        # number.
         return loss if ignored is not None and (self.any_outputs or ignored >= 0) else by_rows(loss)
 
 
 def _as_argument(inputs: Sequence[Tensor], names: Sequence[str] | None) -> object:
-    """Return inputs as a user's function gets them: one alone, a tuple of several, a dict of those
-    with names."""
+    """Return inputs in the form that a user's function receives.
+
+    One input is passed as a tensor, several as a tuple, and named inputs as a dict.
+    """
     if names is not None:
         return dict(zip(names, inputs, strict=True))
     return inputs[0] if len(inputs) == 1 else tuple(inputs)
@@ -318,17 +351,16 @@ def _as_argument(inputs: Sequence[Tensor], names: Sequence[str] | None) -> objec
 def pairs_all_rows(
     function: Callable[[Tensor, Tensor], object], outputs: Tensor, y: Tensor
 ) -> bool:
-    """Whether a loss or score compares each output with all of y, as torch broadcasts (B, 1) and
-    (B,) to (B, B).
+    """Return True if a loss or score compares each output with all of y by mistake.
 
-    It then does not change with the order of y, and is another one of outputs and y of the same
-    shape.
+    This happens if torch broadcasts (B, 1) and (B,) to (B, B). The result then does not change with
+    the order of y. It also differs from the result for outputs and y of the same shape.
     """
     rows = len(y)
     shapes = {tuple(outputs.shape), tuple(y.shape)}
     if shapes != {(rows,), (rows, 1)} or rows < 2:
         return False
-    # rows that are all equal would not change with any order
+    # Rows that are all equal would pass for any order, so they are made different.
     steps = torch.arange(len(y), device=y.device) % 2
     outputs = outputs.double() + 0.01 * steps.view(outputs.shape) * bool(
         (outputs == outputs[:1]).all()
@@ -344,7 +376,7 @@ def pairs_all_rows(
             keyed_draws(torch.device("cpu"), 0, "check"),
         ):
             return torch.as_tensor(function(outputs.clone(), y.clone())).double().mean()
-        return None  # it takes no such shapes
+        return None  # the function does not accept these shapes
 
     def same(other: Tensor | None) -> bool:
         return (
@@ -353,6 +385,7 @@ def pairs_all_rows(
             and torch.allclose(whole, other, rtol=1e-12, atol=1e-14)
         )
 
+    # Paired with all rows, the mean ignores the order of y and differs from both aligned shapes.
     whole = mean(outputs, y)
     n = len(y)
     aligned = [mean(outputs.view(shape), y.view(shape)) for shape in ((n,), (n, 1))]
@@ -360,13 +393,15 @@ def pairs_all_rows(
 
 
 def loss_arguments(config: Config) -> Config:
-    """Return the ``loss__*`` values of a configuration under the names that the loss knows."""
+    """Return the ``loss__*`` values of a configuration under the argument names of the loss."""
     return {k.removeprefix(LOSS_PREFIX): v for k, v in config.items() if k.startswith(LOSS_PREFIX)}
 
 
 def loss_defaults(loss: object) -> Config:
-    """Return the default of each ``loss__*`` value: those of a loss's signature, or of all losses
-    that have a name."""
+    """Return the default of each ``loss__*`` value.
+
+    The defaults come from the signature of a custom loss, or from all named losses.
+    """
     if isinstance(loss, str):
         loss, numbers = parse_loss(loss)
         named = {LOSS_PREFIX + name: value for name, value in numbers.items()}
@@ -380,14 +415,16 @@ def loss_defaults(loss: object) -> Config:
 
 
 def qualified_name(value: object) -> str:
-    """Return the module and name of a function or class, of an object that of its class."""
+    """Return the module and name of a function or class, or of the class of any other object."""
     named = value if hasattr(value, "__qualname__") else type(value)
     return f"{getattr(named, '__module__', '')}:{named.__qualname__}"
 
 
 def make_objective(loss: Any, step: Any, augment: Any, task: Task) -> Objective:
-    """Return the checked objective, by default the task's own loss; InputError for none, or one
-    that does not fit."""
+    """Return the checked objective. By default it has the default loss of the task.
+
+    Raises InputError if there is no loss, or if the loss does not fit the task.
+    """
     for name, value in (("training_step", step), ("augment", augment)):
         if value is not None and not callable(value):
             raise InputError(f"{name} must be a function, got {value!r}.")

@@ -1,10 +1,10 @@
-"""Validation scores of many models at once on the device, under scikit-learn's names: greater is
-better.
+"""Validation scores of many models at once, on the device, under scikit-learn's names.
 
-Each function takes outputs (C, m, K) of C models on the same m rows and the rows' targets (m,),
-class codes or values, and returns (C,). Sources: the definitions of sklearn.metrics, whose edge
-cases are kept; what ranks rows ranks them by their probabilities, as scikit-learn does, where
-margins know of more than ``predict_proba`` tells.
+Greater scores are better. Each function takes outputs (C, m, K) of C models on the same m rows, and
+the targets (m,) of the rows. The targets are class codes or values. It returns scores (C,).
+
+Source: the definitions of sklearn.metrics, including their edge cases. Scores that rank rows use
+probabilities, as scikit-learn does. Logits can differ between rows whose probabilities are equal.
 """
 
 import inspect
@@ -23,29 +23,31 @@ Score = Callable[[Tensor, Tensor], Tensor]
 
 
 def accuracy(logits: Tensor, y: Tensor) -> Tensor:
-    """Share of rows whose largest logit is the label, in [0, 1]."""
+    """Return the share of rows with the largest logit at the label, in [0, 1]."""
     return (logits.argmax(-1) == y).double().mean(-1)
 
 
 def balanced_accuracy(logits: Tensor, y: Tensor) -> Tensor:
-    """Mean recall over the classes that occur in y, in [0, 1]."""
+    """Return the mean recall over the classes that occur in y, in [0, 1]."""
     member_of = _onehot(y, logits)  # (m, K)
     count = member_of.sum(0)
+    # (C, m) @ (m, K) -> (C, K)
     hits = (logits.argmax(-1) == y).to(logits.dtype) @ member_of  # (C, K)
     return (hits.double() / count.double().clamp_min(1)).sum(-1) / (count > 0).sum()
 
 
 def neg_log_loss(logits: Tensor, y: Tensor) -> Tensor:
-    """Minus the mean of -log p(label), with p held to [eps, 1 - eps] of the dtype as scikit-learn
-    does."""
+    """Return minus the mean of -log p(label).
+
+    p is clipped to [eps, 1 - eps] of the dtype, as in scikit-learn.
+    """
     log_p = logits.log_softmax(-1).gather(-1, y.expand(logits.shape[:-1])[..., None]).squeeze(-1)
     eps = torch.finfo(logits.dtype).eps
     return log_p.clamp(math.log(eps), math.log1p(-eps)).mean(-1)
 
 
 def neg_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """Minus the mean of -log p(label), whatever p is: the loss itself, which no limit keeps from
-    growing."""
+    """Return minus the mean of -log p(label), with unclipped p. This is the loss itself."""
     return (
         logits.log_softmax(-1)
         .gather(-1, y.expand(logits.shape[:-1])[..., None])
@@ -55,20 +57,24 @@ def neg_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def roc_auc(logits: Tensor, y: Tensor) -> Tensor:
-    """Chance that class 1 is likelier for a row of it than for one of class 0, ties counting half;
-    NaN if one lacks."""
+    """Return the probability that a row of class 1 ranks above a row of class 0.
+
+    Ties count half. The score is NaN if a class has no rows.
+    """
     return _auc(logits.softmax(-1)[..., 1], y == 1)
 
 
 def roc_auc_ovr(logits: Tensor, y: Tensor) -> Tensor:
-    """Mean over classes of the one-against-rest ROC AUC of the class probabilities; NaN if a class
-    lacks."""
+    """Return the mean over classes of the one-against-rest ROC AUC of the class probabilities.
+
+    The score is NaN if a class has no rows.
+    """
     p = logits.softmax(-1)
     return torch.stack([_auc(p[..., k], y == k) for k in range(logits.shape[-1])]).mean(0)
 
 
 def f1_macro(logits: Tensor, y: Tensor) -> Tensor:
-    """Mean F1 over the classes that occur among labels or predictions, in [0, 1]."""
+    """Return the mean F1 over the classes that occur in the labels or predictions, in [0, 1]."""
     truth = _onehot(y, logits)  # (m, K)
     guess = functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)  # (C, m, K)
     both = (guess * truth).sum(-2)
@@ -77,8 +83,10 @@ def f1_macro(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def r2(outputs: Tensor, y: Tensor) -> Tensor:
-    """1 - residual / total sum of squares, at most 1; for a constant y, 1 if met exactly, else
-    0."""
+    """Return 1 - residual / total sum of squares, at most 1.
+
+    For a constant y it is 1 if all outputs are exact, else 0.
+    """
     return _r2(((outputs.squeeze(-1) - y) ** 2).sum(-1), y)
 
 
@@ -86,46 +94,52 @@ def _r2(residual: Tensor, y: Tensor) -> Tensor:
     if len(y) < 2:
         return torch.full_like(residual, math.nan)
     total = ((y - y.mean()) ** 2).sum()
-    # The mean of a constant y may be rounded, so that its total is rounding errors and not 0.
+    # The mean of a constant y may be rounded. Its total is then a rounding error instead of 0.
     constant = (total == 0) | (y.min() == y.max())
     return torch.where(constant, (residual == 0).to(residual.dtype), 1 - residual / total)
 
 
 def neg_mean_squared_error(outputs: Tensor, y: Tensor) -> Tensor:
-    """Minus the mean squared error, in squared units of y."""
+    """Return minus the mean squared error, in squared units of y."""
     return -((outputs.squeeze(-1) - y) ** 2).mean(-1)
 
 
 def neg_root_mean_squared_error(outputs: Tensor, y: Tensor) -> Tensor:
-    """Minus the root of the mean squared error, in units of y."""
+    """Return minus the root of the mean squared error, in units of y."""
     return -((outputs.squeeze(-1) - y) ** 2).mean(-1).sqrt()
 
 
 def neg_mean_absolute_error(outputs: Tensor, y: Tensor) -> Tensor:
-    """Minus the mean absolute error, in units of y."""
+    """Return minus the mean absolute error, in units of y."""
     return -(outputs.squeeze(-1) - y).abs().mean(-1)
 
 
 def neg_mean_pinball_loss(outputs: Tensor, y: Tensor, *, alpha: float) -> Tensor:
-    """Minus the mean pinball loss of the level ``alpha``, in units of y, of one number a row or of
-    several."""
+    """Return minus the mean pinball loss at the level ``alpha``, in units of y.
+
+    A row may have one number or several.
+    """
     gap = (y[:, None] if y.dim() == 1 else y) - outputs
     return -torch.maximum(alpha * gap, (alpha - 1) * gap).flatten(1).mean(-1)
 
 
 PINBALL = neg_mean_pinball_loss.__name__
-"""A score that scikit-learn has as a metric, and not by this name as a scorer; its level is that of
-the loss."""
+"""The name of a score that scikit-learn has only as a metric, not as a scorer.
+
+Its level is the level of the loss.
+"""
 
 
 def label_accuracy(logits: Tensor, y: Tensor) -> Tensor:
-    """Share of rows whose labels (m, K) are all met by the sign of their logits, in [0, 1]."""
+    """Return the share of rows with the right sign of the logits for all K labels, in [0, 1]."""
     return ((logits > 0) == (y > 0)).all(-1).double().mean(-1)
 
 
 def _by_target(score: Score) -> Score:
-    """Return a score of one number a row as the mean over the columns of several, (m, K), as
-    scikit-learn has it."""
+    """Return a score that also accepts several numbers per row, (m, K).
+
+    It is then the mean of the scores of the columns, as in scikit-learn.
+    """
 
     def of(outputs: Tensor, y: Tensor) -> Tensor:
         if y.dim() == 1:
@@ -141,7 +155,7 @@ CLASSIFICATION: Mapping[str, Score] = {
     score.__name__: score
     for score in (accuracy, balanced_accuracy, neg_log_loss, roc_auc_ovr, f1_macro)
 }
-# Of two classes roc_auc_ovr is scikit-learn's own.
+# For two classes, "roc_auc_ovr" is left to scikit-learn's scorer.
 _BINARY = {name.removesuffix("_ovr"): score for name, score in CLASSIFICATION.items()} | {
     "roc_auc": roc_auc
 }
@@ -158,16 +172,20 @@ OF_TASK: Mapping[str, Mapping[str, Score]] = {
     "multilabel": MULTILABEL,
     "custom": {},
 }
-"""The scores on the device that fit a task."""
+"""The scores computed on the device, by task."""
 
 RANKING: frozenset[Score] = frozenset({roc_auc, roc_auc_ovr})
-"""Scores that the last bit of one output changes: a tie of two rows counts half, whatever breaks
-it."""
+"""Scores that can change with the last bit of one output.
+
+A tie of two rows counts half, so a rounding error that breaks the tie changes the score.
+"""
 
 
 class RowMean(NamedTuple):
-    """A score that compiled code computes: of y and the mean over rows of what ``native/work.h``
-    knows by a name."""
+    """A score that compiled code computes from y and the mean over rows of one quantity.
+
+    ``of_row`` is the name of the quantity in ``native/work.h``.
+    """
 
     of_row: str
     score: Callable[[Tensor, Tensor], Tensor]
@@ -190,12 +208,15 @@ def _onehot(y: Tensor, logits: Tensor) -> Tensor:
 
 
 def _auc(p: Tensor, positive: Tensor) -> Tensor:
-    """Area under the ROC curve of probabilities (C, m), by counting the negatives below each
-    positive."""
+    """Return the area under the ROC curve of probabilities (C, m).
+
+    It counts the negative rows below each positive row.
+    """
     above = p[:, positive].contiguous()
     below = p[:, ~positive].sort(-1).values
     if above.shape[-1] == 0 or below.shape[-1] == 0:
         return torch.full_like(p[:, 0], math.nan)
+    # For each positive row, (C, positives): the negative rows below it, and those not above it.
     lower = torch.searchsorted(below, above)
     not_higher = torch.searchsorted(below, above, right=True)
     wins = (lower + not_higher).to(p.dtype).mean(-1) / 2  # ties count half
@@ -203,8 +224,10 @@ def _auc(p: Tensor, positive: Tensor) -> Tensor:
 
 
 def refuse_metric(scoring: Callable[..., object]) -> None:
-    """Raise InputError for a function of sklearn.metrics: it is of (y_true, y_pred), and of some
-    the least is best."""
+    """Raise InputError for a function of sklearn.metrics.
+
+    Such a function takes (y_true, y_pred), and for some of them the lowest value is the best.
+    """
     metric = scoring.func if isinstance(scoring, partial) else scoring
     if not (inspect.isfunction(metric) and metric.__module__.startswith("sklearn.metrics")):
         return

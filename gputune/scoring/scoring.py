@@ -1,8 +1,7 @@
-"""How members are scored on the validation rows of all folds: by scores on the device, or by
-scorers of scikit-learn's.
+"""Scores of members on the validation rows of all folds.
 
-All wait for the device once an epoch, and the outputs that the scores are of may be kept, of each
-trial those of its best epoch so far.
+A score is computed on the device or by a scikit-learn scorer. The process waits for the device once
+per epoch. The scored outputs can be kept: for each trial, the outputs of its best epoch so far.
 """
 
 import copy
@@ -28,26 +27,35 @@ from gputune.seeding import keyed_draws
 from gputune.types import Outputs, Params, Task
 
 Scorer = Callable[..., SupportsFloat]
-"""Of (estimator, X, y), greater is better."""
+"""A function of (estimator, X, y). Greater results are better."""
 Member = Callable[[int], nn.Module]
-"""Returns the model of one trial, by its place among the outputs: a plain module on the CPU, in
-evaluation mode."""
+"""Returns the model of one trial, by the place of the trial among the outputs.
+
+It is a plain module on the CPU in evaluation mode.
+"""
 
 _SMALLEST = 1e-300
-"""Probability in place of 0, whose logarithm would be taken for a divergence."""
+"""Replaces the probability 0, whose logarithm would be mistaken for a divergence."""
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """How the models of one fold are scored: ``name``, and a device score or a scikit-learn scorer.
+    """The metric of a search, as a device score, a scikit-learn scorer or a function of outputs.
 
-    ``others`` are the further metrics of a search, which rank nothing; ``label`` is what the user
-    calls one of them.
-    ``classes`` are the labels that a scorer sees, None for regression. One of scikit-learn's names
-    sees class codes 0, 1, ..., so that scores of a positive class work on text labels. ``positive``
-    is the code of that class; None where the score is not of one class, and where a callable
-    chooses it. ``of_outputs`` scores the outputs of one member as they are; where it ``is_loss``,
-    in the units of training. With ``kept_bytes`` outputs are kept beside their scores, up to that.
+    Attributes:
+        name: The name of the metric.
+        score: The score computed on the device, or None.
+        scorer: The scikit-learn scorer, or None.
+        classes: The labels that a scorer receives, or None for regression. A scorer with a
+            scikit-learn name receives the class codes 0, 1, ..., so that scores of a positive class
+            work with text labels.
+        positive: The code of the positive class. None if the score has no positive class, or if a
+            callable chooses it.
+        of_outputs: Scores the unchanged outputs of one member, or None.
+        is_loss: Whether ``of_outputs`` receives outputs and targets in the units of training.
+        label: The user's name for one of several metrics.
+        others: The further metrics of a search. They do not rank trials.
+        kept_bytes: The limit for outputs that are kept with their scores, in bytes. 0 keeps none.
     """
 
     name: str
@@ -63,30 +71,42 @@ class Scoring:
 
     @property
     def on_outputs(self) -> bool:
-        """Whether all metrics are functions of outputs; scikit-learn's scorers may ask a model for
-        others."""
+        """True if all metrics are functions of the outputs.
+
+        A scikit-learn scorer is not: it may ask a model to predict other rows.
+        """
         return all(one.score or one.of_outputs for one in (self, *self.others))
 
     def metrics(
         self, data: Dataset, fold: int, outputs: Tensor, member: Member | None = None
     ) -> Tensor:
-        """Return the scores (C,) as a call does, with other metrics (C, M), all of the same
-        outputs."""
+        """Return the scores of all metrics for the same outputs.
+
+        The shape is (C,) for one metric and (C, M) for M metrics.
+        """
         scores = [one(data, fold, outputs, member) for one in (self, *self.others)]
         return torch.stack(scores, 1) if self.others else scores[0]
 
     def __call__(
         self, data: Dataset, fold: int, outputs: Tensor, member: Member | None = None
     ) -> Tensor:
-        """Return the scores (C,), float64, of outputs (C, m, K) on fold's validation rows; NaN
-        where diverged.
+        """Return the scores of outputs on the validation rows of a fold.
 
-        They are scored in double precision, in which a tuned model predicts. A scorer of the user's
-        own may ask for predictions of other rows, which a ``member`` then makes.
+        The outputs are scored in double precision, like the predictions of a tuned model.
+
+        Args:
+            data: The dataset.
+            fold: The number of the fold.
+            outputs: The outputs, (C, m, K).
+            member: Makes the model of a trial. A custom scorer needs it to ask for predictions of
+                other rows.
+
+        Returns:
+            The scores, (C,) float64. A diverged trial has the score NaN.
         """
         known = outputs
         if data.present is not None and not is_one_logit(outputs, data.task, 2):
-            # A class that takes no part may have the logit -inf; that is no divergence.
+            # The logit of an absent class may be -inf. That is no divergence.
             known = outputs.masked_fill(~data.present[fold], 0)
         finite = known.isfinite().flatten(1).all(-1)
         target = data.target[data.folds[fold].valid]
@@ -101,6 +121,8 @@ class Scoring:
                 or self.score in scores.RANKING
                 or self.score is average_precision
             )
+            # Equal rows may get outputs with different last bits, which would break their ties. So
+            # all equal rows use the outputs of the first one.
             if ranks and (first := data.first_equal[fold]) is not None:
                 outputs = outputs[:, first]
             if self.score is not None:
@@ -114,8 +136,8 @@ class Scoring:
     def on_rows(self, outputs: Tensor, target: Tensor) -> float:
         """Return the score of outputs (m, K) on rows with a target (m, ...), without a dataset.
 
-        Outputs are logits, or numbers in the target's own units. Scikit-learn's ValueError goes
-        through.
+        Outputs are logits, or numbers in the target's own units. A ValueError of scikit-learn is
+        not caught.
         """
         if self.of_outputs is not None:
             return float(self.of_outputs(outputs.clone(), target.clone()))
@@ -128,8 +150,8 @@ class Scoring:
         outputs, codes = self.positive_last(outputs, target)
         y = codes.cpu().numpy().copy()
         if ":" in self.name and self.classes is not None and self.classes.ndim == 1:
-            y = self.classes[y]  # a scorer of the user's own sees labels
-        X = np.zeros((len(y), 1))  # scorers read nothing of the rows
+            y = self.classes[y]  # a custom scorer receives labels
+        X = np.zeros((len(y), 1))  # scorers do not read the rows
         return float(self.scorer(fitted(outputs.cpu().clone(), self.classes, X, X), X, y))
 
     def _of_outputs(
@@ -157,7 +179,8 @@ class Scoring:
         result = torch.full((len(outputs),), torch.nan, dtype=torch.float64)
         for trial in trials:
             try:
-                # Copies: other metrics, other trials and an ensemble read them too.
+                # Copies: a custom function may write into them, but other metrics, other trials and
+                # an ensemble also read them.
                 result[trial] = float(self.of_outputs(outputs[trial].clone(), target.clone()))
             except Exception as error:
                 raise InputError(
@@ -169,8 +192,7 @@ class Scoring:
         return result.to(finite.device)
 
     def positive_last(self, outputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Return outputs (..., 2) and class codes (m,) in which a scorer finds the positive class:
-        as code 1."""
+        """Return outputs (..., 2) and class codes (m,) in which the positive class has code 1."""
         return (outputs.flip(-1), 1 - target) if self.positive == 0 else (outputs, target)
 
     def _through_sklearn(
@@ -187,7 +209,7 @@ class Scoring:
         assert self.scorer is not None
         y = target.cpu().numpy()
         y = y if self.classes is None or data.task == "multilabel" else self.classes[y]
-        # The scorers that have names read nothing of the rows.
+        # Scorers with a scikit-learn name do not read the rows.
         rows = (
             np.zeros((len(y), 1))
             if data.scorer_rows is None
@@ -200,21 +222,21 @@ class Scoring:
                 if isinstance(rows, tuple | dict) or (
                     isinstance(rows, np.ndarray) and rows.flags.writeable
                 ):
-                    # Gathered for each trial: a scorer may write into them.
+                    # Gathered again for each trial, because a scorer may write into the rows.
                     rows = (
                         rows
                         if data.scorer_rows is None
                         else data.scorer_rows.rows(data.folds[fold])
                     )
-                # A frame can be written to.
+                # Also a DataFrame is copied, because a scorer may write into it.
                 X = rows if isinstance(rows, np.ndarray | tuple | dict) else copy.deepcopy(rows)
-                # Copies: a scorer of the user's own may write into what it gets.
+                # Copies: a custom scorer may write into its arguments.
                 estimator = fitted(outputs[trial].cpu().clone(), self.classes, X, rows, others)
                 result[trial] = float(self.scorer(estimator, X, y.copy()))
                 estimator.close()
         except Exception as error:
             remedy = "Choose a scoring that fits the task, for example accuracy or r2."
-            if ":" in self.name:  # no name of scikit-learn's
+            if ":" in self.name:  # a custom scorer, named "module:function"
                 remedy = "It is called as scorer(estimator, X, y), with X as you gave it."
             reason = f"{type(error).__name__} on fold {fold}: {str(error).rstrip('.')}"
             raise InputError(f"scoring={self.name!r} raised {reason}. {remedy}") from error
@@ -222,13 +244,15 @@ class Scoring:
 
 
 def shape_of_scores(scoring: Scoring | None, folds: int) -> tuple[int, ...]:
-    """Return the shape of a trial's scores after an epoch: (F,), with several metrics (F, M)."""
+    """Return the shape of a trial's scores after an epoch: (F,), or (F, M) with several metrics."""
     return (folds,) if scoring is None or not scoring.others else (folds, 1 + len(scoring.others))
 
 
 def _as_answers(data: Dataset, fold: int, outputs: Tensor) -> Tensor:
-    """Return outputs (C, m, K), float64: in the target's own units, or without the classes that
-    take no part."""
+    """Return outputs (C, m, K) as float64, ready to be scored.
+
+    Numbers are in the target's own units. Absent classes have the logit -inf.
+    """
     outputs = outputs.double()
     if is_one_logit(outputs, data.task, 2):
         return class_logits(outputs, data.task, 2)
@@ -240,8 +264,7 @@ def _as_answers(data: Dataset, fold: int, outputs: Tensor) -> Tensor:
 
 
 def outputs_of(probabilities: Tensor, task: Task) -> Tensor:
-    """Return the outputs of which classes (..., K), or labels (..., K), have these
-    probabilities."""
+    """Return the outputs that have given probabilities of classes (..., K) or labels (..., K)."""
     return (
         probabilities.logit(_SMALLEST)
         if task == "multilabel"
@@ -250,43 +273,47 @@ def outputs_of(probabilities: Tensor, task: Task) -> Tensor:
 
 
 def _predict(data: Dataset, fold: int, member: Member, trial: int, X: object) -> Tensor:
-    """Return what a member answers for rows X of the user's own, (m, K), on the CPU."""
+    """Return the outputs of a member for custom rows X, (m, K), on the CPU."""
     if data.scorer_rows is None:
         raise InputError("a scorer that has a name asks for no other rows than those it scores.")
     inputs = data.scorer_rows.encoded(X, data.statistics[fold], data.dtype)
     with torch.no_grad(), keyed_draws(torch.device("cpu"), 0, "scorer", fold, host=True):
-        # Copies: without a scaling they are the rows of the user's own.
+        # Copies: without scaling, the inputs are the user's own rows.
         own = [x.clone() for x in inputs]
         outputs = call_module(member(trial), own, data.names).view(1, len(inputs[0]), -1)
     return _as_answers(data, fold, outputs.to(data.device))[0].cpu()
 
 
-_BLOCK_BYTES = 4 << 20  # of one layer's validation outputs: what stays in a core's cache
-_GPU_BLOCK_BYTES = 256 << 20  # on a GPU, where a small block is launches and no work
-_GPU_SHARE = 32  # that part of its free memory at most: several layers' outputs are there at once
-_KEPT_NUMBERS = 1 << 25  # of all validation rows, from which they are gathered anew at every epoch
+# Limits of one layer's validation outputs. On a CPU a block stays in the cache of a core. On a GPU
+# a small block would cost launches and do little work. At most 1/32 of the free memory is used,
+# because the outputs of several layers exist at the same time.
+_BLOCK_BYTES = 4 << 20
+_GPU_BLOCK_BYTES = 256 << 20
+_GPU_SHARE = 32
+_KEPT_NUMBERS = 1 << 25  # larger inputs are gathered again at every epoch instead of kept
 
 
 def drawing_rows(widest: int) -> int:
-    """Return the rows to evaluate at a time if a forward draws random numbers, for ``widest``
-    numbers of a row.
+    """Return the number of rows to evaluate at a time if a forward draws random numbers.
 
-    Each block has draws of its own, so its size must not depend on the number of trials in a chunk
-    or on the device.
+    Each block of rows has its own draws. Therefore its size must not depend on the number of trials
+    in a chunk or on the device. ``widest`` is the largest number of values that a layer has for one
+    row.
     """
     return max(64, min(256, (1 << 18) // widest))
 
 
 @dataclass(frozen=True)
 class EvaluationDraws:
-    """The random numbers that plain modules draw on the CPU, as members did when they were scored
-    in their search.
+    """The random numbers that plain modules draw on the CPU during an evaluation.
+
+    They are the same draws as when the members were scored in their search.
 
     Attributes:
         seed: The seed of the search.
         epoch: The number of epochs that the members have trained.
         rows: The number of rows that are evaluated at a time.
-        host: Whether they draw from the generators of Python and NumPy as well.
+        host: Whether the modules also draw from the generators of Python and NumPy.
     """
 
     seed: int
@@ -295,31 +322,39 @@ class EvaluationDraws:
     host: bool
 
     def seeded(self, fold: int, start: int) -> AbstractContextManager[None]:
-        """Let a block of rows, which begins at a place among the validation rows of a fold, have
-        its draws inside."""
+        """Seed the draws of a block of rows inside a ``with`` block.
+
+        ``start`` is the position of the first row of the block among the validation rows of the
+        fold.
+        """
         key = self.epoch, fold, start
         return keyed_draws(torch.device("cpu"), self.seed, "evaluation", *key, host=self.host)
 
 
 class Validation:
-    """Scores members on the validation rows of their folds, which are kept as they are gathered
-    where they are few."""
+    """Scores members on the validation rows of their folds.
+
+    The gathered rows are kept if there are few of them.
+    """
 
     def __init__(self, data: Dataset, scoring: Scoring | None) -> None:
         self.data = data
         self.scoring = scoring
         self.block_bytes = _BLOCK_BYTES
-        if data.device.type == "cuda":  # a power of two, so that bits do not follow free memory
+        # A power of two, so that small changes of the free memory do not change the bits.
+        if data.device.type == "cuda":
             share = max(_BLOCK_BYTES, free_of_gpu(data.device) // _GPU_SHARE)
             self.block_bytes = min(_GPU_BLOCK_BYTES, 1 << (share.bit_length() - 1))
         self.kept: dict[tuple[int, int], tuple[tuple[Tensor, ...], ...]] = {}
         self.outputs: Sequence[list[Tensor]] = []
-        """Of each epoch and fold (C, m, K), as they were last scored, where a scoring keeps
-        them."""
+        """The last scored outputs of each epoch and fold, (C, m, K), if the scoring keeps outputs.
+        """
 
     def is_small(self, network: Network) -> bool:
-        """Whether one layer's outputs of one member on all validation rows of a fold stay within
-        the block."""
+        """Return True if the validation rows of every fold fit in one block.
+
+        The block limits the bytes of one layer's outputs of one member.
+        """
         return max(len(fold.valid) for fold in self.data.folds) <= self._block_rows(network, 1)
 
     def scores(
@@ -331,10 +366,15 @@ class Validation:
         *,
         epoch: int = 0,
     ) -> np.ndarray:
-        """Return the scores (C, F), or (C, F, M), of all members, by outputs (C, m, K) of folds if
-        ``computed``.
+        """Return the scores of all members, (C, F), or (C, F, M) for M metrics.
 
-        ``epoch``, the number of epochs that they have trained, seeds their draws."""
+        Args:
+            network: The network of the members.
+            params: The parameters of the members.
+            trials: The number of trials, C.
+            computed: The outputs (C, m, K) of each fold if they are already computed.
+            epoch: The number of epochs that the members have trained. It seeds their draws.
+        """
         assert self.scoring is not None
         columns = []
         kept = []
@@ -359,7 +399,7 @@ class Validation:
         return torch.stack(columns, 1).cpu().numpy()  # the only device sync of an epoch
 
     def _parts(self, fold: int, rows: int) -> Iterable[tuple[Tensor, ...]]:
-        """Return the validation rows of a fold, so many at a time."""
+        """Return the validation rows of a fold in blocks of ``rows`` rows."""
         parts = (
             self.data.rows(fold, part) for part in torch.split(self.data.folds[fold].valid, rows)
         )
@@ -370,8 +410,10 @@ class Validation:
         return self.kept[fold, rows]
 
     def _block_rows(self, network: Network, trials: int) -> int:
-        """Return the rows to evaluate at a time, so that one layer's outputs of all trials stay
-        within the block."""
+        """Return the number of rows to evaluate at a time.
+
+        With this number, one layer's outputs of all trials stay within the block.
+        """
         if not network.alone:
             return self.data.n_rows
         widest = max(self.data.row_numbers, network.widest)
@@ -381,11 +423,11 @@ class Validation:
 
 
 class BestOutputs:
-    """The outputs of each trial of a chunk at its best epoch, of at most ``limit`` bytes: those of
-    the best trials.
+    """The outputs of each trial of a chunk at its best epoch.
 
-    ``means`` (C,) are the best fold means so far, of epochs whose outputs are not known; -inf where
-    there are none.
+    If they need more than ``limit`` bytes, only the outputs of the best trials are kept. ``means``
+    (C,) are the best mean validation scores of earlier epochs whose outputs are unknown. They are
+    -inf without such epochs.
     """
 
     def __init__(self, limit: int, means: NDArray[np.float64]) -> None:
@@ -402,8 +444,14 @@ class BestOutputs:
         means: NDArray[np.float64],
         outputs: Sequence[Tensor],
     ) -> None:
-        """Take the outputs (T, m, K) of each fold, of those ``trials`` whose fold means (T,) are
-        better than before."""
+        """Store the outputs of each trial that has a better mean validation score than before.
+
+        Args:
+            epoch: The number of the epoch.
+            trials: The places of T trials in the chunk.
+            means: Their mean validation scores, (T,).
+            outputs: Their outputs for each fold, (T, m, K).
+        """
         rows = np.flatnonzero(means > self.means[list(trials)])
         if not rows.size:
             return
@@ -412,6 +460,7 @@ class BestOutputs:
         self.epochs[better] = epoch
         index = torch.from_numpy(rows).to(outputs[0].device)
         parts = [one.index_select(0, index).reshape(len(rows), one.shape[1], -1) for one in outputs]
+        # F parts (T, m, K) -> (T, rows of all folds, K)
         values = torch.cat(parts, 1).float()
         if self.values is None:
             most = min(len(self.means), self.limit // max(1, values[0].nbytes))
@@ -419,6 +468,7 @@ class BestOutputs:
         most = len(self.values)
         best = set(np.argsort(-self.means, kind="stable")[:most].tolist())
         self.places = {trial: place for trial, place in self.places.items() if trial in best}
+        # A trial that stays among the best keeps its place. A new one takes a free place.
         free = sorted(set(range(most)) - set(self.places.values()))
         kept = [row for row, trial in enumerate(better.tolist()) if trial in best]
         self.places |= zip(
@@ -427,7 +477,7 @@ class BestOutputs:
         self.values[[self.places[trial] for trial in better[kept].tolist()]] = values[kept]
 
     def of_trials(self, index: Sequence[int]) -> dict[int, Outputs]:
-        """Return what is kept, each trial by its entry of ``index`` (C,)."""
+        """Return the stored outputs, keyed by each trial's entry of ``index`` (C,)."""
         if self.values is None:
             return {}
         values = self.values.cpu().numpy()
