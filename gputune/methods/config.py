@@ -1,4 +1,4 @@
-"""One configuration: which keys it may have, and the type and range of each value."""
+"""Checks of one configuration: its keys, and the type and range of each value."""
 
 import math
 from collections.abc import Callable, Collection, Mapping
@@ -24,13 +24,13 @@ from gputune.types import (
 
 
 class Range(NamedTuple):
-    """The numbers that a key may take."""
+    """The range of the numbers that a key accepts."""
 
     rule: str
     example: str
     low: float
     high: float = math.inf
-    ends: str = "[)"  # as in mathematics: which of them count
+    ends: str = "[)"  # as in mathematics: "[" and "]" include an end, "(" and ")" exclude it
     integer: bool = False
 
     def holds(self, value: float) -> bool:
@@ -68,7 +68,7 @@ WORDS: Mapping[str, tuple[str, ...]] = {
 }
 
 KEYS = (*RANGES, *WORDS)
-"""Every key of every kind of model, but for ``module__*``."""
+"""Every key of every kind of model, except ``module__*``."""
 
 TAKERS: Mapping[str, tuple[str, ...]] = {
     "weight_decay": (*OPTIMIZERS, *(name for name in CLASSES if has_weight_decay(name))),
@@ -77,21 +77,24 @@ TAKERS: Mapping[str, tuple[str, ...]] = {
     "hypergrad_lr": ONLINE,
     "hypergrad_rule": ONLINE,
 }
-"""Keys that some optimizers take, and the others leave aside."""
+"""Keys that only some optimizers use, with these optimizers. The other optimizers ignore them."""
 
 MODULE_PREFIX = "module__"
 PREFIXES = (MODULE_PREFIX, "loss__", OPTIMIZER_PREFIX, LR_FACTOR, DECAY_FACTOR)
-"""Of the arguments of a module, of its loss, and of a class of torch.optim; of factors on the rates
-of some of a module's parameters."""
+"""The prefixes of keys with a free second part.
+
+They are for the arguments of a module, of its loss and of a class of torch.optim, and for factors
+on the learning rate or weight decay of some parameters of a module.
+"""
 
 ConfigCheck = Callable[..., Config]
-"""``check_config``, or ``plain_config`` of a user's own loop."""
+"""``check_config``, or ``plain_config`` for a custom training loop."""
 
 _FACTOR = Range("a finite number >= 0", "0.1", 0)
 
 INTEGER_REMEDY = "Use a list, scipy.stats.randint(low, high + 1) or gputune.log_int(low, high)."
 
-# What scikit-learn, skorch and papers call our keys: too far for a spell checker.
+# Names of our keys in scikit-learn, skorch and papers, which a spell checker would not match.
 _OTHER_NAMES: Mapping[str, str] = {
     **dict.fromkeys(("learning_rate", "learning_rate_init"), "lr"),
     **dict.fromkeys(("hidden_layer_sizes", "hidden_size", "units"), "width"),
@@ -102,11 +105,10 @@ _OTHER_NAMES: Mapping[str, str] = {
 
 
 def legal_keys(model: Literal["mlp", "logistic", "module"], optimizer: str) -> tuple[str, ...]:
-    """Return the keys that a space for this kind of model may have; a module also has its
-    ``module__*`` keys.
+    """Return the keys that a space for this kind of model may have.
 
-    ``optimizer="exact"`` is the solved logistic regression, which has only its penalty, and
-    ``numbers``, to tune.
+    A module may also have ``module__*`` keys. ``optimizer="exact"`` is the solved logistic
+    regression. It has only ``numbers`` and the keys of its penalty.
     """
     if model == "logistic" and optimizer == "exact":
         return ("C", "l1_ratio", "penalty", "numbers")
@@ -122,16 +124,19 @@ def legal_keys(model: Literal["mlp", "logistic", "module"], optimizer: str) -> t
 
 
 def key_of(word: str) -> str | None:
-    """Return the key of some space that a word is or is called elsewhere; None where it is none."""
+    """Return the key that a word means, either by its name or by a name used elsewhere.
+
+    Returns None if the word means no key.
+    """
     key = _OTHER_NAMES.get(word, word)
     return key if key in KEYS or key.startswith(PREFIXES) else None
 
 
 def check_key(key: object, *, keys: Collection[str], module: bool, name: str) -> None:
-    """Raise InputError, with the nearest legal key, unless ``key`` is one of ``keys`` (or
-    ``module__*``).
+    """Raise InputError, with the nearest legal key, unless ``key`` is one of ``keys``.
 
-    name: how the error calls the dict that has the key.
+    If ``module`` is true, keys with a prefix such as ``module__*`` are legal too. ``name`` is the
+    name of the dict in the error.
     """
     with_prefix = isinstance(key, str) and any(
         key.startswith(p) and len(key) > len(p) for p in PREFIXES
@@ -168,12 +173,11 @@ def _key_remedy(key: str, keys: Collection[str], module: bool) -> str:
 
 
 def check_config(config: Mapping[str, object], *, name: str = "config") -> Config:
-    """Return one configuration in Python's own numbers and words, keys sorted; raise InputError out
-    of range.
+    """Return a checked configuration with plain Python values and sorted keys.
 
-    ``penalty`` becomes what it means: 'l2' is l1_ratio = 0, 'l1' is l1_ratio = 1, None or 'none' is
-    C = inf.
-    name: how an error calls the configuration.
+    ``penalty`` is translated: 'l2' becomes l1_ratio = 0, 'l1' becomes l1_ratio = 1, and None or
+    'none' becomes C = inf. ``name`` is the name of the configuration in an error. Raises InputError
+    for a wrong key or a value out of range.
     """
     for key in config:
         check_key(key, keys=KEYS, module=True, name=name)
@@ -202,20 +206,22 @@ def check_config(config: Mapping[str, object], *, name: str = "config") -> Confi
 
 
 def plain_config(config: Mapping[str, object], *, name: str = "") -> Config:
-    """Return one configuration of a user's own loop, whose values are its own business, as
-    ``check_config`` does."""
+    """Return a configuration of a custom training loop with plain Python values and sorted keys.
+
+    It has the signature of ``check_config`` but checks nothing.
+    """
     return {key: _plain(config[key]) for key in sorted(config)}
 
 
 def _plain(value: object) -> object:
-    """Return Python's own number in place of NumPy's."""
+    """Return a Python number in place of a NumPy number."""
     is_scalar = isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0)
     return value.item() if is_scalar else value  # type: ignore[attr-defined]
 
 
 def check_penalty(keys: Collection[str], name: str) -> None:
-    """Raise InputError where ``penalty`` stands beside ``l1_ratio``, of which it is the older
-    word."""
+    """Raise InputError if a space has both ``penalty`` and ``l1_ratio``. ``penalty`` is the older
+    name."""
     if "penalty" in keys and "l1_ratio" in keys:
         raise InputError(
             f"{name} must have one of 'penalty' and 'l1_ratio', which say the same, got both. "
@@ -224,8 +230,10 @@ def check_penalty(keys: Collection[str], name: str) -> None:
 
 
 def check_value(key: str, value: object, name: str) -> Any:
-    """Return one value of ``key`` as a Python number or word; raise InputError if it is out of
-    range."""
+    """Return one value of ``key`` as a Python number or word.
+
+    Raises InputError if the value is out of range.
+    """
     value = _plain(value)
     if key == "width" and isinstance(value, list | tuple):  # the units of each hidden layer
         if not value:
@@ -240,7 +248,7 @@ def check_value(key: str, value: object, name: str) -> Any:
     if key == "optimizer":
         return optimizer_word(value, name)
     if key not in WORDS:
-        return value  # of module__* and its like, which is the module's own business
+        return value  # module__* and similar keys accept any value
     words = WORDS[key]
     value = "none" if key == "penalty" and value is None else value
     if isinstance(value, str) and value in words:

@@ -1,8 +1,8 @@
-"""The search by hypergradients: its options, and how one start moves from point to point.
+"""The options of a hypergradient search, and the steps of one starting point.
 
-A start descends on the fold mean of the validation loss in the coordinates of its hyperparameters
-(logarithm, or logit), which batch size, width and depth stay out of: those differ from start to
-start.
+Each starting point moves so that the mean validation loss over the folds falls. It moves in the
+coordinates of its hyperparameters, which are logarithms or logits. Batch size, width and depth do
+not move. They differ between starting points.
 """
 
 import math
@@ -25,34 +25,42 @@ from gputune.hypergradients.inner import (
 )
 from gputune.types import Config, Json
 
-_DIVIDED = 10  # what the length of a normalized step is divided by when the loss rises
-_HITS = 2  # chaotic points of a start after which its slopes come from wide finite differences
+_DIVIDED = 10  # divides the length of a normalized step when the loss rises
+# After this number of chaotic points, the slopes come from wide finite differences.
+_HITS = 2
 
-# in the coordinate, of one value and of several
+# Length of the first step in the coordinates, for one value and for several values.
 FIRST_STEP = 1.5
 FIRST_OF_SEVERAL = 1.0
 
-Table: TypeAlias = NDArray[np.float64]  # (S, L)
+Table: TypeAlias = NDArray[np.float64]  # (S, L): S segments of the training time, L layers
 Bounds = Mapping[str, tuple[float, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hypergradient:
-    """Options of ``tune(method=...)``: every start descends on its fold-mean validation loss.
+    """Options of a hypergradient search, for ``tune(method=...)``.
 
-    outer_steps      steps of the descent; every point on the way is a training over the whole of
-                     ``max_epochs``
-    hyperparameters  some of "lr", "momentum", "weight_decay", "beta1", "beta2"; the solved logistic
-                     regression descends on "C" instead
-    segments         values over the time of training, for each of them: a schedule of so many equal
-                     parts
-    per_layer        a value of its own for each layer
-    step             "sign": every value moves by its own step, halved when the sign of its slope
-                     flips (Riedmiller and Braun 1993; Micaelli and Storkey 2021); "normalized": all
-                     move along the slope, by a length divided by ten when the loss rises
-    first_step       length of the first step in the logarithm (logit of momentum and betas); None:
-                     1.5 for one value, 1.0 for several
-    smallest_step    a start whose steps are all shorter has ended
+    Each starting point follows the gradient of its mean validation loss over the folds. At every
+    point the model trains for the whole of ``max_epochs``.
+
+    Args:
+        outer_steps: The number of steps of each starting point.
+        hyperparameters: The hyperparameters to move: some of "lr", "momentum", "weight_decay",
+            "beta1" and "beta2". The solved logistic regression moves "C" instead.
+        segments: The number of values of each hyperparameter over the training time. Each value is
+            used for an equal part of the training.
+        per_layer: Whether each layer has its own value.
+        step: The rule for a step. "sign" moves every value by its own step, which is halved when
+            the sign of its slope flips (Riedmiller and Braun 1993; Micaelli and Storkey 2021).
+            "normalized" moves all values along the slope, by a length that is divided by ten when
+            the loss rises.
+        first_step: The length of the first step, in the logarithm of a value (in the logit for
+            momentum and betas). None means 1.5 for one value and 1.0 for several.
+        smallest_step: A starting point ends when all its steps are shorter than this.
+
+    Raises:
+        InputError: An option is invalid.
     """
 
     outer_steps: int = 10
@@ -100,11 +108,15 @@ class Hypergradient:
 
 @dataclass(frozen=True)
 class Slope:
-    """What training at one point gave: the fold-mean ``loss``, and its slope in the coordinates,
-    each (S, L).
+    """The result of the training at one point.
 
-    ``errors`` are the standard errors of the slopes over the folds (NaN for one fold); ``usable``
-    is false where they are noise or not finite, by ``ratio``; ``mode`` is "exact" or "differences".
+    Attributes:
+        loss: The mean validation loss over the folds.
+        slopes: The slope of the loss in the coordinates of each hyperparameter, (S, L).
+        errors: The standard errors of the slopes over the folds, (S, L). NaN for one fold.
+        usable: False if the slopes are chaotic, which ``ratio`` tells, or not finite.
+        ratio: The largest measure of chaos over the folds.
+        mode: "exact" for derivatives, "differences" for finite differences.
     """
 
     loss: float
@@ -115,7 +127,7 @@ class Slope:
     mode: Literal["exact", "differences"]
 
     def to_detail(self) -> Json:
-        """Return it as plain values for the study."""
+        """Return the slope as plain values for the study."""
         return {
             "loss": self.loss,
             "ratio": self.ratio,
@@ -143,19 +155,27 @@ def slope_at(
     ratios: np.ndarray,
     mode: Literal["exact", "differences"],
 ) -> Slope:
-    """Return the fold mean of a point from its losses (F,), slopes in the hyperparameters (F, S,
-    L), ratios (F,).
+    """Return the Slope of a point as the mean over the folds.
 
-    Finite differences look across chaos, so their ratio refuses nothing.
+    Args:
+        config: The configuration of the point.
+        losses: The validation losses of the folds, (F,).
+        slopes: The slopes in each hyperparameter, (F, S, L).
+        ratios: The measures of chaos, (F,). They never make finite differences unusable, because
+            finite differences look across the chaos.
+        mode: The way in which the slopes were computed.
     """
     means = {}
     errors = {}
     finite = bool(np.isfinite(losses).all())
     for name, table in slopes.items():
         value = torch.as_tensor(as_table(config[name], table.shape[1:]))
+        # Chain rule: the slope in the coordinate is the slope in the value times d value / d
+        # coordinate.
         moved = table * speed(name, value).numpy()
         finite &= bool(np.isfinite(moved).all())
         means[name] = moved.mean(0)
+        # Over the folds, (F, S, L) -> (S, L); one fold gives no standard error.
         spread = moved.std(0, ddof=1) if len(moved) > 1 else np.full(moved.shape[1:], np.nan)
         errors[name] = spread / math.sqrt(len(moved))
     calm = mode == "differences" or bool((ratios <= CHAOTIC).all())
@@ -163,8 +183,11 @@ def slope_at(
 
 
 class Descent:
-    """Where one start stands: its values, the length of each one's next step, and how often it met
-    chaos."""
+    """The state of one starting point of a hypergradient search.
+
+    It holds the current values, the lengths of the next steps, and the number of chaotic points so
+    far.
+    """
 
     def __init__(
         self, method: Hypergradient, names: Sequence[str], config: Config, bounds: Bounds
@@ -183,12 +206,14 @@ class Descent:
 
     @property
     def mode(self) -> Literal["exact", "differences"]:
-        """How the slope at the next point is to be taken."""
+        """The way in which the slope at the next point is computed."""
         return "differences" if self.hits >= _HITS and self.names != ("C",) else "exact"
 
     def move(self, slope: Slope) -> None:
-        """Step from the present point, whose slope is given; ``ended`` where there is nowhere to
-        go."""
+        """Take a step from the current point with a given slope.
+
+        Sets ``ended`` if the starting point cannot move any further.
+        """
         if not self.steps:
             self._begin(slope)
         tables = {
@@ -202,7 +227,7 @@ class Descent:
         unclear = not slope.usable or not any(move.any() for move in moves.values())
         after = self._move(before, moves)
         while not _alike(after, before) and any(_alike(after, place) for place in self.visited):
-            # Steps of 1, 1/2 and 1/2 lead back.
+            # Steps of 1, 1/2 and 1/2 can lead back to a visited point, so the step is halved again.
             moves = {name: move / 2 for name, move in moves.items()}
             self.steps = {
                 name: np.where(moves[name] != 0, s / 2, s) for name, s in self.steps.items()
@@ -210,7 +235,7 @@ class Descent:
             self.length /= 2
             after = self._move(before, moves)
         self.visited.append(before)
-        # A solution, of C alone, is as smooth from near as from afar.
+        # For the solved model (C only), finite differences would see the same smooth loss.
         again = slope.mode == "exact" and self.names != ("C",)
         lengths = (
             [self.length]
@@ -218,7 +243,8 @@ class Descent:
             else [t.max() for t in self.steps.values()]
         )
         if _alike(after, before) and unclear and again:
-            # noise, or chaos with nowhere to step down to: again, by finite differences
+            # Noise, or chaos without a lower learning rate: this point is tried again with finite
+            # differences.
             self.hits = _HITS
         elif _alike(after, before) or max(lengths) < self.method.smallest_step:
             self.ended = True
@@ -234,8 +260,10 @@ class Descent:
         self.signs = {name: np.zeros(table.shape) for name, table in slope.slopes.items()}
 
     def _sign_step(self, slope: Slope) -> dict[str, Table]:
-        """Each value by its own step against its slope; not at all where the folds disagree on the
-        sign."""
+        """Return the moves of all values, each by its own step against its slope.
+
+        A value stays if its slope is smaller than the standard error over the folds.
+        """
         clear = {name: ~(np.abs(slope.slopes[name]) < slope.errors[name]) for name in self.names}
         return {
             name: self._by_sign(name, np.sign(slope.slopes[name]) * clear[name])
@@ -243,6 +271,7 @@ class Descent:
         }
 
     def _by_sign(self, name: str, signs: Table) -> Table:
+        # The step of a value is halved when the sign of its slope flips.
         flipped = signs * self.signs[name] < 0
         self.steps[name] = np.where(flipped, self.steps[name] / 2, self.steps[name])
         self.signs[name] = np.where(signs != 0, signs, self.signs[name])
@@ -257,7 +286,10 @@ class Descent:
         return {name: -scale * slope.slopes[name] for name in self.names}
 
     def _step_down(self, slope: Slope) -> dict[str, Table]:
-        """Chaos is what too large a rate does: step down with it, and leave the rest."""
+        """Return a move to a lower learning rate, after a chaotic point.
+
+        A learning rate that is too large causes chaos, so the other values stay.
+        """
         self.hits += 1
         moves = {name: np.zeros(slope.slopes[name].shape) for name in self.names}
         if "lr" in self.names:
@@ -265,20 +297,22 @@ class Descent:
         return moves
 
     def _move(self, before: dict[str, Table], moves: dict[str, Table]) -> dict[str, Table]:
-        """Return the coordinates after a move, held within the bounds."""
+        """Return the coordinates after a move, clipped to the bounds."""
         after = {}
         for name in self.names:
             low, high = self.bounds.get(name, (-math.inf, math.inf))
             ends = torch.tensor([max(low, 0.0), high], dtype=torch.float64)
             least, most = to_coordinate(name, ends).tolist()
-            most = math.inf if math.isnan(most) else most  # infinity has no logit
+            most = math.inf if math.isnan(most) else most  # the logit of infinity is undefined
             after[name] = np.clip(before[name] + moves[name], least, most)
         return after
 
     def _value(self, name: str, coordinate: Table) -> float | list[float] | list[list[float]]:
-        """Return what a configuration has at coordinates: a number, a list over segments, or over
-        these and layers."""
-        # At a bound the bound itself, not its neighbour by rounding.
+        """Return the value of a configuration at given coordinates.
+
+        It is a number, a list over segments, or a list of lists over segments and layers.
+        """
+        # Clipped again: rounding may move a value slightly beyond its bound.
         low, high = self.bounds.get(name, (-math.inf, math.inf))
         table = np.clip(from_coordinate(name, torch.as_tensor(coordinate)).numpy(), low, high)
         value: list[float] | list[list[float]] = (
@@ -288,5 +322,5 @@ class Descent:
 
 
 def _alike(one: Mapping[str, Table], other: Mapping[str, Table]) -> bool:
-    """Whether two points are the same but for rounding."""
+    """Return True if two points are equal except for rounding."""
     return all(np.allclose(one[name], other[name], rtol=1e-9, atol=1e-9) for name in one)

@@ -1,8 +1,7 @@
-"""What a value of a space is drawn from: a list, a distribution of scipy.stats, or one that scipy
-lacks.
+"""The distributions of the values of a space: lists, scipy.stats distributions, and our own.
 
-Beside the object itself a distribution, and so a space of them, has three notations: text (for a
-hash), plain values (for a study file), and Optuna's: "kind" float, int or choices, and its
+A distribution, and so a space, can be converted to three notations. Text is used for a hash. Plain
+values are used for a study file. Optuna's notation has a "kind" (float, int or choices) and its
 arguments.
 """
 
@@ -24,25 +23,28 @@ from gputune.types import Config, Json
 
 
 class Distribution(Protocol):
-    """What scikit-learn's ParameterSampler draws from: any object with scipy's ``rvs``."""
+    """Any object with scipy's ``rvs``, as scikit-learn's ParameterSampler expects."""
 
     def rvs(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 Choices = list[Any] | Distribution
-"""What a space has for one key."""
+"""The possible values of one key of a space."""
 
 Space = list[dict[str, Choices]]
-"""A checked space. Several dicts are alternatives: a draw takes one, then a value for each key."""
+"""A checked space, as a list of dicts.
+
+Several dicts are alternatives: a draw takes one dict, then a value for each key.
+"""
 
 ScipyLaw: TypeAlias = stats.rv_continuous | stats.rv_discrete
 
 Label = bool | int | float | str | None
-"""What Optuna's storages hold."""
+"""The values that Optuna's storages accept as choices."""
 
 
 def is_distribution(value: object) -> TypeGuard[Distribution]:
-    """Say whether ``value`` draws: an object (not a class) with ``rvs``."""
+    """Return True if ``value`` is an object (not a class) with ``rvs``."""
     return callable(getattr(value, "rvs", None)) and not isinstance(value, type)
 
 
@@ -51,7 +53,7 @@ def range_of(
 ) -> tuple[float, float] | None:
     """Return the range that the distributions of some parameters span over all dicts of a space.
 
-    None where there are no distributions: values in lists have no range.
+    Returns None without distributions, because the values of a list have no range.
     """
     supports = [
         getattr(each[name], "support", None) for each in space for name in names if name in each
@@ -62,8 +64,10 @@ def range_of(
 
 @dataclass(frozen=True)
 class OwnDistribution:
-    """A distribution that scipy lacks: integers between ``low`` and ``high`` on a log scale, or
-    numbers in steps."""
+    """A distribution that scipy lacks, with values from ``low`` to ``high``.
+
+    It draws integers on a log scale, or numbers in equal steps.
+    """
 
     word: ClassVar[str]
 
@@ -71,7 +75,7 @@ class OwnDistribution:
     high: float
 
     def support(self) -> tuple[float, float]:
-        """Return the smallest and the largest number, both of which are drawn."""
+        """Return the smallest and the largest number. Both can be drawn."""
         return self.low, self.high
 
     @property
@@ -81,7 +85,7 @@ class OwnDistribution:
 
 @dataclass(frozen=True, repr=False)
 class LogInt(OwnDistribution):
-    """Log-uniform integers; made by ``log_int``, which checks the ends."""
+    """Log-uniform integers. ``log_int`` makes them and checks the ends."""
 
     word = "log_int"
 
@@ -91,8 +95,10 @@ class LogInt(OwnDistribution):
     def rvs(
         self, size: int | tuple[int, ...] | None = None, random_state: object = None
     ) -> int | np.ndarray:
-        """Draw one integer, or an int64 array of shape ``size``; ``random_state`` is as in
-        scipy.stats."""
+        """Draw one integer, or an int64 array of shape ``size``.
+
+        ``random_state`` is as in scipy.stats.
+        """
         given = random_state
         rng = given if isinstance(given, np.random.Generator) else check_random_state(given)
         real = np.exp(rng.uniform(math.log(self.low), math.log(self.high + 1), size))
@@ -102,13 +108,21 @@ class LogInt(OwnDistribution):
 
 
 def log_int(low: int, high: int) -> LogInt:
-    """Return a distribution of the integers ``low`` to ``high``, both included, uniform on a log
-    scale.
+    """Return a log-uniform distribution of the integers from ``low`` to ``high``, both included.
 
-    A draw is a log-uniform real number of [low, high + 1), rounded down, so that k has the
-    probability log((k + 1) / k) / log((high + 1) / low). Rounding [low, high] to the nearest would
-    give the two ends half of their share. Raises InputError unless both are integers with 0 < low <
-    high < 2**53.
+    A draw is a log-uniform real number of [low, high + 1), rounded down. So k has the probability
+    log((k + 1) / k) / log((high + 1) / low). Rounding numbers of [low, high] to the nearest integer
+    would give the two ends only half of their share.
+
+    Args:
+        low: The smallest integer, > 0.
+        high: The largest integer, > low and < 2**53.
+
+    Returns:
+        A distribution with the ``rvs`` of scipy.stats.
+
+    Raises:
+        InputError: An end is not an integer or not in its range.
     """
     ends = (0, 0)
     with suppress(TypeError):
@@ -125,8 +139,10 @@ def log_int(low: int, high: int) -> LogInt:
 
 @dataclass(frozen=True)
 class LogIntegers(OwnDistribution):
-    """Log-uniform integers as Optuna draws them: the logarithm of [low - 1/2, high + 1/2],
-    rounded."""
+    """Log-uniform integers as Optuna draws them.
+
+    A draw is a log-uniform real number of [low - 1/2, high + 1/2], rounded.
+    """
 
     word = "log_integers"
 
@@ -138,8 +154,10 @@ class LogIntegers(OwnDistribution):
 
 @dataclass(frozen=True)
 class Steps(OwnDistribution):
-    """The numbers low, low + step, ..., high with equal probability: integers where all three
-    are."""
+    """The numbers low, low + step, ..., high with equal probability.
+
+    All of them are integers if the three arguments are integers.
+    """
 
     word = "steps"
 
@@ -155,14 +173,17 @@ class Steps(OwnDistribution):
         return {"kind": kind, "low": self.low, "high": self.high, "step": self.step}
 
     def rvs(self, random_state: object = None) -> float:
+        # 1e-9 keeps the last step in spite of rounding errors
         count = math.floor((self.high - self.low) / self.step + 1e-9) + 1
         drawn = self.low + int(check_random_state(random_state).randint(count)) * self.step
         return min(drawn, self.high)
 
 
 def _scipy_law(value: object) -> tuple[ScipyLaw, Config] | None:
-    """Return scipy's law and its parameters by name; None for a class of the user's own, whatever
-    its name is."""
+    """Return scipy's distribution and its parameters by name.
+
+    Returns None for a custom class, also if it has the name of a scipy distribution.
+    """
     law: Any = getattr(value, "dist", value)
     if type(law) is not type(getattr(stats, str(getattr(law, "name", "")), stats)):
         return None
@@ -173,24 +194,26 @@ def _scipy_law(value: object) -> tuple[ScipyLaw, Config] | None:
 def distribution_text(value: Any) -> str:
     """Return a distribution as text that is the same in every process.
 
-    Our own by their repr, scipy's by name and parameters, any other by its type and first draws.
+    Our own distributions are written as their repr, and scipy's as name and parameters. Any other
+    one is written as its type and first draws.
     """
     if isinstance(value, OwnDistribution):
         return repr(value)
     if scipy_law := _scipy_law(value):
         law, parameters = scipy_law
-        number = float if isinstance(law, stats.rv_continuous) else None  # 1 and 1.0 are one text
+        # 1 and 1.0 must give the same text for a continuous distribution.
+        number = float if isinstance(law, stats.rv_continuous) else None
         words = (f"{key}={np.asarray(end, number).tolist()!r}" for key, end in parameters.items())
         return f"{law.name}({', '.join(words)})"
-    # repr shows an address, and a pickle of scipy's holds the state of the global generator.
+    # The repr contains an address, and a pickle of scipy's distribution contains the state of the
+    # global generator.
     rng = np.random.RandomState(0)
     draws = [np.asarray(value.rvs(random_state=rng)).tolist() for _ in range(8)]
     return f"{type(value).__module__}.{type(value).__qualname__}(draws={draws!r})"
 
 
 def choices_to_json(choices: Choices) -> Json:
-    """Return a list or distribution as plain values. Raises InputError for a class of the user's
-    own."""
+    """Return a list or distribution as plain values. Raises InputError for a custom class."""
     if isinstance(choices, list):
         return {"list": choices}
     if isinstance(choices, OwnDistribution):
@@ -205,8 +228,10 @@ def choices_to_json(choices: Choices) -> Json:
 
 
 def choices_from_json(values: Json) -> Choices:
-    """Return what ``choices_to_json`` described. Raises InputError for a name that scipy.stats
-    lacks."""
+    """Return the list or distribution that ``choices_to_json`` converted.
+
+    Raises InputError for a name that scipy.stats lacks.
+    """
     if "list" in values:
         return list(values["list"])
     makers: dict[str, Callable[..., Choices]] = {
@@ -227,7 +252,10 @@ def choices_from_json(values: Json) -> Choices:
 
 
 def from_optuna(value: Any) -> object:
-    """Return one of Optuna's distributions in scikit-learn's terms, and what is none as it is."""
+    """Return an Optuna distribution as a list or a distribution for scikit-learn.
+
+    Any other value is returned unchanged.
+    """
     kind = type(value).__name__ if type(value).__module__.partition(".")[0] == "optuna" else ""
     if kind == "CategoricalDistribution":
         return list(value.choices)
@@ -245,7 +273,7 @@ def from_optuna(value: Any) -> object:
 
 
 def as_optuna(description: Json) -> object:
-    """Return the ``optuna.distributions`` object."""
+    """Return the ``optuna.distributions`` object of a description."""
     distributions = import_extra(
         "optuna.distributions", extra="optuna", used_by="An Optuna distribution"
     )
@@ -259,8 +287,10 @@ def as_optuna(description: Json) -> object:
 
 
 def describe(choices: Choices) -> Json | None:
-    """Return the list or distribution of one key as one of Optuna's; None for a law that Optuna
-    does not have."""
+    """Return the list or distribution of one key in Optuna's notation.
+
+    Returns None for a distribution that Optuna lacks.
+    """
     if isinstance(choices, list):
         return {"kind": "choices", "choices": labels(choices)}
     if isinstance(choices, OwnDistribution):
@@ -274,15 +304,18 @@ def describe(choices: Choices) -> Json | None:
             return {"kind": "int", "low": int(low), "high": int(high)}
         case "uniform":
             return {"kind": "float", "low": float(low), "high": float(high)}
-        # A loguniform that is moved by its loc is none any more: its median tells.
+        # A loguniform with a loc is no longer log-uniform. Its median shows this: without a loc it
+        # is sqrt(low * high).
         case "loguniform" | "reciprocal" if math.isclose(value.median() ** 2, low * high):
             return {"kind": "float", "low": float(low), "high": float(high), "log": True}
     return None
 
 
 def label(choice: object) -> Label:
-    """Return what stands for a choice in Optuna, whose storages hold numbers, words and None:
-    others as text."""
+    """Return the value that represents a choice in Optuna.
+
+    Optuna's storages accept numbers, words and None. Any other choice becomes text.
+    """
     if choice is None or isinstance(choice, bool | int | float | str):
         return choice
     return (
@@ -293,12 +326,12 @@ def label(choice: object) -> Label:
 
 
 def labels(choices: Iterable[object]) -> list[Label]:
-    """Return the labels of choices, each once."""
+    """Return the labels of choices without duplicates."""
     return list({(type(text), text): text for text in map(label, choices)}.values())
 
 
 def of_label(text: object, choices: Sequence[object]) -> object:
-    """Return the choice that a label stands for."""
+    """Return the choice that a label represents."""
     return next(c for c in choices if type(label(c)) is type(text) and label(c) == text)
 
 
@@ -307,7 +340,7 @@ def is_fixed(choices: Choices) -> bool:
 
 
 def is_inside(config: Config, space: Space) -> bool:
-    """Whether a configuration could have been drawn from the space."""
+    """Return True if a configuration could have been drawn from the space."""
     return any(
         config.keys() == part.keys() and all(holds(part[key], config[key]) for key in part)
         for part in space
@@ -318,17 +351,16 @@ def holds(choices: Choices, value: object) -> bool:
     if isinstance(choices, list):
         return value in choices
     if not hasattr(choices, "support") or not isinstance(value, int | float):
-        return True  # nobody knows
+        return True  # a custom distribution does not tell its range
     low, high = choices.support()
     return bool(low <= value <= high)
 
 
 def space_text(space: Space) -> str:
-    """Return a checked space as text, keys sorted, the same in every process: for the study file
-    and its hash.
+    """Return a checked space as text with sorted keys, the same in every process.
 
-    Raises InputError for a value (of a ``module__*`` key) that only its address in memory tells
-    apart.
+    The text is used for the study file and its hash. Raises InputError for a ``module__*`` value
+    that is identified only by its address in memory.
     """
     return " | ".join(", ".join(f"{key}={_text(d[key], key)}" for key in sorted(d)) for d in space)
 
@@ -340,7 +372,7 @@ def _text(value: Any, key: str) -> str:
         return distribution_text(value)
     if isinstance(value, type) or isroutine(value):
         text = f"{value.__module__}.{value.__qualname__}"
-    elif getattr(value, "ndim", 0):  # an array, whose own text leaves out most of it
+    elif getattr(value, "ndim", 0):  # the repr of a large array leaves out most values
         text = f"{type(value).__name__}({value.tolist()!r}, {value.dtype})"
     else:
         text = repr(value)
@@ -353,8 +385,10 @@ def _text(value: Any, key: str) -> str:
 
 
 def space_to_json(space: Space) -> Sequence[Json] | None:
-    """Return a checked space as values that a study file holds; None where it has an object of the
-    user's own."""
+    """Return a checked space as values for a study file.
+
+    Returns None if the space has a custom object.
+    """
     try:
         values = [{key: choices_to_json(choices) for key, choices in d.items()} for d in space]
         to_json(values)
@@ -364,14 +398,18 @@ def space_to_json(space: Space) -> Sequence[Json] | None:
 
 
 def space_from_json(values: Sequence[Json]) -> Space:
-    """Return the space that ``space_to_json`` described. Raises InputError for a name that
-    scipy.stats lacks."""
+    """Return the space that ``space_to_json`` converted.
+
+    Raises InputError for a name that scipy.stats lacks.
+    """
     return [{key: choices_from_json(value) for key, value in d.items()} for d in values]
 
 
 def to_scipy(space: object) -> object:
-    """Return a space, a dict or a list of dicts, with Optuna's distributions in scikit-learn's
-    terms."""
+    """Return a space with Optuna's distributions replaced by scikit-learn's.
+
+    The space is a dict or a list of dicts.
+    """
     if isinstance(space, list | tuple):
         return type(space)(map(to_scipy, space))
     if not isinstance(space, Mapping):

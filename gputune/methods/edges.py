@@ -1,5 +1,4 @@
-"""Remarks on the ends of a space: whether the best value of a hyperparameter lies at one of
-them."""
+"""Remarks for hyperparameters with the best value at an end of their range."""
 
 import math
 from collections.abc import Mapping
@@ -11,17 +10,17 @@ from gputune.methods.config import RANGES
 from gputune.study.study import Study
 from gputune.text import short
 
-_TRIED = 3  # values of a hyperparameter from which on the best one says something
-_NEAR = 0.05  # share of a range, on its own scale, that counts as its end
+_TRIED = 3  # with fewer values of a hyperparameter, the best value means little
+_NEAR = 0.05  # this share of a range, on its own scale, counts as its end
 
 
 def edge_remarks(study: Study) -> tuple[str, ...]:
-    """Return a sentence for each hyperparameter whose best value is the first or last one in the
-    space.
+    """Return one sentence for each hyperparameter with the best value at an end of its range.
 
-    Nothing is said of words, of values that no law of one range was drawn from, of what a descent
-    moves, and of the end that no value may lie beyond, as dropout=0; nor where an included trial
-    went further, or another scored the same.
+    There is no remark for words, for values without a distribution of one range, and for
+    hyperparameters that a hypergradient search moves. There is also no remark for an end that no
+    value may exceed, such as dropout=0. An included trial that went further, or another trial with
+    the same score elsewhere, also prevents a remark.
     """
     finite = np.flatnonzero(np.isfinite(study.scores)).tolist()
     if not finite:
@@ -39,7 +38,7 @@ def edge_remarks(study: Study) -> tuple[str, ...]:
         if ends is None or not _is_number(value) or key in study.record.descended:
             continue
         values = [params.get(key) for params in scored]
-        # as those of 100,000 trials are, and have few values
+        # For 100,000 plain numbers, set() first is faster: they have few different values.
         plain = {int, float}.issuperset(map(type, values))
         tried = set(filter(_is_number, set(values) if plain else values))
         if len(tried) < _TRIED:
@@ -48,7 +47,7 @@ def edge_remarks(study: Study) -> tuple[str, ...]:
         places = [
             _place(params[key], low, high, law) for params in equal if _is_number(params.get(key))
         ]
-        # Beyond a bound of the key no value may lie.
+        # No remark at a bound of the key itself: larger or smaller values are not allowed.
         bounded = (low <= rule.low, high >= rule.high) if rule else (low == 0, False)
         lower = max(places) <= _NEAR and low <= min(tried) and not bounded[0]
         upper = min(places) >= 1 - _NEAR and max(tried) <= high and not bounded[1]
@@ -62,7 +61,10 @@ def edge_remarks(study: Study) -> tuple[str, ...]:
 
 
 def _ends(law: Mapping[str, object]) -> tuple[float, float] | None:
-    """Return the smallest and the largest value; None of words, and of less than three numbers."""
+    """Return the smallest and the largest value of a distribution.
+
+    Returns None for words and for fewer than three numbers.
+    """
     if law["kind"] != "choices":
         low = law.get("low")
         high = law.get("high")
@@ -78,8 +80,10 @@ def _ends(law: Mapping[str, object]) -> tuple[float, float] | None:
 
 
 def _place(value: float, low: float, high: float, law: Mapping[str, object]) -> float:
-    """Return where a value lies from 0, the low end, to 1; of choices the ends alone are 0 and
-    1."""
+    """Return the position of a value between the low end (0) and the high end (1).
+
+    Among choices, only the two ends have the positions 0 and 1. All others have 0.5.
+    """
     if law["kind"] == "choices":
         return 0.0 if value == low else 1.0 if value == high else 0.5
     if law.get("log") and low > 0 and value > 0:
@@ -90,5 +94,5 @@ def _place(value: float, low: float, high: float, law: Mapping[str, object]) -> 
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    # An integer may be too large for a float, but not to be compared with one.
+    # An integer may be too large to become a float, but it can be compared with a float.
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300

@@ -1,8 +1,7 @@
-"""Optuna beside a search: a sampler of its that proposes configurations, and a study written as one
-of Optuna's.
+"""Optuna samplers propose configurations, and a study can be exported to Optuna.
 
-An Optuna study in memory, in which a copy of the user's sampler is asked for configurations and
-told scores.
+A copy of the user's sampler works in an Optuna study in memory. It is asked for configurations and
+receives their scores.
 """
 
 import copy
@@ -39,18 +38,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OptunaSampler:
-    """Options of ``tune(method=...)``: a sampler of Optuna's proposes, a batch of its proposals
-    trains together.
+    """Options of a search with an Optuna sampler, for ``tune(method=...)``.
 
-    sampler   a sampler such as ``optuna.samplers.TPESampler(seed=0)``. It is copied for each search
-              and never changed, and taken as it is: a TPESampler should have
-              ``constant_liar=True``, which is Optuna's own default since version 5, or else the
-              proposals of one batch are much alike
-    batch     proposals that train together, before the sampler hears of any of their scores
-    halving   None trains every trial to its end; ``gputune.Halving(...)`` halves every batch by
-              itself, and trials that a rung sends away are told as pruned
+    The sampler proposes batches of configurations. The configurations of a batch train together.
 
-    Raises InputError; MissingExtraError without Optuna.
+    Args:
+        sampler: An Optuna sampler such as ``optuna.samplers.TPESampler(seed=0)``. It is copied for
+            each search and never changed. A TPESampler should have ``constant_liar=True``, which is
+            Optuna's default since version 5. Otherwise the proposals of one batch are very similar.
+        batch: The number of proposals that train together. The sampler receives none of their
+            scores before it has proposed the whole batch.
+        halving: None trains every trial to its end. ``gputune.Halving(...)`` applies successive
+            halving within each batch. Trials that stop at a rung are reported to the sampler as
+            pruned.
+
+    Raises:
+        InputError: An option is invalid.
+        MissingExtraError: Optuna is not installed.
     """
 
     sampler: "optuna.samplers.BaseSampler"
@@ -80,8 +84,10 @@ class OptunaSampler:
 
 
 class OptunaStudy:
-    """A study of Optuna's over one space, whose sampler proposes configurations and is told their
-    scores."""
+    """An Optuna study over one space.
+
+    Its sampler proposes configurations and receives their scores.
+    """
 
     def __init__(
         self,
@@ -99,7 +105,7 @@ class OptunaStudy:
             sampler.reseed_rng()
         logging = self.optuna.logging
         verbosity = self.optuna.logging.get_verbosity()
-        # without what it says about a new study
+        # Optuna logs a message about each new study, which is not wanted here.
         logging.set_verbosity(max(verbosity, logging.WARNING))
         try:
             self.study = self.optuna.create_study(sampler=sampler, direction="maximize")
@@ -107,8 +113,10 @@ class OptunaStudy:
             logging.set_verbosity(verbosity)
 
     def ask(self, params: Config | None = None) -> tuple["optuna.Trial", Config]:
-        """Return Optuna's trial and its configuration: what the sampler proposes, or ``params`` in
-        its place."""
+        """Return an Optuna trial and its configuration.
+
+        The configuration is proposed by the sampler, or it is ``params`` if given.
+        """
         if params is not None:
             self.study.enqueue_trial(self._label_choices(params))
         trial = self.study.ask(self.distributions)
@@ -121,7 +129,8 @@ class OptunaStudy:
         return trial, self.check(proposed, name="a proposal of the sampler")
 
     def tell(self, trial: "optuna.Trial", result: Result) -> None:
-        """Tell the result of a trial that was asked for; pruned and diverged ones as such."""
+        """Report the result of a proposed trial to Optuna. Pruned and diverged trials are marked as
+        such."""
         if result.state == "pruned":
             for epoch, mean in fold_means(result.curve).items():
                 trial.report(mean, epoch)
@@ -131,8 +140,10 @@ class OptunaStudy:
             self.study.tell(trial, state=state_of(self.optuna, result.state))
 
     def add(self, params: Config, result: Result) -> bool:
-        """Tell a result that was not asked for; False where its configuration is not one of the
-        space."""
+        """Report a result that was not proposed by the sampler.
+
+        Returns False if its configuration is not in the space.
+        """
         if params.keys() != self.distributions.keys():
             return False
         try:
@@ -143,7 +154,7 @@ class OptunaStudy:
                 distributions=self.distributions,
                 intermediate_values=fold_means(result.curve),
             )
-        except ValueError:  # Optuna's own check of each value
+        except ValueError:  # Optuna checks each value against its distribution
             return False
         self.study.add_trial(trial)
         return True
@@ -156,7 +167,10 @@ class OptunaStudy:
 
 
 def fold_means(curve: np.ndarray) -> dict[int, float]:
-    """Return epoch -> fold mean, from 1, of the epochs that were scored in every fold."""
+    """Return the mean validation score of each epoch, keyed by epoch from 1.
+
+    Only epochs that were scored in every fold are included.
+    """
     return {
         epoch: mean
         for epoch, mean in enumerate(first_metric(curve, axes=2).mean(1).tolist(), 1)
@@ -165,16 +179,15 @@ def fold_means(curve: np.ndarray) -> dict[int, float]:
 
 
 def state_of(optuna: ModuleType, state: str) -> object:
-    """Return Optuna's state of a trial; what a deadline stopped is pruned there."""
+    """Return Optuna's state of a trial. A trial that was stopped by a deadline counts as pruned."""
     states = optuna.trial.TrialState
     return {"complete": states.COMPLETE, "failed": states.FAIL}.get(state, states.PRUNED)
 
 
 def check_askable(space: Space) -> tuple[Mapping[str, Choices], dict[str, object]]:
-    """Return the one dict of a space that a sampler can be asked for, and its
-    ``optuna.distributions`` by key.
+    """Return the only dict of a space and its ``optuna.distributions`` by key.
 
-    Raises InputError for several dicts, and for a law that Optuna does not have.
+    Raises InputError if the space has several dicts, or a distribution that Optuna lacks.
     """
     if len(space) > 1:
         raise InputError(
@@ -194,8 +207,10 @@ def check_askable(space: Space) -> tuple[Mapping[str, Choices], dict[str, object
 
 
 def export_to_optuna(study: Study, storage: object, name: str | None) -> "optuna.Study":
-    """Return an ``optuna.Study`` with every trial of ``study``, written to ``storage``; see
-    ``Study.to_optuna``."""
+    """Return an ``optuna.Study`` with every trial of ``study``, written to ``storage``.
+
+    See ``Study.to_optuna``.
+    """
     optuna = import_extra("optuna", extra="optuna", used_by="to_optuna()")
     laws = {
         key: widened_law(study, key)
@@ -221,6 +236,7 @@ def export_to_optuna(study: Study, storage: object, name: str | None) -> "optuna
                 intermediate_values=fold_means(curve),
             )
             if math.isfinite(trial.seconds):
+                # Optuna has no field for a duration. It is the time between start and end.
                 end = finished.datetime_complete or datetime.now()
                 finished.datetime_start = end - timedelta(seconds=trial.seconds)
             written.add_trial(finished)
@@ -229,13 +245,13 @@ def export_to_optuna(study: Study, storage: object, name: str | None) -> "optuna
 
 @contextmanager
 def _new_study(optuna: ModuleType, storage: object, name: str | None) -> Iterator["optuna.Study"]:
-    """Make a study that maximizes; one that cannot be written to its end goes again."""
+    """Make an Optuna study that maximizes. It is deleted again if writing it fails."""
     try:
         place = optuna.storages.get_storage(storage)
         if not isinstance(place, optuna.storages.BaseStorage):
             raise TypeError(f"{type(place).__name__} is no storage")
     except Exception as error:
-        # SQLAlchemy's own, a driver's that is missing, those of other storages
+        # Errors of SQLAlchemy, of a missing driver and of other storages have no common class.
         raise InputError(
             f"to_optuna(storage={str(storage)!r}) cannot be opened: {str(error).splitlines()[0]}. "
             "It is a URL such as 'sqlite:///optuna.db' in a folder that exists, a storage of "
@@ -256,7 +272,10 @@ def _new_study(optuna: ModuleType, storage: object, name: str | None) -> Iterato
 
 
 def _attributes(trial: Trial, inside: Mapping[str, object]) -> dict[str, object]:
-    """Return what Optuna has no place of its own for; None stands for NaN, which JSON lacks."""
+    """Return the facts about a trial that have no field in Optuna.
+
+    None stands for NaN, which JSON lacks.
+    """
     attributes: dict[str, object] = {"number": trial.number, "origin": trial.origin_text}
     attributes |= {
         "fold_scores": list(map(_plain, trial.fold_scores)),
@@ -280,10 +299,10 @@ def _plain(value: float) -> float | None:
 
 
 def widened_law(study: Study, key: str) -> Json:
-    """Return the law of a key, widened where the default or an included trial lies outside of it.
+    """Return the distribution of a key, widened to include the default and the included trials.
 
-    Where the study does not know it (a law that Optuna lacks), it is uniform over what the trials
-    hold.
+    If the study does not have the distribution, because Optuna lacks it, it is uniform over the
+    values of the trials.
     """
     values = [label(trial.params[key]) for trial in study.trials if key in trial.params]
     law = study.record.distributions.get(key) or _guess_law(values)
@@ -295,6 +314,7 @@ def widened_law(study: Study, key: str) -> Json:
     plain = {"kind": law["kind"], "low": low, "high": high, "log": law.get("log", False)}
     if (step := law.get("step")) is None:
         return plain
+    # The step stays only if every value is still a whole number of steps from the new low end.
     multiples = [(value - low) / step for value in (law["low"], high, *inside)]
     return plain | (
         {"step": step} if all(math.isclose(round(n), n, abs_tol=1e-9) for n in multiples) else {}
@@ -312,8 +332,10 @@ def _guess_law(values: Sequence[object]) -> Json:
 
 
 def _holds(law: Json, value: object) -> bool:
-    """Whether a value can be one of a law whose ends may be widened: not a word among numbers, nor
-    0 on a log axis."""
+    """Return True if a distribution can be widened to include a value.
+
+    A word among numbers cannot be included, nor 0 on a log scale.
+    """
     if law["kind"] == "choices":
         return True
     if isinstance(value, bool) or not isinstance(

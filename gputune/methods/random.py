@@ -1,5 +1,7 @@
-"""Random search: the trials of a search, drawn once by scikit-learn's ParameterSampler, and what is
-said of them."""
+"""Random search: scikit-learn's ParameterSampler draws the trials of a search once.
+
+This module also makes the remarks about these trials.
+"""
 
 import math
 import time
@@ -28,14 +30,23 @@ def draw(
     *,
     seconds: float | None = None,
 ) -> list[Config]:
-    """Return ``n_trials`` configurations of a checked space: ParameterSampler's own, so
-    RandomizedSearchCV's too.
+    """Draw ``n_trials`` configurations of a checked space.
 
-    A space of lists only is drawn without replacement; where it has too few points, all of them are
-    returned, fewer than ``n_trials`` (``remarks`` says so). Raises InputError, for instance where a
-    distribution of the user's own draws 17.3 for an integer key.
+    The draws are those of ParameterSampler, and so of RandomizedSearchCV. A space that has only
+    lists is drawn without replacement. If it has fewer than ``n_trials`` points, all of them are
+    returned, and ``remarks`` tells the user.
 
-    After so many ``seconds`` it returns those that it has drawn, at least one.
+    Args:
+        space: The checked space.
+        n_trials: The number of configurations.
+        seed: The random seed or generator.
+        check: Checks each configuration.
+        seconds: After this time the function returns the configurations drawn so far, at least one.
+            None means no limit.
+
+    Raises:
+        InputError: A draw is invalid, for example if a custom distribution draws 17.3 for an
+            integer key.
     """
     sampler = ParameterSampler(space, _n_draws(space, n_trials), random_state=seed)
     end = math.inf if seconds is None else time.monotonic() + seconds
@@ -55,10 +66,11 @@ def _draw_on(
     check: ConfigCheck,
     seconds: float | None,
 ) -> list[Config]:
-    """Return what ``draw`` does, without the first draws where ``known`` are these.
+    """Return the configurations of ``draw`` that come after the ``known`` ones.
 
-    The generator passes them over in a fraction of the time. Since ``known`` has no configuration
-    twice, they are the first where the last of them is what is drawn next.
+    If the first draws are ``known``, the generator skips them in a fraction of the time. ``known``
+    has no configuration twice. So the first draws are ``known`` if the next draw equals its last
+    configuration. Otherwise all draws are returned.
     """
     laws = [[part[key] for key in sorted(part)] for part in space]
     if known and not all(isinstance(law, list) for part in laws for law in part):
@@ -77,17 +89,25 @@ def _draw_on(
 def _pass_over(
     law: Choices, generator: np.random.RandomState, bits: np.random.MT19937
 ) -> Callable[[], object]:
-    """Return what moves a generator, which is over the ``bits``, on by a draw of a law."""
+    """Return a function that advances a generator by one draw from a distribution.
+
+    The generator uses the bit generator ``bits``.
+    """
     if isinstance(getattr(law, "dist", None), stats.rv_continuous):
-        return generator.random_sample  # most take the quantile of one, and ``rvs`` takes its time
+        # Most continuous distributions use one uniform number per draw, and ``rvs`` is slow.
+        return generator.random_sample
     if not isinstance(law, list):
         return partial(law.rvs, random_state=generator)
     last = len(law) - 1
     word = bits.random_raw
+    # NumPy draws an integer by rejection: a masked word above ``last`` is drawn again.
     mask = (1 << last.bit_length()) - 1
 
     def pass_over_choice() -> None:
-        """Take the words of ``randint(last + 1)``, which takes ten times as long for its checks."""
+        """Consume the random words of ``randint(last + 1)``.
+
+        It is 10x faster, because ``randint`` checks its arguments.
+        """
         while last and word() & mask > last:
             pass
 
@@ -103,14 +123,23 @@ def first_candidates(
     defaults: Mapping[str, object],
     portfolio: Sequence[Config] = (),
 ) -> tuple[Candidate, ...]:
-    """Return what a new search begins with: the default configuration, with it a ``portfolio``,
-    then ``include``.
+    """Return the first trials of a new search.
 
-    A key that is missing takes its default, held to the space where that names it. A configuration
-    that is written like an earlier one is dropped, and the portfolio goes as far as ``n_trials``
-    has room. Where ``defaults``, which has the
-    ``optimizer``, lacks a key of the space, no default configuration is run (``notes`` says so).
-    Raises InputError, also where nothing is left to run.
+    They are the default configuration, with it a ``portfolio``, and then the configurations of
+    ``include``. A missing key takes its default value, moved into the space if the space has the
+    key. A configuration equal to an earlier one is dropped.
+
+    Args:
+        space: The checked space.
+        n_trials: The number of trials. It limits the length of the portfolio.
+        include: Configurations that the user wants to run.
+        include_default: Whether the default configuration is run.
+        defaults: The default values. They include the ``optimizer``. If they lack a key of the
+            space, no default configuration is run, and ``notes`` tells the user.
+        portfolio: Good configurations to begin with.
+
+    Raises:
+        InputError: A configuration is invalid, or there is nothing to run.
     """
     check_count(n_trials, "n_trials", least=0, remedy=" For example n_trials=64.")
     configs: list[tuple[Config, str]] = []
@@ -148,21 +177,28 @@ def top_up(
     earlier: Sequence[Config] = (),
     seconds: float | None = None,
 ) -> tuple[Candidate, ...]:
-    """Return the drawn trials that ``old`` lacks of ``n_trials``, numbered on from it.
+    """Return the drawn trials that are missing from ``old``, with the next free numbers.
 
-    ``n_trials`` configurations are drawn anew and those in ``old`` dropped, so that the same seed
-    continues a search. There are never more than ``n_trials`` in all, the default one among them
-    and included ones not: lists alone, drawn without replacement, give another selection for a
-    larger ``n_trials``.
+    ``n_trials`` configurations are drawn again, and those already in ``old`` are dropped. So the
+    same seed continues a search. There are at most ``n_trials`` trials, including the default trial
+    but not the included trials. A space of only lists is drawn without replacement, so a larger
+    ``n_trials`` gives a different selection.
 
-    earlier: what other searches have tried is dropped too, and more is drawn in its place, as far
-        as the space has it.
-    seconds: after which drawing ends with fewer trials; None for no limit.
+    Args:
+        old: The trials so far.
+        space: The checked space.
+        n_trials: The number of trials.
+        seed: The random seed.
+        check: Checks each configuration.
+        earlier: Configurations that other searches have tried. They are dropped too, and others are
+            drawn instead, if the space has enough of them.
+        seconds: After this time the drawing ends with fewer trials. None means no limit.
     """
     new: tuple[Candidate, ...] = ()
     lacking = n_trials - n_counted(old)
     known = [trial.params for trial in old if trial.origin == "random"]
-    for times in (1, 2, 4, 8) if earlier else (1,):  # a space of few integers may have no more
+    # At most 8 times as many draws: a space of few integers may have no new configuration.
+    for times in (1, 2, 4, 8) if earlier else (1,):
         if len(new) < lacking:
             drawn = _draw_on(known, space, times * (n_trials + len(earlier)), seed, check, seconds)
             new = numbered([(config, "random") for config in drawn], old, earlier)[:lacking]
@@ -170,7 +206,7 @@ def top_up(
 
 
 def n_counted(trials: Sequence[Candidate]) -> int:
-    """Return how many trials ``n_trials`` counts: all but the included ones."""
+    """Return the number of trials that count toward ``n_trials``. Included trials do not count."""
     return sum(trial.origin in ("default", "portfolio", "random") for trial in trials)
 
 
@@ -181,13 +217,13 @@ def notes(
     include_default: bool,
     defaults: Mapping[str, object],
 ) -> tuple[str, ...]:
-    """Return what a user should know of the trials of a call, a sentence each."""
+    """Return the remarks about the trials of a call, one sentence each."""
     sentences = []
     if include_default and (missing := _filled({}, space, defaults)[1]):
         sentences.append(
             f"No default configuration is run, because {', '.join(missing)} has no default value."
         )
-    # go without saying
+    # A fixed value in the space needs no remark.
     fixed = {key for part in space for key, choices in part.items() if is_fixed(choices)}
     for trial in (trial for trial in trials if trial.origin == "default"):
         plain = _complete({k: v for k, v in trial.params.items() if k == "optimizer"}, defaults)
@@ -221,8 +257,8 @@ def remarks(
     include_default: bool,
     timeout: float | None = None,
 ) -> tuple[str, ...]:
-    """Return the sentences, if any, that tell the user once how the ``trials`` are other than
-    ``n_trials``."""
+    """Return a remark if the number of ``trials`` is not ``n_trials``, or if an earlier default
+    stays."""
     default = [
         trial.number for trial in trials if trial.origin == "default" and not include_default
     ]
@@ -254,8 +290,7 @@ def remarks(
 
 
 def _n_draws(space: Space, n_trials: int) -> int:
-    # At most the number of points where all are lists; asking for no more keeps scikit-learn from
-    # warning.
+    # At most the number of points of a space of lists. scikit-learn would warn about more draws.
     try:
         return len(ParameterSampler(space, n_trials))
     except OverflowError:
@@ -272,8 +307,10 @@ def numbered(
     old: Sequence[Candidate] = (),
     earlier: Sequence[Config] = (),
 ) -> tuple[Candidate, ...]:
-    """Number configurations on from ``old``, leaving out those that are there, or in ``earlier``,
-    already."""
+    """Number new configurations, beginning after the numbers of ``old``.
+
+    Configurations that are already in ``old`` or ``earlier`` are left out.
+    """
     seen = {_identity(config) for config in (*earlier, *(trial.params for trial in old))}
     number = 1 + max((trial.number for trial in old), default=-1)
     new: list[Candidate] = []
@@ -287,22 +324,22 @@ def numbered(
 def _filled(
     config: Config, space: Space, defaults: Mapping[str, object]
 ) -> tuple[Config, list[str]]:
-    """Return a configuration with the defaults of the keys that it lacks, and those keys that have
-    none."""
+    """Return a configuration with default values for its missing keys, and the keys without a
+    default."""
     full = _with_defaults(config, space, defaults)
     keys = {"l1_ratio" if key == "penalty" else key for part in space for key in part}
-    # of so many layers
+    # A width that is a tuple has the number of layers already.
     without = {"depth"} - config.keys() if isinstance(full.get("width"), tuple) else set()
     wanted = sorted((keys | config.keys()) - without)
     return {key: full[key] for key in wanted if key in full}, sorted(keys - full.keys())
 
 
 def _with_defaults(config: Config, space: Space, defaults: Mapping[str, object]) -> Config:
-    """Return a configuration with all that has a default, which is held to the space where the
-    space names it.
+    """Return a configuration with all default values, moved into the space if the space has the
+    key.
 
-    Of alternatives the first counts that lacks the fewest of these values. What has no default
-    takes its fixed value.
+    If the space has alternatives, the first one counts that excludes the fewest of the default
+    values. A key without a default takes its fixed value.
     """
     plain = _complete(config, defaults)
     part = min(
@@ -310,7 +347,7 @@ def _with_defaults(config: Config, space: Space, defaults: Mapping[str, object])
         key=lambda part: sum(not holds(part[key], plain[key]) for key in part if key in plain),
     )
     values: Config = {}
-    # lr, weight_decay and momentum follow the optimizer.
+    # The optimizer comes first: the defaults of lr, weight_decay and momentum depend on it.
     for key in sorted(part, key=lambda key: key != "optimizer"):
         full = {"penalty": "l2", **_complete({**config, **values}, defaults)}
         known = key in config or (key == "penalty" and "l1_ratio" in config)
@@ -322,8 +359,11 @@ def _with_defaults(config: Config, space: Space, defaults: Mapping[str, object])
 
 
 def _nearest(key: str, choices: Choices, value: object) -> object:
-    """Return the value itself where ``choices`` have it, else the nearest number, the first of a
-    list, or a draw."""
+    """Return the value of ``choices`` that is nearest to a value.
+
+    This is the value itself if ``choices`` has it. Otherwise it is the nearest number, the first
+    entry of a list, or a draw.
+    """
     if isinstance(choices, list):
         if value in choices:
             return value
@@ -355,8 +395,10 @@ def _identity(config: Mapping[str, object]) -> frozenset[tuple[str, Hashable]]:
 
 
 def _hashable(value: object) -> Hashable:
-    """Return the value, or what stands for it where it has no hash; a list and a tuple of equals
-    are equal."""
+    """Return the value, or a hashable value that represents it.
+
+    A list and a tuple of equal entries give the same result.
+    """
     if isinstance(value, list | tuple):
         return tuple(map(_hashable, value))
     try:

@@ -1,7 +1,6 @@
-"""The space of a search, checked before anything trains; what a model is searched in and trained
-with by default.
+"""The space of a search, checked before anything trains, and the default space of each model.
 
-A space has lists, scipy.stats distributions and fixed values; some that are published have a name.
+A space has lists, scipy.stats distributions and fixed values. Some published spaces have a name.
 """
 
 import math
@@ -40,16 +39,20 @@ from gputune.types import LR_FACTORS, ONLINE, PLAIN_LR_FACTORS, SEARCHED, Config
 
 
 def check_space(space: object, *, keys: Collection[str], module: bool) -> Space:
-    """Return the space as a list of dicts of lists and distributions, every value in the range of
-    its key.
+    """Return a checked space as a list of dicts of lists and distributions.
 
-    space: a dict, or a list of dicts (alternatives). A value is a list, tuple, range or 1-D array
-    of choices, a frozen scipy.stats distribution or other object with ``rvs``, or one fixed value.
-    keys: see ``legal_keys``.
-    module: also allow ``module__*``, whose values are the module's own business.
+    Every value is in the range of its key. ``penalty`` stays a key of the space, so that the draws
+    are scikit-learn's. ``check_config`` translates it later.
 
-    ``penalty`` stays a key of the space, so that draws are scikit-learn's; ``check_config``
-    translates it. Raises InputError.
+    Args:
+        space: A dict, or a list of dicts (alternatives). A value is a list, tuple, range or 1-D
+            array of choices, a frozen scipy.stats distribution or another object with ``rvs``, or
+            one fixed value.
+        keys: The legal keys, see ``legal_keys``.
+        module: Whether ``module__*`` keys are legal too. They accept any value.
+
+    Raises:
+        InputError: The space is invalid.
     """
     named = _dicts_by_name(space, remedy="Leave it out (space=None) for the default space.")
     for name, d in named.items():
@@ -79,15 +82,19 @@ def check_space(space: object, *, keys: Collection[str], module: bool) -> Space:
 
 
 def choices_of(space: Space, key: str, *, default: object) -> list[Any]:
-    """Return the values that the lists of a space have for a key, with the default where a part has
-    no such key."""
+    """Return all values of a key in the lists of a space.
+
+    A dict of the space without this key has the default.
+    """
     lists = [part.get(key, [default]) for part in space]
     return [value for choices in lists if isinstance(choices, list) for value in choices]
 
 
 def check_own_space(space: object) -> Space:
-    """Return the space of a user's own loop as ``check_space`` does; its keys are any words, its
-    values any values."""
+    """Return the checked space of a custom training loop, in the form of ``check_space``.
+
+    Its keys are any words, and its values any values.
+    """
     named = _dicts_by_name(space, remedy="For example space={'lr': [0.01, 0.001]}.")
     for name, d in named.items():
         if odd := [key for key in d if not isinstance(key, str)]:
@@ -102,7 +109,7 @@ def check_own_space(space: object) -> Space:
 
 
 def _dicts_by_name(space: object, *, remedy: str) -> dict[str, Mapping[Any, object]]:
-    """Return the dicts of a space by what errors call them."""
+    """Return the dicts of a space, keyed by their names in error messages."""
     dicts = [space] if isinstance(space, Mapping) else space
     if not isinstance(dicts, list | tuple) or not all(isinstance(d, Mapping) for d in dicts):
         raise InputError(
@@ -116,7 +123,10 @@ def _dicts_by_name(space: object, *, remedy: str) -> dict[str, Mapping[Any, obje
 
 
 def _check_online(d: Mapping[str, object], name: str) -> None:
-    """Refuse what only an optimizer that adapts its rate reads, where the space never draws one."""
+    """Raise InputError for a key that the optimizers of the space never use.
+
+    These keys belong to the optimizers that adapt their learning rate.
+    """
     given = [key for key in ("hypergrad_lr", "hypergrad_rule") if key in d]
     optimizers = d.get("optimizer")
     drawn = [optimizers] if isinstance(optimizers, str) else optimizers
@@ -132,10 +142,9 @@ def _check_online(d: Mapping[str, object], name: str) -> None:
 
 
 def check_include(include: object, *, keys: Collection[str], module: bool) -> list[Config]:
-    """Return the configurations that the user wants run, each checked; ``keys`` and ``module`` as
-    in check_space.
+    """Return the checked configurations of ``include``, which the user wants to run.
 
-    Raises InputError.
+    ``keys`` and ``module`` are as in ``check_space``. Raises InputError.
     """
     named = {f"include[{i}]": config for i, config in enumerate(_dicts(include))}
     for name, config in named.items():
@@ -145,10 +154,9 @@ def check_include(include: object, *, keys: Collection[str], module: bool) -> li
 
 
 def check_own_include(include: object, space: Space) -> list[Config]:
-    """Return the configurations that a user's own loop is to run, each with the keys of a dict of
-    the space.
+    """Return the configurations of ``include`` for a custom training loop.
 
-    Raises InputError.
+    Each must have exactly the keys of one dict of the space. Otherwise InputError is raised.
     """
     for i, config in enumerate(_dicts(include)):
         if all(config.keys() != part.keys() for part in space):
@@ -213,7 +221,7 @@ def _check_distribution(key: str, value: Any, name: str) -> None:
     if not isinstance(value, OwnDistribution) and not isinstance(
         law, stats.rv_continuous | stats.rv_discrete
     ):
-        return  # someone's own class: only its draws can be checked
+        return  # a custom class: only its draws can be checked
     low = float(np.min(value.support()[0]))
     high = float(np.max(value.support()[1]))
     if math.isnan(low) or math.isnan(high):
@@ -226,8 +234,8 @@ def _check_distribution(key: str, value: Any, name: str) -> None:
         return
     inside = rule.holds(low) and (rule.holds(high) or high == rule.high == math.inf)
     fault = ""
-    # A continuous draw meets an end of its support with probability zero, so an end may lie on the
-    # bound.
+    # A continuous draw equals an end of its range with probability zero. So an end may lie on an
+    # excluded bound.
     if real and not isinstance(value, Steps):
         inside = rule.low <= low and high <= rule.high
     if real and rule.integer:
@@ -252,25 +260,28 @@ _REALMLP: Mapping[str, float | str] = {
     "lr_factor__bias": 0.1,
     "lr_factor__embedding": 0.1,
     "lr_factor__slopes": 0.1,
-    # Of all but the biases by the square of its factor on the rate, as its authors' package has it.
+    # The effective decay (lr x weight decay) of all parameters except the biases changes with the
+    # square of the lr factor, as in the package of the authors.
     "weight_decay_factor__scale": 6.0,
     "weight_decay_factor__bias": 0.0,
     "weight_decay_factor__embedding": 0.1,
     "weight_decay_factor__slopes": 0.1,
 }
-"""RealMLP-TD. Source: Holzmueller et al. (2024), arXiv:2407.04491, table A.1; pytabkit,
+"""RealMLP-TD. Source: Holzmueller et al. (2024), arXiv:2407.04491, table A.1, and pytabkit,
 default_params.py."""
 
 _SIZES: Mapping[type[nn.Module], Mapping[str, Choices]] = {
     CNN: {"module__channels": [8, 16, 32]},
     GRU: {"module__hidden": [16, 32, 64]},
 }
-"""What else is searched in modules of ``gputune.models``."""
+"""The additional keys of the default space for modules of ``gputune.models``."""
 
 
 def recipe_of(builder: object, goal: Goal) -> Config:
-    """Return what a trial of a model takes in the place of the common defaults, for classes,
-    numbers, or neither."""
+    """Return the values that replace the common defaults for a model, or an empty dict.
+
+    ``goal`` says whether the target is classes, numbers, or neither.
+    """
     if builder is not RealMLP:
         return {}
     if goal == "classes":
@@ -281,18 +292,23 @@ def recipe_of(builder: object, goal: Goal) -> Config:
 def default_space(
     model: Literal["mlp", "logistic", "module"], optimizer: str, builder: object = None
 ) -> dict[str, Choices]:
-    """Return the space of a search that was given none; ``builder`` is what makes the modules, if
-    any.
+    """Return the default space of a search.
 
-    The learning rate matters most, on a log scale; sgd, without Adam's scaling of each step, wants
-    one or two powers of ten more, and that of a class of torch.optim lies around its own default.
-    Batch size and width come from short lists of powers of two, so that many trials share one
-    tensor shape and train as one population. Depth, activation and dropout stay at their defaults:
-    each splits populations or adds little on tables. The solved logistic regression has its penalty
-    only.
+    The learning rate matters most and is drawn on a log scale. SGD does not scale each step as Adam
+    does, so its range is one or two powers of ten higher. For a class of torch.optim the range lies
+    around the default of this class. Batch size and width come from short lists of powers of two.
+    Many trials then share one tensor shape and train as one population. Depth, activation and
+    dropout stay at their defaults, because each of them splits populations or adds little on
+    tables. The solved logistic regression has only its penalty.
+
+    Args:
+        model: The kind of model.
+        optimizer: The optimizer of the search.
+        builder: The class or function that makes the modules, or None.
     """
     if model == "logistic" and optimizer == "exact":
         return {"C": _choices_of("C"), "l1_ratio": _choices_of("l1_ratio")}
+    # sgdhd and nesterovhd adapt the learning rate of sgd and nesterov.
     plain = optimizer.removesuffix("hd") in ("sgd", "nesterov")
     lr = optimizer_defaults(optimizer)["lr"]
     low, high = PLAIN_LR_FACTORS if plain else LR_FACTORS
@@ -316,8 +332,10 @@ def _choices_of(key: str) -> Choices:
 
 
 def _realmlp(goal: Goal) -> Space:
-    """RealMLP-HPO. Source: that paper, table C.2; values that are more likely stand several
-    times."""
+    """Return the space RealMLP-HPO. A value that is more likely is listed several times.
+
+    Source: Holzmueller et al. (2024), arXiv:2407.04491, table C.2.
+    """
     common: dict[str, Choices] = {
         "module__embedding": ["none", "pbld", "pl", "plr"],
         "module__scaling": [True] * 3 + [False] * 2,
@@ -334,10 +352,11 @@ def _realmlp(goal: Goal) -> Space:
 
 
 def _realmlp_tabarena(goal: Goal) -> Space:
-    """The space of TabArena for RealMLP. Source: pytabkit, "tabarena-new".
+    """Return the space of TabArena for RealMLP. Source: pytabkit, "tabarena-new".
 
-    Departures: one network a trial and not 8, as many epochs for all and no early end, label
-    smoothing without a schedule, beta2 from a list, and at most 32 levels a category.
+    Departures: one network per trial instead of 8, the same number of epochs for all trials without
+    early stopping, label smoothing without a schedule, beta2 from a list, and at most 32 levels per
+    category.
     """
     common: dict[str, Choices] = {
         "module__depth": [2, 3, 4],
@@ -373,8 +392,10 @@ _MLPS = (
 PORTFOLIOS: Mapping[str, Sequence[Config]] = {
     "mlp": [dict(zip(_KEYS, values, strict=True)) for values in _MLPS]
 }
-"""Good configurations that a space of a name begins with, chosen over eleven tables
-(scripts/benchmark)."""
+"""Good configurations with which a named space begins.
+
+They were chosen over eleven tables (scripts/benchmark).
+"""
 
 SPACES: Mapping[str, Callable[[Goal], Space]] = {
     "mlp": lambda goal: [default_space("mlp", "adamw")],
@@ -384,7 +405,7 @@ SPACES: Mapping[str, Callable[[Goal], Space]] = {
 
 
 def named_space(name: str, goal: Goal) -> Space:
-    """Return the space of a name. Raises InputError for a name that there is not."""
+    """Return the space with a given name. Raises InputError for an unknown name."""
     if name not in SPACES:
         raise InputError(
             f"space must be a dict, a list of dicts, or one of {', '.join(SPACES)}, got {name!r}."

@@ -1,7 +1,7 @@
-"""Rules that stop trials before their end: their options, when they decide, and who leaves.
+"""Rules that stop trials early: their options, their epochs of decision, and their decisions.
 
-All trials (of a bracket) train together; the fold means of their scores at an epoch decide which of
-them go on. The median rule is milder than successive halving.
+All trials (of a bracket) train together. At some epochs, the mean validation scores decide which
+trials continue. The median rule is milder than successive halving.
 """
 
 import math
@@ -14,40 +14,48 @@ from gputune.errors import InputError, check_count
 from gputune.executors.worker import Reports
 
 Curves = Mapping[int, np.ndarray]
-"""The scores (epochs, F) so far of trials by their number, of those that have ended too."""
+"""The scores (epochs, F) of trials so far, keyed by trial number. Trials that have ended are
+included."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoppingRule:
-    """What a search asks of a rule."""
+    """The methods that every stopping rule has."""
 
     def stops(self, max_epochs: int) -> list[int]:
-        """Return the epochs at which it decides, in order, all below ``max_epochs``.
+        """Return the epochs at which the rule decides, in order, all below ``max_epochs``.
 
-        Raises InputError where its options leave no room for one.
+        Raises InputError if the options allow no epoch of decision.
         """
         raise NotImplementedError
 
     def trials_to_stop(self, epoch: int, curves: Curves, max_epochs: int) -> set[int]:
-        """Return the numbers of the trials that leave after an epoch of ``stops``."""
+        """Return the numbers of the trials that stop after an epoch of ``stops``."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Halving(StoppingRule):
-    """Options of ``tune(method=...)``: at each rung the best 1/``factor`` of the trials go on.
+    """Options of successive halving, for ``tune(method=...)``.
 
-    Sources: Jamieson and Talwalkar (2016), arXiv:1502.07943; brackets: Li et al. (2018),
-        arXiv:1603.06560.
+    At each rung, the best 1/``factor`` of the trials continue.
 
-    factor       what the number of trials is divided by, and the epochs multiplied by, from rung to
-                 rung
-    min_epochs   epochs before the first rung; None: max(1, max_epochs // 27)
-    brackets     bracket s has its first rung at min_epochs * factor**s, so that some trials are not
-                 judged early; every bracket gets about the same number of epochs to spend
+    Sources: Jamieson and Talwalkar (2016), arXiv:1502.07943. For brackets: Li et al. (2018),
+    arXiv:1603.06560.
 
-    Early rungs favour what learns fast at first: small batches, which take more steps an epoch, and
-    large rates.
+    Early rungs favor trials that learn fast at first: small batches, which take more steps per
+    epoch, and large learning rates.
+
+    Args:
+        factor: From rung to rung, the number of trials is divided by this factor, and the epochs
+            are multiplied by it. A finite number > 1.
+        min_epochs: The number of epochs before the first rung. None means max(1, max_epochs // 27).
+        brackets: The number of brackets. Bracket s has its first rung at min_epochs * factor**s, so
+            that some trials are not judged early. Each bracket gets about the same number of epochs
+            in total.
+
+    Raises:
+        InputError: An option is invalid.
     """
 
     factor: float = 3
@@ -63,15 +71,15 @@ class Halving(StoppingRule):
         check_count(self.brackets, "Halving(brackets=...)")
 
     def rungs(self, max_epochs: int) -> list[list[int]]:
-        """Return the epochs of each bracket's rungs, all below ``max_epochs``; the last brackets
-        may have none.
+        """Return the epochs of the rungs of each bracket, all below ``max_epochs``.
 
-        Raises InputError where ``min_epochs`` leaves no room, or there are more brackets than
-        rungs.
+        The last bracket may have no rungs. Raises InputError if ``min_epochs`` is not below
+        ``max_epochs``, or if there are too many brackets.
         """
         epochs: list[int] = []
         rung = float(_first_epoch(self, max_epochs, 27))
         while rung < max_epochs:
+            # With a small factor, two rungs may be the same epoch after rounding down.
             epochs += [int(rung)] * (int(rung) not in epochs[-1:])
             rung *= self.factor
         if self.brackets > len(epochs) + 1:
@@ -83,12 +91,15 @@ class Halving(StoppingRule):
         return [epochs[s:] for s in range(self.brackets)]
 
     def stops(self, max_epochs: int) -> list[int]:
+        """Return the epochs of all rungs of all brackets, in order."""
         return sorted({epoch for epochs in self.rungs(max_epochs) for epoch in epochs})
 
     def trials_to_stop(self, epoch: int, curves: Curves, max_epochs: int) -> set[int]:
-        """Return the trials of each bracket with a rung here whose fold means are not among the
-        best."""
-        # By number and not by place: a study that was repaired may lack some.
+        """Return the trials that stop at the rungs of this epoch.
+
+        They are the trials that are not among the best of their bracket by mean validation score.
+        """
+        # By trial number, not by position: a repaired study may lack some trials.
         bracket_of = self.brackets_of(1 + max(curves, default=-1), max_epochs)
         leaving: set[int] = set()
         for bracket in (b for b, epochs in enumerate(self.rungs(max_epochs)) if epoch in epochs):
@@ -102,51 +113,62 @@ class Halving(StoppingRule):
         return leaving
 
     def brackets_of(self, n_trials: int, max_epochs: int) -> list[int]:
-        """Return the bracket of each trial, by its number: every bracket gets about the same number
-        of epochs."""
+        """Return the bracket of each trial, in order of trial number.
+
+        Every bracket gets about the same number of epochs in total.
+        """
         edges = [[0, *rungs, max_epochs] for rungs in self.rungs(max_epochs)]
-        # The epochs that one trial of a bracket takes on average.
+        # The average number of epochs per trial of each bracket.
         costs = [
             sum((b - a) / self.factor**i for i, (a, b) in enumerate(zip(e[:-1], e[1:])))
             for e in edges
         ]
         shares = np.cumsum([1 / cost for cost in costs])
-        # Of every run of trials, however long, about its share goes to each bracket: more trials
-        # move no other.
+        # The multiples of the golden ratio spread evenly over [0, 1). So any number of trials
+        # splits by these shares, and additional trials do not move earlier ones to other brackets.
         places = (np.arange(n_trials) * (math.sqrt(5) - 1) / 2) % 1
         brackets: list[int] = np.searchsorted(shares / shares[-1], places, side="right").tolist()
         return brackets
 
 
 def survivors(means: np.ndarray, factor: float) -> np.ndarray:
-    """Return which trials (C,) go on, by their fold means at a rung: the best 1/factor, one at
-    least.
+    """Return a mask (C,) of the trials that continue after a rung.
 
-    NaN is never among them; the earlier trial wins a tie.
+    They are the best 1/``factor`` by the mean validation scores ``means`` (C,), at least one. A
+    trial with NaN never continues. In a tie, the earlier trial wins.
     """
     finite = np.isfinite(means)
     count = min(int(finite.sum()), max(1, int(len(means) / factor)))
+    # The stable sort lets the earlier trial win a tie.
     best = np.argsort(np.where(finite, -means, np.inf), kind="stable")[:count]
     return np.isin(np.arange(len(means)), best)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Median(StoppingRule):
-    """Options of ``tune(method=...)``: trials whose best fold mean is below the median of all
-    leave.
+    """Options of the median stopping rule, for ``tune(method=...)``.
+
+    A trial stops if its best mean validation score so far is below the median of all trials.
 
     Sources: Golovin et al. (2017), "Google Vizier", the median stopping rule; Optuna's
-    MedianPruner, which has the best so far against the median at the same step. Departure: trials
-    that left before count in the median with the last fold mean they had. There are no earlier,
-    completed trials to compare with where all train at the same time, and a median of those that
-    are left would send half of them away each time.
+    MedianPruner, which also compares the best score so far with the median at the same step.
 
-    min_epochs   epochs before the first decision; None: max(1, max_epochs // 10)
-    every        epochs between two decisions; None: as many as before the first
-    min_trials   with fewer trials than this nobody leaves
+    Departure: trials that stopped earlier count in the median with their last mean validation
+    score. All trials train at the same time, so there are no completed trials to compare with. A
+    median of only the remaining trials would stop half of them each time.
 
-    Early decisions favour what learns fast at first: small batches, which take more steps an epoch,
-    and large rates.
+    Early decisions favor trials that learn fast at first: small batches, which take more steps per
+    epoch, and large learning rates.
+
+    Args:
+        min_epochs: The number of epochs before the first decision. None means max(1, max_epochs //
+            10).
+        every: The number of epochs between two decisions. None means the number before the first
+            decision.
+        min_trials: With fewer trials than this, no trial stops.
+
+    Raises:
+        InputError: An option is invalid.
     """
 
     min_epochs: int | None = None
@@ -159,18 +181,20 @@ class Median(StoppingRule):
         check_count(self.min_trials, "Median(min_trials=...)")
 
     def stops(self, max_epochs: int) -> list[int]:
+        """Return the epochs of the decisions, in order."""
         first = _first_epoch(self, max_epochs, 10)
         return list(range(first, max_epochs, self.every or first))
 
     def trials_to_stop(self, epoch: int, curves: Curves, max_epochs: int) -> set[int]:
-        """Return the trials whose best fold mean so far is below the median; those that ended
-        earlier stay ended.
+        """Return the trials with a best mean validation score so far below the median.
 
-        NaN, of trials that have diverged, counts as worse than any number.
+        Trials that ended earlier stay ended. NaN, the score of a diverged trial, is worse than any
+        number.
         """
         if len(curves) < self.min_trials:
             return set()
         means = {number: curves[number].mean(1) for number in sorted(curves)}
+        # A trial that stopped earlier counts with its last mean.
         last = np.array(
             [mean[min(epoch, len(mean)) - 1] if len(mean) else -np.inf for mean in means.values()]
         )
@@ -182,16 +206,15 @@ class Median(StoppingRule):
 def ends_in_order(
     rule: StoppingRule, max_epochs: int, number: int, epoch: int, reports: Reports
 ) -> bool | None:
-    """Return whether a trial of a custom training loop, which has reported ``epoch`` values, ends
-    there.
+    """Return True if a trial of a custom training loop ends after ``epoch`` reported values.
 
-    The trial is compared with the trials that have lower numbers and have come as far. This is
-    successive halving without rounds, which ends a trial that it would pause (Li et al., 2020,
-    arXiv:1810.05934), and the median rule of Vizier. Both take the trials in the order in which
-    they arrive. gputune takes them in order of number, so that any number of workers, and a resumed
-    search, prune the same trials.
+    The trial is compared with the trials that have lower numbers and have reported as many values.
+    This is successive halving without rounds, which ends a trial that the paper's version would
+    pause (Li et al., 2020, arXiv:1810.05934), or the median rule of Vizier. Both take the trials in
+    the order in which they arrive. gputune takes them in order of number. So any number of workers,
+    and a resumed search, prune the same trials.
 
-    Returns None as long as a trial with a lower number trains and has not come as far.
+    Returns None while a trial with a lower number still trains and has reported fewer values.
     """
     if epoch not in rule.stops(max_epochs):
         return False
@@ -204,8 +227,10 @@ def ends_in_order(
 
 
 def _first_epoch(rule: Halving | Median, max_epochs: int, part: int) -> int:
-    """Return the epoch of the first decision. Raises InputError where ``min_epochs`` leaves no room
-    for one."""
+    """Return the epoch of the first decision.
+
+    Raises InputError if ``min_epochs`` is not below ``max_epochs``.
+    """
     first = rule.min_epochs or max(1, max_epochs // part)
     if first >= max_epochs > 1:
         raise InputError(
@@ -216,4 +241,4 @@ def _first_epoch(rule: Halving | Median, max_epochs: int, part: int) -> int:
 
 
 STOPPING_RULES: Mapping[str, type[StoppingRule]] = {"halving": Halving, "median": Median}
-"""By the word of each, which ``MethodWord`` has too."""
+"""The stopping rules by name. ``MethodWord`` lists the same names."""
