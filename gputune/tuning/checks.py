@@ -1,7 +1,8 @@
-"""What an option may be: a check returns the value to go on with, of a name and a value, or raises
-InputError.
+"""Checks of option values.
 
-What is heavy is imported when it is needed: ``gputune --help`` must not wait for torch.
+A check takes the name and the value of an option. It returns the value to use, or raises
+InputError. Slow modules are imported only when they are needed, because ``gputune --help`` must not
+wait for torch.
 """
 
 import os
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 
 def one_of(*allowed: str | bool) -> Callable[[str, object], object]:
+    """Return a check that accepts only the allowed values."""
+
     def check(name: str, value: object) -> object:
         if value not in allowed:
             words = f"{', '.join(map(repr, allowed))}, got {value!r}.{did_you_mean(value, allowed)}"
@@ -32,11 +35,13 @@ def one_of(*allowed: str | bool) -> Callable[[str, object], object]:
 
 
 def whole(name: str, value: object, *, none: bool = False) -> object:
+    """Return a whole number >= 1. None is valid only with ``none=True``."""
     check_count(value, name, none=none)
     return value
 
 
 def score(name: str, value: object) -> object:
+    """Return a score or None."""
     if value is not None and (
         isinstance(value, bool) or not isinstance(value, Real) or value != value
     ):
@@ -45,12 +50,14 @@ def score(name: str, value: object) -> object:
 
 
 def verbosity(name: str, value: object) -> object:
+    """Return the verbosity as an int >= 0."""
     if not isinstance(value, Integral) or value < 0:
         raise InputError(f"{name} must be 0 (silent) or 1, got {value!r}.")
     return int(value)
 
 
 def seconds(name: str, value: object, *, none: bool = False) -> object:
+    """Return a number of seconds > 0. None is valid only with ``none=True``."""
     is_number = isinstance(value, Real) and not isinstance(value, bool) and float(value) > 0
     if not (is_number or (none and value is None)):
         raise InputError(
@@ -60,6 +67,7 @@ def seconds(name: str, value: object, *, none: bool = False) -> object:
 
 
 def path(name: str, value: object) -> Path | None:
+    """Return the absolute path of a file, or None."""
     if not (value is None or isinstance(value, str | os.PathLike)):
         got = f"got {value!r}; of a study that is open give its file."
         raise InputError(f"{name} is the path of a file, or None, {got}")
@@ -69,13 +77,15 @@ def path(name: str, value: object) -> Path | None:
             f"{name} must be a file, got the folder {str(value)!r}; give a file in it, such as "
             f"{file!r}."
         )
-    # wherever a module of the user's goes meanwhile
+    # Absolute, because a module of the user may change the current folder later.
     return None if value is None else Path(value).absolute()
 
 
 def studies(name: str, value: object) -> "tuple[Study, ...]":
-    """Return studies, those that are given by their files too, or by the folder that the command
-    line wrote."""
+    """Return the studies of a value: studies, paths of study files, or a mix in a list.
+
+    A path may also be a folder that the command line wrote.
+    """
     from gputune.study.study import Study
 
     def opened(path: Path) -> Study:
@@ -93,12 +103,14 @@ def studies(name: str, value: object) -> "tuple[Study, ...]":
 
 
 def method(name: str, value: object) -> "Method":
+    """Return the checked search method."""
     from gputune.tuning.choices import check_method
 
     return check_method(value)
 
 
 def memory(name: str, value: object) -> object:
+    """Return a valid memory limit."""
     from gputune.engine.plan import parse_memory
 
     parse_memory(value)
@@ -106,7 +118,7 @@ def memory(name: str, value: object) -> object:
 
 
 def workers(name: str, value: object) -> object:
-    """Return a number, "auto" or a cluster."""
+    """Return a number of processes, "auto" or a Ray cluster."""
     from gputune.executors.ray_cluster import Ray
 
     if value == "ray":
@@ -120,6 +132,7 @@ def workers(name: str, value: object) -> object:
 
 
 def names(name: str, value: object) -> tuple[str, ...]:
+    """Return a tuple of column names."""
     names = (value,) if isinstance(value, str) else value
     if not isinstance(names, list | tuple) or not all(isinstance(one, str) for one in names):
         raise InputError(f"{name} must be a list of columns, for example ['id'], got {value!r}.")
@@ -127,12 +140,14 @@ def names(name: str, value: object) -> tuple[str, ...]:
 
 
 def target_transform(name: str, value: object) -> "TargetTransform | None":
+    """Return the checked target transform, or None."""
     from gputune.data.target_transform import check_transform
 
     return check_transform(name, value)
 
 
 def kinds(name: str, value: object) -> "Mapping[str, Kind] | None":
+    """Return a dict from column name to column kind, or None."""
     from gputune.data.kinds import KINDS
 
     if value is None:
@@ -147,6 +162,7 @@ def kinds(name: str, value: object) -> "Mapping[str, Kind] | None":
 
 
 def callbacks(name: str, value: object) -> "tuple[Callback, ...]":
+    """Return a tuple of callbacks."""
     from gputune.callbacks import Callback
 
     if not isinstance(value, list | tuple) or not all(isinstance(one, Callback) for one in value):
@@ -157,8 +173,11 @@ def callbacks(name: str, value: object) -> "tuple[Callback, ...]":
 
 
 def seed(name: str, random_state: object) -> int:
-    """Return an integer as it is; otherwise one draw from a RandomState or Generator, or from the
-    system (None)."""
+    """Return a random seed as an int.
+
+    An integer is returned unchanged. A RandomState or Generator gives one draw, and None gives a
+    draw from the system.
+    """
     import numpy as np
 
     if isinstance(random_state, int | np.integer) and not isinstance(random_state, bool):

@@ -1,5 +1,5 @@
-"""What the arguments ``model`` and ``method`` mean: their words, classes, values, and how a study
-file holds them."""
+"""The arguments ``model`` and ``method``: their names, classes and values, and their form in a
+study file."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -26,75 +26,84 @@ from gputune.types import OPTIMIZERS, Config, Goal, Json
 SearchedModel = Literal["mlp", "logistic", "module"]
 
 NAMED: dict[str, Builder] = {"cnn": CNN, "gru": GRU, "realmlp": RealMLP}
-"""Modules of ``gputune.models`` that have a name; they are searched as any module is."""
+"""Modules of ``gputune.models`` that have a name. They are searched like any other module."""
 
 BUILT_IN = ("mlp", "logistic")
 
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """A checked model: which space it has, which engine trains it, and how a saved model builds it
-    again."""
+    """A checked model.
+
+    It determines the default space, the engine that trains the model, and the way a saved model is
+    built again.
+    """
 
     searched: SearchedModel
     optimizer: str
     module_class: Builder | None
     goal: Goal = ""
-    """What it predicts, once that is known."""
+    """The kind of target that the model predicts: "classes", "numbers" or "" (other, or not known
+    yet)."""
 
     def of(self, target: Target, objective: Objective | None) -> "ModelChoice":
-        """Return the choice for a target and a loss, which decide some defaults."""
+        """Return the choice for a target and a loss, on which some defaults depend."""
         classes = objective is not None and objective.is_named and objective.loss == "cross_entropy"
         goal: Goal = "classes" if classes else "numbers" if target.task == "regression" else ""
         return replace(self, goal=goal)
 
     @cached_property
     def recipe(self) -> Config:
-        """What its trials take in the place of the common defaults."""
+        """The values that the trials take in place of the common defaults."""
         return recipe_of(self.module_class, self.goal)
 
     def defaults(self, schedule: str) -> Config:
-        """Return its recipe, with the optimizer, and a ``schedule`` where that is not the constant
-        one."""
+        """Return the recipe with the optimizer and the schedule.
+
+        A constant ``schedule`` does not replace a schedule of the recipe.
+        """
         own = {} if schedule == "constant" and "schedule" in self.recipe else {"schedule": schedule}
         return {**self.recipe, **own, "optimizer": self.optimizer}
 
     def complete(self, params: Config, schedule: str) -> Config:
+        """Return the parameters of a trial with all default values added."""
         return complete(
             {**self.defaults(schedule), **params}, optimizer=self.optimizer, schedule=schedule
         )
 
     @property
     def solved(self) -> bool:
-        """Whether it is solved to convergence instead of trained."""
+        """True if the model is solved to convergence instead of trained."""
         return self.optimizer == "exact"
 
     @property
     def kind(self) -> ModelKind:
-        """The engine's word for its stacked form."""
+        """The engine's name for the stacked form of the model."""
         return "linear" if self.searched == "logistic" else self.searched
 
     @property
     def takes_arrays(self) -> bool:
-        """Whether it takes images, sequences and several inputs, not tables alone."""
+        """True if the model accepts images, sequences and several inputs in addition to tables."""
         return self.searched == "module" and self.module_class is not RealMLP
 
     @property
     def spec(self) -> Json:
-        """What a study and a model folder store of it: plain JSON."""
+        """The description of the model in a study and in a model folder, as plain JSON."""
         if self.module_class is None:
             return {"kind": self.searched}
         return {"kind": "module", **class_source(self.module_class)}
 
     @property
     def name(self) -> str:
-        """What a person calls it."""
+        """The name of the model in messages."""
         return self.searched if self.module_class is None else name_of(self.module_class)
 
 
 def choose_model(model: object, optimizer: object) -> ModelChoice:
-    """Return the checked choice. Raises InputError for what cannot be imported, and an optimizer
-    that does not fit."""
+    """Return the checked choice of a model and its optimizer.
+
+    Raises InputError for a model that cannot be imported, and for an optimizer that does not fit.
+    """
     searched, module_class = _resolve(model)
     if optimizer is None:
         return ModelChoice(searched, "exact" if searched == "logistic" else "adamw", module_class)
@@ -105,8 +114,11 @@ def choose_model(model: object, optimizer: object) -> ModelChoice:
 
 
 def recorded_model(spec: Json, optimizer: str, *, trust_code: bool) -> ModelChoice:
-    """Return the choice that a study stored. Raises InputError where a class has gone,
-    UntrustedCodeError."""
+    """Return the choice that a study has stored.
+
+    Raises InputError if a class no longer exists, and UntrustedCodeError for code that the user has
+    not trusted.
+    """
     if optimizer not in (*OPTIMIZERS, *CLASSES, "exact"):
         why = (
             f"the study was searched with optimizer={optimizer!r}, which this gputune does not have"
@@ -143,10 +155,11 @@ METHODS: Mapping[str, type[StoppingRule] | type[Hypergradient]] = {
     **STOPPING_RULES,
     "hypergradient": Hypergradient,
 }
-"""The methods that a word names; "random" is another one, without options."""
+"""The methods that have a name. "random" is another method, without options."""
 
 
 def check_method(method: object) -> Method:
+    """Return the method that a name or an options object means. Raises InputError."""
     if isinstance(method, str) and method in METHODS:
         return METHODS[method]()
     if isinstance(method, StoppingRule | Hypergradient | OptunaSampler):
@@ -162,8 +175,11 @@ def check_method(method: object) -> Method:
 
 
 def check_patience(method: Method, epoch: str, *, solved: bool) -> None:
-    """Raise InputError where ``patience`` has no part in a search: trials must train, and to their
-    best epoch."""
+    """Raise InputError if ``patience`` has no effect in a search.
+
+    It needs trials that train, and that count by their best epoch. The method must not decide
+    itself how long a trial trains.
+    """
     if solved:
         why = "the logistic regression solved with optimizer='exact' has no epochs"
     elif epoch == "last":
@@ -179,23 +195,28 @@ def check_patience(method: Method, epoch: str, *, solved: bool) -> None:
 
 
 def method_name(method: Method) -> str:
+    """Return the name of a method in messages and files."""
     if isinstance(method, OptunaSampler):
         return "optuna"
     return method if isinstance(method, str) else type(method).__name__.lower()
 
 
 def method_to_json(method: Method) -> str | Json:
+    """Return a method as plain JSON for the study file."""
     if isinstance(method, str):
         return method
     if isinstance(method, OptunaSampler):
+        # JSON cannot hold a sampler, so only the name of its class is stored.
         halving = None if method.halving is None else asdict(method.halving)
         return {"name": "optuna", "sampler": type(method.sampler).__name__, "halving": halving}
     return {"name": method_name(method), **asdict(method)}
 
 
 def method_from_json(value: str | Json) -> Method:
-    """Return the method that ``method_to_json`` wrote, for a refit; a sampler has no part in
-    that."""
+    """Return the method that ``method_to_json`` converted, for a refit.
+
+    An Optuna sampler becomes "random", because a refit does not use it.
+    """
     if isinstance(value, str):
         return check_method(value)
     if value["name"] == "optuna":

@@ -1,8 +1,8 @@
-"""What every search of rows works with: a session, the data, the model, and the recorded plan.
+"""The context of a search: a session, the data, the model and the recorded plan.
 
-The bits of a result depend on the company in which a trial trains and on the threads that compute
-it. A search that is resumed, and every process that works on it, therefore run whole chunks of one
-plan, that of the study file.
+The last bits of a result depend on the trials that share a chunk, and on the number of threads.
+Therefore a resumed search, and every process that works on a search, trains whole chunks of the
+same plan. The study file stores this plan.
 """
 
 import math
@@ -41,8 +41,10 @@ from gputune.types import Config, Outputs
 
 @dataclass(frozen=True)
 class RecordedPlan:
-    """A plan of recorded chunks. ``index`` of its chunks counts in ``trials``, and is the key of
-    ``chunks``."""
+    """A plan made of recorded chunks.
+
+    The ``index`` of its chunks counts in ``trials``. It is also the key of ``chunks``.
+    """
 
     plan: Plan
     trials: tuple[Candidate, ...]
@@ -50,7 +52,7 @@ class RecordedPlan:
     chunks: dict[tuple[int, ...], Chunk]
 
     def chunk_of(self, part: Population) -> Chunk:
-        """Return the recorded chunk that a chunk of the plan is, or is a part of."""
+        """Return the recorded chunk that contains a chunk of the plan."""
         return next(chunk for index, chunk in self.chunks.items() if part.index[0] in index)
 
 
@@ -64,10 +66,15 @@ def failed_result(trial: int, curve: np.ndarray, reason: str) -> Result:
 class Context(Session):
     """A session that trains configurations on rows.
 
-    needs   what shapes were measured to take of the device's memory
-    timed   how members train fastest, by those module__* values, as text, on which their sizes may
-            depend
-    faults  what went wrong while chunks trained and did no harm, a sentence each
+    Attributes:
+        trainer: The data, the model and the machine.
+        problem: The encoded rows, the target and the loss.
+        profile: The time that each part of the search takes.
+        checkpoints: The folder of the checkpoints, or None without a study file.
+        needs: The measured device memory of each tensor shape.
+        timed: The fastest way to train the members, keyed by the text of the module__* values that
+            may be sizes.
+        faults: Problems during the training that did no harm, one sentence each.
     """
 
     trainer: Trainer
@@ -84,6 +91,7 @@ class Context(Session):
 
     @property
     def in_rungs(self) -> bool:
+        """True if all trials train together from rung to rung."""
         method = self.options.method
         return isinstance(
             method.halving if isinstance(method, OptunaSampler) else method, StoppingRule
@@ -100,17 +108,19 @@ class Context(Session):
 
     @property
     def no_curve(self) -> np.ndarray:
-        """The curve of a trial that has not trained: (0, F), with several metrics (0, F, M)."""
+        """The curve of a trial that has not trained: (0, F), or (0, F, M) with several metrics."""
         return np.empty((0, *shape_of_scores(self.scoring, self.data.n_folds)))
 
     @property
     def epochs(self) -> int:
-        """Epochs that a trial is trained for."""
+        """The number of epochs of a whole training."""
         return self.trainer.horizon
 
     def complete(self, params: Config) -> Config:
-        """Return a trial's parameters with every key that training reads, of a descent the betas
-        too."""
+        """Return the parameters of a trial with every key that training reads.
+
+        A hypergradient search also reads the betas.
+        """
         betas = (
             {"beta1": BETA1, "beta2": BETA2}
             if isinstance(self.options.method, Hypergradient)
@@ -119,13 +129,16 @@ class Context(Session):
         return betas | self.choice.complete(params, self.options.schedule)
 
     def plan(self, configs: Sequence[Config], *, epochs: int) -> Plan:
-        """Return the chunks in which configurations train for so many epochs. Raises InputError for
-        a bad module."""
+        """Return the plan of the chunks in which configurations train for ``epochs`` epochs.
+
+        Raises InputError for a module that cannot be trained.
+        """
         with self.profile.clock("planning"):
             self.trainer.compile(configs, self.progress.say)
         groups = self.trainer.groups(configs)
         parameters = 0
         if self.choice.module_class is not None:
+            # One module is tried for each set of constructor arguments.
             first = {group.arguments: group.configs[0] for group in groups}
             parameters = max([0, *map(self.check_module, first.values())])
             self._check_rows(groups)
@@ -136,6 +149,7 @@ class Context(Session):
                 self.trainer.plan, groups, epochs=epochs, parameters=parameters, measure=self._need
             )
             plan = make()
+            # The timing may have found a faster way for some chunks. The plan is then made again.
             if self._time(plan, groups, epochs):
                 plan = make()
             plan = replace(plan, failures=tuple(self.trainer.fits.failures))
@@ -150,8 +164,10 @@ class Context(Session):
         return plan
 
     def _time(self, plan: Plan, groups: Sequence[Population], epochs: int) -> bool:
-        """Time the ways of a user's module where one may be chosen, and return whether any trains
-        in another one."""
+        """Measure the possible ways to train a user's module, and choose the fastest.
+
+        Returns True if any chunk now trains in a different way.
+        """
         builder = self.choice.module_class
         data = self.data
         if (
@@ -164,8 +180,8 @@ class Context(Session):
         alike: dict[str, list[Population]] = {}
         for chunk, way in zip(plan.chunks, plan.ways):
             if way != "loop":
-                # A fraction, such as a standard deviation of the start, is no size: its trials are
-                # timed once.
+                # A float, such as a standard deviation of the initial weights, is not a size.
+                # Trials that differ only in floats are timed once.
                 sizes = {
                     key: value
                     for key, value in chunk.configs[0].items()
@@ -196,9 +212,12 @@ class Context(Session):
     def recorded_plans(
         self, waiting: Sequence[Candidate], stage: int, make: Callable[[Sequence[Config]], Plan]
     ) -> list[RecordedPlan]:
-        """Return plans of whole recorded chunks, one for each number of threads; ``make`` plans
-        what is in none yet."""
-        # a number of trials: where all are new, they are planned once
+        """Return plans of whole recorded chunks, one plan for each number of threads.
+
+        ``make`` plans the trials that are in no recorded chunk yet.
+        """
+        # Plans by number of trials, so that a search in which all trials are new is planned only
+        # once.
         plan_of: dict[int, Plan] = {}
         options = self.options
 
@@ -212,6 +231,7 @@ class Context(Session):
             for begin in range(0, len(configs), size):
                 plan = make(configs[begin : begin + size])
                 for chunk in sorted(plan.chunks, key=lambda chunk: min(chunk.index)):
+                    # The plan of a block counts from 0, the ledger over all new trials.
                     index = tuple(begin + place for place in chunk.index)
                     parts.append((index, plan.threads, plan.at_once))
             return parts
@@ -220,7 +240,7 @@ class Context(Session):
         numbers = {number for chunk in chunks for number in chunk.trials}
         trials = tuple(trial for trial in self.ledger.candidates if trial.number in numbers)
         configs = tuple(self.complete(trial.params) for trial in trials)
-        plan = plan_of.get(len(trials)) or make(configs)  # how many processes pay
+        plan = plan_of.get(len(trials)) or make(configs)  # decides the number of processes
         place = {trial.number: position for position, trial in enumerate(trials)}
         plans = []
         for threads in dict.fromkeys(chunk.threads for chunk in chunks):
@@ -244,7 +264,7 @@ class Context(Session):
         claim: Claim[Population] = lambda chunk: True,
         may_begin: Claim[Population] | None = None,
     ) -> Iterator[Outcome | Failure]:
-        """Train the chunks of a plan, show how far they are, and yield what came of them."""
+        """Train the chunks of a plan, show the progress, and yield the results."""
         for outcome in self.trainer.train(
             job, plan, progress=self.progress.advance, claim=claim, may_begin=may_begin
         ):
@@ -254,13 +274,16 @@ class Context(Session):
             yield outcome
 
     def may_begin(self, recorded: RecordedPlan) -> Claim[Population] | None:
-        """Return what says whether a chunk of a recorded plan may begin; None if every chunk may at
-        any time."""
+        """Return the function that says whether a chunk of a recorded plan may begin.
+
+        Returns None if every chunk may begin at any time.
+        """
         if not self.good_enough.is_possible:
             return None
         return lambda part: self.good_enough.allows(recorded.chunk_of(part))
 
     def _need(self, population: Population, most: int) -> Need | None:
+        """Return the device memory of a population, measured once for each tensor shape."""
         shape = shape_of(population)
         if shape not in self.needs:
             job = self.trainer.job(Job, epochs=self.epochs)
@@ -269,13 +292,16 @@ class Context(Session):
         return self.needs[shape]
 
     def checkpointing(self, numbers: Sequence[int]) -> Checkpointing | None:
-        """Return how the trials with these numbers keep their state while they train; None without
-        a study file."""
+        """Return the settings with which trials keep their state while they train.
+
+        Returns None without a study file.
+        """
         folder = self.checkpoints
         seconds = self.options.checkpoint_seconds
         return None if folder is None else Checkpointing(folder, tuple(numbers), seconds)
 
     def checkpoints_of(self, numbers: Sequence[int], configs: Sequence[Config]) -> list[Checkpoint]:
+        """Return the stored checkpoints of trials."""
         checkpoints = (
             [] if self.checkpoints is None else self.checkpoints.read(dict(zip(numbers, configs)))
         )
@@ -288,8 +314,10 @@ class Context(Session):
     def finish(
         self, results: Sequence[Result], outputs: Mapping[int, Outputs] = MappingProxyType({})
     ) -> None:
-        """Keep results of trials that have ended, and outputs by number; show how many are new,
-        drop checkpoints."""
+        """Store the results of trials that have ended, and their outputs by trial number.
+
+        This also shows the number of new results, and deletes the checkpoints of these trials.
+        """
         new = [result for result in results if result.number not in self.ledger.results]
         with self.profile.clock("storing"):
             self.ledger.finish(results, outputs)
@@ -297,19 +325,24 @@ class Context(Session):
         self._drop(results)
 
     def _drop(self, results: Iterable[Result]) -> None:
-        """Remove the checkpoints of trials with a final result."""
+        """Delete the checkpoints of trials with a final result."""
         if self.checkpoints is not None:
             self.checkpoints.drop(result.number for result in results if result.state != "stopped")
 
     def tidy(self) -> None:
-        """Remove what earlier calls left of trials that have ended, and all checkpoints where no
-        trial waits."""
+        """Delete old checkpoints of trials that have ended.
+
+        If no trial waits, all checkpoints are deleted.
+        """
         self._drop(self.ledger.results.values())
         if self.checkpoints is not None and not self.ledger.has_waiting():
             self.checkpoints.clear()
 
     def check_module(self, config: Config, *, first: bool = False) -> int:
-        """Try a module, the ``first`` also for finite numbers; return its number of parameters."""
+        """Try a module, and return its number of parameters.
+
+        With ``first=True``, its outputs must be finite. Raises InputError.
+        """
         builder = self.choice.module_class
         objective = self.trainer.objective
         if builder is None:
@@ -328,8 +361,11 @@ class Context(Session):
         return traits.parameters
 
     def _check_rows(self, groups: Sequence[Population]) -> None:
-        """Raise InputError for rates that the user's module has not, and minibatches with fewer
-        rows than it takes."""
+        """Raise InputError for learning rates or minibatches that do not fit the user's module.
+
+        The factors on learning rates must belong to parameters of the module. A minibatch must have
+        enough rows.
+        """
         known = known_traits(self.choice.module_class, self.data)
         smallest = min(len(fold.train) for fold in self.data.folds)
         for group in groups:
@@ -346,8 +382,10 @@ class Context(Session):
                 raise InputError(f"model: {self.choice.name} {why}, and {remedy}.")
 
     def remarks_on(self, configs: Sequence[Config]) -> tuple[str, ...]:
-        """Return why trials train one by one, a sentence each: by the modules tried so far, and by
-        configurations."""
+        """Return the reasons why trials train one by one, one sentence each.
+
+        The reasons come from the modules tried so far, and from the configurations.
+        """
         if self.options.backend == "loop":
             return ()
         traits = known_traits(self.choice.module_class, self.data).values()

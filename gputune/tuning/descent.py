@@ -1,5 +1,7 @@
-"""The search by hypergradients at work: all starts descend at once, and every point on the way is a
-trial."""
+"""The hypergradient search.
+
+All starting points move at the same time, and every point is a trial.
+"""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -29,8 +31,7 @@ MODES: tuple[SlopeMode, ...] = "exact", "differences"
 
 
 def searched_names(method: Hypergradient, choice: ModelChoice) -> tuple[str, ...]:
-    """Return the hyperparameters that are descended on, of the solved logistic regression C
-    alone."""
+    """Return the hyperparameters that are moved. The solved logistic regression has only C."""
     names = tuple(method.hyperparameters)
     if not choice.solved:
         if "C" in names:
@@ -53,7 +54,7 @@ def searched_names(method: Hypergradient, choice: ModelChoice) -> tuple[str, ...
 
 
 def check_descent(method: Hypergradient, trials: Sequence[Candidate], context: Context) -> None:
-    """Raise InputError where starts cannot descend."""
+    """Raise InputError if the starting points cannot be moved by hypergradients."""
     if (transform := context.options.target_transform) is not None:
         why = "descends on the squared error of the target as it is, got target_transform="
         raise InputError(
@@ -64,7 +65,7 @@ def check_descent(method: Hypergradient, trials: Sequence[Candidate], context: C
     data = context.data
     solved = context.choice.solved
     labels = context.problem.target.classes
-    # a fold must train on the classes that it holds out
+    # Each fold must train on every class that it validates on.
     if labels is not None and data.present is not None:
         words = labels.tolist()
         for number, fold in enumerate(data.folds):
@@ -83,24 +84,35 @@ def check_descent(method: Hypergradient, trials: Sequence[Candidate], context: C
 
 
 class DescentPoints(Protocol):
-    """What the points of a descent are to a face: trials of a study, or candidates of a search of
-    scikit-learn's."""
+    """The points of a hypergradient search, as each interface stores them.
+
+    They are trials of a study, or candidates of a scikit-learn search.
+    """
 
     measures_again: ClassVar[bool]
-    """Whether a start that noise keeps in its place is measured there again; else that is a point
-    of its own."""
+    """True if a starting point that noise keeps in its place is measured there again.
+
+    If False, the repeated measurement is a new point.
+    """
 
     def measure(self, starts: Mapping[int, Descent], step: int) -> Mapping[int, Slope]:
-        """Return the slope where each start stands, by number; one that is missing has come to its
-        last point."""
+        """Return the slope at the current point of each start, keyed by the number of the start.
+
+        A start that is missing has reached its last point.
+        """
 
     def add(self, starts: Mapping[int, Descent], step: int) -> None:
-        """Take over the points to which starts have moved."""
+        """Store the points to which the starts have moved."""
 
 
 def run_descent(starts: Mapping[int, Descent], points: DescentPoints, outer_steps: int) -> None:
+    """Move the starts for at most ``outer_steps`` steps.
+
+    The points after the last step are measured too.
+    """
     for step in range(outer_steps + 1):
         slopes = points.measure(starts, step)
+        # The points after the last step are only measured.
         if step == outer_steps:
             return
         going = set(slopes)
@@ -109,6 +121,7 @@ def run_descent(starts: Mapping[int, Descent], points: DescentPoints, outer_step
             start = starts[number]
             before = dict(start.config)
             start.move(slope)
+            # The slope was noise, so the start stays. Its next slope comes from finite differences.
             if start.config == before and not start.ended:
                 stayed[number] = start
         if points.measures_again:
@@ -125,7 +138,8 @@ def run_descent(starts: Mapping[int, Descent], points: DescentPoints, outer_step
 
 
 def descend(context: Context, space: Space, method: Hypergradient) -> None:
-    """Let every start of the ledger descend; points that it has already are not trained again."""
+    """Move every starting point of the ledger. Points that already have a result are not trained
+    again."""
     names = searched_names(method, context.choice)
     outer = method.outer_steps
     starts = {c.number: c for c in context.ledger.candidates if isinstance(c.origin, str)}
@@ -135,6 +149,7 @@ def descend(context: Context, space: Space, method: Hypergradient) -> None:
         number: Descent(method, names, context.complete(c.params), bounds)
         for number, c in starts.items()
     }
+    # Each start has its first point, and one point after each step.
     most = len(starts) * (outer + 1)
     each = "each in all folds and with derivatives; fewer with a smaller n_trials"
     points = (
@@ -148,8 +163,10 @@ def descend(context: Context, space: Space, method: Hypergradient) -> None:
 
 @dataclass(eq=False)
 class _Trials:
-    """The points of a descent as trials: ``points`` has the one where each start stands that still
-    descends."""
+    """The points of a hypergradient search as trials.
+
+    ``points`` holds the current point of each start that still moves.
+    """
 
     context: Context
     outer_steps: int
@@ -157,8 +174,10 @@ class _Trials:
     measures_again: ClassVar[bool] = False
 
     def measure(self, starts: Mapping[int, Descent], step: int) -> dict[int, Slope]:
-        """Evaluate the points that have no result yet; one that was cut short, or given up, has no
-        slope."""
+        """Evaluate the points without a result, and return the slopes.
+
+        A point that was stopped or given up has no slope.
+        """
         context = self.context
         if step > 0 and context.is_over():
             return {}
@@ -179,7 +198,7 @@ class _Trials:
         }
 
     def add(self, starts: Mapping[int, Descent], step: int) -> None:
-        """Make each point a trial of the ledger, unless it is one."""
+        """Make each point a trial of the ledger, unless it already is one."""
         if self.context.stop.reason:  # a search that is good enough ends without further points
             self.points = {}
             return
@@ -197,6 +216,8 @@ class _Trials:
                 }
                 candidate = Candidate(number + len(new), params, (start, step))
                 new.append(candidate)
+            # A stored point replaces the computed one, so that a resumed search follows the same
+            # path.
             path.config |= candidate.params
             points[start] = candidate
         ledger.add(new)
@@ -236,8 +257,10 @@ def _train(points: list[Candidate], mode: SlopeMode, step: int, context: Context
 def _plan(
     configs: Sequence[Config], mode: SlopeMode, context: Context
 ) -> tuple[Plan, HypergradientJob]:
-    """Return the chunks of these points and their job; raises InputError where they cannot be
-    differentiated."""
+    """Return the chunks of the given points and their job.
+
+    Raises InputError if the points cannot be differentiated.
+    """
     method = context.options.method
     trainer = context.trainer
     assert isinstance(method, Hypergradient)
@@ -251,7 +274,8 @@ def _plan(
 
 
 def _result(point: Candidate, config: Config, c: int, outcome: Slopes, mode: SlopeMode) -> Result:
-    """The result of a point: its score is that of the last epoch, whose loss is descended."""
+    """Return the result of a point. Its score is that of the last epoch, because its loss is
+    minimized."""
     detail: Json = {}
     if outcome.slopes is not None and outcome.losses is not None and outcome.ratios is not None:
         slopes = {name: table[c] for name, table in outcome.slopes.items()}
@@ -265,7 +289,7 @@ def _result(point: Candidate, config: Config, c: int, outcome: Slopes, mode: Slo
 
 
 def _solve(points: list[Candidate], context: Context) -> None:
-    """Solve points that read the same data in all folds at once, and differentiate the
+    """Solve the points that read the same data, in all folds at once, and differentiate the
     solutions."""
     begin = time.monotonic()
     configs = [context.complete(point.params) for point in points]
@@ -275,6 +299,8 @@ def _solve(points: list[Candidate], context: Context) -> None:
     losses, slopes = (
         t.view(data.n_folds, -1).T.cpu().numpy() for t in (derivative.value, derivative.gradient)
     )
+    # (trials, folds) -> (trials, folds, S=1, L=1). The derivative is in log C, so it is divided by
+    # C.
     of_C = {"C": slopes[..., None, None] / np.array([c["C"] for c in configs])[:, None, None, None]}
     index = tuple(range(len(points)))
     seconds = time.monotonic() - begin

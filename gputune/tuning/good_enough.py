@@ -1,13 +1,13 @@
-"""When a search is good enough to end: with ``target_score`` and ``patience_trials``.
+"""The early end of a search, by ``target_score`` and ``patience_trials``.
 
-Trials are looked at in order of their numbers, never in the order in which they end. A trial counts
+Trials are judged in order of their numbers, never in the order in which they end. A trial counts
 when all trials of its chunk, of all earlier chunks, and all trials with lower numbers have ended.
 The first trial that ends the search is therefore the same with any number of workers, after a kill,
-and in the same call again.
+and in a repeated call.
 
 A chunk begins only if the chunks before it, except the last few, do not end the search. "The last
-few" is the number of chunks that may train at once, which the study holds. These chunks train to
-their end, also after the decision, so that the set of trained trials is the same each time.
+few" is the number of chunks that may train at once, which the study stores. These chunks train to
+their end, also after the decision. So the set of trained trials is the same each time.
 """
 
 import math
@@ -22,17 +22,20 @@ from gputune.study.store import Candidate, Chunk
 from gputune.text import count
 
 BATCH = "batch "
-"""Start of the origin of a trial that an Optuna sampler proposed, before the number of its
-batch."""
+"""The first part of the origin of a trial from an Optuna sampler. The batch number follows."""
 
 _BLOCK = 16
-"""Fewest trials in a row that are planned together: fewer would leave the stacked backends with
-little to do."""
+"""The smallest number of consecutive trials that are planned together.
+
+Fewer trials would leave the stacked backends with little work.
+"""
 
 
 def batch_of(candidate: Candidate) -> int:
-    """Return the number of the batch in which an Optuna sampler proposed a trial; 0 for any other
-    trial."""
+    """Return the number of the batch in which an Optuna sampler proposed a trial.
+
+    It is 0 for any other trial.
+    """
     origin = candidate.origin
     return (
         int(origin.removeprefix(BATCH))
@@ -42,11 +45,11 @@ def batch_of(candidate: Candidate) -> int:
 
 
 def block_size(target_score: float | None, patience_trials: int | None) -> int | None:
-    """Return how many trials in a row are planned together; None if a search has no such end and
-    plans all at once.
+    """Return the number of consecutive trials that are planned together.
 
-    Chunks of trials from all over the search would delay the decision, which goes through the
-    trials in order.
+    Returns None if the search cannot end early. Then all trials are planned at once. Otherwise,
+    chunks of trials from all over the search would delay the decision, because it judges the trials
+    in order.
     """
     if target_score is None and patience_trials is None:
         return None
@@ -55,12 +58,12 @@ def block_size(target_score: float | None, patience_trials: int | None) -> int |
 
 @dataclass(eq=False)
 class GoodEnough:
-    """The decision to end a search, taken chunk by chunk.
+    """The decision to end a search early, taken chunk by chunk.
 
     Attributes:
-        in_rungs: whether trials train together from rung to rung. Then all of them, or with an
-            Optuna sampler all of a batch, take the place of a chunk.
-        reason: why the search ends, in words; "" as long as it goes on.
+        in_rungs: Whether trials train together from rung to rung. Then all trials together count as
+            one chunk. With an Optuna sampler, each batch counts as one chunk.
+        reason: The reason for the end as text. It is "" while the search continues.
     """
 
     ledger: Ledger
@@ -68,17 +71,17 @@ class GoodEnough:
     patience_trials: int | None
     in_rungs: bool
     reason: str = ""
-    _ended: int = 0  # chunks from the first one that have ended, as far as they were looked at
+    _ended: int = 0  # number of chunks, counted from the first one, that are known to have ended
     _trials: set[int] = field(default_factory=set)  # in these chunks
-    _counted: int = 0  # candidates from the first one that count
+    _counted: int = 0  # number of candidates, counted from the first one, that count
     _best: float = -math.inf
     _since_best: int = 0
-    # threads of an executor ask too
+    # Threads of an executor call the methods too.
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     @property
     def is_possible(self) -> bool:
-        """Whether the search has such an end at all."""
+        """True if the search can end early at all."""
         return self.target_score is not None or self.patience_trials is not None
 
     def allows(self, chunk: Chunk) -> bool:
@@ -92,8 +95,10 @@ class GoodEnough:
             return self._allows(place, chunk)
 
     def is_reached(self) -> bool:
-        """Return whether the search ends here: a trial has ended it, and all chunks that may train
-        have ended."""
+        """Return True if the search ends now.
+
+        A trial must have ended it, and all chunks that may train must have ended.
+        """
         if not self.is_possible:
             return False
         with self._lock:
@@ -108,6 +113,7 @@ class GoodEnough:
 
     def _allows(self, place: int, chunk: Chunk) -> bool:
         if self.reason:
+            # After the decision, only chunks that were allowed to begin just before it may train.
             return place < self._ended - 1 + chunk.at_once
         return place - chunk.at_once < self._ended
 
@@ -121,7 +127,7 @@ class GoodEnough:
         return all(number in self.ledger.results for number in chunk.trials)
 
     def _look(self, chunks: Sequence[Chunk]) -> None:
-        """Take in the chunks that have ended since the last look, in order, until a trial ends the
+        """Process the chunks that have ended since the last call, in order, until a trial ends the
         search."""
         while (
             not self.reason and self._ended < len(chunks) and self._has_ended(chunks[self._ended])
@@ -140,7 +146,7 @@ class GoodEnough:
             self._count(number)
 
     def _is_without_chunk(self, number: int, chunks: Sequence[Chunk]) -> bool:
-        """Return whether a trial has ended and is in no chunk, as in a repaired study that has lost
+        """Return True if a trial has ended but is in no chunk. A repaired study may have lost
         chunks."""
         return number in self.ledger.results and not any(number in chunk.trials for chunk in chunks)
 

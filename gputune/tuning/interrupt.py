@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM while a search trains: the first lets the running epoch end, the second ends
-it at once.
+"""Handling of Ctrl-C and SIGTERM while a search trains.
 
-Before and after the training of a command either ends it, in words too.
+After the first signal the running epoch is completed. The second signal ends it at once. Before and
+after the training, each signal ends the command with a message.
 """
 
 import os
@@ -19,14 +19,16 @@ from gputune.engine.stop import Stop
 from gputune.errors import Terminated
 
 if TYPE_CHECKING:
-    from gputune.study.study import Study  # a command that has just begun must not wait for numpy
+    from gputune.study.study import Study  # only for types: a command must not wait for numpy
 
 CTRL_C = int(signal.SIGINT)
 TERMINATED = int(signal.SIGTERM)
 
 GRACE_SECONDS = 2.5
-"""From SIGTERM to the end of training, finished or not: whoever sends it sends SIGKILL some seconds
-later."""
+"""The time from SIGTERM to the end of the training, finished or not.
+
+The sender of SIGTERM usually sends SIGKILL some seconds later.
+"""
 
 Handler = Callable[[int, FrameType | None], object] | int | None
 
@@ -34,8 +36,10 @@ _USUAL: dict[int, Handler] = {CTRL_C: signal.default_int_handler, TERMINATED: si
 
 
 def take_signals(handle: Callable[[int, FrameType | None], None]) -> None:
-    """Let a function handle both signals in a process that runs one command; one that is ignored
-    stays ignored."""
+    """Install a handler for both signals in a process that runs one command.
+
+    An ignored signal stays ignored.
+    """
     if threading.current_thread() is not threading.main_thread():
         return
     for number, usual in _USUAL.items():
@@ -44,11 +48,11 @@ def take_signals(handle: Callable[[int, FrameType | None], None]) -> None:
 
 
 def end_command(number: int, frame: FrameType | None) -> None:
-    """Raise KeyboardInterrupt, or Terminated; but end the process where a library is being
-    imported.
+    """Raise KeyboardInterrupt or Terminated. During the import of a library, end the process
+    instead.
 
-    Some make another error of an interrupt there, and none of them holds anything yet that would be
-    lost.
+    Some libraries turn an interrupt during their import into a different error. At that time there
+    is nothing to lose yet.
     """
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
@@ -58,16 +62,20 @@ def end_command(number: int, frame: FrameType | None) -> None:
 
 
 def end_process(number: int, _frame: FrameType | None) -> NoReturn:
+    """End the process with the usual exit code for the signal."""
     with suppress(OSError):
         os.write(2, b"gputune: interrupted.\n")
+    # Shells report a process that a signal has ended with the exit code 128 + number.
     os._exit(128 + number)
 
 
 def run_until_signal(
     run: Callable[[], object], stop: Stop, signals: Sequence[int], say: Callable[[str], None]
 ) -> list[int]:
-    """Run a training; return the numbers of the signals that ended it early, none where none
-    came."""
+    """Run a training, and return the numbers of the signals that ended it early.
+
+    The list is empty if no signal came.
+    """
     numbers: list[int] = []
     timers: list[threading.Timer] = []
 
@@ -82,8 +90,8 @@ def run_until_signal(
             say("stopping after the running epoch; what is finished is kept (once more: stop now)")
 
     before: dict[int, Handler] = {}
-    if threading.current_thread() is threading.main_thread():  # which alone may set handlers
-        # A handler of the program's own stays.
+    if threading.current_thread() is threading.main_thread():  # only this thread may set handlers
+        # Handlers that the calling program has set stay in place.
         handlers = {number: signal.getsignal(number) for number in signals}
         before = {
             n: handler for n, handler in handlers.items() if handler in (_USUAL[n], end_command)
@@ -92,7 +100,7 @@ def run_until_signal(
         for number in before:
             signal.signal(number, handle)
         run()
-    except KeyboardInterrupt:  # the second signal, or one that another handler made of it
+    except KeyboardInterrupt:  # from the second signal, or from another handler
         numbers.append(CTRL_C)
     finally:
         for timer in timers:
@@ -103,16 +111,17 @@ def run_until_signal(
 
 
 def is_interactive() -> bool:
-    """Whether a person types the calls: in a notebook, in IPython, at Python's own prompt."""
-    return hasattr(sys, "ps1")  # all three set it, "so that scripts can decide"
+    """Return True in a notebook, in IPython and at Python's prompt."""
+    return hasattr(sys, "ps1")  # all three set this attribute
 
 
 def _end_in_time() -> threading.Timer:
-    """Send the main thread SIGTERM once more when the grace is over."""
+    """Send SIGTERM to the main thread again after the grace period."""
     main = threading.main_thread().ident
     assert main is not None
     send = (
         partial(signal.pthread_kill, main)
+        # Windows has no pthread_kill.
         if hasattr(signal, "pthread_kill")
         else signal.raise_signal
     )
@@ -123,7 +132,7 @@ def _end_in_time() -> threading.Timer:
 
 
 def interrupted_words(study: "Study", file: object) -> str:
-    """Return what a search that was ended early says: how far it is, and how it goes on."""
+    """Return the message of an interrupted search: its progress and the way to resume it."""
     states = Counter(trial.state for trial in study.trials)
     done = len(study.trials) - states["waiting"] - states["stopped"]
     cut_short = f", {states['stopped']} cut short" if states["stopped"] else ""

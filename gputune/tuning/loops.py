@@ -1,5 +1,4 @@
-"""The search of a training loop of the user's own, top to bottom: space, trials, calls of the
-objective, study."""
+"""The search over a custom training loop: space, trials, calls of the objective, study."""
 
 import functools
 import inspect
@@ -57,8 +56,10 @@ def search_loop(
     max_epochs: int | None,
     study_type: type[AnyStudy],
 ) -> AnyStudy:
-    """Train the trials of an objective; see ``gputune.search``. ``max_epochs`` None: nobody has
-    said it."""
+    """Train the trials of an objective. See ``gputune.search``.
+
+    ``max_epochs=None`` means that the user did not set it.
+    """
     stop = Stop(None if options.timeout is None else time.monotonic() + options.timeout)
     _check_objective(objective, direction)
     if options.is_on_cluster:
@@ -82,6 +83,7 @@ def search_loop(
         session.add(first, space, plain_config)
         sign = 1.0 if direction == "maximize" else -1.0
         task = Task(objective, sign, options.random_state, Reports(folder / "reports"), rule, stop)
+        # A rule compares new trials also with the finished trials of a resumed search.
         for result in ledger.results.values():
             task.reports.write(result.number, result.curve[:, 0], ended=True)
         n_workers = options.workers if isinstance(options.workers, int) else None
@@ -101,6 +103,7 @@ def search_loop(
 
 
 def _first_trials(options: Options, space: Space) -> tuple[Candidate, ...]:
+    """Return the included trials, and the drawn trials unless a sampler proposes them later."""
     check_count(options.n_trials, "n_trials", least=0, remedy=" For example n_trials=64.")
     first = numbered([(config, "include") for config in check_own_include(options.include, space)])
     if not first and not options.n_trials:
@@ -118,7 +121,7 @@ def _first_trials(options: Options, space: Space) -> tuple[Candidate, ...]:
 
 
 def _check_objective(objective: object, direction: object) -> None:
-    """Raise InputError for what cannot be called as an objective, or a direction that is none."""
+    """Raise InputError for an objective that cannot be called, or an unknown direction."""
     if not callable(objective):
         raise InputError(
             "objective must be a function of (params, report) that returns a score, got "
@@ -131,21 +134,21 @@ def _check_objective(objective: object, direction: object) -> None:
         raise InputError(
             f"objective must take two arguments, (params, report), and {lacks}."
         ) from None
-    except ValueError:  # a function in C says nothing of its arguments
+    except ValueError:  # a function in C may have no signature
         pass
     if direction not in ("maximize", "minimize"):
         raise InputError(f"direction must be 'maximize' or 'minimize', got {direction!r}.")
 
 
 def _function(objective: object) -> tuple[object, str]:
-    """Return what a partial calls in the end, or an objective itself, and its name."""
+    """Return the function inside any partials, or the objective itself, and its name."""
     while isinstance(objective, functools.partial):
         objective = objective.func
     return objective, str(getattr(objective, "__qualname__", type(objective).__name__))
 
 
 def _pruning_rule(options: Options, max_epochs: int | None) -> PruningRule | None:
-    """Return what ends trials early, if anything does."""
+    """Return the rule that ends trials early, or None."""
     method = options.method
     if isinstance(method, Hypergradient):
         why = (
@@ -160,7 +163,7 @@ def _pruning_rule(options: Options, max_epochs: int | None) -> PruningRule | Non
     if max_epochs is None:
         rest = "max_epochs must say how often a whole training calls report(value), got None"
         raise InputError(f"method={method_name(rule)!r} decides at steps of a training: {rest}.")
-    rule.stops(max_epochs)  # which refuses options that leave no room for a decision
+    rule.stops(max_epochs)  # raises InputError if the rule would never decide
     return partial(ends_in_order, rule, max_epochs)
 
 
@@ -168,14 +171,15 @@ _ABSENT = """
 target optimizer schedule task classes source fingerprint features columns numbers max_levels class_weight sample_weight
 cv splits objective code positive baseline dtype device
 """.split()
-"""What a record has of rows and of models, and nothing to say of here."""
+"""The fields of a record about rows and models, which a custom training loop does not have."""
 
 
 def _record(
     objective: object, options: Options, space: Space, direction: Direction, max_epochs: int | None
 ) -> SearchRecord:
+    """Return the record of a search for the study file."""
     function, name = _function(objective)
-    # Its source, its bytecode where there is none, "" where there is neither.
+    # The source code, else the bytecode, else "".
     text = source_text(function if inspect.isroutine(function) else type(function))
     callbacks = [type(callback).__name__ for callback in options.callbacks]
     arguments = Arguments(
@@ -205,8 +209,10 @@ def _record(
 def _train(
     session: Session, task: Task, workers: Executor[Trial, Ending], waiting: Sequence[Candidate]
 ) -> Sequence[Chunk]:
-    """Train the trials that can be claimed; return those that other processes have where none
-    can."""
+    """Train the trials that this process can claim.
+
+    If it can claim none, return the chunks that other processes train.
+    """
     ledger = session.ledger
     progress = session.progress
     begun = False
@@ -221,7 +227,7 @@ def _train(
     def claim(trial: Trial) -> bool:
         if not ledger.claim(chunk_of[trial.number]):
             return False
-        # trials with higher numbers wait for its reports
+        # Trials with higher numbers wait for the reports of this trial.
         task.reports.write(trial.number, (), ended=False)
         return True
 
@@ -229,12 +235,13 @@ def _train(
         return good_enough.allows(chunk_of[trial.number])
 
     queue = Queue(trials, workers, task.stop, claim, may_begin if good_enough.is_possible else None)
+    # Without workers, this process calls the objective.
     for ending in queue.run(None if workers.capacity else task, unseen):
         begun = True
         detail = {"error": ending.error} if ending.error else {}
         if ending.error:
             progress.say(f"note: trial {ending.number} failed: {ending.error}")
-            # also if its worker was lost
+            # Marked as ended here, because its worker may have been lost.
             task.reports.write(ending.number, ending.values, ended=True)
         curve = np.array(ending.values or [ending.score], dtype=np.float64)[:, None]
         progress.advance(1, curve[None])

@@ -1,8 +1,8 @@
-"""The options of a search, each with its rule: how it is checked, whether a study file keeps it,
-how it is typed.
+"""The options of a search, each with its rule.
 
-The checks import what they need when they are made: ``gputune --help`` reads this file and must not
-wait for torch.
+A rule says how an option is checked, whether a study file stores it, and how it is typed on the
+command line. The checks import slow modules only when they run, because ``gputune --help`` reads
+this file and must not wait for torch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,15 +36,19 @@ Takes = Literal[
 
 @dataclass(frozen=True)
 class Rule:
-    """What is known of an option beside its default, or of anything else that can be typed.
+    """The rule of an option, or of anything else on the command line.
 
-    flag      as it is typed: "--epochs E" takes a value, "--tf32" is said or not; "" where it
-              cannot be
-    takes     what is read: whole numbers from 0 or 1, names between commas, several KEY=SPEC, ...
-    check     returns the value to go on with, of a name and a value; raises InputError
-    kept      whether a study file holds it as it was given, for a resume and a refit
-    resume    whether ``gputune resume`` may change it; its help there, where that is another one
-    group     where the help lists it
+    Attributes:
+        flag: The flag on the command line. "--epochs E" takes a value, "--tf32" takes none. "" for
+            an option that the command line lacks.
+        help: The help text.
+        takes: The kind of value: whole numbers from 0 or 1, names between commas, several KEY=SPEC,
+            and so on.
+        choices: The allowed words, or None.
+        check: A function of a name and a value. It returns the value to use or raises InputError.
+        kept: Whether a study file stores the given value, for a resume and a refit.
+        resume: Whether ``gputune resume`` may change the option. A text is its help text there.
+        group: The section of the help that lists the option.
     """
 
     flag: str = ""
@@ -58,11 +62,12 @@ class Rule:
 
     @property
     def name(self) -> str:
-        """The flag alone."""
+        """The flag without its value."""
         return self.flag.partition(" ")[0]
 
 
 def _option(default: object, *rule: Any, **more: Any) -> Any:
+    """Return a field of ``Options`` with a default and a rule."""
     return field(default=default, metadata={"rule": Rule(*rule, **more)})
 
 
@@ -76,7 +81,7 @@ _search, _rows, _machine = (partial(_option, group=group) for group in (SEARCH, 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Every argument of ``tune`` but model, optimizer, X, y and groups, as it was given."""
+    """The arguments of ``tune`` as they were given, except model, optimizer, X, y and groups."""
 
     n_trials: int = _search(
         64,
@@ -345,6 +350,7 @@ class Options:
     def __post_init__(self) -> None:
         for name, rule in RULES.items():
             if rule.check is not None:
+                # The dataclass is frozen, so this replaces a given value by the checked value.
                 object.__setattr__(self, name, rule.check(name, getattr(self, name)))
         if self.is_on_cluster:
             from gputune.executors.ray_cluster import check_ray
@@ -362,14 +368,17 @@ class Options:
 
     @property
     def is_on_cluster(self) -> bool:
-        """Whether a Ray cluster trains."""
+        """True if a Ray cluster trains."""
         from gputune.executors.ray_cluster import Ray
 
         return isinstance(self.workers, Ray)
 
     def device_here(self) -> "torch.device":
-        """Return the device of this process; on a cluster ``device`` is that of the tasks, and this
-        what there is."""
+        """Return the device of this process.
+
+        For a search on a cluster, ``device`` is the device of the tasks. This process then uses any
+        available device.
+        """
         from gputune.engine.backend import choose_device
 
         return choose_device("auto" if self.is_on_cluster else self.device)

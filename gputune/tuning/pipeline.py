@@ -1,4 +1,4 @@
-"""search(): from rows to a study, top to bottom."""
+"""The pipeline of a search on rows, from the rows to a study."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -59,7 +59,7 @@ from gputune.types import KEPT_BYTES, Config
 
 @dataclass(frozen=True, eq=False)
 class _Setup:
-    """What is searched, on which rows and by which score, before anything trains."""
+    """The prepared search before anything trains: model, space, rows, trials and score."""
 
     problem: Problem
     space: Space
@@ -69,7 +69,8 @@ class _Setup:
     data: Dataset
     scoring: Scoring
     first: Config
-    """The parameters of the first trial, or of one like those that a sampler will propose."""
+    """The parameters of the first trial, or a random draw if a sampler proposes the trials
+    later."""
 
 
 @entry
@@ -82,17 +83,24 @@ def search(
     words: Callable[[str], str] = str,
     study_type: type[AnyStudy],
 ) -> AnyStudy:
-    """The pipeline: space, rows, folds, data on the device, trials, training, study.
+    """Run a search: space, rows, folds, data on the device, trials, training, study.
 
-    ``say_notes=False`` is for a caller that shows the notes of the record, on the columns and the
-    trials, itself;
-    ``profile`` is told where time goes, ``words`` is as in ``Progress``. Raises SearchInterrupted
-    after ``signals``.
+    Args:
+        recorded: The search to run.
+        signals: The signals that interrupt the training.
+        say_notes: Whether the notes of the record, on the columns and the trials, are shown. A
+            caller that shows them itself passes False.
+        profile: Receives the time that each part takes.
+        words: See ``Progress``.
+        study_type: The class of the study to return.
+
+    Raises:
+        SearchInterrupted: One of the ``signals`` ended the search early.
     """
     options = recorded.options
     stop = Stop(None if options.timeout is None else time.monotonic() + options.timeout)
     callbacks = Callbacks(options.callbacks, stop)
-    # A copy of the curves, since the search goes on with its own.
+    # Callbacks get a copy of the curves, because the search continues to use its own.
     progress = Progress(
         options.verbose, lambda curves: callbacks.tell("on_epoch", curves.copy()), words
     )
@@ -106,6 +114,7 @@ def search(
         progress.scoring = setup.scoring.name
         with _cluster(problem) as cluster:
             trainer = _trainer(setup, stop, cluster, progress)
+            # An empty ledger for now: the study file is opened only after all checks have passed.
             context = Context(Ledger(None), options, progress, stop, trainer, problem, profile)
             context.check_module(setup.first, first=True)
             remember_what_runs(problem.choice, options)
@@ -131,7 +140,7 @@ def search(
                 if context.faults:
                     ledger.note(list(context.faults))
                     record = replace(record, notes=[*record.notes, *context.faults])
-    refitted = replace(options, callbacks=(), warm_start=())  # a refit calls none
+    refitted = replace(options, callbacks=(), warm_start=())  # a refit has no callbacks
     source = replace(recorded.source, original=None)
     data = RecordedSearch(problem.choice, source, refitted, outputs=ledger.outputs)
     study = study_type.from_rows(record.to_json(), ledger.rows(), data=data, file=options.study)
@@ -141,8 +150,10 @@ def search(
 
 
 def _open_store(options: Options) -> AbstractContextManager[Store | None]:
-    """Open the study of the search that goes on; None of a new one, and of a file with a fault,
-    which is said later."""
+    """Open the study of a search that is resumed.
+
+    Returns None for a new study. Also returns None for a faulty file, which is reported later.
+    """
     if options.study is not None:
         with suppress(OSError, StudyCorruptError, StudyVersionError):
             return Store.open(options.study)
@@ -150,26 +161,27 @@ def _open_store(options: Options) -> AbstractContextManager[Store | None]:
 
 
 def _prepare(recorded: RecordedSearch, progress: Progress, store: Store | None) -> _Setup:
-    """Understand a call. Raises InputError for what cannot be searched."""
+    """Check a call, and prepare its rows and trials. Raises InputError."""
     choice = recorded.choice
     options = recorded.options
-    checked_space(choice, options)  # refused before the rows are encoded
+    checked_space(choice, options)  # an invalid space is refused before the rows are encoded
     if options.patience is not None:
         check_patience(options.method, options.epoch, solved=choice.solved)
     task = chosen_task(recorded.source, choice, options)
     problem = make_problem(recorded.source, task, choice, options)
     choice = problem.choice
-    space = checked_space(choice, options)  # again: what is predicted decides some
+    space = checked_space(choice, options)  # again: the target decides some defaults
     problem = problem.with_space(space, with_earlier(options, space))
     options = problem.options
     folds = problem.folds()
     with without_collector():
         trials = first_trials(space, choice, options, store, problem.portfolio)
         configs = [choice.complete(trial.params, options.schedule) for trial in trials]
-    # on its way to a cluster the data lies in main memory
+    # Data for a cluster stays in main memory.
     place = DeviceChoice(torch.device("cpu"))
     if not options.is_on_cluster:
-        repeats = max(1.0, options.n_trials / max(1, len(configs)))  # of what a sampler draws later
+        # A sampler draws more configurations of this kind later.
+        repeats = max(1.0, options.n_trials / max(1, len(configs)))
         place = problem.device_choice(folds, configs, repeats=repeats)
     if place.why:
         progress.say(
@@ -177,16 +189,17 @@ def _prepare(recorded: RecordedSearch, progress: Progress, store: Store | None) 
             f"{place.why}"
         )
     data = problem.dataset(folds, place.device)
-    if has_function(options.scoring):  # which sees the rows as the user gave them
+    if has_function(options.scoring):  # a custom function receives the original rows
         data = replace(data, scorer_rows=ScorerRows(problem.source.original_rows(), problem.layout))
     first = trials[0].params if trials else draw(space, 1, options.random_state)[0]
+    # The default loss depends on the module's outputs, so the module is tried on the data first.
     if loss := problem.default_loss(data, first):
         objective = make_objective(loss, None, options.augment, data.task)
         data = data.with_one_logit()
         problem = replace(problem, options=replace(options, loss=loss), objective=objective)
     if problem.objective is not None:
         problem = replace(problem, objective=problem.objective.of_space(space))
-    # A descent has no epoch that is the best, a custom target no mean of outputs.
+    # A hypergradient search has no best epoch, and outputs for a custom target have no mean.
     has_best = (
         options.epoch == "best"
         and not isinstance(options.method, Hypergradient)
@@ -203,13 +216,15 @@ def _prepare(recorded: RecordedSearch, progress: Progress, store: Store | None) 
 
 
 def _earlier_scoring(store: Store | None) -> str | None:
-    """Return "r2" if that ranks the study that goes on: it was the default of every regression
-    before."""
+    """Return "r2" if "r2" ranks the study that is resumed, else None.
+
+    Earlier versions ranked every regression by R2 by default.
+    """
     return "r2" if store is not None and store.meta.get("scoring") == "r2" else None
 
 
 def _record(setup: _Setup, context: Context) -> SearchRecord:
-    """Return what the study's file keeps of the search, with its notes, a sentence each."""
+    """Return the record of the search for the study file, with its notes, one sentence each."""
     problem = setup.problem
     data = setup.data
     options = setup.problem.options
@@ -225,6 +240,7 @@ def _record(setup: _Setup, context: Context) -> SearchRecord:
         *problem.remarks_on_loss(setup.scoring),
         *remark_on_accuracy(without_model, setup.scoring),
     ]
+    # Outputs are stored as float32, 4 bytes for each output of each validation row.
     most = limit // (4 * data.n_outputs * sum(len(fold.valid) for fold in data.folds))
     if limit and most < max(options.n_trials, len(setup.trials)):
         kept = f"predictions of validation rows are kept of about {most} trials, the best"
@@ -235,8 +251,7 @@ def _record(setup: _Setup, context: Context) -> SearchRecord:
 
 
 def remember_what_runs(choice: ModelChoice, options: Options) -> None:
-    """Let later processes of this user find the class again, and the cluster, without being told to
-    trust them."""
+    """Remember the class and the cluster, so that later processes of this user trust them."""
     if choice.module_class is not None:
         remember_code(choice.module_class)
     if isinstance(options.workers, Ray) and options.workers.is_elsewhere:
@@ -259,7 +274,7 @@ def _cluster(problem: Problem) -> AbstractContextManager[RayCluster | None]:
 
 
 def _trainer(setup: _Setup, stop: Stop, cluster: RayCluster | None, progress: Progress) -> Trainer:
-    """Return what trains, with the backend that is asked for or chosen; say where that is slow."""
+    """Return the trainer with the chosen backend. Slow backends are reported."""
     choice = setup.problem.choice
     options = setup.problem.options
     data = setup.data
@@ -278,7 +293,7 @@ def _trainer(setup: _Setup, stop: Stop, cluster: RayCluster | None, progress: Pr
         stop=stop,
         cluster=cluster,
         workers=workers if cluster is None else cluster.tasks,
-        # TF32 is set in this process alone.
+        # TF32 can be set only in this process.
         others=()
         if options.tf32 or cluster is not None
         else other_gpus(options.device, data.device),
@@ -291,8 +306,10 @@ def _trainer(setup: _Setup, stop: Stop, cluster: RayCluster | None, progress: Pr
 
 
 def _training(setup: _Setup, context: Context) -> Callable[[Context], object]:
-    """Return what trains trials by the method. Raises InputError for a search that it cannot
-    make."""
+    """Return the function that trains the trials by the chosen method.
+
+    Raises InputError if the method does not fit the search.
+    """
     space = setup.space
     match context.options.method:
         case Hypergradient() as descent:

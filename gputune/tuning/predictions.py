@@ -1,5 +1,7 @@
-"""What trials predict of the rows that the folds of their study validate on, kept by it or by
-members trained again."""
+"""Predictions of trials for the validation rows of their folds.
+
+The study has stored them, or the members train again.
+"""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -26,15 +28,17 @@ from gputune.tuning.progress import Progress
 from gputune.tuning.refit import Search
 from gputune.types import Outputs
 
-# rows of which outputs are made at a time, and residuals that a model keeps
+# The number of rows that are evaluated at a time, and of residuals that a model keeps.
 _BLOCK = 2**13
 _RESIDUALS = 10_000
-_LEAST = torch.finfo(torch.float64).tiny  # probability that has a logarithm
+_LEAST = torch.finfo(torch.float64).tiny  # replaces probabilities of 0, which have no logarithm
 
 
 def predictions_of(search: Search, trials: Sequence[Trial], progress: Progress) -> "Predictions":
-    """Return what trials predict on the folds of the search: as the study keeps it, or by training
-    there again."""
+    """Return the predictions of trials on the folds of the search.
+
+    Stored predictions are used. The other trials train again on their folds.
+    """
     kept = _kept_outputs(search, trials)
     lacking = [trial for trial in trials if trial.number not in kept]
     values: dict[int, Sequence[Tensor]] = {}  # of each trial by fold
@@ -44,6 +48,7 @@ def predictions_of(search: Search, trials: Sequence[Trial], progress: Progress) 
         progress.say(f"{count(len(lacking), 'trial')} train on their folds once more: {why}")
         members, data, scoring = members_of(search, lacking, progress)
         for trial, folds in zip(lacking, members):
+            # Each trial may prepare the numbers of a table in its own way.
             own = data.of(search.config(trial))
             draws = search.evaluation_draws(own, trial)
             values[trial.number] = [
@@ -63,8 +68,10 @@ def predictions_of(search: Search, trials: Sequence[Trial], progress: Progress) 
 
 
 def _kept_outputs(search: Search, trials: Sequence[Trial]) -> dict[int, Outputs]:
-    """Return the outputs that the study keeps of trials, by number, where its rows are those at
-    hand."""
+    """Return the stored outputs of trials by number.
+
+    Returns an empty dict if the current rows differ from the rows of the search.
+    """
     study = search.study
     epochs = {trial.number: trial.best_epoch for trial in trials}
     if search.rows != study.record.fingerprint:
@@ -79,8 +86,7 @@ def _kept_outputs(search: Search, trials: Sequence[Trial]) -> dict[int, Outputs]
 
 
 def _folds(search: Search, trials: Sequence[Trial]) -> tuple[Dataset, Scoring]:
-    """Return the data of the folds of the search, for some trials, and how it was scored: by the
-    metric that ranks."""
+    """Return the data of the search's folds for some trials, and the scoring that ranks them."""
     record = search.study.record
     target = search.problem.target
     asked = search.options.scoring
@@ -97,8 +103,10 @@ def _folds(search: Search, trials: Sequence[Trial]) -> tuple[Dataset, Scoring]:
 def members_of(
     search: Search, trials: Sequence[Trial], progress: Progress
 ) -> tuple[list[list[nn.Module]], Dataset, Scoring]:
-    """Train trials on the folds of the search again; return the members (M, F), their data, and how
-    it was scored."""
+    """Train trials again on the folds of the search.
+
+    Returns the members (M, F), their data and the scoring.
+    """
     data, scoring = _folds(search, trials)
     progress.scoring = scoring.name
     epochs = max(trial.best_epoch for trial in trials)
@@ -108,10 +116,10 @@ def members_of(
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """What M candidates predict of the rows that each fold validates on.
+    """The predictions of M candidates for the validation rows of each fold.
 
-    ``values[f]`` (M, m_f, K), float64, are probabilities; of a regression the outputs, of which a
-    mean is taken alike.
+    ``values[f]`` (M, m_f, K), float64, holds probabilities, or outputs for a regression. A mean
+    over candidates is taken in the same way for both.
     """
 
     values: Sequence[Tensor]
@@ -119,18 +127,21 @@ class Predictions:
     scoring: Scoring
 
     def complete(self, model: TunedModel, weights: Tensor, *, calibrated: bool) -> TunedModel:
-        """Return a model, the mean of the candidates by ``weights`` (M,), with its residuals and
-        its temperature."""
-        # of each fold (m, K)
+        """Return a model with its residuals and its temperature.
+
+        The model is the mean of the candidates, weighted by ``weights`` (M,).
+        """
+        # For each fold: (M, 1, 1) * (M, m, K) -> sum over M -> (m, K)
         means = [(weights[:, None, None].to(value) * value).sum(0) for value in self.values]
         temperature = self._temperature(means) if calibrated else 1.0
         return replace(model, residuals=self._residuals(means), temperature=temperature)
 
     def _residuals(self, means: Sequence[Tensor]) -> NDArray[np.float64] | None:
-        """Return how far off the means are on validation rows, ascending.
+        """Return the absolute errors of the means on validation rows, in ascending order.
 
-        They are on the scale of a transformed target, of a row of several folds the mean, and at
-        most ``_RESIDUALS``, evenly by rank. None for classes and for several numbers a row.
+        The errors are on the scale of a transformed target. For a row of several folds, the error
+        is the mean over these folds. At most ``_RESIDUALS`` errors are returned, spread evenly by
+        rank. None for classes and for several numbers per row.
         """
         data = self.data
         if data.task != "regression" or self.values[0].shape[-1] > 1:
@@ -146,6 +157,7 @@ class Predictions:
         of_rows = means_of_rows(data, errors)[:, 0]
         ascending: NDArray[np.float64] = np.sort(of_rows[np.isfinite(of_rows)])
         many = min(len(ascending), _RESIDUALS)
+        # Evenly spaced ranks, including the largest error.
         kept: NDArray[np.float64] = ascending[
             np.ceil(np.arange(1, many + 1) * len(ascending) / many).astype(int) - 1
         ]
@@ -154,8 +166,8 @@ class Predictions:
     def _temperature(self, means: Sequence[Tensor]) -> float:
         """Return the temperature that calibrates the means on validation rows.
 
-        Rows of a class that their fold's training rows lack tell nothing of it; where there are no
-        others it is 1.
+        Rows of a class that is missing in their fold's training rows do not count. Without other
+        rows the temperature is 1.
         """
         logits = []
         targets = []
@@ -171,17 +183,20 @@ class Predictions:
         return best_temperature(torch.cat(logits), torch.cat(targets))
 
     def choose(self, size: int, folds: Sequence[int] | None = None) -> Counter[int]:
-        """Return how often each candidate is chosen in at most ``size`` greedy steps; of those the
-        best number.
+        """Return the number of times that each candidate is chosen, in at most ``size`` greedy
+        steps.
 
-        Each step adds the candidate with which the mean score over the folds is best, of those with
-        equal scores that with the best log loss: an accuracy has few values.
+        Each step adds the candidate that gives the best mean score over the folds. If scores are
+        equal, the best log loss decides, because an accuracy has few different values. The number
+        of steps with the best mean score counts.
         """
         folds = range(self.data.n_folds) if folds is None else folds
         sums = {fold: torch.zeros_like(self.values[fold][0]) for fold in folds}
         chosen: list[int] = []
         keys: list[tuple[float, float]] = []
         for step in range(1, size + 1):
+            # (m, K) + (M, m, K) -> (M, m, K): the mean if each candidate were chosen next. The
+            # scores of F folds, (F, 2, M), become M pairs of mean score and minus mean log loss.
             scores = [self.scores(fold, (sums[fold] + self.values[fold]) / step) for fold in folds]
             means = [
                 tuple(pair)
@@ -191,13 +206,14 @@ class Predictions:
             keys.append(means[chosen[-1]])
             for fold in folds:
                 sums[fold] += self.values[fold][chosen[-1]]
+        # index() returns the first maximum, which is the smallest ensemble with the best score.
         return Counter(chosen[: keys.index(max(keys)) + 1])
 
     def nested_scores(self, size: int) -> list[float]:
-        """Return the score of each fold (F,) by what is chosen on the others alone.
+        """Return the score of each fold (F,), with candidates chosen on the other folds only.
 
-        Of one fold, (2,): every second row of it, and the others, by what is chosen on the other
-        half.
+        With one fold, return two scores. The rows of the fold are split into every second row and
+        the rest. Each half is scored with candidates chosen on the other half.
         """
         if self.data.n_folds > 1:
             every = range(self.data.n_folds)
@@ -217,8 +233,10 @@ class Predictions:
         return float(self.scores(fold, mean[None])[0][0])
 
     def scores(self, fold: int, values: Tensor) -> np.ndarray:
-        """Return the scores of predictions (M, m, K) on one fold and, of classes, minus their log
-        losses: (2, M)."""
+        """Return the scores (2, M) of predictions (M, m, K) on one fold.
+
+        The second row is minus the log loss for classes. Otherwise it repeats the score.
+        """
         task = self.data.task
         outputs = values if task == "regression" else outputs_of(values, task)
         score = self.scoring(self.data, fold, outputs)
@@ -228,8 +246,10 @@ class Predictions:
 
 
 def means_of_rows(data: Dataset, values: Sequence[Tensor]) -> NDArray[np.float64]:
-    """Return the mean over the folds of values (m_f, K) of their validation rows, (n, K); NaN for
-    rows of no fold."""
+    """Return the mean over the folds of values (m_f, K) of their validation rows, (n, K).
+
+    A row that no fold validates on is NaN.
+    """
     sums = torch.zeros(data.n_rows, values[0].shape[1], dtype=torch.float64)
     counts = torch.zeros(data.n_rows)
     for fold, value in zip(data.folds, values, strict=True):
@@ -241,7 +261,7 @@ def means_of_rows(data: Dataset, values: Sequence[Tensor]) -> NDArray[np.float64
 
 
 def _predict(module: nn.Module, data: Dataset, fold: int, draws: EvaluationDraws | None) -> Tensor:
-    """Return what a member predicts (m, K) of the rows that its fold validates on, float64."""
+    """Return the predictions of a member for the validation rows of its fold, (m, K) float64."""
     size = _BLOCK if draws is None else draws.rows
     found = []
     for number, rows in enumerate(torch.split(data.folds[fold].valid, size)):
@@ -252,15 +272,17 @@ def _predict(module: nn.Module, data: Dataset, fold: int, draws: EvaluationDraws
 
 
 def values_of(module: nn.Module, inputs: Sequence[Tensor], data: Dataset) -> Tensor:
-    """Return what a member predicts of rows on the CPU, (m, K) float64: probabilities, or outputs
-    of a regression."""
-    with torch.no_grad():  # not inference_mode, on whose tensors TorchScript fails
+    """Return the predictions of a member for rows on the CPU, (m, K) float64.
+
+    They are probabilities, or outputs for a regression.
+    """
+    with torch.no_grad():  # TorchScript fails on tensors of inference_mode
         output = first_output(call_module(module, inputs, data.names))
         return _values(output.double().view(len(inputs[0]), -1).to(data.device), data)
 
 
 def _values(outputs: Tensor, data: Dataset) -> Tensor:
-    """Return what outputs (m, K) mean: probabilities, or themselves in a regression."""
+    """Return outputs (m, K) as probabilities, or unchanged for a regression."""
     if data.task == "regression":
         return outputs
     return (

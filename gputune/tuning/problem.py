@@ -1,4 +1,4 @@
-"""A source made ready to train on: target, column layout, encoded rows, folds, and the data on one
+"""A source prepared for training: target, column layout, encoded rows, folds, and data on one
 device."""
 
 from collections.abc import Sequence
@@ -49,8 +49,10 @@ _PASS = "pass a module, for example model=gputune.models.MLP"
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """What is searched, and for which rows and target, encoded; statistics are not fitted yet: they
-    belong to folds."""
+    """The model, the encoded rows and the target of a search.
+
+    Statistics are not fitted yet, because each fold has its own.
+    """
 
     choice: ModelChoice
     options: Options
@@ -65,11 +67,11 @@ class Problem:
     def device_choice(
         self, folds: Sequence[Rows], configs: Sequence[Config], *, repeats: float = 1.0
     ) -> DeviceChoice:
-        """Return the device on which configurations train, with X in hand."""
+        """Return the device on which configurations train, depending on the work and on X."""
         options = self.options
         choice = self.choice
         if options.tf32 and options.device == "auto":
-            return DeviceChoice(options.device_here())  # TF32 is a GPU's
+            return DeviceChoice(options.device_here())  # TF32 exists only on a GPU
         parts = self.raw.parts if isinstance(self.raw, Arrays) else (self.raw,)
         work = Work(
             kind=choice.kind,
@@ -88,14 +90,18 @@ class Problem:
         return device_for(options.device, work)
 
     def dataset(self, folds: Sequence[Rows], device: torch.device) -> Dataset:
-        """Return the data of some folds on a device, and what prepares numbers in other ways."""
+        """Return the data of some folds on a device.
+
+        It can also prepare the numbers in the other ways that trials may ask for.
+        """
         options = self.options
         objective = self.objective
         trains = [train for train, _ in folds]
-        # The solver's tolerance lies beyond single precision.
+        # The tolerance of the solver is too small for single precision.
         dtype = torch.float64 if self.choice.solved else DTYPES[options.dtype]
         like = torch.empty(0, dtype=dtype, device=device)
         weights = check_weights(options.sample_weight, options.class_weight, self.target)
+        # A custom loss or training step receives the target in its own units.
         target = replace(self.target, standardise=objective is None or objective.is_named)
         data = make_dataset(
             self.raw,
@@ -118,6 +124,7 @@ class Problem:
     def _statistics(
         self, trains: Sequence[np.ndarray], numbers: Numbers
     ) -> tuple[Statistics, ...] | tuple[ArrayStatistics, ...]:
+        """Return the statistics of the training rows of each fold."""
         if isinstance(self.raw, Arrays):
             return fit_channels(self.raw, trains, numbers)
         assert isinstance(self.layout, Layout)
@@ -127,17 +134,19 @@ class Problem:
         return tuple(map(fit, trains))
 
     def _inputs(self, trains: Sequence[np.ndarray], like: Tensor, numbers: Numbers) -> Inputs:
-        """Return the table with its numbers prepared in a way, which is fitted on the training rows
-        of each fold."""
+        """Return the table with its numbers prepared in a given way.
+
+        The preparation is fitted on the training rows of each fold.
+        """
         assert isinstance(self.layout, Layout) and not isinstance(self.raw, Arrays)
         groups = self.layout.groups(self.layout.places(numbers))
         return inputs_of(self.raw, self._statistics(trains, numbers), like, groups)
 
     def with_space(self, space: Space, options: Options) -> "Problem":
-        """Return the problem with these options, whose trials may prepare numbers in ways of their
-        own.
+        """Return the problem with the given options, for trials that may prepare numbers
+        differently.
 
-        Raises InputError for a way that the rows cannot have.
+        Raises InputError for a preparation that the rows do not allow.
         """
         ways = choices_of(space, "numbers", default=self.numbers)
         included = {str(config["numbers"]) for config in options.include if "numbers" in config}
@@ -148,13 +157,16 @@ class Problem:
                     f"space: 'numbers' is searched for tables, and X is {self.layout}; {remedy}."
                 )
             check_numbers(way, self.raw)
-        numbers = self.numbers if self.numbers in ways else ways[0]  # no copy is made for nobody
+        # Prepare the data in a way that some trial uses.
+        numbers = self.numbers if self.numbers in ways else ways[0]
         return replace(self, numbers=numbers, options=replace(options, numbers=numbers))
 
     @property
     def portfolio(self) -> list[Config]:
-        """The configurations of a named space that the rows and the method can have: descents
-        average no weights."""
+        """The configurations of a named space that fit the rows and the method.
+
+        A hypergradient search uses none, because it cannot average weights.
+        """
         if not isinstance(self.options.space, str) or isinstance(
             self.options.method, Hypergradient
         ):
@@ -167,30 +179,29 @@ class Problem:
         ]
 
     def folds(self) -> list[Rows]:
-        """Return the folds; a splitter sees the rows as the user gave them."""
+        """Return the folds. A splitter receives the rows as the user gave them."""
         cv = self.options.cv
         groups = self.source.groups
         seed = self.options.random_state
         X = self.source.original_rows() if isinstance(cv, Splitter) else None
-        if isinstance(X, Arrays):  # of several inputs no splitter knows the number of rows
+        if isinstance(X, Arrays):  # a splitter cannot count the rows of several inputs
             X = None if len(X.parts) > 1 else X.as_given()
         return make_folds(cv, self.target, X=X, groups=groups, seed=seed)
 
     @property
     def has_soft_labels(self) -> bool:
-        """Whether the target is a probability of each class, with which the loss compares the
-        module's outputs."""
+        """True if the target is a probability of each class, and the loss accepts such a target."""
         objective = self.objective
         if objective is None or objective.step is not None:
             return False
         return takes_probabilities(objective.loss) and are_soft_labels(self.target)
 
     def scoring(self, earlier: str | None = None) -> Scoring:
-        """Return the scoring of a search. Raises InputError for what a study could not know again
-        later.
+        """Return the scoring of a search.
 
-        ``earlier`` is the score of a study that goes on and was given none: earlier versions ranked
-        by another one.
+        ``earlier`` is the score of a resumed study for which the user gave no score, because
+        earlier versions had a different default. Raises InputError for a function that a study
+        could not find again later.
         """
         target = self.target
         options = self.options
@@ -217,15 +228,19 @@ class Problem:
 
     @property
     def n_features(self) -> int:
-        """Numbers that a row of a table becomes; inputs where X is arrays."""
+        """The number of values that a row of a table becomes, or the number of inputs if X is
+        arrays."""
         layout = self.layout
         return (
             sum(layout.widths(self.numbers)) if isinstance(layout, Layout) else len(layout.shapes)
         )
 
     def default_loss(self, data: Dataset, params: Config) -> str:
-        """Return "bce" where no loss is given and the module returns one logit a row of two
-        classes, else ""."""
+        """Return "bce" if the module returns one logit per row for two classes and no loss is
+        given.
+
+        Otherwise return "".
+        """
         module = self.choice.module_class
         options = self.options
         is_given = options.loss is not None or options.training_step is not None
@@ -236,7 +251,7 @@ class Problem:
         )
 
     def in_words(self) -> str:
-        """Return how many rows of which size there are, and what they are searched for."""
+        """Return a summary of the rows, their size and the target."""
         layout = self.layout
         target = self.target
         what = (
@@ -247,8 +262,7 @@ class Problem:
         return f"{rows}; target {target.name!r}: {target.in_words}{override}"
 
     def remarks(self) -> list[str]:
-        """Return how a loss sees the target, and which inputs that are no table are scaled, a
-        sentence each."""
+        """Return remarks on the scale of the target and of array inputs, one sentence each."""
         target = self.target
         objective = self.objective
         remarks = list[str]()
@@ -276,8 +290,8 @@ class Problem:
         return remarks
 
     def remarks_on_target(self) -> tuple[str, ...]:
-        """Return what to know of the target: how many rows were left out, and whole numbers that
-        may be classes."""
+        """Return remarks on the target: rows that were left out, and whole numbers that may be
+        classes."""
         source = self.source
         remarks = list[str]()
         if source.n_dropped:
@@ -294,8 +308,10 @@ class Problem:
         return tuple(remarks)
 
     def remarks_on_loss(self, scoring: Scoring) -> tuple[str, ...]:
-        """Return what the user should know of the loss, a sentence each: of which class one logit
-        is, what ranks."""
+        """Return remarks on the loss, one sentence each.
+
+        They name the class of a single logit, and the loss that ranks the trials.
+        """
         classes = self.target.classes
         objective = self.objective
         if objective is None:
@@ -313,8 +329,10 @@ class Problem:
         )
 
     def remarks_on_limits(self, data: Dataset) -> tuple[str, ...]:
-        """Return which columns have numbers so far from those of training rows that they are
-        clipped, a sentence."""
+        """Return a remark on the columns with clipped numbers, one sentence, or nothing.
+
+        Numbers that are very far from those of the training rows are clipped.
+        """
         if (
             self.numbers != "standard"
             or not isinstance(self.layout, Layout)
@@ -338,8 +356,11 @@ class Problem:
 
     @cached_property
     def columns_in_words(self) -> str:
-        """Which columns are no feature, or several, for messages about shapes; "" where there are
-        none."""
+        """A text that lists columns that have no feature, or several features, for messages about
+        shapes.
+
+        It is "" without such columns.
+        """
         if isinstance(self.layout, ArrayLayout):
             return ""
         used = dict(zip((c.name for c in self.layout.columns), self.layout.widths(self.numbers)))
@@ -361,8 +382,10 @@ class Problem:
 
 
 def _soft_label_scoring(scoring: Scorings | None) -> Scorings:
-    """Return the score of a target of probabilities. Raises InputError for scores that compare them
-    with logits."""
+    """Return the score for a target of probabilities.
+
+    Raises InputError for scores that would compare the probabilities with logits.
+    """
     several = scorers_of(scoring)
     scorers = [scoring] if several is None else list(several.values())
     for scorer in scorers:
@@ -377,7 +400,7 @@ def _soft_label_scoring(scoring: Scorings | None) -> Scorings:
 def make_problem(
     source: Source, task: TaskWord | None, choice: ModelChoice, options: Options
 ) -> Problem:
-    """Check the target and the loss, fix the column layout and encode the rows."""
+    """Check the target and the loss, fix the column layout, and encode the rows."""
     if options.precision == "bf16" and choice.kind != "module":
         why = (
             f"precision='bf16' is for a module of your own, and model={choice.name!r} trains in "
@@ -400,10 +423,11 @@ def make_problem(
     check_spread(target)
     objective = _objective(target, choice, options)
     X = source.X
-    # which may count on the number and order of columns
+    # A custom module may rely on the number and order of the columns.
     is_own = choice.kind == "module" and not choice.recipe
     keeps = options.columns == "keep" or (options.columns == "auto" and is_own)
     columns: Columns = "keep" if keeps else "drop-constant"
+    # RealMLP uses robust scaling of tables, as in its paper.
     default: Numbers = "robust" if choice.recipe and not isinstance(X, Tensor) else "standard"
     layout: Layout | ArrayLayout
     raw: np.ndarray | Tensor | Arrays
@@ -420,8 +444,10 @@ def make_problem(
 
 
 def _objective(target: Target, choice: ModelChoice, options: Options) -> Objective | None:
-    """Return what a module is trained on, None for a built-in model, whose loss is that of its
-    task."""
+    """Return the training objective of a module.
+
+    Returns None for a built-in model with the loss of its task.
+    """
     if choice.kind == "module":
         return make_objective(options.loss, options.training_step, options.augment, target.task)
     if target.values.ndim > 1 or target.task == "custom":
@@ -449,7 +475,7 @@ def _objective(target: Target, choice: ModelChoice, options: Options) -> Objecti
 
 
 def _built_in_objective(target: Target, choice: ModelChoice, options: Options) -> Objective | None:
-    """Return the loss of a built-in model that is given by name; None for that of its task."""
+    """Return the named loss of a built-in model, or None if it is the loss of the task."""
     fitting = (
         "'mse', 'mae', 'huber' or 'quantile'" if target.task == "regression" else "'cross_entropy'"
     )

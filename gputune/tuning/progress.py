@@ -1,5 +1,4 @@
-"""What a person sees of a search: one bar over trials x epochs while it runs, and where its time
-went."""
+"""The progress of a search: a bar over trials x epochs while it runs, and a table of times."""
 
 import math
 import sys
@@ -19,22 +18,21 @@ from gputune.memory import synchronize
 from gputune.text import count, measure_of
 from gputune.types import Json, first_metric
 
-_LINE_SECONDS = 30  # between plain lines, where nobody watches a bar
+_LINE_SECONDS = 30  # between plain lines, if no bar is shown
 
-_LOOK_SECONDS = 1.0  # between two words to other processes
+_LOOK_SECONDS = 1.0  # between two messages to other processes
 
-_SHARE = 0.01  # of the work: before it is done the pace says nothing
+_SHARE = 0.01  # before this share of the work is done, the remaining time is not estimated
 
 _FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}, {remaining} left{postfix}]"
 
 
-# What standard error raises where there is none, where it is full or has no reader, where it is
-# closed.
+# The errors of a standard error that is missing, full, without a reader, or closed.
 _NO_SCREEN = AttributeError, OSError, ValueError
 
 
 class _Screen:
-    """Standard error, as it is at each call. What it does not take is lost: a bar must not end a
+    """The current standard error. Text that it cannot take is lost, so that a bar never ends a
     search."""
 
     def __getattr__(self, name: str) -> object:
@@ -55,17 +53,18 @@ class _Screen:
 
 
 def reading_bar(numbers: Sequence[int], *, verbose: int) -> Iterable[int]:
-    """Go through numbers of items that are read, behind a bar where somebody watches."""
+    """Iterate over numbers of items that are read, with a bar in a terminal or notebook."""
     return cast(
         Iterable[int], Progress(verbose).new_bar(iterable=numbers, desc="reading X", unit="row")
     )
 
 
 class Progress:
-    """A bar that counts trial-epochs, or plain lines where standard error is no terminal; silent
-    with ``verbose=0``.
+    """A bar that counts trial-epochs.
 
-    ``words`` puts what is said in the words of the door that the search came through.
+    If standard error is no terminal, plain lines are printed instead. With ``verbose=0`` nothing is
+    printed. ``words`` translates messages into the names of the interface, such as command line
+    flags.
     """
 
     def __init__(
@@ -82,12 +81,12 @@ class Progress:
         self.screen = _Screen()
         notebook = "ipykernel" in sys.modules
         self.plain = not self.screen.isatty() and not notebook
-        # tqdm knows itself where a notebook's goes
+        # In a notebook, tqdm chooses the output itself.
         self.bar_file = None if notebook else self.screen
         self.begin = time.monotonic()
         self.next_line = self.begin + _LINE_SECONDS
         self.next_look = 0.0
-        # Called now and then with what the bar shows, for those who look from another process.
+        # Called at times with the content of the bar, so that other processes can show it.
         self.on_look: Callable[[Json], object] | None = None
         self.best = -math.inf
         self.trials_done = 0
@@ -102,19 +101,21 @@ class Progress:
         self.batches = 0
 
     def say(self, text: str, *, once: bool = False) -> None:
-        """Print a line unless ``verbose`` is 0; with ``once`` not again in this search."""
+        """Print a line unless ``verbose`` is 0. With ``once=True``, a text is printed only once per
+        search."""
         if self.verbose >= 1 and not (once and text in self.said):
             self.said.add(text)
             tqdm.write(self.words_of(text), file=self.screen)
 
     def plan(self, plan: Plan, *, aloud: bool = True) -> None:
-        """Take note of the plan of what trains next, and say it; of batches that of the first."""
+        """Store the plan of the next training, and print it. With batches, only the first plan is
+        printed."""
         self.processes = plan.workers
         if aloud and not self.batches:
             self.say(f"plan: {plan}", once=True)
 
     def new_bar(self, **options: Any) -> Any:
-        """Return a bar of tqdm's with some options, silent where nobody watches."""
+        """Return a tqdm bar with some options. It is silent if no terminal or notebook shows it."""
         is_silent = self.verbose < 1 or self.plain
         return tqdm(
             file=self.bar_file, disable=is_silent, dynamic_ncols=True, leave=False, **options
@@ -122,8 +123,10 @@ class Progress:
 
     @contextmanager
     def bar_over(self, trials: int, epochs: int) -> Iterator[None]:
-        """Show the bar inside, for so many trials more; inside of another bar, for a batch of its
-        trials, that one."""
+        """Show the bar for ``trials`` more trials during a ``with`` block.
+
+        Inside another bar, for a batch of its trials, the outer bar is used.
+        """
         if self.bar is not None:
             yield
             self.batches += 1
@@ -144,12 +147,13 @@ class Progress:
             self.bar = None
 
     def advance(self, trial_epochs: int, curves: np.ndarray) -> None:
-        """So many more trial-epochs are done; their scores are ``curves`` (C, epochs, F)."""
+        """Count completed trial-epochs. ``curves`` (C, epochs, F) are their scores."""
         curves = first_metric(curves, axes=3)
         self.epochs_done += trial_epochs
         self.bar.update(trial_epochs)
-        # A member that has diverged is no longer one.
+        # Diverged members no longer train, so they are not counted.
         self.members = int(np.isfinite(curves[:, -1:]).sum())
+        # (C, epochs, F) -> (C, epochs)
         mean = curves.mean(-1)
         if np.isfinite(mean).any():
             self.best = max(self.best, float(np.nanmax(mean)))
@@ -158,14 +162,14 @@ class Progress:
             self.on_epoch(curves)
 
     def finished(self, trials: int, *, pruned: int = 0) -> None:
-        """So many more trials are done, some of them because a rung pruned them."""
+        """Count trials that have ended. Some of them may have been pruned at a rung."""
         self.trials_done += trials
         self.pruned += pruned
         self._show()
 
     def spare(self, trial_epochs: int, *, trials: int = 0) -> None:
-        """So many trial-epochs, and trials, will not be trained: they left early, or never
-        began."""
+        """Remove trial-epochs and trials that will not be trained, because they stopped early or
+        never began."""
         self.trials -= trials
         self.epochs -= trial_epochs
         self.bar.total = self.epochs
@@ -173,7 +177,7 @@ class Progress:
 
     @property
     def words(self) -> str:
-        """What the bar says beside its counts."""
+        """The text of the bar in addition to its counts."""
         measure = measure_of(self.scoring, self.best)
         n = self.processes
         best = f"{measure.name} {measure.text(self.best)}" if self.best > -math.inf else "-"
@@ -186,7 +190,8 @@ class Progress:
 
     @property
     def seconds_left(self) -> float | None:
-        """An estimate by the pace so far; None before there is one."""
+        """The estimated remaining time in seconds, from the speed so far. None before there is an
+        estimate."""
         if self.epochs_done < max(1.0, _SHARE * self.epochs):
             return None
         pace = (time.monotonic() - self.begin) / self.epochs_done
@@ -206,30 +211,33 @@ class Progress:
 
 
 PREPARING = "reading and preparing rows"
-"""The name of a clock that is used in several places."""
+"""The name of a clock that several places use."""
 
-# of the square matrices whose product is the measure
+# Size of the square matrices in the speed measurement, and number of products.
 _SIZE = 1024
 _REPEATS = 8
 
 
 class Profile:
-    """Seconds of a search by what they were spent on, the arithmetic of its steps, and why it
-    ended."""
+    """The times of the parts of a search, the operations of its steps, and the reason for its
+    end."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.spent = Spent()
         self.plan: Plan | None = None
-        self.ended = ""  # why the search ended before its last trial, where it was good enough
+        self.ended = ""  # the reason if target_score or patience_trials ended the search early
         self.device = torch.device("cpu")
         self.begin = time.perf_counter()
 
     @contextmanager
     def clock(self, name: str) -> Iterator[None]:
-        """Count the time inside under a name; what is counted inside of it by another clock is not
-        counted twice."""
-        self.seconds.setdefault(name, 0.0)  # in the order in which they begin
+        """Count the time of a ``with`` block under a name.
+
+        Time that another clock counts inside the block is not counted twice.
+        """
+        # at the beginning: the table has the order of the beginnings
+        self.seconds.setdefault(name, 0.0)
         begin = time.perf_counter()
         others = sum(self.seconds.values())
         try:
@@ -239,8 +247,11 @@ class Profile:
             self.seconds[name] += time.perf_counter() - begin - inside
 
     def report(self, *, dtype: torch.dtype, device: torch.device) -> str:
-        """Return the table; it measures the product of large matrices on the device, for a fraction
-        of a second."""
+        """Return a table of the times.
+
+        It also measures the product of large matrices on the device, which takes a fraction of a
+        second.
+        """
         total = time.perf_counter() - self.begin
         rest = max(0.0, total - sum(self.seconds.values()))
         workers, threads = (1, 1) if self.plan is None else (self.plan.workers, self.plan.threads)
@@ -249,8 +260,10 @@ class Profile:
         lines = ["Where the time went:", ""]
         for name, seconds in [*self.seconds.items(), ("the rest", rest)]:
             lines.append(f"  {name:<30} {seconds:8.2f} s  {seconds / total:4.0%}")
+            # Steps and scores are summed over processes, so the time is multiplied by their number.
             whole = seconds * workers
-            if name == "training" and steps and whole:  # a descent and a solver are not told apart
+            # Hypergradients and the solver do not measure steps, so they have no such parts.
+            if name == "training" and steps and whole:
                 waiting = max(0.0, whole - (steps + scores))
                 parts = {"steps": steps, "scores": scores, "starting, waiting, telling": waiting}
                 lines += [
@@ -259,7 +272,7 @@ class Profile:
         if steps and self.spent.operations > 0:
             place = "a GPU" if device.type == "cuda" else count(workers * threads, "core")
             peak = product_speed(workers * threads, dtype, device)
-            # Seconds of steps are added up over processes, of which each one has its threads.
+            # The seconds of steps are a sum over processes, and each process has its own threads.
             reached = self.spent.operations / (steps / workers)
             lines += [
                 f"\nSteps reached {reached / 1e9:.1f} GFLOP/s, {reached / peak:.0%} of the "
@@ -270,13 +283,15 @@ class Profile:
 
 
 def product_speed(cores: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Return floating-point operations a second of the product of large matrices: one on each core,
-    or on a GPU."""
+    """Return the floating-point operations per second of the product of large matrices.
+
+    On a CPU, one product runs on each of ``cores`` cores at the same time.
+    """
     a, b = (torch.rand(_SIZE, _SIZE, dtype=dtype, device=device) for _ in range(2))
 
     def multiply(_: int) -> None:
         before = torch.get_num_threads()
-        torch.set_num_threads(1)  # of this thread alone
+        torch.set_num_threads(1)  # only for this thread
         try:
             for _ in range(_REPEATS):
                 a @ b
@@ -286,8 +301,9 @@ def product_speed(cores: int, dtype: torch.dtype, device: torch.device) -> float
 
     at_once = cores if device.type == "cpu" else 1
     with ThreadPoolExecutor(at_once) as pool:
-        list(pool.map(multiply, range(at_once)))  # the first products make room and start threads
+        list(pool.map(multiply, range(at_once)))  # warm-up: allocates memory and starts threads
         begin = time.perf_counter()
         list(pool.map(multiply, range(at_once)))
         seconds = time.perf_counter() - begin
+    # The product of two n x n matrices takes 2 * n**3 operations.
     return 2.0 * _SIZE**3 * _REPEATS * at_once / seconds

@@ -1,5 +1,7 @@
-"""Trials trained to the end (or solved): all drawn at once, or batch by batch as one of Optuna's
-samplers proposes."""
+"""Trials that are trained to the end, or solved.
+
+All of them are drawn at once, or an Optuna sampler proposes them batch by batch.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -29,11 +31,11 @@ from gputune.tuning.rungs import check_rungs, train_in_rungs
 from gputune.tuning.session import Session
 from gputune.types import Config, first_metric
 
-_SOLVED_TOGETHER = 16  # trials of the solved logistic regression between two looks at the clock
+_SOLVED_TOGETHER = 16  # solved logistic regressions between two checks of the time
 
 
 def train_fully(context: Context) -> bool:
-    """Train what waits in the ledger, chunk by chunk; say whether there is time for more."""
+    """Train the waiting trials of the ledger, chunk by chunk. Return True if time is left."""
     return train_waiting(
         context,
         partial(_solve if context.choice.solved else _train, context),
@@ -44,24 +46,28 @@ def train_fully(context: Context) -> bool:
 def train_waiting(
     session: Session, train: Callable[[Sequence[Candidate]], Sequence[Chunk]], *, epochs: int
 ) -> bool:
-    """Train what waits in the ledger; say whether time is left. ``train`` returns chunks of other
-    processes."""
+    """Train the waiting trials of the ledger. Return True if time is left.
+
+    ``train`` returns the chunks that other processes train.
+    """
     ledger = session.ledger
     with session.progress.bar_over(len(ledger.waiting()), epochs):
         while waiting := ledger.waiting():
             left = train(waiting)
             ledger.refresh()
-            session.stop_where_enough()  # by what other processes have finished too
+            session.stop_where_enough()  # results of other processes count too
             if session.is_over():
                 break
-            if left:  # of other processes; trained here where these end without them
+            if left:  # trained here if the other processes end without results
                 wait_for_others(session, left)
     return not session.is_over()
 
 
 def _train(context: Context, waiting: Sequence[Candidate]) -> list[Chunk]:
-    """Train the chunks that can be claimed; return those that other processes have where none
-    can."""
+    """Train the chunks that this process can claim.
+
+    If it can claim none, return the chunks that other processes train.
+    """
     ledger = context.ledger
     epochs = context.epochs
 
@@ -71,7 +77,7 @@ def _train(context: Context, waiting: Sequence[Candidate]) -> list[Chunk]:
     plans = context.recorded_plans(waiting, 0, make)
     chunks = [chunk for recorded in plans for chunk in recorded.chunks.values()]
     allowed = list(filter(context.good_enough.allows, chunks))
-    if not any(map(ledger.claim, allowed)):  # the first will do
+    if not any(map(ledger.claim, allowed)):  # any() stops at the first claimed chunk
         return allowed
     for recorded in plans:
 
@@ -97,6 +103,11 @@ def _train(context: Context, waiting: Sequence[Candidate]) -> list[Chunk]:
 
 
 def _solve(context: Context, waiting: Sequence[Candidate]) -> list[Chunk]:
+    """Solve the chunks that this process can claim.
+
+    If it can claim none, return the chunks that other processes solve.
+    """
+
     def cut(new: Sequence[Candidate]) -> list[tuple[Sequence[int], int, int]]:
         threads = torch.get_num_threads()
         alike = by_numbers([trial.params for trial in new])
@@ -126,6 +137,7 @@ def _solve(context: Context, waiting: Sequence[Candidate]) -> list[Chunk]:
 
 
 def _keep(context: Context, trials: Sequence[Candidate], outcome: Outcome) -> None:
+    """Store the results of a chunk. With ``patience``, a curve is cut at the end of its trial."""
     patience = context.options.patience
     results = []
     context.profile.spent += outcome.spent
@@ -135,19 +147,21 @@ def _keep(context: Context, trials: Sequence[Candidate], outcome: Outcome) -> No
         epochs = outcome.epochs
         if patience is not None:
             stalled = stalled_epochs(first_metric(curve, axes=2)[None, :epochs].mean(2))[0]
-            # By the curve alone: a trial that went on from a checkpoint may have trained for an
+            # The curve decides, because a trial resumed from a checkpoint may have trained one
             # epoch more.
             if (ends := np.flatnonzero(stalled >= patience)).size:
                 epochs = int(ends[0]) + 1
                 curve = curve[:epochs]
         number = trials[i].number
         rule = context.options.epoch
+        # The trials of a chunk train together, so each gets an equal share of the time.
         share = outcome.seconds / len(outcome.index)
         results.append(Result.of_curve(number, curve, epochs=epochs, rule=rule, seconds=share))
     context.finish(results, {trials[i].number: one for i, one in outcome.outputs.items()})
 
 
 def wait_for_others(session: Session, chunks: Sequence[Chunk]) -> None:
+    """Wait until other processes have trained their chunks, and tell the user once."""
     who, remedy = session.ledger.owners_of(chunks)
     trials = count(sum(len(chunk.trials) for chunk in chunks), "trial")
     session.progress.say(f"waiting for {trials} of {who}. {remedy}".removesuffix(" "), once=True)
@@ -155,14 +169,17 @@ def wait_for_others(session: Session, chunks: Sequence[Chunk]) -> None:
 
 
 def _with_begun(recorded: RecordedPlan, checkpoints: Sequence[Checkpoint]) -> Plan:
-    """Return a plan whose chunks go on from checkpoints: these come first, in their old company,
-    for the same bits."""
+    """Return a plan in which the chunks with checkpoints continue.
+
+    These chunks come first. Each has the same trials as before, so that it gives the same bits.
+    """
     place = {trial.number: i for i, trial in enumerate(recorded.trials)}
     plan = recorded.plan
     begun: list[Population] = []
     taken: set[int] = set()
     for checkpoint in checkpoints:
         index = tuple(place.get(number, -1) for number in checkpoint.trials)
+        # Skip a checkpoint with a trial that is not in this plan or that another checkpoint has.
         if min(index) < 0 or taken & set(index):
             continue
         taken |= set(index)
@@ -177,8 +194,10 @@ def _with_begun(recorded: RecordedPlan, checkpoints: Sequence[Checkpoint]) -> Pl
 
 
 def check_sampling(method: OptunaSampler, space: Space, context: Context) -> None:
-    """Raise InputError where the sampler cannot be asked for this space, before anything is kept or
-    trained."""
+    """Raise InputError if the sampler cannot propose configurations of this space.
+
+    This is called before anything is stored or trained.
+    """
     check_askable(space)
     if "penalty" in space[0]:
         words = (
@@ -198,11 +217,11 @@ def sample(
     epochs: int,
     check: ConfigCheck = check_config,
 ) -> None:
-    """Train what waits, tell the sampler all results in order, then ask, train and tell batch by
-    batch.
+    """Train the trials that an Optuna sampler proposes, batch by batch.
 
-    This process alone does so: a batch depends on every result of the last. ``train`` says whether
-    the search goes on.
+    First the waiting trials are trained, and the sampler receives all results in order. Then each
+    batch is proposed, trained and reported. Only this process does so, because a batch depends on
+    every result of the batch before. ``train`` returns whether the search continues.
     """
     ledger = session.ledger
     method = session.options.method
@@ -225,15 +244,20 @@ def sample(
 
 
 def _n_missing(session: Session) -> int:
-    """How many trials are still to be asked for: the default one counts, included ones do not."""
+    """Return the number of trials that the sampler still has to propose.
+
+    The default trial counts as done. Included trials do not count.
+    """
     candidates = session.ledger.candidates
     proposed = sum(batch_of(candidate) > 0 for candidate in candidates)
     return max(0, session.options.n_trials - proposed - n_counted(candidates))
 
 
 def train_batches(context: Context, method: OptunaSampler) -> bool:
-    """Train what waits in the ledger together, with halving each batch by itself; False where time
-    is over."""
+    """Train the waiting trials of the ledger. Return False if the time is over.
+
+    Without halving, all of them train together. With halving, each batch trains separately.
+    """
     ledger = context.ledger
     if method.halving is None:
         return train_fully(context) if ledger.waiting() else not context.is_over()
@@ -244,12 +268,12 @@ def train_batches(context: Context, method: OptunaSampler) -> bool:
 
 
 def _study_so_far(session: Session, make: Callable[..., OptunaStudy]) -> OptunaStudy:
-    """Return a study of a fresh copy of the sampler in which all results so far have been told, in
-    order.
+    """Return an Optuna study that has received all results so far, in order.
 
-    The copy is asked again for what it was asked before. A seeded sampler proposes the same again,
-    and then goes on as if it had never stopped. Where it proposes something else, a reseeded copy
-    is told what was tried in the place of its proposals.
+    It has a fresh copy of the sampler. The copy is asked again for all earlier proposals. A seeded
+    sampler makes the same proposals and then continues as if it had never stopped. If its proposals
+    differ, a reseeded copy is used. It receives the trained configurations in place of its own
+    proposals.
     """
     progress = session.progress
     for reseed in (False, True):
@@ -280,8 +304,11 @@ def _study_so_far(session: Session, make: Callable[..., OptunaStudy]) -> OptunaS
 
 
 def _repeat(study: OptunaStudy, session: Session, *, enqueue: bool) -> bool:
-    """Tell all results, with ``enqueue`` in the place of proposals; False where a proposal is
-    another than it was."""
+    """Report all results to a study.
+
+    With ``enqueue=True``, the stored configurations replace the proposals. Returns False if a
+    proposal differs from the stored one.
+    """
     results = session.ledger.results
     for batch, group in groupby(session.ledger.candidates, batch_of):
         candidates = list(group)

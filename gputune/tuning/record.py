@@ -1,5 +1,7 @@
-"""The record of a search, made from its options; and the search made from its record, for a resume
-and a refit."""
+"""The record of a search, made from its options, and the search made from its record.
+
+A resume and a refit use the record.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -51,7 +53,10 @@ def search_record(
     notes: Sequence[str],
     baseline: Json | None,
 ) -> SearchRecord:
-    """Return what a study holds beside its trials; ``notes`` are those on the trials."""
+    """Return the record of a search: all that a study stores except its trials.
+
+    ``notes`` are the remarks on the trials.
+    """
     problem = context.problem
     cluster = context.trainer.cluster
     data = context.data
@@ -147,7 +152,10 @@ def _arguments(options: Options, source: Source, space: Space, folds: Sequence[R
 
 
 def recorded_options(record: SearchRecord, **changed: object) -> Options:
-    """Return the options of a search as far as its record tells them, some of them ``changed``."""
+    """Return the options of a search as far as its record stores them.
+
+    The options in ``changed`` replace stored ones.
+    """
     known = {
         part.argument: getattr(record, name)
         for name, part in PARTS.items()
@@ -161,6 +169,7 @@ def recorded_options(record: SearchRecord, **changed: object) -> Options:
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of gputune and of the packages that affect results."""
     return {
         "gputune": __version__,
         "torch": torch.__version__,
@@ -170,14 +179,17 @@ def versions() -> dict[str, str]:
 
 
 def distributions(space: Space) -> dict[str, Json]:
-    """What an export to Optuna knows of each key: the law it is drawn from, where one law is all
-    and Optuna has it."""
+    """Return the distribution of each key in Optuna's notation, for an export to Optuna.
+
+    Keys with several distributions, and distributions that Optuna lacks, are left out.
+    """
     laws = {key: describe(choices) for part in space for key, choices in part.items()}
     many = {key for key in laws if sum(key in part for part in space) > 1}
     return {key: law for key, law in laws.items() if law is not None and key not in many}
 
 
 def _is_storable(value: object) -> bool:
+    """Return True if a value can be stored as JSON."""
     try:
         to_json(value)
     except InputError:
@@ -186,12 +198,15 @@ def _is_storable(value: object) -> bool:
 
 
 def checkpoint_folder(study: Path | None, record: SearchRecord) -> CheckpointFolder | None:
-    """Return the folder of a study's checkpoints, ``study.db.state`` beside ``study.db``; None
-    without a study."""
+    """Return the folder of a study's checkpoints: ``study.db.state`` next to ``study.db``.
+
+    Returns None without a study file.
+    """
     if study is None:
         return None
+    # The digest covers every option that changes the training.
     values = {name: getattr(record, name) for name, part in PARTS.items() if part.training}
-    # Without these as it was before there were such.
+    # Left out when unset, so that checkpoints of older studies keep their digest.
     later = {"metrics": record.metrics, "code": record.code, "max_levels": record.max_levels}
     values |= {
         name: value for name, value in later.items() if value and value != SearchRecord.max_levels
@@ -201,12 +216,16 @@ def checkpoint_folder(study: Path | None, record: SearchRecord) -> CheckpointFol
 
 @dataclass(frozen=True)
 class RecordedSearch:
-    """A search as it was begun.
+    """A search with its original arguments.
 
-    ``test`` are the rows that it held out, if it did; ``outputs`` those of its trials by number
-    that no file keeps.
-    ``final_model`` has the options of the model that the command line saves at the end, see
-    ``Arguments``.
+    Attributes:
+        choice: The model.
+        source: The rows.
+        options: The options.
+        test: The rows that the search held out, or None.
+        outputs: The outputs of trials by number, if no file stores them.
+        final_model: The options of the model that the command line saves at the end. See
+            ``Arguments``.
     """
 
     choice: ModelChoice
@@ -220,8 +239,11 @@ class RecordedSearch:
 def recorded_search(
     path: Path, record: SearchRecord, changed: Mapping[str, object], *, trust_code: bool = False
 ) -> RecordedSearch:
-    """Return the search of a study file, some options ``changed``. Raises InputError,
-    UntrustedCodeError."""
+    """Return the search of a study file, with some options ``changed``.
+
+    Raises InputError if the search cannot be resumed, and UntrustedCodeError for code or a cluster
+    that the user has not trusted.
+    """
     arguments = record.arguments
     file = repr(str(path))
     kept = {**arguments.kept, **changed}
@@ -255,13 +277,13 @@ def recorded_search(
         )
     if why:
         raise InputError(f"study {file} {why}")
-    study = path.absolute()  # wherever a module of the user's goes meanwhile
+    study = path.absolute()  # a module of the user may change the current folder
     choice = recorded_model(dict(record.spec), record.optimizer, trust_code=trust_code)
     source, test = _reread(record, choice)
     workers = kept.get("workers", "auto")
     if isinstance(workers, dict):
         workers = Ray(**workers)
-        # A cluster elsewhere gets the rows, and answers in pickles, which are code.
+        # A remote cluster gets the rows, and answers with pickles, which can run code.
         if not trust_code and workers.is_elsewhere and not is_remembered(workers.address):
             why = (
                 "which would get its rows and could run code here, and which you have not "
@@ -279,7 +301,7 @@ def recorded_search(
 
 
 def _reread(record: SearchRecord, choice: ModelChoice) -> tuple[Source, Source | None]:
-    """Return the rows of a search, read again from its file, and those that it held out."""
+    """Return the rows of a search, read again from its file, and the rows that it held out."""
     assert record.source is not None  # rows in memory are lacking
     origin = record.source
     file = repr(record.source["path"])

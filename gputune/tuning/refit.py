@@ -1,5 +1,4 @@
-"""From a study to its tuned model: the best configuration trained again on all rows of the
-study."""
+"""Refit: the best configuration of a study trains again on all rows and becomes the tuned model."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -43,8 +42,10 @@ from gputune.version import __version__
 
 @dataclass(frozen=True, eq=False)
 class Search:
-    """The search of a study as it was: what trains its trials again. ``rows`` is the fingerprint of
-    those at hand."""
+    """The search of a study, ready to train its trials again.
+
+    ``rows`` is the fingerprint of the current rows.
+    """
 
     study: Study
     problem: Problem
@@ -60,26 +61,28 @@ class Search:
 
     @property
     def objective(self) -> Objective | None:
-        """The loss of a module as ``neg_loss`` ranks the trials by it."""
+        """The objective of a module, with the loss by which ``neg_loss`` ranks the trials."""
         objective = self.problem.objective
         space = self.study.record.arguments.space
         if objective is None:
             return None
-        # A space with an object of the user's own is in no file; its trials tell of it.
+        # A space with a custom object is not stored in a file. Its trials show the values.
         trained = [
             {name: [value] for name, value in trial.params.items()} for trial in self.study.trials
         ]
         return objective.of_space(trained if space is None else space_from_json(space))
 
     def config(self, trial: Trial) -> Config:
-        """Return the complete configuration of a trial, and how it prepares numbers."""
+        """Return the complete configuration of a trial, including its preparation of numbers."""
         return self.choice.complete(
             {"numbers": self.problem.numbers, **trial.params}, self.options.schedule
         )
 
     def evaluation_draws(self, data: Dataset, trial: Trial) -> EvaluationDraws | None:
-        """Return what members of a trial draw when they are evaluated; None if they do not. They
-        were trained here."""
+        """Return the random numbers that members of a trial draw when they are evaluated.
+
+        Returns None if the members draw none. They must have been trained in this process.
+        """
         config = self.config(trial)
         data = data.of(config)
         traits = known_traits(self.choice.module_class, data).get(arguments_text(config))
@@ -91,8 +94,10 @@ class Search:
         return EvaluationDraws(self.options.random_state, trial.best_epoch, rows, traits.host_draws)
 
     def note_on_draws(self, data: Dataset, trials: Sequence[Trial]) -> Config:
-        """Return what the ``info`` of a model of some trials says of draws in predictions: nothing
-        if it makes none."""
+        """Return the entry for the ``info`` of a model that draws random numbers in predictions.
+
+        It is empty if the model draws none.
+        """
         draws = [self.evaluation_draws(data, trial) for trial in trials]
         return {"draws": True} if any(draws) else {}
 
@@ -104,8 +109,10 @@ class Search:
         seed: int | None = None,
         progress: Progress = unseen,
     ) -> list[list[nn.Module]]:
-        """Train trials each to its best epoch; return the member of every fold of the data. Raises
-        DivergedError."""
+        """Train each trial to its best epoch, and return the members of all folds of the data.
+
+        Raises DivergedError.
+        """
         configs = [self.config(trial) for trial in trials]
         if self.choice.solved:
             members: list[list[nn.Module]] = [[] for _ in configs]
@@ -113,6 +120,7 @@ class Search:
                 alike = [configs[place] for place in places]
                 solution = solve_all(data.of(alike[0]), alike)
                 for c, place in enumerate(places):
+                    # Members are fold-major: member p = f * C + c is trial c on fold f.
                     numbers = range(c, data.n_folds * len(alike), len(alike))
                     members[place] = [solved_module(solution, number) for number in numbers]
         else:
@@ -152,8 +160,11 @@ class Search:
         )
 
     def dataset(self, folds: Sequence[Rows] | None, trials: Sequence[Trial]) -> Dataset:
-        """Return the data of some folds (None: of all rows) as the first trial reads them, where
-        trials train there."""
+        """Return the data of some folds as the first trial reads them, on the device for these
+        trials.
+
+        ``folds=None`` means all rows.
+        """
         folds = [all_rows(len(self.problem.source.X))] if folds is None else folds
         configs = [self.config(trial) for trial in trials]
         device = self.problem.device_choice(folds, configs).device
@@ -167,14 +178,16 @@ class Search:
         info: Config,
         statistics: Statistics | None = None,
     ) -> TunedModel:
-        """Return the tuned model of a module trained on all rows; ``statistics``: of the data where
-        none are given."""
+        """Return the tuned model of a module trained on all rows.
+
+        ``statistics=None`` takes the statistics of the data.
+        """
         target = self.problem.target
         record = self.study.record
         loss = self.objective
         groups = (record.source or {}).get("groups")
-        # A series that was the target is named as its column, which frames to be predicted may
-        # still have.
+        # If the target was a Series, its name is the name of its column. DataFrames to predict may
+        # still have this column.
         names = groups, getattr(self.problem.source.y, "name", None)
         unread = [*self.options.drop, *(name for name in names if isinstance(name, str))]
         info = info | {
@@ -213,7 +226,7 @@ class Search:
         )
 
     def arguments(self, trial: Trial, data: Dataset) -> Config:
-        """Return with what the module of a trial is built."""
+        """Return the arguments with which the module of a trial is built."""
         config = self.config(trial)
         size = {"n_features": data.of(config).n_features, "n_outputs": data.n_outputs}
         if self.choice.searched == "mlp":
@@ -221,21 +234,24 @@ class Search:
         return size | module_arguments(config)
 
     def seeds(self, seeds: Sequence[int]) -> Config:
-        """Return the seeds of the modules of a model, as its spec has them; none of built-in
-        models."""
+        """Return the seeds of the modules for the spec of a model. Empty for built-in models."""
         return {"seeds": list(seeds)} if self.choice.kind == "module" else {}
 
     def score(self, score: float, std_error: float) -> Config:
-        """Return a score as the ``info`` of a model has it: that of the rows of the search, and of
-        no others."""
+        """Return a score for the ``info`` of a model.
+
+        It is left out if the rows are not the rows of the search.
+        """
         same = self.rows == self.study.record.fingerprint
         return {"score": score, "std_error": std_error} if same else {}
 
 
 @dataclass(frozen=True)
 class Access:
-    """How a call reaches the rows and the code of a study: X and y, or its own; no others where
-    ``check``."""
+    """The access of a call to the rows and the code of a study.
+
+    The rows are X and y, or the study's own rows. With ``check=True``, other rows are refused.
+    """
 
     study: Study
     X: object = None
@@ -249,20 +265,21 @@ class Access:
 
 
 def search_of(access: Access) -> Search:
-    """Return the search of a study on the rows of a call. Raises InputError where there are none,
-    or others."""
+    """Return the search of a study on the rows of a call.
+
+    Raises InputError if there are no rows, or if they are different rows.
+    """
     study = access.study
     own = access.X is None
     from_file = study.file if own and study.data is None else None
     with nullcontext() if from_file is None else option_errors(from_file):
         known = _read_search(access)
-    # How many classes there are is for the rows to say: others may have two where the study's have
-    # three.
+    # The rows decide the number of classes: other rows may have two classes instead of three.
     task = cast(
         TaskWord, "classification" if study.record.classes is not None else study.record.task
     )
     problem = make_problem(known.source, task, known.choice, known.options)
-    # Rows that the process has kept are the study's own.
+    # Rows that are still in memory are the study's own, so they need no new fingerprint.
     is_kept = study.data is not None and own
     rows = (
         dict(study.record.fingerprint) if is_kept else fingerprint(known.source.X, problem.target)
@@ -274,6 +291,7 @@ def search_of(access: Access) -> Search:
 
 
 def refit_trial(search: Search, one: Trial) -> TunedModel:
+    """Return the tuned model of one trial, trained on all rows."""
     data = search.dataset(None, [one])
     ((module,),) = search.train(data, [one])
     info = {
@@ -312,7 +330,7 @@ def _read_search(access: Access) -> RecordedSearch:
         )
     if lost := [name for name in record.lost if PARTS[name].training or name == "method"]:
         raise lost_option(study.file, lost[0])
-    # The record has class weights as text, its arguments as they were given.
+    # The record stores class weights as text. Its arguments store the given value.
     given = record.arguments.kept.get("class_weight")
     lacking = ""
     class_weight = {None: None, "'balanced'": "balanced"}.get(record.class_weight, given)
@@ -333,7 +351,7 @@ def _read_search(access: Access) -> RecordedSearch:
 
 
 def _source_of(access: Access, choice: ModelChoice, options: Options) -> Source:
-    """Return the rows of a call, or those of the study, read again."""
+    """Return the rows of a call, or the study's own rows, read again."""
     if access.X is not None:
         read = partial(
             read_source, module=choice.takes_arrays, drop=options.drop, kinds=options.kinds
@@ -352,10 +370,12 @@ def _source_of(access: Access, choice: ModelChoice, options: Options) -> Source:
 
 
 def _machine(record: SearchRecord) -> Config:
-    """Return what a study's file says of the machine, as far as this one has it; a refit is for one
-    process."""
+    """Return the stored options about the machine, as far as this machine supports them.
+
+    A refit uses one process.
+    """
     kept = record.arguments.kept
-    # of a cluster's tasks
+    # The stored device of a search on a cluster is that of its tasks.
     device = "auto" if isinstance(kept.get("workers"), dict) else kept.get("device", "auto")
     backend = kept.get("backend", "auto")
     tf32 = kept.get("tf32", False)
@@ -378,8 +398,10 @@ def _machine(record: SearchRecord) -> Config:
 
 
 def _other_rows(search: Search, access: Access) -> str:
-    """Return in which way the rows are not those of the search, and what to do; best_model alone
-    may do without."""
+    """Return an error text: how the rows differ from the rows of the search, and the remedy.
+
+    Only best_model offers to train on other rows.
+    """
     record = search.study.record
     classes = search.problem.target.classes
     origin = record.source

@@ -1,9 +1,10 @@
-"""Successive halving and the median rule: trials train together from stop to stop, where a rule
-prunes some of them.
+"""Successive halving and the median rule.
 
-A search that goes on trains the trials without a result, each from its checkpoint, and nothing
-besides. Compiled members have the same bits whoever trains beside them; eager ones, and those on a
-GPU, agree to rounding.
+All trials train together from stop to stop. At each stop, the rule prunes some of them.
+
+A resumed search trains only the trials without a result, each from its checkpoint. Compiled members
+have the same bits with any other members in their chunk. Eager members, and members on a GPU, agree
+up to rounding.
 """
 
 import time
@@ -27,6 +28,7 @@ from gputune.types import Config, Outputs, drop_beyond_limit, first_metric
 
 
 def check_rungs(rule: StoppingRule, context: Context) -> None:
+    """Raise InputError if a rule cannot be used in a search."""
     if context.choice.solved:
         why = "judges trials while they train, and the solved logistic regression does not train"
         remedy = "choose optimizer='adamw', or method='random'"
@@ -35,8 +37,10 @@ def check_rungs(rule: StoppingRule, context: Context) -> None:
 
 
 def train_in_rungs(context: Context, rule: StoppingRule, trials: Sequence[Candidate]) -> None:
-    """Train trials of the ledger to each stop of a rule and to the end; those that ended are judged
-    by their curves."""
+    """Train trials of the ledger to each stop of a rule, and to the end.
+
+    Trials that have ended before are compared by their stored curves.
+    """
     search = _RungSearch(context, rule, trials)
     begin = 0
     try:
@@ -55,7 +59,7 @@ def train_in_rungs(context: Context, rule: StoppingRule, trials: Sequence[Candid
 
 @dataclass(eq=False)
 class _RunningTrial:
-    """A trial without a result: its curve so far (epochs, F) and the seconds it took."""
+    """A trial without a result: its curve so far (epochs, F) and its training time in seconds."""
 
     number: int
     config: Config
@@ -63,11 +67,12 @@ class _RunningTrial:
     seconds: float = 0.0
 
     def has_diverged(self, epoch: int) -> bool:
+        """Return True if a score of the first ``epoch`` epochs is NaN."""
         return bool(np.isnan(first_metric(self.curve, axes=2)[:epoch]).any())
 
 
 class _RungSearch:
-    """The trials that run, and their states between two stops."""
+    """The running trials, and their states between two stops."""
 
     def __init__(self, context: Context, rule: StoppingRule, trials: Sequence[Candidate]) -> None:
         self.context = context
@@ -75,7 +80,7 @@ class _RungSearch:
         self.stops = rule.stops(context.epochs)
         configs = {trial.number: context.complete(trial.params) for trial in trials}
         ended = context.ledger.results
-        # of the trials that have ended
+        # The curves of the trials that have ended.
         self.curves = {n: ended[n].curve for n in configs if n in ended}
         self.outputs: dict[int, Outputs] = {}  # at the best epochs so far
         self.running = [
@@ -83,13 +88,13 @@ class _RungSearch:
             for n, config in configs.items()
             if n not in ended
         ]
-        # states wait in main memory, wherever they train
+        # States wait in main memory, also if the trials train on a GPU.
         free = free_bytes(torch.device("cpu")) // 4
         self.states = StateCache(min(free, context.trainer.memory or free))
-        self.unsaved: list[tuple[int, ...]] = []  # chunks whose states no file has
+        self.unsaved: list[tuple[int, ...]] = []  # chunks with states that are not in a file yet
         self.saved_at = time.monotonic()
         self.earliest = 0.0
-        # Each trial is put where the furthest of its checkpoints has it.
+        # Each trial continues from the latest of its checkpoints.
         by_number = {trial.number: trial for trial in self.running}
         checkpoints = context.checkpoints_of(list(configs), list(configs.values()))
         for checkpoint in sorted(checkpoints, key=lambda checkpoint: checkpoint.state.epoch):
@@ -105,7 +110,7 @@ class _RungSearch:
                     )
 
     def train(self, begin: int, stop: int) -> None:
-        """Train what runs from one stop to the next."""
+        """Train the running trials from one stop to the next."""
         context = self.context
         trials = self.running
         plan = context.plan([trial.config for trial in trials], epochs=stop - begin)
@@ -130,7 +135,7 @@ class _RungSearch:
                 self._keep(trials, outcome)
         for chunk in chunks:
             for row, position in enumerate(chunk.alive or ()):
-                # time was over before it went on
+                # The time was over before this chunk continued.
                 if chunk.state is not None and chunk.index[position] not in trained:
                     self.states.park(
                         trials[chunk.index[position]].number, chunk.state.select([row])
@@ -139,16 +144,18 @@ class _RungSearch:
     def _begun_chunks(
         self, chunk: Population, trials: Sequence[_RunningTrial], stop: int
     ) -> Iterator[BegunChunk]:
-        """Yield the trials of a planned chunk that have not come to the stop yet, those of one
-        length together."""
+        """Yield the trials of a planned chunk that have not reached the stop yet.
+
+        Trials that have trained for the same number of epochs form one chunk.
+        """
         length = {c: len(trials[i].curve) for c, i in enumerate(chunk.index)}
         for epoch, group in groupby(sorted(length, key=length.__getitem__), key=length.__getitem__):
             places = list(group)
             part = [trials[chunk.index[c]] for c in places]
             index = tuple(chunk.index[c] for c in places)
             configs = tuple(chunk.configs[c] for c in places)
-            # Those that have diverged stay in their place, without a state, and get the rest of
-            # their curve.
+            # Diverged trials keep their place without a state, and the rest of their curve is
+            # filled in.
             alive = tuple(i for i, trial in enumerate(part) if not trial.has_diverged(epoch))
             if epoch == 0:
                 yield BegunChunk(chunk.kind, index, configs)
@@ -159,11 +166,13 @@ class _RungSearch:
                 yield BegunChunk(chunk.kind, index, configs, state, alive, before, seconds)
 
     def _keep(self, trials: Sequence[_RunningTrial], outcome: RungOutcome) -> None:
+        """Store the curves, outputs and states of a trained chunk until the next stop."""
         self.context.profile.spent += outcome.spent
         for i, curve in zip(outcome.index, outcome.curves):
             trials[i].curve = np.concatenate([trials[i].curve, curve])
             trials[i].seconds += outcome.seconds / len(outcome.index)
-        # Outputs of better epochs; where all take too much the worst trials go without.
+        # The outputs of better epochs. If all outputs need too much memory, those of the worst
+        # trials are dropped.
         self.outputs |= {trials[i].number: one for i, one in outcome.outputs.items()}
         means = {
             t.number: first_metric(t.curve, axes=2).mean(1)
@@ -176,18 +185,19 @@ class _RungSearch:
         for row, position in enumerate(outcome.alive):
             self.states.park(trials[outcome.index[position]].number, outcome.state.select([row]))
         self.unsaved.append(tuple(trials[i].number for i in outcome.index))
-        # The next chunk takes at most about as long as this one: they are sorted.
+        # The chunks are sorted, so the next chunk takes at most about as long as this one.
         due = self.saved_at + self.context.options.checkpoint_seconds - outcome.seconds
         if time.monotonic() > max(due, self.earliest):
             self.save()
 
     def save(self) -> None:
-        """Keep the states of the chunks that no file has, where there is a study file."""
+        """Write the states that are not in a file yet as checkpoints, if there is a study file."""
         begin = time.monotonic()
         by_number = {trial.number: trial for trial in self.running}
         checkpointing = self.context.checkpointing(list(by_number))
         seen: set[int] = set()
-        # From the last: the chunk that a trial trained in last holds trials of one length.
+        # From the last to the first: the last chunk of a trial holds trials with equal numbers of
+        # epochs.
         for numbers in reversed(self.unsaved if checkpointing is not None else []):
             trials = [by_number[n] for n in numbers if n in by_number and n not in seen]
             seen |= set(numbers)
@@ -205,8 +215,9 @@ class _RungSearch:
         self.earliest = self.saved_at + pause_after(self.saved_at - begin)
 
     def leave(self, epoch: int) -> None:
-        """Finish the trials that have diverged, that were cut short, or that the rule prunes."""
+        """Finish the trials that have diverged, that were stopped, or that the rule prunes."""
         is_last = epoch == self.context.epochs
+        # A curve shorter than this epoch means that the time was over before the stop.
         ended = {
             t for t in self.running if is_last or len(t.curve) < epoch or t.has_diverged(epoch)
         }
@@ -220,8 +231,10 @@ class _RungSearch:
             self.running = [trial for trial in self.running if trial.number not in pruned]
 
     def finish(self, trials: Sequence[_RunningTrial], *, rung: int | None = None) -> None:
-        """Keep the results of trials that train no more; ``rung`` is the epoch at which the rule
-        pruned them."""
+        """Store the results of trials that train no more.
+
+        ``rung`` is the epoch at which the rule pruned them, or None.
+        """
         epochs = self.context.epochs
         how = self.context.options.epoch
         results = []
@@ -242,7 +255,7 @@ class _RungSearch:
             self._store(results, trials)
 
     def _store(self, results: Sequence[Result], trials: Sequence[_RunningTrial]) -> None:
-        """Keep results, and count what is not trained of their trials."""
+        """Store results, and remove the untrained epochs of their trials from the progress bar."""
         numbers = {result.number for result in results} & self.outputs.keys()
         self.context.finish(results, {number: self.outputs.pop(number) for number in numbers})
         self.curves |= {result.number: result.curve for result in results}

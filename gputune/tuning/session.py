@@ -1,8 +1,7 @@
-"""The trials of a call, and the session in which they train: the space, the trials, the ledger till
-a signal comes.
+"""The trials of a call, and the session in which they train.
 
-The trials are the default one, those of a portfolio, included and drawn ones, and what an old
-ledger lacks of them.
+The trials are the default trial, the trials of a portfolio, included trials and drawn trials. A
+resumed study adds the trials that its ledger lacks.
 """
 
 import errno
@@ -47,17 +46,22 @@ from gputune.types import DEFAULTS, Config
 AnyStudy = TypeVar("AnyStudy", bound=Study)
 
 _DRAWING_SHARE = 0.05
-"""Most of the ``timeout`` that is spent on drawing trials. ``n_trials`` may be far more than there
-is time for."""
-_DRAWING_SECONDS = 0.5
-"""Seconds that drawing may take with any ``timeout``. They are enough for thousands of trials, so
-that a short timeout cuts the training and not the list of trials, which a resumed search trains."""
+"""The largest share of the ``timeout`` for drawing trials.
 
-_BEST = 5  # trials of each earlier study that are tried first
+``n_trials`` may be far more than the time allows.
+"""
+_DRAWING_SECONDS = 0.5
+"""The time in seconds that drawing may take with any ``timeout``.
+
+It is enough for thousands of trials. So a short timeout shortens the training, but not the list of
+trials, which a resumed search trains.
+"""
+
+_BEST = 5  # this number of trials of each earlier study is tried first
 
 
 def checked_space(choice: ModelChoice, options: Options) -> Space:
-    """Return the checked space of a call, by default that of the model. Raises InputError."""
+    """Return the checked space of a call, by default the space of the model. Raises InputError."""
     keys = legal_keys(choice.searched, choice.optimizer)
     module = choice.searched == "module"
     check_include(options.include, keys=keys, module=module)
@@ -78,10 +82,12 @@ def checked_space(choice: ModelChoice, options: Options) -> Space:
 
 
 def _check_named(space: str, choice: ModelChoice) -> None:
-    """Raise InputError for a space of a name that is another model's, or was measured with another
-    optimizer."""
+    """Raise InputError if a named space does not fit the model or the optimizer.
+
+    A space with a portfolio was measured with AdamW only.
+    """
     if space not in SPACES:
-        return  # which ``named_space`` says
+        return  # ``named_space`` raises the error
     if choice.searched != "mlp" if space in PORTFOLIOS else not choice.recipe:
         model, words = ("mlp", "the MLP") if space in PORTFOLIOS else ("realmlp", "RealMLP")
         given = "realmlp" if choice.recipe else choice.name
@@ -99,8 +105,10 @@ def first_trials(
     store: Store | None = None,
     portfolio: Sequence[Config] = (),
 ) -> tuple[Candidate, ...]:
-    """Draw the trials of this call: default, portfolio, included, random, of which those in the
-    study come first."""
+    """Draw the trials of this call: default, portfolio, included and random trials.
+
+    Random trials that the study has stored come before new ones.
+    """
     first = first_candidates(
         space,
         n_trials=options.n_trials,
@@ -111,8 +119,8 @@ def first_trials(
     )
     if not draws_at_once(options):
         return first
-    stored: tuple[Candidate, ...] = ()  # to draw many takes long
-    with suppress(OSError, StudyCorruptError):  # said where the search is opened
+    stored: tuple[Candidate, ...] = ()  # drawing many trials again would take long
+    with suppress(OSError, StudyCorruptError):  # reported when the study is opened
         asked = options.random_state, space_text(space)
         if store is not None and (store.meta.get("seed"), store.meta.get("space")) == asked:
             stored = tuple(trial for trial in store.candidates() if trial.origin == "random")
@@ -121,7 +129,7 @@ def first_trials(
 
 
 def draws_at_once(options: Options) -> bool:
-    """Whether trials are drawn at once; a sampler of Optuna's proposes its own later."""
+    """Return True if all trials are drawn at once. An Optuna sampler proposes its trials later."""
     return not isinstance(options.method, OptunaSampler)
 
 
@@ -132,8 +140,10 @@ def draw_trials(
     check: ConfigCheck,
     drawn: Sequence[Config] = (),
 ) -> tuple[Candidate, ...]:
-    """Draw the trials that the known ones lack, none that an earlier study has trained; ``drawn``
-    before."""
+    """Draw the missing trials. Trials of earlier studies are not drawn again.
+
+    ``drawn`` are configurations that were drawn before. They are used if they are enough.
+    """
     earlier = [
         t.params for study in options.warm_start for t in study.trials if t.state != "waiting"
     ]
@@ -148,9 +158,9 @@ def draw_trials(
 
 
 def default_params(choice: ModelChoice, options: Options) -> Config:
-    """Return the values that keys take where a configuration has none."""
+    """Return the default values for keys that a configuration lacks."""
     defaults: Config = {**DEFAULTS, "numbers": options.numbers}
-    if choice.module_class is not None:  # what signatures say
+    if choice.module_class is not None:  # the defaults in the signatures
         parameters = parameters_of(choice.module_class).items()
         defaults |= argument_defaults(choice.optimizer) | loss_defaults(options.loss)
         defaults |= {
@@ -162,8 +172,10 @@ def default_params(choice: ModelChoice, options: Options) -> Config:
 
 
 def with_earlier(options: Options, space: Space) -> Options:
-    """Return the options that include the best trials of earlier studies. Raises InputError where
-    there are none."""
+    """Return the options with the best trials of earlier studies included.
+
+    Raises InputError if an earlier study has no usable trial.
+    """
     configs: list[Mapping[str, object]] = []
     for study in options.warm_start:
         name = (
@@ -188,7 +200,14 @@ def with_earlier(options: Options, space: Space) -> Options:
 
 @dataclass(frozen=True)
 class Session:
-    """A search while this process works on it."""
+    """A search while this process works on it.
+
+    Attributes:
+        ledger: The trials and results of the study.
+        options: The options of the search.
+        progress: The progress bar and the messages.
+        stop: The signal that ends the training.
+    """
 
     ledger: Ledger
     options: Options
@@ -196,18 +215,22 @@ class Session:
     stop: Stop
 
     def is_over(self) -> bool:
-        """Whether training ends now."""
+        """Return True if the training ends now."""
         return self.stop.is_over()
 
     def add(
         self, trials: Sequence[Candidate], space: Space, check: ConfigCheck = check_config
     ) -> None:
-        """Add the trials that the ledger lacks: all of a new study, or what a call adds to an old
-        one."""
+        """Add the trials that the ledger lacks.
+
+        These are all trials of a new study, or the additional trials of a call for an old study.
+        """
         ledger = self.ledger
         options = self.options
         ledger.on_wait = self._wait
         self.progress.on_look = ledger.show
+        # Other methods than random search depend on the results of all trials. Only one process may
+        # run such a search.
         if not isinstance(options.method, str):
             ledger.claim_search(method_name(options.method))
         known = len(ledger.candidates)
@@ -215,7 +238,8 @@ class Session:
             new = self._missing(trials, space, check)
         if new:
             with ledger.alone():
-                if len(ledger.candidates) > known:  # another process has added some meanwhile
+                # another process has added trials in the meantime
+                if len(ledger.candidates) > known:
                     new = self._missing(trials, space, check)
                 ledger.add(new)
         if finished := len(ledger.results):
@@ -236,15 +260,17 @@ class Session:
     def _missing(
         self, trials: Sequence[Candidate], space: Space, check: ConfigCheck
     ) -> Sequence[Candidate]:
+        """Return the trials that the ledger lacks, with the next free numbers."""
         candidates = self.ledger.candidates
         options = self.options
         if not candidates:
             return trials
         params = [candidate.params for candidate in candidates]
-        # The default configuration was another one where it was not yet held to the space: it runs
-        # once.
+        # In older studies the default configuration was not moved into the space. It still runs
+        # only once.
         origins = {"random"} | {c.origin for c in candidates if c.origin == "default"}
         new = [c for c in trials if c.origin not in origins and c.params not in params]
+        # ``n_trials`` limits the portfolio, but not the included trials.
         room = max(0, options.n_trials - n_counted(candidates))
         beyond = [c for c in new if c.origin == "portfolio"][room:]
         number = 1 + max(candidate.number for candidate in candidates)
@@ -258,7 +284,8 @@ class Session:
         return [*added, *draw_trials([*candidates, *added], space, options, check, drawn)]
 
     def _wait(self, words: str) -> None:
-        """Say why this process waits before it has a plan; end that where training would end."""
+        """Tell the user why this process waits before it has a plan. End the wait if training would
+        end."""
         self.progress.say(words, once=True)
         if self.stop.asked:
             raise KeyboardInterrupt
@@ -272,8 +299,10 @@ class Session:
         study: Callable[..., Study],
         signals: Sequence[int],
     ) -> list[int]:
-        """Train what waits, and tell the callbacks; return the numbers of the signals that ended it
-        early."""
+        """Train the waiting trials, and notify the callbacks.
+
+        Returns the numbers of the signals that ended the training early.
+        """
         ledger = self.ledger
         file = self.options.study
 
@@ -282,7 +311,7 @@ class Session:
             self.stop_where_enough()
 
         ledger.on_finish = finished
-        if callbacks.active:  # a study of many trials takes its time
+        if callbacks.active:  # only then, because making a study of many trials takes time
             callbacks.tell("on_study_start", study(ledger.rows(), file=file))
         self.stop_where_enough()
         try:
@@ -297,17 +326,17 @@ class Session:
 
     @property
     def in_rungs(self) -> bool:
-        """Whether all trials train together from rung to rung."""
+        """True if all trials train together from rung to rung."""
         return False
 
     @cached_property
     def good_enough(self) -> GoodEnough:
-        """What decides whether a trial is good enough, or none has been better for long."""
+        """The decision to end the search early, by ``target_score`` and ``patience_trials``."""
         options = self.options
         return GoodEnough(self.ledger, options.target_score, options.patience_trials, self.in_rungs)
 
     def stop_where_enough(self) -> None:
-        """Let training end where a trial is good enough, or none has been better for long."""
+        """Stop the training if ``target_score`` or ``patience_trials`` ends the search."""
         if not self.stop.asked and self.good_enough.is_reached():
             reason = self.good_enough.reason
             self.stop.ask()
@@ -316,8 +345,10 @@ class Session:
 
 
 def check_ending(study: AnyStudy, numbers: Sequence[int]) -> AnyStudy:
-    """Return the study of a search that has ended by itself; raise what a caller has to hear of
-    another one."""
+    """Return the study of a search that ended normally. Otherwise raise the error for the caller.
+
+    Raises SearchInterrupted after a signal, and SearchFailedError if all trials have failed.
+    """
     if numbers:
         words = interrupted_words(study, study.file)
         at_once = len(numbers) > 1

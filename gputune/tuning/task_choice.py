@@ -1,5 +1,7 @@
-"""Whether whole numbers to be predicted are classes, where the user does not say it and the values
-do not tell."""
+"""The decision whether whole numbers in the target are classes.
+
+It is needed if the user does not set the task and the values are ambiguous.
+"""
 
 from contextlib import suppress
 
@@ -16,18 +18,17 @@ from gputune.tuning.options import Options
 from gputune.tuning.problem import make_problem
 from gputune.tuning.session import checked_space, first_trials
 
-_ROWS_PER_NUMBER = 10  # numbers that repeat so often on average may well be classes
-_ROWS_PER_CODE = 2  # and codes 0, 1, 2, ... that repeat so often
+_ROWS_PER_NUMBER = 10  # numbers that repeat this often on average are probably classes
+_ROWS_PER_CODE = 2  # the same for consecutive codes 0, 1, 2, ...
 
 
 def chosen_task(source: Source, choice: ModelChoice, options: Options) -> TaskWord | None:
-    """Return the task that the user says or that the model decides; None to take the target as it
-    looks.
+    """Return the task that the user sets or that the model decides.
 
-    More than ``MAX_CLASSES`` distinct whole numbers look like a number to be predicted. They are
-    classes if the loss only classifies, or if the module has as many outputs as there are distinct
-    numbers although it was asked for one output. Otherwise numbers that may well be classes are
-    warned of.
+    Returns None if the values of the target decide. More than ``MAX_CLASSES`` distinct whole
+    numbers look like a number to predict. They are classes in two cases. Either the loss is only
+    for classes, or the module has one output for each distinct number although it was asked for one
+    output. Otherwise there is a warning if the numbers are probably classes.
     """
     if options.task is not None:
         return options.task
@@ -43,18 +44,21 @@ def chosen_task(source: Source, choice: ModelChoice, options: Options) -> TaskWo
 
 
 def _may_be_classes(values: np.ndarray, n_distinct: int) -> bool:
-    """Whether whole numbers repeat as classes do; consecutive ones from 0 or 1 may be codes of many
-    small classes."""
+    """Return True if whole numbers repeat as classes do.
+
+    Consecutive numbers from 0 or 1 may be the codes of many small classes.
+    """
     rows_per_number = len(values) / n_distinct
+    # Codes begin at 0 or 1 and have almost no gaps.
     are_codes = values.min() in (0, 1) and values.max() - values.min() < 1.1 * n_distinct
     return rows_per_number >= (_ROWS_PER_CODE if are_codes else _ROWS_PER_NUMBER)
 
 
 def _n_outputs(source: Source, choice: ModelChoice, options: Options) -> int | None:
-    """Return the number of outputs of a module that is asked for one output; None if it cannot be
-    tried.
+    """Return the number of outputs of a module that is asked for one output.
 
-    An error of the module is left to its inspection, which knows more to say.
+    Returns None if the module cannot be tried. An error of the module is left to its inspection,
+    which gives better messages.
     """
     if choice.module_class is None:
         return None

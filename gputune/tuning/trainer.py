@@ -1,5 +1,7 @@
-"""What trains configurations of one model on one dataset, for every face: plans, jobs, and what
-came of the chunks."""
+"""The trainer, which trains configurations of one model on one dataset, for every interface.
+
+It makes plans and jobs, and yields the results of the chunks.
+"""
 
 import sys
 from collections import Counter
@@ -38,23 +40,38 @@ from gputune.types import Backend, BackendWord, Config, Precision
 
 AnyJob = TypeVar("AnyJob", bound=Job)
 
-# that it takes to write the code of a member's step, whose kernels its search has built
+# The time to generate the code of a member's step, if the search has already built its kernels.
 _BUILT_SECONDS = 0.3
 
 
 def unseen(_trial_epochs: int, _curves: np.ndarray) -> None:
-    """Show no progress."""
+    """Ignore the progress."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trainer:
     """The data, the model and the machine.
 
-    horizon   epochs of a whole training, which schedules are laid over
-    memory    bytes that the user allows, None: what the device suggests
-    workers   processes, or tasks of a ``cluster`` at once; None: an estimate decides
-    others    GPUs beside that of the data, each for a process of its own
-    each_epoch  whether someone is told of every epoch, who may end the search then
+    Attributes:
+        data: The dataset.
+        kind: The stacked form of the model.
+        module_class: The class or function that makes the modules, or None for a built-in model.
+        objective: The training objective, or None for the loss of the task.
+        seed: The random seed.
+        horizon: The number of epochs of a whole training. Schedules run over this number of epochs.
+        scoring: The scoring of validation rows, or None.
+        backend: The backend that trains.
+        precision: The precision of a module's computations.
+        memory: The number of bytes that the user allows. None means the limit that the device
+            suggests.
+        workers: The number of processes, or of tasks of a ``cluster`` at the same time. None means
+            an estimate.
+        others: GPUs in addition to the GPU of the data. Each gets its own process.
+        cluster: The Ray cluster, or None.
+        each_epoch: Whether callbacks are notified after every epoch, so that they can end the
+            search there.
+        stop: The signal that ends the training.
+        fits: Training steps that were recorded or compiled, for use in later chunks.
     """
 
     data: Dataset
@@ -90,8 +107,10 @@ class Trainer:
     def with_backend(
         self, word: BackendWord, configs: Sequence[Config], say: Callable[[str], object]
     ) -> "Trainer":
-        """Return the trainer with the backend that is asked for, or the fastest; say where training
-        is slow."""
+        """Return the trainer with the requested backend, or with the fastest one.
+
+        ``say`` tells the user about slow training.
+        """
         device = self.data.device if self.cluster is None else torch.device(self.cluster.device)
         backend, why = choose_backend(word, device, self.data.dtype, self.kind)
         if backend == "kernel":
@@ -116,8 +135,11 @@ class Trainer:
     def _kernel(
         self, word: BackendWord, configs: Sequence[Config], say: Callable[[str], object] = str
     ) -> Backend:
-        """Return the backend where a kernel is chosen; say what it does not know, or refuse what
-        was asked for."""
+        """Return the backend for a GPU if a kernel is chosen or requested.
+
+        ``say`` tells the user about trials that the kernel does not support. If it supports none, a
+        requested kernel raises InputError.
+        """
         if self.cluster is not None:
             why = "is for a GPU of this machine, and workers='ray' trains on others"
         elif self.kind == "module":
@@ -137,23 +159,25 @@ class Trainer:
         return "graph"
 
     def compile(self, configs: Sequence[Config], say: Callable[[str], object]) -> None:
-        """Compile the kernels in which complete configurations train, and say so; plans know where
-        that fails."""
+        """Compile the kernels for complete configurations, and tell the user.
+
+        A failed build is not an error here. The plans take it into account.
+        """
         if self.backend == "kernel":
             known = [config for config in configs if not lacks(config, self.kind, self.data)]
-            with suppress(NotBuiltError):  # which a warning has told
+            with suppress(NotBuiltError):  # a warning was already shown
                 for kernel in dict.fromkeys(
                     kernel_of([config], self.kind, self.data) for config in known
                 ):
                     compiled(kernel, self.data.device, say)
 
     def groups(self, configs: Sequence[Config]) -> list[Population]:
-        """Return complete configurations as populations of one tensor shape each."""
+        """Split complete configurations into populations, with one tensor shape each."""
 
         def own_steps(config: Config) -> Hashable:
             way = trains_as(self.backend, self.kind, config, data=self.data)
-            # Of those in the kernel what a tile holds decides the order of sums: company then
-            # changes no bit.
+            # Members that train in the same kernel share the tile size, which decides the order of
+            # sums. So the other members of a chunk change no bits.
             return (
                 kernel_of([config], self.kind, self.data) if way == "kernel" else way == "compiled"
             )
@@ -170,8 +194,10 @@ class Trainer:
         parameters: int = 0,
         measure: Callable[[Population, int], Need | None] | None = None,
     ) -> Plan:
-        """Return the chunks in which populations train; ``measure`` finds what one takes of a GPU
-        that is here."""
+        """Return the plan of the chunks in which populations train.
+
+        ``measure`` returns the memory that a population takes of a GPU of this machine.
+        """
         is_gpu_here = self.cluster is None and self.data.device.type == "cuda"
         planner = Planner(
             self.data,
@@ -189,13 +215,15 @@ class Trainer:
     def plan_differentiated(
         self, configs: Sequence[Config], job: HypergradientJob
     ) -> tuple[Plan, HypergradientJob]:
-        """Return the chunks in which configurations are differentiated, and the job with its budget
-        of bytes."""
-        if self.cluster is not None:  # a task shares ``memory`` with no other
+        """Return the plan of the chunks in which configurations are differentiated.
+
+        The second result is the job with its budget of bytes.
+        """
+        if self.cluster is not None:  # each task has ``memory`` for itself
             budget = min(self.memory or sys.maxsize, self.cluster.bytes_of_a_task())
         else:
             device = self.data.device
-            # one has a GPU of its own
+            # On a GPU, each process has its own device.
             processes = (self.workers or cores()) if device.type == "cpu" else 1
             budget = (self.memory or free_bytes(device)) // processes
         job = replace(job, budget=budget)
@@ -205,7 +233,7 @@ class Trainer:
         return self._place(plan), job
 
     def _place(self, plan: Plan) -> Plan:
-        """Return a plan with the threads that each task of a cluster has, where there is one."""
+        """Return a plan with the threads of the cluster's tasks, if there is a cluster."""
         return (
             plan
             if self.cluster is None
@@ -213,8 +241,10 @@ class Trainer:
         )
 
     def job(self, kind: type[AnyJob], *, epochs: int, **more: Any) -> AnyJob:
-        """Return what all chunks that train up to so many epochs have in common; ``more`` are
-        fields of its kind."""
+        """Return the job that all chunks up to ``epochs`` epochs share.
+
+        ``more`` are additional fields of this kind of job.
+        """
         return kind(
             seed=self.seed,
             epochs=epochs,
@@ -240,12 +270,11 @@ class Trainer:
         claim: Claim[Population] = lambda chunk: True,
         may_begin: Claim[Population] | None = None,
     ) -> Iterator[Outcome | Failure]:
-        """Train the chunks of a plan that ``claim`` does not refuse, and yield what came of them,
-        as they end.
+        """Train the chunks of a plan, and yield their results as they end.
 
-        A chunk waits for the results of others until ``may_begin`` allows it, and is left out if it
-        never does. What memory does not hold comes in parts; a trial that does not fit alone is
-        given up.
+        A chunk that ``claim`` refuses is left out. A chunk waits for the results of other chunks
+        until ``may_begin`` allows it, and is left out if that never happens. A chunk that needs too
+        much memory trains in parts. A trial that does not fit even as a single trial is given up.
         """
         data = self.data
         if self.cluster is not None:
@@ -259,6 +288,7 @@ class Trainer:
         def train(chunk: Population) -> Outcomes:
             return run_in_parts(job, data, chunk, progress)
 
+        # This process is a worker itself, so the executor has one worker less.
         devices = (self.others or (data.device,) * plan.workers)[: plan.workers - 1]
         executor: AbstractContextManager[Executor[Population, Outcome | Failure]] = (
             chunk_processes(job, data, devices) if devices else nullcontext(Executor())
@@ -272,8 +302,11 @@ class Trainer:
                 yield outcome
 
     def take_code(self, configs: Sequence[Config], epochs: Sequence[int]) -> None:
-        """Let members of a refit train in compiled code where that was faster in the search and
-        repays its building."""
+        """Let members of a refit train in compiled code if this saves time.
+
+        It must have been faster in the search, and the gain must be larger than the time to build
+        the code.
+        """
         builder = self.module_class
         if builder is None or self.data.device.type != "cpu":
             return
@@ -287,8 +320,10 @@ class Trainer:
     def train_members(
         self, configs: Sequence[Config], epochs: Sequence[int], progress: Progress = unseen
     ) -> list[list[nn.Module]]:
-        """Train each configuration for its own number of epochs; return its member of every fold,
-        on the CPU."""
+        """Train each configuration for its own number of epochs.
+
+        Returns the members of each configuration for every fold, on the CPU.
+        """
         members: dict[int, list[nn.Module]] = {}
         job = self.job(Job, epochs=max(epochs))
         plan = self.plan(self.groups(configs), epochs=max(epochs))
@@ -302,13 +337,14 @@ class Trainer:
                                 trained.member(fold, trial) for fold in range(self.data.n_folds)
                             ]
                     progress(len(index), trained.curves[:, trained.epochs - 1 : trained.epochs])
+                    # True ends the chunk: all its trials have reached their last epoch.
                     return all(epochs[config] <= trained.epochs for config in index)
 
                 train_chunk(job, self.data, chunk, after_epoch=keep)
         return [members[config] for config in range(len(configs))]
 
     def train_scheduled(self, config: Config, descent: Hypergradient, *, epochs: int) -> nn.Module:
-        """Train a point of a descent as it was there, on the only fold; return the module."""
+        """Train a point of a hypergradient search again on the only fold. Return the module."""
         (chunk,) = self.groups([config])
         names = tuple(descent.hyperparameters)
         segments = descent.segments

@@ -1,7 +1,6 @@
-"""What trials of a study do on the rows that its folds validate on: predictions, an ensemble, a
-report of the best.
+"""Results of trials on the validation rows of their folds: predictions, ensembles and reports.
 
-The study keeps what they predict there, or their members train again as in the search.
+The study has stored the predictions, or the members train again as in the search.
 """
 
 import math
@@ -42,18 +41,19 @@ from gputune.types import Config
 
 Refit: TypeAlias = int | Literal["all", "folds"]
 
-# shuffles of a column, and rows of a fold at most that are shuffled
+# The number of shuffles of a column, and the largest number of rows of a fold that are used.
 _SHUFFLES = 5
 _ROWS = 10_000
 
 
 def _check_folds_train(study: Study, called: str) -> None:
+    """Raise InputError if the trials of a study cannot train again on their folds."""
     if why := _why_no_folds(study):
         raise InputError(f"{called} trains a trial again on its folds, and this study is {why}.")
 
 
 def _why_no_folds(study: Study) -> str:
-    """Return of what a study is whose trials do not train again on its folds; "" where they do."""
+    """Return the reason why trials of a study do not train again on its folds, or "" if they do."""
     if study.record.face == "loop":
         return (
             "of search(), whose training loop is your own: keep what your objective predicts in "
@@ -73,8 +73,10 @@ def _why_no_folds(study: Study) -> str:
 
 
 def _is_calibrated(access: Access, calibrate: bool | None) -> bool:
-    """Return whether probabilities are calibrated; None: where trials are ranked by the log
-    loss."""
+    """Return True if probabilities are calibrated.
+
+    ``calibrate=None`` calibrates if the trials are ranked by the log loss.
+    """
     record = access.study.record
     if calibrate not in (None, True, False):
         raise InputError(
@@ -92,8 +94,10 @@ def _is_calibrated(access: Access, calibrate: bool | None) -> bool:
 
 @entry
 def oof_predictions(access: Access, trial: int | None) -> NDArray[np.float64]:
-    """Return what a trial predicts of rows that it was not trained on; see
-    ``Study.oof_predictions``."""
+    """Return the predictions of a trial for rows that it was not trained on.
+
+    See ``Study.oof_predictions``.
+    """
     _check_folds_train(access.study, "oof_predictions()")
     one = _trial_of_number(access, trial)
     predictions = predictions_of(search_of(access), [one], Progress(0))
@@ -108,8 +112,10 @@ def oof_predictions(access: Access, trial: int | None) -> NDArray[np.float64]:
 def refit_with_folds(
     access: Access, *, trial: int | None, intervals: bool, calibrate: bool | None
 ) -> TunedModel:
-    """Return the best trial of a study, or one of a number, trained on all rows; see
-    ``Study.best_model``."""
+    """Return the tuned model of the best trial, or of a given trial, trained on all rows.
+
+    See ``Study.best_model``.
+    """
     study = access.study
     if calibrate is None and (not access.check or _why_no_folds(study)):
         calibrate = False
@@ -141,7 +147,10 @@ def refit_with_folds(
 
 
 def _trial_of_number(access: Access, number: object) -> Trial:
-    """Return the trial of a number, None: the best; InputError where none of it has a score."""
+    """Return the trial with a given number. None means the best trial.
+
+    Raises InputError if no trial with a score has this number.
+    """
     study = access.study
     if number is None:
         return study.best_trial
@@ -168,10 +177,10 @@ def ensemble(
     calibrate: bool | None,
     verbose: int,
 ) -> TunedModel:
-    """Choose and train an ensemble of the trials of a study; see ``Study.ensemble``.
+    """Choose and train an ensemble of the trials of a study. See ``Study.ensemble``.
 
-    Source: Caruana et al. (2004), Ensemble selection from libraries of models: with repetition,
-        from the best one on.
+    Source: Caruana et al. (2004), Ensemble selection from libraries of models: with repetition, and
+    beginning with the best model.
     """
     study = access.study
     check_count(size, "ensemble(size=...)")
@@ -203,12 +212,16 @@ def ensemble(
 def _mean_model(
     search: Search, shares: Sequence[tuple[Trial, float]], starts: int | None, info: Config
 ) -> TunedModel:
-    """Return the weighted mean of trials, each trained on all rows from so many starts; None: on
-    those of each fold."""
+    """Return the weighted mean of trials as one model.
+
+    Each trial is trained on all rows from ``starts`` different seeds. ``starts=None`` trains it on
+    the training rows of each fold.
+    """
     trials = [trial for trial, _ in shares]
     seed = search.options.random_state
     whole = search.dataset(None, trials)
-    if starts is None:  # prepared as all rows are: members then read the same
+    # the preparation of all rows is used, so that all members read the same inputs
+    if starts is None:
         (every,) = whole.folds
         folds = unpack_folds(search.study.record.arguments.folds)
         rows = [torch.as_tensor(train, device=whole.device) for train, _ in folds]
@@ -220,6 +233,7 @@ def _mean_model(
     info = info | search.note_on_draws(parts[0][0], trials)
     columns, statistics = _columns([whole.of(search.config(trial)) for trial in trials])
     columns *= len(parts)
+    # Each trial is trained len(parts) times, and its weight is split over these modules.
     weights = [weight / len(parts) for _, weight in shares] * len(parts)
     network = Ensemble(modules, weights, search.problem.target.task, columns)
     arguments = [search.arguments(trial, whole) for trial in trials] * len(parts)
@@ -233,8 +247,10 @@ def _mean_model(
 
 
 def _columns(own: Sequence[Dataset]) -> tuple[list[list[int]], Statistics | None]:
-    """Return the first column and the end of what each trial reads of an ensemble's inputs, and
-    what makes these."""
+    """Return the columns of an ensemble's inputs that each trial reads, and their statistics.
+
+    The columns of a trial are given by the first column and the end.
+    """
     distinct = {one.numbers: one for one in own}
     if len(distinct) == 1:
         return [], None  # all columns of the data itself
@@ -250,8 +266,10 @@ def _columns(own: Sequence[Dataset]) -> tuple[list[list[int]], Statistics | None
 
 @entry
 def fold_report(access: Access, *, confusion: bool = False, importance: bool = False) -> FoldReport:
-    """Return the confusion matrix and the importance of the columns that were asked for; see
-    ``Study.report``."""
+    """Return the confusion matrix and the importance of columns, if they were asked for.
+
+    See ``Study.report``.
+    """
     study = access.study
     check_fold_report(study, confusion=confusion)
     search = search_of(access)
@@ -279,8 +297,10 @@ def fold_report(access: Access, *, confusion: bool = False, importance: bool = F
 
 
 def check_fold_report(study: Study, *, confusion: bool) -> None:
-    """Raise InputError for a study without folds to train on, and for a ``confusion`` where there
-    are no classes."""
+    """Raise InputError if a study cannot have a report on its folds.
+
+    The trials must be able to train on their folds. ``confusion`` needs a target of classes.
+    """
     _check_folds_train(study, f"report({'confusion' if confusion else 'importance'}=True)")
     if confusion and (study.record.classes is None or study.record.task == "multilabel"):
         what = "several labels" if study.record.task == "multilabel" else "numbers"
@@ -297,12 +317,12 @@ def _drops(
     sizes: list[int],
     draws: EvaluationDraws | None,
 ) -> NDArray[np.float64]:
-    """Return how much the score falls when a column of so many features is shuffled, (columns,
-    shuffles of folds).
+    """Return the decrease of the score after shuffling each column, (columns, shuffles * folds).
 
-    Source: Breiman (2001), Random forests; as sklearn.inspection.permutation_importance, on the
-        rows of each fold.
+    ``sizes`` holds the number of features of each column. Source: Breiman (2001), Random forests;
+    computed as in sklearn.inspection.permutation_importance, on the rows of each fold.
     """
+    # Every k-th row of a fold, at most _ROWS rows.
     few = [fold.valid[:: -(-len(fold.valid) // _ROWS) or 1] for fold in data.folds]
     data = replace(data, folds=tuple(Fold(fold.train, rows) for fold, rows in zip(data.folds, few)))
     scored = Predictions((), data, scoring)
@@ -322,7 +342,9 @@ def _drops(
             fallen = []
             for end, size in zip(ends, sizes):
                 table = x.clone()
+                # All features of a column are shuffled together.
                 table[:, end - size : end] = x[order, end - size : end]
                 fallen.append(whole - score(table))
             drops.append(fallen)
+    # shuffles * folds lists of one decrease per column -> (columns, shuffles * folds)
     return np.stack(drops, 1)
