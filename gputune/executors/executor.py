@@ -160,6 +160,7 @@ class Queue(Generic[Chunk, Result]):
             raise
 
     def _take(self) -> Chunk | None:
+        """Return the next chunk that may begin and that can be claimed, or None."""
         with self.lock:
             while (chunk := self._next()) is not None:
                 self.waiting.remove(chunk)
@@ -193,6 +194,8 @@ class Queue(Generic[Chunk, Result]):
                     return
 
     def _end_chunk(self, chunk: Chunk, result: Sequence[Result] | Exception) -> None:
+        """Store the results of a chunk, and give its worker the next chunk. Called from any
+        thread."""
         with self.lock:
             self.running.discard(chunk.index)
             content = (

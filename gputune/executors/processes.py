@@ -263,6 +263,8 @@ class Processes(Executor[Chunk, Result]):
     def _collect(
         self, chunk: Chunk, ended: Ended[Chunk, Result], future: "Future[Sequence[Result]]"
     ) -> None:
+        """Make the worker of a chunk idle again, or replace it if it is lost, and deliver the
+        results."""
         error = future.exception()
         # The order matters: a worker is always idle or busy, so that stop() in another thread finds
         # it.
@@ -325,6 +327,7 @@ def chunk_processes(
 
 
 def _failures(chunk: Population, losses: int, reason: str) -> Outcomes:
+    """Return a failure for each trial of a chunk that has lost too many workers."""
     n = len(chunk.index)
     smaller = (
         "a smaller memory= makes chunks of fewer trials" if n > 1 else "a smaller one takes less"
@@ -421,6 +424,7 @@ def trial_processes(
 
 
 def _failed_trial(trial: Trial, losses: int, reason: str) -> Sequence[Ending]:
+    """Return the failed result of a trial that has lost too many workers."""
     words = f"it has lost {losses} worker processes, the last because {reason.removesuffix('.')}"
     return [Ending(trial.number, "failed", math.nan, (), math.nan, words)]
 

@@ -123,6 +123,7 @@ def ray_cluster(workers: Ray, *, device: str) -> Iterator["RayCluster"]:
 
 
 def _connect(ray: ModuleType, address: str) -> None:
+    """Connect to a cluster. Raises InputError if it cannot be used."""
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if address == "local":
         # Ray reports usage statistics to its makers by default. Off in a cluster that we start.
@@ -155,6 +156,7 @@ def _connect(ray: ModuleType, address: str) -> None:
 
 
 def _host_and_port(address: str) -> tuple[str, int] | None:
+    """Return the host and port of an address, or None if it has another form."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     return (host, int(port)) if host and port.isdecimal() and "/" not in host else None
 
@@ -296,6 +298,7 @@ class RayCluster:
 
 
 def _tasks_on(node: dict[str, float], cpus: int, device: str) -> int:
+    """Return the number of tasks that can run on a node at the same time."""
     tasks = int(node.get("CPU", 0) // cpus)
     return min(tasks, int(node.get("GPU", 0))) if device == "cuda" else tasks
 

@@ -42,8 +42,8 @@ def pickled_with_code(value: object, parts: Iterable[object], *, here: bool = Tr
     Args:
         value: The value to pickle.
         parts: The classes and functions in the value whose code may have to be included.
-        here: Whether the worker runs on this machine. It then can import modules from ``sys.path``.
-            Otherwise it can import only installed packages.
+        here: If True, the worker runs on this machine and can import modules from ``sys.path``. If
+            False, it can import only installed packages.
     """
     known = _importable if here else _is_installed
     modules = {
@@ -374,6 +374,7 @@ class Task:
 
 
 def _number(value: object, name: str) -> float:
+    """Return a value as a float. Raises TypeError if it is not a number."""
     try:
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):

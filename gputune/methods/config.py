@@ -34,6 +34,7 @@ class Range(NamedTuple):
     integer: bool = False
 
     def holds(self, value: float) -> bool:
+        """Return True if a number is in the range."""
         inside = self.low < value < self.high
         return (
             inside
@@ -156,6 +157,7 @@ def check_key(key: object, *, keys: Collection[str], module: bool, name: str) ->
 
 
 def _key_remedy(key: str, keys: Collection[str], module: bool) -> str:
+    """Return the advice for a key that is not legal."""
     if key in ("hypergrad_lr", "hypergrad_rule"):
         return f"Only the optimizers {', '.join(ONLINE)} have it, for example optimizer='adamwhd'."
     if near := nearest(key, sorted(keys), others=_OTHER_NAMES):
@@ -260,6 +262,7 @@ def check_value(key: str, value: object, name: str) -> Any:
 
 
 def _check_number(rule: Range, value: object, name: str) -> float | int:
+    """Return a number in the range of its rule. Raises InputError otherwise."""
     words = f"{name} must be {rule.rule}, got"
     remedy = f"For example {rule.example}."
     if isinstance(value, str):

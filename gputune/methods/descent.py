@@ -50,7 +50,7 @@ class Hypergradient:
             "beta1" and "beta2". The solved logistic regression moves "C" instead.
         segments: The number of values of each hyperparameter over the training time. Each value is
             used for an equal part of the training.
-        per_layer: Whether each layer has its own value.
+        per_layer: If True, each layer has its own value.
         step: The rule for a step. "sign" moves every value by its own step, which is halved when
             the sign of its slope flips (Riedmiller and Braun 1993; Micaelli and Storkey 2021).
             "normalized" moves all values along the slope, by a length that is divided by ten when
@@ -139,6 +139,7 @@ class Slope:
 
     @classmethod
     def from_detail(cls, detail: Json) -> "Slope":
+        """Return the slope that ``to_detail`` converted."""
         slopes, errors = (
             {name: np.asarray(table, dtype=float) for name, table in detail[key].items()}
             for key in ("slope", "slope_error")
@@ -252,6 +253,7 @@ class Descent:
             self.config |= {name: self._value(name, after[name]) for name in self.names}
 
     def _begin(self, slope: Slope) -> None:
+        """Set the lengths of the first steps."""
         number = sum(table.size for table in slope.slopes.values())
         self.length = self.method.first_step or (FIRST_STEP if number == 1 else FIRST_OF_SEVERAL)
         self.steps = {
@@ -271,6 +273,7 @@ class Descent:
         }
 
     def _by_sign(self, name: str, signs: Table) -> Table:
+        """Return the moves of the values of one hyperparameter, from the signs of their slopes."""
         # The step of a value is halved when the sign of its slope flips.
         flipped = signs * self.signs[name] < 0
         self.steps[name] = np.where(flipped, self.steps[name] / 2, self.steps[name])
@@ -278,6 +281,7 @@ class Descent:
         return -signs * self.steps[name]
 
     def _normalized_step(self, slope: Slope) -> dict[str, Table]:
+        """Return the moves of all values along the slope, with the current length."""
         if slope.loss > self.last_loss:
             self.length /= _DIVIDED
         self.last_loss = slope.loss

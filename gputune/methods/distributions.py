@@ -80,6 +80,7 @@ class OwnDistribution:
 
     @property
     def description(self) -> Json:
+        """The distribution in Optuna's notation."""
         return {"kind": "int", "low": self.low, "high": self.high, "log": True}
 
 
@@ -165,6 +166,7 @@ class Steps(OwnDistribution):
 
     @property
     def whole(self) -> bool:
+        """True if the distribution draws integers."""
         return all(isinstance(value, int) for value in astuple(self))
 
     @property
@@ -336,6 +338,7 @@ def of_label(text: object, choices: Sequence[object]) -> object:
 
 
 def is_fixed(choices: Choices) -> bool:
+    """Return True if the choices are a single value."""
     return isinstance(choices, list) and len(choices) == 1
 
 
@@ -348,6 +351,7 @@ def is_inside(config: Config, space: Space) -> bool:
 
 
 def holds(choices: Choices, value: object) -> bool:
+    """Return True if a value is among the choices or in the range of a distribution."""
     if isinstance(choices, list):
         return value in choices
     if not hasattr(choices, "support") or not isinstance(value, int | float):

@@ -160,6 +160,7 @@ class OptunaStudy:
         return True
 
     def _label_choices(self, params: Config) -> Config:
+        """Return a configuration with labels in place of the choices of lists."""
         return {
             key: label(params[key]) if isinstance(self.choices[key], list) else params[key]
             for key in self.distributions
@@ -322,6 +323,7 @@ def widened_law(study: Study, key: str) -> Json:
 
 
 def _guess_law(values: Sequence[object]) -> Json:
+    """Return a distribution over the values of the trials, in Optuna's notation."""
     numbers = [
         value for value in values if isinstance(value, int | float) and not isinstance(value, bool)
     ]

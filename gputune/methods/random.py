@@ -133,7 +133,7 @@ def first_candidates(
         space: The checked space.
         n_trials: The number of trials. It limits the length of the portfolio.
         include: Configurations that the user wants to run.
-        include_default: Whether the default configuration is run.
+        include_default: If True, the default configuration is run.
         defaults: The default values. They include the ``optimizer``. If they lack a key of the
             space, no default configuration is run, and ``notes`` tells the user.
         portfolio: Good configurations to begin with.
@@ -290,6 +290,7 @@ def remarks(
 
 
 def _n_draws(space: Space, n_trials: int) -> int:
+    """Return the number of draws that are possible, at most ``n_trials``."""
     # At most the number of points of a space of lists. scikit-learn would warn about more draws.
     try:
         return len(ParameterSampler(space, n_trials))
@@ -383,11 +384,13 @@ def _nearest(key: str, choices: Choices, value: object) -> object:
 
 
 def _complete(config: Config, defaults: Mapping[str, object]) -> Config:
+    """Return a configuration with all default values. Some of them depend on the optimizer."""
     word = config.get("optimizer", defaults.get("optimizer"))
     return {**({} if word is None else optimizer_defaults(str(word))), **defaults, **config}
 
 
 def _identity(config: Mapping[str, object]) -> frozenset[tuple[str, Hashable]]:
+    """Return a hashable value that is equal for equal configurations."""
     try:
         return frozenset(config.items())
     except TypeError:  # a value has no hash

@@ -49,7 +49,7 @@ def check_space(space: object, *, keys: Collection[str], module: bool) -> Space:
             array of choices, a frozen scipy.stats distribution or another object with ``rvs``, or
             one fixed value.
         keys: The legal keys, see ``legal_keys``.
-        module: Whether ``module__*`` keys are legal too. They accept any value.
+        module: If True, ``module__*`` keys are legal too. They accept any value.
 
     Raises:
         InputError: The space is invalid.
@@ -168,6 +168,7 @@ def check_own_include(include: object, space: Space) -> list[Config]:
 
 
 def _dicts(include: object) -> Sequence[Mapping[str, object]]:
+    """Return the dicts of ``include``. Raises InputError."""
     if not isinstance(include, list | tuple) or not all(
         isinstance(config, Mapping) for config in include
     ):
@@ -179,6 +180,7 @@ def _dicts(include: object) -> Sequence[Mapping[str, object]]:
 
 
 def _check_choices(key: str, value: object, name: str) -> Choices:
+    """Return the checked list or distribution of one key. Raises InputError."""
     if is_distribution(value):
         _check_distribution(key, value, name)
         return value
@@ -205,6 +207,7 @@ def _check_choices(key: str, value: object, name: str) -> Choices:
 
 
 def _check_distribution(key: str, value: Any, name: str) -> None:
+    """Raise InputError for a distribution that can draw values out of the range of its key."""
     unfrozen = isinstance(value, stats.rv_continuous | stats.rv_discrete)
     if unfrozen and value.numargs:
         raise InputError(
@@ -323,6 +326,7 @@ def default_space(
 
 
 def _choices_of(key: str) -> Choices:
+    """Return the default choices of a key: a list, or a log-uniform distribution."""
     choices = SEARCHED[key]
     return (
         list(choices)

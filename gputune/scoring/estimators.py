@@ -95,6 +95,8 @@ class _FittedEstimator(BaseEstimator):  # type: ignore[misc]
 
 
 class _Classifier(ClassifierMixin, _FittedEstimator):  # type: ignore[misc]
+    """A fitted estimator of classes."""
+
     @property
     def classes_(self) -> np.ndarray:
         assert self.classes is not None
@@ -122,6 +124,8 @@ class _Labeller(_Classifier):
 
 
 class _Regressor(RegressorMixin, _FittedEstimator):  # type: ignore[misc]
+    """A fitted estimator of numbers."""
+
     def predict(self, X: object) -> np.ndarray:
         outputs = self.outputs(X)
         return (outputs.squeeze(-1) if outputs.shape[-1] == 1 else outputs).numpy()

@@ -111,6 +111,7 @@ class LossNumber(NamedTuple):
     closed: bool = False
 
     def rule(self) -> str:
+        """Return the valid values in words, for error messages."""
         return f"a number in {'[' if self.closed else '('}{self.low:g}, {self.high:g})"
 
     def holds(self, value: object) -> bool:
@@ -166,6 +167,7 @@ def _quantile(outputs: Tensor, y: Tensor, *, q: Tensor) -> Tensor:
 
 
 def _bce(outputs: Tensor, y: Tensor) -> Tensor:
+    """Return the binary cross-entropy of each row, (..., B), as a mean over its labels."""
     y = (y if y.dim() == outputs.dim() else y[..., None]).to(outputs.dtype).expand(outputs.shape)
     return functional.binary_cross_entropy_with_logits(outputs, y, reduction="none").mean(-1)
 
@@ -272,6 +274,7 @@ def is_absolute(loss: object) -> bool:
 
 
 def _kind(loss: object) -> type:
+    """Return the class of a loss."""
     return loss if isinstance(loss, type) else type(loss)  # a loss may be given as its class
 
 

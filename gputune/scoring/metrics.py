@@ -250,6 +250,7 @@ def _takes_outputs(scorer: Callable[..., object]) -> bool:
 
 
 def _check_fits_task(scoring: str, task: Task) -> None:
+    """Raise InputError for an unknown scorer name, or for a scorer that does not fit the task."""
     from sklearn.metrics import get_scorer, get_scorer_names
 
     from gputune.scoring.estimators import takes_task

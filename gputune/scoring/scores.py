@@ -91,6 +91,7 @@ def r2(outputs: Tensor, y: Tensor) -> Tensor:
 
 
 def _r2(residual: Tensor, y: Tensor) -> Tensor:
+    """Return R2 from residual sums of squares (C,). It is NaN for fewer than two rows."""
     if len(y) < 2:
         return torch.full_like(residual, math.nan)
     total = ((y - y.mean()) ** 2).sum()
@@ -204,6 +205,7 @@ ROW_MEANS: Mapping[Score, RowMean] = {
 
 
 def _onehot(y: Tensor, logits: Tensor) -> Tensor:
+    """Return class codes (m,) as a one-hot matrix (m, K) in the dtype of the logits."""
     return functional.one_hot(y, logits.shape[-1]).to(logits.dtype)
 
 

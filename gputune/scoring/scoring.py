@@ -52,7 +52,7 @@ class Scoring:
         positive: The code of the positive class. None if the score has no positive class, or if a
             callable chooses it.
         of_outputs: Scores the unchanged outputs of one member, or None.
-        is_loss: Whether ``of_outputs`` receives outputs and targets in the units of training.
+        is_loss: If True, ``of_outputs`` receives outputs and targets in the units of training.
         label: The user's name for one of several metrics.
         others: The further metrics of a search. They do not rank trials.
         kept_bytes: The limit for outputs that are kept with their scores, in bytes. 0 keeps none.
@@ -157,6 +157,7 @@ class Scoring:
     def _of_outputs(
         self, data: Dataset, fold: int, outputs: Tensor, target: Tensor, finite: Tensor
     ) -> Tensor:
+        """Return the scores (C,) of a custom function of (outputs, y). Diverged trials are NaN."""
         assert self.of_outputs is not None
         if self.is_loss:
             target = data.targets(fold)[data.folds[fold].valid]
@@ -204,6 +205,7 @@ class Scoring:
         finite: Tensor,
         member: Member | None,
     ) -> Tensor:
+        """Return the scores (C,) of a scikit-learn scorer. Diverged trials are NaN."""
         from gputune.scoring.estimators import fitted
 
         assert self.scorer is not None
@@ -313,7 +315,7 @@ class EvaluationDraws:
         seed: The seed of the search.
         epoch: The number of epochs that the members have trained.
         rows: The number of rows that are evaluated at a time.
-        host: Whether the modules also draw from the generators of Python and NumPy.
+        host: If True, the modules also draw from the generators of Python and NumPy.
     """
 
     seed: int

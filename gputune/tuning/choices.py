@@ -129,6 +129,8 @@ def recorded_model(spec: Json, optimizer: str, *, trust_code: bool) -> ModelChoi
 
 
 def _resolve(model: object) -> tuple[SearchedModel, Builder | None]:
+    """Return the kind of a model, and its class or function if it is a module. Raises
+    InputError."""
     if model == "mlp" or model == "logistic":
         return model, None
     if is_builder(model):

@@ -227,6 +227,7 @@ class _Trials:
 
 
 def _train(points: list[Candidate], mode: SlopeMode, step: int, context: Context) -> None:
+    """Train points in recorded chunks, and store their results."""
     jobs = []
 
     def make(configs: Sequence[Config]) -> Plan:

@@ -61,7 +61,7 @@ class GoodEnough:
     """The decision to end a search early, taken chunk by chunk.
 
     Attributes:
-        in_rungs: Whether trials train together from rung to rung. Then all trials together count as
+        in_rungs: If True, trials train together from rung to rung, and all trials together count as
             one chunk. With an Optuna sampler, each batch counts as one chunk.
         reason: The reason for the end as text. It is "" while the search continues.
     """
@@ -112,12 +112,14 @@ class GoodEnough:
             )
 
     def _allows(self, place: int, chunk: Chunk) -> bool:
+        """Return True if the chunk at a place in the order of the chunks may begin."""
         if self.reason:
             # After the decision, only chunks that were allowed to begin just before it may train.
             return place < self._ended - 1 + chunk.at_once
         return place - chunk.at_once < self._ended
 
     def _chunks(self) -> Sequence[Chunk]:
+        """Return the chunks in order. In rungs, each batch of trials counts as a chunk."""
         if not self.in_rungs:
             return self.ledger.plan
         batches = groupby(self.ledger.candidates, batch_of)
@@ -137,6 +139,7 @@ class GoodEnough:
             self._count_trials(chunks)
 
     def _count_trials(self, chunks: Sequence[Chunk]) -> None:
+        """Count trials in order of their numbers, as far as they have ended."""
         candidates = self.ledger.candidates
         while not self.reason and self._counted < len(candidates):
             number = candidates[self._counted].number
@@ -151,6 +154,7 @@ class GoodEnough:
         return number in self.ledger.results and not any(number in chunk.trials for chunk in chunks)
 
     def _count(self, number: int) -> None:
+        """Count one trial, and set ``reason`` if it ends the search."""
         result = self.ledger.results[number]
         if result.state == "complete" and result.score > self._best:
             self._best = result.score

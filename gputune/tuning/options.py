@@ -46,8 +46,9 @@ class Rule:
             and so on.
         choices: The allowed words, or None.
         check: A function of a name and a value. It returns the value to use or raises InputError.
-        kept: Whether a study file stores the given value, for a resume and a refit.
-        resume: Whether ``gputune resume`` may change the option. A text is its help text there.
+        kept: If True, a study file stores the given value, for a resume and a refit.
+        resume: If True or a text, ``gputune resume`` may change the option. A text is its help text
+            there.
         group: The section of the help that lists the option.
     """
 

@@ -88,7 +88,7 @@ def search(
     Args:
         recorded: The search to run.
         signals: The signals that interrupt the training.
-        say_notes: Whether the notes of the record, on the columns and the trials, are shown. A
+        say_notes: If True, the notes of the record on the columns and the trials are shown. A
             caller that shows them itself passes False.
         profile: Receives the time that each part takes.
         words: See ``Progress``.
@@ -259,6 +259,7 @@ def remember_what_runs(choice: ModelChoice, options: Options) -> None:
 
 
 def _cluster(problem: Problem) -> AbstractContextManager[RayCluster | None]:
+    """Connect to the Ray cluster of a search during a ``with`` block, if it uses one."""
     workers = problem.options.workers
     if not isinstance(workers, Ray):
         return nullcontext()

@@ -228,6 +228,7 @@ class Predictions:
         return [half._score_of(other.choose(size), 0) for half, other in (halves, halves[::-1])]
 
     def _score_of(self, choice: Counter[int], fold: int) -> float:
+        """Return the score of chosen candidates on one fold."""
         weights = torch.tensor([number / choice.total() for number in choice.values()])
         mean = torch.tensordot(weights.to(self.values[fold]), self.values[fold][list(choice)], 1)
         return float(self.scores(fold, mean[None])[0][0])

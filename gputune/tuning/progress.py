@@ -198,6 +198,7 @@ class Progress:
         return pace * max(0, self.epochs - self.epochs_done)
 
     def _show(self) -> None:
+        """Update the bar, the message to other processes and the plain lines."""
         self.bar.set_postfix_str(self.words, refresh=False)
         if self.on_look is not None and time.monotonic() > self.next_look:
             self.next_look = time.monotonic() + _LOOK_SECONDS

@@ -124,6 +124,8 @@ def search_record(
 
 
 def _arguments(options: Options, source: Source, space: Space, folds: Sequence[Rows]) -> Arguments:
+    """Return the arguments of a search that its study file stores, and a list of the missing
+    ones."""
     values = space_to_json(space)
     is_lacking = {
         "X and y, which were in memory": source.origin is None,

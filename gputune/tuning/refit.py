@@ -143,6 +143,7 @@ class Search:
         return members
 
     def _trainer(self, data: Dataset, seed: int) -> Trainer:
+        """Return a trainer with the options of the search."""
         options = self.options
         choice = self.choice
         backend: Backend = "eager"

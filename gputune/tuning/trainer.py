@@ -68,7 +68,7 @@ class Trainer:
             an estimate.
         others: GPUs in addition to the GPU of the data. Each gets its own process.
         cluster: The Ray cluster, or None.
-        each_epoch: Whether callbacks are notified after every epoch, so that they can end the
+        each_epoch: If True, callbacks are notified after every epoch, so that they can end the
             search there.
         stop: The signal that ends the training.
         fits: Training steps that were recorded or compiled, for use in later chunks.
