@@ -352,7 +352,7 @@ class StackedMLP:
         self._backward(params, batch, space, grads)
 
     def _forward(self, params: Params, batch: Batch, space: "_Workspace") -> None:
-        """Compute the outputs (F, C, B, K) of a minibatch, and the tensors for the backward pass."""
+        """Compute the outputs (F, C, B, K) of a minibatch and the tensors of the backward pass."""
         z = self._first_layer(params, batch, space)  # (F, C, B, H)
         if self.rates is not None:
             assert isinstance(batch.draws, Tensor)

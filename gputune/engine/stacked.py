@@ -36,7 +36,7 @@ _TOLERANCES = {
     ("full", torch.float64): 1e-10,
     ("bf16", torch.float32): 1e-2,
 }
-"""Largest difference between a recorded step and the step itself, relative to the size of a tensor."""
+"""Largest relative difference between a recorded step and the step itself."""
 
 
 class StackedChunk:

@@ -1,14 +1,14 @@
-"""The minibatches of every step: consecutive slices of each fold's keyed order, for all members at
-once.
+"""The minibatches of every step, for all members at once.
 
-The order of an epoch is a permutation of the positions 0..n-1 within a fold's own training rows,
-keyed by (seed, n, epoch) alone, so a member reads the same rows alone as in any company. The last
-short minibatch counts. Where all trials have one batch size, one fold's members share their rows;
-otherwise each trial reads its own slice, and rows beyond its batch size have weight zero.
+Minibatches are consecutive slices of each fold's order. The order of an epoch is a permutation of
+the positions 0..n-1 within a fold's training rows. It depends only on (seed, n, epoch), so a member
+reads the same rows by itself and together with others. The last short minibatch counts. If all
+trials have one batch size, the members of a fold share their rows. Otherwise each trial reads its
+own slice, and rows beyond its batch size have weight zero.
 
-A step finds its rows on the device, by a counter there, and reads nothing that the host knows only
-while it trains: so it may be recorded once and replayed. Steps differ in what is fixed when they
-are recorded, their ``StepShape``, and there are few of those.
+A step finds its rows through a counter on the device, and reads nothing that only the host knows
+during training. It can therefore be recorded once and replayed. The ``StepShape`` of a step is
+fixed when it is recorded, and there are only a few of them.
 """
 
 from collections.abc import Sequence
@@ -30,12 +30,11 @@ SOURCE = Path(__file__).with_name("minibatch.cu")
 
 
 class HostRows:
-    """Gathers the rows of steps: ``order`` (F, longest fold) are positions in ``inputs``, each
-    (V*n, ...).
+    """Gathers the rows of steps from main memory.
 
-    ``taken`` (F, 1 or C) are the rows of a member's minibatch. While a step trains, the rows of the
-    next are gathered and sent by a thread of their own; of a CUDA device they are in pinned memory
-    before.
+    ``order`` (F, longest fold) has positions in ``inputs``, each (V*n, ...). ``taken`` (F, 1 or C)
+    is the number of rows in a member's minibatch. While a step trains, a separate thread gathers
+    and sends the rows of the next step. For a CUDA device, they pass through pinned memory.
     """
 
     def __init__(self, inputs: Sequence[Tensor], device: torch.device) -> None:
@@ -45,18 +44,17 @@ class HostRows:
         self.ahead: dict[tuple[int, int, int], Future[list[Tensor]]] = {}
 
     def begin(self, order: Tensor) -> None:
-        """Take the order of an epoch."""
+        """Set the order of an epoch."""
         self.order = order.cpu().numpy()
         self.ahead.clear()
 
     def take(
         self, folds: slice, step: int, rows: int, taken: np.ndarray, *, last: bool
     ) -> list[Tensor]:
-        """Return rows (F * (1 or C) * B, ...) of each input on the device; unless ``last`` the next
-        step's are begun.
+        """Return rows (F * (1 or C) * B, ...) of each input on the device.
 
-        The step after this one is taken to have as many rows; where it has not, it is gathered when
-        it is asked for.
+        Unless ``last``, the rows of the next step are begun. The next step is assumed to have the
+        same number of rows. If it does not, its rows are gathered when they are requested.
         """
         future = self.ahead.pop((folds.start, step, rows), None)
         result = self._gather(folds, step, rows, taken) if future is None else future.result()
@@ -67,7 +65,9 @@ class HostRows:
         return result
 
     def _gather(self, folds: slice, step: int, rows: int, taken: np.ndarray) -> list[Tensor]:
+        """Return the rows of one step on the device, for each input."""
         asked = (step * taken[folds])[..., None] + np.arange(rows)  # (F, 1 or C, B)
+        # Positions beyond the end repeat the last one. Such rows have weight zero, or are not used.
         asked = np.minimum(asked, self.order.shape[1] - 1).reshape(len(asked), -1)
         positions = torch.from_numpy(np.take_along_axis(self.order[folds], asked, 1).ravel())
         return [stage_rows(x.index_select(0, positions), self.device) for x in self.inputs]
@@ -80,13 +80,18 @@ def _thread() -> ThreadPoolExecutor:
 
 @dataclass(frozen=True)
 class Batch:
-    """What the members of the folds in ``folds`` read in one step.
+    """The rows that the members of some folds read in one step.
 
-    ``inputs`` are each (F, B, ...) where a fold's members share their rows, otherwise (P, B, ...);
-    ``y`` likewise, with the target's own last axis; ``share`` is each row's weight over the
-    minibatch's sum of weights, (F, 1 or C, B, 1), or one float where all are equal. ``key`` is
-    (epoch, step). ``draws`` (layers, B, H) are the step's uniform draws for dropout, where the
-    model has its own, or a module's own draws in their order.
+    Args:
+        inputs: One tensor per input, (F, B, ...) if the members of a fold share their rows,
+            otherwise (P, B, ...).
+        y: Targets, with the same first axes and the target's own last axis.
+        share: Weight of each row divided by the minibatch's sum of weights, (F, 1 or C, B, 1), or
+            one float if all shares are equal.
+        folds: The folds.
+        key: (epoch, step).
+        draws: Uniform draws of the step for dropout, (layers, B, H), if the model has its own
+            dropout; or a module's own draws in their order.
     """
 
     inputs: tuple[Tensor, ...]
@@ -98,15 +103,17 @@ class Batch:
 
     @property
     def x(self) -> Tensor:
-        """The rows of a table, (F or P, B, D)."""
+        """Rows of a table, (F or P, B, D)."""
         (x,) = self.inputs
         return x
 
 
 @dataclass(frozen=True)
 class Part:
-    """Folds ``begin`` to ``end`` of a step: the rows of their minibatches, and whether all of these
-    count."""
+    """The folds from ``begin`` to ``end`` of a step, with equally long minibatches.
+
+    ``rows`` is the number of rows of their minibatches. ``full`` says that all of these rows count.
+    """
 
     begin: int
     end: int
@@ -120,22 +127,28 @@ class Part:
 
 @dataclass(frozen=True)
 class StepShape:
-    """What is fixed in a recorded step: its parts, one a run of folds with equally many rows, and
-    who takes it."""
+    """The fixed facts of a recorded step.
+
+    ``parts`` has one part for each run of folds with equally many rows. ``all_active`` says that
+    all members take the step.
+    """
 
     parts: tuple[Part, ...]
     all_active: bool
 
 
 class Batches:
-    """The minibatches of a chunk: F folds of ``data`` x C trials with their ``sizes`` (C,), in
-    rows.
+    """The minibatches of a chunk: F folds x C trials.
 
-    ``target`` (V, n, ...) is the training target with one row per data row, of which fold f reads
-    copy
-    ``f % V``. With ``exact`` no minibatch is ever padded: one size for all trials, and folds whose
-    last minibatches differ come in parts of their own (for models in which rows may interact). A
-    last minibatch of less than ``least_rows`` is left out.
+    Args:
+        data: The rows and the folds.
+        sizes: Batch size of each trial, (C,), in rows.
+        target: Training target (V, n, ...), with one row per data row. Fold f reads copy ``f % V``.
+        seed: Random seed of the order.
+        exact: Whether minibatches are never padded, for models in which rows may interact. All
+            trials then have one size. Folds with last minibatches of different lengths become
+            separate parts.
+        least_rows: A last minibatch of fewer rows is left out.
     """
 
     def __init__(
@@ -156,10 +169,10 @@ class Batches:
         self.target = target.flatten(0, 1)
         self.lengths = np.array([[len(fold.train)] for fold in data.folds])  # (F, 1)
         longest = int(self.lengths.max())
-        # first: a size may be larger than an int64
+        # Capped before an array is made, because a size may be larger than an int64.
         capped = np.array([min(size, longest) for size in sizes])
         self.shared = bool((capped == capped[0]).all())
-        # Where a fold's rows begin in data rows, in x and in the target: (3, F, 1)
+        # (3, F, 1): first position of a fold's rows among the data rows, in x and in the target.
         copies = [0] * data.n_folds, data.copies, [f % len(target) for f in range(data.n_folds)]
         device = data.device
         self.start = torch.tensor(
@@ -175,8 +188,8 @@ class Batches:
         self._set_sizes(np.minimum(capped, self.lengths))
 
     def _set_sizes(self, sizes: np.ndarray) -> None:
-        """Take the members' batch sizes (F, C), held to their rows, and move to the device what
-        follows."""
+        """Set the members' batch sizes (F, C), capped at their rows, and move derived tensors to
+        the device."""
         self.sizes = sizes
         self.steps = steps_of(self.lengths, sizes, self.least_rows)  # (F, C) steps an epoch
         self.active_until = torch.as_tensor(self.steps).contiguous().to(self.data.device)
@@ -187,6 +200,7 @@ class Batches:
         self.shapes = [self._shape(taken, step) for step in range(int(self.steps.max()))]
 
     def _shape(self, taken: np.ndarray, step: int) -> StepShape:
+        """Return the shape of one step."""
         counts = np.clip(self.lengths - step * taken, 0, taken)  # (F, 1 or C) rows that count
         if self.exact:
             counts[step >= self.steps[:, :1]] = 0
@@ -199,14 +213,14 @@ class Batches:
         return StepShape(tuple(parts), bool((step < self.steps).all()))
 
     def prepare(self) -> None:
-        """Make ready for steps that are recorded: on a GPU a kernel takes the place of the
-        operations that are here."""
+        """Prepare for recorded steps. On a GPU, a kernel then replaces the operations of
+        ``_rows``."""
         if self.data.device.type == "cuda" and self.host is None:
             compiled = kernels(SOURCE, ("minibatch",), self.data.device, self.data.dtype)
             self.kernel = None if compiled is None else compiled[0]
 
     def select(self, keep: np.ndarray) -> None:
-        """Go on with the trials ``keep`` alone."""
+        """Keep only the trials ``keep``."""
         self._set_sizes(self.sizes[:, keep])
 
     def begin(self, epoch: int) -> None:
@@ -218,23 +232,24 @@ class Batches:
             self.host.begin(self.order[1])
 
     def at(self, epoch: int, step: int) -> tuple[Batch, ...]:
-        """Return the minibatches of one step, in whatever order steps are asked for."""
+        """Return the minibatches of one step. Steps may be requested in any order."""
         if self.epoch != epoch:
             self.begin(epoch)
         self.step.fill_(step)
         return self.parts(self.shapes[step], (epoch, step))
 
     def active(self) -> Tensor:
-        """Return who takes the step that the counter says, (F, C) bool."""
+        """Return a mask (F, C) of the members that take the step in the counter."""
         return self.step < self.active_until
 
     def parts(self, shape: StepShape, key: tuple[int, int]) -> tuple[Batch, ...]:
-        """Return the minibatches of the step that the counter says."""
+        """Return the minibatches of the step in the counter."""
         return tuple(self._batch(part, key) for part in shape.parts)
 
     def _batch(self, part: Part, key: tuple[int, int]) -> Batch:
-        # Only where it is recorded: a step as it is then checks the kernel, before the first
-        # replay.
+        """Return the minibatch of one part of a step."""
+        # The kernel runs only while a step is recorded. The first replay is checked against a step
+        # by the plain operations.
         if self.kernel is not None and torch.cuda.is_current_stream_capturing():
             (_, of_x, of_y), share = self._by_kernel(self.kernel, part)
         else:
@@ -244,7 +259,7 @@ class Batches:
             gathered = self.host.take(part.folds, key[1], part.rows, self.host_taken, last=last)
         else:
             gathered = [x.index_select(0, of_x.flatten()) for x in self.inputs]
-        inputs = (x.view(*of_x.shape, *x.shape[1:]) for x in gathered)  # as their folds read them
+        inputs = (x.view(*of_x.shape, *x.shape[1:]) for x in gathered)  # (F, 1 or C, B, ...)
         read = tuple(self.data.read(i, x, part.folds).flatten(0, 1) for i, x in enumerate(inputs))
         y = self.target.index_select(0, of_y.flatten())
         return Batch(
@@ -252,8 +267,11 @@ class Batches:
         )
 
     def _rows(self, part: Part) -> tuple[Tensor, Tensor | float]:
-        """Return where the rows of a minibatch are in weights, inputs and target, (3, F, 1 or C,
-        B), and shares."""
+        """Return the positions of a minibatch's rows in weights, inputs and target, and the rows'
+        shares.
+
+        The positions are (3, F, 1 or C, B).
+        """
         begin = self.step * self.taken[part.folds]  # (F, 1 or C)
         last = self.order.shape[-1] - 1
         asked = (begin[..., None] + self.positions[: part.rows]).clamp_max(last)  # (F, 1 or C, B)
@@ -264,8 +282,8 @@ class Batches:
         )
         if self.weights is None and part.full:
             return rows, 1 / part.rows
-        # In double precision: sums of weights may leave the range of single precision, their shares
-        # do not.
+        # Double precision, because sums of weights may leave the range of single precision. Their
+        # shares do not.
         counts = (
             (self.counted[part.folds] - begin)
             .clamp_min(0)
@@ -278,12 +296,12 @@ class Batches:
                 2, rows[0]
             )
             total = weights.sum(2, keepdim=True)
-        # A minibatch whose weights are all zero has no slope rather than 0/0.
+        # A minibatch with only zero weights gets a zero slope instead of 0/0.
         total = total.clamp_min(torch.finfo(total.dtype).tiny)
         return rows, (weights / total).to(self.data.dtype)[..., None]
 
     def _by_kernel(self, kernel: Kernel, part: Part) -> tuple[Tensor, Tensor | float]:
-        """Return what ``_rows`` does, in one launch."""
+        """Return the result of ``_rows``, computed in one launch."""
         size = (part.end - part.begin, self.taken.shape[1], part.rows)
         rows = self.order.new_empty((3, *size))
         share = self.order.new_empty((*size, 1), dtype=self.data.dtype)
@@ -297,25 +315,28 @@ class Batches:
 
 
 def for_members(x: Tensor, trials: int) -> Tensor:
-    """Return the rows (F, B, ...) that a fold's members share once a member, (P, B, ...)."""
+    """Return rows that a fold's members share, (F, B, ...), once for each member, (P, B, ...)."""
     return x[:, None].expand(-1, trials, *x.shape[1:]).flatten(0, 1)
 
 
 def steps_of(lengths: np.ndarray, sizes: np.ndarray, least_rows: int = 1) -> np.ndarray:
-    """Return the steps of an epoch of so many rows, in minibatches of so many of which each has
-    ``least_rows``."""
+    """Return the number of steps of an epoch, for folds of ``lengths`` rows and batch sizes
+    ``sizes``.
+
+    A last minibatch of fewer than ``least_rows`` rows is left out.
+    """
     left_out = (lengths % sizes > 0) & (lengths % sizes < least_rows)
     steps: np.ndarray = -(-lengths // sizes) - left_out
     return steps
 
 
 def row_order(data: Dataset, seed: int, epoch: int) -> Tensor:
-    """Return each fold's training rows in the order of an epoch, (F, longest fold), as positions in
-    the data.
+    """Return each fold's training rows in the order of an epoch, (F, longest fold).
 
-    A shorter fold repeats its first row at its end.
+    The rows are positions in the data. A shorter fold repeats its first row at its end.
     """
     lengths = [len(fold.train) for fold in data.folds]
+    # Folds of equal length share one permutation.
     drawn = {
         n: torch.randperm(n, generator=stream(seed, "rows", n, epoch), device="cpu")
         for n in set(lengths)

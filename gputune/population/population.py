@@ -1,10 +1,11 @@
-"""Trials grouped by tensor shape: a population trains as one tensor program, crossed with all
-folds.
+"""Trials grouped by tensor shape. A group is a population, and trains as one tensor program.
 
-Padding is a function of the trial alone, never of its neighbours, so that its numbers do not depend
-on the company it trains in. Which trials share a group does depend on it, and changes no number
-beyond rounding.
-``Network`` is what the engine asks of a model; an ensemble is several modules of one study as one.
+The trials of a population are crossed with all folds. Padding depends only on the trial itself,
+never on other trials, so the numbers of a trial do not depend on them either. The choice of trials
+that share a group does depend on other trials, and changes numbers only by rounding.
+
+``Network`` is the protocol of a model in the engine. ``Ensemble`` joins several modules of one
+study into one.
 """
 
 import math
@@ -40,27 +41,29 @@ ModelKind = Literal["mlp", "linear", "module"]
 
 _WIDTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 _CPU = torch.device("cpu")
-_OWN_GROUP = 4  # trials of one batch size that make a group of their own, with shared rows
+_OWN_GROUP = 4  # trials of one batch size that make a separate group, with shared rows
 
 
 def padded_width(width: int) -> int:
-    """Return the width of the tensors that hold a hidden layer: the next of a fixed table, then of
-    512s."""
+    """Return the width of the tensors of a hidden layer: the next width of a fixed table, or else
+    the next multiple of 512."""
     return next((w for w in _WIDTHS if w >= width), -(-width // 512) * 512)
 
 
 def hidden_widths(config: Config) -> tuple[int, ...]:
-    """Return the units of each hidden layer of a complete configuration: ``width`` is of all, or
-    has one for each."""
+    """Return the number of units of each hidden layer of a complete configuration.
+
+    ``width`` is one number for all layers, or a tuple with one number for each.
+    """
     width = config["width"]
     return width if isinstance(width, tuple) else (width,) * config["depth"]
 
 
 def complete(config: Config, *, optimizer: str, schedule: str) -> Config:
-    """Return a configuration with every key that training reads, defaults where it is silent.
+    """Return a configuration with every key that training reads. Missing keys get their defaults.
 
-    Raises InputError for what an optimizer that adapts its rate, or a class of torch.optim, does
-    not know.
+    Raises InputError for a key that the optimizer does not support. This concerns optimizers that
+    adapt their rate, and classes of torch.optim.
     """
     word = config.get("optimizer", optimizer)
     full = {**_defaults(word), "schedule": schedule, **config}
@@ -75,21 +78,25 @@ def complete(config: Config, *, optimizer: str, schedule: str) -> Config:
     return full
 
 
-@lru_cache  # 100,000 trials have the same
+@lru_cache  # 100,000 trials have the same defaults
 def _defaults(word: str) -> Config:
+    """Return the default configuration of an optimizer."""
     return {**DEFAULTS, **optimizer_defaults(word), "optimizer": word}
 
 
 def beyond_adam(config: Config) -> list[str]:
-    """Return the keys of a complete configuration that change the steps of Adam and its kin."""
+    """Return the keys of a complete configuration that change the steps of Adam and similar
+    optimizers."""
     changed = [key for key in ("beta2", "weight_decay_schedule") if config[key] != DEFAULTS[key]]
     return changed + sorted(keys_with(config, LR_FACTOR, DECAY_FACTOR))
 
 
 @dataclass(frozen=True)
 class Population:
-    """Trials of one tensor shape: ``index`` are their positions in the search, ``configs`` their
-    values."""
+    """Trials of one tensor shape.
+
+    ``index`` has their positions in the search, ``configs`` their values.
+    """
 
     kind: ModelKind
     index: tuple[int, ...]
@@ -97,17 +104,17 @@ class Population:
 
     @property
     def arguments(self) -> str:
-        """The ``module__*`` values and ``numbers``, which its trials have in common, as text."""
+        """The ``module__*`` values and ``numbers``, which all of its trials share, as text."""
         return arguments_text(self.configs[0])
 
     def select(self, places: Sequence[int]) -> "Population":
-        """Return the trials at some places as a population of their own."""
+        """Return the trials at some places as a separate population."""
         return Population(
             self.kind, tuple(self.index[c] for c in places), tuple(self.configs[c] for c in places)
         )
 
     def part(self, start: int, stop: int) -> "Population":
-        """Return the trials start..stop-1 as a population of their own."""
+        """Return the trials start..stop-1 as a separate population."""
         return self.select(range(len(self.index))[start:stop])
 
 
@@ -119,14 +126,21 @@ def populations(
     own_steps: Callable[[Config], Hashable] | None = None,
     own_loss: bool = False,
 ) -> list[Population]:
-    """Group complete configurations by the shape of their tensors; ``rows`` is the longest training
-    fold.
+    """Group complete configurations by the shape of their tensors.
 
-    Batch sizes share a group up to the next power of two, or make one of their own where four
-    trials agree; those whose members take their steps each on its own share one group where
-    ``own_steps`` says the same, and not False. A user's module is never padded: its groups have one
-    batch size and one set of ``module__*`` values, with a loss of the user's own (``own_loss``) one
-    set of ``loss__*`` values too.
+    Batch sizes up to the same power of two share a group. Four or more trials with the same batch
+    size form a separate group.
+
+    Args:
+        configs: The complete configurations.
+        kind: The kind of model. The groups of a user's module are never padded: each has one batch
+            size and one set of ``module__*`` values.
+        rows: Length of the longest training fold.
+        own_steps: Returns a value for a configuration, or False. Members of trials with a value
+            take their steps separately. Trials with equal values share a group, whatever their
+            batch sizes.
+        own_loss: Whether the loss is the user's own. A group then has one set of ``loss__*``
+            values.
     """
     shapes: dict[tuple[Hashable, ...], list[int]] = defaultdict(list)
     for i, config in enumerate(configs):
@@ -150,8 +164,7 @@ def populations(
 
 
 def by_numbers(configs: Sequence[Config]) -> list[list[int]]:
-    """Return the places of configurations, those together that read the same data:
-    ``Dataset.of``."""
+    """Return the places of configurations in groups that read the same data (``Dataset.of``)."""
     places: dict[object, list[int]] = defaultdict(list)
     for place, config in enumerate(configs):
         places[config.get("numbers")].append(place)
@@ -159,34 +172,37 @@ def by_numbers(configs: Sequence[Config]) -> list[list[int]]:
 
 
 def is_plain(config: Config) -> bool:
-    """Whether the steps are the optimizer's own: no clipping, no averaging, no other betas or rates
-    of parameters."""
+    """Return whether the steps of a configuration are the optimizer's plain steps.
+
+    Plain steps have no clipping, no averaging, no other betas, and no rates of single parameters.
+    """
     return config["clip_norm"] == math.inf and not config["ema"] and not beyond_adam(config)
 
 
 def module_arguments(config: Config) -> Config:
-    """Return the ``module__*`` values of a configuration under the names that the user's class
-    knows."""
+    """Return the ``module__*`` values of a configuration, under the argument names of the user's
+    class."""
     return {k.removeprefix("module__"): v for k, v in config.items() if k.startswith("module__")}
 
 
 def arguments_text(config: Config) -> str:
-    """Return the ``module__*`` values of a configuration, and its ``numbers`` where it has such, as
-    text."""
+    """Return the ``module__*`` values of a configuration as text, with its ``numbers`` if it has
+    any."""
     numbers = config.get("numbers")
     return repr(sorted(module_arguments(config).items())) + (f", {numbers}" if numbers else "")
 
 
 def shape_of(population: Population) -> tuple[object, ...]:
-    """Return what the memory that a trial of a population takes depends on, within one dataset."""
+    """Return a key of the memory that one trial of a population takes, within one dataset."""
     rows = max(config["batch_size"] for config in population.configs)
     return (*_shape(population.configs[0], population.kind), (rows - 1).bit_length())
 
 
 def _shape(config: Config, kind: ModelKind) -> tuple[object, ...]:
+    """Return a key of the tensors of a configuration. Trials with equal keys can be stacked."""
     rule = config["hypergrad_rule"] if config["optimizer"] in ONLINE else None
-    # Which buffers a trial has depends on itself alone, so that its state goes on in whatever
-    # company. A descent may have a list of momenta, one for each segment.
+    # The buffers of a trial depend only on the trial, so that its state can continue in any chunk.
+    # A hypergradient search may have a list of momenta, one for each segment.
     momentum = bool(np.any(np.asarray(config["momentum"]) > 0))
     buffers = (momentum, config["clip_norm"] < math.inf, config["ema"] > 0)
     options = sorted((k, bool(v)) for k, v in optimizer_arguments(config).items())
@@ -199,12 +215,12 @@ def _shape(config: Config, kind: ModelKind) -> tuple[object, ...]:
 
 
 InputKind = tuple[tuple[int, ...], torch.dtype]
-"""The shape of a row of an input, and its dtype."""
+"""Shape of a row of an input, and its dtype."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the stacked tensors of a chunk have in common."""
+    """The properties that all stacked tensors of a chunk share."""
 
     n_features: int
     n_outputs: int
@@ -212,20 +228,20 @@ class Shape:
     dtype: torch.dtype = torch.float32
     device: torch.device = _CPU
     regression: bool = False
-    present: Tensor | None = None  # (F, K) bool: classes that take part in a fold, None when all do
-    input_shape: tuple[int, ...] | None = None  # of a row of the first input, None: (n_features,)
-    inputs: tuple[InputKind, ...] = ()  # of all inputs; (): of a table
-    names: tuple[str, ...] | None = None  # of the inputs, where they are passed as keywords
-    # of what a module computes while it trains; parameters and updates are of ``dtype``
+    present: Tensor | None = None  # (F, K) bool: classes that take part in a fold; None: all
+    input_shape: tuple[int, ...] | None = None  # of a row of the first input; None: (n_features,)
+    inputs: tuple[InputKind, ...] = ()  # of all inputs; () for a table
+    names: tuple[str, ...] | None = None  # of the inputs, if they are passed as keywords
+    # precision of a module's computations in training; parameters and updates have ``dtype``
     precision: Precision = "full"
-    # of a table's features, (D,): ``Layout.feature_groups``
+    # groups of a table's features, (D,): ``Layout.feature_groups``
     feature_groups: tuple[int, ...] | None = None
-    # training rows and targets of a fold
+    # returns the training rows and targets of a fold
     rows: Callable[[int], tuple[tuple[Tensor, ...], Tensor]] | None = None
 
     @staticmethod
     def of(data: Dataset, precision: Precision = "full") -> "Shape":
-        """Return the shape of members that train on some data; scaled bytes come to them as
+        """Return the shape of members that train on some data. Scaled bytes reach the members as
         floats."""
         kinds = zip(data.inputs, data.scaling, strict=True)
         same = "n_features n_outputs dtype device present names feature_groups".split()
@@ -243,13 +259,13 @@ class Shape:
 
 
 class Draws(Protocol):
-    """The random draws of a model's steps, made ahead of them on the device."""
+    """The random draws of a model's steps, made ahead on the device."""
 
     def fill(self, epoch: int, step: int) -> None:
-        """See that the draws of a step are there."""
+        """Make sure that the draws of a step are in the buffer."""
 
     def at(self, step: Tensor, rows: int) -> Tensor | tuple[Tensor, ...]:
-        """Return the draws of the step that a counter on the device says, for so many rows."""
+        """Return the draws of the step in a counter on the device, for ``rows`` rows."""
 
 
 class Network(Protocol):
@@ -258,65 +274,67 @@ class Network(Protocol):
     kind: ModelKind
     shape: Shape
     configs: tuple[Config, ...]
-    # all that a member consists of: the trained parameters, then the buffers that training changes
+    # all tensors of a member: the trained parameters, then the buffers that training changes
     blocks: Blocks
-    # the trained parameters alone, ``flat[:trained.size]``: what has gradients and moments
+    # only the trained parameters, ``flat[:trained.size]``, which have gradients and moments
     trained: Blocks
     exact: bool  # whether minibatches must come without padded rows
-    least_rows: int  # rows that a minibatch needs; a last one with fewer is left out
-    alone: bool  # whether an output in evaluation mode depends on its own row alone
+    least_rows: int  # least rows of a minibatch; a shorter last one is left out
+    alone: bool  # whether an output in evaluation mode depends only on its own row
     evaluation_draws: bool  # whether an output in evaluation mode depends on random numbers
-    widest: int  # most numbers that a row has in a layer of one member
-    # buffers of each member's rate of a dropout, (F, C), written before every step
+    widest: int  # most values that one row has in a layer of one member
+    # names of buffers (F, C) with each member's dropout rate, written before every step
     scheduled: tuple[str, ...]
 
     def start(self) -> Tensor:
-        """Return the flat buffer of the members' start."""
+        """Return the initial parameters and buffers of the members as a flat buffer."""
 
     def targets(self, y: Tensor) -> Tensor:
-        """Return the training target in the form that ``gradient`` reads, (V, n, ...); V is 1 or
+        """Return the training target in the form that ``gradient`` reads, (V, n, ...). V is 1 or
         F."""
 
     def draws(self, batches: Batches, *, ahead: bool) -> Draws | None:
-        """Return the draws that ``gradient`` reads, None where there are none, and where it draws
-        them itself.
+        """Return the draws that ``gradient`` reads, or None if it needs no draws or makes them
+        itself.
 
-        With ``ahead`` it must not. Raises TraceError where it does all the same.
+        With ``ahead``, ``gradient`` must not draw itself. Raises TraceError if it does so anyway.
         """
 
     def gradient(self, params: Params, batch: Batch, grads: Params) -> None:
-        """Write the gradient of every member's minibatch loss into ``grads``; buffers in ``params``
-        go on by a step."""
+        """Write the gradient of every member's minibatch loss into ``grads``.
+
+        Buffers in ``params`` are updated by one step.
+        """
 
     def outputs(
         self, params: Params, fold: int, inputs: Sequence[Tensor], key: EvaluationKey | None = None
     ) -> Tensor:
-        """Return the outputs (C, m, K) of one fold's members on rows (m, ...) of each input, as in
-        evaluation mode.
+        """Return the outputs (C, m, K) of one fold's members on rows (m, ...) of each input.
 
-        Random numbers that a forward draws there are those of ``key``; without a key they are not
-        seeded.
+        The outputs are those of evaluation mode. Random numbers that a forward pass draws belong to
+        ``key``. Without a key they are not seeded.
         """
 
     def differentiable(
         self, params: Params, inputs: Sequence[Tensor], key: tuple[int, int] | None
     ) -> Tensor:
-        """Return the outputs (P, B, K) of whole folds' members on rows (P, B, ...) of each input,
-        twice differentiable.
+        """Return the outputs (P, B, K) of the members of whole folds, twice differentiable.
 
-        ``params`` are (P, ...), P = F*C for some folds F. ``key`` is that of the minibatch, None in
-        evaluation mode.
+        The rows of each input are (P, B, ...). ``params`` are (P, ...), with P = F*C for some folds
+        F. ``key`` is the key of the minibatch. It is None in evaluation mode.
         """
 
     def row_losses(self, outputs: Tensor, y: Tensor) -> Tensor:
-        """Return the losses (F, C, B) of outputs (F, C, B, K) and targets (F, 1 or C, B, ...),
-        twice differentiable."""
+        """Return the losses (F, C, B) of outputs (F, C, B, K), twice differentiable.
+
+        The targets are (F, 1 or C, B, ...).
+        """
 
     def layers(self) -> dict[str, int]:
-        """Return the layer of each parameter."""
+        """Return the layer number of each parameter."""
 
     def subset(self, keep: list[int]) -> "Network":
-        """Return the network of the trials ``keep`` (positions along C) alone."""
+        """Return the network of only the trials ``keep`` (positions along C)."""
 
     def member(self, params: Params, fold: int, trial: int) -> nn.Module:
         """Return one member as a plain module in evaluation mode, on the CPU."""
@@ -325,7 +343,7 @@ class Network(Protocol):
 def call_module(
     module: nn.Module, inputs: Sequence[Tensor], names: Sequence[str] | None = None
 ) -> Tensor:
-    """Return what a module makes of its inputs, passed in order or by their names."""
+    """Return the output of a module for its inputs, passed in order or by their names."""
     result: Tensor = (
         module(*inputs) if names is None else module(**dict(zip(names, inputs, strict=True)))
     )
@@ -333,31 +351,37 @@ def call_module(
 
 
 def first_output(outputs: Any) -> Tensor:
-    """Return what a module with several heads predicts: the first of its outputs, of a dict its
-    first value."""
+    """Return the prediction of a module with several heads.
+
+    It is the first output of a tuple or list, and the first value of a dict.
+    """
     several = tuple(outputs.values()) if isinstance(outputs, Mapping) else outputs
     first: Tensor = several[0] if isinstance(several, tuple | list) and several else outputs
     return first
 
 
 def two_logits(outputs: Tensor) -> Tensor:
-    """Return the logits (..., m, 2) of two classes of which the outputs (..., m, 1) are one logit
-    z: 0 and z.
+    """Return two logits (..., m, 2) of two classes, 0 and z, for one logit z (..., m, 1).
 
-    Their softmax is the sigmoid of -z and of z, and their cross-entropy is the binary one of z.
+    The softmax of the two logits is the sigmoid of -z and of z. Their cross-entropy is the binary
+    cross-entropy of z.
     """
     return torch.cat([torch.zeros_like(outputs), outputs], -1)
 
 
 def is_one_logit(outputs: Tensor, task: Task, axes: int) -> bool:
-    """Whether outputs are one logit a row of two classes, behind so many ``axes``, with an axis of
-    its own or none."""
+    """Return whether outputs have one logit for each row, for two classes.
+
+    The logit follows ``axes`` axes. It has an axis of length 1, or no axis.
+    """
     return task == "binary" and (outputs.dim() == axes or outputs.shape[-1] == 1)
 
 
 def class_logits(outputs: Tensor, task: Task, axes: int) -> Tensor:
-    """Return outputs with two logits a row where they are one of two classes, other outputs as they
-    are."""
+    """Return outputs with two logits per row if they have one logit for two classes.
+
+    Other outputs are returned unchanged.
+    """
     return (
         two_logits(outputs.reshape(*outputs.shape[:axes], 1))
         if is_one_logit(outputs, task, axes)
@@ -366,19 +390,21 @@ def class_logits(outputs: Tensor, task: Task, axes: int) -> Tensor:
 
 
 def by_copy(y: Tensor, n_outputs: int, dtype: torch.dtype) -> Tensor:
-    """Return targets (V, n, K) of an explicit gradient: class codes (n,) one-hot, or values (F, n)
-    as a column."""
+    """Return targets (V, n, K) for an explicit gradient.
+
+    Class codes (n,) become one-hot rows. Values (F, n) become one column.
+    """
     if y.is_floating_point():
         return y[..., None].to(dtype)
     return functional.one_hot(y, n_outputs).to(dtype)[None]
 
 
 class Ensemble(nn.Module):
-    """The weighted mean of the probabilities of its members, as logits; of a regression that of
-    their values.
+    """The weighted mean of the probabilities of several modules, as logits.
 
-    ``weights`` (M,) add up to 1. Shape: as each member, inputs -> (B, K); with ``columns``, a
-    table's (B, D) of which each member reads those from its first to its end.
+    For a regression it is the weighted mean of their values. ``weights`` (M,) add up to 1. Shape:
+    as each member, inputs -> (B, K). With ``columns``, the input is a table (B, D). Each member
+    reads its columns from a first one to an end.
     """
 
     weights: Tensor
@@ -399,7 +425,7 @@ class Ensemble(nn.Module):
     def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         found = []
         for place, member in enumerate(self.members):
-            # Copies: a member may write into them, which the next one reads.
+            # Copies, because a member may write into its inputs, which the next member reads.
             own = [x.clone() for x in inputs]
             if self.columns:
                 begin, end = self.columns[place]
@@ -407,13 +433,14 @@ class Ensemble(nn.Module):
             found.append(
                 first_output(member(*own, **{name: x.clone() for name, x in named.items()}))
             )
+        # (M, ..., K)
         outputs = torch.stack(found)
         outputs = class_logits(outputs, self.task, 2)
         weights = self.weights.to(outputs.dtype).view(-1, *[1] * (outputs.dim() - 1))
         if self.task == "regression":
             return (weights * outputs).sum(0)
         if self.task == "multilabel":
-            # log p - log (1 - p) of the mean probability p, both as sums in logarithms
+            # log p - log (1 - p) of the mean probability p; each of the two as a sum in logarithms.
             yes, no = (
                 (weights.log() + functional.logsigmoid(sign * outputs)).logsumexp(0)
                 for sign in (1, -1)
