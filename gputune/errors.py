@@ -2,10 +2,22 @@
 
 import sys
 import warnings
+from copy import copy
 from importlib import import_module
 from numbers import Integral
 from types import ModuleType
-from typing import Any
+from typing import Any, Self
+
+from gputune.wording import (
+    MISSING,
+    PYTHON,
+    Interface,
+    Reference,
+    Verbatim,
+    option,
+    per_interface,
+    shown_value,
+)
 
 TOO_BIG = "out of memory"
 """The first words of the reason of a trial that does not fit into memory.
@@ -14,12 +26,63 @@ Other reasons begin differently.
 """
 
 
-class InputError(ValueError):
-    """Bad input: an argument, a file or an option that gputune cannot use.
+_TRUST = "If you trust it, " + per_interface("pass trust_code=True.", "add --trust-code.")
 
-    It is a ValueError. The command line ends with exit code 2 on it, and with 1 on every other
-    error.
+
+class InputError(ValueError):
+    """Bad input. The command line ends with exit code 2 on it, and with 1 on any other error.
+
+    The message is "ARGUMENT RULE, got GOT. REMEDY". Its parts may hold the references of
+    ``gputune.wording``, which each interface renders in its own names.
+
+    Args:
+        argument: The argument that is wrong, as Python writes it: "cv", "space['lr']",
+            "Halving(factor=...)". None if the rule is a whole sentence.
+        rule: The rule that is broken, "must be at least 2", without a full stop.
+        got: The value that broke it. The error keeps only its text.
+        remedy: What to do, as one or two whole sentences.
     """
+
+    def __init__(
+        self, argument: str | None, rule: str = "", got: object = MISSING, remedy: str = ""
+    ) -> None:
+        if got is not MISSING:
+            got = Verbatim(shown_value(got))
+        super().__init__(argument, rule, got, remedy)
+        self.argument = argument
+        self.rule = rule
+        self.got = None if got is MISSING else str(got)
+        self.remedy = remedy
+        self.interface = PYTHON
+
+    @property
+    def message(self) -> str:
+        """The message with its references as marks, to be rendered or to become part of another."""
+        if not self.rule:  # the argument is a finished sentence
+            return str(self.argument)
+        sentence = self.rule
+        if self.argument is not None:
+            is_reference = Reference.parse(self.argument) is not None
+            argument = option(self.argument) if is_reference else self.argument
+            sentence = f"{argument} {sentence}"
+        if self.got is not None:
+            sentence = f"{sentence}, got {self.got}"
+        if not sentence.endswith((".", "?", "!")):
+            sentence = f"{sentence}."
+        return f"{sentence} {self.remedy}".rstrip()
+
+    def text(self, interface: Interface) -> str:
+        """Return the message with the names that an interface gives to arguments."""
+        return interface.render(self.message)
+
+    def shown_by(self, interface: Interface) -> Self:
+        """Return a copy of the error that shows itself with the names of an interface."""
+        error = copy(self)
+        error.interface = interface
+        return error
+
+    def __str__(self) -> str:
+        return self.text(self.interface)
 
 
 class InputWarning(UserWarning):
@@ -36,23 +99,35 @@ class UntrustedCodeError(InputError):
         remedy: the sentence that says how to trust the code. Each interface has its own.
     """
 
-    def __init__(self, code: str, remedy: str = "If you trust it, pass trust_code=True.") -> None:
-        super().__init__(f"{code} {remedy}")
-        self.code = code
+    def __init__(self, code: str, remedy: str = _TRUST) -> None:
+        super().__init__(None, code, remedy=remedy)
+        self.args = (code, remedy)
 
 
-class DivergedError(ArithmeticError):
+class _WithReferences(BaseException):
+    """An error whose message may hold references to arguments."""
+
+    @property
+    def message(self) -> str:
+        """The message with its references as marks."""
+        return str(self.args[0]) if self.args else ""
+
+    def __str__(self) -> str:
+        return PYTHON.render(self.message)
+
+
+class DivergedError(_WithReferences, ArithmeticError):
     """A training that must return a finite result went to infinity or NaN."""
 
 
-class ClusterError(RuntimeError):
+class ClusterError(_WithReferences, RuntimeError):
     """Workers or all nodes of a Ray cluster were lost during training.
 
     Finished results are kept.
     """
 
 
-class CheckFailedError(RuntimeError):
+class CheckFailedError(_WithReferences, RuntimeError):
     """``gputune check`` found a device on which a guarantee does not hold.
 
     Args:
@@ -65,7 +140,7 @@ class CheckFailedError(RuntimeError):
         self.report = report
 
 
-class SearchFailedError(RuntimeError):
+class SearchFailedError(_WithReferences, RuntimeError):
     """No trial of the search has a finite score."""
 
 
@@ -87,7 +162,7 @@ class MissingExtraError(InputError, ImportError):
     """
 
 
-class SearchInterrupted(KeyboardInterrupt):
+class SearchInterrupted(_WithReferences, KeyboardInterrupt):
     """Ctrl-C or SIGTERM ended a search. The finished results are kept.
 
     It is a KeyboardInterrupt.
@@ -123,14 +198,22 @@ def check_count(
     if none and value is None:
         return
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        or_none = ", or None" if none else ""
-        raise InputError(
-            f"{name} must be an integer of at least {least}{or_none}, got {value!r}.{remedy}"
-        )
+        or_none = per_interface(", or None", "") if none else ""
+        rule = f"must be an integer of at least {least}{or_none}"
+        raise InputError(name, rule, got=value, remedy=remedy.strip())
 
 
 def warn(message: str | Warning, category: type[Warning] = UserWarning) -> None:
-    """Show a warning at the line of the user's code that called gputune."""
+    """Show a warning at the line of the user's code that called gputune.
+
+    A message may hold references to arguments. The warning keeps it as ``marked``, so that other
+    interfaces can render it.
+    """
+    if isinstance(message, str):
+        warning = category(PYTHON.render(message))
+        vars(warning)["marked"] = message
+    else:
+        warning = message
     # Frames of these packages are skipped: scikit-learn wraps the methods of estimators.
     packages = ("gputune", "contextlib", "functools", "joblib", "sklearn")
     level = 1
@@ -141,7 +224,7 @@ def warn(message: str | Warning, category: type[Warning] = UserWarning) -> None:
     ):
         level = level + 1
         frame = frame.f_back
-    warnings.warn(message, category, stacklevel=level)
+    warnings.warn(warning, stacklevel=level)
 
 
 def import_extra(module: str, *, extra: str, used_by: str) -> ModuleType:
@@ -158,7 +241,9 @@ def import_extra(module: str, *, extra: str, used_by: str) -> ModuleType:
     try:
         return import_module(module)
     except ImportError as error:
+        library = module.partition(".")[0]
         raise MissingExtraError(
-            f"{used_by} needs {module.partition('.')[0]}, which cannot be imported ({error}): "
-            f'pip install "gputune[{extra}]".'
+            used_by,
+            f"needs {library}, which cannot be imported ({error})",
+            remedy=f'Run pip install "gputune[{extra}]".',
         ) from error

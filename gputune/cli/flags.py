@@ -1,12 +1,14 @@
 """The flags of a search and the arguments of ``gputune.tune``: what can be typed, and what Python
 says in its words."""
 
+import ast
 import re
 import shlex
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from gputune.tuning.options import MACHINE, ROWS, RULES, SEARCH, Rule
+from gputune.wording import Interface, Reference
 
 _MIN_EPOCHS = Rule(
     "--min-epochs E",
@@ -149,6 +151,79 @@ def flags() -> dict[str, str]:
     return {**known, "verbose": "--quiet"}
 
 
+_OF_CALLS = {
+    ("ranked_by", "name"): "--by",
+    ("report", "confusion"): "--confusion",
+    ("report", "importance"): "--importance",
+    ("export", "path"): "--out",
+    ("predict_interval", "level"): "--interval",
+    ("load_model", "module"): "--model",
+}
+"""The flags of arguments that other functions than ``gputune.tune`` take."""
+
+_METHOD_CLASSES = ("Halving", "Median", "Hypergradient")
+
+
+class CommandLine(Interface):
+    """The names that a command gives to arguments.
+
+    Args:
+        command: Name of the command, such as "tune".
+        file: The table of the command, as it was typed.
+    """
+
+    name = "command"
+
+    def __init__(self, command: str = "tune", file: str = "FILE") -> None:
+        configuration = "--set" if command == "train" else "--include"
+        self.file = file
+        self.known = {**flags(), "include": configuration}
+        if command not in ("tune", "train"):
+            del self.known["study"]  # it is the command's FOLDER
+
+    def argument(self, reference: Reference) -> str:
+        """Return an argument as it is typed: ``--cv 5`` for ``cv=5``."""
+        if reference.call in _METHOD_CLASSES:
+            flag = self.known.get(reference.name)
+        elif reference.call:
+            flag = _OF_CALLS.get((reference.call, reference.name))
+        elif reference.name == "X":
+            flag = self.file
+        else:
+            flag = self.known.get(reference.name)
+        if flag is None:
+            return str(reference)
+        if reference.name == "include" and len(reference.keys) > 1:
+            return _unquoted(reference.keys[-1])  # a key of one configuration
+        if reference.name == "kinds" and reference.value not in (None, "..."):
+            kinds = ast.literal_eval(reference.value)
+            return " ".join(f"{flag} {column}={kind}" for column, kind in kinds.items())
+        if reference.keys and reference.name == "space":
+            flag = f"{flag} {_unquoted(reference.keys[0])}"
+        return self._with_value(flag, reference)
+
+    def _with_value(self, flag: str, reference: Reference) -> str:
+        value = reference.value
+        if value in (None, "", "...", "True", "False"):
+            return flag
+        text = _unquoted(value)
+        if value.startswith("("):
+            text = ",".join(re.findall(r"\w+", value))
+        if (reference.name, text) == ("workers", "ray"):
+            return "--ray"
+        if reference.name == "study":
+            # The command line takes the folder of a study.
+            folder = Path(text).parent
+            here = Path.cwd()
+            text = str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
+        return f"{flag} {shlex.quote(text)}"
+
+
+def _unquoted(value: str) -> str:
+    """Return the text of a Python string literal, and other code as it is."""
+    return ast.literal_eval(value) if value[:1] in ("'", '"') else value
+
+
 _PHRASES = {
     "repeat the first call's arguments": "repeat the first command's options",
     "repeat the call to go on": "repeat the command to go on",
@@ -210,6 +285,7 @@ def in_flags(
     foreign: Sequence[str] = (),
     file: str = "FILE",
     config: str = "--include",
+    interface: CommandLine | None = None,
 ) -> str:
     """Return what ``gputune.tune`` says in the words of the command line: arguments, but those
     ``kept``, as options.
@@ -217,6 +293,8 @@ def in_flags(
     X is ``file``, a configuration was given as ``config``. What others say within it, the
     ``foreign`` texts and what is known to be theirs, stays as it is.
     """
+    if "\N{MATHEMATICAL LEFT WHITE SQUARE BRACKET}" in text:
+        return (interface or CommandLine()).render(text)
     theirs = [part for part in (*foreign, *_FOREIGN.findall(text)) if part]
     for number, part in enumerate(theirs):
         text = text.replace(part, f"\0{number}\0")

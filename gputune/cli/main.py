@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import Any
 
 from gputune.cli.arguments import make_parser
-from gputune.cli.flags import in_flags
+from gputune.cli.flags import CommandLine, in_flags
 from gputune.errors import (
     CheckFailedError,
     ClusterError,
@@ -75,18 +75,20 @@ def _command(typed: list[str]) -> int:
         arguments = make_parser().parse_args(typed, argparse.Namespace(typed=typed))
     except SystemExit as ending:
         return int(ending.code or 0)
+    file = repr(arguments.file) if hasattr(arguments, "file") else "FILE"
+    interface = CommandLine(arguments.command, file)
     # Errors about the target begin with its name, whatever that is; only tune has the option --out
     # for a study.
     kept = {
         getattr(arguments, "target", None) or "",
         "" if arguments.command in ("tune", "train") else "study",
     }
-    file = repr(arguments.file) if hasattr(arguments, "file") else "FILE"
     words = partial(
         in_flags,
         kept=kept,
         file=file,
         config="--set" if arguments.command == "train" else "--include",
+        interface=interface,
     )
     with _warnings_in_words(words):
         return _run(arguments, words)
@@ -131,14 +133,14 @@ def _run(arguments: argparse.Namespace, words: Callable[..., str]) -> int:
         return _write("" if is_quiet else text)
     except SearchInterrupted as stop:
         _write(stop.report if arguments.verbose else "")
-        _say(words(str(stop)))
+        _say(words(stop.message))
         return 128 + stop.signal  # as a shell reports a process that a signal has ended
     except CheckFailedError as failed:
         _write(failed.report)
         _say(str(failed))
         return FAILED
     except UntrustedCodeError as error:
-        _say(f"error: {error.code} If you trust it, add --trust-code.")
+        _say(f"error: {error.text(CommandLine())}")
         return BAD_INPUT
     except (InputError, SearchFailedError, ClusterError, DivergedError, OSError) as error:
         _say(f"error: {words(_in_words(error), foreign=_causes(error))}")
@@ -212,6 +214,8 @@ def _causes(error: BaseException) -> list[str]:
 def _in_words(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror if error.filename is None else f"{error.strerror}: {error.filename!r}"
+    if not isinstance(error, OSError):
+        return getattr(error, "message", str(error))
     return str(error)
 
 
@@ -227,7 +231,8 @@ def _warnings_in_words(words: Callable[[str], str]) -> Iterator[None]:
             shown_otherwise(message, category, *place, **more)
         elif str(message) not in said:
             said.add(str(message))
-            _say(f"warning: {words(str(message))}")
+            marked = message if isinstance(message, str) else vars(message).get("marked")
+            _say(f"warning: {words(marked or str(message))}")
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)

@@ -42,6 +42,7 @@ from gputune.sklearn.recipe import (
 from gputune.tuning.descent import SlopeMode
 from gputune.tuning.trainer import Trainer
 from gputune.types import Config
+from gputune.wording import Interface, Reference
 
 Members = dict[Place, Member | Exception]
 """What became of each (fold, trial): DivergedError, InputError for a module that cannot be trained,
@@ -157,8 +158,27 @@ def fit_members(recipes: Mapping[int, Recipe], folds: FoldGroup, training: Train
     return members
 
 
+class EstimatorNames(Interface):
+    """The names that scikit-learn estimators, like skorch's, give to the arguments of a search."""
+
+    name = "sklearn"
+
+    def argument(self, reference: Reference) -> str:
+        """Return an argument as a parameter of an estimator: ``criterion=...`` for ``loss=...``."""
+        if reference.name == "space" and reference.keys:
+            return reference.keys[0].strip("'\"")
+        name = reference.name
+        if name.startswith("loss"):  # also loss__delta
+            name = name.replace("loss", "criterion", 1)
+        elif name == "model":
+            name = "module"
+        return str(replace(reference, name=name))
+
+
 def in_skorchs_words(error: InputError) -> InputError:
     """Return an error of the engine's with the parameters as this face calls them."""
+    if error.rule:
+        return error.shown_by(EstimatorNames())
     text = str(error).replace("model: ", "module: ", 1).replace("space: ", "", 1)
     for word in ("loss__", "loss=", "loss must"):
         text = text.replace(word, word.replace("loss", "criterion"), 1)

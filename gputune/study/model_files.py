@@ -49,6 +49,7 @@ from gputune.study.module_state import (
 )
 from gputune.study.values import MALFORMED, from_json, sha256, to_json
 from gputune.types import Config, Json, Task
+from gputune.wording import per_interface
 
 DESCRIPTION = "model.json"
 TENSORS = "model.safetensors"
@@ -270,18 +271,19 @@ def _module_class(
         )
     if known := module or BUILT_IN.get(kind):
         return known
-    or_pass = f"Or pass the class: load_model({str(folder)!r}, module=...)."
+    or_pass = per_interface(
+        python=f"Or pass the class: load_model({str(folder)!r}, module=...).",
+        command="Or say where the class is now: --model FILE.py:NAME.",
+    )
     try:
         with file_errors(folder / DESCRIPTION):
             if kind != "module":
                 raise ValueError(f"it names an unknown kind of model, {kind!r}")
             return module_source.find_class(spec, trust_code=trust_code, or_changed=True)
     except UntrustedCodeError as error:
-        raise UntrustedCodeError(
-            error.code, f"If you trust it, pass trust_code=True. {or_pass}"
-        ) from error
+        raise UntrustedCodeError(error.rule, f"{error.remedy} {or_pass}") from error
     except InputError as error:
-        raise InputError(f"{error} {or_pass}") from error
+        raise InputError(None, f"{error.message} {or_pass}") from error
 
 
 def _build(

@@ -1,0 +1,145 @@
+"""Messages that name arguments, and the names that each interface gives to these arguments.
+
+A message is made once. Where it names an argument, it holds a reference: ``option("cv", 5)`` marks
+the argument ``cv`` with the value 5. Each interface renders references in its own names: Python
+shows ``cv=5``, the command line shows ``--cv 5``.
+"""
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+
+
+class _Missing(Enum):
+    MISSING = 0
+
+
+MISSING = _Missing.MISSING
+"""Stands for a value that was not passed, because None can be a value."""
+
+_BEGIN = "⟦"
+_END = "⟧"
+_OR = "‖"
+_MARK = re.compile(f"{_BEGIN}([^{_BEGIN}{_END}]*){_END}")
+_REFERENCE = re.compile(
+    r"(?:(?P<call>\w+)\()?(?P<name>\w+)(?P<keys>(?:\[[^\]]*\])*)(?:=(?P<value>.*?))?(?(call)\))",
+    re.DOTALL,
+)
+_INTERFACES = ("python", "command", "sklearn")
+_LONGEST_VALUE = 200  # characters of a value in a message
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An argument that a message names.
+
+    Args:
+        name: Name of the argument in Python, such as "cv".
+        keys: Keys and positions in it, as Python code: ("'lr'",) for ``space['lr']``.
+        value: Value as Python code, "..." if the message leaves it open, None if it gives none.
+        call: Function or class that takes the argument; "" for a search.
+    """
+
+    name: str
+    keys: tuple[str, ...] = ()
+    value: str | None = None
+    call: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> "Reference | None":
+        """Return the reference that a text spells, None for any other text."""
+        match = _REFERENCE.fullmatch(text)
+        if match is None:
+            return None
+        keys = tuple(re.findall(r"\[([^\]]*)\]", match["keys"]))
+        return cls(match["name"], keys, match["value"], match["call"] or "")
+
+    def __str__(self) -> str:
+        keys = "".join(f"[{key}]" for key in self.keys)
+        value = "" if self.value is None else f"={self.value}"
+        argument = f"{self.name}{keys}{value}"
+        return f"{self.call}({argument})" if self.call else argument
+
+
+class Interface:
+    """The names that Python's functions give to arguments; other interfaces override them.
+
+    Attributes:
+        name: "python", "command" or "sklearn".
+    """
+
+    name = "python"
+
+    def argument(self, reference: Reference) -> str:
+        """Return an argument as a user of this interface writes it."""
+        return str(reference)
+
+    def render(self, message: str) -> str:
+        """Return a message with its references rendered.
+
+        Args:
+            message: Text with the marks of ``option`` and ``per_interface``. Marks can be nested.
+        """
+        rendered = _MARK.sub(self._replacement, message)
+        # Inner marks are replaced first. A user's text may hold brackets that mark nothing.
+        while rendered != message:
+            message = rendered
+            rendered = _MARK.sub(self._replacement, message)
+        return rendered
+
+    def _replacement(self, mark: re.Match[str]) -> str:
+        variants = mark[1].split(_OR)
+        if len(variants) == len(_INTERFACES):
+            return variants[_INTERFACES.index(self.name)]
+        reference = Reference.parse(mark[1])
+        return mark[0] if reference is None else self.argument(reference)
+
+
+PYTHON = Interface()
+
+
+class Verbatim(str):
+    """A text that a message shows without quotation marks, such as "3 columns"."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def option(reference: str, value: object = MISSING) -> str:
+    """Return a marked reference to an argument, for use within a message.
+
+    Args:
+        reference: The argument as Python writes it: "cv", "space['lr']", "Halving(factor=...)".
+        value: A value to show with it.
+
+    Example:
+        >>> message = f"Pass {option('cv', 5)}."
+        >>> PYTHON.render(message)
+        'Pass cv=5.'
+    """
+    shown = "" if value is MISSING else f"={value!r}"
+    return f"{_BEGIN}{reference}{shown}{_END}"
+
+
+def per_interface(python: str, command: str, sklearn: str | None = None) -> str:
+    """Return a marked text that differs between the interfaces by more than names of arguments.
+
+    Args:
+        python: The text for functions of Python.
+        command: The text for the command line.
+        sklearn: The text for scikit-learn estimators; None for the text of ``python``.
+    """
+    variants = (python, command, python if sklearn is None else sklearn)
+    return f"{_BEGIN}{_OR.join(variants)}{_END}"
+
+
+def shown_value(value: object) -> str:
+    """Return the text of a value for a message, on one line and of limited length."""
+    text = repr(value)
+    if not isinstance(value, Verbatim):
+        text = " ".join(text.split())
+    if len(text) > _LONGEST_VALUE:
+        text = f"{text[: _LONGEST_VALUE - 3]}..."
+    return text
