@@ -244,7 +244,7 @@ def pick_inputs(
 
     Returns:
         If ``names`` is given, a dict of the named inputs. Otherwise one array, or a tuple of
-            several arrays in the order of the file.
+        several arrays in the order of the file.
 
     Raises:
         InputError: no array is left, or it is not clear which arrays are the inputs.

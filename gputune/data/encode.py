@@ -96,7 +96,7 @@ class Statistics:
         return Statistics(**arrays)
 
 
-@np.errstate(over="ignore", invalid="ignore")  # numbers near the largest: what overflows is clipped
+@np.errstate(over="ignore", invalid="ignore")  # overflowing numbers are clipped anyway
 def fit_statistics(
     raw: Raw,
     layout: Layout,

@@ -221,10 +221,14 @@ def standardised(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[FittedTransform, ...]]:
     """Return y, center (F, ...), scale (F, ...) and the transformation of each fold.
 
-    Here, y is (n,) class codes, (F, n, ...) standardized numbers, or (1 or F, n, ...) numbers that are
-    only transformed or unchanged. The transformations are () if the target has none. The
-    ``weights`` (n,) of each fold count in the means and deviations. The deviation is 1 if the
-    numbers are constant.
+    Here, y is one of
+
+    - (n,) class codes,
+    - (F, n, ...) standardized numbers,
+    - (1 or F, n, ...) numbers that are only transformed, or unchanged.
+
+    The transformations are () if the target has none. The ``weights`` (n,) of each fold count in
+    the means and deviations. The deviation is 1 if the numbers are constant.
     """
     zeros = np.zeros(len(folds))
     ones = np.ones(len(folds))

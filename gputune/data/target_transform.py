@@ -73,7 +73,7 @@ class FittedTransform:
         assert self.ends is not None
         numbers = values.double().cpu().numpy().reshape(-1, values.shape[-1])
         finite = np.isfinite(numbers)
-        with warnings.catch_warnings(action="ignore"):  # of what has no inverse
+        with warnings.catch_warnings(action="ignore"):  # warnings about values without an inverse
             inverted = self.how.inverse_transform(np.where(finite, numbers, self.ends[0]))
             if not np.isfinite(inverted).all():
                 nearest = self.how.inverse_transform(np.clip(numbers, *self.ends))

@@ -1,8 +1,9 @@
-"""Which process trains which chunk of a study: claims that are void when their process is.
+"""Claims: rows in a study file that record which process trains which chunk.
 
-A process holds a lock of the operating system on a file of its own beside the study for as long as
-it lives; its claims are rows of the table ``claims`` that name this file. Nobody takes a claim over
-because time has passed: a process that is stopped, or a laptop that sleeps, keeps what it has.
+Each process has a lock file next to the study. It holds a lock of the operating system on this file
+for as long as it lives. Its claims are rows of the table ``claims`` that name this file. When the
+process ends, its claims are void. Time never voids a claim: a stopped process, or a sleeping
+laptop, keeps its claims.
 """
 
 import json
@@ -34,13 +35,19 @@ from gputune.types import Json
 
 SETUP = -1
 SEARCH = -2
-"""What is claimed beside the chunks 0, 1, ...: adding to the plan, and the whole search."""
+"""Numbers of claims in addition to the chunks 0, 1, ...
+
+``SETUP`` is the right to add to the plan, and ``SEARCH`` is the whole search.
+"""
 
 _PLAIN: int = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-"""Of ``os.open``: no link is followed, and no pipe waited for. Windows has neither."""
+"""Flags of ``os.open`` that follow no link and do not wait for a pipe. Windows has neither."""
 
 _LOOKS = (0.0, 0.002, 0.01)
-"""Seconds before each look at a lock: another process that looks has it for a moment too."""
+"""Seconds to wait before each check of a lock.
+
+Several checks are needed, because another process that checks also holds the lock for a moment.
+"""
 
 PROGRESS = {
     "done": int,
@@ -49,14 +56,19 @@ PROGRESS = {
     "best": (float, int, None),
     "left": (float, int, None),
 }
-"""How far a process is: so many of so many units, the best score so far, and the seconds that are
-left."""
+"""The form of a process's progress.
+
+``done`` of ``of`` units are finished. ``best`` is the best score so far, and ``left`` is the
+remaining time in seconds.
+"""
 
 
 @dataclass(frozen=True)
 class Owner:
-    """A process that holds claims, as its lock file describes it; ``boot`` is an identity of the
-    running system."""
+    """A process that holds claims, as its lock file describes it.
+
+    ``boot`` identifies the running system: it changes at each start of the machine.
+    """
 
     host: str
     boot: str
@@ -65,8 +77,10 @@ class Owner:
 
     @property
     def is_near(self) -> bool:
-        """Whether its locks reach this process: it runs on this system, or ran before the last
-        start of this host."""
+        """True if this process can see the locks of the owner.
+
+        Then the owner runs on this system, or ran on this host before its last start.
+        """
         return self.boot == boot() != "" or self.host == platform.node()
 
     def __str__(self) -> str:
@@ -77,12 +91,14 @@ _NOBODY = Owner("", "", 0, "")
 
 
 class Claims(AbstractContextManager["Claims"]):
-    """The claims of this process on one study. A context manager; any thread may ask, one at a
-    time."""
+    """The claims of this process on one study.
+
+    A context manager. Any thread may call it, one at a time.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._whole = path.resolve()  # wherever this process goes meanwhile
+        self._whole = path.resolve()  # absolute: this process may change its folder
         self._pattern = re.compile(re.escape(self._whole.name) + r"-[0-9a-f]{16}\.lock")
         self._file: int | None = None
         self._lock = ""
@@ -92,13 +108,15 @@ class Claims(AbstractContextManager["Claims"]):
         self.shown()  # which removes the lock files of dead processes
 
     def take(self, chunk: Chunk) -> bool:
-        """Claim a chunk; say no where another process has it, or where all its results are
-        there."""
+        """Claim a chunk. Return False if another process has it, or if all its results exist."""
         return self._claim(chunk.number, chunk.trials) is None
 
     def take_search(self, method: str) -> None:
-        """Claim the whole search. Raises InputError where another process has it, which it
-        names."""
+        """Claim the whole search.
+
+        Raises:
+            InputError: another process has the claim. The message names it.
+        """
         if (owner := self._claim(SEARCH)) is not None:
             raise InputError(
                 f"study={str(self.path)!r}: {owner} is at work on this search, and one process "
@@ -106,12 +124,12 @@ class Claims(AbstractContextManager["Claims"]):
             )
 
     def take_setup(self) -> Owner | None:
-        """Claim the right to add trials and chunks; return who has it, or None where it is ours
-        now."""
+        """Claim the right to add trials and chunks. Return the other process that has it, or
+        None on success."""
         return self._claim(SETUP)
 
     def leave_setup(self) -> None:
-        """Let others add trials and chunks."""
+        """Give up the right to add trials and chunks."""
         self._delete("chunk = ? AND lock = ?", SETUP, self._lock)
 
     def holder(self, chunk: Chunk) -> Owner | None:
@@ -120,18 +138,21 @@ class Claims(AbstractContextManager["Claims"]):
             return self._owner(chunk.number)
 
     def show(self, progress: Json) -> None:
-        """Say to whoever looks at the study how far this process is, in a file beside its lock
-        file."""
+        """Write the progress of this process to a file next to its lock file, for other
+        processes to read."""
         with self._mutex, suppress(OSError):  # a full disk must not end the search
             if self._file is not None:
                 place = _beside(self._whole.with_name(self._lock))
                 draft = place.with_suffix(".tmp")
                 draft.write_text(json.dumps(progress))
-                os.replace(draft, place)  # whoever reads it has it whole
+                os.replace(draft, place)  # readers never see a partial file
 
     def shown(self) -> list[tuple[Owner, Json]]:
-        """Return the processes that live and say how far they are, with what they say: see
-        ``PROGRESS``."""
+        """Return the living processes that report their progress, each with its progress
+        (``PROGRESS``).
+
+        Lock files of dead processes are removed on the way.
+        """
         found = []
         folder = self._whole.parent
         for place in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -154,7 +175,7 @@ class Claims(AbstractContextManager["Claims"]):
                     with suppress(OSError, ValueError):  # the rows are void without the file
                         self._delete("lock = ?", self._lock)
             finally:
-                # an interrupt must not leave this process in possession of what it has given up
+                # Also after an interrupt, this process must not keep claims that it has given up.
                 if file is not None:
                     _remove(self._whole.with_name(self._lock), file)
                 if self._connection is not None:
@@ -167,12 +188,15 @@ class Claims(AbstractContextManager["Claims"]):
         self.close()
 
     def _claim(self, number: int, trials: Sequence[int] = ()) -> Owner | None:
-        """Claim; return None where it is ours now, else its owner: nobody where all these trials
-        have their results."""
+        """Claim a number. Return None on success, otherwise its owner.
+
+        The owner is ``_NOBODY`` if all the given trials have their results.
+        """
         with self._mutex:
-            if (owner := self._owner(number, trials)) is None:  # a look that locks nobody out
+            if (owner := self._owner(number, trials)) is None:  # a first check without a lock
                 connection = self._connect()
                 lock = self._lock_file()
+                # Checked again under the lock: another process may have made the claim meanwhile.
                 with transaction(connection, self.path):
                     if (owner := self._owner(number, trials)) is None:
                         connection.execute(
@@ -182,6 +206,7 @@ class Claims(AbstractContextManager["Claims"]):
 
     def _owner(self, number: int, trials: Sequence[int] = ()) -> Owner | None:
         connection = self._connect()
+        # A stopped trial is not final: it trains again.
         is_final = "SELECT 1 FROM results WHERE number = ? AND state != 'stopped'"
         with sqlite_errors(self.path):
             if trials and all(connection.execute(is_final, (n,)).fetchone() for n in trials):
@@ -192,17 +217,16 @@ class Claims(AbstractContextManager["Claims"]):
         return None if row is None or row[0] == self._lock else self._alive(row[0])
 
     def _alive(self, lock: str) -> Owner | None:
-        """Return the owner of a lock file while that process lives, else None; the file of a dead
-        one is removed.
+        """Return the owner of a lock file if that process lives, otherwise None.
 
-        The name may come from a study of somebody else: what is no lock file of this study is
-        neither read nor removed.
+        The lock file of a dead process is removed. The name may come from a stranger's study. A
+        file whose name is not that of a lock file of this study is neither read nor removed.
         """
         if not self._pattern.fullmatch(lock):
             return None
         place = self._whole.with_name(lock)
         try:
-            # Some network file systems lock for those alone who may write.
+            # Some network file systems allow a lock only to processes that may write.
             file = os.open(
                 place, (os.O_RDWR if os.access(place, os.W_OK) else os.O_RDONLY) | _PLAIN
             )
@@ -215,8 +239,8 @@ class Claims(AbstractContextManager["Claims"]):
             if not stat.S_ISREG(os.fstat(file).st_mode):
                 return None
             owner = _read_owner(file, lock)
-            # Where locks do not reach from one host to another, a free one says nothing of that
-            # host's processes.
+            # Locks may not reach from one host to another. Then a free lock proves nothing about
+            # the other host's processes.
             is_dead = owner.is_near and any(
                 lock_descriptor(file, blocking=False) for _ in map(time.sleep, _LOOKS)
             )
@@ -225,18 +249,18 @@ class Claims(AbstractContextManager["Claims"]):
             _remove(place, file) if is_dead else os.close(file)
 
     def _lock_file(self) -> str:
-        """Make the lock file of this process when it is first needed; return its name."""
+        """Return the name of this process's lock file, which is created at the first call."""
         try:
             while self._file is None:
                 lock = f"{self._whole.name}-{secrets.token_hex(8)}.lock"
                 place = self._whole.with_name(lock)
                 file = os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
                 try:
-                    # else another process is just about to sweep it
+                    # If the lock fails, another process is about to remove the file.
                     if lock_descriptor(file, blocking=False):
                         me = {"host": platform.node(), "boot": boot(), "pid": os.getpid()}
                         os.write(file, json.dumps(me).encode())
-                        # another process swept it before it was locked
+                        # Another process may have removed the file before it was locked.
                         with suppress(FileNotFoundError):
                             if os.fstat(file).st_ino == place.stat().st_ino:
                                 self._file = file
@@ -253,7 +277,7 @@ class Claims(AbstractContextManager["Claims"]):
         return self._lock
 
     def remedy(self, owner: Owner) -> str:
-        """Return what can be done about another process that has a claim."""
+        """Return the advice for a claim that another process has."""
         gone = f"; where it is gone for good, remove {str(self._whole.with_name(owner.lock))!r}"
         return f"Wait for it, or end it{'' if owner.is_near else gone}."
 
@@ -262,10 +286,10 @@ class Claims(AbstractContextManager["Claims"]):
             connection.execute(f"DELETE FROM claims WHERE {where}", values)
 
     def _connect(self) -> sqlite3.Connection:
-        """A connection of our own: the threads that look after workers ask too."""
+        """Return a separate connection, because the threads that watch workers use it too."""
         if self._connection is None:
             self._connection = connect(self._whole, "rw", threads=True)
-            # A claim need not outlive the power, so it need not wait for the disk.
+            # A claim need not survive a power failure, so it does not wait for the disk.
             self._connection.execute("PRAGMA synchronous = NORMAL")
         return self._connection
 
@@ -274,8 +298,10 @@ _OPEN = weakref.WeakSet[Claims]()
 
 
 def _let_go_in_child() -> None:
-    """Close the lock files that a forked child has from its parent: open there, they would outlive
-    the parent."""
+    """Close the lock files that a forked child has from its parent.
+
+    If they stayed open in the child, the locks would outlive the parent.
+    """
     for claims in list(_OPEN):
         if claims._file is not None:
             os.close(claims._file)
@@ -288,8 +314,8 @@ if hasattr(os, "register_at_fork"):
 
 @cache
 def boot() -> str:
-    """Return an identity of the running system that is another one after its next start; "" where
-    there is none."""
+    """Return an identity of the running system, which changes at its next start, or "" if
+    unknown."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     with suppress(OSError):
@@ -300,30 +326,36 @@ def boot() -> str:
 
 
 def _read_owner(file: int, lock: str) -> Owner:
-    os.lseek(file, 1, os.SEEK_SET)  # Windows lets nobody read the byte that is locked, the first
+    os.lseek(file, 1, os.SEEK_SET)  # Windows: the locked first byte cannot be read
     try:
+        # the first byte, "{", was skipped
         owner = json.loads(b"{" + os.read(file, 4096))
         return Owner(str(owner["host"]), str(owner["boot"]), int(owner["pid"]), lock)
-    except MALFORMED:  # killed before it had written it
+    except MALFORMED:  # killed before it wrote the file
         return Owner(platform.node(), boot(), 0, lock)
 
 
 def _beside(lock: Path) -> Path:
-    """Return the place of what a process says beside its lock file; it is found by that alone, and
-    goes before it."""
+    """Return the path of the progress file that belongs to a lock file.
+
+    It is found only by the lock file, so it is removed first.
+    """
     return lock.with_suffix(".progress")
 
 
 def _remove(place: Path, file: int) -> None:
-    """Remove an open lock file and close it: closed first, it could be another process's by the
-    time it is removed."""
+    """Remove an open lock file and close it.
+
+    The order matters: after closing, the file could belong to another process when it is removed.
+    """
     try:
         for one in (_beside(place).with_suffix(".tmp"), _beside(place), place):
             with suppress(OSError):
                 one.unlink()
     finally:
         os.close(file)
-    # which removes nothing that is open, here or in the process whose it is
+    # Windows cannot remove an open file, so the first attempt failed. This one fails if another
+    # process has it open.
     if sys.platform == "win32":
         with suppress(OSError):
             place.unlink()

@@ -1,13 +1,13 @@
-"""The code of a user: what a study knows a function by, and what this user has trained or saved on
-this machine.
+"""Identify the code of a user by digests, and remember the code that this user trained or saved
+here.
 
-Code is known by digests: of its source and the values that it holds, and of the files that run
-where a module is imported, found without running any. Code that is remembered runs again without a
-word. The list is
-``gputune/trusted-code`` in the user's folder of state ($XDG_STATE_HOME, else ~/.local/state), a
-digest a line. Where that folder cannot be had (a container without HOME) nothing outlives the
-process. A list that others could have written, or put in the place of the user's, is not used.
-Whoever removes the file withdraws all that it holds.
+A digest of code covers its source, the values that it holds, and the files that run when a module
+is imported. The files are found without running any of them.
+
+Remembered code runs again without a question. The list of digests, one per line, is
+``gputune/trusted-code`` in the user's state folder ($XDG_STATE_HOME, or ~/.local/state). Without
+such a folder (a container without HOME), the list ends with the process. A list that others could
+have written or replaced is not used. To withdraw the trust, remove the file.
 """
 
 import dis
@@ -36,15 +36,14 @@ from gputune.study.values import sha256
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _OF_MODULES = frozenset(vars(nn.Module()))
-"""The attributes that each module of torch's has."""
+"""The attributes that every torch module has."""
 
 
 def source_text(function: Any) -> str:
-    """Return the source of a function or class, else a function's bytecode; "" where there is
-    neither.
+    """Return the source of a function or class, otherwise a function's bytecode, otherwise "".
 
-    Of a lambda it is its lines, and its bytecode too where these have several, which are then told
-    apart; another Python has another bytecode.
+    The source of a lambda is its lines. If these hold several lambdas, its bytecode is added to
+    tell them apart. Bytecode depends on the version of Python.
     """
     code = getattr(function, "__code__", None)
     try:
@@ -56,30 +55,39 @@ def source_text(function: Any) -> str:
 
 
 def _bytecode(value: Any) -> str:
-    """Return a code object, or a constant of one, as text that is the same in every process."""
+    """Return a code object, or a constant of one, as text that is equal in every process."""
     if inspect.iscode(value):
         return repr((value.co_code, value.co_names, [*map(_bytecode, value.co_consts)]))
     return repr(sorted(map(repr, value)) if isinstance(value, frozenset) else value)
 
 
 def digest_of_code(value: object) -> str:
-    """Return the SHA-256 of what a function or a callable object does, the same in every process.
+    """Return the SHA-256 of the behavior of a function or a callable object, equal in every
+    process.
 
-    That is its source, its defaults, what it has closed over and what it reads of its file; of an
-    object its class and attributes, of a module its parameters and buffers too. Of what is torch's
-    it is the name alone, and so it is of an object that is not called.
+    The digest of a function covers its source, its defaults, its closure, and the global values
+    that it reads. The digest of an object covers its class and its attributes. The digest of a
+    module covers its parameters and buffers too.
+
+    Torch's own code counts only by its name. The attributes of an object count only if it is
+    callable or a dataclass.
     """
     return sha256("\0".join(_parts(value, ())))
 
 
 def _parts(value: Any, path: tuple[int, ...]) -> Iterator[str]:
-    """Return texts that differ where values do; ``path`` are the values that hold this one."""
+    """Yield texts that differ if values differ.
+
+    ``path`` holds the ids of the values that contain this one. It ends the recursion if a value
+    contains itself.
+    """
     held: object = ()
     if isinstance(value, _PLAIN):
         yield repr(value)
     elif id(value) in path:
         return
     elif isinstance(value, Tensor):
+        # as bytes, because NumPy has no bfloat16
         numbers = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
         yield f"{value.dtype}{tuple(value.shape)}{sha256(numbers.tobytes())}"
     elif isinstance(value, np.ndarray | np.generic):
@@ -112,7 +120,7 @@ def _source(function: Any) -> str:
 
 
 def _closure(function: Any) -> Iterator[object]:
-    """Yield the defaults of a function and what it has closed over."""
+    """Yield the defaults of a function and the values in its closure."""
     yield from (getattr(function, name, None) for name in ("__defaults__", "__kwdefaults__"))
     for cell in getattr(function, "__closure__", None) or ():
         with suppress(ValueError):  # it is empty
@@ -120,10 +128,10 @@ def _closure(function: Any) -> Iterator[object]:
 
 
 def _module_values(function: Any) -> Iterator[object]:
-    """Yield names and values of numbers, texts and arrays of their module that a function, or a
-    class's methods, read.
+    """Yield the names and values of the global numbers, texts and arrays that a function reads.
 
-    What one of them sets is left out: a counter of calls is no other code.
+    For a class these are the ones that its methods read. A global that the code also sets is left
+    out: a counter of calls is not part of the code.
     """
     if isinstance(function, type):
         for part in filter(inspect.isfunction, vars(function).values()):
@@ -132,7 +140,7 @@ def _module_values(function: Any) -> Iterator[object]:
     around = getattr(function, "__globals__", {})
     parts = [getattr(function, "__code__", None)]
     uses: dict[str, set[str]] = {"LOAD_GLOBAL": set(), "STORE_GLOBAL": set()}
-    for code in filter(inspect.iscode, parts):  # it grows
+    for code in filter(inspect.iscode, parts):  # the list grows by the nested functions
         parts += code.co_consts
         for step in dis.get_instructions(code):
             if step.opname in uses:
@@ -151,14 +159,18 @@ def _attributes(value: Any) -> dict[str, object]:
 
 
 Files = tuple[tuple[str, str], ...]
-"""Path and SHA-256 of the files that run where a module is imported: of its packages, outermost
-first, then its own."""
+"""Path and SHA-256 of the files that an import of a module runs.
+
+The files of its packages come first, from the outermost inwards, and then its own file.
+"""
 
 FILE_MODULE = "gputune_file_"
-"""What the names of modules begin with that gputune made of a file, whose digest they have as
-``__sha256__``."""
+"""Prefix of the names of modules that gputune made from a file.
 
-# Each is taken once: a file that is edited later is not what this process has imported.
+Such a module has the digest of the file as ``__sha256__``.
+"""
+
+# Each digest is taken once: this process has not imported later edits of a file.
 _FILES: "weakref.WeakKeyDictionary[ModuleType, Files]" = weakref.WeakKeyDictionary()
 
 
@@ -166,10 +178,9 @@ _DICTIONARY = vars(ModuleType)["__dict__"].__get__
 
 
 def module_values(module: object) -> Mapping[str, Any]:
-    """Return the dictionary of a module, empty for another object.
+    """Return the dictionary of a module, or an empty one for another object.
 
-    It is read by Python's own descriptor: the class of a lazy module may run that module at any
-    other access.
+    It is read by Python's own descriptor. Any other access may run a lazy module.
     """
     if not issubclass(type(module), ModuleType):
         return {}
@@ -178,7 +189,7 @@ def module_values(module: object) -> Mapping[str, Any]:
 
 
 def files_of(module: ModuleType) -> Files:
-    """Return the files that made a module of this process."""
+    """Return the files from which a module of this process was made."""
     values = module_values(module)
     own_name = str(values.get("__name__", ""))
     if own_name.startswith(FILE_MODULE):
@@ -194,11 +205,13 @@ def files_of(module: ModuleType) -> Files:
 
 
 def files_to_import(package: str) -> Files:
-    """Return the files that importing a module runs, without running any; ImportError where there
-    is no such module.
+    """Return the files that the import of a module runs, without running any of them.
 
-    Those of a module that is here already are the ones that made it, though none of them runs
-    again.
+    For a module that is already imported, they are the files from which it was made, although none
+    of them runs again.
+
+    Raises:
+        ImportError: the module does not exist.
     """
     if (module := sys.modules.get(package)) is not None:
         return files_of(module)
@@ -226,10 +239,10 @@ def files_to_import(package: str) -> Files:
 
 
 def _hash_files(paths: Iterable[str | None]) -> Files:
-    """Return the files with their digests; none where one of them cannot be read by itself, as in
+    """Return the files with their digests. The result is empty if a file cannot be read, as in
     an archive."""
-    # Not the target of a link: Python takes the compiled code that lies beside the link. A package
-    # may have no file.
+    # Links are not resolved: Python uses the compiled code next to the link. A package may have no
+    # file.
     places = [Path(path).parent.resolve() / Path(path).name for path in paths if path is not None]
     try:
         return tuple((str(place), sha256(read_file(place))) for place in places)
@@ -239,36 +252,36 @@ def _hash_files(paths: Iterable[str | None]) -> Files:
 
 LIST = "trusted-code"
 MOST = 10_000
-"""Digests that the list holds; of a full one the older half goes."""
+"""The largest number of digests in the list. The older half of a full list is removed."""
 
 _LINE = 65
 _here: set[str] = set()
-"""What this process has remembered, also where there is no list."""
+"""The digests that this process remembers, also without a list."""
 
 
 def remember(text: str) -> None:
-    """Remember a text, which says what was run, for this process and where it can be for later
-    ones."""
+    """Remember a text that describes code, for this process and, if possible, for later ones."""
     digest = sha256(text)
     _here.add(digest)
     if (file := _open(os.O_RDWR | os.O_CREAT | os.O_APPEND)) is None:
         return
-    # a full disk: it is asked about again
+    # If the disk is full, gputune asks about the code again later.
     with suppress(OSError), os.fdopen(file, "rb+", buffering=0) as lines:
         known = _digests(file)
         if digest in known:
             return
         if len(known) >= MOST:
+            # O_APPEND: the next write goes to the new end of the file
             lines.truncate(0)
             digest = "\n".join([*known[-(MOST // 2) :], digest])
-        # One write that begins a line, so that other processes may write too, and one of them end
-        # in the middle.
+        # One write that begins with a new line: other processes may write too, and one of them may
+        # have been stopped within a line.
         lines.write(f"\n{digest}".encode())
 
 
 def is_remembered(text: str) -> bool:
-    """Whether ``remember`` was told this very text, by this process or by an earlier one of this
-    user."""
+    """Return True if this process, or an earlier one of this user, called ``remember`` with this
+    text."""
     digest = sha256(text)
     if digest in _here:
         return True
@@ -284,24 +297,29 @@ def _digests(file: int) -> list[str]:
 
 
 def _folder() -> Path | None:
-    """Return the folder of the list, whether it exists or not; None where this user has none."""
+    """Return the folder of the list, or None if this user has no state folder.
+
+    The folder need not exist.
+    """
     if not hasattr(os, "geteuid"):  # Windows
         return None
     state = Path(os.environ.get("XDG_STATE_HOME", ""))
-    if state.is_absolute():  # the XDG rule: one that is relative counts for nothing
+    if state.is_absolute():  # XDG: relative paths are ignored
         return state / "gputune"
     with suppress(RuntimeError, OSError):
         home = Path.home()
-        # Root with the HOME of a user, as sudo may leave it, would make folders there that are not
-        # the user's.
+        # With sudo, root may have the HOME of a user. Folders made there would not belong to that
+        # user.
         if home.is_absolute() and home.stat().st_uid == os.geteuid():
             return home / ".local" / "state" / "gputune"
     return None
 
 
 def _open(flags: int) -> int | None:
-    """Return the opened list, None where there is none; warns of one that is not this user's alone
-    to write."""
+    """Return the file descriptor of the list, or None without a list.
+
+    Warns about a list that others may write.
+    """
     if (folder := _folder()) is None or sys.platform == "win32":
         return None
     opened: list[int] = []

@@ -1,9 +1,9 @@
-"""How a study file is opened, checked and written to: SQLite, with its errors put into words.
+"""Open, check and write study files with SQLite, and translate SQLite's errors.
 
-A file is looked at through a read-only connection first, and only one that is whole, of a known
-version and with exactly our tables is opened for writing. What a transaction wrote is on the disk
-when it ends, or was never there. A new file is made in a folder of its own beside its path, and
-given that when it is whole.
+A file is first checked through a read-only connection. It is opened for writing only if it is
+whole, has a known version, and has exactly the tables of a study. A transaction is either on the
+disk when it ends, or has no effect. A new file is made in a separate folder next to its path, and
+moved there when it is complete.
 """
 
 import errno
@@ -32,7 +32,7 @@ PRAGMAS = (
     "cell_size_check = ON",
     "schema_version",
 )
-"""Of each connection; the last one reads the file, which may fail."""
+"""Settings of each connection. The last one reads the file, which may fail."""
 
 TABLES = {
     "meta": "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL, checksum TEXT NOT NULL) "
@@ -51,15 +51,18 @@ OUTPUTS = (
     "CREATE TABLE outputs (number INTEGER PRIMARY KEY REFERENCES trials (number), epoch INTEGER "
     "NOT NULL, width INTEGER NOT NULL, outputs BLOB NOT NULL, checksum TEXT NOT NULL) STRICT"
 )
-"""The table of the outputs of trials, which a file has where some were kept."""
+"""The table of the outputs of trials. A file has it only if outputs were kept."""
 
 
 def open_file(path: Path) -> sqlite3.Connection:
-    """Return a connection to a checked study file, for reading only where it may not be written.
+    """Return a connection to a checked study file. It is read-only if the file may not be written.
 
-    It is in autocommit mode: every transaction is one that ``transaction`` begins. Raises
-    FileNotFoundError, StudyCorruptError for a damaged or foreign file, StudyVersionError for one of
-    a newer gputune.
+    The connection is in autocommit mode: ``transaction`` begins every transaction.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        StudyCorruptError: the file is damaged, or is not a study.
+        StudyVersionError: a newer gputune wrote the file.
     """
     check_study_file(path)
     _check_bytes(path)
@@ -86,10 +89,12 @@ def open_file(path: Path) -> sqlite3.Connection:
 
 
 def check_study_file(path: Path) -> None:
-    """Raise FileNotFoundError if there is no file, and InputError if SQLite should not open it.
+    """Raise an error if SQLite should not open the file.
 
-    That is if it, or a file that SQLite keeps for it, is a pipe or a device, or if memory does not
-    hold it.
+    Raises:
+        FileNotFoundError: the file does not exist.
+        InputError: the file is a pipe or a device, or memory cannot hold it.
+        StudyCorruptError: a file that SQLite keeps for the study is a pipe or a device.
     """
     if os.path.isdir(path):  # Path.is_dir raises an error for a name that is too long
         inside = next(iter(sorted(path.glob("*.db"))), None)
@@ -100,13 +105,13 @@ def check_study_file(path: Path) -> None:
     check_room(path, check_file(path))
     for ending in ("-wal", "-shm", "-journal"):
         log = beside(path, ending)
-        # SQLite has an error of its own for a folder
+        # A folder is left to SQLite, which has its own error for it.
         if log.exists() and not (log.is_file() or log.is_dir()):
             raise damage_error(path, f"{str(log)!r} beside it is no file; remove that")
 
 
 def beside(path: Path, ending: str) -> Path:
-    """Return the place of a file of SQLite's that belongs to a study."""
+    """Return the path of a file that SQLite keeps next to a study."""
     return path.resolve().with_name(path.resolve().name + ending)
 
 
@@ -121,15 +126,17 @@ def _closed_on_error(connection: sqlite3.Connection) -> Iterator[sqlite3.Connect
 
 @contextmanager
 def transaction(connection: sqlite3.Connection, path: Path) -> Iterator[None]:
-    """Commit what the block wrote, or leave the file as it was. IMMEDIATE: the lock comes before
-    any read."""
+    """Commit the changes of the block, or leave the file unchanged if it fails.
+
+    IMMEDIATE: the lock is taken before the first read.
+    """
     with sqlite_errors(path):
         connection.execute("BEGIN IMMEDIATE")
         try:
             yield
             connection.execute("COMMIT")
         except BaseException:
-            # A full disk or an I/O error has rolled back already.
+            # SQLite has already rolled back after a full disk or an I/O error.
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             raise
@@ -137,8 +144,8 @@ def transaction(connection: sqlite3.Connection, path: Path) -> Iterator[None]:
 
 @contextmanager
 def sqlite_errors(path: Path) -> Iterator[None]:
-    """Turn what SQLite raises into Python's exception for it: a full disk, a lock, a missing right;
-    else damage."""
+    """Translate SQLite's errors into Python's: a full disk, a lock, a missing right, otherwise
+    damage."""
     try:
         yield
     except sqlite3.ProgrammingError as error:  # closed, or used from another thread
@@ -152,7 +159,7 @@ def sqlite_errors(path: Path) -> Iterator[None]:
 
 
 def damage_error(path: Path, reason: str) -> StudyCorruptError:
-    """The error for a file that was a study once."""
+    """Return the error for a study file that is damaged."""
     return StudyCorruptError(
         f"study {str(path)!r} is damaged: {reason}. Nothing was changed in it; restore the file "
         f"from a copy, or save what is whole in it: gputune repair {shlex.quote(str(path))} --out "
@@ -162,8 +169,10 @@ def damage_error(path: Path, reason: str) -> StudyCorruptError:
 
 @contextmanager
 def option_errors(path: Path) -> Iterator[None]:
-    """Turn what options raise that were never written, when a search is made of them, into
-    StudyCorruptError."""
+    """Turn errors into StudyCorruptError while a search is made from options.
+
+    Such errors show that gputune never wrote these options.
+    """
     try:
         yield
     except InputError:
@@ -177,7 +186,7 @@ def option_errors(path: Path) -> Iterator[None]:
 def _in_words(error: sqlite3.Error, path: Path) -> Exception:
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
     name = f"study {str(path)!r}"
-    match code & 0xFF:  # the low byte is the kind, the others say more
+    match code & 0xFF:  # the low byte is the kind of error
         case sqlite3.SQLITE_FULL:
             return OSError(
                 errno.ENOSPC, f"{name}: the disk is full; what was committed is safe, make room"
@@ -201,8 +210,10 @@ def _in_words(error: sqlite3.Error, path: Path) -> Exception:
 
 
 def connect(path: Path, mode: str, *, threads: bool = False) -> sqlite3.Connection:
-    """Return a connection in autocommit mode; with ``threads`` any thread may use it, one at a
-    time."""
+    """Return a connection in autocommit mode.
+
+    With ``threads`` any thread may use it, one at a time.
+    """
     uri = f"{path.resolve().as_uri()}?mode={mode}"
     with sqlite_errors(path):
         connection = sqlite3.connect(
@@ -221,16 +232,16 @@ def _connect_readonly(path: Path) -> sqlite3.Connection:
         log = beside(path, "-wal")
         if log.exists() and log.stat().st_size:
             raise
-    # The write-ahead log needs files beside the study even to read. Where they cannot be made (a
-    # read-only medium) and no log is pending, the file alone is the whole study.
+    # The write-ahead log needs files next to the study even for reading. On a read-only medium
+    # without a pending log, the file holds the whole study.
     return connect(path, "ro&immutable=1")
 
 
 def _check_bytes(path: Path) -> None:
-    """Refuse, before SQLite touches it, a foreign file, or one whose rollback journal names a
-    super-journal.
+    """Refuse a foreign file, or a file with a rollback journal that names a super-journal.
 
-    None of ours does, and SQLite removes the file that it names.
+    This happens before SQLite opens the file: SQLite removes the file that a super-journal names.
+    Journals of a study never name one.
     """
     with path.open("rb") as file:
         header = file.read(100)
@@ -255,8 +266,10 @@ def _check_bytes(path: Path) -> None:
 
 
 def _check_content(connection: sqlite3.Connection, path: Path) -> None:
-    """Raise unless the file is whole, of a known version, and holds our tables only (no trigger or
-    view)."""
+    """Raise unless the file is whole, has a known version, and holds only the tables of a study.
+
+    Triggers and views are refused too.
+    """
     with sqlite_errors(path):
         (version,) = connection.execute("PRAGMA user_version").fetchone()
         if version > FORMAT_VERSION:
@@ -283,8 +296,10 @@ def _check_content(connection: sqlite3.Connection, path: Path) -> None:
 
 
 def use_wal(connection: sqlite3.Connection, path: Path) -> bool:
-    """Switch to the write-ahead log, or to the rollback journal where the file system has no shared
-    memory."""
+    """Switch to the write-ahead log, and return True if that succeeded.
+
+    The rollback journal is used if the file system has no shared memory.
+    """
     with sqlite_errors(path):
         wal: bool = connection.execute("PRAGMA journal_mode = WAL").fetchone() == ("wal",)
         if not wal:
@@ -293,15 +308,22 @@ def use_wal(connection: sqlite3.Connection, path: Path) -> bool:
 
 
 DRAFTS = ".study"
-"""How the folders of unfinished files begin. What a killed process left is removed when one is
-made, or a search."""
+"""Prefix of the folders of unfinished files.
+
+Folders of killed processes are removed when the next one is made, or when a search starts.
+"""
 
 
 def create_file(path: Path, rows: Mapping[str, Iterable[Row]], argument: str = "study=") -> None:
-    """Make a file with our tables and these rows of them; it appears whole or not at all.
+    """Create a study file with the given rows. It appears complete or not at all.
 
-    Raises InputError where something lies at ``path`` already, or where its folder does not exist:
-    ``argument``, as its door calls it.
+    Args:
+        path: the path of the new file.
+        rows: the rows of each table, by the name of the table.
+        argument: the name of the path in errors, as the caller's interface calls it.
+
+    Raises:
+        InputError: ``path`` exists already, or its folder does not exist.
     """
     with _draft(path, argument) as connection, transaction(connection, path):
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
@@ -313,13 +335,15 @@ def create_file(path: Path, rows: Mapping[str, Iterable[Row]], argument: str = "
 
 
 def insert(connection: sqlite3.Connection, table: str, row: Row) -> None:
-    """Write one row, its checksum being the last value."""
+    """Write one row, with its checksum as the last value."""
     connection.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(row))})", row)
 
 
 def copy_file(source: sqlite3.Connection, path: Path) -> None:
-    """Write what an open study file holds now into a new file, as ``create_file`` does; claims stay
-    behind."""
+    """Copy the current content of an open study file, except its claims, to a new file.
+
+    The new file appears complete or not at all.
+    """
     with _draft(path) as connection:
         with sqlite_errors(path):
             source.backup(connection)
@@ -329,8 +353,8 @@ def copy_file(source: sqlite3.Connection, path: Path) -> None:
 
 @contextmanager
 def _draft(path: Path, argument: str = "study=") -> Iterator[sqlite3.Connection]:
-    """Yield a new file in a folder of its own; it gets the name ``path`` when the block has ended
-    well."""
+    """Yield a connection to a new file in a separate folder, and rename it to ``path`` at the
+    end."""
     exists_already = InputError(
         f"{argument}{str(path)!r} exists already; open it, or give a path that is free."
     )
@@ -341,12 +365,14 @@ def _draft(path: Path, argument: str = "study=") -> Iterator[sqlite3.Connection]
     with scratch_folder(path.parent, prefix=DRAFTS) as folder:
         draft = folder / "draft.db"
         with closing(connect(draft, "rwc")) as connection:
-            connection.execute("PRAGMA synchronous = OFF")  # it is flushed once, when it is whole
+            connection.execute("PRAGMA synchronous = OFF")  # flushed once, when complete
             yield connection
-            # Now, while no other process knows the file: changing the mode later needs it alone.
+            # Here, while no other process knows the file: a later change of the mode needs
+            # exclusive access.
             use_wal(connection, path)
         flush(draft)
         try:
+            # os.link fails if the name is taken; os.rename would replace that file.
             os.link(draft, path)
         except FileExistsError:  # another process took the name meanwhile
             raise exists_already from None

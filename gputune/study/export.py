@@ -1,4 +1,4 @@
-"""A tuned model written as one file that runs without gputune: ONNX, or PyTorch's own exported
+"""Export a tuned model to one file that runs without gputune: ONNX, or PyTorch's exported
 program."""
 
 import copy
@@ -37,15 +37,16 @@ _TALKATIVE = (
     "torch._export",
     "torch.fx.experimental.symbolic_shapes",
 )
-"""Loggers of what is exported."""
+"""Loggers of the exporters."""
 
 
 class TableInputs(nn.Module):
-    """Missing values, scaling, quantiles and bins of a table: (n, C) float64 -> the features, (n,
-    D) float64.
+    """The preprocessing of a table as a module: missing values, scaling, quantiles and bins.
 
-    The C numbers of a row are its columns where all of them are numbers or booleans, NaN where one
-    is missing; else the features of ``Layout.raw``, since text and dates are no tensors.
+    Shape: (n, C) float64 -> (n, D) float64, the features.
+
+    If all columns are numbers or booleans, the C inputs are the columns, NaN for a missing value.
+    Otherwise they are the features of ``Layout.raw``, because text and dates cannot be tensors.
     """
 
     fill: Tensor
@@ -76,11 +77,13 @@ class TableInputs(nn.Module):
         )
 
     def forward(self, X: Tensor) -> tuple[Tensor, ...]:
+        # (n, C) -> (n, features): an indicator of missing values repeats its column
         x = X[:, self.source] if self.from_columns else X
         missing = x.isnan()
         x = torch.where(missing, self.fill, x)
         if self.from_columns:
             x = torch.where(self.indicator, missing.double(), x)
+        # (n, features) -> (n, D): a feature with bins is repeated once per bin
         x = x[:, self.places] if self.places else x
         scaled = (x - self.center) / self.scale
         if self.least.numel():
@@ -95,8 +98,10 @@ class TableInputs(nn.Module):
 
 
 class ArrayInputs(nn.Module):
-    """The scaling of inputs (n, ...) that are no table: of each that has one its channels, the
-    others as they are."""
+    """The scaling of inputs (n, ...) that are not tables.
+
+    Each input with channel statistics is scaled. The other inputs stay unchanged.
+    """
 
     def __init__(self, statistics: ArrayStatistics) -> None:
         super().__init__()
@@ -116,12 +121,15 @@ class ArrayInputs(nn.Module):
 
 
 class WholeModel(nn.Module):
-    """What is done to the inputs, the network, and probabilities or the target's units, in one
+    """The preprocessing, the network, and the final step to probabilities or target units, in one
     module.
 
-    Shape: inputs as ``TableInputs`` or ``ArrayInputs`` take them -> (label (n,) int64,
-    probabilities (n, K) float64), of several labels both (n, K), or prediction (n,) or (n, K)
-    float64; for a custom target the outputs (n, ...).
+    Shape: inputs as for ``TableInputs`` or ``ArrayInputs``. Outputs by task:
+
+    - classes: label (n,) int64 and probabilities (n, K) float64.
+    - several labels: labels and probabilities, both (n, K).
+    - regression: prediction (n,) or (n, K) float64.
+    - custom target: the outputs (n, ...).
     """
 
     target_center: Tensor
@@ -130,7 +138,7 @@ class WholeModel(nn.Module):
 
     def __init__(self, model: ModelContent) -> None:
         super().__init__()
-        # Activations that a forward kept have a graph, with which torch does not copy them.
+        # torch cannot copy tensors with a graph, such as activations that a forward kept.
         values = [value for part in model.module.modules() for value in vars(part).values()]
         values += [
             member for value in values if isinstance(value, dict) for member in value.values()
@@ -149,7 +157,7 @@ class WholeModel(nn.Module):
             .cpu()
             .eval()
         )
-        self.network.requires_grad_(False)  # what it predicts is numbers, which numpy() reads
+        self.network.requires_grad_(False)  # numpy() reads only tensors without a gradient
         self.dtype = model.dtype
         self.task = model.task
         self.transform = model.transform
@@ -159,7 +167,7 @@ class WholeModel(nn.Module):
             "target_scale": model.scale,
             "temperature": model.temperature,
         }
-        # as buffers, since a plain number would be written in single precision
+        # as buffers, because a plain number would be written in single precision
         for name, number in numbers.items():
             self.register_buffer(name, torch.tensor(number, dtype=torch.float64))
         self.names = None if isinstance(model.layout, Layout) else model.layout.names
@@ -171,8 +179,8 @@ class WholeModel(nn.Module):
             self.inputs = TableInputs(model.layout, model.statistics)
 
     def forward(self, *rows: Tensor) -> tuple[Tensor, Tensor] | Tensor:
-        # Copies: those that are not scaled are the caller's own rows, into which the network may
-        # write.
+        # Unscaled inputs are the caller's own rows. They are copied, because the network may write
+        # into them.
         own = [x.clone() if any(x is row for row in rows) else x for x in self.inputs(*rows)]
         inputs = [x.to(self.dtype) if x.is_floating_point() else x for x in own]
         # torch.export refuses a forward that keeps activations in its module.
@@ -191,14 +199,16 @@ class WholeModel(nn.Module):
 
 
 def takes_columns(layout: Layout) -> bool:
-    """Whether an exported model takes the columns themselves, all of which are numbers or
+    """Return True if an exported model takes the columns themselves: all are numbers or
     booleans."""
     return all(column.kind in ("number", "boolean") for column in layout.columns)
 
 
 def encoded(model: ModelContent, table: Table | Arrays) -> Any:
-    """Return what an exported model takes of these rows: (n, C) float64, or the arrays in the
-    dtypes of training."""
+    """Return the inputs of an exported model for some rows.
+
+    They are (n, C) float64, or the arrays in the dtypes of training.
+    """
     layout = model.layout
     if not isinstance(layout, Layout):
         assert isinstance(table, Arrays)
@@ -208,7 +218,7 @@ def encoded(model: ModelContent, table: Table | Arrays) -> Any:
         )
         return Arrays(parts, layout.names).as_given()
     assert isinstance(table, Table)
-    features = layout.raw(table)  # it checks the columns, also where only some of it is wanted
+    features = layout.raw(table)  # also checks the columns
     if not takes_columns(layout):
         return features
     columns = layout.columns
@@ -219,9 +229,9 @@ def encoded(model: ModelContent, table: Table | Arrays) -> Any:
 
 
 def description(model: ModelContent) -> Json:
-    """Return what must be known of the inputs and outputs, as plain JSON.
+    """Return the description of the inputs and outputs, as plain JSON.
 
-    The names of arrays are X, or of several their own, or X0, X1.
+    One array is called X. Several arrays have their own names, or X0, X1.
     """
     layout = model.layout
     if isinstance(layout, Layout):
@@ -278,7 +288,7 @@ def export(model: ModelContent, path: str | os.PathLike[str]) -> None:
     known = description(model)
     shapes = [(len(known["names"]),)] if isinstance(layout, Layout) else layout.shapes
     dtypes = ["float64"] if isinstance(layout, Layout) else layout.dtypes
-    # Of two rows, since PyTorch takes a size of one for a constant.
+    # Two rows, because PyTorch takes a size of 1 for a constant.
     examples = tuple(
         torch.zeros(2, *shape, dtype=getattr(torch, dtype)) for shape, dtype in zip(shapes, dtypes)
     )
@@ -295,21 +305,21 @@ def export(model: ModelContent, path: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def _export_errors(failure: str) -> Iterator[None]:
-    """Put into words what the tracing of a user's module may raise.
+    """Turn the errors from tracing a user's module into InputError.
 
-    What the exporters warn of and log is left out, since nobody who tuned a model can act on it.
+    Warnings and log messages of the exporters are hidden, because a user cannot act on them.
     """
     levels = {logger: logger.level for logger in map(logging.getLogger, _TALKATIVE)}
     try:
         for logger in levels:
             logger.setLevel(logging.ERROR)
-        # torch.export prints its graph where it fails.
+        # torch.export prints its graph when it fails.
         with warnings.catch_warnings(), redirect_stderr(io.StringIO()), torch.no_grad():
             warnings.simplefilter("ignore")
             yield
     except OSError:
         raise
-    except Exception as error:  # torch.export raises anything, its own and the module's
+    except Exception as error:  # torch.export and the module may raise anything
         cause = error.__cause__ or error
         reason = next(
             (line for line in str(cause).splitlines() if line.strip()), type(cause).__name__
@@ -333,16 +343,17 @@ def _write_onnx(whole: WholeModel, examples: tuple[Tensor, ...], text: str, draf
     known = json.loads(text)
 
     def converted_program() -> Any:
-        # Traced here, since torch.onnx.export fixes the number of rows where it cannot leave it
+        # Traced here: torch.onnx.export would silently fix the number of rows if it cannot keep it
         # open.
         traced = _trace(whole, examples)
         names = known["names"] if known["inputs"] == "arrays" else ["X"]
-        shapes = (tuple({0: "rows"} for _ in examples),)  # what the axis is called
+        shapes = (tuple({0: "rows"} for _ in examples),)  # name of the axis
         more = {"input_names": names, "output_names": known["outputs"], "dynamic_shapes": shapes}
         return torch.onnx.export(traced, dynamo=True, verbose=False, **more)
 
     program = converted_program()
-    # GELU's error function: ONNX Runtime has none for doubles on a CPU.
+    # GELU's error function: ONNX Runtime lacks it for doubles on a CPU, so the network runs in
+    # float32.
     if whole.dtype == torch.float64 and any(
         node.op_type in ("Erf", "Gelu") for node in program.model.graph
     ):

@@ -1,5 +1,7 @@
-"""The right answers of rows that a model predicts: labels as codes of its classes, numbers as a
-search reads them."""
+"""The right answers of rows that a model predicts, as codes of its classes or as numbers.
+
+Numbers are read in the same way as by a search.
+"""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +14,9 @@ from gputune.types import Task
 
 
 def class_codes(classes: np.ndarray, y: object) -> tuple[list[object], NDArray[np.int64]]:
-    """Return the classes of a model, followed by those that only y has, and the codes of y, (n,).
+    """Return the classes of a model and the codes of y, (n,).
+
+    Classes that only y has follow the classes of the model.
 
     Raises:
         InputError: y is neither (n,) nor (n, 1).
@@ -29,19 +33,22 @@ def class_codes(classes: np.ndarray, y: object) -> tuple[list[object], NDArray[n
     labels = answers.tolist()
     if classes.dtype.kind == "U":
         labels = list(map(text_of, labels))
-    else:  # one text among them makes text of a column of numbers
+    else:  # one text among numbers makes the whole column text
         of_text = {text_of(label): label for label in known}
         labels = [
             of_text.get(label, label) if isinstance(label, str) else label for label in labels
         ]
+    # by text, because labels of different types cannot be compared
     known += sorted({*labels} - {*known}, key=str)
     position = {label: code for code, label in enumerate(known)}
     return known, np.array([position[label] for label in labels], dtype=np.int64)
 
 
 def refuse_unknown(classes: list[object], codes: NDArray[np.int64], K: int, name: str) -> None:
-    """Raise InputError where each code is beyond the K classes of a model, the first of
-    ``classes``."""
+    """Raise InputError if every code is beyond the K classes of a model.
+
+    These are the first K of ``classes``.
+    """
     if (codes >= K).all():
         raise InputError(
             f"{name} has no class that the model knows: it holds {quoted(map(str, classes[K:]))}, "
@@ -51,8 +58,11 @@ def refuse_unknown(classes: list[object], codes: NDArray[np.int64], K: int, name
 
 
 def checked_codes(classes: np.ndarray, y: object, rows: int) -> NDArray[np.int64]:
-    """Return the codes of labels y, (n,), one for each row. Raises InputError for labels that
-    cannot be scored."""
+    """Return the codes of labels y, (n,), one per row.
+
+    Raises:
+        InputError: the labels cannot be scored.
+    """
     labels = target_array(y, "y")
     labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
     if labels.shape != (rows,):
@@ -66,8 +76,11 @@ def checked_codes(classes: np.ndarray, y: object, rows: int) -> NDArray[np.int64
 
 
 def checked_numbers(y: object, task: Task, rows: int) -> np.ndarray:
-    """Return numbers y, (n,) or (n, K), of text too where it reads as numbers. Raises InputError as
-    ``tune``."""
+    """Return numbers y, (n,) or (n, K). Text is accepted if it reads as numbers.
+
+    Raises:
+        InputError: for the same reasons as in ``tune``.
+    """
     values = target_array(y, "y")
     if (
         values.ndim == 1

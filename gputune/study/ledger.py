@@ -1,5 +1,7 @@
-"""The trials of a running search, its plan and its results: in memory, and in a study file where
-one is kept."""
+"""The ledger: the trials of a running search, its plan and its results.
+
+It is kept in memory, and in a study file if the search has one.
+"""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,22 +22,24 @@ from gputune.text import count
 from gputune.types import Json, Outputs, drop_beyond_limit
 
 _LOOK = 0.2
-"""Seconds between two looks at what another process has finished."""
+"""Seconds between two checks for results of another process."""
 
 _PATIENCE = 2.0
-"""Seconds of waiting for another process, which adds trials, before a word of it."""
+"""Seconds of waiting for another process that adds trials, before the user is informed."""
 
 Cut = Callable[[Sequence[Candidate]], Sequence[tuple[Sequence[int], int, int]]]
-"""Makes chunks of candidates: their positions, in order, the threads that compute each chunk, and
-how many chunks may train at once."""
+"""Function that cuts candidates into chunks.
+
+For each chunk it returns the positions of its candidates in order, the number of threads, and the
+number of chunks that may train at once.
+"""
 
 
 class Ledger:
-    """Candidates in the order of their numbers, the chunks they train in, and the results of those
-    that are finished.
+    """The candidates of a search in the order of their numbers, their chunks, and the finished
+    results.
 
-    Where a file is kept, other processes may work on the same one: ``refresh`` takes in what they
-    have written.
+    Other processes may work on the same study file: ``refresh`` reads their changes.
     """
 
     def __init__(self, store: Store | None, claims: Claims | None = None) -> None:
@@ -45,20 +49,23 @@ class Ledger:
         self.plan: list[Chunk] = []
         self.results: dict[int, Result] = {}
         self.kept: list[int] = []
-        """Numbers of the trials whose results ``finish`` has kept."""
+        """Numbers of the trials with results that ``finish`` has kept."""
         self.outputs: dict[int, Outputs] = {}
-        """Of trials by number, where there is no file to hold them."""
+        """Outputs by trial number, if there is no file to hold them."""
         self.on_finish: Callable[[list[tuple[Candidate, Result | None]]], None] | None = None
-        """Called with the trials that ``finish`` has kept, after they are."""
+        """Called after ``finish`` has kept results, with the kept trials."""
         self.on_wait: Callable[[str], None] | None = None
-        """Called with who keeps this process from planning, again and again while it does; may
-        raise to end that."""
-        # What an earlier call's deadline cut short is trained again; until then its result counts.
+        """Called repeatedly while another process keeps this one from planning.
+
+        It receives a message that names that process. It may raise an error to end the wait.
+        """
+        # Trials that an earlier call's deadline stopped train again. Until then their old results
+        # count.
         self._stopped: dict[int, Result] = {}
         self.refresh()
 
     def refresh(self) -> None:
-        """Read the file again, where there is one."""
+        """Read the study file again, if there is one."""
         if self.store is None:
             return
         with without_collector():
@@ -73,20 +80,22 @@ class Ledger:
         }
 
     def add(self, new: Sequence[Candidate]) -> None:
-        """Take in drawn candidates before anything trains."""
+        """Add new candidates before anything trains."""
         if self.store is not None and new:
             self.store.add_trials(new)
         self.candidates += new
 
     def note(self, notes: Sequence[str]) -> None:
-        """Add notes to those of the file, where there is one."""
+        """Add notes to the study file, if there is one."""
         if self.store is not None:
             self.store.note(notes)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Let no other process add candidates or chunks inside; what others have added is known
-        then."""
+        """Keep other processes from adding candidates or chunks within the block.
+
+        The ledger is refreshed first, so it has everything that others have added.
+        """
         if self.claims is None:
             yield
             return
@@ -105,18 +114,23 @@ class Ledger:
             self.claims.leave_setup()
 
     def claim_search(self, method: str) -> None:
-        """Claim the whole search. Raises InputError, naming the other process, where one is at work
-        on it."""
+        """Claim the whole search.
+
+        Raises:
+            InputError: another process works on the search. The message names it.
+        """
         if self.claims is not None:
             self.claims.take_search(method)
             self.refresh()
 
     def chunks(self, trials: Sequence[Candidate], stage: int, cut: Cut) -> list[Chunk]:
-        """Return the frozen chunks of a stage that hold these trials; what is in none is cut into
-        new ones first."""
+        """Return the frozen chunks of a stage that hold these trials.
+
+        Trials without a chunk are cut into new chunks first.
+        """
         if self._without_plan(trials, stage):
             with self.alone():
-                # by another process too, which may have just planned
+                # Checked again: another process may just have planned these trials.
                 if left := self._without_plan(trials, stage):
                     first = 1 + max((chunk.number for chunk in self.plan), default=-1)
                     new = [
@@ -144,18 +158,23 @@ class Ledger:
         return [trial for trial in trials if trial.number not in planned]
 
     def show(self, progress: Json) -> None:
-        """Say to other processes how far this one is, where there is a file."""
+        """Report the progress of this process to other processes, if there is a file."""
         if self.claims is not None:
             self.claims.show(progress)
 
     def claim(self, chunk: Chunk) -> bool:
-        """Say whether a chunk is ours to train: no other process trains it, and it is not
-        finished."""
+        """Return True if this process may train a chunk.
+
+        Then the chunk is not finished and no other process trains it.
+        """
         return self.claims is None or self.claims.take(chunk)
 
     def owners_of(self, chunks: Sequence[Chunk]) -> tuple[str, str]:
-        """Return the other processes that have chunks, in words, and what to do about one of them
-        on another host."""
+        """Return the other processes that have chunks, and the advice on one of them on another
+        host.
+
+        Both are text.
+        """
         assert self.claims is not None
         owners = [owner for owner in map(self.claims.holder, chunks) if owner is not None]
         remedies = [self.claims.remedy(owner) for owner in owners if not owner.is_near]
@@ -164,7 +183,7 @@ class Ledger:
         )
 
     def wait(self, chunks: Sequence[Chunk], is_over: Callable[[], bool]) -> None:
-        """Wait until another process has finished something, one that has a chunk is gone, or
+        """Wait until another process has finished a result or a chunk's owner is gone, or until
         ``is_over``."""
         assert self.store is not None and self.claims is not None
         finished = self.store.finished()
@@ -181,17 +200,19 @@ class Ledger:
         return [candidate for candidate in self.candidates if candidate.number not in self.results]
 
     def has_waiting(self) -> bool:
-        """Whether the file has a trial without a result that stays, of this process or of another
-        one."""
+        """Return True if the file has a trial without a final result, of this or another
+        process."""
         return self.store is not None and self.store.waiting() > 0
 
     def finish(
         self, results: Sequence[Result], outputs: Mapping[int, Outputs] = MappingProxyType({})
     ) -> None:
-        """Keep the results of one chunk, all or none; those that are kept already stay as they are.
+        """Keep the results of one chunk, all or none. Existing results stay unchanged.
 
-        ``outputs`` by number are kept too where a trial is complete and they are those of its best
-        epoch.
+        Args:
+            results: the results of the chunk.
+            outputs: outputs by trial number. They are kept if their trial is complete and they are
+                from its best epoch.
         """
         new = {result.number: result for result in results if result.number not in self.results}
         best = {r.number: r.best_epoch for r in new.values() if r.state == "complete"}
@@ -216,9 +237,9 @@ class Ledger:
 
 
 def differences(there: SearchRecord, here: SearchRecord) -> list[str]:
-    """Return what makes a call another search than the one that its file holds, in words."""
+    """Return the differences between a call and the search in its file, as text."""
     values = {
-        # Files that lack max_levels are of a version in which 32 was the only choice.
+        # Files without max_levels come from a version that always used 32.
         name: [
             getattr(r, name) if name not in r.absent or name == "max_levels" else None
             for r in (there, here)
@@ -232,11 +253,11 @@ def differences(there: SearchRecord, here: SearchRecord) -> list[str]:
     held_out = [(record.source or {}).get("held_out") for record in (there, here)]
     others = ["the held-out rows"] if None not in held_out and held_out[0] != held_out[1] else []
     if "fingerprint" in names:
-        # Other rows are cut into other folds, and others of them are held out: that is no news
-        # then.
+        # Different rows imply different folds and different held-out rows, so these are not
+        # reported too.
         said -= {"splits", "fingerprint"}
         others = _other_rows(there, here, of_target="target" in names)
-    # else of an earlier version, or of another name
+    # Files of an earlier version have no digests, and another objective has another name.
     of_code = "code" not in there.absent and "objective" not in names
     code = [
         name for name, digest in here.code.items() if of_code and there.code.get(name) != digest
@@ -246,8 +267,8 @@ def differences(there: SearchRecord, here: SearchRecord) -> list[str]:
 
 
 def _word(name: str, there: Any, here: Any) -> str:
-    """Return what differs, and how where that is short."""
-    # which search() calls by another name
+    """Return one difference, with both values if they are short."""
+    # search() calls this option ``direction``.
     if name == "scoring" and DIRECTIONS.keys() >= {there, here}:
         return f"direction{_in_words(DIRECTIONS[there], DIRECTIONS[here])}"
     is_loop = name == "spec" and (here or {}).get("kind") == "objective"
@@ -255,7 +276,10 @@ def _word(name: str, there: Any, here: Any) -> str:
 
 
 def _without_steps(value: object) -> object:
-    """Return a value without what may grow when a search goes on: the steps of a descent."""
+    """Return a value without the option that may grow when a search continues.
+
+    That is the number of outer steps of a hypergradient search.
+    """
     return (
         {key: part for key, part in value.items() if key != "outer_steps"}
         if isinstance(value, dict)
@@ -264,12 +288,13 @@ def _without_steps(value: object) -> object:
 
 
 def _other_rows(there: SearchRecord, here: SearchRecord, *, of_target: bool) -> list[str]:
-    """Why the rows are others: what chooses them where that differs, else how they do."""
+    """Return the reason for different rows: the option that chooses them, or otherwise their
+    sizes."""
     sources = [record.source or {} for record in (there, here)]
     shares = [source.get("test_size") for source in sources]
     if shares[0] != shares[1]:
         return [f"test_size{_in_words(*shares)}"]
-    # The seed, which is named by itself, chooses which rows of a file are held out.
+    # The seed chooses the held-out rows of a file, and it is reported separately.
     if of_target or sources[0].get("seed") != sources[1].get("seed"):
         return []
     sizes = [table_size(record.fingerprint, record.source) for record in (there, here)]
@@ -282,7 +307,7 @@ def _other_rows(there: SearchRecord, here: SearchRecord, *, of_target: bool) -> 
 
 
 def _in_words(there: object, here: object) -> str:
-    """Two values that differ in words, where both are short."""
+    """Return two different values as text if both are short, otherwise ""."""
     texts = [repr(there), repr(here)]
     if isinstance(there, list) and isinstance(here, list):
         texts = [
@@ -300,11 +325,16 @@ def _in_words(there: object, here: object) -> str:
 def open_ledger(
     path: str | Path | None, record: SearchRecord, store: Store | None = None
 ) -> Iterator[Ledger]:
-    """Open the ledger of a new search, or of the search that ``path`` holds, which ``store`` is
-    where it is open.
+    """Open the ledger of a new search, or of the search in the file ``path``.
 
-    Raises InputError where the file holds another search, and says what differs; at the end
-    StudyCorruptError where another program has damaged the file meanwhile.
+    Args:
+        path: the study file, or None to keep the search in memory.
+        record: the record of the search.
+        store: the open file, if it is open already.
+
+    Raises:
+        InputError: the file holds a different search. The message lists the differences.
+        StudyCorruptError: at the end, another program has damaged the file.
     """
     if path is None:
         yield Ledger(None)
@@ -318,7 +348,7 @@ def open_ledger(
             if not path.exists():  # else another process has just made it
                 raise
     with store or Store.open(path) as store, Claims(path) as claims:
-        # In files that do not say which class was positive it was the last one.
+        # Files without a positive class used the last class.
         positive = None if record.positive is None or record.classes is None else record.classes[-1]
         there = SearchRecord.from_json({"positive": positive, "metrics": [], **store.meta})
         if not there.face and there.lost:
@@ -339,6 +369,7 @@ def open_ledger(
             store.replace_option("arguments", vars(arguments))
         ledger = Ledger(store, claims)
         yield ledger
+    # A study never loses a finished result, so missing rows mean damage.
     final = sum(result.state != "stopped" for result in ledger.results.values())
     with Store.open(path) as store:
         if (

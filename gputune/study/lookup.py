@@ -1,48 +1,55 @@
-"""Which class or function a name in a file stands for: the rule, and the lookup that follows it.
+"""Find the class or function that a name in a file stands for: the rules, and the lookup.
 
 A study or a model folder may come from a stranger. It names the code that builds its modules, and
-gputune calls that code with arguments from the same file. Without ``trust_code=True``, a name
-stands for one of these, or for nothing:
+gputune calls that code with arguments from the same file. Without ``trust_code=True``, a name may
+stand only for one of these:
 
 (a) a public model of ``gputune.models``, that is, one of its ``__all__``;
+
 (b) a class or function that this user has trained or saved, in that very file or module, under that
-very name; (c) a subclass of ``nn.Module`` that the running program (``__main__``) defines. A
-function of the running program
-    counts only if this user has trained it from that script, or this process has.
+    very name;
+
+(c) a subclass of ``nn.Module`` that the running program (``__main__``) defines. A function of the
+    running program counts only if this user has trained it from that script, or this process has.
 
 Each step of the lookup, and why it is safe:
 
 1. A name of ``gputune.models`` is a key of a table (``public_model``). No attribute is read and
-nothing is imported.
-2. The files behind any other name are located and hashed, by ``files_to_import``. Python's finders
+   nothing is imported.
+
+2. The files behind any other name are located and hashed by ``files_to_import``. Python's finders
    locate a module without running it. Each part of a module's name must be an identifier, so that
    no part is a path.
-3. The trust list is asked (``grant_of``) before any of these files runs. Its key holds the path and
-   digest of each file and the name of the object. The files that run are thus files that this user
-   has run before, byte for byte and in the same place. A trained file vouches only for the trained
-   object. Its imports, helpers and other functions have no key, so that a file is no way to reach
+
+3. The trust list is checked (``grant_of``) before any of these files runs. Its key holds the path
+   and digest of each file and the name of the object. So gputune runs only files that this user has
+   run before, byte for byte and in the same place. A trained file vouches only for the trained
+   object. Its imports, helpers and other functions have no key, so a file does not give access to
    them.
-4. The name is walked through dictionaries: that of the module, then those of classes, both read
-   past any override. Therefore no module ``__getattr__``, property, descriptor or metaclass runs.
-   The walk ends at anything that is not a class: a module such as ``torch.os``, a function, an
-   instance.
-5. The object must be a class of modules, a plain function or a ``functools.partial``, by its exact
-   type. ``isinstance`` is not asked, because it may call a ``__class__`` property. The
-   ``__module__`` and ``__qualname__`` of the object must be the ones that were named. An alias and
-   a class imported from elsewhere have others.
-6. A partial has no name. It counts only at the top level of its module, and only if its own
-   function or class is defined in that module and passes step 5. Its preset arguments come from the
-   user's file, not from the stranger's.
+
+4. The name is followed through dictionaries: first that of the module, then those of classes. Both
+   are read past any override. Therefore no module ``__getattr__``, property, descriptor or
+   metaclass runs. The search stops at anything that is not a class: a module such as ``torch.os``,
+   a function, an instance.
+
+5. The object must be a class of modules, a plain function or a ``functools.partial``. Its exact
+   type decides: ``isinstance`` may call a ``__class__`` property. The ``__module__`` and
+   ``__qualname__`` of the object must equal the given names. They differ for an alias and for a
+   class imported from elsewhere.
+
+6. A partial has no name. It counts only at the top level of its module. Its own function or class
+   must also be defined in that module and pass step 5. Its preset arguments come from the user's
+   file, not from the stranger's.
+
 7. The object is called with arguments from the stranger's file. ``values.from_json`` makes these
    from JSON: numbers, text, lists, dicts, arrays, and public layers and functions of ``torch.nn``.
-   None of these runs other code when it is called. What a user's own class does with a text, such
-   as a path that it loads, is the business of that class.
+   None of these runs other code when it is called. The user's own class decides how it uses a text,
+   such as a path that it loads.
 
-Trust lists that gputune wrote before it noted names have keys of files alone. Such a key vouches
-for the subclasses of
-``nn.Module`` that the file defines, and for partials of these at its top level: to build a module
-is what they are for. It does not vouch for functions, because nothing tells the trained one from a
-helper such as ``clean_up(folder)``.
+Older trust lists have keys that hold only files, without names. Such a key vouches for the
+subclasses of ``nn.Module`` that the file defines, and for partials of these at its top level. Their
+purpose is to build a module. It does not vouch for functions, because the trained function cannot
+be told from a helper such as ``clean_up(folder)``.
 """
 
 import functools
@@ -70,7 +77,7 @@ _PUBLIC: Mapping[str, type[nn.Module]] = {
 
 
 class Grant(Enum):
-    """What the trust list, or the caller, allows a name to stand for."""
+    """The kind of object that the trust list, or the caller, allows a name to stand for."""
 
     NOTHING = "nothing"
     MODULES = "a subclass of nn.Module that the file defines"
@@ -78,8 +85,8 @@ class Grant(Enum):
 
 
 def public_model(package: str, name: str) -> type[nn.Module] | None:
-    """Return a model of ``gputune.models`` by the name of the package, or by the file that it is
-    defined in."""
+    """Return a model of ``gputune.models`` by its name and its package or defining file, or
+    None."""
     model = _PUBLIC.get(name)
     if model is None or package not in (_MODELS, model.__module__):
         return None
@@ -102,31 +109,34 @@ _trained_here: WeakSet[Any] = WeakSet()
 
 
 def grant_of(files: Files, name: str) -> Grant:
-    """Return what the trust list allows a name in these files to stand for. Nothing of them
-    runs."""
+    """Return the grant of the trust list for a name in these files. None of the files runs."""
     if not files:
         return Grant.NOTHING
     if is_remembered(_key(files, name)):
         return Grant.OBJECT
-    # The key of an older version.
+    # The second key is the one of older versions.
     return Grant.MODULES if is_remembered(json.dumps(files)) else Grant.NOTHING
 
 
 def _key(files: Files, name: str, *, is_script: bool = False) -> str:
-    """Return the text by which the trust list knows an object. That of a script is used only while
-    the script runs."""
+    """Return the key of an object in the trust list, as text.
+
+    The key of an object in a script is used only while the script runs.
+    """
     return json.dumps({"script" if is_script else "files": files, "name": name})
 
 
 def is_granted(builder: Builder, grant: Grant) -> bool:
-    """Whether an object that ``lookup`` returned is what a grant allows."""
+    """Return True if a grant allows an object that ``lookup`` returned."""
     inner = builder.func if type(builder) is functools.partial else builder
     return grant is Grant.OBJECT or (grant is Grant.MODULES and is_module_class(inner))
 
 
 def is_of_program(builder: Builder, name: str) -> bool:
-    """Whether the running program may build its own object under this name: a class, or what was
-    trained from it."""
+    """Return True if the running program may build its own object under this name.
+
+    That is a class, or an object that was trained from this program.
+    """
     if is_module_class(builder):
         return True
     files = files_of(sys.modules[MAIN])
@@ -138,7 +148,7 @@ def is_of_program(builder: Builder, name: str) -> bool:
 def lookup(module: ModuleType, name: str) -> Builder | None:
     """Return the class, function or partial that a module defines under a qualified name, or None.
 
-    Reads dictionaries only, see steps 4 to 6 above.
+    Only dictionaries are read, see steps 4 to 6 above.
     """
     values = module_values(module)
     home = values.get("__name__")
@@ -151,14 +161,14 @@ def lookup(module: ModuleType, name: str) -> Builder | None:
         if type(value) is staticmethod:
             value = value.__func__
     if type(value) is functools.partial:
-        # One of the running program may be of any function: it counts only if it was trained.
+        # A partial in the running program may wrap any function: it counts only if it was trained.
         is_own = home == MAIN or _is_defined(module, value.func)
         return value if is_own and not rest else None
     return value if _is_builder(value) and _place(value) == (home, name) else None
 
 
 def _is_defined(module: ModuleType, value: object) -> bool:
-    """Whether a module has a class or function under the object's own name."""
+    """Return True if a module has a class or function under the object's own name."""
     return _is_builder(value) and lookup(module, _place(value)[1]) is value
 
 
@@ -171,24 +181,24 @@ def _is_class(value: object) -> TypeGuard[type]:
 
 
 def is_module_class(value: object) -> TypeGuard[type[nn.Module]]:
-    """Whether a value is a subclass of ``nn.Module``. Neither its attributes nor its metaclass is
-    asked."""
+    """Return True for a subclass of ``nn.Module``. No attribute and no metaclass of the value is
+    used."""
     return _is_class(value) and issubclass(value, nn.Module)
 
 
 def _place(value: Any) -> tuple[str, str]:
-    """Return the module and the qualified name that a class or function was defined under."""
+    """Return the module and the qualified name under which a class or function was defined."""
     if _is_class(value):
         return _class_values(value)["__module__"], _QUALNAME(value)
     return value.__module__, value.__qualname__
 
 
-# Python's own descriptors: a metaclass may override the attributes but not these.
+# Python's own descriptors: a metaclass may override the attributes, but not these.
 _DICTIONARY = vars(type)["__dict__"].__get__
 _QUALNAME = vars(type)["__qualname__"].__get__
 
 
 def _class_values(holder: type) -> Mapping[str, Any]:
-    """Return the dictionary of a class, without what it inherits."""
+    """Return the dictionary of a class, without inherited attributes."""
     values: Mapping[str, Any] = _DICTIONARY(holder)
     return values

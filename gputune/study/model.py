@@ -34,49 +34,58 @@ from gputune.text import card, count, measure_of, short
 
 ROWS = 8192
 NUMBERS = 2**23
-"""Most rows, and most encoded numbers, that one batch of a prediction holds."""
+"""The largest number of rows, and of encoded numbers, in one batch of a prediction."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TunedModel(ModelContent):
-    """A trained module with all that is needed to predict from raw rows: for scikit-learn, an
-    estimator that is fitted.
+    """A trained module with its preprocessing, which predicts from raw rows.
 
-    module    plain ``nn.Module``, returning logits (n, K), of two classes also one, (n, 1) or (n,),
-              or values (n, 1) or (n,) of a standardised target
-    classes   (K,) the labels, in their own type; None where there are none to choose from
-    center, scale   the regression target is ``value * scale + center``, for several numbers (K,); 0
-                    and 1 otherwise
-    transform  what was done to the target before, of which predictions are the inverse; None:
-               nothing
-    residuals  ascending, how far off its folds' members were on rows that they had not seen, before
-               the target is
-              transformed back: what ``predict_interval`` needs; None: not kept
-    temperature  by which logits are divided, of a model that was calibrated; 1: of one that was not
-    target    name of the target's column
-    spec      how the module is built again: {"kind": "mlp" or "logistic", "kwargs": {...}}, or for
-              a class of the user {"kind": "module", "kwargs": {...}} with what module_source.py
-              writes about the class; ``n_features`` and ``n_outputs`` follow from layout and
-              classes and need not be in ``kwargs``
-    info      what is worth knowing later: score, held-out score, parameters, versions
+    For scikit-learn it is a fitted estimator.
+
+    Attributes:
+        module: plain ``nn.Module``. It returns logits (n, K), or (n, 1) or (n,) for two classes.
+            For a regression it returns values (n, 1) or (n,) of the standardized target.
+        classes: (K,) the labels in their own type, or None without classes.
+        center: the regression target is ``value * scale + center``. A float, or (K,) for several
+            numbers. 0 for other tasks.
+        scale: see ``center``. 1 for other tasks.
+        transform: the transformation of the target before it was standardized, or None. Predictions
+            are its inverse.
+        residuals: absolute errors of the folds' members on rows that they had not seen, ascending,
+            before the target is transformed back. ``predict_interval`` needs them. None if they
+            were not kept.
+        temperature: the logits are divided by it. 1 if the model was not calibrated.
+        target: name of the target's column.
+        spec: the recipe to build the module again: {"kind": "mlp" or "logistic", "kwargs": {...}}.
+            For a user's class it is {"kind": "module", "kwargs": {...}} with the keys that
+            module_source.py writes. ``n_features`` and ``n_outputs`` follow from layout and classes
+            and need not be in ``kwargs``.
+        info: facts for later: score, held-out score, parameters, versions.
     """
 
     def predict(self, X: object) -> np.ndarray:
-        """Return class labels in their own type, or values in original units (float64), (n,),
-        several (n, K).
+        """Return class labels in their own type, or values in original units (float64).
 
-        Of several labels 0 or 1 each, (n, K); for a custom target the outputs of the module, (n,
-        ...).
+        Args:
+            X: a file, a data frame, an array or a tensor with the columns of the training data.
+                Other columns are ignored. If the model was trained on arrays of other shapes, X is
+                such arrays, or a torch Dataset with them; its targets are ignored.
 
-        ``X`` is a file, a data frame, an array or a tensor with the columns of the training data;
-        more columns are ignored. Where the training data were arrays of other shapes, it is such
-        arrays, or a Dataset of torch's with them, whose targets are left out. Raises InputError for
-        missing columns, other shapes, and for what is no table.
+        Returns:
+            The predictions, by task:
+            - classes: labels (n,).
+            - regression: values (n,), or (n, K) for several numbers.
+            - several labels: 0 or 1 for each label, (n, K).
+            - custom target: the outputs of the module, (n, ...).
+
+        Raises:
+            InputError: a column is missing, a shape differs, or X is not a table.
         """
         return self._predict(self._outputs(X))
 
     def _predict(self, outputs: Tensor) -> np.ndarray:
-        """Return what ``predict`` does of rows with these outputs."""
+        """Return the result of ``predict`` for rows with these outputs."""
         if self.task in ("custom", "multilabel"):
             return (outputs if self.task == "custom" else (outputs > 0).long()).numpy()
         if self.classes is None:
@@ -87,17 +96,25 @@ class TunedModel(ModelContent):
     def predict_interval(
         self, X: object, level: float = 0.9
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return the lower and the upper ends, (n,) each, of intervals that hold about a share
-        ``level`` of the values.
+        """Return intervals that contain about a share ``level`` of the true values.
 
-        The prediction before the target is transformed back, plus and minus the ceil((m + 1)
-        level)-th smallest of the m residuals. Of a model that was trained on all rows this has no
-        guarantee, and is near ``level`` in practice.
+        The interval is the prediction plus and minus the ceil((m + 1) level)-th smallest of the m
+        residuals. Both are computed before the target is transformed back. This model is trained on
+        all rows, so the coverage has no guarantee. In practice it is close to ``level``.
+
         Source: Barber et al. (2021), Predictive inference with the jackknife+, arXiv:1905.02928,
-        section 1: the K-fold form of the jackknife; CV+ would keep the members of all folds.
+        section 1: the K-fold form of the jackknife. CV+ would need the members of all folds.
 
-        Raises InputError for classes, several numbers a row, a model without residuals, and too
-        high a level.
+        Args:
+            X: the rows, as for ``predict``.
+            level: the share of values within the intervals, between 0 and 1.
+
+        Returns:
+            The lower and the upper ends, (n,) each.
+
+        Raises:
+            InputError: the model predicts classes or several numbers per row, has no residuals, or
+                has too few of them for ``level``.
         """
         half = self._half_width(level)
         return self._ends(self._outputs(X), half)
@@ -105,10 +122,13 @@ class TunedModel(ModelContent):
     def _ends(
         self, outputs: Tensor, half: float
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return the ends of intervals of so much to both sides, of rows with these outputs."""
+        """Return the ends of intervals, given the outputs of rows.
+
+        Each interval extends by ``half`` to both sides.
+        """
         middle = outputs.numpy() * self.scale + self.center
         ends = np.stack([self._in_units(middle + part) for part in (-half, half)])
-        return ends.min(0), ends.max(0)  # a transformation may turn them round
+        return ends.min(0), ends.max(0)  # a decreasing transformation swaps the ends
 
     def _half_width(self, level: float) -> float:
         if self.task != "regression" or not isinstance(self.center, float):
@@ -140,6 +160,7 @@ class TunedModel(ModelContent):
                 "FOLDER --intervals."
             )
         rows = len(self.residuals)
+        # 1e-9 absorbs the rounding of the product.
         rank = math.ceil((rows + 1) * level - 1e-9)
         if rank > rows:
             raise InputError(
@@ -149,17 +170,23 @@ class TunedModel(ModelContent):
         return float(self.residuals[rank - 1])
 
     def _in_units(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return values (n, K) in the target's own units, (n,) of one number."""
+        """Return values (n, K) in the units of the target; (n,) for one number."""
         if self.transform is not None:
             values = self.transform.inverse(torch.from_numpy(values)).numpy()
         return values[:, 0] if values.shape[1] == 1 else values
 
     def predict_proba(self, X: object) -> NDArray[np.float64]:
-        """Return the probability of each class, (n, K) in the order of ``classes``: the softmax of
-        the logits.
+        """Return the probability of each class: the softmax of the logits divided by
+        ``temperature``.
 
-        These are divided by the ``temperature``. Of several labels that of each. Raises InputError
-        for a regression.
+        Args:
+            X: the rows, as for ``predict``.
+
+        Returns:
+            (n, K) in the order of ``classes``. For several labels, the probability of each label.
+
+        Raises:
+            InputError: the model is a regression.
         """
         if self.task == "multilabel":
             return self._outputs(X).sigmoid().numpy()
@@ -170,11 +197,16 @@ class TunedModel(ModelContent):
         return self._outputs(X).softmax(1).numpy()
 
     def score(self, X: object, y: object, sample_weight: object = None) -> float:
-        """Return the accuracy of the labels y, or R2 of numbers, as estimators of scikit-learn do.
+        """Return the accuracy of predicted labels, or R2 of predicted numbers, as in scikit-learn.
 
-        A label that the model does not know counts as wrong. Raises InputError for a y with missing
-        values, of another length, with no known label at all, or of text where the model predicts
-        numbers.
+        Args:
+            X: the rows, as for ``predict``.
+            y: the right answers, one per row. An unknown label counts as wrong.
+            sample_weight: the weight of each row, (n,), or None.
+
+        Raises:
+            InputError: y has missing values, another length or no known label, or is text although
+                the model predicts numbers.
         """
         from sklearn.metrics import accuracy_score, r2_score
 
@@ -187,8 +219,10 @@ class TunedModel(ModelContent):
         return float(metric(true, guess, sample_weight=sample_weight))
 
     def fit(self, X: object, y: object = None) -> Self:
-        """Raise InputError: scikit-learn asks of an estimator that it has a fit, and this one is
-        fitted."""
+        """Raise InputError, because this estimator is already fitted.
+
+        scikit-learn requires that an estimator has a ``fit`` method.
+        """
         raise InputError(
             "a TunedModel is fitted already: wrap it in sklearn.frozen.FrozenEstimator where "
             "scikit-learn would fit it again, or search anew with gputune.tune."
@@ -196,7 +230,11 @@ class TunedModel(ModelContent):
 
     @property
     def classes_(self) -> np.ndarray:
-        """``classes``, as scikit-learn calls them; AttributeError where there are none."""
+        """The ``classes``, under the name that scikit-learn uses.
+
+        Raises:
+            AttributeError: the model has no classes.
+        """
         if self.classes is None:
             raise AttributeError("classes_: the model is none of classes")
         return self.classes
@@ -219,54 +257,72 @@ class TunedModel(ModelContent):
         )
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``model.safetensors`` and ``model.json`` into ``folder``, which is made where it is
-        missing.
+        """Write ``model.safetensors`` and ``model.json`` into ``folder``.
 
-        Each file appears whole or not at all. A model saved there before is replaced. Warns where
-        ``load_model`` will not find the class from elsewhere: one of a script, a notebook or a
-        function. Raises InputError for a folder that holds anything else, and for a module whose
-        state or spec cannot be written.
+        Each file appears complete or not at all. A model in the folder is replaced. Warns if
+        ``load_model`` cannot find the class later: a class from a script, a notebook or a function.
+
+        Args:
+            folder: the folder, which is created if it does not exist.
+
+        Raises:
+            InputError: the folder holds other files, or the state or the spec of the module cannot
+                be written.
         """
         save_model(self, folder)
 
     def export(self, path: str | os.PathLike[str]) -> None:
-        """Write the model, with all its numeric preprocessing, to a new file that runs without
-        gputune.
+        """Write the model with its numeric preprocessing to a new file that runs without gputune.
 
-        ``.onnx`` (with ``torch.onnx``; extra "onnx") or ``.pt2`` (with ``torch.export``). It takes,
-        for any n, what
-        ``encoded`` gives: of a table X, float64 (n, C), of other inputs each of them (n, ...) in
-        its dtype. It gives label (n,), the position in ``classes``, and probabilities (n, K), of
-        several labels both (n, K); for a regression prediction (n,) or (n, K) in original units,
-        for a custom target the outputs. The file's metadata, "gputune.json", names inputs, outputs
-        and classes.
+        The file takes the result of ``encoded``, with any number of rows n: (n, C) float64 for a
+        table, otherwise each input (n, ...) in its dtype. It returns
 
-        Raises InputError for another suffix, a file that exists, a folder that does not, and a
-        user's module that PyTorch cannot trace; MissingExtraError where the extra is missing.
+        - classes: label (n,), the position in ``classes``, and probabilities (n, K).
+        - several labels: label and probabilities, both (n, K).
+        - regression: prediction (n,) or (n, K) in original units.
+        - custom target: the outputs.
+
+        The metadata of the file, "gputune.json", names inputs, outputs and classes.
+
+        Args:
+            path: the new file, ``.onnx`` (``torch.onnx``, needs the extra "onnx") or ``.pt2``
+                (``torch.export``).
+
+        Raises:
+            InputError: the suffix is different, the file exists, its folder does not exist, or
+                PyTorch cannot trace the module.
+            MissingExtraError: the extra is not installed.
         """
         export(self, path)
 
     def encoded(self, X: object) -> Any:
-        """Return what an exported model takes of these rows, of a table float64 (n, C).
+        """Return the inputs of an exported model for some rows.
 
-        Of inputs that are no table it is an array, a tuple or a dict of them, in the dtypes of the
-        training data. Where all columns of the training data are numbers or booleans: these
-        columns, NaN where a value is missing. Else the features that text and dates are made into,
-        see ``Layout``. Raises InputError as ``predict``.
+        Args:
+            X: the rows, as for ``predict``.
+
+        Returns:
+            (n, C) float64 for a table. If all columns of the training data are numbers or booleans,
+            these are the columns, NaN for a missing value. Otherwise they are the features made
+            from text and dates, see ``Layout``. For other inputs, an array, a tuple or a dict of
+            arrays in the dtypes of the training data.
+
+        Raises:
+            InputError: as in ``predict``.
         """
         return encoded(self, self._inputs(X))
 
     def _outputs(self, X: object) -> Tensor:
-        """Return calibrated logits, or standardised values, (n, K) float64 on the CPU.
+        """Return calibrated logits or standardized values, (n, K) float64 on the CPU.
 
-        Equal rows of a batch have equal ones.
+        Equal rows of a batch have equal outputs.
         """
-        self.module.eval()  # the caller may have trained it on
+        self.module.eval()  # the caller may have continued its training
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
         names = None if isinstance(self.layout, Layout) else self.layout.names
         outputs = list[Tensor]()
-        # Not torch.inference_mode: TorchScript fails on its tensors, and so does training on what a
-        # forward kept.
+        # Not torch.inference_mode: TorchScript fails on its tensors, and later training fails on
+        # activations that a forward kept.
         with prediction_draws(device, draws=bool(self.info.get("draws"))), torch.no_grad():
             for part in self._batches(self._inputs(X)):
                 rows = encode(part, self.layout, self.statistics, self.dtype)
@@ -276,8 +332,8 @@ class TunedModel(ModelContent):
                     )
                 inputs = [x.to(device) for x in rows]
                 try:
-                    # Copies: of arrays they may be the caller's own rows, and those of a table are
-                    # read below.
+                    # Copies, because a forward may write into its inputs. Arrays may be the
+                    # caller's own rows, and the rows of a table are read again below.
                     own = [x.clone() for x in inputs]
                     output = self._check_output(call_module(self.module, own, names), len(part))
                 except (IndexError, RuntimeError) as error:
@@ -287,11 +343,12 @@ class TunedModel(ModelContent):
                         "place for every id."
                     ) from error
                 first = first_equal(inputs[0]) if isinstance(self.layout, Layout) else None
+                # Equal rows get the output of the first of them, see ``first_equal``.
                 outputs.append((output if first is None else output[first]).double().cpu())
         return torch.cat(outputs) / self.temperature
 
     def _too_large(self, table: Table, x: Tensor, *, first_row: int) -> InputError:
-        """Return what to raise for rows of which some inputs x (n, D') are no finite numbers."""
+        """Return the error for a table with inputs x (n, D') that are not all finite."""
         assert isinstance(self.layout, Layout)
         row = int((~x.isfinite().all(1)).nonzero()[0])
         sizes = np.nan_to_num(np.abs(self.layout.raw(table.select(np.array([row])))[0]))
@@ -304,11 +361,11 @@ class TunedModel(ModelContent):
         )
 
     def _inputs(self, X: object) -> Table | Arrays:
-        """Return X, or what a file has beside the target, as a table or as arrays like those of the
-        training.
+        """Return X, or the inputs in a file, as a table or as arrays in the layout of the training
+        data.
 
-        A tensor of a table's rows becomes a table too, so that tensors and arrays are predicted
-        alike.
+        A tensor with the rows of a table becomes a table too, so that tensors and arrays get equal
+        predictions.
         """
         is_table = isinstance(self.layout, Layout)
         if isinstance(X, str | Path) and (Path(X).suffix.lower() in ARRAY_SUFFIXES or not is_table):
@@ -319,11 +376,10 @@ class TunedModel(ModelContent):
             )
         if isinstance(X, Tensor):
             return as_table(checked_tensor(X).cpu().numpy())
-        # "007" and "7" are two levels, and one number.
+        # As text, "007" and "7" are two levels. As numbers they would be equal.
         texts = [column.name for column in self.layout.columns if column.kind == "category"]
         table = read_table(X, texts) if isinstance(X, str | Path) else as_table(X)
-        # That a file still has its target, or what the search left out, is no surprise that a
-        # warning must tell.
+        # No warning if a file still has its target, or columns that the search left out.
         known = {self.target, *self.info.get("drop", ())} - {*self.layout.inputs}
         unread = [name for name in table.names if name in known]
         table = table.drop(*unread) if len(unread) < len(table.names) else table
@@ -339,16 +395,15 @@ class TunedModel(ModelContent):
         return table
 
     def _inputs_of_file(self, path: Path) -> Any:
-        """Return the inputs from a file of arrays, without the target and what the search left
-        out."""
+        """Return the inputs from a file of arrays, without the target and the arrays that the
+        search left out."""
         unread = {self.target, *self.info.get("drop", ())}
         if isinstance(self.layout, Layout):
             return pick_inputs(path, None, [(len(self.layout.inputs),)], unread)
         return pick_inputs(path, self.layout.names, self.layout.shapes, unread)
 
     def _batches(self, table: Table | Arrays) -> Iterator[Table | Arrays]:
-        """Cut the rows, so that the encoded numbers need no more memory for a large file than for a
-        small one."""
+        """Yield the rows in batches, so that a large file needs no more memory than a small one."""
         if isinstance(self.layout, ArrayLayout):
             numbers = self.layout.row_numbers
         else:
@@ -377,7 +432,7 @@ class TunedModel(ModelContent):
         )
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: what it predicts from what, and the scores it was chosen by."""
+        """Return the HTML that a notebook shows: target, inputs, scores and parameters."""
         info = self.info
         rows = [("predicts", self.target), ("from", self.layout.in_words())]
         if self.classes is not None:
@@ -413,14 +468,24 @@ def load_model(
     """Return the model that ``TunedModel.save`` wrote into ``folder``, on the CPU and ready to
     predict.
 
-    Runs the file or package of a user's own class or function, if this user has trained or saved
-    that class or function from that file on this machine, if the running program defines the class,
-    or with ``trust_code=True``. ``module=`` gives the class instead and imports nothing, the safe
-    way to open a folder from someone else. Nothing is unpickled. Warns where the source has changed
-    and the state still fits.
+    Nothing is unpickled. To load a user's own class or function, gputune runs its file or package.
+    It does so only in these cases:
 
-    Raises InputError, saying which file and what to do, for a folder that is missing, incomplete,
-    damaged or of a newer gputune, and for a class that is gone, not trusted, or that the state does
-    not fit.
+    - This user has trained or saved that class or function from that file on this machine.
+    - The running program defines the class.
+    - ``trust_code=True``.
+
+    Warns if the source has changed and the state still fits.
+
+    Args:
+        folder: the folder of the model.
+        module: the class, given directly. Then nothing is imported. This is the safe way to open a
+            folder from someone else.
+        trust_code: True to run the code that the folder names.
+
+    Raises:
+        InputError: the folder is missing, incomplete, damaged or of a newer gputune, or the class
+            is missing, not trusted, or does not fit the state. The message names the file and the
+            remedy.
     """
     return TunedModel(**read_fields(Path(folder), module, trust_code=trust_code))

@@ -1,5 +1,5 @@
-"""The fields of a tuned model, read from its description: each is held against its form before it
-is used."""
+"""Read the fields of a tuned model from its description. Each field is checked before it is
+used."""
 
 import math
 from typing import get_args
@@ -30,13 +30,16 @@ _INFO = {
     "held_out_rows?": int,
     "trained_rows?": str,
 }
-"""The form of what an interface reads of a model's info. Further keys are free."""
+"""The form of the entries of a model's info that gputune reads. Other keys are allowed."""
 
 
 def read_content(body: Json) -> Json:
-    """Return the fields of a ``ModelContent`` but its module. Raises ValueError where one cannot be
-    what it says."""
-    # Files of old versions lack these.
+    """Return the fields of a ``ModelContent``, except its module.
+
+    Raises:
+        ValueError: a field has an impossible value.
+    """
+    # defaults for files of old versions
     body = {"target_transform": None, "residuals": None, "temperature": 1.0, **body}
     layout, classes, transform, residuals = (
         body[n] for n in ("layout", "classes", "target_transform", "residuals")
@@ -105,16 +108,16 @@ def _check_target(fields: Json) -> None:
 
 
 def _of_target(value: float | list[float] | np.ndarray) -> float | NDArray[np.float64]:
-    """Return the center or scale of a target, one number or one a column."""
+    """Return the center or scale of a target: one number, or one per column."""
     return np.asarray(value, np.float64) if isinstance(value, list | np.ndarray) else float(value)
 
 
 _PARTS_OF = {"number": ("value",), "boolean": ("value",), "category": (), "date": DATE_PARTS}
-"""By the kind of a column, the parts that its values may be made into."""
+"""By kind of column, the parts that its values may become."""
 
 
 def _check_column(column: Column) -> None:
-    """Raise ValueError for a column that no layout has."""
+    """Raise ValueError for a column that cannot be in a layout."""
     if column.kind not in _PARTS_OF:
         raise ValueError(f"a column is of the kind {column.kind!r:.60}")
     texts = [column.name, *column.parts, *column.levels]
@@ -126,7 +129,7 @@ def _check_column(column: Column) -> None:
 
 
 def _check_layout(layout: Layout) -> None:
-    """Raise ValueError for a layout that no table has."""
+    """Raise ValueError for a layout that cannot belong to a table."""
     if not layout.columns or not {str}.issuperset(map(type, (*layout.inputs, *layout.notes))):
         raise ValueError("its layout has no column, or names of another type")
     for column in layout.columns:
@@ -134,7 +137,7 @@ def _check_layout(layout: Layout) -> None:
 
 
 def _check_statistics(statistics: Statistics, n_features: int) -> None:
-    """Raise ValueError unless these are statistics of rows with so many features."""
+    """Raise ValueError unless these are statistics of rows with ``n_features`` features."""
     n_inputs = len(statistics.places) or n_features
     ends = (n_inputs,) if statistics.least.size else (0,)
     shapes = {

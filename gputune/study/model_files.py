@@ -1,8 +1,8 @@
-"""What a tuned model consists of, and its folder: tensors as safetensors, everything else as JSON
-with both checksums.
+"""The content of a tuned model, and its folder.
 
-Each file appears whole or not at all, and the description comes last. A folder that does not fit
-its checksums is refused by an error that names the file; nothing is ever unpickled.
+Tensors are stored as safetensors, everything else as JSON with both checksums. Each file appears
+complete or not at all, and the description is written last. If a file does not fit its checksum,
+the error names the file. Nothing is ever unpickled.
 """
 
 import json
@@ -56,19 +56,19 @@ TENSORS = "model.safetensors"
 FORMAT = "gputune model"
 FORMAT_VERSION = 3
 DRAFTS = ".model"
-"""How what a killed process may have left in the folder begins."""
+"""Prefix of files that a killed process may have left in the folder."""
 
 BUILT_IN: dict[str, type[nn.Module]] = {"mlp": MLP, "logistic": LogisticRegression}
 _PLAIN = ("task", "classes", "center", "scale", "target", "info", "residuals", "temperature")
-"""The fields of a model that its description has as they are."""
+"""The fields of a model that its description holds unchanged."""
 
 _Members = Sequence[tuple[Config, Config]]
-"""Of each module the sizes with which it is built, and its other arguments."""
+"""For each module, its size arguments and its other arguments."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ModelContent:
-    """The fields of a ``TunedModel``, which says what they are."""
+    """The fields of a ``TunedModel``, which documents them."""
 
     module: nn.Module
     layout: Layout | ArrayLayout
@@ -115,11 +115,12 @@ def save_model(model: ModelContent, folder: str | os.PathLike[str]) -> None:
                 f"save(folder={str(place)!r}): the folder holds {name!r}, which is no part of a "
                 "model; give a new or an empty folder."
             )
-    # Clones: safetensors refuses tensors that share memory, as tied weights do.
+    # Clones: safetensors refuses tensors that share memory, such as tied weights.
     tensors = safetensors.torch.save(
         {key: value.cpu().clone().contiguous() for key, value in saved.items()}
     )
     text = to_json({**body, "tensors_sha256": sha256(tensors)}, name="the model's spec or info")
+    # The head holds the checksum of the body's text.
     head = json.dumps({"format": FORMAT, "version": FORMAT_VERSION, "sha256": sha256(text)})
     files = {TENSORS: tensors, DESCRIPTION: f'{head[:-1]}, "body": {text}}}\n'.encode()}
     remedy = "make room on its disk and check the rights of the folder, or choose another folder"
@@ -139,8 +140,11 @@ def save_model(model: ModelContent, folder: str | os.PathLike[str]) -> None:
 
 
 def _full_spec(model: ModelContent) -> Json:
-    """Return how the module is built again; of a user's class with the file where it lies now."""
-    # by a function, of which the module knows nothing
+    """Return the recipe to build the module again.
+
+    For a user's class it includes the current file of the class.
+    """
+    # A function made the module, and the module has no link to it.
     if model.spec["kind"] != "module" or "made" in model.spec:
         return model.spec
     source = module_source.class_source(_module_type(model))
@@ -206,7 +210,7 @@ def read_fields(folder: Path, module: Builder | None, *, trust_code: bool) -> Js
 
 
 def _members(known: Json) -> _Members:
-    """Return the arguments of a model's modules, an ensemble's several."""
+    """Return the arguments of the modules of a model: several for an ensemble."""
     spec = known["spec"]
     layout = known["layout"]
     statistics = known["statistics"]
@@ -233,8 +237,8 @@ def _members(known: Json) -> _Members:
 
 
 def _check_size(members: _Members, kind: str, state: dict[str, Tensor]) -> None:
-    """Raise ValueError for networks that are larger than their tensors, before they take the
-    memory."""
+    """Raise ValueError for networks that are larger than their tensors, before memory is
+    allocated."""
     numbers = 0
     standard = {"width": 128, "depth": 2 if kind == "mlp" else 0}
     for sizes, others in members:
@@ -242,10 +246,11 @@ def _check_size(members: _Members, kind: str, state: dict[str, Tensor]) -> None:
         D = int(words["n_features"] or 0)
         K = int(words["n_outputs"] or 0)
         width = words["width"]
-        if isinstance(width, tuple):  # of each layer
+        if isinstance(width, tuple):  # one per layer
             numbers += sum((a + 1) * b for a, b in pairwise((D, *map(int, width), K)))
-        elif depth := int(words["depth"]):  # which may be too many to be listed
+        elif depth := int(words["depth"]):  # no loop: the depth in a file may be huge
             H = int(width)
+            # input layer, hidden layers, output layer; each with biases
             numbers += (D + 1) * H + (depth - 1) * (H + 1) * H + (H + 1) * K
         else:
             numbers += (D + 1) * K
@@ -305,7 +310,7 @@ def _build(
     for (sizes, arguments), seed in zip(members, seeds):
         words = call_arguments(module_class, sizes, arguments)
         inputs = kinds or [(sizes["input_shape"], torch.float32)]
-        # From the stream of the training: what the constructor draws into plain attributes is in no
+        # From the random stream of the training: random values in plain attributes are not in the
         # file.
         with module_stream(seed or 0):
             module = construct(module_class, words)
@@ -317,8 +322,9 @@ def _build(
 def read_description(path: Path) -> Json:
     """Return the description of a model from its file, without the tensors.
 
-    Raises InputError, saying which file and what to do, for a folder that is missing, incomplete,
-    damaged or of a newer gputune.
+    Raises:
+        InputError: the folder is missing, incomplete, damaged or of a newer gputune. The message
+            names the file and the remedy.
     """
     with file_errors(path):
         head = json.loads(_read(path, bytes_per_byte=_JSON_BYTES))
@@ -329,6 +335,7 @@ def read_description(path: Path) -> Json:
                 f"{str(path)!r} has model format {head['version']}, this gputune reads up to "
                 f"{FORMAT_VERSION}; upgrade gputune."
             )
+        # The separators of ``to_json``: an unchanged body gives the same text.
         text = json.dumps(head["body"], separators=(",", ":"))
         if sha256(text) != head["sha256"]:
             raise ValueError("it was changed after it was written")
@@ -337,7 +344,7 @@ def read_description(path: Path) -> Json:
 
 @contextmanager
 def file_errors(path: Path) -> Iterator[None]:
-    """Turn what reading an odd file raises into an error that names the file."""
+    """Turn the errors from reading a damaged file into an error that names the file."""
     try:
         yield
     except InputError:
@@ -364,7 +371,7 @@ def _read_tensors(path: Path, body: Mapping[str, object]) -> dict[str, Tensor]:
 
 
 _JSON_BYTES = 30
-"""Bytes of memory that a byte of JSON needs at most: "[]," is an object of Python's."""
+"""The largest number of bytes of memory per byte of JSON: "[]," becomes a Python object."""
 
 
 def _read(path: Path, bytes_per_byte: int = 1) -> bytes:

@@ -1,17 +1,20 @@
-"""Where a user's module class lives, or a function that makes modules, so that another process
-finds it again.
+"""The place of a user's module class, or of a function that makes modules, for other processes.
 
-{"import": "package.module:Class", "sha256": ...}     a class of an installed package, or of the running script
-{"path": "/.../net.py", "class": "Net", "sha256": ...}   a class of a file that ``class_from_file`` ran
-{..., "made": "function"}                              a function there, or a partial that has a name there
-{..., "made": "function", "keywords": {...}}           a partial without a name, of the class or function there
+{"import": "package.module:Class", "sha256": ...}
+    a class of an installed package, or of the running script
+{"path": "/.../net.py", "class": "Net", "sha256": ...}
+    a class of a file that ``class_from_file`` ran
+{..., "made": "function"}
+    a function there, or a partial that has a name there
+{..., "made": "function", "keywords": {...}}
+    a partial without a name, of the class or function there
 
-The digest is that of the file, or of the source of the class and of those it inherits from; a class
-that was typed at a prompt has none. A model has "file" beside "import": where the source lay when
-it was saved.
+The digest covers the file, or the source of the class and of its base classes. A class that was
+typed at a prompt has no digest. A model has "file" in addition to "import": the file of the source
+when the model was saved.
 
-To find a class may run the file that it is in. ``lookup.py`` says which names a file may use, and
-why that is safe.
+Finding a class may run its file. ``lookup.py`` describes the names that a file may use, and why
+that is safe.
 """
 
 import functools
@@ -46,13 +49,14 @@ from gputune.study.values import sha256
 from gputune.types import Json
 
 LARGEST_SOURCE = 2**24
-"""Bytes of a Python file that is named by a study or a model."""
+"""The largest size in bytes of a Python file that a study or a model may name."""
 
 
 def class_source(module_class: Builder) -> Json:
-    """Return where the class is defined; ``find_class`` is the way back.
+    """Return the place of the class's definition. ``find_class`` returns the class from it.
 
-    Raises InputError for a partial that has no name and cannot be written down.
+    Raises:
+        InputError: a partial has no name and cannot be written down.
     """
     home, name = _place(module_class)
     module = sys.modules.get(home)
@@ -65,19 +69,20 @@ def class_source(module_class: Builder) -> Json:
 
 
 def is_builder(value: object) -> TypeGuard[Builder]:
-    """Whether something is a class of modules, a function, or a partial of one of them."""
+    """Return True for a class of modules, a function, or a partial of one of them."""
     if isinstance(value, functools.partial):
         return is_builder(value.func)
     return inspect.isfunction(value) or is_module_class(value)
 
 
 def _unwrap(builder: Builder) -> Builder:
-    """Return the class or the function of a partial, or what is none as it is."""
+    """Return the class or the function of a partial. Other values are returned unchanged."""
     return builder.func if isinstance(builder, functools.partial) else builder
 
 
 def _place(builder: Builder) -> tuple[str, str]:
-    """Return the module and the name under which a class, a function or a partial stands there."""
+    """Return the module and the name under which the module holds a class, a function or a
+    partial."""
     inner = _unwrap(builder)
     for module in (inner.__module__, MAIN) if inner is not builder else ():
         for name, value in vars(sys.modules.get(module, object)).items():
@@ -87,7 +92,7 @@ def _place(builder: Builder) -> tuple[str, str]:
 
 
 def _builder_json(builder: Builder) -> Json:
-    """Return what is written of a builder beside its place."""
+    """Return the description of a builder in addition to its place."""
     if not isinstance(builder, functools.partial):
         return {"made": "function"} if inspect.isfunction(builder) else {}
     inner = builder.func
@@ -110,14 +115,13 @@ def _builder_json(builder: Builder) -> Json:
 
 
 def source_file(module_class: Builder) -> str | None:
-    """Return the Python file of a class, in full; None for one of a notebook or a prompt."""
+    """Return the absolute path of a class's Python file, or None for a notebook or a prompt."""
     path = module_values(sys.modules.get(_place(module_class)[0])).get("__file__")
     return str(Path(path).resolve()) if path and Path(path).is_file() else None
 
 
 def why_not_found(module_class: Builder) -> str | None:
-    """Return where a class is defined that another process does not find by itself; None where it
-    does."""
+    """Return the place of a class that another process cannot find, as text, or None if it can."""
     home, name = _place(module_class)
     if home == MAIN:
         return (
@@ -133,13 +137,15 @@ def why_not_found(module_class: Builder) -> str | None:
     return f"in {home!r}, where no import reaches it"
 
 
-# Each is taken once: a source that is edited later is not what this process has imported.
+# Each digest is taken once: this process has not imported later edits of a source.
 _DIGESTS: "weakref.WeakKeyDictionary[object, str | None]" = weakref.WeakKeyDictionary()
 
 
 def _digest(module_class: Builder) -> str | None:
-    """Digest of the source of a function, or of a class and of those under ``nn.Module`` it
-    inherits from; or None."""
+    """Return the digest of the source of a function or a class, or None without a source.
+
+    The digest of a class includes its base classes below ``nn.Module``.
+    """
     if (inner := _unwrap(module_class)) not in _DIGESTS:
         chain = inner.__mro__[:-1] if isinstance(inner, type) else (inner,)
         own = [kind for kind in chain if not kind.__module__.startswith("torch.")]
@@ -151,7 +157,10 @@ def _digest(module_class: Builder) -> str | None:
 
 
 def is_changed(module_class: Builder, source: Mapping[str, object]) -> bool:
-    """Whether the source of a class is known not to be the one that ``class_source`` described."""
+    """Return True if the source of a class is known to differ from ``source``.
+
+    ``source`` is the result of ``class_source``.
+    """
     now = _digest(module_class) if "import" in source else class_source(module_class).get("sha256")
     return None not in (now, source.get("sha256")) and now != source["sha256"]
 
@@ -160,7 +169,7 @@ def remember_code(module_class: Builder) -> None:
     """Remember a class or function that is trained or saved here, so that ``find_class`` finds it
     again.
 
-    A script never runs again for it: to run a script is more than to define its classes.
+    This never makes a script run again, because a script does more than define its classes.
     """
     home, name = _place(module_class)
     if home in sys.modules:
@@ -168,12 +177,15 @@ def remember_code(module_class: Builder) -> None:
 
 
 def find_class(source: Json, *, trust_code: bool = False, or_changed: bool = False) -> Builder:
-    """Return the class that ``class_source`` described; may run its file or import its package.
+    """Return the class that ``class_source`` described. This may run its file or import its
+    package.
 
-    Raises UntrustedCodeError for a name that ``lookup.py`` does not allow, unless ``trust_code``;
-    before anything has run, if the user has never trained or saved from these files. Raises
-    InputError if the class is gone or, unless
-    ``or_changed``, its file has changed.
+    Raises:
+        UntrustedCodeError: ``lookup.py`` does not allow the name, and ``trust_code`` is False. If
+            this user has never trained or saved from these files, it is raised before any of them
+            runs.
+        InputError: the class does not exist any more, or its file has changed and ``or_changed`` is
+            False.
     """
     if keywords := source.get("keywords"):
         builder = find_class(
@@ -199,11 +211,17 @@ def find_class(source: Json, *, trust_code: bool = False, or_changed: bool = Fal
 
 
 def class_from_file(path: str | os.PathLike[str], name: str) -> Builder:
-    """Return the ``nn.Module`` class, or the function that makes modules, ``name`` of the Python
-    file at ``path``.
+    """Return the ``nn.Module`` class, or the function that makes modules, from a Python file.
 
-    That runs the file, once a process. Raises InputError for a missing file, one that does not run,
-    and a name that is neither.
+    This runs the file, once per process.
+
+    Args:
+        path: the Python file.
+        name: the name of the class or function in it.
+
+    Raises:
+        InputError: the file does not exist or fails to run, or the name is not a class or function
+            of this kind.
     """
     return _of_file(path, name, trust_code=True)
 
@@ -216,7 +234,8 @@ def _of_file(
     trust_code: bool,
     or_changed: bool = True,
 ) -> Builder:
-    """Return the class of a file whose digest was ``known``, None where it was not."""
+    """Return the class of a file. ``known`` is the digest of the file, or None if it is not
+    known."""
     try:
         path = Path(path).resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a link to itself, a NUL
@@ -244,8 +263,8 @@ def _of_file(
 
 
 def _of_main(place: str, script: str | None, trust_code: bool) -> Builder:
-    """Return a class of the running program, or of the script that it was defined in, which is then
-    run."""
+    """Return a class of the running program, or of the script that defined it. The script is
+    then run."""
     name = place.partition(":")[2]
     here = lookup(sys.modules[MAIN], name)
     if here is not None:
@@ -279,7 +298,7 @@ def _import_builder(place: str, file: str | None, trust_code: bool) -> Builder:
     try:
         files = files_to_import(package)
     except ImportError as error:
-        # A file that lay beside a script.
+        # The module was a file next to a script.
         if file is not None and "." not in package and Path(file).is_file():
             return _of_file(file, name, trust_code=trust_code)
         there = "" if file is None else f"; it was in {file!r}"
@@ -299,8 +318,11 @@ def _import_builder(place: str, file: str | None, trust_code: bool) -> Builder:
 
 
 def _checked_grant(files: Files, name: str, more: str = "") -> Grant:
-    """Return what the trust list allows the name to stand for. UntrustedCodeError, before the files
-    run, if nothing."""
+    """Return the grant of the trust list for the name.
+
+    Raises:
+        UntrustedCodeError: the trust list allows nothing. It is raised before the files run.
+    """
     grant = grant_of(files, name)
     if grant is Grant.NOTHING:
         where = repr(files[-1][0]) if files else "a package without a file"
@@ -312,8 +334,11 @@ def _checked_grant(files: Files, name: str, more: str = "") -> Grant:
 
 
 def _granted(module: ModuleType, name: str, grant: Grant) -> Builder:
-    """Return what a name in a stranger's file stands for. Raises UntrustedCodeError unless the
-    grant allows it."""
+    """Return the object that a name in a stranger's file stands for.
+
+    Raises:
+        UntrustedCodeError: the grant does not allow the object.
+    """
     builder = lookup(module, name)
     if builder is not None and is_granted(builder, grant):
         return builder
@@ -330,7 +355,7 @@ def _granted(module: ModuleType, name: str, grant: Grant) -> Builder:
 
 
 def _trusted(module: ModuleType, name: str) -> Builder:
-    """Return what a name stands for that the user has typed, or trusts, which may lead through
+    """Return the object of a name that the user typed, or trusts. The name may lead through
     other modules."""
     with suppress(AttributeError):
         if is_builder(kind := functools.reduce(getattr, name.split("."), module)):
@@ -343,7 +368,7 @@ def _trusted(module: ModuleType, name: str) -> Builder:
 
 
 def _run(path: Path, content: bytes) -> ModuleType:
-    """Return the module that the file defines, under a name of its path and content."""
+    """Return the module that the file defines, under a name made from its path and content."""
     digest = sha256(content)
     name = f"{FILE_MODULE}{sha256(os.fsencode(path))[:12]}_{digest[:12]}"
     if name in sys.modules:

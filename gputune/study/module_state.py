@@ -1,9 +1,8 @@
-"""The state of a trained module, as a model file holds it: all its tensors, and the numbers that it
-counts in.
+"""The state of a trained module in a model file: all its tensors, and its plain number attributes.
 
-``state_dict()`` has only a part of that. It leaves out the buffers with ``persistent=False``, and
-numbers of Python. What a constructor draws into plain attributes is in no file: the module is built
-from the same random stream again.
+``state_dict()`` has only a part of that. It leaves out buffers with ``persistent=False``, and
+numbers of Python. Values that a constructor draws into plain attributes are not in the file.
+Instead, the module is built again from the same random stream.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -17,8 +16,10 @@ Numbers = dict[str, bool | int | float]
 
 
 def saved_tensors(module: nn.Module) -> dict[str, object]:
-    """Return the parameters and all buffers of a module by name, also buffers that ``state_dict()``
-    leaves out."""
+    """Return the parameters and all buffers of a module by name.
+
+    This includes the buffers that ``state_dict()`` leaves out.
+    """
     return dict(module.named_buffers()) | dict(module.state_dict())
 
 
@@ -29,8 +30,8 @@ def temporary_buffers(module: nn.Module) -> list[str]:
 
 
 def saved_numbers(module: nn.Module) -> Numbers:
-    """Return the numbers that the submodules of a module hold in plain attributes, such as a count
-    of calls."""
+    """Return the numbers in plain attributes of the submodules of a module, such as a count of
+    calls."""
     numbers: Numbers = {}
     for path, part in _counting_parts(module):
         for name, value in vars(part).items():
@@ -40,9 +41,10 @@ def saved_numbers(module: nn.Module) -> Numbers:
 
 
 def read_numbers(body: Json) -> Json:
-    """Return the numbers that the module counts in; files of old versions have none.
+    """Return the saved numbers of the module. They are empty for files of old versions.
 
-    Raises ValueError for anything else.
+    Raises:
+        ValueError: the description has another type of value there.
     """
     numbers = body.get("numbers", {})
     if not isinstance(numbers, dict):
@@ -51,10 +53,12 @@ def read_numbers(body: Json) -> Json:
 
 
 def read_temporary(body: Json, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of the buffers that are in no ``state_dict()``; files of old versions have
-    none.
+    """Return the saved names of temporary buffers, which ``state_dict()`` leaves out.
 
-    Raises ValueError for anything else.
+    The list is empty for files of old versions.
+
+    Raises:
+        ValueError: the description has another type of value there.
     """
     names = body.get("temporary", [])
     if not isinstance(names, list) or not all(
@@ -65,10 +69,10 @@ def read_temporary(body: Json, tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def read_seeds(spec: Json, n_modules: int) -> list[int | None]:
-    """Return the seed with which each module was built; None for files of old versions, which do
-    not have it.
+    """Return the seed with which each module was built. It is None for files of old versions.
 
-    Raises ValueError for anything else.
+    Raises:
+        ValueError: the description has another type of value there.
     """
     seeds = spec.get("seeds", [None] * n_modules)
     if len(seeds) != n_modules or not {int, type(None)}.issuperset(map(type, seeds)):
@@ -82,16 +86,18 @@ def restore(
     numbers: Mapping[str, object],
     temporary: Collection[str],
 ) -> None:
-    """Give a new module the tensors and numbers that were saved of another one.
+    """Copy saved tensors and numbers into a new module.
 
-    A number is left alone where the class no longer has it. Raises RuntimeError, as
-    ``load_state_dict`` does, for tensors that do not fit.
+    A number is ignored if the class no longer has it.
 
     Args:
-        module: What receives them, in place.
-        tensors: What ``saved_tensors`` returned.
-        numbers: What ``saved_numbers`` returned.
-        temporary: What ``temporary_buffers`` returned.
+        module: the module to change, in place.
+        tensors: the result of ``saved_tensors``.
+        numbers: the result of ``saved_numbers``.
+        temporary: the result of ``temporary_buffers``.
+
+    Raises:
+        RuntimeError: the tensors do not fit, as in ``load_state_dict``.
     """
     module.load_state_dict(
         {name: tensor for name, tensor in tensors.items() if name not in temporary}
@@ -110,13 +116,14 @@ def restore(
 
 
 def _counting_parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the submodules that may count: those of PyTorch's own classes hold only settings."""
+    """Yield the submodules that may count. PyTorch's own classes are left out: they hold only
+    settings."""
     for path, part in module.named_modules():
         if type(part).__module__.partition(".")[0] != "torch":
             yield path, part
 
 
 def _is_like(value: object, before: object) -> bool:
-    """Whether a saved number may take the place of an attribute."""
+    """Return True if a saved number may replace the value of an attribute."""
     kinds = (bool,) if type(before) is bool else (int, float)
     return type(before) in (bool, int, float) and type(value) in kinds

@@ -1,13 +1,16 @@
-"""What a study knows of its search: one typed value, kept in its file as named options.
+"""The search record: one typed value that describes the search of a study.
 
-Each field says what it is for: whether a search that goes on must have the same, whether a training
-depends on it, which argument of ``tune`` it answers. All that compares, digests or repeats a search
-takes its list from here.
+A study file keeps it as named options. Each field declares its purpose: whether a resumed search
+must have the same value, whether a training depends on it, and which argument of ``tune`` it
+stores. All code that compares, digests or repeats a search takes its list of fields from here.
 
-Each has a form too, by which a value of another type is known as damage when the file is read. A
-form is a type (int and float: of 64 bits), None, a text, a tuple of forms to choose from, [form]
-for a list, {"": form} for an object of such values, or an object of forms by key: those that end in
-"?" may be missing, further keys are free.
+Each field also has a form. A value of another form in a file is damage. A form is
+
+- a type (int and float: of 64 bits), None, or a text,
+- a tuple of forms to choose from,
+- [form] for a list,
+- {"": form} for an object with such values,
+- an object of forms by key. Keys that end in "?" are optional, and other keys are allowed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -56,17 +59,16 @@ ARGUMENTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """What only makes a search again.
+    """The arguments that gputune needs only to repeat a search.
 
-    kept        options of ``tune`` by name, beside those that the record has as fields
-    space       as plain values, see ``choices_to_json``; None where it has an object of the user's
-                own
-    folds       packed
-    lacking     what a file cannot hold and the search needs, in words
-    callbacks   those that will not be called again
-    final_model  options of the command line for the model that it saves at the end: "ensemble",
-                 "intervals" and
-                "calibrate"; empty in studies of Python and of earlier versions
+    Attributes:
+        kept: options of ``tune`` by name, in addition to the fields of the record.
+        space: the space as plain values, see ``choices_to_json``. None if it holds a custom object.
+        folds: the packed folds.
+        lacking: the parts that a file cannot hold and the search needs, as text.
+        callbacks: the callbacks that a resumed search will not call.
+        final_model: options of the command line for the model that it saves at the end: "ensemble",
+            "intervals" and "calibrate". Empty in studies made from Python or by earlier versions.
     """
 
     kept: Json = field(default_factory=dict)
@@ -77,10 +79,10 @@ class Arguments:
     final_model: dict[str, bool] = field(default_factory=dict)
 
     def updated(self, latest: Self) -> Self:
-        """Return these arguments with the latest call's options of the final model and of the end
-        of the search.
+        """Return these arguments with the latest call's options for the final model and the end of
+        the search.
 
-        A search that is stopped again then resumes with what its last call was given.
+        A search that is stopped again then resumes with the options of its last call.
         """
         ending = {
             name: latest.kept[name] for name in _ENDING if name in self.kept and name in latest.kept
@@ -90,19 +92,21 @@ class Arguments:
 
 
 _ENDING = ("target_score", "patience_trials")
-"""Options that decide where a search ends, and that a resume may change."""
+"""Options that decide when a search ends. A resumed search may change them."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a field of a record is for.
+    """The purpose of a field of a record.
 
-    form       what it looks like in a file; None: as the type of the field says
-    called     what it is in words, where a search that goes on must have the same; "" where it may
-               differ
-    training   whether the numbers of a training depend on it, beside its configuration
-    argument   the argument of ``tune`` whose value it is; "" where it is none, or in another form
-    logged     whether loggers are told of it
+    Attributes:
+        form: its form in a file. None: the type of the field.
+        called: its name in messages, if a resumed search must have the same value. "" if it may
+            differ.
+        training: True if the numbers of a training depend on it, in addition to its configuration.
+        argument: the argument of ``tune`` with the same value. "" without such an argument, or if
+            it has another form.
+        logged: True if loggers receive it.
     """
 
     form: object = None
@@ -113,8 +117,10 @@ class Part:
 
 
 def _part(default: object, called: str = "", **what: Any) -> Any:
-    """Return a field with what it is for; ``default``, or what it makes, stands where a file does
-    not have it."""
+    """Return a dataclass field with its purpose.
+
+    ``default``, or its result if it is ``dict`` or ``list``, is used if a file lacks the field.
+    """
     metadata = {"part": Part(called=called, **what)}
     if default in (dict, list):
         return field(default_factory=default, metadata=metadata)
@@ -122,42 +128,51 @@ def _part(default: object, called: str = "", **what: Any) -> Any:
 
 
 def _argument(default: object, name: str, **what: object) -> Any:
-    """Return a field that holds an argument of ``tune``, which must stay the same."""
+    """Return a field that holds an argument of ``tune`` and must stay the same."""
     return _part(default, name, argument=name, **{"training": True, **what})
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchRecord:
-    """A search as its study keeps it. What a file lacks is "", 0, None or empty, and its name is in
-    ``absent``.
+    """A search as its study keeps it.
 
-    face            "sklearn" where a search of scikit-learn's face wrote it, "loop" where
-                    ``gputune.search`` did of a user's own training loop; both have few of the
-                    others
-    model, spec     the model's name, and how it is built again (see module_source.py)
-    space           as text; ``distributions`` are those of it that an export to Optuna knows, by
-                    key
-    method          "random", or its "name" with its options
-    target_transform  a word, or the class and parameters of a transformer of scikit-learn's, or the
-                      text of another
-    classes         the labels; None for numbers
-    source          what reads the rows again, and which were held out; None for rows in memory
-    fingerprint     of the rows: "rows", "columns", "sha256"
-    features        columns of the encoded rows; ``notes`` are remarks on columns and trials
-    max_levels      of a category that have a feature each; 32 before there was a choice
-    class_weight    as text, ``sample_weight`` as a digest; None where the rows were not weighted
-    cv, folds       the number or the class of the splitter, how many folds it made, and the digest
-                    of their rows
-    objective       the loss, the training step and what changes minibatches; "" for the loss of the
-                    task alone
-    code            digests of what of it is the user's own, by argument; see code.py
-    scoring         the scorer that ranks; ``metrics`` are all of them where there are several: the
-                    "name" of each, its "scorer", and the "positive" class that it is of
-    positive        the class that ``scoring``, or another of the metrics, is of; None: of none
-    baseline        the "answer" that needs no model, in words, and its "score"; None for a scorer
-                    of the user's own
-    max_epochs      1 for a model that is solved
-    device          where it trained first; it may go on elsewhere
+    A field that the file lacks is "", 0, None or empty, and its name is in ``absent``.
+
+    Attributes:
+        face: "sklearn" for a search of the scikit-learn API, "loop" for ``gputune.search`` with a
+            custom training loop. Both have only a few of the other fields.
+        model: the name of the model.
+        spec: the recipe to build the model again, see module_source.py.
+        space: the space as text.
+        distributions: the parts of the space that an export to Optuna supports, by key.
+        method: "random", or the "name" of the method with its options.
+        target_transform: a word, or the class and parameters of a scikit-learn transformer, or the
+            text of another object.
+        classes: the labels; None for numbers.
+        source: describes how to read the rows again, and the held-out rows. None for rows in
+            memory.
+        fingerprint: "rows", "columns" and "sha256" of the rows.
+        features: the number of columns of the encoded rows.
+        notes: remarks on columns and trials.
+        max_levels: the largest number of levels of a category that have their own features. Always
+            32 in older versions.
+        class_weight: the class weights as text. None if the rows were not weighted.
+        sample_weight: a digest of the sample weights. None if the rows were not weighted.
+        cv: the number of folds, or the class of the splitter.
+        folds: the number of folds.
+        splits: the digest of the rows of the folds.
+        objective: the loss, the training step and the changes to minibatches. "" for only the
+            default loss of the task.
+        code: digests of the user's own code, by argument; see code.py.
+        scoring: the scorer that ranks.
+        metrics: all scorers, if there are several: the "name" of each, its "scorer", and its
+            "positive" class.
+        positive: the class to which ``scoring``, or another of the metrics, refers. None if no
+            metric needs a class.
+        baseline: the "answer" that needs no model, as text, and its "score". None for a custom
+            scorer.
+        max_epochs: the number of epochs; 1 for a model that is solved.
+        device: the device on which it trained first. A resumed search may use another.
     """
 
     face: str = _part("")
@@ -206,7 +221,7 @@ class SearchRecord:
 
     @classmethod
     def from_json(cls, options: Mapping[str, Any]) -> Self:
-        """Return the record of a file's options; those of a later version are left out."""
+        """Return the record from the options of a file. Options of later versions are ignored."""
         names = {part.name for part in fields(cls)} - {"absent"}
         known = {name: options[name] for name in names & options.keys()}
         if "arguments" in known:
@@ -215,7 +230,7 @@ class SearchRecord:
         return cls(**known, absent=frozenset(names - known.keys()))
 
     def to_json(self) -> Json:
-        """Return the options that a file keeps."""
+        """Return the options for a file."""
         absent = {*self.absent, "absent"}
         options = {
             part.name: getattr(self, part.name) for part in fields(self) if part.name not in absent
@@ -226,10 +241,13 @@ class SearchRecord:
 
     @property
     def lost(self) -> list[str]:
-        """Names of what makes a search the one that it is, where a damaged file lacks them."""
-        # Files of an earlier version do not say which class was positive, nor that the loss was the
-        # task's or of which code, and knew no transformation of the target, one metric alone, no
-        # patience and 32 levels.
+        """The names of essential options that a damaged file lacks.
+
+        Without them, gputune cannot tell whether a call repeats this search.
+        """
+        # Options that files of an earlier version lack. These versions always used the loss of the
+        # task, no target transformation, only one metric, no patience and 32 levels, and stored
+        # neither the positive class nor digests of code.
         later = (
             "positive",
             "objective",
@@ -243,37 +261,36 @@ class SearchRecord:
 
     @property
     def method_name(self) -> str:
-        """The word for the method."""
+        """The name of the method."""
         return self.method if isinstance(self.method, str) else str(self.method.get("name", ""))
 
     @property
     def descends(self) -> bool:
-        """Whether its trials are the points of descents by hypergradients."""
+        """True if its trials are the points of a hypergradient search."""
         return self.method_name == "hypergradient"
 
     @property
     def descended(self) -> list[str]:
-        """The hyperparameters that a search by hypergradients descends on; none of another
-        search."""
+        """The hyperparameters that a hypergradient search changes. Empty for other methods."""
         if not self.descends or isinstance(self.method, str):
             return []
         return ["C"] if self.optimizer == "exact" else list(self.method.get("hyperparameters", ()))
 
     def measure(self, best: float) -> Measure:
-        """Return how scores are shown, with decimals for the best of them."""
+        """Return the format of scores, with enough decimals for the best of them."""
         return measure_of(self.scoring or "score", best, self.ranked_class)
 
     @property
     def ranked_class(self) -> str | bool | float | None:
-        """The class that ``scoring`` is of; None: of none."""
+        """The class to which ``scoring`` refers, or None."""
         known: str | bool | float | None = (
             self.metrics[0]["positive"] if self.metrics else self.positive
         )
         return known
 
     def measures(self, best: Sequence[float]) -> dict[str, Measure]:
-        """Return how the scores of each of several metrics are shown, by its name, with decimals
-        for the ``best``."""
+        """Return the format of the scores of each metric by its name, with decimals for the
+        ``best``."""
         return {
             one["name"]: measure_of(one["scorer"], score, one["positive"], one["name"])
             for one, score in zip(self.metrics, best)
@@ -281,7 +298,7 @@ class SearchRecord:
 
 
 def lost_option(path: Path | None, name: str) -> StudyCorruptError:
-    """Return the error of a study whose file has lost an option that is needed."""
+    """Return the error for a study file that has lost a necessary option."""
     place, call = (
         ("", "")
         if path is None
@@ -296,13 +313,16 @@ def lost_option(path: Path | None, name: str) -> StudyCorruptError:
 PARTS: Mapping[str, Part] = {
     one.name: one.metadata["part"] for one in fields(SearchRecord) if "part" in one.metadata
 }
-"""What each field is for."""
+"""The purpose of each field, by its name."""
 
 DIRECTIONS = {"objective": "maximize", "neg_objective": "minimize"}
-"""The score of a user's own loop -> what a search does with its objective."""
+"""From the score of a custom training loop to the direction of the search."""
 
 IDENTITY = {name: part.called for name, part in PARTS.items() if part.called}
-"""What must be the same for a search to go on in a file, in words. Anything else may differ."""
+"""The options that must be the same to resume a search in a file, by name, as text.
+
+All other options may differ.
+"""
 
 OPTION_FORMS: Mapping[str, object] = {
     "": int,
@@ -312,15 +332,15 @@ OPTION_FORMS: Mapping[str, object] = {
         if one.name in PARTS
     },
 }
-"""The form of each option, and of the number of options, which has no name."""
+"""The form of each option. The number of options has the name ""."""
 
 
 def has_form(value: object, form: object) -> bool:
-    """Whether a value that was read has a form."""
+    """Return True if a value from a file has a form."""
     match form:
         case tuple():
             return any(has_form(value, one) for one in form)
-        # a chunk has as many as it has trials
+        # A fast path: a chunk has one number per trial.
         case [kind] if kind is int and isinstance(value, list | tuple):
             whole = {int}.issuperset(map(type, value))
             return whole and (not value or -(2**63) <= min(value) <= max(value) < 2**63)

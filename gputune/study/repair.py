@@ -1,4 +1,4 @@
-"""What is whole in a damaged study file, saved into a new one."""
+"""Save the whole rows of a damaged study file into a new file."""
 
 import os
 import sqlite3
@@ -15,8 +15,10 @@ from gputune.study.database import TABLES, beside, check_study_file, create_file
 from gputune.study.rows import HOW_MANY, Candidate, Chunk, Result, Row, option_from_row, read_rows
 
 _MOST_FAILURES = 20_000
-"""Reads of damaged pages after which what lies between is given up: more rows than a page of pages
-leads to."""
+"""The number of failed reads after which the rows between damaged pages are given up.
+
+It is more than the rows to which one page of pages leads.
+"""
 
 _READERS: dict[str, Callable[..., Iterable[Any]]] = {
     "meta": partial(map, option_from_row),
@@ -28,10 +30,10 @@ _READERS: dict[str, Callable[..., Iterable[Any]]] = {
 
 @dataclass(frozen=True)
 class RepairResult:
-    """How many rows were saved, and out of how many that the file is known to have held.
+    """The number of rows that were saved, and the number that the file is known to have held.
 
-    Whether a trial without a result had one cannot be known; ``finished`` is the number of those
-    that have one.
+    A trial without a result may have lost it, or may never have had one. ``finished`` is the number
+    of trials with a result.
     """
 
     options: tuple[int, int]
@@ -41,7 +43,7 @@ class RepairResult:
 
     @property
     def is_whole_search(self) -> bool:
-        """Whether the search can go on in the new file."""
+        """True if the search can continue in the new file."""
         return self.options[0] >= self.options[1]
 
     def __str__(self) -> str:
@@ -59,13 +61,23 @@ class RepairResult:
 def repair(
     path: str | os.PathLike[str], out: str | os.PathLike[str], *, argument: str = "out="
 ) -> RepairResult:
-    """Save every whole row of the study at ``path`` into a new file ``out``; the old one is only
-    read.
+    """Save every whole row of the study at ``path`` into a new file ``out``.
 
-    Whole is a row that SQLite reaches and whose checksum fits, so no value is ever a guess. Raises
-    FileNotFoundError; StudyCorruptError where no option and no trial is whole; InputError where
-    ``out``, called
-    ``argument`` there, exists already, or its folder does not.
+    The old file is only read. A row is whole if SQLite reaches it and its checksum fits, so no
+    value is ever a guess.
+
+    Args:
+        path: the damaged study file.
+        out: the path of the new file.
+        argument: the name of ``out`` in errors.
+
+    Returns:
+        The numbers of saved rows.
+
+    Raises:
+        FileNotFoundError: ``path`` does not exist.
+        StudyCorruptError: no option and no trial is whole.
+        InputError: ``out`` exists already, or its folder does not exist.
     """
     path = Path(path)
     check_study_file(path)
@@ -84,7 +96,7 @@ def repair(
         *(number for _, chunk in plan.values() for number in chunk.trials),
     }
     rows = {
-        # Where its index is damaged, an option may be there twice.
+        # With a damaged index, the file may hold an option twice.
         "meta": list({row[0]: row for row, _ in options.values()}.values()),
         "trials": [row for row, _ in trials.values()],
         "plan": [row for row, chunk in plan.values() if trials.keys() >= set(chunk.trials)],
@@ -100,19 +112,18 @@ def repair(
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    """Return a connection that reads what is there: with the log beside the file, or without where
-    that fails."""
+    """Return a connection that reads the file with its log, or without the log if that fails."""
     for mode in ("mode=ro", "mode=ro&immutable=1"):
         connection = sqlite3.connect(f"{path.resolve().as_uri()}?{mode}", uri=True)
-        # its checksum fits no more
+        # Invalid text is replaced instead of raising: its checksum no longer fits.
         connection.text_factory = lambda raw: raw.decode(errors="replace")
-        # No value is longer than the file, whatever a damaged record says of its own.
+        # A damaged record may claim any length, but no value is longer than the file.
         log = beside(path, "-wal")
         size = path.stat().st_size + (log.stat().st_size if log.is_file() else 0)
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, max(size, 10_000))
         with suppress(sqlite3.Error):
             connection.execute("PRAGMA trusted_schema = OFF")
-            # or a file that was cut is not read at all
+            # Without this, SQLite reads nothing from a truncated file.
             connection.execute("PRAGMA writable_schema = ON")
             connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
             return connection
@@ -121,8 +132,8 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _whole_rows(connection: sqlite3.Connection, table: str) -> dict[int, tuple[Row, Any]]:
-    """Return the whole rows of a table by their rowids, with what they say; none where the file has
-    lost the table."""
+    """Return the whole rows of a table and their values, by rowid. Empty if the file lost the
+    table."""
     whole: dict[int, tuple[Row, Any]] = {}
     with suppress(sqlite3.Error):
         schema = connection.execute(
@@ -132,7 +143,7 @@ def _whole_rows(connection: sqlite3.Connection, table: str) -> dict[int, tuple[R
             _readable_rows(connection, table) if schema.fetchall() == [(TABLES[table],)] else {}
         )
         for rowid, row in sorted(reached.items()):
-            # its checksum does not fit, or it does and nobody can read it
+            # The checksum does not fit, or it fits and the content is unreadable.
             with suppress(ValueError):
                 (value,) = read_rows(_READERS[table], [row])
                 whole[rowid] = row, value
@@ -140,8 +151,10 @@ def _whole_rows(connection: sqlite3.Connection, table: str) -> dict[int, tuple[R
 
 
 def _readable_rows(connection: sqlite3.Connection, table: str) -> dict[int, Row]:
-    """Return the rows that can be read: from both ends to the first damaged pages, between these
-    rowid by rowid."""
+    """Return the rows that can be read.
+
+    The table is read from both ends up to the first damaged pages, and rowid by rowid between them.
+    """
     rows: dict[int, Row] = {}
     query = f"SELECT rowid, * FROM {table} NOT INDEXED WHERE rowid BETWEEN ? AND ? ORDER BY rowid"
 
@@ -162,5 +175,6 @@ def _readable_rows(connection: sqlite3.Connection, table: str) -> dict[int, Row]
     for _ in range(_MOST_FAILURES):
         if low >= high or read(low, high):
             break
+        # continue after the row that cannot be read
         low = next(rowid for rowid in count(low + 1) if rowid not in rows)
     return rows

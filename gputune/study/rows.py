@@ -1,9 +1,7 @@
-"""What a study file holds, row by row; curves of trials side by side, and what one of them does on
-its folds.
+"""The content of a study file, row by row, the learning curves of all trials, and fold reports.
 
 Floats are raw little-endian float64, because SQLite's REAL turns NaN into NULL and -0.0 into 0.
-Each row carries a checksum of its key and content, by which a whole row is known wherever it is
-found.
+Each row has a checksum of its key and content, so a whole row is recognized wherever it is found.
 """
 
 import hashlib
@@ -33,8 +31,10 @@ Value = TypeVar("Value")
 
 _LARGE = 2**30
 _PADDING = 64
-"""Bytes that the curves of all trials may take side by side in any case, and for each byte of
-them."""
+"""Bytes that the stacked curves may always take, and bytes per byte of the single curves.
+
+Stacked curves above both limits are refused.
+"""
 
 _POINT = re.compile(r"([0-9]{1,9}):([0-9]{1,9})")
 _MOST_THREADS = 4096
@@ -55,11 +55,11 @@ _DETAIL = {
 }
 
 HOW_MANY = ""
-"""The key of the option that says how many others there are, so that a repair knows of those that
-are lost."""
+"""The key of the option that holds the number of other options. A repair detects lost options by
+it."""
 
-# Each ``from_row`` gets a row whose checksum fits, and raises ValueError for one that was never
-# written.
+# Each ``from_row`` receives a row with a valid checksum. It raises ValueError for a row that
+# gputune cannot have written.
 
 
 def option_to_row(key: str, value: object) -> Row:
@@ -67,7 +67,7 @@ def option_to_row(key: str, value: object) -> Row:
 
 
 def option_from_row(key: str, text: str) -> tuple[str, Any]:
-    """Return an option's name and value."""
+    """Return the name and the value of an option."""
     value = from_json(text)
     if key in OPTION_FORMS and not has_form(value, OPTION_FORMS[key]):
         raise ValueError(f"{text[:60]} is of another type")
@@ -76,13 +76,15 @@ def option_from_row(key: str, text: str) -> tuple[str, Any]:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A drawn configuration that waits for its training."""
+    """A configuration that is drawn and waits for its training."""
 
     number: int
     params: Config
     origin: str | tuple[int, int]
-    """"default", "include", "random", or "batch 3" where Optuna's sampler proposed it; a point of a
-    descent has (trial number of its start, outer step from 1)."""
+    """"default", "include", "random", or "batch 3" for a proposal of the Optuna sampler.
+
+    A point of a hypergradient search has (trial number of its starting point, outer step from 1).
+    """
 
     def to_row(self) -> Row:
         origin = self.origin if isinstance(self.origin, str) else "{}:{}".format(*self.origin)
@@ -112,13 +114,13 @@ _FACTS = {"threads": int, "at_once?": int}
 
 @dataclass(frozen=True)
 class Chunk:
-    """Trials that train together, in this order, whenever they train; ``threads`` compute each of
-    its steps.
+    """Trials that always train together, in this order, with ``threads`` threads per step.
 
-    ``stage`` is where the chunk begins: epochs done before it (halving) or the outer step (a
-    descent), else 0.
-    ``at_once`` is how many chunks of the plan may train at the same time, which decides where a
-    search that is good enough ends.
+    ``stage`` is the beginning of the chunk: the epochs done before it (halving), or the outer step
+    (hypergradient search), otherwise 0.
+
+    ``at_once`` is the number of chunks of the plan that may train at the same time. It decides when
+    a search that is good enough ends.
     """
 
     number: int
@@ -145,7 +147,7 @@ class Chunk:
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What training one candidate gave. Scores follow scikit-learn: greater is better."""
+    """The outcome of training one candidate. Scores follow scikit-learn: greater is better."""
 
     number: int
     state: State
@@ -154,7 +156,7 @@ class Result:
     best_epoch: int
     seconds: float
     curve: Curve  # (epochs, F); with several metrics (epochs, F, M), the one that ranks first
-    detail: Json = field(default_factory=dict)  # what the search method keeps of it
+    detail: Json = field(default_factory=dict)  # facts from the search method
 
     def __post_init__(self) -> None:
         if self.state not in STATES:
@@ -178,11 +180,11 @@ class Result:
         seconds: float,
         detail: Json | None = None,
     ) -> Self:
-        """Return the result of a trial with this curve, of which so many epochs were done.
+        """Return the result of a trial with this curve, after ``epochs`` trained epochs.
 
-        One NaN fold at any of them makes it "failed" with score NaN; the earliest epoch wins a tie.
-        "stopped" is one that a deadline cut short, scored on what it had. Of several metrics the
-        first decides all that.
+        If one fold is NaN at any of these epochs, the state is "failed" and the score is NaN. The
+        earliest epoch wins a tie. A "stopped" trial was cut short by a deadline and is scored on
+        its trained epochs. With several metrics the first one decides all of this.
         """
         detail = detail or {}
         done = first_metric(curve, axes=2)[:epochs]
@@ -193,6 +195,7 @@ class Result:
             folds = tuple(done[at].tolist()) if epochs else (np.nan,) * curve.shape[1]
             return cls(number, "failed", math.nan, folds, at, seconds, curve, detail)
         mean = done.mean(1)
+        # argmax returns the first maximum: the earliest epoch wins a tie.
         at = int(mean.argmax()) if rule == "best" else epochs - 1
         return cls(
             number, state, float(mean[at]), tuple(done[at].tolist()), at + 1, seconds, curve, detail
@@ -200,13 +203,14 @@ class Result:
 
     @property
     def metrics(self) -> Curve:
-        """Fold scores (F, M) by all metrics at the best epoch; NaN where the trial failed."""
+        """Fold scores (F, M) by all metrics at the best epoch; NaN if the trial failed."""
+        # (epochs, F) -> (epochs, F, 1)
         table = self.curve if self.curve.ndim == 3 else self.curve[..., None]
         known = self.state != "failed" and 0 < self.best_epoch <= len(table)
         return table[self.best_epoch - 1] if known else np.full(table.shape[1:], np.nan)
 
     def to_row(self) -> Row:
-        # As many scores as there are metrics, by which the curve is read again.
+        # One score per metric: their number gives the shape of the curve when it is read.
         others = [] if self.curve.ndim == 2 else self.metrics.mean(0)[1:]
         return (
             int(self.number),
@@ -224,6 +228,7 @@ class Result:
         cls, numbers: Sequence[int], states: Sequence[State], *columns: Any
     ) -> list[Self]:
         scores, fold_scores, epochs, seconds, curves, details = columns
+        # (trials, metrics), (trials, F), (trials,)
         means, folds, (times,) = _table(scores), _table(fold_scores), _table(seconds).T
         if not (
             min(epochs) >= 0
@@ -245,13 +250,15 @@ class Result:
 
 @dataclass(frozen=True, eq=False)
 class FoldReport:
-    """Of one trial; what was not asked for is empty.
+    """Details of one trial on its folds. Parts that were not requested are empty.
 
-    confusion   (K, K) rows of the true class (first axis) that are predicted as each class
-    columns     names of the columns of X, most important first
-    drops       (n,) how much worse the score is, on average, when one column is shuffled among the
-                rows of a fold
-    errors      (n,) standard deviation of that over shuffles and folds
+    Attributes:
+        trial: the number of the trial.
+        confusion: (K, K) the number of rows of the true class (first axis) that are predicted as
+            each class.
+        columns: names of the columns of X, most important first.
+        drops: (n,) mean loss of score when one column is shuffled among the rows of a fold.
+        errors: (n,) standard deviation of these losses over shuffles and folds.
     """
 
     trial: int
@@ -262,8 +269,11 @@ class FoldReport:
 
 
 def _table(values: Sequence[bytes]) -> Curve:
-    """Return floats as a row for each trial. Raises ValueError where trials have not the same
-    number of them."""
+    """Return floats as one row per trial.
+
+    Raises:
+        ValueError: trials have different numbers of floats.
+    """
     size, *others = {*map(len, values)}
     if others or size % 8:
         raise ValueError(
@@ -283,17 +293,21 @@ def outputs_from_row(number: int, epoch: int, width: int, values: bytes) -> tupl
 
 
 def ranked(scores: NDArray[np.float64], pruned: NDArray[np.bool_]) -> NDArray[np.intp]:
-    """Return the rows of trials (C,), best first; pruned ones after the others, those without a
-    finite score last."""
+    """Return the row numbers of trials (C,), best first.
+
+    Pruned trials follow the others. Trials without a finite score come last. Ties keep their order.
+    """
     finite = np.isfinite(scores)
-    return np.lexsort((np.where(finite, -scores, 0.0), pruned, ~finite))  # ties keep their order
+    return np.lexsort((np.where(finite, -scores, 0.0), pruned, ~finite))  # stable: ties keep order
 
 
 def stack_curves(rows: Sequence[Curve | None]) -> Curve:
-    """Curves of unlike length as one array (C, epochs, F) or (C, epochs, F, M), NaN beyond their
-    end.
+    """Return curves of different lengths as one array (C, epochs, F) or (C, epochs, F, M).
 
-    Raises InputError where it is huge.
+    The array is NaN beyond the end of a curve.
+
+    Raises:
+        InputError: the array would be huge.
     """
     known = [row for row in rows if row is not None]
     epochs, folds, *metrics = (
@@ -316,19 +330,22 @@ def stack_curves(rows: Sequence[Curve | None]) -> Curve:
 
 
 class Lazy:
-    """A field of a study, which in one that was opened is a function until it is first asked
-    for."""
+    """A field of a study that is computed at its first use.
+
+    In an opened study, the field holds a function until then.
+    """
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
     def __get__(self, study: object, owner: type | None = None) -> Any:
         if study is None:
-            raise AttributeError(self.name)  # by which a dataclass knows that there is no default
+            raise AttributeError(self.name)  # tells dataclass: no default
         value = vars(study)[self.name]
         if callable(value):
             value = vars(study)[self.name] = value()
-        # Of several metrics the study keeps all, and the field is the curves by the one that ranks.
+        # With several metrics the study keeps all curves. The field shows the curves of the first
+        # metric, which ranks.
         return value[..., 0] if self.name == "curves" and value.ndim == 4 else value
 
     def __set__(self, study: object, value: object) -> None:
@@ -336,7 +353,11 @@ class Lazy:
 
 
 def read_detail(text: str) -> Json:
-    """Return the detail of a result. Raises ValueError for what is none."""
+    """Return the detail of a result.
+
+    Raises:
+        ValueError: the text is not such a detail.
+    """
     facts: Json = {} if text == "{}" else from_json(text)
     if facts != {} and not has_form(facts, _DETAIL):
         raise ValueError("its detail is of another type")
@@ -344,8 +365,11 @@ def read_detail(text: str) -> Json:
 
 
 def read_rows(make: Callable[..., Iterable[Value]], rows: Sequence[Row]) -> list[Value]:
-    """Return what rows say, the last value of each being its checksum. Raises ValueError where one
-    is damaged."""
+    """Return the values of rows. The last column of each row is its checksum.
+
+    Raises:
+        ValueError: a row is damaged.
+    """
     *columns, given = zip(*rows)
     if list(given) != checksums(columns):
         raise ValueError("does not fit its checksum")
@@ -361,8 +385,11 @@ def _lead(kind: type, size: int) -> bytes:
 
 
 def checksums(columns: Iterable[Sequence[str | bytes | int]]) -> list[str]:
-    """64 bits of SHA-256 over each row's values, each led by its type and length so that no two
-    rows read alike."""
+    """Return 64 bits of SHA-256 of each row's values, as 16 hex digits.
+
+    Each value is preceded by its type and length, so that different rows always give different
+    bytes.
+    """
     parts: list[Iterable[bytes]] = []
     for values in columns:
         raws = [value if isinstance(value, bytes) else str(value).encode() for value in values]
@@ -371,7 +398,7 @@ def checksums(columns: Iterable[Sequence[str | bytes | int]]) -> list[str]:
 
 
 def checksum(*values: str | bytes | int) -> str:
-    """``checksums`` of one row."""
+    """Return the checksum of one row, see ``checksums``."""
     return checksums(zip(values))[0]
 
 

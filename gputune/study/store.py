@@ -1,10 +1,13 @@
-"""One SQLite file that keeps a study: options, drawn candidates, the plan, and each finished trial
-exactly once.
+"""One SQLite file that keeps a study: options, candidates, the plan, and each result exactly once.
 
-Tables: ``meta`` (option -> JSON), ``trials`` (the candidates, written before anything trains),
-``plan`` (the chunks in which they train, frozen when they are planned), ``results`` (at most one
-row a trial, never replaced), ``claims`` (which process trains which chunk; see ``claims.py``) and,
-where some were kept, ``outputs`` of the best trials.
+Tables:
+
+- ``meta``: option -> JSON.
+- ``trials``: the candidates, written before anything trains.
+- ``plan``: the chunks in which they train, frozen when they are planned.
+- ``results``: at most one row per trial, never replaced.
+- ``claims``: the process that trains each chunk; see ``claims.py``.
+- ``outputs``: outputs of the best trials. A file has this table only if outputs were kept.
 """
 
 import errno
@@ -53,22 +56,24 @@ _ROWS = {
     "results": "the result of trial {}",
     "outputs": "the row of outputs of trial {}",
 }
-"""What a row of a table is called by its first value."""
+"""The name of a row in errors, by table. It is completed with the first value of the row."""
 
 _AT_ONCE = 100
-"""Rows that are read together: more take more memory, and time for it."""
+"""The number of rows that are read together. More rows take more memory, and more time for it."""
 
 __all__ = ["Candidate", "Chunk", "Curve", "Result", "Store"]
 
 Kept = TypeVar("Kept", Candidate, Chunk, Result)
 
 States = list[tuple[TrialState, Json, int]]
-"""How many trials there are of each state and detail."""
+"""(state, detail, number of trials) for each state and detail that occurs."""
 
 
 class Meta(dict[str, Any]):
-    """The options of a study file; one that a repair could not save says so where it is asked
-    for."""
+    """The options of a study file.
+
+    An option that a repair could not save raises StudyCorruptError when it is read.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -79,27 +84,34 @@ class Meta(dict[str, Any]):
 
 
 class Store(AbstractContextManager["Store"]):
-    """An open study file. Made by ``Store.create`` or ``Store.open``; a context manager that closes
-    it."""
+    """An open study file, made by ``Store.create`` or ``Store.open``.
+
+    It is a context manager that closes the file.
+    """
 
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
         self.path = path
         self._connection = connection
-        self._whole = path.absolute()  # wherever this process goes meanwhile
+        self._whole = path.absolute()  # absolute: this process may change its folder
         self._file = path.stat()
-        # What was read once is not read again: no candidate and no chunk is changed, and no result
-        # that stays.
+        # A cache of rows that never change: all candidates and chunks, and the final results.
         self._candidates: dict[int, Candidate] = {}
         self._chunks: dict[int, Chunk] = {}
         self._results: dict[int, Result] = {}
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], meta: Mapping[str, object]) -> Self:
-        """Make a new study file that holds ``meta`` and no trials, and open it.
+        """Create a study file that holds ``meta`` and no trials, and open it.
 
-        The file appears whole or not at all. Raises InputError where something lies at ``path``
-        already, where its folder does not exist, or where a value of ``meta`` cannot be written
-        (see ``to_json``).
+        The file appears complete or not at all.
+
+        Args:
+            path: the path of the new file.
+            meta: the options by name.
+
+        Raises:
+            InputError: ``path`` exists already, its folder does not exist, or an option cannot be
+                written (see ``to_json``).
         """
         rows = [option_to_row(*option) for option in {HOW_MANY: len(meta), **meta}.items()]
         database.create_file(Path(path), {"meta": [(*row, checksum(*row)) for row in rows]})
@@ -107,26 +119,28 @@ class Store(AbstractContextManager["Store"]):
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
-        """Open an existing study file, for reading only where it may not be written.
+        """Open an existing study file. It is read-only if it may not be written.
 
-        Raises FileNotFoundError, StudyCorruptError for a damaged or foreign file, StudyVersionError
-        for one of another format.
+        Raises:
+            FileNotFoundError: the file does not exist.
+            StudyCorruptError: the file is damaged, or is not a study.
+            StudyVersionError: the file has another format.
         """
         path = Path(path)
         return cls(path, database.open_file(path))
 
     @property
     def meta(self) -> Meta:
-        """The options that the study was created with."""
+        """The options with which the study was created."""
         options = Meta(self.path)
         options |= self._rows("meta", partial(map, option_from_row))
         options.pop(HOW_MANY, None)
-        if "numbers" in options:  # a search from before the option did this
+        if "numbers" in options:  # the only behavior before this option existed
             options.setdefault("columns", "drop-constant")
         return options
 
     def note(self, notes: Iterable[str]) -> None:
-        """Add notes, those that are not there yet, to the option of that name."""
+        """Add notes to the option ``notes``. Notes that it already has are not repeated."""
         self.replace_option("notes", list(dict.fromkeys([*self.meta["notes"], *notes])))
 
     def replace_option(self, name: str, option: object) -> None:
@@ -138,22 +152,37 @@ class Store(AbstractContextManager["Store"]):
             self._connection.execute(change, (value, checksum(key, value), key))
 
     def add_trials(self, candidates: Iterable[Candidate]) -> None:
-        """Write candidates, all or none. Raises InputError for a number that is taken."""
+        """Write candidates, all or none.
+
+        Raises:
+            InputError: a number is already taken.
+        """
         self._insert("trials", [candidate.to_row() for candidate in candidates])
 
     def add_chunks(self, chunks: Iterable[Chunk]) -> None:
-        """Freeze chunks of the plan, all or none. Raises InputError for a number that is taken."""
+        """Freeze chunks of the plan, all or none.
+
+        Raises:
+            InputError: a number is already taken.
+        """
         self._insert("plan", [chunk.to_row() for chunk in chunks])
 
     def finish(
         self, results: Iterable[Result], outputs: Mapping[int, Outputs] = MappingProxyType({})
     ) -> None:
-        """Write the results of one chunk, all or none; when this returns they are on the disk.
+        """Write the results of one chunk, all or none.
 
-        Outputs by the numbers of these trials are kept beside them, up to a limit, for which the
-        worst are dropped. A trial that a deadline had stopped gets its new result in place of the
-        old one. Raises InputError for one that has any other result already (which is never
-        replaced) or that was never added; the file is then as before.
+        The results are on the disk when this returns. A trial that a deadline had stopped gets its
+        new result in place of the old one. After an error the file is unchanged.
+
+        Args:
+            results: the results of the chunk.
+            outputs: outputs by the number of a trial. They are kept up to a limit, above which the
+                worst are dropped.
+
+        Raises:
+            InputError: a trial has a final result already, which is never replaced, or was never
+                added.
         """
         self._insert("results", [result.to_row() for result in results])
         if not outputs:
@@ -167,7 +196,7 @@ class Store(AbstractContextManager["Store"]):
         with transaction(self._connection, self.path):
             write = self._connection.execute
             write(database.OUTPUTS.replace("TABLE", "TABLE IF NOT EXISTS"))
-            for row in rows:  # also over those of a trial whose result was lost
+            for row in rows:  # replaces outputs left from a lost result
                 write(
                     "INSERT OR REPLACE INTO outputs VALUES (?, ?, ?, ?, ?)", (*row, checksum(*row))
                 )
@@ -179,11 +208,13 @@ class Store(AbstractContextManager["Store"]):
     def trials(
         self, numbers: Collection[int] | None = None
     ) -> list[tuple[Candidate, Result | None]]:
-        """Return every candidate, or those of some numbers, in their order, each with its result or
-        None.
+        """Return candidates in the order of their numbers, each with its result or None.
 
-        Raises StudyCorruptError where a row does not fit its checksum; a changed value is never
-        returned.
+        Args:
+            numbers: the numbers of the trials, or None for all of them.
+
+        Raises:
+            StudyCorruptError: a row does not fit its checksum. A changed value is never returned.
         """
         if numbers is None:
             candidates = self.candidates()
@@ -196,18 +227,30 @@ class Store(AbstractContextManager["Store"]):
         return [(candidate, results.get(candidate.number)) for candidate in candidates]
 
     def check(self, numbers: Collection[int] | None = None) -> set[int]:
-        """Hold each trial and result, or those of some numbers, against its checksum; return the
-        numbers of results."""
+        """Check trials and results against their checksums. Return the numbers of the results.
+
+        ``numbers`` selects the trials; None means all of them.
+
+        Raises:
+            StudyCorruptError: a row is damaged.
+        """
         self._rows("trials", zip, numbers)
         return {number for number, *_ in self._rows("results", zip, numbers)}
 
     def candidates(self) -> list[Candidate]:
-        """Return every candidate in order of its number. Raises StudyCorruptError."""
+        """Return every candidate in order of its number.
+
+        Raises:
+            StudyCorruptError: a row is damaged.
+        """
         return self._all("trials", Candidate.from_rows, self._candidates)
 
     def results(self) -> dict[int, Result]:
-        """Return every result by the number of its trial, in that order. Raises
-        StudyCorruptError."""
+        """Return every result by the number of its trial, in that order.
+
+        Raises:
+            StudyCorruptError: a row is damaged.
+        """
         self._results = {
             number: result for number, result in self._results.items() if result.state != "stopped"
         }
@@ -217,8 +260,7 @@ class Store(AbstractContextManager["Store"]):
         }
 
     def states(self) -> States:
-        """Return how many trials there are of each state and detail. Nothing is held against a
-        checksum."""
+        """Return the number of trials of each state and detail. Checksums are not verified."""
         groups = self._read("SELECT state, detail, count(*) FROM results GROUP BY state, detail")
         try:
             known = [(state, read_detail(detail), number) for state, detail, number in groups]
@@ -230,8 +272,8 @@ class Store(AbstractContextManager["Store"]):
         return [*known, ("waiting", {}, waiting)] if waiting else known
 
     def best(self, most: int) -> list[int]:
-        """Return the numbers of at most so many trials, the best of those that have a finite score,
-        best first."""
+        """Return the numbers of at most ``most`` trials with a finite score, best first."""
+        # The first 8 bytes are the score by the metric that ranks.
         rows = self._read(
             "SELECT number, state = 'pruned', substr(score, 1, 8) FROM results ORDER BY number"
         )
@@ -248,36 +290,42 @@ class Store(AbstractContextManager["Store"]):
         return [rows[place][0] for place in best if np.isfinite(scores[place])]
 
     def finished(self) -> int:
-        """Return how many trials have a result that stays."""
+        """Return the number of trials with a final result."""
         return self._count("results WHERE state != 'stopped'")
 
     def waiting(self) -> int:
-        """Return how many trials have no result that stays."""
+        """Return the number of trials without a final result."""
         return self._count("trials") - self.finished()
 
     def plan(self) -> list[Chunk]:
-        """Return the chunks that were frozen, in order of their numbers. Raises
-        StudyCorruptError."""
+        """Return the frozen chunks, in order of their numbers.
+
+        Raises:
+            StudyCorruptError: a row is damaged.
+        """
         return self._all("plan", partial(map, Chunk.from_row), self._chunks)
 
     def backup(self, path: str | os.PathLike[str]) -> None:
-        """Write the study as it is now into a new file, whole or not at all, whoever writes
-        meanwhile.
+        """Write the current study to a new file, complete or not at all, even while others write to
+        it.
 
-        Raises InputError where something lies at ``path`` already, or where its folder does not
-        exist.
+        Raises:
+            InputError: ``path`` exists already, or its folder does not exist.
         """
         database.copy_file(self._connection, Path(path))
 
     def outputs(self, numbers: Collection[int]) -> dict[int, Outputs]:
-        """Return the outputs that are kept of trials with these numbers. Raises
-        StudyCorruptError."""
+        """Return the outputs that are kept for trials with these numbers.
+
+        Raises:
+            StudyCorruptError: a row is damaged.
+        """
         if not self._read("SELECT 1 FROM sqlite_schema WHERE name = 'outputs'"):
             return {}
         return dict(self._rows("outputs", partial(map, outputs_from_row), numbers))
 
     def close(self) -> None:
-        """Close the file. Everything was on the disk before; closing twice does nothing."""
+        """Close the file. All data are already on the disk. Closing twice has no effect."""
         self._connection.close()
 
     def __exit__(self, *_: object) -> None:
@@ -289,8 +337,11 @@ class Store(AbstractContextManager["Store"]):
         make: Callable[..., Iterable[Value]],
         numbers: Collection[int] | None = None,
     ) -> list[Value]:
-        """Return what the rows of a table, or those of some numbers, say; StudyCorruptError where
-        one is damaged."""
+        """Return the values of the rows of a table, or of the rows with some numbers.
+
+        Raises:
+            StudyCorruptError: a row is damaged.
+        """
         some = "" if numbers is None else "WHERE rowid IN (SELECT value FROM json_each(?))"
         given = () if numbers is None else (json.dumps(list(numbers)),)
         query = f"SELECT * FROM {table} {some} ORDER BY rowid"
@@ -300,7 +351,7 @@ class Store(AbstractContextManager["Store"]):
             while rows := cursor.fetchmany(_AT_ONCE):
                 try:
                     values += read_rows(make, rows)
-                except ValueError:  # one is damaged, or they are of unlike length
+                except ValueError:  # a damaged row, or rows of different lengths
                     for row in rows:
                         try:
                             values += read_rows(make, [row])
@@ -313,7 +364,7 @@ class Store(AbstractContextManager["Store"]):
     def _all(
         self, table: str, make: Callable[..., Iterable[Kept]], known: dict[int, Kept]
     ) -> list[Kept]:
-        """Return what a table says whose rows are never changed; those that are ``known`` are not
+        """Return the values of a table with rows that never change. Rows in ``known`` are not
         read again."""
         if self._count(table) != len(known):
             numbers = (
@@ -332,8 +383,10 @@ class Store(AbstractContextManager["Store"]):
             return self._connection.execute(query).fetchall()
 
     def _check_place(self) -> None:
-        """Raise OSError where the file is not at its path any more: what is written to it then may
-        be in none."""
+        """Raise OSError if the file is not at its path any more.
+
+        Anything written to it then might be lost.
+        """
         with suppress(OSError):
             if os.path.samestat(self._whole.stat(), self._file):
                 return
@@ -349,6 +402,7 @@ class Store(AbstractContextManager["Store"]):
         with transaction(self._connection, self.path):
             for row in rows:
                 try:
+                    # Only the result of a stopped trial may be replaced.
                     if table == "results":
                         self._connection.execute(
                             "DELETE FROM results WHERE number = ? AND state = 'stopped'", row[:1]

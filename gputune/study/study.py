@@ -1,4 +1,4 @@
-"""All trials of a search and their results: a value made from options, trials and curves."""
+"""All trials of a search and their results, as one value made from options, trials and curves."""
 
 import math
 import os
@@ -21,8 +21,7 @@ from gputune.text import count, did_you_mean, of_class
 from gputune.types import Config, Json
 
 if TYPE_CHECKING:
-    # Reading a study must not wait for torch; pandas and polars are imported by the one who asks
-    # for a table.
+    # Opening a study must not import torch, and pandas and polars are imported only for a table.
     import pandas
     import polars
 
@@ -32,23 +31,27 @@ class Trial:
     """One configuration and its cross-validated result. Scores follow scikit-learn: greater is
     better.
 
-    metrics      of several metrics by name the fold scores at ``best_epoch``, the one that ranks
-                 first; {} for one
-    state        "complete"; "pruned" where a rung of successive halving sent it away, "stopped"
-                 where a deadline cut the training short (both are scored on what they had);
-                 "failed" where it diverged (score NaN); "waiting" where it has not run
-    score        mean of ``fold_scores`` at ``best_epoch``; NaN where one fold is NaN or nothing has
-                 run
-    best_epoch   epochs trained when the score was taken, 1 for the first; 0 where nothing has run
-    seconds      time of its training; members train together, so it is the trial's share of its
-                 chunk
-    origin       "default", "include", "random", or "batch 3" where Optuna's sampler proposed it; in
-                 a study by hypergradients (start, outer step), the start being the number of the
-                 trial it began with, which is outer step 0
-    detail       what the search method keeps of it: for hypergradients "loss", "ratio", "usable",
-                 "slope", ...; for halving "rung", the epoch at which it was pruned; "error" where
-                 an objective of ``search`` raised one; "reason" where it was given up: memory did
-                 not hold it, or it ended every worker process that trained it
+    Attributes:
+        number: the number of the trial, from 0.
+        params: the configuration: hyperparameter name -> value.
+        score: mean of ``fold_scores`` at ``best_epoch``. NaN if a fold is NaN or the trial has not
+            run.
+        fold_scores: (F,) the score of each fold.
+        best_epoch: epochs trained when the score was taken, from 1. 0 if the trial has not run.
+        state: "complete"; "pruned" if it stopped at a rung of successive halving; "stopped" if a
+            deadline cut the training short; "failed" if it diverged (score NaN); "waiting" if it
+            has not run. Pruned and stopped trials are scored on their trained epochs.
+        seconds: time of its training. Members train together, so it is the trial's share of the
+            time of its chunk.
+        origin: "default", "include", "random", or "batch 3" for a proposal of the Optuna sampler.
+            In a hypergradient search it is (starting point, outer step). The starting point is the
+            number of the trial with outer step 0.
+        detail: facts from the search method. For a hypergradient search: "loss", "ratio", "usable",
+            "slope", ... For halving: "rung", the epoch at which it was pruned. "error" if an
+            objective of ``search`` raised one. "reason" if it was given up, because memory could
+            not hold it or it ended every worker process that trained it.
+        metrics: with several metrics, the fold scores at ``best_epoch`` by metric name; the metric
+            that ranks comes first. {} for one metric.
     """
 
     number: int
@@ -64,12 +67,12 @@ class Trial:
 
     @property
     def scores(self) -> dict[str, float]:
-        """The mean of each of ``metrics`` over the folds, by its name; NaN where one fold is."""
+        """The mean of each of ``metrics`` over the folds, by its name; NaN if one fold is NaN."""
         return {name: float(np.mean(folds)) for name, folds in self.metrics.items()}
 
     @property
     def origin_text(self) -> str:
-        """``origin`` in words."""
+        """The ``origin`` as text."""
         return (
             self.origin
             if isinstance(self.origin, str)
@@ -78,8 +81,10 @@ class Trial:
 
     @property
     def std_error(self) -> float:
-        """Standard error of ``score`` over the folds, std(ddof=1) / sqrt(F); NaN for fewer than two
-        folds."""
+        """Standard error of ``score`` over the folds, std(ddof=1) / sqrt(F).
+
+        NaN with fewer than two folds, or if a fold is not finite.
+        """
         folds = len(self.fold_scores)
         if folds < 2 or not np.isfinite(self.fold_scores).all():
             return math.nan
@@ -88,16 +93,17 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Study:
-    """What a search found.
+    """The trials of a search, with their scores and learning curves.
 
-    trials   in order of their number
-    curves   (C, epochs, F) validation scores after each epoch, row c for ``trials[c]``; NaN where a
-             trial did not train that long
-    meta     the options of the search by name, to be read only; ``record`` has those that gputune
-             knows
-    data     what the process that searched keeps for a refit; None for a study that was opened from
-             its file
-    file     the file that keeps the study; None where none does
+    Attributes:
+        meta: the options of the search by name, read-only. ``record`` has the options that gputune
+            knows.
+        trials: the trials in the order of their numbers.
+        curves: (C, epochs, F) validation scores after each epoch; row c belongs to ``trials[c]``.
+            NaN if a trial did not train that long.
+        data: data that the searching process keeps for a refit. None for a study that was opened
+            from its file.
+        file: the file of the study, or None.
     """
 
     meta: Mapping[str, Any]
@@ -122,9 +128,12 @@ class Study:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
-        """Return the study in the file at ``path``, with what is finished so far.
+        """Return the study in the file at ``path``, with the results so far.
 
-        Raises FileNotFoundError, StudyCorruptError, StudyVersionError.
+        Raises:
+            FileNotFoundError: the file does not exist.
+            StudyCorruptError: the file is damaged, or is not a study.
+            StudyVersionError: a newer gputune wrote the file.
         """
         with Store.open(path) as store, without_collector():
             return cls.from_rows(store.meta, store.trials(), file=Path(path))
@@ -138,8 +147,7 @@ class Study:
         data: object = None,
         file: Path | None = None,
     ) -> Self:
-        """Return the study of these candidates, in this order, and of the results that there are so
-        far."""
+        """Return the study of these candidates, in this order, with their results so far."""
         study = cls(meta=meta, trials=(), curves=np.empty((0, 0, 0)), data=data, file=file)
         trials = partial(_trials, rows, SearchRecord.from_json(meta))
         curves = partial(
@@ -150,8 +158,8 @@ class Study:
 
     @cached_property
     def rows(self) -> Sequence[tuple[Candidate | Trial, Result | Trial | None]]:
-        """The configuration of each trial and its result, from which ``trials`` are made when they
-        are asked for."""
+        """The configuration and the result of each trial. ``trials`` are made from them at first
+        use."""
         return [(trial, trial) for trial in self.trials]
 
     @cached_property
@@ -164,34 +172,44 @@ class Study:
 
     @cached_property
     def order(self) -> list[int]:
-        """The rows of the trials, in the order of ``ranking``."""
+        """The row numbers of the trials, in the order of ``ranking``."""
         pruned = [result is not None and result.state == "pruned" for _, result in self.rows]
         return list(map(int, ranked(self.scores, np.array(pruned, dtype=bool))))
 
     @cached_property
     def record(self) -> SearchRecord:
-        """What is known of the search."""
+        """The record of the search: its typed options."""
         return SearchRecord.from_json(self.meta)
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The names of the metrics, the one that ranks first; () where there is one."""
+        """The names of the metrics; the metric that ranks comes first. () for one metric."""
         return tuple(metric["name"] for metric in self.record.metrics)
 
     def curves_of(self, metric: str) -> Curve:
-        """Return the scores (C, epochs, F) after each epoch by one of several metrics, as
-        ``curves`` has the first.
+        """Return the validation scores after each epoch by one of several metrics.
 
-        Raises InputError for a name that is none of ``metrics``.
+        Args:
+            metric: the name of the metric.
+
+        Returns:
+            (C, epochs, F), in the layout of ``curves``.
+
+        Raises:
+            InputError: the name is not in ``metrics``.
         """
         curves = curves_of_all(self)
         place = self.metrics.index(check_metric(self, metric, "curves_of"))
         return curves[..., place] if curves.ndim == 4 else curves
 
     def backup(self, path: str | os.PathLike[str]) -> None:
-        """Copy the study's file, as it is now, to a new one; safe while a search writes to it.
+        """Copy the study's file to a new file. This is safe while a search writes to it.
 
-        Raises InputError for a study without a file, or where something lies at ``path`` already.
+        Args:
+            path: the path of the new file.
+
+        Raises:
+            InputError: the study has no file, or ``path`` exists already.
         """
         if self.file is None:
             raise InputError(
@@ -203,10 +221,12 @@ class Study:
 
     @property
     def best_trial(self) -> Trial:
-        """The trial with the highest finite score, the lower number on a tie; a pruned one only
-        where all are.
+        """The trial with the highest finite score; on a tie, the lower number.
 
-        Raises SearchFailedError where no trial has one.
+        A pruned trial is best only if no other trial has a finite score.
+
+        Raises:
+            SearchFailedError: no trial has a finite score.
         """
         if (best := best_trial(self)) is None:
             raise SearchFailedError(self.why_none_is_best())
@@ -214,28 +234,31 @@ class Study:
 
     @property
     def best_params(self) -> Config:
-        """The configuration of ``best_trial``, a copy."""
+        """A copy of the configuration of ``best_trial``."""
         return dict(self.best_trial.params)
 
     @property
     def best_score(self) -> float:
-        """The score of ``best_trial``. Optimistic: it is the best of many on the folds that chose
-        it."""
+        """The score of ``best_trial``.
+
+        It is optimistic: it is the best of many scores on the folds that chose it.
+        """
         return self.best_trial.score
 
     @property
     def spent(self) -> tuple[int, int]:
-        """Trial-epochs that were trained, and those that training every trial to the end would have
-        taken."""
+        """(trained, possible): trial-epochs that were trained, and the number if every trial
+        trained fully."""
+        # (C, epochs, F): an epoch was trained if the scores of all folds are finite
         trained = int(np.isfinite(self.curves).all(2).sum())
         return trained, len(self.trials) * (self.record.max_epochs or self.curves.shape[1])
 
     @property
     def guarded(self) -> dict[str, int]:
-        """Points of a search by hypergradients at which the guard acted, by what it did.
+        """Number of hypergradient points at which the guard acted, by its action.
 
-        "chaotic": the slope was noise, and the start stepped down; "differences": taken by wide
-        finite differences.
+        "chaotic": the slope was noise, and the starting point stepped down. "differences": the
+        slope was taken by wide finite differences.
         """
         modes = Counter(
             (trial.detail.get("mode"), bool(trial.detail.get("usable", True)))
@@ -245,18 +268,22 @@ class Study:
         return {"chaotic": modes["exact", False], "differences": differences}
 
     def ranking(self) -> tuple[Trial, ...]:
-        """The trials, best first; pruned ones after the others, those without a finite score last;
-        ties by number."""
+        """Return the trials, best first.
+
+        Pruned trials follow the others. Trials without a finite score come last. Ties are ordered
+        by number.
+        """
         return tuple(self.trials[row] for row in self.order)
 
     def to_pandas(self) -> "pandas.DataFrame":
-        """One row a trial: number, state, score, std_error, fold_0.., best_epoch, seconds, origin,
-        params_*.
+        """Return the trials as a pandas DataFrame, one row per trial.
 
-        Of several metrics there is a ``score_NAME`` each, the mean at ``best_epoch``, behind the
-        folds of the first.
+        Columns: number, state, score, std_error, fold_0.., best_epoch, seconds, origin, params_*.
+        With several metrics, a column ``score_NAME`` for each follows the fold columns of the first
+        metric. It holds the mean at ``best_epoch``. A parameter that a trial lacks is missing.
 
-        A parameter that a trial does not have is missing. Raises ImportError without pandas.
+        Raises:
+            ImportError: pandas is not installed.
         """
         try:
             import pandas
@@ -274,7 +301,10 @@ class Study:
         return pandas.DataFrame(series)
 
     def to_polars(self) -> "polars.DataFrame":
-        """As ``to_pandas``, as a polars frame. Parameters of unlike types are given as text."""
+        """Return the trials as a polars DataFrame, with the columns of ``to_pandas``.
+
+        Parameters of mixed types become text.
+        """
         import polars
 
         series = []
@@ -287,8 +317,7 @@ class Study:
         return polars.DataFrame(series)
 
     def columns(self) -> dict[str, list[object]]:
-        """Return the columns of ``to_pandas`` as lists; None where a trial does not have a
-        parameter."""
+        """Return the columns of ``to_pandas`` as lists. A parameter that a trial lacks is None."""
         trials = self.trials
         folds = range(max((len(t.fold_scores) for t in trials), default=0))
         names = dict.fromkeys(name for t in trials for name in t.params)
@@ -314,7 +343,7 @@ class Study:
         }
 
     def why_none_is_best(self) -> str:
-        """Return the reason, and what to do, where no trial has a finite score."""
+        """Return the reason and the remedy if no trial has a finite score."""
         trials = self.trials
         states = Counter(trial.state for trial in self.trials)
         if not trials:
@@ -358,28 +387,31 @@ class Study:
 
 
 def best_trial(study: Study) -> Trial | None:
-    """Return the best trial of a study, None where none has a finite score."""
+    """Return the best trial of a study, or None if no trial has a finite score."""
     return study.trials[study.order[0]] if np.isfinite(study.scores).any() else None
 
 
 def curves_of_all(study: Study) -> Curve:
-    """Return the curves (C, epochs, F, M) of a study by all metrics; (C, epochs, F) where there is
-    one."""
+    """Return the curves (C, epochs, F, M) of a study by all metrics; (C, epochs, F) for one
+    metric."""
     study.curves  # noqa: B018 they are made now
     curves: Curve = vars(study)["curves"]
     return curves
 
 
 def check_metric(study: Study, metric: object, method: str) -> str:
-    """Return the name of a metric, of neg_log_loss also log_loss; InputError, in a ``method``'s
-    words, for another."""
+    """Return the name of a metric. For neg_log_loss, log_loss is accepted too.
+
+    Raises:
+        InputError: the study lacks this metric. The message names the ``method``.
+    """
     if not study.metrics:
         call = method if metric is None else f"{method}({metric!r})"
         raise InputError(
             f"{call} needs a study of several metrics, and this one has {study.record.scoring!r} "
             "alone."
         )
-    for name in (metric, f"neg_{metric}"):  # tables are headed by what they show, the loss itself
+    for name in (metric, f"neg_{metric}"):  # tables show the loss itself, as log_loss
         if name in study.metrics:
             return str(name)
     raise InputError(

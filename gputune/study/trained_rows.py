@@ -1,10 +1,9 @@
-"""Whether rows are among those that a model was trained on, by a sample of row digests that the
-model keeps.
+"""Estimate the share of rows on which a model was trained, by a sample of row digests in the model.
 
-The sample is the smallest digests of all training rows (a bottom-k sketch; Cohen & Kaplan, 2007,
-Summarizing data using bottom-k sketches). So the digests of other rows up to the same bound are a
-random sample of these rows, and the share of them that the model's sample holds estimates the share
-of rows that the model was trained on.
+The sample holds the smallest digests of all training rows (a bottom-k sketch; Cohen & Kaplan, 2007,
+Summarizing data using bottom-k sketches). The digests of other rows up to the same bound are a
+random sample of these rows. The share of them in the model's sample estimates the share of rows on
+which the model was trained.
 """
 
 from collections.abc import Iterator
@@ -19,11 +18,11 @@ from gputune.data.columns import Layout
 from gputune.data.table import Table
 
 SAMPLE_SIZE = 1024
-"""Digests that a model keeps: of fewer training rows the answer is exact."""
+"""The number of digests that a model keeps. With fewer training rows the answer is exact."""
 
-# of a digest: enough to tell a million rows apart from 1024, as short as the file allows
+# bytes per digest: enough to tell a million rows apart from 1024, and short in the file
 _BYTES = 6
-_ROWS = 8192  # whose digests are made at a time
+_ROWS = 8192  # rows per batch of digests
 _KEY_SEED = 0x6770
 
 
@@ -31,7 +30,7 @@ def sample_of_rows(layout: Layout | ArrayLayout, X: Table | Tensor | Arrays, y: 
     """Return the smallest digests of the training rows, in hexadecimal, for ``share_of_rows``.
 
     Args:
-        layout: the layout of the model, which says what a row is made of.
+        layout: the layout of the model, which describes the content of a row.
         X: the training rows.
         y: (n, ...) class codes or numbers of these rows.
     """
@@ -42,10 +41,16 @@ def sample_of_rows(layout: Layout | ArrayLayout, X: Table | Tensor | Arrays, y: 
 def share_of_rows(
     sample: str, layout: Layout | ArrayLayout, X: Table | Tensor | Arrays, y: np.ndarray
 ) -> float:
-    """Return about which share of rows, 0 to 1, equals rows that the model was trained on.
+    """Return the estimated share, 0 to 1, of rows that equal rows on which the model was trained.
 
-    The arguments are those of ``sample_of_rows``, whose result is ``sample``. Raises ValueError for
-    another sample.
+    Args:
+        sample: the result of ``sample_of_rows``.
+        layout: the layout of the model.
+        X: the rows.
+        y: (n, ...) class codes or numbers of these rows.
+
+    Raises:
+        ValueError: ``sample`` is not such a result.
     """
     content = bytes.fromhex(sample)
     starts = range(0, len(content), _BYTES)
@@ -53,7 +58,7 @@ def share_of_rows(
         [int.from_bytes(content[i : i + _BYTES], "big") for i in starts], dtype=np.uint64
     )
     digests = _digests(layout, X, y)
-    if len(trained) >= SAMPLE_SIZE:  # else it has the digests of all training rows
+    if len(trained) >= SAMPLE_SIZE:  # otherwise it holds all training rows
         digests = digests[digests <= trained.max()]
     return float(np.isin(digests, trained).mean()) if len(digests) else 0.0
 
@@ -61,7 +66,7 @@ def share_of_rows(
 def _digests(
     layout: Layout | ArrayLayout, X: Table | Tensor | Arrays, y: np.ndarray
 ) -> NDArray[np.uint64]:
-    """Return a digest of each row, (n,), of the numbers that it is made into and of its target."""
+    """Return a digest (n,) of each row: of its encoded numbers and its target."""
     target = np.asarray(y, dtype=np.float64).reshape(len(y), -1)
     digests = []
     start = 0
@@ -90,10 +95,14 @@ def _numbers(
 
 
 def _digests_of(numbers: NDArray[np.float64]) -> NDArray[np.uint64]:
-    """Return a digest of each row of (n, d) numbers, (n,): a sum of mixed bits times a random
-    number of each column."""
+    """Return a digest (n,) of each row of (n, d) numbers.
+
+    The digest is a sum over the columns. Each column has its own random factor, and the bits of
+    each number are mixed first.
+    """
     numbers = numbers + 0.0  # -0.0 becomes 0.0
     numbers[np.isnan(numbers)] = np.nan  # NaN has many bit patterns
+    # Odd factors can be inverted modulo 2^64, so the products lose no bits.
     keys = (
         np.random.Generator(np.random.PCG64(_KEY_SEED)).integers(
             2**64, size=numbers.shape[1], dtype=np.uint64
@@ -101,12 +110,15 @@ def _digests_of(numbers: NDArray[np.float64]) -> NDArray[np.uint64]:
         | 1
     )
     sums = (_mixed(numbers.view(np.uint64)) * keys).sum(axis=1, dtype=np.uint64)
+    # only the highest bytes are kept
     return _mixed(sums) >> np.uint64(64 - 8 * _BYTES)
 
 
 def _mixed(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Return numbers of which each bit depends on all bits of those given. Source: MurmurHash3's
-    64-bit finalizer."""
+    """Return numbers in which each bit depends on all bits of the given numbers.
+
+    Source: MurmurHash3's 64-bit finalizer.
+    """
     bits = (bits ^ (bits >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
     bits = (bits ^ (bits >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
     return bits ^ (bits >> np.uint64(33))

@@ -1,6 +1,6 @@
-"""How values are written in files: JSON text that gives them back with their type and every bit.
+"""Write values as JSON text, and read them back with their type and every bit.
 
-JSON has no word for infinity, tuples or arrays: such a value becomes an object with one key, its
+JSON cannot represent infinity, tuples or arrays. Such a value becomes an object with one key, its
 tag. Nothing is pickled. A name from a file reaches only the public layers and functions of
 torch.nn.
 """
@@ -20,12 +20,12 @@ from gputune.errors import InputError
 from gputune.types import Json
 
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
-"""What is raised where a value that was read, and may be damaged or of somebody else, is not what
-it should be."""
+"""Errors that reading a value may raise if it is damaged or comes from a stranger."""
 
 FUNCTIONAL = "torch.nn.functional"
 _OF_FUNCTIONAL = (FUNCTIONAL, "torch", "torch._C._nn")
-"""Where the functions of torch.nn.functional come from. Others there are torch's own machinery."""
+"""Home modules of the functions of torch.nn.functional. Its other contents are internal to
+torch."""
 
 _CALLABLE = (type, FunctionType, BuiltinFunctionType)
 
@@ -34,7 +34,7 @@ _PLAIN = frozenset((int, float, str))
 ARRAY_KINDS = "biufUO"
 _SMALL = 2**20
 _WIDTH = 64
-"""Bytes that an array may take in any case, and for each character of its items."""
+"""Bytes that an array may take per character of its items, in addition to ``_SMALL`` bytes."""
 
 
 def sha256(content: bytes | str) -> str:
@@ -44,11 +44,17 @@ def sha256(content: bytes | str) -> str:
 
 
 def to_json(value: object, *, name: str = "value") -> str:
-    """Return JSON text (ASCII) from which ``from_json`` gives the value back.
+    """Return JSON text (ASCII) from which ``from_json`` restores the value.
 
-    Known are None, bool, int, float (infinite and NaN too), str, list, tuple, dict, NumPy arrays of
-    these, and functions or classes of ``torch.nn``; NumPy scalars become Python's. Raises
-    InputError, naming ``name``, for anything else.
+    Supported are None, bool, int, float (infinite and NaN too), str, list, tuple, dict, NumPy
+    arrays of these, and functions or classes of ``torch.nn``. NumPy scalars become Python scalars.
+
+    Args:
+        value: the value.
+        name: the name of the value in errors.
+
+    Raises:
+        InputError: the value has another type, or is nested too deeply.
     """
     try:
         return json.dumps(_encode(value, name), allow_nan=False, separators=(",", ":"))
@@ -59,8 +65,11 @@ def to_json(value: object, *, name: str = "value") -> str:
 
 
 def from_json(text: str) -> Any:
-    """Return the value that ``to_json`` wrote. Raises ValueError for text that it cannot have
-    written."""
+    """Return the value that ``to_json`` wrote.
+
+    Raises:
+        ValueError: ``to_json`` cannot have written this text.
+    """
     try:
         value, end = _JSON.raw_decode(text)
         if end < len(text):
@@ -116,7 +125,7 @@ def _decode_array(content: Json) -> np.ndarray:
     if dtype.kind not in ARRAY_KINDS:
         raise ValueError(f"arrays of {dtype} are never stored")
     items = [_decode(item) for item in content["items"]]
-    # A type of text is as wide as it says, whatever the items are.
+    # A text dtype has the width that the file claims, whatever the items are.
     if dtype.itemsize * len(items) > _SMALL + _WIDTH * sum(len(str(item)) for item in items):
         raise ValueError(f"an array of {len(items)} items of {dtype} holds nothing as long")
     flat = np.empty(len(items), dtype=dtype)
@@ -125,11 +134,15 @@ def _decode_array(content: Json) -> np.ndarray:
 
 
 def _torch_name(value: object, name: str) -> str:
-    """Return "module:name" of a function or class of torch.nn, or raise InputError."""
+    """Return "module:name" of a function or class of torch.nn.
+
+    Raises:
+        InputError: the value is anything else.
+    """
     from torch.nn import functional
 
     places = [(getattr(value, "__module__", None), getattr(value, "__name__", None))]
-    # Functions in C are called otherwise, and say that they come from torch._C.
+    # Functions in C have other names and give torch._C as their module.
     places += [
         (functional.__name__, key) for key, known in vars(functional).items() if known is value
     ]
@@ -145,11 +158,12 @@ def _torch_name(value: object, name: str) -> str:
 
 
 def _torch_object(text: str) -> object:
-    """Return the public function or class of torch.nn that is called "module:name". Raises
-    ValueError for another.
+    """Return the public function or class of torch.nn with the name "module:name".
 
-    A user's class may call what it is given, so that a file must not name more than torch's layers
-    and functions.
+    A user's class may call its arguments. So a file may name only torch's layers and functions.
+
+    Raises:
+        ValueError: the name is anything else.
     """
     home, _, short = text.partition(":")
     parts = [*home.split("."), short]
@@ -157,7 +171,7 @@ def _torch_object(text: str) -> object:
     if not (is_public and parts[:2] == ["torch", "nn"]) or "parallel" in parts:
         raise ValueError(f"not a public name in torch.nn: {text!r}")
     value = vars(importlib.import_module(home)).get(short)
-    # torch's files import os, typing and the like, whose objects must not be reached through them.
+    # torch's files import os, typing and others. Their objects must not be reachable through torch.
     own_home = str(getattr(value, "__module__", ""))
     if home == FUNCTIONAL:
         is_known = own_home in _OF_FUNCTIONAL
@@ -176,5 +190,7 @@ DECODERS: dict[str, Callable[[Any], object]] = {
     "array": _decode_array,
     "torch": _torch_object,
 }
-"""Tag -> what reads its content. A dict of the user's with one such key is written under the tag
-"dict"."""
+"""From a tag to the function that reads its content.
+
+A user's dict with a tag as its only key is written under the tag "dict".
+"""
