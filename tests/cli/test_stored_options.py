@@ -179,9 +179,9 @@ def test_each_option_of_the_commands_has_a_place_in_the_study(studies, monkeypat
 @pytest.mark.parametrize(
     ("target", "options"),
     [
-        ("kind", ["--ensemble"]),
+        pytest.param("kind", ["--ensemble"], marks=pytest.mark.long),
         ("kind", ["--calibrate"]),
-        ("price", ["--intervals"]),
+        pytest.param("price", ["--intervals"], marks=pytest.mark.long),
         ("price", ["--ensemble", "--intervals"]),
     ],
 )

@@ -199,7 +199,11 @@ def test_a_part_in_another_precision_is_explained_and_the_remedy_works():
         ).best_model().module.first.weight.dtype == getattr(torch, dtype)
 
 
-LIKELIHOODS = [nn.NLLLoss, nn.NLLLoss(), functional.nll_loss]
+LIKELIHOODS = [
+    pytest.param(nn.NLLLoss, marks=pytest.mark.long),
+    nn.NLLLoss(),
+    functional.nll_loss,
+]
 
 
 @pytest.mark.parametrize("loss", LIKELIHOODS)

@@ -40,7 +40,10 @@ def tuned(module):
     return gputune.tune(module, ROWS, CLASSES, n_trials=2, max_epochs=4, cv=2, verbose=0)
 
 
-@pytest.mark.parametrize("module", [scripted, traced, ScriptedPart])
+LONG = [pytest.param(module, marks=pytest.mark.long) for module in (traced, ScriptedPart)]
+
+
+@pytest.mark.parametrize("module", [scripted, *LONG])
 def test_a_scripted_module_trains_and_predicts_as_the_plain_one(module, tmp_path):
     study = tuned(module)
     expected = tuned(plain)
@@ -48,8 +51,9 @@ def test_a_scripted_module_trains_and_predicts_as_the_plain_one(module, tmp_path
     model = study.best_model()
     # TorchScript replaces its code after the second call, with code that autograd takes part in.
     probabilities = [model.predict_proba(ROWS) for _ in range(4)]
+    plain_probabilities = expected.best_model().predict_proba(ROWS)
     for found in probabilities:
-        np.testing.assert_allclose(found, expected.best_model().predict_proba(ROWS), atol=1e-6)
+        np.testing.assert_allclose(found, plain_probabilities, atol=1e-6)
     model.save(tmp_path / "model")
     loaded = gputune.load_model(tmp_path / "model", module=module)
     np.testing.assert_array_equal(loaded.predict_proba(ROWS), probabilities[0])
@@ -92,7 +96,7 @@ def test_a_module_that_has_predicted_can_be_trained_on():
     assert model.module.layer.weight.grad.any()
 
 
-@pytest.mark.parametrize("module", [scripted, ScriptedPart])
+@pytest.mark.parametrize("module", [scripted, LONG[1]])
 def test_the_export_of_a_scripted_module_says_what_to_do(module, tmp_path):
     model = tuned(module).best_model()
     with refused(

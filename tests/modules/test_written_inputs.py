@@ -194,7 +194,7 @@ def as_given(kind):
     return (X.clone(), X.clone()) if kind == "tensor" else (X.numpy().copy(), X.numpy().copy())
 
 
-@pytest.mark.parametrize("kind", ["tensor", "array"])
+@pytest.mark.parametrize("kind", [pytest.param("tensor", marks=pytest.mark.long), "array"])
 def test_predictions_leave_the_rows_of_the_caller_as_they_are(kind):
     (rows, before), study, other = as_given(kind), search(WRITES, {}), search(PLAIN, {})
     model = study.best_model()

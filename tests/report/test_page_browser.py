@@ -363,7 +363,7 @@ def test_of_ten_thousand_trials_few_are_drawn_and_all_answer(browser, opened):
     assert browser.execute_script("return document.getElementsByTagName('*').length") < 3000
 
 
-@pytest.mark.parametrize("width", [1280, 800])
+@pytest.mark.parametrize("width", [1280, pytest.param(800, marks=pytest.mark.long)])
 def test_the_first_card_uses_its_full_width(browser, opened, study, width):
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)

@@ -133,8 +133,9 @@ def train_alone(idea, lr, fold, n_epochs):
     return scores
 
 
-def test_the_idea_scores_like_a_loop_over_single_networks(script):
+def test_the_idea_scores_like_a_loop_over_single_networks(script, monkeypatch):
     idea = script("idea")
+    monkeypatch.setattr(idea, "EPOCHS", 2)
     curves, survivors, gradients = idea.search()
     halved = idea.EPOCHS // 2
     assert [len(means) for means in curves] == [8] * halved + [4] * (idea.EPOCHS - halved)
@@ -150,10 +151,11 @@ def test_the_idea_scores_like_a_loop_over_single_networks(script):
     assert not math.isnan(gradients.sum())
 
 
-def test_the_hypergradient_of_the_idea_is_the_slope_of_one_more_epoch(script):
+def test_the_hypergradient_of_the_idea_is_the_slope_of_one_more_epoch(script, monkeypatch):
     """Central differences: train one more epoch with the rate moved a little up and a little
     down."""
     idea = script("idea")
+    monkeypatch.setattr(idea, "EPOCHS", 2)
     _, survivors, gradients = idea.search()
     step = 1e-5
 

@@ -122,7 +122,8 @@ def parallel(n_features, n_outputs):
     return nn.DataParallel(Buffer(n_features, n_outputs))
 
 
-MODULES = [Buffer, Assigned, Counted, Complex, Number, Drawn, DrawnPlain, spectral, lazy, parallel]
+MODULES = [Buffer, Number, Drawn, spectral]
+MORE_MODULES = [Assigned, Counted, Complex, DrawnPlain, lazy, parallel]
 
 
 def tuned(module, **options):
@@ -130,7 +131,9 @@ def tuned(module, **options):
     return gputune.tune(module, ROWS, CLASSES, **given)
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize(
+    "module", [*MODULES, *(pytest.param(module, marks=pytest.mark.long) for module in MORE_MODULES)]
+)
 def test_a_loaded_model_predicts_as_the_saved_one(module, tmp_path):
     study = tuned(module)
     one = study.best_model()
@@ -162,6 +165,7 @@ def test_workers_give_the_same_search(module):
     np.testing.assert_array_equal(tuned(module, workers=2).curves, tuned(module).curves)
 
 
+@pytest.mark.long
 def test_an_export_has_the_buffers(tmp_path):
     model = tuned(Buffer).best_model()
     model.export(tmp_path / "model.pt2")

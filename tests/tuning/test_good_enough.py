@@ -114,7 +114,16 @@ def seconds(study):
     return [trial.seconds for trial in gputune.Study.open(study).trials]
 
 
-SLOW = ("halving", "median", "optuna and halving", "hypergradient")
+SLOW = (
+    "target",
+    "logistic",
+    "halving",
+    "median",
+    "optuna and halving",
+    "hypergradient",
+    "loop and target",
+    "loop and optuna",
+)
 
 
 @pytest.mark.parametrize(

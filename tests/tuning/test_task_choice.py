@@ -54,7 +54,13 @@ INPUTS = {
 }
 
 
-@pytest.mark.parametrize("form", INPUTS)
+FORMS = [
+    pytest.param(form, marks=() if form in ("tensor", "images", "pandas") else pytest.mark.long)
+    for form in INPUTS
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_a_regression_of_whole_numbers_says_so_and_names_the_option(form):
     rows, y = INPUTS[form]
     with pytest.warns(
@@ -73,7 +79,7 @@ def test_numbers_that_hardly_repeat_are_a_note_only():
 
 
 @FEW_ROWS
-@pytest.mark.parametrize("form", INPUTS)
+@pytest.mark.parametrize("form", FORMS)
 def test_as_many_outputs_as_distinct_numbers_make_classes(form):
     rows, y = INPUTS[form]
     number = 100 if form == "images" else 50
@@ -108,7 +114,7 @@ def test_a_loss_of_classes_makes_classes(loss):
 def test_many_classes_of_a_few_rows_each_train_and_are_held_out(tmp_path):
     y = np.arange(3000) % 1000
     study = gputune.tune(
-        fixed_outputs(1000, "net"), RNG.normal(size=(3000, 2)), y, **{**HOW, "cv": 5}
+        fixed_outputs(1000, "net"), RNG.normal(size=(3000, 2)), y, **{**HOW, "cv": 4}
     )
     assert study.record.task == "multiclass" and np.isfinite(study.best_score)
     (tmp_path / "net.py").write_text(
