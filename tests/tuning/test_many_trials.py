@@ -7,7 +7,6 @@ from scipy.stats import loguniform, uniform
 
 import gputune
 
-
 # Drawing one trial of this space takes some milliseconds, so few are drawn within the timeout.
 WIDE = {name: uniform(0, 1) for name in ("x", *map(str, range(40)))}
 
