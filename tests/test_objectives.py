@@ -594,12 +594,12 @@ ONE_LOGIT = "One logit a row of two classes takes loss='bce'"
         (
             SEVERAL[:, 0],
             {"loss": functional.cross_entropy},
-            "y is numbers here; task='classification' takes it",
+            "functional.cross_entropy is of classes, and y is one number a row",
         ),
         (
             LABELS[:, 0],
             {"loss": functional.mse_loss},
-            "y is classes here; task='regression' takes it the other way",
+            "functional.mse_loss is of numbers, and y is classes: say task='regression' where",
         ),
         (SEVERAL, {"loss": lambda o, y: (o * math.inf).mean(1)}, "is not finite on the first rows"),
         (

@@ -24,6 +24,15 @@ from torch.nn import functional
 
 from gputune.errors import InputError
 from gputune.scoring.scores import neg_cross_entropy
+from gputune.scoring.torch_losses import (
+    OF_CLASSES,
+    OF_NUMBERS,
+    base_of,
+    kind_of,
+    name_of_loss,
+    refuse_other_arguments,
+    refuse_other_targets,
+)
 from gputune.types import Task
 
 # With fewer classes than a vector register holds, torch's softmax on a CPU computes one number at a
@@ -242,18 +251,16 @@ LOSS_OF_TASK: Mapping[Task, str] = {
 """The default loss of a module for each task. A custom target has no default loss."""
 
 
-_OF_CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss)
-_OF_NUMBERS = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.PoissonNLLLoss)
+NUMBERS_INSTEAD: tuple[Task, ...] = ("binary", "multiclass", "multilabel")
+"""Tasks whose targets may be numbers that look like classes or labels."""
+SAY_REGRESSION = "say task='regression' where they are numbers"
 
 
 def only_classifies(loss: object) -> bool:
     """Return True if a loss is only for one class per row, independent of the target."""
     if isinstance(loss, str):
         return LOSS_ALIASES.get(loss, loss) == "cross_entropy"
-    return issubclass(_kind(loss), _OF_CLASSES) or loss in (
-        functional.cross_entropy,
-        functional.nll_loss,
-    )
+    return issubclass(kind_of(loss), OF_CLASSES)
 
 
 def takes_probabilities(loss: object) -> bool:
@@ -261,9 +268,7 @@ def takes_probabilities(loss: object) -> bool:
 
     Its outputs are logits or log-probabilities.
     """
-    if issubclass(_kind(loss), (nn.CrossEntropyLoss, nn.KLDivLoss)):
-        return True
-    return loss in (functional.cross_entropy, functional.kl_div)
+    return issubclass(kind_of(loss), (nn.CrossEntropyLoss, nn.KLDivLoss))
 
 
 def is_absolute(loss: object) -> bool:
@@ -285,16 +290,24 @@ def loss_fitting(loss: object, task: Task) -> object:
     Raises InputError for a loss that does not fit the target: a loss of numbers for classes, a loss
     of one class for labels, or nn.BCELoss.
     """
-    kind = _kind(loss)
-    if task in ("binary", "multiclass") and issubclass(kind, _OF_NUMBERS):
-        other = "'cross_entropy' or 'bce'" if task == "binary" else "'cross_entropy'"
-        remedy = f"say task='regression' where they are numbers, or choose loss={other}"
+    kind = kind_of(loss)
+    refuse_other_arguments(loss)
+    refuse_other_targets(loss, task)
+    # A subclass with a forward of its own may compare outputs with labels in any way.
+    is_of_numbers = issubclass(kind, OF_NUMBERS) and (
+        task != "multilabel" or base_of(kind, OF_NUMBERS) is not None
+    )
+    if task in NUMBERS_INSTEAD and is_of_numbers:
+        is_what = "labels" if task == "multilabel" else "classes"
+        others = {"binary": "'cross_entropy' or 'bce'", "multilabel": "'bce'"}
+        other = others.get(task, "'cross_entropy'")
         raise InputError(
-            f"loss=torch.nn.{kind.__name__} is of numbers, and y is classes: {remedy}."
+            f"loss={name_of_loss(loss)} is of numbers, and y is {is_what}: {SAY_REGRESSION}, or "
+            f"choose loss={other}."
         )
-    if task == "multilabel" and issubclass(kind, _OF_CLASSES):
+    if task == "multilabel" and issubclass(kind, OF_CLASSES):
         raise InputError(
-            f"loss=torch.nn.{kind.__name__} is of one class a row, and y is labels, of which a "
+            f"loss={name_of_loss(loss)} is of one class a row, and y is labels, of which a "
             "row may have several: give loss=torch.nn.BCEWithLogitsLoss, or y.argmax(1) as y "
             "where each row has one."
         )
@@ -302,7 +315,7 @@ def loss_fitting(loss: object, task: Task) -> object:
         return loss
     if issubclass(kind, nn.BCELoss):
         raise InputError(
-            "loss=torch.nn.BCELoss takes probabilities, and predictions and scores are made of "
+            f"loss={name_of_loss(loss)} takes probabilities, and predictions and scores are made of "
             "logits: give loss='bce', which is torch.nn.BCEWithLogitsLoss, and leave out the "
             "sigmoid at the end of the module."
         )
@@ -319,24 +332,20 @@ def refuse_one_number(loss: object, y: Tensor) -> None:
 
     With one class such a loss is always 0.
     """
-    kind = _kind(loss)
-    if issubclass(kind, _OF_CLASSES) and y.is_floating_point() and y.numel() == len(y):
+    if issubclass(kind_of(loss), OF_CLASSES) and y.is_floating_point() and y.numel() == len(y):
         remedy = (
             "say task='classification' where they are classes, or choose a loss of numbers, such "
             "as 'mse'"
         )
         raise InputError(
-            f"loss=torch.nn.{kind.__name__} is of classes, and y is one number a row: {remedy}."
+            f"loss={name_of_loss(loss)} is of classes, and y is one number a row: {remedy}."
         )
 
 
 def takes_log_probabilities(loss: object) -> bool:
     """Return True if a loss of torch takes log-probabilities: NLLLoss, KLDivLoss or their
     functions."""
-    return issubclass(_kind(loss), nn.NLLLoss | nn.KLDivLoss) or loss in (
-        functional.nll_loss,
-        functional.kl_div,
-    )
+    return issubclass(kind_of(loss), nn.NLLLoss | nn.KLDivLoss)
 
 
 def is_divergence(loss: object) -> bool:
@@ -344,16 +353,14 @@ def is_divergence(loss: object) -> bool:
 
     Its outputs may have the classes in any dimension.
     """
-    return issubclass(_kind(loss), nn.KLDivLoss) or loss is functional.kl_div
+    return issubclass(kind_of(loss), nn.KLDivLoss)
 
 
 def is_cross_entropy(loss: object) -> bool:
     """Return True if a loss is the cross-entropy of classes, by name or as torch's class or
     function."""
     is_named = isinstance(loss, str) and loss == "cross_entropy"
-    return (
-        is_named or issubclass(_kind(loss), nn.CrossEntropyLoss) or loss is functional.cross_entropy
-    )
+    return is_named or issubclass(kind_of(loss), nn.CrossEntropyLoss)
 
 
 def by_rows(loss: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:

@@ -18,12 +18,21 @@ from torch import Tensor, nn
 
 from gputune.errors import InputError
 from gputune.population.population import call_module, first_output
-from gputune.scoring.losses import LOSS_OF_TASK, LOSSES, by_rows, loss_fitting, parse_loss
+from gputune.scoring.losses import (
+    LOSS_OF_TASK,
+    LOSSES,
+    NUMBERS_INSTEAD,
+    SAY_REGRESSION,
+    by_rows,
+    loss_fitting,
+    parse_loss,
+)
 from gputune.seeding import keyed_draws, stream_seed
 from gputune.text import did_you_mean
 from gputune.types import Config, Task
 
 LOSS_PREFIX = "loss__"
+_ORDERS = 12  # of the target, for which a score must be equal to count as one of all pairs of rows
 
 
 @dataclass(frozen=True)
@@ -389,7 +398,9 @@ def pairs_all_rows(
     whole = mean(outputs, y)
     n = len(y)
     aligned = [mean(outputs.view(shape), y.view(shape)) for shape in ((n,), (n, 1))]
-    return same(mean(outputs, y.roll(1, 0))) and not any(map(same, aligned))
+    # An accuracy may be equal for one other order by chance.
+    orders = (y.roll(shift, 0) for shift in range(1, min(n, _ORDERS)))
+    return all(same(mean(outputs, order)) for order in orders) and not any(map(same, aligned))
 
 
 def loss_arguments(config: Config) -> Config:
@@ -451,8 +462,11 @@ def make_objective(loss: Any, step: Any, augment: Any, task: Task) -> Objective:
         )
     elif isinstance(loss, str) and task not in LOSSES[loss].tasks:
         fitting = ", ".join(repr(name) for name, of in LOSSES.items() if task in of.tasks)
+        of_numbers = task in NUMBERS_INSTEAD and "regression" in LOSSES[loss].tasks
+        remedy = f", or {SAY_REGRESSION}" * of_numbers
         raise InputError(
-            f"loss={loss!r} does not fit a {task} target; choose {fitting or 'a loss of your own'}."
+            f"loss={loss!r} does not fit a {task} target; choose "
+            f"{fitting or 'a loss of your own'}{remedy}."
         )
     return Objective(
         loss, step, augment, any_outputs=task == "custom", binary=task == "binary", numbers=numbers

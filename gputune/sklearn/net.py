@@ -14,7 +14,7 @@ from sklearn.utils import Tags
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from gputune.errors import InputError
+from gputune.errors import InputError, InputWarning, warn
 from gputune.methods.config import check_value
 from gputune.modules.construction import Builder, what_to_pass
 from gputune.optimizers.classes import (
@@ -25,6 +25,7 @@ from gputune.optimizers.classes import (
 )
 from gputune.population.population import complete, two_logits
 from gputune.scoring.objective import LOSS_PREFIX
+from gputune.scoring.torch_losses import name_of_loss, other_units, remedy_for_units
 from gputune.sklearn.dataset import Rows
 from gputune.sklearn.networks import TrainedEstimator
 from gputune.sklearn.recipe import AUTO_BATCH, MOMENTUM, DrawSeed, Member, Recipe, draw_seed
@@ -368,6 +369,7 @@ class NeuralNetRegressor(RegressorMixin, _NeuralNet):  # type: ignore[misc]
 
     def _set_fitted(self, fitted: Member, rows: Rows) -> None:
         super()._set_fitted(fitted, rows)
+        self._warn_of_units()
         if rows.y.ndim == 1:
             self.target_mean_ = float(fitted.center)
             self.target_scale_ = float(fitted.scale)
@@ -375,3 +377,20 @@ class NeuralNetRegressor(RegressorMixin, _NeuralNet):  # type: ignore[misc]
             zeros = np.zeros(rows.y.shape[1:])
             self.target_mean_ = fitted.center + zeros
             self.target_scale_ = fitted.scale + zeros
+
+    def _warn_of_units(self) -> None:
+        """Warn if the criterion makes the outputs something else than numbers in the units of y."""
+        if self.training_step is not None:
+            return
+        arguments = {
+            name.removeprefix("criterion__"): value for name, value in self._arguments.items()
+        }
+        units = other_units(self.criterion, arguments)
+        if not units:
+            return
+        remedy = remedy_for_units(self.criterion).replace("loss=", "criterion=")
+        warn(
+            f"criterion={name_of_loss(self.criterion)} makes the outputs {units}, which predict "
+            f"returns and score compares with y.{f' {remedy}.' if remedy else ''}",
+            InputWarning,
+        )

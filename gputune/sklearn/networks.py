@@ -182,6 +182,13 @@ def in_skorchs_words(error: InputError) -> InputError:
     text = str(error).replace("model: ", "module: ", 1).replace("space: ", "", 1)
     for word in ("loss__", "loss=", "loss must"):
         text = text.replace(word, word.replace("loss", "criterion"), 1)
+    text = re.sub(r"\bloss=(?=torch\.nn|')", "criterion=", text)
+    text = text.replace("say task='regression'", "use NeuralNetRegressor")
+    text = text.replace("say task='classification'", "use NeuralNetClassifier")
+    text = text.replace(
+        "with task='custom' and scoring=callable(outputs, y)", "in gputune.sklearn.NeuralNet"
+    )
+    text = text.replace("with task='custom' and scoring='neg_loss'", "in gputune.sklearn.NeuralNet")
     text = re.sub(
         r"put '(module__\w+)' into the space \(some values, or one\)", r"pass \1=...", text
     )

@@ -206,7 +206,9 @@ def _prepare(recorded: RecordedSearch, progress: Progress, store: Store | None) 
         and data.task != "custom"
     )
     kept_bytes = KEPT_BYTES if options.keep_predictions and has_best else 0
-    scoring = replace(problem.scoring(_earlier_scoring(store)), kept_bytes=kept_bytes)
+    is_resumed = store is not None and "scoring" in store.meta
+    scoring = problem.scoring(_earlier_scoring(store), is_resumed=is_resumed)
+    scoring = replace(scoring, kept_bytes=kept_bytes)
     check_folds(scoring, data)
     for trial, config in zip(trials, configs):
         if problem.objective is not None:

@@ -35,9 +35,10 @@ from gputune.methods.descent import Hypergradient
 from gputune.methods.distributions import Space
 from gputune.methods.space import PORTFOLIOS, choices_of
 from gputune.modules.inspection import returns_one_logit
-from gputune.scoring.losses import LOSS_OF_TASK, takes_probabilities
-from gputune.scoring.metrics import Scorings, loss_scoring, make_scoring, scorers_of
+from gputune.scoring.losses import LOSS_OF_TASK, only_classifies, takes_probabilities
+from gputune.scoring.metrics import loss_scoring, make_scoring
 from gputune.scoring.objective import Objective, make_objective
+from gputune.scoring.output_units import output_units, refuse_other_units, soft_label_scoring
 from gputune.scoring.scoring import Scoring
 from gputune.study.model_fields import DTYPES
 from gputune.tuning.choices import ModelChoice
@@ -196,12 +197,13 @@ class Problem:
             return False
         return takes_probabilities(objective.loss) and are_soft_labels(self.target)
 
-    def scoring(self, earlier: str | None = None) -> Scoring:
+    def scoring(self, earlier: str | None = None, *, is_resumed: bool = False) -> Scoring:
         """Return the scoring of a search.
 
         ``earlier`` is the score of a resumed study for which the user gave no score, because
         earlier versions had a different default. Raises InputError for a function that a study
         could not find again later.
+        A study that ``is_resumed`` keeps its score, whatever its loss makes of the outputs.
         """
         target = self.target
         options = self.options
@@ -214,7 +216,9 @@ class Problem:
         of_target = target.task, target.classes, options.positive, self.objective
         given = options.scoring if options.scoring is not None else earlier
         if self.has_soft_labels and earlier is None:
-            given = _soft_label_scoring(given)
+            given = soft_label_scoring(given)
+        elif self.output_units and self.objective and not is_resumed:
+            refuse_other_units(given, self.objective, target.name)
         scoring = make_scoring(given, *of_target, n_labels=target.n_outputs)
         scorers = [("scoring", one.name) for one in (scoring, *scoring.others)]
         for argument, name in (*scorers, ("target_transform", repr(options.target_transform))):
@@ -225,6 +229,17 @@ class Problem:
                 remedy = "define it with def at the top of a module, or leave study out"
                 raise InputError(f"{argument}={name!r} {why}; {remedy}.")
         return scoring
+
+    @property
+    def output_units(self) -> str:
+        """The nature of outputs that the loss takes in other units than numbers y, such as "log
+        rates"; "" otherwise."""
+        objective = self.objective
+        if objective is None or self.target.task != "regression":
+            return ""
+        if self.target.n_outputs == 1 and only_classifies(objective.loss):
+            return ""  # it is refused together with its target
+        return output_units(objective)
 
     @property
     def n_features(self) -> int:
@@ -305,6 +320,11 @@ class Problem:
                 "the loss (neg_loss); predict returns the module's outputs, whose softmax is the "
                 "probabilities"
             )
+        elif self.output_units:
+            remarks.append(
+                f"the loss {self.objective.name if self.objective else ''} makes the outputs "
+                f"{self.output_units}, which predict returns as they are"
+            )
         return tuple(remarks)
 
     def remarks_on_loss(self, scoring: Scoring) -> tuple[str, ...]:
@@ -379,22 +399,6 @@ class Problem:
             "features"
         )
         return f" {counts}, {' and '.join(parts)}{remedy}." if parts else ""
-
-
-def _soft_label_scoring(scoring: Scorings | None) -> Scorings:
-    """Return the score for a target of probabilities.
-
-    Raises InputError for scores that would compare the probabilities with logits.
-    """
-    several = scorers_of(scoring)
-    scorers = [scoring] if several is None else list(several.values())
-    for scorer in scorers:
-        if isinstance(scorer, str) and scorer != "neg_loss":
-            raise InputError(
-                f"scoring={scorer!r} would compare the module's logits with the probabilities in "
-                "y. Leave scoring out to rank by the loss, or give scoring=callable(outputs, y)."
-            )
-    return "neg_loss" if scoring is None else scoring
 
 
 def make_problem(

@@ -1,0 +1,51 @@
+"""Scores of outputs that are not in the units of the target: logits, log rates, and the like."""
+
+from gputune.errors import InputError
+from gputune.scoring.metrics import OneScoring, Scorings, default_scoring, scorers_of
+from gputune.scoring.objective import Objective, loss_arguments
+from gputune.scoring.torch_losses import name_of_loss, other_units, remedy_for_units
+
+
+def _scorers(scoring: Scorings | None) -> list[OneScoring | None]:
+    """Return the scorers of a scoring argument; None stands for the default score."""
+    if scoring is None:
+        return [None]
+    several = scorers_of(scoring)
+    return [scoring] if several is None else list(several.values())  # type: ignore[list-item]
+
+
+def soft_label_scoring(scoring: Scorings | None) -> Scorings:
+    """Return the score for a target of probabilities.
+
+    Raises InputError for scores that would compare the probabilities with logits.
+    """
+    for scorer in _scorers(scoring):
+        if isinstance(scorer, str) and scorer != "neg_loss":
+            raise InputError(
+                f"scoring={scorer!r} would compare the module's logits with the probabilities in "
+                "y. Leave scoring out to rank by the loss, or give scoring=callable(outputs, y)."
+            )
+    return "neg_loss" if scoring is None else scoring
+
+
+def output_units(objective: Objective) -> str:
+    """Return the nature of outputs that a loss takes in other units than numbers y; "" otherwise."""
+    if objective.step is not None:
+        return ""
+    return other_units(objective.loss, loss_arguments(objective.fixed))
+
+
+def refuse_other_units(scoring: Scorings | None, objective: Objective, name: str) -> None:
+    """Raise InputError for a score that compares outputs in other units with the target ``name``."""
+    named = [one for one in _scorers(scoring) if not callable(one) and one != "neg_loss"]
+    if not named:
+        return
+    units = output_units(objective)
+    score = named[0] or default_scoring("regression", objective)
+    other = remedy_for_units(objective.loss)
+    remedy = f"{other}, or say scoring='neg_loss'" if other else "Say scoring='neg_loss'"
+    raise InputError(
+        f"loss={name_of_loss(objective.loss)} makes the outputs {units}, and scoring={score!r} "
+        f"would compare these with {name}. {remedy}: then the loss ranks the trials, and predict "
+        f"returns {units}."
+    )

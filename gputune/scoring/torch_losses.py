@@ -1,0 +1,191 @@
+"""Losses of ``torch.nn`` and ``torch.nn.functional``: what they take, and what their outputs are.
+
+gputune calls a loss as ``loss(outputs, y)``. It passes classes as 0, 1, ... and labels as columns
+of 0 and 1, and it compares outputs with y in the units of y. Some losses of PyTorch take other
+arguments, other targets or outputs in other units.
+"""
+
+from collections.abc import Callable, Hashable, Mapping
+from functools import partial
+from inspect import Parameter, signature
+
+from torch import nn
+from torch.nn import functional
+
+from gputune.errors import InputError
+from gputune.types import Task
+
+_KINDS: Mapping[Callable[..., object], type[nn.Module]] = {
+    functional.binary_cross_entropy: nn.BCELoss,
+    functional.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
+    functional.cosine_embedding_loss: nn.CosineEmbeddingLoss,
+    functional.cross_entropy: nn.CrossEntropyLoss,
+    functional.ctc_loss: nn.CTCLoss,
+    functional.gaussian_nll_loss: nn.GaussianNLLLoss,
+    functional.hinge_embedding_loss: nn.HingeEmbeddingLoss,
+    functional.huber_loss: nn.HuberLoss,
+    functional.kl_div: nn.KLDivLoss,
+    functional.l1_loss: nn.L1Loss,
+    functional.margin_ranking_loss: nn.MarginRankingLoss,
+    functional.mse_loss: nn.MSELoss,
+    functional.multi_margin_loss: nn.MultiMarginLoss,
+    functional.multilabel_margin_loss: nn.MultiLabelMarginLoss,
+    functional.multilabel_soft_margin_loss: nn.MultiLabelSoftMarginLoss,
+    functional.nll_loss: nn.NLLLoss,
+    functional.poisson_nll_loss: nn.PoissonNLLLoss,
+    functional.smooth_l1_loss: nn.SmoothL1Loss,
+    functional.soft_margin_loss: nn.SoftMarginLoss,
+    functional.triplet_margin_loss: nn.TripletMarginLoss,
+    functional.triplet_margin_with_distance_loss: nn.TripletMarginWithDistanceLoss,
+}
+
+OF_CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss)
+OF_NUMBERS = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.PoissonNLLLoss)
+
+_FUNCTION = (
+    "Call it in a function loss(outputs, y) of your own, with task='custom' and "
+    "scoring=callable(outputs, y), or in a training_step"
+)
+# The second one is new in PyTorch 2.13.
+_WITH_WEIGHTS: list[type[nn.Module]] = [
+    getattr(nn, name)
+    for name in ("AdaptiveLogSoftmaxWithLoss", "LinearCrossEntropyLoss")
+    if hasattr(nn, name)
+]
+_MORE_ARGUMENTS: Mapping[type[nn.Module], tuple[str, str]] = {
+    nn.GaussianNLLLoss: (
+        "means, y and variances",
+        "Return the mean and the log variance as two columns of the module's outputs. Then give a "
+        "function loss(outputs, y) that passes outputs[:, 0], y and outputs[:, 1].exp() to it, "
+        "with task='custom' and scoring='neg_loss'",
+    ),
+    nn.CosineEmbeddingLoss: ("two embeddings and y", _FUNCTION),
+    nn.MarginRankingLoss: ("the scores of two rows and y", _FUNCTION),
+    nn.TripletMarginLoss: ("an anchor, a positive and a negative row", _FUNCTION),
+    nn.TripletMarginWithDistanceLoss: ("an anchor, a positive and a negative row", _FUNCTION),
+    nn.CTCLoss: ("outputs, y and their lengths", _FUNCTION),
+    **dict.fromkeys(
+        _WITH_WEIGHTS,
+        (
+            "hidden features, and it has weights to train",
+            "Make it a part of the module, and return its loss from a training_step",
+        ),
+    ),
+}
+"""By losses that cannot be called with outputs and y alone: what they take, and what to do."""
+
+
+def kind_of(loss: object) -> type:
+    """Return the class of a loss, which may be given as a class, an instance, or a function.
+
+    The class of ``functional.mse_loss``, and of a ``functools.partial`` of it, is ``nn.MSELoss``.
+    """
+    if isinstance(loss, partial):
+        loss = loss.func
+    if isinstance(loss, type):
+        return loss
+    if isinstance(loss, Hashable) and callable(loss):
+        return _KINDS.get(loss, type(loss))
+    return type(loss)
+
+
+def name_of_loss(loss: object) -> str:
+    """Return the name of a loss of PyTorch as its documentation has it."""
+    if isinstance(loss, partial):
+        loss = loss.func
+    if isinstance(loss, Hashable) and loss in _KINDS:
+        return f"torch.nn.functional.{getattr(loss, '__name__', '')}"
+    return f"torch.nn.{kind_of(loss).__name__}"
+
+
+def refuse_other_arguments(loss: object) -> None:
+    """Raise InputError for a loss of PyTorch that takes more than outputs and y."""
+    kind = kind_of(loss)
+    base = base_of(kind, tuple(_MORE_ARGUMENTS))
+    if base is None or (isinstance(loss, partial) and _n_required(loss) == 2):
+        return
+    takes, remedy = _MORE_ARGUMENTS[base]
+    raise InputError(
+        f"loss={name_of_loss(loss)} takes {takes}, but gputune calls loss(outputs, y). {remedy}."
+    )
+
+
+def base_of(kind: type, bases: tuple[type[nn.Module], ...]) -> type[nn.Module] | None:
+    """Return the loss of PyTorch whose forward a class has; None for a forward of the user's."""
+    for base in bases:
+        if issubclass(kind, base) and kind.forward is base.forward:
+            return base
+    return None
+
+
+def _n_required(function: Callable[..., object]) -> int:
+    """Return the number of arguments of a function that have no default."""
+    return sum(p.default is Parameter.empty for p in signature(function).parameters.values())
+
+
+def refuse_other_targets(loss: object, task: Task) -> None:
+    """Raise InputError for a loss of PyTorch that takes classes or labels in another form."""
+    base = base_of(
+        kind_of(loss), (nn.SoftMarginLoss, nn.HingeEmbeddingLoss, nn.MultiLabelMarginLoss)
+    )
+    if base is None or task == "custom":
+        return
+    positions = base is nn.MultiLabelMarginLoss
+    if task == "regression" and not positions:
+        return
+    gets = {
+        "regression": "floats",
+        "multilabel": "a 0 or a 1 for each label",
+    }.get(task, "the positions of the classes, from 0")
+    takes = "the positions of each row's labels" if positions else "-1 and 1"
+    as_given = "pass y in that form with task='custom' and scoring=callable(outputs, y)"
+    if base is nn.SoftMarginLoss and task != "multiclass":
+        remedy = "Give loss='bce', which is the same loss for 0 and 1"
+    elif task == "multilabel":
+        remedy = f"Give loss='bce', or {as_given}"
+    elif task in ("binary", "multiclass"):
+        remedy = f"Give loss='cross_entropy', or {as_given}"
+    else:
+        remedy = as_given.capitalize().replace("Pass Y", "Pass y")
+    raise InputError(
+        f"loss={name_of_loss(loss)} takes {takes} as y, but here a loss gets {gets}. {remedy}."
+    )
+
+
+_SIGMOID = "End the module in sigmoid() and give loss=torch.nn.BCELoss()"
+_UNITS: Mapping[type[nn.Module], tuple[str, str]] = {
+    nn.PoissonNLLLoss: ("log rates", "End the module in exp() and give {} with log_input=False"),
+    nn.BCEWithLogitsLoss: ("logits", _SIGMOID),
+    nn.MultiLabelSoftMarginLoss: ("logits", _SIGMOID),
+    nn.CrossEntropyLoss: ("logits", ""),
+    nn.KLDivLoss: ("log-probabilities", ""),
+    nn.SoftMarginLoss: ("margins", ""),
+    nn.HingeEmbeddingLoss: ("distances", ""),
+}
+"""By losses whose outputs are not in the units of numbers y: what outputs are, and what to do."""
+
+
+def other_units(loss: object, arguments: Mapping[str, object]) -> str:
+    """Return the nature of outputs that a loss of PyTorch takes in other units than numbers y.
+
+    Args:
+        loss: any loss.
+        arguments: the values of its ``loss__*`` in all trials.
+
+    Returns:
+        Words such as "log rates"; "" for outputs in the units of y, and for any other loss.
+    """
+    base = base_of(kind_of(loss), tuple(_UNITS))
+    if base is None:
+        return ""
+    if base is nn.PoissonNLLLoss:
+        given = loss.keywords if isinstance(loss, partial) else arguments
+        if not getattr(loss, "log_input", given.get("log_input", True)):
+            return ""
+    return _UNITS[base][0]
+
+
+def remedy_for_units(loss: object) -> str:
+    """Return how outputs get the units of y, the start of a sentence; "" if there is no way."""
+    base = base_of(kind_of(loss), tuple(_UNITS))
+    return "" if base is None else _UNITS[base][1].format(name_of_loss(loss))
