@@ -30,6 +30,18 @@ _BROADCASTING_LOSSES = {
 """Functions that broadcast, and whose result need not show it."""
 
 
+_DIAGONALS = {
+    torch.diagonal,
+    Tensor.diagonal,
+    torch.diag,
+    Tensor.diag,
+    torch.linalg.diagonal,
+    torch.trace,
+    Tensor.trace,
+}
+"""Functions that take each row's own pair out of a matrix of all pairs of rows."""
+
+
 def in_one_shape(pair: Shapes, place: str) -> str:
     """Return how outputs and targets get one shape, as a sentence."""
     if len(pair[0]) == 2:
@@ -43,16 +55,15 @@ class BroadcastWatch(TorchFunctionMode):
     """Watches a loss for an operation that pairs each output with the targets of all rows.
 
     Outputs are tensors that require a gradient. Whatever is computed from the target alone counts
-    as a target.
-
-    Attributes:
-        pair: The shapes of the outputs and the target of the first such operation, None without
-            one.
+    as a target. A matrix of all pairs is harmless if only its diagonal is used.
     """
 
     def __init__(self, y: Tensor) -> None:
         super().__init__()
-        self.pair: Shapes | None = None
+        self._pair: Shapes | None = None
+        self._matrices: dict[int, Tensor] = {}  # of all pairs, by id
+        self._takes_diagonal = False
+        self._uses_others = False
         self._rows = len(y)
         self._targets = {id(y): y}  # kept alive, so that no other tensor gets their ids
 
@@ -66,9 +77,29 @@ class BroadcastWatch(TorchFunctionMode):
         outputs = [x for x in tensors if id(x) not in self._targets and x.requires_grad]
         if targets and not outputs:
             self._targets |= {id(x): x for x in _tensors(result)}
-        elif targets and self.pair is None and self._is_broadcast(func, result):
-            self.pair = self._pair_of(outputs, targets)
+        elif targets and self._pair is None and self._is_broadcast(func, result):
+            self._pair = self._pair_of(outputs, targets)
+            if self._pair is not None:
+                self._matrices |= {id(x): x for x in _tensors(result)}
+        elif any(id(x) in self._matrices for x in tensors):
+            self._follow(func, result)
         return result
+
+    @property
+    def pair(self) -> Shapes | None:
+        """The shapes of the outputs and the target of the first such operation; None without
+        one."""
+        return None if self._takes_diagonal and not self._uses_others else self._pair
+
+    def _follow(self, func: Function, result: object) -> None:
+        """Note whether an operation on a matrix of all pairs uses its diagonal, or other numbers of
+        it."""
+        if func in _DIAGONALS:
+            self._takes_diagonal = True
+        elif isinstance(result, Tensor) and tuple(result.shape) == (self._rows, self._rows):
+            self._matrices[id(result)] = result
+        elif isinstance(result, Tensor):
+            self._uses_others = True
 
     def _is_broadcast(self, func: Function, result: object) -> bool:
         square = (self._rows, self._rows)

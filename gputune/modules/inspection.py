@@ -206,7 +206,7 @@ def inspect_module(trial: ModuleTrial) -> Traits:
         scheduled=dropout_rates(module),
         probabilities=are_probabilities(trained),
     )
-    reason = outside or _of_itself(module, counted, changing)
+    reason = outside or trial.draws_in_augment() or _of_itself(module, counted, changing)
     unused = tuple[str, ...]()
     if not reason:
         reason, unused = _stacking_traits(trial, traits)
@@ -297,7 +297,7 @@ def _plain_results(
     names = trial.shape.names
     gradients: list[dict[str, Tensor | None]] = []
     for rows in _minibatches(trial):
-        inputs = [x[rows] for x in trial.augmented()]
+        inputs = trial.augmented(rows)
         with torch.enable_grad(), keyed_draws(_CPU, 0, "dropout", *_KEY):
             losses = objective.losses(
                 module.train(), inputs, trial.y[rows], trial.config, names=names

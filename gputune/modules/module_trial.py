@@ -3,7 +3,7 @@
 import copy
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Self
@@ -24,6 +24,7 @@ from gputune.modules.construction import (
     outputs_hint,
 )
 from gputune.modules.draw_watch import DrawWatch, Trail
+from gputune.modules.probabilities import LikelihoodWatch
 from gputune.modules.write_watch import WriteWatch
 from gputune.population.population import Shape, call_module, module_arguments
 from gputune.scoring.losses import refuse_one_number
@@ -244,7 +245,12 @@ class ModuleTrial:
                     "ignore", "Using a target size .* that is different to the input size"
                 )
                 watch = BroadcastWatch(own_y)
-                with nullcontext() if self.objective.is_named else watch:
+                likelihoods = LikelihoodWatch()
+                watches = ExitStack()
+                if not self.objective.is_named:
+                    watches.enter_context(watch)
+                    watches.enter_context(likelihoods)
+                with watches:
                     step = self.module.train(), own, own_y, self.config
                     losses = self.objective.losses(*step, names=self.shape.names)
         except Exception as error:
@@ -253,7 +259,19 @@ class ModuleTrial:
             raise InputError(
                 f"{name} raised {type(error).__name__}: {says}. {self._what_a_loss_gets()}"
             ) from error
+        if likelihoods.found:
+            raise InputError(self._wrong_likelihood(likelihoods))
         return losses, watch.pair
+
+    def _wrong_likelihood(self, watch: LikelihoodWatch) -> str:
+        """Return what a loss does wrong that gives numbers above 0 to a likelihood, with a
+        remedy."""
+        end = ", without the softmax before it" * (watch.found == "probabilities")
+        remedy = "Use torch.nn.functional.cross_entropy there"
+        return (
+            f"{self.objective.in_words} passes {watch.found} to {watch.function}, which takes the "
+            f"logarithms of probabilities. {remedy}{end}, or take log_softmax(1) before."
+        )
 
     def _what_a_loss_gets(self) -> str:
         """Say how the loss was called, for an error that it raised."""
@@ -280,18 +298,20 @@ class ModuleTrial:
             f"{outputs.dtype}, y {y}; make them fit.{remedy}"
         )
 
-    def augmented(self) -> list[Tensor]:
-        """Return the inputs as the user changes minibatches of training. Raises InputError where
-        that fails."""
+    def augmented(self, rows: slice) -> list[Tensor]:
+        """Return some rows of the inputs as the user changes minibatches of training. Raises
+        InputError where that fails.
+
+        They are sliced before: the numbers that torch.randn draws depend on how many there are.
+        """
+        inputs = [x[rows] for x in self.inputs]
         if self.objective.augment is None:
-            return list(self.inputs)
+            return inputs
         try:
-            return [
-                x[0]
-                for x in self.objective.augmented(
-                    [x[None] for x in self.inputs], self.shape.names, 0, (0, 0)
-                )
-            ]
+            changed = self.objective.augmented(
+                [x[None] for x in inputs], self.shape.names, 0, (0, 0)
+            )
+            return [x[0] for x in changed]
         except InputError:
             raise
         except Exception as error:
@@ -300,6 +320,20 @@ class ModuleTrial:
                 f"{type(error).__name__}: {error}. It is called as augment(x, generator), with "
                 "the inputs of a minibatch, and returns such inputs."
             ) from error
+
+    def draws_in_augment(self) -> str:
+        """Return why two calls of augment change the same rows differently; "" if they do not."""
+        if self.objective.augment is None:
+            return ""
+        rows = slice(0, len(self.y))
+        first = self.augmented(rows)
+        second = self.augmented(rows)
+        if all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, second)):
+            return ""
+        return (
+            f"augment={qualified_name(self.objective.augment)} draws random numbers without the "
+            "generator that it is given; pass generator=generator to each operation that draws"
+        )
 
     def check_outputs(self, outputs: object) -> None:
         """Raise InputError for outputs of another shape than the loss takes."""
@@ -310,10 +344,11 @@ class ModuleTrial:
         usual = _of_shape(found := _found(outputs), n_outputs, binary=self.objective.binary)
         if isinstance(found, tuple) and len(found) == 2:
             usual += outputs_hint(self.builder, module_arguments(self.config), found[1], n_outputs)
-        if self.objective.step is not None:
+        if not self.objective.is_named:
+            place = "training_step" if self.objective.step else "loss of your own"
             usual += (
-                " With task='custom' and scoring=callable(outputs, y) a training_step may have "
-                "any outputs."
+                f" With task='custom' and scoring=callable(outputs, y) a {place} may have any "
+                "outputs."
             )
         raise InputError(
             f"model: {self.name} must return a tensor of shape (rows, {n_outputs}), got {found} "

@@ -1,8 +1,11 @@
 """Outputs that end in a softmax or a sigmoid, or lack one, contrary to what the loss takes."""
 
 from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from gputune.errors import InputError, InputWarning, warn
+from gputune.modules.trace import Args, Function, Words
 from gputune.scoring.losses import is_cross_entropy, is_divergence, takes_log_probabilities
 from gputune.scoring.objective import Objective
 
@@ -60,3 +63,43 @@ def _ends_in_sigmoid(outputs: Tensor) -> bool:
     while node is not None and node.name().startswith(views):
         node = node.next_functions[0][0]
     return node is not None and node.name().startswith("Sigmoid")
+
+
+_ROUNDING = 1e-3  # the logarithm of a probability of 1 may lie above 0
+
+
+class LikelihoodWatch(TorchFunctionMode):
+    """Watches a loss for logits or probabilities that it gives to ``nll_loss``.
+
+    Logits are numbers above and below 0 in one row. Other numbers pass, even if their exponentials
+    do not have the sum 1: a focal loss and a policy gradient weigh the log-probabilities of a row.
+
+    Attributes:
+        found: "logits" or "probabilities" that were passed; "" if there were none.
+        function: The name of the function that received them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = ""
+        self.function = ""
+
+    def __torch_function__(
+        self, func: Function, types: object, args: Args = (), kwargs: Words | None = None
+    ) -> object:
+        kwargs = kwargs or {}
+        if func in (functional.nll_loss, functional.kl_div) and not self.found:
+            outputs = args[0] if args else kwargs.get("input")
+            self._check(outputs, func)
+        return func(*args, **kwargs)
+
+    def _check(self, outputs: object, func: Function) -> None:
+        if not isinstance(outputs, Tensor) or not outputs.requires_grad or outputs.dim() < 2:
+            return
+        rows = outputs.detach().flatten(1)
+        has_both = (rows > _ROUNDING).any(1) & (rows < -_ROUNDING).any(1)
+        if are_probabilities(outputs):
+            self.found = "probabilities"
+        elif bool(has_both.any()):
+            self.found = "logits"
+        self.function = f"torch.nn.functional.{func.__name__}"

@@ -236,3 +236,75 @@ def test_probabilities_under_a_cross_entropy_are_said(loss):
         InputWarning, match="returns probabilities, .*leave out the softmax at its end"
     ):
         tune(Probabilities, CLASSES, loss=loss)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda outputs, y: (outputs - y).diagonal().square(),
+        lambda outputs, y: torch.diag((outputs - y).square()).mean(),
+        lambda outputs, y: (outputs - y).square().trace() / len(y),
+    ],
+)
+def test_a_loss_that_takes_the_diagonal_of_all_pairs_is_taken(loss):
+    expected = tune(Net, NUMBERS, loss=lambda outputs, y: (outputs[:, 0] - y).square())
+    for arguments in ({"loss": loss}, {"training_step": step(loss)}):
+        assert tune(Net, NUMBERS, **arguments).best_score == pytest.approx(expected.best_score)
+
+
+def test_a_loss_that_takes_more_than_the_diagonal_is_refused():
+    def loss(outputs, y):
+        gap = outputs - y
+        return gap.diagonal().square() + 0.1 * gap.square().mean(1)
+
+    for arguments in ({"loss": loss}, {"training_step": step(loss)}):
+        with refused(COLUMN_WORDS):
+            tune(Net, NUMBERS, **arguments)
+
+
+def focal(outputs, y):
+    log_p = outputs.log_softmax(1)
+    return functional.nll_loss((1 - log_p.exp()) ** 2 * log_p, y)
+
+
+def policy_gradient(outputs, y):
+    gain = torch.where(torch.arange(len(y)) % 2 == 0, 1.0, -0.1)
+    return functional.nll_loss(outputs.log_softmax(1) * gain[:, None], y)
+
+
+@pytest.mark.parametrize("place", ["loss", "training_step"])
+def test_a_likelihood_of_other_numbers_than_log_probabilities_is_refused(place):
+    def in_place(loss):
+        return {place: step(loss) if place == "training_step" else loss}
+
+    criterion = nn.NLLLoss()
+    for loss in (
+        lambda outputs, y: functional.nll_loss(outputs, y),
+        lambda outputs, y: criterion(outputs, y),
+    ):
+        with refused(
+            "passes logits to torch.nn.functional.nll_loss, which takes the logarithms of "
+            r"probabilities. Use torch.nn.functional.cross_entropy there, or take log_softmax\(1\)"
+        ):
+            tune(Net, CLASSES, **in_place(loss))
+    with refused("passes probabilities to .*nll_loss, .* there, without the softmax before it"):
+        tune(Probabilities, CLASSES, **in_place(lambda o, y: functional.nll_loss(o, y)))
+    for loss in (focal, policy_gradient, lambda o, y: functional.nll_loss(o.log_softmax(1), y)):
+        assert tune(Net, CLASSES, **in_place(loss)).trials
+
+
+def test_several_outputs_for_one_number_are_told_the_custom_target():
+    def quantiles(outputs, y):
+        levels = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9])
+        gap = y[:, None] - outputs
+        return torch.maximum(levels * gap, (levels - 1) * gap).mean(1)
+
+    def five(n_features):
+        return nn.Linear(n_features, 5)
+
+    with refused(
+        r"got \(30, 5\) .* With task='custom' and scoring=callable\(outputs, y\) a loss of your own"
+    ):
+        tune(five, NUMBERS, loss=quantiles)
+    study = tune(five, NUMBERS, loss=quantiles, task="custom", scoring="neg_loss")
+    assert study.best_model().predict(ROWS).shape == (60, 5)

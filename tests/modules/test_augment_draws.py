@@ -1,0 +1,48 @@
+"""Augmentations that draw from the generator that they are given: stacked, with equal numbers."""
+
+import numpy as np
+import pytest
+import torch
+
+import gputune
+from problems import Linear
+
+ROWS = np.random.default_rng(0).normal(size=(60, 3))
+CLASSES = (ROWS[:, 0] > 0).astype(int)
+OPTIONS = {
+    "n_trials": 2,
+    "max_epochs": 2,
+    "cv": 2,
+    "scoring": "neg_log_loss",
+    "dtype": "float64",
+    "space": {"lr": [0.01, 0.1]},
+    "verbose": 0,
+}
+
+AUGMENTATIONS = {
+    "rand": lambda x, generator: x + torch.rand(x.shape, generator=generator),
+    "randn": lambda x, generator: x + torch.randn(x.shape, generator=generator),
+    "randint": lambda x, generator: x + torch.randint(0, 5, x.shape, generator=generator),
+    "randperm": lambda x, generator: (x + x[torch.randperm(len(x), generator=generator)]) / 2,
+    "normal_": lambda x, generator: x + torch.empty_like(x).normal_(generator=generator),
+    "normal": lambda x, generator: x + torch.normal(0.0, 1.0, x.shape, generator=generator),
+    "bernoulli": lambda x, generator: x * torch.bernoulli(x.sigmoid(), generator=generator),
+    "exponential_": lambda x, generator: x + torch.empty_like(x).exponential_(generator=generator),
+}
+
+
+def tune(augment, **options):
+    return gputune.tune(Linear, ROWS, CLASSES, augment=augment, **{**OPTIONS, **options})
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_an_augmentation_that_draws_from_its_generator_is_stacked(name):
+    stacked = tune(AUGMENTATIONS[name], backend="stacked")  # refuses what it cannot stack
+    alone = tune(AUGMENTATIONS[name], backend="loop")
+    np.testing.assert_allclose(stacked.curves, alone.curves, rtol=1e-12)
+
+
+def test_an_augmentation_that_draws_from_another_generator_is_named(capsys):
+    tune(lambda x, generator: x + torch.randn(x.shape), verbose=1)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "<lambda> draws random numbers without the generator that it is given; pass g" in said
