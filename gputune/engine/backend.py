@@ -26,8 +26,8 @@ from gputune.data.dataset import Dataset
 from gputune.engine.kernel import KernelChunk, lacks, obstacle
 from gputune.errors import InputError
 from gputune.input_files import read_file
-from gputune.modules.module import Traits
 from gputune.modules.recorder import RECORDERS, CudaRecorder
+from gputune.modules.traits import Traits
 from gputune.native.library import OPTIMIZERS, NotBuiltError, library, processor_name
 from gputune.optimizers.classes import class_of
 from gputune.optimizers.rules import RULES

@@ -32,8 +32,9 @@ from gputune.memory import empty_cache, is_out_of_memory, synchronize
 from gputune.modules.construction import Builder
 from gputune.modules.inspection import traits_of
 from gputune.modules.looped import LoopedModule
-from gputune.modules.module import StackedModule, Traits
+from gputune.modules.module import StackedModule
 from gputune.modules.recorder import CudaRecorder
+from gputune.modules.traits import Traits
 from gputune.population.population import Network, Population, Shape
 from gputune.scoring.objective import Objective, make_objective
 from gputune.types import Outputs, Precision, first_metric

@@ -22,7 +22,7 @@ from gputune.engine.backend import trains_as
 from gputune.engine.job import Need
 from gputune.errors import InputError
 from gputune.memory import free_of_gpu
-from gputune.modules.module import Traits
+from gputune.modules.traits import Traits
 from gputune.optimizers.classes import class_of
 from gputune.optimizers.rules import n_moments
 from gputune.population.population import Population, hidden_widths, padded_width

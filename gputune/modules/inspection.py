@@ -34,9 +34,10 @@ from gputune.modules.hidden_state import (
     check_evaluation,
     check_hidden_state,
 )
-from gputune.modules.module import ModuleNetwork, StackedModule, Traits
+from gputune.modules.module import ModuleNetwork, StackedModule
 from gputune.modules.module_trial import ModuleTrial, at_start, is_close
 from gputune.modules.probabilities import are_probabilities, check_probabilities
+from gputune.modules.traits import Traits
 from gputune.population.batches import Batch
 from gputune.population.population import Network, arguments_text, module_arguments
 from gputune.scoring.objective import Objective

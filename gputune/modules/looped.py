@@ -39,6 +39,12 @@ class LoopedModule(ModuleNetwork):
     are.
     """
 
+    # All members read the same rows, and what cannot be stacked may decide by the data, or by
+    # chance, whether it writes into them: no trial shows that it does not. Its counters of writes
+    # would tell only when the rows are gone. A copy of a minibatch takes little of a step of a plain
+    # module.
+    copies_rows = True
+
     def _lay_out(self) -> None:
         why = self.traits.unstackable or loop_reason(self.configs[0])
         self.reason = f"since {why}" if why else "as asked for"

@@ -3,9 +3,9 @@ by torch.func."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,8 @@ from gputune.modules.construction import (
 from gputune.modules.mapped import Mapped
 from gputune.modules.substitutes import Substitutes, differentiate_statistics, make_mappable
 from gputune.modules.trace import TraceError
+from gputune.modules.traits import Traits
+from gputune.modules.write_watch import Writes
 from gputune.optimizers.blocks import Block, Blocks
 from gputune.population.batches import Batch, Batches, for_members
 from gputune.population.population import ModelKind, Shape, module_arguments
@@ -43,43 +45,10 @@ from gputune.seeding import keyed_draws
 from gputune.types import Config, EvaluationKey, Params
 
 _CPU = torch.device("cpu")
+_REFUSED_WRITE = "written-to tensor"
+"""What PyTorch says of a write into rows that several members share."""
 
-
-@dataclass(frozen=True)
-class Traits:
-    """What a user's module does, as far as its stacking depends on it (``inspection.py`` finds out
-    by trying it)."""
-
-    # buffers, frozen parameters and Python numbers that a forward in training changes
-    changing: tuple[str, ...] = ()
-    least_rows: int = 1  # that a minibatch needs: two for statistics over them
-    alone: bool = True  # whether an output in evaluation mode depends on its own row alone
-    widest: int = 1  # most numbers that a submodule returns for a row
-    parameters: int = 0  # number of those that are trained
-    # whether the forward, the loss or the step writes into the minibatch that it is given
-    writes: bool = False
-    draws: bool = True  # whether a forward in training draws random numbers
-    # whether its code can draw them outside of PyTorch's default generator
-    host_draws: bool = False
-    evaluation_draws: bool = False  # whether a forward in evaluation mode draws random numbers
-    row_losses: bool = True  # whether the loss gives a number a row, rather than their mean
-    at_start: str = ""  # what is not finite before anything has trained, in words, "" where all is
-    named: tuple[str, ...] = ()  # paths of the parameters that are trained
-    # paths of those that a step of stacked members does not use, which stay as they are
-    unused: tuple[str, ...] = ()
-    # names of the buffers that hold a rate of gputune.models.Dropout
-    scheduled: tuple[str, ...] = ()
-    unstackable: str = ""  # why its members cannot be stacked, "" where they can
-    # whether a row's outputs are positive and have the sum 1, as behind a softmax
-    probabilities: bool = False
-    # by how much they were measured to train faster one by one; "" where not, or not known
-    slow: str = ""
-    coded: bool = False  # whether they were measured to train fastest in compiled code of their own
-
-    @property
-    def loop_reason(self) -> str:
-        """Why members train one by one, "" where they are stacked."""
-        return self.unstackable or self.slow
+Result = TypeVar("Result")
 
 
 class ModuleNetwork:
@@ -87,6 +56,8 @@ class ModuleNetwork:
 
     exact = True
     kind: ModelKind = "module"
+    copies_rows = False
+    """Whether the user's code always gets copies of the rows."""
 
     def __init__(
         self,
@@ -95,19 +66,17 @@ class ModuleNetwork:
         shape: Shape,
         *,
         seed: int,
-        traits: Traits = Traits(),
+        traits: Traits | None = None,
         objective: Objective | None = None,
     ) -> None:
+        traits = traits or Traits()
         objective = objective or Objective("mse" if shape.n_outputs == 1 else "cross_entropy")
         self.objective = objective.like(shape.dtype, shape.device)
         self.builder = builder
         self.configs = tuple(configs)
         self.shape = shape
         self.seed = seed
-        if traits.writes or traits.unstackable:
-            # What cannot be stacked may decide by the data, or by chance, whether it writes: no
-            # trial shows that it does not. Its counters of writes would tell only when the rows are
-            # gone. A copy of a minibatch takes little of a step of a plain module.
+        if traits.writes or traits.unstackable or self.copies_rows:
             self.objective = replace(self.objective, copies=True)
         self.traits = traits
         self.least_rows = traits.least_rows
@@ -200,6 +169,8 @@ class StackedModule(ModuleNetwork):
 
     def _lay_out(self) -> None:
         make_mappable(self.template)  # before it is kept as it is, as ``stateless``
+        # the calls that have been seen to leave their rows as they are, by the shapes of these
+        self.harmless_calls = set[tuple[object, ...]]()
         trials = self.members[1]
         sides = hidden_sides(self.template, self.first)
 
@@ -244,26 +215,30 @@ class StackedModule(ModuleNetwork):
         # Draws depend on how a tensor lies in memory, which is not how a member's part of a stacked
         # one lies.
         values = self.first | {k: w.clone() for k, w in self.kept.items()} | self.fixed
-        inputs = [x[0] for x in batch.inputs]
+        # Copies: the members read these rows next.
+        inputs = [x[0].clone() for x in batch.inputs]
+        y = batch.y[0].clone()
         names = self.shape.names
         # Substitutes, as when it is mapped: a fused attention counts as one that draws.
         with self.stateless.substitute(values) as module, Substitutes():
-            return self.objective.losses(
-                module.train(), inputs, batch.y[0], self.configs[0], names=names
-            )
+            return self.objective.losses(module.train(), inputs, y, self.configs[0], names=names)
 
     def gradient(self, params: Params, batch: Batch, grads: Params) -> None:
         trials = len(self.configs)
         members = {k: w[batch.folds].flatten(0, 1) for k, w in params.items()}
         leaves = {k: members[k].detach().requires_grad_() for k in self.first}
-        # Copies: the members' own share a counter of writes with the leaves, which autograd must
-        # find unwritten.
-        kept = {k: members[k].to(start.dtype, copy=True) for k, start in self.kept.items()}
         inputs = self.objective.augmented(batch.inputs, self.shape.names, self.seed, batch.key)
-        with torch.enable_grad(), self._draws(batch):
-            members_losses, after = self._losses(
-                leaves | kept, [for_members(x, trials) for x in inputs], batch
-            )
+
+        def losses() -> tuple[Tensor, Params]:
+            # Copies: the members' own share a counter of writes with the leaves, which autograd
+            # must find unwritten.
+            kept = {k: members[k].to(start.dtype, copy=True) for k, start in self.kept.items()}
+            rows = [for_members(x, trials) for x in inputs]
+            with self._draws(batch):
+                return self._losses(leaves | kept, rows, batch)
+
+        with torch.enable_grad():
+            members_losses, after = self._with_copies_if_refused(losses)
             share = batch.share.squeeze(-1) if isinstance(batch.share, Tensor) else batch.share
             # A mean of the user's own has no rows to weight, which was refused where there are
             # weights.
@@ -329,20 +304,24 @@ class StackedModule(ModuleNetwork):
     ) -> Tensor:
         trials = len(self.configs)
         members = {k: w[fold] for k, w in params.items()}
-        draws: AbstractContextManager[object] = nullcontext()
-        if self.evaluation_draws and key is not None:
-            draws = self._draws_of(partial(self._alone_outputs, inputs), "evaluation", *key)
-        with draws:
-            return self._forward(
-                members, [x.expand(trials, *x.shape) for x in inputs], training=False
-            )[0]
+        rows = [x.expand(trials, *x.shape) for x in inputs]
+
+        def outputs() -> Tensor:
+            draws: AbstractContextManager[object] = nullcontext()
+            if self.evaluation_draws and key is not None:
+                draws = self._draws_of(partial(self._alone_outputs, inputs), "evaluation", *key)
+            with draws:
+                return self._forward(members, rows, training=False)[0]
+
+        return self._with_copies_if_refused(outputs)
 
     def _alone_outputs(self, inputs: Sequence[Tensor]) -> Tensor:
         """Return the outputs of one member as a plain module in evaluation mode, to see what it
         draws."""
         values = self.first | {k: w.clone() for k, w in self.kept.items()} | self.fixed
+        own = [x.clone() for x in inputs]  # the members read these rows next
         with self.stateless.substitute(values) as module, Substitutes():
-            return self.objective.outputs(module.eval(), inputs, self.shape.names)
+            return self.objective.outputs(module.eval(), own, self.shape.names)
 
     def differentiable(
         self, params: Params, inputs: Sequence[Tensor], key: tuple[int, int] | None
@@ -353,13 +332,17 @@ class StackedModule(ModuleNetwork):
         self, params: Params, inputs: Sequence[Tensor], key: tuple[int, int] | None
     ) -> tuple[Tensor, Params]:
         """Return what ``differentiable`` does, and what the members (P, ...) keep afterwards."""
-        draws: AbstractContextManager[object] = nullcontext()
-        if key is not None:
-            draws = keyed_draws(self.shape.device, self.seed, "dropout", *key)
-        elif self.evaluation_draws:  # the same in all evaluations: a derivative compares them
-            draws = keyed_draws(self.shape.device, self.seed, "evaluation")
-        with draws:
-            return self._forward(params, inputs, training=key is not None)
+
+        def outputs() -> tuple[Tensor, Params]:
+            draws: AbstractContextManager[object] = nullcontext()
+            if key is not None:
+                draws = keyed_draws(self.shape.device, self.seed, "dropout", *key)
+            elif self.evaluation_draws:  # the same in all evaluations: a derivative compares them
+                draws = keyed_draws(self.shape.device, self.seed, "evaluation")
+            with draws:
+                return self._forward(params, inputs, training=key is not None)
+
+        return self._with_copies_if_refused(outputs)
 
     def differentiate_statistics(self) -> tuple[str, ...]:
         """Let running statistics be functions of the parameters; return what else a step
@@ -389,6 +372,44 @@ class StackedModule(ModuleNetwork):
     ) -> tuple[Tensor, Params]:
         """Return what a function gives for each member and its part of tensors (P, ...), and the
         buffers after it."""
+        call = training, torch.is_grad_enabled(), *(x.shape for x in tensors)
+        # In training, members of several folds have rows of their own, which no other step reads.
+        shared = not training or any(len(x) > 1 and x.stride(0) == 0 for x in tensors)
+        if self.objective.copies or not shared or call in self.harmless_calls:
+            return self._map(function, members, tensors, training)
+        # The trial of the module had few rows, and a forward may write into more rows only. So the
+        # first call with each number of rows gets copies.
+        copies = [x.clone() for x in tensors]
+        with Writes(copies) as writes:
+            result = self._map(function, members, copies, training)
+        if writes.found:
+            self.objective = replace(self.objective, copies=True)
+        else:
+            self.harmless_calls.add(call)
+        return result
+
+    def _with_copies_if_refused(self, compute: Callable[[], Result]) -> Result:
+        """Return what a function computes of rows that members share.
+
+        PyTorch refuses a write into such rows. A module that writes for the first time in the
+        middle of the training therefore gets copies from then on.
+        """
+        try:
+            return compute()
+        except RuntimeError as error:
+            if self.objective.copies or _REFUSED_WRITE not in str(error):
+                raise
+        self.objective = replace(self.objective, copies=True)
+        return compute()
+
+    def _map(
+        self,
+        function: Callable[..., Tensor],
+        members: Params,
+        tensors: Sequence[Tensor],
+        training: bool,
+    ) -> tuple[Tensor, Params]:
+        """Return what ``_mapped`` does, of these very tensors."""
 
         def of_member(own: Params, *parts: Tensor) -> tuple[Tensor, Params]:
             with self.stateless.substitute({**own, **self.fixed}) as module:

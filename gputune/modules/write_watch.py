@@ -20,14 +20,14 @@ class WriteWatch:
     def copies(self, originals: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         """Yield copies of tensors, and note afterwards whether they were written into."""
         copies = [tensor.clone() for tensor in originals]
-        with _Writes(copies) as writes:
+        with Writes(copies) as writes:
             yield copies
         # Operations tell of writes that change no number on these rows. What numpy writes is seen
         # in the numbers only.
         self.found |= writes.found or not all(map(_is_same, copies, originals))
 
 
-class _Writes(DispatchMode):  # type: ignore[no-untyped-call]
+class Writes(DispatchMode):  # type: ignore[no-untyped-call]
     """Notes whether an operation writes into the memory of some tensors, also through a view or by
     ``out=``."""
 

@@ -6,7 +6,6 @@ per epoch. The scored outputs can be kept: for each trial, the outputs of its be
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import SupportsFloat
@@ -21,10 +20,11 @@ from gputune.errors import InputError
 from gputune.memory import free_of_gpu
 from gputune.population.population import Network, call_module, class_logits, is_one_logit
 from gputune.scoring import scores
+from gputune.scoring.evaluation_draws import drawing_rows
 from gputune.scoring.label_scores import average_precision
 from gputune.scoring.objective import pairs_all_rows
 from gputune.seeding import keyed_draws
-from gputune.types import Outputs, Params, Task
+from gputune.types import EvaluationKey, Outputs, Params, Task
 
 Scorer = Callable[..., SupportsFloat]
 """A function of (estimator, X, y). Greater results are better."""
@@ -295,44 +295,6 @@ _GPU_SHARE = 32
 _KEPT_NUMBERS = 1 << 25  # larger inputs are gathered again at every epoch instead of kept
 
 
-def drawing_rows(widest: int) -> int:
-    """Return the number of rows to evaluate at a time if a forward draws random numbers.
-
-    Each block of rows has its own draws. Therefore its size must not depend on the number of trials
-    in a chunk or on the device. ``widest`` is the largest number of values that a layer has for one
-    row.
-    """
-    return max(64, min(256, (1 << 18) // widest))
-
-
-@dataclass(frozen=True)
-class EvaluationDraws:
-    """The random numbers that plain modules draw on the CPU during an evaluation.
-
-    They are the same draws as when the members were scored in their search.
-
-    Attributes:
-        seed: The seed of the search.
-        epoch: The number of epochs that the members have trained.
-        rows: The number of rows that are evaluated at a time.
-        host: If True, the modules also draw from the generators of Python and NumPy.
-    """
-
-    seed: int
-    epoch: int
-    rows: int
-    host: bool
-
-    def seeded(self, fold: int, start: int) -> AbstractContextManager[None]:
-        """Seed the draws of a block of rows inside a ``with`` block.
-
-        ``start`` is the position of the first row of the block among the validation rows of the
-        fold.
-        """
-        key = self.epoch, fold, start
-        return keyed_draws(torch.device("cpu"), self.seed, "evaluation", *key, host=self.host)
-
-
 class Validation:
     """Scores members on the validation rows of their folds.
 
@@ -386,7 +348,7 @@ class Validation:
                 outputs = computed[fold]
             else:
                 blocks = [
-                    network.outputs(params, fold, part, (epoch, fold, number * block))
+                    self._outputs(network, params, part, (epoch, fold, number * block), block)
                     for number, part in enumerate(self._parts(fold, block))
                 ]
                 outputs = blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
@@ -399,6 +361,29 @@ class Validation:
                 kept.append(outputs)
         self.outputs = [kept]
         return torch.stack(columns, 1).cpu().numpy()  # the only device sync of an epoch
+
+    def _outputs(
+        self,
+        network: Network,
+        params: Params,
+        part: Sequence[Tensor],
+        key: EvaluationKey,
+        block: int,
+    ) -> Tensor:
+        """Return the outputs (C, m, K) on a block of the validation rows of a fold.
+
+        A module that writes into its rows gets copies of them. One that began to write after other
+        calls has left them as they were has written into the rows themselves: they are gathered
+        again.
+        """
+        _, fold, start = key
+        before = _versions(part)
+        outputs = network.outputs(params, fold, part, key)
+        if _versions(part) == before:
+            return outputs
+        self.kept.pop((fold, block), None)
+        rows = self.data.folds[fold].valid[start : start + block]
+        return network.outputs(params, fold, self.data.rows(fold, rows), key)
 
     def _parts(self, fold: int, rows: int) -> Iterable[tuple[Tensor, ...]]:
         """Return the validation rows of a fold in blocks of ``rows`` rows."""
@@ -422,6 +407,11 @@ class Validation:
         if network.evaluation_draws:
             return drawing_rows(widest)
         return max(64, self.block_bytes // (trials * widest * self.data.dtype.itemsize))
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    """Return the counters of writes of some tensors; 0 for a tensor that has none."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 class BestOutputs:

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from gputune.data.dataset import Dataset
 from gputune.data.folds import unpack_folds
 from gputune.population.population import call_module, class_logits, first_output
+from gputune.scoring.evaluation_draws import EvaluationDraws
 from gputune.scoring.losses import best_temperature
 from gputune.scoring.metrics import make_scoring, scorers_of
 from gputune.scoring.scores import neg_cross_entropy
-from gputune.scoring.scoring import EvaluationDraws, Scoring, outputs_of
+from gputune.scoring.scoring import Scoring, outputs_of
 from gputune.study.model import TunedModel
 from gputune.study.store import Store
 from gputune.study.study import Trial

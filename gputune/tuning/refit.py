@@ -22,8 +22,8 @@ from gputune.methods.descent import Hypergradient
 from gputune.methods.distributions import space_from_json
 from gputune.modules.inspection import known_traits
 from gputune.population.population import arguments_text, by_numbers, module_arguments
+from gputune.scoring.evaluation_draws import EvaluationDraws, drawing_rows
 from gputune.scoring.objective import Objective
-from gputune.scoring.scoring import EvaluationDraws, drawing_rows
 from gputune.solver.solve import solve_all, solved_module
 from gputune.study.database import option_errors
 from gputune.study.model import TunedModel

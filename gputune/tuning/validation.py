@@ -23,7 +23,8 @@ from gputune.data.scaling import side_by_side
 from gputune.engine.stop import entry
 from gputune.errors import InputError, check_count
 from gputune.population.population import Ensemble
-from gputune.scoring.scoring import EvaluationDraws, Scoring
+from gputune.scoring.evaluation_draws import EvaluationDraws
+from gputune.scoring.scoring import Scoring
 from gputune.seeding import stream, stream_seed
 from gputune.study.model import TunedModel
 from gputune.study.rows import FoldReport

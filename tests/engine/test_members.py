@@ -14,7 +14,8 @@ from gputune.engine.stacked import StackedChunk
 from gputune.models import RealMLP
 from gputune.modules import calls
 from gputune.modules.inspection import traits_of
-from gputune.modules.module import StackedModule, Traits
+from gputune.modules.module import StackedModule
+from gputune.modules.traits import Traits
 from gputune.native import library as built
 from gputune.scoring.objective import Objective
 from gputune.scoring.scoring import Validation

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import make_scorer
+from sklearn.model_selection import ShuffleSplit
 from torch import nn
 from torch.nn import functional
 
@@ -183,6 +184,188 @@ def test_scores_are_those_of_what_writes_nothing(all_tried, name):
                 found, expected[:trials], rtol=0, atol=1e-10, err_msg=backend
             )
             assert torch.equal(rows, X)
+
+
+# The trial calls of a module have at most 31 rows. These cases write into more rows only.
+MANY = torch.randn(400, 5, generator=G, dtype=torch.float64)
+CODES = (MANY[:, 0] + 0.3 * MANY[:, 1] > 0).long()
+
+
+def in_place(x):
+    return x.mul_(1.5)
+
+
+def in_new_memory(x):
+    return x * 1.5
+
+
+def beyond(rows, change, training=None):
+    """Return a change of an input that happens for more than some rows, in one mode or in both."""
+
+    def changed(module, x):
+        fits = training is None or module.training == training
+        return change(x) if len(x) > rows and fits else x
+
+    return changed
+
+
+def of_a_medium_size(change):
+    return lambda module, x: change(x) if 40 < len(x) < 100 else x
+
+
+def with_dropout(change):
+    def changed(module, x):
+        return functional.dropout(change(x) if len(x) > 40 else x, 0.3, module.training)
+
+    return changed
+
+
+def emptied_late(write):
+    """Return a change that empties the rows after they have been read."""
+
+    def changed(module, x):
+        if write and len(x) > 40:
+            rows = x.clone()
+            x.zero_()
+            return rows
+        return x
+
+    return changed
+
+
+FORWARDS_ON_MANY_ROWS = {
+    "both modes": (beyond(40, in_place), beyond(40, in_new_memory)),
+    "training": (beyond(40, in_place, True), beyond(40, in_new_memory, True)),
+    "evaluation": (beyond(40, in_place, False), beyond(40, in_new_memory, False)),
+    "more than a minibatch": (beyond(100, in_place), beyond(100, in_new_memory)),
+    "a medium size": (of_a_medium_size(in_place), of_a_medium_size(in_new_memory)),
+    "with draws": (with_dropout(in_place), with_dropout(in_new_memory)),
+    "in silence": (emptied_late(True), emptied_late(False)),
+}
+
+
+def step_on_many_rows(change):
+    def step(module, batch):
+        x, y = batch
+        return functional.cross_entropy(module(change(x) if len(x) > 40 else x), y)
+
+    return step
+
+
+def loss_on_many_rows(outputs, y):
+    if len(y) > 40:
+        outputs.mul_(1)
+        y = y.clamp_(0, 0)
+    return functional.cross_entropy(outputs, y, reduction="none")
+
+
+def same_loss_on_many_rows(outputs, y):
+    codes = y.clamp(0, 0) if len(y) > 40 else y
+    return functional.cross_entropy(outputs, codes, reduction="none")
+
+
+def score_on_many_rows(outputs, y):
+    score = -functional.cross_entropy(outputs, y)
+    if len(y) > 40:
+        outputs.zero_()
+        y.zero_()
+    return score
+
+
+def scorer_on_many_rows(y, guess):
+    score = (y == guess).mean()
+    if len(y) > 40:
+        y[:] = 0
+        guess[:] = 0
+    return score
+
+
+def augment_many_rows(change):
+    return lambda x, generator: change(x) if len(x) > 40 else x
+
+
+OPTIONS_ON_MANY_ROWS = {
+    "step": [{"training_step": step_on_many_rows(f)} for f in (in_place, in_new_memory)],
+    "loss": [{"loss": loss_on_many_rows}, {"loss": same_loss_on_many_rows}],
+    "augment": [{"augment": augment_many_rows(f)} for f in (in_place, in_new_memory)],
+    "score": [
+        {"scoring": score_on_many_rows},
+        {"scoring": lambda outputs, y: -functional.cross_entropy(outputs, y)},
+    ],
+    "scorer": [{"scoring": make_scorer(scorer_on_many_rows)}, {"scoring": "accuracy"}],
+}
+CASES_ON_MANY_ROWS = {
+    **{name: [(forward_of(f), {}) for f in pair] for name, pair in FORWARDS_ON_MANY_ROWS.items()},
+    **{name: [(Net, one) for one in pair] for name, pair in OPTIONS_ON_MANY_ROWS.items()},
+}
+SHORT_ON_MANY_ROWS = ("both modes", "in silence")
+
+
+def search_many_rows(model, options, trials, **more):
+    space = {"lr": [1e-3, 3e-3, 1e-2][:trials], "batch_size": [64]}
+    given = {**SEARCH, "cv": 3, "n_trials": trials, "space": space, **options, **more}
+    return gputune.tune(model, MANY.numpy(), CODES.numpy(), **given)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=() if n in SHORT_ON_MANY_ROWS else pytest.mark.long)
+        for n in CASES_ON_MANY_ROWS
+    ],
+)
+def test_writes_into_more_rows_than_were_tried_are_met(name):
+    (writes, options), (plain, others) = CASES_ON_MANY_ROWS[name]
+    expected = search_many_rows(plain, others, 3, backend="loop").curves
+    backends = ("eager", "loop") if name in SHORT_ON_MANY_ROWS else ("loop", "eager", "graph")
+    for backend in backends:
+        for trials in (1, 3):  # members that share their rows, and one that has them alone
+            found = search_many_rows(writes, options, trials, backend=backend).curves
+            np.testing.assert_allclose(
+                found, expected[:trials], rtol=0, atol=1e-10, err_msg=f"{backend}, {trials}"
+            )
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", CASES_ON_MANY_ROWS)
+def test_writes_into_more_rows_in_compiled_code_and_on_one_fold(all_tried, name):
+    (writes, options), (plain, others) = CASES_ON_MANY_ROWS[name]
+    for more in ({}, {"cv": ShuffleSplit(1, test_size=0.3, random_state=0)}):
+        for trials in (1, 3):
+            found = search_many_rows(writes, options, trials, **more).curves
+            expected = search_many_rows(plain, others, trials, backend="loop", **more).curves
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-10)
+
+
+CALLS = []
+"""The numbers of rows of calls with many rows."""
+
+
+def writes_in_the_second_epoch(write):
+    """Return a change that no earlier call with the same shapes has shown."""
+
+    def changed(module, x):
+        rows = x.clone()
+        if len(x) > 40:
+            CALLS.append(len(x))
+            if len(CALLS) > 7:
+                write(x)
+        return rows
+
+    return changed
+
+
+@pytest.mark.parametrize("write", [torch.Tensor.zero_, lambda x: x.mul_(2)], ids=["set", "scaled"])
+@pytest.mark.parametrize("folds", [1, 3])
+def test_a_module_that_begins_to_write_in_the_middle_gets_copies(write, folds):
+    options = {"cv": 3 if folds == 3 else ShuffleSplit(1, test_size=0.3, random_state=0)}
+    expected = search_many_rows(Net, {}, 3, backend="loop", **options).curves
+    writes = forward_of(writes_in_the_second_epoch(write))
+    for trials in (1, 3):
+        CALLS.clear()
+        found = search_many_rows(writes, {}, trials, backend="eager", **options).curves
+        assert len(CALLS) > 7
+        np.testing.assert_allclose(found, expected[:trials], rtol=0, atol=1e-10)
 
 
 WRITES = ScaledInPlace
