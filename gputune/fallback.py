@@ -18,7 +18,7 @@ def is_strict() -> bool:
     return os.environ.get(STRICT, "") not in ("", "0")
 
 
-def failure_in_words(error: Exception) -> str:
+def words_unless_strict(error: Exception) -> str:
     """Return the type and the first line of an error that a tried backend raised.
 
     Raises the error again if ``is_strict``.

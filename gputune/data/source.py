@@ -203,36 +203,7 @@ def read_source(
 ) -> Source:
     """Return the rows of X. Rows without a target are an error, or are dropped.
 
-    The ``origin`` of a file records that rows were dropped. For the other arguments see
-    ``_read_source``.
-
-    Args:
-        missing_target: "drop", or "error" to refuse missing targets.
-        place: returns the place of a row as text, for errors.
-
-    Raises:
-        InputError: a target is missing, and ``missing_target`` is "error".
-    """
-    source = _read_source(X, y, groups, module=module, drop=drop, kinds=kinds)
-    of_table = isinstance(y, str) and isinstance(source.X, Table)
-    if place is None:
-        place = partial(line_of, X) if of_table and isinstance(X, str | Path) else "row {}".format
-    source = source.with_target(missing_target, place, of_table=of_table)
-    if missing_target == "drop" and source.origin is not None:
-        source = replace(source, origin={**source.origin, "missing_target": missing_target})
-    return source
-
-
-def _read_source(
-    X: object,
-    y: object = None,
-    groups: object = None,
-    *,
-    module: bool = False,
-    drop: Sequence[str] = (),
-    kinds: Mapping[str, Kind] | None = None,
-) -> Source:
-    """Return the rows of X, including rows without a target.
+    The ``origin`` of a file records that rows were dropped.
 
     Args:
         X: a file, ``sklearn:NAME``, a data frame, an array or a tensor. For a ``module`` it may
@@ -242,13 +213,39 @@ def _read_source(
         module: True if a module takes the rows, and not a table model.
         drop: columns of a table to leave out.
         kinds: the kinds of columns of a table, by name.
+        missing_target: "drop", or "error" to refuse missing targets.
+        place: returns the place of a row as text, for errors.
+
+    Raises:
+        InputError: a target is missing, and ``missing_target`` is "error".
     """
     kinds = kinds or {}
-    if isinstance(X, str | Path):
-        if Path(X).suffix.lower() not in ARRAY_SUFFIXES:
-            return _read_table_file(X, y, groups, drop, kinds)
+    if not isinstance(X, str | Path):
+        source = _read_values(X, y, groups, drop, kinds, module=module)
+    elif Path(X).suffix.lower() in ARRAY_SUFFIXES:
         _refuse_columns(drop, kinds)
-        return _read_arrays(Path(X), y, groups, module=module)
+        source = _read_arrays(Path(X), y, groups, module=module)
+    else:
+        source = _read_table_file(X, y, groups, drop, kinds)
+    of_table = isinstance(y, str) and isinstance(source.X, Table)
+    if place is None:
+        place = partial(line_of, X) if of_table and isinstance(X, str | Path) else "row {}".format
+    source = source.with_target(missing_target, place, of_table=of_table)
+    if missing_target == "drop" and source.origin is not None:
+        source = replace(source, origin={**source.origin, "missing_target": missing_target})
+    return source
+
+
+def _read_values(
+    X: object,
+    y: object,
+    groups: object,
+    drop: Sequence[str],
+    kinds: Mapping[str, Kind],
+    *,
+    module: bool,
+) -> Source:
+    """Return the rows of a frame, an array, a tensor or a Dataset in memory."""
     for name, value in (("X", X), ("y", y), ("groups", groups)):
         refuse_ragged(value, name)
     refuse_loader(X)
@@ -373,7 +370,7 @@ def _read_arrays(path: Path, y: Any, groups: Any, *, module: bool) -> Source:
     if isinstance(X, np.ndarray | Tensor) and X.ndim <= 2:
         # Such an array becomes a table in double precision. Other arrays stay memory-mapped.
         check_room(path, 8 * math.prod(X.shape))
-    source = _read_source(X, target, of_groups, module=module)
+    source = _read_values(X, target, of_groups, (), {}, module=module)
     if path.suffix.lower() == ".npy":
         y, groups = (None if of is None else str(Path(of).resolve()) for of in (y, groups))
     origin = {"path": str(path.resolve()), "target": y, "groups": groups}

@@ -37,7 +37,7 @@ from gputune.engine.members import MemberChunk
 from gputune.engine.plan import cores
 from gputune.engine.reuse import Fits
 from gputune.errors import warn
-from gputune.fallback import failure_in_words
+from gputune.fallback import words_unless_strict
 from gputune.memory import synchronize
 from gputune.modules.module import StackedModule
 from gputune.modules.trace import TraceError
@@ -155,7 +155,7 @@ def _choice_by_speed(gpu: torch.device, work: Work) -> DeviceChoice:
     try:
         here = work.seconds(_speed(CPU, "compiled"), alone=True)
     except Exception as error:
-        reason = failure_in_words(error)
+        reason = words_unless_strict(error)
         warn(
             f"Timing compiled code on the CPU failed, so that the GPU trains: {reason}",
             RuntimeWarning,
@@ -166,7 +166,7 @@ def _choice_by_speed(gpu: torch.device, work: Work) -> DeviceChoice:
     try:
         there = work.seconds(_speed(gpu, backend), alone=backend in BY_MEMBER)
     except Exception as error:
-        return DeviceChoice(CPU, f"timing {device_name(gpu)} failed: {failure_in_words(error)}")
+        return DeviceChoice(CPU, f"timing {device_name(gpu)} failed: {words_unless_strict(error)}")
     why = (
         f"compiled code takes about {here:.0f} s on the CPU, {device_name(gpu)} about {there:.0f} s"
     )
@@ -342,7 +342,7 @@ def _try_way(name: str, job: Job, seconds: Callable[[], float]) -> _Tried:
     try:
         return _Tried(seconds())
     except Exception as error:
-        sentence = f"{name} failed: {failure_in_words(error)}"
+        sentence = f"{name} failed: {words_unless_strict(error)}"
         job.fits.failures[sentence] = None
         return _Tried(math.inf, error, sentence)
 

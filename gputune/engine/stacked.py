@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gputune.errors import warn
-from gputune.fallback import failure_in_words
+from gputune.fallback import words_unless_strict
 from gputune.memory import is_out_of_memory
 from gputune.modules.recorder import RECORDERS, Direct, Replays, Steps
 from gputune.modules.trace import TraceError
@@ -104,7 +104,7 @@ class StackedChunk:
         except Exception as error:
             if not self.recorded or is_out_of_memory(error):
                 raise
-            self._note_failure(failure_in_words(error))
+            self._note_failure(words_unless_strict(error))
             self.draws = None
             self.steps = Direct()
         self._places: Tensor | None = None  # of the trials that are alive; None: all places

@@ -23,7 +23,7 @@ from gputune.engine.members import MemberChunk
 from gputune.engine.reuse import Fits
 from gputune.engine.stacked import StackedChunk
 from gputune.errors import warn
-from gputune.fallback import failure_in_words
+from gputune.fallback import words_unless_strict
 from gputune.memory import is_out_of_memory
 from gputune.modules.inspection import explain
 from gputune.modules.looped import LoopChunk, LoopedModule
@@ -335,7 +335,7 @@ def _try_to_make(
     except Exception as error:
         if is_out_of_memory(error):  # the caller halves the chunk
             raise
-        reason = failure_in_words(error)
+        reason = words_unless_strict(error)
         where = "the kernel" if word == "kernel" else "compiled code"
         fits.faults[f"Trials train in recorded steps, since {where} failed: {reason}."] = None
     slow = f"trials with optimizer {network.configs[0]['optimizer']!r} train in recorded steps"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gputune.errors import warn
-from gputune.fallback import failure_in_words
+from gputune.fallback import words_unless_strict
 from gputune.memory import CAPTURING, is_out_of_memory
 from gputune.modules.program import compile_trace
 from gputune.modules.trace import TraceError, trace
@@ -120,7 +120,7 @@ class Replays:
             for tensor, value in zip(state, before):
                 tensor.copy_(value)
             self.refused.add(shape)
-            return None, failure_in_words(error)
+            return None, words_unless_strict(error)
         return recording, ""
 
     def _take_both_ways(self, recording: Step, step: Step) -> str:
@@ -220,7 +220,7 @@ class CudaRecorder:
                 reason = (
                     str(error).splitlines()[0]
                     if isinstance(error, RuntimeError)
-                    else failure_in_words(error)
+                    else words_unless_strict(error)
                 )
                 self.fail(f"recording a step on {self.device} failed: {reason}")
                 raise TraceError(CudaRecorder.failure) from error
@@ -266,7 +266,7 @@ class CpuRecorder:
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            raise RecordingError(failure_in_words(error)) from error
+            raise RecordingError(words_unless_strict(error)) from error
 
 
 Steps = Direct | Replays

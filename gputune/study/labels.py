@@ -13,6 +13,11 @@ from gputune.errors import InputError
 from gputune.types import Task
 
 
+def _without_column_axis(labels: np.ndarray) -> np.ndarray:
+    """Return labels (n, 1) as labels (n,), and labels of any other shape as they are."""
+    return labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
+
+
 def class_codes(classes: np.ndarray, y: object) -> tuple[list[object], NDArray[np.int64]]:
     """Return the classes of a model and the codes of y, (n,).
 
@@ -21,9 +26,7 @@ def class_codes(classes: np.ndarray, y: object) -> tuple[list[object], NDArray[n
     Raises:
         InputError: y is neither (n,) nor (n, 1).
     """
-    answers = np.asarray(y)
-    if answers.ndim == 2 and answers.shape[1] == 1:
-        answers = answers[:, 0]
+    answers = _without_column_axis(np.asarray(y))
     if answers.ndim != 1:
         raise InputError(
             f"the right answers have the shape {answers.shape}, and the model predicts one class "
@@ -63,8 +66,7 @@ def checked_codes(classes: np.ndarray, y: object, rows: int) -> NDArray[np.int64
     Raises:
         InputError: the labels cannot be scored.
     """
-    labels = target_array(y, "y")
-    labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
+    labels = _without_column_axis(target_array(y, "y"))
     if labels.shape != (rows,):
         raise InputError(
             f"y must have one label a row of X, got shape {labels.shape} and {rows} rows."
