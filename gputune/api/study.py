@@ -271,7 +271,8 @@ class Study(data.Study):
 
         Its ``score`` is the default's score. ``best_score``, ``improvement`` and
         ``improvement_std_error`` compare it with ``best_trial`` on the same folds. ``improvement``
-        is positive if the best trial is better, for losses too.
+        is positive if the best trial is better, for losses too. ``text`` says it in sentences, as
+        the closing text of the command line does.
 
         None if no trial with a score is the default configuration. This is so with
         ``include_default=False``, a space with keys that have no default,

@@ -117,9 +117,7 @@ def is_worth_comparing(study: Study, held_out: HeldOut | None) -> bool:
     """Return whether the default's model is compared without being asked for: if that is possible
     and cheap."""
     default = default_trial(study)
-    if default is None or held_out is None or held_out.why:
-        return False
-    if default.number == study.best_trial.number:
+    if default is None or held_out is None or held_out.why or is_default_best(study):
         return False
     return is_cheap_to_train(study, default)
 
@@ -136,6 +134,23 @@ def comparison_text(measure: Measure, saved: HeldOut, default: HeldOut) -> str:
     if may_be_chance(saved, default):
         text += " One lies within the other's 95% interval, so the difference may be chance."
     return text
+
+
+def same_model_text(model: TunedModel) -> str:
+    """Return why the default's model is not trained for a comparison: the best trial is the
+    default."""
+    if "ensemble" in model.info:
+        return (
+            "The best trial is the default configuration, so the best trial alone is the default's "
+            "model."
+        )
+    return "The best trial is the default configuration, so the saved model is the default's model."
+
+
+def is_default_best(study: Study) -> bool:
+    """Return whether the best trial is the default configuration."""
+    default = default_trial(study)
+    return default is not None and default.number == study.best_trial.number
 
 
 def may_be_chance(one: HeldOut, other: HeldOut) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from gputune.api.study import Study
 from gputune.cli.flags import in_flags
 from gputune.cli.held_out import HeldOut
-from gputune.cli.saved_model import may_be_chance
+from gputune.cli.saved_model import is_default_best, may_be_chance
 from gputune.cli.study import SCORE_AND_ERROR, mean_words, pareto_text, trial_rows
 from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.data.columns import Layout
@@ -68,8 +68,9 @@ def ensemble_words(
     )
     if held_out is None or best is None or held_out.why or best.why:
         return f"{text} and is the model that is saved."
+    of_default = " (the default configuration)" if is_default_best(study) else ""
     scores = (
-        f"{measure.text(held_out.score)} on the held-out rows, the best trial alone "
+        f"{measure.text(held_out.score)} on the held-out rows, the best trial alone{of_default} "
         f"{measure.text(best.score)}"
     )
     saved = "ensemble" if is_saved else "best trial"

@@ -24,8 +24,10 @@ from gputune.cli.saved_model import (
     check_extras,
     comparison_text,
     coverage_text,
+    is_default_best,
     is_worth_comparing,
     read_saved_description,
+    same_model_text,
 )
 from gputune.cli.summary import Ending, ensemble_words, stopped_text, summary_text
 from gputune.data.array_files import ARRAY_SUFFIXES
@@ -301,8 +303,9 @@ class _Run:
             return replace(
                 ending, comparison=f"There is no comparison with the default's model: {why}."
             )
-        if default.number == study.best_trial.number:
-            return ending  # the text says already that the default is the best trial
+        if is_default_best(study):
+            assert ending.model is not None
+            return replace(ending, comparison=same_model_text(ending.model))
         try:
             with self.profile.clock("training the default on all rows"):
                 model = study.best_model(trial=default.number, calibrate=self.calibrate)

@@ -1,7 +1,7 @@
 """The comparison of a search's best trial with its default configuration: did tuning help?"""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -24,11 +24,14 @@ class DefaultTrial(Trial):
             ``best_score`` it is optimistic, because the same folds chose the best trial.
         improvement_std_error: paired standard error of ``improvement``. It is computed from the
             differences fold by fold, as ``std(ddof=1) / sqrt(F)``. NaN for fewer than two folds.
+        text: the sentences of the closing text that say whether tuning helped; "" if no other trial
+            has been trained.
     """
 
     best_score: float
     improvement: float
     improvement_std_error: float
+    text: str = ""
 
 
 def default_trial(study: Study) -> DefaultTrial | None:
@@ -44,12 +47,13 @@ def default_trial(study: Study) -> DefaultTrial | None:
     if best is None or default is None or not math.isfinite(default.score):
         return None
     values = {field.name: getattr(default, field.name) for field in fields(Trial)}
-    return DefaultTrial(
+    compared = DefaultTrial(
         **values,
         best_score=best.score,
         improvement=best.score - default.score,
         improvement_std_error=_paired_std_error(best, default),
     )
+    return replace(compared, text=_text(study, compared))
 
 
 def _paired_std_error(best: Trial, default: Trial) -> float:
@@ -66,7 +70,11 @@ def _paired_std_error(best: Trial, default: Trial) -> float:
 def improvement_text(study: Study) -> str:
     """Return the sentences that say whether tuning helped; "" if there is nothing to compare."""
     default = default_trial(study)
-    if default is None or _trains_nothing_else(study):
+    return "" if default is None else default.text
+
+
+def _text(study: Study, default: DefaultTrial) -> str:
+    if _trains_nothing_else(study):
         return ""
     if default.improvement <= 0:
         return NO_IMPROVEMENT

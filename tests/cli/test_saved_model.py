@@ -11,7 +11,12 @@ import gputune
 from command_line import FAST, kinds, run, searched, write_table
 from gputune.cli.held_out import HeldOut
 from gputune.cli.main import INTERRUPTED
-from gputune.cli.saved_model import comparison_text, coverage_text, is_cheap_to_train
+from gputune.cli.saved_model import (
+    comparison_text,
+    coverage_text,
+    is_cheap_to_train,
+    same_model_text,
+)
 from gputune.data.source import read_source
 from gputune.errors import DivergedError
 from gputune.report.facts import score_facts
@@ -117,9 +122,29 @@ def test_a_comparison_that_is_not_possible_says_why(tmp_path, options, words):
 
 
 def test_the_default_as_the_best_trial_is_not_trained_twice(tmp_path):
-    _, _, text = searched(tmp_path, "--compare-default", "--space", "lr=0.001,1e-9", **PRICES)
+    _, out, text = searched(tmp_path, "--compare-default", "--space", "lr=0.001,1e-9", **PRICES)
     text = " ".join(text.split())
     assert "The search did not improve on the default." in text and not re.search(COMPARED, text)
+    best = "The best trial is the default configuration, so"
+    assert f"{best} the saved model is the default's model." in text
+    assert best not in text_of("resume", out, "--no-compare-default")
+    text = text_of("resume", out, "--compare-default", "--ensemble")
+    assert not re.search(COMPARED, text)
+    assert "the best trial alone (the default configuration) " in text
+    saved = gputune.load_model(out / "model")
+    alone = "ensemble" in saved.info
+    model = "the best trial alone is" if alone else "the saved model is"
+    assert f"{best} {model} the default's model." in text
+
+
+@pytest.mark.parametrize("ensemble", [True, False])
+def test_the_text_names_the_default_as_the_model_of_the_best_trial(ensemble):
+    info = {"ensemble": [{"trial": 0}, {"trial": 1}]} if ensemble else {}
+    text = same_model_text(replace(make_model(np.stack([A, B], 1), classes=None), info=info))
+    expected = "the best trial alone is" if ensemble else "the saved model is"
+    assert (
+        text == f"The best trial is the default configuration, so {expected} the default's model."
+    )
 
 
 @pytest.mark.parametrize("error", [DivergedError("it diverged"), KeyboardInterrupt()])

@@ -57,6 +57,7 @@ def test_the_improvement_and_its_paired_standard_error(scoring, shown):
         f"The default configuration (trial 0) scores {shown[0]} on the same folds, the best trial "
         f"{shown[1]}: an improvement of 0.0500 ± 0.0231 (paired standard error over 3 folds)."
     )
+    assert default.text == improvement_text(study)
 
 
 def test_a_search_that_did_not_help_says_so():
@@ -65,6 +66,8 @@ def test_a_search_that_did_not_help_says_so():
         study.default_trial.improvement == 0.0 and study.default_trial.improvement_std_error == 0.0
     )
     assert improvement_text(study) == NO_IMPROVEMENT == "The search did not improve on the default."
+    assert study.default_trial.text == NO_IMPROVEMENT
+    assert NO_IMPROVEMENT in " ".join(best_text(study).split())
     # A pruned default is never the best trial, even if its score is higher.
     pruned = compared("default", "worse", states=["pruned"])
     assert pruned.best_trial.number == 1 and pruned.default_trial.improvement < 0
