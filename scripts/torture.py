@@ -3,7 +3,7 @@ disk.
 
     python scripts/torture.py               every part; some minutes with its defaults
     python scripts/torture.py flips cuts    these parts: kills, faults, chunks, halving, enough, workers,
-                                            command, crowd, cuts, flips, disk, storing
+                                            ray, command, crowd, cuts, flips, disk, storing
 
 Every search runs in processes of its own, which are killed by real signals; the table at the end is
 compared, bit for bit, with that of a search that nothing disturbed. Of a damaged file whatever
@@ -18,16 +18,19 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
+import optuna
 import torch
 from scipy.stats import loguniform
 from sklearn.datasets import load_iris
@@ -325,6 +328,42 @@ def search_loop(path: Path, **options: object) -> None:
     gputune.search(objective, space, study=path, **{**common, **options})
 
 
+def proposed() -> gputune.OptunaSampler:
+    """Return a method in which a sampler of Optuna's proposes the trials, a few at a time."""
+    return gputune.OptunaSampler(optuna.samplers.TPESampler(seed=0), batch=3)
+
+
+_CLUSTER = """
+import ray
+ray.init("local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
+print(ray.get_runtime_context().gcs_address, flush=True)
+input()
+ray.shutdown()
+"""
+
+
+@contextmanager
+def ray_cluster() -> Iterator[str]:
+    """Yield the address of a Ray cluster, which lives on when a search that uses it is killed."""
+    own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a-token-of-this-script"}
+    os.environ.update({**own, "RAY_USAGE_STATS_ENABLED": "0"})  # of the cluster and its users
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([sys.executable, "-P", "-c", _CLUSTER], text=True, **pipes) as cluster:
+        yield cluster.stdout.readline().strip()
+        cluster.communicate("\n")
+
+
+def good_enough_on_ray(folder: Path, count: int, seed: int) -> Counts:
+    """Do as ``good_enough`` does with searches whose trials train on a Ray cluster."""
+    with ray_cluster() as address:
+        workers = gputune.Ray(address)
+        searches = {
+            "random": partial(search_patiently, workers=workers),
+            "optuna": partial(search_patiently, workers=workers, method=proposed()),
+        }
+        return good_enough(folder, count, searches, seed)
+
+
 def good_enough_searches(workers: int) -> dict[str, Callable[[Path], None]]:
     """Return searches that end because they are good enough, by name."""
     halving = {"method": gputune.Halving(min_epochs=1), "max_epochs": 4}
@@ -335,6 +374,8 @@ def good_enough_searches(workers: int) -> dict[str, Callable[[Path], None]]:
         ),
         "loop": partial(search_loop, workers=workers),
         "loop, halving": partial(search_loop, workers=workers, **halving),
+        "optuna": partial(search_patiently, workers=workers, method=proposed()),
+        "loop, optuna": partial(search_loop, workers=workers, method=proposed()),
     }
     if workers == 1:
         descent = {"method": gputune.Hypergradient(outer_steps=5), "n_trials": 2, "memory": "4MB"}
@@ -368,12 +409,14 @@ def seconds(path: Path) -> list[float]:
     return [trial.seconds for trial in gputune.Study.open(path).trials]
 
 
-def good_enough(folder: Path, count: int, workers: int, seed: int) -> Counts:
+def good_enough(
+    folder: Path, count: int, searches: dict[str, Callable[[Path], None]], seed: int
+) -> Counts:
     """Kill searches that end early so often each, at random calls of the store, and repeat the call
     at their end."""
     draw = random.Random(seed)
     counts = {"searches": 0, "kills": 0, "trials": 0, "different": 0, "trained again": 0}
-    for name, work in good_enough_searches(workers).items():
+    for name, work in searches.items():
         whole = folder / "whole.db"
         path = folder / "enough.db"
         assert ended_well(work, whole), name
@@ -610,10 +653,17 @@ PARTS: dict[str, tuple[str, Part]] = {
         "kill -9 within chunks, halving",
         lambda f, o: kills_in_chunks(f, o.chunk_kills, gputune.Halving(min_epochs=50), o.seed),
     ),
-    "enough": ("kill -9, ends early", lambda f, o: good_enough(f, o.early_kills, 1, o.seed)),
+    "enough": (
+        "kill -9, ends early",
+        lambda f, o: good_enough(f, o.early_kills, good_enough_searches(1), o.seed),
+    ),
     "workers": (
         "kill -9, ends early, 3 workers",
-        lambda f, o: good_enough(f, o.early_kills, 3, o.seed),
+        lambda f, o: good_enough(f, o.early_kills, good_enough_searches(3), o.seed),
+    ),
+    "ray": (
+        "kill -9, ends early, on Ray",
+        lambda f, o: good_enough_on_ray(f, o.early_kills, o.seed),
     ),
     "command": ("kill -9 of a command", lambda f, o: command(f, o.early_kills, o.seed)),
     "crowd": ("one study, many processes", lambda f, o: crowd(f, o.processes, o.crowd_trials)),

@@ -27,10 +27,11 @@ from gputune.engine.mlp import StackedMLP
 from gputune.engine.reuse import Fits
 from gputune.engine.stop import Stop
 from gputune.engine.train import AfterEpoch, BegunChunk, Spent, State, Trained, Training, train
-from gputune.errors import TOO_BIG
+from gputune.errors import TOO_BIG, warn
+from gputune.fallback import is_strict, words_unless_strict
 from gputune.memory import empty_cache, is_out_of_memory, synchronize
-from gputune.modules.construction import Builder
-from gputune.modules.inspection import traits_of
+from gputune.modules.construction import Builder, name_of
+from gputune.modules.inspection import StackedError, traits_of
 from gputune.modules.looped import LoopedModule
 from gputune.modules.module import StackedModule
 from gputune.modules.recorder import CudaRecorder
@@ -79,11 +80,9 @@ class Job(Training):
         # Known traits save a worker from trying the module again.
         traits = traits or traits_of(self.module_class, first, data, objective=self.objective)
         objective = self.objective or make_objective(None, None, None, data.task)
-        kind = (
-            LoopedModule
-            if trains_as(self.backend, "module", first, traits) == "loop"
-            else StackedModule
-        )
+        one_by_one = chunk.arguments in self.fits.one_by_one
+        is_loop = one_by_one or trains_as(self.backend, "module", first, traits) == "loop"
+        kind = LoopedModule if is_loop else StackedModule
         return kind(
             self.module_class,
             chunk.configs,
@@ -144,7 +143,28 @@ def train_chunk(
     data = data.of(chunk.configs[0])
     at_once = after_epoch is None and job.patience is None and not job.each_epoch
     watch = after_epoch or _Watch(job, begun, progress)
+    network = job.network(data, chunk)
+    try:
+        return train(network, data, begun, job, watch, at_once=at_once)
+    except StackedError as error:
+        # A state of stacked members goes on as stacked members only.
+        if begun.state is not None or not isinstance(network, StackedModule) or is_strict():
+            raise
+        _train_one_by_one(job, network, chunk, error)
     return train(job.network(data, chunk), data, begun, job, watch, at_once=at_once)
+
+
+def _train_one_by_one(
+    job: Job, network: StackedModule, chunk: Population, error: StackedError
+) -> None:
+    """Let members like those of a chunk train one by one; a warning and a note say why."""
+    cause = error.__cause__
+    reason = words_unless_strict(cause if isinstance(cause, Exception) else error)
+    name = name_of(network.builder)
+    fault = f"{name} trains one by one, since training with stacked members failed: {reason}."
+    job.fits.one_by_one.add(chunk.arguments)
+    job.fits.faults[fault] = None
+    warn(fault, RuntimeWarning)
 
 
 @dataclass(frozen=True)
@@ -202,7 +222,7 @@ class _Watch:
         if self.progress is not None:
             for done in range(self.told, epoch):
                 self.progress(len(curves), curves[:, done : done + 1])
-        self.told = epoch
+        self.told = max(self.told, epoch)  # a chunk may have begun again, one by one
         over = self.job.is_over()
         checkpointing = self.job.checkpointing
         now = time.monotonic()

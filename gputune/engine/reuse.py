@@ -31,12 +31,13 @@ _OF_HOST = frozenset(
 """Attributes that only the host reads, between steps. They are taken from the new chunk."""
 
 _STAYS = frozenset(
-    """StackedModule.template StackedModule.stateless StackedMLP._workspaces Batches.inputs Batches.target
-    Batches.weights""".split()
+    """StackedModule.template StackedModule.stateless StackedModule.harmless_calls
+    StackedMLP._workspaces Batches.inputs Batches.target Batches.weights""".split()
 )
 """Attributes that are equal in like chunks by construction.
 
-They are the module of equal arguments, working memory, and the rows.
+They are the module of equal arguments, the known calls of the module, working memory, and the
+rows.
 """
 
 
@@ -63,6 +64,8 @@ class Fits:
         self.failures: dict[str, None] = {}
         # sentences about backends that failed while chunks were made, as an ordered set
         self.faults: dict[str, None] = {}
+        # ``Population.arguments`` of modules whose members failed only when they were stacked
+        self.one_by_one: set[str] = set()
 
     def keep_timed(self, chunk: StackedChunk) -> None:
         """Keep a timed chunk if the limit in bytes allows it."""

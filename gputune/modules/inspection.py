@@ -351,6 +351,10 @@ def _all_close(pairs: Iterable[tuple[Tensor, Tensor]]) -> bool:
     )
 
 
+class StackedError(InputError):
+    """A forward raised an error with stacked members, and raises it on no row with one member."""
+
+
 _ROWS = 256  # that are tried at a time
 # what torch says where no forward is at fault
 _DEVICE = re.compile("memory|CUDA|CUBLAS|CUDNN|cuDNN")
@@ -377,6 +381,7 @@ def explain(
     says = str(cause) or "without a message"
     epochs = count(epoch, "epoch")
     params = network.blocks.views(flat)
+    error_type: type[InputError] = InputError
     for f, fold in enumerate(data.folds):
         fails = _attempt(network, network.member(params, f, 0), data, f, type(cause))
         kinds = ("training", fold.train), ("validation", fold.valid)
@@ -411,11 +416,12 @@ def explain(
         if not any(isinstance(frame.f_locals.get("self"), nn.Module) for frame in inside):
             return error
         finding = "In evaluation mode it fails on no row of X"
+        error_type = StackedError
     words = ", ".join(
         f"module__{key}={value!r}" for key, value in module_arguments(network.configs[0]).items()
     )
     remedy = "mend its forward" + ", or leave these values out of the space" * bool(words)
-    return InputError(
+    return error_type(
         f"model: {name}({words}) {raised} after {epochs}: {says}. {finding}; {remedy}."
     )
 

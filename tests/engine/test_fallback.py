@@ -114,6 +114,38 @@ def test_an_error_of_the_module_in_each_backend_ends_the_search(monkeypatch, all
         )
 
 
+class OnlyAlone(Net):
+    """Does with more rows than were tried what stacked members cannot do."""
+
+    def forward(self, x):
+        if len(x) > 40:
+            x.data.mul_(1.5)
+        return super().forward(x)
+
+
+class Scaled(Net):
+    """Does the same by other operations."""
+
+    def forward(self, x):
+        return super().forward(x * 1.5 if len(x) > 40 else x)
+
+
+@pytest.mark.parametrize("backend", ["auto", "stacked"])
+def test_members_that_fail_only_when_stacked_train_one_by_one(monkeypatch, lenient, backend):
+    rows = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+    y = (rows[:, 0] > 0).long()
+    given = {**SEARCH, "space": {"lr": [0.01, 0.03], "batch_size": [16]}, "verbose": 0}
+    expected = gputune.tune(Scaled, rows, y, **given, backend="loop")
+    with pytest.warns(RuntimeWarning, match="trains one by one, since training with stacked"):
+        study = gputune.tune(OnlyAlone, rows, y, **given, backend=backend)
+    np.testing.assert_allclose(study.curves, expected.curves, rtol=1e-10)
+    (note,) = [note for note in study.record.notes if "stacked members failed" in note]
+    assert "RuntimeError: accessing `data` under vmap transform is not allowed" in note
+    monkeypatch.setenv("GPUTUNE_STRICT_BACKENDS", "1")
+    with pytest.raises(InputError, match="it fails on no row of X"):
+        gputune.tune(OnlyAlone, rows, y, **given, backend=backend)
+
+
 @pytest.mark.parametrize("place", ["capture", "replay"])
 def test_steps_whose_recording_fails_are_taken_as_they_are(monkeypatch, lenient, place):
     expected = search(backend="loop", **MANY).curves

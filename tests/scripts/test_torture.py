@@ -61,6 +61,7 @@ def test_a_part_that_goes_wrong_ends_with_1(torture, monkeypatch, capsys):
         "fault_points",
         "kills_in_chunks",
         "good_enough",
+        "good_enough_on_ray",
         "command",
         "crowd",
         "cuts",
