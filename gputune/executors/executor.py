@@ -109,8 +109,8 @@ class Queue(Generic[Chunk, Result]):
         self.stopping = stop
         self.claim = claim
         self.may_begin = may_begin
-        # A chunk whose worker is lost goes to another worker, never to this process: the chunk
-        # might end this process as well.
+        # The chunk of a lost worker goes to another worker, never to this process, which it
+        # might end as well.
         self.waiting = deque(chunks)
         self.lost = deque[Chunk]()
         self.losses: Counter[tuple[int, ...]] = Counter()

@@ -432,5 +432,5 @@ class RayTasks(Executor[Population, Outcome | Failure]):
         for ref in self.running:
             try:
                 self.ray.cancel(ref, force=True)
-            except Exception:  # the cluster may be what has failed
+            except Exception:  # the cluster itself may have failed
                 return

@@ -262,7 +262,7 @@ def recorded_search(
         remedy = "search again, into another folder. `gputune trials` shows what it holds"
         why = f"has lost options of its search and cannot go on; {remedy}."
     elif arguments.lacking:
-        of_command = "test_size" in (record.source or {})  # which alone keeps rows apart
+        of_command = "test_size" in (record.source or {})  # only the command line holds rows out
         call = "command that began it" if of_command else f"call of gputune.tune(..., study={file})"
         why = (
             f"does not hold: {'; '.join(arguments.lacking)}. Repeat the {call}, which goes on "

@@ -71,7 +71,7 @@ class Trainer:
         each_epoch: If True, callbacks are notified after every epoch, so that they can end the
             search there.
         stop: The signal that ends the training.
-        fits: Training steps that were recorded or compiled, for use in later chunks.
+        fits: The chunk sizes that fitted into memory, and the recorded steps, for later chunks.
     """
 
     data: Dataset
