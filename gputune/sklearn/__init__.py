@@ -1,5 +1,4 @@
-"""The scikit-learn face: estimators and searches in which all configurations and folds are fitted
-at once."""
+"""The scikit-learn API: estimators and searches that fit all configurations and folds at once."""
 
 from gputune.sklearn.dataset import SliceDict
 from gputune.sklearn.descent import HypergradientSearchCV

@@ -1,5 +1,8 @@
-"""The base of every estimator: ``fit`` is the case of one configuration and one fold of fitting all
-at once."""
+"""The base class of every estimator.
+
+Its ``fit`` is a special case of fitting many configurations in many folds: one configuration, one
+fold.
+"""
 
 import functools
 import inspect
@@ -33,10 +36,12 @@ from gputune.types import Task
 
 
 def constructor(theirs: type, defaults: Mapping[str, object]) -> Callable[..., None]:
-    """Return the constructor of a class with the parameters of scikit-learn's installed one, and
-    those of ``defaults``.
+    """Return a constructor with the parameters of scikit-learn's installed class plus our own
+    parameters.
 
-    What both have takes its default from these.
+    Args:
+        theirs: scikit-learn's class.
+        defaults: our parameters, and their defaults. A parameter that both have gets this default.
     """
     own = inspect.signature(theirs.__init__)  # type: ignore[misc]
     added = [
@@ -62,29 +67,38 @@ def constructor(theirs: type, defaults: Mapping[str, object]) -> Callable[..., N
 
 
 class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
-    """An estimator whose configurations and folds can be fitted together.
+    """An estimator that can fit many configurations and folds together.
 
-    A subclass says what its parameters mean (``_recipe``), how recipes are fitted on the rows of
-    folds (``_fit_recipes``), and what a fitted one takes over (``_set_fitted``).
+    A subclass translates its parameters into a recipe (``_recipe``), fits recipes on the rows of
+    folds (``_fit_recipes``), and takes over the fitted result (``_set_fitted``).
     """
 
     _refused: ClassVar[Mapping[str, str]] = {}
-    """Words of other libraries that are no parameters -> what to do instead."""
+    """Parameter names of other libraries -> the advice for users of that name."""
     _takes_any_target: ClassVar[bool] = False
-    """Whether y is taken as it is, numbers (n, ...)."""
+    """True if y can be any numbers (n, ...), which are used unchanged."""
     _takes_arrays: ClassVar[bool] = False
-    """Whether X may be what is no table, and y have several columns."""
+    """True if X can have other shapes than a table, and y can have several columns."""
     _differentiable: ClassVar[Mapping[str, str]] = {}
-    """The parameters that a descent may move, the usual one first -> what the engine calls them."""
+    """Parameters that a hypergradient search can move -> the engine's name.
+
+    The default one comes first.
+    """
     _fit_recipes: ClassVar[Callable[..., Mapping[Place, object]]]
-    """Of recipes by trial, folds and training: for each (fold, trial) what ``_set_fitted`` takes,
-    or an error."""
+    """The function that fits recipes: (recipes by trial, folds, training) -> results by (fold,
+    trial).
+
+    A result is the argument of ``_set_fitted``, or an error.
+    """
     _slopes: ClassVar[Callable[..., Iterable[tuple[Place, MemberSlope]]]]
-    """Of recipes by trial, folds, hyperparameters, how, and training: the slope of each member that
-    has one."""
+    """The function that computes slopes: (recipes by trial, folds, hyperparameters, mode, training)
+    -> slopes.
+
+    A member whose slope could not be computed is missing from the result.
+    """
 
     def __new__(cls, *_: object, **params: object) -> Self:
-        """Refuse what the constructor does not know in words that help."""
+        """Refuse unknown parameters with a helpful message."""
         cls._check_names(params)
         parameters = inspect.signature(cls.__init__).parameters
         unknown = [name for name in params if name not in parameters]
@@ -95,26 +109,37 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
         return estimator
 
     def set_params(self, **params: object) -> Self:
-        """Set parameters and return the estimator; raises InputError for one that has no
-        counterpart here."""
+        """Set parameters and return the estimator.
+
+        Raises:
+            InputError: a parameter of another library has no counterpart here.
+        """
         self._check_names(params)
         super().set_params(**params)
         return self
 
     @classmethod
     def _check_names(cls, names: Iterable[str]) -> None:
-        """Raise InputError for a refused word, unless a subclass has made a parameter of it."""
+        """Raise InputError for a refused name, unless a subclass has made it a parameter."""
         parameters = inspect.signature(cls.__init__).parameters
         for name in names:
             if name in cls._refused and name not in parameters:
                 raise InputError(f"{cls.__name__} has no parameter {name!r}: {cls._refused[name]}.")
 
     def fit(self, X: object, y: object, sample_weight: object = None) -> Self:
-        """Fit on rows X with their targets y; ``sample_weight`` (n,) is each row's weight in the
-        loss.
+        """Fit the estimator on rows X with targets y.
 
-        Returns the estimator. Raises ValueError for bad input, DivergedError where the training
-        diverges.
+        Args:
+            X: the rows.
+            y: the targets.
+            sample_weight: (n,) weight of each row in the loss. None: all weights are 1.
+
+        Returns:
+            The estimator.
+
+        Raises:
+            ValueError: the input is bad.
+            DivergedError: the training diverges.
         """
         hook = fit_hook.get()
         if hook is not None and hook.fit(self, X, y, sample_weight):
@@ -122,7 +147,8 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
         own_callbacks = hasattr(self, "_skl_callbacks") and not hasattr(
             self, "_parent_callback_ctx"
         )
-        # callbacks, since scikit-learn 1.9
+        # An estimator with its own callbacks (since scikit-learn 1.9) is fitted by scikit-learn's
+        # ``fit``, which calls them.
         if own_callbacks or self._left_to_scikit_learn(y) is not None:
             weights = {} if sample_weight is None else {"sample_weight": sample_weight}
             fitted: Self = super().fit(X, y, **weights)
@@ -132,7 +158,10 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
         return self._become(fit_together({0: self}, folds, Training())[0, 0], rows)
 
     def _become(self, fitted: object, rows: Rows) -> Self:
-        """Become a fitted estimator and return it; raises the exception of a fit that failed."""
+        """Turn this estimator into a fitted one and return it.
+
+        Raise the exception of a failed fit.
+        """
         if isinstance(fitted, Exception):
             raise fitted
         if rows.is_table:
@@ -143,8 +172,7 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
         return self
 
     def _left_to_scikit_learn(self, y: object) -> str | None:
-        """Return what of the parameters, or of y, scikit-learn's class of this name fits itself;
-        None where nothing."""
+        """Return the setting that only scikit-learn's class of this name can fit, or None."""
         del y
         return None
 
@@ -154,24 +182,23 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
         return tags
 
     def _recipe(self, draw: DrawSeed) -> Any:
-        """Return what the parameters mean; ``draw`` is where random_state=None has its seed
-        from."""
+        """Return the recipe of the parameters. ``draw`` gives the seed for random_state=None."""
         raise NotImplementedError
 
     def _set_fitted(self, fitted: Any, rows: Rows) -> None:
-        """Take over what one of the fits gave."""
+        """Take over the result of a fit."""
         raise NotImplementedError
 
 
 class FitHook(Protocol):
-    """What stands in for fits while scikit-learn calls them one by one."""
+    """A replacement for fits, while scikit-learn calls them one by one."""
 
     def fit(self, estimator: FusedEstimator, X: object, y: object, sample_weight: object) -> bool:
-        """Do what ``fit`` would do and return True, or leave it to ``fit``."""
+        """Do the work of ``fit`` and return True, or return False to leave it to ``fit``."""
 
     def transform(self, function: Callable[..., object], *args: Any, **options: Any) -> object:
-        """Return what ``function`` does, which fits a transformer of a pipeline and transforms with
-        it."""
+        """Return the result of ``function``, which fits a transformer of a pipeline and transforms
+        rows."""
 
 
 fit_hook: ContextVar[FitHook | None] = ContextVar("fit_hook", default=None)
@@ -179,7 +206,7 @@ fit_hook: ContextVar[FitHook | None] = ContextVar("fit_hook", default=None)
 
 @contextmanager
 def hooked(hook: FitHook | None) -> Iterator[None]:
-    """Let a hook, or none, stand in for fits inside."""
+    """Use a hook, or none, in place of fits inside the block."""
     token = fit_hook.set(hook)
     try:
         yield
@@ -187,16 +214,19 @@ def hooked(hook: FitHook | None) -> Iterator[None]:
         fit_hook.reset(token)
 
 
-# in which a table is taken as it is; another precision becomes the first
+# A table keeps these dtypes. Another dtype becomes the first one.
 FLOATS = (np.float64, np.float32)
 
 
 def check_rows(estimator: FusedEstimator, X: object, y: Any, sample_weight: object = None) -> Rows:
-    """Return the rows of a fit as scikit-learn checks them for ``estimator``, which takes its
-    feature names over.
+    """Check the rows of a fit like scikit-learn does, and return them.
 
-    Inputs that are no table, and targets of several columns, are for an estimator that takes them.
-    Raises InputError or scikit-learn's ValueError for anything else.
+    The estimator takes over the feature names. Only some estimators accept inputs that are not
+    tables, or targets with several columns.
+
+    Raises:
+        InputError: a SliceDict or a target is not acceptable.
+        ValueError: scikit-learn refuses the rows.
     """
     numeric = is_regressor(estimator)
     any_target = estimator._takes_any_target
@@ -241,13 +271,13 @@ def check_rows(estimator: FusedEstimator, X: object, y: Any, sample_weight: obje
 
 
 def has_columns(y: Any) -> bool:
-    """Whether a target has several columns, or more axes."""
+    """Return whether a target has several columns, or more than two axes."""
     shape = y.shape if issparse(y) else np.asarray(y).shape
     return len(shape) > 1 and shape[1:] != (1,)
 
 
 def _check_columns(estimator: FusedEstimator, y: object) -> None:
-    """Raise InputError for a target that is a sparse matrix, and for classes in several columns."""
+    """Raise InputError for a sparse target, and for classes in several columns."""
     if issparse(y):
         raise InputError(
             "y is a sparse matrix, and only dense targets are supported; pass y.toarray()."
@@ -264,11 +294,18 @@ def _check_columns(estimator: FusedEstimator, y: object) -> None:
 def fit_together(
     candidates: Mapping[int, FusedEstimator], folds: FoldGroup, training: Training
 ) -> dict[Place, object]:
-    """Fit all candidates, of one class and by trial, on the training rows of all folds at once.
+    """Fit all candidates on the training rows of all folds at once.
 
-    Returns for each (fold, trial) what ``_become`` takes. ``random_state=None`` is one fresh draw
-    for all of them. A candidate whose parameters are refused fails in every fold, as its own
-    ``fit`` would.
+    A candidate with refused parameters fails in every fold, as its own ``fit`` would.
+
+    Args:
+        candidates: unfitted estimators of one class, by trial.
+        folds: the rows and the folds.
+        training: workers, deadline and states of the training.
+
+    Returns:
+        For each (fold, trial) the argument of ``_become``. ``random_state=None`` is one fresh draw
+        for all of them.
     """
 
     @functools.cache
@@ -296,8 +333,10 @@ def fit_together(
 
 
 def last_step(estimator: object) -> tuple[str, BaseEstimator]:
-    """Return the prefix of the parameters of what is trained, and that itself: a pipeline's last
-    step, or all of it."""
+    """Return the trained estimator and the prefix of its parameters.
+
+    For a pipeline it is the last step. Otherwise it is the estimator itself, with prefix "".
+    """
     if isinstance(estimator, Pipeline) and estimator.steps:
         name, last = estimator.steps[-1]
         return f"{name}__", last

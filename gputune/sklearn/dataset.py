@@ -1,5 +1,7 @@
-"""Rows as scikit-learn checked them, turned into what the engine trains on: one copy of X for all
-folds."""
+"""The conversion of rows that scikit-learn has checked into the engine's dataset.
+
+All folds share one copy of X.
+"""
 
 import itertools
 import math
@@ -31,13 +33,14 @@ Index: TypeAlias = NDArray[np.int64]
 class Rows:
     """Checked rows of one fit, or of one search over many folds.
 
-    X          a table is one tensor (n, D), float32 or float64; other inputs are as they were given
-    y          (n,) int64 positions in ``classes``, float64 numbers (n,) or (n, K), or labels (n, K)
-               of 0 and 1
-    weights    (n,) float64, None where all are one
-    classes    those of y, None for numbers and labels
-    names      (D,) of a table's features, None where X had none
-    taken_as   the task of a target that is no classes
+    Attributes:
+        X: the inputs. A table is one tensor (n, D), float32 or float64. Other inputs are unchanged.
+        y: (n,) int64 positions in ``classes``, float64 numbers (n,) or (n, K), or labels (n, K) of
+            0 and 1.
+        weights: (n,) float64. None if all weights are one.
+        classes: the classes of y. None for numbers and labels.
+        names: (D,) names of a table's features. None if X had no names.
+        taken_as: the task of a target without classes.
     """
 
     X: Arrays
@@ -49,7 +52,7 @@ class Rows:
 
     @property
     def is_table(self) -> bool:
-        """Whether X is rows of numbers, with features that scikit-learn counts and names."""
+        """True if X is a table of numbers, so that scikit-learn can count and name its features."""
         x = self.X.parts[0]
         return (
             len(self.X.parts) == 1
@@ -60,14 +63,14 @@ class Rows:
 
     @property
     def task(self) -> Task:
-        """What is predicted."""
+        """The task: binary or multiclass for classes, otherwise ``taken_as``."""
         if self.classes is not None:
             return "binary" if len(self.classes) == 2 else "multiclass"
         return self.taken_as
 
     @property
     def form(self) -> Hashable:
-        """What rows must have in common to be laid out in one array."""
+        """The key that rows must share to be stored in one array."""
         names = None if self.names is None else tuple(self.names)
         return ArrayLayout.of(self.X), names, self.weights is None, self.task, self.y.shape[1:]
 
@@ -76,8 +79,7 @@ class Rows:
         return float(len(rows) if self.weights is None else self.weights[rows].sum())
 
     def refusal(self, rows: Index) -> ValueError | None:
-        """Return the error that training on these rows alone must raise, None where it can be
-        done."""
+        """Return the error that training on only these rows must raise, or None."""
         if len(rows) == 0:
             return ValueError("no rows to train on: found array with 0 sample(s).")
         if not self.weight(rows) > 0:
@@ -92,8 +94,11 @@ class Rows:
         return None
 
     def inputs(self, device: torch.device, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
-        """Return X on a device; floats are in their own precision on a CPU, single on a GPU, or in
-        ``dtype``."""
+        """Return X on a device.
+
+        Floats have the precision ``dtype`` if it is given. Otherwise they keep their precision on a
+        CPU, and have single precision on a GPU.
+        """
         if dtype is None and device.type != "cpu":
             dtype = torch.float32
         return tuple(x.to(device, dtype if x.is_floating_point() else None) for x in self.X.parts)
@@ -101,14 +106,18 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """The training or validation rows of one fold: ``index`` into checked rows, which it may share
-    with other folds."""
+    """The training or validation rows of one fold.
+
+    Attributes:
+        rows: checked rows, which folds can share.
+        index: positions in ``rows``.
+    """
 
     rows: Rows
     index: Index
 
     def labels(self) -> list[str | float]:
-        """Return the labels that the rows have; none for a regression."""
+        """Return the labels that occur in the rows. A regression has none."""
         return (
             []
             if self.rows.classes is None
@@ -118,9 +127,14 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class FoldGroup:
-    """Folds that train together: their numbers, and the training rows of each among ``rows``.
+    """Folds that train together.
 
-    ``valids`` are the validation rows of each, none where no loss is taken of them.
+    Attributes:
+        numbers: the numbers of the folds.
+        rows: the rows of all folds.
+        trains: positions of the training rows of each fold in ``rows``.
+        valids: positions of the validation rows of each fold. Empty if no validation loss is
+            needed.
     """
 
     numbers: tuple[int, ...]
@@ -130,14 +144,18 @@ class FoldGroup:
 
     @cached_property
     def classes(self) -> Index | None:
-        """Positions of the classes of their training rows, which ``split`` makes the same; None
-        without classes."""
+        """Positions of the classes of the training rows. None without classes.
+
+        All folds of a group have the same classes, because ``split`` groups them so.
+        """
         return None if self.rows.classes is None else np.unique(self.rows.y[self.trains[0]])
 
     @cached_property
     def codes(self) -> Index:
-        """All rows' positions among ``classes``; rows of other classes are in no fold of the
-        group."""
+        """Positions among ``classes`` of all rows.
+
+        Rows of other classes are in no fold of the group.
+        """
         assert self.classes is not None
         return np.searchsorted(self.classes, self.rows.y).clip(max=len(self.classes) - 1)
 
@@ -154,11 +172,10 @@ class FoldGroup:
         )
 
     def split(self, keys: Iterable[Hashable] | None = None) -> "list[FoldGroup]":
-        """Return groups of folds whose training rows have the same classes, and that have the same
-        key.
+        """Split the folds into groups with the same classes in the training rows and the same key.
 
-        A network for the classes of its own fold is what a fit on that fold's rows alone would
-        make.
+        A fit on only one fold's rows would make a network for only the classes of that fold. This
+        split gives the same network.
         """
         groups: dict[Hashable, list[int]] = defaultdict(list)
         for i, (train, key) in enumerate(zip(self.trains, keys or itertools.repeat(None))):
@@ -168,9 +185,11 @@ class FoldGroup:
 
 
 def lay_out(folds: Mapping[int, Sequence[Part]]) -> list[FoldGroup]:
-    """Group folds, by number, by the form of their rows.
+    """Group folds by the form of their rows.
 
-    Each fold is its training rows, or these and its validation rows, which have the same form.
+    Args:
+        folds: for each fold number its training rows, and optionally its validation rows. Both have
+            the same form.
     """
     forms: dict[Hashable, list[int]] = defaultdict(list)
     for number, (train, *_) in folds.items():
@@ -187,7 +206,7 @@ def lay_out(folds: Mapping[int, Sequence[Part]]) -> list[FoldGroup]:
 
 
 def _join(blocks: Sequence[Rows]) -> Rows:
-    """Return the rows of all blocks, one after the other, with codes among the classes of all."""
+    """Join blocks of rows, one after the other. Codes refer to the classes of all blocks."""
     first = blocks[0]
     if len(blocks) == 1:
         return first
@@ -216,17 +235,21 @@ def make_dataset(
     numbers: str = "none",
     watched: bool = False,
 ) -> Dataset:
-    """Return the engine's dataset of a group of folds on inputs (n, ...).
+    """Return the engine's dataset of a group of folds.
 
-    Numbers to be predicted are standardised by the training rows of each fold, unless told not to;
-    ``numbers`` says whether inputs are. Where training is ``watched``, the training rows that weigh
-    something are its validation rows.
+    Args:
+        group: the folds and their rows.
+        x: the inputs, tensors (n, ...).
+        standardise: whether numeric targets are standardized by the training rows of each fold.
+        numbers: "standard" or "none", the scaling of inputs.
+        watched: whether the training loss is watched. The training rows with a positive weight are
+            then the validation rows too.
     """
     rows = group.rows
     weigh = np.full(len(rows.y), watched) if rows.weights is None else (rows.weights > 0) & watched
     folds = list(zip(group.trains, group.valids or [train[weigh[train]] for train in group.trains]))
-    # Half a number is too little to train in; a module of integers alone has parameters of single
-    # precision.
+    # Half precision is too little for training. A module with only integer inputs has parameters of
+    # single precision.
     dtype = torch.float64 if any(part.dtype == torch.float64 for part in x) else torch.float32
     X = Arrays(tuple(x), rows.X.names)
     like = torch.empty(0, dtype=dtype, device=x[0].device)
@@ -246,8 +269,10 @@ def make_dataset(
 
 
 def as_dense(X: Any) -> Any:
-    """Return a sparse matrix as an array, anything else as it is. Raises InputError where memory
-    does not hold it."""
+    """Return a sparse matrix as an array, and anything else unchanged.
+
+    Raises InputError if memory does not hold the array.
+    """
     if not issparse(X):
         return X
     size = math.prod(X.shape) * X.dtype.itemsize
@@ -262,19 +287,27 @@ def as_dense(X: Any) -> Any:
 
 
 def as_tensor(array: np.ndarray) -> Tensor:
-    """Return an array as a tensor; torch shares the memory only of arrays that could be written."""
+    """Return an array as a tensor. torch shares memory only with writable arrays."""
     return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 
 class SliceDict(dict[str, Any]):
-    """Inputs of a module by the names of its forward's arguments, arrays or tensors (n, ...), split
-    by their rows.
+    """A dict of module inputs that scikit-learn can split by rows.
 
+    The keys are names of the arguments of the module's ``forward``. The values are arrays or
+    tensors (n, ...) of equal length. ``len`` is n and ``shape`` is (n,). Indexing with a name
+    returns that input. Any other index returns a SliceDict of the selected rows.
+
+    Args:
+        inputs: a mapping or pairs of names and inputs.
+        **more: further inputs by name.
+
+    Raises:
+        InputError: a value is not an array or tensor, or the lengths differ.
+
+    Example:
         X = SliceDict(image=images, age=ages)
         cross_validate(net, X, y)
-
-    Its length and shape are those of rows, n and (n,). A name gives that input, any other index a
-    SliceDict of those rows. Raises InputError for what is no array, and for unequal lengths.
     """
 
     def __init__(
@@ -294,7 +327,7 @@ class SliceDict(dict[str, Any]):
 
     @property
     def shape(self) -> tuple[int]:
-        """(n,), by which scikit-learn counts rows."""
+        """(n,), from which scikit-learn counts the rows."""
         return (len(self),)
 
     def __getitem__(self, key: object) -> Any:
@@ -304,8 +337,10 @@ class SliceDict(dict[str, Any]):
 
 
 def as_sliced(X: object) -> object:
-    """Return a dict of inputs as a SliceDict, anything else as it is. Raises InputError for a tuple
-    of inputs."""
+    """Return a dict of inputs as a SliceDict, and anything else unchanged.
+
+    Raises InputError for a tuple of inputs.
+    """
     if isinstance(X, tuple) and X and all(isinstance(value, np.ndarray | Tensor) for value in X):
         raise InputError(
             f"X is a tuple of {len(X)} inputs, which scikit-learn cannot split by rows; name them "

@@ -1,7 +1,7 @@
-"""HypergradientSearchCV: drawn candidates descend along the derivative of their validation loss,
-all at once.
+"""HypergradientSearchCV: drawn candidates move along the derivative of their validation loss.
 
-A slope is that of the same training once more, differentiated on the validation rows.
+All candidates move at once. A slope comes from repeating the training and differentiating it on the
+validation rows.
 """
 
 import math
@@ -37,8 +37,13 @@ from gputune.types import Config
 
 
 class TrialSlopes(NamedTuple):
-    """Of one trial, by fold: ``losses`` (F,), ``slopes`` hyperparameter -> (F, 1, 1), ``ratios``
-    (F,) of the guard."""
+    """The losses and slopes of one trial, fold by fold.
+
+    Attributes:
+        losses: (F,) validation losses.
+        slopes: hyperparameter -> (F, 1, 1) slope of the loss.
+        ratios: (F,) ratios of the chaos guard.
+    """
 
     losses: NDArray[np.float64]
     slopes: dict[str, NDArray[np.float64]]
@@ -49,13 +54,13 @@ class TrialSlopes(NamedTuple):
 def slopes_of(
     fits: Sequence[Fit], names: Sequence[str], mode: SlopeMode, training: Training
 ) -> dict[int, TrialSlopes]:
-    """Return the slopes of each trial in some hyperparameters; all of its fits are made and hold
-    validation rows out.
+    """Return the slopes of each trial with respect to some hyperparameters.
 
-    The loss is the mean cross-entropy of the validation rows, or the mean squared error in the
-    target's own unit. The slope is in the hyperparameter as the estimator has it: in alpha, where
-    alpha is set. It is exact, or taken by wide differences. Trials that the deadline cuts short are
-    missing.
+    All fits of the trials have been trained, and have validation rows. The loss is the mean
+    cross-entropy of the validation rows, or the mean squared error in the target's own unit. The
+    slope refers to the estimator's own hyperparameter, for example alpha if alpha is set. It is
+    exact, or computed from wide finite differences, as ``mode`` says. Trials that the deadline cuts
+    short are missing.
     """
     by_fold: dict[int, dict[int, MemberSlope]] = defaultdict(dict)
     for folds, trials in layouts(fits, held_out=True):
@@ -63,7 +68,7 @@ def slopes_of(
         for trial, own in trials.items():
             fit = own[folds.numbers[0]]
             recipes[trial] = fit.estimator._recipe(lambda: 0)
-            # which knows the seed: a RandomState has drawn another one
+            # Only a fitted member knows the seed, because a RandomState has moved on since.
             if isinstance(fit.fitted, Member):
                 recipes[trial] = replace(recipes[trial], seed=fit.fitted.seed, patience=None)
         for (fold, trial), slope in fit.estimator._slopes(recipes, folds, names, mode, training):
@@ -84,11 +89,14 @@ def slopes_of(
 def descended_parameters(
     hyperparameters: str | Sequence[str] | None, estimator: object
 ) -> dict[str, str]:
-    """Return what is descended on, in the engine's words -> the parameter of the estimator that
-    holds it.
+    """Return the engine's name of each moved hyperparameter -> the estimator's parameter for it.
 
-    None is the usual one. Raises InputError for one that the estimator has not, and for one named
-    twice.
+    Args:
+        hyperparameters: names of parameters. None: the first that the estimator offers.
+        estimator: the estimator or pipeline.
+
+    Raises:
+        InputError: the estimator does not have a parameter, or it is named twice.
     """
     prefix, last = last_step(estimator)
     own = last.get_params(deep=False)
@@ -111,9 +119,9 @@ def descended_parameters(
 
 
 def start_value(recipe: Recipe | Penalty, name: str, parameter: str, start: str) -> float:
-    """Return a start's value of a hyperparameter, in the unit of the parameter that holds it.
+    """Return a hyperparameter of a starting point, in the unit of the estimator's parameter.
 
-    Raises InputError where it cannot be descended from.
+    Raises InputError if a search cannot move from it.
     """
     if isinstance(recipe, Penalty):
         if not recipe.fit_intercept:
@@ -147,14 +155,18 @@ def start_value(recipe: Recipe | Penalty, name: str, parameter: str, start: str)
 def neg_log_loss(
     estimator: BaseEstimator, X: object, y: object, sample_weight: object = None
 ) -> float:
-    """Return minus the log loss of a fitted classifier on rows X (m, D) with labels y (m,), in
-    (-inf, 0].
+    """Return the negative log loss of a fitted classifier, in (-inf, 0].
 
-    Unlike scikit-learn's score of this name it also holds for rows that lack some of the classes.
-    scikit-learn keeps chances within [eps, 1 - eps], so that a loss beyond -log(eps), which the
-    descended one may have, is cut there.
-    ``sample_weight`` (m,) is what newer releases of scikit-learn weight scores by where ``fit`` was
-    given it.
+    It also works for rows that lack some classes, which scikit-learn's score of this name does not.
+    scikit-learn clips probabilities to [eps, 1 - eps]. A loss beyond -log(eps) is clipped there,
+    although the loss that the search minimizes can be larger.
+
+    Args:
+        estimator: the fitted classifier.
+        X: rows (m, D).
+        y: labels (m,).
+        sample_weight: (m,) weights. Newer releases of scikit-learn pass them if ``fit`` received
+            weights.
     """
     chances = estimator.predict_proba(X)
     return -float(log_loss(y, chances, labels=estimator.classes_, sample_weight=sample_weight))
@@ -162,10 +174,10 @@ def neg_log_loss(
 
 @dataclass(eq=False)
 class DescentRun(SearchRun):
-    """A run whose candidates are the points of a descent on the validation loss of X and y.
+    """A search run over the points of hypergradient searches on X and y.
 
-    ``origins`` has the start and the outer step of each point, ``fits`` those of the point where
-    each start stands.
+    ``origins`` holds the starting point and the outer step of each point. ``fits`` holds the fits
+    of the current point of each start.
     """
 
     X: object = None
@@ -178,21 +190,20 @@ class DescentRun(SearchRun):
     origins: list[tuple[int, int]] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     fits: dict[int, list[Fit]] = field(default_factory=dict)
-    patient: ClassVar[bool] = False  # trainings are differentiated over all epochs
+    patient: ClassVar[bool] = False  # the derivative goes through all epochs of a training
     measures_again: ClassVar[bool] = True
 
     def descend(
         self, candidates: Candidates, space: Any, method: Hypergradient
     ) -> TrainedCandidates:
-        """Train all candidates, then outer step by outer step the points to which those that can
-        descend move.
+        """Train all candidates, then move them outer step by outer step.
 
-        The folds are split once, and are the same at every step. A point that diverges steps down.
-        One that is refused, cannot be evaluated, or that ``deadline`` cuts short is the last of its
-        start.
+        The folds are split once and are the same at every step. A point that diverges reduces its
+        learning rate. A point that is refused, cannot be evaluated or is cut short by ``deadline``
+        is the last one of its start.
 
-        Raises InputError, before anything trains, for a candidate or a fold that cannot be
-        descended on.
+        Raises:
+            InputError: a candidate or a fold cannot be used. It is raised before anything trains.
         """
         begin = time.monotonic()
         self.outer_steps = method.outer_steps
@@ -221,7 +232,7 @@ class DescentRun(SearchRun):
 
     def add(self, starts: Mapping[int, Descent], step: int) -> None:
         """Train the points to which starts have moved."""
-        # the last of each
+        # A later point of a start overwrites an earlier one, so the last point remains.
         params = {origin[0]: point for origin, point in zip(self.origins, self.points)}
         points = [
             {
@@ -234,12 +245,13 @@ class DescentRun(SearchRun):
             self._train(points, [(number, step) for number in starts])
 
     def _train(self, points: Candidates, origins: Sequence[tuple[int, int]]) -> None:
-        """Train points, which are numbered after those before."""
+        """Train points. Their numbers continue after the earlier points."""
         events = self.record(points, self.X, self.y, self.splits)
         first = len(self.points)
         fits = fits_of(events)
         seen: set[tuple[int, int]] = set()
-        # the loss on the validation rows of a fold must have a slope, whatever is trained
+        # The loss on the validation rows of each fold must have a slope. Each pair of a fold and
+        # its training rows is checked once.
         for fit in fits:
             train = fit.train
             valid = fit.valid
@@ -270,11 +282,10 @@ class DescentRun(SearchRun):
         self.events += events
 
     def measure(self, starts: Mapping[int, Descent], step: int) -> dict[int, Slope]:
-        """Return the slope where each start stands that can go on; those that the deadline cuts
-        short are missing.
+        """Return the slope of each start that can move further, at its current point.
 
-        A start can go on where its point was trained in all folds, or diverged, and has validation
-        rows in all of them.
+        A start can move if its point was trained in all folds or diverged, and has validation rows
+        in all folds. Starts that the deadline cuts short are missing.
         """
         if step == self.outer_steps:
             return {}
@@ -286,7 +297,7 @@ class DescentRun(SearchRun):
                 isinstance(each, DivergedError | None) for each in errors
             ):
                 continue
-            if any(errors):  # no slope, nor would differences find one: it steps down
+            if any(errors):  # no slope exists, so the start reduces its learning rate
                 none = {name: np.full((1, 1), math.nan) for name in start.names}
                 slopes[n] = Slope(
                     math.nan, none, none, usable=False, ratio=math.inf, mode="differences"
@@ -311,49 +322,62 @@ class DescentRun(SearchRun):
 
 
 class HypergradientSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  # type: ignore[misc]
-    """A search whose candidates move: ``n_iter`` starts are drawn, and descend on their
-    cross-validated loss.
+    """A search that moves its candidates by gradient descent on their cross-validated loss.
 
-    At each outer step all starts train in all folds at once, the mean over the folds of the loss on
-    their validation rows is differentiated through the training, and every start moves against its
-    slope, in the logarithm of its hyperparameters (momentum in the logit). What else a start was
-    drawn with stays. Every point on the way is a candidate in ``cv_results_``, which has ``start``
-    and ``outer_step`` (0 for the starts) beside scikit-learn's keys; the best of all of them is
-    refitted. Attributes are those of RandomizedSearchCV.
+    ``n_iter`` starting points are drawn. At each outer step all of them train in all folds at once.
+    The mean validation loss over the folds is differentiated through the training. Every start then
+    moves against its slope, in the logarithm of its hyperparameters (the logit for momentum). The
+    other parameters of a start stay unchanged.
 
-    estimator        one of gputune's, or a Pipeline that ends in one
-    hyperparameters  what is moved, in the estimator's words: "learning_rate_init", "alpha" or
-                     "weight_decay" and "momentum" of an MLP, "lr", "optimizer__weight_decay" and
-                     "optimizer__momentum" of a NeuralNet, "C" of a LogisticRegression, at its
-                     minimum; None is the first. Where one is drawn from a distribution in
-                     ``param_distributions``, it stays within its range; else a start has the
-                     estimator's own value
-    n_iter           starts
-    outer_steps      points that follow a start at most; a start ends sooner where its steps are
-                     short or lead nowhere
-    step             "sign": every value moves by its own step, halved when the sign of its slope
-                     flips; "normalized": all move along the slope, by a length divided by ten when
-                     the loss rises
-    first_step       length of the first step in the logarithm; None: 1.5 for one value, 1.0 for
-                     several
-    smallest_step    a start whose steps are all shorter has ended
-    scoring          None is the loss that is descended: the negative log loss, also on folds whose
-                     validation rows lack a class, for a regressor "neg_mean_squared_error"; the
-                     method ``score`` is then the estimator's own, as in every search of
-                     scikit-learn. Any other one ranks the points, and does not move them.
-    device, study, timeout, n_jobs   as in gputune's RandomizedSearchCV; after ``timeout`` seconds
-                                     no start moves on
+    Every point on the way is a candidate in ``cv_results_``. In addition to scikit-learn's keys it
+    has ``start`` and ``outer_step`` (0 for the starting points). The best of all points is
+    refitted. The attributes are those of RandomizedSearchCV.
 
-    A point whose training diverges, or whose slope is noise, steps down with its learning rate;
-    after the second time its slopes come from wide finite differences. ``mean_fit_time`` is a fit's
-    share of all training, the differentiated one included. The descended loss is not weighted by
-    ``sample_weight``; training is, and newer releases of scikit-learn weight the scores too. Folds
-    are split once. A parameter of an estimator is one number: for schedules and rates of each layer
-    use ``gputune.tune(method=gputune.Hypergradient(...))``.
+    A point whose training diverges, or whose slope is noise, reduces its learning rate. After the
+    second time its slopes come from wide finite differences. ``mean_fit_time`` is the share of one
+    fit in all training, including the differentiated training. ``sample_weight`` weights the
+    training, but not the validation loss. Newer releases of scikit-learn weight the scores too.
+    Folds are split once. A parameter of an estimator is one number. For schedules and rates of each
+    layer use ``gputune.tune(method=gputune.Hypergradient(...))``.
 
-    Raises InputError, before anything trains, for an estimator that is none of gputune's, a
-    hyperparameter that it or its optimizer has not, a start that cannot move, and a fold whose
-    validation rows have a class of their own.
+    Further parameters are those of scikit-learn's RandomizedSearchCV.
+
+    Args:
+        estimator: an estimator of gputune, or a Pipeline that ends in one.
+        param_distributions: the distributions from which starting points are drawn.
+        hyperparameters: the parameters to move, by the estimator's names. None: the first one in
+            this list.
+
+            - MLP: "learning_rate_init", "alpha" or "weight_decay", and "momentum".
+            - NeuralNet: "lr", "optimizer__weight_decay" and "optimizer__momentum".
+            - LogisticRegression: "C", at the minimum of the objective.
+
+            A parameter with a distribution in ``param_distributions`` stays within its range.
+            Otherwise every start has the estimator's own value.
+        n_iter: number of starting points [default: 4].
+        outer_steps: number of points that follow a start at most, at least 1 [default: 10]. A start
+            ends earlier if its steps are short or do not improve the loss.
+        step: "sign" [default] moves every value by its own step, which is halved when the sign of
+            its slope flips. "normalized" moves all values along the slope, by a length that is
+            divided by ten when the loss rises.
+        first_step: length of the first step in the logarithm, above 0. None: 1.5 for one value, 1.0
+            for several.
+        smallest_step: a start ends when all its steps are shorter than this, above 0 [default:
+            0.05].
+        scoring: metric that ranks the points. None is the loss that the search minimizes: the
+            negative log loss (also for folds whose validation rows lack a class), or
+            "neg_mean_squared_error" for a regressor. The method ``score`` is then the estimator's
+            own, as in every search of scikit-learn. Another metric does not affect how points move.
+        device: as in gputune's RandomizedSearchCV.
+        study: as in gputune's RandomizedSearchCV.
+        timeout: seconds after which no start moves any further. Otherwise as in gputune's
+            RandomizedSearchCV.
+        n_jobs: as in gputune's RandomizedSearchCV.
+
+    Raises:
+        InputError: the estimator is not from gputune, it or its optimizer lacks a hyperparameter, a
+            start cannot move, or the validation rows of a fold have a class that its training rows
+            lack. It is raised by ``fit`` before anything trains.
     """
 
     _space_name = "param_distributions"
@@ -381,8 +405,10 @@ class HypergradientSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  #
     )
 
     def score(self, X: object, y: object = None, **params: object) -> float:
-        """Return the score of the refitted estimator: by ``scoring`` where it was given, else its
-        own ``score``."""
+        """Return the score of the refitted estimator on rows X with targets y.
+
+        It uses ``scoring`` if you passed it, otherwise the ``score`` of the estimator.
+        """
         by_estimator = self.scoring is None and hasattr(self, "best_estimator_")
         return float(
             (self.best_estimator_.score if by_estimator else super().score)(X, y, **params)

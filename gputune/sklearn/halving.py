@@ -1,5 +1,4 @@
-"""HalvingRandomSearchCV: successive halving on the fold mean, where training goes on from rung to
-rung."""
+"""HalvingRandomSearchCV: successive halving in which training continues from rung to rung."""
 
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
@@ -18,18 +17,22 @@ from gputune.sklearn.search import FusedSearch
 
 @dataclass(eq=False)
 class HalvingRun(SearchRun):
-    """A run whose candidates train on from where the rung before left them, each up to its own
-    ``resource``."""
+    """A search run that continues to train its candidates from rung to rung.
+
+    A candidate trains up to its ``resource``.
+    """
 
     resource: str = ""
     horizon: int = 0
     kept: dict[Hashable, RungState] = field(default_factory=dict)
 
     def train(self, candidates: Candidates, fits: Sequence[Fit], states: object = None) -> None:
-        """Train to the rung, and keep where everyone is; one that failed at the rung before in a
-        fold begins again."""
-        # What a candidate keeps from rung to rung: scikit-learn copies its dict, and not its
-        # values.
+        """Train the fits up to the rung, and store the state of every candidate.
+
+        A candidate that failed in a fold at the previous rung begins again.
+        """
+        # The key of a candidate across rungs. scikit-learn copies the dict of a candidate, but not
+        # its values, so their ids stay the same.
         keys = [
             tuple(sorted((n, id(v)) for n, v in params.items() if n != self.resource))
             for params in candidates
@@ -44,7 +47,7 @@ class HalvingRun(SearchRun):
         self.kept = {}
         for trial, own in by_trial.items():
             members = {fit.fold: fit.fitted for fit in own if isinstance(fit.fitted, Member)}
-            # their parameters are in the buffers too: what else they have goes
+            # The buffers hold the parameters too, so the rest of a member is not stored.
             if len(members) == len(own):
                 buffers = {
                     fold: member.buffers
@@ -56,31 +59,34 @@ class HalvingRun(SearchRun):
 
 
 class HalvingRandomSearchCV(FusedSearch, successive_halving.HalvingRandomSearchCV):  # type: ignore[misc]
-    """scikit-learn's HalvingRandomSearchCV with epochs as the resource: candidates train on from
-    rung to rung.
+    """scikit-learn's HalvingRandomSearchCV with epochs as the resource.
 
-    At each rung the mean over all folds decides which 1/``factor`` of the candidates go on. Those
-    train on from where they are, in all folds at once, where scikit-learn trains them anew.
-    Candidates, decisions, ``cv_results_`` (with
-    ``iter`` and ``n_resources``) and all attributes (``n_candidates_``, ``n_resources_``,
-    ``n_remaining_candidates_``,
-    ...) are scikit-learn's. The best candidate is trained anew on all rows, for as many epochs as the last rung has.
+    At each rung the mean over all folds selects the best 1/``factor`` of the candidates. These
+    continue training from their current state, in all folds at once. scikit-learn trains them again
+    from scratch.
 
-    estimator      one of gputune's that train, or a Pipeline that ends in one
-    resource       "auto" is "max_iter", or the "max_epochs" of a NeuralNet (in a pipeline the name
-                   of the step may be left out), and for any other estimator "n_samples", the
-                   default of scikit-learn. With another resource, as "n_samples", every rung trains
-                   anew
-    max_resources  epochs of the last rung at most; "auto" is the estimator's own number, or the
-                   number of rows
-    min_resources  epochs of the first rung; "smallest" is 1, or for rows what scikit-learn says
-    device         where candidates train; "auto" leaves it to the estimator's own ``device``
-    n_jobs         accepted, and without effect
+    Candidates, decisions, ``cv_results_`` (with ``iter`` and ``n_resources``) and all attributes
+    (``n_candidates_``, ``n_resources_``, ``n_remaining_candidates_``, ...) are scikit-learn's. The
+    best candidate is trained again on all rows, for the number of epochs of the last rung.
 
-    A schedule of the learning rate runs over ``max_resources`` epochs, so that with "cosine" a rung
-    is not what a training of that length would be. A score of a rung with the "constant" one is, to
-    rounding. Other parameters are scikit-learn's; ``mean_fit_time`` is a fit's share of its rung's
-    training.
+    A schedule of the learning rate spans ``max_resources`` epochs. With "cosine", a rung therefore
+    differs from a training of that length. With "constant" both are equal, up to rounding.
+    ``mean_fit_time`` is the share of one fit in the training of its rung.
+
+    Further parameters are scikit-learn's.
+
+    Args:
+        estimator: an estimator of gputune that trains, or a Pipeline that ends in one.
+        resource: "auto" is "max_iter", or "max_epochs" of a NeuralNet. In a pipeline you can omit
+            the name of the step. For any other estimator "auto" is "n_samples", scikit-learn's
+            default. With another resource, such as "n_samples", every rung trains from scratch.
+        max_resources: number of epochs of the last rung at most. "auto" is the estimator's own
+            number of epochs, or the number of rows.
+        min_resources: number of epochs of the first rung. "smallest" is 1. For rows it is
+            scikit-learn's value.
+        device: device on which candidates train. "auto" [default] uses the estimator's own
+            ``device``.
+        n_jobs: accepted, without effect.
     """
 
     _space_name = "param_distributions"
@@ -107,10 +113,9 @@ class HalvingRandomSearchCV(FusedSearch, successive_halving.HalvingRandomSearchC
         return overrides
 
     def _epochs_parameter(self) -> str | None:
-        """Return the parameter of the estimator that is the resource where that is its epochs, else
-        None.
+        """Return the estimator's parameter for epochs, if epochs are the resource, otherwise None.
 
-        Raises InputError for what other estimators call them.
+        Raises InputError for the names that other estimators use.
         """
         prefix, last = last_step(self.estimator)
         if not isinstance(last, TrainedEstimator):

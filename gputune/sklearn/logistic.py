@@ -1,5 +1,4 @@
-"""LogisticRegression: scikit-learn's linear classifier, solved to convergence for every C and fold
-at once."""
+"""LogisticRegression: scikit-learn's linear classifier, solved for every C and fold at once."""
 
 import inspect
 import itertools
@@ -32,7 +31,7 @@ _TOLERANCE = 1e-10
 
 @dataclass(frozen=True)
 class Penalty:
-    """What one logistic regression minimises, and how closely: the arguments of ``solve``."""
+    """The objective of one logistic regression and the tolerance of its solution, for ``solve``."""
 
     C: float
     l1_ratio: float
@@ -45,7 +44,13 @@ class Penalty:
 
 @dataclass(frozen=True, eq=False)
 class SolvedMember:
-    """One member, by its position, of those that were solved together; ``classes`` as positions."""
+    """One member of a solved problem.
+
+    Attributes:
+        solution: the solution of all members that were solved together.
+        position: the position of this member.
+        classes: positions of its classes.
+    """
 
     solution: Solution
     position: int
@@ -55,11 +60,13 @@ class SolvedMember:
 def solve_groups(
     penalties: Mapping[int, Penalty], folds: FoldGroup
 ) -> list[tuple[list[int], FoldGroup]]:
-    """Return what is solved together: trials that differ in C and l1_ratio alone, and folds of the
-    same classes."""
+    """Split trials and folds into groups that are solved together.
+
+    The trials of a group differ only in C and l1_ratio. Its folds have the same classes.
+    """
     alike: dict[Hashable, list[int]] = defaultdict(list)
     for trial, p in penalties.items():
-        # one that is not there is an error of the search, not of a fit
+        # A missing device is an error of the whole search, not of one fit.
         device = device_for_solver(p.device).device
         alike[device, repr(p.class_weight), p.fit_intercept, p.tol, p.max_iter].append(trial)
     return [(trials, group) for trials in alike.values() for group in folds.split()]
@@ -68,9 +75,11 @@ def solve_groups(
 def solve_members(
     penalties: Mapping[int, Penalty], folds: FoldGroup, training: Training
 ) -> dict[Place, SolvedMember | Exception]:
-    """Solve every penalty on the training rows of every fold; ValueError for class weights that do
-    not fit them."""
-    del training  # one batched solve, which takes seconds where training takes minutes
+    """Solve every penalty on the training rows of every fold.
+
+    A member whose class weights do not fit gets a ValueError as its result.
+    """
+    del training  # a batched solve takes seconds, so deadlines and workers are ignored
     members: dict[Place, SolvedMember | Exception] = {}
     for trials, group in solve_groups(penalties, folds):
         places = list(itertools.product(group.numbers, trials))
@@ -90,7 +99,7 @@ def solve_members(
 def solver_slopes(
     penalties: Mapping[int, Penalty], folds: FoldGroup, *_: object
 ) -> list[tuple[Place, MemberSlope]]:
-    """Return the slope in C, at the minimum, of every penalty in every fold."""
+    """Return the slope with respect to C, at the minimum, of every penalty in every fold."""
     found: list[tuple[Place, MemberSlope]] = []
     for trials, group in solve_groups(penalties, folds):
         problem = make_problem([penalties[trial] for trial in trials], group)
@@ -105,8 +114,10 @@ def solver_slopes(
 
 
 def make_problem(penalties: Sequence[Penalty], folds: FoldGroup) -> Problem:
-    """Return the problem of penalties that are alike; raises ValueError for weights that leave no
-    rows."""
+    """Return the problem of several penalties that differ only in C and l1_ratio.
+
+    Raises ValueError if the weights leave no rows.
+    """
     first = penalties[0]
     (x,) = folds.rows.inputs(device_for_solver(first.device).device, torch.float64)
     weights = as_tensor(
@@ -130,14 +141,16 @@ def make_problem(penalties: Sequence[Penalty], folds: FoldGroup) -> Problem:
 def _weights(
     class_weight: Mapping[object, float] | str | None, folds: FoldGroup, train: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """Return each row's weight in a fold, (n,), 0 outside of its training rows: sample weight times
-    class weight."""
+    """Return the weight (n,) of each row in a fold: sample weight times class weight.
+
+    Rows outside of the training rows have weight 0.
+    """
     rows = folds.rows
     codes = folds.codes[train]
     assert rows.classes is not None and folds.classes is not None
     of_rows = np.ones(len(train)) if rows.weights is None else rows.weights[train]
     labels = rows.classes[folds.classes]
-    if class_weight == "balanced":  # scikit-learn's own counts rows, and not their weights
+    if class_weight == "balanced":  # scikit-learn's function counts rows, not weights
         counts = np.bincount(codes, of_rows, minlength=len(labels))
         per_class = counts.sum() / (len(counts) * np.where(counts > 0, counts, 1.0))
     else:
@@ -155,30 +168,40 @@ _PENALTY = inspect.signature(Theirs).parameters["penalty"].default
 
 
 class LogisticRegression(FusedEstimator, Theirs):  # type: ignore[misc]
-    """The logistic regression (softmax for more than two classes), with scikit-learn's objective
-    and its parameters.
+    """Logistic regression (softmax for more than two classes), with scikit-learn's parameters.
 
-    Minimises C * (sum of weight * log loss) + (1 - l1_ratio) / 2 ||W||^2 + l1_ratio ||W||_1 by
-    Newton's method, in double precision whatever X has; the intercepts carry no penalty. The
-    solution is unique, so that ``solver``,
-    ``random_state``, ``warm_start``, ``n_jobs`` and ``verbose`` take no part, and l1 and elastic
-    net are solved whatever the solver. ``fit`` is scikit-learn's own, of one estimator alone, for
-    solver="liblinear", which penalises the intercept too, for dual=True, and with callbacks of the
-    estimator's own.
+    It minimizes ``C * (sum of weight * log loss) + (1 - l1_ratio) / 2 ||W||^2 + l1_ratio ||W||_1``,
+    the objective of scikit-learn. Intercepts have no penalty. Newton's method solves it in double
+    precision for every dtype of X. The solution is unique. So ``solver``, ``random_state``,
+    ``warm_start``, ``n_jobs`` and ``verbose`` have no effect, and L1 and elastic net work with
+    every solver.
 
-    C                the inverse strength of the penalty, inf for none
-    l1_ratio         0 is L2, 1 is L1, between them the elastic net
-    penalty          the older word: "l2", "l1", "elasticnet" (as l1_ratio says), None (no penalty,
-                     C ignored); "auto" and the default leave it to C and l1_ratio
-    class_weight     None, "balanced", or a dict from class to weight
-    fit_intercept    False: no intercept
-    tol              largest violation of the optimality conditions, 1e-10 where that is smaller
-    max_iter         Newton steps at most; a ConvergenceWarning where they were not enough
-    device           "auto" (the CPU), "cpu", "cuda", "cuda:1"
+    scikit-learn's own ``fit`` runs, for one estimator at a time, in three cases: solver="liblinear"
+    (which penalizes the intercept too), dual=True, and callbacks on the estimator.
 
-    After ``fit``: what scikit-learn's has; ``coef_`` (K, D) and ``intercept_`` (K,) in X's
-    precision, with K = 1 for two classes, ``n_iter_`` (1,) Newton steps. Sparse X is made dense,
-    where memory holds it.
+    Sparse X is converted to a dense array, if memory holds it.
+
+    Args:
+        C: inverse strength of the penalty. inf is no penalty.
+        l1_ratio: 0 is L2, 1 is L1, and values between are the elastic net.
+        penalty: older form of ``l1_ratio``: "l2", "l1", "elasticnet" (uses l1_ratio), or None (no
+            penalty, C is ignored). With "auto" and the default, C and l1_ratio decide.
+        class_weight: None, "balanced", or a dict from class to weight.
+        fit_intercept: False fits no intercept.
+        tol: largest violation of the optimality conditions. Values above 1e-10 are lowered to
+            1e-10.
+        max_iter: number of Newton steps at most. A ConvergenceWarning appears if they were not
+            enough.
+        device: "auto" (the CPU), "cpu", "cuda" or "cuda:1".
+
+    Attributes:
+        coef_: (K, D) in X's precision, with K = 1 for two classes.
+        intercept_: (K,) in X's precision.
+        n_iter_: (1,) number of Newton steps.
+        classes_: the classes.
+
+    Raises:
+        InputError: ``penalty`` contradicts ``l1_ratio``. It is raised by ``fit``.
     """
 
     _fit_recipes = staticmethod(solve_members)
@@ -211,8 +234,7 @@ class LogisticRegression(FusedEstimator, Theirs):  # type: ignore[misc]
         return "dual=True" if self.dual else None
 
     def predict_log_proba(self, X: object) -> NDArray[np.floating]:
-        """Return the logarithm of the probability of each class, (n, K) in the order of
-        ``classes_``."""
+        """Return the log probabilities (n, K) of the classes, in the order of ``classes_``."""
         if self.solver == "liblinear":
             return np.asarray(super().predict_log_proba(X))
         scores = self.decision_function(X)
@@ -244,7 +266,7 @@ class LogisticRegression(FusedEstimator, Theirs):  # type: ignore[misc]
         p = fitted.position
         precision = rows.X.parts[0].numpy().dtype
         steps = int(solution.steps[p])
-        # Copies: what was solved together goes with the search.
+        # Copies, so that the tensors of the whole search can be freed.
         self.coef_, self.intercept_ = (
             t[p].cpu().numpy().astype(precision) for t in (solution.coef, solution.intercept)
         )
@@ -259,7 +281,7 @@ class LogisticRegression(FusedEstimator, Theirs):  # type: ignore[misc]
 
 
 def _penalty(C: float, l1_ratio: float, penalty: str | None) -> tuple[float, float]:
-    """Return C and l1_ratio with the older word ``penalty`` translated."""
+    """Return C and l1_ratio for the older parameter ``penalty``."""
     if penalty is None:
         if C != 1.0 or l1_ratio != 0.0:
             warn(
@@ -267,7 +289,7 @@ def _penalty(C: float, l1_ratio: float, penalty: str | None) -> tuple[float, flo
                 f"l1_ratio={l1_ratio}."
             )
         return math.inf, 0.0
-    # The default, which was "l2" before scikit-learn 1.8, leaves it to l1_ratio.
+    # The default was "l2" before scikit-learn 1.8. It leaves the choice to l1_ratio.
     meant = {"l2": 0.0, "l1": 1.0, _PENALTY: l1_ratio}.get(penalty, l1_ratio)
     if l1_ratio not in (0.0, meant):
         raise InputError(

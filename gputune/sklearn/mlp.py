@@ -1,4 +1,5 @@
-"""MLPClassifier and MLPRegressor: scikit-learn's own, which gputune trains where it can."""
+"""MLPClassifier and MLPRegressor: scikit-learn's classes, trained by gputune if it supports the
+settings."""
 
 from numbers import Integral, Real
 from typing import ClassVar
@@ -32,8 +33,8 @@ from gputune.sklearn.recipe import (
 )
 from gputune.types import ACTIVATIONS, SCHEDULES
 
-# Each with Nesterov's momentum, which scikit-learn's "sgd" has too unless told otherwise, and
-# without.
+# Solver -> the optimizer with Nesterov's momentum, and the one without it. scikit-learn's "sgd"
+# uses Nesterov's momentum by default.
 _NESTEROVS = {"sgd": ("nesterov", "sgd"), "sgdhd": ("nesterovhd", "sgdhd")}
 _SOLVERS = ("sgd", "adam", "adamw", "sgdhd", "adamhd", "adamwhd")
 
@@ -45,11 +46,11 @@ _THEIRS: dict[str, tuple[object, ...]] = {
     "weight_decay": (None,),
     "device": ("auto", "cpu"),
 }
-"""The values that scikit-learn's own fit has of what gputune has more of."""
+"""The values that scikit-learn's own fit supports, for parameters with more values in gputune."""
 
 
 class _MLP(TrainedEstimator):
-    """What both are beside scikit-learn's."""
+    """The common part of MLPClassifier and MLPRegressor."""
 
     _epochs = "max_iter"
     _differentiable: ClassVar = {
@@ -93,7 +94,7 @@ class _MLP(TrainedEstimator):
         )
 
     def _setting_of_scikit_learn(self) -> str | None:
-        """Return the setting that gputune does not train, None where there is none."""
+        """Return the first setting that gputune does not train, as text, or None."""
         adam = self.solver == "adam"
         differing = {
             "solver": self.solver == "lbfgs",
@@ -115,10 +116,10 @@ class _MLP(TrainedEstimator):
         )
 
     def _validate_input(self, X: object, y: object, incremental: bool, reset: bool) -> object:
-        """Begin scikit-learn's own ``fit`` and ``partial_fit``: the network of an earlier fit is
-        forgotten.
+        """Begin scikit-learn's own ``fit`` or ``partial_fit``, and remove the network of an earlier
+        fit.
 
-        Raises InputError for what gputune alone trains.
+        Raises InputError for settings that only gputune trains.
         """
         reason = "partial_fit" if incremental else self._left_to_scikit_learn(y)
         for name, values in _THEIRS.items():
@@ -132,7 +133,7 @@ class _MLP(TrainedEstimator):
         return super()._validate_input(X, y, incremental, reset)
 
     def _check_solver(self) -> bool:
-        """Raise AttributeError where there is no ``partial_fit``."""
+        """Raise AttributeError if the solver has no ``partial_fit``."""
         if self.solver not in _THEIRS["solver"][1:]:
             raise AttributeError(
                 f"partial_fit is of solver='sgd' and 'adam' alone, got {self.solver!r}."
@@ -153,7 +154,7 @@ class _MLP(TrainedEstimator):
         optimizer = _NESTEROVS.get(self.solver, (self.solver, self.solver))[
             0 if self.nesterovs_momentum else 1
         ]
-        # which is for sgd alone
+        # scikit-learn's other values, "invscaling" and "adaptive", affect only sgd.
         schedule = self.learning_rate if self.learning_rate in SCHEDULES else "constant"
         momentum = check_value("momentum", self.momentum, "momentum")
         config = {
@@ -179,8 +180,10 @@ class _MLP(TrainedEstimator):
         )
 
     def _alpha(self) -> float | None:
-        """Return the L2 penalty, None where another decay takes its place; InputError where both
-        were asked for."""
+        """Return the L2 penalty, or None if another weight decay replaces it.
+
+        Raises InputError if both are set.
+        """
         chosen = self.alpha != 1e-4  # scikit-learn's default
         if self.solver in ("adamw", "adamwhd"):
             if chosen:
@@ -218,12 +221,14 @@ class _MLP(TrainedEstimator):
         self.__dict__.pop("_optimizer", None)
 
     def _set_outputs(self, fitted: Member, rows: Rows) -> None:
-        """Turn the last layer into scikit-learn's: of one probability for two classes, of numbers
-        in their units."""
+        """Convert the last layer to scikit-learn's form.
+
+        For two classes it has one probability. For numbers it has the units of the target.
+        """
         raise NotImplementedError
 
     def _forward_pass_fast(self, X: object, check_input: bool = True) -> NDArray[np.floating]:
-        """Return the probabilities or numbers that the network gives."""
+        """Return the probabilities or numbers that the network computes."""
         if self.activation in THEIR_ACTIVATIONS:
             return np.asarray(super()._forward_pass_fast(X, check_input=check_input))
         table = (
@@ -243,6 +248,7 @@ class _MLP(TrainedEstimator):
 
 
 def _layers(sizes: object) -> list[int]:
+    """Return the sizes of the hidden layers as a list. Raises InputError for other values."""
     layers = [sizes] if isinstance(sizes, Integral) else sizes
     if not isinstance(layers, list | tuple | np.ndarray) or not all(
         isinstance(n, Integral) and not isinstance(n, bool) and int(n) >= 1 for n in layers
@@ -300,7 +306,7 @@ class MLPClassifier(_MLP, neural_network.MLPClassifier):  # type: ignore[misc]
         self.classes_ = rows.classes[fitted.classes]
         self._label_binarizer = LabelBinarizer().fit(self.classes_)
         self.out_activation_ = "softmax"
-        if fitted.present is not None:  # classes whose training rows weighed nothing take no part
+        if fitted.present is not None:  # classes whose training rows have weight 0 are excluded
             self.intercepts_[-1][~fitted.present] = -np.inf
         if len(self.classes_) == 2:
             self.out_activation_ = "logistic"

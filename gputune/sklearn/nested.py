@@ -30,14 +30,15 @@ AnySearch = RandomizedSearchCV | GridSearchCV
 
 @dataclass(frozen=True, eq=False)
 class NestedScores:
-    """What nested cross-validation found, by outer fold (O of them).
+    """The results of nested cross-validation, by outer fold (O outer folds).
 
-    scores       (O,) of each fold's best candidate, refitted on the fold's training rows, on its
-                 test rows: their mean estimates how well the search and its refit do, which
-                 ``best_score_`` of one search does not
-    best_params  of each fold
-    best_scores  (O,) inner cross-validated score of each fold's best candidate
-    searches     the fitted searches
+    Attributes:
+        scores: (O,) test score of each fold's best candidate, refitted on the fold's training rows.
+            Their mean estimates the quality of the search and its refit. ``best_score_`` of one
+            search does not.
+        best_params: the best parameters of each fold.
+        best_scores: (O,) inner cross-validated score of each fold's best candidate.
+        searches: the fitted searches.
     """
 
     scores: NDArray[np.float64]
@@ -55,24 +56,33 @@ def nested_cv(
     groups: object = None,
     params: Mapping[str, object] | None = None,
 ) -> NestedScores:
-    """Return scores and best parameters of a search in each outer fold, equal to those of the loop
-    by hand.
+    """Run a search in each outer fold, and return the scores and best parameters.
 
-    ``search`` is a RandomizedSearchCV or a GridSearchCV of gputune, ``outer`` a number of folds, a
-    splitter or an iterable of splits. By hand it is ``clone(search).fit(X[train],
-    y[train]).score(X[test], y[test])`` in each outer fold. Here the inner folds of all outer ones
-    train together; a search with ``random_state=None`` draws other candidates in every outer fold,
-    which then train one outer fold after the other. A ``timeout`` is that of all.
+    The result equals the loop ``clone(search).fit(X[train], y[train]).score(X[test], y[test])``
+    over the outer folds. Here the inner folds of all outer folds train together. A search with
+    ``random_state=None`` draws different candidates in every outer fold. These then train one outer
+    fold after the other. A ``timeout`` of the search limits all outer folds together.
 
-    ``groups`` (n,) are for the outer splitter, and ``params`` for the search's ``fit``, those with
-    a value a row cut to the training rows, as in ``cross_val_score``: ``params={"sample_weight":
-    w}`` weights the rows, and
-    ``groups=g, params={"groups": g}`` splits inner folds by group too. With scikit-learn's metadata
-    routing enabled,
-    ``params`` go to all that request them, the outer splitter included.
+    With scikit-learn's metadata routing enabled, ``params`` go to every object that requests them,
+    including the outer splitter.
 
-    Raises InputError for another search, for one without ``refit``, for one with a ``study``, and
-    for ``groups`` where metadata routing is enabled.
+    Args:
+        search: a RandomizedSearchCV or GridSearchCV of gputune, with ``refit`` and without
+            ``study``.
+        X: the rows.
+        y: the targets.
+        outer: number of outer folds, a splitter, or an iterable of splits.
+        groups: (n,) groups for the outer splitter.
+        params: arguments of the search's ``fit``. Values with one entry per row are cut to the
+            training rows, as in ``cross_val_score``. ``params={"sample_weight": w}`` weights the
+            rows. ``groups=g, params={"groups": g}`` also splits the inner folds by group.
+
+    Returns:
+        The scores, best parameters and fitted searches.
+
+    Raises:
+        InputError: the search is of another kind, has ``refit=False`` or a ``study``, or ``groups``
+            is set while metadata routing is enabled.
     """
     _check_search(search)
     X, y = indexable(as_sliced(X), y)
@@ -110,6 +120,7 @@ def nested_cv(
 
 
 def _check_search(search: object) -> None:
+    """Raise InputError for a search that ``nested_cv`` does not support."""
     if not isinstance(search, AnySearch):
         raise InputError(
             "nested_cv(search) must be a RandomizedSearchCV or a GridSearchCV of "
@@ -131,8 +142,10 @@ def _check_search(search: object) -> None:
 def _route(
     search: object, splitter: object, groups: object, params: Mapping[str, object]
 ) -> list[Json]:
-    """Return what ``cross_val_score`` would send to the outer splitter, to the search's ``fit`` and
-    its ``score``."""
+    """Return the params for the outer splitter, the search's ``fit`` and its ``score``.
+
+    They are routed like in ``cross_val_score``.
+    """
     if not get_config()["enable_metadata_routing"]:
         return [{"groups": groups}, params, {}]
     if groups is not None:
@@ -152,8 +165,10 @@ def _route(
 
 
 def _routed_within(search: AnySearch, X: object, params: Mapping[str, object]) -> Bunch:
-    """Return what the search sends on of its ``fit``'s params; its ``fit`` says what there is to
-    warn of."""
+    """Return the params that the search passes on from its ``fit``.
+
+    Warnings are ignored here, because ``fit`` itself shows them.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return search._get_routed_params_for_fit(_check_method_params(X, params))
@@ -183,7 +198,7 @@ def _train(
         recorded.append(
             TrainedCandidates(candidates, splits, run.record(candidates, X, y, splits, part), 0.0)
         )
-    # then all searches draw the same candidates
+    # With a fixed random_state all searches draw the same candidates.
     alike = getattr(searches[0], "random_state", 0) is not None
     deadline = None if searches[0].timeout is None else begin + searches[0].timeout
     for group in [recorded] if alike else [[each] for each in recorded]:

@@ -1,5 +1,7 @@
-"""NeuralNet, NeuralNetClassifier and NeuralNetRegressor: a user's nn.Module as an estimator, in
-skorch's words."""
+"""NeuralNet, NeuralNetClassifier and NeuralNetRegressor: a user's nn.Module as an estimator.
+
+The parameters have the names that skorch uses.
+"""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -33,7 +35,7 @@ from gputune.study.module_source import is_builder
 from gputune.types import Config
 
 _PREFIXES = ("module__", "criterion__", OPTIMIZER_PREFIX)
-"""Of arguments of the module, the loss and the optimizer."""
+"""Prefixes of the arguments of the module, the loss and the optimizer."""
 
 
 _HARMLESS: dict[str, tuple[tuple[object, ...], str]] = {
@@ -46,19 +48,18 @@ _HARMLESS: dict[str, tuple[tuple[object, ...], str]] = {
         "an estimator calls none; leave them out, or pass them to gputune.tune",
     ),
 }
-"""Parameters without an effect -> the values that skorch takes for none, and what to do in place of
-another one."""
+"""Parameters without effect -> the values that mean "off" in skorch, and advice for others."""
 
 
 class _NeuralNet(TrainedEstimator):
-    """Parameters of both: those of the constructor, ``module__*`` for the arguments of the module,
-    ``criterion__*`` and
-    ``optimizer__*``.
+    """The common part of the three estimators.
+
+    Its parameters are the parameters of the constructor, ``module__*`` for arguments of the module,
+    ``criterion__*`` and ``optimizer__*``.
     """
 
     _own_losses: ClassVar[Mapping[type[nn.Module], str]]
-    """The losses that train as the engine's of that name, and may be written as classes of
-    torch.nn."""
+    """torch.nn loss class -> the engine's loss that replaces it."""
     _takes_arrays = True
     _epochs = "max_epochs"
     _differentiable: ClassVar = {
@@ -103,20 +104,22 @@ class _NeuralNet(TrainedEstimator):
         self.__dict__.update({name: value for name, value in parameters.items() if name != "self"})
 
     def get_params(self, deep: bool = True) -> Config:
-        """Return all parameters, the ``module__*``, ``criterion__*`` and ``optimizer__*`` given
-        among them."""
+        """Return all parameters, including the ``module__*``, ``criterion__*`` and ``optimizer__*``
+        values."""
         params: Config = super().get_params(deep)
         arguments: Config = self._arguments
         return params | arguments
 
     def set_params(self, **params: object) -> Self:
-        """Set parameters, any ``module__*``, ``criterion__*`` and ``optimizer__*`` among them;
-        return the estimator."""
+        """Set parameters, including any ``module__*``, ``criterion__*`` and ``optimizer__*``.
+
+        Returns the estimator.
+        """
         self._check_names(params)
         own = inspect.signature(type(self)).parameters
         rest = {}
         for name, value in params.items():
-            # scikit-learn would look for the parameters of an optimizer
+            # scikit-learn would look for the parameters of a nested estimator named "optimizer".
             if "__" in name and name in own:
                 setattr(self, name, value)
             elif name.startswith(_PREFIXES) or name in self._arguments:
@@ -133,8 +136,10 @@ class _NeuralNet(TrainedEstimator):
         return tags
 
     def _recipe(self, draw: DrawSeed) -> Recipe:
-        """Raises InputError also for a module, an optimizer or a criterion that cannot be
-        trained."""
+        """Return the recipe of the parameters.
+
+        Raises InputError for a module, an optimizer or a criterion that cannot be trained.
+        """
         for name, (harmless, remedy) in _HARMLESS.items():
             if (value := getattr(self, name)) not in harmless:
                 raise InputError(f"{type(self).__name__} has no {name}={value!r}: {remedy}.")
@@ -179,7 +184,7 @@ class _NeuralNet(TrainedEstimator):
                 config[key] = check_value(key, value, name)
         config = complete(config, optimizer=optimizer, schedule="constant")
         for name, value in self._arguments.items():
-            # not by the constructor, which takes what a clone hands it
+            # The constructor cannot check this, because a clone passes its arguments unchanged.
             if not name.startswith(_PREFIXES):
                 own = type(self).__name__
                 raise TypeError(
@@ -196,8 +201,8 @@ class _NeuralNet(TrainedEstimator):
         return config
 
     def _loss(self) -> str | Callable[..., object] | None:
-        """Return the criterion as the engine's loss: the name of one, or the user's own; None for
-        the task's."""
+        """Return the criterion as the engine's loss: a name, the user's own loss, or None for the
+        default."""
         criterion: str | Callable[..., object] | None = self.criterion
         words = {name for name in self._arguments if name.startswith("criterion__")}
         for loss, name in self._own_losses.items():
@@ -212,7 +217,7 @@ class _NeuralNet(TrainedEstimator):
 
 
 def _builder(module: object) -> Builder:
-    """Return what makes a module; InputError for what does not."""
+    """Return the module's class or function. Raises InputError for anything else."""
     if isinstance(module, nn.Module):
         raise InputError(
             f"module {what_to_pass(module)} Arguments of the module are written module__*."
@@ -226,7 +231,7 @@ def _builder(module: object) -> Builder:
 
 
 def _settings(criterion: nn.Module) -> Config:
-    """Return what a loss was built with; a tensor of weights as a list."""
+    """Return the arguments with which a loss was built. A tensor of weights becomes a list."""
     settings = {name: value for name, value in vars(criterion).items() if not name.startswith("_")}
     settings |= {name: buffer.tolist() for name, buffer in criterion.named_buffers()}
     settings.pop("training")
@@ -300,24 +305,26 @@ class NeuralNetClassifier(ClassifierMixin, _NeuralNet):  # type: ignore[misc]
     classes_: np.ndarray | list[np.ndarray]
 
     def predict(self, X: object) -> np.ndarray:
-        """Return the most probable class of each row, (n,); of labels (n, K) those more probable
-        than not."""
-        outputs = self._logits(X)  # says first whether the estimator is fitted
+        """Return the most probable class of each row, (n,).
+
+        For labels return (n, K) of 0 and 1, with 1 for a probability above one half.
+        """
+        outputs = self._logits(X)  # raises NotFittedError first
         if isinstance(self.classes_, list):
             return (outputs > 0).numpy().astype(np.int64)
         labels: np.ndarray = self.classes_[outputs.argmax(1).numpy()]
         return labels
 
     def predict_proba(self, X: object) -> NDArray[np.float64]:
-        """Return the probability of each class, (n, K) in the order of ``classes_``, or of each
-        label, (n, K)."""
+        """Return the probabilities (n, K) of the classes, in the order of ``classes_``, or of the
+        labels."""
         outputs = self._logits(X)
         return (
             outputs.sigmoid() if isinstance(self.classes_, list) else outputs.softmax(1)
         ).numpy()
 
     def predict_log_proba(self, X: object) -> NDArray[np.float64]:
-        """Return the logarithms of what ``predict_proba`` returns."""
+        """Return the logarithms of the probabilities of ``predict_proba``, (n, K)."""
         outputs = self._logits(X)
         return (
             logsigmoid(outputs) if isinstance(self.classes_, list) else outputs.log_softmax(1)
@@ -326,7 +333,7 @@ class NeuralNetClassifier(ClassifierMixin, _NeuralNet):  # type: ignore[misc]
     def _set_fitted(self, fitted: Member, rows: Rows) -> None:
         super()._set_fitted(fitted, rows)
         self._present = fitted.present
-        if rows.classes is None:  # as scikit-learn's forests say it of labels
+        if rows.classes is None:  # the form of scikit-learn's forests for labels
             self.classes_ = [np.array([0, 1])] * rows.y.shape[1]
         else:
             self.classes_ = rows.classes[fitted.classes]
@@ -337,7 +344,7 @@ class NeuralNetClassifier(ClassifierMixin, _NeuralNet):  # type: ignore[misc]
             return two_logits(outputs)
         if self._present is None:
             return outputs
-        # Classes whose training rows weighed nothing took no part.
+        # Classes whose training rows have weight 0 get probability 0.
         return outputs.masked_fill(torch.from_numpy(~self._present), -torch.inf)
 
     def __sklearn_tags__(self) -> Tags:
@@ -361,7 +368,7 @@ class NeuralNetRegressor(RegressorMixin, _NeuralNet):  # type: ignore[misc]
     target_scale_: float | NDArray[np.float64]
 
     def predict(self, X: object) -> NDArray[np.float64]:
-        """Return the predicted target of each row, (n,) or (n, K) as y was, in the units of y."""
+        """Return the predicted target of each row in the units of y, (n,) or (n, K) like y."""
         values: NDArray[np.float64] = (
             self._outputs(X).numpy() * self.target_scale_ + self.target_mean_
         )

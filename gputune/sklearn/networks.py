@@ -1,5 +1,4 @@
-"""Estimators that are networks: how all configurations train in all folds at once, and how one of
-them predicts."""
+"""Estimators that are networks: joint training of all configurations and folds, and prediction."""
 
 import itertools
 import re
@@ -45,14 +44,15 @@ from gputune.types import Config
 from gputune.wording import Interface, Reference
 
 Members = dict[Place, Member | Exception]
-"""What became of each (fold, trial): DivergedError, InputError for a module that cannot be trained,
-TimeoutError."""
+"""The result of each (fold, trial): a trained member or an error.
+
+The errors are DivergedError, InputError for a module that cannot be trained, and TimeoutError.
+"""
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Recipes, of the ``trials``, that have all but their configurations in common, on folds of the
-    same classes."""
+    """Recipes that differ only in their configurations, on folds of the same classes."""
 
     trials: list[int]
     recipes: list[Recipe]
@@ -66,7 +66,7 @@ class Batch:
         return [(fold, self.trials[i]) for fold in self.folds.numbers for i in chunk.index]
 
     def trainer(self, training: Training) -> Trainer:
-        """Return what trains them, eagerly."""
+        """Return the eager trainer of the batch."""
         recipe = self.recipes[0]
         return Trainer(
             data=self.data,
@@ -82,7 +82,7 @@ class Batch:
 
 
 def batches(recipes: Mapping[int, Recipe], folds: FoldGroup) -> Iterator[Batch]:
-    """Yield what trains together of recipes, by trial."""
+    """Yield batches of recipes that train together."""
     rows = folds.rows
     families = defaultdict[Hashable, list[int]](list)
     for trial, recipe in recipes.items():
@@ -99,17 +99,17 @@ def batches(recipes: Mapping[int, Recipe], folds: FoldGroup) -> Iterator[Batch]:
             rows=[len(train) for train in folds.trains],
             n_features=rows.X.parts[0][0].numel(),
             n_outputs=1 if rows.classes is None else len(rows.classes),
-            # A training that stops at rungs stays where it was begun, however little is left of it:
-            # on the CPU.
+            # A training that stops at rungs stays on the device where it began, the CPU, however
+            # few epochs are left.
             epochs=first.epochs if first.state is None else 0,
             dtype=rows.X.parts[0].dtype,
         )
         x = rows.inputs(device_for(first.device, work).device)
-        # A weight decay that comes from alpha is that of a fold's own rows.
+        # A weight decay that comes from alpha depends on the rows of the fold.
         decays = [tuple(config.get("weight_decay") for config in configs) for configs in by_fold]
         for group in folds.split(decays):
             configs = by_fold[folds.numbers.index(group.numbers[0])]
-            # A loss of the user's own takes numbers as they are.
+            # A custom loss receives unscaled numbers.
             own_loss = first.step is not None or not isinstance(first.loss, str | None)
             watched = first.patience is not None
             data = make_dataset(
@@ -122,10 +122,12 @@ def batches(recipes: Mapping[int, Recipe], folds: FoldGroup) -> Iterator[Batch]:
 
 
 def _objective(recipe: Recipe, config: Config, data: Dataset) -> Objective | None:
-    """Return what is trained on: of a module that returns one logit of two classes the binary
-    cross-entropy."""
+    """Return the training objective.
+
+    For a module that returns one logit for two classes it is the binary cross-entropy.
+    """
     if recipe.module is not None and recipe.loss is None and recipe.step is None:
-        # which the check of the module raises again, for each configuration its own
+        # The later check of the module raises this error again, separately for each configuration.
         with suppress(InputError):
             if returns_one_logit(recipe.module, config, data):
                 recipe = replace(recipe, loss="bce")
@@ -134,17 +136,17 @@ def _objective(recipe: Recipe, config: Config, data: Dataset) -> Objective | Non
 
 @entry
 def fit_members(recipes: Mapping[int, Recipe], folds: FoldGroup, training: Training) -> Members:
-    """Train every recipe, by trial, on the training rows of every fold, as one tensor program as
-    far as shapes allow.
+    """Train every recipe on the training rows of every fold, stacked as far as shapes allow.
 
-    A member's numbers depend on its recipe and on its rows, not on those that train with it.
+    The numbers of a member depend on its recipe and its rows, not on the members that train with
+    it.
     """
     members: Members = {}
     fitting = {}
     for trial, recipe in recipes.items():
         try:
             recipe.objective(folds.rows.task)
-        except InputError as error:  # a loss that does not fit the target
+        except InputError as error:  # the loss does not fit the target
             members |= dict.fromkeys(
                 [(fold, trial) for fold in folds.numbers], in_skorchs_words(error)
             )
@@ -176,7 +178,7 @@ class EstimatorNames(Interface):
 
 
 def in_skorchs_words(error: InputError) -> InputError:
-    """Return an error of the engine's with the parameters as this face calls them."""
+    """Return an error of the engine with the parameter names of the scikit-learn API."""
     if error.rule:
         return error.shown_by(EstimatorNames())
     text = str(error).replace("model: ", "module: ", 1).replace("space: ", "", 1)
@@ -197,6 +199,7 @@ def in_skorchs_words(error: InputError) -> InputError:
 
 
 def _fit_batch(batch: Batch, training: Training) -> Members:
+    """Train the chunks of one batch, and return its members."""
     recipe = batch.recipes[0]
     data = batch.data
     trainer = batch.trainer(training)
@@ -242,7 +245,7 @@ def _fit_batch(batch: Batch, training: Training) -> Members:
         assert isinstance(outcome, Weights)
         whole = next(chunk for chunk in chunks if outcome.index[0] in chunk.index)
         at = whole.index.index(outcome.index[0])
-        chunk = whole.part(at, at + len(outcome.index))  # memory may have held a part of it only
+        chunk = whole.part(at, at + len(outcome.index))  # memory may have held only a part of it
         members |= zip(batch.places(chunk), job.members(data, chunk, outcome, batch.folds.classes))
     return members
 
@@ -254,8 +257,10 @@ def training_slopes(
     mode: SlopeMode,
     training: Training,
 ) -> list[tuple[Place, MemberSlope]]:
-    """Return the slopes of recipes that train in the folds; those that the deadline cuts short have
-    none."""
+    """Return the slopes of recipes that train in the folds.
+
+    Recipes that the deadline cuts short are missing.
+    """
     found: list[tuple[Place, MemberSlope]] = []
     for batch in batches(recipes, folds):
         trainer = batch.trainer(training)
@@ -288,7 +293,7 @@ def training_slopes(
 
 
 def _resumed_chunk(chunk: Population, batch: Batch) -> BegunChunk:
-    """Return the chunk with the states of its members, from which they train on."""
+    """Return the chunk with the states from which its members continue training."""
     states = [state for i in chunk.index if (state := batch.recipes[i].state) is not None]
     members = [state.buffers[fold] for state in states for fold in batch.folds.numbers]
     buffers = tuple(
@@ -302,17 +307,16 @@ def _resumed_chunk(chunk: Population, batch: Batch) -> BegunChunk:
 
 ROWS = 8192
 NUMBERS = 1 << 20
-"""Rows that a module is given at a time when it predicts, fewer where they have more numbers than
-so many."""
+"""Limits of a batch in predictions: rows, and numbers in these rows."""
 
 
 class TrainedEstimator(FusedEstimator):
-    """An estimator that is trained with minibatches; ``module_`` is its network."""
+    """An estimator that trains with minibatches. ``module_`` is its network."""
 
     _fit_recipes = staticmethod(fit_members)
     _slopes = staticmethod(training_slopes)
     _epochs: ClassVar[str]
-    """The parameter that says for how many epochs."""
+    """The name of the parameter with the number of epochs."""
 
     module_: nn.Module
     n_iter_: int
@@ -334,23 +338,23 @@ class TrainedEstimator(FusedEstimator):
             )
         else:
             arrays = self._layout.raw(X)
-        self.module_.eval()  # the user may have trained it on
+        self.module_.eval()  # the user may have continued its training
         weight = next(self.module_.parameters())
         rows = max(1, min(ROWS, NUMBERS // sum(part[0].numel() for part in arrays.parts)))
         found = []
-        draws = getattr(self, "_draws", False)  # which an estimator of an older pickle lacks
+        draws = getattr(self, "_draws", False)  # missing in pickles of older versions
         with (
             prediction_draws(weight.device, draws=draws),
             torch.no_grad(),
-        ):  # not inference_mode, on whose tensors TorchScript fails
+        ):  # not inference_mode: TorchScript fails on its tensors
             for block in zip(*(torch.split(part, rows) for part in arrays.parts)):
                 scaled = [
                     x if of is None else of(x[None], slice(0, 1))[0]
                     for x, of in zip(block, self._scaling)
                 ]
-                # Floats are given in the precision of the module's weights.
-                # Copies, as the module may write into them: without a scaling they are the caller's
-                # own rows.
+                # Floats get the precision of the module's weights.
+                # They are copies, because the module may write into its inputs. Without a scaling
+                # these would be the caller's own rows.
                 dtypes = [weight.dtype if x.is_floating_point() else x.dtype for x in scaled]
                 inputs = [x.to(weight.device, dtype, copy=True) for x, dtype in zip(scaled, dtypes)]
                 found.append(

@@ -1,7 +1,7 @@
-"""How one configuration trains, whatever words it was written in, how a chunk of them ends, and
-what it gave.
+"""The training of one configuration, whatever names its parameters have.
 
-A member ends by itself where its loss stalls.
+It also defines the end of a chunk, and the result of each member. A member can end on its own when
+its loss stalls.
 """
 
 import time
@@ -32,23 +32,27 @@ from gputune.types import Config, Task
 
 Place = tuple[int, int]  # (fold, trial): which member of a search
 MemberSlope = tuple[float, dict[str, float], float]
-"""Of one member: its validation loss, the loss's slope in each hyperparameter, the ratio of the
-chaos guard."""
-# of random_state=None: once for all configurations that are fitted together
+"""For one member: its validation loss, the slope of the loss in each hyperparameter, the chaos
+ratio."""
+# Returns the seed for random_state=None, drawn once for all configurations that are fitted
+# together.
 DrawSeed = Callable[[], int]
 
-# the optimizers that have one
+# optimizers that have a momentum
 MOMENTUM = ("sgd", "nesterov", "rmsprop", "muon", "sgdhd", "nesterovhd")
-AUTO_BATCH = 200  # what batch_size="auto" is in scikit-learn, and at most all rows
-# In place of a loss that is no number: a member that diverges leaves its trial in the other folds
-# alone.
+AUTO_BATCH = 200  # scikit-learn's batch_size="auto"; at most all rows
+# Replaces a NaN loss. A member that diverges then ends only itself, and its trial trains on in the
+# other folds.
 LARGEST = float(np.finfo(np.float64).max)
 
 
 @dataclass(frozen=True)
 class Patience:
-    """When training has converged: after more than ``epochs`` epochs whose loss was not below the
-    least by ``tol``."""
+    """The rule for convergence of a training.
+
+    It has converged after more than ``epochs`` epochs in a row without a loss below the lowest loss
+    minus ``tol``.
+    """
 
     tol: float
     epochs: int
@@ -58,18 +62,23 @@ class Patience:
 class Member:
     """One trained member.
 
-    module    makes a plain module with copies of its parameters, in evaluation mode, on the CPU
-    classes   positions of its outputs' classes among all classes, None for a regression
-    present   (K,) which of them take part, None where all do
-    center, scale   a regression's target is ``output * scale + center``, numbers or (K,)
-    scaling   what an input becomes before it is given to the module, None: what it is
-    rows      that it was trained on
-    epochs, stalled   how long it has trained, and how many epochs at its end without an improvement
-    seed      what its random numbers come from
-    buffers   the engine's buffers of this member where it may train on, None where its training is
-              over
-    losses    (epochs,) on its training rows after each epoch; none where it was not watched
-    draws     whether it draws random numbers when it predicts
+    Attributes:
+        module: function that makes a plain module with copies of the parameters, in evaluation
+            mode, on the CPU.
+        classes: positions of its outputs' classes among all classes. None for a regression.
+        present: (K,) whether each class takes part. None if all do.
+        center: a regression's target is ``output * scale + center``. A number or (K,).
+        scale: see ``center``.
+        scaling: the scaling of each input. None leaves an input unchanged.
+        rows: number of training rows.
+        epochs: number of trained epochs.
+        stalled: number of epochs at the end without an improvement.
+        seed: seed of its random numbers.
+        buffers: the engine's buffers of this member if it can continue training. None if its
+            training is over.
+        losses: (epochs,) loss on its training rows after each epoch. Empty if the loss was not
+            watched.
+        draws: whether it draws random numbers in predictions.
     """
 
     module: Callable[[], nn.Module]
@@ -89,11 +98,13 @@ class Member:
 
 @dataclass(frozen=True, eq=False)
 class RungState:
-    """Where one configuration is in a training that stops at rungs: after ``epoch`` of ``horizon``
-    epochs.
+    """The state of one configuration in a training that stops at rungs.
 
-    seed     that of its random numbers, None before the first rung
-    buffers  by fold: the engine's buffers of one member, parameters first
+    Attributes:
+        epoch: number of epochs trained so far.
+        horizon: number of epochs of the schedule.
+        seed: seed of its random numbers. None before the first rung.
+        buffers: for each fold the engine's buffers of one member, parameters first.
     """
 
     epoch: int
@@ -104,12 +115,14 @@ class RungState:
 
 @dataclass(frozen=True)
 class Training:
-    """How fits that are made together train.
+    """The options of fits that are made together.
 
-    workers   processes; None lets an estimate decide
-    deadline  a ``time.monotonic()``; what has not ended by then fails with TimeoutError
-    states    where each trial goes on from, in a search that stops at rungs
-    patient   False: members train to their last epoch, wherever their loss stalls
+    Attributes:
+        workers: number of processes. None lets an estimate decide.
+        deadline: a ``time.monotonic()`` time. Fits that have not ended by then fail with
+            TimeoutError.
+        states: the state from which each trial continues, in a search that stops at rungs.
+        patient: False makes members train to their last epoch, even if their loss stalls.
     """
 
     workers: int | None = 1
@@ -120,19 +133,23 @@ class Training:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one configuration trains, whatever words it was written in.
+    """The training of one configuration, whatever names its parameters have.
 
-    config   the engine's complete configuration; its weight decay still lacks what ``alpha`` adds
-    alpha    scikit-learn's L2 penalty, None where ``weight_decay`` says it; see ``config_for``
-    epochs   how long it trains, and the horizon of its schedule
-    seed     keys its start, row orders and dropout
-    device   as the user wrote it
-    module   what makes a module of the user's, for kind "module"
-    loss     the name of a loss or the user's own, None for that of the task
-    step, augment  functions of the user's for a minibatch, as ``Objective`` has them
-    numbers  "standard" scales the channels of each input by the training rows, "none" leaves them
-    state    where a training that stops at rungs is; None for one that goes to its end at once
-    patience when it ends before its last epoch; None: never
+    Attributes:
+        kind: kind of model.
+        config: the engine's complete configuration. Its weight decay does not include ``alpha``
+            yet.
+        alpha: scikit-learn's L2 penalty. None if ``weight_decay`` replaces it. See ``config_for``.
+        epochs: number of epochs, and horizon of the schedule.
+        seed: seed of initial weights, row orders and dropout.
+        device: the device as the user wrote it.
+        module: function or class that makes the user's module, for kind "module".
+        loss: name of a loss or the user's own loss. None for the default of the task.
+        step: the user's training step for a minibatch, as in ``Objective``.
+        augment: the user's augmentation of a minibatch, as in ``Objective``.
+        numbers: "standard" scales the channels of each input by the training rows, "none" does not.
+        state: state of a training that stops at rungs. None for a training without rungs.
+        patience: rule that ends the training before its last epoch. None: never.
     """
 
     kind: ModelKind
@@ -151,17 +168,17 @@ class Recipe:
 
     @property
     def begin(self) -> int:
-        """Epochs that it has trained already."""
+        """Number of epochs that it has trained already."""
         return 0 if self.state is None else self.state.epoch
 
     @property
     def horizon(self) -> int:
-        """Epochs that its schedule runs over."""
+        """Number of epochs that its schedule spans."""
         return self.epochs if self.state is None else self.state.horizon
 
     @property
     def family(self) -> Hashable:
-        """What recipes have in common that train together, on one device and for as long."""
+        """The key of recipes that train together, on one device and for the same time."""
         length = (self.begin, self.epochs, self.horizon, self.state is None)
         functions = tuple(map(content, (self.module, self.loss, self.step, self.augment)))
         return (
@@ -175,8 +192,10 @@ class Recipe:
         )
 
     def objective(self, task: Task) -> Objective | None:
-        """Return what a module is trained on, None for a built-in model; InputError for what does
-        not fit the task."""
+        """Return the training objective of a module, or None for a built-in model.
+
+        Raises InputError if it does not fit the task.
+        """
         if self.kind != "module":
             return None
         objective = make_objective(self.loss, self.step, self.augment, task)
@@ -184,12 +203,12 @@ class Recipe:
         return objective
 
     def config_for(self, rows: int, weight: float) -> Config:
-        """Return the configuration for so many training rows of so much weight in all.
+        """Return the configuration for a number of training rows and their total weight.
 
-        scikit-learn's gradient is (sum of weight x slope + alpha W) / (sum of weights) over a
-        minibatch, so its penalty is an L2 weight decay of alpha / (sum of the minibatch's weights):
-        here of a whole minibatch of average weight. Departures: a short last minibatch has the same
-        decay, and the biases decay too.
+        scikit-learn's gradient over a minibatch is (sum of weight x slope + alpha W) / (sum of
+        weights). So its penalty is an L2 weight decay of alpha / (sum of the minibatch's weights).
+        Here the sum is that of a whole minibatch with average weights. Departures: a short last
+        minibatch has the same decay, and the biases decay too.
         """
         if self.alpha is None:
             return self.config
@@ -198,8 +217,11 @@ class Recipe:
 
 
 def draw_seed(random_state: object, draw: DrawSeed) -> int:
-    """Return an integer as it is, a draw from a RandomState, ``draw()`` for None; else raise
-    scikit-learn's error."""
+    """Return an integer seed for scikit-learn's ``random_state``.
+
+    An integer stays unchanged, a RandomState gives a draw, and None gives ``draw()``. Anything else
+    raises scikit-learn's error.
+    """
     if random_state is None:
         return draw()
     generator = check_random_state(random_state)
@@ -211,8 +233,10 @@ def draw_seed(random_state: object, draw: DrawSeed) -> int:
 
 
 def content(value: object) -> Hashable:
-    """Return what a value and its copies have in common; nothing else equals one that cannot be
-    pickled."""
+    """Return a key that a value and its copies share.
+
+    A value that cannot be pickled gets a unique key.
+    """
     if value is None or isinstance(value, str | type | FunctionType):
         return value
     try:
@@ -222,8 +246,10 @@ def content(value: object) -> Hashable:
 
 
 class TrainingLoss(scoring.Scoring):
-    """Minus the loss on the training rows, which are a dataset's validation rows here, by their
-    weights."""
+    """The negative weighted loss on the training rows, as a score.
+
+    In these datasets the training rows are the validation rows.
+    """
 
     def __init__(self) -> None:
         super().__init__("neg_loss", None, None, None)
@@ -231,8 +257,10 @@ class TrainingLoss(scoring.Scoring):
     def __call__(
         self, data: Dataset, fold: int, outputs: Tensor, member: scoring.Member | None = None
     ) -> Tensor:
-        """Return the scores (C,), float64, of outputs (C, m, K); of numbers half the squared error,
-        standardised."""
+        """Return the scores (C,), float64, of outputs (C, m, K).
+
+        For numbers the loss is half the squared error of the standardized target.
+        """
         rows = data.folds[fold].valid
         outputs = outputs.double()
         numbers = data.y.dim() > 1
@@ -250,13 +278,17 @@ class TrainingLoss(scoring.Scoring):
 
 
 class Stopping:
-    """What happens after every epoch of a chunk: members whose loss stalls end, and their
-    parameters are kept.
+    """The action after every epoch of a chunk: end stalled members and keep their parameters.
 
-    patiences  of the trials (C)
-    ends       (2, C, F) epochs that each member has trained, and those of them at its end without
-               an improvement
-    rows       (C, F, N) its parameters at its end
+    Attributes:
+        ends: (2, C, F) the number of trained epochs of each member, and the number of its last
+            epochs without an improvement.
+        rows: (C, F, N) the parameters of each member at its end.
+
+    Args:
+        job: the job of the chunk.
+        patiences: the rule of each trial (C).
+        folds: number of folds F.
     """
 
     def __init__(self, job: Job, patiences: Sequence[Patience], folds: int) -> None:
@@ -269,8 +301,8 @@ class Stopping:
         self.rows: Tensor | None = None
 
     def __call__(self, trained: Trained) -> bool | np.ndarray:
-        """Return which of the trials that are still there have a member that goes on; True where
-        time is over."""
+        """Return which of the remaining trials have a member that continues, or True if the time is
+        over."""
         alive = np.array(trained.alive)
         epochs, stalled = self.ends[:, alive]
         loss = -trained.curves[alive, trained.epochs - 1]
@@ -294,10 +326,13 @@ class Stopping:
 
 @dataclass(frozen=True)
 class Weights(Outcome):
-    """What training a chunk gave: ``flat`` has all members' parameters in the order of its blocks.
+    """The result of training a chunk.
 
-    ``buffers`` (C, F, N) are their whole state, None where they do not train on; ``ends`` (2, C, F)
-    are the epochs of each member, and how many of its last ones had stalled.
+    Attributes:
+        flat: the parameters of all members, in the order of the chunk's blocks.
+        buffers: (C, F, N) the whole state of the members. None if they do not continue training.
+        ends: (2, C, F) the number of trained epochs of each member, and the number of its last
+            epochs that had stalled.
     """
 
     flat: np.ndarray
@@ -307,10 +342,12 @@ class Weights(Outcome):
 
 @dataclass(frozen=True, kw_only=True)
 class MemberJob(Job):
-    """A job whose chunks give their members' weights, not their scores; where they may train on,
-    all their state.
+    """A job that returns the weights of the members of a chunk instead of scores.
 
-    ``patiences`` are those of the trials by their index, none where all train to the last epoch.
+    Attributes:
+        keeps_state: whether the chunks return the whole state, so that members can continue
+            training.
+        patiences: the rule of each trial by its index. Empty if all train to the last epoch.
     """
 
     keeps_state: bool = False
@@ -326,7 +363,7 @@ class MemberJob(Job):
             epochs = 0
             flat = np.empty(0)
             ends = stopping.ends
-            if stopping.rows is not None and ends[0].all():  # else the time was over
+            if stopping.rows is not None and ends[0].all():  # otherwise the time was over
                 flat = self.network(data, chunk).blocks.from_rows(stopping.rows).numpy()
                 epochs = self.epochs
         else:
@@ -338,7 +375,7 @@ class MemberJob(Job):
                 if self.keeps_state
                 else None
             )
-            # the next chunk may train in this one's memory
+            # A copy, because the next chunk may reuse this memory.
             flat = trained.scored.to("cpu", copy=True).numpy()
             ends = np.zeros((2, len(chunk.index), data.n_folds), dtype=int)
             ends[0] = epochs
@@ -347,8 +384,10 @@ class MemberJob(Job):
     def members(
         self, data: Dataset, chunk: Population, weights: Weights, classes: NDArray[np.int64] | None
     ) -> list[Member | Exception]:
-        """Return the members of a chunk, fold by fold, that trained to their last epoch; none where
-        it did not."""
+        """Return the members of a chunk, fold by fold.
+
+        The list is empty if the chunk did not train to its last epoch.
+        """
         if weights.epochs < self.epochs:
             return []
         network = self.network(data, chunk)

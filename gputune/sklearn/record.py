@@ -1,5 +1,4 @@
-"""What a search fits: every candidate in every fold, recorded from the estimators themselves
-without training any."""
+"""The list of all fits of a search, recorded from the estimators without training them."""
 
 import functools
 import itertools
@@ -25,12 +24,17 @@ Splits = Sequence[tuple[ArrayLike, ArrayLike]]
 
 @dataclass(eq=False)
 class Fit:
-    """One fit of a search: candidate ``trial`` on the training rows of ``fold``, or the error where
-    they are refused.
+    """One fit of a search: candidate ``trial`` on the training rows of ``fold``.
 
-    valid   the fold's validation rows, where the search differentiates its loss on them
-    fitted  what training gave, or an exception; None before
-    rows    those of all fits that were made together
+    Attributes:
+        trial: number of the candidate.
+        fold: number of the fold.
+        estimator: the unfitted estimator.
+        n_rows: number of training rows.
+        train: the training rows, or the error if they are refused.
+        valid: the validation rows, if the search differentiates the loss on them.
+        fitted: the result of the training, or an exception. None before the training.
+        rows: the rows of all fits that were made together.
     """
 
     trial: int
@@ -44,22 +48,25 @@ class Fit:
 
     @property
     def error(self) -> Exception | None:
-        """The exception that this fit raises, None where it succeeds."""
+        """The exception that this fit raises. None if it succeeds."""
         return next(
             (each for each in (self.train, self.fitted) if isinstance(each, Exception)), None
         )
 
     def finish(self, estimator: FusedEstimator) -> None:
-        """Make the estimator a fitted one, or raise the exception of this fit."""
+        """Turn the estimator into a fitted one, or raise the exception of this fit."""
         if self.error is not None:
-            # It may be raised in many fits, and none should show the way to the one before.
+            # The exception may be raised in many fits. Without this, each traceback would include
+            # the earlier ones.
             raise self.error.with_traceback(None)
         assert self.rows is not None
         estimator._become(self.fitted, self.rows)
 
     def is_of(self, estimator: FusedEstimator, X: object) -> bool:
-        """Say whether this is the fit that the estimator wants, by what a copy has in the same
-        words."""
+        """Return whether this is the fit of the given estimator.
+
+        Only parameters that print the same in a copy are compared.
+        """
         kinds = (bool, int, float, str, type(None))
         params, own = (
             {
@@ -78,12 +85,12 @@ class Fit:
 
 @dataclass(frozen=True, eq=False)
 class Transformation:
-    """What fitting a transformer gave and transformed, or the exception that it raised."""
+    """The result of fitting a transformer and transforming rows, or the exception."""
 
     result: object
 
     def take(self) -> object:
-        """Return what it gave, or raise its exception."""
+        """Return the result, or raise the exception."""
         if isinstance(self.result, Exception):
             raise self.result.with_traceback(None)
         return self.result
@@ -93,6 +100,7 @@ Event = Fit | Transformation
 
 
 def fits_of(events: Iterable[Event]) -> list[Fit]:
+    """Return the fits among events."""
     return [event for event in events if isinstance(event, Fit)]
 
 
@@ -100,10 +108,10 @@ Trials = dict[int, dict[int, Fit]]  # fits by trial and fold
 
 
 def layouts(fits: Iterable[Fit], *, held_out: bool = False) -> Iterator[tuple[FoldGroup, Trials]]:
-    """Yield folds, and the trials that are fitted together in them: of one class, on the same rows
-    of one form.
+    """Yield groups of folds, each with the trials that are fitted together in them.
 
-    ``held_out``: the folds have their validation rows too.
+    These trials have one class, and train on the same rows of one form. With ``held_out`` the folds
+    have their validation rows too.
     """
     by_trial: Trials = defaultdict(dict)
     for fit in fits:
@@ -127,10 +135,10 @@ def layouts(fits: Iterable[Fit], *, held_out: bool = False) -> Iterator[tuple[Fo
 def shared_rows(
     candidate: object, X: object, y: object, fit_params: Mapping[str, object]
 ) -> Part | None:
-    """Return all rows, checked once for all folds; None where a fold has to be checked by itself.
+    """Return all rows, checked once for all folds, or None if each fold must be checked separately.
 
-    That is so in a pipeline, and where the whole is refused: a fold may not have the rows that are
-    wrong.
+    Separate checks are needed in a pipeline, and if all rows together are refused. A fold may not
+    contain the wrong rows.
     """
     if not isinstance(candidate, FusedEstimator) or set(fit_params) - {"sample_weight"}:
         return None
@@ -142,18 +150,18 @@ Returned = TypeVar("Returned")
 
 
 class Recorder:
-    """Records fits, which train nothing meanwhile; transformers are fitted as they come, unless
-    they were before.
+    """A recorder of fits that trains nothing.
 
-    ``held_out``: each fit is given its fold's validation rows too.
+    Transformers are fitted when they come up, unless an equal one was fitted before. With
+    ``held_out`` each fit receives the validation rows of its fold too.
     """
 
     def __init__(self, *, held_out: bool = False) -> None:
-        # trial and fold
+        # ``place`` is the trial and the fold of the current fit.
         self.held_out = held_out
         self.place = (0, 0)
         self.events: list[Event] = []
-        # the fits that are left to scikit-learn's loop, and why
+        # (trial, fold) of fits that scikit-learn's own loop must make -> the reason
         self.left: dict[tuple[int, int], str] = {}
         self._made: dict[Hashable, tuple[Any, object]] = {}
 
@@ -166,11 +174,10 @@ class Recorder:
         fit_params: Mapping[str, object],
         within: Part | None = None,
     ) -> list[Event]:
-        """Return what fitting every candidate in every fold takes, in the order of scikit-learn's
-        loop.
+        """Return the fits and transformations of every candidate in every fold.
 
-        ``within`` are X and y as part of rows that other searches share; without it, they are
-        checked here.
+        They have the order of scikit-learn's loop. ``within`` gives X and y as part of rows that
+        other searches share. Without it they are checked here.
         """
         within = within or (shared_rows(candidates[0], X, y, fit_params) if candidates else None)
         self.events = []
@@ -183,14 +190,15 @@ class Recorder:
         ):
             self.place = (trial, fold)
             arguments, params = self._arguments(candidate, X, y, train, fit_params)
-            # What fails here fails again where it is replayed, in scikit-learn's loop.
+            # An error here occurs again in scikit-learn's loop, which handles it.
             with hooked(self), suppress(Exception):
                 fitted = clone(candidate)
-                # which hear of the fits of scikit-learn's loop
+                # Callbacks should see only the fits of scikit-learn's loop, so they are removed
+                # here.
                 if hasattr(fitted, "set_callbacks"):
                     fitted.set_callbacks()
                 fitted.fit(*arguments, **params)
-                # only now are the steps those of this fold
+                # Only now are the steps of the pipeline fitted on this fold.
                 if self.held_out and self.place not in self.left:
                     self._hold_out(fitted, X, y, train, test)
         return self.events
@@ -198,7 +206,7 @@ class Recorder:
     def _record_parts(
         self, candidates: Sequence[FusedEstimator], splits: Splits, within: Part
     ) -> None:
-        """Record candidates whose rows are parts of checked ones."""
+        """Record candidates on parts of checked rows."""
         rows = within.rows
         classes = within.rows.classes
         trains, valids = (
@@ -216,8 +224,10 @@ class Recorder:
             self.events.append(Fit(t, f, candidates[t], len(trains[f].index), trains[f], valid))
 
     def fit(self, estimator: FusedEstimator, X: object, y: object, sample_weight: object) -> bool:
-        """Note the fit, unless it is left to scikit-learn's loop; raises the error of rows that it
-        refuses."""
+        """Record the fit, unless it is left to scikit-learn's loop.
+
+        Raises the error of rows that it refuses.
+        """
         if (reason := estimator._left_to_scikit_learn(y)) is not None:
             self.left[self.place] = reason
             return True
@@ -240,8 +250,10 @@ class Recorder:
         *args: object,
         **options: Any,
     ) -> object:
-        """Fit a transformer and return what ``function`` does, once for equal transformers on the
-        same rows."""
+        """Fit a transformer and return the result of ``function``.
+
+        Equal transformers on the same rows are fitted only once.
+        """
         metadata = [
             value for routed in (options.get("params") or {}).values() for value in routed.values()
         ]
@@ -253,16 +265,18 @@ class Recorder:
         return event.take()
 
     def _once(self, key: Hashable, owners: object, make: Callable[[], Returned]) -> Returned:
-        """Return what ``make`` does, once for a key; ``owners`` are kept, so that nothing else gets
-        their ids."""
+        """Return the result of ``make``, computed once per key.
+
+        ``owners`` are kept alive, so that no other object can get their ids.
+        """
         if key not in self._made:
             self._made[key] = make(), owners
         made: Returned = self._made[key][0]
         return made
 
     def _hold_out(self, fitted: object, X: object, y: object, train: object, test: object) -> None:
-        """Give the fit that was just noted its validation rows: once for all candidates on the same
-        training rows."""
+        """Attach the validation rows to the latest fit, computed once for all candidates on the
+        same rows."""
         fit = self.events[-1]
         assert isinstance(fit, Fit) and isinstance(fit.train, Part)
         part = fit.train
@@ -281,7 +295,7 @@ class Recorder:
         train: object,
         fit_params: Mapping[str, object],
     ) -> tuple[tuple[object, ...], Mapping[str, object]]:
-        """Return what ``fit`` is given for some rows: the same objects whenever they are the
+        """Return the arguments of ``fit`` for some rows: the same objects whenever the rows are the
         same."""
 
         def split() -> tuple[tuple[object, ...], Mapping[str, object]]:
@@ -295,12 +309,19 @@ class Recorder:
 
 
 def held_out_part(fitted: BaseEstimator, train: Part, X: object, y: object) -> Part:
-    """Return rows X (m, D) and y (m,) as validation rows beside ``train``, on which ``fitted`` was
-    fitted.
+    """Return validation rows X (m, D) and y (m,) in the form of the training rows.
 
-    ``fitted`` is an estimator, or a Pipeline whose transformers are fitted. The rows weigh one
-    each. Raises what the transformers and scikit-learn's checks raise, and ValueError where the
-    columns are not those of the training rows.
+    Each row has weight one.
+
+    Args:
+        fitted: an estimator, or a Pipeline with fitted transformers.
+        train: the training rows on which ``fitted`` was fitted.
+        X: the validation rows.
+        y: their targets.
+
+    Raises:
+        ValueError: the columns differ from the training rows. The errors of the transformers and of
+            scikit-learn's checks are raised too.
     """
     prefix, last = last_step(fitted)
     for _, step in fitted.steps[:-1] if prefix else ():
@@ -309,7 +330,7 @@ def held_out_part(fitted: BaseEstimator, train: Part, X: object, y: object) -> P
     rows = check_rows(clone(last), X, y)
     before = train.rows
     parts = rows.X.parts
-    # a transformer may give other precisions than in training
+    # A transformer may return another precision than in training.
     if len(parts) == len(before.X.parts):
         parts = tuple(x.to(part.dtype) for x, part in zip(parts, before.X.parts))
     weights = None if before.weights is None else np.ones(len(rows.X))
@@ -324,6 +345,7 @@ def held_out_part(fitted: BaseEstimator, train: Part, X: object, y: object) -> P
 
 
 def _as_rows(mask_or_rows: ArrayLike) -> NDArray[np.int64]:
+    """Return positions for a mask or positions."""
     array = np.asarray(mask_or_rows)
     return np.flatnonzero(array) if array.dtype == bool else array.astype(np.int64)
 
@@ -331,11 +353,13 @@ def _as_rows(mask_or_rows: ArrayLike) -> NDArray[np.int64]:
 def _check(
     estimator: FusedEstimator, X: object, y: object, sample_weight: object
 ) -> Part | Exception:
+    """Return the checked rows, or the exception of the check."""
     rows = _result(functools.partial(check_rows, estimator, X, y, sample_weight))
     return rows if isinstance(rows, Exception) else Part(rows, np.arange(len(rows.X)))
 
 
 def _result(call: Callable[[], Returned]) -> Returned | Exception:
+    """Return the result of a call, or its exception."""
     try:
         return call()
     except Exception as error:

@@ -1,8 +1,7 @@
-"""One run of a search: its fits are recorded, trained together, and replayed while scikit-learn
-evaluates them.
+"""One run of a search: fits are recorded, trained together, and replayed in scikit-learn's loop.
 
-scikit-learn fits candidate after candidate, and of each one fold after the other. What its loop
-does is known before, so that every step of it finds what it would have made.
+scikit-learn fits candidate after candidate, and fold after fold. The steps of its loop are known in
+advance. So every step can receive the result that was trained for it.
 """
 
 import copy
@@ -32,7 +31,7 @@ Candidates = Sequence[Config]
 
 
 def train(fits: Iterable[Fit], training: Training) -> None:
-    """Train fits, as many together as share their rows and their class."""
+    """Train fits. Fits that share their rows and their class train together."""
     for folds, trials in layouts(fits):
         candidates = {trial: own[folds.numbers[0]].estimator for trial, own in trials.items()}
         for (fold, trial), fitted in fit_together(candidates, folds, training).items():
@@ -41,14 +40,19 @@ def train(fits: Iterable[Fit], training: Training) -> None:
 
 
 def workers() -> int | None:
-    """Return 1 within a worker of joblib, whose neighbours have the other cores; None lets an
-    estimate decide."""
+    """Return the number of worker processes.
+
+    It is 1 inside a joblib worker, because other workers use the other cores. Otherwise return
+    None, so that an estimate decides.
+    """
     return 1 if get_active_backend()[0].nesting_level else None
 
 
 class HookedMemory:
-    """The ``memory`` of a pipeline in a search: the hook has every fitted transformer; elsewhere it
-    is the user's."""
+    """The ``memory`` of a pipeline in a search.
+
+    It passes every fitted transformer to the hook. Without a hook it is the user's memory.
+    """
 
     def __init__(self, memory: object) -> None:
         self.memory = memory
@@ -57,7 +61,7 @@ class HookedMemory:
         return repr(self.memory)
 
     def cache(self, function: Callable[..., object], **options: object) -> Callable[..., object]:
-        """Return the function that fits a transformer, through the hook where there is one."""
+        """Return the function that fits a transformer, through the hook if there is one."""
         hook = fit_hook.get()
         if hook is not None:
             return functools.partial(hook.transform, function)
@@ -69,8 +73,10 @@ class HookedMemory:
 
 
 def with_hook(estimator: BaseEstimator, device: str) -> BaseEstimator:
-    """Return the estimator as scikit-learn gets it while a search runs; the user's own stays as it
-    is."""
+    """Return a copy of the estimator for scikit-learn's search.
+
+    The user's estimator is unchanged.
+    """
     _, last = last_step(estimator)
     last = last if device == "auto" else clone(last).set_params(device=device)
     if not isinstance(estimator, Pipeline):
@@ -83,9 +89,9 @@ def with_hook(estimator: BaseEstimator, device: str) -> BaseEstimator:
 
 @dataclass(frozen=True, eq=False)
 class TrainedCandidates:
-    """Candidates that are trained in all ``splits``, with the events of scikit-learn's loop.
+    """Candidates that were trained in all ``splits``, with the events of scikit-learn's loop.
 
-    ``seconds`` is the share of the time that each fit has.
+    ``seconds`` is the share of each fit in the training time.
     """
 
     candidates: Candidates
@@ -96,12 +102,14 @@ class TrainedCandidates:
 
 @dataclass(eq=False)
 class SearchRun:
-    """One call of a search's ``fit``, which hands each fit of scikit-learn's loop what was made for
-    it.
+    """One call of a search's ``fit``, which gives each fit of scikit-learn's loop its trained
+    result.
 
-    trained          candidates that were trained before, with other searches
-    seconds, epochs  how long each candidate trained, in the order of their evaluation
-    steps            those of scikit-learn's loop that are to come
+    Attributes:
+        trained: candidates that were already trained, together with other searches.
+        seconds: training time of each candidate, in the order of evaluation.
+        epochs: number of trained epochs of each candidate, in the same order.
+        steps: the remaining steps of scikit-learn's loop.
     """
 
     estimator: BaseEstimator
@@ -115,7 +123,7 @@ class SearchRun:
     epochs: list[int] = field(default_factory=list)
     steps: deque[Event] = field(default_factory=deque)
     patient: ClassVar[bool] = True
-    """Whether training ends where its loss stalls."""
+    """True if training ends when its loss stalls."""
 
     def evaluate(
         self,
@@ -125,11 +133,12 @@ class SearchRun:
         more_results: object = None,
         **context: object,
     ) -> dict[str, np.ndarray]:
-        """Do what scikit-learn's ``evaluate_candidates`` does, with fits that are made together."""
+        """Do the work of scikit-learn's ``evaluate_candidates``, with fits that are trained
+        together."""
         candidates = list(candidate_params) if self.trained is None else self.trained.candidates
 
         def split(X: object, y: object, **params: object) -> Splits:
-            """Train before the splits are returned, over which scikit-learn's loop goes."""
+            """Train all candidates, then return the splits for scikit-learn's loop."""
             trained = self.trained or self._train_all(
                 candidates, X, y, self.split(X, y, params, cv)
             )
@@ -155,14 +164,13 @@ class SearchRun:
                 "scikit-learn has another loop. Leave the backend (joblib.parallel_config), or "
                 "use scikit-learn's own search."
             )
-        together = ~np.isnan(self.seconds)  # the others were fitted in this loop
+        together = ~np.isnan(self.seconds)  # the others were fitted by scikit-learn's loop
         results["mean_fit_time"][together] = np.array(self.seconds)[together]
         results["std_fit_time"][together] = 0.0
         return results
 
     def fit(self, estimator: FusedEstimator, X: object, y: object, sample_weight: object) -> bool:
-        """Finish the estimator where it is its turn; one that is no step of the loop fits
-        itself."""
+        """Finish the estimator if its fit is the next step. Return False if it must fit itself."""
         del sample_weight
         step = self.steps[0] if self.steps and estimator._left_to_scikit_learn(y) is None else None
         if not isinstance(step, Fit) or not step.is_of(estimator, X):
@@ -174,7 +182,7 @@ class SearchRun:
     def transform(
         self, function: Callable[..., object], *args: object, **options: object
     ) -> object:
-        """Return what fitting a transformer gave where it is its turn, else fit it."""
+        """Return the fitted transformer's result if it is the next step, otherwise fit it."""
         if self.steps and isinstance(step := self.steps[0], Transformation):
             self.steps.popleft()
             return step.take()
@@ -184,7 +192,7 @@ class SearchRun:
     def split(
         self, X: object, y: object, params: Mapping[str, object], cv: object = None
     ) -> Splits:
-        """Return the splits of ``cv``, the search's own where it is None."""
+        """Return the splits of ``cv``. None: the search's own ``cv``."""
         splitter = check_cv(
             self.cv if cv is None else cv, y, classifier=is_classifier(self.estimator)
         )
@@ -193,6 +201,7 @@ class SearchRun:
     def _train_all(
         self, candidates: Candidates, X: object, y: object, splits: Splits
     ) -> TrainedCandidates:
+        """Record and train all candidates in all splits."""
         begin = time.monotonic()
         events = self.record(candidates, X, y, splits)
         self.train(candidates, fits_of(events))
@@ -207,10 +216,10 @@ class SearchRun:
         splits: Splits,
         within: Part | None = None,
     ) -> list[Event]:
-        """Return what fitting the candidates takes; X and y may be ``within`` rows that other
-        searches share.
+        """Return the fits and transformations of the candidates.
 
-        Raises scikit-learn's ValueError for a parameter that the estimator has not.
+        X and y can be part of rows that other searches share (``within``). Raises scikit-learn's
+        ValueError for a parameter that the estimator does not have.
         """
         estimators = [
             clone(self.estimator).set_params(**clone(params, safe=False)) for params in candidates
@@ -230,7 +239,9 @@ class SearchRun:
         fits: Sequence[Fit],
         states: Mapping[int, RungState] | None = None,
     ) -> None:
-        """Train the fits of candidates; ``states`` are where each goes on from, in a search that
-        stops at rungs."""
+        """Train the fits of candidates.
+
+        In a search that stops at rungs, ``states`` gives the state from which each trial continues.
+        """
         del candidates
         train(fits, Training(workers(), self.deadline, states or {}, self.patient))

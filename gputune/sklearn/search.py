@@ -1,8 +1,7 @@
-"""scikit-learn's searches with all candidates and folds trained together; everything else is
-scikit-learn's own.
+"""scikit-learn's searches, with all candidates and folds trained together.
 
-A search is written as a study file too: its trials, for ``gputune.Study.open`` and the command
-line.
+Everything else is scikit-learn's own code. A search can also write its trials to a study file, for
+``gputune.Study.open`` and the command line.
 """
 
 import functools
@@ -35,8 +34,7 @@ from gputune.types import Config
 
 
 def why_not_together(estimator: BaseEstimator, space: object) -> str | None:
-    """Return the reason why the candidates of a space cannot be trained together, None where they
-    can."""
+    """Return the reason why the candidates of a space cannot train together, or None."""
     prefix, last = last_step(estimator)
     name = type(last).__name__
     if not isinstance(last, FusedEstimator):
@@ -54,29 +52,39 @@ def why_not_together(estimator: BaseEstimator, space: object) -> str | None:
 
 
 class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no types
-    """What makes a search of scikit-learn train together; it comes before scikit-learn's class
-    among the bases."""
+    """The mixin that makes a scikit-learn search train its candidates together.
+
+    It precedes scikit-learn's class among the bases.
+    """
 
     _space_name: ClassVar[str]
-    """The parameter that holds the space."""
+    """The name of the parameter that holds the space."""
     _trained: TrainedCandidates | None = None
-    """What is evaluated in place of candidates that the search would draw and train."""
+    """Trained candidates to evaluate, instead of candidates that the search draws and trains."""
     _run: SearchRun | None = None
     """The running ``fit``."""
 
     def fit(self, X: object, y: object = None, **params: object) -> Self:
-        """Run the search on rows X with targets y, as the estimator takes them, and refit the best
-        candidate on all.
+        """Run the search, and refit the best candidate on all rows.
 
-        ``params`` are those of scikit-learn's search: ``sample_weight``, ``groups`` and whatever is
-        routed. Returns the search. Raises what scikit-learn's search raises, and InputError for a
-        ``study`` that exists.
+        Args:
+            X: the rows, as the estimator takes them.
+            y: the targets.
+            **params: params of scikit-learn's search: ``sample_weight``, ``groups`` and everything
+                that is routed.
+
+        Returns:
+            The search.
+
+        Raises:
+            InputError: ``study`` exists already, or its folder does not exist. The errors of
+                scikit-learn's search are raised too.
         """
         X = as_sliced(X)
-        if isinstance(self.study, str | os.PathLike):  # what else it may be, scikit-learn refuses
+        if isinstance(self.study, str | os.PathLike):  # scikit-learn refuses other types
             path = Path(self.study)
             study = f"study={str(self.study)!r}"
-            if path.exists():  # a search of this face is never resumed
+            if path.exists():  # the scikit-learn API never resumes a search
                 begins = "exists already, and this search begins a new one"
                 raise InputError(
                     f"{study} {begins}; give it a path of its own, or remove the file."
@@ -84,7 +92,7 @@ class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no ty
             if not path.parent.is_dir():
                 raise InputError(f"{study}: the folder does not exist; make it first.")
         reason = why_not_together(self.estimator, getattr(self, self._space_name))
-        # which scikit-learn refuses
+        # scikit-learn refuses a class in place of an estimator.
         if reason is not None and not isinstance(self.estimator, type):
             self._leave_to_own_loop(reason)
         with override(self, self._overrides(together=reason is None)):
@@ -99,7 +107,7 @@ class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no ty
         return self
 
     def _make_run(self, X: object, y: object) -> SearchRun:
-        """Return the run of one fit on X and y, which are not checked yet."""
+        """Return the run of one fit. X and y are not checked yet."""
         del X, y
         deadline = (
             time.monotonic() + float(self.timeout) if isinstance(self.timeout, Real) else None
@@ -107,8 +115,8 @@ class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no ty
         return SearchRun(self.estimator, self.cv, deadline, self._trained)
 
     def _overrides(self, *, together: bool) -> dict[str, object]:
-        """Return what scikit-learn gets to see in place of the user's parameters while it
-        searches."""
+        """Return the values that scikit-learn sees in place of the user's parameters during the
+        search."""
         overrides = {
             self._space_name: to_scipy(getattr(self, self._space_name)),
             "scoring": self._effective_scoring(),
@@ -122,16 +130,16 @@ class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no ty
                 and not isinstance(self.cv, str)
                 and not hasattr(self.cv, "split")
             ):
-                # it may be a generator, and is looked at more than once
+                # It may be a generator, and is read more than once.
                 overrides["cv"] = list(self.cv)
         return overrides
 
     def _effective_scoring(self) -> object:
-        """Return what candidates are scored by."""
+        """Return the scoring of the candidates."""
         return self.scoring
 
     def _leave_to_own_loop(self, reason: str) -> None:
-        """Warn that scikit-learn's loop takes over."""
+        """Warn that scikit-learn's own loop takes over."""
         idle = " and ".join(
             name for name in ("device", "timeout") if getattr(self, name) not in (None, "auto")
         )
@@ -163,7 +171,7 @@ class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no ty
 
 @contextmanager
 def override(search: object, overrides: Mapping[str, object]) -> Iterator[None]:
-    """Let a search have other parameters and attributes inside."""
+    """Give a search other parameters and attributes inside the block."""
     before = {name: getattr(search, name) for name in overrides}
     vars(search).update(overrides)
     try:
@@ -173,7 +181,7 @@ def override(search: object, overrides: Mapping[str, object]) -> Iterator[None]:
 
 
 EXTRAS: Config = {"device": "auto", "study": None, "timeout": None}
-"""Parameters of a search beside scikit-learn's."""
+"""The parameters of a search in addition to scikit-learn's, with their defaults."""
 
 CONSTRAINTS: dict[str, list[object]] = {
     "device": [str],
@@ -229,12 +237,17 @@ class GridSearchCV(FusedSearch, model_selection.GridSearchCV):  # type: ignore[m
 def write_search(
     path: str | os.PathLike[str], search: BaseSearchCV, epochs: Sequence[int] | None
 ) -> None:
-    """Write a fitted search; ``epochs`` is how long each candidate trained, None where that is not
-    known."""
+    """Write a fitted search to a study file.
+
+    Args:
+        path: the new file.
+        search: the fitted search.
+        epochs: number of trained epochs of each candidate. None if it is not known.
+    """
     results = search.cv_results_
     n = len(search.cv_results_["params"])
     known = [name.removeprefix("mean_test_") for name in results if name.startswith("mean_test_")]
-    # the one that chooses is the first
+    # The metric that chooses the best candidate comes first.
     metrics = sorted(known, key=lambda name: name != search.refit)
     folds = [
         [results[f"split{f}_test_{name}"] for f in range(search.n_splits_)] for name in metrics
@@ -265,7 +278,7 @@ def write_search(
 
 
 def _result(number: int, scores: np.ndarray, seconds: float, epochs: int) -> Result:
-    """Return the result of a trial that was scored (F, M) after its last epoch alone."""
+    """Return the result of a trial with scores (F, M) after its last epoch only."""
     curve = np.full((epochs, *scores.shape), np.nan)
     curve[-1] = scores
     folds = scores[:, 0]
@@ -275,7 +288,7 @@ def _result(number: int, scores: np.ndarray, seconds: float, epochs: int) -> Res
 
 
 def _score_name(search: BaseSearchCV) -> str:
-    """Return what the scores are, for a reader."""
+    """Return the name of the scores for a reader."""
     scoring = search.refit if isinstance(search.refit, str) else search._effective_scoring()
     if scoring is None:
         return "r2" if is_regressor(search.estimator) else "accuracy"
@@ -285,8 +298,7 @@ def _score_name(search: BaseSearchCV) -> str:
 
 
 def _storable(value: object) -> object:
-    """Return a value of a configuration as a file can hold it: as text where it can in no other
-    way."""
+    """Return a value of a configuration in a form that a file can hold, as text if necessary."""
     with suppress(InputError):
         to_json(value)
         return value
