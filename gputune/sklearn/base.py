@@ -225,7 +225,7 @@ def check_rows(estimator: FusedEstimator, X: object, y: Any, sample_weight: obje
     tables, or targets with several columns.
 
     Raises:
-        InputError: a SliceDict or a target is not acceptable.
+        InputError: a dict or a target has a form that the estimator does not support.
         ValueError: scikit-learn refuses the rows.
     """
     numeric = is_regressor(estimator)
@@ -333,7 +333,7 @@ def fit_together(
 
 
 def last_step(estimator: object) -> tuple[str, BaseEstimator]:
-    """Return the trained estimator and the prefix of its parameters.
+    """Return the prefix of the trained estimator's parameters, and that estimator.
 
     For a pipeline it is the last step. Otherwise it is the estimator itself, with prefix "".
     """
