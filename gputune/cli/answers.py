@@ -1,4 +1,4 @@
-"""Rows of a file with their right answers, to which the predictions of a model are compared."""
+"""Rows of a file with known targets, to score the predictions of a model."""
 
 from functools import partial
 from pathlib import Path
@@ -22,11 +22,11 @@ def rows_with_target(
     Args:
         model: the model that will predict the rows.
         file: a table, or a file of arrays.
-        target: the column or array with the right answers, None for the target of the training.
-        missing_target: "drop" to leave rows without a target out, "error" to refuse them.
+        target: the column or array with the right answers. None: the target of the training.
+        missing_target: "drop" leaves out rows without a target, "error" refuses them.
 
     Raises:
-        InputError: the file has no such target, or the target cannot be scored.
+        InputError: the file lacks the target, or the target cannot be scored.
     """
     name = model.target if target is None else target
     if Path(file).suffix.lower() in ARRAY_SUFFIXES or not isinstance(model.layout, Layout):
@@ -48,6 +48,7 @@ def rows_with_target(
 
 
 def _arrays_with_target(model: TunedModel, path: Path, name: str) -> Source:
+    """Return the arrays of a file with their target. Raises InputError if their lengths differ."""
     X = model._inputs(path)
     y = pick_target(path, name)
     if y.ndim == 0 or len(y) != len(X):
@@ -57,9 +58,10 @@ def _arrays_with_target(model: TunedModel, path: Path, name: str) -> Source:
 
 
 def _table_with_target(model: TunedModel, file: str, name: str) -> Table:
+    """Return the table of a file. Raises InputError if it lacks the target column."""
     assert isinstance(model.layout, Layout)
     texts = [column.name for column in model.layout.columns if column.kind == "category"]
-    # "007" and "7" are two labels, and one number.
+    # Labels stay text: "007" and "7" are two labels, but one number.
     labels = [name] if model.classes is not None and model.classes.dtype.kind == "U" else []
     table = read_table(file, [*texts, *labels])
     if name not in table.names:

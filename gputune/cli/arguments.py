@@ -1,7 +1,7 @@
-"""What can be typed on the command line, and where a command puts and finds a study and its model.
+"""The parser of the command line, and the places of a study and its model.
 
-Nothing heavy is imported, so that ``gputune --help`` waits for nothing. Errors say what was meant,
-of the flags that the command has.
+Nothing heavy is imported, so that ``gputune --help`` is fast. Errors suggest the flag that was
+probably meant.
 """
 
 import argparse
@@ -44,14 +44,14 @@ examples:
 
 @dataclass(frozen=True)
 class _Flag(Rule):
-    """A flag that is no option of a search."""
+    """A flag that is not an option of a search."""
 
     default: str | None = None
     required: bool = False
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the whole command line; ``command`` is the name of the command."""
+    """Return the parser of the whole command line. ``command`` is the name of the command."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = _Parser(
         "gputune", None, _DESCRIPTION, _EXAMPLES, formatter_class=formatter, allow_abbrev=False
@@ -83,18 +83,22 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Names in its errors what was meant; ``commands`` are the parsers of the commands, by name."""
+    """A parser with errors that suggest the intended names.
+
+    ``commands`` are the parsers of the commands, by name.
+    """
 
     commands: Mapping[str, "_Parser"] = MappingProxyType({})
 
     def error(self, message: str, hints: str = "") -> NoReturn:
+        """Print an error with hints, and exit with code 2."""
         if choice := re.search(r"invalid choice: ('.*') \(choose from (.*)\)", message):
             hints = did_you_mean(choice[1][1:-1], re.findall(r"'([^']*)'", choice[2]))
         hints = hints and f".{hints}"
         self.exit(2, f"gputune: error: {message}{hints}\nTry '{self.prog} --help'.\n")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's, but what a command does not know is an error of the command, not of
+        """Parse like argparse, but report an unknown flag as an error of the command, not of
         ``gputune``."""
         typed, unknown = self.parse_known_args(args, namespace)
         if not unknown:
@@ -121,11 +125,11 @@ _OTHER_FLAGS: Mapping[str, str] = {
     "metrics": "scoring",
     "random-state": "seed",
 }
+"""Flags that people type by mistake -> the flag of ours."""
 
 
 def _groups(command: str, flags: Sequence[Rule]) -> dict[str, dict[str, Rule]]:
-    """Return the flags of a command, with its own, by the title of their group, "" for those
-    without one."""
+    """Return the flags of a command by the title of their group. "" holds flags without a group."""
     groups = option_groups()
     if command == "tune":
         return groups
@@ -150,7 +154,10 @@ def _groups(command: str, flags: Sequence[Rule]) -> dict[str, dict[str, Rule]]:
 
 
 def _add_flag(group: argparse._ActionsContainer, name: str, rule: Rule) -> None:
-    """Let a flag be typed; what is not said is None, and an option then has its own default."""
+    """Add a flag to a parser.
+
+    A flag that is not typed has the value None. The option then has its own default.
+    """
     if rule.takes == "yes or no":
         action = argparse.BooleanOptionalAction
         group.add_argument(rule.name, dest=name, help=rule.help, action=action, default=None)
@@ -178,9 +185,9 @@ _SET = Rule(
     "a hyperparameter, such as lr=1e-3 or width=64; what is not set has its default",
     takes="specs",
 )
-# that one training has too
+# options of a search that ``gputune train`` has too
 _OF_TRAINING = "max_epochs", "scoring", "positive", "schedule", "random_state", "timeout"
-_OF_SEARCH = ("ensemble", "compare_default")  # a flag of the machine that it has not
+_OF_SEARCH = ("ensemble", "compare_default")  # flags of the machine that ``gputune train`` lacks
 
 _STUDY = ("STUDY", "a study.db, or the folder that holds it")
 _TABLE = (
@@ -342,13 +349,15 @@ _COMMANDS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]], Sequence[_Flag
         ],
     ),
 }
-"""Of each command its help, the files or folders that it takes, and its flags beside the options of
-a search."""
+"""For each command its help, its file or folder arguments, and its flags that are not options of a
+search."""
 
 
 def _reader(
     read: Callable[[str], float], rule: str, least: float = -math.inf
 ) -> Callable[[str], float]:
+    """Return a function that reads a number of at least ``least`` from text."""
+
     def number(text: str) -> float:
         with suppress(ValueError):
             if not (value := read(text)) < least:
@@ -373,17 +382,20 @@ _READERS: dict[Takes, Callable[[str], object]] = {
     ),
 }
 
-# what the folder of a search holds
+# names of the files in the folder of a search
 STUDY = "study.db"
 MODEL = "model"
 
 
 def model_folder(study: Path) -> Path:
-    """Return where the model of a study lies: beside it, under the study's own name where that is
-    not the usual one."""
+    """Return the folder of the model of a study, next to the study.
+
+    It is named after the study, unless the study has the default name.
+    """
     return study.parent / (MODEL if study.name == STUDY else f"{study.stem}.{MODEL}")
 
 
 def study_file(place: str) -> Path:
+    """Return the path of a study file, for a file or for the folder that holds it."""
     path = Path(place)
     return path / STUDY if path.is_dir() else path

@@ -1,5 +1,4 @@
-"""The flags of a search and the arguments of ``gputune.tune``: what can be typed, and what Python
-says in its words."""
+"""The flags of a search, and the translation of Python messages into words of the command line."""
 
 import ast
 import re
@@ -57,7 +56,7 @@ METHOD_RULES: dict[str, dict[str, Rule]] = {
         ),
     },
 }
-"""The options of the methods that can be typed."""
+"""The options of the search methods that have a flag."""
 
 _MORE_RULES: dict[str, dict[str, Rule]] = {
     "the target and the model": {
@@ -131,12 +130,14 @@ _MORE_RULES: dict[str, dict[str, Rule]] = {
         ),
     },
 }
-"""What can be typed and is no option of a search, beside the file, by the title of its group."""
+"""The flags that are not options of a search, by the title of their group."""
 
 
 def option_groups() -> dict[str, dict[str, Rule]]:
-    """Return the flags of each group of ``gputune tune --help`` by its title, those of the command
-    itself last."""
+    """Return the flags of ``gputune tune --help`` by the title of their group.
+
+    The flags of the command itself come last in each group.
+    """
     return {
         title: {name: rule for name, rule in RULES.items() if rule.flag and rule.group == title}
         | rules
@@ -145,8 +146,7 @@ def option_groups() -> dict[str, dict[str, Rule]]:
 
 
 def flags() -> dict[str, str]:
-    """Return the option of ``gputune tune`` for each argument of ``gputune.tune``, and of a method,
-    that has one."""
+    """Return argument of ``gputune.tune`` or of a method -> its flag on the command line."""
     known = {name: rule.name for rules in option_groups().values() for name, rule in rules.items()}
     return {**known, "verbose": "--quiet"}
 
@@ -247,7 +247,7 @@ _PHRASES = {
     "leave one out, or give a dict that has a name for each": "leave one out",
     "For token ids pass a tensor of integers, torch.as_tensor(X)": "Token ids are a tensor of integers in a .pt file",
 }
-"""Advice that is Python's, and what it is here."""
+"""Advice in the words of Python -> the same advice for the command line."""
 
 _PATTERNS = {
     r"((?:after the rows|want them first|numbers|; or):? )pass (?=X[.[])": r"\1write the file again with ",
@@ -272,10 +272,10 @@ _PATTERNS = {
     r"\bspace\['(\w+)'\]": r"--space \1",
     r"\binclude\[\d+\]\['(\w+)'\]": r"\1",
 }
+"""The same for advice with variable parts: a regular expression -> its replacement."""
 
 _FOREIGN = re.compile(r"[\w.]+\([^\n]*?\)(?= raised )|(?<= says: ).+?(?=\. Control flow and)")
-"""What torch says, and how a user's class was called, where an error stands in a sentence of
-ours."""
+"""Messages of torch, and calls of the user's class, that are quoted inside our messages."""
 
 
 def in_flags(
@@ -287,11 +287,16 @@ def in_flags(
     config: str = "--include",
     interface: CommandLine | None = None,
 ) -> str:
-    """Return what ``gputune.tune`` says in the words of the command line: arguments, but those
-    ``kept``, as options.
+    """Return a message of ``gputune.tune`` in the words of the command line.
 
-    X is ``file``, a configuration was given as ``config``. What others say within it, the
-    ``foreign`` texts and what is known to be theirs, stays as it is.
+    Names of arguments become flags. Quoted texts of other libraries are unchanged.
+
+    Args:
+        text: the message.
+        kept: names that are not replaced.
+        foreign: texts of other libraries inside the message.
+        file: the text that replaces X.
+        config: the flag with which a configuration was given.
     """
     if "\N{MATHEMATICAL LEFT WHITE SQUARE BRACKET}" in text:
         return (interface or CommandLine()).render(text)
@@ -304,6 +309,7 @@ def in_flags(
 
 
 def _in_flags(text: str, kept: Collection[str], config: str) -> str:
+    """Return a message without foreign texts in the words of the command line."""
     known = {**flags(), "include": config}
     names = "|".join(name for name in known if name not in kept)
     differing = rf"(?:^|(?<=, ))({names})\b(?= \(|, |$)"
@@ -332,7 +338,7 @@ def _in_flags(text: str, kept: Collection[str], config: str) -> str:
 
 
 def _option(known: dict[str, str], name: str, value: str) -> str:
-    """Return ``name=value`` as it is typed; a study by the folder that holds it."""
+    """Return ``name=value`` in the form of the command line. A study becomes its folder."""
     if value in ("", "True", "False"):
         return known[name]
     text = value[1:-1] if value[0] in "'\"" else value

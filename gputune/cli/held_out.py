@@ -1,5 +1,4 @@
-"""The score of a saved model on rows that were held out, and that of the best answer without a
-model."""
+"""The score of a saved model on held-out rows, and the best score without a model."""
 
 import math
 import warnings
@@ -24,7 +23,8 @@ from gputune.study.labels import class_codes
 from gputune.study.model import TunedModel
 from gputune.text import Measure, count
 
-# bootstrap samples, and rows of one at most: what takes a second or two
+# Number of bootstrap samples, and of rows per sample at most. Together they take one or two
+# seconds.
 _SAMPLES = 400
 _SAMPLE_ROWS = 20_000
 
@@ -35,26 +35,29 @@ IntervalMethod = Literal["wilson", "bootstrap", ""]
 class HeldOut:
     """A held-out score in scikit-learn's sign."""
 
-    score: float  # NaN where there is none
+    score: float  # NaN if the score is undefined
     rows: int
-    # of a class that the search has not: wrong; balanced accuracy and probabilities leave them out
+    # Rows of a class that the search does not have. They count as wrong. Balanced accuracy and
+    # scores of probabilities leave them out.
     unseen: int = 0
-    why: str = ""  # why there is no score
-    interval: tuple[float, float] | None = None  # of 95%; None where it is not known
+    why: str = ""  # the reason if there is no score
+    interval: tuple[float, float] | None = None  # 95% interval; None if it is not known
     # how the interval was computed; "" if few bootstrap samples have a score
     interval_method: IntervalMethod = ""
-    positive: object = None  # the class that the score is of; None: of none
+    positive: object = None  # the positive class of the score; None if it has none
     # the best answer without a model, and its score on the same rows
     baseline: tuple[str, float] | None = None
     chose: bool = False  # whether these rows chose between an ensemble and the best trial
 
     def bounds(self, measure: Measure) -> str:
-        """Return the interval in words, "" where there is none."""
+        """Return the bounds of the interval as text, or "" without an interval."""
         return " to ".join(sorted(map(measure.text, self.interval or ()), key=float))
 
     def interval_text(self, measure: Measure) -> str:
-        """Return the interval in parentheses, with a space in front; "" if few bootstrap samples
-        have a score."""
+        """Return the interval in parentheses, with a space before them.
+
+        The result is "" if too few bootstrap samples have a score.
+        """
         if self.interval is not None:
             name = (
                 "95% interval" if self.interval_method == "wilson" else "95% of bootstrap samples"
@@ -69,9 +72,11 @@ class HeldOut:
 
 
 def saved_loss(model: TunedModel) -> Objective | None:
-    """Return the loss of a module where it has a name, with its numbers; None for one of the user's
-    own, in no file."""
-    loss = model.info.get("loss")  # of an augmented training it goes on with a comma
+    """Return the loss with which a module was trained, if it has a name, with its numbers.
+
+    None for a custom loss, which no file holds, and for a built-in model without a recorded loss.
+    """
+    loss = model.info.get("loss")  # an augmented training adds a comma and more text
     if loss is None or (model.spec["kind"] != "module" and not loss):
         return None
     name, numbers = parse_loss(loss.partition(",")[0] or LOSS_OF_TASK.get(model.task, ""))
@@ -91,11 +96,14 @@ def held_out_score(
     positive: object = None,
     outputs: Tensor | None = None,
 ) -> HeldOut:
-    """Score the model on the held-out rows by the scorer of this name; never raises for an
-    undefined score.
+    """Score the model on the held-out rows. An undefined score is a result, not an error.
 
-    ``positive`` is the class that it is of, None for none; ``outputs`` are the model's of the rows,
-    where known.
+    Args:
+        model: the saved model.
+        scoring: name of the scorer.
+        test: the held-out rows.
+        positive: the positive class of the score. None if it has none.
+        outputs: the model's outputs for the rows, if they are known.
     """
     rows = len(test.X)
     loss = saved_loss(model) if scoring in ("neg_loss", PINBALL) else None
@@ -112,11 +120,12 @@ def held_out_score(
         outputs, target = _outputs_to_score(model, of_loss, outputs, torch.from_numpy(y))
         if unseen:
             how, outputs, target = _with_unseen(how, outputs, target, len(classes))
-        with warnings.catch_warnings(action="ignore"):  # of classes that no row is predicted as
+        # warnings about classes that are never predicted
+        with warnings.catch_warnings(action="ignore"):
             score = _score(how, outputs, target)
         if not math.isfinite(score):
             raise ValueError("it is undefined on these rows")
-    except ValueError as error:  # what scikit-learn raises where a metric is undefined
+    except ValueError as error:  # scikit-learn raises it if a metric is undefined
         return HeldOut(math.nan, rows, unseen, str(error).rstrip("."), positive=shown)
     interval, method = _interval(how, outputs, target, score)
     return HeldOut(score, rows, unseen, interval=interval, interval_method=method, positive=shown)
@@ -128,7 +137,7 @@ def held_out_baseline(
     """Return the best answer without a model, in words, and its score on the held-out rows.
 
     The answer is a constant that is fitted on ``rest``, the rows of the search. The result is None
-    if no such constant is known, or if its score is undefined on the held-out rows.
+    if no constant answer is known, or if its score is undefined on the held-out rows.
     """
     if scoring == "neg_loss" or model.task == "custom":
         return None
@@ -146,14 +155,16 @@ def held_out_baseline(
             how, outputs, target = _with_unseen(how, outputs, target, len(classes))
         with warnings.catch_warnings(action="ignore"):  # scores that a constant leaves undefined
             score = _score(how, outputs, target)
-    except ValueError:  # raised by scikit-learn where a metric is undefined
+    except ValueError:  # scikit-learn raises it if a metric is undefined
         return None
     return (constant.answer, score) if math.isfinite(score) else None
 
 
 def labels_of(model: TunedModel, test: Source) -> tuple[list[object], np.ndarray]:
-    """Return the classes, those of the held-out rows alone last, and the rows' codes; or [] and
-    numbers."""
+    """Return the classes, and the code of each held-out row.
+
+    Classes that only held-out rows have come last. For a regression return [] and the numbers.
+    """
     return (
         ([], np.asarray(test.y, dtype=float))
         if model.classes is None
@@ -164,15 +175,17 @@ def labels_of(model: TunedModel, test: Source) -> tuple[list[object], np.ndarray
 def _outputs_to_score(
     model: TunedModel, loss: Objective | None, outputs: Tensor, y: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return outputs and targets as scores take them; a loss takes those that it was trained on."""
+    """Return outputs and targets in the form that scores take.
+
+    A loss takes the transformed targets of the training.
+    """
     if loss is not None and model.task == "regression":
         there = y.numpy() if model.transform is None else model.transform.forward(y.numpy())
         return outputs, torch.from_numpy((there - model.center) / model.scale)
     if loss is not None:
         return outputs.diff(dim=1) if loss.one_logit else outputs, y
     if model.task == "multilabel" or model.classes is not None:
-        # The model's own logits, since those of rounded probabilities would tie, and break ties,
-        # otherwise.
+        # The model's own logits. Logits of rounded probabilities would have other ties.
         return outputs, y
     predicted = torch.from_numpy(model._predict(outputs))
     return predicted if predicted.dim() > 1 else predicted[:, None], y
@@ -181,13 +194,15 @@ def _outputs_to_score(
 def _with_unseen(
     how: Scoring, outputs: Tensor, y: Tensor, classes: int
 ) -> tuple[Scoring, Tensor, Tensor]:
-    """Return what is scored where rows have a code that the outputs (n, K) lack, of so many classes
-    in all."""
+    """Return the scoring, outputs and codes for rows of classes that the outputs (n, K) lack.
+
+    ``classes`` is the number of all classes.
+    """
     unseen = y >= outputs.shape[1]
     if how.positive is not None:
         return how, outputs, y.where(~unseen, 1 - how.positive)
-    # A class without a probability would be worth what a mean over classes, or a limit of the
-    # logarithm, makes of it.
+    # These scores leave such rows out. Otherwise a mean over classes or a limit of the logarithm
+    # would decide the value of a class without a probability.
     if (
         how.is_loss
         or how.name == "balanced_accuracy"
@@ -199,16 +214,17 @@ def _with_unseen(
 
 
 def _score(how: Scoring, outputs: Tensor, y: Tensor) -> float:
+    """Return the score. Raises ValueError if no row has the positive class."""
     if how.positive is not None and not (y == how.positive).any():
-        raise ValueError("none of these rows is of the positive class")  # scikit-learn says 0
+        raise ValueError("none of these rows is of the positive class")  # scikit-learn returns 0
     return how.on_rows(outputs, y)
 
 
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:
-    """Return the 95% score interval of a share, which stays right if all or none of the rows are
-    successes.
+    """Return the 95% score interval of a share.
 
-    Source: Wilson (1927), Probable inference, the law of succession, and statistical inference.
+    It stays right if all or none of the rows are successes. Source: Wilson (1927), Probable
+    inference, the law of succession, and statistical inference.
     """
     z = 1.959963984540054  # the 97.5% quantile of the normal distribution
     share = successes / n
@@ -221,11 +237,11 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
 def _interval(
     how: Scoring, outputs: Tensor, y: Tensor, score: float
 ) -> tuple[tuple[float, float] | None, IntervalMethod]:
-    """Return the bounds of a 95% interval, and how they were computed.
+    """Return the bounds of a 95% interval, and the method that computed them.
 
-    Wilson's interval for an accuracy. For other scores the bounds of 95% of the scores of bootstrap
-    samples; for many rows smaller samples are drawn and their spread is scaled. If all samples have
-    the same score, as those of a perfect model, the bootstrap cannot tell, and there are no bounds.
+    An accuracy has Wilson's interval. Other scores have the bounds of 95% of the scores of
+    bootstrap samples. For many rows, smaller samples are drawn and their spread is scaled. If all
+    samples have the same score, like for a perfect model, the bootstrap gives no bounds.
     """
     if how.name == "accuracy":
         return wilson_interval(round(score * len(y)), len(y)), "wilson"
@@ -233,7 +249,7 @@ def _interval(
     rows = len(y)
     size = min(rows, _SAMPLE_ROWS)
     scores = []
-    with warnings.catch_warnings(action="ignore"):  # of samples that lack a class
+    with warnings.catch_warnings(action="ignore"):  # samples can lack a class
         for _ in range(_SAMPLES):
             sample = torch.from_numpy(rng.integers(0, rows, size))
             with suppress(ValueError):

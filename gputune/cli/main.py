@@ -1,7 +1,7 @@
-"""The command line: runs one command and ends with 0 done, 1 failed, 2 bad input or usage, 130
-Ctrl-C, 143 SIGTERM.
+"""The entry point of the command line.
 
-Everything heavy is imported inside the commands, so that ``gputune --help`` waits for nothing.
+It runs one command and returns its exit code: 0 done, 1 failed, 2 bad input or usage, 130 Ctrl-C,
+143 SIGTERM. Everything heavy is imported inside the commands, so that ``gputune --help`` is fast.
 """
 
 import argparse
@@ -38,7 +38,7 @@ _MODULES = {
     **dict.fromkeys(("predict", "evaluate", "export"), "model"),
     "check": "main",
 }
-"""Where the function of each command is, which returns what goes to standard output."""
+"""Command -> the module of its function, which returns the text for standard output."""
 
 DONE = 0
 FAILED = 1
@@ -49,9 +49,12 @@ _BAD_INPUT = InputError, FileNotFoundError, IsADirectoryError, NotADirectoryErro
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; what it has to say goes to standard output, the rest to standard error.
+    """Run one command and return its exit code.
 
-    Without ``argv`` it is that of the process, which is this command's alone.
+    The result goes to standard output, and everything else to standard error.
+
+    Args:
+        argv: the arguments. None: those of the process, which then runs only this command.
     """
     own_process = argv is None
     if own_process:
@@ -64,21 +67,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
     finally:
         if own_process:
-            take_signals(end_process)  # all is said, and libraries take their time to end
-            # Python would look for garbage in all that they have made, for half a second
+            take_signals(end_process)  # everything is printed, and libraries end slowly
+            # At its end Python would search all objects for garbage, which takes half a second.
             gc.freeze()
         _let_go_of_streams()
 
 
 def _command(typed: list[str]) -> int:
+    """Parse the arguments and run the command."""
     try:
         arguments = make_parser().parse_args(typed, argparse.Namespace(typed=typed))
     except SystemExit as ending:
         return int(ending.code or 0)
     file = repr(arguments.file) if hasattr(arguments, "file") else "FILE"
     interface = CommandLine(arguments.command, file)
-    # Errors about the target begin with its name, whatever that is; only tune has the option --out
-    # for a study.
+    # Names that are not translated to flags: the target, because errors begin with its name, and
+    # the study of a command without the option --out for it.
     kept = {
         getattr(arguments, "target", None) or "",
         "" if arguments.command in ("tune", "train") else "study",
@@ -95,25 +99,29 @@ def _command(typed: list[str]) -> int:
 
 
 def _open_streams() -> None:
-    """Let what is written to a closed stream go nowhere, rather than into the next file that is
-    opened."""
+    """Redirect closed streams to the null device.
+
+    Otherwise the next opened file would get the number of a closed stream, and receive its output.
+    """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            # it gets the lowest free number
+            # The opened file gets the lowest free number, the number of the closed stream.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        # A name that the terminal's encoding lacks must not end a search in an error.
+        # A character that the terminal cannot encode must not end a search with an error.
         if hasattr(stream := getattr(sys, name), "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
 def _let_go_of_streams() -> None:
-    """Forget what a full or broken stream has not taken: Python would try once more when it ends,
-    and complain."""
+    """Discard the output that a full or broken stream did not accept.
+
+    Python would otherwise try again at its end, and complain.
+    """
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -123,6 +131,7 @@ def _let_go_of_streams() -> None:
 
 
 def _run(arguments: argparse.Namespace, words: Callable[..., str]) -> int:
+    """Run the command, print its result, and return its exit code."""
     try:
         with without_collector():
             command = getattr(
@@ -134,7 +143,7 @@ def _run(arguments: argparse.Namespace, words: Callable[..., str]) -> int:
     except SearchInterrupted as stop:
         _write(stop.report if arguments.verbose else "")
         _say(words(stop.message))
-        return 128 + stop.signal  # as a shell reports a process that a signal has ended
+        return 128 + stop.signal  # the exit code that a shell gives for a signal
     except CheckFailedError as failed:
         _write(failed.report)
         _say(str(failed))
@@ -145,15 +154,17 @@ def _run(arguments: argparse.Namespace, words: Callable[..., str]) -> int:
     except (InputError, SearchFailedError, ClusterError, DivergedError, OSError) as error:
         _say(f"error: {words(_in_words(error), foreign=_causes(error))}")
         return BAD_INPUT if isinstance(error, _BAD_INPUT) else FAILED
-    except Exception:  # a bug: whoever reports it needs the traceback
+    except Exception:  # a bug: the report needs the traceback
         with suppress(OSError, ValueError):
             traceback.print_exc()
         return FAILED
 
 
 def check(arguments: argparse.Namespace) -> str:
-    """Return the table, or JSON. Raises CheckFailedError, with the same, where a law does not
-    hold."""
+    """Return the table of ``gputune check``, or JSON.
+
+    Raises CheckFailedError with the same text if a guarantee does not hold.
+    """
     with without_collector():
         from tqdm.auto import tqdm
 
@@ -183,7 +194,10 @@ def check(arguments: argparse.Namespace) -> str:
 
 
 def _write(text: str) -> int:
-    """Print the outcome. Whoever stops reading, as ``head`` does, ends the command quietly."""
+    """Print the result, and return the exit code.
+
+    A closed pipe, as with ``head``, is not reported.
+    """
     if sys.stdout.isatty():
         text = clean(text, keep="\n")
     try:
@@ -197,12 +211,13 @@ def _write(text: str) -> int:
 
 
 def _say(text: str) -> None:
-    with suppress(OSError, ValueError):  # whether it can be said or not, the exit code tells
+    """Print a line to standard error."""
+    with suppress(OSError, ValueError):  # the exit code reports the failure in any case
         print(f"gputune: {clean(text)}", file=sys.stderr)
 
 
 def _causes(error: BaseException) -> list[str]:
-    """Return what other libraries and the user's own code said, of which an error tells."""
+    """Return the messages of other libraries and of the user's code that caused an error."""
     found = []
     while error.__cause__ is not None:
         error = error.__cause__
@@ -212,6 +227,7 @@ def _causes(error: BaseException) -> list[str]:
 
 
 def _in_words(error: Exception) -> str:
+    """Return the message of an error, with the file name of an OSError."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror if error.filename is None else f"{error.strerror}: {error.filename!r}"
     if not isinstance(error, OSError):
@@ -221,8 +237,7 @@ def _in_words(error: Exception) -> str:
 
 @contextmanager
 def _warnings_in_words(words: Callable[[str], str]) -> Iterator[None]:
-    """Show a warning that is meant for the user as one line, once, instead of as a line of our
-    code."""
+    """Show each warning for the user once, as one line without a line of our code."""
     said = set()
     shown_otherwise = warnings.showwarning
 

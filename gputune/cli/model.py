@@ -1,5 +1,4 @@
-"""The commands on a saved model: ``gputune predict``, ``evaluate``, ``export``; its scores on rows
-with a target."""
+"""The commands ``gputune predict``, ``evaluate`` and ``export`` on a saved model."""
 
 import csv
 import io
@@ -34,7 +33,7 @@ from gputune.study.trained_rows import share_of_rows
 from gputune.text import clean, count, is_formula, measure_of, paragraph, table
 from gputune.types import Json, Task
 
-_SCORES: dict[Task, tuple[str, ...]] = {  # beside the one of the search
+_SCORES: dict[Task, tuple[str, ...]] = {  # in addition to the metric of the search
     "binary": ("accuracy", "balanced_accuracy", "roc_auc", "neg_log_loss"),
     "multiclass": ("accuracy", "balanced_accuracy", "roc_auc_ovr", "neg_log_loss"),
     "regression": ("r2", "neg_mean_absolute_error", "neg_root_mean_squared_error"),
@@ -44,19 +43,24 @@ _SCORES: dict[Task, tuple[str, ...]] = {  # beside the one of the search
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores of a model by name; of classes a confusion matrix."""
+    """The scores of a model by name, and the confusion matrix for classes."""
 
     rows: int
     scores: dict[str, HeldOut]
-    classes: list[object]  # [] of numbers
-    confusion: list[list[int]]  # lines are true classes, columns predicted ones
-    dropped: str = ""  # the remark on rows whose target is missing, which were left out
+    classes: list[object]  # [] for numbers
+    confusion: list[list[int]]  # rows are true classes, columns are predicted classes
+    dropped: str = ""  # remark on rows left out because their target is missing
     trained_share: float | None = None
-    """About which share of the rows the model was trained on; None if it is not known, of a model
-    of an old version."""
+    """The approximate share of the rows that the model was trained on.
+
+    None if it is not known, for models of old versions.
+    """
 
     def to_json(self) -> Json:
-        """Return plain values; scores in scikit-learn's sign, null where they are undefined."""
+        """Return the scores as plain values.
+
+        Scores have scikit-learn's sign, and null if undefined.
+        """
         scores = {}
         for name, one in self.scores.items():
             score = {"score": None, "why": one.why} if one.why else _score_json(one)
@@ -72,6 +76,7 @@ class Evaluation:
         )
 
     def text(self, width: int) -> str:
+        """Return the scores as text for a terminal of this width."""
         rows = []
         remarks = [f"{clean(self.dropped)}."] if self.dropped else []
         remarks += _remarks_on_trained_rows(self.trained_share)
@@ -104,7 +109,7 @@ class Evaluation:
         return "\n\n".join([*parts, *(self._class_tables() if self.classes else [])])
 
     def _intervals_remark(self) -> str:
-        """Return how the intervals were computed, and why some scores have none."""
+        """Return sentences on the method of the intervals, and on scores without one."""
         sentences = []
         methods = {one.interval_method for one in self.scores.values() if one.interval is not None}
         if methods == {"wilson"}:
@@ -129,7 +134,7 @@ class Evaluation:
         return " ".join(sentences)
 
     def _class_tables(self) -> list[str]:
-        """Return precision and recall of each class, and the matrix where they are few."""
+        """Return tables of precision and recall, and of the confusion matrix of few classes."""
         names = [clean(label) for label in self.classes]
         matrix = np.array(self.confusion)
         shares = []
@@ -141,7 +146,7 @@ class Evaluation:
             )
             shares.append([name, str(rows), precision, recall])
         tables = [table(["class", "rows", "precision", "recall"], shares, left=["class"])]
-        if len(names) <= 12:  # as many as a terminal has room for
+        if len(names) <= 12:  # as many as fit on a terminal
             corner = "true \\ predicted"
             lines = zip(names, self.confusion)
             tables.append(
@@ -155,14 +160,24 @@ class Evaluation:
 
 
 def _score_json(one: HeldOut) -> Json:
+    """Return a score and its interval as plain values."""
     return {"score": one.score, "interval": one.interval, "interval_method": one.interval_method}
 
 
 def evaluation(
     model: TunedModel, test: Source, scoring: Sequence[str] | None, positive: object
 ) -> Evaluation:
-    """Return the scores of a model on rows with their target: those asked for, or the usual ones.
-    Raises InputError."""
+    """Return the scores of a model on rows with their targets.
+
+    Args:
+        model: the saved model.
+        test: the rows.
+        scoring: names of the scorers. None: the usual ones.
+        positive: the positive class, or None.
+
+    Raises:
+        InputError: a score does not exist, or does not fit the model.
+    """
     loss = saved_loss(model)
     task = model.task
     if task == "custom":
@@ -197,7 +212,7 @@ def evaluation(
             if task == "binary" and name in known and has_positive_class(get_scorer(name))
             else None
         )
-        # raises for a name that is none
+        # Raises InputError for an unknown name.
         make_scoring(name, task, model.classes, one, loss, n_labels=y.shape[-1])
         scores[name] = held_out_score(model, name, test, positive=one, outputs=outputs)
     share = _trained_share(model, test, y)
@@ -212,11 +227,14 @@ def evaluation(
 
 _FEW = 0.01
 _ALMOST_ALL = 0.995
-"""Shares of the rows: up to the first one equal rows are taken for chance, from the second one on
-all are meant."""
+"""Shares of the rows.
+
+Below the first one, equal rows are taken for chance. Above the second one, all rows are meant.
+"""
 
 
 def _remarks_on_trained_rows(share: float | None) -> list[str]:
+    """Return a remark if the model was trained on some of the rows."""
     if share is None or share < _FEW:
         return []
     if share > _ALMOST_ALL:
@@ -229,12 +247,15 @@ def _remarks_on_trained_rows(share: float | None) -> list[str]:
 
 
 def _trained_share(model: TunedModel, test: Source, y: np.ndarray) -> float | None:
-    """Return about which share of rows with the targets y, (n, ...) codes or numbers, the model was
-    trained on."""
+    """Return the approximate share of the rows that the model was trained on, or None.
+
+    ``y`` (n, ...) holds the codes or numbers of the targets.
+    """
     sample = model.info.get("trained_rows")
     if sample is None:
         return None
-    with warnings.catch_warnings(action="ignore"):  # the prediction of these rows has warned
+    # the prediction of these rows has shown them already
+    with warnings.catch_warnings(action="ignore"):
         X = model._inputs(test.X)
         try:
             return share_of_rows(sample, model.layout, X, y)
@@ -246,6 +267,7 @@ def _trained_share(model: TunedModel, test: Source, y: np.ndarray) -> float | No
 
 
 def _load_model(arguments: Namespace) -> TunedModel:
+    """Return the model of the command, with the class from ``--model`` if it was given."""
     module = None
     if arguments.model is not None:
         path, colon, name = arguments.model.rpartition(":")
@@ -258,10 +280,10 @@ def _load_model(arguments: Namespace) -> TunedModel:
 
 
 def predict(arguments: Namespace) -> str:
-    """Return the predictions as CSV, or write them to ``--out``, behind the columns that ``--keep``
-    names.
+    """Return the predictions as CSV, or write them to ``--out``.
 
-    A kept column that is named as a predicted one has "_given" behind its name.
+    The columns that ``--keep`` names come first. If a kept column has the name of a predicted
+    column, "_given" is added to its name.
     """
     model = _load_model(arguments)
     file = arguments.file
@@ -270,7 +292,7 @@ def predict(arguments: Namespace) -> str:
             f"--keep names columns of a table, and {file!r} holds arrays; leave it out."
         )
     kept = read_columns(file, arguments.keep) if arguments.keep else []
-    if kept:  # the model does not read them, which is no news
+    if kept:  # declared as dropped, so that the model does not warn of unused columns
         model = replace(
             model, info={**model.info, "drop": [*model.info.get("drop", ()), *arguments.keep]}
         )
@@ -306,6 +328,7 @@ def predict(arguments: Namespace) -> str:
 def _predictions(
     model: TunedModel, arguments: Namespace
 ) -> tuple[list[object], list[list[object]]]:
+    """Return the header and the rows of the predictions."""
     file = arguments.file
     target = model.target
     if arguments.proba and arguments.interval is not None:
@@ -327,8 +350,7 @@ def _predictions(
 
 
 def evaluate(arguments: Namespace) -> str:
-    """Return the scores of a model on the rows of a file that has the right answers, as text or
-    JSON."""
+    """Return the scores of a model on the rows of a file with known targets, as text or JSON."""
     model = _load_model(arguments)
     positive = arguments.positive
     if positive is not None and model.classes is None:
@@ -345,7 +367,7 @@ def evaluate(arguments: Namespace) -> str:
 
 
 def export(arguments: Namespace) -> str:
-    """Write the file and return one line on what it takes and gives."""
+    """Write the exported model, and return one line about its inputs and outputs."""
     model = _load_model(arguments)
     model.export(arguments.out)
     known = description(model)

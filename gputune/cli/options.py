@@ -1,5 +1,4 @@
-"""The options of a search as they were typed: words, KEY=VALUE and flags become what
-``gputune.tune`` takes."""
+"""The conversion of typed options into the arguments of ``gputune.tune``."""
 
 import math
 import re
@@ -48,12 +47,15 @@ def options_of(arguments: Namespace, study_file: Path) -> Options:
     else:
         typed["method"] = _method(arguments)
         if isinstance(typed["method"], Hypergradient):
-            typed.setdefault("n_trials", 8)  # each a start
+            typed.setdefault("n_trials", 8)  # each is a starting point
     return Options(**{**typed, "study": study_file})
 
 
 def typed_options(arguments: Namespace) -> Config:
-    """Return the options of a search that were typed; of processes and a cluster one alone."""
+    """Return the options of a search that were typed.
+
+    Raises InputError if both processes and a Ray cluster were given.
+    """
     names = RULES.keys() - {"study"}
     typed = {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
     if arguments.ray is not None:
@@ -66,7 +68,10 @@ def typed_options(arguments: Namespace) -> Config:
 
 
 def _config(texts: Sequence[str], flag: str) -> Config:
-    """Return the one configuration of several KEY=VALUE. Raises InputError for lists and ranges."""
+    """Return one configuration of several KEY=VALUE texts.
+
+    Raises InputError for lists and ranges.
+    """
     config = parse_specs(texts, flag)
     for key, value in config.items():
         if isinstance(value, list) and len(value) == 1:  # a tuple
@@ -79,6 +84,7 @@ def _config(texts: Sequence[str], flag: str) -> Config:
 
 
 def _pairs(texts: Sequence[str], flag: str, example: str) -> dict[str, str]:
+    """Return the pairs of several KEY=VALUE texts. Raises InputError with an example."""
     pairs = {}
     for text in texts:
         key, equals, value = text.rpartition("=")
@@ -89,6 +95,7 @@ def _pairs(texts: Sequence[str], flag: str, example: str) -> dict[str, str]:
 
 
 def _weights(text: str) -> dict[str, float]:
+    """Return the weight of each class from the text of ``--class-weight``."""
     example = "left=5,stayed=1"
     pairs = _pairs(text.split(","), "--class-weight", f"{example}, or balanced")
     try:
@@ -99,6 +106,10 @@ def _weights(text: str) -> dict[str, float]:
 
 
 def _method(arguments: Namespace) -> Method:
+    """Return the search method of the typed options.
+
+    Raises InputError for options that belong to another method.
+    """
     word = arguments.method or "random"
     legal = METHOD_RULES.get(word, {})
     for other, rules in METHOD_RULES.items():
@@ -127,8 +138,10 @@ _EXAMPLES = (
 
 
 def parse_specs(texts: Iterable[str], flag: str = "--space") -> dict[str, object]:
-    """Return the space of several ``KEY=SPEC``, for ``check_space``; a key given twice is an
-    InputError."""
+    """Return the space of several ``KEY=SPEC`` texts, for ``check_space``.
+
+    Raises InputError for a key that is given twice.
+    """
     space: dict[str, object] = {}
     for key, value in map(parse_spec, texts):
         if key in space:
@@ -139,14 +152,16 @@ def parse_specs(texts: Iterable[str], flag: str = "--space") -> dict[str, object
 
 
 def parse_spec(text: str) -> tuple[str, object]:
-    """Return the key and the value of one ``KEY=SPEC``, as ``check_space`` takes it.
+    """Return the key and the values of one ``KEY=SPEC`` text, for ``check_space``.
 
-    ``a,b,c`` is a list, ``a..b`` uniform between (all integers, both ends included, for an integer
-    key),
-    ``a..b:log`` log-uniform, anything else one fixed value. A ``module__*`` value is read as a
-    number, as true or false, else as a word; its range is of integers when both ends are written
-    so. ``(a,b)``, of these or of
-    ``width``, is one value, a tuple. Raises InputError.
+    - ``a,b,c`` is a list.
+    - ``a..b`` is a uniform range. For an integer key it holds all integers, including both ends.
+    - ``a..b:log`` is a log-uniform range.
+    - ``(a,b)`` is one value, a tuple. It works for ``module__*`` and for ``width``.
+    - Anything else is one fixed value.
+
+    A ``module__*`` value is read as a number or as true or false, otherwise as text. Its range has
+    integers if both ends are written as integers. Raises InputError.
     """
     key, equals, spec = (part.strip() for part in text.partition("="))
     if not equals or not key or not spec:
@@ -159,6 +174,7 @@ def parse_spec(text: str) -> tuple[str, object]:
 
 
 def _parse_range(key: str, low_text: str, high_text: str, scale: str, text: str) -> object:
+    """Return the distribution of a range LOW..HIGH, with an optional ":log"."""
     low = _number(low_text)
     high = _number(high_text)
     if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
@@ -186,6 +202,7 @@ def _parse_range(key: str, low_text: str, high_text: str, scale: str, text: str)
 
 
 def _parse_value(key: str, text: str, spec: str) -> str | float | bool | tuple[object, ...]:
+    """Return one value of a list: text, a number, a boolean or a tuple."""
     if not text:
         raise InputError(f"A list needs a value at each place, got {spec!r}. {_EXAMPLES}")
     if key in WORDS:
@@ -203,6 +220,7 @@ def _parse_value(key: str, text: str, spec: str) -> str | float | bool | tuple[o
 
 
 def _number(text: str) -> int | float | None:
+    """Return the number that a text spells, or None."""
     for read in (int, float):
         with suppress(ValueError):
             return read(text)

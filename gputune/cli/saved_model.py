@@ -1,6 +1,6 @@
-"""The options of the saved model: checks before the search, and what the closing text says of them.
+"""The options of the saved model: calibration, intervals, and the comparison with the default.
 
-They are its calibration, its intervals, and the comparison with the default's model.
+It has the checks before the search, and the sentences of the closing text.
 """
 
 import math
@@ -22,15 +22,17 @@ from gputune.tuning.options import Options
 from gputune.types import Json
 from gputune.views.default_trial import default_trial
 
-LEVEL = 0.9  # of the intervals whose coverage is told
+LEVEL = 0.9  # level of the intervals whose coverage is printed
 
 COMPARED_SHARE = 0.1
-"""The default's model is trained for a comparison if that takes less than this share of the
-search's member-steps."""
+"""Share of the search's member-steps.
+
+The default's model is trained for a comparison if that takes less.
+"""
 
 
 def read_saved_description(folder: Path) -> Json:
-    """Return the description of the model in a folder; {} where it holds none that can be read."""
+    """Return the description of the model in a folder, or {} if no description can be read."""
     try:
         return read_description(folder / DESCRIPTION)
     except InputError:
@@ -38,8 +40,7 @@ def read_saved_description(folder: Path) -> Json:
 
 
 def check_extras(rest: Source, options: Options, *, intervals: bool, calibrate: bool) -> None:
-    """Raise InputError, before anything trains, where no model can have intervals, or be
-    calibrated."""
+    """Raise InputError before training if the model cannot have intervals or be calibrated."""
     if not (intervals or calibrate):
         return
     target = check_target(rest.y, task=options.task, n_rows=len(rest.X), name=rest.target)
@@ -64,8 +65,7 @@ def check_extras(rest: Source, options: Options, *, intervals: bool, calibrate: 
 
 
 def calibration_text(model: TunedModel) -> str:
-    """Return the temperature by which the logits of a calibrated model are divided; "" for other
-    models."""
+    """Return a sentence with the temperature of a calibrated model, or "" for other models."""
     if model.temperature == 1.0:
         return ""
     return (
@@ -75,7 +75,7 @@ def calibration_text(model: TunedModel) -> str:
 
 
 def coverage_text(model: TunedModel, test: Source | None) -> str:
-    """Return the share of held-out rows that the model's intervals hold."""
+    """Return a sentence with the share of held-out rows inside the model's intervals."""
     if test is None:
         return "The model has intervals. No rows were held out to check how many values they hold."
     try:
@@ -104,8 +104,10 @@ def is_cheap_to_train(study: Study, trial: Trial) -> bool:
 
 
 def _steps(study: Study, trial: Trial, n_rows: int) -> int:
-    """Return the number of optimizer steps of one epoch on so many rows; 1 for a model that is
-    solved."""
+    """Return the number of optimizer steps of one epoch on ``n_rows`` rows.
+
+    It is 1 for a model that is solved.
+    """
     choice = study.data.choice
     options = study.data.options
     if choice.solved:
@@ -114,8 +116,7 @@ def _steps(study: Study, trial: Trial, n_rows: int) -> int:
 
 
 def is_worth_comparing(study: Study, held_out: HeldOut | None) -> bool:
-    """Return whether the default's model is compared without being asked for: if that is possible
-    and cheap."""
+    """Return whether the default's model is compared by default: if that is possible and cheap."""
     default = default_trial(study)
     if default is None or held_out is None or held_out.why or is_default_best(study):
         return False

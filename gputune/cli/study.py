@@ -1,8 +1,7 @@
-"""The commands on a study: ``gputune trials``, ``best``, ``status`` of a running search, its page,
-``repair``.
+"""The commands ``gputune trials``, ``best``, ``status``, ``report`` and ``repair`` on a study.
 
-What trains or draws is imported by the command that needs it: a look at trials must not wait for
-torch.
+A command imports the modules that train or draw only if it needs them. A list of trials must not
+wait for torch.
 """
 
 import csv
@@ -42,16 +41,18 @@ FIELDS = ("number", "params", "score", "fold_scores", "best_epoch", "state", "se
 
 SCORE = "score"
 SCORE_AND_ERROR = "score ± error"
-"""Columns that are named as the measure when they are shown, unless its name is long; titles have
-it in full."""
+"""Columns that are shown under the name of the measure, unless that is long.
+
+Titles show it in full.
+"""
 
 _LONGEST = 17
 
 _WATCH_SECONDS = 2.0
 _LIVE_SECONDS = 5
 _CURVES = 5
-"""Between two looks at a running search, between two of its pages, and the curves that a look
-shows."""
+"""Seconds between two looks at a running search, seconds between two live reports, and number of
+curves in a look."""
 
 _LISTINGS = (
     ("trial", SCORE_AND_ERROR, "epoch", "state", "seconds"),
@@ -61,6 +62,7 @@ _LISTINGS = (
 
 
 def trials(arguments: Namespace) -> str:
+    """Return the trials of a study as a table, JSON or CSV."""
     study = open_study(arguments)
     if arguments.format == "table":
         return trials_table(study, width=shutil.get_terminal_size().columns)
@@ -68,19 +70,22 @@ def trials(arguments: Namespace) -> str:
 
 
 def best(arguments: Namespace) -> str:
+    """Return the best trial of a study as text or JSON."""
     study = open_study(arguments)
     return best_json(study) if arguments.format == "json" else best_text(study)
 
 
 def open_study(arguments: Namespace) -> Study:
-    """Return the study of a command, by the metric that ``--by`` names."""
+    """Return the study of a command, ranked by the metric of ``--by``."""
     study = Study.open(study_file(arguments.study))
     return study if arguments.by is None else ranked_by(study, arguments.by)
 
 
 def trials_table(study: Study, *, width: int) -> str:
-    """Return one line a trial in the order of their numbers, under a title; fewer columns where it
-    is narrow."""
+    """Return a title and one line per trial in order of number.
+
+    If the terminal is narrow, it has fewer columns.
+    """
     measure = score_view(study).measure
     rows = trial_rows(study, study.trials, _LISTINGS, width=width)
     folds = f", {mean_words(study, errors='±' in rows)}" * (study.record.face != "loop")
@@ -98,8 +103,10 @@ def trials_table(study: Study, *, width: int) -> str:
 
 
 def trials_json(study: Study) -> str:
-    """Return objects with the keys ``FIELDS``, a failed one with a "reason": scikit-learn's sign,
-    null for NaN."""
+    """Return the trials as JSON objects with the keys ``FIELDS``, and a "reason" for failed trials.
+
+    Scores have scikit-learn's sign. NaN is null.
+    """
     rows = [_plain(trial) for trial in study.trials]
     for row, trial in zip(rows, study.trials):
         if trial.state == "failed":
@@ -108,13 +115,13 @@ def trials_json(study: Study) -> str:
 
 
 def trials_csv(study: Study) -> str:
-    """Return the columns of ``Study.to_pandas``: one for each fold and each parameter; empty for
-    NaN.
+    """Return the columns of ``Study.to_pandas`` as CSV, with a column for each fold and parameter.
 
-    Text that a spreadsheet takes for a formula has a ' before it.
+    NaN is empty. Text that a spreadsheet takes for a formula has a ' before it.
     """
 
     def cell(value: object) -> object:
+        """Return one cell, without formulas."""
         if value is None or (isinstance(value, float) and math.isnan(value)):
             return ""
         text = value if isinstance(value, bool | int | float) else clean(_name(value))
@@ -129,7 +136,10 @@ def trials_csv(study: Study) -> str:
 
 
 def best_text(study: Study) -> str:
-    """Return the best score and its parameters, these in full so that they can be copied."""
+    """Return the best score and its parameters.
+
+    These are written in full, so that you can copy them.
+    """
     best = study.best_trial
     measure = score_view(study).measure
     rows = [
@@ -165,8 +175,8 @@ def best_json(study: Study) -> str:
 
 
 def mean_words(study: Study, *, errors: bool) -> str:
-    """Return what a score is over the folds, and what stands behind the plus-minus sign where there
-    is one."""
+    """Return words that say that a score is a mean over the folds, with its standard error if
+    shown."""
     folds = study.record.folds or study.curves.shape[2]
     return f"mean{' ± standard error' * errors} over {count(folds, 'fold')}"
 
@@ -179,11 +189,17 @@ def trial_rows(
     width: int,
     indent: str = "",
 ) -> str:
-    """Return a table of trials in the first of the layouts that is not too wide, a column for each
-    parameter.
+    """Return a table of trials, with a column for each parameter.
 
-    Where all are too wide, the parameters share the last column of the last one, on several lines.
-    Metrics that do not rank stand behind the score.
+    Metrics that do not rank follow the score.
+
+    Args:
+        study: the study.
+        trials: the trials to show.
+        layouts: sets of columns. The first that fits into ``width`` is used. If all are too wide,
+            the parameters share the last column of the last one, on several lines.
+        width: width of the terminal.
+        indent: text before each line.
     """
     measure = score_view(study).measure
     others = other_measures(study)
@@ -215,6 +231,7 @@ def trial_rows(
 def _cells(
     trial: Trial, measure: Measure, layout: Sequence[str], others: Mapping[str, Measure]
 ) -> list[str]:
+    """Return the cells of one trial in a layout."""
     scores = trial.scores
     cells = {
         "trial": str(trial.number),
@@ -230,7 +247,7 @@ def _cells(
 
 
 def pareto_text(study: Study, *, width: int, most: int) -> str:
-    """Return a table of the Pareto-optimal trials by several metrics; "" for one metric."""
+    """Return a table of the Pareto-optimal trials, or "" for one metric."""
     if not study.metrics:
         return ""
     front = pareto_trials(study)
@@ -250,8 +267,10 @@ def pareto_text(study: Study, *, width: int, most: int) -> str:
 
 
 def _plain(trial: Trial) -> dict[str, object]:
-    """A trial as values that JSON has: null for NaN, and text for infinity, which is a value that C
-    may have."""
+    """Return a trial as values that JSON supports.
+
+    NaN is null. Infinity, a possible value of C, is text.
+    """
     row = {field: getattr(trial, field) for field in FIELDS} | {"origin": trial.origin_text}
     row["params"] = {
         name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
@@ -265,16 +284,20 @@ def _plain(trial: Trial) -> dict[str, object]:
 
 
 def _numbers(values: Iterable[float]) -> list[float | None]:
+    """Return numbers with None for NaN and infinity."""
     return [value if math.isfinite(value) else None for value in values]
 
 
 def _name(value: object) -> str:
+    """Return the name of a function or class, or the text of another value."""
     return str(getattr(value, "__name__", value))
 
 
 def status(arguments: Namespace) -> str:
-    """Return in a few lines how far a search is, also one of another process; with ``--watch``
-    again and again."""
+    """Return the progress of a search, also of a search in another process.
+
+    With ``--watch`` print it again and again until the search ends.
+    """
     file = study_file(arguments.study)
     while True:
         text, is_over = _look(file, most=_CURVES if arguments.watch else 0)
@@ -285,13 +308,12 @@ def status(arguments: Namespace) -> str:
 
 
 def _look(file: Path, *, most: int) -> tuple[str, bool]:
-    """Return how far the search of a file is, a line for each thing that is known, and whether all
-    trials have ended.
+    """Return the progress of the search in a file as text, and whether all trials have ended.
 
-    At most so many curves of the best trials stand below. All trials are counted and the best alone
-    are read, which of a large study takes a fraction of the time.
+    Up to ``most`` curves of the best trials are shown below. All trials are counted, but only the
+    best are read. This is much faster for a large study.
     """
-    # before it is opened, which may tidy up the file
+    # Read before the file is opened, because opening may change the file.
     written = last_written(file) if file.is_file() else 0.0
     with Store.open(file) as store:
         states = store.states()
@@ -311,7 +333,7 @@ def _look(file: Path, *, most: int) -> tuple[str, bool]:
     lines = [f"{name:9}{text}" for name, text in facts]
     measure = score_view(study).measure
     best = [row for row in study.order[:most] if math.isfinite(study.scores[row])]
-    if best and study.curves.shape[1] > 1:  # on the scale of all of them
+    if best and study.curves.shape[1] > 1:  # all curves share one scale
         lines.append("")
         for row in best:
             curve = blocks(study.curves[row].mean(1), width=40)
@@ -321,8 +343,8 @@ def _look(file: Path, *, most: int) -> tuple[str, bool]:
 
 
 def _running_lines(file: Path, study: Study) -> Iterator[str]:
-    """Yield for each process that trains how far it is, and the best fold mean that it has seen at
-    any epoch."""
+    """Yield a line for each process that trains, with its progress and best mean score at any
+    epoch."""
     with Claims(file) as claims:
         for owner, progress in claims.shown():
             best = progress["best"]
@@ -337,20 +359,21 @@ def _running_lines(file: Path, study: Study) -> Iterator[str]:
 
 
 def last_written(file: Path) -> float:
-    """Return when the study was last written, by the clock of its file system, in seconds since
-    1970."""
+    """Return the time of the last write to the study, in seconds since 1970, by its file system's
+    clock."""
     resolved = file.resolve()
     log = resolved.with_name(f"{resolved.name}-wal")
-    is_written = log.exists() and log.stat().st_size > 0  # an empty one was made by a reader
+    is_written = log.exists() and log.stat().st_size > 0  # a reader makes an empty log
     return max(path.stat().st_mtime for path in (resolved, *[log] * is_written))
 
 
 def _best(study: Study, *, trains_on: bool) -> str:
+    """Return the best score so far and its parameters."""
     if (best := best_trial(study)) is None:
         return "none yet"
     measure = study.record.measure(best.score)
-    # The trials that have passed a rung have no result before they end, and all that have one are
-    # worse.
+    # Trials that have passed a rung have no result before they end. So far all trials with a result
+    # are worse.
     left = (
         " (pruned; those that train on are not told yet)"
         if trains_on and best.state == "pruned"
@@ -363,7 +386,7 @@ def _best(study: Study, *, trains_on: bool) -> str:
 
 
 def report(arguments: Namespace) -> str:
-    """Write the page to ``--out``, which may be overwritten, and return where it is."""
+    """Write the HTML report to ``--out``, which may exist, and return its place."""
     with without_collector():
         from gputune.report.page import page
         from gputune.tuning.refit import Access
@@ -374,7 +397,7 @@ def report(arguments: Namespace) -> str:
     check_place(f"--out {out!r}", Path(out), file)
     study = open_study(arguments)
     parts = {"confusion": bool(arguments.confusion), "importance": bool(arguments.importance)}
-    if arguments.live and any(parts.values()):  # before a page is written
+    if arguments.live and any(parts.values()):  # checked before a report is written
         check_fold_report(study, confusion=parts["confusion"])
 
     def write(folds: FoldReport | None = None, reload_seconds: int = 0) -> None:
@@ -387,7 +410,7 @@ def report(arguments: Namespace) -> str:
                 write(reload_seconds=_LIVE_SECONDS)
                 time.sleep(_LIVE_SECONDS)
                 study = open_study(arguments)
-        finally:  # the last one stays as it is
+        finally:  # the last report does not reload itself
             write()
     if any(parts.values()):
         access = Access(study, trust_code=bool(arguments.trust_code), called="report")
@@ -398,6 +421,7 @@ def report(arguments: Namespace) -> str:
 
 
 def repair(arguments: Namespace) -> str:
+    """Save the intact part of a damaged study into a new file, and return the summary."""
     from gputune.study.repair import repair
 
     saved = repair(study_file(arguments.study), arguments.out, argument="--out ")

@@ -1,5 +1,5 @@
-"""What is printed when a search has ended: what was understood, the best trials, the honest score,
-what to do next."""
+"""The text at the end of a search: the data, the best trials, the held-out score and the next
+steps."""
 
 import math
 import re
@@ -25,29 +25,29 @@ from gputune.text import Measure, blocks, clean, count, paragraph
 from gputune.views.default_trial import improvement_text
 from gputune.views.scores import other_measures, score_view
 
-# trials in the table, letters of a label
+# Number of trials in the table, and width of a label in letters.
 _BEST = 5
 _LABEL = 9
 
 
 @dataclass(frozen=True)
 class Ending:
-    """A finished search, and what came of it."""
+    """A finished search and its results."""
 
-    file: str  # its input, as it was typed
+    file: str  # the input, as it was typed
     study: Study
-    rest: Source  # the rows that it searched on
+    rest: Source  # the rows of the search
     study_file: Path
-    held_out: HeldOut | None = None  # the score on rows apart; None: all rows were used
-    model_folder: Path | None = None  # None where no model was saved
+    held_out: HeldOut | None = None  # score on held-out rows; None if no rows are held out
+    model_folder: Path | None = None  # None if no model was saved
     seconds: float = 0.0  # of the whole run
-    ensemble: str = ""  # what is said of one
+    ensemble: str = ""  # the sentences about an ensemble
     model: TunedModel | None = None  # the model that was saved
     model_sentences: Sequence[str] = ()  # on its calibration and intervals
     comparison: str = ""  # with the default's model, on the held-out rows
-    trial: Trial | None = None  # that of ``gputune train``; None after a search
-    ended: str = ""  # why it was good enough before its last trial
-    typed: Sequence[str] = ()  # the words behind ``gputune``
+    trial: Trial | None = None  # the trial of ``gputune train``; None after a search
+    ended: str = ""  # why the search ended before its last trial
+    typed: Sequence[str] = ()  # the arguments after ``gputune``
 
 
 def ensemble_words(
@@ -58,8 +58,8 @@ def ensemble_words(
     *,
     is_saved: bool,
 ) -> str:
-    """Say what an ensemble is of, its score beside that of the best trial, and which of both is
-    saved."""
+    """Return sentences on an ensemble: its members, its score compared with the best trial, its
+    saving."""
     measure = score_view(study).measure
     members = count(len(model.info["ensemble"]), "trial")
     text = (
@@ -84,7 +84,7 @@ def ensemble_words(
 
 
 def summary_text(ending: Ending, *, width: int) -> str:
-    """Return the lines that end ``gputune tune`` and ``train``."""
+    """Return the closing text of ``gputune tune`` and ``train``."""
     trials = (
         _best_trials(ending, width)
         if ending.trial is None
@@ -103,7 +103,7 @@ def summary_text(ending: Ending, *, width: int) -> str:
 
 
 def stopped_text(ending: Ending, *, width: int) -> str:
-    """Return what is there when Ctrl-C has ended ``gputune``: the table, and how to go on."""
+    """Return the closing text after Ctrl-C: the table so far, and how to resume."""
     parts = [_understood(ending, width)]
     if any(math.isfinite(trial.score) for trial in ending.study.trials):
         parts.append(_best_trials(ending, width))
@@ -113,17 +113,18 @@ def stopped_text(ending: Ending, *, width: int) -> str:
 
 
 def _go_on(ending: Ending) -> str:
+    """Return the line with the command that resumes the search."""
     return _line("Go on", shlex.join(["gputune", *ending.typed]))
 
 
 def _line(name: str, text: object) -> str:
-    """Return a line that is not filled, so that a path stays in one piece."""
+    """Return one line that is not wrapped, so that a path stays in one piece."""
     return f"{name:{_LABEL}}{clean(text)}"
 
 
 def _places(ending: Ending, width: int) -> list[str]:
-    """How many trials there are of each state, their file, the model where one was saved, and what
-    to do with it."""
+    """Return the number of trials by state, the files of the study and the model, and the next
+    command."""
     states = states_text(states_of(ending.study))
     ended = [("Ended", ending.ended)] if ending.ended else []
     trials = _label_lines(
@@ -140,6 +141,7 @@ def _places(ending: Ending, width: int) -> list[str]:
 
 
 def _label_lines(lines: list[tuple[str, str]], width: int) -> str:
+    """Return lines with labels, wrapped to the width."""
     then = " " * _LABEL
     return "\n".join(
         paragraph(clean(text), width, first=f"{name:{_LABEL}}", then=then) for name, text in lines
@@ -147,10 +149,11 @@ def _label_lines(lines: list[tuple[str, str]], width: int) -> str:
 
 
 _ENDING = re.compile(r" --(?:timeout|target-score|patience-trials)[ =]\S+")
-"""Flags that end a search before its last trial."""
+"""A regular expression for flags that end a search before its last trial."""
 
 
 def _understood(ending: Ending, width: int) -> str:
+    """Return the lines on data, inputs, task and search."""
     study = ending.study
     record = ending.study.record
     held_out = (record.source or {}).get("held_out")
@@ -177,6 +180,7 @@ def _understood(ending: Ending, width: int) -> str:
 
 
 def _inputs(ending: Ending) -> tuple[str, str]:
+    """Return the label and text about the inputs or columns."""
     X = ending.rest.X
     if isinstance(X, Arrays):
         return "Inputs", str(ArrayLayout.of(X))
@@ -190,13 +194,14 @@ def _inputs(ending: Ending) -> tuple[str, str]:
     layout = None if ending.model is None else ending.model.layout
     if not isinstance(layout, Layout):
         return "Columns", features
-    # The columns that the model reads: constant ones and identifiers are left out.
+    # Only columns that the model reads. Constant columns and identifiers are left out.
     kinds = Counter(column.kind for column in layout.columns)
     named = ", ".join(count(number, kind) for kind, number in kinds.items())
     return "Columns", f"{named}, {features}"
 
 
 def _task(study: Study) -> str:
+    """Return the text about the task and the target."""
     record = study.record
     classes = study.record.classes
     target = clean(study.record.target)
@@ -218,6 +223,7 @@ def _task(study: Study) -> str:
 
 
 def _method(study: Study) -> list[tuple[str, str]]:
+    """Return the lines about the search method."""
     method = study.record.method
     if isinstance(method, str):
         return []
@@ -237,7 +243,7 @@ def _method(study: Study) -> list[tuple[str, str]]:
 
 
 def _pruning_text(study: Study) -> str:
-    """The rungs at which trials left, and how much training that saved."""
+    """Return the rungs at which trials were pruned, and the saved share of training."""
     left = Counter(trial.detail["rung"] for trial in study.trials if trial.state == "pruned")
     if not left:
         return "no trial was pruned: there was no rung before the last epoch, or one trial alone"
@@ -248,6 +254,7 @@ def _pruning_text(study: Study) -> str:
 
 
 def _descent(study: Study, outer_steps: int) -> str:
+    """Return the text about a hypergradient search."""
     n_starts = sum(trial.origin[1] == 0 for trial in study.trials)
     guarded = study.guarded
     on = ", ".join(study.record.descended)
@@ -265,17 +272,19 @@ def _descent(study: Study, outer_steps: int) -> str:
 
 
 def _best_trials(ending: Ending, width: int) -> str:
+    """Return the table of the best trials."""
     study = ending.study
     measure = score_view(ending.study).measure
     record = ending.study.record
-    # Second looks are left out: a start whose slope is noise is measured again where it stands.
+    # Repeated points are left out. A start whose slope is noise is measured again at the same
+    # point.
     looks: dict[str, Trial] = {}
     for trial in study.ranking():
         if math.isfinite(trial.score):
             place = trial.origin[0] if isinstance(trial.origin, tuple) else trial.number
             looks.setdefault(repr((place, sorted(trial.params.items()))), trial)
     finished = [trial for trial in looks.values() if trial.state != "pruned"]
-    # A score that a pruned trial had early is no match for those of the others.
+    # The early score of a pruned trial cannot be compared with the scores of the others.
     shown = (finished or list(looks.values()))[:_BEST]
     begun = sum(trial.state != "waiting" for trial in study.trials)
     best = f"The best {len(shown)} of {begun} trials" if len(shown) > 1 else "The best trial"
@@ -313,6 +322,7 @@ def _one_trial(study: Study, trial: Trial, width: int) -> str:
 
 
 def _scores(ending: Ending, width: int) -> str:
+    """Return the sentences about the scores of the search and the saved model."""
     study = ending.study
     measure = score_view(ending.study).measure
     score = ending.held_out
@@ -362,15 +372,15 @@ def _scores(ending: Ending, width: int) -> str:
 
 
 def _use_of(score: HeldOut) -> str:
-    """Return what the held-out rows were used for, to stand behind their number."""
+    """Return words on the use of the held-out rows, to follow their number."""
     if score.chose:
         return "that nothing was fitted on, but that chose between the ensemble and the best trial"
     return "that nothing was fitted on"
 
 
 def _optimistic(study: Study, measure: Measure, trial: Trial | None) -> str:
-    """Return why the cross-validated score, of the best trial or of the only one, is no honest one;
-    "" where it is."""
+    """Return a sentence that explains why the cross-validated score is optimistic, or "" if it is
+    not."""
     chosen = study.record.max_epochs > 1
     if trial is not None:
         score = f"The cross-validated {measure.name}, {measure.text(trial.score)}"

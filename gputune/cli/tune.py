@@ -1,5 +1,8 @@
-"""``gputune tune`` and ``resume``: rows apart, search, refit, held-out score, and everything saved
-in one folder."""
+"""The commands ``gputune tune``, ``train`` and ``resume``.
+
+They hold rows out, search, train the best trial on all other rows, score it on the held-out rows,
+and save everything in one folder.
+"""
 
 import argparse
 import math
@@ -56,10 +59,9 @@ from gputune.views.scores import score_view
 
 
 def tune(arguments: argparse.Namespace) -> str:
-    """Run the command and return its closing text.
+    """Run the search and return the closing text.
 
-    Raises SearchInterrupted with a line that says what is kept and the table so far, and what
-    ``gputune.tune`` raises.
+    Raises SearchInterrupted with the results so far, and the errors of ``gputune.tune``.
     """
     begin = time.perf_counter()
     profile = Profile()
@@ -76,7 +78,7 @@ def tune(arguments: argparse.Namespace) -> str:
         source = read(arguments.file, _target(arguments), arguments.groups)
     task = chosen_task(source, choice, options)
     target = check_target(source.y, task=task, n_rows=len(source.X), name=source.target)
-    # of all rows: the seed decides who is held out
+    # Check all rows, because the seed decides which rows are held out.
     check_spread(with_transform(target, options.target_transform))
     share = 0.2 if arguments.test_size is None else arguments.test_size
     cv = arguments.cv or str(Options.cv)
@@ -90,13 +92,13 @@ def tune(arguments: argparse.Namespace) -> str:
 
 
 FINAL_MODEL = ("ensemble", "intervals", "calibrate")
-"""Flags that say how the model is made that a search saves at its end. The study holds them."""
+"""Flags for the model that a search saves at its end. The study stores them."""
 
-train = tune  # one configuration, which is an included trial of a search that draws none
+train = tune  # one included trial, no drawn trials
 
 
 def resume(arguments: argparse.Namespace) -> str:
-    """Go on with the search of a study file and return its closing text, as ``tune`` does."""
+    """Resume the search of a study file, and return the closing text like ``tune``."""
     begin = time.perf_counter()
     profile = Profile()
     study = study_file(arguments.study)
@@ -114,9 +116,9 @@ def resume(arguments: argparse.Namespace) -> str:
 
 @dataclass
 class _Run:
-    """A search of the command line, from its rows to its text.
+    """A search of the command line, from its rows to its closing text.
 
-    ``shown`` is the study file as it was typed; a module of the user's may change the working
+    ``shown`` is the path of the study file as it was typed. A user's module may change the working
     folder.
     """
 
@@ -130,25 +132,25 @@ class _Run:
         rest = self.recorded.source
         options = self.recorded.options
         self.place = options.study or self.shown
-        # Only the command ``tune`` keeps rows apart, and a model beside the study.
+        # Only the command ``tune`` holds rows out and keeps a model next to the study.
         self.keeps_model = "test_size" in (rest.origin or {})
         self.folder = model_folder(self.place)
         final_model = self._final_model()
-        # None: if it is cheap.
+        # None compares only if the comparison is cheap.
         self.compares_default = final_model.get("compare_default")
         self.recorded = replace(self.recorded, final_model=final_model)
         self.has_ensemble = final_model["ensemble"]
         self.intervals = final_model["intervals"]
-        # None leaves the choice to ``best_model``: it calibrates where the log loss ranks the
+        # None leaves the choice to ``best_model``, which calibrates if the log loss ranks the
         # trials.
         self.calibrate = True if final_model["calibrate"] else None
         check_extras(rest, options, intervals=self.intervals, calibrate=final_model["calibrate"])
 
     def _final_model(self) -> dict[str, bool]:
-        """Return the options of the model to save: those typed, and in a resume those that the
-        study was begun with.
+        """Return the options of the model to save.
 
-        Studies of earlier versions do not hold them. There the saved model tells, if there is one.
+        They are the typed options and, in a resume, the options of the original command. Studies of
+        earlier versions do not hold them. Then the saved model is inspected, if there is one.
         """
         typed = {name: bool(getattr(self.arguments, name, None)) for name in FINAL_MODEL}
         compares = getattr(self.arguments, "compare_default", None)
@@ -170,8 +172,10 @@ class _Run:
         return {**final_model, **compare_default}
 
     def finish(self) -> str:
-        """Search, train the best trial on all rows, score it on the held-out ones, save it, and say
-        so."""
+        """Search, train the best trial on all rows, score it on the held-out rows, and save it.
+
+        Return the closing text.
+        """
         with _explaining_interrupts(self.place):
             ending = self._make_ending(self._search())
             if self.keeps_model:
@@ -194,6 +198,7 @@ class _Run:
         return f"{text}\n\n{self.profile.report(dtype=dtype, device=self.profile.device)}"
 
     def _search(self) -> Study:
+        """Run the search. After an interrupt save the best model so far."""
         run = partial(search, self.recorded, (CTRL_C, TERMINATED), say_notes=False)
         try:
             return run(profile=self.profile, words=in_flags, study_type=Study)
@@ -210,10 +215,12 @@ class _Run:
             raise
 
     def _make_ending(self, study: Study) -> Ending:
+        """Return the ending of a study without a model."""
         file = getattr(self.arguments, "file", None) or (study.record.source or {})["path"]
         return Ending(file, study, self.recorded.source, self.shown, typed=self.arguments.typed)
 
     def _text(self, ending: Ending, make: Callable[..., str] = summary_text) -> str:
+        """Return the closing text of an ending."""
         ended = in_flags(self.profile.ended)
         seconds = time.perf_counter() - self.begin
         return make(
@@ -221,7 +228,7 @@ class _Run:
         )
 
     def _with_best(self, ending: Ending) -> Ending:
-        """Train the best trial, or the one that was asked for, on all rows and save its model."""
+        """Train the best or the requested trial on all rows, and save its model."""
         number = None if ending.trial is None else ending.trial.number
         model = ending.study.best_model(
             trial=number, intervals=self.intervals, calibrate=self.calibrate
@@ -233,10 +240,10 @@ class _Run:
         )
 
     def _with_best_so_far(self, ending: Ending) -> Ending:
-        """Save the model of the best trial so far, where there is one.
+        """Save the model of the best trial so far, if a trial has a score.
 
-        A trial that was cut short trains for as many epochs as its best score took. Another Ctrl-C
-        ends this, and an ensemble of an earlier call stays.
+        A trial that was cut short trains up to its best epoch. Another Ctrl-C cancels this. An
+        ensemble of an earlier call is not replaced.
         """
         scored = any(math.isfinite(trial.score) for trial in ending.study.trials)
         if scored and "ensemble" not in read_saved_description(self.folder).get("spec", {}):
@@ -247,8 +254,10 @@ class _Run:
         return ending
 
     def _with_ensemble(self, ending: Ending) -> Ending:
-        """Save an ensemble, in place of the best trial, where it scores better on held-out rows, if
-        any."""
+        """Make an ensemble, and save it if it scores better than the best trial on held-out rows.
+
+        It is also saved if no rows are held out.
+        """
         study = ending.study
         best = ending.held_out
         try:
@@ -259,7 +268,7 @@ class _Run:
                 chosen = model if is_saved else ending.model
                 assert chosen is not None
                 score = held_out if is_saved else best
-                if score is not None:  # the rows chose, which the report says too
+                if score is not None:  # the held-out rows chose the model; the report says so
                     chosen = replace(chosen, info={**chosen.info, "held_out_chose": True})
                     score = replace(score, chose=True)
                 chosen.save(self.folder)
@@ -274,7 +283,7 @@ class _Run:
     def _interrupted(
         self, words: str, ending: Ending, stop: KeyboardInterrupt
     ) -> SearchInterrupted:
-        """Return the error of an interrupt after the model of the best trial was saved."""
+        """Return the error for an interrupt after the model of the best trial was saved."""
         signal = TERMINATED if isinstance(stop, Terminated) else CTRL_C
         return SearchInterrupted(
             words, study=ending.study, signal=signal, report=self._text(ending)
@@ -282,7 +291,7 @@ class _Run:
 
     def _with_comparison(self, ending: Ending) -> Ending:
         """Train the default configuration on all rows too, and compare its model with the saved
-        one.
+        model.
 
         Both are scored on the held-out rows.
         """
@@ -317,13 +326,13 @@ class _Run:
         except KeyboardInterrupt as stop:
             words = "the comparison with the default was interrupted; the best model is saved."
             raise self._interrupted(words, ending, stop) from None
-        assert held_out is not None  # as there is one of the saved model
+        assert held_out is not None  # the saved model has a score, so this one has too
         return replace(
             ending, comparison=comparison_text(score_view(study).measure, saved, held_out)
         )
 
     def _model_sentences(self, model: TunedModel | None) -> list[str]:
-        """Return what the options of the final model did."""
+        """Return sentences on calibration and intervals of the saved model."""
         if model is None:
             return []
         sentences = [calibration_text(model)]
@@ -332,6 +341,8 @@ class _Run:
         return sentences
 
     def _score_model(self, model: TunedModel, study: Study) -> tuple[TunedModel, HeldOut | None]:
+        """Return the model with its held-out score in ``info``, and that score (None without such
+        rows)."""
         test = self.recorded.test
         record = study.record
         if test is None:
@@ -352,7 +363,7 @@ class _Run:
 
 
 def _requested_trial(study: Study) -> Trial:
-    """Return the trial that the command asked for. Raises SearchFailedError where it diverged."""
+    """Return the trial of ``gputune train``. Raises SearchFailedError if it has no finite score."""
     choice = study.data.choice
     options = study.data.options
     params = first_trials(checked_space(choice, options), choice, options)[0].params
@@ -366,6 +377,7 @@ def _requested_trial(study: Study) -> Trial:
 
 
 def _target(arguments: argparse.Namespace) -> str | None:
+    """Return the name of the target column. Raises InputError if it is missing."""
     if arguments.target is None and not arguments.file.startswith("sklearn:"):
         what, example = (
             ("array", "y")
@@ -380,8 +392,10 @@ def _target(arguments: argparse.Namespace) -> str | None:
 
 
 def _check_out(out: Path) -> None:
-    """Refuse, before anything is read, a place where the result could not be written without a
-    loss."""
+    """Raise InputError, before anything is read, if the results could not be written to the folder.
+
+    A folder with a model but without its study is refused too, because the model would be lost.
+    """
     there = next(place for place in (out, *out.absolute().parents) if place.exists())
     if not there.is_dir():
         raise InputError(f"--out {str(out)!r}: {str(there)!r} is a file; give a folder.")
@@ -397,20 +411,23 @@ def _check_out(out: Path) -> None:
 
 @contextmanager
 def _folder(out: Path) -> Iterator[None]:
-    """Make the folder; one that a failed command leaves empty goes again."""
+    """Make the folder. If the block leaves a new folder empty, remove it."""
     is_new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     try:
         yield
     finally:
         if is_new:
-            with suppress(OSError):  # it is not empty
+            with suppress(OSError):  # the folder is not empty
                 out.rmdir()
 
 
 @contextmanager
 def _explaining_interrupts(study_file: Path) -> Iterator[None]:
-    """Say on a Ctrl-C or SIGTERM before or after the training what is safe and how to go on."""
+    """Add advice on saved results and resuming to an interrupt (Ctrl-C or SIGTERM).
+
+    It is for interrupts before or after the training.
+    """
     try:
         yield
     except SearchInterrupted:
