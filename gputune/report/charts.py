@@ -1,5 +1,4 @@
-"""The charts of scores: learning curves, in the order of the trials, against each hyperparameter,
-by outer step."""
+"""The charts of scores: learning curves, history, scores against each hyperparameter, and paths."""
 
 from collections.abc import Sequence
 
@@ -46,18 +45,18 @@ from gputune.views.scores import (
 THIN_CURVES = 250
 CURVE_POINTS = 80
 STARTS = 100
-"""LearningCurves behind the best ones, epochs that one of them has, and starts of a descent, at
-most."""
+"""Limits of a chart: curves behind the best ones, epochs per curve, and starts of a hypergradient
+search."""
 
 POINTS = 1500
 FEWEST = 100
 ALL = 9000
 FAILURES = 300
-"""Points of a chart at most, how few of them many charts leave it, points of all charts, marks of
-diverged trials."""
+"""Limits of points: points of a chart, the fewest points that many charts leave to one, points of
+all charts, and marks of diverged trials."""
 
-FEW = 12  # values of a hyperparameter that are few: their points stand in a strip each
-# a strip's share of the step to the next one, and its width at most
+FEW = 12  # few values of a hyperparameter: each value has a strip of points
+# Share of the distance between two values that a strip of points takes, and its largest width.
 _SHIFT = 0.3
 _WIDEST = 40.0
 
@@ -67,8 +66,10 @@ _LETTERS = 14
 
 
 def curves_chart(study: Study) -> Chart | None:
-    """Return the best trials with the spread over their folds, all others thin behind; None where
-    there is no line."""
+    """Return the learning curves, or None if no trial has a line.
+
+    The best trials have the spread over their folds. All other trials are thin lines behind them.
+    """
     curves = curve_view(study)
     if not (np.isfinite(curves.mean).sum(1) > 1).any():
         return None
@@ -103,6 +104,7 @@ def curves_chart(study: Study) -> Chart | None:
 
 
 def _thin_curve(curves: LearningCurves, row: int, frame: Frame) -> Markup:
+    """Return the thin line of one trial, with at most ``CURVE_POINTS`` points."""
     known = np.flatnonzero(np.isfinite(curves.mean[row]))
     if len(known) > CURVE_POINTS:
         known = known[np.linspace(0, len(known) - 1, CURVE_POINTS).round().astype(int)]
@@ -112,6 +114,7 @@ def _thin_curve(curves: LearningCurves, row: int, frame: Frame) -> Markup:
 
 
 def _best_curve(curves: LearningCurves, row: int, rank: int, frame: Frame) -> Markup:
+    """Return the line, the band and the scored epoch of one of the best trials."""
     mean = curves.mean[row]
     spread = curves.spread[row]
     trial = curves.study.trials[row]
@@ -130,6 +133,7 @@ def _best_curve(curves: LearningCurves, row: int, rank: int, frame: Frame) -> Ma
 
 
 def _legend(curves: LearningCurves, best: list[int], frame: Frame) -> Markup:
+    """Return the legend of the best trials."""
     x = frame.width - frame.right + 14
     parts = []
     for rank, row in enumerate(best):
@@ -144,6 +148,7 @@ def _legend(curves: LearningCurves, best: list[int], frame: Frame) -> Markup:
 
 
 def folds_note(study: Study) -> str:
+    """Return a sentence that explains the lines, bands and dots of the learning curves."""
     if study.record.face == "loop":
         return (
             "A line is what a trial reported, step by step; the dot is where its score was taken."
@@ -157,8 +162,7 @@ def folds_note(study: Study) -> str:
 
 
 def history_chart(study: Study) -> Chart | None:
-    """Return the scores in the order of the trials with the best so far; None where nothing has a
-    score."""
+    """Return the scores in the order of the trials and the best so far, or None without a score."""
     shown = score_view(study)
     if not shown.order:
         return None
@@ -181,15 +185,16 @@ def history_chart(study: Study) -> Chart | None:
 
 
 def pareto_charts(study: Study) -> list[Chart]:
-    """Return a chart of the metric that ranks with each of the others; none of one metric, or
-    without a score."""
+    """Return a chart of the ranking metric with each other metric.
+
+    The list is empty for one metric, and if no trial has a score.
+    """
     fronts = [pareto_front(study, study.metrics[0], name) for name in study.metrics[1:]]
     return [_pareto(study, front) for front in fronts if front.order]
 
 
 def _pareto(study: Study, front: ParetoFront) -> Chart:
-    """Return a dot a trial by two metrics, with a line through those that no other one beats in
-    both."""
+    """Return a dot per trial by two metrics, with a line through the Pareto-optimal trials."""
     values = front.values.T
     measures = front.measures
     x_scale, y_scale = (value_scale(*score_range(*one), one[1]) for one in zip(values, measures))
@@ -206,7 +211,7 @@ def _pareto(study: Study, front: ParetoFront) -> Chart:
         rings.append(
             _ring(f"trial {study.trials[row].number}: {', '.join(pair)}", x[row], y[row], 5)
         )
-    # more than a margin
+    # Points that were moved by more than a margin lie beyond the axes.
     far = np.hypot(x - frame.across(values[0]), y - frame.down(values[1])) > 12
     return frame.chart(
         " and ".join(measure.name for measure in measures) + " of the trials",
@@ -223,14 +228,15 @@ def _pareto(study: Study, front: ParetoFront) -> Chart:
 
 
 def _ring(title: str, x: float, y: float, r: int) -> Markup:
+    """Return a ring with a title."""
     return element("circle", element("title", title), class_="ring", cx=float(x), cy=float(y), r=r)
 
 
 def slice_charts(study: Study) -> tuple[list[Chart], tuple[str, ...]] | None:
-    """Return a chart for each hyperparameter that varied, and what is to be said of all; None
-    without any or a score.
+    """Return a chart for each hyperparameter that varied, and notes on all of them.
 
-    A chart says what is left out of itself alone.
+    None if no hyperparameter varied, or if no trial has a score. Each chart has notes on its own
+    omissions.
     """
     shown = score_view(study)
     varied = varied_parameters(study)
@@ -241,8 +247,9 @@ def slice_charts(study: Study) -> tuple[list[Chart], tuple[str, ...]] | None:
 
 
 def _slice(shown: Scores, parameter: Parameter, drawn: Sequence[int]) -> Chart:
+    """Return the chart of the scores against one hyperparameter."""
     few = len(parameter.distinct) <= FEW
-    # few values need room for their points
+    # Strips of points need more space at the edges.
     scale = parameter_scale(parameter, pad=0.12 if few else 0.04)
     frame = Frame(*_SMALL, scale, shown.scale(), letters=_LETTERS).with_room()
     across = frame.across(parameter.values)
@@ -268,8 +275,7 @@ def _slice(shown: Scores, parameter: Parameter, drawn: Sequence[int]) -> Chart:
 
 
 def _rows_to_draw(shown: Scores, most: int) -> tuple[list[int], tuple[str, ...]]:
-    """Return the rows whose points are drawn, worst first, and what must be said of those that are
-    not."""
+    """Return the rows to draw, worst first, and notes on the other rows."""
     drawn = spread_over(shown.order, most)
     scored = len(shown.order)
     note = (
@@ -296,8 +302,10 @@ def _points(
 
 
 def path_charts(study: Study) -> list[Chart]:
-    """Return charts of the score and of each hyperparameter that was descended on; none of another
-    search."""
+    """Return charts of the score and of each hyperparameter that a hypergradient search moved.
+
+    The list is empty for another search.
+    """
     starts = descent_paths(study)
     shown = score_view(study)
     if not starts or not shown.order:
@@ -313,6 +321,7 @@ def path_charts(study: Study) -> list[Chart]:
 def _path_chart(
     starts: Sequence[DescentPath], values: Sequence[NDArray[np.float64]], y: Scale, name: str
 ) -> Chart:
+    """Return the chart of one value of all starts by outer step."""
     drawn = starts[:STARTS]
     last = max(1, *(int(one.steps[-1]) for one in drawn))
     frame = Frame(*_SMALL, linear_scale(0, last, most=min(last, 10), whole=True), y).with_room()

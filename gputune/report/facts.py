@@ -1,5 +1,4 @@
-"""What the page says of a study in words: the facts at its top, the options of the search, how its
-trials ended."""
+"""The texts of the report: facts at its top, options of the search, and endings of the trials."""
 
 import math
 from collections import Counter
@@ -36,7 +35,7 @@ _RAISED = "that raised an error"
 _TOO_BIG = "too big for the memory"
 _LOST = "that lost their workers"
 
-FAILED = 20  # failed trials that are listed
+FAILED = 20  # number of failed trials that are listed
 
 MODEL_INFO = {
     "held_out_score?": (float, None),
@@ -44,15 +43,15 @@ MODEL_INFO = {
     "held_out_chose?": bool,
     "held_out_baseline?": {"answer": str, "score": float},
 }
-"""The form of what a page reads of a saved model's ``info``."""
+"""The form of the entries that the report reads from a saved model's ``info``."""
 
 
 Fact = tuple[str, str, str]
-"""The name of a fact, its number and a note on it."""
+"""The name of a fact, its number and a note."""
 
 
 def score_facts(study: Study, model: Json | None) -> list[Fact]:
-    """Return the facts on the best score; ``model`` is the ``info`` of the study's tuned model."""
+    """Return the facts on the best score. ``model`` is the ``info`` of the study's tuned model."""
     record = study.record
     best = best_trial(study)
     if best is None:
@@ -87,6 +86,7 @@ def search_facts(study: Study) -> list[Fact]:
 
 
 def _time_fact(study: Study) -> Fact:
+    """Return the fact on the training time."""
     seconds = sum(trial.seconds for trial in study.trials if math.isfinite(trial.seconds))
     trained, whole = study.spent
     note = "added up over all trials"
@@ -96,7 +96,7 @@ def _time_fact(study: Study) -> Fact:
 
 
 def eligible_text(study: Study) -> str:
-    """Return which trials can be the best one, if some were pruned; "" if all trials can be."""
+    """Return a text on the trials that can be the best one, or "" if all trials can be."""
     pruned = sum(trial.state == "pruned" for trial in study.trials)
     if not pruned:
         return ""
@@ -111,8 +111,7 @@ def eligible_text(study: Study) -> str:
 
 
 def _improvement_facts(study: Study, measure: Measure) -> list[tuple[str, str, str]]:
-    """Return the fact that says whether tuning helped; [] if there is no default to compare
-    with."""
+    """Return the fact that says whether tuning helped, or [] without a default to compare with."""
     text = improvement_text(study)
     default = default_trial(study)
     if default is None or not text:
@@ -136,6 +135,7 @@ def _improvement_facts(study: Study, measure: Measure) -> list[tuple[str, str, s
 
 
 def _held_out_fact(study: Study, model: Json | None, measure: Measure) -> tuple[str, str, str]:
+    """Return the fact on the held-out score."""
     tried = int(np.isfinite(study.scores).sum())
     name = f"held-out {measure.name}"
     optimistic = f"the best of {tried} is optimistic" if tried > 1 else "the folds chose the epoch"
@@ -150,8 +150,8 @@ def _held_out_fact(study: Study, model: Json | None, measure: Measure) -> tuple[
         else f"an ensemble of {count(len(members), 'trial')}, which is the model,"
     )
     note = f"{what} on {rows} nothing was fitted on"
-    # Models of earlier versions do not say that the rows chose them; an ensemble with a held-out
-    # score always was.
+    # Models of earlier versions do not record whether the rows chose them. An ensemble with a
+    # held-out score was always chosen by them.
     if model.get("held_out_chose", members is not None):
         other = "an ensemble" if members is None else "the best trial"
         note += f", but they chose it over {other}, so its score is a little optimistic"
@@ -161,8 +161,7 @@ def _held_out_fact(study: Study, model: Json | None, measure: Measure) -> tuple[
 
 
 def is_its_model(study: Study, model: Json) -> bool:
-    """Whether the ``info`` of a model is that of this study's best trial, trained on the study's
-    rows."""
+    """Return whether the ``info`` of a model belongs to this study's best trial and to its rows."""
     best = best_trial(study)
     rows = study.record.fingerprint
     scoring = study.record.scoring
@@ -172,12 +171,13 @@ def is_its_model(study: Study, model: Json) -> bool:
         best.params,
         best.score,
     )
-    # Models of earlier versions do not say which rows they were trained on.
+    # Models of earlier versions do not record the rows that they were trained on.
     return same and bool(model.get("fingerprint", rows) == rows)
 
 
 def read_model_info(study: Study, folder: Path) -> Json | None:
-    """Return the info of the model beside a study where it is that of its best trial, or None."""
+    """Return the info of the model next to a study, or None if it does not belong to the best
+    trial."""
     from gputune.study.model_files import DESCRIPTION, file_errors, read_description
 
     if not (folder / DESCRIPTION).is_file():
@@ -190,12 +190,12 @@ def read_model_info(study: Study, folder: Path) -> Json | None:
 
 
 def states_of(study: Study) -> States:
-    """Return the state and detail of each trial, in the form of those that a study file counts."""
+    """Return the state and detail of each trial, in the form of a study file's counts."""
     return [(trial.state, trial.detail, 1) for trial in study.trials]
 
 
 def seconds_text(seconds: float) -> str:
-    """Return a time in two units at most."""
+    """Return a time in at most two units."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -203,6 +203,7 @@ def seconds_text(seconds: float) -> str:
 
 
 def setting(study: Study) -> list[tuple[str, str]]:
+    """Return the names and values of the search's options."""
     record = study.record
     classes = study.record.classes or ()
     method = study.record.method
@@ -234,14 +235,17 @@ def setting(study: Study) -> list[tuple[str, str]]:
 
 
 def _transform(recorded: str | Json | None) -> object:
+    """Return the text of a recorded target transformation."""
     if not isinstance(recorded, Mapping) or "params" not in recorded:
         return recorded if recorded is None or isinstance(recorded, str) else recorded.get("object")
     return f"{recorded['class']}({', '.join(f'{key}={value!r}' for key, value in recorded['params'].items())})"
 
 
 def _options(options: Json) -> str:
-    """Return the options of a method, but its name, as text; a sampler's halving has options of its
-    own."""
+    """Return the options of a method as text, without its name.
+
+    A sampler's halving has its own options in parentheses.
+    """
     texts = {
         key: f"({_options(one)})" if isinstance(one, dict) else short(one)
         for key, one in options.items()
@@ -252,7 +256,7 @@ def _options(options: Json) -> str:
 
 
 def states_text(states: States) -> str:
-    """Return how many trials there are of each state; of failed ones, why some were given up."""
+    """Return the number of trials of each state. Failed trials are counted by their reason."""
     counts: Counter[str] = Counter(dict.fromkeys([*STATES.values(), _RAISED, _TOO_BIG, _LOST], 0))
     for state, detail, number in states:
         if "error" in detail:
@@ -265,12 +269,14 @@ def states_text(states: States) -> str:
 
 
 def params_text(trial: Trial, between: str = ", ", equals: str = "=") -> str:
+    """Return the hyperparameters of a trial as one text."""
     return between.join(
         f"{clean(name)}{equals}{short(value)}" for name, value in trial.params.items()
     )
 
 
 def why_failed(study: Study, trial: Trial) -> str:
+    """Return the reason why a trial failed."""
     why = trial.detail.get("error", trial.detail.get("reason"))
     if why is None and study.record.face == "loop":
         why = "a NaN or infinite score was returned or reported"
@@ -278,6 +284,7 @@ def why_failed(study: Study, trial: Trial) -> str:
 
 
 def endings(study: Study) -> Json:
+    """Return the data of the report's section on how trials ended."""
     trials = study.trials
     counts = Counter(trial.state for trial in study.trials)
     failed = [trial for trial in trials if trial.state == "failed"]
@@ -286,13 +293,13 @@ def endings(study: Study) -> Json:
         (~np.isnan(study.curves)).any(2).sum(1) if study.curves.size else np.zeros(0, dtype=int)
     )
     return {
-        # The words of a state, how many trials have it, and their share in percent.
+        # Each row: state, its text, number of trials, share in percent.
         "states": [
             (s, words, counts[s], 100 * counts[s] / len(trials))
             for s, words in STATES.items()
             if counts[s]
         ],
-        # Of an epoch, the trials that were pruned, and those that trained on.
+        # Each row: epoch, trials pruned there, trials that trained further.
         "rungs": [
             (epoch, number, (trained > epoch).sum()) for epoch, number in sorted(pruned.items())
         ],
@@ -305,10 +312,13 @@ def endings(study: Study) -> Json:
 
 
 def check_place(argument: str, path: Path, read: Path | None, what: str = "") -> None:
-    """Raise InputError, which begins with the ``argument``, for a place where no page, or other
-    text, is to be written.
+    """Raise InputError for a place where a report or another text cannot be written.
 
-    ``read`` is the file that is read, ``what`` it is for a text that is no page.
+    Args:
+        argument: the beginning of the message.
+        path: the place.
+        read: the file that is read, which must not be overwritten.
+        what: description of ``read``. "" for a report, which must end in .html or .htm.
     """
     if path.is_dir():
         example = "" if what else ", such as report.html"

@@ -1,5 +1,4 @@
-"""The charts of what matters: hyperparameters and columns as bars, parallel coordinates, confused
-classes."""
+"""The charts of importance: bars, parallel coordinates and the confusion matrix."""
 
 from collections.abc import Collection, Sequence
 
@@ -25,34 +24,36 @@ from gputune.text import clean
 from gputune.views.parameters import Axis, Importance, parallel_axes
 from gputune.views.scores import linear_scale, order_by_score, score_view
 
-WEAK = 0.2  # R2 below which a forest has not understood the trials
-# lines and axes at most; lines have so many colours, by the rank of their score
+WEAK = 0.2  # R2 below which the forest does not explain the trials
+# Limits of lines and axes, and number of colors of lines by the rank of their score.
 LINES = 400
 AXES = 10
 GROUPS = 5
-# of the bars
+# Sizes of the bar charts.
 _WIDTH = 700.0
 _ROW = 30.0
 _LEFT = 190.0
 _RIGHT = 110.0
-# of the parallel coordinates
+# Sizes of the parallel coordinates.
 _HEIGHT = 380.0
 _TOP = 52.0
 _BOTTOM = 22.0
 _SIDE = 70.0
-_LETTER = 6.2  # of the name of an axis
-_STRIP = 0.045  # share of an axis with few values that the lines through one of them take
+_LETTER = 6.2  # width of a letter in an axis name
+_STRIP = 0.045  # share of an axis over which lines through the same value spread
 
 
 def importance_chart(shown: Importance) -> Chart:
-    """Return one bar a hyperparameter, as long as the forest's R2 falls without it."""
+    """Return one bar per hyperparameter. Its length is the fall of the forest's R2 without it."""
     rows = list(zip(shown.labels, shown.drops.tolist(), shown.errors.tolist()))
     return _bars("Importance of the hyperparameters", "fall of the forest's R²", rows, decimals=2)
 
 
 def columns_chart(study: Study, report: FoldReport) -> Chart | None:
-    """Return a bar for each column, as long as the score is worse without it; None without
-    columns."""
+    """Return one bar per column, or None without columns.
+
+    The length of a bar is the loss of score when the column is shuffled.
+    """
     if not report.columns:
         return None
     measure = score_view(study).measure
@@ -77,7 +78,10 @@ def _bars(
     decimals: int,
     notes: Sequence[str] = (),
 ) -> Chart:
-    """Return a bar for each label, mean and standard deviation; ``name`` is that of the axis."""
+    """Return a bar for each label, with a mean and a standard deviation.
+
+    ``name`` is the name of the axis.
+    """
     scale = linear_scale(
         0.0, max(10.0**-decimals, *(drop + error for _, drop, error in rows)), most=5
     )
@@ -113,10 +117,9 @@ def _bars(
 def brush_data(
     axes: Sequence[Axis], rows: list[int], numbers: Collection[str]
 ) -> list[dict[str, object]]:
-    """Return what the page's script needs to place the rows of the table, in their order, on each
-    axis.
+    """Return the data with which the report's script places the rows of the table on each axis.
 
-    A column of ``numbers`` has a scale; another one has its heights, in thousandths.
+    A column of ``numbers`` has a scale. Another column has the heights of its rows, in thousandths.
     """
     return [
         {"column": a.column, "low": a.scale.low, "high": a.scale.high, "log": a.scale.log}
@@ -127,10 +130,10 @@ def brush_data(
 
 
 def parallel_chart(study: Study, important: Sequence[str] = ()) -> tuple[Chart, list[Axis]] | None:
-    """Return the chart and its axes, from left to right; None where no trial has a score or no
-    hyperparameter varied.
+    """Return the chart of parallel coordinates and its axes, from left to right.
 
-    Where there are too many axes, the ``important`` hyperparameters come first.
+    None if no trial has a score or no hyperparameter varied. If there are too many axes, the
+    ``important`` hyperparameters come first.
     """
     shown = score_view(study)
     notes = []
@@ -173,17 +176,21 @@ def parallel_chart(study: Study, important: Sequence[str] = ()) -> tuple[Chart, 
 
 
 def _line_heights(heights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return where lines pass an axis, from the top; those through one of few values lie beside
-    each other."""
+    """Return the heights, from the top, at which lines pass an axis.
+
+    Lines through one of few values are drawn next to each other.
+    """
     few = len(np.unique(heights[np.isfinite(heights)])) <= FEW
     return _down(np.clip(beside(heights, _STRIP), 0, 1) if few else heights)
 
 
 def _down(height: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return heights measured from the top of the drawing."""
     return _HEIGHT - _BOTTOM - height * (_HEIGHT - _TOP - _BOTTOM)
 
 
 def _axis(x: float, axis: Axis, place: int, letters: int) -> Markup:
+    """Return one axis with its name, ticks and brush."""
     top = _TOP
     bottom = _HEIGHT - _BOTTOM
     parts = [
@@ -203,7 +210,7 @@ def _axis(x: float, axis: Axis, place: int, letters: int) -> Markup:
     return element("g", *parts, class_="axis", tabindex=0, **slider, **values)
 
 
-# classes and columns that are drawn
+# Limits of the drawn classes and columns.
 CLASSES = 25
 COLUMNS = 30
 
@@ -212,12 +219,14 @@ _LEFT_OF_MATRIX = 150.0
 _TOP_OF_MATRIX = 92.0
 _LARGEST = 56.0
 _SMALLEST = 26.0
-_COUNTED = 0.65  # opacity of a cell that holds all rows of its class: text on it stays legible
+_COUNTED = 0.65  # opacity of a cell with all rows of its class; keeps its text legible
 
 
 def confusion_chart(study: Study, report: FoldReport) -> Chart | None:
-    """Return a cell for each pair of classes, as strong as the share of the true class in it; None
-    without a matrix."""
+    """Return the confusion matrix of the classes, or None without a matrix.
+
+    The strength of a cell is its share of the rows of the true class.
+    """
     if not report.confusion.size:
         return None
     drawn = np.sort(np.argsort(-report.confusion.sum(1), kind="stable")[:CLASSES])

@@ -1,7 +1,7 @@
-"""The report of a study: one page of HTML that needs no network, no other file and no right to run
-anything else.
+"""The HTML report of a study.
 
-Its table of trials is columns of JSON, best first, short enough for ten thousand trials.
+It is one file. It needs no network and no other file, and may run only its own script. Its table of
+trials is columns of JSON, best first, which is short enough for ten thousand trials.
 """
 
 import base64
@@ -62,17 +62,19 @@ from gputune.views.scores import (
 
 MOST_ROWS = 10_000
 BUDGET = 1_100_000
-"""Trials and characters of the table; what is worse by rank is left out beyond them."""
+"""Limits of the table: trials and characters. Beyond them the worst trials are left out."""
 
 Column = dict[str, Any]
-"""A "key", a "label", "values" in order of score (null for none). For words: "levels", whose places
-they are.
+"""A column of the table, with a "key", a "label" and "values" in order of score (null for no
+value).
 
-Scores have "decimals", and "first" of -1 where a first click sorts the largest up.
+A column of words has "levels", and its values are positions in them. A column of scores has
+"decimals". Its "first" is -1 if a first click sorts the largest score to the top.
 """
 
 
 def table_columns(study: Study) -> tuple[list[Column], int]:
+    """Return the columns of the table, and the number of its rows."""
     rows = min(len(study.trials), MOST_ROWS)
     while True:
         columns = _columns(study, rows)
@@ -82,12 +84,13 @@ def table_columns(study: Study) -> tuple[list[Column], int]:
 
 
 def as_json(value: object) -> str:
-    """Return JSON that can stand within a script element: it has no character that HTML reads."""
+    """Return JSON for a script element, without characters that HTML interprets."""
     text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _columns(study: Study, rows: int) -> list[Column]:
+    """Return the columns of the table for the best ``rows`` trials."""
     shown = score_view(study)
     order = order_by_score(study)[:rows]
     measure = shown.measure
@@ -123,8 +126,10 @@ def _columns(study: Study, rows: int) -> list[Column]:
 
 
 def _eligible(study: Study, shown: Scores, order: Sequence[int]) -> list[str | None]:
-    """Return for each row of the table whether its trial can be the best one; None without a
-    score."""
+    """Return for each row of the table whether its trial can be the best one.
+
+    None without a score.
+    """
     best = study.order[0]
     words: list[str | None] = []
     for row in order:
@@ -138,20 +143,21 @@ def _eligible(study: Study, shown: Scores, order: Sequence[int]) -> list[str | N
 
 
 def _origin(trial: Trial) -> str:
-    """Return where a trial comes from, in words that need no explanation."""
+    """Return the origin of a trial, in words that need no explanation."""
     if trial.origin_text.startswith("batch "):
         return f"Optuna, {trial.origin_text}"
     return trial.origin_text
 
 
 def _seconds_column(seconds: Sequence[float]) -> Column:
-    """Return the column of training times, with about four digits for the longest."""
+    """Return the column of training times, with about four digits for the longest time."""
     longest = max((value for value in seconds if math.isfinite(value)), default=0.0)
     decimals = 2 if longest < 100 else 1 if longest < 1000 else 0
     return _number_column("seconds", "seconds", seconds, decimals)
 
 
 def _score_column(key: str, measure: Measure, scores: Sequence[float]) -> Column:
+    """Return a column of scores in the sign of their name."""
     sign = -1 if measure.lower_is_better else 1
     return {
         **_number_column(key, measure.name, [sign * score for score in scores], measure.decimals),
@@ -160,13 +166,17 @@ def _score_column(key: str, measure: Measure, scores: Sequence[float]) -> Column
 
 
 def _number_column(key: str, label: str, values: Sequence[float], decimals: int) -> Column:
+    """Return a column of rounded numbers."""
     rounded = [round(value, decimals) + 0.0 if math.isfinite(value) else None for value in values]
     return {"key": key, "label": label, "decimals": decimals, "values": rounded}
 
 
 def _parameter(name: str, params: Sequence[Config]) -> Column:
-    """Return the column of a hyperparameter: four digits of numbers, and words where JSON has not
-    all (infinity)."""
+    """Return the column of a hyperparameter.
+
+    Numbers have four digits. The values are words if one of them is not a number in JSON, such as
+    infinity.
+    """
     key = f"params_{name}"
     label = clean(name)
     values = [config.get(name) for config in params]
@@ -183,6 +193,7 @@ def _parameter(name: str, params: Sequence[Config]) -> Column:
 
 
 def _words(key: str, label: str, texts: Sequence[str | None]) -> Column:
+    """Return a column of words."""
     levels = sorted({clean(text) for text in texts if text is not None}, key=_natural)
     place = {text: position for position, text in enumerate(levels)}
     values = [None if text is None else place[clean(text)] for text in texts]
@@ -195,14 +206,16 @@ def _natural(text: str) -> tuple[str, str]:
 
 
 _LARGEST_DOUBLE = 2**1024
-"""Integers from here on have no float."""
+"""Integers from here on are too large for a float."""
 
 
 def plain_number(value: float) -> str:
-    """Return a number of the table as text, in the same way as ``number`` in report.js: 0.001, 64,
-    1.5e-5."""
+    """Return a number of the table as text, in the same form as ``number`` in report.js.
+
+    Examples: 0.001, 64, 1.5e-5.
+    """
     if isinstance(value, int) and abs(value) >= _LARGEST_DOUBLE:
-        return "Infinity" if value > 0 else "-Infinity"  # as a script reads the number
+        return "Infinity" if value > 0 else "-Infinity"  # like JavaScript reads the number
     if value == 0 or 1e-4 <= abs(value) < 1e6 or value == int(value):
         return f"{value:.15g}"
     mantissa, _, exponent = f"{value:.3e}".partition("e")
@@ -215,7 +228,7 @@ _AGAIN = (
     "model is then trained on all rows."
 )
 
-# of the table that the page shows before its script runs, and on a page of the table
+# Rows of the table before the script runs, and rows per page of the table.
 FIRST_ROWS = 25
 
 
@@ -226,8 +239,17 @@ def page(
     folds: FoldReport | None = None,
     reload_seconds: int = 0,
 ) -> str:
-    """Return the page of a study as HTML; ``model`` is the ``info`` of its tuned model, of another
-    an InputError."""
+    """Return the report of a study as HTML.
+
+    Args:
+        study: the study.
+        model: the ``info`` of its tuned model. None: no model.
+        folds: predictions of the best trial on its folds, for the confusion matrix and importances.
+        reload_seconds: seconds after which the report reloads itself. 0: never.
+
+    Raises:
+        InputError: the model belongs to another study.
+    """
     if model is not None and not is_its_model(study, model):
         raise InputError(
             "report(model=...) must be the tuned model of this study, got one of other "
@@ -237,7 +259,7 @@ def page(
     try:
         forest = importance(study)
         why_not = ""
-    except InputError as error:  # a small study has none
+    except InputError as error:  # a small study has no importances
         forest = None
         why_not = str(error)
     parallel = parallel_chart(study, forest.names if forest else ())
@@ -278,6 +300,7 @@ def page(
 
 
 def _texts(study: Study) -> Json:
+    """Return the texts and numbers of the report for its template."""
     best = best_trial(study)
     record = study.record
     params = {} if best is None else best.params
@@ -309,7 +332,7 @@ def _texts(study: Study) -> Json:
 
 
 def _origin_note(study: Study) -> str:
-    """Return what the batches of an Optuna sampler are; "" for a study without batches."""
+    """Return a note on the batches of an Optuna sampler, or "" for a study without batches."""
     if not any(trial.origin_text.startswith("batch ") for trial in study.trials):
         return ""
     return (
@@ -319,7 +342,7 @@ def _origin_note(study: Study) -> str:
 
 
 def _cells(column: Column) -> list[str]:
-    """Return the cells of the first rows, as the script shows them too."""
+    """Return the texts of the first rows, in the same form as the script."""
 
     def cell(value: Any) -> str:
         if value is None:
@@ -335,11 +358,13 @@ def _cells(column: Column) -> list[str]:
 
 @cache
 def _read_template(name: str) -> str:
+    """Return the text of a template file."""
     return (resources.files("gputune.report") / "templates" / name).read_text(encoding="utf-8")
 
 
 @cache
 def _template() -> jinja2.Template:
+    """Return the compiled HTML template."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -347,4 +372,5 @@ def _template() -> jinja2.Template:
 
 
 def _hash(text: str) -> str:
+    """Return the hash of a script or style for the content security policy."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

@@ -1,5 +1,4 @@
-"""The code that trains the best trial of a study again, written from what the study knows of its
-search."""
+"""The Python code that trains the best trial of a study again."""
 
 import ast
 import json
@@ -19,24 +18,24 @@ _LONGEST = 70
 
 
 class _Script:
-    """A script while it is written: its imports, remarks on what the reader must have, then the
-    body."""
+    """A script under construction: imports, remarks for the reader, and the body."""
 
     def __init__(self) -> None:
         self.imports: list[str] = []
         self.remarks: list[str] = []
 
     def use(self, line: str) -> None:
+        """Add an import line."""
         if line not in self.imports:
             self.imports.append(line)
 
     def argument(self, name: str, remark: str = "what the search was given") -> str:
-        """Return the name of what no file holds, and add a remark on it."""
+        """Return the name of an object that no file holds, and add a remark on it."""
         self.remarks.append(f"{name}: {remark}")
         return name
 
     def literal(self, value: object) -> str:
-        """Return a value as Python that gives it back, with what must be imported for it."""
+        """Return a value as Python code, and add the imports that the code needs."""
         match value:
             case float() if value != value or value in (float("inf"), float("-inf")):
                 return f'float("{value}")'
@@ -57,7 +56,7 @@ class _Script:
         return f"{module}.{name}"
 
     def lines(self, values: Mapping[str, object], *, indent: int) -> str:
-        """Return a dict on one line, or with a line for each key where that is too long."""
+        """Return a dict on one line, or with one line per key if it is too long."""
         line = self.literal(dict(values))
         if len(line) <= _LONGEST:
             return line
@@ -69,7 +68,7 @@ class _Script:
         return f"{{{''.join(pairs)}{edge}}}"
 
     def text(self, *body: str) -> str:
-        """Return the whole: imports, a blank line, remarks, the body."""
+        """Return the whole script: imports, a blank line, remarks and the body."""
         return (
             "\n".join([*self.imports, "", *(f"# {remark}" for remark in self.remarks), *body])
             + "\n"
@@ -77,10 +76,10 @@ class _Script:
 
 
 def snippet(study: Study) -> str:
-    """Return Python that trains the best trial again; "" where no trial has a finite score.
+    """Return Python code that trains the best trial again, or "" if no trial has a finite score.
 
-    Names that it uses without defining them (``X``, ``y``, ``cv``, ...) are what the search was
-    given and no file holds; its first lines say so.
+    Some names are used without a definition (``X``, ``y``, ``cv``, ...). They are arguments of the
+    search that no file holds. The first lines of the code say so.
     """
     best = best_trial(study)
     record = study.record
@@ -105,15 +104,16 @@ def snippet(study: Study) -> str:
         return ""
     script.use("import gputune")
     ranked = f".ranked_by({script.literal(study.metrics[0])})" if epochs_by(study) else ""
-    # Values that only a descent trains with.
+    # Only a hypergradient search trains with these values.
     is_scheduled = any(
         isinstance(v, list) or k in ("beta1", "beta2") for k, v in best.params.items()
     )
-    # The command line holds rows out, and no public function but the study reads the others again.
+    # The command line holds rows out. Only the study can read the other rows again.
     holds_rows_out = "test_size" in (record.source or {})
     if best.state != "stopped" and not (record.descends and is_scheduled) and not holds_rows_out:
         return _tune(script, study, best, ranked)
-    # One call of ``tune`` cannot say it: the study is read, and its trial trains again.
+    # One call of ``tune`` cannot express this. The code reads the study, and its trial trains
+    # again.
     rows = script.argument("X, y", "the rows of the search") if record.source is None else ""
     script.remarks.append(_comment(f"trial {best.number}: {best.params!r}"))
     if study.file is None:
@@ -126,6 +126,7 @@ def snippet(study: Study) -> str:
 
 
 def _tune(script: _Script, study: Study, best: Trial, ranked: str) -> str:
+    """Return the code that repeats the best trial with ``gputune.tune``."""
     arguments = [_model(script, study.record.spec), *_rows(script, study.record)]
     arguments += [f"{name}={value}" for name, value in _options(script, study, best).items()]
     call = ["study = gputune.tune(", *(f"    {argument}," for argument in arguments), f"){ranked}"]
@@ -139,11 +140,12 @@ def _comment(text: str) -> str:
 
 
 def _model(script: _Script, spec: Json) -> str:
+    """Return the model as Python code."""
     if spec["kind"] != "module":
         return script.literal(spec["kind"])
     if "path" in spec and "keywords" not in spec:
         return script.literal(f"{spec['path']}:{spec['class']}")
-    # The last part of the name of a class that was made within a function, which no import reaches.
+    # The last part of the name. No import reaches a class that was made inside a function.
     name = str(spec["class"] if "path" in spec else spec["import"].partition(":")[2]).rpartition(
         "."
     )[2]
@@ -158,7 +160,7 @@ def _model(script: _Script, spec: Json) -> str:
 
 
 def _import_name(script: _Script, place: str) -> str:
-    """Return the name of "module:name" and import it; "" where no import reaches it."""
+    """Import "module:name" and return the name, or "" if no import reaches it."""
     module, _, name = place.partition(":")
     if module == "__main__" or not (_is_name(module) and _is_name(name)):
         return ""
@@ -167,10 +169,12 @@ def _import_name(script: _Script, place: str) -> str:
 
 
 def _is_name(text: str) -> bool:
+    """Return whether a text is a dotted Python name."""
     return all(part.isidentifier() and not iskeyword(part) for part in text.split("."))
 
 
 def _rows(script: _Script, record: SearchRecord) -> list[str]:
+    """Return the code of the arguments for the rows."""
     source = record.source
     if source is None:
         script.argument("X, y", "the rows of the search; add groups= where it had them")
@@ -182,9 +186,10 @@ def _rows(script: _Script, record: SearchRecord) -> list[str]:
 
 
 def _options(script: _Script, study: Study, best: Trial) -> dict[str, str]:
+    """Return the other arguments of ``gputune.tune`` as code, by name."""
     record, (scoring, positive) = study.record, _scorings(script, study)
     options = {
-        # A space of one point gives these very parameters; an included trial would be filled up
+        # A space of one point gives exactly these parameters. An included trial would be completed
         # with defaults.
         "space": script.lines({name: [value] for name, value in best.params.items()}, indent=4),
         "n_trials": "1",
@@ -220,6 +225,7 @@ def _options(script: _Script, study: Study, best: Trial) -> dict[str, str]:
 
 
 def _folds(script: _Script, record: SearchRecord) -> str:
+    """Return the folds as code."""
     text = record.cv
     if text.isdigit():
         return text
@@ -227,8 +233,10 @@ def _folds(script: _Script, record: SearchRecord) -> str:
 
 
 def _scorings(script: _Script, study: Study) -> tuple[str, object]:
-    """Return the metric that ranks, behind the one that chose the epochs where that is another, and
-    their class."""
+    """Return the code of the scorers, and the positive class.
+
+    The ranking metric comes last if another metric chose the epochs.
+    """
 
     def code(name: str) -> str:
         if ":" not in name:
@@ -246,6 +254,7 @@ def _scorings(script: _Script, study: Study) -> tuple[str, object]:
 
 
 def _transform(script: _Script, recorded: str | Json | None) -> str:
+    """Return the target transformation as code."""
     if not isinstance(recorded, Mapping):
         return script.literal(recorded)
     if "ufunc" in recorded:
@@ -259,7 +268,7 @@ def _transform(script: _Script, recorded: str | Json | None) -> str:
 
 
 def _class_weight(script: _Script, text: str | None) -> str:
-    """Return the weights of the classes, which a study holds as the text of their value."""
+    """Return the weights of the classes as code. A study holds them as text."""
     if text is None:
         return "None"
     try:

@@ -10,8 +10,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from gputune.views.scores import Scale
 
-GOLDEN = 0.6180339887498949  # steps of it, modulo 1, spread any number of neighbours evenly
-# width of a letter of a tick, and degrees by which ticks are turned
+GOLDEN = 0.6180339887498949  # steps of the golden ratio, modulo 1, spread points evenly
+# Width of a letter of a tick, and angle of slanted ticks in degrees.
 _LETTER = 6.6
 _SLANT = 40
 
@@ -20,7 +20,7 @@ _COS = math.cos(math.radians(_SLANT))
 
 
 def cut(text: str, most: int) -> str:
-    """Return text of at most so many characters, its middle left out where it is longer."""
+    """Return text of at most ``most`` characters. The middle of a longer text is left out."""
     if len(text) <= most:
         return text
     head = (most - 1) // 2
@@ -28,8 +28,10 @@ def cut(text: str, most: int) -> str:
 
 
 def spread_over(order: Sequence[int], most: int) -> list[int]:
-    """Return at most so many of an order: the first quarter of them as they come, the others evenly
-    from the rest."""
+    """Return at most ``most`` entries of an order.
+
+    A quarter are the first entries. The others are spread evenly over the rest.
+    """
     if len(order) <= most:
         return list(order)
     first = most // 4
@@ -38,13 +40,18 @@ def spread_over(order: Sequence[int], most: int) -> list[int]:
 
 
 def beside(places: NDArray[np.float64], width: float) -> NDArray[np.float64]:
-    """Return places of which equal ones stand beside each other within so much, always alike."""
+    """Shift places within ``width``, so that equal places do not overlap.
+
+    The shifts are always the same.
+    """
     return places + width * ((np.arange(len(places)) * GOLDEN) % 1.0 - 0.5)
 
 
 def element(name: str, *children: str, **attributes: str | float | None) -> Markup:
-    """Return one element. Text and attributes are escaped; ``class_`` is class, ``_`` stands for a
-    hyphen."""
+    """Return one element. Text and attributes are escaped.
+
+    ``class_`` stands for class, and ``_`` in a name for a hyphen.
+    """
     written = Markup("")
     for key, value in attributes.items():
         if value is not None:
@@ -55,15 +62,17 @@ def element(name: str, *children: str, **attributes: str | float | None) -> Mark
 
 
 def path(class_: str | None, d: str, **attributes: str | float | None) -> Markup:
+    """Return a path element."""
     return element("path", class_=class_, d=d, **attributes)
 
 
 def text(class_: str, x: float, y: float, *words: str, **attributes: str | float | None) -> Markup:
+    """Return a text element."""
     return element("text", *words, class_=class_, x=x, y=y, **attributes)
 
 
 def line_path(x: ArrayLike, y: ArrayLike) -> str:
-    """Return the path of a line through points; it breaks at NaN."""
+    """Return the path of a line through points. The line breaks at NaN."""
     parts = []
     pen = "M"
     for px, py in zip(np.asarray(x, dtype=float).tolist(), np.asarray(y, dtype=float).tolist()):
@@ -74,13 +83,13 @@ def line_path(x: ArrayLike, y: ArrayLike) -> str:
 
 
 def dots_path(x: NDArray[np.float64], y: NDArray[np.float64]) -> str:
-    """Return a path of dots, one at each point that is no NaN; a round cap makes them."""
+    """Return a path with a dot at each finite point. A round line cap draws the dots."""
     known = np.isfinite(x) & np.isfinite(y)
     return "".join(f"M{px:.1f} {py:.1f}h0" for px, py in zip(x[known].tolist(), y[known].tolist()))
 
 
 def band_path(x: NDArray[np.float64], low: NDArray[np.float64], high: NDArray[np.float64]) -> str:
-    """Return the path of the area between two lines, where both are numbers."""
+    """Return the path of the area between two lines, where both are finite."""
     known = np.isfinite(low) & np.isfinite(high)
     if known.sum() < 2:
         return ""
@@ -92,7 +101,7 @@ def band_path(x: NDArray[np.float64], low: NDArray[np.float64], high: NDArray[np
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing, and sentences on what it leaves out."""
+    """A drawing, with notes on its omissions."""
 
     svg: Markup
     notes: tuple[str, ...] = ()
@@ -111,14 +120,18 @@ class Frame:
     right: float = 16
     top: float = 14
     bottom: float = 46
-    letters: int = 12  # of a tick of the x axis, at most
+    letters: int = 12  # letters of a tick of the x axis at most
 
     def chart(self, title: str, *children: str, notes: Sequence[str] = ()) -> Chart:
+        """Return a drawing of this size."""
         return drawing(self.width, self.height, title, *children, notes=notes)
 
     def with_room(self) -> "Frame":
-        """Return a frame with room for its ticks: a wider left for long ones, and a higher drawing
-        for slanted ones."""
+        """Return a frame with enough space for its ticks.
+
+        Long ticks of the y axis widen the left margin. Slanted ticks of the x axis make the drawing
+        higher.
+        """
         left = max(
             self.left, 40 + _LETTER * max((len(words) for _, words in self.y.ticks), default=0)
         )
@@ -137,20 +150,22 @@ class Frame:
 
     @property
     def slants(self) -> bool:
-        """Whether the ticks of the x axis have no room side by side."""
+        """True if the ticks of the x axis are too long to stand side by side."""
         return (
             sum(len(cut(words, self.letters)) for _, words in self.x.ticks) * 7
             > self.width - self.right - self.left
         )
 
     def across(self, values: ArrayLike) -> NDArray[np.float64]:
+        """Return the x coordinates of values."""
         return self.left + self.x(values) * (self.width - self.left - self.right)
 
     def down(self, values: ArrayLike) -> NDArray[np.float64]:
+        """Return the y coordinates of values, from the top."""
         return self.height - self.bottom - self.y(values) * (self.height - self.top - self.bottom)
 
     def down_within(self, values: ArrayLike) -> NDArray[np.float64]:
-        """As ``down``; what lies beyond an end of the axis is drawn near it."""
+        """Return the y coordinates of values, moved to the edge if they are beyond the axis."""
         return np.clip(self.down(values), self.top + 6, self.height - self.bottom - 12)
 
     def axes(self, across: str, up: str) -> Markup:
@@ -189,6 +204,6 @@ def drawing(
     notes: Sequence[str] = (),
     class_: str = "chart",
 ) -> Chart:
-    """Return a chart that takes the width it is given; ``title`` is what a screen reader says."""
+    """Return a chart that takes the available width. ``title`` is the text for screen readers."""
     box = {"viewBox": f"0 0 {width:g} {height:g}", "role": "img", "aria_label": title}
     return Chart(element("svg", *children, class_=class_, **box), tuple(notes))
