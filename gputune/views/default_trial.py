@@ -1,4 +1,4 @@
-"""The comparison of a search's best trial with its default configuration: did tuning help?"""
+"""The comparison of a search's best trial with its default configuration."""
 
 import math
 from dataclasses import dataclass, fields, replace
@@ -20,8 +20,8 @@ class DefaultTrial(Trial):
     Attributes:
         best_score: score of the best trial.
         improvement: ``best_score - score``. Scores follow scikit-learn (greater is better), so a
-            positive number means that the best trial is better, for losses too. Like
-            ``best_score`` it is optimistic, because the same folds chose the best trial.
+            positive number means that the best trial is better, for losses too. Like ``best_score``
+            it is optimistic, because the same folds chose the best trial.
         improvement_std_error: paired standard error of ``improvement``. It is computed from the
             differences fold by fold, as ``std(ddof=1) / sqrt(F)``. NaN for fewer than two folds.
         text: the sentences of the closing text that say whether tuning helped; "" if no other trial
@@ -38,9 +38,9 @@ def default_trial(study: Study) -> DefaultTrial | None:
     """Return the trial of the default configuration, compared with the best trial.
 
     Returns:
-        None if no trial is the default configuration or if that trial has no finite score. None
-        also for the points of a hypergradient search, for ``gputune.search`` and for searches of
-        scikit-learn's estimators, which do not run gputune's defaults.
+        The comparison. None if no trial is the default configuration or if that trial has no finite
+        score. None also for the points of a hypergradient search, for ``gputune.search`` and for
+        searches of scikit-learn's estimators, which do not run gputune's defaults.
     """
     best = best_trial(study)
     default = next((trial for trial in study.trials if trial.origin == "default"), None)
@@ -62,13 +62,13 @@ def _paired_std_error(best: Trial, default: Trial) -> float:
     if n_folds < 2 or n_folds != len(default.fold_scores):
         return math.nan
     if not np.isfinite([best.fold_scores, default.fold_scores]).all():
-        return math.nan  # in a damaged file, whose means are finite all the same
+        return math.nan  # possible in a damaged file
     differences = np.subtract(best.fold_scores, default.fold_scores)
     return float(np.std(differences, ddof=1)) / math.sqrt(n_folds)
 
 
 def improvement_text(study: Study) -> str:
-    """Return the sentences that say whether tuning helped; "" if there is nothing to compare."""
+    """Return sentences that say whether tuning helped, or "" without a comparison."""
     default = default_trial(study)
     return "" if default is None else default.text
 
@@ -104,8 +104,10 @@ def shorter_training(default: DefaultTrial) -> str:
 
 
 def improvement_json(study: Study) -> Json | None:
-    """Return the comparison with the default as plain values, null for NaN; None if there is
-    none."""
+    """Return the comparison with the default as plain values, or None without a default.
+
+    NaN is null.
+    """
     default = default_trial(study)
     if default is None:
         return None

@@ -1,6 +1,6 @@
-"""The hyperparameters of a study as columns of numbers and as axes, and how much each mattered.
+"""The hyperparameters of a study as columns, as axes, and ranked by importance.
 
-For the latter a random forest learns the trials' ranks, then loses one column at a time.
+For the importance a random forest learns the ranks of the trials, then each column is shuffled.
 """
 
 import re
@@ -18,11 +18,11 @@ from gputune.study.study import Study
 from gputune.text import clean, short
 from gputune.views.scores import Scale, Scores, linear_scale, log_scale, number_text, score_view
 
-# positive values whose largest is so many times the smallest are read on a logarithm
+# Positive values have a logarithmic axis if the largest is at least this many times the smallest.
 _DECADES = 100.0
-_FARTHEST = 1e300  # an axis reaches no farther, so that its ends and their distance are numbers
-_LEVELS = 12  # the words of a hyperparameter that are told apart; rarer ones share one level
-_APART = 0.08  # share of an axis by which ticks must be apart
+_FARTHEST = 1e300  # limit of an axis, so that its length is a finite number
+_LEVELS = 12  # words of a hyperparameter that are shown; rarer words share one level
+_APART = 0.08  # smallest distance of two ticks, as a share of the axis
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,16 +30,16 @@ class Parameter:
     """One hyperparameter of all trials."""
 
     name: str
-    label: str  # its name, and what was made of lists of values
+    label: str  # its name, with a remark if lists were replaced by their median
     # (C,) numbers, or positions in ``levels``; NaN for a trial without it
     values: NDArray[np.float64]
-    levels: tuple[str, ...] = ()  # the words, () for numbers
-    log: bool = False  # whether its numbers are read on a logarithm
-    hidden: int = 0  # trials whose value is a number that no axis has (infinity)
+    levels: tuple[str, ...] = ()  # the words; () for numbers
+    log: bool = False  # whether its axis is logarithmic
+    hidden: int = 0  # trials with an infinite value
 
     @property
     def distinct(self) -> NDArray[np.float64]:
-        """The finite values, in order, each once."""
+        """The sorted, distinct finite values."""
         return np.unique(self.values[np.isfinite(self.values)])
 
 
@@ -50,17 +50,18 @@ def parameters(study: Study) -> tuple[Parameter, ...]:
 
 
 def varied_parameters(study: Study) -> tuple[Parameter, ...]:
-    """Return those in which the trials differ."""
+    """Return the hyperparameters in which trials differ."""
     return tuple(parameter for parameter in parameters(study) if len(parameter.distinct) > 1)
 
 
 def _parameter(name: str, study: Study) -> Parameter:
+    """Return one hyperparameter of a study."""
     values = [trial.params.get(name) for trial in study.trials]
     present = [value for value in values if value is not None]
     plain = {int, float}.issuperset(map(type, present)) and all(
         abs(value) < _FARTHEST for value in present
     )
-    # most are plain, and lists are slow
+    # A fast path, because most values are plain numbers and checking lists is slow.
     if not present or not (plain or all(map(_is_numbers, present))):
         return _words(
             name, [short(t.params[name]) if name in t.params else None for t in study.trials]
@@ -78,8 +79,10 @@ def _parameter(name: str, study: Study) -> Parameter:
 
 
 def is_log(name: str, values: NDArray[np.float64], space: str) -> bool:
-    """Whether numbers are read on a logarithm: the space draws them so, or they span decades, or
-    are powers."""
+    """Return whether the axis of a hyperparameter is logarithmic.
+
+    It is if the space draws the values so. Values from a list must span decades or be powers.
+    """
     levels = np.unique(values[np.isfinite(values)])
     if levels.size < 2 or levels[0] <= 0:
         return False
@@ -92,6 +95,7 @@ def is_log(name: str, values: NDArray[np.float64], space: str) -> bool:
 
 
 def _words(name: str, texts: Sequence[str | None]) -> Parameter:
+    """Return a hyperparameter of words, the most frequent word first."""
     counts = Counter(text for text in texts if text is not None)
     levels = sorted(counts, key=lambda text: (-counts[text], text))
     if len(levels) > _LEVELS:
@@ -102,15 +106,16 @@ def _words(name: str, texts: Sequence[str | None]) -> Parameter:
 
 
 def _is_numbers(value: object) -> bool:
-    """A number, or a list over segments (and layers) of a training."""
+    """Return whether a value is a number, or a list over segments and layers of a training."""
     if isinstance(value, list):
         return bool(value) and all(map(_is_numbers, value))
-    # Some whole numbers have more digits than a float.
+    # Some integers are too large for a float.
     whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < _FARTHEST
     return whole or isinstance(value, float)
 
 
 def _flat(value: Any) -> list[float]:
+    """Return the numbers of a nested list."""
     return (
         [number for part in value for number in _flat(part)]
         if isinstance(value, list)
@@ -119,8 +124,10 @@ def _flat(value: Any) -> list[float]:
 
 
 def parameter_scale(parameter: Parameter, *, most: int = 6, pad: float = 0.0) -> Scale:
-    """Return the scale of a hyperparameter that some trial has: its words, its few numbers, or its
-    range."""
+    """Return the scale of a hyperparameter: its words, its few numbers, or its range.
+
+    At least one trial must have the hyperparameter.
+    """
     if parameter.levels:
         edge = 0.5 if pad else 0.0
         last = max(len(parameter.levels) - 1, 0 if pad else 1)
@@ -136,8 +143,14 @@ def parameter_scale(parameter: Parameter, *, most: int = 6, pad: float = 0.0) ->
 
 @dataclass(frozen=True, eq=False)
 class Axis:
-    """An axis of parallel coordinates: ``column`` is its key in the table of trials, ``heights``
-    (C,) are in [0, 1]."""
+    """An axis of parallel coordinates.
+
+    Attributes:
+        column: key of the column in the table of trials.
+        label: name of the axis.
+        scale: scale of its values.
+        heights: (C,) heights of the trials, in [0, 1].
+    """
 
     column: str
     label: str
@@ -146,7 +159,7 @@ class Axis:
 
 
 def parallel_axes(shown: Scores) -> list[Axis]:
-    """Return an axis for each hyperparameter that varied, and the last one for the score."""
+    """Return an axis for each hyperparameter that varied, and one for the score at the end."""
     columns = [
         (f"params_{one.name}", one.label, parameter_scale(one, most=7), one.values)
         for one in varied_parameters(shown.study)
@@ -160,24 +173,23 @@ def parallel_axes(shown: Scores) -> list[Axis]:
 
 @dataclass(frozen=True, eq=False)
 class DescentPath:
-    """The finished points of one start."""
+    """The finished points of one start of a hypergradient search."""
 
     start: int
-    steps: NDArray[np.int64]  # (n,) outer steps, 0 for the start
-    scores: NDArray[np.float64]  # (n,) in the sign of their name
-    values: dict[str, NDArray[np.float64]]  # name of a hyperparameter -> (n,) its values
-    usable: NDArray[np.bool_]  # (n,) false where the guard took the slope for noise
+    steps: NDArray[np.int64]  # (n,) outer steps, 0 for the starting point
+    scores: NDArray[np.float64]  # (n,) scores in the sign of their name
+    values: dict[str, NDArray[np.float64]]  # hyperparameter -> (n,) values
+    usable: NDArray[np.bool_]  # (n,) False if the guard rejected the slope as noise
 
 
 def descended(study: Study) -> tuple[Parameter, ...]:
-    """Return the hyperparameters that a search by hypergradients descended on; () for another
-    search."""
+    """Return the hyperparameters that a hypergradient search moved, or () for another search."""
     numbers = {parameter.name: parameter for parameter in parameters(study) if not parameter.levels}
     return tuple(numbers[name] for name in study.record.descended if name in numbers)
 
 
 def descent_paths(study: Study) -> tuple[DescentPath, ...]:
-    """Return the paths with their best score first; () for another search."""
+    """Return the paths of all starts, best score first, or () for another search."""
     columns = descended(study)
     shown = score_view(study)
     points: dict[int, list[tuple[int, int]]] = defaultdict(list)
@@ -194,7 +206,7 @@ def descent_paths(study: Study) -> tuple[DescentPath, ...]:
     return tuple(paths)
 
 
-# trials that a forest needs, and those it is given at most, drawn from all
+# Fewest and most trials for a forest. If there are more, a random sample is used.
 FEWEST = 10
 MOST = 2000
 
@@ -204,24 +216,31 @@ _SHUFFLES = 5
 
 @dataclass(frozen=True, eq=False)
 class Importance:
-    """How much each hyperparameter mattered, on trials that the forest was not fitted on."""
+    """The importance of each hyperparameter, measured on trials that are new to the forest."""
 
     names: tuple[str, ...]  # most important first
     labels: tuple[str, ...]
-    # (n,) fall of R2 when one is shuffled: 0 of no matter, up to 2 where it alone decides
+    # (n,) fall of R2 when a hyperparameter is shuffled: from 0 (not important) up to 2 (the only
+    # important one).
     drops: NDArray[np.float64]
     # (n,) standard deviation of the fall over the shuffles and the two halves
     errors: NDArray[np.float64]
-    fit: float  # R2 of the forest: near 0 or below, the falls mean nothing
-    trials: int  # how many it learned from
+    fit: float  # R2 of the forest; near or below 0 the falls mean nothing
+    trials: int  # number of trials that it learned from
 
 
 def importance(study: Study, *, seed: int = 0) -> Importance:
     """Return the permutation importance of the hyperparameters that varied (Breiman 2001).
 
-    Every finished trial counts, with the rank of its score; a diverged one has the lowest rank.
-    Each half of the trials is predicted by a forest of the other half. Raises InputError where
-    fewer than ten trials are finished, or no hyperparameter varied.
+    Every finished trial counts, with the rank of its score. A diverged trial has the lowest rank. A
+    forest that was fitted on one half of the trials predicts the other half.
+
+    Args:
+        study: the study.
+        seed: seed of the forests, the shuffles and the sample of trials.
+
+    Raises:
+        InputError: fewer than ten trials are finished, or no hyperparameter varied.
     """
     columns = varied_parameters(study)
     done = np.flatnonzero([trial.state != "waiting" for trial in study.trials])
@@ -236,12 +255,12 @@ def importance(study: Study, *, seed: int = 0) -> Importance:
 
     drawn = np.random.default_rng(seed).permutation(len(done))[:MOST]
     scores = np.array([study.trials[row].score for row in done])
-    # In [0, 1], the best 1, equal scores alike.
+    # Ranks in [0, 1]. The best trial has 1, and equal scores have equal ranks.
     ranks = (
         (rankdata(np.where(np.isfinite(scores), scores, -np.inf)) - 1) / max(1, len(scores) - 1)
     )[drawn]
     table = np.stack([column.values for column in columns], axis=1)
-    # A hyperparameter that a trial lacks lies below all values, where a tree can cut it off.
+    # A missing value is placed below all others, so that a tree can separate it.
     table = np.where(np.isnan(table), np.nanmin(table, axis=0) - 1.0, table)[done[drawn]]
     halves = np.array_split(np.arange(len(drawn)), 2)
     fits = []

@@ -1,4 +1,4 @@
-"""The plots of a study with matplotlib, which is imported by the one who asks for a plot."""
+"""The plots of a study with matplotlib, which is imported only when you call a plot."""
 
 import math
 from types import ModuleType
@@ -35,30 +35,35 @@ if TYPE_CHECKING:
 
 _BLUE = "C0"
 _GREY = "0.7"
-_COLUMNS = 3  # of the grid of slices
-_LEVELS = 12  # of a contour
-_LETTERS = 24  # of words that have room side by side on an axis
+_COLUMNS = 3  # columns of the grid of slices
+_LEVELS = 12  # levels of a contour
+_LETTERS = 24  # letters of words that fit side by side on an axis
 
 
 def _pyplot(plot: str) -> ModuleType:
-    """Return matplotlib.pyplot; MissingExtraError, naming the plot and the extra, where it is not
-    installed."""
+    """Return matplotlib.pyplot.
+
+    Raises MissingExtraError, which names the plot and the extra, if matplotlib is not installed.
+    """
     return import_extra("matplotlib.pyplot", extra="report", used_by=f"study.{plot}()")
 
 
 def _axes(plot: str, ax: "Axes | None", size: tuple[float, float] = (7.0, 4.0)) -> "Axes":
-    """Return the given Axes, or new ones in a figure of so many inches."""
+    """Return the given Axes, or new Axes in a figure of ``size`` inches."""
     pyplot = _pyplot(plot)
     return pyplot.subplots(figsize=size, layout="constrained")[1] if ax is None else ax
 
 
 def _plain(text: object) -> str:
-    """Return text that matplotlib shows as it is: a dollar sign begins no formula."""
+    """Return text that matplotlib shows literally, so that a dollar sign begins no formula."""
     return clean(text).replace("$", r"\$")
 
 
 def _name_axes(ax: "Axes", x: Parameter | str, y: Parameter | str) -> None:
-    """Name both axes; that of a hyperparameter gets its scale: numbers, a logarithm, or words."""
+    """Name both axes.
+
+    The axis of a hyperparameter also gets its scale: numbers, a logarithm or words.
+    """
     for axis, what in (("x", x), ("y", y)):
         ax.set(**{f"{axis}label": _plain(what.label if isinstance(what, Parameter) else what)})
         if isinstance(what, str):
@@ -78,15 +83,17 @@ def _name_axes(ax: "Axes", x: Parameter | str, y: Parameter | str) -> None:
 
 
 def _scale_axis(ax: "Axes", scale: Scale) -> None:
-    """Let the axis of scores be that of the page."""
+    """Give the axis of scores the same scale as in the HTML report."""
     ax.set(ylim=(scale.low, scale.high), yscale="log" if scale.log else "linear")
 
 
 def _draw_scores(
     ax: "Axes", x: Parameter | str, places: NDArray[Any], shown: Scores, **style: Any
 ) -> None:
-    """Draw a point a trial that has a place and a score, and say in the title what stands at the
-    edge of the axis."""
+    """Draw a point per trial with a place and a score.
+
+    The title says how many points were moved to the edge of the axis.
+    """
     drawn = np.isfinite(places) & np.isfinite(shown.values)
     ax.scatter(places[drawn], np.clip(shown.values[drawn], *shown.range), s=14, **style)
     _name_axes(ax, x, shown.measure.title)
@@ -95,7 +102,17 @@ def _draw_scores(
 
 
 def plot_history(study: Study, *, ax: "Axes | None" = None) -> "Axes":
-    """Score of each trial that has one, in the order of their numbers, and the best so far."""
+    """Plot the score of each trial in the order of their numbers, and the best score so far.
+
+    Args:
+        ax: the Axes to draw on. None: a new figure.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
     ax = _axes("plot_history", ax)
     shown = score_view(study)
     numbers = np.array([trial.number for trial in study.trials], dtype=int)
@@ -112,10 +129,21 @@ def plot_history(study: Study, *, ax: "Axes | None" = None) -> "Axes":
 
 
 def plot_curves(study: Study, *, best: int = BEST, ax: "Axes | None" = None) -> "Axes":
-    """Learning curves: the mean over the folds after each epoch.
+    """Plot the learning curves: the mean score over the folds after each epoch.
 
-    The ``best`` trials have a band of one standard deviation over the folds on either side, the
-    others lie behind. Raises InputError for a negative or fractional ``best``.
+    The best trials have a band of one standard deviation over the folds on either side. The other
+    trials are drawn behind them.
+
+    Args:
+        best: number of trials in color, an integer of at least 0.
+        ax: the Axes to draw on. None: a new figure.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        InputError: ``best`` is not an integer of at least 0.
+        MissingExtraError: matplotlib is not installed.
     """
     check_count(best, "plot_curves(best=...)", least=0)
     ax = _axes("plot_curves", ax)
@@ -144,11 +172,19 @@ def plot_curves(study: Study, *, best: int = BEST, ax: "Axes | None" = None) -> 
 def plot_slice(
     study: Study, parameter: str | None = None, *, ax: "Axes | None" = None
 ) -> "Axes | np.ndarray":
-    """Score against one hyperparameter; without ``parameter``, an array of Axes, one for each that
-    varied.
+    """Plot the score against one hyperparameter, or against each that varied.
 
-    Raises InputError for an unknown hyperparameter, for ``ax`` without ``parameter``, and where
-    none varied.
+    Args:
+        parameter: name of a hyperparameter. None: all that varied.
+        ax: the Axes to draw on, only with ``parameter``. None: a new figure.
+
+    Returns:
+        The Axes, or without ``parameter`` an array of Axes, one per hyperparameter.
+
+    Raises:
+        InputError: the hyperparameter is unknown, ``ax`` is given without ``parameter``, or no
+            hyperparameter varied.
+        MissingExtraError: matplotlib is not installed.
     """
     shown = score_view(study)
     style = dict[str, Any](color=_BLUE, alpha=0.7)
@@ -180,8 +216,7 @@ def plot_slice(
 
 
 def _parameter(study: Study, name: str, plot: str) -> Parameter:
-    """Return a hyperparameter by its name; InputError, with those that there are, for another
-    one."""
+    """Return a hyperparameter by its name. Raises InputError with the known names."""
     columns = {parameter.name: parameter for parameter in parameters(study)}
     if name not in columns:
         known = ", ".join(map(short, columns)) or "none"
@@ -192,12 +227,21 @@ def _parameter(study: Study, name: str, plot: str) -> Parameter:
 
 
 def plot_parallel(study: Study, *, ax: "Axes | None" = None) -> "Axes":
-    """Parallel coordinates: a line a trial with a score, through an axis for each hyperparameter
-    that varied.
+    """Plot parallel coordinates: a line per trial with a score, through one axis per
+    hyperparameter.
 
-    Each axis runs from 0 to 1 over its range (its logarithm where that is its scale) or through its
-    words; a line breaks where a trial lacks one. Its colour is the score; the better lines lie on
-    top.
+    Only hyperparameters that varied have an axis. Each axis runs from 0 to 1 over its range, its
+    logarithm if the scale is logarithmic, or its words. A line breaks if a trial lacks a
+    hyperparameter. The color is the score, and better lines lie on top.
+
+    Args:
+        ax: the Axes to draw on. None: a new figure.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
     """
     ax = _axes("plot_parallel", ax, (9.0, 4.5))
     shown = score_view(study)
@@ -225,10 +269,19 @@ def plot_parallel(study: Study, *, ax: "Axes | None" = None) -> "Axes":
 def plot_pareto(
     study: Study, x: str | None = None, y: str | None = None, *, ax: "Axes | None" = None
 ) -> "Axes":
-    """Trials by two metrics, the first two without names, and the line through those that are
-    Pareto-optimal.
+    """Plot the trials by two metrics, with a line through the Pareto-optimal trials.
 
-    Raises InputError for a study of one metric and for a name that is none of its metrics.
+    Args:
+        x: name of a metric. None: the first one.
+        y: name of another metric. None: the first one except ``x``.
+        ax: the Axes to draw on. None: a new figure.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        InputError: the study has only one metric, or a name is not one of its metrics.
+        MissingExtraError: matplotlib is not installed.
     """
     known = study.metrics
     x = known[0] if x is None and known else x
@@ -245,12 +298,24 @@ def plot_pareto(
 
 
 def _colour_map(shown: Scores) -> str:
+    """Return the name of a color map in which better scores are brighter."""
     return "viridis_r" if shown.measure.lower_is_better else "viridis"
 
 
 def plot_importance(study: Study, *, seed: int = 0, ax: "Axes | None" = None) -> "Axes":
-    """Permutation importance of the hyperparameters, by a random forest on the trials. InputError
-    for a small study."""
+    """Plot the permutation importance of the hyperparameters, from a random forest on the trials.
+
+    Args:
+        seed: seed of the forest.
+        ax: the Axes to draw on. None: a new figure.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        InputError: fewer than ten trials are finished, or no hyperparameter varied.
+        MissingExtraError: matplotlib is not installed.
+    """
     shown = importance(study, seed=seed)
     ax = _axes("plot_importance", ax, (6.0, 1.2 + 0.4 * len(shown.names)))
     places = range(len(shown.names))
@@ -266,12 +331,23 @@ def plot_importance(study: Study, *, seed: int = 0, ax: "Axes | None" = None) ->
 def plot_contour(
     study: Study, x: str | None = None, y: str | None = None, *, ax: "Axes | None" = None
 ) -> "Axes":
-    """Score over two hyperparameters as filled contours; without ``x`` and ``y`` over the two most
-    important ones.
+    """Plot the score over two hyperparameters as filled contours.
 
-    Between trials the score is interpolated linearly, on the logarithm where that is the scale;
-    trials at one place are averaged. Raises InputError for an unknown hyperparameter, one name
-    without the other, and where the trials lie on a line.
+    Between trials the score is interpolated linearly, on the logarithm if the scale is logarithmic.
+    Trials at the same place are averaged.
+
+    Args:
+        x: name of a hyperparameter. None, together with ``y``: the two most important ones.
+        y: name of another hyperparameter.
+        ax: the Axes to draw on. None: a new figure.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        InputError: a hyperparameter is unknown, only one name is given, or the trials lie on a
+            line.
+        MissingExtraError: matplotlib is not installed.
     """
     if (x is None) != (y is None) or (x is not None and x == y):
         raise InputError(
@@ -299,7 +375,7 @@ def plot_contour(
     ax = _axes("plot_contour", ax, (6.0, 4.5))
     from matplotlib.tri import Triangulation
 
-    # The triangles are those of the scales, drawn where the places are.
+    # The triangles are computed on the scales of the axes, and drawn at the values.
     (x_places, y_places), triangles = places.T, Triangulation(*flat.T).triangles
     low, high = score_range(means, shown.measure)
     levels = np.linspace(low, high if high > low else low + 1e-12, _LEVELS)
@@ -312,12 +388,20 @@ def plot_contour(
 
 
 def plot_path(study: Study, parameter: str | None = None, *, ax: "Axes | None" = None) -> "Axes":
-    """Paths of a search by hypergradients: a hyperparameter from outer step to outer step, a line a
-    start.
+    """Plot the paths of a hypergradient search: one line per start, a hyperparameter by outer step.
 
-    ``parameter`` is the first of those descended on where it is left out. The best five starts have
-    colours; a hollow point is one whose slope the guard took for noise. Raises InputError for a
-    study of another method and for a hyperparameter that was not descended on.
+    The best five starts have colors. A hollow point has a slope that the guard rejected as noise.
+
+    Args:
+        parameter: name of a hyperparameter that the search moved. None: the first one.
+        ax: the Axes to draw on. None: a new figure.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        InputError: the study used another method, or the search did not move this hyperparameter.
+        MissingExtraError: matplotlib is not installed.
     """
     columns = {column.name: column for column in descended(study)}
     if not columns:

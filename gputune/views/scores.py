@@ -1,5 +1,4 @@
-"""What is drawn of a study's scores and curves: their sign, order and range; several metrics; the
-scales of axes."""
+"""Scores and curves for display: sign, order and range, several metrics, and scales of axes."""
 
 import math
 from dataclasses import dataclass, replace
@@ -15,15 +14,16 @@ from gputune.text import Measure, count
 
 AnyStudy = TypeVar("AnyStudy", bound=Study)
 
-BEST = 5  # trials, and starts of a descent, that have a colour of their own
-# scores worse than the lower quartile by so many interquartile ranges lie beyond the axis, as in a
-# box plot
+BEST = 5  # trials, or starts of a hypergradient search, with their own color
+# Scores that are worse than the lower quartile by this many interquartile ranges lie beyond the
+# axis, as in a box plot.
 _FAR = 1.5
-# share of the trials that must have been trained to the end for their scores alone to make the axis
+# Only trials that were trained to the end determine the axis, if they are at least this share of
+# the trials.
 _ENOUGH = 0.25
-# a loss whose largest value is so many times its smallest one is read on a logarithm
+# A loss has a logarithmic axis if its largest value exceeds its smallest by this factor.
 _DECADE = 30.0
-# share of the axis of scores below and above them: room for the marks of diverged trials
+# Space below and above the scores, as a share of the axis, for the marks of diverged trials.
 _PAD = 0.06
 
 _STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
@@ -31,7 +31,14 @@ _STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
 
 @dataclass(frozen=True)
 class Scale:
-    """``low`` and ``high`` are its ends; a value beyond them has a place beyond 0 or 1."""
+    """The scale of an axis.
+
+    Attributes:
+        low: the lower end. A value below it has a place below 0.
+        high: the upper end. A value above it has a place above 1.
+        ticks: values and texts of the ticks.
+        log: whether the scale is logarithmic.
+    """
 
     low: float
     high: float
@@ -39,8 +46,10 @@ class Scale:
     log: bool = False
 
     def __call__(self, values: ArrayLike) -> NDArray[np.float64]:
-        """Return places, 0 at ``low`` and 1 at ``high``; NaN for NaN, and for what has no
-        logarithm."""
+        """Return places: 0 at ``low`` and 1 at ``high``.
+
+        NaN, and values without a logarithm, have the place NaN.
+        """
         places = np.asarray(values, dtype=np.float64)
         low = self.low
         high = self.high
@@ -53,7 +62,7 @@ class Scale:
 
 
 def number_text(value: float) -> str:
-    """Return a number in few characters: 0.001, 20000, 1e-5."""
+    """Return a number in few characters, such as 0.001, 20000 or 1e-5."""
     if value == 0 or 1e-4 <= abs(value) < 1e6:
         return f"{value:.6g}"
     mantissa, _, exponent = f"{value:.2e}".partition("e")
@@ -63,8 +72,15 @@ def number_text(value: float) -> str:
 def linear_scale(
     low: float, high: float, *, most: int = 6, pad: float = 0.0, whole: bool = False
 ) -> Scale:
-    """Return a scale with at most so many ticks, ``whole`` or not; ``pad`` is a share of its length
-    on both sides."""
+    """Return a linear scale.
+
+    Args:
+        low: the lower end of the values.
+        high: the upper end of the values.
+        most: number of ticks at most.
+        pad: margin on both sides, as a share of the length.
+        whole: whether ticks must be whole numbers.
+    """
     if not high > low:
         half = abs(low) * 0.05 or 0.5
         low = low - half
@@ -87,8 +103,10 @@ def linear_scale(
 
 
 def log_scale(low: float, high: float, *, most: int = 6, pad: float = 0.0) -> Scale:
-    """Return a scale of positive numbers, its ticks at powers of ten, or at 1, 2 and 5 of them
-    where they are few."""
+    """Return a logarithmic scale of positive numbers.
+
+    Its ticks are powers of ten. If there are few, 1, 2 and 5 times the powers are used.
+    """
     if not high > low:
         low = low / 2
         high = high * 2
@@ -104,13 +122,16 @@ def log_scale(low: float, high: float, *, most: int = 6, pad: float = 0.0) -> Sc
             break
     else:
         inside = inside[:: max(1, math.ceil(len(inside) / most))] if len(inside) > 1 else []
-    # Less than a decade may lie between the marks.
+    # The range may be shorter than a decade and hold no mark.
     ticks = tuple((m, number_text(m)) for m in inside) or linear_scale(low, high, most=most).ticks
     return Scale(low, high, ticks, log=True)
 
 
 def value_scale(low: float, high: float, measure: Measure, *, pad: float = _PAD) -> Scale:
-    """Return the scale of scores between two ends, of a loss that spans decades a logarithm."""
+    """Return the scale of scores between two ends.
+
+    A loss that spans decades has a logarithmic scale.
+    """
     is_wide = measure.lower_is_better and low > 0 and high > _DECADE * low
     return (log_scale if is_wide else linear_scale)(low, high, pad=pad)
 
@@ -121,41 +142,49 @@ class Scores:
 
     study: Study
     measure: Measure
-    # (C,) a neg_log_loss of -0.3 as the log_loss 0.3; NaN where there is none
+    # (C,) scores in the sign of their name: a neg_log_loss of -0.3 is the log_loss 0.3. NaN without
+    # a score.
     values: NDArray[np.float64]
-    late: NDArray[np.bool_]  # (C,) whether no rung of halving pruned the trial
+    late: NDArray[np.bool_]  # (C,) True if the trial was not pruned
     order: list[int]  # the rows of the trials with a score, best first
 
     @property
     def eligible(self) -> NDArray[np.bool_]:
-        """(C,): whether a trial can be the best one. A pruned trial can only if every trial with a
-        score was pruned."""
+        """(C,) whether a trial can be the best one.
+
+        A pruned trial can be the best only if every trial with a score was pruned.
+        """
         scored = np.isfinite(self.values)
         finished = scored & self.late
         return finished if finished.any() else scored
 
     @property
     def range(self) -> tuple[float, float]:
-        """The ends of an axis of scores. Pruned trials were scored early, and stretch no axis of
-        others."""
+        """The ends of an axis of scores.
+
+        Pruned trials were scored early. They do not extend the axis of other trials.
+        """
         late = np.isfinite(self.values) & self.late
         few = late.sum() < _ENOUGH * np.isfinite(self.values).sum()
         return score_range(self.values if few else self.values[late], self.measure)
 
     @property
     def best_so_far(self) -> NDArray[np.float64]:
-        """(C,): the best of the eligible values up to each trial, in order of the trials; NaN
-        before the first one."""
+        """(C,) the best eligible value up to each trial, in order of the trials.
+
+        NaN before the first eligible value.
+        """
         better = np.fmin if self.measure.lower_is_better else np.fmax
         return better.accumulate(np.where(self.eligible, self.values, np.nan))
 
     def scale(self, *, pad: float = _PAD) -> Scale:
-        """Return the scale of all scores: the best one, and all that are not far off."""
+        """Return the scale of all scores, with the best score and all scores that are not far from
+        it."""
         return value_scale(*self.range, self.measure, pad=pad)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What must be said of scores beyond the ends of their axis."""
+        """The notes on scores beyond the ends of their axis."""
         low, high = self.range
         beyond = int(
             (self.values > high if self.measure.lower_is_better else self.values < low).sum()
@@ -169,6 +198,7 @@ class Scores:
 
 
 def score_view(study: Study) -> Scores:
+    """Return the scores of a study for display."""
     scores = study.scores
     finite = np.isfinite(study.scores)
     measure = study.record.measure(float(scores[finite].max()) if finite.any() else math.nan)
@@ -178,23 +208,23 @@ def score_view(study: Study) -> Scores:
 
 
 def order_by_score(study: Study) -> list[int]:
-    """Return the rows of the trials by their score alone, best first; those without a finite score
-    last.
+    """Return the rows of the trials by their score only, best first.
 
-    Unlike ``study.order`` it does not put pruned trials behind the others.
+    Trials without a finite score come last. In contrast to ``study.order``, pruned trials do not
+    come after the others.
     """
     scores = np.where(np.isfinite(study.scores), study.scores, -np.inf)
     return sorted(study.order, key=lambda row: -scores[row])
 
 
 def _in_sign(measure: Measure, scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return scores of scikit-learn's sign in that of their name."""
+    """Convert scores from scikit-learn's sign to the sign of their name."""
     return 0.0 - scores if measure.lower_is_better else scores
 
 
 def score_range(values: NDArray[np.float64], measure: Measure) -> tuple[float, float]:
-    """Return the ends (low, high) of an axis for finite values: the best one, and the worst that is
-    not far off."""
+    """Return the ends (low, high) of an axis: the best finite value, and the worst that is not far
+    off."""
     finite = values[np.isfinite(values)]
     if not finite.size:
         return 0.0, 1.0
@@ -207,24 +237,28 @@ def score_range(values: NDArray[np.float64], measure: Measure) -> tuple[float, f
 
 @dataclass(frozen=True, eq=False)
 class LearningCurves:
-    """Scores after each epoch, in the sign of their name; NaN where a trial did not train that
-    long."""
+    """The scores after each epoch, in the sign of their name.
+
+    NaN if a trial did not train that long.
+    """
 
     study: Study
     measure: Measure
-    mean: NDArray[np.float64]  # (C, epochs) mean over the folds; NaN where one fold is
+    mean: NDArray[np.float64]  # (C, epochs) mean over the folds; NaN if a fold is NaN
     # (C, epochs) standard deviation over the folds, ddof=1; NaN for one fold
     spread: NDArray[np.float64]
-    order: list[int]  # the rows of the trials with a score after some epoch, best first
+    order: list[int]  # rows of the trials with a score at any epoch, best first
 
     @property
     def epochs(self) -> NDArray[np.int64]:
-        """(epochs,): 1, 2, ..."""
+        """(epochs,) the numbers 1, 2, ..."""
         return np.arange(1, self.mean.shape[1] + 1)
 
     def scale(self) -> Scale:
-        """Return an axis that holds the best curves whole, and of the others what is not far off
-        where they ended."""
+        """Return an axis that holds the best curves completely.
+
+        It also holds the final scores of other curves, unless they are far off.
+        """
         late = [row for row in self.order if self.study.trials[row].state != "pruned"] or self.order
         ends = [self.mean[row][np.isfinite(self.mean[row])][-1] for row in late]
         low, high = score_range(np.array(ends), self.measure)
@@ -233,7 +267,8 @@ class LearningCurves:
         spread = np.nan_to_num(self.spread[best])
         low = min(low, float(np.nanmin(whole)))
         high = max(high, float(np.nanmax(whole)))
-        # The bands too, on the good side; a logarithm has no room for all of one.
+        # The axis also holds the bands on the good side. A logarithmic axis cannot hold a whole
+        # band.
         if self.measure.lower_is_better:
             low = max(min(low, float(np.nanmin(whole - spread))), low / 2 if low > 0 else -np.inf)
         else:
@@ -242,6 +277,7 @@ class LearningCurves:
 
 
 def curve_view(study: Study) -> LearningCurves:
+    """Return the learning curves of a study for display."""
     measure = score_view(study).measure
     curves = study.curves
     folds = curves.shape[2]
@@ -254,16 +290,17 @@ def curve_view(study: Study) -> LearningCurves:
 
 
 def metric_scores(study: Study) -> NDArray[np.float64]:
-    """Return the scores (C, M) of the trials by each metric at their best epoch; NaN where there is
-    none."""
+    """Return the scores (C, M) of the trials by each metric, at their best epoch.
+
+    NaN without a score.
+    """
     none = [math.nan] * len(study.metrics)
     shape = (len(study.trials), len(study.metrics))
     return np.array([list(trial.scores.values()) or none for trial in study.trials]).reshape(shape)
 
 
 def measures(study: Study) -> dict[str, Measure]:
-    """Return how the scores by each metric are shown, by its name, with decimals for the best; {}
-    for one metric."""
+    """Return metric -> the way to show its scores, or {} for one metric."""
     best = np.where(np.isfinite(table := metric_scores(study)), table, -np.inf).max(
         0, initial=-np.inf
     )
@@ -271,12 +308,12 @@ def measures(study: Study) -> dict[str, Measure]:
 
 
 def pareto_trials(study: Study) -> tuple[Trial, ...]:
-    """Return the trials that no other one equals in all metrics and beats in one: the best by the
-    first metric first.
+    """Return the Pareto-optimal trials, the best by the first metric first.
 
-    Scores are those at a trial's best epoch by the first metric. Trials without a finite score by
-    each metric are left out; pruned ones too, which were scored early, unless all are. With one
-    metric it is the best trial.
+    No other trial equals such a trial in all metrics and beats it in one. Scores are taken at a
+    trial's best epoch by the first metric. Trials without a finite score by each metric are left
+    out. Pruned trials were scored early, so they are left out too, unless all trials were pruned.
+    With one metric the result is the best trial.
     """
     if not study.metrics:
         return tuple(trial for trial in study.ranking()[:1] if math.isfinite(trial.score))
@@ -284,11 +321,11 @@ def pareto_trials(study: Study) -> tuple[Trial, ...]:
 
 
 def _front(study: Study, table: NDArray[np.float64]) -> list[int]:
-    """Return the rows of a table of scores (C, M) that no other one beats."""
+    """Return the rows of a table of scores (C, M) that are Pareto-optimal."""
     scored = np.flatnonzero(np.isfinite(table).all(1)).tolist()
     rows = [row for row in scored if study.trials[row].state != "pruned"] or scored
     front: list[int] = []
-    # None is beaten by one that comes after it in this order.
+    # In this order no row is beaten by a later one.
     for row in sorted(rows, key=lambda row: (*(-table[row]).tolist(), row)):
         others = table[front]
         scores = table[row]
@@ -298,7 +335,7 @@ def _front(study: Study, table: NDArray[np.float64]) -> list[int]:
 
 
 def other_measures(study: Study) -> dict[str, Measure]:
-    """Return how the metrics beside the one that ranks are shown, by name."""
+    """Return metric -> the way to show its scores, for the metrics that do not rank."""
     return dict(list(measures(study).items())[1:])
 
 
@@ -307,12 +344,13 @@ class ParetoFront:
     """Two metrics of all trials, in the sign of their names."""
 
     measures: tuple[Measure, Measure]
-    values: NDArray[np.float64]  # (C, 2); NaN for a trial that has one of them not
-    # the rows of the trials that no other one beats in both, best by the first metric first
+    values: NDArray[np.float64]  # (C, 2); NaN for a trial that lacks one of them
+    # Rows of the Pareto-optimal trials, best by the first metric first.
     order: list[int]
 
 
 def pareto_front(study: Study, x: str, y: str) -> ParetoFront:
+    """Return the Pareto front of two metrics."""
     pair = [study.metrics.index(x), study.metrics.index(y)]
     table = metric_scores(study)[:, pair]
     shown = measures(study)
@@ -323,18 +361,22 @@ def pareto_front(study: Study, x: str, y: str) -> ParetoFront:
 
 
 def epochs_by(study: Study) -> str:
-    """Return the metric that chose the epochs of the trials, where another one ranks them; "" where
-    it is the same."""
-    # an option of what ``ranked_by`` made, and of no file
+    """Return the metric that chose the epochs of the trials, or "" if the ranking metric did."""
+    # Only ``ranked_by`` sets this option. No file holds it.
     return str(study.meta.get("epochs_by", ""))
 
 
 def ranked_by(study: AnyStudy, metric: str) -> AnyStudy:
-    """The study by another of several metrics: its scores, order, curves, plots and page are those
-    of that metric.
+    """Return the study ranked by another of its metrics.
 
-    A trial's epoch stays the one that the first metric chose. Raises InputError for a name that is
-    none of ``metrics``.
+    Its scores, order, curves, plots and report use that metric. The epoch of a trial is still the
+    one that the first metric chose.
+
+    Args:
+        metric: name of one of ``metrics``.
+
+    Raises:
+        InputError: the study does not have this metric.
     """
     metric = check_metric(study, metric, "ranked_by")
     place = study.metrics.index(metric)
@@ -357,13 +399,15 @@ def ranked_by(study: AnyStudy, metric: str) -> AnyStudy:
     ranked = type(study)(
         meta=meta, trials=tuple(trials), curves=none, data=study.data, file=study.file
     )
-    # they are made when they are asked for
+    # The curves are computed on first use.
     vars(ranked)["curves"] = partial(_reorder, study, order)
     return ranked
 
 
 def _reorder(study: Study, order: list[int]) -> Curve:
-    """Return the curves of all metrics in another order; without a result there are none of
-    several."""
+    """Return the curves of all metrics in another order.
+
+    Without results there is no axis of metrics, and the curves are unchanged.
+    """
     curves = curves_of_all(study)
     return curves[..., order] if curves.ndim == 4 else curves
