@@ -55,6 +55,7 @@ class CNN(nn.Module):
                 f"{2**depth} x {2**depth} or more, got {input_shape[-2]} x {input_shape[-1]}: "
                 "lower depth, or check the order of the axes"
             )
+        # channels of the images, then of each block
         sizes = [
             1 if self.one_channel else input_shape[0],
             *(channels * 2**i for i in range(depth)),

@@ -55,6 +55,7 @@ class GRU(nn.Module):
                 "and numbers, (steps, numbers), none"
             )
         self.embedding = None if n_tokens is None else nn.Embedding(n_tokens, hidden)
+        # numbers per step that the first layer receives
         size = hidden if n_tokens is not None else input_shape[1]
         self.recurrent = nn.GRU(size, hidden, num_layers=layers, batch_first=True)
         self.drop = nn.Dropout(dropout)

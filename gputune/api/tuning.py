@@ -84,6 +84,7 @@ def public(function: Callable[Given, Value]) -> Callable[Given, Value]:
         try:
             return function(*args, **more)
         except SearchInterrupted as stopped:
+            # A person at a prompt gets the study. A script gets the exception.
             if not is_interactive():
                 raise
             Progress(cast(int, more.get("verbose", 1))).say(str(stopped))
@@ -483,6 +484,7 @@ def search(
         >>> space = {"lr": scipy.stats.loguniform(1e-4, 1e-1), "width": [64, 128]}
         >>> study = gputune.search(objective, space, direction="maximize", n_trials=20)
     """
+    # ``Options`` needs a number. ``search_loop`` receives the original value.
     arguments = locals() | {"max_epochs": 1 if max_epochs is None else max_epochs}
     options = Options(**{name: arguments[name] for name in RULES.keys() & arguments.keys()})
     if options.target_score is not None and direction == "minimize":

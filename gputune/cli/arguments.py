@@ -92,6 +92,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str, hints: str = "") -> NoReturn:
         """Print an error with hints, and exit with code 2."""
+        # argparse gives the legal choices only in its message.
         if choice := re.search(r"invalid choice: ('.*') \(choose from (.*)\)", message):
             hints = did_you_mean(choice[1][1:-1], re.findall(r"'([^']*)'", choice[2]))
         hints = hints and f".{hints}"
@@ -103,6 +104,7 @@ class _Parser(argparse.ArgumentParser):
         typed, unknown = self.parse_known_args(args, namespace)
         if not unknown:
             return typed
+        # The flags of every command show which command has an unknown flag.
         flags = {
             name: re.findall(r"--[\w-]+", command.format_usage())
             for name, command in self.commands.items()
@@ -146,6 +148,7 @@ def _groups(command: str, flags: Sequence[Rule]) -> dict[str, dict[str, Rule]]:
         pair for rules in groups.values() for pair in rules.items() if command == "resume"
     ):
         if rule.resume:
+            # A resume keeps the values of the search, so the help must not name a default.
             unchanged = re.sub(r"\((auto|60)\)$", "(as the search began)", rule.help)
             changes[name] = replace(
                 rule, help=unchanged if rule.resume is True else str(rule.resume)

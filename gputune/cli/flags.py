@@ -301,6 +301,7 @@ def in_flags(
     if "\N{MATHEMATICAL LEFT WHITE SQUARE BRACKET}" in text:
         return (interface or CommandLine()).render(text)
     theirs = [part for part in (*foreign, *_FOREIGN.findall(text)) if part]
+    # Foreign texts become placeholders, so that nothing in them is translated.
     for number, part in enumerate(theirs):
         text = text.replace(part, f"\0{number}\0")
     text = _in_flags(text, kept, config)
@@ -312,6 +313,7 @@ def _in_flags(text: str, kept: Collection[str], config: str) -> str:
     """Return a message without foreign texts in the words of the command line."""
     known = {**flags(), "include": config}
     names = "|".join(name for name in known if name not in kept)
+    # A message about a different search lists the differing arguments by name.
     differing = rf"(?:^|(?<=, ))({names})\b(?= \(|, |$)"
     text = re.sub(
         r"(?s)(?<=differs from this call in: ).*?(?=\. Give this search|\Z)",
@@ -323,10 +325,12 @@ def _in_flags(text: str, kept: Collection[str], config: str) -> str:
         text = text.replace(phrase, other)
     for pattern, other in _PATTERNS.items():
         text = re.sub(pattern, other, text)
+    # Halving(factor=...) becomes --factor.
     of_method = r"\b(?:Halving|Median|Hypergradient)\((\w+)=\.\.\.\)"
     text = re.sub(of_method, lambda match: known.get(match[1], match[0]), text)
     text = re.sub(rf"\bleave ({names}) out\b", lambda match: f"leave {known[match[1]]} out", text)
     text = re.sub(r"\binclude\[\d+\](?= (?:must|has)\b)", config, text)
+    # The value after "name=": quoted text, parentheses, a number, True, False, None, or nothing.
     value = r"""'[^']*'|"[^"]*"|\([^()]*\)|-?\d+(?:\.\d+)?(?:e[+-]?\d+)?\b|True|False|None|(?=[\s.,;:)]|$)"""
     text = re.sub(
         rf"(?<![\w'\"./-])({names})=({value})", lambda match: _option(known, *match.groups()), text
@@ -349,5 +353,6 @@ def _option(known: dict[str, str], name: str, value: str) -> str:
     if name == "study":
         folder = Path(text).parent
         here = Path.cwd()
+        # The flag takes the folder of the study, relative to the current folder if possible.
         text = str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
     return f"{known[name]} {shlex.quote(text)}"

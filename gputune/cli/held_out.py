@@ -200,6 +200,7 @@ def _with_unseen(
     """
     unseen = y >= outputs.shape[1]
     if how.positive is not None:
+        # Rows of an unseen class count as not positive.
         return how, outputs, y.where(~unseen, 1 - how.positive)
     # These scores leave such rows out. Otherwise a mean over classes or a limit of the logarithm
     # would decide the value of a class without a probability.
@@ -209,6 +210,7 @@ def _with_unseen(
         or get_scorer(how.name)._response_method != "predict"
     ):
         return how, outputs[~unseen], y[~unseen]
+    # Logits of -inf: the model never predicts these classes.
     padded = functional.pad(outputs, (0, classes - outputs.shape[1]), value=-torch.inf)
     return replace(how, classes=np.arange(classes)), padded, y
 
@@ -245,6 +247,7 @@ def _interval(
     """
     if how.name == "accuracy":
         return wilson_interval(round(score * len(y)), len(y)), "wilson"
+    # A fixed seed gives the same interval each time.
     rng = np.random.default_rng(0)
     rows = len(y)
     size = min(rows, _SAMPLE_ROWS)
@@ -255,9 +258,11 @@ def _interval(
             with suppress(ValueError):
                 scores.append(_score(how, outputs[sample], y[sample]))
     finite = [one for one in scores if math.isfinite(one)]
+    # Most samples can lack a score, for example if a class is rare.
     if len(finite) < _SAMPLES / 2:
         return None, ""
     if max(finite) == min(finite):
         return None, "bootstrap"
+    # The spread of a score falls with the square root of the number of rows.
     low, high = score + math.sqrt(size / rows) * (np.quantile(finite, (0.025, 0.975)) - score)
     return (float(low), float(high)), "bootstrap"

@@ -103,6 +103,7 @@ def _open_streams() -> None:
 
     Otherwise the next opened file would get the number of a closed stream, and receive its output.
     """
+    # 0, 1 and 2 are standard input, output and error.
     for number in range(3):
         try:
             os.fstat(number)

@@ -195,6 +195,7 @@ def evaluation(
         raise InputError(
             f"{what}, and this model {was}; choose another, for example {_SCORES[task][-1]}."
         )
+    # All scores share one prediction of the rows.
     outputs = model._outputs(test.X)
     classes, y = labels_of(model, test)
     if model.classes is not None:
@@ -221,6 +222,7 @@ def evaluation(
     code = {label: code for code, label in enumerate(classes)}
     K = len(classes)
     predicted = [code[label] for label in model._predict(outputs).tolist()]
+    # (K, K) counts: rows are true classes, columns are predicted classes
     matrix = np.bincount(y * K + predicted, minlength=K * K).reshape(K, K).tolist()
     return Evaluation(len(test.X), scores, classes, matrix, trained_share=share)
 
@@ -300,6 +302,7 @@ def predict(arguments: Namespace) -> str:
     if kept:
         names = [*arguments.keep]
         for place, name in enumerate(arguments.keep):
+            # Repeat until the name is unique.
             while names[place] in map(str, header) or (
                 names[place] != name and names[place] in arguments.keep
             ):

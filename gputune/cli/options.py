@@ -39,6 +39,7 @@ def options_of(arguments: Namespace, study_file: Path) -> Options:
     if typed.get("class_weight", "balanced") != "balanced":
         typed["class_weight"] = _weights(typed["class_weight"])
     if arguments.command == "train":
+        # ``train`` is a search with one included trial.
         typed |= {
             "n_trials": 0,
             "include_default": False,
@@ -87,6 +88,7 @@ def _pairs(texts: Sequence[str], flag: str, example: str) -> dict[str, str]:
     """Return the pairs of several KEY=VALUE texts. Raises InputError with an example."""
     pairs = {}
     for text in texts:
+        # A name may contain "=", so the last one separates.
         key, equals, value = text.rpartition("=")
         if not key or not equals or not value:
             raise InputError(f"{flag} is written as in {flag} {example}, got {text!r}.")
@@ -127,6 +129,7 @@ def _method(arguments: Namespace) -> Method:
     samplers = import_extra(
         "optuna.samplers", extra="optuna", used_by=f"--sampler {arguments.sampler}"
     )
+    # Without constant_liar the proposals of one batch would be much alike.
     sampler = samplers.TPESampler(seed=arguments.random_state or 0, constant_liar=True)
     return OptunaSampler(sampler, halving=method if isinstance(method, Halving) else None)
 
@@ -197,6 +200,7 @@ def _parse_range(key: str, low_text: str, high_text: str, scale: str, text: str)
             raise InputError(f"A range of {key} needs integer ends, got {text!r}. {_EXAMPLES}")
         low = int(low)
         high = int(high)
+        # randint excludes its upper end.
         return log_int(low, high) if scale else stats.randint(low, high + 1)
     return stats.loguniform(low, high) if scale else stats.uniform(low, high - low)
 

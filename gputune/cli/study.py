@@ -211,6 +211,7 @@ def trial_rows(
     score = measure.name if len(measure.name) <= _LONGEST else SCORE
     for layout in layouts:
         header = [score if column in (SCORE, SCORE_AND_ERROR) else column for column in layout]
+        # The other metrics follow the trial and its score.
         header[2:2] = [one.name for one in others.values()]
         rows = [_cells(trial, measure, layout, others) for trial in trials]
         whole = [row + cells for row, cells in zip(rows, values)]
@@ -303,6 +304,7 @@ def status(arguments: Namespace) -> str:
         text, is_over = _look(file, most=_CURVES if arguments.watch else 0)
         if is_over or not arguments.watch:
             return text
+        # Move the cursor to the top left and clear the screen.
         print(f"\x1b[H\x1b[J{text}" if sys.stdout.isatty() else f"{text}\n", flush=True)
         time.sleep(_WATCH_SECONDS)
 
@@ -362,6 +364,7 @@ def last_written(file: Path) -> float:
     """Return the time of the last write to the study, in seconds since 1970, by its file system's
     clock."""
     resolved = file.resolve()
+    # SQLite's write-ahead log holds the latest writes.
     log = resolved.with_name(f"{resolved.name}-wal")
     is_written = log.exists() and log.stat().st_size > 0  # a reader makes an empty log
     return max(path.stat().st_mtime for path in (resolved, *[log] * is_written))

@@ -264,6 +264,7 @@ class _Run:
             with self.profile.clock("an ensemble"):
                 model = study.ensemble(calibrate=self.calibrate, verbose=self.arguments.verbose)
                 model, held_out = self._score_model(model, study)
+                # Without held-out rows the ensemble is saved.
                 is_saved = held_out is None or best is None or held_out.score > best.score
                 chosen = model if is_saved else ending.model
                 assert chosen is not None
@@ -352,6 +353,7 @@ class _Run:
         held_out = held_out_score(model, record.scoring, test, positive=positive)
         baseline = held_out_baseline(model, record.scoring, rest, test, positive=positive)
         held_out = replace(held_out, baseline=baseline)
+        # The HTML report reads these entries of the model's info.
         scored: dict[str, object] = {
             "held_out_score": held_out.score,
             "held_out_rows": held_out.rows,

@@ -107,6 +107,7 @@ def _thin_curve(curves: LearningCurves, row: int, frame: Frame) -> Markup:
     """Return the thin line of one trial, with at most ``CURVE_POINTS`` points."""
     known = np.flatnonzero(np.isfinite(curves.mean[row]))
     if len(known) > CURVE_POINTS:
+        # A long curve is thinned evenly.
         known = known[np.linspace(0, len(known) - 1, CURVE_POINTS).round().astype(int)]
     return path(
         None, line_path(frame.across(curves.epochs[known]), frame.down(curves.mean[row][known]))
@@ -171,7 +172,9 @@ def history_chart(study: Study) -> Chart | None:
     frame = Frame(_WIDE, 280.0, x, shown.scale()).with_room()
     drawn, notes = _rows_to_draw(shown, POINTS)
     best = shown.best_so_far
+    # trials at which the best score changes
     steps = np.flatnonzero(np.isfinite(best) & (best != np.concatenate([[np.nan], best[:-1]])))
+    # A staircase: each best score lasts until the next one.
     corners = np.append(np.repeat(numbers[steps], 2)[1:], numbers[-1])
     line = line_path(frame.across(corners), frame.down_within(np.repeat(best[steps], 2)))
     title = (

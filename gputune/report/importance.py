@@ -141,6 +141,7 @@ def parallel_chart(study: Study, important: Sequence[str] = ()) -> tuple[Chart, 
     if not axes or not shown.order:
         return None
     if len(axes) >= AXES:
+        # Only AXES - 1 hyperparameters have an axis, because the score has the last one.
         rank = {f"params_{name}": place for place, name in enumerate(important)}
         first = sorted(axes, key=lambda axis: rank.get(axis.column, len(rank)))[: AXES - 1]
         which = "most important" if important else "first"
@@ -229,6 +230,7 @@ def confusion_chart(study: Study, report: FoldReport) -> Chart | None:
     """
     if not report.confusion.size:
         return None
+    # the most frequent classes, in their usual order
     drawn = np.sort(np.argsort(-report.confusion.sum(1), kind="stable")[:CLASSES])
     matrix = report.confusion[np.ix_(drawn, drawn)]
     classes = study.record.classes or ()
@@ -237,7 +239,9 @@ def confusion_chart(study: Study, report: FoldReport) -> Chart | None:
     top = _TOP_OF_MATRIX
     parts = []
     side = max(_SMALLEST, min(_LARGEST, (_WIDTH_OF_MATRIX - left - 60) / len(labels)))
+    # (K, K) / (K, 1): shares of all rows of the true class
     shares = matrix / np.maximum(report.confusion[drawn].sum(1), 1)[:, None]
+    # A letter is about 7 units wide.
     slant = max(len(cut(label, 14)) for label in labels) * 7 > side
     for i, label in enumerate(labels):
         middle = left + (i + 0.5) * side

@@ -80,6 +80,7 @@ def table_columns(study: Study) -> tuple[list[Column], int]:
         columns = _columns(study, rows)
         if (size := len(as_json(columns))) <= BUDGET or rows == 0:
             return columns, rows
+        # Shrink in proportion to the size, and by at least one row.
         rows = min(rows - 1, int(rows * BUDGET / size))
 
 
@@ -271,6 +272,7 @@ def page(
     style = _read_template("report.css")
     script = _read_template("report.js")
     html: str = _template().render(
+        # The hashes allow only this script and this style.
         policy=f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; "
         "base-uri 'none'; form-action 'none'",
         reload_seconds=reload_seconds,

@@ -142,7 +142,9 @@ class Frame:
             (float(frame.across(value)), _LETTER * len(cut(words, self.letters)))
             for value, words in self.x.ticks
         ]
+        # how far slanted ticks extend beyond the left edge
         reach = max(_COS * length - x for x, length in ticks)
+        # how much higher the drawing must be for slanted ticks
         more = max(0.0, 40 + _SIN * max(length for _, length in ticks) - self.bottom)
         return replace(
             frame, left=left + max(0.0, reach), bottom=self.bottom + more, height=self.height + more

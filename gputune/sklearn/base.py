@@ -43,6 +43,7 @@ def constructor(theirs: type, defaults: Mapping[str, object]) -> Callable[..., N
         theirs: scikit-learn's class.
         defaults: our parameters, and their defaults. A parameter that both have gets this default.
     """
+    # scikit-learn's parameters change between releases, so they are read from the installed class.
     own = inspect.signature(theirs.__init__)  # type: ignore[misc]
     added = [
         inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY)
@@ -141,6 +142,7 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
             ValueError: the input is bad.
             DivergedError: the training diverges.
         """
+        # In a search the hook records this fit, or fills in its trained result.
         hook = fit_hook.get()
         if hook is not None and hook.fit(self, X, y, sample_weight):
             return self
@@ -154,6 +156,7 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
             fitted: Self = super().fit(X, y, **weights)
             return fitted
         rows = check_rows(self, X, y, sample_weight)
+        # one fold that trains on all rows
         folds = FoldGroup((0,), rows, (np.arange(len(rows.X)),))
         return self._become(fit_together({0: self}, folds, Training())[0, 0], rows)
 
@@ -320,6 +323,7 @@ def fit_together(
             recipes[trial] = candidate._recipe(draw)
         except (TypeError, ValueError) as error:
             results |= {(fold, trial): error for fold in folds.numbers}
+    # A fold with unusable training rows (no rows, one class) fails for every recipe.
     for i, (fold, train) in enumerate(zip(folds.numbers, folds.trains)):
         if (refusal := folds.rows.refusal(train)) is None:
             trained.append(i)

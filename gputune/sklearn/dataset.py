@@ -197,6 +197,7 @@ def lay_out(folds: Mapping[int, Sequence[Part]]) -> list[FoldGroup]:
     groups = []
     for numbers in forms.values():
         blocks = {id(part.rows): part.rows for number in numbers for part in folds[number]}
+        # id of a block -> the position of its first row among the joined rows
         starts = dict(zip(blocks, np.cumsum([0, *(len(rows.X) for rows in blocks.values())])))
         indices = (
             [part.index + starts[id(part.rows)] for part in folds[number]] for number in numbers
@@ -222,6 +223,7 @@ def _join(blocks: Sequence[Rows]) -> Rows:
             first.names,
             first.taken_as,
         )
+    # Blocks can have different classes, so their labels get new codes.
     labels = np.concatenate([rows.classes[rows.y] for rows in blocks if rows.classes is not None])
     classes, codes = np.unique(labels, return_inverse=True)
     return Rows(X, codes.astype(np.int64), weights, classes, first.names)
@@ -252,6 +254,7 @@ def make_dataset(
     # single precision.
     dtype = torch.float64 if any(part.dtype == torch.float64 for part in x) else torch.float32
     X = Arrays(tuple(x), rows.X.names)
+    # an empty tensor that carries the dtype and the device
     like = torch.empty(0, dtype=dtype, device=x[0].device)
     statistics = fit_channels(X, group.trains, numbers)
     weights = Weights(rows.weights, None, of_target=True)
@@ -275,6 +278,7 @@ def as_dense(X: Any) -> Any:
     """
     if not issparse(X):
         return X
+    # bytes of the dense array
     size = math.prod(X.shape) * X.dtype.itemsize
     free = free_memory()
     if size > free:

@@ -62,6 +62,7 @@ def slopes_of(
     exact, or computed from wide finite differences, as ``mode`` says. Trials that the deadline cuts
     short are missing.
     """
+    # trial -> fold -> slope
     by_fold: dict[int, dict[int, MemberSlope]] = defaultdict(dict)
     for folds, trials in layouts(fits, held_out=True):
         recipes = {}
@@ -76,6 +77,7 @@ def slopes_of(
     whole = Counter(fit.trial for fit in fits)
     found = {}
     for trial, slopes in by_fold.items():
+        # A trial has a slope only if all of its folds have one.
         if len(slopes) == whole[trial]:
             losses, of_names, ratios = zip(*(slopes[fold] for fold in sorted(slopes)))
             tables = {
@@ -227,6 +229,7 @@ class DescentRun(SearchRun):
         self.splits = self.split(self.X, self.y, self.split_params)
         self._train(candidates, [(number, 0) for number in range(len(candidates))])
         run_descent(starts, self, method.outer_steps)
+        # Fits train together, so each gets an equal share of the time.
         share = (time.monotonic() - begin) / max(1, len(self.points) * len(self.splits))
         return TrainedCandidates(self.points, self.splits, self.events, share)
 
@@ -276,6 +279,7 @@ class DescentRun(SearchRun):
         self.fits = {number: [] for number, _ in origins}
         for fit in fits:
             self.fits[origins[fit.trial][0]].append(fit)
+            # These trials are numbered after all earlier points.
             fit.trial += first
         self.points += points
         self.origins += origins

@@ -126,6 +126,7 @@ def make_problem(penalties: Sequence[Penalty], folds: FoldGroup) -> Problem:
     C, l1_ratio = (x.new_tensor(values) for values in zip(*((p.C, p.l1_ratio) for p in penalties)))
     assert folds.classes is not None
     return Problem(
+        # (F, n, D): a view, without copies of X
         x.expand(len(weights), *x.shape),
         as_tensor(folds.codes).to(x.device),
         weights,

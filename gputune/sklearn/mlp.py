@@ -206,6 +206,7 @@ class _MLP(TrainedEstimator):
         super()._set_fitted(fitted, rows)
         assert isinstance(self.module_, MLP)
         layers = [layer for layer in self.module_.layers if isinstance(layer, nn.Linear)]
+        # torch stores (outputs, inputs), scikit-learn (inputs, outputs).
         self.coefs_ = [layer.weight.detach().numpy().T.copy() for layer in layers]
         self.intercepts_ = [layer.bias.detach().numpy().copy() for layer in layers]
         self._set_outputs(fitted, rows)
@@ -217,7 +218,9 @@ class _MLP(TrainedEstimator):
         if self.loss_curve_:
             self.loss_ = self.loss_curve_[-1]
         self.validation_scores_ = self.best_validation_score_ = None
+        # scikit-learn counts training samples here.
         self.t_ = fitted.epochs * fitted.rows
+        # Otherwise ``partial_fit`` would continue with the optimizer of an earlier fit.
         self.__dict__.pop("_optimizer", None)
 
     def _set_outputs(self, fitted: Member, rows: Rows) -> None:
@@ -240,6 +243,7 @@ class _MLP(TrainedEstimator):
         activation = MLP_ACTIVATIONS[self.activation]()
         for weight, bias in zip(self.coefs_[:-1], self.intercepts_[:-1]):
             hidden = activation(
+                # (m, inputs) @ (inputs, units) -> (m, units)
                 hidden @ as_tensor(weight).to(hidden.dtype) + as_tensor(bias).to(hidden.dtype)
             )
         outputs: NDArray[np.floating] = hidden.numpy() @ self.coefs_[-1] + self.intercepts_[-1]
@@ -310,6 +314,7 @@ class MLPClassifier(_MLP, neural_network.MLPClassifier):  # type: ignore[misc]
             self.intercepts_[-1][~fitted.present] = -np.inf
         if len(self.classes_) == 2:
             self.out_activation_ = "logistic"
+            # The softmax of two logits is the sigmoid of their difference: (H, 2) -> (H, 1).
             self.coefs_[-1] = np.diff(self.coefs_[-1], axis=1)
             self.intercepts_[-1] = np.diff(self.intercepts_[-1])
 
@@ -329,5 +334,6 @@ class MLPRegressor(_MLP, neural_network.MLPRegressor):  # type: ignore[misc]
         self.target_mean_ = float(fitted.center)
         self.target_scale_ = float(fitted.scale)
         self.out_activation_ = "identity"
+        # The last layer then returns numbers in the units of the target.
         self.coefs_[-1] *= self.target_scale_
         self.intercepts_[-1] = self.intercepts_[-1] * self.target_scale_ + self.target_mean_

@@ -101,6 +101,7 @@ def nested_cv(
         parts = [whole and Part(whole.rows, whole.index[np.asarray(train)]) for train, _ in splits]
         trained = _train(searches, rows, parts)
     for each, candidates, (features, target, own) in zip(searches, trained, rows):
+        # The search evaluates these trained candidates instead of training them itself.
         with override(each, {"_trained": candidates}):
             each.fit(features, target, **own)
     scorer = check_scoring(search)  # the search's own score
@@ -200,16 +201,19 @@ def _train(
         )
     # With a fixed random_state all searches draw the same candidates.
     alike = getattr(searches[0], "random_state", 0) is not None
+    # one deadline for all outer folds
     deadline = None if searches[0].timeout is None else begin + searches[0].timeout
     for group in [recorded] if alike else [[each] for each in recorded]:
         fits = []
         folds = 0
         for each in group:
             for fit in fits_of(each.events):
+                # Fold numbers continue over the outer folds, so that each is unique.
                 fit.fold += folds
                 fits.append(fit)
             folds += len(each.splits)
         train(fits, Training(workers(), deadline))
+    # Fits train together, so each gets an equal share of the time.
     share = (time.monotonic() - begin) / sum(
         len(each.candidates) * len(each.splits) for each in recorded
     )

@@ -101,6 +101,7 @@ class _NeuralNet(TrainedEstimator):
     ) -> None:
         parameters = locals()
         self._arguments = parameters.pop("arguments")
+        # scikit-learn requires a constructor to store its arguments unchanged.
         self.__dict__.update({name: value for name, value in parameters.items() if name != "self"})
 
     def get_params(self, deep: bool = True) -> Config:

@@ -237,6 +237,7 @@ def _fit_batch(batch: Batch, training: Training) -> Members:
     job = trainer.job(
         MemberJob, epochs=recipe.epochs, keeps_state=recipe.state is not None, patiences=patiences
     )
+    # Members have this error until their training replaces it below.
     late = TimeoutError("the time was over before this fit had ended; give it more.")
     members |= {place: late for chunk in chunks for place in batch.places(chunk)}
     for outcome in trainer.train(job, plan):
@@ -285,6 +286,8 @@ def training_slopes(
                 enumerate(outcome.index), enumerate(batch.folds.numbers)
             ):
                 slopes = {name: table[c, f].item() for name, table in outcome.slopes.items()}
+                # decay = alpha / weight, so the slope in alpha is the slope in the decay * decay /
+                # alpha.
                 if (alpha := batch.recipes[i].alpha) is not None and "weight_decay" in slopes:
                     slopes["weight_decay"] *= batch.configs[i]["weight_decay"] / alpha
                 slope = outcome.losses[c, f].item(), slopes, outcome.ratios[c, f].item()
@@ -297,6 +300,7 @@ def _resumed_chunk(chunk: Population, batch: Batch) -> BegunChunk:
     states = [state for i in chunk.index if (state := batch.recipes[i].state) is not None]
     members = [state.buffers[fold] for state in states for fold in batch.folds.numbers]
     buffers = tuple(
+        # (C * F, N) -> (C, F, N)
         torch.stack(buffers).view(len(states), len(batch.folds.numbers), -1)
         for buffers in zip(*members)
     )

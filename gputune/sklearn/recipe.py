@@ -212,6 +212,7 @@ class Recipe:
         """
         if self.alpha is None:
             return self.config
+        # weight of a whole minibatch with average weights
         batch_weight = min(self.config["batch_size"], rows) * weight / rows
         return self.config | {"weight_decay": self.alpha / batch_weight}
 
@@ -273,6 +274,7 @@ class TrainingLoss(scoring.Scoring):
             if data.weights is None
             else data.weights[fold, rows].double()
         )
+        # (C, m) * (m,) -> (C,)
         mean = (losses * weights).sum(1) / weights.sum()
         return -mean.nan_to_num(LARGEST, LARGEST).clamp(max=LARGEST)
 
@@ -305,9 +307,11 @@ class Stopping:
         over."""
         alive = np.array(trained.alive)
         epochs, stalled = self.ends[:, alive]
+        # (remaining trials, F); the scores are negative losses
         loss = -trained.curves[alive, trained.epochs - 1]
         best = self.best[alive]
         goes_on = epochs == 0
+        # Members that have ended keep their count.
         stalled = np.where(
             goes_on, np.where(loss > best - self.tol[alive], stalled + 1, 0), stalled
         )
@@ -316,6 +320,7 @@ class Stopping:
         self.ends[:, alive] = [epochs, stalled]
         self.best[alive] = np.where(goes_on, np.fmin(best, loss), best)
         if ends.any():
+            # (remaining trials, F, N) parameters of the members
             rows = trained.network.blocks.to_rows(trained.scored).cpu()
             if self.rows is None:
                 self.rows = rows.new_empty((*self.best.shape, rows.shape[2]))
@@ -394,6 +399,7 @@ class MemberJob(Job):
         flat = torch.from_numpy(weights.flat)
         params = network.blocks.views(flat)
         shape = (data.n_folds, len(chunk.index), -1)
+        # (F, C, parameters) -> (F, C): whether all parameters of a member are finite
         whole = [
             w.reshape(shape).all(2) for w in network.blocks.by_member(flat.isfinite()).values()
         ]

@@ -185,6 +185,7 @@ class Recorder:
         if within is not None:
             self._record_parts(candidates, splits, within)
             return self.events
+        # The order of scikit-learn's loop: candidate after candidate, and fold after fold.
         for (trial, candidate), (fold, (train, test)) in itertools.product(
             enumerate(candidates), enumerate(splits)
         ):
@@ -304,6 +305,8 @@ class Recorder:
                 X, params=fit_params, indices=train
             )
 
+        # Equal rows must be the same objects, because the keys of fits and transformers hold their
+        # ids.
         key = (id(X), id(y), np.asarray(train).tobytes(), *map(id, fit_params.values()))
         return self._once(key, (X, y, fit_params), split)
 

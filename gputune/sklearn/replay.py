@@ -149,6 +149,7 @@ class SearchRun:
                 trained.seconds if number in epochs else np.nan for number in range(len(candidates))
             ]
             self.epochs += [epochs.get(number, 1) for number in range(len(candidates))]
+            # scikit-learn's loop takes these steps in order.
             self.steps.extend(trained.events)
             return trained.splits
 
@@ -205,6 +206,7 @@ class SearchRun:
         begin = time.monotonic()
         events = self.record(candidates, X, y, splits)
         self.train(candidates, fits_of(events))
+        # Fits train together, so each gets an equal share of the time.
         share = (time.monotonic() - begin) / max(1, len(candidates) * len(splits))
         return TrainedCandidates(candidates, splits, events, share)
 

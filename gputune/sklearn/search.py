@@ -99,6 +99,7 @@ class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no ty
             run = self._make_run(X, y) if reason is None else None
             with override(self, {"_run": run}):
                 super().fit(X, y, **params)
+        # The refitted pipeline gets the user's own memory back.
         memory = getattr(getattr(self, "best_estimator_", None), "memory", None)
         if isinstance(memory, HookedMemory):
             self.best_estimator_.memory = memory.memory
@@ -124,6 +125,7 @@ class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no ty
         if self.pre_dispatch is None:
             overrides["pre_dispatch"] = "2*n_jobs"
         if together:
+            # n_jobs=1, because the replay needs scikit-learn's loop in this process.
             overrides |= {"estimator": with_hook(self.estimator, self.device), "n_jobs": 1}
             if (
                 isinstance(self.cv, Iterable)
@@ -252,6 +254,7 @@ def write_search(
     folds = [
         [results[f"split{f}_test_{name}"] for f in range(search.n_splits_)] for name in metrics
     ]
+    # cv_results_ holds means over the folds. A trial's seconds are the sum.
     seconds = search.n_splits_ * (results["mean_fit_time"] + results["mean_score_time"])
     starts, steps = (
         results.get(name, np.zeros(n, int)).tolist() for name in ("start", "outer_step")
@@ -280,6 +283,7 @@ def write_search(
 def _result(number: int, scores: np.ndarray, seconds: float, epochs: int) -> Result:
     """Return the result of a trial with scores (F, M) after its last epoch only."""
     curve = np.full((epochs, *scores.shape), np.nan)
+    # The other epochs have no score and stay NaN.
     curve[-1] = scores
     folds = scores[:, 0]
     state: State = "complete" if np.isfinite(folds).all() else "failed"
