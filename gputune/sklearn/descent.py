@@ -360,7 +360,7 @@ class HypergradientSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  #
             Otherwise every start has the estimator's own value.
         n_iter: number of starting points [default: 4].
         outer_steps: number of points that follow a start at most, at least 1 [default: 10]. A start
-            ends earlier if its steps are short or do not improve the loss.
+            ends earlier if its steps are short, or if it does not move any more.
         step: "sign" [default] moves every value by its own step, which is halved when the sign of
             its slope flips. "normalized" moves all values along the slope, by a length that is
             divided by ten when the loss rises.
