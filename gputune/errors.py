@@ -105,7 +105,7 @@ class UntrustedCodeError(InputError):
 
 
 class _WithReferences(BaseException):
-    """An error whose message may hold references to arguments."""
+    """An error with references to arguments in its message."""
 
     @property
     def message(self) -> str:

@@ -1,8 +1,8 @@
 """Messages that name arguments, and the names that each interface gives to these arguments.
 
-A message is made once. Where it names an argument, it holds a reference: ``option("cv", 5)`` marks
-the argument ``cv`` with the value 5. Each interface renders references in its own names: Python
-shows ``cv=5``, the command line shows ``--cv 5``.
+A message is made once. It names an argument by a reference: ``option("cv", 5)`` marks the argument
+``cv`` with the value 5. Each interface renders references in its own names: Python shows ``cv=5``,
+the command line shows ``--cv 5``.
 """
 
 import re

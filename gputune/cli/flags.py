@@ -146,7 +146,7 @@ def option_groups() -> dict[str, dict[str, Rule]]:
 
 
 def flags() -> dict[str, str]:
-    """Return argument of ``gputune.tune`` or of a method -> its flag on the command line."""
+    """Return the flag of each argument of ``gputune.tune`` or of a method, by name."""
     known = {name: rule.name for rules in option_groups().values() for name, rule in rules.items()}
     return {**known, "verbose": "--quiet"}
 
@@ -182,7 +182,7 @@ class CommandLine(Interface):
             del self.known["study"]  # it is the command's FOLDER
 
     def argument(self, reference: Reference) -> str:
-        """Return an argument as it is typed: ``--cv 5`` for ``cv=5``."""
+        """Return an argument in the form of the command line: ``--cv 5`` for ``cv=5``."""
         if reference.call in _METHOD_CLASSES:
             flag = self.known.get(reference.name)
         elif reference.call:
@@ -203,6 +203,7 @@ class CommandLine(Interface):
         return self._with_value(flag, reference)
 
     def _with_value(self, flag: str, reference: Reference) -> str:
+        """Return a flag with the value of an argument. A study becomes its folder."""
         value = reference.value
         if value in (None, "", "...", "True", "False"):
             return flag
@@ -220,7 +221,7 @@ class CommandLine(Interface):
 
 
 def _unquoted(value: str) -> str:
-    """Return the text of a Python string literal, and other code as it is."""
+    """Return the text of a Python string literal, and other code unchanged."""
     return ast.literal_eval(value) if value[:1] in ("'", '"') else value
 
 
