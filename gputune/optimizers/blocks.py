@@ -1,9 +1,9 @@
-"""One flat buffer per role (parameters, gradient, moments) of a chunk, with a view for every
-parameter.
+"""One flat buffer per role of a chunk, with a view of every parameter.
 
-A block is one parameter of all members. Its first axis is the fold, F, and one more axis is the
-trial, C; which one, the model chooses for the sake of its matrix products. Elementwise work (the
-optimizer) runs over the flat buffer in one pass and never asks.
+The roles are parameters, gradient and moments. A block is one parameter of all members. Its first
+axis is the fold, F. One more axis is the trial, C; the model chooses its position so that its
+matrix products are fast. Elementwise work such as the optimizer runs over the flat buffer in one
+pass and ignores the axes.
 """
 
 import math
@@ -24,12 +24,13 @@ class Block:
     shape: tuple[int, ...]
     trial_axis: int
     sides: tuple[int, ...] | None = None
-    """The longer side of each trial's matrix without padding, where the block is a hidden matrix of
-    muon's."""
+    """The longer side of each trial's matrix without padding, for the hidden matrices that muon
+    updates.
+    """
 
 
 class Blocks:
-    """The blocks of one chunk, one after the other in a flat buffer."""
+    """The blocks of one chunk, stored one after the other in a flat buffer."""
 
     def __init__(self, blocks: Sequence[Block]) -> None:
         self.blocks = tuple(blocks)
@@ -37,19 +38,19 @@ class Blocks:
         self.size = sum(self.sizes)
 
     def views(self, flat: Tensor) -> Params:
-        """Return the parameters of a flat buffer, in their own shapes, sharing its memory."""
+        """Return the parameters of a flat buffer in their own shapes, as views of its memory."""
         return {
             b.name: part.view(b.shape)
             for b, part in zip(self.blocks, torch.split(flat, self.sizes))
         }
 
     def by_member(self, flat: Tensor) -> Params:
-        """Return the parameters with axes (F, C, ...), sharing the buffer's memory."""
+        """Return the parameters with axes (F, C, ...), as views of the buffer's memory."""
         views = self.views(flat)
         return {b.name: views[b.name].movedim(b.trial_axis, 1) for b in self.blocks}
 
     def to_rows(self, flat: Tensor) -> Tensor:
-        """Return a copy of a flat buffer with one row (F, N) a trial, (C, F, N)."""
+        """Return a copy of a flat buffer as (C, F, N): one row of N numbers per trial and fold."""
         return torch.cat([view.transpose(0, 1).flatten(2) for view in self._pairs(flat)], 2)
 
     def from_rows(self, rows: Tensor) -> Tensor:
@@ -64,14 +65,15 @@ class Blocks:
             view.copy_(part.transpose(0, 1).view(view.shape))
 
     def _pairs(self, flat: Tensor) -> list[Tensor]:
-        """The parameters as (F, C, ...), with at least one axis after the first two."""
+        """Return the parameters as (F, C, ...), with at least one axis after the first two."""
         return [
             view if view.dim() > 2 else view[..., None] for view in self.by_member(flat).values()
         ]
 
     def expand(self, values: Tensor) -> Tensor:
-        """Return a flat buffer that holds each member's value, of values (F, C), at all its
-        entries."""
+        """Return a flat buffer that holds each member's value, from ``values`` (F, C), at all its
+        entries.
+        """
         flat = values.new_empty(self.size)
         for value, part in self.by_block(values, flat):
             part.copy_(value)
@@ -86,7 +88,7 @@ class Blocks:
         sums = []
         for block, view in zip(self.blocks, self.views(flat).values()):
             inner = [axis for axis in range(1, len(block.shape)) if axis != block.trial_axis]
-            # to sum over no axis means all of them in torch
+            # In torch, a sum over an empty list of axes is a sum over all axes.
             sums.append(view.sum(inner) if inner else view)
         return torch.stack(sums).sum(0)
 
@@ -97,8 +99,11 @@ class Blocks:
         values: Tensor,
         factors: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """total += value * flat in place, of values (F, C) times ``factors`` (F, C) in the blocks
-        that have some."""
+        """Compute total += value * flat in place.
+
+        ``values`` are (F, C). In the blocks that have ``factors`` (F, C), they are multiplied by
+        these.
+        """
         factors = factors or {}
         if values.numel() == 1 and not factors:
             total.addcmul_(flat, values.view(1))
@@ -108,14 +113,19 @@ class Blocks:
             a.addcmul_(b, with_axes_of(block, scaled))
 
     def lerp_(self, flat: Tensor, end: Tensor, values: Tensor) -> None:
-        """Move ``flat`` towards ``end`` in place, each member by its own part of the way, of values
-        (F, C)."""
+        """Move ``flat`` towards ``end`` in place.
+
+        Each member moves by its fraction of the way, in ``values`` (F, C).
+        """
         for value, part, toward in self.by_block(values, flat, end):
             part.lerp_(toward, value)
 
     def by_block(self, values: Tensor, *flats: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Yield for each block the values (F, C), with axes that meet it, and its parts; of one
-        member all at once."""
+        """Yield for each block the values (F, C), with axes that broadcast against it, and its
+        parts.
+
+        For a single member it yields the whole buffers at once.
+        """
         if values.numel() == 1:
             yield (values.view(1), *flats)
             return
@@ -123,15 +133,17 @@ class Blocks:
             yield (with_axes_of(block, values), *parts)
 
     def select(self, flat: Tensor, keep: Tensor) -> Tensor:
-        """Return the buffer of the trials ``keep`` (positions along C) alone."""
+        """Return the buffer of only the trials ``keep`` (positions along C)."""
         views = self.views(flat)
         return torch.cat(
             [views[b.name].index_select(b.trial_axis, keep).flatten() for b in self.blocks]
         )
 
     def put(self, flat: Tensor, keep: Tensor, part: Tensor) -> None:
-        """Write the buffer ``part`` of the trials ``keep`` into that of all, in place: what
-        ``select`` undoes."""
+        """Write the buffer ``part`` of the trials ``keep`` into the buffer of all trials, in place.
+
+        This is the inverse of ``select``.
+        """
         views = self.views(flat)
         parts = self.subset(len(keep)).views(part)
         for block in self.blocks:
@@ -146,7 +158,7 @@ class Blocks:
 
 
 def with_axes_of(block: Block, values: Tensor) -> Tensor:
-    """Return values (F, C) with axes that meet those of the block."""
+    """Return values (F, C) with axes that broadcast against the block."""
     shape = [1] * len(block.shape)
     shape[0], shape[block.trial_axis] = values.shape
     return values.reshape(shape)

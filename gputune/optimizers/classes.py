@@ -1,5 +1,8 @@
-"""The classes of torch.optim: which rule here is one of them, and what a configuration makes of
-one."""
+"""The optimizer classes of torch.optim.
+
+This module maps each class to the update rule that computes the same steps, and builds the
+optimizer of a configuration.
+"""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -25,7 +28,7 @@ _RULES: Mapping[str, str] = {
     "RMSprop": "rmsprop",
     "Muon": "muon",
 }
-"""Classes that are a rule here, of all members at once."""
+"""Maps the classes that have an update rule for all members at once to that rule."""
 
 _REFUSED: Mapping[str, str] = {
     "LBFGS": "evaluates its loss several times a step, by a closure, and a minibatch here is gone "
@@ -34,10 +37,13 @@ _REFUSED: Mapping[str, str] = {
 }
 
 _OWN_KEYS = ("lr", "weight_decay", "momentum")
-"""Arguments that are keys of a space without a prefix."""
+"""Arguments that are keys of a search space without the prefix ``optimizer__``."""
 
 _MACHINERY = ("params", "maximize", "foreach", "capturable", "differentiable", "fused")
-"""Arguments that say how torch computes a step, or what a user would not tune."""
+"""Arguments that are not hyperparameters.
+
+For example, some choose the implementation of a step.
+"""
 
 Class = type[torch.optim.Optimizer]
 
@@ -52,18 +58,21 @@ _CLASSES: Mapping[str, Class] = {
 CLASSES = {
     name: kind for name, kind in _CLASSES.items() if name not in _RULES and name not in _REFUSED
 }
-"""Classes that train members one by one, by the word of a configuration, which is their name."""
+"""Maps class names to the classes that train members one by one.
+
+The name of the class is also the word in a configuration.
+"""
 
 _CLASS_OF_RULE = {word: _CLASSES[name] for name, word in _RULES.items() if word != "muon"}
 _CLASS_OF_RULE["nesterov"] = torch.optim.SGD
 
 
 def optimizer_word(value: object, name: str, *, more: Collection[str] = ()) -> str:
-    """Return the word of an optimizer: one of ``OPTIMIZERS`` or ``more``, or the name of a class
-    that is none of them.
+    """Return the word of an optimizer in a configuration.
 
-    ``name`` is how an error calls it. Raises InputError for what is neither a word nor a class of
-    torch.optim, and for a class that cannot train members.
+    It is one of ``OPTIMIZERS`` or ``more``, or the name of another class of torch.optim. ``name``
+    is the argument's name in errors. Raises InputError if the value is neither a word nor a class
+    of torch.optim, or if the class cannot train members.
     """
     text = value
     if isinstance(value, type):
@@ -99,8 +108,7 @@ def optimizer_word(value: object, name: str, *, more: Collection[str] = ()) -> s
 
 
 def optimizer_arguments(config: Config) -> Config:
-    """Return the ``optimizer__*`` values of a configuration under the names that the class
-    knows."""
+    """Return the ``optimizer__*`` values of a configuration under the class's argument names."""
     return {
         key.removeprefix(OPTIMIZER_PREFIX): config[key]
         for key in keys_with(config, OPTIMIZER_PREFIX)
@@ -112,17 +120,17 @@ def keys_with(config: Config, *prefixes: str) -> tuple[str, ...]:
     return _keys_with(tuple(config), prefixes)
 
 
-@lru_cache(maxsize=256)  # 100,000 trials have the same keys, and a look at each takes seconds
+# Cached: 100,000 trials have the same keys, and filtering the keys of each trial takes seconds.
+@lru_cache(maxsize=256)
 def _keys_with(keys: tuple[str, ...], prefixes: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(key for key in keys if key.startswith(prefixes))
 
 
 def class_of(config: Config) -> Class | None:
-    """Return the class of torch.optim that trains each member by itself, None where a rule trains
-    all at once.
+    """Return the class of torch.optim that trains each member separately.
 
-    A rule with ``optimizer__*`` values is the class that it stands for. Raises InputError where
-    there is none.
+    Return None if an update rule trains all members at once. A rule with ``optimizer__*`` values is
+    replaced by its class. Raises InputError if the rule has no class.
     """
     word = config["optimizer"]
     if word in CLASSES:
@@ -138,20 +146,26 @@ def class_of(config: Config) -> Class | None:
 
 
 def class_of_rule(config: Config) -> Class | None:
-    """Return the class of torch.optim whose steps the rule of a configuration takes, None where
-    there is none."""
+    """Return the class of torch.optim that computes the same steps as the rule of a configuration,
+    or None.
+    """
     return _CLASS_OF_RULE.get(config["optimizer"])
 
 
 def loop_reason(config: Config) -> str:
-    """Return why an optimizer trains each member by itself, "" where it trains all at once."""
+    """Return the reason why an optimizer trains each member separately.
+
+    Return "" if it trains all members at once.
+    """
     kind = class_of(config)
     return f"torch.optim.{kind.__name__} takes the steps of one member at a time" if kind else ""
 
 
 def optimizer_defaults(word: str) -> Config:
-    """Return ``lr``, ``weight_decay`` and ``momentum`` of an optimizer: of a class of torch.optim,
-    its own."""
+    """Return the default ``lr``, ``weight_decay`` and ``momentum`` of an optimizer.
+
+    A class of torch.optim keeps its own defaults.
+    """
     if word not in CLASSES:
         return {
             "lr": DEFAULT_LR,
@@ -165,12 +179,12 @@ def optimizer_defaults(word: str) -> Config:
 
 
 def has_weight_decay(word: str) -> bool:
-    """Whether an optimizer has a weight decay: all but a few classes of torch.optim."""
+    """Return True if an optimizer has a weight decay; a few classes of torch.optim have none."""
     return word not in CLASSES or "weight_decay" in signature(CLASSES[word]).parameters
 
 
 def argument_defaults(word: str) -> Config:
-    """Return the defaults of what ``optimizer__*`` keys set of an optimizer, under these keys."""
+    """Return the default of each ``optimizer__*`` key of an optimizer."""
     kind = CLASSES.get(word, _CLASS_OF_RULE.get(word))
     known = {} if kind is None else signature(kind).parameters
     names = [name for name in known if name not in (*_MACHINERY, *_OWN_KEYS)]
@@ -178,8 +192,10 @@ def argument_defaults(word: str) -> Config:
 
 
 def make_optimizer(config: Config, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-    """Return the optimizer of one member. Raises InputError for arguments that its class has not,
-    or refuses."""
+    """Return the optimizer of one member.
+
+    Raises InputError for arguments that its class does not have, or that it refuses.
+    """
     kind = class_of(config) or class_of_rule(config)
     assert kind is not None
     known = signature(kind).parameters
@@ -198,9 +214,10 @@ def make_optimizer(config: Config, parameters: Sequence[Tensor]) -> torch.optim.
     words = {key: config[key] for key in _OWN_KEYS if key in known}
     words |= {"nesterov": config["momentum"] > 0} if config["optimizer"] == "nesterov" else {}
     if not class_of(config):  # the steps of a rule, computed in the fewest calls
-        # Held to what the dtype can say: a larger one makes members diverge all the same.
+        # Limited to the largest number of the dtype. Members diverge with any such value anyway.
         words["weight_decay"] = min(config["weight_decay"], torch.finfo(parameters[0].dtype).max)
-        # The fused SGD fails where a parameter has its first gradient after others.
+        # SGD is not fused: torch's fused SGD fails if some parameter gets its first gradient later
+        # than the others.
         adam = {"betas": (BETA1, config["beta2"]), "fused": True}
         words |= adam if "betas" in known else {"foreach": True}
     words |= {
@@ -227,10 +244,9 @@ def make_optimizer(config: Config, parameters: Sequence[Tensor]) -> torch.optim.
 
 
 def check_optimizer(config: Config, model: str, *, stacked: bool = False) -> None:
-    """Raise InputError where a complete configuration's optimizer cannot train a ``model``,
-    "module" for a user's own.
+    """Raise InputError if the optimizer of a complete configuration cannot train a ``model``.
 
-    ``stacked`` is whether members have to be stacked.
+    ``model`` is "module" for a user's own module. ``stacked`` tells if the members must be stacked.
     """
     if not (words := loop_reason(config)):
         return
@@ -247,16 +263,17 @@ def check_optimizer(config: Config, model: str, *, stacked: bool = False) -> Non
     make_optimizer(config, [torch.zeros(2, 2)])
 
 
-NORM_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_ has it
+NORM_EPS = 1e-6  # the same number as in torch.nn.utils.clip_grad_norm_
 
 
 class RowUpdate:
-    """The optimizer of one member whose parameters, and gradients, are views of a row (N,): a class
-    of torch.optim.
+    """The optimizer of one member, by a class of torch.optim.
 
-    A gradient is clipped, the class takes its step, the weights are averaged. A schedule runs over
-    ``horizon`` epochs of ``steps`` steps. The class holds the ``parameters`` themselves; without
-    any the row is one, and the state is that of the rule for stacked members.
+    The member's parameters and gradients are views of a row (N,). In each step the gradient is
+    clipped, the class takes its step, and the weights are averaged. A schedule runs over
+    ``horizon`` epochs of ``steps`` steps. The class holds the ``parameters`` themselves. Without
+    ``parameters`` the whole row is one parameter, and the state has the layout of the rule for
+    stacked members.
     """
 
     def __init__(
@@ -274,14 +291,14 @@ class RowUpdate:
         self.clip_norm = float(config["clip_norm"])
         self.ema = float(config["ema"])
         self.average = torch.zeros_like(row) if self.ema else None
-        self.factors: list[float] = []  # of an epoch
+        self.factors: list[float] = []  # the schedule's factors on lr in the current epoch
         self.done = 0
 
     def state(self) -> list[Tensor]:
-        """Return the rows (N,) that a later step depends on: each tensor of a parameter's state at
-        its place.
+        """Return the rows (N,) that a later step depends on.
 
-        One that is shorter than the parameter, such as the number of steps, has zeros behind it.
+        Each tensor of a parameter's state lies at the parameter's place in a row. A tensor that is
+        shorter than the parameter, such as the number of steps, is followed by zeros.
         """
         states = [self._tensors(self.optimizer, w) for w in self.parameters]
         rows = [
@@ -293,19 +310,22 @@ class RowUpdate:
             )
             for i in range(max(map(len, states)))
         ]
-        # without a momentum the class keeps none, and the rule what is of no use
+        # Without momentum the class keeps no buffer, but the rule keeps one that is not used. Zeros
+        # give both the same layout.
         if not self.counts:
             moments = n_moments(self.config["optimizer"], [self.config["momentum"]])
             rows += [torch.zeros_like(self.row)] * (moments - len(rows))
         return rows if self.average is None else [*rows, self.average]
 
     def _tensors(self, optimizer: torch.optim.Optimizer, parameter: Tensor) -> list[Tensor]:
+        """Return the tensors of one parameter's state."""
         state = optimizer.state.get(parameter, {})
         return [
             v for k, v in state.items() if isinstance(v, Tensor) and (self.counts or k != "step")
         ]
 
     def _as_row(self, value: Tensor | None, parameter: Tensor) -> Tensor:
+        """Return a state tensor as a row of the parameter's length, padded with zeros."""
         row = parameter.new_zeros(0) if value is None else value.detach().flatten().to(parameter)
         if len(row) > parameter.numel():
             raise InputError(
@@ -316,10 +336,12 @@ class RowUpdate:
         return pad(row, (0, parameter.numel() - len(row)))
 
     def resume(self, rows: Sequence[Tensor]) -> None:
+        """Continue from the rows that ``state`` returned."""
         if self.average is not None:
             *rows, average = rows
             self.average.copy_(average)
-        # What a state consists of, only a step tells: one of other tensors of the same shapes.
+        # A class creates its state only in its first step. So one step on other tensors of the same
+        # shapes creates the state, which is then filled from the rows.
         others = [torch.zeros_like(w, requires_grad=True) for w in self.parameters]
         for other in others:
             other.grad = torch.zeros_like(other)
@@ -332,6 +354,7 @@ class RowUpdate:
             self.optimizer.state[parameter] = made.state[other]
 
     def begin(self, epoch: int) -> None:
+        """Start an epoch: count from its first step and compute the schedule's factors."""
         self.done = epoch * self.steps
         done = np.arange(self.done, self.done + self.steps)
         self.factors = schedule_factor(
@@ -341,16 +364,18 @@ class RowUpdate:
             state["step"].fill_(self.done)
 
     def step(self, row: Tensor, grad: Tensor) -> None:
-        """Take one step by the gradient (N,) of the row, which is clipped in place."""
+        """Take one step with the gradient (N,) of the row, which is clipped in place."""
         if self.clip_norm < math.inf:
             grad.mul_((self.clip_norm / (grad.norm() + NORM_EPS)).clamp(max=1.0))
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * self.factors[self.done % self.steps]
         self.optimizer.step()
         self.done += 1
-        if self.average is not None:  # the first weights are the average of themselves
+        if self.average is not None:  # after the first step the average equals the weights
             self.average.lerp_(row, 1.0 if self.done == 1 else 1 - self.ema)
 
     def scored(self, row: Tensor) -> Tensor:
-        """Return what is scored and saved: the average where there is one, else the row itself."""
+        """Return the weights to score and save: the average if there is one, otherwise the row
+        itself.
+        """
         return row if self.average is None else self.average

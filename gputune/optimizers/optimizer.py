@@ -1,11 +1,11 @@
-"""The optimizer of a chunk: a gradient is clipped, a rule takes its step, the weights are averaged;
-all in place.
+"""The optimizer of a chunk: it clips a gradient, takes the rule's step and averages the weights.
 
-Clipping (``clip_norm``) and averaging (``ema``) are each member's own, and nothing where no member
-asks for them. The number of a member's step and all that follows from it (the factor of a schedule,
-Adam's corrections) is computed by the step itself, on the device and in double precision: a
-recorded step cannot be told anything. Members without a step now (``active`` false) keep their
-parameters and their moments.
+All of this happens in place. Each member has its own clipping (``clip_norm``) and averaging
+(``ema``). If no member uses one of them, it costs nothing. The step itself computes the number of
+each member's step, and everything that follows from it (the factor of a schedule, Adam's
+corrections). It does so on the device and in double precision, because a recorded step receives no
+values from the host. Members without a step now (``active`` false) keep their parameters and their
+moments.
 """
 
 import math
@@ -29,19 +29,24 @@ from gputune.types import DEFAULTS, Config
 
 
 def number_of(config: Config, key: str) -> float:
-    """Return a hyperparameter, its default where the configuration is silent."""
+    """Return a hyperparameter of a configuration, or its default if the configuration does not have
+    it.
+    """
     return float(config[key] if key in config else DEFAULTS[key])
 
 
 class Clock:
-    """Where the members of a chunk stand: ``done`` (F, C) steps of ``horizon`` epochs of ``steps``
-    (F, C) each."""
+    """The position of the members of a chunk in their training.
+
+    ``done`` (F, C) is the number of finished steps. A training has ``horizon`` epochs of ``steps``
+    (F, C) steps each.
+    """
 
     def __init__(self, configs: Sequence[Config], steps: Tensor, horizon: int) -> None:
         self.steps = steps
         self.done = torch.zeros_like(steps, dtype=torch.float64)
         self.total = (steps * horizon).double()
-        # which members have which, but for the constant one
+        # schedule -> the trials (C,) that use it; the constant schedule is left out
         self.schedules: dict[str, dict[Schedule, Tensor]] = {}
         for key in ("schedule", "weight_decay_schedule", "dropout_schedule"):
             words = [config.get(key, "constant") for config in configs]
@@ -53,19 +58,22 @@ class Clock:
             }
 
     def begin(self, epoch: int) -> None:
-        """Count from the first step of an epoch."""
+        """Set the count of finished steps to the start of an epoch."""
         torch.mul(self.steps, epoch, out=self.done)
 
     def factor(self, key: str = "schedule") -> Tensor:
-        """Return the factor of each member's schedule, (F, C): of its rate, or what else ``key``
-        says."""
+        """Return the factor (F, C) of each member's schedule.
+
+        ``key`` is the schedule's key in a configuration; by default it is the schedule of the
+        learning rate.
+        """
         factor = torch.ones_like(self.done)
         for schedule, members in self.schedules[key].items():
             factor = torch.where(members, schedule(self.done, self.total), factor)
         return factor
 
     def advance(self, keep: Tensor | None) -> None:
-        """Count a step of the members with ``keep`` 1 (F, C), None: of all."""
+        """Count one step of the members with 1 in ``keep`` (F, C), or of all members if None."""
         self.done.add_(1.0 if keep is None else keep)
 
     def table(self, configs: Sequence[Config], key: str) -> Tensor:
@@ -73,17 +81,17 @@ class Clock:
         return self.per_trial([number_of(config, key) for config in configs])
 
     def per_trial(self, numbers: Sequence[float]) -> Tensor:
-        """Return a number of each trial for all members, (F, C), in double precision."""
+        """Return one number per trial as a table of all members, (F, C), in double precision."""
         values = torch.tensor(numbers, dtype=torch.float64)
         return values.expand(self.steps.shape).contiguous().to(self.steps.device)
 
 
 class Optimizer:
-    """What changes the parameters of one chunk in place, and holds all state of it; a subclass has
-    the rule's step.
+    """Base class of the optimizers of a chunk.
 
-    ``steps`` (F, C) are those that the members take in an epoch, and a schedule runs over
-    ``horizon`` epochs.
+    It changes the parameters in place and holds the optimizer's whole state. A subclass has the
+    rule's step. ``steps`` (F, C) is the number of steps of each member in an epoch. A schedule runs
+    over ``horizon`` epochs.
     """
 
     def __init__(
@@ -107,6 +115,7 @@ class Optimizer:
     def _set_trials(
         self, configs: Sequence[Config], blocks: Blocks, flat: Tensor, steps: Tensor
     ) -> None:
+        """Compute everything that depends on the trials of the chunk, except the moments."""
         self.blocks = blocks
         self.dtype = flat.dtype
         self.clock = Clock(configs, steps, self.horizon)
@@ -116,16 +125,15 @@ class Optimizer:
         self.ema = self.clock.table(configs, "ema")
 
     def _buffers(self) -> list[Tensor]:
-        """The flat buffers of the rule."""
+        """Return the flat buffers of the rule."""
         return self.moments
 
     def state(self) -> list[Tensor]:
-        """Return the flat buffers that a later step depends on, to be filled again by
-        ``resume``."""
+        """Return the flat buffers that a later step depends on; ``resume`` fills them again."""
         return [*self._buffers(), *([] if self.average is None else [self.average])]
 
     def resume(self, buffers: Sequence[Tensor]) -> None:
-        """Go on from what ``state`` returned."""
+        """Continue from the buffers that ``state`` returned."""
         for own, kept in zip(self.state(), buffers, strict=True):
             own.copy_(kept)
 
@@ -138,22 +146,26 @@ class Optimizer:
         *,
         steps: Tensor,
     ) -> None:
-        """Go on with the trials ``keep`` alone, of which all else is given."""
+        """Keep only the trials at the positions ``keep``.
+
+        The other arguments describe the remaining trials.
+        """
         self.moments = [self.blocks.select(moment, keep) for moment in self.moments]
         self.average = None if self.average is None else self.blocks.select(self.average, keep)
         self._set_trials(configs, blocks, flat, steps)
 
     def prepare(self) -> None:
-        """Make ready for steps that are recorded."""
+        """Prepare for steps that will be recorded."""
 
     def begin(self, epoch: int) -> None:
-        """Count from the first step of an epoch."""
+        """Start an epoch: count from its first step."""
         self.clock.begin(epoch)
 
     def step(self, theta: Tensor, grad: Tensor, active: Tensor | None = None) -> None:
-        """Take one step of the members that are ``active`` (F, C), None: of all.
+        """Take one step of the members that are ``active`` (F, C), or of all members if it is None.
 
-        ``grad`` is used up: what it holds afterwards means nothing. Nothing waits for the device.
+        ``grad`` is overwritten: its values after the step have no meaning. The host does not wait
+        for the device.
         """
         if self.clip_norm is not None and self.squares is not None:
             norm = self.blocks.total(torch.mul(grad, grad, out=self.squares)).double().sqrt()
@@ -166,7 +178,7 @@ class Optimizer:
         self._take(theta, grad, active, keep)
         self.clock.advance(keep)
         if self.average is not None and first is not None:
-            # the first weights are the average of themselves
+            # After a member's first step, its average equals its weights.
             share = (1 - self.ema).masked_fill(first, 1.0)
             share = share if active is None else share * active
             self.blocks.lerp_(self.average, self._evaluate(theta), share.to(self.dtype))
@@ -178,11 +190,15 @@ class Optimizer:
         raise NotImplementedError
 
     def scored(self, theta: Tensor) -> Tensor:
-        """Return the weights that are scored and saved: an average where there is one, else
-        ``theta`` itself."""
+        """Return the weights to score and save: the average if there is one, otherwise the weights
+        themselves.
+        """
         return self._evaluate(theta) if self.average is None else self.average
 
     def _evaluate(self, theta: Tensor) -> Tensor:
+        """Return the weights to evaluate: the average of schedule-free training, otherwise
+        ``theta``.
+        """
         return (
             schedule_free_average(theta, self.moments[0])
             if self.optimizer == "schedulefree"
@@ -190,8 +206,9 @@ class Optimizer:
         )
 
     def _move(self, flat: Tensor, end: Tensor, weight: float, on: Tensor | None) -> None:
-        """Move a buffer by ``weight`` of the way towards another, of the members that are ``on``
-        (F, C)."""
+        """Move a buffer by ``weight`` of the way towards another, for the members that are ``on``
+        (F, C).
+        """
         if on is None:
             flat.lerp_(end, weight)
         else:
@@ -199,12 +216,12 @@ class Optimizer:
 
 
 class OnlineUpdate(Optimizer):
-    """The optimizer of one chunk with a learning rate that each member adapts: ``rate`` (F, C), on
-    the device.
+    """The optimizer of one chunk in which each member adapts its learning rate.
 
-    Every step of a member moves its rate by what its gradient g now and the direction u of its last
-    step say: the rules of ``gputune.optim``, whose classes say what they are and what they are not.
-    The factor of a schedule scales the rate in a step and is not remembered.
+    ``rate`` (F, C) is on the device. Every step changes a member's rate by its present gradient g
+    and the direction u of its last step. The rules are the same as in ``gputune.optim``; the
+    docstrings of its classes describe their use and limits. The factor of a schedule scales the
+    rate within a step, but does not change the stored rate.
     """
 
     def __init__(
@@ -234,7 +251,7 @@ class OnlineUpdate(Optimizer):
         )
 
     def _buffers(self) -> list[Tensor]:
-        """The flat buffers of the rule; the last two have the rate and |g|."""
+        """Return the flat buffers of the rule; the last two hold the rate and |g|."""
         return [
             *self.moments,
             self.last,
@@ -278,11 +295,15 @@ class OnlineUpdate(Optimizer):
         self._move(self.last, direction, 1.0, on)
 
     def _decay(self, total: Tensor, theta: Tensor) -> None:
+        """Add weight decay times the parameters to a buffer."""
         if self.decays:
             self.blocks.add_product_(total, theta, self.decay)
 
     def _adapt(self, grad: Tensor, on: Tensor | None) -> None:
-        """Move each rate by its rule, or not at all where that says nothing (a norm of zero)."""
+        """Change each member's rate by its rule.
+
+        A rate does not change if the rule has no finite result, for example if a norm is zero.
+        """
         pairs = ((grad, self.last), (grad, grad), (self.last, self.last))
         h, gg, uu = (self.blocks.total(torch.mul(a, b, out=self.room)) for a, b in pairs)
         norm = gg.sqrt()
@@ -299,10 +320,13 @@ class OnlineUpdate(Optimizer):
         self.norm.copy_(norm)
 
     def _adam_direction(self, theta: Tensor, grad: Tensor, on: Tensor | None) -> Tensor:
+        """Return the direction of Adam's step, and update the moments."""
         (m, v), below = self.moments, self.room
         self._move(m, grad, 1 - BETA1, on)
         self._move(v, grad.mul_(grad), 1 - BETA2, on)
-        # m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
+        # Direction: m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps). Both corrections are computed
+        # per
+        # member and applied to the denominator.
         count = self.clock.done + 1
         start = 1 - BETA1**count
         torch.sqrt(v, out=below)
@@ -317,6 +341,7 @@ class OnlineUpdate(Optimizer):
         return direction
 
     def _sgd_direction(self, grad: Tensor, on: Tensor | None) -> Tensor:
+        """Return the direction of gradient descent with momentum, and update the buffer."""
         if not self.moments:
             return grad
         (buffer,) = self.moments

@@ -1,13 +1,13 @@
-"""The update rules: one pure function each, with per-member hyperparameters, as torch.optim defines
-them.
+"""The update rules as pure functions with per-member hyperparameters, and the schedules.
 
-``rule(params, grads, moments, rates) -> (params, moments)``. Every hyperparameter is a (P,) tensor,
-or has the shape of the parameter it is for; every parameter is (P, ...). Nothing is changed in
-place, so a rule can be differentiated, which is what hypergradients do. Plain training does not
-call them: ``update.py`` holds the same rules in place, tested against these.
+A rule is ``rule(params, grads, moments, rates) -> (params, moments)`` and follows the definition of
+torch.optim. Every hyperparameter is a (P,) tensor, or has the shape of its parameter. Every
+parameter is (P, ...). A rule changes nothing in place, so it can be differentiated, as
+hypergradients need. Plain training does not call these functions: ``update.py`` has the same rules
+in place, and tests compare both.
 
-Also the schedules: the factor on a rate, from the steps done and the steps in all, as PyTorch has
-it.
+A schedule returns the factor on a rate from the number of finished steps and the total number of
+steps. The schedules follow PyTorch.
 """
 
 import math
@@ -29,16 +29,19 @@ EPS = 1e-8
 RMSPROP_ALPHA = 0.99
 LION_BETA2 = 0.99
 
-# as torch.optim.Muon has them, as the number of its steps
+# The coefficients and the number of steps of torch.optim.Muon.
 _NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
 _NEWTON_SCHULZ_STEPS = 5
 _LEAST_NORM = 1e-7
-MUON_SCALE = 0.2  # its steps are then as long as AdamW's, so that one rate serves both
+MUON_SCALE = 0.2  # makes a step as long as a step of AdamW, so the same rates work for both
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Hyperparameters of one step; ``count`` (P,) is the number of this step, from 1."""
+    """The hyperparameters of one step.
+
+    ``count`` (P,) is the number of this step, counted from 1.
+    """
 
     lr: Tensor
     weight_decay: Tensor
@@ -48,8 +51,7 @@ class Rates:
     beta2: Tensor | float = BETA2
     eps: float = EPS
     sides: Mapping[str, Tensor] = field(default_factory=dict)
-    """The longer side of each member's matrix, of the parameters that are hidden matrices: those
-    that muon is for."""
+    """The longer side of each member's matrix, for the hidden matrices that muon updates."""
 
 
 Rule = Callable[[Params, Params, Moments, Rates], tuple[Params, Moments]]
@@ -64,8 +66,10 @@ def sgd(params: Params, grads: Params, moments: Moments, rates: Rates) -> tuple[
 def nesterov(
     params: Params, grads: Params, moments: Moments, rates: Rates
 ) -> tuple[Params, Moments]:
-    """Nesterov momentum: b = mu b + g; w -= lr (g + mu b). Source: Sutskever et al. (2013), as
-    torch has it."""
+    """Nesterov momentum: b = mu b + g; w -= lr (g + mu b).
+
+    Source: Sutskever et al. (2013), in PyTorch's form.
+    """
     grads = _with_l2(params, grads, rates)
     buffer = _heavy_ball(grads, moments, rates)
     ahead = {k: g + _per_member(rates.momentum, g) * buffer[k] for k, g in grads.items()}
@@ -73,21 +77,28 @@ def nesterov(
 
 
 def adam(params: Params, grads: Params, moments: Moments, rates: Rates) -> tuple[Params, Moments]:
-    """Adam; weight decay enters the gradient (L2). Source: Kingma and Ba (2015), algorithm 1."""
+    """Adam with L2 weight decay, which is part of the gradient.
+
+    Source: Kingma and Ba (2015), algorithm 1.
+    """
     return _adam_step(params, _with_l2(params, grads, rates), moments, rates)
 
 
 def adamw(params: Params, grads: Params, moments: Moments, rates: Rates) -> tuple[Params, Moments]:
-    """Adam with decoupled weight decay: w *= 1 - lr wd. Source: Loshchilov and Hutter (2019),
-    algorithm 2."""
+    """Adam with decoupled weight decay: w *= 1 - lr wd.
+
+    Source: Loshchilov and Hutter (2019), algorithm 2.
+    """
     return _adam_step(_shrunk(params, rates), grads, moments, rates)
 
 
 def rmsprop(
     params: Params, grads: Params, moments: Moments, rates: Rates
 ) -> tuple[Params, Moments]:
-    """Gradients over the root of their mean square, with momentum. Source: Hinton (2012), as torch
-    has it."""
+    """RMSprop: gradients divided by the root of their mean square, with momentum.
+
+    Source: Hinton (2012), in PyTorch's form.
+    """
     grads = _with_l2(params, grads, rates)
     a = RMSPROP_ALPHA
     v = {k: a * moments["v"][k] + (1 - a) * g * g for k, g in grads.items()}
@@ -98,8 +109,10 @@ def rmsprop(
 
 
 def lion(params: Params, grads: Params, moments: Moments, rates: Rates) -> tuple[Params, Moments]:
-    """The sign of a momentum, with decoupled weight decay. Source: Chen et al. (2023),
-    arXiv:2302.06675, program 1."""
+    """Lion: the sign of a momentum, with decoupled weight decay.
+
+    Source: Chen et al. (2023), arXiv:2302.06675, program 1.
+    """
     b1 = BETA1
     b2 = LION_BETA2
     m = moments["m"]
@@ -109,11 +122,13 @@ def lion(params: Params, grads: Params, moments: Moments, rates: Rates) -> tuple
 
 
 def muon(params: Params, grads: Params, moments: Moments, rates: Rates) -> tuple[Params, Moments]:
-    """Nesterov momentum made orthogonal, of hidden matrices (P, A, B...); the rest by AdamW.
+    """Muon: Nesterov momentum, made orthogonal, for hidden matrices (P, A, B...).
 
-    Source: Jordan et al. (2024), as torch.optim.Muon has it, scaled as Liu et al. (2025),
-        arXiv:2502.16982, do.
-    Departure: in the precision of the parameters, where torch rounds to bfloat16.
+    AdamW updates the other parameters.
+
+    Source: Jordan et al. (2024), in the form of torch.optim.Muon. The scale follows Liu et al.
+    (2025), arXiv:2502.16982.
+    Departure: it computes in the precision of the parameters; torch rounds to bfloat16.
     """
     rest = {k: g for k, g in grads.items() if k not in rates.sides}
     new, after = adamw({k: params[k] for k in rest}, rest, moments, rates)
@@ -122,7 +137,7 @@ def muon(params: Params, grads: Params, moments: Moments, rates: Rates) -> tuple
         g = grads[k]
         mu = _per_member(rates.momentum, grads[k])
         m = torch.lerp(moments["m"][k], g, 1 - mu)
-        axes = 1 if side.dim() == 1 else 2  # of members
+        axes = 1 if side.dim() == 1 else 2  # number of member axes in front of the matrix
         step = orthogonal(torch.lerp(g, m, mu).flatten(axes + 1)).view_as(g)
         scale = _per_member(rates.lr, g) * MUON_SCALE * _per_member(side, g).sqrt()
         new[k] = shrunk[k] - scale * step
@@ -134,12 +149,13 @@ def muon(params: Params, grads: Params, moments: Moments, rates: Rates) -> tuple
 def schedulefree(
     params: Params, grads: Params, moments: Moments, rates: Rates
 ) -> tuple[Params, Moments]:
-    """AdamW whose steps start at y, between where it runs (z) and an average of that; ``params``
-    are y.
+    """Schedule-free AdamW. The weights z take the steps, and x is an average of z.
 
-    What is scored is the average: ``schedule_free_average``. Source: Defazio et al. (2024),
-    arXiv:2405.15682, algorithm 1, without a warm-up. Departure: a schedule scales the steps, and
-    not the weights of the average.
+    The parameters are y, a point between z and x, at which gradients are computed. The average x is
+    scored; ``schedule_free_average`` returns it.
+
+    Source: Defazio et al. (2024), arXiv:2405.15682, algorithm 1, without warm-up.
+    Departure: a schedule scales the steps, but not the weights of the average.
     """
     corrected = 1 - rates.beta2**rates.count
     # the sum of all ``corrected`` so far
@@ -161,7 +177,7 @@ def schedulefree(
 
 
 def schedule_free_average(y: Tensor, z: Tensor) -> Tensor:
-    """Return the average x of schedule-free training, of which y = (1 - b1) z + b1 x."""
+    """Return the average x of schedule-free training, from y = (1 - b1) z + b1 x."""
     return (y - (1 - BETA1) * z) / BETA1
 
 
@@ -180,55 +196,63 @@ MOMENTS: Mapping[str, tuple[str, ...]] = {
 
 
 def n_moments(optimizer: str, momentum: Iterable[float]) -> int:
-    """Return how many flat buffers of moments training keeps, for members with these momenta.
+    """Return the number of flat buffers of moments that training keeps for members with these
+    momenta.
 
-    Plain gradient descent without momentum needs none. An optimizer that adapts its rate keeps
-    those of its namesake.
+    Gradient descent without momentum needs none. An optimizer that adapts its rate has the same
+    number as its namesake, for example "adamhd" as "adam".
     """
     rule = optimizer.removesuffix("hd")
     return int(any(momentum)) if rule == "sgd" else len(MOMENTS[rule])
 
 
 def _per_member(values: Tensor, like: Tensor) -> Tensor:
+    """Return values (P,) with axes that broadcast against a parameter (P, ...)."""
     values = values.to(device=like.device, dtype=like.dtype)
     return values if values.dim() == like.dim() > 1 else values.view(-1, *[1] * (like.dim() - 1))
 
 
 def _shrunk(params: Params, rates: Rates) -> Params:
+    """Return the parameters after decoupled weight decay: w * (1 - lr wd)."""
     shrink = 1 - rates.lr * rates.weight_decay
     return {k: w * _per_member(shrink, w) for k, w in params.items()}
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """Return matrices (..., A, B) with singular values near 1 in place of their own: a
-    Newton-Schulz iteration.
+    """Return matrices (..., A, B) with their singular values replaced by values near 1.
 
-    Rows and columns of zeros stay zero, so padding changes nothing.
+    The method is a Newton-Schulz iteration. Rows and columns of zeros stay zero, so padding changes
+    nothing.
     """
     (a, b, c), is_wide = _NEWTON_SCHULZ, x.shape[-2] <= x.shape[-1]
     wide: Tensor = x if is_wide else x.mT
     wide = wide / wide.flatten(-2).norm(dim=-1)[..., None, None].clamp_min(_LEAST_NORM)
     for _ in range(_NEWTON_SCHULZ_STEPS):
+        # (..., A, B) @ (..., B, A) -> (..., A, A), with A the shorter side
         gram = wide @ wide.mT
         wide = a * wide + (b * gram + c * gram @ gram) @ wide
     return wide if is_wide else wide.mT
 
 
 def _with_l2(params: Params, grads: Params, rates: Rates) -> Params:
+    """Return the gradients plus L2 weight decay."""
     return {k: g + _per_member(rates.weight_decay, g) * params[k] for k, g in grads.items()}
 
 
 def _heavy_ball(grads: Params, moments: Moments, rates: Rates) -> Params:
+    """Return the momentum buffers after this step: mu b + g."""
     return {k: _per_member(rates.momentum, g) * moments["buffer"][k] + g for k, g in grads.items()}
 
 
 def _descend(params: Params, direction: Params, lr: Tensor) -> Params:
+    """Return the parameters after a step of length lr against a direction."""
     return {k: w - _per_member(lr, w) * direction[k] for k, w in params.items()}
 
 
 def _adam_step(
     params: Params, grads: Params, moments: Moments, rates: Rates
 ) -> tuple[Params, Moments]:
+    """Return the parameters and moments after a step of Adam, without weight decay."""
     m = {}
     v = {}
     direction = {}
@@ -239,37 +263,40 @@ def _adam_step(
         )
         m[k] = b1 * moments["m"][k] + (1 - b1) * g
         v[k] = b2 * moments["v"][k] + (1 - b2) * g * g
-        # The divisions undo the start at zero.
+        # The moments start at zero; dividing by 1 - b^t corrects this bias.
         direction[k] = m[k] / (1 - b1**count) / (_root(v[k] / (1 - b2**count)) + rates.eps)
     return _descend(params, direction, rates.lr), {"m": m, "v": v}
 
 
 def _root(squares: Tensor) -> Tensor:
-    """The square root, with slope 0 at 0 instead of an infinite one."""
-    # An entry whose gradient has always been 0, as every padded one, stays where it is whatever the
-    # hyperparameters are; an infinite slope times its gradient of 0 would make the hypergradient
-    # NaN.
+    """Return the square root, with slope 0 at 0 instead of an infinite slope."""
+    # If the gradient of an entry has always been 0, as for padding, the entry never moves. With an
+    # infinite slope, infinity times this gradient of 0 would make the hypergradient NaN.
     return squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
 
 
 Schedule = Callable[[Tensor, Tensor], Tensor]
-"""(steps done, steps in all), of one shape, in double precision -> the factor on the rate of the
-next step."""
+"""Maps (finished steps, total steps) to the factor on the rate of the next step.
 
-# Of one_cycle, as torch.optim.lr_scheduler.OneCycleLR has them.
+Both arguments have the same shape and are in double precision.
+"""
+
+# Constants of one_cycle, the same as the defaults of torch.optim.lr_scheduler.OneCycleLR.
 _FIRST = 1 / 25
 _LAST = 1e-4 / 25
 _RISING = 0.3
 
 
 def constant(done: Tensor, _total: Tensor) -> Tensor:
-    """Always 1."""
+    """Return 1 for every step."""
     return torch.ones_like(done)
 
 
 def cosine(done: Tensor, total: Tensor) -> Tensor:
-    """Half a cosine from 1 to 0. Source: Loshchilov and Hutter (2017), without restarts, per
-    step."""
+    """Half a cosine from 1 to 0, without restarts, computed per step.
+
+    Source: Loshchilov and Hutter (2017).
+    """
     return torch.cos(done / total * math.pi).add(1).mul(0.5)
 
 
@@ -279,18 +306,22 @@ def linear(done: Tensor, total: Tensor) -> Tensor:
 
 
 def warmup_cosine(done: Tensor, total: Tensor) -> Tensor:
-    """A straight line up to 1 over the first tenth of the steps, rounded down, then half a cosine
-    to 0."""
+    """A straight line up to 1, then half a cosine to 0.
+
+    The warm-up has a tenth of the steps, rounded down.
+    """
     warmup = torch.floor(total / 10)
     rising = (done + 1) / (warmup + 1)
     return torch.where(done < warmup, rising, cosine(done - warmup, total - warmup))
 
 
 def one_cycle(done: Tensor, total: Tensor) -> Tensor:
-    """Half a cosine from 1/25 up to 1, at three tenths of the steps, and another down to 1/250000
-    at the last.
+    """Half a cosine from 1/25 up to 1, then half a cosine down to 1/250000.
 
-    Source: Smith and Topin (2019), as torch has it; momentum stays as it is.
+    The maximum is at three tenths of the steps, the minimum at the last step. Momentum does not
+    change.
+
+    Source: Smith and Topin (2019), in PyTorch's form.
     """
     top = _RISING * total - 1
     falling = _LAST + (1 - _LAST) * cosine(done - top, total - 1 - top)
@@ -306,7 +337,10 @@ def coslog4(done: Tensor, total: Tensor) -> Tensor:
 
 
 def flat_cos(done: Tensor, total: Tensor) -> Tensor:
-    """1 over the first half of the steps, then half a cosine to 0. Source: that of ``coslog4``."""
+    """1 over the first half of the steps, then half a cosine to 0.
+
+    Source: the same as for ``coslog4``.
+    """
     return torch.where(2 * done < total, 1.0, cosine(2 * done - total, total))
 
 
@@ -320,7 +354,7 @@ SCHEDULES: Mapping[str, Schedule] = dict(
 
 
 def schedule_factor(name: str, done: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """Return the factors of a schedule, on the host."""
+    """Return the factors of a schedule, computed on the host."""
     factors = SCHEDULES[name](
         *(torch.as_tensor(steps, dtype=torch.float64) for steps in (done, total))
     )

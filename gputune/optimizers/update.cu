@@ -1,22 +1,25 @@
-// One step of the optimizer for all members of a chunk, in two launches, or three with clipping. The definition is
-// optimizer.py with update.py and rules.py, whose operations on stacked tensors are forty launches or more.
+// One step of the optimizer for all members of a chunk, in two launches, or three with clipping.
+// The step is defined by optimizer.py, update.py and rules.py. Their operations on stacked tensors
+// need forty launches or more.
 
 #define EVERY(i, n) \
     for (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < n; i += (long long)blockDim.x * gridDim.x)
 
-// What the host gives.
-//   sizes            members, trials, entries, blocks, rule, whether blocks have rates of their own, whether weights are
-//                    averaged, columns of the table of factors; then of each block where it begins, how many entries a
-//                    fold has of it, and how many neighbours belong to one trial
+// Arguments from the host:
+//   sizes            members, trials, entries, blocks, rule, 1 if blocks have their own rates, 1 if
+//                    weights are averaged, columns of the table of factors. Then for each block: its
+//                    first entry, its number of entries per fold, and the number of neighboring
+//                    entries that belong to one trial.
 //   numbers          beta1, eps, alpha of rmsprop, beta2 of lion, eps of a norm
-//   hyperparameters  a row of all members for each of HYPERPARAMETERS, in double precision as a rate is
+//   hyperparameters  one row of all members for each hyperparameter (the enum from LR on), in double
+//                    precision
 enum { MEMBERS, TRIALS, ENTRIES, BLOCKS, RULE, OWN_RATES, AVERAGES, COLUMNS, LAYOUT };
 enum { BETA1, EPS, RMSPROP_ALPHA, LION_BETA2, NORM_EPS };
 enum { LR, DECOUPLED, L2, BETA2, MOMENTUM, CLIP_NORM, EMA };
 enum { ADAM, SGD, HEAVY_BALL, NESTEROV, RMSPROP, LION };
-// What a member's step is made of, a row of all members for each.
+// The numbers of a member's step; each has one row of all members.
 enum { ACTIVE, SCALE, IN_GRADIENT, SHRINK, RATE, ADAM_EPS, FIRST, SECOND, SHARE, RATES };
-enum { LANES = 32 };  // threads that sum the squares of a member
+enum { LANES = 32 };  // number of threads that sum the squares of one member
 
 // Sums the squares of each member's gradient, in LANES parts.
 extern "C" __global__ void sum_squares(const long long* sizes, const real* grad, double* sums)
@@ -37,8 +40,9 @@ extern "C" __global__ void sum_squares(const long long* sizes, const real* grad,
     }
 }
 
-// Writes what each member's step is made of, with the corrections of its number, and counts it; a thread a member.
-// ``rows`` says of each member in which row of the table the factors of its rate and of its decay are, -1: they are 1.
+// Writes the numbers of each member's step, including the corrections that depend on its count, and
+// counts the step. Each thread handles one member. ``rows`` has, for each member, the rows of
+// ``table`` with the factors of its rate and of its decay; -1 means that all factors are 1.
 extern "C" __global__ void step_rates(
     const long long* sizes, const double* numbers, const double* hyperparameters, const long long* steps,
     const long long* rows, const double* table, const double* sums, const bool* active, double* done, real* rates)
@@ -72,8 +76,9 @@ extern "C" __global__ void step_rates(
     }
 }
 
-// Changes the parameters, the moments and the average; a thread an entry. ``factors`` are those of the rate and of the
-// decay of each block and member, read where blocks have rates of their own.
+// Changes the parameters, the moments and the average. Each thread handles one entry. ``factors``
+// are the factors of each block and member on the rate and on the decay; they are read only if
+// blocks have their own rates.
 extern "C" __global__ void take_step(
     const long long* sizes, const double* numbers, const real* rates, const real* factors, const real* grad, real* m,
     real* v, real* theta, real* average)
@@ -87,7 +92,7 @@ extern "C" __global__ void take_step(
         const long long* block = sizes + LAYOUT + 3 * b;
         const long long within = i - block[0], p = within / block[1] * trials + within / block[2] % trials;
         const real* own = rates + p;
-        if (own[ACTIVE * members] == 0) continue;  // no step: nothing of it changes
+        if (own[ACTIVE * members] == 0) continue;  // a member without a step does not change
         const real lr = sizes[OWN_RATES] ? factors[b * members + p] : 1;
         const real decay = sizes[OWN_RATES] ? factors[(sizes[BLOCKS] + b) * members + p] : 1;
         const real w = theta[i], g = own[SCALE * members] * grad[i] + decay * own[IN_GRADIENT * members] * w;

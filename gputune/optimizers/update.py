@@ -1,7 +1,7 @@
-"""The update rules in place, over the flat buffers of a chunk: by operations, or on a GPU by
-``update.cu``.
+"""The update rules in place, over the flat buffers of a chunk.
 
-Of steps that are recorded on a GPU each is two or three launches of its kernels.
+A step runs as PyTorch operations. On a GPU it can also run as kernels from ``update.cu``: a
+recorded step is then two or three kernel launches.
 """
 
 import math
@@ -29,16 +29,18 @@ from gputune.optimizers.rules import (
 from gputune.types import DECAY_FACTOR, LR_FACTOR, ONLINE, Config
 
 Amount: TypeAlias = float | Tensor
-"""One value of all members, or each member's own, (F, C)."""
+"""One value for all members, or one value for each member, (F, C)."""
 
 IN_PLACE = ("sgd", "nesterov", "adam", "adamw")
-"""Rules that are written here once more, in a few passes; the others are taken as ``rules.py`` has
-them."""
+"""The rules that are written here a second time, in a few passes over the buffers.
+
+For the other rules the functions of ``rules.py`` are called.
+"""
 
 SOURCE = Path(__file__).with_name("update.cu")
 NAMES = ("sum_squares", "step_rates", "take_step")
 
-# of ``update.cu``
+# These numbers are the enums of ``update.cu``.
 _RULES = {"adam": 0, "adamw": 0, "sgd": 1, "nesterov": 3, "rmsprop": 4, "lion": 5}
 _HEAVY_BALL = 2
 _LANES = 32
@@ -49,14 +51,17 @@ _DECOUPLED = ("adamw", "lion")
 def optimizer_of(
     configs: Sequence[Config], blocks: Blocks, flat: Tensor, *, steps: Tensor, horizon: int
 ) -> Optimizer:
-    """Return the optimizer of complete configurations, at its start."""
+    """Return the optimizer of complete configurations, in its starting state."""
     kind = OnlineUpdate if configs[0]["optimizer"] in ONLINE else Update
     return kind(configs, blocks, flat, steps=steps, horizon=horizon)
 
 
 def factor_of(config: Config, prefixes: Sequence[str], parameter: str) -> float:
-    """Return the product of all keys with these prefixes whose name is a part of the parameter's
-    path."""
+    """Return the product of the per-parameter factors of a configuration.
+
+    A factor has a key of one of the prefixes and a name. It applies if the name is a part of the
+    parameter's path.
+    """
     keys = {prefix + part for prefix in prefixes for part in parameter.split(".")}
     return math.prod(float(config[key]) for key in keys & config.keys())
 
@@ -90,7 +95,7 @@ class Update(Optimizer):
         self.kernel: UpdateKernel | None = None
 
     def _factors(self, configs: Sequence[Config], *prefixes: str) -> dict[str, Tensor]:
-        """Return each member's factor (F, C) on a rate, of the blocks that have one."""
+        """Return each member's factor (F, C) on a rate, for the blocks that have one."""
         factors = {
             b.name: [factor_of(config, prefixes, b.name) for config in configs]
             for b in self.blocks.blocks
@@ -104,15 +109,19 @@ class Update(Optimizer):
     def _amount(
         self, configs: Sequence[Config], key: str, dtype: torch.dtype | None = None
     ) -> Amount:
+        """Return a hyperparameter as one number if all trials share it, otherwise as a table (F,
+        C).
+        """
         values = {number_of(config, key) for config in configs}
         if len(values) > 1:
             return self.clock.table(configs, key).to(dtype or self.dtype)
-        # Held to what the dtype can say: a larger one makes members diverge all the same.
+        # Limited to the largest number of the dtype. Members diverge with any such value anyway.
         return min(values.pop(), torch.finfo(self.dtype).max)
 
     def prepare(self) -> None:
-        """Make ready for steps that are recorded: on a GPU kernels take the place of the operations
-        that are here."""
+        """Prepare for steps that will be recorded: on a GPU, kernels replace the PyTorch
+        operations.
+        """
         if self.optimizer in _RULES and self.lr.device.type == "cuda":
             compiled = kernels(SOURCE, NAMES, self.lr.device, self.dtype)
             self.kernel = None if compiled is None else UpdateKernel(compiled, self)
@@ -123,8 +132,9 @@ class Update(Optimizer):
             self.kernel.begin(epoch)
 
     def step(self, theta: Tensor, grad: Tensor, active: Tensor | None = None) -> None:
-        # Only where it is recorded: a step as it is then checks the kernels, before the first
-        # replay.
+        # The kernels run only in a recorded step. A step by operations then checks the kernels
+        # before
+        # the first replay.
         if self.kernel is not None and torch.cuda.is_current_stream_capturing():
             self.kernel.step(self, theta, grad, active)
         else:
@@ -136,7 +146,7 @@ class Update(Optimizer):
         factor = self.clock.factor() if keep is None else self.clock.factor() * keep
         if self.optimizer in IN_PLACE:
             l2 = self.l2
-            # of each member then
+            # the decay then differs between members: (F, C)
             if self.clock.schedules["weight_decay_schedule"] or self.decay_factors:
                 l2 = (l2 * self.clock.factor("weight_decay_schedule")).to(self.dtype)
             self._add(grad, theta, l2, self.decay_factors)
@@ -148,6 +158,7 @@ class Update(Optimizer):
             self._by_rule(theta, grad, active)
 
     def _adam(self, theta: Tensor, grad: Tensor, factor: Tensor, keep: Tensor | None) -> None:
+        """Take a step of Adam or AdamW."""
         (m, v), scratch = self.moments, self.scratch
         assert scratch is not None
         self._move(m, grad, 1 - BETA1, None if keep is None else keep.to(self.dtype))
@@ -156,8 +167,9 @@ class Update(Optimizer):
         else:
             share = (1 - self.beta2) * (torch.ones_like(factor) if keep is None else keep)
             self.blocks.lerp_(v, grad.mul_(grad), share.to(self.dtype))
-        # lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps), with the corrections moved to the
-        # members
+        # The step is lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps). The corrections are
+        # computed
+        # per member, (F, C), and not per entry.
         count = self.clock.done + 1
         root = (1 - self.beta2**count).sqrt()
         torch.sqrt(v, out=scratch)
@@ -171,6 +183,7 @@ class Update(Optimizer):
         self._add(theta, scratch, -rate.to(self.dtype), self.lr_factors)
 
     def _sgd(self, theta: Tensor, grad: Tensor, factor: Tensor, keep: Tensor | None) -> None:
+        """Take a step of gradient descent, with or without momentum."""
         direction = grad
         for buffer in self.moments:
             if keep is None:
@@ -187,6 +200,7 @@ class Update(Optimizer):
         self._add(theta, direction, -(self.lr * factor).to(self.dtype), self.lr_factors)
 
     def _by_rule(self, theta: Tensor, grad: Tensor, active: Tensor | None) -> None:
+        """Take a step with the pure function of ``rules.py``, one block at a time."""
         names = MOMENTS[self.optimizer]
         lr = self.lr * self.clock.factor()
         count = self.clock.done + 1
@@ -220,13 +234,14 @@ class Update(Optimizer):
         amount: Amount,
         factors: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """total += amount * tensor, with ``factors`` on the amount in some blocks."""
+        """Compute total += amount * tensor, with ``factors`` on the amount in some blocks."""
         if isinstance(amount, Tensor):
             self.blocks.add_product_(total, tensor, amount, factors)
         elif amount != 0.0:
             total.add_(tensor, alpha=amount)
 
     def _scale(self, flat: Tensor, amount: Amount) -> None:
+        """Multiply a flat buffer by an amount, in place."""
         if isinstance(amount, Tensor):
             for value, part in self.blocks.by_block(amount, flat):
                 part.mul_(value)
@@ -235,11 +250,12 @@ class Update(Optimizer):
 
 
 class UpdateKernel:
-    """The optimizer of one chunk by kernels: what they read, and how they are launched.
+    """The optimizer of one chunk by kernels: their input tables and their launches.
 
-    ``table`` has the factors of the schedules in one epoch, a row for each schedule and length that
-    occur; ``rows`` (2, F, C) says in which each member's factors of its rate and of its decay are,
-    -1: they are always 1.
+    ``table`` has the schedules' factors of one epoch. It has one row for each occurring pair of a
+    schedule and a number of steps. ``rows`` (2, F, C) has two row numbers for each member: the row
+    with the factors of its rate, and the row with the factors of its decay. -1 means that all
+    factors are 1.
     """
 
     def __init__(self, compiled: Sequence[Kernel], update: Update) -> None:
@@ -267,7 +283,7 @@ class UpdateKernel:
         clock = update.clock
         steps = update.clock.steps.cpu()
         rows = torch.full((2, *update.lr.shape), -1)
-        self.runs: list[tuple[Schedule, int, int]] = []  # rows that have one schedule
+        self.runs: list[tuple[Schedule, int, int]] = []  # schedule, its first row, end of its rows
         lengths: list[int] = []
         for own, key in zip(rows, ("schedule", "weight_decay_schedule")):
             for schedule, having in clock.schedules[key].items():
@@ -297,7 +313,7 @@ class UpdateKernel:
         begin = 0
         for block, size in zip(
             blocks.blocks, blocks.sizes
-        ):  # where it begins, entries of a fold, neighbours of a trial
+        ):  # the block's first entry, its entries per fold, and neighboring entries of one trial
             sizes += [begin, size // block.shape[0], math.prod(block.shape[block.trial_axis + 1 :])]
             begin += size
         self.sizes = torch.tensor(sizes, dtype=torch.int64).to(device)
@@ -317,15 +333,18 @@ class UpdateKernel:
             )
 
     def begin(self, epoch: int) -> None:
-        """Fill the table for an epoch."""
+        """Fill the table of schedule factors for an epoch."""
         done = self.lengths * epoch + self.within
         total = (self.lengths * self.horizon).expand_as(done)
         for schedule, begin, end in self.runs:
             self.table[begin:end] = schedule(done[begin:end], total[begin:end])
 
     def step(self, update: Update, theta: Tensor, grad: Tensor, active: Tensor | None) -> None:
-        """Take a step of the members that are ``active`` (F, C), None: of all, and count it."""
-        m, v = (*update.moments, grad, grad)[:2]  # a rule reads only those that it has
+        """Take a step of the members that are ``active`` (F, C), or of all members if it is None,
+        and count it.
+        """
+        # The kernel needs two pointers. A rule with fewer moments does not read the placeholders.
+        m, v = (*update.moments, grad, grad)[:2]
         sum_squares, step_rates, take_step = self.compiled
         if self.clips:
             launch(sum_squares, _LANES * self.members, [self.sizes, grad, self.sums])
