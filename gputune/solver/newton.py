@@ -1,16 +1,17 @@
-"""Newton steps of many members at once, by conjugate gradients, with a line search of each member's
-own.
+"""Newton steps of many members at once, by conjugate gradients.
 
-Source: truncated Newton, Nocedal and Wright (2006), algorithm 7.1. Members with a lasso term move
-their nonzero weights only and keep their signs; a proximal gradient step chooses those weights
-before, and Newton fits them: the scheme of Chen, Curtis and Robinson (2017),
-doi:10.1137/16M1062259. Departure: both kinds of step alternate, since a proximal step costs little
-beside a Newton step.
+Each member has its own line search. Source: truncated Newton, Nocedal and Wright (2006), algorithm
+7.1.
 
-The quadratic model of a step is minimised by conjugate gradients with a diagonal preconditioner;
-where the minimiser lies across zero, a projected search fixes the weights that reached zero there,
-and conjugate gradients go on with the rest. Source: Moré and Toraldo (1991), doi:10.1137/0801008;
-departure: conjugate gradients stop by their residual.
+Members with a lasso term move only their nonzero weights, and these keep their signs. A proximal
+gradient step first chooses the nonzero weights, and a Newton step then fits them. This is the
+scheme of Chen, Curtis and Robinson (2017), doi:10.1137/16M1062259. Departure: both kinds of step
+alternate, because a proximal step is cheap compared with a Newton step.
+
+Conjugate gradients with a diagonal preconditioner minimize the quadratic model of a step. If the
+minimizer lies across zero, a projected search fixes the weights that reached zero, and conjugate
+gradients continue with the other weights. Source: Moré and Toraldo (1991), doi:10.1137/0801008.
+Departure: conjugate gradients stop by their residual.
 """
 
 from collections.abc import Callable
@@ -28,21 +29,21 @@ from gputune.solver.objective import (
     point_at,
 )
 
-LOOSEST = 0.25  # share of the slopes that conjugate gradients may leave far from the optimum
+LOOSEST = 0.25  # far from the optimum, conjugate gradients may leave this share of the slopes
 DAMPING = 0.03  # per unit of violation, as a share of the curvature; fades at the optimum
-SUFFICIENT = 1e-4  # of the decrease that the slope promises
-ROUNDING = 1e-14  # share of the objective below which float64 sees no decrease
-UNSEEN = 1e-11
-HALVINGS = 40
-SINGLE = (1e-20, 1e20)  # curvatures whose products and quotients single precision holds
+SUFFICIENT = 1e-4  # required share of the decrease that the slope predicts
+ROUNDING = 1e-14  # a smaller decrease, relative to the objective, is lost in float64's rounding
+UNSEEN = 1e-11  # below this slope, relative to the objective, the line search compares slopes
+HALVINGS = 40  # most halvings of a step in the line search
+SINGLE = (1e-20, 1e20)  # range of curvatures whose products and quotients fit single precision
 COARSE = 1e-3  # violation above which single precision finds a direction that is good enough
-ROUNDS = 3  # of conjugate gradients; what they leave is for the next Newton step
-SEARCHES = 10  # lengths of the projected search, each a quarter of the last
-PROJECTED = 0.1  # of the decrease that the slope promises, in the projected search
+ROUNDS = 3  # rounds of conjugate gradients; the next Newton step continues from there
+SEARCHES = 10  # lengths that the projected search tries, each a quarter of the one before
+PROJECTED = 0.1  # required share of the predicted decrease in the projected search
 FLOOR = 1e-12  # smallest entry of the preconditioner's diagonal, as a share of the largest
 STILL = 1e-13  # a step that lowers the objective by a smaller share changes nothing
-PATIENCE = 10  # such steps in a row before a member is given up
-# largest last change of a logit with which a member without penalty counts as converged
+PATIENCE = 10  # number of such steps in a row after which a member stops
+# A member without penalty counts as converged if no logit changed by more than this.
 SETTLED = 1e-3
 
 Step = Callable[[Rows, Point, float], Point]
@@ -51,10 +52,10 @@ Step = Callable[[Rows, Point, float], Point]
 def descend(
     rows: Rows, step: Step, ridge: Tensor, lasso: Tensor, tolerance: float, max_steps: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Step all members until each has converged or changes no more; who is done leaves and costs
-    nothing.
+    """Step all members until each has converged or no longer changes.
 
-    Return where they ended: weights (m, K, E), steps, residuals and whether they converged, (m,).
+    Finished members leave the computation and cost no time. Returns the weights (m, K, E), and (m,)
+    each: the number of steps, the residuals, and whether the members converged.
     """
     point = origin(rows, ridge, lasso)
     weight = point.weight.clone()
@@ -80,8 +81,8 @@ def descend(
         point = step(rows, old, tolerance)
         fall = old.objective - point.objective
         idle = torch.where(fall > STILL * point.objective.abs(), 0, idle + 1)
-        # Where classes can be separated and no penalty holds the weights, the gradient vanishes
-        # too, but they grow for ever: such a member has converged when its logits stay.
+        # If the classes are separable and there is no penalty, the gradient also vanishes, but the
+        # weights grow forever. Such a member has converged when its logits no longer change.
         calm = ((point.ridge + point.lasso) > 0).flatten(1).any(1)
         if not calm.all():
             calm |= (point.logits - old.logits).abs().amax((1, 2)) < SETTLED
@@ -90,43 +91,50 @@ def descend(
 
 @dataclass(frozen=True)
 class Model:
-    """``slopes . step + step . (Hessian + diag(hold)) step / 2`` around weights, for m members."""
+    """The quadratic model of a step around the weights of m members.
+
+    Its value is ``slopes . step + step . (Hessian + diag(hold)) step / 2``.
+    """
 
     weight: Tensor  # (m, K, E)
     slopes: Tensor  # (m, K, E) zero for weights that are not free
     free: Tensor  # (m, K, E) bool
     signed: Tensor  # (m, 1, E) bool: the weight may not change its sign
-    chance: Tensor  # (m, K, n) where the Hessian is taken
-    hold: Tensor  # (m, K, E)
-    diagonal: Tensor  # (m, K, E) of the Hessian plus hold
-    forcing: Tensor  # (m,) share of the slopes that may be left, in (0, 1)
+    chance: Tensor  # (m, K, n) class chances at which the Hessian is computed
+    hold: Tensor  # (m, K, E) ridge and damping, added to the Hessian's diagonal
+    diagonal: Tensor  # (m, K, E) diagonal of the Hessian plus hold
+    forcing: Tensor  # (m,) share of the slopes that conjugate gradients may leave, in (0, 1)
 
     def __getitem__(self, members: Tensor) -> "Model":
         return Model(*(getattr(self, name)[members] for name in self.__dataclass_fields__))
 
     def single(self) -> "Model":
+        """Return the model in single precision."""
         parts = (getattr(self, name) for name in self.__dataclass_fields__)
         return Model(*(part if part.dtype == torch.bool else part.float() for part in parts))
 
     def times(self, rows: Rows, step: Tensor) -> Tensor:
+        """Return the model's matrix times a step, (m, K, E)."""
         return curvature_times(rows, self.chance, step).addcmul_(self.hold, step).mul_(self.free)
 
 
 def newton_step(rows: Rows, point: Point, tolerance: float) -> Point:
-    """Move each member to the minimiser of its quadratic model, or as far towards it as the
-    objective falls."""
+    """Move each member towards the minimizer of its quadratic model.
+
+    The step is shortened until the objective falls.
+    """
     closeness = point.violation(rows)
-    # The residual shrinks like its power 1.5, but not far beyond what was asked for.
+    # The residual shrinks like its power 1.5, but not much further than the tolerance requires.
     forcing = closeness.sqrt().maximum(0.1 * tolerance / closeness).clamp_max(LOOSEST)
     signed = point.lasso > 0
     free = (point.weight != 0) | ~signed
     slopes = point.steepest * free
     diagonal = curvature_diagonal(rows, point.chance)
-    # Without a ridge the curvature on the nonzero weights may vanish in a direction: hold steps
-    # back there.
+    # Without a ridge, the curvature on the nonzero weights may vanish in some direction. Damping
+    # limits the step there.
     hold = point.ridge + DAMPING * closeness.clamp_max(1)[:, None, None] * signed * diagonal
     model = Model(point.weight, slopes, free, signed, point.chance, hold, diagonal + hold, forcing)
-    # Along the principal axes conjugate gradients reach their goal in single precision to the end.
+    # Along the principal axes, conjugate gradients always reach their goal in single precision.
     coarse = (closeness > COARSE) | (not signed.any() and rows.basis is not None)
     largest = model.diagonal.amax((1, 2))
     coarse &= (largest > SINGLE[0]) & (largest < SINGLE[1])
@@ -146,8 +154,10 @@ def newton_step(rows: Rows, point: Point, tolerance: float) -> Point:
 
 
 def _move(rows: Rows, point: Point, model: Model, coarse: Tensor) -> Point:
-    """Go to the minimiser of the model, found in single precision for the members ``coarse``
-    (m,)."""
+    """Move to the minimizer of the model.
+
+    For the members ``coarse`` (m,) it is computed in single precision.
+    """
     step = torch.zeros_like(model.slopes)
     if coarse.all():
         step = _coarse_step(rows, model)
@@ -160,12 +170,11 @@ def _move(rows: Rows, point: Point, model: Model, coarse: Tensor) -> Point:
 
 
 def _coarse_step(rows: Rows, model: Model) -> Tensor:
-    """Minimise the model in single precision, which finds the direction to the few digits that are
-    asked for.
+    """Minimize the model in single precision, which gives the direction to the few digits needed.
 
-    The slopes and the line search stay in double precision, so the end does. It is in units of each
-    member's largest slope, so that none is too small for single precision. A weight that comes to
-    zero does so exactly.
+    The slopes and the line search stay in double precision, so the final result is in double
+    precision. The unit is each member's largest slope, so that no slope is too small for single
+    precision. A weight that reaches zero becomes exactly zero.
     """
     unit = (
         model.slopes.abs()
@@ -180,11 +189,10 @@ def _coarse_step(rows: Rows, model: Model) -> Tensor:
 
 
 def line_search(rows: Rows, point: Point, step: Tensor, slope: Tensor) -> Point:
-    """Halve each member's step until its objective falls enough; a member for which none does
-    stays.
+    """Halve each member's step until its objective falls enough.
 
-    ``slope`` (m,) is the objective's slope along the step. The logits are linear in the length, so
-    trying one costs no product.
+    A member does not move if no length is good. ``slope`` (m,) is the objective's slope along the
+    step. The logits are linear in the length, so no length needs a matrix product for its logits.
     """
     before = point.objective
     turn = rows.change_of_logits(step)
@@ -198,9 +206,9 @@ def line_search(rows: Rows, point: Point, step: Tensor, slope: Tensor) -> Point:
         trial = point_at(rows, weight, logits, here.ridge, here.lasso)
         enough = before[left] + SUFFICIENT * length * slope[left] + ROUNDING * before[left].abs()
         good = trial.objective <= enough
-        # Where the decrease that a slope promises is lost in the rounding of the objective, slopes
-        # must judge. Source: the approximate conditions of Hager and Zhang (2005),
-        # doi:10.1137/030601880.
+        # If the predicted decrease is lost in the rounding of the objective, compare slopes
+        # instead.
+        # Source: the approximate conditions of Hager and Zhang (2005), doi:10.1137/030601880.
         unseen = slope[left].abs() < UNSEEN * before[left].abs()
         good |= unseen & (trial.violation(rows) < here.violation(rows))
         if len(left) == len(step) and good.all():
@@ -214,7 +222,7 @@ def line_search(rows: Rows, point: Point, step: Tensor, slope: Tensor) -> Point:
 
 
 def _replace(point: Point, members: Tensor, by: Point) -> Point:
-    """The point with some members' state taken from another."""
+    """Return the point with the state of some members taken from another point."""
     state = ("weight", "logits", "chance", "loss", "slope", "error")
     return replace(
         point,
@@ -223,20 +231,21 @@ def _replace(point: Point, members: Tensor, by: Point) -> Point:
 
 
 def proximal_newton_step(rows: Rows, point: Point, tolerance: float) -> Point:
-    """A proximal gradient step, then a Newton step on the weights that it left nonzero.
+    """Take a proximal gradient step, then a Newton step on the weights that stay nonzero.
 
-    The first has the length 1 / (curvature's bound) and is shrunk by the lasso; the objective never
-    rises.
+    The first step has the length 1 / (bound of the curvature), and the lasso shrinks its result.
+    The objective never rises.
     """
     length = 1 / (rows.bound + point.ridge)
     target = point.weight - length * point.slope
     target = target.sign() * (target.abs() - length * point.lasso).clamp_min(0)
     if rows.outputs > 1:
-        # Softmax does not see a shift of an input's weights, so without a ridge the lasso alone
-        # decides it: it is least where their median is zero. Newton's step would have no end along
-        # it.
+        # Softmax does not change if all weights of an input shift by the same amount. Without a
+        # ridge
+        # only the lasso determines this shift, and it is smallest if their median is zero. A Newton
+        # step would have no finite length along this direction.
         only_lasso = (point.ridge == 0) & (point.lasso > 0)
-        # By sorting: torch.median has no deterministic form on a GPU.
+        # Sort, because torch.median has no deterministic version on a GPU.
         middle = target.sort(1).values[:, (rows.outputs - 1) // 2, None]
         target = target - only_lasso * middle
     logits = point.logits + rows.change_of_logits(target - point.weight)
@@ -244,8 +253,10 @@ def proximal_newton_step(rows: Rows, point: Point, tolerance: float) -> Point:
 
 
 def minimise(rows: Rows, model: Model) -> Tensor:
-    """Return the step (m, K, E) of each member; the model's value there is below zero unless all
-    slopes are."""
+    """Return the step (m, K, E) of each member that minimizes its model.
+
+    The model's value at the step is below zero, unless all slopes are zero.
+    """
     total = torch.zeros_like(model.slopes)
     left = torch.arange(len(total), device=total.device)
     for _ in range(ROUNDS):
@@ -268,8 +279,10 @@ def minimise(rows: Rows, model: Model) -> Tensor:
 
 
 def conjugate_gradients(rows: Rows, model: Model) -> tuple[Tensor, Tensor]:
-    """Return the model's minimiser but for its signs, and the model's matrix times it; (m, K, E)
-    each."""
+    """Return the model's minimizer, ignoring the sign constraints, and the model's matrix times it.
+
+    Both are (m, K, E).
+    """
     floor = FLOOR * model.diagonal.amax((1, 2), keepdim=True) + torch.finfo(model.slopes.dtype).tiny
     inverse = model.free / model.diagonal.maximum(floor)
     slopes = model.slopes
@@ -284,7 +297,7 @@ def conjugate_gradients(rows: Rows, model: Model) -> tuple[Tensor, Tensor]:
     for _ in range(2 * steps[0].numel() + 10):
         going = size > goal
         running = int(going.sum())
-        if 2 * running <= len(left):  # the others have stopped, let them cost nothing
+        if 2 * running <= len(left):  # drop members that have stopped, so that they cost no time
             steps = steps.index_copy(0, left, step)
             rests = rests.index_copy(0, left, rest)
             if not running:
@@ -314,11 +327,10 @@ def conjugate_gradients(rows: Rows, model: Model) -> tuple[Tensor, Tensor]:
 
 
 def projected_search(rows: Rows, model: Model, step: Tensor, bent: Tensor) -> tuple[Tensor, Tensor]:
-    """Shorten each step until, with the weights that cross zero put to zero, the model falls
-    enough.
+    """Shorten each step until the model falls enough with crossing weights set to zero.
 
-    Where no length does, the step ends where the first weight reaches zero: there the model always
-    falls.
+    If no length is good, the step ends at the point at which the first weight reaches zero. The
+    model always falls there.
     """
     crossing = model.signed & ((model.weight + step) * model.weight < 0)
     lengths = torch.where(crossing, -model.weight / step, 1.0)
@@ -348,5 +360,5 @@ def projected_search(rows: Rows, model: Model, step: Tensor, bent: Tensor) -> tu
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product of each member's two (K, E)."""
+    """Return the inner product of each member's two (K, E) tensors, (m,)."""
     return (a * b).sum((1, 2))

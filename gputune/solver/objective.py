@@ -1,12 +1,14 @@
-"""The logistic regression's objective on one fold's rows, for many members at once: value, slope,
-curvature.
+"""The logistic regression's objective on the rows of one fold: value, slope and curvature.
 
-It is scikit-learn's, divided by C times the sum of the row weights, so that any C up to infinity is
-one scale:
-``mean loss + ridge / 2 ||W||^2 + lasso ||W||_1``, intercepts not penalised. All members read the
-same rows, so a product with the rows is one matrix product of width members x outputs, and no
-operation mixes members.
-Axes: m members, K outputs (1 = sigmoid, else softmax), n rows, D inputs, E columns of the design.
+All functions work on many members at once. The objective is scikit-learn's, divided by C times the
+sum of the row weights. Any C up to infinity then has the same scale:
+``mean loss + ridge / 2 ||W||^2 + lasso ||W||_1``, with intercepts not penalized.
+
+All members read the same rows. A product with the rows is therefore one matrix product of width
+members x outputs, and no operation mixes members.
+
+Axes: m members, K outputs (1 = sigmoid, otherwise softmax), n rows, D inputs, E columns of the
+design.
 """
 
 from dataclasses import dataclass, replace
@@ -15,55 +17,60 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# penalty over the mean loss whose square is still a number: under it no weight moves
+# Largest penalty relative to the mean loss. Its square is still finite in float64, and it holds
+# every weight at zero.
 STRONGEST = 1e150
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one fold that carry weight, as every member of the fold sees them."""
+    """The rows of one fold with a weight above zero; all members of the fold share them."""
 
-    design: Tensor  # (n, E) inputs, then the intercept's 1 if there is one; each row times ``root``
+    # (n, E) inputs, then a column of 1 if there is an intercept; each row is multiplied by ``root``
+    design: Tensor
     squares: Tensor  # (n, E) the design squared
     root: Tensor  # (n,) square root of the row's share of all weight
     codes: Tensor  # (n,) class of each row
     truth: Tensor  # (K, n) 1 where the row is of the class; one output: the chance of class 1
-    # (E,) how much a weight is when the inputs are in their own units; 0 for the intercept
+    # (E,) factor that converts a weight to the inputs' original units; 0 for the intercept
     penalised: Tensor
-    # (D or D + 1,) weighted root mean square of each input, in which slopes are measured
+    # (D or D + 1,) weighted root mean square of each input, the unit of its slope
     unit: Tensor
-    # (E, D or D + 1) the columns' directions among the inputs; None: the inputs
+    # (E, D or D + 1) direction of each column among the inputs; None: the columns are the inputs
     basis: Tensor | None
-    bound: Tensor  # () the mean loss's curvature is nowhere higher
+    bound: Tensor  # () upper bound of the mean loss's curvature
     coarse: Tensor  # (n, E) the design in single precision
 
     def single(self) -> "Rows":
-        """The rows with the coarse design in the place of the other."""
+        """Return the rows with the single-precision design in place of the double-precision one."""
         return replace(self, design=self.coarse)
 
     def scaled(self, scale: Tensor) -> "Rows":
-        """The rows of inputs that were divided by ``scale`` (D,), their weights penalised as if
-        they had not been."""
+        """Return the rows for inputs that were divided by ``scale`` (D,).
+
+        Their weights are penalized as if the inputs had not been divided.
+        """
         whole = functional.pad(scale, (0, len(self.penalised) - len(scale)), value=1.0)
         return replace(self, penalised=self.penalised / whole)
 
     def change_of_logits(self, step: Tensor) -> Tensor:
-        """By how much a step (m, K, E) changes the logits, (m, K, n)."""
+        """Return the change of the logits, (m, K, n), that a step (m, K, E) causes."""
         return product(step, self.design.T).div_(self.root)
 
     @property
     def outputs(self) -> int:
-        """Number of weight vectors of a member: 1 means sigmoid."""
+        """The number of weight vectors of a member: 1 means sigmoid."""
         return len(self.truth)
 
 
 @dataclass(frozen=True)
 class Point:
-    """Where each member stands, what it sees there, and its strengths of penalty."""
+    """The weights of each member, the objective there, and the strengths of the penalties."""
 
     weight: Tensor  # (m, K, E)
     logits: Tensor  # (m, K, n)
-    chance: Tensor  # (m, K, n) of each class; sigmoid: of the class that the row is not
+    # (m, K, n) chance of each class; for a sigmoid, the chance of the wrong class
+    chance: Tensor
     loss: Tensor  # (m,) mean loss
     slope: Tensor  # (m, K, E) of the mean loss and the ridge term
     error: Tensor  # (m,) mean over rows of the largest difference between chance and truth
@@ -75,20 +82,22 @@ class Point:
 
     @property
     def objective(self) -> Tensor:
-        """What is minimised, (m,)."""
+        """The objective's value, (m,), which is minimized."""
         return self.loss + (self.ridge / 2 * self.weight**2 + self.lasso * self.weight.abs()).sum(
             (1, 2)
         )
 
     @property
     def steepest(self) -> Tensor:
-        """The smallest element of the subdifferential, (m, K, E), which is zero exactly at the
-        optimum."""
+        """The smallest element of the subdifferential, (m, K, E).
+
+        It is zero exactly at the optimum.
+        """
         at_zero = self.slope.sign() * (self.slope.abs() - self.lasso).clamp_min(0)
         return torch.where(self.weight == 0, at_zero, self.slope + self.lasso * self.weight.sign())
 
     def violation(self, rows: Rows) -> Tensor:
-        """How far each member is from optimal, (m,): see ``Solution.residual``."""
+        """Return each member's distance from optimality, (m,); see ``Solution.residual``."""
         slopes = self.steepest if rows.basis is None else self.steepest @ rows.basis
         return (slopes.abs() / rows.unit).amax((1, 2)) / self.error.clamp_min(
             torch.finfo(slopes.dtype).tiny
@@ -98,19 +107,22 @@ class Point:
 def rows_of(
     x: Tensor, codes: Tensor, share: Tensor, classes: int, *, intercept: bool, rotate: bool = False
 ) -> Rows:
-    """The rows of inputs (n, D), centred where there is an intercept, with shares (n,) > 0 that sum
-    to one.
+    """Return the Rows of inputs (n, D).
 
-    ``rotate`` takes the columns along the principal axes of the rows (no more than there are rows),
-    on which the curvature is nearly diagonal; a ridge does not see the rotation, a lasso does.
-    ``classes`` is 1 for sigmoid.
+    If there is an intercept, the inputs must be centered. The shares (n,) are > 0 and sum to one.
+    ``classes`` is 1 for a sigmoid.
+
+    ``rotate`` chooses the principal axes of the rows as columns. There are at most as many as there
+    are rows. The curvature is nearly diagonal along these axes. A ridge penalty does not change
+    under this rotation, but a lasso penalty does.
     """
     classes_of_outputs = (
         torch.arange(classes, device=x.device) if classes > 1 else codes.new_ones(1)
     )
     unit = (share @ x**2).sqrt()
     basis = None
-    # orthonormal directions (E, D) that span the rows, along which their second moment is diagonal
+    # basis: orthonormal directions (E, D) that span the rows; the rows' second moment is diagonal
+    # along them
     if rotate:
         seen = x * share.sqrt()[:, None]
         many = x.shape[1] > len(x)
@@ -131,7 +143,7 @@ def rows_of(
         if basis is not None:
             basis = functional.pad(basis, (0, 1, 0, 1))
             basis[-1, -1] = 1
-    x = x * share.sqrt()[:, None]  # and the other one is held no longer
+    x = x * share.sqrt()[:, None]  # replaces x, so that the memory of the old x can be freed
     return Rows(
         design=x,
         squares=x**2,
@@ -147,8 +159,11 @@ def rows_of(
 
 
 def _curvature_bound(design: Tensor, classes: int) -> Tensor:
-    """Source: Böhning (1992), doi:10.1007/BF00048682: half the second moment for softmax, a quarter
-    for sigmoid."""
+    """Return an upper bound of the mean loss's curvature.
+
+    It is half the largest eigenvalue of the second moment for softmax, and a quarter for a sigmoid.
+    Source: Böhning (1992), doi:10.1007/BF00048682.
+    """
     tall = len(design) >= design.shape[1]
     moment = design.T @ design if tall else design @ design.T
     if not moment.isfinite().all():
@@ -158,7 +173,7 @@ def _curvature_bound(design: Tensor, classes: int) -> Tensor:
 
 
 def point_at(rows: Rows, weight: Tensor, logits: Tensor, ridge: Tensor, lasso: Tensor) -> Point:
-    """The point of weights (m, K, E) whose logits are known."""
+    """Return the point of weights (m, K, E) with known logits (m, K, n)."""
     share = rows.root**2
     if rows.outputs == 1:
         against = (1 - 2 * rows.truth) * logits
@@ -168,6 +183,7 @@ def point_at(rows: Rows, weight: Tensor, logits: Tensor, ridge: Tensor, lasso: T
         log_chance = logits.log_softmax(1)
         loss = -(log_chance.gather(1, rows.codes.expand(len(logits), 1, -1))[:, 0] @ share)
         chance = log_chance.exp_()
+    # (m, K, n), then its mean over rows (m,) and its product with the design (m, K, E)
     wrong = misfit(rows, chance)
     error = wrong.abs().amax(1) @ share
     slope = product(wrong.mul_(rows.root), rows.design) + ridge * weight
@@ -175,7 +191,7 @@ def point_at(rows: Rows, weight: Tensor, logits: Tensor, ridge: Tensor, lasso: T
 
 
 def origin(rows: Rows, ridge: Tensor, lasso: Tensor) -> Point:
-    """All members at zero; ridge and lasso are (m,)."""
+    """Return the point at which all weights are zero; ``ridge`` and ``lasso`` are (m,)."""
     weight = rows.design.new_zeros(len(ridge), rows.outputs, rows.design.shape[1])
     logits = rows.design.new_zeros(len(ridge), rows.outputs, len(rows.design))
     ridge = (ridge[:, None, None] * rows.penalised**2).clamp_max(STRONGEST)
@@ -184,8 +200,10 @@ def origin(rows: Rows, ridge: Tensor, lasso: Tensor) -> Point:
 
 
 def misfit(rows: Rows, chance: Tensor) -> Tensor:
-    """Chance minus truth, (m, K, n), without the cancellation of 1 - chance where the chance is
-    near 1."""
+    """Return chance minus truth, (m, K, n).
+
+    It avoids the cancellation of 1 - chance if the chance is near 1.
+    """
     if rows.outputs == 1:
         return (1 - 2 * rows.truth) * chance
     wrong = chance * (1 - rows.truth)
@@ -193,9 +211,9 @@ def misfit(rows: Rows, chance: Tensor) -> Tensor:
 
 
 def curvature_times(rows: Rows, chance: Tensor, direction: Tensor) -> Tensor:
-    """Hessian of the mean loss times a direction, (m, K, E).
+    """Return the Hessian of the mean loss times a direction, (m, K, E).
 
-    Source: softmax's curvature in the logits is diag(p) - p p', sigmoid's is p (1 - p).
+    The curvature in the logits is diag(p) - p p' for softmax and p (1 - p) for a sigmoid.
     """
     along = product(direction, rows.design.T).mul_(chance)
     if rows.outputs == 1:
@@ -204,10 +222,10 @@ def curvature_times(rows: Rows, chance: Tensor, direction: Tensor) -> Tensor:
 
 
 def curvature_diagonal(rows: Rows, chance: Tensor) -> Tensor:
-    """Diagonal of the Hessian of the mean loss, (m, K, E)."""
+    """Return the diagonal of the Hessian of the mean loss, (m, K, E)."""
     return product(chance * (1 - chance), rows.squares)
 
 
 def product(left: Tensor, shared: Tensor) -> Tensor:
-    """(m, K, a) times the members' common (a, b), as one wide product."""
+    """Return (m, K, a) times a matrix (a, b) that all members share, as one wide product."""
     return (left.flatten(0, 1) @ shared).view(*left.shape[:2], -1)

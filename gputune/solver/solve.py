@@ -1,5 +1,7 @@
-"""The logistic regression solved to convergence for every (C, l1_ratio, fold) at once, in float64;
-and scored once."""
+"""The logistic regression, solved to convergence and scored for every (C, l1_ratio, fold) at once.
+
+It is computed in float64.
+"""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,13 +23,16 @@ from gputune.solver.newton import Step, descend, newton_step, proximal_newton_st
 from gputune.solver.objective import Rows, rows_of
 from gputune.types import Config, first_metric
 
-# in one (members, outputs, rows) tensor of a chunk: cache, memory
+# Numbers in one (members, outputs, rows) tensor of a chunk. On a CPU it should fit into the cache,
+# on a GPU into memory.
 CPU_NUMBERS = 2**18
 GPU_NUMBERS = 2**27
-# numbers of all inputs that are solved at the same time, of each fold and kind of step
+# Numbers in all inputs that are solved at the same time, summed over folds and kinds of step.
 HELD = 2**25
-CONSTANT = 1e-13  # spread of an input, as a share of its mean, that is rounding alone
-# input beyond which each is measured in a unit of its own, or squares and their sums overflow
+# An input whose spread, relative to its mean, is below this is constant up to rounding.
+CONSTANT = 1e-13
+# If an input exceeds this value, each input gets its own unit; otherwise squares and their sums
+# could overflow.
 HUGE = 1e10
 
 Jobs = list[Callable[[], None]]
@@ -37,48 +42,56 @@ Jobs = list[Callable[[], None]]
 class Solution:
     """The P = F * C solved members, fold-major (p = f * C + c).
 
-    ``residual`` is the largest violation of the optimality conditions, free of the units of C, of
-    the inputs and of the weights: the smallest subgradient of the mean loss plus penalty / (C * sum
-    of weights) in each coefficient over its input's root mean square (1 for an intercept), over the
-    mean largest misfit of a row's class chances. At 1e-10 the terms of the gradient's sum cancel to
-    ten digits.
+    ``residual`` is the largest violation of the optimality conditions. It does not depend on the
+    units of C, of the inputs or of the weights. It is computed in three steps:
+
+    1. Take the smallest subgradient of the mean loss plus penalty / (C * sum of weights), in each
+    coefficient.
+    2. Divide it by the root mean square of the coefficient's input (1 for an intercept).
+    3. Divide it by the mean over rows of the largest misfit of a row's class chances.
+
+    At a residual of 1e-10 the terms of the gradient's sum cancel to ten digits.
     """
 
     # (P, K, D); K = 1 for two classes (sigmoid, class 1 positive), else the number of classes
     coef: Tensor
-    intercept: Tensor  # (P, K); over more than two classes the finite ones sum to zero
+    intercept: Tensor  # (P, K); with more than two classes the finite intercepts sum to zero
     steps: Tensor  # (P,) int64 Newton steps taken
     residual: Tensor  # (P,)
     converged: Tensor  # (P,) bool
 
 
 class _Inputs:
-    """The rows of data as each fold reads them: a copy of those that are asked for, all folds at
-    once take much."""
+    """The rows of the data as each fold reads them.
+
+    It copies only the requested rows, because the rows of all folds at once need much memory.
+    """
 
     def __init__(self, data: Dataset) -> None:
         self.data = data
 
     def __getitem__(self, place: tuple[int, Tensor]) -> Tensor:
-        """Return rows of a fold, by their positions or as bool (n,)."""
+        """Return rows of a fold, selected by their positions or by a bool mask (n,)."""
         fold, rows = place
         return self.data.rows(fold, rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows)[0]
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """``C * sum_i w_i loss_i + (1 - l1_ratio) / 2 ||W||^2 + l1_ratio ||W||_1``, to be minimised for
-    every fold and C.
+    """The objective of every fold and C, which is minimized.
 
-    A class that has no row with a weight above zero in a fold is absent: it gets coefficients 0 and
-    intercept -inf, the others are solved without it; where only one of two classes is present, the
-    sigmoid's intercept is inf or -inf. A fold with inputs that are not finite gets NaN. Objective:
-    sklearn.linear_model.LogisticRegression's.
+    The objective is ``C * sum_i w_i loss_i + (1 - l1_ratio) / 2 ||W||^2 + l1_ratio ||W||_1``, as in
+    sklearn.linear_model.LogisticRegression.
+
+    A class is absent from a fold if it has no row with a weight above zero there. It gets
+    coefficients of 0 and an intercept of -inf, and the other classes are solved without it. If only
+    one of two classes is present, the sigmoid's intercept is inf or -inf. A fold with inputs that
+    are not finite gets NaN.
     """
 
     x: Tensor | _Inputs  # (F, n, D) float64, preprocessed
     y: Tensor  # (n,) class codes
-    weights: Tensor  # (F, n) >= 0, 0 for a row that is no training row of the fold
+    weights: Tensor  # (F, n) >= 0; 0 if the row is not a training row of the fold
     C: Tensor  # (C,) > 0, inf for no penalty
     l1_ratio: Tensor  # (C,) in [0, 1]
     n_classes: int
@@ -101,9 +114,8 @@ class Problem:
 def solve(problem: Problem) -> Solution:
     """Solve a problem for every fold and C.
 
-    A member that has not reached the tolerance after ``max_steps``, or that float64 lets come no
-    nearer, has
-    ``converged`` false and the finite coefficients that it reached.
+    ``converged`` is false for a member that has not reached the tolerance after ``max_steps``, or
+    that float64 cannot bring any closer. Such a member has the finite coefficients that it reached.
     """
     parts: list[Solution] = []
     jobs: Jobs = []
@@ -113,7 +125,7 @@ def solve(problem: Problem) -> Solution:
         parts.append(solution)
         for more, numbers in groups:
             jobs += more
-            more.clear()  # jobs that wait hold several copies of their rows, and nothing else does
+            more.clear()  # each job holds copies of its rows: drop this second reference to them
             held += numbers
             if held + numbers > HELD:
                 _run(jobs, problem.y.device)
@@ -126,25 +138,28 @@ def solve(problem: Problem) -> Solution:
 
 
 def _run(jobs: Jobs, device: torch.device) -> None:
-    """Do all jobs, on a CPU as many at once as torch has threads: the products of a chunk are too
-    small to share."""
+    """Run all jobs.
+
+    On a CPU as many jobs run at once as torch has threads, because the products of one chunk are
+    too small to use several threads.
+    """
     threads = min(torch.get_num_threads(), len(jobs)) if device.type == "cpu" else 1
     if threads <= 1:
         for job in jobs:
             job()
         return
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        list(pool.map(lambda job: job(), jobs))  # the list raises what a job has raised
+        list(pool.map(lambda job: job(), jobs))  # list() raises the errors of the jobs
 
 
 def _fold(problem: Problem, fold: int) -> tuple[Solution, Iterator[tuple[Jobs, int]]]:
-    """Return the solution of a fold in which nothing is learned yet, and what learns it."""
+    """Return an empty solution of a fold, and the jobs that fill it."""
     weights = problem.weights[fold]
     keep = weights > 0
     x = problem.x[fold, keep]
     classes = torch.bincount(problem.y[keep], minlength=problem.n_classes) > 0
     members = len(problem.C)
-    # Zero coefficients, and intercepts that rule out the classes that do not occur.
+    # Start with zero coefficients. Intercepts of -inf exclude the classes that do not occur.
     intercept = x.new_zeros(len(classes)).masked_fill(~classes, -torch.inf)
     if len(classes) == 2:
         intercept = intercept[1:] - intercept[:1]
@@ -166,12 +181,11 @@ def _fold(problem: Problem, fold: int) -> tuple[Solution, Iterator[tuple[Jobs, i
 def _groups(
     solution: Solution, problem: Problem, x: Tensor, keep: Tensor, weights: Tensor, classes: Tensor
 ) -> Iterator[tuple[Jobs, int]]:
-    """Yield what solves all C of one fold on its own rows x, chunk by chunk, and writes its part of
-    ``solution``.
+    """Yield the jobs that solve all C of one fold, chunk by chunk, and write to ``solution``.
 
-    Jobs on the same rows come together, with how many numbers these are.
-    ``keep`` (n,) are these rows among all, ``classes`` (K,) says which occur, two at least. x is
-    changed.
+    Jobs on the same rows come together, with the number of entries of these rows. ``x`` has the
+    fold's rows and is changed in place. ``keep`` (n,) marks these rows among all rows. ``classes``
+    (K,) marks the classes that occur, at least two.
     """
     C = problem.C
     codes = (classes.cumsum(0) - 1)[problem.y[keep]]
@@ -180,16 +194,16 @@ def _groups(
     share = weights / total
     huge = bool(x.abs().amax() > HUGE)
     scale = torch.ones_like(x[0])
-    if huge:  # the power of two at or below each input's largest value
+    if huge:  # Divide by the power of two at or below each input's largest value: this is exact.
         scale = (x.abs().amax(0).frexp().exponent - 1).to(x.dtype).exp2()
         x = x / scale
     center = torch.zeros_like(x[0])
     if problem.fit_intercept:
         center = share @ x
         x -= center
-        # a constant input becomes zeros, not rounding errors
+        # A constant input becomes exact zeros instead of rounding errors.
         x *= (share @ x**2).sqrt() > CONSTANT * center.abs()
-    most = torch.finfo(x.dtype).max  # infinity times the intercept's 0 would be NaN
+    most = torch.finfo(x.dtype).max  # not inf: inf times the intercept's factor 0 would be NaN
     lasso, ridge = (
         (part / (C * total)).clamp_max(most) for part in (problem.l1_ratio, 1 - problem.l1_ratio)
     )
@@ -202,23 +216,26 @@ def _groups(
         )
         weight = weight if rows.basis is None else weight @ rows.basis
         if rows.basis is not None and len(kept) > 1:
-            # Exactly so at the optimum; without a penalty softmax leaves it open.
+            # The weights of the classes sum to zero at the optimum. Without a penalty softmax does
+            # not
+            # determine their sum.
             weight = weight - weight.mean(1, keepdim=True)
-        # of the rows of the classes kept, the centring and the scale undone
+        # Undo the centering and the scale: (m, K, D) and (m, K)
         coef = weight[..., : len(center)]
         intercept = weight[..., len(center) :].sum(-1) - coef @ center
         if solution.coef.shape[1] > 1 and problem.fit_intercept:
-            # softmax does not see a common shift
+            # Softmax does not depend on a common shift of the intercepts.
             intercept = intercept - intercept.mean(1, keepdim=True)
         solution.coef[members[:, None], kept] = coef / scale
         solution.intercept[members[:, None], kept] = intercept
 
     def chunks(step: Step, which: Tensor) -> Jobs:
-        rotate = step is newton_step and not huge  # a ridge is not the same in all units
+        # With huge inputs the ridge differs between inputs, so it is not invariant under rotation.
+        rotate = step is newton_step and not huge
         rows = rows_of(x, codes, share, len(kept), intercept=problem.fit_intercept, rotate=rotate)
         rows = rows.scaled(scale) if huge else rows
         members = which.nonzero()[:, 0]
-        # alike C take about as many steps, so they go together
+        # Members with similar C need about the same number of steps, so they share a chunk.
         members = members[C[members].argsort(stable=True)]
         size = (CPU_NUMBERS if C.device.type == "cpu" else GPU_NUMBERS) // (
             rows.outputs * len(rows.design)
@@ -235,8 +252,10 @@ def _groups(
 def solve_chunk(
     data: Dataset, configs: Sequence[Config], index: Sequence[int], scoring: Scoring
 ) -> Outcome:
-    """Solve the trials ``index`` of ``configs``, all of the same ``numbers``, in all folds: curves
-    (C, 1, F)."""
+    """Solve the trials ``index`` of ``configs`` in all folds.
+
+    The trials must have the same ``numbers``. The curves of the outcome are (C, 1, F).
+    """
     begin = time.monotonic()
     part = [configs[i] for i in index]
     data = data.of(part[0])
@@ -254,14 +273,17 @@ def score_solution(
     scoring: Scoring,
     best: BestOutputs | None = None,
 ) -> np.ndarray:
-    """Return the curves (C, 1, F) of so many trials on the validation rows of each fold; ``best``
-    takes outputs."""
+    """Return the curves (C, 1, F) of the trials on the validation rows of each fold.
+
+    ``trials`` is the number of trials. ``best``, if given, receives their outputs.
+    """
     coef, intercept = as_softmax(solution)
     scores = list[Tensor]()
     kept = list[Tensor]()
     for f, fold in enumerate(data.folds):
         members = slice(f * trials, (f + 1) * trials)
         (x,) = data.rows(f, fold.valid)
+        # (C, B, D) @ (C, D, K) + (C, 1, K) -> (C, B, K)
         outputs = torch.baddbmm(
             intercept[members, None], x.expand(trials, -1, -1), coef[members].mT
         )
@@ -274,12 +296,15 @@ def score_solution(
 
 
 def _member(solution: Solution, first: int, trial: int) -> LogisticRegression:
+    """Return one trial's module of a fold; ``first`` is the fold's first member."""
     return solved_module(solution, first + trial)
 
 
 def solve_all(data: Dataset, configs: Sequence[Config]) -> Solution:
-    """Solve C configurations in F folds, members fold-major; warns of those that did not
-    converge."""
+    """Solve C configurations in F folds, with fold-major members.
+
+    Warns about members that did not converge.
+    """
     solution = solve(problem_of(data, configs))
     unsolved = ~solution.converged.cpu().numpy().reshape(-1, len(configs))  # (F, C)
     if unsolved.any():
@@ -294,7 +319,7 @@ def solve_all(data: Dataset, configs: Sequence[Config]) -> Solution:
 
 
 def problem_of(data: Dataset, configs: Sequence[Config]) -> Problem:
-    """Return what C configurations (``C``, ``l1_ratio``) minimise in F folds of float64 data."""
+    """Return the problem of C configurations (``C``, ``l1_ratio``) in F folds of float64 data."""
     weights = torch.zeros(data.n_folds, data.n_rows, dtype=torch.float64, device=data.device)
     for f, fold in enumerate(data.folds):
         weights[f, fold.train] = (
@@ -305,13 +330,16 @@ def problem_of(data: Dataset, configs: Sequence[Config]) -> Problem:
 
 
 def as_softmax(solution: Solution) -> tuple[Tensor, Tensor]:
-    """Return coefficients (P, K, D) and intercepts (P, K) of a softmax; two classes get zeros for
-    the first."""
+    """Return coefficients (P, K, D) and intercepts (P, K) of a softmax.
+
+    For two classes, the first class gets zeros.
+    """
     coef = solution.coef
     intercept = solution.intercept
     if coef.shape[1] > 1:
         return coef, intercept
-    # A fold with rows of the second class alone has intercept inf: the first class takes no part.
+    # A fold that has only rows of the second class has an intercept of inf. Then the first class is
+    # excluded by -inf.
     alone = intercept.isposinf()
     first = torch.zeros_like(intercept).masked_fill(alone, -torch.inf)
     return torch.cat([torch.zeros_like(coef), coef], 1), torch.cat(
@@ -320,7 +348,7 @@ def as_softmax(solution: Solution) -> tuple[Tensor, Tensor]:
 
 
 def solved_module(solution: Solution, member: int) -> LogisticRegression:
-    """Return one member as a plain module, float64, on the CPU."""
+    """Return one member as a plain float64 module on the CPU."""
     coef, intercept = (part[member].cpu() for part in as_softmax(solution))
     module = LogisticRegression(coef.shape[1], coef.shape[0]).double()
     module.layers[0].load_state_dict({"weight": coef, "bias": intercept})
