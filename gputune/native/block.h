@@ -1,22 +1,26 @@
-/* A thread block: the products of matrices in its shared memory, and where its member lies: weights and activations in the
-   shared memory, the moments of a weight in registers of the thread that computes its gradient, or in global memory where
-   they are too many; between two launches all of them in the flat buffers of Work.
+/* A thread block: the products of matrices in its shared memory, and the places of its member.
+   Weights and activations are in shared memory. The moments of a weight are in registers of the
+   thread that computes its gradient, or in global memory if there are too many. Between two
+   launches all of them are in the flat buffers of Work.
 
-   Before it come ``real`` and the other headers, and what is fixed for one shape of members: INPUTS, WIDTH (of the
-   tensors), DEPTH (hidden layers), OUTPUTS, ROWS (of a tile, the part of a minibatch whose activations are there at once),
-   THREADS, MOMENTS (buffers of the optimizer), ACTIVATION, CLASSES (0: a regression), DROPOUT, TF32 (whether products
-   round their factors to 10 bits of mantissa, for tensor cores), SHARED (bytes), SCRATCH (numbers of a block), HELD
+   ``real``, the other headers and the constants of one shape of members come before this header:
+   INPUTS, WIDTH (of the tensors), DEPTH (hidden layers), OUTPUTS, ROWS (of a tile, the part of a
+   minibatch whose activations are in shared memory at once), THREADS, MOMENTS (buffers of the
+   optimizer), ACTIVATION, CLASSES (0: a regression), DROPOUT, TF32 (1: products round their factors
+   to 10 bits of mantissa, for tensor cores), SHARED (bytes), SCRATCH (numbers of a block), HELD
    (numbers of moments that a thread may keep in registers). */
 
 #define UNROLL _Pragma("unroll")
 #define INLINE __device__ __forceinline__
 
-/* What matrices are filled up to with zeros: their columns, and the rows of a minibatch. */
+/* Matrices are padded with zeros to multiples of these: their columns, and the rows of a minibatch. */
 enum { FULL = TF32 ? 16 : 4, FULL_ROWS = TF32 ? 8 : 4 };
 __host__ __device__ constexpr int filled(int n, int by) { return (n + by - 1) / by * by; }
-/* The length of a row: those that are read side by side begin at different banks. */
+/* The length of a row. Rows that are read at the same time begin at different banks of the shared
+   memory. */
 __host__ __device__ constexpr int row_of(int n) { return n % 8 ? n : n + 4; }
-/* Of 4, 2 and 1 the most that divides ``of`` and leaves ``least`` parts; there are ``others`` of each. */
+/* The largest of 4, 2 and 1 that divides ``of`` and leaves at least ``least`` parts; each part
+   occurs ``others`` times. */
 __host__ __device__ constexpr int times(int of, int others, int least)
 {
     return of % 4 == 0 && of / 4 * others >= least ? 4 : of % 2 == 0 && of / 2 * others >= least ? 2 : 1;
@@ -26,7 +30,7 @@ template <int N> struct alignas(N * sizeof(real) < 16 ? N * sizeof(real) : 16) N
 template <int N> INLINE Numbers<N> load(const real *from) { return *(const Numbers<N> *)from; }
 template <int N> INLINE void store(real *to, const Numbers<N> &numbers) { *(Numbers<N> *)to = numbers; }
 
-#ifdef __CUDACC__ /* the emulation has its own */
+#ifdef __CUDACC__ /* the CPU emulation of the tests defines its own versions */
 INLINE float rounded(float x)
 {
     unsigned bits;
@@ -46,13 +50,14 @@ INLINE void multiply(float *c, const float (&a)[4], const float (&b)[2])
 #endif
 
 enum { ACROSS, ALONG };
-/* A factor, whose numbers (i, k) are summed over k: k goes along its rows, or across them; a row has ROW numbers. */
+/* A factor of a product that sums numbers (i, k) over k. k runs along its rows, or across them. A
+   row has ROW numbers. */
 template <bool IS_ALONG, int ROW> struct Factor {
     enum { ALONG = IS_ALONG };
     const real *from;
 
     INLINE real at(int i, int k) const { return from[ALONG ? i * ROW + k : k * ROW + i]; }
-    /* Numbers i, i + step, ... along, or i, i + 1, ... across, each for k to k + 3. */
+    /* Reads the numbers i, i + step, ... (along) or i, i + 1, ... (across), each for k to k + 3. */
     template <int N> INLINE void read(real (&to)[N][4], int i, int step, int k) const
     {
         UNROLL for (int n = 0; n < (ALONG ? N : 4); n++) {
@@ -63,8 +68,9 @@ template <bool IS_ALONG, int ROW> struct Factor {
     }
 };
 
-/* The product of a (M, inner) and b (inner, N). A worker, which is a thread, or a warp with its tensor core, has MINE
-   tiles of TALL x SPAN numbers. A thread has NUMBERS of a tile, RUN of them side by side. */
+/* The product of a (M, inner) and b (inner, N). A worker is a thread, or a warp with its tensor
+   core. It has MINE tiles of TALL x SPAN numbers. A thread has NUMBERS numbers of a tile, of which
+   RUN are contiguous. */
 template <int M, int N, class A, class B> struct Product {
 #if TF32
     enum { WORKERS = THREADS / 32, TALL = 16, SPAN = 8 * times(N / 8, M / 16, WORKERS), NUMBERS = SPAN / 2, RUN = 2 };
@@ -74,7 +80,8 @@ template <int M, int N, class A, class B> struct Product {
     enum { LINES = M / TALL, COLUMNS = N / SPAN, MINE = (LINES * COLUMNS + WORKERS - 1) / WORKERS };
     int line, column; /* of a tile */
 
-    /* Where number n of a thread's lies; a thread's are spread over a factor that lies along. */
+    /* Row and column of a thread's number n. If a factor lies along k, a thread's numbers are
+       spread over it. */
     INLINE int row(int n) const
     {
         if (TF32) return line * TALL + threadIdx.x % 32 / 4 + n / 2 % 2 * 8;
@@ -86,7 +93,7 @@ template <int M, int N, class A, class B> struct Product {
         return B::ALONG ? column + n % 4 * COLUMNS : column * 4 + n % 4;
     }
 
-    /* Calls ``each`` with every tile of this thread's, and the number of its first entry. */
+    /* Calls ``each`` with every tile of this thread and the index of its first entry. */
     template <int UNROLLED, class Each> static INLINE void tiles(Each each)
     {
 #pragma unroll (UNROLLED)
@@ -95,7 +102,8 @@ template <int M, int N, class A, class B> struct Product {
             if (tile < LINES * COLUMNS) each(n * NUMBERS, Product{tile / COLUMNS, tile % COLUMNS});
         }
     }
-    /* Calls ``each`` with every run of this thread's: the number of its first entry, its row, its column, and the run. */
+    /* Calls ``each`` with every run of this thread: the index of its first entry, its row, its
+       column, and the run. */
     template <int UNROLLED, int LOOPS, class Each> static INLINE void runs(A a, B b, int inner, Each each)
     {
         tiles<UNROLLED>([&](int number, const Product &tile) {
@@ -113,7 +121,8 @@ template <int M, int N, class A, class B> struct Product {
     {
 #if TF32
         const int lane = threadIdx.x % 32, row = line * TALL + lane / 4, place = column * SPAN + lane / 4;
-        /* The two of eight inner numbers that a lane has may be any: these are read from different banks. */
+        /* A lane may have any two of the eight inner numbers. These two are read from different
+           banks. */
         const int first = lane % 4 * (B::ALONG ? 1 : 2), second = first + (B::ALONG ? 4 : 1);
 #pragma unroll (LOOPS)
         for (int k = 0; k < inner; k += 8) {
@@ -140,13 +149,13 @@ template <int L> struct Layer {
     enum {
         BELOW = L ? WIDTH : INPUTS, ABOVE = L < DEPTH ? WIDTH : OUTPUTS,
         IN = filled(BELOW, FULL), OUT = filled(ABOVE, FULL), INPUT_ROW = row_of(IN), ROW = row_of(OUT),
-        // Places of the parameters.
+        // Positions of the parameters in shared memory.
         WEIGHT = Layer<L - 1>::END, BIAS = WEIGHT + IN * ROW, END = BIAS + OUT
     };
     using Gradient = Product<IN, OUT, Factor<ACROSS, INPUT_ROW>, Factor<ACROSS, ROW>>;
     enum {
         MINE = Gradient::MINE * Gradient::NUMBERS,
-        // Of a thread's gradients; the last is a bias's.
+        // Slots of a thread's gradients; the last one is for a bias.
         SLOT = Layer<L - 1>::SLOTS, SLOTS = SLOT + MINE + 1,
         MORE = Layer<L - 1>::NUMBERS + MINE * MOMENTS, IS_HELD = MORE <= HELD,
         NUMBERS = IS_HELD ? MORE : Layer<L - 1>::NUMBERS, ROOM = IS_HELD ? MINE : 1,
@@ -160,39 +169,41 @@ template <> struct Layer<-1> {
 enum { LAST_ROW = Layer<DEPTH>::ROW, WIDE = row_of(WIDTH), HIDDEN = DEPTH ? DEPTH : 1, STEPS = 32 };
 
 struct Shared {
-    Rates rates[STEPS];                      // of the steps to come
-    double total[2], weight[ROWS];           // of the minibatch, or of what two warps score; and of its rows
-    unsigned place[2];                       // in the queue, of this member and of the next in turn
+    Rates rates[STEPS];                      // of the next steps
+    double total[2], weight[ROWS];           // weight of the minibatch, or scores of two warps; weights of its rows
+    unsigned place[2];                       // position in the queue, of this member and of the next, in turn
     real target[ROWS], present[Layer<DEPTH>::OUT];
     alignas(16) real parameters[Layer<DEPTH>::END], x[ROWS * Layer<0>::INPUT_ROW];
-    real z[HIDDEN][ROWS * WIDE];             // before the activation; then the slope in it
-    real h[HIDDEN][ROWS * WIDE], outputs[ROWS * LAST_ROW];  // then the slope in them
+    real z[HIDDEN][ROWS * WIDE];             // values before the activation; later the slope in them
+    real h[HIDDEN][ROWS * WIDE], outputs[ROWS * LAST_ROW];  // outputs later hold the slope in them
 };
 static_assert(sizeof(Shared) == SHARED && Layer<DEPTH>::SLOTS * THREADS == SCRATCH, "as the host allots them");
 static_assert(Layer<DEPTH>::OUT <= THREADS && WIDTH <= THREADS, "a thread has one bias of a layer at most");
 static_assert(ROWS <= 64 && ROWS <= THREADS, "a thread of the first two warps scores a row");
 
-// The moments that a thread keeps: of its tiles, and of its bias.
+// The moments that a thread keeps: those of its tiles and of its bias.
 template <int L> struct Own : Own<L - 1> {
     real first[Layer<L>::ROOM], second[Layer<L>::ROOM], bias_first, bias_second;
 };
 template <> struct Own<-1> {};
 
-// What is in the tile: rows ``which`` of the data.
+// The content of the tile: the rows ``which`` of the data.
 struct Part {
     const int64_t *which;
     int rows;
-    bool begun, whole;         // whether the minibatch has rows before, and none after
-    const float *draws;        // of dropout in its first layer, NULL: none
-    int64_t layer;             // numbers of them in a layer
-    real rate, scale, share;   // share: of a row in the loss; 0: of its weight
-    real *scratch;             // gradients of the tiles before
+    bool begun, whole;         // true if the minibatch has rows before the tile, and if it has none after it
+    const float *draws;        // draws of dropout for the first layer; NULL: none
+    int64_t layer;             // number of draws per layer
+    real rate, scale, share;   // share: of a row in the loss; 0: it follows from the row's weight
+    real *scratch;             // gradients of the earlier tiles
 };
 
-// The bias of a layer that is this thread's, below 0: none. The last threads have them, as the first have more tiles.
+// The bias of a layer that belongs to this thread; below 0: none. The last threads have the biases,
+// because the first threads have more tiles.
 template <int L> ALWAYS_INLINE int bias() { return (int)threadIdx.x - (THREADS - Layer<L>::OUT); }
 
-// Where a member's weight and bias lie in the flat buffers: weight0 (F, D, C, H), bias0 (F, C, H), others (F, C, in, out).
+// The place of a member's weight and bias in the flat buffers:
+// weight0 (F, D, C, H), bias0 (F, C, H), others (F, C, in, out).
 template <int L> ALWAYS_INLINE int64_t block(const Work &w)
 {
     if constexpr (L > 0) return block<L - 1>(w) + w.folds * w.trials * (Layer<L - 1>::BELOW + 1) * Layer<L - 1>::ABOVE;
@@ -215,7 +226,7 @@ template <bool BACK> ALWAYS_INLINE void copy(real *flat, real &own, bool inside)
     if (!BACK) own = inside ? *flat : 0;
     else if (inside) *flat = own;
 }
-// Copies parameters and the moments that are kept from the flat buffers, or back.
+// Copies the parameters, and the moments that registers hold, from the flat buffers or back.
 template <int L, bool BACK> ALWAYS_INLINE void move(Shared &s, const Work &w, Own<L> &own, int64_t f, int64_t c)
 {
     using Z = Layer<L>;

@@ -1,8 +1,8 @@
-"""Kernels of our own for a GPU: CUDA C++ that NVRTC compiles, once in a process.
+"""gputune's own GPU kernels: CUDA C++ that NVRTC compiles, once per process.
 
-Each has a definition in operations of PyTorch, which is taken where it cannot be compiled. That
-which trains one member a thread block is compiled for each shape of members, and kept on the
-machine.
+Each kernel is defined by PyTorch operations, which run if the kernel cannot be compiled. The kernel
+that trains one member per thread block is compiled for each shape of members, and its binary is
+stored on the machine.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,14 +22,16 @@ from gputune.native.library import FOLDER, kept_binary
 _MOST_BLOCKS = 1 << 16
 
 Kernel = Callable[..., None]
-"""Called with ``grid``, ``block``, ``args`` (tensors and ints of 32 bits) and ``shared_mem``, it
-launches on the current stream."""
+"""A function that launches a kernel on the current stream.
+
+Its arguments are ``grid``, ``block``, ``args`` (tensors and 32-bit ints) and ``shared_mem``.
+"""
 
 Code = TypeVar("Code")
 
 
 def source(path: Path, dtype: torch.dtype) -> str:
-    """Return the source in a file, whose ``real`` is a dtype."""
+    """Return the source code of a file, with ``real`` defined as a dtype."""
     return f"typedef {'float' if dtype == torch.float32 else 'double'} real;\n{path.read_text()}"
 
 
@@ -37,8 +39,10 @@ def source(path: Path, dtype: torch.dtype) -> str:
 def kernels(
     path: Path, names: tuple[str, ...], device: torch.device, dtype: torch.dtype
 ) -> tuple[Kernel, ...] | None:
-    """Return the kernels of a file for a GPU; None, with a warning, where they cannot be
-    compiled."""
+    """Return the kernels of a file for a GPU.
+
+    Return None, with a warning, if they cannot be compiled.
+    """
     return attempt(
         path.name,
         device,
@@ -49,13 +53,16 @@ def kernels(
 def attempt(
     name: str, device: torch.device, compile_it: Callable[[], Code]
 ) -> tuple[Code | None, str]:
-    """Return what compiling a file for a GPU gives, or None, with a warning, and why."""
+    """Return the result of a compilation for a GPU, and "".
+
+    If it fails, warn, and return None and the reason.
+    """
     try:
         with torch.cuda.device(device):
             return compile_it(), ""
-    except Exception as error:  # of NVRTC, of the driver, of a library that is not there
+    except Exception as error:  # NVRTC or the driver failed, or a library is missing
         said = str(error).splitlines() or [type(error).__name__]
-        # the first line of a compiler's log
+        # A line that ends with a colon is a heading: add the first line of the compiler's log.
         reason = " ".join(said[: 2 if said[0].endswith(":") else 1])
         remedy = f" {_install()}" if isinstance(error, OSError) or "libnvrtc" in reason else ""
         why = f"{name} cannot be compiled for {device}: {reason}.{remedy}"
@@ -70,21 +77,23 @@ def attempt(
 def launch(
     kernel: Kernel, threads: int, args: Sequence[Tensor | int], *, block: int = 256, shared: int = 0
 ) -> None:
-    """Launch a kernel that goes through its work with a stride, in at least so many threads where
-    there is room.
+    """Launch a kernel that strides over its work.
 
-    The tensors are contiguous, on one GPU; a block has ``shared`` bytes of memory beside what the
-    code says.
+    It gets at least ``threads`` threads, up to the largest grid. The tensors must be contiguous and
+    on one GPU. A block gets ``shared`` bytes of memory in addition to those in the kernel's code.
     """
     assert all(isinstance(arg, int) or arg.is_contiguous() for arg in args)
     (device,) = {arg.device for arg in args if isinstance(arg, Tensor)}
     grid = (min(_MOST_BLOCKS, -(-threads // block)), 1, 1)
-    with torch.cuda.device(device):  # whose stream is taken
+    with torch.cuda.device(device):  # the kernel runs on this device's current stream
         kernel(grid=grid, block=(block, 1, 1), args=list(args), shared_mem=shared)
 
 
 def without_nvrtc() -> str:
-    """Return why NVRTC cannot be loaded, and which wheel has it; "" where it can."""
+    """Return the reason why NVRTC cannot be loaded, and the wheel that has it.
+
+    Return "" if it can be loaded.
+    """
     try:
         _utils._get_gpu_rtc_library()
     except OSError as error:
@@ -93,7 +102,7 @@ def without_nvrtc() -> str:
 
 
 def _install() -> str:
-    """Return which wheel has NVRTC."""
+    """Return the pip command that installs NVRTC."""
     major = (torch.version.cuda or "13").split(".")[0]
     wheel = "nvidia-cuda-nvrtc" if int(major) >= 13 else f"nvidia-cuda-nvrtc-cu{major}"
     return f"pip install '{wheel}=={torch.version.cuda}.*' brings the library."
@@ -101,26 +110,34 @@ def _install() -> str:
 
 FILES = ("work.h", "block.h", "member.cu")
 TILES = (64, 32, 16, 8)
-"""Rows of a minibatch whose activations are on chip at once: as many as there is room for; a tensor
-core has 16."""
+"""Possible numbers of minibatch rows whose activations are on chip at once.
+
+The largest number that fits is used. A tensor core processes 16 rows.
+"""
 
 OPTIONS = ("--ftz=true", "--prec-div=false", "--prec-sqrt=false")
-"""Of the compiler: numbers below 1e-38 are zero, as on a CPU; a quotient or a root may be off by
-two units of its last place, for fewer instructions. Source: CUDA C++ Programming Guide,
-mathematical functions."""
+"""Options of the compiler.
+
+Numbers below 1e-38 become zero, as on a CPU. A quotient or a square root may be off by two units in
+the last place, which needs fewer instructions. Source: CUDA C++ Programming Guide, mathematical
+functions.
+"""
 
 _MOST_THREADS = 256
 _FEWEST_THREADS = 64
 _WARP = 32
-_HELD_BYTES = 384  # of moments that a thread keeps in registers
-_RATES = 32  # steps whose rates are there at once
+_HELD_BYTES = 384  # most bytes of moments that a thread keeps in registers
+_RATES = 32  # number of steps whose rates are computed at once
 _MOST = {"inputs": 256, "width": 128, "depth": 4, "outputs": 64}
 
 
 @dataclass(frozen=True)
 class MemberKernel:
-    """One shape of members: ``width`` of the tensors, ``depth`` hidden layers (0: linear), ``rows``
-    of a tile."""
+    """The kernel for one shape of members.
+
+    ``width`` is the width of the tensors. ``depth`` is the number of hidden layers (0: a linear
+    model). ``rows`` is the number of rows of a tile.
+    """
 
     inputs: int
     width: int
@@ -136,21 +153,25 @@ class MemberKernel:
 
     @property
     def layers(self) -> list[tuple[int, int]]:
-        """Inputs and outputs of each layer, with the zeros behind them."""
-        full = 16 if self.tf32 else 4  # numbers that are read at once
+        """The numbers of inputs and outputs of each layer, including padding with zeros."""
+        full = 16 if self.tf32 else 4  # padded to multiples of the numbers that are read at once
         first, last = (-(-n // full) * full for n in (self.inputs, self.outputs))
         return list(pairwise([first, *[self.width] * self.depth, last]))
 
     @property
     def threads(self) -> int:
-        """Threads of a block: one for a tile of 4 x 4 of the widest activations, within bounds."""
+        """The number of threads of a block.
+
+        There is one thread per 4 x 4 tile of the widest activations, within bounds.
+        """
         tiles = self.rows * max(self.width, self.outputs) // 16
         return min(_MOST_THREADS, max(_FEWEST_THREADS, -(-tiles // _WARP) * _WARP))
 
     @property
     def shared(self) -> int:
-        """Bytes of shared memory of a block."""
+        """The bytes of shared memory of a block."""
         size = self.dtype.itemsize
+        # These sums repeat the layout of struct Shared in block.h.
         rates = -(-(8 + 5 * size) // 8) * 8
         head = _RATES * rates + 8 * (3 + self.rows) + size * (self.rows + self.layers[-1][1])
         hidden = 2 * max(1, self.depth) * _row(self.width)
@@ -161,17 +182,19 @@ class MemberKernel:
 
     @property
     def _parameters(self) -> int:
-        """Numbers of weights and biases, with the zeros behind them."""
+        """The numbers in the weights and biases, including padding with zeros."""
         return sum(below * _row(above) + above for below, above in self.layers)
 
     @property
     def scratch(self) -> int:
-        """Numbers of a block's scratch: the gradients of a part of a minibatch."""
+        """The numbers in a block's scratch memory, which holds the gradients of a part of a
+        minibatch.
+        """
         slots = 0
         warps = self.threads // _WARP
         for below, above in self.layers:
-            # Four numbers of a thread's: a column of them, or those of 16 x 8 that a warp has. As
-            # Product in C++.
+            # A thread has groups of four numbers: a column of four, or its part of a warp's 16 x 8.
+            # This is the same computation as in the struct Product in block.h.
             many, others = (above // 8, below // 16) if self.tf32 else (below, above // 4)
             workers, least = (warps, warps) if self.tf32 else (self.threads, self.threads // 2)
             times = next((n for n in (4, 2) if many % n == 0 and many // n * others >= least), 1)
@@ -179,16 +202,21 @@ class MemberKernel:
         return slots * self.threads
 
     def fitted(self, shared: int) -> "MemberKernel":
-        """Return it with as many rows of a tile as there is room for in so many bytes of a block's
-        shared memory."""
+        """Return the kernel with the largest tile that fits into ``shared`` bytes.
+
+        ``shared`` is the shared memory of a block.
+        """
         tiles = [
             replace(self, rows=rows) for rows in TILES[: 3 if self.tf32 else 4] if rows <= self.rows
         ]
         return next((tile for tile in tiles if tile.shared <= shared), tiles[-1])
 
     def unknown(self, shared: int) -> str:
-        """Return, as a clause, what is beyond the kernel on a card with so many bytes; "" where
-        nothing is."""
+        """Return the reason, as a clause, why the kernel does not run on a card with ``shared``
+        bytes.
+
+        Return "" if it runs.
+        """
         for name, most in _MOST.items():
             if (value := getattr(self, name)) > most:
                 return f"{name} of {value}, where {most} is the most"
@@ -205,7 +233,10 @@ class MemberKernel:
 
     @property
     def source(self) -> str:
-        """CUDA C++ of the kernel ``train_members``, which includes nothing that NVRTC has not."""
+        """The CUDA C++ of the kernel ``train_members``.
+
+        It includes only headers that NVRTC has.
+        """
         sizes = {
             "INPUTS": self.inputs,
             "WIDTH": self.width,
@@ -229,21 +260,25 @@ class MemberKernel:
 
 
 def _row(n: int) -> int:
-    """The length of a row of so many numbers, as ``row_of`` in the kernel."""
+    """Return the length of a row of ``n`` numbers, as ``row_of`` in the kernel."""
     return n if n % 8 else n + 4
 
 
 def tile_of(batch: int) -> int:
-    """Return how many rows of a minibatch of ``batch`` the kernel takes at once, where there is
-    room for them."""
+    """Return the number of rows of a minibatch of ``batch`` rows that the kernel processes at once.
+
+    This assumes that the rows fit into shared memory.
+    """
     return next((rows for rows in (16, 32) if rows >= batch), 64)
 
 
 def compile_kernel(
     kernel: MemberKernel, device: torch.device, say: Callable[[str], object] = str
 ) -> Kernel:
-    """Return the kernel for a GPU, which NVRTC compiles once on a machine. Raises what NVRTC and
-    the driver raise."""
+    """Return the kernel for a GPU; NVRTC compiles it once per machine.
+
+    Raises the errors of NVRTC and of the driver.
+    """
     name = "train_members"
     source = kernel.source
     version = ".".join(map(str, torch.cuda.get_device_capability(device)))

@@ -1,4 +1,4 @@
-/* exp as a function that a compiler makes vectors of. */
+/* exp as a function that the compiler can vectorize. */
 
 #ifdef DOUBLE
 typedef int64_t whole;
@@ -21,13 +21,14 @@ typedef int32_t whole;
 static const real INVERSE[] = {1, 1, 1.0 / 2, 1.0 / 3, 1.0 / 4, 1.0 / 5, 1.0 / 6, 1.0 / 7,
                                1.0 / 8, 1.0 / 9, 1.0 / 10, 1.0 / 11, 1.0 / 12, 1.0 / 13};
 
-/* exp(x) = 2^n exp(r) with |r| <= ln(2) / 2, by as many terms of its series as the type can tell; 0 or infinity
-   beyond the range of the type. libm's own is not used because it is no vector function. */
+/* exp(x) = 2^n exp(r) with |r| <= ln(2) / 2. The series has as many terms as the type's precision
+   needs. The result is 0 or infinity outside the range of the type. libm's exp is not used, because
+   it is not a vector function. */
 ALWAYS_INLINE real exponential(real x) {
     real held = x < (real)LARGEST_EXPONENT ? x : (real)LARGEST_EXPONENT;
     held = held > (real)SMALLEST_EXPONENT ? held : (real)SMALLEST_EXPONENT;
     real n = held * (real)1.4426950408889634 + (real)ROUNDER - (real)ROUNDER;
-    /* ln(2) in two parts, the first so short that its product with n is exact */
+    /* ln(2) has two parts; the first has so few digits that its product with n is exact */
     real r = held - n * (real)0.693359375 + n * (real)2.12194440054690583e-4;
     real sum = 1;
 #pragma GCC unroll 16

@@ -1,12 +1,13 @@
-/* Activations and slopes of losses over contiguous rows, written so that a compiler makes vectors of the loops. */
+/* Activations and slopes of losses over contiguous rows. The compiler can vectorize these loops. */
 
 #include "exponential.h"
 
-typedef double wide; /* in which gelu is computed */
+typedef double wide; /* the type in which gelu is computed */
 
 #include "work.h"
 
-/* A loop for each activation, which is a constant in it. */
+/* One loop for each activation. The activation is a constant inside the loop, so its branches
+   disappear. */
 #define EACH(kind, does) \
     if (kind == RELU) { const int OF = RELU; for (long i = 0; i < n; i++) does; } \
     else if (kind == TANH) { const int OF = TANH; for (long i = 0; i < n; i++) does; } \
@@ -16,15 +17,15 @@ typedef double wide; /* in which gelu is computed */
 /* h = activation(z) over n numbers; z may be h. */
 static void activate(int64_t kind, long n, const real *z, real *h) { EACH(kind, h[i] = activated(OF, z[i])) }
 
-/* The slope in z of what has the slope ``above`` in h = activation(z), in place. */
+/* The slope in z from the slope ``above`` in h = activation(z), in place. */
 static void slope_below(int64_t kind, long n, real *above, const real *z, const real *h) {
     EACH(kind, above[i] = slope_in(OF, above[i], z[i], h[i]))
 }
 
 /* Turn outputs z (rows, z_row) into the slope of the cross-entropy in them: share (softmax(z) - onehot).
 
-   ``present`` (classes) is 0 for a class that takes no part. ``work`` has room for (classes + 2) x rows: there the
-   rows lie side by side, so that every loop runs over rows. */
+   ``present`` (classes) is 0 for a class that is absent from the fold. ``work`` has (classes + 2) x
+   rows numbers. The rows are contiguous there, so every inner loop runs over rows. */
 static void cross_entropy_slope(long rows, long classes, real *restrict z, long z_row, const real *present,
                                 const int64_t *codes, const real *share, real *restrict work) {
     real *restrict top = work + classes * rows, *restrict total = top + rows;

@@ -1,9 +1,9 @@
-"""The compiled training of members: C that was built as gputune was installed, and C that is
-generated and built here.
+"""The compiled training of members, in C.
 
-The libraries know nothing of Python or of torch: they are loaded through ctypes, and one wheel
-serves all versions and levels of the processor. Generated code is built once on each machine, and
-kept in the user's cache.
+One part of the C code is built when gputune is installed. Another part is generated and built on
+the user's machine. The libraries do not depend on Python or torch and are loaded through ctypes.
+One wheel therefore serves all Python and torch versions and all levels of the processor. Generated
+code is built once per machine and stored in the user's cache.
 """
 
 import contextlib
@@ -26,17 +26,22 @@ from gputune.scratch import cache_folder, is_users, open_to_others, scratch_fold
 
 FOLDER = Path(__file__).parent
 LEVELS = (4, 3, 1)
-"""Of x86-64: AVX-512; AVX2 with FMA; what every such processor has. Level 1 alone on other
-processors."""
+"""Levels of x86-64: 4 is AVX-512, 3 is AVX2 with FMA, 1 is supported by every such processor.
+
+Other processors have only level 1.
+"""
 
 
 class NotBuiltError(Exception):
-    """Why there is no compiled library here."""
+    """There is no compiled library here; the message gives the reason."""
 
 
 @functools.lru_cache(maxsize=2)
 def library(dtype: torch.dtype) -> ctypes.CDLL:
-    """Return the library for float32 or float64 at the processor's level. Raises NotBuiltError."""
+    """Return the library for float32 or float64 at the processor's level.
+
+    Raises NotBuiltError.
+    """
     kind = "double" if dtype == torch.float64 else "float"
     built = {level: path for level in LEVELS for path in FOLDER.glob(f"_{kind}{level}.*")}
     if 1 not in built:
@@ -60,8 +65,11 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
 
 
 def fill_uniform(seed: int, parts: Sequence[torch.Tensor]) -> bool:
-    """Fill float32 tensors with what ``torch.rand`` draws from a seed, in turn; return False where
-    no library is."""
+    """Fill float32 tensors, one after the other, with the numbers that ``torch.rand`` draws from a
+    seed.
+
+    Returns False if there is no library.
+    """
     assert all(part.is_contiguous() and part.dtype == torch.float32 for part in parts)
     try:
         loaded = library(torch.float32)
@@ -87,12 +95,14 @@ ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
 OPTIMIZERS = ("sgd", "nesterov", "adam", "adamw")
 ROW_SCORES = ("hit", "log likelihood", "squared error", "absolute error")
 NUMBER_LOSSES = ("mse", "mae", "huber", "quantile")
-"""In the order of the library's numbers for them."""
+"""The order in each of these tuples gives the library's numbers for the names."""
 
 
 class Work(ctypes.Structure):
-    """What the library is asked to do, sizes and where the arrays lie; ``work.h`` says what each
-    field is."""
+    """The task of the library: sizes and the addresses of the arrays.
+
+    ``work.h`` describes each field.
+    """
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in _NUMBERS),
@@ -103,7 +113,10 @@ class Work(ctypes.Structure):
 
 
 def make_work(numbers: Mapping[str, int], arrays: Mapping[str, torch.Tensor | None]) -> Work:
-    """Return a Work of numbers and of contiguous tensors (None: NULL), which must outlive it."""
+    """Return a Work of numbers and of contiguous tensors; None becomes NULL.
+
+    The tensors must live longer than the Work.
+    """
     assert all(tensor is None or tensor.is_contiguous() for tensor in arrays.values())
     return Work(
         **numbers,
@@ -111,25 +124,28 @@ def make_work(numbers: Mapping[str, int], arrays: Mapping[str, torch.Tensor | No
     )
 
 
-# Not -O3: it takes twice the time to build code that is no faster, and that each new shape waits
-# for.
+# Not -O3: it needs twice the build time for code that is no faster, and training with each new
+# shape waits for the build.
 FLAGS = (
     "-O2 -ftree-vectorize -march=native -fno-math-errno -fno-trapping-math -fopenmp-simd -shared "
     "-fPIC"
 ).split()
-# Clang and older compilers say no to these, and choose well without.
+# Clang and older compilers refuse these options, and choose well without them.
 _WHOLE_VECTORS = ("-mprefer-vector-width=512", "-fvect-cost-model=dynamic")
 COMPILERS = ("cc", "gcc", "clang")
 
 
 @functools.lru_cache(maxsize=64)
 def build(source: str, dtype: torch.dtype) -> ctypes.CDLL:
-    """Return the library of C code, which may include the headers of this folder. Raises
-    NotBuiltError."""
+    """Return the library of C code, which may include the headers of this folder.
+
+    Raises NotBuiltError.
+    """
     compiler = find_compiler()
     if compiler is None:
         raise NotBuiltError("there is no C compiler (cc, gcc or clang) on this machine's PATH")
-    # Named by all that a build depends on; a home folder may be shared by machines of other kinds.
+    # The file's name has a hash of everything that the build depends on, including the processor,
+    # because different machines may share a home folder.
     headers = (header.read_bytes() for header in sorted(FOLDER.glob("*.h")))
     parts = [
         source.encode(),
@@ -143,13 +159,14 @@ def build(source: str, dtype: torch.dtype) -> ctypes.CDLL:
         for path in _cached(folder, name, ".so"):
             with contextlib.suppress(OSError):
                 return _load(path)
-            with contextlib.suppress(OSError):  # it does not load
+            with contextlib.suppress(OSError):  # the file does not load, so it is removed
                 path.unlink()
         if folder is not None and os.access(folder, os.W_OK):
-            # something else lies in its place, or the disk is full
+            # An OSError means that something else is at this path, or that the disk is full.
             with contextlib.suppress(OSError):
                 return _load(_build(compiler, source, folder / name))
-        # What is loaded needs its file no more; Windows keeps it from being removed.
+        # A loaded library no longer needs its file, so the folder can be removed. On Windows it
+        # cannot be removed while the library is loaded.
         with scratch_folder() as private:
             return ctypes.CDLL(str(_build(compiler, source, private / name)))
     except OSError as error:
@@ -157,8 +174,10 @@ def build(source: str, dtype: torch.dtype) -> ctypes.CDLL:
 
 
 def _load(path: Path) -> ctypes.CDLL:
-    """Load a library of the cache, or a copy of it where the cache is on a file system mounted with
-    noexec."""
+    """Load a library of the cache.
+
+    If the cache is on a file system mounted with noexec, a copy of it is loaded.
+    """
     try:
         return ctypes.CDLL(str(path))
     except OSError:
@@ -168,8 +187,11 @@ def _load(path: Path) -> ctypes.CDLL:
 
 @dataclass(frozen=True)
 class Kernels:
-    """Kernels of a member's step that are built, by their addresses, and what takes the calls of
-    them."""
+    """The built kernels of a member's step.
+
+    ``addresses`` has their addresses. ``take_steps`` is the function that runs the kernel calls of
+    a step.
+    """
 
     addresses: "ctypes.Array[ctypes.c_void_p]"
     take_steps: Callable[..., None]
@@ -179,10 +201,10 @@ _kernels: dict[tuple[str, torch.dtype], tuple[int | None, ctypes.CDLL]] = {}
 
 
 def build_kernels(bodies: Sequence[str], dtype: torch.dtype) -> Kernels:
-    """Return the kernels of these bodies in C; those that this process has not are built. Raises
-    NotBuiltError.
+    """Return the kernels with these bodies in C.
 
-    A body knows its places as P, numbers of the host as S, and sizes as N (``native/steps.h``).
+    Only kernels that this process has not built yet are built. Raises NotBuiltError. A body refers
+    to its arrays as P, to numbers from the host as S, and to sizes as N (``native/steps.h``).
     """
     if new := sorted(body for body in {*bodies} if (body, dtype) not in _kernels):
         head = "void k{}(char *const *P, const double *S, const int64_t *N)"
@@ -199,8 +221,10 @@ def build_kernels(bodies: Sequence[str], dtype: torch.dtype) -> Kernels:
 
 
 def find_compiler() -> str | None:
-    """Return the path of a C compiler: that of the environment's ``CC``, or one of the usual
-    names."""
+    """Return the path of a C compiler, or None.
+
+    The environment's ``CC`` comes first, then the usual names.
+    """
     names = (os.environ.get("CC", ""), *COMPILERS)
     return next((path for name in names if name and (path := shutil.which(name))), None)
 
@@ -208,8 +232,8 @@ def find_compiler() -> str | None:
 def code_folder() -> Path | None:
     """Return the folder of built code: ``gputune/code`` in the user's cache.
 
-    None where there is no such folder, or, with a UserWarning, where its code could be another
-    user's.
+    Return None if there is no such folder. Also return None, with a UserWarning, if another user
+    could have written its code.
     """
     if (base := cache_folder()) is None:
         return None
@@ -229,15 +253,15 @@ def code_folder() -> Path | None:
 
 
 def _is_own(path: Path) -> bool:
-    """Whether a file or folder, no link, is this user's alone to write."""
+    """Return whether a file or folder is no link and only this user can write to it."""
     return is_users(path.lstat()) and not path.is_symlink()
 
 
 def _cached(folder: Path | None, name: str, ending: str) -> Iterator[Path]:
-    """Yield the files of a name that are as they were built; all others are removed."""
+    """Yield the files of a name that are unchanged since they were built; remove the others."""
     for path in [] if folder is None else folder.glob(f"{name}-*{ending}"):
         with contextlib.suppress(OSError):
-            # A pipe or a device would keep whoever reads it waiting.
+            # Only regular files are read: reading from a pipe or a device could block forever.
             is_file = stat.S_ISREG(path.lstat().st_mode)
             if is_file and _is_own(path) and path.stem == f"{name}-{_digest(path)}":
                 yield path
@@ -247,15 +271,19 @@ def _cached(folder: Path | None, name: str, ending: str) -> Iterator[Path]:
 
 
 def _put(built: Path, path: Path, ending: str) -> Path:
-    """Put what was built in its place at once; return ``path`` with its SHA-256 and the ending
-    added to its name."""
+    """Move a built file to its final place in one atomic step.
+
+    Returns ``path`` with the file's SHA-256 and the ending appended to its name.
+    """
     built.chmod(0o600)
     return built.replace(path.with_name(f"{path.name}-{_digest(built)}{ending}"))
 
 
 def kept_binary(name: str, source: str, make: Callable[[], bytes]) -> bytes:
-    """Return what ``make`` makes of a source, or what an earlier run made of it and left in the
-    user's cache."""
+    """Return the binary that ``make`` builds from a source.
+
+    If an earlier run left this binary in the user's cache, that one is returned.
+    """
     name = f"{name}-{hashlib.sha256(source.encode()).hexdigest()[:16]}"
     folder = code_folder()
     for path in _cached(folder, name, ".cubin"):
@@ -269,11 +297,12 @@ def kept_binary(name: str, source: str, make: Callable[[], bytes]) -> bytes:
 
 
 def _digest(path: Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal text."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _processor() -> str:
-    """The processor and what it can do, as far as the system says it."""
+    """Return a description of the processor and its features, as far as the system provides one."""
     facts = ("model name", "flags", "Features", "CPU part")
     said = set[str]()
     with contextlib.suppress(OSError):
@@ -288,15 +317,18 @@ def _processor() -> str:
 
 
 def processor_name() -> str:
-    """Return the name of the processor, "" where the system does not say it."""
+    """Return the name of the processor, or "" if the system does not provide it."""
     lines = (line for line in _processor().splitlines() if line.startswith("model name"))
-    # platform.processor() starts a process on some systems.
+    # Called last, because platform.processor() starts a process on some systems.
     return next((line.partition(":")[2].strip() for line in lines), "") or platform.processor()
 
 
 def _build(compiler: str, source: str, path: Path) -> Path:
-    """Return ``path`` with the SHA-256 of what was built in its name, put there at once: others may
-    build it too."""
+    """Build a library and move it to its final place; return the final path.
+
+    The name of the file has the library's SHA-256. The move is one atomic step, because other
+    processes may build the same library.
+    """
     with scratch_folder(path.parent, prefix="build") as folder:
         built = folder / path.name
         text = folder / "source.c"

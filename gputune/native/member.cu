@@ -1,15 +1,15 @@
-// One thread block trains one member, whose memory is that of block.h. The definition is members.c, with which it shares
-// its formulas; what is to be done, Work says (work.h).
+// One thread block trains one member, with the memory layout of block.h. The training is defined by
+// members.c, and both share their formulas. Work (work.h) describes the training.
 
 #ifndef BARRIER
 #define BARRIER(name) __syncthreads()
 #endif
-// Barriers; a layer's number is added to the last two.
+// Names of the barriers; the number of a layer is added to the last two.
 enum { QUEUE, GATHERED, SLOPED, ENDED, FORWARD = 10, BACKWARD = 20 };
 
 ALWAYS_INLINE void gather(Shared &s, const Work &w, int64_t f, const Part &now)
 {
-    constexpr int IN = Layer<0>::IN, AT_ONCE = 8;  // loads that wait for memory together
+    constexpr int IN = Layer<0>::IN, AT_ONCE = 8;  // number of loads that wait for memory at the same time
     const real *all = w.x + w.copies[f] * w.rows * INPUTS;
     const int numbers = filled(now.rows, FULL_ROWS) * IN;
     for (int first = threadIdx.x; first < numbers; first += AT_ONCE * THREADS) {
@@ -39,7 +39,7 @@ ALWAYS_INLINE double sum_of_warp(double of_lane)
     return of_lane;
 }
 
-// The weights of a minibatch, summed by the first warp.
+// The first warp sums the weights of a minibatch.
 ALWAYS_INLINE void sum_weights(Shared &s, const Work &w, int64_t f, const int64_t *which, int count)
 {
     if (threadIdx.x >= 32) return;
@@ -49,7 +49,8 @@ ALWAYS_INLINE void sum_weights(Shared &s, const Work &w, int64_t f, const int64_
     if (threadIdx.x == 0) s.total[0] = total > 2.2250738585072014e-308 ? total : 2.2250738585072014e-308;
 }
 
-// What dropout multiplies a unit by: 1 / (1 - rate) where it stays, which is where its draw reaches the rate.
+// Dropout's factor on a unit: 1 / (1 - rate) if the unit stays, else 0. It stays if its draw is at
+// least the rate.
 ALWAYS_INLINE real kept(const Part &now, int layer, int row, int column)
 {
     if (!DROPOUT || !now.draws) return 1;
@@ -74,7 +75,7 @@ template <int L> ALWAYS_INLINE void forward(Shared &s, const Part &now)
     if constexpr (L < DEPTH) forward<L + 1>(s, now);
 }
 
-// Outputs become the slope of the loss in them; four threads have a row of them.
+// Replaces the outputs by the slope of the loss in them. Four threads share a row.
 ALWAYS_INLINE void slope_in_outputs(Shared &s, const Work &w, const Part &now)
 {
     for (int i = threadIdx.x; i < ROWS * 4; i += THREADS) {
@@ -103,7 +104,7 @@ ALWAYS_INLINE void slope_in_outputs(Shared &s, const Work &w, const Part &now)
     BARRIER(SLOPED);
 }
 
-// The slope in what layer L is given, from that in what it gives.
+// The slope in the inputs of layer L, from the slope in its outputs.
 template <int L> ALWAYS_INLINE void slope_below(Shared &s, const Part &now, const real *above)
 {
     using Z = Layer<L>;
@@ -117,7 +118,8 @@ template <int L> ALWAYS_INLINE void slope_below(Shared &s, const Part &now, cons
     BARRIER(BACKWARD + L);
 }
 
-// Whether the gradient of a whole minibatch is in ``g``; what is not whole waits in the thread's own scratch.
+// Adds the gradients of the earlier tiles to ``g``. Returns true if ``g`` is then the gradient of
+// the whole minibatch; otherwise the sum is stored in the thread's scratch memory.
 template <int N> ALWAYS_INLINE bool whole(const Part &now, int slot, Numbers<N> &g)
 {
     if (now.begun)
@@ -133,7 +135,7 @@ ALWAYS_INLINE void take(const Rates &by, real *w, real *first, real *second, rea
     else plain_step(by, w, g);
 }
 
-// A layer's step, from the slope in what it gives.
+// Takes a layer's step, from the slope in its outputs.
 template <int L>
 ALWAYS_INLINE void descend(Shared &s, const Work &w, Own<L> &own, const Part &now, const Rates &by, const Flat &at,
                            const real *slope)
@@ -168,12 +170,13 @@ template <int L>
 ALWAYS_INLINE void backward(Shared &s, const Work &w, int64_t f, int64_t c, Own<L> &own, const Part &now, const Rates &by)
 {
     const real *slope = L < DEPTH ? s.z[L < DEPTH ? L : 0] : s.outputs;
-    if constexpr (L > 0) slope_below<L>(s, now, slope);  // with the weights as they were before the step
+    if constexpr (L > 0) slope_below<L>(s, now, slope);  // before the step, because it needs the old weights
     descend<L>(s, w, own, now, by, flat<L>(w, f, c), slope);
     if constexpr (L > 0) backward<L - 1>(s, w, f, c, own, now, by);
 }
 
-// Adds up the scores of validation rows, from ``at`` on, and writes their outputs, where that is asked for.
+// Sums the scores of the validation rows from ``at`` on, and writes their outputs, if Work asks for
+// them.
 ALWAYS_INLINE void score(Shared &s, const Work &w, int64_t f, int64_t c, const Part &now, int64_t at, int epoch)
 {
     const int64_t begin = w.valid_start[f], count = w.valid_start[f + 1] - begin;
@@ -188,7 +191,7 @@ ALWAYS_INLINE void score(Shared &s, const Work &w, int64_t f, int64_t c, const P
     if (r % 32 == 0) s.total[r / 32] = sum + (at ? s.total[r / 32] : 0);
 }
 
-// Takes the steps ``begin`` to ``end`` of one member, counted from the beginning of the epoch that Work says.
+// Takes the steps ``begin`` to ``end`` of one member, counted from the beginning of Work's epoch.
 ALWAYS_INLINE void train(Shared &s, const Work &w, int64_t f, int64_t c, real *scratch, int begin, int end, int epochs)
 {
     const int n = (int)w.lengths[f], size = w.sizes[c] < n ? (int)w.sizes[c] : n, steps = (n + size - 1) / size;
@@ -204,11 +207,11 @@ ALWAYS_INLINE void train(Shared &s, const Work &w, int64_t f, int64_t c, real *s
         const int count = n - within * size < size ? n - within * size : size;
         const int64_t *which = w.order + (epoch * w.folds + f) * w.longest + within * size;
         const int64_t all = count + (within + 1 == steps ? valid : 0);
-        if (of == 0 && threadIdx.x < STEPS)  // a step's rates take long, in double precision: many at once do not
+        if (of == 0 && threadIdx.x < STEPS)  // rates are slow in double precision, so the threads compute many at once
             s.rates[threadIdx.x] =
                 rates(&w, c, (double)w.epoch * steps + step + threadIdx.x + 1, (double)w.horizon * steps);
         if (w.weights) sum_weights(s, w, f, which, count);
-        for (int64_t at = 0; at < all;) {  // the minibatch, and after the last of an epoch the validation rows
+        for (int64_t at = 0; at < all;) {  // the minibatch, and after the last one of an epoch the validation rows
             const bool training = at < count;
             const int64_t left = (training ? count : all) - at;
             Part now = {training ? which + at : w.valid + w.valid_start[f] + at - count, left < ROWS ? (int)left : ROWS};
@@ -237,7 +240,8 @@ ALWAYS_INLINE void train(Shared &s, const Work &w, int64_t f, int64_t c, real *s
     move<DEPTH, true>(s, w, own, f, c);
 }
 
-// Blocks take the members of the queue, of which ``next`` are taken.
+// Each block takes members from the queue until it is empty. ``next`` is the number of members
+// already taken.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 train_members(const Work *work, unsigned *next, real *scratch, int begin, int end, int epochs)
 {

@@ -1,25 +1,26 @@
-/* One member: its tensors, where they lie in a block of memory of their own, how they come in and out, and its step:
-   forward, the loss's slope, backward, and each layer's update as soon as its gradient is there.
+/* One member: its tensors, their places in a separate block of memory, the copies in and out, and
+   its step. A step is: forward, the slope of the loss, backward, and the update of each layer as
+   soon as its gradient is computed.
 
    Axes: F folds, C trials, D inputs, H width, K outputs, n rows of the data or of the minibatch. */
 
 #define MOST_LAYERS 64
-#define PAD 16            /* columns come in whole vectors of any width */
-#define SCORED_ROWS 64    /* validation rows at a time: their activations stay in the cache */
-#define GRADIENT 4096     /* numbers of a gradient between its product and its use */
-#define ROLES 4           /* the parameters, both moments, the average of the parameters */
+#define PAD 16            /* columns are padded to whole vectors, for any vector width */
+#define SCORED_ROWS 64    /* validation rows at a time, so that their activations stay in the cache */
+#define GRADIENT 4096     /* numbers of a gradient that are held between its product and its use */
+#define ROLES 4           /* the parameters, two moments, and the average of the parameters */
 
 typedef struct {
     long in, out, row;            /* true sizes, and the length of a row of the weight: out and its padding */
-    real *weight[ROLES], *bias[ROLES]; /* of each role, NULL: none; weights in panels of padded(in) rows */
+    real *weight[ROLES], *bias[ROLES]; /* of each role; NULL: none; weights are in panels of padded(in) rows */
 } Layer;
 
 typedef struct {
     int layers;
     Layer layer[MOST_LAYERS];
-    real *state, *average, *end;                    /* of what is copied in and out; the average is the last of it */
-    real *h[MOST_LAYERS + 1], *z[MOST_LAYERS + 1];  /* input of each layer, and what it was before the activation */
-    real *kept[MOST_LAYERS + 1];                    /* what dropout multiplies it by */
+    real *state, *average, *end;                    /* the memory that is copied; the average is its end */
+    real *h[MOST_LAYERS + 1], *z[MOST_LAYERS + 1];  /* input of each layer, and the same before the activation */
+    real *kept[MOST_LAYERS + 1];                    /* dropout's factors on h */
     real *slope, *below, *turned, *packed, *gradient, *share, *work;
     int64_t *codes;
 } Space;
@@ -27,14 +28,14 @@ typedef struct {
 static long padded(long n) { return (n + PAD - 1) / PAD * PAD; }
 static long most(long a, long b) { return a > b ? a : b; }
 
-/* The flat buffer of a role, NULL: none. */
+/* The flat buffer of a role; NULL if there is none. */
 static real *flat_of(const Work *w, int role) {
     real *flat[ROLES] = {w->theta, w->first, w->second, w->average};
     return flat[role];
 }
 
-/* Give every tensor of a member its place in one block of memory that begins at ``at``, and return its end. From 0 that
-   is the size of the block. */
+/* Give every tensor of a member its place in one block of memory that begins at ``at``, and return
+   the block's end. If ``at`` is 0, the end is the size of the block. */
 static real *lay_out(const Work *w, Space *s, real *at) {
     long rows = SCORED_ROWS, widest = padded(w->inputs), hidden = padded(w->width);
     for (long c = 0; c < w->trials; c++) rows = most(rows, w->sizes[c]);
@@ -52,7 +53,7 @@ static real *lay_out(const Work *w, Space *s, real *at) {
         }
     }
     s->end = at;
-    int apart = w->activation != RELU; /* whose slope can be told from h, even where dropout has scaled it */
+    int apart = w->activation != RELU; /* relu's slope follows from h, even after dropout; the others also need z */
     for (int l = 0; l <= s->layers; l++) {
         s->h[l] = at, at += rows * widest;
         s->z[l] = s->h[l];
@@ -71,7 +72,7 @@ static real *lay_out(const Work *w, Space *s, real *at) {
     return at + rows * (long)(sizeof(int64_t) / sizeof(real));
 }
 
-/* Copy row i of a layer's weight from where it lies flat, or back. */
+/* Copy row i of a layer's weight from the flat buffer, or back. */
 static void move_row(const Layer *layer, int role, long i, real *flat, int back) {
     for (long j = 0; j < layer->out; j += panel(layer->row - j)) {
         long width = panel(layer->row - j), count = layer->out - j < width ? layer->out - j : width;
@@ -105,6 +106,7 @@ static void move(const Work *w, Space *s, long f, long c, int back) {
     }
 }
 
+/* Copy the rows ``which`` of a fold's inputs to x (rows, D), scaled if the fold has a scale. */
 static void gather(const Work *w, long f, const int64_t *which, long rows, real *x) {
     const real *all = w->x + w->copies[f] * w->rows * w->inputs;
     for (long i = 0; i < rows; i++, x += w->inputs) {
@@ -116,7 +118,8 @@ static void gather(const Work *w, long f, const int64_t *which, long rows, real 
     }
 }
 
-/* Fill what dropout multiplies by: 1 / (1 - rate) where a unit stays, which is where its draw reaches the rate. */
+/* Fill dropout's factors: 1 / (1 - rate) if a unit stays, else 0. A unit stays if its draw is at
+   least the rate. */
 static void drop(const Work *w, Space *s, long c, long step, long rows) {
     real rate = (real)w->dropout[c], kept = 1 / (1 - rate);
     for (int l = 1; l < s->layers; l++) {
@@ -143,7 +146,7 @@ static void forward(const Work *w, Space *s, long rows, int dropping) {
     }
 }
 
-/* The slope in the outputs, which it replaces. */
+/* Replace the outputs by the slope of the loss in them. */
 static void loss_slope(const Work *w, Space *s, long f, const int64_t *which, long rows) {
     const Layer *last = &s->layer[s->layers - 1];
     double total = 0;
@@ -163,7 +166,7 @@ static void loss_slope(const Work *w, Space *s, long f, const int64_t *which, lo
     cross_entropy_slope(rows, w->outputs, z, last->row, w->present + f * w->outputs, s->codes, s->share, s->work);
 }
 
-/* Columns j and after of the slopes (rows, row), as a panel. */
+/* The slopes (rows, row) from column j on, ``width`` columns, as a panel. */
 static const real *pack(const Space *s, const real *slope, long rows, long row, long j, long width) {
     if (width == row) return slope;
     for (long i = 0; i < rows; i++) memcpy(s->packed + i * width, slope + i * row + j, width * sizeof(real));
@@ -181,7 +184,7 @@ static void update(Rates by, long n, real *restrict w, real *restrict first, rea
         for (long i = 0; i < n; i++) momentum_step(by, w + i, first + i, slope[i]);
 }
 
-/* Take a layer's step from the slope (rows, row) in what it gives, a part of the weight at a time. */
+/* Take a layer's step from the slope (rows, row) in its outputs, one part of the weight at a time. */
 static void descend(Layer *layer, Space *s, Rates by, const real *h, long across, const real *slope, long rows) {
     for (long j = 0; j < layer->row; j += panel(layer->row - j)) {
         long width = panel(layer->row - j), count = GRADIENT / width / TILE_ROWS * TILE_ROWS;
@@ -206,7 +209,8 @@ static void transpose(long rows, long columns, const real *restrict a, real *res
         for (long i = 0; i < rows; i += LANES) transpose_block(a + i * columns + j, columns, b + j * rows + i, rows);
 }
 
-/* The slope in what a layer is given, (rows, row), from that in what it gives; a part of the columns at a time. */
+/* The slope in a layer's inputs, (rows, row), from the slope in its outputs; one part of the
+   columns at a time. */
 static void slope_back(const Layer *layer, const Space *s, const real *slope, long rows, real *below, long row) {
     for (long j = 0; j < row; j += panel(row - j)) {
         long width = panel(row - j);
@@ -218,11 +222,12 @@ static void slope_back(const Layer *layer, const Space *s, const real *slope, lo
     }
 }
 
+/* Take the step of every layer, from the last to the first, starting with the slope in the outputs. */
 static void backward(const Work *w, Space *s, Rates by, long rows, int dropping) {
     real *slope = s->h[s->layers], *below = s->slope;
     for (int l = s->layers - 1; l >= 0; l--) {
         Layer *layer = &s->layer[l];
-        if (l > 0) /* with the weights as they were before the step */
+        if (l > 0) /* before the step, because this slope needs the old weights */
             slope_back(layer, s, slope, rows, below, s->layer[l - 1].row);
         descend(layer, s, by, s->h[l], l ? s->layer[l - 1].row : w->inputs, slope, rows);
         if (l > 0) {

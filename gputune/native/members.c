@@ -1,7 +1,7 @@
-/* The training of whole members, each on its own, for one epoch: forward, backward and update of a small network
-   whose parameters, moments and activations stay in one core's cache from the first step of the epoch to the last.
-   Members do not share anything that is written, so their numbers do not depend on how many there are, nor on the
-   threads. */
+/* The training of whole members, one after the other, for one epoch: forward, backward and update
+   of a small network. Its parameters, moments and activations stay in one core's cache from the
+   first step of the epoch to the last. Members share no memory that is written. Therefore their
+   numbers do not depend on the number of members or threads. */
 
 #include <math.h>
 #include <stdint.h>
@@ -21,6 +21,7 @@ typedef float real;
 #include "functions.h"
 #include "member.h"
 
+/* Score the validation rows of one member: their outputs, and the mean of row_score. */
 static void score(const Work *w, Space *s, long f, long c) {
     long count = w->valid_start[f + 1] - w->valid_start[f], row = s->layer[s->layers - 1].row;
     const int64_t *which = w->valid + w->valid_start[f];
@@ -47,7 +48,8 @@ static int64_t now(void) {
     return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
 }
 
-/* Move the average after a step. After the first, and of a member without ema, it is the parameters themselves. */
+/* Move the average after a step. After the first step, and for a member without ema, it equals the
+   parameters. */
 static void move_average(const Work *w, Space *s, long c, int first) {
     long n = s->end - s->average;
     real share = (real)(1 - w->ema[c]), *restrict average = s->average;
@@ -57,6 +59,7 @@ static void move_average(const Work *w, Space *s, long c, int first) {
         for (long i = 0; i < n; i++) average[i] += share * (theta[i] - average[i]);
 }
 
+/* Train one member for one epoch, and score it. */
 static void train_member(const Work *w, Space *s, long f, long c, const int32_t *stop) {
     int64_t begin = now();
     long n = w->lengths[f], size = w->sizes[c] < n ? w->sizes[c] : n, steps = (n + size - 1) / size;
@@ -73,16 +76,18 @@ static void train_member(const Work *w, Space *s, long f, long c, const int32_t 
         if (w->average) move_average(w, s, c, !w->epoch && !step);
     }
     move(w, s, f, c, 1);
-    memcpy(s->state, s->average, (char *)s->end - (char *)s->average); /* which is scored, where there is one */
+    memcpy(s->state, s->average, (char *)s->end - (char *)s->average); /* the average, if there is one, is scored */
     int64_t trained = now();
     if (w->scored || w->means) score(w, s, f, c);
     __atomic_fetch_add(w->nanoseconds, trained - begin, __ATOMIC_RELAXED);
     __atomic_fetch_add(w->nanoseconds + 1, now() - trained, __ATOMIC_RELAXED);
 }
 
-/* Train the members of the queue that nobody has taken yet: several threads may call this with one ``next``.
+/* Train the members that are still in the queue. Several threads may call this function with the
+   same ``next``.
 
-   Returns 0, or 1 where there is no memory to work in. Ends early, with members half trained, once ``stop`` is set. */
+   Returns 0, or 1 if memory cannot be allocated. Once ``stop`` is set, it ends early and members
+   are half trained. */
 int train_members(const Work *w, int64_t *next, const int32_t *stop) {
     Space space;
     real *end = lay_out(w, &space, 0);
@@ -99,7 +104,7 @@ int train_members(const Work *w, int64_t *next, const int32_t *stop) {
     return 0;
 }
 
-/* The level of x86-64 whose instructions this processor has: 4 (AVX-512), 3 (AVX2 with FMA) or 1, as all others. */
+/* The x86-64 level of this processor: 4 (AVX-512), 3 (AVX2 with FMA) or 1 (all other processors). */
 int processor_level(void) {
 #ifdef __x86_64__
     __builtin_cpu_init();
@@ -114,11 +119,12 @@ int processor_level(void) {
 #endif
 }
 
-/* The numbers of torch.rand on a CPU in single precision: 24 bits each of a Mersenne twister.
-   Source: Matsumoto and Nishimura (1998), as PyTorch seeds it. */
+/* The numbers of torch.rand on a CPU in single precision: 24 bits of a Mersenne twister per number.
+   Source: Matsumoto and Nishimura (1998), with PyTorch's seeding. */
 enum { WORDS = 624, AHEAD = 397 };
 
-/* The words of a state lie so far apart from those they are made of that the loops are taken in vectors. */
+/* Each word is computed from words that are far away in the state, so the compiler can vectorize
+   the loops. */
 static uint32_t twisted(uint32_t far, uint32_t at, uint32_t next) {
     uint32_t y = (at & 0x80000000u) | (next & 0x7fffffffu);
     return far ^ (y >> 1) ^ (-(y & 1) & 0x9908b0dfu);
@@ -133,7 +139,8 @@ static void renew(uint32_t *state) {
     state[WORDS - 1] = twisted(state[AHEAD - 1], state[WORDS - 1], state[0]);
 }
 
-/* Write the first numbers of a seed's stream: ``counts`` of them into each of ``parts``, one after another. */
+/* Write the first numbers of a seed's stream into ``parts``, one part after another; ``counts`` are
+   their lengths. */
 void draw_uniform(int64_t seed, int64_t n, float *const *parts, const int64_t *counts) {
     uint32_t state[WORDS] = {(uint32_t)seed};
     for (uint32_t i = 1; i < WORDS; i++) state[i] = 1812433253u * (state[i - 1] ^ (state[i - 1] >> 30)) + i;

@@ -1,8 +1,8 @@
-/* The matrix product of small row-major matrices that lie in a core's cache.
+/* The matrix product of small row-major matrices that fit into a core's cache.
 
-   A tile of the result stays in registers while the inner dimension goes by: one line of b is read once for all rows
-   of the tile, and each number of a is spread over a register. The compiler's vector types make it the processor's
-   own instructions, whatever their width. */
+   A tile of the result stays in registers during the loop over the inner dimension. One line of b
+   is read once for all rows of the tile, and each number of a is broadcast to a register. The
+   compiler's vector types become the processor's vector instructions, for any width. */
 
 #if defined(__AVX512F__)
 #define VECTOR_BYTES 64
@@ -24,7 +24,8 @@
 
 typedef real vector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
 
-/* Two vectors with the numbers of a and b in turn: of their first halves, and of their second. */
+/* Two vectors in which the numbers of a and b alternate: FIRST takes their first halves, SECOND
+   their second halves. */
 #ifdef DOUBLE
 #define NUMBERS (VECTOR_BYTES / 8)
 typedef int64_t places __attribute__((vector_size(VECTOR_BYTES)));
@@ -51,8 +52,8 @@ typedef int32_t places __attribute__((vector_size(VECTOR_BYTES)));
 #define IN_TURN(a, b, ...) __builtin_shuffle(a, b, (places){__VA_ARGS__})
 #endif
 
-/* A block of LANES x LANES of a, transposed into b: the two halves of its lines, taken in turn, are its columns once
-   every line has been halved. */
+/* A block of LANES x LANES numbers of a, transposed into b. Each pass interleaves the first half of
+   the lines with the second half. After log2(LANES) passes the lines are the columns. */
 ALWAYS_INLINE void transpose_block(const real *a, long a_row, real *b, long b_row) {
     vector line[LANES], next[LANES];
     for (int p = 0; p < LANES; p++) line[p] = *(const vector *)(a + p * a_row);
@@ -93,7 +94,8 @@ ALWAYS_INLINE void tile(const int rows, const int vectors, long inner, const rea
         for (int j = 0; j < vectors; j++) *(vector *)(c + i * c_row + j * LANES) = sum[i][j];
 }
 
-/* A function for each width of a tile; the number of rows is a constant in each of its cases, and so in registers. */
+/* One function for each width of a tile. The number of rows is a constant in each case, so the sums
+   stay in registers. */
 #define CASE(n) \
     case n: tile(n, WIDTH, inner, a, a_row, a_column, b, b_row, bias, c, c_row); break;
 #if TILE_ROWS == 8
@@ -122,20 +124,22 @@ ALWAYS_INLINE void tiles(long width, int rows, long inner, const real *a, long a
 #endif
 }
 
-/* How many of ``left`` columns the next tile has; four vectors are two and two, as three and one would leave the
-   registers half empty. */
+/* The number of columns of the next tile, if ``left`` columns are left. Four vectors are split into
+   two and two, because with three and one the second tile would leave most registers empty. */
 static long panel(long left) {
     long vectors = left / LANES;
     return LANES * (vectors == 4 ? 2 : vectors < TILE_VECTORS ? vectors : TILE_VECTORS);
 }
 
-/* c (rows, columns) = a (rows, inner) b (inner, columns) + bias (columns), or without bias where it is NULL.
+/* c (rows, columns) = a (rows, inner) b (inner, columns) + bias (columns). A bias of NULL is left
+   out.
 
-   ``columns`` is a multiple of LANES. Element (i, p) of a is a[i a_row + p a_column]: a may be read as it lies or
-   transposed. b lies in panels, each of them the whole rows of one tile's columns: the panel that begins with column j
-   begins at j b_rows, where b_rows is the number of rows there is room for. So a tile's lines follow one another; in
-   rows of 4 KiB they would all fall on the same few places of the cache, each in a page of its own. The order of the
-   sums depends on the column alone, so rows come out the same in any company. */
+   ``columns`` is a multiple of LANES. Element (i, p) of a is a[i a_row + p a_column], so a may be
+   transposed. b is stored in panels. A panel has all rows of the columns of one tile. The panel
+   that begins with column j begins at j b_rows, where b_rows is the number of allocated rows. So
+   the lines of a tile are contiguous. In rows of 4 KiB they would all map to the same few places of
+   the cache, each in a different page. The order of the sums depends only on the column, so a row's
+   result does not depend on the other rows. */
 static void product(long rows, long columns, long inner, const real *a, long a_row, long a_column, const real *b,
                     long b_rows, const real *bias, real *c, long c_row) {
     for (long j = 0; j < columns; j += panel(columns - j)) {

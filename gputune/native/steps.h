@@ -1,5 +1,6 @@
-/* What the kernels of a member's step are made of (modules/member_kernels.py), before them: what they call beside their
-   loops, products of matrices that lie in any way, and norms; and what takes the steps that call them. */
+/* The functions that the generated kernels of a member's step call (modules/member_kernels.py):
+   products of matrices with any strides, and norms. Also the function that runs the steps. The
+   kernels follow after this header. */
 
 #include <stdint.h>
 #include <stdlib.h>
@@ -13,7 +14,8 @@ typedef float real;
 #endif
 #define root sqrt
 
-/* Functions that glibc has of whole vectors too, to 4 units of the last place: loops take those where this says so. */
+/* glibc also has vector versions of these functions, exact to 4 units in the last place. These
+   declarations let loops use them. */
 #if defined(__GLIBC__) && defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #if __GLIBC_PREREQ(2, 22)
 #define OF_VECTORS(name) \
@@ -28,7 +30,8 @@ OF_VECTORS(log)
 #include "product.h"
 #include "functions.h"
 
-/* b (inner, wanted) as whole vectors of ``width`` columns, zeros behind its own. */
+/* Copies b (inner, wanted) to ``room`` with ``width`` columns, a whole number of vectors; the rest
+   is filled with zeros. */
 static void packed(long inner, long wanted, long width, const real *b, long b_row, long b_column, real *room) {
     if (wanted < width) memset(room, 0, inner * width * sizeof(real));
     if (b_column == 1) {
@@ -36,15 +39,15 @@ static void packed(long inner, long wanted, long width, const real *b, long b_ro
         return;
     }
     long whole = b_row == 1 ? inner / LANES * LANES : 0, across = whole ? wanted / LANES * LANES : 0;
-    for (long p = 0; p < whole; p += LANES) /* block by block: whole lines of the cache are read and written */
+    for (long p = 0; p < whole; p += LANES) /* block by block, so that whole cache lines are read and written */
         for (long q = 0; q < across; q += LANES)
             transpose_block(b + p + q * b_column, b_column, room + p * width + q, width);
     for (long p = 0; p < inner; p++)
         for (long q = p < whole ? across : 0; q < wanted; q++) room[p * width + q] = b[p * b_row + q * b_column];
 }
 
-/* c (rows, columns) = a (rows, inner) b (inner, columns) + bias (columns), or without bias where it is NULL. ``room`` is
-   memory to work in: TILE_COLUMNS x (inner + TILE_ROWS + 1) numbers. */
+/* c (rows, columns) = a (rows, inner) b (inner, columns) + bias (columns). A bias of NULL is left
+   out. ``room`` is scratch memory of TILE_COLUMNS x (inner + TILE_ROWS + 1) numbers. */
 static void matrix_product(long rows, long columns, long inner, const real *a, long a_row, long a_column,
                            const real *b, long b_row, long b_column, const real *bias, real *c, long c_row,
                            real *room) {
@@ -71,7 +74,7 @@ static void matrix_product(long rows, long columns, long inner, const real *a, l
     }
 }
 
-/* The slope in x (rows, n) of what is normalised along n, from that in the outputs. */
+/* The slope in x (rows, n) of a layer norm along n, from the slope in its outputs. */
 static void layer_norm_slope(long rows, long n, const real *slope, const real *x, const real *mean, const real *scale,
                              real *below) {
     for (long i = 0; i < rows; i++, slope += n, x += n, below += n) {
@@ -84,7 +87,8 @@ static void layer_norm_slope(long rows, long n, const real *slope, const real *x
     }
 }
 
-/* Outputs (rows, n) of a batch norm in training of x (rows, n); running statistics go on, unless they are NULL. */
+/* Outputs (rows, n) of a batch norm of x (rows, n) in training. The running statistics are updated,
+   unless NULL. */
 static void batch_norm(long rows, long n, real momentum, real epsilon, const real *x, const real *weight,
                        const real *bias, real *running_mean, real *running_var, real *outputs, real *mean,
                        real *scale) {
@@ -128,15 +132,17 @@ static void batch_norm_slope(long rows, long n, const real *slope, const real *x
                                scale[j] * (weight ? weight[j] : 1);
 }
 
-/* What takes the steps of a member (modules/member_code.py), each a list of numbers: how many follow, then runs of calls.
+/* The interpreter of a member's steps (modules/member_code.py). A step is a list of numbers: the
+   number of entries that follow, then runs of calls.
 
-   A run: calls, rows, and for how many rows at a time. A call: kernel, places, sizes, its first number of the host, and
-   how much of its last size is a row, 0 where it is called once for all. Then for each place the memory (-1: none), the
-   byte at which it begins, and the bytes of a row; then the sizes. */
+   A run has: number of calls, number of rows, and number of rows at a time. A call has: kernel,
+   number of places, number of sizes, index of its first number from the host, and the part of its
+   last size that belongs to one row (0: it is called once for all rows). Then, for each place:
+   memory (-1: none), first byte, bytes per row. Then the sizes. */
 
 typedef void (*Kernel)(char *const *P, const double *S, const int64_t *N);
 
-enum { MOST = 64 }; /* places or sizes of a call */
+enum { MOST = 64 }; /* most places or sizes of a call */
 
 static const int64_t *take_run(const int64_t *run, const Kernel *kernels, char *const *M, const double *S) {
     const int64_t *call = run;
@@ -158,7 +164,8 @@ static const int64_t *take_run(const int64_t *run, const Kernel *kernels, char *
     return call;
 }
 
-/* M: the memories that the steps find, the first of them room for what they make. */
+/* Runs ``count`` steps. M: the memories of the steps; the first one is scratch memory for their
+   results. */
 void take_steps(int64_t count, const int64_t *const *steps, const Kernel *kernels, char *const *M,
                 const double *const *S) {
     for (int64_t i = 0; i < count; i++)

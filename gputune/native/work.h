@@ -1,10 +1,11 @@
-/* What the C code and the kernel of a GPU share: what the training of members is asked to do, and formulas of single
-   numbers. Before them each says what ``real`` is, its ``root``, the type ``wide`` in which gelu is computed,
-   ``exponential`` and ALWAYS_INLINE. Axes: F folds, C trials, D inputs, H width, K outputs, n rows of the data.
+/* The part that the C code and the GPU kernel share: the description of a training (Work), and
+   formulas for single numbers. The including code first defines ``real``, its ``root``, the type
+   ``wide`` in which gelu is computed, ``exponential`` and ALWAYS_INLINE. Axes: F folds, C trials, D
+   inputs, H width, K outputs, n rows of the data.
 
-   A number that is not finite stays so: a member that diverges must be seen to have diverged. */
+   A number that is not finite stays so, because a member that diverges must be recognizable. */
 
-#ifndef ALWAYS_INLINE /* on a GPU, whose kernel begins with this */
+#ifndef ALWAYS_INLINE /* on a GPU: the kernel begins with this header */
 #ifdef __CUDACC_RTC__ /* NVRTC has no headers */
 typedef int int32_t;
 typedef long long int64_t;
@@ -24,13 +25,14 @@ typedef real wide;
 enum { RELU, GELU, SILU, TANH };
 
 ALWAYS_INLINE real activated(const int kind, real z) {
-    if (kind == RELU) return z < 0 ? 0 : z; /* NaN is not below 0, and stays */
+    if (kind == RELU) return z < 0 ? 0 : z; /* NaN < 0 is false, so NaN stays NaN */
     if (kind == TANH) return 1 - 2 / (1 + exponential(2 * z));
     if (kind == SILU) return z / (1 + exponential(-z));
     return z * (real)0.5 * (1 + (real)erf(z * (wide)0.70710678118654752));
 }
 
-/* The slope in z of what has the slope ``above`` in h = activated(z). relu reads h, the others z. */
+/* The slope in z, from the slope ``above`` in h = activated(z). relu reads h, the other activations
+   read z. */
 ALWAYS_INLINE real slope_in(const int kind, real above, real z, real h) {
     if (kind == RELU) return h <= 0 ? 0 : above;
     if (kind == TANH) {
@@ -45,48 +47,48 @@ ALWAYS_INLINE real slope_in(const int kind, real above, real z, real h) {
     return above * (real)(below + x * (wide)0.39894228040143268 * exp((wide)-0.5 * x * x));
 }
 
-/* An input as its fold reads it: scaled, 0 where it is missing. */
+/* An input as its fold reads it: scaled, and 0 if it is missing (NaN). */
 ALWAYS_INLINE real scaled(real x, real center, real scale) {
     real value = (x - center) / scale;
     return value == value ? value : 0;
 }
 
-/* For all members; laid out as gputune.native.library.Work. */
+/* The training of all members; the layout is the same as in gputune.native.library.Work. */
 typedef struct {
     int64_t folds, trials, inputs, width, outputs, layers, activation, optimizer, classes;
-    int64_t rows;                 /* n of the data */
-    int64_t epoch, horizon;       /* epochs done, and epochs of a schedule */
-    int64_t row_score;            /* what a validation row adds to ``means`` */
-    int64_t loss;                 /* of numbers: see number_slope */
+    int64_t rows;                 /* n, the rows of the data */
+    int64_t epoch, horizon;       /* finished epochs, and epochs of a schedule */
+    int64_t row_score;            /* the score of a validation row, whose mean goes to ``means`` */
+    int64_t loss;                 /* of a regression: see number_slope */
     const real *x;                /* (V, n, D) */
-    const real *center, *scale;   /* (F, D): (x - center) / scale is read, 0 where x is missing; NULL: x as it is */
-    const int64_t *copies;        /* (F): V of a fold */
+    const real *center, *scale;   /* (F, D): (x - center) / scale is read, 0 if x is missing; NULL: x is not scaled */
+    const int64_t *copies;        /* (F): the index in V that a fold reads */
     const void *y;                /* (n) codes, or (F, n) values */
-    const double *target;         /* (n) values in their own units, of y target_scale + target_center; NULL: classes */
+    const double *target;         /* (n) y target_scale + target_center, in the original units; NULL: classes */
     const double *target_center, *target_scale; /* (F) */
     const double *weights;        /* (F, n) or NULL */
     const real *present;          /* (F, K) */
-    const int64_t *order;         /* (F, longest fold): rows of the data as they are read in this epoch */
+    const int64_t *order;         /* (F, longest fold): rows of the data in the order in which this epoch reads them */
     const int64_t *lengths;       /* (F): rows of each fold */
     int64_t longest;
     const int64_t *widths;                             /* (C, hidden layers) */
     const int64_t *sizes, *schedule;                   /* (C) */
     const double *lr, *decay, *momentum, *dropout, *ema; /* (C) */
-    const double *loss_number;    /* (1): delta of the Huber loss, the level of the quantile loss */
-    const float *draws;           /* of dropout, one after another; NULL: none */
-    const int64_t *draw_start;    /* (steps): where those of a step begin */
-    const int64_t *draw_rows;     /* (steps): how many rows they are for, in each layer */
+    const double *loss_number;    /* (1): delta of the Huber loss, or the level of the quantile loss */
+    const float *draws;           /* random draws of dropout, one after another; NULL: none */
+    const int64_t *draw_start;    /* (steps): index of a step's first draw */
+    const int64_t *draw_rows;     /* (steps): number of rows that have draws, in each layer */
     real *theta, *first, *second; /* flat buffers; the moments may be NULL */
-    real *average;                /* of the parameters, as they lie there; NULL: none, and theta is scored */
+    real *average;                /* of the parameters, in the layout of theta; NULL: none, and theta is scored */
     const int64_t *valid;         /* validation rows of all folds */
     const int64_t *valid_start;   /* (F + 1) */
-    real *scored;                 /* outputs on them, (C, m, K) fold after fold; NULL: none */
-    double *means;                /* (F, C): the mean of row_score over them; NULL: none */
-    int64_t *nanoseconds;         /* (2): of training and of scoring, added up over members */
-    const int64_t *queue;         /* (F C): members p = f C + c in the order in which they are taken */
+    real *scored;                 /* outputs on the validation rows, (C, m, K) fold after fold; NULL: none */
+    double *means;                /* (F, C): the mean of row_score over the validation rows; NULL: none */
+    int64_t *nanoseconds;         /* (2): time of training and of scoring, summed over members */
+    const int64_t *queue;         /* (F C): members p = f C + c in the order of training */
 } Work;
 
-/* The slope of a loss of numbers in the output, which lies ``gap`` above the target. */
+/* The slope of a regression loss in the output, which is ``gap`` above the target. */
 enum { SQUARED, ABSOLUTE, HUBER, QUANTILE };
 
 ALWAYS_INLINE real number_slope(int64_t loss, real number, real gap) {
@@ -96,8 +98,8 @@ ALWAYS_INLINE real number_slope(int64_t loss, real number, real gap) {
     return loss == ABSOLUTE ? sign : (sign + 1) * (real)0.5 - number;
 }
 
-/* What a validation row adds to a score. All in double precision, as a tuned model predicts; NaN where an output is not
-   finite: the mean over rows then is NaN too. */
+/* The score of a validation row, in double precision, because a tuned model predicts in double
+   precision. It is NaN if an output is not finite; the mean over rows is then NaN too. */
 enum { HIT, LOG_LIKELIHOOD, SQUARED_ERROR, ABSOLUTE_ERROR };
 
 ALWAYS_INLINE double row_score(const Work *w, const int classes, int64_t f, const real *z, int64_t row) {
@@ -106,7 +108,7 @@ ALWAYS_INLINE double row_score(const Work *w, const int classes, int64_t f, cons
         return w->row_score == ABSOLUTE_ERROR ? fabs(gap) : gap * gap;
     }
     const real *present = w->present + f * w->outputs;
-    int64_t label = ((const int64_t *)w->y)[row], best = -1; /* the largest, of several the first */
+    int64_t label = ((const int64_t *)w->y)[row], best = -1; /* the largest output; in a tie, the first one */
     for (int64_t k = 0; k < w->outputs; k++) {
         if (present[k] == 0) continue;
         if (z[k] - z[k] != 0) return NAN;
@@ -117,14 +119,15 @@ ALWAYS_INLINE double row_score(const Work *w, const int classes, int64_t f, cons
     for (int64_t k = 0; k < w->outputs; k++)
         if (present[k] != 0) sum += exp(z[k] - top);
     double log_p = present[label] != 0 ? z[label] - top - log(sum) : least;
-    return log_p < least ? least : log_p > most ? most : log_p; /* p as scikit-learn holds it: 2^-52 from 0 and 1 */
+    return log_p < least ? least : log_p > most ? most : log_p; /* p stays 2^-52 away from 0 and 1, as in scikit-learn */
 }
 
 /* One step of an optimizer over one parameter, as gputune.optimizers.rules defines it, and the rates of a member's step. */
 enum { SGD, NESTEROV, ADAM, ADAMW };
 
-/* What the step of one member is: numbers for all its parameters. ``rate`` has the schedule in it, and for adam the
-   bias corrections, which are moved out of the loop: lr / (1 - b1^t) m / (sqrt(v / (1 - b2^t)) + eps). */
+/* The step of one member: numbers that all its parameters share. ``rate`` includes the schedule.
+   For adam it also includes the bias corrections, which are moved out of the loop:
+   lr / (1 - b1^t) m / (sqrt(v / (1 - b2^t)) + eps). */
 typedef struct {
     int64_t optimizer;
     real rate, shrink, l2, momentum, epsilon;
@@ -149,6 +152,7 @@ ALWAYS_INLINE void plain_step(Rates by, real *w, real slope) {
     *w -= by.rate * (slope + by.l2 * *w);
 }
 
+/* A number limited to the range of ``real``, so that it does not become infinite. */
 ALWAYS_INLINE real held(double value) {
 #ifdef DOUBLE
     const double largest = 1.7976931348623157e308;
@@ -181,7 +185,7 @@ ALWAYS_INLINE double factor(int64_t schedule, double done, double total) {
     }
 }
 
-/* The numbers of step ``count``, from 1, of ``total`` steps of the schedule. */
+/* The rates of step ``count`` (the first is 1) of the ``total`` steps of the schedule. */
 ALWAYS_INLINE Rates rates(const Work *w, long c, double count, double total) {
     double lr = w->lr[c] * factor(w->schedule[c], count - 1, total), decay = w->decay[c];
     Rates by = {w->optimizer, held(lr), 0, held(decay), held(w->momentum[c]), 0};
