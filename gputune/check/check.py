@@ -1,7 +1,8 @@
-"""All laws on one device, and how fast it trains: a table, what is kept of it, and one line on what
-to choose.
+"""The checks of ``gputune check``: correctness laws on one device, and its training speed.
 
-``gputune check`` puts the laws to a user's device, the tests to the CPU and to a simulated GPU.
+The result is a table, findings that are stored for later runs, and one line of advice on the device
+to choose. ``gputune check`` runs the laws on the user's device. The tests run them on the CPU and
+on a simulated GPU.
 """
 
 import json
@@ -33,28 +34,31 @@ from gputune.types import Backend
 from gputune.version import __version__
 
 _CPU = torch.device("cpu")
-_MEMBERS = 1000  # of the speed that is shown beside that of few
+_MEMBERS = 1000  # the table shows the speed of this many members next to the speed of a few
 
 EXACT = 1e-10
 ROUNDED = 1e-4
-"""Largest differences allowed in double and in single precision, after at most 50 steps."""
+"""The largest differences allowed in double precision (EXACT) and in single precision (ROUNDED).
+
+They apply after at most 50 steps.
+"""
 
 
 @dataclass(frozen=True)
 class Law:
-    """What must hold: ``measure`` returns at most ``allowed``, with every one of ``backends`` that
-    a device has.
+    """A property that must hold on every device.
 
-    It returns the largest difference of what a device computes from what is right, as a share of
-    the largest number.
-    ``backends`` () is of what no backend trains; its measure is asked once, as "eager".
+    ``measure`` returns the largest difference between the device's result and the right result,
+    relative to the largest number. It must be at most ``allowed`` with each of ``backends`` that
+    the device has. If ``backends`` is (), the law does not train with a backend, and it is measured
+    once, as "eager".
     """
 
     name: str
     measure: Callable[[torch.device, Backend], float]
     allowed: float = EXACT
     backends: tuple[Backend, ...] = ("eager", "graph", "compiled")
-    gpus: int = 0  # that it needs
+    gpus: int = 0  # number of GPUs that the law needs
 
 
 _SIZES = (
@@ -82,15 +86,17 @@ CASES: Mapping[str, Case] = {
 }
 """Members of the built-in MLP that a plain loop can train too."""
 
-_ROUNDED = Case(  # no kink that rounding could cross
+_ROUNDED = Case(  # tanh, because rounding could cross the kink of a relu
     tuple({**config, "lr": 0.001} for config in _SIZES), {"activation": "tanh"}, dtype=torch.float32
 )
 _MODULE = Case(_RATES, module=True)
 
 
 def solution(device: torch.device, _backend: Backend) -> float:
-    """Class chances of the solved logistic regression from scikit-learn's, which ends with a
-    residual of 1e-12."""
+    """Return the largest difference between the solved logistic regression and scikit-learn's.
+
+    The class chances are compared. scikit-learn stops at a residual of 1e-12.
+    """
     case = Case(({"C": 0.1}, {"C": 2.0}))
     worst = []
     data = case.data(torch.device("cpu"))
@@ -108,7 +114,7 @@ def solution(device: torch.device, _backend: Backend) -> float:
 
 
 def gradients(mode: Mode, other: Mode, device: torch.device, _backend: Backend) -> float:
-    """The derivative in learning rate and weight decay by two modes."""
+    """Return the difference of two modes in the derivatives by learning rate and weight decay."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(40, 5, generator=generator, dtype=torch.float64).to(device)
     y = torch.randint(3, (40,), generator=generator).to(device)
@@ -182,15 +188,18 @@ LAWS: tuple[Law, ...] = (
         ("eager", "graph"),
         gpus=2,
     ),
-    # The last one: after a capture that failed PyTorch < 2.13 records nothing any more.
+    # This law must be the last: after a failed capture, PyTorch < 2.13 cannot record any more.
     Law("a recording that fails falls back", laws.recording_fails, 0.0, ("graph",)),
 )
-"""What holds on every device, in the order in which it is checked."""
+"""All laws, in the order in which they are checked."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a law said of a backend: ``difference`` is NaN where it raised ``error``."""
+    """The result of one law with one backend.
+
+    ``difference`` is NaN if the measurement raised ``error``.
+    """
 
     law: str
     backend: str
@@ -201,13 +210,13 @@ class Row:
 
     @property
     def ok(self) -> bool:
-        """Whether the law holds."""
+        """True if the law holds."""
         return self.difference <= self.allowed
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was found of a device; ``speeds`` by device and backend."""
+    """The results of a check of one device; ``speeds`` are by device and backend."""
 
     device: str
     facts: str
@@ -216,7 +225,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether every law holds."""
+        """True if every law holds."""
         return all(row.ok for row in self.rows)
 
     def __str__(self) -> str:
@@ -239,7 +248,9 @@ class Report:
         )
 
     def _speeds(self) -> list[str]:
-        """Return the table of speeds, and from how many members on a GPU is the faster one."""
+        """Return the lines of the speed table, and the number of members from which a GPU is
+        faster.
+        """
         if not self.speeds:
             return []
         few = FEW * FOLDS
@@ -258,6 +269,9 @@ class Report:
         gpu = [speed for (device, _), speed in self.speeds.items() if device != "cpu"]
         if cpu is not None and gpu:
             faster = [speed for speed in gpu if speed.member < cpu.member]
+            # A step of n members takes step + n * member seconds on each device. Both are equally
+            # fast at
+            # n = (step_gpu - step_cpu) / (member_cpu - member_gpu).
             counts = [
                 max(1.0, (speed.step - cpu.step) / (cpu.member - speed.member)) for speed in faster
             ]
@@ -269,7 +283,7 @@ class Report:
         return lines
 
     def json(self) -> str:
-        """Return the same as JSON; a difference is null where a law raised an error."""
+        """Return the report as JSON; a difference is null if a law raised an error."""
         rows = [asdict(row) | {"ok": row.ok} for row in self.rows]
         rows = [
             row | ({"difference": None} if math.isnan(row["difference"]) else {}) for row in rows
@@ -288,7 +302,7 @@ class Report:
 
 
 def checks_of(device: torch.device) -> list[tuple[Law, Backend]]:
-    """Return every law with each backend of a device that it is for."""
+    """Return every law with each of its backends that a device has."""
     known = backends_of(device)
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     pairs = ((law, backend) for law in LAWS for backend in law.backends or ("eager",))
@@ -296,7 +310,7 @@ def checks_of(device: torch.device) -> list[tuple[Law, Backend]]:
 
 
 def backends_of(device: torch.device) -> tuple[Backend, ...]:
-    """Return the ways to train the built-in MLP on a device."""
+    """Return the backends that can train the built-in MLP on a device."""
     if device.type == "cpu":
         with suppress(NotBuiltError):
             library(torch.float64)
@@ -305,16 +319,19 @@ def backends_of(device: torch.device) -> tuple[Backend, ...]:
 
 
 def timed_of(device: torch.device) -> list[tuple[torch.device, Backend]]:
-    """Return what is timed: the backends of a device, and compiled training on the CPU."""
+    """Return the backends to time: all backends of the device, and compiled training on the CPU."""
     besides = device != _CPU and "compiled" in backends_of(_CPU)
     return [(device, backend) for backend in backends_of(device)] + [(_CPU, "compiled")] * besides
 
 
 def check(device: torch.device, tell: Callable[[str], object]) -> Report:
-    """Time a device, put the laws to it and keep what was found; ``tell`` is told each time what
-    begins."""
+    """Time a device, check the laws on it, and store the findings.
+
+    ``tell`` is called with a description before each part begins.
+    """
     speeds: dict[tuple[str, Backend], Speed] = {}
-    for place, backend in timed_of(device):  # before a recording is made to fail
+    # Speeds come first, because the last law makes a recording fail.
+    for place, backend in timed_of(device):
         tell(f"speed, {backend}")
         speeds[str(place), backend] = measure_speed(place, backend)
     rows = []
@@ -326,7 +343,7 @@ def check(device: torch.device, tell: Callable[[str], object]) -> Report:
         error = ""
         try:
             difference = law.measure(device, backend)
-        except Exception as raised:  # whatever it is, it is what was found
+        except Exception as raised:  # any error is a finding and goes into the report
             error = f"{type(raised).__name__}: {next(iter(str(raised).splitlines()), '')}"
         name = backend if law.backends else "-"
         seconds = time.monotonic() - begin
@@ -340,7 +357,7 @@ def check(device: torch.device, tell: Callable[[str], object]) -> Report:
 
 
 def _facts(device: torch.device) -> str:
-    """Return what there is of a device, and the versions."""
+    """Return a description of the device and the versions of the software."""
     versions = f"torch {torch.__version__}, gputune {__version__}"
     if device.type == "cpu":
         return f"{count(cores(), 'core')}; {versions}"

@@ -1,8 +1,8 @@
-"""Members that train together, and what must hold of them on every device: how far each is from
-what is right.
+"""Measurements of members that train together: their largest difference from the right result.
 
-That is the network that a plain loop trains alone, scikit-learn, or the same device another way.
-Part of it are drills: trials diverge, memory runs out, a step cannot be recorded.
+The right result comes from a plain loop that trains one network, from scikit-learn, or from the
+same device by another method. Some measurements are drills: trials diverge, memory runs out, a step
+cannot be recorded.
 """
 
 import dataclasses
@@ -41,23 +41,24 @@ from gputune.scoring.scoring import Scoring, Validation
 from gputune.seeding import stream
 from gputune.types import Backend, Config, Task
 
-# folds of 40 and 41 rows: not all take equally many steps
+# Three folds with 40 or 41 training rows, so that the folds can differ in their number of steps.
 _ROWS = 61
 _FEATURES = 5
 _CLASSES = 3
 _FOLDS = 3
-_LIMIT = 64 << 20  # bytes of a GPU beyond those that are taken
-_WILD = 1e300  # a learning rate
-_SINGLE = 2  # trials that fit where the limit is played
+_LIMIT = 64 << 20  # bytes that a GPU may use in addition to those in use
+_WILD = 1e300  # a learning rate at which training diverges
+_SINGLE = 2  # number of trials that fit if the memory limit is simulated
 
 
 def plain_mlp(
     config: Config, n_features: int, n_outputs: int
 ) -> tuple[nn.Module, Callable[..., Tensor]]:
-    """Return an MLP in double precision with its keyed start, and its outputs while it trains,
-    dropout included.
+    """Return an MLP in double precision with its seeded start, and its training-mode forward
+    function.
 
-    Those are (B, K), of a minibatch (B, D), an epoch and a step.
+    The function includes dropout. It maps a minibatch (B, D), an epoch and a step to outputs (B,
+    K).
     """
     module = MLP(
         n_features, n_outputs, **{name: config[name] for name in ("width", "depth", "activation")}
@@ -90,7 +91,7 @@ def plain_mlp(
 
 
 class Net(nn.Module):
-    """A module as a user writes one."""
+    """A module as a user would write it."""
 
     def __init__(self, n_features: int, n_outputs: int) -> None:
         super().__init__()
@@ -106,8 +107,10 @@ class Net(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """Members that train together: what is special in their rows, and the configurations, filled
-    with ``shared``."""
+    """Members that train together: their rows and their configurations.
+
+    ``shared`` has values for all configurations.
+    """
 
     configs: tuple[Config, ...]
     shared: Config = dataclasses.field(default_factory=dict)
@@ -127,7 +130,10 @@ class Case:
         return tuple(complete(config, optimizer="adamw", schedule="constant") for config in filled)
 
     def data(self, device: torch.device) -> Dataset:
-        """Return rows whose folds are of unequal length, each with its own copy of the inputs."""
+        """Return a dataset with folds of unequal length.
+
+        Each fold has its own copy of the inputs.
+        """
         rng = np.random.default_rng(7)
         fold_of = np.arange(_ROWS) % _FOLDS
         raw = rng.normal(size=(_ROWS, _FEATURES))
@@ -138,28 +144,29 @@ class Case:
         folds = [
             (np.flatnonzero(fold_of != f), np.flatnonzero(fold_of == f)) for f in range(_FOLDS)
         ]
-        if self.absent:  # the first fold learns nothing of the last class
+        if self.absent:  # the first fold has no training row of the last class
             folds[0] = (folds[0][0][codes[folds[0][0]] < _CLASSES - 1], folds[0][1])
         layout = fit_layout(as_table(raw))
         statistics = [fit_statistics(raw, layout, train) for train, _ in folds]
         like = torch.empty(0, dtype=self.dtype, device=device)
         data = make_dataset(raw, statistics, target, folds, weights=Weights(None, None), like=like)
-        # other ones in each fold
+        # The weights differ between folds: (F, n)
         weights = torch.from_numpy(rng.random((_FOLDS, _ROWS))).to(device)
         return dataclasses.replace(data, weights=weights) if self.weights else data
 
     def scoring(self, name: str) -> Scoring:
+        """Return the scoring with this name for the case's task."""
         return make_scoring(
             name, self.task, None if self.task == "regression" else np.arange(_CLASSES)
         )
 
     def chunks(self, data: Dataset) -> list[Population]:
-        """Return the configurations as they train together."""
+        """Return the configurations, grouped into the populations that train together."""
         rows = max(len(fold.train) for fold in data.folds)
         return populations(self.complete(), "module" if self.module else "mlp", rows=rows)
 
     def job(self, backend: Backend, scoring: Scoring | None = None, kind: type[Job] = Job) -> Job:
-        """Return what trains them."""
+        """Return the job that trains the members."""
         module = Net if self.module else None
         epochs = self.epochs
         horizon = self.horizon
@@ -182,8 +189,9 @@ class Case:
 
     @cached_property
     def alone(self) -> dict[tuple[int, int], nn.Module]:
-        """The network of each (fold, configuration), trained alone in double precision on the
-        CPU."""
+        """The network of each (fold, configuration), trained by a plain loop in double precision on
+        the CPU.
+        """
         data = self.data(torch.device("cpu"))
         places = product(range(_FOLDS), enumerate(self.complete()))
         return {(f, c): self._alone(data, f, config) for f, (c, config) in places}
@@ -232,15 +240,14 @@ class Case:
 
 
 def difference(values: Tensor, expected: Tensor) -> float:
-    """Return max |difference| / max |expected|; NaN where either has one."""
+    """Return max |difference| / max |expected|; NaN if either tensor has a NaN."""
     values = values.detach().cpu().double()
     expected = expected.detach().cpu().double()
     return float((values - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
 def from_plain_loop(case: Case, device: torch.device, backend: Backend) -> float:
-    """Return the largest difference of any member from the network that a plain loop trains
-    alone."""
+    """Return the largest difference between any member and the network that a plain loop trains."""
     worst = []
     for chunk, trained in case.trained(device, backend):
         for (c, place), fold in product(enumerate(chunk.index), range(_FOLDS)):
@@ -251,14 +258,20 @@ def from_plain_loop(case: Case, device: torch.device, backend: Backend) -> float
 
 
 def from_eager(case: Case, device: torch.device, backend: Backend) -> float:
-    """Return the largest difference of members from those that the same device trains eagerly."""
+    """Return the largest difference between members and the same members trained eagerly.
+
+    Both train on the same device.
+    """
     pairs = zip(case.trained(device, backend), case.trained(device, "eager"), strict=True)
     return float(np.max([difference(a.flat, b.flat) for (_, a), (_, b) in pairs]))
 
 
 def by_kernel(case: Case, device: torch.device, backend: Backend) -> float:
-    """Members from the plain loop. Raises NotBuiltError where the kernel cannot be compiled, and
-    others would train."""
+    """Return the largest difference between members of the kernel and the plain loop.
+
+    Raises NotBuiltError if the kernel cannot be compiled and another backend would train the
+    members.
+    """
     data = case.data(device)
     job = case.job(backend)
     for chunk in case.chunks(data):
@@ -267,7 +280,7 @@ def by_kernel(case: Case, device: torch.device, backend: Backend) -> float:
 
 
 def on_other_gpus(case: Case, device: torch.device, backend: Backend) -> float:
-    """Members on each of the other GPUs from the plain loop."""
+    """Return the largest difference between members on the other GPUs and the plain loop."""
     others = (
         torch.device("cuda", i)
         for i in range(torch.cuda.device_count())
@@ -277,7 +290,10 @@ def on_other_gpus(case: Case, device: torch.device, backend: Backend) -> float:
 
 
 def scores(configs: tuple[Config, ...], device: torch.device, backend: Backend) -> float:
-    """Scores of the last epoch from those of scikit-learn's scorers on the members' own outputs."""
+    """Return the largest difference between last-epoch scores and scikit-learn's scores.
+
+    scikit-learn's scorers get the members' own outputs.
+    """
     worst = []
     tasks = tuple[Task, ...](("multiclass", "regression"))
     for task, name in [(one, name) for one in tasks for name in OF_TASK[one]]:
@@ -296,7 +312,7 @@ def scores(configs: tuple[Config, ...], device: torch.device, backend: Backend) 
 
 
 def leave(device: torch.device, backend: Backend) -> float:
-    """Members beside some that diverge, from the same members without them."""
+    """Return the difference between members trained with and without diverging neighbors."""
     calm = ({"lr": 0.01}, {"lr": 0.003}, {"lr": 0.001})
     shared = {"optimizer": "sgd", "momentum": 0.9}
     ((_, expected),) = Case(calm, shared).trained(device, backend)
@@ -309,19 +325,24 @@ def leave(device: torch.device, backend: Backend) -> float:
 
 @dataclass(frozen=True)
 class _SmallMemory(Job):
-    """A CPU, whose memory no program limits, that holds a few trials."""
+    """A simulated CPU memory that holds only a few trials.
+
+    No program can limit the memory of a real CPU.
+    """
 
     def run(self, data: Dataset, chunk: Population, progress: Progress | None = None) -> Outcome:
-        """Train one chunk, if it fits."""
+        """Train one chunk; raise MemoryError if it does not fit."""
         if len(chunk.index) > _SINGLE:
             raise MemoryError("so many trials do not fit")
         return super().run(data, chunk, progress)
 
 
 def run_out_of_memory(device: torch.device, backend: Backend) -> float:
-    """Scores of trials that memory does not hold at once, from those of the same trials with all of
-    it."""
-    # 48 of width 128 take 80 MB for parameters, gradients and moments, in double precision.
+    """Return the difference in scores between a run with too little memory and one with enough.
+
+    With too little memory the trials do not fit at once.
+    """
+    # In double precision, 48 trials of width 128 need 80 MB for parameters, gradients and moments.
     trials, width = (6, 8) if device.type == "cpu" else (48, 128)
     case = Case(
         tuple({"lr": 10**-power} for power in np.linspace(2, 4, trials).tolist()),
@@ -330,11 +351,11 @@ def run_out_of_memory(device: torch.device, backend: Backend) -> float:
     )
     data = case.data(device)
     ((chunk,), scoring) = case.chunks(data), case.scoring("neg_log_loss")
-    # What libraries take at their first call is not of this chunk.
+    # This first run also takes the memory that libraries allocate once, at their first call.
     expected = case.job(backend, scoring).run(data, chunk).curves
     job = case.job(backend, scoring, _SmallMemory if device.type == "cpu" else Job)
     with ExitStack() as limits:
-        if device.type == "cuda":  # so much, beyond what its tensors take
+        if device.type == "cuda":  # allow _LIMIT bytes in addition to the memory of its tensors
             torch.cuda.empty_cache()
             taken, (_, whole) = torch.cuda.memory_reserved(device), torch.cuda.mem_get_info(device)
             limits.callback(torch.cuda.set_per_process_memory_fraction, 1.0, device)
@@ -351,8 +372,10 @@ def run_out_of_memory(device: torch.device, backend: Backend) -> float:
 
 
 def recording_fails(device: torch.device, _backend: Backend) -> float:
-    """How many steps were lost or taken twice, of steps that read a number and can therefore not be
-    recorded."""
+    """Return the number of steps that were lost or taken twice.
+
+    Each step reads a number, so it cannot be recorded.
+    """
     total = torch.zeros((), device=device)
 
     def step() -> None:
@@ -362,7 +385,8 @@ def recording_fails(device: torch.device, _backend: Backend) -> float:
     steps = Replays(
         RECORDERS[device.type](device), Counter[Hashable]({"step": 100}), lambda: [total], 0.0
     )
-    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # it says so
+    # The failed recording is reported by a RuntimeWarning.
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
         for _ in range(12):
             steps.take("step", step)
     if steps.steps:
