@@ -1,11 +1,12 @@
-"""Member-steps a second on one device: gputune, a plain loop, the same in CUDA graphs, and JAX's
-vmap where it is.
+"""Member-steps per second on one device: gputune and its rivals.
+
+The rivals are a plain loop, the same loop in CUDA graphs, and JAX's vmap if JAX is installed.
 
     python scripts/gpu_rivals.py [--device cuda] [--trials 1000] [--epochs 20]
 
-An MLP of two hidden layers of 64 for 64 inputs and 10 classes, AdamW, minibatches of 32, 5 folds of
-1,000 rows. The loops train one network for some seconds, gputune all trials in all folds with their
-scores. Prints one JSON object.
+The network is an MLP with two hidden layers of 64, for 64 inputs and 10 classes. It is trained by
+AdamW with minibatches of 32, in 5 folds of 1,000 rows. The loops train one network for some
+seconds. gputune trains all trials in all folds and scores them. Prints one JSON object.
 """
 
 import argparse
@@ -37,7 +38,7 @@ def data():
 
 
 def steps_a_second(step, wait):
-    """Take a step again and again and return how many there were in a second."""
+    """Take a step repeatedly and return the number of steps per second."""
     for _ in range(WARM):
         step()
     wait()
@@ -52,7 +53,7 @@ def steps_a_second(step, wait):
 
 
 def loop(device, *, graphed=False):
-    """A network, one minibatch after another."""
+    """Return a network and a function that takes one minibatch after another."""
     X, y = (torch.from_numpy(array).to(device) for array in data())
     layers = (
         nn.Linear(INPUTS, WIDTH),
@@ -109,8 +110,10 @@ def gputune_search(device, trials, epochs, backend):
 
 
 def jax_vmap(trials, epochs):
-    """All trials in all folds as one program of JAX's, vmapped over both; what it takes to compile
-    is not counted."""
+    """Train all trials in all folds as one JAX program, vmapped over both.
+
+    The time of compilation is not counted.
+    """
     sys.path.append(str(Path(__file__).parent))  # python -P leaves it out
     from benchmark import work
     from benchmark.engines import jax
@@ -127,7 +130,7 @@ def jax_vmap(trials, epochs):
 
 
 def main():
-    """Print what was measured; what raised an error says so."""
+    """Print the measurements; a method that raised an error is printed with its error."""
     global SECONDS
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -153,7 +156,7 @@ def main():
     for name, measure in ways.items():
         try:
             found[name] = measure()
-        except Exception as error:  # the other ways are measured all the same
+        except Exception as error:  # the other methods are measured anyway
             found[name] = f"{type(error).__name__}: {error}"
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     print(

@@ -1,11 +1,12 @@
-"""Try gputune in environments of other versions, and write what ran into docs/supported.md.
+"""Test gputune in environments with other versions, and write the results into docs/supported.md.
 
     python scripts/matrix.py newest floors            (default: all of ENVIRONMENTS)
-    python scripts/matrix.py newest --keep /tmp/envs  keep the environments, for another run in less time
+    python scripts/matrix.py newest --keep /tmp/envs  keep the environments, so that the next run is
+                                                      faster
 
-Each environment is made by the Python of that version that is in the path, gets gputune as a wheel
-from this tree with the versions that are named, and runs a part of the tests: about five minutes on
-two cores. A row of another run stays.
+Each environment uses the Python of that version on the path. gputune is installed as a wheel from
+this tree, together with the named versions. Then a part of the tests runs, which needs about five
+minutes on two cores. Rows of other runs do not change.
 """
 
 import argparse
@@ -38,7 +39,7 @@ HEAD = "| environment | Python | torch | numpy | scikit-learn | pandas | polars 
 
 
 def main() -> None:
-    """Try the environments one after another, and write each row when it is there."""
+    """Test the environments one after another, and write each row when it is complete."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "names", nargs="*", choices=[*ENVIRONMENTS, []], default=[], help="environments (all)"
@@ -97,8 +98,7 @@ def tried(name: str, folder: Path) -> str:
 
 
 def result(output: str) -> str:
-    """Return how many tests passed and failed, as pytest's last line has it or, with -q, its
-    dots."""
+    """Return the numbers of passed and failed tests, from pytest's last line or its dots (-q)."""
     counts = {
         word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error)", output)
     }
@@ -114,7 +114,7 @@ def line(*cells: str) -> str:
 
 
 def write(name: str, row: str) -> None:
-    """Put a row into the page in place of the one of that name."""
+    """Write a row into the page, in place of the row with the same name."""
     text = PAGE.read_text()
     start, rows = text.split(HEAD)
     kept = [old for old in rows.strip().split("\n")[1:] if not old.startswith(f"| {name} |")]

@@ -1,12 +1,12 @@
-"""Build gputune's wheel and source package, check them, and install and use each in an environment
-of its own.
+"""Build gputune's wheel and source package, check them, and install and use each of them.
 
     python scripts/release.py [--out dist] [--no-install]
 
-Both are built twice and must be the same bytes. The wheel holds the compiled code of every level,
-no tests, and is named after the oldest glibc that its libraries need (PEP 600). It is installed
-where no compiler is in the path, and runs the README's first block and the demo's search in
-compiled code; the source package is installed there too, has no compiled code then, and says so.
+Both are built twice and must have the same bytes. The wheel has the compiled code of every level
+and no tests. Its name has the oldest glibc that its libraries need (PEP 600). Each package is
+installed into a separate environment without a compiler on the path. There the wheel runs the
+README's first block and the demo's search in compiled code. The source package has no compiled code
+there, and must report it.
 """
 
 import argparse
@@ -28,7 +28,7 @@ TOOLS = ("build", "twine", "wheel")
 
 
 def main() -> int:
-    """Build, check, install and use; return 0, or raise where something is not as it must be."""
+    """Build, check, install and use both packages; return 0, or raise an error if a check fails."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="folder of the packages")
     parser.add_argument(
@@ -64,7 +64,9 @@ def environment(folder: Path) -> Path:
 
 
 def run(python: Path, *words: "str | Path", **options: object) -> str:
-    """Run a Python and return what it prints, in both streams; raise with that where it fails."""
+    """Run Python and return its output of both streams; if it fails, raise an error with this
+    output.
+    """
     done = subprocess.run(
         [python, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
     )  # type: ignore[call-overload]
@@ -78,8 +80,10 @@ def require(holds: bool, otherwise: str) -> None:
 
 
 def build(tools: Path, out: Path) -> tuple[Path, Path]:
-    """Build both from what git knows, the wheel from the source package; return wheel and source
-    package."""
+    """Build both packages from the files that git tracks; return wheel and source package.
+
+    The wheel is built from the source package.
+    """
     clone = out / "clone"
     subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
     moment = subprocess.check_output(
@@ -92,8 +96,7 @@ def build(tools: Path, out: Path) -> tuple[Path, Path]:
 
 
 def date(source: Path, moment: int) -> None:
-    """Give every file in a source package one date, which setuptools leaves as it was on the
-    disk."""
+    """Give every file in a source package the same date; setuptools keeps the dates on the disk."""
     with tarfile.open(source) as old:
         members = [
             (member, old.extractfile(member) if member.isfile() else None)
@@ -113,8 +116,9 @@ def date(source: Path, moment: int) -> None:
 
 
 def check(wheel: Path) -> None:
-    """Check what a wheel holds: libraries of two types and three levels, within their size, and no
-    tests."""
+    """Check the contents of a wheel: libraries of two types and three levels, their size, and no
+    tests.
+    """
     with zipfile.ZipFile(wheel) as content:
         sizes = {name: content.getinfo(name).file_size for name in content.namelist()}
     libraries = {name: size for name, size in sizes.items() if name.endswith(".so")}
@@ -135,7 +139,7 @@ def check(wheel: Path) -> None:
 
 
 def renamed(tools: Path, wheel: Path) -> Path:
-    """Name a wheel of Linux after the newest version of glibc whose symbols its libraries need."""
+    """Rename a Linux wheel after the newest glibc version that its libraries need."""
     needed = [(2, 17)]
     with zipfile.ZipFile(wheel) as content:
         for name in content.namelist():
@@ -153,8 +157,7 @@ def renamed(tools: Path, wheel: Path) -> Path:
 
 
 def use(package: Path, folder: Path, *, compiled: bool) -> None:
-    """Install a package where no compiler is in the path, and run the README's first block and the
-    demo's search."""
+    """Install a package without a compiler; run the README's first block and the demo."""
     python = environment(folder)
     bare = {**os.environ, "PATH": str(python.parent), "CC": "none"}
     run(python, "-m", "pip", "install", "-q", package, env=bare)

@@ -1,14 +1,13 @@
-"""What 10, 100 and 1,000 workers would do, from chunk times and scheduling costs measured here on a
-small Ray cluster.
+"""Simulate 10, 100 and 1,000 workers, from measurements on a small Ray cluster.
 
     python scripts/simulate_cluster.py [--trials 60] [--epochs 20] [--bandwidth 125e6]
-    python scripts/simulate_cluster.py --speedup 3     # one worker against two, so many times in turn
+    python scripts/simulate_cluster.py --speedup 3     # one worker against two, 3 times in turn
 
-A search on digits is run on a Ray cluster of this machine's cores. Measured are the seconds of each
-chunk, the seconds of this process for each, and what a round trip costs a worker beside training.
-The simulation then lets so many workers draw from those chunks: this process serves them one after
-the other, and each worker first waits for the data, which one network link of the given bandwidth
-(assumed, not measured) sends to all. A GPU's chunk times are not known here.
+A search on digits runs on a Ray cluster of this machine's cores. The script measures the seconds of
+each chunk, the seconds that this process needs for each chunk, and the overhead of a round trip for
+a worker. The simulation then lets many workers draw from these chunks. This process serves them one
+after the other. Each worker first waits for the data, which one network link of the given bandwidth
+(assumed, not measured) sends to all. The chunk times of a GPU are not known here.
 """
 
 import argparse
@@ -39,9 +38,13 @@ PER_WORKER = 20  # chunks
 
 @dataclass(frozen=True)
 class Measured:
-    """What a search cost: ``chunks`` seconds of training each, ``driver`` seconds of this process
-    for a chunk, ``trip`` seconds between a worker's chunks that it did not train, ``start`` of a
-    worker; bytes of the data, of a result."""
+    """The measured costs of a search.
+
+    ``chunks`` are the seconds of training of each chunk. ``driver`` is the number of seconds that
+    this process needs for a chunk. ``trip`` is the number of seconds between two chunks of a worker
+    in which it did not train. ``start`` is the start time of a worker, in seconds. The sizes of the
+    data and of a result are in bytes.
+    """
 
     chunks: tuple[float, ...]
     driver: float
@@ -52,19 +55,17 @@ class Measured:
 
     @property
     def most_workers(self) -> float:
-        """Workers that this process can keep busy."""
+        """The number of workers that this process can keep busy."""
         return statistics.mean(self.chunks) / self.driver
 
     @property
     def scheduling(self) -> float:
-        """Share of a worker's time between its first chunk and its last that goes into
-        scheduling."""
+        """The share of scheduling in a worker's time between its first chunk and its last one."""
         return self.trip / (self.trip + statistics.mean(self.chunks))
 
 
 class Watch:
-    """Notes inside of a block when chunks leave and come back, and how long this process only
-    waited."""
+    """Records, inside a block, when chunks leave and return, and this process's waiting time."""
 
     def __init__(self) -> None:
         self.left: dict[Any, float] = {}
@@ -145,12 +146,15 @@ def measure(*, trials: int, epochs: int) -> Measured:
 def simulate(
     measured: Measured, workers: int, *, bandwidth: float, seed: int = 0
 ) -> tuple[float, float]:
-    """Return seconds of a search of ``PER_WORKER`` chunks a worker, and the share of all workers'
-    time in training."""
+    """Return the seconds of a search with ``PER_WORKER`` chunks per worker, and the share of
+    training.
+
+    The share is relative to the time of all workers.
+    """
     drawn = np.random.default_rng(seed).choice(measured.chunks, workers * PER_WORKER)
     link = measured.data_bytes / bandwidth
-    # When each worker asks for a chunk, first after its start and after the data of those before
-    # it. sorted, so that it is a heap
+    # The time at which each worker asks for a chunk. The first time is after its start and after
+    # the data of the workers before it. The list is sorted, so it is a heap.
     asking = [measured.start + (i + 1) * link for i in range(workers)]
     free = end = 0.0
     for seconds in sorted(drawn, reverse=True):
@@ -191,8 +195,10 @@ def report(measured: Measured, *, bandwidth: float) -> str:
 
 
 def speedup(repeats: int, *, trials: int, epochs: int) -> float:
-    """Time the same search on one worker and on two, in turn; print the seconds of each, return the
-    median ratio."""
+    """Time the same search on one worker and on two, in turn; return the median ratio.
+
+    The seconds of each search are printed.
+    """
     found = []
     for _ in range(repeats):
         seconds = []
@@ -209,7 +215,7 @@ def speedup(repeats: int, *, trials: int, epochs: int) -> float:
 
 @contextmanager
 def connected(workers: int) -> Iterator[None]:
-    """Be connected to a Ray cluster of so many CPUs inside."""
+    """Connect to a Ray cluster with this number of CPUs inside the block."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(
         "local",

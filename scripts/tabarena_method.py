@@ -1,13 +1,14 @@
-"""gputune as a method of TabArena, the benchmark of models for tables (https://tabarena.ai,
-arXiv:2506.16791).
+"""gputune as a method of TabArena, the benchmark of models for tables.
+
+TabArena: https://tabarena.ai, arXiv:2506.16791.
 
     from tabarena.benchmark.experiment import Experiment
     from tabarena_method import TabArenaMethod
 
-    Experiment("gputune_RealMLP", TabArenaMethod, {"model": "realmlp", "n_trials": 64, "max_epochs":
-    256})
+    arguments = {"model": "realmlp", "n_trials": 64, "max_epochs": 256}
+    Experiment("gputune_RealMLP", TabArenaMethod, arguments)
 
-It needs nothing of the package itself: it has what ``ExperimentRunner`` asks of an
+This file imports nothing from the package. It has the methods that ``ExperimentRunner`` calls on an
 ``AbstractExecModel``. Source: tabarena 0.1.0, benchmark/exec_models/base.py and
 benchmark/experiment/experiment_runner.py.
 """
@@ -31,17 +32,18 @@ Rows = tuple[pd.DataFrame, pd.Series, pd.DataFrame]
 
 
 class Metric(Protocol):
-    """A metric of AutoGluon's: its name is all that is read."""
+    """A metric of AutoGluon; only its name is read."""
 
     name: str
 
 
 class TabArenaMethod:
-    """One search on the rows of a split, and the ensemble of its trials, or its best one.
+    """One search on the rows of a split; it predicts with the ensemble of its trials or the best
+    one.
 
-    ``ensemble`` says which; ``arguments`` are those of ``gputune.tune``. Raises ValueError for
-    another metric, and for tasks whose rows are in groups or in order of time, of which the folds
-    here know nothing.
+    ``ensemble`` chooses between the two. ``arguments`` are passed to ``gputune.tune``. Raises
+    ValueError for unsupported metrics. Also raises it for tasks with groups of rows or rows in
+    order of time, because the folds here ignore both.
     """
 
     can_get_error_val = True
@@ -90,8 +92,11 @@ class TabArenaMethod:
         split_seed: int | None = None,
         lazy_load_function: Callable[[], Rows] | None = None,
     ) -> dict[str, Any]:
-        """Search, and predict the test rows: predictions, probabilities (None of numbers) and the
-        seconds of both."""
+        """Search and predict the test rows; return predictions, probabilities and the seconds of
+        both.
+
+        The probabilities are None for a regression.
+        """
         if lazy_load_function is not None:
             X, y, X_test = lazy_load_function()
         begin = perf_counter()
@@ -110,7 +115,7 @@ class TabArenaMethod:
         }
 
     def fit(self, X: pd.DataFrame, y: pd.Series, *, seed: int = 0) -> None:
-        """Search on these rows, and train what was found on all of them."""
+        """Search on these rows, and train the result on all of them."""
         numbers = self.problem_type == "regression"
         options = {
             "task": "regression" if numbers else "classification",
@@ -124,12 +129,11 @@ class TabArenaMethod:
         self.tuned = study.ensemble(verbose=0) if together else study.best_model()
 
     def predict(self, X: pd.DataFrame) -> pd.Series:
-        """Return labels, or numbers, with the index of the rows."""
+        """Return labels, or numbers for a regression, with the index of the rows."""
         return pd.Series(self.tuned.predict(X), index=X.index)
 
     def predict_proba(self, X: pd.DataFrame) -> pd.DataFrame:
-        """Return the probability of each class, which the columns are, with the index of the
-        rows."""
+        """Return the probabilities, one column per class, with the index of the rows."""
         return pd.DataFrame(self.tuned.predict_proba(X), index=X.index, columns=self.tuned.classes)
 
     def get_metric_error_val(self) -> float:
@@ -138,4 +142,4 @@ class TabArenaMethod:
         return 1 - score if self.scoring in ("roc_auc", "accuracy") else -score
 
     def cleanup(self) -> None:
-        """Nothing is left in files."""
+        """Do nothing, because no files are left."""

@@ -1,14 +1,15 @@
-"""Do to a study what a night can do to it, and count what is lost: kills, damage, a crowd, a full
-disk.
+"""Damage and disturb studies, and count the losses.
+
+The disturbances are kills, damaged files, many processes at once and a full disk.
 
     python scripts/torture.py               every part; some minutes with its defaults
-    python scripts/torture.py flips cuts    these parts: kills, faults, chunks, halving, enough, workers,
-                                            ray, command, crowd, cuts, flips, disk, storing
+    python scripts/torture.py flips cuts    only these parts
 
-Every search runs in processes of its own, which are killed by real signals; the table at the end is
-compared, bit for bit, with that of a search that nothing disturbed. Of a damaged file whatever
-opens must hold a prefix of what was committed. Prints one line of counts for each part; ends with 1
-where one of them is not what it must be.
+The parts are kills, faults, chunks, halving, enough, workers, ray, command, crowd, cuts, flips,
+disk and storing. Every search runs in separate processes, which are killed by real signals. The
+table at the end is compared, bit for bit, with the table of an undisturbed search. If a damaged
+file opens, it must hold a prefix of the committed data. Prints one line of counts for each part.
+Ends with 1 if one of them is wrong.
 """
 
 import argparse
@@ -72,18 +73,21 @@ STORE_CALLS = (
     (Claims, "_claim"),
     (Claims, "_delete"),
 )
-# of the searches killed within chunks; of the files that are damaged
+# Numbers of trials: of the searches killed within chunks, and of the damaged files.
 LONG_TRIALS = 6
 STORED_TRIALS = 12
 COMMON = {"include_default": False, "workers": 1, "memory": 1024, "verbose": 0}
-LIMIT = 200_000  # bytes that a file may have where the disk is full
+LIMIT = 200_000  # largest size of a file, in bytes, when the disk is full
 
 
 def begin(work: Work, *arguments: object) -> int:
-    """Begin some work in a process of its own; return its id. It ends with 0, or with 1 and a
-    traceback."""
+    """Begin some work in a separate process; return its id.
+
+    The process ends with 0, or with 1 and a traceback.
+    """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch has threads, all of them asleep
+        # A fork with other threads causes this warning. All threads of torch are asleep here.
+        warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:
         code = 1
@@ -111,8 +115,10 @@ def watch(
     before: Callable[[int], None],
     after: Callable[[int], None] | None = None,
 ) -> None:
-    """Call something before the n-th call of these methods, counted together, with n, and something
-    after it."""
+    """Call ``before`` with n before the n-th call of these methods, and ``after`` after it.
+
+    The calls of all methods are counted together.
+    """
     numbers = itertools.count(1)
 
     def watched(original: Work) -> Work:
@@ -132,10 +138,10 @@ def watch(
 def kill(
     work: Work, *arguments: object, method: Method, least: int, most: int, pause: float
 ) -> None:
-    """Begin some work, and kill it so many seconds after the call of a method that makes ``least``.
+    """Begin some work, and kill it ``pause`` seconds after the ``least``-th call of a method.
 
-    It waits for that before it makes more than ``most`` calls, so that the kill comes in time
-    however slow we are.
+    The work waits before it makes more than ``most`` calls, so that the kill comes in time on a
+    slow machine too.
     """
     reading, writing = os.pipe()
 
@@ -158,7 +164,7 @@ def kill(
 
 
 def search(path: Path, n_trials: int) -> None:
-    """Search with tiny trials, each a chunk of its own."""
+    """Search with tiny trials; each is a separate chunk."""
     X, y = load_iris(return_X_y=True)
     space = {"lr": loguniform(1e-4, 0.1), "width": [4, 8]}
     options = {"n_trials": n_trials, "max_epochs": 1, "cv": 2, "checkpoint_seconds": 1}
@@ -166,7 +172,7 @@ def search(path: Path, n_trials: int) -> None:
 
 
 def search_long(path: Path, method: Stopping, epochs: int, **options: object) -> None:
-    """Search with a few trials, each a chunk of its own."""
+    """Search with a few trials; each is a separate chunk."""
     X, y = load_iris(return_X_y=True)
     space = {"lr": [1e-4, 1e-3, 1e-2], "width": [8, 40], "optimizer": ["adamw", "adamhd"]}
     options |= {"n_trials": LONG_TRIALS, "max_epochs": epochs, "cv": 3, "method": method}
@@ -174,7 +180,7 @@ def search_long(path: Path, method: Stopping, epochs: int, **options: object) ->
 
 
 def table(path: Path) -> list[tuple]:
-    """Return every trial of a study but its times, in a form that compares bits."""
+    """Return every trial of a study except its times, in a form that compares bits."""
     study = gputune.Study.open(path)
     return [
         (
@@ -190,14 +196,14 @@ def table(path: Path) -> list[tuple]:
 
 @cache
 def undisturbed(n_trials: int) -> list[tuple]:
-    """Return the table of a search that nothing disturbed."""
+    """Return the table of an undisturbed search."""
     with tempfile.TemporaryDirectory() as folder:
         assert ended_well(search, Path(folder) / "study.db", n_trials)
         return table(Path(folder) / "study.db")
 
 
 def compared(path: Path, expected: list[tuple]) -> Counts:
-    """Return what a study that has come to its end holds beside what it must hold."""
+    """Return counts that compare a finished study with the expected one."""
     rows = table(path)
     return {
         "trials": len(rows),
@@ -207,12 +213,12 @@ def compared(path: Path, expected: list[tuple]) -> Counts:
 
 
 def kills(folder: Path, count: int, n_trials: int, seed: int = 0) -> Counts:
-    """Kill a search so often at random moments, each time one that goes on with the same study."""
+    """Kill a search ``count`` times at random moments; each continues with the same study."""
     path = folder / "kills.db"
     draw = random.Random(seed)
     before = {}
     counts = {"kills": count, "lost": 0, "changed": 0, "unopened": 0}
-    most = (n_trials - 1) // count  # results of one run: none ends before its kill
+    most = (n_trials - 1) // count  # most results of one run, so that no run ends before its kill
     for _ in range(count):
         least = draw.randint(1, most)
         pause = draw.uniform(0, 0.01)
@@ -233,8 +239,10 @@ def kills(folder: Path, count: int, n_trials: int, seed: int = 0) -> Counts:
 
 
 def fault_points(folder: Path, n_trials: int) -> Counts:
-    """Kill a search before its first call of the store, before its second, and so on; each goes on
-    to its end."""
+    """Kill a search before its first call of the store, before its second, and so on.
+
+    Each search is then resumed to its end.
+    """
     path = folder / "fault.db"
     different = 0
 
@@ -260,21 +268,23 @@ def fault_points(folder: Path, n_trials: int) -> Counts:
 def kills_in_chunks(
     folder: Path, count: int, method: Stopping, seed: int, epochs: int = 500
 ) -> Counts:
-    """Kill a search so often at random moments of its training; the last begins where states were
-    kept."""
+    """Kill a search ``count`` times at random moments of its training.
+
+    The last search begins from stored states.
+    """
     whole = folder / "whole.db"
     path = folder / "chunks.db"
     draw = random.Random(seed)
     assert ended_well(search_long, whole, method, epochs)
     with_a_state = 0
 
-    def keep_states() -> None:  # after every epoch but a chunk's last
+    def keep_states() -> None:  # after every epoch except a chunk's last one
         checkpoint._WRITING_SHARE = 0
         search_long(path, method, epochs, checkpoint_seconds=1e-9)
 
     shortest = method.min_epochs if isinstance(method, gputune.Halving) else epochs
-    # States that one run may keep: none ends before its kill, and the first one is killed within
-    # its first chunk.
+    # Most states that one run may store, so that no run ends before its kill, and the first one is
+    # killed within its first chunk.
     most = min((LONG_TRIALS * (shortest - 1) - 1) // count, shortest - 2)
     for _ in range(count):
         least = draw.randint(1, most)
@@ -295,7 +305,7 @@ def kills_in_chunks(
 
 
 def search_patiently(path: Path, **options: object) -> None:
-    """Search with a few trials until so many in a row are no better than the best before them."""
+    """Search with a few trials until ``patience_trials`` in a row do not improve the best score."""
     X, y = load_iris(return_X_y=True)
     space = {"lr": loguniform(1e-4, 0.1), "width": [4, 40], "batch_size": [16, 32]}
     common = {
@@ -309,7 +319,7 @@ def search_patiently(path: Path, **options: object) -> None:
 
 
 def objective(params: dict[str, float], report: Callable[[float], None]) -> float:
-    """A custom training loop whose curves cross."""
+    """A custom training loop with crossing curves."""
     for epoch in range(1, 5):
         report(params["x"] + epoch * params["slope"])
     return params["x"] + 4 * params["slope"]
@@ -329,7 +339,7 @@ def search_loop(path: Path, **options: object) -> None:
 
 
 def proposed() -> gputune.OptunaSampler:
-    """Return a method in which a sampler of Optuna's proposes the trials, a few at a time."""
+    """Return a method in which an Optuna sampler proposes the trials, a few at a time."""
     return gputune.OptunaSampler(optuna.samplers.TPESampler(seed=0), batch=3)
 
 
@@ -344,7 +354,7 @@ ray.shutdown()
 
 @contextmanager
 def ray_cluster() -> Iterator[str]:
-    """Yield the address of a Ray cluster, which lives on when a search that uses it is killed."""
+    """Yield the address of a Ray cluster that survives when a search that uses it is killed."""
     own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a-token-of-this-script"}
     os.environ.update({**own, "RAY_USAGE_STATS_ENABLED": "0"})  # of the cluster and its users
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
@@ -365,7 +375,7 @@ def good_enough_on_ray(folder: Path, count: int, seed: int) -> Counts:
 
 
 def good_enough_searches(workers: int) -> dict[str, Callable[[Path], None]]:
-    """Return searches that end because they are good enough, by name."""
+    """Return, by name, searches that end early because they are good enough."""
     halving = {"method": gputune.Halving(min_epochs=1), "max_epochs": 4}
     searches = {
         "random": partial(search_patiently, workers=workers),
@@ -388,8 +398,10 @@ def good_enough_searches(workers: int) -> dict[str, Callable[[Path], None]]:
 def until_killed(
     work: Work, point: int, *arguments: object, methods: Iterable[Method] = STORE_CALLS
 ) -> bool:
-    """Do some work in a process that is killed before the n-th call of these methods; return
-    whether it came to it."""
+    """Do some work in a process that is killed before the ``point``-th call of these methods.
+
+    Returns True if the work came to this call.
+    """
 
     def watched() -> None:
         watch(
@@ -404,16 +416,19 @@ def until_killed(
 
 
 def seconds(path: Path) -> list[float]:
-    """Return how long each trial of a study has trained, which shows whether it was trained
-    again."""
+    """Return the training time of each trial of a study; a trial that was trained again has another
+    time.
+    """
     return [trial.seconds for trial in gputune.Study.open(path).trials]
 
 
 def good_enough(
     folder: Path, count: int, searches: dict[str, Callable[[Path], None]], seed: int
 ) -> Counts:
-    """Kill searches that end early so often each, at random calls of the store, and repeat the call
-    at their end."""
+    """Kill searches that end early, ``count`` times each, at random calls of the store.
+
+    At the end the call is repeated.
+    """
     draw = random.Random(seed)
     counts = {"searches": 0, "kills": 0, "trials": 0, "different": 0, "trained again": 0}
     for name, work in searches.items():
@@ -444,8 +459,10 @@ COMMANDS = (
 
 
 def command(folder: Path, count: int, seed: int) -> Counts:
-    """Kill commands so often each before their first model is saved, and resume them with ``gputune
-    resume``."""
+    """Kill commands, ``count`` times each, before their first model is saved.
+
+    They are resumed with ``gputune resume``.
+    """
     draw = random.Random(seed)
     methods = [*STORE_CALLS, (TunedModel, "save")]
     counts = {"commands": 0, "kills": 0, "different": 0, "other models": 0}
@@ -490,8 +507,7 @@ def crowd(folder: Path, processes: int, n_trials: int) -> Counts:
 
 
 def full_disk(folder: Path, n_trials: int) -> Counts:
-    """Search where files cannot grow beyond a limit, until the error; then without it, to the
-    end."""
+    """Search with limited file sizes until the error, then without the limit to the end."""
     path = folder / "full.db"
 
     def search_limited() -> None:
@@ -517,8 +533,7 @@ def full_disk(folder: Path, n_trials: int) -> Counts:
 
 
 def content(path: Path) -> tuple | None:
-    """Return all that a study holds, in a form that compares bits; None where it gives the clear
-    error."""
+    """Return the content of a study in a form that compares bits; None for a clear error."""
     try:
         with Store.open(path) as store:
             rows = store.trials()
@@ -531,8 +546,10 @@ def content(path: Path) -> tuple | None:
 
 
 def filled(path: Path) -> tuple[bytes, bytes, bytes, list[tuple | None]]:
-    """Add trials one by one; return the closed file, the open one, its log, and what it held after
-    each commit."""
+    """Add trials one by one.
+
+    Returns the closed file, the open file, its log, and the content after each commit.
+    """
     with Store.create(path, {"model": "mlp"}) as store:
         states = [content(path)]
         for n in range(STORED_TRIALS):
@@ -551,7 +568,7 @@ def filled(path: Path) -> tuple[bytes, bytes, bytes, list[tuple | None]]:
 
 
 def cuts(folder: Path) -> Counts:
-    """Cut a file, and another one's write-ahead log, at every 512-byte boundary."""
+    """Cut a file, and the write-ahead log of another one, at every 512-byte boundary."""
     raw, base, log, states = filled(folder / "cut.db")
     cases = [(raw[:end], b"") for end in range(0, len(raw), 512)]
     cases += [(base, log[:end]) for end in range(0, len(log), 512)]
@@ -559,7 +576,7 @@ def cuts(folder: Path) -> Counts:
 
 
 def flips(folder: Path, count: int, seed: int) -> Counts:
-    """Flip so many bits of a closed file, one at a time; repair what does not open."""
+    """Flip ``count`` bits of a closed file, one at a time; repair files that do not open."""
     draw, (raw, _, _, states) = random.Random(seed), filled(folder / "flip.db")
 
     def flipped() -> bytes:
@@ -575,7 +592,7 @@ def flips(folder: Path, count: int, seed: int) -> Counts:
 def _damaged(
     word: str, cases: list[tuple[bytes, bytes]], states: list[tuple | None], copy: Path
 ) -> Counts:
-    """Open a copy of each file and its log; count those that opened, and what they hold."""
+    """Open a copy of each file and its log; count the ones that opened, and check their content."""
     counts = {word: len(cases)} | dict.fromkeys(
         ("opened", "clear errors", "repaired", "wrong values", "other errors"), 0
     )
@@ -597,8 +614,10 @@ def _damaged(
 
 
 def _is_repaired(path: Path, whole: tuple) -> bool:
-    """Say whether something was saved; raises ValueError where a saved value is none of the whole
-    study's."""
+    """Return whether something was saved.
+
+    Raises ValueError if a saved value is not a value of the whole study.
+    """
     out = path.with_name("repaired.db")
     out.unlink(missing_ok=True)
     try:
@@ -615,8 +634,10 @@ def _is_repaired(path: Path, whole: tuple) -> bool:
 
 
 def storing(folder: Path, count: int, together: int = 64) -> Counts:
-    """Store so many trials with curves of 50 epochs x 5 folds, chunk by chunk; milliseconds a
-    trial."""
+    """Store ``count`` trials with curves of 50 epochs x 5 folds, chunk by chunk.
+
+    It measures milliseconds per trial.
+    """
     curve = np.random.default_rng(0).random((50, 5))
     path = folder / "stored.db"
     numbers = (range(n, min(n + together, count)) for n in range(0, count, together))

@@ -1,34 +1,48 @@
-"""Train one list of trials with gputune and with every alternative that is installed: the same
-scores, then the times.
+"""Train one list of trials with gputune and with every installed alternative, and compare times.
 
-    python scripts/benchmark                     digits, widths 16..64 and 16..256, into scripts/benchmark/results/
+All engines must reach the same scores before their times are shown.
+
+    python scripts/benchmark                     digits, widths 16..64 and 16..256, into
+                                                 scripts/benchmark/results/
     python scripts/benchmark --work narrow:128 narrow:2000 wide:64 narrow:1
-                                                 these lists, with so many trials, in one report
+                                                 these lists, each with this number of trials, in
+                                                 one report
     python scripts/benchmark --engines sklearn,torch,ray:32,gputune
-                                                 only these; Ray Tune on the first 32 trials of each
-                                                 list
-    python scripts/benchmark --grid              gputune, scikit-learn and the loop over trials x widths x batch
-                                                 sizes; time and memory against trials, folds and epochs
+                                                 only these engines; Ray Tune on the first 32 trials
+                                                 of each list
+    python scripts/benchmark --grid              gputune, scikit-learn and the loop over trials x
+                                                 widths x batch sizes; time and memory against
+                                                 trials, folds and epochs
     python scripts/benchmark --quality [--adult adult.data.gz]
-                                                 best held-out score against time, random search and
-                                                 halving
-    python scripts/benchmark --hypergradients    what each mode costs over plain training
-    python scripts/benchmark --halving [--adult adult.data.gz]   halving beside the full search, over seeds
-    python scripts/benchmark --logistic          the solved logistic regression beside scikit-learn's
-    python scripts/benchmark --profile           share of the matrix-product peak, and a trial's cost beside training
+                                                 best held-out score against time, for random search
+                                                 and halving
+    python scripts/benchmark --hypergradients    cost of each mode compared with plain training
+    python scripts/benchmark --halving [--adult adult.data.gz]
+                                                 halving compared with the full search, over seeds
+    python scripts/benchmark --logistic          the solved logistic regression compared with
+                                                 scikit-learn's
+    python scripts/benchmark --profile           share of the matrix-product peak, and cost of a
+                                                 trial in addition to training
     python scripts/benchmark --modules [--rows GRU LSTM]
-                                                 modules of a user's own beside a plain loop on all
+                                                 user's modules, compared with a plain loop on all
                                                  cores and Optuna
-    python scripts/benchmark --many              a study file of 100,000 trials: opening it, going on with it
-    python scripts/benchmark --native            the compiled code beside the same code built with -march=native
-    python scripts/benchmark --optuna            Optuna's TPE beside random search, and what asking costs
-    python scripts/benchmark --tables --data FILE.py   networks and boosted trees on tables of your own
-    python scripts/benchmark --portfolio --data FILE.py   a short list of good configurations, chosen over them
-    python scripts/benchmark --realmlp --data FILE.py   RealMLP's space here and in pytabkit
+    python scripts/benchmark --many              a study file of 100,000 trials: opening and
+                                                 resuming it
+    python scripts/benchmark --native            the compiled code compared with a build with
+                                                 -march=native
+    python scripts/benchmark --optuna            Optuna's TPE compared with random search, and the
+                                                 cost of asking
+    python scripts/benchmark --tables --data FILE.py
+                                                 networks and boosted trees on your own tables
+    python scripts/benchmark --portfolio --data FILE.py
+                                                 a short list of good configurations, chosen over
+                                                 these tables
+    python scripts/benchmark --realmlp --data FILE.py
+                                                 RealMLP's space in gputune and in pytabkit
 
-The engines are sklearn, torch (a plain loop), compile (its step through torch.compile), optuna,
-ray, skorch, jax and gputune. One whose package is missing is named in the report and left out: pip
-install optuna "ray[tune]" skorch jax.
+The engines are sklearn, torch (a plain loop), compile (the loop's step through torch.compile),
+optuna, ray, skorch, jax and gputune. An engine whose package is missing is named in the report and
+left out. To install the packages: pip install optuna "ray[tune]" skorch jax.
 
 Run it on a machine that does nothing else.
 """
@@ -39,8 +53,8 @@ from importlib import import_module
 from pathlib import Path
 
 if __name__ == "__main__":
-    # This folder is the package "benchmark"; Python has put it on the path, where its profile.py
-    # would hide another.
+    # This folder is the package "benchmark". Python has put the folder itself on the path, and its
+    # profile.py would hide the standard library's profile.
     sys.path[0] = str(Path(__file__).parents[1])
 
 from benchmark.engines import choose
@@ -78,7 +92,7 @@ HELP = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Return 0, or 1 where what must be the same differs."""
+    """Return 0, or 1 if results that must be equal differ."""
     how = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser("python scripts/benchmark", **how)
     add = parser.add_argument

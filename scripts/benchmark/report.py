@@ -1,5 +1,4 @@
-"""Where a benchmark ran and what it found: one page of Markdown, and its numbers as JSON, in files
-of the machine."""
+"""Reports of benchmarks: one page of Markdown and the numbers as JSON, named after the machine."""
 
 import json
 import platform
@@ -24,8 +23,10 @@ PACKAGES = ("gputune", "torch", "scikit-learn", "numpy", "scipy", "joblib")
 
 
 def _commit() -> str:
-    """Return the commit of the source tree, with "-dirty" where files differ from it; "unknown"
-    without git."""
+    """Return the commit of the source tree.
+
+    "-dirty" is appended if files differ from it. The result is "unknown" without git.
+    """
     command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -38,8 +39,10 @@ SOURCE = {"commit": _commit(), "date": datetime.now(UTC).date().isoformat()}
 
 
 def describe_machine(*, with_card: bool = False) -> dict[str, Any]:
-    """Return what a reader needs to judge the times, or to measure again; ``card`` None where none
-    is used."""
+    """Return a description of the machine, for judging or repeating the measurement.
+
+    ``card`` is None if no GPU is used.
+    """
     listing = Path("/proc/cpuinfo")
     model = (
         re.search(r"^model name\s*:\s*(.+)$", listing.read_text(), re.M)
@@ -62,8 +65,7 @@ def card() -> str | None:
 
 
 def table(head: str, rows: Iterable[str]) -> str:
-    """Return a table; bars part the cells of its head and of a row, and a short row ends with empty
-    cells."""
+    """Return a table in Markdown; bars separate the cells, and short rows end with empty cells."""
     bars = head.count("|")
     first, *others = (
         f"| {row.replace('|', ' | ')}{' | ' * (bars - row.count('|'))} |" for row in (head, *rows)
@@ -72,8 +74,9 @@ def table(head: str, rows: Iterable[str]) -> str:
 
 
 def positive(text: str) -> int:
-    """Return the number that an option says; ArgumentTypeError for one that is not a whole number
-    above 0."""
+    """Return the value of an option as a number; ArgumentTypeError unless it is a whole number
+    above 0.
+    """
     number = int(text) if text.isdecimal() else 0
     if number < 1:
         raise ArgumentTypeError(f"must be an integer of at least 1, got {text}")
@@ -81,7 +84,7 @@ def positive(text: str) -> int:
 
 
 def counted(number: int, noun: str) -> str:
-    """Return "1 trial", "2,000 trials"."""
+    """Return a number with its noun: "1 trial", "2,000 trials"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
@@ -93,11 +96,11 @@ def publish(
     machine: dict[str, Any] | None = None,
     **numbers: Any,
 ) -> int:
-    """Write a page of these parts and, with the machine, the numbers into a folder, made if need
-    be; return 0.
+    """Write a page of these parts, and the numbers, into a folder; return 0.
 
-    The page is printed too. ``machine`` is this one, without its card, where none is given. Values
-    of dataclasses among the numbers become objects of their fields.
+    The folder is created if needed. The page is printed too. The numbers are stored together with
+    the machine; by default it is this machine without its GPU. Dataclasses among the numbers become
+    objects of their fields.
     """
     out.mkdir(parents=True, exist_ok=True)
     machine = machine or describe_machine()
@@ -121,15 +124,16 @@ def publish(
 def published(
     out: Path, what: str, machine: dict[str, Any], name: str, kind: type[Kind]
 ) -> list[Kind]:
-    """Return the values of that name among the numbers that were published; none where there is no
-    file."""
+    """Return the values of this name among the published numbers; none if there is no file."""
     file = out / f"{file_stem(machine, what)}.json"
     return [kind(**one) for one in json.loads(file.read_text())[name]] if file.exists() else []
 
 
 class Clock:
-    """Seconds of wall clock and of the processor since it was made, beside those that were spent
-    before."""
+    """Seconds of wall clock and of the processor since the clock was made.
+
+    Seconds that were spent before are added.
+    """
 
     def __init__(self, seconds: float = 0.0, cpu: float = 0.0) -> None:
         self.begin = perf_counter() - seconds, process_time() - cpu
@@ -139,8 +143,10 @@ class Clock:
 
 
 def file_stem(machine: dict[str, Any], what: str = "training") -> str:
-    """Return for example "training-amd-epyc-9r14-2-cores", or the card's name where there is
-    one."""
+    """Return a file name such as "training-amd-epyc-9r14-2-cores".
+
+    If a GPU is used, it has the GPU's name.
+    """
     plain = re.sub(
         r"\((r|tm)\)", "", (machine["card"] or f"{machine['cpu']} {machine['cores']} cores").lower()
     )

@@ -1,8 +1,9 @@
-"""The work that every engine gets, how a loop gives it to cores, and how processes tell when a
-score was known.
+"""The work that every engine gets, and the functions that share it between cores.
 
-Workers import this file, so scikit-learn is imported only inside the functions that the parent
-calls: an engine's workers pay for the start of the library that they use, and of no other.
+It also has the functions by which processes record the time of a score.
+
+Workers import this file. Therefore scikit-learn is imported only inside the functions that the
+parent calls: an engine's workers pay only for the start of the library that they use.
 """
 
 import functools
@@ -24,7 +25,7 @@ from threadpoolctl import threadpool_limits
 WIDTHS = {"narrow": (16, 32, 64), "wide": (16, 32, 64, 128, 256)}
 BATCH_SIZES = (16, 32, 64, 128, 256)
 LEARNING_RATES = (1e-3, 3e-2)  # log-uniform between
-# steps; the start of worker processes takes longer than so few in this process
+# With fewer steps than this, training in this process is faster than starting worker processes.
 START_REPAYS = 5_000
 
 compile_seconds = 0.0  # that this process has compiled
@@ -43,9 +44,8 @@ Job = TypeVar("Job")
 class Work:
     """An MLP with two hidden relu layers, Adam without decay, float32, for C trials on F folds.
 
-    X, y    (n, D) float32, not yet scaled, and (n,) classes
-    folds   (train, valid) positions
-    trials  lr, batch_size and width of each
+    ``X`` (n, D) is float32 and not yet scaled; ``y`` (n,) has the classes. ``folds`` are (train,
+    valid) positions. ``trials`` have lr, batch_size and width.
     """
 
     name: str
@@ -69,12 +69,11 @@ class Work:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an engine gives back.
+    """The results of an engine.
 
-    scores   (C, F) last-epoch accuracies
-    start    seconds until the last worker process began to train: start, imports, scaling and
-             writing of the data
-    compile  seconds of compiling, in the process that compiled longest
+    ``scores`` (C, F) are last-epoch accuracies. ``start`` is the number of seconds until the last
+    worker process began to train: start, imports, scaling and writing of the data. ``compile`` is
+    the number of seconds of compiling, in the process that compiled longest.
     """
 
     scores: np.ndarray
@@ -88,14 +87,16 @@ def add_compile_seconds(seconds: float) -> None:
 
 
 def last_began(jobs: Iterable[tuple[int, float]]) -> float:
-    """Return when the last process began its first job, of the process and the begin of every
-    job."""
+    """Return the time when the last process began its first job.
+
+    The input is the process and the start time of every job.
+    """
     # a process' earliest job comes last
     return max(dict(sorted(jobs, key=lambda job: -job[1])).values())
 
 
 def draw_trials(n_trials: int, widths: Sequence[int], seed: int = 0) -> list[Trial]:
-    """Return the shared list; a longer one begins with a shorter one's trials."""
+    """Return the shared list of trials; a longer list begins with the trials of a shorter one."""
     rng = np.random.RandomState(seed)
 
     def draw() -> Trial:
@@ -107,8 +108,7 @@ def draw_trials(n_trials: int, widths: Sequence[int], seed: int = 0) -> list[Tri
 
 
 def digits_work(name: str, *, n_trials: int, epochs: int, folds: int = 5) -> Work:
-    """Return the work "narrow" or "wide" on scikit-learn's digits, 1,797 rows in stratified
-    folds."""
+    """Return the work "narrow" or "wide" on digits, 1,797 rows in stratified folds."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import StratifiedKFold
 
@@ -134,13 +134,15 @@ def standardised(work: Work) -> list[Fold]:
 
 
 def longest_first(trials: Sequence[Trial]) -> list[int]:
-    """Return positions, those with the most steps before the others, wide networks first."""
+    """Return the positions of the trials, first those with the most steps, wide networks first."""
     return sorted(range(len(trials)), key=lambda c: (trials[c]["batch_size"], -trials[c]["width"]))
 
 
 def processes(work: Work, cores: int) -> int:
-    """Return on how many processes a loop trains: one, this one, where others would not repay their
-    start."""
+    """Return the number of processes that a loop uses.
+
+    It is 1 (this process) if more processes would cost more time to start than they save.
+    """
     return 1 if work.steps(work.trials) < START_REPAYS else cores
 
 
@@ -160,11 +162,11 @@ def over_cores(fit: Fit, work: Work, cores: int) -> Outcome:
 def run_jobs(
     call: Callable[[list[Fold], Job], Any], jobs: Sequence[Job], work: Work, cores: int
 ) -> tuple[list[Any], float, float]:
-    """Call for each job in worker processes, in the given order; the rows are scaled and written
-    once, then mapped.
+    """Call a function for each job in worker processes, in the given order.
 
-    Returns the results, the seconds until the last worker began its first job, and those of the
-    worker that compiled longest.
+    The rows are scaled and written once, then mapped into memory. Returns the results, the seconds
+    until the last worker began its first job, and the seconds of compiling in the worker that
+    compiled longest.
     """
     global compile_seconds
     # one worker is this process, which other calls may have used
@@ -179,7 +181,10 @@ def run_jobs(
 
 @contextmanager
 def one_thread_each(cores: int) -> Iterator[None]:
-    """Let joblib use so many processes in the block, one thread in each of them and in this one."""
+    """Let joblib use ``workers`` processes in the block.
+
+    Each of them, and this process, uses one thread.
+    """
     # A second thread slows such small products down, and this process has no worker's setting.
     with (
         threadpool_limits(1),
@@ -189,8 +194,7 @@ def one_thread_each(cores: int) -> Iterator[None]:
 
 
 def write_folds(work: Work, folder: str) -> str:
-    """Write the rows of all folds, scaled, into a folder; return the path that ``read_folds``
-    takes."""
+    """Write the scaled rows of all folds into a folder; return the path for ``read_folds``."""
     path = str(Path(folder) / "folds.joblib")
     joblib.dump(standardised(work), path)
     return path
@@ -198,8 +202,10 @@ def write_folds(work: Work, folder: str) -> str:
 
 @functools.lru_cache(maxsize=1)
 def read_folds(path: str) -> list[Fold]:
-    """Return the rows of all folds, mapped; copy-on-write, because torch wants arrays that could be
-    written."""
+    """Return the rows of all folds, mapped into memory.
+
+    The mapping is copy-on-write, because torch needs writable arrays.
+    """
     folds: list[Fold] = joblib.load(path, mmap_mode="c")
     return folds
 
@@ -218,7 +224,7 @@ def _fit_one(
 
 
 def stop_workers() -> None:
-    """End the processes that joblib and gputune keep for the next call."""
+    """Stop the processes that joblib and gputune keep for the next call."""
     from joblib.externals.loky import get_reusable_executor
 
     # here: the workers of other engines do not import gputune
@@ -231,8 +237,10 @@ def stop_workers() -> None:
 
 @dataclass(frozen=True)
 class Event:
-    """After so many seconds of a search the fold mean of a candidate (its position in the list) was
-    known."""
+    """The time, in seconds, at which a search knew the mean validation score of a candidate.
+
+    The candidate is given by its position in the list.
+    """
 
     seconds: float
     candidate: int
@@ -245,7 +253,7 @@ Line = tuple[float, int, int, float]
 
 @contextmanager
 def recorded() -> Iterator[tuple[float, str]]:
-    """Yield the time now, and the path of a file in which processes ``record`` scores."""
+    """Yield the present time, and the path of a file to which processes ``record`` scores."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "scores"
         path.touch()

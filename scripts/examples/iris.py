@@ -1,16 +1,15 @@
-"""Iris, three ways: cross-validation and random search beside scikit-learn, and descent on a
-hyperparameter.
+"""Iris in three ways: cross-validation, random search, and hypergradient search.
 
     python scripts/examples/iris.py [cross-validation] [random-search] [descent]
 
-Solved to convergence by both, a logistic regression has equal scores. A perceptron is trained by
-both for the same epochs with Adam, from other starting weights, so its scores are alike but not the
-same.
+The first two are compared with scikit-learn. Both libraries solve a logistic regression to
+convergence, so its scores are equal. Both train a perceptron for the same epochs with Adam, but
+from different starting weights, so its scores are similar but not equal.
 
-A descent goes down the mean validation loss of 5 folds by its derivative in the logarithm of a
-hyperparameter: C of the regression by implicit differentiation, the perceptron's learning rate by
-differentiating through training. A grid is trained on the same folds, so that its losses and the
-path's are of one curve.
+A hypergradient search moves down the mean validation loss of 5 folds. It uses the derivative in the
+logarithm of a hyperparameter. For C of the regression it uses implicit differentiation; for the
+perceptron's learning rate it differentiates through training. A grid is trained on the same folds,
+so the losses of the grid and of the path belong to the same curve.
 """
 
 import math
@@ -44,13 +43,13 @@ N_GRID = 61
 DESCENT_EPOCHS = 20
 
 X, y = load_iris(return_X_y=True)
-# Iris is sorted by class, so the rows are shuffled. Everything gets the same folds.
+# Iris is sorted by class, so the rows are shuffled. All models get the same folds.
 FOLDS = list(StratifiedKFold(5, shuffle=True, random_state=0).split(X, y))
 
 
 def cross_validation() -> None:
-    """Print the scores of a logistic regression by both, fold by fold."""
-    # gputune scales by each fold's training rows, hence the pipeline.
+    """Print the scores of a logistic regression by both libraries, fold by fold."""
+    # gputune scales by each fold's training rows, so scikit-learn needs a pipeline to do the same.
     model = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, tol=1e-10, max_iter=10_000))
     for scoring in ("accuracy", "neg_log_loss"):  # scikit-learn's names; greater is better
         # A search of one trial, the default one (C=1, l2), is a cross-validation.
@@ -75,8 +74,8 @@ def random_search() -> None:
     # 0 is the l2 penalty, 1 is l1
     space: dict[str, Any] = {"C": [0.1, 1, 10, 100], "l1_ratio": [0, 1]}
     study = gputune.tune("logistic", X, y, space=space, **common)
-    # Before 1.8 scikit-learn reads l1_ratio only beside penalty="elasticnet", which later releases
-    # deprecate.
+    # Before 1.8 scikit-learn reads l1_ratio only together with penalty="elasticnet", which later
+    # releases deprecate.
     older = tuple(map(int, sklearn.__version__.split(".")[:2])) < (1, 8)
     penalty = {"penalty": "elasticnet"} if older else {}
     logistic = LogisticRegression(
@@ -113,8 +112,9 @@ def random_search() -> None:
 def side_by_side(
     title: str, study: gputune.Study, search: GridSearchCV | RandomizedSearchCV
 ) -> None:
-    """Run scikit-learn's search and print both; they have their trials in the order of the
-    draws."""
+    """Run scikit-learn's search and print both searches; their trials are in the order of the
+    draws.
+    """
     with warnings.catch_warnings():
         # saga crawls at C=100, and a perceptron trained for a fixed time is not meant to converge
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -127,8 +127,10 @@ def side_by_side(
 
 @dataclass(frozen=True)
 class Descent:
-    """A path on the hyperparameter ``name``, its trials by outer step, and a grid of values with
-    their losses."""
+    """A path of the hyperparameter ``name``, with its trials by outer step.
+
+    It also has a grid of values with their losses.
+    """
 
     name: str
     path: list[gputune.Trial]
@@ -141,15 +143,17 @@ class Descent:
         return [trial.params[self.name] for trial in self.path]
 
     def slope(self, trial: gputune.Trial) -> tuple[float, float]:
-        """Slope of the mean loss in the logarithm, and its standard error over the folds."""
+        """The slope of the mean loss in the logarithm, and its standard error over the folds."""
         return tuple(trial.detail[key][self.name][0][0] for key in ("slope", "slope_error"))
 
 
 def descend(
     model: str, name: str, start: float, low: float, high: float, **options: Any
 ) -> Descent:
-    """Descend on one hyperparameter from ``start`` within [low, high], then train a grid over the
-    whole range."""
+    """Search one hyperparameter by hypergradients from ``start`` within [low, high].
+
+    Then train a grid over the whole range.
+    """
     common = {"n_trials": 0, "include_default": False, "cv": FOLDS, "verbose": 0, **options}
     space = {name: loguniform(low, high)}  # nothing is drawn from it: it sets the bounds
     study = gputune.tune(
@@ -167,8 +171,7 @@ def descend(
 
 
 def table(descent: Descent) -> str:
-    """Return the path: value, loss, and slope in the logarithm, both with their standard errors
-    over the folds."""
+    """Return the path: value, loss and slope in the logarithm, with standard errors."""
     lines = [f"step {descent.name:>10}     loss  +-           slope  +-"]
     for trial, value in zip(descent.path, descent.values):
         slope, error = descent.slope(trial)
@@ -181,8 +184,10 @@ def table(descent: Descent) -> str:
 
 
 def verdict(descent: Descent) -> str:
-    """Return how far the best point of the path, which is what tune returns, lies from the grid's
-    best one."""
+    """Return the distance of the path's best point from the best point of the grid.
+
+    ``tune`` returns the path's best point.
+    """
     name = descent.name
     grid = descent.grid
     losses = descent.losses
@@ -202,7 +207,7 @@ def verdict(descent: Descent) -> str:
 
 
 def descent() -> None:
-    """Descend on both hyperparameters and print each path beside its grid."""
+    """Search both hyperparameters by hypergradients and print each path next to its grid."""
     rate = {"optimizer": "adam", "max_epochs": DESCENT_EPOCHS}
     for title, path in (
         ("logistic regression: descent on C, from 1", descend("logistic", "C", 1.0, 0.1, 1000)),

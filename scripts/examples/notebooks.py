@@ -1,4 +1,4 @@
-"""Run the notebooks of this folder and keep their outputs in them: text, and small pictures.
+"""Run the notebooks of this folder and store their outputs in them: text and small pictures.
 
 python scripts/examples/notebooks.py [NAME.ipynb ...]
 """
@@ -18,7 +18,7 @@ DPI = 55
 
 
 def run(notebook: Json) -> Json:
-    """Return a notebook whose code cells were run in one namespace, with their outputs."""
+    """Return a notebook with the outputs of its code cells, which run in one namespace."""
     from matplotlib import pyplot
 
     pyplot.switch_backend("Agg")
@@ -35,7 +35,7 @@ def run(notebook: Json) -> Json:
 
 
 def _outputs(code: str, variables: dict[str, object], number: int) -> list[Json]:
-    """Run a cell; return what it prints, the value of its last line, and its figure."""
+    """Run a cell; return its printed text, the value of its last line, and its figure."""
     from matplotlib import pyplot
 
     tree = ast.parse(code)
@@ -71,7 +71,7 @@ def _outputs(code: str, variables: dict[str, object], number: int) -> list[Json]
 
 
 def main() -> None:
-    """Run the notebooks that are named, or all, and write them."""
+    """Run the named notebooks, or all of them, and write them."""
     for path in map(Path, sys.argv[1:] or sorted(map(str, HERE.glob("*.ipynb")))):
         path.write_text(
             json.dumps(run(json.loads(path.read_text())), indent=1, ensure_ascii=False) + "\n"

@@ -1,11 +1,11 @@
-"""One search of a training loop of your own, written three ways: with Optuna, gputune.search and
-gputune.tune.
+"""One search with a custom training loop in three ways: Optuna, gputune.search and gputune.tune.
 
     python scripts/examples/own_loop.py [optuna] [search] [tune] [--trials 32]
 
-The same network, rows, epochs and random draws by the same laws; Optuna and ``search`` call the
-same loop. Prints the number of statements, wall seconds on all cores, imports and starts of processes counted,
-and the best validation accuracy. The first two prune by a median, each by its own rule.
+All use the same network, rows, epochs and distributions of hyperparameters. Optuna and ``search``
+call the same loop. The script prints the number of statements, the wall-clock seconds on all cores,
+and the best validation accuracy. The seconds include imports and starts of processes. Optuna and
+``search`` prune by a median, each by its own rule.
 """
 
 import argparse
@@ -136,7 +136,7 @@ def statements(way: Callable[[], float]) -> int:
 
 
 def main() -> None:
-    """Run each way in a process of its own."""
+    """Run each way in a separate process."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("ways", nargs="*", default=list(WAYS))
     parser.add_argument("--trials", type=int, default=TRIALS)

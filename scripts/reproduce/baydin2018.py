@@ -1,14 +1,16 @@
-"""Hypergradient descent on the learning rate: the comparison of Baydin et al. (2018),
-arXiv:1703.04782, run again.
+"""Hypergradient descent on the learning rate: the comparison of Baydin et al. (2018), repeated.
+
+Paper: arXiv:1703.04782.
 
     python scripts/reproduce/baydin2018.py                        scikit-learn's digits, no download
     python scripts/reproduce/baydin2018.py --data openml          MNIST from the network
-    python scripts/reproduce/baydin2018.py --data DIR --out OUT   MNIST from its idx files; curves into OUT
+    python scripts/reproduce/baydin2018.py --data DIR --out OUT   MNIST from its idx files; curves
+                                                                  into OUT
 
-All methods start from a learning rate of 0.001, from the same weights, and see the same batches.
-The paper compares SGD, SGD with Nesterov's momentum (SGDN) and Adam, each alone and with
-hypergradient descent (-HD). The row "SGD, tuned lr" is not in the paper: it shows what a search for
-one constant learning rate gives.
+All methods start from a learning rate of 0.001 and the same weights, and see the same batches. The
+paper compares SGD, SGD with Nesterov's momentum (SGDN) and Adam, each with and without
+hypergradient descent (-HD). The row "SGD, tuned lr" is not in the paper. It shows the result of a
+search for one constant learning rate.
 """
 
 import argparse
@@ -78,9 +80,10 @@ PUBLISHED = {
 TRAIN_ROWS = 60_000
 VALID_ROWS = 10_000
 PIXELS = 28 * 28
-# of MNIST's training rows; other sets have files of the same names and sizes
+# The first classes of MNIST's training rows; other data sets have files of the same names and
+# sizes.
 FIRST_CLASSES = (5, 0, 4, 1, 9)
-# of MNIST's training pixels in [0, 1], as the paper's program has them
+# Mean and deviation of MNIST's training pixels in [0, 1], from the paper's program.
 MEAN = 0.1307
 DEVIATION = 0.3081
 GET_FILES = (
@@ -91,9 +94,9 @@ GET_FILES = (
 
 @dataclass(frozen=True)
 class Data:
-    """Standardised pixels, rows x pixels in float32, and the digits as int64.
+    """Standardized pixels, rows x pixels in float32, and the digits as int64.
 
-    is_mnist  whether the paper's numbers are of these rows
+    ``is_mnist`` is True if these are the rows of the paper's numbers.
     """
 
     name: str
@@ -105,11 +108,10 @@ class Data:
 
 
 def load(source: str | None) -> Data:
-    """Return MNIST from a folder or from "openml", for None scikit-learn's 1,797 digits of 8 x 8
-    pixels.
+    """Return MNIST from a folder or from "openml"; for None return scikit-learn's digits.
 
-    Of these a stratified fifth is for validation, always the same. Raises InputError where it
-    fails.
+    scikit-learn has 1,797 digits of 8 x 8 pixels. A stratified fifth of them, always the same, is
+    for validation. Raises InputError if loading fails.
     """
     if source is None:
         X, y = load_digits(return_X_y=True)
@@ -186,8 +188,10 @@ Runs = dict[str, dict[str, list[Run]]]
 
 
 def compare(data: Data, models: Sequence[str], *, epochs: int, seeds: int, width: int) -> Runs:
-    """Train every model with every method; the tuned SGD is the best of the grid and of the paper's
-    rate."""
+    """Train every model with every method.
+
+    The tuned SGD is the best of the grid and of the paper's rate.
+    """
     runs: Runs = {}
     total = len(models) * (len(METHODS) + len(GRID)) * seeds * epochs
     with tqdm(total=total, unit=" epochs", disable=None, leave=False, dynamic_ncols=True) as bar:
@@ -214,7 +218,7 @@ def compare(data: Data, models: Sequence[str], *, epochs: int, seeds: int, width
 def train(
     model: str, optimizer: Optimizer, data: Data, *, epochs: int, seed: int, width: int, bar: tqdm
 ) -> Run:
-    """Train one model; the seed fixes the starting weights and the batches of every epoch."""
+    """Train one model; the seed determines the starting weights and the batches of every epoch."""
     torch.manual_seed(seed)
     hidden = {"width": width, "depth": 2, "activation": "relu"}
     kind: Any = LogisticRegression if model == "logreg" else partial(MLP, **hidden)
@@ -246,8 +250,9 @@ def median(repeats: Iterable[Run], what: str) -> np.ndarray:
 
 
 def report(data: Data, runs: Runs, width: int) -> str:
-    """Return the table as a page of Markdown: what was run, validation losses, and the published
-    ones beside them."""
+    """Return the table as a page of Markdown: settings, validation losses, and the published
+    losses.
+    """
     first = next(iter(runs.values()))["SGD"]
     epochs = len(first[0].valid_loss)
     seeds = len(first)
@@ -303,8 +308,10 @@ def _notes(data: Data, width: int) -> str:
 
 
 def write(out: Path, page: str, runs: Runs) -> list[Path]:
-    """Write the table, the losses of each epoch, the rates of each step and the figure; return
-    their paths."""
+    """Write the table, the losses of each epoch, the rates of each step and the figure.
+
+    Returns their paths.
+    """
     paths = [out / name for name in ("table.md", "losses.csv", "learning_rates.csv", "curves.svg")]
     paths[0].write_text(page)
     with paths[1].open("w", newline="") as losses, paths[2].open("w", newline="") as rates:
@@ -328,8 +335,10 @@ def write(out: Path, page: str, runs: Runs) -> list[Path]:
 
 
 def draw(path: Path, runs: Runs) -> None:
-    """Draw the medians: losses by epoch, below them the rates by step, which hypergradients can
-    make negative."""
+    """Draw the medians: losses by epoch, and below them the rates by step.
+
+    Hypergradients can make a rate negative.
+    """
     figure = Figure(figsize=(6.5 * len(runs), 8), layout="constrained")
     for column, (model, methods) in zip(
         figure.subplots(2, len(runs), squeeze=False).T, runs.items()
@@ -338,7 +347,8 @@ def draw(path: Path, runs: Runs) -> None:
             for k, (method, repeats) in enumerate(methods.items()):
                 curve = median(repeats, what)
                 curve[~np.isfinite(curve)] = np.nan
-                # The dashed one of a colour is the plain method, the other one has hypergradient
+                # A dashed line is the plain method. A solid line of the same color has
+                # hypergradient
                 # descent.
                 style = {
                     "color": f"C{k // 2}",
@@ -355,7 +365,7 @@ def draw(path: Path, runs: Runs) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Return 0, or 2 where the data or the folder for the files cannot be had."""
+    """Return 0, or 2 if the data cannot be loaded or the folder cannot be made."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,15 +1,16 @@
-"""Learning-rate schedules by hypergradient descent against random search for one constant rate, on
-digits.
+"""Learning-rate schedules by hypergradients compared with random search for one constant rate.
 
     python scripts/reproduce/hypergradient_schedules.py
-    python scripts/reproduce/hypergradient_schedules.py --splits 10 --out OUT     table.md and results.json into OUT
+    python scripts/reproduce/hypergradient_schedules.py --splits 10 --out OUT
 
-A 64-32-10 tanh network is trained by Adam for 5 epochs in batches of 64, which is 100 steps of
-1,280 rows a fold. Ten learning rates (5 segments of the training x 2 layers) descend from 3
-constant starts on the fold mean of the validation loss. Beside them the best of 10, 30 and 240
-constant rates drawn from the same range, and the same descent on one rate, for which drawing is as
-good. Every winner is trained again on all rows of the search, and its loss on rows that no search
-has seen is shown too.
+The second command writes table.md and results.json into OUT.
+
+The data are digits. A 64-32-10 tanh network is trained by Adam for 5 epochs in batches of 64, which
+is 100 steps of 1,280 rows per fold. Ten learning rates (5 segments of the training x 2 layers) move
+down the mean validation loss by hypergradients, from 3 constant starting points. They are compared
+with the best of 10, 30 and 240 constant rates drawn from the same range, and with the same
+hypergradient search on one rate, for which random search is as good. Every best configuration is
+trained again on all rows of the search. Its loss on rows that no search has used is shown too.
 """
 
 import argparse
@@ -48,14 +49,14 @@ ONE_RATE = "descent, 1 rate"
 
 @dataclass(frozen=True)
 class Result:
-    """What one search found on one split.
+    """The result of one search on one split.
 
-    trials      configurations trained, each in all folds
-    seconds     of the search, without the training of the winner on all rows
-    loss        best fold-mean validation loss, and its standard error over the folds
-    held_out    log loss of each held-out row under the winner
-    rates       of the winner: a number, or (segments, layers)
-    groups      best loss of every n draws out of all, where n draws are the search; otherwise empty
+    ``trials`` is the number of configurations trained, each in all folds. ``seconds`` is the time
+    of the search, without the training of its best configuration on all rows. ``loss`` is the best
+    mean validation loss, with its standard error over the folds. ``held_out`` has the log loss of
+    each held-out row under the best configuration. ``rates`` are its rates: a number, or (segments,
+    layers). ``groups`` has the best loss of every n draws out of all, if n draws are the search;
+    otherwise it is empty.
     """
 
     search: str
@@ -86,8 +87,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Split:
-    """Rows to search on with their folds, and held-out rows. Draws, starts and row order have the
-    same ``seed``."""
+    """Rows to search on with their folds, and held-out rows.
+
+    Draws, starting weights and row order have the same ``seed``.
+    """
 
     seed: int
     X: np.ndarray
@@ -138,7 +141,7 @@ def run(split: Split, *, draws: Sequence[int], outer_steps: int) -> list[Result]
     losses = np.array(
         [-trial.score if np.isfinite(trial.score) else np.inf for trial in study.trials]
     )
-    for n in draws:  # the first n draws of a search are the search of n draws
+    for n in draws:  # the first n draws of a search equal a search with n draws
         part = replace(study, trials=study.trials[:n], curves=study.curves[:n])
         found = _result(f"random, 1 rate, {n} draws", part, split, seconds * n / len(losses))
         groups = losses[: len(losses) // n * n].reshape(-1, n).min(1)
@@ -159,8 +162,7 @@ def _result(name: str, study: gputune.Study, split: Split, seconds: float) -> Re
 
 
 def report(splits: Sequence[Sequence[Result]]) -> str:
-    """Return the page: every split's table, what was won and lost, and the rates that were
-    found."""
+    """Return the page: every split's table, gains and losses, and the resulting rates."""
     head = "split|search|trainings|seconds|fold-mean loss|+-|held-out loss|best of every n draws"
     rows = [f"{seed}|{result.row()}" for seed, results in enumerate(splits) for result in results]
     names = [r.search for r in splits[0]]
@@ -185,7 +187,10 @@ def report(splits: Sequence[Sequence[Result]]) -> str:
 
 
 def _compared(splits: Sequence[Sequence[Result]], first: str, second: str) -> str:
-    """Return a row: how much lower the one search's losses are than the other's, and how often."""
+    """Return a row that compares two searches.
+
+    It has the difference of their losses, and the number of splits in which the first one is lower.
+    """
     pairs = [
         tuple(next(r for r in s if r.search == name) for name in (first, second)) for s in splits
     ]

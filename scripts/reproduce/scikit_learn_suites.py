@@ -1,14 +1,12 @@
-"""scikit-learn's own tests of its MLP, its logistic regression and its searches, with gputune's
-classes in their place.
+"""scikit-learn's own tests of its MLP, logistic regression and searches, with gputune's classes.
 
     python scripts/reproduce/scikit_learn_suites.py
-    python scripts/reproduce/scikit_learn_suites.py test_mlp -k early --out OUT     OUT/scikit-learn-suites.md
+    python scripts/reproduce/scikit_learn_suites.py test_mlp -k early --out OUT
 
-Each test file of the installed scikit-learn is copied into a temporary folder with one line more,
-after its imports:
-``from gputune.sklearn import ...``. It is run as it was, and with that line. A test counts where
-scikit-learn's own class passes it. The page lists those that fail, with the reason, and the script
-fails where one has none.
+Each test file of the installed scikit-learn is copied into a temporary folder. It is run unchanged,
+and with one more line after its imports: ``from gputune.sklearn import ...``. A test counts if
+scikit-learn's own class passes it. The page, OUT/scikit-learn-suites.md, lists the
+tests that fail with gputune's class, with the reason. The script fails if a reason is missing.
 """
 
 import argparse
@@ -86,7 +84,7 @@ REASONS: dict[str, tuple[tuple[str, str], ...]] = {
 
 @dataclass(frozen=True)
 class Suite:
-    """A test file of scikit-learn, and the classes that are swapped in it."""
+    """A test file of scikit-learn, and the classes that are replaced in it."""
 
     path: str
     classes: tuple[str, ...]
@@ -96,8 +94,10 @@ class Suite:
         return Path(self.path).stem
 
     def source(self, *, swapped: bool) -> str:
-        """Return the test file, with one more import after the others where the classes are
-        ``swapped``."""
+        """Return the test file.
+
+        If the classes are ``swapped``, one more import follows after the others.
+        """
         assert sklearn.__file__ is not None
         text = (Path(sklearn.__file__).parent / self.path).read_text()
         if not swapped:
@@ -122,8 +122,10 @@ SUITES = (
 
 
 def outcomes(suite: Suite, *, swapped: bool, keyword: str) -> dict[str, str]:
-    """Return for each test "" where it passed, else the last line of its error; skipped ones are
-    left out."""
+    """Return for each test "" if it passed, otherwise the last line of its error.
+
+    Skipped tests are left out.
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"{suite.name}.py"
         report = Path(folder) / "report.xml"
@@ -148,7 +150,7 @@ def outcomes(suite: Suite, *, swapped: bool, keyword: str) -> dict[str, str]:
 
 
 def _error(case: ElementTree.Element) -> str | None:
-    """Return what a test said: "" where it passed, None where it was skipped."""
+    """Return the error of a test: "" if it passed, None if it was skipped."""
     for part in case:
         if part.tag == "skipped":
             return None
@@ -158,8 +160,7 @@ def _error(case: ElementTree.Element) -> str | None:
 
 
 def compared(suite: Suite, keyword: str) -> tuple[list[str], dict[str, str]]:
-    """Return the tests that scikit-learn's own class passes, and the errors of those that fail when
-    it is swapped."""
+    """Return the tests that scikit-learn's class passes, and the errors with gputune's class."""
     own, swapped = (outcomes(suite, swapped=flag, keyword=keyword) for flag in (False, True))
     applies = [name for name, error in own.items() if not error]
     return applies, {
@@ -168,7 +169,7 @@ def compared(suite: Suite, keyword: str) -> tuple[list[str], dict[str, str]]:
 
 
 def by_reason(suite: Suite, failed: Mapping[str, str]) -> dict[str, list[str]]:
-    """Return the tests that fail by the reason why, "" for none."""
+    """Return the failed tests by their reason, "" if there is none."""
     groups: dict[str, list[str]] = defaultdict(list)
     for name in failed:
         matching = (why for pattern, why in REASONS.get(suite.name, ()) if re.search(pattern, name))

@@ -1,14 +1,16 @@
-"""The tuned MLPs and TabM of two papers on their tables, beside gputune's networks on the same
-rows.
+"""The tuned MLPs and TabM of two papers on their tables, compared with gputune's networks.
 
-    python scripts/reproduce/tuned_mlp.py FOLDER                    churn, california and adult, in this order
+    python scripts/reproduce/tuned_mlp.py FOLDER
     python scripts/reproduce/tuned_mlp.py FOLDER --tables churn --seeds 3 --rows training all
 
-FOLDER has a folder for each table with the files of TabM's authors: X_num_train.npy,
-X_bin_train.npy, X_cat_train.npy (those that the table has), Y_train.npy, and the same of val and
-test. Every trial is trained on the training rows and scored on the validation rows, as in the
-papers; the test rows are read once, by the models that are chosen. A stopped run goes on: each
-search is a study of its own in --studies, and what is in the result file is not measured again.
+The first command runs churn, california and adult, in this order.
+
+Both use the same rows. FOLDER has a folder for each table with the files of TabM's authors:
+X_num_train.npy, X_bin_train.npy, X_cat_train.npy (as far as the table has them), Y_train.npy, and
+the same files for val and test. Every trial is trained on the training rows and scored on the
+validation rows, as in the papers. The test rows are read only once, by the chosen models. A stopped
+run can be continued: each search has its own study in --studies, and results in the result file are
+not measured again.
 """
 
 import argparse
@@ -76,8 +78,10 @@ and validation rows.
 
 @dataclass(frozen=True)
 class Data:
-    """Training rows, then validation rows; ``n_train`` tells where the second begin. Test rows
-    stand apart."""
+    """Training rows, then validation rows, and separate test rows.
+
+    ``n_train`` is the number of training rows.
+    """
 
     X: pd.DataFrame
     y: np.ndarray
@@ -93,8 +97,10 @@ class Data:
 
 @dataclass(frozen=True)
 class Result:
-    """One model of one search: test score, members, seconds of wall clock and of the processor with
-    its search."""
+    """One model of one search: test score, members, and seconds of wall clock and processor.
+
+    The seconds include the search.
+    """
 
     table: str
     seed: int
@@ -109,8 +115,10 @@ class Result:
 
 
 def read(folder: Path, name: str) -> Data:
-    """Return a table of TabM's authors. Raises InputError where files are missing or their rows do
-    not agree."""
+    """Return a table of TabM's authors.
+
+    Raises InputError if files are missing or their numbers of rows differ.
+    """
     parts = {part: _columns(folder / name, part) for part in PARTS}
     targets = {part: _array(folder / name / f"Y_{part}.npy").ravel() for part in PARTS}
     for part in PARTS:
@@ -126,8 +134,9 @@ def read(folder: Path, name: str) -> Data:
 
 
 def _columns(folder: Path, part: str) -> pd.DataFrame:
-    """Return the columns of a part, n0, n1, ... b0, ... c0, ...: numbers, binary ones, and
-    categories as text."""
+    """Return the columns of a part: numbers n0, n1, ..., binary b0, ..., and categories c0, ... as
+    text.
+    """
     kinds = [kind for kind in ("num", "bin", "cat") if (folder / f"X_{kind}_{part}.npy").exists()]
     if not kinds:
         raise gputune.InputError(
@@ -153,8 +162,10 @@ def _array(path: Path) -> np.ndarray:
 def search(
     model: str, data: Data, seed: int, trials: int, file: Path
 ) -> tuple[gputune.Study, float, float]:
-    """Search, or go on where the file ends; return the study and what all calls took, in seconds
-    and CPU seconds."""
+    """Search, or resume the study in the file; return the study and the total time of all calls.
+
+    The time is in seconds and in CPU seconds.
+    """
     word, space, _, epochs = SEARCHES[model]
     file.parent.mkdir(parents=True, exist_ok=True)
     spent = file.with_suffix(".json")
@@ -184,8 +195,10 @@ def search(
 def measure(
     name: str, data: Data, seed: int, model: str, trials: int, rows: Sequence[str], studies: Path
 ) -> Iterator[Result]:
-    """Yield the best trial and the ensemble of a search, trained on training rows, on all rows, or
-    on both in turn."""
+    """Yield the best trial and the ensemble of a search.
+
+    They are trained on training rows, on all rows, or on both in turn.
+    """
     study, *spent = search(
         model, data, seed, trials, studies / f"{name}-{model}-{trials}-{seed}.db"
     )
@@ -210,7 +223,7 @@ def measure(
 
 
 def scores(results: Sequence[Result]) -> str:
-    """Return the table: the published scores, and those of each group of results."""
+    """Return the table: the published scores, and the scores of each group of results."""
     rows = []
     for name in dict.fromkeys(one.table for one in results):
         rows += [

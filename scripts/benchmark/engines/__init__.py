@@ -1,8 +1,7 @@
-"""The engines of the benchmark: which there are, which can run here, and how many trials of the
-list each trains.
+"""The engines of the benchmark: their names, their packages, and the number of trials for each.
 
-Each is a module of this folder, imported when it runs; skorch, Ray Tune and torch.compile stand
-beside the PyTorch loop.
+Each engine is a module of this folder that is imported when it runs. skorch, Ray Tune and
+torch.compile are in the same module as the PyTorch loop.
 """
 
 import shutil
@@ -18,8 +17,10 @@ from benchmark.work import Outcome, Work
 
 @dataclass(frozen=True)
 class Engine:
-    """One way to train the work; ``word`` names it on the command line, ``package`` is what it
-    needs."""
+    """One way to train the work.
+
+    ``word`` is its name on the command line, and ``package`` is the package that it needs.
+    """
 
     word: str
     name: str
@@ -28,7 +29,7 @@ class Engine:
     function: str = "train"
 
     def lacks(self) -> str | None:
-        """Say what must be installed before it can run here; None where nothing."""
+        """Return the package that must be installed before the engine can run here, or None."""
         if find_spec(self.package) is None:
             return f"{self.package} is not installed"
         if self.word == "compile" and not (shutil.which("g++") or shutil.which("clang++")):
@@ -36,8 +37,10 @@ class Engine:
         return None
 
     def load(self) -> Callable[[Work, int], Outcome]:
-        """Import it, and with it its package: a work and the number of cores -> its scores and
-        times."""
+        """Import the engine and its package.
+
+        Returns a function that maps a work and a number of cores to scores and times.
+        """
         module = import_module(f"benchmark.engines.{self.module}")
         train: Callable[[Work, int], Outcome] = getattr(module, self.function)
         return train
@@ -63,9 +66,10 @@ Chosen = tuple[Engine, int | None]
 
 
 def choose(text: str) -> list[Chosen]:
-    """Return the engines of "sklearn,ray:64"; gputune, which all are compared to, comes last.
+    """Return the engines of a list such as "sklearn,ray:64".
 
-    Raises ArgumentTypeError for what is no engine or no number of trials.
+    gputune comes last, because all others are compared with it. Raises ArgumentTypeError for an
+    unknown engine or a wrong number of trials.
     """
     found: dict[str, Chosen] = {}
     for word, colon, number in (part.strip().partition(":") for part in text.split(",")):
@@ -85,7 +89,10 @@ def choose(text: str) -> list[Chosen]:
 
 
 def split_by_lack(chosen: list[Chosen]) -> tuple[list[Chosen], dict[str, str]]:
-    """Return those that can run here, and by name what the others lack, which is printed."""
+    """Return the engines that can run here, and the missing packages of the others by engine.
+
+    The missing packages are also printed.
+    """
     lacks = {engine.name: lack for engine, _ in chosen if (lack := engine.lacks()) is not None}
     for name, lack in lacks.items():
         print(f"{name} is left out: {lack}")
@@ -93,7 +100,7 @@ def split_by_lack(chosen: list[Chosen]) -> tuple[list[Chosen], dict[str, str]]:
 
 
 def versions(chosen: list[Chosen]) -> dict[str, str]:
-    """Return the versions of the packages that the engines use beyond those of every benchmark."""
+    """Return the versions of the packages that these engines use in addition to the common ones."""
     packages = {engine.package.partition(".")[0] for engine, _ in chosen} - {
         "sklearn",
         "torch",

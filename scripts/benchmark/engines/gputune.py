@@ -1,4 +1,4 @@
-"""gputune's side of the benchmark: one call of the public ``tune``, on the CPU or on a card."""
+"""gputune's side of the benchmark: one call of the public ``tune``, on the CPU or on a GPU."""
 
 import time
 from typing import Any
@@ -8,31 +8,31 @@ from benchmark.work import Event, Outcome, Work
 
 
 class Times(gputune.callbacks.Callback):
-    """When the search began to train, and which trials have ended when."""
+    """Records the time when the search began to train, and the times when trials ended."""
 
     def __init__(self) -> None:
         self.called = self.began = time.monotonic()
         self.events: list[Event] = []
 
     def on_study_start(self, study: gputune.Study) -> None:
-        """Called when everything is checked and planned."""
+        """Called after all checks and the plan."""
         self.began = time.monotonic()
 
     def on_trials_end(self, trials: gputune.Study) -> None:
-        """Called where trials leave at a rung, and at the end."""
+        """Called when trials are stopped at a rung, and at the end."""
         seconds = time.monotonic() - self.called
         self.events += [Event(seconds, trial.number, trial.score) for trial in trials.trials]
 
 
 def train(work: Work, cores: int | None = None, **options: Any) -> Outcome:
-    """Train the work; how many of the cores are used is gputune's own plan."""
+    """Train the work; gputune's own plan decides how many of the cores it uses."""
     times = Times()
     study = _tune(work, times, **options)
     return Outcome(study.curves[:, -1], times.began - times.called)
 
 
 def search(method: str, work: Work, cores: int) -> list[Event]:
-    """Search; a candidate is heard of when it has left or ended."""
+    """Search; a candidate's score is recorded when it is stopped or has ended."""
     times = Times()
     _tune(work, times, method=method)
     return times.events

@@ -1,8 +1,7 @@
-"""JAX's side of the benchmark: trials of one batch size and width as one program, vmapped over
-trials and folds.
+"""JAX's side of the benchmark: one program per batch size and width, vmapped over trials and folds.
 
-Each shape is compiled once, in the process that trains it. Workers are as for the other engines:
-one process a core, one thread each, the longest work first.
+Each shape is compiled once, in the process that trains it. The workers are the same as for the
+other engines: one process per core, one thread each, the longest work first.
 """
 
 import functools
@@ -19,7 +18,7 @@ import numpy as np
 
 from benchmark.work import Fold, Outcome, Trial, Work, add_compile_seconds, longest_first, run_jobs
 
-# of weights, gradients and moments; what is trained together should stay in the cache
+# Bytes of weights, gradients and moments of one chunk, which should stay in the cache.
 CHUNK_BYTES = 16 << 20
 # of torch.optim.Adam
 BETAS = (0.9, 0.999)
@@ -41,7 +40,7 @@ def train(work: Work, cores: int) -> Outcome:
         (tuple(group) for group in groups.values()), key=lambda group: -_flops(work, group)
     )
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()
-    # the processes that are started compute with one thread each
+    # The started processes compute with one thread each.
     with patch.dict(os.environ, XLA_FLAGS=flags):
         one = functools.partial(train_group, work.trials, work.epochs)
         results, *seconds = run_jobs(one, jobs, work, cores)
@@ -60,8 +59,7 @@ def _flops(work: Work, group: Group) -> float:
 def train_group(
     trials: Sequence[Trial], epochs: int, folds: list[Fold], group: Group
 ) -> np.ndarray:
-    """Train trials of one shape on all folds, in chunks of equal size; return their accuracies (C,
-    F)."""
+    """Train trials of one shape on all folds, in chunks of equal size; return accuracies (C, F)."""
     batch = trials[group[0]]["batch_size"]
     width = trials[group[0]]["width"]
     rows = stacked(folds, batch, epochs)
@@ -86,7 +84,7 @@ def train_group(
 
 
 def start_weights(sizes: tuple[int, ...]) -> Weights:
-    """Return a start by the law of ``torch.nn.Linear``."""
+    """Return starting weights from the distribution that ``torch.nn.Linear`` uses."""
     rng = np.random.default_rng(0)
     layers = []
     for inputs, outputs in zip(sizes, sizes[1:]):
@@ -99,11 +97,11 @@ def start_weights(sizes: tuple[int, ...]) -> Weights:
 
 
 def stacked(folds: list[Fold], batch: int, epochs: int) -> dict[str, np.ndarray]:
-    """Return the rows and the order of the rows of all folds, fold first, shorter folds padded.
+    """Return the rows of all folds and their order, fold first; shorter folds are padded.
 
-    order    (F, epochs, steps, batch) positions in x; the draws are made here, because a program
-             that draws and sorts takes longer to compile
-    weights  (F, steps, batch) 1, and 0 where there is no row
+    ``order`` (F, epochs, steps, batch) has positions in x. The order is drawn here, because a
+    program that draws and sorts takes longer to compile. ``weights`` (F, steps, batch) is 1 for a
+    row, and 0 for padding.
     """
     rng = np.random.default_rng(0)
     longest, longest_valid = (max(len(fold[part]) for fold in folds) for part in (0, 2))
@@ -136,9 +134,9 @@ def stacked(folds: list[Fold], batch: int, epochs: int) -> dict[str, np.ndarray]
 
 
 def train_one(some_steps_are_empty: bool, lr: Any, start: Any, rows: Any) -> Any:
-    """Return the last-epoch accuracy of one trial on one fold: scans over epochs and steps.
+    """Return the last-epoch accuracy of one trial on one fold, by scans over epochs and steps.
 
-    A shorter fold's last minibatch may have no row, and a step without rows must change nothing.
+    The last minibatch of a shorter fold may have no row. A step without rows must change nothing.
     """
 
     def step(state: Any, where: Any) -> Any:

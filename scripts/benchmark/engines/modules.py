@@ -1,4 +1,7 @@
-"""Modules as a user writes them, and a plain loop that trains one: nothing here knows gputune."""
+"""Modules as a user writes them, and a plain loop that trains one.
+
+This file does not use gputune.
+"""
 
 from collections.abc import Callable
 
@@ -11,7 +14,7 @@ from benchmark.work import Fold, Trial
 
 
 class Block(nn.Module):
-    """A residual block of two layers behind a norm."""
+    """A residual block of two layers behind a normalization layer."""
 
     def __init__(self, width: int, norm: type[nn.Module], dropout: float) -> None:
         super().__init__()
@@ -51,7 +54,7 @@ class WithBatchNorm(Residual):
 
 
 class Branching(Residual):
-    """The same with control flow on data, which cannot be stacked."""
+    """The same network with control flow that depends on data, which cannot be stacked."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x if x.sum() < 1e9 else -x)
@@ -77,7 +80,7 @@ class WithLSTM(Recurrent):
 
 
 class Encoder(nn.Module):
-    """A transformer encoder on sequences of 16: the rows of an image in halves."""
+    """A transformer encoder on sequences of 16 half rows of an image."""
 
     def __init__(self, n_features: int, n_outputs: int, width: int = 32) -> None:
         super().__init__()
@@ -117,8 +120,10 @@ class Convolutional(nn.Module):
 
 
 def fit(module_class: Callable[..., nn.Module], fold: Fold, trial: Trial, epochs: int) -> float:
-    """Train one module on one fold, as fast as a plain loop does; return its accuracy on the
-    validation rows."""
+    """Train one module on one fold, as fast as a plain loop can.
+
+    Returns its accuracy on the validation rows.
+    """
     x, y = map(torch.from_numpy, fold[:2])
     torch.manual_seed(0)
     module = module_class(n_features=x.shape[1], n_outputs=int(y.max()) + 1)

@@ -1,5 +1,7 @@
-"""Optuna with the plain PyTorch loop: one process a core, all of them in one study, which holds the
-shared list."""
+"""Optuna with the plain PyTorch loop: one process per core, all in one study.
+
+The study holds the shared list of trials.
+"""
 
 import functools
 import os
@@ -53,7 +55,7 @@ def _train_all_folds(fit: Fit, path: str, epochs: int, trial: optuna.Trial, para
 
 
 def search(method: str, work: Work, cores: int) -> list[Event]:
-    """Search, "random" or with pruning by "halving"; a candidate is heard of after every epoch."""
+    """Search, "random" or with pruning by "halving"; scores are recorded after every epoch."""
     pruned = method == "halving"
     pruner = (
         optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
@@ -73,11 +75,11 @@ def search(method: str, work: Work, cores: int) -> list[Event]:
 def _train_together(
     folds: str, path: str, epochs: int, pruned: bool, trial: optuna.Trial, params: Trial
 ) -> float:
-    """Train one candidate on all folds, epoch by epoch, until the end or its pruning."""
+    """Train one candidate on all folds, epoch by epoch, until it ends or is pruned."""
     rows = read_folds(folds)
     runs = [trained(fold, params) for fold in rows]
     score = 0.0
-    # The pruner looks at no other epochs, and to report one is a write to the disk.
+    # The pruner uses only these epochs, and each report is a write to the disk.
     rungs = {3**k for k in range(epochs) if 3**k < epochs} if pruned else set()
     with denormals_as_zero():
         for epoch in range(1, epochs + 1):
@@ -98,11 +100,10 @@ def share(
     cores: int,
     folder: str,
 ) -> tuple[optuna.Study, float]:
-    """Let processes optimize one study of the work's trials in this order; it is kept in the
-    folder.
+    """Let processes optimize one study of the work's trials in this order.
 
-    Returns the study, its first trials being those of the list with their "position" in the work,
-    and when the last process began.
+    The study's file is in the folder. Returns the study and the time when the last process began.
+    The study's first trials are those of the list; "position" is their position in the work.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     journal = str(Path(folder) / "journal.log")
@@ -118,7 +119,10 @@ def share(
 def _optimize(
     journal: str, widths: list[int], n_trials: int, objective: Objective, pruner: BasePruner
 ) -> float:
-    """Take trials of the study until its list has ended; return when this process began."""
+    """Take trials of the study until its list has ended.
+
+    Returns the time when this process began.
+    """
     begin = time.monotonic()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -133,7 +137,7 @@ def _optimize(
         }
         return objective(trial, params)
 
-    # TPE would compute what nobody asks for
+    # TPE would compute a proposal that is not used.
     sampler = optuna.samplers.RandomSampler(seed=os.getpid())
     optuna.load_study(
         study_name="work", storage=_storage(journal), sampler=sampler, pruner=pruner

@@ -1,5 +1,6 @@
-"""scikit-learn's side of the benchmark: MLPClassifier with the work's settings and nothing that
-stops it early."""
+"""scikit-learn's side of the benchmark: MLPClassifier with the work's settings, without early
+stopping.
+"""
 
 import functools
 import warnings
@@ -24,12 +25,12 @@ from benchmark.work import (
 
 
 def fit(fold: Fold, trial: Trial, epochs: int) -> float:
-    """Train one classifier on one fold; float32 rows make it compute in float32."""
+    """Train one classifier on one fold; with float32 rows it computes in float32."""
     X, y, X_valid, y_valid = fold
     network = _network(epochs).set_params(**_words(trial))
     network.batch_size = min(network.batch_size, len(X))  # a larger one is a warning
     with warnings.catch_warnings():
-        # a fixed number of epochs is what is asked for
+        # A fixed number of epochs is intended, so the warning about it is ignored.
         warnings.simplefilter("ignore", ConvergenceWarning)
         network.fit(X, y)
     return float(network.score(X_valid, y_valid))
@@ -54,15 +55,17 @@ def _words(trial: Trial) -> dict[str, Any]:
 
 
 def search(method: str, work: Work, cores: int) -> list[Event]:
-    """Search, "random" or "halving", one process a core; a candidate is heard of after a rung's
-    last fold."""
+    """Search, "random" or "halving", with one process per core.
+
+    A candidate's score is recorded after the last fold of a rung.
+    """
     from sklearn.experimental import enable_halving_search_cv  # noqa: F401
     from sklearn.model_selection import HalvingRandomSearchCV, RandomizedSearchCV
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     model = make_pipeline(StandardScaler(), _network(work.epochs))
-    # Lists of one value each: the search draws all of them, in an order of its own.
+    # Each candidate is a grid of one point. The search draws all of them, in its own order.
     space = [
         {f"mlpclassifier__{key}": [value] for key, value in _words(trial).items()}
         for trial in work.trials
@@ -91,7 +94,7 @@ def search(method: str, work: Work, cores: int) -> list[Event]:
         else:
             searching = RandomizedSearchCV(model, space, n_iter=len(space), **common)
         with warnings.catch_warnings(), one_thread_each(cores):
-            # The epochs are what is asked for, and a batch may be larger than a small fold.
+            # The number of epochs is intended, and a batch may be larger than a small fold.
             warnings.simplefilter("ignore")
             searching.fit(work.X, work.y)
         scores = defaultdict[tuple[int, int], list[float]](list)

@@ -1,9 +1,7 @@
-"""PyTorch's side of the benchmark: the plain loop, as fast as eager PyTorch goes with one network
-at a time.
+"""PyTorch's side of the benchmark: the plain loop, as fast as eager PyTorch trains one network.
 
-Beside it skorch, which wraps such a loop, Ray Tune, which runs it, and the loop whose whole step is
-one function of
-``torch.compile``.
+The file also has skorch, which wraps such a loop, Ray Tune, which runs it, and the loop with its
+whole step in one function of ``torch.compile``.
 """
 
 import functools
@@ -29,8 +27,7 @@ EPSILON = 1e-8
 
 
 def fit(fold: Fold, trial: Trial, epochs: int) -> float:
-    """Train one network on one fold; return its accuracy on the validation rows after the last
-    epoch."""
+    """Train one network on one fold; return its last-epoch accuracy on the validation rows."""
     with denormals_as_zero():
         for _, network in zip(range(epochs), trained(fold, trial)):
             last = network
@@ -41,10 +38,10 @@ train = functools.partial(over_cores, fit)  # one process a core
 
 
 def trained(fold: Fold, trial: Trial) -> Iterator[nn.Module]:
-    """Yield the network after each epoch, for ever.
+    """Yield the network after each epoch, forever.
 
-    What was faster than its alternatives: fused Adam, rows shuffled once an epoch and sliced, no
-    DataLoader; the caller takes denormal numbers for zero.
+    These choices were faster than their alternatives: fused Adam, rows shuffled once per epoch and
+    sliced, and no DataLoader. The caller flushes denormal numbers to zero.
     """
     x, y, network = _begin(fold, trial)
     optimizer = torch.optim.Adam(network.parameters(), lr=trial["lr"], fused=True)
@@ -67,10 +64,10 @@ def _begin(fold: Fold, trial: Trial) -> tuple[Tensor, Tensor, nn.Sequential]:
 
 @contextmanager
 def denormals_as_zero() -> Iterator[None]:
-    """Take denormal numbers for zero in the block: products of them are many times slower."""
+    """Flush denormal numbers to zero in the block: products with them are many times slower."""
     torch.set_flush_denormal(True)
-    # Where gputune has set torch's threads in this process, MKL does not hear threadpoolctl's
-    # limit: two threads that wait for each other at every product made this loop many times slower.
+    # If gputune has set torch's threads in this process, MKL ignores threadpoolctl's limit. Two
+    # threads that wait for each other at every product made this loop many times slower.
     torch.set_num_threads(torch.get_num_threads())
     try:
         yield
@@ -79,7 +76,7 @@ def denormals_as_zero() -> Iterator[None]:
 
 
 def batches(x: Tensor, y: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield one epoch's minibatches in a new order, the last one shorter."""
+    """Yield one epoch's minibatches in a new order; the last one may be shorter."""
     order = torch.randperm(len(x))
     yield from zip(*(torch.split(part.index_select(0, order), size) for part in (x, y)))
 
@@ -91,13 +88,15 @@ def accuracy(network: nn.Module, fold: Fold) -> float:
 
 
 def fit_skorch(fold: Fold, trial: Trial, epochs: int) -> float:
-    """Train skorch's classifier of the same network, without a split of its own and callbacks."""
+    """Train skorch's classifier of the same network, without its own validation split and
+    callbacks.
+    """
     import skorch
 
     X, y, X_valid, y_valid = fold
     classifier = skorch.NeuralNetClassifier(
         _begin(fold, trial)[2],
-        # of logits, as everywhere else; the default wants probabilities
+        # The loss of logits, as in the other engines; skorch's default expects probabilities.
         criterion=nn.CrossEntropyLoss,
         optimizer=torch.optim.Adam,
         optimizer__fused=True,
@@ -119,17 +118,19 @@ train_skorch = functools.partial(over_cores, fit_skorch)
 
 
 RAY_SETTINGS = {
-    # Files of logs, and a table on the screen, would be paid for and not read.
+    # Log files and a table on the screen would cost time and are not read.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
-    # Ray's handler would stay after the search and take Ctrl-C from what runs next in this process.
+    # Ray's signal handler would stay after the search and catch Ctrl-C in later work.
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
 }
 
 
 def train_ray(work: Work, cores: int) -> Outcome:
-    """Train the work with Ray Tune, every trial on one core, on a Ray of this machine started and
-    ended in the call."""
+    """Train the work with Ray Tune, every trial on one core.
+
+    Ray is started and stopped inside the call.
+    """
     os.environ |= RAY_SETTINGS
     import ray
     from ray import tune
@@ -149,7 +150,7 @@ def train_ray(work: Work, cores: int) -> Outcome:
         ]
         tune.report({"scores": scores, "began": began, "process": os.getpid()})
 
-    # The workers import what this process can.
+    # The workers get this process's import path.
     with (
         patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)),
         tempfile.TemporaryDirectory() as folder,
@@ -182,8 +183,10 @@ def train_ray(work: Work, cores: int) -> Outcome:
 
 
 def train_compiled(work: Work, cores: int) -> Outcome:
-    """Train the work with the compiled step; each process compiles, and no earlier call has left it
-    anything."""
+    """Train the work with the compiled step.
+
+    Each process compiles, and the cache of earlier calls is not used.
+    """
     torch.compiler.reset()
     with tempfile.TemporaryDirectory() as folder:  # a cache that begins empty
         empty = {"TORCHINDUCTOR_CACHE_DIR": folder, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
@@ -192,12 +195,11 @@ def train_compiled(work: Work, cores: int) -> Outcome:
 
 
 def fit_compiled(fold: Fold, trial: Trial, epochs: int) -> float:
-    """Train one network on one fold; return its accuracy on the validation rows after the last
-    epoch."""
+    """Train one network on one fold; return its last-epoch accuracy on the validation rows."""
     x, y, network = _begin(fold, trial)
     weights = [parameter.detach() for parameter in network.parameters()]
     first, second = ([torch.zeros_like(weight) for weight in weights] for _ in range(2))
-    # Tensors, because another number would be compiled anew.
+    # Tensors, because a new Python number would cause another compilation.
     lr = torch.tensor(trial["lr"])
     steps = torch.zeros(())
     with denormals_as_zero():
@@ -209,8 +211,8 @@ def fit_compiled(fold: Fold, trial: Trial, epochs: int) -> float:
 
 @functools.cache
 def _compiled_step() -> Callable[..., None]:
-    # One compilation for all widths and batch sizes; one for each of them takes longer than it
-    # saves.
+    # One compilation serves all widths and batch sizes. A compilation for each of them would take
+    # longer than it saves.
     compiled: Callable[..., None] = torch.compile(_step, dynamic=True)
     return compiled
 

@@ -1,5 +1,7 @@
-"""Boosted trees for a table: scikit-learn's, LightGBM's and CatBoost's, at their defaults and tuned
-by Optuna."""
+"""Boosted trees for a table, at their defaults and tuned by Optuna.
+
+The libraries are scikit-learn, LightGBM and CatBoost.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostin
 from sklearn.metrics import get_scorer
 from sklearn.model_selection import KFold, StratifiedKFold
 
-# of boosting, at most and without a better score on a fold's validation rows
+# Rounds of boosting: the most, and the most without a better score on a fold's validation rows.
 ROUNDS = 2_000
 PATIENCE = 50
 LIBRARIES = {"lightgbm": "LightGBM", "catboost": "CatBoost"}
@@ -52,14 +54,17 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class OfTable:
-    """An estimator of rows in which text is a category and a date three numbers."""
+    """An estimator for rows of a table.
+
+    Text becomes a category, and a date becomes three numbers.
+    """
 
     estimator: Any
     levels: dict[str, pd.CategoricalDtype]
     as_text: bool = False
 
     def rows(self, X: pd.DataFrame) -> pd.DataFrame:
-        """Return the rows as the estimator takes them."""
+        """Return the rows in the form that the estimator accepts."""
         dates = [name for name in self.levels if name.startswith("date")]
         out = X.astype({name: kind for name, kind in self.levels.items() if name not in dates})
         for name in dates:
@@ -89,7 +94,7 @@ def levels_of(X: pd.DataFrame) -> dict[str, pd.CategoricalDtype]:
 
 
 def with_defaults(X: pd.DataFrame, y: pd.Series, task: str) -> Iterator[tuple[str, OfTable]]:
-    """Yield the name of each library that is installed and its trees as its defaults say."""
+    """Yield the name of each installed library and its trees with their default settings."""
     histogram = (
         HistGradientBoostingRegressor if task == "regression" else HistGradientBoostingClassifier
     )
@@ -141,11 +146,10 @@ def tuned(
     folds: int,
     seconds: float,
 ) -> tuple[OfTable, int, int]:
-    """Return a library's trees tuned for so many seconds by Optuna's TPE, how many trials it had
-    and the best one.
+    """Return a library's trees, tuned by Optuna's TPE for ``seconds``.
 
-    Each fold stops early, and the best trial is fitted on all rows with the folds' mean number of
-    rounds.
+    Also returns the number of trials and the best one. Each fold stops early. The best trial is
+    fitted on all rows with the mean number of rounds over the folds.
     """
     import optuna
 
@@ -184,7 +188,7 @@ def tuned(
 
 
 def _drawn(trial: Any, space: dict[str, Any]) -> dict[str, Any]:
-    """Draw a value of each law: one of a list, or a number between two, of their type."""
+    """Draw a value of each distribution: an element of a list, or a number of the bounds' type."""
     drawn = {}
     for name, law in space.items():
         if isinstance(law, list):
@@ -196,7 +200,7 @@ def _drawn(trial: Any, space: dict[str, Any]) -> dict[str, Any]:
 
 
 def _stop(library: str, others: tuple[pd.DataFrame, pd.Series]) -> dict[str, Any]:
-    """Return what a fit takes to end where the score of other rows gets no better."""
+    """Return the fit arguments that stop early if the score of other rows does not improve."""
     if library == "catboost":
         return {"eval_set": others, "early_stopping_rounds": PATIENCE}
     import lightgbm

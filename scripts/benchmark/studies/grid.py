@@ -1,9 +1,9 @@
-"""gputune beside scikit-learn and the PyTorch loop over trials x widths x batch sizes, and what
-grows with the work.
+"""gputune, scikit-learn and the PyTorch loop over trials x widths x batch sizes, and gputune's
+growth.
 
-Every trial of a cell has the cell's width and batch size. The cells in which gputune is slower are
-in the table too. What grows is measured in fresh processes: python -m benchmark.studies.grid TRIALS
-FOLDS EPOCHS ROWS prints one as JSON.
+Every trial of a cell has the cell's width and batch size. The table includes the cells in which
+gputune is slower. Growth of time and memory is measured in fresh processes: python -m
+benchmark.studies.grid TRIALS FOLDS EPOCHS ROWS prints one measurement as JSON.
 """
 
 import json
@@ -30,7 +30,8 @@ from benchmark.work import digits_work
 TRIALS = (1, 4)  # and the command's --trials
 WIDTHS = (16, 64, 256, 512)
 BATCH_SIZES = (16, 64, 256)
-EPOCHS = 10  # with fewer, other laws of the start show in the accuracies
+# With fewer epochs, the engines' different starting weights show in the accuracies.
+EPOCHS = 10
 FOLDS = 5  # of the least work that grows
 GROWTH = 8  # times the least number of trials, of folds, of epochs
 
@@ -58,8 +59,10 @@ Cell = dict[str, Any]
 
 @dataclass(frozen=True)
 class Growth:
-    """One search, of digits where ``rows`` is 0: seconds, and the memory of its process (MiB),
-    before and at most."""
+    """One search: its seconds, and the memory of its process (MiB) before and at most.
+
+    The data are digits if ``rows`` is 0.
+    """
 
     trials: int
     folds: int
@@ -170,8 +173,10 @@ def _sections(cells: Sequence[Cell], grown: Sequence[Growth]) -> list[str]:
 
 
 def measure_growth(*, trials: int, epochs: int, factor: int) -> list[Growth]:
-    """Measure the least work, then twice of its trials, of its folds and of its epochs, to
-    ``factor``; and ``ROWS``."""
+    """Measure the smallest work, then up to ``factor`` times its trials, its folds and its epochs.
+
+    The number of trials, folds or epochs doubles each time. ``ROWS`` are measured too.
+    """
     times = [2**k for k in range(factor.bit_length())]
     cases = [
         *((trials * n, FOLDS, epochs, 0) for n in times),
@@ -197,7 +202,7 @@ def in_fresh_process(trials: int, folds: int, epochs: int, rows: int) -> Growth:
 
 
 def measure_here(trials: int, folds: int, epochs: int, rows: int) -> Growth:
-    """Measure one search in this process: of digits, or of a table of so many rows."""
+    """Measure one search in this process, on digits or on a table with ``rows`` rows."""
     work = digits_work("narrow", n_trials=trials, epochs=epochs, folds=folds)
     if rows:
         X = np.random.default_rng(0).standard_normal((rows, COLUMNS), dtype=np.float32)
@@ -212,7 +217,8 @@ def measure_here(trials: int, folds: int, epochs: int, rows: int) -> Growth:
 
 def peak_mib() -> float:
     """Return the largest resident memory of this process so far."""
-    # Linux lets a child begin with its parent's peak in getrusage, but not here.
+    # In getrusage, Linux starts a child process with its parent's peak. This file has no such
+    # error.
     return (
         int(re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.M)[1])
         / 1024

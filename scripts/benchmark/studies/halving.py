@@ -1,9 +1,8 @@
-"""What successive halving costs and what it loses: its best score beside that of the full search,
-over seeds.
+"""Cost and loss of successive halving: its best score compared with the full search, over seeds.
 
-Which trials halving keeps is read off the curves of the full search, which are the ones that it
-sees; on the first seed of every table it is also run, and must end the same. A seed draws its own
-trials, folds and starts.
+The trials that halving keeps are computed from the curves of the full search, because halving sees
+the same curves. On the first seed of every table halving is also run, and must give the same
+result. Each seed draws its own trials, folds and starting weights.
 """
 
 from argparse import Namespace
@@ -24,7 +23,7 @@ EPOCHS = 54
 SEEDS = 10
 FOLDS = 3
 ADULT_ROWS = 10_000
-# of the full search's best score, and of its trial-epochs
+# Shares of the full search: of its best score, and of its trial-epochs.
 LOSS = 0.005
 SHARE = 0.2
 AGREEMENT = 2e-3  # between halving as it is run and as it is read off: rounding may turn a tie
@@ -33,8 +32,10 @@ HEAD = "table|seed|full search|halving|loss|trial-epochs|run"
 
 @dataclass(frozen=True)
 class Seed:
-    """Best fold-mean scores of both, and their trial-epochs; ``run`` is the best of halving where
-    it was run."""
+    """Best mean validation scores of both searches, and their trial-epochs.
+
+    ``run`` is the best score of halving, if it was run.
+    """
 
     table: str
     seed: int
@@ -46,13 +47,14 @@ class Seed:
 
     @property
     def loss(self) -> float:
-        """The part of the full search's best score that halving is below it; below 0 where it is
-        above."""
+        """The share of the full search's best score that halving loses; below 0 if halving is
+        better.
+        """
         return 1 - self.halving / self.full
 
     @property
     def share(self) -> float:
-        """The part of the full search's trial-epochs that halving takes."""
+        """The share of the full search's trial-epochs that halving trains."""
         return self.halving_epochs / self.full_epochs
 
     def row(self) -> str:
@@ -109,8 +111,10 @@ def compare(table: str, X: Any, y: Any, *, epochs: int, seed: int) -> Seed:
 
 
 def halved(curves: np.ndarray, method: gputune.Halving, epochs: int) -> tuple[np.ndarray, int]:
-    """Return which trials (positions) come to the end, and the trial-epochs of all, by curves (C,
-    epochs, F)."""
+    """Return the positions of the trials that survive to the end, and all trial-epochs.
+
+    They are computed from curves (C, epochs, F).
+    """
     alive = np.arange(len(curves))
     spent = 0
     before = 0
@@ -124,16 +128,16 @@ def halved(curves: np.ndarray, method: gputune.Halving, epochs: int) -> tuple[np
 
 
 def tables(adult: Path | None) -> dict[str, tuple[Any, Any]]:
-    """Return X and y of digits, and of the census table where its file, UCI's adult.data, is given.
+    """Return X and y of digits, and of the census table if its file, UCI's adult.data, is given.
 
-    Of that 10,000 rows (or all, where there are fewer), and whether the income is above 50K.
+    The census table has 10,000 rows, or all if there are fewer. Its target is an income above 50K.
     """
     found: dict[str, tuple[Any, Any]] = {"digits": load_digits(return_X_y=True)}
     if adult is None:
         return found
     rows = pl.read_csv(adult, has_header=False, null_values=["?", " ?"], truncate_ragged_lines=True)
     rows = rows.sample(min(ADULT_ROWS, len(rows)), seed=0)
-    # The file has a blank after each comma, which makes text of its numbers.
+    # The file has a blank after each comma, and would otherwise be read as text.
     plain = [
         _plain(column.str.strip_chars(" .") if column.dtype == pl.String else column)
         for column in rows

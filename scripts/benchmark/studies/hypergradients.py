@@ -1,5 +1,4 @@
-"""What a hypergradient costs: every mode on one stacked population, over the same training without
-derivatives.
+"""Cost of a hypergradient: every mode on one stacked population, compared with plain training.
 
 Members are 64-32-10 tanh networks of one population, trained in batches of 64 in float32 on one
 thread.
@@ -55,7 +54,9 @@ weights.
 
 @dataclass(frozen=True)
 class Cost:
-    """Median seconds of one step by kind, and the largest disagreement of what must be the same."""
+    """Median seconds of one step by kind, and the largest disagreement between results that must
+    agree.
+    """
 
     optimizer: str
     members: int
@@ -93,7 +94,7 @@ def run(options: Namespace) -> int:
 
 
 def measure(optimizer: str, members: int, *, epochs: int, repeats: int) -> Cost:
-    """Run every kind once, compare, and then time them all ``repeats`` times, in turns."""
+    """Run every kind once and compare the results; then time all kinds in turns."""
     found = kinds(optimizer, members, epochs)
     steps = epochs * STEPS_AN_EPOCH
     worst = disagreement({name: run() for name, run in found.items()})
@@ -109,7 +110,9 @@ def measure(optimizer: str, members: int, *, epochs: int, repeats: int) -> Cost:
 
 
 def kinds(optimizer: str, members: int, epochs: int) -> Mapping[str, Callable[[], Any]]:
-    """Return every kind of training of one population, ``members`` in all folds together."""
+    """Return every kind of training of one population with ``members`` members in all folds
+    together.
+    """
     data = dataset(choice := choose_model("mlp", optimizer))
     network = {"width": 32, "depth": 1, "activation": "tanh", "batch_size": BATCH}
     rates = np.geomspace(*RATES[optimizer], members // FOLDS)
@@ -144,8 +147,10 @@ def kinds(optimizer: str, members: int, epochs: int) -> Mapping[str, Callable[[]
 
 
 def dataset(choice: ModelChoice) -> Dataset:
-    """Return 64 columns of numbers, 10 classes that a noisy linear map decides, 640 training rows
-    in each fold."""
+    """Return a dataset of 64 columns and 10 classes, with 640 training rows in each fold.
+
+    A noisy linear map determines the classes.
+    """
     rng = np.random.default_rng(0)
     rows = BATCH * STEPS_AN_EPOCH * FOLDS // (FOLDS - 1)
     X = rng.standard_normal((rows, 64))
@@ -157,10 +162,13 @@ def dataset(choice: ModelChoice) -> Dataset:
 
 
 def disagreement(results: Mapping[str, Any]) -> float:
-    """Return by how much what must be the same differs, as a part of the largest number; NaN if
-    anything is NaN."""
+    """Return the largest difference between results that must agree, relative to the largest
+    number.
+
+    It is NaN if anything is NaN.
+    """
     trained = results[OPTIMISED].state.buffers[0].transpose(0, 1).flatten(0, 1)
-    # Slopes in the rate: (P,) of one, (P, 5, 2) of ten.
+    # Slopes in the rate: (P,) for one rate, (P, 5, 2) for ten rates.
     one, ten, again = (
         results[kind].gradients["lr"].squeeze() for kind in (FORWARD, REVERSE, CHECKPOINTED)
     )

@@ -1,4 +1,4 @@
-"""A study file of 100,000 trials: what opening it, looking at it and going on with it take."""
+"""A study file of 100,000 trials: the time to open it, to inspect it and to resume it."""
 
 from argparse import Namespace
 from collections.abc import Callable
@@ -64,8 +64,7 @@ def search(file: Path, n_trials: int, **more: object) -> gputune.Study:
 
 
 def make(file: Path) -> None:
-    """Let a search draw and plan its trials, and finish those that it has not trained with random
-    curves."""
+    """Let a search draw and plan its trials, and complete the untrained ones with random curves."""
     search(file, TRIALS, timeout=1e-3)
     rng = np.random.default_rng(0)
     with Store.open(file) as store:
@@ -81,7 +80,7 @@ def make(file: Path) -> None:
 
 
 def timed(step: Callable[[int], object], number: int) -> tuple[float, float]:
-    """Return the seconds of CPU, and of the clock, that a step takes; what it prints is dropped."""
+    """Return the CPU seconds and wall-clock seconds of a step; its printed output is dropped."""
     clock = Clock()
     with redirect_stdout(StringIO()):
         step(number)

@@ -1,12 +1,12 @@
-"""Modules of a user's own, tuned by gputune, by a plain PyTorch loop, and by Optuna with that loop,
-one process a core.
+"""User's modules, tuned by gputune, by a plain PyTorch loop, and by Optuna with that loop.
 
-Adam without decay, float32, batches of 32 unless the row says otherwise, learning rates of the
-shared list; all that a user waits for is counted. The loops score every epoch too, as gputune does.
-They train the first trials alone, and their time without the start of their processes is scaled to
-all. All take turns; times are medians. Rows in which gputune is slower than was asked are in bold.
-The mean accuracy of the trials that both trained must be the same, to 0.02. "Load" is what else the
-machine did before a row, in processes that wait for a core (0 on a quiet one).
+The loops use one process per core. All use Adam without decay, float32, batches of 32 unless the
+row says otherwise, and the learning rates of the shared list. Times include everything that a user
+waits for. The loops score every epoch too, as gputune does. The loops train only the first trials.
+Their time without the start of their processes is scaled to all trials. The engines take turns, and
+times are medians. Rows in which gputune is slower than required are in bold. The mean accuracy of
+the trials that both trained must be the same, to 0.02. "Load" is the other work of the machine
+before a row, in processes that wait for a core (0 on a quiet machine).
 """
 
 import os
@@ -36,8 +36,10 @@ HEAD = (
 
 @dataclass(frozen=True)
 class Case:
-    """A module, how much of it is trained, by a loop on the first ``looped`` trials, and what is
-    asked of gputune."""
+    """A module, the size of its search, and the speed required of gputune.
+
+    A loop trains the first ``looped`` trials. ``asked`` is the required speed relative to the loop.
+    """
 
     name: str
     module_class: type
@@ -72,8 +74,10 @@ CASES = (
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of a case: seconds of each engine in each repeat, mean accuracies of what
-    all trained."""
+    """Measurements of a case: seconds of each engine in each repeat, and mean accuracies.
+
+    The accuracies are of the trials that all engines trained.
+    """
 
     name: str
     work: str
@@ -84,7 +88,7 @@ class Row:
     accuracies: dict[str, float]
 
     def ratio(self, engine: str) -> float:
-        """How many times as fast as an engine gputune is."""
+        """The speed of gputune divided by the speed of an engine."""
         return float(np.median(self.seconds[engine]) / np.median(self.seconds["gputune"]))
 
     def row(self) -> str:
@@ -100,8 +104,10 @@ class Row:
 
 
 def run(options: Namespace) -> int:
-    """Measure the chosen rows, print and write them beside those of before; return 1 where the
-    accuracies differ."""
+    """Measure the chosen rows, print them, and write them next to the earlier ones.
+
+    Returns 1 if the accuracies differ.
+    """
     machine = describe_machine()
     rows = {row.name: row for row in published(options.out, "modules", machine, "rows", Row)}
     for case in CASES:
@@ -122,7 +128,7 @@ def run(options: Namespace) -> int:
 
 
 def compare(case: Case, repeats: int) -> Row:
-    """Measure one case; each engine begins in its turn."""
+    """Measure one case; the engines take turns in starting."""
     work = case_work(case)
     load = os.getloadavg()[0]
     found: dict[str, list[tuple[float, np.ndarray]]] = {engine: [] for engine in ENGINES}
@@ -148,8 +154,10 @@ def compare(case: Case, repeats: int) -> Row:
 
 
 def case_work(case: Case) -> Work:
-    """Return digits with the trials of a case, as images of 28 x 28 or sequences of 20 where it
-    asks for them."""
+    """Return digits with the trials of a case.
+
+    The rows are images of 28 x 28 or sequences of 20 if the case asks for them.
+    """
     work = digits_work("narrow", n_trials=case.trials, epochs=case.epochs)
     X = work.X
     trials = [{**trial, "batch_size": case.batch_size} for trial in work.trials]

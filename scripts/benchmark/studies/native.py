@@ -1,5 +1,4 @@
-"""The compiled code of each level beside the same code built for this very processor: CPU seconds
-of an epoch."""
+"""CPU seconds per epoch of the compiled code of each level, and of a build for this processor."""
 
 import ctypes
 import shlex
@@ -70,7 +69,7 @@ def run(options: Namespace) -> int:
 
 
 def build(folder: Path, compiler: str, dtype: str, level: int, *, native: bool) -> ctypes.CDLL:
-    """Return the library as the package builds it, or with the flags of this processor."""
+    """Return the library with the package's build flags, or with the flags of this processor."""
     modules = tomllib.loads(PROJECT.read_text())["tool"]["setuptools"]["ext-modules"]
     name = f"_{'double' if dtype == 'float64' else 'float'}{level}"
     flags: list[str] = next(
@@ -87,7 +86,7 @@ def build(folder: Path, compiler: str, dtype: str, level: int, *, native: bool) 
 
 
 class _Asked(Exception):
-    """What an epoch of a search asks of the library."""
+    """The arguments with which a search calls the library for one epoch."""
 
 
 def epoch(
@@ -123,7 +122,7 @@ def epoch(
 def compare(
     pair: Sequence[ctypes.CDLL], work: tuple[dict[str, int], dict[str, Any]], repeats: int
 ) -> float:
-    """Return the median ratio of the CPU seconds that two libraries take for an epoch, in turn."""
+    """Return the median ratio of the CPU seconds per epoch of two libraries, which take turns."""
     numbers, arrays = work
     start = {
         name: arrays[name].clone()

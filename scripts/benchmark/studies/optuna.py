@@ -1,10 +1,10 @@
-"""Optuna's TPE through the bridge beside random search on digits, and what asking and telling cost.
+"""Optuna's TPE through gputune compared with random search on digits, and the cost of ask and tell.
 
-For each seed both searches have the same folds and starts, and train as many trials: random search
-draws them all at once, TPE proposes them in batches and hears the scores of a batch before the
-next. What must hold: the median over the seeds of TPE's best score is at least that of random
-search. Asking and telling are timed inside of the search, and once more with Optuna alone: a fresh
-sampler of the same seed, asked and told the same.
+For each seed both searches have the same folds, starting weights and number of trials. Random
+search draws all trials at once. TPE proposes them in batches, and receives the scores of a batch
+before it proposes the next one. Requirement: the median over the seeds of TPE's best score is at
+least that of random search. Ask and tell are timed inside the search. They are timed again with
+only Optuna: a new sampler with the same seed is asked and told the same.
 """
 
 import statistics
@@ -46,8 +46,10 @@ HEAD = (
 
 @dataclass(frozen=True)
 class Row:
-    """One seed: best score of each search, seconds of each, and seconds of asking and telling in
-    both ways."""
+    """One seed: the best score and the seconds of each search, and the seconds of ask and tell.
+
+    Ask and tell are timed in both ways.
+    """
 
     seed: int
     random_best: float
@@ -112,7 +114,7 @@ def sampler(seed: int) -> optuna.samplers.TPESampler:
 
 @contextmanager
 def timed() -> Iterator[list[float]]:
-    """Collect the seconds of every ask and tell of the bridge inside the block."""
+    """Collect the seconds of every ask and tell of gputune's Optuna integration in the block."""
     spent: list[float] = []
 
     def clocked(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -130,8 +132,10 @@ def timed() -> Iterator[list[float]]:
 
 
 def alone(seed: int, study: Study) -> float:
-    """Return the seconds of asking and telling the same with Optuna alone, which must propose the
-    same."""
+    """Return the seconds of the same asks and tells with only Optuna.
+
+    Optuna must propose the same configurations.
+    """
     _, laws = check_askable([SPACE])
     scores = [trial.score for trial in study.trials]
     asked = []

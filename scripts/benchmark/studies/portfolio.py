@@ -1,5 +1,7 @@
-"""A short list of good configurations of the MLP: chosen greedily over tables, judged on a table
-left out."""
+"""A short list of good MLP configurations, chosen greedily over tables.
+
+It is tested on a table that is left out.
+"""
 
 import json
 from argparse import Namespace
@@ -83,10 +85,9 @@ def run(options: Namespace) -> int:
 
 
 def honest(study: gputune.Study) -> NDArray[np.float64]:
-    """Return the score of each trial: of each fold that at the epoch which the others choose, and
-    their mean.
+    """Return the score of each trial: the mean over folds at an epoch that the other folds choose.
 
-    The best epoch of the mean flatters trials whose curves are rough: a refit does not meet the
+    The best epoch of the mean flatters trials with rough curves, because a refit does not have the
     same luck.
     """
     curves = np.nan_to_num(study.curves, nan=-np.inf)  # (trials, epochs, folds)
@@ -97,8 +98,10 @@ def honest(study: gputune.Study) -> NDArray[np.float64]:
 
 
 def regret(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return how far each score is from the best, where the median is 1; one that diverged is
-    10."""
+    """Return each score's distance from the best, in units in which the median is 1.
+
+    A diverged trial gets 10.
+    """
     scores = np.where(np.isfinite(scores), scores, np.nan)
     best = np.nanmax(scores)
     middle = np.nanmedian(scores)
@@ -108,8 +111,10 @@ def regret(scores: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def greedy(regrets: NDArray[np.float64], start: NDArray[np.float64]) -> list[int]:
-    """Return SIZE places of configurations, of regrets (tables, configurations), to be tried beside
-    ``start``."""
+    """Return the positions of SIZE configurations that complement ``start``.
+
+    They are chosen from regrets (tables, configurations).
+    """
     chosen = list[int]()
     least = start
     for _ in range(SIZE):
@@ -119,7 +124,10 @@ def greedy(regrets: NDArray[np.float64], start: NDArray[np.float64]) -> list[int
 
 
 def left_out(regrets: NDArray[np.float64], place: int) -> tuple[float, float]:
-    """Return the regret on one table of the list that the others choose, and of as many draws."""
+    """Return the regret on one table of the list that the other tables choose, and of random draws.
+
+    There are as many random draws as configurations in the list.
+    """
     others = np.delete(regrets, place, axis=0)
     chosen = greedy(others[:, :WIDE_TRIALS], others[:, -1])
     own = regrets[place]

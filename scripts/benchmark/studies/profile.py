@@ -1,9 +1,8 @@
-"""What ``gputune tune --profile`` says: the share of the matrix-product peak, and what a trial
-costs beside training.
+"""The figures of ``gputune tune --profile``: share of the matrix-product peak, overhead per trial.
 
-Digits, 5 folds, 20 epochs, Adam, batch sizes 16 to 256. Wide trials tell how near the steps come to
-the machine's products; a great many of the narrowest tell what planning, storing, telling and all
-else take for each trial.
+Digits, 5 folds, 20 epochs, Adam, batch sizes 16 to 256. Wide trials show how close the steps come
+to the machine's matrix products. Many very narrow trials show the cost per trial of planning,
+storing, reporting and everything else except training.
 """
 
 import re
@@ -22,7 +21,7 @@ WIDE = (256, 128)
 WIDE_TRIALS = 32
 NARROW = 16
 NARROW_TRIALS = 10_000
-TRAINING = ("steps", "scores")  # the other lines are what a trial costs beside
+TRAINING = ("steps", "scores")  # the other lines are overhead of a trial
 HEAD = (
     "width|trials|seconds|steps, GFLOP/s|the product of 1024 x 1024 matrices|share|ms a trial "
     "beside training"
@@ -31,10 +30,9 @@ HEAD = (
 
 @dataclass(frozen=True)
 class Run:
-    """One command: seconds in all and by line of its table, GFLOP/s of its steps and of the
-    product.
+    """One command: its seconds in total and by line of its table, and GFLOP/s of steps and product.
 
-    The last two are None where the command did not say them.
+    The last two are None if the command did not report them.
     """
 
     width: int
@@ -46,12 +44,12 @@ class Run:
 
     @property
     def share(self) -> float:
-        """The part of the product's speed that the steps reached."""
+        """The share of the product's speed that the steps reached."""
         return self.reached / self.peak if self.reached and self.peak else float("nan")
 
     @property
     def beside(self) -> float:
-        """Milliseconds a trial of everything but steps and scores."""
+        """Overhead in milliseconds per trial: everything except steps and scores."""
         without = sum(self.parts[name] for name in TRAINING)
         return (self.seconds - without) / self.trials * 1e3
 
@@ -113,7 +111,10 @@ def measure(width: int, trials: int, epochs: int) -> Run:
 
 
 def read(said: str, width: int, trials: int) -> Run:
-    """Return what the command's table says; the parts of training are printed as shares of it."""
+    """Return the numbers in the command's table.
+
+    The command prints the parts of training as shares of it.
+    """
     table = said[said.index("Where the time went:") :]
     parts = {
         name: float(number)

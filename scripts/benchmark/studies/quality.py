@@ -1,10 +1,9 @@
-"""Time to quality: how long each search takes until the configuration it would choose reaches a
-score on held-out rows.
+"""Time to quality: seconds until a search's choice reaches a score on held-out rows.
 
-A quarter of the rows is held out. At any time a search's choice is the candidate with the best fold
-mean that it knows; when all have ended, that choice is trained on all other rows by the plain
-PyTorch loop, and scored on the held-out ones. So every search is judged by the same scores, and
-this part costs it no time.
+A quarter of the rows is held out. At any time a search's choice is the candidate with the best mean
+validation score known so far. After all searches have ended, the plain PyTorch loop trains each
+choice on all other rows and scores it on the held-out rows. So the same scores judge every search,
+and this part costs a search no time.
 """
 
 import functools
@@ -48,7 +47,7 @@ infinite, and how many reached it stands in brackets where not all did.
 
 @dataclass(frozen=True)
 class Point:
-    """After so many seconds the choice was another; its accuracy on the held-out rows."""
+    """A new choice after ``seconds``, and its accuracy on the held-out rows."""
 
     seconds: float
     candidate: int
@@ -57,7 +56,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """One search on one table and seed: its choices, and when it ended."""
+    """One search on one table and seed: its choices, and the time when it ended."""
 
     table: str
     seed: int
@@ -66,7 +65,7 @@ class Curve:
     seconds: float
 
     def time_to(self, level: float) -> float:
-        """Seconds until the choice was at least as good; infinite where it never was."""
+        """Seconds until the choice was at least as good; infinite if it never was."""
         return next((p.seconds for p in self.points if p.held_out >= level), float("inf"))
 
 
@@ -108,8 +107,10 @@ def run(options: Namespace) -> int:
 
 
 def numbers(X: Any) -> np.ndarray:
-    """Return the columns as numbers, one of 0 and 1 for each value of a text; the same for every
-    search."""
+    """Return the columns as numbers, with one 0/1 column per value of a text column.
+
+    The columns are the same for every search.
+    """
     if isinstance(X, np.ndarray):
         return X.astype(np.float32)
     import polars.selectors as columns
@@ -124,8 +125,10 @@ Judge = Callable[[int], float]
 def split(
     X: np.ndarray, y: np.ndarray, *, seed: int, trials: int, epochs: int
 ) -> tuple[Work, Judge]:
-    """Return the work of a search on three quarters of the rows, and what judges its choices by the
-    others."""
+    """Return the work of a search on three quarters of the rows, and the judge of its choices.
+
+    The judge uses the other rows.
+    """
     if len(X) > ROWS:
         X, _, y, _ = train_test_split(X, y, train_size=ROWS, stratify=y, random_state=seed)
     X, X_out, y, y_out = train_test_split(X, y, test_size=0.25, stratify=y, random_state=seed)
@@ -137,7 +140,7 @@ def split(
 
 
 def choices(events: Sequence[Event], held_out: Judge) -> tuple[Point, ...]:
-    """Return the choices of a search by the time that they became the best it knew."""
+    """Return the choices of a search with the times at which they became its best."""
     points = list[Point]()
     best = float("-inf")
     for event in sorted(events, key=lambda event: event.seconds):
@@ -149,7 +152,7 @@ def choices(events: Sequence[Event], held_out: Judge) -> tuple[Point, ...]:
 
 
 def search(name: str, work: Work) -> tuple[list[Event], float]:
-    """Return what became known, and when; and the seconds of the whole search."""
+    """Return the scores of a search with their times, and its total seconds."""
     engine, method = SEARCHES[name]
     module = import_module(f"benchmark.engines.{engine}")
     stop_workers()

@@ -1,5 +1,7 @@
-"""The same configurations of RealMLP's space here and in its authors' package, pytabkit: seconds
-and scores."""
+"""The same configurations of RealMLP's space in gputune and in pytabkit: seconds and scores.
+
+pytabkit is the package of RealMLP's authors.
+"""
 
 from argparse import Namespace
 from collections.abc import Iterator
@@ -42,8 +44,10 @@ configurations one after the other. Threads of each: {cores}, in turn on the sam
 
 @dataclass(frozen=True)
 class Result:
-    """All configurations of one table in one package; ``scores`` on the rows held out, in their
-    order."""
+    """All configurations of one table in one package.
+
+    ``scores`` are those on the held-out rows, in the order of the configurations.
+    """
 
     table: str
     package: str
@@ -115,7 +119,7 @@ def there(split: Split, drawn: list[dict[str, Any]]) -> Iterator[float]:
     kind = RealMLP_TD_Regressor if numbers else RealMLP_TD_Classifier
     parts = (KFold if numbers else StratifiedKFold)(FOLDS, shuffle=True, random_state=0)
     valid = [place for _, place in parts.split(split.X, None if numbers else split.y)]
-    least = min(map(len, valid))  # pytabkit wants folds of one length
+    least = min(map(len, valid))  # pytabkit needs folds of equal length
     for one in drawn:
         model = kind(
             **{

@@ -1,5 +1,7 @@
-"""Which model for a table: networks and boosted trees, scored on rows that nothing was fitted
-on."""
+"""Comparison of models for tables: networks and boosted trees.
+
+They are scored on rows that were not used for fitting.
+"""
 
 import importlib.util
 from argparse import Namespace
@@ -32,8 +34,8 @@ NAMES = (
     "heart_2020",
     "protein",
 )
-LOGARITHMS = ("kc_house",)  # prices, of which the logarithm is predicted
-RARE = 0.1  # share of the rarer class below which ROC AUC is the score
+LOGARITHMS = ("kc_house",)  # tables of prices; the logarithm of the price is predicted
+RARE = 0.1  # if the rarer class has a smaller share than this, the score is ROC AUC
 ROWS = 2_000
 HELD_OUT = 5_000
 SPLITS = 3
@@ -66,8 +68,10 @@ Load = Callable[[str], tuple[pd.DataFrame, pd.Series, str]]
 
 @dataclass(frozen=True)
 class Result:
-    """One way on one split of a table: its score, seconds of wall clock and of the processor,
-    trials searched."""
+    """One method on one split of a table.
+
+    It has the score, seconds of wall clock and of the processor, and the number of searched trials.
+    """
 
     table: str
     split: int
@@ -104,7 +108,7 @@ class Split:
         )
 
     def score(self, model: Any) -> float:
-        """Return the score of a model on the rows that are held out; an RMSE is positive."""
+        """Return the score of a model on the held-out rows; an RMSE is positive."""
         truth = self.y_test.to_numpy()
         if self.scoring == "roc_auc":
             return float(roc_auc_score(truth, model.predict_proba(self.X_test)[:, 1]))
@@ -147,8 +151,10 @@ def run(options: Namespace) -> int:
 
 
 def loader(path: Path | None) -> Load:
-    """Return ``load(name) -> X, y, task`` of a Python file. Raises SystemExit where there is
-    none."""
+    """Return the function ``load(name) -> X, y, task`` of a Python file.
+
+    Raises SystemExit if the file has none.
+    """
     if path is None:
         raise SystemExit(
             "--tables needs --data FILE.py, a file with load(name) -> X, y, task of the tables' "
@@ -163,8 +169,7 @@ def loader(path: Path | None) -> Load:
 
 
 def split_of(name: str, load: Load, number: int, most: int = ROWS) -> Split:
-    """Return the rows of a table that a split searches on, at most so many, and those that it
-    scores."""
+    """Return the rows of a table for the search, up to a limit, and the rows for scoring."""
     X, y, task = load(name)
     y = np.log(y) if name in LOGARITHMS else y
     rows = min(most, len(X) * 4 // 5)
@@ -186,7 +191,7 @@ def defaults(split: Split) -> Models:
 
 
 def tuned(library: str, split: Split) -> Models:
-    """Yield a library's trees, tuned, where it is installed."""
+    """Yield a library's tuned trees, if the library is installed."""
     if library not in trees.versions():
         print(f"{library} tuned: left out, pip install {library}")
         return
@@ -198,7 +203,7 @@ def tuned(library: str, split: Split) -> Models:
 
 
 def network(way: str, split: Split) -> Models:
-    """Yield the best trial of a search and the ensemble of its trials, where there are several."""
+    """Yield the best trial of a search, and the ensemble of its trials if there are several."""
     n_trials, epochs = SEARCHES[way]
     clock = Clock()
     space = "mlp" if way == "mlp portfolio" else None
@@ -219,7 +224,9 @@ WAYS: dict[str, Callable[[Split], Models]] = {
 
 
 def words(results: list[Result]) -> tuple[str, str]:
-    """Return what the page says: how, and the medians over the splits of each table and way."""
+    """Return the text of the page: the method, and the medians over the splits per table and
+    method.
+    """
     ways = list(dict.fromkeys(one.way for one in results))
     tables = {one.table: one.scoring for one in results}
     larger = f"; of {' and '.join(LARGE)} also one of more" if tables.keys() - set(NAMES) else ""

@@ -1,5 +1,7 @@
-"""One shared list of trials through every engine: the scores must agree, then the times are
-shown."""
+"""One shared list of trials through every engine.
+
+The scores must agree; then the times are shown.
+"""
 
 import functools
 import time
@@ -20,7 +22,7 @@ from benchmark.work import Outcome, Work, digits_work, stop_workers
 EPOCHS = 20
 REPEATS = 3
 ON_CARD = "gputune on the GPU"
-AGREEMENT = 0.01  # in mean accuracy; a network's other start and row order move it less
+AGREEMENT = 0.01  # in mean accuracy; other starting weights and row orders change it by less
 
 HOW = """\
 Every engine trains the same trials (learning rate log-uniform, batch size and width from lists; two hidden relu
@@ -50,7 +52,7 @@ out, which a later call finds done where it is kept on disk. Below 1, gputune is
 class Run:
     """An engine on the first ``trials`` of the list.
 
-    rival   False for gputune itself, which the others are compared to
+    ``rival`` is False for gputune itself, with which the others are compared.
     """
 
     engine: str
@@ -63,8 +65,8 @@ class Run:
 class Measured:
     """One engine on the first C trials of one work.
 
-    seconds, start, compile   of each of the R repeats; the last two are parts of the first
-    scores                    (R, C, F) last-epoch accuracies
+    ``seconds``, ``start`` and ``compile`` have one number for each of the R repeats; the last two
+    are parts of the first. ``scores`` (R, C, F) are last-epoch accuracies.
     """
 
     engine: str
@@ -79,8 +81,9 @@ class Measured:
         return self.scores.shape[1]
 
     def accuracy(self, trials: int | None = None) -> float:
-        """Mean over repeats, the first ``trials`` (None: all) and folds; NaN where one of them
-        diverged."""
+        """Mean over repeats, folds and the first ``trials`` (None: all); NaN if one of them
+        diverged.
+        """
         return float(self.scores[:, :trials].mean())
 
     @property
@@ -89,10 +92,9 @@ class Measured:
 
 
 def measure(runs: Sequence[Run], work: Work, repeats: int) -> list[Measured]:
-    """Run each engine ``repeats`` times, in turns, after each one's warm-up on a small piece of the
-    work.
+    """Run each engine ``repeats`` times, in turns, after a warm-up on a small part of the work.
 
-    In each repeat another engine begins.
+    Each repeat starts with a different engine.
     """
     for run in runs:
         stop_workers()
@@ -141,8 +143,10 @@ def run(options: Namespace) -> int:
 
 
 def runs(chosen: Sequence[Chosen], work: Work) -> list[Run]:
-    """Return each engine on its trials, gputune also on every part of the list that another one
-    gets."""
+    """Return each engine with its trials.
+
+    gputune also runs on every part of the list that another engine gets.
+    """
     whole = len(work.trials)
 
     def run_of(engine: Engine, trials: int) -> Run:
@@ -160,10 +164,10 @@ def runs(chosen: Sequence[Chosen], work: Work) -> list[Run]:
 
 
 def agree(measured: Sequence[Measured]) -> bool:
-    """Whether the mean accuracies of all that trained the same first trials lie within
+    """Return whether the mean accuracies of engines with the same trials differ by at most
     ``AGREEMENT``.
 
-    A NaN agrees with nothing.
+    A NaN never agrees.
     """
     for trials in {m.trials for m in measured}:
         means = [m.accuracy(trials) for m in measured if m.trials >= trials]
@@ -175,7 +179,8 @@ def agree(measured: Sequence[Measured]) -> bool:
 def summary(work: Work, measured: Sequence[Measured], lacks: Mapping[str, str]) -> dict[str, Any]:
     """Return one work's part of the report.
 
-    ``measured`` has a gputune of each number of trials; ``lacks`` says why engines were left out.
+    ``measured`` has a result of gputune for each number of trials. ``lacks`` has the reasons why
+    engines were left out.
     """
     own = {m.trials: m for m in measured if m.engine == "gputune"}
     engines = [_engine(m, own[m.trials]) for m in measured]
