@@ -70,7 +70,7 @@ def kinds(n_rows=40):
 
 
 def searched(folder, *options, target="kind", n_rows=40, warnings="", **columns):
-    """Search on a table; return its file, the folder of study and model, and what was said."""
+    """Search on a table; return its file, the folder of study and model, and the output."""
     table = write_table(folder / "t.csv", n_rows, **columns or {"kind": kinds(n_rows)})
     code, out, err = run("tune", table, "--target", target, "--out", folder / "o", *FAST, *options)
     assert (code, err) == (0, warnings)

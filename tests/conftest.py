@@ -1,4 +1,4 @@
-"""What every test takes for granted of the process that runs it."""
+"""Conditions of the process that every test relies on."""
 
 import gc
 import os
@@ -44,8 +44,8 @@ class WriteDurations:
 
 @pytest.fixture(autouse=True, scope="session")
 def own_state(tmp_path_factory, pytestconfig):
-    """What the tests train is remembered here, also by the processes that they start, and not for
-    this user.
+    """Redirects the records of trained code, findings and caches to temporary folders during the
+    tests.
 
     Yields how databases are opened outside of tests.
     """
@@ -87,7 +87,7 @@ def durable(monkeypatch, own_state):
 
 @pytest.fixture
 def another_user(tmp_path, monkeypatch):
-    """From here on nothing is remembered of what was trained or saved before."""
+    """Return a function that begins with empty records of trained and saved code."""
 
     def begin():
         monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state-of-another"))

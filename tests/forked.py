@@ -25,8 +25,9 @@ HERE = os.path.dirname(__file__)
 
 
 class Fork:
-    """What runs some code as ``python -P -c`` would, in a session of its own; is used as a
-    ``subprocess.Popen``."""
+    """A process that runs code like ``python -P -c`` in a separate session; used like a
+    ``subprocess.Popen``.
+    """
 
     def __init__(
         self, code: str, *arguments: object, cwd: object = None, **environment: str
@@ -65,14 +66,14 @@ class Fork:
         self.process.kill()
 
     def wait(self) -> int | None:
-        """Wait for the end, and return the exit code; what it says is heard no longer."""
+        """Wait for the end, and return the exit code; the output is no longer read."""
         self.process.join()
         self.stdout.close()
         self.stderr.close()
         return self.process.exitcode
 
     def communicate(self) -> tuple[str, str]:
-        """Return what it says until its end."""
+        """Return the output until the end."""
         with ThreadPoolExecutor(1) as pool:
             err = pool.submit(self.stderr.read)
             out = self.stdout.read()

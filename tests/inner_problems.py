@@ -82,8 +82,7 @@ def rule_of(optimizer: str) -> str:
 
 
 class StackedNets:
-    """P networks inputs-width-outputs, one for each seed, of which the start and the minibatches
-    are."""
+    """P networks inputs-width-outputs; each has a seed for its starting weights and minibatches."""
 
     kept = 0
 

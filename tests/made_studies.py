@@ -125,8 +125,9 @@ def _curve(config, epochs, folds, rng):
 
 
 def made_batches(n, *, batch=8, sampler="TPESampler", halving=None, **options):
-    """Return a study whose trials, after the default one, a sampler of Optuna's proposed in
-    batches."""
+    """Return a study in which an Optuna sampler proposed the trials after the default one in
+    batches.
+    """
     study = made_study(n, halved=halving is not None, **options)
     trials = [
         trial

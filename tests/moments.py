@@ -1,5 +1,6 @@
-"""Moments made certain: what happens at a call of something, in this process or in one that a test
-starts."""
+"""Events at an exact moment: an action at a call of a function, in this process or in one that a
+test starts.
+"""
 
 import itertools
 import math

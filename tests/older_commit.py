@@ -1,7 +1,6 @@
-"""The searches of an earlier commit, whose studies and models must open, resume and predict for
-ever.
+"""The searches of an earlier commit; their studies and models must open, resume and predict.
 
-``tests/study/commit_3592e8d5.zip`` holds what that commit wrote. To make such an archive for the
+``tests/study/commit_3592e8d5.zip`` holds the files of that commit. To make such an archive for the
 commit that is checked out: ``python tests/older_commit.py ARCHIVE.zip``. Each search runs twice:
 once to its end, and once until a SIGKILL in the middle of its third trial.
 """
@@ -116,8 +115,9 @@ def table(study):
 
 
 def machine():
-    """Return what the bits of a training depend on: the processor, the compiler and the
-    versions."""
+    """Return the facts that the bits of a training depend on: the processor, the compiler and the
+    versions.
+    """
     processor = ""
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()

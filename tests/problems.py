@@ -33,7 +33,9 @@ needs_compiled_code = pytest.mark.skipif(
 
 
 def grid(*axes, short):
-    """The points of a grid, as parameters of a test; those that are not in ``short`` are long."""
+    """The points of a grid, as parameters of a test; the points that are not in ``short`` are
+    marked long.
+    """
     points = itertools.product(*axes)
     return [pytest.param(*p, marks=[pytest.mark.long] * (p not in short)) for p in points]
 
@@ -279,8 +281,9 @@ class _Allocated(TorchDispatchMode):
 
 
 def peak_bytes(work):
-    """The most bytes of tensors that were alive at once while it ran, beside those that it was
-    given."""
+    """The most bytes of tensors that were alive at once during a call, in addition to its
+    arguments.
+    """
     with _Allocated() as allocated:
         work()
     return allocated.peak

@@ -1,5 +1,4 @@
-"""What the tests of the cluster search for: a module and a scorer that travel as code, and can end
-their worker."""
+"""The module and the scorer of the cluster tests: they travel as code, and can end their worker."""
 
 import os
 import signal
@@ -37,7 +36,7 @@ class Net(nn.Module):
 
 
 def obey(folder):
-    """Do what a file says; ``once`` is taken by the first that sees it."""
+    """Follow the order in a file; the first process that sees ``once`` removes it."""
     if (folder / "full").exists():
         raise MemoryError("no room")
     with suppress(FileNotFoundError):

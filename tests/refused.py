@@ -1,4 +1,4 @@
-"""What is refused: by an InputError whose message has these words."""
+"""A check of refusals: an InputError with these words in its message."""
 
 import pytest
 

@@ -126,7 +126,7 @@ class CountingScaler(TransformerMixin, BaseEstimator):
 
 
 class Callback:
-    """A callback of scikit-learn's that notes what it hears: (begin or end, task, its id, rows)."""
+    """A scikit-learn callback that records its calls: (begin or end, task, its id, rows)."""
 
     def __init__(self):
         self.heard = []
@@ -149,8 +149,7 @@ class Callback:
 
 
 class Fits:
-    """Candidates fitted together: each in each fold is what ``clone(candidate).fit`` on the fold's
-    rows makes of it."""
+    """Candidates fitted together: each equals ``clone(candidate).fit`` on the rows of its fold."""
 
     def __init__(self, candidates, rows, folds, **options):
         self.candidates = candidates

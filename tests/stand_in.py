@@ -1,5 +1,5 @@
-"""What stands in for CUDA graphs on a CPU: it records a step and replays it, and refuses what a
-graph cannot do.
+"""A stand-in for CUDA graphs on a CPU: it records a step, replays it, and refuses operations that a
+graph refuses.
 
 It is a check, not a fast way to train. As a graph does, it records operations and not the code that
 asks for them: a number that the host computed is the same in every replay, and tensors are known by
@@ -32,7 +32,7 @@ _RULES = (
 
 
 class CaptureError(RuntimeError):
-    """A step did what a CUDA graph cannot do."""
+    """A step used an operation that a CUDA graph refuses."""
 
 
 class StandIn:
@@ -46,7 +46,7 @@ class StandIn:
         self.device = device
 
     def warm_up(self, step: Callable[[], None]) -> None:
-        """Take a step as it is."""
+        """Take a step without recording."""
         step()
 
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
@@ -89,7 +89,7 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Slot:
-    """A tensor of the step by its number, in what is recorded of an operation's arguments."""
+    """The number of a step's tensor, in the recorded arguments of an operation."""
 
     number: int
 
@@ -104,8 +104,9 @@ class Operation:
 
 @dataclass(frozen=True)
 class Tape:
-    """The operations of a step: on so many tensors, of which some were there before it, in
-    ``places``."""
+    """The operations of a step on ``slots`` tensors; ``places`` has the tensors from before the
+    step.
+    """
 
     slots: int
     places: tuple[tuple[int, _Place], ...]
@@ -127,7 +128,7 @@ class Tape:
 
 
 class NoReading(TorchFunctionMode):
-    """Refuses what the host reads of a tensor without an operation that could be seen."""
+    """Refuses reads of a tensor by the host, which no operation would show."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _HOST:
@@ -205,8 +206,9 @@ class Recording(DispatchMode):
             self.written[key] = (storage, _bytes(storage).clone())
 
     def _slot(self, tensor: Tensor) -> int:
-        """The number under which a tensor is known; what was there before has one for every view of
-        it."""
+        """The number of a tensor; a tensor from before the step has one number for each of its
+        views.
+        """
         if _key(tensor) not in self.fresh:
             place = _Place.of(tensor)
             if place not in self.places:
@@ -228,8 +230,9 @@ class Recording(DispatchMode):
 
     @contextmanager
     def undone(self) -> Iterator[None]:
-        """Give the memory that was there before its numbers back: what is recorded has not
-        happened."""
+        """Restore the numbers of the memory from before the step, because a recording has no
+        effects.
+        """
         try:
             yield
         finally:

@@ -27,8 +27,7 @@ def start(n_trials, *, first="", **options):
 
 
 def finish(process):
-    """Return what a process printed; it must have ended well, and said nothing to standard
-    error."""
+    """Return the output of a process; it must have ended with 0, with an empty standard error."""
     out, err = process.communicate()
     assert (process.returncode, err) == (0, ""), err
     return out

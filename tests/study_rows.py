@@ -11,7 +11,7 @@ from gputune.study.store import Candidate, Result, Store
 
 
 class Canary:
-    """An object whose pickle, when it is read, makes a file."""
+    """An object with a pickle that makes a file when it is read."""
 
     def __init__(self, path):
         self.path = path
@@ -67,7 +67,7 @@ def content(path):
 
 
 def make_study(path, trials=0, results=(), meta=None):
-    """Write a study of so many trials, some of which have results, and return its path."""
+    """Write a study with this number of trials, some of them with results, and return its path."""
     with Store.create(path, meta or {}) as store:
         store.add_trials(candidates(range(trials)))
         store.finish(results)

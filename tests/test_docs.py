@@ -1,4 +1,4 @@
-"""Every page of docs/: its code runs, in order, in one session, and prints what the page shows."""
+"""Every page of docs/: its code runs in order in one session and prints the page's output."""
 
 import re
 import subprocess
@@ -21,7 +21,7 @@ NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
 def is_timed(page):
-    """Whether a page shows what takes less time, which is so on a CPU."""
+    """Whether a page shows that something takes less time, which is true on a CPU."""
     return page.name == "scikit-learn.md"
 
 
@@ -63,7 +63,7 @@ def test_there_are_pages():
 
 
 def run_blocks(page, capsys):
-    """Run the blocks of a page, and compare what they print."""
+    """Run the blocks of a page, and compare their output."""
     session = {"__name__": page.stem}
     blocks = list(python_blocks(page))
     assert blocks

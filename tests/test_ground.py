@@ -1,5 +1,4 @@
-"""What everything stands on: the garbage collector held back, the memory that may be taken, scratch
-folders."""
+"""The ground layer: the delayed garbage collector, the available memory, scratch folders."""
 
 import os
 import resource

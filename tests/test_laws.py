@@ -1,5 +1,6 @@
-"""The laws: what must hold whatever is fast, over a grid of optimizers, widths, batch sizes,
-depths, decay."""
+"""The laws that must hold for any speed, over a grid of optimizers, widths, batch sizes, depths and
+decays.
+"""
 
 import itertools
 import math
@@ -65,7 +66,9 @@ def each(optimizers):
 
 
 def with_backends(optimizers, backends=("eager", "compiled", "graph")):
-    """Every optimizer with every backend that trains it: what is adaptive trains eagerly."""
+    """Every optimizer with every backend that trains it; optimizers that adapt their rate train
+    eagerly.
+    """
     marks = {"compiled": needs_compiled_code}
     points = [
         pytest.param(

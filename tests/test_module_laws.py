@@ -1,5 +1,6 @@
-"""The laws of user's modules: whatever way it trains, a member is what a plain PyTorch loop makes,
-after 51 steps."""
+"""The laws of users' modules: in every backend, a member equals a plain PyTorch loop after 51
+steps.
+"""
 
 from dataclasses import replace
 from functools import cache, partial
@@ -156,7 +157,7 @@ RESUMED = {"graph": ("cnn",), "loop": ("branching",), "coded": ("shared",)}
 
 
 def ways(short):
-    """Pairs of a backend and a case; those of which others say as much are long."""
+    """Pairs of a backend and a case; pairs that repeat other pairs are marked long."""
     pairs = [(b, name) for b in short for name in (CODED if b == "coded" else CASES)]
     marked = [pytest.param(b, n, marks=() if n in short[b] else pytest.mark.long) for b, n in pairs]
     return pytest.mark.parametrize(("backend", "name"), marked)
@@ -203,8 +204,9 @@ def case(name, dtype=torch.float64):
 
 
 def job_of(build, data, backend, epochs=EPOCHS):
-    """A job whose modules train by a backend; "coded": in compiled code, which recorded steps are
-    written as."""
+    """A job with modules that train by a backend; "coded" is compiled code made from recorded
+    steps.
+    """
     traits = replace(traits_of(build, CONFIGS[0], data), coded=backend == "coded")
     backend = "graph" if backend == "coded" else backend
     options = {"module_class": build, "backend": backend, "traits": {WHOLE.arguments: traits}}

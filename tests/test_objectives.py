@@ -67,8 +67,7 @@ class Single(Net):
 
 
 def plain_loop(build, y, loss, *, augment=lambda x, step: x):
-    """Train one module, ``build()`` or a Net of so many outputs, on rows 20 to 59 by a plain loop
-    of the user's own."""
+    """Train ``build()``, or a Net with the given outputs, on rows 20 to 59 by a plain loop."""
     with torch.random.fork_rng():
         torch.manual_seed(stream_seed(0, "module"))
         module = (Net(5, build) if isinstance(build, int) else build()).double()
@@ -131,7 +130,7 @@ def test_several_labels_are_scored_and_their_model_is_saved(tmp_path):
 
 
 class OneLogit(nn.Module):
-    """What most write for two classes: one output, (n, 1) or ``flat`` (n,)."""
+    """The usual module for two classes: one output, (n, 1) or ``flat`` (n,)."""
 
     def __init__(self, n_features, flat=False):
         super().__init__()

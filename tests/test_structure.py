@@ -36,7 +36,7 @@ def room_of(module):
 
 
 def imports(path):
-    """What a file imports of gputune, when it is loaded and later: (line, module)."""
+    """The imports of gputune in a file, when it is loaded and later: (line, module)."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "gputune":
             for alias in node.names:
@@ -87,8 +87,7 @@ def test_no_files_import_each_other_in_a_circle():
 
 
 def test_a_worker_process_loads_no_library_that_takes_as_long_as_torch():
-    """scikit-learn imports scipy.stats and pandas; what needs one of them in a worker imports it
-    there and then."""
+    """scikit-learn imports scipy.stats and pandas; a worker imports them only when needed."""
     waiting = ["executors.processes"]
     loaded = set()
     libraries = set()

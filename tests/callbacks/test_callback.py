@@ -1,4 +1,4 @@
-"""Callbacks of tune(): what they are told and when, and that none of them can lose anything."""
+"""Callbacks of tune(): their events and the order of these; no callback can lose results."""
 
 import numpy as np
 import optuna

@@ -1,5 +1,6 @@
-"""gputune check: its laws on this machine, its loop beside the oracle, what it says where a law
-fails."""
+"""gputune check: its laws on this machine, its loop compared with the oracle, and its output if a
+law fails.
+"""
 
 import json
 import math
@@ -22,14 +23,14 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Where what is found is kept."""
+    """The folder in which findings are stored."""
     monkeypatch.setattr(backend, "cache_folder", lambda: tmp_path)
     return tmp_path
 
 
 @pytest.fixture
 def two_laws(folder, monkeypatch):
-    """One law that holds and one that does not, of a machine whose speed is known."""
+    """One law that holds and one that fails, on a machine with a known speed."""
     found = {"eager": 1e-13, "graph": 3e-7, "compiled": 0.0}
     broken = Law("a law", lambda device, backend: found[backend])
     lost = Law("another", lambda device, backend: 1 / 0, backends=())

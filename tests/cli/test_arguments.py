@@ -1,5 +1,6 @@
-"""Flags and the arguments of gputune.tune: KEY=SPEC becomes a value, what Python says is said in
-flags."""
+"""Flags and the arguments of gputune.tune: KEY=SPEC becomes a value, and errors of the Python API
+are reported with flags.
+"""
 
 import inspect
 import math

@@ -48,8 +48,7 @@ CELLS = st.one_of(
 
 @st.composite
 def frames(draw):
-    """A frame of a few rows whose columns are constant, mixed, missing, duplicates of each other,
-    or nested."""
+    """A DataFrame of a few rows; columns are constant, mixed, missing, duplicated or nested."""
     rows = draw(st.integers(0, 12))
     names = draw(st.lists(NAMES, max_size=4))
     columns = []
@@ -134,8 +133,7 @@ cosine float64 1KB cpu cuda:9 quantile binary csv json ../x /dev/null '' \x00 \x
 
 @st.composite
 def command_lines(draw):
-    """A command, often with what it needs, and then options of any command and words in any
-    order."""
+    """A command, often with its required arguments, then options of any command in any order."""
     command = draw(st.sampled_from([*PARSERS, *PARSERS, "", "-q", "--version", "nonsense"]))
     needed = {
         "tune": ["bugs.csv", "--target", "kind"],

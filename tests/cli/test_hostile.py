@@ -43,8 +43,7 @@ def study(whole, tmp_path):
 
 
 def write(whole, study, table, changed, row=0):
-    """Make the study with some values of a row changed, and a checksum that fits, by someone who
-    knows the format."""
+    """Make the study with changed values in a row and a matching checksum, as an attacker could."""
     study.write_bytes((whole / "study.db").read_bytes())
     key = {"meta": "key", "plan": "chunk"}.get(table, "number")
     raw = sqlite3.connect(study)
@@ -68,8 +67,7 @@ def ends_in_words(study, *commands):
 
 
 def looked_at(study):
-    """Look at a study by every command; what is refused when it is opened is refused by all of them
-    alike."""
+    """Read a study with every command; all of them must refuse it in the same way."""
     try:
         gputune.Study.open(study)
     except InputError:

@@ -1,4 +1,4 @@
-"""``gputune tune --method hypergradient``: what it takes, what it says, what it leaves."""
+"""``gputune tune --method hypergradient``: its arguments, its output and its files."""
 
 import itertools
 import json
@@ -122,8 +122,9 @@ def test_a_descent_from_the_command_line_draws_few_starts(tmp_path):
 
 
 def test_a_second_look_at_a_point_is_no_second_row(tmp_path):
-    """A start whose slope is noise is measured again where it stands: a trial of its own, with the
-    same score."""
+    """A starting point with a noisy slope is measured again at the same point: a separate trial
+    with the same score.
+    """
     out = tmp_path / "out"
     code, text, err = run(
         "tune",

@@ -68,8 +68,7 @@ def modules_of(code, *arguments):
 
 @pytest.mark.parametrize("arguments", [("check", "--device", "none"), ("report", "study.db")])
 def test_no_garbage_is_looked_for_while_torch_is_imported(arguments, tmp_path):
-    """Of what an import makes none is garbage, and looking for it takes a good part of the start of
-    a command."""
+    """Imports create no garbage, and looking for it takes a large part of a command's start."""
     Store.create(tmp_path / "study.db", {"model": "mlp", "scoring": "accuracy", "folds": 2}).close()
     script = """if True:
     import gc, sys
@@ -241,8 +240,7 @@ def test_a_search_outlives_its_standard_error(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def own_process(monkeypatch):
-    """Let the command of ``sys.argv`` have this process; return what it would have ended it
-    with."""
+    """Let the command of ``sys.argv`` run in this process; return the exit code of its end."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     codes = []
 

@@ -1,4 +1,4 @@
-"""``gputune resume``: a search goes on from its study alone, or says what it lacks."""
+"""``gputune resume``: a search continues from its study only, or reports missing parts."""
 
 import shutil
 import signal
@@ -41,7 +41,7 @@ def bugs(tmp_path, monkeypatch):
 
 
 def tuned(*options, **more):
-    """Search by the command; return what it said."""
+    """Search by the command; return its output."""
     code, out, err = run(
         "tune", Path("bugs.csv").absolute(), "--target", "kind", *SMALL, *options, **more
     )
@@ -57,7 +57,7 @@ def searched(*data, **options):
 
 
 def lose_results(path, keep):
-    """Make the study what it would be, had it been stopped after so many trials."""
+    """Make the study look as if it had been stopped after this number of trials."""
     with Store.open(path) as store:
         store._connection.execute("DELETE FROM results WHERE number >= ?", (keep,))
 

@@ -1,5 +1,6 @@
-"""What the closing text says of the saved model: the default's model next to it, its calibration,
-its intervals."""
+"""The closing text about the saved model: the default's model next to it, its calibration, its
+intervals.
+"""
 
 import re
 from dataclasses import replace
@@ -39,8 +40,9 @@ def text_of(*arguments):
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    """A search whose best trial is not the default, with both models' scores in its closing
-    text."""
+    """A search with a best trial other than the default, and with both models' scores in its
+    closing text.
+    """
     folder = tmp_path_factory.mktemp("compared")
     _, out, text = searched(folder, *BETTER, "--compare-default", "--intervals", **PRICES)
     study = gputune.Study.open(out / "study.db")

@@ -45,8 +45,7 @@ def path(tmp_path):
 
 @contextmanager
 def searching(path, trials, *results, **meta):
-    """Yield the store of a search of so many trials with these results, as it is while the search
-    runs."""
+    """Yield the store of a running search with this number of trials and these results."""
     with Store.create(path, {**META, **meta}) as store:
         store.add_trials(candidates(range(trials)))
         store.finish(results)

@@ -43,7 +43,7 @@ def read_csv(text):
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
-    """A search on a table with two classes: the folder of its input, and what it printed."""
+    """A search on a table with two classes: the folder of its input, and its output."""
     folder = tmp_path_factory.mktemp("tuned")
     table = write_table(folder / "bugs.csv", 60, id=[f"row{i}" for i in range(60)], kind=kinds(60))
     out = output("tune", table, "--target", "kind", "--out", folder / "out", *FAST)

@@ -1,5 +1,6 @@
-"""Inputs that are no table: how they are checked and scaled, what a prediction must bring; digests
-of all inputs."""
+"""Inputs that are not tables: their checks, their scaling, the inputs of a prediction, and digests
+of all inputs.
+"""
 
 import numpy as np
 import pandas as pd

@@ -1,4 +1,4 @@
-"""Files become tables, and what cannot be read as one is refused by name."""
+"""Files become tables; a file that cannot be read as a table is refused with its name."""
 
 import gzip
 import os

@@ -105,7 +105,7 @@ def searched(tmp_path_factory):
 
 
 def good_file(reader, folder, searched):
-    """Write a file that is read without an error; return it and what reads it."""
+    """Write a file that is read without an error; return it and its reader."""
     name, make, read = READERS[reader]
     path = folder / name
     if make is None:

@@ -1,5 +1,6 @@
-"""What texts and Python objects are read as, one column at a time; amounts are numbers where all of
-a column agree."""
+"""The kinds of columns with texts and Python objects; amounts are numbers if all values of a column
+agree.
+"""
 
 import datetime
 from decimal import Decimal

@@ -1,5 +1,6 @@
-"""A file and a data frame of equal values are read alike, or a note names the column and what to
-do."""
+"""A file and a DataFrame with equal values are read in the same way, or a note names the column and
+a remedy.
+"""
 
 import pandas as pd
 import polars as pl

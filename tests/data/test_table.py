@@ -1,4 +1,4 @@
-"""Frames and arrays become the same table, and what cannot be one is refused by name."""
+"""DataFrames and arrays become the same table; other inputs are refused by name."""
 
 import sys
 

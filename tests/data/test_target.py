@@ -1,5 +1,6 @@
-"""What y is: the task by its rule, codes and classes; what its rows weigh, as scikit-learn has it;
-and the errors."""
+"""The target y: the rule for its task, its codes and classes, the weights of its rows as in
+scikit-learn, and the errors.
+"""
 
 import numpy as np
 import pandas as pd

@@ -1,4 +1,4 @@
-"""How chunks train: by the word for it, the device, and what a trial asks for."""
+"""The choice of a backend for chunks: by the user's word, the device and the needs of a trial."""
 
 import pytest
 import torch

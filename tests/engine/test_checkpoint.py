@@ -1,4 +1,4 @@
-"""Checkpoint files: what they give back, what is refused in words, when they go."""
+"""Checkpoint files: their content, the errors for bad files, and the time of their removal."""
 
 import os
 import shutil

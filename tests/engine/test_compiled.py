@@ -45,7 +45,7 @@ def run(data, configs, *, backend="compiled", epochs=3, **options):
 
 
 def both(data, configs, **options):
-    """What is trained eagerly, and what is compiled."""
+    """The same members, trained eagerly and in compiled code."""
     return [run(data, configs, backend=backend, **options) for backend in ("eager", "compiled")]
 
 
@@ -158,7 +158,7 @@ def test_an_interruption_is_heard_in_the_middle_of_an_epoch(monkeypatch):
     whole = compiled.library(data.dtype)
 
     class Pressed:
-        """The compiled code, and somebody who sends the signal once it has taken a member."""
+        """The compiled code, and a thread that sends the signal once it has taken a member."""
 
         def train_members(self, work, taken, stop):
             def press():

@@ -33,8 +33,7 @@ pytestmark = [pytest.mark.cpu, needs_compiled_code]
 
 @pytest.fixture(autouse=True)
 def machine(tmp_path, monkeypatch):
-    """A machine with a GPU, of which nothing is known; returns the places whose speed was
-    measured."""
+    """A machine with a GPU and no stored findings; returns the places of speed measurements."""
     monkeypatch.setattr(backend, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(backend, "device_name", lambda device: f"a {device.type}")
@@ -179,7 +178,7 @@ def test_what_the_check_found_says_how_a_gpu_trains(found, expected):
     ],
 )
 def test_a_search_says_where_and_how_it_trains_and_why(failed, options, said, capsys, iris):
-    """On a machine whose GPU would be taken if it were asked for."""
+    """On a machine with a GPU that would be used if the user asked for it."""
     keep_findings(CPU, Findings(failed, {}))
     study = gputune.tune("mlp", *iris, n_trials=2, max_epochs=2, cv=2, **options)
     assert f"note: trials train {'in' if failed else 'on'} {said}" in capsys.readouterr().err

@@ -1,5 +1,6 @@
-"""What keeps the kernel from training, in words, and how launches are cut; it trains on the
-simulated devices."""
+"""The reasons for not training in the kernel, and the splitting of launches; the simulated devices
+test its training.
+"""
 
 import re
 from types import SimpleNamespace
@@ -95,7 +96,7 @@ def test_what_it_does_not_know_is_recorded(config, data, part, card):
 
 @pytest.fixture
 def chunk():
-    """Members of which one takes 10 steps and two take 4, on a card with two blocks."""
+    """One member with 10 steps and two members with 4, on a card with two blocks."""
     chunk = object.__new__(KernelChunk)
     chunk.turns = np.cumsum([2] * 4 + [1] * 6)
     chunk.epochs = 1

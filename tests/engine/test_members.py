@@ -1,4 +1,4 @@
-"""Members that train in compiled code, one after another, are those of stacked tensors."""
+"""Members that train in compiled code, one after another, equal members of stacked tensors."""
 
 from contextlib import nullcontext
 from dataclasses import replace

@@ -213,7 +213,7 @@ def whole_peak(group, module_class=None):
 
 
 class Wide(nn.Module):
-    """A module whose activations are far larger than its parameters tell."""
+    """A module with activations that are far larger than its parameters suggest."""
 
     def __init__(self, n_features, n_outputs):
         super().__init__()

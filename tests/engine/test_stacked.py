@@ -172,7 +172,7 @@ def test_draws_of_dropout_that_do_not_fit_are_made_part_by_part(monkeypatch):
 
 
 def test_graphs_are_dropped_before_a_chunk_is_halved(monkeypatch):
-    """Memory runs out in a replay: when the halves begin, nothing is left of what was recorded."""
+    """Memory runs out in a replay: when the halves begin, all recordings have been dropped."""
     data = make_data()
     left = []
     begun = []
@@ -211,7 +211,7 @@ def test_graphs_are_dropped_before_a_chunk_is_halved(monkeypatch):
 
 
 def both_searches(model, X, y, **options):
-    """A search with eager and with recorded steps, whose curves agree."""
+    """A search with eager steps and one with recorded steps; their curves agree."""
     options |= {"cv": 3, "scoring": "neg_log_loss", "dtype": "float64", "verbose": 0}
     eager, found = (gputune.tune(model, X, y, backend=b, **options) for b in ("eager", "graph"))
     np.testing.assert_allclose(found.curves, eager.curves, rtol=1e-8)

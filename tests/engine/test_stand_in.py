@@ -1,5 +1,6 @@
-"""The stand-in for CUDA graphs: a recorded step is what was recorded, and what a graph cannot do is
-refused."""
+"""The stand-in for CUDA graphs: it replays a recorded step exactly, and refuses operations that a
+graph refuses.
+"""
 
 import numpy as np
 import pytest

@@ -115,7 +115,7 @@ def test_a_search_cut_short_goes_on_to_the_same_ends(iris, tmp_path, when):
 
 
 class StopAfter(gputune.callbacks.Callback):
-    """Ends a search after so many epochs."""
+    """Ends a search after this number of epochs."""
 
     def __init__(self, epochs):
         self.left = epochs

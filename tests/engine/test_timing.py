@@ -88,7 +88,7 @@ def test_a_search_says_which_way_it_took(monkeypatch, capsys):
 
 @pytest.mark.cpu
 def test_what_is_built_to_be_timed_trains(monkeypatch):
-    """It is made once, and gives what recorded steps give."""
+    """The compiled code is built once, and gives the same results as recorded steps."""
     sources = []
     monkeypatch.setattr(
         members, "build_kernels", lambda *given: sources.append(given) or build_kernels(*given)

@@ -1,4 +1,4 @@
-"""What is wrong with the disk or with shared memory is said with its place and a remedy."""
+"""Errors of the disk and of shared memory are reported with the place and a remedy."""
 
 from pathlib import Path
 

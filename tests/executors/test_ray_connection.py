@@ -1,5 +1,5 @@
-"""The way to a Ray cluster: what is missing or cannot be reached is said before anything happens to
-the study.
+"""The connection to a Ray cluster: missing or unreachable parts are reported before the study
+changes.
 
 A cluster that ``ray start`` began, and that asks for a token, is found by itself and by its
 address.
@@ -67,8 +67,9 @@ def test_a_cluster_that_cannot_be_reached_is_named_and_the_study_stays(
 
 @pytest.fixture
 def ray(monkeypatch):
-    """Return Ray, which has noted a cluster of this machine whose head is gone, and finds no
-    other."""
+    """Return Ray with a record of a cluster on this machine that no longer runs; it finds no other
+    cluster.
+    """
     ray = pytest.importorskip("ray", reason=NO_RAY)
     services = importlib.import_module("ray._private.services")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -91,7 +92,7 @@ def test_a_cluster_that_this_machine_no_longer_has_is_found_out_at_once(ray, iri
 
 @pytest.mark.parametrize("kind", ["ray.exceptions.AuthenticationError", "builtins.ConnectionError"])
 def test_a_cluster_that_answers_and_does_not_let_in_may_want_a_token(ray, iris, monkeypatch, kind):
-    """What Ray raises without any token, and with a wrong one."""
+    """Ray's errors without any token, and with a wrong token."""
     module, _, name = kind.rpartition(".")
     error = getattr(importlib.import_module(module), name, None)
     if error is None:
@@ -155,8 +156,9 @@ def test_the_command_line_says_what_is_wrong(monkeypatch, tmp_path):
 
 @pytest.mark.long
 def test_a_signal_to_a_cluster_of_its_own_and_resume(tmp_path, monkeypatch):
-    """SIGTERM, whose handler Ray changes when it connects; Ctrl-C is tested where the cluster is
-    shared."""
+    """SIGTERM, because Ray changes its handler when it connects; Ctrl-C is tested with a shared
+    cluster.
+    """
     pytest.importorskip("ray", reason=NO_RAY)
     options = ["--trials", "11", "--epochs", "20", "--memory", "1KB", "--seed", "3"]
     told = at_finish(2, "os.kill(os.getpid(), signal.SIGTERM)")
@@ -206,7 +208,7 @@ for address in sys.argv[1:]:
 
 
 def free_ports(number):
-    """Ports that nobody listens at, none of those that Ray gives its workers (from 10002)."""
+    """Free ports outside of the range that Ray gives its workers (from 10002)."""
     found = []
     for port in range(6390, 6990):
         with socket.socket() as one, suppress(OSError):
@@ -219,7 +221,9 @@ def free_ports(number):
 
 @pytest.fixture
 def token_environment():
-    """Return what the head and its users share: a token, and where the head notes that it runs."""
+    """Return the environment that the head and its users share: a token, and the place of the
+    head's record.
+    """
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a-token-of-the-tests"}
     # Ray's sockets lie below its folder, and their paths may have 107 letters: no folder of
     # pytest's.

@@ -285,7 +285,7 @@ def test_a_worker_with_another_version_is_named(cluster, begun, monkeypatch):
 
 
 def test_a_worker_without_the_package_is_named(cluster, begun, monkeypatch):
-    """What is sent is read and run where no import of the package works."""
+    """The sent code is read and run by a worker in which importing the package fails."""
     go_on, path = begun
     before = table(path)
     make = ray_cluster.make_task

@@ -1,5 +1,6 @@
-"""Data on its way to worker processes: what lies in a file is mapped again, and everything arrives
-as it was."""
+"""Data on its way to worker processes: data in files is mapped again, and everything arrives
+unchanged.
+"""
 
 import inspect
 import os

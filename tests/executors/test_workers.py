@@ -1,5 +1,4 @@
-"""Worker processes: what is lost with one, what one raises, and what they leave to the rest of the
-process."""
+"""Worker processes: lost workers, their errors, and their effect on the rest of the process."""
 
 import os
 import signal
@@ -42,8 +41,9 @@ class Odd(Exception):
 
 
 class Net(torch.nn.Linear):
-    """A network that obeys an order in its worker; those of one file are obeyed once, the others
-    always."""
+    """A network that follows the orders in a folder in its worker; files named once are followed
+    once.
+    """
 
     def __init__(self, n_features, n_outputs):
         super().__init__(n_features, n_outputs)

@@ -1,5 +1,6 @@
-"""hypergradient(): against torch.optim and finite differences, for many modules; what it leaves as
-it was."""
+"""hypergradient(), compared with torch.optim and finite differences for many modules; it changes
+none of its inputs.
+"""
 
 import copy
 import functools
@@ -90,7 +91,9 @@ def test_every_mode_is_the_slope_of_the_value(optimizer, options):
 
 
 def torch_optimizer(optimizer, params, values):
-    """torch's own; what ``values`` leave out has its default, a momentum of 0.9 too."""
+    """torch's own optimizer; a value missing from ``values`` is the default, also a momentum of
+    0.9.
+    """
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}.get(optimizer, torch.optim.SGD)
     options = {name: values[name] for name in ("lr", "weight_decay") if name in values}
     if kind is torch.optim.SGD and optimizer != "sgd":

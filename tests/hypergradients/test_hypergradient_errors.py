@@ -1,4 +1,4 @@
-"""What hypergradient() refuses: by which words, and with which remedy."""
+"""The errors of hypergradient(): their words and their remedies."""
 
 import itertools
 import math
@@ -393,7 +393,7 @@ class Numeric(torch.autograd.Function):
 
 
 class Partial(Numeric):
-    """What it misses is symmetric."""
+    """The missing part of its second derivative is symmetric."""
 
     @staticmethod
     def backward(ctx, slope):

@@ -71,7 +71,7 @@ def agree(found, reference):
 
 
 def differentiated(data, C, l1_ratio, k):
-    """The solution, and its slopes, which are those of central differences."""
+    """The solution and its slopes, which equal central differences."""
     solution = solved(data, C, l1_ratio, k)
     found = implicit(data, solution, C, l1_ratio)
     agree(found.gradient, central_difference(data, C, l1_ratio, k))

@@ -675,8 +675,9 @@ def module_problem(kind, data, *configs):
     ],
 )
 def test_modules_are_differentiated_twice(kind, layers, kept):
-    """They are those of plain training; forward and reverse agree, and their slope is that of
-    central differences."""
+    """Members equal plain training; forward and reverse agree, and their slope equals central
+    differences.
+    """
     data = make_data(folds=3, weights=kind is Net)
     optimizer = "adamw" if kind is Net else "sgd"
     config = {"optimizer": optimizer, "lr": 0.3, "batch_size": 16}

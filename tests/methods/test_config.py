@@ -1,4 +1,4 @@
-"""One configuration: every key has its range and type, and an error says what to do."""
+"""One configuration: every key has its range and type, and an error names a remedy."""
 
 import math
 from fractions import Fraction

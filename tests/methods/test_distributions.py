@@ -1,5 +1,6 @@
-"""log_int draws what it promises; a distribution's text is stable; a best value at the edge of its
-law is remarked."""
+"""log_int draws the promised numbers, a distribution's text is stable, and a best value at the edge
+of its range is reported.
+"""
 
 import math
 from dataclasses import replace
@@ -35,7 +36,7 @@ def test_log_int_draws_each_integer_with_its_share_in_the_shape_asked_for_from_s
 
 
 class AtAnEnd(np.random.RandomState):
-    """A generator whose uniform draw is one end of its interval, which rounding may give."""
+    """A generator with a uniform draw at one end of its interval, which rounding may give."""
 
     def __init__(self, end):
         super().__init__(0)
@@ -101,7 +102,7 @@ def test_scipys_distributions_are_told_by_name_and_parameters_others_by_type_and
 
 
 def study(key, choices, best, others):
-    """A study of one hyperparameter whose first trial is the best one."""
+    """A study of one hyperparameter; its first trial is the best one."""
     law = None if choices is None else describe(choices)
     meta = {
         "model": "mlp",

@@ -283,8 +283,9 @@ def test_a_storage_that_cannot_be_opened_is_named(study, storage):
 
 @pytest.fixture
 def storage(tmp_path):
-    """A file for Optuna, whose connections are open until they are collected: here, not in a later
-    test."""
+    """A file for Optuna; its connections stay open until they are collected, here and not in a
+    later test.
+    """
     yield f"sqlite:///{tmp_path / 'optuna.db'}"
     gc.collect()
 

@@ -1,5 +1,6 @@
-"""Random search draws what scikit-learn draws, numbers the trials, and never runs one configuration
-twice."""
+"""Random search draws the same configurations as scikit-learn, numbers the trials, and never
+repeats one.
+"""
 
 import math
 

@@ -1,5 +1,6 @@
-"""When rules stop trials, and who stays: successive halving, and the median rule against plain
-Python."""
+"""The stopping rules and the trials that they keep: successive halving, and the median rule
+compared with plain Python.
+"""
 
 import math
 import statistics
@@ -134,7 +135,7 @@ def plainly(epoch, curves, least):
 
 
 def leave(epoch, curves, least=5):
-    """Who leaves by the rule, of trials of one fold."""
+    """The trials that the rule stops, among trials of one fold."""
     columns = {number: np.array(curve, dtype=float)[:, None] for number, curve in curves.items()}
     return gputune.Median(min_trials=least).trials_to_stop(epoch, columns, 100)
 

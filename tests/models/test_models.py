@@ -1,5 +1,4 @@
-"""The models to begin from: what they give, what they refuse, and that they are searched and loaded
-by name.
+"""The ready-made models: their outputs, their errors, and search and loading by name.
 
 RealMLP: its published form, its start from the data, its recipe, and its way through a search to an
     export.

@@ -1,4 +1,4 @@
-"""Random numbers used as indices: each backend gives what members give that train one by one."""
+"""Random numbers used as indices: each backend equals members that train one by one."""
 
 import numpy as np
 import pytest
@@ -124,7 +124,7 @@ SHORT = ("mixup", "noise levels", "written")
 
 @pytest.fixture(autouse=True)
 def everything_is_tried(monkeypatch):
-    """As if the search were large; compiled code is taken where there is any."""
+    """Plan as for a large search; compiled code is used if it is available."""
     for name in ("_WORTH_SECONDS", "_CODE_SECONDS"):
         monkeypatch.setattr(choice, name, 0)
     monkeypatch.setattr(

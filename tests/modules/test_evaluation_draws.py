@@ -1,5 +1,6 @@
-"""What a module draws while it is evaluated depends on the seed, the epoch and the fold, in every
-backend."""
+"""Random draws of a module in evaluation depend only on the seed, the epoch and the fold, in every
+backend.
+"""
 
 import random
 from dataclasses import replace

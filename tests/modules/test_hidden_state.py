@@ -128,8 +128,9 @@ def test_a_buffer_that_predictions_change_is_refused():
 
 
 class Caching(Net):
-    """Keeps activations, makes a table at its first call, and counts its calls, none of which its
-    outputs show."""
+    """Keeps activations, makes a table at its first call, and counts calls, without effect on
+    outputs.
+    """
 
     def begin(self, n_features):
         self.last = None

@@ -1,5 +1,6 @@
-"""What a user's module fails on is named before anything trains where it can be known: ids, shapes,
-rows, numbers."""
+"""Errors of a user's module are found and named before training, as far as possible: ids, shapes,
+rows, numbers.
+"""
 
 from functools import partial
 
@@ -65,7 +66,7 @@ class Image(nn.Module):
 
 
 class Lazy(nn.Module):
-    """Layers whose sizes the first rows give, of several inputs."""
+    """Layers with several inputs; the first rows determine their sizes."""
 
     def __init__(self, n_outputs, first=nn.Identity):
         super().__init__()
@@ -304,7 +305,7 @@ class Wide(nn.Module):
 
 
 class Passing(Wide):
-    """What it takes is what it passes on: no n_features, which nobody asks for."""
+    """It passes all arguments on; its base class has no n_features, so it gets none."""
 
     def __init__(self, *args, **words):
         super().__init__(*args, **words)

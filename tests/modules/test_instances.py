@@ -1,5 +1,6 @@
-"""Errors about what is passed as a module: instances of every kind, and builders with defaults of
-their own."""
+"""Errors about the argument that should be a module: instances of every kind, and builders with
+their own defaults.
+"""
 
 import numpy as np
 import pytest

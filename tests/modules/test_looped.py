@@ -1,5 +1,6 @@
-"""What cannot be stacked trains one by one: every member equals its plain loop, with the same
-curves and states."""
+"""Modules that cannot be stacked train one by one: every member equals its plain loop, with the
+same curves and states.
+"""
 
 import copy
 import pickle

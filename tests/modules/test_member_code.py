@@ -1,4 +1,6 @@
-"""A step that is written as C is the step itself, to rounding; what is in no code is refused."""
+"""A step in generated C equals the step in PyTorch, up to rounding; operations without C code are
+refused.
+"""
 
 import ctypes
 

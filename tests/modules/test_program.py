@@ -137,13 +137,13 @@ def test_results_in_use_share_no_memory():
 
 
 def small(n_features, n_outputs):
-    """Two layers and what lies between them."""
+    """Two layers and the operations between them."""
     first = nn.Linear(n_features, 8), nn.LayerNorm(8), nn.GELU()
     return nn.Sequential(*first, nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, n_outputs))
 
 
 class Drawing(nn.Module):
-    """What is drawn by the layers, and in the forward."""
+    """Random draws in the layers and in the forward."""
 
     def __init__(self, n_features, n_outputs):
         super().__init__()

@@ -1,5 +1,6 @@
-"""The recorder of CUDA graphs asks CUDA for what PyTorch's documentation asks; no GPU is needed to
-see that."""
+"""The recorder of CUDA graphs makes the calls that PyTorch's documentation requires; this test
+needs no GPU.
+"""
 
 import threading
 import time
@@ -17,7 +18,7 @@ from gputune.modules.recorder import RECORDERS, CudaRecorder, Replays
 
 
 class Stream:
-    """A stream that notes for whom it waits."""
+    """A stream that records the streams for which it waits."""
 
     def __init__(self, name, log):
         self.name = name
@@ -29,7 +30,7 @@ class Stream:
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """torch.cuda as a log of what is asked of it; the last capture ends as ``cuda.end`` says."""
+    """torch.cuda as a log of its calls; the last capture ends as ``cuda.end`` says."""
     log = []
     fake = SimpleNamespace(log=log, end=lambda: None)
     current = Stream("current", log)

@@ -1,5 +1,4 @@
-"""What is put in the place of an operation, or a layer, of PyTorch's gives its numbers, and its
-derivatives."""
+"""Substitutes of PyTorch's operations and layers give the same numbers and the same derivatives."""
 
 from functools import partial
 

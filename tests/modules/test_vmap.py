@@ -1,5 +1,6 @@
-"""A user's module, stacked, equals its plain training; what no loop would train is refused by
-name."""
+"""A user's module, stacked, equals its plain training; modules that no loop could train are refused
+by name.
+"""
 
 import threading
 import warnings
@@ -134,7 +135,7 @@ def scripted(n_features, n_outputs):
 
 
 def with_folds(n, *ends):
-    """Data whose folds train on so many rows."""
+    """Data with folds that have this number of training rows."""
     folds = make_data(n=n, folds=len(ends))
     rows = torch.arange(n)
     return replace(

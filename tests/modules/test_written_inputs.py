@@ -1,5 +1,6 @@
-"""A forward, loss, step, augmentation or score that writes into what it gets changes nothing
-outside of its call."""
+"""A forward, loss, step, augmentation or score that writes into its arguments changes nothing
+outside of its call.
+"""
 
 import warnings
 
@@ -162,7 +163,7 @@ def search(model, options, trials=2, rows=X, **more):
 
 @pytest.fixture
 def all_tried(monkeypatch):
-    """As if the search were large: it takes compiled code where there is any."""
+    """Plan as for a large search, which uses compiled code if it is available."""
     monkeypatch.setattr(choice, "_WORTH_SECONDS", 0)
     monkeypatch.setattr(choice, "_CODE_SECONDS", 0)
     monkeypatch.setattr(
@@ -479,7 +480,7 @@ def test_a_hypergradient_leaves_its_minibatches_as_they_are():
 
 @pytest.mark.parametrize("name", FORWARDS)
 def test_rows_are_copied_only_for_what_writes(name):
-    """Also what cannot be stacked gets copies, as it may write at some rows only."""
+    """A module that cannot be stacked also gets copies, because it may write at some rows only."""
     data = data_of(X.repeat(2, 1, 1)[:100], 3)
     (config,) = fill({"lr": 0.01, "batch_size": 16})
     for writes, forward in zip((True, False), FORWARDS[name]):

@@ -23,14 +23,14 @@ LARGEST = 232_448  # bytes of shared memory that a block has on the largest card
 
 
 class Emulator:
-    """Builds kernels in a folder, where those of earlier runs are found, and launches them."""
+    """Builds kernels in a folder, where it finds the kernels of earlier runs, and launches them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.kernel = functools.cache(self._load)
 
     def _build(self, name: str, text: str, *options: str) -> Path:
-        """Return what g++ makes of a text."""
+        """Return the library that g++ builds from a text."""
         header = (HERE / "emulation.h").read_bytes()
         key = hashlib.sha256(header + " ".join([text, *options]).encode()).hexdigest()
         path = self.folder / f"{name}-{key[:16]}"
@@ -79,8 +79,9 @@ def bytes_of(value: np.ndarray | torch.Tensor | None) -> bytes:
 
 
 def written(numbers: dict[str, int], arrays: dict[str, bytes]) -> bytes:
-    """Return what ``members_main.c`` reads: of each field -1 and a number, or the size of an array
-    and its bytes."""
+    """Return the input of ``members_main.c``: for each field -1 and a number, or the array's size
+    and bytes.
+    """
     parts = []
     for name, _ in Work._fields_:
         first = [-1, numbers[name]] if name in numbers else [len(arrays[name])]
@@ -89,7 +90,7 @@ def written(numbers: dict[str, int], arrays: dict[str, bytes]) -> bytes:
 
 
 def kernel_of(numbers: dict[str, int], arrays: dict[str, Any], shared: int = LARGEST):
-    """Return the kernel for what the C code is given."""
+    """Return the kernel for the input of the C code."""
     return MemberKernel(
         **{name: numbers[name] for name in ("inputs", "width", "outputs", "activation")},
         depth=numbers["layers"] - 1,
@@ -114,8 +115,9 @@ def train_members(
     rows: int = 0,
     epochs: int = 1,
 ) -> bool:
-    """Train members by the kernel, as the C code does for an epoch, in launches of so many
-    steps."""
+    """Train members by the kernel for one epoch, as the C code does, in launches of ``pieces``
+    steps.
+    """
     kernel = kernel_of(numbers, arrays)
     work = make_work(numbers, arrays)
     kernel = replace(kernel, tf32=tf32, rows=rows or kernel.rows)

@@ -1,5 +1,6 @@
-"""The kernels are CUDA C++ that NVIDIA's compiler takes; what they compute, the simulated devices
-test."""
+"""The kernels are CUDA C++ that NVIDIA's compiler accepts; the simulated devices test their
+results.
+"""
 
 import re
 import shutil

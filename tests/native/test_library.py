@@ -1,5 +1,5 @@
-"""The compiled library: of the processor's level, the same members at every level, and a reason
-where there is none.
+"""The compiled library: the processor's level, the same members at every level, and a reason if it
+is missing.
 
 And under other compilers, on emulated processors, and watched by sanitizers, each where its program
 is there.
@@ -199,8 +199,7 @@ WAYS = {
 
 @pytest.fixture(scope="module")
 def epochs():
-    """Return, for two types, what the compiled code was given for an epoch, and the arrays that it
-    left."""
+    """Return, for two types, the compiled code's input for an epoch, and the arrays after it."""
     seen = {}
     run = compiled._run
 

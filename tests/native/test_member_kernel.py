@@ -60,7 +60,7 @@ def emulator(pytestconfig):
 
 @pytest.fixture
 def by_kernel(request, emulator, monkeypatch):
-    """Let the kernel train what the C code would; a parameter says how."""
+    """Let the kernel train the members of the C code; a parameter has options for this."""
 
     def run(library, numbers, arrays):
         work = dict(numbers), dict(arrays)
@@ -171,7 +171,7 @@ def test_law_1_over_the_grid(optimizer, task, dtype, by_kernel):
 
 
 def epoch_of(data, configs, scoring=None):
-    """What the C code is given for an epoch."""
+    """The input of the C code for an epoch."""
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiled, "_run", lambda library, *work: seen.append(work))
@@ -193,7 +193,7 @@ def copied(arrays):
 
 
 def twice(numbers, arrays):
-    """What the kernel is given for two epochs, which read the rows in one order."""
+    """The input of the kernel for two epochs, which read the rows in one order."""
     of_epochs = {
         name: torch.stack([arrays[name]] * 2)
         for name in ("order", "means")
@@ -206,7 +206,7 @@ WRITTEN = ("theta", "first", "second", "scored", "means")
 
 
 def after(emulator, numbers, arrays, **how):
-    """What an epoch leaves in the arrays; None where its threads do not come to their ends."""
+    """The arrays after an epoch; None if its threads do not come to their ends."""
     arrays = copied(arrays)
     whole = train_members(emulator, numbers, arrays, **how)
     left = {name: bytes_of(arrays[name]) for name in WRITTEN}
@@ -416,7 +416,7 @@ SHAPES = {
 
 
 def machine_code(kernel, card, folder):
-    """What nvcc says of a kernel that it compiles into ``kernel.cubin``."""
+    """The output of nvcc, which compiles a kernel into ``kernel.cubin``."""
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not here")
     (folder / "kernel.cu").write_text(kernel.source)
@@ -463,7 +463,7 @@ def test_its_machine_code_is_products(tf32, tmp_path):
 
 
 def test_nvrtc_compiles_it_once_on_a_machine(monkeypatch, tmp_path):
-    """What NVRTC is asked for; neither it nor a driver is here."""
+    """The calls of NVRTC; neither it nor a driver is needed here."""
     asked = []
     kernel = shape()
 
@@ -534,7 +534,7 @@ def program(emulator, tmp_path_factory):
 
 
 def watched(folder, *, order, left_out=-1):
-    """What a sanitizer says of these epochs; empty: nothing."""
+    """The output of a sanitizer for these epochs; empty means that there is no error."""
     environment = {
         **os.environ,
         "ORDER": str(order),

@@ -1,5 +1,4 @@
-"""Classes of torch.optim: by name and by type, which rule is one of them, what is refused, what
-their state is."""
+"""Classes of torch.optim: by name and by type, their rules, the refused ones, and their state."""
 
 import pytest
 import torch

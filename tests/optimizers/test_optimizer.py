@@ -51,7 +51,7 @@ class Lion(torch.optim.Optimizer):
 
 
 class Muon(torch.optim.Optimizer):
-    """That of torch, whose products are in bfloat16, in the precision of the parameters."""
+    """torch's Muon in the precision of the parameters; torch computes its products in bfloat16."""
 
     def __init__(self, params, lr, weight_decay, momentum):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
@@ -130,7 +130,7 @@ def make_optimizers(module, config):
 
 
 def plain_loop(module, data, fold, config, epochs):
-    """Train a plain module as anyone would, and return what is scored."""
+    """Train a plain module in the usual way, and return the weights to score."""
     x, y, _ = rows_of(data, fold)
     n = len(x)
     size = min(config["batch_size"], len(x))
@@ -169,7 +169,7 @@ def plain_mlp(data, config):
 
 
 def unlike(optimizer, *more):
-    """Members of unlike values, some of which clip or average."""
+    """Members with different values; some of them clip or average."""
     rows = [
         {"lr": 3e-3, "batch_size": 20, "weight_decay": 0.1, "momentum": 0.3},
         {"lr": 1e-2, "batch_size": 17, "weight_decay": 0.0, "clip_norm": 0.2},

@@ -53,8 +53,9 @@ def flat_cos(t):
 
 
 def plain_loop(x, y, config):
-    """One member with groups of parameters, whose rates are set before every step, as PyTorch users
-    write it."""
+    """One member with groups of parameters; the loop sets their rates before every step, as PyTorch
+    users do.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(stream_seed(0, "module"))
         module = Scaled(x.shape[1], 3).to(x.dtype).train()

@@ -35,14 +35,14 @@ def code_on(html):
 
 
 def executed(of, **given):
-    """Run the code on a study's page with what the search was given, and return what it defines."""
+    """Run the code on a study's page with the search's arguments; return its definitions."""
     session = dict(given)
     exec(compile(code_on(page(of)), "page", "exec"), session)
     return session
 
 
 def assert_trains_it_again(study, rows, **given):
-    """Run the code of a page with what the search was given; return what it defines."""
+    """Check that the code of a page repeats the search's results; return its definitions."""
     session = executed(study, **given)
     again = session["study"]
     assert len(again.trials) == 1 and again.best_params == study.best_params

@@ -1,4 +1,4 @@
-"""The page about a study: what it says, what no text can do to it, how large it is."""
+"""The HTML report of a study: its content, its safety against any text, and its size."""
 
 import functools
 import json

@@ -354,7 +354,7 @@ def test_a_page_with_little_on_it_has_no_error(opened, made):
 
 
 def test_of_ten_thousand_trials_few_are_drawn_and_all_answer(browser, opened):
-    """What a page with as many elements as trials would take is seconds for every answer."""
+    """A report with as many elements as trials would need seconds for every answer."""
     opened(made_study(10_000, epochs=50))
     drag(browser, axis_of(browser, "lr"), 0.3, 0.7)
     browser.execute_script("document.querySelectorAll('.trials thead button')[5].click()")

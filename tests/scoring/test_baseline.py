@@ -1,5 +1,6 @@
-"""What needs no model is scored as scikit-learn's dummies are, and an accuracy that it makes high
-is remarked."""
+"""A prediction without a model is scored like scikit-learn's dummies, and a high accuracy of it is
+reported.
+"""
 
 import itertools
 

@@ -86,7 +86,7 @@ def test_a_trial_has_the_scores_of_its_best_epoch_and_only_the_first_fails_it():
 
 
 class EndAfter(Callback):
-    """Ends a search after so many epochs."""
+    """Ends a search after this number of epochs."""
 
     def __init__(self, epochs):
         self.epochs = epochs

@@ -140,8 +140,9 @@ def test_engines_take_turns(script, work):
 
 @pytest.fixture
 def fake(script, monkeypatch, tmp_path, capsys):
-    """Run the command with engines that know their scores in the place of all: its exit code, and
-    what it says."""
+    """Run the command with engines of known scores in place of all engines; return its exit code
+    and its output.
+    """
 
     def run(*options, lacks=None, **accuracies):
         def engine(word, accuracy):

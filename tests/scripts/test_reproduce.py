@@ -1,5 +1,4 @@
-"""The reproductions in a small form: their tables, their files, what they read, and their
-errors."""
+"""The reproductions in a small form: their tables, their files, their inputs, and their errors."""
 
 import csv
 import gzip

@@ -20,8 +20,9 @@ from problems import needs_compiled_code
 
 @pytest.fixture
 def study(script, tmp_path, capsys, monkeypatch):
-    """A part by its name, with other constants: what it returned, its numbers, and its page, which
-    it printed."""
+    """Run a part by its name with other constants; return its result, its numbers, and its printed
+    page.
+    """
 
     def run(name, *options, **constants):
         module = script(f"benchmark.studies.{name}")
@@ -272,7 +273,7 @@ def test_the_profile(study):
 
 
 def quality_work(quality, trials=3, epochs=3):
-    """Iris as a work of the study, and what judges its candidates."""
+    """Iris as a work of the study, and the judge of its candidates."""
     X, y = load_iris(return_X_y=True)
     return quality.split(X.astype(np.float32), y, seed=0, trials=trials, epochs=epochs)
 

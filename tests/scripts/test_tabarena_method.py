@@ -1,4 +1,6 @@
-"""scripts/tabarena_method.py does what TabArena's runner asks of a method, without the package."""
+"""scripts/tabarena_method.py has the methods that TabArena's runner calls; the package is not
+needed.
+"""
 
 from types import SimpleNamespace
 
@@ -23,8 +25,9 @@ METRICS = {"binary": "roc_auc", "multiclass": "log_loss", "regression": "root_me
 
 
 def run(script, problem_type, y, **more):
-    """What ``ExperimentRunner`` does with a split: the method, what it gives, and its error on the
-    test rows."""
+    """The calls of ``ExperimentRunner`` for a split: the method, its results, and its error on the
+    test rows.
+    """
     metric = SimpleNamespace(name=METRICS[problem_type])
     method = script("tabarena_method").TabArenaMethod(
         problem_type=problem_type, eval_metric=metric, **SEARCH, **more

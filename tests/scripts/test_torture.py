@@ -14,7 +14,7 @@ def torture(script):
 
 
 def only(counts, *words):
-    """The counts but those that must be nought, which are."""
+    """Return some counts, after a check that all bad counts are zero."""
     assert {
         word: number for word in sys.modules["torture"].BAD if (number := counts.pop(word, 0))
     } == {}

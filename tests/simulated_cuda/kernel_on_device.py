@@ -1,5 +1,6 @@
-"""Searches whose members train in the kernel, on the simulated devices; ``test_simulated_cuda.py``
-runs this too."""
+"""Searches with members that train in the kernel, on the simulated devices;
+``test_simulated_cuda.py`` runs this too.
+"""
 
 import re
 from types import SimpleNamespace
@@ -39,7 +40,7 @@ FAST = {
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    """Every test counts for itself, and what one made fail is compiled by the next."""
+    """Start every test with empty counts, and forget kernels and failures of earlier tests."""
     cuda.forget()
     monkeypatch.setattr(kernel, "_kernels", {})
     monkeypatch.setattr(kernel.KernelChunk, "failure", "")
@@ -145,7 +146,7 @@ def test_a_search_goes_on_where_it_ended_and_launches_change_no_bit(iris, tmp_pa
 def test_epochs_between_which_nothing_is_decided_are_one_launch(
     options, launches, iris, monkeypatch
 ):
-    """But the first of a chunk, whose speed is not known."""
+    """One launch for all epochs except the first of a chunk, because its speed is not known."""
     options = dict(options)
     rows = [part[::4] for part in iris]
     space = {

@@ -1,5 +1,6 @@
-"""What gputune does on the simulated devices; ``test_simulated_cuda.py`` runs this in a process
-that has them."""
+"""gputune on the simulated devices; ``test_simulated_cuda.py`` runs this in a process that has
+them.
+"""
 
 import dataclasses
 import os
@@ -48,7 +49,7 @@ FAST = {"n_trials": 3, "max_epochs": 3, "cv": 3, "verbose": 0, "dtype": "float64
 
 
 class Net(nn.Module):
-    """A user's module whose members are stacked; its running statistics change in training."""
+    """A user's module with stacked members; its running statistics change in training."""
 
     def __init__(self, n_features, n_outputs, width=8, dropout=0.0, norm=True):
         super().__init__()
@@ -83,7 +84,7 @@ def fresh(monkeypatch):
 
 
 def moved(data, device):
-    """A Dataset whose tensors are on a device."""
+    """A Dataset with its tensors on a device."""
     folds = [
         dataclasses.replace(f, train=f.train.to(device), valid=f.valid.to(device))
         for f in data.folds
@@ -146,7 +147,7 @@ SEARCHES = {
 
 
 def same_search(X, y, model, options, device):
-    """The study of a search on a device, whose curves are those of the CPU."""
+    """The study of a search on a device; its curves must equal the CPU's."""
     here = {"backend": "eager"} if model == "mlp" else {}
     here |= {"study": None, "verbose": 0}
     expected = gputune.tune(model, X, y, **{**FAST, **options, **here, "device": "cpu"})
@@ -681,7 +682,7 @@ def test_a_second_gpu_is_for_what_is_long(iris, capsys):
 
 
 def _after(owner, name, change):
-    """A method that does what it did, and then something to its object."""
+    """A method that does its usual work, and then something to its object."""
     method = getattr(owner, name)
 
     def changed(self, *args, **kwargs):
@@ -693,7 +694,7 @@ def _after(owner, name, change):
 
 
 def _on_cpu(owner, name):
-    """A method whose result stays on the CPU."""
+    """A method with a result that stays on the CPU."""
     method = getattr(owner, name)
     return owner, name, lambda *args, **kwargs: method(*args, **kwargs).cpu()
 
@@ -703,7 +704,7 @@ def _in_step(change):
 
 
 def _set(**values):
-    """Set attributes, each to what a function makes of the object."""
+    """Set attributes, each to the result of a function of the object."""
 
     def change(self):
         for name, make in values.items():
@@ -736,7 +737,7 @@ MUTATIONS = {
 
 
 def one_search(iris, device, seen={}):  # noqa: B006
-    """A search that exercises what the mutations change, whose curves are those of the CPU."""
+    """A search that uses everything the mutations change; its curves must equal the CPU's."""
     space = {"lr": [1e-3, 1e-2], "batch_size": [16, 25], "dropout": [0.2]}
     options = {**FAST, "space": space, "include_default": False}
     if "curves" not in seen:

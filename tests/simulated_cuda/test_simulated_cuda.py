@@ -45,8 +45,9 @@ def device(pytestconfig):
 
 
 def run(device, folder, *arguments, seconds):
-    """The end of pytest with the simulated device: (exit code, what it said); 124 where it was
-    ended for its time."""
+    """Run pytest with the simulated device; return (exit code, end of output), 124 after the time
+    limit.
+    """
     environment = {**os.environ, "SIMULATED_CUDA": str(device), "PYTHONPATH": str(HERE.parent)}
     plugins = ["-p", "simulated_cuda.torch_cuda", "-p", "no:cacheprovider"]
     # A test that hangs says where, long before the time is up; Ctrl-C then leaves pytest to tell
@@ -82,7 +83,7 @@ PARTS = sorted(
 @pytest.mark.long
 @pytest.mark.parametrize("part", PARTS)
 def test_the_suite_where_auto_is_a_gpu(part, device, tmp_path):
-    """But for what looks at the CPU, or at what the simulated device has not: cuDNN.
+    """All tests except tests of the CPU, or of parts that the simulated device lacks: cuDNN.
 
     Both cores: ``pytest --all --numprocesses 2 --dist worksteal tests/simulated_cuda -k
     where_auto``.

@@ -1,6 +1,7 @@
-"""What of torch.cuda gputune uses, over the simulated device (``device.cpp``). It is loaded before
-torch:
-``SIMULATED_CUDA=DIR/device.so PYTHONPATH=tests pytest -p simulated_cuda.torch_cuda``.
+"""The part of torch.cuda that gputune uses, on top of the simulated device (``device.cpp``).
+
+It is loaded before torch: ``SIMULATED_CUDA=DIR/device.so PYTHONPATH=tests pytest -p
+simulated_cuda.torch_cuda``.
 
 Numbers are those of the CPU's kernels. It finds tensors on the wrong device, waits and copies where
 none may be, memory that is read before it is written, and what a graph cannot record; not races
@@ -59,7 +60,7 @@ def counts(kind: str) -> dict[str, int]:
 
 
 def begin_worker(parent: int) -> None:
-    """What a worker process begins with, who has loaded the simulated device by then."""
+    """The start of a worker process, which has loaded the simulated device by then."""
     from gputune.executors.worker import begin_worker
 
     begin_worker(parent)
@@ -72,7 +73,7 @@ def forget() -> None:
 
 @contextmanager
 def memory_limit(size: int, device: Any = "cuda") -> Iterator[None]:
-    """Let a device have so many bytes inside, beyond what is taken."""
+    """Limit the memory of a device inside the block, in addition to the memory in use."""
     gc.collect()
     before = _device.simulated_limit()
     _device.simulated_set_limit(_device.simulated_allocated(_index(device)) + size)
@@ -122,7 +123,7 @@ _defaults = [Stream(i, default=True) for i in range(_devices())]
 
 
 class _Thread(threading.local):
-    """What each thread has of its own."""
+    """The state that each thread has separately."""
 
     def __init__(self) -> None:
         self.current = list(_defaults)  # stream of each device
@@ -225,7 +226,9 @@ _WITHOUT_ASKING = (48 << 10) - 1  # bytes of shared memory
 
 @functools.cache
 def _emulator() -> Any:
-    """Return what launches kernels on the CPU; what it builds is kept beside the device."""
+    """Return the emulator that launches kernels on the CPU; its builds are stored next to the
+    device.
+    """
     from native.emulated import Emulator
 
     return Emulator(Path(os.environ["SIMULATED_CUDA"]).parent)
@@ -279,7 +282,7 @@ def _refuse_in_capture() -> None:
 
 
 def _refuse_while_captured() -> None:
-    """What is of the whole device ends the captures of all threads."""
+    """A call that concerns the whole device ends the captures of all threads."""
     if _device.simulated_captures():
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
 

@@ -1,5 +1,6 @@
-"""HypergradientSearchCV: what it evaluates, how it moves, what it refuses; its slopes beside finite
-differences."""
+"""HypergradientSearchCV: its evaluations, its moves, its errors; its slopes compared with finite
+differences.
+"""
 
 import pickle
 import time

@@ -1,5 +1,6 @@
-"""All at once = one after the other; training ends where its loss stalls; what is left to
-scikit-learn's own fit."""
+"""Joint fits equal separate fits; training ends if its loss stalls; the other cases use
+scikit-learn's own fit.
+"""
 
 import itertools
 import time

@@ -1,5 +1,6 @@
-"""What the parameters of estimators mean to the engine, and words of scikit-learn and skorch that
-mean nothing here."""
+"""The translation of estimators' parameters, and parameters of scikit-learn and skorch without a
+meaning here.
+"""
 
 import inspect
 import pickle

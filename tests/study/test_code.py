@@ -1,5 +1,5 @@
-"""A user's functions are known by their source and what they hold; what is remembered outlives the
-process.
+"""A user's functions are identified by their source and their captured values; the records outlive
+the process.
 
 That is in a list which is this user's alone; any other list is not used.
 """

@@ -1,5 +1,6 @@
-"""A study or a model of a stranger runs no code, whatever name it gives; what its user has trained
-is found by name."""
+"""A stranger's study or model runs no code under any name; code that its user has trained is found
+by name.
+"""
 
 import functools
 import hashlib
@@ -183,7 +184,7 @@ def save_spec(folder, study, spec, kwargs):
 
 
 class Scene:
-    """A folder with what a user has trained, and what a stranger has made of a copy of it."""
+    """A folder with the files of a user's training, and a stranger's changed copy of it."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -222,7 +223,7 @@ class Scene:
         return f"echo x >> '{self.canary}'"
 
     def arguments(self):
-        """Arguments that make the popular functions sing, by what they call them."""
+        """Arguments for popular functions that would make the canary sing."""
         evil = str(self.folder / "evil.py")
         text = f"open({str(self.canary)!r}, 'w')"
         payload = pickle.dumps(Canary(self.canary), protocol=0).decode()
@@ -272,8 +273,9 @@ class Scene:
         }
 
     def attack(self, spec, kwargs, entries):
-        """Let a stranger's files in through some entries, of which all must refuse them, and
-        nothing must sing."""
+        """Read a stranger's files through several entry points; all of them must refuse, and the
+        song must not be sung.
+        """
         save_spec(self.evil / "model", self.evil_study, spec, kwargs)
         for name in entries:
             try:
@@ -299,8 +301,7 @@ def _refused_command(*arguments):
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory):
-    """A user of their own, who has trained ``Net`` of a file, and works in the stranger's
-    folder."""
+    """A separate user with a trained ``Net`` from a file, in the stranger's folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         patch.setattr(code, "_here", set())
@@ -433,7 +434,7 @@ def test_a_file_that_an_older_list_names_vouches_for_its_modules_alone(scene):
 
 
 def test_arguments_of_a_stranger_are_plain_data(scene):
-    """Of a class that may be built, which calls what it is given."""
+    """An argument of a permitted class that calls its own arguments."""
     save_spec(
         scene.evil / "model",
         scene.evil_study,
@@ -467,7 +468,7 @@ def test_arguments_of_a_stranger_are_plain_data(scene):
 
 
 def test_it_would_have_sung(scene):
-    """What the attacks name does run, if the user says so."""
+    """The code in the attacks does run if the user permits it."""
     for name in (
         "sing",
         "Other",
@@ -557,7 +558,7 @@ def modules(tmp_path, monkeypatch, another_user):
 
 
 def saved(builder, folder):
-    """Save a model as a search would have made it, and return what it predicts."""
+    """Save a model like a search would, and return its predictions."""
     remember_code(builder)
     kwargs = {} if "hidden" not in str(inspect.signature(builder)) else {"hidden": 2}
     frame = pandas.DataFrame(rows())

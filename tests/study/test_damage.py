@@ -1,5 +1,4 @@
-"""A study file that was cut or changed gives what was committed, or the clear error: never a wrong
-value."""
+"""A cut or changed study file gives the committed data, or the clear error: never a wrong value."""
 
 import os
 import pickle
@@ -28,7 +27,7 @@ CLEAR = r"study\.db' (is damaged: .* restore the file from a copy, or save|is no
 
 
 def read(path):
-    """What the study holds; or the clear error's type."""
+    """The content of the study, or the clear error's type."""
     try:
         return content(path)
     except (StudyCorruptError, StudyVersionError) as error:
@@ -37,7 +36,7 @@ def read(path):
 
 
 def fill(store, trials):
-    """What fills a study, commit by commit."""
+    """Fill a study, commit by commit."""
     for n in range(trials):
         yield partial(store.add_trials, candidates([n]))
         yield partial(store.add_chunks, [Chunk(n, 0, (n,), 1)])
@@ -45,7 +44,7 @@ def fill(store, trials):
 
 
 def filled(path, trials, meta=META):
-    """Make a study of so many finished trials; return its bytes."""
+    """Make a study with this number of finished trials; return its bytes."""
     with Store.create(path, meta) as store:
         for commit in fill(store, trials):
             commit()

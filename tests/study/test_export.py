@@ -1,5 +1,6 @@
-"""A tuned model as one file: what onnxruntime and torch.export make of it equals the model's own
-predictions."""
+"""A tuned model as one file: results of onnxruntime and torch.export equal the model's own
+predictions.
+"""
 
 import json
 import re
@@ -126,7 +127,7 @@ class Net(nn.Module):
 
 
 class Branching(nn.Linear):
-    """A module whose path depends on the data, which no export can follow."""
+    """A module with a path that depends on the data, which no export can follow."""
 
     def __init__(self, n_features, n_outputs):
         super().__init__(n_features, n_outputs)

@@ -1,5 +1,4 @@
-"""Intervals from the residuals of the folds: their coverage, their rank, what they need, on both
-doors."""
+"""Intervals from the folds' residuals: coverage, rank and requirements, in both interfaces."""
 
 import csv
 import io

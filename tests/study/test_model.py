@@ -46,7 +46,7 @@ def test_probabilities_are_the_softmax_of_the_logits_and_labels_their_largest(fr
 
 
 class Positional(nn.Module):
-    """Outputs whose last bits tell where a row stands, as those of a matrix product do."""
+    """Outputs with last bits that depend on a row's position, like a matrix product's."""
 
     def __init__(self, n_features, n_outputs):
         super().__init__()
@@ -136,7 +136,7 @@ def test_missing_columns_are_named_and_others_ignored(frame):
 
 
 class Net(nn.Module):
-    """A user's module with dropout whose result is what ``shape`` makes of (n, K)."""
+    """A user's module with dropout; ``shape`` gives its result (n, K) another form."""
 
     shape = staticmethod(lambda output: output)
 

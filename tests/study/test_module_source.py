@@ -185,7 +185,7 @@ def forget(monkeypatch, *names):
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A package whose files count how often they run."""
+    """A package with files that count their runs."""
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "ran", [], raising=False)
     (tmp_path / "own_pack").mkdir()
@@ -203,7 +203,7 @@ SOURCE = {"import": "own_pack.nets:Net"}
 
 @pytest.fixture
 def trusted(package, monkeypatch, another_user):
-    """The package, remembered by another process; what it ran is forgotten."""
+    """The package, which another process has recorded as trusted; the list of its runs is empty."""
     another_user()
     remember_code(find_class(SOURCE, trust_code=True))
     forget(monkeypatch, "own_pack", "own_pack.nets")
@@ -242,7 +242,9 @@ def test_a_package_that_has_changed_is_trusted_anew(trusted, monkeypatch, name):
 def test_a_package_of_the_same_content_elsewhere_is_another_one(
     trusted, monkeypatch, tmp_path, linked
 ):
-    """Also by a link: what lies beside it, such as compiled code, would be run with it."""
+    """A link is another package too, because files next to it, such as compiled code, would be run
+    with it.
+    """
     copy = shutil.copy if not linked else os.symlink
     (tmp_path / "down" / "own_pack").mkdir(parents=True)
     monkeypatch.syspath_prepend(tmp_path / "down")

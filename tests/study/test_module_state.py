@@ -1,4 +1,4 @@
-"""What a module holds beside its parameters is the same after ``save`` and ``load_model``."""
+"""A module's state other than its parameters is the same after ``save`` and ``load_model``."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ class Base(nn.Module):
         self.hold(n_features)
 
     def hold(self, n_features):
-        """Make what is tested."""
+        """Make the tested module."""
 
 
 class Buffer(Base):

@@ -110,7 +110,7 @@ def write(path, whole, body):
 
 
 def use(folder, data):
-    """Do with a model what people do, where it is not refused."""
+    """Use a model like people do, if it is not refused."""
     model = load_model(folder)
     model.predict(data)
     assert repr(model) and model._repr_html_()

@@ -72,7 +72,7 @@ def _is_float64(name):
 
 @pytest.mark.parametrize("name", RECORDED["tables"])
 def test_a_study_of_an_older_commit_opens(archive, name):
-    """What was stored is read, bit for bit; NaN, of a trial that waits, is compared by its text."""
+    """The stored values are read, bit for bit; NaN of a waiting trial is compared by its text."""
     for part, expected in (("finished", RECORDED["tables"]), ("partly", RECORDED["partly"])):
         trials = older_commit.table(gputune.Study.open(archive / name / part / "study.db"))
         assert repr(trials) == repr(expected[name])

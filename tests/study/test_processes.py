@@ -1,5 +1,6 @@
-"""Several processes on one study: each trial is trained once, and what a dead process had is taken
-over."""
+"""Several processes on one study: each trial is trained once, and the work of a dead process is
+taken over.
+"""
 
 import json
 import os
@@ -64,7 +65,9 @@ def left_over(folder):
 
 
 def foreign(path, chunk=0, **owner):
-    """Claim a chunk as a process of another host, whose locks do not reach us."""
+    """Claim a chunk like a process of another host, because the locks of other hosts do not work
+    here.
+    """
     lock = path.with_name(f"study.db-{'0' * 16}.lock")
     lock.write_text(json.dumps({"host": "far", "boot": "another", "pid": 7, **owner}))
     change(path, "INSERT INTO claims VALUES (?, ?)", (chunk, lock.name))

@@ -1,5 +1,6 @@
-"""What is whole in a damaged study is saved into a new file, and nothing else is; a backup is the
-study as it was."""
+"""Only the undamaged parts of a study are saved into a new file; a backup is an unchanged copy of
+the study.
+"""
 
 import random
 import re
@@ -39,8 +40,9 @@ def whole(tmp_path_factory):
 
 
 def saved(path, tmp_path):
-    """Repair into a new file and return what it holds; every value must be one of the whole
-    study."""
+    """Repair into a new file and return its content; every value must be a value of the whole
+    study.
+    """
     out = tmp_path / "out.db"
     out.unlink(missing_ok=True)
     report = repair(path, out)
@@ -48,8 +50,9 @@ def saved(path, tmp_path):
 
 
 def losses(whole, tmp_path, files):
-    """What a repair of such files has lost of the whole study, by kind, and nothing else; None
-    where it is refused."""
+    """The losses of a repair of such files, by kind, compared with the whole study; None if the
+    repair is refused.
+    """
     parts = meta, trials, results, plan = content(whole)
     for raw in files:
         (tmp_path / "study.db").write_bytes(raw)

@@ -1,4 +1,4 @@
-"""The store gives back what was put in, bit for bit, and each trial has at most one result."""
+"""The store returns the stored data, bit for bit, and each trial has at most one result."""
 
 import math
 import os

@@ -1,5 +1,4 @@
-"""The store against a dict: whatever is done to it, in whatever order, it holds what a dict
-would."""
+"""The store compared with a dict: after any calls in any order, it has the content of the dict."""
 
 import shutil
 import tempfile
@@ -26,7 +25,7 @@ PARAMS = st.dictionaries(st.text(), VALUES, max_size=3)
 
 
 class StoreStates(RuleBasedStateMachine):
-    """A study file with two handles, and what it must hold."""
+    """A study file with two handles, and its expected content."""
 
     def __init__(self):
         super().__init__()

@@ -1,5 +1,6 @@
-"""Values come back from JSON with their type and every bit; what cannot be kept is refused by
-name."""
+"""Values come back from JSON with their type and every bit; values that cannot be stored are
+refused by name.
+"""
 
 import json
 import math

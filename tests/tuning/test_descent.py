@@ -86,8 +86,9 @@ def test_the_slopes_of_the_study_are_those_of_its_losses(iris):
 
 
 def test_rates_for_segments_and_layers_reach_the_best_params_and_the_refit(iris):
-    """The refit equals a plain loop with a parameter group for each layer, whose rate changes from
-    part to part."""
+    """The refit equals a plain loop with a parameter group per layer and a rate that changes from
+    segment to segment.
+    """
     X, y = iris
     method = gputune.Hypergradient(segments=2, per_layer=True, outer_steps=3)
     study = tune("mlp", X, y, n_trials=2, method=method, dtype="float64")
@@ -370,7 +371,7 @@ def test_what_a_timeout_cut_short_goes_on_in_a_later_call(iris, tmp_path, monkey
 
 
 class Detached(nn.Module):
-    """A module whose second derivative torch gets wrong without a word."""
+    """A module with a second derivative that torch computes wrongly without an error."""
 
     def __init__(self, n_features, n_outputs):
         super().__init__()

@@ -37,7 +37,7 @@ def study(tmp_path_factory):
 
 
 def predicted(study, trials=None):
-    """What trials of a study predict, by default all in the order of their scores."""
+    """The predictions of a study's trials, by default all in the order of their scores."""
     return predictions_of(
         search_of(Access(study)), study.ranking() if trials is None else trials, Progress(0)
     )

@@ -176,7 +176,7 @@ def test_a_folder_that_is_lost_ends_the_search_in_words(tmp_path):
 
 
 class Pressing(torch.nn.Linear):
-    """A network during whose training someone presses Ctrl-C."""
+    """A network that presses Ctrl-C during its training."""
 
     steps = 0
 

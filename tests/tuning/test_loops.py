@@ -61,8 +61,9 @@ def test_lower_is_better_where_the_search_is_told_so():
 
 
 def test_workers_find_what_this_process_finds():
-    """A function of a test, which no fresh process could import, with what it closes over; its
-    errors too."""
+    """A function of a test, with its captured values, that no other process could import; its
+    errors too.
+    """
     factor = 2.0
 
     def objective(params, report):

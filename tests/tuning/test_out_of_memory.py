@@ -1,5 +1,6 @@
-"""An allocator that fails at the k-th step: what fits in parts comes out as it would whole, the
-others fail alone."""
+"""An allocator that fails at the k-th step: parts that fit give the same results, and only the
+others fail.
+"""
 
 import math
 import pickle
@@ -155,8 +156,9 @@ LONG = ["random", pytest.param("halving", marks=pytest.mark.long)]
 @pytest.mark.cpu  # the plan of a GPU trains three members first, to measure them
 @pytest.mark.parametrize("method", LONG)
 def test_a_size_that_did_not_fit_is_not_tried_again(monkeypatch, method):
-    """Chunks of 6 of one shape, of which 2 fit: one of 6 fails, one of 3, and no other of that
-    search."""
+    """Chunks of 6 trials with memory for 2: one chunk of 6 fails, one of 3, and no other of that
+    search.
+    """
     call = partial(
         tune, method, space=ONE_SHAPE, n_trials=12, cv=3, include_default=False, memory=800_000
     )
@@ -177,8 +179,7 @@ def test_the_frozen_plan_stays_whole_when_a_chunk_does_not_fit(tmp_path, monkeyp
 
 
 def test_workers_remember_what_did_not_fit():
-    """A job that comes again, as it does for every chunk, knows what this process has learned
-    since."""
+    """A job arrives again with every chunk, and still knows the failures in this process."""
     chunk = Population("mlp", tuple(range(8)), tuple(fill(*({"width": 8} for _ in range(8)))))
     wider = Population("mlp", (8, 9), tuple(fill({"width": 100}, {"width": 100})))
     sent = pickle_job(Job(seed=0, epochs=1, horizon=1))

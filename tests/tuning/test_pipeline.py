@@ -958,7 +958,7 @@ class Square(nn.Module):
 
 @pytest.fixture(scope="module")
 def images(iris):
-    """Rows whose second pixel is always the same, and their labels."""
+    """Rows with a constant second pixel, and their labels."""
     X = iris[0].copy()
     X[:, 1] = 3.0
     return X, iris[1]

@@ -1,5 +1,6 @@
-"""What is shown while a search runs, and where its time went: clocks that never count twice,
-torch's own count."""
+"""The progress display and the time profile of a search: clocks that never count twice, torch's own
+count.
+"""
 
 import re
 import sys
@@ -173,7 +174,7 @@ def test_reading_a_dataset_shows_a_bar_and_a_notebook_gets_one(monkeypatch, caps
 
 
 class Dead:
-    """A standard error whose reader has gone."""
+    """A standard error without a reader."""
 
     encoding = "utf-8"
 
@@ -203,8 +204,7 @@ def test_a_screen_that_takes_nothing_ends_no_search(monkeypatch, tmp_path, scree
 
 @pytest.fixture
 def passes(monkeypatch):
-    """Return a function that lets so many seconds pass on the profile's clock, on which none pass
-    otherwise."""
+    """Return a function that moves the profile's clock, which otherwise stands still."""
     now = [100.0]
     monkeypatch.setattr(
         "gputune.tuning.progress.time", SimpleNamespace(perf_counter=lambda: now[0])

@@ -71,8 +71,9 @@ def assert_same(found, whole):
 
 
 class Dies:
-    """A job whose process is lost at the n-th epoch of all chunks; ``epochs`` and ``trials`` are
-    those that train."""
+    """Counts trained ``epochs`` and ``trials``, and loses the process at the n-th epoch of all
+    chunks.
+    """
 
     def __init__(self, monkeypatch, at=None):
         self.epochs = 0
@@ -93,8 +94,7 @@ class Dies:
 
 
 def lose(at, call):
-    """Make a call whose process is lost at the n-th epoch, and which writes a checkpoint at every
-    one."""
+    """Make a call that loses its process at the n-th epoch, with a checkpoint at every epoch."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="lost"):
         # An interval of twenty writes would leave most epochs out here, where an epoch takes
         # milliseconds.
@@ -145,8 +145,7 @@ def test_an_eager_one_agrees_to_rounding_and_trains_no_finished_trial(
 
 
 def told_time(monkeypatch, *, epoch, writing):
-    """Let the clock go by what is trained and written alone: seconds of a chunk's epoch, and of one
-    checkpoint."""
+    """Let only training and writing move the clock, by fixed seconds per epoch and checkpoint."""
     now = [0.0]
 
     def taking(seconds, work):
@@ -169,8 +168,9 @@ def told_time(monkeypatch, *, epoch, writing):
 def test_no_more_is_repeated_than_the_time_between_two_checkpoints(
     tmp_path, monkeypatch, method, writing
 ):
-    """Lost after any epoch, which takes a second: a checkpoint is due after 7, or 20 times what
-    writing took."""
+    """Lost after any epoch of one second: a checkpoint is due after 7 seconds, or 20 times the
+    seconds of writing.
+    """
     memory = {"random": 800_000, "halving": 200_000}[method]  # chunks of 27 epochs, or of 3 to 18
     call = {
         **METHODS[method],
@@ -247,8 +247,9 @@ def test_a_foreign_checkpoint_is_ignored_and_all_trained_anew(whole, tmp_path):
     "method", [gputune.Halving(min_epochs=1), gputune.Median(min_epochs=1, every=2)]
 )
 def test_none_is_left_of_trials_that_ended_before_the_last_stop(tmp_path, method):
-    """The first call's file is of a whole chunk, of which the second trains what the first rung
-    left."""
+    """The first call's file has a whole chunk; the second call trains the trials that the first
+    rung left of it.
+    """
     space = {"lr": [1e-4, 1e-3, 1e-2, 1e-1, 3e-4, 3e-3], "width": [8]}
     call = {
         "space": space,

@@ -105,8 +105,9 @@ def test_brackets_share_the_run():
 
 
 def test_a_trial_that_a_repair_has_lost_moves_no_other_into_another_bracket():
-    """At the first rung those of the first bracket are judged, by their numbers and not by their
-    places."""
+    """The first rung judges the trials of the first bracket, by their numbers and not by their
+    positions.
+    """
     method = gputune.Halving(min_epochs=1, brackets=3)
     kept = [n for n in range(13) if n != 3]
     away = method.trials_to_stop(1, {n: np.full((1, 2), float(n)) for n in kept}, 9)

@@ -45,7 +45,7 @@ def params(study):
 
 
 class Listening(optuna.samplers.RandomSampler):
-    """Keeps what the study holds whenever it is asked, and what it is told."""
+    """Records the study's trials whenever it is asked, and the results that it receives."""
 
     seen: ClassVar[list] = []
     told: ClassVar[list] = []

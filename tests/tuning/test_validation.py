@@ -1,5 +1,6 @@
-"""What trials predict of the rows that they have not seen, what the best one confuses and needs
-there; its refit."""
+"""Predictions of trials on unseen rows, confusions and important columns of the best trial, and its
+refit.
+"""
 
 from functools import partial
 

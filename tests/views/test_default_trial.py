@@ -19,8 +19,9 @@ FOLDS = {"default": (0.80, 0.90, 0.85), "better": (0.85, 0.91, 0.94), "worse": (
 
 
 def compared(*kinds, states=(), scoring="accuracy", origin="default"):
-    """Return a study of a default trial and others with these fold scores; of a loss, what they
-    lack of 1."""
+    """Return a study of a default trial and others with these fold scores; a loss has the score
+    minus 1.
+    """
     made = study_of([{"lr": 0.1 * (c + 1)} for c in range(len(kinds))], scoring=scoring, folds=3)
     trials = []
     for trial, kind, state in zip(made.trials, kinds, [*states, *["complete"] * len(kinds)]):

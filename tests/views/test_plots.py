@@ -1,4 +1,4 @@
-"""What the plots draw is what the study holds."""
+"""The plots show the content of the study."""
 
 import math
 import sys

@@ -1,5 +1,6 @@
-"""What is drawn of a study: scores, hyperparameters, curves, importance, descents; the axes of
-plots and charts."""
+"""The views of a study: scores, hyperparameters, curves, importance, hypergradient paths; axes of
+plots and charts.
+"""
 
 import math
 
