@@ -345,11 +345,13 @@ def check(device: torch.device, tell: Callable[[str], object]) -> Report:
             difference = law.measure(device, backend)
         except Exception as raised:  # any error is a finding and goes into the report
             error = f"{type(raised).__name__}: {next(iter(str(raised).splitlines()), '')}"
+        # A law without backends was measured as "eager"; the report does not show this word.
         name = backend if law.backends else "-"
         seconds = time.monotonic() - begin
         rows.append(Row(law.name, name, difference, law.allowed, seconds, error))
         if not rows[-1].ok:
             failed[backend] = law.name
+    # Later runs use these findings to choose a backend: its failures and its speeds.
     for place in dict.fromkeys((device, _CPU)):
         own = {backend: speed for (name, backend), speed in speeds.items() if name == str(place)}
         keep_findings(place, Findings(failed if place == device else None, own))

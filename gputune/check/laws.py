@@ -66,6 +66,7 @@ def plain_mlp(
     for number, layer in enumerate(module.layers):
         assert isinstance(layer, nn.Linear)
         n_out, n_in = layer.weight.shape
+        # A layer's start depends only on the seed, the layer's number and its shape.
         key = (0, "start", number, n_out, n_in)
         draw = torch.rand(n_out * n_in + n_out, generator=stream(*key), dtype=torch.float64)
         draw = (2 * draw - 1) / math.sqrt(n_in)  # torch's default law for nn.Linear
@@ -77,6 +78,7 @@ def plain_mlp(
         for number, layer in enumerate(module.layers[:-1]):
             x = module.act(layer(x))
             if rate := config["dropout"]:
+                # Training draws for the padded width; a narrower member uses the first columns.
                 draw = torch.rand(
                     (len(x), padded_width(config["width"])),
                     generator=stream(0, "dropout", epoch, step, number),
@@ -219,6 +221,7 @@ class Case:
         steps = self.horizon * math.ceil(len(x) / size)
         step = 0
         for epoch in range(self.epochs):
+            # The order of rows depends only on the seed, the number of rows and the epoch.
             order = torch.randperm(len(x), generator=stream(0, "rows", len(x), epoch))
             for number, batch in enumerate(torch.split(order, size)):
                 if config["schedule"] == "cosine":

@@ -232,8 +232,8 @@ def find_compiler() -> str | None:
 def code_folder() -> Path | None:
     """Return the folder of built code: ``gputune/code`` in the user's cache.
 
-    Return None if there is no such folder. Also return None, with a UserWarning, if another user
-    could have written its code.
+    Return None if the user has no cache folder or it cannot be used. Also return None, with a
+    UserWarning, if another user could have written its code.
     """
     if (base := cache_folder()) is None:
         return None
