@@ -2,10 +2,9 @@
 # # Tune an MLP on scikit-learn's digits
 #
 # Run it as a script (`python scripts/examples/digits.py FOLDER`), or cell by cell in an editor that
-# knows `# %%`, as VS Code and Spyder do. It writes its plots, its report and the model to FOLDER.
+# supports `# %%`, such as VS Code or Spyder. It writes its plots, report and model to FOLDER.
 
-# %% The rows: 1797 handwritten digits of 8 x 8 pixels, a fifth of them held out before anything is
-# fitted.
+# %% The rows: 1797 handwritten digits of 8 x 8 pixels. A fifth of them is held out first.
 import sys
 from pathlib import Path
 
@@ -26,7 +25,7 @@ X, y = load_digits(return_X_y=True)
 X_known, X_held, y_known, y_held = train_test_split(X, y, test_size=0.2, stratify=y, random_state=0)
 
 # %% The search: every configuration trains in all five folds at the same time. The study's file
-# keeps it, so that this cell, run again, goes on where it was stopped.
+# stores it. If you stop this cell and run it again, the search continues from there.
 space = {
     "lr": loguniform(1e-4, 1e-1),
     "batch_size": [32, 64, 128],
@@ -55,16 +54,16 @@ study.plot_importance(ax=axes[1])
 study.plot_contour("lr", "width", ax=axes[2])
 figure.savefig(FOLDER / "plots.png")
 
-# %% The best model: trained again on all known rows, for as many epochs as the mean over the folds
-# liked best.
+# %% The best model: trained again on all known rows, for the number of epochs with the best mean
+# validation score.
 model = study.best_model()
 print(model)
 
-# %% The score on rows that nothing was fitted on, beside the optimistic one of the search.
+# %% The score on the held-out rows, next to the optimistic score of the search.
 held_out = accuracy_score(y_held, model.predict(X_held))
 print(f"cross-validated {study.best_score:.4f}, held out {held_out:.4f}")
 
-# %% One page about it all, to open in a browser.
+# %% The HTML report, to open in a browser.
 study.report(FOLDER / "report.html")
 
 # %% Save and load: weights as safetensors, the rest as JSON.
