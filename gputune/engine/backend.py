@@ -381,8 +381,9 @@ def check_precision(
 ) -> None:
     """Raise InputError if bfloat16 is requested but has no effect or is not supported.
 
-    ``descends`` is true for a hypergradient search. bfloat16 would round the numbers that it
-    differentiates.
+    Args:
+        descends: Whether this is a hypergradient search. bfloat16 would round the numbers that it
+            differentiates.
     """
     if precision == "full":
         return

@@ -112,10 +112,14 @@ class Job(Training):
 class Outcome:
     """Result of training a chunk.
 
-    ``index`` has the positions of its trials, ``curves`` is (C, epochs, F), and ``seconds`` is the
-    training time. ``spent`` divides the time into its parts, if they are known. ``fault`` describes
-    a problem that did no harm. ``outputs`` are the outputs that were kept, by the entries of
-    ``index``.
+    Args:
+        index: Positions of its trials in the search.
+        curves: Scores (C, epochs, F).
+        epochs: Number of epochs that were trained.
+        seconds: Training time.
+        spent: Parts of the training time and operations, if they are known.
+        fault: Description of a problem that did no harm, or "".
+        outputs: Outputs that were kept, by the entries of ``index``.
     """
 
     index: tuple[int, ...]
@@ -255,9 +259,12 @@ def stalled_epochs(means: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Failure:
-    """A trial that cannot be trained, and the reason. ``index`` is its place in the search.
+    """A trial that cannot be trained, and the reason.
 
-    ``fits`` is false if the trial does not fit into memory by itself.
+    Args:
+        index: Place of the trial in the search.
+        reason: The reason, as a sentence.
+        fits: Whether the trial fits into memory by itself.
     """
 
     index: tuple[int]

@@ -48,10 +48,10 @@ class _Unlike(Exception):
 class Fits:
     """Knowledge and memory that the chunks of one search leave to later chunks in the same process.
 
-    ``trials`` has the number of trials of each tensor shape that fitted into memory: a number that
-    failed once is not tried again. ``chunks`` has the last chunk with recorded steps of each shape.
-    The next chunk of that shape trains in its memory. Within a process, all copies of a search's
-    ``Fits`` are one object, however often jobs bring it there.
+    ``trials`` has the number of trials of each tensor shape that fitted into memory. A number that
+    failed once is not tried again. ``chunks`` has the last chunk with recorded steps of each shape,
+    and the next chunk of that shape trains in its memory. Within a process, all copies of a
+    search's ``Fits`` are one object, however often jobs bring it there.
     """
 
     def __init__(self) -> None:

@@ -71,11 +71,13 @@ class State:
 
 @dataclass(frozen=True)
 class BegunChunk(Population):
-    """Trials of one shape that have trained for some epochs, or for none (``state`` is None).
+    """Trials of one shape that have trained for some epochs, or for none.
 
-    ``state`` is the state of the trials ``alive`` (positions in the chunk; None: all). ``before``
-    has the curves (C, epochs, F) so far, if they are known. ``seconds`` is the time of the training
-    so far.
+    Args:
+        state: State of the trials ``alive``; None before the first epoch.
+        alive: Positions in the chunk of the trials that still train; None: all.
+        before: Curves (C, epochs, F) of the epochs before, if they are known.
+        seconds: Time of the training before.
     """
 
     state: State | None = None

@@ -27,7 +27,7 @@ _BROADCASTING_LOSSES = {
     functional.hinge_embedding_loss,
     torch.broadcast_tensors,
 }
-"""Functions that broadcast, and whose result need not show it."""
+"""Functions that broadcast their arguments. Their result need not show it."""
 
 
 _DIAGONALS = {
@@ -43,7 +43,7 @@ _DIAGONALS = {
 
 
 def in_one_shape(pair: Shapes, place: str) -> str:
-    """Return how outputs and targets get one shape, as a sentence."""
+    """Return a sentence that explains how to give outputs and targets one shape."""
     if len(pair[0]) == 2:
         return (
             f"Take outputs[:, 0] or y[:, None] in the {place}, or return (rows,) from the module."
@@ -54,8 +54,8 @@ def in_one_shape(pair: Shapes, place: str) -> str:
 class BroadcastWatch(TorchFunctionMode):
     """Watches a loss for an operation that pairs each output with the targets of all rows.
 
-    Outputs are tensors that require a gradient. Whatever is computed from the target alone counts
-    as a target. A matrix of all pairs is harmless if only its diagonal is used.
+    Outputs are tensors that require a gradient. A tensor that is computed only from the target also
+    counts as a target. A matrix of all pairs is harmless if only its diagonal is used.
     """
 
     def __init__(self, y: Tensor) -> None:
@@ -102,14 +102,16 @@ class BroadcastWatch(TorchFunctionMode):
             self._uses_others = True
 
     def _is_broadcast(self, func: Function, result: object) -> bool:
+        """Return whether an operation compares rows with each other."""
         square = (self._rows, self._rows)
+        # Losses return one number or (n,), so their result does not show the (n, n) comparison.
         return func in _BROADCASTING_LOSSES or (
             isinstance(result, Tensor) and tuple(result.shape) == square
         )
 
     def _pair_of(self, outputs: list[Tensor], targets: list[Tensor]) -> Shapes | None:
-        """Return the shapes of the first output and target of which only one has a column for each
-        row."""
+        """Return the shapes of the first output and target with shapes (n, 1) and (n,), or the
+        reverse."""
         row = (self._rows,)
         column = (self._rows, 1)
         for output in outputs:
@@ -121,6 +123,7 @@ class BroadcastWatch(TorchFunctionMode):
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
+    """Yield the tensors in a nested structure."""
     for leaf in tree_leaves(value):
         if isinstance(leaf, Tensor):
             yield leaf

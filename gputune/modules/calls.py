@@ -1,15 +1,14 @@
-"""A module called with other tensors in the place of its own; in bfloat16; with draws that were
-made before.
+"""Calls of a module with substituted tensors, in bfloat16, or with random draws made in advance.
 
-Where it trains in bfloat16, what torch.autocast rounds is rounded. Through vmap autocast reaches
-some operations and others not (in torch 2.13), so that stacked members have a mode of their own.
-Parameters, buffers and updates stay in single precision, and so does the loss of a module's
-outputs.
+A module that trains in bfloat16 rounds the same operations as torch.autocast. Under vmap, autocast
+reaches only some operations (in torch 2.13), so stacked members have their own mode. Parameters,
+buffers and updates stay in single precision, and so does the loss of a module's outputs.
+
 Source: https://docs.pytorch.org/docs/stable/amp.html#autocast-op-reference
 
-A forward in training is tried once on rows of each number, to see what it draws; from then on every
-step finds these draws in a buffer, the numbers that its own draws would have been, and may be
-recorded.
+To record a module's draws, a forward pass in training is tried once for each number of rows. From
+then on, every step finds its draws in a buffer. They are the numbers that the step itself would
+have drawn. The step can therefore be recorded.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,16 +31,15 @@ from gputune.seeding import keyed_draws, start_stream, stream_seed
 
 
 class Stateless:
-    """A module as it is now; ``substitute`` lends it other tensors, and puts back all that was set
-    meanwhile.
+    """A module in its current state. ``substitute`` lends it other tensors for a while.
 
-    That is the attributes of every submodule: parameters, buffers, hooks, the mode, and what a
-    forward keeps in
-    ``self`` or in a dict, list or set there. Tensors that are written into in place stay so.
+    ``substitute`` then restores the attributes of every submodule: parameters, buffers, hooks, the
+    mode, and values that a forward pass keeps in ``self`` or in a dict, list or set there. Tensors
+    that are written in place are not restored.
     """
 
-    # Not torch.func.functional_call, which leaves the second value in a submodule that has two
-    # names.
+    # torch.func.functional_call is not used, because it leaves the second value in a submodule with
+    # two names.
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -61,8 +59,10 @@ class Stateless:
 
     @contextmanager
     def substitute(self, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
-        """Put ``tensors`` in the place of parameters and buffers of the same names inside, under
-        all their names."""
+        """Replace the parameters and buffers of the same names by ``tensors`` inside the context.
+
+        A tensor with several names is replaced under all of them.
+        """
         try:
             for held, key, _, name in self._places:
                 if name in tensors:
@@ -81,8 +81,10 @@ class Stateless:
                 held[key] = tensor
 
     def held(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Return the tensors that stand under some names now: what a forward has written, inside
-        ``substitute``."""
+        """Return the current tensors of some names.
+
+        Inside ``substitute``, these are the tensors that a forward pass has written.
+        """
         wanted = set(names)
         return {name: held[key] for held, key, _, name in self._places if name in wanted}
 
@@ -95,7 +97,7 @@ def not_trained(module: nn.Module) -> dict[str, Tensor]:
 
 
 def state_of(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """Return the buffers, frozen parameters and Python numbers of some names, the numbers as
+    """Return the buffers, frozen parameters and Python numbers of some names. Numbers become
     tensors."""
     found = {}
     for name in names:
@@ -109,7 +111,7 @@ def state_of(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
 
 
 def put_numbers(module: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Give the Python numbers among some names their values; tensors are left as they are."""
+    """Set the Python numbers among some names to their values. Tensors are left unchanged."""
     for name, value in values.items():
         if not isinstance(before := attrgetter(name)(module), Tensor):
             path, _, key = name.rpartition(".")
@@ -117,8 +119,10 @@ def put_numbers(module: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 
 def convert(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Give the floats of a module a dtype, in place; complex numbers keep their imaginary parts,
-    unlike by ``to``."""
+    """Convert the floats of a module to a dtype, in place.
+
+    Complex numbers keep their imaginary parts, which ``Module.to`` would discard.
+    """
 
     def cast(tensor: Tensor) -> Tensor:
         if tensor.is_complex():
@@ -129,6 +133,7 @@ def convert(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return module
 
 
+# Operations that autocast computes in bfloat16.
 _PRODUCTS: set[Callable[..., object]] = {
     F.linear,
     F.bilinear,
@@ -153,6 +158,7 @@ _PRODUCTS: set[Callable[..., object]] = {
     Tensor.__matmul__,
     Tensor.__rmatmul__,
 }
+# Operations that autocast computes in single precision.
 _WIDE: set[Callable[..., object]] = {
     F.layer_norm,
     F.group_norm,
@@ -188,14 +194,16 @@ _WIDE: set[Callable[..., object]] = {
 
 
 class Rounded(TorchFunctionMode):
-    """Does as torch.autocast does: products take bfloat16, what sums or grows takes single
-    precision."""
+    """Does the same as torch.autocast to bfloat16, also under vmap.
+
+    Products are computed in bfloat16. Sums and growing functions are computed in single precision.
+    """
 
     def __torch_function__(
         self, func: Function, types: object, args: Args = (), kwargs: Words | None = None
     ) -> object:
         kwargs = kwargs or {}
-        # statistics are of single precision
+        # The statistics of a batch norm are in single precision.
         if func is F.batch_norm and args[0].dtype == torch.bfloat16:
             return func(args[0].float(), *args[1:], **kwargs).bfloat16()
         if func in _PRODUCTS or func in _WIDE:
@@ -209,13 +217,14 @@ class Rounded(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-_DRAW_BYTES = 64 << 20  # of draws that are made ahead
+_DRAW_BYTES = 64 << 20  # bytes of draws that are made ahead
 
 _PLAIN = set(
     "rand randn randint randperm rand_like randn_like randint_like uniform uniform_ normal_ "
     "exponential_ geometric_ cauchy_ log_normal_ random_".split()
 )
-"""Operations that read the shape of what they are given, and none of its numbers."""
+"""Operations that read only the shape of their argument, and none of its numbers."""
+# Overloads of further such operations.
 _PLAIN_OVERLOADS = {
     "bernoulli": "p",
     "bernoulli_": "float",
@@ -228,14 +237,17 @@ _DROPOUT = torch.ops.aten.native_dropout.default
 
 
 class _Draw(NamedTuple):
-    """One draw of a forward, whose tensors among ``args`` are made again, empty, since only their
-    layout matters."""
+    """One draw of a forward pass.
+
+    The tensors among ``args`` are made again as empty tensors, because only their layout matters.
+    """
 
     function: Operator
     args: tuple[object, ...]
     kwargs: Words
 
     def make(self) -> Tensor:
+        """Draw again, and return the result."""
         result: Tensor = self.function(
             *(x() if isinstance(x, partial) else x for x in self.args), **self.kwargs
         )
@@ -243,10 +255,10 @@ class _Draw(NamedTuple):
 
 
 class ModuleDraws:
-    """The draws of some steps ahead, by one member's ``forward`` in training on minibatches of each
-    number of rows.
+    """The draws of some steps ahead, for minibatches of each number of rows.
 
-    Raises TraceError where it draws what depends on other numbers than the key of the step.
+    They are recorded from one member's ``forward`` in training. Raises TraceError if a draw depends
+    on numbers other than the key of the step.
     """
 
     def __init__(self, forward: Callable[[Batch], object], batches: Batches, seed: int) -> None:
@@ -279,10 +291,10 @@ class ModuleDraws:
                 for x in several
             )
         }
-        """Rows whose draws compiled code can make: the same numbers."""
+        """Numbers of rows whose draws compiled code can make. It makes the same numbers."""
 
     def fill(self, epoch: int, step: int) -> None:
-        """Draw for this step and those ahead, where the buffer ends before it."""
+        """Draw for a step and the steps ahead, if the buffer ends before this step."""
         if step % self.ahead or not any(self.draws.values()):
             return
         with keyed_draws(self.device, self.seed, "dropout", epoch, step):
@@ -298,26 +310,27 @@ class ModuleDraws:
                             part.copy_(draw.make())
 
     def at(self, step: Tensor, rows: int) -> tuple[Tensor, ...]:
-        """Return the draws of a minibatch of so many rows in the step that a counter on the device
-        says."""
+        """Return the draws of a minibatch of ``rows`` rows. The step is read from a counter on the
+        device."""
         slot = torch.remainder(step, self.ahead).view(1)
         return tuple(buffer.index_select(0, slot)[0] for buffer in self.buffers[rows])
 
 
 def draws_of(forward: Callable[[], object]) -> tuple[Tensor, ...]:
-    """Return what a forward draws, in the order of its draws. Raises TraceError as ``ModuleDraws``
+    """Return the draws of a forward pass in their order. Raises TraceError as ``ModuleDraws``
     does."""
     return tuple(_recorded(forward).results)
 
 
 def _recorded(forward: Callable[[], object]) -> "_DrawRecorder":
+    """Return the recorder of a forward pass that has run once."""
     with torch.no_grad(), (recorder := _DrawRecorder()):
         forward()
     return recorder
 
 
 class _DrawRecorder(DispatchMode):  # type: ignore[no-untyped-call]
-    """Notes what is drawn, and how."""
+    """Records the draws inside it, and the operations that make them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -329,38 +342,42 @@ class _DrawRecorder(DispatchMode):  # type: ignore[no-untyped-call]
     ) -> object:
         kwargs = kwargs or {}
         if func is _DROPOUT:
-            with self:  # what a GPU draws and applies at once
+            # a GPU draws and applies dropout in one operation; here it becomes a draw and a product
+            with self:
                 return _dropout(args[0], torch.bernoulli(args[0], 1 - args[1]), args[1])
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
         name = func.overloadpacket.__name__
         plain = name in _PLAIN or _PLAIN_OVERLOADS.get(name) == func._overloadname
-        # and a generator of the user's own stays where it is
+        # a generator of the user's own must not be replaced
         if not plain or kwargs.get("generator") is not None:
             raise TraceError(f"{func} draws what depends on other numbers than the key of its step")
         self.draws.append(
             _Draw(func, tuple(_empty_like(x) if isinstance(x, Tensor) else x for x in args), kwargs)
         )
         result = func(*args, **kwargs)
-        self.results.append(result.clone())  # the module goes on in place
+        self.results.append(result.clone())  # a copy, because the module may write into the result
         return result
 
 
 def _dropout(x: Tensor, kept: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """Return the results of dropout in training: the scaled rows, and the mask."""
     return x * kept * (1 / (1 - p)), kept.bool()
 
 
 def _empty_like(x: Tensor) -> partial[Tensor]:
+    """Return a function that makes an empty tensor with the layout of ``x``."""
     return partial(torch.empty_strided, tuple(x.shape), x.stride(), dtype=x.dtype, device=x.device)
 
 
 def replay_draws(draws: Sequence[Tensor]) -> AbstractContextManager[object]:
-    """Let these be what operations that draw give inside, one after the other."""
-    return _DrawReplayer(draws) if draws else nullcontext()  # a mode costs something in every call
+    """Let operations that draw return the given tensors inside, one after the other."""
+    # a mode slows down every call, so it is left out without draws
+    return _DrawReplayer(draws) if draws else nullcontext()
 
 
 class _DrawReplayer(DispatchMode):  # type: ignore[no-untyped-call]
-    """Gives draws that were made before."""
+    """Returns draws that were made in advance."""
 
     def __init__(self, draws: Sequence[Tensor]) -> None:
         super().__init__()
@@ -374,7 +391,7 @@ class _DrawReplayer(DispatchMode):  # type: ignore[no-untyped-call]
         drawn = next(self.draws)
         if func is _DROPOUT:
             return _dropout(args[0], drawn.reshape(args[0].shape), args[1])
-        # a substitute may have other axes for the same numbers
+        # a substitute operation may have the same numbers in other axes
         if args and isinstance(args[0], Tensor):
             drawn = drawn.reshape(args[0].shape)
         return args[0].copy_(drawn) if func._schema.is_mutable else drawn

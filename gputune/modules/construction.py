@@ -1,5 +1,7 @@
-"""A user's module made from a class, a function or a partial, under a stream of its own, and what
-it has then."""
+"""Builds a user's module from a class, a function or a partial, with its own random stream.
+
+Further functions inspect a module: its layers, hidden matrices, dropout rates and lazy parts.
+"""
 
 import copy
 import inspect
@@ -21,23 +23,22 @@ from gputune.seeding import keyed_draws
 from gputune.types import Config, Params
 
 Builder = Callable[..., nn.Module]
-"""A class of modules, a function or a ``functools.partial`` that returns one."""
+"""A class of modules, or a function or a ``functools.partial`` that returns a module."""
 
 
 def name_of(builder: Builder) -> str:
-    """Return what a person calls it."""
+    """Return the name of a builder for messages."""
     inner = builder.func if isinstance(builder, partial) else builder
     return str(getattr(inner, "__name__", type(inner).__name__))
 
 
 def what_to_pass(instance: nn.Module) -> str:
-    """Return the error text for a module instance, from "must be" on: it says what to pass
-    instead."""
-    inner = getattr(instance, "_orig_mod", instance)  # what torch.compile was given
+    """Return the end of an error message for a module instance, from "must be" on."""
+    inner = getattr(instance, "_orig_mod", instance)  # a compiled module holds the original one
     kind = type(inner)
     sizes = {"n_features": 1, "n_outputs": 1, "input_shape": (1,), "feature_groups": None}
     from_torch = kind.__module__.partition(".")[0] == "torch"
-    # A class of PyTorch's, such as Sequential, needs arguments that the data do not give.
+    # A class of PyTorch, such as Sequential, needs arguments that the data cannot give.
     if not from_torch:
         with suppress(InputError):
             call_arguments(kind, sizes, {})
@@ -58,8 +59,10 @@ def what_to_pass(instance: nn.Module) -> str:
 def build_module(
     builder: Builder, arguments: Config, shape: Shape, *, seed: int, columns: str = ""
 ) -> nn.Module:
-    """Make a user's module under its own keyed stream; InputError, ending in ``columns``, where
-    that fails."""
+    """Build a user's module with its own keyed random stream.
+
+    Raises InputError, with ``columns`` at the end of the message, if this fails.
+    """
     row = (shape.n_features,) if shape.input_shape is None else shape.input_shape
     sizes = {name: getattr(shape, name) for name in ("n_features", "n_outputs", "feature_groups")}
     words = call_arguments(builder, sizes | {"input_shape": row}, arguments)
@@ -81,13 +84,13 @@ def build_module(
 def module_stream(seed: int) -> Iterator[None]:
     """Let constructors draw from the stream of a seed inside, on the CPU and in single
     precision."""
-    # A constructor may draw on the current GPU, where this process has used one; saving the state
-    # of any other's generator would make a context there, some hundred megabytes.
+    # A constructor may draw on the current GPU, if this process has used it. The generators of
+    # other GPUs are not saved, because that would make a context there of some hundred megabytes.
     device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")  # type: ignore[no-untyped-call]
     with keyed_draws(device, seed, "module", host=True), torch.device("cpu"):
-        # in turn, so that it is not what another thread has set here
+        # inside the stream, one thread at a time, so that another thread's setting is not saved
         before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float32)  # what a constructor draws must not depend on it
+        torch.set_default_dtype(torch.float32)  # draws must not depend on the user's default dtype
         try:
             yield
         finally:
@@ -95,17 +98,18 @@ def module_stream(seed: int) -> Iterator[None]:
 
 
 _shared: WeakKeyDictionary[Builder, dict[str, str]] = WeakKeyDictionary()
-"""By a builder and its arguments as text: the tensor that each of its modules has; "" where all own
-theirs."""
+"""Name of the tensor that all modules of a builder share, by builder and by the arguments as text.
+
+The name is "" if every module owns all of its tensors.
+"""
 
 
 def construct(builder: Builder, words: Config, columns: str = "") -> nn.Module:
-    """Return a user's module that owns its tensors: a copy, where a builder gives the same ones
-    each time.
+    """Return a user's module that owns its tensors.
 
-    So members begin with a pretrained part as it is, and the user's own never trains. Of
-    ``torch.compile`` it is what that compiles. Raises InputError where the builder fails, or a
-    tensor that it shares cannot be copied.
+    It is a copy if the builder returns the same tensors each time. Members then start from a
+    pretrained part, and the user's own copy of it never trains. For ``torch.compile(module)`` it is
+    ``module``. Raises InputError if the builder fails, or if a shared tensor cannot be copied.
     """
     module, is_compiled = _call_builder(builder, words, columns)
     known = _shared.setdefault(builder, {})
@@ -117,8 +121,8 @@ def construct(builder: Builder, words: Config, columns: str = "") -> nn.Module:
                 "gputune chooses how its steps are computed. Leave torch.compile out.",
                 InputWarning,
             )
-        # This call is made only once, so the draws of the first module's lazy layers must not
-        # depend on it.
+        # This call happens only once. Its own stream keeps it from changing the draws of the first
+        # module's lazy layers.
         with keyed_draws(torch.device("cpu"), 0, "another", host=True):
             another, _ = _call_builder(builder, words, columns)
         known[key] = _first_shared(module, another)
@@ -137,9 +141,10 @@ def construct(builder: Builder, words: Config, columns: str = "") -> nn.Module:
 
 
 def _call_builder(builder: Builder, words: Config, columns: str) -> tuple[nn.Module, bool]:
-    """Return what a builder returns, or what torch.compile was given there, and whether it was.
+    """Return the module of a builder, and whether it was compiled.
 
-    Raises InputError where it fails, or returns no module that torch has begun.
+    A module inside torch.compile is returned itself. Raises InputError if the builder fails, or if
+    its result is not an initialized torch module.
     """
     name = name_of(builder)
     cause = None
@@ -158,7 +163,7 @@ def _call_builder(builder: Builder, words: Config, columns: str) -> tuple[nn.Mod
             raise InputError(
                 f"model: {name} must return a torch.nn.Module, got {kind}; return the module."
             )
-        # A module that torch.jit.trace made has its parameters elsewhere.
+        # A module from torch.jit.trace has its parameters elsewhere.
         if "_parameters" in vars(module) or isinstance(module, torch.jit.ScriptModule):
             is_compiled = type(module).__name__ == "OptimizedModule"
             inner = module._orig_mod if is_compiled else module
@@ -170,8 +175,7 @@ def _call_builder(builder: Builder, words: Config, columns: str) -> tuple[nn.Mod
 
 
 def _remedy(builder: Builder, words: Config, error: str) -> str:
-    """Return what to do about an error that a builder raised when it was called with some
-    arguments."""
+    """Return the remedy for an error of a builder that was called with some arguments."""
     refused = re.search(r"unexpected keyword argument '(n_features|n_outputs)'", error)
     if refused and refused[1] in words and refused[1] not in parameters_of(builder):
         name = name_of(builder)
@@ -183,11 +187,11 @@ def _remedy(builder: Builder, words: Config, error: str) -> str:
 
 
 def _first_shared(one: nn.Module, other: nn.Module) -> str:
-    """Return the name of the first parameter or buffer of a module that lies in the memory of the
-    other's."""
+    """Return the name of the first parameter or buffer of ``one`` in the memory of a tensor of
+    ``other``."""
 
     def memory(tensor: Tensor) -> int:
-        # which have no memory, or none of one address
+        # lazy and sparse tensors have no memory, or no single address
         if is_lazy(tensor) or tensor.layout is not torch.strided:
             return id(tensor)
         return tensor.untyped_storage().data_ptr() or id(tensor)
@@ -199,15 +203,17 @@ def _first_shared(one: nn.Module, other: nn.Module) -> str:
 
 
 def has_gradient_hook(parameter: Tensor) -> bool:
-    """Whether a function of the user's sees, or changes, the gradient of a parameter."""
+    """Return whether a function of the user reads or changes the gradient of a parameter."""
     return bool(
         parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
     )
 
 
 def start_from(module: nn.Module, inputs: Sequence[Tensor], y: Tensor, *, seed: int) -> None:
-    """Call a module's ``start_from(*inputs, y)``, if it is not None, under a stream of its own.
-    Raises InputError."""
+    """Call a module's ``start_from(*inputs, y)`` with its own random stream, if the module has one.
+
+    Raises InputError if the call fails.
+    """
     if (begin := getattr(module, "start_from", None)) is None:
         return
     with keyed_draws(y.device, seed, "start_from", host=True), torch.no_grad():
@@ -228,19 +234,22 @@ def dropout_rates(module: nn.Module) -> tuple[str, ...]:
 
 
 def layers_of(module: nn.Module) -> list[str]:
-    """Return the names of the submodules that own trained parameters: the layers, in
-    ``named_modules()`` order."""
-    # named_parameters() goes through the modules in that order, and gives a shared parameter to its
+    """Return the names of the layers, in ``named_modules()`` order.
+
+    Layers are the submodules that own trained parameters.
+    """
+    # named_parameters() visits the modules in that order, and assigns a shared parameter to its
     # first owner.
     trained = (name for name, p in module.named_parameters() if p.requires_grad)
     return list(dict.fromkeys(name.rpartition(".")[0] for name in trained))
 
 
 def hidden_sides(module: nn.Module, trained: Params) -> dict[str, int]:
-    """Return the longer side of each hidden matrix: of weights but for embeddings (or else the
-    first), and the last.
+    """Return the longer side of each hidden matrix.
 
-    The matrix of a convolution has all axes but the first as its columns.
+    Hidden matrices are all weights except embeddings and the last weight. Without embeddings, the
+    first weight is also left out. The matrix of a convolution has all axes except the first as its
+    columns.
     """
     matrices = [name for name, w in trained.items() if w.dim() > 1 and not w.is_complex()]
     owners = dict(module.named_modules())
@@ -253,18 +262,17 @@ def hidden_sides(module: nn.Module, trained: Params) -> dict[str, int]:
 
 
 def call_arguments(builder: Builder, sizes: Mapping[str, object], arguments: Config) -> Config:
-    """Return what a builder is called with: of the ``sizes`` those that its signature has, and the
-    ``arguments``.
+    """Return the arguments for a builder: the ``sizes`` in its signature, and the ``arguments``.
 
-    ``num_classes`` without a default is ``n_outputs``, by torchvision's name for it. What takes any
-    keyword, and is no subclass of what names its own, gets the numbers of features and outputs.
-    Raises InputError, before anything is made, for an argument that it has not, and for one that it
-    needs and nothing gives.
+    ``num_classes`` without a default gets ``n_outputs``, because torchvision uses this name. A
+    builder that takes any keyword gets the numbers of features and outputs, unless it is a subclass
+    of a class that names its keywords. Raises InputError, before anything is built, for an argument
+    that the builder does not have, and for a required argument without a value.
     """
     signature = inspect.signature(builder)
     parameters = parameters_of(builder)
     inner = builder.func if isinstance(builder, partial) else builder
-    # torch's own takes any keyword in its signature, and refuses them all.
+    # nn.Module itself takes any keyword in its signature, and refuses all of them.
     own = getattr(inner, "__init__", None) is not nn.Module.__init__
     open_ended = own and any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     named = {
@@ -281,7 +289,7 @@ def call_arguments(builder: Builder, sizes: Mapping[str, object], arguments: Con
     alone = open_ended and parameters.keys() == signature.parameters.keys()
     asked = named | ({"n_features", "n_outputs"} if alone else set())
     if isinstance(builder, partial):
-        asked -= set(builder.keywords)  # what a partial has set stays so
+        asked -= set(builder.keywords)  # arguments of a partial stay as they were set
     given = {name: value for name, value in sizes.items() if name in asked} | dict(arguments)
     if "num_classes" in asked and parameters["num_classes"].default is inspect.Parameter.empty:
         given.setdefault("num_classes", sizes["n_outputs"])
@@ -296,8 +304,10 @@ def call_arguments(builder: Builder, sizes: Mapping[str, object], arguments: Con
 
 
 def outputs_hint(builder: Builder, arguments: Config, n_found: int, n_outputs: int) -> str:
-    """Return the parameter of a builder whose default is the number of outputs found, as a remedy;
-    "" for none."""
+    """Return a remedy that names the parameter of a builder with the default ``n_found``.
+
+    ``n_found`` is the actual number of outputs. The result is "" without such a parameter.
+    """
     for name, parameter in parameters_of(builder).items():
         default = parameter.default
         is_number = isinstance(default, int) and not isinstance(default, bool)
@@ -310,8 +320,10 @@ def outputs_hint(builder: Builder, arguments: Config, n_found: int, n_outputs: i
 
 
 def parameters_of(builder: Builder) -> dict[str, inspect.Parameter]:
-    """Return the parameters of a builder by name; of a class that takes any keyword those of its
-    base classes too."""
+    """Return the parameters of a builder by name.
+
+    For a class that takes any keyword, they include the parameters of its base classes.
+    """
     last = found = dict(inspect.signature(builder).parameters)
     for base in builder.__mro__[1:] if isinstance(builder, type) else ():
         if base is nn.Module or all(p.kind is not p.VAR_KEYWORD for p in last.values()):
@@ -334,8 +346,10 @@ def materialise(
 
 
 def _zeros(inputs: Sequence[InputKind]) -> list[Tensor]:
-    """Return two rows of zeros of each input, floats in single precision, in which modules are
-    constructed."""
+    """Return two rows of zeros for each input.
+
+    Floats are in single precision, because modules are constructed in it.
+    """
     kinds = (
         (shape, torch.float32 if dtype.is_floating_point else dtype) for shape, dtype in inputs
     )
@@ -343,8 +357,10 @@ def _zeros(inputs: Sequence[InputKind]) -> list[Tensor]:
 
 
 def note_of_cast(module: nn.Module, dtype: torch.dtype) -> str:
-    """Return a sentence on the first tensor of a module that its builder made in a dtype of its
-    own; "" for none."""
+    """Return a sentence about the first tensor of a module that its builder made in another dtype.
+
+    The result is "" without one.
+    """
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.is_floating_point() and tensor.dtype not in (torch.float32, dtype):
             made, trained = (str(one).removeprefix("torch.") for one in (tensor.dtype, dtype))
@@ -357,8 +373,10 @@ def note_of_cast(module: nn.Module, dtype: torch.dtype) -> str:
 
 
 def hint(error: str, inputs: Sequence[Tensor]) -> str:
-    """Return the remedy for an error of torch's as a sentence with a blank before it, "" where none
-    is known."""
+    """Return the remedy for an error of torch as a sentence with a leading blank.
+
+    The result is "" if no remedy is known.
+    """
     if "scalar types: Long, Int" in error:
         if any(x.is_floating_point() and x.dim() == 2 for x in inputs):
             return (
@@ -385,7 +403,7 @@ def hint(error: str, inputs: Sequence[Tensor]) -> str:
             " Integers, bytes and booleans come as they are: begin the forward with "
             f"x.float(){scaled}."
         )
-    # Channels that are not the axis after the rows.
+    # The channels are not in the axis after the rows.
     lacking = any(f"expected {axes}D input (got {axes - 1}D" in error for axes in (4, 5))
     if lacking or f"expected input[1, {len(inputs[0])}, " in error:
         return (

@@ -1,4 +1,4 @@
-"""What a user's module draws, and which of its submodules runs, while it is tried on a few rows."""
+"""Observes random draws and submodules of a user's module while it is tried on a few rows."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ class DrawWatch:
 
     Attributes:
         draws: Whether a call in training drew from PyTorch's default generator.
-        decides: Whether such a call also read a number of a tensor, by which it may decide.
+        decides: Whether such a call also read a number of a tensor. The module may decide by it.
         draws_in_evaluation: Whether a call in evaluation mode drew from PyTorch's default
             generator.
         generator: The name of another generator that a call drew from; "" if there was none.
@@ -29,17 +29,21 @@ class DrawWatch:
     def __init__(self, module: nn.Module, loss: object, step: object, augment: object) -> None:
         self._module = module
         self._step = step
-        # the user's functions that run in a step next to the forward
+        # functions of the user that run in a step in addition to the forward pass
         self._functions = (loss, step, augment)
         self.draws = False
         self.decides = False
         self.draws_in_evaluation = False
         self.generator = ""
-        self._passed: list[torch.Generator] = []  # to operations, in all calls so far
+        # generators passed to operations, in all calls so far
+        self._passed: list[torch.Generator] = []
 
     def outside(self) -> str:
-        """Return how the module draws random numbers that gputune cannot draw for all members; ""
-        if it does not."""
+        """Return a reason if the module draws random numbers that gputune cannot draw for all
+        members.
+
+        The reason is "" if it does not.
+        """
         code = drawing_code(self._module, self._functions, self._step)
         if not code and not self.generator:
             return ""
@@ -50,7 +54,7 @@ class DrawWatch:
 
     @contextmanager
     def watching(self, *, training: bool) -> Iterator[None]:
-        """Note which generators are drawn from inside, and whether a number of a tensor is read
+        """Note the generators that are used inside, and whether a number of a tensor is read
         then."""
         with keyed_draws(_CPU, 0, "check", host=True):
             default = torch.get_rng_state()
@@ -60,7 +64,7 @@ class DrawWatch:
             drew = not torch.equal(default, torch.get_rng_state())
             changed = changed_generator(others, generator_states(self._module, self._functions))
         for generator in recorder.generators:
-            # it is not made anew in each call
+            # the same generator in a second call: it keeps its state between calls
             if any(generator is other for other in self._passed):
                 changed = changed or "a torch.Generator of its own"
         self._passed += recorder.generators
@@ -73,8 +77,8 @@ class DrawWatch:
 
 
 class _OperationWatch(DispatchMode):  # type: ignore[no-untyped-call]
-    """Notes whether a number of a tensor is read into Python, which may decide by it, and
-    generators that are used."""
+    """Notes the generators that operations use, and whether a number of a tensor is read into
+    Python."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,20 +97,20 @@ class _OperationWatch(DispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Trail:
-    """Remembers which submodule was running, so that an error can name it, and how much one has
-    returned."""
+    """Remembers the running submodule for error messages, and the size of the largest result."""
 
     def __init__(self, module: nn.Module) -> None:
         self.open: list[str] = []
         self.largest = 0
         for name, part in module.named_modules():
-            if not isinstance(part, torch.jit.ScriptModule):  # which takes no hooks
+            if not isinstance(part, torch.jit.ScriptModule):  # a scripted module takes no hooks
                 part.register_forward_pre_hook(
                     lambda _module, _args, name=name: self.open.append(name)
                 )
                 part.register_forward_hook(self._leave)
 
     def _leave(self, _module: nn.Module, _args: object, result: object) -> None:
+        """Forward hook: a submodule has returned ``result``."""
         self.open.pop()
         if isinstance(result, Tensor):
             self.largest = max(self.largest, result.numel())

@@ -1,9 +1,9 @@
-"""State that a module keeps where neither a member nor a saved model has it: in plain attributes.
+"""Checks for state in plain attributes, which neither a member nor a saved model has.
 
-A member is its parameters, its buffers and the numbers that it counts in. A tensor in a plain
-attribute, or in a list or an object there, is lost with the module that trained. That does no harm
-where predictions do not depend on it, as with activations that a forward keeps or a table that it
-makes again.
+A member consists of its parameters, its buffers, and the numbers that it counts in. A tensor in a
+plain attribute, or in a list or an object there, is lost together with the module that trained.
+This does no harm if predictions do not depend on it. Examples are activations that a forward pass
+keeps, or a table that it makes again.
 """
 
 from collections.abc import Sequence
@@ -17,24 +17,29 @@ from gputune.modules.calls import not_trained, put_numbers, state_of
 from gputune.modules.construction import start_from
 from gputune.modules.module_trial import ModuleTrial
 
+# Attributes that every module has.
 _OF_MODULES = frozenset(vars(nn.Module()))
+# Levels of nested containers and objects that are compared.
 _DEPTH = 3
-_LARGEST = 1 << 16  # bytes of an array that are compared
+_LARGEST = 1 << 16  # most bytes of an array that is compared
 
 
 class KeptState:
-    """What the buffers and the plain attributes of a module are at one moment, by their names."""
+    """Snapshot of the buffers and the plain attributes of a module, by their names."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._alive: list[object] = []  # so that no other object gets their ids
+        # keeps objects alive, so that no other object gets their ids
+        self._alive: list[object] = []
         self._marks = self._marks_of(module)
 
     def changed(self, module: nn.Module) -> list[str]:
-        """Return the names of what is different now, in the order of the submodules."""
+        """Return the names of the values that have changed since, in the order of the
+        submodules."""
         marks = self._marks_of(module)
         return [name for name, mark in marks.items() if self._marks.get(name) != mark]
 
     def _marks_of(self, module: nn.Module) -> dict[str, object]:
+        """Return a mark of each buffer and each plain attribute, by name."""
         marks = {name: self._mark(tensor, 0) for name, tensor in module.named_buffers()}
         for path, part in module.named_modules():
             if isinstance(part, torch.jit.ScriptModule):
@@ -45,11 +50,12 @@ class KeptState:
         return marks
 
     def _mark(self, value: object, depth: int) -> object:
-        """Return what differs once a value is another one, or is written into."""
+        """Return a mark of a value, which changes if the value is replaced or written into."""
         if value is None or isinstance(value, bool | int | float | str):
             return repr(value)
         self._alive.append(value)
         if isinstance(value, Tensor):
+            # PyTorch increases the version of a tensor with every write into it.
             return id(value), value._version
         if isinstance(value, np.ndarray):
             return value.tobytes() if value.nbytes <= _LARGEST else id(value)
@@ -63,7 +69,7 @@ class KeptState:
 
 
 def check_evaluation(trial: ModuleTrial, before: KeptState, outputs: Tensor) -> None:
-    """Raise InputError where predictions depend on the rows that were predicted before.
+    """Raise InputError if predictions depend on the rows that were predicted before.
 
     Args:
         trial: The module, which has been called once in evaluation mode since ``before``.
@@ -81,13 +87,13 @@ def check_evaluation(trial: ModuleTrial, before: KeptState, outputs: Tensor) -> 
 def check_hidden_state(
     trial: ModuleTrial, before: KeptState, counted: Sequence[str], outputs: Tensor
 ) -> None:
-    """Raise InputError where predictions depend on what training has left in plain attributes.
+    """Raise InputError if predictions depend on values that training has left in plain attributes.
 
     Args:
         trial: The module, which has been called in training since ``before``.
         before: Its state before that.
         counted: The names of the numbers that training changes, which members have.
-        outputs: The outputs of the module as it is now, in evaluation mode, on all rows.
+        outputs: The current outputs of the module in evaluation mode, on all rows.
     """
     fresh = trial.fresh()
     held = {*counted, *dict(fresh.named_buffers())}
@@ -100,10 +106,10 @@ def check_hidden_state(
 
 
 def buffers_at_start(trial: ModuleTrial) -> list[str]:
-    """Return the names of the buffers with ``persistent=False`` that the module's ``start_from``
-    changes.
+    """Return the names of the buffers with ``persistent=False`` that ``start_from`` changes.
 
-    Raises InputError where predictions depend on what it leaves in plain attributes.
+    Raises InputError if predictions depend on values that ``start_from`` leaves in plain
+    attributes.
     """
     if not hasattr(trial.module, "start_from"):
         return []
@@ -128,7 +134,7 @@ def buffers_at_start(trial: ModuleTrial) -> list[str]:
 
 
 def _copy_state(module: nn.Module, other: nn.Module, counted: Sequence[str]) -> None:
-    """Give another module of the same class all that a member has: tensors, and the numbers
+    """Copy the complete state of a member to another module: tensors, and the numbers
     ``counted``."""
     tensors = {**dict(module.named_parameters()), **not_trained(module)}
     with torch.no_grad():
@@ -141,6 +147,7 @@ def _copy_state(module: nn.Module, other: nn.Module, counted: Sequence[str]) -> 
 def _check_same(
     trial: ModuleTrial, other: nn.Module, outputs: Tensor, finding: str, name: str
 ) -> None:
+    """Raise InputError if another module with the same member state has other outputs."""
     if not _close(trial.of_module(other).forward(trial.inputs, training=False), outputs):
         key = name.rpartition(".")[2]
         raise InputError(
@@ -150,4 +157,5 @@ def _check_same(
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors have the same shape and the same numbers, up to rounding."""
     return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True)

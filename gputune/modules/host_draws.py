@@ -1,11 +1,11 @@
-"""Generators outside of PyTorch that a module's code can draw from, found by reading that code.
+"""Finds generators outside of PyTorch that a module's code can draw from, by reading that code.
 
-A stacked or recorded step runs the code of a forward once for many members or steps, so a number
-that Python or NumPy drew there would be the same in all of them. A trial call cannot rule this out:
-the draw may lie in a branch that is taken in one step of a hundred. Therefore the bytecode of a
-forward, and of the functions that it refers to, is read together with the objects that its names
-stand for. A trial call then shows draws inside of libraries, whose code is not read, by the states
-of the generators.
+A stacked or recorded step runs the code of a forward pass once for many members or steps. A number
+that Python or NumPy draws there would be the same in all of them. A trial call cannot rule this
+out, because the draw may be in a branch that is taken in one step of a hundred. Therefore gputune
+reads the bytecode of a forward pass and of the functions that it refers to, together with the
+objects that their names refer to. The code of libraries is not read. A trial call shows draws there
+by the states of the generators.
 """
 
 import builtins
@@ -31,21 +31,22 @@ from gputune.modules.host_generators import (
     source_name,
 )
 
-_MOST_FUNCTIONS = 5000  # that are read, so that a huge library of modules ends the reading
+# functions that are read at most; a huge library of modules ends the reading
+_MOST_FUNCTIONS = 5000
 _UNKNOWN = object()
 
 
 def drawing_code(module: nn.Module, functions: Iterable[object] = (), step: object = None) -> str:
-    """Return where code of a module or of some functions can draw outside of PyTorch's default
+    """Return the place in a module's or function's code that can draw outside of PyTorch's
     generator.
 
     Args:
-        module: The module, whose forwards, hooks and submodules are read.
-        functions: A loss and the like, which are read as well.
+        module: The module. Its forward passes, hooks and submodules are read.
+        functions: Further functions to read, such as a loss.
         step: A training step, which is called with the module.
 
     Returns:
-        Words such as "Net.forward calls random.random"; "" if no such code is found.
+        Words such as "Net.forward calls random.random"; "" if there is none.
     """
     reader = _Reader()
     for part in module.modules():
@@ -66,17 +67,16 @@ def _defaults_of(function: types.FunctionType) -> Env:
 
 @lru_cache(4096)
 def _instructions(code: types.CodeType) -> tuple[tuple[str, Any], ...]:
-    """Return the operations of a code object with their arguments; pairs of names that are loaded
-    are split."""
+    """Return the operations of a code object with their arguments. Loads of two names are split."""
     found: list[tuple[str, Any]] = []
     for instruction in dis.get_instructions(code):
         name = instruction.opname
         value = instruction.argval
         if name in _NEUTRAL:
             continue
-        if name == "KW_NAMES" and instruction.arg is not None:  # of Python 3.11 and 3.12
+        if name == "KW_NAMES" and instruction.arg is not None:  # Python 3.11 and 3.12
             value = code.co_consts[instruction.arg]
-        if isinstance(value, tuple) and name in _PAIRS:  # of Python 3.13 and newer
+        if isinstance(value, tuple) and name in _PAIRS:  # Python 3.13 and newer
             found += list(zip(_PAIRS[name], value))
         else:
             found.append((name.replace("_BORROW", ""), value))
@@ -93,7 +93,7 @@ _NEUTRAL = {
     "COPY_FREE_VARS",
     "MAKE_CELL",
 }
-"""Operations that leave the value that was loaded last on top of the stack."""
+"""Operations that leave the last loaded value on top of the stack."""
 _PAIRS = {
     "LOAD_FAST_LOAD_FAST": ("LOAD_FAST", "LOAD_FAST"),
     "LOAD_FAST_BORROW_LOAD_FAST_BORROW": ("LOAD_FAST", "LOAD_FAST"),
@@ -113,16 +113,19 @@ _ATTRIBUTES = {"LOAD_ATTR", "LOAD_METHOD"}
 
 
 class _Reader:
-    """Reads code and what it refers to, until something draws: ``found`` then says where."""
+    """Reads code and the objects that it refers to, until something draws.
+
+    ``found`` is then a description of the place.
+    """
 
     def __init__(self) -> None:
         self.found = ""
-        # the values keep the objects alive, so that ids stay theirs
+        # the values keep the objects alive, so that no other object gets their ids
         self.read: dict[tuple[int, ...], object] = {}
         self.place = ""
 
     def visit(self, value: object) -> None:
-        """Look at a value that code uses: whether it draws, or what it runs when it is called."""
+        """Read a value that code uses: it may draw, or run code when it is called."""
         if self.found or value is _UNKNOWN or value is None:
             return
         if source := source_name(value):
@@ -150,7 +153,8 @@ class _Reader:
             self._visit_instance(value)
 
     def _visit_method(self, method: types.MethodType) -> None:
-        """Look at a method, and at those that it overrides: it may call them by ``super()``."""
+        """Read a method and the methods that it overrides, because it may call them by
+        ``super()``."""
         if is_a(method.__func__, types.FunctionType):
             self._read(method.__func__, [method.__self__])
         owner = method.__self__ if is_a(method.__self__, type) else type(method.__self__)
@@ -161,6 +165,7 @@ class _Reader:
                 self._read(inner, [method.__self__])
 
     def _visit_module(self, module: nn.Module) -> None:
+        """Read the forward pass and the hooks of a module."""
         if self._is_read(module, []):
             return
         own = vars(module)
@@ -170,13 +175,15 @@ class _Reader:
                 self.visit(list(hooks.values()))
 
     def _visit_class(self, cls: type) -> None:
-        """Look at the functions of a class, whose instances code makes; of a module class at its
-        forward."""
+        """Read the functions of a class, because code makes instances of it.
+
+        For a module class, only the forward pass is read.
+        """
         if self._is_read(cls, []):
             return
         for base in cls.__mro__:
             functions = dict(vars(base))
-            # code also names it for super(), and its constructor may draw
+            # Code also names a module class for super(), and the constructor of a module may draw.
             if issubclass(cls, nn.Module):
                 functions = {"forward": functions.get("forward")}
             for value in functions.values():
@@ -189,8 +196,7 @@ class _Reader:
                     self._read(inner, [])
 
     def _visit_instance(self, value: object) -> None:
-        """Look at an object that is passed on or called: at its ``__call__``, and at the generators
-        that it holds."""
+        """Read the ``__call__`` of an object that code uses, and the generators that it holds."""
         if self._is_read(value, []):
             return
         if is_a(call := getattr_static(type(value), "__call__", None), types.FunctionType):
@@ -200,7 +206,7 @@ class _Reader:
                 self.visit(item)
 
     def call(self, value: object, arguments: Sequence[object]) -> None:
-        """Read a function with the objects that it is called with."""
+        """Read a function together with the objects that it is called with."""
         if is_a(value, functools.partial):
             arguments = [*value.args, *arguments]
             value = value.func
@@ -212,6 +218,7 @@ class _Reader:
             self._read(value, arguments)
 
     def _is_read(self, code: object, arguments: Sequence[object]) -> bool:
+        """Return whether code was read before with these arguments, and remember it."""
         key = id(code), *map(id, arguments)
         if key in self.read or len(self.read) > _MOST_FUNCTIONS:
             return True
@@ -219,8 +226,7 @@ class _Reader:
         return False
 
     def _read(self, function: types.FunctionType, arguments: Sequence[object]) -> None:
-        """Read the code of a function that is called with some arguments, as far as they are
-        known."""
+        """Read the code of a function that is called with some known or unknown arguments."""
         if self.found or is_library(function) or self._is_read(function.__code__, arguments):
             return
         code = function.__code__
@@ -233,11 +239,10 @@ class _Reader:
         self.place = before
 
     def _read_code(self, code: types.CodeType, env: Env, outside: Mapping[str, Any]) -> None:
-        """Follow the names of a code object, from a load over its attributes to what they end
-        in."""
-        # the values that were loaded last; empty where their number is not known
+        """Follow the names of a code object, from a load through its attributes to its use."""
+        # The values that were loaded last. The list is empty if their number is not known.
         stack: list[object] = []
-        keywords = 0  # of the call that comes next
+        keywords = 0  # keyword arguments of the next call
         for operation, name in _instructions(code):
             top = stack.pop() if stack else _UNKNOWN
             if operation in _ATTRIBUTES:
@@ -273,18 +278,18 @@ class _Reader:
                 return
         self.visit(stack[-1] if stack else _UNKNOWN)
         for constant in code.co_consts:
-            if is_a(constant, types.CodeType):  # of a function, a lambda or a comprehension inside
+            if is_a(constant, types.CodeType):  # a function, a lambda or a comprehension inside
                 self._read_code(constant, dict(env), outside)
 
     def _attribute(self, value: object, name: str) -> object:
-        """Return an attribute without running code of the user's; of a property the code that gets
-        it is read."""
+        """Return an attribute without running code of the user. The getter of a property is read
+        instead."""
         if value is _UNKNOWN or is_a(value, torch.Tensor):
             return _UNKNOWN
         if source_name(value) and not is_a(value, types.ModuleType):
             self.visit(value)
             return _UNKNOWN
-        if name == "rvs":  # of a distribution of SciPy's
+        if name == "rvs":  # a distribution of SciPy draws by this method
             self.found = f"{self.place} calls rvs of {type(value).__name__}"
             return _UNKNOWN
         own = {} if is_a(value, type) else _attributes_of(value)
@@ -302,19 +307,19 @@ class _Reader:
             getter = found.fget
         elif is_a(found, functools.cached_property):
             getter = found.func
-        if is_a(getter, types.FunctionType):  # of a property, or of one that is cached
+        if is_a(getter, types.FunctionType):  # the getter of a property or of a cached property
             self._read(getter, [value])
             return _UNKNOWN
-        if is_a(found, types.MemberDescriptorType):  # of __slots__
+        if is_a(found, types.MemberDescriptorType):  # an attribute in __slots__
             return getattr(value, name, _UNKNOWN)
         return found if is_a(found, *GENERATORS) or callable(found) else _UNKNOWN
 
 
 def _attributes_of(value: object) -> Mapping[str, Any]:
-    """Return the attributes of an object itself, of a module its submodules as well."""
+    """Return the attributes of an object itself. Those of a module include its submodules."""
     try:
         own: dict[str, Any] = vars(value)
-    except TypeError:  # which has none
+    except TypeError:  # it has no attributes
         return {}
     if is_a(value, nn.Module):
         return {**own.get("_modules", {}), **own}

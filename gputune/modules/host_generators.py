@@ -1,8 +1,6 @@
-"""Random generators that a module may use next to PyTorch's default one: their names, and their
-states.
+"""Random generators that a module may use in addition to PyTorch's default one: names and states.
 
-PyTorch's default generator is the only one that gputune can set to a stream of its own for each
-step of all members.
+gputune can set only PyTorch's default generator to a separate stream for each step of all members.
 """
 
 import functools
@@ -41,20 +39,20 @@ _FUNCTIONS: dict[object, str] = {
 }
 
 _LIBRARIES = {"torch", "numpy", "scipy", "sklearn", "pandas", "polars", "functorch", "gputune"}
-"""Packages whose code is not read, next to the standard library."""
-_MOST_ITEMS = 100  # of a container that is looked through
+"""Packages whose code is not read. The code of the standard library is not read either."""
+_MOST_ITEMS = 100  # items of a container that are looked at
 Kind = TypeVar("Kind")
 
 Env: TypeAlias = dict[str, object]
-"""The objects that local names stand for, as far as they are known."""
+"""Known objects by the local names that refer to them."""
 
 
 def generator_states(module: nn.Module, functions: Iterable[object] = ()) -> dict[str, bytes]:
-    """Return the states of the global generators of Python and NumPy, and of those that are held,
-    by their names.
+    """Return the states of all generators by their names.
 
-    A generator is held by a module if it is an attribute of it, or lies in a list or dict there. It
-    is held by a function if it is in its closure or its file.
+    They are the global generators of Python and NumPy, and the generators that a module or a
+    function holds. A module holds a generator as an attribute, or in a list or dict there. A
+    function holds a generator in its closure or its file.
     """
     states = {
         "Python's random": pickle.dumps(random.getstate()),
@@ -67,12 +65,13 @@ def generator_states(module: nn.Module, functions: Iterable[object] = ()) -> dic
 
 
 def changed_generator(before: Mapping[str, bytes], after: Mapping[str, bytes]) -> str:
-    """Return the name of a generator whose state differs; "" if none does."""
+    """Return the name of a generator with a changed state, or "" if all states are equal."""
     names = (name for name, state in after.items() if before.get(name, state) != state)
     return next(names, "").rstrip("0123456789 ")
 
 
 def _held_generators(module: nn.Module, functions: Iterable[object]) -> Iterator[object]:
+    """Yield each generator that the module or the functions hold, once."""
     seen: set[int] = set()
     holders = [vars(part) for part in module.modules()]
     classes = dict.fromkeys(type(part) for part in module.modules())
@@ -90,15 +89,16 @@ def _held_generators(module: nn.Module, functions: Iterable[object]) -> Iterator
 
 
 def is_a(value: object, *kinds: type[Kind]) -> TypeGuard[Kind]:
-    """Whether a value is an instance of one of some classes, by its type alone.
+    """Return whether the type of a value is a subclass of one of some classes.
 
-    ``isinstance`` also asks the value for its ``__class__``, which may be code of the user's.
+    The function ``isinstance`` also asks the value for its ``__class__``, which may run code of the
+    user.
     """
     return issubclass(type(value), kinds)
 
 
 def items_of(value: object) -> list[object]:
-    """Return the items of a plain container; none of any other value."""
+    """Return the items of a plain container, or an empty list for other values."""
     if type(value) is dict:
         return list(value.values())[:_MOST_ITEMS]
     if type(value) is list or type(value) is tuple or type(value) is set:
@@ -107,7 +107,7 @@ def items_of(value: object) -> list[object]:
 
 
 def _state_of(generator: object) -> bytes | None:
-    """Return the state of a generator; None for one that asks the system."""
+    """Return the state of a generator, or None if its numbers come from the operating system."""
     if isinstance(generator, torch.Generator):
         return (
             None
@@ -127,14 +127,17 @@ def _state_of(generator: object) -> bytes | None:
 
 
 def _kind_of(generator: object) -> str:
+    """Return the full name of a generator's class."""
     name = next(kind.__name__ for kind in GENERATORS if isinstance(generator, kind))
     package = {random.Random: "random", torch.Generator: "torch"}
     return f"{next((package[kind] for kind in package if isinstance(generator, kind)), 'numpy.random')}.{name}"
 
 
 def source_name(value: object) -> str:
-    """Return the name of a value that draws outside of PyTorch's default generator; "" for any
-    other value."""
+    """Return the name of a value that draws outside of PyTorch's default generator.
+
+    The result is "" for any other value.
+    """
     if value is torch.default_generator:
         return ""
     if is_a(value, *GENERATORS):
@@ -159,17 +162,17 @@ def source_name(value: object) -> str:
 
 
 def is_library(function: types.FunctionType) -> bool:
-    """Whether a function belongs to Python, or to a package whose code is not read."""
+    """Return whether a function belongs to Python or to a package in ``_LIBRARIES``."""
     top = str(function.__globals__.get("__name__", "")).partition(".")[0]
     return top in _LIBRARIES or (top in sys.stdlib_module_names and top != "__main__")
 
 
 def closure_of(function: types.FunctionType) -> Env:
-    """Return the values of the free variables of a function, as far as they are set."""
+    """Return the values of the free variables of a function. Unset variables are left out."""
     values: Env = {}
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
         try:
             values[name] = cell.cell_contents
-        except ValueError:  # of a variable that is not set yet
+        except ValueError:  # a variable that is not set yet
             continue
     return values

@@ -1,9 +1,9 @@
-"""A user's module tried on a few rows before anything trains: what it does, and whether its members
-can be stacked.
+"""Tries a user's module on a few rows before training, and finds out if its members can be stacked.
 
-Two members of unlike parameters see two minibatches stacked, and each alone, as plain modules:
-gradients, buffers and outputs must agree. What differs, or cannot be mapped at all, trains member
-by member. Where a training fails, members are tried again: on which row?
+Two members with different parameters train on two minibatches: stacked, and separately as plain
+modules. Their gradients, buffers and outputs must agree. A module that differs, or that cannot be
+mapped at all, trains member by member. If a training fails later, members are tried again to find
+the row that causes the error.
 """
 
 import re
@@ -46,6 +46,7 @@ from gputune.text import count
 from gputune.types import DECAY_FACTOR, LR_FACTOR, Config, Params
 
 _CPU = torch.device("cpu")
+# (epoch, step) of the tried minibatches, and the key of the tried evaluation.
 _KEY = (0, 0)
 _EVALUATION = (0, 0, 0)
 _ADVICE = (
@@ -53,12 +54,13 @@ _ADVICE = (
     "torch.where), or an operation that torch.func.vmap does not know"
 )
 
+# Traits by data, builder and arguments; seconds that compiled code saves, by builder and arguments.
 _known: WeakKeyDictionary[Dataset, dict[Builder, dict[str, Traits]]] = WeakKeyDictionary()
 _gains: WeakKeyDictionary[Builder, dict[str, float]] = WeakKeyDictionary()
 
 
 def known_traits(builder: Builder | None, data: Dataset) -> dict[str, Traits]:
-    """Return what was found of a user's module on some data, by ``arguments_text``."""
+    """Return the known traits of a user's module on some data, by ``arguments_text``."""
     return {} if builder is None else dict(_known.get(data, {}).get(builder, {}))
 
 
@@ -70,12 +72,11 @@ def traits_of(
     columns: str = "",
     objective: Objective | None = None,
 ) -> Traits:
-    """Return what a user's module does with rows of the first fold; each of its ``arguments_text``
-    is tried once.
+    """Return the traits of a user's module on rows of the first fold.
 
-    Raises InputError, ending in ``columns`` (a sentence on how the rows came from the user's) where
-    shapes may be the cause, for a module that fails, returns outputs of another shape, or has
-    nothing to train.
+    Each text of its arguments is tried once. Raises InputError for a module that fails, returns
+    outputs of another shape, or has nothing to train. If shapes may be the cause, the message ends
+    in ``columns``, a sentence that explains how the rows were made from the user's rows.
     """
     known = _known.setdefault(data, {}).setdefault(builder, {})
     key = arguments_text(config)
@@ -95,11 +96,11 @@ def traits_of(
 
 
 def returns_one_logit(builder: Builder, config: Config, data: Dataset) -> bool:
-    """Whether a module that asks for no number of outputs returns one a row, (n,) or (n, 1), where
-    y is two classes.
+    """Return whether a module returns one number a row, (n,) or (n, 1), for a target of two
+    classes.
 
-    False also for a module that cannot be made, or fails, of which its inspection knows more to
-    say.
+    This concerns modules that do not ask for a number of outputs. The result is also False for a
+    module that cannot be built or that fails: its inspection gives a better message.
     """
     data = data.of(config)
     given = module_arguments(config)
@@ -114,8 +115,10 @@ def returns_one_logit(builder: Builder, config: Config, data: Dataset) -> bool:
 
 
 def check_rates(name: str, config: Config, traits: Traits, *, usual: Config) -> None:
-    """Raise InputError for a rate that nothing of the module ``name`` has, but for keys of all
-    trials, ``usual``."""
+    """Raise InputError for a rate that no part of the module ``name`` has.
+
+    Keys that all trials have, ``usual``, are not checked.
+    """
     parts = sorted({part for path in traits.named for part in path.split(".")})
     for key in config.keys() - usual.keys():
         if key.startswith((LR_FACTOR, DECAY_FACTOR)) and key.partition("__")[2] not in parts:
@@ -132,8 +135,10 @@ def check_rates(name: str, config: Config, traits: Traits, *, usual: Config) -> 
 
 
 def gain_of_code(builder: Builder, config: Config) -> float:
-    """Return by how many seconds compiled code was found to make a step faster on whatever rows;
-    0.0: not, so far."""
+    """Return the seconds by which compiled code made a step faster, on any rows.
+
+    The result is 0.0 if it did not, or if nothing was measured yet.
+    """
     gains = _gains.get(builder, {})
     by_default = {**config, "numbers": None}
     return gains.get(arguments_text(config)) or gains.get(arguments_text(by_default), 0.0)
@@ -142,10 +147,14 @@ def gain_of_code(builder: Builder, config: Config) -> float:
 def note_fastest(
     builder: Builder, data: Dataset, arguments: str, *, slow: str, gain: float
 ) -> bool:
-    """Remember how a module's members train fastest, with these arguments; return whether it is
-    news.
+    """Remember the fastest way to train a module's members with these arguments.
 
-    ``gain`` is by how many seconds a step is faster in compiled code, 0.0 where it is not.
+    Args:
+        slow: Sentence that says by how much members train faster one by one, or "".
+        gain: Seconds by which a step is faster in compiled code, or 0.0.
+
+    Returns:
+        Whether this changes the known traits.
     """
     known = _known[data][builder]
     before = known[arguments]
@@ -155,7 +164,7 @@ def note_fastest(
 
 
 def inspect_module(trial: ModuleTrial) -> Traits:
-    """Try a module in training twice, and in evaluation, then stacked; return what it did."""
+    """Try a module in training, in evaluation, and stacked, and return its traits."""
     module = trial.module
     x = trial.inputs
     start = trial.numbers()
@@ -165,7 +174,8 @@ def inspect_module(trial: ModuleTrial) -> Traits:
     trained = trial.forward(x, training=True)
     first = trial.numbers()
     places = [(w, w.detach().clone()) for w in module.parameters() if w.requires_grad]
-    for w, value in places:  # moved a little, so that what follows them moves too
+    # Each parameter moves a little, so that buffers that follow them move too.
+    for w, value in places:
         w.data = value + 0.01
     trial.forward(x, training=True)
     second = trial.numbers()
@@ -173,7 +183,7 @@ def inspect_module(trial: ModuleTrial) -> Traits:
         w.data = value
     trial.check_outputs(trained)
     trial.check_trainable(trained)
-    now = not_trained(module)  # a forward may have added buffers
+    now = not_trained(module)  # a forward pass may have added buffers
     changing = [
         name for name, tensor in before.items() if not torch.equal(now[name].detach(), tensor)
     ]
@@ -217,8 +227,10 @@ def inspect_module(trial: ModuleTrial) -> Traits:
 
 
 def _of_itself(module: nn.Module, counted: Sequence[str], changing: Sequence[str]) -> str:
-    """Return what a module does beside its tensors, which stacked members cannot each do; "" for
-    nothing."""
+    """Return a reason why members cannot be stacked that is not about their outputs, or "".
+
+    The reasons are numbers that the module counts in, changing complex tensors, and gradient hooks.
+    """
     if counted:
         return f"it counts in {counted[0]!r}, a number of its own"
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
@@ -232,12 +244,16 @@ _DIFFERS = "when its members are stacked than alone"
 
 
 def _stacking_traits(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str, ...]]:
-    """Return why two members cannot be stacked, "" where they do as the plain modules, and the
-    parameters not used."""
+    """Return the reason why two members cannot be stacked, and the parameters that a step does not
+    use.
+
+    The reason is "" if stacked members do the same as the plain modules.
+    """
     reason, unused = _rounded_traits(trial, traits)
     if _DIFFERS in reason and trial.shape.dtype == torch.float32:
-        # By rounding alone a ReLU beside 0 may be on in one and off in the other.
-        with suppress(Exception):  # of a module or a loss that takes single precision alone
+        # Double precision decides: by rounding, a ReLU near 0 may be on in one way and off in the
+        # other.
+        with suppress(Exception):  # a module or a loss may support only single precision
             exactly, not_used = _rounded_traits(trial.in_double(), traits)
             if not exactly:
                 return "", not_used
@@ -247,7 +263,7 @@ def _stacking_traits(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str
 
 
 def _rounded_traits(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str, ...]]:
-    """Return what ``_stacking_traits`` does, up to the rounding of the trial's dtype."""
+    """Return the result of ``_stacking_traits``, up to the rounding of the trial's dtype."""
     stacked = StackedModule(
         trial.builder,
         [trial.config] * 2,
@@ -258,7 +274,7 @@ def _rounded_traits(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str,
     )
     flat = stacked.start()
     parameters = flat[: stacked.trained.size]
-    # the members differ
+    # make the two members differ
     parameters += 0.01 * torch.linspace(-1, 1, len(parameters), dtype=flat.dtype)
     params = stacked.blocks.views(flat)
     alone = [_plain_results(stacked, stacked.member(params, 0, c), trial) for c in range(2)]
@@ -268,7 +284,7 @@ def _rounded_traits(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str,
     except InputError:
         raise
     except Exception as error:
-        # the rest is for torch's developers
+        # only the first sentence: the rest is for torch's developers
         says = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
         return f"{trail.submodule or 'its forward'} says: {says}. {_ADVICE}", ()
     for c, (outputs, gradients, after) in enumerate(alone):
@@ -292,8 +308,10 @@ def _rounded_traits(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str,
 def _plain_results(
     stacked: StackedModule, module: nn.Module, trial: ModuleTrial
 ) -> tuple[Tensor, list[dict[str, Tensor | None]], Params]:
-    """Return the outputs of a plain module after two minibatches, their gradients, and what they
-    have changed."""
+    """Return the results of a plain module that trains on two minibatches.
+
+    They are the outputs afterwards, the gradients of each minibatch, and the state that changed.
+    """
     objective = stacked.objective
     names = trial.shape.names
     gradients: list[dict[str, Tensor | None]] = []
@@ -314,8 +332,10 @@ def _plain_results(
 def _stacked_results(
     stacked: StackedModule, flat: Tensor, trial: ModuleTrial
 ) -> tuple[Tensor, list[Params], Params]:
-    """Return what ``_plain_results`` does, of two stacked members: outputs (2, B, ...), tensors (1,
-    2, ...)."""
+    """Return the results of ``_plain_results`` for two stacked members.
+
+    Outputs are (2, B, ...), other tensors are (1, 2, ...).
+    """
     params = stacked.blocks.views(flat)
     gradients = []
     with torch.no_grad():
@@ -326,7 +346,7 @@ def _stacked_results(
                 tuple(x[None, rows] for x in trial.inputs), y[None], 1 / len(y), slice(0, 1), _KEY
             )
             with keyed_draws(_CPU, 0, "check"):
-                stacked.alone_losses(batch)  # which must leave nothing behind
+                stacked.alone_losses(batch)  # it must leave no state behind
             stacked.gradient(params, batch, grads)
             gradients.append(grads)
         outputs = stacked.outputs(params, 0, trial.inputs, _EVALUATION)
@@ -334,13 +354,13 @@ def _stacked_results(
 
 
 def _minibatches(trial: ModuleTrial) -> tuple[slice, slice]:
-    """Return the rows of two minibatches, where there are enough for a second one that differs."""
+    """Return the rows of two minibatches. The second one is shorter if there are enough rows."""
     n = len(trial.y)
     return slice(0, n), slice(0, max(min(n, 2), 2 * n // 3))
 
 
 def _all_close(pairs: Iterable[tuple[Tensor, Tensor]]) -> bool:
-    """Equal up to rounding beside the largest number in any pair."""
+    """Return whether pairs are equal up to rounding, relative to the largest number in any pair."""
     pairs = [(a.double(), b.double()) for a, b in pairs]
     largest = max(
         [float(b.nan_to_num(0.0, 0.0, 0.0).abs().max()) for _, b in pairs if b.numel()], default=0.0
@@ -355,21 +375,19 @@ class StackedError(InputError):
     """A forward raised an error with stacked members, and raises it on no row with one member."""
 
 
-_ROWS = 256  # that are tried at a time
-# what torch says where no forward is at fault
+_ROWS = 256  # rows that are tried at a time
+# words in torch's errors that are not caused by a forward pass
 _DEVICE = re.compile("memory|CUDA|CUBLAS|CUDNN|cuDNN")
 
 
 def explain(
     error: Exception, network: Network, flat: Tensor, data: Dataset, epoch: int
 ) -> Exception:
-    """Return an InputError that names fold and row where a member fails alone as the chunk did on
-    some rows.
+    """Return an InputError that names the fold and row on which a member fails as the chunk did.
 
-    Where a forward raised, and fails on no rows or on any, it names the configuration; else it is
-    the error itself.
-    ``flat`` are the members' parameters as they are, after so many epochs. Members run in
-    evaluation mode.
+    If a forward pass raised, but a member fails on no row or on any row, the error names the
+    configuration. Otherwise the result is the error itself. ``flat`` has the members' parameters
+    after ``epoch`` epochs. Members run in evaluation mode.
     """
     cause = error.__cause__ if isinstance(error, InputError) else error
     if not isinstance(network, ModuleNetwork) or not isinstance(cause, Exception):
@@ -389,6 +407,7 @@ def explain(
         if (found := next((part for part in parts if fails(part[1])), None)) is None:
             continue
         kind, rows = found
+        # Halves of the failing rows are tried until one row is left, or both halves pass.
         while (
             len(rows) > 1
             and (half := next((part for part in rows.chunk(2) if fails(part)), None)) is not None
@@ -398,7 +417,7 @@ def explain(
         if len(rows) == 1:
             place = f"row {int(rows[0])}"
             others = fold.train[fold.train != rows.to(fold.train.device)]
-            few = torch.split(others[:: max(1, len(others) // 8)], 1)  # enough to tell
+            few = torch.split(others[:: max(1, len(others) // 8)], 1)  # enough of them to decide
             if len(others) and all(map(fails, few)):
                 finding = "No single row of X is at fault, others fail too"
                 break
@@ -429,7 +448,8 @@ def explain(
 def _attempt(
     network: ModuleNetwork, module: nn.Module, data: Dataset, fold: int, kind: type[Exception]
 ) -> Callable[[Tensor], bool]:
-    """Return what says whether a member raises that kind of error on some rows of a fold."""
+    """Return a function that says whether a member raises the given kind of error on rows of a
+    fold."""
     targets = network.targets(data.y)
 
     def fails(rows: Tensor) -> bool:

@@ -1,10 +1,11 @@
-"""Members that train one after another, each a plain module: of what cannot be stacked, on any
-device.
+"""Members that train one after another, each as a plain module, on any device.
 
-A member's parameters are one contiguous row, of which its module's own parameters and gradients are
-views. Rows of an epoch and draws are those of stacked members. A parameter that a step does not use
-is left as it is, as by a loop of PyTorch's: by the classes of torch.optim, which take the steps of
-what cannot be stacked where they can.
+This way to train is for modules that cannot be stacked. A member's parameters are one contiguous
+row. The parameters and gradients of its module are views of such rows. The rows of an epoch and the
+draws are the same as for stacked members.
+
+A step leaves a parameter that it does not use unchanged, as a plain PyTorch loop does. For modules
+that cannot be stacked, the classes of torch.optim take the steps if they can.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,11 +33,11 @@ from gputune.types import DECAY_FACTOR, LR_FACTOR, Config, EvaluationKey, Params
 
 
 class LoopedModule(ModuleNetwork):
-    """Members with a row each: block "trained" (F, C, N), and "kept" (F, C, M) where training
-    changes more.
+    """Members with one row each.
 
-    ``own`` are the modules of members that train, by fold and trial, where they are scored as they
-    are.
+    The block "trained" is (F, C, N). The block "kept" is (F, C, M), if training changes other
+    tensors. ``own`` has the modules of members in training by fold and trial, if they are
+    scored without averaging.
     """
 
     # All members read the same rows, and what cannot be stacked may decide by the data, or by
@@ -66,13 +67,13 @@ class LoopedModule(ModuleNetwork):
         return flat
 
     def as_row(self, tensors: Params) -> Tensor:
-        """Return tensors of one member as its row."""
+        """Return the tensors of one member as one row."""
         return torch.cat(
             [_real(w).flatten().to(self.shape.device, self.shape.dtype) for w in tensors.values()]
         )
 
     def values(self, params: Params, fold: int, trial: int) -> Params:
-        """Return the tensors of one member, in their own shapes and dtypes."""
+        """Return the tensors of one member in their original shapes and dtypes."""
         return {
             k: w
             for name in self.rows
@@ -80,14 +81,13 @@ class LoopedModule(ModuleNetwork):
         }
 
     def parts(self, row: Tensor, name: str = "trained") -> Params:
-        """Return the tensors that lie in a row (N,) of a block."""
+        """Return the tensors in a row (N,) of a block."""
         tensors = self.rows[name]
         parts = torch.split(row, [_real(w).numel() for w in tensors.values()])
         return {k: _reshape(part, w).to(w.dtype) for (k, w), part in zip(tensors.items(), parts)}
 
     def leaves(self, row: Tensor) -> Params:
-        """Return the parameters that lie in a row (N,) as real numbers, which an optimizer may
-        hold."""
+        """Return the parameters in a row (N,) as real numbers, which an optimizer may hold."""
         return {k: _real(part) for k, part in self.parts(row).items()}
 
     def outputs(
@@ -107,7 +107,8 @@ class LoopedModule(ModuleNetwork):
     def _outputs(self, params: Params, fold: int, trial: int, inputs: Sequence[Tensor]) -> Tensor:
         """Return the outputs (m, K) of one member."""
         names = self.shape.names
-        if (module := self.own.get((fold, trial))) is not None:  # one may have a length, of 0
+        # not "or": a module may have a length, of 0
+        if (module := self.own.get((fold, trial))) is not None:
             return self.objective.outputs(module.eval(), inputs, names)
         values = self.values(params, fold, trial)
         with self.stateless.substitute(values) as module:
@@ -118,12 +119,13 @@ class LoopedModule(ModuleNetwork):
         return None
 
     def _refuse(self, *_: object) -> NoReturn:
+        """Raise the error of a method that needs stacked members."""
         raise self.refusal()
 
     gradient = differentiable = row_losses = _refuse
 
     def refusal(self) -> InputError:
-        """Return the error of what needs stacked members."""
+        """Return the error for methods that need stacked members."""
         return InputError(
             f"model: {name_of(self.builder)} trains one by one, {self.reason}. Hypergradients "
             "need members that can be stacked; choose another method."
@@ -131,12 +133,13 @@ class LoopedModule(ModuleNetwork):
 
 
 def _real(tensor: Tensor) -> Tensor:
-    """Return complex numbers (...) as real and imaginary parts (..., 2), others as they are."""
+    """Return complex numbers (...) as real and imaginary parts (..., 2), and others unchanged."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _reshape(part: Tensor, like: Tensor) -> Tensor:
-    """Return a part of a row in the shape of a tensor, complex where that is."""
+    """Return a part of a row in the shape of a tensor, as complex numbers if the tensor is
+    complex."""
     return (
         torch.view_as_complex(part.view(*like.shape, 2))
         if like.is_complex()
@@ -144,14 +147,16 @@ def _reshape(part: Tensor, like: Tensor) -> Tensor:
     )
 
 
-_AHEAD_NUMBERS = 1 << 22  # of the rows of some minibatches, which are gathered at once
+_AHEAD_NUMBERS = 1 << 22  # of the rows of several minibatches, which are gathered at once
 
 
 def _stacked_optimizer(
     network: LoopedModule, config: Config, theta: Tensor, *, steps: int, horizon: int
 ) -> Optimizer:
-    """Return the optimizer of one member that adapts its own rate, or whose steps no class of
-    torch.optim takes."""
+    """Return the optimizer of one member if no class of torch.optim takes its steps.
+
+    This includes optimizers that adapt their own rate.
+    """
     sides = hidden_sides(network.template, network.first) if config["optimizer"] == "muon" else {}
     whole = not sides and not any(key.startswith((LR_FACTOR, DECAY_FACTOR)) for key in config)
     parts = (
@@ -173,8 +178,7 @@ def _stacked_optimizer(
 
 
 class _Member:
-    """A plain module whose trained parameters and their gradients are views of two rows, and its
-    optimizer."""
+    """A plain module and its optimizer. Its parameters and gradients are views of two rows."""
 
     def __init__(
         self, network: LoopedModule, config: Config, start: Params, *, steps: int, horizon: int
@@ -189,7 +193,7 @@ class _Member:
         self.grad = torch.zeros_like(self.row)
         own = dict(self.module.named_parameters())
         self.parts = [(own[name], value) for name, value in network.parts(self.row).items()]
-        # Each with a counter of writes of its own, which tells whether a backward has reached it.
+        # Each slope has its own counter of writes, which shows if a backward pass has reached it.
         self.slopes = [value.data for value in network.parts(self.grad).values()]
         for (parameter, value), slope in zip(self.parts, self.slopes):
             parameter.data = value
@@ -197,7 +201,7 @@ class _Member:
         self.written = [slope._version for slope in self.slopes]
         self.rates = [self.module.get_buffer(name) for name in network.scheduled]
         self.total = steps * horizon
-        # Those that the optimizer holds one by one, and skips where a step does not use them.
+        # Parameters that the optimizer holds separately, and skips if a step does not use them.
         self.leaves = list[Tensor]()
         self.leaf_slopes = list[Tensor]()
         self.update: RowUpdate | Optimizer
@@ -210,15 +214,17 @@ class _Member:
             self.leaves, self.leaf_slopes = (
                 [*network.leaves(row).values()] for row in (self.row, self.grad)
             )
-        else:  # as stacked members, whose steps are those of all parameters
+        else:  # as for stacked members: every step updates all parameters
             self.row.grad = self.grad
         self.update = RowUpdate(config, self.row, self.leaves, steps=steps, horizon=horizon)
 
     def step(self) -> None:
-        """Take a step by the gradients of a backward; a class of torch.optim leaves out what those
-        have not reached."""
+        """Take a step by the gradients of a backward pass.
+
+        A class of torch.optim skips parameters that the backward pass has not reached.
+        """
         for parameter, value in self.parts:
-            # the forward has given it other memory, by its data
+            # the forward pass has replaced the parameter's memory by assigning to its data
             if parameter.data_ptr() != value.data_ptr():
                 value.copy_(parameter.detach())
                 parameter.data = value
@@ -230,13 +236,13 @@ class _Member:
         self.update.step(self.row, self.grad)
 
     def dropouts(self, epoch: int, steps: int) -> list[float]:
-        """Return the rates of dropout in the steps of an epoch."""
+        """Return the dropout rate in each step of an epoch."""
         done = np.arange(epoch * steps, (epoch + 1) * steps)
         factors = schedule_factor(self.config["dropout_schedule"], done, np.full(steps, self.total))
         return [float(self.config["dropout"] * factor) for factor in factors]
 
     def resume(self, values: Params, moments: Sequence[Tensor]) -> None:
-        """Go on from the tensors of a member and the rows of its moments."""
+        """Continue from the tensors of a member and the rows of its moments."""
         for name, own in (*self.module.named_parameters(), *self.module.named_buffers()):
             if name in values:
                 own.data.copy_(values[name])
@@ -245,7 +251,7 @@ class _Member:
 
 
 class LoopChunk:
-    """The members of a chunk, fold by fold and one trial after another."""
+    """The members of a chunk, which train one after another, fold by fold."""
 
     scoring_share = 0.0
 
@@ -260,6 +266,7 @@ class LoopChunk:
         self.alive = list(range(len(network.configs)))
         self.epoch = 0  # epochs that the members have trained
         self.lengths = np.array([len(fold.train) for fold in self.data.folds])
+        # 2**62: a batch size may be larger than an int64.
         sizes = np.array([min(config["batch_size"], 2**62) for config in network.configs])
         self.sizes = np.minimum.outer(self.lengths, sizes)  # (F, C)
         self.steps = steps_of(self.lengths[:, None], self.sizes, network.least_rows)
@@ -268,21 +275,24 @@ class LoopChunk:
             for f, start in enumerate(network.starts())
             for c, config in enumerate(network.configs)
         }
-        """By fold and trial, one fold after another."""
+        """Members by (fold, trial), fold after fold."""
 
     @property
     def flat(self) -> Tensor:
-        """The members' rows, as the blocks of the network lie."""
+        """The members' rows, in the layout of the network's blocks."""
         return self._with_kept([member.row for member in self.members.values()])
 
     @property
     def scored(self) -> Tensor:
-        """What is scored and saved: the rows, or their averages, and what else training changes."""
+        """Flat buffer that is scored and saved: the rows or their averages, and other tensors that
+        change."""
         return self._with_kept(
             [member.update.scored(member.row) for member in self.members.values()]
         )
 
     def _with_kept(self, trained: list[Tensor]) -> Tensor:
+        """Return a flat buffer of trained rows, followed by the other tensors that training
+        changes."""
         states = (state_of(member.module, self.network.kept) for member in self.members.values())
         return torch.cat(
             trained
@@ -291,20 +301,20 @@ class LoopChunk:
 
     @property
     def moments(self) -> tuple[Tensor, ...]:
-        """The optimizer's flat buffers."""
+        """Flat buffers of the optimizer."""
         return tuple(
             map(torch.cat, zip(*(member.update.state() for member in self.members.values())))
         )
 
     def resume(self, buffers: Sequence[Tensor]) -> None:
-        """Go on from flat buffers: of the members, then of the moments."""
+        """Continue from flat buffers: first of the members, then of the moments."""
         params = self.network.blocks.views(buffers[0])
         moments = [self.network.trained.views(buffer)["trained"] for buffer in buffers[1:]]
         for (f, c), member in self.members.items():
             member.resume(self.network.values(params, f, c), [moment[f, c] for moment in moments])
 
     def keep(self, stays: np.ndarray) -> None:
-        """Go on with the trials of ``stays`` (C,) alone."""
+        """Keep only the trials that are true in ``stays`` (C,)."""
         if stays.all():
             return
         places = np.flatnonzero(stays).tolist()
@@ -318,7 +328,7 @@ class LoopChunk:
 
     def scores(self) -> np.ndarray:
         """Return the scores (C, F) of all members, each on the validation rows of its fold."""
-        # The others are scored by an average of theirs.
+        # The other members are scored by an average of their parameters.
         self.network.own = {
             at: m.module for at, m in self.members.items() if m.update.scored(m.row) is m.row
         }
@@ -341,7 +351,7 @@ class LoopChunk:
                 self._train(member, f, epoch, minibatches)
 
     def _train(self, member: _Member, fold: int, epoch: int, minibatches: Sequence[Tensor]) -> None:
-        """Take the steps of an epoch: this is the loop."""
+        """Take the steps of one epoch of one member: this is the plain training loop."""
         module = member.module.train()
         network = self.network
         objective = self.network.objective
@@ -379,6 +389,8 @@ class LoopChunk:
             if weights is None or losses.dim() == 0:
                 loss = losses.mean()
             else:
+                # Double precision, because a sum of weights may leave the range of single
+                # precision.
                 share = weights.double() / weights.double().sum().clamp_min(
                     torch.finfo(torch.float64).tiny
                 )
@@ -389,8 +401,8 @@ class LoopChunk:
     def _gather(
         self, fold: int, minibatches: Sequence[Tensor]
     ) -> Iterator[tuple[tuple[Tensor, ...], Tensor, Tensor | None]]:
-        """Yield the inputs, targets and weights of each minibatch, of which some are gathered at
-        once."""
+        """Yield the inputs, targets and weights of each minibatch. Several minibatches are gathered
+        at once."""
         data = self.data
         size = len(minibatches[0])
         ahead = max(1, _AHEAD_NUMBERS // (size * data.row_numbers))

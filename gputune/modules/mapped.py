@@ -1,9 +1,9 @@
-"""Layers mapped over members in fewer operations than torch's own rules take: the same numbers and
-derivatives.
+"""Layers mapped over members in fewer operations than torch's own vmap rules.
 
-torch multiplies each bias of a linear layer by one and turns each gradient of a weight, and scales
-and shifts what a batch norm or a convolution gives in passes of their own. Images lie as (B, P*C,
-...) from one layer to the next, so that nothing copies them between.
+The numbers and derivatives are the same. torch multiplies each bias of a linear layer by one and
+transposes each gradient of a weight. It also scales and shifts the result of a batch norm or a
+convolution in separate passes. Here images lie as (B, P*C, ...) from one layer to the next, so that
+no copy is made between them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +24,7 @@ _norm_backward = torch.ops.aten.native_layer_norm_backward.default
 
 
 class Mapped(TorchFunctionMode):
-    """Maps the layers of this file by its own rules, here and in this thread alone."""
+    """Maps the layers of this file by its own rules, only inside the context and in this thread."""
 
     def __torch_function__(
         self, func: Function, types: object, args: Args = (), kwargs: Words | None = None
@@ -41,24 +41,22 @@ class Mapped(TorchFunctionMode):
 
 
 def _is_mapped(tensor: Tensor) -> bool:
-    """Whether a tensor has an axis of members here, which no derivative of the user's own hides."""
+    """Return whether a tensor has an axis of members here that no inner derivative hides."""
     if not torch._C._functorch.is_batchedtensor(tensor):
         return False
     return retrieve_current_functorch_interpreter().key() == TransformType.Vmap
 
 
 Rule = Callable[..., tuple[Tensor, int] | None]
-"""Computes a function of torch for all members, whose axis is the first of each tensor among the
-arguments.
+"""Computes a function of torch for all members. Their axis is the first of each tensor argument.
 
-It returns the results and the axis of the members there, or None for arguments that it does not
-map.
+It returns the results and their axis of members, or None for arguments that it does not map.
 """
 
 
 def _call_rule(rule: Rule, args: Sequence[object], kwargs: Mapping[str, object]) -> Tensor | None:
-    """Do as an ``autograd.Function`` with a rule for vmap does, at a tenth of the cost of its
-    call."""
+    """Apply a rule as vmap applies the rule of an ``autograd.Function``, at a tenth of the cost of
+    a call."""
     interpreter = retrieve_current_functorch_interpreter()
     assert isinstance(interpreter, VmapInterpreter)
     level = interpreter.level()
@@ -68,6 +66,7 @@ def _call_rule(rule: Rule, args: Sequence[object], kwargs: Mapping[str, object])
         if not isinstance(value, Tensor):
             return value
         tensor, axis = torch._C._functorch._unwrap_batched(value, level)
+        # Tensors without an axis of members are expanded: stride 0, no copy.
         return tensor.expand(members, *tensor.shape) if axis is None else tensor.movedim(axis, 0)
 
     with interpreter.lower():
@@ -78,31 +77,37 @@ def _call_rule(rule: Rule, args: Sequence[object], kwargs: Mapping[str, object])
 def _embedding(
     ids: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any
 ) -> Tensor:
+    """Return the rows of an embedding, without a gradient for its padding row."""
     if padding_idx is None or not _is_mapped(weight):
         return functional.embedding(ids, weight, padding_idx, *args, **kwargs)
-    # torch's rule gives the row of the padding a gradient, which it has not.
+    # torch's vmap rule gives the padding row a gradient, but it must have none.
     rows = functional.embedding(ids, weight, None, *args, **kwargs)
     return torch.where((ids == padding_idx % weight.shape[0])[..., None], rows.detach(), rows)
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Table = None) -> tuple[Tensor, int]:
+    """Map a linear layer: rows (P, ..., I) -> (P, ..., O)."""
     rows = input.flatten(1, -2) if input.dim() > 2 else input[:, None]
     result: Tensor = _Linear.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
     return result.view(*input.shape[:-1], -1), 0
 
 
 class _Linear(torch.autograd.Function):
-    """Rows (P, N, I), weights (P, O, I), biases (P, O) or None -> (P, N, O), with gradients that
-    lie as the weights."""
+    """Rows (P, N, I), weights (P, O, I), biases (P, O) or None -> (P, N, O).
+
+    The gradients lie in memory as the weights do.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Table) -> Tensor:
         ctx.save_for_backward(x, weight)
+        # (P, N, I) @ (P, I, O) -> (P, N, O)
         return x.bmm(weight.mT) if bias is None else torch.baddbmm(bias[:, None], x, weight.mT)
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight), (of_x, of_weight, of_bias) = ctx.saved_tensors, ctx.needs_input_grad
+        # (P, N, O) @ (P, O, I) -> (P, N, I), and for the weights (P, O, N) @ (P, N, I) -> (P, O, I)
         of_rows = slope.bmm(weight) if of_x else None
         return of_rows, slope.mT.bmm(x) if of_weight else None, slope.sum(1) if of_bias else None
 
@@ -114,6 +119,7 @@ def _layer_norm(
     bias: Table = None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, int]:
+    """Map a layer norm: normalize, then scale and shift with each member's weight and bias."""
     shape = list(normalized_shape)
     outputs: Tensor = _LayerNorm.apply(input, shape, eps)  # type: ignore[no-untyped-call]
     own = len(input), *[1] * (input.dim() - 1 - len(shape)), *shape
@@ -123,8 +129,7 @@ def _layer_norm(
 
 
 class _LayerNorm(torch.autograd.Function):
-    """Numbers with mean 0 and variance 1 over the last axes, in passes that a CPU does in
-    vectors."""
+    """Numbers with mean 0 and variance 1 over the last axes, in passes that a CPU vectorizes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shape: list[int], eps: float) -> Tensor:
@@ -155,10 +160,12 @@ def _batch_norm(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, int]:
+    """Map a batch norm as one batch norm over the channels of all members."""
     mean, var, factor, shift = (_flat(table) for table in (running_mean, running_var, weight, bias))
     outputs = functional.batch_norm(_by_channels(input), mean, var, factor, shift, *args, **kwargs)
     for before, after in ((running_mean, mean), (running_var, var)):
-        # A stride of 0: all members have the same, which training leaves as it is.
+        # A stride of 0 means that all members share the statistics, and training leaves them
+        # unchanged.
         if (
             before is not None
             and after is not None
@@ -172,6 +179,7 @@ def _batch_norm(
 def _group_norm(
     input: Tensor, num_groups: int, weight: Table = None, bias: Table = None, eps: float = 1e-5
 ) -> tuple[Tensor, int]:
+    """Map a group norm as one group norm with the groups of all members."""
     outputs = functional.group_norm(
         _by_channels(input), num_groups * len(input), _flat(weight), _flat(bias), eps
     )
@@ -188,16 +196,17 @@ def _convolution(
     dilation: object = 1,
     groups: int = 1,
 ) -> tuple[Tensor, int] | None:
-    if input.dim() < weight.dim():  # one image, without an axis of rows
+    """Map a convolution as one grouped convolution over the channels of all members."""
+    if input.dim() < weight.dim():  # a single image, without an axis of rows
         return None
     rows = _by_channels(input)
-    # two to four times as fast in groups of few channels
+    # 2x to 4x faster in groups of few channels
     if rows.dim() == 4 and rows.device.type == "cpu":
         rows = rows.contiguous(memory_format=torch.channels_last)
     outputs = function(
         rows, weight.flatten(0, 1), None, stride, padding, dilation, groups * len(input)
     )
-    if bias is not None:  # apart, since the kernel for its gradient is slow
+    if bias is not None:  # separately, because the kernel for the gradient of a bias is slow
         outputs.add_(bias.flatten().view(-1, *[1] * (rows.dim() - 2)))
     return _by_members(outputs, len(input)), 1
 
@@ -205,18 +214,20 @@ def _convolution(
 def _pool(
     function: Callable[..., Tensor], input: Tensor, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, int] | None:
-    if input.dim() < 5:  # one image, without an axis of rows
+    """Map a pooling as one pooling over the channels of all members."""
+    if input.dim() < 5:  # a single image, without an axis of rows
         return None
     rows = _by_channels(input)
     outputs = function(rows, *args, **kwargs)
     if outputs.requires_grad and rows.is_contiguous(memory_format=torch.channels_last):
-        # A slope that lies otherwise costs six times as much.
+        # A slope in another layout costs 6x as much.
         last = partial(Tensor.contiguous, memory_format=torch.channels_last)
         outputs.register_hook(last)  # type: ignore[no-untyped-call]
     return _by_members(outputs, len(input)), 1
 
 
 def _flat(table: Table) -> Table:
+    """Return a table (P, C) as (P*C,)."""
     return None if table is None else table.reshape(-1)
 
 
@@ -239,4 +250,5 @@ _RULES: dict[Callable[..., object], tuple[Rule, int]] = {
     **{f: (partial(_convolution, f), 1) for f in (torch.conv1d, torch.conv2d, torch.conv3d)},
     **{f: (partial(_pool, f), 0) for f in _POOLS},
 }
-"""Rules, and the place of the argument that must have members: 0 its input, 1 its weight."""
+"""Rules, with the place of the argument that must have members: 0 for its input, 1 for its
+weight."""

@@ -1,10 +1,10 @@
-"""The steps of one member as C, from their traces: a loop or a call for each operation, on memory
-known by its number.
+"""The steps of one member as C, written from their traces.
 
-What is more than a formula of each number has a function here: products, sums, softmax, norms,
-losses, and rows that are chosen. It yields the calls that an operation is made into, of its
-arguments by name and the place of its result. An operation that is not known here raises
-TraceError.
+Each operation becomes a loop or a call, on memory that is known by its number. Operations that are
+more than a formula of each number have a function here: products, sums, softmax, norms, losses, and
+chosen rows. Such a function yields the calls that an operation becomes. It receives the arguments
+of the operation by name, and the place of its result. An operation that is not supported here
+raises TraceError.
 """
 
 import math
@@ -35,11 +35,12 @@ from gputune.modules.member_kernels import (
 from gputune.modules.program import simplify_trace
 from gputune.modules.trace import Operation, Place, Trace, TraceError, Words
 
-# columns of the widest tile of a product, and rows beside the inner ones that it works in
+# columns of the widest tile of a product; it needs working memory for the inner rows and one tile
 _TILE = 96
 
 
 def _product(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator[Line]:
+    """Yield the calls of a matrix product, with an added matrix or bias."""
     names = next(
         (pair for pair in (("batch1", "batch2"), ("mat1", "mat2")) if pair[0] in given),
         ("self", "mat2"),
@@ -51,7 +52,7 @@ def _product(writer: Writer, given: Words, op: Operation, out: Place) -> Iterato
     require(plain and a.dtype == b.dtype == out.dtype, op, "other factors")
     if out.dtype != writer.dtype:
         raise TraceError(f"a product of {out.dtype} is in no code")
-    # One row for all of the product's.
+    # A bias: one row that is added to all rows of the product.
     is_bias = (
         added is not None
         and (len(added.shape) == 1 or added.shape[-2] == 1 or added.stride[-2] == 0)
@@ -81,6 +82,7 @@ def _product(writer: Writer, given: Words, op: Operation, out: Place) -> Iterato
 
 
 def _reduce(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator[Line]:
+    """Yield the call of a sum or mean over some axes."""
     x: Place = given["self"]
     require(given.get("dtype") in (None, out.dtype), op, "another type")
     axes = given.get("dim")
@@ -98,7 +100,7 @@ def _reduce(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator
     at = f"p1[{outer.index(0)} + {inner.index(0)}]"
     to = f"p0[{outer.index(1)}]"
     mean = op.name == "mean"
-    if outer.sizes and outer.strides[0][-1] == 1:  # rows are added to each other
+    if outer.sizes and outer.strides[0][-1] == 1:  # whole rows are added to each other
         front = Loops(outer.sizes[:-1], tuple(s[:-1] for s in outer.strides))
         last = f"i{len(outer.sizes) - 1}"
         row = f"#pragma GCC ivdep\nfor (long {last} = 0; {last} < {outer.sizes[-1]}; {last}++)"
@@ -123,10 +125,11 @@ _ALONG = {
     "_softmax_backward_data": "T s = 0;\nSUM(s) s += p1[X] * p2[Y];\nEACH p0[O] = (p1[X] - s) * p2[Y];",
     "_log_softmax_backward_data": "T s = 0;\nSUM(s) s += p1[X];\nEACH p0[O] = p1[X] - exponential(p2[Y]) * s;",
 }
-"""What is made along one axis, for all others."""
+"""Code of operations along one axis, which is repeated for all other axes."""
 
 
 def _along(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator[Line]:
+    """Yield the call of a softmax or its slope along one axis."""
     body = _ALONG[op.name]
     names = ["grad_output", "output"] if "output" in given else ["self"]
     places = [out, *(given[name] for name in names)]
@@ -150,6 +153,7 @@ def _along(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator[
 
 
 def _concatenate(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator[Line]:
+    """Yield a copy for each part of a concatenation or a stack."""
     axis = given["dim"] % len(out.shape)
     begin = 0
     for part in given["tensors"]:
@@ -181,6 +185,7 @@ def _without(place: Place, axis: int, index: int) -> Place:
 
 
 def _part_slope(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator[Line]:
+    """Yield the calls of the slope of a selection or a slice: zeros, with the slope in one part."""
     axis = given["dim"] % len(out.shape)
     slope = given["grad_output"]
     n = out.shape[axis]
@@ -194,12 +199,13 @@ def _part_slope(writer: Writer, given: Words, op: Operation, out: Place) -> Iter
 
 
 def _is_whole(place: Place) -> bool:
-    """Whether a place lies in one piece, row by row."""
+    """Return whether a place is contiguous, row by row."""
     steps = [math.prod(place.shape[i + 1 :]) for i in range(len(place.shape))]
     return all(n == 1 or own == step for n, own, step in zip(place.shape, place.stride, steps))
 
 
 def _layer_norm_slope(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator[Line]:
+    """Yield the call of the slope of a layer norm without weights."""
     places = [out, *(given[name] for name in ("grad_out", "input", "mean", "rstd"))]
     require(given["weight"] is None and list(op.makes) == [out] and all(map(_is_whole, places)), op)
     n = math.prod(given["normalized_shape"])
@@ -209,6 +215,7 @@ def _layer_norm_slope(writer: Writer, given: Words, op: Operation, out: Place) -
 
 
 def _batch_norm(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator[Line]:
+    """Yield the call of a batch norm in training, or of its slope."""
     if "grad_out" in given:
         kernel = "batch_norm_slope(n0, n1"
         names = "grad_out input weight save_mean save_invstd"
@@ -228,6 +235,7 @@ def _batch_norm(writer: Writer, given: Words, op: Operation, out: Place) -> Iter
 
 
 def _class_loss(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator[Line]:
+    """Yield the calls of a negative log-likelihood of classes, or of its slope."""
     is_slope = "grad_output" in given
     y = given["target"]
     x = given["grad_output"] if is_slope else given["self"]
@@ -258,17 +266,21 @@ LAYERS: dict[str, Callable[..., Iterator[Line]]] = {
     **dict.fromkeys(("native_batch_norm", "native_batch_norm_backward"), _batch_norm),
     **dict.fromkeys(("nll_loss_forward", "nll_loss_backward"), _class_loss),
 }
-"""By the names of operations."""
+"""Functions by the names of operations."""
 
-# numbers from which passes over the same memory are taken in blocks of so many
+# Passes over at least ``_LARGE`` numbers in the same memory run together, ``_BLOCK`` numbers at a
+# time.
 _LARGE = 4096
 _BLOCK = 2048
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """A step: its calls of kernels (``native/steps.h``), numbers of the host that they read, and
-    bytes of room."""
+    """A step in compiled code.
+
+    It has its calls of kernels (``native/steps.h``), the numbers of the host that they read, and
+    the bytes of working memory that it needs.
+    """
 
     calls: np.ndarray
     numbers: np.ndarray
@@ -276,30 +288,32 @@ class Step:
 
 
 class MemberCode:
-    """The code of several steps in one precision, float32 or float64; ``kernels`` are numbered in
-    their order."""
+    """The code of several steps in one precision, float32 or float64.
+
+    ``kernels`` maps the code of each kernel to its number, in the order of their writing.
+    """
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.kernels: dict[str, int] = {}
 
     def add(self, trace: Trace, memories: dict[int, torch.UntypedStorage]) -> Step:
-        """Write a step, and add by their addresses the memories that it finds there. Raises
-        TraceError."""
+        """Write a step, and add the memories that it uses by their addresses. Raises TraceError."""
         trace = simplify_trace(trace)
         trace.operations = _small_first(trace.operations)
         writer = Writer(self.dtype, self.kernels, trace, memories)
         lines = [line for op in trace.operations for line in _lines(writer, op)]
         calls = [*_in_blocks(lines)]
-        numbers = np.array([*writer.numbers, 0.0])  # one at least, whose place can be said
+        # at least one number, so that the array has an address
+        numbers = np.array([*writer.numbers, 0.0])
         return Step(
             np.array([len(calls), *calls], dtype=np.int64), numbers, writer.size + writer.room
         )
 
 
 def _lines(writer: Writer, op: Operation) -> Iterator[Line]:
-    """Yield the calls that an operation is made into. Raises TraceError for one that is not
-    known."""
+    """Yield the calls that an operation becomes. Raises TraceError for an operation that is not
+    supported."""
     base = op.name.removeprefix("new_").removesuffix("_like")
     plain = op.name.removesuffix("_")
     given = arguments(op)
@@ -315,10 +329,12 @@ def _lines(writer: Writer, op: Operation) -> Iterator[Line]:
 
 
 def _small_first(operations: Sequence[Operation]) -> list[Operation]:
-    """Take what makes one number before passes over many that do not depend on it, so that these
-    follow each other."""
+    """Move operations on single numbers in front of large operations that they do not depend on.
 
-    # whether one writes what the other reads or writes
+    The large operations then follow each other, and can run in blocks.
+    """
+
+    # whether one operation writes memory that the other reads or writes
     def depend(a: Operation, b: Operation) -> bool:
         into = [{place.memory for place in (*op.makes, *op.writes)} for op in (a, b)]
         used = [{place.memory for place in op.reads} | own for op, own in zip((a, b), into)]
@@ -339,8 +355,10 @@ def _small_first(operations: Sequence[Operation]) -> list[Operation]:
 
 
 def _in_blocks(lines: Sequence[Line]) -> Iterator[int]:
-    """Yield the numbers of the calls, those over as many numbers a block at a time, which stays in
-    the cache."""
+    """Yield the numbers of the calls. Calls that go together run one block at a time.
+
+    A block of numbers stays in the cache.
+    """
     runs: list[list[Line]] = []
     for line in lines:
         if runs and _go_together([*runs[-1], line]):
@@ -357,8 +375,11 @@ def _in_blocks(lines: Sequence[Line]) -> Iterator[int]:
 
 
 def _go_together(lines: Sequence[Line]) -> bool:
-    """Whether calls pass over equally many numbers, and none reads or writes another row of what
-    another one writes."""
+    """Return whether calls can run in blocks.
+
+    They must pass over equally many numbers. No call may read or write another row of memory that
+    another call writes.
+    """
     total = lines[0].total
     unit = max(line.unit for line in lines)
     if total < _LARGE or any(line.total != total or line.unit not in (1, unit) for line in lines):

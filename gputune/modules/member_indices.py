@@ -1,7 +1,6 @@
-"""Operations of a member's step that read or write rows and numbers at the places that an index
-says, as C.
+"""Operations of a member's step that read or write at the places in an index, as C.
 
-A negative index counts from the end where torch allows one.
+A negative index counts from the end if torch allows one.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,7 @@ from gputune.modules.trace import Operation, Place, TraceError, Words
 
 
 def require(known: bool, op: Operation, what: str = "other arguments") -> None:
-    """Raise TraceError for an operation of arguments that no code has, unless they are known."""
+    """Raise TraceError for an operation with unsupported arguments, unless ``known``."""
     if not known:
         raise TraceError(f"{op.function} of {what} is in no code")
 
@@ -25,7 +24,7 @@ def loops_over(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[
 
 
 def chosen_rows(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator[Line]:
-    """Rows, or numbers, whose places an index says."""
+    """Yield the call that copies rows or numbers from the places in an index."""
     if op.name == "embedding":
         x = given["weight"]
         axis = 0
@@ -49,13 +48,14 @@ def chosen_rows(writer: Writer, given: Words, op: Operation, out: Place) -> Iter
             of_index = [sum(index.stride) if i == axis else 0 for i in range(len(out.shape))]
     loops, sizes = loops_over(out.shape, [out.stride, of_index, along])
     chosen = f"p2[{loops.index(1)}]"
-    if op.name == "index":  # the others take no negative ones
+    if op.name == "index":  # the other operations take no negative index
         chosen = _index_at(chosen, named(x.shape[axis], sizes))
     at = f"p1[{loops.index(2)} + {chosen} * {named(x.stride[axis], sizes)}]"
     yield writer.call([out, x, index], loops.nest(f"p0[{loops.index(0)}] = {at};"), sizes=sizes)
 
 
 def embedding_slope(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator[Line]:
+    """Yield the calls of the gradient of an embedding: zeros, then each slope added to its row."""
     slope = given["grad_output"]
     index = given["indices"]
     require(given["padding_idx"] < 0 and not given["scale_grad_by_freq"], op)
@@ -63,14 +63,16 @@ def embedding_slope(writer: Writer, given: Words, op: Operation, out: Place) -> 
     strides = [slope.stride, [*index.stride, 0], [*[0] * len(index.shape), out.stride[1]]]
     loops, sizes = loops_over([*index.shape, out.shape[1]], strides)
     to = f"p0[p2[{loops.index(1)}] * {named(out.stride[0], sizes)} + {loops.index(2)}]"
-    # Along rows of the index no two may be written at once: a code may come twice.
+    # No vectors along rows of the index: an id may occur twice, and must not be written twice at
+    # once.
     yield writer.call(
         [out, slope, index], loops.nest(f"{to} += p1[{loops.index(0)}];", ""), sizes=sizes
     )
 
 
 def added_at_places(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator[Line]:
-    """Add numbers at places that an index says, of which several may be one place."""
+    """Yield the calls that add numbers at the places in an index. Several of these places may be
+    equal."""
     x = given["self"]
     if op.name.startswith("index_put"):
         (axis, index), *others = [
@@ -95,8 +97,8 @@ def added_at_places(writer: Writer, given: Words, op: Operation, out: Place) -> 
     if x != out:
         yield writer.copied(out, x)
     of_out = [0 if i == axis else step for i, step in enumerate(out.stride)]
-    # The index is the first operand, along which the innermost loop goes: none may be taken in
-    # vectors.
+    # The index is the first operand, so the innermost loop runs along it. No loop may be
+    # vectorized, because places may be equal.
     loops, sizes = loops_over(shape, [of_index, of_source, of_out])
     at = _index_at(f"p1[{loops.index(0)}]", named(out.shape[axis], sizes))
     to = f"p0[{loops.index(2)} + {at} * {named(out.stride[axis], sizes)}]"
@@ -106,5 +108,6 @@ def added_at_places(writer: Writer, given: Words, op: Operation, out: Place) -> 
 
 
 def _index_at(index: str, size: int | str) -> str:
-    """Return an index of an axis, in C: a negative one counts from the end of the axis."""
+    """Return the C code of an index of an axis. A negative index counts from the end of the
+    axis."""
     return f"({index} < 0 ? {index} + {size} : {index})"

@@ -1,9 +1,8 @@
-"""The kernels of a member's step as C: one for each kind of loops and formula, called on places of
-memory.
+"""The kernels of a member's step as C: one for each kind of loops and formula.
 
-Addresses, numbers of the host, and all but small sizes are given in the calls, so that models of
-other widths and minibatches of other sizes share a kernel. Loops go over the places of tensors:
-axes that follow on each other in memory are one loop.
+Kernels are called on places of memory. Addresses, numbers of the host, and all except small sizes
+are arguments of the calls. Models of other widths and minibatches of other sizes therefore share a
+kernel. Loops go over the places of tensors. Axes that follow each other in memory become one loop.
 """
 
 import math
@@ -31,10 +30,10 @@ _COMPARED = dict(
 _E = "EXP({self} < 20 ? {self} : 20)"
 _W = f"({_E} * ({_E} + 2))"
 _R = f"(1 / ({_W} + 2))"
-"""Of mish: tanh(log(1 + e)) = w / (w + 2) with w = e (e + 2), e = exp(x), which takes no difference
-of like numbers.
+"""Parts of mish: tanh(log(1 + e)) = w / (w + 2) with w = e (e + 2) and e = exp(x).
 
-Its slope in x is 4 e (1 + e) / (w + 2)^2, as w + 1 = (1 + e)^2.
+This form needs no difference of nearly equal numbers. Its slope in x is 4 e (1 + e) / (w + 2)^2,
+because w + 1 = (1 + e)^2.
 """
 
 FORMULAS = {
@@ -99,9 +98,9 @@ FORMULAS = {
     "clamp": "{self} < {min} ? {min} : {self} > {max} ? {max} : {self}",
     **{name: f"{{self}} {sign} {{other}}" for name, sign in _COMPARED.items()},
 }
-"""What an operation makes of each number; names are those of its arguments."""
+"""Formula of each operation for one number. Names are the names of its arguments."""
 
-# computed in the type of what they are given
+# Operations that are computed in the type of their arguments.
 _OF_INPUTS = {*_COMPARED, "logical_not", "isinf", "isnan"}
 _POWERS = {2: "{self} * {self}", 0.5: "sqrt({self})", 3: "{self} * {self} * {self}"}
 _DEFAULTS = {
@@ -113,7 +112,7 @@ _DEFAULTS = {
 
 
 def c_type(dtype: torch.dtype) -> str:
-    """Return the type of C of a dtype. Raises TraceError for one that no code has."""
+    """Return the C type of a dtype. Raises TraceError for a dtype that is not supported."""
     if dtype not in C_TYPES:
         raise TraceError(f"{dtype} is in no code")
     return C_TYPES[dtype]
@@ -127,24 +126,25 @@ def arguments(op: Operation) -> Words:
 
 
 def formula_of(name: str, given: Words) -> str:
-    """Return the formula of an operation with these arguments. Raises TraceError where its options
-    are in no code."""
+    """Return the formula of an operation with these arguments. Raises TraceError for other
+    options."""
     if any(given.get(key, value) != value for key, value in _DEFAULTS.items()):
         raise TraceError(f"{name} of another kind is in no code")
     if name == "clamp" and None in (given["min"], given["max"]):
         name = "clamp_min" if given["max"] is None else "clamp_max"
     if name == "pow" and given["exponent"] in _POWERS:
         return _POWERS[given["exponent"]]
-    # A product with 1 is the number itself.
+    # A product with 1 is left out.
     return FORMULAS[name].replace("{alpha} * ", "") if given.get("alpha") == 1 else FORMULAS[name]
 
 
+# Largest size that is written into the code, so that its loop can be unrolled.
 _SMALL = 32
 
 
 @dataclass(frozen=True)
 class Loops:
-    """Loops of some ``sizes``, the outermost first, and the ``strides`` of each operand along
+    """Loops of some ``sizes``, the outermost first, with the ``strides`` of each operand along
     them."""
 
     sizes: tuple[int | str, ...]
@@ -152,20 +152,23 @@ class Loops:
     variable: str = "i"
 
     def named(self, sizes: list[int]) -> "Loops":
-        """Return the loops with names for sizes and strides, which ``sizes`` gets; the outermost
-        size is its last."""
+        """Return the loops with names instead of sizes and strides, which are appended to
+        ``sizes``.
+
+        The outermost size is appended last.
+        """
         strides = tuple(tuple(named(int(stride), sizes) for stride in own) for own in self.strides)
         inner = [named(int(size), sizes) for size in self.sizes[1:]]
         outer = [named(int(size), sizes, most=-1) for size in self.sizes[:1]]
         return replace(self, sizes=(*outer, *inner), strides=strides)
 
     def index(self, operand: int) -> str:
-        """Return where an operand's number lies, in the variables of the loops."""
+        """Return the position of an operand's number, in the variables of the loops."""
         terms = [f"{self.variable}{i} * {s}" for i, s in enumerate(self.strides[operand]) if s]
         return " + ".join(terms) or "0"
 
     def nest(self, body: str, pragma: str = "GCC ivdep") -> str:
-        """Return the loops around a body; the innermost may be taken in vectors."""
+        """Return the code of the loops around a body. The innermost loop may be vectorized."""
         names = [f"{self.variable}{i}" for i in range(len(self.sizes))]
         lines = [f"for (long {v} = 0; {v} < {size}; {v}++)" for v, size in zip(names, self.sizes)]
         if pragma and lines:
@@ -174,8 +177,10 @@ class Loops:
 
 
 def named(size: int, sizes: list[int], *, most: int = _SMALL) -> int | str:
-    """Return a size up to ``most``, over which loops are unrolled; a name for a larger one, which
-    ``sizes`` gets."""
+    """Return a size up to ``most`` itself, or a name for a larger size.
+
+    Loops over small sizes are unrolled. A larger size is appended to ``sizes``.
+    """
     if 0 <= size <= most:
         return size
     sizes.append(size)
@@ -183,12 +188,13 @@ def named(size: int, sizes: list[int], *, most: int = _SMALL) -> int | str:
 
 
 def over(shape: Sequence[int], strides: Sequence[Sequence[int]], variable: str = "i") -> Loops:
-    """Return the loops over a shape; the axis along which the first operand lies closest is
-    innermost."""
+    """Return the loops over a shape. The innermost axis is the densest axis of the first
+    operand."""
     axes = [(n, tuple(own[i] for own in strides)) for i, n in enumerate(shape) if n != 1]
     axes.sort(key=lambda axis: -max(axis[1][:1], default=0))
     merged: list[tuple[int, tuple[int, ...]]] = []
     for n, own in axes:
+        # Two axes become one loop if they follow each other in the memory of all operands.
         if merged and all(outer == n * inner for outer, inner in zip(merged[-1][1], own)):
             merged[-1] = (merged[-1][0] * n, own)
         else:
@@ -199,8 +205,10 @@ def over(shape: Sequence[int], strides: Sequence[Sequence[int]], variable: str =
 
 @dataclass(frozen=True)
 class Span:
-    """The bytes ``begin`` to ``end`` of a memory, which a loop goes through by ``step``, 0: at
-    once."""
+    """The bytes from ``begin`` to ``end`` of a memory.
+
+    A loop passes through them by ``step`` bytes; 0 means all at once.
+    """
 
     memory: int
     begin: int
@@ -208,23 +216,22 @@ class Span:
     step: int
 
     def overlaps(self, other: "Span") -> bool:
-        """Whether both have bytes in common."""
+        """Return whether two spans have bytes in common."""
         return self.memory == other.memory and self.begin < other.end and other.begin < self.end
 
     def in_rows(self, unit: int, rows: int) -> tuple[int, int, bool]:
-        """Return its begin, the bytes of ``unit`` steps, and whether ``rows`` of them lie one
-        behind the other."""
+        """Return the begin, the bytes of ``unit`` steps, and if ``rows`` such parts do not overlap."""
         step = self.step * unit
         return self.begin, step, self.end - self.begin - (rows - 1) * step <= step
 
 
 @dataclass
 class Line:
-    """A call of a kernel on places, each a memory and the byte at which it begins.
+    """A call of a kernel on places. Each place is a memory and the byte at which it begins.
 
-    ``first`` is its first number of the host. Its last size counts ``unit`` numbers each, in an
-    outer loop that may be taken in parts; 0: none. ``spans`` are what that reads and, the first of
-    them, writes.
+    ``first`` is the index of its first number of the host. Its last size is the length of
+    an outer loop that may be taken in parts, with ``unit`` numbers in each pass. 0 means that the
+    call has no such loop. The ``spans`` are the bytes that this loop writes (the first) and reads.
     """
 
     kernel: int
@@ -236,12 +243,14 @@ class Line:
 
     @property
     def total(self) -> int:
-        """How many numbers it makes, 0 where it is called once for all."""
+        """Count of numbers that the call makes, or 0 if it cannot be taken in parts."""
         return self.sizes[-1] * self.unit if self.unit else 0
 
     def call(self, unit: int = 0) -> list[int]:
-        """Return the call as ``native/steps.h`` has it, with rows of ``unit`` numbers each; 0: once
-        for all."""
+        """Return the call in the format of ``native/steps.h``.
+
+        With ``unit``, the call is taken in rows of ``unit`` numbers. With 0, it is taken at once.
+        """
         each = unit // self.unit if unit else 0
         moves = [each * span.step for span in self.spans] if unit else [0] * len(self.places)
         places = [number for place, move in zip(self.places, moves) for number in (*place, move)]
@@ -286,7 +295,8 @@ class Writer:
         self.room = 0
 
     def _begin(self, place: Place) -> tuple[int, int]:
-        """Return the number of a place's memory, and the byte at which it begins there."""
+        """Return the number of a place's memory, and the byte at which the place begins there."""
+        # Memory 0 is the working memory of the step; the others were there before.
         if place.memory in self.begin:
             return 0, self.begin[place.memory] + place.extent[0]
         storage = self.storages[place.memory]
@@ -302,8 +312,11 @@ class Writer:
         sizes: Sequence[int],
         room: int = 0,
     ) -> Line:
-        """Return the call of a kernel: it knows places as p0, ..., numbers as s0, ..., sizes as n0,
-        ..., room as w."""
+        """Return the call of a kernel.
+
+        Its code knows places as p0, ..., numbers as s0, ..., sizes as n0, ..., and working memory
+        as w.
+        """
         known = []
         begins = []
         for i, place in enumerate(places):
@@ -316,12 +329,13 @@ class Writer:
             begins.append((0, self.size))
         known += [f"double s{i} = S[{i}];" for i in range(len(numbers))]
         known += [f"int64_t n{i} = N[{i}];" for i in range(len(sizes))]
+        # Equal code is one kernel.
         kernel = self.kernels.setdefault("\n".join([*known, body]), len(self.kernels))
         self.numbers += map(float, numbers)
         return Line(kernel, begins, len(self.numbers) - len(numbers), [*sizes])
 
     def pointwise(self, name: str, given: Words, out: Place) -> Line:
-        """Return the call that makes each number of ``out`` by a formula."""
+        """Return the call that computes each number of ``out`` by a formula."""
         formula = formula_of(name, given)
         names = list(dict.fromkeys(re.findall(r"{(\w+)}", formula)))
         places = [n for n in names if isinstance(given[n], Place)]
@@ -330,7 +344,7 @@ class Writer:
             raise TraceError(f"{name} of other arguments than numbers is in no code")
         dtype = out.dtype
         ends = (given[names[0]], given[names[-1]])
-        if name in _OF_INPUTS:  # in the type of both
+        if name in _OF_INPUTS:  # in the common type of both arguments
             like = [
                 torch.empty(v.shape, dtype=v.dtype, device="meta") if isinstance(v, Place) else v
                 for v in ends
@@ -345,14 +359,14 @@ class Writer:
             [0 if n == 1 else step for n, step in zip(place.shape, place.stride)]
             for place in operands[1:]
         ]
-        # as of tensors of the result's shape
+        # axes are added in front, up to the result's shape
         strides = [[0] * (len(out.shape) - len(own)) + own for own in steps]
         loops = over(out.shape, [out.stride, *strides])
         real = c_type(dtype)
         sizes = list[int]()
         kernel = loops.named(sizes)
-        # All are read, whatever the formula: a compiler makes no vectors of loads that depend on a
-        # condition.
+        # All operands are read before the formula, because a compiler does not vectorize loads that
+        # depend on a condition.
         reads = [f"{real} x{i} = p{i}[{kernel.index(i)}];" for i in range(1, len(operands))]
         words = {word: f"x{i}" for i, word in enumerate(places, 1)}
         words |= {word: f"(({real})s{i})" for i, word in enumerate(numbers)}
@@ -370,7 +384,9 @@ class Writer:
         return line
 
     def filled(self, out: Place, value: float) -> Line:
+        """Return the call that fills a place with one value."""
         return self.pointwise("fill", {"value": value}, out)
 
     def copied(self, out: Place, source: Place) -> Line:
+        """Return the call that copies a place."""
         return self.pointwise("clone", {"self": source}, out)

@@ -1,5 +1,7 @@
-"""Any nn.Module as a stacked model: its parameters and changing buffers stacked, its forward mapped
-by torch.func."""
+"""Any nn.Module as a stacked model.
+
+Its parameters and changing buffers are stacked, and torch.func maps its forward pass over members.
+"""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -46,7 +48,7 @@ from gputune.types import Config, EvaluationKey, Params
 
 _CPU = torch.device("cpu")
 _REFUSED_WRITE = "written-to tensor"
-"""What PyTorch says of a write into rows that several members share."""
+"""Part of PyTorch's error for a write into rows that several members share."""
 
 Result = TypeVar("Result")
 
@@ -76,6 +78,9 @@ class ModuleNetwork:
         self.configs = tuple(configs)
         self.shape = shape
         self.seed = seed
+        # A module that cannot be stacked may write depending on the data or on chance, so no trial
+        # can show that it never does. Counters of writes would show it only after the rows are
+        # lost. Copying a minibatch takes little of the time of a plain module's step.
         if traits.writes or traits.unstackable or self.copies_rows:
             self.objective = replace(self.objective, copies=True)
         self.traits = traits
@@ -89,7 +94,7 @@ class ModuleNetwork:
             k: w.detach() for k, w in own.items() if w.requires_grad and k not in traits.unused
         }
         changing = dict.fromkeys(traits.changing)
-        if hasattr(self.template, "start_from"):  # which may set any buffer
+        if hasattr(self.template, "start_from"):  # start_from may set any buffer
             changing |= dict.fromkeys(
                 k for k, _ in self.template.named_buffers() if k in self.template.state_dict()
             )
@@ -105,8 +110,8 @@ class ModuleNetwork:
         self.stateless = Stateless(self.template)
 
     def _lay_out(self) -> None:
-        """Say how the members' tensors lie in the flat buffers: ``trained``, and all that is kept,
-        ``blocks``."""
+        """Set the layout of the members' flat buffers: ``trained``, and ``blocks`` for the complete
+        state."""
         raise NotImplementedError
 
     def values(self, params: Params, fold: int, trial: int) -> Params:
@@ -114,15 +119,17 @@ class ModuleNetwork:
         raise NotImplementedError
 
     def plain(self, device: torch.device) -> nn.Module:
-        """Return the user's module at its start, with the trials' common arguments."""
+        """Return the user's module at its start, with the arguments that all trials share."""
         module = build_module(
             self.builder, module_arguments(self.configs[0]), self.shape, seed=self.seed
         )
         return convert(module, self.shape.dtype).to(device)
 
     def starts(self) -> list[Params]:
-        """Return the tensors that the members of each fold begin with, fitted to its rows where the
-        module wants it."""
+        """Return the initial tensors of the members of each fold.
+
+        They are fitted to the fold's rows if the module has a ``start_from``.
+        """
         common = self.first | self.kept
         if self.shape.rows is None or not hasattr(self.template, "start_from"):
             return [common] * self.shape.folds
@@ -152,8 +159,8 @@ class ModuleNetwork:
 
     def member(self, params: Params, fold: int, trial: int) -> nn.Module:
         """Return one member as a plain module in evaluation mode, on the CPU."""
-        # Not a copy of the template, since what is no parameter or buffer of it cannot always be
-        # copied.
+        # The template is not copied, because attributes other than parameters and buffers cannot
+        # always be copied.
         module = self.plain(_CPU)
         values = self.values(params, fold, trial) | self.fixed
         with torch.no_grad():
@@ -165,11 +172,11 @@ class ModuleNetwork:
 
 
 class StackedModule(ModuleNetwork):
-    """Members whose parameters are stacked, and whose forward is mapped over them."""
+    """Members with stacked parameters. The forward pass is mapped over them."""
 
     def _lay_out(self) -> None:
-        make_mappable(self.template)  # before it is kept as it is, as ``stateless``
-        # the calls that have been seen to leave their rows as they are, by the shapes of these
+        make_mappable(self.template)  # before ``stateless`` keeps the module's state
+        # calls that left their rows unchanged, by the shapes of these rows
         self.harmless_calls = set[tuple[object, ...]]()
         trials = self.members[1]
         sides = hidden_sides(self.template, self.first)
@@ -192,10 +199,12 @@ class StackedModule(ModuleNetwork):
         return flat
 
     def draws(self, batches: Batches, *, ahead: bool) -> ModuleDraws | None:
-        """Return the draws of the steps ahead, none where all of them are dropout's and every rate
-        is 0."""
+        """Return the draws of the steps ahead. They are empty if only dropout draws, at rate 0.
+
+        Raises TraceError if ``augment`` is set.
+        """
         if not ahead:
-            return None  # its own, by the key of the minibatch
+            return None  # the step draws for itself, by the key of the minibatch
         if self.objective.augment is not None:
             raise TraceError("augment draws by the key of the minibatch, which no recording knows")
         drops = any(config["dropout"] for config in self.configs)
@@ -205,33 +214,35 @@ class StackedModule(ModuleNetwork):
                     part.is_off = is_off
             self.stateless = Stateless(self.template)
             draws = ModuleDraws(self.alone_losses, batches, self.seed)
-            # else dropout's are drawn too, before what else is drawn
+            # If something else draws, dropout draws too, so that the order of draws stays the same.
             if not any(draws.draws.values()):
                 break
         return draws
 
     def alone_losses(self, batch: Batch) -> object:
-        """Compute the losses of one member as a plain module, to see what it draws."""
-        # Draws depend on how a tensor lies in memory, which is not how a member's part of a stacked
-        # one lies.
+        """Compute the losses of one member as a plain module, to record its draws."""
+        # Clones, because draws depend on a tensor's layout in memory, and a member's part of a
+        # stacked tensor has another layout.
         values = self.first | {k: w.clone() for k, w in self.kept.items()} | self.fixed
-        # Copies: the members read these rows next.
+        # Copies, because the members read these rows next.
         inputs = [x[0].clone() for x in batch.inputs]
         y = batch.y[0].clone()
         names = self.shape.names
-        # Substitutes, as when it is mapped: a fused attention counts as one that draws.
+        # Substitutes as in the mapped call: a fused attention would count as an operation that
+        # draws.
         with self.stateless.substitute(values) as module, Substitutes():
             return self.objective.losses(module.train(), inputs, y, self.configs[0], names=names)
 
     def gradient(self, params: Params, batch: Batch, grads: Params) -> None:
         trials = len(self.configs)
+        # (F, C, ...) -> (P, ...)
         members = {k: w[batch.folds].flatten(0, 1) for k, w in params.items()}
         leaves = {k: members[k].detach().requires_grad_() for k in self.first}
         inputs = self.objective.augmented(batch.inputs, self.shape.names, self.seed, batch.key)
 
         def losses() -> tuple[Tensor, Params]:
-            # Copies: the members' own share a counter of writes with the leaves, which autograd
-            # must find unwritten.
+            # Copies, because the members' own tensors share a counter of writes with the leaves,
+            # and autograd requires unwritten leaves.
             kept = {k: members[k].to(start.dtype, copy=True) for k, start in self.kept.items()}
             rows = [for_members(x, trials) for x in inputs]
             with self._draws(batch):
@@ -240,8 +251,7 @@ class StackedModule(ModuleNetwork):
         with torch.enable_grad():
             members_losses, after = self._with_copies_if_refused(losses)
             share = batch.share.squeeze(-1) if isinstance(batch.share, Tensor) else batch.share
-            # A mean of the user's own has no rows to weight, which was refused where there are
-            # weights.
+            # A user's own mean loss has no rows to weight. It was refused if there are weights.
             loss = (
                 (members_losses * share).sum()
                 if members_losses.dim() == 3
@@ -249,13 +259,14 @@ class StackedModule(ModuleNetwork):
             )
             slopes = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         for name, slope in zip(leaves, slopes):
-            part = grads[name][batch.folds]  # of a parameter that the output does not depend on, 0
+            # A parameter without influence on the output gets the gradient 0.
+            part = grads[name][batch.folds]
             part.zero_() if slope is None else part.copy_(slope.view(part.shape))
         for name, buffer in after.items():
             members[name].copy_(buffer.detach())
 
     def _draws(self, batch: Batch) -> AbstractContextManager[object]:
-        """What is drawn inside is the minibatch's, made ahead or by its key."""
+        """Let draws inside belong to the minibatch: made in advance, or by its key."""
         if isinstance(batch.draws, tuple):
             return replay_draws(batch.draws)
         if not self.traits.draws:
@@ -265,8 +276,8 @@ class StackedModule(ModuleNetwork):
     def _draws_of(
         self, forward: Callable[[], object], *key: object
     ) -> AbstractContextManager[object]:
-        """Let the draws inside be those that one member makes alone, by ``forward``, from the
-        stream of ``key``."""
+        """Let draws inside be the draws of one plain member in ``forward``, from the stream of
+        ``key``."""
         keyed = partial(keyed_draws, self.shape.device, self.seed, *key)
         try:
             with keyed():
@@ -277,8 +288,10 @@ class StackedModule(ModuleNetwork):
     def _losses(
         self, members: Params, inputs: Sequence[Tensor], batch: Batch
     ) -> tuple[Tensor, Params]:
-        """Return row losses (F, C, B) of a minibatch, or means (F, C) of the user's own, and the
-        buffers after it."""
+        """Return the row losses (F, C, B) of a minibatch, and the buffers after it.
+
+        A user's own loss may return means (F, C) instead.
+        """
         trials = len(self.configs)
         if not self.objective.is_named:
 
@@ -316,7 +329,7 @@ class StackedModule(ModuleNetwork):
         return self._with_copies_if_refused(outputs)
 
     def _alone_outputs(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Return the outputs of one member as a plain module in evaluation mode, to see what it
+        """Return the outputs of one member as a plain module in evaluation mode, to record its
         draws."""
         values = self.first | {k: w.clone() for k, w in self.kept.items()} | self.fixed
         own = [x.clone() for x in inputs]  # the members read these rows next
@@ -331,13 +344,15 @@ class StackedModule(ModuleNetwork):
     def with_statistics(
         self, params: Params, inputs: Sequence[Tensor], key: tuple[int, int] | None
     ) -> tuple[Tensor, Params]:
-        """Return what ``differentiable`` does, and what the members (P, ...) keep afterwards."""
+        """Return the outputs of ``differentiable``, and the buffers of the members (P, ...)
+        afterwards."""
 
         def outputs() -> tuple[Tensor, Params]:
             draws: AbstractContextManager[object] = nullcontext()
             if key is not None:
                 draws = keyed_draws(self.shape.device, self.seed, "dropout", *key)
-            elif self.evaluation_draws:  # the same in all evaluations: a derivative compares them
+            # the same draws in all evaluations, because a derivative compares them
+            elif self.evaluation_draws:
                 draws = keyed_draws(self.shape.device, self.seed, "evaluation")
             with draws:
                 return self._forward(params, inputs, training=key is not None)
@@ -345,8 +360,10 @@ class StackedModule(ModuleNetwork):
         return self._with_copies_if_refused(outputs)
 
     def differentiate_statistics(self) -> tuple[str, ...]:
-        """Let running statistics be functions of the parameters; return what else a step
-        changes."""
+        """Make running statistics differentiable functions of the parameters.
+
+        Returns the names of the other tensors that a step changes.
+        """
         known = differentiate_statistics(self.template)
         self.stateless = Stateless(self.template)
         return tuple(name for name in self.traits.changing if name not in known)
@@ -357,8 +374,8 @@ class StackedModule(ModuleNetwork):
     def _forward(
         self, members: Params, inputs: Sequence[Tensor], *, training: bool
     ) -> tuple[Tensor, Params]:
-        """Return outputs (P, B, ...) of members (P, ...) on rows (P, B, ...) of each input, and the
-        buffers after."""
+        """Return outputs (P, B, ...) of members (P, ...) on rows (P, B, ...), and the buffers
+        afterwards."""
         return self._mapped(
             partial(self.objective.outputs, names=self.shape.names), members, inputs, training
         )
@@ -370,14 +387,17 @@ class StackedModule(ModuleNetwork):
         tensors: Sequence[Tensor],
         training: bool,
     ) -> tuple[Tensor, Params]:
-        """Return what a function gives for each member and its part of tensors (P, ...), and the
-        buffers after it."""
+        """Return the result of a function for each member and its part of tensors (P, ...).
+
+        Also returns the buffers afterwards. The tensors are copied if the module may write into
+        rows that members share.
+        """
         call = training, torch.is_grad_enabled(), *(x.shape for x in tensors)
-        # In training, members of several folds have rows of their own, which no other step reads.
+        # In training, members of several folds have separate rows, which no other step reads.
         shared = not training or any(len(x) > 1 and x.stride(0) == 0 for x in tensors)
         if self.objective.copies or not shared or call in self.harmless_calls:
             return self._map(function, members, tensors, training)
-        # The trial of the module had few rows, and a forward may write into more rows only. So the
+        # A module was tried on few rows, and it may write only if there are more. Therefore the
         # first call with each number of rows gets copies.
         copies = [x.clone() for x in tensors]
         with Writes(copies) as writes:
@@ -389,7 +409,7 @@ class StackedModule(ModuleNetwork):
         return result
 
     def _with_copies_if_refused(self, compute: Callable[[], Result]) -> Result:
-        """Return what a function computes of rows that members share.
+        """Return the result of a function that reads rows shared by several members.
 
         PyTorch refuses a write into such rows. A module that writes for the first time in the
         middle of the training therefore gets copies from then on.
@@ -409,7 +429,7 @@ class StackedModule(ModuleNetwork):
         tensors: Sequence[Tensor],
         training: bool,
     ) -> tuple[Tensor, Params]:
-        """Return what ``_mapped`` does, of these very tensors."""
+        """Return the result of ``_mapped``, without copies of the tensors."""
 
         def of_member(own: Params, *parts: Tensor) -> tuple[Tensor, Params]:
             with self.stateless.substitute({**own, **self.fixed}) as module:
@@ -417,8 +437,8 @@ class StackedModule(ModuleNetwork):
 
         members = members | {k: members[k].to(start.dtype) for k, start in self.kept.items()}
         rounded = training and self.shape.precision == "bf16"
-        # Said of the user's operations, and for PyTorch's developers; the remark that members train
-        # slower is ours.
+        # torch's warning about slow vmap operations is for PyTorch's developers. gputune itself
+        # reports that members train slowly.
         warns = getattr(torch._C._functorch, "_set_vmap_fallback_warning_enabled")  # noqa: B009
         warns(False)
         try:
@@ -441,5 +461,5 @@ class StackedModule(ModuleNetwork):
 
 
 def _with_columns(outputs: Tensor) -> Tensor:
-    """Return outputs (P, B) of one number a row as (P, B, 1), others as they are."""
+    """Return outputs (P, B) with one number per row as (P, B, 1), and other outputs unchanged."""
     return outputs if outputs.dim() > 2 else outputs[..., None]

@@ -1,4 +1,4 @@
-"""A user's module with the rows on which it is tried, and the words of what is wrong with it."""
+"""A trial of a user's module on a few rows, and the messages about its problems."""
 
 import copy
 import warnings
@@ -33,12 +33,12 @@ from gputune.seeding import keyed_draws
 from gputune.types import Config
 
 _CPU = torch.device("cpu")
-# rows that are tried: a prime number, which a wrong view of their columns does not divide
+# Number of rows that are tried. It is prime, so a wrong view of their columns cannot divide it.
 _EXAMPLES = 31
 
 
 class ModuleTrial:
-    """A module, the rows on which it is tried, and the words of what is wrong with it."""
+    """A module, the rows on which it is tried, and the messages about its problems."""
 
     def __init__(
         self,
@@ -59,11 +59,11 @@ class ModuleTrial:
         self.y = y.cpu()
         self.shape = replace(Shape.of(data), folds=1, device=_CPU, present=None, rows=None)
         self.writes = WriteWatch()
-        self.widest = 1  # most numbers that a submodule has returned for a row
+        self.widest = 1  # most numbers that a submodule has returned for one row
         module = build_module(
             builder, module_arguments(config), self.shape, seed=0, columns=columns
         )
-        # a tensor of the module whose dtype its builder chose
+        # a sentence about a tensor of the module with a dtype chosen by its builder
         self.cast = note_of_cast(module, data.dtype)
         self.module = convert(module, data.dtype)
         self.trail = Trail(self.module)
@@ -73,7 +73,7 @@ class ModuleTrial:
         self.watch = DrawWatch(self.module, loss, step, augment)
 
     def fresh(self) -> nn.Module:
-        """Return the module as its builder makes it."""
+        """Return a new module from the builder."""
         module = build_module(self.builder, module_arguments(self.config), self.shape, seed=0)
         return convert(module, self.shape.dtype)
 
@@ -84,7 +84,7 @@ class ModuleTrial:
         return other
 
     def in_double(self) -> Self:
-        """Return this trial with floats of double precision; its module stays as it is."""
+        """Return this trial with floats in double precision. Its module does not change."""
         double = copy.copy(self)
         *double.inputs, double.y = (
             x.double() if x.is_floating_point() else x for x in (*self.inputs, self.y)
@@ -94,11 +94,10 @@ class ModuleTrial:
         return double
 
     def check_ids(self, data: Dataset) -> None:
-        """Raise InputError where an embedding of the module has no place for an id that a row of
-        the data holds.
+        """Raise InputError if a row of the data has an id that an embedding has no place for.
 
-        The module runs on the rows with the largest and the smallest number of each column.
-        Whatever else it raises there is for others to say.
+        The module runs on the rows with the largest and the smallest number of each column. Other
+        errors are ignored here, because other checks report them.
         """
         embeddings = [
             (path, part)
@@ -122,13 +121,13 @@ class ModuleTrial:
                 or ids.dim() == 0
                 or ids.numel() == 0
             ):
-                return  # which the embedding says itself
+                return  # the embedding raises an error itself
             number = most if (most := int(ids.max())) >= size else int(ids.min())
             if 0 <= number < size:
                 return
             row = ""
             own = inputs
-            if len(ids) == len(rows):  # otherwise the forward has made rows of its own
+            if len(ids) == len(rows):  # otherwise the forward pass has made other rows
                 place = int((ids == number).nonzero()[0, 0])
                 row = f" in row {int(rows[place])}"
                 own = [x[place] for x in inputs]
@@ -160,7 +159,7 @@ class ModuleTrial:
             raise InputError(wrong[0])
 
     def numbers(self) -> dict[str, float]:
-        """Return the Python numbers that the submodules hold."""
+        """Return the Python numbers in the attributes of the submodules."""
         return {
             f"{path}.{name}".lstrip("."): value
             for path, part in self.module.named_modules()
@@ -169,9 +168,11 @@ class ModuleTrial:
         }
 
     def forward(self, inputs: Sequence[Tensor], *, training: bool, watched: bool = False) -> Tensor:
-        """Return the outputs on some rows, always with the same draws, which are noted where it is
-        ``watched``."""
-        self.trail.largest = 0  # of other numbers of rows
+        """Return the outputs on some rows, always with the same draws.
+
+        With ``watched``, the draws are noted.
+        """
+        self.trail.largest = 0  # reset, because earlier calls may have had other numbers of rows
         try:
             draws = (
                 self.watch.watching(training=training)
@@ -193,7 +194,7 @@ class ModuleTrial:
         return outputs
 
     def losses(self) -> Tensor:
-        """Return the losses of one step, of rows or their mean. Raises InputError for a loss that
+        """Return the losses of one step, per row or as a mean. Raises InputError for a loss that
         fails."""
         name = self.objective.in_words
         refuse_one_number(self.objective.loss, self.y)
@@ -218,6 +219,7 @@ class ModuleTrial:
             raise InputError(
                 f"{name} is not finite on the first rows; check its inputs and its formula."
             )
+        # Without a step, the loss itself is tried on outputs and targets of different rows.
         if self.objective.step is None and pair is None:
             outputs = self.forward(self.inputs, training=False)
             if pairs_all_rows(self.objective.member_loss(self.config), outputs, self.y):
@@ -235,8 +237,7 @@ class ModuleTrial:
         return losses.detach()
 
     def _try_loss(self, inputs: Sequence[Tensor], y: Tensor) -> tuple[Tensor, Shapes | None]:
-        """Return the losses of some rows, and the shapes of outputs and targets that were compared
-        across rows."""
+        """Return the losses of some rows, and the shapes that were compared across rows, if any."""
         copies = self.writes.copies([*inputs, y])
         try:
             watching = self.watch.watching(training=True)
@@ -274,7 +275,7 @@ class ModuleTrial:
         )
 
     def _what_a_loss_gets(self) -> str:
-        """Say how the loss was called, for an error that it raised."""
+        """Return a sentence about the arguments of the loss, for an error that it raised."""
         y = f"{tuple(self.y.shape)} and {self.y.dtype}"
         if self.objective.step is not None:
             x = " and ".join(map(in_words, self.inputs))
@@ -299,10 +300,10 @@ class ModuleTrial:
         )
 
     def augmented(self, rows: slice) -> list[Tensor]:
-        """Return some rows of the inputs as the user changes minibatches of training. Raises
-        InputError where that fails.
+        """Return some rows of the inputs, changed by the user's ``augment``.
 
-        They are sliced before: the numbers that torch.randn draws depend on how many there are.
+        Raises InputError if that fails. The rows are selected before the call, because the numbers
+        that torch.randn draws depend on their count.
         """
         inputs = [x[rows] for x in self.inputs]
         if self.objective.augment is None:
@@ -336,7 +337,7 @@ class ModuleTrial:
         )
 
     def check_outputs(self, outputs: object) -> None:
-        """Raise InputError for outputs of another shape than the loss takes."""
+        """Raise InputError for outputs with a shape that the loss does not take."""
         rows = len(self.inputs[0])
         n_outputs = self.shape.n_outputs
         if self.fits(outputs, rows):
@@ -357,7 +358,7 @@ class ModuleTrial:
         )
 
     def fits(self, outputs: object, rows: int) -> bool:
-        """Whether outputs of so many rows have a shape that the loss takes."""
+        """Return whether outputs for ``rows`` rows have a shape that the loss takes."""
         found = _found(outputs)
         n_outputs = self.shape.n_outputs
         if self.objective.any_outputs:
@@ -366,7 +367,7 @@ class ModuleTrial:
         return found == (rows, n_outputs) or (one and found in ((rows,), (rows, 1)))
 
     def check_trainable(self, outputs: Tensor) -> None:
-        """Raise InputError where the outputs, computed in training, depend on no parameter."""
+        """Raise InputError if the outputs, computed in training, depend on no parameter."""
         if not outputs.requires_grad or not any(w.requires_grad for w in self.module.parameters()):
             raise InputError(
                 f"model: {self.name} has nothing to train: its outputs depend on no parameter "
@@ -374,13 +375,15 @@ class ModuleTrial:
             )
 
     def is_alone(self, outputs: Tensor) -> bool:
-        """Whether an output in evaluation mode depends on its own row only; ``outputs`` are those
-        of all tried rows."""
+        """Return whether an output in evaluation mode depends only on its own row.
+
+        ``outputs`` are the outputs of all tried rows.
+        """
         if not self.watch.draws_in_evaluation:
             few = self.forward([part[:2] for part in self.inputs], training=False)
             return is_close(few, outputs[:2])
-        # Fewer rows would have other draws. So there are as many, and those after the second are
-        # the first row again.
+        # With fewer rows, the draws would differ. Therefore the number of rows stays the same, and
+        # the rows after the second are copies of the first.
         others = [
             torch.cat([part[:2], part[:1].expand(len(part) - 2, *part.shape[1:])])
             for part in self.inputs
@@ -388,7 +391,7 @@ class ModuleTrial:
         return is_close(self.forward(others, training=False)[:2], outputs[:2])
 
     def takes_one_row(self) -> bool:
-        """Whether a minibatch of one row can be trained on."""
+        """Return whether the module can train on a minibatch of one row."""
         with suppress(InputError):
             return self.fits(self.forward([part[:1] for part in self.inputs], training=True), 1)
         return False
@@ -401,13 +404,15 @@ _SCALED = (
 
 
 def is_close(a: Tensor, b: Tensor) -> bool:
-    """Equal up to rounding, also where both are no number."""
+    """Return whether two tensors are equal up to rounding. NaN equals NaN."""
     return torch.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True)
 
 
 def at_start(trial: ModuleTrial, outputs: Tensor, losses: Tensor) -> str:
-    """Return what is not finite before anything is trained, in words; "" where all is, or -inf for
-    a class."""
+    """Return a sentence about outputs or losses that are not finite before training, or "".
+
+    An output of -inf for a class is allowed.
+    """
     if bool(losses.isfinite().all()) and not bool((outputs.isnan() | (outputs == torch.inf)).any()):
         return ""
     what = "outputs that are" if not bool(outputs.isfinite().all()) else "a loss that is"
@@ -420,7 +425,7 @@ def at_start(trial: ModuleTrial, outputs: Tensor, losses: Tensor) -> str:
 
 
 def _of_shape(found: tuple[int, ...] | str, n_outputs: int, *, binary: bool) -> str:
-    """Return what such outputs usually come from, a sentence."""
+    """Return a sentence about the usual cause of such outputs."""
     if isinstance(found, str):
         several = found in ("tuple", "list", "dict")
         return " Of several outputs return the first, or train them by training_step." * several
@@ -432,12 +437,12 @@ def _of_shape(found: tuple[int, ...] | str, n_outputs: int, *, binary: bool) -> 
 
 
 def _found(value: object) -> tuple[int, ...] | str:
-    """Return the shape of a tensor, of anything else the name of its type."""
+    """Return the shape of a tensor, or the name of the type of another value."""
     return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
 
 
 def in_words(x: Tensor) -> str:
-    """Return the type, the shape and, of integers, the values of an input."""
+    """Return the type and the shape of an input in words. Integers include their range."""
     name = str(x.dtype).removeprefix("torch.")
     shape = ", ".join(["rows", *map(str, x.shape[1:])])
     if x.is_floating_point():

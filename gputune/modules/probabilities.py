@@ -1,4 +1,4 @@
-"""Outputs that end in a softmax or a sigmoid, or lack one, contrary to what the loss takes."""
+"""Checks for outputs that end in a softmax or sigmoid, or lack one, contrary to their loss."""
 
 from torch import Tensor
 from torch.nn import functional
@@ -11,10 +11,10 @@ from gputune.scoring.objective import Objective
 
 
 def check_probabilities(name: str, objective: Objective, outputs: Tensor) -> None:
-    """Check whether outputs of a module, computed in training, are what its loss takes.
+    """Check that outputs of a module, computed in training, have the form that its loss takes.
 
-    Warns about probabilities where the loss takes logits. Raises InputError for anything but
-    log-probabilities where the loss takes these: it would then have no lower bound.
+    Warns about probabilities if the loss takes logits. Raises InputError if the loss takes
+    log-probabilities and the outputs are something else: the loss would then have no lower bound.
     """
     if objective.step is not None:
         return
@@ -46,18 +46,18 @@ def check_probabilities(name: str, objective: Objective, outputs: Tensor) -> Non
 
 
 def are_probabilities(outputs: Tensor) -> bool:
-    """Whether the outputs (B, K) of each row are positive and have the sum 1."""
+    """Return whether the outputs (B, K) of each row are not negative and have the sum 1."""
     real = outputs.dim() == 2 and not outputs.is_complex()
     return real and bool((outputs >= 0).all() and ((outputs.sum(1) - 1).abs() < 1e-3).all())
 
 
 def are_log_probabilities(outputs: Tensor) -> bool:
-    """Whether the exponentials of outputs (B, K, ...) have the sum 1 over the classes."""
+    """Return whether the exponentials of outputs (B, K, ...) have the sum 1 over the classes."""
     return outputs.dim() < 2 or bool(((outputs.exp().sum(1) - 1).abs() <= 0.01).all())
 
 
 def _ends_in_sigmoid(outputs: Tensor) -> bool:
-    """Whether the last operation that computed outputs was a sigmoid, views of them aside."""
+    """Return whether outputs were computed last by a sigmoid. Views of its result are skipped."""
     node = outputs.grad_fn
     views = ("View", "Squeeze", "Select", "Slice", "Reshape", "UnsafeView", "ToCopy")
     while node is not None and node.name().startswith(views):

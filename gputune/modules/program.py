@@ -1,9 +1,9 @@
-"""A trace as a straight Python function: no autograd, no vmap, no views, and hardly an allocation.
+"""A trace as a straight Python function: no autograd, no vmap, no views, and almost no allocation.
 
-What a step makes lies in one block of memory, where each result has a place from its making to its
-last use, so that a step stays in the cache and asks the system for no pages. Every tensor is made
-once; a line of the function is one kernel. The numbers are those of the step itself: the same
-kernels in the same order.
+The results of a step are in one block of memory. Each result has a place there from its making to
+its last use. The step therefore stays in the cache and asks the system for no pages. Every tensor
+is made once, and a line of the function is one kernel. The numbers are those of the step itself,
+because the same kernels run in the same order.
 """
 
 from collections import Counter, defaultdict
@@ -30,39 +30,41 @@ from gputune.modules.trace import (
 aten = torch.ops.aten
 _has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 
-_CHANNELS = 8  # a vector of them
+_CHANNELS = 8  # channels that fill a vector
 
 _FACTORIES = set(
     "zeros ones full empty arange scalar_tensor empty_strided zeros_like ones_like full_like "
     "empty_like new_zeros new_ones new_full new_empty new_empty_strided".split()
 )
-"""Operations whose result depends on the shape of what they are given, and on none of its
+"""Operations whose result depends only on the shape of their argument, and on none of its
 numbers."""
 
 _PLAIN = set(
     "add sub mul div bmm baddbmm addcmul exp log sqrt rsqrt sum mean gather index_select "
     "scatter_add tanh sigmoid neg where clamp_min clamp_max amax cat pow cos".split()
 )
-"""Operations whose function in ``torch`` takes the same arguments and, called from Python, half the
-time."""
+"""Operations with a function in ``torch`` that takes the same arguments.
+
+Called from Python, this function takes half the time.
+"""
 
 
 def compile_trace(trace: Trace) -> Callable[[], None]:
-    """Return a function that takes the step again, on what its memory holds then. Raises
+    """Return a function that takes the step again, on the current values of its memory. Raises
     TraceError."""
     return _Source(simplify_trace(trace, _with_out)).function()
 
 
 def _with_place(op: Operation) -> Operation:
+    """Let an operation with a single result write it into given memory."""
     return op if op.writes or len(op.results) != 1 else replace(op, out="out")
 
 
 def simplify_trace(trace: Trace, with_out: Callable[[Operation], Operation] = _with_place) -> Trace:
-    """Return a trace without what is the same in every step, what nothing reads, and copies of
-    single results.
+    """Return a trace without constant results, unused results, and copies of single results.
 
-    What is the same is computed now, and its memory is then outside. ``with_out`` says what a
-    result is written into.
+    A result that is the same in every step is computed now, and its memory is then outside of the
+    step. The function ``with_out`` returns an operation that writes its result into given memory.
     """
     changed = {place.memory for op in trace.operations for place in op.writes}
     constants: dict[int, Tensor] = {}
@@ -92,7 +94,7 @@ def simplify_trace(trace: Trace, with_out: Callable[[Operation], Operation] = _w
     used = []
     for op in reversed([*map(with_out, rest)]):
         into = {place.memory for place in (*op.makes, *op.writes)}
-        if into & wanted or not into <= trace.sizes.keys():  # else nothing reads it
+        if into & wanted or not into <= trace.sizes.keys():  # else nothing reads the result
             wanted.update(place.memory for place in op.reads)
             used.append(op)
     outside = trace.outside | {memory: held.untyped_storage() for memory, held in constants.items()}
@@ -100,8 +102,7 @@ def simplify_trace(trace: Trace, with_out: Callable[[Operation], Operation] = _w
 
 
 def _with_out(op: Operation) -> Operation:
-    """Let an operation write its result into memory that it is given, where it has a kernel that
-    does."""
+    """Let an operation write its result into given memory, if it has a kernel that does so."""
     if op.function is aten.max_pool2d_with_indices.default:
         x = op.args[0]
         return (
@@ -109,7 +110,7 @@ def _with_out(op: Operation) -> Operation:
         )
     if len(op.results) != 1 or op.writes:
         return op
-    if op.name in _FACTORIES:  # of memory that is written into later
+    if op.name in _FACTORIES:  # later operations write into this memory
         fill = _zero if "zeros" in op.name else _do_nothing if "empty" in op.name else None
         return replace(op, function=fill, args=[], kwargs={}, out="out") if fill else op
     if (writer := _WRITERS.get(op.function)) is not None:
@@ -121,8 +122,10 @@ def _with_out(op: Operation) -> Operation:
 
 
 def _skips_axes(op: Operation) -> bool:
-    """Whether an operation has None among its indices, for an axis without one: methods of tensors
-    refuse that."""
+    """Return whether an operation has None among its indices, which methods of tensors refuse.
+
+    None stands for an axis without an index.
+    """
     return any(isinstance(value, list | tuple) and None in value for value in op.args)
 
 
@@ -131,7 +134,7 @@ def _zero(*, out: Tensor) -> None:
 
 
 def _do_nothing(*, out: Tensor) -> None:
-    """Leave memory as it is: the operation's result was not initialised."""
+    """Leave memory unchanged: the operation's result was not initialized."""
 
 
 def _copy(source: Tensor, *, out: Tensor, **_: object) -> None:
@@ -139,8 +142,10 @@ def _copy(source: Tensor, *, out: Tensor, **_: object) -> None:
 
 
 def _max_pool(x: Tensor, *args: object) -> tuple[Tensor, Tensor]:
-    """Pool with the channels last, in vectors; otherwise the kernel takes one number at a time, 4
-    times as long."""
+    """Pool with the channels last, in vectors.
+
+    Otherwise the kernel takes one number at a time, which makes it 4x slower.
+    """
     last = x.contiguous(memory_format=torch.channels_last)
     pooled, indices = aten.max_pool2d_with_indices(last, *args)
     return pooled.contiguous(memory_format=torch.contiguous_format), indices.contiguous()
@@ -159,26 +164,28 @@ _WRITERS: dict[Operator, Callable[..., object]] = {
     aten.select_backward.default: _select_backward,
     **{getattr(aten, name).Scalar: getattr(torch, name) for name in ("add", "sub", "mul", "div")},
 }
-"""What writes the result of an operation that has no such kernel of its own."""
+"""Functions that write the result of an operation without such a kernel."""
 
 
 @cache
 def _out_variant(function: Operator) -> tuple[Operator, str]:
-    """Return an operation's variant that writes into a given tensor by a kernel of its own, and its
-    keyword; or ""."""
+    """Return the variant of an operation that writes into a given tensor, and its keyword, or "".
+
+    The variant must have its own kernel for this.
+    """
     wanted = [(a.name, str(a.type)) for a in function._schema.arguments]
     variants = function.overloadpacket.overloads() if len(function._schema.returns) == 1 else ()
     for variant in (getattr(function.overloadpacket, name) for name in variants):
         given = [(a.name, str(a.type)) for a in variant._schema.arguments if not a.is_out]
         outs = [a.name for a in variant._schema.arguments if a.is_out]
-        # One without a kernel of its own computes its result elsewhere and copies it.
+        # A variant without its own kernel computes its result elsewhere and copies it.
         if len(outs) == 1 and given == wanted and _has_kernel(variant.name(), "CPU"):
             return variant, outs[0]
     return function, ""
 
 
 def _written_at_once(operations: Sequence[Operation]) -> list[Operation]:
-    """Write a result where it is only made to be copied to, rather than copy it."""
+    """Write a result directly to its destination if it is made only to be copied there."""
     found = list(operations)
     copies = set()
     makers = {place.memory: i for i, op in enumerate(found) for place in op.makes}
@@ -189,7 +196,8 @@ def _written_at_once(operations: Sequence[Operation]) -> list[Operation]:
         target, source = op.args[:2]
         maker = makers.get(source.memory, i)
         if uses[source.memory] == 1 and (goal := _goal(found[maker], source, target)) is not None:
-            # Also made: before its memory is made, other results may lie there.
+            # New results are included: they may lie in the destination before its own memory is
+            # made.
             between = (
                 p for other in found[maker:i] for p in (*other.reads, *other.writes, *other.makes)
             )
@@ -200,8 +208,10 @@ def _written_at_once(operations: Sequence[Operation]) -> list[Operation]:
 
 
 def _goal(maker: Operation, source: Place, target: Place) -> Place | None:
-    """Return where an operation must write its result, so that ``source`` of it would be
-    ``target``; None: nowhere."""
+    """Return the place for an operation's result that makes ``source`` equal to ``target``.
+
+    The result is None if that is impossible.
+    """
     if maker.out is None or len(maker.makes) != 1 or maker.function in (_zero, _do_nothing):
         return None
     result = maker.makes[0]
@@ -214,8 +224,10 @@ def _goal(maker: Operation, source: Place, target: Place) -> Place | None:
 
 
 def _layout(place: Place) -> list[tuple[int, int]]:
-    """The memory that a tensor covers: its axes of more than one entry, those that follow on each
-    other as one."""
+    """Return the memory layout of a tensor as (size, stride) pairs.
+
+    Axes with one entry are left out. Axes that follow each other in memory are merged.
+    """
     merged: list[tuple[int, int]] = []
     for size, stride in zip(place.shape, place.stride):
         if size == 1:
@@ -228,7 +240,7 @@ def _layout(place: Place) -> list[tuple[int, int]]:
 
 
 class _Source:
-    """Writes the function: every line an operation, every tensor a global name."""
+    """Writes the function. Every line is an operation, and every tensor is a global name."""
 
     def __init__(self, trace: Trace) -> None:
         self.operations = trace.operations
@@ -250,6 +262,8 @@ class _Source:
         self.results: dict[int, tuple[Place, str]] = {}
 
     def function(self) -> Callable[[], None]:
+        """Return the compiled function. Results in their own memory are deleted after their last
+        use."""
         gone = defaultdict(list)
         for memory, i in self.last.items():
             if memory not in self.begin:
@@ -264,6 +278,7 @@ class _Source:
         return step
 
     def _line(self, op: Operation) -> str:
+        """Return the line of code of an operation."""
         words = [
             *map(self._text, op.args),
             *(f"{key}={self._text(value)}" for key, value in op.kwargs.items()),
@@ -281,13 +296,14 @@ class _Source:
         if op.out is not None or not op.makes:
             return call
         names = []
-        for place in op.results:  # in memory that the operation takes itself
+        for place in op.results:  # in memory that the operation allocates itself
             names.append("_" if place is None else f"v{len(self.results)}")
             if place is not None:
                 self.results[place.memory] = (place, names[-1])
         return f"{', '.join(names)} = {call}"
 
     def _text(self, value: object) -> str:
+        """Return the code of an argument."""
         if isinstance(value, list | tuple):
             return f"[{', '.join(map(self._text, value))}]"
         if (
@@ -308,6 +324,7 @@ class _Source:
         )
 
     def _name(self, value: object, prefix: str) -> str:
+        """Return the global name of a value, and define it at the first use."""
         if value not in self.names:
             self.names[value] = name = f"{prefix}{len(self.names)}"
             if not isinstance(value, Place):

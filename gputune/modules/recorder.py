@@ -1,9 +1,8 @@
-"""How the steps of a chunk are taken: each as it is, or recorded once and replayed.
+"""The ways to take the steps of a chunk: directly, or recorded once and replayed.
 
-On a GPU that is a graph of CUDA's, which launches the few dozen small kernels of a step at the cost
-of one; on a CPU a function of these kernels alone. What a recorded step may do is narrow: it reads
-and writes the memory that it read and wrote when it was recorded, and nothing of it waits for the
-device.
+On a GPU, a recording is a CUDA graph. It launches the few dozen small kernels of a step at the cost
+of one. On a CPU, it is a function that contains only these kernels. A recorded step can do little:
+it reads and writes the same memory as when it was recorded, and never waits for the device.
 """
 
 import threading
@@ -25,11 +24,11 @@ Step = Callable[[], None]
 
 
 class RecordingError(TraceError):
-    """Recording a step failed by an error that says nothing of whether the step can be recorded."""
+    """Raised if recording a step failed for a reason that does not concern the step itself."""
 
 
 class Direct:
-    """Takes every step as it is."""
+    """Takes every step directly."""
 
     begun = False
     spare = 0
@@ -39,12 +38,12 @@ class Direct:
 
 
 class Replays:
-    """Takes the first steps of each shape as they are, which warms up what a recording needs; then
-    replays one.
+    """Takes the first steps of each shape directly, then records a step and replays it.
 
-    ``expected`` says how many steps of a shape may come: one that comes seldom is recorded when as
-    many have been taken as would have repaid it. The replay of a step may change the tensors of
-    ``state`` otherwise than the step by a share (``tolerance``) of the sum of each.
+    The first steps warm up everything that a recording needs. ``expected`` is the number of steps
+    of each shape that may come. A rare shape is recorded after as many steps as would have repaid
+    its recording. A replay may change the tensors of ``state`` differently from the step, by a
+    share (``tolerance``) of the sum of each tensor.
     """
 
     def __init__(
@@ -61,21 +60,27 @@ class Replays:
         self.state = state
         self.tolerance = tolerance
         self.spare = recorder.spare
-        """Numbers in the tensors of members up to which those that have left may stay: it is as
-        short without them."""
+        """Size of the members' tensors up to which members that have left may stay.
+
+        Without them, a step would be just as short.
+        """
         self.steps: dict[Hashable, Step] = {}
         self.taken = Counter[Hashable]()
         self.refused = set[Hashable]()
 
     @property
     def begun(self) -> bool:
-        """Whether there are recordings, or steps that lead to one, which are bound to the memory of
-        the chunk."""
+        """True after the first step, which already leads to a recording.
+
+        Recordings are bound to the memory of the chunk.
+        """
         return bool(self.taken)
 
     def take(self, shape: Hashable, step: Step) -> None:
-        """Take a step of this shape, which writes into tensors that were there before and leaves
-        nothing else."""
+        """Take a step of this shape.
+
+        The step writes into tensors that existed before, and leaves no other results.
+        """
         if shape in self.steps:
             self.steps[shape]()
             return
@@ -83,7 +88,8 @@ class Replays:
         recording, failure = self._record(shape, step)
         if recording is None:
             self.recorder.warm_up(step)
-            if failure:  # only now: an error of the module itself has been raised by the step too
+            # only now: an error of the module itself would have been raised by the step too
+            if failure:
                 self.note_failure(failure)
         elif not isinstance(self.recorder, CudaRecorder):
             self.steps[shape] = recording
@@ -94,10 +100,10 @@ class Replays:
             self.steps[shape] = recording
 
     def _record(self, shape: Hashable, step: Step) -> tuple[Step | None, str]:
-        """Return the recording of a step if it is time for one; if that fails, None and the error
-        in words.
+        """Return the recording of a step if it is due. If recording fails, return None and the
+        error in words.
 
-        On a CPU the step has been taken once by the recording that is returned.
+        On a CPU, the returned recording has already taken the step once.
         """
         taken = self.taken[shape]
         repaid = max(self.expected[shape], taken) > self.recorder.repays
@@ -124,11 +130,12 @@ class Replays:
         return recording, ""
 
     def _take_both_ways(self, recording: Step, step: Step) -> str:
-        """Take a step as it is, after a replay of it; return by how much they differ, "" where they
-        agree."""
+        """Take a step directly after a replay of it, and return their difference in words, or
+        ""."""
         state = self.state()
         others = [tensor.clone() for tensor in state]
         recording()
+        # The replayed values go into ``others``, and the state before the step is restored.
         for tensor, other in zip(state, others):
             replayed = tensor.clone()
             tensor.copy_(other)
@@ -139,11 +146,10 @@ class Replays:
 
 
 def _difference(a: Tensor, b: Tensor) -> Tensor:
-    """Return the sum of |a - b| over that of |b|; entries that are equal, or both NaN, differ by
-    nothing.
+    """Return the sum of |a - b| over the sum of |b|. Equal entries and pairs of NaN do not count.
 
-    A sum, since the few entries whose slope is rounding alone go either way under Adam, by a whole
-    rate.
+    It is a sum, because a few entries have a slope that is only rounding. Adam moves these by a
+    whole rate in either direction.
     """
     size = b.abs().nan_to_num(0.0, 0.0, 0.0).sum(dtype=torch.float64)
     apart = (
@@ -153,24 +159,26 @@ def _difference(a: Tensor, b: Tensor) -> Tensor:
 
 
 class CudaRecorder:
-    """CUDA graphs as PyTorch's documentation has them: warmed up and captured on one side stream.
+    """CUDA graphs as in PyTorch's documentation: warmed up and captured on one side stream.
 
-    A capture that fails is the last one of this process, whose steps are then taken as they are:
-    what CUDA refused once it refuses again, and the allocator of torch < 2.13 does not survive it
-    whole. So is one whose first replay is not the step itself.
+    After a capture has failed, this process captures no other step and takes all steps directly.
+    CUDA would refuse such a step again, and the allocator of torch < 2.13 is damaged by a failed
+    capture. The same holds after a capture whose first replay differs from the step itself.
 
-    The graphs share a memory pool, which is safe because none leaves a tensor in it that another
-    would overwrite.
+    The graphs share a memory pool. This is safe because no graph leaves a tensor there that
+    another one would overwrite.
+
     Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
     """
 
     # as in PyTorch's documentation
     before = 3
     repays = 3
-    """Steps of one shape to take before it is recorded, and that together repay its recording."""
-    spare = 1 << 20  # a pass over 4 MB takes a GPU about as long as launching it
+    """Steps of one shape before it is recorded, and steps that together repay its recording."""
+    # A pass over 4 MB takes a GPU about as long as launching it.
+    spare = 1 << 20
     failure: ClassVar[str] = ""
-    """Why this process records nothing any more, in a sentence."""
+    """Reason why this process records nothing any more, as a sentence."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -178,8 +186,8 @@ class CudaRecorder:
         self.pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, step: Step) -> None:
-        """Take a step on the side stream, in its turn among what is queued: what is made on first
-        use is then there."""
+        """Take a step on the side stream, in the order of the queue. It makes everything of first
+        use."""
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
@@ -187,22 +195,21 @@ class CudaRecorder:
         current.wait_stream(self.stream)
 
     def capture(self, step: Step) -> Step:
-        """Record a step; this waits for the device. Raises TraceError if that fails, with a
-        warning."""
+        """Record a step, and wait for the device. If that fails, warn and raise TraceError."""
         if CudaRecorder.failure:
             raise TraceError("a capture failed before")
         graph = torch.cuda.CUDAGraph()
         with CAPTURING, torch.cuda.device(self.device):
             current = torch.cuda.current_stream(self.device)
             try:
-                # What other threads of the program ask of CUDA meanwhile is none of this capture's
-                # business.
+                # Only this thread: calls of CUDA in other threads must not end the capture.
                 with torch.cuda.graph(
                     graph, self.pool, self.stream, capture_error_mode="thread_local"
                 ):
                     step()
             except Exception as error:
-                # Where a capture cannot be ended, PyTorch leaves the side stream current.
+                # If a capture cannot be ended, PyTorch leaves the side stream as the current
+                # stream.
                 torch.cuda.set_stream(current)
                 if is_out_of_memory(error):
                     raise
@@ -215,8 +222,8 @@ class CudaRecorder:
                     )
                     remedy = "What a study has finished is kept; go on in a new process."
                     raise RuntimeError(f"{self.device} {why}. {remedy}") from error
-                # CUDA refuses by RuntimeError what it cannot record. Other errors are of gputune or
-                # of the module.
+                # CUDA raises RuntimeError for a step that it cannot record. Other errors come from
+                # gputune or the module.
                 reason = (
                     str(error).splitlines()[0]
                     if isinstance(error, RuntimeError)
@@ -227,7 +234,7 @@ class CudaRecorder:
         return graph.replay
 
     def fail(self, reason: str) -> None:
-        """Record nothing from now on in this process, for a reason that is said."""
+        """Stop recording in this process, with a warning that gives the reason."""
         CudaRecorder.failure = (
             f"{reason}. Nothing is lost: this process takes its steps as they are from here on, "
             "which is slower; backend='eager' does so from the start."
@@ -237,28 +244,30 @@ class CudaRecorder:
 
 @cache
 def _side_stream(device: torch.device, thread: int) -> torch.cuda.Stream:
-    # One a device, so that memory that a chunk gave back serves the next, and a thread: a capture
-    # records all on it.
+    # One stream per device, so that the next chunk can use the memory that a chunk gave back. One
+    # per thread, because a capture records everything on its stream.
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 class CpuRecorder:
     """Straight functions of the kernels of a step (``program.py``)."""
 
-    # a recording takes as long as it saves in about so many steps of a small module
+    # A recording takes as long as about 8 steps of a small module save.
     before = 1
     repays = 8
     spare = 0
 
     def __init__(self, device: torch.device) -> None:
-        del device  # there is one
+        del device  # there is only one CPU
 
     def warm_up(self, step: Step) -> None:
         step()
 
     def capture(self, step: Step) -> Step:
-        """Record a step. Raises TraceError for one that cannot be recorded, RecordingError if
-        recording fails."""
+        """Record a step.
+
+        Raises TraceError for a step that cannot be recorded, and RecordingError if recording fails.
+        """
         try:
             return compile_trace(trace(step))
         except TraceError:
@@ -279,4 +288,4 @@ RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {
     "cpu": CpuRecorder,
     "cuda": CudaRecorder,
 }
-"""What records the steps of a type of device."""
+"""Recorder classes by the type of device."""

@@ -1,5 +1,7 @@
-"""Operations in place of those that torch cannot map over members: the same numbers and
-derivatives."""
+"""Operations that replace operations that torch cannot map over members.
+
+The numbers and derivatives are the same.
+"""
 
 import math
 from collections.abc import Iterator
@@ -22,12 +24,12 @@ _ATTENDS = signature(functional.multi_head_attention_forward)
 
 
 class Substitutes(TorchFunctionMode):
-    """Puts other operations in the place of a module's, here and in this thread alone.
+    """Replaces operations of a module, only inside the context and in this thread.
 
-    ``nn.MultiheadAttention`` takes a fast path in evaluation where it sees no tensor that requires
-    a gradient, and through vmap it sees none; that path has no derivative and no batching rule. It
-    takes none within a mode such as this. The fused kernel of a CPU has no batching rule either,
-    and would be called member by member.
+    In evaluation mode, ``nn.MultiheadAttention`` takes a fast path if it sees no tensor that
+    requires a gradient, and under vmap it sees none. That path has no derivative and no batching
+    rule. It is not taken inside a mode such as this one. The fused attention kernel of a CPU has no
+    batching rule either, and would run member by member.
     """
 
     def __torch_function__(
@@ -38,7 +40,7 @@ class Substitutes(TorchFunctionMode):
             given = _ATTENDS.bind(*args, **kwargs).arguments
             if _is_plain(given):
                 return _self_attention(given), None
-            # The mode does not reach what it calls.
+            # The mode does not reach the functions that this one calls.
             return func(*args, **{**kwargs, "need_weights": True})[0], None
         if func is _fused and args[0].device.type == "cpu":
             return _attention(*args, **kwargs)
@@ -46,7 +48,7 @@ class Substitutes(TorchFunctionMode):
 
 
 def _is_plain(given: Words) -> bool:
-    """Whether rows (T, B, E) attend to themselves, unmasked, by one matrix of weights."""
+    """Return whether rows (T, B, E) attend to themselves, unmasked, with one matrix of weights."""
     unusual = ("bias_k", "bias_v", "add_zero_attn", "key_padding_mask", "attn_mask", "is_causal")
     x = given["query"]
     itself = x is given["key"] and x is given["value"] and x.dim() == 3
@@ -59,16 +61,21 @@ def _is_plain(given: Words) -> bool:
 
 
 def _self_attention(given: Words) -> Tensor:
-    """Return what each row (T, B, E) gets. Rows are read as ``batch_first`` gives them, so that
-    none is copied."""
+    """Return the self-attention of rows (T, B, E).
+
+    Rows are read in the layout of ``batch_first``, so that they are not copied.
+    """
     rows = given["query"].transpose(0, 1)
     dropout = given["dropout_p"] if given.get("training", True) else 0.0
+    # 3 x (B, T, E)
     parts = functional.linear(rows, given["in_proj_weight"], given["in_proj_bias"]).chunk(3, -1)
+    # (B, heads, T, E / heads)
     query, key, value = (
         p.view(*p.shape[:2], given["num_heads"], -1).transpose(1, 2) for p in parts
     )
     found = _attention(query, key, value, dropout_p=dropout).permute(2, 0, 1, 3).flatten(2)
-    # The result lies as torch's does, (T, B, E): a dropout after it draws in the order of memory.
+    # The result has torch's layout (T, B, E), because a dropout after it draws in the order of
+    # memory.
     return functional.linear(found, given["out_proj_weight"], given["out_proj_bias"])
 
 
@@ -92,16 +99,17 @@ def _attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )[0]
         return result
-    # Its softmax looks for rows that a mask leaves empty, at five times the cost, and none is empty
-    # here.
+    # torch's softmax checks for rows that a mask leaves empty, which costs 5x as much. There is no
+    # mask here.
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    # (..., L, E) @ (..., E, S) -> (..., L, S)
     weights = ((query * scale) @ key.mT).softmax(-1)
     return functional.dropout(weights, dropout_p) @ value if dropout_p else weights @ value
 
 
 def make_mappable(module: nn.Module) -> None:
-    """Change, in place, how a module computes what it computes, where torch's own way cannot be
-    mapped."""
+    """Replace computations of a module, in place, that torch cannot map. The results stay the
+    same."""
     for part in module.modules():
         if _averages(part):
             part.forward = partial(_cumulative_batch_norm, part)  # type: ignore[method-assign]
@@ -110,13 +118,13 @@ def make_mappable(module: nn.Module) -> None:
 
 
 def _averages(module: nn.Module) -> TypeGuard[_BatchNorm]:
-    """Whether it is a BatchNorm that divides by its count of batches."""
+    """Return whether a module is a BatchNorm that divides by its count of batches."""
     return isinstance(module, _BatchNorm) and module.momentum is None and module.track_running_stats
 
 
 @contextmanager
 def counting_on_device(module: nn.Module) -> Iterator[None]:
-    """Let the BatchNorms of a module compute inside as ``make_mappable`` has it."""
+    """Let the BatchNorms of a module compute inside as after ``make_mappable``."""
     changed = [part for part in module.modules() if _averages(part) and "forward" not in vars(part)]
     for part in changed:
         make_mappable(part)
@@ -128,7 +136,7 @@ def counting_on_device(module: nn.Module) -> Iterator[None]:
 
 
 def running_norms(module: nn.Module) -> dict[str, _BatchNorm]:
-    """Return the BatchNorms that keep running statistics, and compute them as torch's do, by their
+    """Return the BatchNorms with running statistics and torch's own forward pass, by their
     paths."""
     return {
         path: part
@@ -140,9 +148,11 @@ def running_norms(module: nn.Module) -> dict[str, _BatchNorm]:
 
 
 def differentiate_statistics(module: nn.Module) -> tuple[str, ...]:
-    """Let each BatchNorm compute its running statistics as functions of its input, in place; return
-    their names."""
-    # torch's own kernel writes them beside the graph, and knows no slope in them.
+    """Make the running statistics of each BatchNorm functions of its input, in place.
+
+    Returns the names of the statistics.
+    """
+    # torch's own kernel writes them outside of the graph, without a derivative.
     for part in (norms := running_norms(module)).values():
         part.forward = partial(_batch_norm_with_slopes, part)  # type: ignore[method-assign]
     names = ("running_mean", "running_var", "num_batches_tracked")
@@ -150,7 +160,7 @@ def differentiate_statistics(module: nn.Module) -> tuple[str, ...]:
 
 
 def _batch_norm_with_slopes(norm: _BatchNorm, x: Tensor) -> Tensor:
-    """Return what ``norm(x)`` returns; its count of minibatches may be a tensor of any type."""
+    """Return the result of ``norm(x)``. Its count of minibatches may be a tensor of any type."""
     mean = norm.running_mean
     var = norm.running_var
     count = norm.num_batches_tracked
@@ -173,8 +183,10 @@ def _batch_norm_with_slopes(norm: _BatchNorm, x: Tensor) -> Tensor:
 
 
 def _cumulative_batch_norm(norm: _BatchNorm, x: Tensor) -> Tensor:
-    """Return what ``norm(x)`` returns with ``momentum=None``; torch makes a Python number of its
-    count of batches."""
+    """Return the result of ``norm(x)`` with ``momentum=None``.
+
+    torch would convert its count of batches to a Python number, which vmap does not support.
+    """
     mean = norm.running_mean
     var = norm.running_var
     assert mean is not None and var is not None and norm.num_batches_tracked is not None
@@ -187,16 +199,16 @@ def _cumulative_batch_norm(norm: _BatchNorm, x: Tensor) -> Tensor:
     )
     count = norm.num_batches_tracked.add_(1).to(mean.dtype)
     for running, own in ((mean, own_mean), (var, own_var)):
-        running.add_((own - running) / count)  # lerp_ is not mapped
+        running.add_((own - running) / count)  # vmap does not map lerp_
     return outputs
 
 
 State: TypeAlias = Tensor | tuple[Tensor, Tensor]
-"""(layers x directions, B, H), of an LSTM two of them: hidden state and cell."""
+"""State (layers x directions, B, H). An LSTM has two: the hidden state and the cell."""
 
 
 def run_recurrent(rnn: nn.RNNBase, x: Tensor, hx: State | None = None) -> tuple[Tensor, State]:
-    """Return what ``rnn(x, hx)`` returns: outputs at all times, and the state after the last."""
+    """Return the result of ``rnn(x, hx)``: outputs at all times, and the state after the last."""
     if isinstance(x, PackedSequence):
         raise TypeError("a packed sequence has other rows at every time, which are not mapped")
     alone = x.dim() == 2
@@ -236,6 +248,7 @@ def _run_direction(
         state = [x.new_zeros(x.shape[1], size)] + [x.new_zeros(x.shape[1], rnn.hidden_size)] * (
             rnn.mode == "LSTM"
         )
+    # (T, B, D) -> (T, B, gates * H), for all times at once.
     gates = functional.linear(x, w_ih, b_ih if rnn.mode == "GRU" or b_ih is None else b_ih + b_hh)
     parts = (
         torch.split(gates, [2 * rnn.hidden_size, rnn.hidden_size], -1)
@@ -257,7 +270,10 @@ def _run_direction(
 
 
 def _gru(w_hh: Tensor, b_hh: Tensor | None, gates: Tensor, x: Tensor, h: Tensor) -> list[Tensor]:
-    """r, z = sigmoid(x's part + W h + b); n = tanh(x's part + r (W h + b)); h = (1 - z) n + z h."""
+    """Return the next state of a GRU, (B, H).
+
+    r, z = sigmoid(x's part + W h + b); n = tanh(x's part + r (W h + b)); h = (1 - z) n + z h.
+    """
     size = w_hh.shape[-1]
     both, new = torch.split(functional.linear(h, w_hh, b_hh), [2 * size, size], -1)
     r, z = torch.sigmoid(gates + both).chunk(2, -1)
@@ -266,8 +282,11 @@ def _gru(w_hh: Tensor, b_hh: Tensor | None, gates: Tensor, x: Tensor, h: Tensor)
 
 
 def _lstm(w_hh: Tensor, project: Tensor | None, x: Tensor, h: Tensor, c: Tensor) -> list[Tensor]:
-    """i, f, g, o of x's part + W h; c = sigmoid(f) c + sigmoid(i) tanh(g); h = sigmoid(o) tanh(c),
-    projected."""
+    """Return the next hidden state and cell of an LSTM.
+
+    i, f, g, o of x's part + W h; c = sigmoid(f) c + sigmoid(i) tanh(g); h = sigmoid(o) tanh(c),
+    projected if ``project`` is given.
+    """
     i, f, g, o = (x + functional.linear(h, w_hh)).chunk(4, -1)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
     h = torch.sigmoid(o) * torch.tanh(c)

@@ -1,8 +1,7 @@
-"""The operations of a step, noted below autograd and vmap: what is left of it once those have done
-their work.
+"""The operations of a step, noted below autograd and vmap, after both have done their work.
 
-Tensors are known by their place in memory. What was there before the step keeps its memory; what
-the step makes gets other memory each time, so a trace says only how it came about.
+Tensors are known by their place in memory. Memory that existed before the step stays the same.
+Memory that the step makes is different each time, so a trace only records how it was made.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,10 +22,10 @@ Operator: TypeAlias = "OpOverload[..., Any]"
 Args: TypeAlias = tuple[Any, ...]
 Words: TypeAlias = dict[str, Any]
 
-ALIGNED = 64  # bytes: a line of the cache, and the widest vector
+ALIGNED = 64  # bytes: a cache line, and the widest vector
 
 _HIDDEN = {aten.native_batch_norm.default: (3, 4)}
-"""Arguments that an operation writes without its schema saying so: running statistics."""
+"""Arguments that an operation writes although its schema does not say so: running statistics."""
 
 _RULES = (
     (torch.Tag.data_dependent_output, "reads a number"),
@@ -36,8 +35,11 @@ _RULES = (
 
 
 class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A mode that torch.compile never sees: torch would import all of it, some seconds, to keep it
-    from that."""
+    """A dispatch mode that torch.compile ignores.
+
+    Otherwise torch would import all of torch.compile, which takes some seconds, only to hide the
+    mode from it.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -48,12 +50,12 @@ class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class TraceError(RuntimeError):
-    """A step did what cannot be recorded."""
+    """Raised if a step does something that cannot be recorded."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """A tensor by its memory."""
+    """A tensor, described by its memory."""
 
     memory: int
     dtype: torch.dtype
@@ -63,31 +65,34 @@ class Place:
 
     @staticmethod
     def of(tensor: Tensor) -> "Place":
+        """Return the place of a tensor."""
         at = memory_of(tensor), tensor.dtype, int(tensor.storage_offset())
         return Place(*at, tuple(tensor.shape), tuple(tensor.stride()))
 
     def on(self, storage: torch.UntypedStorage, begin: int = 0) -> Tensor:
-        """Return the tensor at this place of a memory that begins at a byte of a storage."""
+        """Return the tensor at this place of a memory that begins at byte ``begin`` of a
+        storage."""
         offset = begin // self.dtype.itemsize + self.offset
         return torch.empty(0, dtype=self.dtype).set_(storage, offset, self.shape, self.stride)
 
     @property
     def extent(self) -> tuple[int, int]:
-        """The bytes of the memory between which it lies."""
+        """The first byte of its memory that it covers, and the end."""
         last = sum((size - 1) * step for size, step in zip(self.shape, self.stride))
         return self.offset * self.dtype.itemsize, (self.offset + last + 1) * self.dtype.itemsize
 
     def overlaps(self, other: "Place") -> bool:
-        """Whether both may share bytes."""
+        """Return whether two places may share bytes."""
         (begin, end), (other_begin, other_end) = self.extent, other.extent
         return self.memory == other.memory and begin < other_end and other_begin < end
 
 
 @dataclass
 class Operation:
-    """A call: ``results`` are in memory that it makes, ``writes`` in memory that was there.
+    """A call of an operation.
 
-    With ``out`` it is given the memory of its only result, or of what it writes, by that keyword.
+    ``results`` are in memory that it makes, ``writes`` in memory that existed before. With ``out``,
+    the call receives the memory of its only result, or of its written tensor, by that keyword.
     """
 
     function: Any
@@ -99,25 +104,28 @@ class Operation:
 
     @property
     def name(self) -> str:
-        """Its name among torch's operations, "" for a function that is none."""
+        """Name of the operation in torch, or "" for another function."""
         packet = getattr(self.function, "overloadpacket", None)
         return "" if packet is None else str(packet.__name__)
 
     @property
     def reads(self) -> list[Place]:
-        """The places among its arguments."""
+        """Places among its arguments."""
         return leaves((self.args, self.kwargs), Place)
 
     @property
     def makes(self) -> list[Place]:
-        """The places of its results."""
+        """Places of its results."""
         return [place for place in self.results if place is not None]
 
 
 @dataclass
 class Trace:
-    """The operations of a step; ``outside`` is the memory that they found, ``sizes`` the bytes of
-    what they made."""
+    """The operations of a step.
+
+    ``outside`` is the memory that existed before the step. ``sizes`` are the bytes of the memory
+    that the step made.
+    """
 
     operations: list[Operation]
     outside: dict[int, torch.UntypedStorage]
@@ -125,8 +133,7 @@ class Trace:
 
 
 def trace(step: Callable[[], None]) -> Trace:
-    """Return the operations of a step; all that it wrote is afterwards as it was before. Raises
-    TraceError."""
+    """Return the operations of a step, and undo all of its writes. Raises TraceError."""
     mode = _OperationRecorder()
     try:
         with mode:
@@ -138,16 +145,18 @@ def trace(step: Callable[[], None]) -> Trace:
 
 
 class _OperationRecorder(DispatchMode):  # type: ignore[no-untyped-call]
-    """Runs operations and notes those that compute; a view only gives another place to memory that
-    is known."""
+    """Runs operations and notes each operation that computes.
+
+    Views are not noted: a view only gives another place to known memory.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.operations: list[Operation] = []
         self.outside: dict[int, torch.UntypedStorage] = {}
         self.sizes: dict[int, int] = {}
-        self.made: list[Tensor] = []  # kept, so that no memory is given twice
-        # bytes that were there before, and what they were
+        self.made: list[Tensor] = []  # kept, so that no memory is given out twice
+        # bytes that existed before the step, and a copy of their values
         self.written: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_dispatch__(
@@ -158,7 +167,7 @@ class _OperationRecorder(DispatchMode):  # type: ignore[no-untyped-call]
         for tag, reason in _RULES:
             if tag in func.tags and (func is not aten.index.Tensor or masked):
                 raise TraceError(f"{func} {reason}")
-        if func is aten.lift_fresh.default:  # numbers of the host: the step has a copy of its own
+        if func is aten.lift_fresh.default:  # numbers of the host: the step makes its own copy
             func = aten.clone.default
         into = [
             args[i] if i < len(args) else kwargs.get(argument.name)
@@ -198,10 +207,12 @@ class _OperationRecorder(DispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _knows(self, tensor: Tensor) -> bool:
+        """Return whether the memory of a tensor is known."""
         return memory_of(tensor) in self.sizes or memory_of(tensor) in self.outside
 
 
 def _check_plain(tensors: Sequence[Tensor]) -> None:
+    """Raise TraceError for a tensor that is not a plain one in main memory."""
     for tensor in tensors:
         plain = (
             tensor.layout is torch.strided
@@ -215,7 +226,7 @@ def _check_plain(tensors: Sequence[Tensor]) -> None:
 
 
 def memory_of(tensor: Tensor) -> int:
-    """Return the number of a tensor's memory, its own as long as the tensor lives."""
+    """Return the number of a tensor's memory. It is unique while the tensor lives."""
     return int(tensor.untyped_storage()._cdata)
 
 
@@ -225,8 +236,8 @@ def tensors(value: object) -> list[Tensor]:
 
 
 def leaves(value: object, kind: type[Leaf]) -> list[Leaf]:
-    """Return every value of a kind in nested tuples, lists and dicts."""
-    # Not tree_leaves() of torch: it makes half a million calls of Python in a search of a small
+    """Return every value of a type in nested tuples, lists and dicts."""
+    # torch's tree_leaves() is not used: it makes half a million Python calls in a search of a small
     # module.
     if isinstance(value, kind):
         return [value]
@@ -241,10 +252,10 @@ def leaves(value: object, kind: type[Leaf]) -> list[Leaf]:
 
 
 def arrange(uses: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
-    """Return where results begin in one block, and its bytes, of the moments of (making, last use)
-    and their bytes.
+    """Return the begin of each result in one block of memory, and the size of the block in bytes.
 
-    In the order of their making each takes the smallest gap among those that are in use then.
+    ``uses`` has (time of making, time of last use, bytes) of each result. In the order of their
+    making, each result takes the smallest gap between the results that are then in use.
     """
     begins: list[int] = []
     size = 0
@@ -255,6 +266,7 @@ def arrange(uses: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
             (begins[j], uses[j][2]) for j in range(i) if uses[j][1] >= made
         ):
             gaps.append((begin - end, end))
+            # Each result begins at a multiple of ``ALIGNED`` bytes.
             end = max(end, -(-(begin + length) // ALIGNED) * ALIGNED)
         begins.append(min((gap for gap in gaps if gap[0] >= wanted), default=(0, end))[1])
         size = max(size, begins[-1] + wanted)

@@ -1,40 +1,42 @@
-"""What a user's module does, as far as its stacking depends on it."""
+"""Properties of a user's module that decide how its members are stacked and trained."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Traits:
-    """What a user's module does, as far as its stacking depends on it (``inspection.py`` finds out
-    by trying it)."""
+    """Properties of a user's module that decide how it is stacked and trained.
 
-    # buffers, frozen parameters and Python numbers that a forward in training changes
+    ``inspection.py`` finds them by trying the module.
+    """
+
+    # buffers, frozen parameters and Python numbers that a forward pass in training changes
     changing: tuple[str, ...] = ()
-    least_rows: int = 1  # that a minibatch needs: two for statistics over them
-    alone: bool = True  # whether an output in evaluation mode depends on its own row alone
-    widest: int = 1  # most numbers that a submodule returns for a row
-    parameters: int = 0  # number of those that are trained
-    # whether the forward, the loss or the step writes into the minibatch that it is given
+    least_rows: int = 1  # least rows of a minibatch: two if it computes statistics over rows
+    alone: bool = True  # whether an output in evaluation mode depends only on its own row
+    widest: int = 1  # most numbers that a submodule returns for one row
+    parameters: int = 0  # number of trained parameters
+    # whether the forward pass, the loss or the step writes into its minibatch
     writes: bool = False
-    draws: bool = True  # whether a forward in training draws random numbers
-    # whether its code can draw them outside of PyTorch's default generator
+    draws: bool = True  # whether a forward pass in training draws random numbers
+    # whether its code can draw random numbers outside of PyTorch's default generator
     host_draws: bool = False
-    evaluation_draws: bool = False  # whether a forward in evaluation mode draws random numbers
-    row_losses: bool = True  # whether the loss gives a number a row, rather than their mean
-    at_start: str = ""  # what is not finite before anything has trained, in words, "" where all is
-    named: tuple[str, ...] = ()  # paths of the parameters that are trained
-    # paths of those that a step of stacked members does not use, which stay as they are
+    evaluation_draws: bool = False  # whether a forward pass in evaluation mode draws random numbers
+    row_losses: bool = True  # whether the loss returns one number per row, not their mean
+    at_start: str = ""  # sentence about values that are not finite before training, or ""
+    named: tuple[str, ...] = ()  # paths of the trained parameters
+    # paths of the parameters that a step of stacked members does not use and leaves unchanged
     unused: tuple[str, ...] = ()
-    # names of the buffers that hold a rate of gputune.models.Dropout
+    # names of the buffers with a rate of gputune.models.Dropout
     scheduled: tuple[str, ...] = ()
-    unstackable: str = ""  # why its members cannot be stacked, "" where they can
-    # whether a row's outputs are positive and have the sum 1, as behind a softmax
+    unstackable: str = ""  # why its members cannot be stacked, or ""
+    # whether a row's outputs are positive with the sum 1, as after a softmax
     probabilities: bool = False
-    # by how much they were measured to train faster one by one; "" where not, or not known
+    # by how much members were measured to train faster one by one; "" if not, or not known
     slow: str = ""
-    coded: bool = False  # whether they were measured to train fastest in compiled code of their own
+    coded: bool = False  # whether members were measured to train fastest in compiled code
 
     @property
     def loop_reason(self) -> str:
-        """Why members train one by one, "" where they are stacked."""
+        """Reason why members train one by one, or "" if they are stacked."""
         return self.unstackable or self.slow

@@ -1,4 +1,4 @@
-"""Whether a user's code writes into the tensors that it is given, which others read after it."""
+"""Detects if a user's code writes into its input tensors, which other code reads afterwards."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,8 +10,10 @@ from gputune.modules.trace import Args, DispatchMode, Operator, Words, memory_of
 
 
 class WriteWatch:
-    """Gives copies of tensors to code that is tried; ``found`` says whether any of that code has
-    written into one."""
+    """Passes copies of tensors to code that is tried.
+
+    ``found`` says whether any of that code has written into a copy.
+    """
 
     def __init__(self) -> None:
         self.found = False
@@ -22,16 +24,16 @@ class WriteWatch:
         copies = [tensor.clone() for tensor in originals]
         with Writes(copies) as writes:
             yield copies
-        # Operations tell of writes that change no number on these rows. What numpy writes is seen
-        # in the numbers only.
+        # Operations show writes that change no number on these rows. Writes by NumPy show only in
+        # the numbers.
         self.found |= writes.found or not all(map(_is_same, copies, originals))
 
 
 class Writes(DispatchMode):  # type: ignore[no-untyped-call]
-    """Notes whether an operation writes into the memory of some tensors, also through a view or by
+    """Notes whether an operation writes into the memory of some tensors, also by a view or
     ``out=``."""
 
-    # Not the version counters of the tensors: those do not count what is written through ``.data``.
+    # Version counters of the tensors are not enough: they do not count writes through ``.data``.
 
     def __init__(self, watched: Sequence[Tensor]) -> None:
         super().__init__()
@@ -56,5 +58,5 @@ class Writes(DispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape hold the same bits, also where they are no number."""
+    """Return whether two tensors of one shape have the same bits, also in NaN."""
     return torch.equal(*(x.contiguous().view(-1).view(torch.uint8) for x in (a, b)))
