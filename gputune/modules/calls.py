@@ -291,7 +291,7 @@ class ModuleDraws:
                 for x in several
             )
         }
-        """Numbers of rows whose draws compiled code can make. It makes the same numbers."""
+        """Numbers of rows for which compiled code can make the draws. It makes the same numbers."""
 
     def fill(self, epoch: int, step: int) -> None:
         """Draw for a step and the steps ahead, if the buffer ends before this step."""

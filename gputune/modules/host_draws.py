@@ -46,7 +46,7 @@ def drawing_code(module: nn.Module, functions: Iterable[object] = (), step: obje
         step: A training step, which is called with the module.
 
     Returns:
-        Words such as "Net.forward calls random.random"; "" if there is none.
+        Words such as "Net.forward calls random.random"; "" without such code.
     """
     reader = _Reader()
     for part in module.modules():

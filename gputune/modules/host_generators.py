@@ -39,7 +39,7 @@ _FUNCTIONS: dict[object, str] = {
 }
 
 _LIBRARIES = {"torch", "numpy", "scipy", "sklearn", "pandas", "polars", "functorch", "gputune"}
-"""Packages whose code is not read. The code of the standard library is not read either."""
+"""Packages with code that is not read. The code of the standard library is not read either."""
 _MOST_ITEMS = 100  # items of a container that are looked at
 Kind = TypeVar("Kind")
 

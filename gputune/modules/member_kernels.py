@@ -231,7 +231,7 @@ class Line:
 
     ``first`` is the index of its first number of the host. Its last size is the length of
     an outer loop that may be taken in parts, with ``unit`` numbers in each pass. 0 means that the
-    call has no such loop. The ``spans`` are the bytes that this loop writes (the first) and reads.
+    call lacks such a loop. The ``spans`` are the bytes that this loop writes (the first) and reads.
     """
 
     kernel: int

@@ -36,8 +36,7 @@ _FACTORIES = set(
     "zeros ones full empty arange scalar_tensor empty_strided zeros_like ones_like full_like "
     "empty_like new_zeros new_ones new_full new_empty new_empty_strided".split()
 )
-"""Operations whose result depends only on the shape of their argument, and on none of its
-numbers."""
+"""Operations with a result that depends only on the shape of the argument, not on its numbers."""
 
 _PLAIN = set(
     "add sub mul div bmm baddbmm addcmul exp log sqrt rsqrt sum mean gather index_select "

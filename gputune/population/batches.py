@@ -6,8 +6,8 @@ reads the same rows by itself and together with others. The last short minibatch
 trials have one batch size, the members of a fold share their rows. Otherwise each trial reads its
 own slice, and rows beyond its batch size have weight zero.
 
-A step finds its rows through a counter on the device, and reads nothing that only the host knows
-during training. It can therefore be recorded once and replayed. The ``StepShape`` of a step is
+A step finds its rows through a counter on the device. During training it reads no value that only
+the host knows. It can therefore be recorded once and replayed. The ``StepShape`` of a step is
 fixed when it is recorded, and there are only a few of them.
 """
 
