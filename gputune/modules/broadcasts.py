@@ -39,7 +39,8 @@ _DIAGONALS = {
     torch.trace,
     Tensor.trace,
 }
-"""Functions that take each row's own pair out of a matrix of all pairs of rows."""
+"""Functions that take the diagonal of a matrix of all pairs of rows: the pair of each row with
+itself."""
 
 
 def in_one_shape(pair: Shapes, place: str) -> str:
@@ -87,13 +88,11 @@ class BroadcastWatch(TorchFunctionMode):
 
     @property
     def pair(self) -> Shapes | None:
-        """The shapes of the outputs and the target of the first such operation; None without
-        one."""
+        """Shapes of the outputs and the target of the first such operation, or None without one."""
         return None if self._takes_diagonal and not self._uses_others else self._pair
 
     def _follow(self, func: Function, result: object) -> None:
-        """Note whether an operation on a matrix of all pairs uses its diagonal, or other numbers of
-        it."""
+        """Note if an operation on a matrix of all pairs uses its diagonal, or its other numbers."""
         if func in _DIAGONALS:
             self._takes_diagonal = True
         elif isinstance(result, Tensor) and tuple(result.shape) == (self._rows, self._rows):

@@ -265,8 +265,8 @@ class ModuleTrial:
         return losses, watch.pair
 
     def _wrong_likelihood(self, watch: LikelihoodWatch) -> str:
-        """Return what a loss does wrong that gives numbers above 0 to a likelihood, with a
-        remedy."""
+        """Return an error message for a loss that passes logits or probabilities to a
+        likelihood."""
         end = ", without the softmax before it" * (watch.found == "probabilities")
         remedy = "Use torch.nn.functional.cross_entropy there"
         return (
@@ -323,7 +323,7 @@ class ModuleTrial:
             ) from error
 
     def draws_in_augment(self) -> str:
-        """Return why two calls of augment change the same rows differently; "" if they do not."""
+        """Return the reason why two calls of augment change the same rows differently, or ""."""
         if self.objective.augment is None:
             return ""
         rows = slice(0, len(self.y))

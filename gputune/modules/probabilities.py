@@ -94,9 +94,11 @@ class LikelihoodWatch(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _check(self, outputs: object, func: Function) -> None:
+        """Note the kind of outputs if they are not log-probabilities."""
         if not isinstance(outputs, Tensor) or not outputs.requires_grad or outputs.dim() < 2:
             return
         rows = outputs.detach().flatten(1)
+        # (B,): rows with numbers above and below 0, which log-probabilities cannot have
         has_both = (rows > _ROUNDING).any(1) & (rows < -_ROUNDING).any(1)
         if are_probabilities(outputs):
             self.found = "probabilities"
