@@ -151,7 +151,7 @@ def train_chunk(
     try:
         return train(network, data, begun, job, watch, at_once=at_once)
     except StackedError as error:
-        # A state of stacked members goes on as stacked members only.
+        # A state of stacked members can continue only with stacked members.
         if begun.state is not None or not isinstance(network, StackedModule) or is_strict():
             raise
         _train_one_by_one(job, network, chunk, error)
@@ -161,7 +161,10 @@ def train_chunk(
 def _train_one_by_one(
     job: Job, network: StackedModule, chunk: Population, error: StackedError
 ) -> None:
-    """Let members like those of a chunk train one by one; a warning and a note say why."""
+    """Let this chunk and all chunks of the same module arguments train one by one.
+
+    A warning and a note give the reason.
+    """
     cause = error.__cause__
     reason = words_unless_strict(cause if isinstance(cause, Exception) else error)
     name = name_of(network.builder)
@@ -226,7 +229,7 @@ class _Watch:
         if self.progress is not None:
             for done in range(self.told, epoch):
                 self.progress(len(curves), curves[:, done : done + 1])
-        self.told = max(self.told, epoch)  # a chunk may have begun again, one by one
+        self.told = max(self.told, epoch)  # a chunk may begin again, one by one
         over = self.job.is_over()
         checkpointing = self.job.checkpointing
         now = time.monotonic()

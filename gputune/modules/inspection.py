@@ -372,7 +372,8 @@ def _all_close(pairs: Iterable[tuple[Tensor, Tensor]]) -> bool:
 
 
 class StackedError(InputError):
-    """A forward raised an error with stacked members, and raises it on no row with one member."""
+    """Raised if a forward pass fails with stacked members, but fails on no row with a single
+    member."""
 
 
 _ROWS = 256  # rows that are tried at a time

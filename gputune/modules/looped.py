@@ -40,10 +40,10 @@ class LoopedModule(ModuleNetwork):
     scored without averaging.
     """
 
-    # All members read the same rows, and what cannot be stacked may decide by the data, or by
-    # chance, whether it writes into them: no trial shows that it does not. Its counters of writes
-    # would tell only when the rows are gone. A copy of a minibatch takes little of a step of a plain
-    # module.
+    # All members read the same rows. A module that cannot be stacked may write into them depending
+    # on the data or on chance, so no trial can show that it never does. Counters of writes would
+    # show it only after the rows are lost. Copying a minibatch takes little of the time of a plain
+    # module's step.
     copies_rows = True
 
     def _lay_out(self) -> None:

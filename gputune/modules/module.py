@@ -59,7 +59,7 @@ class ModuleNetwork:
     exact = True
     kind: ModelKind = "module"
     copies_rows = False
-    """Whether the user's code always gets copies of the rows."""
+    """True if the user's code always receives copies of the rows."""
 
     def __init__(
         self,
@@ -78,9 +78,6 @@ class ModuleNetwork:
         self.configs = tuple(configs)
         self.shape = shape
         self.seed = seed
-        # A module that cannot be stacked may write depending on the data or on chance, so no trial
-        # can show that it never does. Counters of writes would show it only after the rows are
-        # lost. Copying a minibatch takes little of the time of a plain module's step.
         if traits.writes or traits.unstackable or self.copies_rows:
             self.objective = replace(self.objective, copies=True)
         self.traits = traits
