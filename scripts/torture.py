@@ -364,7 +364,7 @@ def ray_cluster() -> Iterator[str]:
 
 
 def good_enough_on_ray(folder: Path, count: int, seed: int) -> Counts:
-    """Do as ``good_enough`` does with searches whose trials train on a Ray cluster."""
+    """Kill searches that end early and train their trials on a Ray cluster; see ``good_enough``."""
     with ray_cluster() as address:
         workers = gputune.Ray(address)
         searches = {

@@ -115,7 +115,7 @@ def test_an_error_of_the_module_in_each_backend_ends_the_search(monkeypatch, all
 
 
 class OnlyAlone(Net):
-    """Does with more rows than were tried what stacked members cannot do."""
+    """Uses an operation that stacked members cannot run, for more rows than were tried."""
 
     def forward(self, x):
         if len(x) > 40:

@@ -1,5 +1,6 @@
-"""Losses of torch.nn and torch.nn.functional: those whose arguments, targets or outputs are not
-gputune's."""
+"""Losses of torch.nn and torch.nn.functional with other arguments, targets or outputs than
+gputune's.
+"""
 
 from functools import partial
 
