@@ -18,7 +18,7 @@ import numpy as np
 from gputune.engine.stop import Stop
 from gputune.errors import import_extra, warn
 from gputune.methods.distributions import label
-from gputune.study.record import PARTS
+from gputune.study.record import RECORD_FIELDS
 from gputune.study.study import Study, Trial
 from gputune.types import Json
 
@@ -135,7 +135,7 @@ def _study_options(study: Study) -> Json:
     record = study.record
     values = {
         name: getattr(record, name)
-        for name, part in PARTS.items()
+        for name, part in RECORD_FIELDS.items()
         if part.logged and name not in record.absent
     }
     return {name: value for name, value in values.items() if value is not None}

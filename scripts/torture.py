@@ -44,7 +44,7 @@ from gputune.errors import StudyCorruptError, StudyVersionError
 from gputune.study.claims import Claims
 from gputune.study.model import TunedModel
 from gputune.study.repair import repair
-from gputune.study.store import Candidate, Chunk, Result, Store
+from gputune.study.store import Candidate, PlannedChunk, Result, Store
 
 Work = Callable[..., object]
 Method = tuple[type, str]
@@ -556,7 +556,7 @@ def filled(path: Path) -> tuple[bytes, bytes, bytes, list[tuple | None]]:
             curve = np.random.default_rng(n).normal(size=(30, 5))
             store.add_trials([Candidate(n, {"lr": 0.1 / (n + 1)}, "random")])
             states.append(content(path))
-            store.add_chunks([Chunk(n, 0, (n,), 1)])
+            store.add_chunks([PlannedChunk(n, 0, (n,), 1)])
             states.append(content(path))
             score = float(curve[-1].mean())
             scores = tuple(curve[-1].tolist())
@@ -641,7 +641,7 @@ def storing(folder: Path, count: int, together: int = 64) -> Counts:
     curve = np.random.default_rng(0).random((50, 5))
     path = folder / "stored.db"
     numbers = (range(n, min(n + together, count)) for n in range(0, count, together))
-    chunks = [Chunk(i, 0, tuple(part), 1) for i, part in enumerate(numbers)]
+    chunks = [PlannedChunk(i, 0, tuple(part), 1) for i, part in enumerate(numbers)]
     params = {"lr": 0.123456789, "batch_size": 32, "width": 64, "weight_decay": 1e-3}
     start = time.perf_counter()
     with Store.create(path, {}) as store, Claims(path) as claims:

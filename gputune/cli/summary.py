@@ -257,7 +257,7 @@ def _descent(study: Study, outer_steps: int) -> str:
     """Return the text about a hypergradient search."""
     n_starts = sum(trial.origin[1] == 0 for trial in study.trials)
     guarded = study.guarded
-    on = ", ".join(study.record.descended)
+    on = ", ".join(study.record.changed_hyperparameters)
     steps = count(outer_steps, "outer step")
     text = (
         f"hypergradient search on {on} from {count(n_starts, 'starting point')}, at most {steps} "
@@ -360,7 +360,7 @@ def _scores(ending: Ending, width: int) -> str:
     if ending.trial is None:
         sentences.append(improvement_text(study))
         epochs = study.record.max_epochs
-        if not study.record.descends and study.best_trial.best_epoch == epochs > 1:
+        if not study.record.is_hypergradient and study.best_trial.best_epoch == epochs > 1:
             sentences.append(
                 f"It was best after the last of {epochs} epochs: more of them may be better."
             )

@@ -35,7 +35,7 @@ def edge_remarks(study: Study) -> tuple[str, ...]:
     for key, law in study.record.distributions.items():
         value = study.rows[best][0].params.get(key)
         ends = _ends(law)
-        if ends is None or not _is_number(value) or key in study.record.descended:
+        if ends is None or not _is_number(value) or key in study.record.changed_hyperparameters:
             continue
         values = [params.get(key) for params in scored]
         # For 100,000 plain numbers, set() first is faster: they have few different values.

@@ -316,7 +316,7 @@ def _texts(study: Study) -> Json:
         "parameters": [(clean(key), short(value)) for key, value in params.items()],
         "eligible": eligible_text(study),
         "origins": _origin_note(study),
-        "why_none": study.why_none_is_best() if best is None else "",
+        "why_none": study.failure_message() if best is None else "",
         "waiting": sum(trial.state == "waiting" for trial in study.trials),
         "trials": len(study.trials),
         "guarded": study.guarded,

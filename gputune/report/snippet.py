@@ -7,7 +7,7 @@ from keyword import iskeyword
 
 import numpy as np
 
-from gputune.study.record import PARTS, SearchRecord
+from gputune.study.record import RECORD_FIELDS, SearchRecord
 from gputune.study.study import Study, Trial, best_trial
 from gputune.study.values import to_json
 from gputune.text import clean
@@ -110,7 +110,11 @@ def snippet(study: Study) -> str:
     )
     # The command line holds rows out. Only the study can read the other rows again.
     holds_rows_out = "test_size" in (record.source or {})
-    if best.state != "stopped" and not (record.descends and is_scheduled) and not holds_rows_out:
+    if (
+        best.state != "stopped"
+        and not (record.is_hypergradient and is_scheduled)
+        and not holds_rows_out
+    ):
         return _tune(script, study, best, ranked)
     # One call of ``tune`` cannot express this. The code reads the study, and its trial trains
     # again.
@@ -204,11 +208,11 @@ def _options(script: _Script, study: Study, best: Trial) -> dict[str, str]:
         else script.argument("sample_weight"),
         **{
             part.argument: script.literal(getattr(record, name))
-            for name, part in PARTS.items()
+            for name, part in RECORD_FIELDS.items()
             if part.argument
         },
         "positive": script.literal(positive),
-        **({"epoch": "'last'"} if record.descends else {}),
+        **({"epoch": "'last'"} if record.is_hypergradient else {}),
         "device": script.literal(record.device),
         "verbose": "0",
     }

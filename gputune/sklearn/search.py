@@ -26,7 +26,7 @@ from gputune.methods.distributions import to_scipy
 from gputune.sklearn.base import FusedEstimator, constructor, last_step
 from gputune.sklearn.dataset import as_sliced
 from gputune.sklearn.replay import HookedMemory, SearchRun, TrainedCandidates, with_hook
-from gputune.study.rows import State
+from gputune.study.rows import ResultState
 from gputune.study.store import Candidate, Result, Store
 from gputune.study.values import to_json
 from gputune.tuning.record import versions
@@ -286,7 +286,7 @@ def _result(number: int, scores: np.ndarray, seconds: float, epochs: int) -> Res
     # The other epochs have no score and stay NaN.
     curve[-1] = scores
     folds = scores[:, 0]
-    state: State = "complete" if np.isfinite(folds).all() else "failed"
+    state: ResultState = "complete" if np.isfinite(folds).all() else "failed"
     curve = curve if scores.shape[1] > 1 else curve[..., 0]
     return Result(number, state, float(folds.mean()), tuple(folds.tolist()), epochs, seconds, curve)
 

@@ -29,7 +29,7 @@ from filelock import lock_descriptor
 from gputune.errors import InputError
 from gputune.study.database import connect, sqlite_errors, transaction
 from gputune.study.record import has_form
-from gputune.study.rows import Chunk
+from gputune.study.rows import PlannedChunk
 from gputune.study.values import MALFORMED
 from gputune.types import Json
 
@@ -107,7 +107,7 @@ class Claims(AbstractContextManager["Claims"]):
         _OPEN.add(self)
         self.shown()  # which removes the lock files of dead processes
 
-    def take(self, chunk: Chunk) -> bool:
+    def take(self, chunk: PlannedChunk) -> bool:
         """Claim a chunk. Return False if another process has it, or if all its results exist."""
         return self._claim(chunk.number, chunk.trials) is None
 
@@ -132,7 +132,7 @@ class Claims(AbstractContextManager["Claims"]):
         """Give up the right to add trials and chunks."""
         self._delete("chunk = ? AND lock = ?", SETUP, self._lock)
 
-    def holder(self, chunk: Chunk) -> Owner | None:
+    def holder(self, chunk: PlannedChunk) -> Owner | None:
         """Return the other process that has a chunk, or None."""
         with self._mutex:
             return self._owner(chunk.number)

@@ -18,7 +18,7 @@ from pathlib import Path
 from gputune.errors import InputError, StudyCorruptError, StudyVersionError, warn
 from gputune.input_files import check_file, check_room
 from gputune.scratch import flush, no_folder, scratch_folder
-from gputune.study.rows import Row
+from gputune.study.rows import StoredRow
 from gputune.study.values import MALFORMED
 
 APPLICATION_ID = 0x67707475  # "gptu"
@@ -314,7 +314,9 @@ Folders of killed processes are removed when the next one is made, or when a sea
 """
 
 
-def create_file(path: Path, rows: Mapping[str, Iterable[Row]], argument: str = "study=") -> None:
+def create_file(
+    path: Path, rows: Mapping[str, Iterable[StoredRow]], argument: str = "study="
+) -> None:
     """Create a study file with the given rows. It appears complete or not at all.
 
     Args:
@@ -334,7 +336,7 @@ def create_file(path: Path, rows: Mapping[str, Iterable[Row]], argument: str = "
                 insert(connection, table, row)
 
 
-def insert(connection: sqlite3.Connection, table: str, row: Row) -> None:
+def insert(connection: sqlite3.Connection, table: str, row: StoredRow) -> None:
     """Write one row, with its checksum as the last value."""
     connection.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(row))})", row)
 

@@ -17,7 +17,7 @@ from gputune.scratch import sweep
 from gputune.study.claims import Claims
 from gputune.study.database import DRAFTS, damage_error
 from gputune.study.record import DIRECTIONS, IDENTITY, SearchRecord
-from gputune.study.store import Candidate, Chunk, Result, Store
+from gputune.study.store import Candidate, PlannedChunk, Result, Store
 from gputune.text import count
 from gputune.types import Json, Outputs, drop_beyond_limit
 
@@ -46,7 +46,7 @@ class Ledger:
         self.store = store
         self.claims = claims
         self.candidates: list[Candidate] = []
-        self.plan: list[Chunk] = []
+        self.plan: list[PlannedChunk] = []
         self.results: dict[int, Result] = {}
         self.kept: list[int] = []
         """Numbers of the trials with results that ``finish`` has kept."""
@@ -123,7 +123,7 @@ class Ledger:
             self.claims.take_search(method)
             self.refresh()
 
-    def chunks(self, trials: Sequence[Candidate], stage: int, cut: Cut) -> list[Chunk]:
+    def chunks(self, trials: Sequence[Candidate], stage: int, cut: Cut) -> list[PlannedChunk]:
         """Return the frozen chunks of a stage that hold these trials.
 
         Trials without a chunk are cut into new chunks first.
@@ -134,7 +134,7 @@ class Ledger:
                 if left := self._without_plan(trials, stage):
                     first = 1 + max((chunk.number for chunk in self.plan), default=-1)
                     new = [
-                        Chunk(
+                        PlannedChunk(
                             number,
                             stage,
                             tuple(left[position].number for position in part),
@@ -162,14 +162,14 @@ class Ledger:
         if self.claims is not None:
             self.claims.show(progress)
 
-    def claim(self, chunk: Chunk) -> bool:
+    def claim(self, chunk: PlannedChunk) -> bool:
         """Return True if this process may train a chunk.
 
         Then the chunk is not finished and no other process trains it.
         """
         return self.claims is None or self.claims.take(chunk)
 
-    def owners_of(self, chunks: Sequence[Chunk]) -> tuple[str, str]:
+    def owners_of(self, chunks: Sequence[PlannedChunk]) -> tuple[str, str]:
         """Return the other processes that have chunks, and the advice on one of them on another
         host.
 
@@ -182,7 +182,7 @@ class Ledger:
             iter(remedies), ""
         )
 
-    def wait(self, chunks: Sequence[Chunk], is_over: Callable[[], bool]) -> None:
+    def wait(self, chunks: Sequence[PlannedChunk], is_over: Callable[[], bool]) -> None:
         """Wait until another process has finished a result or a chunk's owner is gone, or until
         ``is_over``."""
         assert self.store is not None and self.claims is not None

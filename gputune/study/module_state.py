@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gputune.types import Json
 
-Numbers = dict[str, bool | int | float]
+AttributeNumbers = dict[str, bool | int | float]
 """Values of plain number attributes, by the path of the submodule and the name of the attribute."""
 
 
@@ -29,10 +29,10 @@ def temporary_buffers(module: nn.Module) -> list[str]:
     return [name for name, _ in module.named_buffers() if name not in persistent]
 
 
-def saved_numbers(module: nn.Module) -> Numbers:
+def saved_numbers(module: nn.Module) -> AttributeNumbers:
     """Return the numbers in plain attributes of the submodules of a module, such as a count of
     calls."""
-    numbers: Numbers = {}
+    numbers: AttributeNumbers = {}
     for path, part in _counting_parts(module):
         for name, value in vars(part).items():
             if type(value) in (bool, int, float) and name != "training":

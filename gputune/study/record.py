@@ -96,7 +96,7 @@ _ENDING = ("target_score", "patience_trials")
 
 
 @dataclass(frozen=True)
-class Part:
+class RecordField:
     """The purpose of a field of a record.
 
     Attributes:
@@ -116,12 +116,12 @@ class Part:
     logged: bool = False
 
 
-def _part(default: object, called: str = "", **what: Any) -> Any:
+def _record_field(default: object, called: str = "", **what: Any) -> Any:
     """Return a dataclass field with its purpose.
 
     ``default``, or its result if it is ``dict`` or ``list``, is used if a file lacks the field.
     """
-    metadata = {"part": Part(called=called, **what)}
+    metadata = {"part": RecordField(called=called, **what)}
     if default in (dict, list):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -129,7 +129,7 @@ def _part(default: object, called: str = "", **what: Any) -> Any:
 
 def _argument(default: object, name: str, **what: object) -> Any:
     """Return a field that holds an argument of ``tune`` and must stay the same."""
-    return _part(default, name, argument=name, **{"training": True, **what})
+    return _record_field(default, name, argument=name, **{"training": True, **what})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,48 +175,52 @@ class SearchRecord:
         device: the device on which it trained first. A resumed search may use another.
     """
 
-    face: str = _part("")
-    model: str = _part("", logged=True)
-    spec: Json = _part(dict, "model", form=SPEC, training=True)
-    target: str = _part("", "target")
+    face: str = _record_field("")
+    model: str = _record_field("", logged=True)
+    spec: Json = _record_field(dict, "model", form=SPEC, training=True)
+    target: str = _record_field("", "target")
     optimizer: str = _argument("", "optimizer", logged=True)
     schedule: str = _argument("", "schedule", logged=True)
-    space: str = _part("", "space", logged=True)
-    distributions: dict[str, Json] = _part(dict, form={"": {"kind": str}})
-    method: str | Json = _part("", "method", form=METHOD, logged=True)
+    space: str = _record_field("", "space", logged=True)
+    distributions: dict[str, Json] = _record_field(dict, form={"": {"kind": str}})
+    method: str | Json = _record_field("", "method", form=METHOD, logged=True)
     task: str = _argument("", "task", logged=True)
-    target_transform: str | Json | None = _part(
+    target_transform: str | Json | None = _record_field(
         None, "target_transform", form=(str, dict, None), training=True
     )
-    classes: Sequence[str | bool | float] | None = _part(None, form=([(str, bool, float)], None))
-    source: Json | None = _part(None, form=(SOURCE, None))
-    fingerprint: Json = _part(dict, "data", form=FINGERPRINT, training=True)
-    features: int = _part(0)
-    notes: Sequence[str] = _part(list, form=[str])
+    classes: Sequence[str | bool | float] | None = _record_field(
+        None, form=([(str, bool, float)], None)
+    )
+    source: Json | None = _record_field(None, form=(SOURCE, None))
+    fingerprint: Json = _record_field(dict, "data", form=FINGERPRINT, training=True)
+    features: int = _record_field(0)
+    notes: Sequence[str] = _record_field(list, form=[str])
     columns: str = _argument("", "columns")
     numbers: str = _argument("", "numbers")
-    max_levels: int = _part(32, "max_levels")
-    class_weight: str | None = _part(None, "class_weight", form=TEXT, training=True)
-    sample_weight: str | None = _part(None, "sample_weight", form=TEXT, training=True)
-    cv: str = _part("")
-    folds: int = _part(0, logged=True)
-    splits: str = _part("", "folds (cv, groups)", training=True)
-    objective: str = _part("", "loss", training=True)
-    code: dict[str, str] = _part(dict, "code", form={"": str})
-    scoring: str = _part("", "scoring", training=True, logged=True)
-    metrics: Sequence[Json] = _part(list, "scoring", form=METRICS)
+    max_levels: int = _record_field(32, "max_levels")
+    class_weight: str | None = _record_field(None, "class_weight", form=TEXT, training=True)
+    sample_weight: str | None = _record_field(None, "sample_weight", form=TEXT, training=True)
+    cv: str = _record_field("")
+    folds: int = _record_field(0, logged=True)
+    splits: str = _record_field("", "folds (cv, groups)", training=True)
+    objective: str = _record_field("", "loss", training=True)
+    code: dict[str, str] = _record_field(dict, "code", form={"": str})
+    scoring: str = _record_field("", "scoring", training=True, logged=True)
+    metrics: Sequence[Json] = _record_field(list, "scoring", form=METRICS)
     positive: str | bool | float | None = _argument(
         None, "positive", form=(str, bool, float, None), logged=True
     )
-    baseline: Json | None = _part(None, form=({"answer": str, "score": float}, None))
+    baseline: Json | None = _record_field(None, form=({"answer": str, "score": float}, None))
     epoch: str = _argument("", "epoch", training=False)
     patience: int | None = _argument(None, "patience", form=(int, None), training=False)
     max_epochs: int = _argument(0, "max_epochs", logged=True)
     seed: int | None = _argument(None, "random_state", form=int, logged=True)
     dtype: str = _argument("", "dtype")
-    device: str = _part("")
-    versions: Mapping[str, str] = _part(dict, form={"": str})
-    arguments: Arguments = field(default_factory=Arguments, metadata={"part": Part(form=ARGUMENTS)})
+    device: str = _record_field("")
+    versions: Mapping[str, str] = _record_field(dict, form={"": str})
+    arguments: Arguments = field(
+        default_factory=Arguments, metadata={"part": RecordField(form=ARGUMENTS)}
+    )
     absent: frozenset[str] = frozenset({"face"})
 
     @classmethod
@@ -265,14 +269,14 @@ class SearchRecord:
         return self.method if isinstance(self.method, str) else str(self.method.get("name", ""))
 
     @property
-    def descends(self) -> bool:
+    def is_hypergradient(self) -> bool:
         """True if its trials are the points of a hypergradient search."""
         return self.method_name == "hypergradient"
 
     @property
-    def descended(self) -> list[str]:
+    def changed_hyperparameters(self) -> list[str]:
         """The hyperparameters that a hypergradient search changes. Empty for other methods."""
-        if not self.descends or isinstance(self.method, str):
+        if not self.is_hypergradient or isinstance(self.method, str):
             return []
         return ["C"] if self.optimizer == "exact" else list(self.method.get("hyperparameters", ()))
 
@@ -310,7 +314,7 @@ def lost_option(path: Path | None, name: str) -> StudyCorruptError:
     )
 
 
-PARTS: Mapping[str, Part] = {
+RECORD_FIELDS: Mapping[str, RecordField] = {
     one.name: one.metadata["part"] for one in fields(SearchRecord) if "part" in one.metadata
 }
 """The purpose of each field, by its name."""
@@ -318,7 +322,7 @@ PARTS: Mapping[str, Part] = {
 DIRECTIONS = {"objective": "maximize", "neg_objective": "minimize"}
 """From the score of a custom training loop to the direction of the search."""
 
-IDENTITY = {name: part.called for name, part in PARTS.items() if part.called}
+IDENTITY = {name: part.called for name, part in RECORD_FIELDS.items() if part.called}
 """The options that must be the same to resume a search in a file, by name, as text.
 
 All other options may differ.
@@ -327,9 +331,9 @@ All other options may differ.
 OPTION_FORMS: Mapping[str, object] = {
     "": int,
     **{
-        one.name: PARTS[one.name].form or one.type
+        one.name: RECORD_FIELDS[one.name].form or one.type
         for one in fields(SearchRecord)
-        if one.name in PARTS
+        if one.name in RECORD_FIELDS
     },
 }
 """The form of each option. The number of options has the name ""."""

@@ -12,7 +12,15 @@ from typing import Any
 
 from gputune.errors import StudyCorruptError
 from gputune.study.database import TABLES, beside, check_study_file, create_file
-from gputune.study.rows import HOW_MANY, Candidate, Chunk, Result, Row, option_from_row, read_rows
+from gputune.study.rows import (
+    OPTION_COUNT,
+    Candidate,
+    PlannedChunk,
+    Result,
+    StoredRow,
+    option_from_row,
+    read_rows,
+)
 
 _MOST_FAILURES = 20_000
 """The number of failed reads after which the rows between damaged pages are given up.
@@ -23,7 +31,7 @@ It is more than the rows to which one page of pages leads.
 _READERS: dict[str, Callable[..., Iterable[Any]]] = {
     "meta": partial(map, option_from_row),
     "trials": Candidate.from_rows,
-    "plan": partial(map, Chunk.from_row),
+    "plan": partial(map, PlannedChunk.from_row),
     "results": Result.from_rows,
 }
 
@@ -84,7 +92,7 @@ def repair(
     with closing(_connect(path)) as connection:
         options, trials, plan, results = (_whole_rows(connection, table) for table in _READERS)
     named = dict(option for _, option in options.values())
-    how_many = named.pop(HOW_MANY, 0)
+    how_many = named.pop(OPTION_COUNT, 0)
     if not named and not trials:
         raise StudyCorruptError(
             f"{str(path)!r} holds no whole row of a study that can be reached; check the path, or "
@@ -131,10 +139,10 @@ def _connect(path: Path) -> sqlite3.Connection:
     return sqlite3.connect(":memory:")
 
 
-def _whole_rows(connection: sqlite3.Connection, table: str) -> dict[int, tuple[Row, Any]]:
+def _whole_rows(connection: sqlite3.Connection, table: str) -> dict[int, tuple[StoredRow, Any]]:
     """Return the whole rows of a table and their values, by rowid. Empty if the file lost the
     table."""
-    whole: dict[int, tuple[Row, Any]] = {}
+    whole: dict[int, tuple[StoredRow, Any]] = {}
     with suppress(sqlite3.Error):
         schema = connection.execute(
             "SELECT sql FROM sqlite_schema WHERE type = 'table' AND name = ?", (table,)
@@ -150,12 +158,12 @@ def _whole_rows(connection: sqlite3.Connection, table: str) -> dict[int, tuple[R
     return whole
 
 
-def _readable_rows(connection: sqlite3.Connection, table: str) -> dict[int, Row]:
+def _readable_rows(connection: sqlite3.Connection, table: str) -> dict[int, StoredRow]:
     """Return the rows that can be read.
 
     The table is read from both ends up to the first damaged pages, and rowid by rowid between them.
     """
-    rows: dict[int, Row] = {}
+    rows: dict[int, StoredRow] = {}
     query = f"SELECT rowid, * FROM {table} NOT INDEXED WHERE rowid BETWEEN ? AND ? ORDER BY rowid"
 
     def read(low: int, high: int, order: str = "ASC") -> bool:

@@ -23,11 +23,11 @@ from gputune.text import size_words
 from gputune.types import Config, Json, Outputs, first_metric
 
 EpochRule = Literal["best", "last"]
-State = Literal["complete", "failed", "stopped", "pruned"]
-TrialState = State | Literal["waiting"]
+ResultState = Literal["complete", "failed", "stopped", "pruned"]
+TrialState = ResultState | Literal["waiting"]
 Curve: TypeAlias = NDArray[np.float64]
-Row = tuple[Any, ...]
-Value = TypeVar("Value")
+StoredRow = tuple[Any, ...]
+StoredValue = TypeVar("StoredValue")
 
 _LARGE = 2**30
 _PADDING = 64
@@ -39,7 +39,7 @@ Stacked curves above both limits are refused.
 _POINT = re.compile(r"([0-9]{1,9}):([0-9]{1,9})")
 _MOST_THREADS = 4096
 _FLOAT = np.dtype("<f8")
-STATES = get_args(State)
+STATES = get_args(ResultState)
 _NUMBERS: list[object] = []  # nested lists of numbers
 _NUMBERS.append((float, _NUMBERS))
 _DETAIL = {
@@ -54,7 +54,7 @@ _DETAIL = {
     "slope_error?": {"": (float, _NUMBERS)},
 }
 
-HOW_MANY = ""
+OPTION_COUNT = ""
 """The key of the option that holds the number of other options. A repair detects lost options by
 it."""
 
@@ -62,7 +62,7 @@ it."""
 # gputune cannot have written.
 
 
-def option_to_row(key: str, value: object) -> Row:
+def option_to_row(key: str, value: object) -> StoredRow:
     return key, to_json(value, name=f"meta[{key!r}]")
 
 
@@ -86,7 +86,7 @@ class Candidate:
     A point of a hypergradient search has (trial number of its starting point, outer step from 1).
     """
 
-    def to_row(self) -> Row:
+    def to_row(self) -> StoredRow:
         origin = self.origin if isinstance(self.origin, str) else "{}:{}".format(*self.origin)
         return int(self.number), to_json(self.params, name=f"trial {self.number}"), origin
 
@@ -113,7 +113,7 @@ _FACTS = {"threads": int, "at_once?": int}
 
 
 @dataclass(frozen=True)
-class Chunk:
+class PlannedChunk:
     """Trials that always train together, in this order, with ``threads`` threads per step.
 
     ``stage`` is the beginning of the chunk: the epochs done before it (halving), or the outer step
@@ -129,7 +129,7 @@ class Chunk:
     threads: int
     at_once: int = 1
 
-    def to_row(self) -> Row:
+    def to_row(self) -> StoredRow:
         facts = {"threads": self.threads}
         if self.at_once > 1:
             facts["at_once"] = self.at_once
@@ -150,7 +150,7 @@ class Result:
     """The outcome of training one candidate. Scores follow scikit-learn: greater is better."""
 
     number: int
-    state: State
+    state: ResultState
     score: float
     fold_scores: Sequence[float]  # (F,)
     best_epoch: int
@@ -189,7 +189,7 @@ class Result:
         detail = detail or {}
         done = first_metric(curve, axes=2)[:epochs]
         diverged = np.flatnonzero(np.isnan(done).any(1))
-        state: State = "complete" if epochs == len(curve) else "stopped"
+        state: ResultState = "complete" if epochs == len(curve) else "stopped"
         if len(diverged) or epochs == 0:
             at = int(diverged[0]) if len(diverged) else 0
             folds = tuple(done[at].tolist()) if epochs else (np.nan,) * curve.shape[1]
@@ -209,7 +209,7 @@ class Result:
         known = self.state != "failed" and 0 < self.best_epoch <= len(table)
         return table[self.best_epoch - 1] if known else np.full(table.shape[1:], np.nan)
 
-    def to_row(self) -> Row:
+    def to_row(self) -> StoredRow:
         # One score per metric: their number gives the shape of the curve when it is read.
         others = [] if self.curve.ndim == 2 else self.metrics.mean(0)[1:]
         return (
@@ -225,7 +225,7 @@ class Result:
 
     @classmethod
     def from_rows(
-        cls, numbers: Sequence[int], states: Sequence[State], *columns: Any
+        cls, numbers: Sequence[int], states: Sequence[ResultState], *columns: Any
     ) -> list[Self]:
         scores, fold_scores, epochs, seconds, curves, details = columns
         # (trials, metrics), (trials, F), (trials,)
@@ -282,7 +282,7 @@ def _table(values: Sequence[bytes]) -> Curve:
     return np.frombuffer(b"".join(values), dtype=_FLOAT).reshape(len(values), -1)
 
 
-def outputs_to_row(number: int, outputs: Outputs) -> Row:
+def outputs_to_row(number: int, outputs: Outputs) -> StoredRow:
     values = np.ascontiguousarray(outputs.values, dtype="<f4")
     return int(number), int(outputs.epoch), int(values.shape[1]), values.tobytes()
 
@@ -364,7 +364,9 @@ def read_detail(text: str) -> Json:
     return facts
 
 
-def read_rows(make: Callable[..., Iterable[Value]], rows: Sequence[Row]) -> list[Value]:
+def read_rows(
+    make: Callable[..., Iterable[StoredValue]], rows: Sequence[StoredRow]
+) -> list[StoredValue]:
     """Return the values of rows. The last column of each row is its checksum.
 
     Raises:

@@ -29,15 +29,15 @@ from gputune.study import database
 from gputune.study.database import damage_error, sqlite_errors, transaction
 from gputune.study.record import lost_option
 from gputune.study.rows import (
-    HOW_MANY,
+    OPTION_COUNT,
     STATES,
     Candidate,
-    Chunk,
     Curve,
+    PlannedChunk,
     Result,
-    Row,
+    StoredRow,
+    StoredValue,
     TrialState,
-    Value,
     checksum,
     option_from_row,
     option_to_row,
@@ -61,9 +61,9 @@ _ROWS = {
 _AT_ONCE = 100
 """The number of rows that are read together. More rows take more memory, and more time for it."""
 
-__all__ = ["Candidate", "Chunk", "Curve", "Result", "Store"]
+__all__ = ["Candidate", "Curve", "PlannedChunk", "Result", "Store"]
 
-Kept = TypeVar("Kept", Candidate, Chunk, Result)
+CachedRow = TypeVar("CachedRow", Candidate, PlannedChunk, Result)
 
 States = list[tuple[TrialState, Json, int]]
 """(state, detail, number of trials) for each state and detail that occurs."""
@@ -96,7 +96,7 @@ class Store(AbstractContextManager["Store"]):
         self._file = path.stat()
         # A cache of rows that never change: all candidates and chunks, and the final results.
         self._candidates: dict[int, Candidate] = {}
-        self._chunks: dict[int, Chunk] = {}
+        self._chunks: dict[int, PlannedChunk] = {}
         self._results: dict[int, Result] = {}
 
     @classmethod
@@ -113,7 +113,7 @@ class Store(AbstractContextManager["Store"]):
             InputError: ``path`` exists already, its folder does not exist, or an option cannot be
                 written (see ``to_json``).
         """
-        rows = [option_to_row(*option) for option in {HOW_MANY: len(meta), **meta}.items()]
+        rows = [option_to_row(*option) for option in {OPTION_COUNT: len(meta), **meta}.items()]
         database.create_file(Path(path), {"meta": [(*row, checksum(*row)) for row in rows]})
         return cls.open(path)
 
@@ -134,7 +134,7 @@ class Store(AbstractContextManager["Store"]):
         """The options with which the study was created."""
         options = Meta(self.path)
         options |= self._rows("meta", partial(map, option_from_row))
-        options.pop(HOW_MANY, None)
+        options.pop(OPTION_COUNT, None)
         if "numbers" in options:  # the only behavior before this option existed
             options.setdefault("columns", "drop-constant")
         return options
@@ -159,7 +159,7 @@ class Store(AbstractContextManager["Store"]):
         """
         self._insert("trials", [candidate.to_row() for candidate in candidates])
 
-    def add_chunks(self, chunks: Iterable[Chunk]) -> None:
+    def add_chunks(self, chunks: Iterable[PlannedChunk]) -> None:
         """Freeze chunks of the plan, all or none.
 
         Raises:
@@ -297,13 +297,13 @@ class Store(AbstractContextManager["Store"]):
         """Return the number of trials without a final result."""
         return self._count("trials") - self.finished()
 
-    def plan(self) -> list[Chunk]:
+    def plan(self) -> list[PlannedChunk]:
         """Return the frozen chunks, in order of their numbers.
 
         Raises:
             StudyCorruptError: a row is damaged.
         """
-        return self._all("plan", partial(map, Chunk.from_row), self._chunks)
+        return self._all("plan", partial(map, PlannedChunk.from_row), self._chunks)
 
     def backup(self, path: str | os.PathLike[str]) -> None:
         """Write the current study to a new file, complete or not at all, even while others write to
@@ -334,9 +334,9 @@ class Store(AbstractContextManager["Store"]):
     def _rows(
         self,
         table: str,
-        make: Callable[..., Iterable[Value]],
+        make: Callable[..., Iterable[StoredValue]],
         numbers: Collection[int] | None = None,
-    ) -> list[Value]:
+    ) -> list[StoredValue]:
         """Return the values of the rows of a table, or of the rows with some numbers.
 
         Raises:
@@ -345,7 +345,7 @@ class Store(AbstractContextManager["Store"]):
         some = "" if numbers is None else "WHERE rowid IN (SELECT value FROM json_each(?))"
         given = () if numbers is None else (json.dumps(list(numbers)),)
         query = f"SELECT * FROM {table} {some} ORDER BY rowid"
-        values: list[Value] = []
+        values: list[StoredValue] = []
         with without_collector(), sqlite_errors(self.path):
             cursor = self._connection.execute(query, given)
             while rows := cursor.fetchmany(_AT_ONCE):
@@ -362,8 +362,8 @@ class Store(AbstractContextManager["Store"]):
         return values
 
     def _all(
-        self, table: str, make: Callable[..., Iterable[Kept]], known: dict[int, Kept]
-    ) -> list[Kept]:
+        self, table: str, make: Callable[..., Iterable[CachedRow]], known: dict[int, CachedRow]
+    ) -> list[CachedRow]:
         """Return the values of a table with rows that never change. Rows in ``known`` are not
         read again."""
         if self._count(table) != len(known):
@@ -378,7 +378,7 @@ class Store(AbstractContextManager["Store"]):
     def _count(self, rows: str) -> int:
         return int(self._read(f"SELECT count(*) FROM {rows}")[0][0])
 
-    def _read(self, query: str) -> list[Row]:
+    def _read(self, query: str) -> list[StoredRow]:
         with sqlite_errors(self.path):
             return self._connection.execute(query).fetchall()
 
@@ -397,7 +397,7 @@ class Store(AbstractContextManager["Store"]):
             "before is in it",
         )
 
-    def _insert(self, table: str, rows: Iterable[Row]) -> None:
+    def _insert(self, table: str, rows: Iterable[StoredRow]) -> None:
         self._check_place()
         with transaction(self._connection, self.path):
             for row in rows:

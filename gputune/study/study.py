@@ -229,7 +229,7 @@ class Study:
             SearchFailedError: no trial has a finite score.
         """
         if (best := best_trial(self)) is None:
-            raise SearchFailedError(self.why_none_is_best())
+            raise SearchFailedError(self.failure_message())
         return best
 
     @property
@@ -342,7 +342,7 @@ class Study:
             **{f"params_{name}": [t.params.get(name) for t in trials] for name in names},
         }
 
-    def why_none_is_best(self) -> str:
+    def failure_message(self) -> str:
         """Return the reason and the remedy if no trial has a finite score."""
         trials = self.trials
         states = Counter(trial.state for trial in self.trials)
@@ -430,7 +430,7 @@ def _trials(
     rows: Sequence[tuple[Candidate, Result | None]], record: SearchRecord
 ) -> tuple[Trial, ...]:
     names = [metric["name"] for metric in record.metrics]
-    descends = record.descends
+    descends = record.is_hypergradient
     trials = []
     for candidate, result in rows:
         number = candidate.number

@@ -28,7 +28,7 @@ from gputune.optimizers.classes import loop_reason
 from gputune.optimizers.rules import BETA1, BETA2
 from gputune.population.population import Population, arguments_text, shape_of
 from gputune.scoring.scoring import Scoring, shape_of_scores
-from gputune.study.store import Candidate, Chunk, Result
+from gputune.study.store import Candidate, PlannedChunk, Result
 from gputune.text import count, size_words
 from gputune.tuning.choices import ModelChoice
 from gputune.tuning.good_enough import block_size
@@ -49,9 +49,9 @@ class RecordedPlan:
     plan: Plan
     trials: tuple[Candidate, ...]
     configs: tuple[Config, ...]
-    chunks: dict[tuple[int, ...], Chunk]
+    chunks: dict[tuple[int, ...], PlannedChunk]
 
-    def chunk_of(self, part: Population) -> Chunk:
+    def chunk_of(self, part: Population) -> PlannedChunk:
         """Return the recorded chunk that contains a chunk of the plan."""
         return next(chunk for index, chunk in self.chunks.items() if part.index[0] in index)
 

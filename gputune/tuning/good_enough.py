@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from gputune.study.ledger import Ledger
-from gputune.study.store import Candidate, Chunk
+from gputune.study.store import Candidate, PlannedChunk
 from gputune.text import count
 
 BATCH = "batch "
@@ -84,7 +84,7 @@ class GoodEnough:
         """True if the search can end early at all."""
         return self.target_score is not None or self.patience_trials is not None
 
-    def allows(self, chunk: Chunk) -> bool:
+    def allows(self, chunk: PlannedChunk) -> bool:
         """Return whether a chunk of the plan may begin now."""
         if not self.is_possible:
             return True
@@ -111,24 +111,26 @@ class GoodEnough:
                 self._has_ended(chunk) for place, chunk in later if self._allows(place, chunk)
             )
 
-    def _allows(self, place: int, chunk: Chunk) -> bool:
+    def _allows(self, place: int, chunk: PlannedChunk) -> bool:
         """Return True if the chunk at a place in the order of the chunks may begin."""
         if self.reason:
             # After the decision, only chunks that were allowed to begin just before it may train.
             return place < self._ended - 1 + chunk.at_once
         return place - chunk.at_once < self._ended
 
-    def _chunks(self) -> Sequence[Chunk]:
+    def _chunks(self) -> Sequence[PlannedChunk]:
         """Return the chunks in order. In rungs, each batch of trials counts as a chunk."""
         if not self.in_rungs:
             return self.ledger.plan
         batches = groupby(self.ledger.candidates, batch_of)
-        return [Chunk(number, 0, tuple(c.number for c in batch), 1) for number, batch in batches]
+        return [
+            PlannedChunk(number, 0, tuple(c.number for c in batch), 1) for number, batch in batches
+        ]
 
-    def _has_ended(self, chunk: Chunk) -> bool:
+    def _has_ended(self, chunk: PlannedChunk) -> bool:
         return all(number in self.ledger.results for number in chunk.trials)
 
-    def _look(self, chunks: Sequence[Chunk]) -> None:
+    def _look(self, chunks: Sequence[PlannedChunk]) -> None:
         """Process the chunks that have ended since the last call, in order, until a trial ends the
         search."""
         while (
@@ -138,7 +140,7 @@ class GoodEnough:
             self._ended += 1
             self._count_trials(chunks)
 
-    def _count_trials(self, chunks: Sequence[Chunk]) -> None:
+    def _count_trials(self, chunks: Sequence[PlannedChunk]) -> None:
         """Count trials in order of their numbers, as far as they have ended."""
         candidates = self.ledger.candidates
         while not self.reason and self._counted < len(candidates):
@@ -148,7 +150,7 @@ class GoodEnough:
             self._counted += 1
             self._count(number)
 
-    def _is_without_chunk(self, number: int, chunks: Sequence[Chunk]) -> bool:
+    def _is_without_chunk(self, number: int, chunks: Sequence[PlannedChunk]) -> bool:
         """Return True if a trial has ended but is in no chunk. A repaired study may have lost
         chunks."""
         return number in self.ledger.results and not any(number in chunk.trials for chunk in chunks)

@@ -26,7 +26,7 @@ from gputune.scratch import scratch_folder
 from gputune.study.code import source_text
 from gputune.study.ledger import open_ledger
 from gputune.study.record import DIRECTIONS, Arguments, SearchRecord
-from gputune.study.store import Candidate, Chunk, Result
+from gputune.study.store import Candidate, PlannedChunk, Result
 from gputune.study.values import sha256
 from gputune.tuning.choices import method_name, method_to_json
 from gputune.tuning.interrupt import CTRL_C
@@ -208,7 +208,7 @@ def _record(
 
 def _train(
     session: Session, task: Task, workers: Executor[Trial, Ending], waiting: Sequence[Candidate]
-) -> Sequence[Chunk]:
+) -> Sequence[PlannedChunk]:
     """Train the trials that this process can claim.
 
     If it can claim none, return the chunks that other processes train.

@@ -23,7 +23,7 @@ from gputune.methods.optuna import OptunaSampler, OptunaStudy, check_askable
 from gputune.methods.random import n_counted
 from gputune.population.population import Population, by_numbers
 from gputune.solver.solve import solve_chunk
-from gputune.study.store import Candidate, Chunk, Result
+from gputune.study.store import Candidate, PlannedChunk, Result
 from gputune.text import count
 from gputune.tuning.context import Context, RecordedPlan, failed_result
 from gputune.tuning.good_enough import BATCH, batch_of
@@ -44,7 +44,7 @@ def train_fully(context: Context) -> bool:
 
 
 def train_waiting(
-    session: Session, train: Callable[[Sequence[Candidate]], Sequence[Chunk]], *, epochs: int
+    session: Session, train: Callable[[Sequence[Candidate]], Sequence[PlannedChunk]], *, epochs: int
 ) -> bool:
     """Train the waiting trials of the ledger. Return True if time is left.
 
@@ -63,7 +63,7 @@ def train_waiting(
     return not session.is_over()
 
 
-def _train(context: Context, waiting: Sequence[Candidate]) -> list[Chunk]:
+def _train(context: Context, waiting: Sequence[Candidate]) -> list[PlannedChunk]:
     """Train the chunks that this process can claim.
 
     If it can claim none, return the chunks that other processes train.
@@ -102,7 +102,7 @@ def _train(context: Context, waiting: Sequence[Candidate]) -> list[Chunk]:
     return []
 
 
-def _solve(context: Context, waiting: Sequence[Candidate]) -> list[Chunk]:
+def _solve(context: Context, waiting: Sequence[Candidate]) -> list[PlannedChunk]:
     """Solve the chunks that this process can claim.
 
     If it can claim none, return the chunks that other processes solve.
@@ -160,7 +160,7 @@ def _keep(context: Context, trials: Sequence[Candidate], outcome: Outcome) -> No
     context.finish(results, {trials[i].number: one for i, one in outcome.outputs.items()})
 
 
-def wait_for_others(session: Session, chunks: Sequence[Chunk]) -> None:
+def wait_for_others(session: Session, chunks: Sequence[PlannedChunk]) -> None:
     """Wait until other processes have trained their chunks, and tell the user once."""
     who, remedy = session.ledger.owners_of(chunks)
     trials = count(sum(len(chunk.trials) for chunk in chunks), "trial")

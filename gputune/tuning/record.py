@@ -37,7 +37,7 @@ from gputune.methods.distributions import (
 from gputune.methods.optuna import OptunaSampler
 from gputune.scoring.metrics import has_function
 from gputune.study.code import digest_of_code, is_remembered
-from gputune.study.record import PARTS, Arguments, SearchRecord
+from gputune.study.record import RECORD_FIELDS, Arguments, SearchRecord
 from gputune.study.values import sha256, to_json
 from gputune.tuning.choices import ModelChoice, method_from_json, method_to_json, recorded_model
 from gputune.tuning.context import Context
@@ -160,7 +160,7 @@ def recorded_options(record: SearchRecord, **changed: object) -> Options:
     """
     known = {
         part.argument: getattr(record, name)
-        for name, part in PARTS.items()
+        for name, part in RECORD_FIELDS.items()
         if part.argument in RULES
     }
     kept = record.arguments.kept
@@ -207,7 +207,7 @@ def checkpoint_folder(study: Path | None, record: SearchRecord) -> CheckpointFol
     if study is None:
         return None
     # The digest covers every option that changes the training.
-    values = {name: getattr(record, name) for name, part in PARTS.items() if part.training}
+    values = {name: getattr(record, name) for name, part in RECORD_FIELDS.items() if part.training}
     # Left out when unset, so that checkpoints of older studies keep their digest.
     later = {"metrics": record.metrics, "code": record.code, "max_levels": record.max_levels}
     values |= {

@@ -28,7 +28,7 @@ from gputune.solver.solve import solve_all, solved_module
 from gputune.study.database import option_errors
 from gputune.study.model import TunedModel
 from gputune.study.model_fields import DTYPES
-from gputune.study.record import PARTS, SearchRecord, lost_option
+from gputune.study.record import RECORD_FIELDS, SearchRecord, lost_option
 from gputune.study.study import Study, Trial
 from gputune.study.trained_rows import sample_of_rows
 from gputune.tuning.choices import ModelChoice, recorded_model
@@ -329,7 +329,7 @@ def _read_search(access: Access) -> RecordedSearch:
         raise InputError(
             f"{cannot} refit a study of {of}: call your objective with study.best_params."
         )
-    if lost := [name for name in record.lost if PARTS[name].training or name == "method"]:
+    if lost := [name for name in record.lost if RECORD_FIELDS[name].training or name == "method"]:
         raise lost_option(study.file, lost[0])
     # The record stores class weights as text. Its arguments store the given value.
     given = record.arguments.kept.get("class_weight")

@@ -354,5 +354,5 @@ def check_ending(study: AnyStudy, numbers: Sequence[int]) -> AnyStudy:
         at_once = len(numbers) > 1
         raise SearchInterrupted(words, study=study, signal=numbers[0], at_once=at_once)
     if all(result is not None and result.state == "failed" for _, result in study.rows):
-        raise SearchFailedError(study.why_none_is_best())
+        raise SearchFailedError(study.failure_message())
     return study

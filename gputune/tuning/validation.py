@@ -60,7 +60,7 @@ def _why_no_folds(study: Study) -> str:
             "of search(), whose training loop is your own: keep what your objective predicts in "
             "a file"
         )
-    if isinstance(study.record.method, dict) and study.record.descends:
+    if isinstance(study.record.method, dict) and study.record.is_hypergradient:
         return (
             "of a hypergradient search, whose points have schedules of their own; use a study of "
             "another method"

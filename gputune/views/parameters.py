@@ -185,7 +185,7 @@ class DescentPath:
 def descended(study: Study) -> tuple[Parameter, ...]:
     """Return the hyperparameters that a hypergradient search moved, or () for another search."""
     numbers = {parameter.name: parameter for parameter in parameters(study) if not parameter.levels}
-    return tuple(numbers[name] for name in study.record.descended if name in numbers)
+    return tuple(numbers[name] for name in study.record.changed_hyperparameters if name in numbers)
 
 
 def descent_paths(study: Study) -> tuple[DescentPath, ...]:

@@ -19,7 +19,7 @@ from gputune.study.claims import Claims
 from gputune.study.ledger import open_ledger
 from gputune.study.repair import repair
 from gputune.study.rows import checksum
-from gputune.study.store import Chunk, Store
+from gputune.study.store import PlannedChunk, Store
 from study_rows import Canary, bits, candidates, change, content, record, result
 
 META = {"model": "mlp", "seed": 0}
@@ -39,7 +39,7 @@ def fill(store, trials):
     """Fill a study, commit by commit."""
     for n in range(trials):
         yield partial(store.add_trials, candidates([n]))
-        yield partial(store.add_chunks, [Chunk(n, 0, (n,), 1)])
+        yield partial(store.add_chunks, [PlannedChunk(n, 0, (n,), 1)])
         yield partial(store.finish, [result(n, epochs=20)])
 
 
@@ -79,7 +79,7 @@ def test_the_log_cut_at_every_sector_gives_the_commits_before(path, tmp_path):
             META,
             candidates(range(3)),
             {n: bits(result(n, epochs=20)) for n in range(3)},
-            [Chunk(n, 0, (n,), 1) for n in range(3)],
+            [PlannedChunk(n, 0, (n,), 1) for n in range(3)],
         )
         log = path.with_name("study.db-wal").read_bytes()
         base = path.read_bytes()
@@ -164,7 +164,7 @@ def test_nothing_of_a_study_is_unpickled(path, tmp_path, table):
         raw.commit()
         read(path)
         with Claims(path) as claims:
-            claims.take(Chunk(0, 0, (0,), 1))
+            claims.take(PlannedChunk(0, 0, (0,), 1))
         with suppress(StudyCorruptError):
             repair(path, tmp_path / f"{column}.db")
         run("trials", path)

@@ -18,7 +18,7 @@ from gputune.engine.stop import Stop
 from gputune.study import claims as claims_file
 from gputune.study.claims import Claims
 from gputune.study.ledger import Ledger, open_ledger
-from gputune.study.store import Chunk, Store
+from gputune.study.store import PlannedChunk, Store
 from gputune.tuning.options import Options
 from gputune.tuning.progress import Progress
 from gputune.tuning.random import wait_for_others
@@ -28,7 +28,7 @@ from refused import refused
 from study_processes import done, finish, start, table
 from study_rows import candidates, change, record, result
 
-CHUNKS = [Chunk(0, 0, (0, 1), 1), Chunk(1, 0, (2,), 1)]
+CHUNKS = [PlannedChunk(0, 0, (0, 1), 1), PlannedChunk(1, 0, (2,), 1)]
 
 
 @pytest.fixture(scope="module")
@@ -169,9 +169,9 @@ def test_one_process_at_a_time_adds_to_the_plan_and_what_it_has_planned_is_plann
     other.leave_setup()
     with Store.open(path) as store:
         ledger = Ledger(store, mine)
-        store.add_chunks([Chunk(2, 1, (0, 1, 2), 1)])
+        store.add_chunks([PlannedChunk(2, 1, (0, 1, 2), 1)])
         assert ledger.chunks(ledger.candidates, 1, lambda left: pytest.fail("cut twice")) == [
-            Chunk(2, 1, (0, 1, 2), 1)
+            PlannedChunk(2, 1, (0, 1, 2), 1)
         ]
 
 

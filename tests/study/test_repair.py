@@ -16,7 +16,7 @@ import gputune
 from command_line import FAST, kinds, run, write_table
 from gputune.errors import StudyCorruptError
 from gputune.study.repair import RepairResult, _connect, repair
-from gputune.study.store import Chunk, Store
+from gputune.study.store import PlannedChunk, Store
 from refused import refused
 from study_rows import bits, candidates, change, content, make_study, result
 
@@ -32,7 +32,7 @@ def whole(tmp_path_factory):
     with Store.create(path, META) as store:
         store.add_trials(candidates(range(TRIALS)))
         store.add_chunks(
-            [Chunk(n, 0, tuple(range(3 * n, 3 * n + 3)), 1) for n in range(TRIALS // 3)]
+            [PlannedChunk(n, 0, tuple(range(3 * n, 3 * n + 3)), 1) for n in range(TRIALS // 3)]
         )
         store.finish([result(0, state="stopped"), result(TRIALS - 2, state="stopped")])
         store.finish([result(n, epochs=900 if n % 10 == 0 else 5) for n in range(TRIALS - 2)])

@@ -20,7 +20,7 @@ from gputune.errors import StudyCorruptError, StudyVersionError
 from gputune.study import database
 from gputune.study.repair import repair
 from gputune.study.rows import read_rows
-from gputune.study.store import Candidate, Chunk, Store
+from gputune.study.store import Candidate, PlannedChunk, Store
 from gputune.study.study import Study
 from gputune.types import Outputs
 from refused import refused
@@ -427,12 +427,12 @@ def test_what_was_read_once_is_not_read_again(path, monkeypatch):
     with Store.create(path, META) as store, Store.open(path) as other:
         other.add_trials(candidates(range(4)))
         other.finish([result(1), result(2, state="stopped")])
-        other.add_chunks([Chunk(0, 0, (0, 1), 1)])
+        other.add_chunks([PlannedChunk(0, 0, (0, 1), 1)])
         assert [found and found.number for _, found in store.trials()] == [None, 1, 2, None]
-        assert store.plan() == [Chunk(0, 0, (0, 1), 1)]
+        assert store.plan() == [PlannedChunk(0, 0, (0, 1), 1)]
         other.finish([result(0), result(2)])
         other.add_trials(candidates(range(4, 6)))
-        other.add_chunks([Chunk(7, 0, (2, 3), 1)])
+        other.add_chunks([PlannedChunk(7, 0, (2, 3), 1)])
         read = []
         monkeypatch.setattr(
             "gputune.study.store.read_rows",
@@ -447,7 +447,7 @@ def test_what_was_read_once_is_not_read_again(path, monkeypatch):
 
 FORMAT_META = {"model": "mlp", "seed": 0, "classes": ["a", "b"], "limit": math.inf}
 TRIALS = [*candidates(range(3)), Candidate(3, {"lr": [0.1, 0.2]}, (0, 1))]
-PLAN = [Chunk(0, 0, (2, 0), 1), Chunk(1, 0, (1,), 2)]
+PLAN = [PlannedChunk(0, 0, (2, 0), 1), PlannedChunk(1, 0, (1,), 2)]
 RESULTS = [result(0), result(2, state="stopped", detail={"rung": 3})]
 
 

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from gputune.study.claims import Claims
 from gputune.study.repair import repair
-from gputune.study.store import Candidate, Chunk, Store
+from gputune.study.store import Candidate, PlannedChunk, Store
 from refused import refused
 from study_rows import bits, result
 
@@ -75,7 +75,7 @@ class StoreStates(RuleBasedStateMachine):
         trials=st.lists(NUMBERS, min_size=1, max_size=3, unique=True),
     )
     def freeze(self, who, number, trials):
-        chunk = Chunk(number, 0, tuple(trials), 1)
+        chunk = PlannedChunk(number, 0, tuple(trials), 1)
         with refused(f"chunk {number} is there already") if number in self.plan else nullcontext():
             self.handles[who].add_chunks([chunk])
         self.plan.setdefault(number, chunk)

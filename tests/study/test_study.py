@@ -17,7 +17,7 @@ from gputune.api.study import Study
 from gputune.errors import SearchFailedError, StudyCorruptError
 from gputune.study import rows
 from gputune.study import study as study_file
-from gputune.study.record import IDENTITY, PARTS, SearchRecord, has_form, lost_option
+from gputune.study.record import IDENTITY, RECORD_FIELDS, SearchRecord, has_form, lost_option
 from gputune.study.study import Trial
 from gputune.tuning.refit import Access
 from made_studies import HOSTILE, META, hostile_study, made_study
@@ -297,7 +297,12 @@ def test_a_record_gives_its_options_back():
 def test_what_a_damaged_file_lacks_is_said_and_is_empty_as_what_no_descent_has():
     record = SearchRecord.from_json({"model": "mlp"})
     assert record.to_json() == {"model": "mlp"}
-    assert (record.method_name, record.descended, record.folds, record.seed) == ("", [], 0, None)
+    assert (record.method_name, record.changed_hyperparameters, record.folds, record.seed) == (
+        "",
+        [],
+        0,
+        None,
+    )
     assert record.lost == [name for name in IDENTITY if name not in LATER]
     with pytest.raises(
         StudyCorruptError, match=r"study 'a\.db' has lost the option 'seed' .*open\('a\.db'\)"
@@ -308,8 +313,8 @@ def test_what_a_damaged_file_lacks_is_said_and_is_empty_as_what_no_descent_has()
     ):
         raise lost_option(None, "seed")
     method = {"name": "hypergradient", "hyperparameters": ("lr", "momentum")}
-    assert SearchRecord(method=method).descended == ["lr", "momentum"]
-    assert SearchRecord(method=method, optimizer="exact").descended == ["C"]
+    assert SearchRecord(method=method).changed_hyperparameters == ["lr", "momentum"]
+    assert SearchRecord(method=method, optimizer="exact").changed_hyperparameters == ["C"]
 
 
 def test_the_order_in_which_a_checkpoint_digests_a_search_stays():
@@ -318,7 +323,7 @@ def test_the_order_in_which_a_checkpoint_digests_a_search_stays():
         "sample_weight"
     )
     training += " splits objective scoring positive max_epochs seed dtype"
-    assert [name for name, part in PARTS.items() if part.training] == training.split()
+    assert [name for name, part in RECORD_FIELDS.items() if part.training] == training.split()
     others = {"target", "space", "method", "epoch", "patience", "metrics", "code", "max_levels"}
     assert {*IDENTITY} - {*training.split()} == others
 

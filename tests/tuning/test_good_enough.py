@@ -16,7 +16,7 @@ from gputune.executors.executor import Executor, Queue
 from gputune.executors.worker import Reports
 from gputune.methods.stopping import Halving, Median, ends_in_order
 from gputune.study.ledger import Ledger
-from gputune.study.store import Candidate, Chunk, Result
+from gputune.study.store import Candidate, PlannedChunk, Result
 from gputune.tuning.good_enough import GoodEnough
 from study_processes import table
 
@@ -245,7 +245,7 @@ def test_the_order_in_which_workers_end_does_not_decide(options):
                 numbers.pop(draw.randrange(min(6, len(numbers))))
                 for _ in range(min(len(numbers), 2))
             ]
-            chunks.append(Chunk(len(chunks), 0, tuple(part), 1, at_once=3))
+            chunks.append(PlannedChunk(len(chunks), 0, tuple(part), 1, at_once=3))
         expected = trained_in_a_crowd(scores, chunks, seed=0, kill=False, **options)
         n_early += len(expected[0]) < 40
         for seed in range(8):
@@ -258,7 +258,7 @@ def test_the_order_in_which_workers_end_does_not_decide(options):
 def test_a_chunk_begins_when_those_that_cannot_train_beside_it_have_ended():
     ledger = Ledger(None)
     ledger.candidates = [Candidate(number, {}, "random") for number in range(4)]
-    ledger.plan = [Chunk(number, 0, (number,), 1, at_once=2) for number in range(4)]
+    ledger.plan = [PlannedChunk(number, 0, (number,), 1, at_once=2) for number in range(4)]
     good_enough = GoodEnough(ledger, target_score=1.0, patience_trials=None, in_rungs=False)
     assert list(map(good_enough.allows, ledger.plan)) == [True, True, False, False]
     ledger.results[1] = Result(1, "complete", 2.0, (2.0,), 1, 0.0, np.array([[2.0]]))
