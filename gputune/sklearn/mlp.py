@@ -266,40 +266,58 @@ def _layers(sizes: object) -> list[int]:
 
 _PARAMETERS = """
 
-    What scikit-learn's own is, with its parameters and their defaults, and whatever it has after ``fit``. gputune
-    trains it, alone as in a search, where it can: ``fit`` is scikit-learn's own, of one estimator alone, for "lbfgs",
-    activation "logistic" or "identity", learning_rate "invscaling" or "adaptive" of "sgd", early_stopping, warm_start,
-    shuffle=False, no hidden layer, other constants of "adam", a target of several columns or of one class, and for
-    ``partial_fit``. A search trains all other candidates together, and says which it does not.
+    It has the parameters and defaults of scikit-learn's class, and its attributes after ``fit``.
+    gputune trains it if it can. In a search it trains all such candidates together, and warns about
+    the others.
 
-    Of what gputune trains:
+    scikit-learn's own ``fit`` trains these cases, one estimator at a time:
 
-    activation, dropout  "relu", "tanh", and also "gelu", "silu"; the rate in [0, 1) that follows each
-    solver               "adam", "sgd", and also "adamw" (weight decay apart from the gradient), and those that adapt
-                         their rate: "sgdhd", "adamhd", "adamwhd"
-    alpha                scikit-learn's L2 penalty: a weight decay of alpha / (weight of a minibatch's rows) in the
-                         gradient. Departures: the biases decay too, and a short last minibatch decays as a whole one
-    weight_decay         in place of alpha the decay itself, as in torch.optim; of "adamw" and "adamwhd", which have no
-                         alpha, None is 0.01
-    learning_rate        "constant", and of every solver also "cosine", "linear", "warmup+cosine" or "one_cycle"
-    tol, n_iter_no_change   training ends after more than so many epochs whose loss was not below the least by tol. The
-                         loss is that of all training rows after the epoch, without the penalty (scikit-learn: the mean
-                         over the minibatches of the epoch), which takes time. n_iter_no_change=inf computes none, and
-                         goes to the last epoch
-    max_iter             epochs at most; no ConvergenceWarning says that they were all trained
-    random_state         an integer gives the same numbers again, alone as in a search; they are not scikit-learn's
-    verbose              without effect
-    device               "auto" (a GPU only for what is long), "cpu", "cuda", "cuda:1"
+    - solver "lbfgs", or other constants of "adam" (``beta_1``, ``beta_2``, ``epsilon``);
+    - activation "logistic" or "identity", or no hidden layer;
+    - learning_rate "invscaling" or "adaptive" of "sgd";
+    - early_stopping, warm_start, shuffle=False or another ``loss``;
+    - a target with several columns or with one class;
+    - ``partial_fit``.
 
-    Sparse X is made dense, where memory holds it. Numbers have X's precision on a CPU, single precision on a GPU.
+    Sparse X is converted to a dense array, if memory holds it. Numbers have X's precision on a CPU
+    and single precision on a GPU.
+
+    Args:
+        activation: "relu" or "tanh", and in gputune also "gelu" or "silu".
+        dropout: dropout rate after every activation, in [0, 1) [default: 0].
+        solver: "adam" or "sgd", and in gputune also "adamw" (decoupled weight decay), and "sgdhd",
+            "adamhd" and "adamwhd", which adapt their learning rate.
+        alpha: scikit-learn's L2 penalty: a weight decay of alpha / (weight of a minibatch's rows)
+            in the gradient. Departures: the biases decay too, and a short last minibatch decays
+            like a whole one.
+        weight_decay: the weight decay itself, as in torch.optim, in place of ``alpha``. "adamw" and
+            "adamwhd" have no alpha. For them None is 0.01.
+        learning_rate: "constant", and for every solver also "cosine", "linear", "warmup+cosine",
+            "one_cycle", "coslog4" or "flat_cos".
+        tol: improvement of the loss that counts. The loss is computed on all training rows after
+            each epoch, without the penalty. This takes time. scikit-learn uses the mean over the
+            minibatches of the epoch.
+        n_iter_no_change: training ends after more than this number of epochs without a loss below
+            the best loss minus ``tol``. inf computes no loss and trains to the last epoch.
+        max_iter: number of epochs at most. No ConvergenceWarning appears if all were trained.
+        random_state: an integer gives the same numbers again, in a single fit and in a search. They
+            differ from scikit-learn's numbers.
+        verbose: no effect.
+        device: "auto" (a GPU only for long trainings), "cpu", "cuda" or "cuda:1".
+
+    Raises:
+        InputError: a setting that only gputune trains is combined with one that only scikit-learn
+            trains. It is raised by ``fit``, like the other errors.
+        DivergedError: the training diverges.
 """
 
 _EXTRAS = {"dropout": 0.0, "weight_decay": None, "device": "auto"}
 
 
 class MLPClassifier(_MLP, neural_network.MLPClassifier):  # type: ignore[misc]
-    __doc__ = f"""A multilayer perceptron for classes.{_PARAMETERS}
-    After ``fit`` also ``module_``, where gputune trained it: a plain torch module on the CPU with logits (n, K).
+    __doc__ = f"""A multilayer perceptron for classes, with scikit-learn's parameters.{_PARAMETERS}
+    Attributes:
+        module_: a plain torch module on the CPU with logits (n, K), if gputune trained it.
     """
 
     loss = _loss = "log_loss"
@@ -320,11 +338,15 @@ class MLPClassifier(_MLP, neural_network.MLPClassifier):  # type: ignore[misc]
 
 
 class MLPRegressor(_MLP, neural_network.MLPRegressor):  # type: ignore[misc]
-    __doc__ = f"""A multilayer perceptron for a number, trained on the standardised target.{_PARAMETERS}
-    ``alpha`` weighs against the error of the standardised target, and ``tol`` is of half of it.
+    __doc__ = f"""A multilayer perceptron for a number, with scikit-learn's parameters.{_PARAMETERS}
+    Note:
+        gputune trains on the standardized target. ``alpha`` weighs against the error of this
+        target, and ``tol`` refers to half of its squared error.
 
-    After ``fit`` also, where gputune trained it, ``module_`` (a plain torch module on the CPU), ``target_mean_`` and
-    ``target_scale_`` (the target is the module's output * scale + mean).
+    Attributes:
+        module_: a plain torch module on the CPU, if gputune trained it.
+        target_mean_: the target is the module's output * ``target_scale_`` + ``target_mean_``.
+        target_scale_: see ``target_mean_``.
     """
 
     loss = _loss = "squared_error"

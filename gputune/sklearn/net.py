@@ -241,49 +241,77 @@ def _settings(criterion: nn.Module) -> Config:
 
 _PARAMETERS = """
 
-    X is a table (n, D), an array or tensor (n, ...) of any shape, a tensor of integers (n, T) such as token ids, or
-    several of these as a dict, which a search wants as a ``SliceDict``, or a tuple. Trains for ``max_epochs`` epochs on
-    all rows, on X as it comes: put a StandardScaler in front of a table.
+    X is one of:
 
-    module               a torch.nn.Module class, or a function or functools.partial that returns one; it is called with
-                         ``n_features``, ``n_outputs`` and ``input_shape`` where its signature has them, and with
-                         ``module__*``: module__hidden=32 is its argument hidden
-    criterion            None: the cross-entropy of classes, the binary one of labels and of one logit of two
-                         classes, as nn.BCEWithLogitsLoss; the squared error of numbers,
-                         standardised. Or one of the names of ``gputune.tune(loss=...)``; a loss of torch.nn, as a
-                         class or an instance; or callable(outputs, y), which returns row losses or their mean
-    criterion__*         what that loss takes: criterion__delta=2.0 of "huber", criterion__beta=0.5 of nn.SmoothL1Loss
-    optimizer            a class of torch.optim or its name, or a word: "sgd", "nesterov", "adam", "adamw", "rmsprop",
-                         "lion", "muon", "schedulefree", and those that adapt their rate: "sgdhd", "nesterovhd",
-                         "adamhd", "adamwhd". SGD, Adam, AdamW, RMSprop and Muon are the words; members of other
-                         classes train one by one
-    optimizer__*         what such a class takes: optimizer__betas=(0.8, 0.9); members then train one by one
-    lr                   the learning rate
-    optimizer__weight_decay, optimizer__momentum   as in torch.optim; None is the optimizer's default
-    batch_size           rows of a minibatch; "auto" is min(200, n)
-    max_epochs           epochs, always to the last one
-    random_state         an integer gives the same numbers again, alone as in a search
-    device               "auto", "cpu", "cuda", "cuda:1"
-    training_step        callable(module, (x, y)) in place of the criterion; it returns row losses or their mean
-                         (skorch: a method, ``train_step_single``)
-    augment              callable(x, generator) for the minibatches of training: inputs of the same shape
-    numbers              "standard" scales the channels of floats and bytes, of a table the columns, by the training
-                         rows; "none" leaves them
-    train_split          None: no row is held out, and nothing else is taken
-    verbose              taken, and without effect
-    callbacks            None or []: an estimator calls none
+    - a table (n, D), or an array or tensor (n, ...) of any shape;
+    - a tensor of integers (n, T), such as token ids;
+    - several of these as a dict or a tuple. A search needs a ``SliceDict`` instead.
 
-    Members of a search train stacked where the module can be, and one by one where not. Departures from skorch: every
-    row is trained on, none is held out, and floats have X's precision on a CPU (skorch: single).
+    ``fit`` trains for ``max_epochs`` epochs on all rows. X is not scaled by default: put a
+    StandardScaler in front of a table. The members of a search train stacked if the module allows
+    it, otherwise one by one.
+
+    Departures from skorch: every row is trained on, none is held out. Floats have X's precision on
+    a CPU (skorch: single precision).
+
+    Args:
+        module: a torch.nn.Module class, or a function or functools.partial that returns a module.
+            It is called with ``module__*``, and with ``n_features``, ``n_outputs`` and
+            ``input_shape`` if its signature has them.
+        module__*: arguments of the module. ``module__hidden=32`` is its argument ``hidden``.
+        criterion: the loss.
+
+            - None: the cross-entropy for classes, the binary cross-entropy
+              (``nn.BCEWithLogitsLoss``) for labels and for one logit for two classes, and the
+              squared error of standardized numbers.
+            - A name of ``gputune.tune(loss=...)``.
+            - A loss of torch.nn, as a class or an instance.
+            - ``callable(outputs, y)``, which returns the losses of the rows or their mean.
+
+        criterion__*: arguments of the loss, such as criterion__delta=2.0 for "huber" or
+            criterion__beta=0.5 for nn.SmoothL1Loss.
+        optimizer: a name, or a class of torch.optim or its name [default: "sgd"]. The names are
+            "sgd", "nesterov", "adam", "adamw", "rmsprop", "lion", "muon" and "schedulefree", and
+            "sgdhd", "nesterovhd", "adamhd" and "adamwhd", which adapt their learning rate. The
+            classes SGD, Adam, AdamW, RMSprop and Muon are the same as their names. Members of other
+            classes train one by one.
+        optimizer__*: arguments of an optimizer class, such as optimizer__betas=(0.8, 0.9). Members
+            then train one by one.
+        lr: the learning rate [default: 0.01].
+        optimizer__weight_decay: as in torch.optim. None is the optimizer's default.
+        optimizer__momentum: as in torch.optim. None is the optimizer's default.
+        batch_size: rows of a minibatch [default: 128]. "auto" is min(200, n).
+        max_epochs: number of epochs, all of which are trained [default: 10].
+        random_state: an integer gives the same numbers again, in a single fit and in a search.
+        device: "auto", "cpu", "cuda" or "cuda:1".
+        training_step: ``callable(module, (x, y))`` in place of the criterion. It returns the losses
+            of the rows or their mean. In skorch it is the method ``train_step_single``.
+        augment: ``callable(x, generator)``, applied to training minibatches. It returns inputs of
+            the same shape.
+        numbers: "standard" scales the channels of floats and bytes (of a table the columns) by the
+            training rows. "none" [default] does not.
+        train_split: None or False, because no row is held out. Other values are refused.
+        verbose: accepted, without effect.
+        callbacks: None or [], because an estimator calls no callbacks.
+
+    Raises:
+        InputError: the module, an optimizer or the criterion cannot be trained, or a parameter is
+            not supported. It is raised by ``fit``.
+        DivergedError: the training diverges.
 """
 
 
 class NeuralNet(_NeuralNet):
-    __doc__ = f"""A user's nn.Module on any target, numbers (n, ...) as they are; it needs a criterion.{_PARAMETERS}
-    ``predict`` returns the outputs of the module. A search needs ``scoring``, as it is in skorch.
+    __doc__ = f"""A user's nn.Module on any numeric target, with a criterion.{_PARAMETERS}
+    Note:
+        The target has numbers (n, ...), which are used unchanged. ``predict`` returns the outputs
+        of the module. A search needs ``scoring``, as in skorch.
 
-    After ``fit``: ``module_`` (a plain module of the user's class, on the CPU), ``n_iter_`` (epochs), and of a table
-    ``n_features_in_`` and ``feature_names_in_``.
+    Attributes:
+        module_: the trained module, a plain module of the user's class on the CPU.
+        n_iter_: number of epochs.
+        n_features_in_: number of features of a table.
+        feature_names_in_: names of the features of a table.
     """
 
     _takes_any_target = True
@@ -295,11 +323,17 @@ class NeuralNet(_NeuralNet):
 
 
 class NeuralNetClassifier(ClassifierMixin, _NeuralNet):  # type: ignore[misc]
-    __doc__ = f"""A user's nn.Module as a classifier; it returns logits (n, K), of two classes also one.{_PARAMETERS}
-    With y (n, K) of 0 and 1 every column is a label of its own.
+    __doc__ = f"""A user's nn.Module as a classifier that returns logits (n, K).{_PARAMETERS}
+    Note:
+        For two classes the module can also return one logit. With y (n, K) of 0 and 1 every column
+        is a separate label.
 
-    After ``fit``: ``module_`` (a plain module of the user's class, on the CPU), ``classes_`` (for labels a list),
-    ``n_iter_`` (epochs), and of a table ``n_features_in_`` and ``feature_names_in_``.
+    Attributes:
+        module_: the trained module, a plain module of the user's class on the CPU.
+        classes_: the classes. For labels a list.
+        n_iter_: number of epochs.
+        n_features_in_: number of features of a table.
+        feature_names_in_: names of the features of a table.
     """
 
     _own_losses: ClassVar = {nn.CrossEntropyLoss: "cross_entropy", nn.BCEWithLogitsLoss: "bce"}
@@ -355,13 +389,20 @@ class NeuralNetClassifier(ClassifierMixin, _NeuralNet):  # type: ignore[misc]
 
 
 class NeuralNetRegressor(RegressorMixin, _NeuralNet):  # type: ignore[misc]
-    __doc__ = f"""A user's nn.Module as a regressor of numbers; it returns (n, K), of one number also (n,).{_PARAMETERS}
-    With a criterion that has a name, and MSELoss, the module learns the target less its mean over its standard
-    deviation, of the training rows (skorch: the target); with any other one the target as it is.
+    __doc__ = f"""A user's nn.Module as a regressor that returns (n, K) or (n,).{_PARAMETERS}
+    Note:
+        With a named criterion or MSELoss the module learns the standardized target: minus the mean
+            and divided by the standard deviation of the training rows (skorch: the target itself).
+            With any other criterion it learns the target itself.
 
-    After ``fit``: ``module_`` (a plain module of the user's class, on the CPU), ``target_mean_`` and
-    ``target_scale_`` (the target is the module's output * scale + mean; of several numbers (K,)), ``n_iter_`` (epochs),
-    and of a table ``n_features_in_`` and ``feature_names_in_``.
+    Attributes:
+        module_: the trained module, a plain module of the user's class on the CPU.
+        target_mean_: the target is the module's output * ``target_scale_`` + ``target_mean_``. A
+            number, or (K,) for several numbers.
+        target_scale_: see ``target_mean_``.
+        n_iter_: number of epochs.
+        n_features_in_: number of features of a table.
+        feature_names_in_: names of the features of a table.
     """
 
     _own_losses: ClassVar = {nn.MSELoss: "mse"}

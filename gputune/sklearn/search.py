@@ -194,27 +194,43 @@ CONSTRAINTS: dict[str, list[object]] = {
 
 _TOGETHER = """
 
-    The estimator is one of gputune's, or a Pipeline that ends in one: then all candidates train in all folds as one
-    tensor program, and scikit-learn evaluates them. A transformer of a pipeline is fitted once a fold for all
-    candidates that have its parameters in common. Any other estimator is left to scikit-learn's own loop, with a
-    warning. Candidates, folds, scores, ranks, ``cv_results_`` and all attributes are scikit-learn's.
+    If the estimator is from gputune, or a Pipeline that ends in one, all candidates train in all
+    folds as one tensor program. scikit-learn then evaluates them. A transformer of a pipeline is
+    fitted once per fold for all candidates with the same parameters of the transformer. Any other
+    estimator is left to scikit-learn's own loop, with a warning.
 
-    device      where candidates train; "auto" leaves it to the estimator's own ``device``
-    study       the path of a new study file, in which the trials are kept after the search: see gputune.Study.open and
-                ``gputune trials``
-    timeout     seconds after which no fit goes on; those that have not ended get ``error_score``
-    n_jobs      accepted, and without effect where candidates train together; so is ``pre_dispatch``
+    Candidates, folds, scores, ranks, ``cv_results_`` and all attributes are scikit-learn's. Each
+    fit equals the estimator's own ``fit`` on the rows of the fold, up to rounding. Members train to
+    their last epoch, unless the estimator's own rule ends them (``tol`` and ``n_iter_no_change`` of
+    an MLP). Their random numbers come from the estimator's ``random_state``. The search's own
+    ``random_state`` is for the candidates.
 
-    Members train to their last epoch, and their random numbers come from the estimator's ``random_state``; the search's
-    own is for the candidates. ``mean_fit_time`` is a fit's share of the time that all took together, and
-    ``std_fit_time`` is 0. Each fit is the one that the estimator's own ``fit`` makes on the rows of the fold, to
-    rounding. Callbacks (since scikit-learn 1.9) hear of every fit of a candidate, and of a transformer's in the refit.
+    ``mean_fit_time`` is the share of one fit in the common training time, and ``std_fit_time`` is
+    0. Callbacks (since scikit-learn 1.9) are notified of every fit of a candidate, and of a
+    transformer's fit in the refit.
+
+    Further parameters are scikit-learn's.
+
+    Args:
+        device: device on which candidates train. "auto" [default] uses the estimator's own
+            ``device``.
+        study: path of a new study file that keeps the trials after the search, for
+            ``gputune.Study.open`` and ``gputune trials``. None: no file.
+        timeout: seconds (above 0) after which no fit continues. Fits that have not ended get
+            ``error_score``. None: no limit.
+        n_jobs: accepted, without effect if candidates train together.
+        pre_dispatch: accepted, without effect if candidates train together.
+
+    Raises:
+        InputError: ``study`` exists already, or its folder does not exist. It is raised by ``fit``,
+            like scikit-learn's errors.
 """
 
 
 class RandomizedSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  # type: ignore[misc]
-    __doc__ = f"""scikit-learn's RandomizedSearchCV, with its candidates trained together.{_TOGETHER}
-    ``param_distributions`` may hold Optuna's distributions too.
+    __doc__ = f"""scikit-learn's RandomizedSearchCV, training candidates together.{_TOGETHER}
+    Note:
+        ``param_distributions`` may hold Optuna distributions too.
     """
 
     _space_name = "param_distributions"
@@ -226,7 +242,7 @@ class RandomizedSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  # ty
 
 
 class GridSearchCV(FusedSearch, model_selection.GridSearchCV):  # type: ignore[misc]
-    __doc__ = f"""scikit-learn's GridSearchCV, with its candidates trained together.{_TOGETHER}"""
+    __doc__ = f"""scikit-learn's GridSearchCV, training candidates together.{_TOGETHER}"""
 
     _space_name = "param_grid"
     _parameter_constraints: ClassVar = (
