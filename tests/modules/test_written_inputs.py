@@ -234,6 +234,18 @@ def emptied_late(write):
     return changed
 
 
+def after_another_write(x):
+    """Write the same into all members' rows, which PyTorch allows, and then scale them."""
+    sums = x.sum(1, keepdim=True)
+    x[:, 0] = 0.5
+    return x.mul_(1.5) + sums
+
+
+def after_another_change(x):
+    fixed = torch.cat([torch.full_like(x[:, :1], 0.5), x[:, 1:]], 1)
+    return fixed * 1.5 + x.sum(1, keepdim=True)
+
+
 FORWARDS_ON_MANY_ROWS = {
     "both modes": (beyond(40, in_place), beyond(40, in_new_memory)),
     "training": (beyond(40, in_place, True), beyond(40, in_new_memory, True)),
@@ -242,6 +254,7 @@ FORWARDS_ON_MANY_ROWS = {
     "a medium size": (of_a_medium_size(in_place), of_a_medium_size(in_new_memory)),
     "with draws": (with_dropout(in_place), with_dropout(in_new_memory)),
     "in silence": (emptied_late(True), emptied_late(False)),
+    "two writes": (beyond(40, after_another_write), beyond(40, after_another_change)),
 }
 
 
