@@ -15,6 +15,8 @@ from gputune.errors import InputError
 from gputune.main_memory import free_memory
 from gputune.text import size_words
 
+MISSING_TABLE = "give a CSV or Parquet file or 'sklearn:iris'"
+"""What the user can do if a table is missing."""
 _KINDS = (
     (stat.S_ISFIFO, "a pipe"),
     (stat.S_ISSOCK, "a socket"),
@@ -112,6 +114,12 @@ def check_room(path: Path, needed: int, free: int | None = None) -> None:
             f"{str(path)!r} needs about {size_words(needed)} of memory or more, and "
             f"{size_words(free)} are free; {remedy}."
         )
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raise InputError if there is no folder of this name, from which a model is to be read."""
+    if not folder.is_dir():
+        raise InputError(f"there is no model folder {str(folder)!r}; check the path.")
 
 
 def _check_mode(path: Path, mode: int, folder: str) -> None:

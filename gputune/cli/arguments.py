@@ -310,7 +310,7 @@ _COMMANDS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]], Sequence[_Flag
         "write one page of HTML about a study, finished or running",
         {"study": _STUDY},
         [
-            _Flag("--out FILE", "where the page is written (report.html)", default="report.html"),
+            _Flag("--out FILE", "where the page is written (report.html beside the study)"),
             _Flag(
                 "--live",
                 "write it again every few seconds, a page that reloads itself, until the search "
@@ -396,6 +396,12 @@ def model_folder(study: Path) -> Path:
     It is named after the study, unless the study has the default name.
     """
     return study.parent / (MODEL if study.name == STUDY else f"{study.stem}.{MODEL}")
+
+
+def report_page(study: Path) -> Path:
+    """Return where the page of a study is written: beside it, under the study's own name where that
+    is not the usual one."""
+    return study.parent / ("report.html" if study.name == STUDY else f"{study.stem}.report.html")
 
 
 def study_file(place: str) -> Path:

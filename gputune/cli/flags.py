@@ -275,7 +275,9 @@ _PATTERNS = {
 }
 """The same for advice with variable parts: a regular expression -> its replacement."""
 
-_FOREIGN = re.compile(r"[\w.]+\([^\n]*?\)(?= raised )|(?<= says: ).+?(?=\. Control flow and)")
+_FOREIGN = re.compile(
+    r"[\w.]+\([^\n]*?\)(?= raised )|(?<= says: ).+?(?=\. Members are stacked with)"
+)
 """Messages of torch, and calls of the user's class, that are quoted inside our messages."""
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from gputune.cli.arguments import make_parser
 from gputune.cli.flags import CommandLine, in_flags
+from gputune.cli.paths import check_paths
 from gputune.errors import (
     CheckFailedError,
     ClusterError,
@@ -134,6 +135,7 @@ def _let_go_of_streams() -> None:
 def _run(arguments: argparse.Namespace, words: Callable[..., str]) -> int:
     """Run the command, print its result, and return its exit code."""
     try:
+        check_paths(arguments)
         with without_collector():
             command = getattr(
                 import_module(f"gputune.cli.{_MODULES[arguments.command]}"), arguments.command

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from gputune.cli.arguments import model_folder, study_file
+from gputune.cli.arguments import model_folder, report_page, study_file
 from gputune.garbage import without_collector
 from gputune.report.facts import (
     FAILED,
@@ -396,8 +396,8 @@ def report(arguments: Namespace) -> str:
         from gputune.tuning.validation import check_fold_report, fold_report
 
     file = study_file(arguments.study)
-    out = arguments.out
-    check_place(f"--out {out!r}", Path(out), file)
+    out = report_page(file) if arguments.out is None else Path(arguments.out)
+    check_place(f"--out {str(out)!r}", out, file)
     study = open_study(arguments)
     parts = {"confusion": bool(arguments.confusion), "importance": bool(arguments.importance)}
     if arguments.live and any(parts.values()):  # checked before a report is written
@@ -405,7 +405,7 @@ def report(arguments: Namespace) -> str:
 
     def write(folds: FoldReport | None = None, reload_seconds: int = 0) -> None:
         model = read_model_info(study, model_folder(file))
-        write_text(Path(out), page(study, model=model, folds=folds, reload_seconds=reload_seconds))
+        write_text(out, page(study, model=model, folds=folds, reload_seconds=reload_seconds))
 
     if arguments.live:
         try:

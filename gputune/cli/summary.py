@@ -217,7 +217,9 @@ def _task(study: Study) -> str:
     shown = ", ".join(clean(name) for name in classes[:10])
     more = f" and {len(classes) - 10} more" if len(classes) > 10 else ""
     override = (
-        "" if isinstance(classes[0], str | bool) else " (--task regression takes them for numbers)"
+        ""
+        if isinstance(classes[0], str | bool)
+        else " (if they are numbers, add --task regression)"
     )
     return f"{len(classes)} classes of {target!r}: {shown}{more}{override}"
 

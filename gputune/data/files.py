@@ -20,7 +20,7 @@ from gputune.data.kinds import MISSING_TEXT, Kind, from_column, parse_text, text
 from gputune.data.readings import file_remark
 from gputune.data.table import Table, as_table, checked_table, quoted
 from gputune.errors import InputError
-from gputune.input_files import check_file, check_room, open_file
+from gputune.input_files import MISSING_TABLE, check_file, check_room, open_file
 from gputune.main_memory import free_memory
 from gputune.text import count, did_you_mean, is_number
 
@@ -31,7 +31,6 @@ BUNDLED = ("iris", "digits", "wine", "breast_cancer", "diabetes")
 """The scikit-learn data sets that ``sklearn:NAME`` reads."""
 
 # remedy for a file that does not exist
-_MISSING = "give a CSV or Parquet file or 'sklearn:iris'"
 _FIELD_BYTES = 24  # of a short text and of its number
 _TEXT_BYTES = 64  # of a Python str, without its letters
 _COLUMN_BYTES = 4096  # of a column of any length
@@ -60,7 +59,7 @@ def read_table(source: str | Path, kinds: Collection[str] = ()) -> Table:
         files = (path for path, _ in zip(path.rglob("*"), range(1000)))
         if any(path.suffix.lower() in _IMAGES for path in files):
             raise InputError(f"{str(source)!r} is a folder; {_OF_IMAGES}.")
-    check_file(path, missing=_MISSING)
+    check_file(path, missing=MISSING_TABLE)
     if path.suffix.lower() == ".parquet":
         return as_table(_read_parquet(path))
     if _text_suffix(path):
@@ -86,7 +85,7 @@ def read_columns(source: str | Path, names: Sequence[str]) -> list[list[object]]
     path = Path(source)
     values: dict[str, Iterable[object]] = {}
     if not str(source).startswith("sklearn:"):
-        check_file(path, missing=_MISSING)
+        check_file(path, missing=MISSING_TABLE)
     if _text_suffix(path):
         values = dict(zip(*_read_fields(path)))
     elif path.suffix.lower() == ".parquet":

@@ -90,8 +90,9 @@ class Target:
             or not _are_whole(labels)
         ):
             return ""
-        other = ("classification", "classes") if self.classes is None else ("regression", "numbers")
-        return "task={!r} takes them for {}".format(*other)
+        if self.classes is None:
+            return "if they are classes, say task='classification'"
+        return "if they are numbers, say task='regression'"
 
     @property
     def labels(self) -> np.ndarray:

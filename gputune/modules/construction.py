@@ -52,7 +52,7 @@ def what_to_pass(instance: nn.Module) -> str:
     return (
         f"must be a function that makes the module, not an instance of {name}, because each "
         f"training builds its own: def make(n_features, n_outputs): return {made}. To start from "
-        "the weights of this instance, return the instance itself."
+        "the weights of this instance, let the function return it: gputune copies it."
     )
 
 

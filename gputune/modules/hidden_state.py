@@ -101,7 +101,11 @@ def check_hidden_state(
     if changed:
         _copy_state(trial.module, fresh, counted)
         _check_same(
-            trial, fresh, outputs, f"keeps state in {changed[0]!r}, a plain attribute", changed[0]
+            trial,
+            (trial.module, fresh),
+            outputs,
+            f"keeps state in {changed[0]!r}, a plain attribute",
+            changed[0],
         )
 
 
@@ -124,7 +128,7 @@ def buffers_at_start(trial: ModuleTrial) -> list[str]:
         _copy_state(started, other, ())
         _check_same(
             trial,
-            other,
+            (started, other),
             outputs,
             f"sets {hidden[0]!r}, a plain attribute, in start_from",
             hidden[0],
@@ -145,15 +149,42 @@ def _copy_state(module: nn.Module, other: nn.Module, counted: Sequence[str]) -> 
 
 
 def _check_same(
-    trial: ModuleTrial, other: nn.Module, outputs: Tensor, finding: str, name: str
+    trial: ModuleTrial,
+    modules: tuple[nn.Module, nn.Module],
+    outputs: Tensor,
+    finding: str,
+    name: str,
 ) -> None:
-    """Raise InputError if another module with the same member state has other outputs."""
+    """Raise InputError if the second module, which lacks a plain attribute of the first, has other
+    outputs."""
+    module, other = modules
     if not _close(trial.of_module(other).forward(trial.inputs, training=False), outputs):
         key = name.rpartition(".")[2]
         raise InputError(
             f"model: {trial.name} {finding}, and its predictions depend on that. A trained model "
-            f"would lose it: make it a buffer, self.register_buffer({key!r}, tensor)."
+            f"would lose it. {_remedy(key, _value_of(module, name))}"
         )
+
+
+def _value_of(module: nn.Module, name: str) -> object:
+    """Return a plain attribute by its path; None if it is gone."""
+    value: object = module
+    for part in name.split("."):
+        value = getattr(value, part, None)
+    return value
+
+
+def _remedy(key: str, value: object) -> str:
+    """Return how a saved model keeps a plain attribute, a sentence."""
+    if isinstance(value, Tensor):
+        return f"Make it a buffer in __init__: self.register_buffer({key!r}, tensor)."
+    if isinstance(value, np.ndarray):
+        made = f"self.register_buffer({key!r}, torch.from_numpy(array))"
+        return f"Make it a tensor and a buffer in __init__: {made}."
+    return (
+        f"Hold the numbers of this {type(value).__name__} in tensors of a fixed shape, each a "
+        "buffer that __init__ registers with self.register_buffer(name, tensor)."
+    )
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

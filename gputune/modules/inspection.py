@@ -49,10 +49,17 @@ _CPU = torch.device("cpu")
 # (epoch, step) of the tried minibatches, and the key of the tried evaluation.
 _KEY = (0, 0)
 _EVALUATION = (0, 0, 0)
-_ADVICE = (
-    "Control flow and .item() that depend on data are the usual causes (write them with "
-    "torch.where), or an operation that torch.func.vmap does not know"
-)
+_VMAP = "Members are stacked with torch.func.vmap"
+_ADVICE = {
+    (".item()", "data-dependent", "as_tensor"): (
+        "which cannot read a number of a tensor: decide by torch.where instead of if or .item()"
+    ),
+    ("inplace",): "which cannot write into that tensor: write x = x + y instead of x += y",
+    ("dynamic", "nonzero"): (
+        "which needs results of a fixed size: use torch.where instead of a mask as an index"
+    ),
+}
+"""By parts of an error of vmap: what it cannot do, and what to write instead."""
 
 # Traits by data, builder and arguments; seconds that compiled code saves, by builder and arguments.
 _known: WeakKeyDictionary[Dataset, dict[Builder, dict[str, Traits]]] = WeakKeyDictionary()
@@ -232,12 +239,20 @@ def _of_itself(module: nn.Module, counted: Sequence[str], changing: Sequence[str
     The reasons are numbers that the module counts in, changing complex tensors, and gradient hooks.
     """
     if counted:
-        return f"it counts in {counted[0]!r}, a number of its own"
+        return f"its forward changes {counted[0]!r}, a Python number, which members would share"
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.is_complex() and (tensor.requires_grad or name in changing):
             return f"its {name!r} holds complex numbers that change"
     hooked = (name for name, parameter in module.named_parameters() if has_gradient_hook(parameter))
     return next((f"its parameter {name!r} has a hook on its gradient" for name in hooked), "")
+
+
+def _advice(says: str) -> str:
+    """Return what to write instead of an operation that vmap refused with an error."""
+    for parts, advice in _ADVICE.items():
+        if any(part in says for part in parts):
+            return f"{_VMAP}, {advice}"
+    return f"{_VMAP}, which does not run this operation"
 
 
 _DIFFERS = "when its members are stacked than alone"
@@ -286,7 +301,7 @@ def _rounded_traits(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str,
     except Exception as error:
         # only the first sentence: the rest is for torch's developers
         says = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
-        return f"{trail.submodule or 'its forward'} says: {says}. {_ADVICE}", ()
+        return f"{trail.submodule or 'its forward'} says: {says}. {_advice(says)}", ()
     for c, (outputs, gradients, after) in enumerate(alone):
         for found, expected in zip(together[1], gradients):
             pairs = ((v[0, c], expected[k]) for k, v in found.items())

@@ -23,7 +23,7 @@ from gputune.data.columns import Layout
 from gputune.data.encode import Statistics
 from gputune.data.target_transform import FittedTransform
 from gputune.errors import InputError, UntrustedCodeError, warn
-from gputune.input_files import read_file
+from gputune.input_files import check_model_folder, read_file
 from gputune.models import MLP, LogisticRegression
 from gputune.modules.calls import convert
 from gputune.modules.construction import (
@@ -375,8 +375,7 @@ _JSON_BYTES = 30
 
 
 def _read(path: Path, bytes_per_byte: int = 1) -> bytes:
-    if not path.parent.is_dir():
-        raise InputError(f"there is no model folder {str(path.parent)!r}; check the path.")
+    check_model_folder(path.parent)
     if not path.exists():
         inner = path.parent / "model"
         remedy = (

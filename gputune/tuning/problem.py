@@ -272,7 +272,8 @@ class Problem:
         what = (
             f" of {layout}" if isinstance(layout, ArrayLayout) else f", {self.n_features} features"
         )
-        override = f"; {target.override}" if target.override else ""
+        is_guess = self.options.task is None or self.source.is_task_guessed
+        override = f"; {target.override}" if target.override and is_guess else ""
         rows = f"{self.choice.name} on {len(self.source.X)} rows{what}"
         return f"{rows}; target {target.name!r}: {target.in_words}{override}"
 

@@ -130,9 +130,9 @@ def test_a_value_is_said_as_it_is_typed(name):
         ("got device='cpu'; leave tf32 out.", "got --device cpu; leave --tf32 out."),
         ("model: Net(groups=1, cv=2) raised E: x", "--model: Net(groups=1, cv=2) raised E: x"),
         (
-            "its forward says: vmap: groups=1 and cv=2. Control flow and so on, or let "
+            "its forward says: vmap: groups=1 and cv=2. Members are stacked with so on, or let "
             "backend='auto'",
-            "its forward says: vmap: groups=1 and cv=2. Control flow and so on, or let --backend "
+            "its forward says: vmap: groups=1 and cv=2. Members are stacked with so on, or let --backend "
             "auto",
         ),
         (

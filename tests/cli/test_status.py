@@ -281,12 +281,20 @@ def test_a_model_of_an_earlier_best_trial_has_no_say(tmp_path):
     assert "not known here" in (tmp_path / "report.html").read_text()
 
 
-def test_the_default_place_is_the_working_folder_and_is_replaced(tmp_path, monkeypatch):
+def test_the_default_place_is_beside_the_study_and_is_replaced(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Store.create("study.db", {"model": "mlp", "scoring": "accuracy", "folds": 2}).close()
-    (tmp_path / "report.html").write_text("older")
-    assert run("report", "study.db") == (0, "Report   report.html\n", "")
-    assert "There is no best trial" in (tmp_path / "report.html").read_text()
+    (tmp_path / "out").mkdir()
+    for name in ("study.db", "out/study.db", "out/other.db"):
+        Store.create(name, {"model": "mlp", "scoring": "accuracy", "folds": 2}).close()
+    (tmp_path / "out/report.html").write_text("older")
+    places = {
+        "study.db": "report.html",
+        "out": "out/report.html",
+        "out/other.db": "out/other.report.html",
+    }
+    for study, place in places.items():
+        assert run("report", study) == (0, f"Report   {place}\n", "")
+        assert "There is no best trial" in (tmp_path / place).read_text()
 
 
 def test_bad_places_are_refused_and_nothing_is_lost(tmp_path):

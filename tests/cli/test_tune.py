@@ -266,7 +266,7 @@ def test_a_guess_of_the_task_that_may_be_wrong_is_a_warning_said_once(tmp_path):
     command[command.index(out)] = tmp_path / "c"
     code, said, err = run(*command, "--task", "classification")
     assert code == 0 and "distinct" not in err
-    assert "(--task regression takes them for numbers)" in " ".join(said.split())
+    assert "(if they are numbers, add --task regression)" in " ".join(said.split())
 
 
 def test_without_held_out_rows_no_honest_score_is_left(tmp_path):

@@ -91,10 +91,10 @@ def test_twenty_whole_numbers_that_repeat_are_classes_and_more_a_number(dtype):
 @pytest.mark.parametrize(
     ("y", "task", "override"),
     [
-        ([0.0, 1.0, 0.0], None, "task='regression' takes them for numbers"),
-        ([0, 1, 0], None, "task='regression' takes them for numbers"),
-        ([1, 2, 3], None, "task='classification' takes them for classes"),
-        ([0, 1, 0], "regression", "task='classification' takes them for classes"),
+        ([0.0, 1.0, 0.0], None, "if they are numbers, say task='regression'"),
+        ([0, 1, 0], None, "if they are numbers, say task='regression'"),
+        ([1, 2, 3], None, "if they are classes, say task='classification'"),
+        ([0, 1, 0], "regression", "if they are classes, say task='classification'"),
         ([0.5, 1.0], None, ""),
         (["a", "b"], None, ""),
         ([True, False], None, ""),

@@ -103,8 +103,14 @@ HIDDEN = {
 
 @pytest.mark.parametrize("module", HIDDEN)
 def test_state_in_a_plain_attribute_is_refused_with_the_remedy(module):
-    words = r"keeps state in {!r}, a plain attribute, and .* lose it: make it a buffer, self.register_buffer\('held', t"
-    with refused(words.format(HIDDEN[module])):
+    remedies = {
+        Listed: "Hold the numbers of this list in tensors of a fixed shape, each a buffer",
+        InAnObject: r"Hold the numbers of this \w+ in tensors of a fixed shape, each a buffer",
+        OfNumPy: r"Make it a tensor and a buffer .*: self.register_buffer\('held', torch.from_numpy\(array\)\)",
+    }
+    remedy = remedies.get(module, r"Make it a buffer .*: self.register_buffer\('held', tensor\)")
+    words = f"keeps state in {HIDDEN[module]!r}, a plain attribute, and .* lose it. {remedy}"
+    with refused(words):
         tune(module)
 
 
@@ -189,5 +195,5 @@ def test_what_start_from_sets_reaches_the_model_or_is_refused(tmp_path):
     model.save(tmp_path / "model")
     loaded = gputune.load_model(tmp_path / "model", module=Started)
     np.testing.assert_array_equal(loaded.predict_proba(ROWS), model.predict_proba(ROWS))
-    with refused("sets 'centre', a plain attribute, in start_from, and .* make it a buffer"):
+    with refused("sets 'centre', a plain attribute, in start_from, and .* Make it a buffer"):
         tune(StartedPlain)

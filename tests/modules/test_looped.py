@@ -147,7 +147,7 @@ MODULES = {
     "function": (WithFunction, "vmap"),
     "hook": (with_hook, "parameter 'weight' has a hook"),
     "in place": (InPlace, ""),
-    "number": (Annealed, "it counts in 'step'"),
+    "number": (Annealed, "its forward changes 'step', a Python number"),
     "other memory": (Normal, "accessing `data`"),
     "list": (Remembering, "another gradient"),
 }

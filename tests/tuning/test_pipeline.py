@@ -319,7 +319,7 @@ def test_files_frames_and_arrays_have_one_rule_for_the_task(tmp_path, iris, kind
     rows += [(torch.tensor(X), torch.tensor(y)), (X, y.tolist())]
     assert {tune("mlp", *of, n_trials=1, max_epochs=1).meta["task"] for of in rows} == {"binary"}
     tune("mlp", X, y, n_trials=1, max_epochs=1, verbose=1)
-    assert "2 classes; task='regression' takes them for numbers" in capsys.readouterr().err
+    assert "2 classes; if they are numbers, say task='regression'" in capsys.readouterr().err
 
 
 def test_a_guess_of_the_task_that_may_be_wrong_is_a_warning_where_tune_was_called():

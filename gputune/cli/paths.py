@@ -1,0 +1,38 @@
+"""The files and folders that a command names, checked before anything heavy is imported."""
+
+import os
+from argparse import Namespace
+from pathlib import Path
+
+from gputune.cli.arguments import study_file
+from gputune.input_files import MISSING_TABLE, check_file, check_model_folder
+from gputune.study.database import check_study_file
+
+_ARRAYS = (".npz", ".npy", ".pt", ".pth")  # which have no other remedy than the right path
+
+
+def check_paths(arguments: Namespace) -> None:
+    """Raise an error if a file or folder that a command reads does not exist.
+
+    The command would raise the same error, after some seconds of imports. It checks what the files
+    hold.
+    """
+    command = arguments.command
+    if command in ("resume", "report"):
+        check_study_file(study_file(arguments.study))
+    if command in ("predict", "evaluate", "export"):
+        check_model_folder(Path(arguments.folder))
+    if command in ("tune", "train", "predict", "evaluate"):
+        _check_rows(arguments.file)
+
+
+def _check_rows(file: str) -> None:
+    """Raise FileNotFoundError if there is no file of rows, which may be a data set of
+    scikit-learn."""
+    if file.startswith("sklearn:") or os.path.exists(file):
+        return
+    path = Path(file)
+    if path.suffix.lower() in _ARRAYS:
+        check_file(path)
+    else:
+        check_file(path, missing=MISSING_TABLE)
