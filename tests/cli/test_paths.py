@@ -14,7 +14,7 @@ COMMANDS = {
     "tune an array": "tune nope.npy --target y",
     "train": "train nope/nope.parquet --target y",
     "resume": "resume nope",
-    "report": "report nope/study.db",
+    "report": "report nope",
     "predict": "predict nope rows.csv",
     "predict rows": "predict model nope.csv",
     "evaluate": "evaluate nope rows.csv",
