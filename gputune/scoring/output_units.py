@@ -1,6 +1,8 @@
 """Scores of outputs that are not in the units of the target: logits, log rates, and the like."""
 
+from gputune.data.target import Target
 from gputune.errors import InputError
+from gputune.scoring.losses import only_classifies
 from gputune.scoring.metrics import OneScoring, Scorings, default_scoring, scorers_of
 from gputune.scoring.objective import Objective, loss_arguments
 from gputune.scoring.torch_losses import name_of_loss, other_units, remedy_for_units
@@ -28,24 +30,26 @@ def soft_label_scoring(scoring: Scorings | None) -> Scorings:
     return "neg_loss" if scoring is None else scoring
 
 
-def output_units(objective: Objective) -> str:
+def output_units(objective: Objective, n_outputs: int) -> str:
     """Return the nature of outputs that a loss takes in other units than numbers y; "" otherwise."""
     if objective.step is not None:
         return ""
+    if n_outputs == 1 and only_classifies(objective.loss):
+        return ""  # it is refused together with its target
     return other_units(objective.loss, loss_arguments(objective.fixed))
 
 
-def refuse_other_units(scoring: Scorings | None, objective: Objective, name: str) -> None:
-    """Raise InputError for a score that compares outputs in other units with the target ``name``."""
+def refuse_other_units(scoring: Scorings | None, objective: Objective, target: Target) -> None:
+    """Raise InputError for a score that compares outputs in other units with the target."""
     named = [one for one in _scorers(scoring) if not callable(one) and one != "neg_loss"]
     if not named:
         return
-    units = output_units(objective)
+    units = output_units(objective, target.n_outputs)
     score = named[0] or default_scoring("regression", objective)
     other = remedy_for_units(objective.loss)
     remedy = f"{other}, or say scoring='neg_loss'" if other else "Say scoring='neg_loss'"
     raise InputError(
         f"loss={name_of_loss(objective.loss)} makes the outputs {units}, and scoring={score!r} "
-        f"would compare these with {name}. {remedy}: then the loss ranks the trials, and predict "
+        f"would compare these with {target.name}. {remedy}: then the loss ranks the trials, and predict "
         f"returns {units}."
     )

@@ -35,7 +35,7 @@ from gputune.methods.descent import Hypergradient
 from gputune.methods.distributions import Space
 from gputune.methods.space import PORTFOLIOS, choices_of
 from gputune.modules.inspection import returns_one_logit
-from gputune.scoring.losses import LOSS_OF_TASK, only_classifies, takes_probabilities
+from gputune.scoring.losses import LOSS_OF_TASK, takes_probabilities
 from gputune.scoring.metrics import loss_scoring, make_scoring
 from gputune.scoring.objective import Objective, make_objective
 from gputune.scoring.output_units import output_units, refuse_other_units, soft_label_scoring
@@ -218,7 +218,7 @@ class Problem:
         if self.has_soft_labels and earlier is None:
             given = soft_label_scoring(given)
         elif self.output_units and self.objective and not is_resumed:
-            refuse_other_units(given, self.objective, target.name)
+            refuse_other_units(given, self.objective, target)
         scoring = make_scoring(given, *of_target, n_labels=target.n_outputs)
         scorers = [("scoring", one.name) for one in (scoring, *scoring.others)]
         for argument, name in (*scorers, ("target_transform", repr(options.target_transform))):
@@ -234,12 +234,9 @@ class Problem:
     def output_units(self) -> str:
         """The nature of outputs that the loss takes in other units than numbers y, such as "log
         rates"; "" otherwise."""
-        objective = self.objective
-        if objective is None or self.target.task != "regression":
+        if self.objective is None or self.target.task != "regression":
             return ""
-        if self.target.n_outputs == 1 and only_classifies(objective.loss):
-            return ""  # it is refused together with its target
-        return output_units(objective)
+        return output_units(self.objective, self.target.n_outputs)
 
     @property
     def n_features(self) -> int:
