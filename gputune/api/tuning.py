@@ -26,7 +26,7 @@ from gputune.data.torch_dataset import read_dataset
 from gputune.data.weights import ClassWeight
 from gputune.errors import SearchInterrupted
 from gputune.executors.ray_cluster import Ray
-from gputune.executors.worker import Objective
+from gputune.executors.worker import LoopObjective
 from gputune.methods.config import key_of
 from gputune.scoring.metrics import Scorings
 from gputune.text import did_you_mean
@@ -402,7 +402,7 @@ tune.__doc__ = f"{cleandoc(tune.__doc__ or '')}\n\n{defaults_in_words()}"
 
 @public
 def search(
-    objective: Objective,
+    objective: LoopObjective,
     space: object,
     *,
     direction: Literal["maximize", "minimize"],

@@ -25,15 +25,15 @@ class Unit(Protocol):
         """The numbers of the trials in the search."""
 
 
-Chunk = TypeVar("Chunk", bound=Unit)
-Result = TypeVar("Result")
+AnyUnit = TypeVar("AnyUnit", bound=Unit)
+UnitResult = TypeVar("UnitResult")
 
 Outcomes = Sequence[Outcome | Failure]  # the results of a chunk of a population, part by part
-Task = Callable[[Chunk], Sequence[Result]]  # trains a chunk in this process
+LocalTraining = Callable[[AnyUnit], Sequence[UnitResult]]  # trains a chunk in this process
 # Ended is called from any thread, with the results or the error of a chunk that a worker trained.
 # Claim returns whether a chunk may begin.
-Ended = Callable[[Chunk, Sequence[Result] | Exception], None]
-Claim = Callable[[Chunk], bool]
+Ended = Callable[[AnyUnit, Sequence[UnitResult] | Exception], None]
+Claim = Callable[[AnyUnit], bool]
 
 LOSSES = 3  # a chunk that has lost this number of workers is given up
 
@@ -42,7 +42,7 @@ class LostWorkerError(Exception):
     """A worker ended without an answer. The text of the error says how the worker ended."""
 
 
-class Executor(Generic[Chunk, Result]):
+class Executor(Generic[AnyUnit, UnitResult]):
     """The base executor, which has no workers: every chunk trains in this process.
 
     Subclasses train chunks in workers, in addition to this process or instead of it.
@@ -55,7 +55,7 @@ class Executor(Generic[Chunk, Result]):
         """The number of chunks that the workers can train at the same time."""
         return 0
 
-    def submit(self, chunk: Chunk, ended: Ended[Chunk, Result]) -> bool:
+    def submit(self, chunk: AnyUnit, ended: Ended[AnyUnit, UnitResult]) -> bool:
         """Give a chunk to a free worker. The caller makes sure that a worker is free.
 
         Args:
@@ -70,7 +70,7 @@ class Executor(Generic[Chunk, Result]):
     def wait(self) -> None:
         """Block until a chunk may have ended, or for a short time."""
 
-    def give_up(self, chunk: Chunk, losses: int, reason: str) -> Sequence[Result] | Exception:
+    def give_up(self, chunk: AnyUnit, losses: int, reason: str) -> Sequence[UnitResult] | Exception:
         """Return the results of a chunk that has lost ``losses`` workers, or an error.
 
         The queue raises the error after all other chunks have ended.
@@ -81,7 +81,7 @@ class Executor(Generic[Chunk, Result]):
         """End the workers at once, also in the middle of a chunk."""
 
 
-class Queue(Generic[Chunk, Result]):
+class Queue(Generic[AnyUnit, UnitResult]):
     """The queue of waiting chunks.
 
     A worker that ends a chunk is given the next chunk at once, by the thread that reports the end.
@@ -89,11 +89,11 @@ class Queue(Generic[Chunk, Result]):
 
     def __init__(
         self,
-        chunks: Sequence[Chunk],
-        executor: Executor[Chunk, Result],
+        chunks: Sequence[AnyUnit],
+        executor: Executor[AnyUnit, UnitResult],
         stop: Stop,
-        claim: Claim[Chunk],
-        may_begin: Claim[Chunk] | None = None,
+        claim: Claim[AnyUnit],
+        may_begin: Claim[AnyUnit] | None = None,
     ) -> None:
         """Make the queue.
 
@@ -112,17 +112,19 @@ class Queue(Generic[Chunk, Result]):
         # The chunk of a lost worker goes to another worker, never to this process, which it
         # might end as well.
         self.waiting = deque(chunks)
-        self.lost = deque[Chunk]()
+        self.lost = deque[AnyUnit]()
         self.losses: Counter[tuple[int, ...]] = Counter()
         self.running: set[tuple[int, ...]] = set()
-        self.done: deque[Sequence[Result] | Exception | str] = deque()  # a text is a warning
+        self.done: deque[Sequence[UnitResult] | Exception | str] = deque()  # a text is a warning
         self.begun = False
         self.is_refused = False  # whether no worker could be started for a chunk any more
         self.error: Exception | None = None  # raised after all other chunks have ended
         # Reentrant: a worker may end a chunk while submit() still runs in the same thread.
         self.lock = threading.RLock()
 
-    def run(self, task: Task[Chunk, Result] | None, progress: Progress) -> Iterator[Result]:
+    def run(
+        self, task: LocalTraining[AnyUnit, UnitResult] | None, progress: Progress
+    ) -> Iterator[UnitResult]:
         """Yield the results of the chunks as they end.
 
         Args:
@@ -159,7 +161,7 @@ class Queue(Generic[Chunk, Result]):
                 self.executor.stop()
             raise
 
-    def _take(self) -> Chunk | None:
+    def _take(self) -> AnyUnit | None:
         """Return the next chunk that may begin and that can be claimed, or None."""
         with self.lock:
             while (chunk := self._next()) is not None:
@@ -169,7 +171,7 @@ class Queue(Generic[Chunk, Result]):
                     return chunk
             return None
 
-    def _next(self) -> Chunk | None:
+    def _next(self) -> AnyUnit | None:
         """Return the first waiting chunk that may begin, or None."""
         if self.may_begin is None:
             return self.waiting[0] if self.waiting else None
@@ -193,7 +195,7 @@ class Queue(Generic[Chunk, Result]):
                     self.is_refused = True
                     return
 
-    def _end_chunk(self, chunk: Chunk, result: Sequence[Result] | Exception) -> None:
+    def _end_chunk(self, chunk: AnyUnit, result: Sequence[UnitResult] | Exception) -> None:
         """Store the results of a chunk, and give its worker the next chunk. Called from any
         thread."""
         with self.lock:
@@ -208,7 +210,7 @@ class Queue(Generic[Chunk, Result]):
             finally:
                 self.done.append(content)
 
-    def _lose(self, chunk: Chunk, reason: str) -> Sequence[Result] | str:
+    def _lose(self, chunk: AnyUnit, reason: str) -> Sequence[UnitResult] | str:
         """Put the chunk of a lost worker back into the queue, or give the chunk up.
 
         Returns:
@@ -228,7 +230,7 @@ class Queue(Generic[Chunk, Result]):
             return []
         return outcomes
 
-    def _collect_results(self, progress: Progress) -> Iterator[Result]:
+    def _collect_results(self, progress: Progress) -> Iterator[UnitResult]:
         """Yield the results that the workers have delivered so far. An error of a worker is raised
         here."""
         while self.done:

@@ -36,11 +36,18 @@ from gputune.engine.backend import torch_threads
 from gputune.engine.job import Failure, Job, Outcome, run_in_parts
 from gputune.engine.plan import cores
 from gputune.errors import InputError
-from gputune.executors.executor import Chunk, Ended, Executor, LostWorkerError, Outcomes, Result
+from gputune.executors.executor import (
+    AnyUnit,
+    Ended,
+    Executor,
+    LostWorkerError,
+    Outcomes,
+    UnitResult,
+)
 from gputune.executors.worker import (
-    Ending,
-    Task,
-    Trial,
+    LoopTask,
+    LoopTrial,
+    TrialEnding,
     call_in_worker,
     idle,
     one_worker,
@@ -58,7 +65,7 @@ _BFLOAT16 = np.dtype([("bits", "<i2")])  # stands for bfloat16, which NumPy lack
 
 # the environment variables of a worker, and the last argument of its work function
 _Place = tuple[Mapping[str, str] | None, object]
-_GiveUp = Callable[[Chunk, int, str], Sequence[Result]]
+_GiveUp = Callable[[AnyUnit, int, str], Sequence[UnitResult]]
 
 
 @dataclass(frozen=True)
@@ -209,7 +216,7 @@ _NO_ROOM = "make room there, let TMPDIR name a folder of another disk, or choose
 _NO_SEMAPHORES = "let it be writable, or choose workers=1, which trains in this process"
 
 
-class Processes(Executor[Chunk, Result]):
+class Processes(Executor[AnyUnit, UnitResult]):
     """An executor of worker processes.
 
     Each worker has a place: its own environment variables, and the last argument of its calls of
@@ -220,9 +227,9 @@ class Processes(Executor[Chunk, Result]):
 
     def __init__(
         self,
-        work: Callable[..., Sequence[Result]],
+        work: Callable[..., Sequence[UnitResult]],
         places: Sequence[_Place],
-        give_up: _GiveUp[Chunk, Result],
+        give_up: _GiveUp[AnyUnit, UnitResult],
     ) -> None:
         self.work = work
         self._give_up = give_up
@@ -233,7 +240,7 @@ class Processes(Executor[Chunk, Result]):
         with naming_folder(shared_memory, "worker processes cannot be started", _NO_SEMAPHORES):
             self.places = {one_worker(place[0]): place for place in places}
         self.idle = list(self.places)
-        self.busy: dict[Future[Sequence[Result]], ProcessPoolExecutor] = {}
+        self.busy: dict[Future[Sequence[UnitResult]], ProcessPoolExecutor] = {}
         self.news = threading.Event()
 
     @property
@@ -241,7 +248,7 @@ class Processes(Executor[Chunk, Result]):
         """The number of chunks that the workers can train at the same time."""
         return len(self.places)
 
-    def submit(self, chunk: Chunk, ended: Ended[Chunk, Result]) -> bool:
+    def submit(self, chunk: AnyUnit, ended: Ended[AnyUnit, UnitResult]) -> bool:
         """Give a chunk to an idle worker.
 
         Returns False if the interpreter is ending and can start no worker any more.
@@ -261,7 +268,10 @@ class Processes(Executor[Chunk, Result]):
                 return True
 
     def _collect(
-        self, chunk: Chunk, ended: Ended[Chunk, Result], future: "Future[Sequence[Result]]"
+        self,
+        chunk: AnyUnit,
+        ended: Ended[AnyUnit, UnitResult],
+        future: "Future[Sequence[UnitResult]]",
     ) -> None:
         """Make the worker of a chunk idle again, or replace it if it is lost, and deliver the
         results."""
@@ -289,7 +299,7 @@ class Processes(Executor[Chunk, Result]):
         self.news.wait(timeout=1.0)
         self.news.clear()
 
-    def give_up(self, chunk: Chunk, losses: int, reason: str) -> Sequence[Result]:
+    def give_up(self, chunk: AnyUnit, losses: int, reason: str) -> Sequence[UnitResult]:
         """Return the results of a chunk that has lost ``losses`` workers."""
         return self._give_up(chunk, losses, reason)
 
@@ -388,14 +398,14 @@ def _load(path: str, device: torch.device) -> Dataset:
 
 @contextmanager
 def trial_processes(
-    task: Task, workers: int | None, n_trials: int, folder: Path
-) -> Iterator[Executor[Trial, Ending]]:
+    task: LoopTask, workers: int | None, n_trials: int, folder: Path
+) -> Iterator[Executor[LoopTrial, TrialEnding]]:
     """Provide worker processes that call the objective of a custom training loop.
 
     No workers are started if one process is enough.
     """
     with task.stop.heard_by_workers(folder / "stop"):
-        executor = Executor[Trial, Ending]()
+        executor = Executor[LoopTrial, TrialEnding]()
         path = folder / "task.pkl"
         if len(places := environments(workers, n_trials)) > 1:
             try:
@@ -423,10 +433,10 @@ def trial_processes(
             executor.stop()
 
 
-def _failed_trial(trial: Trial, losses: int, reason: str) -> Sequence[Ending]:
+def _failed_trial(trial: LoopTrial, losses: int, reason: str) -> Sequence[TrialEnding]:
     """Return the failed result of a trial that has lost too many workers."""
     words = f"it has lost {losses} worker processes, the last because {reason.removesuffix('.')}"
-    return [Ending(trial.number, "failed", math.nan, (), math.nan, words)]
+    return [TrialEnding(trial.number, "failed", math.nan, (), math.nan, words)]
 
 
 def environments(workers: int | None, n_trials: int) -> list[dict[str, str]]:

@@ -33,7 +33,7 @@ from gputune.engine.stop import Stop
 from gputune.seeding import seeded_generators
 from gputune.types import Config
 
-Value = TypeVar("Value")
+Answer = TypeVar("Answer")
 
 
 def pickled_with_code(value: object, parts: Iterable[object], *, here: bool = True) -> bytes:
@@ -115,11 +115,11 @@ def one_worker(environment: Mapping[str, str] | None = None) -> ProcessPoolExecu
 
 
 def submit(
-    executor: ProcessPoolExecutor, work: Callable[..., Value], *arguments: object
-) -> "Future[Value]":
+    executor: ProcessPoolExecutor, work: Callable[..., Answer], *arguments: object
+) -> "Future[Answer]":
     """Give a worker something to do. A worker that has ended is started again."""
     with _starting, _signals_held_off(), _streams_that_flush():
-        return cast("Future[Value]", executor.submit(work, *arguments))
+        return cast("Future[Answer]", executor.submit(work, *arguments))
 
 
 @contextmanager
@@ -187,8 +187,8 @@ def why_lost(error: BrokenProcessPool) -> str:
     return "it ended without a word."
 
 
-Objective = Callable[[Config, "Report"], float]
-State = Literal["complete", "pruned", "stopped", "failed"]
+LoopObjective = Callable[[Config, "EpochReport"], float]
+EndState = Literal["complete", "pruned", "stopped", "failed"]
 
 
 class Reported(NamedTuple):
@@ -250,7 +250,7 @@ class TrialEnd(BaseException):
     """
 
 
-class Report:
+class EpochReport:
     """The function with which an objective reports its progress.
 
     Call ``report(value)`` after each epoch, or whenever the model is validated. A call ends the
@@ -261,11 +261,11 @@ class Report:
         number: The number of the trial.
     """
 
-    def __init__(self, task: "Task", number: int) -> None:
+    def __init__(self, task: "LoopTask", number: int) -> None:
         self.number = number
         self._task = task
         self._values: list[float] = []
-        self._state: State | None = None
+        self._state: EndState | None = None
 
     def __call__(self, value: float) -> None:
         """Report the score after one more step of the training.
@@ -288,7 +288,7 @@ class Report:
         if self._state is not None:
             raise TrialEnd
 
-    def _judge(self, rule: PruningRule) -> State | None:
+    def _judge(self, rule: PruningRule) -> EndState | None:
         """Return the state in which the trial ends here, or None if it continues.
 
         The call waits until the trials with lower numbers have reported.
@@ -301,7 +301,7 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Ending:
+class TrialEnding:
     """The result of a trial.
 
     The score is NaN if the trial failed. ``values`` are the reported values, ``seconds`` is the
@@ -309,7 +309,7 @@ class Ending:
     """
 
     number: int
-    state: State
+    state: EndState
     score: float
     values: Sequence[float]
     seconds: float
@@ -317,7 +317,7 @@ class Ending:
 
 
 @dataclass(frozen=True)
-class Trial:
+class LoopTrial:
     """One configuration and its number. It trains as one unit."""
 
     number: int
@@ -330,26 +330,26 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Task:
+class LoopTask:
     """An objective and the settings that all its trials share.
 
     ``sign`` is -1 if lower values are better, else 1.
     """
 
-    objective: Objective
+    objective: LoopObjective
     sign: float
     seed: int
     reports: Reports
     rule: PruningRule | None
     stop: Stop
 
-    def __call__(self, trial: Trial) -> Sequence[Ending]:
+    def __call__(self, trial: LoopTrial) -> Sequence[TrialEnding]:
         """Train one trial. An exception of the objective becomes its result, and the search
         continues."""
         number = trial.number
         params = trial.params
         begin = time.monotonic()
-        report = Report(self, number)
+        report = EpochReport(self, number)
         error = ""
         score = math.nan
         self.reports.write(number, (), ended=False)
@@ -365,12 +365,12 @@ class Task:
             frames = traceback.extract_tb(failure.__traceback__)[1:]
             places = [f" (line {f.lineno} of {f.name})" for f in frames if f.filename != __file__]
             error = f"{type(failure).__name__}: {failure}{''.join(places[:1])}"
-        state: State = report._state or ("complete" if math.isfinite(score) else "failed")
+        state: EndState = report._state or ("complete" if math.isfinite(score) else "failed")
         values = report._values
         if state in ("pruned", "stopped"):
             score = values[-1]
         self.reports.write(number, values, ended=True)
-        return [Ending(number, state, score, values, time.monotonic() - begin, error)]
+        return [TrialEnding(number, state, score, values, time.monotonic() - begin, error)]
 
 
 def _number(value: object, name: str) -> float:
@@ -381,15 +381,15 @@ def _number(value: object, name: str) -> float:
         raise TypeError(f"{name} must be a number, got {value!r}") from None
 
 
-def call_in_worker(path: str, trial: Trial, _place: object) -> Sequence[Ending]:
+def call_in_worker(path: str, trial: LoopTrial, _place: object) -> Sequence[TrialEnding]:
     """Train one trial in a worker. The GPU and threads of the worker are set by its environment."""
     return _task(path)(trial)
 
 
 @lru_cache(maxsize=1)
-def _task(path: str) -> Task:
+def _task(path: str) -> LoopTask:
     """Return the task of a search.
 
     All trials of a search share one object, so that data inside it is read only once.
     """
-    return cast(Task, cloudpickle.loads(Path(path).read_bytes()))
+    return cast(LoopTask, cloudpickle.loads(Path(path).read_bytes()))

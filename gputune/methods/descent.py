@@ -33,7 +33,7 @@ _HITS = 2
 FIRST_STEP = 1.5
 FIRST_OF_SEVERAL = 1.0
 
-Table: TypeAlias = NDArray[np.float64]  # (S, L): S segments of the training time, L layers
+SegmentTable: TypeAlias = NDArray[np.float64]  # (S, L): S segments of the training time, L layers
 Bounds = Mapping[str, tuple[float, float]]
 
 
@@ -120,8 +120,8 @@ class Slope:
     """
 
     loss: float
-    slopes: Mapping[str, Table]
-    errors: Mapping[str, Table]
+    slopes: Mapping[str, SegmentTable]
+    errors: Mapping[str, SegmentTable]
     usable: bool
     ratio: float
     mode: Literal["exact", "differences"]
@@ -197,13 +197,13 @@ class Descent:
         self.names = tuple(names)
         self.config = dict(config)
         self.bounds = bounds
-        self.steps: dict[str, Table] = {}
-        self.signs: dict[str, Table] = {}
+        self.steps: dict[str, SegmentTable] = {}
+        self.signs: dict[str, SegmentTable] = {}
         self.length = 0.0
         self.last_loss = math.inf
         self.hits = 0
         self.ended = False
-        self.visited: list[dict[str, Table]] = []
+        self.visited: list[dict[str, SegmentTable]] = []
 
     @property
     def mode(self) -> Literal["exact", "differences"]:
@@ -261,7 +261,7 @@ class Descent:
         }
         self.signs = {name: np.zeros(table.shape) for name, table in slope.slopes.items()}
 
-    def _sign_step(self, slope: Slope) -> dict[str, Table]:
+    def _sign_step(self, slope: Slope) -> dict[str, SegmentTable]:
         """Return the moves of all values, each by its own step against its slope.
 
         A value stays if its slope is smaller than the standard error over the folds.
@@ -272,7 +272,7 @@ class Descent:
             for name in self.names
         }
 
-    def _by_sign(self, name: str, signs: Table) -> Table:
+    def _by_sign(self, name: str, signs: SegmentTable) -> SegmentTable:
         """Return the moves of the values of one hyperparameter, from the signs of their slopes."""
         # The step of a value is halved when the sign of its slope flips.
         flipped = signs * self.signs[name] < 0
@@ -280,7 +280,7 @@ class Descent:
         self.signs[name] = np.where(signs != 0, signs, self.signs[name])
         return -signs * self.steps[name]
 
-    def _normalized_step(self, slope: Slope) -> dict[str, Table]:
+    def _normalized_step(self, slope: Slope) -> dict[str, SegmentTable]:
         """Return the moves of all values along the slope, with the current length."""
         if slope.loss > self.last_loss:
             self.length /= _DIVIDED
@@ -289,7 +289,7 @@ class Descent:
         scale = self.length / norm if norm > 0 else 0.0
         return {name: -scale * slope.slopes[name] for name in self.names}
 
-    def _step_down(self, slope: Slope) -> dict[str, Table]:
+    def _step_down(self, slope: Slope) -> dict[str, SegmentTable]:
         """Return a move to a lower learning rate, after a chaotic point.
 
         A learning rate that is too large causes chaos, so the other values stay.
@@ -300,7 +300,9 @@ class Descent:
             moves["lr"] = self._by_sign("lr", np.ones(slope.slopes["lr"].shape))
         return moves
 
-    def _move(self, before: dict[str, Table], moves: dict[str, Table]) -> dict[str, Table]:
+    def _move(
+        self, before: dict[str, SegmentTable], moves: dict[str, SegmentTable]
+    ) -> dict[str, SegmentTable]:
         """Return the coordinates after a move, clipped to the bounds."""
         after = {}
         for name in self.names:
@@ -311,7 +313,9 @@ class Descent:
             after[name] = np.clip(before[name] + moves[name], least, most)
         return after
 
-    def _value(self, name: str, coordinate: Table) -> float | list[float] | list[list[float]]:
+    def _value(
+        self, name: str, coordinate: SegmentTable
+    ) -> float | list[float] | list[list[float]]:
         """Return the value of a configuration at given coordinates.
 
         It is a number, a list over segments, or a list of lists over segments and layers.
@@ -325,6 +329,6 @@ class Descent:
         return value if table.size > 1 else float(table.item())
 
 
-def _alike(one: Mapping[str, Table], other: Mapping[str, Table]) -> bool:
+def _alike(one: Mapping[str, SegmentTable], other: Mapping[str, SegmentTable]) -> bool:
     """Return True if two points are equal except for rounding."""
     return all(np.allclose(one[name], other[name], rtol=1e-9, atol=1e-9) for name in one)

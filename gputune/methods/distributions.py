@@ -31,7 +31,7 @@ class Distribution(Protocol):
 Choices = list[Any] | Distribution
 """The possible values of one key of a space."""
 
-Space = list[dict[str, Choices]]
+CheckedSpace = list[dict[str, Choices]]
 """A checked space, as a list of dicts.
 
 Several dicts are alternatives: a draw takes one dict, then a value for each key.
@@ -153,8 +153,8 @@ class LogIntegers(OwnDistribution):
         return int(np.clip(drawn, self.low, self.high))
 
 
-@dataclass(frozen=True)
-class Steps(OwnDistribution):
+@dataclass(frozen=True, repr=False)
+class EvenSteps(OwnDistribution):
     """The numbers low, low + step, ..., high with equal probability.
 
     All of them are integers if the three arguments are integers.
@@ -163,6 +163,10 @@ class Steps(OwnDistribution):
     word = "steps"
 
     step: float
+
+    def __repr__(self) -> str:
+        # Studies store a hash of this text, so it must not change with the name of the class.
+        return f"Steps(low={self.low!r}, high={self.high!r}, step={self.step!r})"
 
     @property
     def whole(self) -> bool:
@@ -238,7 +242,7 @@ def choices_from_json(values: Json) -> Choices:
         return list(values["list"])
     makers: dict[str, Callable[..., Choices]] = {
         "log_int": log_int,
-        "steps": Steps,
+        "steps": EvenSteps,
         "log_integers": LogIntegers,
     }
     for word in makers.keys() & values.keys():
@@ -268,10 +272,12 @@ def from_optuna(value: Any) -> object:
     if low == high:
         return [low]
     if kind == "IntDistribution":
-        return LogIntegers(low, high) if value.log else Steps(low, high, value.step)
+        return LogIntegers(low, high) if value.log else EvenSteps(low, high, value.step)
     if value.log:
         return stats.loguniform(low, high)
-    return stats.uniform(low, high - low) if value.step is None else Steps(low, high, value.step)
+    return (
+        stats.uniform(low, high - low) if value.step is None else EvenSteps(low, high, value.step)
+    )
 
 
 def as_optuna(description: Json) -> object:
@@ -342,7 +348,7 @@ def is_fixed(choices: Choices) -> bool:
     return isinstance(choices, list) and len(choices) == 1
 
 
-def is_inside(config: Config, space: Space) -> bool:
+def is_inside(config: Config, space: CheckedSpace) -> bool:
     """Return True if a configuration could have been drawn from the space."""
     return any(
         config.keys() == part.keys() and all(holds(part[key], config[key]) for key in part)
@@ -360,7 +366,7 @@ def holds(choices: Choices, value: object) -> bool:
     return bool(low <= value <= high)
 
 
-def space_text(space: Space) -> str:
+def space_text(space: CheckedSpace) -> str:
     """Return a checked space as text with sorted keys, the same in every process.
 
     The text is used for the study file and its hash. Raises InputError for a ``module__*`` value
@@ -388,7 +394,7 @@ def _text(value: Any, key: str) -> str:
     return text
 
 
-def space_to_json(space: Space) -> Sequence[Json] | None:
+def space_to_json(space: CheckedSpace) -> Sequence[Json] | None:
     """Return a checked space as values for a study file.
 
     Returns None if the space has a custom object.
@@ -401,7 +407,7 @@ def space_to_json(space: Space) -> Sequence[Json] | None:
     return values
 
 
-def space_from_json(values: Sequence[Json]) -> Space:
+def space_from_json(values: Sequence[Json]) -> CheckedSpace:
     """Return the space that ``space_to_json`` converted.
 
     Raises InputError for a name that scipy.stats lacks.

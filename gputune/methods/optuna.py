@@ -18,8 +18,8 @@ import numpy as np
 from gputune.errors import InputError, check_count, import_extra
 from gputune.methods.config import ConfigCheck, check_config
 from gputune.methods.distributions import (
+    CheckedSpace,
     Choices,
-    Space,
     as_optuna,
     describe,
     distribution_text,
@@ -92,7 +92,7 @@ class OptunaStudy:
     def __init__(
         self,
         sampler: "optuna.samplers.BaseSampler",
-        space: Space,
+        space: CheckedSpace,
         *,
         reseed: bool = False,
         check: ConfigCheck = check_config,
@@ -185,7 +185,7 @@ def state_of(optuna: ModuleType, state: str) -> object:
     return {"complete": states.COMPLETE, "failed": states.FAIL}.get(state, states.PRUNED)
 
 
-def check_askable(space: Space) -> tuple[Mapping[str, Choices], dict[str, object]]:
+def check_askable(space: CheckedSpace) -> tuple[Mapping[str, Choices], dict[str, object]]:
     """Return the only dict of a space and its ``optuna.distributions`` by key.
 
     Raises InputError if the space has several dicts, or a distribution that Optuna lacks.

@@ -14,7 +14,14 @@ from sklearn.model_selection import ParameterSampler
 
 from gputune.errors import InputError, check_count
 from gputune.methods.config import KEYS, TAKERS, ConfigCheck, check_config
-from gputune.methods.distributions import Choices, OwnDistribution, Space, Steps, holds, is_fixed
+from gputune.methods.distributions import (
+    CheckedSpace,
+    Choices,
+    EvenSteps,
+    OwnDistribution,
+    holds,
+    is_fixed,
+)
 from gputune.methods.space import check_include
 from gputune.optimizers.classes import optimizer_defaults
 from gputune.study.store import Candidate
@@ -23,7 +30,7 @@ from gputune.types import Config
 
 
 def draw(
-    space: Space,
+    space: CheckedSpace,
     n_trials: int,
     seed: int | np.random.RandomState,
     check: ConfigCheck = check_config,
@@ -60,7 +67,7 @@ def draw(
 
 def _draw_on(
     known: Sequence[Config],
-    space: Space,
+    space: CheckedSpace,
     n_trials: int,
     seed: int,
     check: ConfigCheck,
@@ -115,7 +122,7 @@ def _pass_over(
 
 
 def first_candidates(
-    space: Space,
+    space: CheckedSpace,
     *,
     n_trials: int,
     include: Sequence[Mapping[str, object]],
@@ -170,7 +177,7 @@ def first_candidates(
 
 def top_up(
     old: Sequence[Candidate],
-    space: Space,
+    space: CheckedSpace,
     n_trials: int,
     seed: int,
     check: ConfigCheck = check_config,
@@ -212,7 +219,7 @@ def n_counted(trials: Sequence[Candidate]) -> int:
 
 def notes(
     trials: Sequence[Candidate],
-    space: Space,
+    space: CheckedSpace,
     *,
     include_default: bool,
     defaults: Mapping[str, object],
@@ -251,7 +258,7 @@ def notes(
 
 def remarks(
     trials: Sequence[Candidate],
-    space: Space,
+    space: CheckedSpace,
     *,
     n_trials: int,
     include_default: bool,
@@ -289,7 +296,7 @@ def remarks(
     return tuple(sentences)
 
 
-def _n_draws(space: Space, n_trials: int) -> int:
+def _n_draws(space: CheckedSpace, n_trials: int) -> int:
     """Return the number of draws that are possible, at most ``n_trials``."""
     # At most the number of points of a space of lists. scikit-learn would warn about more draws.
     try:
@@ -323,7 +330,7 @@ def numbered(
 
 
 def _filled(
-    config: Config, space: Space, defaults: Mapping[str, object]
+    config: Config, space: CheckedSpace, defaults: Mapping[str, object]
 ) -> tuple[Config, list[str]]:
     """Return a configuration with default values for its missing keys, and the keys without a
     default."""
@@ -335,7 +342,7 @@ def _filled(
     return {key: full[key] for key in wanted if key in full}, sorted(keys - full.keys())
 
 
-def _with_defaults(config: Config, space: Space, defaults: Mapping[str, object]) -> Config:
+def _with_defaults(config: Config, space: CheckedSpace, defaults: Mapping[str, object]) -> Config:
     """Return a configuration with all default values, moved into the space if the space has the
     key.
 
@@ -376,7 +383,9 @@ def _nearest(key: str, choices: Choices, value: object) -> object:
     if isinstance(value, int | float) and hasattr(choices, "support"):
         low, high = choices.support()
         inside = min(max(value, low), high)
-        step = choices.step if isinstance(choices, Steps) else isinstance(choices, OwnDistribution)
+        step = (
+            choices.step if isinstance(choices, EvenSteps) else isinstance(choices, OwnDistribution)
+        )
         inside = min(low + round((inside - low) / step) * step, high) if step else inside
         if not hasattr(choices, "pmf") or choices.pmf(inside) > 0:
             return inside

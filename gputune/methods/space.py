@@ -25,10 +25,10 @@ from gputune.methods.config import (
     plain_config,
 )
 from gputune.methods.distributions import (
+    CheckedSpace,
     Choices,
+    EvenSteps,
     OwnDistribution,
-    Space,
-    Steps,
     distribution_text,
     is_distribution,
 )
@@ -38,7 +38,7 @@ from gputune.text import did_you_mean
 from gputune.types import LR_FACTORS, ONLINE, PLAIN_LR_FACTORS, SEARCHED, Config, Goal
 
 
-def check_space(space: object, *, keys: Collection[str], module: bool) -> Space:
+def check_space(space: object, *, keys: Collection[str], module: bool) -> CheckedSpace:
     """Return a checked space as a list of dicts of lists and distributions.
 
     Every value is in the range of its key. ``penalty`` stays a key of the space, so that the draws
@@ -81,7 +81,7 @@ def check_space(space: object, *, keys: Collection[str], module: bool) -> Space:
     return parts
 
 
-def choices_of(space: Space, key: str, *, default: object) -> list[Any]:
+def choices_of(space: CheckedSpace, key: str, *, default: object) -> list[Any]:
     """Return all values of a key in the lists of a space.
 
     A dict of the space without this key has the default.
@@ -90,7 +90,7 @@ def choices_of(space: Space, key: str, *, default: object) -> list[Any]:
     return [value for choices in lists if isinstance(choices, list) for value in choices]
 
 
-def check_own_space(space: object) -> Space:
+def check_own_space(space: object) -> CheckedSpace:
     """Return the checked space of a custom training loop, in the form of ``check_space``.
 
     Its keys are any words, and its values any values.
@@ -153,7 +153,7 @@ def check_include(include: object, *, keys: Collection[str], module: bool) -> li
     return [check_config(config, name=name) for name, config in named.items()]
 
 
-def check_own_include(include: object, space: Space) -> list[Config]:
+def check_own_include(include: object, space: CheckedSpace) -> list[Config]:
     """Return the configurations of ``include`` for a custom training loop.
 
     Each must have exactly the keys of one dict of the space. Otherwise InputError is raised.
@@ -220,7 +220,9 @@ def _check_distribution(key: str, value: Any, name: str) -> None:
             f"For example {list(WORDS[key][:2])}."
         )
     law = value if unfrozen else getattr(value, "dist", None)
-    real = isinstance(law, stats.rv_continuous) or (isinstance(value, Steps) and not value.whole)
+    real = isinstance(law, stats.rv_continuous) or (
+        isinstance(value, EvenSteps) and not value.whole
+    )
     if not isinstance(value, OwnDistribution) and not isinstance(
         law, stats.rv_continuous | stats.rv_discrete
     ):
@@ -239,7 +241,7 @@ def _check_distribution(key: str, value: Any, name: str) -> None:
     fault = ""
     # A continuous draw equals an end of its range with probability zero. So an end may lie on an
     # excluded bound.
-    if real and not isinstance(value, Steps):
+    if real and not isinstance(value, EvenSteps):
         inside = rule.low <= low and high <= rule.high
     if real and rule.integer:
         fault = f"real numbers. {INTEGER_REMEDY}"
@@ -335,7 +337,7 @@ def _choices_of(key: str) -> Choices:
     )
 
 
-def _realmlp(goal: Goal) -> Space:
+def _realmlp(goal: Goal) -> CheckedSpace:
     """Return the space RealMLP-HPO. A value that is more likely is listed several times.
 
     Source: Holzmueller et al. (2024), arXiv:2407.04491, table C.2.
@@ -355,7 +357,7 @@ def _realmlp(goal: Goal) -> Space:
     return [common | {"module__width": [width], "module__depth": [depth]} for width, depth in sizes]
 
 
-def _realmlp_tabarena(goal: Goal) -> Space:
+def _realmlp_tabarena(goal: Goal) -> CheckedSpace:
     """Return the space of TabArena for RealMLP. Source: pytabkit, "tabarena-new".
 
     Departures: one network per trial instead of 8, the same number of epochs for all trials without
@@ -401,14 +403,14 @@ PORTFOLIOS: Mapping[str, Sequence[Config]] = {
 They were chosen over eleven tables (scripts/benchmark).
 """
 
-SPACES: Mapping[str, Callable[[Goal], Space]] = {
+SPACES: Mapping[str, Callable[[Goal], CheckedSpace]] = {
     "mlp": lambda goal: [default_space("mlp", "adamw")],
     "realmlp": _realmlp,
     "realmlp-tabarena": _realmlp_tabarena,
 }
 
 
-def named_space(name: str, goal: Goal) -> Space:
+def named_space(name: str, goal: Goal) -> CheckedSpace:
     """Return the space with a given name. Raises InputError for an unknown name."""
     if name not in SPACES:
         raise InputError(

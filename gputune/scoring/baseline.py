@@ -27,7 +27,7 @@ _SHARES = "the share of each class in the training rows"
 _LOPSIDED = 0.8  # above this share of one class, an accuracy says little
 _MOST_CONSTANTS = 20  # at most this number of classes or labels is tried as constants
 
-Fit = Callable[[Tensor, Tensor | None], Tensor]
+ConstantFit = Callable[[Tensor, Tensor | None], Tensor]
 """Returns the outputs (K,) of one constant.
 
 It takes targets (n,) or (n, K) and weights (n,) or None.
@@ -39,7 +39,7 @@ class Constant:
     """A constant prediction: its description and the function that fits its outputs."""
 
     answer: str
-    fit: Fit
+    fit: ConstantFit
 
 
 @dataclass(frozen=True)
@@ -334,7 +334,7 @@ def _shortest_half(values: Tensor, weights: Tensor | None) -> Tensor:
     return (starts[shortest] + ends[shortest]) / 2
 
 
-def _by_column(fit: Fit) -> Fit:
+def _by_column(fit: ConstantFit) -> ConstantFit:
     """Return a fit of numbers (n,) or (n, K) from a fit of numbers (n,), with one constant per
     column."""
 

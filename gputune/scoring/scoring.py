@@ -28,7 +28,7 @@ from gputune.types import EvaluationKey, Outputs, Params, Task
 
 Scorer = Callable[..., SupportsFloat]
 """A function of (estimator, X, y). Greater results are better."""
-Member = Callable[[int], nn.Module]
+TrialModel = Callable[[int], nn.Module]
 """Returns the model of one trial, by the place of the trial among the outputs.
 
 It is a plain module on the CPU in evaluation mode.
@@ -78,7 +78,7 @@ class Scoring:
         return all(one.score or one.of_outputs for one in (self, *self.others))
 
     def metrics(
-        self, data: Dataset, fold: int, outputs: Tensor, member: Member | None = None
+        self, data: Dataset, fold: int, outputs: Tensor, member: TrialModel | None = None
     ) -> Tensor:
         """Return the scores of all metrics for the same outputs.
 
@@ -88,7 +88,7 @@ class Scoring:
         return torch.stack(scores, 1) if self.others else scores[0]
 
     def __call__(
-        self, data: Dataset, fold: int, outputs: Tensor, member: Member | None = None
+        self, data: Dataset, fold: int, outputs: Tensor, member: TrialModel | None = None
     ) -> Tensor:
         """Return the scores of outputs on the validation rows of a fold.
 
@@ -203,7 +203,7 @@ class Scoring:
         outputs: Tensor,
         target: Tensor,
         finite: Tensor,
-        member: Member | None,
+        member: TrialModel | None,
     ) -> Tensor:
         """Return the scores (C,) of a scikit-learn scorer. Diverged trials are NaN."""
         from gputune.scoring.estimators import fitted
@@ -274,7 +274,7 @@ def outputs_of(probabilities: Tensor, task: Task) -> Tensor:
     )
 
 
-def _predict(data: Dataset, fold: int, member: Member, trial: int, X: object) -> Tensor:
+def _predict(data: Dataset, fold: int, member: TrialModel, trial: int, X: object) -> Tensor:
     """Return the outputs of a member for custom rows X, (m, K), on the CPU."""
     if data.scorer_rows is None:
         raise InputError("a scorer that has a name asks for no other rows than those it scores.")

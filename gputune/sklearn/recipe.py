@@ -256,7 +256,7 @@ class TrainingLoss(scoring.Scoring):
         super().__init__("neg_loss", None, None, None)
 
     def __call__(
-        self, data: Dataset, fold: int, outputs: Tensor, member: scoring.Member | None = None
+        self, data: Dataset, fold: int, outputs: Tensor, member: scoring.TrialModel | None = None
     ) -> Tensor:
         """Return the scores (C,), float64, of outputs (C, m, K).
 

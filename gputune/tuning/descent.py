@@ -17,7 +17,7 @@ from gputune.hypergradients.chunk import HypergradientJob, Slopes
 from gputune.hypergradients.first_step import check_classes, check_coordinate, check_start
 from gputune.hypergradients.implicit import implicit_chunk
 from gputune.methods.descent import Descent, Hypergradient, Slope, slope_at
-from gputune.methods.distributions import Space, range_of
+from gputune.methods.distributions import CheckedSpace, range_of
 from gputune.population.population import by_numbers
 from gputune.solver.solve import score_solution
 from gputune.study.store import Candidate, Result
@@ -137,7 +137,7 @@ def run_descent(starts: Mapping[int, Descent], points: DescentPoints, outer_step
             return
 
 
-def descend(context: Context, space: Space, method: Hypergradient) -> None:
+def descend(context: Context, space: CheckedSpace, method: Hypergradient) -> None:
     """Move every starting point of the ledger. Points that already have a result are not trained
     again."""
     names = searched_names(method, context.choice)

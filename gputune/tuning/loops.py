@@ -14,10 +14,17 @@ from gputune.engine.stop import Stop, entry
 from gputune.errors import InputError, check_count
 from gputune.executors.executor import Executor, Queue
 from gputune.executors.processes import trial_processes
-from gputune.executors.worker import Ending, Objective, PruningRule, Reports, Task, Trial
+from gputune.executors.worker import (
+    LoopObjective,
+    LoopTask,
+    LoopTrial,
+    PruningRule,
+    Reports,
+    TrialEnding,
+)
 from gputune.methods.config import plain_config
 from gputune.methods.descent import Hypergradient
-from gputune.methods.distributions import Space, space_text, space_to_json, to_scipy
+from gputune.methods.distributions import CheckedSpace, space_text, space_to_json, to_scipy
 from gputune.methods.optuna import OptunaSampler, check_askable
 from gputune.methods.random import numbered
 from gputune.methods.space import check_own_include, check_own_space
@@ -49,7 +56,7 @@ Direction = Literal["maximize", "minimize"]
 
 @entry
 def search_loop(
-    objective: Objective,
+    objective: LoopObjective,
     options: Options,
     *,
     direction: Direction,
@@ -82,7 +89,9 @@ def search_loop(
         session = Session(ledger, options, progress, stop)
         session.add(first, space, plain_config)
         sign = 1.0 if direction == "maximize" else -1.0
-        task = Task(objective, sign, options.random_state, Reports(folder / "reports"), rule, stop)
+        task = LoopTask(
+            objective, sign, options.random_state, Reports(folder / "reports"), rule, stop
+        )
         # A rule compares new trials also with the finished trials of a resumed search.
         for result in ledger.results.values():
             task.reports.write(result.number, result.curve[:, 0], ended=True)
@@ -102,7 +111,7 @@ def search_loop(
     return check_ending(make_study(ledger.rows(), file=options.study), numbers)
 
 
-def _first_trials(options: Options, space: Space) -> tuple[Candidate, ...]:
+def _first_trials(options: Options, space: CheckedSpace) -> tuple[Candidate, ...]:
     """Return the included trials, and the drawn trials unless a sampler proposes them later."""
     check_count(options.n_trials, "n_trials", least=0, remedy=" For example n_trials=64.")
     first = numbered([(config, "include") for config in check_own_include(options.include, space)])
@@ -175,7 +184,11 @@ cv splits objective code positive baseline dtype device
 
 
 def _record(
-    objective: object, options: Options, space: Space, direction: Direction, max_epochs: int | None
+    objective: object,
+    options: Options,
+    space: CheckedSpace,
+    direction: Direction,
+    max_epochs: int | None,
 ) -> SearchRecord:
     """Return the record of a search for the study file."""
     function, name = _function(objective)
@@ -207,7 +220,10 @@ def _record(
 
 
 def _train(
-    session: Session, task: Task, workers: Executor[Trial, Ending], waiting: Sequence[Candidate]
+    session: Session,
+    task: LoopTask,
+    workers: Executor[LoopTrial, TrialEnding],
+    waiting: Sequence[Candidate],
 ) -> Sequence[PlannedChunk]:
     """Train the trials that this process can claim.
 
@@ -221,17 +237,17 @@ def _train(
         waiting, 0, lambda trials: [((place,), 1, at_once) for place in range(len(trials))]
     )
     chunk_of = {chunk.trials[0]: chunk for chunk in chunks}
-    trials = [Trial(trial.number, trial.params) for trial in waiting]
+    trials = [LoopTrial(trial.number, trial.params) for trial in waiting]
     good_enough = session.good_enough
 
-    def claim(trial: Trial) -> bool:
+    def claim(trial: LoopTrial) -> bool:
         if not ledger.claim(chunk_of[trial.number]):
             return False
         # Trials with higher numbers wait for the reports of this trial.
         task.reports.write(trial.number, (), ended=False)
         return True
 
-    def may_begin(trial: Trial) -> bool:
+    def may_begin(trial: LoopTrial) -> bool:
         return good_enough.allows(chunk_of[trial.number])
 
     queue = Queue(trials, workers, task.stop, claim, may_begin if good_enough.is_possible else None)

@@ -18,7 +18,7 @@ from gputune.errors import InputError, StudyCorruptError, StudyVersionError
 from gputune.executors.ray_cluster import Ray, RayCluster, ray_cluster
 from gputune.garbage import without_collector
 from gputune.methods.descent import Hypergradient
-from gputune.methods.distributions import Space
+from gputune.methods.distributions import CheckedSpace
 from gputune.methods.edges import edge_remarks
 from gputune.methods.optuna import OptunaSampler
 from gputune.methods.random import draw, notes
@@ -62,7 +62,7 @@ class _Setup:
     """The prepared search before anything trains: model, space, rows, trials and score."""
 
     problem: Problem
-    space: Space
+    space: CheckedSpace
     folds: Sequence[Rows]
     trials: Sequence[Candidate]
     configs: Sequence[Config]

@@ -32,7 +32,7 @@ from gputune.data.weights import check_weights
 from gputune.engine.choice import DeviceChoice, Work, device_for
 from gputune.errors import InputError
 from gputune.methods.descent import Hypergradient
-from gputune.methods.distributions import Space
+from gputune.methods.distributions import CheckedSpace
 from gputune.methods.space import PORTFOLIOS, choices_of
 from gputune.modules.inspection import returns_one_logit
 from gputune.scoring.losses import LOSS_OF_TASK, takes_probabilities
@@ -143,7 +143,7 @@ class Problem:
         groups = self.layout.groups(self.layout.places(numbers))
         return inputs_of(self.raw, self._statistics(trains, numbers), like, groups)
 
-    def with_space(self, space: Space, options: Options) -> "Problem":
+    def with_space(self, space: CheckedSpace, options: Options) -> "Problem":
         """Return the problem with the given options, for trials that may prepare numbers
         differently.
 

@@ -18,7 +18,7 @@ from gputune.engine.plan import Plan
 from gputune.engine.train import BegunChunk
 from gputune.errors import InputError
 from gputune.methods.config import ConfigCheck, check_config
-from gputune.methods.distributions import Space
+from gputune.methods.distributions import CheckedSpace
 from gputune.methods.optuna import OptunaSampler, OptunaStudy, check_askable
 from gputune.methods.random import n_counted
 from gputune.population.population import Population, by_numbers
@@ -193,7 +193,7 @@ def _with_begun(recorded: RecordedPlan, checkpoints: Sequence[Checkpoint]) -> Pl
     return replace(plan, chunks=(*begun, *(chunk for chunk in rest if chunk.index)))
 
 
-def check_sampling(method: OptunaSampler, space: Space, context: Context) -> None:
+def check_sampling(method: OptunaSampler, space: CheckedSpace, context: Context) -> None:
     """Raise InputError if the sampler cannot propose configurations of this space.
 
     This is called before anything is stored or trained.
@@ -211,7 +211,7 @@ def check_sampling(method: OptunaSampler, space: Space, context: Context) -> Non
 
 def sample(
     session: Session,
-    space: Space,
+    space: CheckedSpace,
     train: Callable[[], bool],
     *,
     epochs: int,

@@ -28,7 +28,7 @@ from gputune.engine.checkpoint import CheckpointFolder
 from gputune.errors import InputError, UntrustedCodeError
 from gputune.executors.ray_cluster import Ray
 from gputune.methods.distributions import (
-    Space,
+    CheckedSpace,
     describe,
     space_from_json,
     space_text,
@@ -48,7 +48,7 @@ from gputune.version import __version__
 
 def search_record(
     context: Context,
-    space: Space,
+    space: CheckedSpace,
     folds: Sequence[Rows],
     notes: Sequence[str],
     baseline: Json | None,
@@ -123,7 +123,9 @@ def search_record(
     )
 
 
-def _arguments(options: Options, source: Source, space: Space, folds: Sequence[Rows]) -> Arguments:
+def _arguments(
+    options: Options, source: Source, space: CheckedSpace, folds: Sequence[Rows]
+) -> Arguments:
     """Return the arguments of a search that its study file stores, and a list of the missing
     ones."""
     values = space_to_json(space)
@@ -180,7 +182,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def distributions(space: Space) -> dict[str, Json]:
+def distributions(space: CheckedSpace) -> dict[str, Json]:
     """Return the distribution of each key in Optuna's notation, for an export to Optuna.
 
     Keys with several distributions, and distributions that Optuna lacks, are left out.

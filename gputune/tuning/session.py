@@ -17,7 +17,7 @@ from gputune.engine.stop import Stop
 from gputune.errors import InputError, SearchFailedError, SearchInterrupted, StudyCorruptError
 from gputune.garbage import without_collector
 from gputune.methods.config import ConfigCheck, check_config, legal_keys
-from gputune.methods.distributions import Space, is_inside, space_text, to_scipy
+from gputune.methods.distributions import CheckedSpace, is_inside, space_text, to_scipy
 from gputune.methods.optuna import OptunaSampler
 from gputune.methods.random import first_candidates, n_counted, numbered, remarks, top_up
 from gputune.methods.space import (
@@ -60,7 +60,7 @@ trials, which a resumed search trains.
 _BEST = 5  # this number of trials of each earlier study is tried first
 
 
-def checked_space(choice: ModelChoice, options: Options) -> Space:
+def checked_space(choice: ModelChoice, options: Options) -> CheckedSpace:
     """Return the checked space of a call, by default the space of the model. Raises InputError."""
     keys = legal_keys(choice.searched, choice.optimizer)
     module = choice.searched == "module"
@@ -99,7 +99,7 @@ def _check_named(space: str, choice: ModelChoice) -> None:
 
 
 def first_trials(
-    space: Space,
+    space: CheckedSpace,
     choice: ModelChoice,
     options: Options,
     store: Store | None = None,
@@ -135,7 +135,7 @@ def draws_at_once(options: Options) -> bool:
 
 def draw_trials(
     known: Sequence[Candidate],
-    space: Space,
+    space: CheckedSpace,
     options: Options,
     check: ConfigCheck,
     drawn: Sequence[Config] = (),
@@ -171,7 +171,7 @@ def default_params(choice: ModelChoice, options: Options) -> Config:
     return defaults | choice.defaults(options.schedule)
 
 
-def with_earlier(options: Options, space: Space) -> Options:
+def with_earlier(options: Options, space: CheckedSpace) -> Options:
     """Return the options with the best trials of earlier studies included.
 
     Raises InputError if an earlier study has no usable trial.
@@ -219,7 +219,7 @@ class Session:
         return self.stop.is_over()
 
     def add(
-        self, trials: Sequence[Candidate], space: Space, check: ConfigCheck = check_config
+        self, trials: Sequence[Candidate], space: CheckedSpace, check: ConfigCheck = check_config
     ) -> None:
         """Add the trials that the ledger lacks.
 
@@ -258,7 +258,7 @@ class Session:
                 self.progress.say(f"note: {sentence}")
 
     def _missing(
-        self, trials: Sequence[Candidate], space: Space, check: ConfigCheck
+        self, trials: Sequence[Candidate], space: CheckedSpace, check: ConfigCheck
     ) -> Sequence[Candidate]:
         """Return the trials that the ledger lacks, with the next free numbers."""
         candidates = self.ledger.candidates

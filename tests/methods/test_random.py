@@ -11,7 +11,7 @@ from sklearn.base import BaseEstimator
 from sklearn.model_selection import RandomizedSearchCV
 
 from gputune.methods.config import check_config, legal_keys
-from gputune.methods.distributions import LogIntegers, Steps, log_int
+from gputune.methods.distributions import EvenSteps, LogIntegers, log_int
 from gputune.methods.random import draw, first_candidates, notes, numbered, remarks, top_up
 from gputune.methods.space import check_space, default_space
 from gputune.study.store import Candidate
@@ -206,8 +206,8 @@ def test_missing_keys_take_the_default_held_to_the_space():
         (stats.uniform(1, 2), None, 1.0976270078546495 + 1),
         (log_int(8, 64), 128, 64),
         (LogIntegers(2, 8), 2.6, 3),
-        (Steps(16, 96, 16), 60, 64),
-        (Steps(0.0, 0.5, 0.2), 0.45, 0.4),
+        (EvenSteps(16, 96, 16), 60, 64),
+        (EvenSteps(0.0, 0.5, 0.2), 0.45, 0.4),
         (Constant(5.5), 1.0, 5.5),
     ],
 )
@@ -352,7 +352,7 @@ def test_a_required_argument_of_a_module_has_no_default():
 
 
 LAWS = {"lr": stats.loguniform(1e-4, 1e-1), "dropout": stats.uniform(0, 0.5), "width": [8, 16, 32]}
-WHOLE = {"depth": stats.randint(1, 90), "width": log_int(8, 64), "batch_size": Steps(8, 800, 8)}
+WHOLE = {"depth": stats.randint(1, 90), "width": log_int(8, 64), "batch_size": EvenSteps(8, 800, 8)}
 
 
 @pytest.mark.parametrize(
