@@ -4,7 +4,7 @@ import os
 from argparse import Namespace
 from pathlib import Path
 
-from gputune.cli.arguments import study_file
+from gputune.cli.arguments import MODEL, study_file
 from gputune.input_files import MISSING_TABLE, check_file, check_model_folder
 from gputune.study.database import check_study_file
 
@@ -22,8 +22,21 @@ def check_paths(arguments: Namespace) -> None:
         check_study_file(study_file(arguments.study))
     if command in ("predict", "evaluate", "export"):
         check_model_folder(Path(arguments.folder))
-    if command in ("tune", "train", "predict", "evaluate"):
+    if command in ("predict", "evaluate"):
         _check_rows(arguments.file)
+    # The command says first that there is no target, or that the result cannot be written.
+    if command in ("tune", "train") and arguments.target is not None and _can_write(arguments):
+        _check_rows(arguments.file)
+
+
+def _can_write(arguments: Namespace) -> bool:
+    """Whether the folder of the result is, or can be made, one that the command writes into."""
+    if arguments.study is None:
+        return True
+    out = Path(arguments.study)
+    there = next(place for place in (out, *out.absolute().parents) if place.exists())
+    is_writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    return bool(arguments.study) and is_writable and not (out / MODEL).exists()
 
 
 def _check_rows(file: str) -> None:
