@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gputune.hypergradients.inner import CHAOTIC, HYPERPARAMETERS, Clock, Hypergradients
+from gputune.hypergradients.inner import CHAOTIC, HYPERPARAMETERS, Hypergradients, StepPosition
 
 OPTIMIZERS = ("sgd", "momentum", "nesterov", "adam", "adamw")
 OF = {"sgd": ("lr", "weight_decay")}
@@ -129,8 +129,8 @@ class StackedNets:
     def start(self) -> Tensor:
         return self.first.clone()
 
-    def clock(self, step: int) -> Clock:
-        return Clock(np.full(self.members, step))
+    def clock(self, step: int) -> StepPosition:
+        return StepPosition(np.full(self.members, step))
 
     def _losses(self, weights: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """The means (P,) over rows (P, B)."""
@@ -171,8 +171,8 @@ class Quadratics:
     def start(self) -> Tensor:
         return self.w0[:, None].clone()
 
-    def clock(self, step: int) -> Clock:
-        return Clock(np.full(len(self.a), step))
+    def clock(self, step: int) -> StepPosition:
+        return StepPosition(np.full(len(self.a), step))
 
     def losses(self, weights: Tensor, step: int) -> Tensor:
         return self.a * weights[:, 0] ** 2 / 2

@@ -195,7 +195,7 @@ LAWS: tuple[Law, ...] = (
 
 
 @dataclass(frozen=True)
-class Row:
+class CheckRow:
     """The result of one law with one backend.
 
     ``difference`` is NaN if the measurement raised ``error``.
@@ -220,7 +220,7 @@ class Report:
 
     device: str
     facts: str
-    rows: tuple[Row, ...]
+    rows: tuple[CheckRow, ...]
     speeds: Mapping[tuple[str, Backend], Speed]
 
     @property
@@ -348,7 +348,7 @@ def check(device: torch.device, tell: Callable[[str], object]) -> Report:
         # A law without backends was measured as "eager"; the report does not show this word.
         name = backend if law.backends else "-"
         seconds = time.monotonic() - begin
-        rows.append(Row(law.name, name, difference, law.allowed, seconds, error))
+        rows.append(CheckRow(law.name, name, difference, law.allowed, seconds, error))
         if not rows[-1].ok:
             failed[backend] = law.name
     # Later runs use these findings to choose a backend: its failures and its speeds.

@@ -21,7 +21,7 @@ from gputune.native.library import (
     NUMBER_LOSSES,
     OPTIMIZERS,
     ROW_SCORES,
-    Work,
+    MemberWork,
     library,
     make_work,
 )
@@ -251,7 +251,7 @@ def _run(library: ctypes.CDLL, numbers: Mapping[str, int], arrays: Mapping[str, 
     stop = ctypes.c_int32(0)
     failed = list[bool]()
 
-    def train(work: Work, _held: Mapping[str, Array], ended: threading.Event) -> None:
+    def train(work: MemberWork, _held: Mapping[str, Array], ended: threading.Event) -> None:
         torch.set_flush_denormal(True)  # each thread has its own setting
         try:
             if library.train_members(ctypes.byref(work), ctypes.byref(taken), ctypes.byref(stop)):

@@ -24,7 +24,13 @@ from gputune.hypergradients.first_step import (
     measure,
     twice_differentiable,
 )
-from gputune.hypergradients.inner import HYPERPARAMETERS, Clock, InnerProblem, Tables, as_table
+from gputune.hypergradients.inner import (
+    HYPERPARAMETERS,
+    InnerProblem,
+    StepPosition,
+    Tables,
+    as_table,
+)
 from gputune.hypergradients.modes import differences, forward, reverse
 from gputune.modules.looped import LoopedModule
 from gputune.modules.module import StackedModule
@@ -81,7 +87,7 @@ class PopulationTraining:
             [view.reshape(self.folds * self.trials, -1) for view in self.first.values()], 1
         )
 
-    def clock(self, step: int) -> Clock:
+    def clock(self, step: int) -> StepPosition:
         """Return the position of each member before this step.
 
         Members with fewer steps per epoch wait for its end.
@@ -97,7 +103,7 @@ class PopulationTraining:
                 schedule_factor(s, done[:, c], totals[:, c]) for c, s in enumerate(self.schedules)
             ]
             factor = np.stack(columns, 1).flatten()
-        return Clock(done.flatten(), None if active.all() else active.flatten(), factor)
+        return StepPosition(done.flatten(), None if active.all() else active.flatten(), factor)
 
     def losses(self, weights: Tensor, step: int) -> Tensor:
         """Return each member's minibatch loss (P,).

@@ -20,7 +20,7 @@ from gputune.errors import InputError
 from gputune.hypergradients.inner import (
     BETWEEN_0_AND_1,
     InnerProblem,
-    Training,
+    InnerTraining,
     hessian_times,
     leaves_of,
     rows_of,
@@ -108,7 +108,7 @@ def check_classes(
 
 
 @contextmanager
-def twice_differentiable(training: Training) -> Iterator[None]:
+def twice_differentiable(training: InnerTraining) -> Iterator[None]:
     """Raise InputError if a training cannot be differentiated twice.
 
     The first minibatch is tested on entry. Errors that torch raises inside the ``with`` block for
@@ -148,7 +148,7 @@ def nodes(tensor: Tensor) -> set[Node]:
 
 
 @torch.enable_grad()
-def _check_second_derivatives(training: Training) -> None:
+def _check_second_derivatives(training: InnerTraining) -> None:
     """Raise InputError if the second derivatives of the loss on the first minibatch are wrong or
     missing.
     """
@@ -198,7 +198,7 @@ def _symmetric(gradient: Tensor, weights: Tensor, v: Tensor) -> bool:
 
 
 def _agrees_with_difference(
-    training: Training, gradient: Tensor, weights: Tensor, v: Tensor
+    training: InnerTraining, gradient: Tensor, weights: Tensor, v: Tensor
 ) -> bool:
     """Return whether the second derivative agrees with a finite difference of the gradient along
     ``v``.
@@ -235,7 +235,7 @@ ExactMode = Literal["reverse", "checkpointed", "forward"]
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryNeed:
     """The memory, in bytes, that one training needs for all its members.
 
     ``step`` is the memory of the graph of one step. ``state`` is the memory of one state
@@ -260,7 +260,7 @@ class Need:
         }
 
 
-def measure(problem: InnerProblem[Training]) -> Need:
+def measure(problem: InnerProblem[InnerTraining]) -> MemoryNeed:
     """Take the first step once, and return the bytes that its graph and the state need."""
     leaves = {name: table.detach().requires_grad_() for name, table in problem.tables.items()}
     state = leaves_of(problem.start())
@@ -277,7 +277,7 @@ def measure(problem: InnerProblem[Training]) -> Need:
     for tensor in end:
         pack(tensor)
     step = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    return Need(step, sum(tensor.nbytes for tensor in end))
+    return MemoryNeed(step, sum(tensor.nbytes for tensor in end))
 
 
 def free_bytes(device: torch.device) -> int:

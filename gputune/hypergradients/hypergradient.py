@@ -29,7 +29,7 @@ from gputune.hypergradients.inner import (
     InnerProblem,
 )
 from gputune.hypergradients.modes import default_width, differences, forward, reverse
-from gputune.hypergradients.module_training import Loss, ModuleTraining, Pair, check_module
+from gputune.hypergradients.module_training import DataPair, Loss, ModuleTraining, check_module
 from gputune.optimizers.rules import BETA1, BETA2
 from gputune.seeding import GLOBAL_DRAWS
 from gputune.text import count, size_words
@@ -43,8 +43,8 @@ Mode = Literal["auto", "reverse", "forward", "fd"]
 def hypergradient(
     module: nn.Module,
     loss: Loss,
-    batches: Iterable[Pair],
-    valid: Pair,
+    batches: Iterable[DataPair],
+    valid: DataPair,
     *,
     hyperparameters: Mapping[str, object],
     optimizer: str,
@@ -151,7 +151,7 @@ def hypergradient(
     return result
 
 
-def _check_data(loss: object, batches: Iterable[Pair], valid: Pair) -> list[Pair]:
+def _check_data(loss: object, batches: Iterable[DataPair], valid: DataPair) -> list[DataPair]:
     """Return the minibatches as a list, after a check of the loss and of every pair (x, y)."""
     if not callable(loss):
         raise InputError(f"loss must be a function loss(module(x), y), got {loss!r}.")

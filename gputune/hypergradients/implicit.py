@@ -31,8 +31,15 @@ from gputune.errors import DivergedError, InputError
 from gputune.hypergradients.first_step import free_bytes
 from gputune.hypergradients.inner import HypergradientResult
 from gputune.models import LogisticRegression
-from gputune.solver.objective import Point, Rows, point_at, product, rows_of
-from gputune.solver.solve import Problem, Solution, problem_of, solve, solve_all, solved_module
+from gputune.solver.objective import FoldRows, Point, point_at, product, rows_of
+from gputune.solver.solve import (
+    LogisticProblem,
+    Solution,
+    problem_of,
+    solve,
+    solve_all,
+    solved_module,
+)
 from gputune.types import Config, Params
 
 BLOCK = 512  # training rows whose curvature is held at once
@@ -78,7 +85,11 @@ def implicit_chunk(
 
 
 def implicit_gradients(
-    problem: Problem, solution: Solution, valid: Sequence[Tensor], *, memory: int | None = None
+    problem: LogisticProblem,
+    solution: Solution,
+    valid: Sequence[Tensor],
+    *,
+    memory: int | None = None,
 ) -> ImplicitGradient:
     """Differentiate the validation loss of each member of a solved problem in log C.
 
@@ -113,7 +124,7 @@ class _Fold:
     Intercepts are not penalized, so centering changes only rounding errors.
     """
 
-    def __init__(self, problem: Problem, fold: int, valid: Tensor, outputs: int) -> None:
+    def __init__(self, problem: LogisticProblem, fold: int, valid: Tensor, outputs: int) -> None:
         weights = problem.weights[fold]
         keep = weights > 0
         self.total = weights.sum()
@@ -181,7 +192,7 @@ def _differentiate(
     return held_out.loss, gradient
 
 
-def _point(rows: Rows, coef: Tensor, intercept: Tensor) -> Point:
+def _point(rows: FoldRows, coef: Tensor, intercept: Tensor) -> Point:
     """Return the loss, slope and class chances of members.
 
     Their intercepts may be infinite.
@@ -196,7 +207,7 @@ def _beside_intercept(coef: Tensor) -> Tensor:
     return functional.pad(coef, (0, 1))
 
 
-def _curvature(rows: Rows, chance: Tensor) -> Tensor:
+def _curvature(rows: FoldRows, chance: Tensor) -> Tensor:
     """Return the Hessian of the mean training loss, (m, K, E, K, E).
 
     ``chance`` (m, K, n) has the class chances of the members. Each entry of the Hessian is a sum
@@ -312,7 +323,7 @@ def differentiate_minimum(
 
 def _join(
     batches: Sequence[tuple[Tensor, Tensor]], valid: tuple[Tensor, Tensor], C: float, classes: int
-) -> tuple[Problem, Tensor]:
+) -> tuple[LogisticProblem, Tensor]:
     """Join all minibatches into one problem, and return it with the positions of the validation
     rows.
 
@@ -334,7 +345,7 @@ def _join(
     weights = torch.ones(1, len(x), dtype=torch.float64, device=x.device)
     weights[:, places] = 0.0
     rates = weights.new_tensor([C]), weights.new_zeros(1)
-    return Problem(x.double()[None], y.long(), weights, *rates, n_classes=classes), places
+    return LogisticProblem(x.double()[None], y.long(), weights, *rates, n_classes=classes), places
 
 
 def _check_problem(

@@ -38,7 +38,7 @@ BETWEEN_0_AND_1 = ("momentum", "beta1", "beta2")
 Tables = Mapping[str, Tensor]
 """Maps each of HYPERPARAMETERS to a table (P, S, L). S and L may differ between hyperparameters."""
 
-Rows = Mapping[str, Sequence[Tensor]]
+SegmentRows = Mapping[str, Sequence[Tensor]]
 """The same tables, cut into the values that the steps of each segment read.
 
 A value is (P, 1), or (P, N) if it differs between layers.
@@ -47,12 +47,12 @@ A value is (P, 1), or (P, N) if it differs between layers.
 Watch = Callable[[int, Tensor], None]
 """Called after each step with the number of finished steps and the weights (P, N)."""
 
-State = tuple[Tensor, ...]
+InnerState = tuple[Tensor, ...]
 """The parameters, then the moments of the optimizer, each (P, N)."""
 
 
 @dataclass(frozen=True)
-class Clock:
+class StepPosition:
     """The position of each member in its training, before a step.
 
     ``done`` (P,) is the number of finished steps. ``active`` (P,) tells if a member takes this
@@ -65,7 +65,7 @@ class Clock:
     factor: np.ndarray | None = None
 
 
-class Training(Protocol):
+class InnerTraining(Protocol):
     """A training of P members for at most ``steps`` steps, on minibatches that never change."""
 
     steps: int
@@ -79,7 +79,7 @@ class Training(Protocol):
     def start(self) -> Tensor:
         """Return the starting parameters (P, N)."""
 
-    def clock(self, step: int) -> Clock:
+    def clock(self, step: int) -> StepPosition:
         """Return the position of each member before this step."""
 
     def losses(self, weights: Tensor, step: int) -> Tensor:
@@ -98,7 +98,7 @@ class Training(Protocol):
         """Return each member's validation loss (P,)."""
 
 
-AnyTraining = TypeVar("AnyTraining", bound=Training, covariant=True)
+AnyTraining = TypeVar("AnyTraining", bound=InnerTraining, covariant=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,21 +110,21 @@ class InnerProblem(Generic[AnyTraining]):
     tables: Tables
 
     @cached_property
-    def rows(self) -> Rows:
+    def rows(self) -> SegmentRows:
         """The hyperparameters in the form that the steps read.
 
         They are cut only once, because a row may be as large as the parameters.
         """
         return rows_of(self.tables, self.training.layer)
 
-    def start(self) -> State:
+    def start(self) -> InnerState:
         """Return the starting parameters and moments of zero."""
         weights = self.training.start()
         return weights, *(torch.zeros_like(weights) for _ in MOMENTS[self.optimizer])
 
     def step(
-        self, state: State, step: int, *, rows: Rows | None = None, graph: bool = False
-    ) -> State:
+        self, state: InnerState, step: int, *, rows: SegmentRows | None = None, graph: bool = False
+    ) -> InnerState:
         """Return the state after one step.
 
         With ``graph``, the state can be differentiated. ``rows`` replaces the hyperparameters of
@@ -142,7 +142,7 @@ class InnerProblem(Generic[AnyTraining]):
                 else new
             )
 
-    def advance(self, state: State, steps: range, watch: Watch | None = None) -> State:
+    def advance(self, state: InnerState, steps: range, watch: Watch | None = None) -> InnerState:
         """Return the state after several steps, without derivatives."""
         for step in steps:
             state = self.step(state, step)
@@ -166,7 +166,7 @@ class InnerProblem(Generic[AnyTraining]):
         ]
 
 
-def slope(training: Training, weights: Tensor, step: int, *, graph: bool) -> Tensor:
+def slope(training: InnerTraining, weights: Tensor, step: int, *, graph: bool) -> Tensor:
     """Return the gradient (P, N) of every member's minibatch loss.
 
     ``weights`` must require gradients.
@@ -190,7 +190,9 @@ def hessian_times(gradient: Tensor, weights: Tensor, vector: Tensor) -> Tensor:
     return product
 
 
-def update(optimizer: str, state: State, gradient: Tensor, rates: Rates, clock: Clock) -> State:
+def update(
+    optimizer: str, state: InnerState, gradient: Tensor, rates: Rates, clock: StepPosition
+) -> InnerState:
     """Return the state after one step of the update rule.
 
     The state of members that are not active does not change.
@@ -205,7 +207,7 @@ def update(optimizer: str, state: State, gradient: Tensor, rates: Rates, clock: 
     return tuple(torch.where(active, a, b) for a, b in zip(new, state))
 
 
-def with_statistics(state: State, statistics: Tensor) -> State:
+def with_statistics(state: InnerState, statistics: Tensor) -> InnerState:
     """Return the state with ``statistics`` in its last entries.
 
     The update rule treats these entries as parameters, so its result for them is replaced.
@@ -213,12 +215,12 @@ def with_statistics(state: State, statistics: Tensor) -> State:
     return torch.cat([state[0][..., : -statistics.shape[-1]], statistics], -1), *state[1:]
 
 
-def leaves_of(state: State) -> State:
+def leaves_of(state: InnerState) -> InnerState:
     """Return the same state without its graph, as leaves that can be differentiated by."""
     return tuple(tensor.detach().requires_grad_() for tensor in state)
 
 
-def rows_of(tables: Tables, layer: Tensor) -> Rows:
+def rows_of(tables: Tables, layer: Tensor) -> SegmentRows:
     """Cut tables (P, S, L) into one row per segment, (P, 1) or (P, N)."""
     # Each row is (P, 1), or (P, L) -> (P, N) if the layers have different values.
     return {
@@ -229,7 +231,7 @@ def rows_of(tables: Tables, layer: Tensor) -> Rows:
     }
 
 
-def rates_at(rows: Rows, clock: Clock, totals: np.ndarray) -> Rates:
+def rates_at(rows: SegmentRows, clock: StepPosition, totals: np.ndarray) -> Rates:
     """Return the hyperparameters of one step.
 
     A value is (P, 1) if all layers share it, otherwise (P, N).

@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 from gputune.hypergradients.inner import (
-    Clock,
     Hypergradients,
     InnerProblem,
-    Rows,
-    State,
-    Training,
+    InnerState,
+    InnerTraining,
+    SegmentRows,
+    StepPosition,
     Watch,
     from_coordinate,
     hessian_times,
@@ -47,7 +47,7 @@ from gputune.hypergradients.inner import (
 
 
 def reverse(
-    problem: InnerProblem[Training],
+    problem: InnerProblem[InnerTraining],
     names: Sequence[str],
     *,
     truncate: int | None = None,
@@ -80,7 +80,7 @@ def reverse(
     searched = [row for parts in cut.values() for row in parts]
     record = _Record(problem, {**problem.rows, **cut}, state[0])
     total: list[Tensor] = []
-    adjoint: State | None = None
+    adjoint: InnerState | None = None
     for here, there, start in reversed(list(zip(edges[:-1], edges[1:], starts))):
         start = leaves_of(start)
         outputs = end = record.advance(start, range(here, there), watch if there == steps else None)
@@ -105,12 +105,14 @@ class _Record:
     back, at no extra cost.
     """
 
-    def __init__(self, problem: InnerProblem[Training], rows: Rows, like: Tensor) -> None:
+    def __init__(
+        self, problem: InnerProblem[InnerTraining], rows: SegmentRows, like: Tensor
+    ) -> None:
         self.problem = problem
         self.rows = rows
         self.largest = self.final = torch.zeros_like(like[:, 0])
 
-    def advance(self, state: State, steps: range, watch: Watch | None) -> State:
+    def advance(self, state: InnerState, steps: range, watch: Watch | None) -> InnerState:
         for step in steps:
             after = self.problem.step(state, step, rows=self.rows, graph=True)
             # The hook comes after the step, because the step itself takes a gradient by these
@@ -236,7 +238,7 @@ class Dual:
 
 
 def forward(
-    problem: InnerProblem[Training], names: Sequence[str], *, watch: Watch | None = None
+    problem: InnerProblem[InnerTraining], names: Sequence[str], *, watch: Watch | None = None
 ) -> Hypergradients:
     """Return the hypergradients of ``names`` by carrying one tangent of the state per entry."""
     training = problem.training
@@ -270,16 +272,19 @@ class _Tangents:
     """
 
     def __init__(
-        self, problem: InnerProblem[Training], columns: list[tuple[str, int, int]], state: State
+        self,
+        problem: InnerProblem[InnerTraining],
+        columns: list[tuple[str, int, int]],
+        state: InnerState,
     ) -> None:
         self.problem = problem
         self.columns = columns
-        self.of_state: State = tuple(tensor.new_zeros(0, *tensor.shape) for tensor in state)
+        self.of_state: InnerState = tuple(tensor.new_zeros(0, *tensor.shape) for tensor in state)
         # (d, P)
         self.sizes = torch.stack([problem.tables[name][:, s, layer] for name, s, layer in columns])
         self.ratio = state[0].new_zeros(len(state[0]))
 
-    def step(self, state: State, step: int) -> State:
+    def step(self, state: InnerState, step: int) -> InnerState:
         """Return the state after one step, and move the tangents and the ratio along."""
         training = self.problem.training
         tables = self.problem.tables
@@ -314,7 +319,9 @@ class _Tangents:
         return new
 
     @torch.no_grad()
-    def _update(self, state: State, gradient: Tensor, tangents: Tensor, clock: Clock) -> State:
+    def _update(
+        self, state: InnerState, gradient: Tensor, tangents: Tensor, clock: StepPosition
+    ) -> InnerState:
         """Return the state after the update rule, and apply the rule to the tangents too."""
         dual: Any = Dual  # to the rules it is a tensor
         rates = rates_at(self.problem.rows, clock, self.problem.training.totals)
@@ -327,7 +334,9 @@ class _Tangents:
         return tuple(end.value for end in new)
 
     @torch.enable_grad()
-    def _keep_statistics(self, new: State, weights: Tensor, before: Tensor, step: int) -> State:
+    def _keep_statistics(
+        self, new: InnerState, weights: Tensor, before: Tensor, step: int
+    ) -> InnerState:
         """Replace the end of the new state by the running statistics, and their tangents likewise.
 
         ``weights`` are the weights before the step, and ``before`` are their tangents.
@@ -342,7 +351,7 @@ class _Tangents:
         self.of_state = with_statistics(self.of_state, torch.stack(tangents))
         return with_statistics(new, kept.detach())
 
-    def _seed(self, name: str, clock: Clock) -> Tensor:
+    def _seed(self, name: str, clock: StepPosition) -> Tensor:
         """Return the derivative of the value that each entry reads, by each column.
 
         The result is (d, P, N), or (d, P, 1) if all layers share the value.
@@ -371,7 +380,7 @@ def default_width(dtype: torch.dtype) -> float:
 
 @torch.no_grad()
 def differences(
-    problem: InnerProblem[Training],
+    problem: InnerProblem[InnerTraining],
     names: Sequence[str],
     *,
     width: float,

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from gputune.errors import InputError
 from gputune.hypergradients.first_step import nodes
-from gputune.hypergradients.inner import Clock
+from gputune.hypergradients.inner import StepPosition
 from gputune.modules.calls import Stateless
 from gputune.modules.construction import layers_of
 from gputune.modules.substitutes import differentiate_statistics, running_norms
@@ -21,7 +21,7 @@ from gputune.seeding import keyed_draws
 from gputune.types import Params
 
 Loss = Callable[[Any, Any], Tensor]
-Pair = tuple[Any, Any]
+DataPair = tuple[Any, Any]
 
 
 class ModuleTraining:
@@ -31,7 +31,13 @@ class ModuleTraining:
     """
 
     def __init__(
-        self, module: nn.Module, loss: Loss, batches: Sequence[Pair], valid: Pair, *, seed: int
+        self,
+        module: nn.Module,
+        loss: Loss,
+        batches: Sequence[DataPair],
+        valid: DataPair,
+        *,
+        seed: int,
     ) -> None:
         self.module = module
         self.batches = batches
@@ -69,8 +75,8 @@ class ModuleTraining:
         """Return the module's parameters and running statistics, (1, N)."""
         return torch.cat([p.detach().flatten().to(self.dtype) for p in self.entries.values()])[None]
 
-    def clock(self, step: int) -> Clock:
-        return Clock(np.array([step]))
+    def clock(self, step: int) -> StepPosition:
+        return StepPosition(np.array([step]))
 
     def losses(self, weights: Tensor, step: int) -> Tensor:
         """Return the loss (1,) of one minibatch.
@@ -158,7 +164,7 @@ class ModuleTraining:
 
 
 @contextmanager
-def _module_errors(name: str, pair: Pair) -> Iterator[None]:
+def _module_errors(name: str, pair: DataPair) -> Iterator[None]:
     """Turn errors of a module or a loss into an InputError that names the pair (x, y)."""
     try:
         yield

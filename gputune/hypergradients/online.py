@@ -41,9 +41,9 @@ from gputune.types import DEFAULTS, ONLINE_RULES
 
 __all__ = ["SGDHD", "AdamHD", "AdamWHD"]
 
-Rule = Literal["multiplicative", "additive", "normalized"]
+HypergradRule = Literal["multiplicative", "additive", "normalized"]
 Group = dict[str, Any]
-Pair = tuple[Tensor, Tensor]
+GradientPair = tuple[Tensor, Tensor]
 
 
 class _Online(Optimizer):
@@ -242,7 +242,7 @@ class SGDHD(_Online):
         lr: float,
         *,
         hypergrad_lr: float | None = None,
-        rule: Rule = "multiplicative",
+        rule: HypergradRule = "multiplicative",
         momentum: float = 0.0,
         nesterov: bool = False,
         weight_decay: float = 0.0,
@@ -294,7 +294,7 @@ class AdamHD(_Online):
         lr: float = 1e-3,
         *,
         hypergrad_lr: float | None = None,
-        rule: Rule = "multiplicative",
+        rule: HypergradRule = "multiplicative",
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -352,7 +352,7 @@ class AdamWHD(AdamHD):
         lr: float = 1e-3,
         *,
         hypergrad_lr: float | None = None,
-        rule: Rule = "multiplicative",
+        rule: HypergradRule = "multiplicative",
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
@@ -445,7 +445,7 @@ def _number(
     )
 
 
-def _parts(pairs: Sequence[Pair], foreach: bool | None) -> list[list[int]]:
+def _parts(pairs: Sequence[GradientPair], foreach: bool | None) -> list[list[int]]:
     """Return the positions of the tensors that are processed together.
 
     These are all tensors of one device and dtype, or each tensor separately.
@@ -457,7 +457,7 @@ def _parts(pairs: Sequence[Pair], foreach: bool | None) -> list[list[int]]:
     return list(alike.values())
 
 
-def _sums(products: list[list[Pair]], foreach: bool | None) -> list[float]:
+def _sums(products: list[list[GradientPair]], foreach: bool | None) -> list[float]:
     """Return, for each list of tensor pairs, the sum of the products of all their entries."""
     parts = [
         [zip(*(pairs[i] for i in part)) for part in _parts(pairs, foreach)] for pairs in products

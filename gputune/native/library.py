@@ -98,7 +98,7 @@ NUMBER_LOSSES = ("mse", "mae", "huber", "quantile")
 """The order in each of these tuples gives the library's numbers for the names."""
 
 
-class Work(ctypes.Structure):
+class MemberWork(ctypes.Structure):
     """The task of the library: sizes and the addresses of the arrays.
 
     ``work.h`` describes each field.
@@ -112,13 +112,13 @@ class Work(ctypes.Structure):
     )
 
 
-def make_work(numbers: Mapping[str, int], arrays: Mapping[str, torch.Tensor | None]) -> Work:
-    """Return a Work of numbers and of contiguous tensors; None becomes NULL.
+def make_work(numbers: Mapping[str, int], arrays: Mapping[str, torch.Tensor | None]) -> MemberWork:
+    """Return a MemberWork of numbers and of contiguous tensors; None becomes NULL.
 
-    The tensors must live longer than the Work.
+    The tensors must live longer than the MemberWork.
     """
     assert all(tensor is None or tensor.is_contiguous() for tensor in arrays.values())
-    return Work(
+    return MemberWork(
         **numbers,
         **{name: None if tensor is None else tensor.data_ptr() for name, tensor in arrays.items()},
     )

@@ -54,7 +54,7 @@ class Rates:
     """The longer side of each member's matrix, for the hidden matrices that muon updates."""
 
 
-Rule = Callable[[Params, Params, Moments, Rates], tuple[Params, Moments]]
+UpdateRule = Callable[[Params, Params, Moments, Rates], tuple[Params, Moments]]
 
 
 def sgd(params: Params, grads: Params, moments: Moments, rates: Rates) -> tuple[Params, Moments]:
@@ -181,7 +181,7 @@ def schedule_free_average(y: Tensor, z: Tensor) -> Tensor:
     return (y - (1 - BETA1) * z) / BETA1
 
 
-RULES: Mapping[str, Rule] = {
+RULES: Mapping[str, UpdateRule] = {
     rule.__name__: rule for rule in (sgd, nesterov, adam, adamw, rmsprop, lion, muon, schedulefree)
 }
 

@@ -24,7 +24,7 @@ from gputune.hypergradients.implicit import implicit_gradients
 from gputune.sklearn.base import FusedEstimator, constructor
 from gputune.sklearn.dataset import FoldGroup, Rows, as_tensor
 from gputune.sklearn.recipe import DrawSeed, MemberSlope, Place, Training
-from gputune.solver.solve import Problem, Solution, solve
+from gputune.solver.solve import LogisticProblem, Solution, solve
 
 _TOLERANCE = 1e-10
 
@@ -113,7 +113,7 @@ def solver_slopes(
     return found
 
 
-def make_problem(penalties: Sequence[Penalty], folds: FoldGroup) -> Problem:
+def make_problem(penalties: Sequence[Penalty], folds: FoldGroup) -> LogisticProblem:
     """Return the problem of several penalties that differ only in C and l1_ratio.
 
     Raises ValueError if the weights leave no rows.
@@ -125,7 +125,7 @@ def make_problem(penalties: Sequence[Penalty], folds: FoldGroup) -> Problem:
     ).to(x.device)
     C, l1_ratio = (x.new_tensor(values) for values in zip(*((p.C, p.l1_ratio) for p in penalties)))
     assert folds.classes is not None
-    return Problem(
+    return LogisticProblem(
         # (F, n, D): a view, without copies of X
         x.expand(len(weights), *x.shape),
         as_tensor(folds.codes).to(x.device),

@@ -19,8 +19,8 @@ from gputune.engine.job import Outcome
 from gputune.errors import InputError, warn
 from gputune.models import LogisticRegression
 from gputune.scoring.scoring import BestOutputs, Scoring
-from gputune.solver.newton import Step, descend, newton_step, proximal_newton_step
-from gputune.solver.objective import Rows, rows_of
+from gputune.solver.newton import StepFunction, descend, newton_step, proximal_newton_step
+from gputune.solver.objective import FoldRows, rows_of
 from gputune.types import Config, first_metric
 
 # Numbers in one (members, outputs, rows) tensor of a chunk. On a CPU it should fit into the cache,
@@ -77,7 +77,7 @@ class _Inputs:
 
 
 @dataclass(frozen=True, eq=False)
-class Problem:
+class LogisticProblem:
     """The objective of every fold and C, which is minimized.
 
     The objective is ``C * sum_i w_i loss_i + (1 - l1_ratio) / 2 ||W||^2 + l1_ratio ||W||_1``, as in
@@ -111,7 +111,7 @@ class Problem:
             )
 
 
-def solve(problem: Problem) -> Solution:
+def solve(problem: LogisticProblem) -> Solution:
     """Solve a problem for every fold and C.
 
     ``converged`` is false for a member that has not reached the tolerance after ``max_steps``, or
@@ -152,7 +152,7 @@ def _run(jobs: Jobs, device: torch.device) -> None:
         list(pool.map(lambda job: job(), jobs))  # list() raises the errors of the jobs
 
 
-def _fold(problem: Problem, fold: int) -> tuple[Solution, Iterator[tuple[Jobs, int]]]:
+def _fold(problem: LogisticProblem, fold: int) -> tuple[Solution, Iterator[tuple[Jobs, int]]]:
     """Return an empty solution of a fold, and the jobs that fill it."""
     weights = problem.weights[fold]
     keep = weights > 0
@@ -179,7 +179,12 @@ def _fold(problem: Problem, fold: int) -> tuple[Solution, Iterator[tuple[Jobs, i
 
 
 def _groups(
-    solution: Solution, problem: Problem, x: Tensor, keep: Tensor, weights: Tensor, classes: Tensor
+    solution: Solution,
+    problem: LogisticProblem,
+    x: Tensor,
+    keep: Tensor,
+    weights: Tensor,
+    classes: Tensor,
 ) -> Iterator[tuple[Jobs, int]]:
     """Yield the jobs that solve all C of one fold, chunk by chunk, and write to ``solution``.
 
@@ -208,7 +213,7 @@ def _groups(
         (part / (C * total)).clamp_max(most) for part in (problem.l1_ratio, 1 - problem.l1_ratio)
     )
 
-    def solve_chunk(rows: Rows, step: Step, members: Tensor) -> None:
+    def solve_chunk(rows: FoldRows, step: StepFunction, members: Tensor) -> None:
         weight, solution.steps[members], solution.residual[members], solution.converged[members] = (
             descend(
                 rows, step, ridge[members], lasso[members], problem.tolerance, problem.max_steps
@@ -229,7 +234,7 @@ def _groups(
         solution.coef[members[:, None], kept] = coef / scale
         solution.intercept[members[:, None], kept] = intercept
 
-    def chunks(step: Step, which: Tensor) -> Jobs:
+    def chunks(step: StepFunction, which: Tensor) -> Jobs:
         # With huge inputs the ridge differs between inputs, so it is not invariant under rotation.
         rotate = step is newton_step and not huge
         rows = rows_of(x, codes, share, len(kept), intercept=problem.fit_intercept, rotate=rotate)
@@ -318,7 +323,7 @@ def solve_all(data: Dataset, configs: Sequence[Config]) -> Solution:
     return solution
 
 
-def problem_of(data: Dataset, configs: Sequence[Config]) -> Problem:
+def problem_of(data: Dataset, configs: Sequence[Config]) -> LogisticProblem:
     """Return the problem of C configurations (``C``, ``l1_ratio``) in F folds of float64 data."""
     weights = torch.zeros(data.n_folds, data.n_rows, dtype=torch.float64, device=data.device)
     for f, fold in enumerate(data.folds):
@@ -326,7 +331,7 @@ def problem_of(data: Dataset, configs: Sequence[Config]) -> Problem:
             1.0 if data.weights is None else data.weights[f, fold.train].double()
         )
     C, l1_ratio = weights.new_tensor([[float(c["C"]), float(c["l1_ratio"])] for c in configs]).T
-    return Problem(_Inputs(data), data.y, weights, C, l1_ratio, n_classes=data.n_outputs)
+    return LogisticProblem(_Inputs(data), data.y, weights, C, l1_ratio, n_classes=data.n_outputs)
 
 
 def as_softmax(solution: Solution) -> tuple[Tensor, Tensor]:

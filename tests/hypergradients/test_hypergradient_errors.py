@@ -15,7 +15,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 import inner_problems
 from gputune.errors import InputError
 from gputune.hypergradients import hypergradient as hypergradient_file
-from gputune.hypergradients.first_step import Need
+from gputune.hypergradients.first_step import MemoryNeed
 from gputune.hypergradients.hypergradient import hypergradient
 from inner_problems import Calling
 
@@ -548,7 +548,7 @@ def test_memory_beyond_the_budget_says_what_fits():
 
 def test_large_sizes_are_in_larger_units(monkeypatch):
     def large(*_):
-        return Need(step=3 * 2**30, state=2**20)
+        return MemoryNeed(step=3 * 2**30, state=2**20)
 
     monkeypatch.setattr(hypergradient_file, "measure", large)
     refused(

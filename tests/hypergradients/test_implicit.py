@@ -18,7 +18,7 @@ import gputune
 from gputune import models
 from gputune.errors import DivergedError
 from gputune.hypergradients.implicit import implicit_chunk, implicit_gradients
-from gputune.solver.solve import Problem, Solution, solve
+from gputune.solver.solve import LogisticProblem, Solution, solve
 from problems import grid, make_data
 from refused import refused
 
@@ -46,12 +46,14 @@ def many(*values):
 
 
 def solved(data, C, l1_ratio, k, *, tolerance=1e-10, **options):
-    return solve(Problem(*data[:3], C, l1_ratio, n_classes=k, tolerance=tolerance, **options))
+    return solve(
+        LogisticProblem(*data[:3], C, l1_ratio, n_classes=k, tolerance=tolerance, **options)
+    )
 
 
 def implicit(data, solution, C, l1_ratio, **options):
     *arrays, valid = data
-    problem = Problem(*arrays, C, l1_ratio, n_classes=max(2, solution.coef.shape[1]))
+    problem = LogisticProblem(*arrays, C, l1_ratio, n_classes=max(2, solution.coef.shape[1]))
     return implicit_gradients(problem, solution, valid, **options)
 
 

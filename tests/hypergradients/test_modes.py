@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gputune.engine.job import train_chunk
 from gputune.engine.mlp import StackedMLP
 from gputune.hypergradients.chunk import HypergradientJob, PopulationTraining, inner_problem
-from gputune.hypergradients.first_step import Need, fastest_that_fits, free_bytes, measure
+from gputune.hypergradients.first_step import MemoryNeed, fastest_that_fits, free_bytes, measure
 from gputune.hypergradients.inner import (
     HYPERPARAMETERS,
     InnerProblem,
@@ -493,7 +493,7 @@ def test_measuring_leaves_nothing_behind():
 
 
 def test_needs_are_counted_in_steps_and_states():
-    need = Need(step=1000, state=10)
+    need = MemoryNeed(step=1000, state=10)
     assert need.of_modes(7, 1)["reverse"] == 7000
     checkpointed = [need.of_modes(steps, 1)["checkpointed"] for steps in (1, 9, 10)]
     assert checkpointed == [1010, 3 * 1000 + 3 * 10, 4 * 1000 + 3 * 10]
@@ -513,7 +513,7 @@ def test_needs_are_counted_in_steps_and_states():
     ),
 )
 def test_the_fastest_that_fits(budget, hyperparameters, mode):
-    sizes = Need(step=1000, state=10).of_modes(100, hyperparameters)
+    sizes = MemoryNeed(step=1000, state=10).of_modes(100, hyperparameters)
     assert fastest_that_fits(sizes, budget, hyperparameters=hyperparameters) == mode
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from gputune.native.cuda import MemberKernel, tile_of
-from gputune.native.library import Work, make_work
+from gputune.native.library import MemberWork, make_work
 
 HERE = Path(__file__).parent
 ORDERS = ("forwards", "backwards", "shuffled")
@@ -83,7 +83,7 @@ def written(numbers: dict[str, int], arrays: dict[str, bytes]) -> bytes:
     and bytes.
     """
     parts = []
-    for name, _ in Work._fields_:
+    for name, _ in MemberWork._fields_:
         first = [-1, numbers[name]] if name in numbers else [len(arrays[name])]
         parts += [np.array(first).tobytes(), arrays.get(name, b"")]
     return b"".join(parts)

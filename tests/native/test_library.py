@@ -19,7 +19,7 @@ import torch
 import gputune
 from gputune.engine import compiled
 from gputune.native import library as native
-from gputune.native.library import FOLDER, LEVELS, NotBuiltError, Work, fill_uniform, library
+from gputune.native.library import FOLDER, LEVELS, MemberWork, NotBuiltError, fill_uniform, library
 from native.emulated import bytes_of, written
 from problems import (
     Linear,
@@ -245,7 +245,7 @@ def test_an_epoch_is_the_same(epochs, tmp_path, way, dtype):
     )
     left = (tmp_path / "out").read_bytes()
     tolerance = 1e-12 if double else 1e-4
-    for name, _ in Work._fields_:
+    for name, _ in MemberWork._fields_:
         if name in after:
             value = np.asarray(after[name])
             found = np.frombuffer(left[: value.nbytes], value.dtype).reshape(value.shape)

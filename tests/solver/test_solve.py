@@ -23,7 +23,7 @@ from gputune.data.dataset import Fold
 from gputune.scoring.metrics import make_scoring
 from gputune.solver import solve as solver
 from gputune.solver.objective import curvature_diagonal, curvature_times, origin, point_at, rows_of
-from gputune.solver.solve import Problem, solve_all, solve_chunk, solved_module
+from gputune.solver.solve import LogisticProblem, solve_all, solve_chunk, solved_module
 from problems import fill, make_data
 from refused import refused
 
@@ -48,7 +48,7 @@ def table(name):
 
 
 def solve(*arguments, **options):
-    return solver.solve(Problem(*arguments, **options))
+    return solver.solve(LogisticProblem(*arguments, **options))
 
 
 def solve_table(name, C, l1_ratio, **options):
@@ -368,7 +368,7 @@ def test_slope_and_curvature_are_the_derivatives(k):
 )
 def test_bad_input_is_named(change, message):
     with refused(message):
-        Problem(
+        LogisticProblem(
             *random_problem(), **{"C": many(1.0), "l1_ratio": many(0.0), "n_classes": 3, **change}
         )
 
