@@ -391,9 +391,11 @@ def _search(arguments: Mapping[str, Any]) -> Study:
         X, y = read_dataset(X, y, partial(reading_bar, verbose=options.verbose))
     read = partial(read_source, module=choice.takes_arrays, drop=options.drop, kinds=options.kinds)
     source = read(X, y, groups, missing_target=options.missing_target)
-    if source.kept is not None:
+    if source.positions is not None:
         check_row_options(source.n_given, options.cv, options.sample_weight)
-        options = replace(options, sample_weight=select_weights(options.sample_weight, source.kept))
+        options = replace(
+            options, sample_weight=select_weights(options.sample_weight, source.positions)
+        )
     return search_rows(RecordedSearch(choice, source, options), study_type=Study)
 
 

@@ -36,7 +36,7 @@ def rows_with_target(
                 f"of {file!r}."
             )
         source = _arrays_with_target(model, Path(file), name)
-        source = source.with_target(missing_target, "row {}".format, of_table=False)
+        source = source.with_target(missing_target, "row {}".format, is_column=False)
     else:
         table = _table_with_target(model, file, name)
         source = read_source(

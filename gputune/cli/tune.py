@@ -34,7 +34,7 @@ from gputune.cli.saved_model import (
 )
 from gputune.cli.summary import Ending, ensemble_words, stopped_text, summary_text
 from gputune.data.array_files import ARRAY_SUFFIXES
-from gputune.data.source import read_source, set_apart
+from gputune.data.source import read_source, split_held_out
 from gputune.data.target import check_spread, check_target, with_transform
 from gputune.errors import (
     DivergedError,
@@ -82,7 +82,7 @@ def tune(arguments: argparse.Namespace) -> str:
     check_spread(with_transform(target, options.target_transform))
     share = 0.2 if arguments.test_size is None else arguments.test_size
     cv = arguments.cv or str(Options.cv)
-    rest, test = set_apart(source, target, test_size=share, cv=cv, seed=options.random_state)
+    rest, test = split_held_out(source, target, test_size=share, cv=cv, seed=options.random_state)
     if options.task is None and rest.origin is not None:
         options = replace(options, task=rest.origin["task"])
         rest = replace(rest, is_task_guessed=True)

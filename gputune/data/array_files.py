@@ -7,7 +7,7 @@ import math
 import os
 import pickle
 import zipfile
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,9 +21,13 @@ from gputune.data.table import quoted
 from gputune.errors import InputError
 from gputune.input_files import check_file, check_room, open_file
 from gputune.text import count, size_words
+from gputune.wording import Verbatim
 
 ARRAY_SUFFIXES = (".npz", ".npy", ".pt", ".pth")
-_WRITE = "Write it with numpy.savez(path, image=X, label=y), or torch.save of a dict of tensors."
+_WRITE = (
+    "Write the file with numpy.savez(path, image=X, label=y), or save a dict of tensors with "
+    "torch.save."
+)
 _TEXT_BYTES = 64  # an estimate: the str that Python makes of one short text
 _READERS = {1: npy_format.read_array_header_1_0, 2: npy_format.read_array_header_2_0}
 """Readers of the header of a .npy file, by the major version of the format.
@@ -53,27 +57,35 @@ def read_array_file(path: Path) -> dict[str, Any]:
             is free.
     """
     size = check_file(path)
-    if path.suffix.lower() not in ARRAY_SUFFIXES:
+    suffix = path.suffix.lower()
+    if suffix not in ARRAY_SUFFIXES:
         raise InputError(
-            f"arrays are read from {', '.join(ARRAY_SUFFIXES)}, got {str(path)!r}. {_WRITE}"
+            None,
+            f"Arrays are read from {', '.join(ARRAY_SUFFIXES)} files",
+            got=str(path),
+            remedy=_WRITE,
         )
-    read = {".npy": _read_npy, ".npz": _read_npz}.get(path.suffix.lower(), _read_torch)
+    read = {".npy": _read_npy, ".npz": _read_npz}.get(suffix, _read_torch)
     try:
         if size == 0:
-            raise _Malformed("it is empty")
+            raise _Malformed("the file is empty")
         return read(path)
     except (InputError, PermissionError):
         raise
     except MemoryError as error:
         raise InputError(
-            f"{str(path)!r} needs more memory than is free; read it where there is more."
+            None,
+            f"{str(path)!r} needs more memory than is free",
+            remedy="Read it on a machine with more memory.",
         ) from error
-    except _Malformed as error:
-        raise InputError(f"{str(path)!r} cannot be read as arrays: {error}. {_WRITE}") from error
     except Exception as error:  # a damaged file can raise anything in NumPy's and torch's readers
         writer = "torch.save" if read is _read_torch else "NumPy"
-        reason = f"it is damaged, or was not written by {writer}"
-        raise InputError(f"{str(path)!r} cannot be read as arrays: {reason}. {_WRITE}") from error
+        reason = f"the file is damaged, or was not written by {writer}"
+        if isinstance(error, _Malformed):
+            reason = str(error)
+        raise InputError(
+            None, f"{str(path)!r} cannot be read as arrays: {reason}", remedy=_WRITE
+        ) from error
 
 
 def _read_npy(path: Path) -> dict[str, Any]:
@@ -87,13 +99,14 @@ def _read_npz(path: Path) -> dict[str, Any]:
         needed = 0
         for member in archive.infolist():
             with archive.open(member) as content:
-                needed += _check_array(content, member.file_size, f"its array {member.filename!r}")
+                name = f"the array {member.filename!r}"
+                needed += _check_array(content, member.file_size, name)
         check_room(path, needed)
     with np.load(path, allow_pickle=False) as arrays:
         return dict(arrays)
 
 
-def _check_array(file: IO[bytes], size: int, name: str = "it") -> int:
+def _check_array(file: IO[bytes], size: int, name: str = "the array") -> int:
     """Return the bytes of memory that an array needs, read from its header in NumPy's format.
 
     Args:
@@ -107,36 +120,29 @@ def _check_array(file: IO[bytes], size: int, name: str = "it") -> int:
     """
     version, _ = npy_format.read_magic(file)
     if version not in _READERS:
-        raise _Malformed(f"{name} has named fields, which are read from data frames only")
+        raise _Malformed(f"{name} has named fields, which gputune reads only from DataFrames")
     shape, _, dtype = _READERS[version](file)
     if dtype.hasobject:
         raise _Malformed(
-            f"{name} holds Python objects, such as rows of different lengths, which may run code. "
-            "Pad the rows to one length"
+            f"{name} holds Python objects, which may run code when they are read. Pad rows of "
+            "different lengths to one length"
         )
     if dtype.kind == "V":
-        raise _Malformed(f"{name} has named fields, which are read from data frames only")
+        raise _Malformed(f"{name} has named fields, which gputune reads only from DataFrames")
+    shown_shape = f"{shape!s:.60}"  # a damaged header may hold a very long shape
     if any(length < 0 for length in shape):
-        raise _Malformed(
-            f"{name} has the shape {_shape_words(shape)}, and no length can be negative"
-        )
+        raise _Malformed(f"{name} has the shape {shown_shape}, but a length cannot be negative")
     n_values = math.prod(shape)
     # A text type may have 0 bytes per value, and each value still becomes a Python object.
     declared = n_values * max(1, dtype.itemsize)
     available = size - file.tell()
     if declared > available:
         raise _Malformed(
-            f"{name} has the shape {_shape_words(shape)}, which takes {size_words(declared)}, and "
-            f"holds {size_words(max(0, available))}. It may be cut off"
+            f"{name} has the shape {shown_shape} and needs {size_words(declared)}, but only "
+            f"{size_words(max(0, available))} follow in the file. The file may be cut off"
         )
     # Text (kinds "S" and "U") needs the array and one Python string per value.
     return declared + n_values * _TEXT_BYTES * (dtype.kind in "SU")
-
-
-def _shape_words(shape: Iterable[int]) -> str:
-    """Return a shape as text, shortened after 60 characters."""
-    text = str(tuple(shape))
-    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _read_torch(path: Path) -> dict[str, Any]:
@@ -145,15 +151,18 @@ def _read_torch(path: Path) -> dict[str, Any]:
         arrays = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise InputError(
-            f"{str(path)!r} holds more than tensors, which is not unpickled since that may run "
-            f"code. {_WRITE}"
+            None,
+            f"{str(path)!r} holds more than tensors. gputune does not unpickle other objects, "
+            "because that may run code",
+            remedy=_WRITE,
         ) from error
-    if not isinstance(arrays, dict) or not all(
-        isinstance(value, Tensor) for value in arrays.values()
-    ):
-        remedy = "Save one, for example torch.save({'image': X, 'label': y}, path)."
+    is_dict = isinstance(arrays, dict)
+    if not is_dict or not all(isinstance(value, Tensor) for value in arrays.values()):
         raise InputError(
-            f"{str(path)!r} must hold a dict of tensors, got {type(arrays).__name__}. {remedy}"
+            None,
+            f"{str(path)!r} must hold a dict of tensors",
+            got=Verbatim(type(arrays).__name__),
+            remedy="Save one, for example torch.save({'image': X, 'label': y}, path).",
         )
     tensors = {str(name): value.detach() for name, value in arrays.items()}
     needed = 0
@@ -161,7 +170,7 @@ def _read_torch(path: Path) -> dict[str, Any]:
         refuse_kind(value, f"{name!r:.100} in {str(path)!r}")
         stored = value.untyped_storage().nbytes()
         if stored not in sizes and value.numel() > 0:
-            raise _Malformed(f"its tensor {name!r:.100} does not fit the records of the file")
+            raise _Malformed(f"the tensor {name!r:.100} does not fit the records of the file")
         # A tensor of stride 0 stores each number once. Gathering rows writes all of them out.
         full = value.numel() * value.itemsize
         if full > stored:
@@ -180,7 +189,7 @@ def _record_sizes(path: Path) -> set[int]:
     with open_file(path) as file, zipfile.ZipFile(file) as archive:
         members = archive.infolist()
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-        raise _Malformed("its records are packed, which torch.save never does")
+        raise _Malformed("the records are compressed, but torch.save never compresses them")
     return {member.file_size for member in members}
 
 
@@ -197,35 +206,38 @@ def pick_arrays(path: Path, y: Any, groups: Any) -> tuple[object, object, object
     Raises:
         InputError: a name is not in the file, or no array is left for X.
     """
-    values = read_array_file(path)
+    arrays = read_array_file(path)
     if path.suffix.lower() == ".npy":
-        return (
-            values[""],
-            _beside(path, "y", y),
-            None if groups is None else _beside(path, "groups", groups),
-        )
-    for argument, name in (("target", y), ("groups", groups)):
-        if not (isinstance(name, str) and name in values) and not (
-            argument == "groups" and name is None
-        ):
-            known = f"which are {quoted(values)}" if values else "and it holds none"
-            got = (
-                repr(name)
-                if isinstance(name, str | None)
-                else f"an object of type {type(name).__name__}"
-            )
-            raise InputError(
-                f"{argument}={got} is none of the arrays of {str(path)!r}, {known}; name one of "
-                "them."
-            )
-    target = values.pop(y)
-    of_groups = None if groups is None else np.asarray(values.pop(groups))
-    if not values:
+        target = _read_partner(path, "y", y)
+        if groups is not None:
+            groups = _read_partner(path, "groups", groups)
+        return arrays[""], target, groups
+    _check_name("target", y, arrays, path)
+    if groups is not None:
+        _check_name("groups", groups, arrays, path)
+    target = arrays.pop(y)
+    if groups is not None:
+        groups = np.asarray(arrays.pop(groups))
+    if not arrays:
         raise InputError(
-            f"{str(path)!r} holds no array but the target {y!r}; there is nothing to predict it "
-            "from."
+            None,
+            f"{str(path)!r} holds no array to predict from, only the target {y!r}",
+            remedy="Write the inputs to the file too.",
         )
-    return values if len(values) > 1 else next(iter(values.values())), target, of_groups
+    X = arrays if len(arrays) > 1 else next(iter(arrays.values()))
+    return X, target, groups
+
+
+def _check_name(argument: str, name: object, arrays: Collection[str], path: Path) -> None:
+    """Raise InputError unless ``name`` is the name of an array in a file."""
+    if isinstance(name, str) and name in arrays:
+        return
+    holds = f"which holds {quoted(arrays)}" if arrays else "which holds no array"
+    raise InputError(
+        argument,
+        f"must be the name of an array in {str(path)!r}, {holds}",
+        got=name if isinstance(name, str | None) else Verbatim(f"a {type(name).__name__}"),
+    )
 
 
 def pick_inputs(
@@ -252,18 +264,18 @@ def pick_inputs(
     arrays = read_array_file(path)
     if names is not None:
         return {name: arrays[name] for name in names if name in arrays}
-    left = {name: array for name, array in arrays.items() if name not in unread}
-    if len(left) > len(shapes):
-        left = {name: array for name, array in left.items() if tuple(array.shape[1:]) in shapes}
-    if len(left) != len(shapes):
-        known = f"holds {quoted(arrays)}" if arrays else "holds no array"
-        shape_words = " and ".join(str(("rows", *shape)).replace("'", "") for shape in shapes)
+    inputs = tuple(array for name, array in arrays.items() if name not in unread)
+    if len(inputs) > len(shapes):
+        inputs = tuple(array for array in inputs if tuple(array.shape[1:]) in shapes)
+    if len(inputs) != len(shapes):
+        holds = f"holds {quoted(arrays)}" if arrays else "holds no array"
+        expected = " and ".join(str(("rows", *shape)).replace("'", "") for shape in shapes)
         raise InputError(
-            f"{str(path)!r} {known}, and the model takes {count(len(shapes), 'array')} of shape "
-            f"{shape_words}. Write a file with the inputs of the training, and the target if you "
-            "want."
+            None,
+            f"{str(path)!r} {holds}, but the model takes {count(len(shapes), 'array')} of shape "
+            f"{expected}",
+            remedy="Write a file with the inputs as in training. It may also hold the target.",
         )
-    inputs = tuple(left.values())
     return inputs if len(shapes) > 1 else inputs[0]
 
 
@@ -273,29 +285,31 @@ def pick_target(path: Path, name: str) -> np.ndarray:
     For a .npy file, ``name`` is the path of the .npy file of the target.
     """
     if path.suffix.lower() == ".npy":
-        return _beside(path, "target", name)
+        return _read_partner(path, "target", name)
     arrays = read_array_file(path)
-    if name not in arrays:
-        raise InputError(
-            f"target={name!r} is none of the arrays of {str(path)!r}, which are {quoted(arrays)}."
-        )
+    _check_name("target", name, arrays, path)
     value = arrays[name]
     if isinstance(value, Tensor):  # NumPy has no bfloat16
         return (value.double() if value.is_floating_point() else value).numpy()
     return np.asarray(value)
 
 
-def _beside(path: Path, option: str, name: object) -> np.ndarray:
+def _read_partner(path: Path, argument: str, name: object) -> np.ndarray:
     """Return the array of the .npy file ``name``, which belongs to the .npy file ``path``."""
     if not isinstance(name, str | Path) or Path(name).suffix.lower() != ".npy":
-        got = f"got {name!r:.60}; or write both into one file, numpy.savez(path, image=X, label=y)"
         raise InputError(
-            f"{option} must be a .npy file too, with one value a row of {str(path)!r}, {got}."
+            argument,
+            f"must be the path of a .npy file with one value per row of {str(path)!r}",
+            got=name,
+            remedy="Or write both arrays into one file: numpy.savez(path, image=X, label=y).",
         )
-    if not os.path.exists(name):
+    partner = Path(name)
+    if not os.path.exists(partner):
         raise InputError(
-            f"{option}: there is no file {str(name)!r}; give the .npy file of {option}."
+            argument,
+            f"must be the path of a .npy file, but there is no file {str(name)!r}",
+            remedy="Check the path.",
         )
-    array = read_array_file(Path(name))[""]
-    check_room(Path(name), array.nbytes)
+    array = read_array_file(partner)[""]
+    check_room(partner, array.nbytes)
     return np.array(array)

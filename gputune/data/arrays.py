@@ -16,6 +16,7 @@ from torch import Tensor
 from gputune.data.ragged import refuse_ragged
 from gputune.errors import InputError
 from gputune.types import TENSOR_NUMBERS, Json
+from gputune.wording import Verbatim
 
 _BLOCK = 1 << 21  # numbers per block when all values are checked or summed
 # torch has few operations for these integer types, so they become wider ones.
@@ -53,18 +54,17 @@ class Arrays:
         return tuple(self._rows(x, slice(None)) for x in self.parts)
 
     def _rows(self, x: Tensor, rows: slice) -> Tensor:
-        return (
-            x[rows]
-            if self.places is None
-            else x.index_select(0, torch.from_numpy(self.places[rows]).to(x.device))
-        )
+        if self.places is None:
+            return x[rows]
+        return x.index_select(0, torch.from_numpy(self.places[rows]).to(x.device))
 
     def as_given(self) -> object:
         """Return the rows in the form that a scorer reads: an array, a tuple, or a dict of
         arrays."""
         arrays = tuple(x.cpu().numpy() for x in self.gathered())
-        alone = arrays if len(arrays) > 1 else arrays[0]
-        return alone if self.names is None else dict(zip(self.names, arrays))
+        if self.names is not None:
+            return dict(zip(self.names, arrays))
+        return arrays if len(arrays) > 1 else arrays[0]
 
     def blocks(self, part: int) -> Iterator[tuple[int, Tensor]]:
         """Yield the rows of an input block by block, each with the number of its first row."""
@@ -76,11 +76,9 @@ class Arrays:
 
 def input_labels(number: int, names: Sequence[str] | None) -> tuple[str, ...]:
     """Return the names of ``number`` inputs in messages: X, X[0] or X['image']."""
-    return (
-        ("X",)
-        if number == 1 and names is None
-        else tuple(f"X[{name!r}]" for name in names or range(number))
-    )
+    if number == 1 and names is None:
+        return ("X",)
+    return tuple(f"X[{name!r}]" for name in names or range(number))
 
 
 def as_arrays(X: object) -> Arrays | None:
@@ -94,60 +92,69 @@ def as_arrays(X: object) -> Arrays | None:
 
     A table is a data frame, or has two axes and holds floats.
     """
-    if isinstance(X, Mapping) and all(
-        isinstance(value, Tensor | np.ndarray) for value in X.values()
-    ):
-        return _check_arrays(tuple(X.values()), tuple(map(str, X)))
-    if isinstance(X, tuple) and all(isinstance(value, Tensor | np.ndarray) for value in X):
-        return _check_arrays(X)
+    if isinstance(X, Mapping | tuple):
+        names = tuple(map(str, X)) if isinstance(X, Mapping) else None
+        values = X if isinstance(X, tuple) else tuple(X.values())
+        are_arrays = all(isinstance(value, Tensor | np.ndarray) for value in values)
+        return _check_arrays(values, names) if are_arrays else None
     if not isinstance(X, Tensor | np.ndarray) or np.ma.isMaskedArray(X):
         return None
-    of_ids = isinstance(X, Tensor) and X.dim() == 2 and not X.is_floating_point() | X.is_complex()
-    return _check_arrays((X,)) if X.ndim > 2 or of_ids else None
+    is_float = isinstance(X, np.ndarray) or X.is_floating_point() or X.is_complex()
+    return _check_arrays((X,)) if X.ndim > 2 or (X.ndim == 2 and not is_float) else None
 
 
 def _check_arrays(
     values: Sequence[np.ndarray | Tensor], names: tuple[str, ...] | None = None
 ) -> Arrays:
     if not values:
-        raise InputError("X is empty; pass at least one array or tensor of rows.")
+        raise InputError("X", "is empty", remedy="Pass at least one array or tensor of rows.")
     labels = input_labels(len(values), names)
     arrays = Arrays(tuple(map(_tensor, values, labels)), names)
-    if len({len(x) for x in arrays.parts}) > 1:
-        words = ", ".join(f"{label} {len(x)}" for label, x in zip(labels, arrays.parts))
-        raise InputError(
-            f"the inputs of X must have one row for each of the same cases, got lengths {words}."
-        )
+    lengths = list(map(len, arrays.parts))
+    if len(set(lengths)) > 1:
+        got = ", ".join(f"{length} in {label}" for label, length in zip(labels, lengths))
+        raise InputError("X", "must have the same number of rows in all inputs", got=Verbatim(got))
     for number, label in enumerate(labels):
-        for start, block in (
-            arrays.blocks(number) if arrays.parts[number].is_floating_point() else ()
-        ):
-            if (bad := ~block.isfinite().reshape(len(block), -1).all(1)).any():
-                got = f"got NaN or an infinite value in row {start + int(bad.int().argmax())}"
-                raise InputError(f"{label} must be finite, {got}; fill it, or leave that row out.")
+        if not arrays.parts[number].is_floating_point():
+            continue
+        for start, block in arrays.blocks(number):
+            is_bad = ~block.isfinite().reshape(len(block), -1).all(1)
+            if is_bad.any():
+                row = start + int(is_bad.int().argmax())
+                raise InputError(
+                    label,
+                    "must be finite",
+                    got=Verbatim(f"NaN or an infinite value in row {row}"),
+                    remedy="Fill it, or leave that row out.",
+                )
     return arrays
 
 
-_OBJECTS = "its rows may be of unlike shapes: pad or crop them to one, then numpy.stack them"
-_NUMBERS_OF = {
-    "O": _OBJECTS,
-    **dict.fromkeys("SUT", "give each text a number, for example its place in a vocabulary"),
+_TEXT_REMEDY = "Give each text a number, for example its position in a vocabulary."
+_REMEDIES = {
+    "O": "If its rows have different shapes, pad or crop them to one, then use numpy.stack.",
+    "S": _TEXT_REMEDY,
+    "U": _TEXT_REMEDY,
+    "T": _TEXT_REMEDY,
 }
+"""How to turn a NumPy array into numbers, by the kind of its dtype."""
 
 
 def _tensor(value: np.ndarray | Tensor, label: str) -> Tensor:
     """Return a checked tensor that shares the memory of an array or a tensor."""
     if isinstance(value, np.ndarray):
         if value.dtype.kind not in "biuf":
-            remedy = _NUMBERS_OF.get(value.dtype.kind, "convert it")
-            raise InputError(f"{label} must hold numbers or booleans, got {value.dtype}; {remedy}.")
+            raise InputError(
+                label,
+                "must hold numbers or booleans",
+                got=Verbatim(value.dtype),
+                remedy=_REMEDIES.get(value.dtype.kind, "Convert it."),
+            )
         # torch has no long double, no foreign byte order and no negative strides.
-        native = value.astype(
-            np.float64 if value.itemsize > 8 else value.dtype.newbyteorder("="), copy=False
-        )
-        native = (
-            np.ascontiguousarray(native) if any(stride < 0 for stride in native.strides) else native
-        )
+        dtype = np.float64 if value.itemsize > 8 else value.dtype.newbyteorder("=")
+        native = value.astype(dtype, copy=False)
+        if min(native.strides, default=0) < 0:
+            native = np.ascontiguousarray(native)
         # torch warns about read-only memory, such as a mapped file. gputune never writes to it, but
         # torch has no option to say so.
         with warnings.catch_warnings(action="ignore", category=UserWarning):
@@ -155,8 +162,9 @@ def _tensor(value: np.ndarray | Tensor, label: str) -> Tensor:
     refuse_kind(value, label)
     if value.dim() == 0 or 0 in value.shape:
         raise InputError(
-            f"{label} must have rows, and none of its axes may be empty, got shape "
-            f"{tuple(value.shape)}."
+            label,
+            "must have rows, and no axis of length 0",
+            got=Verbatim(f"shape {tuple(value.shape)}"),
         )
     return value.detach().to(_TAKEN_AS.get(value.dtype, value.dtype))
 
@@ -167,27 +175,37 @@ def refuse_kind(value: Tensor, label: str) -> None:
     Floats must have at least 16 bits.
     """
     refuse_ragged(value, label)
-    for is_bad, words in (
-        (
-            value.layout is not torch.strided,
-            f"is a sparse tensor, and only dense input is supported; pass {label}.to_dense()",
-        ),
-        (value.is_meta, "lies on the device 'meta', which holds no values; pass one that has them"),
-        (
-            value.is_complex(),
-            f"must hold real numbers, got {value.dtype}; pass real and imaginary parts",
-        ),
-        (
-            value.is_quantized,
-            f"is quantized, {value.dtype}; pass {label}.dequantize() or .int_repr()",
-        ),
-        (
-            value.is_floating_point() and value.dtype.itemsize < 2,
-            f"must hold floats of 16 bits or more, got {value.dtype}; pass {label}.half()",
-        ),
-    ):
-        if is_bad:
-            raise InputError(f"{label} {words}.")
+    if value.layout is not torch.strided:
+        raise InputError(
+            label,
+            "is a sparse tensor, but gputune supports only dense input",
+            remedy=f"Pass {label}.to_dense().",
+        )
+    if value.is_meta:
+        raise InputError(
+            label,
+            "is on the device 'meta', which holds no values",
+            remedy="Pass a tensor with values.",
+        )
+    got = Verbatim(value.dtype)
+    if value.is_complex():
+        raise InputError(
+            label,
+            "must hold real numbers",
+            got=got,
+            remedy="Pass real and imaginary parts as two numbers.",
+        )
+    if value.is_quantized:
+        raise InputError(
+            label,
+            "must not be quantized",
+            got=got,
+            remedy=f"Pass {label}.dequantize() or {label}.int_repr().",
+        )
+    if value.is_floating_point() and value.dtype.itemsize < 2:
+        raise InputError(
+            label, "must hold floats of 16 bits or more", got=got, remedy=f"Pass {label}.half()."
+        )
 
 
 @dataclass(frozen=True)
@@ -203,9 +221,8 @@ class ArrayLayout:
     @staticmethod
     def of(arrays: Arrays) -> "ArrayLayout":
         shapes = tuple(tuple(x.shape[1:]) for x in arrays.parts)
-        return ArrayLayout(
-            shapes, tuple(str(x.dtype).removeprefix("torch.") for x in arrays.parts), arrays.names
-        )
+        dtypes = tuple(str(x.dtype).removeprefix("torch.") for x in arrays.parts)
+        return ArrayLayout(shapes, dtypes, arrays.names)
 
     def raw(self, X: object) -> Arrays:
         """Return X as checked arrays in the order of the training inputs.
@@ -219,24 +236,27 @@ class ArrayLayout:
             try:
                 array = X if isinstance(X, Tensor) else np.asarray(X)
             except ValueError as error:
-                got = f"got a {type(X).__name__}; pass such arrays"
-                raise InputError(f"X must be what was seen in training, {self}, {got}.") from error
+                raise InputError(
+                    "X", f"must be as in training, {self}", got=Verbatim(f"a {type(X).__name__}")
+                ) from error
             arrays = _check_arrays((array,))
         if self.names is not None and arrays.names is not None:
             by_name = dict(zip(arrays.names, arrays.parts))
-            if missing := [name for name in self.names if name not in by_name]:
-                known = ", ".join(map(repr, self.names))
-                raise InputError(
-                    f"X has no input {missing[0]!r}; those seen in training are {known}."
-                )
-            arrays = replace(
-                arrays, parts=tuple(by_name[name] for name in self.names), names=self.names
-            )
+            for name in self.names:
+                if name not in by_name:
+                    raise InputError(
+                        "X",
+                        f"has no input {name!r}",
+                        remedy=f"The inputs in training were {', '.join(map(repr, self.names))}.",
+                    )
+            parts = tuple(by_name[name] for name in self.names)
+            arrays = replace(arrays, parts=parts, names=self.names)
         layout = ArrayLayout.of(arrays)
+        is_same = (layout.shapes, layout.names) == (self.shapes, self.names)
+        # Floats of another precision are converted later, other numbers are not.
         are_floats = [getattr(torch, dtype).is_floating_point for dtype in self.dtypes]
-        same = are_floats == [x.is_floating_point() for x in arrays.parts]
-        if (layout.shapes, layout.names, same) != (self.shapes, self.names, True):
-            raise InputError(f"X must be what was seen in training, {self}, got {layout}.")
+        if not is_same or are_floats != [x.is_floating_point() for x in arrays.parts]:
+            raise InputError("X", f"must be as in training, {self}", got=Verbatim(layout))
         return arrays
 
     @property
@@ -259,11 +279,10 @@ class ArrayLayout:
 
     def in_words(self) -> str:
         """Return the contents of a row as text: name, dtype and shape of each input."""
-        parts = zip(self.names or [""] * len(self.shapes), self.dtypes, self.shapes)
-        return " and ".join(
-            f"{name} {dtype} {('rows', *row)}".replace("'", "").strip()
-            for name, dtype, row in parts
-        )
+        names = self.names or [""] * len(self.shapes)
+        parts = zip(names, self.dtypes, self.shapes)
+        texts = [f"{name} {dtype} {('rows', *row)}" for name, dtype, row in parts]
+        return " and ".join(text.replace("'", "").strip() for text in texts)
 
     __str__ = in_words
 
@@ -282,17 +301,15 @@ class ArrayLayout:
         layout = ArrayLayout(tuple(map(tuple, value["shapes"])), tuple(value["dtypes"]), names)
         sizes = [size for shape in layout.shapes for size in shape]
         if not {int}.issuperset(map(type, sizes)) or min(sizes, default=1) < 1:
-            raise ValueError("the shapes of its inputs are no sizes")
+            raise ValueError("the shapes of its inputs are not positive integers")
         # vars() and not getattr, because getattr may import a part of torch.
         if not all(isinstance(vars(torch).get(dtype), torch.dtype) for dtype in layout.dtypes):
-            raise ValueError("the dtypes of its inputs are none of torch's")
+            raise ValueError("the dtypes of its inputs are not dtypes of torch")
         if names is not None and not {str}.issuperset(map(type, names)):
-            raise ValueError("the names of its inputs are no texts")
-        if (
-            not {len(layout.dtypes), len(names or layout.dtypes)} == {len(layout.shapes)}
-            or not layout.shapes
-        ):
-            raise ValueError("its inputs have other numbers of shapes, dtypes and names")
+            raise ValueError("the names of its inputs are not text")
+        counts = {len(layout.shapes), len(layout.dtypes), len(names or layout.dtypes)}
+        if len(counts) > 1 or not layout.shapes:
+            raise ValueError("the numbers of shapes, dtypes and names of its inputs differ")
         return layout
 
 
@@ -306,11 +323,9 @@ class ArrayStatistics:
     channels: tuple[tuple[np.ndarray, np.ndarray] | None, ...]
 
     def to_json(self) -> Json:
-        return {
-            "channels": [
-                None if c is None else [part.tolist() for part in c] for c in self.channels
-            ]
-        }
+        # [mean, scale] of each input as lists
+        channels = [c and [c[0].tolist(), c[1].tolist()] for c in self.channels]
+        return {"channels": channels}
 
     @staticmethod
     def from_json(value: Json) -> "ArrayStatistics":
@@ -320,11 +335,11 @@ class ArrayStatistics:
     def check(self, layout: ArrayLayout) -> None:
         """Raise ValueError unless the statistics fit the inputs of a layout."""
         if len(self.channels) != len(layout.shapes):
-            raise ValueError("its statistics are of another number of inputs")
+            raise ValueError("its statistics belong to a different number of inputs")
         for channels, shape in zip(self.channels, layout.shapes):
             for part in channels or ():
                 if part.dtype.kind not in "fi" or np.broadcast_shapes(part.shape, shape) != shape:
-                    raise ValueError("its statistics are of inputs of another shape")
+                    raise ValueError("its statistics belong to inputs of a different shape")
 
 
 def fit_channels(
@@ -343,16 +358,16 @@ def fit_channels(
     """
     if numbers not in TENSOR_NUMBERS:
         raise InputError(
-            f"numbers={numbers!r} is for tables; images and sequences take 'standard' or 'none'."
+            "numbers",
+            "must be 'standard' or 'none' for images, sequences and other arrays",
+            got=numbers,
         )
-    scaled = (
-        numbers == "standard" and (x.is_floating_point() or x.dtype == torch.uint8)
-        for x in arrays.parts
-    )
-    fitted = [
-        _fit(arrays, part, folds) if scale else [None] * len(folds)
-        for part, scale in enumerate(scaled)
-    ]
+    fitted: list[Sequence[tuple[np.ndarray, np.ndarray] | None]] = []
+    for part, x in enumerate(arrays.parts):
+        if numbers == "standard" and (x.is_floating_point() or x.dtype == torch.uint8):
+            fitted.append(_fit(arrays, part, folds))
+        else:
+            fitted.append([None] * len(folds))
     return tuple(map(ArrayStatistics, zip(*fitted)))
 
 
@@ -365,26 +380,29 @@ def _fit(
     """
     x = arrays.parts[part]
     row = tuple(x.shape[1:])
-    shape = tuple(
-        size if len(row) == 1 or (len(row) > 2 and axis == 0) else 1
-        for axis, size in enumerate(row)
-    )
+    n_channel_axes = 0 if len(row) in (0, 2) else 1
+    shape = row[:n_channel_axes] + (1,) * (len(row) - n_channel_axes)
     # axis + 1, because axis 0 of a block counts its rows
     summed = [axis + 1 for axis, size in enumerate(shape) if size == 1]
-    each = x[0].numel() / math.prod(shape)
+    n_summed = x[0].numel() / math.prod(shape)
     # Subtracting a rough mean first avoids cancellation in E[x^2] - E[x]^2.
     shift = next(arrays.blocks(part))[1].double().mean([0, *summed], keepdim=True)
     # sums of x and of x^2 of each row, (n, *channels)
-    first, second = (np.empty((len(arrays), *shape)) for _ in range(2))
+    sums = np.empty((len(arrays), *shape))
+    square_sums = np.empty_like(sums)
     for start, block in arrays.blocks(part):
-        gap = block.double() - shift
-        for sums, values in ((first, gap), (second, gap.square())):
-            sums[start : start + len(block)] = (
-                (values.sum(summed, keepdim=True) if summed else values).cpu().numpy()
-            )
+        rows = slice(start, start + len(block))
+        values = block.double() - shift
+        squares = values.square()
+        if summed:
+            values = values.sum(summed, keepdim=True)
+            squares = squares.sum(summed, keepdim=True)
+        sums[rows] = values.cpu().numpy()
+        square_sums[rows] = squares.cpu().numpy()
     moments = []
     for train in folds:
-        mean, square = (sums[train].mean(0) / each for sums in (first, second))
+        mean = sums[train].mean(0) / n_summed
+        square = square_sums[train].mean(0) / n_summed
         deviation = np.sqrt(np.maximum(square - mean**2, 0))
         constant = deviation <= 1e-9 * np.sqrt(np.maximum(square, 1e-300))
         moments.append((mean + shift[0].cpu().numpy(), np.where(constant, 1.0, deviation)))

@@ -16,7 +16,7 @@ numbers. They are checked, summarized and decided on their own device.
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from typing import Literal, TypeAlias, overload
@@ -32,6 +32,7 @@ from gputune.data.table import Table, nameless, quoted, two_axes
 from gputune.errors import InputError, warn
 from gputune.text import count, is_number
 from gputune.types import Json, Numbers
+from gputune.wording import Verbatim, option
 
 DATE_PARTS = ("days", "month", "day", "weekday", "hour")
 
@@ -44,16 +45,15 @@ def _parts(kind: Kind, values: np.ndarray) -> dict[str, np.ndarray]:
     seconds = np.floor(np.where(known, values, 0.0)).astype(np.int64).astype("datetime64[s]")
     days = seconds.astype("datetime64[D]")
     months = seconds.astype("datetime64[M]")
-    numbers = [
-        # numpy counts months and days from 1970-01-01
-        months.astype(np.int64) % 12 + 1,
-        (days - months.astype(days.dtype)).astype(np.int64) + 1,
-        (days.astype(np.int64) + 3) % 7,  # 1970-01-01 was a Thursday
-        (seconds - days.astype(seconds.dtype)).astype(np.int64) // 3600,
-    ]
-    return dict(
-        zip(DATE_PARTS, [values / 86400.0, *(np.where(known, part, np.nan) for part in numbers)])
-    )
+    # NumPy counts months and days from 1970-01-01, which was a Thursday.
+    parts = {
+        "days": values / 86400.0,
+        "month": months.astype(np.int64) % 12 + 1,
+        "day": (days - months.astype(days.dtype)).astype(np.int64) + 1,
+        "weekday": (days.astype(np.int64) + 3) % 7,
+        "hour": (seconds - days.astype(seconds.dtype)).astype(np.int64) // 3600,
+    }
+    return {name: np.where(known, part, np.nan) for name, part in parts.items()}
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,9 @@ class Column:
 
         These are the values of numbers and the parts of dates.
         """
-        scaled = self.kind in ("number", "date")
-        return tuple(scaled and i < len(self.parts) for i in range(len(self.feature_names)))
+        n_scaled = len(self.parts) if self.kind in ("number", "date") else 0
+        n_flags = len(self.feature_names) - n_scaled
+        return (True,) * n_scaled + (False,) * n_flags
 
     def read(self, kind: Kind, values: np.ndarray) -> np.ndarray:
         """Return values of another kind converted to the kind of this column.
@@ -98,9 +99,11 @@ class Column:
         """
         values = self.read(kind, values)
         if self.kind != "category":
-            parts = _parts(self.kind, values)
-            lost = [np.isnan(values).astype(np.float64)] * self.missing
-            return np.stack([*(parts[part] for part in self.parts), *lost], axis=1)
+            by_name = _parts(self.kind, values)
+            features = [by_name[name] for name in self.parts]
+            if self.missing:
+                features.append(np.isnan(values).astype(np.float64))
+            return np.stack(features, axis=1)
         width = len(self.feature_names)
         unknown = len(self.levels) if self.other else width  # column cut off below: zeros
         position: dict[str | None, int] = {level: j for j, level in enumerate(self.levels)}
@@ -138,25 +141,27 @@ def fit_column(
         return _fit_category(name, values, max_levels=max_levels, min_count=min_count)
     known = values[~np.isnan(values)]
     missing = len(known) < len(values)
-    identifier = ["counts the rows; leave it out if it is only an identifier"] * (
-        kind == "number" and _counts(values)
-    )
+    remarks = []
+    if kind == "number" and _is_row_counter(values):
+        remarks.append("counts the rows. Leave it out if it is only an identifier")
     if keep and kind != "date":
-        mean = "are all 0" if len(known) == 0 else "take the mean of the training rows"
-        return Column(name, kind, parts=("value",)), (
-            *[f"missing values {mean}"] * missing,
-            *identifier,
-        )
+        if missing:
+            fill = "are all 0" if len(known) == 0 else "take the mean of the training rows"
+            remarks.append(f"missing values {fill}")
+        return Column(name, kind, parts=("value",)), tuple(remarks)
     if len(known) == 0:
         return Column(name, kind), ("left out, all values missing",)
     varying = tuple(name for name, part in _parts(kind, known).items() if np.ptp(part) > 0)
     column = Column(name, kind, parts=varying, missing=missing)
     if not varying and not missing:
         return column, ("left out, constant",)
-    of_missing = "missing values take the mean of the training rows, and a feature says where"
     if not varying:
-        of_missing = "constant where it is known, so only a feature that says where it is missing"
-    return column, (*[of_missing] * missing, *identifier)
+        remarks.append("all known values are equal, so its only feature marks missing values")
+    elif missing:
+        remarks.append(
+            "missing values take the mean of the training rows, and a feature marks them"
+        )
+    return column, tuple(remarks)
 
 
 def _fit_category(
@@ -165,69 +170,66 @@ def _fit_category(
     counts = Counter(value for value in values if value is not None)
     if not counts:
         return Column(name, "category"), ("left out, all values missing",)
-    known = sum(counts.values())
-    meant = _meant_otherwise(counts)
-    missing = known < len(values)
+    n_known = sum(counts.values())
+    remarks = _misread_remarks(counts)
+    missing = n_known < len(values)
     # Every value is distinct: an identifier or free text.
-    if len(counts) == known and known > 1:
-        return Column(name, "category"), (
-            f"left out, text with all {known} values distinct",
-            *meant,
-        )
+    if len(counts) == n_known and n_known > 1:
+        reason = f"left out, text with all {n_known} values distinct"
+        return Column(name, "category"), (reason, *remarks)
     least = min(min_count, math.ceil(len(values) / 100))
     # By count, then by name: the order of the rows has no influence.
-    ranked = sorted(counts, key=lambda level: (-counts[level], level))[:max_levels]
-    levels = tuple(sorted(level for level in ranked if counts[level] >= least))
-    rare = len(counts) - len(levels)
-    column = Column(name, "category", levels=levels, other=rare > 0, missing=missing)
+    ranked = sorted(counts, key=lambda level: (-counts[level], level))
+    frequent = [level for level in ranked if counts[level] >= least]
+    levels = tuple(sorted(frequent[:max_levels]))
+    n_rare = len(counts) - len(levels)
+    column = Column(name, "category", levels=levels, other=n_rare > 0, missing=missing)
     if len(column.feature_names) == 1:
-        why = "constant" if levels else f"text with {rare} levels of which none has {least} rows"
-        return Column(name, "category"), (f"left out, {why}", *meant)
-    rows = known - sum(counts[level] for level in levels)
-    bound = sum(number >= least for number in counts.values()) > max_levels
-    more = f"; max_levels bounds the others to the {max_levels} most frequent" * bound
-    shared = f"rare levels share one feature ({rare} of {len(counts)} levels, {rows} rows){more}"
-    return column, (
-        *meant,
-        *["missing values are a level of their own"] * missing,
-        *[shared] * (rare > 0),
-    )
+        reason = "constant" if levels else f"text with {n_rare} levels, all in under {least} rows"
+        return Column(name, "category"), (f"left out, {reason}", *remarks)
+    if missing:
+        remarks = (*remarks, "missing values become a level")
+    if n_rare:
+        n_rows = n_known - sum(counts[level] for level in levels)
+        remark = f"rare levels share one feature ({n_rare} of {len(counts)} levels, {n_rows} rows)"
+        if len(frequent) > max_levels:
+            limit = option("max_levels", max_levels)
+            remark = f"{remark}. {limit} keeps only the most frequent levels"
+        remarks = (*remarks, remark)
+    return column, remarks
 
 
-def _meant_otherwise(counts: Counter[str]) -> tuple[str, ...]:
+def _misread_remarks(counts: Counter[str]) -> tuple[str, ...]:
     """Return remarks on text that looks like numbers or dates.
 
     One odd cell turns a whole column into text.
     """
 
     def are_most(fits: Callable[[str], object]) -> bool:
-        return sum(number for level, number in counts.items() if fits(level)) >= 0.8 * sum(
-            counts.values()
-        )
+        n_fitting = sum(number for level, number in counts.items() if fits(level))
+        return n_fitting >= 0.8 * sum(counts.values())
 
     odd = min((level for level in counts if not is_number(level)), default=None)
     if odd is not None and are_most(is_number):
         return (f"read as text because of {odd!r:.100}, though most of its values are numbers",)
     if odd is not None and are_most(lambda level: is_number(level.replace(",", ""))):
-        remedy = "write numbers without them, decimals with a point"
-        return (f"read as text because of commas as in {odd!r:.100}; {remedy}",)
+        remedy = "Write numbers without commas, and decimals with a point"
+        return (f"read as text because of commas as in {odd!r:.100}. {remedy}",)
     if are_most(re.compile(r"\d{1,2}[/.-]\d{1,2}[/.-](\d{4}|\d{2})").fullmatch):
-        return (f"read as text; write dates like {min(counts)!r} as year-month-day",)
+        return (f"read as text. Write dates such as {min(counts)!r} as year-month-day",)
     return ()
 
 
-def _counts(values: np.ndarray) -> bool:
+def _is_row_counter(values: np.ndarray) -> bool:
     """Return True if numbers look like a row counter.
 
     A counter has more than 20 values that rise in whole steps. Gaps are allowed, because some rows
     may be held out.
     """
-    if len(values) <= 20 or not np.isfinite(values).all():
+    if len(values) <= 20 or not np.isfinite(values).all() or np.ptp(values) >= 2 * len(values):
         return False
     steps = np.diff(values)
-    return bool(
-        (steps >= 1).all() and (steps == np.floor(steps)).all() and np.ptp(values) < 2 * len(values)
-    )
+    return bool((steps >= 1).all() and (steps == np.floor(steps)).all())
 
 
 def checked_tensor(X: Tensor) -> Tensor:
@@ -239,15 +241,21 @@ def checked_tensor(X: Tensor) -> Tensor:
     """
     refuse_kind(X, "X")
     if X.ndim != 2 or 0 in X.shape:
-        got = f"got shape {tuple(X.shape)}; {two_axes(X.ndim)}"
-        raise InputError(f"X must be two-dimensional with at least one row and column, {got}.")
+        raise InputError(
+            "X",
+            "must be two-dimensional with at least one row and column",
+            got=Verbatim(f"shape {tuple(X.shape)}"),
+            remedy=two_axes(X.ndim),
+        )
     X = X.detach()
     if not X.is_floating_point():
         return X.double()
-    if infinite := X.isinf().any(0).nonzero().flatten().tolist():
+    infinite = X.isinf().any(0).nonzero().flatten().tolist()
+    if infinite:
         raise InputError(
-            f"column 'x{infinite[0]}' has an infinite value; replace it by NaN (missing) or clip "
-            "it."
+            None,
+            f"Column 'x{infinite[0]}' has an infinite value",
+            remedy="Replace it by NaN (missing), or clip it.",
         )
     return X.float() if X.dtype.itemsize < 4 else X
 
@@ -257,15 +265,15 @@ def _summary(X: Tensor) -> Table:
 
     Each column holds its minimum, its maximum and, if the tensor has a missing value there, NaN.
     """
-    lost = X.isnan()
-    low = torch.where(lost, torch.inf, X).amin(0)
-    high = torch.where(lost, -torch.inf, X).amax(0)
+    missing = X.isnan()
+    low = torch.where(missing, torch.inf, X).amin(0)
+    high = torch.where(missing, -torch.inf, X).amax(0)
+    nan_if_missing = torch.where(missing.any(0), torch.nan, low)
     # (3, D): only three numbers per column leave the device.
-    ends = torch.stack([low, high, torch.where(lost.any(0), torch.nan, low)]).cpu().double().numpy()
+    rows = torch.stack([low, high, nan_if_missing]).cpu().double().numpy()
+    rows[np.isinf(rows)] = np.nan  # columns without a known value
     kind: Kind = "number"
-    return Table(
-        nameless(X.shape[1]), (kind,) * X.shape[1], tuple(np.where(np.isinf(ends), np.nan, ends).T)
-    )
+    return Table(nameless(X.shape[1]), (kind,) * X.shape[1], tuple(rows.T))
 
 
 Columns = Literal["keep", "drop-constant"]
@@ -306,10 +314,16 @@ class Layout:
         levels of the category share.
         """
         groups: list[int] = []
+        last = 0
         for column in self.columns:
-            for j, numeric in enumerate(column.numeric):
-                is_new = j == 0 or column.kind != "category"
-                groups.append(0 if numeric else max(groups, default=0) + is_new)
+            if column.kind == "category":
+                last += 1
+                groups.extend([last] * len(column.feature_names))
+                continue
+            for numeric in column.numeric:
+                if not numeric:
+                    last += 1
+                groups.append(0 if numeric else last)
         return tuple(groups)
 
     def groups(self, places: np.ndarray) -> tuple[int, ...]:
@@ -317,11 +331,9 @@ class Layout:
 
         ``places`` (D',) holds the feature of each input. If it is empty, each feature is one input.
         """
-        return (
-            tuple(self.feature_groups[j] for j in places.tolist())
-            if places.size
-            else self.feature_groups
-        )
+        if not places.size:
+            return self.feature_groups
+        return tuple(self.feature_groups[j] for j in places.tolist())
 
     def places(self, numbers: Numbers) -> np.ndarray:
         """Return the feature of each network input, (D',).
@@ -333,8 +345,10 @@ class Layout:
 
     def widths(self, numbers: Numbers) -> list[int]:
         """Return the number of network inputs that each column becomes."""
-        ends = np.cumsum([len(column.feature_names) for column in self.columns])
-        widths: list[int] = np.diff(np.searchsorted(self.places(numbers), ends), prepend=0).tolist()
+        # After each column: the number of features, then the number of network inputs.
+        n_features = np.cumsum([len(column.feature_names) for column in self.columns])
+        n_inputs = np.searchsorted(self.places(numbers), n_features)
+        widths: list[int] = np.diff(n_inputs, prepend=0).tolist()
         return widths
 
     def in_words(self) -> str:
@@ -369,51 +383,61 @@ class Layout:
         """Return the new levels of each column: levels that training did not see and that no
         feature represents."""
         names = set(X.names)
-        levels = dict[str, list[str]]()
+        unseen = dict[str, list[str]]()
         for column in self.columns:
             if column.kind == "category" and not column.other and column.name in names:
                 values = column.read(X.kind(column.name), X.column(column.name))
-                levels[column.name] = sorted({*values} - {None, *column.levels})
-        return {name: unseen for name, unseen in levels.items() if unseen}
+                levels = sorted({*values} - {None, *column.levels})
+                if levels:
+                    unseen[column.name] = levels
+        return unseen
 
     def _check(self, names: tuple[str, ...]) -> None:
         """Raise InputError if a column is missing; warn about columns that are not read."""
         present = set(names)
-        if missing := [column.name for column in self.columns if column.name not in present]:
-            known = f"the columns seen in training are {quoted(self.inputs)}, got {quoted(names)}"
-            raise InputError(f"X has no column {quoted(missing)}; {known}.")
-        if extra := sorted(present - set(self.inputs)):
+        missing = [column.name for column in self.columns if column.name not in present]
+        if missing:
+            raise InputError(
+                "X",
+                f"must have the columns of the training, but has no column {quoted(missing)}",
+                got=Verbatim(quoted(names)),
+                remedy=f"The columns in training were {quoted(self.inputs)}.",
+            )
+        extra = present - set(self.inputs)
+        if extra:
             # Without names it is unclear which of the columns are meant.
-            if names == nameless(len(names)) and {*self.inputs} < {*names}:
+            if names == nameless(len(names)) and present > set(self.inputs):
                 raise InputError(
-                    f"X must have {len(self.inputs)} columns as in training, or names, got "
-                    f"{len(names)}."
+                    "X",
+                    f"must have {len(self.inputs)} columns as in training, or column names",
+                    got=Verbatim(f"{len(names)} columns"),
                 )
-            warn(f"X has columns that the model does not read: {quoted(extra)}.")
+            columns = quoted(sorted(extra))
+            warn(f"{option('X')} has columns that the model does not read: {columns}.")
 
     def _raw_tensor(self, X: Tensor) -> Tensor:
         names = nameless(X.shape[1])
         self._check(names)
-        if unfit := [
-            column.name for column in self.columns if column.kind not in ("number", "boolean")
-        ]:
+        unfit = [column.name for column in self.columns if column.kind not in ("number", "boolean")]
+        if unfit:
             raise InputError(
-                f"a tensor holds numbers only, but {quoted(unfit)} are text or dates; pass a data "
-                "frame."
+                "X",
+                f"is a tensor of numbers, but the columns {quoted(unfit)} are text or dates",
+                remedy="Pass a DataFrame.",
             )
-        position = {name: j for j, name in enumerate(names)}
-        source = [position[column.name] for column in self.columns for _ in column.feature_names]
-        indicator = [
-            flag for c in self.columns for flag in (*[False] * len(c.parts), *[True] * c.missing)
-        ]
-        picked = (
-            X if source == list(range(X.shape[1])) else X[:, torch.tensor(source, device=X.device)]
-        )
-        if not any(indicator):
-            return picked
-        return torch.where(
-            torch.tensor(indicator, device=X.device), picked.isnan().to(X.dtype), picked
-        )
+        positions = {name: j for j, name in enumerate(names)}
+        sources: list[int] = []  # of each feature, its column in X
+        is_indicator: list[bool] = []
+        for column in self.columns:
+            sources += [positions[column.name]] * len(column.feature_names)
+            is_indicator += [False] * len(column.parts) + [True] * column.missing
+        features = X
+        if sources != list(range(X.shape[1])):
+            features = X[:, torch.tensor(sources, device=X.device)]
+        if not any(is_indicator):
+            return features
+        indicators = torch.tensor(is_indicator, device=X.device)
+        return torch.where(indicators, features.isnan().to(X.dtype), features)
 
     def to_json(self) -> Json:
         columns = [column.to_json() for column in self.columns]
@@ -447,20 +471,22 @@ def fit_layout(
     if isinstance(X, Tensor):
         X = _summary(checked_tensor(X))
     fit = partial(fit_column, max_levels=max_levels, min_count=min_count, keep=columns == "keep")
-    fitted = [fit(*column) for column in zip(X.names, X.kinds, X.columns)]
-    reasons = [
-        *X.amounts.items(),
-        *X.readings.items(),
-        *((column.name, reason) for column, of_column in fitted for reason in of_column),
-    ]
-    columns_of: dict[str, list[str]] = {}
-    for name, reason in reasons:
-        columns_of.setdefault(reason, []).append(name)
-    notes = tuple(
-        f"Column{'s' * (len(of) > 1)} {quoted(of)}: {reason.replace(EXAMPLE, repr(of[0]))}."
-        for reason, of in columns_of.items()
-    )
-    used = tuple(column for column, _ in fitted if column.feature_names)
+    used = []
+    remarks = [*X.amounts.items(), *X.readings.items()]
+    for name, kind, values in zip(X.names, X.kinds, X.columns):
+        column, column_remarks = fit(name, kind, values)
+        remarks += [(name, remark) for remark in column_remarks]
+        if column.feature_names:
+            used.append(column)
+    names_by_remark: dict[str, list[str]] = {}
+    for name, remark in remarks:
+        names_by_remark.setdefault(remark, []).append(name)
+    notes = tuple(_note(remark, names) for remark, names in names_by_remark.items())
     if not used:
-        raise InputError(f"X has no usable column. {' '.join(notes)}")
-    return Layout(used, X.names, notes)
+        raise InputError("X", "has no usable column", remedy=" ".join(notes))
+    return Layout(tuple(used), X.names, notes)
+
+
+def _note(remark: str, names: Sequence[str]) -> str:
+    noun = "Column" if len(names) == 1 else "Columns"
+    return f"{noun} {quoted(names)}: {remark.replace(repr(EXAMPLE), repr(names[0]))}."

@@ -14,7 +14,7 @@ from gputune.data.columns import Layout, Raw, checked_tensor
 from gputune.data.encode import Statistics
 from gputune.data.scaling import Scaling, encode, scaling_of, table_inputs
 from gputune.data.table import as_table, select_rows
-from gputune.data.target import Target, standardised
+from gputune.data.target import Target, standardized
 from gputune.data.target_transform import FittedTransform
 from gputune.data.weights import Weights
 from gputune.memory import free_of_gpu
@@ -150,9 +150,8 @@ class Dataset:
         if numbers == self.numbers:
             return self
         if numbers not in self._prepared_datasets:
-            self._prepared_datasets[numbers] = replace(
-                self, numbers=numbers, **vars(self.preparations[numbers])
-            )
+            inputs = self.preparations[numbers]
+            self._prepared_datasets[numbers] = replace(self, numbers=numbers, **vars(inputs))
         return self._prepared_datasets[numbers]
 
     @cached_property
@@ -191,8 +190,10 @@ class Dataset:
     @property
     def input_bytes(self) -> int:
         """The bytes of all inputs, summed over all preparations that have been made."""
-        prepared = (part.inputs for part in self.preparations.values())
-        return sum(x.nbytes for inputs in (self.inputs, *prepared) for x in inputs)
+        tensors = list(self.inputs)
+        for prepared in self.preparations.values():
+            tensors += prepared.inputs
+        return sum(x.nbytes for x in tensors)
 
     @property
     def row_numbers(self) -> int:
@@ -209,7 +210,8 @@ class Dataset:
         for number, x in enumerate(self.inputs):
             # (V, n, ...) -> (m, ...)
             gathered = x[self.copies[fold]].index_select(0, positions.to(x.device))
-            gathered = stage_rows(gathered, self.device) if self.on_host else gathered
+            if self.on_host:
+                gathered = stage_rows(gathered, self.device)
             rows.append(self.read(number, gathered[None], slice(fold, fold + 1))[0])
         return tuple(rows)
 
@@ -226,7 +228,8 @@ class Dataset:
     def read(self, number: int, rows: Tensor, folds: slice) -> Tensor:
         """Return gathered rows (F, ..., *row) of an input as some folds read them: scaled, in
         ``dtype``."""
-        if (scaling := self.scaling[number]) is not None:
+        scaling = self.scaling[number]
+        if scaling is not None:
             return scaling(rows, folds)
         return rows.to(self.dtype) if rows.is_floating_point() else rows
 
@@ -244,10 +247,9 @@ class Dataset:
         The rows are spread evenly.
         """
         train = self.folds[0].train
-        spread = train[
-            torch.linspace(0, len(train) - 1, min(number, len(train))).long().to(self.device)
-        ]
-        return self.rows(0, spread), self.targets(0)[spread]
+        spaced = torch.linspace(0, len(train) - 1, min(number, len(train))).long()
+        rows = train[spaced.to(self.device)]
+        return self.rows(0, rows), self.targets(0)[rows]
 
     def with_one_logit(self) -> "Dataset":
         """Return the data of two classes for a module with one output.
@@ -262,15 +264,11 @@ class Dataset:
 
         None for a fold without equal rows.
         """
-        if (
-            len(self.inputs) > 1
-            or self.inputs[0].dim() != 3
-            or not self.inputs[0].is_floating_point()
-        ):
+        x = self.inputs[0]
+        if len(self.inputs) > 1 or x.dim() != 3 or not x.is_floating_point():
             return (None,) * len(self.folds)
-        return tuple(
-            first_equal(self.x[copy, fold.valid]) for copy, fold in zip(self.copies, self.folds)
-        )
+        pairs = zip(self.copies, self.folds)
+        return tuple(first_equal(x[copy, fold.valid]) for copy, fold in pairs)
 
 
 def make_dataset(
@@ -296,29 +294,30 @@ def make_dataset(
         InputError: the weights of a fold's training rows add up to 0.
     """
     row_weights = [weights.for_fold(target, train) for train, _ in folds]
-    counted = row_weights if weights.of_target else [None] * len(folds)
-    y, center, scale, transforms = standardised(target, folds, counted)
+    target_weights = row_weights if weights.of_target else [None] * len(folds)
+    y, center, scale, transforms = standardized(target, folds, target_weights)
     values = target.values
-    present = _present(target, folds, counted)
+    present = _present(target, folds, target_weights)
+    stacked = None
+    if any(row is not None for row in row_weights):
+        # (F, n)
+        stacked = np.stack([np.ones(len(values)) if row is None else row for row in row_weights])
     if isinstance(raw, Arrays) and raw.places is not None:
         # ``raw.places`` selects some of the rows in the inputs. Folds and targets use positions
         # among all rows, so they are moved to these positions.
-        among = partial(_among, raw.places, len(raw.parts[0]))
         places = raw.places
-        y = among(y, axis=0 if target.classes is not None else 1)
-        values = among(values)
-        row_weights = [None if row is None else among(row) for row in row_weights]
+        scatter = partial(_scattered, places=places, size=len(raw.parts[0]))
+        y = scatter(y, axis=0 if target.classes is not None else 1)
+        values = scatter(values)
+        stacked = None if stacked is None else scatter(stacked, axis=1)
         folds = [(places[train], places[valid]) for train, valid in folds]
     to_device = partial(torch.as_tensor, device=like.device)
-    weigh = any(row is not None for row in row_weights)
-    stacked = [np.ones(len(values)) if row is None else row for row in row_weights if weigh]
+    positions = partial(to_device, dtype=torch.int64)
     return Dataset(
         **vars(inputs_of(raw, statistics, like)),
         y=to_device(y, dtype=like.dtype if y.dtype.kind == "f" else torch.int64),
-        weights=to_device(np.stack(stacked)) if weigh else None,
-        folds=tuple(
-            Fold(*(to_device(np.asarray(rows, np.int64)) for rows in fold)) for fold in folds
-        ),
+        weights=None if stacked is None else to_device(stacked),
+        folds=tuple(Fold(positions(train), positions(valid)) for train, valid in folds),
         present=None if present is None else to_device(present),
         center=to_device(center),
         scale=to_device(scale),
@@ -332,11 +331,14 @@ def make_dataset(
     )
 
 
-def _among(places: np.ndarray, size: int, values: np.ndarray, axis: int = 0) -> np.ndarray:
+def _scattered(values: np.ndarray, *, places: np.ndarray, size: int, axis: int = 0) -> np.ndarray:
     """Return values moved to their places among ``size`` rows along an axis, with 0 elsewhere."""
-    spread = np.zeros((*values.shape[:axis], size, *values.shape[axis + 1 :]), values.dtype)
-    spread[(slice(None),) * axis + (places,)] = values
-    return spread
+    shape = list(values.shape)
+    shape[axis] = size
+    scattered = np.zeros(shape, values.dtype)
+    # a view with the axis first
+    np.moveaxis(scattered, axis, 0)[places] = np.moveaxis(values, axis, 0)
+    return scattered
 
 
 def inputs_of(
@@ -347,11 +349,8 @@ def inputs_of(
     ``groups`` holds the feature groups of a table.
     """
     if not isinstance(raw, Arrays):
-        return Inputs(
-            *table_inputs(raw, cast(Sequence[Statistics], statistics), like),
-            tuple(statistics),
-            groups,
-        )
+        inputs, copies, scaling = table_inputs(raw, cast(Sequence[Statistics], statistics), like)
+        return Inputs(inputs, copies, scaling, tuple(statistics), groups)
     on_host = _stays_on_host(raw, like.device)
     inputs = tuple((x if on_host else x.to(like.device))[None] for x in raw.parts)
     scaling = scaling_of(cast(Sequence[ArrayStatistics], statistics), like)
@@ -373,11 +372,9 @@ def stage_rows(rows: Tensor, device: torch.device) -> Tensor:
 
     Rows for a CUDA device are copied from pinned memory without waiting for the copy.
     """
-    return (
-        rows.pin_memory().to(device, non_blocking=True)
-        if device.type == "cuda"
-        else rows.to(device)
-    )
+    if device.type == "cuda":
+        return rows.pin_memory().to(device, non_blocking=True)
+    return rows.to(device)
 
 
 def _present(
@@ -389,11 +386,11 @@ def _present(
     """
     if target.classes is None:
         return None
-    parts = (
-        (target.values[train], None if row is None else row[train])
-        for (train, _), row in zip(folds, weights)
-    )
-    present = np.stack([np.bincount(codes, row, target.n_outputs) for codes, row in parts]) > 0
+    counts = []
+    for (train, _), row in zip(folds, weights):
+        train_weights = None if row is None else row[train]
+        counts.append(np.bincount(target.values[train], train_weights, target.n_outputs))
+    present = np.stack(counts) > 0
     return None if present.all() else present
 
 
@@ -418,13 +415,15 @@ def first_equal(rows: Tensor) -> Tensor | None:
         key = key ^ (key >> 29)
     # (n,) number of the key of each row, then the first row with that key
     group = torch.unique(key, return_inverse=True)[1]
-    number = torch.arange(len(rows), device=rows.device)
-    first = torch.full_like(number, len(rows)).scatter_reduce(0, group, number, "amin")[group]
-    later = (first != number).nonzero().flatten()
+    position = torch.arange(len(rows), device=rows.device)
+    first_of_group = torch.full_like(position, len(rows))
+    first = first_of_group.scatter_reduce(0, group, position, "amin")[group]
+    later = (first != position).nonzero().flatten()
     # Equal keys do not prove equal rows, so the rows are compared.
-    unlike = later[(rows[later] != rows[first[later]]).any(1)]  # different rows with the same key
-    first[unlike] = unlike
-    return None if len(later) == len(unlike) else first
+    differs = (rows[later] != rows[first[later]]).any(1)
+    different = later[differs]
+    first[different] = different
+    return None if len(later) == len(different) else first
 
 
 # Each column may index its own embedding. For longer rows only the outermost ids are tried.

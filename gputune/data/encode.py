@@ -29,6 +29,7 @@ from torch import Tensor
 from gputune.data.columns import N_BINS, Layout, Raw
 from gputune.errors import InputError
 from gputune.types import NUMBERS, TENSOR_NUMBERS, Json, Numbers
+from gputune.wording import option
 
 LIMIT = 20.0
 """Numbers are clipped at this many standard deviations from the mean.
@@ -40,6 +41,10 @@ _ROUNDING = 1e-6
 
 It keeps rounding in single precision from clipping a training row.
 """
+
+_LARGEST = np.finfo(np.float64).max  # stands for no limit, because JSON has no infinity
+_ONE_BIN = np.array([[0.0], [1.0], [-_LARGEST], [_LARGEST]])
+"""The one bin of a number that stays unchanged: lower edge, width, least and most, (4, 1)."""
 
 Array = TypeVar("Array", np.ndarray, Tensor, Raw)
 
@@ -78,21 +83,21 @@ class Statistics:
         return len(self.center)
 
     def to_json(self) -> Json:
-        of_bins = ("places", "least", "most")
-        return {
-            name: value.tolist()
-            for name, value in vars(self).items()
-            if name not in of_bins or value.size
-        }
+        lists = {name: array.tolist() for name, array in vars(self).items()}
+        # Left out when unset, as in models that older versions saved.
+        for name in ("places", "least", "most"):
+            if not lists[name]:
+                del lists[name]
+        return lists
 
     @staticmethod
     def from_json(value: Json) -> "Statistics":
-        arrays = {key: np.array(part, dtype=np.float64) for key, part in value.items()}
-        for positions in {"ranked", "clipped", "places"} & value.keys():  # some models lack some
-            arrays[positions] = np.array(value[positions], dtype=np.int64)
-        arrays["quantiles"] = arrays["quantiles"].reshape(
-            len(value["quantiles"]), len(value["ranked"])
-        )
+        arrays = {name: np.array(numbers, dtype=np.float64) for name, numbers in value.items()}
+        for name in {"ranked", "clipped", "places"} & value.keys():
+            arrays[name] = np.array(value[name], dtype=np.int64)
+        # An empty list has lost its second axis.
+        shape = (len(value["quantiles"]), len(value["ranked"]))
+        arrays["quantiles"] = arrays["quantiles"].reshape(shape)
         return Statistics(**arrays)
 
 
@@ -141,27 +146,24 @@ def fit_statistics(
         # A column without a known value in these rows gets mean 0 and scale 1.
         part[:, np.isnan(part).all(0)] = 0.0
         mean, scale, farthest = _moments(part)
-    numeric = layout.numeric
-    reach = np.where(
-        numeric, np.minimum(np.maximum(LIMIT * scale, farthest * (1 + _ROUNDING)), OPEN[3]), np.inf
-    )
-    numeric = numeric & (numbers != "none")
+    # (D,): the distance from the mean at which each number is clipped
+    reach = np.maximum(LIMIT * scale, farthest * (1 + _ROUNDING))
+    reach = np.where(layout.numeric, np.minimum(reach, _LARGEST), np.inf)
+    numeric = layout.numeric & (numbers != "none")
     center = np.where(numeric, mean, 0.0)
     scale = np.where(numeric, scale, 1.0)
     fitted = Statistics(mean, center, scale)
     match numbers:
         case "standard":
-            least, most = np.where(numeric, [[-1], [1]] * reach / scale, OPEN[2:])
-            return replace(fitted, least=least, most=most)
+            most = np.where(numeric, reach / scale, _LARGEST)
+            return replace(fitted, least=-most, most=most)
         case "quantile":
             varies = numeric & (np.nanmax(part, 0) > np.nanmin(part, 0))
-            center = np.where(varies, 0.0, center)
-            scale = np.where(varies, 1.0, scale)
             ranked = np.flatnonzero(varies)
             return replace(
                 fitted,
-                center=center,
-                scale=scale,
+                center=np.where(varies, 0.0, center),
+                scale=np.where(varies, 1.0, scale),
                 ranked=ranked,
                 quantiles=fit_quantiles(part[:, ranked]),
             )
@@ -171,22 +173,28 @@ def fit_statistics(
             spread = np.where(high > low, high - low, half)
             # Departure: a column that is constant in these rows is only centered. The source makes
             # it 0 in all rows.
-            center = np.where(numeric, median, 0.0)
-            scale = np.where(numeric & (spread > 0), spread, 1.0)
-            return replace(fitted, center=center, scale=scale, clipped=np.flatnonzero(numeric))
+            return replace(
+                fitted,
+                center=np.where(numeric, median, 0.0),
+                scale=np.where(numeric & (spread > 0), spread, 1.0),
+                clipped=np.flatnonzero(numeric),
+            )
         case "piecewise" | "piecewise-tree":
-            of_rows = target[rows] if numbers == "piecewise-tree" and target is not None else None
-            bins = [
-                bins_between(bin_edges(x, of_rows)) if cut else OPEN
-                for x, cut in zip(part.T, numeric)
-            ]
+            train_target = None
+            if numbers == "piecewise-tree" and target is not None:
+                train_target = target[rows]
+            bins = []
+            for values, is_number in zip(part.T, numeric):
+                bins.append(
+                    bins_between(bin_edges(values, train_target)) if is_number else _ONE_BIN
+                )
             # D arrays (4, bins) -> (4, D')
             center, scale, least, most = np.concatenate(bins, axis=1)
             places = layout.places(numbers)
-            # The limit of the number, mean -+ reach, in the units of each bin.
-            low, high = (mean[places] - center + [[-1], [1]] * reach[places]) / scale
-            least = np.maximum(least, low)
-            most = np.minimum(most, high)
+            # The limits of the number, mean -+ reach, in the units of each bin.
+            middle = mean[places] - center
+            least = np.maximum(least, (middle - reach[places]) / scale)
+            most = np.minimum(most, (middle + reach[places]) / scale)
             return replace(
                 fitted, center=center, scale=scale, places=places, least=least, most=most
             )
@@ -217,15 +225,15 @@ def tensor_moments(part: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     Sums are in float64 on the tensor's device. The scale is 1 if the deviation is not larger than a
     rounding error. Source: scikit-learn's StandardScaler.
     """
-    lost = part.isnan()
-    count = (~lost).sum(0).clamp(min=1)
+    missing = part.isnan()
+    count = (~missing).sum(0).clamp(min=1)
     mean = part.nansum(0, dtype=torch.float64) / count
-    gap = torch.where(lost, 0.0, part - mean.to(part.dtype))
-    farthest = gap.abs().amax(0)
+    deviations = torch.where(missing, 0.0, part - mean.to(part.dtype))
+    farthest = deviations.abs().amax(0)
     # units that keep squares finite
-    unit = torch.where(farthest > torch.finfo(gap.dtype).max ** 0.45, farthest, 1.0)
-    # in place: ``gap`` is as large as the data
-    variance = gap.div_(unit).square_().sum(0, dtype=torch.float64) / count
+    unit = torch.where(farthest > torch.finfo(deviations.dtype).max ** 0.45, farthest, 1.0)
+    # in place: ``deviations`` is as large as the data
+    variance = deviations.div_(unit).square_().sum(0, dtype=torch.float64) / count
     eps = torch.finfo(torch.float64).eps
     # The same bound as scikit-learn's check for constant features.
     constant = variance <= count * eps * variance + (count * (mean / unit) * eps) ** 2
@@ -237,13 +245,12 @@ def check_numbers(numbers: str, raw: Raw) -> None:
     """Raise InputError for an unknown preparation of numbers, or one that tensors do not
     support."""
     if numbers not in NUMBERS:
-        raise InputError(
-            f"numbers must be one of {', '.join(map(repr, NUMBERS))}, got {numbers!r}."
-        )
+        raise InputError("numbers", f"must be one of {', '.join(map(repr, NUMBERS))}", got=numbers)
     if isinstance(raw, Tensor) and numbers not in TENSOR_NUMBERS:
         raise InputError(
-            f"numbers={numbers!r} is not there for tensors; pass a NumPy array or "
-            "numbers='standard'."
+            option("numbers", numbers),
+            "does not support tensors",
+            remedy=f"Pass a NumPy array, or {option('numbers', 'standard')}.",
         )
 
 
@@ -254,15 +261,16 @@ def transform(raw: Array, statistics: Statistics) -> Array:
     Type, device and dtype are those of ``raw``.
     """
     if isinstance(raw, Tensor):
-        parts = (getattr(statistics, name) for name in ("fill", "center", "scale", "least", "most"))
-        fill, center, scale, least, most = (
-            torch.as_tensor(part, dtype=raw.dtype, device=raw.device) for part in parts
-        )
-        scaled = (torch.where(raw.isnan(), fill, raw) - center) / scale
-        return scaled.clamp_(least, most) if least.numel() else scaled
+        to_tensor = partial(torch.as_tensor, dtype=raw.dtype, device=raw.device)
+        known = torch.where(raw.isnan(), to_tensor(statistics.fill), raw)
+        scaled = (known - to_tensor(statistics.center)) / to_tensor(statistics.scale)
+        if not statistics.least.size:
+            return scaled
+        return scaled.clamp_(to_tensor(statistics.least), to_tensor(statistics.most))
     x = np.where(np.isnan(raw), statistics.fill, raw)
     # (n, D) -> (n, D'): a feature with bins is repeated once per bin
-    x = x[:, statistics.places] if statistics.places.size else x
+    if statistics.places.size:
+        x = x[:, statistics.places]
     # Before centering, since the quantiles are in the units of the column.
     normal = [normal_scores(x[:, j], q) for j, q in zip(statistics.ranked, statistics.quantiles.T)]
     x -= statistics.center
@@ -316,7 +324,8 @@ def normal_scores(values: np.ndarray, quantiles: np.ndarray) -> np.ndarray:
     ranks = np.linspace(0.0, 1.0, len(quantiles))
     below = 1.0 - np.interp(-values, -quantiles[::-1], ranks)
     rank = (np.interp(values, quantiles, ranks) + below) / 2
-    rank = np.where(values >= quantiles[-1], 1.0, np.where(values <= quantiles[0], 0.0, rank))
+    rank = np.where(values <= quantiles[0], 0.0, rank)
+    rank = np.where(values >= quantiles[-1], 1.0, rank)
     largest = -ndtri(_LEAST)
     return np.asarray(np.clip(ndtri(rank), -largest, largest))
 
@@ -370,7 +379,8 @@ def normal_scores_of(values: Tensor, quantiles: Tensor) -> Tensor:
 
     They equal the results of ``normal_scores``.
     """
-    rank = (_interpolate(values, quantiles) + (1.0 - _interpolate(-values, -quantiles.flip(0)))) / 2
+    below = 1.0 - _interpolate(-values, -quantiles.flip(0))
+    rank = (_interpolate(values, quantiles) + below) / 2
     rank = torch.where(values <= quantiles[0], 0.0, rank)
     return normal_deviate(torch.where(values >= quantiles[-1], 1.0, rank))
 
@@ -419,10 +429,6 @@ def _interpolate(values: Tensor, quantiles: Tensor) -> Tensor:
     return (at.double() + (values - low) / (high - low)) / (len(quantiles) - 1)
 
 
-OPEN = np.array([[0.0], [1.0], [-np.finfo(np.float64).max], [np.finfo(np.float64).max]])
-"""The one bin of a number that stays unchanged: lower edge, width, least and most, (4, 1)."""
-
-
 def bin_edges(values: np.ndarray, target: np.ndarray | None = None) -> np.ndarray:
     """Return the edges of the bins of a feature's values (n,), ascending, with NaN left out.
 
@@ -439,14 +445,19 @@ def bin_edges(values: np.ndarray, target: np.ndarray | None = None) -> np.ndarra
     target = target[known]
     low = values.min()
     high = values.max()
-    is_of_classes = target.ndim == 1 and target.dtype.kind in "iu"
-    kind = DecisionTreeClassifier if is_of_classes else DecisionTreeRegressor
-    y = (target if is_of_classes else target - target.mean(0)).reshape(len(target), -1)
-    least = max(1, len(values) // (4 * N_BINS))
+    if target.ndim == 1 and target.dtype.kind in "iu":
+        tree_type = DecisionTreeClassifier
+    else:
+        tree_type = DecisionTreeRegressor
+        target = target - target.mean(0)
     # Trees compute in single precision, where values far from 0 may all be equal.
     unit = (values - low) / (high - low) if high > low else np.zeros(len(values))
-    fitted = kind(max_leaf_nodes=N_BINS, min_samples_leaf=least, random_state=0)
-    tree = fitted.fit(unit[:, None], y).tree_
+    model = tree_type(
+        max_leaf_nodes=N_BINS,
+        min_samples_leaf=max(1, len(values) // (4 * N_BINS)),
+        random_state=0,
+    )
+    tree = model.fit(unit[:, None], target.reshape(len(target), -1)).tree_
     inside = low + (high - low) * tree.threshold[tree.children_left >= 0]
     return np.unique(np.clip([low, *inside, high], low, high))
 
@@ -461,5 +472,6 @@ def bins_between(edges: np.ndarray) -> np.ndarray:
         bins[1, :count] = np.diff(edges)
         bins[3, :count] = 1.0
         # The first bin is open below, the last one above.
-        bins[2, 0], bins[3, count - 1] = OPEN[2:, 0]
+        bins[2, 0] = -_LARGEST
+        bins[3, count - 1] = _LARGEST
     return bins

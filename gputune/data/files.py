@@ -11,6 +11,7 @@ import os
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -23,6 +24,7 @@ from gputune.errors import InputError
 from gputune.input_files import MISSING_TABLE, check_file, check_room, open_file
 from gputune.main_memory import free_memory
 from gputune.text import count, did_you_mean, is_number
+from gputune.wording import Verbatim
 
 if TYPE_CHECKING:
     import polars as pl
@@ -56,9 +58,9 @@ def read_table(source: str | Path, kinds: Collection[str] = ()) -> Table:
     path = Path(source)
     if os.path.isdir(path):  # Path.is_dir raises an error for a name that is too long
         # Only the first 1000 files are looked at, since a folder may be large.
-        files = (path for path, _ in zip(path.rglob("*"), range(1000)))
-        if any(path.suffix.lower() in _IMAGES for path in files):
-            raise InputError(f"{str(source)!r} is a folder; {_OF_IMAGES}.")
+        files = islice(path.rglob("*"), 1000)
+        if any(file.suffix.lower() in _IMAGES for file in files):
+            raise InputError(None, f"{str(source)!r} is a folder of images", remedy=_IMAGES_REMEDY)
     check_file(path, missing=MISSING_TABLE)
     if path.suffix.lower() == ".parquet":
         return as_table(_read_parquet(path))
@@ -66,13 +68,16 @@ def read_table(source: str | Path, kinds: Collection[str] = ()) -> Table:
         names, fields = _read_fields(path)
         columns = [_column(series, as_text=name in kinds) for name, series in zip(names, fields)]
         table = checked_table(names, columns, typed=kinds)
-        read = zip(names, table.kinds, fields)
-        return table.with_readings(
-            {name: file_remark(kind, texts) for name, kind, texts in read if name not in kinds}
-        )
-    remedy = _OF_IMAGES if path.suffix.lower() in _IMAGES else "convert it first"
+        remarks = {}
+        for name, kind, texts in zip(names, table.kinds, fields):
+            if name not in kinds:
+                remarks[name] = file_remark(kind, texts)
+        return table.with_readings(remarks)
     raise InputError(
-        f"a table is read from .csv, .tsv (also .gz) or .parquet, got {str(source)!r}; {remedy}."
+        None,
+        "A table is read from a .csv, .tsv (also .gz) or .parquet file",
+        got=str(source),
+        remedy=_IMAGES_REMEDY if path.suffix.lower() in _IMAGES else "Convert it first.",
     )
 
 
@@ -93,22 +98,24 @@ def read_columns(source: str | Path, names: Sequence[str]) -> list[list[object]]
     else:
         table = read_table(source)
         values = dict(zip(table.names, table.columns))
+    columns = []
     for name in names:
         if name not in values:
-            known = (
-                f"and the columns of {str(source)!r} are "
-                f"{quoted(values)}.{did_you_mean(name, values)}"
+            known = f"The columns of {str(source)!r} are {quoted(values)}."
+            raise InputError(
+                None,
+                f"--keep names no column {name!r}",
+                remedy=f"{known}{did_you_mean(name, values)}",
             )
-            raise InputError(f"--keep has {name!r}, {known}")
-    return [["" if value is None else value for value in values[name]] for name in names]
+        columns.append(["" if value is None else value for value in values[name]])
+    return columns
 
 
 _IMAGES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".tif", ".tiff", ".webp")
-_OF_IMAGES = (
-    "images go in as one array: in Python pass a Dataset such as "
-    "torchvision.datasets.ImageFolder(folder, transform) as X, or write "
-    "numpy.savez('images.npz', image=X, label=y) with X (rows, channels, height, width), for a "
-    "module"
+_IMAGES_REMEDY = (
+    "In Python, pass a Dataset such as torchvision.datasets.ImageFolder(folder, transform) as X. "
+    "Or write the images into one file, numpy.savez('images.npz', image=X, label=y), where X has "
+    "the axes (rows, channels, height, width), and use a module as the model."
 )
 
 
@@ -121,21 +128,20 @@ def _read_parquet(path: Path) -> "pl.DataFrame":
     import polars as pl
 
     if check_file(path) == 0:
-        raise InputError(f"{str(path)!r} is empty; write the table again.")
+        raise InputError(None, f"{str(path)!r} is empty", remedy="Write the table again.")
     # polars receives an open file, because it takes no path that is not UTF-8.
     with _read_errors(path, "Parquet"), open_file(path) as file:
-        about = pl.scan_parquet(file)
-        schema = about.collect_schema()
-        n_rows = about.select(pl.len()).collect().item()
+        lazy_frame = pl.scan_parquet(file)
+        schema = lazy_frame.collect_schema()
+        n_rows = lazy_frame.select(pl.len()).collect().item()
         check_room(path, n_rows * len(schema) * 8 + len(schema) * _COLUMN_BYTES)
         for name, dtype in schema.items():
             if dtype.is_nested() or dtype in (pl.Binary, pl.Object):
-                remedy = (
-                    "give it columns of numbers, text or dates instead, or leave it out of the file"
-                )
                 raise InputError(
-                    f"column {name!r} of {str(path)!r} holds {dtype}, which is no single value; "
-                    f"{remedy}."
+                    None,
+                    f"Column {name!r} of {str(path)!r} holds {dtype}, not single values",
+                    remedy="Write columns of numbers, text or dates instead, or leave the column "
+                    "out of the file.",
                 )
         file.seek(0)
         frame = pl.read_parquet(file)
@@ -148,19 +154,24 @@ def _read_parquet(path: Path) -> "pl.DataFrame":
 
 def _read_bundled_table(name: str) -> Table:
     if name not in BUNDLED:
-        raise InputError(f"'sklearn:NAME' knows {', '.join(BUNDLED)}, got 'sklearn:{name}'.")
+        raise InputError(
+            None,
+            f"The data sets of scikit-learn are sklearn:{', sklearn:'.join(BUNDLED)}",
+            got=f"sklearn:{name}",
+        )
     from sklearn import datasets
 
     bunch = getattr(datasets, f"load_{name}")()
     names = [*map(str, bunch.feature_names), "target"]
     columns = [from_column(np.ascontiguousarray(column), "") for column in bunch.data.T]
-    named = name in ("iris", "wine", "breast_cancer")
-    target = bunch.target_names.astype(str).astype(object)[bunch.target] if named else bunch.target
+    target = bunch.target
+    if name in ("iris", "wine", "breast_cancer"):
+        target = bunch.target_names.astype(str).astype(object)[target]
     return checked_table(names, [*columns, from_column(target, "target")])
 
 
 @contextmanager
-def _read_errors(path: Path, form: str, rule: str = "") -> Iterator[None]:
+def _read_errors(path: Path, form: str, remedy: str = "") -> Iterator[None]:
     """Turn the error of a reader into an InputError for a file that is damaged or of another form.
 
     The message has the first line of the reader's error.
@@ -181,11 +192,13 @@ def _read_errors(path: Path, form: str, rule: str = "") -> Iterator[None]:
         raise
     except exceptions.NoDataError as error:
         raise InputError(
-            f"{str(path)!r} is empty; a header line and at least one row are needed."
+            None, f"{str(path)!r} is empty", remedy="Write a header line and at least one row."
         ) from error
     except failures as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:500]
-        raise InputError(f"{str(path)!r} could not be read as {form}: {reason}{rule}") from error
+        raise InputError(
+            None, f"{str(path)!r} could not be read as {form}: {reason}", remedy=remedy
+        ) from error
 
 
 def _text_suffix(path: Path) -> str:
@@ -198,8 +211,8 @@ def _read_fields(path: Path) -> "tuple[list[str], pl.DataFrame]":
     """Return the names in the header line, and the fields below it as text."""
     import polars as pl
 
-    rule = "; it must be UTF-8 text with one header line and equally many fields in every line."
-    with _read_errors(path, "a text table", rule):
+    remedy = "Write UTF-8 text with one header line and the same number of fields in each line."
+    with _read_errors(path, "a text table", remedy):
         header, separator = _header(path)
         check_room(path, header.count(separator.encode()) * _COLUMN_BYTES)
         try:
@@ -214,23 +227,20 @@ def _read_fields(path: Path) -> "tuple[list[str], pl.DataFrame]":
     if fields.width > 1 and fields.to_series(-1).null_count():
         _check_lines(path, separator)
     names = ["" if name is None else name.strip() for name in fields.row(0)]
-    if (longest := max(map(len, names))) > _LONGEST_NAME:
+    no_names = f"The first line of {str(path)!r} must hold the names of the columns"
+    remedy = "Write a line of names above it."
+    longest = max(map(len, names))
+    if longest > _LONGEST_NAME:
         raise InputError(
-            f"{str(path)!r} has a field of {longest} characters in its first line, where the "
-            "names of the columns are due; write a line of names above it."
+            None, no_names, got=Verbatim(f"a field of {longest} characters"), remedy=remedy
         )
     numbers = [name for name in names if is_number(name)]  # integers, such as years, may be names
-    if any(not name.lstrip("-").isdecimal() for name in numbers) and len(numbers) * 2 >= len(names):
-        raise InputError(
-            f"{str(path)!r} has {quoted(numbers, 3)} in its first line, where the names of the "
-            "columns are due; write a line of names above it."
-        )
+    has_decimals = any(not name.lstrip("-").isdecimal() for name in numbers)
+    if has_decimals and len(numbers) * 2 >= len(names):
+        raise InputError(None, no_names, got=Verbatim(quoted(numbers, 3)), remedy=remedy)
     rows = fields[1:]
-    if (
-        fields.width > 1
-        and len(rows)
-        and not any(field and field.strip() for field in rows.row(-1))
-    ):
+    has_several = fields.width > 1 and len(rows) > 0
+    if has_several and not any(field and field.strip() for field in rows.row(-1)):
         # Blank lines at the end are not rows. Spreadsheets also write lines that hold only
         # separators.
         filled = rows.select(pl.any_horizontal(pl.all().str.strip_chars() != "").fill_null(False))
@@ -247,9 +257,11 @@ def _check_lines(path: Path, separator: str) -> None:
     for line, fields in _lines(path, separator):
         width = width or len(fields)
         if len(fields) != width and any(field.strip() for field in fields):
-            why = f"and {width} in its header line; write equally many in every line"
+            n_fields = count(len(fields), "field")
             raise InputError(
-                f"{str(path)!r} has {count(len(fields), 'field')} in line {line}, {why}."
+                None,
+                f"{str(path)!r} has {n_fields} in line {line}, but {width} in its header line",
+                remedy="Write the same number of fields in each line.",
             )
 
 
@@ -262,7 +274,8 @@ def _lines(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
     with _open_text(path) as file, suppress(csv.Error):
         lines = io.TextIOWrapper(file, "utf-8", errors="replace", newline="")
         reader = csv.reader(lines, delimiter=separator)
-        yield from ((reader.line_num, fields) for fields in reader)
+        for fields in reader:
+            yield reader.line_num, fields
 
 
 def line_of(source: str | Path, row: int) -> str:
@@ -273,8 +286,11 @@ def line_of(source: str | Path, row: int) -> str:
     path = Path(source)
     if not _text_suffix(path):
         return f"row {row}"
-    below = (line for n, (line, _) in enumerate(_lines(path, _header(path)[1])) if n == row + 1)
-    return f"line {next(below, row + 2)}"
+    separator = _header(path)[1]
+    # The header is the line before row 0.
+    lines = islice(_lines(path, separator), row + 1, None)
+    line, _ = next(lines, (row + 2, []))
+    return f"line {line}"
 
 
 def _header(path: Path) -> tuple[bytes, str]:
@@ -334,12 +350,13 @@ def _check_encoding(path: Path, sample: bytes) -> None:
     for mark, encoding in _BYTE_ORDER_MARKS:
         if sample.startswith(mark):
             raise InputError(
-                f"{str(path)!r} is text in {encoding}, and gputune reads UTF-8. {remedy}"
+                None, f"{str(path)!r} is text in {encoding}, but gputune reads UTF-8", remedy=remedy
             )
     if b"\0" in sample:
         raise InputError(
-            f"{str(path)!r} has bytes of value 0 and is no text table. If it is text in UTF-16, "
-            "save it as UTF-8."
+            None,
+            f"{str(path)!r} is not a text table, because it has bytes of value 0",
+            remedy="If it is text in UTF-16, save it as UTF-8.",
         )
 
 

@@ -9,8 +9,9 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
 from sklearn.model_selection import (
@@ -29,6 +30,7 @@ from gputune.data.dataset import Rows
 from gputune.data.target import MAX_CLASSES, Target, refuse_missing
 from gputune.errors import InputError, warn
 from gputune.seeding import stream_seed
+from gputune.wording import Verbatim, option
 
 
 @runtime_checkable
@@ -60,42 +62,45 @@ def make_folds(
     """
     groups = check_groups(groups, len(target), cv)
     n_rows = len(target)
-    if (
-        isinstance(cv, int | np.integer)
-        and not isinstance(cv, bool)
-        and _are_small_classes(target, int(cv))
-    ):
-        refuse_identifier(target)
-    if isinstance(cv, int | np.integer) and not isinstance(cv, bool):
-        pairs = _split(_fold_splitter(int(cv), target, groups, seed), target, X, groups)
+    is_number = isinstance(cv, int | np.integer) and not isinstance(cv, bool)
+    if is_number:
+        n_folds = int(cast(int, cv))
+        if _are_small_classes(target, n_folds):
+            refuse_identifier(target)
+        pairs = _split(_fold_splitter(n_folds, target, groups, seed), target, X, groups)
     elif isinstance(cv, Splitter) and not isinstance(cv, str):
         pairs = _split(cv, target, X, groups)
     elif isinstance(cv, Iterable) and not isinstance(cv, str):
         pairs = list(cv)
     else:
-        kinds = "a number of folds, a splitter of scikit-learn or pairs of (train, valid) rows"
-        raise InputError(f"cv must be {kinds}, got {cv!r}.")
+        raise InputError(
+            "cv",
+            "must be a number of folds, a scikit-learn splitter or pairs of (train, valid) rows",
+            got=cv,
+        )
     if not pairs:
-        raise InputError("cv must give at least one fold, got none.")
+        raise InputError("cv", "must give at least one fold", got=Verbatim("none"))
     folds = []
     for f, pair in enumerate(pairs):
         if not isinstance(pair, tuple | list) or len(pair) != 2:
-            got = f"got {type(pair).__name__} for fold {f}; one split is cv=[(train, valid)]"
-            raise InputError(f"cv must hold pairs of (train, valid) rows, {got}.")
-        folds.append(
-            (_rows(pair[0], n_rows, f, "training"), _rows(pair[1], n_rows, f, "validation"))
-        )
+            raise InputError(
+                "cv",
+                "must hold pairs of (train, valid) rows",
+                got=Verbatim(f"{type(pair).__name__} for fold {f}"),
+                remedy="For a single split, pass cv=[(train, valid)].",
+            )
+        train, valid = pair
+        folds.append((_rows(train, n_rows, f, "training"), _rows(valid, n_rows, f, "validation")))
     if groups is not None:
         _refuse_split_groups(folds, groups, cv)
-    if shared := [f for f, (train, valid) in enumerate(folds) if np.isin(valid, train).any()]:
+    shared = [f for f, (train, valid) in enumerate(folds) if np.isin(valid, train).any()]
+    if shared:
         warn(
             f"{len(shared)} of {len(folds)} folds (the first is fold {shared[0]}) validate on "
             "rows that they train on, so their scores are too good."
         )
     if target.classes is not None:
-        _warn_of_missing_classes(
-            folds, target, target.classes, least=2 if isinstance(cv, int | np.integer) else 1
-        )
+        _warn_of_missing_classes(folds, target, target.classes, least=2 if is_number else 1)
     return folds
 
 
@@ -104,21 +109,22 @@ def _refuse_split_groups(folds: list[Rows], groups: np.ndarray, cv: object) -> N
 
     Splitters of rows, and pairs, ignore groups.
     """
-    known: dict[object, int] = {}
-    codes = np.array([known.setdefault(group, len(known)) for group in groups.tolist()])
+    code_of: dict[object, int] = {}
+    codes = np.array([code_of.setdefault(group, len(code_of)) for group in groups.tolist()])
     for f, (train, valid) in enumerate(folds):
-        if len(both := np.intersect1d(codes[train], codes[valid])):
-            more = f" (and {len(both) - 1} more)" * (len(both) > 1)
-            what = (
-                f"cv={type(cv).__name__}(...)"
-                if isinstance(cv, Splitter)
-                else "the (train, valid) rows of cv"
-            )
+        split = np.intersect1d(codes[train], codes[valid])
+        if len(split):
+            group = list(code_of)[split[0]]
+            others = f" (and {len(split) - 1} more)" if len(split) > 1 else ""
+            argument = "cv"
+            if isinstance(cv, Splitter):
+                argument = option("cv", Verbatim(f"{type(cv).__name__}(...)"))
             raise InputError(
-                f"groups are not kept whole by {what}: in fold {f} the group "
-                f"{[*known][both[0]]!r}{more} is among the training and the validation rows; give "
-                "a splitter that keeps them, such as GroupKFold, or a number of folds, or leave "
-                "groups out."
+                argument,
+                f"must not split a group, but in fold {f} the group {group!r}{others} has training "
+                "and validation rows",
+                remedy="Pass a splitter for groups, such as GroupKFold, or a number of folds, or "
+                f"leave out {option('groups')}.",
             )
 
 
@@ -134,9 +140,7 @@ def parse_cv(text: str) -> int | TimeSeriesSplit:
     """
     kind, _, count = text.rpartition(":")
     if kind not in ("", "time") or not count.isdecimal() or int(count) < 2:
-        raise InputError(
-            f"--cv must be a number of folds such as 5, at least 2, or time:5, got {text!r}."
-        )
+        raise InputError("cv", "must be a number of at least 2 folds, or time:5", got=text)
     return TimeSeriesSplit(int(count)) if kind else int(count)
 
 
@@ -150,42 +154,41 @@ def check_groups(groups: object, n_rows: int, cv: object = None) -> np.ndarray |
         return None
     values = groups.detach().cpu().numpy() if isinstance(groups, Tensor) else np.asarray(groups)
     if values.shape != (n_rows,):
-        shapes = f"shape ({n_rows},), got shape {values.shape}"
-        raise InputError(f"groups must have one value a row, {shapes}; pass the group of each row.")
-    refuse_missing(values, "groups", "give each such row a group of its own")
-    if isinstance(cv, TimeSeriesSplit):
-        why = "which cuts by the order of rows; leave groups out, or give a number of folds"
         raise InputError(
-            "groups cannot be kept whole by a time series split (cv='time:K', TimeSeriesSplit), "
-            f"{why}."
+            "groups",
+            f"must have one value per row, shape ({n_rows},)",
+            got=Verbatim(f"shape {values.shape}"),
+        )
+    refuse_missing(values, "groups", "Give each of these rows a group that no other row has.")
+    if isinstance(cv, TimeSeriesSplit):
+        raise InputError(
+            "groups",
+            "cannot be used with a time series split, which cuts by the order of the rows",
+            remedy=f"Leave out {option('groups')}, or set {option('cv')} to a number of folds.",
         )
     return values
 
 
 def _fold_splitter(cv: int, target: Target, groups: np.ndarray | None, seed: int) -> Splitter:
     if cv < 2:
-        raise InputError(f"cv must be at least 2 folds, got {cv}.")
+        raise InputError("cv", "must be at least 2 folds", got=cv)
     if cv > len(target):
-        raise InputError(
-            f"cv={cv} folds need at least as many rows, got {len(target)}; use fewer folds."
-        )
-    if groups is not None and cv > (count := len(set(groups.tolist()))):
-        raise InputError(
-            f"cv={cv} folds need at least as many groups, got {count}; use fewer folds."
-        )
+        raise InputError("cv", f"must not be larger than the number of rows, {len(target)}", got=cv)
+    n_groups = cv if groups is None else len(set(groups.tolist()))
+    if cv > n_groups:
+        raise InputError("cv", f"must not be larger than the number of groups, {n_groups}", got=cv)
     random_state = stream_seed(seed, "folds") % 2**32
     # scikit-learn stratifies only if a class has at least one row per fold.
-    if _are_small_classes(target, cv):
-        return (
-            GroupKFold(cv, shuffle=True, random_state=random_state)
-            if groups is not None
-            else _SpreadKFold(cv, seed)
-        )
-    kinds = (
-        (KFold, GroupKFold) if target.classes is None else (StratifiedKFold, StratifiedGroupKFold)
-    )
-    kind: Callable[..., Splitter] = kinds[groups is not None]
-    return kind(cv, shuffle=True, random_state=random_state)
+    splitter: Callable[..., Splitter]
+    if target.classes is None:
+        splitter = KFold if groups is None else GroupKFold
+    elif not _are_small_classes(target, cv):
+        splitter = StratifiedKFold if groups is None else StratifiedGroupKFold
+    elif groups is None:
+        return _SpreadKFold(cv, seed)
+    else:
+        splitter = GroupKFold
+    return splitter(cv, shuffle=True, random_state=random_state)
 
 
 def _are_small_classes(target: Target, n_folds: int) -> bool:
@@ -215,8 +218,8 @@ class _SpreadKFold:
         # Classes in random order, and the rows of each class in random order. Consecutive rows go
         # to different folds.
         codes = np.unique(labels, return_inverse=True)[1]
-        place = rng.permutation(codes.max() + 1)[codes]
-        order = np.lexsort((rng.permutation(len(labels)), place))
+        class_rank = rng.permutation(codes.max() + 1)[codes]
+        order = np.lexsort((rng.permutation(len(labels)), class_rank))
         fold_of_row = np.empty(len(labels), dtype=np.int64)
         fold_of_row[order] = np.arange(len(labels)) % self.n_splits
         for fold in range(self.n_splits):
@@ -231,12 +234,13 @@ def refuse_identifier(target: Target) -> None:
     """
     assert target.classes is not None
     n_classes = len(target.classes)
-    n_rows = len(target)
-    if n_classes > MAX_CLASSES and 2 * n_classes > n_rows and target.classes.dtype.kind == "U":
+    is_text = target.classes.dtype.kind == "U"
+    if is_text and n_classes > MAX_CLASSES and 2 * n_classes > len(target):
         raise InputError(
+            None,
             f"The target {target.name!r} looks like an identifier: it has {n_classes} different "
-            f"values in {n_rows} rows. Choose another column as the target, or leave out the rows "
-            "of rare classes."
+            f"values in {len(target)} rows",
+            remedy="Choose a different target column, or leave out the rows of rare classes.",
         )
 
 
@@ -257,22 +261,24 @@ def _split(
     except (ValueError, TypeError) as error:
         if groups is None and "groups" in str(error):
             raise InputError(
-                f"cv={splitter!r} splits by groups, but groups is None; pass groups."
+                option("cv", splitter), f"splits by groups, so {option('groups')} is needed"
             ) from error
-        of_number = isinstance(
-            splitter, KFold | GroupKFold | StratifiedKFold | StratifiedGroupKFold
-        )
-        cv = vars(splitter)["n_splits"] if of_number else repr(splitter)
-        raise InputError(f"cv={cv} cannot split these {len(target)} rows: {error}") from error
+        cv: object = splitter
+        if isinstance(splitter, KFold | GroupKFold | StratifiedKFold | StratifiedGroupKFold):
+            cv = vars(splitter)["n_splits"]
+        raise InputError(
+            option("cv", cv), f"cannot split these {len(target)} rows: {error}"
+        ) from error
     if target.classes is not None and isinstance(splitter, _STRATIFYING):
         counts = np.bincount(target.values, minlength=target.n_outputs)
-        if len(rare := np.flatnonzero(counts < len(pairs))):
+        rare = np.flatnonzero(counts < len(pairs))
+        if len(rare):
             shown = ", ".join(f"{target.classes[k].item()!r} ({counts[k]})" for k in rare[:8])
-            more = f" and {len(rare) - 8} more" * (len(rare) > 8)
+            others = f" and {len(rare) - 8} more" if len(rare) > 8 else ""
+            hint = f"; {target.override}" if target.override else ""
             warn(
                 f"{target.name} has classes with fewer rows than the {len(pairs)} folds: "
-                f"{shown}{more}; some folds are validated without "
-                f"them{'; ' * bool(target.override)}{target.override}."
+                f"{shown}{others}. Some folds are validated without them{hint}."
             )
     return pairs
 
@@ -283,20 +289,31 @@ def _rows(part: object, n_rows: int, fold: int, use: str) -> np.ndarray:
         part = np.arange(n_rows)[part]
     rows = np.asarray(part)
     if rows.size == 0:
-        raise InputError(f"fold {fold} of cv has no {use} rows; use fewer folds or other groups.")
+        raise InputError(
+            "cv", f"gives no {use} rows for fold {fold}", remedy="Use fewer folds or other groups."
+        )
     if rows.ndim != 1 or rows.dtype.kind not in "biu":
-        got = f"got {rows.dtype} of shape {rows.shape}"
-        raise InputError(f"the {use} rows of fold {fold} must be positions or a mask, {got}.")
+        raise InputError(
+            None,
+            f"The {use} rows of fold {fold} must be positions or a mask",
+            got=Verbatim(f"{rows.dtype} of shape {rows.shape}"),
+        )
     if rows.dtype.kind == "b":
         if len(rows) != n_rows or not rows.any():
             raise InputError(
-                f"the {use} mask of fold {fold} must have one value for each of the {n_rows} rows "
-                f"and select at least one, got length {len(rows)} with {int(rows.sum())} selected."
+                None,
+                f"The {use} mask of fold {fold} must have one value for each of the {n_rows} rows, "
+                "and select at least one row",
+                got=Verbatim(f"length {len(rows)} with {rows.sum()} selected"),
             )
-        return np.flatnonzero(rows).astype(np.int64)
-    if rows.min() < 0 or rows.max() >= n_rows:
-        odd = rows.min() if rows.min() < 0 else rows.max()
-        raise InputError(f"the {use} rows of fold {fold} must lie in 0..{n_rows - 1}, got {odd}.")
+        return np.flatnonzero(rows)
+    for row in (rows.min(), rows.max()):
+        if not 0 <= row < n_rows:
+            raise InputError(
+                None,
+                f"The {use} rows of fold {fold} must lie in 0..{n_rows - 1}",
+                got=row.item(),
+            )
     return rows.astype(np.int64)
 
 
@@ -304,16 +321,17 @@ def _warn_of_missing_classes(
     folds: list[Rows], target: Target, classes: np.ndarray, least: int
 ) -> None:
     """Warn about classes with at least ``least`` rows that a fold does not train on."""
-    train = np.array(
-        [np.bincount(target.values[rows], minlength=len(classes)) for rows, _ in folds]
-    )
-    missing = (train == 0) & (np.bincount(target.values, minlength=len(classes)) >= least)
-    if len(few := np.flatnonzero(missing.any(1))):
-        shown = ", ".join(repr(classes[k].item()) for k in np.flatnonzero(missing[few[0]])[:8])
+    counts = partial(np.bincount, minlength=len(classes))
+    train_counts = np.array([counts(target.values[train]) for train, _ in folds])
+    # (F, K)
+    is_missing = (train_counts == 0) & (counts(target.values) >= least)
+    lacking = np.flatnonzero(is_missing.any(1))
+    if len(lacking):
+        absent = classes[is_missing[lacking[0]]]
         warn(
-            f"{len(few)} of {len(folds)} folds (the first is fold {few[0]}) train without rows of "
-            f"a class ({shown} there), which they cannot predict; shuffle or stratify the folds, "
-            "or leave such classes out."
+            f"{len(lacking)} of {len(folds)} folds (the first is fold {lacking[0]}) train without "
+            f"rows of a class ({', '.join(map(repr, absent[:8].tolist()))} there), so they cannot "
+            "predict it. Shuffle or stratify the folds, or leave such classes out."
         )
 
 
@@ -344,7 +362,7 @@ def hold_out(
     """
     if not isinstance(test_size, Real) or isinstance(test_size, bool) or not 0 <= test_size < 1:
         raise InputError(
-            f"test_size must be a share of the rows, 0 <= test_size < 1, got {test_size!r}."
+            "test_size", "must be a share of the rows, 0 <= test_size < 1", got=test_size
         )
     n_rows = len(target)
     if test_size == 0:
@@ -354,54 +372,61 @@ def hold_out(
     random_state = stream_seed(seed, "hold out") % 2**32
     if isinstance(cv, TimeSeriesSplit):
         test = np.arange(n_rows - n_test, n_rows)
-        rest = np.arange(max(n_rows - n_test - cv.gap, 0))
+        rest = np.arange(n_rows - n_test - cv.gap)
     elif groups is not None:
-        count = len(set(groups.tolist()))
-        if math.ceil(test_size * count) >= count:
-            remedy = "use a smaller one or 0"
-            raise InputError(
-                f"test_size={test_size} leaves none of the {count} groups to train on; {remedy}."
-            )
+        n_groups = len(set(groups.tolist()))
+        if math.ceil(test_size * n_groups) >= n_groups:
+            raise _nothing_left(test_size, f"{n_groups} groups")
         by_group = GroupShuffleSplit(1, test_size=test_size, random_state=random_state)
         rest, test = next(by_group.split(groups, groups=groups))
     elif target.classes is not None:
-        counts = np.bincount(target.values, minlength=target.n_outputs)
-        if (counts == 1).all():
-            refuse_identifier(target)
-            raise InputError(
-                f"the target {target.name!r} has {len(counts)} classes of one row each, from "
-                "which nothing can be learned; choose another target, or task='regression' where "
-                "it is a number."
-            )
-        is_single = counts[target.values] == 1
-        pool = np.flatnonzero(~is_single)
-        try:
-            by_class = StratifiedShuffleSplit(1, test_size=n_test, random_state=random_state)
-            rest, test = next(by_class.split(pool, target.values[pool]))
-        except ValueError as error:
-            refuse_identifier(target)
-            if min(len(counts), n_test) < MAX_CLASSES:
-                raise InputError(
-                    f"test_size would keep {n_test} of {n_rows} rows apart, which cannot hold the "
-                    f"{int((counts > 1).sum())} classes in proportion on both sides; use another "
-                    "share, or 0."
-                ) from error
-            rest, test = _spread_apart(target.values[pool], n_test, seed)
-        rest = np.concatenate([pool[rest], np.flatnonzero(is_single)])
-        test = pool[test]
+        rest, test = _hold_out_classes(target, n_test, seed, random_state)
     elif n_test < n_rows:
-        rest, test = next(
-            ShuffleSplit(1, test_size=n_test, random_state=random_state).split(np.zeros(n_rows))
-        )
+        by_row = ShuffleSplit(1, test_size=n_test, random_state=random_state)
+        rest, test = next(by_row.split(np.zeros(n_rows)))
     else:
-        rest = np.empty(0)
-        test = np.arange(n_rows)
+        rest = test = np.empty(0)
     if len(rest) == 0:
-        raise InputError(
-            f"test_size={test_size} leaves none of the {n_rows} rows to train on; use a smaller "
-            "one."
-        )
+        raise _nothing_left(test_size, f"{n_rows} rows")
     return np.sort(rest).astype(np.int64), np.sort(test).astype(np.int64)
+
+
+def _nothing_left(test_size: float, units: str) -> InputError:
+    rule = f"leaves none of the {units} to train on"
+    return InputError(option("test_size", test_size), rule, remedy="Use a smaller share, or 0.")
+
+
+def _hold_out_classes(
+    target: Target, n_test: int, seed: int, random_state: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows to tune on and the held-out rows, with the classes in proportion."""
+    counts = np.bincount(target.values, minlength=target.n_outputs)
+    if (counts == 1).all():
+        refuse_identifier(target)
+        raise InputError(
+            None,
+            f"The target {target.name!r} has only one row of each of its {len(counts)} classes",
+            remedy="Choose a different target, or set "
+            f"{option('task', 'regression')} if it is a number.",
+        )
+    is_single = counts[target.values] == 1
+    pool = np.flatnonzero(~is_single)
+    try:
+        by_class = StratifiedShuffleSplit(1, test_size=n_test, random_state=random_state)
+        rest, test = next(by_class.split(pool, target.values[pool]))
+    except ValueError as error:
+        refuse_identifier(target)
+        if min(len(counts), n_test) < MAX_CLASSES:
+            n_classes = int((counts > 1).sum())
+            raise InputError(
+                "test_size",
+                f"would hold out {n_test} of {len(target)} rows, so the {n_classes} classes cannot "
+                "be in proportion on both sides",
+                remedy="Use a different share, or 0.",
+            ) from error
+        rest, test = _spread_apart(target.values[pool], n_test, seed)
+    # The row of a class with only one row is never held out.
+    return np.concatenate([pool[rest], np.flatnonzero(is_single)]), pool[test]
 
 
 def _spread_apart(codes: np.ndarray, n_test: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -441,8 +466,7 @@ def unpack_folds(packed: Sequence[Sequence[str]]) -> list[Rows]:
     """Return the row positions, int64, that ``pack_folds`` packed, in the same order."""
 
     def unpack(text: str) -> np.ndarray:
-        return np.cumsum(
-            np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype="<i8"), dtype=np.int64
-        )
+        steps = np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype="<i8")
+        return np.cumsum(steps, dtype=np.int64)
 
     return [(unpack(train), unpack(valid)) for train, valid in packed]

@@ -21,6 +21,7 @@ import narwhals as nw
 import numpy as np
 
 from gputune.errors import InputError
+from gputune.wording import Verbatim, option
 
 Kind = Literal["number", "boolean", "category", "date"]
 
@@ -29,7 +30,7 @@ KINDS = ("number", "category", "date")
 MISSING_TEXT = frozenset(["", *"? NA N/A n/a #N/A <NA> NaN nan NAN null NULL None NaT".split()])
 """Texts that mean a missing value in a source without types."""
 
-_NO_KIND = "which is no number, boolean, text or date; convert it"
+_NO_KIND = "not numbers, booleans, text or dates"
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
 
@@ -48,16 +49,16 @@ def checked_labels(values: np.ndarray, name: str) -> np.ndarray:
     Raises:
         InputError: text is mixed with other objects, because 1 would become '1'.
     """
-    odd = (
-        {isinstance(value, str): value for value in values if not is_missing(value)}
-        if values.dtype == object
-        else {}
-    )
-    if len(odd) == 2:
-        types = f"{type(odd[False]).__name__} ({odd[False]}) and text ({str(odd[True])!r:.100})"
+    if values.dtype != object:
+        return values
+    by_type = {isinstance(value, str): value for value in values if not is_missing(value)}
+    if len(by_type) == 2:
+        text = by_type[True]
+        other = by_type[False]
         raise InputError(
-            f"{name} has values of two types, {types}; make them one, as in [str(value) for value "
-            "in y]."
+            None,
+            f"{name} mixes text ({str(text)!r:.100}) and {type(other).__name__} ({other})",
+            remedy="Convert the values to one type, for example [str(value) for value in y].",
         )
     return values
 
@@ -107,13 +108,16 @@ def read_as(wanted: Kind, kind: Kind, values: np.ndarray, name: str) -> np.ndarr
     """
     if kind == wanted or (wanted, kind) == ("number", "boolean"):
         return values
-    asked = f"kinds={{{name!r}: {wanted!r}}}: column {name!r}"
+    rule = f"does not fit the column {name!r}, which"
     if kind == "date":
-        raise InputError(f"{asked} holds dates, which nothing else is read from; convert it.")
+        raise InputError(
+            option("kinds", {name: wanted}), f"{rule} holds dates", remedy="Convert the column."
+        )
     texts = values if kind == "category" else value_texts(values, kind)
     if wanted == "category":
         return texts
-    if wanted == "number" and (amounts := read_amounts(texts)) is not None:
+    amounts = read_amounts(texts) if wanted == "number" else None
+    if amounts is not None:
         return amounts[0]
     read = float if wanted == "number" else _read_date
     numbers = np.full(len(texts), np.nan)
@@ -121,8 +125,11 @@ def read_as(wanted: Kind, kind: Kind, values: np.ndarray, name: str) -> np.ndarr
         try:
             numbers[row] = math.nan if text is None else read(text)
         except ValueError:
-            remedy = "leave that cell empty where its value is missing, or choose another kind"
-            raise InputError(f"{asked} has {text!r:.100} in row {row}; {remedy}.") from None
+            raise InputError(
+                option("kinds", {name: wanted}),
+                f"{rule} has {text!r:.100} in row {row}",
+                remedy="Leave the cell empty if the value is missing, or choose a different kind.",
+            ) from None
     return numbers
 
 
@@ -164,17 +171,17 @@ def from_column(column: np.ndarray, name: str) -> tuple[Kind, np.ndarray]:
         case "b" | "i" | "u" | "f":
             return "boolean" if column.dtype == bool else "number", column.astype(np.float64)
         case "M" | "m":
-            # microseconds -> seconds
-            ticks = column.astype(f"{column.dtype.kind}8[us]").astype(np.int64) / 1e6
-            return "date" if column.dtype.kind == "M" else "number", np.where(
-                np.isnat(column), np.nan, ticks
-            )
+            microseconds = column.astype(f"{column.dtype.kind}8[us]").astype(np.int64)
+            seconds = np.where(np.isnat(column), np.nan, microseconds / 1e6)
+            return "date" if column.dtype.kind == "M" else "number", seconds
         case "U":
             return parse_text(column.astype(object))
         case "O":
             values = [None if is_missing(value) else value for value in column]
             return from_values(values, name=name, untyped=True)
-    raise InputError(f"column {name!r} holds {column.dtype}, {_NO_KIND}.")
+    raise InputError(
+        None, f"Column {name!r} holds {column.dtype}, {_NO_KIND}", remedy="Convert it."
+    )
 
 
 def from_values(values: Sequence[object], *, name: str, untyped: bool) -> tuple[Kind, np.ndarray]:
@@ -190,23 +197,25 @@ def from_values(values: Sequence[object], *, name: str, untyped: bool) -> tuple[
             try:
                 return kind, _each(values, convert)
             except OverflowError:
-                too_large = "an integer that is larger than any float; pass it as text"
-                raise InputError(f"column {name!r} holds {too_large}.") from None
+                raise InputError(
+                    None,
+                    f"Column {name!r} holds an integer that is larger than any float",
+                    remedy="Pass it as text.",
+                ) from None
     if untyped and all(isinstance(value, str) for value in present):
         return parse_text(np.array(values, dtype=object))
-    if odd := [
-        value
-        for value in present
-        if not isinstance(value, str | numbers.Number | np.bool_ | datetime.date)
-    ]:
-        raise InputError(f"column {name!r} holds {type(odd[0]).__name__}, {_NO_KIND}.")
+    for value in present:
+        if not isinstance(value, str | numbers.Number | np.bool_ | datetime.date):
+            raise InputError(
+                None,
+                f"Column {name!r} holds {type(value).__name__} objects, {_NO_KIND}",
+                remedy="Convert it.",
+            )
     return "category", _category(values)
 
 
 def _each(values: Iterable[Any], convert: Callable[[Any], float]) -> np.ndarray:
-    return np.array(
-        [math.nan if value is None else convert(value) for value in values], dtype=np.float64
-    )
+    return np.array([math.nan if v is None else convert(v) for v in values], dtype=np.float64)
 
 
 def _epoch_seconds(value: datetime.date | np.datetime64) -> float:
@@ -218,15 +227,15 @@ def _epoch_seconds(value: datetime.date | np.datetime64) -> float:
     return (aware - _EPOCH).total_seconds()
 
 
+def _seconds_of_day(time: datetime.time) -> float:
+    return time.hour * 3600.0 + time.minute * 60 + time.second + time.microsecond / 1e6
+
+
 _OBJECTS: tuple[tuple[Any, Kind, Callable[[Any], float]], ...] = (
     (bool | np.bool_, "boolean", float),
     (numbers.Real | Decimal | np.bool_, "number", float),
     (datetime.date | np.datetime64, "date", _epoch_seconds),
-    (
-        datetime.time,
-        "number",
-        lambda t: t.hour * 3600.0 + t.minute * 60 + t.second + t.microsecond / 1e6,
-    ),
+    (datetime.time, "number", _seconds_of_day),
     (datetime.timedelta, "number", datetime.timedelta.total_seconds),
 )
 """(types, kind, converter) of Python objects. An entry applies if all values of a column have
@@ -258,7 +267,8 @@ def read_amounts(texts: Iterable[str | None]) -> tuple[np.ndarray, str] | None:
     dash = next((text for text in texts if text in _DASHES), None)
     texts = [None if text in _DASHES else text for text in texts]
     present = [text for text in texts if text is not None]
-    if (example := _example(present)) is not None:
+    example = _example(present)
+    if example is not None:
         missing = "" if dash is None else f", {dash!r} as missing"
         numbers = _each(texts, lambda text: float(text.translate(_MARKS)))
         return numbers, f"text such as {example!r} is read as numbers{missing}"
@@ -313,30 +323,21 @@ def convert(
     """
     if kind == wanted:
         return values
-    known = (
-        np.array([value is not None for value in values])
-        if kind == "category"
-        else ~np.isnan(values)
-    )
-    got = f"a {kind}"
+    if kind == "category":
+        known = np.array([value is not None for value in values])
+    else:
+        known = ~np.isnan(values)
     if not known.any():
         return np.full(len(values), None if wanted == "category" else np.nan)
-    if wanted == "category" and kind != "date":  # "007" was read as 7, "true" as a boolean
-        level_of = {level: level for level in levels}
-        for level in levels:
-            level_kind, value = _read([level])
-            # A level "NA" is read as a missing number.
-            if level_kind == kind and not np.isnan(value).any():
-                level_of.setdefault(value_texts(value, kind)[0], level)
-        return np.array(
-            [level_of.get(text, text) for text in value_texts(values, kind)], dtype=object
-        )
+    got = f"a {kind}"
+    if wanted == "category" and kind != "date":
+        return _as_levels(values, kind, levels)
     if kind == "category":  # texts that may be read as another kind
         kind, read = _read(values)
         if kind != "category":
             return convert(read, kind, wanted, name)
-        odd = (text for text in values[known] if _read([text])[0] == "category")
-        got = f"text such as {next(odd, values[known][0])!r:.100}"
+        unread = (text for text in values[known] if _read([text])[0] == "category")
+        got = f"text such as {next(unread, values[known][0])!r:.100}"
     if (wanted, kind) == ("number", "boolean"):
         return values
     if (wanted, kind) == ("date", "number"):  # 20200131 reads as both
@@ -344,15 +345,32 @@ def convert(
             return read_as("date", kind, values, name)
     if (wanted, kind) == ("boolean", "number") and np.isin(values[known], (0.0, 1.0)).all():
         return values
-    words = wanted.replace("category", "category (text)")
+    expected = "category (text)" if wanted == "category" else wanted
     raise InputError(
-        f"column {name!r} must be a {words} as it was for training, got {got}; convert it."
+        None,
+        f"Column {name!r} must be a {expected} as in training",
+        got=Verbatim(got),
+        remedy="Convert it.",
     )
+
+
+def _as_levels(values: np.ndarray, kind: Kind, levels: Sequence[str]) -> np.ndarray:
+    """Return numbers or booleans as levels of a category.
+
+    For example, the level "007" was read as the number 7, and "true" as a boolean.
+    """
+    level_of = {level: level for level in levels}
+    for level in levels:
+        level_kind, value = _read([level])
+        # A level "NA" is read as a missing number.
+        if level_kind == kind and not np.isnan(value).any():
+            level_of.setdefault(value_texts(value, kind)[0], level)
+    texts = value_texts(values, kind)
+    return np.array([level_of.get(text, text) for text in texts], dtype=object)
 
 
 def _read(texts: Iterable[str | None]) -> tuple[Kind, np.ndarray]:
     """Return texts read as by ``parse_text``, and amounts as numbers."""
     kind, values = parse_text(np.array([*texts], dtype=object))
-    if kind == "category" and (amounts := read_amounts(values)) is not None:
-        return "number", amounts[0]
-    return kind, values
+    amounts = read_amounts(values) if kind == "category" else None
+    return (kind, values) if amounts is None else ("number", amounts[0])

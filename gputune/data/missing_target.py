@@ -10,11 +10,12 @@ from gputune.data.kinds import is_missing
 from gputune.data.target import refuse_missing, target_array
 from gputune.errors import InputError
 from gputune.text import count
+from gputune.wording import Verbatim, option
 
 MissingTarget = Literal["error", "drop"]
 MISSING_TARGET: tuple[MissingTarget, ...] = get_args(MissingTarget)
 
-_REMEDY = "fill it, or say missing_target='drop' to leave those rows out"
+_REMEDY = f"Fill it, or set {option('missing_target', 'drop')} to leave those rows out."
 
 
 def rows_with_target(
@@ -40,8 +41,8 @@ def rows_with_target(
     return np.flatnonzero(~missing)
 
 
-def select_targets(y: Any, positions: np.ndarray, *, of_table: bool) -> np.ndarray | Tensor:
-    """Return the targets of rows that all have a target.
+def select_targets(y: Any, positions: np.ndarray, *, is_column: bool) -> np.ndarray | Tensor:
+    """Return the targets of rows that all have a target. ``is_column``: y is a table's column.
 
     A table column with missing values holds floats. Its whole numbers become integers again.
     """
@@ -49,14 +50,11 @@ def select_targets(y: Any, positions: np.ndarray, *, of_table: bool) -> np.ndarr
         selected: Tensor = y[positions]
         return selected
     values: np.ndarray = target_array(y, "y")[positions]
-    if (
-        of_table
-        and values.dtype.kind == "f"
-        and (values == np.rint(values)).all()
-        and (abs(values) < 2**53).all()
-    ):
-        return values.astype(np.int64)
-    return values
+    if not is_column or values.dtype.kind != "f":
+        return values
+    # Below 2**53, floats hold integers exactly.
+    are_whole = (values == np.rint(values)) & (abs(values) < 2**53)
+    return values.astype(np.int64) if are_whole.all() else values
 
 
 def check_row_options(n_given: int, cv: object, sample_weight: object) -> None:
@@ -67,14 +65,16 @@ def check_row_options(n_given: int, cv: object, sample_weight: object) -> None:
     """
     if not isinstance(cv, int | np.integer | str) and not hasattr(cv, "split"):
         raise InputError(
-            "cv holds row positions, which change when missing_target='drop' leaves rows out. "
-            "Leave those rows out of X and y yourself, or give cv as a number of folds or a "
-            "splitter."
+            "cv",
+            f"holds row positions, but {option('missing_target', 'drop')} changes the positions",
+            remedy="Leave the rows without a target out of X and y yourself, or pass a number of folds or "
+            "a splitter.",
         )
     if isinstance(sample_weight, Sized) and len(sample_weight) != n_given:
         raise InputError(
-            f"sample_weight must have one number a row, shape ({n_given},), got "
-            f"{len(sample_weight)}."
+            "sample_weight",
+            f"must have one number per row, shape ({n_given},)",
+            got=Verbatim(f"{len(sample_weight)} numbers"),
         )
 
 
@@ -95,12 +95,9 @@ def dropped_words(n_dropped: int, name: str) -> str:
 
 def _missing_rows(values: np.ndarray) -> np.ndarray:
     """Return a mask (n,) of the rows of values (n, ...) that have a missing value."""
-    if values.ndim == 0 or values.dtype.kind in "biuU":
-        return np.zeros(len(values) if values.ndim else 0, dtype=bool)
+    if values.size == 0 or values.ndim == 0 or values.dtype.kind in "biuU":
+        return np.zeros(values.shape[:1], dtype=bool)
+    rows = values.reshape(len(values), -1)
     if values.dtype.kind == "f":
-        missing = np.isnan(values)
-    else:
-        missing = np.array([is_missing(value) for value in values.ravel()], dtype=bool).reshape(
-            values.shape
-        )
-    return missing.reshape(len(values), -1).any(1) if len(values) else np.zeros(0, dtype=bool)
+        return np.asarray(np.isnan(rows).any(1))
+    return np.array([any(map(is_missing, row)) for row in rows], dtype=bool)

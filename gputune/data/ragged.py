@@ -33,8 +33,9 @@ def refuse_ragged(value: object, label: str) -> None:
     if isinstance(value, Tensor):
         if value.is_nested:
             raise InputError(
-                f"{label} is a nested tensor, whose rows have different lengths. Pad them to one "
-                f"length: torch.nested.to_padded_tensor({label}, 0.0)."
+                label,
+                "is a nested tensor, whose rows have different lengths",
+                remedy=f"Pad them to one length: torch.nested.to_padded_tensor({label}, 0.0).",
             )
         return
     if isinstance(value, np.ndarray) and value.dtype == object and value.ndim == 1:
@@ -45,11 +46,13 @@ def refuse_ragged(value: object, label: str) -> None:
         return  # inputs of a module in a list, which another error explains
     first: _Shape | None = None
     for row, shape in enumerate(_shapes(value)):
-        first = shape if first is None else first
+        if first is None:
+            first = shape
         if shape != first:
             raise InputError(
-                f"{label} has rows of different shapes: row 0 has {first}, row {row} {shape}. "
-                f"{pad_remedy(label)}"
+                label,
+                f"has rows of different shapes: row 0 has {first}, row {row} has {shape}",
+                remedy=pad_remedy(label),
             )
 
 

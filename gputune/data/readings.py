@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gputune.data.kinds import MISSING_TEXT, Kind, parse_text
+from gputune.wording import option
 
 if TYPE_CHECKING:
     import polars as pl
@@ -29,13 +30,13 @@ def file_remark(kind: Kind, texts: "pl.Series") -> str:
     "" if a data frame would be read in the same way.
     """
     if kind == "number" and texts.str.contains(_LEADING_ZERO).any():
-        remedy = f"To keep codes as they are written, set kinds={{{EXAMPLE}: 'category'}}"
-        return f"leading zeros are lost, since all values are numbers. {remedy}"
+        kinds = option("kinds", {EXAMPLE: "category"})
+        return f"leading zeros are lost, because all values are numbers. To keep them, set {kinds}"
     if kind == "category":
-        words = texts.str.strip_chars()
-        found = words.filter(words.is_in(_WORDS))
-        if len(found):
-            return f"{found[0]!r} is read as a missing value"
+        stripped = texts.str.strip_chars()
+        missing = stripped.filter(stripped.is_in(_WORDS))
+        if len(missing):
+            return f"{missing[0]!r} is read as a missing value"
     return ""
 
 
@@ -44,21 +45,23 @@ def frame_remark(values: np.ndarray) -> str:
 
     "" if a text file would be read in the same way.
     """
-    first = next(
-        (value for value in values if value is not None and value not in MISSING_TEXT), None
-    )
+    present = [value for value in values if value is not None]
+    first = next((value for value in present if value not in MISSING_TEXT), None)
     if first is None:
         return ""
     # For most columns the first value settles it.
     is_text = parse_text(np.array([first], dtype=object))[0] == "category"
     kind = "category" if is_text else parse_text(values)[0]
     if kind in ("number", "date"):
-        remedy = f"To read {kind}s, set kinds={{{EXAMPLE}: {kind!r}}}"
-        return f"text that looks like {kind}s stays text, as the type of the column says. {remedy}"
-    word = next((value for value in values if value in MISSING_TEXT), None)
-    if word is not None:
+        kinds = option("kinds", {EXAMPLE: kind})
         return (
-            f"{word!r} is a level like others, and would be missing in a CSV file. Write None for "
-            "a missing value"
+            f"text that looks like {kind}s stays text, because the type of the column is text. To "
+            f"read {kind}s, set {kinds}"
+        )
+    text = next((value for value in present if value in MISSING_TEXT), None)
+    if text is not None:
+        return (
+            f"{text!r} is a level like other text, although it means a missing value in a CSV "
+            "file. Write None for a missing value"
         )
     return ""

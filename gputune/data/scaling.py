@@ -36,14 +36,16 @@ class Scaling:
         parts: Iterable[tuple[np.ndarray, np.ndarray]], like: Tensor, *, missing: bool = False
     ) -> "Scaling":
         """Return the scaling made from the (center, scale) of each fold."""
-        center, scale = (torch.as_tensor(np.stack(part)).to(like) for part in zip(*parts))
+        centers, scales = zip(*parts)
+        center = torch.as_tensor(np.stack(centers)).to(like)
+        scale = torch.as_tensor(np.stack(scales)).to(like)
         return Scaling(center, scale, missing)
 
     def of_fold(self, fold: int) -> "Scaling":
         """Return the scaling of only one fold, on the CPU."""
-        return replace(
-            self, center=self.center[fold : fold + 1].cpu(), scale=self.scale[fold : fold + 1].cpu()
-        )
+        center = self.center[fold : fold + 1].cpu()
+        scale = self.scale[fold : fold + 1].cpu()
+        return Scaling(center, scale, self.missing)
 
     def __call__(self, rows: Tensor, folds: slice) -> Tensor:
         """Return the scaled rows (F, ..., *row) of some folds."""
@@ -67,20 +69,27 @@ def table_inputs(
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...], tuple[Scaling | None, ...]]:
     """Return a table's copies (V, n, D), the copy index of each fold, and the scaling of the
     table."""
-    lost = raw.isnan().any(0).cpu().numpy() if isinstance(raw, Tensor) else np.isnan(raw).any(0)
+    if isinstance(raw, Tensor):
+        has_missing = raw.isnan().any(0).cpu().numpy()
+    else:
+        has_missing = np.isnan(raw).any(0)
     # Equal copies are stored once. The fill is ignored for columns without missing values, where it
     # has no effect.
-    alike = [replace(fitted, fill=np.where(lost, fitted.fill, 0.0)) for fitted in statistics]
-    keys = [b"".join(part.tobytes() for part in vars(fitted).values()) for fitted in alike]
-    order = list(dict.fromkeys(keys))
-    distinct = [statistics[keys.index(key)] for key in order]
+    keys: list[bytes] = []
+    for fitted in statistics:
+        used = replace(fitted, fill=np.where(has_missing, fitted.fill, 0.0))
+        keys.append(b"".join(array.tobytes() for array in vars(used).values()))
+    first_folds = {key: keys.index(key) for key in keys}
+    order = list(first_folds)
+    distinct = [statistics[fold] for fold in first_folds.values()]
     copies = tuple(map(order.index, keys))
     scaling = None
     shape = (len(raw), statistics[0].n_inputs)
     if len(distinct) > 1 and len(distinct) * math.prod(shape) * like.element_size() > SHARED_BEYOND:
-        scaling = _from_first(raw, lost, statistics, like)
+        scaling = _affine_maps(raw, has_missing, statistics, like)
     if scaling is not None:
-        distinct = [replace(statistics[0], fill=np.full(len(lost), np.nan))]
+        # one copy, scaled as for the first fold, in which missing values stay NaN
+        distinct = [replace(statistics[0], fill=np.full(len(has_missing), np.nan))]
         copies = (0,) * len(copies)
     x = like.new_empty((len(distinct), *shape))
     rows = max(1, _BLOCK // shape[1])
@@ -91,24 +100,32 @@ def table_inputs(
     return (x,), copies, (scaling,)
 
 
-def _from_first(
-    raw: np.ndarray | Tensor, lost: np.ndarray, statistics: Sequence[Statistics], like: Tensor
+def _affine_maps(
+    raw: np.ndarray | Tensor,
+    has_missing: np.ndarray,
+    statistics: Sequence[Statistics],
+    like: Tensor,
 ) -> Scaling | None:
     """Return the affine map from the first fold's rows to the rows of each fold.
 
-    None if the rows differ by more than a shift and a factor. ``lost`` marks the columns with
-    missing values. Missing values are filled with 0 after scaling, which is correct if the fill is
-    the center.
+    None if the rows differ by more than a shift and a factor. ``has_missing`` marks the columns
+    with missing values. Missing values are filled with 0 after scaling, which is correct if the
+    fill is the center.
     """
-    first = statistics[0]
-    for s in statistics:
-        if s.ranked.size or s.clipped.size or s.places.size or (s.fill != s.center)[lost].any():
+    for fitted in statistics:
+        if fitted.ranked.size or fitted.clipped.size or fitted.places.size:
+            return None
+        if (fitted.fill != fitted.center)[has_missing].any():
             return None
     if limited_features(raw, statistics):
         return None
     # x_f = (x - center_f) / scale_f = (x_0 - (center_f - center_0) / scale_0) / (scale_f / scale_0)
-    parts = [((s.center - first.center) / first.scale, s.scale / first.scale) for s in statistics]
-    return Scaling.of(parts, like, missing=bool(lost.any()))
+    first = statistics[0]
+    parts = []
+    for fitted in statistics:
+        shift = (fitted.center - first.center) / first.scale
+        parts.append((shift, fitted.scale / first.scale))
+    return Scaling.of(parts, like, missing=bool(has_missing.any()))
 
 
 def limited_features(raw: np.ndarray | Tensor, statistics: Sequence[Statistics]) -> list[int]:
@@ -116,26 +133,27 @@ def limited_features(raw: np.ndarray | Tensor, statistics: Sequence[Statistics])
 
     The features must be one input each.
     """
-    ends: np.ndarray | Tensor  # (2, D): smallest and largest number of each column
+    extremes: np.ndarray | Tensor  # (2, D): smallest and largest number of each column
     if isinstance(raw, Tensor):
-        ends = torch.stack(torch.where(raw.isnan(), 0.0, raw).aminmax(dim=0))
+        extremes = torch.stack(torch.where(raw.isnan(), 0.0, raw).aminmax(dim=0))
     else:
-        ends = np.nan_to_num(np.stack([np.fmin.reduce(raw), np.fmax.reduce(raw)]))
+        extremes = np.nan_to_num(np.stack([np.fmin.reduce(raw), np.fmax.reduce(raw)]))
     limited = torch.zeros(raw.shape[1], dtype=torch.bool)
     for fitted in statistics:
-        # The ends decide: a column is clipped only if its smallest or largest number is.
-        free = replace(fitted, least=np.empty(0), most=np.empty(0))
         if fitted.least.size:
-            within, beyond = (torch.as_tensor(transform(ends, one)).cpu() for one in (fitted, free))
-            limited |= (within != beyond).any(0)
+            # A column is clipped only if its smallest or largest number is.
+            unlimited = replace(fitted, least=np.empty(0), most=np.empty(0))
+            clipped = torch.as_tensor(transform(extremes, fitted))
+            limited |= (clipped != torch.as_tensor(transform(extremes, unlimited))).any(0).cpu()
     places: list[int] = limited.nonzero().flatten().tolist()
     return places
 
 
 def scaling_of(statistics: Sequence[ArrayStatistics], like: Tensor) -> tuple[Scaling | None, ...]:
     """Return the scaling of each input that is not a table, or None for an unscaled input."""
-    channels = zip(*(fitted.channels for fitted in statistics))
-    return tuple(None if of[0] is None else Scaling.of(of, like) for of in channels)
+    by_input = zip(*(fitted.channels for fitted in statistics))
+    # An input is scaled for all folds or for no fold.
+    return tuple(None if folds[0] is None else Scaling.of(folds, like) for folds in by_input)
 
 
 def encode(
@@ -150,37 +168,39 @@ def encode(
         assert isinstance(statistics, Statistics) and isinstance(X, Table)
         return (torch.from_numpy(transform(layout.raw(X), statistics)).to(dtype),)
     assert isinstance(statistics, ArrayStatistics)
-    scaling = scaling_of([statistics], torch.empty(0, dtype=dtype))
-    return tuple(
-        x.to(dtype if x.is_floating_point() else x.dtype)
-        if scale is None
-        else scale(x[None].cpu(), slice(0, 1))[0]
-        for x, scale in zip(layout.raw(X).gathered(), scaling)
-    )
+    scalings = scaling_of([statistics], torch.empty(0, dtype=dtype))
+    inputs = []
+    for x, scaling in zip(layout.raw(X).gathered(), scalings):
+        if scaling is not None:
+            x = scaling(x[None].cpu(), slice(0, 1))[0]
+        elif x.is_floating_point():
+            x = x.to(dtype)
+        inputs.append(x)
+    return tuple(inputs)
 
 
-def side_by_side(parts: Sequence[Statistics]) -> Statistics:
+def joined_statistics(parts: Sequence[Statistics]) -> Statistics:
     """Return statistics that produce the inputs of all parts, one part after another.
 
     The parts were fitted on the same rows with different preparations.
     """
-    begins = np.cumsum([0, *(part.n_inputs for part in parts)])
-    whole = []
+    begin = 0  # position of the part's first input among all inputs
+    complete = []
     for part in parts:
-        # features that are one input each: their places and ends are written out
+        ranked = part.ranked + begin
+        clipped = part.clipped + begin
+        begin += part.n_inputs
+        part = replace(part, ranked=ranked, clipped=clipped)
         if not part.places.size:
-            most = np.full(part.n_inputs, np.finfo(np.float64).max)  # which JSON can write
-            least, most = (part.least, part.most) if part.least.size else (-most, most)
-            part = replace(part, places=np.arange(len(most)), least=least, most=most)
-        whole.append(part)
-    joined = ("center", "scale", "places", "least", "most")
-    positions = ("ranked", "clipped")
-    return Statistics(
-        fill=parts[0].fill,
-        quantiles=next((part.quantiles for part in parts if part.ranked.size), parts[0].quantiles),
-        **{name: np.concatenate([getattr(part, name) for part in whole]) for name in joined},
-        **{
-            name: np.concatenate([getattr(part, name) + at for part, at in zip(parts, begins)])
-            for name in positions
-        },
-    )
+            # Features that are one input each. Their places and limits are written out, because
+            # other parts have some. The largest float stands for no limit, since JSON has no inf.
+            part = replace(part, places=np.arange(part.n_inputs))
+            if not part.least.size:
+                most = np.full(part.n_inputs, np.finfo(np.float64).max)
+                part = replace(part, least=-most, most=most)
+        complete.append(part)
+    names = ("center", "scale", "places", "least", "most", "ranked", "clipped")
+    joined = {name: np.concatenate([getattr(part, name) for part in complete]) for name in names}
+    # Only one preparation, "quantile", has quantiles.
+    quantiles = next((part.quantiles for part in parts if part.ranked.size), parts[0].quantiles)
+    return Statistics(fill=parts[0].fill, quantiles=quantiles, **joined)

@@ -41,6 +41,7 @@ from gputune.errors import InputError
 from gputune.input_files import check_room
 from gputune.text import did_you_mean
 from gputune.types import Json
+from gputune.wording import Verbatim, option, per_interface
 
 
 def fingerprint(X: Table | Tensor | Arrays, y: Target | Tensor | np.ndarray) -> dict[str, object]:
@@ -52,34 +53,32 @@ def fingerprint(X: Table | Tensor | Arrays, y: Target | Tensor | np.ndarray) -> 
     """
     digest = hashlib.sha256()
 
-    def add(values: Tensor) -> None:
-        # As bytes, because NumPy has no bfloat16.
-        digest.update(values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-
     if isinstance(X, Arrays):
-        for part, label in enumerate(X.labels):
-            digest.update(
-                f"{label} {(len(X), *X.parts[part].shape[1:])} {X.parts[part].dtype}".encode()
-            )
-            for _, block in X.blocks(part):
-                add(block)
-        rows = len(X)
         columns = len(X.parts)
+        for part, (label, x) in enumerate(zip(X.labels, X.parts)):
+            digest.update(f"{label} {(len(X), *x.shape[1:])} {x.dtype}".encode())
+            for _, block in X.blocks(part):
+                digest.update(_bytes_of(block))
     elif isinstance(X, Tensor):
+        columns = X.shape[1]
         digest.update(f"{tuple(X.shape)} {X.dtype}".encode())
-        add(X)
-        rows, columns = X.shape
+        digest.update(_bytes_of(X))
     else:
+        columns = len(X.names)
         digest.update(json.dumps([X.names, X.kinds]).encode())
         for column in X.columns:
             _add(digest, column)
-        rows = len(X)
-        columns = len(X.names)
-    _add(
-        digest,
-        y.labels if isinstance(y, Target) else y.numpy(force=True) if isinstance(y, Tensor) else y,
-    )
-    return {"rows": rows, "columns": columns, "sha256": digest.hexdigest()}
+    if isinstance(y, Target):
+        y = y.labels
+    elif isinstance(y, Tensor):
+        y = y.numpy(force=True)
+    _add(digest, y)
+    return {"rows": len(X), "columns": columns, "sha256": digest.hexdigest()}
+
+
+def _bytes_of(values: Tensor) -> memoryview:
+    # As bytes, because NumPy has no bfloat16.
+    return values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def table_size(sizes: Json, origin: Json | None) -> dict[str, int]:
@@ -90,10 +89,10 @@ def table_size(sizes: Json, origin: Json | None) -> dict[str, int]:
 def rows_difference(before: Mapping[str, object], now: Mapping[str, object]) -> str:
     """Return the difference between the rows of a study and the rows now, as text with their
     sizes."""
-    counts = [
-        f"{before[n]} {n} then, {now[n]} now" for n in ("rows", "columns") if before[n] != now[n]
-    ]
-    return "; ".join(counts) or f"{before['rows']} rows then and now, of other names or values"
+    different = [noun for noun in ("rows", "columns") if before[noun] != now[noun]]
+    if not different:
+        return f"{before['rows']} rows then and now, with different names or values"
+    return "; ".join(f"{before[noun]} {noun} then, {now[noun]} now" for noun in different)
 
 
 def _add(digest: "hashlib._Hash", values: np.ndarray) -> None:
@@ -136,7 +135,7 @@ class Source:
     groups: object
     origin: Json | None
     original: object = None
-    kept: np.ndarray | None = None
+    positions: np.ndarray | None = None
     """Positions of the remaining rows among the given rows, or None if no row lacked a target."""
     n_given: int = 0
     is_task_guessed: bool = False
@@ -145,30 +144,33 @@ class Source:
     @property
     def n_dropped(self) -> int:
         """The number of rows that were left out because their target is missing."""
-        return 0 if self.kept is None else self.n_given - len(self.kept)
+        return 0 if self.positions is None else self.n_given - len(self.positions)
 
     def with_target(
-        self, missing_target: MissingTarget, place: Callable[[int], str], *, of_table: bool
+        self, missing_target: MissingTarget, place: Callable[[int], str], *, is_column: bool
     ) -> "Source":
-        """Return the rows that have a target.
+        """Return the rows that have a target. ``is_column`` means that y is a column of X.
 
         Raises:
             InputError: a target is missing, and ``missing_target`` is not "drop".
         """
-        kept = rows_with_target(self.y, self.target, missing_target, place)
-        if kept is None:
+        positions = rows_with_target(self.y, self.target, missing_target, place)
+        if positions is None:
             return self
         groups = check_groups(self.groups, len(self.X))
-        X = self.X[kept] if isinstance(self.X, Tensor) else self.X.select(kept)
-        y = select_targets(self.y, kept, of_table=of_table)
-        groups = None if groups is None else groups[kept]
         original = self.original
         if hasattr(original, "columns") or isinstance(original, np.ndarray):
-            original = select_rows(original, kept)
+            original = select_rows(original, positions)
         elif original is not None:  # a list
-            original = [original[row] for row in kept]  # type: ignore[index]
+            original = [original[row] for row in positions]  # type: ignore[index]
         return replace(
-            self, X=X, y=y, groups=groups, original=original, kept=kept, n_given=len(self.X)
+            self,
+            X=_select(self.X, positions),
+            y=select_targets(self.y, positions, is_column=is_column),
+            groups=None if groups is None else groups[positions],
+            original=original,
+            positions=positions,
+            n_given=len(self.X),
         )
 
     def original_rows(self) -> object:
@@ -184,10 +186,14 @@ class Source:
         return self.X.frame() if self.original is None else as_rows(self.original, self.X.names)
 
     def rows(self, positions: np.ndarray) -> "Source":
-        X = self.X[positions] if isinstance(self.X, Tensor) else self.X.select(positions)
         groups = None if self.groups is None else np.asarray(self.groups)[positions]
         y = self.y if isinstance(self.y, np.ndarray | Tensor) else np.asarray(self.y)
+        X = _select(self.X, positions)
         return replace(self, X=X, y=y[positions], groups=groups, original=None)
+
+
+def _select(X: Table | Tensor | Arrays, positions: np.ndarray) -> Table | Tensor | Arrays:
+    return X[positions] if isinstance(X, Tensor) else X.select(positions)
 
 
 def read_source(
@@ -227,10 +233,11 @@ def read_source(
         source = _read_arrays(Path(X), y, groups, module=module)
     else:
         source = _read_table_file(X, y, groups, drop, kinds)
-    of_table = isinstance(y, str) and isinstance(source.X, Table)
+    is_column = isinstance(y, str) and isinstance(source.X, Table)
     if place is None:
-        place = partial(line_of, X) if of_table and isinstance(X, str | Path) else "row {}".format
-    source = source.with_target(missing_target, place, of_table=of_table)
+        is_file = is_column and isinstance(X, str | Path)
+        place = partial(line_of, cast(str, X)) if is_file else "row {}".format
+    source = source.with_target(missing_target, place, is_column=is_column)
     if missing_target == "drop" and source.origin is not None:
         source = replace(source, origin={**source.origin, "missing_target": missing_target})
     return source
@@ -252,19 +259,24 @@ def _read_values(
     if module and isinstance(X, Dataset):
         X, y = read_dataset(X, y)
     if y is None:
-        alone = "; a loss of X alone, as of an autoencoder, takes y=X and task='custom'" * module
-        raise InputError(
-            f"y is missing: pass the target as an array, or the name of its column in X{alone}."
-        )
+        remedy = "Pass the target as an array, or the name of its column in X."
+        if module:
+            remedy = (
+                f"{remedy} For a loss that reads only X, as of an autoencoder, pass y=X and "
+                f"{option('task', 'custom')}."
+            )
+        raise InputError("y", "is missing", remedy=remedy)
     shape = tuple(X.shape) if isinstance(X, np.ndarray | Tensor) else ()
     if not module and len(shape) > 2:
-        sequences = ", model='gru' for sequences" * (len(shape) == 3)
-        remedy = (
-            f"choose model='cnn' for images{sequences}, or a module of your own; or pass "
-            "X.reshape(len(X), -1)"
+        sequences = f" {option('model', 'gru')} for sequences," if len(shape) == 3 else ""
+        table = per_interface(
+            "pass X.reshape(len(X), -1)", "write the file again with X.reshape(len(X), -1)"
         )
         raise InputError(
-            f"X has rows of shape {shape[1:]}, and the model takes tables, of two axes: {remedy}."
+            "X",
+            f"has rows of shape {shape[1:]}, but the model takes tables (rows, columns)",
+            remedy=f"Choose {option('model', 'cnn')} for images,{sequences} or a custom module. Or "
+            f"{table}.",
         )
     arrays: Arrays | Tensor | None = as_arrays(X) if module else None
     if arrays is None and isinstance(X, Tensor):
@@ -272,14 +284,17 @@ def _read_values(
     if arrays is not None:
         _refuse_columns(drop, kinds)
         if isinstance(y, str) or isinstance(groups, str):
-            got = f"got y={y!r}, groups={groups!r:.40}; pass the values themselves"
-            raise InputError(f"y and groups must be arrays when X is a tensor or arrays, {got}.")
+            raise InputError(
+                None,
+                "y and groups must be arrays if X is a tensor or arrays",
+                got=Verbatim(f"y={y!r}, groups={groups!r:.40}"),
+                remedy="Pass the values, not their names.",
+            )
         return Source(arrays, y, "y", groups, None)
     if module:
         refuse_lists(X)
-    return _source_of(
-        as_table(X), y, groups, drop, kinds, original=None if isinstance(X, Table) else X
-    )
+    original = None if isinstance(X, Table) else X
+    return _source_of(as_table(X), y, groups, drop, kinds, original)
 
 
 def _read_table_file(
@@ -289,17 +304,27 @@ def _read_table_file(
 
     The default target of a scikit-learn data set is "target".
     """
-    of_sklearn = str(X).startswith("sklearn:")
-    y = "target" if of_sklearn and y is None else y
+    is_bundled = str(X).startswith("sklearn:")
+    if is_bundled and y is None:
+        y = "target"
     source = _source_of(read_table(X, kinds), y, groups, drop, kinds)
     if not isinstance(y, str):
         raise InputError(
-            f"y must name the target column of the file {str(X)!r}, got {type(y).__name__}."
+            "y",
+            f"must name the target column of the file {str(X)!r}",
+            got=Verbatim(f"a {type(y).__name__}"),
         )
-    path = str(X) if of_sklearn else str(Path(X).resolve())
-    column = groups if isinstance(groups, str) else None
-    asked = {name: value for name, value in (("drop", list(drop)), ("kinds", dict(kinds))) if value}
-    return replace(source, origin={"path": path, "target": y, "groups": column, **asked})
+    origin: dict[str, object] = {
+        "path": str(X) if is_bundled else str(Path(X).resolve()),
+        "target": y,
+        "groups": groups if isinstance(groups, str) else None,
+    }
+    # Left out when unset, so that older studies keep their digest.
+    if drop:
+        origin["drop"] = list(drop)
+    if kinds:
+        origin["kinds"] = dict(kinds)
+    return replace(source, origin=origin)
 
 
 def _source_of(
@@ -314,36 +339,38 @@ def _source_of(
 
     Target and groups may be names of columns of the table.
     """
+    known = f"The columns are {quoted(table.names)}."
     for argument, names in (("drop", drop), ("kinds", kinds)):
         for name in names:
             if name not in table.names:
-                known = (
-                    "the columns of the table are "
-                    f"{quoted(table.names)}.{did_you_mean(name, table.names)}"
+                raise InputError(
+                    argument,
+                    "must name columns of the table",
+                    got=name,
+                    remedy=f"{known}{did_you_mean(name, table.names)}",
                 )
-                raise InputError(f"{argument} has {name!r}, and {known}")
-    kept = {name for name in (y, groups) if isinstance(name, str)}
-    if lost := [name for name in drop if name in kept]:
+    used = {name for name in (y, groups) if isinstance(name, str)}
+    for name in drop:
+        if name in used:
+            raise InputError("drop", "must not name the target or the groups", got=name)
+    if drop and not {*table.names} - {*drop} - used:
         raise InputError(
-            f"drop has {lost[0]!r}, which is the target or the groups; name other columns."
-        )
-    if drop and not {*table.names} - {*drop} - kept:
-        raise InputError(
-            f"drop must leave a column to predict from, got {quoted(drop)}; name fewer columns."
+            "drop",
+            "must leave a column to predict from",
+            got=Verbatim(quoted(drop)),
+            remedy="Name fewer columns.",
         )
     table = table.read_as(kinds).drop(*drop)
     if isinstance(groups, str):
         if isinstance(y, str) and groups == y:
-            raise InputError(f"groups and the target must be two columns, got {groups!r} for both.")
+            raise InputError("groups", "must not be the column of the target", got=groups)
         if groups not in table.names:
-            raise InputError(
-                f"groups={groups!r} is not a column of the table; the columns are "
-                f"{quoted(table.names)}."
-            )
+            raise InputError("groups", "must be a column of the table", got=groups, remedy=known)
         if len(table.names) == 1:
             raise InputError(
-                f"groups={groups!r} is the only column of the table; there is nothing to predict "
-                "from."
+                option("groups", groups),
+                "is the only column of the table",
+                remedy="Add columns to predict the target from.",
             )
         table, groups = table.drop(groups), table.column(groups)
     if not isinstance(y, str):
@@ -358,54 +385,56 @@ def _refuse_columns(drop: Sequence[str], kinds: Mapping[str, Kind]) -> None:
     for name, value in (("drop", list(drop)), ("kinds", dict(kinds))):
         if value:
             raise InputError(
-                f"{name} is for tables, whose columns have names, got {value!r}; leave {name} out."
+                name,
+                "is only for tables, because their columns have names",
+                got=value,
+                remedy=f"Leave out {option(name)}.",
             )
 
 
 def _read_arrays(path: Path, y: Any, groups: Any, *, module: bool) -> Source:
     """Return the arrays of a file. ``y`` names the target in it, or is another .npy file."""
-    X, target, of_groups = pick_arrays(path, y, groups)
+    X, target, group_values = pick_arrays(path, y, groups)
     if module and isinstance(X, np.ndarray) and X.ndim == 2 and X.dtype.kind in "iu":
         X = (X,)  # token ids, like an integer tensor with two axes
     if isinstance(X, np.ndarray | Tensor) and X.ndim <= 2:
         # Such an array becomes a table in double precision. Other arrays stay memory-mapped.
         check_room(path, 8 * math.prod(X.shape))
-    source = _read_values(X, target, of_groups, (), {}, module=module)
+    source = _read_values(X, target, group_values, (), {}, module=module)
+    name = y
     if path.suffix.lower() == ".npy":
-        y, groups = (None if of is None else str(Path(of).resolve()) for of in (y, groups))
+        name = Path(y).stem
+        y = str(Path(y).resolve())
+        groups = None if groups is None else str(Path(groups).resolve())
     origin = {"path": str(path.resolve()), "target": y, "groups": groups}
-    return replace(
-        source,
-        target=Path(y).stem if path.suffix.lower() == ".npy" else y,
-        origin=origin,
-        original=None,
-    )
+    return replace(source, target=name, origin=origin, original=None)
 
 
 def read_again(origin: Json, *, module: bool = False) -> Source:
     """Return the rows on which a study was searched, without the held-out rows."""
-    return read_apart(origin, module=module)[0]
+    return read_with_held_out(origin, module=module)[0]
 
 
-def read_apart(origin: Json, *, module: bool = False) -> tuple[Source, Source | None]:
+def read_with_held_out(origin: Json, *, module: bool = False) -> tuple[Source, Source | None]:
     """Return the rows on which a study was searched, and its held-out rows or None."""
-    columns = {name: origin[name] for name in ("drop", "kinds") if name in origin}
-    missing_target = origin.get("missing_target", "error")
     source = read_source(
         origin["path"],
         origin["target"],
         origin["groups"],
         module=module,
-        missing_target=missing_target,
-        **columns,
+        drop=origin.get("drop", ()),
+        kinds=origin.get("kinds"),
+        missing_target=origin.get("missing_target", "error"),
     )
     if "test_size" not in origin:
         return source, None
     target = check_target(source.y, task=origin["task"], n_rows=len(source.X), name=source.target)
-    return set_apart(source, target, **{k: origin[k] for k in ("test_size", "cv", "seed")})
+    return split_held_out(
+        source, target, test_size=origin["test_size"], cv=origin["cv"], seed=origin["seed"]
+    )
 
 
-def set_apart(
+def split_held_out(
     source: Source, target: Target, *, test_size: float, cv: str, seed: int
 ) -> tuple[Source, Source | None]:
     """Split rows into those to search on and the held-out rows, as ``hold_out`` does.
@@ -417,11 +446,11 @@ def set_apart(
     )
     # The task is chosen once from all rows: the remaining rows may have fewer distinct values.
     task = "classification" if target.classes is not None else cast(TaskWord, target.task)
-    how = {"test_size": test_size, "cv": cv, "seed": seed, "task": task, "rows": len(source.X)}
-    origin = None if source.origin is None else {**source.origin, **how}
+    split = {"test_size": test_size, "cv": cv, "seed": seed, "task": task, "rows": len(source.X)}
+    origin = None if source.origin is None else {**source.origin, **split}
     if len(test) == 0:
         return replace(source, origin=origin), None
-    apart = source.rows(test)
+    held_out = source.rows(test)
     if origin is not None:
-        origin["held_out"] = fingerprint(apart.X, apart.y)
-    return replace(source.rows(rest), origin=origin), apart
+        origin["held_out"] = fingerprint(held_out.X, held_out.y)
+    return replace(source.rows(rest), origin=origin), held_out

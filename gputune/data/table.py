@@ -4,7 +4,7 @@ Other containers are refused.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -19,10 +19,16 @@ from gputune.data.ragged import refuse_ragged
 from gputune.data.readings import frame_remark
 from gputune.errors import InputError
 from gputune.text import nearest
+from gputune.wording import Verbatim, option, per_interface
 
-_FLATTEN = "pass X.reshape(len(X), -1), which the forward of a module may view as it was"
+_FLATTEN = per_interface(
+    "Pass X.reshape(len(X), -1). A module can restore the shape in its forward.",
+    "Write the file again with X.reshape(len(X), -1). A module can restore the shape in its "
+    "forward.",
+)
 _ONE_AXIS = (
-    "one row is X.reshape(1, -1), of a data frame frame.iloc[[0]]; one column is X.reshape(-1, 1)"
+    "One row is X.reshape(1, -1), or frame.iloc[[0]] of a DataFrame. One column is "
+    "X.reshape(-1, 1)."
 )
 
 
@@ -69,12 +75,14 @@ class Table:
         return replace(self, columns=tuple(column[rows] for column in self.columns))
 
     def drop(self, *names: str) -> "Table":
-        kept = (
-            column for column in zip(self.names, self.kinds, self.columns) if column[0] not in names
+        positions = [j for j, name in enumerate(self.names) if name not in names]
+        return Table(
+            tuple(self.names[j] for j in positions),
+            tuple(self.kinds[j] for j in positions),
+            tuple(self.columns[j] for j in positions),
+            self.amounts,
+            _without(self.readings, names),
         )
-        left, kinds, columns = zip(*kept)
-        readings = {name: remark for name, remark in self.readings.items() if name not in names}
-        return Table(left, kinds, columns, self.amounts, readings)
 
     def read_as(self, kinds: Mapping[str, Kind]) -> "Table":
         """Return the table with some columns converted to the kinds in ``kinds``.
@@ -82,15 +90,15 @@ class Table:
         Raises:
             InputError: a value cannot be converted.
         """
-        read = {
-            name: read_as(kind, self.kind(name), self.column(name), name)
-            for name, kind in kinds.items()
-        }
-        columns = tuple(read.get(name, values) for name, values in zip(self.names, self.columns))
-        amounts = {name: remark for name, remark in self.amounts.items() if name not in kinds}
-        readings = {name: remark for name, remark in self.readings.items() if name not in kinds}
+        columns = dict(zip(self.names, self.columns))
+        for name, kind in kinds.items():
+            columns[name] = read_as(kind, self.kind(name), columns[name], name)
         return Table(
-            self.names, tuple(map(kinds.get, self.names, self.kinds)), columns, amounts, readings
+            self.names,
+            tuple(map(kinds.get, self.names, self.kinds)),
+            tuple(columns.values()),
+            _without(self.amounts, kinds),
+            _without(self.readings, kinds),
         )
 
     def with_readings(self, remarks: Mapping[str, str]) -> "Table":
@@ -112,6 +120,10 @@ class Table:
         return pl.DataFrame(dict(zip(self.names, map(series, self.kinds, self.columns))))
 
 
+def _without(remarks: Mapping[str, str], names: Container[str]) -> dict[str, str]:
+    return {name: remark for name, remark in remarks.items() if name not in names}
+
+
 def as_table(X: object) -> Table:
     """Return a table made from a 2-D array, a pandas or polars frame, or a list of rows.
 
@@ -128,56 +140,64 @@ def as_table(X: object) -> Table:
     _refuse_containers(X)
     if issparse(X):
         raise InputError(
-            "X is a sparse matrix, and only dense input is supported; pass X.toarray()."
+            "X",
+            "is a sparse matrix, but gputune supports only dense input",
+            remedy="Pass X.toarray().",
         )
     if np.ma.isMaskedArray(X):
-        raise InputError("X is a masked array, and masks are not read; pass X.filled(numpy.nan).")
+        raise InputError(
+            "X",
+            "is a masked array, but gputune does not read masks",
+            remedy="Pass X.filled(numpy.nan).",
+        )
     try:
         frame = nw.from_native(X, pass_through=True)
     except nw.exceptions.DuplicateError as error:
         last_line = str(error).strip().splitlines()[-1].strip("- ")
-        raise InputError(f"column names must differ; rename one of them ({last_line}).") from error
+        raise InputError(
+            None, f"Column names must differ ({last_line})", remedy="Rename one of them."
+        ) from error
     if isinstance(frame, nw.LazyFrame):
-        raise InputError("X is a lazy frame; pass X.collect().")
+        raise InputError("X", "is a lazy frame", remedy="Pass X.collect().")
     if isinstance(frame, nw.DataFrame):
-        # A categorical column stays a category, because its owner chose that type.
-        typed = [
-            str(s.name)
-            for s in frame.iter_columns()
-            if isinstance(s.dtype, nw.Categorical | nw.Enum)
-        ]
-        table = checked_table(
-            [*map(str, frame.columns)], [*map(from_series, frame.iter_columns())], typed
-        )
-        texts = [str(column.name) for column in frame.iter_columns() if column.dtype == nw.String]
-        remarks = {
-            name: frame_remark(table.column(name))
-            for name in texts
-            if table.kind(name) == "category"
-        }
-        return table.with_readings(remarks)
+        return _frame_table(frame)
     array = X if isinstance(X, np.ndarray) else _rows_to_array(X)
     if array.dtype.names is not None:
         raise InputError(
-            "X is a structured array; pass a data frame, for example pandas.DataFrame(X)."
+            "X",
+            "is a structured array",
+            remedy="Pass a DataFrame, for example pandas.DataFrame(X).",
         )
     if array.ndim == 0:
         raise InputError(
-            f"X must be rows, a data frame, an array of two axes or a list of lists, got {X!r:.60}."
+            "X", "must be a DataFrame, an array with two axes or a list of lists", got=X
         )
-    if (
-        array.ndim == 1
-        and array.dtype == object
-        and isinstance(array[0], list | tuple | np.ndarray)
-    ):
-        raise InputError("X is an object array of rows, not a table. Pass numpy.stack(X).")
+    is_objects = array.ndim == 1 and array.dtype == object
+    if is_objects and isinstance(array[0], list | tuple | np.ndarray):
+        raise InputError("X", "is an object array of rows", remedy="Pass numpy.stack(X).")
     if array.ndim != 2:
         raise InputError(
-            f"X must be two-dimensional (rows, columns), got shape {array.shape}; "
-            f"{two_axes(array.ndim)}."
+            "X",
+            "must be two-dimensional (rows, columns)",
+            got=Verbatim(f"shape {array.shape}"),
+            remedy=two_axes(array.ndim),
         )
     names = nameless(array.shape[1])
     return checked_table(names, list(map(from_column, array.T, names)))
+
+
+def _frame_table(frame: "nw.DataFrame[Any]") -> Table:
+    names = list(map(str, frame.columns))
+    columns = list(frame.iter_columns())
+    # A categorical column stays a category, because its owner chose that type.
+    dtypes = {name: column.dtype for name, column in zip(names, columns)}
+    typed = [name for name in names if isinstance(dtypes[name], nw.Categorical | nw.Enum)]
+    table = checked_table(names, list(map(from_series, columns)), typed)
+    remarks = {}
+    for name, kind, values in zip(names, table.kinds, table.columns):
+        if kind == "category" and dtypes[name] == nw.String:
+            remarks[name] = frame_remark(values)
+    return table.with_readings(remarks)
 
 
 def nameless(columns: int) -> tuple[str, ...]:
@@ -193,8 +213,8 @@ def as_rows(X: object, names: Collection[str]) -> object:
     frame = nw.from_native(X, pass_through=True)
     if not isinstance(frame, nw.DataFrame):
         return X if isinstance(X, np.ndarray) else _rows_to_array(X)
-    kept = [j for j, name in enumerate(frame.columns) if str(name) in names]
-    return X if len(kept) == len(frame.columns) else frame[:, kept].to_native()
+    positions = [j for j, name in enumerate(frame.columns) if str(name) in names]
+    return X if len(positions) == len(frame.columns) else frame[:, positions].to_native()
 
 
 def select_rows(X: Any, rows: np.ndarray) -> object:
@@ -212,22 +232,26 @@ def split_target(table: Table, target: str) -> tuple[Table, np.ndarray]:
     """
     if target not in table.names:
         near = nearest(target, table.names, cutoff=0.5)
-        hint = f"did you mean {near!r}? The" if near else "the"
+        hint = f"Did you mean {near!r}? " if near else ""
         raise InputError(
-            f"target={target!r} is not a column of the table; {hint} columns are "
-            f"{quoted(table.names)}."
+            "target",
+            "must be a column of the table",
+            got=target,
+            remedy=f"{hint}The columns are {quoted(table.names)}.",
         )
     if len(table.names) == 1:
         raise InputError(
-            f"the target {target!r} is the only column of the table; there is nothing to predict "
-            "it from."
+            None,
+            f"The target {target!r} is the only column of the table",
+            remedy="Add columns to predict it from.",
         )
     kind = table.kind(target)
     values = table.column(target)
     if kind == "date":
         raise InputError(
-            f"the target {target!r} holds dates, which cannot be predicted; turn it into a number "
-            "first."
+            None,
+            f"The target {target!r} holds dates, but gputune cannot predict dates",
+            remedy="Convert them to numbers first.",
         )
     if kind != "category" and not np.isnan(values).any():
         if kind == "boolean":
@@ -254,7 +278,7 @@ def _short_repr(name: str, most: int = 100) -> str:
 
 def two_axes(ndim: int) -> str:
     """Return the advice on how to turn an array with ``ndim`` axes into a table."""
-    return ("one value is X.reshape(1, 1)", _ONE_AXIS, _FLATTEN)[min(ndim, 2)]
+    return ("One value is X.reshape(1, 1).", _ONE_AXIS, _FLATTEN)[min(ndim, 2)]
 
 
 def _rows_to_array(X: object) -> np.ndarray:
@@ -263,12 +287,16 @@ def _rows_to_array(X: object) -> np.ndarray:
     if not isinstance(X, list | tuple):
         return np.asarray(X)
     if not all(isinstance(row, list | tuple | np.ndarray) for row in X):
-        pad = "torch.nn.utils.rnn.pad_sequence(X, batch_first=True)"
-        remedy = f" Make tensors one: torch.stack(X), or of several lengths {pad}."
-        of_tensors = any(isinstance(row, Tensor) for row in X)
+        remedy = ""
+        if any(isinstance(row, Tensor) for row in X):
+            remedy = (
+                "Combine tensors with torch.stack(X), or tensors of different lengths with "
+                "torch.nn.utils.rnn.pad_sequence(X, batch_first=True)."
+            )
         raise InputError(
-            "X must be two-dimensional: a list of rows, each a list of "
-            f"values.{remedy * of_tensors}"
+            "X",
+            "must be two-dimensional: a list of rows, where each row is a list of values",
+            remedy=remedy,
         )
     return np.array(X, dtype=object)
 
@@ -282,28 +310,37 @@ def checked_table(
     their type.
     """
     if not columns:
-        raise InputError("the table has no columns; at least one is needed.")
+        raise InputError(None, "The table has no columns", remedy="Add at least one column.")
     if len(columns[0][1]) == 0:
-        raise InputError("the table has no rows; at least one is needed.")
-    if repeated := sorted(name for name, times in Counter(names).items() if times > 1):
+        raise InputError(None, "The table has no rows", remedy="Add at least one row.")
+    repeated = sorted(name for name, number in Counter(names).items() if number > 1)
+    if repeated:
         raise InputError(
-            f"column names must differ, got more than one {quoted(repeated)}; rename them."
+            None,
+            f"Column names must differ, but {quoted(repeated)} occurs more than once",
+            remedy="Rename the columns.",
         )
     amounts = dict[str, str]()
-    read = list[tuple[Kind, np.ndarray]]()
+    kinds = list[Kind]()
+    read_columns = list[np.ndarray]()
     for name, (kind, values) in zip(names, columns):
         if kind != "category" and np.isinf(values).any():
             row = int(np.isinf(values).argmax())
-            place = f"row {row}{', where the first is row 0' * (row > 0)}"
+            place = f"row {row} (the first row is row 0)" if row else "row 0"
             raise InputError(
-                f"column {name!r} has an infinite value in {place}; clip it, or leave it empty."
+                None,
+                f"Column {name!r} has an infinite value in {place}",
+                remedy="Clip it, or leave it empty.",
             )
-        if kind == "category" and name not in typed and (found := read_amounts(values)) is not None:
-            kind, (values, amounts[name]) = "number", found
-        read.append((kind, values))
-    return Table(
-        tuple(names), tuple(kind for kind, _ in read), tuple(values for _, values in read), amounts
-    )
+        numbers = None
+        if kind == "category" and name not in typed:
+            numbers = read_amounts(values)
+        if numbers is not None:
+            kind = "number"
+            values, amounts[name] = numbers
+        kinds.append(kind)
+        read_columns.append(values)
+    return Table(tuple(names), tuple(kinds), tuple(read_columns), amounts)
 
 
 def _refuse_containers(X: object) -> None:
@@ -311,33 +348,42 @@ def _refuse_containers(X: object) -> None:
     refuse_loader(X)
     name = type(X).__name__
     if isinstance(X, TensorDataset):
-        raise InputError(f"X is a {name}; pass its tensors: X, y = dataset.tensors.")
+        raise InputError("X", f"is a {name}", remedy="Pass its tensors: X, y = dataset.tensors.")
     if isinstance(X, Dataset):
         raise InputError(
-            f"X is a {name}, a torch Dataset; pass all its rows as arrays or tensors X and y."
+            "X",
+            f"is a {name}, a torch Dataset",
+            remedy="Pass all its rows as arrays or tensors X and y.",
         )
     if isinstance(X, Mapping):
-        remedy = (
-            "pass one table of its columns, pandas.DataFrame(X), or of its inputs, "
-            "numpy.hstack(list(X.values()))"
+        raise InputError(
+            "X",
+            per_interface(f"is a {name}", "holds several inputs"),
+            remedy=per_interface(
+                "Pass one table made from its columns, pandas.DataFrame(X), or from its inputs, "
+                "numpy.hstack(list(X.values())). A module can split it in its forward.",
+                f"Only a module takes several inputs. Add {option('model', 'FILE.py:NAME')}.",
+            ),
         )
-        raise InputError(f"X is a {name}; {remedy}, which the forward of a module takes apart.")
-    shapes = (
-        [tuple(getattr(part, "shape", ())) for part in X] if isinstance(X, list | tuple) else []
-    )
+    if not isinstance(X, list | tuple):
+        return
+    shapes = [tuple(getattr(part, "shape", ())) for part in X]
     if any(len(shape) > 1 for shape in shapes):
-        remedy = "pass one table, numpy.hstack(X), which the forward of a module takes apart"
-        words = f"{len(shapes)} inputs, of shapes {', '.join(map(str, shapes[:4]))}"
-        raise InputError(f"X is a {name} of {words}; {remedy}.")
+        inputs = f"{len(shapes)} inputs with the shapes {', '.join(map(str, shapes[:4]))}"
+        raise InputError(
+            "X",
+            f"is a {name} of {inputs}",
+            remedy="Pass one table, numpy.hstack(X). A module can split it in its forward.",
+        )
 
 
 def refuse_loader(X: object) -> None:
     """Raise InputError for a DataLoader, which draws minibatches itself."""
     if isinstance(X, DataLoader):
-        remedy = "pass its dataset, loader.dataset, or all rows as tensors X and y"
         raise InputError(
-            "X is a DataLoader, and minibatches are drawn here (batch_size is a key of space): "
-            f"{remedy}."
+            "X",
+            "is a DataLoader, but gputune draws minibatches itself (batch_size in the space)",
+            remedy="Pass its dataset, loader.dataset, or all rows as tensors X and y.",
         )
 
 
@@ -347,43 +393,54 @@ def refuse_lists(X: object) -> None:
     The message shows how to convert them.
     """
     if is_image(X):
-        raise InputError(f"X is one PIL image; pass all of them: {_STACK_IMAGES}.")
+        raise InputError("X", "is one PIL image", remedy=f"Pass all images: {_STACK_IMAGES}")
     if isinstance(X, np.ndarray) and X.dtype == object and X.ndim == 1:
         X = list(X)
-    parts = dict(X if isinstance(X, Mapping) else enumerate(X if isinstance(X, tuple) else ()))
+    parts: Mapping[Any, object] = {}
+    if isinstance(X, tuple):
+        parts = dict(enumerate(X))
+    elif isinstance(X, Mapping):
+        parts = X
     # A few parts, some of which have rows with axes, are inputs. Otherwise the parts are rows or
     # columns of a table.
     if len(parts) <= 8 and any(len(_shape_of(part)) > 1 for part in parts.values()):
         for key, part in parts.items():
             if not isinstance(part, Tensor | np.ndarray):
-                got = f"got {type(part).__name__}; pass numpy.asarray(X[{key!r}])"
                 raise InputError(
-                    f"X[{key!r}] must be an array or a tensor, one for each input, {got}."
+                    f"X[{key!r}]",
+                    "must be an array or a tensor",
+                    got=Verbatim(f"a {type(part).__name__}"),
+                    remedy=f"Pass numpy.asarray(X[{key!r}]).",
                 )
     if not isinstance(X, list | tuple) or not X:
         return
-    kind = f"X is a {type(X).__name__} of {len(X)}"
+    container = f"is a {type(X).__name__} of {len(X)}"
     if any(isinstance(item, str) for item in X):
-        remedy = (
-            "give the words numbers, and pass a tensor of integers (rows, length), padded to one "
-            "length"
+        raise InputError(
+            "X",
+            f"{container} texts",
+            remedy="Turn words into numbers, and pass a tensor of integers (rows, length), padded to one "
+            "length.",
         )
-        raise InputError(f"{kind} texts; {remedy}.")
-    if any(is_image(item) for item in X):
-        raise InputError(f"{kind} PIL images; pass {_STACK_IMAGES}.")
-    shapes = [_shape_of(item) for item in X]
+    if any(map(is_image, X)):
+        raise InputError("X", f"{container} PIL images", remedy=f"Pass {_STACK_IMAGES}")
+    shapes = list(map(_shape_of, X))
     if all(len(shape) < 2 for shape in shapes):
         return  # rows of a table
-    other = next((i for i, shape in enumerate(shapes) if shape != shapes[0]), None)
-    several = "; where they are inputs of the module, pass a tuple of them" if len(X) < 9 else ""
-    if other is None:
+    different = next((i for i, shape in enumerate(shapes) if shape != shapes[0]), None)
+    if different is None:
         stack = "torch.stack(X)" if isinstance(X[0], Tensor) else "numpy.stack(X)"
-        raise InputError(f"{kind} arrays of shape {shapes[0]}; pass one array, {stack}{several}.")
-    remedy = f"pad or crop them to one shape and pass numpy.stack(X){several}"
-    raise InputError(
-        f"{kind} arrays of unlike shapes: X[0] has {shapes[0]}, X[{other}] {shapes[other]}; "
-        f"{remedy}."
-    )
+        rule = f"{container} arrays of shape {shapes[0]}"
+        remedy = f"Pass one array, {stack}."
+    else:
+        rule = (
+            f"{container} arrays of different shapes: X[0] has {shapes[0]}, X[{different}] has "
+            f"{shapes[different]}"
+        )
+        remedy = "Pad or crop them to one shape and pass numpy.stack(X)."
+    if len(X) < 9:
+        remedy = f"{remedy} If they are the inputs of the module, pass a tuple of them."
+    raise InputError("X", rule, remedy=remedy)
 
 
 def is_image(value: object) -> bool:
@@ -392,12 +449,13 @@ def is_image(value: object) -> bool:
 
 
 _STACK_IMAGES = (
-    "numpy.stack([numpy.asarray(image) for image in X]), images of one size, which has the "
-    "channels last: .transpose(0, 3, 1, 2) puts them first, as torch's layers want them"
+    "numpy.stack([numpy.asarray(image) for image in X]), with images of one size. Its channels are "
+    "last. For torch's layers, put them first with .transpose(0, 3, 1, 2)."
 )
 
 
 def _shape_of(item: object) -> tuple[int, ...]:
     if isinstance(item, list | tuple):
-        return (len(item), *(_shape_of(item[0]) if item else ()))
+        row_shape = _shape_of(item[0]) if item else ()
+        return (len(item), *row_shape)
     return tuple(item.shape) if isinstance(item, Tensor | np.ndarray) else ()

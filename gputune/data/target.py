@@ -19,6 +19,7 @@ from gputune.data.target_transform import (
 from gputune.errors import InputError
 from gputune.text import count, did_you_mean, is_number
 from gputune.types import Task
+from gputune.wording import Verbatim, option, per_interface
 
 MAX_CLASSES = 20
 """Whole numbers with more distinct values than this are predicted as numbers.
@@ -54,7 +55,7 @@ class Target:
     1)."""
     transform: TargetTransform | None = None
     """The transformation of numbers before they are standardized."""
-    standardise: bool = True
+    standardize: bool = True
     """True if numbers are standardized by the training rows of each fold. False for a custom
     loss."""
 
@@ -71,10 +72,9 @@ class Target:
         """The prediction for a row, as text."""
         if self.classes is not None:
             return f"{len(self.classes)} classes"
-        words = {"multilabel": "labels", "custom": "numbers, as they are"}.get(
-            self.task, "numbers (regression)"
-        )
-        return words if self.values.ndim == 1 else f"{self.n_outputs} {words}"
+        nouns = {"multilabel": "labels", "custom": "numbers, unchanged"}
+        noun = nouns.get(self.task, "numbers (regression)")
+        return noun if self.values.ndim == 1 else f"{self.n_outputs} {noun}"
 
     @property
     def override(self) -> str:
@@ -83,16 +83,13 @@ class Target:
         "" if the target has no alternative.
         """
         labels = self.labels
-        if (
-            self.task == "custom"
-            or labels.ndim > 1
-            or labels.dtype.kind not in "iuf"
-            or not _are_whole(labels)
-        ):
+        if self.task == "custom" or labels.ndim > 1 or labels.dtype.kind not in "iuf":
+            return ""
+        if not _are_whole(labels):
             return ""
         if self.classes is None:
-            return "if they are classes, say task='classification'"
-        return "if they are numbers, say task='regression'"
+            return f"if they are classes, set {option('task', 'classification')}"
+        return f"if they are numbers, set {option('task', 'regression')}"
 
     @property
     def labels(self) -> np.ndarray:
@@ -129,45 +126,56 @@ def check_target(
     """
     if task is not None and task not in TASKS:
         raise InputError(
-            f"task must be one of {', '.join(map(repr, TASKS))} or None, got "
-            f"{task!r}.{did_you_mean(task, TASKS)}"
+            "task",
+            f"must be one of {', '.join(map(repr, TASKS))}{per_interface(' or None', '')}",
+            got=task,
+            remedy=did_you_mean(task, TASKS).strip(),
         )
-    given = target_array(y, name)
-    column = given.ndim == 2 and given.shape[1] == 1
-    values = _values(given[:, 0] if column else given, name)
+    array = target_array(y, name)
+    column = array.ndim == 2 and array.shape[1] == 1
+    values = _values(array[:, 0] if column else array, name)
     if len(values) != n_rows:
-        got = f"got {len(values)} values and {n_rows} rows; check that both come from the same rows"
-        raise InputError(f"{name} must have one value a row of X, {got}.")
+        raise InputError(
+            None,
+            f"{name} must have one value per row of X",
+            got=Verbatim(f"{len(values)} values and {n_rows} rows"),
+            remedy="Check that both come from the same rows.",
+        )
     if task == "custom" or values.ndim > 1:
         return _several(values[:, None] if column else values, task, name)
     if task == "multilabel":
         raise InputError(
-            f"task='multilabel' needs several columns of 0 and 1 in {name}, got one; leave task "
-            "out."
+            option("task", task),
+            f"needs several columns of 0 and 1 in {name}",
+            got=Verbatim("one column"),
+            remedy=f"Leave out {option('task')}.",
         )
     if task == "regression" or (task is None and not _are_classes(values)):
         _check_numbers(values, "regression", name)
         return Target("regression", values.astype(np.float64), None, name, column)
     if not _are_whole(values):
-        odd = values[values != np.rint(values)][0]
-        remedy = "use task='regression', or cut them into classes"
         raise InputError(
-            f"task={task!r} needs classes in {name}, got continuous numbers such as {odd}; "
-            f"{remedy}."
+            option("task", task),
+            f"needs classes in {name}",
+            got=Verbatim(f"continuous numbers such as {values[values != np.rint(values)][0]}"),
+            remedy=f"Use {option('task', 'regression')}, or divide the numbers into classes.",
         )
     classes, codes = np.unique(values, return_inverse=True)
     if len(classes) < 2 and task is None and values.dtype.kind in "iuf":
-        raise InputError(_ALL_EQUAL.format(name=name, value=classes[0].item()))
+        raise _all_equal(name, classes[0].item())
     if len(classes) < 2:
-        remedy = "add rows of another class, or check the target's column"
         raise InputError(
-            f"{name} must have at least two classes, got only {classes[0].item()!r:.100}; {remedy}."
+            None,
+            f"{name} must have at least two classes",
+            got=Verbatim(f"only {classes[0].item()!r:.100}"),
+            remedy="Add rows of a second class, or check the column of the target.",
         )
     fitting: Task = "binary" if len(classes) == 2 else "multiclass"
     if task in ("binary", "multiclass") and task != fitting:
         raise InputError(
-            f"task={task!r} does not fit {name}, which has {len(classes)} classes; use "
-            f"task={fitting!r}."
+            option("task", task),
+            f"does not fit {name}, which has {len(classes)} classes",
+            remedy=f"Use {option('task', fitting)}.",
         )
     return Target(fitting, codes.astype(np.int64), classes, name)
 
@@ -181,15 +189,18 @@ def with_transform(target: Target, transform: TargetTransform | None) -> Target:
     if transform is None:
         return target
     if target.task != "regression":
-        why = f"and {target.name} is {target.in_words}: leave it out, or say task='regression'"
-        raise InputError(f"target_transform={transform!r} is for numbers to be predicted, {why}.")
+        raise InputError(
+            option("target_transform", transform),
+            f"is only for numbers to predict, but {target.name} is {target.in_words}",
+            remedy=f"Leave it out, or set {option('task', 'regression')}.",
+        )
     check_values(transform, target.values, target.name)
     return replace(target, transform=transform)
 
 
-_ALL_EQUAL = (
-    "{name} is {value} in every row: there is nothing to predict; check the target's column."
-)
+def _all_equal(name: str, value: object) -> InputError:
+    rule = f"{name} is {value} in every row, so there is nothing to predict"
+    return InputError(None, rule, remedy="Check the column of the target.")
 
 
 def check_spread(target: Target) -> None:
@@ -198,24 +209,25 @@ def check_spread(target: Target) -> None:
         return
     values = target.values.reshape(len(target), -1)
     if (np.ptp(values, 0) == 0).all():
-        raise InputError(_ALL_EQUAL.format(name=target.name, value=values[0, 0]))
+        raise _all_equal(target.name, values[0, 0])
     # scaled to at most 1, so that squares do not overflow
-    values = values / np.maximum(np.abs(values).max(0), np.finfo(np.float64).tiny)
-    low, middle, high = np.quantile(values, (0.25, 0.5, 0.75), axis=0)
-    if len(
-        lost := np.flatnonzero(
-            (high > low) & (high - low < np.finfo(np.float32).eps * values.std(0))
-        )
-    ):
-        row = int(np.abs(values - middle)[:, lost[0]].argmax())
+    scaled = values / np.maximum(np.abs(values).max(0), np.finfo(np.float64).tiny)
+    low, middle, high = np.quantile(scaled, (0.25, 0.5, 0.75), axis=0)
+    # After standardization, the middle half of the numbers would round to one number in float32.
+    is_lost = (high > low) & (high - low < np.finfo(np.float32).eps * scaled.std(0))
+    if is_lost.any():
+        column = int(is_lost.argmax())
+        row = int(np.abs(scaled - middle)[:, column].argmax())
         raise InputError(
-            f"{target.name} has {target.values.reshape(values.shape)[row, lost[0]]:.4g} in row "
-            f"{row}, beside which half of the other numbers are equal in single precision; "
-            "correct it, leave that row out, or choose a target_transform."
+            None,
+            f"{target.name} has {values[row, column]:.4g} in row {row}, which is so far away that "
+            "half of the other numbers become equal in single precision",
+            remedy="Correct it, leave that row out, or choose a "
+            f"{per_interface('target_transform', option('target_transform'))}.",
         )
 
 
-def standardised(
+def standardized(
     target: Target,
     folds: Sequence[tuple[np.ndarray, np.ndarray]],
     weights: Sequence[np.ndarray | None],
@@ -233,28 +245,34 @@ def standardised(
     """
     zeros = np.zeros(len(folds))
     ones = np.ones(len(folds))
-    transforms = tuple[FittedTransform, ...]()
     if target.classes is not None:
         return target.values, zeros, ones, ()
     values = target.values[None]
+    transforms = tuple[FittedTransform, ...]()
     if target.transform is not None:
-        transforms = tuple(
-            fit_transform(target.transform, target.values[train]) for train, _ in folds
-        )
+        transform = target.transform
+        transforms = tuple(fit_transform(transform, target.values[train]) for train, _ in folds)
         values = np.stack([fitted.forward(target.values) for fitted in transforms])
-    if target.task != "regression" or not target.standardise:
+    if target.task != "regression" or not target.standardize:
         return values[..., None] if target.column else values, zeros, ones, transforms
-    moments = []
-    for f, ((train, _), weight) in enumerate(zip(folds, weights)):
-        # Rows of weight 0 must not decide whether the numbers are constant.
-        train = train if weight is None else train[weight[train] > 0]
+    centers = []
+    scales = []
+    for f, (train, _) in enumerate(folds):
+        row_weights = weights[f]
+        train_weights = None
+        if row_weights is not None:
+            # Rows of weight 0 must not decide whether the numbers are constant.
+            train = train[row_weights[train] > 0]
+            train_weights = row_weights[train]
         y = values[f % len(values), train]
-        counted = None if weight is None else weight[train]
-        mean = np.average(y, 0, weights=counted)
-        deviation = np.sqrt(np.average((y - mean) ** 2, 0, weights=counted))
+        mean = np.average(y, 0, weights=train_weights)
+        deviation = np.sqrt(np.average((y - mean) ** 2, 0, weights=train_weights))
         # The standard deviation of a constant may be a rounding error instead of 0.
-        moments.append((mean, np.where((np.ptp(y, 0) > 0) & (deviation > 0), deviation, 1.0)))
-    center, scale = (np.array(part) for part in zip(*moments))
+        varies = (np.ptp(y, 0) > 0) & (deviation > 0)
+        centers.append(mean)
+        scales.append(np.where(varies, deviation, 1.0))
+    center = np.array(centers)
+    scale = np.array(scales)
     # (1 or F, n, ...) - (F, 1, ...) -> (F, n, ...)
     return (values - center[:, None]) / scale[:, None], center, scale, transforms
 
@@ -263,22 +281,31 @@ def _values(values: np.ndarray, name: str) -> np.ndarray:
     """Return an array (n, ...) as bool, integers, floats or text, without missing values."""
     if values.ndim == 0 or 0 in values.shape:
         raise InputError(
-            f"{name} must be one value a row, got shape {values.shape}; pass an array of rows."
+            None, f"{name} must have one value per row", got=Verbatim(f"shape {values.shape}")
         )
     if values.ndim > 1 and values.dtype.kind in "OU":
-        remedy = "tune one target at a time, or pass numbers"
-        raise InputError(f"{name} holds text in several columns, shape {values.shape}; {remedy}.")
+        raise InputError(
+            None,
+            f"{name} holds text in several columns, shape {values.shape}",
+            remedy="Tune one target at a time, or pass numbers.",
+        )
     if values.dtype.kind not in "biufUO":
         raise InputError(
-            f"{name} must hold numbers, booleans or text, got {values.dtype}; convert it."
+            None,
+            f"{name} must hold numbers, booleans or text",
+            got=Verbatim(values.dtype),
+            remedy="Convert it.",
         )
-    refuse_missing(values, name, "leave those rows out")
+    refuse_missing(values, name, "Leave those rows out.")
     if values.dtype.kind == "O":
         values = _from_objects(values, name)
-    if values.dtype.kind == "f" and (bad := np.isinf(values)).any():
+    if values.dtype.kind == "f" and np.isinf(values).any():
+        is_infinite = np.isinf(values)
         raise InputError(
-            f"{name} must be finite, got {values[bad][0]} in row {_first_row(bad)}; leave that "
-            "row out."
+            None,
+            f"{name} must be finite",
+            got=Verbatim(f"{values[is_infinite][0]} in row {_first_row(is_infinite)}"),
+            remedy="Leave that row out.",
         )
     return values
 
@@ -290,22 +317,20 @@ def refuse_missing(
 
     ``place`` returns the place of a row as text.
     """
-    lost = (
-        np.isnan(values)
-        if values.dtype.kind in "biuf"
-        else np.array([*map(is_missing, values)], dtype=bool)
-    )
-    if lost.size and lost.all():
-        raise InputError(f"{name} is missing in every row; check its values.")
-    if lost.any():
-        raise InputError(
-            f"{name} has {count(int(lost.sum()), 'missing value')} (the first in "
-            f"{place(_first_row(lost))}); {remedy}."
-        )
+    if values.dtype.kind in "biuf":
+        missing = np.isnan(values)
+    else:
+        missing = np.array(list(map(is_missing, values)), dtype=bool)
+    if missing.size and missing.all():
+        raise InputError(None, f"{name} is missing in every row", remedy="Check its values.")
+    if missing.any():
+        number = count(int(missing.sum()), "missing value")
+        first = place(_first_row(missing))
+        raise InputError(None, f"{name} has {number} (the first in {first})", remedy=remedy)
 
 
-def _first_row(bad: np.ndarray) -> int:
-    return int(bad.reshape(len(bad), -1).any(1).argmax())
+def _first_row(mask: np.ndarray) -> int:
+    return int(mask.reshape(len(mask), -1).any(1).argmax())
 
 
 def target_array(y: object, name: str) -> np.ndarray:
@@ -317,17 +342,22 @@ def target_array(y: object, name: str) -> np.ndarray:
 
     if issparse(y):
         raise InputError(
-            f"{name} is a sparse matrix, and only dense targets are supported; pass y.toarray()."
+            None,
+            f"{name} is a sparse matrix, but gputune supports only dense targets",
+            remedy="Pass y.toarray().",
         )
     if isinstance(y, Tensor):
         refuse_ragged(y, name)
         if y.is_meta:
             raise InputError(
-                f"{name} lies on the device 'meta', which holds no values; pass one that has them."
+                None,
+                f"{name} is on the device 'meta', which holds no values",
+                remedy="Pass a tensor with values.",
             )
         values = y.detach().cpu()
-        short = values.is_floating_point() and values.dtype.itemsize < 4  # which NumPy lacks
-        return np.asarray((values.float() if short else values).numpy())
+        if values.is_floating_point() and values.dtype.itemsize < 4:  # NumPy has no bfloat16
+            values = values.float()
+        return np.asarray(values.numpy())
     data = nw.from_native(y, pass_through=True, allow_series=True)
     if isinstance(data, nw.DataFrame):
         return np.stack([*map(_series, data.iter_columns())], axis=1)
@@ -336,14 +366,14 @@ def target_array(y: object, name: str) -> np.ndarray:
     refuse_ragged(y, name)
     try:
         array = np.asarray(y)
-    except ValueError as error:  # of lists within the rows
-        raise InputError(f"{name} has rows of different shapes. {pad_remedy(name)}") from error
-    # Lists such as ["a", None] or [1, True] would silently become text or integers.
-    return (
-        np.asarray(y, dtype=object)
-        if not isinstance(y, np.ndarray) and array.dtype.kind in "UO"
-        else array
-    )
+    except ValueError as error:  # lists of different lengths within the rows
+        raise InputError(
+            None, f"{name} has rows of different shapes", remedy=pad_remedy(name)
+        ) from error
+    if isinstance(y, np.ndarray) or array.dtype.kind not in "UO":
+        return array
+    # A list such as ["a", None] would silently become text.
+    return np.asarray(y, dtype=object)
 
 
 def _series(series: "nw.Series[Any]") -> np.ndarray:
@@ -360,23 +390,29 @@ def _several(values: np.ndarray, task: TaskWord | None, name: str) -> Target:
     """
     are_flags = values.dtype.kind != "U" and bool(np.isin(values, (0, 1)).all())
     if task is None and values.ndim == 2 and are_flags and (values.sum(1) == 1).all():
-        remedy = (
-            f"pass {name}.argmax(1) for classes, or task='multilabel' where each column is a "
-            "label of its own"
+        raise InputError(
+            None,
+            f"{name} holds one-hot rows of shape {values.shape}",
+            remedy=f"Pass {name}.argmax(1) for classes, or set {option('task', 'multilabel')} if "
+            "each column is a separate label.",
         )
-        raise InputError(f"{name} is one-hot rows of shape {values.shape}: {remedy}.")
-    task = task or ("custom" if values.ndim > 2 else "multilabel" if are_flags else "regression")
+    if task is None and values.ndim > 2:
+        task = "custom"
+    elif task is None:
+        task = "multilabel" if are_flags else "regression"
     _check_numbers(values, task, name)
     if task == "custom":
-        return Target(
-            task, values if values.dtype.kind in "iuf" else values.astype(np.float64), None, name
-        )
+        if values.dtype.kind not in "iuf":
+            values = values.astype(np.float64)
+        return Target(task, values, None, name)
     if values.ndim == 2 and (task == "regression" or (task == "multilabel" and are_flags)):
         return Target(task, values.astype(np.float64), None, name)
-    needs = "columns of 0 and 1" if task == "multilabel" else "one or several columns"
-    remedy = f"it needs {needs}; leave task out, or say task='custom' and give a loss of your own"
+    expected = "columns of 0 and 1" if task == "multilabel" else "one or several columns"
     raise InputError(
-        f"task={task!r} does not fit {name}, an array of shape {values.shape}: {remedy}."
+        option("task", task),
+        f"needs {expected} in {name}",
+        got=Verbatim(f"an array of shape {values.shape}"),
+        remedy=f"Leave out {option('task')}, or set {option('task', 'custom')} with a custom loss.",
     )
 
 
@@ -385,19 +421,22 @@ def _from_objects(values: np.ndarray, name: str) -> np.ndarray:
         try:
             return values.astype(np.int64)
         except OverflowError as error:
-            odd = next(value for value in values if not -(2**63) <= value < 2**63)
-            remedy = "pass classes as text, numbers as floats"
+            too_large = next(value for value in values if not -(2**63) <= value < 2**63)
             raise InputError(
-                f"{name} holds {odd}, which is beyond 64-bit integers; {remedy}."
+                None,
+                f"{name} holds {too_large}, which does not fit into a 64-bit integer",
+                remedy="Pass classes as text, and numbers as floats.",
             ) from error
     kind, read = from_values(list(checked_labels(values, name)), name=name, untyped=False)
     if kind == "date":
         raise InputError(
-            f"{name} holds dates, which cannot be predicted; turn it into a number first."
+            None,
+            f"{name} holds dates, but gputune cannot predict dates",
+            remedy="Convert them to numbers first.",
         )
-    return (
-        read.astype(bool) if kind == "boolean" else read.astype(str) if kind == "category" else read
-    )
+    if kind == "number":
+        return read
+    return read.astype(bool if kind == "boolean" else str)
 
 
 def are_soft_labels(target: Target) -> bool:
@@ -423,19 +462,20 @@ def whole_numbers_words(target: Target) -> str:
 
     It names the option that changes this.
     """
-    distinct = f"{len(np.unique(target.values))} distinct whole numbers in {len(target)} rows"
-    why = (
-        f"more than the {MAX_CLASSES} that are taken for classes, so a number is predicted "
-        "(regression)"
+    return (
+        f"{target.name} has {len(np.unique(target.values))} distinct whole numbers in "
+        f"{len(target)} rows. Because these are more than {MAX_CLASSES}, gputune predicts a number "
+        f"(regression). If they are classes, set {option('task', 'classification')}."
     )
-    return f"{target.name} has {distinct}, {why}. If they are classes, say task='classification'."
 
 
 def _are_classes(values: np.ndarray) -> bool:
-    if values.dtype.kind in "bU" or not _are_whole(values):
-        return values.dtype.kind in "bU"
-    distinct = len(np.unique(values))
-    return distinct <= MAX_CLASSES and distinct < len(values)
+    if values.dtype.kind in "bU":
+        return True
+    if not _are_whole(values):
+        return False
+    n_distinct = len(np.unique(values))
+    return n_distinct <= MAX_CLASSES and n_distinct < len(values)
 
 
 def _are_whole(values: np.ndarray) -> bool:
@@ -445,7 +485,10 @@ def _are_whole(values: np.ndarray) -> bool:
 def _check_numbers(values: np.ndarray, task: str | None, name: str) -> None:
     if values.dtype.kind == "U":
         texts = values.ravel().tolist()
-        odd = next((text for text in texts if not is_number(text)), texts[0])
+        example = next((text for text in texts if not is_number(text)), texts[0])
         raise InputError(
-            f"task={task!r} needs numbers in {name}, got text such as {odd!r:.100}; convert it."
+            option("task", task),
+            f"needs numbers in {name}",
+            got=Verbatim(f"text such as {example!r:.100}"),
+            remedy="Convert it.",
         )

@@ -19,10 +19,11 @@ from torch import Tensor
 from gputune.errors import InputError, InputWarning, warn
 from gputune.text import did_you_mean
 from gputune.types import Json
+from gputune.wording import option, per_interface
 
 TransformWord = Literal["log", "log1p"]
 TRANSFORMS: tuple[TransformWord, ...] = get_args(TransformWord)
-_CHOICES = f"{', '.join(map(repr, TRANSFORMS))} or a transformer of scikit-learn's"
+_CHOICES = per_interface("'log', 'log1p' or a scikit-learn transformer", "'log' or 'log1p'")
 
 
 class Transformer(Protocol):
@@ -46,20 +47,21 @@ _WORDS: Mapping[object, tuple[Callable[..., np.ndarray], Callable[[Tensor], Tens
 class FittedTransform:
     """A word, or a fitted transformer with the smallest and the largest of its training values.
 
-    ``ends`` (2, K) holds these two, after the transformation.
+    ``limits`` (2, K) holds these two, after the transformation.
     """
 
-    how: TargetTransform
-    ends: np.ndarray | None = None
+    transform: TargetTransform
+    limits: np.ndarray | None = None
 
     def forward(self, values: np.ndarray) -> np.ndarray:
         """Return transformed values in the shape of ``values``, (n,) or (n, K), float64."""
-        if isinstance(self.how, str):
-            return _WORDS[self.how][0](values)
-        columns = np.asarray(self.how.transform(values.reshape(len(values), -1)), np.float64)
+        if isinstance(self.transform, str):
+            return _WORDS[self.transform][0](values)
+        columns = np.asarray(self.transform.transform(values.reshape(len(values), -1)), np.float64)
         if columns.size != values.size or not np.isfinite(columns).all():
             raise ValueError(
-                f"it makes {columns.shape} of {values.shape}, or numbers that are not finite"
+                f"it turned values of shape {values.shape} into shape {columns.shape}, or into "
+                "numbers that are not finite"
             )
         return columns.reshape(values.shape)
 
@@ -68,21 +70,18 @@ class FittedTransform:
 
         A transformer returns NaN for values that are not finite.
         """
-        if isinstance(self.how, str):
-            return _WORDS[self.how][1](values.double())
-        assert self.ends is not None
+        if isinstance(self.transform, str):
+            return _WORDS[self.transform][1](values.double())
+        assert self.limits is not None
         numbers = values.double().cpu().numpy().reshape(-1, values.shape[-1])
         finite = np.isfinite(numbers)
         with warnings.catch_warnings(action="ignore"):  # warnings about values without an inverse
-            inverted = self.how.inverse_transform(np.where(finite, numbers, self.ends[0]))
+            inverted = self.transform.inverse_transform(np.where(finite, numbers, self.limits[0]))
             if not np.isfinite(inverted).all():
-                nearest = self.how.inverse_transform(np.clip(numbers, *self.ends))
+                nearest = self.transform.inverse_transform(np.clip(numbers, *self.limits))
                 inverted = np.where(np.isfinite(inverted), inverted, nearest)
-        return (
-            torch.from_numpy(np.where(finite, inverted, np.nan))
-            .view(values.shape)
-            .to(values.device)
-        )
+        restored = torch.from_numpy(np.where(finite, inverted, np.nan))
+        return restored.view(values.shape).to(values.device)
 
     def to_json(self) -> Json | str:
         """Return the word, or the class and the fitted state of a scikit-learn transformer.
@@ -91,13 +90,15 @@ class FittedTransform:
             InputError: the transformer is not from sklearn.preprocessing.
         """
         try:
-            if isinstance(self.how, str):
-                return self.how
-            return {"transformer": _plain(self.how, fitted=True), "ends": self.ends}
+            if isinstance(self.transform, str):
+                return self.transform
+            return {"transformer": _plain(self.transform, fitted=True), "ends": self.limits}
         except TypeError as error:
-            remedy = f"choose {_CHOICES}, or keep the model in this process"
             raise InputError(
-                f"save() cannot write target_transform={self.how!r}, which {error}: {remedy}."
+                None,
+                f"save() cannot write {option('target_transform', self.transform)}, because it "
+                f"{error}",
+                remedy=f"Choose {_CHOICES}, or use the model without saving it.",
             ) from None
 
     @staticmethod
@@ -111,7 +112,7 @@ class FittedTransform:
             return FittedTransform(transform_from_json(value))
         ends = np.asarray(value["ends"], np.float64)
         if ends.ndim != 2 or len(ends) != 2:
-            raise ValueError("its target_transform lacks the ends of its training values")
+            raise ValueError("its target_transform lacks the limits of its training values")
         fitted = FittedTransform(transform_from_json(value["transformer"]), ends)
         try:
             fitted.inverse(torch.from_numpy(ends))
@@ -137,20 +138,21 @@ def fit_transform(transform: TargetTransform, values: np.ndarray) -> FittedTrans
 
     transformer = cast(Transformer, clone(transform))
     try:
-        there = FittedTransform(transformer.fit(values.reshape(len(values), -1))).forward(values)
-        columns = there.reshape(len(values), -1)
-        fitted = FittedTransform(transformer, np.stack([columns.min(0), columns.max(0)]))
-        back = fitted.inverse(torch.from_numpy(columns)).numpy().reshape(values.shape)
+        transformer.fit(values.reshape(len(values), -1))
+        transformed = FittedTransform(transformer).forward(values).reshape(len(values), -1)
+        limits = np.stack([transformed.min(0), transformed.max(0)])
+        fitted = FittedTransform(transformer, limits)
+        restored = fitted.inverse(torch.from_numpy(transformed)).numpy().reshape(values.shape)
     except Exception as error:  # a transformer may raise anything
         raise InputError(
-            f"target_transform={transform!r} raised {type(error).__name__} on the training rows "
-            f"of a fold: {str(error).rstrip('.')}. Choose another one, or leave target_transform "
-            "out."
+            option("target_transform", transform),
+            f"raised {type(error).__name__} on the training rows of a fold: {error}",
+            remedy=f"Choose a different one, or leave out {option('target_transform')}.",
         ) from error
-    if not np.allclose(back, values):
+    if not np.allclose(restored, values):
         warn(
-            f"target_transform={transform!r}: its inverse_transform does not give the target "
-            "back, so that no model can predict it well; choose another one.",
+            f"The inverse_transform of {option('target_transform', transform)} does not restore "
+            "the target, so no model can predict it well. Choose a different one.",
             InputWarning,
         )
     return fitted
@@ -159,17 +161,18 @@ def fit_transform(transform: TargetTransform, values: np.ndarray) -> FittedTrans
 def check_values(transform: TargetTransform, values: np.ndarray, name: str) -> None:
     """Raise InputError if the logarithm of a value (n, ...) is undefined."""
     lowest = _WORDS[transform][2] if isinstance(transform, str) else -np.inf
-    if not (bad := values <= lowest).any():
+    is_bad = values <= lowest
+    if not is_bad.any():
         return
-    other = (
-        "'log1p' (all above -1)" if lowest == 0 and (values > -1).all() else "a PowerTransformer"
-    )
-    why = (
-        f"and {bad.sum()} of {bad.size} are not, the least {values.min():g}; choose {other}, or "
-        "leave it out"
-    )
+    if lowest == 0 and (values > -1).all():
+        remedy = "Choose 'log1p' (for numbers above -1), or leave it out."
+    else:
+        remedy = per_interface("Choose a PowerTransformer, or leave it out.", "Leave it out.")
     raise InputError(
-        f"target_transform={transform!r} needs numbers above {lowest:g} in {name}, {why}."
+        option("target_transform", transform),
+        f"needs numbers above {lowest:g} in {name}, but {is_bad.sum()} of {is_bad.size} are not "
+        f"(the smallest is {values.min():g})",
+        remedy=remedy,
     )
 
 
@@ -182,9 +185,8 @@ def check_transform(name: str, value: object) -> "TargetTransform | None":
     if value is None or (isinstance(value, str) and value in TRANSFORMS) or _is_transformer(value):
         return cast("TargetTransform | None", value)
     near = did_you_mean(value, TRANSFORMS) if isinstance(value, str) else ""
-    raise InputError(
-        f"{name} must be {_CHOICES} that has an inverse_transform, or None, got {value!r}.{near}"
-    )
+    with_inverse = per_interface(" with an inverse_transform, or None", "")
+    raise InputError(name, f"must be {_CHOICES}{with_inverse}", got=value, remedy=near.strip())
 
 
 def _is_transformer(value: object) -> bool:
@@ -220,7 +222,7 @@ def transform_from_json(value: Json | str) -> TargetTransform:
         return value
     transformer = _from_plain(value)
     if not _is_transformer(transformer):
-        raise ValueError(f"its target_transform is no transformation: {value!r:.60}")
+        raise ValueError(f"its target_transform is not a transformation: {value!r:.60}")
     return cast(Transformer, transformer)
 
 
@@ -235,13 +237,11 @@ def _plain(value: object, *, fitted: bool) -> Json:
 
     kind = type(value)
     if getattr(sklearn.preprocessing, kind.__name__, None) is not kind:
-        raise TypeError(f"is no transformer of sklearn.preprocessing but a {kind.__name__}")
+        raise TypeError(f"is a {kind.__name__}, not a transformer of sklearn.preprocessing")
     assert isinstance(value, sklearn.base.BaseEstimator)  # all of them are
     parts: dict[str, object] = value.__getstate__() if fitted else value.get_params(deep=False)
-    return {
-        "class": kind.__name__,
-        "state" if fitted else "params": {k: _part(v) for k, v in parts.items()},
-    }
+    plain = {name: _part(part) for name, part in parts.items()}
+    return {"class": kind.__name__, "state" if fitted else "params": plain}
 
 
 def _part(value: object) -> object:
@@ -267,7 +267,8 @@ def _from_plain(value: object) -> object:
         return {name: _from_plain(part) for name, part in value["dict"].items()}
     if "ufunc" in value:
         # vars() skips the __getattr__ of the package, which imports modules for some names.
-        if isinstance(ufunc := vars(np).get(str(value["ufunc"])), np.ufunc):
+        ufunc = vars(np).get(str(value["ufunc"]))
+        if isinstance(ufunc, np.ufunc):
             return ufunc
         raise ValueError(f"NumPy has no ufunc {value['ufunc']!r}")
     import sklearn.preprocessing
@@ -276,12 +277,11 @@ def _from_plain(value: object) -> object:
     kind = vars(sklearn.preprocessing)[name] if name in sklearn.preprocessing.__all__ else None
     if not isinstance(kind, type):
         raise ValueError(f"sklearn.preprocessing has no {name!r}")
-    parts = {
-        name: _from_plain(part)
-        for name, part in value["params" if "params" in value else "state"].items()
-    }
-    if "params" in value:
+    is_fitted = "params" not in value
+    plain = value["state" if is_fitted else "params"]
+    parts = {name: _from_plain(part) for name, part in plain.items()}
+    if not is_fitted:
         return kind(**parts)
-    made: Any = object.__new__(kind)
-    made.__setstate__(parts)
-    return made
+    transformer: Any = object.__new__(kind)
+    transformer.__setstate__(parts)
+    return transformer

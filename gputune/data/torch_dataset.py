@@ -31,10 +31,13 @@ def read_dataset(dataset: "Dataset[object]", y: object, bar: Bar = iter) -> tupl
         for place, tensor in enumerate(dataset.tensors):
             refuse_ragged(tensor, f"X.tensors[{place}]")
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        remedy = "pass a map-style Dataset, with __len__ and __getitem__, or its tensors"
-        raise InputError(f"X is a {name}, which has no length; {remedy}.")
+        raise InputError(
+            "X",
+            f"is a {name}, which has no length",
+            remedy="Pass a map-style Dataset, with __len__ and __getitem__, or its tensors.",
+        )
     if len(dataset) == 0:
-        raise InputError(f"X is a {name} without items (its length is 0); check its files.")
+        raise InputError("X", f"is a {name} without items", remedy="Check its files.")
     if type(dataset) is TensorDataset:
         return _split(list(dataset.tensors), y, name)
     items = []
@@ -43,23 +46,27 @@ def read_dataset(dataset: "Dataset[object]", y: object, bar: Bar = iter) -> tupl
             item = dataset[place]
         except Exception as error:
             raise InputError(
-                f"item {place} of X, a {name}, raised {type(error).__name__}: {error}. Mend it, "
-                "or leave it out: torch.utils.data.Subset."
+                None,
+                f"Item {place} of X, a {name}, raised {type(error).__name__}: {error}",
+                remedy="Fix the item, or leave it out with torch.utils.data.Subset.",
             ) from error
-        if any(map(is_image, item if isinstance(item, list | tuple) else [item])):
-            remedy = (
-                "let the dataset give tensors, of one size, for example "
-                "transform=torchvision.transforms.ToTensor()"
+        parts = item if isinstance(item, list | tuple) else [item]
+        if any(map(is_image, parts)):
+            raise InputError(
+                None,
+                f"Item {place} of X, a {name}, is a PIL image",
+                remedy="Let the dataset return tensors of one size, for example with "
+                "transform=torchvision.transforms.ToTensor().",
             )
-            raise InputError(f"item {place} of X, a {name}, is a PIL image; {remedy}.")
         items.append(item)
     try:
         return _split(default_collate(items), y, name)
     except (RuntimeError, TypeError, KeyError) as error:
         reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
         raise InputError(
-            f"the items of X, a {name}, cannot be stacked: {reason}. All must have one shape; pad "
-            "them, or let the dataset give tensors."
+            None,
+            f"The items of X, a {name}, cannot be stacked: {reason}",
+            remedy="Let the dataset return tensors, padded to one shape.",
         ) from error
 
 
@@ -69,11 +76,9 @@ def read_inputs(dataset: "Dataset[object]", number: int) -> Any:
     The items are inputs, or pairs (inputs, target), see ``read_dataset``.
     """
     inputs, _ = read_dataset(dataset, ())
-    if (
-        isinstance(inputs, tuple)
-        and len(inputs) == 2
-        and (number == 1 or not isinstance(inputs[0], Tensor))
-    ):
+    # If the model has several inputs, a pair of tensors is two inputs.
+    may_be_pair = number == 1 or not (isinstance(inputs, tuple) and isinstance(inputs[0], Tensor))
+    if may_be_pair and isinstance(inputs, tuple) and len(inputs) == 2:
         inputs = inputs[0]
     return tuple(inputs) if isinstance(inputs, list) else inputs
 
@@ -83,7 +88,9 @@ def _split(item: object, y: object, name: str) -> tuple[object, object]:
     if y is None:
         if not isinstance(item, list | tuple) or len(item) != 2:
             raise InputError(
-                f"y is missing: the items of X, a {name}, are no pairs (inputs, target); pass y."
+                "y",
+                f"is missing, and the items of X, a {name}, are not pairs (inputs, target)",
+                remedy="Pass y.",
             )
         item, y = item
     if isinstance(item, list):

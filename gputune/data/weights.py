@@ -11,6 +11,7 @@ from gputune.data.kinds import text_of
 from gputune.data.ragged import refuse_ragged
 from gputune.data.target import Target
 from gputune.errors import InputError
+from gputune.wording import Verbatim
 
 ClassWeight = Literal["balanced"] | Mapping[Any, float] | None
 
@@ -40,11 +41,9 @@ class Weights:
             counts = np.bincount(
                 target.values[train], None if weights is None else weights[train], target.n_outputs
             )
-            per_class = np.where(
-                counts > 0,
-                counts.sum() / ((counts > 0).sum() * np.where(counts > 0, counts, 1)),
-                1.0,
-            )
+            is_present = counts > 0
+            divisors = is_present.sum() * np.where(is_present, counts, 1)
+            per_class = np.where(is_present, counts.sum() / divisors, 1.0)
         if per_class is not None:
             # (K,) -> (n,)
             weights = per_class[target.values] * (1.0 if weights is None else weights)
@@ -52,8 +51,9 @@ class Weights:
             return None
         if weights[train].sum() <= 0:
             raise InputError(
-                "the weights of a fold's training rows add up to 0; give some of them a positive "
-                "weight."
+                None,
+                "The weights of the training rows of a fold add up to 0",
+                remedy="Give some of these rows a positive weight.",
             )
         return weights
 
@@ -61,7 +61,8 @@ class Weights:
 def check_weights(sample_weight: object, class_weight: ClassWeight, target: Target) -> Weights:
     """Return the checked weights of a user. Classes that ``class_weight`` does not name weigh 1."""
     rows = None if sample_weight is None else _check_rows(sample_weight, target)
-    return Weights(rows, None if class_weight is None else _check_classes(class_weight, target))
+    classes = None if class_weight is None else _check_classes(class_weight, target)
+    return Weights(rows, classes)
 
 
 def _check_rows(sample_weight: object, target: Target) -> np.ndarray:
@@ -71,50 +72,55 @@ def _check_rows(sample_weight: object, target: Target) -> np.ndarray:
     try:
         weights = np.array(sample_weight, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise InputError(
-            f"sample_weight must hold one number a row, got {sample_weight!r:.60}."
-        ) from error
+        raise InputError("sample_weight", "must hold numbers", got=sample_weight) from error
     if weights.shape != (len(target),):
-        got = f"got shape {weights.shape}"
         raise InputError(
-            f"sample_weight must have one number a row, shape ({len(target)},), {got}."
+            "sample_weight",
+            f"must have one number per row, shape ({len(target)},)",
+            got=Verbatim(f"shape {weights.shape}"),
         )
-    if (bad := ~(np.isfinite(weights) & (weights >= 0))).any():
+    is_bad = ~(np.isfinite(weights) & (weights >= 0))
+    if is_bad.any():
+        row = int(is_bad.argmax())
         raise InputError(
-            f"sample_weight must be finite and not negative, got {weights[bad][0]} in row "
-            f"{int(bad.argmax())}; weight 0 takes a row out of the loss (leave it out of the data "
-            "to ignore it in all else)."
+            "sample_weight",
+            "must be finite and not negative",
+            got=Verbatim(f"{weights[row]} in row {row}"),
+            remedy="A row with weight 0 is left out of the loss, but not of the scores.",
         )
     return weights
 
 
 def _check_classes(class_weight: ClassWeight, target: Target) -> np.ndarray | Literal["balanced"]:
     if target.classes is None:
-        got = f"got class_weight={class_weight!r} for a regression; leave it out"
-        raise InputError(f"class_weight needs classes, {got}.")
+        raise InputError(
+            "class_weight",
+            f"is only for classes, but {target.name} holds numbers",
+            got=class_weight,
+            remedy="Leave it out.",
+        )
     if class_weight == "balanced":
         return "balanced"
     if not isinstance(class_weight, Mapping):
         raise InputError(
-            "class_weight must be None, 'balanced' or a dict from class to weight, got "
-            f"{class_weight!r}."
+            "class_weight",
+            "must be None, 'balanced' or a dict from class to weight",
+            got=class_weight,
         )
     classes = target.classes.tolist()
     weights = np.ones(len(classes))
-    texts = {text_of(one): one for one in classes}  # the command line has only texts
+    labels_by_text = {text_of(label): label for label in classes}  # the command line has only texts
     for name, weight in class_weight.items():
-        label = texts.get(name, name) if isinstance(name, str) else name
+        label = labels_by_text.get(name, name) if isinstance(name, str) else name
         if label not in classes:
-            known = ", ".join(map(repr, classes[:8]))
+            rule = f"names the class {label!r}, but the classes of {target.name} are"
+            raise InputError("class_weight", f"{rule} {', '.join(map(repr, classes[:8]))}")
+        is_number = isinstance(weight, int | float | np.number)
+        if not is_number or not np.isfinite(weight) or weight < 0:
             raise InputError(
-                f"class_weight has the class {label!r}, which {target.name} has not: {known}."
-            )
-        if not isinstance(weight, int | float | np.number) or not (
-            np.isfinite(weight) and weight >= 0
-        ):
-            raise InputError(
-                f"class_weight must be finite and not negative, got {weight!r} for the class "
-                f"{label!r}."
+                "class_weight",
+                "must be finite and not negative",
+                got=Verbatim(f"{weight!r} for the class {label!r}"),
             )
         weights[classes.index(label)] = weight
     return weights

@@ -263,7 +263,7 @@ def make_dataset(
             rows.taken_as,
             np.require(rows.y, requirements=["C", "W"]),
             None,
-            standardise=standardise,
+            standardize=standardise,
         )
     else:
         task: Task = "binary" if len(group.classes) == 2 else "multiclass"

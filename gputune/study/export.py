@@ -277,9 +277,9 @@ def export(model: ModelContent, path: str | os.PathLike[str]) -> None:
         )
     if not path.parent.is_dir():
         raise no_folder(f"export(path={str(path)!r})", path)
-    if model.transform is not None and not isinstance(model.transform.how, str):
+    if model.transform is not None and not isinstance(model.transform.transform, str):
         raise InputError(
-            f"export() cannot write target_transform={model.transform.how!r}, which is code of "
+            f"export() cannot write target_transform={model.transform.transform!r}, which is code of "
             "scikit-learn's: search with 'log' or 'log1p', or keep the model with save()."
         )
     for needed in ("onnx", "onnxscript") if path.suffix == ".onnx" else ():

@@ -71,7 +71,7 @@ def checked_codes(classes: np.ndarray, y: object, rows: int) -> NDArray[np.int64
         raise InputError(
             f"y must have one label a row of X, got shape {labels.shape} and {rows} rows."
         )
-    refuse_missing(labels, "y", "leave those rows out")
+    refuse_missing(labels, "y", "Leave those rows out.")
     known, codes = class_codes(classes, labels)
     refuse_unknown(known, codes, len(classes), "y")
     return codes

@@ -102,8 +102,8 @@ def _check_target(fields: Json) -> None:
         raise ValueError("its task, its target and its classes do not fit each other")
     if np.ndim(center) > 1 or np.size(center) == 0 or np.shape(center) != np.shape(fields["scale"]):
         raise ValueError("the center and the scale of its target are of other shapes")
-    ends = None if transform is None else transform.ends
-    if ends is not None and ends.shape[1] != np.size(center):
+    limits = None if transform is None else transform.limits
+    if limits is not None and limits.shape[1] != np.size(center):
         raise ValueError("its target_transform is of another number of targets")
 
 

@@ -103,7 +103,7 @@ class Problem:
         like = torch.empty(0, dtype=dtype, device=device)
         weights = check_weights(options.sample_weight, options.class_weight, self.target)
         # A custom loss or training step receives the target in its own units.
-        target = replace(self.target, standardise=objective is None or objective.is_named)
+        target = replace(self.target, standardize=objective is None or objective.is_named)
         data = make_dataset(
             self.raw,
             self._statistics(trains, self.numbers),

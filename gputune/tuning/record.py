@@ -18,7 +18,7 @@ from gputune.data.source import (
     Source,
     digest_of,
     fingerprint,
-    read_apart,
+    read_with_held_out,
     rows_difference,
     table_size,
 )
@@ -310,7 +310,7 @@ def _reread(record: SearchRecord, choice: ModelChoice) -> tuple[Source, Source |
     origin = record.source
     file = repr(record.source["path"])
     try:
-        source, test = read_apart(origin, module=choice.takes_arrays)
+        source, test = read_with_held_out(origin, module=choice.takes_arrays)
     except FileNotFoundError as error:
         remedy = "put it back, or repeat the first call with its new place"
         raise InputError(f"the search cannot go on: its data {file} is gone; {remedy}.") from error

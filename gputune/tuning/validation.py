@@ -19,7 +19,7 @@ from gputune.data.columns import Layout
 from gputune.data.dataset import Dataset, Fold
 from gputune.data.encode import Statistics
 from gputune.data.folds import unpack_folds
-from gputune.data.scaling import side_by_side
+from gputune.data.scaling import joined_statistics
 from gputune.engine.stop import entry
 from gputune.errors import InputError, check_count
 from gputune.population.population import Ensemble
@@ -262,7 +262,7 @@ def _columns(own: Sequence[Dataset]) -> tuple[list[list[int]], Statistics | None
     parts = [
         part for one in distinct.values() for part in one.statistics if isinstance(part, Statistics)
     ]
-    return [columns[one.numbers] for one in own], side_by_side(parts)
+    return [columns[one.numbers] for one in own], joined_statistics(parts)
 
 
 @entry

@@ -25,7 +25,7 @@ import gputune
 from command_line import FAST, NET, kinds, output, refusal, run, searched, write_table
 from gputune.cli.answers import rows_with_target
 from gputune.cli.model import Evaluation, evaluation
-from gputune.data.source import read_apart
+from gputune.data.source import read_with_held_out
 from gputune.study.model import TunedModel
 from refused import refused
 
@@ -371,7 +371,7 @@ def test_it_is_said_that_rows_were_trained_on(folder, tmp_path):
         run("evaluate", folder / "kind" / "model", folder / "t.csv")[1].split()
     )
     test = gputune.Study.open(folder / "kind" / "study.db")
-    held_out = read_apart(test.record.source)[1].X.column("a")
+    held_out = read_with_held_out(test.record.source)[1].X.column("a")
     is_held_out = pl.col("a").is_in(held_out.tolist())
     for rows, share, text in (
         (~is_held_out, 1.0, "The model was trained on these rows"),

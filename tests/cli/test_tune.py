@@ -23,7 +23,7 @@ from gputune.cli import tune
 from gputune.cli.held_out import HeldOut
 from gputune.cli.summary import Ending, summary_text
 from gputune.data.folds import hold_out
-from gputune.data.source import Source, read_again, read_apart, read_source
+from gputune.data.source import Source, read_again, read_source, read_with_held_out
 from gputune.data.target import check_target
 from gputune.methods.edges import edge_remarks
 from gputune.methods.stopping import Halving
@@ -223,7 +223,7 @@ def test_a_score_of_one_class_says_which(tmp_path):
     study = study_in(out)
     model = gputune.load_model(out / "model")
     assert study.meta["positive"] == model.info["positive"] == "ant"
-    _, apart = read_apart(study.meta["source"])
+    _, apart = read_with_held_out(study.meta["source"])
     score = f1_score(apart.y, model.predict(apart.X), pos_label="ant")
     assert score > 0.5 and f"Held-out f1 of class 'ant': {score:.4f}," in said
     assert "f1 of class 'ant'" in repr(study) and "f1 of class 'ant'" in unescape(

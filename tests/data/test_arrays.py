@@ -13,7 +13,7 @@ from gputune.data.array_files import read_array_file
 from gputune.data.arrays import ArrayLayout, ArrayStatistics, as_arrays, fit_channels
 from gputune.data.dataset import encode
 from gputune.data.files import read_table
-from gputune.data.source import fingerprint, read_again, read_source, set_apart
+from gputune.data.source import fingerprint, read_again, read_source, split_held_out
 from gputune.data.table import as_table
 from gputune.data.target import check_target
 from gputune.data.torch_dataset import read_dataset
@@ -158,7 +158,9 @@ def test_a_mapped_file_and_rows_held_out_of_it_are_not_copied(tmp_path):
     assert as_arrays(mapped).parts[0].data_ptr() == mapped.ctypes.data
     np.save(tmp_path / "y.npy", np.arange(6) % 2)
     source = read_source(tmp_path / "x.npy", tmp_path / "y.npy", module=True)
-    rest, test = set_apart(source, check_target(source.y, n_rows=6), test_size=0.4, cv="2", seed=0)
+    rest, test = split_held_out(
+        source, check_target(source.y, n_rows=6), test_size=0.4, cv="2", seed=0
+    )
     for part in (rest, test):
         assert part.X.parts[0].data_ptr() == source.X.parts[0].data_ptr()
         copied = as_arrays(part.X.as_given())

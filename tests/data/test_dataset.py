@@ -257,7 +257,7 @@ def test_rows_of_arrays_that_are_not_gathered_train_as_their_copies(kind):
     y = y[kind]
     X = {"image": g.random((2 * N, 2, 3, 3), np.float32), "ids": np.arange(2 * N)}
     kept = g.permutation(2 * N)[:N]
-    target = replace(check_target(y, n_rows=N), standardise=kind != "column")
+    target = replace(check_target(y, n_rows=N), standardize=kind != "column")
     found = []
     weights = check_weights(g.random(N), "balanced" if kind == "classes" else None, target)
     for arrays in (as_arrays(X).select(kept), as_arrays({name: x[kept] for name, x in X.items()})):

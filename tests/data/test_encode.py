@@ -19,7 +19,7 @@ import gputune
 from gputune.data import encode
 from gputune.data.columns import N_BINS, Layout, fit_layout
 from gputune.data.encode import Statistics, bin_edges, bins_between, fit_statistics, transform
-from gputune.data.scaling import side_by_side
+from gputune.data.scaling import joined_statistics
 from gputune.data.table import Table, as_table
 from gputune.types import NUMBERS
 from refused import refused
@@ -77,7 +77,7 @@ def test_inputs_side_by_side_are_those_of_each_way_to_prepare_numbers(ways):
         fit_statistics(raw, layout, TRAIN, numbers=way, target=np.arange(N) // 2 % 2)
         for way in ways
     ]
-    written = json.dumps(side_by_side(parts).to_json(), allow_nan=False)
+    written = json.dumps(joined_statistics(parts).to_json(), allow_nan=False)
     x = transform(raw, Statistics.from_json(json.loads(written)))
     np.testing.assert_array_equal(
         x, np.concatenate([transform(raw, part) for part in parts], axis=1)

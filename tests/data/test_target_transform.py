@@ -280,4 +280,4 @@ def test_a_file_makes_no_other_object():
         with pytest.raises((ValueError, AttributeError, TypeError)):
             transform_from_json(value)
     assert str(transform_from_json(transform_to_json(QUANTILES))) == str(QUANTILES)
-    assert FittedTransform.from_json("log").how == "log"
+    assert FittedTransform.from_json("log").transform == "log"
