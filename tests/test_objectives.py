@@ -637,7 +637,7 @@ ONE_LOGIT = "One logit a row of two classes takes loss='bce'"
         (
             None,
             {},
-            "y is missing: .* a loss of X alone, as of an autoencoder, takes y=X and task='custom'",
+            "y is missing. .* For a loss that reads only X, as of an autoencoder, pass y=X and task='custom'",
         ),
         (
             SEVERAL[:, 0],

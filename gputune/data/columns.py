@@ -399,7 +399,7 @@ class Layout:
         if missing:
             raise InputError(
                 "X",
-                f"must have the columns of the training, but has no column {quoted(missing)}",
+                f"has no column {quoted(missing)}",
                 got=Verbatim(quoted(names)),
                 remedy=f"The columns in training were {quoted(self.inputs)}.",
             )

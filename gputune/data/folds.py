@@ -362,7 +362,7 @@ def hold_out(
     """
     if not isinstance(test_size, Real) or isinstance(test_size, bool) or not 0 <= test_size < 1:
         raise InputError(
-            "test_size", "must be a share of the rows, 0 <= test_size < 1", got=test_size
+            "test_size", "must be a share of the rows, at least 0 and below 1", got=test_size
         )
     n_rows = len(target)
     if test_size == 0:

@@ -59,6 +59,7 @@ from gputune.views.scores import (
     pareto_trials,
     score_view,
 )
+from gputune.wording import PYTHON
 
 MOST_ROWS = 10_000
 BUDGET = 1_100_000
@@ -328,7 +329,7 @@ def _texts(study: Study) -> Json:
         if "best_model(" in code
         else "",
         "setting": setting(study),
-        "notes": [clean(note) for note in (*record.notes, *edge_remarks(study))],
+        "notes": [clean(PYTHON.render(note)) for note in (*record.notes, *edge_remarks(study))],
         "version": __version__,
     }
 

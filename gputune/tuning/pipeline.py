@@ -55,6 +55,7 @@ from gputune.tuning.session import (
 from gputune.tuning.task_choice import chosen_task
 from gputune.tuning.trainer import Trainer
 from gputune.types import KEPT_BYTES, Config
+from gputune.wording import PYTHON
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +81,7 @@ def search(
     *,
     say_notes: bool = True,
     profile: Profile | None = None,
-    words: Callable[[str], str] = str,
+    words: Callable[[str], str] = PYTHON.render,
     study_type: type[AnyStudy],
 ) -> AnyStudy:
     """Run a search: space, rows, folds, data on the device, trials, training, study.

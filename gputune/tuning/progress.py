@@ -17,6 +17,7 @@ from gputune.engine.train import Spent
 from gputune.memory import synchronize
 from gputune.text import count, measure_of
 from gputune.types import Json, first_metric
+from gputune.wording import PYTHON
 
 _LINE_SECONDS = 30  # between plain lines, if no bar is shown
 
@@ -71,7 +72,7 @@ class Progress:
         self,
         verbose: int,
         on_epoch: Callable[[np.ndarray], None] | None = None,
-        words: Callable[[str], str] = str,
+        words: Callable[[str], str] = PYTHON.render,
     ) -> None:
         self.verbose = verbose
         self.on_epoch = on_epoch

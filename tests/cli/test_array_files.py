@@ -91,7 +91,7 @@ def test_the_inputs_are_found_by_their_shape(models, tmp_path):
     ]
     path = write(tmp_path / "t.npz", TABLE, twin=TABLE)
     words = (
-        "holds 'twin', 'X', and the model takes 1 array of shape (rows, 3). Write a file with "
+        "holds 'twin', 'X', but the model takes 1 array of shape (rows, 3). Write a file with "
         "the inputs"
     )
     assert words in refusal("predict", folder / "table", path)
@@ -119,16 +119,22 @@ def test_the_right_answers_may_have_another_name(models, tmp_path):
             ["evaluate", "images", "t.npy"],
             "--target is missing: give the .npy file that has the right answer of each",
         ),
-        (["evaluate", "images", "t.npy", "--target", "y"], "target must be a .npy file too"),
+        (
+            ["evaluate", "images", "t.npy", "--target", "y"],
+            "target must be the path of a .npy file with one value per row",
+        ),
         (
             ["evaluate", "images", "t.npy", "--target", "short.npy"],
             "has 40 rows, and the target 'short.npy' has the",
         ),
         (
             ["evaluate", "images", "t.npz"],
-            "--target label is none of the arrays of 't.npz', which are 'X'.",
+            "--target must be the name of an array in 't.npz', which holds 'X', got 'label'.",
         ),
-        (["predict", "images", "t.csv"], "arrays are read from .npz, .npy, .pt, .pth, got 't.csv'"),
+        (
+            ["predict", "images", "t.csv"],
+            "Arrays are read from .npz, .npy, .pt, .pth files, got 't.csv'",
+        ),
         (
             ["predict", "table", "t.npy"],
             "'t.npy' must be two-dimensional (rows, columns), got shape",

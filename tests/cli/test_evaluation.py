@@ -259,12 +259,12 @@ COLUMN = pl.lit(0).alias("a")
 @pytest.mark.parametrize(
     ("target", "change", "options", "words"),
     [
-        ("kind", pl.when(SOME).then("kind"), [], "kind has 1 missing value (the first in line 4);"),
+        ("kind", pl.when(SOME).then("kind"), [], "kind has 1 missing value (the first in line 4)."),
         (
             "price",
             pl.when(SOME).then("price"),
             [],
-            "price has 1 missing value (the first in line 4);",
+            "price has 1 missing value (the first in line 4).",
         ),
         (
             "price",
@@ -276,7 +276,7 @@ COLUMN = pl.lit(0).alias("a")
             "price",
             pl.when(SOME).then(pl.lit("1")).otherwise(pl.lit("dear")).alias("price"),
             [],
-            "such as 'dear'; convert it.",
+            "such as 'dear'. Convert it.",
         ),
         ("price", COLUMN, ["--positive", "1"], "--positive needs a model of classes, and "),
         ("price", COLUMN, ["--scoring", "f1"], "--scoring f1 does not fit a regression task"),
@@ -410,7 +410,11 @@ def test_columns_are_kept_as_they_are_written(folder, tmp_path, suffix):
     assert [row[0] for row in rows] == table["id"].to_list()
     np.testing.assert_array_equal([float(row[1]) for row in rows], table["a"])
     code, _, err = run(*command, "aa")
-    assert code == 2 and "--keep has 'aa', and the columns of" in err and "Did you mean 'a'?" in err
+    assert (
+        code == 2
+        and "--keep names no column 'aa'. The columns of" in err
+        and "Did you mean 'a'?" in err
+    )
 
 
 def test_columns_of_a_bundled_set_are_kept(tmp_path):

@@ -165,7 +165,7 @@ def test_what_has_changed_is_said(bugs):
     bugs.write_text(whole + "1.0,2.0,red,s1,ant\n")
     refused("the rows of", "bugs.csv", "have changed", "(40 rows then, 41 now)", "restore the file")
     bugs.write_text(whole.replace("red", "pink"))
-    refused("(40 rows then and now, of other names or values)")
+    refused("(40 rows then and now, with different names or values)")
     bugs.unlink()
     refused("bugs.csv' is gone; put it back")
     bugs.write_text(whole)

@@ -341,7 +341,10 @@ def test_columns_as_they_are_said_to_be(tmp_path):
 @pytest.mark.parametrize(
     ("words", "value"),
     [
-        (r"drop is for tables, whose columns have names, got \['a'\]", {"drop": ["a"]}),
+        (
+            r"drop is only for tables, because their columns have names, got \['a'\]",
+            {"drop": ["a"]},
+        ),
         ("drop must be a list of columns, for example", {"drop": 3}),
         ("kinds must be a dict such as {'zip': 'category'}", {"kinds": 3}),
     ],
@@ -566,7 +569,7 @@ def test_predictions_are_exact_in_a_file_and_cleaned_for_a_terminal(tmp_path):
 def test_a_warning_is_one_line_said_once(tmp_path):
     kind = [*kinds(37), "cat", "cat", "cat"]
     warning = (
-        "kind has classes with fewer rows than the 5 folds: 'cat' (3); some folds are validated "
+        "kind has classes with fewer rows than the 5 folds: 'cat' (3). Some folds are validated "
         "without them."
     )
     said = f"gputune: warning: {warning}\n"

@@ -88,19 +88,19 @@ UNLIKE = [(torch.zeros(2, 2), 0), (torch.zeros(2, 3), 1)]
     ("X", "message"),
     [
         ({}, "X is empty"),
-        ((IDS, IMAGES[:4]), r"one row for each of the same cases, got lengths X\[0\] 6, X\[1\] 4"),
+        ((IDS, IMAGES[:4]), r"the same number of rows in all inputs, got 6 in X\[0\], 4 in X\[1\]"),
         (np.full((2, 2, 2), "a"), "X must hold numbers or booleans, got <U1"),
         ({"a": IMAGES.to_sparse()}, r"X\['a'\] is a sparse tensor"),
         (IMAGES.to(torch.complex64), "must hold real numbers, got torch.complex64"),
-        (torch.empty(0, 2, 2), r"none of its axes may be empty, got shape \(0, 2, 2\)"),
+        (torch.empty(0, 2, 2), r"no axis of length 0, got shape \(0, 2, 2\)"),
         (
             IMAGES.where(IMAGES[3, 0, 1, 1] != IMAGES, torch.nan),
             "got NaN or an infinite value in row 3",
         ),
-        (IMAGES.to("meta"), "X lies on the device 'meta', which holds no values"),
+        (IMAGES.to("meta"), "X is on the device 'meta', which holds no values"),
         (
             IMAGES.to(torch.float8_e4m3fn),
-            "floats of 16 bits or more, got torch.float8_e4m3fn; pass X.half()",
+            "floats of 16 bits or more, got torch.float8_e4m3fn. Pass X.half()",
         ),
         (
             {"a": _objects([[1], [2, 3]])},
@@ -108,32 +108,32 @@ UNLIKE = [(torch.zeros(2, 2), 0), (torch.zeros(2, 3), 1)]
         ),
         (
             list(IMAGES),
-            r"X is a list of 6 arrays of shape \(2, 3, 3\); pass one array, torch.stack\(X\)",
+            r"X is a list of 6 arrays of shape \(2, 3, 3\). Pass one array, torch.stack\(X\)",
         ),
-        (list(IMAGES.numpy()), r"pass one array, numpy.stack\(X\)"),
+        (list(IMAGES.numpy()), r"Pass one array, numpy.stack\(X\)"),
         (
             [*IMAGES, torch.zeros(2, 3, 4)],
-            r"unlike shapes: X\[0\] has \(2, 3, 3\), X\[6\] \(2, 3, 4\); pad or crop",
+            r"different shapes: X\[0\] has \(2, 3, 3\), X\[6\] has \(2, 3, 4\). Pad or crop",
         ),
-        (_objects([[[1.0, 2.0]], [[1.0]]]), r"X is a list of 2 arrays of unlike shapes"),
-        ([IDS, IMAGES], "where they are inputs of the module, pass a tuple of them"),
-        ((IDS, IDS.tolist()), r"X\[1\] must be an array or a tensor, one for each input, got list"),
+        (_objects([[[1.0, 2.0]], [[1.0]]]), r"X is a list of 2 arrays of different shapes"),
+        ([IDS, IMAGES], "If they are the inputs of the module, pass a tuple of them"),
+        ((IDS, IDS.tolist()), r"X\[1\] must be an array or a tensor, got a list"),
         (
             {"a": IDS, "b": [1] * 6},
-            r"X\['b'\] must be an array or a tensor, .* pass numpy.asarray\(X\['b'\]\)",
+            r"X\['b'\] must be an array or a tensor, .* Pass numpy.asarray\(X\['b'\]\)",
         ),
-        (["a text", "another"], "X is a list of 2 texts; give the words numbers"),
+        (["a text", "another"], "X is a list of 2 texts. Turn words into numbers"),
         (
             DataLoader(TensorDataset(IMAGES)),
-            "X is a DataLoader, .* pass its dataset, loader.dataset",
+            "X is a DataLoader, .* Pass its dataset, loader.dataset",
         ),
-        (Stream(), "Stream, which has no length; pass a map-style Dataset"),
+        (Stream(), "Stream, which has no length. Pass a map-style Dataset"),
         (Items(UNLIKE), "cannot be stacked"),
-        (Items([torch.zeros(2, 2)] * 3), "are no pairs"),
+        (Items([torch.zeros(2, 2)] * 3), "are not pairs"),
         (Items([]), r"X is a Items without items"),
         (
             Items({0: (torch.zeros(2), 0), 1: (torch.zeros(2), 0), 3: 4}),
-            "item 2 of X, a Items, raised KeyError: 2",
+            "Item 2 of X, a Items, raised KeyError: 2",
         ),
     ],
 )
@@ -144,11 +144,11 @@ def test_what_is_no_array_is_refused_by_name(X, message):
 
 def test_images_of_pil_are_to_be_stacked():
     image = pytest.importorskip("PIL.Image").fromarray(np.zeros((3, 3), np.uint8))
-    with refused(r"X is a list of 6 PIL images; pass numpy.stack\("):
+    with refused(r"X is a list of 6 PIL images. Pass numpy.stack\("):
         read_source([image] * 6, [0] * 6, module=True)
-    with refused("X is one PIL image; pass all of them"):
+    with refused("X is one PIL image. Pass all images"):
         read_source(image, [0] * 6, module=True)
-    with refused(r"item 0 of X, a Items, is a PIL image; .*transforms.ToTensor"):
+    with refused(r"Item 0 of X, a Items, is a PIL image. .*transforms.ToTensor"):
         read_dataset(Items([(image, 0)] * 6), None)
 
 
@@ -264,9 +264,9 @@ class TestFiles:
             (
                 "lable",
                 None,
-                "target='lable' is none of the arrays of .*, which are 'image', 'label'",
+                "target must be the name of an array in .*, which holds 'image', 'label', got 'lable'",
             ),
-            ("label", "who", "groups='who' is none of the arrays"),
+            ("label", "who", "groups must be the name of an array in .*got 'who'"),
         ],
     )
     def test_names_are_checked(self, tmp_path, y, groups, message):
@@ -274,7 +274,7 @@ class TestFiles:
         with refused(message):
             read_source(tmp_path / "d.npz", y, groups, module=True)
         np.savez(tmp_path / "d.npz", label=np.arange(6))
-        with refused("no array but the target 'label'"):
+        with refused("no array to predict from, only the target 'label'"):
             read_source(tmp_path / "d.npz", "label", module=True)
 
     def test_what_is_no_array_is_not_unpickled(self, tmp_path):
@@ -289,12 +289,12 @@ class TestFiles:
         for name, message in [
             ("d.npz", "holds Python objects"),
             ("d.pt", "a dict of tensors, got list"),
-            ("e.pt", "it is damaged, or was not written by torch.save"),
-            ("n.npz", "it is damaged, or was not written by NumPy"),
+            ("e.pt", "the file is damaged, or was not written by torch.save"),
+            ("n.npz", "the file is damaged, or was not written by NumPy"),
             ("n.npy", "or was not written by NumPy"),
-            ("n.pt", "it is empty"),
-            ("half.pt", "it is damaged"),
-            ("m.pt", "holds more than tensors, which is not unpickled"),
+            ("n.pt", "the file is empty"),
+            ("half.pt", "the file is damaged"),
+            ("m.pt", "holds more than tensors. gputune does not unpickle"),
             ("f.npz", "is a folder; give the file"),
         ]:
             with refused(message):
@@ -308,8 +308,8 @@ class TestFiles:
         again = read_again(source.origin, module=True)
         assert fingerprint(again.X, again.y) == fingerprint(source.X, source.y)
         for y, message in [
-            ("label", "y must be a .npy file too"),
-            (tmp_path / "no.npy", "y: there is no file"),
+            ("label", "y must be the path of a .npy file with one value per row"),
+            (tmp_path / "no.npy", "y must be the path of a .npy file, but there is no file"),
         ]:
             with refused(message):
                 read_source(tmp_path / "x.npy", y, module=True)
@@ -366,7 +366,7 @@ class TestScaling:
 
     @pytest.mark.parametrize("numbers", ["quantile", "robust", "piecewise-tree"])
     def test_quantiles_are_for_tables(self, numbers):
-        with refused(f"numbers='{numbers}' is for tables"):
+        with refused(f"numbers must be 'standard' or 'none' for images.*, got '{numbers}'"):
             fit_channels(as_arrays(IMAGES), [np.arange(6)], numbers)
 
 
@@ -383,12 +383,12 @@ class TestLayout:
     @pytest.mark.parametrize(
         ("X", "message"),
         [
-            ({"ids": IDS}, "X has no input 'image'; those seen in training are 'ids', 'image'"),
+            ({"ids": IDS}, "X has no input 'image'. The inputs in training were 'ids', 'image'"),
             (
                 {"ids": IDS, "image": IMAGES[:, :1]},
-                r"must be what was seen in training, .*float32 \(rows, 2, 3, 3\)",
+                r"must be as in training, .*float32 \(rows, 2, 3, 3\)",
             ),
-            ({"ids": IDS.float(), "image": IMAGES}, "must be what was seen in training"),
+            ({"ids": IDS.float(), "image": IMAGES}, "must be as in training"),
         ],
     )
     def test_others_are_refused(self, X, message):

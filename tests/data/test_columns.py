@@ -44,7 +44,7 @@ def test_few_rows_keep_their_levels_and_a_missing_category_is_one():
     column, notes, values = fit("category", ["a", None, "b", "a"])
     assert (column.feature_names, notes) == (
         ("c=a", "c=b", "c=(missing)"),
-        ("missing values are a level of their own",),
+        ("missing values become a level",),
     )
     np.testing.assert_array_equal(column.features("category", values)[1], [0, 0, 1])
     assert fit("category", ["a", None, "a"])[0].feature_names == ("c=a", "c=(missing)")
@@ -59,7 +59,7 @@ def test_few_rows_keep_their_levels_and_a_missing_category_is_one():
         (
             "category",
             [f"v{i // 2}" for i in range(2000)],
-            "left out, text with 1000 levels of which none has 10 rows",
+            "left out, text with 1000 levels, all in under 10 rows",
         ),
         ("number", [1, 1, 1], "left out, constant"),
         ("number", [np.nan] * 3, "left out, all values missing"),
@@ -77,12 +77,12 @@ def test_numbers_and_booleans_with_missing_values():
     column, notes, values = fit("number", [1, np.nan, 3])
     assert column.feature_names == ("c", "c=(missing)")
     assert column.numeric == (True, False)
-    assert notes == ("missing values take the mean of the training rows, and a feature says where",)
+    assert notes == ("missing values take the mean of the training rows, and a feature marks them",)
     np.testing.assert_array_equal(column.features("number", values), [[1, 0], [np.nan, 1], [3, 0]])
     assert fit("boolean", [1, np.nan, 0])[0].numeric == (False, False)
     only, notes, _ = fit("number", [5, np.nan, 5])
     assert only.feature_names == ("c=(missing)",)
-    assert notes == ("constant where it is known, so only a feature that says where it is missing",)
+    assert notes == ("all known values are equal, so its only feature marks missing values",)
 
 
 def test_parts_of_a_date():
@@ -139,28 +139,28 @@ def test_values_of_another_kind_that_fit():
             "number",
             "category",
             ["$1", "abc"],
-            "must be a number as it was for training, got text such as 'abc'",
+            "must be a number as in training, got text such as 'abc'",
         ),
-        ("number", "date", [0.0], "must be a number as it was for training, got a date"),
-        ("boolean", "number", [2.0], "must be a boolean as it was for training, got a number"),
-        ("date", "number", [1.0], "must be a date as it was for training, got a number"),
+        ("number", "date", [0.0], "must be a number as in training, got a date"),
+        ("boolean", "number", [2.0], "must be a boolean as in training, got a number"),
+        ("date", "number", [1.0], "must be a date as in training, got a number"),
         (
             "date",
             "category",
             ["soon"],
-            "must be a date as it was for training, got text such as 'soon'",
+            "must be a date as in training, got text such as 'soon'",
         ),
         (
             "category",
             "date",
             [0.0],
-            r"must be a category \(text\) as it was for training, got a date",
+            r"must be a category \(text\) as in training, got a date",
         ),
     ],
 )
 def test_values_of_another_kind_that_do_not_fit(wanted, kind, values, message):
     column = Column("c", wanted, parts=("value",))
-    with refused(f"column 'c' {message}"):
+    with refused(f"Column 'c' {message}"):
         column.features(kind, np.array(values, dtype=object if kind == "category" else float))
 
 
@@ -173,11 +173,11 @@ def test_values_of_another_kind_that_do_not_fit(wanted, kind, values, message):
         ),
         (
             ["1,234.5", "2,500"] * 10,
-            " because of commas as in '1,234.5'; write numbers without them, decimals with a point",
+            " because of commas as in '1,234.5'. Write numbers without commas, and decimals with a point",
         ),
         (
             ["31/12/2020"] * 5 + ["01.02.2021"] * 15,
-            "; write dates like '01.02.2021' as year-month-day",
+            ". Write dates such as '01.02.2021' as year-month-day",
         ),
         (["1", "2"] * 10, None),
         (["red", "blue", "3"] * 10, None),

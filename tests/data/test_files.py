@@ -147,19 +147,19 @@ def test_bundled_sets(name):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("t.csv", "", "is empty; a header line"),
+        ("t.csv", "", "is empty. Write a header line"),
         ("t.csv", "a,b\n", "no rows"),
-        ("t.csv", "a,b,a\n1,2,3\n", "more than one 'a'"),
-        ("t.csv", "a,b\n1,inf\n", "column 'b' has an infinite value in row 0"),
+        ("t.csv", "a,b,a\n1,2,3\n", "'a' occurs more than once"),
+        ("t.csv", "a,b\n1,inf\n", "Column 'b' has an infinite value in row 0"),
         (
             "t.csv",
             "a,b\n1,2\n1,2,3\n",
-            "t.csv' has 3 fields in line 3, and 2 in its header line; write equally",
+            "t.csv' has 3 fields in line 3, but 2 in its header line. Write the same",
         ),
-        ("t.csv", 'a,b\n"1\n2",2\n\n1\n', "t.csv' has 1 field in line 5, and 2 in its header line"),
-        ("t.tsv", "a\tb\tc\n1\t2\t3\n1\t2\n", "has 2 fields in line 3, and 3 in its header line"),
+        ("t.csv", 'a,b\n"1\n2",2\n\n1\n', "t.csv' has 1 field in line 5, but 2 in its header line"),
+        ("t.tsv", "a\tb\tc\n1\t2\t3\n1\t2\n", "has 2 fields in line 3, but 3 in its header line"),
         ("t.parquet", "nothing", "could not be read as Parquet"),
-        ("t.xlsx", "a", "a table is read from .csv"),
+        ("t.xlsx", "a", "A table is read from a .csv"),
     ],
 )
 def test_bad_files(tmp_path, name, text, message):
@@ -178,7 +178,7 @@ def test_bad_files(tmp_path, name, text, message):
 def test_a_missing_target_is_named_by_its_line(tmp_path, name, text, place):
     lost = "3 missing values" if text.startswith("a,") else "1 missing value"
     with refused(
-        rf"y has {lost} \(the first in {place}\); fill it, or say missing_target='drop' to leave"
+        rf"y has {lost} \(the first in {place}\). Fill it, or set missing_target='drop' to leave"
     ):
         read_source(write(tmp_path, text, name), "y")
 
@@ -251,7 +251,7 @@ def test_a_name_that_is_not_utf8(tmp_path):
 def test_a_missing_file_and_an_unknown_set(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no file .*nowhere.csv.*give a CSV"):
         read_table(tmp_path / "nowhere.csv")
-    with refused(r"'sklearn:NAME' knows iris, .*got 'sklearn:boston'"):
+    with refused(r"The data sets of scikit-learn are sklearn:iris, .*got 'sklearn:boston'"):
         read_table("sklearn:boston")
     with refused(r"is a folder; give the file in it"):
         read_table(tmp_path)
@@ -261,5 +261,5 @@ def test_images_are_no_table(tmp_path):
     (tmp_path / "cats").mkdir()
     (tmp_path / "cats" / "tom.JPG").write_bytes(b"")
     for path in (tmp_path, tmp_path / "cats" / "tom.JPG"):
-        with refused(r"images go in as one array: .*ImageFolder.* numpy.savez"):
+        with refused(r"pass a Dataset such as .*ImageFolder.* numpy.savez"):
             read_table(path)

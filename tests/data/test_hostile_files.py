@@ -260,19 +260,22 @@ def header(shape, descr="<f8"):
 
 
 ARRAYS = {
-    "huge": (header((10**11, 10)), "which takes 7450.6 GiB, and holds 0.0 KiB"),
-    "overflow": (header((2**62, 2**62)), "and holds"),
-    "negative": (header((-1, 3)) + bytes(24), "no length can be negative"),
-    "negative twice": (header((-3, -1)) + bytes(24), "no length can be negative"),
-    "text of no letters": (header((10**12,), "<U0"), "and holds"),
+    "huge": (header((10**11, 10)), "needs 7450.6 GiB, but only 0.0 KiB follow"),
+    "overflow": (header((2**62, 2**62)), "follow in the file"),
+    "negative": (header((-1, 3)) + bytes(24), "a length cannot be negative"),
+    "negative twice": (header((-3, -1)) + bytes(24), "a length cannot be negative"),
+    "text of no letters": (header((10**12,), "<U0"), "follow in the file"),
     "objects": (
         header((3,), "|O") + bytes(24),
-        "holds Python objects, such as rows of different lengths",
+        "holds Python objects, which may run code",
     ),
     "fields": (header((1,), [("a", "<f8"), ("b", "<f8")]) + bytes(16), "has named fields"),
     "wide fields": (header((1,), [("a", "<f8", (10**12,))]) + bytes(16), "damaged"),
-    "no type": (header((1,), "hello") + bytes(16), "it is damaged, or was not written by NumPy"),
-    "no shape": (header("x") + bytes(16), "it is damaged, or was not written by NumPy"),
+    "no type": (
+        header((1,), "hello") + bytes(16),
+        "the file is damaged, or was not written by NumPy",
+    ),
+    "no shape": (header("x") + bytes(16), "the file is damaged, or was not written by NumPy"),
     "many axes": (header((1,) * 1000) + bytes(8), "damaged"),
     "long header": (b"\x93NUMPY\x02\x00" + (2**31).to_bytes(4, "little") + bytes(100), "damaged"),
     "new version": (b"\x93NUMPY\x07\x00" + bytes(100), "named fields|damaged"),
@@ -324,9 +327,9 @@ TENSORS = {
     "nested": (nested, "'X' in .*t.pt' is a nested tensor, .*to_padded_tensor"),
     "sparse": (lambda: torch.eye(3).to_sparse(), "'X' in .* is a sparse tensor"),
     "complex": (lambda: torch.zeros(3, dtype=torch.complex64), "'X' in .* must hold real numbers"),
-    "meta": (lambda: torch.zeros(3, device="meta"), "'X' in .* lies on the device 'meta'"),
+    "meta": (lambda: torch.zeros(3, device="meta"), "'X' in .* is on the device 'meta'"),
     "a list": (lambda: [torch.zeros(3)], "must hold a dict of tensors"),
-    "code": (lambda: io.BytesIO, "holds more than tensors, which is not unpickled"),
+    "code": (lambda: io.BytesIO, "holds more than tensors. gputune does not unpickle"),
 }
 
 
@@ -341,7 +344,7 @@ def test_a_hostile_tensor(kind, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (packed, "its records are packed"),
+        (packed, "the records are compressed"),
         (lambda path: packed(path, deflate=False), "'X' does not fit the records of the file"),
         (
             lambda path: torch.save(
@@ -361,29 +364,32 @@ def test_a_hostile_archive_of_tensors(change, words, tmp_path):
 TEXTS = {
     "UTF-16": (
         TABLE.encode("utf-16"),
-        "is text in UTF-16, and gputune reads UTF-8. Save it as UTF-8",
+        "is text in UTF-16, but gputune reads UTF-8. Save it as UTF-8",
     ),
     "UTF-16, big": (b"\xfe\xff" + TABLE.encode("utf-16-be"), "is text in UTF-16"),
     "UTF-32": (TABLE.encode("utf-32"), "is text in UTF-32"),
     "UTF-16 without a mark": (
         TABLE.encode("utf-16-le"),
-        "bytes of value 0 .* If it is text in UTF-16, save it as",
+        "bytes of value 0. If it is text in UTF-16, save it as",
     ),
-    "binary": (TABLE.encode() + b"1,2,\0\n", "bytes of value 0 and is no text table"),
-    "Latin-1": ("a,b\ncaf\xe9,1\n".encode("latin-1"), "it must be UTF-8 text"),
+    "binary": (
+        TABLE.encode() + b"1,2,\0\n",
+        "is not a text table, because it has bytes of value 0",
+    ),
+    "Latin-1": ("a,b\ncaf\xe9,1\n".encode("latin-1"), "Write UTF-8 text"),
     "a long line": (
         b"a,b\n1," + b"x" * 3_000_000 + b",3\n1,2\n",
         "could not be read|3 fields in line 2",
     ),
     "a long name": (
         b"a," + b"x" * 3_000_000 + b"\n1,2\n",
-        "a field of 3000000 characters in its first line",
+        "must hold the names of the columns, got a field of 3000000 characters",
     ),
     "an open quotation": (b'a,b\n"' + b"1,2\n" * 100_000, "could not be read|has 1 field in line"),
-    "two names": (b"a,b,a\n1,2,3\n", "column names must differ, got more than one 'a'"),
+    "two names": (b"a,b,a\n1,2,3\n", "Column names must differ, but 'a' occurs more than once"),
     "many names": (
         b",".join([b"a"] * 3000) + b"\n" + b",".join([b"1"] * 3000) + b"\n",
-        "column names must differ",
+        "Column names must differ",
     ),
 }
 
@@ -409,8 +415,7 @@ def test_nested_columns_and_texts_that_memory_does_not_hold(monkeypatch, tmp_pat
     for column in ([[1.0] * 9] * 3, [{"b": 1}] * 3, [b"1"] * 3):
         pl.DataFrame({"a": column, "y": [1, 2, 3]}).write_parquet(path)
         with refused(
-            "column 'a' of .*t.parquet' holds .*, which is no single value; give it columns of "
-            "numbers"
+            "Column 'a' of .*t.parquet' holds .*, not single values. Write columns of numbers"
         ):
             read_source(path, "y")
     # A dictionary has each text once; the table has an object of Python's for each row.

@@ -83,9 +83,9 @@ def test_text_among_objects_is_parsed_only_where_the_source_has_no_types():
 
 
 def test_an_object_that_is_no_value():
-    with refused("column 'c' holds dict, which is no number, boolean, text or date"):
+    with refused("Column 'c' holds dict objects, not numbers, booleans, text or dates"):
         from_values([1, {}], name="c", untyped=True)
-    with refused("column 'c' holds bytes"):
+    with refused("Column 'c' holds bytes"):
         from_column(np.array([b"a", b"b"], dtype=object), "c")
 
 
@@ -131,15 +131,15 @@ def test_a_column_is_read_as_its_owner_says(wanted, kind, values, read):
             "number",
             "category",
             column("1", "many"),
-            ": 'number'}: column 'c' has 'many' in row 1; leave that cell emp",
+            "which has 'many' in row 1. Leave the cell emp",
         ),
         (
             "date",
             "number",
             column(7, 20200101),
-            r"kinds={'c': 'date'}: column 'c' has '7' in row 0",
+            r"kinds={'c': 'date'} does not fit the column 'c', which has '7' in row 0",
         ),
-        ("number", "date", column(0), "holds dates, which nothing else is read from; convert it"),
+        ("number", "date", column(0), "holds dates. Convert the column"),
     ],
 )
 def test_a_column_that_cannot_be_read_as_its_owner_says(wanted, kind, values, words):

@@ -112,14 +112,15 @@ def test_folds_of_positions_and_wrong_lengths_are_refused():
     gaps = with_gaps(Y)
     pairs = list(KFold(3).split(X))
     with pytest.raises(
-        InputError, match="cv holds row positions, which change when missing_target='drop'"
+        InputError, match="cv holds row positions, but missing_target='drop' changes the positions"
     ):
         gputune.tune("mlp", X, gaps, missing_target="drop", **{**HOW, "cv": pairs})
     with pytest.raises(
-        InputError, match=r"sample_weight must have one number a row, shape \(48,\), got 45"
+        InputError,
+        match=r"sample_weight must have one number per row, shape \(48,\), got 45 numbers",
     ):
         gputune.tune("mlp", X, gaps, missing_target="drop", sample_weight=np.ones(45), **HOW)
-    with pytest.raises(InputError, match="groups must have one value a row"):
+    with pytest.raises(InputError, match="groups must have one value per row"):
         gputune.tune("mlp", X, gaps, missing_target="drop", groups=np.ones(45), **HOW)
     with pytest.raises(InputError, match="y is missing in every row"):
         gputune.tune("mlp", X, [None] * 48, missing_target="drop", **HOW)

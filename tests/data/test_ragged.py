@@ -20,9 +20,7 @@ OBJECTS[:] = [np.ones(length) for length in LENGTHS]
 FLAT = np.random.default_rng(0).normal(size=(30, 2)).astype(np.float32)
 
 NESTED_WORDS = r"is a nested tensor, whose rows have different lengths. Pad .*: torch.nested.to_padded_tensor\("
-RAGGED_WORDS = (
-    r"has rows of different shapes: row 0 has \(2.*\), row 1 \(3.*\). Pad or crop .*pad_sequence\("
-)
+RAGGED_WORDS = r"has rows of different shapes: row 0 has \(2.*\), row 1 has \(3.*\). Pad or crop .*pad_sequence\("
 OPTIONS = {"n_trials": 1, "max_epochs": 1, "cv": 2, "verbose": 0}
 
 
@@ -97,7 +95,7 @@ def test_an_object_array_of_equal_rows_is_told_to_be_stacked():
     rows = np.empty(30, dtype=object)
     rows[:] = [np.ones(2) for _ in LENGTHS]
     for model in ("mlp", mean_of_rows):
-        with refused(r"X is an object array of rows, not a table. Pass numpy.stack\(X\)"):
+        with refused(r"X is an object array of rows. Pass numpy.stack\(X\)"):
             gputune.tune(model, rows, LABELS, **OPTIONS)
     assert np.stack(rows).shape == (30, 2)
 

@@ -11,6 +11,7 @@ from gputune.data.columns import fit_layout
 from gputune.data.files import read_table
 from gputune.data.source import read_source
 from gputune.data.table import as_table
+from gputune.wording import PYTHON
 
 FRAME = pd.DataFrame({
     "zip": [f"{i % 3:05}" for i in range(60)],
@@ -24,7 +25,7 @@ FRAME = pd.DataFrame({
 
 
 def notes_of(X, **options):
-    return " ".join(fit_layout(read_source(X, "y", **options).X).notes)
+    return PYTHON.render(" ".join(fit_layout(read_source(X, "y", **options).X).notes))
 
 
 @pytest.fixture
@@ -35,10 +36,7 @@ def path(tmp_path):
 
 def test_a_file_says_what_a_frame_would_keep(path):
     notes = notes_of(path)
-    zeros = (
-        "leading zeros are lost, since all values are numbers. To keep codes as they are "
-        "written, set kinds="
-    )
+    zeros = "leading zeros are lost, because all values are numbers. To keep them, set kinds="
     assert f"Column 'zip': {zeros}{{'zip': 'category'}}." in notes
     assert "Column 'region': 'NA' is read as a missing value." in notes
     assert "Column 'pool': 'None' is read as a missing value." in notes
@@ -52,18 +50,18 @@ def test_a_frame_says_what_a_file_would_read(tmp_path):
     for X in (FRAME, pl.from_pandas(FRAME), tmp_path / "t.parquet"):
         notes = notes_of(X)
         numbers = (
-            "text that looks like numbers stays text, as the type of the column says. To read "
+            "text that looks like numbers stays text, because the type of the column is text. To read "
             "numbers, set kinds="
         )
         assert f"Columns 'zip', 'share': {numbers}{{'zip': 'number'}}." in notes
         dates = (
-            "text that looks like dates stays text, as the type of the column says. To read "
+            "text that looks like dates stays text, because the type of the column is text. To read "
             "dates, set kinds="
         )
         assert f"Column 'day': {dates}{{'day': 'date'}}." in notes
         word = (
-            "is a level like others, and would be missing in a CSV file. Write None for a "
-            "missing value."
+            "is a level like other text, although it means a missing value in a CSV file. Write "
+            "None for a missing value."
         )
         assert f"Column 'region': 'NA' {word}" in notes and f"Column 'pool': 'None' {word}" in notes
         assert "'n'" not in notes

@@ -110,32 +110,35 @@ def test_arrays_and_lists():
         (csr_array(np.eye(3)), "sparse matrix"),
         (
             np.zeros((2, 2, 2)),
-            r"two-dimensional .*\(2, 2, 2\); pass X.reshape\(len\(X\), -1\), which the forward",
+            r"two-dimensional .*\(2, 2, 2\). Pass X.reshape\(len\(X\), -1\). A module",
         ),
         (
             [np.zeros((3, 2)), np.zeros((3, 4))],
-            r"X is a list of 2 inputs, of shapes \(3, 2\), \(3, 4\).*hstack\(X\)",
+            r"X is a list of 2 inputs with the shapes \(3, 2\), \(3, 4\).*hstack\(X\)",
         ),
         (
             (torch.zeros(3, 2), torch.zeros(3)),
-            r"X is a tuple of 2 inputs, of shapes \(3, 2\), \(3,\)",
+            r"X is a tuple of 2 inputs with the shapes \(3, 2\), \(3,\)",
         ),
         (
             {"a": np.zeros((3, 2))},
-            r"X is a dict; pass one table .*pandas.DataFrame\(X\).*hstack\(list\(X.values",
+            r"X is a dict. Pass one table .*pandas.DataFrame\(X\).*hstack\(list\(X.values",
         ),
         (
             TensorDataset(torch.zeros(3, 2)),
-            "X is a TensorDataset; pass its tensors: X, y = dataset.tensors",
+            "X is a TensorDataset. Pass its tensors: X, y = dataset.tensors",
         ),
-        (DataLoader(TensorDataset(torch.zeros(3, 2))), "X is a DataLoader, .*batch_size is a key"),
+        (
+            DataLoader(TensorDataset(torch.zeros(3, 2))),
+            "X is a DataLoader, .*batch_size in the space",
+        ),
         (
             Subset(TensorDataset(torch.zeros(3, 2)), [0]),
-            "X is a Subset, a torch Dataset; pass all its rows",
+            "X is a Subset, a torch Dataset. Pass all its rows",
         ),
-        ([[10**400], [1]], "column 'x0' holds an integer that is larger than any float"),
+        ([[10**400], [1]], "Column 'x0' holds an integer that is larger than any float"),
         (np.zeros(3), r"two-dimensional .*\(3,\)"),
-        (None, "X must be rows, a data frame, an array of two axes or a list of lists, got None"),
+        (None, "X must be a DataFrame, an array with two axes or a list of lists, got None"),
         (2.5, "got 2.5"),
         (pd.Series([1, 2]), "two-dimensional"),
         ([1, 2], "two-dimensional"),
@@ -143,23 +146,23 @@ def test_arrays_and_lists():
             [torch.ones(2), torch.ones(3)],
             r"rows of different shapes.*torch.nn.utils.rnn.pad_sequence",
         ),
-        ([[1, 2], [1]], "row 1 \\(1,\\).* In a table, fill the shorter rows with None"),
+        ([[1, 2], [1]], "row 1 has \\(1,\\).* In a table, fill the shorter rows with None"),
         (np.zeros((0, 3)), "no rows"),
         (np.zeros((3, 0)), "no columns"),
         (pd.DataFrame(), "no columns"),
-        (pd.DataFrame([[1, 2]], columns=["a", "a"]), "column names must differ"),
-        (pd.DataFrame([[1, 2]], columns=["1", 1]), "column names must differ"),
+        (pd.DataFrame([[1, 2]], columns=["a", "a"]), "Column names must differ"),
+        (pd.DataFrame([[1, 2]], columns=["1", 1]), "Column names must differ"),
         (pl.DataFrame({"a": [1]}).lazy(), "lazy frame"),
         (
             np.array([[1.0, np.inf]]),
-            "column 'x1' has an infinite value in row 0; clip it, or leave it empty.$",
+            "Column 'x1' has an infinite value in row 0. Clip it, or leave it empty.$",
         ),
         (
             pd.DataFrame({"price": [1.0, -np.inf]}),
-            "'price' has an infinite value in row 1, where the first is row 0; ",
+            r"'price' has an infinite value in row 1 \(the first row is row 0\). ",
         ),
-        (np.zeros((2, 2), dtype=complex), "column 'x0' holds complex128"),
-        (pd.DataFrame({"a": [[1], [2]]}), "column 'a' holds list"),
+        (np.zeros((2, 2), dtype=complex), "Column 'x0' holds complex128"),
+        (pd.DataFrame({"a": [[1], [2]]}), "Column 'a' holds list"),
         (np.zeros(2, dtype=[("a", float)]), "structured array"),
         (np.ma.masked_array(np.zeros((2, 2)), mask=np.eye(2)), "masked array"),
     ],
@@ -201,15 +204,15 @@ def test_the_target_is_a_plain_array(column, kind, values):
 
 def test_bad_targets():
     table = as_table(pd.DataFrame({"income": [1, 2], "when": pd.to_datetime(["2020-01-01"] * 2)}))
-    with refused(r"target='incme' is not.*did you mean 'income'. The columns are 'income'"):
+    with refused(r"target must be a column .*Did you mean 'income'. The columns are 'income'"):
         split_target(table, "incme")
-    with refused(r"target='zzz' is not a column.*the columns are 'income', 'when'"):
+    with refused(r"target must be a column .*The columns are 'income', 'when'"):
         split_target(table, "zzz")
     with refused("'when' holds dates"):
         split_target(table, "when")
     with refused("only column"):
         split_target(Table(("y",), ("number",), (np.zeros(2),)), "y")
-    with refused("groups='team' is the only column of the table; there is nothing to predict from"):
+    with refused("groups='team' is the only column of the table. Add columns to predict"):
         read_source(pd.DataFrame({"team": [1, 2]}), [0, 1], "team")
 
 

@@ -12,6 +12,7 @@ from sklearn.utils.class_weight import compute_sample_weight
 
 from gputune.data.target import are_many_whole_numbers, check_target
 from gputune.data.weights import check_weights
+from gputune.wording import PYTHON
 from refused import refused
 
 
@@ -91,17 +92,17 @@ def test_twenty_whole_numbers_that_repeat_are_classes_and_more_a_number(dtype):
 @pytest.mark.parametrize(
     ("y", "task", "override"),
     [
-        ([0.0, 1.0, 0.0], None, "if they are numbers, say task='regression'"),
-        ([0, 1, 0], None, "if they are numbers, say task='regression'"),
-        ([1, 2, 3], None, "if they are classes, say task='classification'"),
-        ([0, 1, 0], "regression", "if they are classes, say task='classification'"),
+        ([0.0, 1.0, 0.0], None, "if they are numbers, set task='regression'"),
+        ([0, 1, 0], None, "if they are numbers, set task='regression'"),
+        ([1, 2, 3], None, "if they are classes, set task='classification'"),
+        ([0, 1, 0], "regression", "if they are classes, set task='classification'"),
         ([0.5, 1.0], None, ""),
         (["a", "b"], None, ""),
         ([True, False], None, ""),
     ],
 )
 def test_what_takes_whole_numbers_the_other_way_is_said(y, task, override):
-    assert check(y, task=task).override == override
+    assert PYTHON.render(check(y, task=task).override) == override
 
 
 def test_the_task_overrides_the_rule_and_select_keeps_the_classes():
@@ -121,46 +122,50 @@ def test_the_task_overrides_the_rule_and_select_keeps_the_classes():
         (
             ["a", None, "b"],
             None,
-            r"y has 1 missing value \(the first in row 1\); leave those rows out",
+            r"y has 1 missing value \(the first in row 1\). Leave those rows out",
         ),
         ([1.0, np.nan, np.nan], None, r"y has 2 missing values \(the first in row 1\)"),
         (pd.Series([1, None, 2], dtype="Int64"), None, r"1 missing value \(the first in row 1\)"),
         (pd.Series(["a", None]), None, r"1 missing value \(the first in row 1\)"),
         (pl.Series([1, None, 2]), None, r"1 missing value \(the first in row 1\)"),
-        ([np.nan, np.nan], None, "y is missing in every row; check its values."),
+        ([np.nan, np.nan], None, "y is missing in every row. Check its values."),
         (["a", "a"], None, "y must have at least two classes, got only 'a'"),
         (
             [3, 3],
             None,
-            "y is 3 in every row: there is nothing to predict; check the target's column",
+            "y is 3 in every row, so there is nothing to predict. Check the column",
         ),
         ([3, 3], "classification", "y must have at least two classes, got only 3"),
-        (np.zeros((3, 0)), None, r"one value a row, got shape \(3, 0\)"),
+        (np.zeros((3, 0)), None, r"one value per row, got shape \(3, 0\)"),
         (np.array([["a", "b"]]), None, r"y holds text in several columns, shape \(1, 2\)"),
         (np.array([[0.5, np.nan], [1, 2]]), None, r"1 missing value \(the first in row 0\)"),
         (
             np.eye(3),
             None,
-            r"y is one-hot rows of shape \(3, 3\): pass y.argmax\(1\) .*task='multilabel'",
+            r"y holds one-hot rows of shape \(3, 3\). Pass y.argmax\(1\) .*task='multilabel'",
         ),
         (torch.eye(3, dtype=torch.bool), None, "one-hot rows"),
         (pd.DataFrame({"a": [1, 0], "b": [0, 1]}), None, "one-hot rows"),
-        (np.array([[2, 1], [0, 1]]), "multilabel", "it needs columns of 0 and 1"),
-        (np.zeros((2, 2, 2)), "regression", "it needs one or several columns"),
+        (np.array([[2, 1], [0, 1]]), "multilabel", "needs columns of 0 and 1"),
+        (np.zeros((2, 2, 2)), "regression", "needs one or several columns"),
         (["a", "b"], "custom", "task='custom' needs numbers in y, got text"),
         ([0, 1], "multilabel", "task='multilabel' needs several columns of 0 and 1 in y, got one"),
         (
             [2**70, 1],
             None,
-            f"y holds {2**70}, which is beyond 64-bit integers; pass classes as text, numbers as "
+            f"y holds {2**70}, which does not fit into a 64-bit integer. Pass classes as text, and numbers as "
             "floa",
         ),
         (
             [10**400, 0.5],
             None,
-            "column 'y' holds an integer that is larger than any float; pass it as text",
+            "Column 'y' holds an integer that is larger than any float. Pass it as text",
         ),
-        ([[1], [2, 3]], None, r"y has rows of different shapes: row 0 has \(1,\), row 1 \(2,\)"),
+        (
+            [[1], [2, 3]],
+            None,
+            r"y has rows of different shapes: row 0 has \(1,\), row 1 has \(2,\)",
+        ),
         (
             [0.5, 1.5],
             "classification",
@@ -170,12 +175,12 @@ def test_the_task_overrides_the_rule_and_select_keeps_the_classes():
         (
             [0, 1, 2],
             "binary",
-            "task='binary' does not fit y, which has 3 classes; use task='multiclass'",
+            "task='binary' does not fit y, which has 3 classes. Use task='multiclass'",
         ),
         (
             [0, 1],
             "multiclass",
-            "task='multiclass' does not fit y, which has 2 classes; use task='binary'",
+            "task='multiclass' does not fit y, which has 2 classes. Use task='binary'",
         ),
         ([0, 1], "ranking", "task must be one of 'classification', .*got 'ranking'"),
         ([0.5, np.inf], None, "y must be finite, got inf in row 1"),
@@ -190,14 +195,14 @@ def test_the_task_overrides_the_rule_and_select_keeps_the_classes():
         (
             np.array([1, "a"], dtype=object),
             None,
-            r"y has values of two types, int \(1\) and text \('a'\); make them",
+            r"y mixes text \('a'\) and int \(1\). Convert",
         ),
         (
             pd.Series([True, "a"], dtype="category"),
             None,
-            r"two types, bool \(True\) and text \('a'\)",
+            r"mixes text \('a'\) and bool \(True\)",
         ),
-        (torch.zeros(2, device="meta"), None, "y lies on the device 'meta', which holds no values"),
+        (torch.zeros(2, device="meta"), None, "y is on the device 'meta', which holds no values"),
     ],
 )
 def test_bad_targets(y, task, message):
@@ -265,10 +270,10 @@ def test_integer_and_boolean_classes_are_found_by_value():
         (
             np.ones(3),
             None,
-            r"sample_weight must have one number a row, shape \(10,\), got shape \(3,\)",
+            r"sample_weight must have one number per row, shape \(10,\), got shape \(3,\)",
         ),
         (np.ones((10, 1)), None, r"got shape \(10, 1\)"),
-        (["a"] * 10, None, "sample_weight must hold one number a row"),
+        (["a"] * 10, None, "sample_weight must hold numbers"),
         ([1] * 9 + [-2], None, "sample_weight must be finite and not negative, got -2.0 in row 9"),
         (
             [np.nan] + [1] * 9,
@@ -280,7 +285,11 @@ def test_integer_and_boolean_classes_are_found_by_value():
             "even",
             "class_weight must be None, 'balanced' or a dict from class to weight, got 'even'",
         ),
-        (None, {"d": 1}, "class_weight has the class 'd', which y has not: 'a', 'b', 'c'"),
+        (
+            None,
+            {"d": 1},
+            "class_weight names the class 'd', but the classes of y are 'a', 'b', 'c'",
+        ),
         (None, {"a": -1}, "class_weight must be finite and not negative, got -1 for the class 'a'"),
         (
             None,
@@ -296,9 +305,9 @@ def test_bad_weights(sample, classes, message):
 
 
 def test_weights_of_a_regression_and_weights_that_are_all_zero():
-    with refused("class_weight needs classes, got class_weight='balanced' for a regression"):
+    with refused("class_weight is only for classes, but y holds numbers, got 'balanced'"):
         check_weights(None, "balanced", check_target([0.5, 1.5], n_rows=2))
-    with refused("training rows add up to 0"):
+    with refused("weights of the training rows of a fold add up to 0"):
         weigh(np.isin(np.arange(10), TRAIN, invert=True), None)
 
 
@@ -315,8 +324,8 @@ def test_weights_of_a_regression_and_weights_that_are_all_zero():
         ),
         (np.array([[1, 1], [0, 1]]), None, "multilabel", (2, 2), "2 labels"),
         (torch.eye(2, dtype=torch.bool), "multilabel", "multilabel", (2, 2), "2 labels"),
-        (np.zeros((2, 3, 4)), None, "custom", (2, 3, 4), "12 numbers, as they are"),
-        ([0, 1], "custom", "custom", (2,), "numbers, as they are"),
+        (np.zeros((2, 3, 4)), None, "custom", (2, 3, 4), "12 numbers, unchanged"),
+        ([0, 1], "custom", "custom", (2,), "numbers, unchanged"),
     ],
 )
 def test_several_columns(y, task, found, shape, words):

@@ -193,7 +193,7 @@ def test_an_object_of_ones_own_is_known_to_its_process_alone(tmp_path):
     model = study.best_model()
     assert study.record.target_transform == {"object": "Halved()"}
     with refused(
-        r"save\(\) cannot write target_transform=Halved\(\), which is no transformer of sklearn"
+        r"save\(\) cannot write target_transform=Halved\(\), because it is a Halved, not a transformer of sklearn"
     ):
         model.save(tmp_path / "model")
     with refused(
@@ -219,23 +219,23 @@ class Wide(FunctionTransformer):
         (
             "log",
             Y - 2,
-            "above 0 in y, and .* of 60 are not, the least -1.*; choose a PowerTransformer, or",
+            r"above 0 in y, but .* of 60 are not \(the smallest is -1.*\). Choose a PowerTransformer, or",
         ),
         (
             "log",
             np.r_[0.0, Y[1:]],
-            "and 1 of 60 are not, the least 0; choose 'log1p' .all above -1., or",
+            r"but 1 of 60 are not \(the smallest is 0\). Choose 'log1p' .for numbers above -1., or",
         ),
-        ("log1p", Y - 2, "needs numbers above -1 in y, and"),
+        ("log1p", Y - 2, "needs numbers above -1 in y, but"),
         (
             "log",
             X[:, 0] > 0,
-            "is for numbers to be predicted, and y is 2 classes: leave it out, or",
+            "is only for numbers to predict, but y is 2 classes. Leave it out, or",
         ),
         (
             "sqrt",
             Y,
-            "must be 'log', 'log1p' or a transformer .* inverse_transform, or None, got 'sqrt'",
+            "must be 'log', 'log1p' or a scikit-learn transformer .* inverse_transform, or None, got 'sqrt'",
         ),
         ("lg", Y, "Did you mean 'log'"),
         (PowerTransformer, Y, "target_transform must be"),
@@ -245,7 +245,11 @@ class Wide(FunctionTransformer):
             Y,
             r"target_transform=Failing\(\) raised RuntimeError on the training rows of a fold: no. Choose",
         ),
-        (Wide(), Y, r"raised ValueError on .*: it makes \(30, 2\) of \(30,\), or"),
+        (
+            Wide(),
+            Y,
+            r"raised ValueError on .*: it turned values of shape \(30,\) into shape \(30, 2\), or",
+        ),
         (PowerTransformer(method="box-cox"), -Y, "raised ValueError on the training rows"),
     ],
 )
@@ -263,7 +267,7 @@ def test_a_descent_is_refused():
 
 
 def test_a_poor_inverse_is_warned_of_and_a_function_without_a_name_refused(tmp_path):
-    with pytest.warns(InputWarning, match="does not give the target back"):
+    with pytest.warns(InputWarning, match="does not restore the target"):
         fit_transform(KBinsDiscretizer(3, encode="ordinal", strategy="uniform"), Y)
     nameless = FunctionTransformer(lambda y: y / 2, lambda y: y * 2)
     with refused("has no name by which study='.*' could know it again"):

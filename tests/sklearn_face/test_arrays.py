@@ -281,9 +281,9 @@ def test_hypergradients_go_through_running_statistics():
         (lambda: CONV.fit(IMAGES * np.nan, CLASSES), "X must be finite, got NaN .* in row 0"),
         (
             lambda: CONV.fit(IMAGES, CLASSES).predict(IMAGES[:, :, :5]),
-            "X must be what was seen in training",
+            "X must be as in training",
         ),
-        (lambda: CONV.fit(IMAGES, CLASSES).predict(AGES), "X must be what was seen in training"),
+        (lambda: CONV.fit(IMAGES, CLASSES).predict(AGES), "X must be as in training"),
         (
             lambda: CONV.fit(IMAGES, np.stack([CLASSES] * 2, 1)),
             r"labels in several columns.*shape \(60, 2\)",

@@ -105,7 +105,7 @@ def test_a_tensor_is_predicted_as_the_array_that_it_holds(numbers):
         model.predict(torch.tensor(1.0))
     for row in (X[0], torch.tensor(X[0])):
         with refused(
-            r"got shape \(3,\); one row is X.reshape\(1, -1\), of a data frame frame.iloc\[\[0\]\]"
+            r"got shape \(3,\). One row is X.reshape\(1, -1\), or frame.iloc\[\[0\]\] of a DataFrame"
         ):
             model.predict(row)
     with refused(r"has no column 'x2'"):

@@ -169,13 +169,19 @@ def test_what_is_wrong_with_a_description_is_said(tmp_path):
 def test_what_is_wrong_with_arrays_and_transformations_is_said(tmp_path):
     wrong = {
         of_images: {
-            ("layout", "dtypes"): (["hub"], "the dtypes of its inputs are none of torch's"),
-            ("layout", "shapes"): ([[1, 6, -6]], "the shapes of its inputs are no sizes"),
-            ("layout", "names"): ([1], "the names of its inputs are no texts"),
-            ("statistics", "channels"): ([], "its statistics are of another number of inputs"),
+            ("layout", "dtypes"): (["hub"], "the dtypes of its inputs are not dtypes of torch"),
+            ("layout", "shapes"): (
+                [[1, 6, -6]],
+                "the shapes of its inputs are not positive integers",
+            ),
+            ("layout", "names"): ([1], "the names of its inputs are not text"),
+            ("statistics", "channels"): (
+                [],
+                "its statistics belong to a different number of inputs",
+            ),
         },
         of_numbers: {
-            ("target_transform", "ends"): (1.0, "its target_transform lacks the ends"),
+            ("target_transform", "ends"): (1.0, "its target_transform lacks the limits"),
             ("target_transform", "transformer", "state"): (
                 {"a": 1},
                 "its target_transform does not work",

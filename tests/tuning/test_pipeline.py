@@ -319,7 +319,7 @@ def test_files_frames_and_arrays_have_one_rule_for_the_task(tmp_path, iris, kind
     rows += [(torch.tensor(X), torch.tensor(y)), (X, y.tolist())]
     assert {tune("mlp", *of, n_trials=1, max_epochs=1).meta["task"] for of in rows} == {"binary"}
     tune("mlp", X, y, n_trials=1, max_epochs=1, verbose=1)
-    assert "2 classes; if they are numbers, say task='regression'" in capsys.readouterr().err
+    assert "2 classes; if they are numbers, set task='regression'" in capsys.readouterr().err
 
 
 def test_a_guess_of_the_task_that_may_be_wrong_is_a_warning_where_tune_was_called():
@@ -366,8 +366,7 @@ def test_the_levels_of_a_category_are_bounded(tmp_path):
     call = partial(tune_one, "mlp", frame, y, study=tmp_path / "study.db", max_epochs=1)
     study = call(max_levels=3)
     assert (
-        study.record.features == 4
-        and "max_levels bounds the others to the 3 most" in study.record.notes[0]
+        study.record.features == 4 and "⟦max_levels=3⟧ keeps only the most" in study.record.notes[0]
     )
     model = gputune.Study.open(tmp_path / "study.db").best_model(frame, y)
     assert model.layout.feature_names == ("city=c0", "city=c1", "city=c2", "city=(other)")
@@ -390,7 +389,7 @@ def test_folds_groups_and_time_series():
     named = pd.DataFrame(X, columns=list("abcd")).assign(group=groups)
     study = tune("mlp", named, y, groups="group", n_trials=1)
     assert study.meta["features"] == 4
-    with refused("groups are not kept whole by cv=ShuffleSplit"):
+    with refused("cv=ShuffleSplit.* must not split a group"):
         tune("mlp", named, y, groups="group", cv=ShuffleSplit(2, random_state=0))
 
 
@@ -530,8 +529,8 @@ def test_a_model_has_the_score_of_its_own_rows_alone(tmp_path, iris):
     others = {
         r"\(150 rows then, 120 now\)": (X[:120], y[:120]),
         r"\(4 columns then, 3 now\)": (X[:, :3], y),
-        r"\(150 rows then and now, of other names or values\)": (X[:, ::-1], y),
-        r"of other names or values; other classes\)": (X, y + 1),
+        r"\(150 rows then and now, with different names or values\)": (X[:, ::-1], y),
+        r"with different names or values; other classes\)": (X, y + 1),
         r"\(150 rows then, 100 now; 3 classes then, 2 now\)": (X[:100], y[:100]),
     }
     for words, rows in others.items():
@@ -657,15 +656,15 @@ IMAGES = {"X": np.ones((9, 1, 4, 4)), "y": np.arange(9) % 3}
         ),
         (
             {"y": np.full(150, 2.5)},
-            "y is 2.5 in every row: there is nothing to predict; check the target's column",
+            "y is 2.5 in every row, so there is nothing to predict. Check the column",
         ),
         (
             {"y": np.append(np.linspace(0, 1, 149), 1e30)},
-            r"y has 1e\+30 in row 149, beside which half of the other numbers are equal in single precision",
+            r"y has 1e\+30 in row 149, .* half of the other numbers become equal in single precision",
         ),
         (
             {"space": {"numbers": ["robust"]}, "X": torch.rand(9, 2), "y": np.arange(9) % 3},
-            "numbers='robust' is not there for tensors; pass a NumPy array",
+            "numbers='robust' does not support tensors. Pass a NumPy array",
         ),
         (
             {"space": {"numbers": ["standard"]}, "model": "cnn", **IMAGES},
@@ -793,13 +792,13 @@ def test_more_bad_input(tmp_path, iris):
     cases = [
         ("solved with optimizer='exact' predicts classes", "logistic", X, X[:, 0], {}),
         (
-            "y and groups must be arrays when X is a tensor or arrays",
+            "y and groups must be arrays if X is a tensor or arrays",
             "mlp",
             torch.tensor(X),
             "target",
             {},
         ),
-        (r"kind has values of two types, int \(1\) and text \('a'\)", "mlp", of_types, "kind", {}),
+        (r"kind mixes text \('a'\) and int \(1\)", "mlp", of_types, "kind", {}),
         ("y must name the target column of the file", "mlp", csv, y, {}),
         (
             "scoring='roc_auc_ovr' needs every class.*fold 0 lacks one",
@@ -810,21 +809,21 @@ def test_more_bad_input(tmp_path, iris):
         ),
         ("scoring='r2' needs two validation rows", "mlp", X, X[:, 0], {"cv": last}),
         (
-            "groups cannot be kept whole by a time series",
+            "groups cannot be used with a time series",
             "mlp",
             X,
             y,
             {"groups": groups, "cv": TimeSeriesSplit(3)},
         ),
         (
-            "groups and the target must be two columns, got 'kind'",
+            "groups must not be the column of the target, got 'kind'",
             "mlp",
             frame,
             "kind",
             {"groups": "kind"},
         ),
         ("folder.csv' is a folder; give the file in it", "mlp", folder, "kind", {}),
-        ("must be UTF-8 text", "mlp", latin, "kind", {}),
+        ("Write UTF-8 text", "mlp", latin, "kind", {}),
     ]
     for size, words in (
         (51, "class 1 has 1 row for 3 folds: choose another scoring."),
@@ -1052,7 +1051,7 @@ def test_a_module_that_keeps_an_activation_has_a_model(iris, method):
 
 def test_a_target_of_single_rows_and_the_folder_above_a_model_are_named(tmp_path, iris):
     target = check_target(np.array(list("abcdefghij")), n_rows=10, name="id")
-    with refused("'id' has 10 classes of one row each.*choose another target"):
+    with refused("'id' has only one row of each of its 10 classes. Choose a different target"):
         hold_out(target, test_size=0.2, seed=0)
     tune("mlp", *iris, n_trials=1).best_model().save(tmp_path / "model")
     with refused("has no model.json; did you mean .*model'"):

@@ -64,11 +64,11 @@ FORMS = [
 def test_a_regression_of_whole_numbers_says_so_and_names_the_option(form):
     rows, y = INPUTS[form]
     with pytest.warns(
-        InputWarning, match="distinct whole numbers in .* rows.* say task='classification'"
+        InputWarning, match="distinct whole numbers in .* rows.* set task='classification'"
     ):
         study = gputune.tune(Net, rows, y, **HOW)
     assert study.record.task == "regression"
-    assert any("say task='classification'" in note for note in study.record.notes)
+    assert any("set ⟦task='classification'⟧" in note for note in study.record.notes)
     study = gputune.tune(Net, rows, y, task="regression", **HOW)
     assert not any("task=" in note for note in study.record.notes)
 
@@ -142,8 +142,8 @@ def test_many_classes_of_a_few_rows_each_train_and_are_held_out(tmp_path):
     assert code == 0 and "y has classes with fewer rows than the 5 folds" in said
     assert "100 classes of 'y'" in text and "40 held out" in text
     code, text, said = run(*call, "--out", tmp_path / "p")
-    assert code == 0 and "If they are classes, say --task classification. If not" in said
-    assert "If they are classes, say --task classification." in " ".join(text.split())
+    assert code == 0 and "If they are classes, set --task classification. If not" in said
+    assert "If they are classes, set --task classification." in " ".join(text.split())
 
 
 @pytest.mark.parametrize("n_folds", [3, 5])
