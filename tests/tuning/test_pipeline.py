@@ -741,7 +741,7 @@ IMAGES = {"X": np.ones((9, 1, 4, 4)), "y": np.arange(9) % 3}
         ({"scoring": "acuracy"}, "Did you mean 'accuracy'"),
         ({"cv": 200}, "200"),
         ({"y": None}, "y is missing"),
-        ({"groups": "group"}, "groups='group' is not a column of the table"),
+        ({"groups": "group"}, "groups must be a column of the table, got 'group'"),
     ],
 )
 def test_bad_arguments_are_named(iris, arguments, message):
