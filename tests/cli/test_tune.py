@@ -666,7 +666,7 @@ def test_no_predicted_text_is_a_formula(tmp_path):
         ("net.py:Last", "want them first: write the file again with X.transpose("),
         (
             "mlp",
-            "choose --model cnn for images, --model gru for sequences, .* write the file again "
+            "Choose --model cnn for images, --model gru for sequences, .* write the file again "
             "with X.reshape(",
         ),
     ],

@@ -277,7 +277,7 @@ def test_hypergradients_go_through_running_statistics():
             lambda: CONV.fit({"image": [1, 2]}, CLASSES),
             "must hold arrays or tensors, got {'image': list}",
         ),
-        (lambda: CONV.fit((IMAGES, AGES[:3]), CLASSES), r"got lengths X\[0\] 60, X\[1\] 3"),
+        (lambda: CONV.fit((IMAGES, AGES[:3]), CLASSES), r"got 60 in X\[0\], 3 in X\[1\]"),
         (lambda: CONV.fit(IMAGES * np.nan, CLASSES), "X must be finite, got NaN .* in row 0"),
         (
             lambda: CONV.fit(IMAGES, CLASSES).predict(IMAGES[:, :, :5]),
