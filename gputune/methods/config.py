@@ -9,7 +9,7 @@ import numpy as np
 
 from gputune.errors import InputError
 from gputune.optimizers.classes import CLASSES, OPTIMIZER_PREFIX, has_weight_decay, optimizer_word
-from gputune.text import did_you_mean, nearest
+from gputune.text import nearest
 from gputune.types import (
     ACTIVATIONS,
     DECAY_FACTOR,
@@ -21,6 +21,7 @@ from gputune.types import (
     SCHEDULES,
     Config,
 )
+from gputune.wording import Verbatim, option
 
 
 class Range(NamedTuple):
@@ -33,7 +34,7 @@ class Range(NamedTuple):
     ends: str = "[)"  # as in mathematics: "[" and "]" include an end, "(" and ")" exclude it
     integer: bool = False
 
-    def holds(self, value: float) -> bool:
+    def includes(self, value: float) -> bool:
         """Return True if a number is in the range."""
         inside = self.low < value < self.high
         return (
@@ -71,14 +72,14 @@ WORDS: Mapping[str, tuple[str, ...]] = {
 KEYS = (*RANGES, *WORDS)
 """Every key of every kind of model, except ``module__*``."""
 
-TAKERS: Mapping[str, tuple[str, ...]] = {
+OPTIMIZERS_WITH: Mapping[str, tuple[str, ...]] = {
     "weight_decay": (*OPTIMIZERS, *(name for name in CLASSES if has_weight_decay(name))),
     "momentum": ("sgd", "nesterov", "rmsprop", "muon", "sgdhd", "nesterovhd"),
     "beta2": ("adam", "adamw", "muon", "schedulefree"),
     "hypergrad_lr": ONLINE,
     "hypergrad_rule": ONLINE,
 }
-"""Keys that only some optimizers use, with these optimizers. The other optimizers ignore them."""
+"""The optimizers that use a key. The other optimizers ignore it."""
 
 MODULE_PREFIX = "module__"
 PREFIXES = (MODULE_PREFIX, "loss__", OPTIMIZER_PREFIX, LR_FACTOR, DECAY_FACTOR)
@@ -146,31 +147,38 @@ def check_key(key: object, *, keys: Collection[str], module: bool, name: str) ->
         return
     if with_prefix:
         raise InputError(
-            f"{name} has the key {key!r}, but {'*, '.join(PREFIXES)}* keys need an nn.Module "
-            "class as the model. Leave it out."
+            name,
+            f"has the key {key!r}, but {'*, '.join(PREFIXES)}* keys need an nn.Module class as "
+            "the model",
+            remedy="Leave it out.",
         )
     legal = sorted(keys) + [f"{prefix}*" for prefix in PREFIXES if module]
     raise InputError(
-        f"{name} must have only the keys {', '.join(legal)}, got {key!r}. "
-        f"{_key_remedy(str(key), keys, module)}"
+        name,
+        f"must have only the keys {', '.join(legal)}",
+        got=key,
+        remedy=_key_remedy(str(key), keys, module),
     )
 
 
 def _key_remedy(key: str, keys: Collection[str], module: bool) -> str:
     """Return the advice for a key that is not legal."""
     if key in ("hypergrad_lr", "hypergrad_rule"):
-        return f"Only the optimizers {', '.join(ONLINE)} have it, for example optimizer='adamwhd'."
+        example = option("optimizer", "adamwhd")
+        return f"Only the optimizers {', '.join(ONLINE)} have it, for example {example}."
     if near := nearest(key, sorted(keys), others=_OTHER_NAMES):
         return f"Did you mean {near!r}?"
     if module:
-        return f"An argument of the module is written '{MODULE_PREFIX}{key}'."
+        return f"Write an argument of the module as '{MODULE_PREFIX}{key}'."
     if "lr" not in keys and key in legal_keys("logistic", "adamw"):
+        trained = option("optimizer", "adamw")
         return (
-            f"The solved logistic regression has no {key}; optimizer='adamw' trains it by "
-            "gradient descent."
+            f"The solved logistic regression has no {key}. Pass {trained} to train it by gradient "
+            "descent."
         )
     if "C" not in keys and key in legal_keys("logistic", "exact"):
-        return f"Only the logistic regression solved with optimizer='exact' has {key}."
+        solved = option("optimizer", "exact")
+        return f"Only the logistic regression solved with {solved} has {key}."
     return "Leave it out."
 
 
@@ -185,20 +193,21 @@ def check_config(config: Mapping[str, object], *, name: str = "config") -> Confi
         check_key(key, keys=KEYS, module=True, name=name)
     check_penalty(config, name)
     checked = {key: check_value(key, value, f"{name}[{key!r}]") for key, value in config.items()}
-    if (
-        checked.get("hypergrad_rule", "multiplicative") != "multiplicative"
-        and "hypergrad_lr" not in checked
-    ):
+    rule = checked.get("hypergrad_rule", "multiplicative")
+    if rule != "multiplicative" and "hypergrad_lr" not in checked:
         raise InputError(
-            f"{name} must have a value for 'hypergrad_lr' beside "
-            f"hypergrad_rule={checked['hypergrad_rule']!r}, whose unit depends on the model; try "
-            "powers of ten, or the rule 'multiplicative'."
+            name,
+            f"must have a value for 'hypergrad_lr', because it has hypergrad_rule={rule!r}",
+            remedy="The unit of 'hypergrad_lr' depends on the model. Try powers of ten, or use "
+            "the rule 'multiplicative'.",
         )
     layers = checked.get("width")
     if isinstance(layers, tuple) and checked.get("depth", len(layers)) != len(layers):
         raise InputError(
-            f"{name} must have no 'depth' beside the width {layers}, which is of {len(layers)} "
-            f"layers, got {checked['depth']}. Leave it out."
+            name,
+            f"must have no 'depth', because its width {layers} sets {len(layers)} layers",
+            got=checked["depth"],
+            remedy="Leave 'depth' out.",
         )
     if (penalty := checked.pop("penalty", None)) is not None:
         checked["l1_ratio"] = 1.0 if penalty == "l1" else 0.0
@@ -226,8 +235,10 @@ def check_penalty(keys: Collection[str], name: str) -> None:
     name."""
     if "penalty" in keys and "l1_ratio" in keys:
         raise InputError(
-            f"{name} must have one of 'penalty' and 'l1_ratio', which say the same, got both. "
-            "Leave 'penalty' out: l1_ratio 0 is l2, 1 is l1, between is elastic net."
+            name,
+            "must have only one of 'penalty' and 'l1_ratio', which say the same",
+            got=Verbatim("both"),
+            remedy="Leave 'penalty' out: l1_ratio 0 is l2, 1 is l1, between is elastic net.",
         )
 
 
@@ -240,11 +251,13 @@ def check_value(key: str, value: object, name: str) -> Any:
     if key == "width" and isinstance(value, list | tuple):  # the units of each hidden layer
         if not value:
             raise InputError(
-                f"{name} must have the units of each hidden layer, got (). For example (100, 50)."
+                name,
+                "must have the number of units of each hidden layer",
+                got=value,
+                remedy="For example (100, 50).",
             )
-        return tuple(
-            _check_number(RANGES["width"], units, f"each layer of {name}") for units in value
-        )
+        layer = f"each layer of {option(name)}"
+        return tuple(_check_number(RANGES["width"], units, layer) for units in value)
     if key in RANGES or key.startswith((LR_FACTOR, DECAY_FACTOR)):
         return _check_number(RANGES.get(key, _FACTOR), value, name)
     if key == "optimizer":
@@ -252,35 +265,41 @@ def check_value(key: str, value: object, name: str) -> Any:
     if key not in WORDS:
         return value  # module__* and similar keys accept any value
     words = WORDS[key]
-    value = "none" if key == "penalty" and value is None else value
+    if key == "penalty" and value is None:
+        return "none"
     if isinstance(value, str) and value in words:
         return value
-    elastic = " For elastic net leave 'penalty' out and give 'l1_ratio' between 0 and 1."
-    remedy = elastic if key == "penalty" else f" For example {words[0]!r}."
-    near = did_you_mean(value, words) if isinstance(value, str) else ""
-    raise InputError(f"{name} must be one of {', '.join(words)}, got {value!r}.{near or remedy}")
+    if isinstance(value, str) and (near := nearest(value, words)):
+        remedy = f"Did you mean {near!r}?"
+    elif key == "penalty":
+        remedy = "For elastic net, leave 'penalty' out and set 'l1_ratio' between 0 and 1."
+    else:
+        remedy = f"For example {words[0]!r}."
+    raise InputError(name, f"must be one of {', '.join(words)}", got=value, remedy=remedy)
 
 
 def _check_number(rule: Range, value: object, name: str) -> float | int:
     """Return a number in the range of its rule. Raises InputError otherwise."""
-    words = f"{name} must be {rule.rule}, got"
+    number = math.nan  # in no range
     remedy = f"For example {rule.example}."
+    got = value
     if isinstance(value, str):
-        raise InputError(f"{words} the text {value!r}. {remedy}")
-    if isinstance(value, bool) or not isinstance(value, Real):
-        other = (
-            f"Give a number, for example {rule.example}, a list, or a frozen scipy.stats "
+        got = Verbatim(f"the text {value!r}")
+    elif isinstance(value, bool) or not isinstance(value, Real):
+        remedy = (
+            f"Use a number, for example {rule.example}, a list, or a frozen scipy.stats "
             "distribution."
         )
-        raise InputError(f"{words} {value!r}. {other}")
-    try:
-        number = float(value)
-    except OverflowError:  # an int of more than 308 digits
-        number = math.inf
-    if rule.integer and math.isfinite(number) and not number.is_integer():
-        raise InputError(f"{words} {value!r}. {INTEGER_REMEDY}")
-    if not rule.holds(number):
-        raise InputError(f"{words} {value!r}. {remedy}")
+    else:
+        try:
+            number = float(value)
+        except OverflowError:  # an int of more than 308 digits
+            number = math.inf
+        if rule.integer and math.isfinite(number) and not number.is_integer():
+            number = math.nan
+            remedy = INTEGER_REMEDY
+    if not rule.includes(number):
+        raise InputError(name, f"must be {rule.rule}", got=got, remedy=remedy)
     if not rule.integer:
         return number
     # a float would lose digits of a large int

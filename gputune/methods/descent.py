@@ -24,16 +24,18 @@ from gputune.hypergradients.inner import (
     to_coordinate,
 )
 from gputune.types import Config, Json
+from gputune.wording import Verbatim
 
 _DIVIDED = 10  # divides the length of a normalized step when the loss rises
 # After this number of chaotic points, the slopes come from wide finite differences.
-_HITS = 2
+_MOST_CHAOTIC = 2
 
 # Length of the first step in the coordinates, for one value and for several values.
 FIRST_STEP = 1.5
 FIRST_OF_SEVERAL = 1.0
 
 SegmentTable: TypeAlias = NDArray[np.float64]  # (S, L): S segments of the training time, L layers
+Tables: TypeAlias = dict[str, SegmentTable]  # by hyperparameter
 Bounds = Mapping[str, tuple[float, float]]
 
 
@@ -75,34 +77,37 @@ class Hypergradient:
         names = self.hyperparameters
         names = (names,) if isinstance(names, str) else tuple(names)
         object.__setattr__(self, "hyperparameters", names)
-        known = (*HYPERPARAMETERS, "C")
-        if not names or len(set(names)) < len(names) or not set(names) <= set(known):
+        choices = (*HYPERPARAMETERS, "C")
+        if not names or len(set(names)) < len(names) or not set(names) <= set(choices):
             raise InputError(
-                f"Hypergradient(hyperparameters=...) must be some of {', '.join(known)}, each "
-                f"once, got {names!r}."
+                "Hypergradient(hyperparameters=...)",
+                f"must be some of {', '.join(choices)}, each once",
+                got=names,
             )
         check_count(self.outer_steps, "Hypergradient(outer_steps=...)")
         check_count(self.segments, "Hypergradient(segments=...)")
         if not isinstance(self.per_layer, bool):
             raise InputError(
-                f"Hypergradient(per_layer=...) must be True or False, got {self.per_layer!r}."
+                "Hypergradient(per_layer=...)", "must be True or False", got=self.per_layer
             )
         if self.step not in ("sign", "normalized"):
             raise InputError(
-                f"Hypergradient(step=...) must be 'sign' or 'normalized', got {self.step!r}."
+                "Hypergradient(step=...)", "must be 'sign' or 'normalized'", got=self.step
             )
-        for name, value in (("first_step", self.first_step), ("smallest_step", self.smallest_step)):
+        for name in ("first_step", "smallest_step"):
+            value = getattr(self, name)
             if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
                 raise InputError(
-                    f"Hypergradient({name}=...) must be a finite number > 0, got {value!r}."
+                    f"Hypergradient({name}=...)", "must be a finite number > 0", got=value
                 )
         several = len(names) > 1 or self.segments > 1 or self.per_layer
         first = self.first_step or (FIRST_OF_SEVERAL if several else FIRST_STEP)
         if self.smallest_step > first:
             raise InputError(
-                "Hypergradient(smallest_step=...) must be at most the first step, or no start "
-                f"moves twice, got smallest_step={self.smallest_step:g} and a first step of "
-                f"{first:g}. For example smallest_step=0.05."
+                "Hypergradient(smallest_step=...)",
+                "must be at most the first step, or no starting point moves twice",
+                got=Verbatim(f"smallest_step={self.smallest_step:g} and a first step of {first:g}"),
+                remedy="For example smallest_step=0.05.",
             )
 
 
@@ -120,8 +125,8 @@ class Slope:
     """
 
     loss: float
-    slopes: Mapping[str, SegmentTable]
-    errors: Mapping[str, SegmentTable]
+    slopes: Tables
+    errors: Tables
     usable: bool
     ratio: float
     mode: Literal["exact", "differences"]
@@ -133,20 +138,29 @@ class Slope:
             "ratio": self.ratio,
             "usable": self.usable,
             "mode": self.mode,
-            "slope": {name: table.tolist() for name, table in self.slopes.items()},
-            "slope_error": {name: table.tolist() for name, table in self.errors.items()},
+            "slope": _as_lists(self.slopes),
+            "slope_error": _as_lists(self.errors),
         }
 
     @classmethod
     def from_detail(cls, detail: Json) -> "Slope":
         """Return the slope that ``to_detail`` converted."""
-        slopes, errors = (
-            {name: np.asarray(table, dtype=float) for name, table in detail[key].items()}
-            for key in ("slope", "slope_error")
-        )
         return cls(
-            detail["loss"], slopes, errors, detail["usable"], detail["ratio"], detail["mode"]
+            detail["loss"],
+            _as_arrays(detail["slope"]),
+            _as_arrays(detail["slope_error"]),
+            detail["usable"],
+            detail["ratio"],
+            detail["mode"],
         )
+
+
+def _as_lists(tables: Tables) -> Json:
+    return {name: table.tolist() for name, table in tables.items()}
+
+
+def _as_arrays(tables: Json) -> Tables:
+    return {name: np.asarray(table, dtype=float) for name, table in tables.items()}
 
 
 def slope_at(
@@ -183,7 +197,7 @@ def slope_at(
     return Slope(float(losses.mean()), means, errors, finite and calm, float(ratios.max()), mode)
 
 
-class Descent:
+class StartingPoint:
     """The state of one starting point of a hypergradient search.
 
     It holds the current values, the lengths of the next steps, and the number of chaotic points so
@@ -197,18 +211,20 @@ class Descent:
         self.names = tuple(names)
         self.config = dict(config)
         self.bounds = bounds
-        self.steps: dict[str, SegmentTable] = {}
-        self.signs: dict[str, SegmentTable] = {}
+        self.steps: Tables = {}
+        self.signs: Tables = {}
         self.length = 0.0
         self.last_loss = math.inf
-        self.hits = 0
+        self.n_chaotic = 0
         self.ended = False
-        self.visited: list[dict[str, SegmentTable]] = []
+        self.visited: list[Tables] = []
 
     @property
     def mode(self) -> Literal["exact", "differences"]:
         """The way in which the slope at the next point is computed."""
-        return "differences" if self.hits >= _HITS and self.names != ("C",) else "exact"
+        return (
+            "differences" if self.n_chaotic >= _MOST_CHAOTIC and self.names != ("C",) else "exact"
+        )
 
     def move(self, slope: Slope) -> None:
         """Take a step from the current point with a given slope.
@@ -217,60 +233,62 @@ class Descent:
         """
         if not self.steps:
             self._begin(slope)
-        tables = {
-            name: as_table(self.config[name], slope.slopes[name].shape) for name in self.names
-        }
-        before = {
-            name: to_coordinate(name, torch.as_tensor(t)).numpy() for name, t in tables.items()
-        }
-        step = self._sign_step if self.method.step == "sign" else self._normalized_step
-        moves = step(slope) if slope.usable else self._step_down(slope)
-        unclear = not slope.usable or not any(move.any() for move in moves.values())
+        before = {}
+        for name in self.names:
+            table = as_table(self.config[name], slope.slopes[name].shape)
+            before[name] = to_coordinate(name, torch.as_tensor(table)).numpy()
+        if not slope.usable:
+            moves = self._step_down(slope)
+        elif self.method.step == "sign":
+            moves = self._sign_step(slope)
+        else:
+            moves = self._normalized_step(slope)
+        is_unclear = not slope.usable or not any(move.any() for move in moves.values())
         after = self._move(before, moves)
-        while not _alike(after, before) and any(_alike(after, place) for place in self.visited):
+        while not _are_close(after, before) and any(
+            _are_close(after, place) for place in self.visited
+        ):
             # Steps of 1, 1/2 and 1/2 can lead back to a visited point, so the step is halved again.
-            moves = {name: move / 2 for name, move in moves.items()}
-            self.steps = {
-                name: np.where(moves[name] != 0, s / 2, s) for name, s in self.steps.items()
-            }
+            for name in self.names:
+                moves[name] = moves[name] / 2
+                step = self.steps[name]
+                self.steps[name] = np.where(moves[name] != 0, step / 2, step)
             self.length /= 2
             after = self._move(before, moves)
         self.visited.append(before)
+        stays = _are_close(after, before)
+        longest = self.length
+        if self.method.step == "sign":
+            longest = max(step.max() for step in self.steps.values())
         # For the solved model (C only), finite differences would see the same smooth loss.
-        again = slope.mode == "exact" and self.names != ("C",)
-        lengths = (
-            [self.length]
-            if self.method.step == "normalized"
-            else [t.max() for t in self.steps.values()]
-        )
-        if _alike(after, before) and unclear and again:
+        if stays and is_unclear and slope.mode == "exact" and self.names != ("C",):
             # Noise, or chaos without a lower learning rate: this point is tried again with finite
             # differences.
-            self.hits = _HITS
-        elif _alike(after, before) or max(lengths) < self.method.smallest_step:
+            self.n_chaotic = _MOST_CHAOTIC
+        elif stays or longest < self.method.smallest_step:
             self.ended = True
         else:
             self.config |= {name: self._value(name, after[name]) for name in self.names}
 
     def _begin(self, slope: Slope) -> None:
         """Set the lengths of the first steps."""
-        number = sum(table.size for table in slope.slopes.values())
-        self.length = self.method.first_step or (FIRST_STEP if number == 1 else FIRST_OF_SEVERAL)
-        self.steps = {
-            name: np.full(table.shape, self.length) for name, table in slope.slopes.items()
-        }
-        self.signs = {name: np.zeros(table.shape) for name, table in slope.slopes.items()}
+        n_values = sum(table.size for table in slope.slopes.values())
+        self.length = self.method.first_step or (FIRST_STEP if n_values == 1 else FIRST_OF_SEVERAL)
+        for name, table in slope.slopes.items():
+            self.steps[name] = np.full(table.shape, self.length)
+            self.signs[name] = np.zeros(table.shape)
 
-    def _sign_step(self, slope: Slope) -> dict[str, SegmentTable]:
+    def _sign_step(self, slope: Slope) -> Tables:
         """Return the moves of all values, each by its own step against its slope.
 
         A value stays if its slope is smaller than the standard error over the folds.
         """
-        clear = {name: ~(np.abs(slope.slopes[name]) < slope.errors[name]) for name in self.names}
-        return {
-            name: self._by_sign(name, np.sign(slope.slopes[name]) * clear[name])
-            for name in self.names
-        }
+        moves = {}
+        for name in self.names:
+            table = slope.slopes[name]
+            is_clear = ~(np.abs(table) < slope.errors[name])  # also with an error of NaN
+            moves[name] = self._by_sign(name, np.sign(table) * is_clear)
+        return moves
 
     def _by_sign(self, name: str, signs: SegmentTable) -> SegmentTable:
         """Return the moves of the values of one hyperparameter, from the signs of their slopes."""
@@ -280,7 +298,7 @@ class Descent:
         self.signs[name] = np.where(signs != 0, signs, self.signs[name])
         return -signs * self.steps[name]
 
-    def _normalized_step(self, slope: Slope) -> dict[str, SegmentTable]:
+    def _normalized_step(self, slope: Slope) -> Tables:
         """Return the moves of all values along the slope, with the current length."""
         if slope.loss > self.last_loss:
             self.length /= _DIVIDED
@@ -289,20 +307,18 @@ class Descent:
         scale = self.length / norm if norm > 0 else 0.0
         return {name: -scale * slope.slopes[name] for name in self.names}
 
-    def _step_down(self, slope: Slope) -> dict[str, SegmentTable]:
+    def _step_down(self, slope: Slope) -> Tables:
         """Return a move to a lower learning rate, after a chaotic point.
 
         A learning rate that is too large causes chaos, so the other values stay.
         """
-        self.hits += 1
+        self.n_chaotic += 1
         moves = {name: np.zeros(slope.slopes[name].shape) for name in self.names}
         if "lr" in self.names:
             moves["lr"] = self._by_sign("lr", np.ones(slope.slopes["lr"].shape))
         return moves
 
-    def _move(
-        self, before: dict[str, SegmentTable], moves: dict[str, SegmentTable]
-    ) -> dict[str, SegmentTable]:
+    def _move(self, before: Tables, moves: Tables) -> Tables:
         """Return the coordinates after a move, clipped to the bounds."""
         after = {}
         for name in self.names:
@@ -323,12 +339,14 @@ class Descent:
         # Clipped again: rounding may move a value slightly beyond its bound.
         low, high = self.bounds.get(name, (-math.inf, math.inf))
         table = np.clip(from_coordinate(name, torch.as_tensor(coordinate)).numpy(), low, high)
+        if table.size == 1:
+            return float(table.item())
         value: list[float] | list[list[float]] = (
             table if table.shape[1] > 1 else table[:, 0]
         ).tolist()
-        return value if table.size > 1 else float(table.item())
+        return value
 
 
-def _alike(one: Mapping[str, SegmentTable], other: Mapping[str, SegmentTable]) -> bool:
+def _are_close(point: Tables, other: Tables) -> bool:
     """Return True if two points are equal except for rounding."""
-    return all(np.allclose(one[name], other[name], rtol=1e-9, atol=1e-9) for name in one)
+    return all(np.allclose(point[name], other[name], rtol=1e-9, atol=1e-9) for name in point)

@@ -20,6 +20,7 @@ from sklearn.utils import check_random_state
 from gputune.errors import InputError, import_extra
 from gputune.study.values import to_json
 from gputune.types import Config, Json
+from gputune.wording import Verbatim
 
 
 class Distribution(Protocol):
@@ -37,7 +38,7 @@ CheckedSpace = list[dict[str, Choices]]
 Several dicts are alternatives: a draw takes one dict, then a value for each key.
 """
 
-ScipyLaw: TypeAlias = stats.rv_continuous | stats.rv_discrete
+ScipyFamily: TypeAlias = stats.rv_continuous | stats.rv_discrete
 
 Label = bool | int | float | str | None
 """The values that Optuna's storages accept as choices."""
@@ -55,11 +56,16 @@ def range_of(
 
     Returns None without distributions, because the values of a list have no range.
     """
-    supports = [
-        getattr(each[name], "support", None) for each in space for name in names if name in each
-    ]
-    ends = [tuple(map(float, support())) for support in supports if support is not None]
-    return (min(low for low, _ in ends), max(high for _, high in ends)) if ends else None
+    lows = []
+    highs = []
+    for part in space:
+        for name in names:
+            support = getattr(part.get(name), "support", None)
+            if support is not None:
+                low, high = support()
+                lows.append(float(low))
+                highs.append(float(high))
+    return (min(lows), max(highs)) if lows else None
 
 
 @dataclass(frozen=True)
@@ -100,8 +106,9 @@ class LogInt(OwnDistribution):
 
         ``random_state`` is as in scipy.stats.
         """
-        given = random_state
-        rng = given if isinstance(given, np.random.Generator) else check_random_state(given)
+        rng: Any = random_state
+        if not isinstance(rng, np.random.Generator):
+            rng = check_random_state(rng)
         real = np.exp(rng.uniform(math.log(self.low), math.log(self.high + 1), size))
         # exp(log(low)) may be an ulp below low, and the uniform draw may round up to its open end.
         draws = np.clip(np.floor(real), self.low, self.high).astype(np.int64)
@@ -126,14 +133,15 @@ def log_int(low: int, high: int) -> LogInt:
         InputError: An end is not an integer or not in its range.
     """
     ends = (0, 0)
-    with suppress(TypeError):
-        ends = (
-            (0, 0) if isinstance(low, bool) or isinstance(high, bool) else (index(low), index(high))
-        )
+    if not isinstance(low, bool) and not isinstance(high, bool):
+        with suppress(TypeError):
+            ends = (index(low), index(high))
     if not 0 < ends[0] < ends[1] < 2**53:
         raise InputError(
-            f"log_int needs integers 0 < low < high < 2**53, got low={low!r}, high={high!r}. "
-            "For example log_int(16, 512)."
+            "log_int",
+            "needs integers 0 < low < high < 2**53",
+            got=Verbatim(f"low={low!r}, high={high!r}"),
+            remedy="For example log_int(16, 512).",
         )
     return LogInt(*ends)
 
@@ -148,8 +156,9 @@ class LogIntegers(OwnDistribution):
     word = "log_integers"
 
     def rvs(self, random_state: object = None) -> int:
-        ends = math.log(self.low - 0.5), math.log(self.high + 0.5)
-        drawn = round(math.exp(check_random_state(random_state).uniform(*ends)))
+        low = math.log(self.low - 0.5)
+        high = math.log(self.high + 0.5)
+        drawn = round(math.exp(check_random_state(random_state).uniform(low, high)))
         return int(np.clip(drawn, self.low, self.high))
 
 
@@ -169,13 +178,13 @@ class EvenSteps(OwnDistribution):
         return f"Steps(low={self.low!r}, high={self.high!r}, step={self.step!r})"
 
     @property
-    def whole(self) -> bool:
+    def is_integer(self) -> bool:
         """True if the distribution draws integers."""
         return all(isinstance(value, int) for value in astuple(self))
 
     @property
     def description(self) -> Json:
-        kind = "int" if self.whole else "float"
+        kind = "int" if self.is_integer else "float"
         return {"kind": kind, "low": self.low, "high": self.high, "step": self.step}
 
     def rvs(self, random_state: object = None) -> float:
@@ -185,16 +194,16 @@ class EvenSteps(OwnDistribution):
         return min(drawn, self.high)
 
 
-def _scipy_law(value: object) -> tuple[ScipyLaw, Config] | None:
+def _scipy_form(value: object) -> tuple[ScipyFamily, Config] | None:
     """Return scipy's distribution and its parameters by name.
 
     Returns None for a custom class, also if it has the name of a scipy distribution.
     """
-    law: Any = getattr(value, "dist", value)
-    if type(law) is not type(getattr(stats, str(getattr(law, "name", "")), stats)):
+    family: Any = getattr(value, "dist", value)
+    if type(family) is not type(getattr(stats, str(getattr(family, "name", "")), stats)):
         return None
-    names = [*(law.shapes.split(", ") if law.shapes else ()), "loc", "scale"]
-    return law, dict(zip(names, getattr(value, "args", ()))) | getattr(value, "kwds", {})
+    names = [*(family.shapes.split(", ") if family.shapes else ()), "loc", "scale"]
+    return family, dict(zip(names, getattr(value, "args", ()))) | getattr(value, "kwds", {})
 
 
 def distribution_text(value: Any) -> str:
@@ -205,17 +214,21 @@ def distribution_text(value: Any) -> str:
     """
     if isinstance(value, OwnDistribution):
         return repr(value)
-    if scipy_law := _scipy_law(value):
-        law, parameters = scipy_law
+    if scipy_form := _scipy_form(value):
+        family, parameters = scipy_form
         # 1 and 1.0 must give the same text for a continuous distribution.
-        number = float if isinstance(law, stats.rv_continuous) else None
-        words = (f"{key}={np.asarray(end, number).tolist()!r}" for key, end in parameters.items())
-        return f"{law.name}({', '.join(words)})"
+        dtype = float if isinstance(family, stats.rv_continuous) else None
+        values = _plain_values(parameters, dtype).items()
+        return f"{family.name}({', '.join(f'{key}={value!r}' for key, value in values)})"
     # The repr contains an address, and a pickle of scipy's distribution contains the state of the
     # global generator.
     rng = np.random.RandomState(0)
     draws = [np.asarray(value.rvs(random_state=rng)).tolist() for _ in range(8)]
     return f"{type(value).__module__}.{type(value).__qualname__}(draws={draws!r})"
+
+
+def _plain_values(parameters: Config, dtype: type | None = None) -> Config:
+    return {key: np.asarray(value, dtype).tolist() for key, value in parameters.items()}
 
 
 def choices_to_json(choices: Choices) -> Json:
@@ -224,13 +237,10 @@ def choices_to_json(choices: Choices) -> Json:
         return {"list": choices}
     if isinstance(choices, OwnDistribution):
         return {choices.word: list(astuple(choices))}
-    if (scipy_law := _scipy_law(choices)) is None:
-        raise InputError(f"{choices!r} is no distribution of scipy.stats.")
-    law, parameters = scipy_law
-    return {
-        "scipy": law.name,
-        "with": {key: np.asarray(end).tolist() for key, end in parameters.items()},
-    }
+    if (scipy_form := _scipy_form(choices)) is None:
+        raise InputError(None, f"{choices!r} is not a distribution of scipy.stats")
+    family, parameters = scipy_form
+    return {"scipy": family.name, "with": _plain_values(parameters)}
 
 
 def choices_from_json(values: Json) -> Choices:
@@ -247,13 +257,15 @@ def choices_from_json(values: Json) -> Choices:
     }
     for word in makers.keys() & values.keys():
         return makers[word](*values[word])
-    law = vars(stats).get(str(values["scipy"]))
-    if not isinstance(law, stats.rv_continuous | stats.rv_discrete):
+    name = values["scipy"]
+    family = vars(stats).get(str(name))
+    if not isinstance(family, stats.rv_continuous | stats.rv_discrete):
         raise InputError(
-            f"scipy.stats has no distribution {values['scipy']!r}; use the scipy that made the "
-            "study."
+            None,
+            f"scipy.stats has no distribution {name!r}",
+            remedy="Use the version of scipy that made the study.",
         )
-    distribution: Distribution = law(**values["with"])
+    distribution: Distribution = family(**values["with"])
     return distribution
 
 
@@ -290,8 +302,8 @@ def as_optuna(description: Json) -> object:
         "int": "IntDistribution",
         "choices": "CategoricalDistribution",
     }
-    arguments = {key: value for key, value in description.items() if key != "kind"}
-    return getattr(distributions, names[description["kind"]])(**arguments)
+    arguments = dict(description)
+    return getattr(distributions, names[arguments.pop("kind")])(**arguments)
 
 
 def describe(choices: Choices) -> Json | None:
@@ -303,11 +315,11 @@ def describe(choices: Choices) -> Json | None:
         return {"kind": "choices", "choices": labels(choices)}
     if isinstance(choices, OwnDistribution):
         return choices.description
-    if (scipy_law := _scipy_law(choices)) is None:
+    if (scipy_form := _scipy_form(choices)) is None:
         return None
     value: Any = choices
-    low, high = (end.item() if hasattr(end, "item") else end for end in value.support())
-    match scipy_law[0].name:
+    low, high = value.support()
+    match scipy_form[0].name:
         case "randint":
             return {"kind": "int", "low": int(low), "high": int(high)}
         case "uniform":
@@ -326,19 +338,18 @@ def label(choice: object) -> Label:
     """
     if choice is None or isinstance(choice, bool | int | float | str):
         return choice
-    return (
-        f"{choice.__module__}.{choice.__qualname__}"
-        if hasattr(choice, "__qualname__")
-        else repr(choice)
-    )
+    if hasattr(choice, "__qualname__"):
+        return f"{choice.__module__}.{choice.__qualname__}"
+    return repr(choice)
 
 
 def labels(choices: Iterable[object]) -> list[Label]:
     """Return the labels of choices without duplicates."""
+    # True and 1 are equal, but they are different labels.
     return list({(type(text), text): text for text in map(label, choices)}.values())
 
 
-def of_label(text: object, choices: Sequence[object]) -> object:
+def choice_of_label(text: object, choices: Sequence[object]) -> object:
     """Return the choice that a label represents."""
     return next(c for c in choices if type(label(c)) is type(text) and label(c) == text)
 
@@ -350,13 +361,15 @@ def is_fixed(choices: Choices) -> bool:
 
 def is_inside(config: Config, space: CheckedSpace) -> bool:
     """Return True if a configuration could have been drawn from the space."""
-    return any(
-        config.keys() == part.keys() and all(holds(part[key], config[key]) for key in part)
-        for part in space
-    )
+    for part in space:
+        if config.keys() == part.keys() and all(
+            can_draw(part[key], value) for key, value in config.items()
+        ):
+            return True
+    return False
 
 
-def holds(choices: Choices, value: object) -> bool:
+def can_draw(choices: Choices, value: object) -> bool:
     """Return True if a value is among the choices or in the range of a distribution."""
     if isinstance(choices, list):
         return value in choices
@@ -372,7 +385,10 @@ def space_text(space: CheckedSpace) -> str:
     The text is used for the study file and its hash. Raises InputError for a ``module__*`` value
     that is identified only by its address in memory.
     """
-    return " | ".join(", ".join(f"{key}={_text(d[key], key)}" for key in sorted(d)) for d in space)
+    texts = []
+    for part in space:
+        texts.append(", ".join(f"{key}={_text(part[key], key)}" for key in sorted(part)))
+    return " | ".join(texts)
 
 
 def _text(value: Any, key: str) -> str:
@@ -388,8 +404,11 @@ def _text(value: Any, key: str) -> str:
         text = repr(value)
     if "<lambda>" in text or " at 0x" in text:
         raise InputError(
-            f"space[{key!r}] must have values with the same text in every process, got {value!r}. "
-            "Use a number, a word, a class or a named function, or give its class a __repr__."
+            f"space[{key!r}]",
+            "must have values with the same text in every process",
+            got=value,
+            remedy="Use a number, a word, a class or a named function, or give its class a "
+            "__repr__.",
         )
     return text
 
@@ -399,8 +418,10 @@ def space_to_json(space: CheckedSpace) -> Sequence[Json] | None:
 
     Returns None if the space has a custom object.
     """
+    values = []
     try:
-        values = [{key: choices_to_json(choices) for key, choices in d.items()} for d in space]
+        for part in space:
+            values.append({key: choices_to_json(choices) for key, choices in part.items()})
         to_json(values)
     except InputError:
         return None
@@ -412,7 +433,10 @@ def space_from_json(values: Sequence[Json]) -> CheckedSpace:
 
     Raises InputError for a name that scipy.stats lacks.
     """
-    return [{key: choices_from_json(value) for key, value in d.items()} for d in values]
+    space = []
+    for part in values:
+        space.append({key: choices_from_json(value) for key, value in part.items()})
+    return space
 
 
 def to_scipy(space: object) -> object:

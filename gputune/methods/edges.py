@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from itertools import compress
 from typing import TypeGuard
 
 import numpy as np
@@ -25,68 +26,63 @@ def edge_remarks(study: Study) -> tuple[str, ...]:
     finite = np.flatnonzero(np.isfinite(study.scores)).tolist()
     if not finite:
         return ()
-    sentences = []
     best = study.order[0]
     scored = [study.rows[row][0].params for row in finite]
-    equal = [
-        study.rows[row][0].params
-        for row in np.flatnonzero(study.scores == study.scores[best]).tolist()
-    ]
-    for key, law in study.record.distributions.items():
+    equal = list(compress(scored, study.scores[finite] == study.scores[best]))
+    sentences = []
+    for key, distribution in study.record.distributions.items():
         value = study.rows[best][0].params.get(key)
-        ends = _ends(law)
+        ends = _ends(distribution)
         if ends is None or not _is_number(value) or key in study.record.changed_hyperparameters:
             continue
         values = [params.get(key) for params in scored]
         # For 100,000 plain numbers, set() first is faster: they have few different values.
-        plain = {int, float}.issuperset(map(type, values))
-        tried = set(filter(_is_number, set(values) if plain else values))
+        if {int, float}.issuperset(map(type, values)):
+            values = list(set(values))
+        tried = set(filter(_is_number, values))
         if len(tried) < _TRIED:
             continue
-        (low, high), rule = ends, RANGES.get(key)
-        places = [
-            _place(params[key], low, high, law) for params in equal if _is_number(params.get(key))
-        ]
+        low, high = ends
+        best_values = filter(_is_number, [params.get(key) for params in equal])
+        positions = [_position(value, low, high, distribution) for value in best_values]
         # No remark at a bound of the key itself: larger or smaller values are not allowed.
-        bounded = (low <= rule.low, high >= rule.high) if rule else (low == 0, False)
-        lower = max(places) <= _NEAR and low <= min(tried) and not bounded[0]
-        upper = min(places) >= 1 - _NEAR and max(tried) <= high and not bounded[1]
-        for at_end, end, beyond in ((lower, "lower", "smaller"), (upper, "upper", "larger")):
-            if at_end:
-                where = f"at the {end} end of the space, {short(low)} to {short(high)}"
-                sentences.append(
-                    f"The best {key}, {short(value)}, lies {where}: no {beyond} one was tried."
-                )
+        is_lowest = low == 0
+        is_highest = False
+        if key in RANGES:
+            is_lowest = low <= RANGES[key].low
+            is_highest = high >= RANGES[key].high
+        span = f"of the space, {short(low)} to {short(high)}"
+        begin = f"The best {key}, {short(value)}, lies at the"
+        if max(positions) <= _NEAR and low <= min(tried) and not is_lowest:
+            sentences.append(f"{begin} lower end {span}: no smaller one was tried.")
+        if min(positions) >= 1 - _NEAR and max(tried) <= high and not is_highest:
+            sentences.append(f"{begin} upper end {span}: no larger one was tried.")
     return tuple(sentences)
 
 
-def _ends(law: Mapping[str, object]) -> tuple[float, float] | None:
+def _ends(distribution: Mapping[str, object]) -> tuple[float, float] | None:
     """Return the smallest and the largest value of a distribution.
 
     Returns None for words and for fewer than three numbers.
     """
-    if law["kind"] != "choices":
-        low = law.get("low")
-        high = law.get("high")
+    if distribution["kind"] != "choices":
+        low = distribution.get("low")
+        high = distribution.get("high")
         return (low, high) if _is_number(low) and _is_number(high) else None
-    choices = law.get("choices")
-    if (
-        not isinstance(choices, list | tuple)
-        or not all(map(_is_number, choices))
-        or len({*choices}) < _TRIED
-    ):
+    choices = distribution.get("choices")
+    if not isinstance(choices, list | tuple) or not all(map(_is_number, choices)):
         return None
-    return min(choices), max(choices)
+    return (min(choices), max(choices)) if len({*choices}) >= _TRIED else None
 
 
-def _place(value: float, low: float, high: float, law: Mapping[str, object]) -> float:
+def _position(value: float, low: float, high: float, distribution: Mapping[str, object]) -> float:
     """Return the position of a value between the low end (0) and the high end (1).
 
     Among choices, only the two ends have the positions 0 and 1. All others have 0.5.
     """
-    if law["kind"] == "choices":
-        return 0.0 if value == low else 1.0 if value == high else 0.5
-    if law.get("log") and low > 0 and value > 0:
+    if distribution["kind"] == "choices":
+        return {low: 0.0, high: 1.0}.get(value, 0.5)
+    if distribution.get("log") and low > 0 and value > 0:
         value = math.log(value)
         low = math.log(low)
         high = math.log(high)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from datetime import datetime, timedelta
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import numpy as np
 
@@ -21,16 +21,17 @@ from gputune.methods.distributions import (
     CheckedSpace,
     Choices,
     as_optuna,
+    choice_of_label,
     describe,
     distribution_text,
     label,
     labels,
-    of_label,
 )
 from gputune.methods.stopping import Halving
 from gputune.study.store import Result
 from gputune.study.study import Study, Trial
 from gputune.types import Config, Json, first_metric
+from gputune.wording import Verbatim, option
 
 if TYPE_CHECKING:
     import optuna
@@ -66,20 +67,24 @@ class OptunaSampler:
         samplers = import_extra("optuna.samplers", extra="optuna", used_by="OptunaSampler")
         if not isinstance(self.sampler, samplers.BaseSampler):
             raise InputError(
-                "OptunaSampler(sampler=...) must be a sampler of Optuna's, for example "
-                f"optuna.samplers.TPESampler(seed=0), got {self.sampler!r}."
+                "OptunaSampler(sampler=...)",
+                "must be an Optuna sampler",
+                got=self.sampler,
+                remedy="For example optuna.samplers.TPESampler(seed=0).",
             )
         if isinstance(self.sampler, samplers.GridSampler | samplers.BruteForceSampler):
+            random = option("method", "random")
             raise InputError(
-                f"OptunaSampler(sampler=...) cannot be a {type(self.sampler).__name__}, which "
-                "ends an optimization of Optuna's own; a space of lists with method='random' "
-                "runs every point."
+                "OptunaSampler(sampler=...)",
+                f"cannot be a {type(self.sampler).__name__}, which ends Optuna's own optimization",
+                remedy=f"Use a space of lists with {random}, which runs every point.",
             )
         check_count(self.batch, "OptunaSampler(batch=...)")
         if self.halving is not None and not isinstance(self.halving, Halving):
             raise InputError(
-                "OptunaSampler(halving=...) must be gputune.Halving(...) or None, got "
-                f"{self.halving!r}."
+                "OptunaSampler(halving=...)",
+                "must be gputune.Halving(...) or None",
+                got=self.halving,
             )
 
 
@@ -104,7 +109,7 @@ class OptunaStudy:
         if reseed:
             sampler.reseed_rng()
         logging = self.optuna.logging
-        verbosity = self.optuna.logging.get_verbosity()
+        verbosity = logging.get_verbosity()
         # Optuna logs a message about each new study, which is not wanted here.
         logging.set_verbosity(max(verbosity, logging.WARNING))
         try:
@@ -120,13 +125,14 @@ class OptunaStudy:
         if params is not None:
             self.study.enqueue_trial(self._label_choices(params))
         trial = self.study.ask(self.distributions)
-        proposed = {
-            key: of_label(value, choices)
-            if isinstance(choices := self.choices[key], list)
-            else value
-            for key, value in trial.params.items()
-        }
-        return trial, self.check(proposed, name="a proposal of the sampler")
+        proposed = {}
+        for key, value in trial.params.items():
+            choices = self.choices[key]
+            proposed[key] = choice_of_label(value, choices) if isinstance(choices, list) else value
+        try:
+            return trial, self.check(proposed, name="space")
+        except InputError as error:
+            raise InputError(None, f"A proposal of the sampler for {error.message}") from error
 
     def tell(self, trial: "optuna.Trial", result: Result) -> None:
         """Report the result of a proposed trial to Optuna. Pruned and diverged trials are marked as
@@ -161,10 +167,11 @@ class OptunaStudy:
 
     def _label_choices(self, params: Config) -> Config:
         """Return a configuration with labels in place of the choices of lists."""
-        return {
-            key: label(params[key]) if isinstance(self.choices[key], list) else params[key]
-            for key in self.distributions
-        }
+        labeled = {}
+        for key in self.distributions:
+            is_list = isinstance(self.choices[key], list)
+            labeled[key] = label(params[key]) if is_list else params[key]
+        return labeled
 
 
 def fold_means(curve: np.ndarray) -> dict[int, float]:
@@ -172,11 +179,8 @@ def fold_means(curve: np.ndarray) -> dict[int, float]:
 
     Only epochs that were scored in every fold are included.
     """
-    return {
-        epoch: mean
-        for epoch, mean in enumerate(first_metric(curve, axes=2).mean(1).tolist(), 1)
-        if mean == mean
-    }
+    means = first_metric(curve, axes=2).mean(1).tolist()
+    return {epoch: mean for epoch, mean in enumerate(means, 1) if not math.isnan(mean)}
 
 
 def state_of(optuna: ModuleType, state: str) -> object:
@@ -192,16 +196,20 @@ def check_askable(space: CheckedSpace) -> tuple[Mapping[str, Choices], dict[str,
     """
     if len(space) > 1:
         raise InputError(
-            f"space must be one dict for an Optuna sampler, got a list of {len(space)}; search "
-            "each by itself, or use method='random'."
+            "space",
+            "must be one dict for an Optuna sampler",
+            got=Verbatim(f"a list of {len(space)}"),
+            remedy=f"Search each dict separately, or use {option('method', 'random')}.",
         )
     distributions = {}
     for key, value in space[0].items():
         if (description := describe(value)) is None:
             raise InputError(
-                f"space[{key!r}] must be a list, scipy's uniform, loguniform or randint, "
-                "gputune.log_int or one of Optuna's distributions for an Optuna sampler, got "
-                f"{distribution_text(value)}; choose one of them, or method='random'."
+                f"space[{key!r}]",
+                "must be a list, scipy's uniform, loguniform or randint, gputune.log_int or an "
+                "Optuna distribution for an Optuna sampler",
+                got=Verbatim(distribution_text(value)),
+                remedy=f"Use one of these, or {option('method', 'random')}.",
             )
         distributions[key] = as_optuna(description)
     return space[0], distributions
@@ -213,18 +221,21 @@ def export_to_optuna(study: Study, storage: object, name: str | None) -> "optuna
     See ``Study.to_optuna``.
     """
     optuna = import_extra("optuna", extra="optuna", used_by="to_optuna()")
-    laws = {
-        key: widened_law(study, key)
-        for key in dict.fromkeys(key for t in study.trials for key in t.params)
-    }
-    distributions = {key: as_optuna(law) for key, law in laws.items()}
+    descriptions: dict[str, Json] = {}
+    for trial in study.trials:
+        for key in trial.params:
+            if key not in descriptions:
+                descriptions[key] = widened_description(study, key)
+    distributions = {key: as_optuna(description) for key, description in descriptions.items()}
     with _new_study(optuna, storage, name) as written:
         for word in ("model", "scoring", "positive", "optimizer", "task"):
             if (value := getattr(study.record, word)) not in (None, ""):
                 written.set_user_attr(word, value)
         for trial, curve in zip(study.trials, study.curves):
-            texts = {key: label(value) for key, value in trial.params.items()}
-            inside = {key: text for key, text in texts.items() if _holds(laws[key], text)}
+            inside: dict[str, object] = {}
+            for key, value in trial.params.items():
+                if _can_include(descriptions[key], label(value)):
+                    inside[key] = label(value)
             if trial.state == "waiting":
                 written.enqueue_trial(inside, user_attrs=_attributes(trial, inside))
                 continue
@@ -250,20 +261,23 @@ def _new_study(optuna: ModuleType, storage: object, name: str | None) -> Iterato
     try:
         place = optuna.storages.get_storage(storage)
         if not isinstance(place, optuna.storages.BaseStorage):
-            raise TypeError(f"{type(place).__name__} is no storage")
+            raise TypeError(f"{type(place).__name__} is not a storage")
     except Exception as error:
         # Errors of SQLAlchemy, of a missing driver and of other storages have no common class.
+        reason = str(error).splitlines()[0]
         raise InputError(
-            f"to_optuna(storage={str(storage)!r}) cannot be opened: {str(error).splitlines()[0]}. "
-            "It is a URL such as 'sqlite:///optuna.db' in a folder that exists, a storage of "
-            "Optuna's, or None for one in memory."
+            f"to_optuna(storage={str(storage)!r})",
+            f"cannot be opened: {reason}",
+            remedy="Pass a URL such as 'sqlite:///optuna.db' in a folder that exists, an Optuna "
+            "storage, or None for a storage in memory.",
         ) from error
     try:
         study = optuna.create_study(storage=place, study_name=name, direction="maximize")
     except optuna.exceptions.DuplicatedStudyError as error:
         raise InputError(
-            f"to_optuna(name={name!r}): the storage has a study of that name; give another name, "
-            "or delete it there with optuna.delete_study."
+            f"to_optuna(name={name!r})",
+            "is the name of a study that the storage already has",
+            remedy="Use another name, or delete that study with optuna.delete_study.",
         ) from error
     try:
         yield study
@@ -277,71 +291,75 @@ def _attributes(trial: Trial, inside: Mapping[str, object]) -> dict[str, object]
 
     None stands for NaN, which JSON lacks.
     """
-    attributes: dict[str, object] = {"number": trial.number, "origin": trial.origin_text}
-    attributes |= {
+    attributes: dict[str, object] = {
+        "number": trial.number,
+        "origin": trial.origin_text,
         "fold_scores": list(map(_plain, trial.fold_scores)),
         "std_error": _plain(trial.std_error),
-    }
-    attributes |= {
         "best_epoch": trial.best_epoch,
         "seconds": _plain(trial.seconds),
         "state": trial.state,
     }
     if trial.metrics:
-        attributes["metrics"] = {
-            name: list(map(_plain, folds)) for name, folds in trial.metrics.items()
-        }
+        metrics = trial.metrics.items()
+        attributes["metrics"] = {name: list(map(_plain, folds)) for name, folds in metrics}
     left_out = {key: repr(value) for key, value in trial.params.items() if key not in inside}
-    return {**attributes, "other_params": left_out} if left_out else attributes
+    if left_out:
+        attributes["other_params"] = left_out
+    return attributes
 
 
 def _plain(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def widened_law(study: Study, key: str) -> Json:
+def widened_description(study: Study, key: str) -> Json:
     """Return the distribution of a key, widened to include the default and the included trials.
 
     If the study does not have the distribution, because Optuna lacks it, it is uniform over the
     values of the trials.
     """
     values = [label(trial.params[key]) for trial in study.trials if key in trial.params]
-    law = study.record.distributions.get(key) or _guess_law(values)
-    if law["kind"] == "choices":
-        return {"kind": "choices", "choices": labels([*law["choices"], *values])}
-    inside = [value for value in values if _holds(law, value)]
-    low = min([law["low"], *inside])
-    high = max([law["high"], *inside])
-    plain = {"kind": law["kind"], "low": low, "high": high, "log": law.get("log", False)}
-    if (step := law.get("step")) is None:
-        return plain
-    # The step stays only if every value is still a whole number of steps from the new low end.
-    multiples = [(value - low) / step for value in (law["low"], high, *inside)]
-    return plain | (
-        {"step": step} if all(math.isclose(round(n), n, abs_tol=1e-9) for n in multiples) else {}
-    )
+    description = study.record.distributions.get(key) or _guess_description(values)
+    if description["kind"] == "choices":
+        return {"kind": "choices", "choices": labels([*description["choices"], *values])}
+    inside = [value for value in values if _can_include(description, value)]
+    low = min([description["low"], *inside])
+    high = max([description["high"], *inside])
+    widened = {
+        "kind": description["kind"],
+        "low": low,
+        "high": high,
+        "log": description.get("log", False),
+    }
+    if (step := description.get("step")) is not None:
+        # The step stays only if every value is still a whole number of steps from the new low end.
+        multiples = [(value - low) / step for value in (description["low"], high, *inside)]
+        if all(math.isclose(round(n), n, abs_tol=1e-9) for n in multiples):
+            widened["step"] = step
+    return widened
 
 
-def _guess_law(values: Sequence[object]) -> Json:
+def _guess_description(values: Sequence[object]) -> Json:
     """Return a distribution over the values of the trials, in Optuna's notation."""
-    numbers = [
-        value for value in values if isinstance(value, int | float) and not isinstance(value, bool)
-    ]
-    if len(numbers) < len(values) or not all(map(math.isfinite, numbers)):
-        return {"kind": "choices", "choices": labels(list(values))}
+    numbers = [value for value in values if _is_number(value) and math.isfinite(value)]
+    if len(numbers) < len(values):
+        return {"kind": "choices", "choices": labels(values)}
     kind = "int" if all(isinstance(value, int) for value in numbers) else "float"
     return {"kind": kind, "low": min(numbers), "high": max(numbers)}
 
 
-def _holds(law: Json, value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _can_include(description: Json, value: object) -> bool:
     """Return True if a distribution can be widened to include a value.
 
     A word among numbers cannot be included, nor 0 on a log scale.
     """
-    if law["kind"] == "choices":
+    if description["kind"] == "choices":
         return True
-    if isinstance(value, bool) or not isinstance(
-        value, int if law["kind"] == "int" else int | float
-    ):
+    if not _is_number(value) or (description["kind"] == "int" and not isinstance(value, int)):
         return False
-    return math.isfinite(value) and (value > 0 or not law.get("log", False))
+    return math.isfinite(value) and (value > 0 or not description.get("log", False))

@@ -5,21 +5,19 @@ This module also makes the remarks about these trials.
 
 import math
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from itertools import repeat
 
-import numpy as np
-from scipy import stats
 from sklearn.model_selection import ParameterSampler
 
 from gputune.errors import InputError, check_count
-from gputune.methods.config import KEYS, TAKERS, ConfigCheck, check_config
+from gputune.methods.config import KEYS, OPTIMIZERS_WITH, ConfigCheck, check_config
 from gputune.methods.distributions import (
     CheckedSpace,
     Choices,
     EvenSteps,
     OwnDistribution,
-    holds,
+    can_draw,
     is_fixed,
 )
 from gputune.methods.space import check_include
@@ -27,15 +25,17 @@ from gputune.optimizers.classes import optimizer_defaults
 from gputune.study.store import Candidate
 from gputune.text import count
 from gputune.types import Config
+from gputune.wording import Verbatim, option
 
 
 def draw(
     space: CheckedSpace,
     n_trials: int,
-    seed: int | np.random.RandomState,
+    seed: int,
     check: ConfigCheck = check_config,
     *,
     seconds: float | None = None,
+    n_known: int = 0,
 ) -> list[Config]:
     """Draw ``n_trials`` configurations of a checked space.
 
@@ -46,79 +46,30 @@ def draw(
     Args:
         space: The checked space.
         n_trials: The number of configurations.
-        seed: The random seed or generator.
+        seed: The random seed.
         check: Checks each configuration.
-        seconds: After this time the function returns the configurations drawn so far, at least one.
-            None means no limit.
+        seconds: After this time the function returns the configurations drawn so far, at least one
+            new one. None means no limit.
+        n_known: The number of configurations that an earlier call has drawn. The time for drawing
+            them again does not count.
 
     Raises:
         InputError: A draw is invalid, for example if a custom distribution draws 17.3 for an
             integer key.
     """
     sampler = ParameterSampler(space, _n_draws(space, n_trials), random_state=seed)
-    end = math.inf if seconds is None else time.monotonic() + seconds
+    end = math.inf
     configs: list[Config] = []
     for config in sampler:
-        configs.append(check(config, name="a draw of space"))
+        if seconds is not None and len(configs) == n_known:
+            end = time.monotonic() + seconds
+        try:
+            configs.append(check(config, name="space"))
+        except InputError as error:
+            raise InputError(None, f"A draw of {error.message}") from error
         if time.monotonic() > end:
             break
     return configs
-
-
-def _draw_on(
-    known: Sequence[Config],
-    space: CheckedSpace,
-    n_trials: int,
-    seed: int,
-    check: ConfigCheck,
-    seconds: float | None,
-) -> list[Config]:
-    """Return the configurations of ``draw`` that come after the ``known`` ones.
-
-    If the first draws are ``known``, the generator skips them in a fraction of the time. ``known``
-    has no configuration twice. So the first draws are ``known`` if the next draw equals its last
-    configuration. Otherwise all draws are returned.
-    """
-    laws = [[part[key] for key in sorted(part)] for part in space]
-    if known and not all(isinstance(law, list) for part in laws for law in part):
-        generator = np.random.RandomState(bits := np.random.MT19937())
-        generator.seed(seed)
-        draws = [[_pass_over(law, generator, bits) for law in part] for part in laws]
-        for _ in range(len(known) - 1):
-            for draw_one in draws[generator.randint(len(laws))] if len(laws) > 1 else draws[0]:
-                draw_one()
-        last, *new = draw(space, n_trials - len(known) + 1, generator, check, seconds=seconds)
-        if last == known[-1]:
-            return new
-    return draw(space, n_trials, seed, check, seconds=seconds)
-
-
-def _pass_over(
-    law: Choices, generator: np.random.RandomState, bits: np.random.MT19937
-) -> Callable[[], object]:
-    """Return a function that advances a generator by one draw from a distribution.
-
-    The generator uses the bit generator ``bits``.
-    """
-    if isinstance(getattr(law, "dist", None), stats.rv_continuous):
-        # Most continuous distributions use one uniform number per draw, and ``rvs`` is slow.
-        return generator.random_sample
-    if not isinstance(law, list):
-        return partial(law.rvs, random_state=generator)
-    last = len(law) - 1
-    word = bits.random_raw
-    # NumPy draws an integer by rejection: a masked word above ``last`` is drawn again.
-    mask = (1 << last.bit_length()) - 1
-
-    def pass_over_choice() -> None:
-        """Consume the random words of ``randint(last + 1)``.
-
-        It is 10x faster, because ``randint`` checks its arguments.
-        """
-        while last and word() & mask > last:
-            pass
-
-    return pass_over_choice
 
 
 def first_candidates(
@@ -148,29 +99,31 @@ def first_candidates(
     Raises:
         InputError: A configuration is invalid, or there is nothing to run.
     """
-    check_count(n_trials, "n_trials", least=0, remedy=" For example n_trials=64.")
+    check_count(n_trials, "n_trials", least=0, remedy=f"For example {option('n_trials', 64)}.")
     configs: list[tuple[Config, str]] = []
     if include_default and n_trials:
-        default, missing = _filled({}, space, defaults)
+        default, missing = _fill_for_space({}, space, defaults)
         if not missing:
             configs.append((default, "default"))
-            configs += [
-                (_filled(config, space, defaults)[0], "portfolio")
-                for config in portfolio[: n_trials - 1]
-            ]
+            for config in portfolio[: n_trials - 1]:
+                configs.append((_fill_for_space(config, space, defaults)[0], "portfolio"))
     for i, config in enumerate(check_include(include, keys=KEYS, module=True)):
-        full, missing = _filled(config, space, defaults)
+        full, missing = _fill_for_space(config, space, defaults)
         if missing:
             raise InputError(
-                f"include[{i}] must have a value for {', '.join(missing)}, which has no default, "
-                f"got {dict(include[i])!r}. Add it."
+                f"include[{i}]",
+                f"must have a value for {', '.join(missing)}, which has no default",
+                got=dict(include[i]),
+                remedy="Add it.",
             )
         configs.append((full, "include"))
     if not configs and not n_trials:
         raise InputError(
-            f"n_trials must be >= 1 where nothing else is to run, got n_trials={n_trials} and no "
-            "included configuration. For example n_trials=64, or n_trials=1 for the default "
-            "configuration alone."
+            "n_trials",
+            "must be at least 1 without included configurations",
+            got=n_trials,
+            remedy=f"For example {option('n_trials', 64)}, or {option('n_trials', 1)} for only the "
+            "default configuration.",
         )
     return numbered(configs)
 
@@ -203,12 +156,15 @@ def top_up(
     """
     new: tuple[Candidate, ...] = ()
     lacking = n_trials - n_counted(old)
-    known = [trial.params for trial in old if trial.origin == "random"]
+    n_known = sum(trial.origin == "random" for trial in old)
     # At most 8 times as many draws: a space of few integers may have no new configuration.
     for times in (1, 2, 4, 8) if earlier else (1,):
         if len(new) < lacking:
-            drawn = _draw_on(known, space, times * (n_trials + len(earlier)), seed, check, seconds)
-            new = numbered([(config, "random") for config in drawn], old, earlier)[:lacking]
+            n_draws = times * (n_trials + len(earlier))
+            # The known trials are drawn again. Skipping them in NumPy's generator would save 0.9 s
+            # of a call that adds to 10,000 trials.
+            drawn = draw(space, n_draws, seed, check, seconds=seconds, n_known=n_known)
+            new = numbered(zip(drawn, repeat("random")), old, earlier)[:lacking]
     return new
 
 
@@ -226,32 +182,34 @@ def notes(
 ) -> tuple[str, ...]:
     """Return the remarks about the trials of a call, one sentence each."""
     sentences = []
-    if include_default and (missing := _filled({}, space, defaults)[1]):
+    if include_default and (missing := _fill_for_space({}, space, defaults)[1]):
         sentences.append(
             f"No default configuration is run, because {', '.join(missing)} has no default value."
         )
     # A fixed value in the space needs no remark.
     fixed = {key for part in space for key, choices in part.items() if is_fixed(choices)}
-    for trial in (trial for trial in trials if trial.origin == "default"):
-        plain = _complete({k: v for k, v in trial.params.items() if k == "optimizer"}, defaults)
-        others = {
-            k: v for k, v in trial.params.items() if k not in fixed and k in plain and plain[k] != v
-        }
-        if moved := ", ".join(
-            f"{key}={value!r} in place of {plain[key]!r}" for key, value in others.items()
-        ):
+    for trial in trials:
+        if trial.origin != "default":
+            continue
+        optimizer = trial.params.get("optimizer", defaults.get("optimizer"))
+        plain = _with_plain_defaults({"optimizer": optimizer}, defaults)
+        moved = []
+        for key, value in trial.params.items():
+            if key in plain and key not in fixed and plain[key] != value:
+                moved.append(f"{key}={value!r} in place of {plain[key]!r}")
+        if moved:
             sentences.append(
-                f"Trial {trial.number} is the default configuration, held to the space: {moved}."
+                f"Trial {trial.number} is the default configuration, moved into the space: "
+                f"{', '.join(moved)}."
             )
-    for key, takers in TAKERS.items():
-        used = {
-            t.params.get("optimizer", str(defaults["optimizer"])) for t in trials if key in t.params
-        }
-        if used and used.isdisjoint(takers):
+    default = str(defaults["optimizer"])
+    for key, optimizers in OPTIMIZERS_WITH.items():
+        used = {t.params.get("optimizer", default) for t in trials if key in t.params}
+        if used and used.isdisjoint(optimizers):
+            verb = "does" if len(used) == 1 else "do"
             sentences.append(
-                f"{key!r} has no effect: {' and '.join(sorted(used))} "
-                f"{'has' if len(used) == 1 else 'have'} none; leave it out, or use "
-                f"{', '.join(takers[:-1])} or {takers[-1]}."
+                f"{key!r} has no effect, because {' and '.join(sorted(used))} {verb} not use it. "
+                f"Leave it out, or use {', '.join(optimizers[:-1])} or {optimizers[-1]}."
             )
     return tuple(sentences)
 
@@ -266,22 +224,24 @@ def remarks(
 ) -> tuple[str, ...]:
     """Return a remark if the number of ``trials`` is not ``n_trials``, or if an earlier default
     stays."""
-    default = [
-        trial.number for trial in trials if trial.origin == "default" and not include_default
-    ]
-    stays = "is the default configuration, which an earlier call asked for: it stays."
-    sentences = [f"Trial {number} {stays}" for number in default]
+    sentences = []
+    for trial in trials:
+        if trial.origin == "default" and not include_default:
+            sentences.append(
+                f"Trial {trial.number} is the default configuration, which an earlier call asked "
+                "for. It stays in the study."
+            )
     n_draws = _n_draws(space, n_trials)
     counted = n_counted(trials)
     if n_draws < n_trials:
         sentences.append(
-            f"The space has {count(n_draws, 'configuration')}, fewer than n_trials={n_trials}: "
-            "all of them are run."
+            f"The space has {count(n_draws, 'configuration')}, fewer than the {n_trials} trials of "
+            "this call. All of them are run."
         )
     elif counted < n_trials and timeout is not None:
         sentences.append(
-            f"{counted} of {n_trials} configurations were drawn: the others repeat one of them, "
-            f"or there was no time to draw them (timeout={timeout:g})."
+            f"{counted} of {n_trials} configurations were drawn. The others repeat one of them, or "
+            f"there was no time to draw them (a timeout of {timeout:g} s)."
         )
     elif counted < n_trials:
         sentences.append(
@@ -290,8 +250,8 @@ def remarks(
         )
     elif counted > n_trials:
         sentences.append(
-            f"The study holds {counted} configurations, more than n_trials={n_trials}: all stay "
-            "in it."
+            f"The study holds {counted} configurations, more than the {n_trials} trials of this "
+            "call. All of them stay in it."
         )
     return tuple(sentences)
 
@@ -302,11 +262,14 @@ def _n_draws(space: CheckedSpace, n_trials: int) -> int:
     try:
         return len(ParameterSampler(space, n_trials))
     except OverflowError:
-        lengths = [[len(value) for value in d.values() if isinstance(value, list)] for d in space]
+        lengths = []
+        for part in space:
+            lengths.append([len(value) for value in part.values() if isinstance(value, list)])
         raise InputError(
-            "space must have fewer than 2**63 configurations where it has lists only, got lists "
-            f"of {lengths}. Use a distribution for one key, for example scipy.stats.randint(1, "
-            "1001)."
+            "space",
+            "must have fewer than 2**63 configurations if it has only lists",
+            got=Verbatim(f"lists of {lengths}"),
+            remedy="Use a distribution for one key, for example scipy.stats.randint(1, 1001).",
         ) from None
 
 
@@ -319,8 +282,11 @@ def numbered(
 
     Configurations that are already in ``old`` or ``earlier`` are left out.
     """
-    seen = {_identity(config) for config in (*earlier, *(trial.params for trial in old))}
-    number = 1 + max((trial.number for trial in old), default=-1)
+    seen = set(map(_identity, earlier))
+    number = 0
+    for trial in old:
+        seen.add(_identity(trial.params))
+        number = max(number, trial.number + 1)
     new: list[Candidate] = []
     for config, origin in wanted:
         if (identity := _identity(config)) not in seen:
@@ -329,41 +295,48 @@ def numbered(
     return tuple(new)
 
 
-def _filled(
+def _fill_for_space(
     config: Config, space: CheckedSpace, defaults: Mapping[str, object]
 ) -> tuple[Config, list[str]]:
     """Return a configuration with default values for its missing keys, and the keys without a
     default."""
-    full = _with_defaults(config, space, defaults)
-    keys = {"l1_ratio" if key == "penalty" else key for part in space for key in part}
+    full = _with_defaults_in_space(config, space, defaults)
+    keys = set().union(*space)
+    if "penalty" in keys:
+        keys = keys - {"penalty"} | {"l1_ratio"}
+    wanted = keys | config.keys()
     # A width that is a tuple has the number of layers already.
-    without = {"depth"} - config.keys() if isinstance(full.get("width"), tuple) else set()
-    wanted = sorted((keys | config.keys()) - without)
-    return {key: full[key] for key in wanted if key in full}, sorted(keys - full.keys())
+    if isinstance(full.get("width"), tuple) and "depth" not in config:
+        wanted = wanted - {"depth"}
+    return {key: full[key] for key in sorted(wanted) if key in full}, sorted(keys - full.keys())
 
 
-def _with_defaults(config: Config, space: CheckedSpace, defaults: Mapping[str, object]) -> Config:
+def _with_defaults_in_space(
+    config: Config, space: CheckedSpace, defaults: Mapping[str, object]
+) -> Config:
     """Return a configuration with all default values, moved into the space if the space has the
     key.
 
     If the space has alternatives, the first one counts that excludes the fewest of the default
     values. A key without a default takes its fixed value.
     """
-    plain = _complete(config, defaults)
-    part = min(
-        space,
-        key=lambda part: sum(not holds(part[key], plain[key]) for key in part if key in plain),
-    )
+    plain = _with_plain_defaults(config, defaults)
+
+    def n_excluded(part: Mapping[str, Choices]) -> int:
+        return sum(not can_draw(part[key], plain[key]) for key in part if key in plain)
+
+    part = min(space, key=n_excluded)
     values: Config = {}
     # The optimizer comes first: the defaults of lr, weight_decay and momentum depend on it.
     for key in sorted(part, key=lambda key: key != "optimizer"):
-        full = {"penalty": "l2", **_complete({**config, **values}, defaults)}
-        known = key in config or (key == "penalty" and "l1_ratio" in config)
-        if not known and (key in full or is_fixed(part[key])):
+        full = {"penalty": "l2", **_with_plain_defaults({**config, **values}, defaults)}
+        is_set = key in config or (key == "penalty" and "l1_ratio" in config)
+        if not is_set and (key in full or is_fixed(part[key])):
             values[key] = _nearest(key, part[key], full.get(key))
-    if isinstance({**values, **config}.get("width"), tuple):
+    values |= config
+    if isinstance(values.get("width"), tuple) and "depth" not in config:
         values.pop("depth", None)
-    return _complete(check_config({**values, **config}, name="space"), defaults)
+    return _with_plain_defaults(check_config(values, name="space"), defaults)
 
 
 def _nearest(key: str, choices: Choices, value: object) -> object:
@@ -376,8 +349,9 @@ def _nearest(key: str, choices: Choices, value: object) -> object:
         if value in choices:
             return value
         numbers = [choice for choice in choices if isinstance(choice, int | float)]
-        others = len(numbers) < len([choice for choice in choices if not isinstance(choice, tuple)])
-        if others or not numbers or not isinstance(value, int | float):
+        # Tuples are widths of several layers, which are not compared with a number.
+        has_words = any(not isinstance(choice, int | float | tuple) for choice in choices)
+        if has_words or not numbers or not isinstance(value, int | float):
             return choices[0]
         return min(numbers, key=lambda choice: abs(choice - value))
     if isinstance(value, int | float) and hasattr(choices, "support"):
@@ -386,16 +360,18 @@ def _nearest(key: str, choices: Choices, value: object) -> object:
         step = (
             choices.step if isinstance(choices, EvenSteps) else isinstance(choices, OwnDistribution)
         )
-        inside = min(low + round((inside - low) / step) * step, high) if step else inside
+        if step:
+            inside = min(low + round((inside - low) / step) * step, high)
         if not hasattr(choices, "pmf") or choices.pmf(inside) > 0:
             return inside
     return draw([{key: choices}], 1, 0)[0][key]
 
 
-def _complete(config: Config, defaults: Mapping[str, object]) -> Config:
+def _with_plain_defaults(config: Config, defaults: Mapping[str, object]) -> Config:
     """Return a configuration with all default values. Some of them depend on the optimizer."""
-    word = config.get("optimizer", defaults.get("optimizer"))
-    return {**({} if word is None else optimizer_defaults(str(word))), **defaults, **config}
+    optimizer = config.get("optimizer", defaults.get("optimizer"))
+    of_optimizer = {} if optimizer is None else optimizer_defaults(str(optimizer))
+    return {**of_optimizer, **defaults, **config}
 
 
 def _identity(config: Mapping[str, object]) -> frozenset[tuple[str, Hashable]]:
@@ -403,7 +379,7 @@ def _identity(config: Mapping[str, object]) -> frozenset[tuple[str, Hashable]]:
     try:
         return frozenset(config.items())
     except TypeError:  # a value has no hash
-        return frozenset((key, _hashable(value)) for key, value in config.items())
+        return frozenset(zip(config, map(_hashable, config.values())))
 
 
 def _hashable(value: object) -> Hashable:

@@ -5,7 +5,7 @@ A space has lists, scipy.stats distributions and fixed values. Some published sp
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 from scipy import stats
@@ -15,8 +15,8 @@ from gputune.errors import InputError
 from gputune.methods.config import (
     INTEGER_REMEDY,
     MODULE_PREFIX,
+    OPTIMIZERS_WITH,
     RANGES,
-    TAKERS,
     WORDS,
     check_config,
     check_key,
@@ -36,6 +36,7 @@ from gputune.models import CNN, GRU, RealMLP
 from gputune.optimizers.classes import optimizer_defaults
 from gputune.text import did_you_mean
 from gputune.types import LR_FACTORS, ONLINE, PLAIN_LR_FACTORS, SEARCHED, Config, Goal
+from gputune.wording import Verbatim, per_interface
 
 
 def check_space(space: object, *, keys: Collection[str], module: bool) -> CheckedSpace:
@@ -55,30 +56,37 @@ def check_space(space: object, *, keys: Collection[str], module: bool) -> Checke
         InputError: The space is invalid.
     """
     named = _dicts_by_name(space, remedy="Leave it out (space=None) for the default space.")
-    for name, d in named.items():
-        for key in d:
+    for name, part in named.items():
+        for key in part:
             check_key(key, keys=keys, module=module, name=name)
-        check_penalty(d, name)
-        _check_online(d, name)
-    parts = []
-    for name, d in named.items():
-        parts.append(
-            part := {
-                key: _check_choices(key, value, f"{name}[{key!r}]") for key, value in d.items()
-            }
-        )
-        widths = part.get("width")
-        if (
-            "depth" in part
-            and isinstance(widths, list)
-            and any(isinstance(width, tuple) for width in widths)
-        ):
+        check_penalty(part, name)
+        _check_online(part, name)
+    checked = []
+    for name, part in named.items():
+        choices = _check_part(part, name)
+        checked.append(choices)
+        widths = choices.get("width")
+        if "depth" not in choices or not isinstance(widths, list):
+            continue
+        if any(isinstance(width, tuple) for width in widths):
             raise InputError(
-                f"{name} must have no 'depth' beside a width that is a tuple, which has its "
-                f"layers, got {widths!r}. Write a list of spaces, one with the tuples and one "
-                "with 'depth'."
+                name,
+                "must have no 'depth', because a width that is a tuple sets the number of layers",
+                got=widths,
+                remedy="Write a list of spaces, one with the tuples and one with 'depth'.",
             )
-    return parts
+    return checked
+
+
+def _check_part(part: Mapping[str, object], name: str, prefix: str = "") -> dict[str, Choices]:
+    """Return the checked choices of one dict of a space.
+
+    ``prefix`` is put before each key while its values are checked.
+    """
+    return {
+        key: _check_choices(f"{prefix}{key}", value, f"{name}[{key!r}]")
+        for key, value in part.items()
+    }
 
 
 def choices_of(space: CheckedSpace, key: str, *, default: object) -> list[Any]:
@@ -86,8 +94,12 @@ def choices_of(space: CheckedSpace, key: str, *, default: object) -> list[Any]:
 
     A dict of the space without this key has the default.
     """
-    lists = [part.get(key, [default]) for part in space]
-    return [value for choices in lists if isinstance(choices, list) for value in choices]
+    values = []
+    for part in space:
+        choices = part.get(key, [default])
+        if isinstance(choices, list):
+            values += choices
+    return values
 
 
 def check_own_space(space: object) -> CheckedSpace:
@@ -96,49 +108,50 @@ def check_own_space(space: object) -> CheckedSpace:
     Its keys are any words, and its values any values.
     """
     named = _dicts_by_name(space, remedy="For example space={'lr': [0.01, 0.001]}.")
-    for name, d in named.items():
-        if odd := [key for key in d if not isinstance(key, str)]:
-            raise InputError(f"{name} must have words as keys, got {odd[0]!r}; write it as text.")
-    return [
-        {
-            key: _check_choices(f"{MODULE_PREFIX}{key}", value, f"{name}[{key!r}]")
-            for key, value in d.items()
-        }
-        for name, d in named.items()
-    ]
+    for name, part in named.items():
+        for key in part:
+            if not isinstance(key, str):
+                raise InputError(
+                    name, "must have strings as keys", got=key, remedy="Write it as a string."
+                )
+    # Keys with this prefix accept any value.
+    return [_check_part(part, name, MODULE_PREFIX) for name, part in named.items()]
 
 
 def _dicts_by_name(space: object, *, remedy: str) -> dict[str, Mapping[Any, object]]:
     """Return the dicts of a space, keyed by their names in error messages."""
-    dicts = [space] if isinstance(space, Mapping) else space
-    if not isinstance(dicts, list | tuple) or not all(isinstance(d, Mapping) for d in dicts):
+    parts = [space] if isinstance(space, Mapping) else space
+    if not _are_dicts(parts):
         raise InputError(
-            f"space must be a dict or a list of dicts, got {space!r}. For example space={{'lr': "
-            f"[0.01, 0.001]}}."
+            "space",
+            "must be a dict or a list of dicts",
+            got=space,
+            remedy="For example space={'lr': [0.01, 0.001]}.",
         )
-    if not dicts or not all(dicts):
-        raise InputError(f"space must have at least one key, got {space!r}. {remedy}")
-    names = [f"space[{i}]" for i in range(len(dicts))] if len(dicts) > 1 else ["space"]
-    return dict(zip(names, dicts))
+    if not parts or not all(parts):
+        raise InputError("space", "must have at least one key", got=space, remedy=remedy)
+    if len(parts) == 1:
+        return {"space": parts[0]}
+    return {f"space[{i}]": part for i, part in enumerate(parts)}
 
 
-def _check_online(d: Mapping[str, object], name: str) -> None:
+def _check_online(part: Mapping[str, object], name: str) -> None:
     """Raise InputError for a key that the optimizers of the space never use.
 
     These keys belong to the optimizers that adapt their learning rate.
     """
-    given = [key for key in ("hypergrad_lr", "hypergrad_rule") if key in d]
-    optimizers = d.get("optimizer")
-    drawn = [optimizers] if isinstance(optimizers, str) else optimizers
-    if (
-        given
-        and isinstance(drawn, list | tuple)
-        and not set(ONLINE) & {str(word) for word in drawn}
-    ):
-        raise InputError(
-            f"{name} has the key {given[0]!r}, which only the optimizers {', '.join(ONLINE)} "
-            f"read, and draws the optimizer {optimizers!r}; leave it out, or add one of those."
-        )
+    optimizers = part.get("optimizer")
+    names = [optimizers] if isinstance(optimizers, str) else optimizers
+    if not isinstance(names, list | tuple) or not set(ONLINE).isdisjoint(map(str, names)):
+        return
+    for key in ("hypergrad_lr", "hypergrad_rule"):
+        if key in part:
+            raise InputError(
+                name,
+                f"has the key {key!r}, which only the optimizers {', '.join(ONLINE)} use, but it "
+                f"draws the optimizer {optimizers!r}",
+                remedy="Leave the key out, or add one of these optimizers.",
+            )
 
 
 def check_include(include: object, *, keys: Collection[str], module: bool) -> list[Config]:
@@ -146,11 +159,11 @@ def check_include(include: object, *, keys: Collection[str], module: bool) -> li
 
     ``keys`` and ``module`` are as in ``check_space``. Raises InputError.
     """
-    named = {f"include[{i}]": config for i, config in enumerate(_dicts(include))}
-    for name, config in named.items():
+    configs = _dicts(include)
+    for i, config in enumerate(configs):
         for key in config:
-            check_key(key, keys=keys, module=module, name=name)
-    return [check_config(config, name=name) for name, config in named.items()]
+            check_key(key, keys=keys, module=module, name=f"include[{i}]")
+    return [check_config(config, name=f"include[{i}]") for i, config in enumerate(configs)]
 
 
 def check_own_include(include: object, space: CheckedSpace) -> list[Config]:
@@ -158,25 +171,31 @@ def check_own_include(include: object, space: CheckedSpace) -> list[Config]:
 
     Each must have exactly the keys of one dict of the space. Otherwise InputError is raised.
     """
-    for i, config in enumerate(_dicts(include)):
+    configs = _dicts(include)
+    for i, config in enumerate(configs):
         if all(config.keys() != part.keys() for part in space):
             raise InputError(
-                f"include[{i}] must have a value for each key of the space, "
-                f"{', '.join(space[0])}, and no other, got {dict(config)!r}."
+                f"include[{i}]",
+                f"must have a value for each key of the space, {', '.join(space[0])}, and no other",
+                got=dict(config),
             )
-    return [plain_config(config) for config in _dicts(include)]
+    return list(map(plain_config, configs))
 
 
 def _dicts(include: object) -> Sequence[Mapping[str, object]]:
     """Return the dicts of ``include``. Raises InputError."""
-    if not isinstance(include, list | tuple) or not all(
-        isinstance(config, Mapping) for config in include
-    ):
+    if not _are_dicts(include):
         raise InputError(
-            f"include must be a list of dicts, got {include!r}. For example include=[{{'lr': "
-            f"0.01}}]."
+            "include",
+            "must be a list of dicts",
+            got=include,
+            remedy="For example include=[{'lr': 0.01}].",
         )
     return include
+
+
+def _are_dicts(value: object) -> TypeGuard[Sequence[Mapping[Any, object]]]:
+    return isinstance(value, list | tuple) and all(isinstance(part, Mapping) for part in value)
 
 
 def _check_choices(key: str, value: object, name: str) -> Choices:
@@ -185,72 +204,84 @@ def _check_choices(key: str, value: object, name: str) -> Choices:
         _check_distribution(key, value, name)
         return value
     if isinstance(value, np.ndarray) and value.ndim > 1:
-        raise InputError(
-            f"{name} must be 1-D, got an array of shape {value.shape}. Give a list of the choices."
-        )
-    value = list(value) if isinstance(value, np.ndarray) and value.ndim else value
+        got = Verbatim(f"an array of shape {value.shape}")
+        raise InputError(name, "must be 1-D", got=got, remedy="Pass a list of the choices.")
+    if isinstance(value, np.ndarray) and value.ndim:
+        value = list(value)
     if isinstance(value, set | frozenset):
-        raise InputError(f"{name} must be a list, since a set has no order, got {value!r}.")
+        raise InputError(name, "must be a list, because a set has no order", got=value)
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         return [check_value(key, value, name)]
     if not len(value):
         raise InputError(
-            f"{name} must have at least one value, got an empty list. Add one, or leave the key "
-            "out."
+            name,
+            "must have at least one value",
+            got=Verbatim("an empty list"),
+            remedy="Add one, or leave the key out.",
         )
     if key == "width" and isinstance(value, tuple):
         raise InputError(
-            f"{name} must be a list, since a tuple is the layers of one network, got {value!r}. "
-            f"Write {list(value)!r} for widths to choose from, [{value!r}] for one network."
+            name,
+            "must be a list, because a tuple is the layers of one network",
+            got=value,
+            remedy=f"Write {list(value)!r} for widths to choose from, [{value!r}] for one network.",
         )
     return [check_value(key, choice, name) for choice in value]
 
 
 def _check_distribution(key: str, value: Any, name: str) -> None:
     """Raise InputError for a distribution that can draw values out of the range of its key."""
-    unfrozen = isinstance(value, stats.rv_continuous | stats.rv_discrete)
-    if unfrozen and value.numargs:
+    scipy_classes = (stats.rv_continuous, stats.rv_discrete)
+    is_unfrozen = isinstance(value, scipy_classes)
+    if is_unfrozen and value.numargs:
         raise InputError(
-            f"{name} must be a frozen distribution, got stats.{value.name} without its parameters "
-            f"{value.shapes}. For example scipy.stats.loguniform(0.0001, 0.1)."
+            name,
+            "must be a frozen distribution",
+            got=Verbatim(f"stats.{value.name} without its parameters {value.shapes}"),
+            remedy="For example scipy.stats.loguniform(0.0001, 0.1).",
         )
     if key in WORDS:
+        words = WORDS[key]
         raise InputError(
-            f"{name} must be a list of words out of {', '.join(WORDS[key])}, got a distribution. "
-            f"For example {list(WORDS[key][:2])}."
+            name,
+            f"must be a list of words out of {', '.join(words)}",
+            got=Verbatim("a distribution"),
+            remedy=f"For example {list(words[:2])}.",
         )
-    law = value if unfrozen else getattr(value, "dist", None)
-    real = isinstance(law, stats.rv_continuous) or (
-        isinstance(value, EvenSteps) and not value.whole
-    )
-    if not isinstance(value, OwnDistribution) and not isinstance(
-        law, stats.rv_continuous | stats.rv_discrete
-    ):
+    family = value if is_unfrozen else getattr(value, "dist", None)
+    if not isinstance(value, OwnDistribution) and not isinstance(family, scipy_classes):
         return  # a custom class: only its draws can be checked
     low = float(np.min(value.support()[0]))
     high = float(np.max(value.support()[1]))
     if math.isnan(low) or math.isnan(high):
         raise InputError(
-            f"{name} must have parameters in their range, got {distribution_text(value)}. "
-            "loguniform needs 0 < low < high, uniform(low, width) a width > 0, randint(low, "
-            "high) low < high."
+            name,
+            "must have parameters in their range",
+            got=Verbatim(distribution_text(value)),
+            remedy="loguniform needs 0 < low < high, uniform(low, width) a width > 0, "
+            "randint(low, high) low < high.",
         )
     if (rule := RANGES.get(key)) is None:
         return
-    inside = rule.holds(low) and (rule.holds(high) or high == rule.high == math.inf)
-    fault = ""
-    # A continuous draw equals an end of its range with probability zero. So an end may lie on an
-    # excluded bound.
-    if real and not isinstance(value, EvenSteps):
-        inside = rule.low <= low and high <= rule.high
-    if real and rule.integer:
-        fault = f"real numbers. {INTEGER_REMEDY}"
-    elif not inside:
-        fault = f"from {low:g} to {high:g}. Narrow its range."
-    if fault:
-        raise InputError(
-            f"{name} must be {rule.rule}, got {distribution_text(value)}, which draws {fault}"
-        )
+    is_continuous = isinstance(family, stats.rv_continuous)
+    is_real = is_continuous or (isinstance(value, EvenSteps) and not value.is_integer)
+    if is_continuous:
+        # A continuous draw equals an end of its range with probability zero. So an end may lie on
+        # an excluded bound.
+        is_inside = rule.low <= low and high <= rule.high
+    else:
+        is_unbounded = high == rule.high == math.inf
+        is_inside = rule.includes(low) and (rule.includes(high) or is_unbounded)
+    if rule.integer and is_real:
+        draws = "real numbers"
+        remedy = INTEGER_REMEDY
+    elif is_inside:
+        return
+    else:
+        draws = f"from {low:g} to {high:g}"
+        remedy = "Narrow its range."
+    got = Verbatim(f"{distribution_text(value)}, which draws {draws}")
+    raise InputError(name, f"must be {rule.rule}", got=got, remedy=remedy)
 
 
 _REALMLP: Mapping[str, float | str] = {
@@ -318,23 +349,22 @@ def default_space(
     lr = optimizer_defaults(optimizer)["lr"]
     low, high = PLAIN_LR_FACTORS if plain else LR_FACTORS
     space = {"lr": stats.loguniform(low * lr, high * lr), "batch_size": _choices_of("batch_size")}
-    if optimizer in TAKERS["weight_decay"]:
+    if optimizer in OPTIMIZERS_WITH["weight_decay"]:
         space["weight_decay"] = _choices_of("weight_decay")
     if optimizer in ONLINE:
         space["hypergrad_lr"] = _choices_of("hypergrad_lr")
     if model == "mlp":
         return space | {"width": _choices_of("width")}
-    return space | next((dict(sizes) for kind, sizes in _SIZES.items() if builder is kind), {})
+    return space | dict(_SIZES.get(builder, {}) if isinstance(builder, type) else {})
 
 
 def _choices_of(key: str) -> Choices:
     """Return the default choices of a key: a list, or a log-uniform distribution."""
-    choices = SEARCHED[key]
-    return (
-        list(choices)
-        if isinstance(choices, tuple)
-        else stats.loguniform(choices["low"], choices["high"])
-    )
+    searched = SEARCHED[key]
+    if isinstance(searched, tuple):
+        return list(searched)
+    distribution: Choices = stats.loguniform(searched["low"], searched["high"])
+    return distribution
 
 
 def _realmlp(goal: Goal) -> CheckedSpace:
@@ -413,8 +443,12 @@ SPACES: Mapping[str, Callable[[Goal], CheckedSpace]] = {
 def named_space(name: str, goal: Goal) -> CheckedSpace:
     """Return the space with a given name. Raises InputError for an unknown name."""
     if name not in SPACES:
+        names = ", ".join(SPACES)
+        forms = per_interface("a dict, a list of dicts,", "KEY=SPEC,")
         raise InputError(
-            f"space must be a dict, a list of dicts, or one of {', '.join(SPACES)}, got {name!r}."
-            f"{did_you_mean(name, SPACES)}"
+            "space",
+            f"must be {forms} or one of {names}",
+            got=name,
+            remedy=did_you_mean(name, SPACES).strip(),
         )
     return SPACES[name](goal)

@@ -7,11 +7,13 @@ trials continue. The median rule is milder than successive halving.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from gputune.errors import InputError, check_count
 from gputune.executors.worker import Reports
+from gputune.wording import option
 
 Curves = Mapping[int, np.ndarray]
 """The scores (epochs, F) of trials so far, keyed by trial number. Trials that have ended are
@@ -64,9 +66,7 @@ class Halving(StoppingRule):
 
     def __post_init__(self) -> None:
         if not isinstance(self.factor, int | float) or not 1 < self.factor < math.inf:  # True is 1
-            raise InputError(
-                f"Halving(factor=...) must be a finite number > 1, got {self.factor!r}."
-            )
+            raise InputError("Halving(factor=...)", "must be a finite number > 1", got=self.factor)
         check_count(self.min_epochs, "Halving(min_epochs=...)", none=True)
         check_count(self.brackets, "Halving(brackets=...)")
 
@@ -80,19 +80,22 @@ class Halving(StoppingRule):
         rung = float(_first_epoch(self, max_epochs, 27))
         while rung < max_epochs:
             # With a small factor, two rungs may be the same epoch after rounding down.
-            epochs += [int(rung)] * (int(rung) not in epochs[-1:])
+            if int(rung) not in epochs[-1:]:
+                epochs.append(int(rung))
             rung *= self.factor
         if self.brackets > len(epochs) + 1:
+            length = option("max_epochs", max_epochs)
             raise InputError(
-                f"Halving(brackets=...) must be at most {len(epochs) + 1} for "
-                f"max_epochs={max_epochs}, which has rungs at {epochs}, got {self.brackets}; ask "
-                "for fewer, or train longer."
+                "Halving(brackets=...)",
+                f"must be at most {len(epochs) + 1} for {length}, which has rungs at {epochs}",
+                got=self.brackets,
+                remedy="Use fewer brackets, or train longer.",
             )
         return [epochs[s:] for s in range(self.brackets)]
 
     def stops(self, max_epochs: int) -> list[int]:
         """Return the epochs of all rungs of all brackets, in order."""
-        return sorted({epoch for epochs in self.rungs(max_epochs) for epoch in epochs})
+        return sorted(set().union(*self.rungs(max_epochs)))
 
     def trials_to_stop(self, epoch: int, curves: Curves, max_epochs: int) -> set[int]:
         """Return the trials that stop at the rungs of this epoch.
@@ -101,33 +104,34 @@ class Halving(StoppingRule):
         """
         # By trial number, not by position: a repaired study may lack some trials.
         bracket_of = self.brackets_of(1 + max(curves, default=-1), max_epochs)
-        leaving: set[int] = set()
-        for bracket in (b for b, epochs in enumerate(self.rungs(max_epochs)) if epoch in epochs):
-            reached = [
-                n for n in sorted(curves) if bracket_of[n] == bracket and len(curves[n]) >= epoch
-            ]
-            stays = survivors(
-                np.array([float(curves[n][epoch - 1].mean()) for n in reached]), self.factor
-            )
-            leaving |= {number for number, stay in zip(reached, stays) if not stay}
-        return leaving
+        stopped: set[int] = set()
+        for bracket, rungs in enumerate(self.rungs(max_epochs)):
+            if epoch not in rungs:
+                continue
+            means = {}
+            for number in sorted(curves):
+                if bracket_of[number] == bracket and len(curves[number]) >= epoch:
+                    means[number] = float(curves[number][epoch - 1].mean())
+            stays = survivors(np.array(list(means.values())), self.factor)
+            stopped.update(number for number, stay in zip(means, stays) if not stay)
+        return stopped
 
     def brackets_of(self, n_trials: int, max_epochs: int) -> list[int]:
         """Return the bracket of each trial, in order of trial number.
 
         Every bracket gets about the same number of epochs in total.
         """
-        edges = [[0, *rungs, max_epochs] for rungs in self.rungs(max_epochs)]
-        # The average number of epochs per trial of each bracket.
-        costs = [
-            sum((b - a) / self.factor**i for i, (a, b) in enumerate(zip(e[:-1], e[1:])))
-            for e in edges
-        ]
-        shares = np.cumsum([1 / cost for cost in costs])
+        shares = []
+        for rungs in self.rungs(max_epochs):
+            # Each stretch between two rungs trains 1/factor of the trials of the stretch before it.
+            stretches = enumerate(pairwise([0, *rungs, max_epochs]))
+            epochs_per_trial = sum((end - begin) / self.factor**i for i, (begin, end) in stretches)
+            shares.append(1 / epochs_per_trial)
+        ends = np.cumsum(shares)
         # The multiples of the golden ratio spread evenly over [0, 1). So any number of trials
         # splits by these shares, and additional trials do not move earlier ones to other brackets.
         places = (np.arange(n_trials) * (math.sqrt(5) - 1) / 2) % 1
-        brackets: list[int] = np.searchsorted(shares / shares[-1], places, side="right").tolist()
+        brackets: list[int] = np.searchsorted(ends / ends[-1], places, side="right").tolist()
         return brackets
 
 
@@ -193,14 +197,16 @@ class Median(StoppingRule):
         """
         if len(curves) < self.min_trials:
             return set()
-        means = {number: curves[number].mean(1) for number in sorted(curves)}
-        # A trial that stopped earlier counts with its last mean.
-        last = np.array(
-            [mean[min(epoch, len(mean)) - 1] if len(mean) else -np.inf for mean in means.values()]
-        )
+        last = []
+        best = {}
+        for number in sorted(curves):
+            means = curves[number].mean(1)
+            # A trial that stopped earlier counts with its last mean.
+            last.append(means[:epoch][-1] if len(means) else -np.inf)
+            if len(means) >= epoch:
+                best[number] = np.max(means[:epoch])
         middle = float(np.median(np.where(np.isfinite(last), last, -np.inf)))
-        reached = {number: mean[:epoch] for number, mean in means.items() if len(mean) >= epoch}
-        return {number for number, mean in reached.items() if not np.max(mean) >= middle}
+        return {number for number, mean in best.items() if not mean >= middle}
 
 
 def ends_in_order(
@@ -234,8 +240,10 @@ def _first_epoch(rule: Halving | Median, max_epochs: int, part: int) -> int:
     first = rule.min_epochs or max(1, max_epochs // part)
     if first >= max_epochs > 1:
         raise InputError(
-            f"{type(rule).__name__}(min_epochs=...) must be below max_epochs={max_epochs}, got "
-            f"{first}; lower it, or train longer."
+            f"{type(rule).__name__}(min_epochs=...)",
+            f"must be below {option('max_epochs', max_epochs)}",
+            got=first,
+            remedy="Lower it, or train longer.",
         )
     return first
 

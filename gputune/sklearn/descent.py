@@ -23,7 +23,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from gputune.engine.stop import entry
 from gputune.errors import DivergedError, InputError
 from gputune.hypergradients.first_step import check_classes, check_coordinate, check_start
-from gputune.methods.descent import Descent, Hypergradient, Slope, slope_at
+from gputune.methods.descent import Hypergradient, Slope, StartingPoint, slope_at
 from gputune.methods.distributions import range_of
 from gputune.sklearn.base import constructor, last_step
 from gputune.sklearn.dataset import Part
@@ -224,7 +224,7 @@ class DescentRun(SearchRun):
             own = self.parameters.items()
             start = f"start {number}"
             values = {name: start_value(recipe, name, parameter, start) for name, parameter in own}
-            starts[number] = Descent(method, tuple(self.parameters), values, bounds)
+            starts[number] = StartingPoint(method, tuple(self.parameters), values, bounds)
         self.X, self.y = indexable(self.X, self.y)
         self.splits = self.split(self.X, self.y, self.split_params)
         self._train(candidates, [(number, 0) for number in range(len(candidates))])
@@ -233,7 +233,7 @@ class DescentRun(SearchRun):
         share = (time.monotonic() - begin) / max(1, len(self.points) * len(self.splits))
         return TrainedCandidates(self.points, self.splits, self.events, share)
 
-    def add(self, starts: Mapping[int, Descent], step: int) -> None:
+    def add(self, starts: Mapping[int, StartingPoint], step: int) -> None:
         """Train the points to which starts have moved."""
         # A later point of a start overwrites an earlier one, so the last point remains.
         params = {origin[0]: point for origin, point in zip(self.origins, self.points)}
@@ -285,7 +285,7 @@ class DescentRun(SearchRun):
         self.origins += origins
         self.events += events
 
-    def measure(self, starts: Mapping[int, Descent], step: int) -> dict[int, Slope]:
+    def measure(self, starts: Mapping[int, StartingPoint], step: int) -> dict[int, Slope]:
         """Return the slope of each start that can move further, at its current point.
 
         A start can move if its point was trained in all folds or diverged, and has validation rows

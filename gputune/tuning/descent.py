@@ -16,7 +16,7 @@ from gputune.errors import InputError
 from gputune.hypergradients.chunk import HypergradientJob, Slopes
 from gputune.hypergradients.first_step import check_classes, check_coordinate, check_start
 from gputune.hypergradients.implicit import implicit_chunk
-from gputune.methods.descent import Descent, Hypergradient, Slope, slope_at
+from gputune.methods.descent import Hypergradient, Slope, StartingPoint, slope_at
 from gputune.methods.distributions import CheckedSpace, range_of
 from gputune.population.population import by_numbers
 from gputune.solver.solve import score_solution
@@ -95,17 +95,19 @@ class DescentPoints(Protocol):
     If False, the repeated measurement is a new point.
     """
 
-    def measure(self, starts: Mapping[int, Descent], step: int) -> Mapping[int, Slope]:
+    def measure(self, starts: Mapping[int, StartingPoint], step: int) -> Mapping[int, Slope]:
         """Return the slope at the current point of each start, keyed by the number of the start.
 
         A start that is missing has reached its last point.
         """
 
-    def add(self, starts: Mapping[int, Descent], step: int) -> None:
+    def add(self, starts: Mapping[int, StartingPoint], step: int) -> None:
         """Store the points to which the starts have moved."""
 
 
-def run_descent(starts: Mapping[int, Descent], points: DescentPoints, outer_steps: int) -> None:
+def run_descent(
+    starts: Mapping[int, StartingPoint], points: DescentPoints, outer_steps: int
+) -> None:
     """Move the starts for at most ``outer_steps`` steps.
 
     The points after the last step are measured too.
@@ -146,7 +148,7 @@ def descend(context: Context, space: CheckedSpace, method: Hypergradient) -> Non
     ranges = {name: range_of(space, (name,)) for name in names}
     bounds = {name: ends for name, ends in ranges.items() if ends is not None}
     paths = {
-        number: Descent(method, names, context.complete(c.params), bounds)
+        number: StartingPoint(method, names, context.complete(c.params), bounds)
         for number, c in starts.items()
     }
     # Each start has its first point, and one point after each step.
@@ -173,7 +175,7 @@ class _Trials:
     points: dict[int, Candidate]
     measures_again: ClassVar[bool] = False
 
-    def measure(self, starts: Mapping[int, Descent], step: int) -> dict[int, Slope]:
+    def measure(self, starts: Mapping[int, StartingPoint], step: int) -> dict[int, Slope]:
         """Evaluate the points without a result, and return the slopes.
 
         A point that was stopped or given up has no slope.
@@ -197,7 +199,7 @@ class _Trials:
             if "slope" in result.detail
         }
 
-    def add(self, starts: Mapping[int, Descent], step: int) -> None:
+    def add(self, starts: Mapping[int, StartingPoint], step: int) -> None:
         """Make each point a trial of the ledger, unless it already is one."""
         if self.context.stop.reason:  # a search that is good enough ends without further points
             self.points = {}

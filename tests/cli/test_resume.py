@@ -290,7 +290,7 @@ def test_what_is_known_already_is_said(bugs):
     assert "going on" not in tuned(loud=True)
     assert "going on: 3 of 3 trials are finished\n" in tuned(loud=True)
     _, _, err = run("resume", FOLDER, "--trials", "1", loud=True)
-    assert "note: The study holds 3 configurations, more than --trials 1: all stay in it.\n" in err
+    assert "more than the 1 trials of this call. All of them stay in it.\n" in err
     _, _, err = run("resume", FOLDER, "--trials", "4", loud=True)
     assert "going on: 3 of 4 trials are finished\n" in err
 
@@ -432,6 +432,6 @@ def test_a_space_is_made_again_from_plain_values(space):
 def test_a_space_names_nothing_but_distributions():
     for name in ("sys", "ttest_ind", "__loader__", "no_such"):
         with pytest.raises(
-            gputune.InputError, match=f"scipy.stats has no distribution {name!r}; use the"
+            gputune.InputError, match=f"scipy.stats has no distribution {name!r}. Use the"
         ):
             space_from_json([{"lr": {"scipy": name, "with": {}}}])

@@ -1,6 +1,7 @@
 """One configuration: every key has its range and type, and an error names a remedy."""
 
 import math
+import re
 from fractions import Fraction
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from gputune.methods.config import KEYS, WORDS, check_config, check_key, legal_keys
 from gputune.types import ACTIVATIONS, NUMBERS, OPTIMIZERS, SCHEDULES
+from gputune.wording import shown_value
 from refused import refused
 
 MLP = legal_keys("mlp", "adamw")
@@ -68,13 +70,15 @@ def test_values_in_range_are_kept_and_others_refused(key):
     for value in VALUES[key][0]:
         assert check_config({key: value}) == {key: value}
     for value in VALUES[key][1]:
-        with refused(rf"^trial\['{key}'\] must be .*, got {value!r}\. [A-Z]"):
+        with refused(
+            rf"^trial\['{key}'\] must be .*, got {re.escape(shown_value(value))}\.? [A-Z]"
+        ):
             check_config({key: value}, name="trial")
     if key not in WORDS:
         with refused(r"got the text '32'. For example"):
             check_config({key: "32"})
         for value in (True, np.True_, None, {1}, 1j):
-            with refused("Give a number, for example"):
+            with refused("Use a number, for example"):
                 check_config({key: value})
 
 
@@ -109,11 +113,11 @@ def test_values_become_pythons_own(key, value, expected):
         ),
         (
             {"width": ()},
-            r"trial\['width'\] must have the units of each hidden layer, got \(\)\. For example \(100",
+            r"trial\['width'\] must have the number of units of each hidden layer, got \(\)\. For example \(100",
         ),
         (
             {"width": (8, 4), "depth": 3},
-            r"no 'depth' beside the width \(8, 4\), which is of 2 layers, got 3\. Leave",
+            r"no 'depth', because its width \(8, 4\) sets 2 layers, got 3\. Leave",
         ),
         ({"activation": "ReLU"}, "one of relu, gelu, silu, tanh, got 'ReLU'. Did you mean 'relu'?"),
         ({"activation": "tahn"}, "got 'tahn'. Did you mean 'tanh'?"),
@@ -151,10 +155,14 @@ def test_keys_are_sorted_modules_keep_their_values_and_penalty_is_the_older_word
         ("widht", MLP, "Did you mean 'width'\\?"),
         ("learning_rate_init", MLP, "Did you mean 'lr'\\?"),
         ("hidden_layer_sizes", MLP, "Did you mean 'width'\\?"),
-        ("hidden", MODULE, "An argument of the module is written 'module__hidden'."),
-        ("module__", MODULE, "An argument of the module"),
+        ("hidden", MODULE, "Write an argument of the module as 'module__hidden'."),
+        ("module__", MODULE, "Write an argument of the module"),
         ("width", EXACT, "Leave it out."),
-        ("lr", EXACT, "The solved .* has no lr; optimizer='adamw' trains it by gradient descent."),
+        (
+            "lr",
+            EXACT,
+            "The solved .* has no lr. Pass optimizer='adamw' to train it by gradient descent.",
+        ),
         ("C", MLP, "Only the logistic regression solved with optimizer='exact' has C."),
         ("zzz", MLP, "Leave it out."),
         (3, MLP, "Leave it out."),

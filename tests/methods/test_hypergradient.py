@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import gputune
-from gputune.methods.descent import Descent, Hypergradient, Slope, slope_at
+from gputune.methods.descent import Hypergradient, Slope, StartingPoint, slope_at
 from refused import refused
 
 
@@ -17,7 +17,7 @@ def slope(value, *, error=0.0, usable=True, loss=1.0, mode="exact", name="lr"):
 
 def start(value=0.01, *, name="lr", bounds=None, **options):
     method = Hypergradient(hyperparameters=(name,), **options)
-    return Descent(method, (name,), {name: value, "width": 8}, bounds or {})
+    return StartingPoint(method, (name,), {name: value, "width": 8}, bounds or {})
 
 
 def places(path, *slopes, name="lr"):

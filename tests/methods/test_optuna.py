@@ -17,8 +17,15 @@ import gputune
 from gputune.api.study import Study
 from gputune.errors import MissingExtraError
 from gputune.methods.config import legal_keys
-from gputune.methods.distributions import as_optuna, describe, label, of_label, space_text, to_scipy
-from gputune.methods.optuna import check_askable, widened_law
+from gputune.methods.distributions import (
+    as_optuna,
+    choice_of_label,
+    describe,
+    label,
+    space_text,
+    to_scipy,
+)
+from gputune.methods.optuna import check_askable, widened_description
 from gputune.methods.space import check_space
 from gputune.study.store import Candidate
 from refused import refused
@@ -62,8 +69,8 @@ def test_a_distribution_of_optunas_there_and_back(distribution):
 def test_lists_and_laws_of_scipy_as_optunas(choices, expected):
     assert as_optuna(describe(choices)) == expected
     choices = [nn.ReLU, 1, True, "relu", (1, 2)]
-    assert [of_label(label(choice), choices) for choice in choices] == choices
-    assert type(of_label(True, choices)) is bool and type(of_label(1, choices)) is int
+    assert [choice_of_label(label(choice), choices) for choice in choices] == choices
+    assert type(choice_of_label(True, choices)) is bool and type(choice_of_label(1, choices)) is int
 
 
 @pytest.mark.parametrize(
@@ -266,7 +273,7 @@ STEPS = {"kind": "int", "low": 16, "high": 64, "step": 16}
 def test_what_a_key_is_drawn_from(law, values, expected):
     rows = [({"x": value}, result(n)) for n, value in enumerate(values)]
     study = made(rows, distributions={} if law is None else {"x": law})
-    assert widened_law(study, "x") == expected
+    assert widened_description(study, "x") == expected
 
 
 @pytest.mark.parametrize(
@@ -274,7 +281,7 @@ def test_what_a_key_is_drawn_from(law, values, expected):
 )
 def test_a_storage_that_cannot_be_opened_is_named(study, storage):
     message = (
-        f"to_optuna\\(storage='{re.escape(str(storage))}'\\) cannot be opened: .* It is a URL "
+        f"to_optuna\\(storage='{re.escape(str(storage))}'\\) cannot be opened: .* Pass a URL "
         "such as 'sqlite:///"
     )
     with refused(message):
@@ -293,7 +300,7 @@ def storage(tmp_path):
 @pytest.mark.filterwarnings("ignore:unclosed database:ResourceWarning")  # by Python 3.13
 def test_a_name_that_is_there_already_loses_nothing(storage, study):
     study.to_optuna(storage, name="digits")
-    with refused(r"to_optuna\(name='digits'\): the storage has a study of that name"):
+    with refused(r"to_optuna\(name='digits'\) is the name of a study that the storage already has"):
         study.to_optuna(storage, name="digits")
     kept = optuna.load_study(study_name="digits", storage=storage)
     assert len(kept.trials) == len(study.trials)

@@ -10,7 +10,7 @@ from scipy import stats
 from sklearn.base import BaseEstimator
 from sklearn.model_selection import RandomizedSearchCV
 
-from gputune.methods.config import check_config, legal_keys
+from gputune.methods.config import legal_keys
 from gputune.methods.distributions import EvenSteps, LogIntegers, log_int
 from gputune.methods.random import draw, first_candidates, notes, numbered, remarks, top_up
 from gputune.methods.space import check_space, default_space
@@ -90,7 +90,7 @@ def test_draws_are_pythons_numbers_and_a_shorter_draw_is_the_beginning_of_a_long
         int,
     ]
     assert draw(space, 3, 0) == drawn[:3] != draw(space, 3, 1)
-    with refused(r"a draw of space\['width'\] must be an integer >= 1, got 17.3. Use a list"):
+    with refused(r"A draw of space\['width'\] must be an integer >= 1, got 17.3. Use a list"):
         draw(checked({"width": Constant(17.3)}), 3, 0)
 
 
@@ -102,7 +102,9 @@ def test_lists_with_too_few_points_give_all_of_them_without_a_warning():
     ]
     trials = search(space, 64, include_default=False)
     said = remarks(trials, space, n_trials=64, include_default=False)
-    assert said == ("The space has 6 configurations, fewer than n_trials=64: all of them are run.",)
+    assert said == (
+        "The space has 6 configurations, fewer than the 64 trials of this call. All of them are run.",
+    )
     assert not remarks(trials, space, n_trials=6, include_default=False)
     for n_trials in (1, 4, 6, 64):  # the default one, held to the space, is one of its points
         assert len(search(space, n_trials)) == min(n_trials, 6)
@@ -221,7 +223,7 @@ def test_a_default_is_held_to_what_the_space_names(choices, default, held):
     moved = (
         ""
         if held == default
-        else "Trial 0 is the default configuration, held to the space: module__k="
+        else "Trial 0 is the default configuration, moved into the space: module__k="
     )
     assert said.startswith(moved) and bool(said) == bool(moved)
 
@@ -297,8 +299,8 @@ def test_duplicates_are_dropped_not_redrawn():
     assert said == ("1 of 4 configurations repeat another one and are not run again.",)
     said = remarks(trials, space, n_trials=2, include_default=False)
     assert said == (
-        "Trial 0 is the default configuration, which an earlier call asked for: it stays.",
-        "The study holds 3 configurations, more than n_trials=2: all stay in it.",
+        "Trial 0 is the default configuration, which an earlier call asked for. It stays in the study.",
+        "The study holds 3 configurations, more than the 2 trials of this call. All of them stay in it.",
     )
 
 
@@ -308,11 +310,11 @@ def test_a_key_that_no_optimizer_of_the_trials_takes_is_said():
         return notes(trials, checked(space), include_default=False, defaults=MLP_DEFAULTS)
 
     assert said_of({"momentum": [0.1, 0.9]}, 2) == (
-        "'momentum' has no effect: adamw has none; leave it out, or use sgd, nesterov, rmsprop, "
+        "'momentum' has no effect, because adamw does not use it. Leave it out, or use sgd, nesterov, rmsprop, "
         "muon, sgdhd or nesterovhd.",
     )
     (said,) = said_of({"momentum": [0.1, 0.9], "optimizer": ["adam", "adamw"]}, 4)
-    assert said.startswith("'momentum' has no effect: adam and adamw have none;")
+    assert said.startswith("'momentum' has no effect, because adam and adamw do not use it.")
     assert not said_of({"momentum": [0.5], "optimizer": ["adam", "sgd"]}, 2)
 
 
@@ -326,7 +328,7 @@ def test_n_trials_is_a_count_and_nothing_to_run_is_an_error():
     space = checked(MIXED)
     assert [t.origin for t in search(space, 1)] == ["default"]
     assert [t.origin for t in search(space, 0, include=[{}])] == ["include"]
-    message = r"n_trials must be >= 1 where nothing else is to run, got n_trials=0 .* n_trials=1 for the default"
+    message = r"n_trials must be at least 1 without included configurations, got 0. .* n_trials=1 for only the default"
     with refused(message):
         search(space, 0)
     for n_trials in (-1, 2.0, "3", None, True):
@@ -356,30 +358,23 @@ WHOLE = {"depth": stats.randint(1, 90), "width": log_int(8, 64), "batch_size": E
 
 
 @pytest.mark.parametrize(
-    ("space", "most"),
-    [
-        (MIXED, 6),
-        (ALTERNATIVES, 6),
-        (LAWS, 6),
-        (WHOLE, 6),
-        ({"weight_decay": stats.expon(), **LAWS}, 99),
-    ],
+    "space", [MIXED, ALTERNATIVES, LAWS, WHOLE, {"weight_decay": stats.expon(), **LAWS}]
 )
 @pytest.mark.parametrize("include", [(), [{"lr": 0.1}]])
-def test_a_larger_number_continues_the_search_and_draws_the_new_trials_alone(space, most, include):
+def test_a_larger_number_continues_the_search(space, include):
     space = checked(space)
-    drawn = []
-
-    def check(config, *, name):
-        drawn.append(config)
-        return check_config(config, name=name)
-
     old = search(space, 30, include)
-    whole = search(space, 34, include)
+    longer = search(space, 34, include)
     assert top_up(old, space, 30, 0) == top_up(old, space, 2, 0) == ()
-    assert old + top_up(old, space, 34, 0, check) == whole
-    assert len(drawn) <= most
-    assert numbered([(config, "random") for config in params(whole)], old) == whole[len(old) :]
+    assert old + top_up(old, space, 34, 0) == longer
+    assert numbered([(config, "random") for config in params(longer)], old) == longer[len(old) :]
+
+
+def test_the_time_for_drawing_known_trials_again_does_not_count():
+    space = checked(LAWS)
+    drawn = draw(space, 100, 0, seconds=-1.0, n_known=30)
+    assert drawn == draw(space, 31, 0)
+    assert draw(space, 100, 0, seconds=-1.0) == drawn[:1]
 
 
 def test_a_larger_number_of_lists_draws_what_is_missing():
@@ -403,7 +398,11 @@ def test_what_an_older_study_holds_is_counted_and_numbered_on():
     )
     assert top_up(old, space, 4, 0) == ()
     (said,) = remarks(old, space, n_trials=4, include_default=True)
-    assert said == "The study holds 5 configurations, more than n_trials=4: all stay in it."
+    assert (
+        said
+        == "The study holds 5 configurations, more than the 4 trials of this call. All of them "
+        "stay in it."
+    )
     space = checked(LAWS)
     other = [Candidate(i, config, "random") for i, config in enumerate(draw(space, 3, 1))]
     assert params(top_up(other, space, 5, 0)) == draw(space, 5, 0)[:2]

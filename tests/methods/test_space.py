@@ -64,7 +64,7 @@ def test_penalty_stays_a_key_of_the_space():
     assert check({"penalty": ["l1", "l2", None], "C": [1]}, EXACT) == [
         {"penalty": ["l1", "l2", "none"], "C": [1.0]}
     ]
-    with refused(r"^space\[1\] must have one of 'penalty' and 'l1_ratio'"):
+    with refused(r"^space\[1\] must have only one of 'penalty' and 'l1_ratio'"):
         check([{"C": 1}, {"penalty": "l1", "l1_ratio": 0.5}], EXACT)
 
 
@@ -88,14 +88,14 @@ def test_penalty_stays_a_key_of_the_space():
         ({"module__k": [8]}, r"^space has the key 'module__k', but module__"),
         ({"lr": [0.1, 0]}, r"^space\['lr'\] must be a finite number > 0, got 0"),
         ([{"lr": 1}, {"lr": -1}], r"^space\[1\]\['lr'\] must be a finite number > 0, got -1"),
-        ({"lr": {0.1, 0.2}}, r"^space\['lr'\] must be a list, since a set has no order, got {"),
+        ({"lr": {0.1, 0.2}}, r"^space\['lr'\] must be a list, because a set has no order, got {"),
         (
             {"width": (32, 64)},
             r"a tuple is the layers of one network, got \(32, 64\)\. Write \[32, 64\] for .*\[\(32, 64\)\]",
         ),
         (
             {"width": [8, (4, 2)], "depth": [1]},
-            "no 'depth' beside a width that is a tuple.* Write a list of spaces",
+            "no 'depth', because a width that is a tuple.* Write a list of spaces",
         ),
         ({"width": [17.3]}, r"^space\['width'\] must be an integer >= 1, got 17.3. Use a list"),
         ({"width": "32"}, r"^space\['width'\] must be an integer >= 1, got the text '32'"),

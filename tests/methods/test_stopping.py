@@ -104,12 +104,12 @@ def test_epochs_of_the_medians_decisions_and_options_that_do_not_fit_the_epochs(
         (
             gputune.Median(min_epochs=9),
             9,
-            r"Median\(min_epochs=...\) must be below max_epochs=9, got 9; lower it",
+            r"Median\(min_epochs=...\) must be below max_epochs=9, got 9. Lower it",
         ),
         (
             Halving(min_epochs=10),
             10,
-            r"Halving\(min_epochs=...\) must be below max_epochs=10, got 10; lower it",
+            r"Halving\(min_epochs=...\) must be below max_epochs=10, got 10. Lower it",
         ),
         (
             Halving(brackets=4),

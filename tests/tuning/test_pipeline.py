@@ -926,10 +926,10 @@ def test_the_default_configuration_is_held_to_the_space_and_counts(iris, capsys)
     notes = study.meta["notes"]
     assert all(f"note: {note}\n" in said for note in notes)
     assert (
-        "Trial 0 is the default configuration, held to the space: width=32 in place of 128."
+        "Trial 0 is the default configuration, moved into the space: width=32 in place of 128."
         in notes
     )
-    assert notes[-1].startswith("'momentum' has no effect: adamw")
+    assert notes[-1].startswith("'momentum' has no effect, because adamw")
     inside = tune("mlp", *iris, space={"width": [16, 128]}, n_trials=1)
     assert inside.trials[0].params == {"width": 128} and inside.meta["notes"] == []
 
