@@ -203,7 +203,9 @@ def test_scores_of_one_logit(one_logit):
 def test_a_loss_that_is_chosen_by_its_one_logit_is_said_and_kept(tmp_path, capsys):
     options = {**ONE, "verbose": 1, "study": tmp_path / "study.db"}
     study = gputune.tune(OneLogit, X, TWO, **options)
-    said = "OneLogit is trained on the loss bce: its one logit a row is of y = 'yes' against 'no'"
+    said = (
+        "OneLogit is trained on the loss bce: its one logit per row is for y = 'yes' against 'no'"
+    )
     assert said in capsys.readouterr().err and said in study.record.notes
     assert study.record.objective == "bce"
     gputune.tune(OneLogit, X, TWO, **options)
@@ -464,7 +466,7 @@ def test_a_loss_of_torch_fits_one_output_to_the_target():
 
 def test_a_loss_of_ones_own_is_told_of_the_units(capsys):
     gputune.tune(Net, X, X[:, 0] * 9 + 100, loss=nn.L1Loss, **{**ONE, "verbose": 1})
-    assert "L1Loss sees y as it is (mean " in capsys.readouterr().err
+    assert "L1Loss receives y unscaled (mean " in capsys.readouterr().err
 
 
 class Named(Heads):
@@ -569,11 +571,11 @@ ONE_LOGIT = "One logit a row of two classes takes loss='bce'"
             {"task": "custom", "loss": poisson, "scoring": "r2"},
             "scoring='r2' does not fit a custom target",
         ),
-        (SEVERAL, {"model": "mlp"}, "predicts one class or one number a row, and y has shape"),
+        (SEVERAL, {"model": "mlp"}, "predicts one class or one number per row, but y has shape"),
         (
             LABELS[:, 0],
             {"model": "mlp", "loss": torch.nn.CrossEntropyLoss},
-            "takes losses by name: 'cross_entropy'",
+            "loss must be 'cross_entropy' for model='mlp', not your own",
         ),
         (
             SEVERAL,

@@ -105,7 +105,7 @@ def test_where_it_means_nothing_it_is_refused(given, device, message, monkeypatc
 
 def test_what_is_solved_has_none(monkeypatch):
     monkeypatch.setattr("gputune.engine.backend.check_tf32", lambda *_: None)
-    with refused("solved with optimizer='exact' has double precision, where it would do"):
+    with refused("solved with optimizer='exact' uses double precision"):
         gputune.tune(
             "logistic", np.eye(6), np.arange(6) % 2, optimizer="exact", tf32=True, verbose=0
         )

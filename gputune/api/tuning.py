@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial, wraps
 from inspect import cleandoc, signature
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeVar, cast
+from typing import Literal, ParamSpec, TypeVar, cast
 
 import torch
 from torch.utils.data import Dataset
@@ -33,7 +33,7 @@ from gputune.text import did_you_mean
 from gputune.tuning.choices import Method, choose_model
 from gputune.tuning.interrupt import is_interactive
 from gputune.tuning.loops import search_loop
-from gputune.tuning.options import RULES, Options
+from gputune.tuning.options import make_options
 from gputune.tuning.pipeline import search as search_rows
 from gputune.tuning.progress import Progress, reading_bar
 from gputune.tuning.record import RecordedSearch
@@ -376,16 +376,51 @@ def tune(
         >>> study.best_params, study.best_score
         >>> model = study.best_model()
     """
-    return _search(locals())
-
-
-def _search(arguments: Mapping[str, Any]) -> Study:
-    """Run ``tune`` with its arguments by name."""
-    options = Options(**{name: arguments[name] for name in RULES})
-    choice = choose_model(arguments["model"], arguments["optimizer"])
-    X = arguments["X"]
-    y = arguments["y"]
-    groups = arguments["groups"]
+    options = make_options(
+        space=space,
+        n_trials=n_trials,
+        include=include,
+        include_default=include_default,
+        warm_start=warm_start,
+        method=method,
+        cv=cv,
+        scoring=scoring,
+        positive=positive,
+        task=task,
+        missing_target=missing_target,
+        target_transform=target_transform,
+        loss=loss,
+        training_step=training_step,
+        augment=augment,
+        class_weight=class_weight,
+        sample_weight=sample_weight,
+        drop=drop,
+        kinds=kinds,
+        max_levels=max_levels,
+        columns=columns,
+        numbers=numbers,
+        schedule=schedule,
+        max_epochs=max_epochs,
+        patience=patience,
+        epoch=epoch,
+        timeout=timeout,
+        target_score=target_score,
+        patience_trials=patience_trials,
+        study=study,
+        checkpoint_seconds=checkpoint_seconds,
+        device=device,
+        backend=backend,
+        dtype=dtype,
+        tf32=tf32,
+        precision=precision,
+        memory=memory,
+        workers=workers,
+        keep_predictions=keep_predictions,
+        random_state=random_state,
+        callbacks=callbacks,
+        verbose=verbose,
+    )
+    choice = choose_model(model, optimizer)
     # Read the Dataset here, behind a progress bar. ``read_source`` would read it silently.
     if choice.takes_arrays and isinstance(X, Dataset):
         X, y = read_dataset(X, y, partial(reading_bar, verbose=options.verbose))
@@ -486,9 +521,23 @@ def search(
         >>> space = {"lr": scipy.stats.loguniform(1e-4, 1e-1), "width": [64, 128]}
         >>> study = gputune.search(objective, space, direction="maximize", n_trials=20)
     """
-    # ``Options`` needs a number. ``search_loop`` receives the original value.
-    arguments = locals() | {"max_epochs": 1 if max_epochs is None else max_epochs}
-    options = Options(**{name: arguments[name] for name in RULES.keys() & arguments.keys()})
+    options = make_options(
+        space=space,
+        n_trials=n_trials,
+        include=include,
+        warm_start=warm_start,
+        method=method,
+        # ``Options`` needs a number. ``search_loop`` receives the original value.
+        max_epochs=1 if max_epochs is None else max_epochs,
+        timeout=timeout,
+        target_score=target_score,
+        patience_trials=patience_trials,
+        study=study,
+        workers=workers,
+        random_state=random_state,
+        callbacks=callbacks,
+        verbose=verbose,
+    )
     if options.target_score is not None and direction == "minimize":
         # The study stores the scores of "minimize" with the opposite sign, so that greater is
         # better.

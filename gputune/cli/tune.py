@@ -19,7 +19,7 @@ import torch
 
 from gputune.api.study import Study
 from gputune.cli.arguments import MODEL, STUDY, model_folder, study_file
-from gputune.cli.flags import in_flags
+from gputune.cli.flags import CommandLine, in_flags
 from gputune.cli.held_out import HeldOut, held_out_baseline, held_out_score
 from gputune.cli.options import options_of, typed_options
 from gputune.cli.saved_model import (
@@ -47,7 +47,7 @@ from gputune.study.database import option_errors
 from gputune.study.model import TunedModel
 from gputune.study.study import Trial
 from gputune.tuning.choices import choose_model
-from gputune.tuning.interrupt import CTRL_C, TERMINATED, interrupted_words
+from gputune.tuning.interrupt import CTRL_C, TERMINATED, interruption
 from gputune.tuning.options import Options
 from gputune.tuning.pipeline import search
 from gputune.tuning.progress import PREPARING, Profile, Progress
@@ -112,6 +112,14 @@ def resume(arguments: argparse.Namespace) -> str:
             "not called."
         )
     return _Run(arguments, recorded, study, begin, profile).finish()
+
+
+class _Notes(CommandLine):
+    """The command line's names in notes, also in notes without references."""
+
+    def render(self, message: str) -> str:
+        """Return a note with its references rendered, or translated if it has none."""
+        return in_flags(super().render(message))
 
 
 @dataclass
@@ -201,7 +209,7 @@ class _Run:
         """Run the search. After an interrupt save the best model so far."""
         run = partial(search, self.recorded, (CTRL_C, TERMINATED), say_notes=False)
         try:
-            return run(profile=self.profile, words=in_flags, study_type=Study)
+            return run(profile=self.profile, interface=_Notes(), study_type=Study)
         except SearchInterrupted as stop:
             ending = self._make_ending(stop.study)
             if (
@@ -437,5 +445,6 @@ def _explaining_interrupts(study_file: Path) -> Iterator[None]:
     except KeyboardInterrupt as stop:
         words = "interrupted before the first trial; nothing was kept."
         if study_file.exists():
-            words = in_flags(interrupted_words(Study.open(study_file), study_file))
+            message = interruption(Study.open(study_file), study_file)
+            words = CommandLine().render(message)
         raise type(stop)(words) from None

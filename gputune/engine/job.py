@@ -288,13 +288,29 @@ def run_in_parts(
     ended."""
     waiting = [chunk]
     done = list[Outcome | Failure]()
+    n_reported = 0
+
+    def report(trial_epochs: int, curves: np.ndarray) -> None:
+        nonlocal n_reported
+        n_reported += trial_epochs
+        if progress is not None:
+            progress(trial_epochs, curves)
+
     while waiting and not (done and job.is_over()):
         part = waiting.pop()
         if (most := job.fits.most(part)) < len(part.index):
             waiting += [part.part(most, len(part.index)), part.part(0, most)]
             continue
-        outcome = _attempt(job, data, part, progress)
-        if not isinstance(outcome, str):
+        n_reported = 0
+        reason = ""
+        try:
+            outcome = job.run(data, part, report)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            message = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = f"{TOO_BIG}: {message}"
+        if not reason:
             # After the kernel or a recording has failed on a GPU, another backend than the chosen
             # one trains.
             kernel = KernelChunk.failure if job.backend == "kernel" else ""
@@ -303,38 +319,17 @@ def run_in_parts(
             fault = " ".join(filter(None, [*of_gpu, *job.fits.faults]))
             done.append(replace(outcome, fault=fault))
             continue
+        if progress is not None and n_reported:  # withdraw the reported progress
+            progress(-n_reported, np.full((1, 1, 1), np.nan))
         # Memory can be freed only here, because the error and the frames that it holds are gone.
         gc.collect()
         empty_cache(data.device)
         job.fits.refused(part)
         if len(part.index) == 1:
-            done.append(Failure((part.index[0],), outcome, fits=False))
+            done.append(Failure((part.index[0],), reason, fits=False))
         else:
             waiting.append(part)
     return done
-
-
-def _attempt(
-    job: Job, data: Dataset, chunk: Population, progress: Progress | None
-) -> Outcome | str:
-    """Train a chunk. If memory runs out, withdraw the reported progress and return the reason."""
-    told = 0
-
-    def tell(trial_epochs: int, curves: np.ndarray) -> None:
-        nonlocal told
-        told += trial_epochs
-        if progress is not None:
-            progress(trial_epochs, curves)
-
-    try:
-        return job.run(data, chunk, tell)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        reason = f"{TOO_BIG}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-    if progress is not None and told:
-        progress(-told, np.full((1, 1, 1), np.nan))
-    return reason
 
 
 _TRIALS = 16  # trials of the larger chunk

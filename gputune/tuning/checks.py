@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from gputune.errors import InputError, check_count
 from gputune.text import did_you_mean
+from gputune.wording import Verbatim, per_interface
 
 if TYPE_CHECKING:
     from gputune.callbacks import Callback
@@ -22,13 +23,16 @@ if TYPE_CHECKING:
     from gputune.tuning.choices import Method
 
 
+_OR_NONE = per_interface(", or None", "")
+
+
 def one_of(*allowed: str | bool) -> Callable[[str, object], object]:
     """Return a check that accepts only the allowed values."""
 
     def check(name: str, value: object) -> object:
         if value not in allowed:
-            words = f"{', '.join(map(repr, allowed))}, got {value!r}.{did_you_mean(value, allowed)}"
-            raise InputError(f"{name} must be one of {words}")
+            rule = f"must be one of {', '.join(map(repr, allowed))}"
+            raise InputError(name, rule, got=value, remedy=did_you_mean(value, allowed).strip())
         return value
 
     return check
@@ -45,14 +49,14 @@ def score(name: str, value: object) -> object:
     if value is not None and (
         isinstance(value, bool) or not isinstance(value, Real) or value != value
     ):
-        raise InputError(f"{name} must be a score, a number, or None, got {value!r}.")
+        raise InputError(name, f"must be a score, which is a number{_OR_NONE}", got=value)
     return value
 
 
 def verbosity(name: str, value: object) -> object:
     """Return the verbosity as an int >= 0."""
     if not isinstance(value, Integral) or value < 0:
-        raise InputError(f"{name} must be 0 (silent) or 1, got {value!r}.")
+        raise InputError(name, "must be 0 (silent) or 1", got=value)
     return int(value)
 
 
@@ -60,22 +64,27 @@ def seconds(name: str, value: object, *, none: bool = False) -> object:
     """Return a number of seconds > 0. None is valid only with ``none=True``."""
     is_number = isinstance(value, Real) and not isinstance(value, bool) and float(value) > 0
     if not (is_number or (none and value is None)):
-        raise InputError(
-            f"{name} is a number of seconds above 0{', or None' if none else ''}, got {value!r}."
-        )
+        or_none = _OR_NONE if none else ""
+        raise InputError(name, f"must be a number of seconds above 0{or_none}", got=value)
     return value
 
 
 def path(name: str, value: object) -> Path | None:
     """Return the absolute path of a file, or None."""
     if not (value is None or isinstance(value, str | os.PathLike)):
-        got = f"got {value!r}; of a study that is open give its file."
-        raise InputError(f"{name} is the path of a file, or None, {got}")
+        raise InputError(
+            name,
+            f"must be the path of a file{_OR_NONE}",
+            got=value,
+            remedy="If you have an open study, pass its file.",
+        )
     if value is not None and Path(value).is_dir():
         file = str(Path(value) / "study.db")
         raise InputError(
-            f"{name} must be a file, got the folder {str(value)!r}; give a file in it, such as "
-            f"{file!r}."
+            name,
+            "must be a file",
+            got=Verbatim(f"the folder {str(value)!r}"),
+            remedy=f"Pass a file in it, such as {file!r}.",
         )
     # Absolute, because a module of the user may change the current folder later.
     return None if value is None else Path(value).absolute()
@@ -88,18 +97,19 @@ def studies(name: str, value: object) -> "tuple[Study, ...]":
     """
     from gputune.study.study import Study
 
-    def opened(path: Path) -> Study:
+    def opened(study: "Study | str | os.PathLike[str]") -> Study:
+        if isinstance(study, Study):
+            return study
+        path = Path(study)
         return Study.open(path / "study.db" if path.is_dir() else path)
 
-    one = (str, os.PathLike, Study)
-    studies = [value] if isinstance(value, one) else value
+    valid = (str, os.PathLike, Study)
+    studies = [value] if isinstance(value, valid) else value
     if not isinstance(studies, list | tuple) or not all(
-        isinstance(study, one) for study in studies
+        isinstance(study, valid) for study in studies
     ):
-        raise InputError(
-            f"{name} must be a study, the path of one, or a list of them, got {value!r}."
-        )
-    return tuple(study if isinstance(study, Study) else opened(Path(study)) for study in studies)
+        raise InputError(name, "must be a study, its path, or a list of these", got=value)
+    return tuple(map(opened, studies))
 
 
 def method(name: str, value: object) -> "Method":
@@ -125,8 +135,7 @@ def workers(name: str, value: object) -> object:
         return Ray()
     if isinstance(value, str) and value != "auto":
         raise InputError(
-            f"{name} must be a number of processes, 'auto', 'ray' or gputune.Ray(...), got "
-            f"{value!r}."
+            name, "must be a number of processes, 'auto', 'ray' or gputune.Ray(...)", got=value
         )
     return value if isinstance(value, Ray) or value == "auto" else whole(name, value)
 
@@ -134,8 +143,8 @@ def workers(name: str, value: object) -> object:
 def names(name: str, value: object) -> tuple[str, ...]:
     """Return a tuple of column names."""
     names = (value,) if isinstance(value, str) else value
-    if not isinstance(names, list | tuple) or not all(isinstance(one, str) for one in names):
-        raise InputError(f"{name} must be a list of columns, for example ['id'], got {value!r}.")
+    if not isinstance(names, list | tuple) or not all(isinstance(text, str) for text in names):
+        raise InputError(name, "must be a list of column names, for example ['id']", got=value)
     return tuple(names)
 
 
@@ -153,11 +162,15 @@ def kinds(name: str, value: object) -> "Mapping[str, Kind] | None":
     if value is None:
         return None
     if not isinstance(value, Mapping):
-        raise InputError(f"{name} must be a dict such as {{'zip': 'category'}}, got {value!r}.")
+        raise InputError(name, "must be a dict such as {'zip': 'category'}", got=value)
     for column, kind in value.items():
         if kind not in KINDS:
-            got = f"got {kind!r} for {column!r}.{did_you_mean(kind, KINDS)}"
-            raise InputError(f"{name} must be one of {', '.join(KINDS)} for each column, {got}")
+            raise InputError(
+                name,
+                f"must be one of {', '.join(KINDS)} for each column",
+                got=Verbatim(f"{kind!r} for {column!r}"),
+                remedy=did_you_mean(kind, KINDS).strip(),
+            )
     return dict(value)
 
 
@@ -165,10 +178,13 @@ def callbacks(name: str, value: object) -> "tuple[Callback, ...]":
     """Return a tuple of callbacks."""
     from gputune.callbacks import Callback
 
-    if not isinstance(value, list | tuple) or not all(isinstance(one, Callback) for one in value):
-        kind = "a list of objects of a gputune.callbacks.Callback class"
-        example = "for example [gputune.callbacks.TensorBoard('runs')]"
-        raise InputError(f"{name} must be {kind}, {example}, got {value!r}.")
+    if not isinstance(value, list | tuple) or not all(isinstance(item, Callback) for item in value):
+        raise InputError(
+            name,
+            "must be a list of gputune.callbacks.Callback objects, for example "
+            "[gputune.callbacks.TensorBoard('runs')]",
+            got=value,
+        )
     return tuple(value)
 
 
@@ -182,15 +198,12 @@ def seed(name: str, random_state: object) -> int:
 
     if isinstance(random_state, int | np.integer) and not isinstance(random_state, bool):
         if not 0 <= random_state < 2**32:
-            raise InputError(
-                f"random_state must be in [0, 2**32), as scikit-learn has it, got {random_state}."
-            )
+            raise InputError(name, "must be in [0, 2**32), as in scikit-learn", got=random_state)
         return int(random_state)
     if isinstance(random_state, np.random.RandomState):
         return int(random_state.randint(2**31))
     if random_state is None or isinstance(random_state, np.random.Generator):
         return int(np.random.default_rng(random_state).integers(2**31))
     raise InputError(
-        "random_state is an integer, a numpy RandomState or Generator, or None, got "
-        f"{random_state!r}."
+        name, "must be an integer, a numpy RandomState or Generator, or None", got=random_state
     )

@@ -22,6 +22,7 @@ from gputune.scoring.objective import Objective
 from gputune.study.module_source import class_from_file, class_source, find_class, is_builder
 from gputune.text import did_you_mean
 from gputune.types import OPTIMIZERS, Config, Goal, Json
+from gputune.wording import option, per_interface
 
 SearchedModel = Literal["mlp", "logistic", "module"]
 
@@ -62,8 +63,10 @@ class ModelChoice:
 
         A constant ``schedule`` does not replace a schedule of the recipe.
         """
-        own = {} if schedule == "constant" and "schedule" in self.recipe else {"schedule": schedule}
-        return {**self.recipe, **own, "optimizer": self.optimizer}
+        defaults = {**self.recipe, "optimizer": self.optimizer}
+        if schedule != "constant" or "schedule" not in self.recipe:
+            defaults["schedule"] = schedule
+        return defaults
 
     def complete(self, params: Config, schedule: str) -> Config:
         """Return the parameters of a trial with all default values added."""
@@ -107,10 +110,10 @@ def choose_model(model: object, optimizer: object) -> ModelChoice:
     searched, module_class = _resolve(model)
     if optimizer is None:
         return ModelChoice(searched, "exact" if searched == "logistic" else "adamw", module_class)
-    name = f"optimizer for model={model!r}" if isinstance(model, str) else "optimizer"
-    word = optimizer_word(optimizer, name, more=("exact",) if searched == "logistic" else ())
-    check_optimizer(complete({}, optimizer=word, schedule="constant"), searched)
-    return ModelChoice(searched, word, module_class)
+    argument = f"optimizer for model={model!r}" if isinstance(model, str) else "optimizer"
+    name = optimizer_word(optimizer, argument, more=("exact",) if searched == "logistic" else ())
+    check_optimizer(complete({}, optimizer=name, schedule="constant"), searched)
+    return ModelChoice(searched, name, module_class)
 
 
 def recorded_model(spec: Json, optimizer: str, *, trust_code: bool) -> ModelChoice:
@@ -120,10 +123,12 @@ def recorded_model(spec: Json, optimizer: str, *, trust_code: bool) -> ModelChoi
     not trusted.
     """
     if optimizer not in (*OPTIMIZERS, *CLASSES, "exact"):
-        why = (
-            f"the study was searched with optimizer={optimizer!r}, which this gputune does not have"
+        raise InputError(
+            None,
+            f"The study was searched with {option('optimizer', optimizer)}, which this version of "
+            "gputune does not have",
+            remedy="Open it with the version that wrote it.",
         )
-        raise InputError(f"{why}; open it with the version that wrote it.")
     module_class = find_class(spec, trust_code=trust_code) if spec["kind"] == "module" else None
     return ModelChoice(spec["kind"], optimizer, module_class)
 
@@ -136,19 +141,20 @@ def _resolve(model: object) -> tuple[SearchedModel, Builder | None]:
     if is_builder(model):
         return "module", model
     if isinstance(model, nn.Module):
-        raise InputError(f"model {what_to_pass(model)}")
-    words = (*BUILT_IN, *NAMED)
-    meant = ""
+        raise InputError("model", what_to_pass(model))
+    names = (*BUILT_IN, *NAMED)
+    suggestion = ""
     if isinstance(model, str):
         path, colon, name = model.rpartition(":")
         if model in NAMED or colon:
             return "module", NAMED.get(model) or class_from_file(path, name)
-        meant = did_you_mean(model, words)
-    kinds = (
-        f"{', '.join(map(repr, words))}, a torch.nn.Module class, a function that makes modules, "
-        "or 'FILE.py:NAME'"
+        suggestion = did_you_mean(model, names).strip()
+    others = per_interface(
+        "a torch.nn.Module class, a function that makes modules, or 'FILE.py:NAME'",
+        "or FILE.py:NAME",
     )
-    raise InputError(f"model must be {kinds}, got {model!r}.{meant}")
+    rule = f"must be {', '.join(map(repr, names))}, {others}"
+    raise InputError("model", rule, got=model, remedy=suggestion)
 
 
 Method = Literal["random"] | StoppingRule | Hypergradient | OptunaSampler
@@ -168,12 +174,12 @@ def check_method(method: object) -> Method:
         return method
     if method == "random":
         return "random"
-    words = "random", *METHODS
-    values = *map(repr, words), *(f"gputune.{kind.__name__}(...)" for kind in METHODS.values())
-    meant = did_you_mean(method, words) if isinstance(method, str) else ""
-    raise InputError(
-        f"method must be {', '.join(values)} or gputune.OptunaSampler(...), got {method!r}.{meant}"
-    )
+    names = ("random", *METHODS)
+    objects = [f"gputune.{kind.__name__}(...)" for kind in METHODS.values()]
+    values = ", ".join([*map(repr, names), *objects])
+    suggestion = did_you_mean(method, names).strip() if isinstance(method, str) else ""
+    rule = f"must be {values} or gputune.OptunaSampler(...)"
+    raise InputError("method", rule, got=method, remedy=suggestion)
 
 
 def check_patience(method: Method, epoch: str, *, solved: bool) -> None:
@@ -183,16 +189,18 @@ def check_patience(method: Method, epoch: str, *, solved: bool) -> None:
     itself how long a trial trains.
     """
     if solved:
-        why = "the logistic regression solved with optimizer='exact' has no epochs"
+        solver = option("optimizer", "exact")
+        reason = f"the logistic regression solved with {solver} has no epochs"
     elif epoch == "last":
-        why = "epoch='last' scores the last one"
+        reason = f"{option('epoch', 'last')} scores the last epoch"
     elif method == "random" or (isinstance(method, OptunaSampler) and method.halving is None):
         return
     else:
-        why = f"method={method_name(method)!r} decides itself how long a trial trains"
+        reason = f"{option('method', method_name(method))} decides how long a trial trains"
     raise InputError(
-        f"patience is for trials that train on from their best epoch, and {why}; leave patience "
-        "out."
+        "patience",
+        f"is for trials that train to their best epoch and beyond, but {reason}",
+        remedy=f"Leave {option('patience')} out.",
     )
 
 

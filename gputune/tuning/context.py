@@ -37,6 +37,7 @@ from gputune.tuning.progress import Profile
 from gputune.tuning.session import Session
 from gputune.tuning.trainer import Trainer
 from gputune.types import Config, Outputs
+from gputune.wording import option
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,8 @@ class Context(Session):
     def in_rungs(self) -> bool:
         """True if all trials train together from rung to rung."""
         method = self.options.method
-        return isinstance(
-            method.halving if isinstance(method, OptunaSampler) else method, StoppingRule
-        )
+        rule = method.halving if isinstance(method, OptunaSampler) else method
+        return isinstance(rule, StoppingRule)
 
     @property
     def data(self) -> Dataset:
@@ -121,12 +121,10 @@ class Context(Session):
 
         A hypergradient search also reads the betas.
         """
-        betas = (
-            {"beta1": BETA1, "beta2": BETA2}
-            if isinstance(self.options.method, Hypergradient)
-            else {}
-        )
-        return betas | self.choice.complete(params, self.options.schedule)
+        config = self.choice.complete(params, self.options.schedule)
+        if isinstance(self.options.method, Hypergradient):
+            config = {"beta1": BETA1, "beta2": BETA2, **config}
+        return config
 
     def plan(self, configs: Sequence[Config], *, epochs: int) -> Plan:
         """Return the plan of the chunks in which configurations train for ``epochs`` epochs.
@@ -155,12 +153,12 @@ class Context(Session):
             plan = replace(plan, failures=tuple(self.trainer.fits.failures))
         self.profile.plan = plan
         if plan.chunk_bytes > (self.trainer.memory or math.inf):
-            takes = (
-                f"which takes about {size_words(plan.chunk_bytes)}; such a trial trains alone, "
-                "and takes it"
+            memory = option("memory", self.options.memory)
+            self.progress.say(
+                f"note: {memory} does not hold one trial of the largest size, which takes about "
+                f"{size_words(plan.chunk_bytes)}; such a trial trains by itself, and takes it",
+                once=True,
             )
-            lacks = f"memory={self.options.memory!r} does not hold one trial of the largest"
-            self.progress.say(f"note: {lacks}, {takes}", once=True)
         return plan
 
     def _time(self, plan: Plan, groups: Sequence[Population], epochs: int) -> bool:
@@ -177,37 +175,31 @@ class Context(Session):
             or self.trainer.cluster
         ):
             return False
-        alike: dict[str, list[Population]] = {}
+        chunks_by_sizes: dict[str, list[Population]] = {}
         for chunk, way in zip(plan.chunks, plan.ways):
             if way != "loop":
                 # A float, such as a standard deviation of the initial weights, is not a size.
                 # Trials that differ only in floats are timed once.
-                sizes = {
-                    key: value
-                    for key, value in chunk.configs[0].items()
-                    if not isinstance(value, float)
-                }
-                alike.setdefault(arguments_text(sizes), []).append(chunk)
-        rows = sum(len(fold.train) for fold in data.folds)
-        has_news = False
-        for key, chunks in alike.items():
+                config = chunk.configs[0]
+                sizes = {key: config[key] for key in config if not isinstance(config[key], float)}
+                chunks_by_sizes.setdefault(arguments_text(sizes), []).append(chunk)
+        n_rows = sum(len(fold.train) for fold in data.folds)
+        is_changed = False
+        for key, chunks in chunks_by_sizes.items():
             if key not in self.timed:
-                trials = sum(len(chunk.index) for chunk in chunks)
-                steps = trials * epochs * rows / chunks[0].configs[0]["batch_size"]
+                n_trials = sum(len(chunk.index) for chunk in chunks)
+                steps = n_trials * epochs * n_rows / chunks[0].configs[0]["batch_size"]
                 group = next(group for group in groups if chunks[0].index[0] in group.index)
                 job = self.trainer.job(Job, epochs=epochs)
                 self.timed[key] = fastest_way(job, data, group, member_steps=steps)
                 if slow := self.timed[key][0]:
-                    reason = (
-                        f"since {slow}"
-                        if slow in self.trainer.fits.failures
-                        else f"which is faster here: {slow}"
-                    )
+                    failed = slow in self.trainer.fits.failures
+                    reason = f"since {slow}" if failed else f"which is faster here: {slow}"
                     self.progress.say(f"note: {self.choice.name} trains one by one, {reason}")
             slow, gain = self.timed[key]
             for arguments in {chunk.arguments for chunk in chunks}:
-                has_news |= note_fastest(builder, data, arguments, slow=slow, gain=gain)
-        return has_news
+                is_changed |= note_fastest(builder, data, arguments, slow=slow, gain=gain)
+        return is_changed
 
     def recorded_plans(
         self, waiting: Sequence[Candidate], stage: int, make: Callable[[Sequence[Config]], Plan]
@@ -221,7 +213,7 @@ class Context(Session):
         plan_of: dict[int, Plan] = {}
         options = self.options
 
-        def cut(new: Sequence[Candidate]) -> list[tuple[tuple[int, ...], int, int]]:
+        def split(new: Sequence[Candidate]) -> list[tuple[tuple[int, ...], int, int]]:
             configs = [self.complete(trial.params) for trial in new]
             size = block_size(options.target_score, options.patience_trials)
             if size is None:
@@ -236,25 +228,40 @@ class Context(Session):
                     parts.append((index, plan.threads, plan.at_once))
             return parts
 
-        chunks = self.ledger.chunks(waiting, stage, cut)
+        chunks = self.ledger.chunks(waiting, stage, split)
         numbers = {number for chunk in chunks for number in chunk.trials}
         trials = tuple(trial for trial in self.ledger.candidates if trial.number in numbers)
         configs = tuple(self.complete(trial.params) for trial in trials)
         plan = plan_of.get(len(trials)) or make(configs)  # decides the number of processes
         place = {trial.number: position for position, trial in enumerate(trials)}
+        chunks_by_threads: dict[int, dict[tuple[int, ...], Chunk]] = {}
+        for chunk in chunks:
+            index = tuple(place[number] for number in chunk.trials)
+            chunks_by_threads.setdefault(chunk.threads, {})[index] = chunk
         plans = []
-        for threads in dict.fromkeys(chunk.threads for chunk in chunks):
-            part = {tuple(place[n] for n in c.trials): c for c in chunks if c.threads == threads}
-            plan_of_part = replace(
-                plan,
-                chunks=tuple(
-                    Population(self.choice.kind, i, tuple(configs[p] for p in i)) for i in part
-                ),
-                workers=1 if threads > 1 and not plan.cluster else min(plan.workers, len(part)),
-                threads=threads,
-            )
-            plans.append(RecordedPlan(plan_of_part, trials, configs, part))
+        for threads, recorded in chunks_by_threads.items():
+            plan_of_part = self._with_threads(plan, threads, recorded, configs)
+            plans.append(RecordedPlan(plan_of_part, trials, configs, recorded))
         return plans
+
+    def _with_threads(
+        self,
+        plan: Plan,
+        threads: int,
+        indices: Iterable[tuple[int, ...]],
+        configs: Sequence[Config],
+    ) -> Plan:
+        """Return a plan of the chunks that train with a number of threads.
+
+        The ``indices`` of the chunks count in ``configs``.
+        """
+        chunks = []
+        for index in indices:
+            members = tuple(configs[place] for place in index)
+            chunks.append(Population(self.choice.kind, index, members))
+        one_process = threads > 1 and not plan.cluster
+        n_workers = 1 if one_process else min(plan.workers, len(chunks))
+        return replace(plan, chunks=tuple(chunks), workers=n_workers, threads=threads)
 
     def train(
         self,
@@ -282,13 +289,13 @@ class Context(Session):
             return None
         return lambda part: self.good_enough.allows(recorded.chunk_of(part))
 
-    def _need(self, population: Population, most: int) -> Need | None:
+    def _need(self, population: Population, max_trials: int) -> Need | None:
         """Return the device memory of a population, measured once for each tensor shape."""
         shape = shape_of(population)
         if shape not in self.needs:
             job = self.trainer.job(Job, epochs=self.epochs)
             peak = cuda_peak(self.data.device)
-            self.needs[shape] = measure_need(job, self.data, population, peak, most=most)
+            self.needs[shape] = measure_need(job, self.data, population, peak, most=max_trials)
         return self.needs[shape]
 
     def checkpointing(self, numbers: Sequence[int]) -> Checkpointing | None:
@@ -296,19 +303,19 @@ class Context(Session):
 
         Returns None without a study file.
         """
-        folder = self.checkpoints
-        seconds = self.options.checkpoint_seconds
-        return None if folder is None else Checkpointing(folder, tuple(numbers), seconds)
+        if self.checkpoints is None:
+            return None
+        return Checkpointing(self.checkpoints, tuple(numbers), self.options.checkpoint_seconds)
 
     def checkpoints_of(self, numbers: Sequence[int], configs: Sequence[Config]) -> list[Checkpoint]:
         """Return the stored checkpoints of trials."""
-        checkpoints = (
-            [] if self.checkpoints is None else self.checkpoints.read(dict(zip(numbers, configs)))
-        )
-        if begun := {number for checkpoint in checkpoints for number in checkpoint.trials}:
-            self.progress.say(
-                f"{count(len(begun), 'trial')} can go on from where training was stopped", once=True
-            )
+        if self.checkpoints is None:
+            return []
+        checkpoints = self.checkpoints.read(dict(zip(numbers, configs)))
+        begun = {number for checkpoint in checkpoints for number in checkpoint.trials}
+        if begun:
+            trials = count(len(begun), "trial")
+            self.progress.say(f"{trials} can continue from where training was stopped", once=True)
         return checkpoints
 
     def finish(
@@ -348,16 +355,18 @@ class Context(Session):
         if builder is None:
             return 0
         traits = traits_of(
-            builder, config, self.data, columns=self.problem.columns_in_words, objective=objective
+            builder, config, self.data, columns=self.problem.columns_text, objective=objective
         )
         if traits.unstackable and self.options.backend == "stacked":
-            why = f"the members of {self.choice.name} cannot be stacked: {traits.unstackable}"
             raise InputError(
-                f"backend='stacked': {why}. Change that, or let backend='auto' train them one by "
-                "one."
+                None,
+                f"{option('backend', 'stacked')}: the members of {self.choice.name} cannot be "
+                f"stacked: {traits.unstackable}",
+                remedy=f"Change that, or pass {option('backend', 'auto')} to train them one by "
+                "one.",
             )
         if first and traits.at_start:
-            raise InputError(f"model: {traits.at_start}")
+            raise InputError(None, f"{option('model')}: {traits.at_start}")
         return traits.parameters
 
     def _check_rows(self, groups: Sequence[Population]) -> None:
@@ -374,12 +383,12 @@ class Context(Session):
                 check_rates(self.choice.name, config, traits, usual=self.choice.recipe)
             rows = min(smallest, *(config["batch_size"] for config in group.configs))
             if rows < traits.least_rows:
-                why = "cannot train on a minibatch of one row, as BatchNorm cannot"
-                remedy = (
-                    f"batch_size={rows} gives no other; use minibatches of {traits.least_rows} "
-                    "rows or more"
+                raise InputError(
+                    None,
+                    f"{option('model')}: {self.choice.name} cannot train on minibatches of one row "
+                    f"(BatchNorm cannot either), and batch_size={rows} gives only such minibatches",
+                    remedy=f"Use minibatches of {traits.least_rows} rows or more.",
                 )
-                raise InputError(f"model: {self.choice.name} {why}, and {remedy}.")
 
     def remarks_on(self, configs: Sequence[Config]) -> tuple[str, ...]:
         """Return the reasons why trials train one by one, one sentence each.
@@ -389,10 +398,12 @@ class Context(Session):
         if self.options.backend == "loop":
             return ()
         traits = known_traits(self.choice.module_class, self.data).values()
-        stacked = f"{self.choice.name} trains one by one, since its members cannot be stacked"
-        of_modules = [f"{stacked}: {one.unstackable}" for one in traits if one.unstackable]
-        of_configs = [
-            f"trials train one by one, since {reason}"
-            for reason in filter(None, map(loop_reason, configs))
-        ]
-        return tuple(dict.fromkeys([*of_modules, *of_configs]))
+        remarks = []
+        for reason in filter(None, (tried.unstackable for tried in traits)):
+            remarks.append(
+                f"{self.choice.name} trains one by one, since its members cannot be stacked: "
+                f"{reason}"
+            )
+        for reason in filter(None, map(loop_reason, configs)):
+            remarks.append(f"trials train one by one, since {reason}")
+        return tuple(dict.fromkeys(remarks))

@@ -25,6 +25,7 @@ from gputune.text import count
 from gputune.tuning.choices import ModelChoice
 from gputune.tuning.context import Context, failed_result
 from gputune.types import Config, Json
+from gputune.wording import Verbatim, option
 
 SlopeMode = Literal["exact", "differences"]
 MODES: tuple[SlopeMode, ...] = "exact", "differences"
@@ -35,20 +36,23 @@ def searched_names(method: Hypergradient, choice: ModelChoice) -> tuple[str, ...
     names = tuple(method.hyperparameters)
     if not choice.solved:
         if "C" in names:
-            why = "only the logistic regression solved with optimizer='exact' has 'C'"
             raise InputError(
-                f"Hypergradient(hyperparameters=...): {why}, got {names!r}; descend on "
-                "'weight_decay'."
+                "Hypergradient(hyperparameters=...)",
+                "can have 'C' only for the logistic regression solved with "
+                f"{option('optimizer', 'exact')}",
+                got=names,
+                remedy="Use 'weight_decay'.",
             )
         return names
     if names not in (("lr",), ("C",)) or method.segments > 1 or method.per_layer:
-        got = (
-            f"got hyperparameters={names!r}, segments={method.segments}, "
-            f"per_layer={method.per_layer}"
-        )
-        why = f"the solved logistic regression has C alone, without segments or layers, {got}"
+        settings = [option("hyperparameters", names), option("segments", method.segments)]
+        if method.per_layer:
+            settings.append(option("per_layer", True))
         raise InputError(
-            f"Hypergradient: {why}; leave them out, or train it with optimizer='adamw'."
+            "Hypergradient",
+            "can search only C of the solved logistic regression, without segments and layers",
+            got=Verbatim(", ".join(settings)),
+            remedy=f"Leave them out, or train the model with {option('optimizer', 'adamw')}.",
         )
     return ("C",)
 
@@ -56,10 +60,11 @@ def searched_names(method: Hypergradient, choice: ModelChoice) -> tuple[str, ...
 def check_descent(method: Hypergradient, trials: Sequence[Candidate], context: Context) -> None:
     """Raise InputError if the starting points cannot be moved by hypergradients."""
     if (transform := context.options.target_transform) is not None:
-        why = "descends on the squared error of the target as it is, got target_transform="
         raise InputError(
-            f"method='hypergradient' {why}{transform!r}: choose another method, or transform y "
-            "before."
+            "method='hypergradient'",
+            "minimizes the squared error of the target without a transform",
+            got=Verbatim(option("target_transform", transform)),
+            remedy="Choose another method, or transform y yourself.",
         )
     names = searched_names(method, context.choice)
     data = context.data
@@ -67,20 +72,19 @@ def check_descent(method: Hypergradient, trials: Sequence[Candidate], context: C
     labels = context.problem.target.classes
     # Each fold must train on every class that it validates on.
     if labels is not None and data.present is not None:
-        words = labels.tolist()
         for number, fold in enumerate(data.folds):
-            valid = [words[code] for code in data.target[fold.valid].tolist()]
-            check_classes(number, valid, [words[code] for code in data.present[number].nonzero()])
-    configs = {candidate.number: context.complete(candidate.params) for candidate in trials}
-    for number, config in configs.items():
+            valid = labels[data.target[fold.valid].tolist()].tolist()
+            trained = labels[data.present[number].nonzero().flatten().tolist()].tolist()
+            check_classes(number, valid, trained)
+    configs = [context.complete(candidate.params) for candidate in trials]
+    for candidate, config in zip(trials, configs):
+        trial = f"trial {candidate.number}"
         for name in names:
             if not solved:
-                check_start(
-                    config, name, f"trial {number}", argument="Hypergradient(hyperparameters=...)"
-                )
-            check_coordinate(name, config[name], f"trial {number}", called=name, space="the space")
+                check_start(config, name, trial, argument="Hypergradient(hyperparameters=...)")
+            check_coordinate(name, config[name], trial, called=name, space="the space")
     if not solved:
-        _plan(list(configs.values()), "exact", context)
+        _plan(configs, "exact", context)
 
 
 class DescentPoints(Protocol):
@@ -143,24 +147,25 @@ def descend(context: Context, space: CheckedSpace, method: Hypergradient) -> Non
     """Move every starting point of the ledger. Points that already have a result are not trained
     again."""
     names = searched_names(method, context.choice)
-    outer = method.outer_steps
+    bounds = {}
+    for name in names:
+        ends = range_of(space, (name,))
+        if ends is not None:
+            bounds[name] = ends
     starts = {c.number: c for c in context.ledger.candidates if isinstance(c.origin, str)}
-    ranges = {name: range_of(space, (name,)) for name in names}
-    bounds = {name: ends for name, ends in ranges.items() if ends is not None}
-    paths = {
-        number: StartingPoint(method, names, context.complete(c.params), bounds)
-        for number, c in starts.items()
-    }
+    paths = {}
+    for number, candidate in starts.items():
+        paths[number] = StartingPoint(method, names, context.complete(candidate.params), bounds)
+    outer_steps = method.outer_steps
     # Each start has its first point, and one point after each step.
-    most = len(starts) * (outer + 1)
-    each = "each in all folds and with derivatives; fewer with a smaller n_trials"
-    points = (
-        f"{count(len(starts), 'starting point')} x at most {outer + 1} points = {most} trainings "
-        "at most"
+    max_trials = len(starts) * (outer_steps + 1)
+    context.progress.say(
+        f"hypergradient search: {count(len(starts), 'starting point')} x at most "
+        f"{outer_steps + 1} points = at most {max_trials} trainings, each in all folds and with "
+        f"derivatives; fewer with a smaller {option('n_trials')}"
     )
-    context.progress.say(f"hypergradient search: {points}, {each}")
-    with context.progress.bar_over(most - len(context.ledger.results), context.epochs):
-        run_descent(paths, _Trials(context, outer, starts), outer)
+    with context.progress.bar_over(max_trials - len(context.ledger.results), context.epochs):
+        run_descent(paths, _Trials(context, outer_steps, starts), outer_steps)
 
 
 @dataclass(eq=False)
@@ -184,20 +189,21 @@ class _Trials:
         if step > 0 and context.is_over():
             return {}
         for mode in MODES:
-            of_mode = [point for start, point in self.points.items() if starts[start].mode == mode]
-            waiting = [point for point in of_mode if point.number not in context.ledger.results]
+            waiting = []
+            for start, point in self.points.items():
+                if starts[start].mode == mode and point.number not in context.ledger.results:
+                    waiting.append(point)
             if waiting and context.choice.solved:
                 for places in by_numbers([point.params for point in waiting]):
                     _solve([waiting[place] for place in places], context)
             elif waiting:
                 _train(waiting, mode, step, context)
-        done = context.ledger.results
-        results = {n: done[p.number] for n in starts if (p := self.points[n]).number in done}
-        return {
-            n: Slope.from_detail(result.detail)
-            for n, result in results.items()
-            if "slope" in result.detail
-        }
+        slopes = {}
+        for start in starts:
+            result = context.ledger.results.get(self.points[start].number)
+            if result is not None and "slope" in result.detail:
+                slopes[start] = Slope.from_detail(result.detail)
+        return slopes
 
     def add(self, starts: Mapping[int, StartingPoint], step: int) -> None:
         """Make each point a trial of the ledger, unless it already is one."""
@@ -212,10 +218,8 @@ class _Trials:
         for start, path in starts.items():
             candidate = known.get((start, step))
             if candidate is None:
-                params = {
-                    **self.points[start].params,
-                    **{name: path.config[name] for name in path.names},
-                }
+                moved = {name: path.config[name] for name in path.names}
+                params = {**self.points[start].params, **moved}
                 candidate = Candidate(number + len(new), params, (start, step))
                 new.append(candidate)
             # A stored point replaces the computed one, so that a resumed search follows the same
@@ -224,7 +228,7 @@ class _Trials:
             points[start] = candidate
         ledger.add(new)
         ended = (len(self.points) - len(points)) * (self.outer_steps + 1 - step)
-        self.context.progress.spare(ended * self.context.epochs, trials=ended)
+        self.context.progress.skip(ended * self.context.epochs, trials=ended)
         self.points = points
 
 
@@ -239,21 +243,17 @@ def _train(points: list[Candidate], mode: SlopeMode, step: int, context: Context
 
     for recorded in context.recorded_plans(points, step, make):
         trials = recorded.trials
-        configs = recorded.configs
-        context.progress.plan(recorded.plan, aloud=step == 0)
-        for outcome in context.train(
-            jobs[-1], recorded.plan, may_begin=context.may_begin(recorded)
-        ):
+        context.progress.plan(recorded.plan, show=step == 0)
+        may_begin = context.may_begin(recorded)
+        for outcome in context.train(jobs[-1], recorded.plan, may_begin=may_begin):
+            results = []
             if isinstance(outcome, Failure):
-                results = [
-                    failed_result(trials[outcome.index[0]].number, context.no_curve, outcome.reason)
-                ]
+                number = trials[outcome.index[0]].number
+                results.append(failed_result(number, context.no_curve, outcome.reason))
             else:
                 assert isinstance(outcome, Slopes)
-                results = [
-                    _result(trials[i], configs[i], c, outcome, mode)
-                    for c, i in enumerate(outcome.index)
-                ]
+                for c, i in enumerate(outcome.index):
+                    results.append(_result(trials[i], recorded.configs[i], c, outcome, mode))
             context.finish(results)
 
 
@@ -267,12 +267,14 @@ def _plan(
     method = context.options.method
     trainer = context.trainer
     assert isinstance(method, Hypergradient)
-    more = {
-        "hyperparameters": searched_names(method, context.choice),
-        "segments": method.segments,
-        "mode": mode,
-    }
-    job = trainer.job(HypergradientJob, epochs=context.epochs, per_layer=method.per_layer, **more)
+    job = trainer.job(
+        HypergradientJob,
+        epochs=context.epochs,
+        hyperparameters=searched_names(method, context.choice),
+        segments=method.segments,
+        per_layer=method.per_layer,
+        mode=mode,
+    )
     return trainer.plan_differentiated(configs, job)
 
 
@@ -283,11 +285,13 @@ def _result(point: Candidate, config: Config, c: int, outcome: Slopes, mode: Slo
     if outcome.slopes is not None and outcome.losses is not None and outcome.ratios is not None:
         slopes = {name: table[c] for name, table in outcome.slopes.items()}
         detail = slope_at(config, outcome.losses[c], slopes, outcome.ratios[c], mode).to_detail()
-    curve = outcome.curves[c]
-    epochs = outcome.epochs
-    seconds = outcome.seconds / len(outcome.index)
     return Result.of_curve(
-        point.number, curve, epochs=epochs, rule="last", seconds=seconds, detail=detail
+        point.number,
+        outcome.curves[c],
+        epochs=outcome.epochs,
+        rule="last",
+        seconds=outcome.seconds / len(outcome.index),
+        detail=detail,
     )
 
 
@@ -299,14 +303,14 @@ def _solve(points: list[Candidate], context: Context) -> None:
     data = context.data.of(configs[0])
     solution, derivative = implicit_chunk(data, configs, memory=context.trainer.memory)
     curves = score_solution(data, len(points), solution, context.scoring)
-    losses, slopes = (
-        t.view(data.n_folds, -1).T.cpu().numpy() for t in (derivative.value, derivative.gradient)
-    )
-    # (trials, folds) -> (trials, folds, S=1, L=1). The derivative is in log C, so it is divided by
-    # C.
-    of_C = {"C": slopes[..., None, None] / np.array([c["C"] for c in configs])[:, None, None, None]}
+    # Members are fold-major: (F * trials,) -> (trials, F)
+    losses = derivative.value.view(data.n_folds, -1).T.cpu().numpy()
+    log_slopes = derivative.gradient.view(data.n_folds, -1).T.cpu().numpy()
+    C = np.array([config["C"] for config in configs])
+    # (trials, F) -> (trials, F, S=1, L=1). The derivative is in log C, so it is divided by C.
+    slopes = log_slopes[..., None, None] / C[:, None, None, None]
     index = tuple(range(len(points)))
     seconds = time.monotonic() - begin
-    outcome = Slopes(index, curves, 1, seconds, losses, of_C, np.zeros(losses.shape))
+    outcome = Slopes(index, curves, 1, seconds, losses, {"C": slopes}, np.zeros(losses.shape))
     context.progress.advance(len(points), curves)
     context.finish([_result(points[i], configs[i], i, outcome, "exact") for i in index])

@@ -20,6 +20,7 @@ from itertools import groupby
 from gputune.study.ledger import Ledger
 from gputune.study.store import Candidate, PlannedChunk
 from gputune.text import count
+from gputune.wording import Verbatim, option
 
 BATCH = "batch "
 """The first part of the origin of a trial from an Optuna sampler. The batch number follows."""
@@ -37,11 +38,9 @@ def batch_of(candidate: Candidate) -> int:
     It is 0 for any other trial.
     """
     origin = candidate.origin
-    return (
-        int(origin.removeprefix(BATCH))
-        if isinstance(origin, str) and origin.startswith(BATCH)
-        else 0
-    )
+    if not isinstance(origin, str) or not origin.startswith(BATCH):
+        return 0
+    return int(origin.removeprefix(BATCH))
 
 
 def block_size(target_score: float | None, patience_trials: int | None) -> int | None:
@@ -106,10 +105,10 @@ class GoodEnough:
             self._look(chunks)
             if not self.reason:
                 return False
-            later = list(enumerate(chunks))[self._ended :]
-            return all(
-                self._has_ended(chunk) for place, chunk in later if self._allows(place, chunk)
-            )
+            for place, chunk in enumerate(chunks[self._ended :], start=self._ended):
+                if self._allows(place, chunk) and not self._has_ended(chunk):
+                    return False
+            return True
 
     def _allows(self, place: int, chunk: PlannedChunk) -> bool:
         """Return True if the chunk at a place in the order of the chunks may begin."""
@@ -165,10 +164,9 @@ class GoodEnough:
             # A pruned trial is no worse than a best trial that does not exist yet.
             self._since_best += 1
         if self.target_score is not None and self._best >= self.target_score:
-            self.reason = (
-                f"trial {number} has reached the target score (target_score={self.target_score:g})"
-            )
+            target = option("target_score", Verbatim(f"{self.target_score:g}"))
+            self.reason = f"trial {number} has reached the target score ({target})"
         elif self.patience_trials is not None and self._since_best >= self.patience_trials:
             trials = count(self._since_best, "trial")
-            rule = f"(patience_trials={self.patience_trials})"
-            self.reason = f"{trials} in a row were no better than the best before {rule}"
+            patience = option("patience_trials", self.patience_trials)
+            self.reason = f"{trials} in a row were no better than the best before ({patience})"

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from gputune.engine.stop import Stop
 from gputune.errors import Terminated
+from gputune.wording import Verbatim, option, per_interface
 
 if TYPE_CHECKING:
     from gputune.study.study import Study  # only for types: a command must not wait for numpy
@@ -87,15 +88,17 @@ def run_until_signal(
         if number == TERMINATED:
             timers.append(_end_in_time())
         with suppress(RuntimeError):  # the signal came while the stream was being written to
-            say("stopping after the running epoch; what is finished is kept (once more: stop now)")
+            say(
+                "stopping after the running epoch; finished results are kept (interrupt again to stop now)"
+            )
 
     before: dict[int, Handler] = {}
     if threading.current_thread() is threading.main_thread():  # only this thread may set handlers
         # Handlers that the calling program has set stay in place.
         handlers = {number: signal.getsignal(number) for number in signals}
-        before = {
-            n: handler for n, handler in handlers.items() if handler in (_USUAL[n], end_command)
-        }
+        for number, handler in handlers.items():
+            if handler in (_USUAL[number], end_command):
+                before[number] = handler
     try:
         for number in before:
             signal.signal(number, handle)
@@ -119,24 +122,23 @@ def _end_in_time() -> threading.Timer:
     """Send SIGTERM to the main thread again after the grace period."""
     main = threading.main_thread().ident
     assert main is not None
-    send = (
-        partial(signal.pthread_kill, main)
-        # Windows has no pthread_kill.
-        if hasattr(signal, "pthread_kill")
-        else signal.raise_signal
-    )
+    # Windows has no pthread_kill.
+    can_send = hasattr(signal, "pthread_kill")
+    send = partial(signal.pthread_kill, main) if can_send else signal.raise_signal
     timer = threading.Timer(GRACE_SECONDS, send, (signal.SIGTERM,))
     timer.daemon = True
     timer.start()
     return timer
 
 
-def interrupted_words(study: "Study", file: object) -> str:
+def interruption(study: "Study", file: object) -> str:
     """Return the message of an interrupted search: its progress and the way to resume it."""
     states = Counter(trial.state for trial in study.trials)
-    done = len(study.trials) - states["waiting"] - states["stopped"]
+    n_done = len(study.trials) - states["waiting"] - states["stopped"]
     cut_short = f", {states['stopped']} cut short" if states["stopped"] else ""
-    text = f"interrupted: {done} of {len(study.trials)} trials are finished{cut_short}"
+    progress = f"interrupted: {n_done} of {len(study.trials)} trials are finished{cut_short}"
     if file is None:
-        return f"{text}; they are in no file: with study=FILE a later call goes on."
-    return f"{text}; all is kept in {str(file)!r}: repeat the call to go on."
+        study_file = option("study", Verbatim("FILE"))
+        return f"{progress}. No file has these results: pass {study_file} to resume a search later."
+    call = per_interface("call", "command")
+    return f"{progress}. The results are kept in {str(file)!r}: repeat the {call} to resume."

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
@@ -50,8 +50,11 @@ from gputune.tuning.session import (
     with_earlier,
 )
 from gputune.tuning.trainer import unseen
+from gputune.wording import Verbatim, option
 
 Direction = Literal["maximize", "minimize"]
+
+_EXAMPLE = f"For example {option('n_trials', 64)}."
 
 
 @entry
@@ -70,13 +73,21 @@ def search_loop(
     stop = Stop(None if options.timeout is None else time.monotonic() + options.timeout)
     _check_objective(objective, direction)
     if options.is_on_cluster:
-        why = "workers='ray' is for gputune.tune: search() trains on this machine"
-        raise InputError(f"{why}; give a number of processes, or 'auto'.")
+        raise InputError(
+            "workers='ray'",
+            "is only for gputune.tune, because search() trains on this machine",
+            remedy="Pass a number of processes, or 'auto'.",
+        )
     space = check_own_space(to_scipy(options.space))
     for study in options.warm_start:
-        if (other := DIRECTIONS.get(study.record.scoring, direction)) != direction:
-            got = f"got one of {other!r}, whose best trials would be the worst here; leave it out."
-            raise InputError(f"warm_start must be of studies of direction={direction!r}, {got}")
+        other = DIRECTIONS.get(study.record.scoring, direction)
+        if other != direction:
+            raise InputError(
+                "warm_start",
+                f"must have only studies with direction={direction!r}",
+                got=Verbatim(f"a study with direction={other!r}"),
+                remedy="Its best trials would be the worst ones here. Leave it out.",
+            )
     options = with_earlier(options, space)
     first = _first_trials(options, space)
     rule = _pruning_rule(options, max_epochs)
@@ -101,52 +112,47 @@ def search_loop(
             train = partial(
                 train_waiting, session, partial(_train, session, task, workers), epochs=1
             )
-            asks = isinstance(options.method, OptunaSampler)
-            run = (
-                partial(sample, session, space, train, epochs=1, check=plain_config)
-                if asks
-                else train
-            )
-            numbers = session.run(run, callbacks, make_study, (CTRL_C,))
-    return check_ending(make_study(ledger.rows(), file=options.study), numbers)
+            run: Callable[[], object] = train
+            if isinstance(options.method, OptunaSampler):
+                run = partial(sample, session, space, train, epochs=1, check=plain_config)
+            signals = session.run(run, callbacks, make_study, (CTRL_C,))
+    return check_ending(make_study(ledger.rows(), file=options.study), signals)
 
 
 def _first_trials(options: Options, space: CheckedSpace) -> tuple[Candidate, ...]:
     """Return the included trials, and the drawn trials unless a sampler proposes them later."""
-    check_count(options.n_trials, "n_trials", least=0, remedy=" For example n_trials=64.")
+    check_count(options.n_trials, "n_trials", least=0, remedy=_EXAMPLE)
     first = numbered([(config, "include") for config in check_own_include(options.include, space)])
     if not first and not options.n_trials:
-        raise InputError(
-            "n_trials must be >= 1 where nothing is included, got n_trials=0. For example "
-            "n_trials=64."
-        )
+        rule = "must be at least 1 if include is empty"
+        raise InputError("n_trials", rule, got=0, remedy=_EXAMPLE)
     if isinstance(options.method, OptunaSampler):
         check_askable(space)
-    return (
-        first + draw_trials(first, space, options, plain_config)
-        if draws_at_once(options)
-        else first
-    )
+    if draws_at_once(options):
+        first += draw_trials(first, space, options, plain_config)
+    return first
 
 
 def _check_objective(objective: object, direction: object) -> None:
     """Raise InputError for an objective that cannot be called, or an unknown direction."""
     if not callable(objective):
         raise InputError(
-            "objective must be a function of (params, report) that returns a score, got "
-            f"{objective!r}."
+            "objective",
+            "must be a function of (params, report) that returns a score",
+            got=objective,
         )
     try:
         inspect.signature(objective).bind({}, None)
     except TypeError as error:
-        lacks = f"{_function(objective)[1]} does not: {error}"
+        _, name = _function(objective)
         raise InputError(
-            f"objective must take two arguments, (params, report), and {lacks}."
+            "objective",
+            f"must take two arguments, (params, report), but {name} does not: {error}",
         ) from None
     except ValueError:  # a function in C may have no signature
         pass
     if direction not in ("maximize", "minimize"):
-        raise InputError(f"direction must be 'maximize' or 'minimize', got {direction!r}.")
+        raise InputError("direction", "must be 'maximize' or 'minimize'", got=direction)
 
 
 def _function(objective: object) -> tuple[object, str]:
@@ -160,18 +166,22 @@ def _pruning_rule(options: Options, max_epochs: int | None) -> PruningRule | Non
     """Return the rule that ends trials early, or None."""
     method = options.method
     if isinstance(method, Hypergradient):
-        why = (
-            "differentiates the training of gputune.tune, and search() knows nothing of the "
-            "inside of yours"
+        raise InputError(
+            "method='hypergradient'",
+            "differentiates the training of gputune.tune, and search() cannot differentiate your "
+            "objective",
+            remedy="Choose 'random', 'halving', 'median' or gputune.OptunaSampler(...).",
         )
-        others = "choose 'random', 'halving', 'median' or gputune.OptunaSampler(...)"
-        raise InputError(f"method='hypergradient' {why}; {others}.")
     rule = method.halving if isinstance(method, OptunaSampler) else method
     if not isinstance(rule, StoppingRule):
         return None
     if max_epochs is None:
-        rest = "max_epochs must say how often a whole training calls report(value), got None"
-        raise InputError(f"method={method_name(rule)!r} decides at steps of a training: {rest}.")
+        raise InputError(
+            "max_epochs",
+            "must be the number of times that a whole training calls report(value), because "
+            f"{option('method', method_name(rule))} decides at these calls",
+            got=None,
+        )
     rule.stops(max_epochs)  # raises InputError if the rule would never decide
     return partial(ends_in_order, rule, max_epochs)
 
@@ -231,11 +241,13 @@ def _train(
     """
     ledger = session.ledger
     progress = session.progress
-    begun = False
-    at_once = max(1, workers.capacity)
-    chunks = ledger.chunks(
-        waiting, 0, lambda trials: [((place,), 1, at_once) for place in range(len(trials))]
-    )
+    has_begun = False
+    n_parallel = max(1, workers.capacity)
+
+    def split(new: Sequence[Candidate]) -> list[tuple[tuple[int], int, int]]:
+        return [((place,), 1, n_parallel) for place in range(len(new))]
+
+    chunks = ledger.chunks(waiting, 0, split)
     chunk_of = {chunk.trials[0]: chunk for chunk in chunks}
     trials = [LoopTrial(trial.number, trial.params) for trial in waiting]
     good_enough = session.good_enough
@@ -253,15 +265,25 @@ def _train(
     queue = Queue(trials, workers, task.stop, claim, may_begin if good_enough.is_possible else None)
     # Without workers, this process calls the objective.
     for ending in queue.run(None if workers.capacity else task, unseen):
-        begun = True
-        detail = {"error": ending.error} if ending.error else {}
+        has_begun = True
+        detail = {}
         if ending.error:
+            detail["error"] = ending.error
             progress.say(f"note: trial {ending.number} failed: {ending.error}")
             # Marked as ended here, because its worker may have been lost.
             task.reports.write(ending.number, ending.values, ended=True)
         curve = np.array(ending.values or [ending.score], dtype=np.float64)[:, None]
         progress.advance(1, curve[None])
         progress.finished(1, pruned=int(ending.state == "pruned"))
-        of_training = (ending.score,), len(ending.values), ending.seconds, curve, detail
-        ledger.finish([Result(ending.number, ending.state, ending.score, *of_training)])
-    return [] if begun else list(filter(good_enough.allows, chunks))
+        result = Result(
+            ending.number,
+            ending.state,
+            ending.score,
+            (ending.score,),
+            len(ending.values),
+            ending.seconds,
+            curve,
+            detail,
+        )
+        ledger.finish([result])
+    return [] if has_begun else list(filter(good_enough.allows, chunks))

@@ -67,9 +67,9 @@ class Rule:
         return self.flag.partition(" ")[0]
 
 
-def _option(default: object, *rule: Any, **more: Any) -> Any:
+def _option(default: object, *rule: Any, **settings: Any) -> Any:
     """Return a field of ``Options`` with a default and a rule."""
-    return field(default=default, metadata={"rule": Rule(*rule, **more)})
+    return field(default=default, metadata={"rule": Rule(*rule, **settings)})
 
 
 _BACKENDS = get_args(BackendWord)
@@ -77,7 +77,9 @@ _BACKENDS = get_args(BackendWord)
 SEARCH = "the search"
 ROWS = "the rows"
 MACHINE = "the machine, and what is written"
-_search, _rows, _machine = (partial(_option, group=group) for group in (SEARCH, ROWS, MACHINE))
+_search = partial(_option, group=SEARCH)
+_rows = partial(_option, group=ROWS)
+_machine = partial(_option, group=MACHINE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,36 +89,38 @@ class Options:
     n_trials: int = _search(
         64,
         "--trials N",
-        "configurations, the default one among them (64; 8 with --method hypergradient, which "
-        "trains up to 11 points for each)",
+        "number of configurations, including the default one [default: 64; 8 with --method "
+        "hypergradient, which trains up to 11 points for each]",
         takes="0..",
         kept=True,
-        resume="configurations in all, where there are to be more",
+        resume="total number of configurations, to add more",
     )
     include: Sequence[Mapping[str, object]] = _search(
         (),
         "--include KEY=VALUE",
-        "a configuration to run beside the drawn ones, filled up with defaults; once for each",
+        "a configuration to run in addition to the drawn ones, completed with defaults; repeat the "
+        "flag for more",
         takes="config",
     )
     include_default: bool = _search(
         True,
         "--no-default",
-        "do not run the default configuration (trial 0, held to --space wherever that names a key)",
+        "do not run the default configuration (trial 0, moved into the ranges of --space)",
         kept=True,
     )
     warm_start: "Sequence[Study]" = _search(
         (),
         "--warm-start STUDY,...",
-        "earlier studies of this space: the best five of each come first, beyond --trials",
+        "earlier studies of this space: the five best trials of each run first, in addition to "
+        "--trials",
         takes="names",
         check=checks.studies,
     )
     max_epochs: int = _search(
         50,
         "--epochs E",
-        "epochs at most (50); with --method hypergradient also what the derivative looks "
-        "through, so that a short training favours small rates",
+        "largest number of epochs; with --method hypergradient the derivative spans them, so that "
+        "a short training favors small rates [default: 50]",
         takes="1..",
         check=checks.whole,
         kept=True,
@@ -124,7 +128,8 @@ class Options:
     patience: int | None = _search(
         None,
         "--patience E",
-        "end a trial after so many epochs without a better fold mean (all train to the end)",
+        "end a trial after E epochs without a better mean validation score [default: all train to "
+        "the end]",
         takes="1..",
         check=partial(checks.whole, none=True),
     )
@@ -132,29 +137,30 @@ class Options:
     method: "Method" = _search(
         "random",
         "--method",
-        "halving: at each rung the best third goes on; median: those below the median leave; "
-        "hypergradient: every drawn configuration descends on its validation loss (random)",
+        "halving: the best third continues at each rung; median: trials below the median stop; "
+        "hypergradient: each drawn configuration follows the gradient of its validation loss "
+        "[default: random]",
         choices=get_args(MethodWord),
         check=checks.method,
     )
     scoring: "Scorings | None" = _search(
         None,
         "--scoring NAME,...",
-        "a scikit-learn scorer name (accuracy, or r2; with --loss mae, huber or quantile the "
-        "score of that loss; with hypergradients the loss that is descended), or several, of "
-        "which the first ranks the trials",
+        "a scikit-learn scorer name, or several: the first one ranks the trials [default: "
+        "accuracy or r2; with --loss mae, huber or quantile the score of that loss; with "
+        "hypergradients the minimized loss]",
         takes="scorers",
         kept=True,
     )
     positive: object = _search(
         None,
         "--positive CLASS",
-        "the class that f1, precision, recall, average_precision, ... are of",
+        "the positive class for f1, precision, recall, average_precision, ...",
     )
     space: object = _search(
         None,
         "--space KEY=SPEC",
-        "what to search: width=32,64 is a list, width=16..256 all integers between, "
+        "search space: width=32,64 is a list, width=16..256 all integers in this range, "
         "lr=1e-4..1e-1:log is log-uniform, dropout=0..0.5 uniform, depth=3 fixed; or a name: "
         "mlp, realmlp, realmlp-tabarena",
         takes="specs",
@@ -162,16 +168,16 @@ class Options:
     schedule: str = _search(
         "constant",
         "--schedule S",
-        f"constant (default), {', '.join(SCHEDULES[1:])}",
+        f"schedule of the learning rate: {', '.join(SCHEDULES)} [default: constant]",
         check=checks.one_of(*SCHEDULES),
     )
     random_state: int = _search(
-        0, "--seed S", "of everything that is drawn (0)", takes="0..", check=checks.seed
+        0, "--seed S", "random seed [default: 0]", takes="0..", check=checks.seed
     )
     timeout: float | None = _search(
         None,
         "--timeout SEC",
-        "stop training after so many seconds",
+        "stop training after SEC seconds",
         takes="number",
         check=partial(checks.seconds, none=True),
         resume=True,
@@ -179,7 +185,7 @@ class Options:
     target_score: float | None = _search(
         None,
         "--target-score S",
-        "stop when a trial has this score, in scikit-learn's sign (-0.3 of neg_log_loss)",
+        "stop when a trial has this score, in scikit-learn's sign (-0.3 for neg_log_loss)",
         takes="number",
         check=checks.score,
         kept=True,
@@ -188,7 +194,7 @@ class Options:
     patience_trials: int | None = _search(
         None,
         "--patience-trials N",
-        "stop when so many trials in a row are no better than the best before them",
+        "stop when N trials in a row are no better than the best trial before them",
         takes="1..",
         check=partial(checks.whole, none=True),
         kept=True,
@@ -196,12 +202,12 @@ class Options:
     )
 
     task: "TaskWord | None" = _rows(
-        None, "--task T", "classification or regression, where the guess is wrong"
+        None, "--task T", "classification or regression, if gputune's guess is wrong"
     )
     missing_target: "MissingTarget" = _rows(
         "error",
         "--missing-target",
-        "what to do with rows whose target is missing: error, or drop them",
+        "treatment of rows with a missing target: error, or drop them [default: error]",
         choices=("error", "drop"),
         check=checks.one_of("error", "drop"),
         kept=True,
@@ -210,16 +216,18 @@ class Options:
         None,
         "--target-transform T",
         "predict log (of numbers above 0) or log1p (above -1) of the target; scores and "
-        "predictions are in its units",
+        "predictions are in the units of the target",
         check=checks.target_transform,
     )
-    cv: object = _rows(5, "--cv K", "folds (5), or time:5 where rows are in order of time")
+    cv: object = _rows(
+        5, "--cv K", "number of folds, or time:5 for rows in order of time [default: 5]"
+    )
     loss: str | Callable[..., object] | None = _rows(
         None,
         "--loss NAME",
-        "training loss: mse, mae, huber or huber:DELTA, quantile or quantile:LEVEL of numbers "
-        "(mae and huber rank by absolute errors, quantile by the pinball loss); cross_entropy of "
-        "classes, bce of labels",
+        "training loss: mse, mae, huber or huber:DELTA, quantile or quantile:LEVEL for numbers "
+        "(mae and huber rank by absolute errors, quantile by the pinball loss); cross_entropy for "
+        "classes, bce for labels",
         kept=True,
     )
     training_step: Callable[..., object] | None = None
@@ -242,7 +250,7 @@ class Options:
     kinds: "Mapping[str, Kind] | None" = _rows(
         None,
         "--kind COL=KIND",
-        "what a column is read as: category (a postal code), number or date (20200131)",
+        "kind of a column: category (a postal code), number or date (20200131)",
         takes="specs",
         check=checks.kinds,
         kept=True,
@@ -250,7 +258,7 @@ class Options:
     max_levels: int = _rows(
         32,
         "--max-levels N",
-        "levels of a category, the most frequent, that have a feature each (32)",
+        "number of levels of a category (the most frequent ones) with a feature each [default: 32]",
         takes="1..",
         check=checks.whole,
         kept=True,
@@ -258,32 +266,32 @@ class Options:
     columns: "Columns | Literal['auto']" = _rows(
         "auto",
         "--columns HOW",
-        "keep: each column of numbers is one feature; drop-constant: constant ones are left out, "
-        "and features say where values are missing; auto (default): keep for a class of your own",
+        "keep: each numeric column is one feature; drop-constant: leave out constant columns, and "
+        "add features that mark missing values; auto: keep for your own class [default: auto]",
         check=checks.one_of("auto", "keep", "drop-constant"),
     )
     numbers: Numbers | Literal["auto"] = _rows(
         "auto",
         "--numbers HOW",
         "scaling: standard, robust (median, quartiles, a smooth clip), quantile, piecewise (16 "
-        "bins between quantiles), piecewise-tree (bins that a tree makes for the target) or "
-        "none; auto (default): standard for tables, none for images and sequences",
+        "bins between quantiles), piecewise-tree (bins of a decision tree on the target) or none; "
+        "auto: standard for tables, none for images and sequences [default: auto]",
         check=checks.one_of("auto", *NUMBERS),
     )
 
     device: str = _machine(
         "auto",
         "--device D",
-        "auto (default: GPUs for long work), cpu, cuda (all GPUs of the machine) or cuda:1",
+        "auto (GPUs for long work), cpu, cuda (all GPUs of the machine) or cuda:1 [default: auto]",
         kept=True,
-        resume="another device; results are then equal up to rounding",
+        resume="a different device; results are then equal up to rounding",
     )
     backend: BackendWord = _machine(
         "auto",
         "--backend",
-        "how members train: in compiled code on a CPU, in a kernel of a GPU, as recorded steps "
-        "(graph), as operations on stacked tensors (eager; stacked: a module must be), or one by "
-        "one (loop); auto chooses (auto)",
+        "training of members: compiled code on a CPU, a kernel on a GPU, recorded steps (graph), "
+        "operations on stacked tensors (eager; stacked requires them for a module), or one member "
+        "after another (loop) [default: auto]",
         choices=_BACKENDS,
         check=checks.one_of(*_BACKENDS),
         kept=True,
@@ -292,7 +300,7 @@ class Options:
     dtype: str = _machine(
         "float32",
         "--dtype T",
-        "float32 (default) or float64",
+        "float32 or float64 [default: float32]",
         check=checks.one_of("float32", "float64"),
         kept=True,
     )
@@ -302,8 +310,8 @@ class Options:
     precision: Precision = _machine(
         "full",
         "--precision P",
-        "of what a module computes while it trains: full, or bf16 for matrix products and "
-        "convolutions (full)",
+        "precision of a module in training: full, or bf16 for matrix products and convolutions "
+        "[default: full]",
         choices=("full", "bf16"),
         check=checks.one_of("full", "bf16"),
         kept=True,
@@ -311,15 +319,15 @@ class Options:
     memory: int | str | None = _machine(
         None,
         "--memory 8GB",
-        "what trials that train together may take on the device",
+        "memory of the device for trials that train together",
         check=checks.memory,
         kept=True,
-        resume="what new chunks of trials may take on the device",
+        resume="memory of the device for new chunks of trials",
     )
     workers: "int | Literal['auto'] | Ray" = _machine(
         "auto",
         "--workers N",
-        "processes on a CPU (auto)",
+        "number of processes on a CPU [default: auto]",
         takes="workers",
         check=checks.workers,
         kept=True,
@@ -329,8 +337,8 @@ class Options:
     checkpoint_seconds: float = _machine(
         60,
         "--checkpoint-seconds SEC",
-        "what trains longer keeps its state in DIR/study.db.state, so that no more than this is "
-        "repeated (60)",
+        "interval of the checkpoints in DIR/study.db.state; a killed search repeats at most this "
+        "time [default: 60]",
         takes="number",
         check=checks.seconds,
         kept=True,
@@ -339,8 +347,8 @@ class Options:
     keep_predictions: bool = _machine(
         True,
         "--no-predictions",
-        "do not keep what trials predict of the rows that their folds validate on (ensembles and "
-        "calibration train again without)",
+        "do not store the predictions of validation rows; ensembles and calibration then train "
+        "trials again",
         check=checks.one_of(True, False),
         kept=True,
         resume=True,
@@ -383,6 +391,11 @@ class Options:
         from gputune.engine.backend import choose_device
 
         return choose_device("auto" if self.is_on_cluster else self.device)
+
+
+def make_options(**values: Any) -> Options:
+    """Return the checked options of values that have not been checked yet."""
+    return Options(**values)
 
 
 RULES: Mapping[str, Rule] = {

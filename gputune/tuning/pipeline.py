@@ -41,7 +41,7 @@ from gputune.tuning.interrupt import CTRL_C
 from gputune.tuning.options import Options
 from gputune.tuning.problem import Problem, make_problem
 from gputune.tuning.progress import PREPARING, Profile, Progress
-from gputune.tuning.random import check_sampling, sample, train_batches, train_fully
+from gputune.tuning.random import check_sampling, sample, train_batches
 from gputune.tuning.record import RecordedSearch, checkpoint_folder, search_record
 from gputune.tuning.rungs import check_rungs, train_in_rungs
 from gputune.tuning.session import (
@@ -55,7 +55,7 @@ from gputune.tuning.session import (
 from gputune.tuning.task_choice import chosen_task
 from gputune.tuning.trainer import Trainer
 from gputune.types import KEPT_BYTES, Config
-from gputune.wording import PYTHON
+from gputune.wording import PYTHON, Interface, option
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +81,7 @@ def search(
     *,
     say_notes: bool = True,
     profile: Profile | None = None,
-    words: Callable[[str], str] = PYTHON.render,
+    interface: Interface = PYTHON,
     study_type: type[AnyStudy],
 ) -> AnyStudy:
     """Run a search: space, rows, folds, data on the device, trials, training, study.
@@ -92,7 +92,7 @@ def search(
         say_notes: If True, the notes of the record on the columns and the trials are shown. A
             caller that shows them itself passes False.
         profile: Receives the time that each part takes.
-        words: See ``Progress``.
+        interface: The names of arguments in messages.
         study_type: The class of the study to return.
 
     Raises:
@@ -103,14 +103,14 @@ def search(
     callbacks = Callbacks(options.callbacks, stop)
     # Callbacks get a copy of the curves, because the search continues to use its own.
     progress = Progress(
-        options.verbose, lambda curves: callbacks.tell("on_epoch", curves.copy()), words
+        options.verbose, lambda curves: callbacks.tell("on_epoch", curves.copy()), interface
     )
     profile = Profile() if profile is None else profile
     with _open_store(options) as store:
         with profile.clock(PREPARING):
             setup = _prepare(recorded, progress, store)
         problem = setup.problem
-        options = setup.problem.options
+        options = problem.options
         profile.device = setup.data.device
         progress.scoring = setup.scoring.name
         with _cluster(problem) as cluster:
@@ -123,7 +123,7 @@ def search(
             record = _record(setup, context)
             arguments = replace(record.arguments, final_model=dict(recorded.final_model))
             record = replace(record, arguments=arguments)
-            progress.say(problem.in_words())
+            progress.say(problem.summary())
             for note in (*problem.remarks(), *(record.notes if say_notes else ())):
                 progress.say(f"note: {note}")
             make_study = partial(study_type.from_rows, record.to_json())
@@ -132,10 +132,9 @@ def search(
                     context, ledger=ledger, checkpoints=checkpoint_folder(options.study, record)
                 )
                 context.add(setup.trials, setup.space)
+                train = partial(training, context)
                 with profile.clock("training"), matrix_products(tf32=options.tf32):
-                    numbers = context.run(
-                        partial(training, context), callbacks, make_study, signals
-                    )
+                    numbers = context.run(train, callbacks, make_study, signals)
                 profile.ended = stop.reason
                 context.tidy()
                 if context.faults:
@@ -163,21 +162,41 @@ def _open_store(options: Options) -> AbstractContextManager[Store | None]:
 
 def _prepare(recorded: RecordedSearch, progress: Progress, store: Store | None) -> _Setup:
     """Check a call, and prepare its rows and trials. Raises InputError."""
-    choice = recorded.choice
-    options = recorded.options
-    checked_space(choice, options)  # an invalid space is refused before the rows are encoded
-    if options.patience is not None:
-        check_patience(options.method, options.epoch, solved=choice.solved)
-    task = chosen_task(recorded.source, choice, options)
-    problem = make_problem(recorded.source, task, choice, options)
-    choice = problem.choice
-    space = checked_space(choice, options)  # again: the target decides some defaults
-    problem = problem.with_space(space, with_earlier(options, space))
+    problem, space = _problem_and_space(recorded)
     options = problem.options
     folds = problem.folds()
     with without_collector():
-        trials = first_trials(space, choice, options, store, problem.portfolio)
-        configs = [choice.complete(trial.params, options.schedule) for trial in trials]
+        trials = first_trials(space, problem.choice, options, store, problem.portfolio)
+        configs = [problem.choice.complete(trial.params, options.schedule) for trial in trials]
+    encoded = _dataset(problem, folds, configs, progress)
+    first = trials[0].params if trials else draw(space, 1, options.random_state)[0]
+    trained_problem, data = _with_objective(problem, space, encoded, first)
+    scoring = _scoring(trained_problem, data, store)
+    check_folds(scoring, data)
+    _check_configs(trained_problem, trials, configs)
+    return _Setup(trained_problem, space, folds, trials, configs, data, scoring, first)
+
+
+def _problem_and_space(recorded: RecordedSearch) -> tuple[Problem, Space]:
+    """Return the encoded rows with all options, and the checked space."""
+    options = recorded.options
+    # An invalid space is refused before the rows are encoded.
+    checked_space(recorded.choice, options)
+    if options.patience is not None:
+        check_patience(options.method, options.epoch, solved=recorded.choice.solved)
+    task = chosen_task(recorded.source, recorded.choice, options)
+    problem = make_problem(recorded.source, task, recorded.choice, options)
+    # The space is checked again, because the target decides some defaults of the choice.
+    space = checked_space(problem.choice, options)
+    return problem.with_space(space, with_earlier(options, space)), space
+
+
+def _dataset(
+    problem: Problem, folds: Sequence[Rows], configs: Sequence[Config], progress: Progress
+) -> Dataset:
+    """Return the data of all folds on the chosen device, which a note explains if it is a
+    surprise."""
+    options = problem.options
     # Data for a cluster stays in main memory.
     place = DeviceChoice(torch.device("cpu"))
     if not options.is_on_cluster:
@@ -185,21 +204,36 @@ def _prepare(recorded: RecordedSearch, progress: Progress, store: Store | None) 
         repeats = max(1.0, options.n_trials / max(1, len(configs)))
         place = problem.device_choice(folds, configs, repeats=repeats)
     if place.why:
-        progress.say(
-            "note: trials train on the CPU and not on the GPU, which device='cuda' takes: "
-            f"{place.why}"
-        )
+        gpu = option("device", "cuda")
+        progress.say(f"note: trials train on the CPU ({gpu} takes the GPU): {place.why}")
     data = problem.dataset(folds, place.device)
-    if has_function(options.scoring):  # a custom function receives the original rows
-        data = replace(data, scorer_rows=ScorerRows(problem.source.original_rows(), problem.layout))
-    first = trials[0].params if trials else draw(space, 1, options.random_state)[0]
-    # The default loss depends on the module's outputs, so the module is tried on the data first.
-    if loss := problem.default_loss(data, first):
-        objective = make_objective(loss, None, options.augment, data.task)
+    if not has_function(options.scoring):
+        return data
+    # A custom scoring function receives the original rows.
+    return replace(data, scorer_rows=ScorerRows(problem.source.original_rows(), problem.layout))
+
+
+def _with_objective(
+    problem: Problem, space: Space, data: Dataset, first: Config
+) -> tuple[Problem, Dataset]:
+    """Return the problem and the data with the final objective.
+
+    The default loss depends on the module's outputs, so the module is tried on the data.
+    """
+    loss = problem.default_loss(data, first)
+    if loss:
+        objective = make_objective(loss, None, problem.options.augment, data.task)
+        options = replace(problem.options, loss=loss)
+        problem = replace(problem, options=options, objective=objective)
         data = data.with_one_logit()
-        problem = replace(problem, options=replace(options, loss=loss), objective=objective)
     if problem.objective is not None:
         problem = replace(problem, objective=problem.objective.of_space(space))
+    return problem, data
+
+
+def _scoring(problem: Problem, data: Dataset, store: Store | None) -> Scoring:
+    """Return the scoring, with the limit on the predictions that it keeps."""
+    options = problem.options
     # A hypergradient search has no best epoch, and outputs for a custom target have no mean.
     has_best = (
         options.epoch == "best"
@@ -209,13 +243,18 @@ def _prepare(recorded: RecordedSearch, progress: Progress, store: Store | None) 
     kept_bytes = KEPT_BYTES if options.keep_predictions and has_best else 0
     is_resumed = store is not None and "scoring" in store.meta
     scoring = problem.scoring(_earlier_scoring(store), is_resumed=is_resumed)
-    scoring = replace(scoring, kept_bytes=kept_bytes)
-    check_folds(scoring, data)
+    return replace(scoring, kept_bytes=kept_bytes)
+
+
+def _check_configs(
+    problem: Problem, trials: Sequence[Candidate], configs: Sequence[Config]
+) -> None:
+    """Raise InputError for configurations that do not fit the objective or the optimizer."""
+    is_stacked = problem.options.backend == "stacked"
     for trial, config in zip(trials, configs):
         if problem.objective is not None:
             problem.objective.check(trial.params)
-        check_optimizer(config, choice.searched, stacked=options.backend == "stacked")
-    return _Setup(problem, space, folds, trials, configs, data, scoring, first)
+        check_optimizer(config, problem.choice.searched, stacked=is_stacked)
 
 
 def _earlier_scoring(store: Store | None) -> str | None:
@@ -244,11 +283,14 @@ def _record(setup: _Setup, context: Context) -> SearchRecord:
         *remark_on_accuracy(without_model, setup.scoring),
     ]
     # Outputs are stored as float32, 4 bytes for each output of each validation row.
-    most = limit // (4 * data.n_outputs * sum(len(fold.valid) for fold in data.folds))
-    if limit and most < max(options.n_trials, len(setup.trials)):
-        kept = f"predictions of validation rows are kept of about {most} trials, the best"
-        more = f"since those of all take more than {size_words(limit)}"
-        remarks.append(f"{kept}, {more}: an ensemble of others trains them again")
+    n_rows = sum(len(fold.valid) for fold in data.folds)
+    n_kept = limit // (4 * data.n_outputs * n_rows)
+    if limit and n_kept < max(options.n_trials, len(setup.trials)):
+        remarks.append(
+            f"only the best trials, about {n_kept}, keep their predictions of validation rows, "
+            f"because those of all trials take more than {size_words(limit)}; an ensemble of other "
+            "trials trains them again"
+        )
     remarks += problem.remarks_on_limits(data)
     return search_record(context, setup.space, setup.folds, remarks, without_model)
 
@@ -267,12 +309,12 @@ def _cluster(problem: Problem) -> AbstractContextManager[RayCluster | None]:
     if not isinstance(workers, Ray):
         return nullcontext()
     if problem.choice.solved:
-        why = (
-            "the logistic regression solved with optimizer='exact' is a batched solve of seconds "
-            "on this machine"
-        )
         raise InputError(
-            f"workers='ray': {why}; leave workers out, or train it with optimizer='adamw'."
+            "workers='ray'",
+            f"is not for the logistic regression solved with {option('optimizer', 'exact')}, which "
+            "takes seconds on this machine",
+            remedy=f"Leave {option('workers', 'ray')} out, or train it with "
+            f"{option('optimizer', 'adamw')}.",
         )
     return ray_cluster(workers, device=problem.options.device)
 
@@ -283,6 +325,8 @@ def _trainer(setup: _Setup, stop: Stop, cluster: RayCluster | None, progress: Pr
     options = setup.problem.options
     data = setup.data
     workers = None if isinstance(options.workers, str | Ray) else int(options.workers)
+    # TF32 can be set only in this process.
+    is_one_process = options.tf32 or cluster is not None
     trainer = Trainer(
         data=data,
         kind=choice.kind,
@@ -297,16 +341,11 @@ def _trainer(setup: _Setup, stop: Stop, cluster: RayCluster | None, progress: Pr
         stop=stop,
         cluster=cluster,
         workers=workers if cluster is None else cluster.tasks,
-        # TF32 can be set only in this process.
-        others=()
-        if options.tf32 or cluster is not None
-        else other_gpus(options.device, data.device),
+        others=() if is_one_process else other_gpus(options.device, data.device),
     )
-    return (
-        trainer
-        if choice.solved
-        else trainer.with_backend(options.backend, setup.configs, progress.say)
-    )
+    if choice.solved:
+        return trainer
+    return trainer.with_backend(options.backend, setup.configs, progress.say)
 
 
 def _training(setup: _Setup, context: Context) -> Callable[[Context], object]:
@@ -325,6 +364,9 @@ def _training(setup: _Setup, context: Context) -> Callable[[Context], object]:
         case OptunaSampler() as sampler:
             check_sampling(sampler, space, context)
             return lambda context: sample(
-                context, space, partial(train_batches, context, sampler), epochs=context.epochs
+                context,
+                space,
+                partial(train_batches, context, sampler.halving),
+                epochs=context.epochs,
             )
-    return train_fully
+    return train_batches

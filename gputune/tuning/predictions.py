@@ -28,6 +28,7 @@ from gputune.text import count
 from gputune.tuning.progress import Progress
 from gputune.tuning.refit import Search
 from gputune.types import Outputs
+from gputune.wording import option
 
 # The number of rows that are evaluated at a time, and of residuals that a model keeps.
 _BLOCK = 2**13
@@ -40,62 +41,71 @@ def predictions_of(search: Search, trials: Sequence[Trial], progress: Progress) 
 
     Stored predictions are used. The other trials train again on their folds.
     """
-    kept = _kept_outputs(search, trials)
-    lacking = [trial for trial in trials if trial.number not in kept]
+    stored = _stored_outputs(search, trials)
+    missing = [trial for trial in trials if trial.number not in stored]
     values: dict[int, Sequence[Tensor]] = {}  # of each trial by fold
-    if lacking:
-        told = "the search was told to keep no predictions"
-        why = "no predictions of them were kept" if search.options.keep_predictions else told
-        progress.say(f"{count(len(lacking), 'trial')} train on their folds once more: {why}")
-        members, data, scoring = members_of(search, lacking, progress)
-        for trial, folds in zip(lacking, members):
+    if missing:
+        reason = f"the search had {option('keep_predictions', False)}"
+        if search.options.keep_predictions:
+            reason = "the study holds no predictions of them"
+        progress.say(f"{count(len(missing), 'trial')} train on their folds once more: {reason}")
+        members, data, scoring = members_of(search, missing, progress)
+        for trial, modules in zip(missing, members):
             # Each trial may prepare the numbers of a table in its own way.
-            own = data.of(search.config(trial))
-            draws = search.evaluation_draws(own, trial)
+            inputs = data.of(search.config(trial))
+            draws = search.evaluation_draws(inputs, trial)
             values[trial.number] = [
-                _predict(module, own, f, draws) for f, module in enumerate(folds)
+                _predict(module, inputs, f, draws) for f, module in enumerate(modules)
             ]
-        data = data.of(search.config(lacking[0]))
+        data = data.of(search.config(missing[0]))
     else:
         data, scoring = _folds(search, trials)
     lengths = [len(fold.valid) for fold in data.folds]
-    for number, one in kept.items():
-        parts = torch.split(torch.tensor(one.values, device=data.device), lengths)
+    for number, outputs in stored.items():
+        parts = torch.split(torch.tensor(outputs.values, device=data.device), lengths)
         values[number] = [_values(part.double(), data) for part in parts]
-    stacked = [
-        torch.stack([values[trial.number][f] for trial in trials]) for f in range(data.n_folds)
-    ]
+    # M tensors (m_f, K) -> (M, m_f, K) for each fold
+    stacked = []
+    for f in range(data.n_folds):
+        stacked.append(torch.stack([values[trial.number][f] for trial in trials]))
     return Predictions(stacked, data, scoring)
 
 
-def _kept_outputs(search: Search, trials: Sequence[Trial]) -> dict[int, Outputs]:
+def _stored_outputs(search: Search, trials: Sequence[Trial]) -> dict[int, Outputs]:
     """Return the stored outputs of trials by number.
 
     Returns an empty dict if the current rows differ from the rows of the search.
     """
     study = search.study
-    epochs = {trial.number: trial.best_epoch for trial in trials}
     if search.rows != study.record.fingerprint:
         return {}
-    known: Mapping[int, Outputs] = {}
+    epochs = {trial.number: trial.best_epoch for trial in trials}
+    stored: Mapping[int, Outputs] = {}
     if study.file is None and study.data is not None:
-        known = study.data.outputs
+        stored = study.data.outputs
     elif study.file is not None and study.file.exists():
         with Store.open(study.file) as store:
-            known = store.outputs(epochs.keys())
-    return {number: one for number, one in known.items() if epochs.get(number) == one.epoch}
+            stored = store.outputs(epochs.keys())
+    return {
+        number: stored[number] for number in stored if epochs.get(number) == stored[number].epoch
+    }
 
 
 def _folds(search: Search, trials: Sequence[Trial]) -> tuple[Dataset, Scoring]:
     """Return the data of the search's folds for some trials, and the scoring that ranks them."""
     record = search.study.record
     target = search.problem.target
-    asked = search.options.scoring
+    scoring = search.options.scoring
     data = search.dataset(unpack_folds(record.arguments.folds), trials)
-    positive = record.ranked_class if asked is None else record.positive
-    if (scorers := scorers_of(asked)) is not None and record.metrics:
-        asked = {one["name"]: scorers[one["name"]] for one in record.metrics}
-    scoring = record.scoring if asked is None else asked
+    positive = record.positive
+    scorers = scorers_of(scoring)
+    if scoring is None:
+        scoring = record.scoring
+        positive = record.ranked_class
+    elif scorers is not None and record.metrics:
+        # The study has the scorers in the order of their ranks.
+        names = [metric["name"] for metric in record.metrics]
+        scoring = {name: scorers[name] for name in names}
     return data, make_scoring(
         scoring, target.task, target.classes, positive, search.objective, target.n_outputs
     )
@@ -150,19 +160,18 @@ class Predictions:
         errors = []
         target = data.target.view(data.n_rows, -1).cpu()
         for f, mean in enumerate(means):
-            rows = target[data.folds[f].valid.cpu()]
-            there = data.transforms[f].forward(rows.numpy()) if data.transforms else rows
-            errors.append(
-                ((mean * data.scale[f] + data.center[f]).cpu() - torch.as_tensor(there)).abs()
-            )
-        of_rows = means_of_rows(data, errors)[:, 0]
-        ascending: NDArray[np.float64] = np.sort(of_rows[np.isfinite(of_rows)])
-        many = min(len(ascending), _RESIDUALS)
+            true = target[data.folds[f].valid.cpu()]
+            if data.transforms:
+                true = torch.as_tensor(data.transforms[f].forward(true.numpy()))
+            predicted = (mean * data.scale[f] + data.center[f]).cpu()
+            errors.append((predicted - true).abs())
+        row_errors = means_of_rows(data, errors)[:, 0]
+        ascending: NDArray[np.float64] = np.sort(row_errors[np.isfinite(row_errors)])
+        size = min(len(ascending), _RESIDUALS)
         # Evenly spaced ranks, including the largest error.
-        kept: NDArray[np.float64] = ascending[
-            np.ceil(np.arange(1, many + 1) * len(ascending) / many).astype(int) - 1
-        ]
-        return kept
+        ranks = np.ceil(np.arange(1, size + 1) * len(ascending) / size).astype(int)
+        residuals: NDArray[np.float64] = ascending[ranks - 1]
+        return residuals
 
     def _temperature(self, means: Sequence[Tensor]) -> float:
         """Return the temperature that calibrates the means on validation rows.
@@ -174,13 +183,12 @@ class Predictions:
         targets = []
         for f, (fold, mean) in enumerate(zip(self.data.folds, means)):
             target = self.data.target[fold.valid]
-            known = (
-                slice(None)
-                if self.data.present is None
-                else self.data.present[f][target].to(mean.device)
-            )
-            logits.append(mean[known].clamp(min=_LEAST).log())
-            targets.append(target[known])
+            if self.data.present is not None:
+                is_known = self.data.present[f][target].to(mean.device)
+                mean = mean[is_known]
+                target = target[is_known]
+            logits.append(mean.clamp(min=_LEAST).log())
+            targets.append(target)
         return best_temperature(torch.cat(logits), torch.cat(targets))
 
     def choose(self, size: int, folds: Sequence[int] | None = None) -> Counter[int]:
@@ -194,21 +202,21 @@ class Predictions:
         folds = range(self.data.n_folds) if folds is None else folds
         sums = {fold: torch.zeros_like(self.values[fold][0]) for fold in folds}
         chosen: list[int] = []
-        keys: list[tuple[float, float]] = []
+        best_pairs: list[list[float]] = []
         for step in range(1, size + 1):
             # (m, K) + (M, m, K) -> (M, m, K): the mean if each candidate were chosen next. The
             # scores of F folds, (F, 2, M), become M pairs of mean score and minus mean log loss.
             scores = [self.scores(fold, (sums[fold] + self.values[fold]) / step) for fold in folds]
-            means = [
-                tuple(pair)
-                for pair in np.nan_to_num(np.mean(scores, axis=0), nan=-np.inf).T.tolist()
-            ]
-            chosen.append(max(range(len(means)), key=means.__getitem__))
-            keys.append(means[chosen[-1]])
+            means = np.nan_to_num(np.mean(scores, axis=0), nan=-np.inf)
+            pairs = means.T.tolist()
+            best = pairs.index(max(pairs))
+            chosen.append(best)
+            best_pairs.append(pairs[best])
             for fold in folds:
-                sums[fold] += self.values[fold][chosen[-1]]
+                sums[fold] += self.values[fold][best]
         # index() returns the first maximum, which is the smallest ensemble with the best score.
-        return Counter(chosen[: keys.index(max(keys)) + 1])
+        n_steps = best_pairs.index(max(best_pairs)) + 1
+        return Counter(chosen[:n_steps])
 
     def nested_scores(self, size: int) -> list[float]:
         """Return the score of each fold (F,), with candidates chosen on the other folds only.
@@ -216,17 +224,25 @@ class Predictions:
         With one fold, return two scores. The rows of the fold are split into every second row and
         the rest. Each half is scored with candidates chosen on the other half.
         """
-        if self.data.n_folds > 1:
-            every = range(self.data.n_folds)
-            return [
-                self._score_of(self.choose(size, [f for f in every if f != fold]), fold)
-                for fold in every
-            ]
-        (fold,), (values,), halves = self.data.folds, self.values, []
+        n_folds = self.data.n_folds
+        if n_folds > 1:
+            scores = []
+            for fold in range(n_folds):
+                others = [other for other in range(n_folds) if other != fold]
+                scores.append(self._score_of(self.choose(size, others), fold))
+            return scores
+        (values,) = self.values
+        (only_fold,) = self.data.folds
+        halves = []
         for start in (0, 1):
-            part = replace(self.data, folds=(replace(fold, valid=fold.valid[start::2]),))
-            halves.append(replace(self, values=[values[:, start::2]], data=part))
-        return [half._score_of(other.choose(size), 0) for half, other in (halves, halves[::-1])]
+            half = replace(only_fold, valid=only_fold.valid[start::2])
+            data = replace(self.data, folds=(half,))
+            halves.append(replace(self, values=[values[:, start::2]], data=data))
+        first, second = halves
+        return [
+            first._score_of(second.choose(size), 0),
+            second._score_of(first.choose(size), 0),
+        ]
 
     def _score_of(self, choice: Counter[int], fold: int) -> float:
         """Return the score of chosen candidates on one fold."""
@@ -265,12 +281,12 @@ def means_of_rows(data: Dataset, values: Sequence[Tensor]) -> NDArray[np.float64
 def _predict(module: nn.Module, data: Dataset, fold: int, draws: EvaluationDraws | None) -> Tensor:
     """Return the predictions of a member for the validation rows of its fold, (m, K) float64."""
     size = _BLOCK if draws is None else draws.rows
-    found = []
+    blocks = []
     for number, rows in enumerate(torch.split(data.folds[fold].valid, size)):
         inputs = [x.cpu() for x in data.rows(fold, rows)]
         with nullcontext() if draws is None else draws.seeded(fold, number * size):
-            found.append(values_of(module, inputs, data))
-    return torch.cat(found)
+            blocks.append(values_of(module, inputs, data))
+    return torch.cat(blocks)
 
 
 def values_of(module: nn.Module, inputs: Sequence[Tensor], data: Dataset) -> Tensor:
@@ -287,8 +303,6 @@ def _values(outputs: Tensor, data: Dataset) -> Tensor:
     """Return outputs (m, K) as probabilities, or unchanged for a regression."""
     if data.task == "regression":
         return outputs
-    return (
-        outputs.sigmoid()
-        if data.task == "multilabel"
-        else class_logits(outputs, data.task, 1).softmax(-1)
-    )
+    if data.task == "multilabel":
+        return outputs.sigmoid()
+    return class_logits(outputs, data.task, 1).softmax(-1)

@@ -4,6 +4,7 @@ device."""
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -44,8 +45,11 @@ from gputune.study.model_fields import DTYPES
 from gputune.tuning.choices import ModelChoice
 from gputune.tuning.options import Options
 from gputune.types import NUMBERS, TENSOR_NUMBERS, Config, Numbers
+from gputune.wording import option, per_interface
 
-_PASS = "pass a module, for example model=gputune.models.MLP"
+_PASS_MODULE = per_interface(
+    "pass a module, for example model=gputune.models.MLP", "give a module, --model FILE.py:NAME"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,9 +157,11 @@ class Problem:
         included = {str(config["numbers"]) for config in options.include if "numbers" in config}
         for way in sorted({*ways, *included} - {self.numbers}):
             if isinstance(self.raw, Arrays):
-                remedy = f"leave the key out, and give numbers={way!r} to the whole search"
                 raise InputError(
-                    f"space: 'numbers' is searched for tables, and X is {self.layout}; {remedy}."
+                    "space['numbers']",
+                    f"can be searched only for tables, but {option('X')} is {self.layout}",
+                    remedy=f"Leave the key out, and pass {option('numbers', way)} for the whole "
+                    "search.",
                 )
             check_numbers(way, self.raw)
         # Prepare the data in a way that some trial uses.
@@ -168,16 +174,12 @@ class Problem:
 
         A hypergradient search uses none, because it cannot average weights.
         """
-        if not isinstance(self.options.space, str) or isinstance(
-            self.options.method, Hypergradient
-        ):
+        space = self.options.space
+        if not isinstance(space, str) or isinstance(self.options.method, Hypergradient):
             return []
         ways = TENSOR_NUMBERS if isinstance(self.raw, Tensor) else NUMBERS
-        return [
-            one
-            for one in PORTFOLIOS.get(self.options.space, ())
-            if one.get("numbers", "standard") in ways
-        ]
+        configs = PORTFOLIOS.get(space, ())
+        return [config for config in configs if config.get("numbers", "standard") in ways]
 
     def folds(self) -> list[Rows]:
         """Return the folds. A splitter receives the rows as the user gave them."""
@@ -213,21 +215,23 @@ class Problem:
             and target.task != "custom"
         ):
             return loss_scoring(target.task, target.classes, options.positive)
-        of_target = target.task, target.classes, options.positive, self.objective
-        given = options.scoring if options.scoring is not None else earlier
+        scorers = options.scoring if options.scoring is not None else earlier
         if self.has_soft_labels and earlier is None:
-            given = soft_label_scoring(given)
+            scorers = soft_label_scoring(scorers)
         elif self.output_units and self.objective and not is_resumed:
-            refuse_other_units(given, self.objective, target)
-        scoring = make_scoring(given, *of_target, n_labels=target.n_outputs)
-        scorers = [("scoring", one.name) for one in (scoring, *scoring.others)]
-        for argument, name in (*scorers, ("target_transform", repr(options.target_transform))):
-            if options.study is not None and any(
-                part in name for part in ("<lambda>", "<locals>", "<function ")
-            ):
-                why = f"has no name by which study={str(options.study)!r} could know it again"
-                remedy = "define it with def at the top of a module, or leave study out"
-                raise InputError(f"{argument}={name!r} {why}; {remedy}.")
+            refuse_other_units(scorers, self.objective, target)
+        scoring = make_scoring(
+            scorers,
+            target.task,
+            target.classes,
+            options.positive,
+            self.objective,
+            n_labels=target.n_outputs,
+        )
+        if options.study is not None:
+            for metric in (scoring, *scoring.others):
+                _check_has_name("scoring", metric.name, options.study)
+            _check_has_name("target_transform", repr(options.target_transform), options.study)
         return scoring
 
     @property
@@ -243,9 +247,9 @@ class Problem:
         """The number of values that a row of a table becomes, or the number of inputs if X is
         arrays."""
         layout = self.layout
-        return (
-            sum(layout.widths(self.numbers)) if isinstance(layout, Layout) else len(layout.shapes)
-        )
+        if isinstance(layout, Layout):
+            return sum(layout.widths(self.numbers))
+        return len(layout.shapes)
 
     def default_loss(self, data: Dataset, params: Config) -> str:
         """Return "bce" if the module returns one logit per row for two classes and no loss is
@@ -255,23 +259,19 @@ class Problem:
         """
         module = self.choice.module_class
         options = self.options
-        is_given = options.loss is not None or options.training_step is not None
-        return (
-            "bce"
-            if module is not None and not is_given and returns_one_logit(module, params, data)
-            else ""
-        )
+        if module is None or options.loss is not None or options.training_step is not None:
+            return ""
+        return "bce" if returns_one_logit(module, params, data) else ""
 
-    def in_words(self) -> str:
+    def summary(self) -> str:
         """Return a summary of the rows, their size and the target."""
         layout = self.layout
         target = self.target
-        what = (
-            f" of {layout}" if isinstance(layout, ArrayLayout) else f", {self.n_features} features"
-        )
+        is_array = isinstance(layout, ArrayLayout)
+        size = f" of {layout}" if is_array else f", {self.n_features} features"
         is_guess = self.options.task is None or self.source.is_task_guessed
         override = f"; {target.override}" if target.override and is_guess else ""
-        rows = f"{self.choice.name} on {len(self.source.X)} rows{what}"
+        rows = f"{self.choice.name} on {len(self.source.X)} rows{size}"
         return f"{rows}; target {target.name!r}: {target.in_words}{override}"
 
     def remarks(self) -> list[str]:
@@ -280,26 +280,28 @@ class Problem:
         objective = self.objective
         remarks = list[str]()
         if objective is not None and not objective.is_named and target.task == "regression":
-            values = (
-                f"it is (mean {target.values.mean():.4g}, standard deviation "
-                f"{target.values.std():.4g})"
+            values = target.values
+            form = f"unscaled (mean {values.mean():.4g}, standard deviation {values.std():.4g})"
+            if target.transform is not None:
+                form = f"as {option('target_transform')} makes it"
+            remarks.append(
+                f"{objective.name} receives {target.name} {form}; a loss chosen by name receives a "
+                "standardized target"
             )
-            seen = values if target.transform is None else "target_transform makes it"
-            sees = f"{objective.name} sees {target.name} as {seen}"
-            remarks.append(f"{sees}; a loss that has a name sees it standardised")
         if not isinstance(self.raw, Arrays):
             return remarks
-        parts = dict(zip(self.raw.labels, self.raw.parts, strict=True))
-        can = [
-            label for label, x in parts.items() if x.is_floating_point() or x.dtype == torch.uint8
-        ]
-        rest = ", ".join(label for label in parts if label not in can)
-        if can and self.numbers == "none":
-            remarks.append(f"not scaled: {', '.join(can)}; numbers='standard' scales by channel")
-        elif can:
-            remarks.append(
-                f"scaled by channel: {', '.join(can)}{f'; not scaled: {rest}' if rest else ''}"
-            )
+        scalable = list[str]()
+        others = list[str]()
+        for label, x in zip(self.raw.labels, self.raw.parts, strict=True):
+            is_scalable = x.is_floating_point() or x.dtype == torch.uint8
+            (scalable if is_scalable else others).append(label)
+        names = ", ".join(scalable)
+        if scalable and self.numbers == "none":
+            scaling = option("numbers", "standard")
+            remarks.append(f"not scaled: {names}; {scaling} scales by channel")
+        elif scalable:
+            unscaled = f"; not scaled: {', '.join(others)}" if others else ""
+            remarks.append(f"scaled by channel: {names}{unscaled}")
         return remarks
 
     def remarks_on_target(self) -> tuple[str, ...]:
@@ -315,13 +317,13 @@ class Problem:
         if self.has_soft_labels:
             remarks.append(
                 f"{self.target.name} holds a probability of each class, so trials are ranked by "
-                "the loss (neg_loss); predict returns the module's outputs, whose softmax is the "
-                "probabilities"
+                "the loss (neg_loss); predict returns the module's outputs, and their softmax is "
+                "the probabilities"
             )
-        elif self.output_units:
+        elif self.objective is not None and self.output_units:
             remarks.append(
-                f"the loss {self.objective.name if self.objective else ''} makes the outputs "
-                f"{self.output_units}, which predict returns as they are"
+                f"with the loss {self.objective.name} the outputs are {self.output_units}, and "
+                "predict returns them unchanged"
             )
         return tuple(remarks)
 
@@ -334,17 +336,16 @@ class Problem:
         objective = self.objective
         if objective is None:
             return ()
-        ranks = any(one.is_loss for one in (scoring, *scoring.others))
-        of_values = objective.remarks_on_neg_loss() if ranks else ()
+        ranks = any(metric.is_loss for metric in (scoring, *scoring.others))
+        remarks = objective.remarks_on_neg_loss() if ranks else ()
         if not objective.one_logit or classes is None:
-            return of_values
-        other, positive = classes.tolist()
-        trained = f"{self.choice.name} is trained on the loss {objective.name}"
-        return (
-            f"{trained}: its one logit a row is of {self.target.name} = {positive!r} against "
-            f"{other!r}",
-            *of_values,
+            return remarks
+        negative, positive = classes.tolist()
+        remark = (
+            f"{self.choice.name} is trained on the loss {objective.name}: its one logit per row is "
+            f"for {self.target.name} = {positive!r} against {negative!r}"
         )
+        return (remark, *remarks)
 
     def remarks_on_limits(self, data: Dataset) -> tuple[str, ...]:
         """Return a remark on the columns with clipped numbers, one sentence, or nothing.
@@ -358,22 +359,20 @@ class Problem:
         ):
             return ()
         columns = [column.name for column in self.layout.columns for _ in column.feature_names]
-        statistics = [one for one in data.statistics if isinstance(one, Statistics)]
-        names = list(
-            dict.fromkeys(columns[feature] for feature in limited_features(self.raw, statistics))
+        statistics = [part for part in data.statistics if isinstance(part, Statistics)]
+        features = limited_features(self.raw, statistics)
+        names = list(dict.fromkeys(columns[feature] for feature in features))
+        if not names:
+            return ()
+        label = "Column" if len(names) == 1 else "Columns"
+        remark = (
+            f"{label} {quoted(names)}: numbers beyond {LIMIT:g} standard deviations and beyond all "
+            "training rows of a fold are clipped at the farther of these two limits."
         )
-        words = (
-            f"numbers beyond {LIMIT:g} standard deviations and beyond all training rows of a fold "
-            "count as"
-        )
-        return (
-            (f"Column{'s' * (len(names) > 1)} {quoted(names)}: {words} the farther of the two.",)
-            if names
-            else ()
-        )
+        return (remark,)
 
     @cached_property
-    def columns_in_words(self) -> str:
+    def columns_text(self) -> str:
         """A text that lists columns that have no feature, or several features, for messages about
         shapes.
 
@@ -381,45 +380,28 @@ class Problem:
         """
         if isinstance(self.layout, ArrayLayout):
             return ""
-        used = dict(zip((c.name for c in self.layout.columns), self.layout.widths(self.numbers)))
+        widths = self.layout.widths(self.numbers)
+        used = {column.name: width for column, width in zip(self.layout.columns, widths)}
         lost = [name for name in self.layout.inputs if name not in used]
-        wide = [name for name, features in used.items() if features > 1]
-        parts = [f"{quoted(lost)} left out"] * bool(lost) + [
-            f"{quoted(wide)} several features each"
-        ] * bool(wide)
-        remedy = (
-            ""
-            if self.columns == "keep"
-            else "; columns 'keep' leaves numbers and booleans as they are"
-        )
-        counts = (
-            f"Of the {len(self.layout.inputs)} columns of X, which are {sum(used.values())} "
-            "features"
-        )
-        return f" {counts}, {' and '.join(parts)}{remedy}." if parts else ""
+        wide = [name for name, width in used.items() if width > 1]
+        if not lost and not wide:
+            return ""
+        n_columns = len(self.layout.inputs)
+        text = f" The {n_columns} columns of X became {sum(widths)} features."
+        if lost:
+            text += f" Left out: {quoted(lost)}."
+        if wide:
+            text += f" Several features each: {quoted(wide)}."
+        if self.columns != "keep":
+            text += " The option columns='keep' leaves numbers and booleans unchanged."
+        return text
 
 
 def make_problem(
     source: Source, task: TaskWord | None, choice: ModelChoice, options: Options
 ) -> Problem:
     """Check the target and the loss, fix the column layout, and encode the rows."""
-    if options.precision == "bf16" and choice.kind != "module":
-        why = (
-            f"precision='bf16' is for a module of your own, and model={choice.name!r} trains in "
-            "full precision"
-        )
-        raise InputError(f"{why}: {_PASS}, or leave it out.")
-    if options.tf32 and choice.solved:
-        exact = (
-            "the logistic regression solved with optimizer='exact' has double precision, where "
-            "it would do nothing"
-        )
-        raise InputError(
-            f"tf32=True is for matrix products of single precision, and {exact}; leave tf32 out."
-        )
-    if options.backend == "loop" and choice.kind != "module":
-        why = f"trains the members of a user's module one by one, and the model is {choice.name!r}"
-        raise InputError(f"backend='loop' {why}; choose backend='auto', or 'eager'.")
+    _check_machine(choice, options)
     target = check_target(source.y, task=task, n_rows=len(source.X), name=source.target)
     target = with_transform(target, options.target_transform)
     check_spread(target)
@@ -445,6 +427,41 @@ def make_problem(
     return Problem(choice, options, source, target, layout, raw, columns, numbers, objective)
 
 
+def _check_has_name(argument: str, name: str, study: Path) -> None:
+    """Raise InputError for a function that a study could not find again by its name."""
+    if any(part in name for part in ("<lambda>", "<locals>", "<function ")):
+        raise InputError(
+            f"{argument}={name!r}",
+            f"has no name by which {option('study', str(study))} could find it again",
+            remedy="Define it with def at the top level of a module, or leave "
+            f"{option('study')} out.",
+        )
+
+
+def _check_machine(choice: ModelChoice, options: Options) -> None:
+    """Raise InputError for a precision or a backend that does not fit the model."""
+    model = option("model", choice.name)
+    if options.precision == "bf16" and choice.kind != "module":
+        raise InputError(
+            "precision='bf16'",
+            f"is for your own modules, but {model} trains in full precision",
+            remedy=f"Leave {option('precision')} out, or {_PASS_MODULE}.",
+        )
+    if options.tf32 and choice.solved:
+        raise InputError(
+            "tf32=True",
+            "is for matrix products in single precision, but the logistic regression solved with "
+            f"{option('optimizer', 'exact')} uses double precision",
+            remedy=f"Leave {option('tf32')} out.",
+        )
+    if options.backend == "loop" and choice.kind != "module":
+        raise InputError(
+            "backend='loop'",
+            f"trains the members of your own module one by one, but this is {model}",
+            remedy=f"Choose {option('backend', 'auto')} or {option('backend', 'eager')}.",
+        )
+
+
 def _objective(target: Target, choice: ModelChoice, options: Options) -> Objective | None:
     """Return the training objective of a module.
 
@@ -453,46 +470,49 @@ def _objective(target: Target, choice: ModelChoice, options: Options) -> Objecti
     if choice.kind == "module":
         return make_objective(options.loss, options.training_step, options.augment, target.task)
     if target.values.ndim > 1 or target.task == "custom":
-        why = (
-            f"predicts one class or one number a row, and {target.name} has shape "
-            f"{target.values.shape}"
-        )
-        raise InputError(f"model={choice.name!r} {why}: {_PASS}, which takes n_outputs.")
-    if choice.solved and target.task == "regression":
-        why = (
-            "model='logistic' solved with optimizer='exact' predicts classes, and the target is "
-            "a number"
-        )
         raise InputError(
-            f"{why}: choose model='mlp', or optimizer='adamw' for a linear regression."
+            f"model={choice.name!r}",
+            f"predicts one class or one number per row, but {target.name} has shape "
+            f"{target.values.shape}",
+            remedy=f"For several outputs {_PASS_MODULE}, which takes n_outputs.",
+        )
+    if choice.solved and target.task == "regression":
+        raise InputError(
+            "model='logistic'",
+            f"solved with {option('optimizer', 'exact')} predicts classes, but the target is a "
+            "number",
+            remedy=f"Choose {option('model', 'mlp')}, or {option('optimizer', 'adamw')} for a "
+            "linear regression.",
         )
     for name in ("training_step", "augment"):
         if getattr(options, name) is not None:
-            why = (
-                f"{name} is for a module of your own, and model={choice.name!r} trains on its "
-                "task's loss"
+            raise InputError(
+                name,
+                f"is for your own modules, but {option('model', choice.name)} trains on the loss "
+                "of its task",
+                remedy=f"Leave {option(name)} out, or {_PASS_MODULE}.",
             )
-            raise InputError(f"{why}: {_PASS}, or leave it out.")
     return None if options.loss is None else _built_in_objective(target, choice, options)
 
 
 def _built_in_objective(target: Target, choice: ModelChoice, options: Options) -> Objective | None:
     """Return the named loss of a built-in model, or None if it is the loss of the task."""
-    fitting = (
-        "'mse', 'mae', 'huber' or 'quantile'" if target.task == "regression" else "'cross_entropy'"
-    )
+    is_regression = target.task == "regression"
+    names = "'mse', 'mae', 'huber' or 'quantile'" if is_regression else "'cross_entropy'"
+    model = option("model", choice.name)
     if not isinstance(options.loss, str):
-        why = (
-            f"a loss of your own is for a module, and model={choice.name!r} takes losses by name: "
-            f"{fitting}"
+        raise InputError(
+            "loss",
+            f"must be {names} for {model}, not your own function",
+            remedy=f"To train with your own loss, {_PASS_MODULE}.",
         )
-        raise InputError(f"loss: {why}. Or {_PASS}.")
     objective = make_objective(options.loss, None, None, target.task)
     if objective.loss == LOSS_OF_TASK[target.task]:
         return None
-    if target.task != "regression":
+    if not is_regression:
         raise InputError(
-            f"loss={options.loss!r} does not fit model={choice.name!r}: choose {fitting}, or "
-            f"{_PASS}."
+            f"loss={options.loss!r}",
+            f"does not fit {model}",
+            remedy=f"Choose {names}, or {_PASS_MODULE}.",
         )
     return objective

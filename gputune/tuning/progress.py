@@ -17,7 +17,7 @@ from gputune.engine.train import Spent
 from gputune.memory import synchronize
 from gputune.text import count, measure_of
 from gputune.types import Json, first_metric
-from gputune.wording import PYTHON
+from gputune.wording import PYTHON, Interface
 
 _LINE_SECONDS = 30  # between plain lines, if no bar is shown
 
@@ -64,19 +64,18 @@ class Progress:
     """A bar that counts trial-epochs.
 
     If standard error is no terminal, plain lines are printed instead. With ``verbose=0`` nothing is
-    printed. ``words`` translates messages into the names of the interface, such as command line
-    flags.
+    printed. Messages name arguments as the ``interface`` does, such as command line flags.
     """
 
     def __init__(
         self,
         verbose: int,
         on_epoch: Callable[[np.ndarray], None] | None = None,
-        words: Callable[[str], str] = PYTHON.render,
+        interface: Interface = PYTHON,
     ) -> None:
         self.verbose = verbose
         self.on_epoch = on_epoch
-        self.words_of = words
+        self.interface = interface
         self.scoring = "score"
         self.bar: Any = None
         self.screen = _Screen()
@@ -106,13 +105,13 @@ class Progress:
         search."""
         if self.verbose >= 1 and not (once and text in self.said):
             self.said.add(text)
-            tqdm.write(self.words_of(text), file=self.screen)
+            tqdm.write(self.interface.render(text), file=self.screen)
 
-    def plan(self, plan: Plan, *, aloud: bool = True) -> None:
+    def plan(self, plan: Plan, *, show: bool = True) -> None:
         """Store the plan of the next training, and print it. With batches, only the first plan is
         printed."""
         self.processes = plan.workers
-        if aloud and not self.batches:
+        if show and not self.batches:
             self.say(f"plan: {plan}", once=True)
 
     def new_bar(self, **options: Any) -> Any:
@@ -168,7 +167,7 @@ class Progress:
         self.pruned += pruned
         self._show()
 
-    def spare(self, trial_epochs: int, *, trials: int = 0) -> None:
+    def skip(self, trial_epochs: int, *, trials: int = 0) -> None:
         """Remove trial-epochs and trials that will not be trained, because they stopped early or
         never began."""
         self.trials -= trials
@@ -177,17 +176,18 @@ class Progress:
         self._show()
 
     @property
-    def words(self) -> str:
+    def status(self) -> str:
         """The text of the bar in addition to its counts."""
         measure = measure_of(self.scoring, self.best)
-        n = self.processes
         best = f"{measure.name} {measure.text(self.best)}" if self.best > -math.inf else "-"
-        members = f", {self.members} members{'' if n == 1 else f' in each of {n} processes'}"
-        pruned = f", {self.pruned} pruned" if self.pruned else ""
-        return (
-            f"trials {self.trials_done}/{self.trials}, best "
-            f"{best}{members if self.members > 1 else ''}{pruned}"
-        )
+        status = f"trials {self.trials_done}/{self.trials}, best {best}"
+        if self.members > 1:
+            status += f", {self.members} members"
+            if self.processes > 1:
+                status += f" in each of {self.processes} processes"
+        if self.pruned:
+            status += f", {self.pruned} pruned"
+        return status
 
     @property
     def seconds_left(self) -> float | None:
@@ -200,7 +200,7 @@ class Progress:
 
     def _show(self) -> None:
         """Update the bar, the message to other processes and the plain lines."""
-        self.bar.set_postfix_str(self.words, refresh=False)
+        self.bar.set_postfix_str(self.status, refresh=False)
         if self.on_look is not None and time.monotonic() > self.next_look:
             self.next_look = time.monotonic() + _LOOK_SECONDS
             best = self.best if math.isfinite(self.best) else None
@@ -208,8 +208,9 @@ class Progress:
             self.on_look({**counts, "best": best, "left": self.seconds_left})
         if self.plain and time.monotonic() > self.next_line:
             self.next_line = time.monotonic() + _LINE_SECONDS
-            ending = "" if (left := self.seconds_left) is None else f", {left:.0f} s left"
-            self.say(f"{self.words}, {self.epochs_done}/{self.epochs} {self.unit}{ending}")
+            seconds = self.seconds_left
+            left = "" if seconds is None else f", {seconds:.0f} s left"
+            self.say(f"{self.status}, {self.epochs_done}/{self.epochs} {self.unit}{left}")
 
 
 PREPARING = "reading and preparing rows"
@@ -256,21 +257,21 @@ class Profile:
         """
         total = time.perf_counter() - self.begin
         rest = max(0.0, total - sum(self.seconds.values()))
-        workers, threads = (1, 1) if self.plan is None else (self.plan.workers, self.plan.threads)
+        workers = 1 if self.plan is None else self.plan.workers
+        threads = 1 if self.plan is None else self.plan.threads
         steps = self.spent.steps
         scores = self.spent.scores
         lines = ["Where the time went:", ""]
         for name, seconds in [*self.seconds.items(), ("the rest", rest)]:
             lines.append(f"  {name:<30} {seconds:8.2f} s  {seconds / total:4.0%}")
             # Steps and scores are summed over processes, so the time is multiplied by their number.
-            whole = seconds * workers
+            summed = seconds * workers
             # Hypergradients and the solver do not measure steps, so they have no such parts.
-            if name == "training" and steps and whole:
-                waiting = max(0.0, whole - (steps + scores))
+            if name == "training" and steps and summed:
+                waiting = max(0.0, summed - (steps + scores))
                 parts = {"steps": steps, "scores": scores, "starting, waiting, telling": waiting}
-                lines += [
-                    f"    {part:<32} {spent / whole:9.0%} of it" for part, spent in parts.items()
-                ]
+                for part, spent in parts.items():
+                    lines.append(f"    {part:<32} {spent / summed:9.0%} of it")
         if steps and self.spent.operations > 0:
             place = "a GPU" if device.type == "cuda" else count(workers * threads, "core")
             peak = product_speed(workers * threads, dtype, device)
@@ -289,7 +290,8 @@ def product_speed(cores: int, dtype: torch.dtype, device: torch.device) -> float
 
     On a CPU, one product runs on each of ``cores`` cores at the same time.
     """
-    a, b = (torch.rand(_SIZE, _SIZE, dtype=dtype, device=device) for _ in range(2))
+    a = torch.rand(_SIZE, _SIZE, dtype=dtype, device=device)
+    b = torch.rand(_SIZE, _SIZE, dtype=dtype, device=device)
 
     def multiply(_: int) -> None:
         before = torch.get_num_threads()
@@ -301,11 +303,11 @@ def product_speed(cores: int, dtype: torch.dtype, device: torch.device) -> float
             torch.set_num_threads(before)
         synchronize(device)
 
-    at_once = cores if device.type == "cpu" else 1
-    with ThreadPoolExecutor(at_once) as pool:
-        list(pool.map(multiply, range(at_once)))  # warm-up: allocates memory and starts threads
+    n_threads = cores if device.type == "cpu" else 1
+    with ThreadPoolExecutor(n_threads) as pool:
+        list(pool.map(multiply, range(n_threads)))  # warm-up: allocates memory and starts threads
         begin = time.perf_counter()
-        list(pool.map(multiply, range(at_once)))
+        list(pool.map(multiply, range(n_threads)))
         seconds = time.perf_counter() - begin
     # The product of two n x n matrices takes 2 * n**3 operations.
-    return 2.0 * _SIZE**3 * _REPEATS * at_once / seconds
+    return 2.0 * _SIZE**3 * _REPEATS * n_threads / seconds

@@ -21,6 +21,7 @@ from gputune.methods.config import ConfigCheck, check_config
 from gputune.methods.distributions import CheckedSpace
 from gputune.methods.optuna import OptunaSampler, OptunaStudy, check_askable
 from gputune.methods.random import n_counted
+from gputune.methods.stopping import StoppingRule
 from gputune.population.population import Population, by_numbers
 from gputune.solver.solve import solve_chunk
 from gputune.study.store import Candidate, PlannedChunk, Result
@@ -30,17 +31,9 @@ from gputune.tuning.good_enough import BATCH, batch_of
 from gputune.tuning.rungs import check_rungs, train_in_rungs
 from gputune.tuning.session import Session
 from gputune.types import Config, first_metric
+from gputune.wording import option
 
 _SOLVED_TOGETHER = 16  # solved logistic regressions between two checks of the time
-
-
-def train_fully(context: Context) -> bool:
-    """Train the waiting trials of the ledger, chunk by chunk. Return True if time is left."""
-    return train_waiting(
-        context,
-        partial(_solve if context.choice.solved else _train, context),
-        epochs=context.epochs,
-    )
 
 
 def train_waiting(
@@ -51,15 +44,17 @@ def train_waiting(
     ``train`` returns the chunks that other processes train.
     """
     ledger = session.ledger
+    if not ledger.waiting():
+        return not session.is_over()
     with session.progress.bar_over(len(ledger.waiting()), epochs):
         while waiting := ledger.waiting():
-            left = train(waiting)
+            foreign = train(waiting)
             ledger.refresh()
             session.stop_where_enough()  # results of other processes count too
             if session.is_over():
                 break
-            if left:  # trained here if the other processes end without results
-                wait_for_others(session, left)
+            if foreign:  # trained here if the other processes end without results
+                wait_for_others(session, foreign)
     return not session.is_over()
 
 
@@ -85,20 +80,20 @@ def _train(context: Context, waiting: Sequence[Candidate]) -> list[PlannedChunk]
             return ledger.claim(recorded.chunk_of(part))
 
         numbers = [trial.number for trial in recorded.trials]
-        plan = _with_begun(recorded, context.checkpoints_of(numbers, recorded.configs))
+        plan = _with_checkpoints(recorded, context.checkpoints_of(numbers, recorded.configs))
         context.progress.plan(plan)
-        checkpointing = context.checkpointing(numbers)
-        patience = context.options.patience
         job = context.trainer.job(
-            Job, epochs=epochs, checkpointing=checkpointing, patience=patience
+            Job,
+            epochs=epochs,
+            checkpointing=context.checkpointing(numbers),
+            patience=context.options.patience,
         )
         for outcome in context.train(job, plan, claim=claim, may_begin=context.may_begin(recorded)):
             if isinstance(outcome, Failure):
-                context.finish(
-                    [failed_result(numbers[outcome.index[0]], context.no_curve, outcome.reason)]
-                )
+                number = numbers[outcome.index[0]]
+                context.finish([failed_result(number, context.no_curve, outcome.reason)])
             else:
-                _keep(context, recorded.trials, outcome)
+                _finish_chunk(context, recorded.trials, outcome)
     return []
 
 
@@ -108,48 +103,47 @@ def _solve(context: Context, waiting: Sequence[Candidate]) -> list[PlannedChunk]
     If it can claim none, return the chunks that other processes solve.
     """
 
-    def cut(new: Sequence[Candidate]) -> list[tuple[Sequence[int], int, int]]:
+    def split(new: Sequence[Candidate]) -> list[tuple[Sequence[int], int, int]]:
         threads = torch.get_num_threads()
-        alike = by_numbers([trial.params for trial in new])
-        together = [(part, range(0, len(part), _SOLVED_TOGETHER)) for part in alike]
-        return [
-            (part[n : n + _SOLVED_TOGETHER], threads, 1)
-            for part, begins in together
-            for n in begins
-        ]
+        parts = list[tuple[Sequence[int], int, int]]()
+        for group in by_numbers([trial.params for trial in new]):
+            for begin in range(0, len(group), _SOLVED_TOGETHER):
+                parts.append((group[begin : begin + _SOLVED_TOGETHER], threads, 1))
+        return parts
 
-    chunks = context.ledger.chunks(waiting, 0, cut)
-    by_number = {trial.number: trial for trial in context.ledger.candidates}
-    solved = 0
+    chunks = context.ledger.chunks(waiting, 0, split)
+    trial_of = {trial.number: trial for trial in context.ledger.candidates}
+    is_solved = False
     allowed = list(filter(context.good_enough.allows, chunks))
     for chunk in chunks:
-        if solved and context.is_over():
+        if is_solved and context.is_over():
             break
         if context.good_enough.allows(chunk) and context.ledger.claim(chunk):
-            trials = [by_number[number] for number in chunk.trials]
+            trials = [trial_of[number] for number in chunk.trials]
             configs = [context.complete(trial.params) for trial in trials]
             with on_threads(chunk.threads):
                 outcome = solve_chunk(context.data, configs, range(len(configs)), context.scoring)
             context.progress.advance(len(trials), outcome.curves)
-            _keep(context, trials, outcome)
-            solved += 1
-    return [] if solved else allowed
+            _finish_chunk(context, trials, outcome)
+            is_solved = True
+    return [] if is_solved else allowed
 
 
-def _keep(context: Context, trials: Sequence[Candidate], outcome: Outcome) -> None:
+def _finish_chunk(context: Context, trials: Sequence[Candidate], outcome: Outcome) -> None:
     """Store the results of a chunk. With ``patience``, a curve is cut at the end of its trial."""
     patience = context.options.patience
     results = []
     context.profile.spent += outcome.spent
     if not context.is_over():
-        context.progress.spare(len(outcome.index) * (context.epochs - outcome.epochs))
+        context.progress.skip(len(outcome.index) * (context.epochs - outcome.epochs))
     for i, curve in zip(outcome.index, outcome.curves):
         epochs = outcome.epochs
         if patience is not None:
             stalled = stalled_epochs(first_metric(curve, axes=2)[None, :epochs].mean(2))[0]
             # The curve decides, because a trial resumed from a checkpoint may have trained one
             # epoch more.
-            if (ends := np.flatnonzero(stalled >= patience)).size:
+            ends = np.flatnonzero(stalled >= patience)
+            if ends.size:
                 epochs = int(ends[0]) + 1
                 curve = curve[:epochs]
         number = trials[i].number
@@ -157,25 +151,26 @@ def _keep(context: Context, trials: Sequence[Candidate], outcome: Outcome) -> No
         # The trials of a chunk train together, so each gets an equal share of the time.
         share = outcome.seconds / len(outcome.index)
         results.append(Result.of_curve(number, curve, epochs=epochs, rule=rule, seconds=share))
-    context.finish(results, {trials[i].number: one for i, one in outcome.outputs.items()})
+    outputs = {trials[i].number: values for i, values in outcome.outputs.items()}
+    context.finish(results, outputs)
 
 
 def wait_for_others(session: Session, chunks: Sequence[PlannedChunk]) -> None:
     """Wait until other processes have trained their chunks, and tell the user once."""
-    who, remedy = session.ledger.owners_of(chunks)
+    owners, remedy = session.ledger.owners_of(chunks)
     trials = count(sum(len(chunk.trials) for chunk in chunks), "trial")
-    session.progress.say(f"waiting for {trials} of {who}. {remedy}".removesuffix(" "), once=True)
+    session.progress.say(f"waiting for {trials} of {owners}. {remedy}".rstrip(), once=True)
     session.ledger.wait(chunks, session.is_over)
 
 
-def _with_begun(recorded: RecordedPlan, checkpoints: Sequence[Checkpoint]) -> Plan:
+def _with_checkpoints(recorded: RecordedPlan, checkpoints: Sequence[Checkpoint]) -> Plan:
     """Return a plan in which the chunks with checkpoints continue.
 
     These chunks come first. Each has the same trials as before, so that it gives the same bits.
     """
     place = {trial.number: i for i, trial in enumerate(recorded.trials)}
     plan = recorded.plan
-    begun: list[Population] = []
+    chunks: list[Population] = []
     taken: set[int] = set()
     for checkpoint in checkpoints:
         index = tuple(place.get(number, -1) for number in checkpoint.trials)
@@ -183,14 +178,21 @@ def _with_begun(recorded: RecordedPlan, checkpoints: Sequence[Checkpoint]) -> Pl
         if min(index) < 0 or taken & set(index):
             continue
         taken |= set(index)
-        configs = tuple(recorded.configs[i] for i in index)
-        so_far = checkpoint.state, checkpoint.alive, checkpoint.curves, checkpoint.seconds
-        begun.append(BegunChunk(plan.chunks[0].kind, index, configs, *so_far))
-    rest = [
-        chunk.select([c for c, i in enumerate(chunk.index) if i not in taken])
-        for chunk in plan.chunks
-    ]
-    return replace(plan, chunks=(*begun, *(chunk for chunk in rest if chunk.index)))
+        begun = BegunChunk(
+            plan.chunks[0].kind,
+            index,
+            tuple(recorded.configs[i] for i in index),
+            checkpoint.state,
+            checkpoint.alive,
+            checkpoint.curves,
+            checkpoint.seconds,
+        )
+        chunks.append(begun)
+    for chunk in plan.chunks:
+        rest = [c for c, i in enumerate(chunk.index) if i not in taken]
+        if rest:
+            chunks.append(chunk.select(rest))
+    return replace(plan, chunks=tuple(chunks))
 
 
 def check_sampling(method: OptunaSampler, space: CheckedSpace, context: Context) -> None:
@@ -200,11 +202,11 @@ def check_sampling(method: OptunaSampler, space: CheckedSpace, context: Context)
     """
     check_askable(space)
     if "penalty" in space[0]:
-        words = (
-            "space must have 'l1_ratio' in the place of its older word 'penalty' for an Optuna "
-            "sampler"
+        raise InputError(
+            "space",
+            "must have 'l1_ratio' instead of the older key 'penalty' for an Optuna sampler",
+            remedy="l1_ratio=0 is l2, l1_ratio=1 is l1, and C=inf is no penalty.",
         )
-        raise InputError(f"{words}: 0 is l2, 1 is l1, C=inf is none.")
     if method.halving is not None:
         check_rungs(method.halving, context)
 
@@ -232,15 +234,16 @@ def sample(
     with session.progress.bar_over(_n_missing(session), epochs):
         while missing := min(method.batch, _n_missing(session)):
             proposals = [study.ask() for _ in range(missing)]
-            number = 1 + max((c.number for c in ledger.candidates), default=-1)
+            first = 1 + max((candidate.number for candidate in ledger.candidates), default=-1)
             batch = f"{BATCH}{1 + max(map(batch_of, ledger.candidates), default=0)}"
-            ledger.add(
-                [Candidate(number + i, params, batch) for i, (_, params) in enumerate(proposals)]
-            )
+            candidates = []
+            for number, (_, params) in enumerate(proposals, start=first):
+                candidates.append(Candidate(number, params, batch))
+            ledger.add(candidates)
             if not train():
                 return
-            for i, (trial, _) in enumerate(proposals):
-                study.tell(trial, ledger.results[number + i])
+            for number, (trial, _) in enumerate(proposals, start=first):
+                study.tell(trial, ledger.results[number])
 
 
 def _n_missing(session: Session) -> int:
@@ -253,17 +256,18 @@ def _n_missing(session: Session) -> int:
     return max(0, session.options.n_trials - proposed - n_counted(candidates))
 
 
-def train_batches(context: Context, method: OptunaSampler) -> bool:
-    """Train the waiting trials of the ledger. Return False if the time is over.
+def train_batches(context: Context, halving: StoppingRule | None = None) -> bool:
+    """Train or solve the waiting trials of the ledger. Return False if the time is over.
 
     Without halving, all of them train together. With halving, each batch trains separately.
     """
     ledger = context.ledger
-    if method.halving is None:
-        return train_fully(context) if ledger.waiting() else not context.is_over()
+    if halving is None:
+        train = partial(_solve if context.choice.solved else _train, context)
+        return train_waiting(context, train, epochs=context.epochs)
     for batch in sorted({batch_of(candidate) for candidate in ledger.waiting()}):
         trials = [candidate for candidate in ledger.candidates if batch_of(candidate) == batch]
-        train_in_rungs(context, method.halving, trials)
+        train_in_rungs(context, halving, trials)
     return not context.is_over()
 
 
@@ -279,27 +283,26 @@ def _study_so_far(session: Session, make: Callable[..., OptunaStudy]) -> OptunaS
     for reseed in (False, True):
         study = make(reseed=reseed)
         for earlier in session.options.warm_start:
-            if (other := earlier.record.scoring) != progress.scoring:
-                words = (
-                    f"a study of {other} says nothing of {progress.scoring}, so the sampler is "
-                    "not told its scores."
+            scoring = earlier.record.scoring
+            if scoring != progress.scoring:
+                progress.say(
+                    f"note: {option('warm_start')}: the sampler does not use a study that was "
+                    f"ranked by {scoring}, because this search is ranked by {progress.scoring}",
+                    once=True,
                 )
-                progress.say(f"note: warm_start: {words}", once=True)
                 continue
             for t in earlier.trials:
                 if t.state == "complete":
                     curve = np.array([t.fold_scores])
-                    study.add(
-                        t.params,
-                        Result(t.number, t.state, t.score, t.fold_scores, 1, t.seconds, curve),
-                    )
+                    result = Result(t.number, t.state, t.score, t.fold_scores, 1, t.seconds, curve)
+                    study.add(t.params, result)
         if _repeat(study, session, enqueue=reseed):
             break
-        words = (
-            "the sampler does not propose the finished trials again (it has no seed, or is "
-            "another one)"
+        progress.say(
+            "note: the sampler does not repeat its proposals of the finished trials (it has no "
+            "seed, or is a different sampler); a reseeded copy of it receives their results",
+            once=True,
         )
-        progress.say(f"note: {words}; a reseeded copy of it is told their results.", once=True)
     return study
 
 
@@ -313,14 +316,16 @@ def _repeat(study: OptunaStudy, session: Session, *, enqueue: bool) -> bool:
     for batch, group in groupby(session.ledger.candidates, batch_of):
         candidates = list(group)
         if batch == 0:
-            for c in (c for c in candidates if not study.add(c.params, results[c.number])):
-                words = (
-                    f"trial {c.number} ({c.origin}) is not in the space, so the sampler is not "
-                    "told."
-                )
-                session.progress.say(f"note: {words}")
+            for candidate in candidates:
+                if not study.add(candidate.params, results[candidate.number]):
+                    session.progress.say(
+                        f"note: trial {candidate.number} ({candidate.origin}) is outside the "
+                        "space, so the sampler does not receive its result"
+                    )
             continue
-        proposals = [study.ask(c.params if enqueue else None) for c in candidates]
+        proposals = []
+        for candidate in candidates:
+            proposals.append(study.ask(candidate.params if enqueue else None))
         if any(params != c.params for (_, params), c in zip(proposals, candidates)):
             return False
         for (trial, _), candidate in zip(proposals, candidates):

@@ -3,10 +3,11 @@
 A resume and a refit use the record.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import sklearn
@@ -44,6 +45,7 @@ from gputune.tuning.context import Context
 from gputune.tuning.options import KEPT, RULES, Options
 from gputune.types import Json, Outputs
 from gputune.version import __version__
+from gputune.wording import option, per_interface
 
 
 def search_record(
@@ -70,12 +72,24 @@ def search_record(
     for metric in (scoring, *scoring.others):
         positive = None if classes is None or metric.positive is None else classes[metric.positive]
         metrics.append({"name": metric.label, "scorer": metric.name, "positive": positive})
-    parts = objective and {
-        "loss": objective.loss,
-        "training_step": objective.step,
-        "augment": objective.augment,
-    }
-    positives = (one["positive"] for one in metrics if one["positive"] is not None)
+    code = {}
+    if objective is not None:
+        functions = {
+            "loss": objective.loss,
+            "training_step": objective.step,
+            "augment": objective.augment,
+        }
+        for name, function in functions.items():
+            if callable(function):
+                code[name] = digest_of_code(function)
+    split_rows: list[np.ndarray] = []
+    for fold in data.folds:
+        split_rows += [fold.train.cpu().numpy(), fold.valid.cpu().numpy()]
+    sample_weight = None
+    if options.sample_weight is not None:
+        sample_weight = digest_of(np.asarray(options.sample_weight))
+    is_number = isinstance(options.cv, int | np.integer)
+    positives = (metric["positive"] for metric in metrics if metric["positive"] is not None)
     return SearchRecord(
         model=choice.name,
         spec=choice.spec,
@@ -96,18 +110,12 @@ def search_record(
         max_levels=options.max_levels,
         notes=[*problem.layout.notes, *notes],
         class_weight=None if options.class_weight is None else repr(options.class_weight),
-        sample_weight=None
-        if options.sample_weight is None
-        else digest_of(np.asarray(options.sample_weight)),
-        cv=repr(options.cv)
-        if isinstance(options.cv, int | np.integer)
-        else type(options.cv).__name__,
+        sample_weight=sample_weight,
+        cv=repr(options.cv) if is_number else type(options.cv).__name__,
         folds=data.n_folds,
-        splits=digest_of(
-            *(rows.cpu().numpy() for fold in data.folds for rows in (fold.train, fold.valid))
-        ),
+        splits=digest_of(*split_rows),
         objective="" if objective is None else objective.name_unless_default(target.task),
-        code={name: digest_of_code(part) for name, part in (parts or {}).items() if callable(part)},
+        code=code,
         scoring=scoring.name,
         metrics=metrics if scoring.others else [],
         positive=next(positives, None),
@@ -129,29 +137,30 @@ def _arguments(
     """Return the arguments of a search that its study file stores, and a list of the missing
     ones."""
     values = space_to_json(space)
-    is_lacking = {
+    has_group_column = bool((source.origin or {}).get("groups"))
+    transform = transform_to_json(options.target_transform)
+    is_missing = {
         "X and y, which were in memory": source.origin is None,
-        "groups, which were in memory": source.groups is not None
-        and not (source.origin or {}).get("groups"),
+        "groups, which were in memory": source.groups is not None and not has_group_column,
         "scoring, a function": has_function(options.scoring),
         "loss, a function": callable(options.loss),
         "training_step, a function": options.training_step is not None,
         "augment, a function": options.augment is not None,
         "class_weight": not _is_storable(options.class_weight),
         "sample_weight": options.sample_weight is not None,
-        "target_transform, an object of your own": not is_known(
-            transform_to_json(options.target_transform)
-        ),
+        "target_transform, an object of your own": not is_known(transform),
         "space, with an object of your own": values is None,
         "method, with a sampler of Optuna's": isinstance(options.method, OptunaSampler),
     }
-    lacking = [words for words, lacks in is_lacking.items() if lacks]
-    kept = {name: value for name in KEPT if _is_storable(value := getattr(options, name))}
+    stored = {name: getattr(options, name) for name in KEPT if _is_storable(getattr(options, name))}
     if isinstance(options.workers, Ray):
-        kept["workers"] = asdict(options.workers)
-    callbacks = [type(callback).__name__ for callback in options.callbacks]
+        stored["workers"] = asdict(options.workers)
     return Arguments(
-        kept=kept, space=values, folds=pack_folds(folds), lacking=lacking, callbacks=callbacks
+        kept=stored,
+        space=values,
+        folds=pack_folds(folds),
+        lacking=[description for description, missing in is_missing.items() if missing],
+        callbacks=[type(callback).__name__ for callback in options.callbacks],
     )
 
 
@@ -160,16 +169,16 @@ def recorded_options(record: SearchRecord, **changed: object) -> Options:
 
     The options in ``changed`` replace stored ones.
     """
-    known = {
-        part.argument: getattr(record, name)
-        for name, part in RECORD_FIELDS.items()
-        if part.argument in RULES
-    }
-    kept = record.arguments.kept
+    stored: dict[str, Any] = {}
+    for name, part in RECORD_FIELDS.items():
+        if part.argument in RULES:
+            stored[part.argument] = getattr(record, name)
     transform = record.target_transform
-    known["target_transform"] = None if transform is None else transform_from_json(transform)
-    known |= {name: kept[name] for name in KEPT if name in kept}
-    return Options(**{**known, "method": method_from_json(record.method), **changed})
+    stored["target_transform"] = None if transform is None else transform_from_json(transform)
+    for name, value in record.arguments.kept.items():
+        if name in KEPT:
+            stored[name] = value
+    return Options(**{**stored, "method": method_from_json(record.method), **changed})
 
 
 def versions() -> dict[str, str]:
@@ -187,9 +196,14 @@ def distributions(space: CheckedSpace) -> dict[str, Json]:
 
     Keys with several distributions, and distributions that Optuna lacks, are left out.
     """
-    laws = {key: describe(choices) for part in space for key, choices in part.items()}
-    many = {key for key in laws if sum(key in part for part in space) > 1}
-    return {key: law for key, law in laws.items() if law is not None and key not in many}
+    n_uses = Counter(key for part in space for key in part)
+    described = {}
+    for part in space:
+        for key, choices in part.items():
+            distribution = describe(choices)
+            if distribution is not None and n_uses[key] == 1:
+                described[key] = distribution
+    return described
 
 
 def _is_storable(value: object) -> bool:
@@ -212,9 +226,9 @@ def checkpoint_folder(study: Path | None, record: SearchRecord) -> CheckpointFol
     values = {name: getattr(record, name) for name, part in RECORD_FIELDS.items() if part.training}
     # Left out when unset, so that checkpoints of older studies keep their digest.
     later = {"metrics": record.metrics, "code": record.code, "max_levels": record.max_levels}
-    values |= {
-        name: value for name, value in later.items() if value and value != SearchRecord.max_levels
-    }
+    for name, value in later.items():
+        if value and value != SearchRecord.max_levels:
+            values[name] = value
     return CheckpointFolder(Path(f"{study}.state"), sha256(to_json(values, name="checkpoint")))
 
 
@@ -249,52 +263,20 @@ def recorded_search(
     that the user has not trusted.
     """
     arguments = record.arguments
-    file = repr(str(path))
-    kept = {**arguments.kept, **changed}
-    why = ""
-    if record.face == "sklearn":
-        why = (
-            f"is of {record.method}, which searched scikit-learn's estimators: a search of that "
-            "face is not resumed."
-        )
-    elif record.face == "loop":
-        repeat = f"repeat the call with study={file}, which goes on where it stopped"
-        why = f"is of gputune.search, whose training loop is in no file: {repeat}."
-    elif record.lost or {"arguments", "source"} & record.absent:
-        remedy = "search again, into another folder. `gputune trials` shows what it holds"
-        why = f"has lost options of its search and cannot go on; {remedy}."
-    elif arguments.lacking:
-        of_command = "test_size" in (record.source or {})  # only the command line holds rows out
-        call = "command that began it" if of_command else f"call of gputune.tune(..., study={file})"
-        why = (
-            f"does not hold: {'; '.join(arguments.lacking)}. Repeat the {call}, which goes on "
-            "where it stopped."
-        )
-    elif kept.get("n_trials") == 0:
-        remedy = (
-            "repeat the command or call that trained one of them, or search from here with "
-            "n_trials=8 or more"
-        )
-        why = (
-            "holds configurations that were trained one by one, and no search that could go on; "
-            f"{remedy}."
-        )
-    if why:
-        raise InputError(f"study {file} {why}")
+    stored = {**arguments.kept, **changed}
+    _check_resumable(path, record, stored)
     study = path.absolute()  # a module of the user may change the current folder
     choice = recorded_model(dict(record.spec), record.optimizer, trust_code=trust_code)
     source, test = _reread(record, choice)
-    workers = kept.get("workers", "auto")
+    workers = stored.get("workers", "auto")
     if isinstance(workers, dict):
         workers = Ray(**workers)
         # A remote cluster gets the rows, and answers with pickles, which can run code.
         if not trust_code and workers.is_elsewhere and not is_remembered(workers.address):
-            why = (
-                "which would get its rows and could run code here, and which you have not "
-                "trained on"
-            )
             raise UntrustedCodeError(
-                f"the study names the Ray cluster {workers.address!r}, {why} from this machine."
+                f"The study names the Ray cluster {workers.address!r}, on which you have not "
+                "trained from this machine. The cluster would receive the rows of the study and "
+                "could run code here."
             )
     space = space_from_json(arguments.space or ())
     folds = unpack_folds(arguments.folds)
@@ -302,6 +284,36 @@ def recorded_search(
         record, **{**changed, "workers": workers}, space=space, cv=folds, study=study
     )
     return RecordedSearch(choice, source, options, test, final_model=arguments.final_model)
+
+
+def _check_resumable(path: Path, record: SearchRecord, stored: Mapping[str, object]) -> None:
+    """Raise InputError if the search of a study file cannot be resumed from its stored options."""
+    file = repr(str(path))
+    missing = record.arguments.lacking
+    if record.face == "sklearn":
+        fault = f"belongs to {record.method}, a search of scikit-learn estimators"
+        remedy = "Fit that search again."
+    elif record.face == "loop":
+        fault = "belongs to gputune.search, whose training loop is in no file"
+        remedy = f"Repeat the call with {option('study', str(path))} to resume it."
+    elif record.lost or {"arguments", "source"} & record.absent:
+        fault = "has lost options of its search and cannot be resumed"
+        remedy = "Search again, into another folder. `gputune trials` shows its results."
+    elif missing:
+        fault = f"does not hold: {'; '.join(missing)}"
+        # Only the command line holds rows out.
+        is_of_command = "test_size" in (record.source or {})
+        call = "command" if is_of_command else f"call of gputune.tune(..., study={file})"
+        remedy = f"Repeat the {call} that began the search to resume it."
+    elif stored.get("n_trials") == 0:
+        fault = "holds configurations that were trained one by one, not a search"
+        remedy = (
+            "Repeat the command or call that trained one of them, or search from here with "
+            f"{option('n_trials', 8)} or more."
+        )
+    else:
+        return
+    raise InputError(None, f"Study {file} {fault}", remedy=remedy)
 
 
 def _reread(record: SearchRecord, choice: ModelChoice) -> tuple[Source, Source | None]:
@@ -312,18 +324,27 @@ def _reread(record: SearchRecord, choice: ModelChoice) -> tuple[Source, Source |
     try:
         source, test = read_with_held_out(origin, module=choice.takes_arrays)
     except FileNotFoundError as error:
-        remedy = "put it back, or repeat the first call with its new place"
-        raise InputError(f"the search cannot go on: its data {file} is gone; {remedy}.") from error
+        call = per_interface("call", "command")
+        raise InputError(
+            None,
+            f"The search cannot be resumed, because its data {file} is gone",
+            remedy=f"Put the file back, or repeat the first {call} with its new path.",
+        ) from error
     target = check_target(
         source.y, task=cast(TaskWord, record.task), n_rows=len(source.X), name=source.target
     )
     change = ""
     held_out = origin.get("held_out")
-    if (now := fingerprint(source.X, target)) != record.fingerprint:
-        sizes = table_size(record.fingerprint, origin), table_size(now, source.origin)
-        change = f"have changed since it was begun ({rows_difference(*sizes)})"
+    current = fingerprint(source.X, target)
+    if current != record.fingerprint:
+        sizes = table_size(record.fingerprint, origin), table_size(current, source.origin)
+        change = f"have changed since it began ({rows_difference(*sizes)})"
     elif held_out is not None and held_out != (source.origin or {}).get("held_out"):
-        change = "that were held out have changed since it was begun"
+        change = "that were held out have changed since it began"
     if change:
-        raise InputError(f"the search cannot go on: the rows of {file} {change}; restore the file.")
+        raise InputError(
+            None,
+            f"The search cannot be resumed, because the rows of {file} {change}",
+            remedy="Restore the file.",
+        )
     return source, test

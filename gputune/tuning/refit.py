@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset, Rows
 from gputune.data.encode import Statistics
@@ -67,10 +68,12 @@ class Search:
         if objective is None:
             return None
         # A space with a custom object is not stored in a file. Its trials show the values.
-        trained = [
-            {name: [value] for name, value in trial.params.items()} for trial in self.study.trials
-        ]
-        return objective.of_space(trained if space is None else space_from_json(space))
+        if space is not None:
+            return objective.of_space(space_from_json(space))
+        trained = []
+        for trial in self.study.trials:
+            trained.append({name: [value] for name, value in trial.params.items()})
+        return objective.of_space(trained)
 
     def config(self, trial: Trial) -> Config:
         """Return the complete configuration of a trial, including its preparation of numbers."""
@@ -117,11 +120,11 @@ class Search:
         if self.choice.solved:
             members: list[list[nn.Module]] = [[] for _ in configs]
             for places in by_numbers(configs):
-                alike = [configs[place] for place in places]
-                solution = solve_all(data.of(alike[0]), alike)
+                group = [configs[place] for place in places]
+                solution = solve_all(data.of(group[0]), group)
                 for c, place in enumerate(places):
                     # Members are fold-major: member p = f * C + c is trial c on fold f.
-                    numbers = range(c, data.n_folds * len(alike), len(alike))
+                    numbers = range(c, data.n_folds * len(group), len(group))
                     members[place] = [solved_module(solution, number) for number in numbers]
         else:
             trainer = self._trainer(data, self.options.random_state if seed is None else seed)
@@ -136,9 +139,9 @@ class Search:
                     members = trainer.train_members(configs, epochs, progress)
         for trial, modules in zip(trials, members):
             if not all(bool(w.isfinite().all()) for module in modules for w in module.parameters()):
-                other = "give the next best configuration, or a smaller lr, a search of its own"
                 raise DivergedError(
-                    f"trial {trial.number} diverged when it was trained on all rows; {other}."
+                    f"Trial {trial.number} diverged when it was trained on all rows. Start a new "
+                    "search with the next best configuration, or with a smaller lr."
                 )
         return members
 
@@ -191,26 +194,25 @@ class Search:
         # still have this column.
         names = groups, getattr(self.problem.source.y, "name", None)
         unread = [*self.options.drop, *(name for name in names if isinstance(name, str))]
-        info = info | {
+        info = {
+            **info,
             "scoring": record.scoring,
             "positive": record.ranked_class,
             "loss": record.objective,
-            **(
-                {"loss_arguments": loss.fixed}
-                if loss is not None and loss.is_named and loss.fixed
-                else {}
-            ),
+        }
+        if loss is not None and loss.is_named and loss.fixed:
+            info["loss_arguments"] = loss.fixed
+        info |= {
             "trials": len(self.study.trials),
             "rows": self.rows["rows"],
             "fingerprint": self.rows,
             "versions": {"gputune": __version__, "torch": torch.__version__},
-            **({"drop": unread} if unread else {}),
-            "trained_rows": sample_of_rows(
-                self.problem.layout, self.problem.source.X, target.values
-            ),
         }
-        units = [one[0].cpu() for one in (data.center, data.scale)]
-        center, scale = (float(one) if one.dim() == 0 else one.numpy() for one in units)
+        if unread:
+            info["drop"] = unread
+        info["trained_rows"] = sample_of_rows(
+            self.problem.layout, self.problem.source.X, target.values
+        )
         return TunedModel(
             module=module,
             layout=self.problem.layout,
@@ -218,8 +220,8 @@ class Search:
             classes=target.classes,
             target=target.name,
             statistics=data.statistics[0] if statistics is None else statistics,
-            center=center,
-            scale=scale,
+            center=_unit(data.center),
+            scale=_unit(data.scale),
             dtype=data.dtype,
             transform=data.transforms[0] if data.transforms else None,
             spec={**self.choice.spec, **spec},
@@ -231,7 +233,8 @@ class Search:
         config = self.config(trial)
         size = {"n_features": data.of(config).n_features, "n_outputs": data.n_outputs}
         if self.choice.searched == "mlp":
-            return size | {k: config[k] for k in ("width", "depth", "activation", "dropout")}
+            keys = ("width", "depth", "activation", "dropout")
+            return size | {key: config[key] for key in keys}
         return size | module_arguments(config)
 
     def seeds(self, seeds: Sequence[int]) -> Config:
@@ -243,8 +246,15 @@ class Search:
 
         It is left out if the rows are not the rows of the search.
         """
-        same = self.rows == self.study.record.fingerprint
-        return {"score": score, "std_error": std_error} if same else {}
+        if self.rows != self.study.record.fingerprint:
+            return {}
+        return {"score": score, "std_error": std_error}
+
+
+def _unit(value: Tensor) -> float | np.ndarray:
+    """Return the center or the scale of the target on the first fold."""
+    first = value[0].cpu()
+    return float(first) if first.dim() == 0 else first.numpy()
 
 
 @dataclass(frozen=True)
@@ -271,37 +281,37 @@ def search_of(access: Access) -> Search:
     Raises InputError if there are no rows, or if they are different rows.
     """
     study = access.study
-    own = access.X is None
-    from_file = study.file if own and study.data is None else None
+    is_own = access.X is None
+    from_file = study.file if is_own and study.data is None else None
     with nullcontext() if from_file is None else option_errors(from_file):
-        known = _read_search(access)
+        recorded = _read_search(access)
     # The rows decide the number of classes: other rows may have two classes instead of three.
-    task = cast(
-        TaskWord, "classification" if study.record.classes is not None else study.record.task
-    )
-    problem = make_problem(known.source, task, known.choice, known.options)
+    has_classes = study.record.classes is not None
+    task = cast(TaskWord, "classification" if has_classes else study.record.task)
+    problem = make_problem(recorded.source, task, recorded.choice, recorded.options)
     # Rows that are still in memory are the study's own, so they need no new fingerprint.
-    is_kept = study.data is not None and own
-    rows = (
-        dict(study.record.fingerprint) if is_kept else fingerprint(known.source.X, problem.target)
-    )
+    if is_own and study.data is not None:
+        rows = dict(study.record.fingerprint)
+    else:
+        rows = fingerprint(recorded.source.X, problem.target)
     search = Search(study, problem, rows)
     if access.check and rows != study.record.fingerprint:
-        raise InputError(_other_rows(search, access))
+        raise _other_rows(search, access)
     return search
 
 
-def refit_trial(search: Search, one: Trial) -> TunedModel:
+def refit_trial(search: Search, trial: Trial) -> TunedModel:
     """Return the tuned model of one trial, trained on all rows."""
-    data = search.dataset(None, [one])
-    ((module,),) = search.train(data, [one])
+    data = search.dataset(None, [trial])
+    ((module,),) = search.train(data, [trial])
     info = {
-        "params": one.params,
-        "epochs": one.best_epoch,
-        **search.score(one.score, one.std_error),
+        "params": trial.params,
+        "epochs": trial.best_epoch,
+        **search.score(trial.score, trial.std_error),
+        **search.note_on_draws(data, [trial]),
     }
-    info |= search.note_on_draws(data, [one])
-    spec = {"kwargs": search.arguments(one, data), **search.seeds([search.options.random_state])}
+    seeds = search.seeds([search.options.random_state])
+    spec = {"kwargs": search.arguments(trial, data), **seeds}
     return search.model(module, data, spec, info)
 
 
@@ -311,44 +321,53 @@ def _read_search(access: Access) -> RecordedSearch:
     study = access.study
     record = access.study.record
     if study.data is not None:
-        kept: RecordedSearch = study.data
+        recorded: RecordedSearch = study.data
         if access.X is None:
-            return kept
-        if kept.options.sample_weight is not None:
+            return recorded
+        if recorded.options.sample_weight is not None:
             raise InputError(
-                f"{access} cannot weight other rows: the study used sample_weight; leave X and y "
-                "out."
+                None,
+                f"{access} cannot weight other rows, because the study used sample_weight",
+                remedy="Leave X and y out.",
             )
-        return replace(kept, source=_source_of(access, kept.choice, kept.options))
-    cannot = f"{access.called}() cannot"
-    if record.face == "sklearn":
-        of = f"{record.method}, which searched scikit-learn's estimators"
-        raise InputError(f"{cannot} refit a study of {of}; its best_estimator_ is the model.")
-    if record.face == "loop":
-        of = "search(), whose training loop is your own"
-        raise InputError(
-            f"{cannot} refit a study of {of}: call your objective with study.best_params."
-        )
-    if lost := [name for name in record.lost if RECORD_FIELDS[name].training or name == "method"]:
-        raise lost_option(study.file, lost[0])
-    # The record stores class weights as text. Its arguments store the given value.
-    given = record.arguments.kept.get("class_weight")
-    lacking = ""
-    class_weight = {None: None, "'balanced'": "balanced"}.get(record.class_weight, given)
+        return replace(recorded, source=_source_of(access, recorded.choice, recorded.options))
+    _check_refittable(access)
+    for name in record.lost:
+        if RECORD_FIELDS[name].training or name == "method":
+            raise lost_option(study.file, name)
+    # The record stores class weights as text. Its arguments store the value itself.
+    value = record.arguments.kept.get("class_weight")
+    class_weight = {None: None, "'balanced'": "balanced"}.get(record.class_weight, value)
+    missing = ""
     if record.sample_weight is not None:
-        lacking = "sample_weight again, which this study used"
+        missing = "sample_weight, which this study used,"
     elif not is_known(record.target_transform):
-        lacking = "target_transform again, which is an object of your own"
+        missing = "target_transform, which is your own object,"
     elif record.class_weight is not None and class_weight is None:
-        lacking = f"class_weight={record.class_weight} again"
-    if lacking:
+        missing = f"class_weight={record.class_weight}"
+    if missing:
         raise InputError(
-            f"{cannot} read {lacking}; call it on the study that tune() returned, in the same "
-            "process."
+            None,
+            f"{access.called}() cannot read {missing} from the study file",
+            remedy="Call it on the study that tune() returned, in the same process.",
         )
     options = recorded_options(record, **_machine(record), class_weight=class_weight)
     choice = recorded_model(dict(record.spec), record.optimizer, trust_code=access.trust_code)
     return RecordedSearch(choice, _source_of(access, choice, options), options)
+
+
+def _check_refittable(access: Access) -> None:
+    """Raise InputError for a study of scikit-learn estimators or of a custom training loop."""
+    record = access.study.record
+    if record.face == "sklearn":
+        kind = f"{record.method}, which searched scikit-learn estimators"
+        remedy = "Its best_estimator_ is the model."
+    elif record.face == "loop":
+        kind = "search(), because its training loop is your own"
+        remedy = "Call your objective with study.best_params."
+    else:
+        return
+    raise InputError(None, f"{access.called}() cannot refit a study of {kind}", remedy=remedy)
 
 
 def _source_of(access: Access, choice: ModelChoice, options: Options) -> Source:
@@ -360,13 +379,18 @@ def _source_of(access: Access, choice: ModelChoice, options: Options) -> Source:
         return read(access.X, access.y, missing_target=options.missing_target)
     origin = access.study.record.source
     if origin is None:
-        why = "the study was searched on data in memory, which its file does not hold"
-        raise InputError(f"{access} needs X and y: {why}.")
+        raise InputError(
+            None,
+            f"{access} needs X and y, because the search had its data in memory, and the study "
+            "file does not hold them",
+        )
     try:
         return read_again(origin, module=choice.takes_arrays)
     except FileNotFoundError as error:
         raise InputError(
-            f"{access} cannot read {origin['path']!r} again: it is gone. Pass X and y."
+            None,
+            f"{access} cannot read {origin['path']!r} again, because the file is gone",
+            remedy="Pass X and y.",
         ) from error
 
 
@@ -398,36 +422,34 @@ def _machine(record: SearchRecord) -> Config:
     }
 
 
-def _other_rows(search: Search, access: Access) -> str:
-    """Return an error text: how the rows differ from the rows of the search, and the remedy.
+def _other_rows(search: Search, access: Access) -> InputError:
+    """Return an error: how the rows differ from the rows of the search, and the remedy.
 
     Only best_model offers to train on other rows.
     """
     record = search.study.record
     classes = search.problem.target.classes
     origin = record.source
-    then = record.classes
-    now = None if classes is None else classes.tolist()
+    labels = None if classes is None else classes.tolist()
     difference = rows_difference(record.fingerprint, search.rows)
-    if then != now:
-        counts = [len(labels or ()) for labels in (then, now)]
-        difference += (
-            "; other classes"
-            if counts[0] == counts[1]
-            else f"; {counts[0]} classes then, {counts[1]} now"
-        )
-    of_refit = access.called == "best_model"
-    others = "the model then has no score"
+    if record.classes != labels:
+        n_before = len(record.classes or ())
+        n_now = len(labels or ())
+        if n_before == n_now:
+            difference += "; different classes"
+        else:
+            difference += f"; {n_before} classes then, {n_now} now"
     if origin is not None and access.X is None:
-        or_as_they_are = (
-            f", or add check=False to train on them as they are: {others}" if of_refit else ""
-        )
-        changed = (
-            f"the rows of {origin['path']!r} have changed since the study was searched on them "
-            f"({difference})"
-        )
-        return f"{changed}; restore the file{or_as_they_are}."
-    again = "" if origin is None else f", or leave X and y out to read {origin['path']!r} again"
-    or_others = f"; check=False trains on others, and {others}" if of_refit else ""
-    these = f"these are not the rows that the study was searched on ({difference})"
-    return f"{access}: {these}. Pass those{again}{or_others}."
+        fault = f"The rows of {origin['path']!r} have changed since the search ({difference})"
+        remedy = "Restore the file."
+    else:
+        fault = f"{access}: these are not the rows of the search ({difference})"
+        remedy = "Pass the rows of the search."
+        if origin is not None:
+            remedy = (
+                "Pass the rows of the search, or leave X and y out to read "
+                f"{origin['path']!r} again."
+            )
+    if access.called == "best_model":
+        remedy += " With check=False the model trains on these rows, and has no score."
+    return InputError(None, fault, remedy=remedy)

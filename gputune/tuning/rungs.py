@@ -25,14 +25,17 @@ from gputune.population.population import Population
 from gputune.study.store import Candidate, Result
 from gputune.tuning.context import Context, failed_result
 from gputune.types import Config, Outputs, drop_beyond_limit, first_metric
+from gputune.wording import option
 
 
 def check_rungs(rule: StoppingRule, context: Context) -> None:
     """Raise InputError if a rule cannot be used in a search."""
     if context.choice.solved:
-        why = "judges trials while they train, and the solved logistic regression does not train"
-        remedy = "choose optimizer='adamw', or method='random'"
-        raise InputError(f"method={type(rule).__name__.lower()!r} {why}: {remedy}.")
+        raise InputError(
+            f"method={type(rule).__name__.lower()!r}",
+            "compares trials while they train, but the solved logistic regression does not train",
+            remedy=f"Pass {option('optimizer', 'adamw')} or {option('method', 'random')}.",
+        )
     rule.stops(context.epochs)
 
 
@@ -50,7 +53,7 @@ def train_in_rungs(context: Context, rule: StoppingRule, trials: Sequence[Candid
                     search.train(begin, stop)
                     if context.is_over():
                         search.save()
-                    search.leave(stop)
+                    search.end_trials(stop)
                 begin = stop
             search.finish([trial for trial in search.running if len(trial.curve)])
     finally:
@@ -114,7 +117,7 @@ class _RungSearch:
         context = self.context
         trials = self.running
         plan = context.plan([trial.config for trial in trials], epochs=stop - begin)
-        context.progress.plan(replace(plan, cache_bytes=self.states.limit), aloud=begin == 0)
+        context.progress.plan(replace(plan, cache_bytes=self.states.limit), show=begin == 0)
         chunks = tuple(
             part for chunk in plan.chunks for part in self._begun_chunks(chunk, trials, stop)
         )
@@ -132,7 +135,7 @@ class _RungSearch:
                 self._store([failed_result(trial.number, trial.curve, outcome.reason)], [trial])
             else:
                 assert isinstance(outcome, RungOutcome)
-                self._keep(trials, outcome)
+                self._add_outcome(trials, outcome)
         for chunk in chunks:
             for row, position in enumerate(chunk.alive or ()):
                 # The time was over before this chunk continued.
@@ -165,7 +168,7 @@ class _RungSearch:
                 seconds = sum(trial.seconds for trial in part)
                 yield BegunChunk(chunk.kind, index, configs, state, alive, before, seconds)
 
-    def _keep(self, trials: Sequence[_RunningTrial], outcome: RungOutcome) -> None:
+    def _add_outcome(self, trials: Sequence[_RunningTrial], outcome: RungOutcome) -> None:
         """Store the curves, outputs and states of a trained chunk until the next stop."""
         self.context.profile.spent += outcome.spent
         for i, curve in zip(outcome.index, outcome.curves):
@@ -173,7 +176,7 @@ class _RungSearch:
             trials[i].seconds += outcome.seconds / len(outcome.index)
         # The outputs of better epochs. If all outputs need too much memory, those of the worst
         # trials are dropped.
-        self.outputs |= {trials[i].number: one for i, one in outcome.outputs.items()}
+        self.outputs |= {trials[i].number: values for i, values in outcome.outputs.items()}
         means = {
             t.number: first_metric(t.curve, axes=2).mean(1)
             for t in self.running
@@ -214,7 +217,7 @@ class _RungSearch:
         self.saved_at = time.monotonic()
         self.earliest = self.saved_at + pause_after(self.saved_at - begin)
 
-    def leave(self, epoch: int) -> None:
+    def end_trials(self, epoch: int) -> None:
         """Finish the trials that have diverged, that were stopped, or that the rule prunes."""
         is_last = epoch == self.context.epochs
         # A curve shorter than this epoch means that the time was over before the stop.
@@ -236,19 +239,23 @@ class _RungSearch:
         ``rung`` is the epoch at which the rule pruned them, or None.
         """
         epochs = self.context.epochs
-        how = self.context.options.epoch
+        epoch_rule = self.context.options.epoch
         results = []
         for trial in trials:
             self.states.drop(trial.number)
             curve, detail = (
                 (trial.curve[:epochs], {}) if rung is None else (trial.curve[:rung], {"rung": rung})
             )
-            done = len(curve)
-            seconds = trial.seconds
+            n_trained = len(curve)
             result = Result.of_curve(
-                trial.number, curve, epochs=done, rule=how, seconds=seconds, detail=detail
+                trial.number,
+                curve,
+                epochs=n_trained,
+                rule=epoch_rule,
+                seconds=trial.seconds,
+                detail=detail,
             )
-            if result.state == "complete" and (rung is not None or done < epochs):
+            if result.state == "complete" and (rung is not None or n_trained < epochs):
                 result = replace(result, state="stopped" if rung is None else "pruned")
             results.append(result)
         if results:
@@ -259,4 +266,4 @@ class _RungSearch:
         numbers = {result.number for result in results} & self.outputs.keys()
         self.context.finish(results, {number: self.outputs.pop(number) for number in numbers})
         self.curves |= {result.number: result.curve for result in results}
-        self.context.progress.spare(sum(self.context.epochs - len(trial.curve) for trial in trials))
+        self.context.progress.skip(sum(self.context.epochs - len(trial.curve) for trial in trials))

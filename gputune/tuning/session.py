@@ -38,10 +38,11 @@ from gputune.study.study import Study
 from gputune.text import count
 from gputune.tuning.choices import ModelChoice, method_name
 from gputune.tuning.good_enough import GoodEnough
-from gputune.tuning.interrupt import interrupted_words, run_until_signal
+from gputune.tuning.interrupt import interruption, run_until_signal
 from gputune.tuning.options import Options
 from gputune.tuning.progress import Progress
 from gputune.types import DEFAULTS, Config
+from gputune.wording import Verbatim, option
 
 AnyStudy = TypeVar("AnyStudy", bound=Study)
 
@@ -74,9 +75,10 @@ def checked_space(choice: ModelChoice, options: Options) -> CheckedSpace:
     checked = check_space(to_scipy(space), keys=keys, module=module)
     ways = choices_of(checked, "numbers", default=options.numbers)
     if options.numbers not in ("auto", *ways):
-        why = f"is none of those that the space has, {', '.join(ways)}, so no trial would have it"
         raise InputError(
-            f"numbers={options.numbers!r} {why}; leave it out, or add it to the space."
+            f"numbers={options.numbers!r}",
+            f"is not a value of numbers in the space ({', '.join(ways)}), so no trial would use it",
+            remedy=f"Leave {option('numbers')} out, or add the value to the space.",
         )
     return checked
 
@@ -88,14 +90,27 @@ def _check_named(space: str, choice: ModelChoice) -> None:
     """
     if space not in SPACES:
         return  # ``named_space`` raises the error
-    if choice.searched != "mlp" if space in PORTFOLIOS else not choice.recipe:
-        model, words = ("mlp", "the MLP") if space in PORTFOLIOS else ("realmlp", "RealMLP")
-        given = "realmlp" if choice.recipe else choice.name
-        why = f"is of {words}, got model={given!r}"
-        raise InputError(f"space={space!r} {why}; choose model={model!r}, or a space of keys.")
+    if space in PORTFOLIOS:
+        model = "mlp"
+        is_fitting = choice.searched == "mlp"
+    else:
+        model = "realmlp"
+        is_fitting = bool(choice.recipe)
+    if not is_fitting:
+        name = "realmlp" if choice.recipe else choice.name
+        raise InputError(
+            f"space={space!r}",
+            f"needs {option('model', model)}",
+            got=Verbatim(option("model", name)),
+            remedy="Choose that model, or a space with keys.",
+        )
     if space in PORTFOLIOS and choice.optimizer != "adamw":
-        measured = f"space={space!r} begins with configurations that were measured with adamw"
-        raise InputError(f"{measured}, got optimizer={choice.optimizer!r}; leave one of them out.")
+        raise InputError(
+            f"space={space!r}",
+            "begins with configurations that were measured with adamw",
+            got=Verbatim(option("optimizer", choice.optimizer)),
+            remedy="Leave one of them out.",
+        )
 
 
 def first_trials(
@@ -121,8 +136,11 @@ def first_trials(
         return first
     stored: tuple[Candidate, ...] = ()  # drawing many trials again would take long
     with suppress(OSError, StudyCorruptError):  # reported when the study is opened
-        asked = options.random_state, space_text(space)
-        if store is not None and (store.meta.get("seed"), store.meta.get("space")) == asked:
+        if (
+            store is not None
+            and store.meta.get("seed") == options.random_state
+            and store.meta.get("space") == space_text(space)
+        ):
             stored = tuple(trial for trial in store.candidates() if trial.origin == "random")
     known = first + stored[: max(0, options.n_trials - n_counted(first))]
     return known + draw_trials(known, space, options, check_config)
@@ -147,13 +165,14 @@ def draw_trials(
     earlier = [
         t.params for study in options.warm_start for t in study.trials if t.state != "waiting"
     ]
-    if drawn and (lacking := options.n_trials - n_counted(known)) > 0:
-        again = numbered([(config, "random") for config in drawn], known, earlier)[:lacking]
-        if len(again) == lacking:
-            return again
-    seconds = (
-        None if options.timeout is None else max(_DRAWING_SECONDS, options.timeout * _DRAWING_SHARE)
-    )
+    n_missing = options.n_trials - n_counted(known)
+    if drawn and n_missing > 0:
+        trials = numbered([(config, "random") for config in drawn], known, earlier)[:n_missing]
+        if len(trials) == n_missing:
+            return trials
+    seconds = None
+    if options.timeout is not None:
+        seconds = max(_DRAWING_SECONDS, options.timeout * _DRAWING_SHARE)
     return top_up(known, space, options.n_trials, options.random_state, check, earlier, seconds)
 
 
@@ -161,13 +180,10 @@ def default_params(choice: ModelChoice, options: Options) -> Config:
     """Return the default values for keys that a configuration lacks."""
     defaults: Config = {**DEFAULTS, "numbers": options.numbers}
     if choice.module_class is not None:  # the defaults in the signatures
-        parameters = parameters_of(choice.module_class).items()
         defaults |= argument_defaults(choice.optimizer) | loss_defaults(options.loss)
-        defaults |= {
-            f"module__{name}": one.default
-            for name, one in parameters
-            if one.default is not one.empty
-        }
+        for name, parameter in parameters_of(choice.module_class).items():
+            if parameter.default is not parameter.empty:
+                defaults[f"module__{name}"] = parameter.default
     return defaults | choice.defaults(options.schedule)
 
 
@@ -178,23 +194,24 @@ def with_earlier(options: Options, space: CheckedSpace) -> Options:
     """
     configs: list[Mapping[str, object]] = []
     for study in options.warm_start:
-        name = (
-            "warm_start: a study in memory"
-            if study.file is None
-            else f"warm_start: study {str(study.file)!r}"
-        )
-        trials = [
+        file = "a study in memory" if study.file is None else f"study {str(study.file)!r}"
+        name = f"{option('warm_start')}: {file}"
+        finished = [
             t.params for t in study.ranking() if t.state == "complete" and math.isfinite(t.score)
         ]
-        if not trials:
-            raise InputError(f"{name} has no finished trial; leave it out.")
-        inside = [params for params in trials if is_inside(params, space)]
-        if not inside:
-            keys = sorted(trials[0].keys() ^ {key for part in space for key in part})
-            differs = f"the keys {', '.join(keys)}" if keys else f"values, such as {trials[0]!r}"
-            other = f"{name} was searched in another space, which differs in {differs}"
-            raise InputError(f"{other}; leave warm_start out, or search that space.")
-        configs += inside[:_BEST]
+        if not finished:
+            raise InputError(None, f"{name} has no finished trial", remedy="Leave it out.")
+        usable = [params for params in finished if is_inside(params, space)]
+        if not usable:
+            example = finished[0]
+            keys = sorted(example.keys() ^ set().union(*space))
+            difference = f"the keys {', '.join(keys)}" if keys else f"values, such as {example!r}"
+            raise InputError(
+                None,
+                f"{name} was searched in another space, which differs in {difference}",
+                remedy=f"Leave {option('warm_start')} out, or search that space.",
+            )
+        configs += usable[:_BEST]
     return replace(options, include=[*options.include, *configs])
 
 
@@ -242,10 +259,9 @@ class Session:
                 if len(ledger.candidates) > known:
                     new = self._missing(trials, space, check)
                 ledger.add(new)
-        if finished := len(ledger.results):
-            self.progress.say(
-                f"going on: {finished} of {count(len(ledger.candidates), 'trial')} are finished"
-            )
+        if ledger.results:
+            trials_in_all = count(len(ledger.candidates), "trial")
+            self.progress.say(f"resuming: {len(ledger.results)} of {trials_in_all} are finished")
         if draws_at_once(options):
             sentences = remarks(
                 ledger.candidates,
@@ -268,29 +284,35 @@ class Session:
         params = [candidate.params for candidate in candidates]
         # In older studies the default configuration was not moved into the space. It still runs
         # only once.
-        origins = {"random"} | {c.origin for c in candidates if c.origin == "default"}
-        new = [c for c in trials if c.origin not in origins and c.params not in params]
+        known_origins = {"random"}
+        if any(candidate.origin == "default" for candidate in candidates):
+            known_origins.add("default")
         # ``n_trials`` limits the portfolio, but not the included trials.
-        room = max(0, options.n_trials - n_counted(candidates))
-        beyond = [c for c in new if c.origin == "portfolio"][room:]
+        n_portfolio = max(0, options.n_trials - n_counted(candidates))
         number = 1 + max(candidate.number for candidate in candidates)
-        added = [
-            replace(c, number=number + i) for i, c in enumerate(c for c in new if c not in beyond)
-        ]
+        added = list[Candidate]()
+        for trial in trials:
+            if trial.origin in known_origins or trial.params in params:
+                continue
+            if trial.origin == "portfolio":
+                n_portfolio -= 1
+                if n_portfolio < 0:
+                    continue
+            added.append(replace(trial, number=number + len(added)))
         if not draws_at_once(options):
             return added
-        there = {candidate.number: candidate for candidate in candidates}
-        drawn = [c.params for c in trials if c.origin == "random" and there.get(c.number) != c]
+        stored = {candidate.number: candidate for candidate in candidates}
+        drawn = [t.params for t in trials if t.origin == "random" and stored.get(t.number) != t]
         return [*added, *draw_trials([*candidates, *added], space, options, check, drawn)]
 
-    def _wait(self, words: str) -> None:
+    def _wait(self, reason: str) -> None:
         """Tell the user why this process waits before it has a plan. End the wait if training would
         end."""
-        self.progress.say(words, once=True)
+        self.progress.say(reason, once=True)
         if self.stop.asked:
             raise KeyboardInterrupt
         if self.stop.is_over():
-            raise TimeoutError(errno.ETIMEDOUT, f"the time is over; {words}")
+            raise TimeoutError(errno.ETIMEDOUT, f"the time is over; {reason}")
 
     def run(
         self,
@@ -315,11 +337,9 @@ class Session:
             callbacks.tell("on_study_start", study(ledger.rows(), file=file))
         self.stop_where_enough()
         try:
-            return (
-                []
-                if self.stop.asked
-                else run_until_signal(train, self.stop, signals, self.progress.say)
-            )
+            if self.stop.asked:
+                return []
+            return run_until_signal(train, self.stop, signals, self.progress.say)
         finally:
             if callbacks.active:
                 callbacks.tell("on_study_end", study(ledger.rows(), file=file))
@@ -350,9 +370,9 @@ def check_ending(study: AnyStudy, numbers: Sequence[int]) -> AnyStudy:
     Raises SearchInterrupted after a signal, and SearchFailedError if all trials have failed.
     """
     if numbers:
-        words = interrupted_words(study, study.file)
+        message = interruption(study, study.file)
         at_once = len(numbers) > 1
-        raise SearchInterrupted(words, study=study, signal=numbers[0], at_once=at_once)
+        raise SearchInterrupted(message, study=study, signal=numbers[0], at_once=at_once)
     if all(result is not None and result.state == "failed" for _, result in study.rows):
         raise SearchFailedError(study.failure_message())
     return study

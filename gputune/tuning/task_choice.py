@@ -17,6 +17,7 @@ from gputune.tuning.choices import ModelChoice
 from gputune.tuning.options import Options
 from gputune.tuning.problem import make_problem
 from gputune.tuning.session import checked_space, first_trials
+from gputune.wording import option
 
 _ROWS_PER_NUMBER = 10  # numbers that repeat this often on average are probably classes
 _ROWS_PER_CODE = 2  # the same for consecutive codes 0, 1, 2, ...
@@ -39,7 +40,8 @@ def chosen_task(source: Source, choice: ModelChoice, options: Options) -> TaskWo
     if only_classifies(options.loss) or _n_outputs(source, choice, options) == n_distinct:
         return "classification"
     if _may_be_classes(target.values, n_distinct):
-        warn(f"{whole_numbers_words(target)} If not, say task='regression'.", InputWarning)
+        task = option("task", "regression")
+        warn(f"{whole_numbers_words(target)} If not, pass {task}.", InputWarning)
     return None
 
 

@@ -37,6 +37,7 @@ from gputune.scoring.objective import Objective
 from gputune.scoring.scoring import Scoring
 from gputune.text import count
 from gputune.types import Backend, BackendWord, Config, Precision
+from gputune.wording import option
 
 AnyJob = TypeVar("AnyJob", bound=Job)
 
@@ -99,9 +100,10 @@ class Trainer:
             and (self.workers or 1) > len(gpus)
         ):
             raise InputError(
-                f"workers={self.workers}: one process drives each GPU, and this search has "
-                f"{count(len(gpus), 'GPU')}, {', '.join(map(str, gpus))}; leave workers out, or "
-                "choose device='cpu'."
+                f"workers={self.workers}",
+                f"is too many: each GPU has one process, and this search has "
+                f"{count(len(gpus), 'GPU')}, {', '.join(map(str, gpus))}",
+                remedy=f"Leave {option('workers')} out, or choose {option('device', 'cpu')}.",
             )
 
     def with_backend(
@@ -112,23 +114,24 @@ class Trainer:
         ``say`` tells the user about slow training.
         """
         device = self.data.device if self.cluster is None else torch.device(self.cluster.device)
-        backend, why = choose_backend(word, device, self.data.dtype, self.kind)
+        backend, reason = choose_backend(word, device, self.data.dtype, self.kind)
         if backend == "kernel":
             return replace(self, backend=self._kernel(word, configs, say))
         module = self.kind == "module"
         fast: Backend = "graph" if word == "graph" or (module and word == "auto") else "compiled"
         ways = {trains_as(fast, self.kind, config) for config in configs}
         some_fast = not ways or fast in ways
-        if why and some_fast:
-            slow = "eagerly, slower than in recorded steps"
-            slower = "in recorded steps, slower than compiled ones"
-            say(f"note: trials train {slow if backend == 'eager' else slower}: {why}")
+        if reason and some_fast:
+            slow_way = "in recorded steps, slower than compiled ones"
+            if backend == "eager":
+                slow_way = "eagerly, slower than in recorded steps"
+            say(f"note: trials train {slow_way}: {reason}")
         if word in ("compiled", "graph") and not some_fast and ways != {"loop"}:
-            how = "in recorded steps" if module and word == "compiled" else "eagerly"
+            slow_way = "in recorded steps" if module and word == "compiled" else "eagerly"
             models = "MLPs and linear models with " if word == "compiled" else ""
             say(
-                f"note: all trials train {how}: backend={word!r} knows {models}sgd, nesterov, "
-                "adam or adamw alone"
+                f"note: all trials train {slow_way}: {option('backend', word)} supports only "
+                f"{models}sgd, nesterov, adam and adamw"
             )
         return replace(self, backend=backend)
 
@@ -141,21 +144,24 @@ class Trainer:
         requested kernel raises InputError.
         """
         if self.cluster is not None:
-            why = "is for a GPU of this machine, and workers='ray' trains on others"
+            rule = f"is for a GPU of this machine, but {option('workers', 'ray')} trains on others"
         elif self.kind == "module":
-            why = "trains the built-in MLP and linear models, and the model is a module of your own"
+            rule = "supports only the built-in MLP and linear models, but this is your own module"
         else:
-            parts = [lacks(config, self.kind, self.data) for config in configs]
-            if not all(parts) or not parts:
-                for part, trials in Counter(filter(None, parts)).items():
-                    steps = f"{trials} of {count(len(parts), 'trial')} train in recorded steps"
-                    say(f"note: {steps}: the kernel does not know {part}")
+            unsupported = [lacks(config, self.kind, self.data) for config in configs]
+            if not all(unsupported) or not unsupported:
+                for part, n_trials in Counter(filter(None, unsupported)).items():
+                    trials = f"{n_trials} of {count(len(configs), 'trial')}"
+                    say(
+                        f"note: {trials} train in recorded steps: the kernel does not support "
+                        f"{part}"
+                    )
                 return "kernel"
-            why = f"does not know {parts[0]}"
+            rule = f"does not support {unsupported[0]}"
         if word == "kernel":
-            raise InputError(
-                f"backend='kernel' {why}; choose backend='graph', which records steps, or 'auto'."
-            )
+            graph = option("backend", "graph")
+            remedy = f"Choose {graph}, which records steps, or {option('backend', 'auto')}."
+            raise InputError("backend='kernel'", rule, remedy=remedy)
         return "graph"
 
     def compile(self, configs: Sequence[Config], say: Callable[[str], object]) -> None:
@@ -164,11 +170,10 @@ class Trainer:
         A failed build is not an error here. The plans take it into account.
         """
         if self.backend == "kernel":
-            known = [config for config in configs if not lacks(config, self.kind, self.data)]
+            supported = [config for config in configs if not lacks(config, self.kind, self.data)]
             with suppress(NotBuiltError):  # a warning was already shown
-                for kernel in dict.fromkeys(
-                    kernel_of([config], self.kind, self.data) for config in known
-                ):
+                kernels = [kernel_of([config], self.kind, self.data) for config in supported]
+                for kernel in dict.fromkeys(kernels):
                     compiled(kernel, self.data.device, say)
 
     def groups(self, configs: Sequence[Config]) -> list[Population]:
@@ -178,9 +183,9 @@ class Trainer:
             way = trains_as(self.backend, self.kind, config, data=self.data)
             # Members that train in the same kernel share the tile size, which decides the order of
             # sums. So the other members of a chunk change no bits.
-            return (
-                kernel_of([config], self.kind, self.data) if way == "kernel" else way == "compiled"
-            )
+            if way == "kernel":
+                return kernel_of([config], self.kind, self.data)
+            return way == "compiled"
 
         rows = max(len(fold.train) for fold in self.data.folds)
         own_loss = self.objective is not None and not self.objective.is_named
@@ -234,16 +239,14 @@ class Trainer:
 
     def _place(self, plan: Plan) -> Plan:
         """Return a plan with the threads of the cluster's tasks, if there is a cluster."""
-        return (
-            plan
-            if self.cluster is None
-            else replace(plan, threads=self.cluster.threads, cluster=True)
-        )
+        if self.cluster is None:
+            return plan
+        return replace(plan, threads=self.cluster.threads, cluster=True)
 
-    def job(self, kind: type[AnyJob], *, epochs: int, **more: Any) -> AnyJob:
+    def job(self, kind: type[AnyJob], *, epochs: int, **fields: Any) -> AnyJob:
         """Return the job that all chunks up to ``epochs`` epochs share.
 
-        ``more`` are additional fields of this kind of job.
+        ``fields`` are additional fields of this kind of job.
         """
         return kind(
             seed=self.seed,
@@ -258,7 +261,7 @@ class Trainer:
             fits=self.fits,
             each_epoch=self.each_epoch,
             traits=known_traits(self.module_class, self.data),
-            **more,
+            **fields,
         )
 
     def train(
@@ -311,9 +314,9 @@ class Trainer:
         if builder is None or self.data.device.type != "cpu":
             return
         rows = sum(len(fold.train) for fold in self.data.folds)
-        for config, n in zip(configs, epochs):
+        for config, n_epochs in zip(configs, epochs):
             gain = gain_of_code(builder, config)
-            if gain * n * rows / config["batch_size"] > _BUILT_SECONDS:
+            if gain * n_epochs * rows / config["batch_size"] > _BUILT_SECONDS:
                 traits_of(builder, config, self.data, objective=self.objective)
                 note_fastest(builder, self.data, arguments_text(config), slow="", gain=gain)
 
@@ -330,23 +333,26 @@ class Trainer:
         with torch_threads(plan.threads):
             for chunk in plan.chunks:
 
-                def keep(trained: Trained, index: Sequence[int] = chunk.index) -> bool:
+                def store(trained: Trained, index: Sequence[int] = chunk.index) -> bool:
+                    folds = range(self.data.n_folds)
                     for trial, config in enumerate(index):
                         if epochs[config] == trained.epochs:
-                            members[config] = [
-                                trained.member(fold, trial) for fold in range(self.data.n_folds)
-                            ]
+                            members[config] = [trained.member(fold, trial) for fold in folds]
                     progress(len(index), trained.curves[:, trained.epochs - 1 : trained.epochs])
                     # True ends the chunk: all its trials have reached their last epoch.
                     return all(epochs[config] <= trained.epochs for config in index)
 
-                train_chunk(job, self.data, chunk, after_epoch=keep)
+                train_chunk(job, self.data, chunk, after_epoch=store)
         return [members[config] for config in range(len(configs))]
 
     def train_scheduled(self, config: Config, descent: Hypergradient, *, epochs: int) -> nn.Module:
         """Train a point of a hypergradient search again on the only fold. Return the module."""
         (chunk,) = self.groups([config])
-        names = tuple(descent.hyperparameters)
-        segments = descent.segments
-        more = {"hyperparameters": names, "segments": segments, "per_layer": descent.per_layer}
-        return train_scheduled(self.job(HypergradientJob, epochs=epochs, **more), self.data, chunk)
+        job = self.job(
+            HypergradientJob,
+            epochs=epochs,
+            hyperparameters=tuple(descent.hyperparameters),
+            segments=descent.segments,
+            per_layer=descent.per_layer,
+        )
+        return train_scheduled(job, self.data, chunk)

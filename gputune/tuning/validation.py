@@ -39,6 +39,7 @@ from gputune.tuning.predictions import (
 from gputune.tuning.progress import Progress
 from gputune.tuning.refit import Access, Search, refit_trial, search_of
 from gputune.types import Config
+from gputune.wording import per_interface
 
 Refit: TypeAlias = int | Literal["all", "folds"]
 
@@ -49,28 +50,34 @@ _ROWS = 10_000
 
 def _check_folds_train(study: Study, called: str) -> None:
     """Raise InputError if the trials of a study cannot train again on their folds."""
-    if why := _why_no_folds(study):
-        raise InputError(f"{called} trains a trial again on its folds, and this study is {why}.")
+    obstacle = _obstacle(study)
+    if obstacle is not None:
+        kind, remedy = obstacle
+        rule = f"trains a trial again on its folds, but this is a study of {kind}"
+        raise InputError(called, rule, remedy=remedy)
 
 
-def _why_no_folds(study: Study) -> str:
-    """Return the reason why trials of a study do not train again on its folds, or "" if they do."""
+def _obstacle(study: Study) -> tuple[str, str] | None:
+    """Return the kind of a study whose trials cannot train again on its folds, and the remedy.
+
+    Returns None if they can.
+    """
     if study.record.face == "loop":
         return (
-            "of search(), whose training loop is your own: keep what your objective predicts in "
-            "a file"
+            "search(), whose training loop is your own",
+            "Keep the predictions of your objective in a file.",
         )
     if isinstance(study.record.method, dict) and study.record.is_hypergradient:
         return (
-            "of a hypergradient search, whose points have schedules of their own; use a study of "
-            "another method"
+            "a hypergradient search, and each of its points has its own schedule",
+            "Use a study of another method.",
         )
     if study.record.task == "custom":
         return (
-            "of a custom target, of which there is no probability and no mean; train the module "
-            "on your own folds"
+            "a custom target, which has no probabilities and no mean",
+            "Train the module on your own folds.",
         )
-    return ""
+    return None
 
 
 def _is_calibrated(access: Access, calibrate: bool | None) -> bool:
@@ -81,16 +88,20 @@ def _is_calibrated(access: Access, calibrate: bool | None) -> bool:
     record = access.study.record
     if calibrate not in (None, True, False):
         raise InputError(
-            f"{access.called}(calibrate=...) must be True, False or None, got {calibrate!r}."
+            f"{access.called}(calibrate=...)", "must be True, False or None", got=calibrate
         )
     is_of_classes = record.task in ("binary", "multiclass")
+    if calibrate is None:
+        return is_of_classes and record.scoring == "neg_log_loss"
     if calibrate and not is_of_classes:
-        what = {"multilabel": "several labels", "custom": "a custom target"}.get(
-            record.task, "numbers"
+        targets = {"multilabel": "several labels", "custom": "a custom target"}
+        target = targets.get(record.task, "numbers")
+        raise InputError(
+            f"{access.called}(calibrate=True)",
+            f"is for studies that predict one class per row, but this study predicts {target}",
+            remedy="Leave it out.",
         )
-        is_for = f"{access.called}(calibrate=True) is for one class a row to be predicted"
-        raise InputError(f"{is_for}, and the study is of {what}; leave it out.")
-    return is_of_classes and record.scoring == "neg_log_loss" if calibrate is None else calibrate
+    return calibrate
 
 
 @entry
@@ -100,12 +111,12 @@ def oof_predictions(access: Access, trial: int | None) -> NDArray[np.float64]:
     See ``Study.oof_predictions``.
     """
     _check_folds_train(access.study, "oof_predictions()")
-    one = _trial_of_number(access, trial)
-    predictions = predictions_of(search_of(access), [one], Progress(0))
+    selected = _trial_of_number(access, trial)
+    predictions = predictions_of(search_of(access), [selected], Progress(0))
     data = predictions.data
-    means = means_of_rows(
-        data, [data.in_units(f, of_one).cpu() for f, (of_one,) in enumerate(predictions.values)]
-    )
+    # (M=1, m_f, K) -> (m_f, K) for each fold
+    values = [data.in_units(f, value[0]).cpu() for f, value in enumerate(predictions.values)]
+    means = means_of_rows(data, values)
     return means[:, 0] if data.task == "regression" and means.shape[1] == 1 else means
 
 
@@ -118,33 +129,38 @@ def refit_with_folds(
     See ``Study.best_model``.
     """
     study = access.study
-    if calibrate is None and (not access.check or _why_no_folds(study)):
+    if calibrate is None and (not access.check or _obstacle(study) is not None):
         calibrate = False
     calibrated = _is_calibrated(access, calibrate)
-    called = f"best_model({'intervals' if intervals else 'calibrate'}=True)"
+    argument = f"best_model({'intervals' if intervals else 'calibrate'}=True)"
     on_folds = intervals or calibrated
     if on_folds:
-        _check_folds_train(study, called)
+        _check_folds_train(study, argument)
     if intervals and study.record.task != "regression":
         raise InputError(
-            f"{called} is for a number to be predicted, and the study is of classes; leave it out."
+            argument,
+            "is for studies that predict a number, but this study predicts classes",
+            remedy="Leave it out.",
         )
-    one = _trial_of_number(access, trial)
+    selected = _trial_of_number(access, trial)
     search = search_of(access)
     if not on_folds:
-        return refit_trial(search, one)
+        return refit_trial(search, selected)
     if search.rows != study.record.fingerprint:
         raise InputError(
-            f"{called} needs the rows of the search, whose folds it trains on; leave out "
-            "check=False."
+            argument,
+            "needs the rows of the search, because it trains on their folds",
+            remedy="Leave check=False out.",
         )
     if intervals and search.problem.target.n_outputs > 1:
         raise InputError(
-            f"{called} is for one number a row, and the target has several; search for one at a "
-            "time."
+            argument,
+            "is for one number per row, but the target has several",
+            remedy="Search for one number at a time.",
         )
-    predictions = predictions_of(search, [one], Progress(0))
-    return predictions.complete(refit_trial(search, one), torch.ones(1), calibrated=calibrated)
+    predictions = predictions_of(search, [selected], Progress(0))
+    model = refit_trial(search, selected)
+    return predictions.complete(model, torch.ones(1), calibrated=calibrated)
 
 
 def _trial_of_number(access: Access, number: object) -> Trial:
@@ -161,10 +177,12 @@ def _trial_of_number(access: Access, number: object) -> Trial:
         or isinstance(number, bool)
         or int(number) not in scored
     ):
-        must = (
-            f"must be the number of a trial that has a score, for example {study.best_trial.number}"
+        raise InputError(
+            f"{access.called}(trial={number!r})",
+            "must be the number of a trial that has a score, for example "
+            f"{study.best_trial.number}",
+            remedy="study.trials lists the trials.",
         )
-        raise InputError(f"{access.called}(trial={number!r}) {must}; study.trials lists them.")
     return scored[int(number)]
 
 
@@ -186,15 +204,17 @@ def ensemble(
     study = access.study
     check_count(size, "ensemble(size=...)")
     check_count(candidates, "ensemble(candidates=...)", least=2)
-    starts = 1 if isinstance(refit, str) and refit in ("all", "folds") else refit
-    check_count(starts, "ensemble(refit=...), unless it is 'all' or 'folds',")
+    n_seeds = 1 if isinstance(refit, str) and refit in ("all", "folds") else refit
+    check_count(n_seeds, "ensemble(refit=...)", remedy="Or pass 'all' or 'folds'.")
     _check_folds_train(study, "ensemble()")
-    trials = [t for t in study.ranking() if t.state == "complete" and math.isfinite(t.score)][
-        :candidates
-    ]
+    finished = [t for t in study.ranking() if t.state == "complete" and math.isfinite(t.score)]
+    trials = finished[:candidates]
     if len(trials) < 2:
-        has = f"ensemble() needs two finished trials, and the study has {len(trials)}"
-        raise InputError(f"{has}; search on, or use best_model().")
+        raise InputError(
+            "ensemble()",
+            f"needs two finished trials, but the study has {len(trials)}",
+            remedy="Search on, or use best_model().",
+        )
     calibrated = _is_calibrated(access, calibrate)
     search = search_of(access)
     predictions = predictions_of(search, trials, Progress(verbose))
@@ -206,63 +226,73 @@ def ensemble(
     info |= search.score(
         float(np.mean(scores)), float(np.std(scores, ddof=1)) / math.sqrt(len(scores))
     )
-    model = _mean_model(search, shares, None if refit == "folds" else int(starts), info)
+    model = _mean_model(search, shares, None if refit == "folds" else int(n_seeds), info)
     return predictions.complete(model, torch.tensor(weights), calibrated=calibrated)
 
 
 def _mean_model(
-    search: Search, shares: Sequence[tuple[Trial, float]], starts: int | None, info: Config
+    search: Search, shares: Sequence[tuple[Trial, float]], n_seeds: int | None, info: Config
 ) -> TunedModel:
     """Return the weighted mean of trials as one model.
 
-    Each trial is trained on all rows from ``starts`` different seeds. ``starts=None`` trains it on
-    the training rows of each fold.
+    Each trial is trained on all rows from ``n_seeds`` different seeds. ``n_seeds=None`` trains it
+    on the training rows of each fold.
     """
     trials = [trial for trial, _ in shares]
-    seed = search.options.random_state
-    whole = search.dataset(None, trials)
-    # the preparation of all rows is used, so that all members read the same inputs
-    if starts is None:
-        (every,) = whole.folds
-        folds = unpack_folds(search.study.record.arguments.folds)
-        rows = [torch.as_tensor(train, device=whole.device) for train, _ in folds]
-        parts = [(replace(whole, folds=(replace(every, train=train),)), seed) for train in rows]
-    else:
-        seeds = [seed, *(stream_seed(seed, "ensemble", number) for number in range(1, starts))]
-        parts = [(whole, one) for one in seeds]
-    modules = [module for data, one in parts for (module,) in search.train(data, trials, seed=one)]
-    info = info | search.note_on_draws(parts[0][0], trials)
-    columns, statistics = _columns([whole.of(search.config(trial)) for trial in trials])
-    columns *= len(parts)
-    # Each trial is trained len(parts) times, and its weight is split over these modules.
-    weights = [weight / len(parts) for _, weight in shares] * len(parts)
+    # The preparation of all rows is used, so that all members read the same inputs.
+    all_data = search.dataset(None, trials)
+    runs = _ensemble_runs(search, all_data, n_seeds)
+    modules: list[nn.Module] = []
+    seeds: list[int] = []
+    for data, seed in runs:
+        for (module,) in search.train(data, trials, seed=seed):
+            modules.append(module)
+            seeds.append(seed)
+    info = info | search.note_on_draws(runs[0][0], trials)
+    columns, statistics = _columns([all_data.of(search.config(trial)) for trial in trials])
+    columns *= len(runs)
+    # Each trial is trained in each run, and its weight is split over these modules.
+    weights = [weight / len(runs) for _, weight in shares] * len(runs)
     network = Ensemble(modules, weights, search.problem.target.task, columns)
-    arguments = [search.arguments(trial, whole) for trial in trials] * len(parts)
-    spec = {
-        "kwargs": arguments[0],
-        "ensemble": arguments,
-        **({"columns": columns} if columns else {}),
-    }
-    spec |= search.seeds([one for _, one in parts for _ in trials])
-    return search.model(network.eval(), whole, spec, info, statistics)
+    arguments = [search.arguments(trial, all_data) for trial in trials] * len(runs)
+    spec: Config = {"kwargs": arguments[0], "ensemble": arguments}
+    if columns:
+        spec["columns"] = columns
+    spec |= search.seeds(seeds)
+    return search.model(network.eval(), all_data, spec, info, statistics)
 
 
-def _columns(own: Sequence[Dataset]) -> tuple[list[list[int]], Statistics | None]:
+def _ensemble_runs(search: Search, data: Dataset, n_seeds: int | None) -> list[tuple[Dataset, int]]:
+    """Return the rows and the seed of each training of an ensemble's trials."""
+    seed = search.options.random_state
+    if n_seeds is not None:
+        later = [stream_seed(seed, "ensemble", number) for number in range(1, n_seeds)]
+        return [(data, run_seed) for run_seed in (seed, *later)]
+    (all_rows,) = data.folds
+    runs = []
+    for train, _ in unpack_folds(search.study.record.arguments.folds):
+        rows = torch.as_tensor(train, device=data.device)
+        runs.append((replace(data, folds=(replace(all_rows, train=rows),)), seed))
+    return runs
+
+
+def _columns(datasets: Sequence[Dataset]) -> tuple[list[list[int]], Statistics | None]:
     """Return the columns of an ensemble's inputs that each trial reads, and their statistics.
 
     The columns of a trial are given by the first column and the end.
     """
-    distinct = {one.numbers: one for one in own}
+    distinct = {data.numbers: data for data in datasets}
     if len(distinct) == 1:
         return [], None  # all columns of the data itself
-    ends = np.cumsum([one.n_features for one in distinct.values()]).tolist()
-    columns = {
-        word: [end - one.n_features, end] for end, (word, one) in zip(ends, distinct.items())
-    }
-    parts = [
-        part for one in distinct.values() for part in one.statistics if isinstance(part, Statistics)
-    ]
-    return [columns[one.numbers] for one in own], joined_statistics(parts)
+    columns = {}
+    statistics = list[Statistics]()
+    begin = 0
+    for numbers, data in distinct.items():
+        end = begin + data.n_features
+        columns[numbers] = [begin, end]
+        statistics += [part for part in data.statistics if isinstance(part, Statistics)]
+        begin = end
+    return [columns[data.numbers] for data in datasets], joined_statistics(statistics)
 
 
 @entry
@@ -274,27 +304,31 @@ def fold_report(access: Access, *, confusion: bool = False, importance: bool = F
     study = access.study
     check_fold_report(study, confusion=confusion)
     search = search_of(access)
-    one = study.best_trial
+    best = study.best_trial
     layout = search.problem.layout
     matrix = np.zeros((0, 0), np.int64)
     if importance and not isinstance(layout, Layout):
-        why = f"report(importance=True) is of the columns of a table, and X is {layout}"
-        raise InputError(f"{why}; leave importance out.")
+        raise InputError(
+            "report(importance=True)",
+            f"is about the columns of a table, but X is {layout}",
+            remedy=per_interface("Leave importance out.", "Leave --importance out."),
+        )
     if confusion:
-        predictions = predictions_of(search, [one], Progress(0))
+        predictions = predictions_of(search, [best], Progress(0))
         data = predictions.data
         means = means_of_rows(data, [value[0].cpu() for value in predictions.values])
         known = np.isfinite(means).all(1)
         true = data.target.cpu().numpy()[known]
         matrix = confusion_matrix(true, means[known].argmax(1), labels=range(means.shape[1]))
     if not importance or not isinstance(layout, Layout):
-        return FoldReport(one.number, matrix, (), np.zeros(0), np.zeros(0))
-    (members,), data, scoring = members_of(search, [one], Progress(0))
-    draws = search.evaluation_draws(data, one)
-    drops = _drops(members, data, scoring, layout.widths(search.config(one)["numbers"]), draws)
+        return FoldReport(best.number, matrix, (), np.zeros(0), np.zeros(0))
+    (members,), data, scoring = members_of(search, [best], Progress(0))
+    draws = search.evaluation_draws(data, best)
+    sizes = layout.widths(search.config(best)["numbers"])
+    drops = _drops(members, data, scoring, sizes, draws)
     order = np.argsort(-drops.mean(1), kind="stable")
     names = tuple(layout.columns[place].name for place in order)
-    return FoldReport(one.number, matrix, names, drops.mean(1)[order], drops.std(1)[order])
+    return FoldReport(best.number, matrix, names, drops.mean(1)[order], drops.std(1)[order])
 
 
 def check_fold_report(study: Study, *, confusion: bool) -> None:
@@ -304,10 +338,11 @@ def check_fold_report(study: Study, *, confusion: bool) -> None:
     """
     _check_folds_train(study, f"report({'confusion' if confusion else 'importance'}=True)")
     if confusion and (study.record.classes is None or study.record.task == "multilabel"):
-        what = "several labels" if study.record.task == "multilabel" else "numbers"
+        target = "several labels" if study.record.task == "multilabel" else "numbers"
         raise InputError(
-            f"report(confusion=True) is of classes, and the study predicts {what}; leave "
-            "confusion out."
+            "report(confusion=True)",
+            f"is about classes, but the study predicts {target}",
+            remedy=per_interface("Leave confusion out.", "Leave --confusion out."),
         )
 
 
@@ -323,29 +358,32 @@ def _drops(
     ``sizes`` holds the number of features of each column. Source: Breiman (2001), Random forests;
     computed as in sklearn.inspection.permutation_importance, on the rows of each fold.
     """
-    # Every k-th row of a fold, at most _ROWS rows.
-    few = [fold.valid[:: -(-len(fold.valid) // _ROWS) or 1] for fold in data.folds]
-    data = replace(data, folds=tuple(Fold(fold.train, rows) for fold, rows in zip(data.folds, few)))
+    folds = []
+    for fold in data.folds:
+        # Every k-th row of a fold, at most _ROWS rows.
+        step = -(-len(fold.valid) // _ROWS) or 1
+        folds.append(Fold(fold.train, fold.valid[::step]))
+    data = replace(data, folds=tuple(folds))
     scored = Predictions((), data, scoring)
     drops = []
     ends = np.cumsum(sizes).tolist()
-    for f, (module, rows) in enumerate(zip(members, few)):
-        x = data.rows(f, rows)[0].cpu()
+    for f, (module, fold) in enumerate(zip(members, folds)):
+        x = data.rows(f, fold.valid)[0].cpu()
 
         def score(inputs: Tensor, f: int = f, module: nn.Module = module) -> float:
             with nullcontext() if draws is None else draws.seeded(f, 0):
                 values = values_of(module, [inputs], data)
             return float(scored.scores(f, values[None])[0, 0])
 
-        whole = score(x)
+        unshuffled = score(x)
         for shuffle in range(_SHUFFLES):
-            order = torch.randperm(len(rows), generator=stream(0, "importance", f, shuffle))
-            fallen = []
+            order = torch.randperm(len(x), generator=stream(0, "importance", f, shuffle))
+            decreases = []
             for end, size in zip(ends, sizes):
                 table = x.clone()
                 # All features of a column are shuffled together.
                 table[:, end - size : end] = x[order, end - size : end]
-                fallen.append(whole - score(table))
-            drops.append(fallen)
+                decreases.append(unshuffled - score(table))
+            drops.append(decreases)
     # shuffles * folds lists of one decrease per column -> (columns, shuffles * folds)
     return np.stack(drops, 1)

@@ -163,11 +163,11 @@ def test_what_has_changed_is_said(bugs):
     net.write_text(NET)
     searched(model="net.py:Net", space={"lr": [0.1, 0.2]})
     bugs.write_text(whole + "1.0,2.0,red,s1,ant\n")
-    refused("the rows of", "bugs.csv", "have changed", "(40 rows then, 41 now)", "restore the file")
+    refused("the rows of", "bugs.csv", "have changed", "(40 rows then, 41 now)", "Restore the file")
     bugs.write_text(whole.replace("red", "pink"))
     refused("(40 rows then and now, with different names or values)")
     bugs.unlink()
-    refused("bugs.csv' is gone; put it back")
+    refused("bugs.csv' is gone. Put the file back")
     bugs.write_text(whole)
     net.write_text(NET + "\n")
     refused("net.py' has changed", "restore it")
@@ -194,7 +194,7 @@ def test_code_that_this_user_has_not_trained_runs_only_when_that_is_said(bugs, a
     for command in commands:
         assert run(*command, "--trust-code")[::2] == (0, "")
     assert run(*commands[0])[::2] == (0, "")  # it was trained
-    words = r"\(32 rows then, 40 now\). Pass those, or leave X and y out to read '.*bugs.csv' again; check=False"
+    words = r"\(32 rows then, 40 now\). Pass the rows of the search, or leave X and y out to read '.*bugs.csv' again."
     with pytest.raises(gputune.InputError, match=words):  # of which 8 were held out
         gputune.Study.open("gputune-out/study.db").best_model("bugs.csv", "kind")
     (bugs.parent / "net.py").write_text(NET + "# a word\n")
@@ -225,7 +225,7 @@ def test_a_cluster_that_only_the_file_names_gets_no_rows(bugs, another_user):
         if wanted.is_elsewhere:
             with pytest.raises(
                 gputune.InputError,
-                match="names the Ray cluster 'ray://10.0.0.1:10001', which would get",
+                match="names the Ray cluster 'ray://10.0.0.1:10001', on which you have not trained",
             ):
                 recorded_search(Path("my.db"), record, {})
             assert (
@@ -249,8 +249,8 @@ def test_a_change_of_any_row_is_said_those_held_out_too(bugs):
         again, _, words = run("tune", "bugs.csv", "--target", "kind", *FAST)
         assert code == again == 2
         assert "40 rows then, " not in err
-        held_out = "that were held out have changed since it was begun; restore the file" in err
-        assert held_out or "have changed since it was begun (" in err
+        held_out = "that were held out have changed since it began. Restore the file" in err
+        assert held_out or "have changed since it began (" in err
         changed = (
             "the held-out rows."
             if held_out
@@ -260,7 +260,7 @@ def test_a_change_of_any_row_is_said_those_held_out_too(bugs):
         said.add(held_out)
     assert said == {True, False}
     bugs.write_text("\n".join([*whole, whole[-1]]) + "\n")
-    assert "(40 rows then, 41 now); restore the file" in run("resume", "gputune-out")[2]
+    assert "(40 rows then, 41 now). Restore the file" in run("resume", "gputune-out")[2]
     words = run("tune", "bugs.csv", "--target", "kind", *FAST)[2]
     assert (
         "this command in: data (40 rows and 4 columns there, 41 rows and 4 columns here). Give this"
@@ -287,12 +287,12 @@ def test_another_target_is_named_and_not_what_follows_from_it(bugs):
 
 
 def test_what_is_known_already_is_said(bugs):
-    assert "going on" not in tuned(loud=True)
-    assert "going on: 3 of 3 trials are finished\n" in tuned(loud=True)
+    assert "resuming" not in tuned(loud=True)
+    assert "resuming: 3 of 3 trials are finished\n" in tuned(loud=True)
     _, _, err = run("resume", FOLDER, "--trials", "1", loud=True)
     assert "more than the 1 trials of this call. All of them stay in it.\n" in err
     _, _, err = run("resume", FOLDER, "--trials", "4", loud=True)
-    assert "going on: 3 of 4 trials are finished\n" in err
+    assert "resuming: 3 of 4 trials are finished\n" in err
 
 
 def test_a_study_under_another_name_keeps_a_model_of_its_own(bugs):
@@ -332,17 +332,17 @@ X = np.arange(80.0).reshape(40, 2)
 )
 def test_what_the_file_does_not_hold_is_named(bugs, data, options, words):
     searched(*data, **options)
-    refused(f"does not hold: {words}. Repeat the call of gputune.tune(..., study='my.db')")
+    refused(f"does not hold: {words}. Repeat the call of gputune.tune(..., study='my.db') that")
 
 
 def test_a_study_that_no_search_goes_on_from(bugs):
     refused("there is no study file")
     Store.create("my.db", {"face": "sklearn", "method": "RandomizedSearchCV"}).close()
-    refused("is of RandomizedSearchCV", "a search of that face is not resumed")
+    refused("belongs to RandomizedSearchCV, a search of scikit-learn estimators. Fit")
     (bugs.parent / "my.db").unlink()
     Store.create("my.db", {"model": "mlp"}).close()
     refused(
-        "has lost options of its search and cannot go on; search again, into another folder. "
+        "has lost options of its search and cannot be resumed. Search again, into another folder. "
         "`gputune trials`"
     )
     with pytest.raises(

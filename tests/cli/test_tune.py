@@ -345,7 +345,7 @@ def test_columns_as_they_are_said_to_be(tmp_path):
             r"drop is only for tables, because their columns have names, got \['a'\]",
             {"drop": ["a"]},
         ),
-        ("drop must be a list of columns, for example", {"drop": 3}),
+        ("drop must be a list of column names, for example", {"drop": 3}),
         ("kinds must be a dict such as {'zip': 'category'}", {"kinds": 3}),
     ],
 )
@@ -367,7 +367,7 @@ def test_a_sampler_by_its_name(tmp_path):
         *FAST,
     ]
     assert "Sampler  Optuna's TPESampler proposed 2 trials in 1 batch" in output(*command)
-    words = "Repeat the command that began it, which goes on where it stopped"
+    words = "Repeat the command that began the search to resume it."
     assert words in refusal("resume", tmp_path / "o", "--trials", "9")
     assert run(*command, "--trials", "4")[0] == 0
 
@@ -404,7 +404,7 @@ def test_one_configuration_is_trained_without_a_search(tmp_path, monkeypatch):
     code, _, err = run("resume", "gputune-train")
     assert (
         code == 2
-        and "no search that could go on; repeat the command" in err
+        and "were trained one by one, not a search. Repeat the command" in err
         and "with --trials 8 or more" in err
     )
     assert run("resume", "gputune-train", "--trials", "2", "-q") == (0, "", "")
@@ -529,7 +529,7 @@ def test_an_interrupt_says_what_is_kept(tmp_path, monkeypatch, stop_after):
     assert (code, printed, err.count("\n")) == (130, "", 1)
     if stop_after:
         assert (
-            f"interrupted: 3 of 3 trials are finished; all is kept in '{out / 'study.db'}': repeat"
+            f"interrupted: 3 of 3 trials are finished. The results are kept in '{out / 'study.db'}': repeat"
             in err
         )
     else:
@@ -698,7 +698,7 @@ def test_one_logit_of_two_classes(tmp_path):
     table, folder, out = searched(
         tmp_path, "--model", f"{tmp_path}/net.py:Net", "--scoring", "roc_auc"
     )
-    assert "Net is trained on the loss bce: its one logit a row is of kind" in out
+    assert "Net is trained on the loss bce: its one logit per row is for kind" in out
     header, *rows = read_csv(run("predict", folder / "model", table, "--proba")[1])
     assert header == ["ant", "bee"] and all(abs(sum(map(float, row)) - 1) < 1e-9 for row in rows)
 

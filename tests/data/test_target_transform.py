@@ -197,7 +197,7 @@ def test_an_object_of_ones_own_is_known_to_its_process_alone(tmp_path):
     ):
         model.save(tmp_path / "model")
     with refused(
-        "cannot read target_transform again, which is an object of your own; call it on the study"
+        "cannot read target_transform, which is your own object, from the study file. Call it on"
     ):
         gputune.Study.open(tmp_path / "study.db").best_model(X, Y)
     assert "target_transform, an object of your own" in study.record.arguments.lacking
@@ -260,7 +260,7 @@ def test_what_is_refused(transform, y, words):
 
 def test_a_descent_is_refused():
     with refused(
-        "method='hypergradient' descends on the squared error .* target_transform='log': choose "
+        "method='hypergradient' minimizes the squared error .* target_transform='log'. Choose "
         "another"
     ):
         gputune.tune("mlp", X, Y, target_transform="log", method="hypergradient", **HOW)
@@ -270,7 +270,7 @@ def test_a_poor_inverse_is_warned_of_and_a_function_without_a_name_refused(tmp_p
     with pytest.warns(InputWarning, match="does not restore the target"):
         fit_transform(KBinsDiscretizer(3, encode="ordinal", strategy="uniform"), Y)
     nameless = FunctionTransformer(lambda y: y / 2, lambda y: y * 2)
-    with refused("has no name by which study='.*' could know it again"):
+    with refused("has no name by which study='.*' could find it again"):
         gputune.tune("mlp", X, Y, target_transform=nameless, study=tmp_path / "study.db", **HOW)
 
 

@@ -486,7 +486,7 @@ def test_a_search_says_what_trains_one_by_one_and_why(capsys):
             {"backend": "stacked"},
             "backend='stacked': the members of Gated cannot be stacked: .*backend='auto'",
         ),
-        ("mlp", {"backend": "loop"}, "backend='loop' trains the members of a user's module"),
+        ("mlp", {"backend": "loop"}, "backend='loop' trains the members of your own module"),
         (
             Gated,
             {"method": "hypergradient", "space": {"lr": loguniform(1e-3, 1e-1)}},

@@ -245,7 +245,7 @@ def test_minibatches_of_one_row_are_refused_where_statistics_need_two():
     X = torch.randn(20, 3)
     y = torch.arange(20) % 2
     with pytest.raises(
-        InputError, match="WithBatchNorm cannot train on a minibatch of one row.*batch_size=1 gives"
+        InputError, match="WithBatchNorm cannot train on minibatches of one row.*batch_size=1 gives"
     ):
         gputune.tune(
             WithBatchNorm,

@@ -147,14 +147,18 @@ def test_without_compiled_code_the_reason_is_said(monkeypatch, tmp_path, capsys)
         gputune.tune("mlp", ROWS, LABELS, backend="compiled", **SMALL)
 
 
-KNOWS = "backend='compiled' knows MLPs and linear models with sgd,"
+KNOWS = "backend='compiled' supports only MLPs and linear models with sgd,"
 
 
 @pytest.mark.usefixtures("recorded_on_cpu")
 @pytest.mark.parametrize(
     ("what", "backend", "says"),
     [
-        ({"model": "mlp", "optimizer": "adamhd"}, "graph", "eagerly: backend='graph' knows sgd,"),
+        (
+            {"model": "mlp", "optimizer": "adamhd"},
+            "graph",
+            "eagerly: backend='graph' supports only sgd,",
+        ),
         ({"model": "mlp", "optimizer": "adamhd"}, "compiled", f"eagerly: {KNOWS}"),
         ({"model": Linear}, "compiled", f"in recorded steps: {KNOWS}"),
     ],

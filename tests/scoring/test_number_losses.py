@@ -149,14 +149,14 @@ def test_words_that_name_no_loss_are_refused():
         "huber:x": "delta of 'huber' must be a number",
         "mae:2": "'mae' takes no number. Say loss='mae'",
         "median": "loss must be one of",
-        nn.L1Loss: "takes losses by name: 'mse', 'mae', 'huber' or 'quantile'",
+        nn.L1Loss: "loss must be 'mse', 'mae', 'huber' or 'quantile' for model='mlp'",
     }.items():
         with pytest.raises(InputError, match=message):
             gputune.tune("mlp", X, Y, loss=loss, **HOW)
     with pytest.raises(InputError, match="loss='mae' does not fit a binary target"):
         gputune.tune("mlp", X, Y > 0, loss="mae", **HOW)
     with pytest.raises(
-        InputError, match="loss='bce' does not fit model='mlp': choose 'cross_entropy'"
+        InputError, match="loss='bce' does not fit model='mlp'. Choose 'cross_entropy'"
     ):
         gputune.tune("mlp", X, Y > 0, loss="bce", **HOW)
 

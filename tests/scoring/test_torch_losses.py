@@ -189,7 +189,7 @@ def test_rates_are_predicted_and_ranked_by_r2_and_log_rates_where_the_user_says_
             verbose=1,
         )
         said = " ".join(capsys.readouterr().err.split())
-        assert "makes the outputs log rates, which predict returns as they are" in said
+        assert "the outputs are log rates, and predict returns them unchanged" in said
         found.append(study.best_score)
     assert found[0] == pytest.approx(found[1])
     space = {"loss__log_input": [False]}

@@ -209,13 +209,13 @@ def test_the_plan_says_what_the_kernel_trains(iris, capsys):
         (
             "mlp",
             {"optimizer": "rmsprop"},
-            "does not know .*rmsprop.*; choose backend='graph', which records steps, or",
+            "does not support .*rmsprop.*. Choose backend='graph', which records steps, or",
         ),
-        ("mlp", {"dtype": "float64"}, "does not know .*float64.*; choose"),
+        ("mlp", {"dtype": "float64"}, "does not support .*float64.*. Choose"),
         (
             Linear,
             {"space": {"lr": [0.1]}},
-            "trains the built-in MLP and linear models, and the model is a module of",
+            "supports only the built-in MLP and linear models, but this is your own",
         ),
     ],
 )
@@ -229,7 +229,7 @@ def test_a_cluster_has_no_kernel():
     trainer = Trainer(
         data=make_data(), kind="mlp", seed=0, horizon=1, cluster=SimpleNamespace(device=DEVICE)
     )
-    with refused("backend='kernel' is for a GPU of this machine, and workers='ray'"):
+    with refused("backend='kernel' is for a GPU of this machine, but workers='ray'"):
         trainer.with_backend("kernel", [], print)
     assert trainer._kernel("auto", []) == "graph"
 

@@ -96,11 +96,13 @@ def test_what_is_refused(case):
         with refused(f"and this one predicts {words}"):
             replace(model, task=task).predict_interval(X)
     with refused(
-        r"best_model\(intervals=True\) needs the rows of the search.* leave out check=False"
+        r"best_model\(intervals=True\) needs the rows of the search.* Leave check=False out"
     ):
         study.best_model(X, y, intervals=True, check=False)
     classes = gputune.tune("mlp", X[:40], X[:40, 0] > 0, **{**HOW, "max_epochs": 1})
-    with refused("is for a number to be predicted, and the study is of classes; leave it out"):
+    with refused(
+        "is for studies that predict a number, but this study predicts classes. Leave it out"
+    ):
         classes.best_model(intervals=True)
     with refused(
         "predict_interval is for a model of one number .* this one predicts classes: use "
@@ -108,7 +110,7 @@ def test_what_is_refused(case):
     ):
         classes.best_model().predict_interval(X)
     two = gputune.tune(MLP, X[:40], X[:40, :2], **{**HOW, "max_epochs": 1})
-    with refused("is for one number a row, and the target has several; search for one at a time"):
+    with refused("is for one number per row, but the target has several. Search for one number"):
         two.best_model(intervals=True)
     with refused("this one predicts several: search for one column at a time"):
         two.best_model().predict_interval(X)
@@ -117,7 +119,7 @@ def test_what_is_refused(case):
     )
     words = (
         r"best_model\(intervals=True\) trains a trial again on its folds, "
-        r"and this study is of a hypergradient search"
+        r"but this is a study of a hypergradient search"
     )
     with refused(words):
         points.best_model(intervals=True)

@@ -243,10 +243,10 @@ def test_a_file_keeps_them_and_what_goes_on_adds_its_own(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("keep", "words"),
     [
-        (True, "3 trials train on their folds once more: no predictions of them were kept"),
+        (True, "3 trials train on their folds once more: the study holds no predictions of them"),
         (
             False,
-            "6 trials train on their folds once more: the search was told to keep no predictions",
+            "6 trials train on their folds once more: the search had keep_predictions=False",
         ),
     ],
 )
@@ -256,8 +256,8 @@ def test_what_was_not_kept_trains_again(keep, words, monkeypatch, capsys):
         monkeypatch.setattr(f"gputune.{place}.KEPT_BYTES", limit)
     study = tune("mlp", *IRIS, keep_predictions=keep, verbose=1)
     said = (
-        "predictions of validation rows are kept of about 3 trials, the best, since those of all "
-        "take more than 5"
+        "only the best trials, about 3, keep their predictions of validation rows, because those "
+        "of all trials take more than 5"
     )
     assert (said in capsys.readouterr().err) == keep
     best = {trial.number for trial in study.ranking()[:3]}
@@ -331,9 +331,9 @@ def test_rows_that_are_not_the_studys_are_refused_in_the_callers_words(study, tm
         "oof_predictions": opened.oof_predictions,
         "report": report,
     }.items():
-        with refused(rf"^{name}\(\) needs X and y: the study was searched on data in"):
+        with refused(rf"^{name}\(\) needs X and y, because the search had its data in memory"):
             call()
-        with refused(rf"^{name}\(X, y\): these are not the rows.* Pass those\.$"):
+        with refused(rf"^{name}\(X, y\): these are not the rows.* Pass the rows of the search\.$"):
             call(X=IRIS[0][:100], y=IRIS[1][:100])
 
 
@@ -349,17 +349,17 @@ def test_rows_that_are_not_the_studys_are_refused_in_the_callers_words(study, tm
         (
             {},
             {"refit": 1.5},
-            r"unless it is 'all' or 'folds', must be an integer of at least 1, got 1.5",
+            r"ensemble\(refit=...\) must be an integer .* 1, got 1.5. Or pass 'all' or 'folds'",
         ),
         (
             {},
             {"refit": "fold"},
-            r"unless it is 'all' or 'folds', must be an integer of at least 1, got 'fold'",
+            r"ensemble\(refit=...\) must be an integer .* 1, got 'fold'. Or pass 'all' or 'folds'",
         ),
         (
             {"n_trials": 1},
             {},
-            "needs two finished trials, and the study has 1; search on, or use best_model",
+            "needs two finished trials, but the study has 1. Search on, or use best_model",
         ),
         (
             {},
@@ -369,7 +369,7 @@ def test_rows_that_are_not_the_studys_are_refused_in_the_callers_words(study, tm
         (
             {"method": "hypergradient", "n_trials": 1},
             {},
-            "this study is of a hypergradient search, whose points",
+            "this is a study of a hypergradient search, and each of its points has",
         ),
     ],
 )

@@ -77,7 +77,9 @@ def test_ctrl_c_keeps_all_and_says_the_command_that_goes_on(tmp_path, monkeypatc
     done = states.count("complete")
     assert code == 130 and 2 <= done < 12 and set(states) <= {"complete", "stopped", "waiting"}
     assert f"gputune: interrupted: {done} of 12 trials are finished" in err
-    assert f"all is kept in '{tmp_path}/out/study.db': repeat the command to go on." in err
+    assert (
+        f"The results are kept in '{tmp_path}/out/study.db': repeat the command to resume." in err
+    )
     assert " by accuracy, mean ± standard error over 2 folds:" in out
     assert f"Trials   {done} complete" in out and f"{states.count('waiting')} waiting; " in out
     if workers == 1:  # one of the two goes on
@@ -213,14 +215,16 @@ def test_a_script_gets_a_keyboard_interrupt_that_has_the_study():
     study = caught.value.study
     assert {t.state for t in study.trials} == {"stopped"} and np.isfinite(study.best_score)
     assert study.best_model().predict(IRIS[0]).shape == (150,)
-    assert "they are in no file: with study=FILE a later call goes on" in str(caught.value)
+    assert "No file has these results: pass study=FILE to resume a search later." in str(
+        caught.value
+    )
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("method", ["halving", "hypergradient"])
 def test_other_methods_hear_it_too(method, tmp_path):
     with pytest.raises(
-        SearchInterrupted, match="all is kept in .*repeat the call to go on"
+        SearchInterrupted, match="The results are kept in .*repeat the call to resume"
     ) as caught:
         interrupted_tune(method=method, study=tmp_path / "s.db", max_epochs=300)
     kept = gputune.Study.open(tmp_path / "s.db")

@@ -77,8 +77,10 @@ def test_a_study_has_trials_scores_curves_and_a_best_one(iris, capsys):
     assert torch.tensor(1e-39) * 1 != 0  # denormal numbers are not taken for zero
     narrow = tune("mlp", *iris, n_trials=6, memory="1KB", verbose=1)
     np.testing.assert_allclose(narrow.curves, study.curves, atol=1e-6)
-    words = r"memory='1KB' does not hold one trial of the largest, which takes about [\d.]+ [KM]iB; such a trial trains"
-    assert re.search(f"note: {words} alone, and takes it\n", capsys.readouterr().err)
+    words = r"memory='1KB' does not hold one trial of the largest size, which takes about [\d.]+ [KM]iB; such a"
+    assert re.search(
+        f"note: {words} trial trains by itself, and takes it\n", capsys.readouterr().err
+    )
 
 
 def test_the_same_call_gives_the_same_study(iris):
@@ -278,7 +280,7 @@ def test_a_note_says_which_columns_have_numbers_beyond_those_of_training_rows(ir
     notes = tune("mlp", X, iris[1], n_trials=1, numbers=numbers, max_epochs=1).record.notes
     said = (
         "Column 'x2': numbers beyond 20 standard deviations and beyond all training rows of a "
-        "fold count as the far"
+        "fold are clipped at the far"
     )
     assert any(note.startswith(said) for note in notes) == (row == 0 and numbers == "auto")
 
@@ -502,18 +504,21 @@ def test_a_study_opened_later_refits_from_its_file_or_asks_for_rows(tmp_path, ir
     opened = gputune.Study.open(tmp_path / "a.db")
     np.testing.assert_array_equal(opened.best_model().predict_proba(frame), expected)
     frame.head(140).to_csv(csv, index=False)
-    changed = r"have changed since .*\(150 rows then, 140 now\); restore the file"
-    for words, call in ((", or add check", opened.best_model), (r"\.$", opened.oof_predictions)):
+    changed = r"have changed since .*\(150 rows then, 140 now\)\. Restore the file"
+    for words, call in (
+        (". With check=False", opened.best_model),
+        (r"\.$", opened.oof_predictions),
+    ):
         with refused(changed + words):
             call()
     as_it_is = opened.best_model(check=False).info
     assert as_it_is["rows"] == 140 and "score" not in as_it_is
     assert opened.best_model(frame.drop(columns="kind"), iris[1]).info["rows"] == 150
     csv.unlink()
-    with refused(r"cannot read .*iris.csv' again: it is gone. Pass X and y"):
+    with refused(r"cannot read .*iris.csv' again, because the file is gone. Pass X and y"):
         opened.best_model()
     tune("mlp", *iris, n_trials=1, study=tmp_path / "b.db")
-    with refused("needs X and y: the study was searched on data in memory"):
+    with refused("needs X and y, because the search had its data in memory"):
         gputune.Study.open(tmp_path / "b.db").best_model()
 
 
@@ -530,14 +535,14 @@ def test_a_model_has_the_score_of_its_own_rows_alone(tmp_path, iris):
         r"\(150 rows then, 120 now\)": (X[:120], y[:120]),
         r"\(4 columns then, 3 now\)": (X[:, :3], y),
         r"\(150 rows then and now, with different names or values\)": (X[:, ::-1], y),
-        r"with different names or values; other classes\)": (X, y + 1),
+        r"with different names or values; different classes\)": (X, y + 1),
         r"\(150 rows then, 100 now; 3 classes then, 2 now\)": (X[:100], y[:100]),
     }
     for words, rows in others.items():
         for of in (study, opened):
-            with refused(rf"are not the rows that the study was searched on .*{words}"):
+            with refused(rf"are not the rows of the search .*{words}"):
                 of.best_model(*rows)
-    with refused("Pass those; check=False trains on others, and the model then has no"):
+    with refused("Pass the rows of the search. With check=False the model trains .* has no"):
         opened.best_model(X + 1, y)
     other = opened.best_model(X[:120], y[:120], check=False)
     assert other.info["rows"] == 120 and other.info["params"] == study.best_params
@@ -651,8 +656,8 @@ IMAGES = {"X": np.ones((9, 1, 4, 4)), "y": np.arange(9) % 3}
                 "numbers": "robust",
                 "space": [{"numbers": ["standard"]}, {"numbers": ["none", "quantile"]}],
             },
-            "numbers='robust' is none of those that the space has, standard, none, quantile, so "
-            "no trial would have it",
+            r"numbers='robust' is not a value of numbers in the space \(standard, none, quantile\), "
+            "so no trial would use it",
         ),
         (
             {"y": np.full(150, 2.5)},
@@ -668,16 +673,16 @@ IMAGES = {"X": np.ones((9, 1, 4, 4)), "y": np.arange(9) % 3}
         ),
         (
             {"space": {"numbers": ["standard"]}, "model": "cnn", **IMAGES},
-            "'numbers' is searched for tables, and X is .* leave the key out, and give "
-            "numbers='standard' to the whole",
+            r"space\['numbers'\] can be searched only for tables, but X is .* Leave the key out, "
+            "and pass numbers='standard' for the whole",
         ),
         (
             {"space": "mlp", "model": "logistic"},
-            "is of the MLP, got model='logistic'; choose model='mlp', or a space",
+            "space='mlp' needs model='mlp', got model='logistic'. Choose that model, or a space",
         ),
         (
             {"space": "mlp", "optimizer": "sgd"},
-            "space='mlp' .* measured with adamw, got optimizer='sgd'; leave one",
+            "space='mlp' .* measured with adamw, got optimizer='sgd'. Leave one",
         ),
         ({"dtype": "float16"}, "dtype must be one of 'float32', 'float64', got 'float16'"),
         ({"max_epochs": 0}, "max_epochs must be an integer of at least 1, got 0"),
@@ -688,13 +693,16 @@ IMAGES = {"X": np.ones((9, 1, 4, 4)), "y": np.arange(9) % 3}
         ({"workers": 0}, "workers must be an integer of at least 1, got 0"),
         (
             {"study": 3},
-            "study is the path of a file, or None, got 3; of a study that is open give its file",
+            "study must be the path of a file, or None, got 3. If you have an open study, pass its",
         ),
         (
             {"study": "/"},
-            "study must be a file, got the folder '/'; give a file in it, such as '/study.db'",
+            "study must be a file, got the folder '/'. Pass a file in it, such as '/study.db'",
         ),
-        ({"target_score": "0.9"}, "target_score must be a score, a number, or None, got '0.9'"),
+        (
+            {"target_score": "0.9"},
+            "target_score must be a score, which is a number, or None, got '0.9'",
+        ),
         (
             {"patience_trials": 0},
             "patience_trials must be an integer of at least 1, or None, got 0",
@@ -702,20 +710,20 @@ IMAGES = {"X": np.ones((9, 1, 4, 4)), "y": np.arange(9) % 3}
         ({"patience": 0}, "patience must be an integer of at least 1, or None, got 0"),
         (
             {"patience": 3, "method": "halving"},
-            "patience is for .*, and method='halving' decides itself .*; leave",
+            "patience is for .*, but method='halving' decides how long .*. Leave",
         ),
-        ({"patience": 3, "method": "hypergradient"}, "and method='hypergradient' decides itself"),
-        ({"patience": 3, "method": "median"}, "and method='median' decides itself"),
-        ({"patience": 3, "method": OPTUNA}, "and method='optuna' decides itself"),
+        ({"patience": 3, "method": "hypergradient"}, "but method='hypergradient' decides how"),
+        ({"patience": 3, "method": "median"}, "but method='median' decides how"),
+        ({"patience": 3, "method": OPTUNA}, "but method='optuna' decides how"),
         (
             {"patience": 3, "epoch": "last"},
-            "patience is for .*, and epoch='last' scores the last one",
+            "patience is for .*, but epoch='last' scores the last epoch",
         ),
         (
             {"patience": 3, "model": "logistic"},
-            "and the logistic regression solved .* has no epochs",
+            "but the logistic regression solved .* has no epochs",
         ),
-        ({"timeout": -1}, "timeout is a number of seconds above 0, or None, got -1"),
+        ({"timeout": -1}, "timeout must be a number of seconds above 0, or None, got -1"),
         (
             {"memory": "lots"},
             "memory is a number of bytes or text such as '8GB', above 0, got 'lots'",
@@ -727,11 +735,11 @@ IMAGES = {"X": np.ones((9, 1, 4, 4)), "y": np.arange(9) % 3}
         ({"device": "gpu"}, "device must be 'auto' or one that this machine has"),
         (
             {"random_state": -1},
-            "random_state must be in \\[0, 2\\*\\*32\\), as scikit-learn has it, got -1",
+            "random_state must be in \\[0, 2\\*\\*32\\), as in scikit-learn, got -1",
         ),
         (
             {"random_state": "0"},
-            "random_state is an integer, a numpy RandomState or Generator, or None, got '0'",
+            "random_state must be an integer, a numpy RandomState or Generator, or None, got '0'",
         ),
         ({"verbose": "x"}, r"verbose must be 0 \(silent\) or 1, got 'x'"),
         ({"verbose": -1}, "verbose must be .*, got -1"),
@@ -979,12 +987,12 @@ def test_a_module_gets_all_columns_a_built_in_model_those_that_vary(tmp_path, im
 
 def test_a_refused_shape_says_what_became_of_the_columns(images):
     with refused(
-        r"forward of Square raised RuntimeError: shape .*\(rows, 3\) and return \(rows, 3\)\. Of the 4 columns of X, "
-        r"which are 3 features, 'x1' left out; columns 'keep' leaves numbers and booleans as they are\."
+        r"forward of Square raised RuntimeError: shape .*\(rows, 3\) and return \(rows, 3\)\. The 4 columns of X "
+        r"became 3 features\. Left out: 'x1'\. The option columns='keep' leaves numbers and booleans"
     ):
         tune(Square, *images, columns="drop-constant", n_trials=1)
     frame = pd.DataFrame(images[0]).assign(site=["a", "b", "c"] * 50)
-    with refused(r"5 columns of X, which are 7 features, 'site' several features each\."):
+    with refused(r"5 columns of X became 7 features\. Several features each: 'site'\."):
         tune(Square, frame, images[1], n_trials=1)
 
 

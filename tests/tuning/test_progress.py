@@ -60,9 +60,9 @@ def test_the_best_score_skips_diverged_trials_and_has_the_sign_of_its_name(capsy
     with shown.bar_over(2, 1):
         shown.advance(2, np.array([[[np.nan, -1.0]], [[-0.2, -0.4]]]))
         assert abs(shown.best + 0.3) < 1e-12
-        assert shown.words == "trials 0/2, best log_loss 0.3000, 3 members"
+        assert shown.status == "trials 0/2, best log_loss 0.3000, 3 members"
         shown.plan(FakePlan())
-        assert shown.words.endswith("3 members in each of 2 processes")
+        assert shown.status.endswith("3 members in each of 2 processes")
         shown.finished(1)
     assert capsys.readouterr() == ("", "")
 
@@ -88,15 +88,18 @@ def test_batches_share_a_bar_and_the_plan_of_the_first_is_said_once(capsys):
         shown.finished(1)
     with shown.bar_over(5, 2):
         whole = shown.bar
-        assert shown.words.startswith("trials 1/6") and (shown.epochs_done, shown.epochs) == (2, 12)
+        assert shown.status.startswith("trials 1/6") and (shown.epochs_done, shown.epochs) == (
+            2,
+            12,
+        )
         for batch in (3, 2):
             with shown.bar_over(batch, 2):
                 assert shown.bar is whole and shown.trials == 6
-                shown.plan(FakePlan(9), aloud=False)
+                shown.plan(FakePlan(9), show=False)
                 shown.plan(FakePlan(batch))
                 shown.advance(2 * batch, np.ones((batch, 2, 2)))
                 shown.finished(batch)
-    assert shown.words.startswith("trials 6/6") and shown.seconds_left == 0
+    assert shown.status.startswith("trials 6/6") and shown.seconds_left == 0
     assert capsys.readouterr().err == "plan: 3 trials\n"
 
 
@@ -110,11 +113,11 @@ def test_what_leaves_early_shortens_the_time_that_is_left(monkeypatch):
         shown.advance(10, np.ones((10, 1, 2)))
         assert shown.seconds_left == pytest.approx(35.0)  # 70 trial-epochs at half a second
         shown.finished(6, pruned=6)
-        shown.spare(6 * 7)
+        shown.skip(6 * 7)
         assert shown.seconds_left == pytest.approx(14.0)
-        assert "6 pruned" in shown.words
-        shown.spare(8, trials=1)
-        assert shown.words.startswith("trials 6/9")
+        assert "6 pruned" in shown.status
+        shown.skip(8, trials=1)
+        assert shown.status.startswith("trials 6/9")
 
 
 @pytest.mark.parametrize(

@@ -269,11 +269,11 @@ def test_none_is_left_of_trials_that_ended_before_the_last_stop(tmp_path, method
 def test_what_goes_on_from_a_checkpoint_is_said(tmp_path, capsys):
     call = {"study": tmp_path / "s.db", "verbose": 1}
     cut = tune(timeout=1e-9, **call)
-    assert "can go on" not in capsys.readouterr().err
+    assert "can continue" not in capsys.readouterr().err
     tune(**call)
     stopped = sum(trial.state == "stopped" for trial in cut.trials)
     assert re.search(
-        rf"^{stopped} trials? can go on from where training was stopped$",
+        rf"^{stopped} trials? can continue from where training was stopped$",
         capsys.readouterr().err,
         re.M,
     )

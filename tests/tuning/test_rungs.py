@@ -214,8 +214,12 @@ def test_a_timeout_scores_what_was_trained(iris, monkeypatch):
 @pytest.mark.parametrize(
     ("model", "method", "words"),
     [
-        ("logistic", "halving", "method='halving' judges trials while they train, and the solved"),
-        ("logistic", "median", "method='median' judges trials while they train, and the solved"),
+        (
+            "logistic",
+            "halving",
+            "method='halving' compares trials while they train, but the solved",
+        ),
+        ("logistic", "median", "method='median' compares trials while they train, but the solved"),
         (
             "mlp",
             gputune.Halving(min_epochs=20),

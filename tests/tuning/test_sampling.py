@@ -149,7 +149,7 @@ def test_halving_within_a_batch_is_told_as_pruned():
 def test_given_trials_outside_the_space_are_run_and_not_told(capsys):
     study = tune(Listening(seed=0), n_trials=2, include=[{"lr": 0.01, "depth": 3}], verbose=1)
     said = capsys.readouterr().err
-    assert "trial 1 (include) is not in the space, so the sampler is not told" in said
+    assert "trial 1 (include) is outside the space, so the sampler does not receive" in said
     assert "trial 0" not in said.replace(
         "Trial 0 is the default configuration, moved into the space", ""
     )
@@ -170,7 +170,7 @@ def test_without_given_trials(capsys):
 def interrupted(monkeypatch, at, **options):
     """Run a search that is interrupted before its so-manieth training."""
     count = itertools.count(1)
-    name = "train_in_rungs" if "halving" in options else "train_fully"
+    name = "train_in_rungs" if "halving" in options else "train_waiting"
     whole = getattr(sampler, name)
 
     def train(*given):
@@ -250,7 +250,7 @@ def test_a_sampler_without_a_seed_is_told_what_was_tried(path, capsys):
     first = tune(Listening(), n_trials=4, study=path, **INSIDE)
     Listening.seen.clear()
     second = tune(Listening(), n_trials=8, study=path, verbose=1, **INSIDE)
-    assert "a reseeded copy of it is told their results" in capsys.readouterr().err
+    assert "a reseeded copy of it receives their results" in capsys.readouterr().err
     assert params(second)[:5] == params(first)
     assert Listening.seen[-4] == [("COMPLETE", trial.score) for trial in first.trials]
 
@@ -347,12 +347,12 @@ def test_what_is_no_sampler_is_refused(make, message):
         ),
         (
             {"model": "logistic", "space": {"penalty": ["l1"], "C": [1.0]}},
-            "'l1_ratio' in the place of its older word",
+            "'l1_ratio' instead of the older key 'penalty'",
         ),
         ({"space": {"lr": NARROW}}, "must be a list, scipy's uniform"),
         (
             {"model": "logistic", "halving": gputune.Halving(), "space": None},
-            "judges trials while they train",
+            "compares trials while they train",
         ),
         (
             {"n_trials": 0, "include_default": False},

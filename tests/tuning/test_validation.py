@@ -101,10 +101,10 @@ def test_models_ranked_by_the_log_loss_are_calibrated(points):
 def test_what_cannot_be_calibrated_is_refused(study, points, labels):
     numbers = tune("mlp", IRIS[0], IRIS[0][:, 0], cv=3)
     asked = {"X": IRIS[0], "y": IRIS[1][::-1].copy(), "check": False}
-    words = "is for one class a row to be predicted, and the study is of"
+    words = "is for studies that predict one class per row, but this study predicts"
     for make, how, said in (
-        (numbers.best_model, {}, rf"\(calibrate=True\) {words} numbers; leave it out"),
-        (numbers.ensemble, {}, rf"\(calibrate=True\) {words} numbers; leave it out"),
+        (numbers.best_model, {}, rf"\(calibrate=True\) {words} numbers. Leave it out"),
+        (numbers.ensemble, {}, rf"\(calibrate=True\) {words} numbers. Leave it out"),
         (labels[1].best_model, {}, f"{words} several labels"),
         (
             study.best_model,
@@ -114,12 +114,12 @@ def test_what_cannot_be_calibrated_is_refused(study, points, labels):
         (
             study.best_model,
             asked,
-            r"best_model\(calibrate=True\) needs the rows of the search.* leave out check=False",
+            r"best_model\(calibrate=True\) needs the rows of the search.* Leave check=False out",
         ),
         (
             points.best_model,
             {},
-            r"best_model\(calibrate=True\) trains a trial again on its folds, .* is of a hypergradient search",
+            r"best_model\(calibrate=True\) trains a trial again on its folds, .* a study of a hypergradient search",
         ),
     ):
         with refused(said):
@@ -163,11 +163,14 @@ def test_what_cannot_train_again_on_its_folds_is_refused(study, points):
     for other, words in (
         (
             points,
-            "trains a trial again on its folds, and this study is of a hypergradient search, .* "
+            "trains a trial again on its folds, but this is a study of a hypergradient search, .* "
             "another method",
         ),
-        (loop, "this study is of search.., whose training loop is your own: keep what"),
-        (custom, "this study is of a custom target, .* your own folds"),
+        (
+            loop,
+            "this is a study of search.., whose training loop is your own. Keep the predictions",
+        ),
+        (custom, "this is a study of a custom target, .* your own folds"),
     ):
         with refused(words):
             other.oof_predictions()
@@ -281,7 +284,7 @@ def test_the_command_line(tmp_path):
         )
         assert code == 2 and not page.exists()
         assert (
-            "--confusion is of classes, and the study predicts numbers; leave --confusion out"
+            "--confusion is about classes, but the study predicts numbers. Leave --confusion out"
             in err
         )
 
@@ -291,11 +294,11 @@ def test_a_report_of_no_columns_or_of_descents_is_refused():
     descent = gputune.Hypergradient(outer_steps=1)
     images = short(CNN, RNG.normal(size=(24, 1, 8, 8)), RNG.integers(0, 2, 24))
     with refused(
-        r"report\(importance=True\) is of the columns of a table, and X is .*; leave importance out"
+        r"report\(importance=True\) is about the columns of a table, but X is .*. Leave importance out"
     ):
         images.report("x.html", importance=True)
     with refused(
-        r"report\(confusion=True\) trains a trial again on its folds, and this study is of a hypergradient search"
+        r"report\(confusion=True\) trains a trial again on its folds, but this is a study of a hypergradient search"
     ):
         short("mlp", FRAME, Y > 0, method=descent).report("x.html", confusion=True)
 
