@@ -38,7 +38,7 @@ def one_of(*allowed: str | bool) -> Callable[[str, object], object]:
     return check
 
 
-def whole(name: str, value: object, *, none: bool = False) -> object:
+def count(name: str, value: object, *, none: bool = False) -> object:
     """Return a whole number >= 1. None is valid only with ``none=True``."""
     check_count(value, name, none=none)
     return value
@@ -137,7 +137,7 @@ def workers(name: str, value: object) -> object:
         raise InputError(
             name, "must be a number of processes, 'auto', 'ray' or gputune.Ray(...)", got=value
         )
-    return value if isinstance(value, Ray) or value == "auto" else whole(name, value)
+    return value if isinstance(value, Ray) or value == "auto" else count(name, value)
 
 
 def names(name: str, value: object) -> tuple[str, ...]:

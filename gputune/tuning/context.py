@@ -234,7 +234,7 @@ class Context(Session):
         configs = tuple(self.complete(trial.params) for trial in trials)
         plan = plan_of.get(len(trials)) or make(configs)  # decides the number of processes
         place = {trial.number: position for position, trial in enumerate(trials)}
-        chunks_by_threads: dict[int, dict[tuple[int, ...], Chunk]] = {}
+        chunks_by_threads: dict[int, dict[tuple[int, ...], PlannedChunk]] = {}
         for chunk in chunks:
             index = tuple(place[number] for number in chunk.trials)
             chunks_by_threads.setdefault(chunk.threads, {})[index] = chunk

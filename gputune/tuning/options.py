@@ -46,7 +46,7 @@ class Rule:
             and so on.
         choices: The allowed words, or None.
         check: A function of a name and a value. It returns the value to use or raises InputError.
-        kept: If True, a study file stores the given value, for a resume and a refit.
+        stored: If True, a study file stores the given value, for a resume and a refit.
         resume: If True or a text, ``gputune resume`` may change the option. A text is its help text
             there.
         group: The section of the help that lists the option.
@@ -57,7 +57,7 @@ class Rule:
     takes: Takes = "text"
     choices: Sequence[str] | None = None
     check: Callable[[str, object], object] | None = None
-    kept: bool = False
+    stored: bool = False
     resume: bool | str = False
     group: str = ""
 
@@ -92,7 +92,7 @@ class Options:
         "number of configurations, including the default one [default: 64; 8 with --method "
         "hypergradient, which trains up to 11 points for each]",
         takes="0..",
-        kept=True,
+        stored=True,
         resume="total number of configurations, to add more",
     )
     include: Sequence[Mapping[str, object]] = _search(
@@ -106,7 +106,7 @@ class Options:
         True,
         "--no-default",
         "do not run the default configuration (trial 0, moved into the ranges of --space)",
-        kept=True,
+        stored=True,
     )
     warm_start: "Sequence[Study]" = _search(
         (),
@@ -122,8 +122,8 @@ class Options:
         "largest number of epochs; with --method hypergradient the derivative spans them, so that "
         "a short training favors small rates [default: 50]",
         takes="1..",
-        check=checks.whole,
-        kept=True,
+        check=checks.count,
+        stored=True,
     )
     patience: int | None = _search(
         None,
@@ -131,7 +131,7 @@ class Options:
         "end a trial after E epochs without a better mean validation score [default: all train to "
         "the end]",
         takes="1..",
-        check=partial(checks.whole, none=True),
+        check=partial(checks.count, none=True),
     )
     epoch: Literal["best", "last"] = _option("best", check=checks.one_of("best", "last"))
     method: "Method" = _search(
@@ -150,7 +150,7 @@ class Options:
         "accuracy or r2; with --loss mae, huber or quantile the score of that loss; with "
         "hypergradients the minimized loss]",
         takes="scorers",
-        kept=True,
+        stored=True,
     )
     positive: object = _search(
         None,
@@ -188,7 +188,7 @@ class Options:
         "stop when a trial has this score, in scikit-learn's sign (-0.3 for neg_log_loss)",
         takes="number",
         check=checks.score,
-        kept=True,
+        stored=True,
         resume=True,
     )
     patience_trials: int | None = _search(
@@ -196,8 +196,8 @@ class Options:
         "--patience-trials N",
         "stop when N trials in a row are no better than the best trial before them",
         takes="1..",
-        check=partial(checks.whole, none=True),
-        kept=True,
+        check=partial(checks.count, none=True),
+        stored=True,
         resume=True,
     )
 
@@ -210,7 +210,7 @@ class Options:
         "treatment of rows with a missing target: error, or drop them [default: error]",
         choices=("error", "drop"),
         check=checks.one_of("error", "drop"),
-        kept=True,
+        stored=True,
     )
     target_transform: "TargetTransform | None" = _rows(
         None,
@@ -228,7 +228,7 @@ class Options:
         "training loss: mse, mae, huber or huber:DELTA, quantile or quantile:LEVEL for numbers "
         "(mae and huber rank by absolute errors, quantile by the pinball loss); cross_entropy for "
         "classes, bce for labels",
-        kept=True,
+        stored=True,
     )
     training_step: Callable[..., object] | None = None
     augment: Callable[..., object] | None = None
@@ -236,7 +236,7 @@ class Options:
         None,
         "--class-weight W",
         "weights in the training loss: balanced, or CLASS=WEIGHT,... (left=5,stayed=1)",
-        kept=True,
+        stored=True,
     )
     sample_weight: object = None
     drop: Sequence[str] = _rows(
@@ -245,7 +245,7 @@ class Options:
         "columns to leave out, such as an id",
         takes="names",
         check=checks.names,
-        kept=True,
+        stored=True,
     )
     kinds: "Mapping[str, Kind] | None" = _rows(
         None,
@@ -253,15 +253,15 @@ class Options:
         "kind of a column: category (a postal code), number or date (20200131)",
         takes="specs",
         check=checks.kinds,
-        kept=True,
+        stored=True,
     )
     max_levels: int = _rows(
         32,
         "--max-levels N",
         "number of levels of a category (the most frequent ones) with a feature each [default: 32]",
         takes="1..",
-        check=checks.whole,
-        kept=True,
+        check=checks.count,
+        stored=True,
     )
     columns: "Columns | Literal['auto']" = _rows(
         "auto",
@@ -283,7 +283,7 @@ class Options:
         "auto",
         "--device D",
         "auto (GPUs for long work), cpu, cuda (all GPUs of the machine) or cuda:1 [default: auto]",
-        kept=True,
+        stored=True,
         resume="a different device; results are then equal up to rounding",
     )
     backend: BackendWord = _machine(
@@ -294,7 +294,7 @@ class Options:
         "after another (loop) [default: auto]",
         choices=_BACKENDS,
         check=checks.one_of(*_BACKENDS),
-        kept=True,
+        stored=True,
         resume=True,
     )
     dtype: str = _machine(
@@ -302,10 +302,10 @@ class Options:
         "--dtype T",
         "float32 or float64 [default: float32]",
         check=checks.one_of("float32", "float64"),
-        kept=True,
+        stored=True,
     )
     tf32: bool = _machine(
-        False, "--tf32", "let a GPU multiply matrices faster and with fewer bits", kept=True
+        False, "--tf32", "let a GPU multiply matrices faster and with fewer bits", stored=True
     )
     precision: Precision = _machine(
         "full",
@@ -314,14 +314,14 @@ class Options:
         "[default: full]",
         choices=("full", "bf16"),
         check=checks.one_of("full", "bf16"),
-        kept=True,
+        stored=True,
     )
     memory: int | str | None = _machine(
         None,
         "--memory 8GB",
         "memory of the device for trials that train together",
         check=checks.memory,
-        kept=True,
+        stored=True,
         resume="memory of the device for new chunks of trials",
     )
     workers: "int | Literal['auto'] | Ray" = _machine(
@@ -330,7 +330,7 @@ class Options:
         "number of processes on a CPU [default: auto]",
         takes="workers",
         check=checks.workers,
-        kept=True,
+        stored=True,
         resume=True,
     )
     study: Path | None = _option(None, check=checks.path)
@@ -341,7 +341,7 @@ class Options:
         "time [default: 60]",
         takes="number",
         check=checks.seconds,
-        kept=True,
+        stored=True,
         resume=True,
     )
     keep_predictions: bool = _machine(
@@ -350,7 +350,7 @@ class Options:
         "do not store the predictions of validation rows; ensembles and calibration then train "
         "trials again",
         check=checks.one_of(True, False),
-        kept=True,
+        stored=True,
         resume=True,
     )
     callbacks: "tuple[Callback, ...]" = _option((), check=checks.callbacks)
@@ -401,4 +401,4 @@ def make_options(**values: Any) -> Options:
 RULES: Mapping[str, Rule] = {
     option.name: option.metadata.get("rule", Rule()) for option in fields(Options)
 }
-KEPT = tuple(name for name, rule in RULES.items() if rule.kept)
+STORED = tuple(name for name, rule in RULES.items() if rule.stored)

@@ -177,7 +177,7 @@ def _prepare(recorded: RecordedSearch, progress: Progress, store: Store | None) 
     return _Setup(trained_problem, space, folds, trials, configs, data, scoring, first)
 
 
-def _problem_and_space(recorded: RecordedSearch) -> tuple[Problem, Space]:
+def _problem_and_space(recorded: RecordedSearch) -> tuple[Problem, CheckedSpace]:
     """Return the encoded rows with all options, and the checked space."""
     options = recorded.options
     # An invalid space is refused before the rows are encoded.
@@ -214,7 +214,7 @@ def _dataset(
 
 
 def _with_objective(
-    problem: Problem, space: Space, data: Dataset, first: Config
+    problem: Problem, space: CheckedSpace, data: Dataset, first: Config
 ) -> tuple[Problem, Dataset]:
     """Return the problem and the data with the final objective.
 

@@ -26,7 +26,7 @@ from gputune.study.store import Store
 from gputune.study.study import Trial
 from gputune.text import count
 from gputune.tuning.progress import Progress
-from gputune.tuning.refit import Search
+from gputune.tuning.refit import ReopenedSearch
 from gputune.types import Outputs
 from gputune.wording import option
 
@@ -36,7 +36,9 @@ _RESIDUALS = 10_000
 _LEAST = torch.finfo(torch.float64).tiny  # replaces probabilities of 0, which have no logarithm
 
 
-def predictions_of(search: Search, trials: Sequence[Trial], progress: Progress) -> "Predictions":
+def predictions_of(
+    search: ReopenedSearch, trials: Sequence[Trial], progress: Progress
+) -> "Predictions":
     """Return the predictions of trials on the folds of the search.
 
     Stored predictions are used. The other trials train again on their folds.
@@ -71,7 +73,7 @@ def predictions_of(search: Search, trials: Sequence[Trial], progress: Progress) 
     return Predictions(stacked, data, scoring)
 
 
-def _stored_outputs(search: Search, trials: Sequence[Trial]) -> dict[int, Outputs]:
+def _stored_outputs(search: ReopenedSearch, trials: Sequence[Trial]) -> dict[int, Outputs]:
     """Return the stored outputs of trials by number.
 
     Returns an empty dict if the current rows differ from the rows of the search.
@@ -91,7 +93,7 @@ def _stored_outputs(search: Search, trials: Sequence[Trial]) -> dict[int, Output
     }
 
 
-def _folds(search: Search, trials: Sequence[Trial]) -> tuple[Dataset, Scoring]:
+def _folds(search: ReopenedSearch, trials: Sequence[Trial]) -> tuple[Dataset, Scoring]:
     """Return the data of the search's folds for some trials, and the scoring that ranks them."""
     record = search.study.record
     target = search.problem.target
@@ -112,7 +114,7 @@ def _folds(search: Search, trials: Sequence[Trial]) -> tuple[Dataset, Scoring]:
 
 
 def members_of(
-    search: Search, trials: Sequence[Trial], progress: Progress
+    search: ReopenedSearch, trials: Sequence[Trial], progress: Progress
 ) -> tuple[list[list[nn.Module]], Dataset, Scoring]:
     """Train trials again on the folds of the search.
 

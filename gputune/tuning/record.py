@@ -42,7 +42,7 @@ from gputune.study.record import RECORD_FIELDS, Arguments, SearchRecord
 from gputune.study.values import sha256, to_json
 from gputune.tuning.choices import ModelChoice, method_from_json, method_to_json, recorded_model
 from gputune.tuning.context import Context
-from gputune.tuning.options import KEPT, RULES, Options
+from gputune.tuning.options import RULES, STORED, Options
 from gputune.types import Json, Outputs
 from gputune.version import __version__
 from gputune.wording import option, per_interface
@@ -152,7 +152,9 @@ def _arguments(
         "space, with an object of your own": values is None,
         "method, with a sampler of Optuna's": isinstance(options.method, OptunaSampler),
     }
-    stored = {name: getattr(options, name) for name in KEPT if _is_storable(getattr(options, name))}
+    stored = {
+        name: getattr(options, name) for name in STORED if _is_storable(getattr(options, name))
+    }
     if isinstance(options.workers, Ray):
         stored["workers"] = asdict(options.workers)
     return Arguments(
@@ -176,7 +178,7 @@ def recorded_options(record: SearchRecord, **changed: object) -> Options:
     transform = record.target_transform
     stored["target_transform"] = None if transform is None else transform_from_json(transform)
     for name, value in record.arguments.kept.items():
-        if name in KEPT:
+        if name in STORED:
             stored[name] = value
     return Options(**{**stored, "method": method_from_json(record.method), **changed})
 

@@ -42,7 +42,7 @@ from gputune.version import __version__
 
 
 @dataclass(frozen=True, eq=False)
-class Search:
+class ReopenedSearch:
     """The search of a study, ready to train its trials again.
 
     ``rows`` is the fingerprint of the current rows.
@@ -275,7 +275,7 @@ class Access:
         return f"{self.called}({'' if self.X is None else 'X, y'})"
 
 
-def search_of(access: Access) -> Search:
+def search_of(access: Access) -> ReopenedSearch:
     """Return the search of a study on the rows of a call.
 
     Raises InputError if there are no rows, or if they are different rows.
@@ -294,13 +294,13 @@ def search_of(access: Access) -> Search:
         rows = dict(study.record.fingerprint)
     else:
         rows = fingerprint(recorded.source.X, problem.target)
-    search = Search(study, problem, rows)
+    search = ReopenedSearch(study, problem, rows)
     if access.check and rows != study.record.fingerprint:
         raise _other_rows(search, access)
     return search
 
 
-def refit_trial(search: Search, trial: Trial) -> TunedModel:
+def refit_trial(search: ReopenedSearch, trial: Trial) -> TunedModel:
     """Return the tuned model of one trial, trained on all rows."""
     data = search.dataset(None, [trial])
     ((module,),) = search.train(data, [trial])
@@ -422,7 +422,7 @@ def _machine(record: SearchRecord) -> Config:
     }
 
 
-def _other_rows(search: Search, access: Access) -> InputError:
+def _other_rows(search: ReopenedSearch, access: Access) -> InputError:
     """Return an error: how the rows differ from the rows of the search, and the remedy.
 
     Only best_model offers to train on other rows.

@@ -44,7 +44,7 @@ def train_in_rungs(context: Context, rule: StoppingRule, trials: Sequence[Candid
 
     Trials that have ended before are compared by their stored curves.
     """
-    search = _RungSearch(context, rule, trials)
+    search = _RungTraining(context, rule, trials)
     begin = 0
     try:
         with context.progress.bar_over(len(search.running), context.epochs):
@@ -74,7 +74,7 @@ class _RunningTrial:
         return bool(np.isnan(first_metric(self.curve, axes=2)[:epoch]).any())
 
 
-class _RungSearch:
+class _RungTraining:
     """The running trials, and their states between two stops."""
 
     def __init__(self, context: Context, rule: StoppingRule, trials: Sequence[Candidate]) -> None:

@@ -37,7 +37,7 @@ from gputune.tuning.predictions import (
     values_of,
 )
 from gputune.tuning.progress import Progress
-from gputune.tuning.refit import Access, Search, refit_trial, search_of
+from gputune.tuning.refit import Access, ReopenedSearch, refit_trial, search_of
 from gputune.types import Config
 from gputune.wording import per_interface
 
@@ -231,7 +231,7 @@ def ensemble(
 
 
 def _mean_model(
-    search: Search, shares: Sequence[tuple[Trial, float]], n_seeds: int | None, info: Config
+    search: ReopenedSearch, shares: Sequence[tuple[Trial, float]], n_seeds: int | None, info: Config
 ) -> TunedModel:
     """Return the weighted mean of trials as one model.
 
@@ -262,7 +262,9 @@ def _mean_model(
     return search.model(network.eval(), all_data, spec, info, statistics)
 
 
-def _ensemble_runs(search: Search, data: Dataset, n_seeds: int | None) -> list[tuple[Dataset, int]]:
+def _ensemble_runs(
+    search: ReopenedSearch, data: Dataset, n_seeds: int | None
+) -> list[tuple[Dataset, int]]:
     """Return the rows and the seed of each training of an ensemble's trials."""
     seed = search.options.random_state
     if n_seeds is not None:
