@@ -6,14 +6,15 @@ a custom training loop.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial, wraps
-from inspect import cleandoc, signature
+from functools import partial
+from inspect import cleandoc
 from pathlib import Path
-from typing import Literal, ParamSpec, TypeVar, cast
+from typing import Literal
 
 import torch
 from torch.utils.data import Dataset
 
+from gputune.api.interactive import public
 from gputune.api.study import Study
 from gputune.callbacks import Callback
 from gputune.data.columns import Columns
@@ -24,18 +25,14 @@ from gputune.data.target import TaskWord
 from gputune.data.target_transform import TargetTransform
 from gputune.data.torch_dataset import read_dataset
 from gputune.data.weights import ClassWeight
-from gputune.errors import SearchInterrupted
 from gputune.executors.ray_cluster import Ray
 from gputune.executors.worker import LoopObjective
-from gputune.methods.config import key_of
 from gputune.scoring.metrics import Scorings
-from gputune.text import did_you_mean
 from gputune.tuning.choices import Method, choose_model
-from gputune.tuning.interrupt import is_interactive
 from gputune.tuning.loops import search_loop
 from gputune.tuning.options import make_options
 from gputune.tuning.pipeline import search as search_rows
-from gputune.tuning.progress import Progress, reading_bar
+from gputune.tuning.progress import reading_bar
 from gputune.tuning.record import RecordedSearch
 from gputune.types import (
     BackendWord,
@@ -45,53 +42,6 @@ from gputune.types import (
     ScheduleWord,
     defaults_in_words,
 )
-
-Given = ParamSpec("Given")
-Value = TypeVar("Value")
-
-_OTHER_WORDS: Mapping[str, str] = {
-    **dict.fromkeys(("epochs", "n_epochs", "num_epochs", "max_iter"), "max_epochs"),
-    **dict.fromkeys(("trials", "n_iter", "num_trials"), "n_trials"),
-    **dict.fromkeys(("param_distributions", "param_grid", "search_space"), "space"),
-    **dict.fromkeys(("metric", "score", "scorer"), "scoring"),
-    "folds": "cv",
-    "seed": "random_state",
-    "criterion": "loss",
-    "n_jobs": "workers",
-    "scheduler": "schedule",
-}
-"""The names that other libraries give to our arguments. A spell checker would not find them."""
-
-
-def public(function: Callable[Given, Value]) -> Callable[Given, Value]:
-    """Wrap a public function to make its errors helpful in interactive use.
-
-    An unknown keyword argument raises a TypeError that suggests the right name, like Python 3.13
-    does. In a notebook or at a prompt, an interrupted search returns its study so far.
-    """
-    known = signature(function).parameters
-
-    @wraps(function)
-    def called(*args: Given.args, **more: Given.kwargs) -> Value:
-        for name in more:
-            if name not in known:
-                key = key_of(name) if "space" in known else None
-                meant = f' Hyperparameters belong in the space: space={{"{key}": [...]}}.'
-                hint = meant if key else did_you_mean(name, known, others=_OTHER_WORDS)
-                raise TypeError(
-                    f"{function.__name__}() got an unexpected keyword argument {name!r}.{hint}"
-                )
-        try:
-            return function(*args, **more)
-        except SearchInterrupted as stopped:
-            # A person at a prompt gets the study. A script gets the exception.
-            if not is_interactive():
-                raise
-            Progress(cast(int, more.get("verbose", 1))).say(str(stopped))
-            so_far: Value = stopped.study
-            return so_far
-
-    return called
 
 
 @public

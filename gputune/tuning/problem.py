@@ -36,20 +36,17 @@ from gputune.methods.descent import Hypergradient
 from gputune.methods.distributions import CheckedSpace
 from gputune.methods.space import PORTFOLIOS, choices_of
 from gputune.modules.inspection import returns_one_logit
-from gputune.scoring.losses import LOSS_OF_TASK, takes_probabilities
+from gputune.scoring.losses import takes_probabilities
 from gputune.scoring.metrics import loss_scoring, make_scoring
-from gputune.scoring.objective import Objective, make_objective
+from gputune.scoring.objective import Objective
 from gputune.scoring.output_units import output_units, refuse_other_units, soft_label_scoring
 from gputune.scoring.scoring import Scoring
 from gputune.study.model_fields import DTYPES
 from gputune.tuning.choices import ModelChoice
+from gputune.tuning.objective_choice import check_machine, choose_objective
 from gputune.tuning.options import Options
 from gputune.types import NUMBERS, TENSOR_NUMBERS, Config, Numbers
-from gputune.wording import option, per_interface
-
-_PASS_MODULE = per_interface(
-    "pass a module, for example model=gputune.models.MLP", "give a module, --model FILE.py:NAME"
-)
+from gputune.wording import option
 
 
 @dataclass(frozen=True, eq=False)
@@ -401,11 +398,11 @@ def make_problem(
     source: Source, task: TaskWord | None, choice: ModelChoice, options: Options
 ) -> Problem:
     """Check the target and the loss, fix the column layout, and encode the rows."""
-    _check_machine(choice, options)
+    check_machine(choice, options)
     target = check_target(source.y, task=task, n_rows=len(source.X), name=source.target)
     target = with_transform(target, options.target_transform)
     check_spread(target)
-    objective = _objective(target, choice, options)
+    objective = choose_objective(target, choice, options)
     X = source.X
     # A custom module may rely on the number and order of the columns.
     is_own = choice.kind == "module" and not choice.recipe
@@ -436,83 +433,3 @@ def _check_has_name(argument: str, name: str, study: Path) -> None:
             remedy="Define it with def at the top level of a module, or leave "
             f"{option('study')} out.",
         )
-
-
-def _check_machine(choice: ModelChoice, options: Options) -> None:
-    """Raise InputError for a precision or a backend that does not fit the model."""
-    model = option("model", choice.name)
-    if options.precision == "bf16" and choice.kind != "module":
-        raise InputError(
-            "precision='bf16'",
-            f"is for your own modules, but {model} trains in full precision",
-            remedy=f"Leave {option('precision')} out, or {_PASS_MODULE}.",
-        )
-    if options.tf32 and choice.solved:
-        raise InputError(
-            "tf32=True",
-            "is for matrix products in single precision, but the logistic regression solved with "
-            f"{option('optimizer', 'exact')} uses double precision",
-            remedy=f"Leave {option('tf32')} out.",
-        )
-    if options.backend == "loop" and choice.kind != "module":
-        raise InputError(
-            "backend='loop'",
-            f"trains the members of your own module one by one, but this is {model}",
-            remedy=f"Choose {option('backend', 'auto')} or {option('backend', 'eager')}.",
-        )
-
-
-def _objective(target: Target, choice: ModelChoice, options: Options) -> Objective | None:
-    """Return the training objective of a module.
-
-    Returns None for a built-in model with the loss of its task.
-    """
-    if choice.kind == "module":
-        return make_objective(options.loss, options.training_step, options.augment, target.task)
-    if target.values.ndim > 1 or target.task == "custom":
-        raise InputError(
-            f"model={choice.name!r}",
-            f"predicts one class or one number per row, but {target.name} has shape "
-            f"{target.values.shape}",
-            remedy=f"For several outputs {_PASS_MODULE}, which takes n_outputs.",
-        )
-    if choice.solved and target.task == "regression":
-        raise InputError(
-            "model='logistic'",
-            f"solved with {option('optimizer', 'exact')} predicts classes, but the target is a "
-            "number",
-            remedy=f"Choose {option('model', 'mlp')}, or {option('optimizer', 'adamw')} for a "
-            "linear regression.",
-        )
-    for name in ("training_step", "augment"):
-        if getattr(options, name) is not None:
-            raise InputError(
-                name,
-                f"is for your own modules, but {option('model', choice.name)} trains on the loss "
-                "of its task",
-                remedy=f"Leave {option(name)} out, or {_PASS_MODULE}.",
-            )
-    return None if options.loss is None else _built_in_objective(target, choice, options)
-
-
-def _built_in_objective(target: Target, choice: ModelChoice, options: Options) -> Objective | None:
-    """Return the named loss of a built-in model, or None if it is the loss of the task."""
-    is_regression = target.task == "regression"
-    names = "'mse', 'mae', 'huber' or 'quantile'" if is_regression else "'cross_entropy'"
-    model = option("model", choice.name)
-    if not isinstance(options.loss, str):
-        raise InputError(
-            "loss",
-            f"must be {names} for {model}, not your own function",
-            remedy=f"To train with your own loss, {_PASS_MODULE}.",
-        )
-    objective = make_objective(options.loss, None, None, target.task)
-    if objective.loss == LOSS_OF_TASK[target.task]:
-        return None
-    if not is_regression:
-        raise InputError(
-            f"loss={options.loss!r}",
-            f"does not fit {model}",
-            remedy=f"Choose {names}, or {_PASS_MODULE}.",
-        )
-    return objective

@@ -144,11 +144,13 @@ def test_what_the_parser_refuses(bugs, options, words):
         ("--space module__hidden=8", ["module__hidden", "nn.Module class", "Leave it out"]),
         (
             "--space realmlp",
-            ["--space realmlp is of RealMLP, got --model mlp; choose --model realmlp, or a space"],
+            [
+                "--space realmlp needs --model realmlp, got --model mlp. Choose that model, or a space"
+            ],
         ),
         ("--space lr=1 --space lr=2", ["'lr' twice", "Join"]),
         ("--test-size 1", ["--test-size must be a share", "got 1.0"]),
-        ("--timeout 0", ["--timeout is a number of seconds above 0, got 0.0"]),
+        ("--timeout 0", ["--timeout must be a number of seconds above 0, got 0.0"]),
         ("--cv some", ["--cv", "time:5", "'some'"]),
         ("--cv 33", ["--cv must", "rows, 32, got 33"]),
         ("--cv 1", ["--cv", "at least 2", "'1'"]),

@@ -174,7 +174,7 @@ def test_what_the_check_found_says_how_a_gpu_trains(found, expected):
             {"device": "cpu"},
             "recorded steps, slower than compiled ones: gputune check found",
         ),
-        (None, {}, r"the CPU \(device='cuda' takes the GPU\): compiled code"),
+        (None, {}, "the CPU (device='cuda' takes the GPU): compiled code"),
     ],
 )
 def test_a_search_says_where_and_how_it_trains_and_why(failed, options, said, capsys, iris):

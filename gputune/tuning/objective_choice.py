@@ -1,0 +1,93 @@
+"""The training objective of a model, and checks of options that not every model supports."""
+
+from gputune.data.target import Target
+from gputune.errors import InputError
+from gputune.scoring.losses import LOSS_OF_TASK
+from gputune.scoring.objective import Objective, make_objective
+from gputune.tuning.choices import ModelChoice
+from gputune.tuning.options import Options
+from gputune.wording import option, per_interface
+
+_PASS_MODULE = per_interface(
+    "pass a module, for example model=gputune.models.MLP", "give a module, --model FILE.py:NAME"
+)
+
+
+def check_machine(choice: ModelChoice, options: Options) -> None:
+    """Raise InputError for a precision or a backend that does not fit the model."""
+    model = option("model", choice.name)
+    if options.precision == "bf16" and choice.kind != "module":
+        raise InputError(
+            "precision='bf16'",
+            f"is for your own modules, but {model} trains in full precision",
+            remedy=f"Leave {option('precision')} out, or {_PASS_MODULE}.",
+        )
+    if options.tf32 and choice.solved:
+        raise InputError(
+            "tf32=True",
+            "is for matrix products in single precision, but the logistic regression solved with "
+            f"{option('optimizer', 'exact')} uses double precision",
+            remedy=f"Leave {option('tf32')} out.",
+        )
+    if options.backend == "loop" and choice.kind != "module":
+        raise InputError(
+            "backend='loop'",
+            f"trains the members of your own module one by one, but this is {model}",
+            remedy=f"Choose {option('backend', 'auto')} or {option('backend', 'eager')}.",
+        )
+
+
+def choose_objective(target: Target, choice: ModelChoice, options: Options) -> Objective | None:
+    """Return the training objective of a module.
+
+    Returns None for a built-in model with the loss of its task.
+    """
+    if choice.kind == "module":
+        return make_objective(options.loss, options.training_step, options.augment, target.task)
+    if target.values.ndim > 1 or target.task == "custom":
+        raise InputError(
+            f"model={choice.name!r}",
+            f"predicts one class or one number per row, but {target.name} has shape "
+            f"{target.values.shape}",
+            remedy=f"For several outputs {_PASS_MODULE}, which takes n_outputs.",
+        )
+    if choice.solved and target.task == "regression":
+        raise InputError(
+            "model='logistic'",
+            f"solved with {option('optimizer', 'exact')} predicts classes, but the target is a "
+            "number",
+            remedy=f"Choose {option('model', 'mlp')}, or {option('optimizer', 'adamw')} for a "
+            "linear regression.",
+        )
+    for name in ("training_step", "augment"):
+        if getattr(options, name) is not None:
+            raise InputError(
+                name,
+                f"is for your own modules, but {option('model', choice.name)} trains on the loss "
+                "of its task",
+                remedy=f"Leave {option(name)} out, or {_PASS_MODULE}.",
+            )
+    return None if options.loss is None else _built_in_objective(target, choice, options)
+
+
+def _built_in_objective(target: Target, choice: ModelChoice, options: Options) -> Objective | None:
+    """Return the named loss of a built-in model, or None if it is the loss of the task."""
+    is_regression = target.task == "regression"
+    names = "'mse', 'mae', 'huber' or 'quantile'" if is_regression else "'cross_entropy'"
+    model = option("model", choice.name)
+    if not isinstance(options.loss, str):
+        raise InputError(
+            "loss",
+            f"must be {names} for {model}, not your own function",
+            remedy=f"To train with your own loss, {_PASS_MODULE}.",
+        )
+    objective = make_objective(options.loss, None, None, target.task)
+    if objective.loss == LOSS_OF_TASK[target.task]:
+        return None
+    if not is_regression:
+        raise InputError(
+            f"loss={options.loss!r}",
+            f"does not fit {model}",
+            remedy=f"Choose {names}, or {_PASS_MODULE}.",
+        )
+    return objective
