@@ -585,13 +585,13 @@ def test_a_study_runs_code_only_of_whom_its_user_has_trained(tmp_path, iris, ano
 def test_weights_that_a_file_does_not_hold_are_asked_for(tmp_path, iris):
     X, y = iris
     study = tune_one("mlp", X, y, sample_weight=np.ones(150) * 2, study=tmp_path / "a.db")
-    with refused("cannot read sample_weight again"):
+    with refused("cannot read sample_weight, which this study used, from the study file"):
         gputune.Study.open(tmp_path / "a.db").best_model(X, y)
     with refused("cannot weight other rows"):
         study.best_model(X, y)
     half = {Fraction(0): 2.0}  # equals a class, and is none of the kinds that a file holds
     tune_one("mlp", X, y, class_weight=half, study=tmp_path / "b.db")
-    with refused(r"cannot read class_weight={Fraction\(0, 1\): 2.0} again"):
+    with refused(r"cannot read class_weight={Fraction\(0, 1\): 2.0} from the study"):
         gputune.Study.open(tmp_path / "b.db").best_model(X, y)
 
 
