@@ -24,9 +24,9 @@ from gputune.version import __version__
 # Installation maps the top-level folder models/ of the source to this package.
 if find_spec("gputune.models") is None:
     raise ImportError(
-        f"gputune is imported from its source, {__path__[0]}, and not as it is installed, with "
-        "models and compiled code: start Python in another folder, or with -P (python -P -m "
-        "gputune)."
+        f"gputune is imported from its source, {__path__[0]}, which has no compiled code. Start "
+        "Python in another folder, or with -P (python -P -m gputune), to import the installed "
+        "gputune."
     )
 
 if TYPE_CHECKING:

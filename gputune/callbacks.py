@@ -89,20 +89,20 @@ class Callbacks:
                 self.stop.ask()
             except Exception as error:  # any error of the user's callback
                 self.active.remove(callback)
-                raised = (
-                    f"{type(callback).__name__}.{moment} raised {type(error).__name__}: {error}"
-                )
+                name = type(callback).__name__
                 warn(
-                    f"{raised}. It is not called again; the search goes on, and nothing of it is "
-                    "lost."
+                    f"{name}.{moment} raised {type(error).__name__}: {error}. {name} is not called "
+                    "again. The search continues without it, and loses no results."
                 )
 
 
 def plain_params(params: Mapping[str, object]) -> dict[str, bool | int | float | str]:
     """Return hyperparameters as numbers and words. Other values, and None, become text."""
-    return {
-        key: "None" if (short := label(value)) is None else short for key, value in params.items()
-    }
+    plain = {}
+    for key, value in params.items():
+        text = label(value)
+        plain[key] = "None" if text is None else text
+    return plain
 
 
 def trial_numbers(trial: Trial) -> dict[str, float]:
@@ -112,33 +112,35 @@ def trial_numbers(trial: Trial) -> dict[str, float]:
     hyperparameters. With several metrics there is also ``metrics/NAME``, the mean of each metric
     over the folds.
     """
-    numbers = {
-        name: getattr(trial, name) for name in ("score", "std_error", "best_epoch", "seconds")
+    numbers: dict[str, float] = {
+        "score": trial.score,
+        "std_error": trial.std_error,
+        "best_epoch": trial.best_epoch,
+        "seconds": trial.seconds,
     }
     numbers |= {f"metrics/{name}": score for name, score in trial.scores.items()}
-    numbers |= {
-        f"params/{k}": v for k, v in trial.params.items() if isinstance(v, bool | int | float)
-    }
+    for name, value in trial.params.items():
+        if isinstance(value, bool | int | float):
+            numbers[f"params/{name}"] = value
     return {name: float(value) for name, value in numbers.items() if math.isfinite(value)}
 
 
 def _best_score(study: Study) -> float:
     """Return the best finite score of the trials that were not pruned, or -inf without any."""
-    return max(
-        (t.score for t in study.trials if math.isfinite(t.score) and t.state != "pruned"),
-        default=-math.inf,
-    )
+    scores = [trial.score for trial in study.trials if trial.state != "pruned"]
+    return max(filter(math.isfinite, scores), default=-math.inf)
 
 
 def _study_options(study: Study) -> Json:
     """Return the options by which people compare searches."""
     record = study.record
-    values = {
-        name: getattr(record, name)
-        for name, part in RECORD_FIELDS.items()
-        if part.logged and name not in record.absent
-    }
-    return {name: value for name, value in values.items() if value is not None}
+    options = {}
+    for name, part in RECORD_FIELDS.items():
+        if part.logged and name not in record.absent:
+            value = getattr(record, name)
+            if value is not None:
+                options[name] = value
+    return options
 
 
 _MOST = 1000  # MLflow's limit of metrics in one log_batch
@@ -185,39 +187,40 @@ class MLflow(Callback):
     def on_study_start(self, study: Study) -> None:
         client = self._client()
         experiment = client.get_experiment_by_name(self.experiment)
-        number = (
-            client.create_experiment(self.experiment)
-            if experiment is None
-            else experiment.experiment_id
-        )
-        self.run_id = client.create_run(number, run_name=self.run_name).info.run_id
+        if experiment is None:
+            experiment_id = client.create_experiment(self.experiment)
+        else:
+            experiment_id = experiment.experiment_id
+        self.run_id = client.create_run(experiment_id, run_name=self.run_name).info.run_id
         self.best = _best_score(study)
         self.done = sum(t.state != "waiting" for t in study.trials)
         client.log_batch(self.run_id, params=self._params(_study_options(study)))
 
     def on_trials_end(self, trials: Study) -> None:
         now = int(time.time() * 1000)
-        metric = self.mlflow.entities.Metric
-        values = [
-            (key, v, trial.number)
-            for trial in trials.trials
-            for key, v in trial_numbers(trial).items()
-        ]
+        metrics = []
+
+        def add(key: str, value: float, step: int) -> None:
+            name = _REFUSED.sub("_", key)
+            metrics.append(self.mlflow.entities.Metric(name, value, now, step))
+
+        for trial in trials.trials:
+            for key, value in trial_numbers(trial).items():
+                add(key, value, trial.number)
         self.best = max(self.best, _best_score(trials))
-        self.done = self.done + len(trials.trials)
-        values += [("best_score", self.best, self.done)] * math.isfinite(self.best)
-        metrics = [metric(_REFUSED.sub("_", key), value, now, step) for key, value, step in values]
+        self.done += len(trials.trials)
+        if math.isfinite(self.best):
+            add("best_score", self.best, self.done)
         for begin in range(0, len(metrics), _MOST):
             self._client().log_batch(self.run_id, metrics=metrics[begin : begin + _MOST])
 
     def on_study_end(self, study: Study) -> None:
         client = self._client()
         if math.isfinite(self.best):
-            known = {"trial": study.best_trial.number, **plain_params(study.best_params)}
-            client.log_batch(
-                self.run_id,
-                params=self._params({f"best/{key}": value for key, value in known.items()}),
-            )
+            best: dict[str, object] = {"best/trial": study.best_trial.number}
+            for key, value in plain_params(study.best_params).items():
+                best[f"best/{key}"] = value
+            client.log_batch(self.run_id, params=self._params(best))
         unfinished = any(trial.state in ("waiting", "stopped") for trial in study.trials)
         client.set_terminated(self.run_id, "KILLED" if unfinished else "FINISHED")
 

@@ -51,9 +51,8 @@ def check_file(
         raise _no_permission(path) from None
     except (OSError, ValueError) as error:  # a link to itself, a name that is too long or has a NUL
         reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(
-            f"{str(path)!r:.300} cannot be read: {reason.lower()}. Check the path."
-        ) from None
+        rule = f"{str(path)!r:.300} cannot be read: {reason.lower()}"
+        raise InputError(None, rule, remedy="Check the path.") from None
     _check_mode(path, status.st_mode, folder)
     return status.st_size
 
@@ -109,40 +108,42 @@ def check_room(path: Path, needed: int, free: int | None = None) -> None:
     if free is None:
         free = free_memory()
     if needed > free:
-        remedy = "leave out rows or columns, or read it where there is more"
         raise InputError(
-            f"{str(path)!r} needs about {size_words(needed)} of memory or more, and "
-            f"{size_words(free)} are free; {remedy}."
+            None,
+            f"{str(path)!r} needs about {size_words(needed)} of memory or more, but only "
+            f"{size_words(free)} are free",
+            remedy="Leave out rows or columns, or use a machine with more memory.",
         )
 
 
 def check_model_folder(folder: Path) -> None:
     """Raise InputError if there is no folder of this name, from which a model is to be read."""
     if not folder.is_dir():
-        raise InputError(f"there is no model folder {str(folder)!r}; check the path.")
+        rule = f"there is no model folder {str(folder)!r}"
+        raise InputError(None, rule, remedy="Check the path.")
 
 
 def _check_mode(path: Path, mode: int, folder: str) -> None:
     if stat.S_ISDIR(mode):
-        raise InputError(f"{str(path)!r} is a folder; {folder}.")
+        remedy = f"{folder[0].upper()}{folder[1:]}."
+        raise InputError(None, f"{str(path)!r} is a folder", remedy=remedy)
     for is_kind, kind in _KINDS:
         if is_kind(mode):
-            raise InputError(
-                f"{str(path)!r} is {kind} and no file; write its content into a file first."
-            )
+            remedy = "Write its content into a file first."
+            raise InputError(None, f"{str(path)!r} is {kind}, not a file", remedy=remedy)
 
 
 def _remedy(path: Path, missing: str) -> str:
     if str(path) == "-":
-        return "standard input is not read, write it into a file first"
+        return "write standard input into a file first"
     if _URL.match(str(path)):
-        return "a URL is not read, download it into a file first"
+        return "download the URL into a file first"
     if path.is_symlink():
-        return "the link of that name leads nowhere"
+        return "the link of that name points to nothing"
     return missing
 
 
 def _no_permission(path: Path) -> PermissionError:
     return PermissionError(
-        f"{str(path)!r} may not be read; check the rights of the file and of its folders."
+        f"{str(path)!r} may not be read; check the permissions of the file and of its folders."
     )

@@ -190,7 +190,8 @@ def naming_folder(folder: Path, action: str, remedy: str) -> Iterator[None]:
 
 def no_folder(argument: str, path: Path) -> InputError:
     """Return the error for an argument with a file in a folder that does not exist."""
-    return InputError(f"{argument}: the folder {str(path.parent)!r} does not exist; make it first.")
+    rule = f"must be in an existing folder, but {str(path.parent)!r} does not exist"
+    return InputError(argument, rule, remedy="Create the folder first.")
 
 
 def write_text(path: Path, text: str) -> None:

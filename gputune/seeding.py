@@ -51,7 +51,7 @@ def keyed_draws(
         host: Whether the generators of Python and NumPy draw from streams of ``key`` as well.
     """
     devices = [device] if device.type == "cuda" else []
-    with GLOBAL_DRAWS, torch.random.fork_rng(devices), _host_put_back(host):
+    with GLOBAL_DRAWS, torch.random.fork_rng(devices), _restored_host_generators(host):
         start_stream(device, seed, *key, host=host)
         yield
 
@@ -85,7 +85,7 @@ def seeded_generators(seed: int) -> Iterator[None]:
     waits until this block ends.
     """
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    with GLOBAL_DRAWS, torch.random.fork_rng(devices), _host_put_back(True):
+    with GLOBAL_DRAWS, torch.random.fork_rng(devices), _restored_host_generators(True):
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
@@ -93,9 +93,9 @@ def seeded_generators(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def _host_put_back(wanted: bool) -> Iterator[None]:
-    """Restore the state of the generators of Python and NumPy after the block, if ``wanted``."""
-    if not wanted:
+def _restored_host_generators(enabled: bool) -> Iterator[None]:
+    """Restore the state of the generators of Python and NumPy after the block, if ``enabled``."""
+    if not enabled:
         yield
         return
     python_state = random.getstate()

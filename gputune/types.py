@@ -103,30 +103,31 @@ The second range is for sgd and nesterov, which do not scale their steps.
 def defaults_in_words() -> str:
     """Return the default spaces and values as text, one line each, for help and documentation."""
 
-    def of(key: str) -> str:
-        choices = SEARCHED[key]
-        if isinstance(choices, tuple):
-            return f"{key} {', '.join(f'{choice:g}' for choice in choices)}"
-        return f"{key} {choices['low']:g}..{choices['high']:g} (log)"
+    def choices(key: str) -> str:
+        values = SEARCHED[key]
+        if isinstance(values, tuple):
+            return f"{key} {', '.join(f'{value:g}' for value in values)}"
+        return f"{key} {values['low']:g}..{values['high']:g} (log)"
 
-    def rate(factors: tuple[float, float]) -> str:
-        return "..".join(f"{factor * DEFAULT_LR:g}" for factor in factors)
+    def rates(factors: tuple[float, float]) -> str:
+        low, high = factors
+        return f"{low * DEFAULT_LR:g}..{high * DEFAULT_LR:g}"
 
-    trained = (
-        f"lr {rate(LR_FACTORS)} (log; sgd and nesterov {rate(PLAIN_LR_FACTORS)}), "
-        f"{of('batch_size')}"
-    )
-    values = ", ".join(f"{key} {value}" for key, value in DEFAULTS.items())
-    decays = f"weight_decay {default_weight_decay('adamw'):g} (adamw and its kin) or 0"
-    momenta = (
+    lr = f"lr {rates(LR_FACTORS)} (log; sgd and nesterov {rates(PLAIN_LR_FACTORS)})"
+    decay = f"weight_decay {default_weight_decay('adamw'):g} (adamw and its relatives) or 0"
+    momentum = (
         f"momentum {default_momentum('nesterov'):g} (nesterov), {default_momentum('muon'):g} "
         "(muon) or 0"
     )
+    others = ", ".join(f"{key} {value}" for key, value in DEFAULTS.items())
     return (
-        f"The default space of mlp: {trained}, {of('weight_decay')}, {of('width')}.\n"
-        f"Of a module: the same without width; hd optimizers also {of('hypergrad_lr')}.\n"
-        f"Of logistic, solved: {of('C')}, {of('l1_ratio')}.\n"
-        f"Where a space is silent: lr {DEFAULT_LR:g}, {decays}, {momenta}, {values}."
+        f"Default space of mlp: {lr}, {choices('batch_size')}, {choices('weight_decay')}, "
+        f"{choices('width')}.\n"
+        "Default space of a module: the same without width. For optimizers with the suffix hd also "
+        f"{choices('hypergrad_lr')}.\n"
+        f"Default space of logistic, which is solved: {choices('C')}, {choices('l1_ratio')}.\n"
+        f"Defaults of keys that are not in the space: lr {DEFAULT_LR:g}, {decay}, {momentum}, "
+        f"{others}."
     )
 
 
@@ -198,18 +199,14 @@ def beyond_limit(sizes: Mapping[int, int], scores: Mapping[int, float]) -> list[
     first.
     """
     order = sorted(sizes, key=lambda number: (scores[number], number), reverse=True)
-    return [
-        number
-        for number, size in zip(order, accumulate(sizes[number] for number in order))
-        if size > KEPT_BYTES
-    ]
+    totals = accumulate(sizes[number] for number in order)
+    return [number for number, total in zip(order, totals) if total > KEPT_BYTES]
 
 
 def drop_beyond_limit(outputs: dict[int, Outputs], scores: Mapping[int, float]) -> None:
     """Delete the outputs of the worst trials that do not fit into the limit of bytes."""
-    for number in beyond_limit(
-        {number: one.values.nbytes for number, one in outputs.items()}, scores
-    ):
+    sizes = {number: output.values.nbytes for number, output in outputs.items()}
+    for number in beyond_limit(sizes, scores):
         del outputs[number]
 
 

@@ -15,7 +15,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from gputune.sklearn import RandomizedSearchCV
 from gputune.sklearn.base import fit_together
 from gputune.sklearn.dataset import FoldGroup
-from gputune.sklearn.recipe import Training
+from gputune.sklearn.recipe import FitOptions
 
 SCORES = ["neg_log_loss", "accuracy"]
 OPTIONS = {"n_iter": 4, "cv": 3, "random_state": 0}
@@ -155,7 +155,7 @@ class Fits:
         self.candidates = candidates
         self.rows = rows
         group = FoldGroup(tuple(range(len(folds))), rows, tuple(folds))
-        self.results = fit_together(dict(enumerate(candidates)), group, Training(**options))
+        self.results = fit_together(dict(enumerate(candidates)), group, FitOptions(**options))
 
     def error(self, fold, trial):
         result = self.results[fold, trial]

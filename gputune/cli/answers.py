@@ -31,10 +31,8 @@ def rows_with_target(
     name = model.target if target is None else target
     if Path(file).suffix.lower() in ARRAY_SUFFIXES or not isinstance(model.layout, Layout):
         if target is None and Path(file).suffix.lower() == ".npy":
-            raise InputError(
-                "--target is missing: give the .npy file that has the right answer of each row "
-                f"of {file!r}."
-            )
+            remedy = f"Name the .npy file with the right answer for each row of {file!r}."
+            raise InputError("--target", "is missing", remedy=remedy)
         source = _arrays_with_target(model, Path(file), name)
         source = source.with_target(missing_target, "row {}".format, is_column=False)
     else:
@@ -52,8 +50,11 @@ def _arrays_with_target(model: TunedModel, path: Path, name: str) -> Source:
     X = model._inputs(path)
     y = pick_target(path, name)
     if y.ndim == 0 or len(y) != len(X):
-        got = f"{len(X)} rows, and the target {name!r} has the shape {y.shape}"
-        raise InputError(f"{str(path)!r} has {got}; give one right answer for each row.")
+        raise InputError(
+            None,
+            f"{str(path)!r} has {len(X)} rows, but the target {name!r} has shape {y.shape}",
+            remedy="Give one right answer for each row.",
+        )
     return Source(X, y, name, None, None)
 
 
@@ -65,8 +66,9 @@ def _table_with_target(model: TunedModel, file: str, name: str) -> Table:
     labels = [name] if model.classes is not None and model.classes.dtype.kind == "U" else []
     table = read_table(file, [*texts, *labels])
     if name not in table.names:
-        what = f"{file!r} has no column {name!r}"
         raise InputError(
-            f"{what}, with which the model is to be compared; gputune predict needs none."
+            None,
+            f"{file!r} has no column {name!r} with the right answers",
+            remedy="To predict without them, use gputune predict.",
         )
     return table

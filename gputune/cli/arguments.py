@@ -72,13 +72,15 @@ def make_parser() -> argparse.ArgumentParser:
             for dest, rule in rules.items():
                 _add_flag(group, dest, rule)
         if name in ("tune", "train", "resume"):
-            how: dict[str, Any] = {
-                "dest": "verbose",
-                "action": "store_const",
-                "const": 0,
-                "default": 1,
-            }
-            group.add_argument("-q", "--quiet", help="print nothing but warnings and errors", **how)
+            group.add_argument(
+                "-q",
+                "--quiet",
+                dest="verbose",
+                action="store_const",
+                const=0,
+                default=1,
+                help="print only warnings and errors",
+            )
     return parser
 
 
@@ -93,10 +95,12 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str, hints: str = "") -> NoReturn:
         """Print an error with hints, and exit with code 2."""
         # argparse gives the legal choices only in its message.
-        if choice := re.search(r"invalid choice: ('.*') \(choose from (.*)\)", message):
+        choice = re.search(r"invalid choice: ('.*') \(choose from (.*)\)", message)
+        if choice is not None:
             hints = did_you_mean(choice[1][1:-1], re.findall(r"'([^']*)'", choice[2]))
-        hints = hints and f".{hints}"
-        self.exit(2, f"gputune: error: {message}{hints}\nTry '{self.prog} --help'.\n")
+        if hints:
+            message = f"{message}.{hints}"
+        self.exit(2, f"gputune: error: {message}\nTry '{self.prog} --help'.\n")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse like argparse, but report an unknown flag as an error of the command, not of
@@ -106,16 +110,19 @@ class _Parser(argparse.ArgumentParser):
             return typed
         # The flags of every command show which command has an unknown flag.
         flags = {
-            name: re.findall(r"--[\w-]+", command.format_usage())
+            name: re.findall(r"--([\w-]+)", command.format_usage())
             for name, command in self.commands.items()
         }
         hints = ""
-        for flag in (word.partition("=")[0] for word in unknown if word.startswith("--")):
-            if having := [name for name, known in flags.items() if flag in known]:
-                hints += f" {typed.command} has no {flag}, a flag of {', '.join(having)}."
-            elif near := nearest(
-                flag[2:], [known[2:] for known in flags[typed.command]], others=_OTHER_FLAGS
-            ):
+        for argument in unknown:
+            if not argument.startswith("--"):
+                continue
+            flag = argument[2:].partition("=")[0]
+            commands = [name for name, names in flags.items() if flag in names]
+            near = nearest(flag, flags[typed.command], others=_OTHER_FLAGS)
+            if commands:
+                hints += f" {typed.command} has no --{flag}, a flag of {', '.join(commands)}."
+            elif near:
                 hints += f" Did you mean '--{near}'?"
         self.commands[typed.command].error(f"unrecognized arguments: {' '.join(unknown)}", hints)
 
@@ -136,24 +143,29 @@ def _groups(command: str, flags: Sequence[Rule]) -> dict[str, dict[str, Rule]]:
     if command == "tune":
         return groups
     if command == "train":
-        of_training = {"config": _SET, **{name: groups[SEARCH][name] for name in _OF_TRAINING}}
+        training = {name: groups[SEARCH][name] for name in _OF_TRAINING}
         machine = {name: rule for name, rule in groups[MACHINE].items() if name not in _OF_SEARCH}
-        changed = {SEARCH: of_training, MACHINE: machine}
-        return {
-            "the training" if title == SEARCH else title: changed.get(title, groups[title])
-            for title in groups
+        changed = {
+            SEARCH: ("the training", {"config": _SET, **training}),
+            MACHINE: (MACHINE, machine),
         }
-    changes = {}
-    for name, rule in (
-        pair for rules in groups.values() for pair in rules.items() if command == "resume"
-    ):
-        if rule.resume:
-            # A resume keeps the values of the search, so the help must not name a default.
-            unchanged = re.sub(r"\((auto|60)\)$", "(as the search began)", rule.help)
-            changes[name] = replace(
-                rule, help=unchanged if rule.resume is True else str(rule.resume)
-            )
-    return {"": changes | {flag.name.removeprefix("--").replace("-", "_"): flag for flag in flags}}
+        return dict(changed.get(title, (title, rules)) for title, rules in groups.items())
+    ungrouped: dict[str, Rule] = {}
+    if command == "resume":
+        for rules in groups.values():
+            ungrouped |= {name: _for_resume(rule) for name, rule in rules.items() if rule.resume}
+    for flag in flags:
+        ungrouped[flag.name.removeprefix("--").replace("-", "_")] = flag
+    return {"": ungrouped}
+
+
+def _for_resume(rule: Rule) -> Rule:
+    """Return the rule of an option that ``gputune resume`` may change, with its help text there."""
+    if rule.resume is not True:
+        return replace(rule, help=str(rule.resume))
+    # A resume keeps the values of the search, so the help must not name a default.
+    default = r"(\((auto|60)\)|\[default: (auto|60)\])$"
+    return replace(rule, help=re.sub(default, "[default: as in the search]", rule.help))
 
 
 def _add_flag(group: argparse._ActionsContainer, name: str, rule: Rule) -> None:
@@ -166,26 +178,24 @@ def _add_flag(group: argparse._ActionsContainer, name: str, rule: Rule) -> None:
         group.add_argument(rule.name, dest=name, help=rule.help, action=action, default=None)
         return
     metavar = rule.flag.partition(" ")[2]
-    how: dict[str, Any] = {"type": _READERS[rule.takes], "metavar": metavar}
+    settings: dict[str, Any] = {"type": _READERS[rule.takes], "metavar": metavar}
     if rule.choices is not None:
-        how = {"choices": rule.choices}
+        settings = {"choices": rule.choices}
     elif not metavar:
-        how = {"action": "store_false" if rule.name.startswith("--no-") else "store_true"}
+        settings = {"action": "store_false" if rule.name.startswith("--no-") else "store_true"}
     elif name == "ray":
-        how |= {"nargs": "?", "const": "local"}
+        settings |= {"nargs": "?", "const": "local"}
     elif rule.takes in ("specs", "config"):
-        how |= {"nargs": "+", "action": "extend" if rule.takes == "specs" else "append"}
-    own = (
-        {"default": rule.default, "required": rule.required}
-        if isinstance(rule, _Flag)
-        else {"default": None}
-    )
-    group.add_argument(rule.name, dest=name, help=rule.help, **how, **own)
+        settings |= {"nargs": "+", "action": "extend" if rule.takes == "specs" else "append"}
+    settings["default"] = None
+    if isinstance(rule, _Flag):
+        settings |= {"default": rule.default, "required": rule.required}
+    group.add_argument(rule.name, dest=name, help=rule.help, **settings)
 
 
 _SET = Rule(
     "--set KEY=VALUE",
-    "a hyperparameter, such as lr=1e-3 or width=64; what is not set has its default",
+    "hyperparameters, such as lr=1e-3 width=64; all others have their defaults",
     takes="specs",
 )
 # options of a search that ``gputune train`` has too
@@ -201,15 +211,16 @@ _TABLE = (
 _MODEL = ("MODEL_DIR", "the folder of a saved model")
 _ROWS = (
     "FILE",
-    "a table with the columns of the training data; or .npz, .npy or .pt, with arrays like those",
+    "a table with the columns of the training data, or a .npz, .npy or .pt file with such arrays",
 )
 _TRUST = _Flag(
     "--trust-code",
-    "run the code that it names, also where you have not trained or saved it on this machine",
+    "run the code that the study or model names, even if it was not trained or saved on this "
+    "machine",
 )
-_BY = _Flag("--by NAME", "rank by this one of several metrics (the first of --scoring)")
+_BY = _Flag("--by NAME", "the metric to rank by [default: the first of --scoring]")
 _CLASS = _Flag(
-    "--model FILE.py:NAME", "the model's class, where its file has moved; it runs that file"
+    "--model FILE.py:NAME", "the model's class, if its file has moved; this runs the file"
 )
 
 _COMMANDS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]], Sequence[_Flag]]] = {
@@ -224,7 +235,7 @@ _COMMANDS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]], Sequence[_Flag
         (),
     ),
     "resume": (
-        "go on with a search where it was stopped, from its study alone",
+        "continue a stopped search, using only its study",
         {"study": _STUDY},
         [_TRUST],
     ),
@@ -234,7 +245,8 @@ _COMMANDS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]], Sequence[_Flag
         [
             _Flag(
                 "--format",
-                "json and csv have scores in scikit-learn's sign: greater is better",
+                "the format; json and csv have scores in scikit-learn's sign (greater is better) "
+                "[default: table]",
                 choices=("table", "json", "csv"),
                 default="table",
             ),
@@ -250,10 +262,10 @@ _COMMANDS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]], Sequence[_Flag
         "predict the rows of a file with a saved model, as CSV",
         {"folder": _MODEL, "file": _ROWS},
         [
-            _Flag("--proba", "a column of probabilities for each class"),
+            _Flag("--proba", "write a column of probabilities for each class"),
             _Flag(
                 "--interval LEVEL",
-                "two more columns, _lower and _upper, between which a share of the values lies, "
+                "add columns _lower and _upper with intervals that hold this share of the values, "
                 "such as 0.9",
                 "number",
             ),
@@ -263,14 +275,14 @@ _COMMANDS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]], Sequence[_Flag
                 "is named TARGET_given",
                 "names",
             ),
-            _Flag("--raw", "no ' before text that a spreadsheet takes for a formula"),
-            _Flag("--out FILE", "write there instead of to standard output"),
+            _Flag("--raw", "write no ' before text that a spreadsheet would read as a formula"),
+            _Flag("--out FILE", "the file to write [default: standard output]"),
             _CLASS,
             _TRUST,
         ],
     ),
     "evaluate": (
-        "score a saved model on the rows of a file with known right answers",
+        "score a saved model on the rows of a file with right answers",
         {
             "folder": _MODEL,
             "file": (_ROWS[0], f"{_ROWS[1]}; with the target, unless --target is a file"),
@@ -279,20 +291,20 @@ _COMMANDS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]], Sequence[_Flag
             _Flag(
                 "--target NAME",
                 "the column or array with the right answers; for a .npy file, another .npy file "
-                "[default: that of the training]",
+                "[default: the target of the training]",
             ),
             _Flag(
                 "--scoring NAME,NAME",
-                "scikit-learn scorer names (the usual ones of the task)",
+                "scikit-learn scorer names [default: the usual ones of the task]",
                 "names",
             ),
             _Flag(
                 "--positive CLASS",
-                "the class that f1, precision, recall, average_precision, ... are of",
+                "the positive class of f1, precision, recall, average_precision, ...",
             ),
             _Flag(
                 "--missing-target",
-                "what to do with rows whose target is missing: error, or drop them",
+                "rows whose target is missing: end with an error, or drop them [default: error]",
                 choices=("error", "drop"),
                 default="error",
             ),
@@ -302,35 +314,36 @@ _COMMANDS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]], Sequence[_Flag
         ],
     ),
     "repair": (
-        "save what is whole in a damaged study into a new file",
+        "save the intact part of a damaged study into a new file",
         {"study": ("STUDY", f"{_STUDY[1]}; it is only read")},
-        [_Flag("--out NEW", "the new file; the folder where it lies exists", required=True)],
+        [_Flag("--out NEW", "the new file, in an existing folder", required=True)],
     ),
     "report": (
-        "write one page of HTML about a study, finished or running",
+        "write an HTML report on a finished or running study",
         {"study": _STUDY},
         [
-            _Flag("--out FILE", "where the page is written (report.html beside the study)"),
+            _Flag("--out FILE", "the report [default: report.html next to the study]"),
             _Flag(
                 "--live",
-                "write it again every few seconds, a page that reloads itself, until the search "
-                "has ended",
+                "write the report again every few seconds until the search has ended; the page "
+                "reloads itself",
             ),
-            _Flag("--confusion", "a confusion matrix of what the best trial predicts on its folds"),
+            _Flag("--confusion", "add a confusion matrix of the best trial's predictions"),
             _Flag(
                 "--importance",
-                "what each column is worth, by shuffling it; the best trial trains once more",
+                "add the importance of each column, by shuffling it; trains the best trial again",
             ),
             _BY,
             _TRUST,
         ],
     ),
     "status": (
-        "look at a running search: trials by state, the best so far, the last result",
+        "show the progress of a search: trials by state, the best so far, the last result",
         {"study": _STUDY},
         [
             _Flag(
-                "--watch", "look again every two seconds, with the best curves, until it has ended"
+                "--watch",
+                "show it every two seconds, with the best curves, until the search has ended",
             )
         ],
     ),
@@ -338,17 +351,19 @@ _COMMANDS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]], Sequence[_Flag
         "write a saved model as one file that runs without gputune",
         {"folder": _MODEL},
         [
-            _Flag("--out FILE", "a new file: .onnx for ONNX, .pt2 for torch.export", required=True),
+            _Flag(
+                "--out FILE", "the new file: .onnx for ONNX, .pt2 for torch.export", required=True
+            ),
             _CLASS,
             _TRUST,
         ],
     ),
     "check": (
-        "try on a device that members equal a plain loop, and how fast it trains: about a minute",
+        "check that members equal a plain loop on a device, and how fast it trains (one minute)",
         {},
         [
-            _Flag("--device D", "auto (default), cpu, cuda or cuda:1", default="auto"),
-            _Flag("--json", "the table as JSON"),
+            _Flag("--device D", "auto, cpu, cuda or cuda:1 [default: auto]", default="auto"),
+            _Flag("--json", "print the table as JSON"),
         ],
     ),
 }
@@ -363,7 +378,8 @@ def _reader(
 
     def number(text: str) -> float:
         with suppress(ValueError):
-            if not (value := read(text)) < least:
+            value = read(text)
+            if not value < least:
                 return value
         raise argparse.ArgumentTypeError(f"must be {rule}, got {text!r}")
 
@@ -399,8 +415,10 @@ def model_folder(study: Path) -> Path:
 
 
 def report_page(study: Path) -> Path:
-    """Return where the page of a study is written: beside it, under the study's own name where that
-    is not the usual one."""
+    """Return the path of the HTML report of a study, next to the study.
+
+    It is named after the study, unless the study has the default name.
+    """
     return study.parent / ("report.html" if study.name == STUDY else f"{study.stem}.report.html")
 
 

@@ -11,20 +11,22 @@ from gputune.wording import Interface, Reference
 
 _MIN_EPOCHS = Rule(
     "--min-epochs E",
-    "with --method halving: epochs before the first rung (a 27th of --epochs); median: before "
-    "the first decision (a tenth)",
+    "with --method halving: epochs before the first rung [default: 1/27 of --epochs]; with "
+    "median: before the first decision [default: 1/10]",
     "1..",
 )
 
 METHOD_RULES: dict[str, dict[str, Rule]] = {
     "halving": {
         "factor": Rule(
-            "--factor F", "with --method halving: the best 1/F go on from a rung (3)", "number"
+            "--factor F",
+            "with --method halving: the best 1/F of the trials continue after a rung [default: 3]",
+            "number",
         ),
         "min_epochs": _MIN_EPOCHS,
         "brackets": Rule(
             "--brackets N",
-            "with --method halving: brackets, each with its first rung later (1)",
+            "with --method halving: number of brackets, each with a later first rung [default: 1]",
             "1..",
         ),
     },
@@ -32,27 +34,30 @@ METHOD_RULES: dict[str, dict[str, Rule]] = {
         "min_epochs": _MIN_EPOCHS,
         "every": Rule(
             "--every E",
-            "with --method median: epochs between two decisions (as many as before the first)",
+            "with --method median: epochs between two decisions [default: --min-epochs]",
             "1..",
         ),
     },
     "hypergradient": {
         "hyperparameters": Rule(
             "--descend-on KEY,KEY",
-            "with --method hypergradient: some of lr (default), momentum, weight_decay, beta1, "
-            "beta2; C for the solved logistic regression",
+            "with --method hypergradient: some of lr, momentum, weight_decay, beta1, beta2; C for "
+            "the solved logistic regression [default: lr]",
             "names",
         ),
         "outer_steps": Rule(
-            "--outer-steps N", "with --method hypergradient: steps from each start (10)", "1.."
+            "--outer-steps N",
+            "with --method hypergradient: steps from each starting point [default: 10]",
+            "1..",
         ),
         "segments": Rule(
             "--segments S",
-            "with --method hypergradient: so many values of each over the time of training (1)",
+            "with --method hypergradient: values of each hyperparameter during a training "
+            "[default: 1]",
             "1..",
         ),
         "per_layer": Rule(
-            "--per-layer", "with --method hypergradient: values of its own for each layer"
+            "--per-layer", "with --method hypergradient: use separate values for each layer"
         ),
     },
 }
@@ -60,22 +65,25 @@ METHOD_RULES: dict[str, dict[str, Rule]] = {
 
 _MORE_RULES: dict[str, dict[str, Rule]] = {
     "the target and the model": {
-        "target": Rule("--target COL", "the column to predict (sklearn:NAME has 'target')"),
+        "target": Rule(
+            "--target COL", "the column to predict [default: 'target' for sklearn:NAME]"
+        ),
         "model": Rule(
             "--model M",
-            "mlp (default), logistic, realmlp, cnn for images, gru for sequences, or PATH.py:NAME",
+            "mlp, logistic, realmlp, cnn for images, gru for sequences, or PATH.py:NAME "
+            "[default: mlp]",
         ),
         "optimizer": Rule(
             "--optimizer O",
-            "adamw (default), adam, sgd, nesterov, each with hd at its end to adapt its rate "
-            "online; rmsprop, lion, muon, schedulefree; of a module also a class of torch.optim, "
-            "such as RAdam; logistic: exact",
+            "adamw, adam, sgd, nesterov; with the suffix hd they adapt their learning rate; "
+            "rmsprop, lion, muon, schedulefree; for a module also a class of torch.optim, such as "
+            "RAdam [default: adamw; exact for logistic]",
         ),
     },
     SEARCH: {
         "sampler": Rule(
             "--sampler",
-            "tpe: Optuna's sampler proposes the configurations, in batches (needs optuna)",
+            "the sampler that proposes configurations in batches: tpe, from Optuna (needs optuna)",
             choices=("tpe",),
         ),
         **{name: rule for group in METHOD_RULES.values() for name, rule in group.items()},
@@ -84,48 +92,50 @@ _MORE_RULES: dict[str, dict[str, Rule]] = {
         "groups": Rule("--groups COL", "rows of one group are never split between folds"),
         "test_size": Rule(
             "--test-size SHARE",
-            "share of the rows kept apart for one honest score (0.2); 0 uses all rows",
+            "share of the rows to hold out for one honest score; 0 uses all rows [default: 0.2]",
             "number",
         ),
     },
     MACHINE: {
         "study": Rule(
             "--out DIR",
-            "folder for study.db and model/ (gputune-out; of train gputune-train); the same "
-            "command goes on where it was stopped",
+            "folder for study.db and model/; repeat the command to resume a stopped search "
+            "[default: gputune-out; gputune-train for train]",
         ),
         "ray": Rule(
             "--ray ADDRESS",
-            "train on a Ray cluster: local (default), auto, HOST:PORT or ray://HOST:PORT; after "
-            "FILE",
+            "train on a Ray cluster: local, auto, HOST:PORT or ray://HOST:PORT; type it after FILE "
+            "[default: local]",
             resume=True,
         ),
         "ensemble": Rule(
             "--ensemble",
-            "choose an ensemble of the best trials too, and save what is better on the held-out "
-            "rows",
+            "also make an ensemble of the best trials, and save the model that is better on the "
+            "held-out rows",
             resume=True,
         ),
         "intervals": Rule(
-            "--intervals", "keep with the model what gputune predict --interval needs", resume=True
+            "--intervals",
+            "store residuals with the model, for gputune predict --interval",
+            resume=True,
         ),
         "calibrate": Rule(
             "--calibrate",
-            "calibrate the probabilities of classes by temperature scaling (without being asked "
-            "where --scoring is neg_log_loss)",
+            "calibrate class probabilities by temperature scaling [default: only if --scoring is "
+            "neg_log_loss]",
             resume=True,
         ),
         "compare_default": Rule(
             "--compare-default",
             "also train the default configuration on all rows, and compare both models on the "
-            "held-out rows (on if that takes less than a tenth of the steps of the search)",
+            "held-out rows [default: only if that takes less than a tenth of the search's steps]",
             takes="yes or no",
             resume=True,
         ),
         "profile": Rule(
             "--profile",
-            "say at the end where the time went, and what share of the machine's matrix products "
-            "the steps reached",
+            "print at the end how the time was spent, and the share of the machine's speed for "
+            "matrix products that the training reached",
             resume=True,
         ),
     },
@@ -138,17 +148,21 @@ def option_groups() -> dict[str, dict[str, Rule]]:
 
     The flags of the command itself come last in each group.
     """
-    return {
-        title: {name: rule for name, rule in RULES.items() if rule.flag and rule.group == title}
-        | rules
-        for title, rules in _MORE_RULES.items()
-    }
+    groups: dict[str, dict[str, Rule]] = {title: {} for title in _MORE_RULES}
+    for name, rule in RULES.items():
+        if rule.flag:
+            groups[rule.group][name] = rule
+    for title, rules in _MORE_RULES.items():
+        groups[title] |= rules
+    return groups
 
 
 def flags() -> dict[str, str]:
     """Return the flag of each argument of ``gputune.tune`` or of a method, by name."""
-    known = {name: rule.name for rules in option_groups().values() for name, rule in rules.items()}
-    return {**known, "verbose": "--quiet"}
+    by_name = {"verbose": "--quiet"}
+    for rules in option_groups().values():
+        by_name |= {name: rule.name for name, rule in rules.items()}
+    return by_name
 
 
 _OF_CALLS = {

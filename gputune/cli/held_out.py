@@ -40,7 +40,7 @@ class HeldOut:
     # Rows of a class that the search does not have. They count as wrong. Balanced accuracy and
     # scores of probabilities leave them out.
     unseen: int = 0
-    why: str = ""  # the reason if there is no score
+    reason: str = ""  # why there is no score, or ""
     interval: tuple[float, float] | None = None  # 95% interval; None if it is not known
     # how the interval was computed; "" if few bootstrap samples have a score
     interval_method: IntervalMethod = ""
@@ -48,6 +48,13 @@ class HeldOut:
     # the best answer without a model, and its score on the same rows
     baseline: tuple[str, float] | None = None
     chose: bool = False  # whether these rows chose between an ensemble and the best trial
+
+    def interval_holds(self, score: float) -> bool:
+        """Return whether a score lies within the interval."""
+        if self.interval is None:
+            return False
+        low, high = self.interval
+        return low <= score <= high
 
     def bounds(self, measure: Measure) -> str:
         """Return the bounds of the interval as text, or "" without an interval."""
@@ -59,9 +66,8 @@ class HeldOut:
         The result is "" if too few bootstrap samples have a score.
         """
         if self.interval is not None:
-            name = (
-                "95% interval" if self.interval_method == "wilson" else "95% of bootstrap samples"
-            )
+            is_exact = self.interval_method == "wilson"
+            name = "95% interval" if is_exact else "95% of bootstrap samples"
             return f" ({name}: {self.bounds(measure)})"
         if self.interval_method == "bootstrap":
             return (
@@ -80,12 +86,10 @@ def saved_loss(model: TunedModel) -> Objective | None:
     if loss is None or (model.spec["kind"] != "module" and not loss):
         return None
     name, numbers = parse_loss(loss.partition(",")[0] or LOSS_OF_TASK.get(model.task, ""))
+    if name not in LOSSES:
+        return None
     arguments = model.info.get("loss_arguments", {})
-    return (
-        Objective(name, binary=model.task == "binary", fixed=arguments, numbers=numbers)
-        if name in LOSSES
-        else None
-    )
+    return Objective(name, binary=model.task == "binary", fixed=arguments, numbers=numbers)
 
 
 def held_out_score(
@@ -108,27 +112,31 @@ def held_out_score(
     rows = len(test.X)
     loss = saved_loss(model) if scoring in ("neg_loss", PINBALL) else None
     if scoring == "neg_loss" and loss is None:
-        return HeldOut(math.nan, rows, why="a saved model holds no loss but one that has a name")
+        return HeldOut(math.nan, rows, reason="a saved model keeps its loss only if it has a name")
     classes, y = labels_of(model, test)
     unseen = 0 if model.classes is None else int((y >= len(model.classes)).sum())
-    shown = None
+    label = None  # the positive class
     try:
-        how = make_scoring(scoring, model.task, model.classes, positive, loss, n_labels=y.shape[-1])
-        shown = classes[how.positive] if classes and how.positive is not None else None
-        outputs = model._outputs(test.X) if outputs is None else outputs
-        of_loss = loss if scoring == "neg_loss" else None
-        outputs, target = _outputs_to_score(model, of_loss, outputs, torch.from_numpy(y))
+        scorer = make_scoring(
+            scoring, model.task, model.classes, positive, loss, n_labels=y.shape[-1]
+        )
+        if classes and scorer.positive is not None:
+            label = classes[scorer.positive]
+        if outputs is None:
+            outputs = model._outputs(test.X)
+        training_loss = loss if scoring == "neg_loss" else None
+        outputs, target = _outputs_to_score(model, training_loss, outputs, torch.from_numpy(y))
         if unseen:
-            how, outputs, target = _with_unseen(how, outputs, target, len(classes))
+            scorer, outputs, target = _with_unseen(scorer, outputs, target, len(classes))
         # warnings about classes that are never predicted
         with warnings.catch_warnings(action="ignore"):
-            score = _score(how, outputs, target)
+            score = _score(scorer, outputs, target)
         if not math.isfinite(score):
             raise ValueError("it is undefined on these rows")
     except ValueError as error:  # scikit-learn raises it if a metric is undefined
-        return HeldOut(math.nan, rows, unseen, str(error).rstrip("."), positive=shown)
-    interval, method = _interval(how, outputs, target, score)
-    return HeldOut(score, rows, unseen, interval=interval, interval_method=method, positive=shown)
+        return HeldOut(math.nan, rows, unseen, str(error).rstrip("."), positive=label)
+    interval, method = _interval(scorer, outputs, target, score)
+    return HeldOut(score, rows, unseen, interval=interval, interval_method=method, positive=label)
 
 
 def held_out_baseline(
@@ -146,15 +154,17 @@ def held_out_baseline(
     target = torch.from_numpy(y)
     try:
         loss = saved_loss(model) if scoring == PINBALL else None
-        how = make_scoring(scoring, model.task, model.classes, positive, loss, n_labels=y.shape[-1])
-        constant = best_constant(how, model.task, torch.from_numpy(codes), classes=model.classes)
+        scorer = make_scoring(
+            scoring, model.task, model.classes, positive, loss, n_labels=y.shape[-1]
+        )
+        constant = best_constant(scorer, model.task, torch.from_numpy(codes), classes=model.classes)
         if constant is None:
             return None
         outputs = constant.outputs.expand(len(y), -1)
         if model.classes is not None and (y >= len(model.classes)).any():
-            how, outputs, target = _with_unseen(how, outputs, target, len(classes))
+            scorer, outputs, target = _with_unseen(scorer, outputs, target, len(classes))
         with warnings.catch_warnings(action="ignore"):  # scores that a constant leaves undefined
-            score = _score(how, outputs, target)
+            score = _score(scorer, outputs, target)
     except ValueError:  # scikit-learn raises it if a metric is undefined
         return None
     return (constant.answer, score) if math.isfinite(score) else None
@@ -165,11 +175,9 @@ def labels_of(model: TunedModel, test: Source) -> tuple[list[object], np.ndarray
 
     Classes that only held-out rows have come last. For a regression return [] and the numbers.
     """
-    return (
-        ([], np.asarray(test.y, dtype=float))
-        if model.classes is None
-        else class_codes(model.classes, test.y)
-    )
+    if model.classes is None:
+        return [], np.asarray(test.y, dtype=float)
+    return class_codes(model.classes, test.y)
 
 
 def _outputs_to_score(
@@ -180,8 +188,10 @@ def _outputs_to_score(
     A loss takes the transformed targets of the training.
     """
     if loss is not None and model.task == "regression":
-        there = y.numpy() if model.transform is None else model.transform.forward(y.numpy())
-        return outputs, torch.from_numpy((there - model.center) / model.scale)
+        target = y.numpy()
+        if model.transform is not None:
+            target = model.transform.forward(target)
+        return outputs, torch.from_numpy((target - model.center) / model.scale)
     if loss is not None:
         return outputs.diff(dim=1) if loss.one_logit else outputs, y
     if model.task == "multilabel" or model.classes is not None:
@@ -192,34 +202,34 @@ def _outputs_to_score(
 
 
 def _with_unseen(
-    how: Scoring, outputs: Tensor, y: Tensor, classes: int
+    scorer: Scoring, outputs: Tensor, y: Tensor, classes: int
 ) -> tuple[Scoring, Tensor, Tensor]:
     """Return the scoring, outputs and codes for rows of classes that the outputs (n, K) lack.
 
     ``classes`` is the number of all classes.
     """
     unseen = y >= outputs.shape[1]
-    if how.positive is not None:
+    if scorer.positive is not None:
         # Rows of an unseen class count as not positive.
-        return how, outputs, y.where(~unseen, 1 - how.positive)
+        return scorer, outputs, y.where(~unseen, 1 - scorer.positive)
     # These scores leave such rows out. Otherwise a mean over classes or a limit of the logarithm
     # would decide the value of a class without a probability.
     if (
-        how.is_loss
-        or how.name == "balanced_accuracy"
-        or get_scorer(how.name)._response_method != "predict"
+        scorer.is_loss
+        or scorer.name == "balanced_accuracy"
+        or get_scorer(scorer.name)._response_method != "predict"
     ):
-        return how, outputs[~unseen], y[~unseen]
+        return scorer, outputs[~unseen], y[~unseen]
     # Logits of -inf: the model never predicts these classes.
     padded = functional.pad(outputs, (0, classes - outputs.shape[1]), value=-torch.inf)
-    return replace(how, classes=np.arange(classes)), padded, y
+    return replace(scorer, classes=np.arange(classes)), padded, y
 
 
-def _score(how: Scoring, outputs: Tensor, y: Tensor) -> float:
+def _score(scorer: Scoring, outputs: Tensor, y: Tensor) -> float:
     """Return the score. Raises ValueError if no row has the positive class."""
-    if how.positive is not None and not (y == how.positive).any():
-        raise ValueError("none of these rows is of the positive class")  # scikit-learn returns 0
-    return how.on_rows(outputs, y)
+    if scorer.positive is not None and not (y == scorer.positive).any():
+        raise ValueError("no row has the positive class")  # scikit-learn returns 0
+    return scorer.on_rows(outputs, y)
 
 
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:
@@ -237,7 +247,7 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
 
 
 def _interval(
-    how: Scoring, outputs: Tensor, y: Tensor, score: float
+    scorer: Scoring, outputs: Tensor, y: Tensor, score: float
 ) -> tuple[tuple[float, float] | None, IntervalMethod]:
     """Return the bounds of a 95% interval, and the method that computed them.
 
@@ -245,7 +255,7 @@ def _interval(
     bootstrap samples. For many rows, smaller samples are drawn and their spread is scaled. If all
     samples have the same score, like for a perfect model, the bootstrap gives no bounds.
     """
-    if how.name == "accuracy":
+    if scorer.name == "accuracy":
         return wilson_interval(round(score * len(y)), len(y)), "wilson"
     # A fixed seed gives the same interval each time.
     rng = np.random.default_rng(0)
@@ -256,8 +266,8 @@ def _interval(
         for _ in range(_SAMPLES):
             sample = torch.from_numpy(rng.integers(0, rows, size))
             with suppress(ValueError):
-                scores.append(_score(how, outputs[sample], y[sample]))
-    finite = [one for one in scores if math.isfinite(one)]
+                scores.append(_score(scorer, outputs[sample], y[sample]))
+    finite = list(filter(math.isfinite, scores))
     # Most samples can lack a score, for example if a class is rare.
     if len(finite) < _SAMPLES / 2:
         return None, ""

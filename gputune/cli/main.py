@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             take_signals(end_process)  # everything is printed, and libraries end slowly
             # At its end Python would search all objects for garbage, which takes half a second.
             gc.freeze()
-        _let_go_of_streams()
+        _flush_streams()
 
 
 def _command(typed: list[str]) -> int:
@@ -84,19 +84,18 @@ def _command(typed: list[str]) -> int:
     interface = CommandLine(arguments.command, file)
     # Names that are not translated to flags: the target, because errors begin with its name, and
     # the study of a command without the option --out for it.
-    kept = {
-        getattr(arguments, "target", None) or "",
-        "" if arguments.command in ("tune", "train") else "study",
-    }
-    words = partial(
+    unchanged = {getattr(arguments, "target", None) or ""}
+    if arguments.command not in ("tune", "train"):
+        unchanged.add("study")
+    render = partial(
         in_flags,
-        kept=kept,
+        kept=unchanged,
         file=file,
         config="--set" if arguments.command == "train" else "--include",
         interface=interface,
     )
-    with _warnings_in_words(words):
-        return _run(arguments, words)
+    with _warnings_on_one_line(render):
+        return _run(arguments, render)
 
 
 def _open_streams() -> None:
@@ -115,11 +114,12 @@ def _open_streams() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         # A character that the terminal cannot encode must not end a search with an error.
-        if hasattr(stream := getattr(sys, name), "reconfigure"):
+        stream = getattr(sys, name)
+        if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
-def _let_go_of_streams() -> None:
+def _flush_streams() -> None:
     """Discard the output that a full or broken stream did not accept.
 
     Python would otherwise try again at its end, and complain.
@@ -132,20 +132,18 @@ def _let_go_of_streams() -> None:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _run(arguments: argparse.Namespace, words: Callable[..., str]) -> int:
+def _run(arguments: argparse.Namespace, render: Callable[..., str]) -> int:
     """Run the command, print its result, and return its exit code."""
     try:
         check_paths(arguments)
         with without_collector():
-            command = getattr(
-                import_module(f"gputune.cli.{_MODULES[arguments.command]}"), arguments.command
-            )
-        text = command(arguments)
+            module = import_module(f"gputune.cli.{_MODULES[arguments.command]}")
+        text = getattr(module, arguments.command)(arguments)
         is_quiet = getattr(arguments, "verbose", 1) == 0
         return _write("" if is_quiet else text)
     except SearchInterrupted as stop:
         _write(stop.report if arguments.verbose else "")
-        _say(words(stop.message))
+        _say(render(stop.message))
         return 128 + stop.signal  # the exit code that a shell gives for a signal
     except CheckFailedError as failed:
         _write(failed.report)
@@ -155,7 +153,7 @@ def _run(arguments: argparse.Namespace, words: Callable[..., str]) -> int:
         _say(f"error: {error.text(CommandLine())}")
         return BAD_INPUT
     except (InputError, SearchFailedError, ClusterError, DivergedError, OSError) as error:
-        _say(f"error: {words(_in_words(error), foreign=_causes(error))}")
+        _say(f"error: {render(_message(error), foreign=_causes(error))}")
         return BAD_INPUT if isinstance(error, _BAD_INPUT) else FAILED
     except Exception:  # a bug: the report needs the traceback
         with suppress(OSError, ValueError):
@@ -179,18 +177,18 @@ def check(arguments: argparse.Namespace) -> str:
     total = len(timed_of(device)) + len(checks_of(device))
     with tqdm(total=total, unit="check", disable=None, leave=False, dynamic_ncols=True) as bar:
 
-        def tell(words: str) -> None:
-            bar.set_postfix_str(words)
+        def show_progress(name: str) -> None:
+            bar.set_postfix_str(name)
             bar.update()
 
-        report = check_device(device, tell)
+        report = check_device(device, show_progress)
     text = report.json() if arguments.json else str(report)
     if not report.ok:
         failed = sum(not row.ok for row in report.rows)
         raise CheckFailedError(
-            f"{count(failed, 'law')} of {len(report.rows)} failed on {report.device}: what trains "
-            "that way there is not to be trusted. Please report the table, with the versions in "
-            "its first line.",
+            f"{failed} of {count(len(report.rows), 'check')} failed on {report.device}, so do not "
+            "trust results from there. Please report the table, with the versions in its first "
+            "line.",
             report=text,
         )
     return text
@@ -208,7 +206,7 @@ def _write(text: str) -> int:
     except BrokenPipeError:
         return FAILED
     except OSError as error:
-        _say(f"error: standard output does not take what there is to say: {_in_words(error)}")
+        _say(f"error: the result cannot be written to standard output: {_message(error)}")
         return FAILED
     return DONE
 
@@ -221,36 +219,36 @@ def _say(text: str) -> None:
 
 def _causes(error: BaseException) -> list[str]:
     """Return the messages of other libraries and of the user's code that caused an error."""
-    found = []
+    messages = []
     while error.__cause__ is not None:
         error = error.__cause__
         if not isinstance(error, InputError):
-            found.append(str(error).rstrip("."))
-    return found
+            messages.append(str(error).rstrip("."))
+    return messages
 
 
-def _in_words(error: Exception) -> str:
+def _message(error: Exception) -> str:
     """Return the message of an error, with the file name of an OSError."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror if error.filename is None else f"{error.strerror}: {error.filename!r}"
     if not isinstance(error, OSError):
         return getattr(error, "message", str(error))
-    return str(error)
+    if not error.strerror:
+        return str(error)
+    return error.strerror if error.filename is None else f"{error.strerror}: {error.filename!r}"
 
 
 @contextmanager
-def _warnings_in_words(words: Callable[[str], str]) -> Iterator[None]:
+def _warnings_on_one_line(render: Callable[[str], str]) -> Iterator[None]:
     """Show each warning for the user once, as one line without a line of our code."""
-    said = set()
-    shown_otherwise = warnings.showwarning
+    seen = set()
+    show_as_python = warnings.showwarning
 
-    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    def show(message: Warning | str, category: type[Warning], *place: Any, **kwargs: Any) -> None:
+        text = str(message)
         if not issubclass(category, UserWarning):
-            shown_otherwise(message, category, *place, **more)
-        elif str(message) not in said:
-            said.add(str(message))
-            marked = message if isinstance(message, str) else vars(message).get("marked")
-            _say(f"warning: {words(marked or str(message))}")
+            show_as_python(message, category, *place, **kwargs)
+        elif text not in seen:
+            seen.add(text)
+            _say(f"warning: {render(getattr(message, 'marked', text))}")
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)

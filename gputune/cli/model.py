@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import shutil
 import warnings
@@ -61,57 +62,62 @@ class Evaluation:
 
         Scores have scikit-learn's sign, and null if undefined.
         """
-        scores = {}
-        for name, one in self.scores.items():
-            score = {"score": None, "why": one.why} if one.why else _score_json(one)
-            scores[name] = {**score, "positive": one.positive}
-        matrix = {"classes": self.classes, "confusion": self.confusion} if self.classes else {}
+        report: dict[str, object] = {
+            "rows": self.rows,
+            "trained_share": self.trained_share,
+            "scores": {name: _score_json(score) for name, score in self.scores.items()},
+        }
+        if self.classes:
+            report |= {"classes": self.classes, "confusion": self.confusion}
         notes = [self.dropped] if self.dropped else []
         notes += _remarks_on_trained_rows(self.trained_share)
-        remarks = {"notes": notes} if notes else {}
-        return (
-            {"rows": self.rows, "trained_share": self.trained_share, "scores": scores}
-            | matrix
-            | remarks
-        )
+        if notes:
+            report["notes"] = notes
+        return report
 
     def text(self, width: int) -> str:
         """Return the scores as text for a terminal of this width."""
         rows = []
         remarks = [f"{clean(self.dropped)}."] if self.dropped else []
         remarks += _remarks_on_trained_rows(self.trained_share)
-        for name, one in self.scores.items():
-            measure = measure_of(name, one.score, one.positive)
-            rows.append([measure.title, measure.text(one.score), one.bounds(measure) or "-"])
-            remarks += [f"No {name}: {clean(one.why)}."] if one.why else []
+        for name, score in self.scores.items():
+            measure = measure_of(name, score.score, score.positive)
+            rows.append([measure.title, measure.text(score.score), score.bounds(measure) or "-"])
+            if score.reason:
+                remarks.append(f"No {name}: {clean(score.reason)}.")
         positive = self.scores["precision"].positive if "precision" in self.scores else None
         if positive in self.classes and not np.sum(self.confusion, 0)[self.classes.index(positive)]:
             remarks.append(
                 f"No row is predicted as class {clean(positive)!r}: its precision is shown as 0."
             )
-        if unseen := max((one.unseen for one in self.scores.values()), default=0):
+        unseen = max((score.unseen for score in self.scores.values()), default=0)
+        if unseen:
             verb = "counts" if unseen == 1 else "count"
-            remark = (
-                f"{count(unseen, 'row')} of a class that the model does not know {verb} as wrong, "
-                "in scores of a"
-            )
             remarks.append(
-                f"{remark} class as not of it; balanced accuracy and scores of probabilities "
-                "leave such rows out."
+                f"{count(unseen, 'row')} of a class that the model does not have {verb} as wrong. "
+                "Scores of a positive class take such rows as not positive. Balanced accuracy and "
+                "scores of probabilities leave them out."
             )
-        scores = table(["score", "", "95% interval"], rows, left=["score"])
         remarks.append(self._intervals_remark())
         parts = [
             count(self.rows, "row"),
-            scores,
-            *(paragraph(one, width) for one in remarks if one),
+            table(["score", "", "95% interval"], rows, left=["score"]),
+            *(paragraph(remark, width) for remark in remarks if remark),
         ]
-        return "\n\n".join([*parts, *(self._class_tables() if self.classes else [])])
+        if self.classes:
+            parts += self._class_tables()
+        return "\n\n".join(parts)
 
     def _intervals_remark(self) -> str:
         """Return sentences on the method of the intervals, and on scores without one."""
         sentences = []
-        methods = {one.interval_method for one in self.scores.values() if one.interval is not None}
+        methods = set()
+        constant = []
+        for name, score in self.scores.items():
+            if score.interval is not None:
+                methods.add(score.interval_method)
+            elif score.interval_method:
+                constant.append(name)
         if methods == {"wilson"}:
             sentences.append("The interval is Wilson's for a share of rows.")
         elif methods == {"bootstrap"}:
@@ -121,15 +127,11 @@ class Evaluation:
                 "The interval of the accuracy is Wilson's; the others hold 95% of bootstrap "
                 "samples."
             )
-        same = [
-            name
-            for name, one in self.scores.items()
-            if one.interval is None and one.interval_method
-        ]
-        if same:
-            verb = "has" if len(same) == 1 else "have"
+        if constant:
+            verb = "has" if len(constant) == 1 else "have"
             sentences.append(
-                f"{', '.join(same)} {verb} no interval: all bootstrap samples have the same score."
+                f"{', '.join(constant)} {verb} no interval: all bootstrap samples have the same "
+                "score."
             )
         return " ".join(sentences)
 
@@ -141,27 +143,30 @@ class Evaluation:
         for name, right, rows, guesses in zip(
             names, matrix.diagonal(), matrix.sum(1), matrix.sum(0)
         ):
-            precision, recall = (
-                f"{right / whole:.4f}" if whole else "-" for whole in (guesses, rows)
-            )
-            shares.append([name, str(rows), precision, recall])
+            shares.append([name, str(rows), _share_text(right, guesses), _share_text(right, rows)])
         tables = [table(["class", "rows", "precision", "recall"], shares, left=["class"])]
-        if len(names) <= 12:  # as many as fit on a terminal
+        if len(names) <= 12:  # more do not fit on a terminal
             corner = "true \\ predicted"
-            lines = zip(names, self.confusion)
-            tables.append(
-                table(
-                    [corner, *names],
-                    [[name, *map(str, line)] for name, line in lines],
-                    left=[corner],
-                )
-            )
+            lines = [[name, *map(str, row)] for name, row in zip(names, self.confusion)]
+            tables.append(table([corner, *names], lines, left=[corner]))
         return tables
 
 
-def _score_json(one: HeldOut) -> Json:
-    """Return a score and its interval as plain values."""
-    return {"score": one.score, "interval": one.interval, "interval_method": one.interval_method}
+def _share_text(part: int, total: int) -> str:
+    """Return a share as text, "-" for a share of nothing."""
+    return f"{part / total:.4f}" if total else "-"
+
+
+def _score_json(score: HeldOut) -> Json:
+    """Return a score and its interval as plain values, or the reason why there is no score."""
+    if score.reason:
+        return {"score": None, "why": score.reason, "positive": score.positive}
+    return {
+        "score": score.score,
+        "interval": score.interval,
+        "interval_method": score.interval_method,
+        "positive": score.positive,
+    }
 
 
 def evaluation(
@@ -182,40 +187,44 @@ def evaluation(
     task = model.task
     if task == "custom":
         raise InputError(
-            "no score that has a name is of a custom target; gputune predict writes what the "
-            "model returns."
+            None,
+            "No named score fits a custom target",
+            remedy="Use gputune predict, which writes the outputs of the model.",
         )
     if loss is None and "neg_loss" in (scoring or ()):
         kind = model.spec["kind"]
-        its_loss = model.info.get("loss", "another")
-        was = f"was trained on {its_loss}" if kind == "module" else f"is a built-in {kind}"
-        what = (
-            f"scoring='neg_loss' is of a module and of a loss that has a name, {', '.join(LOSSES)}"
-        )
+        fact = f"is a built-in {kind}"
+        if kind == "module":
+            fact = f"was trained with {model.info.get('loss', 'another')}"
         raise InputError(
-            f"{what}, and this model {was}; choose another, for example {_SCORES[task][-1]}."
+            "scoring='neg_loss'",
+            f"needs a module that was trained with a named loss ({', '.join(LOSSES)}), but this "
+            f"model {fact}",
+            remedy=f"Choose another score, for example {_SCORES[task][-1]}.",
         )
     # All scores share one prediction of the rows.
     outputs = model._outputs(test.X)
     classes, y = labels_of(model, test)
     if model.classes is not None:
         refuse_unknown(classes, y, len(model.classes), f"column {test.target!r}")
-    own = str(model.info.get("scoring") or "")
-    known = get_scorer_names()
+    scorer_names = get_scorer_names()
+    if not scoring:
+        ranking = str(model.info.get("scoring") or "")
+        names = [*_SCORES[task]]
+        has_loss = ranking == "neg_loss" and loss is not None
+        if ranking in scorer_names or ranking == PINBALL or has_loss:
+            names.insert(0, ranking)
+        if positive is not None:
+            names += ["f1", "precision", "recall"]
+        scoring = list(dict.fromkeys(names))
     scores = {}
-    first = (
-        [own] if own in known or own == PINBALL or (own == "neg_loss" and loss is not None) else []
-    )
-    of_positive = ("f1", "precision", "recall") if positive is not None else ()
-    for name in scoring or dict.fromkeys((*first, *_SCORES[task], *of_positive)):
-        one = (
-            positive
-            if task == "binary" and name in known and has_positive_class(get_scorer(name))
-            else None
-        )
+    for name in scoring:
+        label = None
+        if task == "binary" and name in scorer_names and has_positive_class(get_scorer(name)):
+            label = positive
         # Raises InputError for an unknown name.
-        make_scoring(name, task, model.classes, one, loss, n_labels=y.shape[-1])
-        scores[name] = held_out_score(model, name, test, positive=one, outputs=outputs)
+        make_scoring(name, task, model.classes, label, loss, n_labels=y.shape[-1])
+        scores[name] = held_out_score(model, name, test, positive=label, outputs=outputs)
     share = _trained_share(model, test, y)
     if not classes or task == "multilabel":
         return Evaluation(len(test.X), scores, [], [], trained_share=share)
@@ -264,7 +273,9 @@ def _trained_share(model: TunedModel, test: Source, y: np.ndarray) -> float | No
         except ValueError as error:
             reason = str(error).rstrip(".")
             raise InputError(
-                f"the model's sample of its training rows is damaged: {reason}. Save it again."
+                None,
+                f"The model's sample of its training rows is damaged: {reason}",
+                remedy="Save the model again.",
             ) from error
 
 
@@ -274,9 +285,8 @@ def _load_model(arguments: Namespace) -> TunedModel:
     if arguments.model is not None:
         path, colon, name = arguments.model.rpartition(":")
         if not colon:
-            raise InputError(
-                f"--model must be FILE.py:NAME, where the class is now, got {arguments.model!r}."
-            )
+            rule = "must be FILE.py:NAME, the place of the class"
+            raise InputError("--model", rule, got=arguments.model)
         module = class_from_file(path, name)
     return load_model(arguments.folder, module, trust_code=arguments.trust_code)
 
@@ -290,33 +300,26 @@ def predict(arguments: Namespace) -> str:
     model = _load_model(arguments)
     file = arguments.file
     if arguments.keep and Path(file).suffix.lower() in ARRAY_SUFFIXES:
-        raise InputError(
-            f"--keep names columns of a table, and {file!r} holds arrays; leave it out."
-        )
-    kept = read_columns(file, arguments.keep) if arguments.keep else []
-    if kept:  # declared as dropped, so that the model does not warn of unused columns
-        model = replace(
-            model, info={**model.info, "drop": [*model.info.get("drop", ()), *arguments.keep]}
-        )
+        rule = f"names columns of a table, but {file!r} holds arrays"
+        raise InputError("--keep", rule, remedy="Leave it out.")
+    columns = read_columns(file, arguments.keep) if arguments.keep else []
+    if columns:  # declared as dropped, so that the model does not warn of unused columns
+        dropped = [*model.info.get("drop", ()), *arguments.keep]
+        model = replace(model, info={**model.info, "drop": dropped})
     header, rows = _predictions(model, arguments)
-    if kept:
-        names = [*arguments.keep]
-        for place, name in enumerate(arguments.keep):
-            # Repeat until the name is unique.
-            while names[place] in map(str, header) or (
-                names[place] != name and names[place] in arguments.keep
-            ):
-                names[place] += "_given"
-        header = [*names, *header]
-        rows = [[*before, *row] for before, row in zip(zip(*kept), rows, strict=True)]
+    if columns:
+        header = [*_unique_names(arguments.keep, header), *header]
+        rows = [[*cells, *row] for cells, row in zip(zip(*columns), rows, strict=True)]
     lines = [header, *rows]
-    formulas = {str(cell) for line in lines for cell in line if is_formula(cell)}
-    if formulas and not arguments.raw:
-        warn(
-            f"a spreadsheet takes {min(formulas)!r} for a formula, so that there is a ' before "
-            "it; --raw leaves it out."
-        )
-        lines = [[f"'{cell}" if cell in formulas else cell for cell in line] for line in lines]
+    if not arguments.raw:
+        formulas = set(map(str, filter(is_formula, itertools.chain.from_iterable(lines))))
+        if formulas:
+            warn(
+                f"A spreadsheet would read {min(formulas)!r} as a formula, so gputune writes a ' "
+                "before it. Pass --raw to leave it out."
+            )
+            for line in lines:
+                line[:] = [f"'{cell}" if cell in formulas else cell for cell in line]
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(lines)
     if arguments.out is None:
@@ -328,6 +331,18 @@ def predict(arguments: Namespace) -> str:
     return ""
 
 
+def _unique_names(names: Sequence[str], header: Sequence[object]) -> list[str]:
+    """Return names of columns, with "_given" added to the names of predicted columns."""
+    predicted = set(map(str, header))
+    unique = []
+    for name in names:
+        new = name
+        while new in predicted or (new != name and new in names):
+            new += "_given"
+        unique.append(new)
+    return unique
+
+
 def _predictions(
     model: TunedModel, arguments: Namespace
 ) -> tuple[list[object], list[list[object]]]:
@@ -335,21 +350,27 @@ def _predictions(
     file = arguments.file
     target = model.target
     if arguments.proba and arguments.interval is not None:
-        raise InputError("--interval and --proba exclude each other: leave one out.")
+        rule = "--interval and --proba exclude each other"
+        raise InputError(None, rule, remedy="Leave one out.")
     if arguments.proba and model.classes is None and model.task != "multilabel":
-        what = f"{arguments.folder!r} is a regression"
-        raise InputError(f"--proba needs a model of classes, and {what}; leave --proba out.")
+        rule = f"needs a model of classes, but {arguments.folder!r} is a regression"
+        raise InputError("--proba", rule, remedy="Leave it out.")
     if arguments.interval is not None:
         half = model._half_width(arguments.interval)
         outputs = model._outputs(file)
-        columns = [part.tolist() for part in (model._predict(outputs), *model._ends(outputs, half))]
-        return [target, f"{target}_lower", f"{target}_upper"], [list(row) for row in zip(*columns)]
-    values = (model.predict_proba(file) if arguments.proba else model.predict(file)).tolist()
-    rows = [value if isinstance(value, list) else [value] for value in values]
+        # (rows, 3): prediction, lower and upper bound
+        values = np.stack([model._predict(outputs), *model._ends(outputs, half)], 1)
+        return [target, f"{target}_lower", f"{target}_upper"], values.tolist()
+    values = model.predict_proba(file) if arguments.proba else model.predict(file)
+    if values.ndim == 1:
+        return [target], values[:, None].tolist()
+    rows = values.tolist()
     if arguments.proba and model.classes is not None:
         return model.classes.tolist(), rows
-    several = len(rows[0]) > 1 or arguments.proba
-    return [f"{target}_{column}" for column in range(len(rows[0]))] if several else [target], rows
+    width = len(rows[0])
+    if width == 1 and not arguments.proba:
+        return [target], rows
+    return [f"{target}_{column}" for column in range(width)], rows
 
 
 def evaluate(arguments: Namespace) -> str:
@@ -357,28 +378,29 @@ def evaluate(arguments: Namespace) -> str:
     model = _load_model(arguments)
     positive = arguments.positive
     if positive is not None and model.classes is None:
-        what = f"{arguments.folder!r} predicts numbers"
-        raise InputError(f"--positive needs a model of classes, and {what}; leave it out.")
-    positive = model.info.get("positive") if positive is None else positive
+        rule = f"needs a model of classes, but {arguments.folder!r} predicts numbers"
+        raise InputError("--positive", rule, remedy="Leave it out.")
+    if positive is None:
+        positive = model.info.get("positive")
     rows = rows_with_target(model, arguments.file, arguments.target, arguments.missing_target)
-    found = evaluation(model, rows, arguments.scoring, positive)
+    scores = evaluation(model, rows, arguments.scoring, positive)
     if rows.n_dropped:
-        found = replace(found, dropped=dropped_words(rows.n_dropped, rows.target))
+        scores = replace(scores, dropped=dropped_words(rows.n_dropped, rows.target))
     if arguments.format == "json":
-        return json.dumps(found.to_json(), indent=1, allow_nan=False)
-    return found.text(shutil.get_terminal_size().columns)
+        return json.dumps(scores.to_json(), indent=1, allow_nan=False)
+    return scores.text(shutil.get_terminal_size().columns)
 
 
 def export(arguments: Namespace) -> str:
     """Write the exported model, and return one line about its inputs and outputs."""
     model = _load_model(arguments)
     model.export(arguments.out)
-    known = description(model)
-    takes = model.layout.in_words()
-    if known["inputs"] != "arrays":
-        noun = "column" if known["inputs"] == "columns" else "encoded feature"
-        takes = f"X, float64, a row of {count(len(known['names']), noun)} for each prediction"
+    exported = description(model)
+    inputs = model.layout.in_words()
+    if exported["inputs"] != "arrays":
+        noun = "column" if exported["inputs"] == "columns" else "encoded feature"
+        inputs = f"X, float64, a row of {count(len(exported['names']), noun)} for each prediction"
     return (
-        f"{arguments.out}: takes {takes}; gives {' and '.join(known['outputs'])}; its metadata "
+        f"{arguments.out}: takes {inputs}; gives {' and '.join(exported['outputs'])}; its metadata "
         "names them"
     )

@@ -21,6 +21,7 @@ from gputune.methods.stopping import Halving
 from gputune.tuning.choices import METHODS, Method
 from gputune.tuning.options import RULES, Options
 from gputune.types import Config
+from gputune.wording import Verbatim
 
 
 def options_of(arguments: Namespace, study_file: Path) -> Options:
@@ -57,13 +58,15 @@ def typed_options(arguments: Namespace) -> Config:
 
     Raises InputError if both processes and a Ray cluster were given.
     """
-    names = RULES.keys() - {"study"}
-    typed = {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
+    typed = {}
+    for name in RULES.keys() - {"study"}:
+        value = getattr(arguments, name, None)
+        if value is not None:
+            typed[name] = value
     if arguments.ray is not None:
         if arguments.workers not in (None, "auto"):
-            raise InputError(
-                f"--workers {arguments.workers} and --ray exclude each other: leave one out."
-            )
+            rule = f"--workers {arguments.workers} and --ray exclude each other"
+            raise InputError(None, rule, remedy="Leave one out.")
         typed["workers"] = Ray(arguments.ray)
     return typed
 
@@ -79,8 +82,8 @@ def _config(texts: Sequence[str], flag: str) -> Config:
             config[key] = value = value[0]
         if isinstance(value, list) or hasattr(value, "rvs"):
             spec = next(text for text in texts if text.partition("=")[0].strip() == key)
-            rule = f"{flag} takes one value for each key, got {spec!r}"
-            raise InputError(f"{rule}; lists and ranges are for gputune tune --space.")
+            remedy = "Lists and ranges are for gputune tune --space."
+            raise InputError(flag, "takes one value for each key", got=spec, remedy=remedy)
     return config
 
 
@@ -91,7 +94,7 @@ def _pairs(texts: Sequence[str], flag: str, example: str) -> dict[str, str]:
         # A name may contain "=", so the last one separates.
         key, equals, value = text.rpartition("=")
         if not key or not equals or not value:
-            raise InputError(f"{flag} is written as in {flag} {example}, got {text!r}.")
+            raise InputError(flag, f"must be written like {flag} {example}", got=text)
         pairs[key] = value
     return pairs
 
@@ -103,8 +106,8 @@ def _weights(text: str) -> dict[str, float]:
     try:
         return {label: float(weight) for label, weight in pairs.items()}
     except ValueError:
-        rule = f"--class-weight has a number for each class, as in --class-weight {example}"
-        raise InputError(f"{rule}, got {text!r}.") from None
+        rule = f"must have a number for each class, for example {example}"
+        raise InputError("--class-weight", rule, got=text) from None
 
 
 def _method(arguments: Namespace) -> Method:
@@ -112,24 +115,35 @@ def _method(arguments: Namespace) -> Method:
 
     Raises InputError for options that belong to another method.
     """
-    word = arguments.method or "random"
-    legal = METHOD_RULES.get(word, {})
+    name = arguments.method or "random"
+    legal = METHOD_RULES.get(name, {})
+    options = {}
     for other, rules in METHOD_RULES.items():
-        for name, rule in rules.items():
-            if name not in legal and getattr(arguments, name) is not None:
-                belongs = f"{rule.name} belongs to --method {other}, got --method {word}"
-                raise InputError(f"{belongs}; leave it out, or choose that method.")
-    options = {name: value for name in legal if (value := getattr(arguments, name)) is not None}
-    method: Method = METHODS[word](**options) if word in METHODS else "random"
+        for key, rule in rules.items():
+            value = getattr(arguments, key)
+            if value is None:
+                continue
+            if key not in legal:
+                raise InputError(
+                    rule.name,
+                    f"belongs to --method {other}",
+                    got=Verbatim(f"--method {name}"),
+                    remedy="Leave it out, or choose that method.",
+                )
+            options[key] = value
+    method: Method = METHODS[name](**options) if name in METHODS else "random"
     if arguments.sampler is None:
         return method
+    sampler_flag = f"--sampler {arguments.sampler}"
     if not (method == "random" or isinstance(method, Halving)):
-        words = f"--sampler {arguments.sampler} goes with --method random or halving"
-        raise InputError(f"{words}, got --method {word}; leave one out.")
-    samplers = import_extra(
-        "optuna.samplers", extra="optuna", used_by=f"--sampler {arguments.sampler}"
-    )
-    # Without constant_liar the proposals of one batch would be much alike.
+        raise InputError(
+            sampler_flag,
+            "needs --method random or halving",
+            got=Verbatim(f"--method {name}"),
+            remedy="Leave one out.",
+        )
+    samplers = import_extra("optuna.samplers", extra="optuna", used_by=sampler_flag)
+    # Without constant_liar the proposals of one batch would be similar.
     sampler = samplers.TPESampler(seed=arguments.random_state or 0, constant_liar=True)
     return OptunaSampler(sampler, halving=method if isinstance(method, Halving) else None)
 
@@ -149,7 +163,8 @@ def parse_specs(texts: Iterable[str], flag: str = "--space") -> dict[str, object
     for key, value in map(parse_spec, texts):
         if key in space:
             join = f"Join them: {key}=A,B." if flag == "--space" else "Leave one out."
-            raise InputError(f"{flag} must name a key once, got {key!r} twice. {join}")
+            got = Verbatim(f"{key!r} twice")
+            raise InputError(flag, "must name each key once", got=got, remedy=join)
         space[key] = value
     return space
 
@@ -168,7 +183,8 @@ def parse_spec(text: str) -> tuple[str, object]:
     """
     key, equals, spec = (part.strip() for part in text.partition("="))
     if not equals or not key or not spec:
-        raise InputError(f"A space is written KEY=SPEC, got {text!r}. {_EXAMPLES}")
+        rule = "A hyperparameter must be written KEY=SPEC"
+        raise InputError(None, rule, got=text, remedy=_EXAMPLES)
     ends = re.fullmatch(r"([^,]*?)\.\.([^:,]*)(:.*)?", spec)
     if ends and (key in RANGES or None not in (_number(ends[1]), _number(ends[2]))):
         return key, _parse_range(key, ends[1], ends[2], (ends[3] or "").strip(), text)
@@ -181,23 +197,23 @@ def _parse_range(key: str, low_text: str, high_text: str, scale: str, text: str)
     low = _number(low_text)
     high = _number(high_text)
     if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
-        raise InputError(f"A range is LOW..HIGH with two finite numbers, got {text!r}. {_EXAMPLES}")
+        rule = "A range must be LOW..HIGH with two finite numbers"
+        raise InputError(None, rule, got=text, remedy=_EXAMPLES)
     if scale not in ("", ":log"):
-        raise InputError(f"A range may end in ':log', not in {scale!r}, got {text!r}. {_EXAMPLES}")
+        rule = f"A range may end in ':log', but not in {scale!r}"
+        raise InputError(None, rule, got=text, remedy=_EXAMPLES)
     if low >= high:
-        single = f"{key}={low_text.strip()} for one value"
-        raise InputError(
-            f"A range needs LOW < HIGH, got {text!r}. Swap the ends, or write {single}."
-        )
+        remedy = f"Swap the ends, or write {key}={low_text.strip()} for one value."
+        raise InputError(None, "A range must have LOW < HIGH", got=text, remedy=remedy)
     if scale and low <= 0:
         example = f"{high / 1000:g}..{high:g}" if high > 0 else "1e-4..1e-1"
-        raise InputError(
-            f"A log range needs LOW > 0, got {text!r}. For example {key}={example}:log."
-        )
+        remedy = f"For example {key}={example}:log."
+        raise InputError(None, "A log range must have LOW > 0", got=text, remedy=remedy)
     written_as_integers = isinstance(low, int) and isinstance(high, int)
     if RANGES[key].integer if key in RANGES else written_as_integers:
         if low != int(low) or high != int(high):
-            raise InputError(f"A range of {key} needs integer ends, got {text!r}. {_EXAMPLES}")
+            rule = f"A range of {key} must have integer ends"
+            raise InputError(None, rule, got=text, remedy=_EXAMPLES)
         low = int(low)
         high = int(high)
         # randint excludes its upper end.
@@ -208,7 +224,7 @@ def _parse_range(key: str, low_text: str, high_text: str, scale: str, text: str)
 def _parse_value(key: str, text: str, spec: str) -> str | float | bool | tuple[object, ...]:
     """Return one value of a list: text, a number, a boolean or a tuple."""
     if not text:
-        raise InputError(f"A list needs a value at each place, got {spec!r}. {_EXAMPLES}")
+        raise InputError(None, "A list must have no empty value", got=spec, remedy=_EXAMPLES)
     if key in WORDS:
         return text
     if (key not in RANGES or key == "width") and text[0] == "(" and text[-1] == ")":
@@ -217,9 +233,8 @@ def _parse_value(key: str, text: str, spec: str) -> str | float | bool | tuple[o
     if number is not None:
         return number
     if key in RANGES:
-        raise InputError(
-            f"{key} must be {RANGES[key].rule}, got the text {text!r} in {spec!r}. {_EXAMPLES}"
-        )
+        got = Verbatim(f"the text {text!r} in {spec!r}")
+        raise InputError(key, f"must be {RANGES[key].rule}", got=got, remedy=_EXAMPLES)
     return {"true": True, "false": False}.get(text.lower(), text)
 
 

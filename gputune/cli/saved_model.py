@@ -46,22 +46,18 @@ def check_extras(rest: Source, options: Options, *, intervals: bool, calibrate: 
     target = check_target(rest.y, task=options.task, n_rows=len(rest.X), name=rest.target)
     is_one_number = target.task == "regression" and target.n_outputs == 1
     is_one_class = target.task in ("binary", "multiclass")
-    asked = []
+    flags = []
     if intervals:
-        asked.append(("--intervals", "one number", is_one_number))
+        flags.append(("--intervals", "one number", is_one_number))
     if calibrate:
-        asked.append(("--calibrate", "one class", is_one_class))
-    for flag, predicted, fits in asked:
+        flags.append(("--calibrate", "one class", is_one_class))
+    for flag, prediction, fits in flags:
         if not fits:
-            raise InputError(
-                f"{flag} is for {predicted} to be predicted, and the target is {target.in_words}; "
-                "leave it out."
-            )
+            rule = f"needs a model that predicts {prediction}, but the target is {target.in_words}"
+            raise InputError(flag, rule, remedy="Leave it out.")
         if isinstance(options.method, Hypergradient):
-            rule = (
-                f"{flag} trains a trial on its folds again, which a hypergradient search does not"
-            )
-            raise InputError(f"{rule}; leave it out.")
+            rule = "trains a trial on its folds again, but a hypergradient search cannot do that"
+            raise InputError(flag, rule, remedy="Leave it out.")
 
 
 def calibration_text(model: TunedModel) -> str:
@@ -98,8 +94,8 @@ def is_cheap_to_train(study: Study, trial: Trial) -> bool:
     all_rows = int(study.record.fingerprint["rows"])
     epochs: list[int] = (~np.isnan(study.curves)).any(2).sum(1).tolist()
     spent = 0
-    for one, n_epochs in zip(study.trials, epochs):
-        spent += n_epochs * sum(_steps(study, one, rows) for rows in fold_rows)
+    for searched, n_epochs in zip(study.trials, epochs):
+        spent += n_epochs * sum(_steps(study, searched, rows) for rows in fold_rows)
     return trial.best_epoch * _steps(study, trial, all_rows) < COMPARED_SHARE * spent
 
 
@@ -118,14 +114,14 @@ def _steps(study: Study, trial: Trial, n_rows: int) -> int:
 def is_worth_comparing(study: Study, held_out: HeldOut | None) -> bool:
     """Return whether the default's model is compared by default: if that is possible and cheap."""
     default = default_trial(study)
-    if default is None or held_out is None or held_out.why or is_default_best(study):
+    if default is None or held_out is None or held_out.reason or is_default_best(study):
         return False
     return is_cheap_to_train(study, default)
 
 
 def comparison_text(measure: Measure, saved: HeldOut, default: HeldOut) -> str:
     """Return the held-out scores of the saved model and of the default's model."""
-    if saved.why or default.why:
+    if saved.reason or default.reason:
         return f"The default's model has no held-out {measure.name} to compare with."
     text = (
         f"The default configuration, also trained on all rows, has a held-out {measure.name} of "
@@ -140,12 +136,8 @@ def comparison_text(measure: Measure, saved: HeldOut, default: HeldOut) -> str:
 def same_model_text(model: TunedModel) -> str:
     """Return why the default's model is not trained for a comparison: the best trial is the
     default."""
-    if "ensemble" in model.info:
-        return (
-            "The best trial is the default configuration, so the best trial alone is the default's "
-            "model."
-        )
-    return "The best trial is the default configuration, so the saved model is the default's model."
+    saved = "model of the best trial" if "ensemble" in model.info else "saved model"
+    return f"The best trial is the default configuration, so the {saved} is the default's model."
 
 
 def is_default_best(study: Study) -> bool:
@@ -156,8 +148,6 @@ def is_default_best(study: Study) -> bool:
 
 def may_be_chance(one: HeldOut, other: HeldOut) -> bool:
     """Return whether one of two different scores lies within the other's interval."""
-    pairs = ((one.interval, other.score), (other.interval, one.score))
-    within = any(
-        interval is not None and interval[0] <= score <= interval[1] for interval, score in pairs
+    return one.score != other.score and (
+        one.interval_holds(other.score) or other.interval_holds(one.score)
     )
-    return within and one.score != other.score

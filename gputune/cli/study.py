@@ -22,11 +22,11 @@ from gputune.garbage import without_collector
 from gputune.report.facts import (
     FAILED,
     check_place,
+    failure_reason,
     params_text,
     read_model_info,
     seconds_text,
     states_text,
-    why_failed,
 )
 from gputune.scratch import write_text
 from gputune.study.claims import Claims
@@ -86,19 +86,19 @@ def trials_table(study: Study, *, width: int) -> str:
 
     If the terminal is narrow, it has fewer columns.
     """
-    measure = score_view(study).measure
     rows = trial_rows(study, study.trials, _LISTINGS, width=width)
-    folds = f", {mean_words(study, errors='±' in rows)}" * (study.record.face != "loop")
-    title = f"{count(len(study.trials), 'trial')} by {measure.title}{folds}"
+    title = f"{count(len(study.trials), 'trial')} by {score_view(study).measure.title}"
+    if study.record.face != "loop":
+        title = f"{title}, {mean_words(study, errors='±' in rows)}"
     lines = [paragraph(title, width), "", rows]
-    if failed := [trial for trial in study.trials if trial.state == "failed"]:
+    failed = [trial for trial in study.trials if trial.state == "failed"]
+    if failed:
         lines += ["", "Failed:"]
-        for trial in failed[:FAILED]:
-            why = f"trial {trial.number}: {why_failed(study, trial)}"
-            lines.append(paragraph(why, width, first="  ", then=" " * 4))
-        lines += [f"  and {len(failed) - FAILED} more, of which --format json tells"] * (
-            len(failed) > FAILED
-        )
+    for trial in failed[:FAILED]:
+        text = f"trial {trial.number}: {failure_reason(study, trial)}"
+        lines.append(paragraph(text, width, first="  ", then=" " * 4))
+    if len(failed) > FAILED:
+        lines.append(f"  and {len(failed) - FAILED} more (--format json lists all)")
     return "\n".join(lines)
 
 
@@ -110,7 +110,7 @@ def trials_json(study: Study) -> str:
     rows = [_plain(trial) for trial in study.trials]
     for row, trial in zip(rows, study.trials):
         if trial.state == "failed":
-            row["reason"] = why_failed(study, trial)
+            row["reason"] = failure_reason(study, trial)
     return json.dumps(rows, indent=1, default=_name, allow_nan=False)
 
 
@@ -142,22 +142,22 @@ def best_text(study: Study) -> str:
     """
     best = study.best_trial
     measure = score_view(study).measure
-    rows = [
-        [clean(key), clean(getattr(value, "__name__", value))] for key, value in best.params.items()
-    ]
-    parameters = table(["parameter", "value"], rows, left=["parameter", "value"])
-    others = "".join(
-        f", {one.name} {one.text(best.scores[name])}" for name, one in other_measures(study).items()
-    )
-    score = f"{measure.title} {measure.with_error(best.score, best.std_error)}{others}"
-    early = f", {best.state}" if best.state != "complete" else ""
-    title = (
-        f"trial {best.number}: {score}{f', epoch {best.best_epoch}' * (best.best_epoch > 0)}{early}"
-    )
+    facts = [f"{measure.title} {measure.with_error(best.score, best.std_error)}"]
+    for name, other in other_measures(study).items():
+        facts.append(f"{other.name} {other.text(best.scores[name])}")
+    if best.best_epoch > 0:
+        facts.append(f"epoch {best.best_epoch}")
+    if best.state != "complete":
+        facts.append(best.state)
+    rows = [[clean(key), clean(_name(value))] for key, value in best.params.items()]
     width = shutil.get_terminal_size().columns
-    pareto = pareto_text(study, width=width, most=len(study.trials))
-    improvement = paragraph(improvement_text(study), width)
-    return "\n\n".join(part for part in (title, parameters, improvement, pareto) if part)
+    parts = [
+        f"trial {best.number}: {', '.join(facts)}",
+        table(["parameter", "value"], rows, left=["parameter", "value"]),
+        paragraph(improvement_text(study), width),
+        pareto_text(study, width=width, most=len(study.trials)),
+    ]
+    return "\n\n".join(filter(None, parts))
 
 
 def best_json(study: Study) -> str:
@@ -204,29 +204,27 @@ def trial_rows(
     measure = score_view(study).measure
     others = other_measures(study)
     names = list(dict.fromkeys(name for trial in trials for name in trial.params))
-    values = [
-        [short(trial.params[name]) if name in trial.params else "-" for name in names]
-        for trial in trials
-    ]
     score = measure.name if len(measure.name) <= _LONGEST else SCORE
     for layout in layouts:
         header = [score if column in (SCORE, SCORE_AND_ERROR) else column for column in layout]
         # The other metrics follow the trial and its score.
-        header[2:2] = [one.name for one in others.values()]
+        header[2:2] = [other.name for other in others.values()]
         rows = [_cells(trial, measure, layout, others) for trial in trials]
-        whole = [row + cells for row, cells in zip(rows, values)]
-        lines = table([*header, *map(clean, names)], whole, left=["state"], indent=indent)
+        full_rows = []
+        for row, trial in zip(rows, trials):
+            params = {name: short(value) for name, value in trial.params.items()}
+            full_rows.append([*row, *(params.get(name, "-") for name in names)])
+        lines = table([*header, *map(clean, names)], full_rows, left=["state"], indent=indent)
         if max(map(len, lines.split("\n"))) <= width:
             return lines
     titles, *narrow = table(header, rows, left=["state"], indent=indent).split("\n")
     start = max(map(len, (titles, *narrow)))
-    shown = [f"{titles:{start}}{GAP}parameters"]
+    wrapped = [f"{titles:{start}}{GAP}parameters"]
     for line, trial in zip(narrow, trials):
-        begin = f"{line:{start}}{GAP}"
-        shown.append(
-            paragraph(params_text(trial, " "), width, first=begin, then=" " * len(begin)).rstrip()
-        )
-    return "\n".join(shown)
+        first = f"{line:{start}}{GAP}"
+        text = paragraph(params_text(trial, " "), width, first=first, then=" " * len(first))
+        wrapped.append(text.rstrip())
+    return "\n".join(wrapped)
 
 
 def _cells(
@@ -242,9 +240,9 @@ def _cells(
         "state": trial.state,
         "seconds": f"{trial.seconds:.2f}" if math.isfinite(trial.seconds) else "-",
     }
-    shown = [cells[column] for column in layout]
-    shown[2:2] = [one.text(scores.get(name, math.nan)) for name, one in others.items()]
-    return shown
+    row = [cells[column] for column in layout]
+    row[2:2] = [other.text(scores.get(name, math.nan)) for name, other in others.items()]
+    return row
 
 
 def pareto_text(study: Study, *, width: int, most: int) -> str:
@@ -252,18 +250,18 @@ def pareto_text(study: Study, *, width: int, most: int) -> str:
     if not study.metrics:
         return ""
     front = pareto_trials(study)
-    shown = measures(study)
-    names = [one.name for one in shown.values()]
-    are = "is" if len(front) == 1 else "are"
+    by_metric = measures(study)
+    names = [measure.name for measure in by_metric.values()]
+    verb = "is" if len(front) == 1 else "are"
     title = (
-        f"By {', '.join(names[:-1])} and {names[-1]} {count(len(front), 'trial')} {are} "
+        f"By {', '.join(names[:-1])} and {names[-1]} {count(len(front), 'trial')} {verb} "
         "Pareto-optimal"
     )
     title += f" ({most} shown):" if len(front) > most else ":"
-    rows = [
-        [str(t.number), *(m.text(t.scores[name]) for name, m in shown.items())]
-        for t in front[:most]
-    ]
+    rows = []
+    for trial in front[:most]:
+        scores = [measure.text(trial.scores[name]) for name, measure in by_metric.items()]
+        rows.append([str(trial.number), *scores])
     return f"{paragraph(title, width)}\n\n{table(['trial', *names], rows, indent='  ')}"
 
 
@@ -272,11 +270,13 @@ def _plain(trial: Trial) -> dict[str, object]:
 
     NaN is null. Infinity, a possible value of C, is text.
     """
-    row = {field: getattr(trial, field) for field in FIELDS} | {"origin": trial.origin_text}
-    row["params"] = {
-        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in trial.params.items()
-    }
+    row = {field: getattr(trial, field) for field in FIELDS}
+    row["origin"] = trial.origin_text
+    params = dict(trial.params)
+    for name, value in params.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            params[name] = str(value)
+    row["params"] = params
     row["score"], row["seconds"] = _numbers((trial.score, trial.seconds))
     row["fold_scores"] = _numbers(trial.fold_scores)
     if trial.metrics:
@@ -324,15 +324,16 @@ def _look(file: Path, *, most: int) -> tuple[str, bool]:
     for state, _, number in states:
         trials[state] += number
     left = trials["waiting"] + trials["stopped"]
-    done = f"{trials.total() - left} of {count(trials.total(), 'trial')} finished"
-    facts = [
-        ("Study", clean(file)),
-        ("Trials", f"{done}{f': {states_text(states)}' if states else ''}"),
-        ("Best", _best(study, trains_on=trials["waiting"] > 0)),
-        *(("Running", line) for line in _running_lines(file, study)),
-        ("Written", f"{seconds_text(max(0.0, time.time() - written))} ago"),
+    progress = f"{trials.total() - left} of {count(trials.total(), 'trial')} finished"
+    if states:
+        progress = f"{progress}: {states_text(states)}"
+    lines = [
+        f"Study    {clean(file)}",
+        f"Trials   {progress}",
+        f"Best     {_best(study, trains_on=trials['waiting'] > 0)}",
+        *(f"Running  {line}" for line in _running_lines(file, study)),
+        f"Written  {seconds_text(max(0.0, time.time() - written))} ago",
     ]
-    lines = [f"{name:9}{text}" for name, text in facts]
     measure = score_view(study).measure
     best = [row for row in study.order[:most] if math.isfinite(study.scores[row])]
     if best and study.curves.shape[1] > 1:  # all curves share one scale
@@ -349,15 +350,15 @@ def _running_lines(file: Path, study: Study) -> Iterator[str]:
     epoch."""
     with Claims(file) as claims:
         for owner, progress in claims.shown():
+            name = f"process {owner.pid}" if owner.is_near else clean(owner)
+            line = f"{name}: {progress['done']} of {progress['of']} {clean(progress['unit'])}"
             best = progress["best"]
-            measure = study.record.measure(math.nan if best is None else best)
-            seen = "" if best is None else f", best so far {measure.title} {measure.text(best)}"
-            left = (
-                "" if progress["left"] is None else f", about {seconds_text(progress['left'])} left"
-            )
-            done = f"{progress['done']} of {progress['of']} {clean(progress['unit'])}"
-            who = f"process {owner.pid}" if owner.is_near else clean(owner)
-            yield f"{who}: {done}{seen}{left}"
+            if best is not None:
+                measure = study.record.measure(best)
+                line = f"{line}, best so far {measure.title} {measure.text(best)}"
+            if progress["left"] is not None:
+                line = f"{line}, about {seconds_text(progress['left'])} left"
+            yield line
 
 
 def last_written(file: Path) -> float:
@@ -366,26 +367,24 @@ def last_written(file: Path) -> float:
     resolved = file.resolve()
     # SQLite's write-ahead log holds the latest writes.
     log = resolved.with_name(f"{resolved.name}-wal")
-    is_written = log.exists() and log.stat().st_size > 0  # a reader makes an empty log
-    return max(path.stat().st_mtime for path in (resolved, *[log] * is_written))
+    written = resolved.stat().st_mtime
+    if log.exists() and log.stat().st_size > 0:  # a reader makes an empty log
+        written = max(written, log.stat().st_mtime)
+    return written
 
 
 def _best(study: Study, *, trains_on: bool) -> str:
     """Return the best score so far and its parameters."""
-    if (best := best_trial(study)) is None:
+    best = best_trial(study)
+    if best is None:
         return "none yet"
     measure = study.record.measure(best.score)
+    text = f"{measure.title} {measure.text(best.score)} in trial {best.number}: {params_text(best)}"
     # Trials that have passed a rung have no result before they end. So far all trials with a result
     # are worse.
-    left = (
-        " (pruned; those that train on are not told yet)"
-        if trains_on and best.state == "pruned"
-        else ""
-    )
-    return (
-        f"{measure.title} {measure.text(best.score)} in trial {best.number}: "
-        f"{params_text(best)}{left}"
-    )
+    if trains_on and best.state == "pruned":
+        text = f"{text} (pruned; trials that still train have no score yet)"
+    return text
 
 
 def report(arguments: Namespace) -> str:
@@ -428,9 +427,6 @@ def repair(arguments: Namespace) -> str:
     from gputune.study.repair import repair
 
     saved = repair(study_file(arguments.study), arguments.out, argument="--out ")
-    go_on = (
-        f"\n\nGo on: {shlex.join(['gputune', 'resume', arguments.out])}"
-        if saved.is_whole_search
-        else ""
-    )
-    return f"{saved}{go_on}"
+    if not saved.is_whole_search:
+        return str(saved)
+    return f"{saved}\n\nGo on: {shlex.join(['gputune', 'resume', arguments.out])}"

@@ -50,7 +50,7 @@ class Ending:
     typed: Sequence[str] = ()  # the arguments after ``gputune``
 
 
-def ensemble_words(
+def ensemble_text(
     study: Study,
     model: TunedModel,
     held_out: HeldOut | None,
@@ -66,17 +66,16 @@ def ensemble_words(
         f"An ensemble of {members} has a cross-validated {measure.name} of "
         f"{measure.text(model.info['score'])}"
     )
-    if held_out is None or best is None or held_out.why or best.why:
-        return f"{text} and is the model that is saved."
-    of_default = " (the default configuration)" if is_default_best(study) else ""
-    scores = (
-        f"{measure.text(held_out.score)} on the held-out rows, the best trial alone{of_default} "
-        f"{measure.text(best.score)}"
+    if held_out is None or best is None or held_out.reason or best.reason:
+        return f"{text} and is saved as the model."
+    trial = (
+        "the best trial (the default configuration)" if is_default_best(study) else "the best trial"
     )
     saved = "ensemble" if is_saved else "best trial"
     text = (
-        f"{text}, and {scores}; the {saved} is saved, by these rows: its score there is a little "
-        "optimistic."
+        f"{text}. On the held-out rows it scores {measure.text(held_out.score)}, and {trial} "
+        f"scores {measure.text(best.score)}. The {saved} is saved. These rows chose it, so its "
+        "score there is a little optimistic."
     )
     if may_be_chance(held_out, best):
         text += " One lies within the other's 95% interval, so the difference may be chance."
@@ -85,21 +84,18 @@ def ensemble_words(
 
 def summary_text(ending: Ending, *, width: int) -> str:
     """Return the closing text of ``gputune tune`` and ``train``."""
-    trials = (
-        _best_trials(ending, width)
-        if ending.trial is None
-        else _one_trial(ending.study, ending.trial, width)
-    )
+    if ending.trial is None:
+        trials = _best_trials(ending, width)
+    else:
+        trials = _one_trial(ending.study, ending.trial, width)
     places = _places(ending, width)
     if ending.model_folder is None:
-        places.append(
-            _line("Next", f"gputune.Study.open({clean(ending.study_file)!r}).best_model()")
-        )
+        call = f"gputune.Study.open({clean(ending.study_file)!r}).best_model()"
+        places.append(_line("Next", call))
     if any(trial.state == "waiting" for trial in ending.study.trials):
         places.append(_ENDING.sub("", _go_on(ending)))
-    return "\n\n".join(
-        [_understood(ending, width), trials, _scores(ending, width), "\n".join(places)]
-    )
+    parts = [_understood(ending, width), trials, _scores(ending, width), "\n".join(places)]
+    return "\n\n".join(parts)
 
 
 def stopped_text(ending: Ending, *, width: int) -> str:
@@ -126,17 +122,13 @@ def _places(ending: Ending, width: int) -> list[str]:
     """Return the number of trials by state, the files of the study and the model, and the next
     command."""
     states = states_text(states_of(ending.study))
-    ended = [("Ended", ending.ended)] if ending.ended else []
-    trials = _label_lines(
-        [*ended, ("Trials", f"{states}; {seconds_text(ending.seconds)} in all")], width
-    )
-    lines = [trials, _line("Study", ending.study_file)]
+    facts = [("Ended", ending.ended)] if ending.ended else []
+    facts.append(("Trials", f"{states}; {seconds_text(ending.seconds)} in all"))
+    lines = [_label_lines(facts, width), _line("Study", ending.study_file)]
     folder = ending.model_folder
     if folder is not None:
-        lines += [
-            _line("Model", folder),
-            _line("Next", f"gputune predict {shlex.quote(clean(folder))} FILE"),
-        ]
+        lines.append(_line("Model", folder))
+        lines.append(_line("Next", f"gputune predict {shlex.quote(clean(folder))} FILE"))
     return lines
 
 
@@ -156,23 +148,24 @@ def _understood(ending: Ending, width: int) -> str:
     """Return the lines on data, inputs, task and search."""
     study = ending.study
     record = ending.study.record
+    data = f"{ending.file}: {record.fingerprint['rows']} rows to search on"
     held_out = (record.source or {}).get("held_out")
-    apart = "" if held_out is None else f" and {held_out['rows']} held out"
+    if held_out is not None:
+        data = f"{data} and {held_out['rows']} held out"
     size = f"{count(len(study.trials), 'trial')} x {count(record.folds, 'fold')}"
-    rule = (
-        record.optimizer
-        if record.schedule == "constant"
-        else f"{record.optimizer}, {record.schedule}"
-    )
-    trained = (
-        f"{clean(record.model)} trained with {rule}; {size} x {count(record.max_epochs, 'epoch')}"
-    )
-    solved = f"{record.model}, solved to convergence; {size}"
+    if record.optimizer == "exact":
+        training = f"{record.model}, solved to convergence; {size}"
+    else:
+        rule = record.optimizer
+        if record.schedule != "constant":
+            rule = f"{rule}, {record.schedule}"
+        epochs = count(record.max_epochs, "epoch")
+        training = f"{clean(record.model)} trained with {rule}; {size} x {epochs}"
     lines = [
-        ("Data", f"{ending.file}: {record.fingerprint['rows']} rows to search on{apart}"),
+        ("Data", data),
         _inputs(ending),
         ("Task", _task(study)),
-        ("Search", solved if record.optimizer == "exact" else trained),
+        ("Search", training),
         *_method(study),
         *(("Note", in_flags(note, kept={record.target})) for note in record.notes),
     ]
@@ -185,19 +178,17 @@ def _inputs(ending: Ending) -> tuple[str, str]:
     if isinstance(X, Arrays):
         return "Inputs", str(ArrayLayout.of(X))
     record = ending.study.record
-    many = any(
-        trial.params.get("numbers", record.numbers) != record.numbers
-        for trial in ending.study.trials
-    )
-    rest = f" with numbers {record.numbers!r}" if many else ""
-    features = f"made into {count(record.features, 'feature')}{rest}"
+    features = f"made into {count(record.features, 'feature')}"
+    scalings = {trial.params.get("numbers", record.numbers) for trial in ending.study.trials}
+    if scalings - {record.numbers}:  # other scalings give other numbers of features
+        features = f"{features} with numbers {record.numbers!r}"
     layout = None if ending.model is None else ending.model.layout
     if not isinstance(layout, Layout):
         return "Columns", features
     # Only columns that the model reads. Constant columns and identifiers are left out.
     kinds = Counter(column.kind for column in layout.columns)
-    named = ", ".join(count(number, kind) for kind, number in kinds.items())
-    return "Columns", f"{named}, {features}"
+    columns = ", ".join(count(number, kind) for kind, number in kinds.items())
+    return "Columns", f"{columns}, {features}"
 
 
 def _task(study: Study) -> str:
@@ -206,22 +197,20 @@ def _task(study: Study) -> str:
     classes = study.record.classes
     target = clean(study.record.target)
     if record.task == "multilabel":
-        rule = "; accuracy is the share of rows of which all labels are right" * (
-            record.scoring == "accuracy"
-        )
-        return f"several labels: predict {target!r}{rule}"
+        text = f"several labels: predict {target!r}"
+        if record.scoring == "accuracy":
+            text = f"{text}; accuracy is the share of rows with only correct labels"
+        return text
     if record.task == "custom":
-        return f"a target as it is: predict {target!r}"
+        return f"an unchanged target: predict {target!r}"
     if classes is None:
         return f"regression: predict the number {target!r}"
-    shown = ", ".join(clean(name) for name in classes[:10])
-    more = f" and {len(classes) - 10} more" if len(classes) > 10 else ""
-    override = (
-        ""
-        if isinstance(classes[0], str | bool)
-        else " (if they are numbers, add --task regression)"
-    )
-    return f"{len(classes)} classes of {target!r}: {shown}{more}{override}"
+    text = f"{len(classes)} classes of {target!r}: {', '.join(map(clean, classes[:10]))}"
+    if len(classes) > 10:
+        text = f"{text} and {len(classes) - 10} more"
+    if not isinstance(classes[0], str | bool):
+        text = f"{text} (if they are numbers, add --task regression)"
+    return text
 
 
 def _method(study: Study) -> list[tuple[str, str]]:
@@ -234,42 +223,42 @@ def _method(study: Study) -> list[tuple[str, str]]:
     if method["name"] != "optuna":
         return [(method["name"].capitalize(), _pruning_text(study))]
     origins = [trial.origin for trial in study.trials if str(trial.origin).startswith("batch ")]
-    batches = f"{len(set(origins))} batch{'' if len(set(origins)) == 1 else 'es'}"
-    proposed = (
-        f"Optuna's {clean(method['sampler'])} proposed {count(len(origins), 'trial')} in {batches}"
-    )
-    return [
-        ("Sampler", proposed),
-        *([("Halving", _pruning_text(study))] if method["halving"] else []),
-    ]
+    n_batches = len(set(origins))
+    batches = "1 batch" if n_batches == 1 else f"{n_batches} batches"
+    trials = count(len(origins), "trial")
+    lines = [("Sampler", f"Optuna's {clean(method['sampler'])} proposed {trials} in {batches}")]
+    if method["halving"]:
+        lines.append(("Halving", _pruning_text(study)))
+    return lines
 
 
 def _pruning_text(study: Study) -> str:
     """Return the rungs at which trials were pruned, and the saved share of training."""
-    left = Counter(trial.detail["rung"] for trial in study.trials if trial.state == "pruned")
-    if not left:
-        return "no trial was pruned: there was no rung before the last epoch, or one trial alone"
-    rungs = ", ".join(f"{number} after epoch {rung}" for rung, number in sorted(left.items()))
-    trials, (spent, full) = count(len(study.trials), "trial"), study.spent
+    pruned = Counter(trial.detail["rung"] for trial in study.trials if trial.state == "pruned")
+    if not pruned:
+        return "no trial was pruned: there was no rung before the last epoch, or only one trial"
+    rungs = ", ".join(f"{number} after epoch {rung}" for rung, number in sorted(pruned.items()))
+    spent, full = study.spent
     share = f"{spent} of {full} trial-epochs were trained ({spent / max(1, full):.0%})"
-    return f"of {trials} these were pruned: {rungs}; {share}"
+    return f"of {count(len(study.trials), 'trial')} these were pruned: {rungs}; {share}"
 
 
 def _descent(study: Study, outer_steps: int) -> str:
     """Return the text about a hypergradient search."""
     n_starts = sum(trial.origin[1] == 0 for trial in study.trials)
-    guarded = study.guarded
-    on = ", ".join(study.record.changed_hyperparameters)
-    steps = count(outer_steps, "outer step")
+    names = ", ".join(study.record.changed_hyperparameters)
     text = (
-        f"hypergradient search on {on} from {count(n_starts, 'starting point')}, at most {steps} "
-        "each"
+        f"hypergradient search on {names} from {count(n_starts, 'starting point')}, at most "
+        f"{count(outer_steps, 'outer step')} each"
     )
-    for acted, words in (
-        ("chaotic", "the slope was noise"),
-        ("differences", "taken by wide finite differences"),
-    ):
-        text += f"; {words} at {count(guarded[acted], 'point')}" * (guarded[acted] > 0)
+    events = {
+        "chaotic": "the slope was noise",
+        "differences": "the slope came from wide finite differences",
+    }
+    for name, event in events.items():
+        n_points = study.guarded[name]
+        if n_points > 0:
+            text = f"{text}; {event} at {count(n_points, 'point')}"
     return text
 
 
@@ -280,22 +269,25 @@ def _best_trials(ending: Ending, width: int) -> str:
     record = ending.study.record
     # Repeated points are left out. A start whose slope is noise is measured again at the same
     # point.
-    looks: dict[str, Trial] = {}
+    points: dict[str, Trial] = {}
     for trial in study.ranking():
         if math.isfinite(trial.score):
-            place = trial.origin[0] if isinstance(trial.origin, tuple) else trial.number
-            looks.setdefault(repr((place, sorted(trial.params.items()))), trial)
-    finished = [trial for trial in looks.values() if trial.state != "pruned"]
+            start = trial.origin[0] if isinstance(trial.origin, tuple) else trial.number
+            points.setdefault(repr((start, sorted(trial.params.items()))), trial)
+    finished = [trial for trial in points.values() if trial.state != "pruned"]
     # The early score of a pruned trial cannot be compared with the scores of the others.
-    shown = (finished or list(looks.values()))[:_BEST]
-    begun = sum(trial.state != "waiting" for trial in study.trials)
-    best = f"The best {len(shown)} of {begun} trials" if len(shown) > 1 else "The best trial"
-    best += "" if finished else ", pruned as all with a score are,"
-    title = f"{best} by {measure.title}, {mean_words(study, errors=record.folds > 1)}:"
-    layout = ("trial", SCORE_AND_ERROR, *["epoch"] * (record.max_epochs > 1))
-    rows = trial_rows(study, shown, [layout], width=width, indent="  ")
+    best = (finished or list(points.values()))[:_BEST]
+    n_begun = sum(trial.state != "waiting" for trial in study.trials)
+    title = f"The best {len(best)} of {n_begun} trials" if len(best) > 1 else "The best trial"
+    if not finished:
+        title = f"{title}, pruned like all trials with a score,"
+    title = f"{title} by {measure.title}, {mean_words(study, errors=record.folds > 1)}:"
+    layout = ["trial", SCORE_AND_ERROR]
+    if record.max_epochs > 1:
+        layout.append("epoch")
+    rows = trial_rows(study, best, [layout], width=width, indent="  ")
     pareto = pareto_text(study, width=width, most=_BEST)
-    return "\n\n".join(part for part in (paragraph(title, width), rows, pareto) if part)
+    return "\n\n".join(filter(None, (paragraph(title, width), rows, pareto)))
 
 
 def _one_trial(study: Study, trial: Trial, width: int) -> str:
@@ -307,19 +299,20 @@ def _one_trial(study: Study, trial: Trial, width: int) -> str:
         (f"Trial {trial.number}", params_text(trial)),
         ("Score", f"{score}, {mean_words(study, errors=math.isfinite(trial.std_error))}"),
     ]
-    if others := [
-        f"{one.title} {one.text(trial.scores[name])}" for name, one in other_measures(study).items()
-    ]:
+    others = []
+    for name, other in other_measures(study).items():
+        others.append(f"{other.title} {other.text(trial.scores[name])}")
+    if others:
         lines.append(("Others", ", ".join(others)))
     lines.append(("Folds", ", ".join(map(measure.text, trial.fold_scores))))
     if record.max_epochs > 1:
         curve = study.curves[study.trials.index(trial)].mean(1)
-        best = (
-            f"best {measure.text(trial.score)} after epoch {trial.best_epoch} of "
-            f"{record.max_epochs}"
+        text = (
+            f"{blocks(curve, width=40)} first {measure.text(float(curve[0]))}, last "
+            f"{measure.text(float(curve[-1]))}, best {measure.text(trial.score)} after epoch "
+            f"{trial.best_epoch} of {record.max_epochs}"
         )
-        first, last = (measure.text(float(curve[epoch])) for epoch in (0, -1))
-        lines.append(("Curve", f"{blocks(curve, width=40)} first {first}, last {last}, {best}"))
+        lines.append(("Curve", text))
     return _label_lines(lines, width)
 
 
@@ -330,17 +323,19 @@ def _scores(ending: Ending, width: int) -> str:
     score = ending.held_out
     if score is None:
         text = (
-            "All rows were used, so no honest score is left; gputune tune --test-size keeps rows "
-            "apart for one."
+            "All rows were used, so there is no honest score. For one, hold rows out with gputune "
+            "tune --test-size."
         )
-    elif score.why:
-        text = f"There is no held-out {measure.name}: {clean(score.why)}."
+    elif score.reason:
+        text = f"There is no held-out {measure.name}: {clean(score.reason)}."
     else:
+        rows = f"{count(score.rows, 'row')} that nothing was fitted on"
+        if score.chose:
+            rows = f"{rows}, but that chose between the ensemble and the best trial"
         text = (
             f"Held-out {measure.title}: {measure.text(score.score)}, the saved model's own score "
-            "on "
+            f"on {rows}{score.interval_text(measure)}."
         )
-        text += f"{count(score.rows, 'row')} {_use_of(score)}{score.interval_text(measure)}."
     sentences = [text]
     if score is not None and score.unseen:
         verb = "counts" if score.unseen == 1 else "count"
@@ -354,43 +349,39 @@ def _scores(ending: Ending, width: int) -> str:
             f"On these rows {clean(answer)} scores {measure.text(baseline_score)} without a model."
         )
     sentences.append(_optimistic(study, measure, ending.trial))
-    if (baseline := study.record.baseline) is not None:
-        without = measure.text(baseline["score"])
+    baseline = study.record.baseline
+    if baseline is not None:
         sentences.append(
-            f"On the same folds {clean(baseline['answer'])} scores {without} without a model."
+            f"On the same folds {clean(baseline['answer'])} scores "
+            f"{measure.text(baseline['score'])} without a model."
         )
     if ending.trial is None:
         sentences.append(improvement_text(study))
         epochs = study.record.max_epochs
         if not study.record.is_hypergradient and study.best_trial.best_epoch == epochs > 1:
             sentences.append(
-                f"It was best after the last of {epochs} epochs: more of them may be better."
+                f"It was best after the last of {epochs} epochs, so more epochs may be better."
             )
         sentences += map(clean, edge_remarks(study))
-    words = " ".join(sentence for sentence in sentences if sentence)
-    model_text = " ".join(sentence for sentence in ending.model_sentences if sentence)
-    parts = (words, clean(ending.comparison), clean(ending.ensemble), model_text)
+    scores_text = " ".join(filter(None, sentences))
+    model_text = " ".join(filter(None, ending.model_sentences))
+    parts = (scores_text, clean(ending.comparison), clean(ending.ensemble), model_text)
     return "\n\n".join(paragraph(part, width) for part in parts if part)
-
-
-def _use_of(score: HeldOut) -> str:
-    """Return words on the use of the held-out rows, to follow their number."""
-    if score.chose:
-        return "that nothing was fitted on, but that chose between the ensemble and the best trial"
-    return "that nothing was fitted on"
 
 
 def _optimistic(study: Study, measure: Measure, trial: Trial | None) -> str:
     """Return a sentence that explains why the cross-validated score is optimistic, or "" if it is
     not."""
-    chosen = study.record.max_epochs > 1
+    chose_epoch = study.record.max_epochs > 1
     if trial is not None:
+        if not chose_epoch:
+            return ""
         score = f"The cross-validated {measure.name}, {measure.text(trial.score)}"
-        return f"{score}, is that of the epoch that scored best on these folds." * chosen
+        return f"{score}, is that of the epoch that scored best on these folds."
     best = (
         f"The best cross-validated {measure.name}, {measure.text(study.best_score)}, is optimistic:"
     )
-    scored = sum(math.isfinite(trial.score) for trial in study.trials)
-    if scored > 1:
-        return f"{best} it is the best of {scored} trials on the folds that chose it."
-    return f"{best} its epoch was chosen on the folds that scored it." * chosen
+    n_scored = sum(math.isfinite(trial.score) for trial in study.trials)
+    if n_scored > 1:
+        return f"{best} it is the best of {n_scored} trials on the folds that chose it."
+    return f"{best} its epoch was chosen on the folds that scored it." if chose_epoch else ""

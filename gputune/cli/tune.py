@@ -32,7 +32,7 @@ from gputune.cli.saved_model import (
     read_saved_description,
     same_model_text,
 )
-from gputune.cli.summary import Ending, ensemble_words, stopped_text, summary_text
+from gputune.cli.summary import Ending, ensemble_text, stopped_text, summary_text
 from gputune.data.array_files import ARRAY_SUFFIXES
 from gputune.data.source import read_source, split_held_out
 from gputune.data.target import check_spread, check_target, with_transform
@@ -56,6 +56,7 @@ from gputune.tuning.session import checked_space, first_trials
 from gputune.tuning.task_choice import chosen_task
 from gputune.views.default_trial import default_trial
 from gputune.views.scores import score_view
+from gputune.wording import option
 
 
 def tune(arguments: argparse.Namespace) -> str:
@@ -67,7 +68,8 @@ def tune(arguments: argparse.Namespace) -> str:
     profile = Profile()
     usual = "gputune-train" if arguments.command == "train" else "gputune-out"
     if arguments.study == "":
-        raise InputError(f"--out '' is no folder; name one, or leave it out for {usual}.")
+        remedy = f"Name one, or leave it out for {usual}."
+        raise InputError("--out", "must be a folder", got="", remedy=remedy)
     out = Path(arguments.study or usual)
     _check_out(out)
     options = options_of(arguments, out / STUDY)
@@ -106,10 +108,11 @@ def resume(arguments: argparse.Namespace) -> str:
     record = Study.open(study).record
     with profile.clock(PREPARING), option_errors(study):
         recorded = recorded_search(study, record, changes, trust_code=arguments.trust_code)
-    if callbacks := record.arguments.callbacks:
+    callbacks = record.arguments.callbacks
+    if callbacks:
         Progress(arguments.verbose).say(
-            f"note: {', '.join(callbacks)}: callbacks are not held by a study file, so these are "
-            "not called."
+            f"note: a study file does not store callbacks, so these are not called: "
+            f"{', '.join(callbacks)}."
         )
     return _Run(arguments, recorded, study, begin, profile).finish()
 
@@ -160,24 +163,23 @@ class _Run:
         They are the typed options and, in a resume, the options of the original command. Studies of
         earlier versions do not hold them. Then the saved model is inspected, if there is one.
         """
-        typed = {name: bool(getattr(self.arguments, name, None)) for name in FINAL_MODEL}
+        final_model = {name: bool(getattr(self.arguments, name, None)) for name in FINAL_MODEL}
         compares = getattr(self.arguments, "compare_default", None)
-        if compares is None and self.arguments.command == "resume":
-            compares = self.recorded.final_model.get("compare_default")
-        compare_default = {} if compares is None else {"compare_default": compares}
-        if self.arguments.command != "resume":
-            return {**typed, **compare_default}
-        saved = read_saved_description(self.folder)
-        of_saved_model = {
-            "ensemble": "ensemble" in saved.get("spec", {}),
-            "intervals": saved.get("residuals") is not None,
-            "calibrate": saved.get("temperature", 1.0) != 1.0,
-        }
-        stored = self.recorded.final_model
-        final_model = {
-            name: typed[name] or stored.get(name, of_saved_model.get(name, False)) for name in typed
-        }
-        return {**final_model, **compare_default}
+        if self.arguments.command == "resume":
+            stored = self.recorded.final_model
+            if compares is None:
+                compares = stored.get("compare_default")
+            saved = read_saved_description(self.folder)
+            of_saved_model = {
+                "ensemble": "ensemble" in saved.get("spec", {}),
+                "intervals": saved.get("residuals") is not None,
+                "calibrate": saved.get("temperature", 1.0) != 1.0,
+            }
+            for name, is_typed in final_model.items():
+                final_model[name] = is_typed or stored.get(name, of_saved_model[name])
+        if compares is not None:
+            final_model["compare_default"] = compares
+        return final_model
 
     def finish(self) -> str:
         """Search, train the best trial on all rows, score it on the held-out rows, and save it.
@@ -188,12 +190,9 @@ class _Run:
             ending = self._make_ending(self._search())
             if self.keeps_model:
                 with self.profile.clock("training the best on all rows"):
-                    trial = (
-                        _requested_trial(ending.study)
-                        if self.arguments.command == "train"
-                        else None
-                    )
-                    ending = self._with_best(replace(ending, trial=trial))
+                    if self.arguments.command == "train":
+                        ending = replace(ending, trial=_requested_trial(ending.study))
+                    ending = self._with_best(ending)
                 if self.has_ensemble:
                     ending = self._with_ensemble(ending)
                 if self.arguments.command != "train":
@@ -212,12 +211,8 @@ class _Run:
             return run(profile=self.profile, interface=_Notes(), study_type=Study)
         except SearchInterrupted as stop:
             ending = self._make_ending(stop.study)
-            if (
-                self.keeps_model
-                and self.arguments.command != "train"
-                and stop.signal == CTRL_C
-                and not stop.at_once
-            ):
+            is_gentle = stop.signal == CTRL_C and not stop.at_once
+            if self.keeps_model and self.arguments.command != "train" and is_gentle:
                 ending = self._with_best_so_far(ending)
             stop.report = self._text(ending, stopped_text)
             raise
@@ -230,10 +225,8 @@ class _Run:
     def _text(self, ending: Ending, make: Callable[..., str] = summary_text) -> str:
         """Return the closing text of an ending."""
         ended = in_flags(self.profile.ended)
-        seconds = time.perf_counter() - self.begin
-        return make(
-            replace(ending, ended=ended, seconds=seconds), width=shutil.get_terminal_size().columns
-        )
+        ending = replace(ending, ended=ended, seconds=time.perf_counter() - self.begin)
+        return make(ending, width=shutil.get_terminal_size().columns)
 
     def _with_best(self, ending: Ending) -> Ending:
         """Train the best or the requested trial on all rows, and save its model."""
@@ -243,9 +236,8 @@ class _Run:
         )
         model, held_out = self._score_model(model, ending.study)
         model.save(self.folder)
-        return replace(
-            ending, held_out=held_out, model=model, model_folder=model_folder(self.shown)
-        )
+        folder = model_folder(self.shown)
+        return replace(ending, held_out=held_out, model=model, model_folder=folder)
 
     def _with_best_so_far(self, ending: Ending) -> Ending:
         """Save the model of the best trial so far, if a trial has a score.
@@ -255,8 +247,8 @@ class _Run:
         """
         scored = any(math.isfinite(trial.score) for trial in ending.study.trials)
         if scored and "ensemble" not in read_saved_description(self.folder).get("spec", {}):
-            words = "training the best trial so far on all rows (Ctrl-C: do without)"
-            Progress(self.recorded.options.verbose).say(words)
+            message = "training the best trial so far on all rows (Ctrl-C skips this)"
+            Progress(self.recorded.options.verbose).say(message)
             with suppress(DivergedError, KeyboardInterrupt):
                 return self._with_best(ending)
         return ending
@@ -284,19 +276,18 @@ class _Run:
         except InputError as error:
             return replace(ending, ensemble=f"No ensemble: {error}")
         except KeyboardInterrupt as stop:
-            words = "the ensemble was interrupted; the model of the best trial is saved."
-            raise self._interrupted(words, ending, stop) from None
-        words = ensemble_words(study, model, held_out, best, is_saved=is_saved)
-        return replace(ending, held_out=score, model=chosen, ensemble=words)
+            message = "the ensemble was interrupted. The model of the best trial is saved."
+            raise self._interrupted(message, ending, stop) from None
+        text = ensemble_text(study, model, held_out, best, is_saved=is_saved)
+        return replace(ending, held_out=score, model=chosen, ensemble=text)
 
     def _interrupted(
-        self, words: str, ending: Ending, stop: KeyboardInterrupt
+        self, message: str, ending: Ending, stop: KeyboardInterrupt
     ) -> SearchInterrupted:
         """Return the error for an interrupt after the model of the best trial was saved."""
         signal = TERMINATED if isinstance(stop, Terminated) else CTRL_C
-        return SearchInterrupted(
-            words, study=ending.study, signal=signal, report=self._text(ending)
-        )
+        report = self._text(ending)
+        return SearchInterrupted(message, study=ending.study, signal=signal, report=report)
 
     def _with_comparison(self, ending: Ending) -> Ending:
         """Train the default configuration on all rows too, and compare its model with the saved
@@ -305,40 +296,37 @@ class _Run:
         Both are scored on the held-out rows.
         """
         study = ending.study
+        compares = self.compares_default
+        if compares is None:
+            compares = is_worth_comparing(study, ending.held_out)
+        return replace(ending, comparison=self._comparison(ending)) if compares else ending
+
+    def _comparison(self, ending: Ending) -> str:
+        """Return sentences that compare the saved model with the default's model."""
+        study = ending.study
         saved = ending.held_out
         default = default_trial(study)
-        if self.compares_default is False or (
-            self.compares_default is None and not is_worth_comparing(study, saved)
-        ):
-            return ending
         if saved is None:
-            return replace(
-                ending,
-                comparison="No rows are held out on which to compare with the default's model.",
-            )
+            return "No rows are held out to compare the model with the default's model."
         if default is None:
-            why = "no trial with a score is the default configuration"
-            return replace(
-                ending, comparison=f"There is no comparison with the default's model: {why}."
+            return (
+                "There is no comparison with the default's model: no trial with a score is the "
+                "default configuration."
             )
         if is_default_best(study):
             assert ending.model is not None
-            return replace(ending, comparison=same_model_text(ending.model))
+            return same_model_text(ending.model)
         try:
             with self.profile.clock("training the default on all rows"):
                 model = study.best_model(trial=default.number, calibrate=self.calibrate)
                 model, held_out = self._score_model(model, study)
         except DivergedError:
-            return replace(
-                ending, comparison="The default's model diverged when it was trained on all rows."
-            )
+            return "The default's model diverged when it was trained on all rows."
         except KeyboardInterrupt as stop:
-            words = "the comparison with the default was interrupted; the best model is saved."
-            raise self._interrupted(words, ending, stop) from None
+            message = "the comparison with the default was interrupted. The best model is saved."
+            raise self._interrupted(message, ending, stop) from None
         assert held_out is not None  # the saved model has a score, so this one has too
-        return replace(
-            ending, comparison=comparison_text(score_view(study).measure, saved, held_out)
-        )
+        return comparison_text(score_view(study).measure, saved, held_out)
 
     def _model_sentences(self, model: TunedModel | None) -> list[str]:
         """Return sentences on calibration and intervals of the saved model."""
@@ -362,14 +350,11 @@ class _Run:
         baseline = held_out_baseline(model, record.scoring, rest, test, positive=positive)
         held_out = replace(held_out, baseline=baseline)
         # The HTML report reads these entries of the model's info.
-        scored: dict[str, object] = {
-            "held_out_score": held_out.score,
-            "held_out_rows": held_out.rows,
-        }
+        info = {**model.info, "held_out_score": held_out.score, "held_out_rows": held_out.rows}
         if baseline is not None:
             answer, score = baseline
-            scored["held_out_baseline"] = {"answer": answer, "score": score}
-        return replace(model, info={**model.info, **scored}), held_out
+            info["held_out_baseline"] = {"answer": answer, "score": score}
+        return replace(model, info=info), held_out
 
 
 def _requested_trial(study: Study) -> Trial:
@@ -379,9 +364,9 @@ def _requested_trial(study: Study) -> Trial:
     params = first_trials(checked_space(choice, options), choice, options)[0].params
     trial = next(trial for trial in study.trials if trial.params == params)
     if not math.isfinite(trial.score):
-        why = "it diverged, or its time was over; try a smaller lr, or more time."
         raise SearchFailedError(
-            f"trial {trial.number}, which was to be trained, has no finite score: {why}"
+            f"trial {trial.number} has no finite score: it diverged, or the timeout stopped it. "
+            f"Try a smaller lr, or a longer {option('timeout')}."
         )
     return trial
 
@@ -389,16 +374,11 @@ def _requested_trial(study: Study) -> Trial:
 def _target(arguments: argparse.Namespace) -> str | None:
     """Return the name of the target column. Raises InputError if it is missing."""
     if arguments.target is None and not arguments.file.startswith("sklearn:"):
-        what, example = (
-            ("array", "y")
-            if Path(arguments.file).suffix.lower() in ARRAY_SUFFIXES
-            else ("column", "price")
-        )
-        raise InputError(
-            f"--target is missing: name the {what} of {arguments.file!r} to predict, for example "
-            f"--target {example}."
-        )
-    return str(arguments.target) if arguments.target is not None else None
+        is_array_file = Path(arguments.file).suffix.lower() in ARRAY_SUFFIXES
+        noun, example = ("array", "y") if is_array_file else ("column", "price")
+        remedy = f"Name the {noun} of {arguments.file!r} to predict: --target {example}."
+        raise InputError("--target", "is missing", remedy=remedy)
+    return None if arguments.target is None else str(arguments.target)
 
 
 def _check_out(out: Path) -> None:
@@ -406,17 +386,17 @@ def _check_out(out: Path) -> None:
 
     A folder with a model but without its study is refused too, because the model would be lost.
     """
-    there = next(place for place in (out, *out.absolute().parents) if place.exists())
-    if not there.is_dir():
-        raise InputError(f"--out {str(out)!r}: {str(there)!r} is a file; give a folder.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        check = f"check the rights of {str(there)!r}, or give another folder."
-        raise InputError(f"--out {str(out)!r} cannot be written: {check}")
+    argument = f"--out {str(out)!r}"
+    existing = next(place for place in (out, *out.absolute().parents) if place.exists())
+    if not existing.is_dir():
+        rule = f"must be a folder, but {str(existing)!r} is a file"
+        raise InputError(argument, rule, remedy="Name another folder.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        remedy = f"Check the permissions of {str(existing)!r}, or name another folder."
+        raise InputError(argument, "cannot be written", remedy=remedy)
     if (out / MODEL).exists() and not (out / STUDY).exists():
-        lost = f"{MODEL!r} but not the {STUDY!r} it came from"
-        raise InputError(
-            f"--out {str(out)!r} holds {lost}, and would lose it; give another folder."
-        )
+        rule = f"holds a {MODEL!r} without its {STUDY!r}, and this search would overwrite it"
+        raise InputError(argument, rule, remedy="Name another folder.")
 
 
 @contextmanager
@@ -443,7 +423,7 @@ def _explaining_interrupts(study_file: Path) -> Iterator[None]:
     except SearchInterrupted:
         raise
     except KeyboardInterrupt as stop:
-        words = "interrupted before the first trial; nothing was kept."
+        words = "interrupted before the first trial. Nothing is stored."
         if study_file.exists():
             message = interruption(Study.open(study_file), study_file)
             words = CommandLine().render(message)

@@ -10,11 +10,11 @@ from gputune.report.svg import (
     Chart,
     Frame,
     band_path,
-    beside,
     dots_path,
     element,
     line_path,
     path,
+    shifted,
     spread_over,
     text,
 )
@@ -78,29 +78,32 @@ def curves_chart(study: Study) -> Chart | None:
     drawn = spread_over(others, THIN_CURVES)
     x = linear_scale(1, len(curves.epochs), most=10, whole=True)
     frame = Frame(_WIDE, 400.0, x, curves.scale(), right=118).with_room()
-    size = {
-        "width": frame.width - frame.left - frame.right,
-        "height": frame.height - frame.top - frame.bottom,
-    }
-    parts = [
-        element("clipPath", element("rect", x=frame.left, y=frame.top, **size), id="plot"),
-        element(
-            "g",
-            *(_thin_curve(curves, row, frame) for row in drawn),
-            class_="behind",
-            clip_path="url(#plot)",
-        ),
-        *(_best_curve(curves, row, rank, frame) for rank, row in reversed(list(enumerate(best)))),
-        _legend(curves, best, frame),
-    ]
-    over = ", mean and standard deviation over the folds" * (study.curves.shape[2] > 1)
-    behind = (
-        f"Behind the best {len(best)}, {len(drawn)} of the {len(others)} other curves are drawn: "
-        "the next best, "
+    rectangle = element(
+        "rect",
+        x=frame.left,
+        y=frame.top,
+        width=frame.width - frame.left - frame.right,
+        height=frame.height - frame.top - frame.bottom,
     )
-    notes = [f"{behind}and the rest evenly by rank."] * (len(drawn) < len(others))
-    title = f"Learning curves of the best {len(best)} trials{over}"
-    return frame.chart(title, frame.axes("epoch", curves.measure.title), *parts, notes=notes)
+    thin = [_thin_curve(curves, row, frame) for row in drawn]
+    parts = [
+        frame.axes("epoch", curves.measure.title),
+        element("clipPath", rectangle, id="plot"),
+        element("g", *thin, class_="behind", clip_path="url(#plot)"),
+    ]
+    for rank in reversed(range(len(best))):  # the best one on top
+        parts.append(_best_curve(curves, best[rank], rank, frame))
+    parts.append(_legend(curves, best, frame))
+    title = f"Learning curves of the best {len(best)} trials"
+    if study.curves.shape[2] > 1:
+        title = f"{title}, mean and standard deviation over the folds"
+    notes = []
+    if len(drawn) < len(others):
+        notes.append(
+            f"Behind the best {len(best)}, {len(drawn)} of the {len(others)} other curves are "
+            "drawn: the next best, and the rest evenly by rank."
+        )
+    return frame.chart(title, *parts, notes=notes)
 
 
 def _thin_curve(curves: LearningCurves, row: int, frame: Frame) -> Markup:
@@ -109,9 +112,8 @@ def _thin_curve(curves: LearningCurves, row: int, frame: Frame) -> Markup:
     if len(known) > CURVE_POINTS:
         # A long curve is thinned evenly.
         known = known[np.linspace(0, len(known) - 1, CURVE_POINTS).round().astype(int)]
-    return path(
-        None, line_path(frame.across(curves.epochs[known]), frame.down(curves.mean[row][known]))
-    )
+    x = frame.across(curves.epochs[known])
+    return path(None, line_path(x, frame.down(curves.mean[row][known])))
 
 
 def _best_curve(curves: LearningCurves, row: int, rank: int, frame: Frame) -> Markup:
@@ -124,11 +126,10 @@ def _best_curve(curves: LearningCurves, row: int, rank: int, frame: Frame) -> Ma
     known = np.isfinite(mean)
     parts = [path("band", band)] if band else []
     parts.append(path("line", line_path(x[known], frame.down(mean[known]))))
-    at = min(trial.best_epoch, len(mean)) - 1
-    if at >= 0 and known[at]:
-        parts.append(
-            element("circle", class_="dot", cx=float(x[at]), cy=float(frame.down(mean[at])), r=4)
-        )
+    epoch = min(trial.best_epoch, len(mean)) - 1
+    if epoch >= 0 and known[epoch]:
+        y = float(frame.down(mean[epoch]))
+        parts.append(element("circle", class_="dot", cx=float(x[epoch]), cy=y, r=4))
     score = f"trial {trial.number}: {curves.measure.text(trial.score)} at epoch {trial.best_epoch}"
     return element("g", element("title", score), *parts, class_=f"c{rank}", clip_path="url(#plot)")
 
@@ -152,38 +153,40 @@ def folds_note(study: Study) -> str:
     """Return a sentence that explains the lines, bands and dots of the learning curves."""
     if study.record.face == "loop":
         return (
-            "A line is what a trial reported, step by step; the dot is where its score was taken."
+            "A line shows the scores that a trial reported, step by step. The dot marks its final "
+            "score."
         )
     folds = study.curves.shape[2]
-    band = ", the band one standard deviation over them on either side" if folds > 1 else ""
+    band = ", and the band one standard deviation on either side" if folds > 1 else ""
     return (
-        f"A line is the mean over {count(folds, 'fold')}{band}; the dot is the epoch that the "
-        "trial is scored at."
+        f"A line shows the mean over {count(folds, 'fold')}{band}. The dot marks the epoch of the "
+        "trial's score."
     )
 
 
 def history_chart(study: Study) -> Chart | None:
     """Return the scores in the order of the trials and the best so far, or None without a score."""
-    shown = score_view(study)
-    if not shown.order:
+    view = score_view(study)
+    if not view.order:
         return None
     numbers = np.array([trial.number for trial in study.trials], dtype=float)
     x = linear_scale(numbers.min(), numbers.max(), most=10, pad=0.01, whole=True)
-    frame = Frame(_WIDE, 280.0, x, shown.scale()).with_room()
-    drawn, notes = _rows_to_draw(shown, POINTS)
-    best = shown.best_so_far
+    frame = Frame(_WIDE, 280.0, x, view.scale()).with_room()
+    drawn, notes = _rows_to_draw(view, POINTS)
+    best = view.best_so_far
+    previous = np.concatenate([[np.nan], best[:-1]])
     # trials at which the best score changes
-    steps = np.flatnonzero(np.isfinite(best) & (best != np.concatenate([[np.nan], best[:-1]])))
+    steps = np.flatnonzero(np.isfinite(best) & (best != previous))
     # A staircase: each best score lasts until the next one.
     corners = np.append(np.repeat(numbers[steps], 2)[1:], numbers[-1])
     line = line_path(frame.across(corners), frame.down_within(np.repeat(best[steps], 2)))
-    title = (
-        f"Score of {count(len(study.trials), 'trial')} in the order of their numbers, and the "
-        "best so far"
-    )
-    points = _points(shown, frame.across(numbers), frame, drawn)
+    trials = count(len(study.trials), "trial")
     return frame.chart(
-        title, frame.axes("trial", shown.measure.title), *points, path("line c0", line), notes=notes
+        f"Score of {trials} in the order of their numbers, and the best so far",
+        frame.axes("trial", view.measure.title),
+        *_points(view, frame.across(numbers), frame, drawn),
+        path("line c0", line),
+        notes=notes,
     )
 
 
@@ -198,36 +201,35 @@ def pareto_charts(study: Study) -> list[Chart]:
 
 def _pareto(study: Study, front: ParetoFront) -> Chart:
     """Return a dot per trial by two metrics, with a line through the Pareto-optimal trials."""
-    values = front.values.T
-    measures = front.measures
-    x_scale, y_scale = (value_scale(*score_range(*one), one[1]) for one in zip(values, measures))
+    x_values, y_values = front.values.T
+    x_measure, y_measure = front.measures
+    x_scale = value_scale(*score_range(x_values, x_measure), x_measure)
+    y_scale = value_scale(*score_range(y_values, y_measure), y_measure)
     frame = Frame(*_SMALL, x_scale, y_scale).with_room()
-    drawn = spread_over(np.flatnonzero(np.isfinite(values[0])).tolist(), POINTS)
-    x = np.clip(frame.across(values[0]), frame.left + 6, frame.width - frame.right - 6)
-    y = frame.down_within(values[1])
-    rings = []
-    for row in front.order[:POINTS]:
-        pair = (
-            f"{measure.name} {measure.size(value)}"
-            for measure, value in zip(measures, values[:, row].tolist())
-        )
-        rings.append(
-            _ring(f"trial {study.trials[row].number}: {', '.join(pair)}", x[row], y[row], 5)
-        )
-    # Points that were moved by more than a margin lie beyond the axes.
-    far = np.hypot(x - frame.across(values[0]), y - frame.down(values[1])) > 12
-    return frame.chart(
-        " and ".join(measure.name for measure in measures) + " of the trials",
-        frame.axes(*(measure.title for measure in measures)),
+    drawn = spread_over(np.flatnonzero(np.isfinite(x_values)).tolist(), POINTS)
+    x = np.clip(frame.across(x_values), frame.left + 6, frame.width - frame.right - 6)
+    y = frame.down_within(y_values)
+    parts = [
+        frame.axes(x_measure.title, y_measure.title),
         path("dots complete", dots_path(x[drawn], y[drawn])),
         path("line c0", line_path(x[front.order], y[front.order])),
-        *rings,
-        notes=[
-            *[f"{len(drawn)} of {len(study.trials)} trials are drawn."] * (len(drawn) == POINTS),
-            *[f"{count(int(far.sum()), 'trial')} beyond the axes, drawn at the edge."]
-            * bool(far.any()),
-        ],
-    )
+    ]
+    for row in front.order[:POINTS]:
+        title = (
+            f"trial {study.trials[row].number}: {x_measure.name} "
+            f"{x_measure.size(float(x_values[row]))}, {y_measure.name} "
+            f"{y_measure.size(float(y_values[row]))}"
+        )
+        parts.append(_ring(title, x[row], y[row], 5))
+    notes = []
+    if len(drawn) == POINTS:
+        notes.append(f"{len(drawn)} of {len(study.trials)} trials are drawn.")
+    # Points that were moved by more than a margin lie beyond the axes.
+    far = np.hypot(x - frame.across(x_values), y - frame.down(y_values)) > 12
+    if far.any():
+        notes.append(f"{count(int(far.sum()), 'trial')} beyond the axes, drawn at the edge.")
+    title = f"{x_measure.name} and {y_measure.name} of the trials"
+    return frame.chart(title, *parts, notes=notes)
 
 
 def _ring(title: str, x: float, y: float, r: int) -> Markup:
@@ -241,65 +243,70 @@ def slice_charts(study: Study) -> tuple[list[Chart], tuple[str, ...]] | None:
     None if no hyperparameter varied, or if no trial has a score. Each chart has notes on its own
     omissions.
     """
-    shown = score_view(study)
+    view = score_view(study)
     varied = varied_parameters(study)
-    if not shown.order or not varied:
+    if not view.order or not varied:
         return None
-    drawn, notes = _rows_to_draw(shown, max(FEWEST, min(POINTS, ALL // len(varied))))
-    return [_slice(shown, one, drawn) for one in varied], notes
+    drawn, notes = _rows_to_draw(view, max(FEWEST, min(POINTS, ALL // len(varied))))
+    return [_slice(view, parameter, drawn) for parameter in varied], notes
 
 
-def _slice(shown: Scores, parameter: Parameter, drawn: Sequence[int]) -> Chart:
+def _slice(view: Scores, parameter: Parameter, drawn: Sequence[int]) -> Chart:
     """Return the chart of the scores against one hyperparameter."""
     few = len(parameter.distinct) <= FEW
     # Strips of points need more space at the edges.
     scale = parameter_scale(parameter, pad=0.12 if few else 0.04)
-    frame = Frame(*_SMALL, scale, shown.scale(), letters=_LETTERS).with_room()
+    frame = Frame(*_SMALL, scale, view.scale(), letters=_LETTERS).with_room()
     across = frame.across(parameter.values)
     strips = np.unique(across[np.isfinite(across)])
     if 2 <= len(strips) <= FEW:
-        across = beside(across, min(float(np.diff(strips).min()) * _SHIFT, _WIDEST))
-    failed = [row for row, trial in enumerate(shown.study.trials) if trial.state == "failed"]
+        across = shifted(across, min(float(np.diff(strips).min()) * _SHIFT, _WIDEST))
+    failed = [row for row, trial in enumerate(view.study.trials) if trial.state == "failed"]
     places = across[spread_over(failed, FAILURES)]
     bottom = frame.height - frame.bottom
     marks = "".join(f"M{x:.1f} {bottom:.1f}v-8" for x in places.tolist() if np.isfinite(x))
-    have = "has" if parameter.hidden == 1 else "have"
-    note = (
-        f"{count(parameter.hidden, 'trial')} with an infinite {parameter.label} {have} no place "
-        "here."
-    )
+    notes = []
+    if parameter.hidden:
+        verb = "has" if parameter.hidden == 1 else "have"
+        trials = count(parameter.hidden, "trial")
+        notes.append(f"{trials} with an infinite {parameter.label} {verb} no place here.")
     return frame.chart(
         f"Score against {parameter.label}",
-        frame.axes(parameter.label, shown.measure.title),
+        frame.axes(parameter.label, view.measure.title),
         path("failed", marks) if marks else "",
-        *_points(shown, across, frame, drawn),
-        notes=[note] * bool(parameter.hidden),
+        *_points(view, across, frame, drawn),
+        notes=notes,
     )
 
 
-def _rows_to_draw(shown: Scores, most: int) -> tuple[list[int], tuple[str, ...]]:
+def _rows_to_draw(view: Scores, most: int) -> tuple[list[int], tuple[str, ...]]:
     """Return the rows to draw, worst first, and notes on the other rows."""
-    drawn = spread_over(shown.order, most)
-    scored = len(shown.order)
-    note = (
-        f"{len(drawn)} of {scored} scored trials are drawn: the best {most // 4}, and the others "
-        "evenly by rank."
-    )
-    return drawn[::-1], ((note,) if len(drawn) < scored else ()) + shown.notes
+    drawn = spread_over(view.order, most)
+    n_scored = len(view.order)
+    notes = view.notes
+    if len(drawn) < n_scored:
+        note = (
+            f"{len(drawn)} of {n_scored} scored trials are drawn: the best {most // 4}, and the "
+            "others evenly by rank."
+        )
+        notes = (note, *notes)
+    return drawn[::-1], notes
 
 
 def _points(
-    shown: Scores, across: NDArray[np.float64], frame: Frame, drawn: Sequence[int]
+    view: Scores, across: NDArray[np.float64], frame: Frame, drawn: Sequence[int]
 ) -> list[Markup]:
     """Return the dots of each state, and a ring around the best trial."""
-    y = frame.down_within(shown.values)
+    y = frame.down_within(view.values)
     parts = []
-    trials = shown.study.trials
+    trials = view.study.trials
     for state in ("pruned", "stopped", "complete"):
-        if rows := [row for row in drawn if trials[row].state == state]:
+        rows = [row for row in drawn if trials[row].state == state]
+        if rows:
             parts.append(path(f"dots {state}", dots_path(across[rows], y[rows])))
-    if np.isfinite(across[best := drawn[-1]]):
-        title = f"best: trial {trials[best].number}, {shown.measure.text(trials[best].score)}"
+    best = drawn[-1]
+    if np.isfinite(across[best]):
+        title = f"best: trial {trials[best].number}, {view.measure.text(trials[best].score)}"
         parts.append(_ring(title, across[best], y[best], 7))
     return parts
 
@@ -310,15 +317,17 @@ def path_charts(study: Study) -> list[Chart]:
     The list is empty for another search.
     """
     starts = descent_paths(study)
-    shown = score_view(study)
-    if not starts or not shown.order:
+    view = score_view(study)
+    if not starts or not view.order:
         return []
-    lines = [(shown.measure.title, shown.scale(), [one.scores for one in starts])]
+    scores = [start.scores for start in starts]
+    charts = [_path_chart(starts, scores, view.scale(), view.measure.title)]
     for column in descended(study):
         if np.isfinite(column.values).any():
-            values = [one.values[column.name] for one in starts]
-            lines.append((column.label, parameter_scale(column, pad=0.05), values))
-    return [_path_chart(starts, values, scale, name) for name, scale, values in lines]
+            values = [start.values[column.name] for start in starts]
+            scale = parameter_scale(column, pad=0.05)
+            charts.append(_path_chart(starts, values, scale, column.label))
+    return charts
 
 
 def _path_chart(
@@ -326,21 +335,20 @@ def _path_chart(
 ) -> Chart:
     """Return the chart of one value of all starts by outer step."""
     drawn = starts[:STARTS]
-    last = max(1, *(int(one.steps[-1]) for one in drawn))
+    last = max(1, *(int(start.steps[-1]) for start in drawn))
     frame = Frame(*_SMALL, linear_scale(0, last, most=min(last, 10), whole=True), y).with_room()
     lines = []
-    for rank, (start, scores) in enumerate(zip(drawn, values)):
+    for rank, (start, heights) in enumerate(zip(drawn, values)):
         across = frame.across(start.steps)
-        down = frame.down_within(scores)
-        dots = [
-            element("circle", class_="dot" if usable else "dot hollow", cx=px, cy=py, r=2.5)
-            for px, py, usable in zip(across.tolist(), down.tolist(), start.usable.tolist())
-            if py == py
-        ]
-        line = element("title", f"start {start.start}"), path("line", line_path(across, down))
-        lines.append(element("g", *line, *dots, class_=f"c{rank}" if rank < BEST else "other"))
-    notes = [f"The best {len(drawn)} of {len(starts)} starts are drawn."] * (
-        len(drawn) < len(starts)
-    )
+        down = frame.down_within(heights)
+        parts = [element("title", f"start {start.start}"), path("line", line_path(across, down))]
+        for cx, cy, usable in zip(across.tolist(), down.tolist(), start.usable.tolist()):
+            if not np.isnan(cy):
+                class_ = "dot" if usable else "dot hollow"
+                parts.append(element("circle", class_=class_, cx=cx, cy=cy, r=2.5))
+        lines.append(element("g", *parts, class_=f"c{rank}" if rank < BEST else "other"))
+    notes = []
+    if len(drawn) < len(starts):
+        notes.append(f"The best {len(drawn)} of {len(starts)} starts are drawn.")
     title = f"{name} of {len(drawn)} starts by outer step"
     return frame.chart(title, frame.axes("outer step", name), *lines[::-1], notes=notes)

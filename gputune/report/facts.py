@@ -59,8 +59,8 @@ def score_facts(study: Study, model: Json | None) -> list[Fact]:
     measure = score_view(study).measure
     if record.face == "loop":
         return [(f"best {measure.title}", measure.text(best.score), f"trial {best.number}")]
-    added = " ± standard error" * math.isfinite(best.std_error)
-    note = f"trial {best.number}, mean{added} over {count(len(best.fold_scores), 'fold')}"
+    mean = "mean ± standard error" if math.isfinite(best.std_error) else "mean"
+    note = f"trial {best.number}, {mean} over {count(len(best.fold_scores), 'fold')}"
     score = measure.with_error(best.score, best.std_error)
     return [
         (f"best cross-validated {measure.title}", score, note),
@@ -73,11 +73,10 @@ def search_facts(study: Study) -> list[Fact]:
     """Return the facts on the search: the score without a model, trials, time and device."""
     record = study.record
     facts = []
-    if (baseline := record.baseline) is not None and best_trial(study) is not None:
-        measure = score_view(study).measure
-        facts.append(
-            ("without a model", measure.text(baseline["score"]), clean(baseline["answer"]))
-        )
+    baseline = record.baseline
+    if baseline is not None and best_trial(study) is not None:
+        score = score_view(study).measure.text(baseline["score"])
+        facts.append(("without a model", score, clean(baseline["answer"])))
     facts.append(("trials", str(len(study.trials)), states_text(states_of(study))))
     facts.append(_time_fact(study))
     if record.device:
@@ -88,10 +87,10 @@ def search_facts(study: Study) -> list[Fact]:
 def _time_fact(study: Study) -> Fact:
     """Return the fact on the training time."""
     seconds = sum(trial.seconds for trial in study.trials if math.isfinite(trial.seconds))
-    trained, whole = study.spent
+    trained, full = study.spent
     note = "added up over all trials"
-    if study.record.face != "sklearn" and 0 < trained < whole:
-        note += f", which trained for {trained} of {whole} epochs"
+    if study.record.face != "sklearn" and 0 < trained < full:
+        note += f", which trained for {trained} of {full} epochs"
     return "training time", seconds_text(seconds), note
 
 
@@ -129,7 +128,8 @@ def _improvement_facts(study: Study, measure: Measure) -> list[tuple[str, str, s
         improvement += f" ± {measure.size(default.improvement_std_error)}"
         notes.append(f"± paired standard error over {count(len(default.fold_scores), 'fold')}")
     note = "; ".join(notes)
-    if remark := shorter_training(default):
+    remark = shorter_training(default)
+    if remark:
         note = f"{note}. {remark}"
     return [(name, improvement, note)]
 
@@ -144,18 +144,17 @@ def _held_out_fact(study: Study, model: Json | None, measure: Measure) -> tuple[
         return name, "–", f"not known here; {optimistic}"
     rows = count(model["held_out_rows"], "row")
     members = model.get("ensemble")
-    what = (
-        "the model"
-        if members is None
-        else f"an ensemble of {count(len(members), 'trial')}, which is the model,"
-    )
-    note = f"{what} on {rows} nothing was fitted on"
+    noun = "the model"
+    if members is not None:
+        noun = f"an ensemble of {count(len(members), 'trial')}, which is the model,"
+    note = f"{noun} on {rows} that nothing was fitted on"
     # Models of earlier versions do not record whether the rows chose them. An ensemble with a
     # held-out score was always chosen by them.
     if model.get("held_out_chose", members is not None):
         other = "an ensemble" if members is None else "the best trial"
         note += f", but they chose it over {other}, so its score is a little optimistic"
-    if (baseline := model.get("held_out_baseline")) is not None:
+    baseline = model.get("held_out_baseline")
+    if baseline is not None:
         note += f"; without a model {measure.text(baseline['score'])} ({clean(baseline['answer'])})"
     return name, measure.text(score), f"{note}; {optimistic}"
 
@@ -167,12 +166,10 @@ def is_its_model(study: Study, model: Json) -> bool:
     scoring = study.record.scoring
     if best is None or model.get("scoring", scoring) != scoring:
         return False
-    same = "ensemble" in model or (model.get("params"), model.get("score")) == (
-        best.params,
-        best.score,
-    )
+    is_best = model.get("params") == best.params and model.get("score") == best.score
     # Models of earlier versions do not record the rows that they were trained on.
-    return same and bool(model.get("fingerprint", rows) == rows)
+    same_rows = bool(model.get("fingerprint", rows) == rows)
+    return same_rows and ("ensemble" in model or is_best)
 
 
 def read_model_info(study: Study, folder: Path) -> Json | None:
@@ -206,8 +203,10 @@ def setting(study: Study) -> list[tuple[str, str]]:
     """Return the names and values of the search's options."""
     record = study.record
     classes = study.record.classes or ()
+    labels = [*map(str, classes[:12]), *["…"] * (len(classes) > 12)]
     method = study.record.method
-    shown = f"{', '.join(map(str, classes[:12]))}{', …' if len(classes) > 12 else ''}"
+    if not isinstance(method, str):
+        method = f"{method.get('name')}: {_options(method)}"
     rows = [
         ("data", (record.source or {}).get("path")),
         ("rows", record.fingerprint.get("rows")),
@@ -215,16 +214,13 @@ def setting(study: Study) -> list[tuple[str, str]]:
         ("target", record.target),
         ("task", record.task),
         ("target_transform", _transform(record.target_transform)),
-        ("classes", f"{len(classes)}: {shown}" if classes else None),
+        ("classes", f"{len(classes)}: {', '.join(labels)}" if classes else None),
         ("loss", record.objective),
         ("positive class", record.positive),
         ("model", record.model),
         ("optimizer", record.optimizer),
         ("schedule", record.schedule),
-        (
-            "method",
-            method if isinstance(method, str) else f"{method.get('name')}: {_options(method)}",
-        ),
+        ("method", method),
         ("space", record.space),
         ("folds", record.folds or None),
         ("epochs", record.max_epochs or None),
@@ -238,7 +234,8 @@ def _transform(recorded: str | Json | None) -> object:
     """Return the text of a recorded target transformation."""
     if not isinstance(recorded, Mapping) or "params" not in recorded:
         return recorded if recorded is None or isinstance(recorded, str) else recorded.get("object")
-    return f"{recorded['class']}({', '.join(f'{key}={value!r}' for key, value in recorded['params'].items())})"
+    params = ", ".join(f"{key}={value!r}" for key, value in recorded["params"].items())
+    return f"{recorded['class']}({params})"
 
 
 def _options(options: Json) -> str:
@@ -246,13 +243,12 @@ def _options(options: Json) -> str:
 
     A sampler's halving has its own options in parentheses.
     """
-    texts = {
-        key: f"({_options(one)})" if isinstance(one, dict) else short(one)
-        for key, one in options.items()
-    }
-    return ", ".join(
-        f"{key}={text}" for key, text in texts.items() if key != "name" and options[key] is not None
-    )
+    texts = []
+    for key, value in options.items():
+        if key != "name" and value is not None:
+            text = f"({_options(value)})" if isinstance(value, dict) else short(value)
+            texts.append(f"{key}={text}")
+    return ", ".join(texts)
 
 
 def states_text(states: States) -> str:
@@ -265,7 +261,7 @@ def states_text(states: States) -> str:
             counts[_TOO_BIG if str(detail["reason"]).startswith(TOO_BIG) else _LOST] += number
         else:
             counts[STATES.get(state, state)] += number
-    return ", ".join(f"{number} {words}" for words, number in counts.items() if number) or "none"
+    return ", ".join(f"{number} {state}" for state, number in counts.items() if number) or "none"
 
 
 def params_text(trial: Trial, between: str = ", ", equals: str = "=") -> str:
@@ -275,61 +271,65 @@ def params_text(trial: Trial, between: str = ", ", equals: str = "=") -> str:
     )
 
 
-def why_failed(study: Study, trial: Trial) -> str:
+def failure_reason(study: Study, trial: Trial) -> str:
     """Return the reason why a trial failed."""
-    why = trial.detail.get("error", trial.detail.get("reason"))
-    if why is None and study.record.face == "loop":
-        why = "a NaN or infinite score was returned or reported"
-    return clean(f"diverged in epoch {trial.best_epoch + 1}" if why is None else why)
+    reason = trial.detail.get("error", trial.detail.get("reason"))
+    if reason is None and study.record.face == "loop":
+        reason = "a NaN or infinite score was returned or reported"
+    return clean(f"diverged in epoch {trial.best_epoch + 1}" if reason is None else reason)
 
 
 def endings(study: Study) -> Json:
     """Return the data of the report's section on how trials ended."""
-    trials = study.trials
-    counts = Counter(trial.state for trial in study.trials)
-    failed = [trial for trial in trials if trial.state == "failed"]
-    pruned = Counter(t.detail["rung"] for t in trials if t.state == "pruned" and "rung" in t.detail)
-    trained = (
-        (~np.isnan(study.curves)).any(2).sum(1) if study.curves.size else np.zeros(0, dtype=int)
-    )
+    counts: Counter[TrialState] = Counter()
+    pruned: Counter[int] = Counter()
+    failures: list[tuple[int, str, str]] = []
+    for trial in study.trials:
+        counts[trial.state] += 1
+        if trial.state == "pruned" and "rung" in trial.detail:
+            pruned[trial.detail["rung"]] += 1
+        if trial.state == "failed" and len(failures) < FAILED:
+            params = params_text(trial, equals=" = ")
+            failures.append((trial.number, failure_reason(study, trial), params))
+    states = []
+    for state, text in STATES.items():
+        if counts[state]:
+            share = 100 * counts[state] / len(study.trials)
+            states.append((state, text, counts[state], share))
+    # (C,) number of trained epochs
+    trained = np.zeros(0, dtype=int)
+    if study.curves.size:
+        trained = (~np.isnan(study.curves)).any(2).sum(1)
     return {
         # Each row: state, its text, number of trials, share in percent.
-        "states": [
-            (s, words, counts[s], 100 * counts[s] / len(trials))
-            for s, words in STATES.items()
-            if counts[s]
-        ],
+        "states": states,
         # Each row: epoch, trials pruned there, trials that trained further.
         "rungs": [
             (epoch, number, (trained > epoch).sum()) for epoch, number in sorted(pruned.items())
         ],
-        "failures": [
-            (t.number, why_failed(study, t), params_text(t, equals=" = ")) for t in failed[:FAILED]
-        ],
-        "failed": len(failed),
+        "failures": failures,
+        "failed": counts["failed"],
         "spent": study.spent,
     }
 
 
-def check_place(argument: str, path: Path, read: Path | None, what: str = "") -> None:
+def check_place(argument: str, path: Path, read: Path | None, noun: str = "") -> None:
     """Raise InputError for a place where a report or another text cannot be written.
 
     Args:
         argument: the beginning of the message.
         path: the place.
         read: the file that is read, which must not be overwritten.
-        what: description of ``read``. "" for a report, which must end in .html or .htm.
+        noun: description of ``read``. "" for a report, which must end in .html or .htm.
     """
     if path.is_dir():
-        example = "" if what else ", such as report.html"
-        raise InputError(f"{argument} is a folder; give the name of a file{example}.")
+        example = "" if noun else ", such as report.html"
+        rule = f"must be a file, but {str(path)!r} is a folder"
+        raise InputError(argument, rule, remedy=f"Give the name of a file{example}.")
     if read is not None and path.exists() and read.exists() and path.samefile(read):
-        raise InputError(
-            f"{argument} is {what or 'the file of the study itself'}; give another name."
-        )
-    if not what and path.suffix.lower() not in (".html", ".htm"):
-        raise InputError(
-            f"{argument} must end in .html, since a page of HTML is written; give such a name."
-        )
+        rule = f"must not be {noun or 'the file of the study'}"
+        raise InputError(argument, rule, remedy="Give another name.")
+    if not noun and path.suffix.lower() not in (".html", ".htm"):
+        raise InputError(argument, "must end in .html, because the report is HTML")
     if not path.resolve().parent.is_dir():
         raise no_folder(argument, path)

@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 from gputune.report.charts import FEW
 from gputune.report.svg import (
     Chart,
-    beside,
     cut,
     drawing,
     element,
     line_path,
     path,
+    shifted,
     spread_over,
     text,
 )
@@ -43,9 +43,9 @@ _LETTER = 6.2  # width of a letter in an axis name
 _STRIP = 0.045  # share of an axis over which lines through the same value spread
 
 
-def importance_chart(shown: Importance) -> Chart:
+def importance_chart(forest: Importance) -> Chart:
     """Return one bar per hyperparameter. Its length is the fall of the forest's R2 without it."""
-    rows = list(zip(shown.labels, shown.drops.tolist(), shown.errors.tolist()))
+    rows = list(zip(forest.labels, forest.drops.tolist(), forest.errors.tolist()))
     return _bars("Importance of the hyperparameters", "fall of the forest's R²", rows, decimals=2)
 
 
@@ -57,17 +57,19 @@ def columns_chart(study: Study, report: FoldReport) -> Chart | None:
     if not report.columns:
         return None
     measure = score_view(study).measure
-    rows = list(
-        zip(map(clean, report.columns[:COLUMNS]), report.drops.tolist(), report.errors.tolist())
-    )
-    left_out = len(report.columns) - len(rows)
-    notes = [f"The {len(rows)} most important columns; {left_out} others are left out."] * (
-        left_out > 0
-    )
+    labels = map(clean, report.columns[:COLUMNS])
+    rows = list(zip(labels, report.drops.tolist(), report.errors.tolist()))
     name = f"{'rise' if measure.lower_is_better else 'fall'} of {measure.title}"
-    return _bars(
-        "Importance of the columns", name, rows, decimals=max(2, measure.decimals - 1), notes=notes
-    )
+    decimals = max(2, measure.decimals - 1)
+    notes = _left_out("columns", "important", len(rows), len(report.columns))
+    return _bars("Importance of the columns", name, rows, decimals=decimals, notes=notes)
+
+
+def _left_out(nouns: str, quality: str, n_drawn: int, n_all: int) -> list[str]:
+    """Return a note on the columns or classes that are left out, or [] if all are drawn."""
+    if n_drawn == n_all:
+        return []
+    return [f"The {n_drawn} most {quality} {nouns}; {n_all - n_drawn} others are left out."]
 
 
 def _bars(
@@ -82,33 +84,25 @@ def _bars(
 
     ``name`` is the name of the axis.
     """
-    scale = linear_scale(
-        0.0, max(10.0**-decimals, *(drop + error for _, drop, error in rows)), most=5
-    )
+    longest = max(10.0**-decimals, *(drop + error for _, drop, error in rows))
+    scale = linear_scale(0.0, longest, most=5)
     height = _ROW * len(rows) + 40
     span = _WIDTH - _LEFT - _RIGHT
     parts = []
-    for value, words in scale.ticks:
+    for value, label in scale.ticks:
         x = _LEFT + float(scale(value)) * span
-        parts += [
-            path("grid", f"M{x:.1f} 4V{height - 34:.1f}"),
-            text("tick mid", x, height - 19, words),
-        ]
+        parts.append(path("grid", f"M{x:.1f} 4V{height - 34:.1f}"))
+        parts.append(text("tick mid", x, height - 19, label))
     for row, (label, drop, error) in enumerate(rows):
         y = 4 + _ROW * row
-        low, middle, high = (
-            max(0.0, float(scale(end)) * span) for end in (drop - error, drop, drop + error)
-        )
+        places = scale([drop - error, drop, drop + error]) * span
+        low, middle, high = np.maximum(places, 0.0).tolist()
+        value_text = f"{round(drop, decimals) + 0.0:.{decimals}f} ± {error:.{decimals}f}"
         parts += [
             text("tick end label", _LEFT - 10, y + 19, element("title", label), cut(label, 26)),
             element("rect", class_="bar", x=_LEFT, y=y + 5, width=middle, height=_ROW - 12, rx=2),
             path("whisker", f"M{_LEFT + low:.1f} {y + 14:.1f}H{_LEFT + high:.1f}"),
-            text(
-                "tick end",
-                _WIDTH - 4,
-                y + 19,
-                f"{round(drop, decimals) + 0.0:.{decimals}f} ± {error:.{decimals}f}",
-            ),
+            text("tick end", _WIDTH - 4, y + 19, value_text),
         ]
     parts.append(text("name mid", _LEFT + span / 2, height - 3, name))
     return drawing(_WIDTH, height, title, *parts, notes=notes, class_="chart bars")
@@ -121,12 +115,16 @@ def brush_data(
 
     A column of ``numbers`` has a scale. Another column has the heights of its rows, in thousandths.
     """
-    return [
-        {"column": a.column, "low": a.scale.low, "high": a.scale.high, "log": a.scale.log}
-        if a.column in numbers
-        else {"heights": [None if h != h else round(1000 * h) for h in a.heights[rows].tolist()]}
-        for a in axes
-    ]
+    data: list[dict[str, object]] = []
+    for axis in axes:
+        if axis.column in numbers:
+            scale = axis.scale
+            ends = {"low": scale.low, "high": scale.high, "log": scale.log}
+            data.append({"column": axis.column, **ends})
+        else:
+            heights = axis.heights[rows].tolist()
+            data.append({"heights": [None if h != h else round(1000 * h) for h in heights]})
+    return data
 
 
 def parallel_chart(study: Study, important: Sequence[str] = ()) -> tuple[Chart, list[Axis]] | None:
@@ -135,39 +133,35 @@ def parallel_chart(study: Study, important: Sequence[str] = ()) -> tuple[Chart, 
     None if no trial has a score or no hyperparameter varied. If there are too many axes, the
     ``important`` hyperparameters come first.
     """
-    shown = score_view(study)
+    view = score_view(study)
     notes = []
-    *axes, of_scores = parallel_axes(shown)
-    if not axes or not shown.order:
+    axes = parallel_axes(view)
+    if len(axes) == 1 or not view.order:
         return None
-    if len(axes) >= AXES:
+    if len(axes) > AXES:
         # Only AXES - 1 hyperparameters have an axis, because the score has the last one.
-        rank = {f"params_{name}": place for place, name in enumerate(important)}
-        first = sorted(axes, key=lambda axis: rank.get(axis.column, len(rank)))[: AXES - 1]
-        which = "most important" if important else "first"
-        notes = [f"The {which} {len(first)} of {len(axes)} hyperparameters have an axis here."]
-        axes = [axis for axis in axes if axis in first]
-    axes = [*axes, of_scores]
+        places = {f"params_{name}": place for place, name in enumerate(important)}
+        by_place = sorted(axes[:-1], key=lambda axis: places.get(axis.column, len(places)))
+        best = by_place[: AXES - 1]
+        quality = "most important" if important else "first"
+        n_all = len(axes) - 1
+        notes = [f"The {quality} {len(best)} of {n_all} hyperparameters have an axis here."]
+        axes = [axis for axis in axes if axis in (*best, axes[-1])]
     ranked = order_by_score(study)
     width = max(960.0, 2 * _SIDE + 105.0 * (len(axes) - 1))
     x = np.linspace(_SIDE, width - _SIDE, len(axes))
     heights = np.stack([_line_heights(axis.heights[ranked]) for axis in axes], axis=1)
-    scored = np.flatnonzero(np.isfinite(shown.values[ranked])).tolist()
+    scored = np.flatnonzero(np.isfinite(view.values[ranked])).tolist()
     drawn = spread_over(scored, LINES)
-    lines = [  # the worst first; a rank is a row of the table
-        path(
-            f"q{min(GROUPS - 1, rank * GROUPS // len(scored))}",
-            line_path(x, heights[rank]),
-            data_rank=rank,
-        )
-        for rank in drawn[::-1]
-    ]
+    lines = []
+    for rank in drawn[::-1]:  # the worst first; a rank is a row of the table
+        group = min(GROUPS - 1, rank * GROUPS // len(scored))
+        lines.append(path(f"q{group}", line_path(x, heights[rank]), data_rank=rank))
     if len(drawn) < len(scored):
-        thinned = (
+        notes.append(
             f"{len(drawn)} of {len(scored)} scored trials have a line: the best {LINES // 4}, and "
-            "the others evenly"
+            "the others evenly by rank. A brush chooses among all of them."
         )
-        notes.append(f"{thinned} by rank. A brush chooses among all of them.")
     half = float(x[1] - x[0]) / 2
     parts = [element("g", *lines, class_="lines")]
     for place, (px, axis) in enumerate(zip(x.tolist(), axes)):
@@ -182,7 +176,7 @@ def _line_heights(heights: NDArray[np.float64]) -> NDArray[np.float64]:
     Lines through one of few values are drawn next to each other.
     """
     few = len(np.unique(heights[np.isfinite(heights)])) <= FEW
-    return _down(np.clip(beside(heights, _STRIP), 0, 1) if few else heights)
+    return _down(np.clip(shifted(heights, _STRIP), 0, 1) if few else heights)
 
 
 def _down(height: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -198,12 +192,10 @@ def _axis(x: float, axis: Axis, place: int, letters: int) -> Markup:
         text("name mid", x, top - 24, element("title", axis.label), cut(axis.label, letters)),
         path("edge", f"M{x:.1f} {top:.1f}V{bottom:.1f}"),
     ]
-    for value, words in axis.scale.ticks:
+    for value, label in axis.scale.ticks:
         y = float(_down(axis.scale(value)))
-        parts += [
-            path("mark", f"M{x - 4:.1f} {y:.1f}h4"),
-            text("tick end halo", x - 7, y + 4, cut(words, 9)),
-        ]
+        parts.append(path("mark", f"M{x - 4:.1f} {y:.1f}h4"))
+        parts.append(text("tick end halo", x - 7, y + 4, cut(label, 9)))
     parts.append(element("rect", class_="brush", x=x - 9, y=top, width=18.0, height=0.0))
     parts.append(element("rect", class_="reach", x=x - 22, y=top, width=44.0, height=bottom - top))
     slider = {"role": "slider", "aria_label": f"Brush on {axis.label}", "aria_valuetext": "all"}
@@ -256,17 +248,15 @@ def confusion_chart(study: Study, report: FoldReport) -> Chart | None:
             y = top + i * side
             opacity = f"{_COUNTED * shares[i, j]:.3f}"
             box = {"x": x + 1, "y": y + 1, "width": side - 2, "height": side - 2, "rx": 2}
-            said = element("title", f"{label} predicted as {labels[j]}: {count}")
-            parts.append(element("rect", said, class_="cell", fill_opacity=opacity, **box))
+            title = element("title", f"{label} predicted as {labels[j]}: {count}")
+            parts.append(element("rect", title, class_="cell", fill_opacity=opacity, **box))
             if count:
                 parts.append(text("label mid", x + side / 2, y + side / 2 + 4, str(count)))
     span = side * len(labels)
-    left_out = len(classes) - len(labels)
     up = top + span / 2
     parts.append(text("name mid", left + span / 2, 14 if slant else top - 32, "predicted"))
     parts.append(text("name mid", 20, up, "true", transform=f"rotate(-90 20 {up:.1f})"))
-    notes = [f"The {len(labels)} most frequent classes; {left_out} others are left out."] * (
-        left_out > 0
-    )
-    size = max(_WIDTH_OF_MATRIX, left + span + 60), top + span + 12
-    return drawing(*size, "Confusion matrix", *parts, notes=notes, class_="chart matrix")
+    notes = _left_out("classes", "frequent", len(labels), len(classes))
+    width = max(_WIDTH_OF_MATRIX, left + span + 60)
+    height = top + span + 12
+    return drawing(width, height, "Confusion matrix", *parts, notes=notes, class_="chart matrix")

@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from functools import cache
 from importlib import resources
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +60,13 @@ from gputune.views.scores import (
     pareto_trials,
     score_view,
 )
-from gputune.wording import PYTHON
+from gputune.wording import PYTHON, Verbatim
 
 MOST_ROWS = 10_000
 BUDGET = 1_100_000
 """Limits of the table: trials and characters. Beyond them the worst trials are left out."""
 
-Column = dict[str, Any]
+TableColumn = dict[str, Any]
 """A column of the table, with a "key", a "label" and "values" in order of score (null for no
 value).
 
@@ -74,12 +75,13 @@ A column of words has "levels", and its values are positions in them. A column o
 """
 
 
-def table_columns(study: Study) -> tuple[list[Column], int]:
+def table_columns(study: Study) -> tuple[list[TableColumn], int]:
     """Return the columns of the table, and the number of its rows."""
     rows = min(len(study.trials), MOST_ROWS)
     while True:
         columns = _columns(study, rows)
-        if (size := len(as_json(columns))) <= BUDGET or rows == 0:
+        size = len(as_json(columns))
+        if size <= BUDGET or rows == 0:
             return columns, rows
         # Shrink in proportion to the size, and by at least one row.
         rows = min(rows - 1, int(rows * BUDGET / size))
@@ -91,57 +93,62 @@ def as_json(value: object) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _columns(study: Study, rows: int) -> list[Column]:
+def _columns(study: Study, rows: int) -> list[TableColumn]:
     """Return the columns of the table for the best ``rows`` trials."""
-    shown = score_view(study)
+    view = score_view(study)
     order = order_by_score(study)[:rows]
-    measure = shown.measure
+    decimals = view.measure.decimals
     trials = [study.trials[row] for row in order]
-    epochs = [trial.best_epoch or None if math.isfinite(trial.score) else None for trial in trials]
+
+    def column_of(field: str) -> list[Any]:
+        return list(map(attrgetter(field), trials))
+
     columns = [
-        {"key": "number", "label": "trial", "values": [trial.number for trial in trials]},
-        _words("state", "state", [trial.state for trial in trials]),
-        _score_column("score", measure, [trial.score for trial in trials]),
-        _number_column("error", "± error", [trial.std_error for trial in trials], measure.decimals),
+        {"key": "number", "label": "trial", "values": column_of("number")},
+        _word_column("state", "state", column_of("state")),
+        _score_column("score", view.measure, column_of("score")),
+        _number_column("error", "± error", column_of("std_error"), decimals),
     ]
-    if not shown.late.all():
-        columns.append(_words("eligible", "eligible", _eligible(study, shown, order)))
-    for name, other in other_measures(study).items():
-        columns.append(
-            _score_column(
-                f"score_{name}", other, [trial.scores.get(name, math.nan) for trial in trials]
-            )
-        )
+    if not view.late.all():
+        columns.append(_word_column("eligible", "eligible", _eligible(study, view, order)))
+    for name, measure in other_measures(study).items():
+        scores = [trial.scores.get(name, math.nan) for trial in trials]
+        columns.append(_score_column(f"score_{name}", measure, scores))
     if study.metrics:
         front = {trial.number for trial in pareto_trials(study)}
-        columns.append(
-            _words(
-                "pareto", "Pareto-optimal", ["yes" if t.number in front else None for t in trials]
-            )
-        )
-    columns.append({"key": "epoch", "label": "epoch", "values": epochs})
-    columns.append(_seconds_column([trial.seconds for trial in trials]))
-    if any(trial.origin_text != "random" for trial in trials):
-        columns.append(_words("origin", "origin", [_origin(trial) for trial in trials]))
+        is_optimal = ["yes" if trial.number in front else None for trial in trials]
+        columns.append(_word_column("pareto", "Pareto-optimal", is_optimal))
+    columns.append({"key": "epoch", "label": "epoch", "values": list(map(_epoch, trials))})
+    columns.append(_seconds_column(column_of("seconds")))
+    origins = list(map(_origin, trials))
+    if set(origins) - {"random"}:
+        columns.append(_word_column("origin", "origin", origins))
     names = dict.fromkeys(name for trial in study.trials for name in trial.params)
-    return columns + [_parameter(name, [trial.params for trial in trials]) for name in names]
+    params = column_of("params")
+    return columns + [_parameter_column(name, params) for name in names]
 
 
-def _eligible(study: Study, shown: Scores, order: Sequence[int]) -> list[str | None]:
+def _epoch(trial: Trial) -> int | None:
+    """Return the epoch of a trial's score, or None without a score or without epochs."""
+    return trial.best_epoch or None if math.isfinite(trial.score) else None
+
+
+def _eligible(study: Study, view: Scores, order: Sequence[int]) -> list[str | None]:
     """Return for each row of the table whether its trial can be the best one.
 
     None without a score.
     """
     best = study.order[0]
-    words: list[str | None] = []
+    eligible = view.eligible
+    texts: list[str | None] = []
     for row in order:
         if not math.isfinite(study.scores[row]):
-            words.append(None)
+            texts.append(None)
         elif row == best:
-            words.append("best")
+            texts.append("best")
         else:
-            words.append("yes" if shown.eligible[row] else "no")
-    return words
+            texts.append("yes" if eligible[row] else "no")
+    return texts
 
 
 def _origin(trial: Trial) -> str:
@@ -151,29 +158,28 @@ def _origin(trial: Trial) -> str:
     return trial.origin_text
 
 
-def _seconds_column(seconds: Sequence[float]) -> Column:
+def _seconds_column(seconds: Sequence[float]) -> TableColumn:
     """Return the column of training times, with about four digits for the longest time."""
     longest = max((value for value in seconds if math.isfinite(value)), default=0.0)
     decimals = 2 if longest < 100 else 1 if longest < 1000 else 0
     return _number_column("seconds", "seconds", seconds, decimals)
 
 
-def _score_column(key: str, measure: Measure, scores: Sequence[float]) -> Column:
+def _score_column(key: str, measure: Measure, scores: Sequence[float]) -> TableColumn:
     """Return a column of scores in the sign of their name."""
     sign = -1 if measure.lower_is_better else 1
-    return {
-        **_number_column(key, measure.name, [sign * score for score in scores], measure.decimals),
-        "first": -sign,
-    }
+    values = [sign * score for score in scores]
+    column = _number_column(key, measure.name, values, measure.decimals)
+    return {**column, "first": -sign}
 
 
-def _number_column(key: str, label: str, values: Sequence[float], decimals: int) -> Column:
+def _number_column(key: str, label: str, values: Sequence[float], decimals: int) -> TableColumn:
     """Return a column of rounded numbers."""
     rounded = [round(value, decimals) + 0.0 if math.isfinite(value) else None for value in values]
     return {"key": key, "label": label, "decimals": decimals, "values": rounded}
 
 
-def _parameter(name: str, params: Sequence[Config]) -> Column:
+def _parameter_column(name: str, params: Sequence[Config]) -> TableColumn:
     """Return the column of a hyperparameter.
 
     Numbers have four digits. The values are words if one of them is not a number in JSON, such as
@@ -182,19 +188,19 @@ def _parameter(name: str, params: Sequence[Config]) -> Column:
     key = f"params_{name}"
     label = clean(name)
     values = [config.get(name) for config in params]
-    present = [value for value in values if value is not None]
-    if all(
-        isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < math.inf
-        for v in present
-    ):
+    if all(value is None or _is_json_number(value) for value in values):
         rounded = [float(f"{v:.4g}") if isinstance(v, float) else v for v in values]
         return {"key": key, "label": label, "values": rounded}
-    return _words(
-        key, label, [short(config[name]) if name in config else None for config in params]
-    )
+    texts = [short(config[name]) if name in config else None for config in params]
+    return _word_column(key, label, texts)
 
 
-def _words(key: str, label: str, texts: Sequence[str | None]) -> Column:
+def _is_json_number(value: object) -> bool:
+    """Return whether a value is a number in JSON."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def _word_column(key: str, label: str, texts: Sequence[str | None]) -> TableColumn:
     """Return a column of words."""
     levels = sorted({clean(text) for text in texts if text is not None}, key=_natural)
     place = {text: position for position, text in enumerate(levels)}
@@ -254,22 +260,23 @@ def page(
     """
     if model is not None and not is_its_model(study, model):
         raise InputError(
-            "report(model=...) must be the tuned model of this study, got one of other "
-            "parameters, another score or other rows; make it with study.best_model(), or leave "
-            "it out."
+            "report(model=...)",
+            "must be the tuned model of this study",
+            got=Verbatim("a model with other parameters, another score or other rows"),
+            remedy="Make it with study.best_model(), or leave it out.",
         )
+    forest = None
+    why_not = ""
     try:
         forest = importance(study)
-        why_not = ""
     except InputError as error:  # a small study has no importances
-        forest = None
         why_not = str(error)
     parallel = parallel_chart(study, forest.names if forest else ())
     columns, rows = table_columns(study)
-    numbers = {column["key"] for column in columns if "levels" not in column}
-    axes = (
-        [] if parallel is None else brush_data(parallel[1], order_by_score(study)[:rows], numbers)
-    )
+    axes = []
+    if parallel is not None:
+        numbers = {column["key"] for column in columns if "levels" not in column}
+        axes = brush_data(parallel[1], order_by_score(study)[:rows], numbers)
     style = _read_template("report.css")
     script = _read_template("report.js")
     html: str = _template().render(
@@ -307,11 +314,20 @@ def _texts(study: Study) -> Json:
     best = best_trial(study)
     record = study.record
     params = {} if best is None else best.params
-    path = str((record.source or {}).get("path", ""))
-    data = path if path.startswith("sklearn:") else Path(path).name
+    source = ""
+    if record.source:
+        path = str(record.source.get("path", ""))
+        data = path if path.startswith("sklearn:") else Path(path).name
+        source = f"{clean(data)}, predicting {clean(record.target)!r}"
+    code = snippet(study)
+    code_note = ""
+    if "gputune.tune(" in code:
+        code_note = _AGAIN
+    elif "best_model(" in code:
+        code_note = _ON_ALL_ROWS
     return {
         "title": f"Study of {clean(record.model)}" if record.model else "Study",
-        "source": f"{clean(data)}, predicting {clean(record.target)!r}" if record.source else "",
+        "source": source,
         "best": best,
         "epochs_by": clean(epochs_by(study)),
         "parameters": [(clean(key), short(value)) for key, value in params.items()],
@@ -322,12 +338,8 @@ def _texts(study: Study) -> Json:
         "trials": len(study.trials),
         "guarded": study.guarded,
         "endings": endings(study),
-        "code": (code := snippet(study)),
-        "again": _AGAIN
-        if "gputune.tune(" in code
-        else _ON_ALL_ROWS
-        if "best_model(" in code
-        else "",
+        "code": code,
+        "again": code_note,
         "setting": setting(study),
         "notes": [clean(PYTHON.render(note)) for note in (*record.notes, *edge_remarks(study))],
         "version": __version__,
@@ -339,24 +351,25 @@ def _origin_note(study: Study) -> str:
     if not any(trial.origin_text.startswith("batch ") for trial in study.trials):
         return ""
     return (
-        "Optuna's sampler proposes trials in batches. It knows the scores of a batch before it "
-        "proposes the next."
+        "Optuna's sampler proposes trials in batches. It uses the scores of a batch to propose the "
+        "next batch."
     )
 
 
-def _cells(column: Column) -> list[str]:
+def _cells(column: TableColumn) -> list[str]:
     """Return the texts of the first rows, in the same form as the script."""
 
-    def cell(value: Any) -> str:
+    cells = []
+    for value in column["values"][:FIRST_ROWS]:
         if value is None:
-            return "–"
-        if "levels" in column:
-            return str(column["levels"][value])
-        if "decimals" in column:
-            return f"{value:.{column['decimals']}f}"
-        return plain_number(value)
-
-    return [cell(value) for value in column["values"][:FIRST_ROWS]]
+            cells.append("–")
+        elif "levels" in column:
+            cells.append(str(column["levels"][value]))
+        elif "decimals" in column:
+            cells.append(f"{value:.{column['decimals']}f}")
+        else:
+            cells.append(plain_number(value))
+    return cells
 
 
 @cache

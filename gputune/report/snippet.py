@@ -4,6 +4,7 @@ import ast
 import json
 from collections.abc import Mapping
 from keyword import iskeyword
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,7 @@ class _Script:
         if line not in self.imports:
             self.imports.append(line)
 
-    def argument(self, name: str, remark: str = "what the search was given") -> str:
+    def argument(self, name: str, remark: str = "the argument of the search") -> str:
         """Return the name of an object that no file holds, and add a remark on it."""
         self.remarks.append(f"{name}: {remark}")
         return name
@@ -50,7 +51,7 @@ class _Script:
                 inside = ", ".join(map(self.literal, value))
                 return f"({inside},)" if len(value) == 1 else f"({inside})"
             case Mapping():
-                return f"{{{', '.join(f'{self.literal(k)}: {self.literal(v)}' for k, v in value.items())}}}"
+                return f"{{{', '.join(self._pairs(value))}}}"
         module, _, name = json.loads(to_json(value))["torch"].partition(":")
         self.use(f"import {module}")
         return f"{module}.{name}"
@@ -61,18 +62,17 @@ class _Script:
         if len(line) <= _LONGEST:
             return line
         edge = "\n" + " " * indent
-        pairs = [
-            f"{edge}    {self.literal(key)}: {self.literal(value)},"
-            for key, value in values.items()
-        ]
+        pairs = [f"{edge}    {pair}," for pair in self._pairs(values)]
         return f"{{{''.join(pairs)}{edge}}}"
+
+    def _pairs(self, values: Mapping[Any, object]) -> list[str]:
+        """Return the pairs of a dict as Python code."""
+        return [f"{self.literal(key)}: {self.literal(value)}" for key, value in values.items()]
 
     def text(self, *body: str) -> str:
         """Return the whole script: imports, a blank line, remarks and the body."""
-        return (
-            "\n".join([*self.imports, "", *(f"# {remark}" for remark in self.remarks), *body])
-            + "\n"
-        )
+        remarks = [f"# {remark}" for remark in self.remarks]
+        return "\n".join([*self.imports, "", *remarks, *body, ""])
 
 
 def snippet(study: Study) -> str:
@@ -89,39 +89,35 @@ def snippet(study: Study) -> str:
     if record.face == "sklearn":
         script.use("from sklearn.base import clone")
         script.argument("estimator, X, y")
-        return script.text(
-            f"model = clone(estimator).set_params(**{script.literal(best.params)}).fit(X, y)"
-        )
+        params = script.literal(best.params)
+        return script.text(f"model = clone(estimator).set_params(**{params}).fit(X, y)")
     if record.face == "loop":
-        script.argument(clean(record.model), "the objective of the search")
+        objective = script.argument(clean(record.model), "the objective of the search")
         script.use("import torch")
-        call = (
-            f"{clean(record.model)}({script.lines(best.params, indent=0)}, report=lambda value: "
-            "None)"
+        params = script.lines(best.params, indent=0)
+        return script.text(
+            f"torch.manual_seed({record.seed})",
+            f"score = {objective}({params}, report=lambda value: None)",
         )
-        return script.text(f"torch.manual_seed({record.seed})", f"score = {call}")
     if record.lost:
         return ""
     script.use("import gputune")
     ranked = f".ranked_by({script.literal(study.metrics[0])})" if epochs_by(study) else ""
     # Only a hypergradient search trains with these values.
-    is_scheduled = any(
-        isinstance(v, list) or k in ("beta1", "beta2") for k, v in best.params.items()
+    is_scheduled = not {"beta1", "beta2"}.isdisjoint(best.params) or any(
+        isinstance(value, list) for value in best.params.values()
     )
     # The command line holds rows out. Only the study can read the other rows again.
     holds_rows_out = "test_size" in (record.source or {})
-    if (
-        best.state != "stopped"
-        and not (record.is_hypergradient and is_scheduled)
-        and not holds_rows_out
-    ):
+    needs_study = best.state == "stopped" or (record.is_hypergradient and is_scheduled)
+    if not needs_study and not holds_rows_out:
         return _tune(script, study, best, ranked)
     # One call of ``tune`` cannot express this. The code reads the study, and its trial trains
     # again.
     rows = script.argument("X, y", "the rows of the search") if record.source is None else ""
     script.remarks.append(_comment(f"trial {best.number}: {best.params!r}"))
     if study.file is None:
-        script.argument("study", "what gputune.tune returned; it was kept in no file")
+        script.argument("study", "the result of gputune.tune, which no file holds")
         return script.text(f"model = study{ranked}.best_model()")
     path = script.literal(str(study.file.resolve()))
     return script.text(
@@ -133,9 +129,15 @@ def _tune(script: _Script, study: Study, best: Trial, ranked: str) -> str:
     """Return the code that repeats the best trial with ``gputune.tune``."""
     arguments = [_model(script, study.record.spec), *_rows(script, study.record)]
     arguments += [f"{name}={value}" for name, value in _options(script, study, best).items()]
-    call = ["study = gputune.tune(", *(f"    {argument}," for argument in arguments), f"){ranked}"]
-    about = f"{best.score!r}, the {_comment(study.record.scoring)} of this page, but for rounding"
-    return script.text(*call, f"print(study.best_score)  # {about}", "model = study.best_model()")
+    lines = [f"    {argument}," for argument in arguments]
+    score = f"{best.score!r}, the {_comment(study.record.scoring)} of this report, up to rounding"
+    return script.text(
+        "study = gputune.tune(",
+        *lines,
+        f"){ranked}",
+        f"print(study.best_score)  # {score}",
+        "model = study.best_model()",
+    )
 
 
 def _comment(text: str) -> str:
@@ -150,17 +152,15 @@ def _model(script: _Script, spec: Json) -> str:
     if "path" in spec and "keywords" not in spec:
         return script.literal(f"{spec['path']}:{spec['class']}")
     # The last part of the name. No import reaches a class that was made inside a function.
-    name = str(spec["class"] if "path" in spec else spec["import"].partition(":")[2]).rpartition(
-        "."
-    )[2]
-    name = name if _is_name(name) else "Module"
+    qualified = str(spec["class"]) if "path" in spec else spec["import"].partition(":")[2]
+    name = qualified.rpartition(".")[2]
+    if not _is_name(name):
+        name = "Module"
     if "keywords" in spec:
-        return script.argument(
-            name, f"the partial of {name} of the search, with {spec['keywords']!r}"
-        )
-    return _import_name(script, str(spec["import"])) or script.argument(
-        name, "the module class of the search"
-    )
+        remark = f"the partial of {name} of the search, with {spec['keywords']!r}"
+        return script.argument(name, remark)
+    imported = _import_name(script, str(spec["import"]))
+    return imported or script.argument(name, "the module class of the search")
 
 
 def _import_name(script: _Script, place: str) -> str:
@@ -181,17 +181,27 @@ def _rows(script: _Script, record: SearchRecord) -> list[str]:
     """Return the code of the arguments for the rows."""
     source = record.source
     if source is None:
-        script.argument("X, y", "the rows of the search; add groups= where it had them")
+        script.argument("X, y", "the rows of the search; add groups= if the search had groups")
         return ["X", "y"]
-    more = [
-        f"{k}={script.literal(source[k])}" for k in ("groups", "drop", "kinds") if source.get(k)
-    ]
-    return [script.literal(source["path"]), script.literal(source["target"]), *more]
+    arguments = [script.literal(source["path"]), script.literal(source["target"])]
+    for name in ("groups", "drop", "kinds"):
+        if source.get(name):
+            arguments.append(f"{name}={script.literal(source[name])}")
+    return arguments
 
 
 def _options(script: _Script, study: Study, best: Trial) -> dict[str, str]:
     """Return the other arguments of ``gputune.tune`` as code, by name."""
-    record, (scoring, positive) = study.record, _scorings(script, study)
+    record = study.record
+    scoring, positive = _scorings(script, study)
+    recorded = {
+        part.argument: script.literal(getattr(record, name))
+        for name, part in RECORD_FIELDS.items()
+        if part.argument
+    }
+    sample_weight = "None"
+    if record.sample_weight is not None:
+        sample_weight = script.argument("sample_weight")
     options = {
         # A space of one point gives exactly these parameters. An included trial would be completed
         # with defaults.
@@ -203,19 +213,14 @@ def _options(script: _Script, study: Study, best: Trial) -> dict[str, str]:
         "max_levels": script.literal(record.max_levels),
         "class_weight": _class_weight(script, record.class_weight),
         "target_transform": _transform(script, record.target_transform),
-        "sample_weight": "None"
-        if record.sample_weight is None
-        else script.argument("sample_weight"),
-        **{
-            part.argument: script.literal(getattr(record, name))
-            for name, part in RECORD_FIELDS.items()
-            if part.argument
-        },
+        "sample_weight": sample_weight,
+        **recorded,
         "positive": script.literal(positive),
-        **({"epoch": "'last'"} if record.is_hypergradient else {}),
         "device": script.literal(record.device),
         "verbose": "0",
     }
+    if record.is_hypergradient:
+        options["epoch"] = "'last'"
     defaults = {
         **dict.fromkeys(
             ("positive", "patience", "class_weight", "sample_weight", "target_transform"), "None"
@@ -242,19 +247,25 @@ def _scorings(script: _Script, study: Study) -> tuple[str, object]:
     The ranking metric comes last if another metric chose the epochs.
     """
 
-    def code(name: str) -> str:
-        if ":" not in name:
-            return script.literal(name)
-        return _import_name(script, name) or script.argument("scoring")
-
     record = study.record
     by = epochs_by(study)
     if not by:
-        return code(record.scoring), record.ranked_class
-    two = [next(one for one in record.metrics if one["name"] == by), record.metrics[0]]
-    scorers = (f"{script.literal(one['name'])}: {code(one['scorer'])}" for one in two)
-    positives = (one["positive"] for one in two if one["positive"] is not None)
-    return f"{{{', '.join(scorers)}}}", next(positives, None)
+        return _scorer(script, record.scoring), record.ranked_class
+    chooser = next(metric for metric in record.metrics if metric["name"] == by)
+    scorers = []
+    positive = None
+    for metric in (chooser, record.metrics[0]):
+        scorers.append(f"{script.literal(metric['name'])}: {_scorer(script, metric['scorer'])}")
+        if positive is None:
+            positive = metric["positive"]
+    return f"{{{', '.join(scorers)}}}", positive
+
+
+def _scorer(script: _Script, name: str) -> str:
+    """Return a scorer as code: its name, or the function at "module:name"."""
+    if ":" not in name:
+        return script.literal(name)
+    return _import_name(script, name) or script.argument("scoring")
 
 
 def _transform(script: _Script, recorded: str | Json | None) -> str:

@@ -39,7 +39,7 @@ def spread_over(order: Sequence[int], most: int) -> list[int]:
     return [*order[:first], *(order[place] for place in rest)]
 
 
-def beside(places: NDArray[np.float64], width: float) -> NDArray[np.float64]:
+def shifted(places: NDArray[np.float64], width: float) -> NDArray[np.float64]:
     """Shift places within ``width``, so that equal places do not overlap.
 
     The shifts are always the same.
@@ -52,13 +52,13 @@ def element(name: str, *children: str, **attributes: str | float | None) -> Mark
 
     ``class_`` stands for class, and ``_`` in a name for a hyphen.
     """
-    written = Markup("")
+    pairs = Markup("")
     for key, value in attributes.items():
         if value is not None:
             text = f"{value:.1f}".removesuffix(".0") if isinstance(value, float) else str(value)
-            written += Markup(' {}="{}"').format(Markup(key.rstrip("_").replace("_", "-")), text)
+            pairs += Markup(' {}="{}"').format(Markup(key.rstrip("_").replace("_", "-")), text)
     inside = Markup("").join(map(escape, children))
-    return Markup("<{0}{1}>{2}</{0}>").format(Markup(name), written, inside)
+    return Markup("<{0}{1}>{2}</{0}>").format(Markup(name), pairs, inside)
 
 
 def path(class_: str | None, d: str, **attributes: str | float | None) -> Markup:
@@ -66,26 +66,32 @@ def path(class_: str | None, d: str, **attributes: str | float | None) -> Markup
     return element("path", class_=class_, d=d, **attributes)
 
 
-def text(class_: str, x: float, y: float, *words: str, **attributes: str | float | None) -> Markup:
+def text(
+    class_: str, x: float, y: float, *children: str, **attributes: str | float | None
+) -> Markup:
     """Return a text element."""
-    return element("text", *words, class_=class_, x=x, y=y, **attributes)
+    return element("text", *children, class_=class_, x=x, y=y, **attributes)
 
 
 def line_path(x: ArrayLike, y: ArrayLike) -> str:
     """Return the path of a line through points. The line breaks at NaN."""
+    points = np.column_stack([x, y]).astype(float)
     parts = []
     pen = "M"
-    for px, py in zip(np.asarray(x, dtype=float).tolist(), np.asarray(y, dtype=float).tolist()):
-        known = px == px and py == py
-        parts.append(f"{pen}{px:.1f} {py:.1f}" if known else "")
-        pen = "L" if known else "M"
+    for px, py in points.tolist():
+        if math.isnan(px) or math.isnan(py):
+            pen = "M"
+        else:
+            parts.append(f"{pen}{px:.1f} {py:.1f}")
+            pen = "L"
     return "".join(parts)
 
 
 def dots_path(x: NDArray[np.float64], y: NDArray[np.float64]) -> str:
     """Return a path with a dot at each finite point. A round line cap draws the dots."""
-    known = np.isfinite(x) & np.isfinite(y)
-    return "".join(f"M{px:.1f} {py:.1f}h0" for px, py in zip(x[known].tolist(), y[known].tolist()))
+    points = np.column_stack([x, y])
+    finite = points[np.isfinite(points).all(1)]
+    return "".join(f"M{px:.1f} {py:.1f}h0" for px, py in finite.tolist())
 
 
 def band_path(x: NDArray[np.float64], low: NDArray[np.float64], high: NDArray[np.float64]) -> str:
@@ -132,31 +138,29 @@ class Frame:
         Long ticks of the y axis widen the left margin. Slanted ticks of the x axis make the drawing
         higher.
         """
-        left = max(
-            self.left, 40 + _LETTER * max((len(words) for _, words in self.y.ticks), default=0)
-        )
-        frame = replace(self, left=left)
+        longest = max((len(label) for _, label in self.y.ticks), default=0)
+        frame = replace(self, left=max(self.left, 40 + _LETTER * longest))
         if not frame.slants:
             return frame
-        ticks = [
-            (float(frame.across(value)), _LETTER * len(cut(words, self.letters)))
-            for value, words in self.x.ticks
-        ]
-        # how far slanted ticks extend beyond the left edge
-        reach = max(_COS * length - x for x, length in ticks)
-        # how much higher the drawing must be for slanted ticks
-        more = max(0.0, 40 + _SIN * max(length for _, length in ticks) - self.bottom)
+        reach = 0.0  # how far slanted ticks extend beyond the left edge
+        depth = 0.0  # how far they extend below the axis
+        for value, label in self.x.ticks:
+            length = _LETTER * len(cut(label, self.letters))
+            reach = max(reach, _COS * length - float(frame.across(value)))
+            depth = max(depth, 40 + _SIN * length)
+        added = max(0.0, depth - self.bottom)
         return replace(
-            frame, left=left + max(0.0, reach), bottom=self.bottom + more, height=self.height + more
+            frame,
+            left=frame.left + reach,
+            bottom=self.bottom + added,
+            height=self.height + added,
         )
 
     @property
     def slants(self) -> bool:
         """True if the ticks of the x axis are too long to stand side by side."""
-        return (
-            sum(len(cut(words, self.letters)) for _, words in self.x.ticks) * 7
-            > self.width - self.right - self.left
-        )
+        letters = sum(len(cut(label, self.letters)) for _, label in self.x.ticks)
+        return letters * 7 > self.width - self.right - self.left
 
     def across(self, values: ArrayLike) -> NDArray[np.float64]:
         """Return the x coordinates of values."""
@@ -175,26 +179,25 @@ class Frame:
         right = self.width - self.right
         bottom = self.height - self.bottom
         parts = []
-        for value, words in self.y.ticks:
+        for value, label in self.y.ticks:
             y = float(self.down(value))
             parts.append(path("grid", f"M{self.left:.1f} {y:.1f}H{right:.1f}"))
-            parts.append(text("tick end", self.left - 8, y + 4, words))
-        slant = self.slants
-        y = bottom + (14 if slant else 19)
-        for value, words in self.x.ticks:
+            parts.append(text("tick end", self.left - 8, y + 4, label))
+        for value, label in self.x.ticks:
             x = float(self.across(value))
-            turn = f"rotate(-{_SLANT} {x:.1f} {y:.1f})" if slant else None
-            where = ("tick end", x + 4) if slant else ("tick mid", x)
-            parts += [
-                path("mark", f"M{x:.1f} {bottom:.1f}v5"),
-                text(*where, y, cut(words, self.letters), transform=turn),
-            ]
+            label = cut(label, self.letters)
+            parts.append(path("mark", f"M{x:.1f} {bottom:.1f}v5"))
+            if self.slants:
+                y = bottom + 14
+                turn = f"rotate(-{_SLANT} {x:.1f} {y:.1f})"
+                parts.append(text("tick end", x + 4, y, label, transform=turn))
+            else:
+                parts.append(text("tick mid", x, bottom + 19, label))
         middle = (self.top + bottom) / 2
-        parts += [
-            path("edge", f"M{self.left:.1f} {bottom:.1f}H{right:.1f}"),
-            text("name mid", (self.left + right) / 2, self.height - 6, across),
-            text("name mid", 14, middle, up, transform=f"rotate(-90 14 {middle:.1f})"),
-        ]
+        turn = f"rotate(-90 14 {middle:.1f})"
+        parts.append(path("edge", f"M{self.left:.1f} {bottom:.1f}H{right:.1f}"))
+        parts.append(text("name mid", (self.left + right) / 2, self.height - 6, across))
+        parts.append(text("name mid", 14, middle, up, transform=turn))
         return element("g", *parts)
 
 

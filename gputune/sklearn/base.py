@@ -29,10 +29,11 @@ from gputune.data.arrays import Arrays, as_arrays
 from gputune.data.ragged import refuse_ragged
 from gputune.data.target import check_target
 from gputune.errors import InputError
-from gputune.sklearn.dataset import FoldGroup, Rows, as_dense, as_tensor
-from gputune.sklearn.recipe import DrawSeed, MemberSlope, Place, Training
+from gputune.sklearn.dataset import CheckedRows, FoldGroup, as_dense, as_tensor
+from gputune.sklearn.recipe import DrawSeed, FitOptions, FoldTrial, MemberSlope
 from gputune.text import did_you_mean
 from gputune.types import Task
+from gputune.wording import Verbatim
 
 
 def constructor(theirs: type, defaults: Mapping[str, object]) -> Callable[..., None]:
@@ -44,24 +45,18 @@ def constructor(theirs: type, defaults: Mapping[str, object]) -> Callable[..., N
         defaults: our parameters, and their defaults. A parameter that both have gets this default.
     """
     # scikit-learn's parameters change between releases, so they are read from the installed class.
-    own = inspect.signature(theirs.__init__)  # type: ignore[misc]
-    added = [
-        inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY)
-        for n in defaults
-        if n not in own.parameters
-    ]
-    parameters = [
-        p.replace(default=defaults.get(p.name, p.default))
-        for p in (*own.parameters.values(), *added)
-    ]
-    signature = own.replace(parameters=parameters)
+    signature = inspect.signature(theirs.__init__)  # type: ignore[misc]
+    parameters = dict(signature.parameters)
+    for name, default in defaults.items():
+        new = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)
+        parameters[name] = parameters.get(name, new).replace(default=default)
+    signature = signature.replace(parameters=list(parameters.values()))
 
     def __init__(self: object, *values: object, **params: object) -> None:
         bound = signature.bind(self, *values, **params)
         bound.apply_defaults()
-        vars(self).update(
-            {name: value for name, value in bound.arguments.items() if name != "self"}
-        )
+        del bound.arguments["self"]
+        vars(self).update(bound.arguments)
 
     __init__.__signature__ = signature  # type: ignore[attr-defined]
     return __init__
@@ -75,7 +70,7 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
     """
 
     _refused: ClassVar[Mapping[str, str]] = {}
-    """Parameter names of other libraries -> the advice for users of that name."""
+    """Parameter names of other libraries -> the remedy for users of that name, a sentence."""
     _takes_any_target: ClassVar[bool] = False
     """True if y can be any numbers (n, ...), which are used unchanged."""
     _takes_arrays: ClassVar[bool] = False
@@ -85,13 +80,13 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
 
     The default one comes first.
     """
-    _fit_recipes: ClassVar[Callable[..., Mapping[Place, object]]]
+    _fit_recipes: ClassVar[Callable[..., Mapping[FoldTrial, object]]]
     """The function that fits recipes: (recipes by trial, folds, training) -> results by (fold,
     trial).
 
     A result is the argument of ``_set_fitted``, or an error.
     """
-    _slopes: ClassVar[Callable[..., Iterable[tuple[Place, MemberSlope]]]]
+    _slopes: ClassVar[Callable[..., Iterable[tuple[FoldTrial, MemberSlope]]]]
     """The function that computes slopes: (recipes by trial, folds, hyperparameters, mode, training)
     -> slopes.
 
@@ -125,7 +120,9 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
         parameters = inspect.signature(cls.__init__).parameters
         for name in names:
             if name in cls._refused and name not in parameters:
-                raise InputError(f"{cls.__name__} has no parameter {name!r}: {cls._refused[name]}.")
+                raise InputError(
+                    None, f"{cls.__name__} has no parameter {name!r}", remedy=cls._refused[name]
+                )
 
     def fit(self, X: object, y: object, sample_weight: object = None) -> Self:
         """Fit the estimator on rows X with targets y.
@@ -146,21 +143,20 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
         hook = fit_hook.get()
         if hook is not None and hook.fit(self, X, y, sample_weight):
             return self
-        own_callbacks = hasattr(self, "_skl_callbacks") and not hasattr(
-            self, "_parent_callback_ctx"
-        )
+        in_search = hasattr(self, "_parent_callback_ctx")
+        has_callbacks = hasattr(self, "_skl_callbacks") and not in_search
         # An estimator with its own callbacks (since scikit-learn 1.9) is fitted by scikit-learn's
         # ``fit``, which calls them.
-        if own_callbacks or self._left_to_scikit_learn(y) is not None:
+        if has_callbacks or self._left_to_scikit_learn(y) is not None:
             weights = {} if sample_weight is None else {"sample_weight": sample_weight}
             fitted: Self = super().fit(X, y, **weights)
             return fitted
         rows = check_rows(self, X, y, sample_weight)
         # one fold that trains on all rows
         folds = FoldGroup((0,), rows, (np.arange(len(rows.X)),))
-        return self._become(fit_together({0: self}, folds, Training())[0, 0], rows)
+        return self._become(fit_together({0: self}, folds, FitOptions())[0, 0], rows)
 
-    def _become(self, fitted: object, rows: Rows) -> Self:
+    def _become(self, fitted: object, rows: CheckedRows) -> Self:
         """Turn this estimator into a fitted one and return it.
 
         Raise the exception of a failed fit.
@@ -188,7 +184,7 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
         """Return the recipe of the parameters. ``draw`` gives the seed for random_state=None."""
         raise NotImplementedError
 
-    def _set_fitted(self, fitted: Any, rows: Rows) -> None:
+    def _set_fitted(self, fitted: Any, rows: CheckedRows) -> None:
         """Take over the result of a fit."""
         raise NotImplementedError
 
@@ -221,7 +217,9 @@ def hooked(hook: FitHook | None) -> Iterator[None]:
 FLOATS = (np.float64, np.float32)
 
 
-def check_rows(estimator: FusedEstimator, X: object, y: Any, sample_weight: object = None) -> Rows:
+def check_rows(
+    estimator: FusedEstimator, X: object, y: Any, sample_weight: object = None
+) -> CheckedRows:
     """Check the rows of a fit like scikit-learn does, and return them.
 
     The estimator takes over the feature names. Only some estimators accept inputs that are not
@@ -242,8 +240,13 @@ def check_rows(estimator: FusedEstimator, X: object, y: Any, sample_weight: obje
     arrays = as_arrays(X) if estimator._takes_arrays else None
     names = None
     if estimator._takes_arrays and arrays is None and isinstance(X, Mapping):
-        kinds = ", ".join(f"{name!r}: {type(value).__name__}" for name, value in X.items())
-        raise InputError(f"X as a dict must hold arrays or tensors, got {{{kinds}}}; convert them.")
+        types = ", ".join(f"{name!r}: {type(value).__name__}" for name, value in X.items())
+        raise InputError(
+            "X",
+            "must hold only arrays and tensors if it is a dict",
+            got=Verbatim(f"{{{types}}}"),
+            remedy="Convert its values.",
+        )
     if any_target:
         y = check_target(y, task="custom", n_rows=len(y) if arrays is None else len(arrays)).values
     elif arrays is not None:
@@ -270,7 +273,7 @@ def check_rows(estimator: FusedEstimator, X: object, y: Any, sample_weight: obje
         check_classification_targets(y)
         classes, codes = np.unique(y, return_inverse=True)
         y = codes.astype(np.int64)
-    return Rows(arrays, y, weights, classes, names, task)
+    return CheckedRows(arrays, y, weights, classes, names, task)
 
 
 def has_columns(y: Any) -> bool:
@@ -283,20 +286,21 @@ def _check_columns(estimator: FusedEstimator, y: object) -> None:
     """Raise InputError for a sparse target, and for classes in several columns."""
     if issparse(y):
         raise InputError(
-            "y is a sparse matrix, and only dense targets are supported; pass y.toarray()."
+            "y", "must be dense", got=Verbatim("a sparse matrix"), remedy="Pass y.toarray()."
         )
     if not is_regressor(estimator) and type_of_target(y) != "multilabel-indicator":
-        shape = np.asarray(y).shape
         raise InputError(
-            f"{type(estimator).__name__} takes labels in several columns, 0 or 1 each, got y of "
-            f"shape {shape}; fit one estimator for each column of classes, or a "
-            "NeuralNetRegressor on numbers."
+            "y",
+            f"must be labels of 0 and 1 if {type(estimator).__name__} gets several columns",
+            got=Verbatim(f"other values of shape {np.asarray(y).shape}"),
+            remedy="Fit one estimator for each column of classes, or a NeuralNetRegressor on "
+            "numbers.",
         )
 
 
 def fit_together(
-    candidates: Mapping[int, FusedEstimator], folds: FoldGroup, training: Training
-) -> dict[Place, object]:
+    candidates: Mapping[int, FusedEstimator], folds: FoldGroup, training: FitOptions
+) -> dict[FoldTrial, object]:
     """Fit all candidates on the training rows of all folds at once.
 
     A candidate with refused parameters fails in every fold, as its own ``fit`` would.
@@ -315,7 +319,7 @@ def fit_together(
     def draw() -> int:  # from numpy's global state, as in scikit-learn
         return int(check_random_state(None).randint(2**31 - 1))
 
-    results: dict[Place, object] = {}
+    results: dict[FoldTrial, object] = {}
     recipes = {}
     trained = []
     for trial, candidate in candidates.items():

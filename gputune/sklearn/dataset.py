@@ -7,9 +7,9 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -25,12 +25,13 @@ from gputune.data.weights import Weights
 from gputune.errors import InputError
 from gputune.main_memory import free_memory
 from gputune.types import Task
+from gputune.wording import Verbatim
 
 Index: TypeAlias = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class CheckedRows:
     """Checked rows of one fit, or of one search over many folds.
 
     Attributes:
@@ -105,7 +106,7 @@ class Rows:
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class FoldRows:
     """The training or validation rows of one fold.
 
     Attributes:
@@ -113,7 +114,7 @@ class Part:
         index: positions in ``rows``.
     """
 
-    rows: Rows
+    rows: CheckedRows
     index: Index
 
     def labels(self) -> list[str | float]:
@@ -138,7 +139,7 @@ class FoldGroup:
     """
 
     numbers: tuple[int, ...]
-    rows: Rows
+    rows: CheckedRows
     trains: tuple[Index, ...]
     valids: tuple[Index, ...] = ()
 
@@ -161,15 +162,9 @@ class FoldGroup:
 
     def part(self, index: Sequence[int]) -> "FoldGroup":
         """Return some of the folds, by their positions."""
-        trains = self.trains
-        valids = self.valids
-        valids = tuple(valids[i] for i in index) if valids else ()
-        return FoldGroup(
-            tuple(self.numbers[i] for i in index),
-            self.rows,
-            tuple(trains[i] for i in index),
-            valids,
-        )
+        valids = _items_at(self.valids, index) if self.valids else ()
+        numbers = _items_at(self.numbers, index)
+        return FoldGroup(numbers, self.rows, _items_at(self.trains, index), valids)
 
     def split(self, keys: Iterable[Hashable] | None = None) -> "list[FoldGroup]":
         """Split the folds into groups with the same classes in the training rows and the same key.
@@ -181,10 +176,18 @@ class FoldGroup:
         for i, (train, key) in enumerate(zip(self.trains, keys or itertools.repeat(None))):
             present = None if self.rows.classes is None else np.unique(self.rows.y[train]).tobytes()
             groups[present, key].append(i)
-        return [self.part(index) for index in groups.values()]
+        return list(map(self.part, groups.values()))
 
 
-def lay_out(folds: Mapping[int, Sequence[Part]]) -> list[FoldGroup]:
+_Item = TypeVar("_Item")
+
+
+def _items_at(items: Sequence[_Item], index: Sequence[int]) -> tuple[_Item, ...]:
+    """Return the items at some positions."""
+    return tuple(items[i] for i in index)
+
+
+def lay_out(folds: Mapping[int, Sequence[FoldRows]]) -> list[FoldGroup]:
     """Group folds by the form of their rows.
 
     Args:
@@ -194,39 +197,46 @@ def lay_out(folds: Mapping[int, Sequence[Part]]) -> list[FoldGroup]:
     forms: dict[Hashable, list[int]] = defaultdict(list)
     for number, (train, *_) in folds.items():
         forms[train.rows.form].append(number)
-    groups = []
-    for numbers in forms.values():
-        blocks = {id(part.rows): part.rows for number in numbers for part in folds[number]}
-        # id of a block -> the position of its first row among the joined rows
-        starts = dict(zip(blocks, np.cumsum([0, *(len(rows.X) for rows in blocks.values())])))
-        indices = (
-            [part.index + starts[id(part.rows)] for part in folds[number]] for number in numbers
-        )
-        groups.append(FoldGroup(tuple(numbers), _join(list(blocks.values())), *zip(*indices)))
-    return groups
+    return [
+        _fold_group({number: folds[number] for number in numbers}) for numbers in forms.values()
+    ]
 
 
-def _join(blocks: Sequence[Rows]) -> Rows:
+def _fold_group(folds: Mapping[int, Sequence[FoldRows]]) -> FoldGroup:
+    """Return folds whose rows have one form as a group with joined rows."""
+    blocks: list[CheckedRows] = []
+    starts: dict[int, int] = {}  # id of a block -> the position of its first row after joining
+    n_rows = 0
+    indices = []
+    for sides in folds.values():
+        positions = []
+        for part in sides:
+            block = part.rows
+            if id(block) not in starts:
+                starts[id(block)] = n_rows
+                n_rows += len(block.X)
+                blocks.append(block)
+            positions.append(part.index + starts[id(block)])
+        indices.append(positions)
+    return FoldGroup(tuple(folds), _join(blocks), *zip(*indices))
+
+
+def _join(blocks: Sequence[CheckedRows]) -> CheckedRows:
     """Join blocks of rows, one after the other. Codes refer to the classes of all blocks."""
     first = blocks[0]
     if len(blocks) == 1:
         return first
-    X = Arrays(tuple(map(torch.cat, zip(*(rows.X.parts for rows in blocks)))), first.X.names)
+    parts = zip(*(rows.X.parts for rows in blocks))
+    X = Arrays(tuple(map(torch.cat, parts)), first.X.names)
     weighted = [rows.weights for rows in blocks if rows.weights is not None]
     weights = np.concatenate(weighted) if weighted else None
     if first.classes is None:
-        return Rows(
-            X,
-            np.concatenate([rows.y for rows in blocks]),
-            weights,
-            None,
-            first.names,
-            first.taken_as,
-        )
+        y = np.concatenate([rows.y for rows in blocks])
+        return replace(first, X=X, y=y, weights=weights)
     # Blocks can have different classes, so their labels get new codes.
     labels = np.concatenate([rows.classes[rows.y] for rows in blocks if rows.classes is not None])
     classes, codes = np.unique(labels, return_inverse=True)
-    return Rows(X, codes.astype(np.int64), weights, classes, first.names)
+    return replace(first, X=X, y=codes.astype(np.int64), weights=weights, classes=classes)
 
 
 def make_dataset(
@@ -248,8 +258,13 @@ def make_dataset(
             then the validation rows too.
     """
     rows = group.rows
-    weigh = np.full(len(rows.y), watched) if rows.weights is None else (rows.weights > 0) & watched
-    folds = list(zip(group.trains, group.valids or [train[weigh[train]] for train in group.trains]))
+    valids = group.valids
+    if not valids:
+        counts = np.full(len(rows.y), watched)
+        if rows.weights is not None:
+            counts &= rows.weights > 0
+        valids = tuple(train[counts[train]] for train in group.trains)
+    folds = list(zip(group.trains, valids))
     # Half precision is too little for training. A module with only integer inputs has parameters of
     # single precision.
     dtype = torch.float64 if any(part.dtype == torch.float64 for part in x) else torch.float32
@@ -259,12 +274,8 @@ def make_dataset(
     statistics = fit_channels(X, group.trains, numbers)
     weights = Weights(rows.weights, None, of_target=True)
     if rows.classes is None or group.classes is None:
-        target = Target(
-            rows.taken_as,
-            np.require(rows.y, requirements=["C", "W"]),
-            None,
-            standardize=standardise,
-        )
+        y = np.require(rows.y, requirements=["C", "W"])
+        target = Target(rows.taken_as, y, None, standardize=standardise)
     else:
         task: Task = "binary" if len(group.classes) == 2 else "multiclass"
         target = Target(task, group.codes, rows.classes[group.classes])
@@ -283,9 +294,10 @@ def as_dense(X: Any) -> Any:
     free = free_memory()
     if size > free:
         raise InputError(
-            f"X is a sparse matrix of {X.shape[0]} rows and {X.shape[1]} columns, which takes "
-            f"{size:.1e} bytes as the array that it is trained as, and {free:.1e} are free; give "
-            "fewer columns, as TruncatedSVD makes them."
+            None,
+            f"X is a sparse matrix of {X.shape[0]} rows and {X.shape[1]} columns. gputune trains "
+            f"on a dense array, which needs {size:.1e} bytes, but only {free:.1e} bytes are free",
+            remedy="Reduce the columns first, for example with TruncatedSVD.",
         )
     return X.toarray()
 
@@ -320,11 +332,12 @@ class SliceDict(dict[str, Any]):
         super().__init__(inputs, **more)
         for name, value in self.items():
             if not isinstance(value, np.ndarray | Tensor) or value.ndim == 0:
-                must = "must be an array or tensor with a row for each case"
-                raise InputError(f"SliceDict: {name!r} {must}, got {value!r:.60}.")
+                rule = "must be an array or tensor with one entry per row"
+                raise InputError(f"SliceDict[{name!r}]", rule, got=value)
         lengths = {name: len(value) for name, value in self.items()}
         if len(set(lengths.values())) != 1:
-            raise InputError(f"SliceDict needs inputs of one length, got {lengths or 'none'}.")
+            rule = "must hold inputs of equal length"
+            raise InputError("SliceDict", rule, got=lengths or Verbatim("none"))
 
     def __len__(self) -> int:
         return len(next(iter(self.values())))
@@ -347,8 +360,10 @@ def as_sliced(X: object) -> object:
     """
     if isinstance(X, tuple) and X and all(isinstance(value, np.ndarray | Tensor) for value in X):
         raise InputError(
-            f"X is a tuple of {len(X)} inputs, which scikit-learn cannot split by rows; name them "
-            "after the arguments of the module's forward: X=gputune.sklearn.SliceDict(image=..., "
-            "age=...)."
+            "X",
+            "must be a SliceDict, because scikit-learn cannot split a tuple by rows",
+            got=Verbatim(f"a tuple of {len(X)} inputs"),
+            remedy="Name the inputs after the arguments of the module's forward: "
+            "X=gputune.sklearn.SliceDict(image=..., age=...).",
         )
     return SliceDict(X) if type(X) is dict else X

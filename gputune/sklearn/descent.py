@@ -4,6 +4,7 @@ All candidates move at once. A slope comes from repeating the training and diffe
 validation rows.
 """
 
+import itertools
 import math
 import time
 from collections import Counter, defaultdict
@@ -26,14 +27,15 @@ from gputune.hypergradients.first_step import check_classes, check_coordinate, c
 from gputune.methods.descent import Hypergradient, Slope, StartingPoint, slope_at
 from gputune.methods.distributions import range_of
 from gputune.sklearn.base import constructor, last_step
-from gputune.sklearn.dataset import Part
+from gputune.sklearn.dataset import FoldRows
 from gputune.sklearn.logistic import Penalty
-from gputune.sklearn.recipe import Member, MemberSlope, Recipe, Training
-from gputune.sklearn.record import Event, Fit, Recorder, Splits, fits_of, layouts
+from gputune.sklearn.recipe import FitOptions, MemberSlope, Recipe, TrainedMember
+from gputune.sklearn.record import Event, FitRecorder, RecordedFit, Splits, fits_of, layouts
 from gputune.sklearn.replay import Candidates, SearchRun, TrainedCandidates, workers
 from gputune.sklearn.search import CONSTRAINTS, EXTRAS, FusedSearch
 from gputune.tuning.descent import SlopeMode, run_descent
 from gputune.types import Config
+from gputune.wording import Verbatim
 
 
 class TrialSlopes(NamedTuple):
@@ -52,7 +54,7 @@ class TrialSlopes(NamedTuple):
 
 @entry
 def slopes_of(
-    fits: Sequence[Fit], names: Sequence[str], mode: SlopeMode, training: Training
+    fits: Sequence[RecordedFit], names: Sequence[str], mode: SlopeMode, training: FitOptions
 ) -> dict[int, TrialSlopes]:
     """Return the slopes of each trial with respect to some hyperparameters.
 
@@ -66,26 +68,31 @@ def slopes_of(
     by_fold: dict[int, dict[int, MemberSlope]] = defaultdict(dict)
     for folds, trials in layouts(fits, held_out=True):
         recipes = {}
-        for trial, own in trials.items():
-            fit = own[folds.numbers[0]]
+        for trial, by_number in trials.items():
+            fit = by_number[folds.numbers[0]]
             recipes[trial] = fit.estimator._recipe(lambda: 0)
             # Only a fitted member knows the seed, because a RandomState has moved on since.
-            if isinstance(fit.fitted, Member):
+            if isinstance(fit.fitted, TrainedMember):
                 recipes[trial] = replace(recipes[trial], seed=fit.fitted.seed, patience=None)
         for (fold, trial), slope in fit.estimator._slopes(recipes, folds, names, mode, training):
             by_fold[trial][fold] = slope
-    whole = Counter(fit.trial for fit in fits)
-    found = {}
+    n_folds = Counter(fit.trial for fit in fits)
+    by_trial = {}
     for trial, slopes in by_fold.items():
         # A trial has a slope only if all of its folds have one.
-        if len(slopes) == whole[trial]:
-            losses, of_names, ratios = zip(*(slopes[fold] for fold in sorted(slopes)))
-            tables = {
-                name: np.array([each[name] for each in of_names])[:, None, None]
-                for name in of_names[0]
-            }
-            found[trial] = TrialSlopes(np.array(losses), tables, np.array(ratios))
-    return found
+        if len(slopes) == n_folds[trial]:
+            by_trial[trial] = _stacked([slopes[fold] for fold in sorted(slopes)])
+    return by_trial
+
+
+def _stacked(members: Sequence[MemberSlope]) -> TrialSlopes:
+    """Return the slopes of the members of one trial as arrays over the folds."""
+    losses, slopes, ratios = zip(*members)
+    tables = {}
+    for name in slopes[0]:
+        column = np.array([slope[name] for slope in slopes])
+        tables[name] = column[:, None, None]  # (F,) -> (F, 1, 1)
+    return TrialSlopes(np.array(losses), tables, np.array(ratios))
 
 
 def descended_parameters(
@@ -101,23 +108,27 @@ def descended_parameters(
         InputError: the estimator does not have a parameter, or it is named twice.
     """
     prefix, last = last_step(estimator)
-    own = last.get_params(deep=False)
-    offered = {word: name for word, name in last._differentiable.items() if word in own}
-    words = [hyperparameters] if isinstance(hyperparameters, str) else hyperparameters
-    words = (
-        list(offered)[:1] if words is None else [str(word).removeprefix(prefix) for word in words]
-    )
-    names = [offered.get(word) for word in words]
-    if not names or None in names or len(set(names)) < len(names):
-        several = [
-            " or ".join(w for w in offered if offered[w] == n)
-            for n in dict.fromkeys(offered.values())
-        ]
+    params = last.get_params(deep=False)
+    offered = {key: name for key, name in last._differentiable.items() if key in params}
+    if hyperparameters is None:
+        keys = list(offered)[:1]
+    elif isinstance(hyperparameters, str):
+        keys = [hyperparameters.removeprefix(prefix)]
+    else:
+        keys = [str(key).removeprefix(prefix) for key in hyperparameters]
+    parameters = {offered[key]: prefix + key for key in keys if key in offered}
+    # An unknown key or a second spelling of one hyperparameter leaves fewer entries than keys.
+    if not keys or len(parameters) < len(keys):
+        spellings = defaultdict(list)
+        for key, name in offered.items():
+            spellings[name].append(key)
+        choices = ", ".join(map(" or ".join, spellings.values()))
         raise InputError(
-            f"hyperparameters: a descent of {type(last).__name__} moves some of "
-            f"{', '.join(several)}, each named once, got {hyperparameters!r}."
+            "hyperparameters",
+            f"must be some of {choices} for {type(last).__name__}, each named once",
+            got=hyperparameters,
         )
-    return {name: prefix + word for name, word in zip(names, words) if name is not None}
+    return parameters
 
 
 def start_value(recipe: Recipe | Penalty, name: str, parameter: str, start: str) -> float:
@@ -128,9 +139,11 @@ def start_value(recipe: Recipe | Penalty, name: str, parameter: str, start: str)
     if isinstance(recipe, Penalty):
         if not recipe.fit_intercept:
             raise InputError(
-                "the derivative in C is that of a logistic regression with intercepts, got "
-                f"fit_intercept=False in {start}; leave it True, or search C with "
-                "RandomizedSearchCV."
+                "fit_intercept",
+                "must be True, because the derivative with respect to C is that of a logistic "
+                "regression with intercepts",
+                got=Verbatim(f"False in {start}"),
+                remedy="Leave it True, or search C with RandomizedSearchCV.",
             )
         value = recipe.C
     else:
@@ -146,8 +159,9 @@ def start_value(recipe: Recipe | Penalty, name: str, parameter: str, start: str)
         if name == "weight_decay" and (alpha is not None) != parameter.endswith("alpha"):
             other = "weight_decay" if alpha is None else "alpha"
             raise InputError(
-                f"hyperparameters: {start} decays by {other}, and not by {parameter}; name "
-                f"{other!r}, or put {parameter!r} in param_distributions."
+                "hyperparameters",
+                f"names {parameter!r}, but {start} sets its weight decay by {other!r}",
+                remedy=f"Name {other!r}, or put {parameter!r} into param_distributions.",
             )
         value = alpha if name == "weight_decay" and alpha is not None else float(value)
     check_coordinate(name, value, start, called=parameter, space="param_distributions")
@@ -186,12 +200,12 @@ class DescentRun(SearchRun):
     y: object = None
     parameters: Mapping[str, str] = field(default_factory=dict)
     outer_steps: int = 0
-    recorder: Recorder = field(default_factory=lambda: Recorder(held_out=True))
+    recorder: FitRecorder = field(default_factory=lambda: FitRecorder(held_out=True))
     splits: Splits = ()
     points: list[Config] = field(default_factory=list)
     origins: list[tuple[int, int]] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
-    fits: dict[int, list[Fit]] = field(default_factory=dict)
+    fits: dict[int, list[RecordedFit]] = field(default_factory=dict)
     patient: ClassVar[bool] = False  # the derivative goes through all epochs of a training
     measures_again: ClassVar[bool] = True
 
@@ -210,10 +224,11 @@ class DescentRun(SearchRun):
         begin = time.monotonic()
         self.outer_steps = method.outer_steps
         dicts = space if isinstance(space, list) else [space]
-        ranges = {
-            name: range_of(dicts, (parameter,)) for name, parameter in self.parameters.items()
-        }
-        bounds = {name: ends for name, ends in ranges.items() if ends is not None}
+        bounds = {}
+        for name, parameter in self.parameters.items():
+            ends = range_of(dicts, (parameter,))
+            if ends is not None:
+                bounds[name] = ends
         starts = {}
         for number, params in enumerate(candidates):
             _, last = last_step(clone(self.estimator).set_params(**clone(params, safe=False)))
@@ -221,10 +236,10 @@ class DescentRun(SearchRun):
                 recipe = last._recipe(lambda: 0)
             except (TypeError, ValueError):  # the estimator refuses the candidate, as its fit will
                 continue
-            own = self.parameters.items()
-            start = f"start {number}"
-            values = {name: start_value(recipe, name, parameter, start) for name, parameter in own}
-            starts[number] = StartingPoint(method, tuple(self.parameters), values, bounds)
+            values = {}
+            for name, parameter in self.parameters.items():
+                values[name] = start_value(recipe, name, parameter, f"start {number}")
+            starts[number] = StartingPoint(method, tuple(values), values, bounds)
         self.X, self.y = indexable(self.X, self.y)
         self.splits = self.split(self.X, self.y, self.split_params)
         self._train(candidates, [(number, 0) for number in range(len(candidates))])
@@ -236,14 +251,11 @@ class DescentRun(SearchRun):
     def add(self, starts: Mapping[int, StartingPoint], step: int) -> None:
         """Train the points to which starts have moved."""
         # A later point of a start overwrites an earlier one, so the last point remains.
-        params = {origin[0]: point for origin, point in zip(self.origins, self.points)}
-        points = [
-            {
-                **params[number],
-                **{self.parameters[name]: start.config[name] for name in start.names},
-            }
-            for number, start in starts.items()
-        ]
+        last_points = {start: point for (start, _), point in zip(self.origins, self.points)}
+        points = []
+        for number, start in starts.items():
+            moved = {self.parameters[name]: start.config[name] for name in start.names}
+            points.append(last_points[number] | moved)
         if points:
             self._train(points, [(number, step) for number in starts])
 
@@ -252,29 +264,12 @@ class DescentRun(SearchRun):
         events = self.record(points, self.X, self.y, self.splits)
         first = len(self.points)
         fits = fits_of(events)
-        seen: set[tuple[int, int]] = set()
-        # The loss on the validation rows of each fold must have a slope. Each pair of a fold and
-        # its training rows is checked once.
+        # Each pair of a fold and its training rows is checked once.
+        checked: dict[tuple[int, int], RecordedFit] = {}
         for fit in fits:
-            train = fit.train
-            valid = fit.valid
-            if (
-                not (isinstance(train, Part) and isinstance(valid, Part))
-                or (fit.fold, id(train)) in seen
-            ):
-                continue
-            seen.add((fit.fold, id(train)))
-            if len(valid.index) == 0:
-                raise InputError(
-                    f"cv: fold {fit.fold} has no validation rows to descend on; give it some."
-                )
-            weights = train.rows.weights
-            weighing = (
-                train
-                if weights is None
-                else replace(train, index=train.index[weights[train.index] > 0])
-            )
-            check_classes(fit.fold, valid.labels(), weighing.labels(), weighed=weights is not None)
+            checked.setdefault((fit.fold, id(fit.train)), fit)
+        for fit in checked.values():
+            _check_validation_rows(fit)
         self.train(points, fits)
         self.fits = {number: [] for number, _ in origins}
         for fit in fits:
@@ -294,35 +289,52 @@ class DescentRun(SearchRun):
         if step == self.outer_steps:
             return {}
         slopes = {}
-        whole = {}
-        for n, start in starts.items():
-            errors = [fit.error for fit in self.fits[n] if isinstance(fit.valid, Part)]
-            if len(errors) < len(self.splits) or not all(
-                isinstance(each, DivergedError | None) for each in errors
-            ):
+        trained: dict[SlopeMode, dict[int, list[RecordedFit]]] = {"exact": {}, "differences": {}}
+        for number, start in starts.items():
+            fits = self.fits[number]
+            errors = [fit.error for fit in fits if isinstance(fit.valid, FoldRows)]
+            if len(errors) < len(self.splits):
+                continue
+            if not all(isinstance(error, DivergedError | None) for error in errors):
                 continue
             if any(errors):  # no slope exists, so the start reduces its learning rate
                 none = {name: np.full((1, 1), math.nan) for name in start.names}
-                slopes[n] = Slope(
+                slopes[number] = Slope(
                     math.nan, none, none, usable=False, ratio=math.inf, mode="differences"
                 )
             else:
-                whole[n] = self.fits[n]
-        modes: tuple[SlopeMode, ...] = ("exact", "differences")
-        for mode in modes:
-            fits = {n: own for n, own in whole.items() if starts[n].mode == mode}
-            if not fits or (self.deadline is not None and time.monotonic() > self.deadline):
+                trained[start.mode][number] = fits
+        options = FitOptions(workers(), self.deadline)
+        for mode, by_start in trained.items():
+            late = self.deadline is not None and time.monotonic() > self.deadline
+            if late or not by_start:
                 continue
-            training = Training(workers(), self.deadline)
-            found = slopes_of(
-                [fit for own in fits.values() for fit in own],
-                tuple(self.parameters),
-                mode,
-                training,
-            )
-            points = {n: found[own[0].trial] for n, own in fits.items() if own[0].trial in found}
-            slopes |= {n: slope_at(starts[n].config, *slope, mode) for n, slope in points.items()}
+            fits = list(itertools.chain.from_iterable(by_start.values()))
+            by_trial = slopes_of(fits, tuple(self.parameters), mode, options)
+            for number, (fit, *_) in by_start.items():
+                if fit.trial in by_trial:
+                    slope = by_trial[fit.trial]
+                    slopes[number] = slope_at(starts[number].config, *slope, mode)
         return slopes
+
+
+def _check_validation_rows(fit: RecordedFit) -> None:
+    """Raise InputError unless the loss on the validation rows of a fit has a slope."""
+    train = fit.train
+    valid = fit.valid
+    if not (isinstance(train, FoldRows) and isinstance(valid, FoldRows)):
+        return
+    if len(valid.index) == 0:
+        raise InputError(
+            None,
+            f"Fold {fit.fold} of cv has no validation rows, but a hypergradient search minimizes "
+            "the loss on them",
+            remedy="Choose folds with validation rows.",
+        )
+    weights = train.rows.weights
+    if weights is not None:
+        train = replace(train, index=train.index[weights[train.index] > 0])
+    check_classes(fit.fold, valid.labels(), train.labels(), weighed=weights is not None)
 
 
 class HypergradientSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  # type: ignore[misc]
@@ -413,10 +425,9 @@ class HypergradientSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  #
 
         It uses ``scoring`` if you passed it, otherwise the ``score`` of the estimator.
         """
-        by_estimator = self.scoring is None and hasattr(self, "best_estimator_")
-        return float(
-            (self.best_estimator_.score if by_estimator else super().score)(X, y, **params)
-        )
+        if self.scoring is None and hasattr(self, "best_estimator_"):
+            return float(self.best_estimator_.score(X, y, **params))
+        return float(super().score(X, y, **params))
 
     def _effective_scoring(self) -> object:
         if self.scoring is not None:
@@ -425,8 +436,10 @@ class HypergradientSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  #
 
     def _leave_to_own_loop(self, reason: str) -> None:
         raise InputError(
-            "HypergradientSearchCV differentiates the training of gputune's estimators, and "
-            f"{reason}; use RandomizedSearchCV."
+            None,
+            "HypergradientSearchCV differentiates the training of gputune's estimators, but "
+            f"{reason}",
+            remedy="Use RandomizedSearchCV.",
         )
 
     def _make_run(self, X: object, y: object) -> SearchRun:

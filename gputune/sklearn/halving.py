@@ -9,10 +9,11 @@ from sklearn.model_selection import _search_successive_halving as successive_hal
 
 from gputune.sklearn.base import constructor, last_step
 from gputune.sklearn.networks import TrainedEstimator
-from gputune.sklearn.recipe import Member, RungState
-from gputune.sklearn.record import Fit
+from gputune.sklearn.recipe import RungState, TrainedMember
+from gputune.sklearn.record import RecordedFit
 from gputune.sklearn.replay import Candidates, SearchRun
 from gputune.sklearn.search import FusedSearch
+from gputune.types import Config
 
 
 @dataclass(eq=False)
@@ -24,38 +25,42 @@ class HalvingRun(SearchRun):
 
     resource: str = ""
     horizon: int = 0
-    kept: dict[Hashable, RungState] = field(default_factory=dict)
+    states: dict[Hashable, RungState] = field(default_factory=dict)
+    """The states of the candidates after the last rung, by key."""
 
-    def train(self, candidates: Candidates, fits: Sequence[Fit], states: object = None) -> None:
+    def train(
+        self, candidates: Candidates, fits: Sequence[RecordedFit], states: object = None
+    ) -> None:
         """Train the fits up to the rung, and store the state of every candidate.
 
         A candidate that failed in a fold at the previous rung begins again.
         """
-        # The key of a candidate across rungs. scikit-learn copies the dict of a candidate, but not
-        # its values, so their ids stay the same.
-        keys = [
-            tuple(sorted((n, id(v)) for n, v in params.items() if n != self.resource))
-            for params in candidates
-        ]
+        keys = [self._key(params) for params in candidates]
         begin = RungState(0, self.horizon, None, {})
-        super().train(
-            candidates, fits, {trial: self.kept.get(key, begin) for trial, key in enumerate(keys)}
-        )
-        by_trial: dict[int, list[Fit]] = defaultdict(list)
+        states = {trial: self.states.get(key, begin) for trial, key in enumerate(keys)}
+        super().train(candidates, fits, states)
+        by_trial: dict[int, list[RecordedFit]] = defaultdict(list)
         for fit in fits:
             by_trial[fit.trial].append(fit)
-        self.kept = {}
-        for trial, own in by_trial.items():
-            members = {fit.fold: fit.fitted for fit in own if isinstance(fit.fitted, Member)}
+        self.states = {}
+        for trial, trial_fits in by_trial.items():
+            members = [fit.fitted for fit in trial_fits if isinstance(fit.fitted, TrainedMember)]
+            if len(members) < len(trial_fits):
+                continue  # a fold failed
             # The buffers hold the parameters too, so the rest of a member is not stored.
-            if len(members) == len(own):
-                buffers = {
-                    fold: member.buffers
-                    for fold, member in members.items()
-                    if member.buffers is not None
-                }
-                last = members[own[0].fold]
-                self.kept[keys[trial]] = RungState(last.epochs, self.horizon, last.seed, buffers)
+            buffers = {}
+            for fit, member in zip(trial_fits, members):
+                assert member.buffers is not None  # every member of a rung keeps its state
+                buffers[fit.fold] = member.buffers
+            state = RungState(members[0].epochs, self.horizon, members[0].seed, buffers)
+            self.states[keys[trial]] = state
+
+    def _key(self, params: Config) -> Hashable:
+        """Return the key of a candidate across rungs.
+
+        scikit-learn copies the dict of a candidate, but not its values, so their ids stay the same.
+        """
+        return tuple(sorted((n, id(value)) for n, value in params.items() if n != self.resource))
 
 
 class HalvingRandomSearchCV(FusedSearch, successive_halving.HalvingRandomSearchCV):  # type: ignore[misc]
@@ -120,9 +125,9 @@ class HalvingRandomSearchCV(FusedSearch, successive_halving.HalvingRandomSearchC
         prefix, last = last_step(self.estimator)
         if not isinstance(last, TrainedEstimator):
             return None
-        word = str(self.resource).removeprefix(prefix)
-        last._check_names([word])
-        return prefix + last._epochs if word in ("auto", last._epochs) else None
+        resource = str(self.resource).removeprefix(prefix)
+        last._check_names([resource])
+        return prefix + last._epochs if resource in ("auto", last._epochs) else None
 
     def _make_run(self, X: object, y: object) -> SearchRun:
         run = super()._make_run(X, y)

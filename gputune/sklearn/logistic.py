@@ -22,8 +22,8 @@ from gputune.engine.choice import device_for_solver
 from gputune.errors import InputError, warn
 from gputune.hypergradients.implicit import implicit_gradients
 from gputune.sklearn.base import FusedEstimator, constructor
-from gputune.sklearn.dataset import FoldGroup, Rows, as_tensor
-from gputune.sklearn.recipe import DrawSeed, MemberSlope, Place, Training
+from gputune.sklearn.dataset import CheckedRows, FoldGroup, as_tensor
+from gputune.sklearn.recipe import DrawSeed, FitOptions, FoldTrial, MemberSlope
 from gputune.solver.solve import LogisticProblem, Solution, solve
 
 _TOLERANCE = 1e-10
@@ -64,23 +64,23 @@ def solve_groups(
 
     The trials of a group differ only in C and l1_ratio. Its folds have the same classes.
     """
-    alike: dict[Hashable, list[int]] = defaultdict(list)
+    by_key: dict[Hashable, list[int]] = defaultdict(list)
     for trial, p in penalties.items():
         # A missing device is an error of the whole search, not of one fit.
         device = device_for_solver(p.device).device
-        alike[device, repr(p.class_weight), p.fit_intercept, p.tol, p.max_iter].append(trial)
-    return [(trials, group) for trials in alike.values() for group in folds.split()]
+        by_key[device, repr(p.class_weight), p.fit_intercept, p.tol, p.max_iter].append(trial)
+    return list(itertools.product(by_key.values(), folds.split()))
 
 
 def solve_members(
-    penalties: Mapping[int, Penalty], folds: FoldGroup, training: Training
-) -> dict[Place, SolvedMember | Exception]:
+    penalties: Mapping[int, Penalty], folds: FoldGroup, training: FitOptions
+) -> dict[FoldTrial, SolvedMember | Exception]:
     """Solve every penalty on the training rows of every fold.
 
     A member whose class weights do not fit gets a ValueError as its result.
     """
     del training  # a batched solve takes seconds, so deadlines and workers are ignored
-    members: dict[Place, SolvedMember | Exception] = {}
+    members: dict[FoldTrial, SolvedMember | Exception] = {}
     for trials, group in solve_groups(penalties, folds):
         places = list(itertools.product(group.numbers, trials))
         try:
@@ -90,27 +90,25 @@ def solve_members(
             continue
         assert group.classes is not None
         solution = solve(problem)
-        members |= {
-            place: SolvedMember(solution, p, group.classes) for p, place in enumerate(places)
-        }
+        for position, place in enumerate(places):
+            members[place] = SolvedMember(solution, position, group.classes)
     return members
 
 
 def solver_slopes(
     penalties: Mapping[int, Penalty], folds: FoldGroup, *_: object
-) -> list[tuple[Place, MemberSlope]]:
+) -> list[tuple[FoldTrial, MemberSlope]]:
     """Return the slope with respect to C, at the minimum, of every penalty in every fold."""
-    found: list[tuple[Place, MemberSlope]] = []
+    member_slopes: list[tuple[FoldTrial, MemberSlope]] = []
     for trials, group in solve_groups(penalties, folds):
         problem = make_problem([penalties[trial] for trial in trials], group)
         valids = [as_tensor(valid).to(problem.y.device) for valid in group.valids]
         implicit = implicit_gradients(problem, solve(problem), valids)
         slopes = implicit.gradient / problem.C.repeat(len(valids))  # members are fold-major
-        members = zip(
-            itertools.product(group.numbers, trials), implicit.value.tolist(), slopes.tolist()
-        )
-        found += [(place, (loss, {"C": slope}, 0.0)) for place, loss, slope in members]
-    return found
+        places = itertools.product(group.numbers, trials)
+        for place, loss, slope in zip(places, implicit.value.tolist(), slopes.tolist()):
+            member_slopes.append((place, (loss, {"C": slope}, 0.0)))
+    return member_slopes
 
 
 def make_problem(penalties: Sequence[Penalty], folds: FoldGroup) -> LogisticProblem:
@@ -120,18 +118,15 @@ def make_problem(penalties: Sequence[Penalty], folds: FoldGroup) -> LogisticProb
     """
     first = penalties[0]
     (x,) = folds.rows.inputs(device_for_solver(first.device).device, torch.float64)
-    weights = as_tensor(
-        np.stack([_weights(first.class_weight, folds, train) for train in folds.trains])
-    ).to(x.device)
-    C, l1_ratio = (x.new_tensor(values) for values in zip(*((p.C, p.l1_ratio) for p in penalties)))
+    weights = np.stack([_weights(first.class_weight, folds, train) for train in folds.trains])
     assert folds.classes is not None
     return LogisticProblem(
         # (F, n, D): a view, without copies of X
         x.expand(len(weights), *x.shape),
         as_tensor(folds.codes).to(x.device),
-        weights,
-        C,
-        l1_ratio,
+        as_tensor(weights).to(x.device),
+        x.new_tensor([p.C for p in penalties]),
+        x.new_tensor([p.l1_ratio for p in penalties]),
         n_classes=len(folds.classes),
         fit_intercept=first.fit_intercept,
         tolerance=first.tol,
@@ -160,7 +155,8 @@ def _weights(
     weights[train] = of_rows * per_class[codes]
     if not ((weights >= 0).all() and weights.any()):
         raise ValueError(
-            f"class_weight={class_weight!r} must leave weights >= 0, and one training row above 0."
+            f"class_weight={class_weight!r} must give no row a negative weight, and at least one "
+            "training row a weight above 0."
         )
     return weights
 
@@ -216,12 +212,12 @@ class LogisticRegression(FusedEstimator, Theirs):  # type: ignore[misc]
         "device": [str],
     }
     _refused: ClassVar = {
-        "multi_class": "more than two classes are one softmax; leave it out, or use "
-        "sklearn.multiclass.OneVsRestClassifier(LogisticRegression())",
+        "multi_class": "More than two classes are one softmax. Leave it out, or use "
+        "sklearn.multiclass.OneVsRestClassifier(LogisticRegression()).",
         **dict.fromkeys(
-            ("optimizer", "lr", "max_epochs"), "the objective has one solution; leave it out"
+            ("optimizer", "lr", "max_epochs"), "The objective has one solution. Leave it out."
         ),
-        "weight_decay": "give C, the inverse strength of the penalty",
+        "weight_decay": "Pass C, the inverse strength of the penalty.",
     }
     __init__ = constructor(Theirs, {"device": "auto"})
 
@@ -239,28 +235,31 @@ class LogisticRegression(FusedEstimator, Theirs):  # type: ignore[misc]
         if self.solver == "liblinear":
             return np.asarray(super().predict_log_proba(X))
         scores = self.decision_function(X)
-        binary = scores.ndim == 1
-        return (
-            np.stack([log_expit(-scores), log_expit(scores)], 1)
-            if binary
-            else np.asarray(log_softmax(scores, 1))
-        )
+        if scores.ndim == 1:  # two classes
+            return np.stack([log_expit(-scores), log_expit(scores)], 1)
+        return np.asarray(log_softmax(scores, 1))
 
     def _recipe(self, draw: DrawSeed) -> Penalty:
         del draw  # the solution is unique
         self._validate_params()
         if (reason := self._left_to_scikit_learn(None)) is not None:
             raise InputError(
-                f"{reason} is left to scikit-learn's own LogisticRegression, which is fitted alone."
+                None,
+                f"{reason} needs scikit-learn's own LogisticRegression, which is fitted one at a "
+                "time",
             )
         C, l1_ratio = _penalty(float(self.C), float(self.l1_ratio or 0), self.penalty)
-        tol = min(float(self.tol), _TOLERANCE)
-        max_iter = int(self.max_iter)
         return Penalty(
-            C, l1_ratio, self.class_weight, bool(self.fit_intercept), tol, max_iter, self.device
+            C,
+            l1_ratio,
+            self.class_weight,
+            bool(self.fit_intercept),
+            tol=min(float(self.tol), _TOLERANCE),
+            max_iter=int(self.max_iter),
+            device=self.device,
         )
 
-    def _set_fitted(self, fitted: SolvedMember, rows: Rows) -> None:
+    def _set_fitted(self, fitted: SolvedMember, rows: CheckedRows) -> None:
         assert rows.classes is not None
         self.classes_ = rows.classes[fitted.classes]
         solution = fitted.solution
@@ -268,15 +267,14 @@ class LogisticRegression(FusedEstimator, Theirs):  # type: ignore[misc]
         precision = rows.X.parts[0].numpy().dtype
         steps = int(solution.steps[p])
         # Copies, so that the tensors of the whole search can be freed.
-        self.coef_, self.intercept_ = (
-            t[p].cpu().numpy().astype(precision) for t in (solution.coef, solution.intercept)
-        )
+        self.coef_ = solution.coef[p].cpu().numpy().astype(precision)
+        self.intercept_ = solution.intercept[p].cpu().numpy().astype(precision)
         self.n_iter_ = np.array([steps], dtype=np.int32)
         if not solution.converged[p]:
             warn(
                 f"the logistic regression did not converge in {steps} Newton steps (violation "
-                f"{solution.residual[p].item():.1e}, tol={min(self.tol, _TOLERANCE):g}); a "
-                "smaller C or scaled inputs converge.",
+                f"{solution.residual[p].item():.1e}, tol={min(self.tol, _TOLERANCE):g}). Use a "
+                "smaller C, or scale the inputs.",
                 ConvergenceWarning,
             )
 
@@ -291,10 +289,11 @@ def _penalty(C: float, l1_ratio: float, penalty: str | None) -> tuple[float, flo
             )
         return math.inf, 0.0
     # The default was "l2" before scikit-learn 1.8. It leaves the choice to l1_ratio.
-    meant = {"l2": 0.0, "l1": 1.0, _PENALTY: l1_ratio}.get(penalty, l1_ratio)
-    if l1_ratio not in (0.0, meant):
+    ratio = {"l2": 0.0, "l1": 1.0, _PENALTY: l1_ratio}.get(penalty, l1_ratio)
+    if l1_ratio not in (0.0, ratio):
         raise InputError(
-            f"penalty={penalty!r} and l1_ratio={l1_ratio} say the same thing and differ; give "
-            "l1_ratio alone: 0 is l2, 1 is l1."
+            None,
+            f"penalty={penalty!r} contradicts l1_ratio={l1_ratio}",
+            remedy="Pass only l1_ratio: 0 is L2, 1 is L1.",
         )
-    return C, meant
+    return C, ratio

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn import neural_network
 from sklearn.base import is_classifier
-from sklearn.neural_network._base import ACTIVATIONS as THEIR_ACTIVATIONS
+from sklearn.neural_network._base import ACTIVATIONS as SCIKIT_LEARN_ACTIVATIONS
 from sklearn.preprocessing import LabelBinarizer
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import validate_data
@@ -20,15 +20,15 @@ from gputune.models import MLP
 from gputune.models.mlp import ACTIVATIONS as MLP_ACTIVATIONS
 from gputune.population.population import complete
 from gputune.sklearn.base import FLOATS, constructor, has_columns
-from gputune.sklearn.dataset import Rows, as_dense, as_tensor
+from gputune.sklearn.dataset import CheckedRows, as_dense, as_tensor
 from gputune.sklearn.networks import TrainedEstimator
 from gputune.sklearn.recipe import (
     AUTO_BATCH,
     MOMENTUM,
     DrawSeed,
-    Member,
     Patience,
     Recipe,
+    TrainedMember,
     draw_seed,
 )
 from gputune.types import ACTIVATIONS, SCHEDULES
@@ -38,7 +38,7 @@ from gputune.types import ACTIVATIONS, SCHEDULES
 _NESTEROVS = {"sgd": ("nesterov", "sgd"), "sgdhd": ("nesterovhd", "sgdhd")}
 _SOLVERS = ("sgd", "adam", "adamw", "sgdhd", "adamhd", "adamwhd")
 
-_THEIRS: dict[str, tuple[object, ...]] = {
+_SCIKIT_LEARN_VALUES: dict[str, tuple[object, ...]] = {
     "solver": ("lbfgs", "sgd", "adam"),
     "activation": ("identity", "logistic", "tanh", "relu"),
     "learning_rate": ("constant", "invscaling", "adaptive"),
@@ -61,16 +61,16 @@ class _MLP(TrainedEstimator):
     }
     _refused: ClassVar = {
         **dict.fromkeys(
-            ("width", "depth"), "give hidden_layer_sizes, (64, 64) for two layers of 64"
+            ("width", "depth"), "Pass hidden_layer_sizes, (64, 64) for two layers of 64 units."
         ),
-        "lr": "give learning_rate_init",
-        "max_epochs": "give max_iter",
-        "optimizer": "give solver",
-        "schedule": "give learning_rate",
+        "lr": "Pass learning_rate_init.",
+        "max_epochs": "Pass max_iter.",
+        "optimizer": "Pass solver.",
+        "schedule": "Pass learning_rate.",
     }
     _parameter_constraints: ClassVar[dict[str, list[object]]] = {
         **neural_network.MLPRegressor._parameter_constraints,
-        "activation": [StrOptions({*_THEIRS["activation"], *ACTIVATIONS})],
+        "activation": [StrOptions({*_SCIKIT_LEARN_VALUES["activation"], *ACTIVATIONS})],
         "solver": [StrOptions({"lbfgs", *_SOLVERS})],
         "learning_rate": [StrOptions({"invscaling", "adaptive", *SCHEDULES})],
         "dropout": [Interval(Real, 0, 1, closed="left")],
@@ -87,20 +87,18 @@ class _MLP(TrainedEstimator):
         if has_columns(y):
             return "a target of several columns"
         labels = np.asarray(y, dtype=object).ravel()
-        return (
-            "a target of one class"
-            if is_classifier(self) and labels.size and (labels == labels[0]).all()
-            else None
-        )
+        if is_classifier(self) and labels.size and (labels == labels[0]).all():
+            return "a target of one class"
+        return None
 
     def _setting_of_scikit_learn(self) -> str | None:
         """Return the first setting that gputune does not train, as text, or None."""
+        sgd = self.solver == "sgd"
         adam = self.solver == "adam"
-        differing = {
+        unsupported = {
             "solver": self.solver == "lbfgs",
             "activation": self.activation in ("identity", "logistic"),
-            "learning_rate": self.solver == "sgd"
-            and self.learning_rate in ("invscaling", "adaptive"),
+            "learning_rate": sgd and self.learning_rate in ("invscaling", "adaptive"),
             "hidden_layer_sizes": np.size(self.hidden_layer_sizes) == 0,
             "loss": self.loss != self._loss,
             "shuffle": not self.shuffle,
@@ -110,10 +108,10 @@ class _MLP(TrainedEstimator):
             "beta_2": adam and self.beta_2 != 0.999,
             "epsilon": adam and self.epsilon != 1e-8,
         }
-        return next(
-            (f"{name}={getattr(self, name)!r}" for name, differs in differing.items() if differs),
-            None,
-        )
+        for name, is_unsupported in unsupported.items():
+            if is_unsupported:
+                return f"{name}={getattr(self, name)!r}"
+        return None
 
     def _validate_input(self, X: object, y: object, incremental: bool, reset: bool) -> object:
         """Begin scikit-learn's own ``fit`` or ``partial_fit``, and remove the network of an earlier
@@ -122,11 +120,14 @@ class _MLP(TrainedEstimator):
         Raises InputError for settings that only gputune trains.
         """
         reason = "partial_fit" if incremental else self._left_to_scikit_learn(y)
-        for name, values in _THEIRS.items():
-            if (value := getattr(self, name)) not in values:
+        for name, values in _SCIKIT_LEARN_VALUES.items():
+            value = getattr(self, name)
+            if value not in values:
                 raise InputError(
-                    f"{name}={value!r} is gputune's own, and {reason} is left to scikit-learn's "
-                    f"own {type(self).__name__}; leave one of them out."
+                    None,
+                    f"{name}={value!r} is supported only by gputune's training, but {reason} "
+                    f"needs scikit-learn's own {type(self).__name__}",
+                    remedy="Leave one of them out.",
                 )
         for name in ("module_", "target_mean_", "target_scale_"):
             self.__dict__.pop(name, None)
@@ -134,9 +135,9 @@ class _MLP(TrainedEstimator):
 
     def _check_solver(self) -> bool:
         """Raise AttributeError if the solver has no ``partial_fit``."""
-        if self.solver not in _THEIRS["solver"][1:]:
+        if self.solver not in ("sgd", "adam"):
             raise AttributeError(
-                f"partial_fit is of solver='sgd' and 'adam' alone, got {self.solver!r}."
+                f"partial_fit supports only solver='sgd' and solver='adam', got {self.solver!r}."
             )
         return True
 
@@ -144,23 +145,23 @@ class _MLP(TrainedEstimator):
         self._validate_params()
         if (reason := self._setting_of_scikit_learn()) is not None:
             raise InputError(
-                f"{reason} is left to scikit-learn's own {type(self).__name__}, which trains alone."
+                None,
+                f"{reason} needs scikit-learn's own {type(self).__name__}, which trains one "
+                "estimator at a time",
             )
         layers = _layers(self.hidden_layer_sizes)
         alpha = self._alpha()
         patience = None
         if self.n_iter_no_change < np.inf:
             patience = Patience(float(self.tol), int(self.n_iter_no_change))
-        optimizer = _NESTEROVS.get(self.solver, (self.solver, self.solver))[
-            0 if self.nesterovs_momentum else 1
-        ]
+        with_nesterov, without = _NESTEROVS.get(self.solver, (self.solver, self.solver))
+        optimizer = with_nesterov if self.nesterovs_momentum else without
         # scikit-learn's other values, "invscaling" and "adaptive", affect only sgd.
         schedule = self.learning_rate if self.learning_rate in SCHEDULES else "constant"
         momentum = check_value("momentum", self.momentum, "momentum")
+        width = tuple(layers) if len({*layers}) > 1 else layers[0]
         config = {
-            "width": check_value(
-                "width", tuple(layers) if len({*layers}) > 1 else layers[0], "hidden_layer_sizes"
-            ),
+            "width": check_value("width", width, "hidden_layer_sizes"),
             "depth": check_value("depth", len(layers), "hidden_layer_sizes"),
             "activation": self.activation,
             "dropout": float(self.dropout),
@@ -188,21 +189,24 @@ class _MLP(TrainedEstimator):
         if self.solver in ("adamw", "adamwhd"):
             if chosen:
                 raise InputError(
-                    f"alpha={self.alpha!r} is an L2 penalty, and the decay of "
-                    f"solver={self.solver!r} is another one; give weight_decay, or solver='adam'."
+                    None,
+                    f"alpha={self.alpha!r} is an L2 penalty, but solver={self.solver!r} uses a "
+                    "decoupled weight decay",
+                    remedy="Pass weight_decay instead, or solver='adam'.",
                 )
             return None
         if self.weight_decay is None:
             return float(self.alpha)
         if chosen and not self.weight_decay == self.alpha == 0:
             raise InputError(
-                f"weight_decay={self.weight_decay!r} and alpha={self.alpha!r} are two penalties "
-                "of one kind (alpha is divided by the weight of a minibatch's rows); give one of "
-                "them."
+                None,
+                f"weight_decay={self.weight_decay!r} and alpha={self.alpha!r} set the same "
+                "penalty (alpha is divided by the weight of a minibatch's rows)",
+                remedy="Pass only one of them.",
             )
         return None
 
-    def _set_fitted(self, fitted: Member, rows: Rows) -> None:
+    def _set_fitted(self, fitted: TrainedMember, rows: CheckedRows) -> None:
         super()._set_fitted(fitted, rows)
         assert isinstance(self.module_, MLP)
         layers = [layer for layer in self.module_.layers if isinstance(layer, nn.Linear)]
@@ -223,7 +227,7 @@ class _MLP(TrainedEstimator):
         # Otherwise ``partial_fit`` would continue with the optimizer of an earlier fit.
         self.__dict__.pop("_optimizer", None)
 
-    def _set_outputs(self, fitted: Member, rows: Rows) -> None:
+    def _set_outputs(self, fitted: TrainedMember, rows: CheckedRows) -> None:
         """Convert the last layer to scikit-learn's form.
 
         For two classes it has one probability. For numbers it has the units of the target.
@@ -232,14 +236,11 @@ class _MLP(TrainedEstimator):
 
     def _forward_pass_fast(self, X: object, check_input: bool = True) -> NDArray[np.floating]:
         """Return the probabilities or numbers that the network computes."""
-        if self.activation in THEIR_ACTIVATIONS:
+        if self.activation in SCIKIT_LEARN_ACTIVATIONS:
             return np.asarray(super()._forward_pass_fast(X, check_input=check_input))
-        table = (
-            validate_data(self, X, dtype=FLOATS, accept_sparse="csr", reset=False)
-            if check_input
-            else X
-        )
-        hidden = as_tensor(as_dense(table))
+        if check_input:
+            X = validate_data(self, X, dtype=FLOATS, accept_sparse="csr", reset=False)
+        hidden = as_tensor(as_dense(X))
         activation = MLP_ACTIVATIONS[self.activation]()
         for weight, bias in zip(self.coefs_[:-1], self.intercepts_[:-1]):
             hidden = activation(
@@ -247,21 +248,26 @@ class _MLP(TrainedEstimator):
                 hidden @ as_tensor(weight).to(hidden.dtype) + as_tensor(bias).to(hidden.dtype)
             )
         outputs: NDArray[np.floating] = hidden.numpy() @ self.coefs_[-1] + self.intercepts_[-1]
-        THEIR_ACTIVATIONS[self.out_activation_](outputs)
+        SCIKIT_LEARN_ACTIVATIONS[self.out_activation_](outputs)
         return outputs
 
 
 def _layers(sizes: object) -> list[int]:
     """Return the sizes of the hidden layers as a list. Raises InputError for other values."""
     layers = [sizes] if isinstance(sizes, Integral) else sizes
-    if not isinstance(layers, list | tuple | np.ndarray) or not all(
-        isinstance(n, Integral) and not isinstance(n, bool) and int(n) >= 1 for n in layers
-    ):
+    if not isinstance(layers, list | tuple | np.ndarray) or not all(map(_is_size, layers)):
         raise InputError(
-            "hidden_layer_sizes must be one layer's size or a tuple of sizes, integers >= 1, got "
-            f"{sizes!r}. For example (64, 32)."
+            "hidden_layer_sizes",
+            "must be the size of one layer or a tuple of sizes, all integers of at least 1",
+            got=sizes,
+            remedy="For example (64, 32).",
         )
-    return [int(n) for n in layers]
+    return list(map(int, layers))
+
+
+def _is_size(value: object) -> bool:
+    """Return whether a value is a number of units."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 _PARAMETERS = """
@@ -323,7 +329,7 @@ class MLPClassifier(_MLP, neural_network.MLPClassifier):  # type: ignore[misc]
     loss = _loss = "log_loss"
     __init__ = constructor(neural_network.MLPClassifier, _EXTRAS)
 
-    def _set_outputs(self, fitted: Member, rows: Rows) -> None:
+    def _set_outputs(self, fitted: TrainedMember, rows: CheckedRows) -> None:
         assert rows.classes is not None
         self.classes_ = rows.classes[fitted.classes]
         self._label_binarizer = LabelBinarizer().fit(self.classes_)
@@ -352,7 +358,7 @@ class MLPRegressor(_MLP, neural_network.MLPRegressor):  # type: ignore[misc]
     loss = _loss = "squared_error"
     __init__ = constructor(neural_network.MLPRegressor, _EXTRAS)
 
-    def _set_outputs(self, fitted: Member, rows: Rows) -> None:
+    def _set_outputs(self, fitted: TrainedMember, rows: CheckedRows) -> None:
         self.target_mean_ = float(fitted.center)
         self.target_scale_ = float(fitted.scale)
         self.out_activation_ = "identity"

@@ -18,12 +18,18 @@ from sklearn.utils.validation import _check_method_params
 
 from gputune.errors import InputError
 from gputune.methods.distributions import to_scipy
-from gputune.sklearn.dataset import Part, as_sliced
-from gputune.sklearn.recipe import Training
+from gputune.sklearn.dataset import FoldRows, as_sliced
+from gputune.sklearn.recipe import FitOptions
 from gputune.sklearn.record import fits_of, shared_rows
 from gputune.sklearn.replay import SearchRun, TrainedCandidates, train, with_hook, workers
-from gputune.sklearn.search import GridSearchCV, RandomizedSearchCV, override, why_not_together
+from gputune.sklearn.search import (
+    GridSearchCV,
+    RandomizedSearchCV,
+    override,
+    reason_to_train_separately,
+)
 from gputune.types import Config, Json
+from gputune.wording import Verbatim
 
 AnySearch = RandomizedSearchCV | GridSearchCV
 
@@ -95,48 +101,59 @@ def nested_cv(
         for train, _ in splits
     ]
     trained: Sequence[TrainedCandidates | None] = [None] * len(splits)
-    if why_not_together(search.estimator, getattr(search, search._space_name)) is None:
+    if reason_to_train_separately(search.estimator, getattr(search, search._space_name)) is None:
         routed = _routed_within(search, X, to_fit).estimator.fit
-        whole = shared_rows(with_hook(search.estimator, search.device), X, y, routed)
-        parts = [whole and Part(whole.rows, whole.index[np.asarray(train)]) for train, _ in splits]
+        shared = shared_rows(with_hook(search.estimator, search.device), X, y, routed)
+        parts: list[FoldRows | None] = []
+        for train, _ in splits:
+            part = None
+            if shared is not None:
+                part = FoldRows(shared.rows, shared.index[np.asarray(train)])
+            parts.append(part)
         trained = _train(searches, rows, parts)
-    for each, candidates, (features, target, own) in zip(searches, trained, rows):
+    for fold, candidates, (features, target, fit_params) in zip(searches, trained, rows):
         # The search evaluates these trained candidates instead of training them itself.
-        with override(each, {"_trained": candidates}):
-            each.fit(features, target, **own)
+        with override(fold, {"_trained": candidates}):
+            fold.fit(features, target, **fit_params)
     scorer = check_scoring(search)  # the search's own score
-    scores = [
-        scorer(
-            each, *_safe_split(search, X, y, test, train), **_check_method_params(X, to_score, test)
-        )
-        for each, (train, test) in zip(searches, splits)
-    ]
-    best_params = tuple(dict(each.best_params_) for each in searches)
-    best_scores = np.array(
-        [getattr(each, "best_score_", np.nan) for each in searches], dtype=np.float64
-    )
+    scores = []
+    best_scores = []
+    for fold, (train, test) in zip(searches, splits):
+        test_rows = _safe_split(search, X, y, test, train)
+        scores.append(scorer(fold, *test_rows, **_check_method_params(X, to_score, test)))
+        best_scores.append(getattr(fold, "best_score_", np.nan))
     return NestedScores(
-        np.array(scores, dtype=np.float64), best_params, best_scores, tuple(searches)
+        np.array(scores, dtype=np.float64),
+        tuple(dict(fold.best_params_) for fold in searches),
+        np.array(best_scores, dtype=np.float64),
+        tuple(searches),
     )
 
 
 def _check_search(search: object) -> None:
     """Raise InputError for a search that ``nested_cv`` does not support."""
+    argument = "nested_cv(search=...)"
     if not isinstance(search, AnySearch):
         raise InputError(
-            "nested_cv(search) must be a RandomizedSearchCV or a GridSearchCV of "
-            f"gputune.sklearn, got {search!r}; for another one use "
-            "sklearn.model_selection.cross_validate(search, X, y)."
+            argument,
+            "must be a RandomizedSearchCV or a GridSearchCV of gputune.sklearn",
+            got=search,
+            remedy="For another search use sklearn.model_selection.cross_validate(search, X, y).",
         )
     if search.refit is False:
         raise InputError(
-            "nested_cv(search) scores the refitted best candidate of each outer fold, got "
-            "refit=False; set refit."
+            argument,
+            "must have refit set, because nested_cv scores the refitted best candidate of each "
+            "outer fold",
+            got=Verbatim("refit=False"),
+            remedy="Set refit.",
         )
     if search.study is not None:
         raise InputError(
-            "nested_cv(search) runs a search in every outer fold, and "
-            f"study={str(search.study)!r} keeps one; set study=None."
+            argument,
+            "must have study=None, because nested_cv runs a search in every outer fold, but a "
+            "study holds only one",
+            got=Verbatim(f"study={str(search.study)!r}"),
         )
 
 
@@ -151,16 +168,15 @@ def _route(
         return [{"groups": groups}, params, {}]
     if groups is not None:
         raise InputError(
-            "nested_cv(groups=...) goes to the outer splitter where metadata routing is off, and "
-            "it is on: give params={'groups': ...}."
+            "nested_cv(groups=...)",
+            "must be left out while metadata routing is enabled",
+            remedy="Pass params={'groups': ...}.",
         )
-    to = {
-        callee: MethodMapping().add(caller="fit", callee=callee)
-        for callee in ("split", "fit", "score")
-    }
-    router = MetadataRouter(owner="nested_cv").add(splitter=splitter, method_mapping=to["split"])
-    router.add(estimator=search, method_mapping=to["fit"])
-    router.add(scorer=check_scoring(search), method_mapping=to["score"])
+    callees = {"splitter": splitter, "estimator": search, "scorer": check_scoring(search)}
+    router = MetadataRouter(owner="nested_cv")
+    for method, (name, callee) in zip(("split", "fit", "score"), callees.items()):
+        mapping = MethodMapping().add(caller="fit", callee=method)
+        router.add(method_mapping=mapping, **{name: callee})
     routed = process_routing(router, "fit", **params)
     return [routed.splitter.split, routed.estimator.fit, routed.scorer.score]
 
@@ -178,7 +194,7 @@ def _routed_within(search: AnySearch, X: object, params: Mapping[str, object]) -
 def _train(
     searches: Sequence[AnySearch],
     rows: Sequence[tuple[object, object, Mapping[str, object]]],
-    parts: Sequence[Part | None],
+    parts: Sequence[FoldRows | None],
 ) -> list[TrainedCandidates]:
     """Train the candidates of all searches in their inner folds."""
     begin = time.monotonic()
@@ -189,32 +205,31 @@ def _train(
             with_hook(search.estimator, search.device), search.cv, fit_params=routed.estimator.fit
         )
         if isinstance(search, GridSearchCV):
-            candidates = list(ParameterGrid(search.param_grid))
+            points = list(ParameterGrid(search.param_grid))
         else:
             space = to_scipy(search.param_distributions)
-            candidates = list(
-                ParameterSampler(space, search.n_iter, random_state=search.random_state)
-            )
+            points = list(ParameterSampler(space, search.n_iter, random_state=search.random_state))
         splits = run.split(X, y, routed.splitter.split)
-        recorded.append(
-            TrainedCandidates(candidates, splits, run.record(candidates, X, y, splits, part), 0.0)
-        )
-    # With a fixed random_state all searches draw the same candidates.
-    alike = getattr(searches[0], "random_state", 0) is not None
+        events = run.record(points, X, y, splits, part)
+        recorded.append(TrainedCandidates(points, splits, events, 0.0))
+    groups = [recorded]
+    if getattr(searches[0], "random_state", 0) is None:
+        # Each search has drawn other candidates, so they cannot train together.
+        groups = [[candidates] for candidates in recorded]
     # one deadline for all outer folds
     deadline = None if searches[0].timeout is None else begin + searches[0].timeout
-    for group in [recorded] if alike else [[each] for each in recorded]:
+    n_fits = 0
+    for group in groups:
         fits = []
-        folds = 0
-        for each in group:
-            for fit in fits_of(each.events):
+        n_folds = 0
+        for candidates in group:
+            for fit in fits_of(candidates.events):
                 # Fold numbers continue over the outer folds, so that each is unique.
-                fit.fold += folds
+                fit.fold += n_folds
                 fits.append(fit)
-            folds += len(each.splits)
-        train(fits, Training(workers(), deadline))
+            n_folds += len(candidates.splits)
+            n_fits += len(candidates.candidates) * len(candidates.splits)
+        train(fits, FitOptions(workers(), deadline))
     # Fits train together, so each gets an equal share of the time.
-    share = (time.monotonic() - begin) / sum(
-        len(each.candidates) * len(each.splits) for each in recorded
-    )
-    return [replace(each, seconds=share) for each in recorded]
+    share = (time.monotonic() - begin) / n_fits
+    return [replace(candidates, seconds=share) for candidates in recorded]

@@ -5,7 +5,6 @@ The parameters have the names that skorch uses.
 
 import inspect
 from collections.abc import Callable, Mapping
-from numbers import Integral
 from typing import ClassVar, Self
 
 import numpy as np
@@ -16,7 +15,7 @@ from sklearn.utils import Tags
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from gputune.errors import InputError, InputWarning, warn
+from gputune.errors import InputError, InputWarning, check_count, warn
 from gputune.methods.config import check_value
 from gputune.modules.construction import Builder, what_to_pass
 from gputune.optimizers.classes import (
@@ -28,9 +27,9 @@ from gputune.optimizers.classes import (
 from gputune.population.population import complete, two_logits
 from gputune.scoring.objective import LOSS_PREFIX
 from gputune.scoring.torch_losses import name_of_loss, other_units, remedy_for_units
-from gputune.sklearn.dataset import Rows
-from gputune.sklearn.networks import TrainedEstimator
-from gputune.sklearn.recipe import AUTO_BATCH, MOMENTUM, DrawSeed, Member, Recipe, draw_seed
+from gputune.sklearn.dataset import CheckedRows
+from gputune.sklearn.networks import EstimatorNames, TrainedEstimator
+from gputune.sklearn.recipe import AUTO_BATCH, MOMENTUM, DrawSeed, Recipe, TrainedMember, draw_seed
 from gputune.study.module_source import is_builder
 from gputune.types import Config
 
@@ -41,14 +40,14 @@ _PREFIXES = ("module__", "criterion__", OPTIMIZER_PREFIX)
 _HARMLESS: dict[str, tuple[tuple[object, ...], str]] = {
     "train_split": (
         (None, False),
-        "every row is trained on; leave it out, and let a search split the rows",
+        "It trains on every row. Leave train_split out, and let a search split the rows.",
     ),
     "callbacks": (
         (None, []),
-        "an estimator calls none; leave them out, or pass them to gputune.tune",
+        "It calls no callbacks. Leave them out, or pass them to gputune.tune.",
     ),
 }
-"""Parameters without effect -> the values that mean "off" in skorch, and advice for others."""
+"""Parameters without effect -> the values that mean "off" in skorch, and a remedy for others."""
 
 
 class _NeuralNet(TrainedEstimator):
@@ -68,14 +67,14 @@ class _NeuralNet(TrainedEstimator):
         "optimizer__momentum": "momentum",
     }
     _refused: ClassVar = {
-        "warm_start": "fit always begins anew; train longer with max_epochs",
-        "iterator_train__shuffle": "rows are shuffled anew in every epoch; leave it out",
-        "optimizer__nesterov": "give optimizer='nesterov'",
-        **dict.fromkeys(("optimizer__lr", "learning_rate_init"), "give lr"),
-        "max_iter": "give max_epochs",
-        "solver": "give optimizer",
-        **dict.fromkeys(("alpha", "weight_decay"), "give optimizer__weight_decay"),
-        "momentum": "give optimizer__momentum",
+        "warm_start": "Each fit starts from new weights. Train longer with max_epochs.",
+        "iterator_train__shuffle": "Rows are shuffled again in every epoch. Leave it out.",
+        "optimizer__nesterov": "Pass optimizer='nesterov'.",
+        **dict.fromkeys(("optimizer__lr", "learning_rate_init"), "Pass lr."),
+        "max_iter": "Pass max_epochs.",
+        "solver": "Pass optimizer.",
+        **dict.fromkeys(("alpha", "weight_decay"), "Pass optimizer__weight_decay."),
+        "momentum": "Pass optimizer__momentum.",
     }
 
     def __init__(
@@ -100,9 +99,10 @@ class _NeuralNet(TrainedEstimator):
         **arguments: object,
     ) -> None:
         parameters = locals()
+        del parameters["self"]
         self._arguments = parameters.pop("arguments")
         # scikit-learn requires a constructor to store its arguments unchanged.
-        self.__dict__.update({name: value for name, value in parameters.items() if name != "self"})
+        self.__dict__.update(parameters)
 
     def get_params(self, deep: bool = True) -> Config:
         """Return all parameters, including the ``module__*``, ``criterion__*`` and ``optimizer__*``
@@ -117,11 +117,11 @@ class _NeuralNet(TrainedEstimator):
         Returns the estimator.
         """
         self._check_names(params)
-        own = inspect.signature(type(self)).parameters
+        signature = inspect.signature(type(self)).parameters
         rest = {}
         for name, value in params.items():
             # scikit-learn would look for the parameters of a nested estimator named "optimizer".
-            if "__" in name and name in own:
+            if "__" in name and name in signature:
                 setattr(self, name, value)
             elif name.startswith(_PREFIXES) or name in self._arguments:
                 self._arguments = self._arguments | {name: value}
@@ -142,18 +142,25 @@ class _NeuralNet(TrainedEstimator):
         Raises InputError for a module, an optimizer or a criterion that cannot be trained.
         """
         for name, (harmless, remedy) in _HARMLESS.items():
-            if (value := getattr(self, name)) not in harmless:
-                raise InputError(f"{type(self).__name__} has no {name}={value!r}: {remedy}.")
+            value = getattr(self, name)
+            if value not in harmless:
+                rule = f"{type(self).__name__} does not support {name}={value!r}"
+                raise InputError(None, rule, remedy=remedy)
         if self.numbers not in ("none", "standard"):
-            raise InputError(f"numbers must be 'none' or 'standard', got {self.numbers!r}.")
-        epochs = self.max_epochs
-        if isinstance(epochs, bool) or not isinstance(epochs, Integral) or int(epochs) < 1:
-            raise InputError(f"max_epochs must be an integer >= 1, got {epochs!r}. For example 50.")
-        config = self._config()
-        seed = draw_seed(self.random_state, draw)
-        functions = _builder(self.module), self._loss(), self.training_step, self.augment
+            raise InputError("numbers", "must be 'none' or 'standard'", got=self.numbers)
+        check_count(self.max_epochs, "max_epochs", remedy="For example 50.")
         return Recipe(
-            "module", config, None, int(epochs), seed, self.device, *functions, self.numbers
+            "module",
+            self._config(),
+            alpha=None,
+            epochs=int(self.max_epochs),
+            seed=draw_seed(self.random_state, draw),
+            device=self.device,
+            module=_builder(self.module),
+            loss=self._loss(),
+            step=self.training_step,
+            augment=self.augment,
+            numbers=self.numbers,
         )
 
     def _config(self) -> Config:
@@ -162,22 +169,25 @@ class _NeuralNet(TrainedEstimator):
         decay = self.optimizer__weight_decay
         momentum = self.optimizer__momentum
         if momentum is not None and optimizer not in MOMENTUM:
-            only = ", ".join(MOMENTUM)
             raise InputError(
-                f"optimizer__momentum={momentum!r} is for {only}; {optimizer!r} has none: leave "
-                "it out."
+                "optimizer__momentum",
+                f"must be left out, because optimizer={optimizer!r} has no momentum",
+                got=momentum,
+                remedy=f"Only {', '.join(MOMENTUM)} have one.",
             )
         if decay is not None and not has_weight_decay(optimizer):
             raise InputError(
-                f"optimizer__weight_decay={decay!r}: {optimizer!r} has none; leave it out."
+                "optimizer__weight_decay",
+                f"must be left out, because optimizer={optimizer!r} has no weight decay",
+                got=decay,
             )
-        batch_size = (
-            AUTO_BATCH
-            if isinstance(self.batch_size, str) and self.batch_size == "auto"
-            else self.batch_size
-        )
-        values = {"lr": self.lr, "batch_size": batch_size}
-        values |= {"optimizer__weight_decay": decay, "optimizer__momentum": momentum}
+        is_auto = isinstance(self.batch_size, str) and self.batch_size == "auto"
+        values = {
+            "lr": self.lr,
+            "batch_size": AUTO_BATCH if is_auto else self.batch_size,
+            "optimizer__weight_decay": decay,
+            "optimizer__momentum": momentum,
+        }
         config: Config = {"optimizer": optimizer}
         for name, value in values.items():
             if value is not None:
@@ -187,16 +197,13 @@ class _NeuralNet(TrainedEstimator):
         for name, value in self._arguments.items():
             # The constructor cannot check this, because a clone passes its arguments unchanged.
             if not name.startswith(_PREFIXES):
-                own = type(self).__name__
                 raise TypeError(
-                    f"{own} has no parameter {name!r}; arguments of the module are written "
-                    "module__*."
+                    f"{type(self).__name__} has no parameter {name!r}. Arguments of the module "
+                    "are written module__*."
                 )
-            key = (
-                LOSS_PREFIX + name.removeprefix("criterion__")
-                if name.startswith("criterion__")
-                else name
-            )
+            key = name
+            if name.startswith("criterion__"):
+                key = LOSS_PREFIX + name.removeprefix("criterion__")
             config[key] = check_value(name, value, name)
         check_optimizer(config, "module")
         return config
@@ -205,14 +212,13 @@ class _NeuralNet(TrainedEstimator):
         """Return the criterion as the engine's loss: a name, the user's own loss, or None for the
         default."""
         criterion: str | Callable[..., object] | None = self.criterion
-        words = {name for name in self._arguments if name.startswith("criterion__")}
+        arguments = {name for name in self._arguments if name.startswith("criterion__")}
         for loss, name in self._own_losses.items():
-            default = type(self.criterion) is loss and _settings(self.criterion) == _settings(
-                loss()
-            )
-            if (default and not words) or (
-                criterion is loss and words <= {"criterion__label_smoothing"}
-            ):
+            if criterion is loss and arguments <= {"criterion__label_smoothing"}:
+                return name
+            if arguments or type(self.criterion) is not loss:
+                continue
+            if _settings(self.criterion) == _settings(loss()):
                 return name
         return criterion
 
@@ -220,13 +226,13 @@ class _NeuralNet(TrainedEstimator):
 def _builder(module: object) -> Builder:
     """Return the module's class or function. Raises InputError for anything else."""
     if isinstance(module, nn.Module):
-        raise InputError(
-            f"module {what_to_pass(module)} Arguments of the module are written module__*."
-        )
+        remedy = "Arguments of the module are written module__*."
+        raise InputError("module", what_to_pass(module), remedy=remedy)
     if not is_builder(module):
         raise InputError(
-            "module must be a torch.nn.Module class, or a function or functools.partial that "
-            f"returns one, got {module!r}."
+            "module",
+            "must be a torch.nn.Module class, or a function or functools.partial that returns one",
+            got=module,
         )
     return module
 
@@ -354,18 +360,16 @@ class NeuralNetClassifier(ClassifierMixin, _NeuralNet):  # type: ignore[misc]
         """Return the probabilities (n, K) of the classes, in the order of ``classes_``, or of the
         labels."""
         outputs = self._logits(X)
-        return (
-            outputs.sigmoid() if isinstance(self.classes_, list) else outputs.softmax(1)
-        ).numpy()
+        has_labels = isinstance(self.classes_, list)
+        return (outputs.sigmoid() if has_labels else outputs.softmax(1)).numpy()
 
     def predict_log_proba(self, X: object) -> NDArray[np.float64]:
         """Return the logarithms of the probabilities of ``predict_proba``, (n, K)."""
         outputs = self._logits(X)
-        return (
-            logsigmoid(outputs) if isinstance(self.classes_, list) else outputs.log_softmax(1)
-        ).numpy()
+        has_labels = isinstance(self.classes_, list)
+        return (logsigmoid(outputs) if has_labels else outputs.log_softmax(1)).numpy()
 
-    def _set_fitted(self, fitted: Member, rows: Rows) -> None:
+    def _set_fitted(self, fitted: TrainedMember, rows: CheckedRows) -> None:
         super()._set_fitted(fitted, rows)
         self._present = fitted.present
         if rows.classes is None:  # the form of scikit-learn's forests for labels
@@ -411,12 +415,11 @@ class NeuralNetRegressor(RegressorMixin, _NeuralNet):  # type: ignore[misc]
 
     def predict(self, X: object) -> NDArray[np.float64]:
         """Return the predicted target of each row in the units of y, (n,) or (n, K) like y."""
-        values: NDArray[np.float64] = (
-            self._outputs(X).numpy() * self.target_scale_ + self.target_mean_
-        )
+        outputs = self._outputs(X).numpy()
+        values: NDArray[np.float64] = outputs * self.target_scale_ + self.target_mean_
         return values if isinstance(self.target_mean_, np.ndarray) else values[:, 0]
 
-    def _set_fitted(self, fitted: Member, rows: Rows) -> None:
+    def _set_fitted(self, fitted: TrainedMember, rows: CheckedRows) -> None:
         super()._set_fitted(fitted, rows)
         self._warn_of_units()
         if rows.y.ndim == 1:
@@ -437,9 +440,11 @@ class NeuralNetRegressor(RegressorMixin, _NeuralNet):  # type: ignore[misc]
         units = other_units(self.criterion, arguments)
         if not units:
             return
-        remedy = remedy_for_units(self.criterion).replace("loss=", "criterion=")
-        warn(
-            f"criterion={name_of_loss(self.criterion)} makes the outputs {units}, which predict "
-            f"returns and score compares with y.{f' {remedy}.' if remedy else ''}",
-            InputWarning,
+        message = (
+            f"criterion={name_of_loss(self.criterion)} makes the outputs {units}. predict returns "
+            "these, and score compares them with y."
         )
+        remedy = remedy_for_units(self.criterion).replace("loss=", "criterion=")
+        if remedy:
+            message = f"{message} {EstimatorNames().render(remedy)}."
+        warn(message, InputWarning)

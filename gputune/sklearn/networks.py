@@ -27,23 +27,23 @@ from gputune.population.population import Population, call_module, first_output
 from gputune.scoring.objective import Objective
 from gputune.seeding import prediction_draws
 from gputune.sklearn.base import FLOATS, FusedEstimator
-from gputune.sklearn.dataset import FoldGroup, Rows, as_dense, as_tensor, make_dataset
+from gputune.sklearn.dataset import CheckedRows, FoldGroup, as_dense, as_tensor, make_dataset
 from gputune.sklearn.recipe import (
-    Member,
+    ChunkWeights,
+    FitOptions,
+    FoldTrial,
     MemberJob,
     MemberSlope,
-    Place,
     Recipe,
-    Training,
+    TrainedMember,
     TrainingLoss,
-    Weights,
 )
 from gputune.tuning.descent import SlopeMode
 from gputune.tuning.trainer import Trainer
 from gputune.types import Config
 from gputune.wording import Interface, Reference
 
-Members = dict[Place, Member | Exception]
+Members = dict[FoldTrial, TrainedMember | Exception]
 """The result of each (fold, trial): a trained member or an error.
 
 The errors are DivergedError, InputError for a module that cannot be trained, and TimeoutError.
@@ -51,7 +51,7 @@ The errors are DivergedError, InputError for a module that cannot be trained, an
 
 
 @dataclass(frozen=True, eq=False)
-class Batch:
+class RecipeBatch:
     """Recipes that differ only in their configurations, on folds of the same classes."""
 
     trials: list[int]
@@ -61,11 +61,11 @@ class Batch:
     data: Dataset
     objective: Objective | None
 
-    def places(self, chunk: Population) -> list[Place]:
+    def places(self, chunk: Population) -> list[FoldTrial]:
         """Return the (fold, trial) of each member of a chunk."""
         return [(fold, self.trials[i]) for fold in self.folds.numbers for i in chunk.index]
 
-    def trainer(self, training: Training) -> Trainer:
+    def trainer(self, training: FitOptions) -> Trainer:
         """Return the eager trainer of the batch."""
         recipe = self.recipes[0]
         return Trainer(
@@ -81,22 +81,27 @@ class Batch:
         )
 
 
-def batches(recipes: Mapping[int, Recipe], folds: FoldGroup) -> Iterator[Batch]:
+def batches(recipes: Mapping[int, Recipe], folds: FoldGroup) -> Iterator[RecipeBatch]:
     """Yield batches of recipes that train together."""
     rows = folds.rows
     families = defaultdict[Hashable, list[int]](list)
     for trial, recipe in recipes.items():
         families[recipe.family].append(trial)
     for trials in families.values():
-        alike = [recipes[trial] for trial in trials]
-        first = alike[0]
-        by_fold = [
-            [r.config_for(len(train), rows.weight(train)) for r in alike] for train in folds.trains
-        ]
+        family = [recipes[trial] for trial in trials]
+        first = family[0]
+        configs_by_fold = []
+        decays = []
+        for train in folds.trains:
+            weight = rows.weight(train)
+            configs = [recipe.config_for(len(train), weight) for recipe in family]
+            configs_by_fold.append(configs)
+            # A weight decay that comes from alpha depends on the rows of the fold.
+            decays.append(tuple(config.get("weight_decay") for config in configs))
         work = Work(
             kind=first.kind,
-            configs=by_fold[0],
-            rows=[len(train) for train in folds.trains],
+            configs=configs_by_fold[0],
+            rows=list(map(len, folds.trains)),
             n_features=rows.X.parts[0][0].numel(),
             n_outputs=1 if rows.classes is None else len(rows.classes),
             # A training that stops at rungs stays on the device where it began, the CPU, however
@@ -105,20 +110,21 @@ def batches(recipes: Mapping[int, Recipe], folds: FoldGroup) -> Iterator[Batch]:
             dtype=rows.X.parts[0].dtype,
         )
         x = rows.inputs(device_for(first.device, work).device)
-        # A weight decay that comes from alpha depends on the rows of the fold.
-        decays = [tuple(config.get("weight_decay") for config in configs) for configs in by_fold]
+        # A custom loss receives unscaled numbers.
+        has_custom_loss = first.step is not None or not isinstance(first.loss, str | None)
         for group in folds.split(decays):
-            configs = by_fold[folds.numbers.index(group.numbers[0])]
-            # A custom loss receives unscaled numbers.
-            own_loss = first.step is not None or not isinstance(first.loss, str | None)
-            watched = first.patience is not None
+            configs = configs_by_fold[folds.numbers.index(group.numbers[0])]
             data = make_dataset(
-                group, x, standardise=not own_loss, numbers=first.numbers, watched=watched
+                group,
+                x,
+                standardise=not has_custom_loss,
+                numbers=first.numbers,
+                watched=first.patience is not None,
             )
             objective = _objective(first, configs[0], data)
             if objective is not None and objective.one_logit:
                 data = data.with_one_logit()
-            yield Batch(trials, alike, configs, group, data, objective)
+            yield RecipeBatch(trials, family, configs, group, data, objective)
 
 
 def _objective(recipe: Recipe, config: Config, data: Dataset) -> Objective | None:
@@ -135,7 +141,7 @@ def _objective(recipe: Recipe, config: Config, data: Dataset) -> Objective | Non
 
 
 @entry
-def fit_members(recipes: Mapping[int, Recipe], folds: FoldGroup, training: Training) -> Members:
+def fit_members(recipes: Mapping[int, Recipe], folds: FoldGroup, training: FitOptions) -> Members:
     """Train every recipe on the training rows of every fold, stacked as far as shapes allow.
 
     The numbers of a member depend on its recipe and its rows, not on the members that train with
@@ -147,11 +153,11 @@ def fit_members(recipes: Mapping[int, Recipe], folds: FoldGroup, training: Train
         try:
             recipe.objective(folds.rows.task)
         except InputError as error:  # the loss does not fit the target
-            members |= dict.fromkeys(
-                [(fold, trial) for fold in folds.numbers], in_skorchs_words(error)
-            )
+            error = with_estimator_names(error)
+            members |= {(fold, trial): error for fold in folds.numbers}
             continue
-        if (state := training.states.get(trial)) is not None:
+        state = training.states.get(trial)
+        if state is not None:
             seed = recipe.seed if state.seed is None else state.seed
             recipe = replace(recipe, state=state, seed=seed, patience=None)
         fitting[trial] = recipe if training.patient else replace(recipe, patience=None)
@@ -177,13 +183,13 @@ class EstimatorNames(Interface):
         return str(replace(reference, name=name))
 
 
-def in_skorchs_words(error: InputError) -> InputError:
+def with_estimator_names(error: InputError) -> InputError:
     """Return an error of the engine with the parameter names of the scikit-learn API."""
     if error.rule:
         return error.shown_by(EstimatorNames())
     text = str(error).replace("model: ", "module: ", 1).replace("space: ", "", 1)
-    for word in ("loss__", "loss=", "loss must"):
-        text = text.replace(word, word.replace("loss", "criterion"), 1)
+    for name in ("loss__", "loss=", "loss must"):
+        text = text.replace(name, name.replace("loss", "criterion"), 1)
     text = re.sub(r"\bloss=(?=torch\.nn|')", "criterion=", text)
     text = text.replace("say task='regression'", "use NeuralNetRegressor")
     text = text.replace("say task='classification'", "use NeuralNetClassifier")
@@ -198,57 +204,65 @@ def in_skorchs_words(error: InputError) -> InputError:
     return InputError(text.replace("values of the space", "values"))
 
 
-def _fit_batch(batch: Batch, training: Training) -> Members:
+def _fit_batch(batch: RecipeBatch, training: FitOptions) -> Members:
     """Train the chunks of one batch, and return its members."""
     recipe = batch.recipes[0]
     data = batch.data
     trainer = batch.trainer(training)
-    trainer = replace(
-        trainer, backend=choose_backend("auto", data.device, data.dtype, trainer.kind)[0]
-    )
+    backend = choose_backend("auto", data.device, data.dtype, trainer.kind)[0]
+    trainer = replace(trainer, backend=backend)
     members: Members = {}
     populations = []
     parameters = 0
     for population in trainer.groups(batch.configs):
         try:
-            if recipe.module is not None:
-                traits = traits_of(
-                    recipe.module, population.configs[0], data, objective=trainer.objective
-                )
-                if traits.probabilities and data.task in ("binary", "multiclass"):
-                    raise InputError(
-                        f"model: {name_of(recipe.module)} returns probabilities, and its outputs "
-                        "are taken for logits; leave out the softmax at its end."
-                    )
-                parameters = max(parameters, traits.parameters)
+            parameters = max(parameters, _check_module(batch, population.configs[0]))
             populations.append(population)
         except InputError as error:
-            members |= dict.fromkeys(batch.places(population), in_skorchs_words(error))
+            members |= dict.fromkeys(batch.places(population), with_estimator_names(error))
     if not populations:
         return members
     plan = trainer.plan(populations, epochs=recipe.epochs - recipe.begin, parameters=parameters)
-    chunks = (
-        tuple(_resumed_chunk(chunk, batch) for chunk in plan.chunks)
-        if recipe.begin
-        else plan.chunks
-    )
+    chunks = plan.chunks
+    if recipe.begin:
+        chunks = tuple(_resumed_chunk(chunk, batch) for chunk in chunks)
     plan = replace(plan, chunks=chunks, threads=min(plan.threads, torch.get_num_threads()))
     patiences = {i: r.patience for i, r in enumerate(batch.recipes) if r.patience is not None}
     job = trainer.job(
         MemberJob, epochs=recipe.epochs, keeps_state=recipe.state is not None, patiences=patiences
     )
     # Members have this error until their training replaces it below.
-    late = TimeoutError("the time was over before this fit had ended; give it more.")
-    members |= {place: late for chunk in chunks for place in batch.places(chunk)}
+    late = TimeoutError("this fit had not finished at the timeout. Pass a longer timeout.")
+    for chunk in chunks:
+        members |= dict.fromkeys(batch.places(chunk), late)
     for outcome in trainer.train(job, plan):
         if isinstance(outcome, Failure):
             raise outcome.error()
-        assert isinstance(outcome, Weights)
-        whole = next(chunk for chunk in chunks if outcome.index[0] in chunk.index)
-        at = whole.index.index(outcome.index[0])
-        chunk = whole.part(at, at + len(outcome.index))  # memory may have held only a part of it
+        assert isinstance(outcome, ChunkWeights)
+        chunk = next(chunk for chunk in chunks if outcome.index[0] in chunk.index)
+        first = chunk.index.index(outcome.index[0])
+        chunk = chunk.part(first, first + len(outcome.index))  # memory may have held only a part
         members |= zip(batch.places(chunk), job.members(data, chunk, outcome, batch.folds.classes))
     return members
+
+
+def _check_module(batch: RecipeBatch, config: Config) -> int:
+    """Return the number of parameters of the user's module, 0 for a built-in model.
+
+    Raises InputError if the module cannot be trained.
+    """
+    builder = batch.recipes[0].module
+    data = batch.data
+    if builder is None:
+        return 0
+    traits = traits_of(builder, config, data, objective=batch.objective)
+    if traits.probabilities and data.task in ("binary", "multiclass"):
+        raise InputError(
+            "model",
+            f"must return logits, but {name_of(builder)} returns probabilities",
+            remedy="Leave out the softmax at its end.",
+        )
+    return traits.parameters
 
 
 def training_slopes(
@@ -256,13 +270,13 @@ def training_slopes(
     folds: FoldGroup,
     names: Sequence[str],
     mode: SlopeMode,
-    training: Training,
-) -> list[tuple[Place, MemberSlope]]:
+    training: FitOptions,
+) -> list[tuple[FoldTrial, MemberSlope]]:
     """Return the slopes of recipes that train in the folds.
 
     Recipes that the deadline cuts short are missing.
     """
-    found: list[tuple[Place, MemberSlope]] = []
+    member_slopes: list[tuple[FoldTrial, MemberSlope]] = []
     for batch in batches(recipes, folds):
         trainer = batch.trainer(training)
         job = trainer.job(
@@ -274,7 +288,7 @@ def training_slopes(
         try:
             plan, job = trainer.plan_differentiated(batch.configs, job)
         except InputError as error:
-            raise in_skorchs_words(error) from error
+            raise with_estimator_names(error) from error
         plan = replace(plan, threads=min(plan.threads, torch.get_num_threads()))
         for outcome in trainer.train(job, plan):
             if isinstance(outcome, Failure):
@@ -288,25 +302,27 @@ def training_slopes(
                 slopes = {name: table[c, f].item() for name, table in outcome.slopes.items()}
                 # decay = alpha / weight, so the slope in alpha is the slope in the decay * decay /
                 # alpha.
-                if (alpha := batch.recipes[i].alpha) is not None and "weight_decay" in slopes:
+                alpha = batch.recipes[i].alpha
+                if alpha is not None and "weight_decay" in slopes:
                     slopes["weight_decay"] *= batch.configs[i]["weight_decay"] / alpha
                 slope = outcome.losses[c, f].item(), slopes, outcome.ratios[c, f].item()
-                found.append(((fold, batch.trials[i]), slope))
-    return found
+                member_slopes.append(((fold, batch.trials[i]), slope))
+    return member_slopes
 
 
-def _resumed_chunk(chunk: Population, batch: Batch) -> BegunChunk:
+def _resumed_chunk(chunk: Population, batch: RecipeBatch) -> BegunChunk:
     """Return the chunk with the states from which its members continue training."""
-    states = [state for i in chunk.index if (state := batch.recipes[i].state) is not None]
-    members = [state.buffers[fold] for state in states for fold in batch.folds.numbers]
-    buffers = tuple(
-        # (C * F, N) -> (C, F, N)
-        torch.stack(buffers).view(len(states), len(batch.folds.numbers), -1)
-        for buffers in zip(*members)
-    )
-    return BegunChunk(
-        chunk.kind, chunk.index, chunk.configs, State(batch.recipes[0].begin, buffers)
-    )
+    folds = batch.folds.numbers
+    members: list[tuple[Tensor, ...]] = []
+    for i in chunk.index:
+        state = batch.recipes[i].state
+        assert state is not None
+        members.extend(state.buffers[fold] for fold in folds)
+    shape = (len(chunk.index), len(folds), -1)
+    # (C * F, N) -> (C, F, N)
+    buffers = tuple(torch.stack(tensors).view(shape) for tensors in zip(*members))
+    state_of_chunk = State(batch.recipes[0].begin, buffers)
+    return BegunChunk(chunk.kind, chunk.index, chunk.configs, state_of_chunk)
 
 
 ROWS = 8192
@@ -325,7 +341,7 @@ class TrainedEstimator(FusedEstimator):
     module_: nn.Module
     n_iter_: int
 
-    def _set_fitted(self, fitted: Member, rows: Rows) -> None:
+    def _set_fitted(self, fitted: TrainedMember, rows: CheckedRows) -> None:
         self.module_ = fitted.module()
         self.n_iter_ = fitted.epochs
         self._layout = None if rows.is_table else ArrayLayout.of(rows.X)
@@ -337,32 +353,28 @@ class TrainedEstimator(FusedEstimator):
         check_is_fitted(self)
         X = as_dense(X)
         if self._layout is None:
-            arrays = Arrays(
-                (as_tensor(validate_data(self, X, dtype=FLOATS, order="C", reset=False)),)
-            )
+            table = validate_data(self, X, dtype=FLOATS, order="C", reset=False)
+            arrays = Arrays((as_tensor(table),))
         else:
             arrays = self._layout.raw(X)
         self.module_.eval()  # the user may have continued its training
         weight = next(self.module_.parameters())
         rows = max(1, min(ROWS, NUMBERS // sum(part[0].numel() for part in arrays.parts)))
-        found = []
+        blocks = []
         draws = getattr(self, "_draws", False)  # missing in pickles of older versions
-        with (
-            prediction_draws(weight.device, draws=draws),
-            torch.no_grad(),
-        ):  # not inference_mode: TorchScript fails on its tensors
-            for block in zip(*(torch.split(part, rows) for part in arrays.parts)):
-                scaled = [
-                    x if of is None else of(x[None], slice(0, 1))[0]
-                    for x, of in zip(block, self._scaling)
-                ]
-                # Floats get the precision of the module's weights.
-                # They are copies, because the module may write into its inputs. Without a scaling
-                # these would be the caller's own rows.
-                dtypes = [weight.dtype if x.is_floating_point() else x.dtype for x in scaled]
-                inputs = [x.to(weight.device, dtype, copy=True) for x, dtype in zip(scaled, dtypes)]
-                found.append(
-                    first_output(call_module(self.module_, inputs, arrays.names)).double().cpu()
-                )
-        outputs = torch.cat(found)
+        # not inference_mode: TorchScript fails on its tensors
+        with prediction_draws(weight.device, draws=draws), torch.no_grad():
+            for parts in zip(*(torch.split(part, rows) for part in arrays.parts)):
+                inputs = []
+                for x, scaling in zip(parts, self._scaling):
+                    if scaling is not None:
+                        x = scaling(x[None], slice(0, 1))[0]
+                    # Floats get the precision of the module's weights. They are copies, because
+                    # the module may write into its inputs. Without a scaling these would be the
+                    # caller's own rows.
+                    dtype = weight.dtype if x.is_floating_point() else x.dtype
+                    inputs.append(x.to(weight.device, dtype, copy=True))
+                outputs = first_output(call_module(self.module_, inputs, arrays.names))
+                blocks.append(outputs.double().cpu())
+        outputs = torch.cat(blocks)
         return outputs if outputs.dim() > 1 else outputs[:, None]

@@ -30,7 +30,7 @@ from gputune.scoring.losses import row_losses
 from gputune.scoring.objective import Objective, make_objective
 from gputune.types import Config, Task
 
-Place = tuple[int, int]  # (fold, trial): which member of a search
+FoldTrial = tuple[int, int]  # (fold, trial): which member of a search
 MemberSlope = tuple[float, dict[str, float], float]
 """For one member: its validation loss, the slope of the loss in each hyperparameter, the chaos
 ratio."""
@@ -59,7 +59,7 @@ class Patience:
 
 
 @dataclass(frozen=True, eq=False)
-class Member:
+class TrainedMember:
     """One trained member.
 
     Attributes:
@@ -114,7 +114,7 @@ class RungState:
 
 
 @dataclass(frozen=True)
-class Training:
+class FitOptions:
     """The options of fits that are made together.
 
     Attributes:
@@ -181,15 +181,8 @@ class Recipe:
         """The key of recipes that train together, on one device and for the same time."""
         length = (self.begin, self.epochs, self.horizon, self.state is None)
         functions = tuple(map(content, (self.module, self.loss, self.step, self.augment)))
-        return (
-            self.device,
-            self.kind,
-            functions,
-            self.numbers,
-            self.seed,
-            length,
-            self.patience is None,
-        )
+        never_stops = self.patience is None
+        return self.device, self.kind, functions, self.numbers, self.seed, length, never_stops
 
     def objective(self, task: Task) -> Objective | None:
         """Return the training objective of a module, or None for a built-in model.
@@ -226,11 +219,9 @@ def draw_seed(random_state: object, draw: DrawSeed) -> int:
     if random_state is None:
         return draw()
     generator = check_random_state(random_state)
-    return (
-        int(random_state)
-        if isinstance(random_state, Integral)
-        else int(generator.randint(2**31 - 1))
-    )
+    if isinstance(random_state, Integral):
+        return int(random_state)
+    return int(generator.randint(2**31 - 1))
 
 
 def content(value: object) -> Hashable:
@@ -269,11 +260,10 @@ class TrainingLoss(scoring.Scoring):
             outputs = outputs.masked_fill(~data.present[fold], -torch.inf)
         y = data.y[fold, rows].double() if numbers else data.y[rows]
         losses = row_losses(outputs, y.expand(outputs.shape[:2])) / (2 if numbers else 1)
-        weights = (
-            losses.new_ones(len(rows))
-            if data.weights is None
-            else data.weights[fold, rows].double()
-        )
+        if data.weights is None:
+            weights = losses.new_ones(len(rows))
+        else:
+            weights = data.weights[fold, rows].double()
         # (C, m) * (m,) -> (C,)
         mean = (losses * weights).sum(1) / weights.sum()
         return -mean.nan_to_num(LARGEST, LARGEST).clamp(max=LARGEST)
@@ -295,9 +285,9 @@ class Stopping:
 
     def __init__(self, job: Job, patiences: Sequence[Patience], folds: int) -> None:
         self.job = job
-        self.tol, self.most = (
-            np.array(of)[:, None] for of in zip(*((p.tol, p.epochs) for p in patiences))
-        )
+        # (C, 1)
+        self.tol = np.array([patience.tol for patience in patiences])[:, None]
+        self.most = np.array([patience.epochs for patience in patiences])[:, None]
         self.best = np.full((len(patiences), folds), np.inf)
         self.ends = np.zeros((2, len(patiences), folds), dtype=int)
         self.rows: Tensor | None = None
@@ -310,15 +300,14 @@ class Stopping:
         # (remaining trials, F); the scores are negative losses
         loss = -trained.curves[alive, trained.epochs - 1]
         best = self.best[alive]
-        goes_on = epochs == 0
+        trains = epochs == 0
+        counted = np.where(loss > best - self.tol[alive], stalled + 1, 0)
         # Members that have ended keep their count.
-        stalled = np.where(
-            goes_on, np.where(loss > best - self.tol[alive], stalled + 1, 0), stalled
-        )
-        ends = goes_on & ((stalled > self.most[alive]) | (trained.epochs == self.job.epochs))
+        stalled = np.where(trains, counted, stalled)
+        ends = trains & ((stalled > self.most[alive]) | (trained.epochs == self.job.epochs))
         epochs = np.where(ends, trained.epochs, epochs)
         self.ends[:, alive] = [epochs, stalled]
-        self.best[alive] = np.where(goes_on, np.fmin(best, loss), best)
+        self.best[alive] = np.where(trains, np.fmin(best, loss), best)
         if ends.any():
             # (remaining trials, F, N) parameters of the members
             rows = trained.network.blocks.to_rows(trained.scored).cpu()
@@ -330,7 +319,7 @@ class Stopping:
 
 
 @dataclass(frozen=True)
-class Weights(Outcome):
+class ChunkWeights(Outcome):
     """The result of training a chunk.
 
     Attributes:
@@ -358,7 +347,9 @@ class MemberJob(Job):
     keeps_state: bool = False
     patiences: Mapping[int, Patience] = field(default_factory=dict)
 
-    def run(self, data: Dataset, chunk: Population, progress: Progress | None = None) -> Weights:
+    def run(
+        self, data: Dataset, chunk: Population, progress: Progress | None = None
+    ) -> ChunkWeights:
         """Train one chunk and return its weights."""
         begin = time.monotonic()
         state = None
@@ -375,20 +366,23 @@ class MemberJob(Job):
             trained = train_chunk(self, data, chunk, progress)
             curves = trained.curves
             epochs = trained.epochs
-            state = (
-                tuple(buffer.cpu() for buffer in trained.state.buffers)
-                if self.keeps_state
-                else None
-            )
+            if self.keeps_state:
+                state = tuple(buffer.cpu() for buffer in trained.state.buffers)
             # A copy, because the next chunk may reuse this memory.
             flat = trained.scored.to("cpu", copy=True).numpy()
             ends = np.zeros((2, len(chunk.index), data.n_folds), dtype=int)
             ends[0] = epochs
-        return Weights(chunk.index, curves, epochs, time.monotonic() - begin, flat, state, ends)
+        return ChunkWeights(
+            chunk.index, curves, epochs, time.monotonic() - begin, flat, state, ends
+        )
 
     def members(
-        self, data: Dataset, chunk: Population, weights: Weights, classes: NDArray[np.int64] | None
-    ) -> list[Member | Exception]:
+        self,
+        data: Dataset,
+        chunk: Population,
+        weights: ChunkWeights,
+        classes: NDArray[np.int64] | None,
+    ) -> list[TrainedMember | Exception]:
         """Return the members of a chunk, fold by fold.
 
         The list is empty if the chunk did not train to its last epoch.
@@ -398,50 +392,51 @@ class MemberJob(Job):
         network = self.network(data, chunk)
         flat = torch.from_numpy(weights.flat)
         params = network.blocks.views(flat)
-        shape = (data.n_folds, len(chunk.index), -1)
-        # (F, C, parameters) -> (F, C): whether all parameters of a member are finite
-        whole = [
-            w.reshape(shape).all(2) for w in network.blocks.by_member(flat.isfinite()).values()
-        ]
-        finite = torch.stack(whole).all(0).tolist()  # F lists of C
+        shape = (data.n_folds, len(chunk.index))
+        # (F, C): whether all parameters of a member are finite
+        finite = torch.ones(shape, dtype=torch.bool)
+        for tensor in network.blocks.by_member(flat.isfinite()).values():
+            finite &= tensor.reshape(*shape, -1).all(2)
+        is_finite = finite.tolist()
         center = data.center.cpu().numpy()
         scale = data.scale.cpu().numpy()
-        members: list[Member | Exception] = []
+        members: list[TrainedMember | Exception] = []
         for f, fold in enumerate(data.folds):
-            scaling = tuple(None if of is None else of.of_fold(f) for of in data.scaling)
-            present = (
-                None
-                if data.present is None or data.present[f].all()
-                else data.present[f].cpu().numpy()
-            )
+            scaling = tuple(None if each is None else each.of_fold(f) for each in data.scaling)
+            present = None
+            if data.present is not None and not data.present[f].all():
+                present = data.present[f].cpu().numpy()
             for c, config in enumerate(chunk.configs):
-                if not finite[f][c]:
-                    words = (
-                        f"the training diverged with {config['optimizer']} and a learning rate of"
-                    )
-                    members.append(
-                        DivergedError(
-                            f"{words} {config['lr']:.3g}: its weights are no finite numbers any "
-                            "more; use a smaller rate, or scale the inputs (StandardScaler in a "
-                            "pipeline)."
-                        )
-                    )
+                if not is_finite[f][c]:
+                    members.append(_diverged(config))
                     continue
                 epochs, stalled = weights.ends[:, c, f].tolist()
-                state = None if weights.buffers is None else tuple(b[c, f] for b in weights.buffers)
-                losses = -weights.curves[c, : epochs if self.patiences else 0, f]
-                module = partial(network.member, params, f, c)
-                lengths = (len(fold.train), epochs, stalled)
-                outputs = (classes, present, center[f], scale[f], scaling)
-                members.append(
-                    Member(
-                        module,
-                        *outputs,
-                        *lengths,
-                        self.seed,
-                        state,
-                        losses,
-                        network.evaluation_draws,
-                    )
+                state = None
+                if weights.buffers is not None:
+                    state = tuple(buffer[c, f] for buffer in weights.buffers)
+                member = TrainedMember(
+                    partial(network.member, params, f, c),
+                    classes,
+                    present,
+                    center[f],
+                    scale[f],
+                    scaling,
+                    rows=len(fold.train),
+                    epochs=epochs,
+                    stalled=stalled,
+                    seed=self.seed,
+                    buffers=state,
+                    losses=-weights.curves[c, : epochs if self.patiences else 0, f],
+                    draws=network.evaluation_draws,
                 )
+                members.append(member)
         return members
+
+
+def _diverged(config: Config) -> DivergedError:
+    """Return the error of a member whose weights are not finite."""
+    return DivergedError(
+        f"the training diverged with {config['optimizer']} and a learning rate of "
+        f"{config['lr']:.3g}: its weights are not finite. Use a smaller learning rate, or scale "
+        "the inputs (StandardScaler in a pipeline)."
+    )

@@ -16,14 +16,14 @@ from sklearn.utils.validation import _check_method_params, _num_samples
 
 from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.sklearn.base import FusedEstimator, check_rows, hooked, last_step
-from gputune.sklearn.dataset import FoldGroup, Part, Rows, lay_out
+from gputune.sklearn.dataset import CheckedRows, FoldGroup, FoldRows, lay_out
 from gputune.sklearn.recipe import content
 
 Splits = Sequence[tuple[ArrayLike, ArrayLike]]
 
 
 @dataclass(eq=False)
-class Fit:
+class RecordedFit:
     """One fit of a search: candidate ``trial`` on the training rows of ``fold``.
 
     Attributes:
@@ -41,24 +41,25 @@ class Fit:
     fold: int
     estimator: FusedEstimator
     n_rows: int
-    train: Part | Exception
-    valid: Part | Exception | None = None
+    train: FoldRows | Exception
+    valid: FoldRows | Exception | None = None
     fitted: object = None
-    rows: Rows | None = None
+    rows: CheckedRows | None = None
 
     @property
     def error(self) -> Exception | None:
         """The exception that this fit raises. None if it succeeds."""
-        return next(
-            (each for each in (self.train, self.fitted) if isinstance(each, Exception)), None
-        )
+        if isinstance(self.train, Exception):
+            return self.train
+        return self.fitted if isinstance(self.fitted, Exception) else None
 
     def finish(self, estimator: FusedEstimator) -> None:
         """Turn the estimator into a fitted one, or raise the exception of this fit."""
-        if self.error is not None:
+        error = self.error
+        if error is not None:
             # The exception may be raised in many fits. Without this, each traceback would include
             # the earlier ones.
-            raise self.error.with_traceback(None)
+            raise error.with_traceback(None)
         assert self.rows is not None
         estimator._become(self.fitted, self.rows)
 
@@ -67,20 +68,18 @@ class Fit:
 
         Only parameters that print the same in a copy are compared.
         """
-        kinds = (bool, int, float, str, type(None))
-        params, own = (
-            {
-                name: repr(value)
-                for name, value in each.get_params(deep=False).items()
-                if isinstance(value, kinds)
-            }
-            for each in (estimator, self.estimator)
-        )
         return (
             type(estimator) is type(self.estimator)
             and _num_samples(X) == self.n_rows
-            and params == own
+            and _printed(estimator) == _printed(self.estimator)
         )
+
+
+def _printed(estimator: FusedEstimator) -> dict[str, str]:
+    """Return the text of the parameters that print the same in a copy."""
+    types = (bool, int, float, str, type(None))
+    params = estimator.get_params(deep=False).items()
+    return {name: repr(value) for name, value in params if isinstance(value, types)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,18 +95,20 @@ class Transformation:
         return self.result
 
 
-Event = Fit | Transformation
+Event = RecordedFit | Transformation
 
 
-def fits_of(events: Iterable[Event]) -> list[Fit]:
+def fits_of(events: Iterable[Event]) -> list[RecordedFit]:
     """Return the fits among events."""
-    return [event for event in events if isinstance(event, Fit)]
+    return [event for event in events if isinstance(event, RecordedFit)]
 
 
-Trials = dict[int, dict[int, Fit]]  # fits by trial and fold
+Trials = dict[int, dict[int, RecordedFit]]  # fits by trial and fold
 
 
-def layouts(fits: Iterable[Fit], *, held_out: bool = False) -> Iterator[tuple[FoldGroup, Trials]]:
+def layouts(
+    fits: Iterable[RecordedFit], *, held_out: bool = False
+) -> Iterator[tuple[FoldGroup, Trials]]:
     """Yield groups of folds, each with the trials that are fitted together in them.
 
     These trials have one class, and train on the same rows of one form. With ``held_out`` the folds
@@ -115,26 +116,24 @@ def layouts(fits: Iterable[Fit], *, held_out: bool = False) -> Iterator[tuple[Fo
     """
     by_trial: Trials = defaultdict(dict)
     for fit in fits:
-        if isinstance(fit.train, Part):
+        if isinstance(fit.train, FoldRows):
             by_trial[fit.trial][fit.fold] = fit
     groups: dict[Hashable, Trials] = defaultdict(dict)
-    for trial, own in by_trial.items():
-        key = tuple((fold, type(fit.estimator), id(fit.train)) for fold, fit in own.items())
-        groups[key][trial] = own
+    for trial, by_fold in by_trial.items():
+        key = tuple((fold, type(fit.estimator), id(fit.train)) for fold, fit in by_fold.items())
+        groups[key][trial] = by_fold
     for trials in groups.values():
-        sides = {
-            n: (fit.train, fit.valid if held_out else None)
-            for n, fit in next(iter(trials.values())).items()
-        }
-        for folds in lay_out(
-            {n: [part for part in both if isinstance(part, Part)] for n, both in sides.items()}
-        ):
+        parts = {}
+        for fold, fit in next(iter(trials.values())).items():
+            sides = (fit.train, fit.valid) if held_out else (fit.train,)
+            parts[fold] = [side for side in sides if isinstance(side, FoldRows)]
+        for folds in lay_out(parts):
             yield folds, trials
 
 
 def shared_rows(
     candidate: object, X: object, y: object, fit_params: Mapping[str, object]
-) -> Part | None:
+) -> FoldRows | None:
     """Return all rows, checked once for all folds, or None if each fold must be checked separately.
 
     Separate checks are needed in a pipeline, and if all rows together are refused. A fold may not
@@ -149,7 +148,7 @@ def shared_rows(
 Returned = TypeVar("Returned")
 
 
-class Recorder:
+class FitRecorder:
     """A recorder of fits that trains nothing.
 
     Transformers are fitted when they come up, unless an equal one was fitted before. With
@@ -172,7 +171,7 @@ class Recorder:
         y: object,
         splits: Splits,
         fit_params: Mapping[str, object],
-        within: Part | None = None,
+        within: FoldRows | None = None,
     ) -> list[Event]:
         """Return the fits and transformations of every candidate in every fold.
 
@@ -205,39 +204,38 @@ class Recorder:
         return self.events
 
     def _record_parts(
-        self, candidates: Sequence[FusedEstimator], splits: Splits, within: Part
+        self, candidates: Sequence[FusedEstimator], splits: Splits, within: FoldRows
     ) -> None:
         """Record candidates on parts of checked rows."""
         rows = within.rows
-        classes = within.rows.classes
-        trains, valids = (
-            [Part(rows, within.index[_as_rows(split[side])]) for split in splits] for side in (0, 1)
-        )
-        targets = [
-            rows.y[train.index] if classes is None else classes[rows.y[train.index]]
-            for train in trains
-        ]
-        for t, f in itertools.product(range(len(candidates)), range(len(splits))):
-            if (reason := candidates[t]._left_to_scikit_learn(targets[f])) is not None:
+        folds = []
+        for train, test in splits:
+            index = within.index[_as_rows(train)]
+            target = rows.y[index] if rows.classes is None else rows.classes[rows.y[index]]
+            valid = FoldRows(rows, within.index[_as_rows(test)])
+            folds.append((target, FoldRows(rows, index), valid if self.held_out else None))
+        for (t, candidate), (f, fold) in itertools.product(enumerate(candidates), enumerate(folds)):
+            target, part, valid = fold
+            reason = candidate._left_to_scikit_learn(target)
+            if reason is None:
+                self.events.append(RecordedFit(t, f, candidate, len(part.index), part, valid))
+            else:
                 self.left[t, f] = reason
-                continue
-            valid = valids[f] if self.held_out else None
-            self.events.append(Fit(t, f, candidates[t], len(trains[f].index), trains[f], valid))
 
     def fit(self, estimator: FusedEstimator, X: object, y: object, sample_weight: object) -> bool:
         """Record the fit, unless it is left to scikit-learn's loop.
 
         Raises the error of rows that it refuses.
         """
-        if (reason := estimator._left_to_scikit_learn(y)) is not None:
+        reason = estimator._left_to_scikit_learn(y)
+        if reason is not None:
             self.left[self.place] = reason
             return True
-        given = (X, y, sample_weight)
-        train = self._once(
-            (type(estimator), *map(id, given)), given, lambda: _check(estimator, *given)
-        )
+        arguments = (X, y, sample_weight)
+        key = (type(estimator), *map(id, arguments))
+        train = self._once(key, arguments, lambda: _check(estimator, *arguments))
         n_rows = _num_samples(X) if isinstance(train, Exception) else len(train.index)
-        self.events.append(Fit(*self.place, estimator, n_rows, train))
+        self.events.append(RecordedFit(*self.place, estimator, n_rows, train))
         if isinstance(train, Exception):
             raise train.with_traceback(None)
         return True
@@ -255,9 +253,9 @@ class Recorder:
 
         Equal transformers on the same rows are fitted only once.
         """
-        metadata = [
-            value for routed in (options.get("params") or {}).values() for value in routed.values()
-        ]
+        metadata: list[object] = []
+        for routed in (options.get("params") or {}).values():
+            metadata += routed.values()
         fit = functools.partial(function, transformer, X, y, *args, **options)
         key = (content(transformer), id(X), id(y), *map(id, metadata))
         with hooked(None):
@@ -279,10 +277,10 @@ class Recorder:
         """Attach the validation rows to the latest fit, computed once for all candidates on the
         same rows."""
         fit = self.events[-1]
-        assert isinstance(fit, Fit) and isinstance(fit.train, Part)
+        assert isinstance(fit, RecordedFit) and isinstance(fit.train, FoldRows)
         part = fit.train
 
-        def hold_out() -> Part:
+        def hold_out() -> FoldRows:
             return held_out_part(fitted, part, *_safe_split(fitted, X, y, test, train))
 
         with hooked(None):
@@ -311,7 +309,7 @@ class Recorder:
         return self._once(key, (X, y, fit_params), split)
 
 
-def held_out_part(fitted: BaseEstimator, train: Part, X: object, y: object) -> Part:
+def held_out_part(fitted: BaseEstimator, train: FoldRows, X: object, y: object) -> FoldRows:
     """Return validation rows X (m, D) and y (m,) in the form of the training rows.
 
     Each row has weight one.
@@ -331,20 +329,20 @@ def held_out_part(fitted: BaseEstimator, train: Part, X: object, y: object) -> P
         if step is not None and step != "passthrough":
             X = step.transform(X)
     rows = check_rows(clone(last), X, y)
-    before = train.rows
+    trained = train.rows
     parts = rows.X.parts
     # A transformer may return another precision than in training.
-    if len(parts) == len(before.X.parts):
-        parts = tuple(x.to(part.dtype) for x, part in zip(parts, before.X.parts))
-    weights = None if before.weights is None else np.ones(len(rows.X))
+    if len(parts) == len(trained.X.parts):
+        parts = tuple(x.to(part.dtype) for x, part in zip(parts, trained.X.parts))
+    weights = None if trained.weights is None else np.ones(len(rows.X))
     rows = replace(rows, X=Arrays(parts, rows.X.names), weights=weights)
-    if rows.form != before.form:
+    if rows.form != trained.form:
         raise ValueError(
-            f"the transformers gave validation rows of {ArrayLayout.of(rows.X)}, named "
-            f"{rows.names}, after training rows of {ArrayLayout.of(before.X)}, named "
-            f"{before.names}; let them give the same ones."
+            "the transformers must return validation rows of the same form as training rows: "
+            f"{ArrayLayout.of(trained.X)}, named {trained.names}, got {ArrayLayout.of(rows.X)}, "
+            f"named {rows.names}."
         )
-    return Part(rows, np.arange(len(rows.X)))
+    return FoldRows(rows, np.arange(len(rows.X)))
 
 
 def _as_rows(mask_or_rows: ArrayLike) -> NDArray[np.int64]:
@@ -355,10 +353,10 @@ def _as_rows(mask_or_rows: ArrayLike) -> NDArray[np.int64]:
 
 def _check(
     estimator: FusedEstimator, X: object, y: object, sample_weight: object
-) -> Part | Exception:
+) -> FoldRows | Exception:
     """Return the checked rows, or the exception of the check."""
     rows = _result(functools.partial(check_rows, estimator, X, y, sample_weight))
-    return rows if isinstance(rows, Exception) else Part(rows, np.arange(len(rows.X)))
+    return rows if isinstance(rows, Exception) else FoldRows(rows, np.arange(len(rows.X)))
 
 
 def _result(call: Callable[[], Returned]) -> Returned | Exception:

@@ -22,18 +22,27 @@ from sklearn.utils.validation import check_memory
 
 from gputune.errors import warn
 from gputune.sklearn.base import FusedEstimator, fit_hook, fit_together, hooked, last_step
-from gputune.sklearn.dataset import Part
-from gputune.sklearn.recipe import RungState, Training
-from gputune.sklearn.record import Event, Fit, Recorder, Splits, Transformation, fits_of, layouts
+from gputune.sklearn.dataset import FoldRows
+from gputune.sklearn.recipe import FitOptions, RungState
+from gputune.sklearn.record import (
+    Event,
+    FitRecorder,
+    RecordedFit,
+    Splits,
+    Transformation,
+    fits_of,
+    layouts,
+)
 from gputune.types import Config
 
 Candidates = Sequence[Config]
 
 
-def train(fits: Iterable[Fit], training: Training) -> None:
+def train(fits: Iterable[RecordedFit], training: FitOptions) -> None:
     """Train fits. Fits that share their rows and their class train together."""
     for folds, trials in layouts(fits):
-        candidates = {trial: own[folds.numbers[0]].estimator for trial, own in trials.items()}
+        first = folds.numbers[0]
+        candidates = {trial: by_fold[first].estimator for trial, by_fold in trials.items()}
         for (fold, trial), fitted in fit_together(candidates, folds, training).items():
             trials[trial][fold].fitted = fitted
             trials[trial][fold].rows = folds.rows
@@ -118,7 +127,7 @@ class SearchRun:
     trained: TrainedCandidates | None = None
     fit_params: Mapping[str, object] = field(default_factory=dict)
     split_params: Mapping[str, object] = field(default_factory=dict)
-    recorder: Recorder = field(default_factory=Recorder)
+    recorder: FitRecorder = field(default_factory=FitRecorder)
     seconds: list[float] = field(default_factory=list)
     epochs: list[int] = field(default_factory=list)
     steps: deque[Event] = field(default_factory=deque)
@@ -139,16 +148,16 @@ class SearchRun:
 
         def split(X: object, y: object, **params: object) -> Splits:
             """Train all candidates, then return the splits for scikit-learn's loop."""
-            trained = self.trained or self._train_all(
-                candidates, X, y, self.split(X, y, params, cv)
-            )
-            epochs: dict[int, int] = {}
+            trained = self.trained
+            if trained is None:
+                trained = self._train_all(candidates, X, y, self.split(X, y, params, cv))
+            first = len(self.epochs)
+            self.epochs += [1] * len(candidates)
+            self.seconds += [np.nan] * len(candidates)
             for fit in fits_of(trained.events):
-                epochs[fit.trial] = max(epochs.get(fit.trial, 1), getattr(fit.fitted, "epochs", 1))
-            self.seconds += [
-                trained.seconds if number in epochs else np.nan for number in range(len(candidates))
-            ]
-            self.epochs += [epochs.get(number, 1) for number in range(len(candidates))]
+                number = first + fit.trial
+                self.epochs[number] = max(self.epochs[number], getattr(fit.fitted, "epochs", 1))
+                self.seconds[number] = trained.seconds
             # scikit-learn's loop takes these steps in order.
             self.steps.extend(trained.events)
             return trained.splits
@@ -160,10 +169,10 @@ class SearchRun:
             )
         if self.steps:
             raise RuntimeError(
-                f"{len(self.steps)} of the fits that were trained together were never asked for: "
-                "a backend of joblib runs scikit-learn's loop elsewhere, or this release of "
-                "scikit-learn has another loop. Leave the backend (joblib.parallel_config), or "
-                "use scikit-learn's own search."
+                f"{len(self.steps)} fits that were trained together were never used, because a "
+                "joblib backend runs scikit-learn's loop elsewhere, or this release of "
+                "scikit-learn has a different loop. Remove the backend (joblib.parallel_config), "
+                "or use scikit-learn's own search."
             )
         together = ~np.isnan(self.seconds)  # the others were fitted by scikit-learn's loop
         results["mean_fit_time"][together] = np.array(self.seconds)[together]
@@ -173,8 +182,10 @@ class SearchRun:
     def fit(self, estimator: FusedEstimator, X: object, y: object, sample_weight: object) -> bool:
         """Finish the estimator if its fit is the next step. Return False if it must fit itself."""
         del sample_weight
-        step = self.steps[0] if self.steps and estimator._left_to_scikit_learn(y) is None else None
-        if not isinstance(step, Fit) or not step.is_of(estimator, X):
+        if not self.steps or estimator._left_to_scikit_learn(y) is not None:
+            return False
+        step = self.steps[0]
+        if not isinstance(step, RecordedFit) or not step.is_of(estimator, X):
             return False
         self.steps.popleft()
         step.finish(estimator)
@@ -184,7 +195,8 @@ class SearchRun:
         self, function: Callable[..., object], *args: object, **options: object
     ) -> object:
         """Return the fitted transformer's result if it is the next step, otherwise fit it."""
-        if self.steps and isinstance(step := self.steps[0], Transformation):
+        step = self.steps[0] if self.steps else None
+        if isinstance(step, Transformation):
             self.steps.popleft()
             return step.take()
         with hooked(None):
@@ -216,7 +228,7 @@ class SearchRun:
         X: object,
         y: object,
         splits: Splits,
-        within: Part | None = None,
+        within: FoldRows | None = None,
     ) -> list[Event]:
         """Return the fits and transformations of the candidates.
 
@@ -227,18 +239,20 @@ class SearchRun:
             clone(self.estimator).set_params(**clone(params, safe=False)) for params in candidates
         ]
         events = self.recorder.record(estimators, X, y, splits, self.fit_params, within)
-        if left := self.recorder.left:
+        left = self.recorder.left
+        if left:
+            n_left = len({trial for trial, _ in left})
+            settings = ", ".join(sorted(set(left.values())))
             warn(
-                f"{len({trial for trial, _ in left})} of {len(candidates)} candidates are fitted "
-                "by scikit-learn's own loop, one by one, because gputune does not train "
-                f"{', '.join(sorted(set(left.values())))}."
+                f"{n_left} of {len(candidates)} candidates are fitted by scikit-learn's own loop, "
+                f"one by one, because gputune does not train {settings}."
             )
         return events
 
     def train(
         self,
         candidates: Candidates,
-        fits: Sequence[Fit],
+        fits: Sequence[RecordedFit],
         states: Mapping[int, RungState] | None = None,
     ) -> None:
         """Train the fits of candidates.
@@ -246,4 +260,4 @@ class SearchRun:
         In a search that stops at rungs, ``states`` gives the state from which each trial continues.
         """
         del candidates
-        train(fits, Training(workers(), self.deadline, states or {}, self.patient))
+        train(fits, FitOptions(workers(), self.deadline, states or {}, self.patient))

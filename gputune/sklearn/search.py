@@ -33,22 +33,23 @@ from gputune.tuning.record import versions
 from gputune.types import Config
 
 
-def why_not_together(estimator: BaseEstimator, space: object) -> str | None:
+def reason_to_train_separately(estimator: BaseEstimator, space: object) -> str | None:
     """Return the reason why the candidates of a space cannot train together, or None."""
     prefix, last = last_step(estimator)
     name = type(last).__name__
     if not isinstance(last, FusedEstimator):
-        return f"{name} is none of gputune's estimators"
+        return f"{name} is not an estimator of gputune"
     if type(last).fit is not FusedEstimator.fit:
-        return f"{name} has a fit of its own"
+        return f"{name} overrides fit"
     if not prefix:
         return None
     if type(estimator)._fit is not Pipeline._fit or type(estimator).fit is not Pipeline.fit:
-        return f"{type(estimator).__name__} fits its steps in a way of its own"
-    dicts = space if isinstance(space, list) else [space]
-    searched = {key for each in dicts if isinstance(each, Mapping) for key in each}
-    whole = searched & {prefix.removesuffix("__"), "steps", "memory"}
-    return f"{min(whole)!r} is searched, which changes more than a parameter" if whole else None
+        return f"{type(estimator).__name__} overrides how a Pipeline fits its steps"
+    for part in space if isinstance(space, list) else [space]:
+        for key in (prefix.removesuffix("__"), "steps", "memory"):
+            if isinstance(part, Mapping) and key in part:
+                return f"the space contains {key!r}, which changes more than a parameter"
+    return None
 
 
 class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no types
@@ -83,15 +84,21 @@ class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no ty
         X = as_sliced(X)
         if isinstance(self.study, str | os.PathLike):  # scikit-learn refuses other types
             path = Path(self.study)
-            study = f"study={str(self.study)!r}"
             if path.exists():  # the scikit-learn API never resumes a search
-                begins = "exists already, and this search begins a new one"
                 raise InputError(
-                    f"{study} {begins}; give it a path of its own, or remove the file."
+                    "study",
+                    "must be a new path, because this search begins a new study",
+                    got=str(self.study),
+                    remedy="Choose another path, or remove the file.",
                 )
             if not path.parent.is_dir():
-                raise InputError(f"{study}: the folder does not exist; make it first.")
-        reason = why_not_together(self.estimator, getattr(self, self._space_name))
+                raise InputError(
+                    "study",
+                    "must lie in an existing folder",
+                    got=str(self.study),
+                    remedy="Create the folder first.",
+                )
+        reason = reason_to_train_separately(self.estimator, getattr(self, self._space_name))
         # scikit-learn refuses a class in place of an estimator.
         if reason is not None and not isinstance(self.estimator, type):
             self._leave_to_own_loop(reason)
@@ -110,9 +117,9 @@ class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no ty
     def _make_run(self, X: object, y: object) -> SearchRun:
         """Return the run of one fit. X and y are not checked yet."""
         del X, y
-        deadline = (
-            time.monotonic() + float(self.timeout) if isinstance(self.timeout, Real) else None
-        )
+        deadline = None
+        if isinstance(self.timeout, Real):
+            deadline = time.monotonic() + float(self.timeout)
         return SearchRun(self.estimator, self.cv, deadline, self._trained)
 
     def _overrides(self, *, together: bool) -> dict[str, object]:
@@ -127,12 +134,9 @@ class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no ty
         if together:
             # n_jobs=1, because the replay needs scikit-learn's loop in this process.
             overrides |= {"estimator": with_hook(self.estimator, self.device), "n_jobs": 1}
-            if (
-                isinstance(self.cv, Iterable)
-                and not isinstance(self.cv, str)
-                and not hasattr(self.cv, "split")
-            ):
-                # It may be a generator, and is read more than once.
+            # An iterable of splits may be a generator, but is read more than once. A text and a
+            # splitter have a method ``split``.
+            if isinstance(self.cv, Iterable) and not hasattr(self.cv, "split"):
                 overrides["cv"] = list(self.cv)
         return overrides
 
@@ -142,14 +146,16 @@ class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no ty
 
     def _leave_to_own_loop(self, reason: str) -> None:
         """Warn that scikit-learn's own loop takes over."""
-        idle = " and ".join(
+        message = (
+            f"{type(self).__name__} cannot train these candidates together, because {reason}. "
+            "scikit-learn's own loop fits them one by one."
+        )
+        without_effect = [
             name for name in ("device", "timeout") if getattr(self, name) not in (None, "auto")
-        )
-        without = f", and {idle} have no effect" if idle else ""
-        warn(
-            f"{type(self).__name__} cannot train these candidates together, because {reason}: "
-            f"scikit-learn's own loop fits them one by one{without}."
-        )
+        ]
+        if without_effect:
+            message = f"{message} No effect: {', '.join(without_effect)}."
+        warn(message)
 
     def _get_routed_params_for_fit(self, params: object) -> Bunch:
         routed = super()._get_routed_params_for_fit(params)
@@ -263,23 +269,20 @@ def write_search(
         epochs: number of trained epochs of each candidate. None if it is not known.
     """
     results = search.cv_results_
-    n = len(search.cv_results_["params"])
-    known = [name.removeprefix("mean_test_") for name in results if name.startswith("mean_test_")]
+    n_trials = len(results["params"])
+    keys = [name.removeprefix("mean_test_") for name in results if name.startswith("mean_test_")]
     # The metric that chooses the best candidate comes first.
-    metrics = sorted(known, key=lambda name: name != search.refit)
-    folds = [
-        [results[f"split{f}_test_{name}"] for f in range(search.n_splits_)] for name in metrics
-    ]
+    metrics = sorted(keys, key=lambda name: name != search.refit)
+    scores = np.empty((n_trials, search.n_splits_, len(metrics)))
+    for m, name in enumerate(metrics):
+        for f in range(search.n_splits_):
+            scores[:, f, m] = results[f"split{f}_test_{name}"]
     # cv_results_ holds means over the folds. A trial's seconds are the sum.
     seconds = search.n_splits_ * (results["mean_fit_time"] + results["mean_score_time"])
-    starts, steps = (
-        results.get(name, np.zeros(n, int)).tolist() for name in ("start", "outer_step")
-    )
-    origins = [(start, step) if step else "random" for start, step in zip(starts, steps)]
+    if len(metrics) == 1:
+        metrics = []  # "scoring" names it
     meta = {
-        "metrics": [
-            {"name": name, "scorer": name, "positive": None} for name in metrics if len(metrics) > 1
-        ],
+        "metrics": [{"name": name, "scorer": name, "positive": None} for name in metrics],
         "face": "sklearn",
         "model": type(last_step(search.estimator)[1]).__name__,
         "method": type(search).__name__,
@@ -287,12 +290,15 @@ def write_search(
         "folds": search.n_splits_,
         "versions": versions(),
     }
+    candidates = []
+    for number, params in enumerate(results["params"]):
+        step = results["outer_step"][number] if "outer_step" in results else 0
+        origin = (int(results["start"][number]), int(step)) if step else "random"
+        config = {name: _storable(value) for name, value in params.items()}
+        candidates.append(Candidate(number, config, origin))
     with Store.create(path, meta) as store:
-        store.add_trials(
-            Candidate(number, {name: _storable(value) for name, value in params.items()}, origin)
-            for number, (params, origin) in enumerate(zip(results["params"], origins))
-        )
-        rows = zip(np.array(folds).T, seconds.tolist(), epochs or [1] * n)
+        store.add_trials(candidates)
+        rows = zip(scores, seconds.tolist(), epochs or [1] * n_trials)
         store.finish(_result(number, *row) for number, row in enumerate(rows))
 
 
@@ -301,9 +307,10 @@ def _result(number: int, scores: np.ndarray, seconds: float, epochs: int) -> Res
     curve = np.full((epochs, *scores.shape), np.nan)
     # The other epochs have no score and stay NaN.
     curve[-1] = scores
+    if scores.shape[1] == 1:
+        curve = curve[..., 0]
     folds = scores[:, 0]
     state: ResultState = "complete" if np.isfinite(folds).all() else "failed"
-    curve = curve if scores.shape[1] > 1 else curve[..., 0]
     return Result(number, state, float(folds.mean()), tuple(folds.tolist()), epochs, seconds, curve)
 
 

@@ -90,9 +90,8 @@ def _text(study: Study, default: DefaultTrial) -> str:
         f"{scored_on},",
         f"the best trial {measure.text(default.best_score)}: an improvement of {gain}.",
     ]
-    if remark := shorter_training(default):
-        sentences.append(remark)
-    return " ".join(sentences)
+    sentences.append(shorter_training(default))
+    return " ".join(filter(None, sentences))
 
 
 def shorter_training(default: DefaultTrial) -> str:

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from gputune.errors import InputError
 from gputune.study.study import Study
-from gputune.text import clean, short
+from gputune.text import clean, count, short
 from gputune.views.scores import Scale, Scores, linear_scale, log_scale, number_text, score_view
+from gputune.wording import Verbatim
 
 # Positive values have a logarithmic axis if the largest is at least this many times the smallest.
 _DECADES = 100.0
@@ -56,22 +57,20 @@ def varied_parameters(study: Study) -> tuple[Parameter, ...]:
 
 def _parameter(name: str, study: Study) -> Parameter:
     """Return one hyperparameter of a study."""
-    values = [trial.params.get(name) for trial in study.trials]
+    values: list[Any] = [trial.params.get(name) for trial in study.trials]
     present = [value for value in values if value is not None]
-    plain = {int, float}.issuperset(map(type, present)) and all(
-        abs(value) < _FARTHEST for value in present
-    )
     # A fast path, because most values are plain numbers and checking lists is slow.
-    if not present or not (plain or all(map(_is_numbers, present))):
-        return _words(
-            name, [short(t.params[name]) if name in t.params else None for t in study.trials]
-        )
-    lists = not plain and any(isinstance(value, list) for value in present)
-    label = f"{clean(name)} (median of its values)" if lists else clean(name)
-    medians = (
-        values if plain else [None if value is None else median(_flat(value)) for value in values]
-    )
-    numbers = np.array(medians, dtype=np.float64)  # NaN for None
+    has_plain_types = {int, float}.issuperset(map(type, present))
+    is_plain = has_plain_types and all(abs(value) < _FARTHEST for value in present)
+    if not present or not (is_plain or all(map(_is_numbers, present))):
+        params = [trial.params for trial in study.trials]
+        return _words(name, [short(each[name]) if name in each else None for each in params])
+    label = clean(name)
+    if not is_plain:
+        if any(isinstance(value, list) for value in present):
+            label = f"{label} (median of its values)"
+        values = [None if value is None else median(_flat(value)) for value in values]
+    numbers = np.array(values, dtype=np.float64)  # NaN for None
     infinite = np.abs(numbers) > _FARTHEST
     numbers[infinite] = np.nan
     log = is_log(name, numbers, study.record.space)
@@ -86,9 +85,9 @@ def is_log(name: str, values: NDArray[np.float64], space: str) -> bool:
     levels = np.unique(values[np.isfinite(values)])
     if levels.size < 2 or levels[0] <= 0:
         return False
-    law = re.search(rf"(?:^|[, |]){re.escape(name)}=(\w+)\(", space)
-    if law is not None:
-        return law[1] in ("loguniform", "reciprocal", "log_int")
+    distribution = re.search(rf"(?:^|[, |]){re.escape(name)}=(\w+)\(", space)
+    if distribution is not None:
+        return distribution[1] in ("loguniform", "reciprocal", "log_int")
     ratios = levels[1:] / levels[:-1]
     powers = 3 <= levels.size <= _LEVELS and np.allclose(ratios, ratios[0], rtol=1e-6)
     return bool(levels[-1] >= _DECADES * levels[0] or powers)
@@ -100,8 +99,9 @@ def _words(name: str, texts: Sequence[str | None]) -> Parameter:
     levels = sorted(counts, key=lambda text: (-counts[text], text))
     if len(levels) > _LEVELS:
         levels = [*levels[: _LEVELS - 1], f"{len(levels) - _LEVELS + 1} others"]
-    place = {text: position for position, text in enumerate(levels)}
-    values = [np.nan if text is None else place.get(text, len(levels) - 1) for text in texts]
+    positions: dict[str | None, float] = {text: place for place, text in enumerate(levels)}
+    positions[None] = np.nan
+    values = [positions.get(text, len(levels) - 1) for text in texts]
     return Parameter(name, clean(name), np.array(values, dtype=float), levels=tuple(levels))
 
 
@@ -116,11 +116,9 @@ def _is_numbers(value: object) -> bool:
 
 def _flat(value: Any) -> list[float]:
     """Return the numbers of a nested list."""
-    return (
-        [number for part in value for number in _flat(part)]
-        if isinstance(value, list)
-        else [float(value)]
-    )
+    if not isinstance(value, list):
+        return [float(value)]
+    return [number for part in value for number in _flat(part)]
 
 
 def parameter_scale(parameter: Parameter, *, most: int = 6, pad: float = 0.0) -> Scale:
@@ -158,17 +156,16 @@ class Axis:
     heights: NDArray[np.float64]
 
 
-def parallel_axes(shown: Scores) -> list[Axis]:
+def parallel_axes(view: Scores) -> list[Axis]:
     """Return an axis for each hyperparameter that varied, and one for the score at the end."""
-    columns = [
-        (f"params_{one.name}", one.label, parameter_scale(one, most=7), one.values)
-        for one in varied_parameters(shown.study)
-    ]
-    columns.append(("score", shown.measure.name, shown.scale(pad=0.0), shown.values))
-    return [
-        Axis(key, label, scale, np.clip(scale(values), 0, 1))
-        for key, label, scale, values in columns
-    ]
+    axes = []
+    for parameter in varied_parameters(view.study):
+        scale = parameter_scale(parameter, most=7)
+        heights = np.clip(scale(parameter.values), 0, 1)
+        axes.append(Axis(f"params_{parameter.name}", parameter.label, scale, heights))
+    scale = view.scale(pad=0.0)
+    axes.append(Axis("score", view.measure.name, scale, np.clip(scale(view.values), 0, 1)))
+    return axes
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,18 +188,19 @@ def descended(study: Study) -> tuple[Parameter, ...]:
 def descent_paths(study: Study) -> tuple[DescentPath, ...]:
     """Return the paths of all starts, best score first, or () for another search."""
     columns = descended(study)
-    shown = score_view(study)
+    scores = score_view(study).values
     points: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for row in study.order if columns else ():
         trial = study.trials[row]
         if isinstance(trial.origin, tuple) and trial.state != "waiting":
-            points[trial.origin[0]].append((trial.origin[1], row))
+            start, step = trial.origin
+            points[start].append((step, row))
     paths = []
-    for start, of_start in points.items():
-        steps, rows = map(list, zip(*sorted(of_start)))
+    for start, steps_and_rows in points.items():
+        steps, rows = np.array(sorted(steps_and_rows)).T
         values = {column.name: column.values[rows] for column in columns}
         usable = np.array([bool(study.trials[row].detail.get("usable", True)) for row in rows])
-        paths.append(DescentPath(start, np.array(steps), shown.values[rows], values, usable))
+        paths.append(DescentPath(start, steps, scores[rows], values, usable))
     return tuple(paths)
 
 
@@ -245,40 +243,43 @@ def importance(study: Study, *, seed: int = 0) -> Importance:
     columns = varied_parameters(study)
     done = np.flatnonzero([trial.state != "waiting" for trial in study.trials])
     if len(done) < FEWEST or not columns:
-        raise InputError(
-            f"importance needs {FEWEST} finished trials and a hyperparameter that varies, got "
-            f"{len(done)} trials and {len(columns)} hyperparameters; search further."
-        )
+        rule = f"needs {FEWEST} finished trials and a hyperparameter that varies"
+        got = f"{count(len(done), 'trial')} and {count(len(columns), 'hyperparameter')}"
+        raise InputError("importance", rule, got=Verbatim(got), remedy="Search further.")
     from scipy.stats import rankdata
     from sklearn.ensemble import RandomForestRegressor
     from sklearn.inspection import permutation_importance
 
     drawn = np.random.default_rng(seed).permutation(len(done))[:MOST]
     scores = np.array([study.trials[row].score for row in done])
+    scores = np.where(np.isfinite(scores), scores, -np.inf)
     # Ranks in [0, 1]. The best trial has 1, and equal scores have equal ranks.
-    ranks = (
-        (rankdata(np.where(np.isfinite(scores), scores, -np.inf)) - 1) / max(1, len(scores) - 1)
-    )[drawn]
+    ranks = (rankdata(scores) - 1) / max(1, len(scores) - 1)
     table = np.stack([column.values for column in columns], axis=1)
     # A missing value is placed below all others, so that a tree can separate it.
-    table = np.where(np.isnan(table), np.nanmin(table, axis=0) - 1.0, table)[done[drawn]]
-    halves = np.array_split(np.arange(len(drawn)), 2)
+    table = np.where(np.isnan(table), np.nanmin(table, axis=0) - 1.0, table)
+    first, second = np.array_split(drawn, 2)
     fits = []
     drops = []
-    for fitted, judged in (halves, halves[::-1]):
+    for train, test in ((first, second), (second, first)):
         forest = RandomForestRegressor(
             _TREES, min_samples_leaf=2, max_features=0.5, random_state=seed
         )
-        forest.fit(table[fitted], ranks[fitted])
-        held_out = table[judged], ranks[judged]
+        forest.fit(table[done[train]], ranks[train])
+        held_out = (table[done[test]], ranks[test])
         fits.append(forest.score(*held_out))
         falls = permutation_importance(
             forest, *held_out, n_repeats=_SHUFFLES, random_state=seed, scoring="r2"
         )
         drops.append(falls.importances)
-    every = np.concatenate(drops, axis=1)
-    order = np.argsort(-every.mean(1), kind="stable")
-    names, labels = zip(*((columns[i].name, columns[i].label) for i in order))
+    # (hyperparameters, 2 * _SHUFFLES)
+    falls = np.concatenate(drops, axis=1)
+    order = np.argsort(-falls.mean(1), kind="stable")
     return Importance(
-        names, labels, every.mean(1)[order], every.std(1)[order], float(np.mean(fits)), len(drawn)
+        names=tuple(columns[i].name for i in order),
+        labels=tuple(columns[i].label for i in order),
+        drops=falls.mean(1)[order],
+        errors=falls.std(1)[order],
+        fit=float(np.mean(fits)),
+        trials=len(drawn),
     )

@@ -29,6 +29,7 @@ from gputune.views.scores import (
     score_range,
     score_view,
 )
+from gputune.wording import Verbatim
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,22 +65,22 @@ def _name_axes(ax: "Axes", x: Parameter | str, y: Parameter | str) -> None:
 
     The axis of a hyperparameter also gets its scale: numbers, a logarithm or words.
     """
-    for axis, what in (("x", x), ("y", y)):
-        ax.set(**{f"{axis}label": _plain(what.label if isinstance(what, Parameter) else what)})
-        if isinstance(what, str):
+    for axis, quantity in (("x", x), ("y", y)):
+        if isinstance(quantity, str):
+            ax.set(**{f"{axis}label": _plain(quantity)})
             continue
-        ticks = parameter_scale(what).ticks if len(what.distinct) else ()
-        if what.log:
+        ax.set(**{f"{axis}label": _plain(quantity.label)})
+        ticks = parameter_scale(quantity).ticks if len(quantity.distinct) else ()
+        if quantity.log:
             ax.set(**{f"{axis}scale": "log"})
-        if what.levels or (what.log and len(ticks) == len(what.distinct)):
+        if quantity.levels or (quantity.log and len(ticks) == len(quantity.distinct)):
             places = [place for place, _ in ticks]
-            words = [_plain(words) for _, words in ticks]
-            slanted = axis == "x" and sum(map(len, words)) > _LETTERS
-            style: dict[str, Any] = (
-                {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
-            )
+            labels = [_plain(label) for _, label in ticks]
+            style: dict[str, Any] = {}
+            if axis == "x" and sum(map(len, labels)) > _LETTERS:
+                style = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
             ax.minorticks_off()
-            (ax.set_xticks if axis == "x" else ax.set_yticks)(places, words, **style)
+            (ax.set_xticks if axis == "x" else ax.set_yticks)(places, labels, **style)
 
 
 def _scale_axis(ax: "Axes", scale: Scale) -> None:
@@ -88,17 +89,17 @@ def _scale_axis(ax: "Axes", scale: Scale) -> None:
 
 
 def _draw_scores(
-    ax: "Axes", x: Parameter | str, places: NDArray[Any], shown: Scores, **style: Any
+    ax: "Axes", x: Parameter | str, places: NDArray[Any], view: Scores, **style: Any
 ) -> None:
     """Draw a point per trial with a place and a score.
 
     The title says how many points were moved to the edge of the axis.
     """
-    drawn = np.isfinite(places) & np.isfinite(shown.values)
-    ax.scatter(places[drawn], np.clip(shown.values[drawn], *shown.range), s=14, **style)
-    _name_axes(ax, x, shown.measure.title)
-    _scale_axis(ax, shown.scale())
-    ax.set_title("\n".join(shown.notes), fontsize="small")
+    drawn = np.isfinite(places) & np.isfinite(view.values)
+    ax.scatter(places[drawn], np.clip(view.values[drawn], *view.range), s=14, **style)
+    _name_axes(ax, x, view.measure.title)
+    _scale_axis(ax, view.scale())
+    ax.set_title("\n".join(view.notes), fontsize="small")
 
 
 def plot_history(study: Study, *, ax: "Axes | None" = None) -> "Axes":
@@ -114,16 +115,11 @@ def plot_history(study: Study, *, ax: "Axes | None" = None) -> "Axes":
         MissingExtraError: matplotlib is not installed.
     """
     ax = _axes("plot_history", ax)
-    shown = score_view(study)
+    view = score_view(study)
     numbers = np.array([trial.number for trial in study.trials], dtype=int)
-    _draw_scores(ax, "trial", numbers, shown, color=_GREY, label="trial")
-    ax.step(
-        numbers,
-        np.clip(shown.best_so_far, *shown.range),
-        where="post",
-        color=_BLUE,
-        label="best so far",
-    )
+    _draw_scores(ax, "trial", numbers, view, color=_GREY, label="trial")
+    best = np.clip(view.best_so_far, *view.range)
+    ax.step(numbers, best, where="post", color=_BLUE, label="best so far")
     ax.legend()
     return ax
 
@@ -153,13 +149,12 @@ def plot_curves(study: Study, *, best: int = BEST, ax: "Axes | None" = None) -> 
     for place, row in enumerate(curves.order[:best]):
         mean = curves.mean[row]
         spread = curves.spread[row]
-        colour = f"C{place % 10}"
-        ax.plot(
-            curves.epochs, mean, color=colour, label=f"trial {study.trials[row].number}", zorder=3
-        )
+        color = f"C{place % 10}"
+        label = f"trial {study.trials[row].number}"
+        ax.plot(curves.epochs, mean, color=color, label=label, zorder=3)
         if np.isfinite(spread).any():
             ax.fill_between(
-                curves.epochs, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0
+                curves.epochs, mean - spread, mean + spread, color=color, alpha=0.15, linewidth=0
             )
     _name_axes(ax, "epoch", curves.measure.title)
     if curves.order:
@@ -186,21 +181,21 @@ def plot_slice(
             hyperparameter varied.
         MissingExtraError: matplotlib is not installed.
     """
-    shown = score_view(study)
-    style = dict[str, Any](color=_BLUE, alpha=0.7)
+    view = score_view(study)
     if parameter is not None:
         column = _parameter(study, parameter, "plot_slice")
         ax = _axes("plot_slice", ax, (4.5, 3.5))
-        _draw_scores(ax, column, column.values, shown, **style)
+        _draw_scores(ax, column, column.values, view, color=_BLUE, alpha=0.7)
         return ax
     if ax is not None:
         raise InputError(
-            "plot_slice(ax=...) is one Axes and needs parameter=..., got none; name one."
+            "plot_slice(ax=...)",
+            "draws only one hyperparameter",
+            remedy="Name it: plot_slice(parameter=..., ax=...).",
         )
-    if not (varied := varied_parameters(study)):
-        raise InputError(
-            "plot_slice() needs a hyperparameter in which two trials differ, and there is none."
-        )
+    varied = varied_parameters(study)
+    if not varied:
+        raise InputError("plot_slice()", "needs a hyperparameter that differs between trials")
     columns = min(_COLUMNS, len(varied))
     rows = math.ceil(len(varied) / columns)
     size = (3.6 * columns, 3 * rows)
@@ -209,7 +204,7 @@ def plot_slice(
     )
     cells: np.ndarray = grid.ravel()
     for cell, column in zip(cells, varied):
-        _draw_scores(cell, column, column.values, shown, **style)
+        _draw_scores(cell, column, column.values, view, color=_BLUE, alpha=0.7)
     for cell in cells[len(varied) :]:
         cell.remove()
     return cells[: len(varied)]
@@ -219,9 +214,9 @@ def _parameter(study: Study, name: str, plot: str) -> Parameter:
     """Return a hyperparameter by its name. Raises InputError with the known names."""
     columns = {parameter.name: parameter for parameter in parameters(study)}
     if name not in columns:
-        known = ", ".join(map(short, columns)) or "none"
+        names = ", ".join(map(short, columns)) or "none"
         raise InputError(
-            f"{plot}: the trials have no hyperparameter {name!r}; choose one of {known}."
+            f"{plot}()", f"must name a hyperparameter of the trials: {names}", got=name
         )
     return columns[name]
 
@@ -244,25 +239,24 @@ def plot_parallel(study: Study, *, ax: "Axes | None" = None) -> "Axes":
         MissingExtraError: matplotlib is not installed.
     """
     ax = _axes("plot_parallel", ax, (9.0, 4.5))
-    shown = score_view(study)
+    view = score_view(study)
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    columns = parallel_axes(shown)
-    colours = ScalarMappable(Normalize(*shown.range), _colour_map(shown))
+    columns = parallel_axes(view)
+    colors = ScalarMappable(Normalize(*view.range), _color_map(view))
     places = range(len(columns))
-    for row in shown.order[::-1]:
+    for row in view.order[::-1]:
         heights = [column.heights[row] for column in columns]
-        ax.plot(places, heights, color=colours.to_rgba(shown.values[row]), linewidth=0.8)
+        ax.plot(places, heights, color=colors.to_rgba(view.values[row]), linewidth=0.8)
     for place, column in enumerate(columns):
         for value, label in column.scale.ticks:
             height = float(column.scale(value))
-            ax.text(
-                place, height, f" {_plain(label)}", fontsize="x-small", va="center", clip_on=True
-            )
+            text = f" {_plain(label)}"
+            ax.text(place, height, text, fontsize="x-small", va="center", clip_on=True)
     ax.set_xticks(places, [_plain(column.label) for column in columns])
     ax.set_ylabel("low to high")
-    ax.figure.colorbar(colours, ax=ax, label=_plain(shown.measure.title))
+    ax.figure.colorbar(colors, ax=ax, label=_plain(view.measure.title))
     return ax
 
 
@@ -283,23 +277,26 @@ def plot_pareto(
         InputError: the study has only one metric, or a name is not one of its metrics.
         MissingExtraError: matplotlib is not installed.
     """
-    known = study.metrics
-    x = known[0] if x is None and known else x
-    y = next((name for name in known if name != x), None) if y is None else y
-    front = pareto_front(
-        study, check_metric(study, x, "plot_pareto"), check_metric(study, y, "plot_pareto")
-    )
-    ax, (across, down) = _axes("plot_pareto", ax, (5.0, 4.0)), front.measures
+    metrics = study.metrics
+    if x is None and metrics:
+        x = metrics[0]
+    if y is None:
+        y = next((name for name in metrics if name != x), None)
+    x = check_metric(study, x, "plot_pareto")
+    y = check_metric(study, y, "plot_pareto")
+    front = pareto_front(study, x, y)
+    ax = _axes("plot_pareto", ax, (5.0, 4.0))
     ax.scatter(front.values[:, 0], front.values[:, 1], s=14, color=_GREY, label="trial")
     ax.plot(*front.values[front.order].T, "o-", color=_BLUE, markersize=5, label="Pareto-optimal")
-    _name_axes(ax, across.title, down.title)
+    x_measure, y_measure = front.measures
+    _name_axes(ax, x_measure.title, y_measure.title)
     ax.legend()
     return ax
 
 
-def _colour_map(shown: Scores) -> str:
+def _color_map(view: Scores) -> str:
     """Return the name of a color map in which better scores are brighter."""
-    return "viridis_r" if shown.measure.lower_is_better else "viridis"
+    return "viridis_r" if view.measure.lower_is_better else "viridis"
 
 
 def plot_importance(study: Study, *, seed: int = 0, ax: "Axes | None" = None) -> "Axes":
@@ -316,14 +313,14 @@ def plot_importance(study: Study, *, seed: int = 0, ax: "Axes | None" = None) ->
         InputError: fewer than ten trials are finished, or no hyperparameter varied.
         MissingExtraError: matplotlib is not installed.
     """
-    shown = importance(study, seed=seed)
-    ax = _axes("plot_importance", ax, (6.0, 1.2 + 0.4 * len(shown.names)))
-    places = range(len(shown.names))
-    ax.barh(places, shown.drops, xerr=shown.errors, color=_BLUE, height=0.6)
-    ax.set_yticks(places, list(map(_plain, shown.labels)))
+    forest = importance(study, seed=seed)
+    ax = _axes("plot_importance", ax, (6.0, 1.2 + 0.4 * len(forest.names)))
+    places = range(len(forest.names))
+    ax.barh(places, forest.drops, xerr=forest.errors, color=_BLUE, height=0.6)
+    ax.set_yticks(places, list(map(_plain, forest.labels)))
     ax.invert_yaxis()
     ax.set_xlabel(
-        f"fall of the forest's R² when shuffled (R² {shown.fit:.2f} on trials it has not seen)"
+        f"fall of the forest's R² when shuffled (R² {forest.fit:.2f} on trials that are new to it)"
     )
     return ax
 
@@ -349,40 +346,45 @@ def plot_contour(
             line.
         MissingExtraError: matplotlib is not installed.
     """
+    plot = "plot_contour()"
     if (x is None) != (y is None) or (x is not None and x == y):
-        raise InputError(
-            f"plot_contour needs two different hyperparameters or none, got x={x!r}, y={y!r}."
-        )
+        got = Verbatim(f"x={x!r}, y={y!r}")
+        raise InputError(plot, "needs two different hyperparameters or none", got=got)
     try:
         names = importance(study).names if x is None else (x, str(y))
     except InputError as error:
-        raise InputError(f"{error} Or name two: plot_contour(x, y).") from None
+        raise InputError(None, error.message, remedy="Or name two: plot_contour(x, y).") from None
     if len(names) < 2:
-        raise InputError(f"plot_contour needs two hyperparameters that vary, got {len(names)}.")
+        raise InputError(plot, "needs two hyperparameters that vary", got=len(names))
     columns = [_parameter(study, name, "plot_contour") for name in names[:2]]
-    shown = score_view(study)
-    at = np.stack([column.values for column in columns], axis=1)
-    scored = np.isfinite(at).all(1) & np.isfinite(shown.values)
-    places, trials = np.unique(at[scored], axis=0, return_inverse=True)
-    means = np.bincount(trials.ravel(), shown.values[scored]) / np.bincount(trials.ravel())
-    flat = np.stack([np.log(at) if one.log else at for one, at in zip(columns, places.T)], axis=1)
-    if len(places) < 3 or np.linalg.matrix_rank(flat - flat[0], tol=1e-9) < 2:
+    view = score_view(study)
+    values = np.stack([column.values for column in columns], axis=1)
+    scored = np.isfinite(values).all(1) & np.isfinite(view.values)
+    # (n, 2): the places of the trials, without repetitions
+    places, trials = np.unique(values[scored], axis=0, return_inverse=True)
+    means = np.bincount(trials.ravel(), view.values[scored]) / np.bincount(trials.ravel())
+    scaled = places.copy()
+    for axis, column in enumerate(columns):
+        if column.log:
+            scaled[:, axis] = np.log(places[:, axis])
+    if len(places) < 3 or np.linalg.matrix_rank(scaled - scaled[0], tol=1e-9) < 2:
         raise InputError(
-            "plot_contour needs scored trials at three places that are not on one line, got "
-            f"{len(places)} places in {columns[0].name!r} and {columns[1].name!r}; choose others, "
-            "or search further."
+            plot,
+            "needs scored trials at three places that are not on one line",
+            got=Verbatim(f"{len(places)} places in {columns[0].name!r} and {columns[1].name!r}"),
+            remedy="Choose others, or search further.",
         )
     ax = _axes("plot_contour", ax, (6.0, 4.5))
     from matplotlib.tri import Triangulation
 
     # The triangles are computed on the scales of the axes, and drawn at the values.
-    (x_places, y_places), triangles = places.T, Triangulation(*flat.T).triangles
-    low, high = score_range(means, shown.measure)
+    x_places, y_places = places.T
+    drawn = Triangulation(x_places, y_places, Triangulation(*scaled.T).triangles)
+    low, high = score_range(means, view.measure)
     levels = np.linspace(low, high if high > low else low + 1e-12, _LEVELS)
-    drawn = Triangulation(x_places, y_places, triangles)
-    filled = ax.tricontourf(drawn, means, levels=levels, cmap=_colour_map(shown), extend="both")
+    filled = ax.tricontourf(drawn, means, levels=levels, cmap=_color_map(view), extend="both")
     ax.scatter(x_places, y_places, s=10, color="white", edgecolor="black", linewidth=0.5)
-    ax.figure.colorbar(filled, ax=ax, label=_plain(shown.measure.title))
+    ax.figure.colorbar(filled, ax=ax, label=_plain(view.measure.title))
     _name_axes(ax, *columns)
     return ax
 
@@ -405,29 +407,25 @@ def plot_path(study: Study, parameter: str | None = None, *, ax: "Axes | None" =
     """
     columns = {column.name: column for column in descended(study)}
     if not columns:
-        raise InputError(
-            "plot_path needs a study by hypergradients: tune(..., method='hypergradient')."
-        )
+        rule = "needs a study of a hypergradient search, tune(..., method='hypergradient')"
+        raise InputError("plot_path()", rule)
     name = next(iter(columns)) if parameter is None else parameter
     if name not in columns:
         raise InputError(
-            f"plot_path(parameter=...) must be one of {', '.join(columns)}, got {name!r}."
+            "plot_path(parameter=...)", f"must be one of {', '.join(columns)}", got=name
         )
     ax = _axes("plot_path", ax)
-    shown = descent_paths(study)
-    for place, path in reversed(list(enumerate(shown))):
+    paths = descent_paths(study)
+    for place, path in reversed(list(enumerate(paths))):
         named = place < BEST
         values = path.values[name]
         noisy = ~path.usable
-        (line,) = ax.plot(
-            path.steps, values, "o-", color=f"C{place}" if named else _GREY, markersize=4
-        )
+        color = f"C{place}" if named else _GREY
+        (line,) = ax.plot(path.steps, values, "o-", color=color, markersize=4)
         line.set(label=f"start {path.start}" if named else None, zorder=2 + named)
-        (points,) = ax.plot(
-            path.steps[noisy], values[noisy], "o", color=line.get_color(), markersize=4
-        )
+        (points,) = ax.plot(path.steps[noisy], values[noisy], "o", color=color, markersize=4)
         points.set(markerfacecolor="white", zorder=4)
     _name_axes(ax, "outer step", columns[name])
-    if shown:
+    if paths:
         ax.legend()
     return ax

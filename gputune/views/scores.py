@@ -1,5 +1,6 @@
 """Scores and curves for display: sign, order and range, several metrics, and scales of axes."""
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 from functools import partial
@@ -83,23 +84,25 @@ def linear_scale(
     """
     if not high > low:
         half = abs(low) * 0.05 or 0.5
-        low = low - half
-        high = high + half
+        low -= half
+        high += half
     margin = pad * (high - low)
-    low = low - margin
-    high = high + margin
+    low -= margin
+    high += margin
     rough = (high - low) / most
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * part for part in _STEPS if power * part >= rough * (1 - 1e-9))
-    step = math.ceil(step) if whole else step
+    if whole:
+        step = math.ceil(step)
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
     decimals = max(0, -math.floor(math.log10(step) + 1e-9) + (step / power == 2.5))
-    plain = max(abs(low), abs(high)) < 1e6 and decimals <= 6
-    marks = [k * step for k in range(first, last + 1)]
-    return Scale(
-        low, high, tuple((m, f"{m + 0.0:.{decimals}f}" if plain else number_text(m)) for m in marks)
-    )
+    is_plain = max(abs(low), abs(high)) < 1e6 and decimals <= 6
+    ticks = []
+    for k in range(first, last + 1):
+        mark = k * step
+        ticks.append((mark, f"{mark + 0.0:.{decimals}f}" if is_plain else number_text(mark)))
+    return Scale(low, high, tuple(ticks))
 
 
 def log_scale(low: float, high: float, *, most: int = 6, pad: float = 0.0) -> Scale:
@@ -108,23 +111,23 @@ def log_scale(low: float, high: float, *, most: int = 6, pad: float = 0.0) -> Sc
     Its ticks are powers of ten. If there are few, 1, 2 and 5 times the powers are used.
     """
     if not high > low:
-        low = low / 2
-        high = high * 2
+        low /= 2
+        high *= 2
     margin = pad * (math.log(high) - math.log(low))
     low = math.exp(math.log(low) - margin)
     high = math.exp(math.log(high) + margin)
-    begin = math.floor(math.log10(low))
-    end = math.ceil(math.log10(high))
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for digits in ((1, 2, 5), (1, 3), (1,)):
-        marks = [float(f"{d}e{e}") for e in range(begin, end + 1) for d in digits]
-        inside = [m for m in marks if low * (1 - 1e-9) <= m <= high * (1 + 1e-9)]
+        powers = itertools.product(exponents, digits)
+        marks = [float(f"{digit}e{exponent}") for exponent, digit in powers]
+        inside = [mark for mark in marks if low * (1 - 1e-9) <= mark <= high * (1 + 1e-9)]
         if 2 <= len(inside) <= most:
             break
-    else:
-        inside = inside[:: max(1, math.ceil(len(inside) / most))] if len(inside) > 1 else []
-    # The range may be shorter than a decade and hold no mark.
-    ticks = tuple((m, number_text(m)) for m in inside) or linear_scale(low, high, most=most).ticks
-    return Scale(low, high, ticks, log=True)
+    if len(inside) > most:
+        inside = inside[:: math.ceil(len(inside) / most)]
+    if len(inside) < 2:  # the range may be shorter than a decade
+        return replace(linear_scale(low, high, most=most), log=True)
+    return Scale(low, high, tuple((mark, number_text(mark)) for mark in inside), log=True)
 
 
 def value_scale(low: float, high: float, measure: Measure, *, pad: float = _PAD) -> Scale:
@@ -186,25 +189,23 @@ class Scores:
     def notes(self) -> tuple[str, ...]:
         """The notes on scores beyond the ends of their axis."""
         low, high = self.range
-        beyond = int(
-            (self.values > high if self.measure.lower_is_better else self.values < low).sum()
+        is_beyond = self.values > high if self.measure.lower_is_better else self.values < low
+        n_beyond = int(is_beyond.sum())
+        if not n_beyond:
+            return ()
+        verbs = (
+            "lies beyond the axis and stands" if n_beyond == 1 else "lie beyond the axis and stand"
         )
-        lie, stand = ("lies", "stands") if beyond == 1 else ("lie", "stand")
-        return (
-            (f"{count(beyond, 'score')} {lie} beyond the axis and {stand} at its edge.",)
-            if beyond
-            else ()
-        )
+        return (f"{count(n_beyond, 'score')} {verbs} at its edge.",)
 
 
 def score_view(study: Study) -> Scores:
     """Return the scores of a study for display."""
-    scores = study.scores
-    finite = np.isfinite(study.scores)
-    measure = study.record.measure(float(scores[finite].max()) if finite.any() else math.nan)
+    scores = np.where(np.isfinite(study.scores), study.scores, np.nan)
+    order = [row for row in study.order if not np.isnan(scores[row])]
+    measure = study.record.measure(float(np.nanmax(scores)) if order else math.nan)
     late = np.array([trial.state != "pruned" for trial in study.trials], dtype=bool)
-    order = [row for row in study.order if finite[row]]
-    return Scores(study, measure, _in_sign(measure, np.where(finite, scores, np.nan)), late, order)
+    return Scores(study, measure, _in_sign(measure, scores), late, order)
 
 
 def order_by_score(study: Study) -> list[int]:
@@ -259,20 +260,24 @@ class LearningCurves:
 
         It also holds the final scores of other curves, unless they are far off.
         """
-        late = [row for row in self.order if self.study.trials[row].state != "pruned"] or self.order
-        ends = [self.mean[row][np.isfinite(self.mean[row])][-1] for row in late]
+        late = [row for row in self.order if self.study.trials[row].state != "pruned"]
+        ends = []
+        for row in late or self.order:
+            curve = self.mean[row]
+            ends.append(curve[np.isfinite(curve)][-1])
         low, high = score_range(np.array(ends), self.measure)
         best = self.order[:BEST]
-        whole = self.mean[best]
+        curves = self.mean[best]
         spread = np.nan_to_num(self.spread[best])
-        low = min(low, float(np.nanmin(whole)))
-        high = max(high, float(np.nanmax(whole)))
+        low = min(low, float(np.nanmin(curves)))
+        high = max(high, float(np.nanmax(curves)))
         # The axis also holds the bands on the good side. A logarithmic axis cannot hold a whole
         # band.
         if self.measure.lower_is_better:
-            low = max(min(low, float(np.nanmin(whole - spread))), low / 2 if low > 0 else -np.inf)
+            least = low / 2 if low > 0 else -np.inf
+            low = max(min(low, float(np.nanmin(curves - spread))), least)
         else:
-            high = max(high, float(np.nanmax(whole + spread)))
+            high = max(high, float(np.nanmax(curves + spread)))
         return value_scale(low, high, self.measure, pad=0.03)
 
 
@@ -301,9 +306,8 @@ def metric_scores(study: Study) -> NDArray[np.float64]:
 
 def measures(study: Study) -> dict[str, Measure]:
     """Return metric -> the way to show its scores, or {} for one metric."""
-    best = np.where(np.isfinite(table := metric_scores(study)), table, -np.inf).max(
-        0, initial=-np.inf
-    )
+    table = metric_scores(study)
+    best = np.where(np.isfinite(table), table, -np.inf).max(0, initial=-np.inf)
     return study.record.measures(best.tolist())
 
 
@@ -323,10 +327,10 @@ def pareto_trials(study: Study) -> tuple[Trial, ...]:
 def _front(study: Study, table: NDArray[np.float64]) -> list[int]:
     """Return the rows of a table of scores (C, M) that are Pareto-optimal."""
     scored = np.flatnonzero(np.isfinite(table).all(1)).tolist()
-    rows = [row for row in scored if study.trials[row].state != "pruned"] or scored
+    late = [row for row in scored if study.trials[row].state != "pruned"]
     front: list[int] = []
     # In this order no row is beaten by a later one.
-    for row in sorted(rows, key=lambda row: (*(-table[row]).tolist(), row)):
+    for row in sorted(late or scored, key=lambda row: (*(-table[row]).tolist(), row)):
         others = table[front]
         scores = table[row]
         if not ((others >= scores).all(1) & (others > scores).any(1)).any():
@@ -353,11 +357,13 @@ def pareto_front(study: Study, x: str, y: str) -> ParetoFront:
     """Return the Pareto front of two metrics."""
     pair = [study.metrics.index(x), study.metrics.index(y)]
     table = metric_scores(study)[:, pair]
-    shown = measures(study)
     order = _front(study, table)
     table = np.where(np.isfinite(table).all(1, keepdims=True), table, np.nan)
-    signs = [-1.0 if shown[name].lower_is_better else 1.0 for name in (x, y)]
-    return ParetoFront((shown[x], shown[y]), 0.0 + table * signs, order)
+    by_metric = measures(study)
+    x_measure = by_metric[x]
+    y_measure = by_metric[y]
+    values = np.stack([_in_sign(x_measure, table[:, 0]), _in_sign(y_measure, table[:, 1])], 1)
+    return ParetoFront((x_measure, y_measure), values, order)
 
 
 def epochs_by(study: Study) -> str:
@@ -382,22 +388,30 @@ def ranked_by(study: AnyStudy, metric: str) -> AnyStudy:
     place = study.metrics.index(metric)
     if place == 0:
         return study
-    order = [place, *(other for other in range(len(study.metrics)) if other != place)]
-    metrics = [study.record.metrics[other] for other in order]
+    order = list(range(len(study.metrics)))
+    order.insert(0, order.pop(place))
+    metrics = [study.record.metrics[position] for position in order]
     by = epochs_by(study) or study.metrics[0]
-    changed = {"metrics": metrics, "scoring": metrics[0]["scorer"], "baseline": None}
-    meta = {**study.meta, **changed, "epochs_by": "" if by == metric else by}
+    meta = {
+        **study.meta,
+        "metrics": metrics,
+        "scoring": metrics[0]["scorer"],
+        "baseline": None,
+        "epochs_by": "" if by == metric else by,
+    }
     trials = []
     for trial in study.trials:
         if trial.metrics:
-            scores = {one["name"]: trial.metrics[one["name"]] for one in metrics}
-            trial = replace(
-                trial, score=trial.scores[metric], fold_scores=scores[metric], metrics=scores
-            )
+            folds = {each["name"]: trial.metrics[each["name"]] for each in metrics}
+            score = trial.scores[metric]
+            trial = replace(trial, score=score, fold_scores=folds[metric], metrics=folds)
         trials.append(trial)
-    none = np.empty((len(trials), 0, 0))
     ranked = type(study)(
-        meta=meta, trials=tuple(trials), curves=none, data=study.data, file=study.file
+        meta=meta,
+        trials=tuple(trials),
+        curves=np.empty((len(trials), 0, 0)),
+        data=study.data,
+        file=study.file,
     )
     # The curves are computed on first use.
     vars(ranked)["curves"] = partial(_reorder, study, order)

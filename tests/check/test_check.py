@@ -133,7 +133,7 @@ def test_the_table(two_laws):
     assert "a law eager 1e-13 1e-10 0.0 s ok" in lines
     assert "FAILED another, -: ZeroDivisionError: division by zero" in lines
     assert "cpu compiled 3,333 99,010" in lines
-    assert "2 laws of 4 failed on" in err and "not to be trusted" in err
+    assert "2 of 4 checks failed on" in err and "do not trust results" in err
 
 
 def test_json_and_what_is_kept(two_laws):

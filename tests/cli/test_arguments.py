@@ -249,23 +249,26 @@ def test_both_ends_of_an_integer_range_are_drawn():
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("width", r"A space is written KEY=SPEC, got 'width'\. Examples: width=32"),
-        ("=3", "A space is written KEY=SPEC, got '=3'"),
-        ("width=", "A space is written KEY=SPEC, got 'width='"),
+        ("width", r"A hyperparameter must be written KEY=SPEC, got 'width'\. Examples: width=32"),
+        ("=3", "A hyperparameter must be written KEY=SPEC, got '=3'"),
+        ("width=", "A hyperparameter must be written KEY=SPEC, got 'width='"),
         ("width=a..b", "two finite numbers, got 'width=a..b'. Examples"),
         ("width=16..", "two finite numbers, got 'width=16..'. Examples"),
         ("lr=0.1..inf", "two finite numbers"),
-        ("lr=1e-4..1e-1:lg", "may end in ':log', not in ':lg', got 'lr=1e-4..1e-1:lg'. Examples"),
+        (
+            "lr=1e-4..1e-1:lg",
+            "may end in ':log', but not in ':lg', got 'lr=1e-4..1e-1:lg'. Examples",
+        ),
         (
             "width=9..9",
-            "needs LOW < HIGH, got 'width=9..9'. Swap the ends, or write width=9 for one value",
+            "must have LOW < HIGH, got 'width=9..9'. Swap the ends, or write width=9 for one value",
         ),
-        ("lr=0.1..0.01:log", "needs LOW < HIGH"),
-        ("lr=0..0.1:log", "needs LOW > 0, got 'lr=0..0.1:log'. For example lr=0.0001..0.1:log"),
-        ("module__k=-2..-1.5:log", "needs LOW > 0, .*For example module__k=1e-4..1e-1:log"),
-        ("width=1.5..3", "A range of width needs integer ends, got 'width=1.5..3'. Examples"),
-        ("width=0..9:log", "needs LOW > 0"),
-        ("width=32,,64", "needs a value at each place, got 'width=32,,64'. Examples"),
+        ("lr=0.1..0.01:log", "must have LOW < HIGH"),
+        ("lr=0..0.1:log", "must have LOW > 0, got 'lr=0..0.1:log'. For example lr=0.0001..0.1:log"),
+        ("module__k=-2..-1.5:log", "must have LOW > 0, .*For example module__k=1e-4..1e-1:log"),
+        ("width=1.5..3", "A range of width must have integer ends, got 'width=1.5..3'. Examples"),
+        ("width=0..9:log", "must have LOW > 0"),
+        ("width=32,,64", "A list must have no empty value, got 'width=32,,64'. Examples"),
         (
             "width=wide",
             "width must be an integer >= 1, got the text 'wide' in 'width=wide'. Examples",
@@ -284,5 +287,5 @@ def test_several_specs_make_one_space():
     )
     assert list(space) == ["lr", "width", "activation", "dropout", "depth"]
     assert check_space(space, keys=legal_keys("mlp", "adamw"), module=False)[0]["depth"] == [2]
-    with refused(r"must name a key once, got 'lr' twice\. Join them: lr=A,B"):
+    with refused(r"must name each key once, got 'lr' twice\. Join them: lr=A,B"):
         parse_specs(["lr=0.1", "lr=0.2"])

@@ -117,7 +117,7 @@ def test_the_right_answers_may_have_another_name(models, tmp_path):
     [
         (
             ["evaluate", "images", "t.npy"],
-            "--target is missing: give the .npy file that has the right answer of each",
+            "--target is missing. Name the .npy file with the right answer for each",
         ),
         (
             ["evaluate", "images", "t.npy", "--target", "y"],
@@ -125,7 +125,7 @@ def test_the_right_answers_may_have_another_name(models, tmp_path):
         ),
         (
             ["evaluate", "images", "t.npy", "--target", "short.npy"],
-            "has 40 rows, and the target 'short.npy' has the",
+            "has 40 rows, but the target 'short.npy' has shape",
         ),
         (
             ["evaluate", "images", "t.npz"],
@@ -141,7 +141,7 @@ def test_the_right_answers_may_have_another_name(models, tmp_path):
         ),
         (
             ["predict", "images", "t.npy", "--keep", "id"],
-            "--keep names columns of a table, and 't.npy' holds arrays",
+            "--keep names columns of a table, but 't.npy' holds arrays",
         ),
     ],
 )

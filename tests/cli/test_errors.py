@@ -197,7 +197,7 @@ def test_what_the_parser_refuses(bugs, options, words):
                 "different kind",
             ],
         ),
-        ("--kind c", ["--kind is written as in --kind zip=category, got 'c'"]),
+        ("--kind c", ["--kind must be written like --kind zip=category, got 'c'"]),
         (
             "--kind c=text",
             ["--kind must be one of number, category, date for each column, got 'text'"],
@@ -205,17 +205,20 @@ def test_what_the_parser_refuses(bugs, options, words):
         ("--class-weight ant", ["--class-weight left=5,stayed=1, or balanced, got 'ant'"]),
         (
             "--class-weight ant=many",
-            ["--class-weight has a number for each class", "got 'ant=many'"],
+            ["--class-weight must have a number for each class", "got 'ant=many'"],
         ),
         ("--class-weight cat=2", ["--class-weight names the class 'cat'"]),
         (
             "--include lr=1,2",
-            ["--include takes one value for each key, got 'lr=1,2'; lists and ranges"],
+            ["--include takes one value for each key, got 'lr=1,2'. Lists and ranges"],
         ),
-        ("--include lr=1 lr=2", ["--include must name a key once, got 'lr' twice. Leave one out."]),
+        (
+            "--include lr=1 lr=2",
+            ["--include must name each key once, got 'lr' twice. Leave one out."],
+        ),
         ("--include widht=3", ["error: --include must have only the keys", "mean 'width'?"]),
         ("--include lr=x", ["lr must be a finite number", "'lr=x'"]),
-        ("--sampler tpe --method median", ["--sampler tpe goes with --method random or halving"]),
+        ("--sampler tpe --method median", ["--sampler tpe needs --method random or halving"]),
         (
             "--method median --factor 2",
             ["--factor belongs to --method halving, got --method median"],
@@ -254,7 +257,7 @@ def test_the_configuration_of_one_training_is_named_as_it_was_typed(bugs):
 
 
 def test_a_folder_that_cannot_be_written_without_a_loss(bugs):
-    refused_tune(bugs, "--out", "bugs.csv", words=["--out 'bugs.csv'", "give a folder"])
+    refused_tune(bugs, "--out", "bugs.csv", words=["--out 'bugs.csv'", "Name another folder"])
     folder = bugs.with_name("mine")
     (folder / "model").mkdir(parents=True)
     refused_tune(bugs, "--out", "mine", words=["--out 'mine'", "give another folder"])
@@ -295,7 +298,7 @@ def test_predict_does_not_write_over_its_input(bugs, model):
         bugs,
         "--out",
         bugs,
-        words=["--out", "is the file that is read", "another name"],
+        words=["--out", "must not be the file that is read", "another name"],
     )
     refused(
         "predict",

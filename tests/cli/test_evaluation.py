@@ -175,12 +175,12 @@ def test_a_loss_that_has_a_name_is_a_score(folder, tmp_path, target, loss, value
         (
             "binary",
             "my:loss",
-            "and this model was trained on my:loss; choose another, for example neg_log_loss",
+            "but this model was trained with my:loss. Choose another score, for example neg_log_loss",
         ),
         (
             "custom",
             "",
-            "no score that has a name is of a custom target; gputune predict writes what the model",
+            "No named score fits a custom target. Use gputune predict, which writes the outputs",
         ),
     ],
 )
@@ -205,11 +205,11 @@ def test_a_score_of_a_class_without_a_row_is_none(folder, tmp_path, name):
         "--positive",
         "bee",
     ]
-    assert f"No {name}: none of these rows is of the positive class." in output(*command)
+    assert f"No {name}: no row has the positive class." in output(*command)
     score = json.loads(run(*command, "--format", "json")[1])["scores"][name]
     assert score == {
         "score": None,
-        "why": "none of these rows is of the positive class",
+        "why": "no row has the positive class",
         "positive": "bee",
     }
 
@@ -221,8 +221,7 @@ def test_a_class_that_the_model_does_not_know_is_wrong(folder, tmp_path):
         "evaluate", folder / "kind" / "model", tmp_path / "cats.csv", "--scoring", "accuracy"
     )
     assert (
-        code == 0
-        and "1 row of a class that the model does not know counts as wrong, in scores" in out
+        code == 0 and "1 row of a class that the model does not have counts as wrong. Scores" in out
     )
     assert "cat       1          -  0.0000" in out
 
@@ -237,9 +236,9 @@ def test_a_class_that_the_model_does_not_know_is_wrong(folder, tmp_path):
         (["--scoring", "r2"], "--scoring r2 does not fit a binary task"),
         (
             ["--scoring", "accuracy,neg_loss"],
-            "--scoring neg_loss is of a module and of a loss that has a name, cross_entropy, "
-            "mse, mae, huber, quantile, bce, and this model is a built-in mlp; choose another, "
-            "for example neg_log_loss.",
+            "--scoring neg_loss needs a module that was trained with a named loss (cross_entropy, "
+            "mse, mae, huber, quantile, bce), but this model is a built-in mlp. Choose another "
+            "score, for example neg_log_loss.",
         ),
         (["--scoring", "f1"], "say which of the two it is, --positive ant or --positive bee"),
         (
@@ -278,7 +277,7 @@ COLUMN = pl.lit(0).alias("a")
             [],
             "such as 'dear'. Convert it.",
         ),
-        ("price", COLUMN, ["--positive", "1"], "--positive needs a model of classes, and "),
+        ("price", COLUMN, ["--positive", "1"], "--positive needs a model of classes, but "),
         ("price", COLUMN, ["--scoring", "f1"], "--scoring f1 does not fit a regression task"),
         (
             "kind",
@@ -297,7 +296,7 @@ def test_rows_that_cannot_be_evaluated(folder, tmp_path, target, change, options
     ("target", "column", "words"),
     [
         ("price", "a", "new.csv' has no column 'a'"),
-        ("kind", "kind", "new.csv' has no column 'kind', with which the model is to be compared"),
+        ("kind", "kind", "new.csv' has no column 'kind' with the right answers. To predict"),
     ],
 )
 def test_a_file_without_a_column_or_the_answers(folder, tmp_path, target, column, words):
@@ -390,7 +389,7 @@ def test_a_model_without_a_sample_of_its_rows_or_with_a_damaged_one(folder):
     model = gputune.load_model(folder / "price" / "model")
     rows = rows_with_target(model, str(folder / "t.csv"))
     model.info["trained_rows"] = "no hexadecimal number"
-    with refused("the model's sample of its training rows is damaged: .*Save it again"):
+    with refused("The model's sample of its training rows is damaged: .*Save the model again"):
         evaluation(model, rows, None, None)
     del model.info["trained_rows"]
     found = evaluation(model, rows, None, None)

@@ -58,7 +58,7 @@ def test_classes_are_scored_as_scikit_learn_does(scoring, classes):
     estimator, model = fitted(y)
     held = held_out_score(model, scoring, read_source(X[40:], y[40:]))
     assert held.score == pytest.approx(get_scorer(scoring)(estimator, X[40:], y[40:]), abs=1e-9)
-    assert (held.rows, held.unseen, held.why) == (20, 0, "")
+    assert (held.rows, held.unseen, held.reason) == (20, 0, "")
 
 
 @pytest.mark.parametrize("scoring", ["roc_auc", "f1", "average_precision"])
@@ -119,7 +119,7 @@ def test_an_undefined_score_is_nan_with_the_reason():
     _, model = fitted(y)
     alone = np.flatnonzero(y == "ant")[:5]
     held = held_out_score(model, "roc_auc", read_source(X[alone], y[alone]))
-    assert math.isnan(held.score) and held.why == "it is undefined on these rows"
+    assert math.isnan(held.score) and held.reason == "it is undefined on these rows"
 
 
 SCORES = [
@@ -225,7 +225,7 @@ def test_a_loss_that_has_a_name_is_of_known_rows_and_another_one_is_no_score():
     assert held.score == pytest.approx(expected) and held.unseen == 3
     model.info = {"loss": "my:loss"}
     held = held_out_score(model, "neg_loss", read_source(X[40:], tested))
-    assert held.why == "a saved model holds no loss but one that has a name" and held.rows == 20
+    assert held.reason == "a saved model keeps its loss only if it has a name" and held.rows == 20
 
 
 def test_the_command_calibrates_where_that_is_asked_or_the_log_loss_ranks(tmp_path):
@@ -243,11 +243,15 @@ def test_the_command_calibrates_where_that_is_asked_or_the_log_loss_ranks(tmp_pa
     assert run(*words, "--target", "kind", *loss)[0] == 0
     assert gputune.load_model(tmp_path / "loss" / "model").temperature != 1
     code, _, err = run(*words, "--target", "price", "--calibrate", "--out", tmp_path / "no")
-    assert code == 2 and "--calibrate is for one class to be predicted, and the target is" in err
+    assert (
+        code == 2 and "--calibrate needs a model that predicts one class, but the target is" in err
+    )
     code, _, err = run(
         *words, "--target", "price", "--intervals", "--calibrate", "--out", tmp_path / "no"
     )
-    assert code == 2 and "--calibrate is for one class to be predicted, and the target is" in err
+    assert (
+        code == 2 and "--calibrate needs a model that predicts one class, but the target is" in err
+    )
     assert not (tmp_path / "no").exists()  # nothing was trained
 
 

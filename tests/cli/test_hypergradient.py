@@ -25,7 +25,7 @@ def test_the_closing_text_counts_starts(descended):
     words = "Method hypergradient search on lr from 3 starting points, at most 3 outer steps each"
     assert words in " ".join(text.split())
     assert f"The best {min(5, len(study.trials))} of {len(study.trials)} trials by log_loss" in text
-    assert "more of them may be better" not in text
+    assert "more epochs may be better" not in text
     assert {trial.origin[0] for trial in study.trials} == {0, 1, 2}
 
 
@@ -68,7 +68,7 @@ def test_chaos_is_counted_in_the_closing_text(tmp_path):
     assert code == 0 and guarded["chaotic"] and guarded["differences"]
     flat = " ".join(text.split())
     assert f"the slope was noise at {guarded['chaotic']} point" in flat
-    assert f"taken by wide finite differences at {guarded['differences']} point" in flat
+    assert f"the slope came from wide finite differences at {guarded['differences']} point" in flat
 
 
 def test_halving_is_told_in_the_closing_text(tmp_path):

@@ -376,7 +376,7 @@ def test_a_search_goes_on_without_its_callbacks_and_says_so(bugs):
     lose_results("my.db", 1)
     code, _, err = run("resume", "my.db", loud=True)
     assert code == 0 and count.heard == 3
-    assert "note: Count: callbacks are not held by a study file, so these are not called." in err
+    assert "note: a study file does not store callbacks, so these are not called: Count." in err
     assert table("my.db") == expected
     lose_results("my.db", 1)
     assert run("resume", "my.db")[2] == ""

@@ -110,7 +110,7 @@ def test_a_tenth_of_the_member_steps(iris):
     [
         (
             ["--test-size", "0"],
-            "No rows are held out on which to compare with the default's model.",
+            "No rows are held out to compare the model with the default's model.",
         ),
         (
             ["--no-default"],
@@ -132,10 +132,10 @@ def test_the_default_as_the_best_trial_is_not_trained_twice(tmp_path):
     assert best not in text_of("resume", out, "--no-compare-default")
     text = text_of("resume", out, "--compare-default", "--ensemble")
     assert not re.search(COMPARED, text)
-    assert "the best trial alone (the default configuration) " in text
+    assert "the best trial (the default configuration) " in text
     saved = gputune.load_model(out / "model")
     alone = "ensemble" in saved.info
-    model = "the best trial alone is" if alone else "the saved model is"
+    model = "the model of the best trial is" if alone else "the saved model is"
     assert f"{best} {model} the default's model." in text
 
 
@@ -143,7 +143,7 @@ def test_the_default_as_the_best_trial_is_not_trained_twice(tmp_path):
 def test_the_text_names_the_default_as_the_model_of_the_best_trial(ensemble):
     info = {"ensemble": [{"trial": 0}, {"trial": 1}]} if ensemble else {}
     text = same_model_text(replace(make_model(np.stack([A, B], 1), classes=None), info=info))
-    expected = "the best trial alone is" if ensemble else "the saved model is"
+    expected = "the model of the best trial is" if ensemble else "the saved model is"
     assert (
         text == f"The best trial is the default configuration, so {expected} the default's model."
     )
@@ -176,7 +176,7 @@ def test_what_goes_wrong_with_the_defaults_model_leaves_the_best_one(tmp_path, m
     if isinstance(error, KeyboardInterrupt):
         assert (
             code == INTERRUPTED
-            and "the comparison with the default was interrupted; the best model is saved" in err
+            and "the comparison with the default was interrupted. The best model is saved" in err
         )
     else:
         assert (
@@ -198,7 +198,7 @@ def test_two_scores_within_their_intervals_may_be_chance():
     )
     far = replace(default, score=-0.5, interval=(-0.55, -0.45))
     assert "chance" not in comparison_text(measure, saved, far)
-    nothing = HeldOut(float("nan"), 50, why="it is undefined on these rows")
+    nothing = HeldOut(float("nan"), 50, reason="it is undefined on these rows")
     assert (
         comparison_text(measure, saved, nothing)
         == "The default's model has no held-out log_loss to compare with."
@@ -280,7 +280,7 @@ def test_rows_that_chose_the_ensemble_are_not_called_untouched(tmp_path):
 @pytest.mark.parametrize(
     ("info", "words"),
     [
-        ({}, "the model on 36 rows nothing was fitted on; the best of"),
+        ({}, "the model on 36 rows that nothing was fitted on; the best of"),
         # as an earlier version saved it
         ({"ensemble": {"0": 1.0}}, "but they chose it over the best trial, so"),
         ({"held_out_chose": True}, "but they chose it over an ensemble, so"),

@@ -119,7 +119,7 @@ def test_the_best_of_those_that_were_sent_away_is_said_to_be_one(path):
         path, 3, *(result(n, state="pruned", score=0.5 + n / 10) for n in range(2))
     ) as store:
         said = "Best     accuracy 0.6000 in trial 1: lr=0.05, width=16, activation=relu"
-        assert f"{said} (pruned; those that train on are not told yet)\n" in status(path)
+        assert f"{said} (pruned; trials that still train have no score yet)\n" in status(path)
         store.finish([result(2, state="pruned", score=0.1)])
     assert f"{said}\n" in status(path)
 
@@ -301,7 +301,7 @@ def test_bad_places_are_refused_and_nothing_is_lost(tmp_path):
     study = tmp_path / "study.db"
     Store.create(study, {}).close()
     before = study.read_bytes()
-    words = f"error: --out {str(study)!r} is the file of the study itself; give another name"
+    words = f"error: --out {str(study)!r} must not be the file of the study. Give another name"
     assert words in refusal("report", study, "--out", study)
     assert "there is no study file" in refusal(
         "report", tmp_path / "none.db", "--out", tmp_path / "x.html"

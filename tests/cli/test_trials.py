@@ -63,7 +63,7 @@ def test_a_failed_trial_says_why_and_one_without_reports_has_no_epoch():
     assert len(others) == 17 + 1
     assert "trial 0: a NaN or infinite score was returned or reported" in nan
     assert "trial 1: ValueError: no" in raised and "trial 2: out of memory" in big
-    assert lines[-1] == "  and 2 more, of which --format json tells"
+    assert lines[-1] == "  and 2 more (--format json lists all)"
     row = next(line.split() for line in lines if line.split()[:1] == ["22"])
     assert row[1:5] == ["0.8000", "±", "0.1000", "-"]
     assert best_text(study).split("\n")[0] == "trial 22: accuracy 0.8000 ± 0.1000"

@@ -156,13 +156,16 @@ def test_where_the_result_cannot_be_written_is_said_before_anything_is_read(tmp_
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").touch()
-    refused("", "--out '' is no folder; name one, or leave it out for gputune-out.")
-    refused("text", "--out 'text': 'text' is a file; give a folder.")
-    refused("text/o", f"--out 'text/o': '{tmp_path / 'text'}' is a file; give a folder.")
+    refused("", "--out must be a folder, got ''. Name one, or leave it out for gputune-out.")
+    refused("text", "--out 'text' must be a folder, but 'text' is a file. Name another folder.")
+    refused(
+        "text/o",
+        f"--out 'text/o' must be a folder, but '{tmp_path / 'text'}' is a file. Name another folder.",
+    )
     monkeypatch.setattr("gputune.cli.tune.os.access", lambda place, mode: False)
     refused(
         "o",
-        f"--out 'o' cannot be written: check the rights of '{tmp_path}', or give another folder.",
+        f"--out 'o' cannot be written. Check the permissions of '{tmp_path}', or name another folder.",
     )
     assert sorted(place.name for place in tmp_path.iterdir()) == ["text"]
 
@@ -272,7 +275,7 @@ def test_a_guess_of_the_task_that_may_be_wrong_is_a_warning_said_once(tmp_path):
 def test_without_held_out_rows_no_honest_score_is_left(tmp_path):
     _, folder, out = searched(tmp_path, "--test-size", "0")
     assert ": 40 rows to search on Columns " in " ".join(out.split())
-    assert "All rows were used, so no honest score is left" in out and "Held-out" not in out
+    assert "All rows were used, so there is no honest score" in out and "Held-out" not in out
     assert "held_out_score" not in gputune.load_model(folder / "model").info
 
 
@@ -415,9 +418,9 @@ def test_one_configuration_is_trained_without_a_search(tmp_path, monkeypatch):
         "gputune.tuning.pipeline.check_ending", lambda study, number: study
     )  # as beside a trial that has one
     code, _, err = run(*command, *diverged)
-    assert code == 1 and "trial 0, which was to be trained, has no finite score: it diverged" in err
+    assert code == 1 and "trial 0 has no finite score: it diverged" in err
     for words, said in {
-        "lr=1,2": "got 'lr=1,2'; lists and ranges are for",
+        "lr=1,2": "got 'lr=1,2'. Lists and ranges are for",
         "lr=1..2": "got 'lr=1..2'",
     }.items():
         code, _, err = run(*command, "--set", words)
@@ -432,7 +435,7 @@ def test_an_interrupted_ensemble_leaves_the_best_trial(tmp_path, monkeypatch):
     monkeypatch.setattr(tune.Study, "ensemble", stopped)
     code, out, err = run("tune", "sklearn:iris", "--out", tmp_path / "o", "--ensemble", *FAST)
     assert code == 130 and "The best 3 of 3 trials" in out and "Held-out accuracy" in out
-    assert err == "gputune: the ensemble was interrupted; the model of the best trial is saved.\n"
+    assert err == "gputune: the ensemble was interrupted. The model of the best trial is saved.\n"
     assert gputune.load_model(tmp_path / "o" / "model").info["held_out_rows"] == 30
 
 
@@ -533,7 +536,7 @@ def test_an_interrupt_says_what_is_kept(tmp_path, monkeypatch, stop_after):
             in err
         )
     else:
-        assert err == "gputune: interrupted before the first trial; nothing was kept.\n"
+        assert err == "gputune: interrupted before the first trial. Nothing is stored.\n"
 
 
 def test_names_from_a_file_do_not_steer_the_terminal(tmp_path):
@@ -645,8 +648,8 @@ def test_no_predicted_text_is_a_formula(tmp_path):
     code, out, err = run("predict", model, table, "--proba")
     assert (code, read_csv(out)[0]) == (0, ["+3", "-", "'-cheap", "'=1+1", "'@x"])
     assert err == (
-        "gputune: warning: a spreadsheet takes '-cheap' for a formula, so that there is a ' "
-        "before it; --raw leaves it out.\n"
+        "gputune: warning: A spreadsheet would read '-cheap' as a formula, so gputune writes a ' "
+        "before it. Pass --raw to leave it out.\n"
     )
     code, out, err = run("predict", model, table, "--proba", "--raw")
     assert (code, read_csv(out)[0], err) == (0, ["+3", "-", "-cheap", "=1+1", "@x"], "")
@@ -757,7 +760,7 @@ def test_the_closing_text_says_what_is_to_be_known_of_the_scores():
     assert "has counts as wrong. The best cross-validated accuracy" in text
     assert (
         "On the same folds ant scores 0.4000 without a model. It was best after the last of 30 "
-        "epochs: more" in text
+        "epochs, so more" in text
     )
     assert (
         text.endswith("gputune.Study.open('out/study.db').best_model()")
@@ -770,7 +773,7 @@ def test_an_accuracy_of_labels_is_one_of_rows():
     y = np.arange(60).reshape(30, 2) % 2
     y[::3] = 1
     words = {"n_trials": 1, "max_epochs": 1, "cv": 2, "verbose": 0}
-    rows = "accuracy is the share of rows of which all labels are right"
+    rows = "accuracy is the share of rows with only correct labels"
     assert rows in closing(gputune.tune(Net, X, y, **words))
     assert rows not in closing(gputune.tune(Net, X, y, scoring="neg_loss", **words))
 
@@ -811,6 +814,7 @@ def test_a_sampler_whose_batches_are_halved():
     assert "after epoch 3" in text and "hypergradient" not in text
     pruned = tuple(trial for trial in study.trials if trial.state == "pruned")
     alone = replace(study, trials=pruned, curves=study.curves[: len(pruned)])
-    assert f"The best 5 of {len(pruned)} trials, pruned as all with a score are, by" in closing(
-        alone
+    assert (
+        f"The best 5 of {len(pruned)} trials, pruned like all trials with a score, by"
+        in closing(alone)
     )

@@ -295,7 +295,7 @@ class TestFiles:
             ("n.pt", "the file is empty"),
             ("half.pt", "the file is damaged"),
             ("m.pt", "holds more than tensors. gputune does not unpickle"),
-            ("f.npz", "is a folder; give the file"),
+            ("f.npz", "is a folder. Give the file"),
         ]:
             with refused(message):
                 read_array_file(tmp_path / name)

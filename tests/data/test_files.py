@@ -195,7 +195,7 @@ def test_a_packed_file_is_unpacked_as_far_as_there_is_memory(monkeypatch, tmp_pa
     (tmp_path / "bomb.csv.gz").write_bytes(gzip.compress(b"a,b\n" + b"1,2\n" * 10_000_000, 1))
     monkeypatch.setattr(files, "free_memory", lambda: 16 << 20)
     monkeypatch.setattr(files.gzip, "open", lambda file, mode: Counting(fileobj=file, mode=mode))
-    with refused("bomb.csv.gz' needs about .* of memory or more, and 16.0 MiB are free"):
+    with refused("bomb.csv.gz' needs about .* of memory or more, but only 16.0 MiB are free"):
         read_table(tmp_path / "bomb.csv.gz")
     assert Counting.unpacked < 4 << 20  # of 40 MB
 
@@ -211,7 +211,7 @@ def test_a_file_that_memory_does_not_hold_is_refused_before_it_is_read(monkeypat
     monkeypatch.setattr(input_files, "free_memory", lambda: 1 << 20)
     monkeypatch.setattr(pl, "read_csv", lambda *a, **k: pytest.fail("was read"))
     monkeypatch.setattr(pl, "read_parquet", lambda *a, **k: pytest.fail("was read"))
-    with refused("needs about .* of memory or more, and 1.0 MiB are free; leave out"):
+    with refused("needs about .* of memory or more, but only 1.0 MiB are free. Leave out"):
         read_table(path)
 
 
@@ -253,7 +253,7 @@ def test_a_missing_file_and_an_unknown_set(tmp_path):
         read_table(tmp_path / "nowhere.csv")
     with refused(r"The data sets of scikit-learn are sklearn:iris, .*got 'sklearn:boston'"):
         read_table("sklearn:boston")
-    with refused(r"is a folder; give the file in it"):
+    with refused(r"is a folder. Give the file in it"):
         read_table(tmp_path)
 
 

@@ -168,9 +168,9 @@ def as_sparse(path, content):
 HOSTILE = {
     "missing": (lambda path, _: None, "there is no|has no"),
     "folder": (lambda path, _: path.mkdir(), "is a folder"),
-    "pipe": (as_pipe, "is a pipe and no file; write its content into a file first"),
-    "device": (lambda path, _: path.symlink_to("/dev/zero"), "is a device and no file"),
-    "socket": (as_socket, "is a socket and no file"),
+    "pipe": (as_pipe, "is a pipe, not a file. Write its content into a file first"),
+    "device": (lambda path, _: path.symlink_to("/dev/zero"), "is a device, not a file"),
+    "socket": (as_socket, "is a socket, not a file"),
     "loop of links": (
         lambda path, _: path.symlink_to(path.name),
         "there is no|has no|too many levels",
@@ -220,7 +220,7 @@ def test_a_pipe_in_the_place_of_a_file_of_sqlite(ending, searched, tmp_path):
 def test_a_file_without_the_right_to_read_it(reader, searched, tmp_path):
     path, read = good_file(reader, tmp_path, searched)
     path.chmod(0)
-    assert "check the rights" in message_of(read, path)
+    assert "check the permissions" in message_of(read, path)
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -235,9 +235,9 @@ def test_a_link_to_a_file_is_as_good_as_the_file(reader, searched, tmp_path):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("-", "there is no file '-'; standard input is not read, write it into a file first"),
-        ("https://example.org/t.csv", "a URL is not read, download it into a file first"),
-        ("s3://bucket/t.npz", "a URL is not read, download it into a file first"),
+        ("-", "there is no file '-'; write standard input into a file first"),
+        ("https://example.org/t.csv", "download the URL into a file first"),
+        ("s3://bucket/t.npz", "download the URL into a file first"),
     ],
 )
 def test_what_is_no_file_of_this_machine(name, words):
@@ -322,7 +322,7 @@ def nested():
 TENSORS = {
     "stride 0": (
         lambda: torch.zeros(1).expand(10**10, 2),
-        "needs about 74.5 GiB of memory or more, and .* are free",
+        "needs about 74.5 GiB of memory or more, but only .* are free",
     ),
     "nested": (nested, "'X' in .*t.pt' is a nested tensor, .*to_padded_tensor"),
     "sparse": (lambda: torch.eye(3).to_sparse(), "'X' in .* is a sparse tensor"),
@@ -422,7 +422,7 @@ def test_nested_columns_and_texts_that_memory_does_not_hold(monkeypatch, tmp_pat
     pl.DataFrame({"a": ["x" * 1000] * 10_000, "y": [1] * 10_000}).write_parquet(path)
     assert path.stat().st_size < 10_000
     monkeypatch.setattr(input_files, "free_memory", lambda: 8 << 20)
-    with refused("t.parquet' needs about 10.1 MiB of memory or more, and 8.0 MiB are free"):
+    with refused("t.parquet' needs about 10.1 MiB of memory or more, but only 8.0 MiB are free"):
         read_source(path, "y")
 
 
@@ -443,7 +443,7 @@ def test_rows_of_a_file_that_become_a_table_need_memory(monkeypatch, tmp_path):
         ("t.pt", "y"),
         ("bomb.npz", "y"),
     ):
-        with refused(rf"{name}' needs about 1.\d MiB of memory or more, and 1.0 MiB are free"):
+        with refused(rf"{name}' needs about 1.\d MiB of memory or more, but only 1.0 MiB are free"):
             read_source(tmp_path / name, y)
 
 

@@ -145,7 +145,7 @@ def test_the_command_line_says_what_is_wrong(monkeypatch, tmp_path):
     assert (code, out) == (
         2,
         "",
-    ) and "--workers 2 and --ray exclude each other: leave one out." in err
+    ) and "--workers 2 and --ray exclude each other. Leave one out." in err
     code, out, err = run("tune", "sklearn:iris", *quick, "--ray", "somewhere")
     assert (code, out) == (2, "") and "--ray: must be 'local', 'auto', 'HOST:PORT'" in err
     monkeypatch.setattr(ray_cluster, "find_spec", lambda name: None)

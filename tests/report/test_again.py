@@ -157,7 +157,7 @@ def test_a_descent_on_schedules(iris, tmp_path):
     kept = gputune.tune("mlp", X, y, study=tmp_path / "study.db", **common)
     assert isinstance(kept.best_params["lr"], list)
     unkept = gputune.tune("mlp", X, y, **common)
-    assert "# study: what gputune.tune returned; it was kept in no file" in snippet(unkept)
+    assert "# study: the result of gputune.tune, which no file holds" in snippet(unkept)
     expected = kept.best_model().predict(X)
     for session in (executed(kept, X=X, y=y), executed(unkept, study=unkept)):
         np.testing.assert_array_equal(session["model"].predict(X), expected)
@@ -187,7 +187,7 @@ def test_weights_that_no_file_holds_are_asked_for(iris):
     X, y = iris
     weights = 1.0 + (np.arange(len(y)) % 3)
     study = gputune.tune("mlp", X, y, space={"lr": [0.01, 0.1]}, sample_weight=weights, **CHEAP)
-    assert "# sample_weight: what the search was given" in snippet(study)
+    assert "# sample_weight: the argument of the search" in snippet(study)
     again = executed(study, X=X, y=y, sample_weight=weights)["study"]
     assert again.best_score == pytest.approx(study.best_score, abs=1e-6)
 

@@ -92,11 +92,13 @@ def test_the_held_out_score_is_that_of_the_studys_own_model(study):
         "held_out_rows": 36,
     }
     assert "0.8765" in Elements(page(study, model=info)).text
-    assert "the model on 36 rows nothing was fitted on" in Elements(page(study, model=info)).text
+    assert (
+        "the model on 36 rows that nothing was fitted on" in Elements(page(study, model=info)).text
+    )
     for change in ({"score": 0.5}, {"params": {"lr": 1.0}}, {"fingerprint": {"rows": 3}}):
         with pytest.raises(
             InputError,
-            match=r"report\(model=...\) must be the tuned model of this study, got one of",
+            match=r"report\(model=...\) must be the tuned model of this study, got a model",
         ):
             page(study, model=info | change)
 
@@ -321,17 +323,17 @@ def test_report_writes_a_file_and_refuses_bad_places(study, html, tmp_path):
     assert out.read_text() == html
     kept.write_text("study")
     for shown, place, message in (
-        (study, tmp_path, "is a folder; give the name of a file, such as report.html"),
-        (made_study(2, file=kept), kept, "is the file of the study itself; give another name"),
+        (study, tmp_path, "is a folder. Give the name of a file, such as report.html"),
+        (made_study(2, file=kept), kept, "must not be the file of the study. Give another name"),
         (
             study,
             tmp_path / "report.pdf",
-            r"report\('.*report.pdf'\) must end in .html, since a page of HTML is",
+            r"report\('.*report.pdf'\) must end in .html, because the report is HTML",
         ),
         (
             study,
             "none/r.html",
-            r"report\('none/r.html'\): the folder 'none' does not exist; make it",
+            r"report\('none/r.html'\) must be in an existing folder, but 'none' does not exist. Create the",
         ),
     ):
         with pytest.raises(InputError, match=message):

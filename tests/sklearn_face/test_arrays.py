@@ -269,13 +269,16 @@ def test_hypergradients_go_through_running_statistics():
     [
         (
             lambda: SliceDict(a=IMAGES, b=AGES[:3]),
-            r"SliceDict needs inputs of one length, got {'a': 60, 'b': 3}",
+            r"SliceDict must hold inputs of equal length, got {'a': 60, 'b': 3}",
         ),
-        (lambda: SliceDict(a=[1, 2]), r"SliceDict: 'a' must be an array or tensor .*got \[1, 2\]"),
-        (lambda: SliceDict(), "SliceDict needs inputs of one length, got none"),
+        (
+            lambda: SliceDict(a=[1, 2]),
+            r"SliceDict\['a'\] must be an array or tensor .*got \[1, 2\]",
+        ),
+        (lambda: SliceDict(), "SliceDict must hold inputs of equal length, got none"),
         (
             lambda: CONV.fit({"image": [1, 2]}, CLASSES),
-            "must hold arrays or tensors, got {'image': list}",
+            "must hold only arrays and tensors .*got {'image': list}",
         ),
         (lambda: CONV.fit((IMAGES, AGES[:3]), CLASSES), r"got 60 in X\[0\], 3 in X\[1\]"),
         (lambda: CONV.fit(IMAGES * np.nan, CLASSES), "X must be finite, got NaN .* in row 0"),
@@ -286,11 +289,11 @@ def test_hypergradients_go_through_running_statistics():
         (lambda: CONV.fit(IMAGES, CLASSES).predict(AGES), "X must be as in training"),
         (
             lambda: CONV.fit(IMAGES, np.stack([CLASSES] * 2, 1)),
-            r"labels in several columns.*shape \(60, 2\)",
+            r"labels of 0 and 1 .* several columns, got other values of shape \(60, 2\)",
         ),
         (
             lambda: CONV.fit(IMAGES, csr_matrix(LABELS)),
-            r"only dense targets are supported; pass y.toarray\(\)",
+            r"y must be dense, got a sparse matrix. Pass y.toarray\(\)",
         ),
         (lambda: CONV.fit(IMAGES[:50], CLASSES), "inconsistent numbers of samples"),
         (lambda: CONV.fit(IMAGES[:, :, :2], CLASSES), "module: the forward of Conv.*raised"),

@@ -31,9 +31,9 @@ from gputune.sklearn import (
     descent,
 )
 from gputune.sklearn.base import check_rows
-from gputune.sklearn.dataset import Part
+from gputune.sklearn.dataset import FoldRows
 from gputune.sklearn.descent import DescentRun, slopes_of
-from gputune.sklearn.recipe import Training
+from gputune.sklearn.recipe import FitOptions
 from gputune.sklearn.record import fits_of, held_out_part
 from gputune.sklearn.replay import SearchRun, with_hook
 from searches import Callback, CountingScaler, CountingSplitter
@@ -355,19 +355,19 @@ def test_a_step_that_the_deadline_cuts_short_is_the_last(monkeypatch):
             SVC(),
             {"C": [1.0]},
             {},
-            "and SVC is none of gputune's estimators; use RandomizedSearchCV",
+            "but SVC is not an estimator of gputune. Use RandomizedSearchCV",
         ),
         (
             MLP,
             RATES,
             {"hyperparameters": ("alpha", "beta1")},
-            "descent of MLPClassifier moves some of learning_",
+            "hyperparameters must be some of learning_",
         ),
         (
             MLP,
             RATES,
             {"hyperparameters": "C"},
-            "weight_decay or alpha, momentum, each named once, got 'C'",
+            "weight_decay or alpha, momentum for MLPClassifier, each named once, got 'C'",
         ),
         (MLP, RATES, {"hyperparameters": ()}, r"each named once, got \(\)"),
         (MLP, RATES, {"hyperparameters": ("alpha", "alpha")}, "named once, got .'alpha', 'alpha'"),
@@ -375,26 +375,26 @@ def test_a_step_that_the_deadline_cuts_short_is_the_last(monkeypatch):
             MLP,
             RATES,
             {"hyperparameters": "lr"},
-            "some of learning_rate_init, weight_decay or alpha, momentum, each",
+            "some of learning_rate_init, weight_decay or alpha, momentum for",
         ),
         (MLP, RATES, {"hyperparameters": ("alpha", "weight_decay")}, "each named once"),
         (
             MLP,
             RATES,
             {"hyperparameters": "alpha"},
-            "start 0 decays by weight_decay, and not by alpha; name",
+            "names 'alpha', but start 0 sets its weight decay by 'weight_decay'. Name",
         ),
         (
             ADAM,
             {"alpha": [0.1]},
             {"hyperparameters": "weight_decay"},
-            "start 0 decays by alpha, and not by weight_dec",
+            "names 'weight_decay', but start 0 sets its weight decay by 'alpha'",
         ),
         (
             LogisticRegression(),
             {"C": [1.0]},
             {"hyperparameters": ["lr", "C"]},
-            "moves some of C, each named once",
+            "must be some of C for LogisticRegression, each named once",
         ),
         (MLP, RATES | {"solver": ["adamhd"]}, {}, "what start 0 has: optimizer='adamhd'; choose"),
         (
@@ -425,7 +425,7 @@ def test_a_step_that_the_deadline_cuts_short_is_the_last(monkeypatch):
             LogisticRegression(fit_intercept=False),
             {"C": [1.0]},
             {},
-            "got fit_intercept=False in start 0; leave it T",
+            "fit_intercept must be True.*got False in start 0. Leave it T",
         ),
         (
             MLP,
@@ -433,7 +433,7 @@ def test_a_step_that_the_deadline_cuts_short_is_the_last(monkeypatch):
             {"cv": KFold(3)},
             "fold 0 have class 0, of which it has no training row: its log loss",
         ),
-        (MLP, RATES, {"cv": [(np.arange(150), [])]}, "fold 0 has no validation rows to descend on"),
+        (MLP, RATES, {"cv": [(np.arange(150), [])]}, "Fold 0 of cv has no validation rows"),
         (MLP, {"rate": [1.0]}, {}, "Invalid parameter 'rate' for estimator MLPClassifier"),
         (
             MLP,
@@ -520,8 +520,8 @@ class Narrowing(TransformerMixin, BaseEstimator):
 @pytest.mark.filterwarnings("ignore:One or more of the test scores are non-finite")
 def test_validation_rows_of_other_columns_are_refused():
     pipeline = make_pipeline(Narrowing(), MLP)
-    train = Part(check_rows(clone(MLP), X, Y), np.arange(150))
-    error = r"rows of float64 \(rows, 1\), named None, after training rows of float64 \(rows, 4\), named None"
+    train = FoldRows(check_rows(clone(MLP), X, Y), np.arange(150))
+    error = r"training rows: float64 \(rows, 4\), named None, got float64 \(rows, 1\), named None"
     with pytest.raises(ValueError, match=error):
         held_out_part(clone(pipeline).fit(X, Y), train, X[:50], Y[:50])
     with pytest.warns(UserWarning, match="Scoring failed"):
@@ -560,7 +560,7 @@ def slopes(estimator, points, names, *, X=X, y=Y, cv=3, weights=None, params=Non
     run.fit_params = params or ({} if weights is None else {"sample_weight": weights})
     fits = fits_of(run.record(points, X, y, run.split(X, y, {})))
     run.train(points, fits)
-    found = slopes_of(fits, names, how.pop("mode", "exact"), Training(**how))
+    found = slopes_of(fits, names, how.pop("mode", "exact"), FitOptions(**how))
     return [found.get(trial) for trial in range(len(points))], fits
 
 

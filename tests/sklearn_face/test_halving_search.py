@@ -24,7 +24,7 @@ from gputune.sklearn import (
     NeuralNetClassifier,
     replay,
 )
-from gputune.sklearn.recipe import Member
+from gputune.sklearn.recipe import TrainedMember
 from searches import assert_same_results, both
 
 X, Y = load_iris(return_X_y=True)
@@ -107,7 +107,7 @@ def test_what_has_trained_a_rung_is_gone_in_the_next(monkeypatch):
     fit_together = replay.fit_together
 
     def counted(*given):
-        alive.append(sum(isinstance(each, Member) for each in gc.get_objects()))
+        alive.append(sum(isinstance(each, TrainedMember) for each in gc.get_objects()))
         return fit_together(*given)
 
     monkeypatch.setattr(replay, "fit_together", counted)
@@ -243,7 +243,7 @@ def test_epochs_are_the_resource_in_scikit_learns_loop_too():
     search = HalvingRandomSearchCV(
         pipeline, {"fitsitself__alpha": [0.1, 0.2, 0.3]}, n_candidates=3, cv=2
     )
-    with pytest.warns(UserWarning, match="FitsItself has a fit of its own"):
+    with pytest.warns(UserWarning, match="FitsItself overrides fit"):
         search.fit(X, Y)
     assert search.n_resources_ == [1, 3] and search.best_params_["fitsitself__max_iter"] == 3
     assert search.resource == "auto" and search.estimator is pipeline
@@ -277,7 +277,7 @@ def test_a_schedule_runs_to_the_end_of_the_last_rung():
             MLP,
             RATES,
             {"resource": "max_epochs"},
-            "MLPClassifier has no parameter 'max_epochs': give max_iter",
+            "MLPClassifier has no parameter 'max_epochs'. Pass max_iter",
         ),
         (MLP, RATES, {"resource": None}, "The 'resource' parameter of HalvingRandomSearchCV"),
         (MLP, RATES, {"device": 3}, "The 'device' parameter of HalvingRandomSearchCV"),

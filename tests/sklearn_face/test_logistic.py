@@ -124,11 +124,11 @@ REFUSED = [
     ({"penalty": "l3"}, "The 'penalty' parameter .* Got 'l3'"),
     (
         {"penalty": "l1", "l1_ratio": 0.5},
-        "penalty='l1' and l1_ratio=0.5 say the same thing and differ",
+        "penalty='l1' contradicts l1_ratio=0.5",
     ),
     ({"class_weight": "even"}, "The 'class_weight' parameter"),
     ({"class_weight": {0: 1.0, 9: 1.0}}, "are not in class_weight"),
-    ({"class_weight": {0: -1.0, 1: 1.0, 2: 1.0}}, "must leave weights >= 0"),
+    ({"class_weight": {0: -1.0, 1: 1.0, 2: 1.0}}, "must give no row a negative weight"),
     ({"fit_intercept": "no"}, "The 'fit_intercept' parameter"),
     ({"tol": 0}, "The 'tol' parameter"),
     ({"max_iter": -1}, "The 'max_iter' parameter"),

@@ -118,7 +118,9 @@ def test_metadata_is_routed_as_in_cross_val_score():
             search, X, Y, cv=GroupKFold(3), params=params, error_score="raise"
         )
         np.testing.assert_allclose(found.scores, by_hand, atol=1e-8)
-        with pytest.raises(InputError, match="metadata routing is off, and it is on: give params="):
+        with pytest.raises(
+            InputError, match="groups=.* while metadata routing is enabled. Pass params="
+        ):
             nested_cv(search, X, Y, groups=GROUPS)
         with pytest.raises(UnsetMetadataPassedError, match="sample_weight"):
             nested_cv(
@@ -183,10 +185,10 @@ def test_other_estimators_are_left_to_scikit_learn():
             model_selection.GridSearchCV(MLP, ONE_RATE),
             "must be a RandomizedSearchCV or a GridSearchCV",
         ),
-        (GridSearchCV(MLP, ONE_RATE, refit=False), "got refit=False; set refit"),
+        (GridSearchCV(MLP, ONE_RATE, refit=False), "got refit=False. Set refit"),
         (
             GridSearchCV(MLP, ONE_RATE, study="study.db"),
-            "study='study.db' keeps one; set study=None",
+            "must have study=None.*got study='study.db'",
         ),
     ],
 )

@@ -298,12 +298,12 @@ class Own(MLPClassifier):
 @pytest.mark.parametrize(
     ("estimator", "space", "options", "words"),
     [
-        (SVC(), {"C": [0.1, 1.0]}, {}, "SVC is none of gputune's estimators"),
+        (SVC(), {"C": [0.1, 1.0]}, {}, "SVC is not an estimator of gputune"),
         (
             Own((8,), max_iter=2, random_state=0),
             RATES,
             {"timeout": 60.0},
-            "Own has a fit of its own.*timeout have",
+            "Own overrides fit.*No effect: .*timeout",
         ),
     ],
 )
@@ -340,7 +340,8 @@ def test_time_that_is_over_fails_the_fits(monkeypatch):
         long, {"learning_rate_init": [0.1, 0.2]}, n_iter=2, cv=2, timeout=0.2, refit=False
     )
     with pytest.raises(
-        ValueError, match=r"All the 4 fits failed[\s\S]*TimeoutError: the time was over"
+        ValueError,
+        match=r"All the 4 fits failed[\s\S]*TimeoutError: this fit had not finished at the timeout",
     ):
         search.fit(X, Y)
 
@@ -362,10 +363,8 @@ def test_a_convergence_warning_is_that_of_each_fit():
 
 def test_loops_that_change_are_noticed(monkeypatch):
     search = RandomizedSearchCV(MLP, RATES, n_iter=2, cv=3)
-    monkeypatch.setattr(replay.Fit, "is_of", lambda *_: False)
-    with pytest.raises(
-        RuntimeError, match="6 of the fits that were trained together were never asked for"
-    ):
+    monkeypatch.setattr(replay.RecordedFit, "is_of", lambda *_: False)
+    with pytest.raises(RuntimeError, match="6 fits that were trained together were never used"):
         search.fit(X, Y)
 
 
@@ -541,7 +540,7 @@ def test_a_search_over_the_last_step_itself_is_left_to_scikit_learn(step, values
         pipeline, {step: values, "standardscaler__with_mean": [True, False]}, n_iter=2
     )
     ((kind, message),) = said
-    assert kind is UserWarning and f"{step!r} is searched" in message
+    assert kind is UserWarning and f"the space contains {step!r}" in message
 
 
 def test_a_pipeline_of_another_kind_is_left_to_scikit_learn():
@@ -550,7 +549,7 @@ def test_a_pipeline_of_another_kind_is_left_to_scikit_learn():
             return super().fit(X, y, **params)
 
     other = Other([("scale", StandardScaler()), ("mlpclassifier", MLP)])
-    with pytest.warns(UserWarning, match="Other fits its steps in a way of its own"):
+    with pytest.warns(UserWarning, match="Other overrides how a Pipeline fits its steps"):
         RandomizedSearchCV(other, STEP_RATES, n_iter=2, cv=2).fit(X, Y)
 
 
@@ -597,10 +596,12 @@ def test_a_study_has_every_trial(path):
 def test_an_existing_file_is_refused_before_anything_trains(path, monkeypatch):
     path.write_text("mine")
     monkeypatch.setattr("gputune.sklearn.replay.fit_together", None)
-    with pytest.raises(InputError, match="exists already, and this search begins a new one"):
+    with pytest.raises(
+        InputError, match="study must be a new path, because this search begins a new study, got"
+    ):
         search_rates(path)
     assert path.read_text() == "mine"
-    with pytest.raises(InputError, match="the folder does not exist; make it first"):
+    with pytest.raises(InputError, match="study must lie in an existing folder, got"):
         search_rates(path.parent / "nowhere" / "study.db")
 
 

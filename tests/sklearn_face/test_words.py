@@ -130,12 +130,12 @@ def test_alpha_is_an_l2_penalty_of_a_minibatch():
 
 
 REFUSED = [
-    ({"weight_decay": 0.1, "alpha": 0.1}, "weight_decay=0.1 and alpha=0.1 are two penalties"),
+    ({"weight_decay": 0.1, "alpha": 0.1}, "weight_decay=0.1 and alpha=0.1 set the same penalty"),
     (
         {"solver": "adamw", "alpha": 0.1},
-        "alpha=0.1 is an L2 penalty, and the decay of solver='adamw'",
+        "alpha=0.1 is an L2 penalty, but solver='adamw' uses a decoupled",
     ),
-    ({"hidden_layer_sizes": (3.5,)}, "hidden_layer_sizes must be one layer's size or a tuple"),
+    ({"hidden_layer_sizes": (3.5,)}, "hidden_layer_sizes must be the size of one layer or a tuple"),
     ({"solver": ["adam"]}, "'solver' parameter of MLPRegressor must be a str among"),
     ({"activation": "sine"}, "'activation' parameter of MLPRegressor must be a str among"),
     ({"learning_rate": "step"}, "'learning_rate' parameter"),
@@ -146,24 +146,27 @@ REFUSED = [
     ({"device": "tpu"}, "device must be 'auto' or one"),
     (
         {"solver": "lbfgs", "dropout": 0.5},
-        "dropout=0.5 is gputune's own, and solver='lbfgs' is left to scikit-le",
+        "dropout=0.5 is supported only by gputune's training, but solver='lbfgs' needs scikit-le",
     ),
     (
         {"activation": "logistic", "weight_decay": 0.5},
-        "weight_decay=0.5 is gputune's own, and activation='logistic'",
+        "weight_decay=0.5 is supported only by gputune's training, but activation='logistic'",
     ),
     (
         {"warm_start": True, "activation": "gelu"},
-        "activation='gelu' is gputune's own, and warm_start=True",
+        "activation='gelu' is supported only by gputune's training, but warm_start=True",
     ),
-    ({"shuffle": False, "device": "cuda"}, "device='cuda' is gputune's own, and shuffle=False"),
+    (
+        {"shuffle": False, "device": "cuda"},
+        "device='cuda' is supported only by gputune's training, but shuffle=False",
+    ),
     (
         {"early_stopping": True, "solver": "adamw"},
-        "solver='adamw' is gputune's own, and early_stopping=True",
+        "solver='adamw' is supported only by gputune's training, but early_stopping=True",
     ),
     (
         {"solver": "sgd", "learning_rate": "one_cycle", "loss": "poisson"},
-        "and loss='poisson' is left to",
+        "but loss='poisson' needs",
     ),
 ]
 
@@ -245,7 +248,7 @@ def test_words_without_a_counterpart_are_refused(kind, words):
     first = [Net] if kind is NeuralNetClassifier else []
     assert set(words.split()) == set(kind._refused)
     for name, remedy in kind._refused.items():
-        error = re.escape(f"{kind.__name__} has no parameter {name!r}: {remedy}.")
+        error = re.escape(f"{kind.__name__} has no parameter {name!r}. {remedy}")
         with pytest.raises(InputError, match=error):
             kind(*first, **{name: 1})
         with pytest.raises(InputError, match=error):
@@ -263,7 +266,7 @@ def test_what_a_module_lacks_and_a_search_gives_too_much_is_named():
     ):
         NeuralNetClassifier(Tokens).fit(*IRIS)
     with pytest.raises(
-        InputError, match="MLPClassifier has no parameter 'lr': give learning_rate_init"
+        InputError, match="MLPClassifier has no parameter 'lr'. Pass learning_rate_init"
     ):
         GridSearchCV(mlp(), {"lr": [1e-3, 1e-4]}, cv=2).fit(*IRIS)
 
@@ -421,7 +424,7 @@ REFUSED_NETS = [
     ),
     (
         {"module": Probabilities},
-        "module: Probabilities returns probabilities.*leave out the softmax",
+        "module must return logits, but Probabilities returns probabilities.*Leave out the softmax",
     ),
     (
         {"module": PlainNet, "module__outputs": 5},
@@ -436,14 +439,14 @@ REFUSED_NETS = [
     ({"optimizer": torch.optim.LBFGS}, "optimizer cannot be torch.optim.LBFGS"),
     (
         {"optimizer": "Rprop", "optimizer__weight_decay": 0.1},
-        "optimizer__weight_decay=0.1: 'Rprop' has none",
+        "'Rprop' has no weight decay, got 0.1",
     ),
     (
         {"optimizer": "RAdam", "optimizer__beta": 0.1},
         "^optimizer__beta is no hyperparameter .*optimizer__betas",
     ),
     ({"optimizer": "lamb"}, "got 'lamb'"),
-    ({"optimizer": "adam", "optimizer__momentum": 0.9}, "'adam' has none"),
+    ({"optimizer": "adam", "optimizer__momentum": 0.9}, "'adam' has no momentum, got 0.9"),
     (
         {"criterion": nn.NLLLoss, "module": Probabilities},
         "criterion=torch.nn.CrossEntropyLoss, without the softmax",
@@ -477,8 +480,11 @@ REFUSED_NETS = [
     ({"lr": 0}, "lr must be"),
     ({"batch_size": -1}, "batch_size must be"),
     ({"max_epochs": 0}, "max_epochs must be"),
-    ({"train_split": 5}, "NeuralNetClassifier has no train_split=5: every row is trained on"),
-    ({"callbacks": [print]}, "has no callbacks=.*: an estimator calls none; leave them out"),
+    (
+        {"train_split": 5},
+        "NeuralNetClassifier does not support train_split=5. It trains on every row",
+    ),
+    ({"callbacks": [print]}, "does not support callbacks=.* It calls no callbacks. Leave them out"),
 ]
 
 

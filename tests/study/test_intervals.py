@@ -172,7 +172,7 @@ def test_the_command_line(tmp_path, monkeypatch):
         ([*predict, "0.9", "--proba"], "--interval and --proba exclude each other"),
         (
             [*tune, "--target", "kind"],
-            "--intervals is for one number to be predicted, and the target is 2 classes; leave",
+            "--intervals needs a model that predicts one number, but the target is 2 classes. Leave",
         ),
         (
             [*tune, "--target", "price", "--method", "hypergradient"],

@@ -252,7 +252,9 @@ def test_a_backup_needs_a_file_and_a_free_path_and_has_no_claims(tmp_path):
         assert raw.execute("SELECT count(*) FROM claims").fetchone() == (0,)
     with refused(r"copy\.db' exists already"):
         study.backup(tmp_path / "copy.db")
-    with refused("the folder '.*none' does not exist; make it first"):
+    with refused(
+        "must be in an existing folder, but '.*none' does not exist. Create the folder first"
+    ):
         study.backup(tmp_path / "none" / "copy.db")
     with refused(r"backup\(\) copies the file of a study, and this one is in memory"):
         gputune.Study(meta={}, trials=(), curves=np.empty((0, 0, 0))).backup(tmp_path / "other.db")

@@ -182,7 +182,9 @@ def test_odd_file_names(tmp_path):
 
 
 def test_what_cannot_be_made_is_refused_and_leaves_nothing(path, monkeypatch):
-    with refused(r"the folder '.*missing' does not exist; make it first"):
+    with refused(
+        r"must be in an existing folder, but '.*missing' does not exist. Create the folder first"
+    ):
         Store.create(path.parent / "missing" / "study.db", {})
     with refused(r"meta\['scoring'\] holds"):
         Store.create(path, {"scoring": print})

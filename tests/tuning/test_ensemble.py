@@ -383,7 +383,7 @@ def test_what_cannot_be_an_ensemble_is_said(study, how, asked, message):
     ("typed", "words"),
     [
         ([], "An ensemble of"),
-        (["--test-size", "0"], "and is the model that is saved."),
+        (["--test-size", "0"], "and is saved as the model."),
         (["--trials", "1"], "No ensemble: ensemble() needs two finished trials"),
     ],
 )
@@ -398,9 +398,7 @@ def test_the_command_line_saves_the_better_one(typed, words, tmp_path, capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert words in text and "On the same folds always" in text
     is_ensemble = isinstance(gputune.load_model(out / "model").module, Ensemble)
-    assert is_ensemble == (
-        "the ensemble is saved, by these rows" in text or "is the model that is saved" in text
-    )
+    assert is_ensemble == ("The ensemble is saved" in text or "is saved as the model" in text)
     assert main(["resume", str(out)]) == 0  # what was saved as an ensemble is one again
     assert isinstance(gputune.load_model(out / "model").module, Ensemble) == is_ensemble
 
@@ -411,18 +409,18 @@ def test_the_command_line_saves_the_better_one(typed, words, tmp_path, capsys):
         (
             0.95,
             0.91,
-            "the ensemble is saved, .* One lies within the other's 95% interval, .* be chance",
+            "The ensemble is saved.* One lies within the other's 95% interval, .* be chance",
         ),
-        (0.91, 0.95, "the best trial is saved, .* may be chance"),
+        (0.91, 0.95, "The best trial is saved.* may be chance"),
         (
             0.95,
             0.80,
-            "the ensemble is saved, by these rows: its score there is a little optimistic.$",
+            "The ensemble is saved. These rows chose it, so its score there is a little optimistic.$",
         ),
         (
             0.95,
             0.95,
-            "the best trial is saved, by these rows: its score there is a little optimistic.$",
+            "The best trial is saved. These rows chose it, so its score there is a little optimistic.$",
         ),
     ],
 )

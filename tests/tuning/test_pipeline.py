@@ -830,7 +830,7 @@ def test_more_bad_input(tmp_path, iris):
             "kind",
             {"groups": "kind"},
         ),
-        ("folder.csv' is a folder; give the file in it", "mlp", folder, "kind", {}),
+        ("folder.csv' is a folder. Give the file in it", "mlp", folder, "kind", {}),
         ("Write UTF-8 text", "mlp", latin, "kind", {}),
     ]
     for size, words in (

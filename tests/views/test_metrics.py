@@ -94,7 +94,9 @@ def test_a_study_by_another_metric_has_its_scores_order_and_curves():
         "held_out_rows": 9,
     }
     assert "0.9000" in page(study, model=ensemble)
-    with pytest.raises(InputError, match="must be the tuned model of this study, got one of other"):
+    with pytest.raises(
+        InputError, match="must be the tuned model of this study, got a model with other"
+    ):
         page(other, model=ensemble)
 
 

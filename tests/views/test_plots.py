@@ -156,19 +156,19 @@ def of_numbers(**params):
             made_study(4),
             "slice",
             {"parameter": "rate"},
-            "have no hyperparameter 'rate'; choose one of activation, ba",
+            "must name a hyperparameter of the trials: activation, ba.*got 'rate'",
         ),
         (
             made_study(4),
             "slice",
             {"ax": 0},
-            r"plot_slice\(ax=...\) is one Axes and needs parameter=..., got none",
+            r"plot_slice\(ax=...\) draws only one hyperparameter. Name it",
         ),
         (
             made_study(1),
             "slice",
             {},
-            r"plot_slice\(\) needs a hyperparameter in which two trials differ",
+            r"plot_slice\(\) needs a hyperparameter that differs between trials",
         ),
         (
             made_study(4),
@@ -181,7 +181,7 @@ def of_numbers(**params):
             made_study(4),
             "contour",
             {"x": "lr", "y": "x"},
-            "plot_contour: the trials have no hyperparameter 'x'",
+            r"plot_contour\(\) must name a hyperparameter of the trials: .*, got 'x'",
         ),
         (
             of_numbers(a=1, b=2),
@@ -200,7 +200,7 @@ def of_numbers(**params):
             made_study(4),
             "path",
             {},
-            r"plot_path needs a study by hypergradients: tune\(..., method=",
+            r"plot_path\(\) needs a study of a hypergradient search, tune\(..., method=",
         ),
         (
             made_descent(),
@@ -293,7 +293,7 @@ def test_every_plot_draws_on_the_axes_it_is_given(descent, plot):
 def test_without_matplotlib_the_error_says_what_to_install(descent, plot, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    words = rf'study.{plot}\(\) needs matplotlib, .*: pip install "gputune\[report\]"'
+    words = rf'study.{plot}\(\) needs matplotlib, .* Run pip install "gputune\[report\]"'
     with pytest.raises(MissingExtraError, match=words):
         getattr(descent, plot)(**PLOTS[plot])
 
