@@ -260,7 +260,7 @@ def test_a_folder_that_cannot_be_written_without_a_loss(bugs):
     refused_tune(bugs, "--out", "bugs.csv", words=["--out 'bugs.csv'", "Name another folder"])
     folder = bugs.with_name("mine")
     (folder / "model").mkdir(parents=True)
-    refused_tune(bugs, "--out", "mine", words=["--out 'mine'", "give another folder"])
+    refused_tune(bugs, "--out", "mine", words=["--out 'mine'", "Name another folder"])
     assert [p.name for p in folder.rglob("*")] == ["model"]
 
 
