@@ -188,9 +188,12 @@ def _record_sizes(path: Path) -> set[int]:
     """
     with open_file(path) as file, zipfile.ZipFile(file) as archive:
         members = archive.infolist()
-    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-        raise _Malformed("the records are compressed, but torch.save never compresses them")
-    return {member.file_size for member in members}
+    sizes = set()
+    for member in members:
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise _Malformed("the records are compressed, but torch.save never compresses them")
+        sizes.add(member.file_size)
+    return sizes
 
 
 def pick_arrays(path: Path, y: Any, groups: Any) -> tuple[object, object, object]:

@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 import torch
@@ -130,12 +131,9 @@ def _check_arrays(
     return arrays
 
 
-_TEXT_REMEDY = "Give each text a number, for example its position in a vocabulary."
 _REMEDIES = {
     "O": "If its rows have different shapes, pad or crop them to one, then use numpy.stack.",
-    "S": _TEXT_REMEDY,
-    "U": _TEXT_REMEDY,
-    "T": _TEXT_REMEDY,
+    **dict.fromkeys("SUT", "Give each text a number, for example its position in a vocabulary."),
 }
 """How to turn a NumPy array into numbers, by the kind of its dtype."""
 
@@ -281,8 +279,10 @@ class ArrayLayout:
         """Return the contents of a row as text: name, dtype and shape of each input."""
         names = self.names or [""] * len(self.shapes)
         parts = zip(names, self.dtypes, self.shapes)
-        texts = [f"{name} {dtype} {('rows', *row)}" for name, dtype, row in parts]
-        return " and ".join(text.replace("'", "").strip() for text in texts)
+        return " and ".join(
+            f"{name} {dtype} {('rows', *row)}".replace("'", "").strip()
+            for name, dtype, row in parts
+        )
 
     __str__ = in_words
 
@@ -299,7 +299,7 @@ class ArrayLayout:
         """
         names = None if value["names"] is None else tuple(value["names"])
         layout = ArrayLayout(tuple(map(tuple, value["shapes"])), tuple(value["dtypes"]), names)
-        sizes = [size for shape in layout.shapes for size in shape]
+        sizes = list(chain(*layout.shapes))
         if not {int}.issuperset(map(type, sizes)) or min(sizes, default=1) < 1:
             raise ValueError("the shapes of its inputs are not positive integers")
         # vars() and not getattr, because getattr may import a part of torch.

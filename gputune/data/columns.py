@@ -167,7 +167,8 @@ def fit_column(
 def _fit_category(
     name: str, values: np.ndarray, *, max_levels: int, min_count: int
 ) -> tuple[Column, tuple[str, ...]]:
-    counts = Counter(value for value in values if value is not None)
+    counts = Counter(values.tolist())
+    del counts[None]
     if not counts:
         return Column(name, "category"), ("left out, all values missing",)
     n_known = sum(counts.values())
@@ -425,7 +426,7 @@ class Layout:
                 f"is a tensor of numbers, but the columns {quoted(unfit)} are text or dates",
                 remedy="Pass a DataFrame.",
             )
-        positions = {name: j for j, name in enumerate(names)}
+        positions = dict(zip(names, range(len(names))))
         sources: list[int] = []  # of each feature, its column in X
         is_indicator: list[bool] = []
         for column in self.columns:

@@ -82,7 +82,7 @@ def parse_text(values: np.ndarray) -> tuple[Kind, np.ndarray]:
     if present and {text.lower() for text in present} <= {"true", "false"}:
         return "boolean", _each(texts, lambda text: float(text.lower() == "true"))
     # Python reads 1_000 as a number, but in a table it is more likely a code.
-    if not any("_" in text for text in present):
+    if "_" not in "".join(present):
         with suppress(ValueError):
             return "number", _each(texts, float)
     with suppress(ValueError):
@@ -149,12 +149,16 @@ def from_series(series: "nw.Series[Any]") -> tuple[Kind, np.ndarray]:
         return "date", _floats(series.dt.timestamp("us")) / 1e6
     if isinstance(dtype, nw.Duration):
         return "number", _floats(series.dt.total_microseconds()) / 1e6
-    values = [None if is_missing(value) else value for value in series.to_list()]
+    values = _present_or_none(series.to_list())
     if isinstance(dtype, nw.Categorical | nw.Enum):
         return "category", _category(values)
     if dtype == nw.String:
         return "category", np.array(values, dtype=object)
     return from_values(values, name=str(series.name), untyped=False)
+
+
+def _present_or_none(values: Iterable[object]) -> list[object]:
+    return [None if is_missing(value) else value for value in values]
 
 
 def _floats(series: "nw.Series[Any]") -> np.ndarray:
@@ -177,8 +181,7 @@ def from_column(column: np.ndarray, name: str) -> tuple[Kind, np.ndarray]:
         case "U":
             return parse_text(column.astype(object))
         case "O":
-            values = [None if is_missing(value) else value for value in column]
-            return from_values(values, name=name, untyped=True)
+            return from_values(_present_or_none(column), name=name, untyped=True)
     raise InputError(
         None, f"Column {name!r} holds {column.dtype}, {_NO_KIND}", remedy="Convert it."
     )
@@ -359,7 +362,7 @@ def _as_levels(values: np.ndarray, kind: Kind, levels: Sequence[str]) -> np.ndar
 
     For example, the level "007" was read as the number 7, and "true" as a boolean.
     """
-    level_of = {level: level for level in levels}
+    level_of = dict(zip(levels, levels))
     for level in levels:
         level_kind, value = _read([level])
         # A level "NA" is read as a missing number.

@@ -75,14 +75,9 @@ class Table:
         return replace(self, columns=tuple(column[rows] for column in self.columns))
 
     def drop(self, *names: str) -> "Table":
-        positions = [j for j, name in enumerate(self.names) if name not in names]
-        return Table(
-            tuple(self.names[j] for j in positions),
-            tuple(self.kinds[j] for j in positions),
-            tuple(self.columns[j] for j in positions),
-            self.amounts,
-            _without(self.readings, names),
-        )
+        triples = zip(self.names, self.kinds, self.columns)
+        left, kinds, columns = zip(*(column for column in triples if column[0] not in names))
+        return Table(left, kinds, columns, self.amounts, _without(self.readings, names))
 
     def read_as(self, kinds: Mapping[str, Kind]) -> "Table":
         """Return the table with some columns converted to the kinds in ``kinds``.
@@ -368,7 +363,7 @@ def _refuse_containers(X: object) -> None:
     if not isinstance(X, list | tuple):
         return
     shapes = [tuple(getattr(part, "shape", ())) for part in X]
-    if any(len(shape) > 1 for shape in shapes):
+    if max(map(len, shapes), default=0) > 1:
         inputs = f"{len(shapes)} inputs with the shapes {', '.join(map(str, shapes[:4]))}"
         raise InputError(
             "X",
@@ -425,7 +420,7 @@ def refuse_lists(X: object) -> None:
     if any(map(is_image, X)):
         raise InputError("X", f"{container} PIL images", remedy=f"Pass {_STACK_IMAGES}")
     shapes = list(map(_shape_of, X))
-    if all(len(shape) < 2 for shape in shapes):
+    if max(map(len, shapes)) < 2:
         return  # rows of a table
     different = next((i for i, shape in enumerate(shapes) if shape != shapes[0]), None)
     if different is None:
