@@ -210,12 +210,12 @@ def _misread_remarks(counts: Counter[str]) -> tuple[str, ...]:
         n_fitting = sum(number for level, number in counts.items() if fits(level))
         return n_fitting >= 0.8 * sum(counts.values())
 
-    odd = min((level for level in counts if not is_number(level)), default=None)
-    if odd is not None and are_most(is_number):
-        return (f"read as text because of {odd!r:.100}, though most of its values are numbers",)
-    if odd is not None and are_most(lambda level: is_number(level.replace(",", ""))):
+    text = min((level for level in counts if not is_number(level)), default=None)
+    if text is not None and are_most(is_number):
+        return (f"read as text because of {text!r:.100}, though most of its values are numbers",)
+    if text is not None and are_most(lambda level: is_number(level.replace(",", ""))):
         remedy = "Write numbers without commas, and decimals with a point"
-        return (f"read as text because of commas as in {odd!r:.100}. {remedy}",)
+        return (f"read as text because of commas as in {text!r:.100}. {remedy}",)
     if are_most(re.compile(r"\d{1,2}[/.-]\d{1,2}[/.-](\d{4}|\d{2})").fullmatch):
         return (f"read as text. Write dates such as {min(counts)!r} as year-month-day",)
     return ()

@@ -67,8 +67,8 @@ def check_row_options(n_given: int, cv: object, sample_weight: object) -> None:
         raise InputError(
             "cv",
             f"holds row positions, but {option('missing_target', 'drop')} changes the positions",
-            remedy="Leave the rows without a target out of X and y yourself, or pass a number of folds or "
-            "a splitter.",
+            remedy="Leave the rows without a target out of X and y yourself, or pass a number of "
+            "folds or a splitter.",
         )
     if isinstance(sample_weight, Sized) and len(sample_weight) != n_given:
         raise InputError(

@@ -75,14 +75,15 @@ def table_inputs(
         has_missing = np.isnan(raw).any(0)
     # Equal copies are stored once. The fill is ignored for columns without missing values, where it
     # has no effect.
-    keys: list[bytes] = []
+    keys = []
+    by_key: dict[bytes, Statistics] = {}
     for fitted in statistics:
         used = replace(fitted, fill=np.where(has_missing, fitted.fill, 0.0))
-        keys.append(b"".join(array.tobytes() for array in vars(used).values()))
-    first_folds = {key: keys.index(key) for key in keys}
-    order = list(first_folds)
-    distinct = [statistics[fold] for fold in first_folds.values()]
-    copies = tuple(map(order.index, keys))
+        key = b"".join(array.tobytes() for array in vars(used).values())
+        keys.append(key)
+        by_key.setdefault(key, fitted)
+    distinct = list(by_key.values())
+    copies = tuple(map(list(by_key).index, keys))
     scaling = None
     shape = (len(raw), statistics[0].n_inputs)
     if len(distinct) > 1 and len(distinct) * math.prod(shape) * like.element_size() > SHARED_BEYOND:

@@ -414,8 +414,8 @@ def refuse_lists(X: object) -> None:
         raise InputError(
             "X",
             f"{container} texts",
-            remedy="Turn words into numbers, and pass a tensor of integers (rows, length), padded to one "
-            "length.",
+            remedy="Turn words into numbers, and pass a tensor of integers (rows, length), padded "
+            "to one length.",
         )
     if any(map(is_image, X)):
         raise InputError("X", f"{container} PIL images", remedy=f"Pass {_STACK_IMAGES}")

@@ -110,12 +110,12 @@ class FittedTransform:
         """
         if isinstance(value, str):
             return FittedTransform(transform_from_json(value))
-        ends = np.asarray(value["ends"], np.float64)
-        if ends.ndim != 2 or len(ends) != 2:
+        limits = np.asarray(value["ends"], np.float64)
+        if limits.ndim != 2 or len(limits) != 2:
             raise ValueError("its target_transform lacks the limits of its training values")
-        fitted = FittedTransform(transform_from_json(value["transformer"]), ends)
+        fitted = FittedTransform(transform_from_json(value["transformer"]), limits)
         try:
-            fitted.inverse(torch.from_numpy(ends))
+            fitted.inverse(torch.from_numpy(limits))
             fitted.to_json()
         except Exception as error:  # a transformer in an odd state may raise anything
             raise ValueError(

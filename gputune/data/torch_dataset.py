@@ -77,8 +77,11 @@ def read_inputs(dataset: "Dataset[object]", number: int) -> Any:
     """
     inputs, _ = read_dataset(dataset, ())
     # If the model has several inputs, a pair of tensors is two inputs.
-    may_be_pair = number == 1 or not (isinstance(inputs, tuple) and isinstance(inputs[0], Tensor))
-    if may_be_pair and isinstance(inputs, tuple) and len(inputs) == 2:
+    if (
+        isinstance(inputs, tuple)
+        and len(inputs) == 2
+        and (number == 1 or not isinstance(inputs[0], Tensor))
+    ):
         inputs = inputs[0]
     return tuple(inputs) if isinstance(inputs, list) else inputs
 
