@@ -222,8 +222,7 @@ def check_spread(target: Target) -> None:
             None,
             f"{target.name} has {values[row, column]:.4g} in row {row}, which is so far away that "
             "half of the other numbers become equal in single precision",
-            remedy="Correct it, leave that row out, or choose a "
-            f"{per_interface('target_transform', option('target_transform'))}.",
+            remedy=f"Correct it, leave that row out, or choose a {option('target_transform')}.",
         )
 
 

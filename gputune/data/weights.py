@@ -86,7 +86,8 @@ def _check_rows(sample_weight: object, target: Target) -> np.ndarray:
             "sample_weight",
             "must be finite and not negative",
             got=Verbatim(f"{weights[row]} in row {row}"),
-            remedy="A row with weight 0 is left out of the loss, but not of the scores.",
+            remedy="Weight 0 leaves a row out of the loss only. To ignore a row completely, leave "
+            "it out of the data.",
         )
     return weights
 
