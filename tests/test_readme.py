@@ -16,10 +16,12 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.S)
 def test_python_blocks_run_in_order(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     session = {"__name__": "readme"}
-    shown = [text for kind, text in BLOCKS if kind == "text"]
-    python = [text for kind, text in BLOCKS if kind == "python"]
-    assert len(python) == 2
-    for code, expected in zip(python, shown):
+    blocks = [(kind, text) for kind, text in BLOCKS if kind in ("python", "text")]
+    assert [kind for kind, _ in blocks].count("python") >= 2
+    for (kind, code), (next_kind, text) in zip(blocks, [*blocks[1:], ("", "")]):
+        if kind == "text":
+            continue
+        expected = text if next_kind == "text" else ""
         exec(compile(code, "README.md", "exec"), session)
         printed = capsys.readouterr().out
         assert printed.count("\n") == expected.count("\n"), printed
@@ -49,10 +51,16 @@ def test_what_the_readme_names_exists():
         assert (ROOT / path).exists(), path
 
 
-def test_the_readme_links_every_page_and_names_every_script():
-    pages = {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")}
-    assert pages <= set(re.findall(r"\]\(((?!http)[^)]+)\)", TEXT))
-    named = {line for line in TEXT.splitlines() if line.startswith("| `scripts/` |")}.pop()
+def test_the_features_link_every_page():
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"features.md"}
+    features = (ROOT / "docs" / "features.md").read_text()
+    assert pages <= set(re.findall(r"\]\(((?!http)[^)]+)\)", features))
+    assert "docs/features.md" in TEXT
+
+
+def test_the_design_names_every_script():
+    design = (ROOT / "docs" / "design.md").read_text()
+    named = {line for line in design.splitlines() if line.startswith("| `scripts/` |")}.pop()
     scripts = ROOT / "scripts"
     files = [
         path for folder in ("", "examples", "reproduce") for path in (scripts / folder).glob("*.py")

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-README = Path(__file__).parents[2] / "README.md"
-EXAMPLES = README.parent / "scripts" / "examples"
+ROOT = Path(__file__).parents[2]
+FEATURES = ROOT / "docs" / "features.md"
+EXAMPLES = ROOT / "scripts" / "examples"
 
 
 def test_the_example_goes_from_the_rows_to_a_saved_model(tmp_path, monkeypatch, capsys):
@@ -101,7 +102,9 @@ def test_a_loop_of_ones_own_takes_no_more_statements_than_with_optuna(script, mo
 def test_a_notebook_runs_and_holds_such_outputs(script, name):
     pytest.importorskip("matplotlib", reason='pip install "gputune[report]"')
     path = EXAMPLES / f"{name}.ipynb"
-    assert path.stat().st_size < 100_000 and f"scripts/examples/{name}.ipynb" in README.read_text()
+    assert (
+        path.stat().st_size < 100_000 and f"scripts/examples/{name}.ipynb" in FEATURES.read_text()
+    )
     kept = json.loads(path.read_text())
     kinds, again = (
         [[o["output_type"] for o in c.get("outputs", ())] for c in one["cells"]]
