@@ -241,7 +241,6 @@ def _unquoted(value: str) -> str:
 
 _PHRASES = {
     "repeat the first call's arguments": "repeat the first command's options",
-    "repeat the call to go on": "repeat the command to go on",
     "differs from this call in": "differs from this command in",
     "the same call goes on from there where study= names a file": "the same command goes on from there",
     "folds (cv, groups)": "folds (--cv, --groups)",
@@ -253,11 +252,8 @@ _PHRASES = {
     "a torch.nn.Module class, a function that makes modules, or 'FILE.py:NAME'": "or FILE.py:NAME",
     ", a torch.nn loss, or callable(outputs, y), got": ", got",
     "scorer names or a callable, got": "scorer names, got",
-    "must be a dict, a list of dicts, or one of": "must be KEY=SPEC, or one of",
     "give loss=callable(outputs, y), or training_step=callable(module, batch)": "tune it from Python",
     "give scoring=callable(outputs, y), or 'neg_loss'": "use --scoring neg_loss",
-    "'log', 'log1p' or a transformer of scikit-learn's that has an inverse_transform": "'log' or 'log1p'",
-    "choose a PowerTransformer, or leave it out": "leave it out",
     "; give scoring=callable(outputs, y)": "; choose another --scoring",
     "leave one out, or give a dict that has a name for each": "leave one out",
     "For token ids pass a tensor of integers, torch.as_tensor(X)": "Token ids are a tensor of integers in a .pt file",

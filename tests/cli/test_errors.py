@@ -287,7 +287,7 @@ def model(tmp_path_factory):
 
 def test_predict_without_a_file_or_a_model(bugs, model):
     refused("predict", model, "none.csv", words=["'none.csv'"])
-    refused("predict", "nowhere", bugs, words=["'nowhere'", "check the path"])
+    refused("predict", "nowhere", bugs, words=["'nowhere'", "Check the path"])
 
 
 def test_predict_does_not_write_over_its_input(bugs, model):
@@ -315,7 +315,7 @@ def test_predict_does_not_write_over_its_input(bugs, model):
         bugs,
         "--out",
         "no/such/folder.csv",
-        words=["--out", "'no/such' does not exist", "make it"],
+        words=["--out", "'no/such' does not exist", "Create the folder"],
     )
 
 
