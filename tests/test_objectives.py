@@ -246,8 +246,8 @@ class Softmax(Net):
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (Sigmoid, "and the cross-entropy wants logits: leave out the sigmoid"),
-        (Softmax, "Softmax returns probabilities, and the cross-entropy wants logits"),
+        (Sigmoid, "but the cross-entropy takes logits. Leave out the sigmoid"),
+        (Softmax, "Softmax returns probabilities, but the cross-entropy takes logits"),
     ],
 )
 def test_probabilities_before_the_cross_entropy_are_said(model, words):
@@ -407,7 +407,7 @@ BROADCASTS = [
 @pytest.mark.parametrize("face", ["tune", "net"])
 def test_a_loss_that_broadcasts_outputs_and_target_is_refused(loss, y, face):
     with refused(
-        r"shape \((\d+), 1\) and y \(\1,\), .* torch broadcasts to \(\1, \1\). Take outputs\[:, 0\] or y\["
+        r"shape \((\d+), 1\) and y has shape \(\1,\), .* PyTorch broadcasts to \(\1, \1\). Take outputs\[:, 0\] or y\["
     ):
         if face == "tune":
             gputune.tune(zero_start if y is FAR else OneLogit, X, y, loss=loss, **ONE)
@@ -541,7 +541,7 @@ def test_a_study_knows_its_loss(tmp_path):
         gputune.tune(Net, X, SEVERAL[:, 0], loss="mae", **options)
 
 
-ONE_LOGIT = "One logit a row of two classes takes loss='bce'"
+ONE_LOGIT = "For one logit per row and two classes pass loss='bce'"
 
 
 @pytest.mark.parametrize(
@@ -556,14 +556,14 @@ ONE_LOGIT = "One logit a row of two classes takes loss='bce'"
         (
             TWO,
             {"model": OneLogit, "loss": "cross_entropy"},
-            r"got \(31, 1\) .* or one with loss='bce'",
+            r"got \(31, 1\) .* or one logit with loss='bce'",
         ),
         (TWO, {"model": FLAT, "loss": nn.CrossEntropyLoss()}, f"raised .* {ONE_LOGIT}"),
         (BINARY, {"model": OneLogit, "loss": nn.CrossEntropyLoss()}, ONE_LOGIT),
         (
             TWO,
             {"loss": "bce", "model": lambda n_features: Net(n_features, 2)},
-            "take loss='cross_entropy'",
+            "pass loss='cross_entropy'",
         ),
         (LABELS, {"scoring": "r2"}, "does not fit a multilabel task"),
         (
@@ -585,7 +585,7 @@ ONE_LOGIT = "One logit a row of two classes takes loss='bce'"
         (
             SEVERAL,
             {"loss": lambda o, y: o},
-            r"return row losses of shape \(rows,\) or their mean, .* got \(31, 2\)",
+            r"return row losses of shape \(rows,\), or their mean .* got \(31, 2\)",
         ),
         (
             SEVERAL[:, 0],
@@ -606,17 +606,17 @@ ONE_LOGIT = "One logit a row of two classes takes loss='bce'"
         (
             SEVERAL,
             {"loss": lambda o, y: (o - y).detach().square().mean(1)},
-            "gives no gradient: what it returns",
+            "gives no gradient: its result",
         ),
         (
             SEVERAL,
             {"training_step": lambda m: 0},
-            r"TypeError: .* called as training_step\(module, \(x, y\)\), x ",
+            r"TypeError: .* calls training_step\(module, \(x, y\)\), where x is ",
         ),
         (
             SEVERAL,
             {"augment": lambda x: x},
-            r"raised TypeError: .* called as augment\(x, generator\)",
+            r"raised TypeError: .* calls augment\(x, generator\)",
         ),
         (
             SEVERAL,
@@ -656,7 +656,7 @@ ONE_LOGIT = "One logit a row of two classes takes loss='bce'"
         (
             COUNTS,
             {"loss": mean_poisson, "sample_weight": WEIGHTS, **NUMBERS},
-            "sample_weight and class_weight weigh rows, and .*:mean_poisson gives no number a row",
+            "sample_weight and class_weight weight rows, but .*:mean_poisson returns the mean",
         ),
         (
             FAR,

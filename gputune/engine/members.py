@@ -28,7 +28,7 @@ from gputune.data.dataset import Dataset
 from gputune.engine.backend import torch_threads
 from gputune.engine.stacked import StackedChunk
 from gputune.modules.calls import ModuleDraws
-from gputune.modules.member_code import MemberCode, Step
+from gputune.modules.member_code import CodedStep, MemberCode
 from gputune.modules.module import StackedModule
 from gputune.modules.trace import TraceError, tensors, trace
 from gputune.native.library import Kernels, build_kernels
@@ -127,7 +127,7 @@ class OneMember:
         shapes = self.own.batches.shapes
         own.batches.begin(0)
         own.update.begin(0)
-        steps: dict[StepShape, Step] = {}
+        steps: dict[StepShape, CodedStep] = {}
         for i, shape in enumerate(shapes):
             if shape not in steps:
                 # Tracing takes the step, and its draws may be used as indices, so they must be
@@ -143,7 +143,7 @@ class OneMember:
         held = [*own.batches.inputs, own.batches.target, *buffers]
         self.common = {tensor.untyped_storage().data_ptr() for tensor in held}
 
-    def _outputs(self, code: MemberCode) -> Step | None:
+    def _outputs(self, code: MemberCode) -> CodedStep | None:
         """Write the code of the member's outputs on its validation rows.
 
         The result is None if the scores are not computed from these outputs, or if they cannot be
@@ -225,7 +225,7 @@ class Space:
             for address, storage in one.memories.items()
         }
         steps = [*one.steps, *([] if one.outputs is None else [one.outputs])]
-        self.room = torch.empty(max(step.room for step in steps) + 64, dtype=torch.uint8)
+        self.room = torch.empty(max(step.workspace for step in steps) + 64, dtype=torch.uint8)
         # Scratch memory begins at a multiple of 64 bytes.
         room = -(-self.room.data_ptr() // 64) * 64
         self.memories = _pointers([room, *(storage.data_ptr() for storage in self.copies.values())])

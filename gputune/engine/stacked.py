@@ -18,7 +18,7 @@ from torch import Tensor
 from gputune.errors import warn
 from gputune.fallback import words_unless_strict
 from gputune.memory import is_out_of_memory
-from gputune.modules.recorder import RECORDERS, Direct, Replays, Steps
+from gputune.modules.recorder import RECORDERS, Direct, Replays, StepTaker
 from gputune.modules.trace import TraceError
 from gputune.optimizers.blocks import Blocks
 from gputune.optimizers.update import optimizer_of
@@ -87,7 +87,7 @@ class StackedChunk:
         self.params = self._network.blocks.views(self._flat)
         self.dropout = self.update.clock.table(self.configs, "dropout")
         self.grads = self._network.trained.views(self.grad)
-        self.steps: Steps = Direct()
+        self.steps: StepTaker = Direct()
         if self.recorded:
             self.update.prepare()
             self.batches.prepare()

@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from gputune.modules.trace import Args, Function, Words
+from gputune.modules.trace import Args, Function, Kwargs
 
 Shapes: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -69,7 +69,7 @@ class BroadcastWatch(TorchFunctionMode):
         self._targets = {id(y): y}  # kept alive, so that no other tensor gets their ids
 
     def __torch_function__(
-        self, func: Function, types: object, args: Args = (), kwargs: Words | None = None
+        self, func: Function, types: object, args: Args = (), kwargs: Kwargs | None = None
     ) -> object:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)

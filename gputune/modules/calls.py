@@ -11,7 +11,7 @@ then on, every step finds its draws in a buffer. They are the numbers that the s
 have drawn. The step can therefore be recorded.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import chain
@@ -24,7 +24,15 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from gputune.modules.trace import Args, DispatchMode, Function, Operator, TraceError, Words, tensors
+from gputune.modules.trace import (
+    Args,
+    DispatchMode,
+    Function,
+    Kwargs,
+    Operator,
+    TraceError,
+    tensors,
+)
 from gputune.native.library import fill_uniform
 from gputune.population.batches import Batch, Batches
 from gputune.seeding import keyed_draws, start_stream, stream_seed
@@ -44,18 +52,20 @@ class Stateless:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self._attributes = [(vars(part), dict(vars(part))) for part in module.modules()]
-        values = (value for _, attributes in self._attributes for value in attributes.values())
-        self._containers = [(v, v.copy()) for v in values if isinstance(v, dict | list | set)]
-        names = {
-            id(t): name for name, t in chain(module.named_parameters(), module.named_buffers())
-        }
-        self._places: list[tuple[dict[str, Any], str, Tensor, str]] = [
-            (held, key, t, names[id(t)])
-            for part in module.modules()
-            for held in (part._parameters, part._buffers)
-            for key, t in held.items()
-            if t is not None
-        ]
+        self._containers: list[tuple[Any, Any]] = []
+        for _, attributes in self._attributes:
+            for value in attributes.values():
+                if isinstance(value, dict | list | set):
+                    self._containers.append((value, value.copy()))
+        names = {}
+        for name, tensor in chain(module.named_parameters(), module.named_buffers()):
+            names[id(tensor)] = name
+        self._places: list[tuple[dict[str, Any], str, Tensor, str]] = []
+        for part in module.modules():
+            for table in (part._parameters, part._buffers):
+                for key, value in table.items():
+                    if value is not None:
+                        self._places.append((table, key, value, names[id(value)]))
 
     @contextmanager
     def substitute(self, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
@@ -64,56 +74,54 @@ class Stateless:
         A tensor with several names is replaced under all of them.
         """
         try:
-            for held, key, _, name in self._places:
+            for table, key, _, name in self._places:
                 if name in tensors:
-                    held[key] = tensors[name]
+                    table[key] = tensors[name]
             yield self.module
         finally:
             for attributes, before in self._attributes:
                 for name in attributes.keys() - before.keys():
                     del attributes[name]
                 attributes.update(before)
-            for value, members in self._containers:
-                if value or members:
+            for value, items in self._containers:
+                if value or items:
                     value.clear()
-                    (value.extend if isinstance(value, list) else value.update)(members)
-            for held, key, tensor, _ in self._places:  # a scripted module holds them in no dict
-                held[key] = tensor
+                    (value.extend if isinstance(value, list) else value.update)(items)
+            for table, key, tensor, _ in self._places:  # a scripted module holds them in no dict
+                table[key] = tensor
 
-    def held(self, names: Iterable[str]) -> dict[str, Tensor]:
+    def current(self, names: Container[str]) -> dict[str, Tensor]:
         """Return the current tensors of some names.
 
         Inside ``substitute``, these are the tensors that a forward pass has written.
         """
-        wanted = set(names)
-        return {name: held[key] for held, key, _, name in self._places if name in wanted}
+        return {name: table[key] for table, key, _, name in self._places if name in names}
 
 
 def not_trained(module: nn.Module) -> dict[str, Tensor]:
     """Return the buffers and the frozen parameters of a module."""
-    return {k: w for k, w in module.named_parameters() if not w.requires_grad} | dict(
-        module.named_buffers()
-    )
+    frozen = {name: w for name, w in module.named_parameters() if not w.requires_grad}
+    return frozen | dict(module.named_buffers())
 
 
 def state_of(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """Return the buffers, frozen parameters and Python numbers of some names. Numbers become
     tensors."""
-    found = {}
+    state = {}
     for name in names:
         value = attrgetter(name)(module)
         if not isinstance(value, Tensor):
-            value = torch.tensor(
-                value, dtype=torch.int64 if isinstance(value, int) else torch.float64
-            )
-        found[name] = value.detach()
-    return found
+            dtype = torch.int64 if isinstance(value, int) else torch.float64
+            value = torch.tensor(value, dtype=dtype)
+        state[name] = value.detach()
+    return state
 
 
 def put_numbers(module: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Set the Python numbers among some names to their values. Tensors are left unchanged."""
     for name, value in values.items():
-        if not isinstance(before := attrgetter(name)(module), Tensor):
+        before = attrgetter(name)(module)
+        if not isinstance(before, Tensor):
             path, _, key = name.rpartition(".")
             setattr(module.get_submodule(path), key, type(before)(value.item()))
 
@@ -133,64 +141,27 @@ def convert(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return module
 
 
+def _functions(owner: object, names: str) -> set[Callable[..., object]]:
+    """Return the functions of a module or class with some names."""
+    return {getattr(owner, name) for name in names.split()}
+
+
 # Operations that autocast computes in bfloat16.
-_PRODUCTS: set[Callable[..., object]] = {
-    F.linear,
-    F.bilinear,
-    F.conv1d,
-    F.conv2d,
-    F.conv3d,
-    F.conv_transpose1d,
-    F.conv_transpose2d,
-    F.conv_transpose3d,
-    F.scaled_dot_product_attention,
-    torch.matmul,
-    torch.mm,
-    torch.bmm,
-    torch.mv,
-    torch.addmm,
-    torch.baddbmm,
-    torch.addmv,
-    torch.einsum,
-    Tensor.matmul,
-    Tensor.mm,
-    Tensor.bmm,
-    Tensor.__matmul__,
-    Tensor.__rmatmul__,
-}
+_PRODUCTS = (
+    _functions(F, "linear bilinear conv1d conv2d conv3d scaled_dot_product_attention")
+    | _functions(F, "conv_transpose1d conv_transpose2d conv_transpose3d")
+    | _functions(torch, "matmul mm bmm mv addmm baddbmm addmv einsum")
+    | _functions(Tensor, "matmul mm bmm __matmul__ __rmatmul__")
+)
 # Operations that autocast computes in single precision.
-_WIDE: set[Callable[..., object]] = {
-    F.layer_norm,
-    F.group_norm,
-    F.softmax,
-    F.log_softmax,
-    F.cross_entropy,
-    F.nll_loss,
-    F.mse_loss,
-    F.l1_loss,
-    F.smooth_l1_loss,
-    F.huber_loss,
-    F.binary_cross_entropy_with_logits,
-    F.kl_div,
-    F.normalize,
-    F.cosine_similarity,
-    torch.softmax,
-    torch.log_softmax,
-    Tensor.softmax,
-    Tensor.log_softmax,
-    torch.exp,
-    Tensor.exp,
-    torch.log,
-    Tensor.log,
-    torch.logsumexp,
-    Tensor.logsumexp,
-    torch.sum,
-    Tensor.sum,
-    torch.pow,
-    Tensor.pow,
-    torch.rsqrt,
-    Tensor.rsqrt,
-}
+_POINTWISE = "softmax log_softmax exp log logsumexp sum pow rsqrt"
+_WIDE = (
+    _functions(F, "layer_norm group_norm softmax log_softmax normalize cosine_similarity")
+    | _functions(F, "cross_entropy nll_loss mse_loss l1_loss smooth_l1_loss huber_loss kl_div")
+    | {F.binary_cross_entropy_with_logits}
+    | _functions(torch, _POINTWISE)
+    | _functions(Tensor, _POINTWISE)
+)
 
 
 class Rounded(TorchFunctionMode):
@@ -200,21 +171,26 @@ class Rounded(TorchFunctionMode):
     """
 
     def __torch_function__(
-        self, func: Function, types: object, args: Args = (), kwargs: Words | None = None
+        self, func: Function, types: object, args: Args = (), kwargs: Kwargs | None = None
     ) -> object:
         kwargs = kwargs or {}
         # The statistics of a batch norm are in single precision.
         if func is F.batch_norm and args[0].dtype == torch.bfloat16:
             return func(args[0].float(), *args[1:], **kwargs).bfloat16()
-        if func in _PRODUCTS or func in _WIDE:
-            pair = torch.float32, torch.bfloat16
-            before, after = pair if func in _PRODUCTS else pair[::-1]
-
-            def cast(x: Tensor) -> Tensor:
-                return x.to(after) if x.dtype == before else x
-
+        cast = _to_bfloat16 if func in _PRODUCTS else _to_float32 if func in _WIDE else None
+        if cast is not None:
             args, kwargs = tree_map_only(Tensor, cast, (args, kwargs))
         return func(*args, **kwargs)
+
+
+def _to_bfloat16(x: Tensor) -> Tensor:
+    """Return single precision as bfloat16, and other tensors unchanged."""
+    return x.bfloat16() if x.dtype == torch.float32 else x
+
+
+def _to_float32(x: Tensor) -> Tensor:
+    """Return bfloat16 as single precision, and other tensors unchanged."""
+    return x.float() if x.dtype == torch.bfloat16 else x
 
 
 _DRAW_BYTES = 64 << 20  # bytes of draws that are made ahead
@@ -243,14 +219,13 @@ class _Draw(NamedTuple):
     """
 
     function: Operator
-    args: tuple[object, ...]
-    kwargs: Words
+    args: Sequence[object]
+    kwargs: Kwargs
 
     def make(self) -> Tensor:
         """Draw again, and return the result."""
-        result: Tensor = self.function(
-            *(x() if isinstance(x, partial) else x for x in self.args), **self.kwargs
-        )
+        args = [x() if isinstance(x, partial) else x for x in self.args]
+        result: Tensor = self.function(*args, **self.kwargs)
         return result
 
 
@@ -264,42 +239,39 @@ class ModuleDraws:
     def __init__(self, forward: Callable[[Batch], object], batches: Batches, seed: int) -> None:
         self.seed = seed
         self.device = batches.data.device
-        self.rows = [{part.rows for part in shape.parts} for shape in batches.shapes]
-        tried: dict[int, _DrawRecorder] = {}
+        self.rows: list[set[int]] = []
+        self.draws: dict[int, list[_Draw]] = {}
+        samples: dict[int, list[Tensor]] = {}
         for step, shape in enumerate(batches.shapes):
+            self.rows.append({part.rows for part in shape.parts})
             for part, batch in zip(shape.parts, batches.at(0, step)):
-                if part.rows not in tried:
+                if part.rows not in samples:
                     with keyed_draws(self.device, seed, "try"):
-                        tried[part.rows] = _recorded(partial(forward, batch))
-        self.draws = {rows: recorder.draws for rows, recorder in tried.items()}
-        samples = {rows: recorder.results for rows, recorder in tried.items()}
+                        recorder = _recorded(partial(forward, batch))
+                    self.draws[part.rows] = recorder.draws
+                    samples[part.rows] = recorder.results
         size = sum(sample.nbytes for sample in tensors(samples))
         self.ahead = max(1, min(len(self.rows), _DRAW_BYTES // max(1, size)))
-        self.buffers = {
-            rows: [
-                sample.new_empty((self.ahead, *sample.shape), device=self.device)
-                for sample in several
-            ]
-            for rows, several in samples.items()
-        }
-        self.uniform = {
-            rows
-            for rows, several in samples.items()
-            if {draw.function for draw in self.draws[rows]} <= _UNIFORM
-            and all(
-                x.dtype == torch.float32 and x.is_contiguous() and x.device.type == "cpu"
-                for x in several
-            )
-        }
+        self.buffers: dict[int, list[Tensor]] = {}
+        self.uniform = set[int]()
         """Numbers of rows for which compiled code can make the draws. It makes the same numbers."""
+        for rows, results in samples.items():
+            self.buffers[rows] = [
+                x.new_empty((self.ahead, *x.shape), device=self.device) for x in results
+            ]
+            if {draw.function for draw in self.draws[rows]} <= _UNIFORM and all(
+                x.dtype == torch.float32 and x.is_contiguous() and x.device.type == "cpu"
+                for x in results
+            ):
+                self.uniform.add(rows)
 
     def fill(self, epoch: int, step: int) -> None:
         """Draw for a step and the steps ahead, if the buffer ends before this step."""
         if step % self.ahead or not any(self.draws.values()):
             return
         with keyed_draws(self.device, self.seed, "dropout", epoch, step):
-            for slot, several in enumerate(self.rows[step : step + self.ahead]):
-                for rows in several:
+            for slot, step_rows in enumerate(self.rows[step : step + self.ahead]):
+                for rows in step_rows:
                     parts = [buffer[slot] for buffer in self.buffers[rows]]
                     key = "dropout", epoch, step + slot
                     if rows not in self.uniform or not fill_uniform(
@@ -338,7 +310,7 @@ class _DrawRecorder(DispatchMode):  # type: ignore[no-untyped-call]
         self.results: list[Tensor] = []
 
     def __torch_dispatch__(
-        self, func: Operator, types: object, args: Args = (), kwargs: Words | None = None
+        self, func: Operator, types: object, args: Args = (), kwargs: Kwargs | None = None
     ) -> object:
         kwargs = kwargs or {}
         if func is _DROPOUT:
@@ -351,18 +323,17 @@ class _DrawRecorder(DispatchMode):  # type: ignore[no-untyped-call]
         plain = name in _PLAIN or _PLAIN_OVERLOADS.get(name) == func._overloadname
         # a generator of the user's own must not be replaced
         if not plain or kwargs.get("generator") is not None:
-            raise TraceError(f"{func} draws what depends on other numbers than the key of its step")
-        self.draws.append(
-            _Draw(func, tuple(_empty_like(x) if isinstance(x, Tensor) else x for x in args), kwargs)
-        )
+            raise TraceError(f"{func} draws numbers that depend on more than the key of the step")
+        layouts = [_empty_like(x) if isinstance(x, Tensor) else x for x in args]
+        self.draws.append(_Draw(func, layouts, kwargs))
         result = func(*args, **kwargs)
         self.results.append(result.clone())  # a copy, because the module may write into the result
         return result
 
 
-def _dropout(x: Tensor, kept: Tensor, p: float) -> tuple[Tensor, Tensor]:
+def _dropout(x: Tensor, mask: Tensor, p: float) -> tuple[Tensor, Tensor]:
     """Return the results of dropout in training: the scaled rows, and the mask."""
-    return x * kept * (1 / (1 - p)), kept.bool()
+    return x * mask * (1 / (1 - p)), mask.bool()
 
 
 def _empty_like(x: Tensor) -> partial[Tensor]:
@@ -384,7 +355,7 @@ class _DrawReplayer(DispatchMode):  # type: ignore[no-untyped-call]
         self.draws = iter(draws)
 
     def __torch_dispatch__(
-        self, func: Operator, types: object, args: Args = (), kwargs: Words | None = None
+        self, func: Operator, types: object, args: Args = (), kwargs: Kwargs | None = None
     ) -> object:
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **(kwargs or {}))

@@ -21,6 +21,7 @@ from gputune.models import Dropout
 from gputune.population.population import InputKind, Shape, call_module
 from gputune.seeding import keyed_draws
 from gputune.types import Config, Params
+from gputune.wording import Verbatim, option, per_interface
 
 Builder = Callable[..., nn.Module]
 """A class of modules, or a function or a ``functools.partial`` that returns a module."""
@@ -43,16 +44,17 @@ def what_to_pass(instance: nn.Module) -> str:
         with suppress(InputError):
             call_arguments(kind, sizes, {})
             return (
-                "must be the class, not an instance, because each training builds its own: pass "
-                f"{kind.__name__}. To start from the weights of this instance, pass a function "
-                "that returns it."
+                "must be a class, not an instance, because each training creates a new module. "
+                f"Pass {kind.__name__}. To start from the weights of this instance, pass a "
+                "function that returns it."
             )
     name = f"nn.{kind.__name__}" if from_torch and hasattr(nn, kind.__name__) else kind.__name__
-    made = "torch.jit.script(...)" if isinstance(inner, torch.jit.ScriptModule) else f"{name}(...)"
+    call = "torch.jit.script(...)" if isinstance(inner, torch.jit.ScriptModule) else f"{name}(...)"
     return (
-        f"must be a function that makes the module, not an instance of {name}, because each "
-        f"training builds its own: def make(n_features, n_outputs): return {made}. To start from "
-        "the weights of this instance, let the function return it: gputune copies it."
+        f"must be a function that creates the module, not an instance of {name}, because each "
+        "training creates a new module. Pass a function such as def make(n_features, n_outputs): "
+        f"return {call}. To start from the weights of this instance, return it from the function: "
+        "gputune copies it."
     )
 
 
@@ -65,17 +67,18 @@ def build_module(
     """
     row = (shape.n_features,) if shape.input_shape is None else shape.input_shape
     sizes = {name: getattr(shape, name) for name in ("n_features", "n_outputs", "feature_groups")}
-    words = call_arguments(builder, sizes | {"input_shape": row}, arguments)
+    kwargs = call_arguments(builder, sizes | {"input_shape": row}, arguments)
     with module_stream(seed):
-        module = construct(builder, words, columns)
+        module = construct(builder, kwargs, columns)
         inputs = shape.inputs or ((row, torch.float32),)
         try:
             materialise(module, inputs, shape.names)
         except Exception as error:
             raise InputError(
-                f"model: the forward of {name_of(builder)} raised {type(error).__name__} on two "
-                "rows of zeros, which give its lazy layers their sizes: "
-                f"{error}.{hint(str(error), _zeros(inputs))}{columns}"
+                None,
+                f"The forward pass of {name_of(builder)} raised {type(error).__name__} on two rows "
+                f"of zeros, from which its lazy layers take their sizes: {error}",
+                remedy=f"{hint(str(error), _zeros(inputs))}{columns}".strip(),
             ) from error
         return module
 
@@ -104,29 +107,30 @@ The name is "" if every module owns all of its tensors.
 """
 
 
-def construct(builder: Builder, words: Config, columns: str = "") -> nn.Module:
+def construct(builder: Builder, kwargs: Config, columns: str = "") -> nn.Module:
     """Return a user's module that owns its tensors.
 
     It is a copy if the builder returns the same tensors each time. Members then start from a
     pretrained part, and the user's own copy of it never trains. For ``torch.compile(module)`` it is
     ``module``. Raises InputError if the builder fails, or if a shared tensor cannot be copied.
     """
-    module, is_compiled = _call_builder(builder, words, columns)
-    known = _shared.setdefault(builder, {})
-    key = repr(words)
-    if key not in known:
+    module, is_compiled = _call_builder(builder, kwargs, columns)
+    shared = _shared.setdefault(builder, {})
+    key = repr(kwargs)
+    if key not in shared:
         if is_compiled:
             warn(
-                f"{name_of(builder)} returns torch.compile(module): the module itself trains, and "
-                "gputune chooses how its steps are computed. Leave torch.compile out.",
+                f"{name_of(builder)} returns torch.compile(module). gputune trains the module "
+                "itself and chooses how to compute its steps. Leave torch.compile out.",
                 InputWarning,
             )
         # This call happens only once. Its own stream keeps it from changing the draws of the first
         # module's lazy layers.
         with keyed_draws(torch.device("cpu"), 0, "another", host=True):
-            another, _ = _call_builder(builder, words, columns)
-        known[key] = _first_shared(module, another)
-    if not (name := known[key]):
+            other, _ = _call_builder(builder, kwargs, columns)
+        shared[key] = _first_shared(module, other)
+    name = shared[key]
+    if not name:
         return module
     try:
         if any(map(has_gradient_hook, module.parameters())):
@@ -134,13 +138,14 @@ def construct(builder: Builder, words: Config, columns: str = "") -> nn.Module:
         return copy.deepcopy(module)
     except Exception as error:
         raise InputError(
-            f"model: {name_of(builder)} returns modules that share {name!r}, which members may "
-            f"not, and copy.deepcopy of one raised {type(error).__name__}: {error}. Let it "
-            "construct that part, or copy.deepcopy it, in each call."
+            None,
+            f"All modules of {name_of(builder)} share {name!r}, but each member needs its own "
+            f"tensors, and copy.deepcopy of a module raised {type(error).__name__}: {error}",
+            remedy="Create that part in each call, or copy it there by copy.deepcopy.",
         ) from error
 
 
-def _call_builder(builder: Builder, words: Config, columns: str) -> tuple[nn.Module, bool]:
+def _call_builder(builder: Builder, kwargs: Config, columns: str) -> tuple[nn.Module, bool]:
     """Return the module of a builder, and whether it was compiled.
 
     A module inside torch.compile is returned itself. Raises InputError if the builder fails, or if
@@ -149,45 +154,51 @@ def _call_builder(builder: Builder, words: Config, columns: str) -> tuple[nn.Mod
     name = name_of(builder)
     cause = None
     try:
-        module = builder(**words)
+        module = builder(**kwargs)
     except Exception as error:
         if "before Module.__init__() call" not in str(error):
             raise InputError(
-                f"model: {name}({', '.join(f'{k}={v!r}' for k, v in words.items())}) raised "
-                f"{type(error).__name__}: {error}. {_remedy(builder, words, str(error))}{columns}"
+                None,
+                f"{call_text(name, kwargs)} raised {type(error).__name__}: {error}",
+                remedy=f"{_remedy(builder, kwargs, str(error))}{columns}",
             ) from error
         cause = error
     else:
         if not isinstance(module, nn.Module):
-            kind = type(module).__name__
-            raise InputError(
-                f"model: {name} must return a torch.nn.Module, got {kind}; return the module."
-            )
+            kind = Verbatim(type(module).__name__)
+            rule = f"{name} must return a torch.nn.Module"
+            raise InputError(None, rule, got=kind, remedy="Return the module.")
         # A module from torch.jit.trace has its parameters elsewhere.
         if "_parameters" in vars(module) or isinstance(module, torch.jit.ScriptModule):
             is_compiled = type(module).__name__ == "OptimizedModule"
             inner = module._orig_mod if is_compiled else module
             assert isinstance(inner, nn.Module)
             return inner, is_compiled
-    raise InputError(
-        f"model: an __init__ of {name} does not call super().__init__(); let it do so first."
-    ) from cause
+    rule = f"An __init__ of {name} does not call super().__init__()"
+    raise InputError(None, rule, remedy="Call it first.") from cause
 
 
-def _remedy(builder: Builder, words: Config, error: str) -> str:
+def call_text(name: str, kwargs: Config) -> str:
+    """Return a call with keyword arguments as Python code."""
+    arguments = ", ".join(f"{key}={value!r}" for key, value in kwargs.items())
+    return f"{name}({arguments})"
+
+
+def _remedy(builder: Builder, kwargs: Config, error: str) -> str:
     """Return the remedy for an error of a builder that was called with some arguments."""
     refused = re.search(r"unexpected keyword argument '(n_features|n_outputs)'", error)
-    if refused and refused[1] in words and refused[1] not in parameters_of(builder):
+    if refused and refused[1] in kwargs and refused[1] not in parameters_of(builder):
         name = name_of(builder)
         return (
             f"{name} takes any keyword, so gputune passes n_features and n_outputs. "
             f"Pass a function that calls it: def make(n_outputs): return {name}(...)."
         )
-    return "Mend it, or the module__* values of the space."
+    values = per_interface("values of the space", "values of --space", "values")
+    return f"Correct it, or the module__* {values}."
 
 
-def _first_shared(one: nn.Module, other: nn.Module) -> str:
-    """Return the name of the first parameter or buffer of ``one`` in the memory of a tensor of
+def _first_shared(module: nn.Module, other: nn.Module) -> str:
+    """Return the name of the first parameter or buffer of ``module`` in the memory of a tensor of
     ``other``."""
 
     def memory(tensor: Tensor) -> int:
@@ -196,10 +207,11 @@ def _first_shared(one: nn.Module, other: nn.Module) -> str:
             return id(tensor)
         return tensor.untyped_storage().data_ptr() or id(tensor)
 
-    held = set(map(memory, chain(other.parameters(), other.buffers())))
-    return next(
-        (k for k, w in chain(one.named_parameters(), one.named_buffers()) if memory(w) in held), ""
-    )
+    used = set(map(memory, chain(other.parameters(), other.buffers())))
+    for name, tensor in chain(module.named_parameters(), module.named_buffers()):
+        if memory(tensor) in used:
+            return name
+    return ""
 
 
 def has_gradient_hook(parameter: Tensor) -> bool:
@@ -214,16 +226,16 @@ def start_from(module: nn.Module, inputs: Sequence[Tensor], y: Tensor, *, seed: 
 
     Raises InputError if the call fails.
     """
-    if (begin := getattr(module, "start_from", None)) is None:
+    method = getattr(module, "start_from", None)
+    if method is None:
         return
     with keyed_draws(y.device, seed, "start_from", host=True), torch.no_grad():
         try:
-            begin(*inputs, y)
+            method(*inputs, y)
         except Exception as error:
-            raise InputError(
-                f"model: {type(module).__name__}.start_from(rows, y) raised "
-                f"{type(error).__name__}: {error}. Mend it, or leave it out."
-            ) from error
+            call = f"{type(module).__name__}.start_from(rows, y)"
+            rule = f"{call} raised {type(error).__name__}: {error}"
+            raise InputError(None, rule, remedy="Correct it, or leave it out.") from error
 
 
 def dropout_rates(module: nn.Module) -> tuple[str, ...]:
@@ -251,14 +263,18 @@ def hidden_sides(module: nn.Module, trained: Params) -> dict[str, int]:
     first weight is also left out. The matrix of a convolution has all axes except the first as its
     columns.
     """
-    matrices = [name for name, w in trained.items() if w.dim() > 1 and not w.is_complex()]
-    owners = dict(module.named_modules())
-    embedding = (nn.Embedding, nn.EmbeddingBag)
-    embeddings = [
-        name for name in matrices if isinstance(owners[name.rpartition(".")[0]], embedding)
-    ]
-    left_out = {*(embeddings or matrices[:1]), *matrices[-1:]}
-    return {name: max(trained[name].flatten(1).shape) for name in matrices if name not in left_out}
+    layers = dict(module.named_modules())
+    sides = {}
+    embeddings = []
+    for name, w in trained.items():
+        if w.dim() > 1 and not w.is_complex():
+            sides[name] = max(w.flatten(1).shape)
+            if isinstance(layers[name.rpartition(".")[0]], nn.Embedding | nn.EmbeddingBag):
+                embeddings.append(name)
+    matrices = list(sides)
+    for name in {*(embeddings or matrices[:1]), *matrices[-1:]}:
+        del sides[name]
+    return sides
 
 
 def call_arguments(builder: Builder, sizes: Mapping[str, object], arguments: Config) -> Config:
@@ -273,49 +289,55 @@ def call_arguments(builder: Builder, sizes: Mapping[str, object], arguments: Con
     parameters = parameters_of(builder)
     inner = builder.func if isinstance(builder, partial) else builder
     # nn.Module itself takes any keyword in its signature, and refuses all of them.
-    own = getattr(inner, "__init__", None) is not nn.Module.__init__
-    open_ended = own and any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    named = {
-        k for k, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    }
+    has_init = getattr(inner, "__init__", None) is not nn.Module.__init__
+    takes_any = has_init and any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    named = {name for name, parameter in parameters.items() if parameter.kind in kinds}
     for name in arguments:
-        if name not in named and not open_ended:
-            raise InputError(
-                f"module__{name} is no argument of {name_of(builder)}{signature}; remove it or "
-                "rename it."
-            )
+        if name not in named and not takes_any:
+            rule = f"is not an argument of {name_of(builder)}{signature}"
+            raise InputError(f"module__{name}", rule, remedy="Remove it or rename it.")
         if name in sizes:
-            raise InputError(f"module__{name} is given by the data; leave it out.")
-    alone = open_ended and parameters.keys() == signature.parameters.keys()
-    asked = named | ({"n_features", "n_outputs"} if alone else set())
+            raise InputError(f"module__{name}", "is set by the data", remedy="Leave it out.")
+    passed = set(named)
+    if takes_any and parameters.keys() == signature.parameters.keys():
+        passed |= {"n_features", "n_outputs"}
     if isinstance(builder, partial):
-        asked -= set(builder.keywords)  # arguments of a partial stay as they were set
-    given = {name: value for name, value in sizes.items() if name in asked} | dict(arguments)
-    if "num_classes" in asked and parameters["num_classes"].default is inspect.Parameter.empty:
-        given.setdefault("num_classes", sizes["n_outputs"])
+        passed -= set(builder.keywords)  # arguments of a partial stay as they were set
+    kwargs = {name: value for name, value in sizes.items() if name in passed} | dict(arguments)
+    if "num_classes" in passed and parameters["num_classes"].default is inspect.Parameter.empty:
+        kwargs.setdefault("num_classes", sizes["n_outputs"])
     for name, parameter in signature.parameters.items():
-        if name in named and parameter.default is parameter.empty and name not in given:
+        if name in named and parameter.default is parameter.empty and name not in kwargs:
+            rest = f"give it a default, or pass functools.partial({name_of(builder)}, {name}=...)."
             raise InputError(
-                f"model: {name_of(builder)}{signature} asks for {name!r}, which the data do not "
-                f"give: put 'module__{name}' into the space (some values, or one), give it a "
-                f"default, or pass functools.partial({name_of(builder)}, {name}=...)."
+                None,
+                f"{name_of(builder)}{signature} requires {name!r}, which does not follow from the "
+                "data",
+                remedy=per_interface(
+                    f"Put 'module__{name}' with one or several values into the space, {rest}",
+                    f"Put module__{name}=... into --space, or give it a default.",
+                    f"Pass module__{name}=..., {rest}",
+                ),
             )
-    return given
+    return kwargs
 
 
-def outputs_hint(builder: Builder, arguments: Config, n_found: int, n_outputs: int) -> str:
-    """Return a remedy that names the parameter of a builder with the default ``n_found``.
+def outputs_hint(builder: Builder, arguments: Config, actual: int, n_outputs: int) -> str:
+    """Return a remedy that names the parameter of a builder with the default ``actual``.
 
-    ``n_found`` is the actual number of outputs. The result is "" without such a parameter.
+    ``actual`` is the number of outputs that the module returned. The result is "" without such a
+    parameter.
     """
     for name, parameter in parameters_of(builder).items():
         default = parameter.default
         is_number = isinstance(default, int) and not isinstance(default, bool)
-        if is_number and default == n_found and name not in arguments:
-            return (
-                f" {name_of(builder)} has {name}={n_found} by default: set "
-                f"module__{name}={n_outputs} in the space."
+        if is_number and default == actual and name not in arguments:
+            value = f"module__{name}={n_outputs}"
+            remedy = per_interface(
+                f"Set {value} in the space", f"Set {value} in --space", f"Pass {value}"
             )
+            return f" {name_of(builder)} has {name}={actual} by default. {remedy}."
     return ""
 
 
@@ -324,14 +346,16 @@ def parameters_of(builder: Builder) -> dict[str, inspect.Parameter]:
 
     For a class that takes any keyword, they include the parameters of its base classes.
     """
-    last = found = dict(inspect.signature(builder).parameters)
+    parameters = dict(inspect.signature(builder).parameters)
+    last = parameters
     for base in builder.__mro__[1:] if isinstance(builder, type) else ():
         if base is nn.Module or all(p.kind is not p.VAR_KEYWORD for p in last.values()):
             break
         if "__init__" in vars(base):
-            last = dict(list(inspect.signature(vars(base)["__init__"]).parameters.items())[1:])
-            found = {**last, **found}
-    return found
+            _, *rest = inspect.signature(vars(base)["__init__"]).parameters.items()
+            last = dict(rest)
+            parameters = {**last, **parameters}
+    return parameters
 
 
 def materialise(
@@ -350,10 +374,12 @@ def _zeros(inputs: Sequence[InputKind]) -> list[Tensor]:
 
     Floats are in single precision, because modules are constructed in it.
     """
-    kinds = (
-        (shape, torch.float32 if dtype.is_floating_point else dtype) for shape, dtype in inputs
-    )
-    return [torch.zeros(2, *shape, dtype=dtype) for shape, dtype in kinds]
+    zeros = []
+    for shape, dtype in inputs:
+        if dtype.is_floating_point:
+            dtype = torch.float32
+        zeros.append(torch.zeros(2, *shape, dtype=dtype))
+    return zeros
 
 
 def note_of_cast(module: nn.Module, dtype: torch.dtype) -> str:
@@ -363,11 +389,10 @@ def note_of_cast(module: nn.Module, dtype: torch.dtype) -> str:
     """
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.is_floating_point() and tensor.dtype not in (torch.float32, dtype):
-            made, trained = (str(one).removeprefix("torch.") for one in (tensor.dtype, dtype))
             return (
-                f" All floats of a module are {trained} while it trains, also {name!r}, which is "
-                f"made as {made}. Let the forward follow it: x.to(self.{name}.dtype) for a fixed "
-                "dtype."
+                f" All floats of a module are {dtype} while it trains, also {name!r}, which was "
+                f"created as {tensor.dtype}. In the forward pass, write x.to(self.{name}.dtype) "
+                "instead of a fixed dtype."
             )
     return ""
 
@@ -379,54 +404,56 @@ def hint(error: str, inputs: Sequence[Tensor]) -> str:
     """
     if "scalar types: Long, Int" in error:
         if any(x.is_floating_point() and x.dim() == 2 for x in inputs):
-            return (
-                " For token ids pass a tensor of integers, torch.as_tensor(X): an array or a "
-                "frame of two axes is a table of numbers."
+            remedy = per_interface(
+                "For token ids pass a tensor of integers, torch.as_tensor(X)",
+                "Token ids are a tensor of integers in a .pt file",
             )
+            return f" {remedy}: an array or a DataFrame of two axes is a table of numbers."
         return (
-            " An embedding takes ids as int64 or int32: pass X.long(), or begin the forward with "
-            "x.long()."
+            " An embedding takes ids as int64 or int32. Pass X.long(), or begin the forward pass "
+            "with x.long()."
         )
     if "positional argument" in error or "unexpected keyword argument" in error:
         return (
-            " Several inputs are passed in order, those of a dict under their keys; where the "
-            "items of a Dataset are (inputs, target), leave y out."
+            " gputune passes several inputs in order, and the inputs of a dict under their keys. "
+            "If the items of a Dataset are (inputs, target), leave y out."
         )
-    whole = any(not x.is_floating_point() for x in inputs)
-    if whole and any(
-        word in error for word in ("Input type", "dtype", "Byte", "Bool", "Long", "Int")
-    ):
-        scaled = ", or numbers='standard' makes floats of bytes" * any(
-            x.dtype == torch.uint8 for x in inputs
-        )
+    is_whole = any(not x.is_floating_point() for x in inputs)
+    words = ("Input type", "dtype", "Byte", "Bool", "Long", "Int")
+    if is_whole and any(word in error for word in words):
+        scaled = ""
+        if any(x.dtype == torch.uint8 for x in inputs):
+            scaled = f", or let {option('numbers', 'standard')} convert bytes to floats"
         return (
-            " Integers, bytes and booleans come as they are: begin the forward with "
+            " Integers, bytes and booleans are passed unchanged. Begin the forward pass with "
             f"x.float(){scaled}."
         )
     # The channels are not in the axis after the rows.
     lacking = any(f"expected {axes}D input (got {axes - 1}D" in error for axes in (4, 5))
     if lacking or f"expected input[1, {len(inputs[0])}, " in error:
         return (
-            " X lacks the axis of the channels, which torch's layers want after the rows: pass "
-            "X[:, None]."
+            " X lacks the axis of the channels, which PyTorch's layers expect after the rows. "
+            f"{_pass('X[:, None]')}."
         )
     if (
         re.search(r"Expected \dD \(unbatched\) or \dD \(batched\) input to conv[23]d", error)
         and inputs[0].dim() == 2
     ):
         return (
-            f" A convolution takes images, and a row of X is {inputs[0].shape[1]} numbers: pass "
-            "X.reshape(-1, channels, height, width)."
+            f" A convolution takes images, but a row of X is {inputs[0].shape[1]} numbers. "
+            f"{_pass('X.reshape(-1, channels, height, width)')}."
         )
-    wanted = re.search(r"to have (\d+) channels, but got", error)
-    last = next(
-        (x for x in inputs if wanted and x.dim() > 2 and x.shape[-1] in {1, 3, 4, int(wanted[1])}),
-        None,
-    )
-    if last is None:
-        return ""
-    order = (0, last.dim() - 1, *range(1, last.dim() - 1))
-    return (
-        " The channels of X seem to come last, and torch's layers want them first: pass "
-        f"X.transpose{order} of an array, X.permute{order} of a tensor."
-    )
+    channels = re.search(r"to have (\d+) channels, but got", error)
+    for x in inputs:
+        if channels and x.dim() > 2 and x.shape[-1] in {1, 3, 4, int(channels[1])}:
+            order = (0, x.dim() - 1, *range(1, x.dim() - 1))
+            return (
+                " The channels of X seem to come last, but PyTorch's layers expect them first. "
+                f"{_pass(f'X.transpose{order}')} for an array, X.permute{order} for a tensor."
+            )
+    return ""
+
+
+def _pass(code: str) -> str:
+    """Return the remedy that X is passed in another form, without a full stop."""
+    return per_interface(f"Pass {code}", f"Write the file again with {code}")

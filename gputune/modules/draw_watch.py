@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from gputune.modules.host_draws import drawing_code
 from gputune.modules.host_generators import changed_generator, generator_states
 from gputune.modules.substitutes import counting_on_device
-from gputune.modules.trace import Args, DispatchMode, Operator, Words
+from gputune.modules.trace import Args, DispatchMode, Kwargs, Operator
 from gputune.seeding import keyed_draws
 
 _CPU = torch.device("cpu")
@@ -86,7 +86,7 @@ class _OperationWatch(DispatchMode):  # type: ignore[no-untyped-call]
         self.generators: list[torch.Generator] = []
 
     def __torch_dispatch__(
-        self, func: Operator, types: object, args: Args = (), kwargs: Words | None = None
+        self, func: Operator, types: object, args: Args = (), kwargs: Kwargs | None = None
     ) -> object:
         kwargs = kwargs or {}
         self.reads |= torch.Tag.data_dependent_output in func.tags

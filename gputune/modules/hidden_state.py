@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gputune.errors import InputError
 from gputune.modules.calls import not_trained, put_numbers, state_of
 from gputune.modules.construction import start_from
-from gputune.modules.module_trial import ModuleTrial
+from gputune.modules.module_trial import ModuleTrial, is_close
 
 # Attributes that every module has.
 _OF_MODULES = frozenset(vars(nn.Module()))
@@ -79,8 +79,10 @@ def check_evaluation(trial: ModuleTrial, before: KeptState, outputs: Tensor) -> 
     changed = before.changed(trial.module)
     if changed and not _close(trial.forward(trial.inputs, training=False), outputs):
         raise InputError(
-            f"model: {trial.name} changes {changed[0]!r} in evaluation mode, so each prediction "
-            "would depend on the rows before it. Change it only where self.training is True."
+            None,
+            f"{trial.name} changes {changed[0]!r} in evaluation mode, so each prediction would "
+            "depend on the rows before it",
+            remedy="Change it only if self.training is True.",
         )
 
 
@@ -96,8 +98,8 @@ def check_hidden_state(
         outputs: The current outputs of the module in evaluation mode, on all rows.
     """
     fresh = trial.fresh()
-    held = {*counted, *dict(fresh.named_buffers())}
-    changed = [name for name in before.changed(trial.module) if name not in held]
+    saved = {*counted, *dict(fresh.named_buffers())}
+    changed = [name for name in before.changed(trial.module) if name not in saved]
     if changed:
         _copy_state(trial.module, fresh, counted)
         _check_same(
@@ -122,7 +124,8 @@ def buffers_at_start(trial: ModuleTrial) -> list[str]:
     start_from(started, trial.inputs, trial.y, seed=0)
     buffers = dict(started.named_buffers())
     changed = before.changed(started)
-    if hidden := [name for name in changed if name not in buffers]:
+    hidden = [name for name in changed if name not in buffers]
+    if hidden:
         outputs = trial.of_module(started).forward(trial.inputs, training=False)
         other = trial.fresh()
         _copy_state(started, other, ())
@@ -142,9 +145,9 @@ def _copy_state(module: nn.Module, other: nn.Module, counted: Sequence[str]) -> 
     ``counted``."""
     tensors = {**dict(module.named_parameters()), **not_trained(module)}
     with torch.no_grad():
-        for name, own in (*other.named_parameters(), *other.named_buffers()):
-            if name in tensors and tensors[name].shape == own.shape:
-                own.copy_(tensors[name])
+        for name, tensor in (*other.named_parameters(), *other.named_buffers()):
+            if name in tensors and tensors[name].shape == tensor.shape:
+                tensor.copy_(tensors[name])
     put_numbers(other, state_of(module, counted))
 
 
@@ -161,8 +164,10 @@ def _check_same(
     if not _close(trial.of_module(other).forward(trial.inputs, training=False), outputs):
         key = name.rpartition(".")[2]
         raise InputError(
-            f"model: {trial.name} {finding}, and its predictions depend on that. A trained model "
-            f"would lose it. {_remedy(key, _value_of(module, name))}"
+            None,
+            f"{trial.name} {finding}, and its predictions depend on it. A saved model would lose "
+            "it",
+            remedy=_remedy(key, _value_of(module, name)),
         )
 
 
@@ -179,14 +184,14 @@ def _remedy(key: str, value: object) -> str:
     if isinstance(value, Tensor):
         return f"Make it a buffer in __init__: self.register_buffer({key!r}, tensor)."
     if isinstance(value, np.ndarray):
-        made = f"self.register_buffer({key!r}, torch.from_numpy(array))"
-        return f"Make it a tensor and a buffer in __init__: {made}."
+        call = f"self.register_buffer({key!r}, torch.from_numpy(array))"
+        return f"Make it a tensor and a buffer in __init__: {call}."
     return (
-        f"Hold the numbers of this {type(value).__name__} in tensors of a fixed shape, each a "
-        "buffer that __init__ registers with self.register_buffer(name, tensor)."
+        f"Store the numbers of this {type(value).__name__} in tensors of a fixed shape, and "
+        "register each in __init__ with self.register_buffer(name, tensor)."
     )
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
     """Return whether two tensors have the same shape and the same numbers, up to rounding."""
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True)
+    return a.shape == b.shape and is_close(a, b)

@@ -41,7 +41,7 @@ _FUNCTIONS: dict[object, str] = {
 _LIBRARIES = {"torch", "numpy", "scipy", "sklearn", "pandas", "polars", "functorch", "gputune"}
 """Packages with code that is not read. The code of the standard library is not read either."""
 _MOST_ITEMS = 100  # items of a container that are looked at
-Kind = TypeVar("Kind")
+Instance = TypeVar("Instance")
 
 Env: TypeAlias = dict[str, object]
 """Known objects by the local names that refer to them."""
@@ -59,24 +59,29 @@ def generator_states(module: nn.Module, functions: Iterable[object] = ()) -> dic
         "numpy.random": pickle.dumps(np.random.get_state(legacy=False)),
     }
     for number, generator in enumerate(_held_generators(module, functions)):
-        if (state := _state_of(generator)) is not None:
+        state = _state_of(generator)
+        if state is not None:
             states[f"a {_kind_of(generator)} of its own {number}"] = state
     return states
 
 
 def changed_generator(before: Mapping[str, bytes], after: Mapping[str, bytes]) -> str:
     """Return the name of a generator with a changed state, or "" if all states are equal."""
-    names = (name for name, state in after.items() if before.get(name, state) != state)
-    return next(names, "").rstrip("0123456789 ")
+    for name, state in after.items():
+        if before.get(name, state) != state:
+            return name.rstrip("0123456789 ")
+    return ""
 
 
 def _held_generators(module: nn.Module, functions: Iterable[object]) -> Iterator[object]:
     """Yield each generator that the module or the functions hold, once."""
     seen: set[int] = set()
-    holders = [vars(part) for part in module.modules()]
-    classes = dict.fromkeys(type(part) for part in module.modules())
-    codes = [*(getattr(cls, "forward", None) for cls in classes), *functions]
-    for function in codes:
+    holders = []
+    forwards: dict[type, object] = {}
+    for part in module.modules():
+        holders.append(vars(part))
+        forwards[type(part)] = getattr(type(part), "forward", None)
+    for function in (*forwards.values(), *functions):
         inner = function.func if is_a(function, functools.partial) else function
         if is_a(inner, types.FunctionType) and not is_library(inner):
             holders += [inner.__globals__, closure_of(inner)]
@@ -88,7 +93,7 @@ def _held_generators(module: nn.Module, functions: Iterable[object]) -> Iterator
                     yield item
 
 
-def is_a(value: object, *kinds: type[Kind]) -> TypeGuard[Kind]:
+def is_a(value: object, *kinds: type[Instance]) -> TypeGuard[Instance]:
     """Return whether the type of a value is a subclass of one of some classes.
 
     The function ``isinstance`` also asks the value for its ``__class__``, which may run code of the
@@ -109,28 +114,30 @@ def items_of(value: object) -> list[object]:
 def _state_of(generator: object) -> bytes | None:
     """Return the state of a generator, or None if its numbers come from the operating system."""
     if isinstance(generator, torch.Generator):
-        return (
-            None
-            if generator is torch.default_generator
-            else generator.get_state().numpy().tobytes()
-        )
+        if generator is torch.default_generator:
+            return None
+        return generator.get_state().numpy().tobytes()
     if isinstance(generator, np.random.RandomState):
         return pickle.dumps(generator.get_state(legacy=False))
     if isinstance(generator, np.random.Generator):
         generator = generator.bit_generator
     if isinstance(generator, np.random.BitGenerator):
         return pickle.dumps(generator.state)
+    if isinstance(generator, random.SystemRandom):
+        return None
     assert isinstance(generator, random.Random)
-    return (
-        None if isinstance(generator, random.SystemRandom) else pickle.dumps(generator.getstate())
-    )
+    return pickle.dumps(generator.getstate())
 
 
 def _kind_of(generator: object) -> str:
     """Return the full name of a generator's class."""
     name = next(kind.__name__ for kind in GENERATORS if isinstance(generator, kind))
-    package = {random.Random: "random", torch.Generator: "torch"}
-    return f"{next((package[kind] for kind in package if isinstance(generator, kind)), 'numpy.random')}.{name}"
+    package = "numpy.random"
+    if isinstance(generator, random.Random):
+        package = "random"
+    elif isinstance(generator, torch.Generator):
+        package = "torch"
+    return f"{package}.{name}"
 
 
 def source_name(value: object) -> str:
@@ -145,9 +152,10 @@ def source_name(value: object) -> str:
     if is_a(value, type):
         return f"{value.__module__}.{value.__name__}" if issubclass(value, _SEEDED_CLASSES) else ""
     if is_a(value, types.ModuleType):
-        return next((module.__name__ for module in _MODULES if module is value), "")
-    if name := next((name for function, name in _FUNCTIONS.items() if function is value), ""):
-        return name
+        return value.__name__ if any(module is value for module in _MODULES) else ""
+    for function, name in _FUNCTIONS.items():
+        if function is value:
+            return name
     if not is_a(value, types.BuiltinFunctionType, types.MethodType):
         return ""
     owner = getattr(value, "__self__", None)

@@ -8,7 +8,7 @@ the row that causes the error.
 
 import re
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from weakref import WeakKeyDictionary
@@ -23,6 +23,7 @@ from gputune.modules.calls import not_trained, state_of
 from gputune.modules.construction import (
     Builder,
     call_arguments,
+    call_text,
     dropout_rates,
     has_gradient_hook,
     name_of,
@@ -44,6 +45,7 @@ from gputune.scoring.objective import Objective
 from gputune.seeding import keyed_draws
 from gputune.text import count
 from gputune.types import DECAY_FACTOR, LR_FACTOR, Config, Params
+from gputune.wording import option
 
 _CPU = torch.device("cpu")
 # (epoch, step) of the tried minibatches, and the key of the tried evaluation.
@@ -88,16 +90,18 @@ def traits_of(
     known = _known.setdefault(data, {}).setdefault(builder, {})
     key = arguments_text(config)
     if key not in known:
-        own = data.of(config)
-        trial = ModuleTrial(builder, config, own, columns, objective)
-        trial.check_ids(own)
+        tried = data.of(config)
+        trial = ModuleTrial(builder, config, tried, columns, objective)
+        trial.check_ids(tried)
         known[key] = inspect_module(trial)
     traits = known[key]
     if not traits.row_losses and data.weights is not None:
         loss = objective.in_words if objective else "the loss"
         raise InputError(
-            f"sample_weight and class_weight weigh rows, and {loss} gives no number a row but "
-            "their mean: return row losses of shape (rows,), or leave the weights out."
+            None,
+            f"{option('sample_weight')} and {option('class_weight')} weight rows, but {loss} "
+            "returns the mean of the rows instead of one number per row",
+            remedy="Return row losses of shape (rows,), or leave the weights out.",
         )
     return traits
 
@@ -110,10 +114,10 @@ def returns_one_logit(builder: Builder, config: Config, data: Dataset) -> bool:
     module that cannot be built or that fails: its inspection gives a better message.
     """
     data = data.of(config)
-    given = module_arguments(config)
+    arguments = module_arguments(config)
     sizes = {"n_features": data.n_features, "n_outputs": 2, "input_shape": ()}
-    filled = call_arguments(builder, sizes, given).keys() - given.keys()
-    if data.task != "binary" or filled & {"n_outputs", "num_classes"}:
+    added = call_arguments(builder, sizes, arguments).keys() - arguments.keys()
+    if data.task != "binary" or added & {"n_outputs", "num_classes"}:
         return False
     with suppress(InputError):
         trial = ModuleTrial(builder, config, data.with_one_logit())
@@ -126,18 +130,21 @@ def check_rates(name: str, config: Config, traits: Traits, *, usual: Config) -> 
 
     Keys that all trials have, ``usual``, are not checked.
     """
-    parts = sorted({part for path in traits.named for part in path.split(".")})
+    parts = set(".".join(traits.named).split("."))
     for key in config.keys() - usual.keys():
         if key.startswith((LR_FACTOR, DECAY_FACTOR)) and key.partition("__")[2] not in parts:
+            choices = ", ".join(sorted(parts))
             raise InputError(
-                f"space: {key} names no parameter of {name}: the parts of their paths are "
-                f"{', '.join(parts)}; choose one of these."
+                f"space[{key!r}]",
+                f"must contain a part of the path of a parameter of {name}",
+                remedy=f"The parts are {choices}.",
             )
     if config["dropout"] and not traits.scheduled:
         raise InputError(
-            f"space: dropout is the rate of gputune.models.Dropout, which {name} does not have; "
-            "use it in the place of nn.Dropout, or give the rate as an argument of the module "
-            "(module__*)."
+            "space['dropout']",
+            f"is the rate of gputune.models.Dropout, which {name} does not contain",
+            remedy="Use gputune.models.Dropout instead of nn.Dropout, or pass the rate as an "
+            "argument of the module (module__*).",
         )
 
 
@@ -191,11 +198,9 @@ def inspect_module(trial: ModuleTrial) -> Traits:
     trial.check_outputs(trained)
     trial.check_trainable(trained)
     now = not_trained(module)  # a forward pass may have added buffers
-    changing = [
-        name for name, tensor in before.items() if not torch.equal(now[name].detach(), tensor)
-    ]
-    changing += [name for name in buffers_at_start(trial) if name not in changing]
-    changing += [name for name in dropout_rates(module) if name not in changing]
+    changing = [name for name, w in before.items() if not torch.equal(now[name].detach(), w)]
+    changing = list(dict.fromkeys([*changing, *buffers_at_start(trial), *dropout_rates(module)]))
+    # Tuples, because a NaN in a tuple equals itself.
     counted = [
         k for k, value in second.items() if k in start and (start[k], value) != (first[k], first[k])
     ]
@@ -208,23 +213,24 @@ def inspect_module(trial: ModuleTrial) -> Traits:
     is_alone = trial.is_alone(alone)  # before the next call in training, which may change buffers
     losses = trial.losses()
     outside = trial.watch.outside()
+    trainable = {name: w for name, w in module.named_parameters() if w.requires_grad}
     traits = Traits(
         changing=(*changing, *counted),
         least_rows=1 if trial.takes_one_row() else 2,
         alone=is_alone,
         widest=trial.widest,
-        parameters=sum(w.numel() for w in module.parameters() if w.requires_grad),
+        parameters=sum(w.numel() for w in trainable.values()),
         writes=trial.writes.found,
         draws=trial.watch.draws or bool(outside),
         host_draws=bool(outside),
         evaluation_draws=trial.watch.draws_in_evaluation or bool(outside),
         row_losses=losses.dim() > 0,
         at_start=at_start(trial, alone, losses),
-        named=tuple(name for name, w in module.named_parameters() if w.requires_grad),
+        named=tuple(trainable),
         scheduled=dropout_rates(module),
         probabilities=are_probabilities(trained),
     )
-    reason = outside or trial.draws_in_augment() or _of_itself(module, counted, changing)
+    reason = outside or trial.draws_in_augment() or _module_reason(module, counted, changing)
     unused = tuple[str, ...]()
     if not reason:
         reason, unused = _stacking_traits(trial, traits)
@@ -233,7 +239,7 @@ def inspect_module(trial: ModuleTrial) -> Traits:
     return replace(traits, unstackable=reason, unused=() if reason else unused)
 
 
-def _of_itself(module: nn.Module, counted: Sequence[str], changing: Sequence[str]) -> str:
+def _module_reason(module: nn.Module, counted: Sequence[str], changing: Sequence[str]) -> str:
     """Return a reason why members cannot be stacked that is not about their outputs, or "".
 
     The reasons are numbers that the module counts in, changing complex tensors, and gradient hooks.
@@ -243,14 +249,16 @@ def _of_itself(module: nn.Module, counted: Sequence[str], changing: Sequence[str
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.is_complex() and (tensor.requires_grad or name in changing):
             return f"its {name!r} holds complex numbers that change"
-    hooked = (name for name, parameter in module.named_parameters() if has_gradient_hook(parameter))
-    return next((f"its parameter {name!r} has a hook on its gradient" for name in hooked), "")
+    for name, parameter in module.named_parameters():
+        if has_gradient_hook(parameter):
+            return f"its parameter {name!r} has a hook on its gradient"
+    return ""
 
 
-def _advice(says: str) -> str:
+def _advice(message: str) -> str:
     """Return what to write instead of an operation that vmap refused with an error."""
     for parts, advice in _ADVICE.items():
-        if any(part in says for part in parts):
+        if any(part in message for part in parts):
             return f"{_VMAP}, {advice}"
     return f"{_VMAP}, which does not run this operation"
 
@@ -269,9 +277,9 @@ def _stacking_traits(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str
         # Double precision decides: by rounding, a ReLU near 0 may be on in one way and off in the
         # other.
         with suppress(Exception):  # a module or a loss may support only single precision
-            exactly, not_used = _rounded_traits(trial.in_double(), traits)
-            if not exactly:
-                return "", not_used
+            double_reason, double_unused = _rounded_traits(trial.in_double(), traits)
+            if not double_reason:
+                return "", double_unused
     if _DIFFERS in reason and traits.draws:
         reason = f"it draws random numbers, and {reason.removeprefix('it ')}"
     return reason, unused
@@ -292,44 +300,45 @@ def _rounded_traits(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str,
     # make the two members differ
     parameters += 0.01 * torch.linspace(-1, 1, len(parameters), dtype=flat.dtype)
     params = stacked.blocks.views(flat)
-    alone = [_plain_results(stacked, stacked.member(params, 0, c), trial) for c in range(2)]
+    members = [stacked.member(params, 0, c) for c in range(2)]
+    expected = [_plain_results(stacked, member, trial) for member in members]
     trail = Trail(stacked.template)
     try:
-        together = _stacked_results(stacked, flat, trial)
+        outputs, gradients, buffers = _stacked_results(stacked, flat, trial)
     except InputError:
         raise
     except Exception as error:
         # only the first sentence: the rest is for torch's developers
         says = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
         return f"{trail.submodule or 'its forward'} says: {says}. {_advice(says)}", ()
-    for c, (outputs, gradients, after) in enumerate(alone):
-        for found, expected in zip(together[1], gradients):
-            pairs = ((v[0, c], expected[k]) for k, v in found.items())
-            if not _all_close(
-                (own, torch.zeros_like(own) if slope is None else slope) for own, slope in pairs
-            ):
+    unused = set(stacked.trainable)
+    for c, (plain_outputs, plain_gradients, plain_buffers) in enumerate(expected):
+        for stacked_step, plain_step in zip(gradients, plain_gradients):
+            unused -= plain_step.keys()
+            pairs = []
+            for name, gradient in stacked_step.items():
+                zero = torch.zeros_like(gradient[0, c])
+                pairs.append((gradient[0, c], plain_step.get(name, zero)))
+            if not _all_close(pairs):
                 return f"it has another gradient {_DIFFERS}", ()
-        if not _all_close(((v[0, c], after[k]) for k, v in together[2].items())):
+        if not _all_close([(w[0, c], plain_buffers[name]) for name, w in buffers.items()]):
             return f"it has other buffers after a step {_DIFFERS}", ()
-        if not is_close(together[0][c], outputs.view(together[0][c].shape)):
+        if not is_close(outputs[c], plain_outputs.view(outputs[c].shape)):
             return f"it gives other outputs {_DIFFERS}", ()
-    return "", tuple(
-        k
-        for k in stacked.first
-        if all(g[k] is None for _, gradients, _ in alone for g in gradients)
-    )
+    return "", tuple(name for name in stacked.trainable if name in unused)
 
 
 def _plain_results(
     stacked: StackedModule, module: nn.Module, trial: ModuleTrial
-) -> tuple[Tensor, list[dict[str, Tensor | None]], Params]:
+) -> tuple[Tensor, list[Params], Params]:
     """Return the results of a plain module that trains on two minibatches.
 
     They are the outputs afterwards, the gradients of each minibatch, and the state that changed.
+    Parameters that a step does not use have no gradient.
     """
     objective = stacked.objective
     names = trial.shape.names
-    gradients: list[dict[str, Tensor | None]] = []
+    gradients = []
     for rows in _minibatches(trial):
         inputs = trial.augmented(rows)
         with torch.enable_grad(), keyed_draws(_CPU, 0, "dropout", *_KEY):
@@ -337,11 +346,11 @@ def _plain_results(
                 module.train(), inputs, trial.y[rows], trial.config, names=names
             )
             losses.mean().backward()  # type: ignore[no-untyped-call]
-        gradients.append({k: w.grad for k, w in module.named_parameters() if w.requires_grad})
+        gradients.append({k: w.grad for k, w in module.named_parameters() if w.grad is not None})
         module.zero_grad()
     with torch.no_grad(), keyed_draws(_CPU, 0, "evaluation", *_EVALUATION):
         outputs = objective.outputs(module.eval(), trial.inputs, names)
-    return outputs, gradients, state_of(module, tuple(stacked.kept))
+    return outputs, gradients, state_of(module, stacked.mutable)
 
 
 def _stacked_results(
@@ -361,11 +370,11 @@ def _stacked_results(
                 tuple(x[None, rows] for x in trial.inputs), y[None], 1 / len(y), slice(0, 1), _KEY
             )
             with keyed_draws(_CPU, 0, "check"):
-                stacked.alone_losses(batch)  # it must leave no state behind
+                stacked.plain_losses(batch)  # it must leave no state behind
             stacked.gradient(params, batch, grads)
             gradients.append(grads)
         outputs = stacked.outputs(params, 0, trial.inputs, _EVALUATION)
-    return outputs, gradients, {k: params[k] for k in stacked.kept}
+    return outputs, gradients, {k: params[k] for k in stacked.mutable}
 
 
 def _minibatches(trial: ModuleTrial) -> tuple[slice, slice]:
@@ -374,16 +383,17 @@ def _minibatches(trial: ModuleTrial) -> tuple[slice, slice]:
     return slice(0, n), slice(0, max(min(n, 2), 2 * n // 3))
 
 
-def _all_close(pairs: Iterable[tuple[Tensor, Tensor]]) -> bool:
+def _all_close(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
     """Return whether pairs are equal up to rounding, relative to the largest number in any pair."""
-    pairs = [(a.double(), b.double()) for a, b in pairs]
-    largest = max(
-        [float(b.nan_to_num(0.0, 0.0, 0.0).abs().max()) for _, b in pairs if b.numel()], default=0.0
-    )
-    return all(
-        torch.allclose(a.view(b.shape), b, rtol=1e-3, atol=1e-4 * largest, equal_nan=True)
-        for a, b in pairs
-    )
+    largest = 0.0
+    for _, b in pairs:
+        if b.numel():
+            largest = max(largest, float(b.double().nan_to_num(0.0, 0.0, 0.0).abs().max()))
+    for a, b in pairs:
+        a = a.double().view(b.shape)
+        if not torch.allclose(a, b.double(), rtol=1e-3, atol=1e-4 * largest, equal_nan=True):
+            return False
+    return True
 
 
 class StackedError(InputError):
@@ -414,58 +424,63 @@ def explain(
     raised = f"raised {type(cause).__name__}"
     says = str(cause) or "without a message"
     epochs = count(epoch, "epoch")
+    arguments = {f"module__{key}": v for key, v in module_arguments(network.configs[0]).items()}
+    call = f"{call_text(name, arguments)} {raised} after {epochs}: {says}"
+    values = ", or leave these values out of the space" if arguments else ""
+    remedy = f"Correct its forward pass{values}."
     params = network.blocks.views(flat)
-    error_type: type[InputError] = InputError
     for f, fold in enumerate(data.folds):
         fails = _attempt(network, network.member(params, f, 0), data, f, type(cause))
-        kinds = ("training", fold.train), ("validation", fold.valid)
-        parts = ((kind, rows) for kind, whole in kinds for rows in torch.split(whole, _ROWS))
-        if (found := next((part for part in parts if fails(part[1])), None)) is None:
+        kind = "training"
+        rows = _failing_part(torch.split(fold.train, _ROWS), fails)
+        if rows is None:
+            kind = "validation"
+            rows = _failing_part(torch.split(fold.valid, _ROWS), fails)
+        if rows is None:
             continue
-        kind, rows = found
-        # Halves of the failing rows are tried until one row is left, or both halves pass.
-        while (
-            len(rows) > 1
-            and (half := next((part for part in rows.chunk(2) if fails(part)), None)) is not None
-        ):
-            rows = half
         place = f"some of rows {int(rows.min())} to {int(rows.max())}"
         if len(rows) == 1:
             place = f"row {int(rows[0])}"
             others = fold.train[fold.train != rows.to(fold.train.device)]
             few = torch.split(others[:: max(1, len(others) // 8)], 1)  # enough of them to decide
             if len(others) and all(map(fails, few)):
-                finding = "No single row of X is at fault, others fail too"
-                break
+                rule = f"{_sentence(call)} No single row of X is at fault, because others fail too"
+                return InputError(None, rule, remedy=remedy)
         return InputError(
-            f"model: {name} {raised} in fold {f}, after {epochs}: {says}. It fails on {place} of "
-            f"X, of the {kind} rows of that fold; mend the forward or the loss for such rows, or "
-            "leave them out."
+            None,
+            f"{_sentence(f'{name} {raised} in fold {f}, after {epochs}: {says}')} It fails on "
+            f"{place} of X, which belongs to the {kind} rows of that fold",
+            remedy="Correct the forward pass or the loss for such rows, or leave them out.",
         )
-    else:
-        inside = (
-            frame
-            for frame, _ in traceback.walk_tb(cause.__traceback__)
-            if frame.f_code.co_name == "forward"
-        )
-        if not any(isinstance(frame.f_locals.get("self"), nn.Module) for frame in inside):
-            return error
-        finding = "In evaluation mode it fails on no row of X"
-        error_type = StackedError
-    words = ", ".join(
-        f"module__{key}={value!r}" for key, value in module_arguments(network.configs[0]).items()
-    )
-    remedy = "mend its forward" + ", or leave these values out of the space" * bool(words)
-    return error_type(
-        f"model: {name}({words}) {raised} after {epochs}: {says}. {finding}; {remedy}."
-    )
+    for frame, _ in traceback.walk_tb(cause.__traceback__):
+        is_forward = frame.f_code.co_name == "forward"
+        if is_forward and isinstance(frame.f_locals.get("self"), nn.Module):
+            rule = f"{_sentence(call)} In evaluation mode it fails on no row of X"
+            return StackedError(None, rule, remedy=remedy)
+    return error
+
+
+def _sentence(text: str) -> str:
+    """Return a text with a full stop at its end."""
+    return f"{text.rstrip('.')}."
+
+
+def _failing_part(parts: Sequence[Tensor], fails: Callable[[Tensor], bool]) -> Tensor | None:
+    """Return the smallest part of some rows that fails; None if all parts pass.
+
+    Halves of the failing rows are tried until one row is left, or until both halves pass.
+    """
+    for rows in parts:
+        if fails(rows):
+            half = _failing_part(rows.chunk(2), fails) if len(rows) > 1 else None
+            return rows if half is None else half
+    return None
 
 
 def _attempt(
     network: ModuleNetwork, module: nn.Module, data: Dataset, fold: int, kind: type[Exception]
 ) -> Callable[[Tensor], bool]:
-    """Return a function that says whether a member raises the given kind of error on rows of a
-    fold."""
+    """Return a function that tells if a member raises an error of this type on rows of a fold."""
     targets = network.targets(data.y)
 
     def fails(rows: Tensor) -> bool:
@@ -476,8 +491,8 @@ def _attempt(
                 network.objective.losses(
                     module, inputs, y, network.configs[0], names=network.shape.names
                 )
-        except Exception as found:
-            return type(found) is kind
+        except Exception as error:
+            return type(error) is kind
         return False
 
     return fails

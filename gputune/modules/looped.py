@@ -30,13 +30,14 @@ from gputune.population.population import beyond_adam
 from gputune.scoring.scoring import Validation
 from gputune.seeding import keyed_draws, start_stream
 from gputune.types import DECAY_FACTOR, LR_FACTOR, Config, EvaluationKey, Params
+from gputune.wording import option
 
 
 class LoopedModule(ModuleNetwork):
     """Members with one row each.
 
-    The block "trained" is (F, C, N). The block "kept" is (F, C, M), if training changes other
-    tensors. ``own`` has the modules of members in training by fold and trial, if they are
+    The block "trained" is (F, C, N). The block "mutable" is (F, C, M), if training changes other
+    tensors. ``running`` has the modules of members in training by fold and trial, if they are
     scored without averaging.
     """
 
@@ -47,10 +48,12 @@ class LoopedModule(ModuleNetwork):
     copies_rows = True
 
     def _lay_out(self) -> None:
-        why = self.traits.unstackable or loop_reason(self.configs[0])
-        self.reason = f"since {why}" if why else "as asked for"
-        self.own: Mapping[tuple[int, int], nn.Module] = {}
-        self.rows = {"trained": self.first} | ({"kept": self.kept} if self.kept else {})
+        reason = self.traits.unstackable or loop_reason(self.configs[0])
+        self.reason = f"because {reason}" if reason else "as requested"
+        self.running: Mapping[tuple[int, int], nn.Module] = {}
+        self.rows = {"trained": self.trainable} | (
+            {"mutable": self.mutable} if self.mutable else {}
+        )
         sizes = {
             name: sum(_real(w).numel() for w in tensors.values())
             for name, tensors in self.rows.items()
@@ -97,22 +100,23 @@ class LoopedModule(ModuleNetwork):
             return torch.stack(
                 [self._outputs(params, fold, trial, inputs) for trial in range(len(self.configs))]
             )
-        found = []
+        outputs = []
         for trial in range(len(self.configs)):
             host = self.traits.host_draws
             with keyed_draws(self.shape.device, self.seed, "evaluation", *key, host=host):
-                found.append(self._outputs(params, fold, trial, inputs))
-        return torch.stack(found)
+                outputs.append(self._outputs(params, fold, trial, inputs))
+        return torch.stack(outputs)
 
     def _outputs(self, params: Params, fold: int, trial: int, inputs: Sequence[Tensor]) -> Tensor:
         """Return the outputs (m, K) of one member."""
         names = self.shape.names
         # not "or": a module may have a length, of 0
-        if (module := self.own.get((fold, trial))) is not None:
+        module = self.running.get((fold, trial))
+        if module is not None:
             return self.objective.outputs(module.eval(), inputs, names)
         values = self.values(params, fold, trial)
         with self.stateless.substitute(values) as module:
-            put_numbers(module, {k: values[k] for k in self.kept})
+            put_numbers(module, {k: values[k] for k in self.mutable})
             return self.objective.outputs(module.eval(), inputs, names)
 
     def draws(self, batches: Batches, *, ahead: bool) -> None:
@@ -127,8 +131,10 @@ class LoopedModule(ModuleNetwork):
     def refusal(self) -> InputError:
         """Return the error for methods that need stacked members."""
         return InputError(
-            f"model: {name_of(self.builder)} trains one by one, {self.reason}. Hypergradients "
-            "need members that can be stacked; choose another method."
+            None,
+            f"The members of {name_of(self.builder)} train one by one, {self.reason}. "
+            f"Hypergradients need stacked members",
+            remedy=f"Choose another {option('method')}.",
         )
 
 
@@ -157,11 +163,13 @@ def _stacked_optimizer(
 
     This includes optimizers that adapt their own rate.
     """
-    sides = hidden_sides(network.template, network.first) if config["optimizer"] == "muon" else {}
-    whole = not sides and not any(key.startswith((LR_FACTOR, DECAY_FACTOR)) for key in config)
+    sides = (
+        hidden_sides(network.template, network.trainable) if config["optimizer"] == "muon" else {}
+    )
+    is_one = not sides and not any(key.startswith((LR_FACTOR, DECAY_FACTOR)) for key in config)
     parts = (
         {"trained": theta.shape}
-        if whole
+        if is_one
         else {k: w.shape for k, w in network.leaves(theta).items()}
     )
     blocks = [
@@ -186,24 +194,24 @@ class _Member:
         self.network = network
         self.config = config
         self.module = network.plain(network.shape.device)
-        self.row = network.as_row({name: start[name] for name in network.first})
+        self.row = network.as_row({name: start[name] for name in network.trainable})
         for name, tensor in not_trained(self.module).items():
-            if name in network.kept:
+            if name in network.mutable:
                 tensor.copy_(start[name])
         self.grad = torch.zeros_like(self.row)
-        own = dict(self.module.named_parameters())
-        self.parts = [(own[name], value) for name, value in network.parts(self.row).items()]
-        # Each slope has its own counter of writes, which shows if a backward pass has reached it.
-        self.slopes = [value.data for value in network.parts(self.grad).values()]
-        for (parameter, value), slope in zip(self.parts, self.slopes):
+        parameters = dict(self.module.named_parameters())
+        self.parts = [(parameters[name], value) for name, value in network.parts(self.row).items()]
+        # Each gradient has its own counter of writes, which shows if a backward pass has reached it.
+        self.gradients = [value.data for value in network.parts(self.grad).values()]
+        for (parameter, value), gradient in zip(self.parts, self.gradients):
             parameter.data = value
-            parameter.grad = slope
-        self.written = [slope._version for slope in self.slopes]
+            parameter.grad = gradient
+        self.written = [gradient._version for gradient in self.gradients]
         self.rates = [self.module.get_buffer(name) for name in network.scheduled]
         self.total = steps * horizon
         # Parameters that the optimizer holds separately, and skips if a step does not use them.
         self.leaves = list[Tensor]()
-        self.leaf_slopes = list[Tensor]()
+        self.leaf_gradients = list[Tensor]()
         self.update: RowUpdate | Optimizer
         if not (class_of(config) or class_of_rule(config)) or set(beyond_adam(config)) - {"beta2"}:
             self.update = _stacked_optimizer(
@@ -211,7 +219,7 @@ class _Member:
             )
             return
         if class_of(config) or network.traits.unstackable:
-            self.leaves, self.leaf_slopes = (
+            self.leaves, self.leaf_gradients = (
                 [*network.leaves(row).values()] for row in (self.row, self.grad)
             )
         else:  # as for stacked members: every step updates all parameters
@@ -230,9 +238,11 @@ class _Member:
                 parameter.data = value
         if self.leaves:
             before = self.written
-            self.written = [slope._version for slope in self.slopes]
-            for leaf, slope, old, new in zip(self.leaves, self.leaf_slopes, before, self.written):
-                leaf.grad = None if old == new else slope
+            self.written = [gradient._version for gradient in self.gradients]
+            for leaf, gradient, old, new in zip(
+                self.leaves, self.leaf_gradients, before, self.written
+            ):
+                leaf.grad = None if old == new else gradient
         self.update.step(self.row, self.grad)
 
     def dropouts(self, epoch: int, steps: int) -> list[float]:
@@ -243,10 +253,10 @@ class _Member:
 
     def resume(self, values: Params, moments: Sequence[Tensor]) -> None:
         """Continue from the tensors of a member and the rows of its moments."""
-        for name, own in (*self.module.named_parameters(), *self.module.named_buffers()):
+        for name, tensor in (*self.module.named_parameters(), *self.module.named_buffers()):
             if name in values:
-                own.data.copy_(values[name])
-        put_numbers(self.module, {k: values[k] for k in self.network.kept})
+                tensor.data.copy_(values[name])
+        put_numbers(self.module, {k: values[k] for k in self.network.mutable})
         self.update.resume(moments)
 
 
@@ -280,23 +290,23 @@ class LoopChunk:
     @property
     def flat(self) -> Tensor:
         """The members' rows, in the layout of the network's blocks."""
-        return self._with_kept([member.row for member in self.members.values()])
+        return self._with_mutable([member.row for member in self.members.values()])
 
     @property
     def scored(self) -> Tensor:
         """Flat buffer that is scored and saved: the rows or their averages, and other tensors that
         change."""
-        return self._with_kept(
+        return self._with_mutable(
             [member.update.scored(member.row) for member in self.members.values()]
         )
 
-    def _with_kept(self, trained: list[Tensor]) -> Tensor:
+    def _with_mutable(self, trained: list[Tensor]) -> Tensor:
         """Return a flat buffer of trained rows, followed by the other tensors that training
         changes."""
-        states = (state_of(member.module, self.network.kept) for member in self.members.values())
+        states = (state_of(member.module, self.network.mutable) for member in self.members.values())
         return torch.cat(
             trained
-            + ([self.network.as_row(state) for state in states] if self.network.kept else [])
+            + ([self.network.as_row(state) for state in states] if self.network.mutable else [])
         )
 
     @property
@@ -329,7 +339,7 @@ class LoopChunk:
     def scores(self) -> np.ndarray:
         """Return the scores (C, F) of all members, each on the validation rows of its fold."""
         # The other members are scored by an average of their parameters.
-        self.network.own = {
+        self.network.running = {
             at: m.module for at, m in self.members.items() if m.update.scored(m.row) is m.row
         }
         params = self.network.blocks.views(self.scored)
@@ -373,10 +383,10 @@ class LoopChunk:
                     host=network.traits.host_draws,
                 )
             if objective.augment is not None:
-                found = objective.augmented(
+                augmented = objective.augmented(
                     [x[None] for x in inputs], names, self.seed, (epoch, step)
                 )
-                inputs = tuple(x[0] for x in found)
+                inputs = tuple(x[0] for x in augmented)
             with (
                 torch.autocast(network.shape.device.type, torch.bfloat16)
                 if rounded
@@ -411,5 +421,5 @@ class LoopChunk:
             rows = torch.cat(list(minibatches[begin : begin + ahead]))
             inputs = (torch.split(x, size) for x in data.rows(fold, rows))
             weights = None if data.weights is None else torch.split(data.weights[fold, rows], size)
-            for i, (y, own) in enumerate(zip(torch.split(target[rows], size), zip(*inputs))):
-                yield own, y, None if weights is None else weights[i]
+            for i, (y, parts) in enumerate(zip(torch.split(target[rows], size), zip(*inputs))):
+                yield parts, y, None if weights is None else weights[i]

@@ -17,9 +17,9 @@ from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_current_funct
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from gputune.modules.trace import Args, Function, Words
+from gputune.modules.trace import Args, Function, Kwargs
 
-Table: TypeAlias = Tensor | None
+OptionalTensor: TypeAlias = Tensor | None
 _norm_backward = torch.ops.aten.native_layer_norm_backward.default
 
 
@@ -27,7 +27,7 @@ class Mapped(TorchFunctionMode):
     """Maps the layers of this file by its own rules, only inside the context and in this thread."""
 
     def __torch_function__(
-        self, func: Function, types: object, args: Args = (), kwargs: Words | None = None
+        self, func: Function, types: object, args: Args = (), kwargs: Kwargs | None = None
     ) -> object:
         kwargs = kwargs or {}
         if func is functional.embedding:
@@ -47,14 +47,16 @@ def _is_mapped(tensor: Tensor) -> bool:
     return retrieve_current_functorch_interpreter().key() == TransformType.Vmap
 
 
-Rule = Callable[..., tuple[Tensor, int] | None]
+MemberRule = Callable[..., tuple[Tensor, int] | None]
 """Computes a function of torch for all members. Their axis is the first of each tensor argument.
 
 It returns the results and their axis of members, or None for arguments that it does not map.
 """
 
 
-def _call_rule(rule: Rule, args: Sequence[object], kwargs: Mapping[str, object]) -> Tensor | None:
+def _call_rule(
+    rule: MemberRule, args: Sequence[object], kwargs: Mapping[str, object]
+) -> Tensor | None:
     """Apply a rule as vmap applies the rule of an ``autograd.Function``, at a tenth of the cost of
     a call."""
     interpreter = retrieve_current_functorch_interpreter()
@@ -85,7 +87,7 @@ def _embedding(
     return torch.where((ids == padding_idx % weight.shape[0])[..., None], rows.detach(), rows)
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Table = None) -> tuple[Tensor, int]:
+def _linear(input: Tensor, weight: Tensor, bias: OptionalTensor = None) -> tuple[Tensor, int]:
     """Map a linear layer: rows (P, ..., I) -> (P, ..., O)."""
     rows = input.flatten(1, -2) if input.dim() > 2 else input[:, None]
     result: Tensor = _Linear.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
@@ -99,7 +101,7 @@ class _Linear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Table) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: OptionalTensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         # (P, N, I) @ (P, I, O) -> (P, N, O)
         return x.bmm(weight.mT) if bias is None else torch.baddbmm(bias[:, None], x, weight.mT)
@@ -115,8 +117,8 @@ class _Linear(torch.autograd.Function):
 def _layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
-    weight: Table = None,
-    bias: Table = None,
+    weight: OptionalTensor = None,
+    bias: OptionalTensor = None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, int]:
     """Map a layer norm: normalize, then scale and shift with each member's weight and bias."""
@@ -153,10 +155,10 @@ class _LayerNorm(torch.autograd.Function):
 
 def _batch_norm(
     input: Tensor,
-    running_mean: Table,
-    running_var: Table,
-    weight: Table = None,
-    bias: Table = None,
+    running_mean: OptionalTensor,
+    running_var: OptionalTensor,
+    weight: OptionalTensor = None,
+    bias: OptionalTensor = None,
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, int]:
@@ -177,7 +179,11 @@ def _batch_norm(
 
 
 def _group_norm(
-    input: Tensor, num_groups: int, weight: Table = None, bias: Table = None, eps: float = 1e-5
+    input: Tensor,
+    num_groups: int,
+    weight: OptionalTensor = None,
+    bias: OptionalTensor = None,
+    eps: float = 1e-5,
 ) -> tuple[Tensor, int]:
     """Map a group norm as one group norm with the groups of all members."""
     outputs = functional.group_norm(
@@ -190,7 +196,7 @@ def _convolution(
     function: Callable[..., Tensor],
     input: Tensor,
     weight: Tensor,
-    bias: Table = None,
+    bias: OptionalTensor = None,
     stride: object = 1,
     padding: object = 0,
     dilation: object = 1,
@@ -226,7 +232,7 @@ def _pool(
     return _by_members(outputs, len(input)), 1
 
 
-def _flat(table: Table) -> Table:
+def _flat(table: OptionalTensor) -> OptionalTensor:
     """Return a table (P, C) as (P*C,)."""
     return None if table is None else table.reshape(-1)
 
@@ -242,7 +248,7 @@ def _by_members(rows: Tensor, members: int) -> Tensor:
 
 
 _POOLS = functional.max_pool2d, functional.avg_pool2d, functional.adaptive_avg_pool2d
-_RULES: dict[Callable[..., object], tuple[Rule, int]] = {
+_RULES: dict[Callable[..., object], tuple[MemberRule, int]] = {
     functional.linear: (_linear, 1),
     functional.batch_norm: (_batch_norm, 0),
     functional.layer_norm: (_layer_norm, 0),

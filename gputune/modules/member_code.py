@@ -8,7 +8,7 @@ raises TraceError.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from gputune.modules.member_indices import (
     added_at_places,
     chosen_rows,
-    embedding_slope,
+    embedding_gradient,
     loops_over,
     require,
 )
@@ -25,33 +25,38 @@ from gputune.modules.member_kernels import (
     FORMULAS,
     Line,
     Loops,
-    Span,
     Writer,
-    arguments,
     c_type,
+    kwargs_of,
     named,
     over,
 )
 from gputune.modules.program import simplify_trace
-from gputune.modules.trace import Operation, Place, Trace, TraceError, Words
+from gputune.modules.trace import Kwargs, Operation, Place, Trace, TraceError
 
 # columns of the widest tile of a product; it needs working memory for the inner rows and one tile
 _TILE = 96
 
 
-def _product(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator[Line]:
+def _pick(values: Sequence[int], axes: Iterable[int]) -> list[int]:
+    """Return the sizes or strides of some axes."""
+    return [values[axis] for axis in axes]
+
+
+def _product(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Iterator[Line]:
     """Yield the calls of a matrix product, with an added matrix or bias."""
-    names = next(
-        (pair for pair in (("batch1", "batch2"), ("mat1", "mat2")) if pair[0] in given),
-        ("self", "mat2"),
-    )
-    a = given[names[0]]
-    b = given[names[1]]
-    added = None if names[0] == "self" else given["self"]
-    plain = given.get("beta", 1) == given.get("alpha", 1) == 1 and out.stride[-1] == 1
-    require(plain and a.dtype == b.dtype == out.dtype, op, "other factors")
+    names = ("self", "mat2")
+    added = None
+    for pair in (("batch1", "batch2"), ("mat1", "mat2")):
+        if pair[0] in kwargs:
+            names = pair
+            added = kwargs["self"]
+    a = kwargs[names[0]]
+    b = kwargs[names[1]]
+    is_plain = kwargs.get("beta", 1) == kwargs.get("alpha", 1) == 1 and out.stride[-1] == 1
+    require(is_plain and a.dtype == b.dtype == out.dtype, op, "other factors")
     if out.dtype != writer.dtype:
-        raise TraceError(f"a product of {out.dtype} is in no code")
+        raise TraceError(f"a product of {out.dtype} is not supported")
     # A bias: one row that is added to all rows of the product.
     is_bias = (
         added is not None
@@ -59,16 +64,10 @@ def _product(writer: Writer, given: Words, op: Operation, out: Place) -> Iterato
         and (added.stride[-1], added.shape[-1]) == (1, out.shape[-1])
         and added.memory != out.memory
     )
-    factors = [out, a, b, *[added] * is_bias]
-    batch = out.shape[0] if len(out.shape) > 2 else 1
+    factors = [out, a, b, added] if is_bias else [out, a, b]
     begins = [p.stride[0] if len(p.shape) > 2 and p.shape[0] > 1 else 0 for p in factors]
-    body = (
-        "for (long i = 0; i < n0; i++) matrix_product(n1, n2, n3, p1 + i * n9, n4, n5, p2 + i * "
-        f"n10, n6, n7, {'p3 + i * n11' if is_bias else '0'}, p0 + i * n8, "
-        f"{f'n{8 + len(factors)}'}, w);"
-    )
     sizes = [
-        batch,
+        out.shape[0] if len(out.shape) > 2 else 1,
         *out.shape[-2:],
         a.shape[-1],
         *a.stride[-2:],
@@ -76,43 +75,46 @@ def _product(writer: Writer, given: Words, op: Operation, out: Place) -> Iterato
         *begins,
         out.stride[-2],
     ]
-    yield writer.call(factors, body, sizes=sizes, room=_TILE * (a.shape[-1] + _TILE))
+    body = (
+        "for (long i = 0; i < n0; i++) matrix_product(n1, n2, n3, p1 + i * n9, n4, n5, p2 + i * "
+        f"n10, n6, n7, {'p3 + i * n11' if is_bias else '0'}, p0 + i * n8, n{len(sizes) - 1}, w);"
+    )
+    workspace = _TILE * (a.shape[-1] + _TILE)
+    yield writer.call(factors, body, sizes=sizes, workspace=workspace)
     if added is not None and not is_bias:
         yield writer.pointwise("add", {"self": out, "other": added, "alpha": 1}, out)
 
 
-def _reduce(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator[Line]:
+def _reduce(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Iterator[Line]:
     """Yield the call of a sum or mean over some axes."""
-    x: Place = given["self"]
-    require(given.get("dtype") in (None, out.dtype), op, "another type")
-    axes = given.get("dim")
-    gone = sorted(
-        {
-            i % len(x.shape)
-            for i in ([axes] if isinstance(axes, int) else axes or range(len(x.shape)))
-        }
-    )
-    kept = [axis for axis in range(len(x.shape)) if axis not in gone]
-    own = [out.stride[i] for i in kept] if given.get("keepdim") else out.stride
-    sizes = [math.prod(x.shape[i] for i in gone)]
-    outer = over([x.shape[i] for i in kept], [[x.stride[i] for i in kept], own]).named(sizes)
-    inner = over([x.shape[i] for i in gone], [[x.stride[i] for i in gone]], "j").named(sizes)
-    at = f"p1[{outer.index(0)} + {inner.index(0)}]"
-    to = f"p0[{outer.index(1)}]"
+    x: Place = kwargs["self"]
+    require(kwargs.get("dtype") in (None, out.dtype), op, "another type")
+    axes = kwargs.get("dim")
+    if isinstance(axes, int):
+        axes = [axes]
+    every = range(len(x.shape))
+    reduced = sorted({axis % len(x.shape) for axis in axes or every})
+    remaining = [axis for axis in every if axis not in reduced]
+    out_strides = _pick(out.stride, remaining) if kwargs.get("keepdim") else out.stride
+    sizes = [math.prod(_pick(x.shape, reduced))]
+    strides = [_pick(x.stride, remaining), out_strides]
+    outer = over(_pick(x.shape, remaining), strides).named(sizes)
+    inner = over(_pick(x.shape, reduced), [_pick(x.stride, reduced)], "j").named(sizes)
+    number = f"p1[{outer.index(0)} + {inner.index(0)}]"
+    target = f"p0[{outer.index(1)}]"
     mean = op.name == "mean"
     if outer.sizes and outer.strides[0][-1] == 1:  # whole rows are added to each other
-        front = Loops(outer.sizes[:-1], tuple(s[:-1] for s in outer.strides))
+        front = Loops(outer.sizes[:-1], tuple(steps[:-1] for steps in outer.strides))
         last = f"i{len(outer.sizes) - 1}"
         row = f"#pragma GCC ivdep\nfor (long {last} = 0; {last} < {outer.sizes[-1]}; {last}++)"
-        added = inner.nest(f"{row} {to} += {at};", "")
-        body = front.nest(
-            f"{row} {to} = 0;\n{added}" + (f"\n{row} {to} /= n0;" if mean else ""), ""
-        )
+        code = [f"{row} {target} = 0;", inner.nest(f"{row} {target} += {number};", "")]
+        if mean:
+            code.append(f"{row} {target} /= n0;")
+        body = front.nest("\n".join(code), "")
     else:
-        each = inner.nest(f"s += {at};", "omp simd reduction(+ : s)")
-        body = outer.nest(
-            f"{c_type(out.dtype)} s = 0;\n{each}\n{to} = s{' / n0' if mean else ''};", ""
-        )
+        loop = inner.nest(f"s += {number};", "omp simd reduction(+ : s)")
+        result = "s / n0" if mean else "s"
+        body = outer.nest(f"{c_type(out.dtype)} s = 0;\n{loop}\n{target} = {result};", "")
     yield writer.call([out, x], body, sizes=sizes)
 
 
@@ -128,35 +130,30 @@ _ALONG = {
 """Code of operations along one axis, which is repeated for all other axes."""
 
 
-def _along(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator[Line]:
-    """Yield the call of a softmax or its slope along one axis."""
+def _along(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Iterator[Line]:
+    """Yield the call of a softmax or its gradient along one axis."""
     body = _ALONG[op.name]
-    names = ["grad_output", "output"] if "output" in given else ["self"]
-    places = [out, *(given[name] for name in names)]
+    places: list[Place] = [out]
+    for name in ("grad_output", "output") if "output" in kwargs else ("self",):
+        places.append(kwargs[name])
     require(all(place.dtype == writer.dtype for place in places), op, str(out.dtype))
-    axis = given["dim"] % len(out.shape)
+    axis = kwargs["dim"] % len(out.shape)
     others = [i for i in range(len(out.shape)) if i != axis]
-    loops, sizes = loops_over(
-        [out.shape[i] for i in others], [[p.stride[i] for i in others] for p in places]
-    )
+    loops, sizes = loops_over(_pick(out.shape, others), [_pick(p.stride, others) for p in places])
     loop = f"for (long j = 0; j < {named(out.shape[axis], sizes)}; j++)"
-    for k, letter in enumerate("OXY"[: len(places)]):
-        body = body.replace(
-            f"[{letter}]", f"[{loops.index(k)} + j * {named(places[k].stride[axis], sizes)}]"
-        )
-    body = body.replace("SUM(s)", f"#pragma omp simd reduction(+ : s)\n{loop}").replace(
-        "EACH", loop
-    )
-    yield writer.call(
-        places, loops.nest(body.replace("T ", f"{c_type(out.dtype)} "), ""), sizes=sizes
-    )
+    for k, place in enumerate(places):
+        number = f"[{loops.index(k)} + j * {named(place.stride[axis], sizes)}]"
+        body = body.replace(f"[{'OXY'[k]}]", number)
+    body = body.replace("SUM(s)", f"#pragma omp simd reduction(+ : s)\n{loop}")
+    body = body.replace("EACH", loop).replace("T ", f"{c_type(out.dtype)} ")
+    yield writer.call(places, loops.nest(body, ""), sizes=sizes)
 
 
-def _concatenate(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator[Line]:
+def _concatenate(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Iterator[Line]:
     """Yield a copy for each part of a concatenation or a stack."""
-    axis = given["dim"] % len(out.shape)
+    axis = kwargs["dim"] % len(out.shape)
     begin = 0
-    for part in given["tensors"]:
+    for part in kwargs["tensors"]:
         if op.name == "stack":
             yield writer.copied(_without(out, axis, begin), part)
             begin += 1
@@ -184,73 +181,81 @@ def _without(place: Place, axis: int, index: int) -> Place:
     return replace(place, offset=offset, shape=tuple(shape), stride=tuple(stride))
 
 
-def _part_slope(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator[Line]:
-    """Yield the calls of the slope of a selection or a slice: zeros, with the slope in one part."""
-    axis = given["dim"] % len(out.shape)
-    slope = given["grad_output"]
+def _part_gradient(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Iterator[Line]:
+    """Yield the calls of the gradient of a selection or a slice: zeros, and one part."""
+    axis = kwargs["dim"] % len(out.shape)
+    gradient = kwargs["grad_output"]
     n = out.shape[axis]
     if op.name == "select_backward":
-        part = _without(out, axis, given["index"] % n)
+        part = _without(out, axis, kwargs["index"] % n)
     else:
-        begin = max(0, given["start"] + n if given["start"] < 0 else given["start"])
-        part = _part(out, axis, begin, slope.shape[axis], given["step"])
+        start = kwargs["start"]
+        begin = max(0, start + n if start < 0 else start)
+        part = _part(out, axis, begin, gradient.shape[axis], kwargs["step"])
     yield writer.filled(out, 0.0)
-    yield writer.copied(part, slope)
+    yield writer.copied(part, gradient)
 
 
-def _is_whole(place: Place) -> bool:
+def _is_contiguous(place: Place) -> bool:
     """Return whether a place is contiguous, row by row."""
-    steps = [math.prod(place.shape[i + 1 :]) for i in range(len(place.shape))]
-    return all(n == 1 or own == step for n, own, step in zip(place.shape, place.stride, steps))
+    expected = 1
+    for size, stride in zip(reversed(place.shape), reversed(place.stride)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
 
 
-def _layer_norm_slope(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator[Line]:
-    """Yield the call of the slope of a layer norm without weights."""
-    places = [out, *(given[name] for name in ("grad_out", "input", "mean", "rstd"))]
-    require(given["weight"] is None and list(op.makes) == [out] and all(map(_is_whole, places)), op)
-    n = math.prod(given["normalized_shape"])
+def _layer_norm_gradient(
+    writer: Writer, kwargs: Kwargs, op: Operation, out: Place
+) -> Iterator[Line]:
+    """Yield the call of the gradient of a layer norm without weights."""
+    places = [out, kwargs["grad_out"], kwargs["input"], kwargs["mean"], kwargs["rstd"]]
+    is_plain = kwargs["weight"] is None and op.makes == [out]
+    require(is_plain and all(map(_is_contiguous, places)), op)
+    n = math.prod(kwargs["normalized_shape"])
     body = "layer_norm_slope(n0, n1, p1, p2, p3, p4, p0);"
-    sizes = [math.prod(given["input"].shape) // n, n]
+    sizes = [math.prod(kwargs["input"].shape) // n, n]
     yield writer.call(places, body, sizes=sizes)
 
 
-def _batch_norm(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator[Line]:
-    """Yield the call of a batch norm in training, or of its slope."""
-    if "grad_out" in given:
-        kernel = "batch_norm_slope(n0, n1"
+def _batch_norm(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Iterator[Line]:
+    """Yield the call of a batch norm in training, or of its gradient."""
+    rows = kwargs["input"].shape
+    is_training = bool(kwargs.get("training") or kwargs.get("train"))
+    require(is_training and len(rows) == 2 and len(op.makes) == 3, op)
+    if "grad_out" in kwargs:
+        code = "batch_norm_slope(n0, n1"
         names = "grad_out input weight save_mean save_invstd"
-        numbers = ""
+        numbers = []
     else:
-        kernel = "batch_norm(n0, n1, s0, s1"
+        code = "batch_norm(n0, n1, s0, s1"
         names = "input weight bias running_mean running_var"
-        numbers = "momentum eps"
-    places = [*(given[name] for name in names.split()), *op.makes]
-    rows = given["input"].shape
-    whole = (
-        len(rows) == 2 and len(op.makes) == 3 and all(_is_whole(place) for place in places if place)
-    )
-    require(given["training" if numbers else "train"] and whole, op)
-    body = f"{', '.join([kernel, *(f'p{i}' for i in range(len(places)))])});"
-    yield writer.call(places, body, [given[name] for name in numbers.split()], sizes=rows)
+        numbers = [kwargs["momentum"], kwargs["eps"]]
+    places = [*map(kwargs.get, names.split()), *op.makes]
+    for i, place in enumerate(places):
+        require(place is None or _is_contiguous(place), op)
+        code += f", p{i}"
+    yield writer.call(places, f"{code});", numbers, sizes=rows)
 
 
-def _class_loss(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator[Line]:
-    """Yield the calls of a negative log-likelihood of classes, or of its slope."""
-    is_slope = "grad_output" in given
-    y = given["target"]
-    x = given["grad_output"] if is_slope else given["self"]
-    rows = out.shape if is_slope else x.shape
-    require(given["weight"] is None and given["reduction"] == 0 and len(rows) == 2, op)
-    at = f"p2[i * {y.stride[0]}]"
-    if is_slope:
+def _class_loss(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Iterator[Line]:
+    """Yield the calls of a negative log-likelihood of classes, or of its gradient."""
+    is_gradient = "grad_output" in kwargs
+    y = kwargs["target"]
+    x = kwargs["grad_output"] if is_gradient else kwargs["self"]
+    rows = out.shape if is_gradient else x.shape
+    require(kwargs["weight"] is None and kwargs["reduction"] == 0 and len(rows) == 2, op)
+    label = f"p2[i * {y.stride[0]}]"
+    if is_gradient:
         yield writer.filled(out, 0.0)
-        to = f"p0[i * {out.stride[0]} + {at} * {out.stride[1]}]"
-        body = f"if ({at} != (int64_t)s0) {to} = -p1[i * {x.stride[0]}];"
+        target = f"p0[i * {out.stride[0]} + {label} * {out.stride[1]}]"
+        body = f"if ({label} != (int64_t)s0) {target} = -p1[i * {x.stride[0]}];"
     else:
-        value = f"{at} == (int64_t)s0 ? 0 : -p1[i * {x.stride[0]} + {at} * {x.stride[1]}]"
+        value = f"{label} == (int64_t)s0 ? 0 : -p1[i * {x.stride[0]} + {label} * {x.stride[1]}]"
         body = f"p0[i * {out.stride[0]}] = {value};"
     body = f"for (long i = 0; i < n0; i++) {body}"
-    yield writer.call([out, x, y], body, [given["ignore_index"]], sizes=rows[:1])
+    yield writer.call([out, x, y], body, [kwargs["ignore_index"]], sizes=rows[:1])
 
 
 LAYERS: dict[str, Callable[..., Iterator[Line]]] = {
@@ -258,11 +263,11 @@ LAYERS: dict[str, Callable[..., Iterator[Line]]] = {
     **dict.fromkeys(("sum", "mean"), _reduce),
     **dict.fromkeys(_ALONG, _along),
     **dict.fromkeys(("gather", "index_select", "index", "embedding"), chosen_rows),
-    "embedding_dense_backward": embedding_slope,
+    "embedding_dense_backward": embedding_gradient,
     **dict.fromkeys(("scatter_add", "index_put"), added_at_places),
     **dict.fromkeys(("cat", "stack"), _concatenate),
-    **dict.fromkeys(("select_backward", "slice_backward"), _part_slope),
-    "native_layer_norm_backward": _layer_norm_slope,
+    **dict.fromkeys(("select_backward", "slice_backward"), _part_gradient),
+    "native_layer_norm_backward": _layer_norm_gradient,
     **dict.fromkeys(("native_batch_norm", "native_batch_norm_backward"), _batch_norm),
     **dict.fromkeys(("nll_loss_forward", "nll_loss_backward"), _class_loss),
 }
@@ -275,7 +280,7 @@ _BLOCK = 2048
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
+class CodedStep:
     """A step in compiled code.
 
     It has its calls of kernels (``native/steps.h``), the numbers of the host that they read, and
@@ -284,7 +289,7 @@ class Step:
 
     calls: np.ndarray
     numbers: np.ndarray
-    room: int
+    workspace: int
 
 
 class MemberCode:
@@ -297,35 +302,36 @@ class MemberCode:
         self.dtype = dtype
         self.kernels: dict[str, int] = {}
 
-    def add(self, trace: Trace, memories: dict[int, torch.UntypedStorage]) -> Step:
+    def add(self, trace: Trace, memories: dict[int, torch.UntypedStorage]) -> CodedStep:
         """Write a step, and add the memories that it uses by their addresses. Raises TraceError."""
         trace = simplify_trace(trace)
         trace.operations = _small_first(trace.operations)
         writer = Writer(self.dtype, self.kernels, trace, memories)
-        lines = [line for op in trace.operations for line in _lines(writer, op)]
+        lines: list[Line] = []
+        for op in trace.operations:
+            lines += _lines(writer, op)
         calls = [*_in_blocks(lines)]
         # at least one number, so that the array has an address
         numbers = np.array([*writer.numbers, 0.0])
-        return Step(
-            np.array([len(calls), *calls], dtype=np.int64), numbers, writer.size + writer.room
-        )
+        workspace = writer.size + writer.workspace
+        return CodedStep(np.array([len(calls), *calls], dtype=np.int64), numbers, workspace)
 
 
 def _lines(writer: Writer, op: Operation) -> Iterator[Line]:
     """Yield the calls that an operation becomes. Raises TraceError for an operation that is not
     supported."""
     base = op.name.removeprefix("new_").removesuffix("_like")
-    plain = op.name.removesuffix("_")
-    given = arguments(op)
+    name = op.name.removesuffix("_")
+    kwargs = kwargs_of(op)
     out = (op.makes or op.writes)[0]
-    if plain in LAYERS:
-        yield from LAYERS[plain](writer, given, op, out)
-    elif plain in FORMULAS:
-        yield writer.pointwise(plain, given, out)
-    elif plain == "zero" or base in ("zeros", "ones", "full"):
-        yield writer.filled(out, given.get("fill_value", float(base == "ones")))
+    if name in LAYERS:
+        yield from LAYERS[name](writer, kwargs, op, out)
+    elif name in FORMULAS:
+        yield writer.pointwise(name, kwargs, out)
+    elif name == "zero" or base in ("zeros", "ones", "full"):
+        yield writer.filled(out, kwargs.get("fill_value", float(base == "ones")))
     elif not base.startswith("empty"):
-        raise TraceError(f"{op.function} is in no code")
+        raise TraceError(f"{op.function} is not supported")
 
 
 def _small_first(operations: Sequence[Operation]) -> list[Operation]:
@@ -336,22 +342,26 @@ def _small_first(operations: Sequence[Operation]) -> list[Operation]:
 
     # whether one operation writes memory that the other reads or writes
     def depend(a: Operation, b: Operation) -> bool:
-        into = [{place.memory for place in (*op.makes, *op.writes)} for op in (a, b)]
-        used = [{place.memory for place in op.reads} | own for op, own in zip((a, b), into)]
-        return bool(into[0] & used[1] or into[1] & used[0])
+        return bool(_memories(a.outputs) & _memories(b.places)) or bool(
+            _memories(b.outputs) & _memories(a.places)
+        )
 
-    found: list[Operation] = []
+    ordered: list[Operation] = []
     for op in operations:
-        at = len(found)
-        if all(math.prod(place.shape) == 1 for place in (*op.makes, *op.reads, *op.writes)):
-            while at and not depend(op, before := found[at - 1]):
-                if all(
-                    math.prod(place.shape) < _LARGE for place in (*before.makes, *before.writes)
-                ):
+        index = len(ordered)
+        if all(math.prod(place.shape) == 1 for place in op.places):
+            while index and not depend(op, ordered[index - 1]):
+                outputs = ordered[index - 1].outputs
+                if all(math.prod(place.shape) < _LARGE for place in outputs):
                     break
-                at -= 1
-        found.insert(at, op)
-    return found
+                index -= 1
+        ordered.insert(index, op)
+    return ordered
+
+
+def _memories(places: Iterable[Place]) -> set[int]:
+    """Return the memories of some places."""
+    return {place.memory for place in places}
 
 
 def _in_blocks(lines: Sequence[Line]) -> Iterator[int]:
@@ -371,7 +381,8 @@ def _in_blocks(lines: Sequence[Line]) -> Iterator[int]:
         else:
             unit = max(line.unit for line in run)
             yield from (len(run), run[0].total // unit, max(1, _BLOCK // unit))
-            yield from (number for line in run for number in line.call(unit))
+            for line in run:
+                yield from line.call(unit)
 
 
 def _go_together(lines: Sequence[Line]) -> bool:
@@ -380,21 +391,19 @@ def _go_together(lines: Sequence[Line]) -> bool:
     They must pass over equally many numbers. No call may read or write another row of memory that
     another call writes.
     """
-    total = lines[0].total
+    *before, last = lines
+    total = last.total
     unit = max(line.unit for line in lines)
     if total < _LARGE or any(line.total != total or line.unit not in (1, unit) for line in lines):
         return False
-    *before, last = lines
-
-    def alike(a: Line, b: Line, x: Span, y: Span) -> bool:
-        mine = x.in_rows(unit // a.unit, total // unit)
-        other = y.in_rows(unit // b.unit, total // unit)
-        return not x.overlaps(y) or (mine == other and mine[1] > 0 and mine[2])
-
-    return all(
-        alike(line, last, x, y)
-        for line in before
-        for i, x in enumerate(line.spans)
-        for j, y in enumerate(last.spans)
-        if i == 0 or j == 0
-    )
+    rows = total // unit
+    for line in before:
+        for i, a in enumerate(line.spans):
+            for j, b in enumerate(last.spans):
+                # The first span of a call is written, and the others are read.
+                if (i == 0 or j == 0) and a.overlaps(b):
+                    begin, step, is_apart = a.in_rows(unit // line.unit, rows)
+                    other = b.in_rows(unit // last.unit, rows)
+                    if other != (begin, step, is_apart) or step <= 0 or not is_apart:
+                        return False
+    return True

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
-from gputune.modules.trace import Operation, Place, Trace, TraceError, Words, arrange
+from gputune.modules.trace import Kwargs, Operation, Place, Trace, TraceError
 
 C_TYPES = {
     torch.float32: "float",
@@ -114,28 +115,34 @@ _DEFAULTS = {
 def c_type(dtype: torch.dtype) -> str:
     """Return the C type of a dtype. Raises TraceError for a dtype that is not supported."""
     if dtype not in C_TYPES:
-        raise TraceError(f"{dtype} is in no code")
+        raise TraceError(f"{dtype} is not supported")
     return C_TYPES[dtype]
 
 
-def arguments(op: Operation) -> Words:
+def kwargs_of(op: Operation) -> Kwargs:
     """Return all arguments of an operation by their names in its schema."""
-    schema = op.function._schema.arguments
-    defaults = {a.name: a.default_value for a in schema if a.has_default_value()}
-    return {**defaults, **{a.name: value for a, value in zip(schema, op.args)}, **op.kwargs}
+    kwargs = {}
+    for i, argument in enumerate(op.function._schema.arguments):
+        if i < len(op.args):
+            kwargs[argument.name] = op.args[i]
+        elif argument.has_default_value():
+            kwargs[argument.name] = argument.default_value
+    return kwargs | op.kwargs
 
 
-def formula_of(name: str, given: Words) -> str:
+def formula_of(name: str, kwargs: Kwargs) -> str:
     """Return the formula of an operation with these arguments. Raises TraceError for other
     options."""
-    if any(given.get(key, value) != value for key, value in _DEFAULTS.items()):
-        raise TraceError(f"{name} of another kind is in no code")
-    if name == "clamp" and None in (given["min"], given["max"]):
-        name = "clamp_min" if given["max"] is None else "clamp_max"
-    if name == "pow" and given["exponent"] in _POWERS:
-        return _POWERS[given["exponent"]]
+    for key, value in _DEFAULTS.items():
+        if kwargs.get(key, value) != value:
+            raise TraceError(f"{name} with {key}={kwargs[key]!r} is not supported")
+    if name == "clamp" and None in (kwargs["min"], kwargs["max"]):
+        name = "clamp_min" if kwargs["max"] is None else "clamp_max"
+    if name == "pow" and kwargs["exponent"] in _POWERS:
+        return _POWERS[kwargs["exponent"]]
+    formula = FORMULAS[name]
     # A product with 1 is left out.
-    return FORMULAS[name].replace("{alpha} * ", "") if given.get("alpha") == 1 else FORMULAS[name]
+    return formula.replace("{alpha} * ", "") if kwargs.get("alpha") == 1 else formula
 
 
 # Largest size that is written into the code, so that its loop can be unrolled.
@@ -157,20 +164,26 @@ class Loops:
 
         The outermost size is appended last.
         """
-        strides = tuple(tuple(named(int(stride), sizes) for stride in own) for own in self.strides)
-        inner = [named(int(size), sizes) for size in self.sizes[1:]]
-        outer = [named(int(size), sizes, most=-1) for size in self.sizes[:1]]
-        return replace(self, sizes=(*outer, *inner), strides=strides)
+
+        def names(values: Sequence[int | str], most: int = _SMALL) -> tuple[int | str, ...]:
+            return tuple(named(int(value), sizes, most=most) for value in values)
+
+        strides = tuple(map(names, self.strides))
+        inner = names(self.sizes[1:])
+        outer = names(self.sizes[:1], most=-1)
+        return replace(self, sizes=outer + inner, strides=strides)
 
     def index(self, operand: int) -> str:
         """Return the position of an operand's number, in the variables of the loops."""
-        terms = [f"{self.variable}{i} * {s}" for i, s in enumerate(self.strides[operand]) if s]
-        return " + ".join(terms) or "0"
+        steps = enumerate(self.strides[operand])
+        return " + ".join(f"{self.variable}{i} * {step}" for i, step in steps if step) or "0"
 
     def nest(self, body: str, pragma: str = "GCC ivdep") -> str:
         """Return the code of the loops around a body. The innermost loop may be vectorized."""
-        names = [f"{self.variable}{i}" for i in range(len(self.sizes))]
-        lines = [f"for (long {v} = 0; {v} < {size}; {v}++)" for v, size in zip(names, self.sizes)]
+        lines = []
+        for i, size in enumerate(self.sizes):
+            name = f"{self.variable}{i}"
+            lines.append(f"for (long {name} = 0; {name} < {size}; {name}++)")
         if pragma and lines:
             lines.insert(-1, f"#pragma {pragma}")
         return "\n".join([*lines, f"{{\n{body}\n}}"])
@@ -190,17 +203,29 @@ def named(size: int, sizes: list[int], *, most: int = _SMALL) -> int | str:
 def over(shape: Sequence[int], strides: Sequence[Sequence[int]], variable: str = "i") -> Loops:
     """Return the loops over a shape. The innermost axis is the densest axis of the first
     operand."""
-    axes = [(n, tuple(own[i] for own in strides)) for i, n in enumerate(shape) if n != 1]
-    axes.sort(key=lambda axis: -max(axis[1][:1], default=0))
-    merged: list[tuple[int, tuple[int, ...]]] = []
-    for n, own in axes:
+    # (size, strides of all operands) of each axis
+    axes = [(n, steps) for n, *steps in zip(shape, *strides, strict=True) if n != 1]
+    axes.sort(key=lambda axis: -axis[1][0])
+    merged: list[tuple[int, list[int]]] = []
+    for n, steps in axes:
         # Two axes become one loop if they follow each other in the memory of all operands.
-        if merged and all(outer == n * inner for outer, inner in zip(merged[-1][1], own)):
-            merged[-1] = (merged[-1][0] * n, own)
-        else:
-            merged.append((n, own))
-    by_operand = tuple(tuple(own[k] for _, own in merged) for k in range(len(strides)))
-    return Loops(tuple(n for n, _ in merged), by_operand, variable)
+        if merged and merged[-1][1] == [n * step for step in steps]:
+            n *= merged.pop()[0]
+        merged.append((n, steps))
+    by_operand = zip(*(steps for _, steps in merged)) if merged else [()] * len(strides)
+    return Loops(tuple(n for n, _ in merged), tuple(by_operand), variable)
+
+
+def with_entry(values: Sequence[int], axis: int, entry: int) -> list[int]:
+    """Return sizes or strides with another entry for one axis."""
+    return [entry if i == axis else value for i, value in enumerate(values)]
+
+
+def broadcast_strides(place: Place, dim: int) -> list[int]:
+    """Return the strides of a place that is broadcast to ``dim`` axes."""
+    strides = [0 if n == 1 else step for n, step in zip(place.shape, place.stride)]
+    # axes are added in front
+    return [0] * (dim - len(strides)) + strides
 
 
 @dataclass(frozen=True)
@@ -251,18 +276,11 @@ class Line:
 
         With ``unit``, the call is taken in rows of ``unit`` numbers. With 0, it is taken at once.
         """
-        each = unit // self.unit if unit else 0
-        moves = [each * span.step for span in self.spans] if unit else [0] * len(self.places)
-        places = [number for place, move in zip(self.places, moves) for number in (*place, move)]
-        return [
-            self.kernel,
-            len(self.places),
-            len(self.sizes),
-            self.first,
-            each,
-            *places,
-            *self.sizes,
-        ]
+        passes = unit // self.unit if unit else 0
+        numbers = [self.kernel, len(self.places), len(self.sizes), self.first, passes]
+        for i, place in enumerate(self.places):
+            numbers += [*place, passes * self.spans[i].step if unit else 0]
+        return numbers + self.sizes
 
 
 class Writer:
@@ -281,18 +299,12 @@ class Writer:
         self.storages = trace.outside
         self.memories = memories
         self.numbers: list[float] = []
-        last = {
-            p.memory: i
-            for i, op in enumerate(trace.operations)
-            for p in (*op.makes, *op.reads, *op.writes)
-        }
         made = dict[int, int]()
         for i, op in enumerate(trace.operations):
             for place in op.makes:
                 made.setdefault(place.memory, i)
-        begins, self.size = arrange([(made[m], last[m], trace.sizes[m]) for m in made])
-        self.begin = dict(zip(made, begins))
-        self.room = 0
+        self.begin, self.size = trace.arranged(made)
+        self.workspace = 0
 
     def _begin(self, place: Place) -> tuple[int, int]:
         """Return the number of a place's memory, and the byte at which the place begins there."""
@@ -310,77 +322,73 @@ class Writer:
         numbers: Sequence[float] = (),
         *,
         sizes: Sequence[int],
-        room: int = 0,
+        workspace: int = 0,
     ) -> Line:
         """Return the call of a kernel.
 
         Its code knows places as p0, ..., numbers as s0, ..., sizes as n0, ..., and working memory
         as w.
         """
-        known = []
+        code = []
         begins = []
         for i, place in enumerate(places):
-            of = self.real if place is None else c_type(place.dtype)
-            known.append(f"{of} *p{i} = ({of} *)P[{i}];")
+            real = self.real if place is None else c_type(place.dtype)
+            code.append(f"{real} *p{i} = ({real} *)P[{i}];")
             begins.append((-1, 0) if place is None else self._begin(place))
-        if room:
-            self.room = max(self.room, room * self.dtype.itemsize)
-            known.append(f"{self.real} *w = ({self.real} *)P[{len(begins)}];")
+        if workspace:
+            self.workspace = max(self.workspace, workspace * self.dtype.itemsize)
+            code.append(f"{self.real} *w = ({self.real} *)P[{len(begins)}];")
             begins.append((0, self.size))
-        known += [f"double s{i} = S[{i}];" for i in range(len(numbers))]
-        known += [f"int64_t n{i} = N[{i}];" for i in range(len(sizes))]
+        code += [f"double s{i} = S[{i}];" for i in range(len(numbers))]
+        code += [f"int64_t n{i} = N[{i}];" for i in range(len(sizes))]
         # Equal code is one kernel.
-        kernel = self.kernels.setdefault("\n".join([*known, body]), len(self.kernels))
+        kernel = self.kernels.setdefault("\n".join([*code, body]), len(self.kernels))
         self.numbers += map(float, numbers)
         return Line(kernel, begins, len(self.numbers) - len(numbers), [*sizes])
 
-    def pointwise(self, name: str, given: Words, out: Place) -> Line:
+    def pointwise(self, name: str, kwargs: Kwargs, out: Place) -> Line:
         """Return the call that computes each number of ``out`` by a formula."""
-        formula = formula_of(name, given)
-        names = list(dict.fromkeys(re.findall(r"{(\w+)}", formula)))
-        places = [n for n in names if isinstance(given[n], Place)]
-        numbers = [n for n in names if n not in places]
-        if not all(isinstance(given[n], int | float) for n in numbers):
-            raise TraceError(f"{name} of other arguments than numbers is in no code")
+        formula = formula_of(name, kwargs)
+        variables: dict[str, str] = dict.fromkeys(re.findall(r"{(\w+)}", formula), "")
         dtype = out.dtype
-        ends = (given[names[0]], given[names[-1]])
         if name in _OF_INPUTS:  # in the common type of both arguments
-            like = [
-                torch.empty(v.shape, dtype=v.dtype, device="meta") if isinstance(v, Place) else v
-                for v in ends
-            ]
-            dtype = torch.result_type(*like)
+            names = list(variables)
+            dtype = torch.result_type(_example(kwargs[names[0]]), _example(kwargs[names[-1]]))
         if name == "remainder" and dtype.is_floating_point:
-            raise TraceError("a remainder of fractions is in no code")
+            raise TraceError("a remainder of fractions is not supported")
         if name.startswith("bitwise") and dtype != torch.bool:
-            raise TraceError(f"{name} of {dtype} is in no code")
-        operands: list[Place] = [out, *(given[n] for n in places)]
-        steps = [
-            [0 if n == 1 else step for n, step in zip(place.shape, place.stride)]
-            for place in operands[1:]
-        ]
-        # axes are added in front, up to the result's shape
-        strides = [[0] * (len(out.shape) - len(own)) + own for own in steps]
-        loops = over(out.shape, [out.stride, *strides])
+            raise TraceError(f"{name} of {dtype} is not supported")
         real = c_type(dtype)
+        operands = [out]
+        strides: list[Sequence[int]] = [out.stride]
+        numbers: list[float] = []
+        for variable in variables:
+            value = kwargs[variable]
+            if isinstance(value, Place):
+                variables[variable] = f"x{len(operands)}"
+                operands.append(value)
+                strides.append(broadcast_strides(value, len(out.shape)))
+            elif isinstance(value, int | float):
+                variables[variable] = f"(({real})s{len(numbers)})"
+                numbers.append(value)
+            else:
+                raise TraceError(f"{name} with {variable}={value!r} is not supported")
+        loops = over(out.shape, strides)
         sizes = list[int]()
         kernel = loops.named(sizes)
         # All operands are read before the formula, because a compiler does not vectorize loads that
         # depend on a condition.
-        reads = [f"{real} x{i} = p{i}[{kernel.index(i)}];" for i in range(1, len(operands))]
-        words = {word: f"x{i}" for i, word in enumerate(places, 1)}
-        words |= {word: f"(({real})s{i})" for i, word in enumerate(numbers)}
-        value = formula.format(**words).replace("REAL", real)
-        value = value.replace("EXP(", "exponential(" if real == self.real else "exp(")
-        body = kernel.nest("\n".join([*reads, f"p0[{kernel.index(0)}] = {value};"]))
-        line = self.call(operands, body, [given[n] for n in numbers], sizes=sizes)
+        code = [f"{real} x{i} = p{i}[{kernel.index(i)}];" for i in range(1, len(operands))]
+        result = formula.format(**variables).replace("REAL", real)
+        result = result.replace("EXP(", "exponential(" if real == self.real else "exp(")
+        code.append(f"p0[{kernel.index(0)}] = {result};")
+        line = self.call(operands, kernel.nest("\n".join(code)), numbers, sizes=sizes)
         if sizes:
             line.unit = math.prod(map(int, loops.sizes[1:]))
-            for own, place, (memory, begin) in zip(loops.strides, operands, line.places):
+            for steps, place, (memory, begin) in zip(loops.strides, operands, line.places):
                 first, last = place.extent
-                line.spans.append(
-                    Span(memory, begin, begin + last - first, int(own[0]) * place.dtype.itemsize)
-                )
+                step = int(steps[0]) * place.dtype.itemsize
+                line.spans.append(Span(memory, begin, begin + last - first, step))
         return line
 
     def filled(self, out: Place, value: float) -> Line:
@@ -390,3 +398,10 @@ class Writer:
     def copied(self, out: Place, source: Place) -> Line:
         """Return the call that copies a place."""
         return self.pointwise("clone", {"self": source}, out)
+
+
+def _example(value: Place | float) -> Tensor | float:
+    """Return a tensor without numbers for a place, and a number unchanged."""
+    if isinstance(value, Place):
+        return torch.empty(value.shape, dtype=value.dtype, device="meta")
+    return value

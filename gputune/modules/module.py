@@ -86,18 +86,20 @@ class ModuleNetwork:
         self.evaluation_draws = traits.evaluation_draws
         self.template = self.plain(shape.device)
         self.scheduled = dropout_rates(self.template)
-        own = dict(self.template.named_parameters())
-        self.first = {
-            k: w.detach() for k, w in own.items() if w.requires_grad and k not in traits.unused
-        }
+        parameters = dict(self.template.named_parameters())
+        buffers = dict(self.template.named_buffers())
         changing = dict.fromkeys(traits.changing)
         if hasattr(self.template, "start_from"):  # start_from may set any buffer
-            changing |= dict.fromkeys(
-                k for k, _ in self.template.named_buffers() if k in self.template.state_dict()
-            )
-        self.kept = state_of(self.template, tuple(changing))
-        tensors = (*own.items(), *self.template.named_buffers())
-        self.fixed = {k: w.detach() for k, w in tensors if k not in self.first | self.kept}
+            saved = self.template.state_dict()
+            changing |= dict.fromkeys(name for name in buffers if name in saved)
+        self.mutable = state_of(self.template, changing)
+        self.trainable: Params = {}
+        self.frozen: Params = {}
+        for name, w in (parameters | buffers).items():
+            if w.requires_grad and name in parameters and name not in traits.unused:
+                self.trainable[name] = w.detach()
+            elif name not in self.mutable:
+                self.frozen[name] = w.detach()
         self.members = (shape.folds, len(configs))
         self.loss_values = self.objective.values(
             self.configs, torch.empty(0, dtype=shape.dtype, device=shape.device)
@@ -127,44 +129,46 @@ class ModuleNetwork:
 
         They are fitted to the fold's rows if the module has a ``start_from``.
         """
-        common = self.first | self.kept
+        common = self.trainable | self.mutable
         if self.shape.rows is None or not hasattr(self.template, "start_from"):
             return [common] * self.shape.folds
-        found = []
+        starts = []
         for fold in range(self.shape.folds):
             module = self.plain(self.shape.device)
             start_from(module, *self.shape.rows(fold), seed=self.seed)
             fitted = (*module.named_parameters(), *module.named_buffers())
-            found.append(common | {k: w.detach() for k, w in fitted if k in common})
-        return found
+            starts.append(common | {name: w.detach() for name, w in fitted if name in common})
+        return starts
 
     def targets(self, y: Tensor) -> Tensor:
         y = y.to(self.shape.dtype) if y.is_floating_point() else y
         return y if y.dim() > 1 else y[None]
 
     def subset(self, keep: list[int]) -> Self:
-        configs = [self.configs[c] for c in keep]
-        seed = self.seed
-        traits = self.traits
         return type(self)(
-            self.builder, configs, self.shape, seed=seed, traits=traits, objective=self.objective
+            self.builder,
+            [self.configs[c] for c in keep],
+            self.shape,
+            seed=self.seed,
+            traits=self.traits,
+            objective=self.objective,
         )
 
     def layers(self) -> dict[str, int]:
         owners = layers_of(self.template)
-        return {name: owners.index(name.rpartition(".")[0]) for name in self.first}
+        return {name: owners.index(name.rpartition(".")[0]) for name in self.trainable}
 
     def member(self, params: Params, fold: int, trial: int) -> nn.Module:
         """Return one member as a plain module in evaluation mode, on the CPU."""
         # The template is not copied, because attributes other than parameters and buffers cannot
         # always be copied.
         module = self.plain(_CPU)
-        values = self.values(params, fold, trial) | self.fixed
+        values = self.values(params, fold, trial) | self.frozen
         with torch.no_grad():
-            for name, own in (*module.named_parameters(), *module.named_buffers()):
-                if not torch.equal(own, values[name].cpu()):
-                    own.copy_(values[name])
-            put_numbers(module, {name: values[name] for name in self.kept})
+            for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+                if not torch.equal(tensor, values[name].cpu()):
+                    tensor.copy_(values[name])
+            put_numbers(module, {name: values[name] for name in self.mutable})
         return module.eval()
 
 
@@ -176,16 +180,13 @@ class StackedModule(ModuleNetwork):
         # calls that left their rows unchanged, by the shapes of these rows
         self.harmless_calls = set[tuple[object, ...]]()
         trials = self.members[1]
-        sides = hidden_sides(self.template, self.first)
-
-        def blocks_of(tensors: Params) -> Blocks:
-            each = {k: (sides[k],) * trials if k in sides else None for k in tensors}
-            return Blocks(
-                [Block(k, (*self.members, *w.shape), 1, each[k]) for k, w in tensors.items()]
-            )
-
-        self.trained = blocks_of(self.first)
-        self.blocks = blocks_of(self.first | self.kept)
+        sides = hidden_sides(self.template, self.trainable)
+        blocks = []
+        for name, w in (self.trainable | self.mutable).items():
+            member_sides = (sides[name],) * trials if name in sides else None
+            blocks.append(Block(name, (*self.members, *w.shape), 1, member_sides))
+        self.trained = Blocks(blocks[: len(self.trainable)])
+        self.blocks = Blocks(blocks)
 
     def start(self) -> Tensor:
         flat = torch.empty(self.blocks.size, dtype=self.shape.dtype, device=self.shape.device)
@@ -203,62 +204,65 @@ class StackedModule(ModuleNetwork):
         if not ahead:
             return None  # the step draws for itself, by the key of the minibatch
         if self.objective.augment is not None:
-            raise TraceError("augment draws by the key of the minibatch, which no recording knows")
+            raise TraceError("augment draws by the key of the minibatch, which is not recorded")
         drops = any(config["dropout"] for config in self.configs)
         for is_off in (False,) if drops else (True, False):
             for part in self.template.modules():
                 if isinstance(part, Dropout):
                     part.is_off = is_off
             self.stateless = Stateless(self.template)
-            draws = ModuleDraws(self.alone_losses, batches, self.seed)
+            draws = ModuleDraws(self.plain_losses, batches, self.seed)
             # If something else draws, dropout draws too, so that the order of draws stays the same.
             if not any(draws.draws.values()):
                 break
         return draws
 
-    def alone_losses(self, batch: Batch) -> object:
-        """Compute the losses of one member as a plain module, to record its draws."""
+    def _plain_values(self) -> Params:
+        """Return the initial tensors of a plain module. Its forward pass may write into them."""
         # Clones, because draws depend on a tensor's layout in memory, and a member's part of a
         # stacked tensor has another layout.
-        values = self.first | {k: w.clone() for k, w in self.kept.items()} | self.fixed
+        mutable = {name: w.clone() for name, w in self.mutable.items()}
+        return self.trainable | mutable | self.frozen
+
+    def plain_losses(self, batch: Batch) -> object:
+        """Compute the losses of one member as a plain module, to record its draws."""
         # Copies, because the members read these rows next.
         inputs = [x[0].clone() for x in batch.inputs]
         y = batch.y[0].clone()
         names = self.shape.names
         # Substitutes as in the mapped call: a fused attention would count as an operation that
         # draws.
-        with self.stateless.substitute(values) as module, Substitutes():
+        with self.stateless.substitute(self._plain_values()) as module, Substitutes():
             return self.objective.losses(module.train(), inputs, y, self.configs[0], names=names)
 
     def gradient(self, params: Params, batch: Batch, grads: Params) -> None:
         trials = len(self.configs)
         # (F, C, ...) -> (P, ...)
-        members = {k: w[batch.folds].flatten(0, 1) for k, w in params.items()}
-        leaves = {k: members[k].detach().requires_grad_() for k in self.first}
+        members = {name: w[batch.folds].flatten(0, 1) for name, w in params.items()}
+        leaves = {name: members[name].detach().requires_grad_() for name in self.trainable}
         inputs = self.objective.augmented(batch.inputs, self.shape.names, self.seed, batch.key)
 
         def losses() -> tuple[Tensor, Params]:
-            # Copies, because the members' own tensors share a counter of writes with the leaves,
-            # and autograd requires unwritten leaves.
-            kept = {k: members[k].to(start.dtype, copy=True) for k, start in self.kept.items()}
+            tensors = dict(leaves)
+            for name, start in self.mutable.items():
+                # Copies, because the members' own tensors share a counter of writes with the
+                # leaves, and autograd requires unwritten leaves.
+                tensors[name] = members[name].to(start.dtype, copy=True)
             rows = [for_members(x, trials) for x in inputs]
             with self._draws(batch):
-                return self._losses(leaves | kept, rows, batch)
+                return self._losses(tensors, rows, batch)
 
         with torch.enable_grad():
-            members_losses, after = self._with_copies_if_refused(losses)
-            share = batch.share.squeeze(-1) if isinstance(batch.share, Tensor) else batch.share
+            loss, after = self._with_copies_if_refused(losses)
             # A user's own mean loss has no rows to weight. It was refused if there are weights.
-            loss = (
-                (members_losses * share).sum()
-                if members_losses.dim() == 3
-                else members_losses.sum()
-            )
-            slopes = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-        for name, slope in zip(leaves, slopes):
+            if loss.dim() == 3:
+                share = batch.share
+                loss = loss * (share.squeeze(-1) if isinstance(share, Tensor) else share)
+            gradients = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True)
+        for name, gradient in zip(leaves, gradients):
             # A parameter without influence on the output gets the gradient 0.
             part = grads[name][batch.folds]
-            part.zero_() if slope is None else part.copy_(slope.view(part.shape))
+            part.zero_() if gradient is None else part.copy_(gradient.view(part.shape))
         for name, buffer in after.items():
             members[name].copy_(buffer.detach())
 
@@ -268,7 +272,7 @@ class StackedModule(ModuleNetwork):
             return replay_draws(batch.draws)
         if not self.traits.draws:
             return nullcontext()
-        return self._draws_of(partial(self.alone_losses, batch), "dropout", *batch.key)
+        return self._draws_of(partial(self.plain_losses, batch), "dropout", *batch.key)
 
     def _draws_of(
         self, forward: Callable[[], object], *key: object
@@ -292,15 +296,13 @@ class StackedModule(ModuleNetwork):
         trials = len(self.configs)
         if not self.objective.is_named:
 
-            def own(module: nn.Module, parts: Sequence[Tensor]) -> Tensor:
+            def member_losses(module: nn.Module, parts: Sequence[Tensor]) -> Tensor:
                 *rows, y = parts
-                return self.objective.losses(
-                    module, rows, y, self.configs[0], names=self.shape.names
-                )
+                config = self.configs[0]
+                return self.objective.losses(module, rows, y, config, names=self.shape.names)
 
-            losses, after = self._mapped(
-                own, members, [*inputs, for_members(batch.y, trials)], True
-            )
+            tensors = [*inputs, for_members(batch.y, trials)]
+            losses, after = self._mapped(member_losses, members, tensors, True)
             return losses.view(-1, trials, *losses.shape[1:]), after
         outputs, after = self._forward(members, inputs, training=True)
         outputs = _with_columns(outputs).to(self.shape.dtype)
@@ -313,25 +315,24 @@ class StackedModule(ModuleNetwork):
         self, params: Params, fold: int, inputs: Sequence[Tensor], key: EvaluationKey | None = None
     ) -> Tensor:
         trials = len(self.configs)
-        members = {k: w[fold] for k, w in params.items()}
+        members = {name: w[fold] for name, w in params.items()}
         rows = [x.expand(trials, *x.shape) for x in inputs]
 
         def outputs() -> Tensor:
             draws: AbstractContextManager[object] = nullcontext()
             if self.evaluation_draws and key is not None:
-                draws = self._draws_of(partial(self._alone_outputs, inputs), "evaluation", *key)
+                draws = self._draws_of(partial(self._plain_outputs, inputs), "evaluation", *key)
             with draws:
                 return self._forward(members, rows, training=False)[0]
 
         return self._with_copies_if_refused(outputs)
 
-    def _alone_outputs(self, inputs: Sequence[Tensor]) -> Tensor:
+    def _plain_outputs(self, inputs: Sequence[Tensor]) -> Tensor:
         """Return the outputs of one member as a plain module in evaluation mode, to record its
         draws."""
-        values = self.first | {k: w.clone() for k, w in self.kept.items()} | self.fixed
-        own = [x.clone() for x in inputs]  # the members read these rows next
-        with self.stateless.substitute(values) as module, Substitutes():
-            return self.objective.outputs(module.eval(), own, self.shape.names)
+        copies = [x.clone() for x in inputs]  # the members read these rows next
+        with self.stateless.substitute(self._plain_values()) as module, Substitutes():
+            return self.objective.outputs(module.eval(), copies, self.shape.names)
 
     def differentiable(
         self, params: Params, inputs: Sequence[Tensor], key: tuple[int, int] | None
@@ -361,9 +362,9 @@ class StackedModule(ModuleNetwork):
 
         Returns the names of the other tensors that a step changes.
         """
-        known = differentiate_statistics(self.template)
+        statistics = differentiate_statistics(self.template)
         self.stateless = Stateless(self.template)
-        return tuple(name for name in self.traits.changing if name not in known)
+        return tuple(name for name in self.traits.changing if name not in statistics)
 
     def row_losses(self, outputs: Tensor, y: Tensor) -> Tensor:
         return self.objective.rows(outputs, y, self.loss_values)
@@ -428,11 +429,13 @@ class StackedModule(ModuleNetwork):
     ) -> tuple[Tensor, Params]:
         """Return the result of ``_mapped``, without copies of the tensors."""
 
-        def of_member(own: Params, *parts: Tensor) -> tuple[Tensor, Params]:
-            with self.stateless.substitute({**own, **self.fixed}) as module:
-                return function(module.train(training), parts), self.stateless.held(self.kept)
+        def call_member(member: Params, *parts: Tensor) -> tuple[Tensor, Params]:
+            with self.stateless.substitute({**member, **self.frozen}) as module:
+                return function(module.train(training), parts), self.stateless.current(self.mutable)
 
-        members = members | {k: members[k].to(start.dtype) for k, start in self.kept.items()}
+        members = dict(members)
+        for name, start in self.mutable.items():
+            members[name] = members[name].to(start.dtype)
         rounded = training and self.shape.precision == "bf16"
         # torch's warning about slow vmap operations is for PyTorch's developers. gputune itself
         # reports that members train slowly.
@@ -440,15 +443,15 @@ class StackedModule(ModuleNetwork):
         warns(False)
         try:
             with Mapped(), Rounded() if rounded else nullcontext(), Substitutes():
-                result: tuple[Tensor, Params] = vmap(of_member, randomness="same")(
-                    members, *tensors
-                )
+                mapped = vmap(call_member, randomness="same")
+                result: tuple[Tensor, Params] = mapped(members, *tensors)
                 return result
         except IndexError as error:
             raise InputError(
-                f"model: {name_of(self.builder)} raised IndexError: {error}, on other rows than "
-                "it was tried on; an embedding must have a place for every code that the data "
-                "hold."
+                None,
+                f"{name_of(self.builder)} raised IndexError: {error}. The rows on which gputune "
+                "tried it raised no error",
+                remedy="An embedding must have a place for every code in the data.",
             ) from error
         finally:
             warns(True)

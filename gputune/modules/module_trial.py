@@ -18,6 +18,7 @@ from gputune.modules.calls import convert
 from gputune.modules.construction import (
     Builder,
     build_module,
+    call_text,
     hint,
     name_of,
     note_of_cast,
@@ -31,6 +32,7 @@ from gputune.scoring.losses import refuse_one_number
 from gputune.scoring.objective import Objective, make_objective, pairs_all_rows, qualified_name
 from gputune.seeding import keyed_draws
 from gputune.types import Config
+from gputune.wording import Verbatim, option, per_interface
 
 _CPU = torch.device("cpu")
 # Number of rows that are tried. It is prime, so a wrong view of their columns cannot divide it.
@@ -64,7 +66,7 @@ class ModuleTrial:
             builder, module_arguments(config), self.shape, seed=0, columns=columns
         )
         # a sentence about a tensor of the module with a dtype chosen by its builder
-        self.cast = note_of_cast(module, data.dtype)
+        self.cast_note = note_of_cast(module, data.dtype)
         self.module = convert(module, data.dtype)
         self.trail = Trail(self.module)
         loss = self.objective.loss
@@ -85,13 +87,16 @@ class ModuleTrial:
 
     def in_double(self) -> Self:
         """Return this trial with floats in double precision. Its module does not change."""
-        double = copy.copy(self)
-        *double.inputs, double.y = (
-            x.double() if x.is_floating_point() else x for x in (*self.inputs, self.y)
-        )
-        kinds = tuple((tuple(x.shape[1:]), x.dtype) for x in double.inputs)
-        double.shape = replace(self.shape, dtype=torch.float64, inputs=kinds)
-        return double
+
+        def double(x: Tensor) -> Tensor:
+            return x.double() if x.is_floating_point() else x
+
+        trial = copy.copy(self)
+        trial.inputs = list(map(double, self.inputs))
+        trial.y = double(self.y)
+        kinds = tuple((tuple(x.shape[1:]), x.dtype) for x in trial.inputs)
+        trial.shape = replace(self.shape, dtype=torch.float64, inputs=kinds)
+        return trial
 
     def check_ids(self, data: Dataset) -> None:
         """Raise InputError if a row of the data has an id that an embedding has no place for.
@@ -99,22 +104,16 @@ class ModuleTrial:
         The module runs on the rows with the largest and the smallest number of each column. Other
         errors are ignored here, because other checks report them.
         """
-        embeddings = [
-            (path, part)
-            for path, part in self.module.named_modules()
-            if isinstance(part, nn.Embedding)
-        ]
-        if not embeddings:
-            return
-        rows = torch.tensor(
-            sorted({row for x in data.inputs for row in outermost_rows(x[0])}), dtype=torch.int64
-        )
+        outermost = set[int]()
+        for x in data.inputs:
+            outermost.update(outermost_rows(x[0]))
+        rows = torch.tensor(sorted(outermost), dtype=torch.int64)
         inputs = [x.cpu() for x in data.rows(0, rows.to(data.device))]
-        wrong = list[str]()
+        errors = list[InputError]()
 
-        def check(path: str, part: nn.Embedding, arguments: tuple[object, ...]) -> None:
+        def check(path: str, embedding: nn.Embedding, arguments: tuple[object, ...]) -> None:
             ids = arguments[0]
-            size = part.num_embeddings
+            size = embedding.num_embeddings
             if (
                 not isinstance(ids, Tensor)
                 or ids.is_floating_point()
@@ -122,50 +121,53 @@ class ModuleTrial:
                 or ids.numel() == 0
             ):
                 return  # the embedding raises an error itself
-            number = most if (most := int(ids.max())) >= size else int(ids.min())
+            number = int(ids.max())
+            if number < size:
+                number = int(ids.min())
             if 0 <= number < size:
                 return
             row = ""
-            own = inputs
+            searched = inputs
             if len(ids) == len(rows):  # otherwise the forward pass has made other rows
                 place = int((ids == number).nonzero()[0, 0])
                 row = f" in row {int(rows[place])}"
-                own = [x[place] for x in inputs]
-            holder = next(
-                (label for label, x in zip(data.labels, own) if bool((x == number).any())), None
+                searched = [x[place] for x in inputs]
+            remedy = f"Give it num_embeddings={number + 1} or more."
+            if number < 0:
+                remedy = "Give such ids other numbers."
+            places = (
+                f"{number}{row}, but the embedding {path!r} of {self.name} has {size} places, for "
+                f"ids 0 to {size - 1}"
             )
-            where = (
-                f"the forward of {self.name} makes the id"
-                if holder is None
-                else f"{holder} has the id"
-            )
-            remedy = (
-                "give such ids other numbers"
-                if number < 0
-                else f"give it num_embeddings={number + 1} or more"
-            )
-            scaled = holder is None and any(x.is_floating_point() for x in own)
-            wrong.append(
-                f"model: {where} {number}{row}, and the embedding {path!r} of {self.name} has "
-                f"{size} places, for ids 0 to {size - 1}; {remedy}.{_SCALED * scaled}"
-            )
+            for label, x in zip(data.labels, searched):
+                if bool((x == number).any()):
+                    errors.append(InputError(label, f"has the id {places}", remedy=remedy))
+                    return
+            if any(x.is_floating_point() for x in searched):
+                remedy += _SCALED
+            rule = f"The forward pass of {self.name} computes the id {places}"
+            errors.append(InputError(None, rule, remedy=remedy))
 
-        hooks = [part.register_forward_pre_hook(partial(check, path)) for path, part in embeddings]
-        with torch.no_grad(), suppress(Exception):
-            call_module(self.module.eval(), [x.clone() for x in inputs], data.names)
+        hooks = []
+        for path, part in self.module.named_modules():
+            if isinstance(part, nn.Embedding):
+                hooks.append(part.register_forward_pre_hook(partial(check, path)))
+        if hooks:
+            with torch.no_grad(), suppress(Exception):
+                call_module(self.module.eval(), [x.clone() for x in inputs], data.names)
         for hook in hooks:
             hook.remove()
-        if wrong:
-            raise InputError(wrong[0])
+        if errors:
+            raise errors[0]
 
     def numbers(self) -> dict[str, float]:
         """Return the Python numbers in the attributes of the submodules."""
-        return {
-            f"{path}.{name}".lstrip("."): value
-            for path, part in self.module.named_modules()
-            for name, value in vars(part).items()
-            if isinstance(value, int | float) and name != "training"
-        }
+        numbers = {}
+        for path, part in self.module.named_modules():
+            for name, value in vars(part).items():
+                if isinstance(value, int | float) and name != "training":
+                    numbers[f"{path}.{name}".lstrip(".")] = value
+        return numbers
 
     def forward(self, inputs: Sequence[Tensor], *, training: bool, watched: bool = False) -> Tensor:
         """Return the outputs on some rows, always with the same draws.
@@ -174,21 +176,21 @@ class ModuleTrial:
         """
         self.trail.largest = 0  # reset, because earlier calls may have had other numbers of rows
         try:
-            draws = (
-                self.watch.watching(training=training)
-                if watched
-                else keyed_draws(_CPU, 0, "check", host=True)
-            )
-            with self.writes.copies(inputs) as own, draws, torch.set_grad_enabled(training):
-                outputs = self.objective.outputs(self.module.train(training), own, self.shape.names)
+            draws = keyed_draws(_CPU, 0, "check", host=True)
+            if watched:
+                draws = self.watch.watching(training=training)
+            with self.writes.copies(inputs) as copies, draws, torch.set_grad_enabled(training):
+                module = self.module.train(training)
+                outputs = self.objective.outputs(module, copies, self.shape.names)
         except Exception as error:
-            takes = " and ".join(map(in_words, inputs))
+            says = str(error)
             place = self.trail.submodule and f" ({self.trail.submodule})"
+            cast_note = self.cast_note if "dtype" in says else ""
             raise InputError(
-                f"model: the forward of {self.name}{place} raised {type(error).__name__}: "
-                f"{error}. It must take {takes} and return (rows, "
-                f"{self.shape.n_outputs}).{hint(str(error), inputs)}"
-                f"{self.cast if 'dtype' in str(error) else ''}{self.columns}"
+                None,
+                f"The forward pass of {self.name}{place} raised {type(error).__name__}: {says}",
+                remedy=f"It must take {' and '.join(map(describe_tensor, inputs))} and return "
+                f"(rows, {self.shape.n_outputs}).{hint(says, inputs)}{cast_note}{self.columns}",
             ) from error
         self.widest = max(self.widest, self.trail.largest // len(inputs[0]))
         return outputs
@@ -200,25 +202,26 @@ class ModuleTrial:
         refuse_one_number(self.objective.loss, self.y)
         losses, pair = self._try_loss(self.inputs, self.y)
         rows = len(self.inputs[0])
-        found = _found(losses)
-        if found not in ((), (rows,)):
-            what = (
-                f"row losses of shape (rows,) or their mean, a tensor (), got {found} for {rows} "
-                "rows"
+        shape = _shape_of(losses)
+        if shape not in ((), (rows,)):
+            raise InputError(
+                None,
+                f"{name} must return row losses of shape (rows,), or their mean of shape ()",
+                got=Verbatim(f"{shape} for {rows} rows"),
             )
-            raise InputError(f"{name} must return {what}.")
         if not losses.requires_grad:
             raise InputError(
-                f"{name} gives no gradient: what it returns does not depend on the parameters of "
-                f"{self.name}. Compute it of the module's outputs by operations of torch, without "
-                "detach(), item() or torch.no_grad()."
+                None,
+                f"{name} gives no gradient: its result does not depend on the parameters of "
+                f"{self.name}",
+                remedy="Compute it from the outputs of the module with PyTorch operations, without "
+                "detach(), item() or torch.no_grad().",
             )
         if self.objective.is_named:
             return losses.detach()
         if not bool(losses.isfinite().all()):
-            raise InputError(
-                f"{name} is not finite on the first rows; check its inputs and its formula."
-            )
+            rule = f"{name} is not finite on the first rows"
+            raise InputError(None, rule, remedy="Check its inputs and its formula.")
         # Without a step, the loss itself is tried on outputs and targets of different rows.
         if self.objective.step is None and pair is None:
             outputs = self.forward(self.inputs, training=False)
@@ -230,9 +233,11 @@ class ModuleTrial:
         if pair is not None:
             place = "training_step" if self.objective.step else "loss"
             raise InputError(
+                None,
                 f"{name} compares each output with the targets of all rows: the outputs of "
-                f"{self.name} have shape {pair[0]} and y {pair[1]}, which torch broadcasts to "
-                f"({rows}, {rows}). {in_one_shape(pair, place)}"
+                f"{self.name} have shape {pair[0]} and y has shape {pair[1]}, which PyTorch "
+                f"broadcasts to ({rows}, {rows})",
+                remedy=in_one_shape(pair, place),
             )
         return losses.detach()
 
@@ -241,62 +246,67 @@ class ModuleTrial:
         copies = self.writes.copies([*inputs, y])
         try:
             watching = self.watch.watching(training=True)
-            with copies as (*own, own_y), torch.enable_grad(), warnings.catch_warnings(), watching:
+            with (
+                copies as (*copied, copied_y),
+                torch.enable_grad(),
+                warnings.catch_warnings(),
+                watching,
+            ):
                 warnings.filterwarnings(
                     "ignore", "Using a target size .* that is different to the input size"
                 )
-                watch = BroadcastWatch(own_y)
+                watch = BroadcastWatch(copied_y)
                 likelihoods = LikelihoodWatch()
                 watches = ExitStack()
                 if not self.objective.is_named:
                     watches.enter_context(watch)
                     watches.enter_context(likelihoods)
                 with watches:
-                    step = self.module.train(), own, own_y, self.config
+                    step = self.module.train(), copied, copied_y, self.config
                     losses = self.objective.losses(*step, names=self.shape.names)
         except Exception as error:
-            says = str(error).rstrip(".")
-            name = self.objective.in_words
+            rule = f"{self.objective.in_words} raised {type(error).__name__}: {error}"
+            raise InputError(None, rule, remedy=self._loss_remedy()) from error
+        if likelihoods.kind:
+            softmax = ""
+            if likelihoods.kind == "probabilities":
+                softmax = ", without the softmax before it"
             raise InputError(
-                f"{name} raised {type(error).__name__}: {says}. {self._what_a_loss_gets()}"
-            ) from error
-        if likelihoods.found:
-            raise InputError(self._wrong_likelihood(likelihoods))
+                None,
+                f"{self.objective.in_words} passes {likelihoods.kind} to {likelihoods.function}, "
+                "which takes the logarithms of probabilities",
+                remedy=f"Use torch.nn.functional.cross_entropy there{softmax}, or take "
+                "log_softmax(1) before.",
+            )
         return losses, watch.pair
 
-    def _wrong_likelihood(self, watch: LikelihoodWatch) -> str:
-        """Return an error message for a loss that passes logits or probabilities to a
-        likelihood."""
-        end = ", without the softmax before it" * (watch.found == "probabilities")
-        remedy = "Use torch.nn.functional.cross_entropy there"
-        return (
-            f"{self.objective.in_words} passes {watch.found} to {watch.function}, which takes the "
-            f"logarithms of probabilities. {remedy}{end}, or take log_softmax(1) before."
-        )
-
-    def _what_a_loss_gets(self) -> str:
-        """Return a sentence about the arguments of the loss, for an error that it raised."""
-        y = f"{tuple(self.y.shape)} and {self.y.dtype}"
+    def _loss_remedy(self) -> str:
+        """Return sentences about the arguments of the loss, for an error that it raised."""
+        y = f"y has shape {tuple(self.y.shape)} and type {self.y.dtype}"
         if self.objective.step is not None:
-            x = " and ".join(map(in_words, self.inputs))
+            x = " and ".join(map(describe_tensor, self.inputs))
             return (
-                f"It is called as training_step(module, (x, y)), x {x}, y {y}, and returns row "
-                "losses or a mean."
+                f"gputune calls training_step(module, (x, y)), where x is {x} and {y}. It must "
+                "return row losses or their mean."
             )
         outputs = self.forward(self.inputs, training=False)
         remedy = ""
         if self.objective.binary and outputs.numel() == len(self.y):
-            remedy = " One logit a row of two classes takes loss='bce'."
+            remedy = f" For one logit per row and two classes pass {option('loss', 'bce')}."
         elif not self.objective.any_outputs:
-            kind, other = (
-                ("numbers", "classification")
-                if self.y.is_floating_point()
-                else ("classes", "regression")
-            )
-            remedy = f" y is {kind} here; task='{other}' takes it the other way."
+            kind = "classes"
+            other = "regression"
+            estimator = "NeuralNetRegressor"
+            if self.y.is_floating_point():
+                kind = "numbers"
+                other = "classification"
+                estimator = "NeuralNetClassifier"
+            passed = f"Pass {option('task', other)}"
+            change = per_interface(passed, passed, f"Use {estimator}")
+            remedy = f" y is read as {kind}. {change} if it is not."
         return (
             f"The outputs of {self.name} have shape {tuple(outputs.shape)} and type "
-            f"{outputs.dtype}, y {y}; make them fit.{remedy}"
+            f"{outputs.dtype}, and {y}. Make them fit.{remedy}"
         )
 
     def augmented(self, rows: slice) -> list[Tensor]:
@@ -316,10 +326,12 @@ class ModuleTrial:
         except InputError:
             raise
         except Exception as error:
+            function = qualified_name(self.objective.augment)
             raise InputError(
-                f"augment: {qualified_name(self.objective.augment)} raised "
-                f"{type(error).__name__}: {error}. It is called as augment(x, generator), with "
-                "the inputs of a minibatch, and returns such inputs."
+                None,
+                f"{option(f'augment={function}')} raised {type(error).__name__}: {error}",
+                remedy="gputune calls augment(x, generator) with the inputs of a minibatch. It "
+                "must return such inputs.",
             ) from error
 
     def draws_in_augment(self) -> str:
@@ -332,8 +344,8 @@ class ModuleTrial:
         if all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, second)):
             return ""
         return (
-            f"augment={qualified_name(self.objective.augment)} draws random numbers without the "
-            "generator that it is given; pass generator=generator to each operation that draws"
+            f"augment={qualified_name(self.objective.augment)} draws random numbers without its "
+            "argument generator; pass generator=generator to each operation that draws"
         )
 
     def check_outputs(self, outputs: object) -> None:
@@ -342,36 +354,40 @@ class ModuleTrial:
         n_outputs = self.shape.n_outputs
         if self.fits(outputs, rows):
             return
-        usual = _of_shape(found := _found(outputs), n_outputs, binary=self.objective.binary)
-        if isinstance(found, tuple) and len(found) == 2:
-            usual += outputs_hint(self.builder, module_arguments(self.config), found[1], n_outputs)
+        shape = _shape_of(outputs)
+        cause = _shape_hint(shape, n_outputs, binary=self.objective.binary)
+        if isinstance(shape, tuple) and len(shape) == 2:
+            cause += outputs_hint(self.builder, module_arguments(self.config), shape[1], n_outputs)
         if not self.objective.is_named:
-            place = "training_step" if self.objective.step else "loss of your own"
-            usual += (
-                f" With task='custom' and scoring=callable(outputs, y) a {place} may have any "
-                "outputs."
-            )
+            function = "training_step" if self.objective.step else "custom loss"
+            custom = "With task='custom' and scoring=callable(outputs, y)"
+            custom = per_interface(custom, custom, "In gputune.sklearn.NeuralNet")
+            cause += f" {custom}, the module of a {function} may return any outputs."
         raise InputError(
-            f"model: {self.name} must return a tensor of shape (rows, {n_outputs}), got {found} "
-            f"for {rows} rows; its last layer must have n_outputs outputs (logits for "
-            f"classes).{usual}{self.columns}"
+            None,
+            f"{self.name} must return a tensor of shape (rows, {n_outputs})",
+            got=Verbatim(f"{shape} for {rows} rows"),
+            remedy="Its last layer must have n_outputs outputs (logits for classes)."
+            f"{cause}{self.columns}",
         )
 
     def fits(self, outputs: object, rows: int) -> bool:
         """Return whether outputs for ``rows`` rows have a shape that the loss takes."""
-        found = _found(outputs)
+        shape = _shape_of(outputs)
         n_outputs = self.shape.n_outputs
         if self.objective.any_outputs:
-            return found[:1] == (rows,)
-        one = n_outputs == 1 or self.objective.may_be_one_logit
-        return found == (rows, n_outputs) or (one and found in ((rows,), (rows, 1)))
+            return shape[:1] == (rows,)
+        may_be_one = n_outputs == 1 or self.objective.may_be_one_logit
+        return shape == (rows, n_outputs) or (may_be_one and shape in ((rows,), (rows, 1)))
 
     def check_trainable(self, outputs: Tensor) -> None:
         """Raise InputError if the outputs, computed in training, depend on no parameter."""
         if not outputs.requires_grad or not any(w.requires_grad for w in self.module.parameters()):
             raise InputError(
-                f"model: {self.name} has nothing to train: its outputs depend on no parameter "
-                "with requires_grad. Give it one, and do not detach what it returns."
+                None,
+                f"{self.name} has nothing to train: its outputs depend on no parameter with "
+                "requires_grad",
+                remedy="Give it such a parameter, and do not detach its outputs.",
             )
 
     def is_alone(self, outputs: Tensor) -> bool:
@@ -397,9 +413,10 @@ class ModuleTrial:
         return False
 
 
-_SCALED = (
-    " The numbers of a table are scaled: pass a tensor of integers, torch.as_tensor(X), or "
-    "numbers='none', which leaves codes as they are."
+_UNSCALED = option("numbers", "none")
+_SCALED = " gputune scales the numbers of a table. " + per_interface(
+    f"Pass a tensor of integers, torch.as_tensor(X), or {_UNSCALED}, which leaves codes unchanged.",
+    f"Pass a tensor of integers in a .pt file, or {_UNSCALED}, which leaves codes unchanged.",
 )
 
 
@@ -415,33 +432,36 @@ def at_start(trial: ModuleTrial, outputs: Tensor, losses: Tensor) -> str:
     """
     if bool(losses.isfinite().all()) and not bool((outputs.isnan() | (outputs == torch.inf)).any()):
         return ""
-    what = "outputs that are" if not bool(outputs.isfinite().all()) else "a loss that is"
-    arguments = ", ".join(f"{k}={v!r}" for k, v in module_arguments(trial.config).items())
+    results = "a loss that is" if bool(outputs.isfinite().all()) else "outputs that are"
     return (
-        f"{trial.name}({arguments}) gives {what} not finite on the first training rows, before "
-        "anything has trained; look in its forward for a division by zero, the logarithm of 0 or "
-        "a root of it, and for inputs that are too large, which numbers='standard' scales."
+        f"{call_text(trial.name, module_arguments(trial.config))} returns {results} not finite on "
+        "the first training rows, before any training. Look in its forward pass for a division by "
+        "zero, and for the logarithm or root of 0. If inputs are too large, "
+        f"{option('numbers', 'standard')} scales them."
     )
 
 
-def _of_shape(found: tuple[int, ...] | str, n_outputs: int, *, binary: bool) -> str:
-    """Return a sentence about the usual cause of such outputs."""
-    if isinstance(found, str):
-        several = found in ("tuple", "list", "dict")
-        return " Of several outputs return the first, or train them by training_step." * several
-    if binary and n_outputs == 2 and (len(found) == 1 or found[1:] == (1,)):
-        return " A target of two classes takes two logits a row, or one with loss='bce'."
-    if binary and n_outputs == 1 and found[1:] == (2,):
-        return " Two logits a row of two classes take loss='cross_entropy'."
-    return " Axes beside the rows are to be pooled or flattened away." * (len(found) > 2)
+def _shape_hint(shape: tuple[int, ...] | str, n_outputs: int, *, binary: bool) -> str:
+    """Return a sentence about the usual cause of outputs of this shape or type, or ""."""
+    if shape in ("tuple", "list", "dict"):
+        step = option("training_step")
+        return f" If there are several outputs, return only the first, or pass a {step}."
+    if isinstance(shape, str):
+        return ""
+    if binary and n_outputs == 2 and (len(shape) == 1 or shape[1:] == (1,)):
+        loss = option("loss", "bce")
+        return f" For two classes return two logits per row, or one logit with {loss}."
+    if binary and n_outputs == 1 and shape[1:] == (2,):
+        return f" For two logits per row and two classes pass {option('loss', 'cross_entropy')}."
+    return " Pool or flatten the axes after the rows." if len(shape) > 2 else ""
 
 
-def _found(value: object) -> tuple[int, ...] | str:
+def _shape_of(value: object) -> tuple[int, ...] | str:
     """Return the shape of a tensor, or the name of the type of another value."""
     return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
 
 
-def in_words(x: Tensor) -> str:
+def describe_tensor(x: Tensor) -> str:
     """Return the type and the shape of an input in words. Integers include their range."""
     name = str(x.dtype).removeprefix("torch.")
     shape = ", ".join(["rows", *map(str, x.shape[1:])])

@@ -5,9 +5,10 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from gputune.errors import InputError, InputWarning, warn
-from gputune.modules.trace import Args, Function, Words
+from gputune.modules.trace import Args, Function, Kwargs
 from gputune.scoring.losses import is_cross_entropy, is_divergence, takes_log_probabilities
 from gputune.scoring.objective import Objective
+from gputune.wording import option
 
 
 def check_probabilities(name: str, objective: Objective, outputs: Tensor) -> None:
@@ -21,25 +22,30 @@ def check_probabilities(name: str, objective: Objective, outputs: Tensor) -> Non
     has_classes_apart = is_divergence(objective.loss) and outputs.dim() != 2
     is_checked = takes_log_probabilities(objective.loss) and not has_classes_apart
     if is_checked and not are_log_probabilities(outputs):
-        kind = "probabilities" if are_probabilities(outputs) else "logits"
-        end = ", without the softmax at its end" * are_probabilities(outputs)
+        kind = "logits"
+        softmax = ""
+        if are_probabilities(outputs):
+            kind = "probabilities"
+            softmax = ", without the softmax at its end"
+        loss = option("loss=torch.nn.CrossEntropyLoss")
         raise InputError(
-            f"{name} returns {kind}, and {objective.in_words} takes the logarithms of "
-            f"probabilities. Choose loss=torch.nn.CrossEntropyLoss{end}, or end the module in "
-            "log_softmax(1)."
+            None,
+            f"{name} returns {kind}, but {objective.in_words} takes the logarithms of "
+            "probabilities",
+            remedy=f"Pass {loss}{softmax}, or end the module in log_softmax(1).",
         )
     if (
         is_cross_entropy(objective.loss)
         and outputs.shape[1:] != (1,)
         and are_probabilities(outputs)
     ):
-        end = "softmax"
+        layer = "softmax"
     elif objective.loss == "bce" and _ends_in_sigmoid(outputs):
-        end = "sigmoid"
+        layer = "sigmoid"
     else:
         return
     warn(
-        f"{name} returns probabilities, and the cross-entropy wants logits: leave out the {end} "
+        f"{name} returns probabilities, but the cross-entropy takes logits. Leave out the {layer} "
         "at its end.",
         InputWarning,
     )
@@ -75,20 +81,20 @@ class LikelihoodWatch(TorchFunctionMode):
     do not have the sum 1: a focal loss and a policy gradient weigh the log-probabilities of a row.
 
     Attributes:
-        found: "logits" or "probabilities" that were passed; "" if there were none.
+        kind: "logits" or "probabilities" that were passed; "" if there were none.
         function: The name of the function that received them.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.found = ""
+        self.kind = ""
         self.function = ""
 
     def __torch_function__(
-        self, func: Function, types: object, args: Args = (), kwargs: Words | None = None
+        self, func: Function, types: object, args: Args = (), kwargs: Kwargs | None = None
     ) -> object:
         kwargs = kwargs or {}
-        if func in (functional.nll_loss, functional.kl_div) and not self.found:
+        if func in (functional.nll_loss, functional.kl_div) and not self.kind:
             outputs = args[0] if args else kwargs.get("input")
             self._check(outputs, func)
         return func(*args, **kwargs)
@@ -101,7 +107,7 @@ class LikelihoodWatch(TorchFunctionMode):
         # (B,): rows with numbers above and below 0, which log-probabilities cannot have
         has_both = (rows > _ROUNDING).any(1) & (rows < -_ROUNDING).any(1)
         if are_probabilities(outputs):
-            self.found = "probabilities"
+            self.kind = "probabilities"
         elif bool(has_both.any()):
-            self.found = "logits"
+            self.kind = "logits"
         self.function = f"torch.nn.functional.{func.__name__}"

@@ -16,16 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from gputune.modules.trace import (
-    ALIGNED,
-    Operation,
-    Operator,
-    Place,
-    Trace,
-    TraceError,
-    Words,
-    arrange,
-)
+from gputune.modules.trace import ALIGNED, Kwargs, Operation, Operator, Place, Trace, TraceError
 
 aten = torch.ops.aten
 _has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -65,38 +56,43 @@ def simplify_trace(trace: Trace, with_out: Callable[[Operation], Operation] = _w
     A result that is the same in every step is computed now, and its memory is then outside of the
     step. The function ``with_out`` returns an operation that writes its result into given memory.
     """
-    changed = {place.memory for op in trace.operations for place in op.writes}
+    changed = set[int]()
+    for op in trace.operations:
+        changed.update(place.memory for place in op.writes)
     constants: dict[int, Tensor] = {}
     rest = []
 
     def tensor(place: Place) -> Tensor:
-        if (held := constants.get(place.memory)) is not None:
-            return place.on(held.untyped_storage())
+        if place.memory in constants:
+            return place.on(constants[place.memory].untyped_storage())
         return torch.empty_strided(place.shape, place.stride, dtype=place.dtype)
 
     for op in trace.operations:
         reads = [] if op.name in _FACTORIES else op.reads
-        constant = (
+        if (
             all(place.memory in constants for place in reads)
             and len(op.results) == 1
             and not op.writes
-        )
-        if constant and (made := op.makes[0]).memory not in changed:
+            and op.makes[0].memory not in changed
+        ):
             args, kwargs = tree_map_only(Place, tensor, (op.args, op.kwargs))
             result = op.function(*args, **kwargs)
-            constants[made.memory] = (
-                result if result.stride() == made.stride else tensor(made).copy_(result)
-            )
+            place = op.makes[0]
+            if result.stride() != place.stride:
+                result = tensor(place).copy_(result)
+            constants[place.memory] = result
         else:
             rest.append(op)
     wanted = set[int]()
     used = []
     for op in reversed([*map(with_out, rest)]):
-        into = {place.memory for place in (*op.makes, *op.writes)}
-        if into & wanted or not into <= trace.sizes.keys():  # else nothing reads the result
+        outputs = {place.memory for place in op.outputs}
+        if outputs & wanted or not outputs <= trace.sizes.keys():  # else nothing reads the result
             wanted.update(place.memory for place in op.reads)
             used.append(op)
-    outside = trace.outside | {memory: held.untyped_storage() for memory, held in constants.items()}
+    outside = dict(trace.outside)
+    for memory, constant in constants.items():
+        outside[memory] = constant.untyped_storage()
     return Trace(_written_at_once(used[::-1]), outside, trace.sizes)
 
 
@@ -104,16 +100,18 @@ def _with_out(op: Operation) -> Operation:
     """Let an operation write its result into given memory, if it has a kernel that does so."""
     if op.function is aten.max_pool2d_with_indices.default:
         x = op.args[0]
-        return (
-            replace(op, function=_max_pool) if x.shape[-3] >= _CHANNELS and x.stride[-3] > 1 else op
-        )
+        is_wide = x.shape[-3] >= _CHANNELS and x.stride[-3] > 1
+        return replace(op, function=_max_pool) if is_wide else op
     if len(op.results) != 1 or op.writes:
         return op
     if op.name in _FACTORIES:  # later operations write into this memory
-        fill = _zero if "zeros" in op.name else _do_nothing if "empty" in op.name else None
-        return replace(op, function=fill, args=[], kwargs={}, out="out") if fill else op
-    if (writer := _WRITERS.get(op.function)) is not None:
-        return replace(op, function=writer, out="out")
+        if "zeros" in op.name:
+            return replace(op, function=_zero, args=[], kwargs={}, out="out")
+        if "empty" in op.name:
+            return replace(op, function=_do_nothing, args=[], kwargs={}, out="out")
+        return op
+    if op.function in _WRITERS:
+        return replace(op, function=_WRITERS[op.function], out="out")
     function, out = _out_variant(op.function)
     if op.name in _PLAIN and out == "out":
         function = getattr(torch, op.name)
@@ -151,9 +149,9 @@ def _max_pool(x: Tensor, *args: object) -> tuple[Tensor, Tensor]:
 
 
 def _select_backward(
-    slope: Tensor, shape: Sequence[int], axis: int, index: int, *, out: Tensor
+    gradient: Tensor, shape: Sequence[int], axis: int, index: int, *, out: Tensor
 ) -> None:
-    out.zero_().select(axis, index).copy_(slope)
+    out.zero_().select(axis, index).copy_(gradient)
 
 
 _WRITERS: dict[Operator, Callable[..., object]] = {
@@ -172,41 +170,59 @@ def _out_variant(function: Operator) -> tuple[Operator, str]:
 
     The variant must have its own kernel for this.
     """
-    wanted = [(a.name, str(a.type)) for a in function._schema.arguments]
-    variants = function.overloadpacket.overloads() if len(function._schema.returns) == 1 else ()
-    for variant in (getattr(function.overloadpacket, name) for name in variants):
-        given = [(a.name, str(a.type)) for a in variant._schema.arguments if not a.is_out]
-        outs = [a.name for a in variant._schema.arguments if a.is_out]
+    if len(function._schema.returns) != 1:
+        return function, ""
+    inputs, _ = _arguments(function)
+    for name in function.overloadpacket.overloads():
+        variant = getattr(function.overloadpacket, name)
+        variant_inputs, outs = _arguments(variant)
         # A variant without its own kernel computes its result elsewhere and copies it.
-        if len(outs) == 1 and given == wanted and _has_kernel(variant.name(), "CPU"):
+        if len(outs) == 1 and variant_inputs == inputs and _has_kernel(variant.name(), "CPU"):
             return variant, outs[0]
     return function, ""
 
 
+def _arguments(function: Operator) -> tuple[list[tuple[str, str]], list[str]]:
+    """Return the names and types of an operation's inputs, and the names of its outputs."""
+    inputs = []
+    outs = []
+    for argument in function._schema.arguments:
+        if argument.is_out:
+            outs.append(argument.name)
+        else:
+            inputs.append((argument.name, str(argument.type)))
+    return inputs, outs
+
+
 def _written_at_once(operations: Sequence[Operation]) -> list[Operation]:
     """Write a result directly to its destination if it is made only to be copied there."""
-    found = list(operations)
+    result = list(operations)
     copies = set()
-    makers = {place.memory: i for i, op in enumerate(found) for place in op.makes}
-    uses = Counter(place.memory for op in found for place in (*op.reads, *op.writes))
-    for i, op in enumerate(found):
+    makers = dict[int, int]()
+    uses = Counter[int]()
+    for i, op in enumerate(result):
+        makers |= dict.fromkeys((place.memory for place in op.makes), i)
+        uses.update(place.memory for place in op.reads + op.writes)
+    for i, op in enumerate(result):
         if op.function is not aten.copy_.default or not isinstance(op.args[1], Place):
             continue
         target, source = op.args[:2]
         maker = makers.get(source.memory, i)
-        if uses[source.memory] == 1 and (goal := _goal(found[maker], source, target)) is not None:
+        destination = _destination(result[maker], source, target)
+        if uses[source.memory] != 1 or destination is None:
+            continue
+        between: list[Place] = []
+        for other in result[maker:i]:
             # New results are included: they may lie in the destination before its own memory is
             # made.
-            between = (
-                p for other in found[maker:i] for p in (*other.reads, *other.writes, *other.makes)
-            )
-            if not any(target.overlaps(place) for place in between):
-                found[maker] = replace(found[maker], results=[], writes=[goal])
-                copies.add(i)
-    return [op for i, op in enumerate(found) if i not in copies]
+            between += other.places
+        if not any(target.overlaps(place) for place in between):
+            result[maker] = replace(result[maker], results=[], writes=[destination])
+            copies.add(i)
+    return [op for i, op in enumerate(result) if i not in copies]
 
 
-def _goal(maker: Operation, source: Place, target: Place) -> Place | None:
+def _destination(maker: Operation, source: Place, target: Place) -> Place | None:
     """Return the place for an operation's result that makes ``source`` equal to ``target``.
 
     The result is None if that is impossible.
@@ -214,8 +230,8 @@ def _goal(maker: Operation, source: Place, target: Place) -> Place | None:
     if maker.out is None or len(maker.makes) != 1 or maker.function in (_zero, _do_nothing):
         return None
     result = maker.makes[0]
-    alike = (source.dtype, _layout(source)) == (target.dtype, _layout(target))
-    if not alike or result.extent != source.extent or result.dtype != source.dtype:
+    is_same = (source.dtype, _layout(source)) == (target.dtype, _layout(target))
+    if not is_same or result.extent != source.extent or result.dtype != source.dtype:
         return None
     return replace(
         result, memory=target.memory, offset=target.offset + result.offset - source.offset
@@ -244,94 +260,88 @@ class _Source:
     def __init__(self, trace: Trace) -> None:
         self.operations = trace.operations
         self.storages = trace.outside
-        places = [[*op.reads, *op.writes, *op.makes] for op in self.operations]
-        self.last = {
-            p.memory: i
-            for i, own in enumerate(places)
-            for p in own
-            if p.memory not in self.storages
+        self.last = trace.last_uses()
+        made = {
+            op.makes[0].memory: i for i, op in enumerate(self.operations) if op.out and op.makes
         }
-        ours = {p.memory: i for i, op in enumerate(self.operations) if op.out for p in op.makes}
-        begins, size = arrange([(ours[m], self.last[m], trace.sizes[m]) for m in ours])
-        self.begin = dict(zip(ours, begins))
+        self.begin, size = trace.arranged(made)
         self.arena = torch.empty(size + ALIGNED, dtype=torch.uint8)
         self.shift = -self.arena.data_ptr() % ALIGNED
         self.names: dict[object, str] = {}
-        self.values: Words = {"as_strided": torch.as_strided}
+        self.values: Kwargs = {"as_strided": torch.as_strided}
         self.results: dict[int, tuple[Place, str]] = {}
 
     def function(self) -> Callable[[], None]:
         """Return the compiled function. Results in their own memory are deleted after their last
         use."""
-        gone = defaultdict(list)
+        unused = defaultdict(list)
         for memory, i in self.last.items():
-            if memory not in self.begin:
-                gone[i].append(memory)
+            if memory not in self.begin and memory not in self.storages:
+                unused[i].append(memory)
         lines = ["def step():", "pass"]
         for i, op in enumerate(self.operations):
             if op.function is not _do_nothing:
                 lines.append(self._line(op))
-            lines += [f"del {self.results[memory][1]}" for memory in gone[i]]
+            lines += [f"del {self.results[memory][1]}" for memory in unused[i]]
         exec(compile("\n    ".join(lines), "<recorded step>", "exec"), self.values)
         step: Callable[[], None] = self.values["step"]
         return step
 
     def _line(self, op: Operation) -> str:
         """Return the line of code of an operation."""
-        words = [
-            *map(self._text, op.args),
-            *(f"{key}={self._text(value)}" for key, value in op.kwargs.items()),
-        ]
+        arguments = [*map(self._text, op.args)]
+        for key, value in op.kwargs.items():
+            arguments.append(f"{key}={self._text(value)}")
         if op.out is not None and (op.makes or op.out not in op.kwargs):
-            words.append(f"{op.out}={self._text((op.makes or op.writes)[0])}")
+            arguments.append(f"{op.out}={self._text(op.outputs[0])}")
         elif (
             not op.results
             and op.name.endswith("_")
             and hasattr(Tensor, op.name)
             and not _skips_axes(op)
         ):
-            return f"{words[0]}.{op.name}({', '.join(words[1:])})"
-        call = f"{self._name(op.function, 'f')}({', '.join(words)})"
+            return f"{arguments[0]}.{op.name}({', '.join(arguments[1:])})"
+        call = f"{self._name(op.function, 'f')}({', '.join(arguments)})"
         if op.out is not None or not op.makes:
             return call
         names = []
         for place in op.results:  # in memory that the operation allocates itself
-            names.append("_" if place is None else f"v{len(self.results)}")
+            name = "_"
             if place is not None:
-                self.results[place.memory] = (place, names[-1])
+                name = f"v{len(self.results)}"
+                self.results[place.memory] = (place, name)
+            names.append(name)
         return f"{', '.join(names)} = {call}"
 
     def _text(self, value: object) -> str:
         """Return the code of an argument."""
         if isinstance(value, list | tuple):
             return f"[{', '.join(map(self._text, value))}]"
-        if (
-            value is None
-            or isinstance(value, bool | int | str)
-            or (isinstance(value, float) and isfinite(value))
-        ):
+        if value is None or isinstance(value, bool | int | str):
             return repr(value)
-        if not isinstance(value, Place) or value.memory not in self.results:
-            return self._name(value, "t" if isinstance(value, Place) else "c")
-        whole, name = self.results[value.memory]
-        if whole.dtype != value.dtype:
-            raise TraceError(f"a result of {whole.dtype} is read as {value.dtype}")
-        return (
-            name
-            if whole == value
-            else f"as_strided({name}, {value.shape}, {value.stride}, {value.offset})"
-        )
+        if isinstance(value, float) and isfinite(value):
+            return repr(value)
+        if not isinstance(value, Place):
+            return self._name(value, "c")
+        if value.memory not in self.results:
+            return self._name(value, "t")
+        result, name = self.results[value.memory]
+        if result.dtype != value.dtype:
+            raise TraceError(f"a result of {result.dtype} is read as {value.dtype}")
+        if result == value:
+            return name
+        return f"as_strided({name}, {value.shape}, {value.stride}, {value.offset})"
 
     def _name(self, value: object, prefix: str) -> str:
         """Return the global name of a value, and define it at the first use."""
         if value not in self.names:
-            self.names[value] = name = f"{prefix}{len(self.names)}"
+            name = f"{prefix}{len(self.names)}"
+            self.names[value] = name
             if not isinstance(value, Place):
                 self.values[name] = value
             elif value.memory in self.begin:
-                self.values[name] = value.on(
-                    self.arena.untyped_storage(), self.shift + self.begin[value.memory]
-                )
+                begin = self.shift + self.begin[value.memory]
+                self.values[name] = value.on(self.arena.untyped_storage(), begin)
             else:
                 self.values[name] = value.on(self.storages[value.memory])
         return self.names[value]

@@ -20,7 +20,7 @@ from gputune.memory import CAPTURING, is_out_of_memory
 from gputune.modules.program import compile_trace
 from gputune.modules.trace import TraceError, trace
 
-Step = Callable[[], None]
+TakeStep = Callable[[], None]
 
 
 class RecordingError(TraceError):
@@ -33,7 +33,7 @@ class Direct:
     begun = False
     spare = 0
 
-    def take(self, shape: Hashable, step: Step) -> None:
+    def take(self, shape: Hashable, step: TakeStep) -> None:
         step()
 
 
@@ -48,7 +48,7 @@ class Replays:
 
     def __init__(
         self,
-        recorder: "Recorder",
+        recorder: "StepRecorder",
         expected: Counter[Hashable],
         state: Callable[[], Sequence[Tensor]],
         tolerance: float,
@@ -64,7 +64,7 @@ class Replays:
 
         Without them, a step would be just as short.
         """
-        self.steps: dict[Hashable, Step] = {}
+        self.steps: dict[Hashable, TakeStep] = {}
         self.taken = Counter[Hashable]()
         self.refused = set[Hashable]()
 
@@ -76,7 +76,7 @@ class Replays:
         """
         return bool(self.taken)
 
-    def take(self, shape: Hashable, step: Step) -> None:
+    def take(self, shape: Hashable, step: TakeStep) -> None:
         """Take a step of this shape.
 
         The step writes into tensors that existed before, and leaves no other results.
@@ -99,7 +99,7 @@ class Replays:
         else:
             self.steps[shape] = recording
 
-    def _record(self, shape: Hashable, step: Step) -> tuple[Step | None, str]:
+    def _record(self, shape: Hashable, step: TakeStep) -> tuple[TakeStep | None, str]:
         """Return the recording of a step if it is due. If recording fails, return None and the
         error in words.
 
@@ -129,7 +129,7 @@ class Replays:
             return None, words_unless_strict(error)
         return recording, ""
 
-    def _take_both_ways(self, recording: Step, step: Step) -> str:
+    def _take_both_ways(self, recording: TakeStep, step: TakeStep) -> str:
         """Take a step directly after a replay of it, and return their difference in words, or
         ""."""
         state = self.state()
@@ -185,7 +185,7 @@ class CudaRecorder:
         self.stream = _side_stream(device, threading.get_ident())
         self.pool = torch.cuda.graph_pool_handle()
 
-    def warm_up(self, step: Step) -> None:
+    def warm_up(self, step: TakeStep) -> None:
         """Take a step on the side stream, in the order of the queue. It makes everything of first
         use."""
         current = torch.cuda.current_stream(self.device)
@@ -194,7 +194,7 @@ class CudaRecorder:
             step()
         current.wait_stream(self.stream)
 
-    def capture(self, step: Step) -> Step:
+    def capture(self, step: TakeStep) -> TakeStep:
         """Record a step, and wait for the device. If that fails, warn and raise TraceError."""
         if CudaRecorder.failure:
             raise TraceError("a capture failed before")
@@ -216,12 +216,11 @@ class CudaRecorder:
                 try:
                     torch.cuda.synchronize(self.device)
                 except RuntimeError as lost:
-                    why = (
-                        "has failed, and this process cannot use it any more: "
-                        f"{str(lost).splitlines()[0]}"
-                    )
-                    remedy = "What a study has finished is kept; go on in a new process."
-                    raise RuntimeError(f"{self.device} {why}. {remedy}") from error
+                    raise RuntimeError(
+                        f"{self.device} has failed, and this process cannot use it any more: "
+                        f"{str(lost).splitlines()[0]}. The study keeps finished results. Resume "
+                        "it in a new process."
+                    ) from error
                 # CUDA raises RuntimeError for a step that it cannot record. Other errors come from
                 # gputune or the module.
                 reason = (
@@ -236,8 +235,8 @@ class CudaRecorder:
     def fail(self, reason: str) -> None:
         """Stop recording in this process, with a warning that gives the reason."""
         CudaRecorder.failure = (
-            f"{reason}. Nothing is lost: this process takes its steps as they are from here on, "
-            "which is slower; backend='eager' does so from the start."
+            f"{reason}. Nothing is lost: this process takes all further steps without recording, "
+            f"which is slower. backend='eager' does so from the start."
         )
         warn(CudaRecorder.failure, RuntimeWarning)
 
@@ -260,10 +259,10 @@ class CpuRecorder:
     def __init__(self, device: torch.device) -> None:
         del device  # there is only one CPU
 
-    def warm_up(self, step: Step) -> None:
+    def warm_up(self, step: TakeStep) -> None:
         step()
 
-    def capture(self, step: Step) -> Step:
+    def capture(self, step: TakeStep) -> TakeStep:
         """Record a step.
 
         Raises TraceError for a step that cannot be recorded, and RecordingError if recording fails.
@@ -278,14 +277,14 @@ class CpuRecorder:
             raise RecordingError(words_unless_strict(error)) from error
 
 
-Steps = Direct | Replays
+StepTaker = Direct | Replays
 """Takes the steps of a chunk, which differ by their shape."""
 
-Recorder = CudaRecorder | CpuRecorder
+StepRecorder = CudaRecorder | CpuRecorder
 """Records steps on one device."""
 
-RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {
+RECORDERS: dict[str, Callable[[torch.device], StepRecorder]] = {
     "cpu": CpuRecorder,
     "cuda": CudaRecorder,
 }
-"""Recorder classes by the type of device."""
+"""StepRecorder classes by the type of device."""

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
-from gputune.modules.trace import Args, Function, Words
+from gputune.modules.trace import Args, Function, Kwargs
 
 _fused = functional.scaled_dot_product_attention
 _ATTENDS = signature(functional.multi_head_attention_forward)
@@ -33,13 +33,13 @@ class Substitutes(TorchFunctionMode):
     """
 
     def __torch_function__(
-        self, func: Function, types: object, args: Args = (), kwargs: Words | None = None
+        self, func: Function, types: object, args: Args = (), kwargs: Kwargs | None = None
     ) -> object:
         kwargs = kwargs or {}
         if func is functional.multi_head_attention_forward and not kwargs.get("need_weights", True):
-            given = _ATTENDS.bind(*args, **kwargs).arguments
-            if _is_plain(given):
-                return _self_attention(given), None
+            arguments = _ATTENDS.bind(*args, **kwargs).arguments
+            if _is_self_attention(arguments):
+                return _self_attention(arguments), None
             # The mode does not reach the functions that this one calls.
             return func(*args, **{**kwargs, "need_weights": True})[0], None
         if func is _fused and args[0].device.type == "cpu":
@@ -47,36 +47,36 @@ class Substitutes(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _is_plain(given: Words) -> bool:
+def _is_self_attention(arguments: Kwargs) -> bool:
     """Return whether rows (T, B, E) attend to themselves, unmasked, with one matrix of weights."""
-    unusual = ("bias_k", "bias_v", "add_zero_attn", "key_padding_mask", "attn_mask", "is_causal")
-    x = given["query"]
-    itself = x is given["key"] and x is given["value"] and x.dim() == 3
-    shared = given["in_proj_weight"] is not None and not given.get("use_separate_proj_weight")
-    return (
-        itself
-        and shared
-        and all(given.get(name) is None or given[name] is False for name in unusual)
-    )
+    for name in ("bias_k", "bias_v", "add_zero_attn", "key_padding_mask", "attn_mask", "is_causal"):
+        value = arguments.get(name)
+        if value is not None and value is not False:
+            return False
+    x = arguments["query"]
+    if x is not arguments["key"] or x is not arguments["value"] or x.dim() != 3:
+        return False
+    return arguments["in_proj_weight"] is not None and not arguments.get("use_separate_proj_weight")
 
 
-def _self_attention(given: Words) -> Tensor:
+def _self_attention(arguments: Kwargs) -> Tensor:
     """Return the self-attention of rows (T, B, E).
 
     Rows are read in the layout of ``batch_first``, so that they are not copied.
     """
-    rows = given["query"].transpose(0, 1)
-    dropout = given["dropout_p"] if given.get("training", True) else 0.0
-    # 3 x (B, T, E)
-    parts = functional.linear(rows, given["in_proj_weight"], given["in_proj_bias"]).chunk(3, -1)
+    rows = arguments["query"].transpose(0, 1)
+    dropout = arguments["dropout_p"] if arguments.get("training", True) else 0.0
+    # (B, T, 3 * E)
+    parts = functional.linear(rows, arguments["in_proj_weight"], arguments["in_proj_bias"])
     # (B, heads, T, E / heads)
     query, key, value = (
-        p.view(*p.shape[:2], given["num_heads"], -1).transpose(1, 2) for p in parts
+        part.view(*part.shape[:2], arguments["num_heads"], -1).transpose(1, 2)
+        for part in parts.chunk(3, -1)
     )
-    found = _attention(query, key, value, dropout_p=dropout).permute(2, 0, 1, 3).flatten(2)
+    outputs = _attention(query, key, value, dropout_p=dropout).permute(2, 0, 1, 3).flatten(2)
     # The result has torch's layout (T, B, E), because a dropout after it draws in the order of
     # memory.
-    return functional.linear(found, given["out_proj_weight"], given["out_proj_bias"])
+    return functional.linear(outputs, arguments["out_proj_weight"], arguments["out_proj_bias"])
 
 
 def _attention(
@@ -138,13 +138,15 @@ def counting_on_device(module: nn.Module) -> Iterator[None]:
 def running_norms(module: nn.Module) -> dict[str, _BatchNorm]:
     """Return the BatchNorms with running statistics and torch's own forward pass, by their
     paths."""
-    return {
-        path: part
-        for path, part in module.named_modules()
-        if isinstance(part, _BatchNorm)
-        and type(part).forward is _BatchNorm.forward
-        and part.running_mean is not None
-    }
+    norms = {}
+    for path, part in module.named_modules():
+        if (
+            isinstance(part, _BatchNorm)
+            and type(part).forward is _BatchNorm.forward
+            and part.running_mean is not None
+        ):
+            norms[path] = part
+    return norms
 
 
 def differentiate_statistics(module: nn.Module) -> tuple[str, ...]:
@@ -153,13 +155,15 @@ def differentiate_statistics(module: nn.Module) -> tuple[str, ...]:
     Returns the names of the statistics.
     """
     # torch's own kernel writes them outside of the graph, without a derivative.
-    for part in (norms := running_norms(module)).values():
-        part.forward = partial(_batch_norm_with_slopes, part)  # type: ignore[method-assign]
-    names = ("running_mean", "running_var", "num_batches_tracked")
-    return tuple(f"{path}.{name}".lstrip(".") for path in norms for name in names)
+    names = []
+    for path, part in running_norms(module).items():
+        part.forward = partial(_differentiable_batch_norm, part)  # type: ignore[method-assign]
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            names.append(f"{path}.{name}".lstrip("."))
+    return tuple(names)
 
 
-def _batch_norm_with_slopes(norm: _BatchNorm, x: Tensor) -> Tensor:
+def _differentiable_batch_norm(norm: _BatchNorm, x: Tensor) -> Tensor:
     """Return the result of ``norm(x)``. Its count of minibatches may be a tensor of any type."""
     mean = norm.running_mean
     var = norm.running_var
@@ -168,11 +172,9 @@ def _batch_norm_with_slopes(norm: _BatchNorm, x: Tensor) -> Tensor:
     if not norm.training:
         columns = (-1, *[1] * (x.dim() - 2))
         outputs = (x - mean.view(columns)) * (var.view(columns) + norm.eps).rsqrt()
-        return (
-            outputs
-            if norm.weight is None
-            else outputs * norm.weight.view(columns) + norm.bias.view(columns)
-        )
+        if norm.weight is None:
+            return outputs
+        return outputs * norm.weight.view(columns) + norm.bias.view(columns)
     outputs = functional.batch_norm(x, None, None, norm.weight, norm.bias, True, 0.0, norm.eps)
     axes = [axis for axis in range(x.dim()) if axis != 1]
     norm.num_batches_tracked = count = count + 1
@@ -192,43 +194,53 @@ def _cumulative_batch_norm(norm: _BatchNorm, x: Tensor) -> Tensor:
     assert mean is not None and var is not None and norm.num_batches_tracked is not None
     if not norm.training:
         return functional.batch_norm(x, mean, var, norm.weight, norm.bias, False, 0.0, norm.eps)
-    own_mean = torch.zeros_like(mean)
-    own_var = torch.zeros_like(var)
+    batch_mean = torch.zeros_like(mean)
+    batch_var = torch.zeros_like(var)
     outputs = functional.batch_norm(
-        x, own_mean, own_var, norm.weight, norm.bias, True, 1.0, norm.eps
+        x, batch_mean, batch_var, norm.weight, norm.bias, True, 1.0, norm.eps
     )
     count = norm.num_batches_tracked.add_(1).to(mean.dtype)
-    for running, own in ((mean, own_mean), (var, own_var)):
-        running.add_((own - running) / count)  # vmap does not map lerp_
+    for running, batch in ((mean, batch_mean), (var, batch_var)):
+        running.add_((batch - running) / count)  # vmap does not map lerp_
     return outputs
 
 
-State: TypeAlias = Tensor | tuple[Tensor, Tensor]
+RecurrentState: TypeAlias = Tensor | tuple[Tensor, Tensor]
 """State (layers x directions, B, H). An LSTM has two: the hidden state and the cell."""
 
 
-def run_recurrent(rnn: nn.RNNBase, x: Tensor, hx: State | None = None) -> tuple[Tensor, State]:
+def run_recurrent(
+    rnn: nn.RNNBase, x: Tensor, hx: RecurrentState | None = None
+) -> tuple[Tensor, RecurrentState]:
     """Return the result of ``rnn(x, hx)``: outputs at all times, and the state after the last."""
     if isinstance(x, PackedSequence):
         raise TypeError("a packed sequence has other rows at every time, which are not mapped")
-    alone = x.dim() == 2
-    x = x[:, None] if alone else x.transpose(0, 1) if rnn.batch_first else x  # (T, B, D)
+    is_one_row = x.dim() == 2
     states = [] if hx is None else [hx] if isinstance(hx, Tensor) else list(hx)
-    states = [state[:, None] if alone else state for state in states]
+    # rows (T, B, D), states (layers x directions, B, H)
+    if is_one_row:
+        x = x[:, None]
+        states = [state[:, None] for state in states]
+    elif rnn.batch_first:
+        x = x.transpose(0, 1)
     last: list[list[Tensor]] = []
     for layer in range(rnn.num_layers):
-        sides = range(1 + rnn.bidirectional)
-        found = [
-            _run_direction(rnn, x, [s[len(last) + side] for s in states], layer, side)
-            for side in sides
-        ]
-        last += [ends for _, *ends in found]
-        x = torch.cat([outputs for outputs, *_ in found], -1) if rnn.bidirectional else found[0][0]
+        sides = []
+        for side in range(1 + rnn.bidirectional):
+            begin = [state[len(last)] for state in states]
+            outputs, *end = _run_direction(rnn, x, begin, layer, side)
+            sides.append(outputs)
+            last.append(end)
+        x = torch.cat(sides, -1) if rnn.bidirectional else sides[0]
         if rnn.dropout and layer < rnn.num_layers - 1:
             x = functional.dropout(x, rnn.dropout, rnn.training)
-    ends = [torch.stack(parts)[:, 0] if alone else torch.stack(parts) for parts in zip(*last)]
-    outputs = x[:, 0] if alone else x.transpose(0, 1) if rnn.batch_first else x
-    return outputs, ends[0] if len(ends) == 1 else (ends[0], ends[1])
+    ends = [torch.stack(parts) for parts in zip(*last)]
+    if is_one_row:
+        x = x[:, 0]
+        ends = [state[:, 0] for state in ends]
+    elif rnn.batch_first:
+        x = x.transpose(0, 1)
+    return x, ends[0] if len(ends) == 1 else (ends[0], ends[1])
 
 
 def _run_direction(
@@ -239,22 +251,20 @@ def _run_direction(
     suffix = f"l{layer}" + "_reverse" * side
     w_ih = getattr(rnn, f"weight_ih_{suffix}")
     w_hh = getattr(rnn, f"weight_hh_{suffix}")
-    b_ih, b_hh = (
-        getattr(rnn, f"bias_{part}_{suffix}") if rnn.bias else None for part in ("ih", "hh")
-    )
+    b_ih = getattr(rnn, f"bias_ih_{suffix}") if rnn.bias else None
+    b_hh = getattr(rnn, f"bias_hh_{suffix}") if rnn.bias else None
     project = getattr(rnn, f"weight_hr_{suffix}") if rnn.proj_size else None
     if not state:
-        size = rnn.proj_size or rnn.hidden_size
-        state = [x.new_zeros(x.shape[1], size)] + [x.new_zeros(x.shape[1], rnn.hidden_size)] * (
-            rnn.mode == "LSTM"
-        )
+        state = [x.new_zeros(x.shape[1], rnn.proj_size or rnn.hidden_size)]
+        if rnn.mode == "LSTM":
+            state.append(x.new_zeros(x.shape[1], rnn.hidden_size))
+    if rnn.mode != "GRU" and b_ih is not None:
+        b_ih = b_ih + b_hh
     # (T, B, D) -> (T, B, gates * H), for all times at once.
-    gates = functional.linear(x, w_ih, b_ih if rnn.mode == "GRU" or b_ih is None else b_ih + b_hh)
-    parts = (
-        torch.split(gates, [2 * rnn.hidden_size, rnn.hidden_size], -1)
-        if rnn.mode == "GRU"
-        else (gates,)
-    )
+    gates = functional.linear(x, w_ih, b_ih)
+    parts = [gates]
+    if rnn.mode == "GRU":
+        parts = list(torch.split(gates, [2 * rnn.hidden_size, rnn.hidden_size], -1))
     steps = [*zip(*(part.unbind(0) for part in parts))]
     outputs = []
     for step in reversed(steps) if side else steps:

@@ -20,7 +20,7 @@ Leaf = TypeVar("Leaf")
 Function: TypeAlias = Callable[..., Any]
 Operator: TypeAlias = "OpOverload[..., Any]"
 Args: TypeAlias = tuple[Any, ...]
-Words: TypeAlias = dict[str, Any]
+Kwargs: TypeAlias = dict[str, Any]
 
 ALIGNED = 64  # bytes: a cache line, and the widest vector
 
@@ -83,7 +83,8 @@ class Place:
 
     def overlaps(self, other: "Place") -> bool:
         """Return whether two places may share bytes."""
-        (begin, end), (other_begin, other_end) = self.extent, other.extent
+        begin, end = self.extent
+        other_begin, other_end = other.extent
         return self.memory == other.memory and begin < other_end and other_begin < end
 
 
@@ -97,7 +98,7 @@ class Operation:
 
     function: Any
     args: list[Any]
-    kwargs: Words
+    kwargs: Kwargs
     results: list[Place | None] = field(default_factory=list)
     writes: list[Place] = field(default_factory=list)
     out: str | None = None
@@ -118,6 +119,16 @@ class Operation:
         """Places of its results."""
         return [place for place in self.results if place is not None]
 
+    @property
+    def outputs(self) -> list[Place]:
+        """Places that it makes or writes."""
+        return self.makes + self.writes
+
+    @property
+    def places(self) -> list[Place]:
+        """All places that it uses."""
+        return self.reads + self.outputs
+
 
 @dataclass
 class Trace:
@@ -131,6 +142,24 @@ class Trace:
     outside: dict[int, torch.UntypedStorage]
     sizes: dict[int, int]
 
+    def last_uses(self) -> dict[int, int]:
+        """Return the index of the last operation that uses each memory."""
+        last = {}
+        for i, op in enumerate(self.operations):
+            for place in op.places:
+                last[place.memory] = i
+        return last
+
+    def arranged(self, made: dict[int, int]) -> tuple[dict[int, int], int]:
+        """Return the begin of some memories in one block, and the size of the block in bytes.
+
+        ``made`` has the index of the operation that makes each memory, in ascending order.
+        """
+        last = self.last_uses()
+        uses = [(i, last[memory], self.sizes[memory]) for memory, i in made.items()]
+        begins, size = arrange(uses)
+        return dict(zip(made, begins)), size
+
 
 def trace(step: Callable[[], None]) -> Trace:
     """Return the operations of a step, and undo all of its writes. Raises TraceError."""
@@ -139,8 +168,8 @@ def trace(step: Callable[[], None]) -> Trace:
         with mode:
             step()
     finally:
-        for held, before in mode.written.values():
-            held.copy_(before)
+        for tensor, before in mode.written.values():
+            tensor.copy_(before)
     return Trace(mode.operations, mode.outside, mode.sizes)
 
 
@@ -160,7 +189,7 @@ class _OperationRecorder(DispatchMode):  # type: ignore[no-untyped-call]
         self.written: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_dispatch__(
-        self, func: Operator, types: object, args: Args = (), kwargs: Words | None = None
+        self, func: Operator, types: object, args: Args = (), kwargs: Kwargs | None = None
     ) -> object:
         kwargs = kwargs or {}
         masked = any(tensor.dtype == torch.bool for tensor in tensors(args[1:]))
@@ -169,14 +198,8 @@ class _OperationRecorder(DispatchMode):  # type: ignore[no-untyped-call]
                 raise TraceError(f"{func} {reason}")
         if func is aten.lift_fresh.default:  # numbers of the host: the step makes its own copy
             func = aten.clone.default
-        into = [
-            args[i] if i < len(args) else kwargs.get(argument.name)
-            for i, argument in enumerate(func._schema.arguments)
-            if i in _HIDDEN.get(func, ())
-            or (argument.alias_info is not None and argument.alias_info.is_write)
-        ]
         inputs = tensors((args, kwargs))
-        targets = tensors(into)
+        targets = written_tensors(func, args, kwargs)
         _check_plain(inputs)
         for tensor in inputs:
             if not self._knows(tensor):
@@ -184,26 +207,27 @@ class _OperationRecorder(DispatchMode):  # type: ignore[no-untyped-call]
         for tensor in targets:
             memory = memory_of(tensor)
             if memory in self.outside and memory not in self.written:
-                held = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
-                self.written[memory] = held, held.clone()
+                numbers = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+                self.written[memory] = numbers, numbers.clone()
         before = list(map(Place.of, inputs))
         result = func(*args, **kwargs)
         if before != list(map(Place.of, inputs)):
             raise TraceError(f"{func} moves or resizes a tensor")
         parts = list(result) if isinstance(result, tuple | list) else [result]
-        _check_plain(found := tensors(parts))
-        if (made := [tensor for tensor in found if not self._knows(tensor)]) or targets:
+        outputs = tensors(parts)
+        _check_plain(outputs)
+        made = [tensor for tensor in outputs if not self._knows(tensor)]
+        if made or targets:
             self.made += made
-            self.sizes |= (
-                fresh := {memory_of(tensor): tensor.untyped_storage().nbytes() for tensor in made}
-            )
-            results = [
-                Place.of(x) if isinstance(x, Tensor) and memory_of(x) in fresh else None
-                for x in parts
-            ]
-            places, words = tree_map_only(Tensor, Place.of, (list(args), kwargs))
+            sizes = {memory_of(tensor): tensor.untyped_storage().nbytes() for tensor in made}
+            self.sizes |= sizes
+            results: list[Place | None] = []
+            for part in parts if made else []:
+                is_made = isinstance(part, Tensor) and memory_of(part) in sizes
+                results.append(Place.of(part) if is_made else None)
+            places, kwargs = tree_map_only(Tensor, Place.of, (list(args), kwargs))
             writes = list(map(Place.of, targets))
-            self.operations.append(Operation(func, places, words, results if made else [], writes))
+            self.operations.append(Operation(func, places, kwargs, results, writes))
         return result
 
     def _knows(self, tensor: Tensor) -> bool:
@@ -211,17 +235,27 @@ class _OperationRecorder(DispatchMode):  # type: ignore[no-untyped-call]
         return memory_of(tensor) in self.sizes or memory_of(tensor) in self.outside
 
 
+def written_tensors(func: Operator, args: Args, kwargs: Kwargs) -> list[Tensor]:
+    """Return the tensors that an operation writes into."""
+    written: list[Tensor] = []
+    for i, argument in enumerate(func._schema.arguments):
+        is_target = argument.alias_info is not None and argument.alias_info.is_write
+        if is_target or i in _HIDDEN.get(func, ()):
+            written += tensors(args[i] if i < len(args) else kwargs.get(argument.name))
+    return written
+
+
 def _check_plain(tensors: Sequence[Tensor]) -> None:
     """Raise TraceError for a tensor that is not a plain one in main memory."""
     for tensor in tensors:
-        plain = (
+        is_plain = (
             tensor.layout is torch.strided
             and tensor.device.type == "cpu"
             and not tensor.is_quantized
         )
-        if not plain or tensor.is_conj() or tensor.is_neg():
+        if not is_plain or tensor.is_conj() or tensor.is_neg():
             raise TraceError(
-                f"a tensor of {tensor.layout} on {tensor.device} is not a plain one in main memory"
+                f"a {tensor.layout} tensor on {tensor.device} is not a plain tensor in main memory"
             )
 
 
@@ -241,14 +275,14 @@ def leaves(value: object, kind: type[Leaf]) -> list[Leaf]:
     # module.
     if isinstance(value, kind):
         return [value]
-    parts = (
-        value.values()
-        if isinstance(value, dict)
-        else value
-        if isinstance(value, tuple | list)
-        else ()
-    )
-    return [leaf for part in parts for leaf in leaves(part, kind)]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, tuple | list):
+        return []
+    nested: list[Leaf] = []
+    for part in value:
+        nested += leaves(part, kind)
+    return nested
 
 
 def arrange(uses: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
@@ -259,15 +293,16 @@ def arrange(uses: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
     """
     begins: list[int] = []
     size = 0
-    for i, (made, _, wanted) in enumerate(uses):
+    for made, _, wanted in uses:
+        # (begin, length) of the results that are in use then
+        busy = [(begin, use[2]) for begin, use in zip(begins, uses) if use[1] >= made]
         gaps = []
         end = 0
-        for begin, length in sorted(
-            (begins[j], uses[j][2]) for j in range(i) if uses[j][1] >= made
-        ):
-            gaps.append((begin - end, end))
+        for begin, length in sorted(busy):
+            if begin - end >= wanted:
+                gaps.append((begin - end, end))
             # Each result begins at a multiple of ``ALIGNED`` bytes.
             end = max(end, -(-(begin + length) // ALIGNED) * ALIGNED)
-        begins.append(min((gap for gap in gaps if gap[0] >= wanted), default=(0, end))[1])
+        begins.append(min(gaps, default=(0, end))[1])
         size = max(size, begins[-1] + wanted)
     return begins, -(-size // ALIGNED) * ALIGNED

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from gputune.modules.trace import Args, DispatchMode, Operator, Words, memory_of, tensors
+from gputune.modules.trace import Args, DispatchMode, Kwargs, Operator, memory_of, written_tensors
 
 
 class WriteWatch:
@@ -41,22 +41,17 @@ class Writes(DispatchMode):  # type: ignore[no-untyped-call]
         self.found = False
 
     def __torch_dispatch__(
-        self, func: Operator, types: object, args: Args = (), kwargs: Words | None = None
+        self, func: Operator, types: object, args: Args = (), kwargs: Kwargs | None = None
     ) -> object:
         kwargs = kwargs or {}
         if func._schema.is_mutable and not self.found:
-            for place, argument in enumerate(func._schema.arguments):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    value = args[place] if place < len(args) else kwargs.get(argument.name)
-                    plain = [
-                        one
-                        for one in tensors(value)
-                        if one.layout is torch.strided and not one.is_nested
-                    ]
-                    self.found |= any(memory_of(one) in self.memories for one in plain)
+            for tensor in written_tensors(func, args, kwargs):
+                if tensor.layout is torch.strided and not tensor.is_nested:
+                    self.found |= memory_of(tensor) in self.memories
         return func(*args, **kwargs)
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:
     """Return whether two tensors of one shape have the same bits, also in NaN."""
-    return torch.equal(*(x.contiguous().view(-1).view(torch.uint8) for x in (a, b)))
+    a = a.contiguous().view(-1).view(torch.uint8)
+    return torch.equal(a, b.contiguous().view(-1).view(torch.uint8))

@@ -90,7 +90,7 @@ def test_what_a_module_says_is_not_written_in_flags(bugs):
         "    def forward(self, x): raise RuntimeError('given groups=1, study=2 and max_epochs=3')\n"
     )
     words = [
-        "--model: the forward of Net raised RuntimeError: given groups=1, study=2 and "
+        "The forward pass of Net raised RuntimeError: given groups=1, study=2 and "
         "max_epochs=3. It must"
     ]
     refused_tune(bugs, "--model", "net.py:Net", words=words)

@@ -128,9 +128,9 @@ def test_they_are_searched_by_name_and_loaded_without_trust(tmp_path, monkeypatc
 def test_token_ids_are_an_integer_tensor():
     space = {"lr": [0.01], "module__n_tokens": [5], "module__hidden": [4]}
     assert gputune.tune("gru", IDS, LABELS, space=space, **ONE).best_score > 0
-    with refused("The numbers of a table are scaled"):
+    with refused("gputune scales the numbers of a table"):
         gputune.tune("gru", IDS.numpy(), LABELS, space=space, **ONE)
-    with refused("X has the id 4 in row 0, and the embedding .* has 3 places"):
+    with refused("X has the id 4 in row 0, but the embedding .* has 3 places"):
         gputune.tune("gru", IDS, LABELS, space={"module__n_tokens": [3]}, **ONE)
 
 
@@ -236,7 +236,7 @@ class Calm(Clumsy):
 
 def test_a_start_that_fails_is_named_and_one_that_a_class_gives_up_is_none(iris):
     with refused(
-        r"model: Clumsy.start_from\(rows, y\) raised KeyError: 'nothing'. Mend it, or leave it out"
+        r"Clumsy.start_from\(rows, y\) raised KeyError: 'nothing'. Correct it, or leave it out"
     ):
         gputune.tune(Clumsy, *iris, n_trials=1, **TWO)
     assert gputune.tune(Calm, *iris, n_trials=1, **TWO).best_score > 0

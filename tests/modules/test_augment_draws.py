@@ -45,4 +45,4 @@ def test_an_augmentation_that_draws_from_its_generator_is_stacked(name):
 def test_an_augmentation_that_draws_from_another_generator_is_named(capsys):
     tune(lambda x, generator: x + torch.randn(x.shape), verbose=1)
     said = " ".join(capsys.readouterr().err.split())
-    assert "<lambda> draws random numbers without the generator that it is given; pass g" in said
+    assert "<lambda> draws random numbers without its argument generator; pass g" in said

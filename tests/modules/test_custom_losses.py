@@ -57,10 +57,13 @@ def step(loss):
 
 
 COLUMN_WORDS = (
-    r"shape \(30, 1\) and y \(30,\), which torch broadcasts to \(30, 30\). "
+    r"shape \(30, 1\) and y has shape \(30,\), which PyTorch broadcasts to \(30, 30\). "
     r"Take outputs\[:, 0\] or y\[:, None\]"
 )
-ROW_WORDS = r"shape \(30,\) and y \(30, 1\), .* Take outputs\[:, None\] or y\[:, 0\] in the {place}, or pass y of shape"
+ROW_WORDS = (
+    r"shape \(30,\) and y has shape \(30, 1\), .* Take outputs\[:, None\] or y\[:, 0\] in the {place}, "
+    "or pass y of shape"
+)
 PAIRED = {
     "difference": lambda outputs, y: (outputs - y).square().mean(),
     "a target that is computed": lambda outputs, y: (2 * y.float() - outputs).abs().mean(),
@@ -186,12 +189,12 @@ class Following(DoublePart):
 
 def test_a_part_in_another_precision_is_explained_and_the_remedy_works():
     words = (
-        r"float32 while it trains, also 'first.weight', which is made as float64. "
+        r"float32 while it trains, also 'first.weight', which was created as torch.float64. "
         r".* x.to\(self.first.weight.dtype\)"
     )
     with refused(words):
         tune(DoublePart, CLASSES)
-    with refused(r"also 'scale', which is made as float64. .* x.to\(self.scale.dtype\)"):
+    with refused(r"also 'scale', which was created as torch.float64. .* x.to\(self.scale.dtype\)"):
         tune(DoubleBuffer, CLASSES)
     for dtype in ("float32", "float64"):
         assert tune(
@@ -209,7 +212,7 @@ LIKELIHOODS = [
 @pytest.mark.parametrize("loss", LIKELIHOODS)
 def test_the_negative_log_likelihood_takes_log_probabilities_alone(loss):
     ending = (
-        r"takes the logarithms of probabilities. Choose loss=torch.nn.CrossEntropyLoss{}, "
+        r"takes the logarithms of probabilities. Pass loss=torch.nn.CrossEntropyLoss{}, "
         r"or end .* in log_softmax\(1\)"
     )
     with refused("Net returns logits, .*" + ending.format("")):
@@ -224,7 +227,7 @@ def test_the_negative_log_likelihood_takes_log_probabilities_alone(loss):
         tune(LogProbabilities, CLASSES, loss=loss, max_epochs=3).best_model().predict_proba(ROWS)
     )
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    with refused("Choose criterion=torch.nn.CrossEntropyLoss, without the softmax"):
+    with refused("Pass criterion=torch.nn.CrossEntropyLoss, without the softmax"):
         NeuralNetClassifier(Probabilities, criterion=loss).fit(ROWS, CLASSES)
 
 
@@ -233,7 +236,7 @@ def test_the_negative_log_likelihood_takes_log_probabilities_alone(loss):
 )
 def test_probabilities_under_a_cross_entropy_are_said(loss):
     with pytest.warns(
-        InputWarning, match="returns probabilities, .*leave out the softmax at its end"
+        InputWarning, match="returns probabilities, .*Leave out the softmax at its end"
     ):
         tune(Probabilities, CLASSES, loss=loss)
 
@@ -303,7 +306,7 @@ def test_several_outputs_for_one_number_are_told_the_custom_target():
         return nn.Linear(n_features, 5)
 
     with refused(
-        r"got \(30, 5\) .* With task='custom' and scoring=callable\(outputs, y\) a loss of your own"
+        r"got \(30, 5\) .* With task='custom' and scoring=callable\(outputs, y\), the module of a custom loss"
     ):
         tune(five, NUMBERS, loss=quantiles)
     study = tune(five, NUMBERS, loss=quantiles, task="custom", scoring="neg_loss")

@@ -104,8 +104,8 @@ HIDDEN = {
 @pytest.mark.parametrize("module", HIDDEN)
 def test_state_in_a_plain_attribute_is_refused_with_the_remedy(module):
     remedies = {
-        Listed: "Hold the numbers of this list in tensors of a fixed shape, each a buffer",
-        InAnObject: r"Hold the numbers of this \w+ in tensors of a fixed shape, each a buffer",
+        Listed: "Store the numbers of this list in tensors of a fixed shape, and register each",
+        InAnObject: r"Store the numbers of this \w+ in tensors of a fixed shape, and register each",
         OfNumPy: r"Make it a tensor and a buffer .*: self.register_buffer\('held', torch.from_numpy\(array\)\)",
     }
     remedy = remedies.get(module, r"Make it a buffer .*: self.register_buffer\('held', tensor\)")
@@ -127,9 +127,7 @@ class Evaluated(Net):
 
 
 def test_a_buffer_that_predictions_change_is_refused():
-    with refused(
-        "changes 'seen' in evaluation mode, .* Change it only where self.training is True"
-    ):
+    with refused("changes 'seen' in evaluation mode, .* Change it only if self.training is True"):
         tune(Evaluated)
 
 

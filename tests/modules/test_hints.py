@@ -105,8 +105,8 @@ class Divides(Linear):
         return super().forward(x) / self.by
 
 
-UNBEGUN = r" does not call super\(\).__init__\(\); let it do so first"
-LAZY = r"Lazy raised ValueError on two rows of zeros, .*4D .*pass X\[:, None\]"
+UNBEGUN = r" does not call super\(\).__init__\(\)\. Call it first"
+LAZY = r"Lazy raised ValueError on two rows of zeros, .*4D .*Pass X\[:, None\]"
 
 
 @pytest.mark.parametrize(
@@ -115,17 +115,17 @@ LAZY = r"Lazy raised ValueError on two rows of zeros, .*4D .*pass X\[:, None\]"
         (
             Words,
             changed(IDS, 27, 9),
-            r"X has the id 9 in row 27, and the embedding 'code' of Words has 9 places",
+            r"X has the id 9 in row 27, but the embedding 'code' of Words has 9 places",
         ),
         (
             Words,
             changed(IDS, 27, -1),
-            r"X has the id -1 in row 27, .* for ids 0 to 8; give such ids other numbers",
+            r"X has the id -1 in row 27, .* for ids 0 to 8. Give such ids other numbers",
         ),
         (
             Words,
             (changed(IDS, 3, 20), ROWS),
-            r"X\[0\] has the id 20 in row 3, .* give it num_embeddings=21",
+            r"X\[0\] has the id 20 in row 3, .* Give it num_embeddings=21",
         ),
         (
             Words,
@@ -134,53 +134,57 @@ LAZY = r"Lazy raised ValueError on two rows of zeros, .*4D .*pass X\[:, None\]"
         ),
         (Words, {"ids": changed(IDS, 3, 9), "weight": ROWS}, r"X\['ids'\] has the id 9 in row 3"),
         (Words, changed(IDS.repeat(1, 20), 8, 9), "X has the id 9 in row 8"),
-        (Folded, changed(IDS, 3, 9), "X has the id 9, and the embedding 'code'"),
+        (Folded, changed(IDS, 3, 9), "X has the id 9, but the embedding 'code'"),
         (
             partial(Columns, n_ids=4),
             IDS.double(),
-            "makes the id -1 .* a tensor of integers, .* which leaves codes",
+            "computes the id -1 .* a tensor of integers, .* which leaves codes",
         ),
         (Words, IDS.numpy(), "For token ids pass a tensor of integers"),
-        (Words, IDS.to(torch.int16), r"begin the forward with x.long\(\)"),
+        (Words, IDS.to(torch.int16), r"begin the forward pass with x.long\(\)"),
         (Image, IMAGES, r"channels of X seem to come last, .* X.transpose\(0, 3, 1, 2\)"),
         (
             Image,
             IMAGES[..., 0],
-            r"X lacks the axis of the channels, .* after the rows: pass X\[:, None\]",
+            r"X lacks the axis of the channels, .* after the rows\. Pass X\[:, None\]",
         ),
-        (Image, FIRST.mul(255).byte(), r"x.float\(\), or numbers='standard' makes floats of bytes"),
-        (Image, FIRST > 0.5, r"begin the forward with x.float\(\)\."),
+        (
+            Image,
+            FIRST.mul(255).byte(),
+            r"x.float\(\), or let numbers='standard' convert bytes to floats",
+        ),
+        (Image, FIRST > 0.5, r"Begin the forward pass with x.float\(\)\."),
         (
             Image,
             FIRST.long(),
-            r"Integers, .* come as they are: begin the forward with x.float\(\)\.",
+            r"Integers, .* are passed unchanged\. Begin the forward pass with x.float\(\)\.",
         ),
         (
             Image,
             IMAGES.flatten(1),
-            r"a row of X is 48 numbers: pass X.reshape\(-1, channels, height, width\)",
+            r"a row of X is 48 numbers\. Pass X.reshape\(-1, channels, height, width\)",
         ),
-        (Image, (IMAGES, IMAGES), "Several inputs are passed in order, .* leave y out"),
+        (Image, (IMAGES, IMAGES), "gputune passes several inputs in order, .* leave y out"),
         (Image, IDS.to(torch.uint8)[:, None, None, :3].expand(-1, 3, 3, -1), "numbers='standard'"),
         (
             sequence,
             IMAGES[:, 0].repeat(1, 3, 1),
-            r"come last, .* X.transpose\(0, 2, 1\) of an array, X.permute",
+            r"come last, .* X.transpose\(0, 2, 1\) for an array, X.permute",
         ),
         (
             partial(Lazy, first=partial(nn.BatchNorm2d, 1)),
             {"image": IMAGES[..., 0], "ids": IDS},
             LAZY,
         ),
-        (Axes, ROWS, r"got \(20, 1, 2\) .* Axes beside the rows are to be pooled"),
-        (Both, ROWS, "got tuple .* return the first, or train them by training_step"),
+        (Axes, ROWS, r"got \(20, 1, 2\) .* Pool or flatten the axes after the rows"),
+        (Both, ROWS, "got tuple .* return only the first, or pass a training_step"),
         (
             Asks,
             ROWS,
-            r"Asks\(vocabulary, n_outputs\) asks for 'vocabulary', .* 'module__vocabulary' .*functools.partial",
+            r"Asks\(vocabulary, n_outputs\) requires 'vocabulary', .* 'module__vocabulary' .*functools.partial",
         ),
-        (Unbegun, ROWS, f"an __init__ of Unbegun{UNBEGUN}"),
-        (partial(Unbegun, early=True), ROWS, f"an __init__ of Unbegun{UNBEGUN}"),
+        (Unbegun, ROWS, f"An __init__ of Unbegun{UNBEGUN}"),
+        (partial(Unbegun, early=True), ROWS, f"An __init__ of Unbegun{UNBEGUN}"),
     ],
 )
 def test_what_a_module_does_not_take_is_named_with_a_remedy(module, X, message):
@@ -195,7 +199,7 @@ def test_what_the_remedies_say_is_taken():
 
 
 def test_one_configuration_that_is_not_finite_is_a_result_and_all_are_refused():
-    with pytest.raises(InputError, match=r"Divides\(by=0.0\) gives outputs that are"):
+    with pytest.raises(InputError, match=r"Divides\(by=0.0\) returns outputs that are"):
         tune(Divides, ROWS, space={"module__by": [0.0]})
     study = tune(Divides, ROWS, space={"module__by": [1.0, 0.0]}, include_default=False)
     assert sorted(trial.state for trial in study.trials) == ["complete", "failed"]
@@ -229,7 +233,7 @@ CODES[70, 2] = 1
 CODES[40:43] = 2 * torch.eye(3)
 LARGE = (
     "Picky raised ArithmeticError in fold 1, after {} epochs?: too large. It fails on row {} of "
-    "X, of the {} rows"
+    "X, which belongs to the {} rows"
 )
 
 
@@ -276,7 +280,7 @@ def test_a_failure_that_no_row_causes_names_the_configuration(evaluates, finding
     }
     message = (
         rf"Tires\(module__after=10, module__evaluates={evaluates}\) raised RuntimeError after \d epochs?: tired. "
-        rf"{finding}.*; mend its forward, or leave these values out of the space\.$"
+        rf"{finding}.* Correct its forward pass, or leave these values out of the space\.$"
     )
     with pytest.raises(InputError, match=message):
         tune(Tires, ROWS, space=space, include_default=False, n_trials=1, max_epochs=9)
@@ -316,5 +320,5 @@ def test_a_module_without_an_init_of_its_own_gets_no_arguments():
     assert call_arguments(lambda **sizes: Bare(), {"n_features": 3}, {}) == {"n_features": 3}
     sizes = {"n_features": 3, "n_outputs": 2, "input_shape": (3,)}
     assert call_arguments(Passing, sizes, {"width": 2}) == {"n_outputs": 2, "width": 2}
-    with pytest.raises(InputError, match="module__size is no argument of Bare"):
+    with pytest.raises(InputError, match="module__size is not an argument of Bare"):
         call_arguments(Bare, {}, {"size": 3})

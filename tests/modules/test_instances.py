@@ -42,7 +42,7 @@ SEQUENTIAL = nn.Sequential(nn.Linear(3, 3))
 INSTANCES = {
     "Sequential": (
         SEQUENTIAL,
-        r"function that makes .* instance of nn.Sequential, .* return nn.Sequential\(\.\.\.\)",
+        r"function that creates .* instance of nn.Sequential, .* return nn.Sequential\(\.\.\.\)",
     ),
     "a layer of PyTorch": (
         nn.Linear(3, 3),
@@ -58,11 +58,11 @@ INSTANCES = {
     ),
     "a class that the data build": (
         Net(3, 3),
-        "the class, not an instance, .*: pass Net. To start .* weights",
+        "a class, not an instance, .*. Pass Net. To start .* weights",
     ),
     "torch.compile": (
         torch.compile(Net(3, 3), backend="eager"),
-        "the class, not an instance, .*: pass Net",
+        "a class, not an instance, .*. Pass Net",
     ),
     "torch.compile of Sequential": (
         torch.compile(SEQUENTIAL, backend="eager"),
@@ -109,11 +109,11 @@ def vision(**kwargs):
 
 def test_the_default_that_gives_the_wrong_number_of_outputs_is_named():
     with refused(
-        r"got \(\d+, 1000\).* Vision has num_classes=1000 by default: set module__num_classes=3 in the space"
+        r"got \(\d+, 1000\).* Vision has num_classes=1000 by default. Set module__num_classes=3 in the space"
     ):
         tune(Vision)
     with refused(
-        r"got \(\d+, 1000\).* has num_classes=1000 by default: pass module__num_classes=3\."
+        r"got \(\d+, 1000\).* has num_classes=1000 by default. Pass module__num_classes=3\."
     ):
         NeuralNetClassifier(Vision, max_epochs=1).fit(ROWS, CLASSES)
     study = gputune.tune(Vision, ROWS, CLASSES, space={"module__num_classes": [3]}, **OPTIONS)

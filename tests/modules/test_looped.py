@@ -376,7 +376,7 @@ def test_a_shared_part_that_cannot_be_copied_is_refused(how):
     else:
         backbone[0].weight.register_hook(lambda slope: 2 * slope)
     with refused(
-        r"modules that share '0\.0\.weight', .* copy\.deepcopy of one raised .*Let it construct that part"
+        r"modules of .* share '0\.0\.weight', .* copy\.deepcopy of a module raised .*Create that part"
     ):
         search(alike(backbone, False)["sequence"])
 
@@ -490,7 +490,7 @@ def test_a_search_says_what_trains_one_by_one_and_why(capsys):
         (
             Gated,
             {"method": "hypergradient", "space": {"lr": loguniform(1e-3, 1e-1)}},
-            "Gated trains one by one, since.*Hypergradients need members",
+            "members of Gated train one by one, because.*Hypergradients need stacked members",
         ),
         (
             Linear,

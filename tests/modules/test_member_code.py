@@ -123,7 +123,7 @@ STEPS = {
 
 def taken(step, memories, kernels):
     """Take a step of the code."""
-    room = torch.empty(step.room + 64, dtype=torch.uint8)
+    room = torch.empty(step.workspace + 64, dtype=torch.uint8)
     pointers = [
         -(-room.data_ptr() // 64) * 64,
         *(storage.data_ptr() for storage in memories.values()),
@@ -167,21 +167,29 @@ def test_a_step_is_the_step(dtype, monkeypatch):
 
 REFUSED = {
     "aten.convolution": lambda t, x: t.copy_(F.conv1d(x[None], x[:, None, :1].expand(2, 2, 1))[0]),
-    "gelu of another kind": lambda t, x: t.copy_(F.gelu(x, approximate="tanh")),
-    "div of another kind": lambda t, x: t.copy_(torch.div(x, 0.3, rounding_mode="floor")),
+    "gelu with approximate='tanh' is not supported": lambda t, x: t.copy_(
+        F.gelu(x, approximate="tanh")
+    ),
+    "div with rounding_mode='floor'": lambda t, x: t.copy_(
+        torch.div(x, 0.3, rounding_mode="floor")
+    ),
     "a remainder of fractions": lambda t, x: t.copy_(x % 0.3),
-    "aten.index_put.default of several": lambda t, x: t.copy_(x.index_put((IDS[0, :2],), x)),
-    "aten.index.Tensor of several": lambda t, x: t.copy_(x[IDS[0], IDS[1]].sum() + x),
+    "aten.index_put.default with an index that replaces": lambda t, x: t.copy_(
+        x.index_put((IDS[0, :2],), x)
+    ),
+    "aten.index.Tensor with several indices": lambda t, x: t.copy_(x[IDS[0], IDS[1]].sum() + x),
     "torch.bfloat16": lambda t, x: t.copy_(x.bfloat16() * 2),
     "a product of torch.float64": lambda t, x: t.copy_(x.double() @ x.double().mT @ x.double()),
-    "nll_loss_forward.default of other": lambda t, x: t.copy_(F.cross_entropy(x, IDS[0, :2], x[0])),
-    "native_batch_norm.default of other": lambda t, x: t.copy_(
+    "nll_loss_forward.default with these": lambda t, x: t.copy_(
+        F.cross_entropy(x, IDS[0, :2], x[0])
+    ),
+    "native_batch_norm.default with these": lambda t, x: t.copy_(
         F.batch_norm(x[None], None, None, training=True)[0]
     ),
-    "native_batch_norm.default of other arguments": lambda t, x: t.copy_(
+    "native_batch_norm.default with these arguments is": lambda t, x: t.copy_(
         F.batch_norm(x, t[0], x[0])
     ),
-    "native_layer_norm_backward.default of other": lambda t, x: t[:, :2].copy_(
+    "native_layer_norm_backward.default with these": lambda t, x: t[:, :2].copy_(
         torch.ops.aten.native_layer_norm_backward(
             x[:, ::2],
             x[:, :2] + 0,
@@ -194,7 +202,7 @@ REFUSED = {
         )[0]
     ),
     "bitwise_and of torch.int64": lambda t, x: t.copy_(x + (IDS[0, :1] & 1)),
-    "embedding_dense_backward.default of other": lambda t, x: t.copy_(
+    "embedding_dense_backward.default with these": lambda t, x: t.copy_(
         torch.ops.aten.embedding_dense_backward(x, IDS[0, :2], 2, 0, False)
     ),
 }

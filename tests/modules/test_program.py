@@ -94,7 +94,7 @@ REFUSED = {
     "gives a tensor whose shape depends on numbers": lambda t: t[t > 0],
     "draws random numbers": lambda t: t.add_(torch.rand_like(t)),
     "moves or resizes a tensor": lambda t: t.resize_(8),
-    "is not a plain one in main memory": lambda t: t.to_sparse(),
+    "is not a plain tensor in main memory": lambda t: t.to_sparse(),
     "is read as torch.int32": lambda t: t.copy_(
         nn.functional.layer_norm(t, (4,)).view(torch.int32)
     ),
@@ -254,7 +254,7 @@ def test_attention_is_recorded_and_draws_by_other_numbers_are_made_in_the_step()
 def test_a_generator_of_a_modules_own_is_refused_before_it_draws():
     own = torch.Generator().manual_seed(1)
     before = own.get_state()
-    with pytest.raises(TraceError, match="aten.rand.generator draws what depends on other numbers"):
+    with pytest.raises(TraceError, match="aten.rand.generator draws numbers that depend on more"):
         calls.draws_of(lambda: torch.rand(3, generator=own))
     assert torch.equal(own.get_state(), before)
 

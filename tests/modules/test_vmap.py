@@ -330,15 +330,15 @@ def wrong_input(n_features, n_outputs):
         (
             lambda n_features: nn.Linear(n_features, 1),
             {},
-            r"got \(4, 1\) for 4 rows; its last layer must have n_outputs outputs",
+            r"got \(4, 1\) for 4 rows\. Its last layer must have n_outputs outputs",
         ),
         (broken, {}, r"raised RuntimeError: no such size.*\. Of the 4 columns$"),
         (
             wrong_input,
             {},
-            r"forward of wrong_input \(submodule '0'\) raised RuntimeError.*\. Of the 4 columns$",
+            r"forward pass of wrong_input \(submodule '0'\) raised RuntimeError.*\. Of the 4 columns$",
         ),
-        (Residual, {"module__size": 3}, "module__size is no argument of Residual"),
+        (Residual, {"module__size": 3}, "module__size is not an argument of Residual"),
         (frozen, {}, "frozen has nothing to train"),
         (
             variant(Linear, lambda self, x: Linear.forward(self, x).detach()),

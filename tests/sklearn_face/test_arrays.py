@@ -296,7 +296,7 @@ def test_hypergradients_go_through_running_statistics():
             r"y must be dense, got a sparse matrix. Pass y.toarray\(\)",
         ),
         (lambda: CONV.fit(IMAGES[:50], CLASSES), "inconsistent numbers of samples"),
-        (lambda: CONV.fit(IMAGES[:, :, :2], CLASSES), "module: the forward of Conv.*raised"),
+        (lambda: CONV.fit(IMAGES[:, :, :2], CLASSES), "forward pass of Conv.*raised"),
         (lambda: MLPClassifier().fit(IMAGES, CLASSES), "Found array with dim 4"),
         (
             lambda: GridSearchCV(CONV, {}).fit((IMAGES, AGES), CLASSES),

@@ -262,7 +262,7 @@ class Tokens(Net):
 
 def test_what_a_module_lacks_and_a_search_gives_too_much_is_named():
     with pytest.raises(
-        InputError, match=r"asks for 'vocabulary', .*: pass module__vocabulary=\.\.\., give it"
+        InputError, match=r"requires 'vocabulary', .* Pass module__vocabulary=\.\.\., give it"
     ):
         NeuralNetClassifier(Tokens).fit(*IRIS)
     with pytest.raises(
@@ -415,12 +415,12 @@ def test_a_function_that_makes_modules_is_a_module(build):
 
 
 REFUSED_NETS = [
-    ({"module": Net(4, 3)}, "module must be the class, not an instance.*pass Net"),
+    ({"module": Net(4, 3)}, "module must be a class, not an instance.*Pass Net"),
     ({"module": "Net"}, "module must be a torch.nn.Module class, or a function .*, got 'Net'"),
     ({"module": dict}, "module must be a torch.nn.Module class, .*got <class 'dict'>"),
     (
         {"module": lambda n_outputs: n_outputs},
-        "module: <lambda> must return a torch.nn.Module, got int",
+        "<lambda> must return a torch.nn.Module, got int",
     ),
     (
         {"module": Probabilities},
@@ -428,14 +428,14 @@ REFUSED_NETS = [
     ),
     (
         {"module": PlainNet, "module__outputs": 5},
-        r"module: PlainNet must return a tensor of shape \(rows, 3\)",
+        r"PlainNet must return a tensor of shape \(rows, 3\)",
     ),
-    ({"module": PlainNet, "module__inputs": 5}, "module: the forward of PlainNet.*raised"),
+    ({"module": PlainNet, "module__inputs": 5}, "forward pass of PlainNet.*raised"),
     (
         {"module__width": 5},
-        r"module__width is no argument of Net\(n_features, n_outputs, hidden=16",
+        r"module__width is not an argument of Net\(n_features, n_outputs, hidden=16",
     ),
-    ({"module__n_features": 5}, "module__n_features is given by the data"),
+    ({"module__n_features": 5}, "module__n_features is set by the data"),
     ({"optimizer": torch.optim.LBFGS}, "optimizer cannot be torch.optim.LBFGS"),
     (
         {"optimizer": "Rprop", "optimizer__weight_decay": 0.1},

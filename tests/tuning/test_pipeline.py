@@ -626,7 +626,7 @@ IMAGES = {"X": np.ones((9, 1, 4, 4)), "y": np.arange(9) % 3}
             "model must be 'mlp', 'logistic', 'cnn', 'gru', 'realmlp', a torch.nn.Module.*mean "
             "'mlp'",
         ),
-        ({"model": Net(4, 3)}, "must be the class, not an instance.*pass Net"),
+        ({"model": Net(4, 3)}, "must be a class, not an instance.*Pass Net"),
         (
             {"optimizer": "adagrad"},
             "optimizer for model='mlp' must be one of sgd, nesterov, adam, adamw, rmsprop, lion, "

@@ -61,7 +61,7 @@ def test_scores_of_numbers_are_refused_and_other_targets_stay():
 def test_the_divergence_of_logits_is_refused(loss):
     """It has no lower bound: training would only make the logits larger."""
     message = (
-        "returns logits, and .* takes the logarithms of probabilities. Choose "
+        "returns logits, but .* takes the logarithms of probabilities. Pass "
         "loss=torch.nn.CrossEntropyLoss"
     )
     with pytest.raises(InputError, match=message):
