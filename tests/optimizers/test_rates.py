@@ -132,7 +132,8 @@ def test_a_factor_is_the_product_of_those_that_are_named():
         (
             "random",
             {"lr_factor__scale": 2.0},
-            "lr_factor__scale names no parameter of Net: the parts of their paths are 0",
+            r"space\['lr_factor__scale'\] must contain a part of the path of a parameter of Net. The "
+            "parts are 0",
         ),
         (
             "random",
@@ -142,7 +143,7 @@ def test_a_factor_is_the_product_of_those_that_are_named():
         (
             "random",
             {"dropout": 0.1},
-            "dropout is the rate of gputune.models.Dropout, which Net does not have; use",
+            r"space\['dropout'\] is the rate of gputune.models.Dropout, which Net does not contain. Use",
         ),
         (
             "random",
