@@ -76,7 +76,7 @@ _BACKENDS = get_args(BackendWord)
 
 SEARCH = "the search"
 ROWS = "the rows"
-MACHINE = "the machine, and what is written"
+MACHINE = "the machine and the output"
 _search = partial(_option, group=SEARCH)
 _rows = partial(_option, group=ROWS)
 _machine = partial(_option, group=MACHINE)

@@ -440,7 +440,7 @@ def test_a_sampler_hears_of_earlier_scores(capsys):
         ({"direction": "up"}, ["direction", "'minimize'", "'up'"]),
         ({"space": {}}, ["space", "at least one key", "{}"]),
         ({"space": {"x": []}}, ["space['x']", "at least one value", "leave the key out"]),
-        ({"space": {3: [1]}}, ["space", "words as keys", "3"]),
+        ({"space": {3: [1]}}, ["space", "strings as keys", "3"]),
         ({"include": [{"lr": 1.0}]}, ["include[0]", "lr, layers", "{'lr': 1.0}"]),
         ({"include": {"lr": 1.0}}, ["include", "list of dicts"]),
         ({"n_trials": 0}, ["n_trials must be at least 1", "got 0", "n_trials=64"]),

@@ -173,10 +173,10 @@ def interrupted(monkeypatch, at, **options):
     name = "train_in_rungs" if "halving" in options else "train_waiting"
     whole = getattr(sampler, name)
 
-    def train(*given):
-        if next(count) == at:
+    def train(session, *given, **options):
+        if session.ledger.waiting() and next(count) == at:
             raise KeyboardInterrupt
-        return whole(*given)
+        return whole(session, *given, **options)
 
     with monkeypatch.context() as patched, pytest.raises(gputune.SearchInterrupted):
         patched.setattr(sampler, name, train)
