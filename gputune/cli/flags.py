@@ -172,6 +172,7 @@ _OF_CALLS = {
     ("export", "path"): "--out",
     ("predict_interval", "level"): "--interval",
     ("load_model", "module"): "--model",
+    ("Ray", "address"): "--ray",
 }
 """The flags of arguments that other functions than ``gputune.tune`` take."""
 

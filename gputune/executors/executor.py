@@ -35,7 +35,7 @@ LocalTraining = Callable[[AnyUnit], Sequence[UnitResult]]  # trains a chunk in t
 Ended = Callable[[AnyUnit, Sequence[UnitResult] | Exception], None]
 Claim = Callable[[AnyUnit], bool]
 
-LOSSES = 3  # a chunk that has lost this number of workers is given up
+MAX_LOST_WORKERS = 3  # a chunk that has lost this number of workers is given up
 
 
 class LostWorkerError(Exception):
@@ -186,7 +186,8 @@ class Queue(Generic[AnyUnit, UnitResult]):
             while len(self.running) < self.executor.capacity and not (
                 self.begun and self.stopping.is_over()
             ):
-                if (chunk := self.lost.popleft() if self.lost else self._take()) is None:
+                chunk = self.lost.popleft() if self.lost else self._take()
+                if chunk is None:
                     return
                 self.running.add(chunk.index)
                 if not self.executor.submit(chunk, self._end_chunk):
@@ -200,15 +201,15 @@ class Queue(Generic[AnyUnit, UnitResult]):
         thread."""
         with self.lock:
             self.running.discard(chunk.index)
-            content = (
-                self._lose(chunk, str(result)) if isinstance(result, LostWorkerError) else result
-            )
+            ending: Sequence[UnitResult] | Exception | str = result
+            if isinstance(result, LostWorkerError):
+                ending = self._lose(chunk, str(result))
             try:
-                if not isinstance(content, Exception):
+                if not isinstance(ending, Exception):
                     # before the result is stored, so that no worker waits for the storing
                     self._fill()
             finally:
-                self.done.append(content)
+                self.done.append(ending)
 
     def _lose(self, chunk: AnyUnit, reason: str) -> Sequence[UnitResult] | str:
         """Put the chunk of a lost worker back into the queue, or give the chunk up.
@@ -217,14 +218,14 @@ class Queue(Generic[AnyUnit, UnitResult]):
             The text of a warning, or the results of a chunk that was given up.
         """
         self.losses[chunk.index] += 1
-        if self.losses[chunk.index] < LOSSES:
+        if self.losses[chunk.index] < MAX_LOST_WORKERS:
             self.lost.append(chunk)
             trials = count(len(chunk.index), "trial")
             return (
-                f"{self.executor.worker} was lost while it trained {trials}, now handed out "
-                f"again: {reason}"
+                f"{self.executor.worker} was lost while it trained {trials}, which another worker "
+                f"trains again: {reason}"
             )
-        outcomes = self.executor.give_up(chunk, LOSSES, reason)
+        outcomes = self.executor.give_up(chunk, MAX_LOST_WORKERS, reason)
         if isinstance(outcomes, Exception):
             self.error = self.error or outcomes
             return []
@@ -240,7 +241,8 @@ class Queue(Generic[AnyUnit, UnitResult]):
             if isinstance(result, str):
                 warn(result)
                 continue
-            for one in result:
-                if isinstance(one, Outcome):
-                    progress(len(one.index) * one.epochs, one.curves[:, : one.epochs])
+            for outcome in result:
+                if isinstance(outcome, Outcome):
+                    n_epochs = outcome.epochs
+                    progress(len(outcome.index) * n_epochs, outcome.curves[:, :n_epochs])
             yield from result

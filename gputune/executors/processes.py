@@ -50,21 +50,22 @@ from gputune.executors.worker import (
     TrialEnding,
     call_in_worker,
     idle,
-    one_worker,
+    loss_reason,
     pickled_with_code,
+    single_worker,
     submit,
     training,
-    why_lost,
 )
 from gputune.population.population import Population
 from gputune.scratch import naming_folder, scratch_folder
 from gputune.text import count
+from gputune.wording import option
 
 _LARGE = 1 << 20  # bytes; only for a tensor of at least this size is a mapped file searched
 _BFLOAT16 = np.dtype([("bits", "<i2")])  # stands for bfloat16, which NumPy lacks
 
 # the environment variables of a worker, and the last argument of its work function
-_Place = tuple[Mapping[str, str] | None, object]
+_WorkerSettings = tuple[Mapping[str, str] | None, object]
 _GiveUp = Callable[[AnyUnit, int, str], Sequence[UnitResult]]
 
 
@@ -88,11 +89,12 @@ class MappedFile:
         Raises InputError if the file was moved or replaced.
         """
         if _identity(self.path) != self.file:
-            why = (
-                f"the file {self.path!r}, which X is mapped from, was moved or replaced while it "
-                "was being used"
+            raise InputError(
+                None,
+                f"The file {self.path!r}, which {option('X')} is mapped from, was moved or "
+                "replaced during the search",
+                remedy="Leave it in its place until the search has ended.",
             )
-            raise InputError(f"{why}; leave it in its place until the search has ended.")
         # Mode "c" is copy-on-write: torch warns about memory that is read-only. Nothing writes to
         # it.
         size = _extent(self.shape, self.strides, np.dtype(self.dtype).itemsize)
@@ -115,17 +117,17 @@ def _map_tensors(value: object, change: Any) -> Any:
     return value
 
 
-def to_arrays(data: Dataset, *, here: bool = False) -> Dataset:
+def to_arrays(data: Dataset, *, same_machine: bool = False) -> Dataset:
     """Return a copy of a dataset on the CPU with arrays in place of tensors.
 
-    With ``here=True``, a MappedFile replaces each tensor that is mapped from a file. Only processes
+    With ``same_machine=True``, a MappedFile replaces each tensor that is mapped from a file. Only processes
     of this machine can read it.
     """
 
     def change(tensor: Tensor) -> np.ndarray | MappedFile:
         if tensor.dtype == torch.bfloat16:
             return tensor.view(torch.int16).numpy().view(_BFLOAT16)
-        return (mapped_file(tensor) if here else None) or tensor.numpy()
+        return (mapped_file(tensor) if same_machine else None) or tensor.numpy()
 
     return cast(Dataset, _map_tensors(data, change))
 
@@ -196,31 +198,30 @@ def _identity(path: str) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def pickle_job(job: Job, *, here: bool = True) -> bytes:
+def pickle_job(job: Job, *, same_machine: bool = True) -> bytes:
     """Pickle a job for a worker, together with the code that the worker cannot import.
 
-    With ``here=True`` the worker runs on this machine and can import modules from ``sys.path``.
+    With ``same_machine=True`` the worker runs on this machine and can import modules from ``sys.path``.
     Otherwise it can import only installed packages.
     """
-    metrics = () if job.scoring is None else (job.scoring, *job.scoring.others)
-    scorers = [function for metric in metrics for function in (metric.scorer, metric.of_outputs)]
-    functions = (
-        ()
-        if job.objective is None
-        else (job.objective.loss, job.objective.step, job.objective.augment)
-    )
-    return pickled_with_code(job, (job.module_class, *scorers, *functions), here=here)
+    parts: list[object] = [job.module_class]
+    if job.scoring is not None:
+        for metric in (job.scoring, *job.scoring.others):
+            parts += [metric.scorer, metric.of_outputs]
+    if job.objective is not None:
+        parts += [job.objective.loss, job.objective.step, job.objective.augment]
+    return pickled_with_code(job, parts, same_machine=same_machine)
 
 
-_NO_ROOM = "make room there, let TMPDIR name a folder of another disk, or choose workers=1"
-_NO_SEMAPHORES = "let it be writable, or choose workers=1, which trains in this process"
+_NO_SPACE = "free some space there, set TMPDIR to a folder on another disk, or choose workers=1"
+_NO_SEMAPHORES = "make it writable, or choose workers=1, which trains in this process"
 
 
 class Processes(Executor[AnyUnit, UnitResult]):
     """An executor of worker processes.
 
-    Each worker has a place: its own environment variables, and the last argument of its calls of
-    ``work``.
+    Each worker has its own settings: its environment variables, and the last argument of its calls
+    of ``work``.
     """
 
     worker = "a worker process"
@@ -228,7 +229,7 @@ class Processes(Executor[AnyUnit, UnitResult]):
     def __init__(
         self,
         work: Callable[..., Sequence[UnitResult]],
-        places: Sequence[_Place],
+        settings: Sequence[_WorkerSettings],
         give_up: _GiveUp[AnyUnit, UnitResult],
     ) -> None:
         self.work = work
@@ -238,15 +239,15 @@ class Processes(Executor[AnyUnit, UnitResult]):
         resource_tracker.ensure_running()
         shared_memory = Path("/dev/shm")  # Linux keeps the semaphores of the queues here
         with naming_folder(shared_memory, "worker processes cannot be started", _NO_SEMAPHORES):
-            self.places = {one_worker(place[0]): place for place in places}
-        self.idle = list(self.places)
+            self.settings = {single_worker(each[0]): each for each in settings}
+        self.idle = list(self.settings)
         self.busy: dict[Future[Sequence[UnitResult]], ProcessPoolExecutor] = {}
         self.news = threading.Event()
 
     @property
     def capacity(self) -> int:
         """The number of chunks that the workers can train at the same time."""
-        return len(self.places)
+        return len(self.settings)
 
     def submit(self, chunk: AnyUnit, ended: Ended[AnyUnit, UnitResult]) -> bool:
         """Give a chunk to an idle worker.
@@ -256,9 +257,9 @@ class Processes(Executor[AnyUnit, UnitResult]):
         while True:
             pool = self.idle.pop()
             try:
-                future = submit(pool, self.work, chunk, self.places[pool][1])
+                future = submit(pool, self.work, chunk, self.settings[pool][1])
             except BrokenProcessPool:  # its worker was killed while it was idle
-                self.idle.append(self._instead_of(pool))
+                self.idle.append(self._replace_worker(pool))
             except RuntimeError:
                 self.idle.append(pool)
                 return False
@@ -279,19 +280,22 @@ class Processes(Executor[AnyUnit, UnitResult]):
         # The order matters: a worker is always idle or busy, so that stop() in another thread finds
         # it.
         pool = self.busy[future]
-        self.idle.append(self._instead_of(pool) if isinstance(error, BrokenProcessPool) else pool)
+        self.idle.append(
+            self._replace_worker(pool) if isinstance(error, BrokenProcessPool) else pool
+        )
         del self.busy[future]
         if isinstance(error, TerminatedWorkerError):
-            error = LostWorkerError(why_lost(error))
+            error = LostWorkerError(loss_reason(error))
         try:
             ended(chunk, future.result() if error is None else cast(Exception, error))
         finally:
             self.news.set()
 
-    def _instead_of(self, lost: ProcessPoolExecutor) -> ProcessPoolExecutor:
+    def _replace_worker(self, lost: ProcessPoolExecutor) -> ProcessPoolExecutor:
         """Return a new worker that replaces a lost worker."""
-        pool = one_worker((place := self.places.pop(lost))[0])
-        self.places[pool] = place
+        settings = self.settings.pop(lost)
+        pool = single_worker(settings[0])
+        self.settings[pool] = settings
         return pool
 
     def wait(self) -> None:
@@ -321,9 +325,9 @@ def chunk_processes(
     with scratch_folder() as folder:
         path = folder / "data.joblib"
         with naming_folder(
-            folder.parent, "the data for the worker processes cannot be written", _NO_ROOM
+            folder.parent, "the data for the worker processes cannot be written", _NO_SPACE
         ):
-            joblib.dump(to_arrays(to_device(data, torch.device("cpu")), here=True), path)
+            joblib.dump(to_arrays(to_device(data, torch.device("cpu")), same_machine=True), path)
         with job.stop.heard_by_workers(folder / "stop"):
             work = partial(_run_in_worker, pickle_job(job), str(path))
             processes = Processes[Population, Outcome | Failure](
@@ -339,18 +343,16 @@ def chunk_processes(
 def _failures(chunk: Population, losses: int, reason: str) -> Outcomes:
     """Return a failure for each trial of a chunk that has lost too many workers."""
     n = len(chunk.index)
-    smaller = (
-        "a smaller memory= makes chunks of fewer trials" if n > 1 else "a smaller one takes less"
-    )
-    why = (
+    message = (
         f"its chunk of {count(n, 'trial')} has lost {losses} worker processes one after the "
-        "other, the last because"
+        f"other, the last because {reason} If memory has run out, use fewer workers, which leaves "
+        "more memory to each"
     )
-    words = (
-        f"{why} {reason} Where memory has run out, fewer workers= leave more to each, and "
-        f"{smaller}."
-    )
-    return [Failure((place,), words) for place in chunk.index]
+    if n > 1:
+        message += ", or a smaller memory limit, which makes chunks of fewer trials"
+    else:
+        message += ", or a smaller model, which takes less memory"
+    return [Failure((number,), f"{message}.") for number in chunk.index]
 
 
 def _run_in_worker(packed: bytes, path: str, chunk: Population, device: torch.device) -> Outcomes:
@@ -371,11 +373,10 @@ def _run_in_worker(packed: bytes, path: str, chunk: Population, device: torch.de
             try:
                 pickle.loads(cloudpickle.dumps(error))
             except Exception:
-                why = (
-                    f"{type(error).__qualname__} (which cannot be pickled) in a worker process: "
-                    f"{error}"
-                )
-                raise RuntimeError(why) from error
+                name = type(error).__qualname__
+                raise RuntimeError(
+                    f"{name} (which cannot be pickled) in a worker process: {error}"
+                ) from error
             raise
 
 
@@ -407,26 +408,24 @@ def trial_processes(
     with task.stop.heard_by_workers(folder / "stop"):
         executor = Executor[LoopTrial, TrialEnding]()
         path = folder / "task.pkl"
-        if len(places := environments(workers, n_trials)) > 1:
+        worker_environments = environments(workers, n_trials)
+        if len(worker_environments) > 1:
             try:
                 pickled = pickled_with_code(task, [task.objective])
             except Exception as error:  # pickling user code may raise any error
-                why = (
-                    f"objective cannot be sent to worker processes ({type(error).__name__}: "
-                    f"{error})"
-                )
-                remedy = (
-                    "Make what it uses inside of it, or choose workers=1, which calls it in this "
-                    "process."
-                )
-                raise InputError(f"{why}. {remedy}") from error
+                in_this_process = option("workers", 1)
+                raise InputError(
+                    "objective",
+                    f"cannot be sent to worker processes ({type(error).__name__}: {error})",
+                    remedy="Create the objects that it uses inside of it, or choose "
+                    f"{in_this_process}, which calls it in this process.",
+                ) from error
             with naming_folder(
-                folder.parent, "the objective for the worker processes cannot be written", _NO_ROOM
+                folder.parent, "the objective for the worker processes cannot be written", _NO_SPACE
             ):
                 path.write_bytes(pickled)
-            executor = Processes(
-                partial(call_in_worker, str(path)), [(each, None) for each in places], _failed_trial
-            )
+            settings = [(environment, None) for environment in worker_environments]
+            executor = Processes(partial(call_in_worker, str(path)), settings, _failed_trial)
         try:
             yield executor
         finally:
@@ -435,8 +434,8 @@ def trial_processes(
 
 def _failed_trial(trial: LoopTrial, losses: int, reason: str) -> Sequence[TrialEnding]:
     """Return the failed result of a trial that has lost too many workers."""
-    words = f"it has lost {losses} worker processes, the last because {reason.removesuffix('.')}"
-    return [TrialEnding(trial.number, "failed", math.nan, (), math.nan, words)]
+    message = f"it has lost {losses} worker processes, the last because {reason.removesuffix('.')}"
+    return [TrialEnding(trial.number, "failed", math.nan, (), math.nan, message)]
 
 
 def environments(workers: int | None, n_trials: int) -> list[dict[str, str]]:
@@ -451,18 +450,12 @@ def environments(workers: int | None, n_trials: int) -> list[dict[str, str]]:
         One dict for each worker. The worker sees its GPU as "cuda". Its number of threads is its
         share of the cores, unless OMP_NUM_THREADS is already set.
     """
-    gpus = [
-        name.strip()
-        for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        if name.strip()
-    ]
-    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    gpus = (gpus or list(map(str, range(there))))[:there]
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    visible = map(str.strip, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","))
+    gpus = (list(filter(None, visible)) or list(map(str, range(n_gpus))))[:n_gpus]
     number = workers or max(1, min(len(gpus) or cores(), n_trials))
-    threads = (
-        {}
-        if "OMP_NUM_THREADS" in os.environ
-        else {"OMP_NUM_THREADS": str(max(1, cores() // number))}
-    )
+    threads = {}
+    if "OMP_NUM_THREADS" not in os.environ:
+        threads["OMP_NUM_THREADS"] = str(max(1, cores() // number))
     devices = [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {} for i in range(number)]
     return [{**threads, **device} for device in devices]

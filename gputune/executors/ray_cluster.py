@@ -32,14 +32,17 @@ from gputune.errors import ClusterError, InputError, MissingExtraError, check_co
 from gputune.executors.executor import Ended, Executor, LostWorkerError, Outcomes
 from gputune.executors.processes import pickle_job, to_arrays, to_device, to_tensors
 from gputune.population.population import Population
+from gputune.text import count
 from gputune.version import __version__
+from gputune.wording import option, per_interface
 
 _COUNT_SECONDS = 5.0  # between two counts of the nodes
 _WAIT_SECONDS = 0.25  # between two checks for a request to stop
 _SUBMISSION_SECONDS = 0.5  # after its submission a task is not canceled: see RayTasks.stop
-_KNOCK_SECONDS = 10.0  # limit of a test connection; Ray itself waits for minutes
-_GO_ON = (
-    "What was finished is kept, and the same call goes on from there where study= names a file."
+_CONNECTION_SECONDS = 10.0  # limit of a test connection; Ray itself waits for minutes
+_RESUME = "Finished results are kept. " + per_interface(
+    "If study= names a file, the same call continues from there.",
+    "The same command continues from there.",
 )
 _TOKEN = (
     " A cluster that asks for a token (Ray 2.52 and newer can) lets this process in with "
@@ -72,8 +75,11 @@ class Ray:
     def __post_init__(self) -> None:
         check_count(self.cpus, "Ray(cpus=...)")
         if self.is_elsewhere and _host_and_port(self.address) is None:
-            words = "'local', 'auto', 'HOST:PORT' or 'ray://HOST:PORT'"
-            raise InputError(f"Ray(address=...), --ray: must be {words}, got {self.address!r}.")
+            raise InputError(
+                "Ray(address=...)",
+                "must be 'local', 'auto', 'HOST:PORT' or 'ray://HOST:PORT'",
+                got=self.address,
+            )
 
     @property
     def is_elsewhere(self) -> bool:
@@ -88,11 +94,17 @@ def check_ray(device: str) -> None:
     """
     if find_spec("ray") is None:
         raise MissingExtraError(
-            'workers="ray" needs Ray, which is missing: pip install "gputune[ray]".'
+            "workers='ray'",
+            "needs Ray, which is not installed",
+            remedy='Run pip install "gputune[ray]".',
         )
     if device not in ("auto", "cpu", "cuda"):
-        words = "'auto', 'cpu' or 'cuda' (each task has one GPU, whichever it is)"
-        raise InputError(f"device with workers='ray' must be {words}, got {device!r}.")
+        raise InputError(
+            "device",
+            f"must be 'auto', 'cpu' or 'cuda' with {option('workers', 'ray')}, because Ray gives "
+            "each task one GPU",
+            got=device,
+        )
 
 
 @contextmanager
@@ -104,9 +116,11 @@ def ray_cluster(workers: Ray, *, device: str) -> Iterator["RayCluster"]:
     ray = import_module("ray")
     is_ours = not ray.is_initialized()
     if workers.is_elsewhere and not is_ours:
-        remedy = "call ray.shutdown() first, or leave the address out to use that one"
-        why = "this process is connected to a Ray cluster already"
-        raise InputError(f"Ray(address={workers.address!r}): {why}; {remedy}.")
+        raise InputError(
+            f"Ray(address={workers.address!r})",
+            "names a cluster, but this process is connected to a Ray cluster already",
+            remedy="Call ray.shutdown() first, or leave the address out to use that cluster.",
+        )
     try:
         if is_ours:
             before = signal.getsignal(signal.SIGTERM)  # Ray replaces this handler when it connects
@@ -142,17 +156,17 @@ def _connect(ray: ModuleType, address: str) -> None:
                 str(find(address, None)) if find else address
             )
         if (place := _host_and_port(noted)) is not None:
-            socket.create_connection(place, timeout=_KNOCK_SECONDS).close()
+            socket.create_connection(place, timeout=_CONNECTION_SECONDS).close()
         hint = _TOKEN  # a server answered, but Ray does not say when a token is missing
         ray.init(address=address, **quiet)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        why = (
-            f"the Ray cluster at {address!r} cannot be used: "
-            f"{' '.join(str(error).split()).rstrip('.')}"
-        )
-        checks = "check the address and the versions of Ray and Python, or use 'local'"
-        remedy = f"Start it with 'ray start --head', {checks}.{hint}"
-        raise InputError(f"{why}. {remedy} Nothing was changed.") from error
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise InputError(
+            None,
+            f"The Ray cluster at {address!r} cannot be used: {reason}",
+            remedy="Start it with 'ray start --head', check the address and the versions of Ray "
+            f"and Python, or use 'local'.{hint} Nothing was changed.",
+        ) from error
 
 
 def _host_and_port(address: str) -> tuple[str, int] | None:
@@ -245,7 +259,7 @@ class RayCluster:
         self.threads = cpus
         gpus = sum(node.get("GPU", 0) for node in self._nodes())
         self.device = ("cuda" if gpus else "cpu") if device == "auto" else device
-        self.tasks = self.room(cpus)
+        self.tasks = self.count_tasks(cpus)
         self.task = make_task(ray)
         self._stored: tuple[Dataset, int, object] | None = None
         self.free: int | None = None
@@ -254,7 +268,7 @@ class RayCluster:
                 ray.get(ray.remote(free_bytes).options(num_gpus=1, num_cpus=cpus).remote())
             )
 
-    def room(self, cpus: int) -> int:
+    def count_tasks(self, cpus: int) -> int:
         """Return the number of tasks with ``cpus`` CPUs each that can run at the same time.
 
         Raises InputError if the cluster cannot run even one such task.
@@ -262,14 +276,20 @@ class RayCluster:
         nodes = self._nodes()
         tasks = sum(_tasks_on(node, cpus, self.device) for node in nodes)
         if tasks == 0:
-            sizes = [
-                f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes
-            ]
-            need = f"{cpus} CPU{'s' * (cpus > 1)}" + " and a GPU" * (self.device == "cuda")
-            why = f"a task needs {need} on one node, and no node of the cluster has them"
-            remedy = "Start nodes that do, or change device= or the cpus of gputune.Ray."
-            place = f"device={self.device!r} with workers='ray'"
-            raise InputError(f"{place}: {why} (nodes: {'; '.join(sizes) or 'none'}). {remedy}")
+            sizes = []
+            for node in nodes:
+                sizes.append(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs")
+            needs = count(cpus, "CPU")
+            if self.device == "cuda":
+                needs = f"{needs} and a GPU"
+            raise InputError(
+                None,
+                f"With {option('workers', 'ray')} and {option('device', self.device)}, a task "
+                f"needs {needs} on one node, but no node of the cluster has them (nodes: "
+                f"{'; '.join(sizes) or 'none'})",
+                remedy=f"Start nodes that do, or change {option('device')} or the cpus of "
+                "gputune.Ray.",
+            )
         return tasks
 
     def _nodes(self) -> list[dict[str, float]]:
@@ -283,11 +303,12 @@ class RayCluster:
         """
         if self.free is not None:
             return self.free
-        of_nodes = [
-            (node.get("memory", 0), _tasks_on(node, self.threads, self.device))
-            for node in self._nodes()
-        ]
-        return int(min(memory // tasks for memory, tasks in of_nodes if tasks))
+        shares = []
+        for node in self._nodes():
+            tasks = _tasks_on(node, self.threads, self.device)
+            if tasks:
+                shares.append(node.get("memory", 0) // tasks)
+        return int(min(shares))
 
     def put(self, data: Dataset) -> object:
         """Return the reference to a dataset in Ray's object store, which stores it only once."""
@@ -323,13 +344,14 @@ class RayTasks(Executor[Population, Outcome | Failure]):
             "max_retries": 0,
         }
         self.task = cluster.task.options(name="gputune chunk", **options)
-        sent = pickle_job(replace(job, stop=Stop(), checkpointing=None), here=False)
+        sent = pickle_job(replace(job, stop=Stop(), checkpointing=None), same_machine=False)
         self.common = [cluster.put(data), self.ray.put(sent)]
         self.running: dict[object, tuple[Population, Ended[Population, Outcome | Failure]]] = {}
-        self.has_given_up = self.has_trained = False
+        self.has_given_up = False
+        self.has_trained = False
         self.submitted = 0.0
         self.counted = time.monotonic()
-        self.room = cluster.room(self.cpus)
+        self.n_tasks = cluster.count_tasks(self.cpus)
 
     @property
     def capacity(self) -> int:
@@ -337,7 +359,7 @@ class RayTasks(Executor[Population, Outcome | Failure]):
 
         It is 0 if a chunk was given up before any chunk was trained.
         """
-        return 0 if self.has_given_up and not self.has_trained else self.room
+        return 0 if self.has_given_up and not self.has_trained else self.n_tasks
 
     def submit(self, chunk: Population, ended: Ended[Population, Outcome | Failure]) -> bool:
         """Submit a chunk as a Ray task."""
@@ -372,9 +394,10 @@ class RayTasks(Executor[Population, Outcome | Failure]):
         if time.monotonic() - self.counted > _COUNT_SECONDS:  # clusters grow and shrink
             self.counted = time.monotonic()
             try:
-                self.room = self.cluster.room(self.cpus)
+                self.n_tasks = self.cluster.count_tasks(self.cpus)
             except InputError as error:
-                raise ClusterError(f"the cluster has lost its nodes: {error} {_GO_ON}") from error
+                message = f"The cluster has lost its nodes. {error.message} {_RESUME}"
+                raise ClusterError(message) from error
         for ref in refs:
             chunk, ended = self.running.pop(ref)
             ended(chunk, self._result(ref))
@@ -386,23 +409,27 @@ class RayTasks(Executor[Population, Outcome | Failure]):
             end, *content = self.ray.get(ref)
         except errors.RayTaskError as error:
             if isinstance(error.cause, ModuleNotFoundError):
-                why = (
-                    f"a Ray worker has no module {error.cause.name!r}, which your module or "
-                    "scorer imports"
-                )
-                remedy = "install it there, or put what they need into their own file"
-                raise InputError(f"{why}: {remedy}. {_GO_ON}") from error
+                raise InputError(
+                    None,
+                    f"A Ray worker has no module {error.cause.name!r}, which your module or "
+                    "scorer imports",
+                    remedy="Install it there, or put the code that they need into their own file. "
+                    f"{_RESUME}",
+                ) from error
             raise error.cause from error
         except errors.RayError as error:
             text = " ".join(str(error).split()) or type(error).__name__
             return LostWorkerError(text.partition(". ")[0].rstrip(".") + ".")  # its first sentence
         if end == "other versions":
-            host, expected, there = content
-            name = next(name for name in expected if there[name] != expected[name])
-            version = f"{name} {there[name]}" if there[name] else f"no {name}"
-            here = expected[name]
-            why = f"the Ray worker on {host} has {version}, and this process {name} {here}"
-            raise InputError(f"{why}: install {name}=={here} there. {_GO_ON}")
+            host, expected, versions = content
+            name = next(name for name in expected if versions[name] != expected[name])
+            version = f"{name} {versions[name]}" if versions[name] else f"no {name}"
+            raise InputError(
+                None,
+                f"The Ray worker on {host} has {version}, but this process has {name} "
+                f"{expected[name]}",
+                remedy=f"Install {name}=={expected[name]} there. {_RESUME}",
+            )
         self.has_trained = True
         outcomes: Outcomes = content[0]
         return outcomes
@@ -413,10 +440,10 @@ class RayTasks(Executor[Population, Outcome | Failure]):
         The trials of the chunk wait for a later call.
         """
         self.has_given_up = True
-        why = f"have lost {losses} workers one after the other, the last because: {reason}"
-        remedy = "A smaller memory= makes chunks of fewer trials."
         return ClusterError(
-            f"{len(chunk.index)} trials that train together {why} {remedy} {_GO_ON}"
+            f"{count(len(chunk.index), 'trial')} that train together have lost {losses} workers "
+            f"one after the other, the last because: {reason} Use a smaller {option('memory')}, "
+            f"which makes chunks of fewer trials. {_RESUME}"
         )
 
     def stop(self) -> None:

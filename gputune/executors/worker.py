@@ -36,39 +36,40 @@ from gputune.types import Config
 Answer = TypeVar("Answer")
 
 
-def pickled_with_code(value: object, parts: Iterable[object], *, here: bool = True) -> bytes:
+def pickled_with_code(
+    value: object, parts: Iterable[object], *, same_machine: bool = True
+) -> bytes:
     """Pickle a value for a worker, together with the code that the worker cannot import.
 
     Args:
         value: The value to pickle.
         parts: The classes and functions in the value whose code may have to be included.
-        here: If True, the worker runs on this machine and can import modules from ``sys.path``. If
+        same_machine: If True, the worker runs on this machine and can import modules from ``sys.path``. If
             False, it can import only installed packages.
     """
-    known = _importable if here else _is_installed
-    modules = {
-        sys.modules.get(getattr(getattr(part, "func", part), "__module__", None) or "")
-        for part in parts
-    }
-    hidden = [
-        m for m in modules if m is not None and m.__name__ != "__main__" and not known(m.__name__)
-    ]
-    if not here:  # include the whole package, because its modules import each other
-        hidden = list({sys.modules.get(m.__name__.partition(".")[0], m) for m in hidden})
-    for module in hidden:
+    can_import = _importable if same_machine else _is_installed
+    modules = set()
+    for part in parts:
+        module = sys.modules.get(getattr(getattr(part, "func", part), "__module__", None) or "")
+        if module is not None and module.__name__ != "__main__" and not can_import(module.__name__):
+            if not same_machine:  # include the whole package: its modules import each other
+                module = sys.modules.get(module.__name__.partition(".")[0], module)
+            modules.add(module)
+    for module in modules:
         cloudpickle.register_pickle_by_value(module)
     try:
         return bytes(cloudpickle.dumps(value))
     finally:
-        for module in hidden:
+        for module in modules:
             cloudpickle.unregister_pickle_by_value(module)
 
 
 def _importable(name: str) -> bool:
     """Return True if a new process with the same ``sys.path`` could import the module."""
     path = None
-    for end in (i for i, c in enumerate(f"{name}.") if c == "."):
-        if (spec := PathFinder.find_spec(name[:end], path)) is None:
+    for dot in re.finditer(r"\.|$", name):
+        spec = PathFinder.find_spec(name[: dot.start()], path)
+        if spec is None:
             return False
         path = spec.submodule_search_locations
     return True
@@ -91,12 +92,11 @@ idle: list[ProcessPoolExecutor] = []
 
 # Held while a worker starts: this process's streams and signals may change for a moment.
 _starting = threading.Lock()
-training = (
-    threading.Lock()
-)  # held while this worker trains: a worker that has lost its parent first stores its state
+# Held while this worker trains: a worker that has lost its parent first stores its state.
+training = threading.Lock()
 
 
-def one_worker(environment: Mapping[str, str] | None = None) -> ProcessPoolExecutor:
+def single_worker(environment: Mapping[str, str] | None = None) -> ProcessPoolExecutor:
     """Return an executor with exactly one worker, so that a lost worker takes no other one with it.
 
     It may be an idle executor of an earlier search. If environment variables are given, it is
@@ -175,23 +175,22 @@ def begin_worker(parent: int) -> None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
-def why_lost(error: BrokenProcessPool) -> str:
+def loss_reason(error: BrokenProcessPool) -> str:
     """Return one sentence that says how a worker ended."""
     if match := re.search(r"(SIG[A-Z]+)\(-\d+\)", str(error)):
-        by_system = (
-            " (as the system does where memory has run out)" if match[1] == "SIGKILL" else ""
-        )
-        return f"{match[1]} ended it{by_system}."
+        if match[1] == "SIGKILL":
+            return "SIGKILL ended it, which the system sends if memory has run out."
+        return f"{match[1]} ended it."
     if match := re.search(r"EXIT\((\d+)\)", str(error)):
         return f"it ended itself with exit code {match[1]}, as os._exit does."
-    return "it ended without a word."
+    return "it ended without an error message."
 
 
 LoopObjective = Callable[[Config, "EpochReport"], float]
 EndState = Literal["complete", "pruned", "stopped", "failed"]
 
 
-class Reported(NamedTuple):
+class TrialValues(NamedTuple):
     """The reported values of a trial so far, (steps,) float64, and whether the trial has ended."""
 
     values: NDArray[np.float64]
@@ -212,16 +211,15 @@ class Reports:
         self, number: int, values: Sequence[float] | NDArray[np.float64], *, ended: bool
     ) -> None:
         """Replace the stored values of a trial. A final NaN marks a trial that has ended."""
-        (self.folder / str(number)).write_bytes(
-            np.asarray([*values, *[math.nan] * ended], "<f8").tobytes()
-        )
+        stored = np.append(values, math.nan) if ended else np.asarray(values)
+        (self.folder / str(number)).write_bytes(stored.astype("<f8").tobytes())
 
     def add(self, number: int, value: float) -> None:
         """Append one value to the values of a trial."""
         with (self.folder / str(number)).open("ab") as file:
             file.write(np.float64(value).tobytes())
 
-    def read(self, up_to: int) -> dict[int, Reported]:
+    def read(self, up_to: int) -> dict[int, TrialValues]:
         """Return the values of all trials up to the number ``up_to``, keyed by trial number in
         ascending order."""
         reported = {}
@@ -231,7 +229,7 @@ class Reports:
             raw = (self.folder / str(number)).read_bytes()
             values = np.frombuffer(raw[: len(raw) // 8 * 8], "<f8")
             ended = bool(len(values)) and math.isnan(values[-1])
-            reported[number] = Reported(values[:-1] if ended else values, ended)
+            reported[number] = TrialValues(values[:-1] if ended else values, ended)
         return reported
 
 
@@ -355,9 +353,8 @@ class LoopTask:
         self.reports.write(number, (), ended=False)
         try:
             with seeded_generators(self.seed):
-                score = self.sign * _number(
-                    self.objective(dict(params), report), "what the objective returns"
-                )
+                score = self.objective(dict(params), report)
+                score = self.sign * _number(score, "the value that the objective returns")
         except TrialEnd:
             pass
         except Exception as failure:

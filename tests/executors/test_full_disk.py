@@ -36,15 +36,15 @@ def search():
 
 @pytest.mark.parametrize("run", [tune, search])
 def test_shared_memory_that_is_read_only(monkeypatch, run):
-    monkeypatch.setattr(processes, "one_worker", read_only)
-    says = r"worker processes cannot be started \(Read-only file system\); let it be writable, or choose workers=1.*shm"
+    monkeypatch.setattr(processes, "single_worker", read_only)
+    says = r"worker processes cannot be started \(Read-only file system\); make it writable, or choose workers=1.*shm"
     with pytest.raises(OSError, match=says):
         run()
 
 
 def test_a_full_folder_of_temporary_files(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    says = r"for the worker processes cannot be written \(No space left on device\); make room there, let TMPDIR"
+    says = r"for the worker processes cannot be written \(No space left on device\); free some space there, set TMPDIR"
     with monkeypatch.context() as patch:
         patch.setattr(joblib, "dump", full)
         with pytest.raises(OSError, match=f"the data {says}.*{tmp_path.name}"):

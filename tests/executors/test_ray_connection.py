@@ -55,7 +55,7 @@ def test_a_cluster_that_cannot_be_reached_is_named_and_the_study_stays(
     gputune.tune("mlp", *iris, study=path, workers=1, **SMALL)
     before = path.read_bytes()
     message = (
-        f"the Ray cluster at '{address}' cannot be used: .*refused.* Start it with 'ray start "
+        f"The Ray cluster at '{address}' cannot be used: .*refused.* Start it with 'ray start "
         "--head'"
     )
     with refused(message):
@@ -81,7 +81,7 @@ def ray(monkeypatch):
 def test_a_cluster_that_this_machine_no_longer_has_is_found_out_at_once(ray, iris, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(ray, "init", None)  # would wait for minutes
-        with refused("the Ray cluster at 'auto' cannot be used: .*refused. Start"):
+        with refused("The Ray cluster at 'auto' cannot be used: .*refused. Start"):
             gputune.tune("mlp", *iris, workers=gputune.Ray("auto"), **SMALL)
     monkeypatch.setattr(
         importlib.import_module("ray._private.services"), "find_bootstrap_address", {}.get
@@ -147,7 +147,7 @@ def test_the_command_line_says_what_is_wrong(monkeypatch, tmp_path):
         "",
     ) and "--workers 2 and --ray exclude each other. Leave one out." in err
     code, out, err = run("tune", "sklearn:iris", *quick, "--ray", "somewhere")
-    assert (code, out) == (2, "") and "--ray: must be 'local', 'auto', 'HOST:PORT'" in err
+    assert (code, out) == (2, "") and "--ray must be 'local', 'auto', 'HOST:PORT'" in err
     monkeypatch.setattr(ray_cluster, "find_spec", lambda name: None)
     code, out, err = run("tune", "sklearn:iris", *quick, "--ray")
     assert (code, out) == (2, "") and 'pip install "gputune[ray]"' in err

@@ -138,7 +138,7 @@ def test_a_killed_worker_loses_nothing_and_doubles_nothing(cluster, iris, tmp_pa
     gputune.tune(Net, *iris, workers=1, study=tmp_path / "here.db", **MODULE)
     (orders / "once").touch()
     with pytest.warns(
-        UserWarning, match="a Ray worker was lost while it trained 1 trial, now handed out"
+        UserWarning, match="a Ray worker was lost while it trained 1 trial, which another"
     ):
         gputune.tune(Net, *iris, workers="ray", study=tmp_path / "there.db", **MODULE)
     assert not (orders / "once").exists()
@@ -156,7 +156,7 @@ def test_a_chunk_that_ends_every_worker_is_given_up_and_nothing_else_is_lost(
     gputune.tune(Net, *iris, workers=1, study=tmp_path / "here.db", **given)
     (orders / "always").touch()
     path = tmp_path / "there.db"
-    message = "have lost 2 workers one after the other, .* smaller memory="
+    message = "have lost 2 workers one after the other, .* smaller memory"
     with warnings.catch_warnings(), pytest.raises(gputune.ClusterError, match=message):
         warnings.simplefilter("ignore", UserWarning)
         gputune.tune(Net, *iris, workers="ray", study=path, **given)
@@ -245,7 +245,7 @@ def test_a_trial_that_fits_no_worker_fails_alone(cluster, iris, orders):
 
 @pytest.mark.cpu  # workers that load the simulated device find all of this folder
 def test_what_a_worker_cannot_import_is_named(cluster, iris):
-    message = "a Ray worker has no module 'problems', which your module or scorer imports"
+    message = "A Ray worker has no module 'problems', which your module or scorer imports"
     with refused(message):
         gputune.tune(
             "mlp", *iris, workers="ray", **{**FAST, "scoring": ray_searches.lacks_a_module}
@@ -322,7 +322,7 @@ def test_a_cluster_without_nodes_ends_the_search(cluster, begun, monkeypatch):
         return nodes(cluster) if len(asked) < 5 else []
 
     monkeypatch.setattr(ray_cluster.RayCluster, "_nodes", lost)
-    message = "the cluster has lost its nodes: .* What was finished is kept"
+    message = "The cluster has lost its nodes. .* Finished results are kept"
     with pytest.raises(gputune.ClusterError, match=message):
         go_on()
     monkeypatch.undo()
@@ -334,11 +334,11 @@ def test_a_cluster_without_nodes_ends_the_search(cluster, begun, monkeypatch):
     [
         (
             {"device": "cuda"},
-            "with workers='ray': a task needs 1 CPU and a GPU on one node, and no node",
+            "With workers='ray' and device='cuda', a task needs 1 CPU and a GPU on one node, but no node",
         ),
         (
             {"device": "cuda:1"},
-            "device with workers='ray' must be 'auto', 'cpu' or 'cuda' .*, got 'cuda:1'",
+            "device must be 'auto', 'cpu' or 'cuda' with workers='ray', .* got 'cuda:1'",
         ),
         (
             {"workers": gputune.Ray(cpus=3)},
@@ -346,7 +346,7 @@ def test_a_cluster_without_nodes_ends_the_search(cluster, begun, monkeypatch):
         ),
         (
             {"workers": gputune.Ray("127.0.0.1:1")},
-            "connected to a Ray cluster already; call ray.shutdown.. ",
+            "connected to a Ray cluster already. Call ray.shutdown.. ",
         ),
     ],
 )
@@ -368,7 +368,7 @@ def test_a_package_that_is_not_installed_travels_whole(tmp_path, monkeypatch):
     (tmp_path / "nets" / "net.py").write_text(net)
     monkeypatch.syspath_prepend(tmp_path)
     Net = importlib.import_module("nets.net").Net
-    sent = pickle_job(Job(seed=0, epochs=1, horizon=1, module_class=Net), here=False)
+    sent = pickle_job(Job(seed=0, epochs=1, horizon=1, module_class=Net), same_machine=False)
     monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder != str(tmp_path)])
     for name in ("nets", "nets.net", "nets.layers"):
         monkeypatch.setitem(sys.modules, name, None)  # as where it is not installed

@@ -35,7 +35,7 @@ def mapped(tmp_path):
 )
 def test_what_lies_in_a_file_is_mapped_again(mapped, view):
     data = replace(make_data(), inputs=(as_arrays(view(mapped)).parts[0][None],))
-    sent = to_arrays(data, here=True)
+    sent = to_arrays(data, same_machine=True)
     if view(mapped).nbytes > 1 << 20:
         assert isinstance(sent.inputs[0], MappedFile)
     assert np.array_equal(to_tensors(sent).inputs[0][0].numpy(), view(X))

@@ -126,7 +126,7 @@ def test_the_chunk_of_a_lost_worker_is_handed_out_again(orders):
     (orders / "once exit").touch()
     with pytest.warns(
         UserWarning,
-        match="a worker process was lost while it trained 1 trial, now handed out again: it "
+        match="a worker process was lost while it trained 1 trial, which another worker trains again: it "
         "ended itself with exit code 7, as os._exit does.",
     ):
         assert scores(search()) == alone
@@ -182,7 +182,10 @@ def test_a_chunk_that_ends_every_worker_is_given_up(orders, monkeypatch):
     assert reason.startswith(
         "its chunk of 1 trial has lost 2 worker processes one after the other, the last"
     )
-    assert "fewer workers= leave more to each, and a smaller one takes less" in reason
+    assert (
+        "use fewer workers, which leaves more memory to each, or a smaller model, which takes less"
+        in reason
+    )
     assert sorted(t.state for t in study.trials) == ["complete", "failed"]
     assert states_text(states_of(study)) == "1 complete, 1 that lost their workers"
     alone = replace(study, trials=[failed], curves=study.curves[:1])
