@@ -547,7 +547,7 @@ ONE_LOGIT = "For one logit per row and two classes pass loss='bce'"
 @pytest.mark.parametrize(
     ("y", "options", "message"),
     [
-        (X[:, None].expand(60, 2, 5), {}, "a custom target has no loss of its own"),
+        (X[:, None].expand(60, 2, 5), {}, "A custom target has no default loss"),
         (
             TWO,
             {"model": OneLogit, "loss": nn.BCELoss()},
@@ -590,17 +590,17 @@ ONE_LOGIT = "For one logit per row and two classes pass loss='bce'"
         (
             SEVERAL[:, 0],
             {"loss": nn.CrossEntropyLoss()},
-            "CrossEntropyLoss is of classes, and y is one number a row",
+            "CrossEntropyLoss is a loss of classes, but y is one number per row",
         ),
         (
             SEVERAL[:, 0],
             {"loss": functional.cross_entropy},
-            "functional.cross_entropy is of classes, and y is one number a row",
+            "functional.cross_entropy is a loss of classes, but y is one number per row",
         ),
         (
             LABELS[:, 0],
             {"loss": functional.mse_loss},
-            "functional.mse_loss is of numbers, and y is classes: say task='regression' where",
+            "functional.mse_loss is a loss of numbers, but y is classes. If they are numbers, say task='regression'",
         ),
         (SEVERAL, {"loss": lambda o, y: (o * math.inf).mean(1)}, "is not finite on the first rows"),
         (
@@ -626,7 +626,7 @@ ONE_LOGIT = "For one logit per row and two classes pass loss='bce'"
         (
             LABELS,
             {"loss": nn.CrossEntropyLoss()},
-            "is of one class a row, .* give loss=torch.nn.BCEWithLogits",
+            "is a loss of one class per row, .* Give loss=torch.nn.BCEWithLogits",
         ),
         (
             LABELS[:, 0],
@@ -644,13 +644,13 @@ ONE_LOGIT = "For one logit per row and two classes pass loss='bce'"
         (
             SEVERAL[:, 0],
             {"loss": needed, "space": {"loss__power": [1, 2]}, "scoring": "neg_loss"},
-            "loss__power has several values in the space and no default; give it one, or "
-            "scoring=callable",
+            "loss__power has several values in the space and no default. Give it a default, or "
+            "pass scoring=callable",
         ),
         (
             X,
             {"task": "custom", "training_step": lambda m, b: m(b[0]).square().mean()},
-            "a custom target that training_step trains on has no score of its own; give "
+            "A custom target that training_step trains on has no score of its own. Give "
             "scoring=callable",
         ),
         (
@@ -661,7 +661,7 @@ ONE_LOGIT = "For one logit per row and two classes pass loss='bce'"
         (
             FAR,
             {"model": OneLogit, "scoring": lambda o, t: -mean_square(o, t)},
-            r"compares each output .* shape \(20, 1\) and y \(20,\), .* take outputs\[:, 0\]",
+            r"compares each output .* shape \(20, 1\) and y \(20,\), .* Take outputs\[:, 0\]",
         ),
         (
             SEVERAL,

@@ -75,7 +75,7 @@ class _FittedEstimator(BaseEstimator):  # type: ignore[misc]
 
     def fit(self, X: object, y: object = None) -> "_FittedEstimator":
         raise InputError(
-            "the estimator that a scorer is given is fitted, and cannot be fitted again."
+            None, "The estimator that a scorer gets is fitted and cannot be fitted again"
         )
 
     def close(self) -> None:
@@ -88,9 +88,7 @@ class _FittedEstimator(BaseEstimator):  # type: ignore[misc]
         if X is self.X and (X is self.rows or X.equals(self.rows)):
             return self.output
         if self.others is None:
-            raise InputError(
-                "the estimator that a scorer is given answers only while the scorer runs."
-            )
+            raise InputError(None, "The estimator that a scorer gets predicts only while it runs")
         return self.others(X)
 
 

@@ -34,6 +34,7 @@ from gputune.scoring.torch_losses import (
     refuse_other_targets,
 )
 from gputune.types import Task
+from gputune.wording import Verbatim, option, per_interface
 
 # With fewer classes than a vector register holds, torch's softmax on a CPU computes one number at a
 # time and is 7x slower.
@@ -108,7 +109,7 @@ def row_losses(outputs: Tensor, y: Tensor) -> Tensor:
     return shifted.exp().sum(-1).log() - picked
 
 
-class LossNumber(NamedTuple):
+class LossParameter(NamedTuple):
     """The parameter of a loss: its default and the open interval of valid values.
 
     If ``closed``, ``low`` is a valid value too.
@@ -123,7 +124,7 @@ class LossNumber(NamedTuple):
         """Return the valid values in words, for error messages."""
         return f"a number in {'[' if self.closed else '('}{self.low:g}, {self.high:g})"
 
-    def holds(self, value: object) -> bool:
+    def includes(self, value: object) -> bool:
         """Return True if a value is a valid value of the parameter."""
         if isinstance(value, bool) or not isinstance(value, Real):
             return False
@@ -193,18 +194,18 @@ class NamedLoss:
 
     rows: Callable[..., Tensor]
     tasks: tuple[Task, ...]
-    arguments: Mapping[str, LossNumber]
+    arguments: Mapping[str, LossParameter]
 
 
 _CLASSES: tuple[Task, ...] = ("binary", "multiclass")
 LOSSES: Mapping[str, NamedLoss] = {
     "cross_entropy": NamedLoss(
-        _cross_entropy, _CLASSES, {"label_smoothing": LossNumber(0.0, 0, 1, closed=True)}
+        _cross_entropy, _CLASSES, {"label_smoothing": LossParameter(0.0, 0, 1, closed=True)}
     ),
     "mse": NamedLoss(lambda outputs, y: _gap(outputs, y).square().mean(-1), ("regression",), {}),
     "mae": NamedLoss(lambda outputs, y: _gap(outputs, y).abs().mean(-1), ("regression",), {}),
-    "huber": NamedLoss(_huber, ("regression",), {"delta": LossNumber(1.0, 0, torch.inf)}),
-    "quantile": NamedLoss(_quantile, ("regression",), {"q": LossNumber(0.5, 0, 1)}),
+    "huber": NamedLoss(_huber, ("regression",), {"delta": LossParameter(1.0, 0, torch.inf)}),
+    "quantile": NamedLoss(_quantile, ("regression",), {"q": LossParameter(0.5, 0, 1)}),
     "bce": NamedLoss(_bce, ("multilabel", "binary"), {}),
 }
 LOSS_ALIASES: Mapping[str, str] = {
@@ -229,15 +230,21 @@ def parse_loss(word: str) -> tuple[str, dict[str, float]]:
     if not colon or name not in LOSSES:
         return (name if name in LOSSES else word), {}
     if not (arguments := LOSSES[name].arguments):
-        raise InputError(f"loss={word!r}: {name!r} takes no number. Say loss={name!r}.")
+        raise InputError(
+            f"loss={word!r}",
+            f"has a number, but {name!r} takes no number",
+            remedy=f"Say {option('loss', name)}.",
+        )
     ((argument, rule),) = arguments.items()
     try:
         number = float(text)
     except ValueError:
         number = math.nan
-    if not rule.holds(number):
+    if not rule.includes(number):
         raise InputError(
-            f"loss={word!r}: {argument} of {name!r} must be {rule.rule()}, got {text!r}."
+            None,
+            f"In {option('loss', word)}, the {argument} of {name!r} must be {rule.rule()}",
+            got=text,
         )
     return name, {argument: number}
 
@@ -253,7 +260,16 @@ LOSS_OF_TASK: Mapping[Task, str] = {
 
 NUMBERS_INSTEAD: tuple[Task, ...] = ("binary", "multiclass", "multilabel")
 """Tasks whose targets may be numbers that look like classes or labels."""
-SAY_REGRESSION = "say task='regression' where they are numbers"
+_TASK = option("task", "regression")
+SAY_REGRESSION = f"If they are numbers, {per_interface(f'say {_TASK}', f'say {_TASK}', 'use NeuralNetRegressor')}."
+
+
+_CLASS_LOSSES: Mapping[Task, str] = {
+    "binary": f"{option('loss', 'cross_entropy')} or 'bce'",
+    "multiclass": option("loss", "cross_entropy"),
+    "multilabel": option("loss", "bce"),
+}
+"""The losses for targets that are not numbers, for error messages."""
 
 
 def only_classifies(loss: object) -> bool:
@@ -273,14 +289,9 @@ def takes_probabilities(loss: object) -> bool:
 
 def is_absolute(loss: object) -> bool:
     """Return True if a loss is based on absolute errors, at least for large errors."""
-    return loss in ("mae", "huber") or issubclass(
-        _kind(loss), (nn.L1Loss, nn.HuberLoss, nn.SmoothL1Loss)
-    )
-
-
-def _kind(loss: object) -> type:
-    """Return the class of a loss."""
-    return loss if isinstance(loss, type) else type(loss)  # a loss may be given as its class
+    kind = loss if isinstance(loss, type) else type(loss)  # a loss may be given as its class
+    absolute = (nn.L1Loss, nn.HuberLoss, nn.SmoothL1Loss)
+    return loss in ("mae", "huber") or issubclass(kind, absolute)
 
 
 def loss_fitting(loss: object, task: Task) -> object:
@@ -291,6 +302,7 @@ def loss_fitting(loss: object, task: Task) -> object:
     of one class for labels, or nn.BCELoss.
     """
     kind = kind_of(loss)
+    argument = f"loss={name_of_loss(loss)}"
     refuse_other_arguments(loss)
     refuse_other_targets(loss, task)
     # A subclass with a forward of its own may compare outputs with labels in any way.
@@ -298,26 +310,24 @@ def loss_fitting(loss: object, task: Task) -> object:
         task != "multilabel" or base_of(kind, OF_NUMBERS) is not None
     )
     if task in NUMBERS_INSTEAD and is_of_numbers:
-        is_what = "labels" if task == "multilabel" else "classes"
-        others = {"binary": "'cross_entropy' or 'bce'", "multilabel": "'bce'"}
-        other = others.get(task, "'cross_entropy'")
-        raise InputError(
-            f"loss={name_of_loss(loss)} is of numbers, and y is {is_what}: {SAY_REGRESSION}, or "
-            f"choose loss={other}."
-        )
+        form = "labels" if task == "multilabel" else "classes"
+        remedy = f"{SAY_REGRESSION} Otherwise choose {_CLASS_LOSSES[task]}."
+        raise InputError(argument, f"is a loss of numbers, but y is {form}", remedy=remedy)
     if task == "multilabel" and issubclass(kind, OF_CLASSES):
+        labels_loss = option("loss", Verbatim("torch.nn.BCEWithLogitsLoss"))
         raise InputError(
-            f"loss={name_of_loss(loss)} is of one class a row, and y is labels, of which a "
-            "row may have several: give loss=torch.nn.BCEWithLogitsLoss, or y.argmax(1) as y "
-            "where each row has one."
+            argument,
+            "is a loss of one class per row, but y is labels, and a row may have several",
+            remedy=f"Give {labels_loss}, or y.argmax(1) as y if each row has one label.",
         )
     if task not in ("binary", "multilabel"):
         return loss
     if issubclass(kind, nn.BCELoss):
         raise InputError(
-            f"loss={name_of_loss(loss)} takes probabilities, and predictions and scores are made of "
-            "logits: give loss='bce', which is torch.nn.BCEWithLogitsLoss, and leave out the "
-            "sigmoid at the end of the module."
+            argument,
+            "takes probabilities, but predictions and scores are made of logits",
+            remedy=f"Give {option('loss', 'bce')}, which is torch.nn.BCEWithLogitsLoss, and leave "
+            "out the sigmoid at the end of the module.",
         )
     plain = ("mean", None, None)
     is_default = (
@@ -333,12 +343,13 @@ def refuse_one_number(loss: object, y: Tensor) -> None:
     With one class such a loss is always 0.
     """
     if issubclass(kind_of(loss), OF_CLASSES) and y.is_floating_point() and y.numel() == len(y):
-        remedy = (
-            "say task='classification' where they are classes, or choose a loss of numbers, such "
-            "as 'mse'"
-        )
+        task = f"say {option('task', 'classification')}"
+        say_classification = per_interface(task, task, "use NeuralNetClassifier")
         raise InputError(
-            f"loss={name_of_loss(loss)} is of classes, and y is one number a row: {remedy}."
+            f"loss={name_of_loss(loss)}",
+            "is a loss of classes, but y is one number per row",
+            remedy=f"If they are classes, {say_classification}. Otherwise choose a loss of "
+            "numbers, such as 'mse'.",
         )
 
 

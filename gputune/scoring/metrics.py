@@ -21,6 +21,7 @@ from gputune.scoring.objective import Objective, qualified_name
 from gputune.scoring.scoring import Scorer, Scoring
 from gputune.text import count, did_you_mean
 from gputune.types import Task
+from gputune.wording import Verbatim, option, per_interface
 
 OneScoring = str | Scorer
 Scorings = OneScoring | list[OneScoring] | tuple[OneScoring, ...] | Mapping[str, OneScoring]
@@ -59,12 +60,13 @@ def make_scoring(
     from sklearn.metrics import get_scorer
 
     if (scorers := scorers_of(scoring)) is not None:
-        of_class = [_is_of_class(scorer, task) for scorer in scorers.values()]
+        needs_class = {key: _has_positive_class(one, task) for key, one in scorers.items()}
         metrics = []
-        for (label, scorer), own in zip(scorers.items(), of_class):
+        for label, scorer in scorers.items():
             # If no score takes the positive class, each score receives it, and the first raises.
-            its_class = positive if own or not any(of_class) else None
-            metric = make_scoring(scorer, task, classes, its_class, objective, n_labels)
+            gets_class = needs_class[label] or not any(needs_class.values())
+            score_class = positive if gets_class else None
+            metric = make_scoring(scorer, task, classes, score_class, objective, n_labels)
             metrics.append(replace(metric, label=label))
         return replace(metrics[0], others=tuple(metrics[1:]))
     if scoring == "neg_loss" or (scoring is None and task == "custom"):
@@ -79,16 +81,17 @@ def make_scoring(
     if not isinstance(scoring, str):
         if not callable(scoring):
             raise InputError(
-                "scoring is a scikit-learn scorer name, a callable(estimator, X, y) or (outputs, "
-                f"y), or a list or dict of them, got {scoring!r}."
+                "scoring",
+                "must be a scikit-learn scorer name, a callable(estimator, X, y) or (outputs, y), "
+                "or a list or dict of these",
+                got=scoring,
             )
         scores.refuse_metric(scoring)
         name = qualified_name(scoring)
         if _takes_outputs(scoring):
             return Scoring(name, None, None, classes, of_outputs=scoring)
-        return Scoring(
-            name, None, scoring, classes, positive_code(positive, name, None, task, classes)
-        )
+        code = positive_code(positive, name, None, task, classes)
+        return Scoring(name, None, scoring, classes, code)
     if (score := scores.OF_TASK[task].get(scoring)) is not None:
         positive_code(positive, scoring, None, task, classes)
         return Scoring(scoring, score, None, classes)
@@ -125,27 +128,44 @@ def scorers_of(scoring: object) -> dict[str, OneScoring] | None:
     if not isinstance(scoring, list | tuple | Mapping):
         return None
     if not scoring:
-        remedy = "name one, or leave it out for the usual one"
-        raise InputError(f"scoring needs at least one score, got {scoring!r}; {remedy}.")
-    labels = [
-        one if isinstance(one, str) else getattr(one, "__name__", type(one).__name__)
-        for one in scoring
-    ]
-    pairs = list(scoring.items() if isinstance(scoring, Mapping) else zip(labels, scoring))
-    for label, scorer in pairs:
+        raise InputError(
+            "scoring",
+            "needs at least one score",
+            got=scoring,
+            remedy="Name one, or leave it out for the default score.",
+        )
+    if isinstance(scoring, Mapping):
+        labels = list(scoring)
+        scorers = list(scoring.values())
+    else:
+        scorers = list(scoring)
+        labels = list(map(_label, scorers))
+    for label, scorer in zip(labels, scorers):
         if not (isinstance(scorer, str) or callable(scorer)):
             raise InputError(
-                "scoring holds scikit-learn scorer names and callables, of (estimator, X, y) or "
-                f"(outputs, y), got {scorer!r} in it; replace it."
+                "scoring",
+                "must hold scikit-learn scorer names and callables of (estimator, X, y) or "
+                "(outputs, y)",
+                got=scorer,
+                remedy="Replace it.",
             )
         if not isinstance(label, str) or not label:
-            raise InputError(f"scoring, a dict, has texts as keys, got {label!r}; name each score.")
-    if twice := [label for label in labels if labels.count(label) > 1]:
-        raise InputError(
-            f"scoring names {twice[0]!r} twice; leave one out, or give a dict that has a name for "
-            "each."
-        )
-    return dict(pairs)
+            raise InputError(
+                "scoring", "must have strings as keys", got=label, remedy="Name each score."
+            )
+        if labels.count(label) > 1:
+            remedy = "Leave one out."
+            by_name = "Leave one out, or pass a dict with a name for each."
+            remedy = per_interface(by_name, remedy)
+            raise InputError("scoring", f"names {label!r} twice", remedy=remedy)
+    return dict(zip(labels, scorers))
+
+
+def _label(scorer: object) -> str:
+    """Return the name of one of several scorers."""
+    if isinstance(scorer, str):
+        return scorer
+    return str(getattr(scorer, "__name__", type(scorer).__name__))
 
 
 def has_function(scoring: object) -> bool:
@@ -154,7 +174,7 @@ def has_function(scoring: object) -> bool:
     return callable(scoring) if scorers is None else any(map(callable, scorers.values()))
 
 
-def _is_of_class(scorer: OneScoring, task: Task) -> bool:
+def _has_positive_class(scorer: OneScoring, task: Task) -> bool:
     """Return True if a scorer needs to know the positive class of two classes.
 
     The result is False for a custom function, which chooses the class itself.
@@ -186,18 +206,19 @@ def check_folds(scoring: Scoring, data: Dataset) -> None:
     for f, fold in enumerate(data.folds):
         rows = data.target[fold.valid]
         columns = rows.T if data.task == "multilabel" else rows[None]
-        if scoring.name.startswith("roc_auc") and any(
-            len(column.unique()) < needed for column in columns
-        ):
-            why = f"and fold {f} lacks one; {_remedy(scoring, data)}"
+        lacks_class = any(len(column.unique()) < needed for column in columns)
+        if scoring.name.startswith("roc_auc") and lacks_class:
             raise InputError(
-                f"scoring={scoring.name!r} needs every class among the validation rows, {why}."
+                f"scoring={scoring.name!r}",
+                f"needs every class among the validation rows, but fold {f} lacks one",
+                remedy=_remedy(scoring, data),
             )
         if scoring.name == "r2" and len(rows) < 2:
-            remedy = "choose fewer folds or scoring='neg_root_mean_squared_error'"
+            alternative = option("scoring", "neg_root_mean_squared_error")
             raise InputError(
-                f"scoring='r2' needs two validation rows a fold, and fold {f} has {len(rows)}; "
-                f"{remedy}."
+                "scoring='r2'",
+                f"needs two validation rows per fold, but fold {f} has {len(rows)}",
+                remedy=f"Choose fewer folds or {alternative}.",
             )
 
 
@@ -209,29 +230,37 @@ def _remedy(scoring: Scoring, data: Dataset) -> str:
     counts = [] if data.task == "multilabel" else data.target.long().flatten().bincount().tolist()
     rows = min(counts, default=len(data.folds))
     if rows >= len(data.folds) or scoring.classes is None:
-        return "choose fewer or stratified folds, or another scoring"
+        return "Choose fewer or stratified folds, or another scoring."
     name = scoring.classes[counts.index(rows)].item()
-    fewer = f"{rows} stratified folds, or " * (rows > 1)
-    out = ", or leave that class out" * (data.task != "binary")
-    return (
-        f"class {name!r} has {count(rows, 'row')} for {len(data.folds)} folds: choose "
-        f"{fewer}another scoring{out}"
-    )
+    choices = "another scoring"
+    if rows > 1:
+        choices = f"{rows} stratified folds, or {choices}"
+    if data.task != "binary":
+        choices = f"{choices}, or leave that class out"
+    rows_of_class = f"Class {name!r} has {count(rows, 'row')} for {len(data.folds)} folds"
+    return f"{rows_of_class}. Choose {choices}."
 
 
 def _neg_loss(objective: Objective | None, *, asked: bool) -> Scoring:
     """Return the Scoring of minus the validation loss, with the same loss for all trials."""
     if objective is None or objective.step is not None:
-        of_step = "a custom target that training_step trains on has no score of its own"
-        what = "scoring='neg_loss' is of a module's loss of outputs and y" if asked else of_step
-        raise InputError(f"{what}; give scoring=callable(outputs, y).")
-    if lacking := [
-        name for name, value in objective.varied.items() if value is inspect.Parameter.empty
-    ]:
-        raise InputError(
-            f"scoring='neg_loss' ranks all trials by one loss, and {lacking[0]} has several "
-            "values in the space and no default; give it one, or scoring=callable(outputs, y)."
-        )
+        remedy = per_interface("Give scoring=callable(outputs, y).", "Choose another --scoring.")
+        if asked:
+            rule = "needs the loss of a module, of outputs and y"
+            raise InputError("scoring='neg_loss'", rule, remedy=remedy)
+        rule = "A custom target that training_step trains on has no score of its own"
+        raise InputError(None, rule, remedy=remedy)
+    for name, value in objective.varied.items():
+        if value is inspect.Parameter.empty:
+            raise InputError(
+                "scoring='neg_loss'",
+                f"ranks all trials by one loss, but {option(name)} has several values in the space "
+                "and no default",
+                remedy=per_interface(
+                    "Give it a default, or pass scoring=callable(outputs, y).",
+                    "Give it a default, or choose another --scoring.",
+                ),
+            )
     return Scoring("neg_loss", None, None, None, of_outputs=objective.neg_loss, is_loss=True)
 
 
@@ -241,12 +270,13 @@ def _takes_outputs(scorer: Callable[..., object]) -> bool:
         parameters = inspect.signature(scorer).parameters.values()
     except (TypeError, ValueError):
         return False
-    needed = [
-        p
-        for p in parameters
-        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    return len(needed) == 2 and not any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    n_needed = 0
+    for parameter in parameters:
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            return False
+        n_needed += parameter.default is parameter.empty and parameter.kind in by_position
+    return n_needed == 2
 
 
 def _check_fits_task(scoring: str, task: Task) -> None:
@@ -256,20 +286,31 @@ def _check_fits_task(scoring: str, task: Task) -> None:
     from gputune.scoring.estimators import takes_task
 
     if scoring not in get_scorer_names():
-        got = f"got {scoring!r}.{did_you_mean(scoring, get_scorer_names())}"
-        raise InputError(f"scoring must be one of scikit-learn's scorer names or a callable, {got}")
+        raise InputError(
+            "scoring",
+            f"must be one of scikit-learn's scorer names{per_interface(' or a callable', '')}",
+            got=scoring,
+            remedy=did_you_mean(scoring, get_scorer_names()).strip(),
+        )
+    argument = f"scoring={scoring!r}"
     if task == "custom":
-        remedy = "give scoring=callable(outputs, y), or 'neg_loss'"
-        raise InputError(f"scoring={scoring!r} does not fit a custom target; {remedy}.")
+        raise InputError(
+            argument,
+            "does not fit a custom target",
+            remedy=per_interface(
+                "Give scoring=callable(outputs, y), or 'neg_loss'.",
+                f"Use {option('scoring', 'neg_loss')}.",
+            ),
+        )
     if task == "multiclass" and scoring == "roc_auc":
         raise InputError(
-            "scoring='roc_auc' needs two classes and the target has more; choose 'roc_auc_ovr'."
+            argument, "needs two classes, but the target has more", remedy="Choose 'roc_auc_ovr'."
         )
     other = scores.CLASSIFICATION if task == "regression" else scores.REGRESSION
     if scoring in other or not takes_task(get_scorer(scoring), task):
         fitting = ", ".join(scores.OF_TASK[task])
         raise InputError(
-            f"scoring={scoring!r} does not fit a {task} task; choose for example {fitting}."
+            argument, f"does not fit a {task} task", remedy=f"Choose for example {fitting}."
         )
 
 
@@ -278,22 +319,30 @@ def positive_code(
 ) -> int | None:
     """Return the code of a score's positive class, or None if the score has no positive class."""
     labels = [] if classes is None else classes.tolist()
-    of_a_class = scorer is not None and task == "binary" and has_positive_class(scorer)
+    needs_class = scorer is not None and task == "binary" and has_positive_class(scorer)
     if positive is None:
-        if of_a_class and set(labels) not in ({0, 1}, {-1, 1}):  # {False, True} is {0, 1}
-            remedy = f"say which of the two it is, positive={labels[0]!r} or positive={labels[1]!r}"
-            raise InputError(f"scoring={scoring!r} is of one class, the positive one: {remedy}.")
-        return 1 if of_a_class else None
+        if needs_class and set(labels) not in ({0, 1}, {-1, 1}):  # {False, True} is {0, 1}
+            choices = f"{option('positive', labels[0])} or {option('positive', labels[1])}"
+            raise InputError(
+                f"scoring={scoring!r}",
+                "is a score of one class, the positive class",
+                remedy=f"Say which of the two it is: {choices}.",
+            )
+        return 1 if needs_class else None
     if task != "binary":
         raise InputError(
-            f"positive={positive!r} needs a target of two classes, got a {task} task; leave it out."
+            f"positive={positive!r}",
+            "needs a target of two classes",
+            got=Verbatim(f"a {task} task"),
+            remedy="Leave it out.",
         )
-    if not of_a_class:
-        same = ": it is the same for both" if scoring == "roc_auc" else ""
-        why = f"and scoring={scoring!r} knows no positive class{same}; leave it out"
+    if not needs_class:
+        reason = ", because it is the same for both" if scoring == "roc_auc" else ""
         raise InputError(
-            f"positive={positive!r} is for scores of one class, such as f1 or average_precision, "
-            f"{why}."
+            f"positive={positive!r}",
+            "is for scores of one class, such as f1 or average_precision, but "
+            f"{option('scoring', scoring)} has no positive class{reason}",
+            remedy="Leave it out.",
         )
     for code, label in enumerate(labels):
         # The command line passes every class as text.
@@ -302,8 +351,12 @@ def positive_code(
                 return code
         elif np.ndim(positive) == 0 and label == positive:
             return code
-    got = f"got {positive!r}.{did_you_mean(positive, labels)}"
-    raise InputError(f"positive must be one of the classes {labels[0]!r} and {labels[1]!r}, {got}")
+    raise InputError(
+        "positive",
+        f"must be one of the classes {labels[0]!r} and {labels[1]!r}",
+        got=positive,
+        remedy=did_you_mean(positive, labels).strip(),
+    )
 
 
 def has_positive_class(scorer: Scorer) -> bool:
@@ -317,8 +370,9 @@ def has_positive_class(scorer: Scorer) -> bool:
     y = np.array([0, 0, 1, 0, 0, 1, 1])
     with warnings.catch_warnings(action="ignore"):
         try:
-            one, other = (scorer(GaussianNB().fit(x, labels), x, labels) for labels in (y, 1 - y))
+            score = scorer(GaussianNB().fit(x, y), x, y)
+            swapped = scorer(GaussianNB().fit(x, 1 - y), x, 1 - y)
         except ValueError:
             # The scorer is for another kind of target. Its error on the user's rows is clearer.
             return False
-    return not math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-6)
+    return not math.isclose(score, swapped, rel_tol=1e-6, abs_tol=1e-6)

@@ -30,6 +30,7 @@ from gputune.scoring.losses import (
 from gputune.seeding import keyed_draws, stream_seed
 from gputune.text import did_you_mean
 from gputune.types import Config, Task
+from gputune.wording import Verbatim, option, per_interface
 
 LOSS_PREFIX = "loss__"
 _ORDERS = 12  # of the target, for which a score must be equal to count as one of all pairs of rows
@@ -77,14 +78,14 @@ class Objective:
         """
         fixed = {}
         varied = {}
-        defaults = loss_defaults(self.loss) | {
-            LOSS_PREFIX + name: value for name, value in self.numbers.items()
-        }
-        for name in sorted({key for part in space for key in part if key.startswith(LOSS_PREFIX)}):
+        defaults = loss_defaults(self.loss) | _with_prefix(self.numbers)
+        names = {key for part in space for key in part if key.startswith(LOSS_PREFIX)}
+        for name in sorted(names):
             choices = [part.get(name) for part in space]
-            values = [one[0] for one in choices if isinstance(one, list) and len(one) == 1]
-            if len(values) == len(space) and len(set(map(repr, values))) == 1:
-                fixed[name] = values[0]
+            first = choices[0]
+            # One value, the same in all parts of the space.
+            if isinstance(first, list) and len(first) == 1 and len(set(map(repr, choices))) == 1:
+                fixed[name] = first[0]
             else:
                 varied[name] = defaults.get(name, inspect.Parameter.empty)
         return replace(self, fixed=fixed, varied=varied)
@@ -92,13 +93,14 @@ class Objective:
     def remarks_on_neg_loss(self) -> tuple[str, ...]:
         """Return a remark if ``neg_loss`` ranks trials that train on different losses, else no
         remark."""
+        if not self.varied:
+            return ()
         defaults = ", ".join(f"{name}={value!r}" for name, value in self.varied.items())
-        remark = (
-            f"neg_loss of each trial is of the loss with {defaults}, its default: losses of other "
-            "values do not compare. Search one value alone to score with it, or in Python give a "
-            "function as scoring"
+        return (
+            f"neg_loss scores each trial by the loss with {defaults}, the default. Losses with "
+            "other values cannot be compared. Search only one value to score with it, or in Python "
+            "give a function as scoring",
         )
-        return (remark,) if defaults else ()
 
     def like(self, dtype: torch.dtype, device: torch.device) -> Self:
         """Return the objective with the tensors of its loss, such as class weights, in a dtype on a
@@ -106,9 +108,8 @@ class Objective:
         if not isinstance(self.loss, nn.Module):
             return self
         tensors = (*self.loss.parameters(), *self.loss.buffers())
-        if all(
-            (x.dtype == dtype or not x.is_floating_point()) and x.device == device for x in tensors
-        ):
+        dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+        if dtypes <= {dtype} and {tensor.device for tensor in tensors} <= {device}:
             return self
         return replace(self, loss=copy.deepcopy(self.loss).to(device, dtype))
 
@@ -123,19 +124,15 @@ class Objective:
         """The name of the loss or the training step in error messages."""
         if self.step is not None:
             return f"training_step={qualified_name(self.step)}"
+        if not isinstance(self.loss, str):
+            return f"the loss {qualified_name(self.loss)}"
         numbers = "".join(f":{number:g}" for number in self.numbers.values())
-        return (
-            "the loss "
-            f"{self.loss + numbers if isinstance(self.loss, str) else qualified_name(self.loss)}"
-        )
+        return f"the loss {self.loss}{numbers}"
 
     def name_unless_default(self, task: Task) -> str:
         """Return the name of the objective, or "" if it is exactly the default loss of the task."""
-        return (
-            ""
-            if self == Objective(LOSS_OF_TASK.get(task, ""), binary=task == "binary")
-            else self.name
-        )
+        is_default = self == Objective(LOSS_OF_TASK.get(task, ""), binary=task == "binary")
+        return "" if is_default else self.name
 
     @property
     def number(self) -> float:
@@ -143,8 +140,8 @@ class Objective:
         one."""
         if not isinstance(self.loss, str) or self.loss not in LOSSES:
             return 0.0
-        for name, of in LOSSES[self.loss].arguments.items():
-            default = self.numbers.get(name, of.default)
+        for name, parameter in LOSSES[self.loss].arguments.items():
+            default = self.numbers.get(name, parameter.default)
             number: float = self.fixed.get(LOSS_PREFIX + name, default)
             return number
         return 0.0
@@ -171,40 +168,31 @@ class Objective:
     def check(self, config: Config) -> None:
         """Raise InputError for a ``loss__*`` value that the loss does not accept."""
         for name, value in loss_arguments(config).items():
-            if words := self._refusal(name, value):
-                raise InputError(f"space: {LOSS_PREFIX}{name} {words}.")
+            if reason := self._refusal(name, value):
+                raise InputError(f"{LOSS_PREFIX}{name}", reason)
 
     def _refusal(self, name: str, value: object) -> str:
         """Return the reason why the loss does not accept a value, or "" if it does."""
         if self.step is not None:
-            return "has no loss to go to beside training_step; leave it out"
+            return "has no effect, because training_step replaces the loss. Leave it out"
         if isinstance(self.loss, str):
             arguments = LOSSES[self.loss].arguments
             if name not in arguments:
-                return (
-                    f"is none of loss={self.loss!r}, which takes "
-                    f"{', '.join(arguments) or 'no numbers'}"
-                )
-            return (
-                ""
-                if arguments[name].holds(value)
-                else f"must be {arguments[name].rule()}, got {value!r}"
-            )
+                names = ", ".join(arguments) or "no numbers"
+                return f"is not an argument of {option('loss', self.loss)}, which takes {names}"
+            if arguments[name].includes(value):
+                return ""
+            return f"must be {arguments[name].rule()}, got {value!r}"
         if isinstance(self.loss, nn.Module):
             name = type(self.loss).__name__
-            return (
-                f"has nowhere to go, since the loss is an instance of {name}; pass the class, "
-                f"loss={name}"
-            )
+            by_class = option("loss", Verbatim(name))
+            return f"has no effect, because the loss is an instance of {name}. Pass {by_class}"
         signature = inspect.signature(self.loss)
-        if name in signature.parameters or any(
-            p.kind is p.VAR_KEYWORD for p in signature.parameters.values()
-        ):
+        parameters = signature.parameters.values()
+        if name in signature.parameters or any(p.kind is p.VAR_KEYWORD for p in parameters):
             return ""
-        return (
-            f"is no argument of the loss {qualified_name(self.loss)}{signature}; remove it or "
-            "rename it"
-        )
+        loss = qualified_name(self.loss)
+        return f"is not an argument of the loss {loss}{signature}. Remove it or rename it"
 
     def values(self, configs: Sequence[Config], like: Tensor) -> dict[str, Tensor]:
         """Return the parameters of the loss by name, each (C, 1), in the dtype and on the device of
@@ -212,17 +200,15 @@ class Objective:
 
         A parameter that is 0 for all configurations is left out.
         """
-        numbers = {}
-        for name, of in (
-            LOSSES[self.loss].arguments.items()
-            if self.step is None and isinstance(self.loss, str)
-            else ()
-        ):
-            default = self.numbers.get(name, of.default)
+        values: dict[str, Tensor] = {}
+        if self.step is not None or not isinstance(self.loss, str):
+            return values
+        for name, parameter in LOSSES[self.loss].arguments.items():
+            default = self.numbers.get(name, parameter.default)
             row = [float(config.get(LOSS_PREFIX + name, default)) for config in configs]
             if any(row):
-                numbers[name] = like.new_tensor(row)[:, None]
-        return numbers
+                values[name] = like.new_tensor(row)[:, None]
+        return values
 
     def rows(self, outputs: Tensor, y: Tensor, values: Mapping[str, Tensor]) -> Tensor:
         """Return the row losses (..., C, B) of outputs (..., C, B, K), for a named loss."""
@@ -302,13 +288,13 @@ class Objective:
             if isinstance(augmented, Mapping):
                 augmented = [augmented.get(name) for name in names or augmented]
             augmented = list(augmented) if isinstance(augmented, tuple | list) else [augmented]
-            shapes = [
-                tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in augmented
-            ]
-            if shapes != (expected := [tuple(x.shape) for x in minibatch]):
+            shapes = list(map(_shape, augmented))
+            expected = list(map(_shape, minibatch))
+            if shapes != expected:
                 raise InputError(
-                    f"augment: {qualified_name(self.augment)} must return inputs of the shapes "
-                    f"that it is given, {expected}, got {shapes}."
+                    "augment",
+                    f"must return inputs of the shapes that it gets, {expected}",
+                    got=Verbatim(f"{shapes} from {qualified_name(self.augment)}"),
                 )
             folds.append(augmented)
         return [torch.stack(parts) for parts in zip(*folds)]
@@ -323,8 +309,8 @@ class Objective:
                 outputs[None, None], y[None, None], self.values([self.fixed], outputs)
             )
         else:
-            own = self.like(outputs.dtype, outputs.device)
-            losses = own.member_loss(self.fixed)(outputs, y)
+            objective = self.like(outputs.dtype, outputs.device)
+            losses = objective.member_loss(self.fixed)(outputs, y)
         return -float(losses.double().mean())
 
     def member_loss(self, config: Config) -> Callable[[Tensor, Tensor], Tensor]:
@@ -345,6 +331,11 @@ class Objective:
         # ignore_index ignores no class, because classes count from 0. A custom target may hold any
         # number.
         return loss if ignored is not None and (self.any_outputs or ignored >= 0) else by_rows(loss)
+
+
+def _shape(value: object) -> object:
+    """Return the shape of a tensor, or the name of any other type."""
+    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
 
 
 def _as_argument(inputs: Sequence[Tensor], names: Sequence[str] | None) -> object:
@@ -370,12 +361,14 @@ def pairs_all_rows(
     if shapes != {(rows,), (rows, 1)} or rows < 2:
         return False
     # Rows that are all equal would pass for any order, so they are made different.
-    steps = torch.arange(len(y), device=y.device) % 2
-    outputs = outputs.double() + 0.01 * steps.view(outputs.shape) * bool(
-        (outputs == outputs[:1]).all()
-    )
-    y = steps.view(y.shape).to(y.dtype) if bool((y == y[:1]).all()) else y
-    y = y.double() if y.is_floating_point() else y
+    steps = torch.arange(rows, device=y.device) % 2
+    outputs = outputs.double()
+    if bool((outputs == outputs[:1]).all()):
+        outputs = outputs + 0.01 * steps.view(outputs.shape)
+    if bool((y == y[:1]).all()):
+        y = steps.view(y.shape).to(y.dtype)
+    if y.is_floating_point():
+        y = y.double()
 
     def mean(outputs: Tensor, y: Tensor) -> Tensor | None:
         with (
@@ -388,18 +381,15 @@ def pairs_all_rows(
         return None  # the function does not accept these shapes
 
     def same(other: Tensor | None) -> bool:
-        return (
-            whole is not None
-            and other is not None
-            and torch.allclose(whole, other, rtol=1e-12, atol=1e-14)
-        )
+        if paired is None or other is None:
+            return False
+        return torch.allclose(paired, other, rtol=1e-12, atol=1e-14)
 
     # Paired with all rows, the mean ignores the order of y and differs from both aligned shapes.
-    whole = mean(outputs, y)
-    n = len(y)
-    aligned = [mean(outputs.view(shape), y.view(shape)) for shape in ((n,), (n, 1))]
+    paired = mean(outputs, y)
+    aligned = [mean(outputs.view(shape), y.view(shape)) for shape in ((rows,), (rows, 1))]
     # An accuracy may be equal for one other order by chance.
-    orders = (y.roll(shift, 0) for shift in range(1, min(n, _ORDERS)))
+    orders = (y.roll(shift, 0) for shift in range(1, min(rows, _ORDERS)))
     return all(same(mean(outputs, order)) for order in orders) and not any(map(same, aligned))
 
 
@@ -415,14 +405,21 @@ def loss_defaults(loss: object) -> Config:
     """
     if isinstance(loss, str):
         loss, numbers = parse_loss(loss)
-        named = {LOSS_PREFIX + name: value for name, value in numbers.items()}
-        return loss_defaults(None) | named
+        return loss_defaults(None) | _with_prefix(numbers)
+    defaults: Config = {}
     if callable(loss) and not isinstance(loss, nn.Module):
-        parameters = inspect.signature(loss).parameters.items()
-        return {LOSS_PREFIX + name: p.default for name, p in parameters if p.default is not p.empty}
-    return {
-        LOSS_PREFIX + name: a.default for of in LOSSES.values() for name, a in of.arguments.items()
-    }
+        for name, parameter in inspect.signature(loss).parameters.items():
+            if parameter.default is not parameter.empty:
+                defaults[name] = parameter.default
+    else:
+        for named in LOSSES.values():
+            defaults |= {name: number.default for name, number in named.arguments.items()}
+    return _with_prefix(defaults)
+
+
+def _with_prefix(arguments: Mapping[str, object]) -> Config:
+    """Return arguments of a loss under their names in a configuration."""
+    return {LOSS_PREFIX + name: value for name, value in arguments.items()}
 
 
 def qualified_name(value: object) -> str:
@@ -438,36 +435,40 @@ def make_objective(loss: Any, step: Any, augment: Any, task: Task) -> Objective:
     """
     for name, value in (("training_step", step), ("augment", augment)):
         if value is not None and not callable(value):
-            raise InputError(f"{name} must be a function, got {value!r}.")
+            raise InputError(name, "must be a function", got=value)
     if step is not None and loss is not None:
         raise InputError(
-            "training_step returns the loss itself, so loss has nothing to do; leave one of them "
-            "out."
+            "training_step",
+            f"returns the loss itself, so {option('loss')} has no effect",
+            remedy="Leave one of them out.",
         )
     numbers: dict[str, float] = {}
     if isinstance(loss, str):
         loss, numbers = parse_loss(loss)
     loss = loss_fitting(loss, task)
     if loss is None and step is None and task == "custom":
-        remedy = "give loss=callable(outputs, y), or training_step=callable(module, batch)"
-        raise InputError(f"a custom target has no loss of its own; {remedy}.")
+        raise InputError(
+            None,
+            "A custom target has no default loss",
+            remedy=per_interface(
+                f"Give {option('loss', Verbatim('callable(outputs, y)'))}, or "
+                "training_step=callable(module, batch).",
+                "Tune it from Python.",
+            ),
+        )
     if loss is None:
         loss = LOSS_OF_TASK.get(task, "")
     elif not (loss in LOSSES if isinstance(loss, str) else callable(loss)):
         near = did_you_mean(loss, LOSSES) if isinstance(loss, str) else ""
         names = ", ".join(map(repr, LOSSES))
-        raise InputError(
-            f"loss must be one of {names}, a torch.nn loss, or callable(outputs, y), got "
-            f"{loss!r}.{near}"
-        )
+        others = per_interface(", a torch.nn loss, or callable(outputs, y)", "")
+        raise InputError("loss", f"must be one of {names}{others}", got=loss, remedy=near.strip())
     elif isinstance(loss, str) and task not in LOSSES[loss].tasks:
-        fitting = ", ".join(repr(name) for name, of in LOSSES.items() if task in of.tasks)
-        of_numbers = task in NUMBERS_INSTEAD and "regression" in LOSSES[loss].tasks
-        remedy = f", or {SAY_REGRESSION}" * of_numbers
-        raise InputError(
-            f"loss={loss!r} does not fit a {task} target; choose "
-            f"{fitting or 'a loss of your own'}{remedy}."
-        )
+        fitting = [repr(name) for name, named in LOSSES.items() if task in named.tasks]
+        remedy = f"Choose {', '.join(fitting) or 'your own loss'}."
+        if task in NUMBERS_INSTEAD and "regression" in LOSSES[loss].tasks:
+            remedy = f"{remedy} {SAY_REGRESSION}"
+        raise InputError(f"loss={loss!r}", f"does not fit a {task} target", remedy=remedy)
     return Objective(
         loss, step, augment, any_outputs=task == "custom", binary=task == "binary", numbers=numbers
     )

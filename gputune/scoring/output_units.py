@@ -6,6 +6,7 @@ from gputune.scoring.losses import only_classifies
 from gputune.scoring.metrics import OneScoring, Scorings, default_scoring, scorers_of
 from gputune.scoring.objective import Objective, loss_arguments
 from gputune.scoring.torch_losses import name_of_loss, other_units, remedy_for_units
+from gputune.wording import option
 
 
 def _scorers(scoring: Scorings | None) -> list[OneScoring | None]:
@@ -24,8 +25,10 @@ def soft_label_scoring(scoring: Scorings | None) -> Scorings:
     for scorer in _scorers(scoring):
         if isinstance(scorer, str) and scorer != "neg_loss":
             raise InputError(
-                f"scoring={scorer!r} would compare the module's logits with the probabilities in "
-                "y. Leave scoring out to rank by the loss, or give scoring=callable(outputs, y)."
+                f"scoring={scorer!r}",
+                "would compare the module's logits with the probabilities in y",
+                remedy=f"Leave {option('scoring')} out to rank by the loss, or give "
+                "scoring=callable(outputs, y).",
             )
     return "neg_loss" if scoring is None else scoring
 
@@ -47,9 +50,11 @@ def refuse_other_units(scoring: Scorings | None, objective: Objective, target: T
     units = output_units(objective, target.n_outputs)
     score = named[0] or default_scoring("regression", objective)
     other = remedy_for_units(objective.loss)
-    remedy = f"{other}, or say scoring='neg_loss'" if other else "Say scoring='neg_loss'"
+    by_loss = option("scoring", "neg_loss")
+    remedy = f"{other}, or say {by_loss}" if other else f"Say {by_loss}"
     raise InputError(
-        f"loss={name_of_loss(objective.loss)} makes the outputs {units}, and scoring={score!r} "
-        f"would compare these with {target.name}. {remedy}: then the loss ranks the trials, and predict "
-        f"returns {units}."
+        f"loss={name_of_loss(objective.loss)}",
+        f"makes the outputs {units}, and {option('scoring', score)} would compare these with "
+        f"{target.name}",
+        remedy=f"{remedy}: then the loss ranks the trials, and predict returns {units}.",
     )

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gputune.errors import InputError
+from gputune.wording import Verbatim, option
 
 Score = Callable[[Tensor, Tensor], Tensor]
 
@@ -41,19 +42,18 @@ def neg_log_loss(logits: Tensor, y: Tensor) -> Tensor:
 
     p is clipped to [eps, 1 - eps] of the dtype, as in scikit-learn.
     """
-    log_p = logits.log_softmax(-1).gather(-1, y.expand(logits.shape[:-1])[..., None]).squeeze(-1)
     eps = torch.finfo(logits.dtype).eps
-    return log_p.clamp(math.log(eps), math.log1p(-eps)).mean(-1)
+    return _log_p(logits, y).clamp(math.log(eps), math.log1p(-eps)).mean(-1)
 
 
 def neg_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """Return minus the mean of -log p(label), with unclipped p. This is the loss itself."""
-    return (
-        logits.log_softmax(-1)
-        .gather(-1, y.expand(logits.shape[:-1])[..., None])
-        .squeeze(-1)
-        .mean(-1)
-    )
+    return _log_p(logits, y).mean(-1)
+
+
+def _log_p(logits: Tensor, y: Tensor) -> Tensor:
+    """Return log p(label) of each row, (C, m)."""
+    return logits.log_softmax(-1).gather(-1, y.expand(logits.shape[:-1])[..., None]).squeeze(-1)
 
 
 def roc_auc(logits: Tensor, y: Tensor) -> Tensor:
@@ -235,15 +235,15 @@ def refuse_metric(scoring: Callable[..., object]) -> None:
         return
     from sklearn.metrics import get_scorer, get_scorer_names
 
-    words = [
-        name
-        for name in get_scorer_names()
-        if getattr(get_scorer(name), "_score_func", None) is metric
-    ]
-    remedy = f"scoring=sklearn.metrics.make_scorer({metric.__name__}, ...)"
-    if words and metric is scoring:
-        remedy = f"scoring={min(words, key=len)!r}"
+    names = []
+    for name in get_scorer_names():
+        if getattr(get_scorer(name), "_score_func", None) is metric:
+            names.append(name)
+    scorer: str = Verbatim(f"sklearn.metrics.make_scorer({metric.__name__}, ...)")
+    if names and metric is scoring:
+        scorer = min(names, key=len)
     raise InputError(
-        f"scoring=sklearn.metrics.{metric.__name__} is a function of (y_true, y_pred) and no "
-        f"scorer; give {remedy}."
+        f"scoring=sklearn.metrics.{metric.__name__}",
+        "is a function of (y_true, y_pred), not a scorer",
+        remedy=f"Give {option('scoring', scorer)}.",
     )

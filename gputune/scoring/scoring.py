@@ -113,7 +113,7 @@ class Scoring:
         if self.of_outputs is not None:
             result = self._of_outputs(data, fold, outputs, target, finite)
         else:
-            outputs = _as_answers(data, fold, outputs)
+            outputs = _in_target_units(data, fold, outputs)
             if data.transforms:  # an inverse may overflow
                 finite &= outputs.isfinite().flatten(1).all(-1)
             ranks = (
@@ -164,7 +164,7 @@ class Scoring:
         elif is_one_logit(outputs, data.task, 2):
             outputs = outputs.double().view(*outputs.shape[:2], 1)
         else:
-            outputs = _as_answers(data, fold, outputs).view(outputs.shape)
+            outputs = _in_target_units(data, fold, outputs).view(outputs.shape)
             target = target[:, None] if data.column else target
         trials = finite.nonzero().flatten().tolist()
         if (
@@ -173,9 +173,10 @@ class Scoring:
             and pairs_all_rows(self.of_outputs, outputs[trials[0]], target)
         ):
             raise InputError(
-                f"scoring={self.name!r} compares each output with the targets of all rows: "
-                f"outputs have shape {tuple(outputs[0].shape)} and y {tuple(target.shape)}, which "
-                "torch broadcasts; take outputs[:, 0]."
+                f"scoring={self.name!r}",
+                "compares each output with the targets of all rows: outputs have shape "
+                f"{tuple(outputs[0].shape)} and y {tuple(target.shape)}, which torch broadcasts",
+                remedy="Take outputs[:, 0].",
             )
         result = torch.full((len(outputs),), torch.nan, dtype=torch.float64)
         for trial in trials:
@@ -184,11 +185,12 @@ class Scoring:
                 # an ensemble also read them.
                 result[trial] = float(self.of_outputs(outputs[trial].clone(), target.clone()))
             except Exception as error:
+                shapes = f"{tuple(outputs[trial].shape)} and {tuple(target.shape)}"
                 raise InputError(
-                    f"scoring={self.name!r} raised {type(error).__name__} on fold {fold}: "
-                    f"{error}. It is called as scoring(outputs, y), with tensors "
-                    f"{tuple(outputs[trial].shape)} and {tuple(target.shape)}, and returns a "
-                    "number, greater is better."
+                    f"scoring={self.name!r}",
+                    f"raised {type(error).__name__} on fold {fold}: {error}",
+                    remedy=f"It is called as scoring(outputs, y), with tensors {shapes}, and must "
+                    "return a number, greater is better.",
                 ) from error
         return result.to(finite.device)
 
@@ -240,8 +242,11 @@ class Scoring:
             remedy = "Choose a scoring that fits the task, for example accuracy or r2."
             if ":" in self.name:  # a custom scorer, named "module:function"
                 remedy = "It is called as scorer(estimator, X, y), with X as you gave it."
-            reason = f"{type(error).__name__} on fold {fold}: {str(error).rstrip('.')}"
-            raise InputError(f"scoring={self.name!r} raised {reason}. {remedy}") from error
+            raise InputError(
+                f"scoring={self.name!r}",
+                f"raised {type(error).__name__} on fold {fold}: {error}",
+                remedy=remedy,
+            ) from error
         return torch.from_numpy(result).to(outputs.device)
 
 
@@ -250,7 +255,7 @@ def shape_of_scores(scoring: Scoring | None, folds: int) -> tuple[int, ...]:
     return (folds,) if scoring is None or not scoring.others else (folds, 1 + len(scoring.others))
 
 
-def _as_answers(data: Dataset, fold: int, outputs: Tensor) -> Tensor:
+def _in_target_units(data: Dataset, fold: int, outputs: Tensor) -> Tensor:
     """Return outputs (C, m, K) as float64, ready to be scored.
 
     Numbers are in the target's own units. Absent classes have the logit -inf.
@@ -267,23 +272,21 @@ def _as_answers(data: Dataset, fold: int, outputs: Tensor) -> Tensor:
 
 def outputs_of(probabilities: Tensor, task: Task) -> Tensor:
     """Return the outputs that have given probabilities of classes (..., K) or labels (..., K)."""
-    return (
-        probabilities.logit(_SMALLEST)
-        if task == "multilabel"
-        else probabilities.clamp_min(_SMALLEST).log()
-    )
+    if task == "multilabel":
+        return probabilities.logit(_SMALLEST)
+    return probabilities.clamp_min(_SMALLEST).log()
 
 
 def _predict(data: Dataset, fold: int, member: TrialModel, trial: int, X: object) -> Tensor:
     """Return the outputs of a member for custom rows X, (m, K), on the CPU."""
     if data.scorer_rows is None:
-        raise InputError("a scorer that has a name asks for no other rows than those it scores.")
+        raise InputError(None, "A scorer with a name can only predict the rows that it scores")
     inputs = data.scorer_rows.encoded(X, data.statistics[fold], data.dtype)
     with torch.no_grad(), keyed_draws(torch.device("cpu"), 0, "scorer", fold, host=True):
         # Copies: without scaling, the inputs are the user's own rows.
         own = [x.clone() for x in inputs]
         outputs = call_module(member(trial), own, data.names).view(1, len(inputs[0]), -1)
-    return _as_answers(data, fold, outputs.to(data.device))[0].cpu()
+    return _in_target_units(data, fold, outputs.to(data.device))[0].cpu()
 
 
 # Limits of one layer's validation outputs. On a CPU a block stays in the cache of a core. On a GPU

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from gputune.errors import InputError
 from gputune.types import Task
+from gputune.wording import Verbatim, option, per_interface
 
 _KINDS: Mapping[Callable[..., object], type[nn.Module]] = {
     functional.binary_cross_entropy: nn.BCELoss,
@@ -42,10 +43,18 @@ _KINDS: Mapping[Callable[..., object], type[nn.Module]] = {
 OF_CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss)
 OF_NUMBERS = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.PoissonNLLLoss)
 
-_FUNCTION = (
-    "Call it in a function loss(outputs, y) of your own, with task='custom' and "
-    "scoring=callable(outputs, y), or in a training_step"
+_TASK = f"with {option('task', 'custom')} and"
+_CUSTOM = per_interface(
+    f"{_TASK} scoring=callable(outputs, y)",
+    f"{_TASK} scoring=callable(outputs, y)",
+    "in gputune.sklearn.NeuralNet",
 )
+_CUSTOM_BY_LOSS = per_interface(
+    f"{_TASK} {option('scoring', 'neg_loss')}",
+    f"{_TASK} {option('scoring', 'neg_loss')}",
+    "in gputune.sklearn.NeuralNet",
+)
+_FUNCTION = f"Call it in your own function loss(outputs, y), {_CUSTOM}, or in a training_step"
 # The second one is new in PyTorch 2.13.
 _WITH_WEIGHTS: list[type[nn.Module]] = [
     getattr(nn, name)
@@ -57,7 +66,7 @@ _MORE_ARGUMENTS: Mapping[type[nn.Module], tuple[str, str]] = {
         "means, y and variances",
         "Return the mean and the log variance as two columns of the module's outputs. Then give a "
         "function loss(outputs, y) that passes outputs[:, 0], y and outputs[:, 1].exp() to it, "
-        "with task='custom' and scoring='neg_loss'",
+        f"{_CUSTOM_BY_LOSS}",
     ),
     nn.CosineEmbeddingLoss: ("two embeddings and y", _FUNCTION),
     nn.MarginRankingLoss: ("the scores of two rows and y", _FUNCTION),
@@ -106,7 +115,9 @@ def refuse_other_arguments(loss: object) -> None:
         return
     takes, remedy = _MORE_ARGUMENTS[base]
     raise InputError(
-        f"loss={name_of_loss(loss)} takes {takes}, but gputune calls loss(outputs, y). {remedy}."
+        f"loss={name_of_loss(loss)}",
+        f"takes {takes}, but gputune calls loss(outputs, y)",
+        remedy=f"{remedy}.",
     )
 
 
@@ -138,21 +149,24 @@ def refuse_other_targets(loss: object, task: Task) -> None:
         "multilabel": "a 0 or a 1 for each label",
     }.get(task, "the positions of the classes, from 0")
     takes = "the positions of each row's labels" if positions else "-1 and 1"
-    as_given = "pass y in that form with task='custom' and scoring=callable(outputs, y)"
+    as_given = f"pass y in that form {_CUSTOM}"
+    bce = option("loss", "bce")
     if base is nn.SoftMarginLoss and task != "multiclass":
-        remedy = "Give loss='bce', which is the same loss for 0 and 1"
+        remedy = f"Give {bce}, which is the same loss for 0 and 1."
     elif task == "multilabel":
-        remedy = f"Give loss='bce', or {as_given}"
+        remedy = f"Give {bce}, or {as_given}."
     elif task in ("binary", "multiclass"):
-        remedy = f"Give loss='cross_entropy', or {as_given}"
+        remedy = f"Give {option('loss', 'cross_entropy')}, or {as_given}."
     else:
-        remedy = as_given.capitalize().replace("Pass Y", "Pass y")
+        remedy = f"Instead, {as_given}."
     raise InputError(
-        f"loss={name_of_loss(loss)} takes {takes} as y, but here a loss gets {gets}. {remedy}."
+        f"loss={name_of_loss(loss)}",
+        f"takes {takes} as y, but here a loss gets {gets}",
+        remedy=remedy,
     )
 
 
-_SIGMOID = "End the module in sigmoid() and give loss=torch.nn.BCELoss()"
+_SIGMOID = f"End the module in sigmoid() and give {option('loss', Verbatim('torch.nn.BCELoss()'))}"
 _UNITS: Mapping[type[nn.Module], tuple[str, str]] = {
     nn.PoissonNLLLoss: ("log rates", "End the module in exp() and give {} with log_input=False"),
     nn.BCEWithLogitsLoss: ("logits", _SIGMOID),

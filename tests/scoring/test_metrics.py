@@ -163,7 +163,7 @@ def test_a_study_of_several_metrics_trains_its_best_again(tmp_path):
         ),
         (
             ["f1_macro", "accuracy", "f1_macro"],
-            "scoring names 'f1_macro' twice; leave one out, or give a dict",
+            "scoring names 'f1_macro' twice. Leave one out, or pass a dict",
         ),
         (
             ["accuracy", 3],
@@ -175,7 +175,7 @@ def test_a_study_of_several_metrics_trains_its_best_again(tmp_path):
         ),
         (
             ["accuracy", "r2"],
-            "scoring='r2' does not fit a binary task; choose for example accuracy",
+            "scoring='r2' does not fit a binary task. Choose for example accuracy",
         ),
         ({"accuracy", "f1"}, r"or \(outputs, y\), or a list or dict of them, got \{"),
         (["accuracy", lambda outputs, y: 0.0], "scoring='.*<lambda>' has no name by which study="),
@@ -192,8 +192,8 @@ ONE_CLASS = [(np.arange(60), np.flatnonzero(Y == 1)[-5:])]
 @pytest.mark.parametrize(
     ("scoring", "options", "words"),
     [
-        (["accuracy", "f1"], {"y": WORDS}, "say which"),
-        (["accuracy"], {"y": WORDS, "positive": "ill"}, "no positive"),
+        (["accuracy", "f1"], {"y": WORDS}, "Say which"),
+        (["accuracy"], {"y": WORDS, "positive": "ill"}, "has no positive"),
         (
             ["accuracy", "roc_auc"],
             {"cv": ONE_CLASS},

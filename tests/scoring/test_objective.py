@@ -139,18 +139,18 @@ def test_augmentation_draws_the_same_for_each_fold():
         (("mze", None, None, "regression"), "loss must be one of .* got 'mze'"),
         (
             ("mse", None, None, "binary"),
-            "loss='mse' does not fit a binary target; choose 'cross_entropy'",
+            "loss='mse' does not fit a binary target. Choose 'cross_entropy'",
         ),
         (("mse", None, None, "custom"), "does not fit a custom target; choose a loss of your own"),
         ((None, None, None, "custom"), "a custom target has no loss of its own"),
         (("mse", print, None, "regression"), "training_step returns the loss itself"),
         (
             (nn.MSELoss(), None, None, "multiclass"),
-            "MSELoss is of numbers.*task='regression'.*loss='cross_entropy'",
+            "MSELoss is a loss of numbers.*task='regression'.*loss='cross_entropy'",
         ),
         (
             (nn.L1Loss, None, None, "binary"),
-            "L1Loss is of numbers, .* loss='cross_entropy' or 'bce'",
+            "L1Loss is a loss of numbers, .* loss='cross_entropy' or 'bce'",
         ),
         ((None, 3, None, "regression"), "training_step must be a function, got 3"),
         ((None, None, "flip", "regression"), "augment must be a function, got 'flip'"),
@@ -165,8 +165,18 @@ def test_what_is_no_objective_is_refused(arguments, message):
     ("loss", "step", "config", "message"),
     [
         ("huber", None, {"loss__delta": 0}, r"loss__delta must be a number in \(0, inf\), got 0"),
-        ("huber", None, {"loss__q": 0.5}, "loss__q is none of loss='huber', which takes delta"),
-        ("mse", None, {"loss__q": 0.5}, "loss__q is none of loss='mse', which takes no numbers"),
+        (
+            "huber",
+            None,
+            {"loss__q": 0.5},
+            "loss__q is not an argument of loss='huber', which takes delta",
+        ),
+        (
+            "mse",
+            None,
+            {"loss__q": 0.5},
+            "loss__q is not an argument of loss='mse', which takes no numbers",
+        ),
         (
             nn.HuberLoss,
             None,
@@ -177,10 +187,10 @@ def test_what_is_no_objective_is_refused(arguments, message):
             nn.HuberLoss(),
             None,
             {"loss__delta": 0.5},
-            "delta has nowhere to go, .* pass the class, loss=HuberLoss",
+            "delta has no effect, .* Pass loss=HuberLoss",
         ),
         (lambda outputs, y: outputs, None, {"loss__q": 0.5}, "loss__q is no argument of the loss"),
-        (None, print, {"loss__q": 0.5}, "loss__q has no loss to go to beside training_step"),
+        (None, print, {"loss__q": 0.5}, "loss__q has no effect, because training_step"),
     ],
 )
 def test_numbers_that_a_loss_does_not_take_are_refused(loss, step, config, message):
@@ -193,7 +203,7 @@ def test_numbers_that_a_loss_does_not_take_are_refused(loss, step, config, messa
 )
 def test_augmentation_of_another_shape_is_refused(change, found):
     with refused(
-        rf"augment: .* must return inputs of the shapes that it is given, \[\(3, 4\)\], got \[{found}\]"
+        rf"augment must return inputs of the shapes that it gets, \[\(3, 4\)\], got \[{found}\]"
     ):
         Objective("mse", augment=lambda x, generator: change(x)).augmented(
             [torch.zeros(2, 3, 4)], None, 0, (0, 0)

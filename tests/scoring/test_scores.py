@@ -153,7 +153,7 @@ def test_a_score_on_text_labels_is_of_the_class_that_was_asked_for_and_of_probab
     expected = (OF_A_CLASS | OF_NO_CLASS)[name](y, guess, p, NAMED[label])
     assert scoring(data, 1, outputs)[0].item() == pytest.approx(expected, abs=1e-12)
     if code is not None:
-        with refused(rf"scoring='{name}' is of one class.*positive='no' or positive='yes'"):
+        with refused(rf"scoring='{name}' is a score of one class.*positive='no' or positive='yes'"):
             make_scoring(name, "binary", NAMED)
 
 
@@ -196,11 +196,11 @@ METRICS = [
             "r2",
             NAMED,
             None,
-            "scoring='r2' does not fit a binary task; .* neg_log_loss, roc_auc, f1",
+            "scoring='r2' does not fit a binary task. .* neg_log_loss, roc_auc, f1",
         ),
         ("accuracy", None, None, "does not fit a regression task; choose for example r2"),
         *[
-            ("f1", classes, None, "scoring='f1' does not fit a .* task; choose for ex")
+            ("f1", classes, None, "scoring='f1' does not fit a .* task. Choose for ex")
             for classes in (None, [*"abc"])
         ],
         ("roc_auc", [*"abc"], None, "choose 'roc_auc_ovr'"),
@@ -211,10 +211,10 @@ METRICS = [
             r"callable\(estimator, X, y\) or \(outputs, y\), or a list or dict of them, got 3",
         ),
         *[
-            (metric, NAMED, None, rf"y_pred\) and no scorer; give scoring={words}")
+            (metric, NAMED, None, rf"y_pred\), not a scorer. Give scoring={words}")
             for metric, words in METRICS
         ],
-        ("f1", [1, 2], None, r"say which of the two it is, positive=1 or positive=2"),
+        ("f1", [1, 2], None, r"Say which of the two it is: positive=1 or positive=2"),
         ("f1", ["0", "1"], None, "positive='0' or positive='1'"),
         (
             "f1",
@@ -231,21 +231,21 @@ METRICS = [
             r"positive='a' needs a target of two classes, got a multiclass",
         ),
         ("r2", None, 1, "positive=1 .* got a regression task; leave it out"),
-        ("accuracy", NAMED, "no", "scoring='accuracy' knows no positive class; leave it out"),
-        ("f1_macro", NAMED, "no", "scoring='f1_macro' knows no positive class"),
+        ("accuracy", NAMED, "no", "scoring='accuracy' has no positive class. Leave it out"),
+        ("f1_macro", NAMED, "no", "scoring='f1_macro' has no positive class"),
         (
             "roc_auc",
             NAMED,
             "no",
-            "scoring='roc_auc' knows no positive class: it is the same for both; leave",
+            "scoring='roc_auc' has no positive class, because it is the same for both. Leave",
         ),
-        ("neg_brier_score", NAMED, "no", "scoring='neg_brier_score' knows no positive class"),
-        (None, NAMED, "no", "scoring='accuracy' knows no positive class"),
+        ("neg_brier_score", NAMED, "no", "scoring='neg_brier_score' has no positive class"),
+        (None, NAMED, "no", "scoring='accuracy' has no positive class"),
         (
             metrics.make_scorer(metrics.f1_score),
             NAMED,
             "no",
-            "knows no positive class; leave it out",
+            "has no positive class. Leave it out",
         ),
     ],
 )
@@ -267,7 +267,7 @@ def test_a_loss_is_of_the_target_that_a_fold_trains_on():
 
 def test_a_loss_is_of_no_class():
     for task, classes, message in (
-        ("binary", NAMED, "knows no positive class"),
+        ("binary", NAMED, "has no positive class"),
         ("regression", None, "got a regr"),
     ):
         with refused(message):

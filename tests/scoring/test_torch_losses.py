@@ -99,12 +99,28 @@ def test_the_remedy_for_a_gaussian_likelihood_works():
         (nn.MultiLabelMarginLoss, "binary", "the positions of each row's labels as y, but here"),
         (nn.MultiLabelMarginLoss(), "multilabel", "Give loss='bce', or pass y in that form with"),
         (nn.MultiLabelMarginLoss(), "regression", "gets floats. Pass y in that form with task="),
-        (functional.mse_loss, "binary", "mse_loss is of numbers, and y is classes: say task='reg"),
-        (nn.MSELoss, "multilabel", "is of numbers, and y is labels: say task='regression' where"),
+        (
+            functional.mse_loss,
+            "binary",
+            "mse_loss is a loss of numbers, but y is classes. If they are numbers, say task='reg",
+        ),
+        (
+            nn.MSELoss,
+            "multilabel",
+            "is a loss of numbers, but y is labels. If they are numbers, say task='regression'",
+        ),
         (functional.cross_entropy, "multilabel", "is of one class a row, and y is labels"),
-        (functional.binary_cross_entropy, "binary", "takes probabilities, .* give loss='bce'"),
-        ("mse", "multiclass", "target; choose 'cross_entropy', or say task='regression' where"),
-        ("quantile:0.9", "binary", "choose 'cross_entropy', 'bce', or say task='regression'"),
+        (functional.binary_cross_entropy, "binary", "takes probabilities, .* Give loss='bce'"),
+        (
+            "mse",
+            "multiclass",
+            "target. Choose 'cross_entropy'. If they are numbers, say task='regression'",
+        ),
+        (
+            "quantile:0.9",
+            "binary",
+            "Choose 'cross_entropy', 'bce'. If they are numbers, say task='regression'",
+        ),
     ],
 )
 def test_a_loss_of_other_targets_is_refused(loss, task, message):
@@ -224,7 +240,9 @@ def test_a_study_of_log_rates_that_is_ranked_already_goes_on(tmp_path, monkeypat
 def test_estimators_name_their_own_words():
     with pytest.warns(InputWarning, match="criterion=.*PoissonNLLLoss makes the outputs log rates"):
         NeuralNetRegressor(Linear, criterion=nn.PoissonNLLLoss, max_epochs=1).fit(ROWS, RATES)
-    with refused("criterion=torch.nn.MSELoss .* use NeuralNetRegressor .* choose criterion='cross"):
+    with refused(
+        "criterion=torch.nn.MSELoss .* use NeuralNetRegressor. Otherwise choose criterion='cross"
+    ):
         NeuralNetClassifier(Linear, criterion=nn.MSELoss).fit(ROWS, SIGNS)
     with refused("criterion=.*GaussianNLLLoss .* in gputune.sklearn.NeuralNet"):
         NeuralNetRegressor(Linear, criterion=nn.GaussianNLLLoss).fit(ROWS, RATES)

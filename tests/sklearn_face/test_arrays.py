@@ -107,7 +107,7 @@ def test_a_target_of_any_shape_with_a_criterion():
     )
     maps = IMAGES[:, :, 1:-1, 1:-1] * 2
     with pytest.raises(
-        InputError, match=r"a custom target has no loss of its own; give criterion=callable"
+        InputError, match=r"A custom target has no default loss. Give criterion=callable"
     ):
         net.fit(IMAGES, maps)
     net.set_params(criterion=squares_of_maps)

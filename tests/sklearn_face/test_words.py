@@ -455,11 +455,11 @@ REFUSED_NETS = [
     ({"criterion": 3}, "criterion must be one of .*got 3"),
     (
         {"criterion": "huber"},
-        "criterion='huber' does not fit a multiclass target; choose 'cross_entropy'",
+        "criterion='huber' does not fit a multiclass target. Choose 'cross_entropy'",
     ),
     (
         {"criterion__delta": 1},
-        "^criterion__delta is none of criterion='cross_entropy', which takes label_smoo",
+        "^criterion__delta is not an argument of criterion='cross_entropy', which takes label_smoo",
     ),
     (
         {"criterion": nn.CrossEntropyLoss, "criterion__label_smoothing": 2},
@@ -471,7 +471,7 @@ REFUSED_NETS = [
     ),
     (
         {"criterion": nn.NLLLoss, "criterion__delta": 1},
-        "^criterion__delta is no argument of the loss .*NLLLoss",
+        "^criterion__delta is not an argument of the loss .*NLLLoss",
     ),
     (
         {"criterion": lambda outputs, y: outputs},

@@ -834,15 +834,15 @@ def test_more_bad_input(tmp_path, iris):
         ("Write UTF-8 text", "mlp", latin, "kind", {}),
     ]
     for size, words in (
-        (51, "class 1 has 1 row for 3 folds: choose another scoring."),
-        (52, "class 1 has 2 rows for 3 folds: choose 2 stratified folds, or another scoring."),
-        (101, "class 2 has 1 row for 3 folds: choose another scoring, or leave that class out."),
+        (51, "Class 1 has 1 row for 3 folds. Choose another scoring."),
+        (52, "Class 1 has 2 rows for 3 folds. Choose 2 stratified folds, or another scoring."),
+        (101, "Class 2 has 1 row for 3 folds. Choose another scoring, or leave that class out."),
     ):
         how = {
             "scoring": "roc_auc" if size < 100 else "roc_auc_ovr",
             "cv": list(KFold(3).split(X[:size])),
         }
-        said = f"scoring='{how['scoring']}' needs every class.*lacks one; {words}$"
+        said = f"scoring='{how['scoring']}' needs every class.*lacks one. {words}$"
         cases.append((said, "mlp", X[:size], y[:size], how))
     for words, model, rows, target, how in cases:
         with refused(words):
