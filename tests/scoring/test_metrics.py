@@ -155,8 +155,8 @@ def test_a_study_of_several_metrics_trains_its_best_again(tmp_path):
 @pytest.mark.parametrize(
     ("scoring", "words"),
     [
-        ([], r"scoring needs at least one score, got \[\]; name one, or leave it out"),
-        ({}, r"scoring needs at least one score, got \{\}; name one"),
+        ([], r"scoring needs at least one score, got \[\]\. Name one, or leave it out"),
+        ({}, r"scoring needs at least one score, got \{\}\. Name one"),
         (
             ["accuracy", "acuracy"],
             "scorer names or a callable, got 'acuracy'. Did you mean 'accuracy'?",
@@ -167,17 +167,17 @@ def test_a_study_of_several_metrics_trains_its_best_again(tmp_path):
         ),
         (
             ["accuracy", 3],
-            r"scoring holds scikit-learn scorer names and callables, .*, got 3 in it; replace it",
+            r"scoring must hold scikit-learn scorer names and callables .*, got 3. Replace it",
         ),
         (
             {"a": "accuracy", 2: "f1_macro"},
-            "scoring, a dict, has texts as keys, got 2; name each score",
+            "scoring must have strings as keys, got 2. Name each score",
         ),
         (
             ["accuracy", "r2"],
             "scoring='r2' does not fit a binary task. Choose for example accuracy",
         ),
-        ({"accuracy", "f1"}, r"or \(outputs, y\), or a list or dict of them, got \{"),
+        ({"accuracy", "f1"}, r"or \(outputs, y\), or a list or dict of these, got \{"),
         (["accuracy", lambda outputs, y: 0.0], "scoring='.*<lambda>' has no name by which study="),
     ],
 )

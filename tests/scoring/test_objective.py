@@ -141,8 +141,8 @@ def test_augmentation_draws_the_same_for_each_fold():
             ("mse", None, None, "binary"),
             "loss='mse' does not fit a binary target. Choose 'cross_entropy'",
         ),
-        (("mse", None, None, "custom"), "does not fit a custom target; choose a loss of your own"),
-        ((None, None, None, "custom"), "a custom target has no loss of its own"),
+        (("mse", None, None, "custom"), "does not fit a custom target. Choose your own loss"),
+        ((None, None, None, "custom"), "A custom target has no default loss"),
         (("mse", print, None, "regression"), "training_step returns the loss itself"),
         (
             (nn.MSELoss(), None, None, "multiclass"),
@@ -181,7 +181,7 @@ def test_what_is_no_objective_is_refused(arguments, message):
             nn.HuberLoss,
             None,
             {"loss__q": 0.5},
-            r"loss__q is no argument of the loss torch.nn.*HuberLoss\(",
+            r"loss__q is not an argument of the loss torch.nn.*HuberLoss\(",
         ),
         (
             nn.HuberLoss(),
@@ -189,7 +189,12 @@ def test_what_is_no_objective_is_refused(arguments, message):
             {"loss__delta": 0.5},
             "delta has no effect, .* Pass loss=HuberLoss",
         ),
-        (lambda outputs, y: outputs, None, {"loss__q": 0.5}, "loss__q is no argument of the loss"),
+        (
+            lambda outputs, y: outputs,
+            None,
+            {"loss__q": 0.5},
+            "loss__q is not an argument of the loss",
+        ),
         (None, print, {"loss__q": 0.5}, "loss__q has no effect, because training_step"),
     ],
 )

@@ -198,17 +198,17 @@ METRICS = [
             None,
             "scoring='r2' does not fit a binary task. .* neg_log_loss, roc_auc, f1",
         ),
-        ("accuracy", None, None, "does not fit a regression task; choose for example r2"),
+        ("accuracy", None, None, "does not fit a regression task. Choose for example r2"),
         *[
             ("f1", classes, None, "scoring='f1' does not fit a .* task. Choose for ex")
             for classes in (None, [*"abc"])
         ],
-        ("roc_auc", [*"abc"], None, "choose 'roc_auc_ovr'"),
+        ("roc_auc", [*"abc"], None, "Choose 'roc_auc_ovr'"),
         (
             3,
             NAMED,
             None,
-            r"callable\(estimator, X, y\) or \(outputs, y\), or a list or dict of them, got 3",
+            r"callable\(estimator, X, y\) or \(outputs, y\), or a list or dict of these, got 3",
         ),
         *[
             (metric, NAMED, None, rf"y_pred\), not a scorer. Give scoring={words}")
@@ -230,7 +230,7 @@ METRICS = [
             "a",
             r"positive='a' needs a target of two classes, got a multiclass",
         ),
-        ("r2", None, 1, "positive=1 .* got a regression task; leave it out"),
+        ("r2", None, 1, "positive=1 .* got a regression task. Leave it out"),
         ("accuracy", NAMED, "no", "scoring='accuracy' has no positive class. Leave it out"),
         ("f1_macro", NAMED, "no", "scoring='f1_macro' has no positive class"),
         (

@@ -98,7 +98,11 @@ def test_the_remedy_for_a_gaussian_likelihood_works():
         (nn.HingeEmbeddingLoss, "multilabel", "a 0 or a 1 for each label. Give loss='bce', or"),
         (nn.MultiLabelMarginLoss, "binary", "the positions of each row's labels as y, but here"),
         (nn.MultiLabelMarginLoss(), "multilabel", "Give loss='bce', or pass y in that form with"),
-        (nn.MultiLabelMarginLoss(), "regression", "gets floats. Pass y in that form with task="),
+        (
+            nn.MultiLabelMarginLoss(),
+            "regression",
+            "gets floats. Instead, pass y in that form with task=",
+        ),
         (
             functional.mse_loss,
             "binary",
@@ -109,7 +113,7 @@ def test_the_remedy_for_a_gaussian_likelihood_works():
             "multilabel",
             "is a loss of numbers, but y is labels. If they are numbers, say task='regression'",
         ),
-        (functional.cross_entropy, "multilabel", "is of one class a row, and y is labels"),
+        (functional.cross_entropy, "multilabel", "is a loss of one class per row, but y is labels"),
         (functional.binary_cross_entropy, "binary", "takes probabilities, .* Give loss='bce'"),
         (
             "mse",
