@@ -151,7 +151,7 @@ def test_a_killed_worker_loses_nothing_and_doubles_nothing(cluster, iris, tmp_pa
 def test_a_chunk_that_ends_every_worker_is_given_up_and_nothing_else_is_lost(
     cluster, iris, tmp_path, orders, monkeypatch
 ):
-    monkeypatch.setattr(executor, "LOSSES", 2)
+    monkeypatch.setattr(executor, "MAX_LOST_WORKERS", 2)
     given = {**MODULE, "space": {**LR, "module__hidden": [4]}, "include": [{"module__hidden": 6}]}
     gputune.tune(Net, *iris, workers=1, study=tmp_path / "here.db", **given)
     (orders / "always").touch()

@@ -171,7 +171,7 @@ def test_halving_of_what_trains_one_by_one_gives_the_scores_of_one_process():
 
 
 def test_a_chunk_that_ends_every_worker_is_given_up(orders, monkeypatch):
-    monkeypatch.setattr(executor, "LOSSES", 2)
+    monkeypatch.setattr(executor, "MAX_LOST_WORKERS", 2)
     (orders / "kill").touch()
     with pytest.warns(
         UserWarning, match="SIGKILL ended it .as the system does where memory has run out"
