@@ -112,7 +112,7 @@ def test_one_that_raises_loses_nothing_and_is_not_called_again(moment, tmp_path)
     path = tmp_path / "study.db"
     with pytest.warns(
         UserWarning,
-        match=rf"Broken\.{moment} raised RuntimeError: no such server. It is not called",
+        match=rf"Broken\.{moment} raised RuntimeError: no such server. Broken is not called again",
     ):
         study = tune(Broken(), other, study=path)
     assert (len(calls), len(other.trials), len(other.ends)) == (1, 7, 1)
