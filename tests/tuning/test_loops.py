@@ -175,7 +175,7 @@ def test_a_failed_trial_keeps_its_error_and_the_search_goes_on(capsys):
     assert {t.state for t in study.trials if 0.01 < t.params["lr"] <= 0.05} <= {"failed"}
     with pytest.raises(
         gputune.SearchFailedError,
-        match="8 of 8 trials raised an error, the first TypeError: what the",
+        match="8 of 8 trials raised an error, the first TypeError: the value that the",
     ):
         search(lambda params, report: None)
 
