@@ -517,7 +517,9 @@ def full_disk(folder: Path, n_trials: int) -> Counts:
             search(path, n_trials)
         except OSError as error:
             says = str(error)
-            assert path.name in says and ("make room" in says or "check the disk" in says), error
+            assert path.name in says and ("free disk space" in says or "heck the disk" in says), (
+                error
+            )
         else:
             raise AssertionError("the disk was never full")
 

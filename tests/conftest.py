@@ -91,7 +91,7 @@ def another_user(tmp_path, monkeypatch):
 
     def begin():
         monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state-of-another"))
-        monkeypatch.setattr("gputune.study.code._here", set())
+        monkeypatch.setattr("gputune.study.code._remembered", set())
 
     return begin
 

@@ -48,7 +48,7 @@ def test_an_argument_with_its_value(reference, value, python, command, sklearn):
         ("Halving(min_epochs=...)", "--min-epochs", "Halving(min_epochs=...)"),
         ("Hypergradient(step=...)", "Hypergradient(step=...)", "Hypergradient(step=...)"),
         ("export(path='o.onnx')", "--out o.onnx", "export(path='o.onnx')"),
-        ("ranked_by(name='f1')", "--by f1", "ranked_by(name='f1')"),
+        ("ranked_by(metric='f1')", "--by f1", "ranked_by(metric='f1')"),
     ],
 )
 def test_an_argument_that_is_wrong(reference, command, sklearn):

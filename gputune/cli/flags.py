@@ -166,10 +166,11 @@ def flags() -> dict[str, str]:
 
 
 _OF_CALLS = {
-    ("ranked_by", "name"): "--by",
+    ("ranked_by", "metric"): "--by",
     ("report", "confusion"): "--confusion",
     ("report", "importance"): "--importance",
     ("export", "path"): "--out",
+    ("repair", "out"): "--out",
     ("predict_interval", "level"): "--interval",
     ("load_model", "module"): "--model",
     ("Ray", "address"): "--ray",

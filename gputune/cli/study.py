@@ -426,7 +426,7 @@ def repair(arguments: Namespace) -> str:
     """Save the intact part of a damaged study into a new file, and return the summary."""
     from gputune.study.repair import repair
 
-    saved = repair(study_file(arguments.study), arguments.out, argument="--out ")
+    saved = repair(study_file(arguments.study), arguments.out)
     if not saved.is_whole_search:
         return str(saved)
     return f"{saved}\n\nGo on: {shlex.join(['gputune', 'resume', arguments.out])}"

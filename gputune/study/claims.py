@@ -32,6 +32,7 @@ from gputune.study.record import has_form
 from gputune.study.rows import PlannedChunk
 from gputune.study.values import MALFORMED
 from gputune.types import Json
+from gputune.wording import option
 
 SETUP = -1
 SEARCH = -2
@@ -98,8 +99,8 @@ class Claims(AbstractContextManager["Claims"]):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._whole = path.resolve()  # absolute: this process may change its folder
-        self._pattern = re.compile(re.escape(self._whole.name) + r"-[0-9a-f]{16}\.lock")
+        self._absolute = path.resolve()  # absolute: this process may change its folder
+        self._pattern = re.compile(re.escape(self._absolute.name) + r"-[0-9a-f]{16}\.lock")
         self._file: int | None = None
         self._lock = ""
         self._mutex = threading.RLock()
@@ -117,10 +118,13 @@ class Claims(AbstractContextManager["Claims"]):
         Raises:
             InputError: another process has the claim. The message names it.
         """
-        if (owner := self._claim(SEARCH)) is not None:
+        owner = self._claim(SEARCH)
+        if owner is not None:
             raise InputError(
-                f"study={str(self.path)!r}: {owner} is at work on this search, and one process "
-                f"alone decides which trials of method={method!r} train on. {self.remedy(owner)}"
+                f"study={str(self.path)!r}",
+                f"is in use: {owner} works on this search, and with {option('method', method)} "
+                "only one process decides which trials train on",
+                remedy=self.remedy(owner),
             )
 
     def take_setup(self) -> Owner | None:
@@ -142,10 +146,10 @@ class Claims(AbstractContextManager["Claims"]):
         processes to read."""
         with self._mutex, suppress(OSError):  # a full disk must not end the search
             if self._file is not None:
-                place = _beside(self._whole.with_name(self._lock))
-                draft = place.with_suffix(".tmp")
+                path = _progress_file(self._lock_path(self._lock))
+                draft = path.with_suffix(".tmp")
                 draft.write_text(json.dumps(progress))
-                os.replace(draft, place)  # readers never see a partial file
+                os.replace(draft, path)  # readers never see a partial file
 
     def shown(self) -> list[tuple[Owner, Json]]:
         """Return the living processes that report their progress, each with its progress
@@ -153,17 +157,17 @@ class Claims(AbstractContextManager["Claims"]):
 
         Lock files of dead processes are removed on the way.
         """
-        found = []
-        folder = self._whole.parent
-        for place in sorted(folder.iterdir()) if folder.is_dir() else ():
+        processes = []
+        folder = self._absolute.parent
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             with suppress(OSError, *MALFORMED):
-                if (owner := self._alive(place.name)) is not None and (
-                    said := _beside(place)
-                ).is_file():
-                    progress = json.loads(said.read_text())
+                owner = self._living_owner(path.name)
+                file = _progress_file(path)
+                if owner is not None and file.is_file():
+                    progress = json.loads(file.read_text())
                     if has_form(progress, PROGRESS):
-                        found.append((owner, progress))
-        return found
+                        processes.append((owner, progress))
+        return processes
 
     def close(self) -> None:
         """Give up all claims, and remove the lock file."""
@@ -177,7 +181,7 @@ class Claims(AbstractContextManager["Claims"]):
             finally:
                 # Also after an interrupt, this process must not keep claims that it has given up.
                 if file is not None:
-                    _remove(self._whole.with_name(self._lock), file)
+                    _remove(self._lock_path(self._lock), file)
                 if self._connection is not None:
                     self._connection.close()
                     self._connection = None
@@ -193,30 +197,33 @@ class Claims(AbstractContextManager["Claims"]):
         The owner is ``_NOBODY`` if all the given trials have their results.
         """
         with self._mutex:
-            if (owner := self._owner(number, trials)) is None:  # a first check without a lock
-                connection = self._connect()
-                lock = self._lock_file()
-                # Checked again under the lock: another process may have made the claim meanwhile.
-                with transaction(connection, self.path):
-                    if (owner := self._owner(number, trials)) is None:
-                        connection.execute(
-                            "INSERT OR REPLACE INTO claims VALUES (?, ?)", (number, lock)
-                        )
+            owner = self._owner(number, trials)  # a first check without a lock
+            if owner is not None:
+                return owner
+            connection = self._connect()
+            lock = self._lock_file()
+            # Checked again under the lock: another process may have made the claim meanwhile.
+            with transaction(connection, self.path):
+                owner = self._owner(number, trials)
+                if owner is None:
+                    claim = "INSERT OR REPLACE INTO claims VALUES (?, ?)"
+                    connection.execute(claim, (number, lock))
             return owner
 
     def _owner(self, number: int, trials: Sequence[int] = ()) -> Owner | None:
         connection = self._connect()
         # A stopped trial is not final: it trains again.
         is_final = "SELECT 1 FROM results WHERE number = ? AND state != 'stopped'"
+        claim = "SELECT lock FROM claims WHERE chunk = ?"
         with sqlite_errors(self.path):
             if trials and all(connection.execute(is_final, (n,)).fetchone() for n in trials):
                 return _NOBODY
-            row = connection.execute(
-                "SELECT lock FROM claims WHERE chunk = ?", (number,)
-            ).fetchone()
-        return None if row is None or row[0] == self._lock else self._alive(row[0])
+            row = connection.execute(claim, (number,)).fetchone()
+        if row is None or row[0] == self._lock:
+            return None
+        return self._living_owner(row[0])
 
-    def _alive(self, lock: str) -> Owner | None:
+    def _living_owner(self, lock: str) -> Owner | None:
         """Return the owner of a lock file if that process lives, otherwise None.
 
         The lock file of a dead process is removed. The name may come from a stranger's study. A
@@ -224,14 +231,13 @@ class Claims(AbstractContextManager["Claims"]):
         """
         if not self._pattern.fullmatch(lock):
             return None
-        place = self._whole.with_name(lock)
+        path = self._lock_path(lock)
+        # Some network file systems allow a lock only to processes that may write.
+        access = os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY
         try:
-            # Some network file systems allow a lock only to processes that may write.
-            file = os.open(
-                place, (os.O_RDWR if os.access(place, os.W_OK) else os.O_RDONLY) | _PLAIN
-            )
+            file = os.open(path, access | _PLAIN)
         except OSError:
-            if place.is_file() and not place.is_symlink():
+            if path.is_file() and not path.is_symlink():
                 raise
             return None
         is_dead = False
@@ -241,45 +247,56 @@ class Claims(AbstractContextManager["Claims"]):
             owner = _read_owner(file, lock)
             # Locks may not reach from one host to another. Then a free lock proves nothing about
             # the other host's processes.
-            is_dead = owner.is_near and any(
-                lock_descriptor(file, blocking=False) for _ in map(time.sleep, _LOOKS)
-            )
+            is_dead = owner.is_near and _is_free(file)
             return None if is_dead else owner
         finally:
-            _remove(place, file) if is_dead else os.close(file)
+            if is_dead:
+                _remove(path, file)
+            else:
+                os.close(file)
 
     def _lock_file(self) -> str:
         """Return the name of this process's lock file, which is created at the first call."""
         try:
             while self._file is None:
-                lock = f"{self._whole.name}-{secrets.token_hex(8)}.lock"
-                place = self._whole.with_name(lock)
-                file = os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-                try:
-                    # If the lock fails, another process is about to remove the file.
-                    if lock_descriptor(file, blocking=False):
-                        me = {"host": platform.node(), "boot": boot(), "pid": os.getpid()}
-                        os.write(file, json.dumps(me).encode())
-                        # Another process may have removed the file before it was locked.
-                        with suppress(FileNotFoundError):
-                            if os.fstat(file).st_ino == place.stat().st_ino:
-                                self._file = file
-                                self._lock = lock
-                finally:
-                    if self._file is None:
-                        _remove(place, file)
+                self._make_lock_file()
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"study {str(self.path)!r}: its lock file cannot be made ({error.strerror}); "
-                "check the disk, the rights of its folder, and that its file system has locks",
+                f"the lock file of study {str(self.path)!r} cannot be created ({error.strerror}). "
+                "Check the disk, the permissions of its folder, and that its file system supports "
+                "locks.",
             ) from error
         return self._lock
 
+    def _make_lock_file(self) -> None:
+        """Create and lock a file. It fails if another process removes the file meanwhile."""
+        lock = f"{self._absolute.name}-{secrets.token_hex(8)}.lock"
+        path = self._lock_path(lock)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        try:
+            # If the lock fails, another process is about to remove the file.
+            if lock_descriptor(file, blocking=False):
+                owner = {"host": platform.node(), "boot": boot(), "pid": os.getpid()}
+                os.write(file, json.dumps(owner).encode())
+                # Another process may have removed the file before it was locked.
+                with suppress(FileNotFoundError):
+                    if os.fstat(file).st_ino == path.stat().st_ino:
+                        self._file = file
+                        self._lock = lock
+        finally:
+            if self._file is None:
+                _remove(path, file)
+
+    def _lock_path(self, lock: str) -> Path:
+        return self._absolute.with_name(lock)
+
     def remedy(self, owner: Owner) -> str:
         """Return the advice for a claim that another process has."""
-        gone = f"; where it is gone for good, remove {str(self._whole.with_name(owner.lock))!r}"
-        return f"Wait for it, or end it{'' if owner.is_near else gone}."
+        if owner.is_near:
+            return "Wait for it, or end it."
+        lock = str(self._lock_path(owner.lock))
+        return f"Wait for it, or end it. If it no longer exists, remove {lock!r}."
 
     def _delete(self, where: str, *values: int | str) -> None:
         with self._mutex, transaction(connection := self._connect(), self.path):
@@ -288,7 +305,7 @@ class Claims(AbstractContextManager["Claims"]):
     def _connect(self) -> sqlite3.Connection:
         """Return a separate connection, because the threads that watch workers use it too."""
         if self._connection is None:
-            self._connection = connect(self._whole, "rw", threads=True)
+            self._connection = connect(self._absolute, "rw", threads=True)
             # A claim need not survive a power failure, so it does not wait for the disk.
             self._connection.execute("PRAGMA synchronous = NORMAL")
         return self._connection
@@ -335,7 +352,16 @@ def _read_owner(file: int, lock: str) -> Owner:
         return Owner(platform.node(), boot(), 0, lock)
 
 
-def _beside(lock: Path) -> Path:
+def _is_free(file: int) -> bool:
+    """Return True if no process holds the lock of a file. Then this process holds it."""
+    for seconds in _LOOKS:
+        time.sleep(seconds)
+        if lock_descriptor(file, blocking=False):
+            return True
+    return False
+
+
+def _progress_file(lock: Path) -> Path:
     """Return the path of the progress file that belongs to a lock file.
 
     It is found only by the lock file, so it is removed first.
@@ -343,19 +369,20 @@ def _beside(lock: Path) -> Path:
     return lock.with_suffix(".progress")
 
 
-def _remove(place: Path, file: int) -> None:
+def _remove(lock: Path, file: int) -> None:
     """Remove an open lock file and close it.
 
     The order matters: after closing, the file could belong to another process when it is removed.
     """
+    progress = _progress_file(lock)
     try:
-        for one in (_beside(place).with_suffix(".tmp"), _beside(place), place):
+        for path in (progress.with_suffix(".tmp"), progress, lock):
             with suppress(OSError):
-                one.unlink()
+                path.unlink()
     finally:
         os.close(file)
     # Windows cannot remove an open file, so the first attempt failed. This one fails if another
     # process has it open.
     if sys.platform == "win32":
         with suppress(OSError):
-            place.unlink()
+            lock.unlink()

@@ -17,10 +17,11 @@ import os
 import stat
 import sys
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import is_dataclass
-from itertools import accumulate
+from importlib.machinery import ModuleSpec
+from itertools import accumulate, chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -50,14 +51,16 @@ def source_text(function: Any) -> str:
         text = inspect.getsource(function)
     except (OSError, TypeError):
         return "" if code is None else _bytecode(code)
-    several = code is not None and code.co_name == "<lambda>" and text.count("lambda") > 1
-    return text + _bytecode(code) if several else text
+    if code is not None and code.co_name == "<lambda>" and text.count("lambda") > 1:
+        text += _bytecode(code)
+    return text
 
 
 def _bytecode(value: Any) -> str:
     """Return a code object, or a constant of one, as text that is equal in every process."""
     if inspect.iscode(value):
-        return repr((value.co_code, value.co_names, [*map(_bytecode, value.co_consts)]))
+        constants = list(map(_bytecode, value.co_consts))
+        return repr((value.co_code, value.co_names, constants))
     return repr(sorted(map(repr, value)) if isinstance(value, frozenset) else value)
 
 
@@ -81,7 +84,6 @@ def _parts(value: Any, path: tuple[int, ...]) -> Iterator[str]:
     ``path`` holds the ids of the values that contain this one. It ends the recursion if a value
     contains itself.
     """
-    held: object = ()
     if isinstance(value, _PLAIN):
         yield repr(value)
     elif id(value) in path:
@@ -92,36 +94,40 @@ def _parts(value: Any, path: tuple[int, ...]) -> Iterator[str]:
         yield f"{value.dtype}{tuple(value.shape)}{sha256(numbers.tobytes())}"
     elif isinstance(value, np.ndarray | np.generic):
         yield f"{value.dtype}{value.shape}{sha256(value.tobytes())}"
-    elif isinstance(value, Mapping):
-        held = [part for item in value.items() for part in item]
-    elif isinstance(value, list | tuple):
-        held = value
-    elif isinstance(value, functools.partial):
-        held = value.func, value.args, value.keywords
-    elif inspect.ismethod(value):
-        held = value.__func__, value.__self__
-    elif isinstance(value, type) or inspect.isroutine(value):
-        yield from map(_source, value.__mro__[:-1] if isinstance(value, type) else [value])
-        held = [*_closure(value), *_module_values(value)]
     else:
-        held = type(value), _attributes(value)
-    if isinstance(held, list | tuple):
-        for part in held:
+        sources, contents = _sources_and_contents(value)
+        yield from map(_source, sources)
+        for part in contents:
             yield from _parts(part, (*path, id(value)))
+
+
+def _sources_and_contents(value: Any) -> tuple[Iterable[Any], Iterable[object]]:
+    """Return the classes or functions whose source counts, and the values that a value holds."""
+    if isinstance(value, Mapping):
+        return (), chain.from_iterable(value.items())
+    if isinstance(value, list | tuple):
+        return (), value
+    if isinstance(value, functools.partial):
+        return (), (value.func, value.args, value.keywords)
+    if inspect.ismethod(value):
+        return (), (value.__func__, value.__self__)
+    if isinstance(value, type) or inspect.isroutine(value):
+        sources = value.__mro__[:-1] if isinstance(value, type) else [value]
+        return sources, chain(_closure(value), _module_values(value))
+    return (), (type(value), _attributes(value))
 
 
 def _source(function: Any) -> str:
     name = f"{function.__module__}:{function.__qualname__}"
-    return (
-        name
-        if name.startswith(("torch.", "torch:", "builtins:"))
-        else source_text(function) or name
-    )
+    if name.startswith(("torch.", "torch:", "builtins:")):
+        return name
+    return source_text(function) or name
 
 
 def _closure(function: Any) -> Iterator[object]:
     """Yield the defaults of a function and the values in its closure."""
-    yield from (getattr(function, name, None) for name in ("__defaults__", "__kwdefaults__"))
+    yield getattr(function, "__defaults__", None)
+    yield getattr(function, "__kwdefaults__", None)
     for cell in getattr(function, "__closure__", None) or ():
         with suppress(ValueError):  # it is empty
             yield cell.cell_contents
@@ -134,28 +140,30 @@ def _module_values(function: Any) -> Iterator[object]:
     out: a counter of calls is not part of the code.
     """
     if isinstance(function, type):
-        for part in filter(inspect.isfunction, vars(function).values()):
-            yield from _module_values(part)
+        for method in filter(inspect.isfunction, vars(function).values()):
+            yield from _module_values(method)
         return
-    around = getattr(function, "__globals__", {})
-    parts = [getattr(function, "__code__", None)]
+    values = getattr(function, "__globals__", {})
+    constants = [getattr(function, "__code__", None)]
     uses: dict[str, set[str]] = {"LOAD_GLOBAL": set(), "STORE_GLOBAL": set()}
-    for code in filter(inspect.iscode, parts):  # the list grows by the nested functions
-        parts += code.co_consts
+    for code in filter(inspect.iscode, constants):  # the list grows by the nested functions
+        constants += code.co_consts
         for step in dis.get_instructions(code):
             if step.opname in uses:
                 uses[step.opname].add(step.argval)
-    for name in sorted((uses["LOAD_GLOBAL"] - uses["STORE_GLOBAL"]) & around.keys()):
-        if isinstance(around[name], (*_PLAIN, Tensor, np.ndarray, np.generic)):
-            yield from (name, around[name])
+    for name in sorted((uses["LOAD_GLOBAL"] - uses["STORE_GLOBAL"]) & values.keys()):
+        if isinstance(values[name], (*_PLAIN, Tensor, np.ndarray, np.generic)):
+            yield from (name, values[name])
 
 
 def _attributes(value: Any) -> dict[str, object]:
-    own = dict(getattr(value, "__dict__", {})) if callable(value) or is_dataclass(value) else {}
+    if not callable(value) and not is_dataclass(value):
+        return {}
+    attributes = dict(getattr(value, "__dict__", {}))
     if not isinstance(value, nn.Module):
-        return own
-    held = value._parameters | value._buffers | value._modules
-    return {name: part for name, part in own.items() if name not in _OF_MODULES} | held
+        return attributes
+    plain = {name: part for name, part in attributes.items() if name not in _OF_MODULES}
+    return plain | value._parameters | value._buffers | value._modules
 
 
 Files = tuple[tuple[str, str], ...]
@@ -191,16 +199,16 @@ def module_values(module: object) -> Mapping[str, Any]:
 def files_of(module: ModuleType) -> Files:
     """Return the files from which a module of this process was made."""
     values = module_values(module)
-    own_name = str(values.get("__name__", ""))
-    if own_name.startswith(FILE_MODULE):
+    name = str(values.get("__name__", ""))
+    if name.startswith(FILE_MODULE):
         return ((str(values["__file__"]), values["__sha256__"]),)
-    if not own_name:
+    if not name:
         return ()
     if module not in _FILES:
-        names = accumulate(own_name.split("."), "{}.{}".format)
-        _FILES[module] = _hash_files(
-            module_values(sys.modules.get(name)).get("__file__") for name in names
-        )
+        paths = []
+        for package in accumulate(name.split("."), "{}.{}".format):
+            paths.append(module_values(sys.modules.get(package)).get("__file__"))
+        _FILES[module] = _hash_files(paths)
     return _FILES[module]
 
 
@@ -213,29 +221,29 @@ def files_to_import(package: str) -> Files:
     Raises:
         ImportError: the module does not exist.
     """
-    if (module := sys.modules.get(package)) is not None:
+    module = sys.modules.get(package)
+    if module is not None:
         return files_of(module)
     name = ""
-    places = None
+    folders = None
     files = []
     for part in package.split("."):
         if not part.isidentifier():  # a finder might take it for a path
-            raise ModuleNotFoundError(f"{package!r} is no name of a module")
+            raise ModuleNotFoundError(f"{package!r} is not the name of a module")
         name = f"{name}.{part}" if name else part
         loaded = module_values(sys.modules.get(name))
-        spec = loaded.get("__spec__") or next(
-            (
-                spec
-                for finder in sys.meta_path
-                if (spec := finder.find_spec(name, places)) is not None
-            ),
-            None,
-        )
-        if spec is None:
-            raise ModuleNotFoundError(f"No module named {name!r}")
+        spec = loaded.get("__spec__") or _find_spec(name, folders)
         files.append(spec.origin if spec.has_location else None)
-        places = loaded.get("__path__", spec.submodule_search_locations) or ()
+        folders = loaded.get("__path__", spec.submodule_search_locations) or ()
     return _hash_files(files)
+
+
+def _find_spec(name: str, folders: Sequence[str] | None) -> ModuleSpec:
+    for finder in sys.meta_path:
+        spec = finder.find_spec(name, folders)
+        if spec is not None:
+            return spec
+    raise ModuleNotFoundError(f"No module named {name!r}")
 
 
 def _hash_files(paths: Iterable[str | None]) -> Files:
@@ -255,14 +263,14 @@ MOST = 10_000
 """The largest number of digests in the list. The older half of a full list is removed."""
 
 _LINE = 65
-_here: set[str] = set()
+_remembered: set[str] = set()
 """The digests that this process remembers, also without a list."""
 
 
 def remember(text: str) -> None:
     """Remember a text that describes code, for this process and, if possible, for later ones."""
     digest = sha256(text)
-    _here.add(digest)
+    _remembered.add(digest)
     if (file := _open(os.O_RDWR | os.O_CREAT | os.O_APPEND)) is None:
         return
     # If the disk is full, gputune asks about the code again later.
@@ -283,7 +291,7 @@ def is_remembered(text: str) -> bool:
     """Return True if this process, or an earlier one of this user, called ``remember`` with this
     text."""
     digest = sha256(text)
-    if digest in _here:
+    if digest in _remembered:
         return True
     if (file := _open(os.O_RDONLY)) is None:
         return False
@@ -315,44 +323,50 @@ def _folder() -> Path | None:
     return None
 
 
+_UNUSED = "gputune does not use the list of code that you have trained, because"
+
+
 def _open(flags: int) -> int | None:
     """Return the file descriptor of the list, or None without a list.
 
     Warns about a list that others may write.
     """
-    if (folder := _folder()) is None or sys.platform == "win32":
+    folder = _folder()
+    if folder is None or sys.platform == "win32":
         return None
-    opened: list[int] = []
-    try:
+    with suppress(OSError), ExitStack() as opened:
         if flags & os.O_CREAT:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for path, how, is_kind in (
-            (folder, os.O_RDONLY | os.O_DIRECTORY, stat.S_ISDIR),
-            (folder / LIST, flags | os.O_NOFOLLOW | os.O_NONBLOCK, stat.S_ISREG),
-        ):
-            opened.append(
-                os.open(
-                    path.name if opened else path, how, 0o600, dir_fd=opened[0] if opened else None
-                )
-            )
-            status = os.fstat(opened[-1])
-            if not (is_kind(status.st_mode) and is_users(status)):
-                warn(
-                    f"the list of the code that you have trained is not used, since {str(path)!r} "
-                    "is not yours, or others may write to it: remove it, or take that right away "
-                    "(chmod go-w)."
-                )
-                return None
-        if (place := open_to_others(folder)) is not None:
+        directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        opened.callback(os.close, directory)
+        if not _is_private(directory, folder, stat.S_ISDIR):
+            return None
+        flags |= os.O_NOFOLLOW | os.O_NONBLOCK
+        file = os.open(LIST, flags, 0o600, dir_fd=directory)
+        opened.callback(os.close, file)
+        if not _is_private(file, folder / LIST, stat.S_ISREG):
+            return None
+        parent = open_to_others(folder)
+        if parent is not None:
             warn(
-                f"the list of the code that you have trained is not used, since {str(place)!r}, "
-                "which it is in, is another user's, or others may write to it. Take that right "
-                "away (chmod go-w), or set XDG_STATE_HOME to a folder of your own."
+                f"{_UNUSED} {str(parent)!r}, which contains it, belongs to another user, or others "
+                "may write to it. Withdraw their permission (chmod go-w), or set XDG_STATE_HOME to "
+                "your own folder."
             )
             return None
-        return opened.pop()
-    except OSError:
-        return None
-    finally:
-        for file in opened:
-            os.close(file)
+        opened.pop_all()  # the file stays open
+        os.close(directory)
+        return file
+    return None
+
+
+def _is_private(file: int, path: Path, is_kind: Callable[[int], bool]) -> bool:
+    """Return True if only this user may write an open file. Otherwise warns."""
+    status = os.fstat(file)
+    if is_kind(status.st_mode) and is_users(status):
+        return True
+    warn(
+        f"{_UNUSED} {str(path)!r} is not yours, or others may write to it. Remove it, or withdraw "
+        "their permission (chmod go-w)."
+    )
+    return False

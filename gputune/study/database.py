@@ -76,14 +76,17 @@ def open_file(path: Path) -> sqlite3.Connection:
         except OSError as error:
             if error.errno not in (errno.EIO, errno.ENOSPC):
                 raise
-            warn(f"it can only be read: {error.strerror}. Make room before the search goes on.")
+            warn(
+                f"The study is opened read-only: {error.strerror}. Free disk space before you "
+                "resume its search."
+            )
             return reading
     reading.close()
     if not wal:
         warn(
-            f"study {str(path)!r}: this file system does not allow SQLite's write-ahead log, so a "
-            "rollback journal is used. It is as safe, but readers and writers wait for each "
-            "other; prefer a local disk."
+            f"The file system of study {str(path)!r} does not support SQLite's write-ahead log, so "
+            "gputune uses a rollback journal. It is as safe, but readers and writers wait for each "
+            "other. Prefer a local disk."
         )
     return writing
 
@@ -97,22 +100,23 @@ def check_study_file(path: Path) -> None:
         StudyCorruptError: a file that SQLite keeps for the study is a pipe or a device.
     """
     if os.path.isdir(path):  # Path.is_dir raises an error for a name that is too long
-        inside = next(iter(sorted(path.glob("*.db"))), None)
-        remedy = f"this is a folder, give {inside or 'the file in it'!s}"
-        raise FileNotFoundError(errno.ENOENT, f"there is no study file; {remedy}", str(path))
+        inner = next(iter(sorted(path.glob("*.db"))), "the file in it")
+        reason = f"there is no study file; this is a folder, give {inner!s}"
+        raise FileNotFoundError(errno.ENOENT, reason, str(path))
     if not os.path.exists(path):
         raise FileNotFoundError(errno.ENOENT, "there is no study file; check the path", str(path))
     check_room(path, check_file(path))
     for ending in ("-wal", "-shm", "-journal"):
-        log = beside(path, ending)
+        log = companion(path, ending)
         # A folder is left to SQLite, which has its own error for it.
         if log.exists() and not (log.is_file() or log.is_dir()):
-            raise damage_error(path, f"{str(log)!r} beside it is no file; remove that")
+            raise damage_error(path, f"{str(log)!r} is not a regular file; remove it")
 
 
-def beside(path: Path, ending: str) -> Path:
+def companion(path: Path, ending: str) -> Path:
     """Return the path of a file that SQLite keeps next to a study."""
-    return path.resolve().with_name(path.resolve().name + ending)
+    path = path.resolve()
+    return path.with_name(path.name + ending)
 
 
 @contextmanager
@@ -153,18 +157,26 @@ def sqlite_errors(path: Path) -> Iterator[None]:
             f"study {str(path)!r} cannot be used here: {error} Open it again."
         ) from error
     except sqlite3.Error as error:
-        raise _in_words(error, path) from error
+        raise _python_error(error, path) from error
     except UnicodeDecodeError as error:  # SQLite quotes a damaged schema in its message
-        raise damage_error(path, "its tables are not those of a study") from error
+        raise damage_error(path, _OTHER_TABLES) from error
+
+
+_OTHER_TABLES = "its tables are not those of a study"
 
 
 def damage_error(path: Path, reason: str) -> StudyCorruptError:
     """Return the error for a study file that is damaged."""
     return StudyCorruptError(
-        f"study {str(path)!r} is damaged: {reason}. Nothing was changed in it; restore the file "
-        f"from a copy, or save what is whole in it: gputune repair {shlex.quote(str(path))} --out "
-        "NEW.db"
+        None,
+        f"study {str(path)!r} is damaged: {reason}",
+        remedy="Nothing was changed in it. Restore the file from a copy, or save its undamaged "
+        f"rows: {_repair_command(path)}",
     )
+
+
+def _repair_command(path: Path) -> str:
+    return f"gputune repair {shlex.quote(str(path))} --out NEW.db"
 
 
 @contextmanager
@@ -178,34 +190,26 @@ def option_errors(path: Path) -> Iterator[None]:
     except InputError:
         raise
     except (*MALFORMED, zlib.error) as error:
-        raise damage_error(
-            path, f"its options make no search ({type(error).__name__}: {error})"
-        ) from error
+        reason = f"no search has its options ({type(error).__name__}: {error})"
+        raise damage_error(path, reason) from error
 
 
-def _in_words(error: sqlite3.Error, path: Path) -> Exception:
+def _python_error(error: sqlite3.Error, path: Path) -> Exception:
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
     name = f"study {str(path)!r}"
     match code & 0xFF:  # the low byte is the kind of error
         case sqlite3.SQLITE_FULL:
-            return OSError(
-                errno.ENOSPC, f"{name}: the disk is full; what was committed is safe, make room"
-            )
+            reason = "the disk is full; committed results are safe; free disk space"
+            return OSError(errno.ENOSPC, f"{name}: {reason}")
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
-            return TimeoutError(
-                errno.ETIMEDOUT,
-                f"{name}: another process has held its lock for {BUSY_SECONDS:g} s; wait for it "
-                "or end it",
-            )
+            reason = f"another process has held its lock for {BUSY_SECONDS:g} s"
+            return TimeoutError(errno.ETIMEDOUT, f"{name}: {reason}; wait for it or end it")
         case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_PERM:
-            return PermissionError(
-                errno.EACCES, f"{name} may not be written ({error}); check the rights of its folder"
-            )
+            reason = f"may not be written ({error}); check the permissions of its folder"
+            return PermissionError(errno.EACCES, f"{name} {reason}")
         case sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_IOERR:
-            return OSError(
-                errno.EIO,
-                f"{name}: {error}; check the disk, the rights of its folder and limits on files",
-            )
+            remedy = "check the disk, the permissions of its folder and limits on files"
+            return OSError(errno.EIO, f"{name}: {error}; {remedy}")
     return damage_error(path, str(error))
 
 
@@ -229,7 +233,7 @@ def _connect_readonly(path: Path) -> sqlite3.Connection:
     try:
         return connect(path, "ro")
     except (OSError, StudyCorruptError):
-        log = beside(path, "-wal")
+        log = companion(path, "-wal")
         if log.exists() and log.stat().st_size:
             raise
     # The write-ahead log needs files next to the study even for reading. On a read-only medium
@@ -245,24 +249,26 @@ def _check_bytes(path: Path) -> None:
     """
     with path.open("rb") as file:
         header = file.read(100)
+    not_a_study = f"{str(path)!r} is not a gputune study"
     if not header:
         raise StudyCorruptError(
-            f"{str(path)!r} is not a gputune study: it is empty; remove it, or check the path."
+            None, f"{not_a_study}: it is empty", remedy="Remove it, or check the path."
         )
     is_sqlite = len(header) == 100 and header[:16] == b"SQLite format 3\x00"
     if not is_sqlite or int.from_bytes(header[68:72], "big") != APPLICATION_ID:
-        reason = "it is an SQLite file of another program" if is_sqlite else "it is no SQLite file"
+        kind = "an SQLite file of another program" if is_sqlite else "not an SQLite file"
         raise StudyCorruptError(
-            f"{str(path)!r} is not a gputune study: {reason}; check the path. Where it was a "
-            "study once, its first page is damaged: restore it from a copy, or try gputune "
-            f"repair {shlex.quote(str(path))} --out NEW.db."
+            None,
+            f"{not_a_study}: it is {kind}",
+            remedy="Check the path. If it was a study, its first page is damaged. Restore it from "
+            f"a copy, or try {_repair_command(path)}.",
         )
-    journal = beside(path, "-journal")
+    journal = companion(path, "-journal")
     if journal.is_file():
         with journal.open("rb") as file:
             file.seek(max(0, journal.stat().st_size - len(JOURNAL_MAGIC)))
             if file.read() == JOURNAL_MAGIC:
-                raise damage_error(path, f"{str(journal)!r} beside it is not its own; remove that")
+                raise damage_error(path, f"{str(journal)!r} belongs to another file; remove it")
 
 
 def _check_content(connection: sqlite3.Connection, path: Path) -> None:
@@ -272,15 +278,18 @@ def _check_content(connection: sqlite3.Connection, path: Path) -> None:
     """
     with sqlite_errors(path):
         (version,) = connection.execute("PRAGMA user_version").fetchone()
+        described = f"study {str(path)!r} has file format {version}"
         if version > FORMAT_VERSION:
             raise StudyVersionError(
-                f"study {str(path)!r} has file format {version}, this gputune reads up to "
-                f"{FORMAT_VERSION}; upgrade gputune to open it."
+                None,
+                f"{described}, but this gputune reads formats up to {FORMAT_VERSION}",
+                remedy="Upgrade gputune to open it.",
             )
         if version in (1, 2):
             raise StudyVersionError(
-                f"study {str(path)!r} has file format {version}, of a gputune before its first "
-                "release; search again with another path."
+                None,
+                f"{described}, of a gputune before its first release",
+                remedy="Search again with another path.",
             )
         verdict = [row[0] for row in connection.execute("PRAGMA quick_check(1)")]
         if verdict != ["ok"]:
@@ -290,7 +299,7 @@ def _check_content(connection: sqlite3.Connection, path: Path) -> None:
         )
         orphans = connection.execute("PRAGMA foreign_key_check").fetchall()
     if version < 1 or schema.pop("outputs", OUTPUTS) != OUTPUTS or schema != TABLES:
-        raise damage_error(path, "its tables are not those of a study")
+        raise damage_error(path, _OTHER_TABLES)
     if orphans:
         raise damage_error(path, f"{len(orphans)} results belong to no trial")
 
@@ -314,15 +323,19 @@ Folders of killed processes are removed when the next one is made, or when a sea
 """
 
 
+_STUDY = "study={!r}"
+"""Template of the argument with a new study's path, for errors."""
+
+
 def create_file(
-    path: Path, rows: Mapping[str, Iterable[StoredRow]], argument: str = "study="
+    path: Path, rows: Mapping[str, Iterable[StoredRow]], argument: str = _STUDY
 ) -> None:
     """Create a study file with the given rows. It appears complete or not at all.
 
     Args:
         path: the path of the new file.
         rows: the rows of each table, by the name of the table.
-        argument: the name of the path in errors, as the caller's interface calls it.
+        argument: the template of the argument with the path, for errors.
 
     Raises:
         InputError: ``path`` exists already, or its folder does not exist.
@@ -346,7 +359,7 @@ def copy_file(source: sqlite3.Connection, path: Path) -> None:
 
     The new file appears complete or not at all.
     """
-    with _draft(path) as connection:
+    with _draft(path, "backup(path={!r})") as connection:
         with sqlite_errors(path):
             source.backup(connection)
         with transaction(connection, path):
@@ -354,16 +367,15 @@ def copy_file(source: sqlite3.Connection, path: Path) -> None:
 
 
 @contextmanager
-def _draft(path: Path, argument: str = "study=") -> Iterator[sqlite3.Connection]:
+def _draft(path: Path, template: str) -> Iterator[sqlite3.Connection]:
     """Yield a connection to a new file in a separate folder, and rename it to ``path`` at the
     end."""
-    exists_already = InputError(
-        f"{argument}{str(path)!r} exists already; open it, or give a path that is free."
-    )
+    argument = template.format(str(path))
+    exists_already = InputError(argument, "exists already", remedy="Open it, or pass another path.")
     if path.exists():
         raise exists_already
     if not path.parent.is_dir():
-        raise no_folder(f"{argument}{str(path)!r}", path)
+        raise no_folder(argument, path)
     with scratch_folder(path.parent, prefix=DRAFTS) as folder:
         draft = folder / "draft.db"
         with closing(connect(draft, "rwc")) as connection:

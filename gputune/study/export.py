@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from gputune.scratch import no_folder, scratch_folder
 from gputune.study.model_files import ModelContent
 from gputune.types import Json
 from gputune.version import __version__
+from gputune.wording import option
 
 METADATA = "gputune.json"
 """Key of the description, in the metadata of ONNX and among the extra files of a .pt2."""
@@ -66,15 +67,15 @@ class TableInputs(nn.Module):
         self.clipped = statistics.clipped.tolist()
         self.places = statistics.places.tolist()
         self.from_columns = takes_columns(layout)
-        features = [
-            (i, k >= len(c.parts))
-            for i, c in enumerate(layout.columns)
-            for k, _ in enumerate(c.feature_names)
-        ]
-        self.register_buffer("source", torch.tensor([i for i, _ in features]))
-        self.register_buffer(
-            "indicator", torch.tensor([is_indicator for _, is_indicator in features])
-        )
+        # For each feature, the position of its column, and whether it marks missing values.
+        source = []
+        indicator = []
+        for position, column in enumerate(layout.columns):
+            for feature in range(len(column.feature_names)):
+                source.append(position)
+                indicator.append(feature >= len(column.parts))
+        self.register_buffer("source", torch.tensor(source))
+        self.register_buffer("indicator", torch.tensor(indicator))
 
     def forward(self, X: Tensor) -> tuple[Tensor, ...]:
         # (n, C) -> (n, features): an indicator of missing values repeats its column
@@ -111,13 +112,13 @@ class ArrayInputs(nn.Module):
                 self.register_buffer(f"{name}{number}", torch.tensor(part, dtype=torch.float64))
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        buffer = self.get_buffer
-        return tuple(
-            (x.double() - buffer(f"center{number}")) / buffer(f"scale{number}")
-            if self.scaled[number]
-            else x
-            for number, x in enumerate(inputs)
-        )
+        scaled = []
+        for number, x in enumerate(inputs):
+            if self.scaled[number]:
+                center = self.get_buffer(f"center{number}")
+                x = (x.double() - center) / self.get_buffer(f"scale{number}")
+            scaled.append(x)
+        return tuple(scaled)
 
 
 class WholeModel(nn.Module):
@@ -138,25 +139,18 @@ class WholeModel(nn.Module):
 
     def __init__(self, model: ModelContent) -> None:
         super().__init__()
-        # torch cannot copy tensors with a graph, such as activations that a forward kept.
-        values = [value for part in model.module.modules() for value in vars(part).values()]
-        values += [
-            member for value in values if isinstance(value, dict) for member in value.values()
-        ]
-        values += [member for value in values if isinstance(value, list) for member in value]
-        graphs = [value for value in values if isinstance(value, Tensor) and not value.is_leaf]
-        if any(isinstance(part, torch.jit.ScriptModule) for part in model.module.modules()):
-            name = type(model.module).__name__
+        module = model.module
+        if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
             raise InputError(
-                f"{name} cannot be exported: it has a part that TorchScript compiled, which "
-                "torch.export does not read. Leave out torch.jit in the function that makes it, "
-                "and search again."
+                None,
+                f"{type(module).__name__} cannot be exported: it has a part that TorchScript "
+                "compiled, and torch.export cannot read that part",
+                remedy="Leave out torch.jit in the function that makes the module, and search "
+                "again.",
             )
-        self.network = (
-            copy.deepcopy(model.module, {id(value): value.detach() for value in graphs})
-            .cpu()
-            .eval()
-        )
+        # torch cannot copy tensors with a graph, such as activations that a forward kept.
+        copies = {id(tensor): tensor.detach() for tensor in _graph_tensors(module)}
+        self.network = copy.deepcopy(module, copies).cpu().eval()
         self.network.requires_grad_(False)  # numpy() reads only tensors without a gradient
         self.dtype = model.dtype
         self.task = model.task
@@ -179,10 +173,13 @@ class WholeModel(nn.Module):
             self.inputs = TableInputs(model.layout, model.statistics)
 
     def forward(self, *rows: Tensor) -> tuple[Tensor, Tensor] | Tensor:
-        # Unscaled inputs are the caller's own rows. They are copied, because the network may write
-        # into them.
-        own = [x.clone() if any(x is row for row in rows) else x for x in self.inputs(*rows)]
-        inputs = [x.to(self.dtype) if x.is_floating_point() else x for x in own]
+        inputs = []
+        for x in self.inputs(*rows):
+            # Unscaled inputs are the caller's own rows. They are copied, because the network may
+            # write into them.
+            if any(x is row for row in rows):
+                x = x.clone()
+            inputs.append(x.to(self.dtype) if x.is_floating_point() else x)
         # torch.export refuses a forward that keeps activations in its module.
         with Stateless(self.network).substitute({}) as network:
             output = first_output(call_module(network, inputs, self.names)).double()
@@ -196,6 +193,22 @@ class WholeModel(nn.Module):
             return output if self.transform is None else self.transform.inverse(output)
         logits = class_logits(output, self.task, 1) / self.temperature
         return logits.argmax(1), logits.softmax(1)
+
+
+def _graph_tensors(module: nn.Module) -> list[Tensor]:
+    """Return the tensors with a graph that are attributes of a module, or in dicts or lists
+    there."""
+    values: list[object] = []
+    for part in module.modules():
+        for value in vars(part).values():
+            values.append(value)
+            if isinstance(value, dict):
+                values += value.values()
+    for value in list(values):
+        if isinstance(value, list):
+            values += value
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    return [tensor for tensor in tensors if not tensor.is_leaf]
 
 
 def takes_columns(layout: Layout) -> bool:
@@ -212,20 +225,18 @@ def encoded(model: ModelContent, table: Table | Arrays) -> Any:
     layout = model.layout
     if not isinstance(layout, Layout):
         assert isinstance(table, Arrays)
-        parts = tuple(
-            x.to(getattr(torch, dtype))
-            for x, dtype in zip(layout.raw(table).gathered(), layout.dtypes)
-        )
+        arrays = zip(layout.raw(table).gathered(), layout.dtypes)
+        parts = tuple(x.to(getattr(torch, dtype)) for x, dtype in arrays)
         return Arrays(parts, layout.names).as_given()
     assert isinstance(table, Table)
     features = layout.raw(table)  # also checks the columns
     if not takes_columns(layout):
         return features
-    columns = layout.columns
-    return np.stack(
-        [c.read(table.kind(c.name), table.column(c.name)).astype(np.float64) for c in columns],
-        axis=1,
-    )
+    columns = []
+    for column in layout.columns:
+        name = column.name
+        columns.append(column.read(table.kind(name), table.column(name)).astype(np.float64))
+    return np.stack(columns, axis=1)
 
 
 def description(model: ModelContent) -> Json:
@@ -235,28 +246,23 @@ def description(model: ModelContent) -> Json:
     """
     layout = model.layout
     if isinstance(layout, Layout):
-        columns = takes_columns(layout)
-        names = (
-            [column.name for column in layout.columns] if columns else list(layout.feature_names)
-        )
-        inputs: dict[str, object] = {"inputs": "columns" if columns else "features", "names": names}
+        inputs: dict[str, object] = {"inputs": "features", "names": list(layout.feature_names)}
+        if takes_columns(layout):
+            inputs = {"inputs": "columns", "names": [column.name for column in layout.columns]}
         inputs["columns"] = [column.to_json() for column in layout.columns]
     else:
-        several = len(layout.shapes) > 1
-        names = list(
-            layout.names or ([f"X{i}" for i in range(len(layout.shapes))] if several else ["X"])
-        )
-        shapes = [["rows", *shape] for shape in layout.shapes]
+        names = ["X"]
+        if len(layout.shapes) > 1:
+            names = [f"X{number}" for number in range(len(layout.shapes))]
         inputs = {
             "inputs": "arrays",
-            "names": names,
-            "shapes": shapes,
+            "names": list(layout.names or names),
+            "shapes": [["rows", *shape] for shape in layout.shapes],
             "dtypes": list(layout.dtypes),
         }
+    is_labeled = model.task not in ("regression", "custom")
     return inputs | {
-        "outputs": ["prediction"]
-        if model.task in ("regression", "custom")
-        else ["label", "probabilities"],
+        "outputs": ["label", "probabilities"] if is_labeled else ["prediction"],
         "task": model.task,
         "target": model.target,
         "classes": None if model.classes is None else model.classes.tolist(),
@@ -266,32 +272,35 @@ def description(model: ModelContent) -> Json:
 def export(model: ModelContent, path: str | os.PathLike[str]) -> None:
     """Write the model to a new file, ``.onnx`` or ``.pt2``; see ``TunedModel.export``."""
     path = Path(path)
-    layout = model.layout
+    argument = f"export(path={str(path)!r})"
     if path.suffix not in (".onnx", ".pt2"):
-        raise InputError(
-            f"export(path={str(path)!r}) must end in .onnx or .pt2; choose one of them."
-        )
+        raise InputError(argument, "must end in .onnx or .pt2")
     if path.exists():
         raise InputError(
-            f"export(path={str(path)!r}) exists already; give a path that is free, or remove it."
+            argument, "exists already", remedy="Pass another path, or remove the file."
         )
     if not path.parent.is_dir():
-        raise no_folder(f"export(path={str(path)!r})", path)
+        raise no_folder(argument, path)
     if model.transform is not None and not isinstance(model.transform.transform, str):
         raise InputError(
-            f"export() cannot write target_transform={model.transform.transform!r}, which is code of "
-            "scikit-learn's: search with 'log' or 'log1p', or keep the model with save()."
+            None,
+            f"export() cannot write {option('target_transform')}={model.transform.transform!r}, which is "
+            "a transformer of scikit-learn",
+            remedy="Search with 'log' or 'log1p', or keep the model with save().",
         )
-    for needed in ("onnx", "onnxscript") if path.suffix == ".onnx" else ():
-        import_extra(needed, extra="onnx", used_by=f"export({path.name!r})")
+    if path.suffix == ".onnx":
+        for library in ("onnx", "onnxscript"):
+            import_extra(library, extra="onnx", used_by=f"export({path.name!r})")
     whole = WholeModel(model).eval()
     known = description(model)
-    shapes = [(len(known["names"]),)] if isinstance(layout, Layout) else layout.shapes
-    dtypes = ["float64"] if isinstance(layout, Layout) else layout.dtypes
+    layout = model.layout
+    inputs: Iterable[tuple[tuple[int, ...], str]]
+    if isinstance(layout, Layout):
+        inputs = zip([(len(known["names"]),)], ["float64"])
+    else:
+        inputs = zip(layout.shapes, layout.dtypes)
     # Two rows, because PyTorch takes a size of 1 for a constant.
-    examples = tuple(
-        torch.zeros(2, *shape, dtype=getattr(torch, dtype)) for shape, dtype in zip(shapes, dtypes)
-    )
+    examples = tuple(torch.zeros(2, *shape, dtype=getattr(torch, dtype)) for shape, dtype in inputs)
     text = json.dumps({"format": "gputune export", "gputune": __version__, **known})
     with scratch_folder(path.parent, prefix=".export") as folder:
         draft = folder / path.name
@@ -321,18 +330,19 @@ def _export_errors(failure: str) -> Iterator[None]:
         raise
     except Exception as error:  # torch.export and the module may raise anything
         cause = error.__cause__ or error
-        reason = next(
-            (line for line in str(cause).splitlines() if line.strip()), type(cause).__name__
-        )
-        reason = f"{type(cause).__name__}: {reason.strip()}"
+        kind = type(cause).__name__
+        lines = str(cause).splitlines()
+        reason = f"{kind}: {next(filter(None, map(str.strip, lines)), kind)}"
         if "Constraints violated (rows)" in reason:
             reason = (
-                "its forward() fixes the number of rows: write x.shape[0] for len(x), and no if "
-                "on it."
+                "its forward() fixes the number of rows. Write x.shape[0] instead of len(x), and "
+                "do not branch on it"
             )
         raise InputError(
-            f"{failure}: {reason} Its forward() must be one that torch.export can trace for any "
-            "number of rows; save() keeps the model as it is."
+            None,
+            f"{failure}: {reason}",
+            remedy="torch.export must be able to trace its forward() for any number of rows. "
+            "Otherwise keep the model with save().",
         ) from error
     finally:
         for logger, level in levels.items():
@@ -343,20 +353,22 @@ def _write_onnx(whole: WholeModel, examples: tuple[Tensor, ...], text: str, draf
     known = json.loads(text)
 
     def converted_program() -> Any:
-        # Traced here: torch.onnx.export would silently fix the number of rows if it cannot keep it
-        # open.
-        traced = _trace(whole, examples)
-        names = known["names"] if known["inputs"] == "arrays" else ["X"]
-        shapes = (tuple({0: "rows"} for _ in examples),)  # name of the axis
-        more = {"input_names": names, "output_names": known["outputs"], "dynamic_shapes": shapes}
-        return torch.onnx.export(traced, dynamo=True, verbose=False, **more)
+        return torch.onnx.export(
+            # Traced here: torch.onnx.export would silently fix the number of rows if it cannot keep
+            # it open.
+            _trace(whole, examples),
+            dynamo=True,
+            verbose=False,
+            input_names=known["names"] if known["inputs"] == "arrays" else ["X"],
+            output_names=known["outputs"],
+            dynamic_shapes=_open_rows(examples, "rows"),
+        )
 
     program = converted_program()
     # GELU's error function: ONNX Runtime lacks it for doubles on a CPU, so the network runs in
     # float32.
-    if whole.dtype == torch.float64 and any(
-        node.op_type in ("Erf", "Gelu") for node in program.model.graph
-    ):
+    operators = {node.op_type for node in program.model.graph}
+    if whole.dtype == torch.float64 and operators & {"Erf", "Gelu"}:
         whole.network.float()
         whole.dtype = torch.float32
         program = converted_program()
@@ -365,6 +377,10 @@ def _write_onnx(whole: WholeModel, examples: tuple[Tensor, ...], text: str, draf
 
 
 def _trace(whole: WholeModel, examples: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
-    rows = torch.export.Dim("rows")
-    shapes = (tuple({0: rows} for _ in examples),)  # forward takes them as *rows
+    shapes = _open_rows(examples, torch.export.Dim("rows"))
     return torch.export.export(whole, examples, dynamic_shapes=shapes)
+
+
+def _open_rows(examples: tuple[Tensor, ...], rows: object) -> tuple[object]:
+    """Return dynamic shapes that leave the number of rows open. ``forward`` takes ``*rows``."""
+    return (tuple({0: rows} for _ in examples),)

@@ -11,6 +11,7 @@ from gputune.data.table import as_table, quoted
 from gputune.data.target import check_target, refuse_missing, target_array
 from gputune.errors import InputError
 from gputune.types import Task
+from gputune.wording import Verbatim, option
 
 
 def _without_column_axis(labels: np.ndarray) -> np.ndarray:
@@ -26,14 +27,16 @@ def class_codes(classes: np.ndarray, y: object) -> tuple[list[object], NDArray[n
     Raises:
         InputError: y is neither (n,) nor (n, 1).
     """
-    answers = _without_column_axis(np.asarray(y))
-    if answers.ndim != 1:
+    array = _without_column_axis(np.asarray(y))
+    if array.ndim != 1:
         raise InputError(
-            f"the right answers have the shape {answers.shape}, and the model predicts one class "
-            "for each row. Give one class for each row."
+            None,
+            f"the true labels have the shape {array.shape}, but the model predicts one class for "
+            "each row",
+            remedy="Give one class for each row.",
         )
     known = classes.tolist()
-    labels = answers.tolist()
+    labels = array.tolist()
     if classes.dtype.kind == "U":
         labels = list(map(text_of, labels))
     else:  # one text among numbers makes the whole column text
@@ -43,8 +46,8 @@ def class_codes(classes: np.ndarray, y: object) -> tuple[list[object], NDArray[n
         ]
     # by text, because labels of different types cannot be compared
     known += sorted({*labels} - {*known}, key=str)
-    position = {label: code for code, label in enumerate(known)}
-    return known, np.array([position[label] for label in labels], dtype=np.int64)
+    codes = {label: code for code, label in enumerate(known)}
+    return known, np.array([codes[label] for label in labels], dtype=np.int64)
 
 
 def refuse_unknown(classes: list[object], codes: NDArray[np.int64], K: int, name: str) -> None:
@@ -54,9 +57,10 @@ def refuse_unknown(classes: list[object], codes: NDArray[np.int64], K: int, name
     """
     if (codes >= K).all():
         raise InputError(
-            f"{name} has no class that the model knows: it holds {quoted(map(str, classes[K:]))}, "
-            f"and the model's classes are {quoted(map(str, classes[:K]))}; write them as the "
-            "model has them."
+            None,
+            f"{name} has no class of the model: it holds {quoted(map(str, classes[K:]))}, but the "
+            f"model's classes are {quoted(map(str, classes[:K]))}",
+            remedy="Write them as in the training data.",
         )
 
 
@@ -68,9 +72,8 @@ def checked_codes(classes: np.ndarray, y: object, rows: int) -> NDArray[np.int64
     """
     labels = _without_column_axis(target_array(y, "y"))
     if labels.shape != (rows,):
-        raise InputError(
-            f"y must have one label a row of X, got shape {labels.shape} and {rows} rows."
-        )
+        shape = Verbatim(f"shape {labels.shape} and {rows} rows")
+        raise InputError("y", f"must have one label per row of {option('X')}", got=shape)
     refuse_missing(labels, "y", "Leave those rows out.")
     known, codes = class_codes(classes, labels)
     refuse_unknown(known, codes, len(classes), "y")
@@ -84,11 +87,8 @@ def checked_numbers(y: object, task: Task, rows: int) -> np.ndarray:
         InputError: for the same reasons as in ``tune``.
     """
     values = target_array(y, "y")
-    if (
-        values.ndim == 1
-        and values.dtype.kind in "OU"
-        and any(isinstance(value, str) for value in values)
-    ):
+    is_object_column = values.ndim == 1 and values.dtype.kind in "OU"
+    if is_object_column and any(isinstance(value, str) for value in values):
         table = as_table(values[:, None])
         y = table.columns[0] if table.kinds[0] == "number" else y
     return check_target(y, task=task, n_rows=rows).values

@@ -6,6 +6,7 @@ It is kept in memory, and in a study file if the search has one.
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,6 +21,7 @@ from gputune.study.record import DIRECTIONS, IDENTITY, SearchRecord
 from gputune.study.store import Candidate, PlannedChunk, Result, Store
 from gputune.text import count
 from gputune.types import Json, Outputs, drop_beyond_limit
+from gputune.wording import option, per_interface
 
 _LOOK = 0.2
 """Seconds between two checks for results of another process."""
@@ -48,7 +50,7 @@ class Ledger:
         self.candidates: list[Candidate] = []
         self.plan: list[PlannedChunk] = []
         self.results: dict[int, Result] = {}
-        self.kept: list[int] = []
+        self.finished: list[int] = []
         """Numbers of the trials with results that ``finish`` has kept."""
         self.outputs: dict[int, Outputs] = {}
         """Outputs by trial number, if there is no file to hold them."""
@@ -72,12 +74,11 @@ class Ledger:
             self.candidates = self.store.candidates()
             self.plan = self.store.plan()
             results = self.store.results()
-        self._stopped = {
-            number: result for number, result in results.items() if result.state == "stopped"
-        }
-        self.results = {
-            number: result for number, result in results.items() if result.state != "stopped"
-        }
+        self._stopped = {}
+        self.results = {}
+        for number, result in results.items():
+            is_final = result.state != "stopped"
+            (self.results if is_final else self._stopped)[number] = result
 
     def add(self, new: Sequence[Candidate]) -> None:
         """Add new candidates before anything trains."""
@@ -91,7 +92,7 @@ class Ledger:
             self.store.note(notes)
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def exclusive_setup(self) -> Iterator[None]:
         """Keep other processes from adding candidates or chunks within the block.
 
         The ledger is refreshed first, so it has everything that others have added.
@@ -103,8 +104,8 @@ class Ledger:
         while (owner := self.claims.take_setup()) is not None:
             if self.on_wait is not None and time.monotonic() - begin > _PATIENCE:
                 self.on_wait(
-                    f"study {str(self.claims.path)!r}: {owner} has been adding trials to it, and "
-                    f"others wait. {self.claims.remedy(owner)}"
+                    f"{owner} is adding trials to study {str(self.claims.path)!r}, and this "
+                    f"process waits for it. {self.claims.remedy(owner)}"
                 )
             time.sleep(_LOOK)
         try:
@@ -129,32 +130,32 @@ class Ledger:
         Trials without a chunk are cut into new chunks first.
         """
         if self._without_plan(trials, stage):
-            with self.alone():
+            with self.exclusive_setup():
                 # Checked again: another process may just have planned these trials.
-                if left := self._without_plan(trials, stage):
-                    first = 1 + max((chunk.number for chunk in self.plan), default=-1)
-                    new = [
-                        PlannedChunk(
-                            number,
-                            stage,
-                            tuple(left[position].number for position in part),
-                            threads,
-                            at_once,
-                        )
-                        for number, (part, threads, at_once) in enumerate(cut(left), first)
-                    ]
-                    if self.store is not None:
-                        self.store.add_chunks(new)
-                    self.plan += new
+                unplanned = self._without_plan(trials, stage)
+                if unplanned:
+                    self._plan(unplanned, stage, cut)
         numbers = {trial.number for trial in trials}
-        return [
-            chunk
-            for chunk in self.plan
-            if chunk.stage == stage and not numbers.isdisjoint(chunk.trials)
-        ]
+        planned = self._planned(stage)
+        return [chunk for chunk in planned if not numbers.isdisjoint(chunk.trials)]
+
+    def _plan(self, trials: Sequence[Candidate], stage: int, cut: Cut) -> None:
+        """Cut trials into new chunks, and freeze these."""
+        number = 1 + max((chunk.number for chunk in self.plan), default=-1)
+        chunks = []
+        for positions, threads, at_once in cut(trials):
+            members = tuple(trials[position].number for position in positions)
+            chunks.append(PlannedChunk(number, stage, members, threads, at_once))
+            number += 1
+        if self.store is not None:
+            self.store.add_chunks(chunks)
+        self.plan += chunks
+
+    def _planned(self, stage: int) -> list[PlannedChunk]:
+        return [chunk for chunk in self.plan if chunk.stage == stage]
 
     def _without_plan(self, trials: Sequence[Candidate], stage: int) -> list[Candidate]:
-        planned = {number for chunk in self.plan if chunk.stage == stage for number in chunk.trials}
+        planned = set(chain.from_iterable(chunk.trials for chunk in self._planned(stage)))
         return [trial for trial in trials if trial.number not in planned]
 
     def show(self, progress: Json) -> None:
@@ -176,11 +177,14 @@ class Ledger:
         Both are text.
         """
         assert self.claims is not None
-        owners = [owner for owner in map(self.claims.holder, chunks) if owner is not None]
-        remedies = [self.claims.remedy(owner) for owner in owners if not owner.is_near]
-        return ", ".join(sorted(set(map(str, owners)))) or "another process", next(
-            iter(remedies), ""
-        )
+        names = set()
+        remedy = ""
+        for owner in map(self.claims.holder, chunks):
+            if owner is not None:
+                names.add(str(owner))
+                if not (remedy or owner.is_near):
+                    remedy = self.claims.remedy(owner)
+        return ", ".join(sorted(names)) or "another process", remedy
 
     def wait(self, chunks: Sequence[PlannedChunk], is_over: Callable[[], bool]) -> None:
         """Wait until another process has finished a result or a chunk's owner is gone, or until
@@ -215,17 +219,23 @@ class Ledger:
                 from its best epoch.
         """
         new = {result.number: result for result in results if result.number not in self.results}
-        best = {r.number: r.best_epoch for r in new.values() if r.state == "complete"}
-        outputs = {n: one for n, one in outputs.items() if best.get(n) == one.epoch}
+        best_outputs = {}
+        for number, result in new.items():
+            output = outputs.get(number)
+            if (
+                output is not None
+                and result.state == "complete"
+                and result.best_epoch == output.epoch
+            ):
+                best_outputs[number] = output
         if self.store is not None:
-            self.store.finish(new.values(), outputs)
+            self.store.finish(new.values(), best_outputs)
         self.results |= new
-        self.kept += new
+        self.finished += new
         if self.store is None:
-            self.outputs |= outputs
-            drop_beyond_limit(
-                self.outputs, {number: self.results[number].score for number in self.outputs}
-            )
+            self.outputs |= best_outputs
+            scores = {number: self.results[number].score for number in self.outputs}
+            drop_beyond_limit(self.outputs, scores)
         if self.on_finish is not None and new:
             self.on_finish([(c, new[c.number]) for c in self.candidates if c.number in new])
 
@@ -236,43 +246,49 @@ class Ledger:
             return [(candidate, known.get(candidate.number)) for candidate in self.candidates]
 
 
-def differences(there: SearchRecord, here: SearchRecord) -> list[str]:
-    """Return the differences between a call and the search in its file, as text."""
-    values = {
-        # Files without max_levels come from a version that always used 32.
-        name: [
-            getattr(r, name) if name not in r.absent or name == "max_levels" else None
-            for r in (there, here)
-        ]
-        for name in IDENTITY
-    }
-    names = {
-        name for name, pair in values.items() if _without_steps(pair[0]) != _without_steps(pair[1])
-    }
-    said = names - {"code"} - ({"scoring"} if "metrics" in names else set())
-    held_out = [(record.source or {}).get("held_out") for record in (there, here)]
-    others = ["the held-out rows"] if None not in held_out and held_out[0] != held_out[1] else []
-    if "fingerprint" in names:
+def differences(stored: SearchRecord, current: SearchRecord) -> list[str]:
+    """Return the differences between the search in a file and the current call, as text."""
+    changed = {}
+    for name in IDENTITY:
+        pair = (_comparable(stored, name), _comparable(current, name))
+        if _without_steps(pair[0]) != _without_steps(pair[1]):
+            changed[name] = pair
+    implied = {"code"}
+    if "metrics" in changed:
+        implied.add("scoring")
+    if "fingerprint" in changed:
         # Different rows imply different folds and different held-out rows, so these are not
         # reported too.
-        said -= {"splits", "fingerprint"}
-        others = _other_rows(there, here, of_target="target" in names)
+        implied |= {"splits", "fingerprint"}
+        of_rows = _row_differences(stored, current, target_differs="target" in changed)
+    else:
+        held_out = [(record.source or {}).get("held_out") for record in (stored, current)]
+        is_known = None not in held_out
+        of_rows = ["the held-out rows"] if is_known and held_out[0] != held_out[1] else []
+    messages = [_difference(name, *pair) for name, pair in changed.items() if name not in implied]
     # Files of an earlier version have no digests, and another objective has another name.
-    of_code = "code" not in there.absent and "objective" not in names
-    code = [
-        name for name, digest in here.code.items() if of_code and there.code.get(name) != digest
-    ]
-    words = [_word(name, *values[name]) for name in values if name in said]
-    return [*words, *(f"{name} (its code or its values have changed)" for name in code), *others]
+    if "code" not in stored.absent and "objective" not in changed:
+        for name, digest in current.code.items():
+            if stored.code.get(name) != digest:
+                messages.append(f"{option(name)} (its code or its values have changed)")
+    return messages + of_rows
 
 
-def _word(name: str, there: Any, here: Any) -> str:
+def _comparable(record: SearchRecord, name: str) -> Any:
+    """Return a value of a record, or None if its file lacks the value."""
+    # Files without max_levels come from a version that always used 32.
+    is_absent = name in record.absent and name != "max_levels"
+    return None if is_absent else getattr(record, name)
+
+
+def _difference(name: str, stored: Any, current: Any) -> str:
     """Return one difference, with both values if they are short."""
     # search() calls this option ``direction``.
-    if name == "scoring" and DIRECTIONS.keys() >= {there, here}:
-        return f"direction{_in_words(DIRECTIONS[there], DIRECTIONS[here])}"
-    is_loop = name == "spec" and (here or {}).get("kind") == "objective"
-    return f"{'objective' if is_loop else IDENTITY[name]}{_in_words(there, here)}"
+    if name == "scoring" and DIRECTIONS.keys() >= {stored, current}:
+        return f"direction{_short_pair(DIRECTIONS[stored], DIRECTIONS[current])}"
+    is_loop = name == "spec" and (current or {}).get("kind") == "objective"
+    label = "objective" if is_loop else IDENTITY[name]
+    return f"{label}{_short_pair(stored, current)}"
 
 
 def _without_steps(value: object) -> object:
@@ -280,45 +296,50 @@ def _without_steps(value: object) -> object:
 
     That is the number of outer steps of a hypergradient search.
     """
-    return (
-        {key: part for key, part in value.items() if key != "outer_steps"}
-        if isinstance(value, dict)
-        else value
-    )
+    if not isinstance(value, dict):
+        return value
+    return {key: item for key, item in value.items() if key != "outer_steps"}
 
 
-def _other_rows(there: SearchRecord, here: SearchRecord, *, of_target: bool) -> list[str]:
+def _row_differences(
+    stored: SearchRecord, current: SearchRecord, *, target_differs: bool
+) -> list[str]:
     """Return the reason for different rows: the option that chooses them, or otherwise their
     sizes."""
-    sources = [record.source or {} for record in (there, here)]
+    sources = [record.source or {} for record in (stored, current)]
     shares = [source.get("test_size") for source in sources]
     if shares[0] != shares[1]:
-        return [f"test_size{_in_words(*shares)}"]
+        return [f"{option('test_size')}{_short_pair(*shares)}"]
     # The seed chooses the held-out rows of a file, and it is reported separately.
-    if of_target or sources[0].get("seed") != sources[1].get("seed"):
+    if target_differs or sources[0].get("seed") != sources[1].get("seed"):
         return []
-    sizes = [table_size(record.fingerprint, record.source) for record in (there, here)]
+    sizes = []
+    for record in (stored, current):
+        size = table_size(record.fingerprint, record.source)
+        sizes.append(f"{count(size['rows'], 'row')} and {count(size['columns'], 'column')}")
     if sizes[0] == sizes[1]:
-        return ["data (as many rows and columns, with other values, names or order)"]
-    words = [
-        f"{count(size['rows'], 'row')} and {count(size['columns'], 'column')}" for size in sizes
-    ]
-    return [f"data ({words[0]} there, {words[1]} here)"]
+        return ["data (the same size, but different values, column names or order)"]
+    return [f"data{_both(*sizes)}"]
 
 
-def _in_words(there: object, here: object) -> str:
+def _short_pair(stored: object, current: object) -> str:
     """Return two different values as text if both are short, otherwise ""."""
-    texts = [repr(there), repr(here)]
-    if isinstance(there, list) and isinstance(here, list):
+    texts = [repr(stored), repr(current)]
+    if isinstance(stored, list) and isinstance(current, list):
         texts = [
-            ", ".join(metric["name"] for metric in metrics) or "one" for metrics in (there, here)
+            ", ".join(metric["name"] for metric in metrics) or "one"
+            for metrics in (stored, current)
         ]
-    if isinstance(there, dict) and isinstance(here, dict) and there.keys() == here.keys():
-        keys = [key for key in there if there[key] != here[key]]
-        if keys == ["sha256"] and "kind" in there:
+    if isinstance(stored, dict) and isinstance(current, dict) and stored.keys() == current.keys():
+        keys = [key for key in stored if stored[key] != current[key]]
+        if keys == ["sha256"] and "kind" in stored:
             return " (its code has changed)"
-        texts = [", ".join(f"{key}={value[key]!r}" for key in keys) for value in (there, here)]
-    return f" ({texts[0]} there, {texts[1]} here)" if max(map(len, texts)) < 60 else ""
+        texts = [", ".join(f"{key}={value[key]!r}" for key in keys) for value in (stored, current)]
+    return _both(*texts) if max(map(len, texts)) < 60 else ""
+
+
+def _both(stored: str, current: str) -> str:
+    return f" ({stored} in the study, {current} now)"
 
 
 @contextmanager
@@ -348,25 +369,7 @@ def open_ledger(
             if not path.exists():  # else another process has just made it
                 raise
     with store or Store.open(path) as store, Claims(path) as claims:
-        # Files without a positive class used the last class.
-        positive = None if record.positive is None or record.classes is None else record.classes[-1]
-        there = SearchRecord.from_json({"positive": positive, "metrics": [], **store.meta})
-        if not there.face and there.lost:
-            lost = ", ".join(IDENTITY[name] for name in there.lost)
-            raise InputError(
-                f"study={str(path)!r} has lost options of its search ({lost}) and cannot go on. "
-                "Its trials can be read with gputune.Study.open; give this search a path of its "
-                "own."
-            )
-        if words := differences(there, record):
-            raise InputError(
-                f"study={str(path)!r} holds another search, which differs from this call in: "
-                f"{', '.join(words)}. Give this search a path of its own, or repeat the first "
-                "call's arguments."
-            )
-        arguments = there.arguments.updated(record.arguments)
-        if arguments != there.arguments and "arguments" not in there.absent:
-            store.replace_option("arguments", vars(arguments))
+        _check_same_search(store, path, record)
         ledger = Ledger(store, claims)
         yield ledger
     # A study never loses a finished result, so missing rows mean damage.
@@ -375,7 +378,46 @@ def open_ledger(
         if (
             not store.meta
             or store.finished() < final
-            or not store.check(ledger.kept).issuperset(ledger.kept)
+            or not store.check(ledger.finished).issuperset(ledger.finished)
             or len(store.plan()) < len(ledger.plan)
         ):
-            raise damage_error(path, "rows are gone that were written to it")
+            raise damage_error(path, "it has lost rows that were written to it")
+
+
+def _check_same_search(store: Store, path: Path, record: SearchRecord) -> None:
+    """Check that an open file holds the search of a record, and store its newest arguments.
+
+    Raises:
+        InputError: the file holds a different search, or has lost its options.
+    """
+    # Files without a positive class used the last class.
+    positive = None if record.positive is None or record.classes is None else record.classes[-1]
+    stored = SearchRecord.from_json({"positive": positive, "metrics": [], **store.meta})
+    if not stored.face and stored.lost:
+        labels = ", ".join(IDENTITY[name] for name in stored.lost)
+        raise InputError(
+            f"study={str(path)!r}",
+            f"has lost options of its search ({labels}) and cannot continue",
+            remedy=per_interface(
+                python="Its trials can be read with gputune.Study.open. Pass another path for this "
+                "search.",
+                command="Its trials can be read with gputune trials. Give this search a folder of "
+                "its own, --out OTHER.",
+            ),
+        )
+    changes = differences(stored, record)
+    if changes:
+        this_call = per_interface(python="this call", command="this command")
+        raise InputError(
+            f"study={str(path)!r}",
+            f"holds a different search. It differs from {this_call} in: {', '.join(changes)}",
+            remedy=per_interface(
+                python="Pass another path for this search, or repeat the arguments of the first "
+                "call.",
+                command="Give this search a folder of its own, --out OTHER, or repeat the options "
+                "of the first command.",
+            ),
+        )
+    arguments = stored.arguments.updated(record.arguments)
+    if arguments != stored.arguments and "arguments" not in stored.absent:
+        store.replace_option("arguments", vars(arguments))

@@ -31,10 +31,19 @@ from gputune.study.export import encoded, export
 from gputune.study.labels import checked_codes, checked_numbers
 from gputune.study.model_files import ModelContent, read_fields, save_model
 from gputune.text import card, count, measure_of, short
+from gputune.wording import option, per_interface
 
 ROWS = 8192
 NUMBERS = 2**23
 """The largest number of rows, and of encoded numbers, in one batch of a prediction."""
+
+_USE_PROBA = per_interface(python="Use predict_proba.", command="Use --proba.")
+_NO_INTERVAL = {
+    "regression": ("several numbers", "Search for one column at a time."),
+    "custom": ("custom outputs", "Use predict."),
+    "multilabel": ("labels", _USE_PROBA),
+}
+"""The predictions of models without intervals and the remedy, by task."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -131,41 +140,39 @@ class TunedModel(ModelContent):
         return ends.min(0), ends.max(0)  # a decreasing transformation swaps the ends
 
     def _half_width(self, level: float) -> float:
+        interval = per_interface(python="predict_interval", command="--interval")
         if self.task != "regression" or not isinstance(self.center, float):
-            words = {
-                "regression": "several: search for one column at a time",
-                "custom": "its own: use predict",
-            }
-            what = words.get(
-                self.task,
-                f"{'labels' if self.task == 'multilabel' else 'classes'}: use predict_proba",
-            )
+            predictions, remedy = _NO_INTERVAL.get(self.task, ("classes", _USE_PROBA))
             raise InputError(
-                "predict_interval is for a model of one number a row, and this one predicts "
-                f"{what}."
+                interval,
+                "supports only models of one number per row, but this model predicts "
+                f"{predictions}",
+                remedy=remedy,
             )
-        if (
-            isinstance(level, bool)
-            or not isinstance(level, float | int | np.number)
-            or not 0 < level < 1
-        ):
+        is_number = isinstance(level, float | int | np.number) and not isinstance(level, bool)
+        if not is_number or not 0 < level < 1:
             raise InputError(
-                f"predict_interval(level={level!r}) must be a share between 0 and 1, such as 0.9 "
-                "for 90 %."
+                f"predict_interval(level={level!r})",
+                "must be a share between 0 and 1, such as 0.9 for 90%",
             )
         if self.residuals is None:
+            resume = "gputune resume FOLDER --intervals"
             raise InputError(
-                "predict_interval needs the residuals of the folds, which this model was made "
-                "without: make it with study.best_model(intervals=True), or with gputune resume "
-                "FOLDER --intervals."
+                interval,
+                "needs the residuals of the folds, but this model does not have them",
+                remedy=per_interface(
+                    python=f"Make the model with study.best_model(intervals=True), or with {resume}.",
+                    command=f"Make the model with {resume}.",
+                ),
             )
         rows = len(self.residuals)
         # 1e-9 absorbs the rounding of the product.
         rank = math.ceil((rows + 1) * level - 1e-9)
         if rank > rows:
             raise InputError(
-                f"predict_interval(level={level}) needs more than the {rows} rows that the folds "
-                f"validated on; give a level of at most {rows / (rows + 1):.4g}."
+                f"predict_interval(level={level})",
+                f"needs more than the {rows} rows on which the folds validated",
+                remedy=f"Pass a level of at most {rows / (rows + 1):.4g}.",
             )
         return float(self.residuals[rank - 1])
 
@@ -192,7 +199,9 @@ class TunedModel(ModelContent):
             return self._outputs(X).sigmoid().numpy()
         if self.classes is None:
             raise InputError(
-                "predict_proba needs a model of classes, and this is a regression; use predict."
+                None,
+                "predict_proba needs a model of classes, but this model is a regression",
+                remedy="Use predict.",
             )
         return self._outputs(X).softmax(1).numpy()
 
@@ -210,13 +219,15 @@ class TunedModel(ModelContent):
         """
         from sklearn.metrics import accuracy_score, r2_score
 
-        guess = self.predict(X)
+        predicted = self.predict(X)
+        rows = len(predicted)
         if self.classes is not None:
-            true, guess = (checked_codes(self.classes, labels, len(guess)) for labels in (y, guess))
+            true = checked_codes(self.classes, y, rows)
+            predicted = checked_codes(self.classes, predicted, rows)
         else:
-            true = checked_numbers(y, self.task, len(guess))
+            true = checked_numbers(y, self.task, rows)
         metric = r2_score if self.task == "regression" else accuracy_score
-        return float(metric(true, guess, sample_weight=sample_weight))
+        return float(metric(true, predicted, sample_weight=sample_weight))
 
     def fit(self, X: object, y: object = None) -> Self:
         """Raise InputError, because this estimator is already fitted.
@@ -224,8 +235,10 @@ class TunedModel(ModelContent):
         scikit-learn requires that an estimator has a ``fit`` method.
         """
         raise InputError(
-            "a TunedModel is fitted already: wrap it in sklearn.frozen.FrozenEstimator where "
-            "scikit-learn would fit it again, or search anew with gputune.tune."
+            None,
+            "A TunedModel is already fitted",
+            remedy="Wrap it in sklearn.frozen.FrozenEstimator if scikit-learn would fit it again, "
+            "or search again with gputune.tune.",
         )
 
     @property
@@ -236,7 +249,7 @@ class TunedModel(ModelContent):
             AttributeError: the model has no classes.
         """
         if self.classes is None:
-            raise AttributeError("classes_: the model is none of classes")
+            raise AttributeError("classes_: this model does not predict classes")
         return self.classes
 
     def __sklearn_is_fitted__(self) -> bool:
@@ -321,30 +334,34 @@ class TunedModel(ModelContent):
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
         names = None if isinstance(self.layout, Layout) else self.layout.names
         outputs = list[Tensor]()
+        first_row = 0
         # Not torch.inference_mode: TorchScript fails on its tensors, and later training fails on
         # activations that a forward kept.
         with prediction_draws(device, draws=bool(self.info.get("draws"))), torch.no_grad():
             for part in self._batches(self._inputs(X)):
                 rows = encode(part, self.layout, self.statistics, self.dtype)
                 if isinstance(part, Table) and not rows[0].isfinite().all():
-                    raise self._too_large(
-                        part, rows[0], first_row=sum(len(output) for output in outputs)
-                    )
+                    raise self._too_large(part, rows[0], first_row=first_row)
                 inputs = [x.to(device) for x in rows]
                 try:
                     # Copies, because a forward may write into its inputs. Arrays may be the
                     # caller's own rows, and the rows of a table are read again below.
-                    own = [x.clone() for x in inputs]
-                    output = self._check_output(call_module(self.module, own, names), len(part))
+                    copies = [x.clone() for x in inputs]
+                    output = call_module(self.module, copies, names)
+                    output = self._check_output(output, len(part))
                 except (IndexError, RuntimeError) as error:
                     raise InputError(
-                        f"{type(self.module).__name__} raised {type(error).__name__}: {error}, on "
-                        "rows unlike those that it was trained on; an embedding must have a "
-                        "place for every id."
+                        None,
+                        f"{type(self.module).__name__} raised {type(error).__name__}: {error}",
+                        remedy="These rows differ from the rows on which it was trained. For "
+                        "example, an embedding must have an entry for every id.",
                     ) from error
-                first = first_equal(inputs[0]) if isinstance(self.layout, Layout) else None
-                # Equal rows get the output of the first of them, see ``first_equal``.
-                outputs.append((output if first is None else output[first]).double().cpu())
+                if isinstance(self.layout, Layout):
+                    # Equal rows get the output of the first of them, see ``first_equal``.
+                    first = first_equal(inputs[0])
+                    output = output if first is None else output[first]
+                outputs.append(output.double().cpu())
+                first_row += len(part)
         return torch.cat(outputs) / self.temperature
 
     def _too_large(self, table: Table, x: Tensor, *, first_row: int) -> InputError:
@@ -355,9 +372,10 @@ class TunedModel(ModelContent):
         name = self.layout.feature_names[sizes.argmax()]
         dtype = str(self.dtype).removeprefix("torch.")
         return InputError(
+            None,
             f"column {name!r} has a number of size {sizes.max():.4g} in row {first_row + row}, "
-            f"too large for the {dtype} in which the model computes; correct it, or leave the row "
-            "out."
+            f"too large for the {dtype} in which the model computes",
+            remedy="Correct it, or leave the row out.",
         )
 
     def _inputs(self, X: object) -> Table | Arrays:
@@ -371,36 +389,39 @@ class TunedModel(ModelContent):
         if isinstance(X, str | Path) and (Path(X).suffix.lower() in ARRAY_SUFFIXES or not is_table):
             X = self._inputs_of_file(Path(X))
         if not isinstance(self.layout, Layout):
-            return self.layout.raw(
-                read_inputs(X, len(self.layout.shapes)) if isinstance(X, Dataset) else X
-            )
+            if isinstance(X, Dataset):
+                X = read_inputs(X, len(self.layout.shapes))
+            return self.layout.raw(X)
         if isinstance(X, Tensor):
             return as_table(checked_tensor(X).cpu().numpy())
         # As text, "007" and "7" are two levels. As numbers they would be equal.
         texts = [column.name for column in self.layout.columns if column.kind == "category"]
         table = read_table(X, texts) if isinstance(X, str | Path) else as_table(X)
         # No warning if a file still has its target, or columns that the search left out.
-        known = {self.target, *self.info.get("drop", ())} - {*self.layout.inputs}
-        unread = [name for name in table.names if name in known]
-        table = table.drop(*unread) if len(unread) < len(table.names) else table
-        if unseen := self.layout.unseen(table):
-            words = "; ".join(
-                f"column {name!r}: {quoted(levels)}" for name, levels in unseen.items()
-            )
+        unread = self._unread - {*self.layout.inputs}
+        extra = [name for name in table.names if name in unread]
+        table = table.drop(*extra) if len(extra) < len(table.names) else table
+        unseen = self.layout.unseen(table)
+        if unseen:
+            columns = [f"column {name!r}: {quoted(levels)}" for name, levels in unseen.items()]
             warn(
-                "X has categories that were not there in training, which no feature stands for: "
-                f"{words}.",
+                f"{option('X')} has categories that the training data did not have. The model has "
+                f"no feature for them: {'; '.join(columns)}.",
                 InputWarning,
             )
         return table
 
+    @property
+    def _unread(self) -> set[str]:
+        """The names of the target and of the columns that the search left out."""
+        return {self.target, *self.info.get("drop", ())}
+
     def _inputs_of_file(self, path: Path) -> Any:
         """Return the inputs from a file of arrays, without the target and the arrays that the
         search left out."""
-        unread = {self.target, *self.info.get("drop", ())}
         if isinstance(self.layout, Layout):
-            return pick_inputs(path, None, [(len(self.layout.inputs),)], unread)
-        return pick_inputs(path, self.layout.names, self.layout.shapes, unread)
+            return pick_inputs(path, None, [(len(self.layout.inputs),)], self._unread)
+        return pick_inputs(path, self.layout.names, self.layout.shapes, self._unread)
 
     def _batches(self, table: Table | Arrays) -> Iterator[Table | Arrays]:
         """Yield the rows in batches, so that a large file needs no more memory than a small one."""
@@ -427,8 +448,9 @@ class TunedModel(ModelContent):
                 return output
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise InputError(
-            f"{type(self.module).__name__} must return a tensor of shape {(rows, K)}, got {got}; "
-            "correct its forward()."
+            None,
+            f"{type(self.module).__name__} must return a tensor of shape {(rows, K)}, got {got}",
+            remedy="Correct its forward().",
         )
 
     def _repr_html_(self) -> str:
@@ -436,27 +458,27 @@ class TunedModel(ModelContent):
         info = self.info
         rows = [("predicts", self.target), ("from", self.layout.in_words())]
         if self.classes is not None:
-            words = [
-                *map(str, self.classes[:8].tolist()),
-                *(["..."] if len(self.classes) > 8 else []),
-            ]
-            rows.append(("classes", f"{len(self.classes)}: {', '.join(words)}"))
+            labels = [str(label) for label in self.classes[:8].tolist()]
+            if len(self.classes) > 8:
+                labels.append("...")
+            rows.append(("classes", f"{len(self.classes)}: {', '.join(labels)}"))
         if "score" in info:
-            measure = measure_of(
-                str(info.get("scoring") or "score"), info["score"], info.get("positive")
-            )
+            scoring = str(info.get("scoring") or "score")
+            measure = measure_of(scoring, info["score"], info.get("positive"))
             rows.append((f"cross-validated {measure.title}", measure.text(info["score"])))
-            if (score := info.get("held_out_score")) is not None:
+            score = info.get("held_out_score")
+            if score is not None:
                 held_out = f"{measure.text(score)} on {count(info['held_out_rows'], 'row')}"
                 rows.append((f"held-out {measure.name}", held_out))
-        rows += [("temperature", short(self.temperature))] * (self.temperature != 1)
+        if self.temperature != 1:
+            rows.append(("temperature", short(self.temperature)))
         rows += [(name, short(value)) for name, value in info.get("params", {}).items()]
         return card(f"TunedModel: {type(self.module).__name__}", rows)
 
     def __repr__(self) -> str:
-        what = self.task if self.classes is None else f"{len(self.classes)} classes"
+        task = self.task if self.classes is None else f"{len(self.classes)} classes"
         return (
-            f"TunedModel({type(self.module).__name__}, {what}, {self.target!r} from "
+            f"TunedModel({type(self.module).__name__}, {task}, {self.target!r} from "
             f"{self.layout.in_words()})"
         )
 

@@ -45,14 +45,14 @@ def read_content(body: Json) -> Json:
         body[n] for n in ("layout", "classes", "target_transform", "residuals")
     )
     if classes is not None and not (isinstance(classes, np.ndarray) and classes.ndim == 1):
-        raise ValueError(f"its classes are no list of labels but {type(classes).__name__}")
+        raise ValueError(f"its classes are not a list of labels but {type(classes).__name__}")
     if not has_form(info := dict(body["info"]), _INFO):
-        raise ValueError("its info is of another type")
+        raise ValueError("its info has a wrong type")
     numbers = (
         isinstance(residuals, np.ndarray) and residuals.dtype.kind == "f" and residuals.ndim == 1
     )
     if not (residuals is None or numbers):
-        raise ValueError("its residuals are no numbers")
+        raise ValueError("its residuals are not numbers")
     if not 0 < (temperature := float(body["temperature"])) < math.inf:
         raise ValueError(f"its temperature is {body['temperature']}")
     fields = {
@@ -101,10 +101,10 @@ def _check_target(fields: Json) -> None:
     ):
         raise ValueError("its task, its target and its classes do not fit each other")
     if np.ndim(center) > 1 or np.size(center) == 0 or np.shape(center) != np.shape(fields["scale"]):
-        raise ValueError("the center and the scale of its target are of other shapes")
+        raise ValueError("the center and the scale of its target have wrong shapes")
     limits = None if transform is None else transform.limits
     if limits is not None and limits.shape[1] != np.size(center):
-        raise ValueError("its target_transform is of another number of targets")
+        raise ValueError("its target_transform has a wrong number of targets")
 
 
 def _of_target(value: float | list[float] | np.ndarray) -> float | NDArray[np.float64]:
@@ -119,19 +119,19 @@ _PARTS_OF = {"number": ("value",), "boolean": ("value",), "category": (), "date"
 def _check_column(column: Column) -> None:
     """Raise ValueError for a column that cannot be in a layout."""
     if column.kind not in _PARTS_OF:
-        raise ValueError(f"a column is of the kind {column.kind!r:.60}")
+        raise ValueError(f"a column has the unknown kind {column.kind!r:.60}")
     texts = [column.name, *column.parts, *column.levels]
     flags = [column.other, column.missing]
     if not ({str}.issuperset(map(type, texts)) and {bool}.issuperset(map(type, flags))):
-        raise ValueError(f"the column {column.name!r:.60} has fields of another type")
+        raise ValueError(f"the column {column.name!r:.60} has fields of a wrong type")
     if not set(_PARTS_OF[column.kind]).issuperset(column.parts) or not column.feature_names:
-        raise ValueError(f"the column {column.name!r:.60} has other features than its kind")
+        raise ValueError(f"the column {column.name!r:.60} has features that do not fit its kind")
 
 
 def _check_layout(layout: Layout) -> None:
     """Raise ValueError for a layout that cannot belong to a table."""
     if not layout.columns or not {str}.issuperset(map(type, (*layout.inputs, *layout.notes))):
-        raise ValueError("its layout has no column, or names of another type")
+        raise ValueError("its layout has no column, or names of a wrong type")
     for column in layout.columns:
         _check_column(column)
 
@@ -149,9 +149,7 @@ def _check_statistics(statistics: Statistics, n_features: int) -> None:
     }
     for name, shape in shapes.items():
         if getattr(statistics, name).shape != shape:
-            raise ValueError(
-                f"its statistics have another number of values for {name!r} than it has features"
-            )
+            raise ValueError(f"its statistics have a wrong number of values for {name!r}")
     for name, end in (("ranked", n_inputs), ("clipped", n_inputs), ("places", n_features)):
         positions = getattr(statistics, name)
         if positions.ndim != 1 or not ((positions >= 0) & (positions < end)).all():

@@ -90,52 +90,63 @@ def save_model(model: ModelContent, folder: str | os.PathLike[str]) -> None:
     """Write the model into ``folder``; see ``TunedModel.save``."""
     import safetensors.torch
 
+    is_custom = model.spec["kind"] == "module"
     body = {name: getattr(model, name) for name in _PLAIN} | {
         "dtype": str(model.dtype).removeprefix("torch."),
         "target_transform": None if model.transform is None else model.transform.to_json(),
         "layout": model.layout.to_json(),
         "statistics": model.statistics.to_json(),
         "spec": _full_spec(model),
-        "numbers": saved_numbers(model.module) if model.spec["kind"] == "module" else {},
+        "numbers": saved_numbers(model.module) if is_custom else {},
         "temporary": temporary_buffers(model.module),
     }
-    state = saved_tensors(model.module)
-    place = Path(folder)
-    saved = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    if odd := [(name, type(value).__name__) for name, value in state.items() if name not in saved]:
-        what = "{!r}, a {}, in its state; only tensors can be saved, make it a buffer.".format(
-            *odd[0]
-        )
-        raise InputError(f"{type(model.module).__name__} keeps {what}")
-    if place.exists() and not place.is_dir():
-        raise InputError(f"save(folder={str(place)!r}): a file has that name; choose another.")
-    for name in sorted(os.listdir(place)) if place.exists() else ():
-        if name not in (TENSORS, DESCRIPTION) and not name.startswith(DRAFTS):
+    state = {}
+    for name, value in saved_tensors(model.module).items():
+        if not isinstance(value, Tensor):
             raise InputError(
-                f"save(folder={str(place)!r}): the folder holds {name!r}, which is no part of a "
-                "model; give a new or an empty folder."
+                None,
+                f"{type(model.module).__name__} keeps {name!r}, a {type(value).__name__}, in its "
+                "state",
+                remedy="Only tensors can be saved. Make it a buffer.",
             )
-    # Clones: safetensors refuses tensors that share memory, such as tied weights.
-    tensors = safetensors.torch.save(
-        {key: value.cpu().clone().contiguous() for key, value in saved.items()}
-    )
+        # A clone: safetensors refuses tensors that share memory, such as tied weights.
+        state[name] = value.cpu().clone().contiguous()
+    path = Path(folder)
+    _check_folder(path)
+    tensors = safetensors.torch.save(state)
     text = to_json({**body, "tensors_sha256": sha256(tensors)}, name="the model's spec or info")
     # The head holds the checksum of the body's text.
     head = json.dumps({"format": FORMAT, "version": FORMAT_VERSION, "sha256": sha256(text)})
     files = {TENSORS: tensors, DESCRIPTION: f'{head[:-1]}, "body": {text}}}\n'.encode()}
-    remedy = "make room on its disk and check the rights of the folder, or choose another folder"
-    with naming_folder(place, "the model cannot be saved", remedy):
-        place.mkdir(parents=True, exist_ok=True)
-        write_files(place, files, prefix=DRAFTS)
-    if model.spec["kind"] == "module" and "made" not in model.spec:
+    remedy = "free disk space and check the permissions of the folder, or choose another folder"
+    with naming_folder(path, "the model cannot be saved", remedy):
+        path.mkdir(parents=True, exist_ok=True)
+        write_files(path, files, prefix=DRAFTS)
+    if is_custom and "made" not in model.spec:
         module_class = _module_type(model)
         module_source.remember_code(module_class)
-        if where := module_source.why_not_found(module_class):
-            call = f"load_model({str(folder)!r}, module={module_class.__name__})"
+        place = module_source.unreachable_place(module_class)
+        if place is not None:
+            name = module_class.__name__
             warn(
-                f"save({str(folder)!r}): the class {module_class.__name__} was defined {where}, "
-                f"so that load_model does not find it from elsewhere: pass it there, {call}, or "
-                "define it in a file of its own and import it from that."
+                f"save({str(folder)!r}): the class {name} was defined {place}, so load_model "
+                "cannot find it from elsewhere. Pass it there, "
+                f"load_model({str(folder)!r}, module={name}), or define it in its own file and "
+                "import it from that file."
+            )
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise InputError for a folder that does not hold only a model."""
+    argument = f"save(folder={str(folder)!r})"
+    if folder.exists() and not folder.is_dir():
+        raise InputError(argument, "is a file", remedy="Choose another folder.")
+    for name in sorted(os.listdir(folder)) if folder.exists() else ():
+        if name not in (TENSORS, DESCRIPTION) and not name.startswith(DRAFTS):
+            raise InputError(
+                argument,
+                f"holds {name!r}, which is not part of a model",
+                remedy="Pass a new or an empty folder.",
             )
 
 
@@ -147,14 +158,13 @@ def _full_spec(model: ModelContent) -> Json:
     # A function made the module, and the module has no link to it.
     if model.spec["kind"] != "module" or "made" in model.spec:
         return model.spec
-    source = module_source.class_source(_module_type(model))
+    names = ("kind", "kwargs", "ensemble", "columns", "seeds")
+    spec = {name: model.spec[name] for name in names if name in model.spec}
+    spec |= module_source.class_source(_module_type(model))
     file = module_source.source_file(_module_type(model))
-    kept = {
-        key: model.spec[key]
-        for key in ("kind", "kwargs", "ensemble", "columns", "seeds")
-        if key in model.spec
-    }
-    return {**kept, **source, **({"file": file} if file is not None and "import" in source else {})}
+    if file is not None and "import" in spec:
+        spec["file"] = file
+    return spec
 
 
 def _module_type(model: ModelContent) -> type[nn.Module]:
@@ -165,58 +175,60 @@ def _module_type(model: ModelContent) -> type[nn.Module]:
 def read_fields(folder: Path, module: Builder | None, *, trust_code: bool) -> Json:
     """Return the fields of the model that ``save_model`` wrote; see ``load_model``."""
     body = read_description(folder / DESCRIPTION)
-    state = _read_tensors(folder / TENSORS, body)
+    tensors = _read_tensors(folder / TENSORS, body)
     with file_errors(folder / DESCRIPTION):
-        known = read_content(body)
-        spec = known["spec"]
-        members = _members(known)
+        fields = read_content(body)
+        spec = fields["spec"]
+        members = _members(fields)
         seeds = read_seeds(spec, len(members))
         numbers = read_numbers(body)
-        temporary = read_temporary(body, state)
-        if (kind := str(spec["kind"])) in BUILT_IN:
-            _check_size(members, kind, state)
+        temporary = read_temporary(body, tensors)
+        kind = str(spec["kind"])
+        if kind in BUILT_IN:
+            _check_size(members, kind, tensors)
     module_class = _module_class(spec, module, folder, trust_code=trust_code)
-    file = module_source.source_file(module_class)
     name = name_of(module_class)
-    changed = kind == "module" and module is None and module_source.is_changed(module_class, spec)
-    change = f"{file or name!r} has changed since the model was saved"
-    remedy = (
-        f"{change}: restore it, or pass the class as it was."
-        if changed
-        else "pass the class as it was."
-    )
+    change = ""
+    remedy = "Pass the class as it was."
+    if kind == "module" and module is None and module_source.is_changed(module_class, spec):
+        file = module_source.source_file(module_class)
+        change = f"{file or name!r} has changed since the model was saved"
+        remedy = f"{change}. Restore it, or pass the class as it was."
     try:
-        modules = _build(module_class, members, seeds, known)
+        modules = _build(module_class, members, seeds, fields)
     except Exception as error:  # a user's constructor may raise anything
+        sizes, others = members[0]
+        reason = f"{type(error).__name__}: {str(error).rstrip('.')}"
         raise InputError(
-            f"{name} could not be built from the saved arguments {members[0][0] | members[0][1]}: "
-            f"{type(error).__name__}: {str(error).rstrip('.')}; {remedy}"
+            None,
+            f"{name} could not be built from the saved arguments {sizes | others}: {reason}",
+            remedy=remedy,
         ) from error
-    weights = [1 / len(modules)] * len(modules)
-    columns = spec.get("columns", ())
-    network = (
-        Ensemble(modules, weights, known["task"], columns) if "ensemble" in spec else modules[0]
-    )
+    network = modules[0]
+    if "ensemble" in spec:
+        weights = [1 / len(modules)] * len(modules)
+        network = Ensemble(modules, weights, fields["task"], spec.get("columns", ()))
     try:
-        restore(network, state, numbers, temporary)
+        restore(network, tensors, numbers, temporary)
     except (RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split()).rstrip(".")  # torch writes a line for each tensor
         raise InputError(
-            f"{str(folder / TENSORS)!r} does not fit {name}: {reason}; {remedy}"
+            None, f"{str(folder / TENSORS)!r} does not fit {name}: {reason}", remedy=remedy
         ) from error
-    if changed:
-        warn(f"{change}; its parameters still fit, but it may predict otherwise.")
-    return {**known, "module": network.eval()}
+    if change:
+        warn(f"{change}. Its parameters still fit, but its predictions may differ.")
+    return {**fields, "module": network.eval()}
 
 
-def _members(known: Json) -> _Members:
+def _members(fields: Json) -> _Members:
     """Return the arguments of the modules of a model: several for an ensemble."""
-    spec = known["spec"]
-    layout = known["layout"]
-    statistics = known["statistics"]
-    members = [dict(member) for member in spec.get("ensemble", [spec["kwargs"]])]
+    spec = fields["spec"]
+    layout = fields["layout"]
+    statistics = fields["statistics"]
+    members = spec.get("ensemble", [spec["kwargs"]])
+    columns = spec.get("columns") or [None] * len(members)
     pairs = []
-    for member, ends in zip(members, spec.get("columns") or [None] * len(members), strict=True):
+    for member, ends in zip(members, columns, strict=True):
         if isinstance(layout, Layout):
             begin, end = ends or (0, statistics.n_inputs)
             D = end - begin
@@ -228,36 +240,36 @@ def _members(known: Json) -> _Members:
                 "input_shape": layout.shapes[0],
                 "feature_groups": None,
             }
-        sizes["n_outputs"] = 1 if known["classes"] is None else len(known["classes"])
-        sizes |= {
-            name: value for name, value in {**spec["kwargs"], **member}.items() if name in sizes
-        }
-        pairs.append((sizes, {name: value for name, value in member.items() if name not in sizes}))
+        sizes["n_outputs"] = 1 if fields["classes"] is None else len(fields["classes"])
+        others = dict(member)
+        for name in sizes:
+            sizes[name] = others.pop(name, spec["kwargs"].get(name, sizes[name]))
+        pairs.append((sizes, others))
     return pairs
 
 
-def _check_size(members: _Members, kind: str, state: dict[str, Tensor]) -> None:
+def _check_size(members: _Members, kind: str, tensors: dict[str, Tensor]) -> None:
     """Raise ValueError for networks that are larger than their tensors, before memory is
     allocated."""
     numbers = 0
     standard = {"width": 128, "depth": 2 if kind == "mlp" else 0}
     for sizes, others in members:
-        words = {**standard, **sizes, **others}
-        D = int(words["n_features"] or 0)
-        K = int(words["n_outputs"] or 0)
-        width = words["width"]
+        arguments = {**standard, **sizes, **others}
+        D = int(arguments["n_features"] or 0)
+        K = int(arguments["n_outputs"] or 0)
+        width = arguments["width"]
         if isinstance(width, tuple):  # one per layer
             numbers += sum((a + 1) * b for a, b in pairwise((D, *map(int, width), K)))
-        elif depth := int(words["depth"]):  # no loop: the depth in a file may be huge
+        elif depth := int(arguments["depth"]):  # no loop: the depth in a file may be huge
             H = int(width)
             # input layer, hidden layers, output layer; each with biases
             numbers += (D + 1) * H + (depth - 1) * (H + 1) * H + (H + 1) * K
         else:
             numbers += (D + 1) * K
-    there = sum(tensor.numel() for tensor in state.values())
-    if numbers > there:
+    available = sum(tensor.numel() for tensor in tensors.values())
+    if numbers > available:
         raise ValueError(
-            f"it describes a network of {numbers} parameters, and {TENSORS} holds {there}"
+            f"it describes a network of {numbers} parameters, but {TENSORS} holds {available}"
         )
 
 
@@ -265,17 +277,18 @@ def _module_class(
     spec: Mapping[str, object], module: Builder | None, folder: Path, *, trust_code: bool
 ) -> Builder:
     kind = str(spec["kind"])
-    if module is not None and not module_source.is_builder(module):
-        raise InputError(
-            f"load_model(module=...) must be a subclass of torch.nn.Module, got {module!r}."
-        )
-    if module is not None and kind in BUILT_IN:
-        raise InputError(
-            f"load_model(module=...): {str(folder)!r} holds the built-in {kind!r}; leave module "
-            "out."
-        )
-    if known := module or BUILT_IN.get(kind):
-        return known
+    if module is not None:
+        argument = "load_model(module=...)"
+        if not module_source.is_builder(module):
+            raise InputError(argument, "must be a subclass of torch.nn.Module", got=module)
+        if kind in BUILT_IN:
+            raise InputError(
+                argument,
+                f"must be left out, because {str(folder)!r} holds the built-in {kind!r}",
+            )
+        return module
+    if kind in BUILT_IN:
+        return BUILT_IN[kind]
     or_pass = per_interface(
         python=f"Or pass the class: load_model({str(folder)!r}, module=...).",
         command="Or say where the class is now: --model FILE.py:NAME.",
@@ -292,30 +305,27 @@ def _module_class(
 
 
 def _build(
-    module_class: Builder, members: _Members, seeds: Sequence[int | None], known: Json
+    module_class: Builder, members: _Members, seeds: Sequence[int | None], fields: Json
 ) -> list[nn.Module]:
     """Build the modules of a model, on the CPU."""
-    layout = known["layout"]
-    statistics = known["statistics"]
+    layout = fields["layout"]
     names = None
     kinds = list[InputKind]()
     if isinstance(layout, ArrayLayout):
-        parts = zip(layout.shapes, layout.dtypes, statistics.channels, strict=True)
-        kinds = [
-            (shape, torch.float32 if scaled else getattr(torch, dtype))
-            for shape, dtype, scaled in parts
-        ]
         names = layout.names
+        channels = fields["statistics"].channels
+        for shape, dtype, scaled in zip(layout.shapes, layout.dtypes, channels, strict=True):
+            kinds.append((shape, torch.float32 if scaled else getattr(torch, dtype)))
     modules = []
-    for (sizes, arguments), seed in zip(members, seeds):
-        words = call_arguments(module_class, sizes, arguments)
+    for (sizes, others), seed in zip(members, seeds):
+        arguments = call_arguments(module_class, sizes, others)
         inputs = kinds or [(sizes["input_shape"], torch.float32)]
         # From the random stream of the training: random values in plain attributes are not in the
         # file.
         with module_stream(seed or 0):
-            module = construct(module_class, words)
+            module = construct(module_class, arguments)
             materialise(module, inputs, names)
-        modules.append(convert(module, known["dtype"]))
+        modules.append(convert(module, fields["dtype"]))
     return modules
 
 
@@ -329,11 +339,14 @@ def read_description(path: Path) -> Json:
     with file_errors(path):
         head = json.loads(_read(path, bytes_per_byte=_JSON_BYTES))
         if head["format"] != FORMAT:
-            raise ValueError("it is no description of a gputune model")
-        if head["version"] > FORMAT_VERSION:
+            raise ValueError("it is not a description of a gputune model")
+        version = head["version"]
+        if version > FORMAT_VERSION:
             raise InputError(
-                f"{str(path)!r} has model format {head['version']}, this gputune reads up to "
-                f"{FORMAT_VERSION}; upgrade gputune."
+                None,
+                f"{str(path)!r} has model format {version}, but this gputune reads formats up to "
+                f"{FORMAT_VERSION}",
+                remedy="Upgrade gputune.",
             )
         # The separators of ``to_json``: an unchanged body gives the same text.
         text = json.dumps(head["body"], separators=(",", ":"))
@@ -352,7 +365,9 @@ def file_errors(path: Path) -> Iterator[None]:
     except MALFORMED as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise InputError(
-            f"{str(path)!r} is damaged: {reason}; restore it from a copy, or save the model again."
+            None,
+            f"{str(path)!r} is damaged: {reason}",
+            remedy="Restore it from a copy, or save the model again.",
         ) from error
 
 
@@ -367,7 +382,7 @@ def _read_tensors(path: Path, body: Mapping[str, object]) -> dict[str, Tensor]:
         try:
             return safetensors.torch.load(raw)
         except safetensors.SafetensorError as error:
-            raise ValueError(f"it is no safetensors file ({error})") from error
+            raise ValueError(f"it is not a safetensors file ({error})") from error
 
 
 _JSON_BYTES = 30
@@ -375,13 +390,14 @@ _JSON_BYTES = 30
 
 
 def _read(path: Path, bytes_per_byte: int = 1) -> bytes:
-    check_model_folder(path.parent)
+    folder = path.parent
+    check_model_folder(folder)
     if not path.exists():
-        inner = path.parent / "model"
-        remedy = (
-            f"did you mean {str(inner)!r}?"
-            if (inner / path.name).exists()
-            else "save the model again."
+        inner = folder / "model"
+        remedy = "Save the model again."
+        if (inner / path.name).exists():
+            remedy = f"Did you mean {str(inner)!r}?"
+        raise InputError(
+            None, f"the model folder {str(folder)!r} has no {path.name}", remedy=remedy
         )
-        raise InputError(f"the model folder {str(path.parent)!r} has no {path.name}; {remedy}")
     return read_file(path, bytes_per_byte=bytes_per_byte)

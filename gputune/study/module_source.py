@@ -64,8 +64,11 @@ def class_source(module_class: Builder) -> Json:
     if module is not None and module.__name__.startswith(FILE_MODULE):
         ((path, digest),) = files_of(module)
         return {"path": path, "class": name, "sha256": digest, **builder}
-    source = _digest(module_class)
-    return {"import": f"{home}:{name}", **builder, **({} if source is None else {"sha256": source})}
+    source = {"import": f"{home}:{name}", **builder}
+    source_digest = _digest(module_class)
+    if source_digest is not None:
+        source["sha256"] = source_digest
+    return source
 
 
 def is_builder(value: object) -> TypeGuard[Builder]:
@@ -107,9 +110,10 @@ def _builder_json(builder: Builder) -> Json:
         json.dumps(keywords)
     except TypeError as error:
         raise InputError(
-            f"model: the partial of {inner.__name__} cannot be written down ({error}); give it a "
-            "name at the top of the file of its function, or make it with numbers and texts as "
-            "keywords."
+            "model",
+            f"is a partial of {inner.__name__} that cannot be stored ({error})",
+            remedy="Give it a name at the top level of the file of its function, or make it only "
+            "with numbers and texts as keywords.",
         ) from error
     return {"made": "function", "keywords": keywords}
 
@@ -120,19 +124,14 @@ def source_file(module_class: Builder) -> str | None:
     return str(Path(path).resolve()) if path and Path(path).is_file() else None
 
 
-def why_not_found(module_class: Builder) -> str | None:
+def unreachable_place(module_class: Builder) -> str | None:
     """Return the place of a class that another process cannot find, as text, or None if it can."""
     home, name = _place(module_class)
     if home == MAIN:
-        return (
-            f"in the script {script!r}"
-            if (script := source_file(module_class))
-            else "in a notebook or at a prompt"
-        )
-    found_there = lookup(sys.modules[home], name) if home in sys.modules else None
-    if found_there is not None and (
-        found_there is module_class or found_there is _unwrap(module_class)
-    ):
+        script = source_file(module_class)
+        return f"in the script {script!r}" if script else "in a notebook or at a prompt"
+    reached = lookup(sys.modules[home], name) if home in sys.modules else None
+    if reached is not None and (reached is module_class or reached is _unwrap(module_class)):
         return None
     return f"in {home!r}, where no import reaches it"
 
@@ -146,13 +145,13 @@ def _digest(module_class: Builder) -> str | None:
 
     The digest of a class includes its base classes below ``nn.Module``.
     """
-    if (inner := _unwrap(module_class)) not in _DIGESTS:
+    inner = _unwrap(module_class)
+    if inner not in _DIGESTS:
         chain = inner.__mro__[:-1] if isinstance(inner, type) else (inner,)
-        own = [kind for kind in chain if not kind.__module__.startswith("torch.")]
-        digest = None
+        custom = [kind for kind in chain if not kind.__module__.startswith("torch.")]
+        _DIGESTS[inner] = None
         with suppress(OSError, TypeError):
-            digest = sha256("\0".join(map(inspect.getsource, own)))
-        _DIGESTS[inner] = digest
+            _DIGESTS[inner] = sha256("\0".join(map(inspect.getsource, custom)))
     return _DIGESTS[inner]
 
 
@@ -161,8 +160,9 @@ def is_changed(module_class: Builder, source: Mapping[str, object]) -> bool:
 
     ``source`` is the result of ``class_source``.
     """
+    before = source.get("sha256")
     now = _digest(module_class) if "import" in source else class_source(module_class).get("sha256")
-    return None not in (now, source.get("sha256")) and now != source["sha256"]
+    return None not in (now, before) and now != before
 
 
 def remember_code(module_class: Builder) -> None:
@@ -187,25 +187,24 @@ def find_class(source: Json, *, trust_code: bool = False, or_changed: bool = Fal
         InputError: the class does not exist any more, or its file has changed and ``or_changed`` is
             False.
     """
-    if keywords := source.get("keywords"):
-        builder = find_class(
-            {**source, "keywords": None}, trust_code=trust_code, or_changed=or_changed
-        )
+    keywords = source.get("keywords")
+    if keywords:
+        inner = {**source, "keywords": None}
+        builder = find_class(inner, trust_code=trust_code, or_changed=or_changed)
         return functools.partial(builder, **keywords)
     if "import" not in source:
         path = source["path"]
         name = str(source["class"])
-        known = source.get("sha256")
-        return _of_file(path, name, known, trust_code=trust_code, or_changed=or_changed)
+        digest = source.get("sha256")
+        return _of_file(path, name, digest, trust_code=trust_code, or_changed=or_changed)
     place = str(source["import"])
-    file = source.get("file")
-    module_class = (_of_main if place.partition(":")[0] == MAIN else _import_builder)(
-        place, file, trust_code
-    )
+    find = _of_main if place.partition(":")[0] == MAIN else _import_builder
+    module_class = find(place, source.get("file"), trust_code)
     if not or_changed and is_changed(module_class, source):
         raise InputError(
-            f"the module class {place!r} has changed since the search was begun; restore its "
-            "source."
+            None,
+            f"the module class {place!r} has changed since the search began",
+            remedy="Restore its source.",
         )
     return module_class
 
@@ -229,36 +228,37 @@ def class_from_file(path: str | os.PathLike[str], name: str) -> Builder:
 def _of_file(
     path: str | os.PathLike[str],
     name: str,
-    known: str | None = None,
+    known_digest: str | None = None,
     *,
     trust_code: bool,
     or_changed: bool = True,
 ) -> Builder:
-    """Return the class of a file. ``known`` is the digest of the file, or None if it is not
+    """Return the class of a file. ``known_digest`` is the digest of the file, or None if it is not
     known."""
+    check_path = "Check the path."
     try:
         path = Path(path).resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a link to itself, a NUL
-        raise InputError(
-            f"model: {str(path)!r:.300} is not the path of a file ({error}); check the path."
-        ) from error
+        rule = f"names {str(path)!r:.300}, which is not the path of a file ({error})"
+        raise InputError("model", rule, remedy=check_path) from error
+    file = f"names the file {str(path)!r}, which"
     if not path.exists():
-        raise InputError(f"model: the file {str(path)!r} does not exist; check the path.")
+        raise InputError("model", f"{file} does not exist", remedy=check_path)
     if check_file(path) > LARGEST_SOURCE:
-        raise InputError(
-            f"model: the file {str(path)!r} is too large for a Python file; check the path."
-        )
+        raise InputError("model", f"{file} is too large for a Python file", remedy=check_path)
     content = read_file(path)
     digest = sha256(content)
-    changed = known not in (None, digest)
-    if changed and not or_changed:
+    has_changed = known_digest not in (None, digest)
+    if has_changed and not or_changed:
         raise InputError(
-            f"the module file {str(path)!r} has changed since the model was trained; restore it."
+            None,
+            f"the module file {str(path)!r} has changed since the model was trained",
+            remedy="Restore it.",
         )
     if trust_code:
         return _trusted(_run(path, content), name)
-    more = "; it has changed since the model was saved" if changed else ""
-    grant = _checked_grant(((str(path), digest),), name, more)
+    change = " It has changed since the model was saved." if has_changed else ""
+    grant = _checked_grant(((str(path), digest),), name, change)
     return _granted(_run(path, content), name, grant)
 
 
@@ -266,26 +266,26 @@ def _of_main(place: str, script: str | None, trust_code: bool) -> Builder:
     """Return a class of the running program, or of the script that defined it. The script is
     then run."""
     name = place.partition(":")[2]
-    here = lookup(sys.modules[MAIN], name)
-    if here is not None:
-        if trust_code or is_of_program(here, name):
-            return here
+    builder = lookup(sys.modules[MAIN], name)
+    if builder is not None:
+        if trust_code or is_of_program(builder, name):
+            return builder
         raise UntrustedCodeError(
             f"{name!r} is a function of the running program, and loading it calls that function "
             "with arguments from the file. You have not trained it from this program."
         )
     if script is None:
         raise InputError(
+            None,
             f"the module class {name!r} was defined in a script, in a notebook or at a prompt, "
-            "and this program has none of that name; define it here too, or go on in the program "
-            "that has it."
+            "and this program has no class of that name",
+            remedy="Define it here too, or continue in the program that has it.",
         )
     script = str(Path(script).resolve())
     if not trust_code:
         raise UntrustedCodeError(
-            f"the module class {name!r} is in the script {script!r}, and loading it runs that "
-            "script again, all but "
-            'what stands under `if __name__ == "__main__":`.'
+            f"the module class {name!r} is in the script {script!r}. Loading it runs that script "
+            'again, except the code under `if __name__ == "__main__":`.'
         )
     return class_from_file(script, name)
 
@@ -295,29 +295,29 @@ def _import_builder(place: str, file: str | None, trust_code: bool) -> Builder:
     model = public_model(package, name)
     if model is not None:
         return model
+    failure = f"the module class {place!r} cannot be imported"
     try:
         files = files_to_import(package)
     except ImportError as error:
         # The module was a file next to a script.
         if file is not None and "." not in package and Path(file).is_file():
             return _of_file(file, name, trust_code=trust_code)
-        there = "" if file is None else f"; it was in {file!r}"
+        former_file = "" if file is None else f"; it was in {file!r}"
         raise InputError(
-            f"the module class {place!r} cannot be imported ({error}){there}; make its package "
-            "importable here."
+            None,
+            f"{failure} ({error}){former_file}",
+            remedy="Make its package importable here.",
         ) from error
     grant = None if trust_code else _checked_grant(files, name)
     try:
         module = importlib.import_module(package)
     except (Exception, SystemExit) as error:
-        raise InputError(
-            f"the module class {place!r} cannot be imported ({type(error).__name__}: {error}); "
-            "correct its package."
-        ) from error
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(None, f"{failure} ({reason})", remedy="Correct its package.") from error
     return _trusted(module, name) if grant is None else _granted(module, name, grant)
 
 
-def _checked_grant(files: Files, name: str, more: str = "") -> Grant:
+def _checked_grant(files: Files, name: str, change: str = "") -> Grant:
     """Return the grant of the trust list for the name.
 
     Raises:
@@ -325,10 +325,10 @@ def _checked_grant(files: Files, name: str, more: str = "") -> Grant:
     """
     grant = grant_of(files, name)
     if grant is Grant.NOTHING:
-        where = repr(files[-1][0]) if files else "a package without a file"
+        place = repr(files[-1][0]) if files else "a package without a file"
         raise UntrustedCodeError(
-            f"the module class {name!r} is in {where}, and loading it runs that code, which you "
-            f"have not trained or saved on this machine as it is now{more}."
+            f"the module class {name!r} is in {place}. Loading it runs that code, and you have "
+            f"not trained or saved this version of it on this machine.{change}"
         )
     return grant
 
@@ -342,14 +342,14 @@ def _granted(module: ModuleType, name: str, grant: Grant) -> Builder:
     builder = lookup(module, name)
     if builder is not None and is_granted(builder, grant):
         return builder
-    where = repr(module_values(module).get("__file__"))
+    file = repr(module_values(module).get("__file__"))
     if builder is None:
         raise UntrustedCodeError(
-            f"{name!r} is not the name of a class or function that is defined in {where}, and "
-            "loading it runs whatever code has that name."
+            f"{name!r} is not the name of a class or function that is defined in {file}. Loading "
+            "it runs any code that has that name."
         )
     raise UntrustedCodeError(
-        f"loading it calls the function {name!r} of {where}. An earlier version of gputune noted "
+        f"loading it calls the function {name!r} of {file}. An earlier version of gputune noted "
         "that you trained from this file, but not which function."
     )
 
@@ -358,12 +358,14 @@ def _trusted(module: ModuleType, name: str) -> Builder:
     """Return the object of a name that the user typed, or trusts. The name may lead through
     other modules."""
     with suppress(AttributeError):
-        if is_builder(kind := functools.reduce(getattr, name.split("."), module)):
-            return kind
-    there = ", ".join(key for key, value in vars(module).items() if is_module_class(value))
+        builder = functools.reduce(getattr, name.split("."), module)
+        if is_builder(builder):
+            return builder
+    classes = [key for key, value in vars(module).items() if is_module_class(value)]
+    file = getattr(module, "__file__", None) or module.__name__
     raise InputError(
-        f"{getattr(module, '__file__', None) or module.__name__!r} has no torch.nn.Module class "
-        f"{name!r}; it has {there or 'none'}."
+        None,
+        f"{file!r} has no torch.nn.Module class {name!r}; it has {', '.join(classes) or 'none'}",
     )
 
 
@@ -383,8 +385,9 @@ def _run(path: Path, content: bytes) -> ModuleType:
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise InputError(
-            f"the module file {str(path)!r} does not run ({type(error).__name__}: {error}); "
-            "correct it."
+            None,
+            f"the module file {str(path)!r} does not run ({type(error).__name__}: {error})",
+            remedy="Correct it.",
         ) from error
     finally:
         sys.path.remove(str(path.parent))

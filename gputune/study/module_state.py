@@ -48,7 +48,7 @@ def read_numbers(body: Json) -> Json:
     """
     numbers = body.get("numbers", {})
     if not isinstance(numbers, dict):
-        raise ValueError("the numbers of its module are of another type")
+        raise ValueError("the numbers of its module have a wrong type")
     return numbers
 
 
@@ -64,7 +64,7 @@ def read_temporary(body: Json, tensors: Mapping[str, Tensor]) -> list[str]:
     if not isinstance(names, list) or not all(
         isinstance(name, str) and name in tensors for name in names
     ):
-        raise ValueError("the names of its temporary buffers are of another type")
+        raise ValueError("the names of its temporary buffers have a wrong type")
     return names
 
 
@@ -76,7 +76,7 @@ def read_seeds(spec: Json, n_modules: int) -> list[int | None]:
     """
     seeds = spec.get("seeds", [None] * n_modules)
     if len(seeds) != n_modules or not {int, type(None)}.issuperset(map(type, seeds)):
-        raise ValueError("the seeds of its modules are of another type")
+        raise ValueError("the seeds of its modules have a wrong type")
     return list(seeds)
 
 
@@ -106,7 +106,7 @@ def restore(
         path, _, key = name.rpartition(".")
         part = module.get_submodule(path) if path in dict(module.named_modules()) else None
         if part is None or (key not in part._buffers and hasattr(part, key)):
-            raise RuntimeError(f"Unexpected key(s): {name!r}, which is no buffer there.")
+            raise RuntimeError(f"Unexpected key(s): {name!r}, which is not a buffer there.")
         part.register_buffer(key, tensors[name], persistent=False)  # a forward may have added it
     for path, part in _counting_parts(module):
         for key, before in list(vars(part).items()):

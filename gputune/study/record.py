@@ -21,6 +21,11 @@ from typing import Any, Self
 from gputune.errors import StudyCorruptError
 from gputune.text import Measure, measure_of
 from gputune.types import Json
+from gputune.wording import option
+
+OPTION_COUNT = ""
+"""The key of the option that holds the number of other options. A repair detects lost options by
+it."""
 
 TEXT = (str, None)
 FINGERPRINT = {"rows": int, "columns": int, "sha256": str}
@@ -84,11 +89,11 @@ class Arguments:
 
         A search that is stopped again then resumes with the options of its last call.
         """
-        ending = {
-            name: latest.kept[name] for name in _ENDING if name in self.kept and name in latest.kept
-        }
-        final_model = latest.final_model or self.final_model
-        return replace(self, kept={**self.kept, **ending}, final_model=final_model)
+        kept = dict(self.kept)
+        for name in _ENDING:
+            if name in kept and name in latest.kept:
+                kept[name] = latest.kept[name]
+        return replace(self, kept=kept, final_model=latest.final_model or self.final_model)
 
 
 _ENDING = ("target_score", "patience_trials")
@@ -101,7 +106,7 @@ class RecordField:
 
     Attributes:
         form: its form in a file. None: the type of the field.
-        called: its name in messages, if a resumed search must have the same value. "" if it may
+        label: its name in messages, if a resumed search must have the same value. "" if it may
             differ.
         training: True if the numbers of a training depend on it, in addition to its configuration.
         argument: the argument of ``tune`` with the same value. "" without such an argument, or if
@@ -110,26 +115,26 @@ class RecordField:
     """
 
     form: object = None
-    called: str = ""
+    label: str = ""
     training: bool = False
     argument: str = ""
     logged: bool = False
 
 
-def _record_field(default: object, called: str = "", **what: Any) -> Any:
+def _record_field(default: object, label: str = "", **purpose: Any) -> Any:
     """Return a dataclass field with its purpose.
 
     ``default``, or its result if it is ``dict`` or ``list``, is used if a file lacks the field.
     """
-    metadata = {"part": RecordField(called=called, **what)}
+    metadata = {"purpose": RecordField(label=label, **purpose)}
     if default in (dict, list):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
-def _argument(default: object, name: str, **what: object) -> Any:
+def _argument(default: object, name: str, **purpose: object) -> Any:
     """Return a field that holds an argument of ``tune`` and must stay the same."""
-    return _record_field(default, name, argument=name, **{"training": True, **what})
+    return _record_field(default, name, argument=name, **{"training": True, **purpose})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +207,7 @@ class SearchRecord:
     sample_weight: str | None = _record_field(None, "sample_weight", form=TEXT, training=True)
     cv: str = _record_field("")
     folds: int = _record_field(0, logged=True)
-    splits: str = _record_field("", "folds (cv, groups)", training=True)
+    splits: str = _record_field("", f"folds ({option('cv')}, {option('groups')})", training=True)
     objective: str = _record_field("", "loss", training=True)
     code: dict[str, str] = _record_field(dict, "code", form={"": str})
     scoring: str = _record_field("", "scoring", training=True, logged=True)
@@ -219,29 +224,25 @@ class SearchRecord:
     device: str = _record_field("")
     versions: Mapping[str, str] = _record_field(dict, form={"": str})
     arguments: Arguments = field(
-        default_factory=Arguments, metadata={"part": RecordField(form=ARGUMENTS)}
+        default_factory=Arguments, metadata={"purpose": RecordField(form=ARGUMENTS)}
     )
     absent: frozenset[str] = frozenset({"face"})
 
     @classmethod
     def from_json(cls, options: Mapping[str, Any]) -> Self:
         """Return the record from the options of a file. Options of later versions are ignored."""
-        names = {part.name for part in fields(cls)} - {"absent"}
-        known = {name: options[name] for name in names & options.keys()}
+        known = {name: options[name] for name in RECORD_FIELDS if name in options}
         if "arguments" in known:
-            words = {part.name for part in fields(Arguments)} & known["arguments"].keys()
-            known["arguments"] = Arguments(**{word: known["arguments"][word] for word in words})
-        return cls(**known, absent=frozenset(names - known.keys()))
+            names = Arguments.__dataclass_fields__.keys() & known["arguments"].keys()
+            known["arguments"] = Arguments(**{name: known["arguments"][name] for name in names})
+        return cls(**known, absent=frozenset(RECORD_FIELDS.keys() - known.keys()))
 
     def to_json(self) -> Json:
         """Return the options for a file."""
-        absent = {*self.absent, "absent"}
-        options = {
-            part.name: getattr(self, part.name) for part in fields(self) if part.name not in absent
-        }
-        return options | (
-            {"arguments": dict(vars(self.arguments))} if "arguments" in options else {}
-        )
+        options = {name: getattr(self, name) for name in RECORD_FIELDS if name not in self.absent}
+        if "arguments" in options:
+            options["arguments"] = dict(vars(self.arguments))
+        return options
 
     @property
     def lost(self) -> list[str]:
@@ -295,76 +296,93 @@ class SearchRecord:
     def measures(self, best: Sequence[float]) -> dict[str, Measure]:
         """Return the format of the scores of each metric by its name, with decimals for the
         ``best``."""
-        return {
-            one["name"]: measure_of(one["scorer"], score, one["positive"], one["name"])
-            for one, score in zip(self.metrics, best)
-        }
+        formats = {}
+        for metric, score in zip(self.metrics, best):
+            name = metric["name"]
+            formats[name] = measure_of(metric["scorer"], score, metric["positive"], name)
+        return formats
 
 
 def lost_option(path: Path | None, name: str) -> StudyCorruptError:
     """Return the error for a study file that has lost a necessary option."""
-    place, call = (
-        ("", "")
-        if path is None
-        else (f" {str(path)!r}", f": gputune.Study.open({str(path)!r}).trials")
-    )
+    study = "study"
+    call = ""
+    if path is not None:
+        study = f"study {str(path)!r}"
+        call = f": gputune.Study.open({str(path)!r}).trials"
     return StudyCorruptError(
-        f"study{place} has lost the option {name!r} of its search. Its trials can be read{call}; "
-        "search again for more."
+        None,
+        f"{study} has lost the option {name!r} of its search",
+        remedy=f"Its trials can be read{call}. Search again to train more trials.",
     )
 
 
 RECORD_FIELDS: Mapping[str, RecordField] = {
-    one.name: one.metadata["part"] for one in fields(SearchRecord) if "part" in one.metadata
+    item.name: item.metadata["purpose"] for item in fields(SearchRecord) if item.metadata
 }
 """The purpose of each field, by its name."""
 
 DIRECTIONS = {"objective": "maximize", "neg_objective": "minimize"}
 """From the score of a custom training loop to the direction of the search."""
 
-IDENTITY = {name: part.called for name, part in RECORD_FIELDS.items() if part.called}
-"""The options that must be the same to resume a search in a file, by name, as text.
+IDENTITY = {
+    name: option(purpose.label) if purpose.label.isidentifier() else purpose.label
+    for name, purpose in RECORD_FIELDS.items()
+    if purpose.label
+}
+"""The options that must be the same to resume a search in a file, by name, as text for messages.
 
 All other options may differ.
 """
 
 OPTION_FORMS: Mapping[str, object] = {
-    "": int,
+    OPTION_COUNT: int,
     **{
-        one.name: RECORD_FIELDS[one.name].form or one.type
-        for one in fields(SearchRecord)
-        if one.name in RECORD_FIELDS
+        name: purpose.form or SearchRecord.__dataclass_fields__[name].type
+        for name, purpose in RECORD_FIELDS.items()
     },
 }
-"""The form of each option. The number of options has the name ""."""
+"""The form of each option."""
 
 
 def has_form(value: object, form: object) -> bool:
     """Return True if a value from a file has a form."""
     match form:
         case tuple():
-            return any(has_form(value, one) for one in form)
+            return any(has_form(value, choice) for choice in form)
         # A fast path: a chunk has one number per trial.
         case [kind] if kind is int and isinstance(value, list | tuple):
-            whole = {int}.issuperset(map(type, value))
-            return whole and (not value or -(2**63) <= min(value) <= max(value) < 2**63)
+            if not {int}.issuperset(map(type, value)):
+                return False
+            return not value or _LEAST <= min(value) <= max(value) < -_LEAST
         case list():
             return isinstance(value, list | tuple) and all(
                 has_form(item, form[0]) for item in value
             )
         case {"": inner}:
-            return isinstance(value, dict) and all(
-                type(k) is str and has_form(v, inner) for k, v in value.items()
-            )
+            if not isinstance(value, dict) or not {str}.issuperset(map(type, value)):
+                return False
+            return all(has_form(item, inner) for item in value.values())
         case dict():
-            return isinstance(value, dict) and all(
-                has_form(value[key], inner)
-                if (key := name.rstrip("?")) in value
-                else name.endswith("?")
-                for name, inner in form.items()
-            )
+            return isinstance(value, dict) and _has_keys(value, form)
         case None | str():
             return bool(value == form)
     if type(value) is int and form in (int, float):
-        return -(2**63) <= value < 2**63
+        return _LEAST <= value < -_LEAST
     return type(value) is form
+
+
+_LEAST = -(2**63)
+"""The least integer of 64 bits."""
+
+
+def _has_keys(value: Json, form: Mapping[str, object]) -> bool:
+    """Return True if the values of an object have the forms of their keys."""
+    for name, inner in form.items():
+        key = name.rstrip("?")
+        if key in value:
+            if not has_form(value[key], inner):
+                return False
+        elif not name.endswith("?"):
+            return False
+    return True

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from gputune.errors import StudyCorruptError
-from gputune.study.database import TABLES, beside, check_study_file, create_file
+from gputune.study.database import TABLES, check_study_file, companion, create_file
+from gputune.study.record import OPTION_COUNT
 from gputune.study.rows import (
-    OPTION_COUNT,
     Candidate,
     PlannedChunk,
     Result,
@@ -55,20 +55,22 @@ class RepairResult:
         return self.options[0] >= self.options[1]
 
     def __str__(self) -> str:
-        rest = "what has none is trained when the search goes on"
+        rest = "trials without a result train when the search resumes"
         lines = [
             "options  {} of {}".format(*self.options),
             "trials   {} of {}".format(*self.trials),
             "chunks   {} of {} of the frozen plan".format(*self.chunks),
             f"results  of {self.finished} of the {self.trials[0]} trials; {rest}",
-            "Options are lost: the trials can be read, and the search cannot go on in this file.",
         ]
-        return "\n".join(lines[:-1] if self.is_whole_search else lines)
+        if not self.is_whole_search:
+            lines.append(
+                "Options are lost: the trials can be read, but the search cannot resume in this "
+                "file."
+            )
+        return "\n".join(lines)
 
 
-def repair(
-    path: str | os.PathLike[str], out: str | os.PathLike[str], *, argument: str = "out="
-) -> RepairResult:
+def repair(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> RepairResult:
     """Save every whole row of the study at ``path`` into a new file ``out``.
 
     The old file is only read. A row is whole if SQLite reaches it and its checksum fits, so no
@@ -77,7 +79,6 @@ def repair(
     Args:
         path: the damaged study file.
         out: the path of the new file.
-        argument: the name of ``out`` in errors.
 
     Returns:
         The numbers of saved rows.
@@ -92,29 +93,33 @@ def repair(
     with closing(_connect(path)) as connection:
         options, trials, plan, results = (_whole_rows(connection, table) for table in _READERS)
     named = dict(option for _, option in options.values())
-    how_many = named.pop(OPTION_COUNT, 0)
+    n_options = named.pop(OPTION_COUNT, 0)
     if not named and not trials:
         raise StudyCorruptError(
-            f"{str(path)!r} holds no whole row of a study that can be reached; check the path, or "
-            "restore it from a copy."
+            None,
+            f"{str(path)!r} holds no readable, undamaged row of a study",
+            remedy="Check the path, or restore it from a copy.",
         )
-    numbers = {
-        *trials,
-        *results,
-        *(number for _, chunk in plan.values() for number in chunk.trials),
-    }
+    # With a damaged index, the file may hold an option twice.
+    option_rows = {row[0]: row for row, _ in options.values()}
+    planned = set[int]()
+    chunk_rows = []
+    for row, chunk in plan.values():
+        planned.update(chunk.trials)
+        if trials.keys() >= set(chunk.trials):
+            chunk_rows.append(row)
     rows = {
-        # With a damaged index, the file may hold an option twice.
-        "meta": list({row[0]: row for row, _ in options.values()}.values()),
+        "meta": list(option_rows.values()),
         "trials": [row for row, _ in trials.values()],
-        "plan": [row for row, chunk in plan.values() if trials.keys() >= set(chunk.trials)],
-        "results": [row for number, (row, _) in results.items() if number in trials],
+        "plan": chunk_rows,
+        "results": [results[number][0] for number in results if number in trials],
     }
-    create_file(Path(out), rows, argument)
+    create_file(Path(out), rows, "repair(out={!r})")
+    numbers = trials.keys() | results.keys() | planned
     return RepairResult(
-        options=(len(named), how_many or max(options, default=1) - 1),
+        options=(len(named), n_options or max(options, default=1) - 1),
         trials=(len(trials), 1 + max(numbers, default=-1)),
-        chunks=(len(rows["plan"]), 1 + max(plan, default=-1)),
+        chunks=(len(chunk_rows), 1 + max(plan, default=-1)),
         finished=sum(row[1] != "stopped" for row in rows["results"]),
     )
 
@@ -126,7 +131,7 @@ def _connect(path: Path) -> sqlite3.Connection:
         # Invalid text is replaced instead of raising: its checksum no longer fits.
         connection.text_factory = lambda raw: raw.decode(errors="replace")
         # A damaged record may claim any length, but no value is longer than the file.
-        log = beside(path, "-wal")
+        log = companion(path, "-wal")
         size = path.stat().st_size + (log.stat().st_size if log.is_file() else 0)
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, max(size, 10_000))
         with suppress(sqlite3.Error):
@@ -143,14 +148,11 @@ def _whole_rows(connection: sqlite3.Connection, table: str) -> dict[int, tuple[S
     """Return the whole rows of a table and their values, by rowid. Empty if the file lost the
     table."""
     whole: dict[int, tuple[StoredRow, Any]] = {}
+    schema = "SELECT sql FROM sqlite_schema WHERE type = 'table' AND name = ?"
     with suppress(sqlite3.Error):
-        schema = connection.execute(
-            "SELECT sql FROM sqlite_schema WHERE type = 'table' AND name = ?", (table,)
-        )
-        reached = (
-            _readable_rows(connection, table) if schema.fetchall() == [(TABLES[table],)] else {}
-        )
-        for rowid, row in sorted(reached.items()):
+        if connection.execute(schema, (table,)).fetchall() != [(TABLES[table],)]:
+            return {}
+        for rowid, row in sorted(_readable_rows(connection, table).items()):
             # The checksum does not fit, or it fits and the content is unreadable.
             with suppress(ValueError):
                 (value,) = read_rows(_READERS[table], [row])

@@ -21,6 +21,7 @@ from gputune.study.record import OPTION_FORMS, has_form
 from gputune.study.values import from_json, to_json
 from gputune.text import size_words
 from gputune.types import Config, Json, Outputs, first_metric
+from gputune.wording import Verbatim
 
 EpochRule = Literal["best", "last"]
 ResultState = Literal["complete", "failed", "stopped", "pruned"]
@@ -54,10 +55,6 @@ _DETAIL = {
     "slope_error?": {"": (float, _NUMBERS)},
 }
 
-OPTION_COUNT = ""
-"""The key of the option that holds the number of other options. A repair detects lost options by
-it."""
-
 # Each ``from_row`` receives a row with a valid checksum. It raises ValueError for a row that
 # gputune cannot have written.
 
@@ -70,7 +67,7 @@ def option_from_row(key: str, text: str) -> tuple[str, Any]:
     """Return the name and the value of an option."""
     value = from_json(text)
     if key in OPTION_FORMS and not has_form(value, OPTION_FORMS[key]):
-        raise ValueError(f"{text[:60]} is of another type")
+        raise ValueError(f"{text[:60]} has a wrong type")
     return key, value
 
 
@@ -95,11 +92,9 @@ class Candidate:
         cls, numbers: Sequence[int], params: Sequence[str], origins: Sequence[str]
     ) -> list[Self]:
         values = [from_json(text) for text in params]
-        if not (
-            {dict}.issuperset(map(type, values))
-            and {str}.issuperset(map(type, chain.from_iterable(values)))
-        ):
-            raise ValueError(f"parameters {params[0][:60]} are no object")
+        are_objects = {dict}.issuperset(map(type, values))
+        if not are_objects or not {str}.issuperset(map(type, chain.from_iterable(values))):
+            raise ValueError(f"parameters {params[0][:60]} are not an object")
         return list(map(cls, numbers, values, map(_origin, origins)))
 
 
@@ -140,7 +135,7 @@ class PlannedChunk:
         members = from_json(trials)
         shared = from_json(facts)
         if not has_form(members, [int]) or not members or not has_form(shared, _FACTS):
-            raise ValueError(f"its trials are {trials[:60]}, its facts {facts[:60]}")
+            raise ValueError(f"its trials are {trials[:60]}, and its facts are {facts[:60]}")
         threads = min(max(1, shared["threads"]), _MOST_THREADS)
         return cls(number, stage, tuple(members), threads, max(1, shared.get("at_once", 1)))
 
@@ -160,13 +155,14 @@ class Result:
 
     def __post_init__(self) -> None:
         if self.state not in STATES:
-            raise InputError(f"Result(state=...) must be one of {STATES}, got {self.state!r}.")
+            raise InputError("Result(state=...)", f"must be one of {STATES}", got=self.state)
         folds = len(self.fold_scores)
         if folds < 1 or self.curve.ndim not in (2, 3) or self.curve.shape[1] != folds:
+            shape = f"shape {self.curve.shape} and {folds} fold_scores in trial {self.number}"
             raise InputError(
-                "Result(curve=...) must be (epochs, F) with a column for each of the "
-                f"fold_scores, got shape {self.curve.shape} and {folds} fold_scores in trial "
-                f"{self.number}."
+                "Result(curve=...)",
+                "must be (epochs, F) with one column for each of the fold_scores",
+                got=Verbatim(shape),
             )
 
     @classmethod
@@ -189,7 +185,6 @@ class Result:
         detail = detail or {}
         done = first_metric(curve, axes=2)[:epochs]
         diverged = np.flatnonzero(np.isnan(done).any(1))
-        state: ResultState = "complete" if epochs == len(curve) else "stopped"
         if len(diverged) or epochs == 0:
             at = int(diverged[0]) if len(diverged) else 0
             folds = tuple(done[at].tolist()) if epochs else (np.nan,) * curve.shape[1]
@@ -197,17 +192,17 @@ class Result:
         mean = done.mean(1)
         # argmax returns the first maximum: the earliest epoch wins a tie.
         at = int(mean.argmax()) if rule == "best" else epochs - 1
-        return cls(
-            number, state, float(mean[at]), tuple(done[at].tolist()), at + 1, seconds, curve, detail
-        )
+        folds = tuple(done[at].tolist())
+        state: ResultState = "complete" if epochs == len(curve) else "stopped"
+        return cls(number, state, float(mean[at]), folds, at + 1, seconds, curve, detail)
 
     @property
     def metrics(self) -> Curve:
         """Fold scores (F, M) by all metrics at the best epoch; NaN if the trial failed."""
         # (epochs, F) -> (epochs, F, 1)
         table = self.curve if self.curve.ndim == 3 else self.curve[..., None]
-        known = self.state != "failed" and 0 < self.best_epoch <= len(table)
-        return table[self.best_epoch - 1] if known else np.full(table.shape[1:], np.nan)
+        is_scored = self.state != "failed" and 0 < self.best_epoch <= len(table)
+        return table[self.best_epoch - 1] if is_scored else np.full(table.shape[1:], np.nan)
 
     def to_row(self) -> StoredRow:
         # One score per metric: their number gives the shape of the curve when it is read.
@@ -228,24 +223,29 @@ class Result:
         cls, numbers: Sequence[int], states: Sequence[ResultState], *columns: Any
     ) -> list[Self]:
         scores, fold_scores, epochs, seconds, curves, details = columns
-        # (trials, metrics), (trials, F), (trials,)
-        means, folds, (times,) = _table(scores), _table(fold_scores), _table(seconds).T
-        if not (
-            min(epochs) >= 0
-            and max(epochs) < 2**31
-            and ((times >= 0) & (times < 1e15) | np.isnan(times)).all()
-        ):
-            raise ValueError("its best epoch or seconds are out of their range or of another type")
-        shape = (-1, folds.shape[1], *means.shape[1:] * (means.shape[1] > 1))
+        means = _table(scores)  # (trials, metrics)
+        folds = _table(fold_scores)  # (trials, F)
+        (times,) = _table(seconds).T  # (trials,)
+        are_times = (times >= 0) & (times < 1e15) | np.isnan(times)
+        if min(epochs) < 0 or max(epochs) >= 2**31 or not are_times.all():
+            raise ValueError("its best epoch or seconds are out of range or have a wrong type")
+        n_metrics = means.shape[1]
+        # (epochs, F); with several metrics (epochs, F, M)
+        shape = (-1, folds.shape[1]) if n_metrics == 1 else (-1, folds.shape[1], n_metrics)
         tables = [np.frombuffer(curve, dtype=_FLOAT).reshape(shape) for curve in curves]
-        of_training = (
-            means[:, 0].tolist(),
-            map(tuple, folds.tolist()),
-            epochs,
-            times.tolist(),
-            tables,
+        return list(
+            map(
+                cls,
+                numbers,
+                states,
+                means[:, 0].tolist(),
+                map(tuple, folds.tolist()),
+                epochs,
+                times.tolist(),
+                tables,
+                map(read_detail, details),
+            )
         )
-        return list(map(cls, numbers, states, *of_training, map(read_detail, details)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -275,10 +275,10 @@ def _table(values: Sequence[bytes]) -> Curve:
         ValueError: trials have different numbers of floats.
     """
     size, *others = {*map(len, values)}
-    if others or size % 8:
-        raise ValueError(
-            f"{size} bytes are no float64" if size % 8 else "rows are of unlike length"
-        )
+    if size % 8:
+        raise ValueError(f"{size} bytes are not float64 numbers")
+    if others:
+        raise ValueError("its rows have different lengths")
     return np.frombuffer(b"".join(values), dtype=_FLOAT).reshape(len(values), -1)
 
 
@@ -301,7 +301,7 @@ def ranked(scores: NDArray[np.float64], pruned: NDArray[np.bool_]) -> NDArray[np
     return np.lexsort((np.where(finite, -scores, 0.0), pruned, ~finite))  # stable: ties keep order
 
 
-def stack_curves(rows: Sequence[Curve | None]) -> Curve:
+def stack_curves(curves: Sequence[Curve | None]) -> Curve:
     """Return curves of different lengths as one array (C, epochs, F) or (C, epochs, F, M).
 
     The array is NaN beyond the end of a curve.
@@ -309,24 +309,26 @@ def stack_curves(rows: Sequence[Curve | None]) -> Curve:
     Raises:
         InputError: the array would be huge.
     """
-    known = [row for row in rows if row is not None]
-    epochs, folds, *metrics = (
-        map(int, np.max([row.shape for row in known], axis=0)) if known else (0, 0)
-    )
-    size = sum(row.nbytes for row in known)
-    whole = 8 * len(rows) * epochs * folds * math.prod(metrics)
-    if whole > max(_LARGE, _PADDING * size):
+    known = [curve for curve in curves if curve is not None]
+    shape = [0, 0]
+    if known:
+        shape = np.max([curve.shape for curve in known], axis=0).tolist()
+    size = sum(curve.nbytes for curve in known)
+    stacked_size = 8 * len(curves) * math.prod(shape)
+    if stacked_size > max(_LARGE, _PADDING * size):
         raise InputError(
-            f"the learning curves of {len(rows)} trials, {epochs} epochs and {folds} folds take "
-            f"{size_words(whole)} side by side, and hold {size_words(size)}, since few are as "
-            "long: a page or plot of them cannot be made."
+            None,
+            f"The learning curves of {len(curves)} trials, {shape[0]} epochs and {shape[1]} folds "
+            f"would take {size_words(stacked_size)} as one array, but they hold only "
+            f"{size_words(size)}, because few trials trained that long",
+            remedy="gputune cannot make a page or plot of them.",
         )
-    curves = np.full((len(rows), epochs, folds, *metrics), np.nan)
-    for place, row in zip(curves, rows):
-        if row is not None:
-            place[: len(row), : row.shape[1]] = row
-    curves.flags.writeable = False
-    return curves
+    stacked = np.full((len(curves), *shape), np.nan)
+    for target, curve in zip(stacked, curves):
+        if curve is not None:
+            target[: len(curve), : curve.shape[1]] = curve
+    stacked.flags.writeable = False
+    return stacked
 
 
 class Lazy:
@@ -360,7 +362,7 @@ def read_detail(text: str) -> Json:
     """
     facts: Json = {} if text == "{}" else from_json(text)
     if facts != {} and not has_form(facts, _DETAIL):
-        raise ValueError("its detail is of another type")
+        raise ValueError("its detail has a wrong type")
     return facts
 
 
@@ -372,8 +374,8 @@ def read_rows(
     Raises:
         ValueError: a row is damaged.
     """
-    *columns, given = zip(*rows)
-    if list(given) != checksums(columns):
+    *columns, stored = zip(*rows)
+    if list(stored) != checksums(columns):
         raise ValueError("does not fit its checksum")
     try:
         return list(make(*columns))

@@ -14,7 +14,7 @@ import errno
 import json
 import os
 import sqlite3
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
@@ -27,9 +27,8 @@ from gputune.errors import InputError
 from gputune.garbage import without_collector
 from gputune.study import database
 from gputune.study.database import damage_error, sqlite_errors, transaction
-from gputune.study.record import lost_option
+from gputune.study.record import OPTION_COUNT, lost_option
 from gputune.study.rows import (
-    OPTION_COUNT,
     STATES,
     Candidate,
     Curve,
@@ -92,7 +91,7 @@ class Store(AbstractContextManager["Store"]):
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
         self.path = path
         self._connection = connection
-        self._whole = path.absolute()  # absolute: this process may change its folder
+        self._absolute = path.absolute()  # absolute: this process may change its folder
         self._file = path.stat()
         # A cache of rows that never change: all candidates and chunks, and the final results.
         self._candidates: dict[int, Candidate] = {}
@@ -113,7 +112,8 @@ class Store(AbstractContextManager["Store"]):
             InputError: ``path`` exists already, its folder does not exist, or an option cannot be
                 written (see ``to_json``).
         """
-        rows = [option_to_row(*option) for option in {OPTION_COUNT: len(meta), **meta}.items()]
+        options = {OPTION_COUNT: len(meta), **meta}
+        rows = [option_to_row(name, option) for name, option in options.items()]
         database.create_file(Path(path), {"meta": [(*row, checksum(*row)) for row in rows]})
         return cls.open(path)
 
@@ -188,22 +188,24 @@ class Store(AbstractContextManager["Store"]):
         if not outputs:
             return
         self._check_place()
-        rows = [outputs_to_row(*one) for one in outputs.items()]
+        replacement = "INSERT OR REPLACE INTO outputs VALUES (?, ?, ?, ?, ?)"
         query = (
             "SELECT number, length(outputs), substr(score, 1, 8) FROM outputs JOIN results USING "
             "(number)"
         )
         with transaction(self._connection, self.path):
-            write = self._connection.execute
-            write(database.OUTPUTS.replace("TABLE", "TABLE IF NOT EXISTS"))
-            for row in rows:  # replaces outputs left from a lost result
-                write(
-                    "INSERT OR REPLACE INTO outputs VALUES (?, ?, ?, ?, ?)", (*row, checksum(*row))
-                )
-            kept = write(query).fetchall()
-            scores = {number: float(np.frombuffer(score, "<f8")[0]) for number, _, score in kept}
-            for number in beyond_limit({number: size for number, size, _ in kept}, scores):
-                write("DELETE FROM outputs WHERE number = ?", (number,))
+            execute = self._connection.execute
+            execute(database.OUTPUTS.replace("TABLE", "TABLE IF NOT EXISTS"))
+            for number, output in outputs.items():  # replaces outputs left from a lost result
+                row = outputs_to_row(number, output)
+                execute(replacement, (*row, checksum(*row)))
+            sizes = {}
+            scores = {}
+            for number, size, score in execute(query).fetchall():
+                sizes[number] = size
+                scores[number] = float(np.frombuffer(score, "<f8")[0])
+            for number in beyond_limit(sizes, scores):
+                execute("DELETE FROM outputs WHERE number = ?", (number,))
 
     def trials(
         self, numbers: Collection[int] | None = None
@@ -221,9 +223,7 @@ class Store(AbstractContextManager["Store"]):
             results = self.results()
         else:
             candidates = self._rows("trials", Candidate.from_rows, numbers)
-            results = {
-                result.number: result for result in self._rows("results", Result.from_rows, numbers)
-            }
+            results = _by_number(self._rows("results", Result.from_rows, numbers))
         return [(candidate, results.get(candidate.number)) for candidate in candidates]
 
     def check(self, numbers: Collection[int] | None = None) -> set[int]:
@@ -251,25 +251,26 @@ class Store(AbstractContextManager["Store"]):
         Raises:
             StudyCorruptError: a row is damaged.
         """
-        self._results = {
-            number: result for number, result in self._results.items() if result.state != "stopped"
-        }
-        return {
-            result.number: result
-            for result in self._all("results", Result.from_rows, self._results)
-        }
+        final = [result for result in self._results.values() if result.state != "stopped"]
+        self._results = _by_number(final)
+        return _by_number(self._all("results", Result.from_rows, self._results))
 
     def states(self) -> States:
         """Return the number of trials of each state and detail. Checksums are not verified."""
         groups = self._read("SELECT state, detail, count(*) FROM results GROUP BY state, detail")
+        states: States = []
+        waiting = self._count("trials")
         try:
-            known = [(state, read_detail(detail), number) for state, detail, number in groups]
-            if unknown := {state for state, *_ in known}.difference(STATES):
-                raise ValueError(f"state {min(unknown)!r}")
+            for state, detail, n_trials in groups:
+                if state not in STATES:
+                    raise ValueError(f"state {state!r}")
+                states.append((state, read_detail(detail), n_trials))
+                waiting -= n_trials
         except (ValueError, TypeError) as error:
             raise damage_error(self.path, f"a result cannot be read ({error})") from error
-        waiting = self._count("trials") - sum(number for *_, number in known)
-        return [*known, ("waiting", {}, waiting)] if waiting else known
+        if waiting:
+            states.append(("waiting", {}, waiting))
+        return states
 
     def best(self, most: int) -> list[int]:
         """Return the numbers of at most ``most`` trials with a finite score, best first."""
@@ -277,17 +278,15 @@ class Store(AbstractContextManager["Store"]):
         rows = self._read(
             "SELECT number, state = 'pruned', substr(score, 1, 8) FROM results ORDER BY number"
         )
+        raw = [score for *_, score in rows]
         try:
-            scores = np.frombuffer(
-                b"".join(score for *_, score in rows), dtype="<f8", count=len(rows)
-            )
+            scores = np.frombuffer(b"".join(raw), dtype="<f8", count=len(rows))
         except (ValueError, TypeError) as error:
-            raise damage_error(
-                self.path, f"the score of a result cannot be read ({error})"
-            ) from error
+            reason = f"the score of a result cannot be read ({error})"
+            raise damage_error(self.path, reason) from error
         pruned = np.array([is_pruned for _, is_pruned, _ in rows], dtype=bool)
         best = ranked(scores, pruned)[:most]
-        return [rows[place][0] for place in best if np.isfinite(scores[place])]
+        return [rows[position][0] for position in best if np.isfinite(scores[position])]
 
     def finished(self) -> int:
         """Return the number of trials with a final result."""
@@ -342,24 +341,31 @@ class Store(AbstractContextManager["Store"]):
         Raises:
             StudyCorruptError: a row is damaged.
         """
-        some = "" if numbers is None else "WHERE rowid IN (SELECT value FROM json_each(?))"
-        given = () if numbers is None else (json.dumps(list(numbers)),)
-        query = f"SELECT * FROM {table} {some} ORDER BY rowid"
+        condition = ""
+        parameters: tuple[str, ...] = ()
+        if numbers is not None:
+            condition = "WHERE rowid IN (SELECT value FROM json_each(?))"
+            parameters = (json.dumps(list(numbers)),)
+        query = f"SELECT * FROM {table} {condition} ORDER BY rowid"
         values: list[StoredValue] = []
         with without_collector(), sqlite_errors(self.path):
-            cursor = self._connection.execute(query, given)
+            cursor = self._connection.execute(query, parameters)
             while rows := cursor.fetchmany(_AT_ONCE):
                 try:
                     values += read_rows(make, rows)
                 except ValueError:  # a damaged row, or rows of different lengths
-                    for row in rows:
-                        try:
-                            values += read_rows(make, [row])
-                        except ValueError as error:
-                            raise damage_error(
-                                self.path, f"{_ROWS[table].format(row[0])} {error}"
-                            ) from error
+                    values += self._single_rows(table, make, rows)
         return values
+
+    def _single_rows(
+        self, table: str, make: Callable[..., Iterable[StoredValue]], rows: Iterable[StoredRow]
+    ) -> Iterator[StoredValue]:
+        for row in rows:
+            try:
+                yield from read_rows(make, [row])
+            except ValueError as error:
+                reason = f"{_ROWS[table].format(row[0])} {error}"
+                raise damage_error(self.path, reason) from error
 
     def _all(
         self, table: str, make: Callable[..., Iterable[CachedRow]], known: dict[int, CachedRow]
@@ -367,12 +373,11 @@ class Store(AbstractContextManager["Store"]):
         """Return the values of a table with rows that never change. Rows in ``known`` are not
         read again."""
         if self._count(table) != len(known):
-            numbers = (
-                {n for (n,) in self._read(f"SELECT rowid FROM {table}")} - known.keys()
-                if known
-                else None
-            )
-            known |= {value.number: value for value in self._rows(table, make, numbers)}
+            numbers = None
+            if known:
+                rowids = self._read(f"SELECT rowid FROM {table}")
+                numbers = {rowid for (rowid,) in rowids} - known.keys()
+            known |= _by_number(self._rows(table, make, numbers))
         return [known[number] for number in sorted(known)]
 
     def _count(self, rows: str) -> int:
@@ -388,32 +393,40 @@ class Store(AbstractContextManager["Store"]):
         Anything written to it then might be lost.
         """
         with suppress(OSError):
-            if os.path.samestat(self._whole.stat(), self._file):
+            if os.path.samestat(self._absolute.stat(), self._file):
                 return
         raise OSError(
             errno.ESTALE,
-            f"study {str(self.path)!r} was removed, moved or replaced while it was at work; where "
-            "it was moved, put it back, with the files beside it, and go on: what was finished "
-            "before is in it",
+            f"study {str(self.path)!r} was removed, moved or replaced during its search. It holds "
+            "all results that were finished before. If it was moved, move it back with the files "
+            "next to it, and resume the search",
         )
 
     def _insert(self, table: str, rows: Iterable[StoredRow]) -> None:
         self._check_place()
         with transaction(self._connection, self.path):
             for row in rows:
+                # Only the result of a stopped trial may be replaced.
+                if table == "results":
+                    stopped = "DELETE FROM results WHERE number = ? AND state = 'stopped'"
+                    self._connection.execute(stopped, row[:1])
                 try:
-                    # Only the result of a stopped trial may be replaced.
-                    if table == "results":
-                        self._connection.execute(
-                            "DELETE FROM results WHERE number = ? AND state = 'stopped'", row[:1]
-                        )
                     database.insert(self._connection, table, (*row, checksum(*row)))
                 except sqlite3.IntegrityError as error:
-                    never_added = error.sqlite_errorcode == sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY
-                    raise InputError(
-                        f"study {str(self.path)!r}: {'chunk' if table == 'plan' else 'trial'} "
-                        f"{row[0]} "
-                        f"{'was never added' if never_added else 'is there already and is never replaced'}; "
-                        "nothing was written. Two processes may be at work on one study, or it "
-                        "is another one."
-                    ) from error
+                    raise self._conflict(table, row[0], error) from error
+
+    def _conflict(self, table: str, number: int, error: sqlite3.IntegrityError) -> InputError:
+        """Return the error for a row that the file does not accept."""
+        kind = "chunk" if table == "plan" else "trial"
+        reason = "exists already and is never replaced"
+        if error.sqlite_errorcode == sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY:
+            reason = "was never added"
+        return InputError(
+            None,
+            f"study {str(self.path)!r}: {kind} {number} {reason}, so nothing was written",
+            remedy="Two processes may be working on one study, or the file holds another study.",
+        )
+
+
+def _by_number(rows: Iterable[CachedRow]) -> dict[int, CachedRow]:
+    return {row.number: row for row in rows}

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,6 +20,7 @@ from gputune.study.rows import Lazy, TrialState, ranked, stack_curves
 from gputune.study.store import Candidate, Curve, Result, Store
 from gputune.text import count, did_you_mean, of_class
 from gputune.types import Config, Json
+from gputune.wording import Verbatim, option
 
 if TYPE_CHECKING:
     # Opening a study must not import torch, and pandas and polars are imported only for a table.
@@ -90,6 +92,9 @@ class Trial:
             return math.nan
         return float(np.std(self.fold_scores, ddof=1)) / math.sqrt(folds)
 
+    def _fold_score(self, fold: int) -> float:
+        return self.fold_scores[fold] if fold < len(self.fold_scores) else math.nan
+
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Study:
@@ -120,8 +125,9 @@ class Study:
         curves = np.array(vars(self)["curves"], dtype=np.float64)
         if curves.ndim not in (3, 4) or len(curves) != len(self.trials):
             raise InputError(
-                "Study(curves=...) must be (C, epochs, F) with a row for each of the "
-                f"{len(self.trials)} trials, got shape {curves.shape}."
+                "Study(curves=...)",
+                f"must be (C, epochs, F) with one row for each of the {len(self.trials)} trials",
+                got=Verbatim(f"shape {curves.shape}"),
             )
         curves.flags.writeable = False
         vars(self)["curves"] = curves
@@ -199,8 +205,8 @@ class Study:
             InputError: the name is not in ``metrics``.
         """
         curves = curves_of_all(self)
-        place = self.metrics.index(check_metric(self, metric, "curves_of"))
-        return curves[..., place] if curves.ndim == 4 else curves
+        position = self.metrics.index(check_metric(self, metric, "curves_of(metric={})"))
+        return curves[..., position] if curves.ndim == 4 else curves
 
     def backup(self, path: str | os.PathLike[str]) -> None:
         """Copy the study's file to a new file. This is safe while a search writes to it.
@@ -213,8 +219,9 @@ class Study:
         """
         if self.file is None:
             raise InputError(
-                "backup() copies the file of a study, and this one is in memory; search with "
-                "study=PATH."
+                None,
+                "backup() copies the file of a study, but this study is in memory",
+                remedy=f"Search with {option('study', Verbatim('PATH'))}.",
             )
         with Store.open(self.file) as store:
             store.backup(path)
@@ -228,7 +235,8 @@ class Study:
         Raises:
             SearchFailedError: no trial has a finite score.
         """
-        if (best := best_trial(self)) is None:
+        best = best_trial(self)
+        if best is None:
             raise SearchFailedError(self.failure_message())
         return best
 
@@ -260,12 +268,14 @@ class Study:
         "chaotic": the slope was noise, and the starting point stepped down. "differences": the
         slope was taken by wide finite differences.
         """
-        modes = Counter(
-            (trial.detail.get("mode"), bool(trial.detail.get("usable", True)))
-            for trial in self.trials
-        )
-        differences = modes["differences", False] + modes["differences", True]
-        return {"chaotic": modes["exact", False], "differences": differences}
+        actions = {"chaotic": 0, "differences": 0}
+        for trial in self.trials:
+            mode = trial.detail.get("mode")
+            if mode == "differences":
+                actions["differences"] += 1
+            elif mode == "exact" and not trial.detail.get("usable", True):
+                actions["chaotic"] += 1
+        return actions
 
     def ranking(self) -> tuple[Trial, ...]:
         """Return the trials, best first.
@@ -291,13 +301,11 @@ class Study:
             raise ImportError(
                 "to_pandas() needs pandas: pip install pandas, or use to_polars()."
             ) from error
-        columns = self.columns().items()
-        # pandas would turn integers with a gap into floats.
-        gaps = {name for name, values in columns if _kinds(values) == {int} and None in values}
-        series = {
-            name: pandas.Series(values, dtype="Int64" if name in gaps else None)
-            for name, values in columns
-        }
+        series = {}
+        for name, values in self.columns().items():
+            # pandas would turn integers with a gap into floats.
+            has_gap = _kinds(values) == {int} and None in values
+            series[name] = pandas.Series(values, dtype="Int64" if has_gap else None)
         return pandas.DataFrame(series)
 
     def to_polars(self) -> "polars.DataFrame":
@@ -309,80 +317,76 @@ class Study:
 
         series = []
         for name, values in self.columns().items():
-            plain = (kinds := _kinds(values)) <= {int, float} or kinds in ({bool}, {str})
-            column = (
-                values if plain else [None if value is None else str(value) for value in values]
-            )
-            series.append(polars.Series(name, column, strict=False))
+            kinds = _kinds(values)
+            if not (kinds <= {int, float} or kinds in ({bool}, {str})):
+                values = [None if value is None else str(value) for value in values]
+            series.append(polars.Series(name, values, strict=False))
         return polars.DataFrame(series)
 
     def columns(self) -> dict[str, list[object]]:
         """Return the columns of ``to_pandas`` as lists. A parameter that a trial lacks is None."""
         trials = self.trials
-        folds = range(max((len(t.fold_scores) for t in trials), default=0))
-        names = dict.fromkeys(name for t in trials for name in t.params)
-        return {
-            "number": [t.number for t in trials],
-            "state": [t.state for t in trials],
-            "score": [t.score for t in trials],
-            "std_error": [t.std_error for t in trials],
-            **{
-                f"fold_{f}": [
-                    t.fold_scores[f] if f < len(t.fold_scores) else math.nan for t in trials
-                ]
-                for f in folds
-            },
-            **{
-                f"score_{name}": [t.scores.get(name, math.nan) for t in trials]
-                for name in self.metrics
-            },
-            "best_epoch": [t.best_epoch for t in trials],
-            "seconds": [t.seconds for t in trials],
-            "origin": [t.origin_text for t in trials],
-            **{f"params_{name}": [t.params.get(name) for t in trials] for name in names},
-        }
+        columns: dict[str, list[object]] = {}
+        for name in ("number", "state", "score", "std_error"):
+            columns[name] = [getattr(trial, name) for trial in trials]
+        n_folds = max((len(trial.fold_scores) for trial in trials), default=0)
+        for fold in range(n_folds):
+            columns[f"fold_{fold}"] = [trial._fold_score(fold) for trial in trials]
+        for name in self.metrics:
+            columns[f"score_{name}"] = [trial.scores.get(name, math.nan) for trial in trials]
+        for name in ("best_epoch", "seconds"):
+            columns[name] = [getattr(trial, name) for trial in trials]
+        columns["origin"] = [trial.origin_text for trial in trials]
+        for name in dict.fromkeys(chain.from_iterable(trial.params for trial in trials)):
+            columns[f"params_{name}"] = [trial.params.get(name) for trial in trials]
+        return columns
 
     def failure_message(self) -> str:
         """Return the reason and the remedy if no trial has a finite score."""
         trials = self.trials
-        states = Counter(trial.state for trial in self.trials)
         if not trials:
-            return "the study has no trials; search with n_trials >= 1."
-        if states["waiting"] == len(trials):
-            return f"none of the {len(trials)} trials has been trained yet; run the search."
-        all_of = count(len(trials), "trial")
-        none = "no trial has a finite score"
-        if errors := [str(t.detail["error"]) for t in trials if "error" in t.detail]:
-            return f"{none}: {len(errors)} of {all_of} raised an error, the first {errors[0]}."
-        reasons = {str(t.detail["reason"]) for t in trials if "reason" in t.detail}
-        if lost := [reason for reason in reasons if not reason.startswith(TOO_BIG)]:
-            return f"{none}, and some of {len(trials)} were given up: {min(lost)}"
+            return "the study has no trials. Search with at least one trial."
+        states = Counter(trial.state for trial in trials)
+        n_trials = count(len(trials), "trial")
+        waiting = states["waiting"]
+        if waiting == len(trials):
+            return f"the study has {n_trials}, but none has been trained yet. Run the search."
+        failure = "no trial has a finite score"
+        errors = [str(trial.detail["error"]) for trial in trials if "error" in trial.detail]
+        if errors:
+            return f"{failure}: {len(errors)} of {n_trials} raised an error, the first {errors[0]}."
+        reasons = {str(trial.detail["reason"]) for trial in trials if "reason" in trial.detail}
+        lost = [reason for reason in reasons if not reason.startswith(TOO_BIG)]
+        if lost:
+            return f"{failure}, and gputune gave up some of {n_trials}: {min(lost)}"
         if reasons:
-            small = "did not fit into memory even alone"
             return (
-                f"{none}, and some of {len(trials)} {small} ({min(reasons)}); search smaller "
-                "widths and batch sizes."
+                f"{failure}. Some of {n_trials} did not fit into memory ({min(reasons)}), although "
+                "each trained separately. Search smaller widths and batch sizes."
             )
-        failed = states["failed"]
-        waiting = f", {states['waiting']} have not been trained" * (states["waiting"] > 0)
+        untrained = f", and {waiting} have not been trained" if waiting else ""
         if self.record.face == "loop":
-            odd = "the objective returned or reported NaN or an infinite number"
-            return f"{none}: of {all_of} {odd} in {failed}{waiting}; look at what it returns."
-        remedy = "lower the learning rates of the space, and look for extreme values in the data"
-        return f"{none}: {failed} of {all_of} diverged{waiting}; {remedy}."
+            return (
+                f"{failure}: the objective returned or reported NaN or an infinite number in "
+                f"{states['failed']} of {n_trials}{untrained}. Check its result."
+            )
+        return (
+            f"{failure}: {states['failed']} of {n_trials} diverged{untrained}. Lower the learning "
+            "rates of the space, and look for extreme values in the data."
+        )
 
     def __repr__(self) -> str:
         states = Counter("waiting" if result is None else result.state for _, result in self.rows)
-        parts = [*filter(None, [self.record.model]), count(len(self.rows), "trial")]
-        parts += [
-            f"{states[s]} {s}" for s in ("pruned", "stopped", "failed", "waiting") if s in states
-        ]
+        parts = [self.record.model] if self.record.model else []
+        parts.append(count(len(self.rows), "trial"))
+        for state in ("pruned", "stopped", "failed", "waiting"):
+            if state in states:
+                parts.append(f"{states[state]} {state}")
         if np.isfinite(self.scores).any():
             score = f"{self.record.scoring or 'score'}{of_class(self.record.ranked_class)}"
             best = self.order[0]
-            parts.append(
-                f"best {score} {self.scores[best]:.4g} in trial {self.rows[best][0].number}"
-            )
+            number = self.rows[best][0].number
+            parts.append(f"best {score} {self.scores[best]:.4g} in trial {number}")
         return f"Study({', '.join(parts)})"
 
 
@@ -399,25 +403,31 @@ def curves_of_all(study: Study) -> Curve:
     return curves
 
 
-def check_metric(study: Study, metric: object, method: str) -> str:
+def check_metric(study: Study, metric: object, argument: str) -> str:
     """Return the name of a metric. For neg_log_loss, log_loss is accepted too.
 
+    Args:
+        study: the study.
+        metric: the name to check.
+        argument: the argument that it was passed as, such as "ranked_by(metric={})", for errors.
+
     Raises:
-        InputError: the study lacks this metric. The message names the ``method``.
+        InputError: the study lacks this metric.
     """
     if not study.metrics:
-        call = method if metric is None else f"{method}({metric!r})"
+        call = argument.partition("(")[0] if metric is None else argument.format(repr(metric))
         raise InputError(
-            f"{call} needs a study of several metrics, and this one has {study.record.scoring!r} "
-            "alone."
+            call,
+            f"needs a study of several metrics, but this study has only {study.record.scoring!r}",
         )
     for name in (metric, f"neg_{metric}"):  # tables show the loss itself, as log_loss
         if name in study.metrics:
             return str(name)
     raise InputError(
-        f"{method}(...) must be one of the study's metrics, "
-        f"{', '.join(map(repr, study.metrics))}, got {metric!r}."
-        f"{did_you_mean(metric, study.metrics)}"
+        argument.format("..."),
+        f"must be one of the study's metrics, {', '.join(map(repr, study.metrics))}",
+        got=metric,
+        remedy=did_you_mean(metric, study.metrics).strip(),
     )
 
 
@@ -430,22 +440,30 @@ def _trials(
     rows: Sequence[tuple[Candidate, Result | None]], record: SearchRecord
 ) -> tuple[Trial, ...]:
     names = [metric["name"] for metric in record.metrics]
-    descends = record.is_hypergradient
+    is_hypergradient = record.is_hypergradient
     trials = []
     for candidate, result in rows:
         number = candidate.number
         params = dict(candidate.params)
-        origin = (number, 0) if descends and isinstance(candidate.origin, str) else candidate.origin
+        origin = candidate.origin
+        if is_hypergradient and isinstance(origin, str):
+            origin = (number, 0)
         if result is None:
             trials.append(Trial(number, params, math.nan, (), 0, "waiting", math.nan, origin))
             continue
-        of_training = (
-            result.score,
-            tuple(result.fold_scores),
-            result.best_epoch,
-            result.state,
-            result.seconds,
-        )
         metrics = dict(zip(names, map(tuple, result.metrics.T.tolist()))) if names else {}
-        trials.append(Trial(number, params, *of_training, origin, dict(result.detail), metrics))
+        trials.append(
+            Trial(
+                number,
+                params,
+                result.score,
+                tuple(result.fold_scores),
+                result.best_epoch,
+                result.state,
+                result.seconds,
+                origin,
+                dict(result.detail),
+                metrics,
+            )
+        )
     return tuple(trials)

@@ -54,9 +54,8 @@ def share_of_rows(
     """
     content = bytes.fromhex(sample)
     starts = range(0, len(content), _BYTES)
-    trained = np.array(
-        [int.from_bytes(content[i : i + _BYTES], "big") for i in starts], dtype=np.uint64
-    )
+    numbers = [int.from_bytes(content[start : start + _BYTES], "big") for start in starts]
+    trained = np.array(numbers, dtype=np.uint64)
     digests = _digests(layout, X, y)
     if len(trained) >= SAMPLE_SIZE:  # otherwise it holds all training rows
         digests = digests[digests <= trained.max()]
@@ -102,14 +101,12 @@ def _digests_of(numbers: NDArray[np.float64]) -> NDArray[np.uint64]:
     """
     numbers = numbers + 0.0  # -0.0 becomes 0.0
     numbers[np.isnan(numbers)] = np.nan  # NaN has many bit patterns
+    generator = np.random.Generator(np.random.PCG64(_KEY_SEED))
+    factors = generator.integers(2**64, size=numbers.shape[1], dtype=np.uint64)
     # Odd factors can be inverted modulo 2^64, so the products lose no bits.
-    keys = (
-        np.random.Generator(np.random.PCG64(_KEY_SEED)).integers(
-            2**64, size=numbers.shape[1], dtype=np.uint64
-        )
-        | 1
-    )
-    sums = (_mixed(numbers.view(np.uint64)) * keys).sum(axis=1, dtype=np.uint64)
+    factors = factors | 1
+    bits = _mixed(numbers.view(np.uint64))
+    sums = (bits * factors).sum(axis=1, dtype=np.uint64)  # (n, d) -> (n,)
     # only the highest bytes are kept
     return _mixed(sums) >> np.uint64(64 - 8 * _BYTES)
 

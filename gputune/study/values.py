@@ -9,7 +9,7 @@ import hashlib
 import importlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
@@ -59,9 +59,8 @@ def to_json(value: object, *, name: str = "value") -> str:
     try:
         return json.dumps(_encode(value, name), allow_nan=False, separators=(",", ":"))
     except RecursionError:
-        raise InputError(
-            f"{name} is nested too deeply (or holds itself) to be kept in a file."
-        ) from None
+        rule = f"{name} is nested too deeply (or holds itself) to be stored in a file"
+        raise InputError(None, rule) from None
 
 
 def from_json(text: str) -> Any:
@@ -88,24 +87,23 @@ def _encode(value: object, name: str) -> object:
         case None | bool() | int() | float() | str():
             return value
         case list():
-            return [_encode(item, name) for item in value]
+            return _encode_all(value, name)
         case tuple():
-            return {"tuple": [_encode(item, name) for item in value]}
+            return {"tuple": _encode_all(value, name)}
         case Mapping() if all(isinstance(key, str) for key in value):
-            encoded = {str(key): _encode(item, name) for key, item in value.items()}
-            return (
-                {"dict": encoded}
-                if len(encoded) == 1 and encoded.keys() <= DECODERS.keys()
-                else encoded
-            )
+            encoded = dict(zip(map(str, value), _encode_all(value.values(), name)))
+            is_like_a_tag = len(encoded) == 1 and encoded.keys() <= DECODERS.keys()
+            return {"dict": encoded} if is_like_a_tag else encoded
         case Mapping():
-            return {
-                "pairs": [[_encode(key, name), _encode(item, name)] for key, item in value.items()]
-            }
+            return {"pairs": [_encode_all(item, name) for item in value.items()]}
         case np.ndarray() if value.dtype.kind in ARRAY_KINDS:
-            items = [_encode(item, name) for item in value.ravel().tolist()]
+            items = _encode_all(value.ravel().tolist(), name)
             return {"array": {"dtype": value.dtype.str, "shape": list(value.shape), "items": items}}
     return {"torch": _torch_name(value, name)}
+
+
+def _encode_all(values: Iterable[object], name: str) -> list[object]:
+    return [_encode(value, name) for value in values]
 
 
 def _decode(value: object) -> Any:
@@ -113,21 +111,25 @@ def _decode(value: object) -> Any:
         if len(value) == 1 and value.keys() <= DECODERS.keys():
             ((tag, content),) = value.items()
             return DECODERS[tag](content)
-        plain = _PLAIN.issuperset(map(type, value.values()))
-        return value if plain else {key: _decode(item) for key, item in value.items()}
+        is_plain = _PLAIN.issuperset(map(type, value.values()))
+        return value if is_plain else _decode_values(value)
     if isinstance(value, list) and not _PLAIN.issuperset(map(type, value)):
-        return [_decode(item) for item in value]
+        return list(map(_decode, value))
     return value
+
+
+def _decode_values(items: Json) -> Json:
+    return {key: _decode(item) for key, item in items.items()}
 
 
 def _decode_array(content: Json) -> np.ndarray:
     dtype = np.dtype(content["dtype"])
     if dtype.kind not in ARRAY_KINDS:
         raise ValueError(f"arrays of {dtype} are never stored")
-    items = [_decode(item) for item in content["items"]]
+    items = list(map(_decode, content["items"]))
     # A text dtype has the width that the file claims, whatever the items are.
     if dtype.itemsize * len(items) > _SMALL + _WIDTH * sum(len(str(item)) for item in items):
-        raise ValueError(f"an array of {len(items)} items of {dtype} holds nothing as long")
+        raise ValueError(f"an array of {len(items)} items of {dtype} has no item of that length")
     flat = np.empty(len(items), dtype=dtype)
     flat[:] = items
     return flat.reshape(content["shape"])
@@ -141,19 +143,20 @@ def _torch_name(value: object, name: str) -> str:
     """
     from torch.nn import functional
 
-    places = [(getattr(value, "__module__", None), getattr(value, "__name__", None))]
+    texts = [f"{getattr(value, '__module__', None)}:{getattr(value, '__name__', None)}"]
     # Functions in C have other names and give torch._C as their module.
-    places += [
-        (functional.__name__, key) for key, known in vars(functional).items() if known is value
-    ]
-    for module, short in places:
+    for key, known in vars(functional).items():
+        if known is value:
+            texts.append(f"{FUNCTIONAL}:{key}")
+    for text in texts:
         with suppress(ValueError, ImportError, AttributeError):
-            if _torch_object(f"{module}:{short}") is value:
-                return f"{module}:{short}"
+            if _torch_object(text) is value:
+                return text
     raise InputError(
-        f"{name} holds {value!r}, which cannot be kept in a file; use numbers, text, lists, "
-        "dicts, functions or classes of torch.nn (or give a name, and choose the object inside "
-        "your module)."
+        None,
+        f"{name} holds {value!r}, which cannot be stored in a file",
+        remedy="Use numbers, text, lists, dicts, functions or classes of torch.nn. Or use a name, "
+        "and choose the object inside your module.",
     )
 
 
@@ -184,8 +187,8 @@ def _torch_object(text: str) -> object:
 
 DECODERS: dict[str, Callable[[Any], object]] = {
     "float": float,
-    "tuple": lambda items: tuple(_decode(item) for item in items),
-    "dict": lambda items: {key: _decode(item) for key, item in items.items()},
+    "tuple": lambda items: tuple(map(_decode, items)),
+    "dict": _decode_values,
     "pairs": lambda pairs: {_decode(key): _decode(item) for key, item in pairs},
     "array": _decode_array,
     "torch": _torch_object,

@@ -254,7 +254,7 @@ class Session:
         with without_collector():
             new = self._missing(trials, space, check)
         if new:
-            with ledger.alone():
+            with ledger.exclusive_setup():
                 # another process has added trials in the meantime
                 if len(ledger.candidates) > known:
                     new = self._missing(trials, space, check)

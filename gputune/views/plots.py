@@ -282,8 +282,8 @@ def plot_pareto(
         x = metrics[0]
     if y is None:
         y = next((name for name in metrics if name != x), None)
-    x = check_metric(study, x, "plot_pareto")
-    y = check_metric(study, y, "plot_pareto")
+    x = check_metric(study, x, "plot_pareto(x={})")
+    y = check_metric(study, y, "plot_pareto(y={})")
     front = pareto_front(study, x, y)
     ax = _axes("plot_pareto", ax, (5.0, 4.0))
     ax.scatter(front.values[:, 0], front.values[:, 1], s=14, color=_GREY, label="trial")

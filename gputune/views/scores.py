@@ -384,7 +384,7 @@ def ranked_by(study: AnyStudy, metric: str) -> AnyStudy:
     Raises:
         InputError: the study does not have this metric.
     """
-    metric = check_metric(study, metric, "ranked_by")
+    metric = check_metric(study, metric, "ranked_by(metric={})")
     place = study.metrics.index(metric)
     if place == 0:
         return study

@@ -11,13 +11,14 @@ import pytest
 import gputune
 from gputune.api.tuning import tune
 from gputune.cli.arguments import make_parser
-from gputune.cli.flags import flags, in_flags
+from gputune.cli.flags import CommandLine, flags, in_flags
 from gputune.cli.options import parse_spec, parse_specs
 from gputune.methods.config import legal_keys
 from gputune.methods.distributions import distribution_text, log_int
 from gputune.methods.space import check_space
 from gputune.study.record import IDENTITY
 from gputune.types import defaults_in_words
+from gputune.wording import PYTHON
 from refused import refused
 
 PYTHON_ALONE = {"X", "y", "sample_weight", "epoch", "callbacks", "training_step", "augment"}
@@ -74,21 +75,12 @@ def test_the_default_space_is_in_every_help(capsys):
     assert defaults_in_words() in gputune.tune.__doc__
 
 
-@pytest.mark.parametrize("name", [*IDENTITY.values(), "test_size"])
-def test_a_difference_of_two_searches_names_the_option(name):
-    said = in_flags(
-        "study='gputune-out/study.db' holds another search, which differs from this call in: "
-        f"{name} (30 there, 2 here), space, {name}. Give this search a path of its own, or repeat "
-        "the first call's arguments."
-    )
-    option = {"data": name, "sample_weight": name, "epoch": name, "code": name}.get(
-        name, flags().get(name, "folds (--cv, --groups)")
-    )
-    assert said == (
-        f"--out gputune-out holds another search, which differs from this command in: {option} "
-        f"(30 there, 2 here), --space, {option}. Give this search a folder of its own, --out "
-        "OTHER, or repeat the first command's options."
-    )
+@pytest.mark.parametrize("label", IDENTITY.values())
+def test_a_difference_of_two_searches_names_the_option(label):
+    name = PYTHON.render(label)
+    no_flag = {"data": name, "sample_weight": name, "epoch": name, "code": name}
+    flag = no_flag.get(name, flags().get(name, "folds (--cv, --groups)"))
+    assert CommandLine().render(label) == flag
 
 
 @pytest.mark.parametrize("name", sorted(flags()))

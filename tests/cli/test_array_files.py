@@ -165,7 +165,7 @@ def test_one_column_of_answers_is_read_and_several_are_refused(models, tmp_path)
     )[1]
     assert json.loads(out)["scores"]["accuracy"]["score"] == (expected["table"] == LABELS).mean()
     words = (
-        "the right answers have the shape (40, 3), and the model predicts one class for each "
+        "the true labels have the shape (40, 3), but the model predicts one class for each "
         "row. Give one class"
     )
     assert words in refusal(

@@ -174,7 +174,7 @@ def test_what_the_parser_refuses(bugs, options, words):
         ("--scoring r2", ["--scoring r2", "binary", "accuracy"]),
         ("--task ranking", ["--task", "'ranking'", "classification"]),
         ("--task regression", ["--task regression", "kind", "text", "Convert it"]),
-        ("--model net.py:Net", ["--model", "net.py", "does not exist", "check the path"]),
+        ("--model net.py:Net", ["--model", "net.py", "does not exist", "Check the path"]),
         (
             "--drop aa,b",
             [
@@ -267,14 +267,14 @@ def test_a_folder_that_cannot_be_written_without_a_loss(bugs):
 def test_a_study_of_another_search(bugs):
     assert run("tune", bugs, "--target", "kind", *FAST)[0] == 0
     words = [
-        "--out gputune-out holds another search",
-        "--seed (0 there, 1 here)",
-        "--epochs (2 there, 3 here)",
+        "--out gputune-out holds a different search",
+        "--seed (0 in the study, 1 now)",
+        "--epochs (2 in the study, 3 now)",
     ]
     words += [
-        "--schedule ('constant' there, 'cosine' here)",
+        "--schedule ('constant' in the study, 'cosine' now)",
         "--out OTHER",
-        "first command's options",
+        "options of the first command",
     ]
     refused_tune(bugs, *"--seed 1 --epochs 3 --schedule cosine".split(), words=words)
     assert run("best", "gputune-out")[0] == 0

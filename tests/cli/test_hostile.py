@@ -147,8 +147,8 @@ def test_no_row_of_another_type_ends_in_a_traceback(whole, study):
 @pytest.mark.parametrize(
     ("table", "changed", "words"),
     [
-        ("meta", {"value": "[1]"}, r"option 'folds' cannot be read \(\[1\] is of another type\)"),
-        ("trials", {"params": "1"}, r"trial 0 cannot be read \(parameters 1 are no object\)"),
+        ("meta", {"value": "[1]"}, r"option 'folds' cannot be read \(\[1\] has a wrong type\)"),
+        ("trials", {"params": "1"}, r"trial 0 cannot be read \(parameters 1 are not an object\)"),
         (
             "results",
             {"best_epoch": 2**40},
@@ -157,17 +157,17 @@ def test_no_row_of_another_type_ends_in_a_traceback(whole, study):
         (
             "results",
             {"detail": '{"usable":1}'},
-            r"the result of trial 0 cannot be read \(its detail is",
+            r"the result of trial 0 cannot be read \(its detail has",
         ),
         (
             "results",
             {"score": b"123"},
-            r"the result of trial 0 cannot be read \(3 bytes are no float64",
+            r"the result of trial 0 cannot be read \(3 bytes are not float64",
         ),
         (
             "meta",
             {"value": '{"array":{"dtype":"<U400000000","shape":[1],"items":["a"]}}'},
-            "holds nothing as long",
+            "has no item of that length",
         ),
     ],
 )
@@ -181,8 +181,9 @@ def test_what_is_odd_is_named_when_the_study_is_opened(whole, study, table, chan
 
 def test_a_plan_that_is_odd_is_named(whole, study):
     write(whole, study, "plan", {"trials": '["../thesis"]'})
-    assert 'chunk 0 of the plan cannot be read (its trials are ["../thesis"], its facts' in refusal(
-        "resume", study
+    assert (
+        'chunk 0 of the plan cannot be read (its trials are ["../thesis"], and its facts'
+        in refusal("resume", study)
     )
 
 

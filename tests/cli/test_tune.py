@@ -197,7 +197,7 @@ def test_the_same_command_goes_on_where_it_ended(tmp_path, monkeypatch):
     assert [t.fold_scores for t in after] == [t.fold_scores for t in before]
     assert [t.seconds == u.seconds for t, u in zip(after, before)] == [True, False, True]
     err = refusal(*command, "--epochs", "3")
-    assert "holds another search" in err and "--epochs" in err
+    assert "holds a different search" in err and "--epochs" in err
     assert "4 complete" in output(*command, "--trials", "4")
 
 
@@ -246,7 +246,7 @@ def test_a_score_of_one_class_says_which(tmp_path):
     assert run("report", out, "--out", tmp_path / "report.html")[0] == 0
     html = unescape((tmp_path / "report.html").read_text())
     assert "best cross-validated f1 of class 'ant'" in html
-    words = "differs from this command in: --positive ('ant' there, 'bee' here)"
+    words = "differs from this command in: --positive ('ant' in the study, 'bee' now)"
     assert words in refusal(*command, "--positive", "bee")
 
 
@@ -502,7 +502,7 @@ def test_diverged_trials_are_counted_and_where_all_are_the_command_ends_with_1(t
     assert (code, out) == (1, "")
     assert (
         err.startswith("gputune: error: no trial has a finite score")
-        and "lower the learning rates" in err
+        and "Lower the learning rates" in err
     )
 
 
@@ -637,7 +637,7 @@ def test_several_metrics_are_kept_shown_and_gone_on_with(tmp_path):
         )[2]
         here = other.replace(",", ", ")
         assert (
-            f"this command in: --scoring (accuracy, roc_auc, f1 there, {here} here). Give this"
+            f"this command in: --scoring (accuracy, roc_auc, f1 in the study, {here} now). Give this"
             in words
         )
 

@@ -212,7 +212,7 @@ def test_a_hostile_file_is_refused_in_words(reader, searched, tmp_path):
 def test_a_pipe_in_the_place_of_a_file_of_sqlite(ending, searched, tmp_path):
     path, read = good_file("study", tmp_path, searched)
     os.mkfifo(tmp_path / f"study.db{ending}")
-    assert f"study.db{ending}' beside it is no file; remove that" in message_of(read, path)
+    assert f"study.db{ending}' is not a regular file; remove it" in message_of(read, path)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

@@ -91,7 +91,7 @@ def test_a_diverged_trial_fails_and_a_search_goes_on_with_the_same_patience_alon
     assert sorted(trial.state for trial in study.trials) == ["complete", "failed"]
     again = gputune.tune("mlp", *iris, patience=2, study=tmp_path / "s.db", **search)
     np.testing.assert_array_equal(again.curves, study.curves)
-    with refused(r"differs from this call in: patience \(2 there, None here\)"):
+    with refused(r"differs from this call in: patience \(2 in the study, None now\)"):
         gputune.tune("mlp", *iris, study=tmp_path / "s.db", **search)
 
 

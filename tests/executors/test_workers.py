@@ -189,7 +189,7 @@ def test_a_chunk_that_ends_every_worker_is_given_up(orders, monkeypatch):
     assert sorted(t.state for t in study.trials) == ["complete", "failed"]
     assert states_text(states_of(study)) == "1 complete, 1 that lost their workers"
     alone = replace(study, trials=[failed], curves=study.curves[:1])
-    assert alone.failure_message().endswith(f"some of 1 were given up: {reason}")
+    assert alone.failure_message().endswith(f"gputune gave up some of 1 trial: {reason}")
 
 
 @pytest.mark.parametrize(("fits", "kind"), [(True, RuntimeError), (False, MemoryError)])

@@ -254,7 +254,7 @@ def test_no_text_ends_the_data():
     ("made", "words"),
     [
         (lambda: made_study(0), "There is no best trial: the study has no trials"),
-        (lambda: made_study(12, waiting=12), "none of the 12 trials has been trained yet"),
+        (lambda: made_study(12, waiting=12), "12 trials, but none has been trained yet"),
         (lambda: made_study(30, waiting=20), "20 of 30 trials have not been trained yet"),
         (lambda: made_study(3, waiting=1), "1 of 3 trials has not been trained yet"),
         (lambda: made_study(1), "Not computed: importance needs 10 finished trials"),

@@ -588,7 +588,7 @@ def test_a_study_has_every_trial(path):
     with pytest.raises(InputError, match=r"best_model\(\) cannot refit a study of GridSearchCV"):
         study.best_model(X, Y)
     with pytest.raises(
-        InputError, match="holds another search, which differs from this call in: model"
+        InputError, match="holds a different search. It differs from this call in: model"
     ):
         gputune.tune("mlp", X, Y, n_trials=1, max_epochs=1, study=path, verbose=0)
 

@@ -22,6 +22,7 @@ from gputune.study import code
 from gputune.study.code import digest_of_code, is_remembered, remember
 from gputune.study.ledger import differences
 from gputune.study.record import SearchRecord
+from gputune.wording import option
 from refused import refused
 
 
@@ -113,7 +114,7 @@ def test_a_study_does_not_go_on_with_other_code(argument, tmp_path):
     call = functools.partial(gputune.tune, Net, X, X[:, 0], **how, study=tmp_path / "study.db")
     call(n_trials=1, **{argument: make(2)})
     with refused(
-        rf"differs from this call in: {argument} \(its code or its values have changed\)\. Give"
+        rf"differs from this call in: {argument} \(its code or its values have changed\)\. Pass"
     ):
         call(n_trials=2, **{argument: make(3)})
     assert len(call(n_trials=2, **{argument: make(2)}).trials) == 2
@@ -128,15 +129,15 @@ def test_a_study_of_an_earlier_version_goes_on_unchecked_and_changed_code_of_a_m
         SearchRecord(spec={"kind": "module", "import": "net:Net", "sha256": digest})
         for digest in "ab"
     )
-    assert differences(there, here) == ["model (its code has changed)"] and not differences(
-        there, there
-    )
+    assert differences(there, here) == [
+        f"{option('model')} (its code has changed)"
+    ] and not differences(there, there)
 
 
 @pytest.fixture
 def later(monkeypatch):
     """As in a later process."""
-    return lambda: monkeypatch.setattr(code, "_here", set())
+    return lambda: monkeypatch.setattr(code, "_remembered", set())
 
 
 @pytest.fixture
@@ -189,10 +190,10 @@ def test_a_list_that_others_may_write_or_own_is_not_used(folder, later, monkeypa
     (folder.parent / place).chmod(0o777)
     later()
     with pytest.warns(
-        UserWarning, match=rf"not used, since '.*{place}' is not yours, or others may write"
+        UserWarning, match=rf"does not use .* because '.*{place}' is not yours, or others may write"
     ):
         assert not is_remembered("a")
-    with pytest.warns(UserWarning, match="remove it, or take that right away .chmod go-w."):
+    with pytest.warns(UserWarning, match="Remove it, or withdraw their permission .chmod go-w."):
         remember("b")
     assert is_remembered("b")  # this process knows it all the same
     (folder.parent / place).chmod(0o700)
@@ -224,7 +225,7 @@ def test_a_list_below_a_folder_that_others_may_write_to_is_not_used(tmp_path, mo
         for (folder, mode), is_used in used.items():
             later()
             folder.chmod(mode)
-            words = rf"not used, since '.*({folder.name}|link)', which it is in, is another user's, or others may"
+            words = rf"does not use .* because '.*({folder.name}|link)', which contains it, belongs to another"
             with nullcontext() if is_used else pytest.warns(UserWarning, match=words):
                 assert is_remembered("a") == is_used
             folder.chmod(0o755)
@@ -273,7 +274,7 @@ def test_what_is_no_file_is_not_used(folder, later, kind, tmp_path):
     make[kind]()
     if kind != "link":
         place.chmod(0o700)
-    with nullcontext() if kind == "link" else pytest.warns(UserWarning, match="not used"):
+    with nullcontext() if kind == "link" else pytest.warns(UserWarning, match="does not use"):
         assert not is_remembered("a")
 
 

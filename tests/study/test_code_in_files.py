@@ -304,7 +304,7 @@ def scene(tmp_path_factory):
     """A separate user with a trained ``Net`` from a file, in the stranger's folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
-        patch.setattr(code, "_here", set())
+        patch.setattr(code, "_remembered", set())
         folder = tmp_path_factory.mktemp("scene")
         patch.chdir(folder)
         patch.syspath_prepend(str(folder))
@@ -324,7 +324,7 @@ def an_older_list(scene):
     """The list of trusted code as 3592e8d5 wrote it: the digest of the files, and no names."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(scene.folder / "older"))
-        patch.setattr(code, "_here", set())
+        patch.setattr(code, "_remembered", set())
         code.remember(json.dumps([(str(scene.file), scene.spec("Net")["sha256"])]))
         yield
 
@@ -534,7 +534,7 @@ def later(monkeypatch):
     """As in a later process."""
 
     def begin():
-        monkeypatch.setattr(code, "_here", set())
+        monkeypatch.setattr(code, "_remembered", set())
         monkeypatch.setattr(lookup, "_trained_here", WeakSet())
         for name in [name for name in sys.modules if name.startswith((code.FILE_MODULE, "own_"))]:
             del sys.modules[name]
@@ -616,7 +616,7 @@ def test_only_what_was_trained_of_a_file_is_found_again(modules, later):
     ):
         with pytest.raises(
             UntrustedCodeError,
-            match=f"{re.escape(name)}' is in '.*nets.py', and loading it runs that",
+            match=f"{re.escape(name)}' is in '.*nets.py'. Loading it runs that",
         ):
             find_class({**source, "class": name})
     # of a class of torch's, without a name in this file

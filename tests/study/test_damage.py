@@ -23,7 +23,7 @@ from gputune.study.store import PlannedChunk, Store
 from study_rows import Canary, bits, candidates, change, content, record, result
 
 META = {"model": "mlp", "seed": 0}
-CLEAR = r"study\.db' (is damaged: .* restore the file from a copy, or save|is not a gputune study: |has file format )"
+CLEAR = r"study\.db' (is damaged: .* Restore the file from a copy, or save|is not a gputune study: |has file format )"
 
 
 def read(path):
@@ -133,7 +133,7 @@ def test_a_journal_beside_a_study_that_names_another_file_is_refused(path):
     tail = struct.pack(">I", 2**18 + 1) + name + struct.pack(">II", len(name), sum(name)) + magic
     path.with_name("study.db-journal").write_bytes(head + tail)
     with pytest.raises(
-        StudyCorruptError, match=r"study\.db-journal' beside it is not its own; remove that"
+        StudyCorruptError, match=r"study\.db-journal' belongs to another file; remove it"
     ):
         Store.open(path)
     assert victim.read_text() == "mine"

@@ -160,7 +160,7 @@ USERS = {"module": Net, "classes": None, "numbers": "none", "dtype": torch.float
         (FRAME, USERS, ".pt2"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:X has categories that were not there")
+@pytest.mark.filterwarnings("ignore:X has categories that the training data did not")
 def test_predictions_are_the_models_own(frame, options, suffix, tmp_path):
     model = make_model(frame, **options)
     others = OTHERS[list(frame.columns[::-1])]
@@ -199,7 +199,10 @@ def test_a_tuned_model_and_the_solved_logistic_regression(model, tmp_path):
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
 @pytest.mark.parametrize(
     ("module", "reason"),
-    [(Branching, ".*torch.export can trace"), (Counting, "its forward.* fixes the number")],
+    [
+        (Branching, ".*torch.export must be able to trace"),
+        (Counting, "its forward.* fixes the number"),
+    ],
 )
 def test_a_module_that_cannot_be_traced(module, reason, suffix, tmp_path, capfd):
     path = tmp_path / f"model{suffix}"
@@ -209,7 +212,7 @@ def test_a_module_that_cannot_be_traced(module, reason, suffix, tmp_path, capfd)
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.filterwarnings("ignore:X has categories that were not there")
+@pytest.mark.filterwarnings("ignore:X has categories that the training data did not")
 def test_encoded_rows_are_columns_or_features_and_what_is_refused(tmp_path, monkeypatch):
     model = make_model(NUMBERS)
     mixed = make_model(FRAME)
@@ -227,7 +230,7 @@ def test_encoded_rows_are_columns_or_features_and_what_is_refused(tmp_path, monk
     with refused("there.onnx'\\) exists already"):
         model.export(there)
     assert there.read_text() == "mine"
-    with refused("the folder '.*nowhere' does not exist"):
+    with refused("existing folder, but '.*nowhere' does not exist"):
         model.export(tmp_path / "nowhere" / "model.pt2")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(
@@ -253,12 +256,12 @@ def test_the_command(tmp_path):
     assert label.tolist() == model.predict(X).tolist()
     (tmp_path / "net.py").write_text("from torch import nn\n\n\nclass Net(nn.Module):\n    pass\n")
     for folder, out, more, words in (
-        ("model", "iris.pt2", [], "error: --out '.*iris.pt2' exists already"),
+        ("model", "iris.pt2", [], "error: --out .*iris.pt2 exists already"),
         (
             "model",
             "o.pt2",
             ["--model", f"{tmp_path / 'net.py'}:Net"],
-            "--model: '.*built-in 'mlp'; leave --model",
+            "--model must be left out, because '.*built-in 'mlp'",
         ),
         ("nothing", "o.pt2", [], "there is no model folder"),
     ):

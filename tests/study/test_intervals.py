@@ -80,7 +80,7 @@ def test_what_is_refused(case):
     study, model, y = case
     for level in (0, 1, 90, True, "0.9"):
         with refused(
-            r"predict_interval\(level=.*\) must be a share between 0 and 1, such as 0.9 for 90 %"
+            r"predict_interval\(level=.*\) must be a share between 0 and 1, such as 0.9 for 90%"
         ):
             model.predict_interval(X, level)
     with refused(r"level=0.999\) needs more than the 600 rows .* a level of at most 0.9983"):
@@ -90,10 +90,10 @@ def test_what_is_refused(case):
     ):
         replace(model, residuals=None).predict_interval(X)
     for task, words in {
-        "multilabel": "labels: use predict_proba.",
-        "custom": "its own: use predict.",
+        "multilabel": "labels. Use predict_proba.",
+        "custom": "custom outputs. Use predict.",
     }.items():
-        with refused(f"and this one predicts {words}"):
+        with refused(f"but this model predicts {words}"):
             replace(model, task=task).predict_interval(X)
     with refused(
         r"best_model\(intervals=True\) needs the rows of the search.* Leave check=False out"
@@ -105,14 +105,13 @@ def test_what_is_refused(case):
     ):
         classes.best_model(intervals=True)
     with refused(
-        "predict_interval is for a model of one number .* this one predicts classes: use "
-        "predict_proba"
+        "predict_interval supports only models of one number .* predicts classes. Use predict_proba"
     ):
         classes.best_model().predict_interval(X)
     two = gputune.tune(MLP, X[:40], X[:40, :2], **{**HOW, "max_epochs": 1})
     with refused("is for one number per row, but the target has several. Search for one number"):
         two.best_model(intervals=True)
-    with refused("this one predicts several: search for one column at a time"):
+    with refused("this model predicts several numbers. Search for one column at a time"):
         two.best_model().predict_interval(X)
     points = gputune.tune(
         "mlp", X[:40], X[:40, 0], method=gputune.Hypergradient(outer_steps=1), **HOW
@@ -146,7 +145,7 @@ def test_the_command_line(tmp_path, monkeypatch):
     assert (
         code == 2
         and "--interval needs the residuals" in err
-        and "make it with gputune resume FOLDER --int" in err
+        and "Make the model with gputune resume FOLDER --int" in err
     )
     # which keeps them
     assert run("resume", out, "--intervals")[0] == run("resume", out, "--trials", "2")[0] == 0

@@ -73,7 +73,9 @@ def test_values_are_in_original_units(frame):
     np.testing.assert_array_equal(got, wanted)
     assert repr(model) == "TunedModel(MLP, regression, 'outcome' from 4 columns)"
     assert repr(make_model(frame)) == "TunedModel(MLP, 2 classes, 'outcome' from 4 columns)"
-    with refused("predict_proba needs a model of classes, and this is a regression; use predict"):
+    with refused(
+        "predict_proba needs a model of classes, but this model is a regression. Use predict"
+    ):
         model.predict_proba(frame)
 
 
@@ -115,7 +117,9 @@ def test_a_tensor_is_predicted_as_the_array_that_it_holds(numbers):
 def test_unknown_levels_and_missing_values_are_predicted(frame):
     model = make_model(frame)
     odd = frame.head(4).assign(city=["Ur", None, "Oslo", ""], age=[np.nan, 1e6, 30.0, 40.0])
-    said = "X has categories that were not there in training, .*: column 'city': '', 'Ur'"
+    said = (
+        "X has categories that the training data did not have.* for them: column 'city': '', 'Ur'"
+    )
     with pytest.warns(InputWarning, match=said) as warned:
         got = model.predict_proba(odd)
     assert len(warned) == 1 and warned[0].filename == __file__ and np.isfinite(got).all()
@@ -193,7 +197,7 @@ def test_a_module_may_return_more_than_its_outputs_and_one_with_others_is_named(
         expected = make_model(frame, classes=classes, module=Net).predict(frame)
         np.testing.assert_array_equal(model.predict(frame), expected)
         return
-    with refused(rf"Odd must return a tensor of shape \(30, [12]\), got {got}; correct"):
+    with refused(rf"Odd must return a tensor of shape \(30, [12]\), got {got}\. Correct"):
         model.predict(frame)
 
 
@@ -254,10 +258,10 @@ def test_it_scores_as_estimators_do_what_a_search_reads(model, priced, iris):
             model,
             X,
             iris[1],
-            "y has no class that the model knows: it holds '0', '1', '2', and .* 'a', 'b', 'c'",
+            "y has no class of the model: it holds '0', '1', '2', but .* 'a', 'b', 'c'",
         ),
         (model, X, [None, *y[1:]], r"y has 1 missing value \(the first in row 0\)"),
-        (model, X, y[:9], r"one label a row of X, got shape \(9,\) and 150 rows"),
+        (model, X, y[:9], r"one label per row of X, got shape \(9,\) and 150 rows"),
         (priced, DIABETES[0], [None, *DIABETES[1][1:]], "y has 1 missing value"),
         (priced, DIABETES[0], ["dear", *text[1:]], "needs numbers in y, got text such as 'dear'"),
     ):
@@ -281,7 +285,7 @@ def test_scikit_learn_explains_and_calibrates_it_but_does_not_fit_it(model, pric
         assert ConfusionMatrixDisplay.from_estimator(model, X, y).confusion_matrix.sum() == 150
     calibrated = CalibratedClassifierCV(FrozenEstimator(model), cv=2).fit(X, y)
     np.testing.assert_allclose(calibrated.predict_proba(X).sum(1), 1)
-    with refused(r"fitted already: wrap it in sklearn\.frozen\.FrozenEstimator"):
+    with refused(r"already fitted. Wrap it in sklearn\.frozen\.FrozenEstimator"):
         model.fit(X, y)
 
 

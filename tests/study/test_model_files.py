@@ -153,7 +153,7 @@ def test_tied_weights_are_saved_and_a_class_that_no_import_reaches_is_told(frame
     model = make_model(
         frame, module=here, spec={"kind": "module", "kwargs": {}, **class_source(here)}
     )
-    words = r"save\('.*model'\): the class Here was defined in '.*', where no import reaches it, so that load_model"
+    words = r"save\('.*model'\): the class Here was defined in '.*', where no import reaches it, so load_model"
     with pytest.warns(UserWarning, match=words):
         model.save(folder)
     np.testing.assert_array_equal(
@@ -170,9 +170,9 @@ def test_a_model_is_replaced_by_the_next_one_and_anything_else_is_left_alone(fra
     assert sorted(p.name for p in saved.iterdir()) == ["model.json", "model.safetensors"]
     (other := saved.with_name("other")).mkdir()
     (other / "thesis.tex").write_text("precious")
-    with refused(r"save\(folder='.*other'\): the folder holds 'thesis.tex', which is no part"):
+    with refused(r"save\(folder='.*other'\) holds 'thesis.tex', which is not part"):
         make_model(frame).save(other)
-    with refused(r"a file has that name; choose another"):
+    with refused(r"is a file. Choose another"):
         make_model(frame).save(other / "thesis.tex")
     assert [p.read_text() for p in other.iterdir()] == ["precious"]
 
@@ -204,13 +204,13 @@ class Odd(LogisticRegression):
 
 
 def test_what_cannot_be_written_is_named_before_anything_is(frame, folder):
-    of_json = "the model's spec or info holds .* cannot be kept"
+    of_json = "the model's spec or info holds .* cannot be stored"
     for content, words in (
         ({"spec": {"kind": "mlp", "kwargs": {"width": print}}}, of_json),
         ({"info": {"when": object()}}, of_json),
         (
             {"module": Odd(2, 2)},
-            "Odd keeps '_extra_state', a dict, in its state; only tensors can be saved",
+            "Odd keeps '_extra_state', a dict, in its state. Only tensors can be saved",
         ),
     ):
         with refused(words):
@@ -219,12 +219,12 @@ def test_what_cannot_be_written_is_named_before_anything_is(frame, folder):
 
 
 def test_a_missing_changed_or_cut_file_is_named(frame, folder):
-    with refused(r"there is no model folder '.*model'; check the path"):
+    with refused(r"there is no model folder '.*model'. Check the path"):
         load_model(folder)
     for name in ("model.json", "model.safetensors"):
         make_model(frame).save(folder)
         (folder / name).unlink()
-        with refused(rf"the model folder '.*' has no {re.escape(name)}; save the model again"):
+        with refused(rf"the model folder '.*' has no {re.escape(name)}\. Save the model again"):
             load_model(folder)
     make_model(frame).save(saved := folder)
     for name in ("model.json", "model.safetensors"):
@@ -235,14 +235,16 @@ def test_a_missing_changed_or_cut_file_is_named(frame, folder):
             for spoiled in (content[:place], flipped):
                 (saved / name).write_bytes(spoiled)
                 with refused(
-                    rf"{re.escape(name)}' (is damaged: .* restore it from a copy|has model format \d+, this)"
+                    rf"{re.escape(name)}' (is damaged: .* Restore it from a copy|has model format \d+, but this)"
                 ):
                     load_model(saved)
         (saved / name).write_bytes(content)
     load_model(saved)
     path = saved / "model.json"
     path.write_text(path.read_text().replace('"version": 3', '"version": 4', 1))
-    with refused(r"model\.json' has model format 4, this gputune reads up to 3; upgrade"):
+    with refused(
+        r"model\.json' has model format 4, but this gputune reads formats up to 3. Upgrade"
+    ):
         load_model(saved)
     for other in (
         '{"format": "other"}',
@@ -265,9 +267,9 @@ def sized(**kwargs):
 
 
 DAMAGED = r"model\.json' is damaged: "
-LARGER = rf"{DAMAGED}.* of \d+ parameters, and model.saf.* holds 82; "
+LARGER = rf"{DAMAGED}.* of \d+ parameters, but model.saf.* holds 82. "
 KEYS = "layout statistics classes dtype spec center target info".split()
-NO_LABELS = f"{DAMAGED}its classes are no list of labels but"
+NO_LABELS = f"{DAMAGED}its classes are not a list of labels but"
 
 
 @pytest.mark.parametrize(
@@ -312,7 +314,7 @@ def test_nothing_is_unpickled(saved, tmp_path, write):
         load_model(saved)
     digest = hashlib.sha256((saved / "model.safetensors").read_bytes()).hexdigest()
     edit(saved, put("tensors_sha256", digest))  # by someone who knows the format
-    with refused(r"model\.safetensors' is damaged: it is no safetensors file"):
+    with refused(r"model\.safetensors' is damaged: it is not a safetensors file"):
         load_model(saved)
     (saved / "model.json").write_bytes(pickle.dumps(Canary(canary)))
     with refused(r"model\.json' is damaged"):
@@ -329,12 +331,12 @@ def test_a_users_class_is_found_again_and_its_changed_file_is_trusted_anew(frame
     net_class = class_from_file(net, "Net")
     remedy = r"Or pass the class: load_model\('.*model', module=...\)"
     net.write_text(NET + "# a word")
-    words = r"net\.py', and loading it runs that code, .* as it is now; it has changed since the model was saved\. "
+    words = r"net\.py'\. Loading it runs that code, .* on this machine\. It has changed since the model was saved\. "
     with pytest.raises(
         UntrustedCodeError, match=rf"{words}If you trust it, pass trust_code=True. {remedy}"
     ):
         load_model(folder)
-    fits = r"net\.py' has changed since the model was saved; its parameters still fit, but it may predict otherwise"
+    fits = r"net\.py' has changed since the model was saved. Its parameters still fit, but its predictions may differ"
     with pytest.warns(UserWarning, match=fits):
         np.testing.assert_array_equal(
             load_model(folder, trust_code=True).predict_proba(frame), wanted
@@ -349,10 +351,10 @@ def test_a_users_class_is_found_again_and_its_changed_file_is_trusted_anew(frame
     }
     for text, words in unlike.items():
         net.write_text(text)
-        with refused(rf"{words}; '.*net\.py' has changed since .*: restore it, or pass the class"):
+        with refused(rf"{words}. '.*net\.py' has changed since .*\. Restore it, or pass the class"):
             load_model(folder, trust_code=True)
     net.unlink()
-    with refused(rf"net\.py' does not exist; .* {remedy}"):
+    with refused(rf"net\.py', which does not exist. .* {remedy}"):
         load_model(folder)
     np.testing.assert_array_equal(load_model(folder, module=net_class).predict_proba(frame), wanted)
 
@@ -393,7 +395,7 @@ def test_code_runs_only_when_that_is_said(frame, folder, net, place, monkeypatch
     edit(folder, put("spec", {"kind": "module", "kwargs": kwargs, **source}))
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend("")  # as at a prompt, in a notebook
-    words = r"/evil\.py', and loading it runs that .*, pass trust_code=True"
+    words = r"/evil\.py'\. Loading it runs that .*, pass trust_code=True"
     with pytest.raises(UntrustedCodeError, match=words):
         load_model(".")
     net_class = class_from_file(net, "Net")
@@ -418,23 +420,21 @@ def test_a_class_of_a_script_or_notebook_is_told_at_once(frame, folder, monkeypa
         net_class = main.Net
         spec = {"kind": "module", "kwargs": {}, **class_source(net_class)}
         model = make_model(frame, module=net_class, spec=spec)
-        words = r"the class Net was defined in a notebook or at a prompt, so that load_model does not find it from "
-        words += r"elsewhere: pass it there, .*module=Net\), or define it in a"
+        words = r"the class Net was defined in a notebook or at a prompt, so load_model cannot find it from "
+        words += r"elsewhere. Pass it there, .*module=Net\), or define it in its"
         with pytest.warns(UserWarning, match=words):
             model.save(folder)
         np.testing.assert_array_equal(load_model(folder).predict(frame), model.predict(frame))
         main.__file__ = str(tmp_path / "train.py")
         (tmp_path / "train.py").write_text(NET)
-        with pytest.warns(
-            UserWarning, match=r"Net was defined in the script '.*train\.py', so that"
-        ):
+        with pytest.warns(UserWarning, match=r"Net was defined in the script '.*train\.py', so"):
             model.save(folder.with_name("of-script"))
     with refused(
-        r"define it here too, or go on in the program that .* Or pass the class: load_model\('.*', module="
+        r"Define it here too, or continue in the program that .* Or pass the class: load_model\('.*', module="
     ):
         load_model(folder)
     with pytest.raises(
-        UntrustedCodeError, match=r"script '.*train\.py', and loading it runs that script"
+        UntrustedCodeError, match=r"script '.*train\.py'. Loading it runs that script"
     ):
         load_model(folder.with_name("of-script"))
     for how in ({"trust_code": True}, {"module": net_class}):
@@ -443,7 +443,9 @@ def test_a_class_of_a_script_or_notebook_is_told_at_once(frame, folder, monkeypa
 
 
 def test_the_module_argument_is_checked(frame, saved, folder, net):
-    with refused(r"load_model\(module=...\): '.*' holds the built-in 'mlp'; leave module out"):
+    with refused(
+        r"load_model\(module=...\) must be left out, because '.*' holds the built-in 'mlp'"
+    ):
         load_model(folder, module=LogisticRegression)
     shutil.rmtree(folder)
     save_net(frame, net, folder)
@@ -451,6 +453,6 @@ def test_the_module_argument_is_checked(frame, saved, folder, net):
         with refused(r"must be a subclass of torch\.nn\.Module, got"):
             load_model(folder, module=odd)
     with refused(
-        r"LogisticRegression could not be built .* is no argument of .* pass the class as it was"
+        r"LogisticRegression could not be built .* is no argument of .* Pass the class as it was"
     ):
         load_model(folder, module=LogisticRegression)

@@ -83,7 +83,7 @@ def test_a_class_of_a_file_and_the_way_back(net):
         and is_changed(second, source)
         and not is_changed(second, class_source(second))
     )
-    with refused(r"net\.py' has changed since the model was trained; restore it"):
+    with refused(r"net\.py' has changed since the model was trained. Restore it"):
         find_class(source, trust_code=True)
     assert find_class(source, trust_code=True, or_changed=True) is second
 
@@ -95,9 +95,9 @@ def test_a_class_of_a_package_is_found_by_import():
     assert class_source(type("Net", (nn.Module,), {"__module__": "__main__"})) == {
         "import": "__main__:Net"
     }
-    assert sources.why_not_found(MLP) is None
+    assert sources.unreachable_place(MLP) is None
     here = type("Net", (nn.Module,), {})
-    assert sources.why_not_found(here) == f"in {__name__!r}, where no import reaches it"
+    assert sources.unreachable_place(here) == f"in {__name__!r}, where no import reaches it"
 
 
 def test_an_imported_class_that_has_changed_is_another_model(tmp_path, monkeypatch):
@@ -116,7 +116,7 @@ def test_an_imported_class_that_has_changed_is_another_model(tmp_path, monkeypat
     second = find_class(source, trust_code=True, or_changed=True)
     assert second.size == 22 and class_source(second)["sha256"] != source["sha256"]
     assert find_class(class_source(second), trust_code=True) is second
-    with refused("the module class 'own_nets:Net' has changed since the search was begun"):
+    with refused("the module class 'own_nets:Net' has changed since the search began"):
         find_class(source, trust_code=True)
     sys.modules.pop("own_nets")
 
@@ -136,7 +136,7 @@ def test_a_name_that_is_no_module_class(net):
         ("def", r"does not run \(SyntaxError: "),
         ("import no_such_package", r"does not run \(ModuleNotFoundError: .*no_such_package"),
         ("1 / 0", r"does not run \(ZeroDivisionError: "),
-        ("raise SystemExit(3)", r"does not run \(SystemExit: 3\); correct it"),
+        ("raise SystemExit(3)", r"does not run \(SystemExit: 3\). Correct it"),
     ],
 )
 def test_a_file_that_does_not_run_or_is_no_source(net, text, message):
@@ -145,7 +145,7 @@ def test_a_file_that_does_not_run_or_is_no_source(net, text, message):
         with refused(message):
             class_from_file(net, "Net")
     os.truncate(net, 2**24 + 1)
-    with refused(r"net\.py' is too large for a Python file; check the path"):
+    with refused(r"net\.py', which is too large for a Python file. Check the path"):
         find_class({"path": str(net), "class": "Net", "sha256": "0"})
 
 
@@ -154,7 +154,7 @@ def test_a_file_that_does_not_run_or_is_no_source(net, text, message):
     [
         (
             {"path": "no.py", "class": "Net"},
-            r"model: the file '.*no\.py' does not exist; check the path",
+            r"model names the file '.*no\.py', which does not exist. Check the path",
         ),
         (
             {"import": "no_such_package:Net"},
@@ -165,7 +165,7 @@ def test_a_file_that_does_not_run_or_is_no_source(net, text, message):
         ({"import": "gputune.models:Missing"}, "has no torch.nn.Module class 'Missing'"),
         (
             {"import": "own_pack.nets:Net"},
-            "'own_pack.nets:Net' cannot be imported .ZeroDivisionError: .*correct its",
+            "'own_pack.nets:Net' cannot be imported .ZeroDivisionError: .*Correct its",
         ),
     ],
 )
@@ -216,7 +216,7 @@ def test_no_file_of_a_package_runs_that_was_not_remembered(package, monkeypatch,
     # which is loaded
     with pytest.raises(UntrustedCodeError, match=r"'Linear' is in '.*linear.py'"):
         find_class({"import": "torch.nn.modules.linear:Linear"})
-    words = r"'Net' is in '.*own_pack/nets.py', and loading it runs that code, which you have not trained or saved"
+    words = r"'Net' is in '.*own_pack/nets.py'. Loading it runs that code, and you have not trained or saved"
     with pytest.raises(UntrustedCodeError, match=words):
         find_class(SOURCE)
     assert sys.ran == [] and "own_pack" not in sys.modules
@@ -265,7 +265,7 @@ def test_a_file_beside_a_script_is_found_where_it_lay(net, monkeypatch, another_
     sys.path.remove(str(net.parent))
     forget(monkeypatch, "net")
     assert find_class(source).__name__ == "Net"
-    with refused(r"'pack.net:Net' cannot be imported .*; it was in '.*net.py'; make its"):
+    with refused(r"'pack.net:Net' cannot be imported .*; it was in '.*net.py'\. Make its"):
         find_class({**source, "import": "pack.net:Net"})
 
 
@@ -274,7 +274,7 @@ def test_a_class_of_the_running_program_needs_no_word(monkeypatch, another_user)
     monkeypatch.setitem(sys.modules, "__main__", main := types.ModuleType("__main__"))
     exec("from torch import nn\nclass Net(nn.Module): pass\nLinear = nn.Linear", main.__dict__)
     assert find_class({"import": "__main__:Net"}) is main.Net
-    assert sources.why_not_found(main.Net) == "in a notebook or at a prompt"
+    assert sources.unreachable_place(main.Net) == "in a notebook or at a prompt"
     for name in ("Other", "Linear", "nn.Linear"):  # which are not the program's own
         with refused(f"'{name}' was defined in a script, in a notebook or at a prompt, and"):
             find_class({"import": f"__main__:{name}"})
@@ -359,10 +359,10 @@ def test_a_partial_without_a_name_is_written_with_its_keywords_or_refused(nets):
         and find_class(class_source(named), trust_code=True) is named
     )
     with refused(
-        r"the partial of variadic cannot be written down \(it has arguments without a keyword"
+        r"a partial of variadic that cannot be stored \(it has arguments without a keyword"
     ):
         class_source(functools.partial(variadic, 2))
-    with refused("the partial of Net cannot be written down .*give it a name"):
+    with refused("a partial of Net that cannot be stored .*Give it a name"):
         gputune.tune(functools.partial(net, kind=nn.ELU), X, Y, **WORDS)
 
 

@@ -185,5 +185,5 @@ class Fewer(Buffer):
 
 def test_a_buffer_that_the_class_lacks_is_named(tmp_path):
     tuned(Buffer).best_model().save(tmp_path / "model")
-    with refused(r"does not fit Fewer: Unexpected key\(s\): 'mean', which is no buffer there"):
+    with refused(r"does not fit Fewer: Unexpected key\(s\): 'mean', which is not a buffer there"):
         gputune.load_model(tmp_path / "model", module=Fewer)

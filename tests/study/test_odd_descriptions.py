@@ -137,13 +137,16 @@ def test_a_value_of_another_type_is_refused_or_harmless(make, tmp_path):
 
 
 WRONG = {
-    ("layout", "columns", 0, "kind"): ("text", "a column is of the kind 'text'"),
-    ("layout", "columns", 0, "parts"): (["x"], "the column 'age' has other features than its kind"),
-    ("layout", "columns", 0, "missing"): (1, "the column 'age' has fields of another type"),
-    ("layout", "columns"): ([], "its layout has no column, or names of another type"),
+    ("layout", "columns", 0, "kind"): ("text", "a column has the unknown kind 'text'"),
+    ("layout", "columns", 0, "parts"): (
+        ["x"],
+        "the column 'age' has features that do not fit its kind",
+    ),
+    ("layout", "columns", 0, "missing"): (1, "the column 'age' has fields of a wrong type"),
+    ("layout", "columns"): ([], "its layout has no column, or names of a wrong type"),
     ("statistics", "fill"): (
         [1.0],
-        "its statistics have another number of values for 'fill' than it has features",
+        "its statistics have a wrong number of values for 'fill'",
     ),
     ("statistics", "ranked"): ([99], "positions in 'ranked' that no feature has|cannot reshape"),
     ("statistics", "clipped"): (
@@ -151,8 +154,8 @@ WRONG = {
         "its statistics have positions in 'clipped' that no feature has",
     ),
     ("task",): ("ranking", "its task, its target and its classes do not fit each other"),
-    ("center",): ([1.0, 2.0], "the center and the scale of its target are of other shapes"),
-    ("info", "params"): (None, "its info is of another type"),
+    ("center",): ([1.0, 2.0], "the center and the scale of its target have wrong shapes"),
+    ("info", "params"): (None, "its info has a wrong type"),
 }
 
 
@@ -162,7 +165,7 @@ def test_what_is_wrong_with_a_description_is_said(tmp_path):
     whole = json.loads(path.read_text())
     for at, (value, words) in WRONG.items():
         write(path, whole, with_value(whole["body"], at, value))
-        with refused(rf"model\.json' is damaged: .*({words}).*; restore it from a copy"):
+        with refused(rf"model\.json' is damaged: .*({words}).*\. Restore it from a copy"):
             load_model(folder)
 
 
@@ -186,7 +189,7 @@ def test_what_is_wrong_with_arrays_and_transformations_is_said(tmp_path):
                 {"a": 1},
                 "its target_transform does not work",
             ),
-            ("residuals",): ([1], "its residuals are no numbers"),
+            ("residuals",): ([1], "its residuals are not numbers"),
         },
     }
     for make, changes in wrong.items():

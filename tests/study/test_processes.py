@@ -185,7 +185,7 @@ def test_a_search_that_one_process_decides_refuses_a_second_one_before_it_trains
         open_ledger(tmp_path / "s.db", RECORD) as second,
     ):
         ledger.claim_search(method)
-        words = rf"is at work .* method='{method}' .* Wait for it, or end it\.$"
+        words = rf"works on this .* method='{method}' .* Wait for it, or end it\.$"
         with refused(rf"process {os.getpid()} on '.*' {words}"):
             second.claim_search(method)
 
@@ -197,7 +197,7 @@ def test_a_claim_of_another_host_is_respected_until_its_lock_file_is_removed(pat
     lock.unlink()
     assert mine.take(CHUNKS[0])
     lock = foreign(path, claims_file.SEARCH)
-    with refused(rf"process 7 on 'far' .* gone for good, remove '.*{lock.name}'"):
+    with refused(rf"process 7 on 'far' .* no longer exists, remove '.*{lock.name}'"):
         mine.take_search("halving")
 
 
@@ -216,8 +216,8 @@ def test_a_process_that_waits_to_plan_says_for_whom_until_its_time_is_over(
     lock = foreign(tmp_path / "study.db", claims_file.SETUP)
     monkeypatch.setattr("gputune.study.ledger._PATIENCE", -1)
     words = (
-        f"study '{tmp_path / 'study.db'}': process 7 on 'far' has been adding trials to it, and "
-        f"others wait. Wait for it, or end it; where it is gone for good, remove '{lock}'."
+        f"process 7 on 'far' is adding trials to study '{tmp_path / 'study.db'}', and this process "
+        f"waits for it. Wait for it, or end it. If it no longer exists, remove '{lock}'."
     )
     with pytest.raises(TimeoutError, match=re.escape(f"the time is over; {words}")):
         gputune.tune("mlp", X, y, n_trials=2, verbose=1, timeout=1e-9, **call)
@@ -234,7 +234,7 @@ def test_ctrl_c_ends_the_wait_for_a_plan(path, mine, monkeypatch):
         ledger = Ledger(store, mine)
         ledger.on_wait = Session(ledger, Options(), Progress(0), stop)._wait
         at_call(ledger, "on_wait", 2, stop.ask, patch=monkeypatch.setattr)
-        with pytest.raises(KeyboardInterrupt), ledger.alone():
+        with pytest.raises(KeyboardInterrupt), ledger.exclusive_setup():
             pass
 
 
@@ -242,7 +242,7 @@ def test_who_trains_what_is_waited_for_is_said(path, mine, other):
     lock = foreign(path)
     with Store.open(path) as store:
         ledger = Ledger(store, mine)
-        remedy = f"Wait for it, or end it; where it is gone for good, remove '{lock}'."
+        remedy = f"Wait for it, or end it. If it no longer exists, remove '{lock}'."
         assert ledger.owners_of(CHUNKS) == ("process 7 on 'far'", remedy)
         other.take(CHUNKS[1])
         names = ["process 7 on 'far'", f"process {os.getpid()} on '{platform.node()}'"]
@@ -320,7 +320,7 @@ def test_another_process_that_looks_at_a_lock_for_a_moment_is_no_owner(path, mon
 def test_a_lock_file_that_cannot_be_made_is_named(path, monkeypatch):
     with (
         Claims(path) as mine,
-        pytest.raises(OSError, match=r"its lock file cannot be made \(No space left"),
+        pytest.raises(OSError, match=r"lock file of study .* cannot be created \(No space left"),
     ):
         full = Mock(side_effect=OSError(28, "No space left on device"))
         monkeypatch.setattr(claims_file, "lock_descriptor", full)

@@ -74,7 +74,7 @@ def test_a_healthy_file_is_saved_whole(whole, tmp_path):
         "options  3 of 3",
         "trials   60 of 60",
         "chunks   20 of 20 of the frozen plan",
-        "results  of 58 of the 60 trials; what has none is trained when the search goes on",
+        "results  of 58 of the 60 trials; trials without a result train when the search resumes",
     ]
 
 
@@ -139,7 +139,7 @@ def test_rows_that_are_only_in_the_log_are_saved(tmp_path):
 
 def test_what_holds_nothing_is_refused_and_an_existing_file_too(whole, tmp_path):
     (tmp_path / "text").write_text("number,score\n" * 500)
-    words = "text' holds no whole row of a study that can be reached; check the path"
+    words = "text' holds no readable, undamaged row of a study. Check the path"
     for name, error, said in (
         ("text", StudyCorruptError, words),
         ("none", FileNotFoundError, "no study file"),
@@ -147,10 +147,12 @@ def test_what_holds_nothing_is_refused_and_an_existing_file_too(whole, tmp_path)
         with pytest.raises(error, match=said):
             repair(tmp_path / name, tmp_path / "new.db")
     assert not (tmp_path / "new.db").exists()
-    with refused("^out='.*text' exists already"):
+    with refused("^repair\\(out='.*text'\\) exists already"):
         repair(whole, tmp_path / "text")
-    with refused("^--out '.*new.db': the folder '.*none' does not exist"):
-        repair(whole, tmp_path / "none" / "new.db", argument="--out ")
+    with refused(
+        "^repair\\(out='.*new.db'\\) must be in an existing folder, but '.*none' does not exist"
+    ):
+        repair(whole, tmp_path / "none" / "new.db")
 
 
 @pytest.fixture(scope="module")
@@ -250,12 +252,12 @@ def test_a_backup_needs_a_file_and_a_free_path_and_has_no_claims(tmp_path):
     study.backup(tmp_path / "copy.db")
     with closing(sqlite3.connect(tmp_path / "copy.db")) as raw:
         assert raw.execute("SELECT count(*) FROM claims").fetchone() == (0,)
-    with refused(r"copy\.db' exists already"):
+    with refused(r"copy\.db'\) exists already"):
         study.backup(tmp_path / "copy.db")
     with refused(
         "must be in an existing folder, but '.*none' does not exist. Create the folder first"
     ):
         study.backup(tmp_path / "none" / "copy.db")
-    with refused(r"backup\(\) copies the file of a study, and this one is in memory"):
+    with refused(r"backup\(\) copies the file of a study, but this study is in memory"):
         gputune.Study(meta={}, trials=(), curves=np.empty((0, 0, 0))).backup(tmp_path / "other.db")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["copy.db", "study.db"]

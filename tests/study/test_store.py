@@ -84,9 +84,9 @@ def test_rows_of_unlike_length_are_read_together_and_the_damaged_one_is_named(pa
 
 def test_a_result_is_never_replaced_and_a_chunk_is_written_whole_or_not_at_all(store):
     store.finish([result(1)])
-    with refused(r"study\.db': trial 1 is there already and is never replaced; nothing"):
+    with refused(r"study\.db': trial 1 exists already and is never replaced, so nothing"):
         store.finish([result(0), result(1, score=9.0), result(2)])
-    with refused("trial 7 was never added; nothing was written"):
+    with refused("trial 7 was never added, so nothing was written"):
         store.finish([result(0), result(7)])
     assert {number: bits(found) for number, found in store.results().items()} == {
         1: bits(result(1))
@@ -163,7 +163,7 @@ def test_a_study_that_is_not_in_its_place_takes_nothing_more(tmp_path, what):
         else:
             make_study(tmp_path / "other.db").replace(folder / "s.db")
         with pytest.raises(
-            OSError, match="was removed, moved or replaced while .* where it was moved, put it"
+            OSError, match="was removed, moved or replaced during .* If it was moved, move it"
         ):
             store.finish([result(1)])
         if what == "folder moved":
@@ -197,7 +197,7 @@ def test_what_cannot_be_made_is_refused_and_leaves_nothing(path, monkeypatch):
         lambda draft, place: place.write_text("precious") and link(draft, place),
     )
     for _ in range(2):
-        with refused(r"study='.*study\.db' exists already; open it, or give a path that is free"):
+        with refused(r"study='.*study\.db' exists already. Open it, or pass another path"):
             Store.create(path, {})
         assert path.read_text() == "precious" and len(list(path.parent.iterdir())) == 1
     path.unlink()
@@ -216,7 +216,8 @@ def test_a_file_system_without_shared_memory_gets_a_rollback_journal_and_a_warni
         sqlite3, "connect", lambda at, **kw: connect(at + "&vfs=unix-dotfile", **kw)
     )
     with pytest.warns(
-        UserWarning, match="does not allow SQLite's write-ahead log, so a rollback journal"
+        UserWarning,
+        match="does not support SQLite's write-ahead log, so gputune uses a rollback journal",
     ):
         store = Store.create(path, {})
     with store:
@@ -268,8 +269,8 @@ def test_a_closed_study_is_read_where_nothing_can_be_written(path):
     meta, trials, warning, error = done.stdout.strip().split("\n")
     assert (meta, trials) == ("{'a': 1}", "1")
     assert warning == (
-        "it can only be read: study 'study.db': disk I/O error; check the disk, the rights of "
-        "its folder and limits on files. Make room before the search goes on."
+        "The study is opened read-only: study 'study.db': disk I/O error; check the disk, the permissions of "
+        "its folder and limits on files. Free disk space before you resume its search."
     )
     assert "study 'study.db' may not be written" in error
     with Store.open(path) as store:
@@ -338,18 +339,18 @@ BEFORE = "of a gputune before its first release"
         (
             lambda p: p.write_bytes(b""),
             CORRUPT,
-            r"study\.db' is not .*: it is empty; remove it, or check the path",
+            r"study\.db' is not .*: it is empty. Remove it, or check the path",
         ),
         (
             lambda p: p.write_bytes(b"number,score\n1,2\n" * 20),
             CORRUPT,
-            r"study\.db' is not a gputune study: it is no SQLite file; check the path\..* try gputune repair",
+            r"study\.db' is not a gputune study: it is not an SQLite file\. Check the path\..* try gputune repair",
         ),
-        (of_another_program, CORRUPT, "an SQLite file of another program; check the path"),
+        (of_another_program, CORRUPT, "an SQLite file of another program. Check the path"),
         (
             lambda p: p.with_name("study.db-wal").mkdir(),
             OSError,
-            r"study\.db': unable to open database file; check the disk, the rights",
+            r"study\.db': unable to open database file; check the disk, the permissions",
         ),
         (
             lambda p: p.write_bytes(p.read_bytes().replace(b"seconds B", b"seconds\xa0B")),
@@ -360,7 +361,7 @@ BEFORE = "of a gputune before its first release"
         (
             "PRAGMA user_version = 4",
             VERSION,
-            "format 4, this gputune reads up to 3; upgrade gputune",
+            "format 4, but this gputune reads formats up to 3. Upgrade gputune",
         ),
         *((f"PRAGMA user_version = {n}", VERSION, f"format {n}, {BEFORE}") for n in (1, 2)),
         ("PRAGMA user_version = 0", CORRUPT, OTHER_TABLES),
@@ -398,7 +399,7 @@ def test_a_changed_value_is_never_returned(path, statement, what, read):
     change(path, statement)
     with (
         Store.open(path) as store,
-        damaged(f"is damaged: {what} does not fit its checksum.* restore the file"),
+        damaged(f"is damaged: {what} does not fit its checksum.* Restore the file"),
     ):
         assert store.meta
         read(store)

@@ -50,7 +50,7 @@ class StoreStates(RuleBasedStateMachine):
     def add(self, who, numbers, params):
         new = [Candidate(n, params, "random") for n in numbers]
         is_new = len(set(numbers)) == len(numbers) and self.trials.keys().isdisjoint(numbers)
-        with nullcontext() if is_new else refused("is there already"):
+        with nullcontext() if is_new else refused("exists already"):
             self.handles[who].add_trials(new)
         self.trials |= {candidate.number: candidate for candidate in new if is_new}
 
@@ -64,7 +64,7 @@ class StoreStates(RuleBasedStateMachine):
         final = {n for n, found in self.results.items() if found.state != "stopped"}
         once = stopped or len(set(numbers)) == len(numbers)
         is_new = once and final.isdisjoint(numbers) and set(numbers) <= self.trials.keys()
-        words = r"trial \d (is there already and is never replaced|was never added); nothing was written"
+        words = r"trial \d (exists already and is never replaced|was never added), so nothing was written"
         with nullcontext() if is_new else refused(words):
             self.handles[who].finish(new)
         self.results |= {found.number: found for found in new if is_new}
@@ -76,7 +76,7 @@ class StoreStates(RuleBasedStateMachine):
     )
     def freeze(self, who, number, trials):
         chunk = PlannedChunk(number, 0, tuple(trials), 1)
-        with refused(f"chunk {number} is there already") if number in self.plan else nullcontext():
+        with refused(f"chunk {number} exists already") if number in self.plan else nullcontext():
             self.handles[who].add_chunks([chunk])
         self.plan.setdefault(number, chunk)
 

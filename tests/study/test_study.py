@@ -64,13 +64,16 @@ def test_the_best_trial_is_finite_and_highest_and_the_lower_number_on_a_tie():
 @pytest.mark.parametrize(
     ("trials", "message"),
     [
-        ([], r"the study has no trials; search with n_trials >= 1"),
-        ([(NAN, "waiting")] * 2, r"none of the 2 trials has been trained yet; run the search"),
+        ([], r"the study has no trials. Search with at least one trial"),
+        (
+            [(NAN, "waiting")] * 2,
+            r"the study has 2 trials, but none has been trained yet. Run the search",
+        ),
         (
             [(NAN, "failed")] * 3 + [(NAN, "waiting")],
-            "3 of 4 trials diverged, 1 have not been trained; lower",
+            "3 of 4 trials diverged, and 1 have not been trained. Lower",
         ),
-        ([(NAN, "failed")] * 2, "2 of 2 trials diverged; lower"),
+        ([(NAN, "failed")] * 2, "2 of 2 trials diverged. Lower"),
     ],
 )
 def test_a_search_without_a_best_trial_says_why(trials, message):
@@ -190,7 +193,9 @@ def test_a_study_is_read_from_its_file(tmp_path):
     assert math.isnan(waiting.score) and waiting.fold_scores == () and waiting.best_epoch == 0
     empty = Study.open(make_study(tmp_path / "empty.db", 1))
     assert empty.curves.shape == (1, 0, 0)
-    with pytest.raises(SearchFailedError, match="none of the 1 trials has been trained yet"):
+    with pytest.raises(
+        SearchFailedError, match="the study has 1 trial, but none has been trained yet"
+    ):
         empty.best_model()
 
 
@@ -226,7 +231,7 @@ def test_curves_that_few_trials_fill_are_bounded_by_what_they_hold(tmp_path, mon
     monkeypatch.setattr(rows, "_LARGE", 2**20)
     found = Study.open(tmp_path / "study.db")
     with refused(
-        r"of 9 trials, 2000 epochs and 2000 folds take 274\.7 MiB side by side, and hold 31\.\d KiB"
+        r"of 9 trials, 2000 epochs and 2000 folds would take 274\.7 MiB as one array, but they hold only 31\.\d KiB"
     ):
         found.curves  # noqa: B018
 

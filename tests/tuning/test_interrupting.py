@@ -172,7 +172,7 @@ def test_sigterm_with_workers(tmp_path):
 
 def test_a_folder_that_is_lost_ends_the_search_in_words(tmp_path):
     code, _, err = finish_many(tmp_path, "shutil.rmtree('out')", 1)
-    words = f"study '{tmp_path}/out/study.db' was removed, moved or replaced while it was at work"
+    words = f"study '{tmp_path}/out/study.db' was removed, moved or replaced during its search"
     assert code == 1 and f"gputune: error: {words}" in err
     assert not (tmp_path / "out").exists()
 

@@ -268,7 +268,7 @@ def test_an_objective_whose_code_has_changed_is_another_search(tmp_path):
 
     with refused(r"in: objective \(its code has changed\)"):
         gputune.search(objective, {"lr": [0.1, 0.2]}, n_trials=2, **how)
-    with refused(r"in: direction \('maximize' there, 'minimize' here\)"):
+    with refused(r"in: direction \('maximize' in the study, 'minimize' now\)"):
         gputune.search(first, {"lr": [0.1, 0.2]}, **{**how, "direction": "minimize"})
     assert len(gputune.search(first, {"lr": [0.1, 0.2]}, n_trials=2, **how).trials) == 2
 

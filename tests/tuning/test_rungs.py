@@ -237,8 +237,16 @@ def test_a_refused_call_leaves_no_study(iris, tmp_path, model, method, words):
 @pytest.mark.parametrize(
     ("first", "second", "words"),
     [
-        ("halving", gputune.Halving(min_epochs=3), r"\(min_epochs=None there, min_epochs=3 here\)"),
-        (MEDIAN, "median", r"\(min_epochs=2, every=3 there, min_epochs=None, every=None here\)"),
+        (
+            "halving",
+            gputune.Halving(min_epochs=3),
+            r"\(min_epochs=None in the study, min_epochs=3 now\)",
+        ),
+        (
+            MEDIAN,
+            "median",
+            r"\(min_epochs=2, every=3 in the study, min_epochs=None, every=None now\)",
+        ),
     ],
 )
 def test_a_study_keeps_the_options_of_its_method(iris, tmp_path, first, second, words):

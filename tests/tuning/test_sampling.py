@@ -227,11 +227,11 @@ def test_each_batch_freezes_chunks_of_its_own(path):
 
 def test_one_process_alone_asks_one_sampler(path):
     tune(tpe(), n_trials=2, study=path)
-    with refused("holds another search, which differs from this call in: method"):
+    with refused("holds a different search. It differs from this call in: method"):
         tune(optuna.samplers.RandomSampler(seed=0), n_trials=4, study=path)
     with Claims(path) as other:
         other.take_search("optuna")
-        with refused("is at work on this search, and one process alone decides"):
+        with refused("works on this search, and .* only one process decides"):
             tune(tpe(), n_trials=4, study=path)
     assert len(gputune.Study.open(path).trials) == 2
 
