@@ -27,6 +27,7 @@ from gputune.scoring.metrics import has_positive_class, make_scoring
 from gputune.scoring.scores import PINBALL
 from gputune.scratch import write_text
 from gputune.study.export import description
+from gputune.study.intervals import half_width
 from gputune.study.labels import refuse_unknown
 from gputune.study.model import TunedModel, load_model
 from gputune.study.module_source import class_from_file
@@ -356,7 +357,7 @@ def _predictions(
         rule = f"needs a model of classes, but {arguments.folder!r} is a regression"
         raise InputError("--proba", rule, remedy="Leave it out.")
     if arguments.interval is not None:
-        half = model._half_width(arguments.interval)
+        half = half_width(model, arguments.interval)
         outputs = model._outputs(file)
         # (rows, 3): prediction, lower and upper bound
         values = np.stack([model._predict(outputs), *model._ends(outputs, half)], 1)

@@ -1,6 +1,5 @@
 """A tuned model: a plain module and its preprocessing, from raw rows to predictions."""
 
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,22 +27,15 @@ from gputune.modules.construction import Builder
 from gputune.population.population import call_module, first_output, two_logits
 from gputune.seeding import prediction_draws
 from gputune.study.export import encoded, export
+from gputune.study.intervals import half_width
 from gputune.study.labels import checked_codes, checked_numbers
 from gputune.study.model_files import ModelContent, read_fields, save_model
 from gputune.text import card, count, measure_of, short
-from gputune.wording import option, per_interface
+from gputune.wording import option
 
 ROWS = 8192
 NUMBERS = 2**23
 """The largest number of rows, and of encoded numbers, in one batch of a prediction."""
-
-_USE_PROBA = per_interface(python="Use predict_proba.", command="Use --proba.")
-_NO_INTERVAL = {
-    "regression": ("several numbers", "Search for one column at a time."),
-    "custom": ("custom outputs", "Use predict."),
-    "multilabel": ("labels", _USE_PROBA),
-}
-"""The predictions of models without intervals and the remedy, by task."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -125,7 +117,7 @@ class TunedModel(ModelContent):
             InputError: the model predicts classes or several numbers per row, has no residuals, or
                 has too few of them for ``level``.
         """
-        half = self._half_width(level)
+        half = half_width(self, level)
         return self._ends(self._outputs(X), half)
 
     def _ends(
@@ -138,43 +130,6 @@ class TunedModel(ModelContent):
         middle = outputs.numpy() * self.scale + self.center
         ends = np.stack([self._in_units(middle + part) for part in (-half, half)])
         return ends.min(0), ends.max(0)  # a decreasing transformation swaps the ends
-
-    def _half_width(self, level: float) -> float:
-        interval = per_interface(python="predict_interval", command="--interval")
-        if self.task != "regression" or not isinstance(self.center, float):
-            predictions, remedy = _NO_INTERVAL.get(self.task, ("classes", _USE_PROBA))
-            raise InputError(
-                interval,
-                "supports only models of one number per row, but this model predicts "
-                f"{predictions}",
-                remedy=remedy,
-            )
-        is_number = isinstance(level, float | int | np.number) and not isinstance(level, bool)
-        if not is_number or not 0 < level < 1:
-            raise InputError(
-                f"predict_interval(level={level!r})",
-                "must be a share between 0 and 1, such as 0.9 for 90%",
-            )
-        if self.residuals is None:
-            resume = "gputune resume FOLDER --intervals"
-            raise InputError(
-                interval,
-                "needs the residuals of the folds, but this model does not have them",
-                remedy=per_interface(
-                    python=f"Make the model with study.best_model(intervals=True), or with {resume}.",
-                    command=f"Make the model with {resume}.",
-                ),
-            )
-        rows = len(self.residuals)
-        # 1e-9 absorbs the rounding of the product.
-        rank = math.ceil((rows + 1) * level - 1e-9)
-        if rank > rows:
-            raise InputError(
-                f"predict_interval(level={level})",
-                f"needs more than the {rows} rows on which the folds validated",
-                remedy=f"Pass a level of at most {rows / (rows + 1):.4g}.",
-            )
-        return float(self.residuals[rank - 1])
 
     def _in_units(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return values (n, K) in the units of the target; (n,) for one number."""
