@@ -27,7 +27,7 @@ from gputune.data.encode import fit_statistics
 from gputune.data.table import as_table
 from gputune.data.target import Target
 from gputune.data.weights import Weights
-from gputune.engine.job import Job, Outcome, Progress, run_in_parts, train_chunk
+from gputune.engine.job import Job, Outcome, ProgressCallback, run_in_parts, train_chunk
 from gputune.engine.kernel import KernelChunk
 from gputune.engine.train import Trained
 from gputune.models import MLP
@@ -333,7 +333,9 @@ class _SmallMemory(Job):
     No program can limit the memory of a real CPU.
     """
 
-    def run(self, data: Dataset, chunk: Population, progress: Progress | None = None) -> Outcome:
+    def run(
+        self, data: Dataset, chunk: Population, progress: ProgressCallback | None = None
+    ) -> Outcome:
         """Train one chunk; raise MemoryError if it does not fit."""
         if len(chunk.index) > _SINGLE:
             raise MemoryError("so many trials do not fit")
@@ -364,7 +366,7 @@ def run_out_of_memory(device: torch.device, backend: Backend) -> float:
             limits.callback(torch.cuda.set_per_process_memory_fraction, 1.0, device)
             torch.cuda.set_per_process_memory_fraction((taken + _LIMIT) / whole, device)
         outcomes = run_in_parts(job, data, chunk)
-    if not job.fits.trials:
+    if not job.pool.trials:
         raise RuntimeError("memory did not run out")
     curves = np.full_like(expected, np.nan)
     for outcome in outcomes:

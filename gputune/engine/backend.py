@@ -35,6 +35,7 @@ from gputune.population.population import ModelKind, beyond_adam
 from gputune.scratch import cache_folder, write_text
 from gputune.types import BY_MEMBER, Backend, BackendWord, Config, Precision
 from gputune.version import __version__
+from gputune.wording import Verbatim, option
 
 _FEW = 20  # number of members for which the launches decide the time of a step
 _DEEPEST = 63  # most hidden layers that the compiled code can hold
@@ -71,39 +72,35 @@ class Findings:
 
 def device_name(device: torch.device) -> str:
     """Return the product name of a device: of the GPU, or of the processor."""
-    return (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else processor_name() or platform.machine()
-    )
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return processor_name() or platform.machine()
 
 
 def read_findings(device: torch.device) -> Findings:
     """Return the cached findings of a device. They are empty if the cache has none or cannot be
     read."""
     with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
-        if (path := _path(device)) is not None:
-            kept = json.loads(read_file(path))
-            return Findings(
-                kept["failed"], {name: Speed(**speed) for name, speed in kept["speeds"].items()}
-            )
+        path = _path(device)
+        if path is not None:
+            stored = json.loads(read_file(path))
+            speeds = {name: Speed(**speed) for name, speed in stored["speeds"].items()}
+            return Findings(stored["failed"], speeds)
     return Findings()
 
 
-def keep_findings(device: torch.device, found: Findings) -> Path | None:
+def keep_findings(device: torch.device, findings: Findings) -> Path | None:
     """Store findings in the cache, together with the speeds that it already has.
 
     Returns the path of the file, or None if there is no cache or it cannot be written.
     """
-    known = read_findings(device)
+    stored = read_findings(device)
+    failed = stored.failed if findings.failed is None else findings.failed
+    merged = Findings(failed, {**stored.speeds, **findings.speeds})
     path = _path(device)
-    failed = known.failed if found.failed is None else found.failed
     with suppress(OSError):  # a full disk, or a home that cannot be written
         if path is not None:
-            write_text(
-                path,
-                json.dumps(asdict(Findings(failed, {**known.speeds, **found.speeds})), indent=1),
-            )
+            write_text(path, json.dumps(asdict(merged), indent=1))
             return path
     return None
 
@@ -114,8 +111,8 @@ def _path(device: torch.device) -> Path | None:
         return None
     folder = cache_folder()
     # Findings hold only for these versions.
-    words = f"{device_name(device)} torch {torch.__version__} gputune {__version__}"
-    return folder and folder / f"check-{re.sub(r'[^a-z0-9.+]+', '-', words.lower())}.json"
+    machine = f"{device_name(device)} torch {torch.__version__} gputune {__version__}"
+    return folder and folder / f"check-{re.sub(r'[^a-z0-9.+]+', '-', machine.lower())}.json"
 
 
 def choose_backend(
@@ -134,54 +131,53 @@ def choose_backend(
     available.
     """
     if word == "kernel":
-        if why := obstacle(device):
-            raise InputError(why)
+        error = obstacle(device)
+        if error is not None:
+            raise error
         return word, ""
     if word == "graph" and device.type not in RECORDERS:
         raise InputError(
-            "backend='graph' records steps on a CPU or a CUDA device, and the device is "
-            f"{str(device)!r}; choose one of these, or backend='auto'."
+            "backend='graph'",
+            f"records steps on a CPU or a CUDA device, but the device is {str(device)!r}",
+            remedy=f"Choose one of these devices, or {option('backend', 'auto')}.",
         )
     if word in ("eager", "graph", "loop"):
         return word, ""
     if word == "stacked" and kind != "module":
         return "eager", ""
     if word == "auto" and device.type == "cuda":
-        found = read_findings(device)
-        seconds = {way: speed.of(_FEW) for way, speed in found.speeds.items()}
+        findings = read_findings(device)
+        seconds = {backend: speed.of(_FEW) for backend, speed in findings.speeds.items()}
         fastest = min(seconds, key=seconds.__getitem__, default="graph")
         # The kernel trains only built-in models in float32, and only if its guarantees were
         # checked.
-        ours = kind != "module" and dtype == torch.float32
-        if (
-            ours
-            and fastest == "kernel"
-            and found.failed is not None
-            and not found.why_not("kernel")
-        ):
+        is_supported = kind != "module" and dtype == torch.float32
+        is_right = findings.failed is not None and not findings.why_not("kernel")
+        if is_supported and fastest == "kernel" and is_right:
             return "kernel", ""
-        if why := found.why_not("graph"):
-            return "eager", why
-        return (
-            "eager" if seconds.get("eager", math.inf) < seconds.get("graph", 0.0) else "graph"
-        ), ""
+        if reason := findings.why_not("graph"):
+            return "eager", reason
+        is_eager_faster = seconds.get("eager", math.inf) < seconds.get("graph", 0.0)
+        return ("eager" if is_eager_faster else "graph"), ""
     if word == "stacked" or (word == "auto" and (device.type != "cpu" or kind == "module")):
         return ("graph" if device.type in RECORDERS else "eager"), ""
     if device.type != "cpu":
         raise InputError(
-            f"backend='compiled' trains on the CPU, and the device is {str(device)!r}; choose "
-            "device='cpu', or backend='auto'."
+            "backend='compiled'",
+            f"trains on the CPU, but the device is {str(device)!r}",
+            remedy=f"Choose {option('device', 'cpu')} or {option('backend', 'auto')}.",
         )
-    if word == "auto" and (why := read_findings(device).why_not("compiled")):
-        return "graph", why
+    if word == "auto" and (reason := read_findings(device).why_not("compiled")):
+        return "graph", reason
     try:
         library(dtype)
     except NotBuiltError as error:
         if word == "auto":
             return "graph", str(error)
         raise InputError(
-            f"backend='compiled' needs gputune's compiled code, and {error}. Or choose 'auto', "
-            "which records steps without it."
+            "backend='compiled'",
+            f"needs gputune's compiled code, but {error}",
+            remedy=f"Or choose {option('backend', 'auto')}, which records steps without it.",
         ) from error
     return "compiled", ""
 
@@ -192,36 +188,35 @@ def choose_device(device: str) -> torch.device:
     on_gpu = torch.cuda.is_available()
     if device == "auto":
         return torch.device("cuda" if on_gpu else "cpu")
-    why = ""
-    count = torch.cuda.device_count()
+    remedy = ""
+    names = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     with suppress(RuntimeError, TypeError):
         chosen = torch.device(device)
-        if chosen.type == "cpu" or (
-            chosen.type == "cuda" and on_gpu and (chosen.index or 0) < count
-        ):
+        if chosen.type == "cpu":
             return chosen
-        why = f" {_why_no_gpu()}" if chosen.type == "cuda" and not on_gpu else ""
-    there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count) if not why)])
-    raise InputError(
-        f"device must be 'auto' or one that this machine has ({there}), got {device!r}.{why}"
-    )
+        if chosen.type == "cuda":
+            if on_gpu and (chosen.index or 0) < len(names) - 1:
+                return chosen
+            if not on_gpu:
+                names = ["cpu"]
+                remedy = _why_no_gpu()
+    rule = f"must be 'auto' or a device of this machine ({', '.join(names)})"
+    raise InputError("device", rule, got=device, remedy=remedy)
 
 
 def _why_no_gpu() -> str:
     """Return the reason why torch cannot use a GPU, and the remedy."""
     if torch.version.cuda is None:
         page = "https://pytorch.org/get-started/locally"
-        return (
-            f"torch {torch.__version__} is built without CUDA: install a build with it, see {page}."
-        )
+        return f"torch {torch.__version__} is built without CUDA. Install a build with it: {page}."
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if hidden is not None and not hidden.strip("-1 "):
-        return f"CUDA_VISIBLE_DEVICES={hidden!r} hides every GPU: unset it."
+        return f"CUDA_VISIBLE_DEVICES={hidden!r} hides every GPU. Unset it."
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]  # says what is wrong with the driver
     except (RuntimeError, AssertionError) as error:
         return f"torch says: {str(error).splitlines()[0]}"
-    return "torch finds none: look at what nvidia-smi shows."
+    return "torch finds no GPU. Look at the output of nvidia-smi."
 
 
 def other_gpus(word: str, device: torch.device) -> tuple[torch.device, ...]:
@@ -357,23 +352,32 @@ def on_threads(threads: int) -> Iterator[None]:
 def check_tf32(tf32: object, dtype: str, workers: object, device: torch.device) -> None:
     """Raise InputError if TF32 is requested but not available. TF32 is set only in this process."""
     if not isinstance(tf32, bool):
-        raise InputError(f"tf32 must be True or False, got {tf32!r}.")
+        raise InputError("tf32", "must be True or False", got=tf32)
     if not tf32:
         return
     if device.type != "cuda" or dtype != "float32":
-        where = f"device={str(device)!r}, dtype={dtype!r}"
-        why = f"is for matrix products of single precision on a GPU, got {where}; leave tf32 out."
-    elif (capability := torch.cuda.get_device_capability(device)) < (8, 0):
-        has = (
-            f"{torch.cuda.get_device_name(device)} has {'.'.join(map(str, capability))}, where it "
-            "would do nothing"
+        raise InputError(
+            "tf32=True",
+            "is for float32 matrix products on a GPU",
+            got=Verbatim(f"{option('device', str(device))} and {option('dtype', dtype)}"),
+            remedy=f"Leave {option('tf32')} out.",
         )
-        why = f"needs a GPU of compute capability 8.0 (Ampere) or newer, and {has}; leave tf32 out."
-    elif workers not in ("auto", 1):
-        why = f"is for a search in one process, got workers={workers!r}; leave one of them out."
-    else:
-        return
-    raise InputError(f"tf32=True {why}")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        name = torch.cuda.get_device_name(device)
+        version = ".".join(map(str, capability))
+        raise InputError(
+            "tf32=True",
+            f"has no effect below compute capability 8.0 (Ampere), and {name} has {version}",
+            remedy=f"Leave {option('tf32')} out.",
+        )
+    if workers not in ("auto", 1):
+        raise InputError(
+            "tf32=True",
+            "is for a search in one process",
+            got=Verbatim(option("workers", workers)),
+            remedy="Leave one of them out.",
+        )
 
 
 def check_precision(
@@ -387,17 +391,23 @@ def check_precision(
     """
     if precision == "full":
         return
-    option = f"precision={precision!r}"
+    argument = f"precision={precision!r}"
     if dtype != "float32":
         raise InputError(
-            f"{option} goes with dtype='float32', got dtype={dtype!r}; leave one of them out."
+            argument,
+            f"works only with {option('dtype', 'float32')}",
+            got=Verbatim(option("dtype", dtype)),
+            remedy="Leave one of them out.",
         )
     if descends:
         raise InputError(
-            f"{option} rounds what method='hypergradient' differentiates; leave one of them out."
+            argument,
+            f"would round the numbers that {option('method', 'hypergradient')} differentiates",
+            remedy="Leave one of them out.",
         )
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise InputError(
-            f"{option} needs a GPU that computes in bfloat16, which this one does not; leave it "
-            "out."
+            argument,
+            "needs a GPU that computes in bfloat16, but this GPU does not",
+            remedy=f"Leave {option('precision')} out.",
         )

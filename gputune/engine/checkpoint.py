@@ -26,6 +26,7 @@ from torch import Tensor
 from gputune.engine.train import State
 from gputune.errors import warn
 from gputune.scratch import flush, scratch_folder
+from gputune.text import count
 from gputune.types import Config
 
 _FORMAT = 1
@@ -77,17 +78,18 @@ class CheckpointFolder:
     def write(self, checkpoint: Checkpoint, configs: Sequence[Config]) -> None:
         """Write a checkpoint, which replaces an older one of the same trials. Raises OSError if
         this fails."""
-        tensors = {
-            str(i): buffer.cpu().contiguous() for i, buffer in enumerate(checkpoint.state.buffers)
-        }
+        tensors = _numbered(checkpoint.state)
         tensors["curves"] = torch.from_numpy(np.ascontiguousarray(checkpoint.curves))
-        facts = {key: getattr(checkpoint, key) for key in ("trials", "alive", "seconds")}
-        facts |= {
+        facts = {
+            "trials": checkpoint.trials,
+            "alive": checkpoint.alive,
+            "seconds": checkpoint.seconds,
             "format": _FORMAT,
             "search": self.identity,
             "configs": _digest_of_configs(configs),
+            "epoch": checkpoint.state.epoch,
         }
-        text = json.dumps({**facts, "epoch": checkpoint.state.epoch})
+        text = json.dumps(facts)
         path = self.path(checkpoint.trials)
         draft = path.with_suffix(".tmp")
         size = sum(tensor.nbytes for tensor in tensors.values())
@@ -96,15 +98,14 @@ class CheckpointFolder:
             # Another process may remove the folder while it is empty, so several attempts are made.
             with suppress(FileNotFoundError):
                 if shutil.disk_usage(self.folder).free < size + _RESERVE:
-                    raise OSError(
-                        errno.ENOSPC, f"it would leave less than {_RESERVE >> 20} MB for results"
-                    )
+                    message = f"it would leave less than {_RESERVE >> 20} MB for results"
+                    raise OSError(errno.ENOSPC, message)
                 # left by a write that was killed; a link is not followed
                 draft.unlink(missing_ok=True)
                 draft.touch(mode=0o600, exist_ok=False)
                 break
         else:
-            raise OSError(errno.ENOENT, "its folder goes again and again")
+            raise OSError(errno.ENOENT, "another process keeps removing its folder")
         # The draft is flushed before it is renamed, so a file with the final name is always
         # complete.
         _save(tensors, draft, {"facts": text, "checksum": _checksum(text, tensors)})
@@ -126,16 +127,15 @@ class CheckpointFolder:
             try:
                 checkpoint = self._read(path, configs)
             except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-                ignored.append(
-                    f"{path.name!r} {error if type(error) is ValueError else 'is damaged'}"
-                )
+                reason = error if type(error) is ValueError else "is damaged"
+                ignored.append(f"{path.name!r} {reason}")
                 continue
             self.path(checkpoint.trials)
             checkpoints.append(checkpoint)
         if ignored:
             warn(
-                f"{len(ignored)} of the checkpoints in {str(self.folder)!r} cannot be used "
-                f"({ignored[0]}); what they are of is trained from its start."
+                f"{count(len(ignored), 'checkpoint')} in {str(self.folder)!r} cannot be used "
+                f"({ignored[0]}). The trials in question train from the start."
             )
         return checkpoints
 
@@ -146,19 +146,18 @@ class CheckpointFolder:
             metadata = file.metadata()
             facts = json.loads(metadata["facts"])
             if facts["format"] != _FORMAT or facts["search"] != self.identity:
-                raise ValueError("is of another search")
+                raise ValueError("belongs to a different search")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         if metadata["checksum"] != _checksum(metadata["facts"], tensors):
-            raise ValueError("does not fit its checksum")
+            raise ValueError("does not match its checksum")
         trials = tuple(int(trial) for trial in facts["trials"])
-        known = [configs[trial] for trial in trials if trial in configs]
-        if len(known) == len(trials) and _digest_of_configs(known) != facts["configs"]:
-            raise ValueError("is of other configurations")
+        waiting = [configs[trial] for trial in trials if trial in configs]
+        if len(waiting) == len(trials) and _digest_of_configs(waiting) != facts["configs"]:
+            raise ValueError("belongs to different configurations")
         curves = tensors.pop("curves").numpy()
         buffers = tuple(tensors[str(i)] for i in range(len(tensors)))
-        return Checkpoint(
-            trials, tuple(facts["alive"]), curves, State(facts["epoch"], buffers), facts["seconds"]
-        )
+        state = State(facts["epoch"], buffers)
+        return Checkpoint(trials, tuple(facts["alive"]), curves, state, facts["seconds"])
 
     def drop(self, ended: Iterable[int]) -> None:
         """Remove each file when all of its trials have ended. The folder is removed with its last
@@ -175,12 +174,16 @@ class CheckpointFolder:
         """Remove all files, also files that could not be used. No trial of the search waits any
         longer."""
         with suppress(OSError):  # there is no folder
-            self._remove(*(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)))
+            files = [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)]
+            self._remove(*files)
 
     def _remove(self, *files: Path) -> None:
-        for remove in (*(file.unlink for file in files), self.folder.rmdir):
-            with suppress(OSError):  # a file that cannot be removed does no harm
-                remove()
+        # A file or folder that cannot be removed does no harm.
+        for file in files:
+            with suppress(OSError):
+                file.unlink()
+        with suppress(OSError):
+            self.folder.rmdir()
 
 
 @dataclass(frozen=True)
@@ -206,8 +209,8 @@ class Checkpointing:
             self.folder.write(checkpoint, configs)
         except OSError as error:
             warn(
-                f"no checkpoint could be written in {str(self.folder.folder)!r} ({error}). The "
-                "training goes on; were it stopped now, more of it would be repeated. Make room "
+                f"No checkpoint could be written in {str(self.folder.folder)!r} ({error}). "
+                "Training continues. If it is stopped now, more of it must be repeated. Make room "
                 "on the disk."
             )
         return max(self.seconds, pause_after(time.monotonic() - begin))
@@ -224,7 +227,13 @@ def pause_after(writing: float) -> float:
 def _digest_of_configs(configs: Sequence[Config]) -> str:
     """Return a digest of the values of some configurations, independent of the order of their
     keys."""
-    return hashlib.sha256(repr([sorted(config.items()) for config in configs]).encode()).hexdigest()
+    text = repr([sorted(config.items()) for config in configs])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _numbered(state: State) -> dict[str, Tensor]:
+    """Return the buffers of a state on the CPU, each named by its number."""
+    return {str(i): buffer.cpu().contiguous() for i, buffer in enumerate(state.buffers)}
 
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -264,30 +273,30 @@ class StateCache:
         if self.size + state.nbytes <= self.limit:
             self.size += state.nbytes
             # A copy, because a view of one row would keep the tensors of the whole chunk alive.
-            self.states[trial] = State(
-                state.epoch, tuple(buffer.clone() for buffer in state.buffers)
-            )
+            buffers = tuple(buffer.clone() for buffer in state.buffers)
+            self.states[trial] = State(state.epoch, buffers)
             return
         if self.folder is None:
             self.folder = self.end.enter_context(scratch_folder())
         path = self.folder / f"{trial}.safetensors"
-        tensors = {str(i): buffer.contiguous() for i, buffer in enumerate(state.buffers)}
         try:
-            _save(tensors, path, {"epoch": str(state.epoch)})
+            _save(_numbered(state), path, {"epoch": str(state.epoch)})
         except OSError as error:
             raise OSError(
-                f"no room for the states of trials that wait for their rung: {str(path.parent)!r} "
-                f"takes no more ({error}). Make room there, let TMPDIR name a folder of a larger "
-                "disk, or allow more memory=."
+                f"The states of trials that wait for their rung do not fit into {str(self.folder)!r} "
+                f"({error}). Make room there, set TMPDIR to a folder on a larger disk, or allow "
+                "more memory (the option 'memory')."
             ) from error
         self.states[trial] = path
 
     def look(self, trial: int) -> State:
         """Return the state of a trial without removing it."""
-        if isinstance(state := self.states[trial], State):
+        state = self.states[trial]
+        if isinstance(state, State):
             return state
         with safe_open(state, framework="pt") as file:
-            buffers = tuple(file.get_tensor(str(i)) for i in range(len(list(file.keys()))))
+            numbers = range(len(list(file.keys())))
+            buffers = tuple(file.get_tensor(str(i)) for i in numbers)
             return State(int(file.metadata()["epoch"]), buffers)
 
     def take(self, trials: Sequence[int]) -> State:

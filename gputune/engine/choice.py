@@ -35,7 +35,7 @@ from gputune.engine.backend import (
 from gputune.engine.job import Job, train_chunk
 from gputune.engine.members import MemberChunk
 from gputune.engine.plan import cores
-from gputune.engine.reuse import Fits
+from gputune.engine.reuse import ChunkPool
 from gputune.errors import warn
 from gputune.fallback import words_unless_strict
 from gputune.memory import synchronize
@@ -75,7 +75,7 @@ _SOLVED = DeviceChoice(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class Workload:
     """Description of a training for which a device is chosen.
 
     Complete configurations train on ``rows`` training rows of each fold for ``epochs`` epochs. All
@@ -96,15 +96,15 @@ class Work:
     dtype: torch.dtype = torch.float32
     held_by: torch.device | None = None
 
-    def seconds(self, speed: Speed, *, alone: bool) -> float:
+    def seconds(self, speed: Speed, *, by_member: bool) -> float:
         """Estimate the training time in seconds at a speed.
 
-        ``alone`` says that every member takes its own steps.
+        ``by_member`` says that every member takes its own steps.
         """
         rows = max(self.rows)
         seconds = 0.0
         for group in populations(
-            self.configs, self.kind, rows=rows, own_steps=lambda config: alone
+            self.configs, self.kind, rows=rows, own_steps=lambda config: by_member
         ):
             # Steps of an epoch in all folds, for each trial; the last minibatch of a fold may be
             # short.
@@ -112,18 +112,18 @@ class Work:
                 sum(-(-n // min(config["batch_size"], n)) for n in self.rows)
                 for config in group.configs
             ]
-            work = (
-                work_of_a_step(c, self.n_features, self.n_outputs, rows, self.kind)
-                for c in group.configs
+            costs = (
+                work_of_a_step(config, self.n_features, self.n_outputs, rows, self.kind)
+                for config in group.configs
             )
-            seconds += speed.member * sum(n * each for n, each in zip(steps, work))
+            seconds += speed.member * sum(n * cost for n, cost in zip(steps, costs))
             # The fixed time of a step counts once for all trials and folds of a group:
             # the trial with the most steps decides.
             seconds += speed.step * max(steps) / len(self.rows)
         return self.repeats * self.epochs * seconds
 
 
-def device_for(word: str, work: Work) -> DeviceChoice:
+def device_for(word: str, work: Workload) -> DeviceChoice:
     """Return the device of "auto", "cpu", "cuda" or "cuda:1". Raises InputError if it does not
     exist."""
     if word != "auto":
@@ -147,39 +147,39 @@ def device_for_solver(word: str) -> DeviceChoice:
     return _SOLVED if word == "auto" else DeviceChoice(choose_device(word))
 
 
-def _choice_by_speed(gpu: torch.device, work: Work) -> DeviceChoice:
+def _choice_by_speed(gpu: torch.device, work: Workload) -> DeviceChoice:
     """Return the CPU or a GPU: the device that trains the built-in MLP in less time."""
     backend, _ = choose_backend("auto", gpu, work.dtype)
-    if why := read_findings(gpu).why_not(backend):
-        return DeviceChoice(CPU, why)
+    if reason := read_findings(gpu).why_not(backend):
+        return DeviceChoice(CPU, reason)
     try:
-        here = work.seconds(_speed(CPU, "compiled"), alone=True)
+        cpu_seconds = work.seconds(_speed(CPU, "compiled"), by_member=True)
     except Exception as error:
         reason = words_unless_strict(error)
-        warn(
-            f"Timing compiled code on the CPU failed, so that the GPU trains: {reason}",
-            RuntimeWarning,
-        )
+        warn(f"Timing compiled code on the CPU failed, so the GPU trains: {reason}", RuntimeWarning)
         return DeviceChoice(gpu)
-    if here < _SOON:
-        return DeviceChoice(CPU, f"compiled code takes about {here:.1f} s on the CPU")
+    if cpu_seconds < _SOON:
+        return DeviceChoice(CPU, f"compiled code takes about {cpu_seconds:.1f} s on the CPU")
     try:
-        there = work.seconds(_speed(gpu, backend), alone=backend in BY_MEMBER)
+        gpu_seconds = work.seconds(_speed(gpu, backend), by_member=backend in BY_MEMBER)
     except Exception as error:
         return DeviceChoice(CPU, f"timing {device_name(gpu)} failed: {words_unless_strict(error)}")
-    why = (
-        f"compiled code takes about {here:.0f} s on the CPU, {device_name(gpu)} about {there:.0f} s"
+    if gpu_seconds < cpu_seconds:
+        return DeviceChoice(gpu)
+    return DeviceChoice(
+        CPU,
+        f"compiled code takes about {cpu_seconds:.0f} s on the CPU, {device_name(gpu)} about "
+        f"{gpu_seconds:.0f} s",
     )
-    return DeviceChoice(gpu) if there < here else DeviceChoice(CPU, why)
 
 
 def _speed(device: torch.device, backend: Backend) -> Speed:
     """Return the speed of a backend from the cache, or measure it and store it."""
-    known = read_findings(device).speeds.get(backend)
-    if known is None:
-        known = measure_speed(device, backend)
-        keep_findings(device, Findings(None, {backend: known}))
-    return known
+    speed = read_findings(device).speeds.get(backend)
+    if speed is None:
+        speed = measure_speed(device, backend)
+        keep_findings(device, Findings(None, {backend: speed}))
+    return speed
 
 
 # The problem that is timed.
@@ -203,7 +203,7 @@ def measure_speed(device: torch.device, backend: Backend) -> Speed:
     generator = torch.Generator().manual_seed(0)
     y = torch.randint(CLASSES, (_ROWS,), generator=generator).to(device)
     positions = torch.arange(_ROWS, device=device)
-    nothing = torch.zeros(FOLDS, dtype=torch.float64, device=device)
+    zeros = torch.zeros(FOLDS, dtype=torch.float64, device=device)
     data = Dataset(
         inputs=(torch.randn(1, _ROWS, FEATURES, generator=generator).to(device),),
         copies=(0,) * FOLDS,
@@ -214,8 +214,8 @@ def measure_speed(device: torch.device, backend: Backend) -> Speed:
             for f in range(FOLDS)
         ),
         present=None,
-        center=nothing,
-        scale=nothing + 1,
+        center=zeros,
+        scale=zeros + 1,
         n_outputs=CLASSES,
         task="multiclass",
         target=y,
@@ -234,11 +234,12 @@ def measure_speed(device: torch.device, backend: Backend) -> Speed:
             )
         return seconds / math.ceil(max(len(fold.train) for fold in data.folds) / BATCH)
 
-    few = seconds_of_a_step(FEW)
-    most = seconds_of_a_step(many := MANY[device.type])
+    many = MANY[device.type]
+    few_seconds = seconds_of_a_step(FEW)
+    many_seconds = seconds_of_a_step(many)
     # Two measurements give both unknowns of: seconds = step + member * (number of members).
-    member = max(0.0, most - few) / (FOLDS * (many - FEW))
-    return Speed(max(0.0, few - FOLDS * FEW * member), member)
+    member = max(0.0, many_seconds - few_seconds) / (FOLDS * (many - FEW))
+    return Speed(max(0.0, few_seconds - FOLDS * FEW * member), member)
 
 
 def work_of_a_step(
@@ -293,31 +294,33 @@ def fastest_way(
     """
     data = data.of(group.configs[0])
     rows = _STEPS * group.configs[0]["batch_size"]
-    few = replace(data, folds=tuple(Fold(fold.train[:rows], fold.valid) for fold in data.folds))
-    loop = _try_way(
-        "training one by one", job, lambda: _seconds(job, few, group.part(0, 1), "loop")
+    short_data = replace(
+        data, folds=tuple(Fold(fold.train[:rows], fold.valid) for fold in data.folds)
     )
-    alone = loop.seconds
-    if alone * member_steps < _WORTH_SECONDS:
+    loop = _try_way(
+        "training one by one", job, lambda: _seconds(job, short_data, group.part(0, 1), "loop")
+    )
+    if loop.seconds * member_steps < _WORTH_SECONDS:
         return "", 0.0
-    several = group.part(0, min(_TRIALS, len(group.index)))
-    together = _try_way("training stacked", job, lambda: _seconds(job, few, several, job.backend))
-    stacked = together.seconds
-    if loop.error is not None and together.error is not None:
+    timed = group.part(0, min(_TRIALS, len(group.index)))
+    stacked = _try_way(
+        "training stacked", job, lambda: _seconds(job, short_data, timed, job.backend)
+    )
+    if loop.error is not None and stacked.error is not None:
         raise loop.error  # of the module itself, which no backend can train
-    known = min(alone, stacked)
-    if known * member_steps > _CODE_SECONDS:
+    fastest = min(loop.seconds, stacked.seconds)
+    if fastest * member_steps > _CODE_SECONDS:
         coded = _try_way("compiled code", job, lambda: _compiled_seconds(job, data, group)).seconds
-        if _MARGIN * coded < known:
-            return "", known - coded
-        job.fits.drop_timed(group.configs)
-    if together.error is not None:
-        return together.sentence, 0.0
-    if stacked < _MARGIN * alone:
+        if _MARGIN * coded < fastest:
+            return "", fastest - coded
+        job.pool.drop_timed(group.configs)
+    if stacked.error is not None:
+        return stacked.sentence, 0.0
+    if stacked.seconds < _MARGIN * loop.seconds:
         return "", 0.0
     slow = (
-        f"a step of a member takes {1e3 * alone:.3g} ms so, and {1e3 * stacked:.3g} ms with its "
-        "members stacked"
+        f"a step of a member takes {1e3 * loop.seconds:.3g} ms one by one, and "
+        f"{1e3 * stacked.seconds:.3g} ms with stacked members"
     )
     return slow, 0.0
 
@@ -337,13 +340,13 @@ class _Tried:
 def _try_way(name: str, job: Job, seconds: Callable[[], float]) -> _Tried:
     """Time a way to train. If it fails, the search continues without it.
 
-    ``Fits.failures`` then has a sentence for the plan.
+    ``ChunkPool.failures`` then has a sentence for the plan.
     """
     try:
         return _Tried(seconds())
     except Exception as error:
         sentence = f"{name} failed: {words_unless_strict(error)}"
-        job.fits.failures[sentence] = None
+        job.pool.failures[sentence] = None
         return _Tried(math.inf, error, sentence)
 
 
@@ -367,10 +370,10 @@ def _compiled_seconds(job: Job, data: Dataset, group: Population) -> float:
             timed = MemberChunk(
                 network, Validation(data, job.scoring), seed=job.seed, horizon=job.horizon
             )
-            job.fits.keep_timed(timed)
+            job.pool.keep_timed(timed)
             return timed.seconds_of_a_step()
     except (TraceError, NotBuiltError) as error:
-        job.fits.failures[f"not in compiled code: {error}"] = None
+        job.pool.failures[f"not in compiled code: {error}"] = None
         return math.inf
 
 
@@ -378,7 +381,7 @@ def _seconds(job: Job, data: Dataset, chunk: Population, backend: Backend) -> fl
     """Return the seconds of one step of one member, without the one-time work of the first
     steps."""
     short = replace(
-        job, epochs=_TRIED_EPOCHS, horizon=_LONG, scoring=None, backend=backend, fits=Fits()
+        job, epochs=_TRIED_EPOCHS, horizon=_LONG, scoring=None, backend=backend, pool=ChunkPool()
     )
     short = replace(short, checkpointing=None)
     with torch_threads(1):  # the CPU time of this thread, whatever else the machine does

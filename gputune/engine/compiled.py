@@ -31,7 +31,7 @@ from gputune.population.population import Network, hidden_widths
 from gputune.scoring.scores import ROW_MEANS
 from gputune.scoring.scoring import Validation
 
-Array: TypeAlias = Tensor | None
+OptionalTensor: TypeAlias = Tensor | None
 
 
 class CompiledChunk:
@@ -45,11 +45,13 @@ class CompiledChunk:
         self.validation = validation
         self.seed = seed
         self.horizon = horizon
-        data, scoring = self.data, self.scoring = validation.data, validation.scoring
+        data = self.data = validation.data
+        scoring = self.scoring = validation.scoring
         # The score as a function of a mean over rows that compiled code computes. It is None if the
         # score is computed from outputs.
-        score = None if scoring is None or scoring.others or data.transforms else scoring.score
-        self.row_mean = None if score is None else ROW_MEANS.get(score)
+        self.row_mean = None
+        if scoring and scoring.score and not scoring.others and not data.transforms:
+            self.row_mean = ROW_MEANS.get(scoring.score)
         configs = self.configs = list(network.configs)
         self.alive = list(range(len(configs)))
         self.nanoseconds = torch.zeros(2, dtype=torch.int64)
@@ -61,26 +63,36 @@ class CompiledChunk:
         self.targets = [data.target[fold.valid] for fold in data.folds]
         self.lengths = np.array([len(fold.train) for fold in data.folds], dtype=np.int64)
         # (F + 1,): first validation row of each fold.
-        self.starts = np.cumsum([0, *(len(fold.valid) for fold in data.folds)], dtype=np.int64)
-        shape = (data.n_folds, data.n_outputs)
-        present = torch.ones(shape, dtype=torch.bool) if data.present is None else data.present
-        (scaling,), numbers = data.scaling, data.task == "regression"
-        self.fixed: dict[str, Array] = {
+        self.starts = np.cumsum([0, *map(len, self.targets)], dtype=np.int64)
+        self.row_arrays = self._row_arrays()
+        self._rebuild()
+
+    def _row_arrays(self) -> dict[str, OptionalTensor]:
+        """Return the arguments of the compiled code that stay the same: rows, targets and folds."""
+        data = self.data
+        present = data.present
+        if present is None:
+            present = torch.ones((data.n_folds, data.n_outputs), dtype=torch.bool)
+        arrays: dict[str, OptionalTensor] = {
             "x": data.x.contiguous(),
-            "center": None if scaling is None else scaling.center,
-            "scale": None if scaling is None else scaling.scale,
-            "copies": torch.tensor(data.copies).to(data.device),
             "y": data.y.contiguous(),
-            "target": data.target.double().contiguous() if numbers else None,
-            "target_center": data.center.to(data.device).contiguous() if numbers else None,
-            "target_scale": data.scale.to(data.device).contiguous() if numbers else None,
-            "weights": None if data.weights is None else data.weights.double().contiguous(),
+            "copies": torch.tensor(data.copies).to(data.device),
             "present": present.to(data.dtype).contiguous(),
             "valid": torch.cat([fold.valid for fold in data.folds]),
             "lengths": self.place(self.lengths),
             "valid_start": self.place(self.starts),
         }
-        self._rebuild()
+        (scaling,) = data.scaling
+        if scaling is not None:
+            arrays["center"] = scaling.center
+            arrays["scale"] = scaling.scale
+        if data.task == "regression":
+            arrays["target"] = data.target.double().contiguous()
+            arrays["target_center"] = data.center.to(data.device).contiguous()
+            arrays["target_scale"] = data.scale.to(data.device).contiguous()
+        if data.weights is not None:
+            arrays["weights"] = data.weights.double().contiguous()
+        return arrays
 
     def place(self, values: np.ndarray | Sequence[float] | Sequence[tuple[int, ...]]) -> Tensor:
         """Return 64-bit numbers as a tensor on the device of the rows."""
@@ -105,49 +117,50 @@ class CompiledChunk:
             "loss": NUMBER_LOSSES.index(self.network.loss),
             "row_score": 0 if self.row_mean is None else ROW_SCORES.index(self.row_mean.of_row),
         }
-        rows = {
-            "decay": "weight_decay",
-            **{key: key for key in ("lr", "momentum", "dropout", "ema")},
-        }
         sizes = [min(config["batch_size"], self.numbers["longest"]) for config in self.configs]
-        first, second, *_ = [*self.moments[: len(self.moments) - self.averages], None, None]
         self.sizes = np.array(sizes, dtype=np.int64)
         # steps of an epoch (F, C)
         self.steps = -(-self.lengths[:, None] // np.minimum(self.sizes, self.lengths[:, None]))
-        self.arrays: dict[str, Array] = {
-            **self.fixed,
-            **{
-                k: self.place([float(config[key]) for config in self.configs])
-                for k, key in rows.items()
-            },
+        schedules = list(SCHEDULES)
+        self.arrays: dict[str, OptionalTensor] = {
+            **self.row_arrays,
+            "lr": self._place_values("lr"),
+            "momentum": self._place_values("momentum"),
+            "decay": self._place_values("weight_decay"),
+            "dropout": self._place_values("dropout"),
+            "ema": self._place_values("ema"),
             "widths": self.place([hidden_widths(config) for config in self.configs]),
             "loss_number": self.place([self.network.loss_number]),
             "sizes": self.place(self.sizes),
-            "schedule": self.place([tuple(SCHEDULES).index(c["schedule"]) for c in self.configs]),
+            "schedule": self.place([schedules.index(c["schedule"]) for c in self.configs]),
             "theta": self.flat,
-            "first": first,
-            "second": second,
-            "average": self.moments[-1] if self.averages else None,
             # Members with the most steps come first. Among equals, fold after fold: its rows are
             # then in the cache.
             "queue": self.place(np.argsort(-self.steps.flatten(), kind="stable")),
-            **dict.fromkeys(("draws", "draw_start", "draw_rows")),
             "nanoseconds": self.nanoseconds,
-            **self.room(1),
+            **self.make_buffers(1),
         }
+        moments = list(self.moments)
+        if self.averages:
+            self.arrays["average"] = moments.pop()
+        self.arrays |= zip(("first", "second"), moments)
 
-    def room(self, epochs: int) -> dict[str, Array]:
+    def _place_values(self, key: str) -> Tensor:
+        """Return the value of each trial for a key of its configuration, (C,), on the device."""
+        return self.place([float(config[key]) for config in self.configs])
+
+    def make_buffers(self, epochs: int) -> dict[str, OptionalTensor]:
         """Return buffers for the scores of some epochs: means over rows, or outputs."""
         data = self.data
         trials = len(self.configs)
-        room = dict[str, Array](scored=None, means=None)
+        buffers = dict[str, OptionalTensor](scored=None, means=None)
         if self.row_mean is not None:
             shape = epochs, data.n_folds, trials
-            room["means"] = torch.empty(shape, dtype=torch.float64, device=data.device)
+            buffers["means"] = torch.empty(shape, dtype=torch.float64, device=data.device)
         if self.scoring is not None and (self.row_mean is None or self.scoring.kept_bytes):
             scored = int(self.starts[-1]) * trials * data.n_outputs
-            room["scored"] = torch.empty((epochs, scored), dtype=data.dtype, device=data.device)
-        return room
+            buffers["scored"] = torch.empty((epochs, scored), dtype=data.dtype, device=data.device)
+        return buffers
 
     @property
     def scored(self) -> Tensor:
@@ -175,27 +188,23 @@ class CompiledChunk:
             depth = self.network.depth
             width = self.network.hidden
             rows = self.draw_rows()
-            keys = [
-                ((epoch, step), layer, int(n))
-                for step, n in enumerate(rows)
-                for layer in range(depth)
-            ]
-            arrays["draws"] = torch.cat(
-                [dropout_draw(self.seed, *key, width).flatten() for key in keys]
-            )
-            arrays["draw_start"] = self.place(
-                np.cumsum([0, *(rows * depth * width)[:-1]], dtype=np.int64)
-            )
+            draws = []
+            for step, n_rows in enumerate(rows.tolist()):
+                for layer in range(depth):
+                    draw = dropout_draw(self.seed, (epoch, step), layer, n_rows, width)
+                    draws.append(draw.flatten())
+            ends = np.cumsum(rows * depth * width)
+            arrays["draws"] = torch.cat(draws)
+            arrays["draw_start"] = self.place(np.append(0, ends[:-1]))
             arrays["draw_rows"] = self.place(rows)
         _run(library(self.data.dtype), {**self.numbers, "epoch": epoch}, arrays)
 
     def draw_rows(self) -> np.ndarray:
         """Return the size of the longest minibatch in each step, (steps,). Dropout draws for these
         rows."""
-        steps = range(int(self.steps.max()))
-        return np.array(
-            [self.sizes[(self.steps > step).any(0)].max() for step in steps], dtype=np.int64
-        )
+        last = self.steps.max(0)  # (C,): steps of a trial in its longest fold
+        steps = range(int(last.max()))
+        return np.array([self.sizes[last > step].max() for step in steps], dtype=np.int64)
 
     def scores(self) -> np.ndarray:
         """Return the scores (C, epochs, F) of all members, each on the validation rows of its
@@ -203,24 +212,26 @@ class CompiledChunk:
         means = self.arrays["means"]
         written = self.arrays["scored"]
         trials = len(self.configs)
-        sizes = np.diff(self.starts).tolist()
-        numbers = [size * trials * self.data.n_outputs for size in sizes]
         # For each epoch, a list of the outputs (C, m, K) of each fold.
-        outputs = [
-            [part.view(trials, size, -1) for part, size in zip(torch.split(epoch, numbers), sizes)]
-            for epoch in ([] if written is None else written)
-        ]
+        outputs: list[list[Tensor]] = []
+        if written is not None:
+            ends = self.starts[1:-1] * trials * self.data.n_outputs
+            for epoch in written:
+                parts = torch.tensor_split(epoch, ends.tolist())
+                outputs.append(
+                    [y.view(trials, len(target), -1) for y, target in zip(parts, self.targets)]
+                )
         if means is None or self.row_mean is None:
             params = self.network.blocks.views(self.scored)
-            scores = np.stack(
-                [self.validation.scores(self.network, params, trials, one) for one in outputs], 1
-            )
-        else:  # means are (epochs, F, C)
-            of_folds = [
-                self.row_mean.score(mean, target)
-                for mean, target in zip(means.unbind(1), self.targets)
+            of_epochs = [
+                self.validation.scores(self.network, params, trials, of_folds)
+                for of_folds in outputs
             ]
-            stacked = torch.stack(of_folds, -1).movedim(1, 0)
+            scores = np.stack(of_epochs, 1)
+        else:  # means are (epochs, F, C)
+            pairs = zip(means.unbind(1), self.targets)
+            stacked = torch.stack([self.row_mean.score(*pair) for pair in pairs], -1)
+            stacked = stacked.movedim(1, 0)  # (epochs, C, F) -> (C, epochs, F)
             scores = torch.where(stacked.isfinite(), stacked, torch.nan).cpu().numpy()
         self.validation.outputs = outputs
         return scores
@@ -233,7 +244,7 @@ class CompiledChunk:
         self.alive = [self.alive[i] for i in places]
         if places:
             blocks = self.network.blocks
-            keep = torch.tensor(places).to(self.flat.device)
+            keep = self.place(places)
             self.flat = blocks.select(self.flat, keep)
             self.moments = tuple(blocks.select(moment, keep) for moment in self.moments)
             self.network = self.network.subset(places)
@@ -241,7 +252,9 @@ class CompiledChunk:
             self._rebuild()
 
 
-def _run(library: ctypes.CDLL, numbers: Mapping[str, int], arrays: Mapping[str, Array]) -> None:
+def _run(
+    library: ctypes.CDLL, numbers: Mapping[str, int], arrays: Mapping[str, OptionalTensor]
+) -> None:
     """Train members in torch's number of threads, which take them from one queue.
 
     Even a single worker is a separate thread, so that this thread receives signals while it
@@ -251,7 +264,7 @@ def _run(library: ctypes.CDLL, numbers: Mapping[str, int], arrays: Mapping[str, 
     stop = ctypes.c_int32(0)
     failed = list[bool]()
 
-    def train(work: MemberWork, _held: Mapping[str, Array], ended: threading.Event) -> None:
+    def train(work: MemberWork, _arrays: Mapping[str, OptionalTensor], ended: threading.Event) -> None:
         torch.set_flush_denormal(True)  # each thread has its own setting
         try:
             if library.train_members(ctypes.byref(work), ctypes.byref(taken), ctypes.byref(stop)):
@@ -262,10 +275,8 @@ def _run(library: ctypes.CDLL, numbers: Mapping[str, int], arrays: Mapping[str, 
     # Each thread holds the tensors that it computes on, and sets an event at its end. join() is not
     # enough: after a signal handler has raised inside it, join() takes the thread for ended.
     ends = [threading.Event() for _ in range(torch.get_num_threads())]
-    threads = [
-        threading.Thread(target=train, args=(make_work(numbers, arrays), arrays, end))
-        for end in ends
-    ]
+    work = make_work(numbers, arrays)
+    threads = [threading.Thread(target=train, args=(work, arrays, end)) for end in ends]
     try:
         for thread in threads:
             thread.start()
@@ -278,4 +289,4 @@ def _run(library: ctypes.CDLL, numbers: Mapping[str, int], arrays: Mapping[str, 
                 end.wait()
         raise
     if failed:
-        raise MemoryError("there is no memory for the activations of one member")
+        raise MemoryError("not enough memory for the activations of one member")

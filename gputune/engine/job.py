@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from gputune.engine.backend import trains_as
 from gputune.engine.checkpoint import Checkpoint, Checkpointing
 from gputune.engine.kernel import KernelChunk
 from gputune.engine.mlp import StackedMLP
-from gputune.engine.reuse import Fits
+from gputune.engine.reuse import ChunkPool
 from gputune.engine.stop import Stop
 from gputune.engine.train import AfterEpoch, BegunChunk, Spent, State, Trained, Training, train
 from gputune.errors import TOO_BIG, warn
@@ -40,7 +41,7 @@ from gputune.population.population import Network, Population, Shape
 from gputune.scoring.objective import Objective, make_objective
 from gputune.types import Outputs, Precision, first_metric
 
-Progress = Callable[[int, np.ndarray], object]
+ProgressCallback = Callable[[int, np.ndarray], object]
 """Called with the number of trial-epochs just done, and their scores (C, epochs, F)."""
 
 
@@ -70,20 +71,20 @@ class Job(Training):
         """Return the stacked model of a chunk."""
         shape = Shape.of(data, self.precision)
         if chunk.kind != "module":
-            words: dict[str, Any] = {}
+            kwargs: dict[str, Any] = {}
             if shape.regression and self.objective is not None:
-                words = {"loss": self.objective.loss, "loss_number": self.objective.number}
-            return StackedMLP(chunk.kind, chunk.configs, shape, seed=self.seed, **words)
+                kwargs = {"loss": self.objective.loss, "loss_number": self.objective.number}
+            return StackedMLP(chunk.kind, chunk.configs, shape, seed=self.seed, **kwargs)
         assert self.module_class is not None
         first = chunk.configs[0]
         traits = self.traits.get(chunk.arguments)
         # Known traits save a worker from trying the module again.
         traits = traits or traits_of(self.module_class, first, data, objective=self.objective)
         objective = self.objective or make_objective(None, None, None, data.task)
-        one_by_one = chunk.arguments in self.fits.one_by_one
+        one_by_one = chunk.arguments in self.pool.one_by_one
         is_loop = one_by_one or trains_as(self.backend, "module", first, traits) == "loop"
-        kind = LoopedModule if is_loop else StackedModule
-        return kind(
+        network_class = LoopedModule if is_loop else StackedModule
+        return network_class(
             self.module_class,
             chunk.configs,
             shape,
@@ -92,7 +93,9 @@ class Job(Training):
             objective=objective,
         )
 
-    def run(self, data: Dataset, chunk: Population, progress: Progress | None = None) -> "Outcome":
+    def run(
+        self, data: Dataset, chunk: Population, progress: ProgressCallback | None = None
+    ) -> "Outcome":
         """Train one chunk and return its curves."""
         begin = time.monotonic()
         trained = train_chunk(self, data, chunk, progress)
@@ -135,7 +138,7 @@ def train_chunk(
     job: Job,
     data: Dataset,
     chunk: Population,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     after_epoch: AfterEpoch | None = None,
 ) -> Trained:
     """Continue the training of one chunk from its current state.
@@ -146,16 +149,16 @@ def train_chunk(
     begun = BegunChunk.of(chunk)
     data = data.of(chunk.configs[0])
     at_once = after_epoch is None and job.patience is None and not job.each_epoch
-    watch = after_epoch or _Watch(job, begun, progress)
+    after_epoch = after_epoch or _Watch(job, begun, progress)
     network = job.network(data, chunk)
     try:
-        return train(network, data, begun, job, watch, at_once=at_once)
+        return train(network, data, begun, job, after_epoch, at_once=at_once)
     except StackedError as error:
         # A state of stacked members can continue only with stacked members.
         if begun.state is not None or not isinstance(network, StackedModule) or is_strict():
             raise
         _train_one_by_one(job, network, chunk, error)
-    return train(job.network(data, chunk), data, begun, job, watch, at_once=at_once)
+    return train(job.network(data, chunk), data, begun, job, after_epoch, at_once=at_once)
 
 
 def _train_one_by_one(
@@ -168,9 +171,9 @@ def _train_one_by_one(
     cause = error.__cause__
     reason = words_unless_strict(cause if isinstance(cause, Exception) else error)
     name = name_of(network.builder)
-    fault = f"{name} trains one by one, since training with stacked members failed: {reason}."
-    job.fits.one_by_one.add(chunk.arguments)
-    job.fits.faults[fault] = None
+    fault = f"{name} trains one by one, because training with stacked members failed: {reason}."
+    job.pool.one_by_one.add(chunk.arguments)
+    job.pool.faults[fault] = None
     warn(fault, RuntimeWarning)
 
 
@@ -190,7 +193,7 @@ class RungJob(Job):
     """Job that continues every chunk up to ``epochs`` of ``horizon`` epochs."""
 
     def run(
-        self, data: Dataset, chunk: Population, progress: Progress | None = None
+        self, data: Dataset, chunk: Population, progress: ProgressCallback | None = None
     ) -> RungOutcome:
         """Train one chunk. Its curves have only the epochs of this call."""
         begin = time.monotonic()
@@ -213,27 +216,27 @@ class _Watch:
     """Callback after one or several epochs: reports progress, writes a due checkpoint, may end
     training."""
 
-    def __init__(self, job: Job, chunk: BegunChunk, progress: Progress | None) -> None:
+    def __init__(self, job: Job, chunk: BegunChunk, progress: ProgressCallback | None) -> None:
         self.job = job
         self.chunk = chunk
         self.progress = progress
         self.begin = time.monotonic()
-        self.told = chunk.epoch
-        self.due = self.begin + (
-            math.inf if job.checkpointing is None else job.checkpointing.seconds
-        )
+        self.reported = chunk.epoch  # epochs
+        self.due = math.inf
+        if job.checkpointing is not None:
+            self.due = self.begin + job.checkpointing.seconds
 
     def __call__(self, trained: Trained) -> bool | np.ndarray:
         epoch = trained.epochs
         curves = trained.curves
         if self.progress is not None:
-            for done in range(self.told, epoch):
+            for done in range(self.reported, epoch):
                 self.progress(len(curves), curves[:, done : done + 1])
-        self.told = max(self.told, epoch)  # a chunk may begin again, one by one
-        over = self.job.is_over()
+        self.reported = max(self.reported, epoch)  # a chunk may begin again, one by one
+        is_over = self.job.is_over()
         checkpointing = self.job.checkpointing
         now = time.monotonic()
-        is_due = now >= self.due or (over and self.job.keep_stopped)
+        is_due = now >= self.due or (is_over and self.job.keep_stopped)
         if checkpointing is not None and is_due and epoch < self.job.epochs and trained.alive:
             trials = tuple(checkpointing.numbers[i] for i in self.chunk.index)
             seconds = self.chunk.seconds + now - self.begin
@@ -241,8 +244,8 @@ class _Watch:
                 trials, trained.alive, curves[:, :epoch], trained.state, seconds
             )
             self.due = time.monotonic() + checkpointing.keep(checkpoint, self.chunk.configs)
-        if over or self.job.patience is None or not trained.alive:
-            return over
+        if is_over or self.job.patience is None or not trained.alive:
+            return is_over
         means = first_metric(curves[list(trained.alive), :epoch], axes=3).mean(2)
         # (alive,): trials that improved recently enough stay.
         return stalled_epochs(means)[:, -1] < self.job.patience
@@ -278,11 +281,13 @@ class Failure:
         """Return the error of a training in which no trial may fail."""
         if self.fits:
             return RuntimeError(self.reason)
-        return MemoryError(f"{self.reason}. One training alone does not fit; make it smaller.")
+        return MemoryError(
+            f"{self.reason}. This training does not fit into memory by itself. Make it smaller."
+        )
 
 
 def run_in_parts(
-    job: Job, data: Dataset, chunk: Population, progress: Progress | None = None
+    job: Job, data: Dataset, chunk: Population, progress: ProgressCallback | None = None
 ) -> list[Outcome | Failure]:
     """Train one chunk in as many parts as memory requires. No part begins after training has
     ended."""
@@ -298,8 +303,9 @@ def run_in_parts(
 
     while waiting and not (done and job.is_over()):
         part = waiting.pop()
-        if (most := job.fits.most(part)) < len(part.index):
-            waiting += [part.part(most, len(part.index)), part.part(0, most)]
+        trials = job.pool.trials_at_once(part)
+        if trials < len(part.index):
+            waiting += [part.part(trials, len(part.index)), part.part(0, trials)]
             continue
         n_reported = 0
         reason = ""
@@ -308,23 +314,25 @@ def run_in_parts(
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            message = str(error).splitlines()[0] if str(error) else type(error).__name__
-            reason = f"{TOO_BIG}: {message}"
+            lines = str(error).splitlines() or [type(error).__name__]
+            reason = f"{TOO_BIG}: {lines[0]}"
         if not reason:
+            faults = list(job.pool.faults)
             # After the kernel or a recording has failed on a GPU, another backend than the chosen
             # one trains.
-            kernel = KernelChunk.failure if job.backend == "kernel" else ""
-            graph = CudaRecorder.failure if job.backend in ("kernel", "graph") else ""
-            of_gpu = [kernel, graph] if data.device.type == "cuda" else []
-            fault = " ".join(filter(None, [*of_gpu, *job.fits.faults]))
-            done.append(replace(outcome, fault=fault))
+            if data.device.type == "cuda":
+                if job.backend in ("kernel", "graph"):
+                    faults.insert(0, CudaRecorder.failure)
+                if job.backend == "kernel":
+                    faults.insert(0, KernelChunk.failure)
+            done.append(replace(outcome, fault=" ".join(filter(None, faults))))
             continue
         if progress is not None and n_reported:  # withdraw the reported progress
             progress(-n_reported, np.full((1, 1, 1), np.nan))
         # Memory can be freed only here, because the error and the frames that it holds are gone.
         gc.collect()
         empty_cache(data.device)
-        job.fits.refused(part)
+        job.pool.note_too_big(part)
         if len(part.index) == 1:
             done.append(Failure((part.index[0],), reason, fits=False))
         else:
@@ -366,21 +374,23 @@ def measure_need(
         return None
     order = sorted(range(len(population.index)), key=lambda i: -population.configs[i]["batch_size"])
     size = population.configs[order[0]]["batch_size"]
-    # Each fold keeps two of its whole minibatches, and the last minibatch as it is.
-    left_out = [max(0, len(fold.train) // size - _BATCHES) * size for fold in data.folds]
-    folds = tuple(Fold(fold.train[rows:], fold.valid) for fold, rows in zip(data.folds, left_out))
-    few = replace(data, folds=folds)
-    short = replace(job, epochs=_EPOCHS, checkpointing=None, fits=Fits())
+    folds = []
+    for fold in data.folds:
+        # Two of its whole minibatches, and the last minibatch as it is.
+        left_out = max(0, len(fold.train) // size - _BATCHES) * size
+        folds.append(Fold(fold.train[left_out:], fold.valid))
+    short_data = replace(data, folds=tuple(folds))
+    short_job = replace(job, epochs=_EPOCHS, checkpointing=None, pool=ChunkPool())
 
-    def train(trials: int) -> Callable[[], object]:
-        chosen = [order[place] for place in np.linspace(0, len(order) - 1, trials).astype(int)]
-        configs = tuple(population.configs[i] for i in chosen)
-        return lambda: train_chunk(short, few, Population(population.kind, tuple(chosen), configs))
+    def training(trials: int) -> Callable[[], object]:
+        places = np.linspace(0, len(order) - 1, trials).astype(int)
+        chunk = population.select([order[place] for place in places])
+        return partial(train_chunk, short_job, short_data, chunk)
 
     try:
-        train(small)()  # libraries take their own memory at the first call
-        least = peak(train(small))
-        greatest = peak(train(large))
+        training(small)()  # libraries take their own memory at the first call
+        least = peak(training(small))
+        greatest = peak(training(large))
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from gputune.data.dataset import Dataset
-from gputune.engine.compiled import Array, CompiledChunk
-from gputune.engine.mlp import Draws
+from gputune.engine.compiled import CompiledChunk, OptionalTensor
+from gputune.engine.mlp import MlpDraws
+from gputune.errors import InputError
 from gputune.memory import synchronize
 from gputune.native.cuda import (
     Kernel,
@@ -32,13 +33,14 @@ from gputune.optimizers.rules import n_moments
 from gputune.population.batches import row_order
 from gputune.population.population import ModelKind, hidden_widths, is_plain, padded_width
 from gputune.types import Config
+from gputune.wording import option
 
 # Intended seconds of a launch: half of the time that a display can wait, because the speed of the
 # next launch is a guess.
 _SECONDS = 0.25
 _FIRST_TURNS = 16  # turns in the first launch of a chunk, when its speed is not known
 # limit for the row orders and the outputs of epochs that are launched together
-_ROOM_BYTES = 64 << 20
+_BUFFER_BYTES = 64 << 20
 _OLDEST = (8, 0)  # oldest compute capability
 
 # Shared memory that the system reserves for each block in addition to its code's request, and the
@@ -56,7 +58,7 @@ class KernelChunk(CompiledChunk):
 
     # why this process no longer trains with the kernel, as a sentence
     failure: ClassVar[str] = ""
-    draws: Draws | None = None
+    draws: MlpDraws | None = None
     # Turns per second. In one turn, each block takes a step of one member.
     pace: float = math.inf
 
@@ -79,54 +81,60 @@ class KernelChunk(CompiledChunk):
         self.turns = np.cumsum(-(-active // self.blocks))
         self.epochs = 1
 
-    def room(self, epochs: int) -> dict[str, Array]:
+    def make_buffers(self, epochs: int) -> dict[str, OptionalTensor]:
         """Return buffers for the scores of some epochs, and for the dropout draws."""
-        room = super().room(epochs)
+        buffers = super().make_buffers(epochs)
         if self.network.rates is None:
-            return room
+            return buffers
         rows = self.draw_rows()
-        shape = {"layers": self.network.depth, "width": self.network.hidden}
-        self.draws = Draws(
-            rows.tolist(), **shape, seed=self.seed, device=self.data.device, epochs=epochs
+        self.draws = MlpDraws(
+            rows.tolist(),
+            layers=self.network.depth,
+            width=self.network.hidden,
+            seed=self.seed,
+            device=self.data.device,
+            epochs=epochs,
         )
-        start = np.zeros((epochs, self.numbers["longest"]), dtype=np.int64)
+        # (epochs, steps): position of a step's draws in the buffer
+        starts = np.zeros((epochs, self.numbers["longest"]), dtype=np.int64)
         slots = np.arange(epochs * len(rows)) % self.draws.ahead
-        start[:, : len(rows)] = slots.reshape(epochs, -1) * self.draws.buffer[0].numel()
-        most = self.place(np.full_like(rows, rows.max()))
-        return {
-            **room,
-            "draws": self.draws.buffer,
-            "draw_start": self.place(start),
-            "draw_rows": most,
-        }
+        starts[:, : len(rows)] = slots.reshape(epochs, -1) * self.draws.buffer[0].numel()
+        buffers["draws"] = self.draws.buffer
+        buffers["draw_start"] = self.place(starts)
+        buffers["draw_rows"] = self.place(np.full_like(rows, rows.max()))
+        return buffers
 
-    def take(self, most: int) -> int:
-        """Return the number of epochs for the next ``advance``: at most ``most``, and short enough
+    def choose_epochs(self, limit: int) -> int:
+        """Return the number of epochs for the next ``advance``: at most ``limit``, and short enough
         for one launch."""
-        kept = self.arrays["scored"], self.arrays["means"], self.arrays["draw_start"]
-        each = sum(array.nbytes for array in kept if array is not None) // self.epochs
-        each += 8 * self.lengths.size * int(self.lengths.max())
+        epochs = 1
         # Other scorers ask the members themselves, in their state after each epoch.
-        several = self.scoring is None or self.scoring.on_outputs
-        many = 1
-        if several and self.pace < math.inf:
-            drawn = most if self.draws is None else self.draws.room // self.draws.steps
-            many = max(
-                1, min(most, int(self.pace * _SECONDS / self.turns[-1]), _ROOM_BYTES // each, drawn)
+        scores_outputs = self.scoring is None or self.scoring.on_outputs
+        if scores_outputs and self.pace < math.inf:
+            epoch_bytes = 8 * self.lengths.size * int(self.lengths.max())  # row orders
+            for name in ("scored", "means", "draw_start"):
+                array = self.arrays.get(name)
+                if array is not None:
+                    epoch_bytes += array.nbytes // self.epochs
+            epochs = min(
+                limit, int(self.pace * _SECONDS / self.turns[-1]), _BUFFER_BYTES // epoch_bytes
             )
-        if many != self.epochs:
-            self.epochs = many
-            self.arrays |= self.room(many)
-        return many
+            if self.draws is not None:
+                epochs = min(epochs, self.draws.max_ahead // self.draws.steps)
+            epochs = max(1, epochs)
+        if epochs != self.epochs:
+            self.epochs = epochs
+            self.arrays |= self.make_buffers(epochs)
+        return epochs
 
     def advance(self, epoch: int) -> None:
-        """Train for the epochs that ``take`` returned. If there is a scoring, also compute their
+        """Train for the epochs that ``choose_epochs`` returned. If there is a scoring, also compute their
         scores."""
-        order = torch.stack(
-            [row_order(self.data, self.seed, epoch + e) for e in range(self.epochs)]
-        )
-        told = make_work({**self.numbers, "epoch": epoch}, {**self.arrays, "order": order})
-        work = torch.frombuffer(bytearray(told), dtype=torch.int64).to(self.data.device)
+        epochs = range(epoch, epoch + self.epochs)
+        # (epochs, F, longest fold)
+        order = torch.stack([row_order(self.data, self.seed, number) for number in epochs])
+        struct = make_work({**self.numbers, "epoch": epoch}, {**self.arrays, "order": order})
+        work = torch.frombuffer(bytearray(struct), dtype=torch.int64).to(self.data.device)
         begin = 0
         last = len(self.turns) * self.epochs
         while begin < last:
@@ -136,17 +144,13 @@ class KernelChunk(CompiledChunk):
                 self.draws.fill(epoch, begin)
             began = time.perf_counter()
             self.next.zero_()
-            args: list[torch.Tensor | int] = [
-                work,
-                self.next,
-                self.scratch,
-                begin,
-                end,
-                self.epochs,
-            ]
             threads = self.kernel.threads
             launch(
-                self.compiled, self.blocks * threads, args, block=threads, shared=self.kernel.shared
+                self.compiled,
+                self.blocks * threads,
+                [work, self.next, self.scratch, begin, end, self.epochs],
+                block=threads,
+                shared=self.kernel.shared,
             )
             synchronize(self.data.device)
             # Later launches are quicker: the smallest minibatches make the most steps.
@@ -204,14 +208,15 @@ def compiled(
     NotBuiltError if the kernel cannot be compiled, with a warning the first time. After a failure,
     the process makes no other attempt.
     """
-    if (made := _kernels.get((kernel, device))) is None:
+    code = _kernels.get((kernel, device))
+    if code is None:
         if not KernelChunk.failure:
-            compile_it = partial(compile_kernel, kernel, device, say)
-            made, KernelChunk.failure = attempt("member.cu", device, compile_it)
-        if made is None:
+            build = partial(compile_kernel, kernel, device, say)
+            code, KernelChunk.failure = attempt("member.cu", device, build)
+        if code is None:
             raise NotBuiltError(KernelChunk.failure)
-        _kernels[kernel, device] = made
-    return made
+        _kernels[kernel, device] = code
+    return code
 
 
 def _blocks(kernel: MemberKernel, device: torch.device) -> int:
@@ -220,8 +225,9 @@ def _blocks(kernel: MemberKernel, device: torch.device) -> int:
     Further blocks would have to wait, and would then find an empty queue.
     """
     card = torch.cuda.get_device_properties(device)
-    room = card.shared_memory_per_multiprocessor // (kernel.shared + _RESERVED_BYTES)
-    return int(card.multi_processor_count * max(1, min(room, _THREADS // kernel.threads)))
+    by_memory = card.shared_memory_per_multiprocessor // (kernel.shared + _RESERVED_BYTES)
+    by_threads = _THREADS // kernel.threads
+    return int(card.multi_processor_count * max(1, min(by_memory, by_threads)))
 
 
 def _shared_bytes(device: torch.device) -> int:
@@ -229,24 +235,27 @@ def _shared_bytes(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
-def obstacle(device: torch.device) -> str:
-    """Return the reason why the kernel cannot train on a device, with a remedy.
+def obstacle(device: torch.device) -> InputError | None:
+    """Return the error that says why the kernel cannot train on a device.
 
-    The result is "" if the kernel can train there.
+    The result is None if the kernel can train there.
     """
     if device.type != "cuda":
-        where = f"the device is {str(device)!r}; choose device='cuda', or backend='auto'."
-        return f"backend='kernel' trains on a GPU, and {where}"
-    if (capability := torch.cuda.get_device_capability(device)) < _OLDEST:
-        has = f"{torch.cuda.get_device_name(device)} has {'.'.join(map(str, capability))}"
-        needs = "backend='kernel' needs a GPU of compute capability 8.0 (Ampere) or newer"
-        return f"{needs}, and {has}; choose backend='graph', or 'auto'."
-    why = without_nvrtc()
-    return (
-        why
-        and f"backend='kernel' compiles its code when it is first used: {why} Or choose "
-        "backend='graph'."
-    )
+        rule = f"trains on a GPU, but the device is {str(device)!r}"
+        remedy = f"Choose {option('device', 'cuda')} or {option('backend', 'auto')}."
+        return InputError("backend='kernel'", rule, remedy=remedy)
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _OLDEST:
+        card = f"{torch.cuda.get_device_name(device)} has {'.'.join(map(str, capability))}"
+        rule = f"needs a GPU of compute capability 8.0 (Ampere) or newer, but {card}"
+        remedy = f"Choose {option('backend', 'graph')} or {option('backend', 'auto')}."
+        return InputError("backend='kernel'", rule, remedy=remedy)
+    reason = without_nvrtc()
+    if reason:
+        rule = f"compiles its code when it is first used, which fails here: {reason}"
+        remedy = f"Or choose {option('backend', 'graph')}."
+        return InputError("backend='kernel'", rule, remedy=remedy)
+    return None
 
 
 def lacks(config: Config, kind: ModelKind, data: Dataset) -> str:
@@ -255,5 +264,5 @@ def lacks(config: Config, kind: ModelKind, data: Dataset) -> str:
     if config["optimizer"] not in OPTIMIZERS:
         return f"the optimizer {config['optimizer']!r} ({', '.join(OPTIMIZERS)})"
     if not is_plain(config):
-        return "clip_norm, ema, beta2, or rates and schedules of their own for parameters"
+        return "clip_norm, ema, beta2, or rates and schedules of single parameters"
     return kernel_of([config], kind, data).unknown(_shared_bytes(data.device))

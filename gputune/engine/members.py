@@ -13,7 +13,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -45,7 +45,7 @@ _Path = tuple[Any, ...]
 """Names of attributes and keys of dicts that lead from a chunk to one of its values."""
 
 
-def _at(value: Any, path: _Path) -> Any:
+def _value_at(value: Any, path: _Path) -> Any:
     """Return the value at a path.
 
     The result is None if the value no longer exists, because no member differs from the rule in it.
@@ -57,31 +57,32 @@ def _at(value: Any, path: _Path) -> Any:
     return value
 
 
-def _part(table: Tensor, fold: int, trial: int) -> Tensor:
+def _member_part(table: Tensor, fold: int, trial: int) -> Tensor:
     """Return the part of a table (F, C) for one member, or of a table (C,) for one trial."""
-    one = slice(trial, trial + 1)
-    return table[one] if table.dim() == 1 else table[fold : fold + 1, one]
+    trials = slice(trial, trial + 1)
+    return table[trials] if table.dim() == 1 else table[fold : fold + 1, trials]
 
 
-def _of_fold(data: Dataset, fold: int) -> Dataset:
+def _data_of_fold(data: Dataset, fold: int) -> Dataset:
     """Return the data of one fold. All of its tensors are copies, except the inputs and the
     target."""
-
-    def own(table: Tensor) -> Tensor:
-        return table[fold : fold + 1].clone()
-
+    part = slice(fold, fold + 1)
+    scaling = []
+    for of_input in data.scaling:
+        if of_input is not None:
+            center = of_input.center[part].clone()
+            of_input = replace(of_input, center=center, scale=of_input.scale[part].clone())
+        scaling.append(of_input)
     return replace(
         data,
-        folds=(data.folds[fold],),
-        copies=(data.copies[fold],),
-        weights=None if data.weights is None else own(data.weights),
-        present=None if data.present is None else own(data.present),
-        center=own(data.center),
-        scale=own(data.scale),
-        transforms=data.transforms[fold : fold + 1],
-        scaling=tuple(
-            s and replace(s, center=own(s.center), scale=own(s.scale)) for s in data.scaling
-        ),
+        folds=data.folds[part],
+        copies=data.copies[part],
+        weights=None if data.weights is None else data.weights[part].clone(),
+        present=None if data.present is None else data.present[part].clone(),
+        center=data.center[part].clone(),
+        scale=data.scale[part].clone(),
+        transforms=data.transforms[part],
+        scaling=tuple(scaling),
     )
 
 
@@ -93,9 +94,9 @@ class OneMember:
 
     def __init__(self, chunk: "MemberChunk", fold: int, seed: int) -> None:
         network = chunk.module
-        data = _of_fold(chunk.data, fold)
+        data = _data_of_fold(chunk.data, fold)
         if network.objective.augment is not None:
-            raise TraceError("a function of the user's is in no code")
+            raise TraceError("compiled code cannot call the Python function augment")
         self.network = StackedModule(
             network.builder,
             # a configuration with dropout, if any has it: the code of all members then drops units
@@ -107,26 +108,26 @@ class OneMember:
         )
         self.chunk = chunk
         self.tables = list[tuple[_Path, Tensor]]()
-        self.own = StackedChunk(
+        self.single = StackedChunk(
             self.network, Validation(data, None), seed=seed, horizon=chunk.horizon, recorded=True
         )
-        if isinstance(self.own.update, OnlineUpdate):
-            raise TraceError("a rate that adapts itself is in no code")
-        if self.own.draws is None and network.traits.draws:
-            raise TraceError("what it draws depends on more than the key of the step")
-        draws = self.own.draws  # of the steps ahead, if the module draws numbers
+        draws = self.single.draws  # of the steps ahead, if the module draws numbers
+        if isinstance(self.single.update, OnlineUpdate):
+            raise TraceError("compiled code does not support a learning rate that adapts itself")
+        if draws is None and network.traits.draws:
+            raise TraceError("its random numbers depend on more than the key of the step")
         self.draws = draws if isinstance(draws, ModuleDraws) and any(draws.draws.values()) else None
-        self._match(self.own.update, ("update",))
-        self._match(self.own.update.clock, ("update", "clock"))
-        self.own.dropout = self._shared(chunk.dropout, ("dropout",))
+        self._match(self.single.update, ("update",))
+        self._match(self.single.update.clock, ("update", "clock"))
+        self.single.dropout = self._add_table(chunk.dropout, ("dropout",))
         self.memories: dict[int, torch.UntypedStorage] = {}
 
     def write(self, code: MemberCode) -> None:
         """Write the steps of an epoch as code."""
-        own = self.own
-        shapes = self.own.batches.shapes
-        own.batches.begin(0)
-        own.update.begin(0)
+        single = self.single
+        shapes = single.batches.shapes
+        single.batches.begin(0)
+        single.update.begin(0)
         steps: dict[StepShape, CodedStep] = {}
         for i, shape in enumerate(shapes):
             if shape not in steps:
@@ -134,14 +135,16 @@ class OneMember:
                 # valid.
                 if self.draws is not None:
                     self.draws.fill(0, i - i % self.draws.ahead)
-                own.batches.step.fill_(i)
-                steps[shape] = code.add(trace(partial(own._step, shape, (0, i))), self.memories)
+                single.batches.step.fill_(i)
+                traced = trace(partial(single._step, shape, (0, i)))
+                steps[shape] = code.add(traced, self.memories)
         self.steps = [steps[shape] for shape in shapes]
         self.outputs = self._outputs(code)
-        # Threads share these tensors: a ``Space`` does not copy them.
-        buffers = [] if self.draws is None else list(tensors(self.draws.buffers))
-        held = [*own.batches.inputs, own.batches.target, *buffers]
-        self.common = {tensor.untyped_storage().data_ptr() for tensor in held}
+        shared = [*single.batches.inputs, single.batches.target]
+        if self.draws is not None:
+            shared += tensors(self.draws.buffers)
+        # Addresses of memory that the threads share: a ``MemberMemory`` does not copy it.
+        self.shared = {tensor.untyped_storage().data_ptr() for tensor in shared}
 
     def _outputs(self, code: MemberCode) -> CodedStep | None:
         """Write the code of the member's outputs on its validation rows.
@@ -149,64 +152,66 @@ class OneMember:
         The result is None if the scores are not computed from these outputs, or if they cannot be
         traced.
         """
-        own = self.own
+        network = self.network
+        params = self.single.params
+        data = self.single.validation.data
         validation = self.chunk.validation
-        data = self.own.validation.data
-        as_it_is = validation.scoring is not None and self.chunk.scored is self.chunk.flat
-        if own.network.evaluation_draws or not (as_it_is and validation.is_small(own.network)):
+        scores_params = validation.scoring is not None and self.chunk.scored is self.chunk.flat
+        if network.evaluation_draws or not (scores_params and validation.is_small(network)):
             return None
         # (1, m, K): outputs of one member
-        self.rows = [x.clone() for x in data.rows(0, data.folds[0].valid)]
-        self.result = own.network.outputs(own.params, 0, self.rows).clone()
+        self.valid_rows = [x.clone() for x in data.rows(0, data.folds[0].valid)]
+        self.result = network.outputs(params, 0, self.valid_rows).clone()
 
         def compute() -> None:
-            self.result.copy_(own.network.outputs(own.params, 0, self.rows))
+            self.result.copy_(network.outputs(params, 0, self.valid_rows))
 
         with suppress(TraceError):
             return code.add(trace(compute), self.memories)
         return None
 
-    def _match(self, mine: object, path: _Path) -> None:
-        """Copy a part of the chunk's optimizer. Values that may differ between members become
-        tables."""
-        for name, value in vars(_at(self.chunk, path)).items():
+    def _match(self, target: object, path: _Path) -> None:
+        """Copy a part of the chunk's optimizer to ``target``. Values that may differ between
+        members become tables."""
+        for name, value in vars(_value_at(self.chunk, path)).items():
             if (isinstance(value, Tensor) and value.dim() == 2) or isinstance(value, dict):
-                setattr(mine, name, self._shared(value, (*path, name)))
-            elif isinstance(value, Tensor) and getattr(mine, name) is None:
-                setattr(mine, name, torch.zeros_like(self.own.grad))
+                setattr(target, name, self._add_table(value, (*path, name)))
+            elif isinstance(value, Tensor) and getattr(target, name) is None:
+                setattr(target, name, torch.zeros_like(self.single.grad))
             elif isinstance(value, int | float):
-                setattr(mine, name, value)
+                setattr(target, name, value)
 
-    def _shared(self, value: Any, path: _Path) -> Any:
-        """Return one member's copy of a table, and remember its path for ``Space.load``."""
+    def _add_table(self, value: Any, path: _Path) -> Any:
+        """Return one member's copy of a table, and remember its path for ``MemberMemory.load``."""
         if isinstance(value, dict):
-            return {key: self._shared(part, (*path, key)) for key, part in value.items()}
-        self.tables.append((path, own := _part(value, 0, 0).clone()))
-        return own
+            return {key: self._add_table(part, (*path, key)) for key, part in value.items()}
+        copy = _member_part(value, 0, 0).clone()
+        self.tables.append((path, copy))
+        return copy
 
-    def of_fold(self, fold: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def tensors_of_fold(self, fold: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield each tensor of a fold together with the tensor from which its members read it."""
-        mine = self.own
-        theirs = self.chunk
         data = self.chunk.data
+        batches = self.chunk.batches
+        single = self.single.batches
         part = slice(fold, fold + 1)
-        yield theirs.batches.order[:, part, : mine.batches.order.shape[-1]], mine.batches.order
-        yield theirs.batches.start[:, part], mine.batches.start
+        yield batches.order[:, part, : single.order.shape[-1]], single.order
+        yield batches.start[:, part], single.start
         for name in ("taken", "counted", "active_until"):
-            yield getattr(theirs.batches, name)[part, :1], getattr(mine.batches, name)
+            yield getattr(batches, name)[part, :1], getattr(single, name)
         if self.outputs is not None:
-            yield from zip(data.rows(fold, data.folds[fold].valid), self.rows)
-        shapes = theirs.network.shape, mine.network.shape
+            yield from zip(data.rows(fold, data.folds[fold].valid), self.valid_rows)
         pairs = [
-            (theirs.batches.weights, mine.batches.weights),
-            (shapes[0].present, shapes[1].present),
+            (batches.weights, single.weights),
+            (self.chunk.network.shape.present, self.network.shape.present),
         ]
-        for of_all, own in zip(data.scaling, mine.batches.data.scaling):
-            if of_all is not None and own is not None:
-                pairs += [(of_all.center, own.center), (of_all.scale, own.scale)]
-        yield from (
-            (of_all[part], own) for of_all, own in pairs if of_all is not None and own is not None
-        )
+        for scaling, single_scaling in zip(data.scaling, single.data.scaling):
+            if scaling is not None and single_scaling is not None:
+                pairs.append((scaling.center, single_scaling.center))
+                pairs.append((scaling.scale, single_scaling.scale))
+        for tensor, single_tensor in pairs:
+            if tensor is not None and single_tensor is not None:
+                yield tensor[part], single_tensor
 
 
 def _pointers(addresses: Sequence[int]) -> "ctypes.Array[ctypes.c_void_p]":
@@ -214,32 +219,36 @@ def _pointers(addresses: Sequence[int]) -> "ctypes.Array[ctypes.c_void_p]":
     return (ctypes.c_void_p * len(addresses))(*addresses)
 
 
-class Space:
+class MemberMemory:
     """The memory in which one thread takes the steps of a member."""
 
-    def __init__(self, one: OneMember) -> None:
-        self.one = one
+    def __init__(self, member: OneMember) -> None:
+        self.member = member
         self.fold = -1
-        self.copies = {
-            address: storage if address in one.common else storage.clone()  # type: ignore[no-untyped-call]
-            for address, storage in one.memories.items()
-        }
-        steps = [*one.steps, *([] if one.outputs is None else [one.outputs])]
-        self.room = torch.empty(max(step.workspace for step in steps) + 64, dtype=torch.uint8)
+        self.storages: dict[int, torch.UntypedStorage] = {}
+        for address, storage in member.memories.items():
+            if address not in member.shared:
+                storage = storage.clone()  # type: ignore[no-untyped-call]
+            self.storages[address] = storage
+        steps = member.steps if member.outputs is None else [*member.steps, member.outputs]
+        self.scratch = torch.empty(max(step.workspace for step in steps) + 64, dtype=torch.uint8)
         # Scratch memory begins at a multiple of 64 bytes.
-        room = -(-self.room.data_ptr() // 64) * 64
-        self.memories = _pointers([room, *(storage.data_ptr() for storage in self.copies.values())])
+        addresses = [-(-self.scratch.data_ptr() // 64) * 64]
+        addresses += [storage.data_ptr() for storage in self.storages.values()]
+        self.memories = _pointers(addresses)
         self.calls = _pointers([step.calls.ctypes.data for step in steps])
         self.numbers = _pointers([step.numbers.ctypes.data for step in steps])
-        own = one.own
-        self.states = [self._here(tensor) for tensor in (own._flat, *own.update.state())]
-        self.tables = [(path, self._here(table)) for path, table in one.tables]
-        self.losses = {name: self._here(value) for name, value in one.network.loss_values.items()}
-        self.step, self.done = self._here(own.batches.step), self._here(own.update.clock.done)
+        single = member.single
+        self.states = list(map(self._copy_of, [single._flat, *single.update.state()]))
+        self.tables = [(path, self._copy_of(table)) for path, table in member.tables]
+        losses = member.network.loss_values
+        self.losses = {name: self._copy_of(value) for name, value in losses.items()}
+        self.step = self._copy_of(single.batches.step)
+        self.done = self._copy_of(single.update.clock.done)
 
-    def _here(self, tensor: Tensor) -> Tensor | None:
+    def _copy_of(self, tensor: Tensor) -> Tensor | None:
         """Return a tensor of the one-member chunk in this memory, or None if no step reads it."""
-        storage = self.copies.get(tensor.untyped_storage().data_ptr())
+        storage = self.storages.get(tensor.untyped_storage().data_ptr())
         if storage is None:
             return None
         return torch.empty(0, dtype=tensor.dtype).set_(
@@ -249,54 +258,55 @@ class Space:
     def load(self, fold: int, trial: int, rows: Sequence[Tensor], step: int) -> None:
         """Load a member before a step of the epoch. ``rows`` has its parameters and optimizer
         state."""
-        chunk = self.one.chunk
+        chunk = self.member.chunk
         if fold != self.fold:
-            self._fill((theirs, self._here(mine)) for theirs, mine in self.one.of_fold(fold))
+            for tensor, single in self.member.tensors_of_fold(fold):
+                self._fill(self._copy_of(single), tensor)
             self.fold = fold
-        self._fill(zip(rows, self.states))
+        for state, row in zip(self.states, rows):
+            self._fill(state, row)
         for path, table in self.tables:
             if table is not None:
-                value = _at(chunk, path)
-                # A value that is no table any more is the same for all members. If it is None, the
-                # rule's default applies: learning-rate factors are 1, other values 0.
+                value = _value_at(chunk, path)
+                if value is None:
+                    # The rule's default: learning-rate factors are 1, other values 0.
+                    value = float("lr_factors" in path)
                 if isinstance(value, Tensor):
-                    table.copy_(_part(value, fold, trial))
-                else:
-                    table.fill_(value if value is not None else float("lr_factors" in path))
-        self._fill(
-            (value[trial : trial + 1], self.losses[k])
-            for k, value in chunk.module.loss_values.items()
-        )
+                    table.copy_(_member_part(value, fold, trial))
+                else:  # no table any more: the same for all members
+                    table.fill_(value)
+        for name, value in chunk.module.loss_values.items():
+            self._fill(self.losses[name], value[trial : trial + 1])
         if self.step is not None:
             self.step.fill_(step)
         if self.done is not None:
             self.done.add_(step)
 
     @staticmethod
-    def _fill(pairs: Iterable[tuple[Tensor, Tensor | None]]) -> None:
-        for value, tensor in pairs:
-            if tensor is not None:
-                tensor.copy_(value)
+    def _fill(tensor: Tensor | None, value: Tensor) -> None:
+        if tensor is not None:
+            tensor.copy_(value)
 
-    def take(self, kernels: Kernels, begin: int, end: int, *, outputs: bool = False) -> None:
+    def take_steps(self, kernels: Kernels, begin: int, end: int, *, outputs: bool = False) -> None:
         """Take the steps from ``begin`` to ``end`` of the epoch.
 
         With ``outputs``, also run the code of the outputs, which follows the last step.
         """
-        end = min(end, len(self.one.steps)) + outputs
+        end = min(end, len(self.member.steps)) + outputs
         if begin < end:
-            calls, numbers = (
-                ctypes.byref(table, begin * _POINTER) for table in (self.calls, self.numbers)
-            )
             kernels.take_steps(
-                ctypes.c_int64(end - begin), calls, kernels.addresses, self.memories, numbers
+                ctypes.c_int64(end - begin),
+                ctypes.byref(self.calls, begin * _POINTER),
+                kernels.addresses,
+                self.memories,
+                ctypes.byref(self.numbers, begin * _POINTER),
             )
 
     def outputs(self, kernels: Kernels) -> Tensor:
         """Return the outputs (m, K) on the validation rows, computed in compiled code."""
-        steps = len(self.one.steps)
-        self.take(kernels, steps, steps, outputs=True)
-        result = self._here(self.one.result)
+        steps = len(self.member.steps)
+        self.take_steps(kernels, steps, steps, outputs=True)
+        result = self._copy_of(self.member.result)
         assert result is not None
         return result[0]
 
@@ -317,23 +327,28 @@ class MemberChunk(StackedChunk):
         # A step of one member is thousands of small operations, which more threads only delay.
         with torch_threads(1):
             # Folds of equal lengths share their code.
-            lengths = [(len(fold.train), len(fold.valid)) for fold in data.folds]
-            ones = {
-                length: OneMember(self, lengths.index(length), seed)
-                for length in dict.fromkeys(lengths)
-            }
-            self.members = [ones[length] for length in lengths]
-            drawing = [one.draws for one in ones.values() if one.draws is not None]
-            self.ahead = min([draws.ahead for draws in drawing], default=len(self.batches.shapes))
-            for draws in drawing:
+            members: dict[tuple[int, int], OneMember] = {}
+            self.members = []  # of each fold
+            for number, fold in enumerate(data.folds):
+                lengths = (len(fold.train), len(fold.valid))
+                if lengths not in members:
+                    members[lengths] = OneMember(self, number, seed)
+                self.members.append(members[lengths])
+            self.member_draws = [
+                member.draws for member in members.values() if member.draws is not None
+            ]
+            self.ahead = len(self.batches.shapes)
+            for draws in self.member_draws:
+                self.ahead = min(self.ahead, draws.ahead)
+            for draws in self.member_draws:
                 draws.ahead = self.ahead
-            for one in ones.values():
-                one.write(code)
+            for member in members.values():
+                member.write(code)
             self.kernels = build_kernels(list(code.kernels), data.dtype)
         # outputs (C, m, K) of each fold; None if the code does not compute them
         self.outputs: list[Tensor | None] = []
         # memory of each thread, kept because asking the system for pages takes long
-        self.spaces: list[dict[OneMember, Space]] = []
+        self.memories: list[dict[OneMember, MemberMemory]] = []
 
     @property
     def module(self) -> StackedModule:
@@ -349,26 +364,26 @@ class MemberChunk(StackedChunk):
         with torch_threads(1):
             rows = [block.to_rows(buffer) for block, buffer in self._buffers()]
         last = len(self.batches.shapes)
-        self.outputs = [
-            None
-            if one.outputs is None
-            else one.result.new_empty((len(self.configs), *one.result.shape[1:]))
-            for one in self.members
-        ]
+        self.outputs = []
+        for member in self.members:
+            outputs = None
+            if member.outputs is not None:
+                outputs = member.result.new_empty((len(self.configs), *member.result.shape[1:]))
+            self.outputs.append(outputs)
         # The draws of ``ahead`` steps are in the buffer at once, so all members take these steps
         # first.
         for begin in range(0, last, self.ahead):
-            for one in dict.fromkeys(self.members):
-                if one.draws is not None:
-                    one.draws.fill(epoch, begin)
-            self._take(rows, begin, min(begin + self.ahead, last))
+            for draws in self.member_draws:
+                draws.fill(epoch, begin)
+            self._take_steps(rows, begin, min(begin + self.ahead, last))
         with torch_threads(1):
-            for (block, buffer), own in zip(self._buffers(), rows):
-                block.put_rows(buffer, own)
+            for (block, buffer), values in zip(self._buffers(), rows):
+                block.put_rows(buffer, values)
 
     def scores(self) -> np.ndarray:
         """Return the scores (C, F) of all members, each on the validation rows of its fold."""
-        if len(outputs := [x for x in self.outputs if x is not None]) < self.data.n_folds:
+        outputs = [of_fold for of_fold in self.outputs if of_fold is not None]
+        if len(outputs) < self.data.n_folds:
             return super().scores()
         params = self._network.blocks.views(self._flat)
         # the remaining work is so small that threads would wait for each other
@@ -379,53 +394,54 @@ class MemberChunk(StackedChunk):
         """Return the CPU seconds of one step of the first member. Its state does not change."""
         self.batches.begin(0)
         self.update.begin(0)
-        one = self.members[0]
-        if one.draws is not None:
-            one.draws.fill(0, 0)
-        space = Space(one)
+        member = self.members[0]
+        if member.draws is not None:
+            member.draws.fill(0, 0)
+        memory = MemberMemory(member)
         end = min(_TIMED_STEPS, self.ahead)
-        space.load(0, 0, [block.to_rows(buffer)[0, 0] for block, buffer in self._buffers()], 0)
-        times = [time.thread_time()]  # CPU time of this thread, whatever else the machine does
+        memory.load(0, 0, [block.to_rows(buffer)[0, 0] for block, buffer in self._buffers()], 0)
+        times = []
         for _ in range(3):
-            space.take(self.kernels, 0, end)
-            times.append(time.thread_time())
-        return min(b - a for a, b in itertools.pairwise(times)) / min(end, len(one.steps))
+            begin = time.thread_time()  # CPU time of this thread, whatever else the machine does
+            memory.take_steps(self.kernels, 0, end)
+            times.append(time.thread_time() - begin)
+        return min(times) / min(end, len(member.steps))
 
-    def _take(self, rows: Sequence[Tensor], begin: int, end: int) -> None:
+    def _take_steps(self, rows: Sequence[Tensor], begin: int, end: int) -> None:
         """Let torch's number of threads take members from one queue, each through some steps."""
         queue = deque(itertools.product(range(self.data.n_folds), range(len(self.configs))))
         stop = threading.Event()
 
-        def work(spaces: dict[OneMember, Space]) -> None:
+        def work(memories: dict[OneMember, MemberMemory]) -> None:
             torch.set_flush_denormal(True)  # each thread has its own setting
-            for space in spaces.values():
+            for memory in memories.values():
                 # the fold must be loaded again, because the order of its rows has changed
-                space.fold = -1
+                memory.fold = -1
             with torch.no_grad():
                 while not stop.is_set():
                     try:
-                        f, c = queue.popleft()
+                        fold, trial = queue.popleft()
                     except IndexError:  # another thread has taken the last member
                         return
-                    one = self.members[f]
-                    outputs = self.outputs[f]
-                    own = [of_all[c, f] for of_all in rows]
-                    if one not in spaces:
-                        spaces[one] = Space(one)
-                    space = spaces[one]
-                    space.load(f, c, own, begin)
-                    space.take(self.kernels, begin, end)
-                    for row, state in zip(own, space.states):
+                    member = self.members[fold]
+                    outputs = self.outputs[fold]
+                    member_rows = [buffer[trial, fold] for buffer in rows]
+                    if member not in memories:
+                        memories[member] = MemberMemory(member)
+                    memory = memories[member]
+                    memory.load(fold, trial, member_rows, begin)
+                    memory.take_steps(self.kernels, begin, end)
+                    for row, state in zip(member_rows, memory.states):
                         if state is not None:
                             row.copy_(state)
                     if end == len(self.batches.shapes) and outputs is not None:
-                        outputs[c] = space.outputs(self.kernels)
+                        outputs[trial] = memory.outputs(self.kernels)
 
         threads = torch.get_num_threads()
-        self.spaces += [{} for _ in range(threads - len(self.spaces))]
+        self.memories += [{} for _ in range(threads - len(self.memories))]
         with ThreadPoolExecutor(threads) as pool:
             try:
                 # list() raises the error of a thread, if one failed.
-                list(pool.map(work, self.spaces[:threads]))
+                list(pool.map(work, self.memories[:threads]))
             finally:
                 stop.set()

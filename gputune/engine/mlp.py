@@ -52,7 +52,7 @@ _SLOPES = {
 Otherwise it takes the argument."""
 
 
-class Draws:
+class MlpDraws:
     """Draws of some steps ahead, (steps, layers, B, H) on the device.
 
     ``rows`` are the minibatch sizes B of the steps of an epoch. The steps of ``epochs`` epochs are
@@ -73,8 +73,9 @@ class Draws:
         self.rows = [*rows] * epochs
         self.seed = seed
         shape = (layers, max(rows), width)
-        self.room = max(1, _DRAW_BYTES // (4 * math.prod(shape)))
-        self.ahead = min(len(self.rows), self.room)
+        # most steps whose float32 draws fit into the buffer
+        self.max_ahead = max(1, _DRAW_BYTES // (4 * math.prod(shape)))
+        self.ahead = min(len(self.rows), self.max_ahead)
         self.buffer = torch.zeros((self.ahead, *shape), dtype=torch.float32, device=device)
         self.kernel = uniform_kernel(device) if device.type == "cuda" else None
 
@@ -85,26 +86,26 @@ class Draws:
         """
         if step % self.ahead:
             return
-        _, layers, most, width = self.buffer.shape
-        ahead = self.rows[step : step + self.ahead]
-        places = [divmod(step + slot, self.steps) for slot in range(len(ahead))]
-        if self.kernel is not None:
-            # Each epoch, step and layer has its own stream, so draws do not depend on the buffer's
-            # size.
-            keys = [
-                (epoch + more, within, layer) for more, within in places for layer in range(layers)
-            ]
-            seeds = [stream_seed(self.seed, "dropout", *key) & _SEED_BITS for key in keys]
-            counts = [rows * width for rows in ahead for _ in range(layers)]
-            draw_uniform(self.kernel, seeds, counts, self.buffer.view(-1, most * width))
-            return
-        drawn = torch.zeros(self.buffer.shape)
-        for slot, (rows, (more, within)) in enumerate(zip(ahead, places)):
+        _, layers, longest, width = self.buffer.shape
+        drawn = torch.zeros(self.buffer.shape) if self.kernel is None else None
+        seeds = []
+        counts = []
+        for slot, rows in enumerate(self.rows[step : step + self.ahead]):
+            later_epochs, epoch_step = divmod(step + slot, self.steps)
+            key = (epoch + later_epochs, epoch_step)
             for layer in range(layers):
-                drawn[slot, layer, :rows] = dropout_draw(
-                    self.seed, (epoch + more, within), layer, rows, width
-                )
-        self.buffer.copy_(drawn)
+                if drawn is not None:
+                    drawn[slot, layer, :rows] = dropout_draw(self.seed, key, layer, rows, width)
+                    continue
+                # Each epoch, step and layer has its own stream, so draws do not depend on the
+                # buffer's size.
+                seeds.append(stream_seed(self.seed, "dropout", *key, layer) & _SEED_BITS)
+                counts.append(rows * width)
+        if drawn is not None:
+            self.buffer.copy_(drawn)
+        elif self.kernel is not None:
+            # (slots * layers, B * H)
+            draw_uniform(self.kernel, seeds, counts, self.buffer.view(-1, longest * width))
 
     def at(self, step: Tensor, rows: int) -> Tensor:
         """Return the draws (layers, B, H) of a step. The step is read from a counter on the
@@ -119,14 +120,9 @@ def dropout_draw(seed: int, key: tuple[int, int], layer: int, rows: int, width: 
     ``key`` is (epoch, step).
     """
     drawn = torch.empty((rows, width), dtype=torch.float32, device="cpu")
-    if fill_uniform(stream_seed(seed, "dropout", *key, layer), [drawn]):
-        return drawn
-    return torch.rand(
-        drawn.shape,
-        generator=stream(seed, "dropout", *key, layer),
-        dtype=torch.float32,
-        device="cpu",
-    )
+    if not fill_uniform(stream_seed(seed, "dropout", *key, layer), [drawn]):
+        drawn.uniform_(generator=stream(seed, "dropout", *key, layer))
+    return drawn
 
 
 def draw_uniform(kernel: Kernel, seeds: Sequence[int], counts: Sequence[int], out: Tensor) -> None:
@@ -143,20 +139,23 @@ def uniform_kernel(device: torch.device) -> Kernel | None:
 
     The result is None, with a warning, if its numbers differ from PyTorch's numbers on a CPU.
     """
-    if (compiled := kernels(SOURCE, ("uniform",), device, torch.float32)) is None:
+    compiled = kernels(SOURCE, ("uniform",), device, torch.float32)
+    if compiled is None:
         return None
+    kernel = compiled[0]
     seeds = [0, 12345, _SEED_BITS]
     out = torch.zeros((3, 1500), device=device)
-    draw_uniform(compiled[0], seeds, [1500] * 3, out)
-    expected = [
-        torch.rand(1500, generator=torch.Generator().manual_seed(seed), device="cpu")
-        for seed in seeds
-    ]
-    if torch.equal(out.cpu(), torch.stack(expected)):
-        return compiled[0]
-    what = f"what {device} draws for dropout is not what PyTorch draws on a CPU"
-    warn(f"{what}: the CPU draws, which is slower.", RuntimeWarning)
-    return None
+    draw_uniform(kernel, seeds, [1500] * 3, out)
+    for seed, drawn in zip(seeds, out.cpu()):
+        generator = torch.Generator().manual_seed(seed)
+        if not torch.equal(drawn, torch.rand(1500, generator=generator, device="cpu")):
+            warn(
+                f"The dropout draws of {device} differ from PyTorch's draws on a CPU. The CPU "
+                "makes the draws, which is slower.",
+                RuntimeWarning,
+            )
+            return None
+    return kernel
 
 
 class StackedMLP:
@@ -192,36 +191,35 @@ class StackedMLP:
         self.depth = first["depth"] if kind == "mlp" else 0
         self.hidden = padded_width(max(hidden_widths(first))) if self.depth else 0
         self.activation = first["activation"]
-        rates = [c["dropout"] if self.depth else 0.0 for c in configs]
+        rates = [config["dropout"] for config in configs]
         self.rates = None
-        # Dropout rates (C, 1, 1).
-        if any(rates):
+        if self.depth and any(rates):
+            # dropout rates (C, 1, 1)
             self.rates = torch.tensor(rates, dtype=shape.dtype, device=shape.device)[:, None, None]
-            self.stays = 1 - self.rates
+            self.keep_rates = 1 - self.rates
         self.sizes = [shape.n_features, *[self.hidden] * self.depth, shape.n_outputs]
         folds = shape.folds
         trials = len(configs)
-        # One block per parameter. Only hidden matrices have the true sides of each trial, which
-        # muon needs.
         widths = [hidden_widths(config) for config in configs]
+        # One block per parameter. The first layer is one wide product over the trials of a fold.
         blocks = [
             Block("weight0", (folds, self.sizes[0], trials, self.sizes[1]), 2),
             Block("bias0", (folds, trials, self.sizes[1]), 1),
         ]
-        for layer, (a, b) in enumerate(zip(self.sizes[1:-1], self.sizes[2:]), start=1):
-            sides = (
-                tuple(max(own[layer - 1 : layer + 1]) for own in widths)
-                if layer < self.depth
-                else None
-            )
-            blocks.append(Block(f"weight{layer}", (folds, trials, a, b), 1, sides))
-            blocks.append(Block(f"bias{layer}", (folds, trials, 1, b), 1))
+        for layer in range(1, self.depth + 1):
+            n_in, n_out = self.sizes[layer : layer + 2]
+            sides = None
+            if layer < self.depth:
+                # muon needs the true sides of each trial's hidden matrices
+                sides = tuple(max(units[layer - 1 : layer + 1]) for units in widths)
+            blocks.append(Block(f"weight{layer}", (folds, trials, n_in, n_out), 1, sides))
+            blocks.append(Block(f"bias{layer}", (folds, trials, 1, n_out), 1))
         self.blocks = self.trained = Blocks(blocks)
         self.widest = max(self.sizes)
         self.mask = None
         if shape.present is not None:  # (F, 1, 1, K): -inf for classes that take no part
-            self.mask = torch.zeros(shape.present.shape, dtype=shape.dtype, device=shape.device)
-            self.mask = self.mask.masked_fill(~shape.present, -torch.inf)[:, None, None]
+            mask = torch.zeros(shape.present.shape, dtype=shape.dtype, device=shape.device)
+            self.mask = mask.masked_fill(~shape.present, -torch.inf)[:, None, None]
         self._workspaces: dict[int, _Workspace] = {}
 
     def start(self) -> Tensor:
@@ -235,15 +233,15 @@ class StackedMLP:
         for c, config in enumerate(self.configs):
             for layer, (n_in, n_out) in enumerate(self._true_sizes(config)):
                 generator = stream(self.seed, "start", layer, n_out, n_in)
+                size = n_out * n_in
                 draw = torch.rand(
-                    n_out * (n_in + 1), generator=generator, dtype=torch.float64, device="cpu"
+                    size + n_out, generator=generator, dtype=torch.float64, device="cpu"
                 )
                 # Uniform in [-1/sqrt(n_in), 1/sqrt(n_in)).
                 draw = ((2 * draw - 1) / math.sqrt(n_in)).to(flat.dtype)
-                views[f"weight{layer}"][:, c, :n_in, :n_out] = (
-                    draw[: n_out * n_in].view(n_out, n_in).T
-                )
-                views[f"bias{layer}"][:, c, ..., :n_out] = draw[n_out * n_in :]
+                weight = draw[:size].view(n_out, n_in).T
+                views[f"weight{layer}"][:, c, :n_in, :n_out] = weight
+                views[f"bias{layer}"][:, c, ..., :n_out] = draw[size:]
         return flat.to(self.shape.device)
 
     def _true_sizes(self, config: Config) -> list[tuple[int, int]]:
@@ -255,27 +253,33 @@ class StackedMLP:
         return by_copy(y, self.shape.n_outputs, self.shape.dtype)
 
     def subset(self, keep: list[int]) -> "StackedMLP":
-        configs = [self.configs[c] for c in keep]
-        loss = self.loss
         return StackedMLP(
-            self.kind, configs, self.shape, seed=self.seed, loss=loss, loss_number=self.loss_number
+            self.kind,
+            [self.configs[c] for c in keep],
+            self.shape,
+            seed=self.seed,
+            loss=self.loss,
+            loss_number=self.loss_number,
         )
 
     def member(self, params: Params, fold: int, trial: int) -> nn.Module:
         config = self.configs[trial]
         sizes = (self.shape.n_features, self.shape.n_outputs)
-        words = {key: config[key] for key in ("width", "depth", "activation", "dropout")}
-        module: MLP | LogisticRegression = (
-            MLP(*sizes, **words) if self.kind == "mlp" else LogisticRegression(*sizes)
-        )
+        module: MLP | LogisticRegression
+        if self.kind == "mlp":
+            keys = ("width", "depth", "activation", "dropout")
+            module = MLP(*sizes, **{key: config[key] for key in keys})
+        else:
+            module = LogisticRegression(*sizes)
         module = module.to(self.shape.dtype)
         with torch.no_grad():
             for layer, (n_in, n_out) in enumerate(self._true_sizes(config)):
+                # (F, D, C, H) -> (F, C, D, H) in the first layer
                 weight = params[f"weight{layer}"].movedim(2 if layer == 0 else 1, 1)[fold, trial]
-                plain = module.layers[layer]
-                assert isinstance(plain, nn.Linear)
-                plain.weight.copy_(weight[:n_in, :n_out].T)
-                plain.bias.copy_(params[f"bias{layer}"][fold, trial, ..., :n_out].flatten())
+                linear = module.layers[layer]
+                assert isinstance(linear, nn.Linear)
+                linear.weight.copy_(weight[:n_in, :n_out].T)
+                linear.bias.copy_(params[f"bias{layer}"][fold, trial, ..., :n_out].flatten())
         return module.eval()
 
     def outputs(
@@ -292,12 +296,12 @@ class StackedMLP:
             h = torch.baddbmm(params[f"bias{layer}"][fold], h, params[f"weight{layer}"][fold])
         return h
 
-    def draws(self, batches: Batches, *, ahead: bool) -> Draws | None:
-        del ahead  # always
+    def draws(self, batches: Batches, *, ahead: bool) -> MlpDraws | None:
+        del ahead  # these draws are always made ahead
         if self.rates is None:
             return None
         rows = [shape.parts[0].rows for shape in batches.shapes]
-        return Draws(
+        return MlpDraws(
             rows, layers=self.depth, width=self.hidden, seed=self.seed, device=self.shape.device
         )
 
@@ -310,25 +314,22 @@ class StackedMLP:
                 h = _DIFFERENTIABLE[self.activation](h)
                 if self.rates is not None and key is not None:
                     # one draw (B, H) for all members; each trial compares it with its own rate
+                    draw = dropout_draw(self.seed, key, layer - 1, *h.shape[1:])
                     keep = h.new_empty((len(self.configs), *h.shape[1:]))
-                    self._keep_units(
-                        dropout_draw(self.seed, key, layer - 1, *keep.shape[1:]).to(h.device), keep
-                    )
+                    self._keep_units(draw.to(h.device), keep)
                     # (F, C, B, H) * (C, B, H)
                     h = (h.view(-1, *keep.shape) * keep).flatten(0, 1)
             # (P, B, H) @ (P, H, H) -> (P, B, H); D inputs in the first layer, K outputs in the last
-            h = torch.baddbmm(
-                params[f"bias{layer}"].view(len(h), 1, -1), h, params[f"weight{layer}"]
-            )
+            bias = params[f"bias{layer}"].view(len(h), 1, -1)
+            h = torch.baddbmm(bias, h, params[f"weight{layer}"])
         return h
 
     def row_losses(self, outputs: Tensor, y: Tensor) -> Tensor:
         if not self.shape.regression or self.loss == "mse":
             return row_losses(outputs, y)
-        arguments = LOSSES[self.loss].arguments
-        return LOSSES[self.loss].rows(
-            outputs, y, **{name: outputs.new_tensor([self.loss_number]) for name in arguments}
-        )
+        loss = LOSSES[self.loss]
+        kwargs = {name: outputs.new_tensor([self.loss_number]) for name in loss.arguments}
+        return loss.rows(outputs, y, **kwargs)
 
     def layers(self) -> dict[str, int]:
         return {
@@ -337,72 +338,80 @@ class StackedMLP:
         }
 
     def gradient(self, params: Params, batch: Batch, grads: Params) -> None:
-        if (rows := batch.x.shape[1]) not in self._workspaces:
+        rows = batch.x.shape[1]
+        if rows not in self._workspaces:
             self._workspaces[rows] = _Workspace(self, rows)
-        space = self._workspaces[rows]
-        self._forward(params, batch, space)
+        workspace = self._workspaces[rows]
+        self._forward(params, batch, workspace)
         if self.mask is not None:
-            space.out.add_(self.mask)
+            workspace.out.add_(self.mask)
         # The members of a fold share their targets, or each trial has its own.
         y = batch.y.view(self.shape.folds, -1, *batch.y.shape[1:])  # (F, 1 or C, B, K)
         if self.shape.regression:
-            number_slope_(space.out, y, batch.share, loss=self.loss, number=self.loss_number)
+            number_slope_(workspace.out, y, batch.share, loss=self.loss, number=self.loss_number)
         else:
-            cross_entropy_slope_(space.out, y, batch.share)
-        self._backward(params, batch, space, grads)
+            cross_entropy_slope_(workspace.out, y, batch.share)
+        self._backward(params, batch, workspace, grads)
 
-    def _forward(self, params: Params, batch: Batch, space: "_Workspace") -> None:
+    def _forward(self, params: Params, batch: Batch, workspace: "_Workspace") -> None:
         """Compute the outputs (F, C, B, K) of a minibatch and the tensors of the backward pass."""
-        z = self._first_layer(params, batch, space)  # (F, C, B, H)
+        z = self._first_layer(params, batch, workspace)  # (F, C, B, H)
         if self.rates is not None:
             assert isinstance(batch.draws, Tensor)
-            self._keep_units(batch.draws[:, None], space.keep)
+            self._keep_units(batch.draws[:, None], workspace.keep)
         for layer in range(1, self.depth + 1):
-            h = _activate(self.activation, z, out=space.active[layer - 1])
+            h = _activate(self.activation, z, out=workspace.active[layer - 1])
             if self.rates is not None:
-                h = torch.mul(h, space.keep[layer - 1], out=space.dropped[layer - 1])
-            out = space.out if layer == self.depth else space.linear[layer]
+                h = torch.mul(h, workspace.keep[layer - 1], out=workspace.dropped[layer - 1])
+            out = workspace.out if layer == self.depth else workspace.linear[layer]
             weight = params[f"weight{layer}"].flatten(0, 1)
             bias = params[f"bias{layer}"].flatten(0, 1)
             # (P, B, H) @ (P, H, H) -> (P, B, H); K outputs in the last layer
             torch.baddbmm(bias, h.flatten(0, 1), weight, out=out.flatten(0, 1))
             z = out
 
-    def _first_layer(self, params: Params, batch: Batch, space: "_Workspace") -> Tensor:
+    def _first_layer(self, params: Params, batch: Batch, workspace: "_Workspace") -> Tensor:
         """Compute the first layer (F, C, B, H), in a wide product if the members of a fold share
         their rows."""
-        weight = params["weight0"]
-        bias = params["bias0"]
-        if len(batch.x) == self.shape.folds:  # one fold's members share their rows
+        weight = params["weight0"]  # (F, D, C, H)
+        bias = params["bias0"]  # (F, C, H)
+        z = workspace.linear[0]
+        if self._shares_rows(batch):
             # (F, B, D) @ (F, D, C*H) -> (F, B, C*H)
-            torch.baddbmm(bias.flatten(1)[:, None], batch.x, weight.flatten(2), out=space.wide)
-            z = space.by_trial
-        else:
-            z = space.linear[0]
+            torch.baddbmm(bias.flatten(1)[:, None], batch.x, weight.flatten(2), out=workspace.wide)
+            z = workspace.by_trial
+        elif z.is_cuda:
             # Copying the weights costs less than launching an operation for each fold.
-            if z.is_cuda:
-                copy = weight.movedim(2, 1).flatten(0, 1)
-                # (P, B, D) @ (P, D, H) -> (P, B, H)
-                torch.baddbmm(bias.flatten(0, 1)[:, None], batch.x, copy, out=z.flatten(0, 1))
-            else:
-                x = batch.x.view(self.shape.folds, len(self.configs), *batch.x.shape[1:])
-                for f in range(self.shape.folds):
-                    # (C, B, D) @ (C, D, H) -> (C, B, H)
-                    torch.baddbmm(bias[f][:, None], x[f], weight[f].movedim(1, 0), out=z[f])
-        return z if self.depth else space.out.copy_(z)
+            copy = weight.movedim(2, 1).flatten(0, 1)
+            # (P, B, D) @ (P, D, H) -> (P, B, H)
+            torch.baddbmm(bias.flatten(0, 1)[:, None], batch.x, copy, out=z.flatten(0, 1))
+        else:
+            x = batch.x.view(*z.shape[:2], *batch.x.shape[1:])  # (F, C, B, D)
+            for f in range(self.shape.folds):
+                # (C, B, D) @ (C, D, H) -> (C, B, H)
+                torch.baddbmm(bias[f][:, None], x[f], weight[f].movedim(1, 0), out=z[f])
+        return z if self.depth else workspace.out.copy_(z)
+
+    def _shares_rows(self, batch: Batch) -> bool:
+        """Return whether the members of a fold share their rows, so that x is (F, B, D)."""
+        return len(batch.x) == self.shape.folds
 
     def _keep_units(self, draw: Tensor, keep: Tensor) -> None:
         """Fill ``keep`` (C, B, H) with 1/(1-p) for each unit that stays, and with 0 for the
         others."""
         assert self.rates is not None
-        torch.ge(draw, self.rates, out=keep).div_(self.stays)
+        torch.ge(draw, self.rates, out=keep).div_(self.keep_rates)
 
-    def _backward(self, params: Params, batch: Batch, space: "_Workspace", grads: Params) -> None:
-        """Compute the gradients of all parameters from the slope of the loss in ``space.out``."""
-        slope = space.out  # (F, C, B, width of this layer)
-        below, spare = space.slopes
+    def _backward(
+        self, params: Params, batch: Batch, workspace: "_Workspace", grads: Params
+    ) -> None:
+        """Compute the gradients of all parameters from the slope of the loss in ``workspace.out``."""
+        slope = workspace.out  # (F, C, B, width of this layer)
+        below, spare = workspace.slopes
+        shares_rows = self._shares_rows(batch)
         for layer in range(self.depth, 0, -1):
-            h = space.dropped[layer - 1] if self.rates is not None else space.active[layer - 1]
+            active = workspace.active[layer - 1]
+            h = active if self.rates is None else workspace.dropped[layer - 1]
             flat = slope.flatten(0, 1)
             # (P, H, B) @ (P, B, H) -> (P, H, H)
             torch.bmm(h.flatten(0, 1).mT, flat, out=grads[f"weight{layer}"].flatten(0, 1))
@@ -410,33 +419,33 @@ class StackedMLP:
             # (P, B, H) @ (P, H, H) -> (P, B, H)
             torch.bmm(flat, params[f"weight{layer}"].flatten(0, 1).mT, out=below.flatten(0, 1))
             if self.rates is not None:
-                below.mul_(space.keep[layer - 1])
-            wide = layer == 1 and len(batch.x) == self.shape.folds
-            z = space.by_trial if wide else space.linear[layer - 1]
-            h = space.active[layer - 1]
-            slope = space.by_trial if wide else below
-            if self.activation == "relu":
-                aten.threshold_backward.grad_input(below, h, 0, grad_input=slope)
+                below.mul_(workspace.keep[layer - 1])
+            if layer == 1 and shares_rows:
+                z = slope = workspace.by_trial
             else:
-                rule, of_value = _SLOPES[self.activation]
-                rule.grad_input(below, h if of_value else z, grad_input=slope)
+                z = workspace.linear[layer - 1]
+                slope = below
+            if self.activation == "relu":
+                aten.threshold_backward.grad_input(below, active, 0, grad_input=slope)
+            else:
+                kernel, takes_value = _SLOPES[self.activation]
+                kernel.grad_input(below, active if takes_value else z, grad_input=slope)
             # The buffers swap: a slope must not overwrite the slope that it is computed from.
             below, spare = spare, below
         if self.depth == 0:
-            slope = space.by_trial.copy_(space.out)
-        if len(batch.x) == self.shape.folds:
+            slope = workspace.by_trial.copy_(workspace.out)
+        if shares_rows:
             # (F, D, B) @ (F, B, C*H) -> (F, D, C*H)
-            torch.bmm(batch.x.mT, space.wide, out=grads["weight0"].flatten(2))
-            torch.sum(space.wide, 1, out=grads["bias0"].flatten(1))
+            torch.bmm(batch.x.mT, workspace.wide, out=grads["weight0"].flatten(2))
+            torch.sum(workspace.wide, 1, out=grads["bias0"].flatten(1))
             return
-        x = batch.x.view(*slope.shape[:2], *batch.x.shape[1:])
         if slope.is_cuda:
             # (P, D, B) @ (P, B, H) -> (P, D, H)
-            product = torch.bmm(batch.x.mT, slope.flatten(0, 1)).view(
-                *slope.shape[:2], x.shape[-1], -1
-            )
-            grads["weight0"].copy_(product.movedim(1, 2))
+            product = torch.bmm(batch.x.mT, slope.flatten(0, 1))
+            by_trial = product.view(*slope.shape[:2], *product.shape[1:])  # (F, C, D, H)
+            grads["weight0"].copy_(by_trial.movedim(1, 2))
         else:
+            x = batch.x.view(*slope.shape[:2], *batch.x.shape[1:])  # (F, C, B, D)
             for f in range(self.shape.folds):
                 # (C, D, B) @ (C, B, H) -> (C, D, H)
                 grads["weight0"][f].copy_(torch.bmm(x[f].mT, slope[f]).movedim(0, 1))
@@ -457,33 +466,30 @@ class _Workspace:
         def empty(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=net.shape.dtype, device=net.shape.device)
 
-        def members(width: int) -> Tensor:
-            return empty(folds, trials, rows, width)
+        def for_layers(layers: int, width: int = net.hidden) -> list[Tensor]:
+            return [empty(folds, trials, rows, width) for _ in range(layers)]
 
         # (F, B, C*H)
         self.wide = empty(folds, rows, trials * first)
         self.by_trial = self.wide.view(folds, rows, trials, first).movedim(2, 1)  # (F, C, B, H)
-        self.linear = [members(width) for width in net.sizes[1 : net.depth + 1]] or [members(first)]
+        self.linear = for_layers(max(1, net.depth), first)
         # relu and tanh have a gradient that follows from their value, so the value may overwrite
         # the argument.
         in_place = net.activation in ("relu", "tanh")
-        self.active = (
-            self.linear[: net.depth]
-            if in_place
-            else [members(net.hidden) for _ in range(net.depth)]
-        )
-        dropping = net.depth if net.rates is not None else 0
-        self.dropped = [members(net.hidden) for _ in range(dropping)]
+        self.active = self.linear if in_place else for_layers(net.depth)
+        dropping = 0 if net.rates is None else net.depth
+        self.dropped = for_layers(dropping)
         self.keep = empty(dropping, trials, rows, net.hidden)
-        self.out = members(net.shape.n_outputs)
-        self.slopes = members(net.hidden), members(net.hidden)
+        (self.out,) = for_layers(1, net.shape.n_outputs)
+        self.slopes = for_layers(2)
 
 
 def _activate(name: str, z: Tensor, out: Tensor | None = None) -> Tensor:
     """Return the activation of ``z``, written into ``out``. The result is dense for any layout of
     ``z``."""
-    out = torch.empty(z.shape, dtype=z.dtype, device=z.device) if out is None else out
+    if out is None:
+        out = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     if name == "relu":
         return torch.clamp_min(z, 0, out=out)
-    {"tanh": aten.tanh.out, "gelu": aten.gelu.out, "silu": aten.silu.out}[name](z, out=out)
+    getattr(aten, name).out(z, out=out)
     return out

@@ -55,7 +55,7 @@ _CACHE_BYTES = 16 << 20
 _COMPILED_BYTES = 64 << 20
 # For a compiled user's module, whose chunks each take some tenths of a second to begin.
 _CODED_BYTES = 256 << 20
-_FEW = 3  # trials of the first chunk, which gives an early answer
+_FIRST_TRIALS = 3  # trials of the first chunk, which gives an early answer
 _FREE_SHARE = 0.8  # of the free GPU memory
 # Share of the limit beyond which memory is measured, because an estimate is not accurate enough.
 _MEASURED_SHARE = 0.5
@@ -66,7 +66,7 @@ _WORKERS_PAY = 3.0
 _GPUS_PAY = 600.0
 # Seconds from which a second thread pays off, if nothing can be cut.
 _THREADS_PAY = 10.0
-_WORDS: Mapping[Backend, str] = {
+_BACKEND_NAMES: Mapping[Backend, str] = {
     "compiled": "compiled",
     "kernel": "by the kernel",
     "graph": "recorded",
@@ -103,58 +103,52 @@ def trial_cost(
     config = population.configs[0]
     folds = data.n_folds
     item = data.dtype.itemsize
+    adapts = config["optimizer"] in ONLINE
+    averages = bool(config["ema"])
     longest = max(len(fold.train) for fold in data.folds)
     batch_sizes = np.array([min(c["batch_size"], longest) for c in population.configs])
+    steps = -(-longest // batch_sizes)  # rounded up: the last minibatch may be short
     layers, size, units = _shape(population, data, parameters)
-    momenta = (c["momentum"] for c in population.configs)
-    moments = _CLASS_MOMENTS if class_of(config) else n_moments(config["optimizer"], momenta)
+    if class_of(config):
+        moments = _CLASS_MOMENTS
+    else:
+        moments = n_moments(config["optimizer"], (c["momentum"] for c in population.configs))
     # A parameter that waits has: itself, its moments, the state of its adaptive rate, its average.
-    state_bytes = (
-        folds
-        * item
-        * size
-        * (1 + moments + 3 * (config["optimizer"] in ONLINE) + bool(config["ema"]))
-    )
-    longest_scored = max(len(fold.valid) for fold in data.folds) * data.n_outputs
+    state_bytes = folds * item * size * (1 + moments + 3 * adapts + averages)
+    valid_rows = [len(fold.valid) for fold in data.folds]
+    longest_scored = max(valid_rows) * data.n_outputs
     if backend in BY_MEMBER and population.kind != "module":
         # Every member takes its own steps, and its working memory belongs to the thread.
         row_seconds = 3 * _COMPILED_PRODUCT_SECONDS * size + _COMPILED_ACTIVATION_SECONDS * units
-        of_step = (
-            _COMPILED_STEP_SECONDS + _COMPILED_PARAMETER_SECONDS * size + batch_sizes * row_seconds
-        )
+        update_seconds = _COMPILED_STEP_SECONDS + _COMPILED_PARAMETER_SECONDS * size
+        trial_seconds = (steps * (update_seconds + batch_sizes * row_seconds)).mean()
         # Outputs of all folds, and the terms of the scores of one fold.
-        scored = sum(len(fold.valid) for fold in data.folds) * data.n_outputs + 4 * longest_scored
-        trial_bytes = item * ((3 + bool(config["ema"])) * folds * size + scored)
-        return Cost(
-            trial_bytes,
-            state_bytes,
-            # -(-a // b) rounds up: the last minibatch may be short.
-            folds * float((-(-longest // batch_sizes) * of_step).mean()),
-            0.0,
-        )
-    steps = int(-(-longest // batch_sizes.min()))
+        scored = sum(valid_rows) * data.n_outputs + 4 * longest_scored
+        trial_bytes = item * ((3 + averages) * folds * size + scored)
+        return Cost(trial_bytes, state_bytes, folds * float(trial_seconds), 0.0)
+    most_steps = int(steps.max())
     rows = int(batch_sizes.max())
     units = max(units, _WIDE_LAYERS * widest)
-    activations = rows * (4 * units + 3 * data.n_outputs) + (rows * data.row_numbers) // len(
-        batch_sizes
-    )
-    dropout = 2 * rows * units if config["dropout"] else 0
+    input_numbers = (rows * data.row_numbers) // len(batch_sizes)
+    activations = rows * (4 * units + 3 * data.n_outputs) + input_numbers
+    if config["dropout"]:
+        activations += 2 * rows * units
     # An optimizer that adapts its rate also keeps the last direction.
-    buffers = _BUFFERS + (config["optimizer"] in ONLINE) + bool(config["ema"])
+    buffers = _BUFFERS + adapts + averages
+    # The outputs on the validation rows exist twice: in the working precision of the scores, and
+    # as their terms.
+    trial_bytes = item * (folds * (buffers * size + activations) + 5 * longest_scored)
     member_seconds = (
         _PARAMETER_SECONDS * size
         + 3 * _PRODUCT_SECONDS * rows * size
         + _ACTIVATION_SECONDS * rows * units
     )
-    looped = backend == "loop"
+    step_seconds = layers * _STEP_SECONDS
+    if backend == "loop":  # each member pays for its own operations
+        member_seconds += step_seconds
+        step_seconds = 0.0
     return Cost(
-        # The outputs on the validation rows exist twice: in the working precision of the scores,
-        # and as their terms.
-        trial_bytes=folds * item * (buffers * size + activations + dropout)
-        + item * 5 * longest_scored,
-        state_bytes=state_bytes,
-        trial_seconds=folds * steps * (member_seconds + looped * layers * _STEP_SECONDS),
-        step_seconds=0.0 if looped else steps * layers * _STEP_SECONDS,
+        trial_bytes, state_bytes, folds * most_steps * member_seconds, most_steps * step_seconds
     )
 
 
@@ -203,7 +197,7 @@ class Plan:
     state_bytes: int = 0
     cache_bytes: int | None = None
     ways: tuple[Backend, ...] = ()
-    gpus: bool = False  # whether each worker has a GPU
+    gpus: bool = False
     failures: tuple[str, ...] = ()
 
     @property
@@ -219,18 +213,21 @@ class Plan:
         worker then takes the shortest chunk first. Several workers take the longest first, so that
         they end together.
         """
-        ordered = list(zip(self.chunks, self.ways))
+        chunks = list(self.chunks)
+        ways = list(self.ways)
         if self.workers == 1:
-            ordered.reverse()
-        place = next(at for at, (chunk, _) in enumerate(ordered) if 0 in chunk.index)
-        chunk, way = ordered.pop(place)
+            chunks.reverse()
+            ways.reverse()
+        place = next(place for place, chunk in enumerate(chunks) if 0 in chunk.index)
+        chunk = chunks.pop(place)
+        way = ways.pop(place)
         # Each thread has two members or more.
-        few = max(_FEW, -(-2 * self.threads // folds))
-        if way == "compiled" and chunk.kind != "module" and len(chunk.index) >= 2 * few:
-            ordered.insert(place, (chunk.part(few, len(chunk.index)), way))
-            chunk = chunk.part(0, few)
-        ordered.insert(0, (chunk, way))
-        return replace(self, chunks=tuple(c for c, _ in ordered), ways=tuple(w for _, w in ordered))
+        trials = max(_FIRST_TRIALS, -(-2 * self.threads // folds))
+        if way == "compiled" and chunk.kind != "module" and len(chunk.index) >= 2 * trials:
+            chunks.insert(place, chunk.part(trials, len(chunk.index)))
+            ways.insert(place, way)
+            chunk = chunk.part(0, trials)
+        return replace(self, chunks=(chunk, *chunks), ways=(way, *ways))
 
     def __str__(self) -> str:
         sizes = [len(chunk.index) for chunk in self.chunks]
@@ -242,22 +239,23 @@ class Plan:
             place = f"on {self.workers} GPUs"
         if self.cluster:
             place = f"on {count(self.workers, 'Ray worker')}"
-        ways = [way for way in _WORDS if way in self.ways]
-        many = {way: f"{self.ways.count(way)} " if len(ways) > 1 else "" for way in ways}
-        how = "".join(f", {many[way]}{_WORDS[way]}" for way in ways)
-        if self.cache_bytes is not None:
-            in_memory = min(self.state_bytes, self.cache_bytes)
-            waiting = {"main memory": in_memory, "files": self.state_bytes - in_memory}
-            parts = " and ".join(
-                f"{size_words(size)} in {where}" for where, size in waiting.items() if size
-            )
-            how += f"; states that wait for a rung take up to {parts}"
-        how += "".join(f"; {failure}" for failure in self.failures)
-        return (
+        text = (
             f"{count(sum(sizes), 'trial')} in {count(len(sizes), 'chunk')} of {trials}, about "
             f"{size_words(self.chunk_bytes)} a chunk and {size_words(self.data_bytes)} of data, "
-            f"{place}{how}"
+            f"{place}"
         )
+        for way, name in _BACKEND_NAMES.items():
+            chunks = self.ways.count(way)
+            if chunks:
+                text += f", {name}" if chunks == len(self.ways) else f", {chunks} {name}"
+        if self.cache_bytes is not None:
+            in_memory = min(self.state_bytes, self.cache_bytes)
+            in_files = self.state_bytes - in_memory
+            parts = [f"{size_words(in_memory)} in main memory"] if in_memory else []
+            if in_files:
+                parts.append(f"{size_words(in_files)} in files")
+            text += f"; states that wait for a rung take up to {' and '.join(parts)}"
+        return "; ".join([text, *self.failures])
 
 
 @dataclass(frozen=True)
@@ -279,10 +277,12 @@ class _Piece:
     def cut(self, number: int) -> list["_Piece"]:
         """Cut the chunk into ``number`` pieces of equal size, or into single trials if there are
         fewer."""
-        parts = np.array_split(np.arange(len(self.chunk.index)), min(number, len(self.chunk.index)))
-        return [
-            replace(self, chunk=self.chunk.part(int(part[0]), int(part[-1]) + 1)) for part in parts
-        ]
+        trials = len(self.chunk.index)
+        pieces = []
+        for part in np.array_split(np.arange(trials), min(number, trials)):
+            chunk = self.chunk.part(int(part[0]), int(part[-1]) + 1)
+            pieces.append(replace(self, chunk=chunk))
+        return pieces
 
     def halves(self, seconds: float) -> list["_Piece"]:
         """Halve the chunk until no piece takes longer than ``seconds``.
@@ -291,7 +291,8 @@ class _Piece:
         """
         if self.seconds <= seconds or len(self.chunk.index) == 1:
             return [self]
-        return [part for half in reversed(self.cut(2)) for part in half.halves(seconds)]
+        first, second = self.cut(2)
+        return [*second.halves(seconds), *first.halves(seconds)]
 
 
 @dataclass(frozen=True)
@@ -328,18 +329,17 @@ class Planner:
 
     def plan(self, populations: Sequence[Population], epochs: int) -> Plan:
         """Return the plan to train populations for ``epochs`` epochs."""
-        pieces = [piece for population in populations for piece in self._pieces(population, epochs)]
-        if (
-            self.cost_of is None
-            and self.workers in (None, 1)
-            and all(piece.way == "compiled" for piece in pieces)
-        ):
+        pieces: list[_Piece] = []
+        for population in populations:
+            pieces += self._pieces(population, epochs)
+        ways = {piece.way for piece in pieces}
+        if self.cost_of is None and self.workers in (None, 1) and ways <= {"compiled"}:
             # Threads share the members of a chunk, and start at no cost.
             workers = 1
             threads = cores()
         else:
             pieces, workers, threads = self._among_workers(pieces)
-        pieces = sorted(pieces, key=lambda piece: -piece.seconds)
+        pieces.sort(key=lambda piece: -piece.seconds)
         return Plan(
             chunks=tuple(piece.chunk for piece in pieces),
             workers=workers,
@@ -362,24 +362,26 @@ class Planner:
         if self.cost_of is not None:
             cost = self.cost_of(population, cost)
         if way == "compiled":
-            most = _CODED_BYTES if population.kind == "module" else _COMPILED_BYTES
+            useful = _CODED_BYTES if population.kind == "module" else _COMPILED_BYTES
         else:
             free = free_of_gpu(self.data.device) if self.data.device.type == "cuda" else self.free
-            most = _CACHE_BYTES if free is None else int(_FREE_SHARE * free)
-        limit = min(most, self.memory or most) if self.cost_of is None else self.memory or most
-        near = len(population.index) * cost.trial_bytes > _MEASURED_SHARE * limit
-        if self.measure is not None and (near or population.kind == "module"):
+            useful = _CACHE_BYTES if free is None else int(_FREE_SHARE * free)
+        limit = self.memory or useful
+        if self.cost_of is None:
+            limit = min(limit, useful)
+        is_near = len(population.index) * cost.trial_bytes > _MEASURED_SHARE * limit
+        if self.measure is not None and (is_near or population.kind == "module"):
             need = self.measure(population, limit // cost.trial_bytes)
             if need is not None:
                 cost = replace(cost, trial_bytes=need.trial)
                 limit = limit - need.once
-        whole = _Piece(population, cost, epochs, way)
+        piece = _Piece(population, cost, epochs, way)
         # Stacking gains nothing here, and single trials react to a stop request earlier.
         if way == "loop" and self.cost_of is None:
-            return whole.cut(len(population.index))
+            return piece.cut(len(population.index))
         # Chunks are not cut by time. Checkpoints keep the progress of a long chunk. They cost less
         # than the overhead of every step, which each piece would pay again.
-        return whole.cut(-(-len(population.index) // max(1, limit // cost.trial_bytes)))
+        return piece.cut(-(-len(population.index) // max(1, limit // cost.trial_bytes)))
 
     def _among_workers(self, pieces: list[_Piece]) -> tuple[list[_Piece], int, int]:
         """Return the pieces for the workers, the number of workers, and the threads of each worker.
@@ -390,23 +392,21 @@ class Planner:
         workers = self.workers
         on_gpu = self.data.device.type == "cuda"
         if workers is None:
-            most, pays = (self.gpus, _GPUS_PAY) if on_gpu else (cores(), _WORKERS_PAY)
-            workers = most if total > pays else 1
+            available = self.gpus if on_gpu else cores()
+            workers = available if total > (_GPUS_PAY if on_gpu else _WORKERS_PAY) else 1
         # Two shares for each worker, so that workers end at about the same time.
         share = total / (2 * workers) if workers > 1 else math.inf
-        # Only long pieces are split, one part for each GPU: a short chunk would not be faster.
-        if on_gpu:
-            pieces = [
-                part
-                for piece in pieces
-                for part in piece.cut(workers if piece.seconds > share else 1)
-            ]
-        else:
-            pieces = [part for piece in reversed(pieces) for part in piece.halves(share)]
-        workers = min(workers, len(pieces))
+        cut: list[_Piece] = []
+        for piece in pieces if on_gpu else reversed(pieces):
+            if on_gpu:
+                # Only long pieces, one part for each GPU: a short chunk would not be faster.
+                cut += piece.cut(workers if piece.seconds > share else 1)
+            else:
+                cut += piece.halves(share)
+        workers = min(workers, len(cut))
         # Products this small lose time to a second thread. Only a long run that cannot be cut has a
         # use for one.
-        return pieces, workers, cores() if workers == 1 and total > _THREADS_PAY else 1
+        return cut, workers, cores() if workers == 1 and total > _THREADS_PAY else 1
 
 
 def parse_memory(memory: object) -> int | None:
@@ -418,19 +418,19 @@ def parse_memory(memory: object) -> int | None:
         return None
     text = str(memory).strip().upper().replace("IB", "B")
     units = {"KB": 2**10, "MB": 2**20, "GB": 2**30, "TB": 2**40, "B": 1}
-    unit = next((u for u in units if text.endswith(u)), "")
+    unit = next((unit for unit in units if text.endswith(unit)), "")
     value = -1.0
     with suppress(ValueError):
         value = float(text.removesuffix(unit).strip()) * units.get(unit, 1)
-    if isinstance(memory, bool) or not 0 < value < float("inf"):
+    if isinstance(memory, bool) or not 0 < value < math.inf:
         raise InputError(
-            f"memory is a number of bytes or text such as '8GB', above 0, got {memory!r}."
+            "memory", "must be a positive number of bytes, or text such as '8GB'", got=memory
         )
     return max(1, int(value))
 
 
 def cores() -> int:
     """Return the number of cores that this process may use."""
-    return (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    )
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -26,7 +26,7 @@ _KEPT_BYTES = 32 << 20
 
 _OF_HOST = frozenset(
     """StackedMLP.configs StackedModule.configs Batches.sizes Batches.steps Batches.host_taken Batches.shapes
-    Batches.epoch Draws.rows ModuleDraws.rows""".split()
+    Batches.epoch MlpDraws.rows ModuleDraws.rows""".split()
 )
 """Attributes that only the host reads, between steps. They are taken from the new chunk."""
 
@@ -45,13 +45,13 @@ class _Unlike(Exception):
     """Raised if a recorded step of one chunk cannot be used for the other chunk."""
 
 
-class Fits:
+class ChunkPool:
     """Knowledge and memory that the chunks of one search leave to later chunks in the same process.
 
     ``trials`` has the number of trials of each tensor shape that fitted into memory. A number that
     failed once is not tried again. ``chunks`` has the last chunk with recorded steps of each shape,
     and the next chunk of that shape trains in its memory. Within a process, all copies of a
-    search's ``Fits`` are one object, however often jobs bring it there.
+    search's pool are one object, however often jobs bring it there.
     """
 
     def __init__(self) -> None:
@@ -69,7 +69,8 @@ class Fits:
 
     def keep_timed(self, chunk: StackedChunk) -> None:
         """Keep a timed chunk if the limit in bytes allows it."""
-        if not self.timed or sum(kept.nbytes for kept in (*self.timed, chunk)) <= _KEPT_BYTES:
+        nbytes = chunk.nbytes + sum(timed.nbytes for timed in self.timed)
+        if not self.timed or nbytes <= _KEPT_BYTES:
             self.timed.append(chunk)
 
     def drop_timed(self, configs: Sequence[Config]) -> None:
@@ -81,49 +82,47 @@ class Fits:
     ) -> StackedChunk | None:
         """Return the timed chunk of these trials and remove it. The result is None without such a
         chunk."""
-        found = [chunk for chunk in self.timed if chunk.configs == list(network.configs)]
-        self.drop_timed(network.configs)
-        return (
-            found[0]
-            if found and found[0].is_made_with(validation, recorded=False, **options)
-            else None
-        )
+        configs = list(network.configs)
+        timed = next((chunk for chunk in self.timed if chunk.configs == configs), None)
+        self.drop_timed(configs)
+        if timed is not None and timed.is_made_with(validation, recorded=False, **options):
+            return timed
+        return None
 
-    def take(
-        self, network: Network, validation: Validation, *, recorded: bool, **options: int
-    ) -> StackedChunk:
+    def take(self, network: Network, validation: Validation, **options: Any) -> StackedChunk:
         """Return a chunk of these trials at their start: a kept chunk if possible, or else a new
         one."""
-        kept = self.chunks.pop(_key(network), None)
+        pooled = self.chunks.pop(_key(network), None)
         trials = len(network.configs)
         if (
-            kept is not None
-            and kept.is_made_with(validation, recorded=recorded, **options)
-            and kept.holds(trials)
+            pooled is not None
+            and pooled.is_made_with(validation, **options)
+            and pooled.holds(trials)
         ):
-            # Surplus slots of the kept chunk repeat the last trial and are dropped below.
-            places = [min(slot, trials - 1) for slot in range(len(kept.slots))]
-            like = StackedChunk(network.subset(places), validation, recorded=recorded, **options)
-            if take_over(kept, like):
-                kept.keep(np.arange(len(places)) < trials)
-                return kept
-            del like
-        del kept  # frees its memory before more is taken
-        return StackedChunk(network, validation, recorded=recorded, **options)
+            # Surplus slots of the pooled chunk repeat the last trial and are dropped below.
+            places = [min(slot, trials - 1) for slot in range(len(pooled.slots))]
+            new = StackedChunk(network.subset(places), validation, **options)
+            if take_over(pooled, new):
+                pooled.keep(np.arange(len(places)) < trials)
+                return pooled
+            del new
+        del pooled  # frees its memory before more is taken
+        return StackedChunk(network, validation, **options)
 
-    def give(self, chunk: object) -> None:
+    def add(self, chunk: object) -> None:
         """Keep a trained chunk if it takes recorded steps. The oldest chunks go if all are too
         large."""
         if isinstance(chunk, StackedChunk) and chunk.steps.begun:
             self.chunks[_key(chunk.network)] = chunk
-            while sum(kept.nbytes for kept in self.chunks.values()) > _KEPT_BYTES:
+            while sum(pooled.nbytes for pooled in self.chunks.values()) > _KEPT_BYTES:
                 del self.chunks[next(iter(self.chunks))]
 
-    def most(self, chunk: Population) -> int:
+    def trials_at_once(self, chunk: Population) -> int:
         """Return the number of trials of a chunk to train at once."""
-        return min(len(chunk.index), self.trials.get(shape_of(chunk), len(chunk.index)))
+        trials = len(chunk.index)
+        return min(trials, self.trials.get(shape_of(chunk), trials))
 
-    def refused(self, chunk: Population) -> None:
+    def note_too_big(self, chunk: Population) -> None:
         """Remember that a chunk did not fit. The next chunk of its shape begins with half of its
         trials."""
         self.chunks = {}
@@ -132,22 +131,22 @@ class Fits:
 
     def __reduce__(self) -> tuple[object, ...]:
         # Another process receives only the numbers of trials, not the chunks.
-        return _here, (self.token, self.trials)
+        return _pool_of, (self.token, self.trials)
 
 
-_arrived: dict[str, Fits] = {}  # only of the last search that sent a job to this process
+_pools: dict[str, ChunkPool] = {}  # only of the last search that sent a job to this process
 
 
-def _here(token: str, trials: Mapping[object, int]) -> Fits:
-    """Return this process's ``Fits`` of a search, updated with the numbers of the sender."""
-    if token not in _arrived:
-        _arrived.clear()
-        _arrived[token] = Fits()
-    known = _arrived[token]
-    known.token = token
+def _pool_of(token: str, trials: Mapping[object, int]) -> ChunkPool:
+    """Return this process's ``ChunkPool`` of a search, updated with the numbers of the sender."""
+    if token not in _pools:
+        _pools.clear()
+        _pools[token] = ChunkPool()
+    pool = _pools[token]
+    pool.token = token
     for shape, number in trials.items():
-        known.trials[shape] = min(number, known.trials.get(shape, number))
-    return known
+        pool.trials[shape] = min(number, pool.trials.get(shape, number))
+    return pool
 
 
 def _key(network: Network) -> Hashable:
@@ -158,26 +157,30 @@ def _key(network: Network) -> Hashable:
     return shape, sizes.pop() if len(sizes) == 1 else None
 
 
-def take_over(chunk: StackedChunk, like: StackedChunk) -> bool:
-    """Copy the values of the chunk ``like`` into the memory of ``chunk``.
+def take_over(chunk: StackedChunk, new: StackedChunk) -> bool:
+    """Copy the values of the chunk ``new`` into the memory of ``chunk``.
 
     Returns False, and changes nothing, if the chunks are not alike.
     """
-    mine, theirs = ([one._network, one.batches, one.update, one.draws] for one in (chunk, like))
-    if _constants(chunk._network) != _constants(like._network):
+    if _constants(chunk._network) != _constants(new._network):
         return False
     try:
-        pairs = list(_pairs(mine, theirs))
+        pairs = list(_pairs(_parts(chunk), _parts(new)))
     except _Unlike:
         return False
-    for own, value in [*pairs, (chunk._flat, like._flat)]:
-        if isinstance(own, Tensor):
-            own.copy_(value)
+    for target, value in pairs:
+        if isinstance(target, Tensor):
+            target.copy_(value)
         else:
-            owner, name = own
+            owner, name = target
             setattr(owner, name, value)
-    chunk.restart(like.configs)
+    chunk.restart(new.configs)
     return True
+
+
+def _parts(chunk: StackedChunk) -> list[object]:
+    """Return the parts of a chunk that its recorded steps read."""
+    return [chunk._network, chunk.batches, chunk.update, chunk.draws, chunk._flat]
 
 
 def _constants(network: Network) -> object:
@@ -186,42 +189,50 @@ def _constants(network: Network) -> object:
     if not isinstance(network, ModuleNetwork):
         return None
     config = network.configs[0]
-    named = network.objective.is_named
-    return arguments_text(config), [
-        (k, repr(v)) for k, v in config.items() if not named and k.startswith("loss__")
+    if network.objective.is_named:
+        return arguments_text(config)
+    loss_arguments = [
+        (key, repr(value)) for key, value in config.items() if key.startswith("loss__")
     ]
+    return arguments_text(config), loss_arguments
 
 
-def _pairs(mine: Any, theirs: Any) -> Iterator[tuple[Any, Any]]:
+def _pairs(target: Any, source: Any) -> Iterator[tuple[Any, Any]]:
     """Yield the tensors of two structures in pairs, and the values that only the host reads.
 
     For such a value, the pair is its place (owner, name) and the new value. Raises _Unlike if the
     structures differ.
     """
-    if mine is theirs:
+    if target is source:
         return
-    if type(mine) is not type(theirs):
+    if type(target) is not type(source):
         raise _Unlike
-    if isinstance(mine, Tensor):
+    if isinstance(target, Tensor):
         # A recorded step holds addresses and strides, so the layouts must be equal.
-        if (mine.shape, mine.dtype, mine.stride()) != (theirs.shape, theirs.dtype, theirs.stride()):
+        if (target.shape, target.dtype, target.stride()) != (
+            source.shape,
+            source.dtype,
+            source.stride(),
+        ):
             raise _Unlike
-        yield mine, theirs
-    elif isinstance(mine, dict):
-        if list(mine) != list(theirs):
+        yield target, source
+    elif isinstance(target, dict):
+        if list(target) != list(source):
             raise _Unlike
-        yield from _pairs([*mine.values()], [*theirs.values()])
-    elif isinstance(mine, list | tuple):
-        if len(mine) != len(theirs):
+        yield from _pairs([*target.values()], [*source.values()])
+    elif isinstance(target, list | tuple):
+        if len(target) != len(source):
             raise _Unlike
-        for a, b in zip(mine, theirs):
-            yield from _pairs(a, b)
-    elif type(mine).__module__.startswith("gputune."):
-        for name, value in vars(mine).items():
-            place = f"{type(mine).__name__}.{name}"
+        for parts in zip(target, source):
+            yield from _pairs(*parts)
+    elif type(target).__module__.startswith("gputune."):
+        for name, value in vars(target).items():
+            place = f"{type(target).__name__}.{name}"
             if place in _OF_HOST:
-                yield (mine, name), getattr(theirs, name)
+                yield (target, name), getattr(source, name)
             elif place not in _STAYS:
-                yield from _pairs(value, getattr(theirs, name))
-    elif not (np.array_equal(mine, theirs) if isinstance(mine, np.ndarray) else mine == theirs):
+                yield from _pairs(value, getattr(source, name))
+    elif not (
+        np.array_equal(target, source) if isinstance(target, np.ndarray) else target == source
+    ):
         raise _Unlike

@@ -113,8 +113,8 @@ class StackedChunk:
     def _note_failure(self, reason: str) -> None:
         """Report why steps are not recorded, in a warning and in the notes of the search."""
         fault = (
-            "Trials train in steps that are not recorded, which is slower, since recording them "
-            f"failed: {reason}."
+            "Trials train in steps that are not recorded, which is slower, because recording "
+            f"them failed: {reason}."
         )
         if fault not in self.faults:
             self.faults[fault] = None
@@ -140,10 +140,9 @@ class StackedChunk:
 
         Objects are compared by identity, because some of them hold arrays.
         """
-        own = self.validation
         return (
-            own.data is validation.data
-            and own.scoring is validation.scoring
+            self.validation.data is validation.data
+            and self.validation.scoring is validation.scoring
             and self._options == options
         )
 
@@ -247,9 +246,9 @@ class StackedChunk:
         params = self._network.blocks.views(self._scored)
         scores = self.validation.scores(self._network, params, len(self.slots), epoch=self.epoch)
         if self._places is not None:
-            of_epochs = self.validation.outputs
             self.validation.outputs = [
-                [one[self._places] for one in outputs] for outputs in of_epochs
+                [of_fold[self._places] for of_fold in outputs]
+                for outputs in self.validation.outputs
             ]
         return scores[np.isin(self.slots, self.alive)]
 

@@ -26,21 +26,21 @@ class Stop:
         """Set the deadline, a value of ``time.monotonic()``. Processes of one machine share this
         clock."""
         self.deadline = deadline
-        self.asked = False  # whether someone has asked for the end; a deadline does not count
+        self.requested = False  # whether the end was requested; a deadline does not count
         self.reason = ""  # why the search was good enough to end, or ""
-        # A file whose existence passes ``asked`` on to the workers.
-        self._sign: Path | None = None
+        # A file whose existence passes ``requested`` on to the workers.
+        self._request_file: Path | None = None
         self._parent: int | None = None
         _stops.add(self)
 
     def ask(self) -> None:
         """End all training after the running epoch. A signal handler may call this, also
         repeatedly."""
-        self.asked = True
-        if self._sign is not None:
+        self.requested = True
+        if self._request_file is not None:
             # the folder has just been removed, and the workers that would look with it
             with suppress(OSError):
-                self._sign.touch()
+                self._request_file.touch()
 
     def is_over(self) -> bool:
         """Return whether training ends now.
@@ -48,25 +48,26 @@ class Stop:
         It ends after a request, after the deadline, and in a worker that has lost its parent
         process.
         """
-        if self.asked or (self.deadline is not None and time.monotonic() > self.deadline):
+        if self.requested or (self.deadline is not None and time.monotonic() > self.deadline):
             return True
         if self._parent is None:
             return False
-        return os.getppid() != self._parent or (self._sign is not None and self._sign.exists())
+        is_requested = self._request_file is not None and self._request_file.exists()
+        return is_requested or os.getppid() != self._parent
 
     @contextmanager
-    def heard_by_workers(self, sign: Path) -> Iterator[None]:
-        """Pass requests on to copies that are pickled inside, through the file ``sign``.
+    def shared_with_workers(self, file: Path) -> Iterator[None]:
+        """Pass requests on to copies that are pickled inside, through the file ``file``.
 
         The file must not exist yet.
         """
-        self._sign = sign
-        if self.asked:  # the request came before the file could be made
+        self._request_file = file
+        if self.requested:  # the request came before the file could be made
             self.ask()
         try:
             yield
         finally:
-            self._sign = None
+            self._request_file = None
 
     def __getstate__(self) -> dict[str, object]:
         # A copy in a worker remembers the process that sent it.
@@ -75,25 +76,25 @@ class Stop:
 
 _stops: "weakref.WeakSet[Stop]" = weakref.WeakSet()
 
-Given = ParamSpec("Given")
-Value = TypeVar("Value")
+EntryParams = ParamSpec("EntryParams")
+EntryResult = TypeVar("EntryResult")
 
 _changed = threading.Condition()
 _working: set[threading.Thread] = set()
 _ending = False
 
 
-def entry(function: Callable[Given, Value]) -> Callable[Given, Value]:
+def entry(function: Callable[EntryParams, EntryResult]) -> Callable[EntryParams, EntryResult]:
     """Let a function compute gradients inside ``torch.inference_mode`` and make its tensors on the
     CPU.
 
     Tensors on other devices name their device, so ``torch.set_default_device`` has no effect.
     ("meta" tensors hold no numbers at all.) If the process ends while the function runs in a daemon
-    thread, training is asked to end, and the process waits for it.
+    thread, training is requested to end, and the process waits for it.
     """
 
     @functools.wraps(function)
-    def entered(*args: Given.args, **more: Given.kwargs) -> Value:
+    def wrapper(*args: EntryParams.args, **kwargs: EntryParams.kwargs) -> EntryResult:
         # here, because ``gputune --help`` needs a ``Stop`` and must not wait for torch
         import torch
 
@@ -102,9 +103,9 @@ def entry(function: Callable[Given, Value]) -> Callable[Given, Value]:
         # device.
         on_cpu = nullcontext() if default.type == "cpu" else torch.device("cpu")
         with waited_for(), torch.inference_mode(False), on_cpu:
-            return function(*args, **more)
+            return function(*args, **kwargs)
 
-    return entered
+    return wrapper
 
 
 @contextmanager

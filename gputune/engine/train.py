@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from gputune.engine.backend import torch_threads, trains_as
 from gputune.engine.compiled import CompiledChunk
 from gputune.engine.kernel import KernelChunk
 from gputune.engine.members import MemberChunk
-from gputune.engine.reuse import Fits
+from gputune.engine.reuse import ChunkPool
 from gputune.engine.stacked import StackedChunk
 from gputune.errors import warn
 from gputune.fallback import words_unless_strict
@@ -59,14 +60,14 @@ class State:
 
     def select(self, keep: Sequence[int]) -> "State":
         """Return the state of some trials."""
-        return State(self.epoch, tuple(buffer[list(keep)] for buffer in self.buffers))
+        rows = list(keep)
+        return State(self.epoch, tuple(buffer[rows] for buffer in self.buffers))
 
     @staticmethod
     def stack(states: "Sequence[State]") -> "State":
         """Return several states of one epoch and one shape as one state."""
-        return State(
-            states[0].epoch, tuple(map(torch.cat, zip(*(state.buffers for state in states))))
-        )
+        buffers = zip(*(state.buffers for state in states))
+        return State(states[0].epoch, tuple(map(torch.cat, buffers)))
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,9 @@ class BegunChunk(Population):
     @staticmethod
     def of(chunk: Population) -> "BegunChunk":
         """Return a chunk as a ``BegunChunk``."""
-        return (
-            chunk
-            if isinstance(chunk, BegunChunk)
-            else BegunChunk(chunk.kind, chunk.index, chunk.configs)
-        )
+        if isinstance(chunk, BegunChunk):
+            return chunk
+        return BegunChunk(chunk.kind, chunk.index, chunk.configs)
 
     @property
     def epoch(self) -> int:
@@ -125,7 +124,7 @@ class Training:
         scoring: How members are scored; None: not at all.
         backend: The chosen backend. Trials that it does not support train in another way
             (``trains_as``).
-        fits: Knowledge and memory that one chunk leaves to the next.
+        pool: Knowledge and memory that one chunk leaves to the next.
     """
 
     seed: int
@@ -133,7 +132,7 @@ class Training:
     horizon: int
     scoring: Scoring | None = None
     backend: Backend = "eager"
-    fits: Fits = field(default_factory=Fits)
+    pool: ChunkPool = field(default_factory=ChunkPool)
 
 
 @dataclass(frozen=True)
@@ -184,11 +183,11 @@ class Trained:
     @property
     def state(self) -> State:
         """State of the trials ``alive``, for a ``BegunChunk``."""
-        rows = [
+        buffers = [
             self.network.blocks.to_rows(self.flat),
             *map(self.network.trained.to_rows, self.moments),
         ]
-        return State(self.epochs, tuple(buffer[: len(self.alive)] for buffer in rows))
+        return State(self.epochs, tuple(rows[: len(self.alive)] for rows in buffers))
 
     def outputs_of(self, index: Sequence[int]) -> dict[int, Outputs]:
         """Return the outputs that were kept. Each trial has its entry of ``index`` (C,) as its
@@ -198,9 +197,8 @@ class Trained:
     def member(self, fold: int, trial: int) -> nn.Module:
         """Return one member as a plain module on the CPU. ``trial`` is its place before any trial
         diverged."""
-        return self.network.member(
-            self.network.blocks.views(self.scored), fold, self.alive.index(trial)
-        )
+        params = self.network.blocks.views(self.scored)
+        return self.network.member(params, fold, self.alive.index(trial))
 
 
 AfterEpoch = Callable[[Trained], "bool | np.ndarray"]
@@ -232,19 +230,15 @@ def train(
         members.keep(np.isin(members.alive, chunk.alive))
     if chunk.state is not None and members.alive:
         flat, *moments = (rows.to(members.flat.device) for rows in chunk.state.buffers)
-        members.resume(
-            [
-                members.network.blocks.from_rows(flat),
-                *map(members.network.trained.from_rows, moments),
-            ]
-        )
+        network = members.network
+        buffers = [network.blocks.from_rows(flat), *map(network.trained.from_rows, moments)]
+        members.resume(buffers)
     epoch = chunk.epoch
     scoring = training.scoring
-    over = False
+    is_over = False
+    scores_shape = shape_of_scores(scoring, data.n_folds)
     # (C, epochs, F), and (C, epochs, F, M) with several metrics.
-    curves = np.full(
-        (len(chunk.configs), training.epochs, *shape_of_scores(scoring, data.n_folds)), np.nan
-    )
+    curves = np.full((len(chunk.configs), training.epochs, *scores_shape), np.nan)
     each_epoch = np.array([operations(config, network.kind, data) for config in chunk.configs])
     spent = Spent()
     best = None
@@ -255,29 +249,36 @@ def train(
         best = BestOutputs(scoring.kept_bytes, means.max(1, initial=-np.inf))
 
     def so_far() -> Trained:
-        parts = members.network, members.flat, members.scored, members.moments
-        return Trained(curves, epoch, tuple(members.alive), *parts, spent, best)
-
-    while epoch < training.epochs and members.alive and not over:
-        work = float(each_epoch[members.alive].sum())
-        many = (
-            members.take(training.epochs - epoch)
-            if at_once and isinstance(members, KernelChunk)
-            else 1
+        return Trained(
+            curves,
+            epoch,
+            tuple(members.alive),
+            members.network,
+            members.flat,
+            members.scored,
+            members.moments,
+            spent,
+            best,
         )
-        scores, took = _train_epochs(members, data, epoch, scored=scoring is not None)
-        spent += replace(took, operations=many * work)
+
+    while epoch < training.epochs and members.alive and not is_over:
+        work = float(each_epoch[members.alive].sum())
+        n_epochs = 1
+        if at_once and isinstance(members, KernelChunk):
+            n_epochs = members.choose_epochs(training.epochs - epoch)
+        scores, spent_now = _train_epochs(members, data, epoch, scored=scoring is not None)
+        spent += replace(spent_now, operations=n_epochs * work)
         if scores is not None:
-            many = _keep_scores(members, curves, epoch, many, scores, best)
-        epoch += many
-        stays = after_epoch is not None and after_epoch(so_far())
-        if isinstance(stays, np.ndarray):
-            members.keep(stays)
+            n_epochs = _keep_scores(members, curves, epoch, n_epochs, scores, best)
+        epoch += n_epochs
+        decision = after_epoch is not None and after_epoch(so_far())
+        if isinstance(decision, np.ndarray):
+            members.keep(decision)
         else:
-            over = stays
+            is_over = decision
     if isinstance(members, StackedChunk):
-        training.fits.faults |= members.faults
-    training.fits.give(members)
+        training.pool.faults |= members.faults
+    training.pool.add(members)
     return so_far()
 
 
@@ -290,59 +291,60 @@ def operations(config: Config, kind: ModelKind, data: Dataset) -> float:
     """
     if kind == "module":
         return math.nan
-    sizes = [data.n_features, *(hidden_widths(config) if kind == "mlp" else ()), data.n_outputs]
-    pairs = sum(3 * a * b for a, b in zip(sizes[:-1], sizes[1:])) - sizes[0] * sizes[1]
+    hidden = hidden_widths(config) if kind == "mlp" else ()
+    sizes = [data.n_features, *hidden, data.n_outputs]
+    pairs = sum(3 * a * b for a, b in pairwise(sizes)) - sizes[0] * sizes[1]
     return float(2 * pairs * sum(len(fold.train) for fold in data.folds))
 
 
 def _make_chunk(network: Network, data: Dataset, training: Training) -> Chunk:
     """Return the chunk of the fastest backend that can train a network."""
-    words = {"seed": training.seed, "horizon": training.horizon}
-    fits = training.fits
+    kwargs = {"seed": training.seed, "horizon": training.horizon}
+    pool = training.pool
     validation = Validation(data, training.scoring)
     if isinstance(network, LoopedModule):
-        return LoopChunk(network, validation, **words)
-    word = trains_as(training.backend, network.kind, network.configs[0], data=data)
-    faster: Callable[[], Chunk] | None = None
-    if word == "compiled":
-        faster = partial(CompiledChunk, network, validation, **words)
-    elif word == "kernel":
-        faster = partial(KernelChunk, network, validation, **words)
-    elif isinstance(network, StackedModule) and network.traits.coded and word == "graph":
-        timed = fits.take_timed(network, validation, **words)
+        return LoopChunk(network, validation, **kwargs)
+    backend = trains_as(training.backend, network.kind, network.configs[0], data=data)
+    make_faster: Callable[[], Chunk] | None = None
+    if backend == "compiled":
+        make_faster = partial(CompiledChunk, network, validation, **kwargs)
+    elif backend == "kernel":
+        make_faster = partial(KernelChunk, network, validation, **kwargs)
+    elif isinstance(network, StackedModule) and network.traits.coded and backend == "graph":
+        timed = pool.take_timed(network, validation, **kwargs)
         if timed is not None:
             return timed
-        faster = partial(MemberChunk, network, validation, **words)
-    if faster is not None:
-        chunk = _try_to_make(faster, word, network, fits)
+        make_faster = partial(MemberChunk, network, validation, **kwargs)
+    if make_faster is not None:
+        chunk = _try_to_make(make_faster, backend, network, pool)
         if chunk is not None:
             return chunk
-    recorded = word in ("compiled", "kernel", "graph")
-    return fits.take(network, validation, recorded=recorded, **words)
+    recorded = backend in ("compiled", "kernel", "graph")
+    return pool.take(network, validation, recorded=recorded, **kwargs)
 
 
 def _try_to_make(
-    make: Callable[[], Chunk], word: Backend, network: Network, fits: Fits
+    make: Callable[[], Chunk], backend: Backend, network: Network, pool: ChunkPool
 ) -> Chunk | None:
     """Return the chunk of a faster backend. If that fails, return None, and a warning and a note
     say why."""
     try:
         return make()
-    except NotBuiltError as error:
-        if word == "kernel":  # the kernel has warned already
+    except (NotBuiltError, TraceError) as error:
+        if backend == "kernel":  # the kernel has warned already
             return None
-        reason = str(error)
-    except TraceError as error:
         reason = str(error)
     except Exception as error:
         if is_out_of_memory(error):  # the caller halves the chunk
             raise
         reason = words_unless_strict(error)
-        where = "the kernel" if word == "kernel" else "compiled code"
-        fits.faults[f"Trials train in recorded steps, since {where} failed: {reason}."] = None
-    slow = f"trials with optimizer {network.configs[0]['optimizer']!r} train in recorded steps"
+        failed = "the kernel" if backend == "kernel" else "compiled code"
+        pool.faults[f"Trials train in recorded steps, because {failed} failed: {reason}."] = None
+    optimizer = network.configs[0]["optimizer"]
+    faster = "a kernel" if backend == "kernel" else "compiled ones"
     warn(
-        f"{slow}, slower than {'a kernel' if word == 'kernel' else 'compiled ones'}: {reason}",
+        f"Trials with the optimizer {optimizer!r} train in recorded steps, slower than {faster}: "
+        f"{reason}",
         RuntimeWarning,
     )
     return None
@@ -355,13 +357,13 @@ def _train_epochs(
 
     The scores are None if there is no scoring.
     """
-    begun = _time(data.device)
+    begin = _time(data.device)
     with _row_errors(chunk, data, epoch):
         chunk.advance(epoch)
     trained = _time(data.device)
     with _row_errors(chunk, data, epoch + 1):
         scores = chunk.scores() if scored else None
-    in_steps = _seconds(begun, trained)
+    in_steps = _seconds(begin, trained)
     in_scores = _seconds(trained, _time(data.device))
     share = in_steps * chunk.scoring_share
     return scores, Spent(in_steps - share, in_scores + share)
@@ -395,35 +397,35 @@ def _row_errors(chunk: Chunk, data: Dataset, epoch: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        better = explain(error, chunk.network, chunk.flat, data, epoch)
-        if better is error:
+        explained = explain(error, chunk.network, chunk.flat, data, epoch)
+        if explained is error:
             raise
-        raise better from error
+        raise explained from error
 
 
 def _keep_scores(
     chunk: Chunk,
     curves: np.ndarray,
     epoch: int,
-    many: int,
+    n_epochs: int,
     scores: np.ndarray,
     best: BestOutputs | None,
 ) -> int:
-    """Write the scores of ``many`` epochs into the curves, and remove trials that diverged.
+    """Write the scores of ``n_epochs`` epochs into the curves, and remove trials that diverged.
 
     Returns the number of epochs that count.
     """
-    scores = scores.reshape(len(chunk.alive), many, *curves.shape[2:])
+    scores = scores.reshape(len(chunk.alive), n_epochs, *curves.shape[2:])
     # (C, epochs): whether a trial is finite in all folds up to each epoch
-    goes_on = np.logical_and.accumulate(np.isfinite(first_metric(scores, axes=3)).all(2), axis=1)
-    scores[:, 1:][~goes_on[:, :-1]] = np.nan
-    curves[chunk.alive, epoch : epoch + many] = scores
+    is_finite = np.logical_and.accumulate(np.isfinite(first_metric(scores, axes=3)).all(2), axis=1)
+    scores[:, 1:][~is_finite[:, :-1]] = np.nan
+    curves[chunk.alive, epoch : epoch + n_epochs] = scores
     if best is not None:
         means = first_metric(scores, axes=3).mean(2)
         # Only some megabytes: threads take longer to meet than to copy them.
         with torch_threads(1):
             for e, outputs in enumerate(chunk.validation.outputs):
                 best.take(epoch + e + 1, chunk.alive, means[:, e], outputs)
-    chunk.keep(goes_on[:, -1])
+    chunk.keep(is_finite[:, -1])
     # No trial is left after the last divergence, so later epochs do not count.
-    return min(many, 1 + int(goes_on.any(0).sum()))
+    return min(n_epochs, 1 + int(is_finite.any(0).sum()))

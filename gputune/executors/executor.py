@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
 
-from gputune.engine.job import Failure, Outcome, Progress
+from gputune.engine.job import Failure, Outcome, ProgressCallback
 from gputune.engine.stop import Stop
 from gputune.errors import warn
 from gputune.text import count
@@ -123,7 +123,7 @@ class Queue(Generic[AnyUnit, UnitResult]):
         self.lock = threading.RLock()
 
     def run(
-        self, task: LocalTraining[AnyUnit, UnitResult] | None, progress: Progress
+        self, task: LocalTraining[AnyUnit, UnitResult] | None, progress: ProgressCallback
     ) -> Iterator[UnitResult]:
         """Yield the results of the chunks as they end.
 
@@ -152,7 +152,7 @@ class Queue(Generic[AnyUnit, UnitResult]):
                 # The caller has used the results by now, so more chunks may be allowed to begin.
                 if self.may_begin is not None:
                     self._fill()
-            if self.error is not None and not self.stopping.asked:
+            if self.error is not None and not self.stopping.requested:
                 raise self.error
         except BaseException:  # also GeneratorExit, when the caller that iterates has failed
             with self.lock:
@@ -231,7 +231,7 @@ class Queue(Generic[AnyUnit, UnitResult]):
             return []
         return outcomes
 
-    def _collect_results(self, progress: Progress) -> Iterator[UnitResult]:
+    def _collect_results(self, progress: ProgressCallback) -> Iterator[UnitResult]:
         """Yield the results that the workers have delivered so far. An error of a worker is raised
         here."""
         while self.done:

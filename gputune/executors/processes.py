@@ -328,7 +328,7 @@ def chunk_processes(
             folder.parent, "the data for the worker processes cannot be written", _NO_SPACE
         ):
             joblib.dump(to_arrays(to_device(data, torch.device("cpu")), same_machine=True), path)
-        with job.stop.heard_by_workers(folder / "stop"):
+        with job.stop.shared_with_workers(folder / "stop"):
             work = partial(_run_in_worker, pickle_job(job), str(path))
             processes = Processes[Population, Outcome | Failure](
                 work, [(None, d) for d in devices], _failures
@@ -405,7 +405,7 @@ def trial_processes(
 
     No workers are started if one process is enough.
     """
-    with task.stop.heard_by_workers(folder / "stop"):
+    with task.stop.shared_with_workers(folder / "stop"):
         executor = Executor[LoopTrial, TrialEnding]()
         path = folder / "task.pkl"
         worker_environments = environments(workers, n_trials)

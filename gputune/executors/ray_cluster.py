@@ -384,7 +384,7 @@ class RayTasks(Executor[Population, Outcome | Failure]):
         """Collect the results of a task that has ended, after a short wait at most."""
         # Tasks do not receive the request to stop. They are canceled, and a later call trains their
         # chunks again.
-        if self.stopping.asked:
+        if self.stopping.requested:
             self.stop()
             for chunk, ended in self.running.values():
                 ended(chunk, [])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
-from gputune.engine.job import Job, Outcome, Progress
+from gputune.engine.job import Job, Outcome, ProgressCallback
 from gputune.engine.plan import Cost, Plan, Planner
 from gputune.errors import InputError
 from gputune.hypergradients.first_step import (
@@ -223,7 +223,9 @@ class HypergradientJob(Job):
     mode: Literal["exact", "differences"] = "exact"
     budget: int = 2**30
 
-    def run(self, data: Dataset, chunk: Population, progress: Progress | None = None) -> "Slopes":
+    def run(
+        self, data: Dataset, chunk: Population, progress: ProgressCallback | None = None
+    ) -> "Slopes":
         """Train one chunk, score it after each epoch and differentiate its validation losses."""
         begin = time.monotonic()
         problem = inner_problem(self, data, chunk)

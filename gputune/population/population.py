@@ -69,12 +69,17 @@ def complete(config: Config, *, optimizer: str, schedule: str) -> Config:
     full = {**_defaults(word), "schedule": schedule, **config}
     if isinstance(full["width"], tuple):
         full["depth"] = len(full["width"])
-    if (word in ONLINE or class_of(full)) and (unknown := beyond_adam(full)):
-        kind = "adapts its rate" if word in ONLINE else "is a class of torch.optim here"
-        raise InputError(
-            f"optimizer={word!r} {kind}, and does not know {unknown[0]!r}: leave it out, or "
-            "choose another optimizer."
-        )
+    if word in ONLINE or class_of(full):
+        unsupported = beyond_adam(full)
+        if unsupported:
+            kind = (
+                "adapts its learning rate" if word in ONLINE else "is a class of torch.optim here"
+            )
+            raise InputError(
+                f"optimizer={word!r}",
+                f"{kind} and does not support {unsupported[0]!r}",
+                remedy="Leave it out, or choose another optimizer.",
+            )
     return full
 
 

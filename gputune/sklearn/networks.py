@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import choose_backend
-from gputune.engine.choice import Work, device_for
+from gputune.engine.choice import Workload, device_for
 from gputune.engine.job import Failure
 from gputune.engine.stop import Stop, entry
 from gputune.engine.train import BegunChunk, State
@@ -98,7 +98,7 @@ def batches(recipes: Mapping[int, Recipe], folds: FoldGroup) -> Iterator[RecipeB
             configs_by_fold.append(configs)
             # A weight decay that comes from alpha depends on the rows of the fold.
             decays.append(tuple(config.get("weight_decay") for config in configs))
-        work = Work(
+        work = Workload(
             kind=first.kind,
             configs=configs_by_fold[0],
             rows=list(map(len, folds.trains)),

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
 from gputune.data.scaling import Scaling
-from gputune.engine.job import Job, Outcome, Progress, train_chunk
+from gputune.engine.job import Job, Outcome, ProgressCallback, train_chunk
 from gputune.engine.train import Trained
 from gputune.errors import DivergedError
 from gputune.modules.construction import Builder
@@ -348,7 +348,7 @@ class MemberJob(Job):
     patiences: Mapping[int, Patience] = field(default_factory=dict)
 
     def run(
-        self, data: Dataset, chunk: Population, progress: Progress | None = None
+        self, data: Dataset, chunk: Population, progress: ProgressCallback | None = None
     ) -> ChunkWeights:
         """Train one chunk and return its weights."""
         begin = time.monotonic()

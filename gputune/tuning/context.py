@@ -150,7 +150,7 @@ class Context(Session):
             # The timing may have found a faster way for some chunks. The plan is then made again.
             if self._time(plan, groups, epochs):
                 plan = make()
-            plan = replace(plan, failures=tuple(self.trainer.fits.failures))
+            plan = replace(plan, failures=tuple(self.trainer.pool.failures))
         self.profile.plan = plan
         if plan.chunk_bytes > (self.trainer.memory or math.inf):
             memory = option("memory", self.options.memory)
@@ -193,7 +193,7 @@ class Context(Session):
                 job = self.trainer.job(Job, epochs=epochs)
                 self.timed[key] = fastest_way(job, data, group, member_steps=steps)
                 if slow := self.timed[key][0]:
-                    failed = slow in self.trainer.fits.failures
+                    failed = slow in self.trainer.pool.failures
                     reason = f"since {slow}" if failed else f"which is faster here: {slow}"
                     self.progress.say(f"note: {self.choice.name} trains one by one, {reason}")
             slow, gain = self.timed[key]

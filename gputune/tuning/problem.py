@@ -30,7 +30,7 @@ from gputune.data.target import (
     with_transform,
 )
 from gputune.data.weights import check_weights
-from gputune.engine.choice import DeviceChoice, Work, device_for
+from gputune.engine.choice import DeviceChoice, Workload, device_for
 from gputune.errors import InputError
 from gputune.methods.descent import Hypergradient
 from gputune.methods.distributions import CheckedSpace
@@ -75,7 +75,7 @@ class Problem:
         if options.tf32 and options.device == "auto":
             return DeviceChoice(options.device_here())  # TF32 exists only on a GPU
         parts = self.raw.parts if isinstance(self.raw, Arrays) else (self.raw,)
-        work = Work(
+        work = Workload(
             kind=choice.kind,
             configs=configs or [choice.complete({}, options.schedule)],
             epochs=options.max_epochs,

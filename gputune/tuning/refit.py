@@ -17,7 +17,7 @@ from gputune.data.source import Source, fingerprint, read_again, read_source, ro
 from gputune.data.target import TaskWord
 from gputune.data.target_transform import is_known
 from gputune.engine.backend import choose_backend, choose_device, matrix_products
-from gputune.engine.job import Progress
+from gputune.engine.job import ProgressCallback
 from gputune.errors import DivergedError, InputError
 from gputune.methods.descent import Hypergradient
 from gputune.methods.distributions import space_from_json
@@ -110,7 +110,7 @@ class ReopenedSearch:
         trials: Sequence[Trial],
         *,
         seed: int | None = None,
-        progress: Progress = unseen,
+        progress: ProgressCallback = unseen,
     ) -> list[list[nn.Module]]:
         """Train each trial to its best epoch, and return the members of all folds of the data.
 

@@ -309,7 +309,7 @@ class Session:
         """Tell the user why this process waits before it has a plan. End the wait if training would
         end."""
         self.progress.say(reason, once=True)
-        if self.stop.asked:
+        if self.stop.requested:
             raise KeyboardInterrupt
         if self.stop.is_over():
             raise TimeoutError(errno.ETIMEDOUT, f"the time is over; {reason}")
@@ -337,7 +337,7 @@ class Session:
             callbacks.tell("on_study_start", study(ledger.rows(), file=file))
         self.stop_where_enough()
         try:
-            if self.stop.asked:
+            if self.stop.requested:
                 return []
             return run_until_signal(train, self.stop, signals, self.progress.say)
         finally:
@@ -357,7 +357,7 @@ class Session:
 
     def stop_where_enough(self) -> None:
         """Stop the training if ``target_score`` or ``patience_trials`` ends the search."""
-        if not self.stop.asked and self.good_enough.is_reached():
+        if not self.stop.requested and self.good_enough.is_reached():
             reason = self.good_enough.reason
             self.stop.ask()
             self.stop.reason = reason

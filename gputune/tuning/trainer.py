@@ -16,10 +16,18 @@ from torch import nn
 
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import choose_backend, torch_threads, trains_as
-from gputune.engine.job import Failure, Job, Need, Outcome, Progress, run_in_parts, train_chunk
+from gputune.engine.job import (
+    Failure,
+    Job,
+    Need,
+    Outcome,
+    ProgressCallback,
+    run_in_parts,
+    train_chunk,
+)
 from gputune.engine.kernel import compiled, kernel_of, lacks
 from gputune.engine.plan import Plan, Planner, cores
-from gputune.engine.reuse import Fits
+from gputune.engine.reuse import ChunkPool
 from gputune.engine.stop import Stop
 from gputune.engine.train import Trained
 from gputune.errors import InputError
@@ -72,7 +80,7 @@ class Trainer:
         each_epoch: If True, callbacks are notified after every epoch, so that they can end the
             search there.
         stop: The signal that ends the training.
-        fits: The chunk sizes that fitted into memory, and the recorded steps, for later chunks.
+        pool: The chunk sizes that fitted into memory, and the recorded steps, for later chunks.
     """
 
     data: Dataset
@@ -90,7 +98,7 @@ class Trainer:
     cluster: RayCluster | None = None
     each_epoch: bool = False
     stop: Stop = field(default_factory=Stop)
-    fits: Fits = field(default_factory=Fits)
+    pool: ChunkPool = field(default_factory=ChunkPool)
 
     def __post_init__(self) -> None:
         gpus = self.data.device, *self.others
@@ -258,7 +266,7 @@ class Trainer:
             module_class=self.module_class,
             objective=self.objective,
             stop=self.stop,
-            fits=self.fits,
+            pool=self.pool,
             each_epoch=self.each_epoch,
             traits=known_traits(self.module_class, self.data),
             **fields,
@@ -269,7 +277,7 @@ class Trainer:
         job: Job,
         plan: Plan,
         *,
-        progress: Progress = unseen,
+        progress: ProgressCallback = unseen,
         claim: Claim[Population] = lambda chunk: True,
         may_begin: Claim[Population] | None = None,
     ) -> Iterator[Outcome | Failure]:
@@ -321,7 +329,7 @@ class Trainer:
                 note_fastest(builder, self.data, arguments_text(config), slow="", gain=gain)
 
     def train_members(
-        self, configs: Sequence[Config], epochs: Sequence[int], progress: Progress = unseen
+        self, configs: Sequence[Config], epochs: Sequence[int], progress: ProgressCallback = unseen
     ) -> list[list[nn.Module]]:
         """Train each configuration for its own number of epochs.
 

@@ -31,9 +31,9 @@ def test_the_backend_of_a_word(word, device, kind, backend):
 
 
 def test_what_cannot_be_had_is_refused():
-    with refused("trains on the CPU, and the device is 'cuda:1'; choose device='cpu'"):
+    with refused("trains on the CPU, but the device is 'cuda:1'. Choose device='cpu'"):
         choose_backend("compiled", GPU, torch.float32)
-    with refused("a CPU or a CUDA device, and the device is 'meta'; choose one of these"):
+    with refused("a CPU or a CUDA device, but the device is 'meta'. Choose one of these"):
         choose_backend("graph", META, torch.float32)
     words = "'auto', 'eager', 'compiled', 'graph', 'stacked', 'loop', 'kernel'"
     with refused(f"backend must be one of {words}, got 'fast'"):

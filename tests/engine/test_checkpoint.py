@@ -56,7 +56,7 @@ def test_every_changed_or_missing_byte_is_seen(folder):
     for at in [*rng.integers(0, len(whole), 150), *range(len(whole) - 64, len(whole))]:
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         with pytest.warns(
-            UserWarning, match="1 of the checkpoints in .* cannot be used .* from its start"
+            UserWarning, match="1 checkpoint in .* cannot be used .* train from the start"
         ):
             assert folder.read(CONFIGS) == []
     for end in range(0, len(whole), 37):
@@ -70,11 +70,11 @@ def test_those_of_others_are_left_out_with_one_warning(folder):
     written(folder, checkpoint((3,)))
     other = CheckpointFolder(folder.folder, "of another search")
     with pytest.warns(
-        UserWarning, match="2 of the checkpoints in .* is of another search"
+        UserWarning, match="2 checkpoints in .* belongs to a different search"
     ) as caught:
         assert other.read(CONFIGS) == []
     assert len(caught) == 1
-    with pytest.warns(UserWarning, match="is of other configurations"):
+    with pytest.warns(UserWarning, match="belongs to different configurations"):
         assert folder.read({3: {"lr": 0.3}, 5: CONFIGS[5]}) == []
 
 
@@ -91,7 +91,7 @@ def test_they_go_when_all_their_trials_have_ended(folder):
 def test_a_disk_that_takes_nothing_is_a_warning(folder):
     folder.folder.write_text("a file in the place of the folder")
     with pytest.warns(
-        UserWarning, match="no checkpoint could be written in .* Make room on the disk"
+        UserWarning, match="No checkpoint could be written in .* Make room on the disk"
     ):
         assert keep(folder) == 60.0
 

@@ -13,7 +13,13 @@ from gputune.engine.backend import (
     keep_findings,
     read_findings,
 )
-from gputune.engine.choice import DeviceChoice, Work, device_for, device_for_solver, work_of_a_step
+from gputune.engine.choice import (
+    DeviceChoice,
+    Workload,
+    device_for,
+    device_for_solver,
+    work_of_a_step,
+)
 from problems import fill, needs_compiled_code
 
 CPU = torch.device("cpu")
@@ -56,7 +62,7 @@ SPEEDS = {"cpu": Speed(0.0, 1e-4), "cuda": Speed(1e-3, 1e-6)}
 
 
 def test_what_is_soon_done_stays_on_the_cpu_and_no_gpu_is_asked(machine):
-    work = Work(**WORK)
+    work = Workload(**WORK)
     assert work.seconds(SPEEDS["cpu"], alone=True) == pytest.approx(0.2)
     assert device_for("auto", work) == DeviceChoice(
         CPU, "compiled code takes about 0.2 s on the CPU"
@@ -65,11 +71,11 @@ def test_what_is_soon_done_stays_on_the_cpu_and_no_gpu_is_asked(machine):
 
 
 def test_what_is_long_goes_where_it_is_done_first(machine):
-    long = Work(**WORK | {"epochs": 5000})
+    long = Workload(**WORK | {"epochs": 5000})
     assert long.seconds(SPEEDS["cuda"], alone=False) == pytest.approx(50.2)
     words = "compiled code takes about 20 s on the CPU, a cuda about 50 s"
     assert device_for("auto", long) == DeviceChoice(CPU, words)
-    many = Work(**WORK | {"epochs": 5000, "configs": CONFIGS * 50})
+    many = Workload(**WORK | {"epochs": 5000, "configs": CONFIGS * 50})
     assert device_for("auto", many) == DeviceChoice(GPU)
     assert machine == [("cpu", "compiled"), ("cuda", "graph")]  # once on a machine
 
@@ -82,7 +88,7 @@ def test_a_device_that_cannot_be_timed_is_not_taken(monkeypatch, broken, device)
         return SPEEDS[device.type]
 
     monkeypatch.setattr(choice, "measure_speed", measure)
-    long = Work(**WORK | {"epochs": 5000, "configs": CONFIGS * 50})
+    long = Workload(**WORK | {"epochs": 5000, "configs": CONFIGS * 50})
     with pytest.raises(OSError):
         device_for("auto", long)
     monkeypatch.delenv("GPUTUNE_STRICT_BACKENDS")
@@ -101,9 +107,9 @@ def test_a_speed_that_is_known_is_not_measured_and_trials_that_a_sampler_will_as
     machine,
 ):
     keep_findings(CPU, Findings(None, {"compiled": SPEEDS["cpu"]}))
-    device_for("auto", Work(**WORK))
+    device_for("auto", Workload(**WORK))
     assert machine == []
-    assert device_for("auto", Work(**WORK, repeats=100.0)).why.startswith(
+    assert device_for("auto", Workload(**WORK, repeats=100.0)).why.startswith(
         "compiled code takes about 20 s"
     )
 
@@ -123,12 +129,12 @@ def test_a_speed_that_is_known_is_not_measured_and_trials_that_a_sampler_will_as
     ids=str,
 )
 def test_what_is_asked_for_or_never_compiled_needs_no_speed(word, given, device, machine):
-    assert device_for(word, Work(**WORK | given)) == DeviceChoice(device)
+    assert device_for(word, Workload(**WORK | given)) == DeviceChoice(device)
     assert machine == []
 
 
 def test_what_is_solved_stays_on_the_cpu(machine):
-    found = device_for("auto", Work(**WORK, solved=True))
+    found = device_for("auto", Workload(**WORK, solved=True))
     assert (
         found == device_for_solver("auto")
         and found.device == CPU
@@ -139,7 +145,7 @@ def test_what_is_solved_stays_on_the_cpu(machine):
 
 def test_a_gpu_that_failed_its_laws_is_not_taken():
     keep_findings(GPU, Findings({"eager": "a law", "graph": "another"}, {}))
-    found = device_for("auto", Work(**WORK | {"configs": CONFIGS * 50, "epochs": 5000}))
+    found = device_for("auto", Workload(**WORK | {"configs": CONFIGS * 50, "epochs": 5000}))
     assert found == DeviceChoice(CPU, "gputune check found that 'a law' does not hold for it here")
 
 
@@ -202,8 +208,8 @@ OLD = (
 @pytest.mark.parametrize(
     ("built", "hidden", "driver", "said"),
     [
-        (None, None, None, r"torch .* is built without CUDA: install a build with it"),
-        ("13.0", "", None, "CUDA_VISIBLE_DEVICES='' hides every GPU: unset it"),
+        (None, None, None, r"torch .* is built without CUDA. Install a build with it"),
+        ("13.0", "", None, "CUDA_VISIBLE_DEVICES='' hides every GPU. Unset it"),
         ("13.0", "-1", None, "CUDA_VISIBLE_DEVICES='-1' hides every GPU"),
         ("13.0", None, OLD, "torch says: The NVIDIA driver on your system is too old"),
         (
@@ -212,7 +218,7 @@ OLD = (
             "Found no NVIDIA driver on your system.",
             "torch says: Found no NVIDIA driver",
         ),
-        ("13.0", None, None, "torch finds none: look at what nvidia-smi shows"),
+        ("13.0", None, None, "torch finds no GPU. Look at the output of nvidia-smi"),
     ],
 )
 def test_a_gpu_that_is_not_there(built, hidden, driver, said, monkeypatch):

@@ -136,7 +136,7 @@ def test_members_that_fail_only_when_stacked_train_one_by_one(monkeypatch, lenie
     y = (rows[:, 0] > 0).long()
     given = {**SEARCH, "space": {"lr": [0.01, 0.03], "batch_size": [16]}, "verbose": 0}
     expected = gputune.tune(Scaled, rows, y, **given, backend="loop")
-    with pytest.warns(RuntimeWarning, match="trains one by one, since training with stacked"):
+    with pytest.warns(RuntimeWarning, match="trains one by one, because training with stacked"):
         study = gputune.tune(OnlyAlone, rows, y, **given, backend=backend)
     np.testing.assert_allclose(study.curves, expected.curves, rtol=1e-10)
     (note,) = [note for note in study.record.notes if "stacked members failed" in note]

@@ -47,13 +47,13 @@ NVRTC = (
             "cpu",
             (9, 0),
             "13.0",
-            "trains on a GPU, and the device is 'cpu'; choose device='cuda', or backend='auto'.",
+            "trains on a GPU, but the device is 'cpu'. Choose device='cuda' or backend='auto'.",
         ),
         (
             "cuda:0",
             (7, 5),
             "13.0",
-            "8.0 (Ampere) or newer, and a card has 7.5; choose backend='graph', or 'auto'.",
+            "8.0 (Ampere) or newer, but a card has 7.5. Choose backend='graph' or backend='auto'.",
         ),
         ("cuda:0", (9, 0), "13.0", NVRTC.format("nvrtc==13.0")),
         ("cuda:0", (9, 0), "12.8", NVRTC.format("nvrtc-cu12==12.8")),
@@ -137,8 +137,8 @@ def test_a_launch_is_short_and_ends_with_its_draws(pace, ahead, ends, chunk):
 def test_a_launch_takes_the_epochs_that_it_has_time_and_memory_for(
     pace, most, room, draws, epochs, chunk, monkeypatch
 ):
-    monkeypatch.setattr(kernel, "_ROOM_BYTES", room)
-    chunk.draws = SimpleNamespace(room=draws, steps=10)
+    monkeypatch.setattr(kernel, "_BUFFER_BYTES", room)
+    chunk.draws = SimpleNamespace(max_ahead=draws, steps=10)
     chunk.pace = pace
     chunk.scoring = None
     chunk.lengths = np.array([4])
@@ -147,8 +147,8 @@ def test_a_launch_takes_the_epochs_that_it_has_time_and_memory_for(
         "scored": None,
         "draw_start": None,
     }
-    chunk.room = lambda epochs: {"means": torch.empty((epochs, 4), dtype=torch.float64)}
-    assert chunk.take(most) == chunk.epochs == epochs
+    chunk.make_buffers = lambda epochs: {"means": torch.empty((epochs, 4), dtype=torch.float64)}
+    assert chunk.choose_epochs(most) == chunk.epochs == epochs
 
 
 def test_a_card_holds_as_many_blocks_as_its_memory_and_its_threads(card):

@@ -161,7 +161,7 @@ def test_memory_is_read(memory, size):
 
 @pytest.mark.parametrize("memory", ["lots", "", 0, -1, "0GB", True, "infGB", "nan"])
 def test_bad_memory_is_named(memory):
-    with refused("memory is a number of bytes or text such as '8GB', above 0, got"):
+    with refused("memory must be a positive number of bytes, or text such as '8GB', got"):
         parse_memory(memory)
 
 

@@ -14,7 +14,7 @@ import gputune
 from gputune.engine import mlp
 from gputune.engine.job import Job, run_in_parts
 from gputune.engine.mlp import StackedMLP
-from gputune.engine.reuse import Fits
+from gputune.engine.reuse import ChunkPool
 from gputune.engine.stacked import StackedChunk
 from gputune.modules.recorder import RECORDERS, Replays
 from gputune.population.population import Population
@@ -204,7 +204,7 @@ def test_graphs_are_dropped_before_a_chunk_is_halved(monkeypatch):
     # the second half replays what the first one recorded
     assert len(left) == 1 + 2 and begun[:2] == [0, 0]
     monkeypatch.setattr(Replays, "take", take)
-    (whole,) = run_in_parts(dataclasses.replace(job, fits=Fits()), data, chunk)
+    (whole,) = run_in_parts(dataclasses.replace(job, pool=ChunkPool()), data, chunk)
     np.testing.assert_allclose(
         np.concatenate([o.curves for o in outcomes]), whole.curves, rtol=1e-9
     )

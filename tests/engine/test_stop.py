@@ -41,12 +41,12 @@ def test_a_copy_hears_what_is_asked_here(tmp_path, monkeypatch):
     # as in a worker of this process
     monkeypatch.setattr("os.getppid", lambda: __import__("os").getpid())
     stop = Stop()
-    with stop.heard_by_workers(tmp_path / "stop"):
+    with stop.shared_with_workers(tmp_path / "stop"):
         copy = pickle.loads(pickle.dumps(stop))
         assert not copy.is_over()
         stop.ask()
         assert copy.is_over() and stop.is_over()
-    with stop.heard_by_workers(tmp_path / "later"):
+    with stop.shared_with_workers(tmp_path / "later"):
         assert pickle.loads(pickle.dumps(Stop())).is_over() is False
         assert (tmp_path / "later").exists()  # what was asked before there were workers
 
@@ -54,7 +54,7 @@ def test_a_copy_hears_what_is_asked_here(tmp_path, monkeypatch):
 def test_a_copy_whose_parent_has_died_is_over_and_a_folder_that_is_gone_is_no_error(tmp_path):
     assert pickle.loads(pickle.dumps(Stop())).is_over()  # the parent of this process never made it
     stop = Stop()
-    with stop.heard_by_workers(tmp_path / "gone" / "stop"):
+    with stop.shared_with_workers(tmp_path / "gone" / "stop"):
         stop.ask()
     assert stop.is_over()
 

@@ -39,7 +39,7 @@ SEARCH = {"n_trials": 2, "cv": 2, "workers": 1, "verbose": 0}
             0.002,
             0.00095,
             1e9,
-            "a step of a member takes 1 ms so, and 2 ms with its members stacked",
+            "a step of a member takes 1 ms one by one, and 2 ms with stacked members",
             0.0,
         ),
         (0.002, 0.0009, 1e9, "", 0.0001),

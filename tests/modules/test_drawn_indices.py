@@ -110,7 +110,7 @@ CASES = {
     "chosen by weight": (
         variant(Net, chosen_by_weight),
         {},
-        "recorded; not in compiled code: what it draws depends",
+        "recorded; not in compiled code: its random numbers depend",
     ),
     "written": (
         variant(Net, written),

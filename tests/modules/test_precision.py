@@ -155,9 +155,13 @@ def test_workers_and_a_loss_of_ones_own_are_rounded_too():
         (
             Images,
             {"dtype": "float64"},
-            "precision='bf16' goes with dtype='float32', got dtype='float64'",
+            "precision='bf16' works only with dtype='float32', got dtype='float64'",
         ),
-        (Images, {"method": "hypergradient"}, "rounds what method='hypergradient' differentiates"),
+        (
+            Images,
+            {"method": "hypergradient"},
+            "would round the numbers that method='hypergradient' differentiates",
+        ),
         (Images, {"precision": "fp16"}, "precision must be one of 'full', 'bf16', got 'fp16'"),
     ],
 )

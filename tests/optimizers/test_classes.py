@@ -133,10 +133,10 @@ def test_built_in_models_and_stacked_members_have_no_such_class():
 
 def test_rates_that_a_class_does_not_know_are_refused():
     with refused(
-        "optimizer='RAdam' is a class of torch.optim here, and does not know 'beta2': leave it out"
+        "optimizer='RAdam' is a class of torch.optim here and does not support 'beta2'. Leave it out"
     ):
         fill({"optimizer": "RAdam", "beta2": 0.9})
-    with refused("optimizer='adam' is a class .*does not know 'lr_factor__bias'"):
+    with refused("optimizer='adam' is a class .*does not support 'lr_factor__bias'"):
         fill({"optimizer": "adam", "optimizer__eps": 1e-6, "lr_factor__bias": 2.0})
 
 

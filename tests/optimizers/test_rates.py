@@ -148,7 +148,7 @@ def test_a_factor_is_the_product_of_those_that_are_named():
         (
             "random",
             {"lr_factor__bias": 0.1, "optimizer": "adamhd"},
-            "optimizer='adamhd' adapts its rate, and does not",
+            "optimizer='adamhd' adapts its learning rate and does not",
         ),
         ("hypergradient", {"lr_factor__bias": 0.1}, "lr_factor__bias=0.1; leave it out"),
     ],

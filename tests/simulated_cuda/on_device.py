@@ -464,7 +464,7 @@ def kernels_anew():
 
 def test_a_gpu_draws_what_the_cpu_draws(device, monkeypatch):
     drawn = [
-        mlp.Draws([7, 3], layers=2, width=400, seed=1, device=torch.device(where))
+        mlp.MlpDraws([7, 3], layers=2, width=400, seed=1, device=torch.device(where))
         for where in (device, "cpu")
     ]
     cuda.forget()
@@ -483,7 +483,7 @@ def test_a_gpu_draws_what_the_cpu_draws(device, monkeypatch):
     with (
         kernels_anew(),
         pytest.warns(
-            RuntimeWarning, match=f"what {device} draws for dropout is not what PyTorch draws"
+            RuntimeWarning, match=f"The dropout draws of {device} differ from PyTorch's draws"
         ),
     ):
         assert mlp.uniform_kernel(torch.device(device)) is None

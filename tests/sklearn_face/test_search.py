@@ -328,7 +328,7 @@ def test_a_device_is_that_of_all_fits_and_the_refit():
     ).fit(X, Y)
     assert search.best_estimator_[-1].device == "cpu" and pipeline[-1].device == "auto"
     for estimator, space in ((MLP, {"alpha": [0, 0.1]}), (LogisticRegression(), {"C": [0.1, 1.0]})):
-        with pytest.raises(InputError, match="^device must be 'auto' or one that this machine has"):
+        with pytest.raises(InputError, match="^device must be 'auto' or a device of this machine"):
             RandomizedSearchCV(estimator, space, device="abacus", n_iter=2).fit(X, Y)
 
 

@@ -185,14 +185,16 @@ def test_workers_remember_what_did_not_fit():
     sent = pickle_job(Job(seed=0, epochs=1, horizon=1))
     first = pickle.loads(sent)
     second = pickle.loads(sent)
-    first.fits.refused(chunk)
-    assert (second.fits.most(chunk), second.fits.most(wider)) == (4, 2)
-    learned = Job(seed=0, epochs=1, horizon=1, fits=second.fits)
-    second.fits.refused(chunk.part(0, 4))
-    assert pickle.loads(pickle_job(learned)).fits.most(chunk) == 2
+    first.pool.note_too_big(chunk)
+    assert (second.pool.trials_at_once(chunk), second.pool.trials_at_once(wider)) == (4, 2)
+    learned = Job(seed=0, epochs=1, horizon=1, pool=second.pool)
+    second.pool.note_too_big(chunk.part(0, 4))
+    assert pickle.loads(pickle_job(learned)).pool.trials_at_once(chunk) == 2
     # another search
-    assert pickle.loads(pickle_job(Job(seed=0, epochs=1, horizon=1))).fits.most(chunk) == 8
-    assert pickle.loads(pickle_job(learned)).fits.most(chunk) == 2
+    assert (
+        pickle.loads(pickle_job(Job(seed=0, epochs=1, horizon=1))).pool.trials_at_once(chunk) == 8
+    )
+    assert pickle.loads(pickle_job(learned)).pool.trials_at_once(chunk) == 2
 
 
 def test_parts_that_have_not_begun_when_time_is_over_wait(tmp_path, monkeypatch):
@@ -245,5 +247,7 @@ def test_the_search_of_scikit_learns_kind_is_halved_too(monkeypatch):
         found.cv_results_["mean_test_score"], whole.cv_results_["mean_test_score"], atol=1e-4
     )
     fail(monkeypatch, lambda number, trials: True)
-    with pytest.raises(MemoryError, match="One training alone does not fit; make it smaller"):
+    with pytest.raises(
+        MemoryError, match="This training does not fit into memory by itself. Make it smaller"
+    ):
         search()

@@ -726,13 +726,13 @@ IMAGES = {"X": np.ones((9, 1, 4, 4)), "y": np.arange(9) % 3}
         ({"timeout": -1}, "timeout must be a number of seconds above 0, or None, got -1"),
         (
             {"memory": "lots"},
-            "memory is a number of bytes or text such as '8GB', above 0, got 'lots'",
+            "memory must be a positive number of bytes, or text such as '8GB', got 'lots'",
         ),
         (
             {"device": "cuda:99"},
-            r"device must be 'auto' or one that this machine has \(cpu.*\), got 'cuda:99'",
+            r"device must be 'auto' or a device of this machine \(cpu.*\), got 'cuda:99'",
         ),
-        ({"device": "gpu"}, "device must be 'auto' or one that this machine has"),
+        ({"device": "gpu"}, "device must be 'auto' or a device of this machine"),
         (
             {"random_state": -1},
             "random_state must be in \\[0, 2\\*\\*32\\), as in scikit-learn, got -1",

@@ -238,7 +238,7 @@ def test_a_foreign_checkpoint_is_ignored_and_all_trained_anew(whole, tmp_path):
     tune(timeout=1e-9, random_state=1, study=path)
     assert list((tmp_path / "s.db.state").iterdir())
     path.unlink()
-    with pytest.warns(UserWarning, match="is of another search"):
+    with pytest.warns(UserWarning, match="belongs to a different search"):
         found = tune(study=path)
     assert_same(found, whole["random"])
 
@@ -296,7 +296,7 @@ def test_a_file_in_the_place_of_the_folder_costs_the_checkpoints_alone(
 ):
     (tmp_path / "s.db.state").touch()
     monkeypatch.setattr("gputune.engine.checkpoint._WRITING_SHARE", 0)
-    with pytest.warns(UserWarning, match="no checkpoint could be written"):
+    with pytest.warns(UserWarning, match="No checkpoint could be written"):
         found = tune(study=tmp_path / "s.db", checkpoint_seconds=1e-9)
     assert_same(found, whole["random"])
 

@@ -160,7 +160,7 @@ def test_a_full_disk_where_states_wait_is_named(iris, monkeypatch):
 
     monkeypatch.setattr("gputune.engine.checkpoint.save_file", full)
     with pytest.raises(
-        OSError, match=r"no room for the states .* takes no more .*No space left.* let TMPDIR name"
+        OSError, match=r"The states .* do not fit into .*No space left.* set TMPDIR to"
     ):
         tune("mlp", *iris, n_trials=4, method="halving", memory=1000)
 
