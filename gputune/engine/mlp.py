@@ -37,12 +37,6 @@ SOURCE = Path(__file__).with_name("dropout.cu")
 _DRAW_BYTES = 64 << 20
 _SEED_BITS = (1 << 32) - 1  # the bits of a seed that PyTorch's CPU generator uses
 
-_DIFFERENTIABLE = {
-    "relu": torch.relu,
-    "gelu": functional.gelu,
-    "silu": functional.silu,
-    "tanh": torch.tanh,
-}
 _SLOPES = {
     "tanh": (aten.tanh_backward, True),
     "gelu": (aten.gelu_backward, False),
@@ -311,7 +305,7 @@ class StackedMLP:
         (h,) = inputs
         for layer in range(self.depth + 1):
             if layer:
-                h = _DIFFERENTIABLE[self.activation](h)
+                h = getattr(functional, self.activation)(h)
                 if self.rates is not None and key is not None:
                     # one draw (B, H) for all members; each trial compares it with its own rate
                     draw = dropout_draw(self.seed, key, layer - 1, *h.shape[1:])

@@ -16,7 +16,13 @@ from torch import Tensor
 
 from gputune.engine.stacked import StackedChunk
 from gputune.modules.module import ModuleNetwork
-from gputune.population.population import Network, Population, arguments_text, shape_of
+from gputune.population.population import (
+    Network,
+    Population,
+    arguments_of,
+    arguments_text,
+    shape_of,
+)
 from gputune.scoring.scoring import Validation
 from gputune.types import Config
 
@@ -191,10 +197,7 @@ def _constants(network: Network) -> object:
     config = network.configs[0]
     if network.objective.is_named:
         return arguments_text(config)
-    loss_arguments = [
-        (key, repr(value)) for key, value in config.items() if key.startswith("loss__")
-    ]
-    return arguments_text(config), loss_arguments
+    return arguments_text(config), repr(arguments_of(config, "loss__"))
 
 
 def _pairs(target: Any, source: Any) -> Iterator[tuple[Any, Any]]:

@@ -305,18 +305,19 @@ def _make_chunk(network: Network, data: Dataset, training: Training) -> Chunk:
     if isinstance(network, LoopedModule):
         return LoopChunk(network, validation, **kwargs)
     backend = trains_as(training.backend, network.kind, network.configs[0], data=data)
-    make_faster: Callable[[], Chunk] | None = None
+    faster: Callable[..., Chunk] | None = None
     if backend == "compiled":
-        make_faster = partial(CompiledChunk, network, validation, **kwargs)
+        faster = CompiledChunk
     elif backend == "kernel":
-        make_faster = partial(KernelChunk, network, validation, **kwargs)
+        faster = KernelChunk
     elif isinstance(network, StackedModule) and network.traits.coded and backend == "graph":
         timed = pool.take_timed(network, validation, **kwargs)
         if timed is not None:
             return timed
-        make_faster = partial(MemberChunk, network, validation, **kwargs)
-    if make_faster is not None:
-        chunk = _try_to_make(make_faster, backend, network, pool)
+        faster = MemberChunk
+    if faster is not None:
+        make = partial(faster, network, validation, **kwargs)
+        chunk = _try_to_make(make, backend, network, pool)
         if chunk is not None:
             return chunk
     recorded = backend in ("compiled", "kernel", "graph")

@@ -57,19 +57,19 @@ class HostRows:
         same number of rows. If it does not, its rows are gathered when they are requested.
         """
         future = self.ahead.pop((folds.start, step, rows), None)
-        result = self._gather(folds, step, rows, taken) if future is None else future.result()
+        gathered = self._gather(folds, step, rows, taken) if future is None else future.result()
         if not last:
             self.ahead[folds.start, step + 1, rows] = _thread().submit(
                 self._gather, folds, step + 1, rows, taken
             )
-        return result
+        return gathered
 
     def _gather(self, folds: slice, step: int, rows: int, taken: np.ndarray) -> list[Tensor]:
         """Return the rows of one step on the device, for each input."""
-        asked = (step * taken[folds])[..., None] + np.arange(rows)  # (F, 1 or C, B)
-        # Positions beyond the end repeat the last one. Such rows have weight zero, or are not used.
-        asked = np.minimum(asked, self.order.shape[1] - 1).reshape(len(asked), -1)
-        positions = torch.from_numpy(np.take_along_axis(self.order[folds], asked, 1).ravel())
+        places = (step * taken[folds])[..., None] + np.arange(rows)  # (F, 1 or C, B)
+        # Places beyond the end repeat the last one. Such rows have weight zero, or are not used.
+        places = np.minimum(places, self.order.shape[1] - 1).reshape(len(places), -1)
+        positions = torch.from_numpy(np.take_along_axis(self.order[folds], places, 1).ravel())
         return [stage_rows(x.index_select(0, positions), self.device) for x in self.inputs]
 
 
@@ -172,12 +172,12 @@ class Batches:
         # Capped before an array is made, because a size may be larger than an int64.
         capped = np.array([min(size, longest) for size in sizes])
         self.shared = bool((capped == capped[0]).all())
-        # (3, F, 1): first position of a fold's rows among the data rows, in x and in the target.
-        copies = [0] * data.n_folds, data.copies, [f % len(target) for f in range(data.n_folds)]
         device = data.device
-        self.start = torch.tensor(
-            [[copy * data.n_rows for copy in own] for own in copies], device=device
-        )[..., None]
+        folds = np.arange(data.n_folds)
+        # (3, F): the copy that a fold reads, of the data rows, of x and of the target
+        copies = np.stack([0 * folds, data.copies, folds % len(target)])
+        # (3, F, 1): position of the first row of the copy
+        self.start = torch.from_numpy(copies * data.n_rows).to(device)[..., None]
         self.order = torch.empty((3, data.n_folds, longest), dtype=torch.int64, device=device)
         self.counted = torch.as_tensor(self.lengths).to(device, torch.float64)
         self.weights = None if data.weights is None else data.weights.double().contiguous()
@@ -204,12 +204,16 @@ class Batches:
         counts = np.clip(self.lengths - step * taken, 0, taken)  # (F, 1 or C) rows that count
         if self.exact:
             counts[step >= self.steps[:, :1]] = 0
-        ends = np.flatnonzero(np.diff(counts[:, 0])) + 1  # of runs of equally many rows
+        bounds = [0, len(counts)]
+        if self.exact:
+            # Each run of folds with equally many rows is a part.
+            bounds[1:1] = (np.flatnonzero(np.diff(counts[:, 0])) + 1).tolist()
         parts = []
-        for begin, end in pairwise([0, *(ends.tolist() if self.exact else ()), len(counts)]):
-            rows = int((counts[begin:end] if self.shared else taken).max())
+        for begin, end in pairwise(bounds):
+            of_part = counts[begin:end]
+            rows = int((of_part if self.shared else taken).max())
             if rows > 0:
-                parts.append(Part(begin, end, rows, bool((counts[begin:end] == rows).all())))
+                parts.append(Part(begin, end, rows, full=bool((of_part == rows).all())))
         return StepShape(tuple(parts), bool((step < self.steps).all()))
 
     def prepare(self) -> None:
@@ -251,20 +255,24 @@ class Batches:
         # The kernel runs only while a step is recorded. The first replay is checked against a step
         # by the plain operations.
         if self.kernel is not None and torch.cuda.is_current_stream_capturing():
-            (_, of_x, of_y), share = self._by_kernel(self.kernel, part)
+            rows, share = self._by_kernel(self.kernel, part)
         else:
-            (_, of_x, of_y), share = self._rows(part)
+            rows, share = self._rows(part)
+        _, input_rows, target_rows = rows  # (F, 1 or C, B)
+        shape = input_rows.shape
         if self.host is not None:
-            last = key[1] + 1 == len(self.shapes)
-            gathered = self.host.take(part.folds, key[1], part.rows, self.host_taken, last=last)
+            step = key[1]
+            last = step + 1 == len(self.shapes)
+            gathered = self.host.take(part.folds, step, part.rows, self.host_taken, last=last)
         else:
-            gathered = [x.index_select(0, of_x.flatten()) for x in self.inputs]
-        inputs = (x.view(*of_x.shape, *x.shape[1:]) for x in gathered)  # (F, 1 or C, B, ...)
-        read = tuple(self.data.read(i, x, part.folds).flatten(0, 1) for i, x in enumerate(inputs))
-        y = self.target.index_select(0, of_y.flatten())
-        return Batch(
-            read, y.view(of_x.shape[:2].numel(), part.rows, *y.shape[1:]), share, part.folds, key
-        )
+            gathered = [x.index_select(0, input_rows.flatten()) for x in self.inputs]
+        inputs = []
+        for number, x in enumerate(gathered):
+            x = x.view(*shape, *x.shape[1:])  # (F, 1 or C, B, ...)
+            inputs.append(self.data.read(number, x, part.folds).flatten(0, 1))
+        y = self.target.index_select(0, target_rows.flatten())
+        y = y.view(shape[:2].numel(), part.rows, *y.shape[1:])
+        return Batch(tuple(inputs), y, share, part.folds, key)
 
     def _rows(self, part: Part) -> tuple[Tensor, Tensor | float]:
         """Return the positions of a minibatch's rows in weights, inputs and target, and the rows'
@@ -274,27 +282,21 @@ class Batches:
         """
         begin = self.step * self.taken[part.folds]  # (F, 1 or C)
         last = self.order.shape[-1] - 1
-        asked = (begin[..., None] + self.positions[: part.rows]).clamp_max(last)  # (F, 1 or C, B)
-        rows = (
-            self.order[:, part.folds]
-            .gather(2, asked.flatten(1).expand(3, -1, -1))
-            .view(3, *asked.shape)
-        )
+        places = (begin[..., None] + self.positions[: part.rows]).clamp_max(last)
+        shape = places.shape  # (F, 1 or C, B)
+        index = places.flatten(1).expand(3, -1, -1)
+        rows = self.order[:, part.folds].gather(2, index).view(3, *shape)
         if self.weights is None and part.full:
             return rows, 1 / part.rows
         # Double precision, because sums of weights may leave the range of single precision. Their
         # shares do not.
-        counts = (
-            (self.counted[part.folds] - begin)
-            .clamp_min(0)
-            .minimum(self.taken[part.folds])[..., None]
-        )
+        remaining = (self.counted[part.folds] - begin).clamp_min(0)
+        counts = remaining.minimum(self.taken[part.folds])[..., None]  # (F, 1 or C, 1)
         weights = self.positions[: part.rows] < counts
         total = counts
         if self.weights is not None:
-            weights = weights * self.weights[part.folds, None].expand(-1, rows.shape[2], -1).gather(
-                2, rows[0]
-            )
+            of_rows = self.weights[part.folds, None].expand(-1, shape[1], -1)
+            weights = weights * of_rows.gather(2, rows[0])
             total = weights.sum(2, keepdim=True)
         # A minibatch with only zero weights gets a zero slope instead of 0/0.
         total = total.clamp_min(torch.finfo(total.dtype).tiny)
@@ -302,16 +304,17 @@ class Batches:
 
     def _by_kernel(self, kernel: Kernel, part: Part) -> tuple[Tensor, Tensor | float]:
         """Return the result of ``_rows``, computed in one launch."""
-        size = (part.end - part.begin, self.taken.shape[1], part.rows)
-        rows = self.order.new_empty((3, *size))
-        share = self.order.new_empty((*size, 1), dtype=self.data.dtype)
-        weighted, (_, folds, length) = self.weights is not None, self.order.shape
-        shares = weighted or not part.full
-        numbers = [*size, part.begin, folds, length, self.data.n_rows, int(shares), int(weighted)]
+        shape = (part.end - part.begin, self.taken.shape[1], part.rows)
+        rows = self.order.new_empty((3, *shape))
+        share = self.order.new_empty((*shape, 1), dtype=self.data.dtype)
+        _, folds, length = self.order.shape
+        weighted = self.weights is not None
+        shared = part.full and not weighted  # equally, so that the kernel writes no shares
         weights = self.counted if self.weights is None else self.weights
+        numbers = [*shape, part.begin, folds, length, self.data.n_rows, not shared, weighted]
         tensors = [self.step, self.order, self.taken, self.counted, weights, rows, share]
-        launch(kernel, rows[0].numel(), [*numbers, *tensors])
-        return rows, share if shares else 1 / part.rows
+        launch(kernel, rows[0].numel(), [*map(int, numbers), *tensors])
+        return rows, 1 / part.rows if shared else share
 
 
 def for_members(x: Tensor, trials: int) -> Tensor:
@@ -335,13 +338,16 @@ def row_order(data: Dataset, seed: int, epoch: int) -> Tensor:
 
     The rows are positions in the data. A shorter fold repeats its first row at its end.
     """
-    lengths = [len(fold.train) for fold in data.folds]
-    # Folds of equal length share one permutation.
-    drawn = {
-        n: torch.randperm(n, generator=stream(seed, "rows", n, epoch), device="cpu")
-        for n in set(lengths)
-    }
-    order = torch.stack([fold.train[:1].expand(max(lengths)) for fold in data.folds])
-    for f, (fold, n) in enumerate(zip(data.folds, lengths)):
-        order[f, :n] = fold.train[drawn[n].to(data.device)]
-    return order
+    longest = max(len(fold.train) for fold in data.folds)
+    permutations: dict[int, Tensor] = {}
+    order = []
+    for fold in data.folds:
+        n = len(fold.train)
+        # Folds of equal length share one permutation.
+        if n not in permutations:
+            generator = stream(seed, "rows", n, epoch)
+            permutation = torch.randperm(n, generator=generator, device="cpu")
+            permutations[n] = permutation.to(data.device)
+        padding = fold.train[:1].expand(longest - n)
+        order.append(torch.cat([fold.train[permutations[n]], padding]))
+    return torch.stack(order)

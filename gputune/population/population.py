@@ -47,7 +47,8 @@ _OWN_GROUP = 4  # trials of one batch size that make a separate group, with shar
 def padded_width(width: int) -> int:
     """Return the width of the tensors of a hidden layer: the next width of a fixed table, or else
     the next multiple of 512."""
-    return next((w for w in _WIDTHS if w >= width), -(-width // 512) * 512)
+    wide = -(-width // 512) * 512
+    return next((padded for padded in _WIDTHS if padded >= width), wide)
 
 
 def hidden_widths(config: Config) -> tuple[int, ...]:
@@ -114,9 +115,8 @@ class Population:
 
     def select(self, places: Sequence[int]) -> "Population":
         """Return the trials at some places as a separate population."""
-        return Population(
-            self.kind, tuple(self.index[c] for c in places), tuple(self.configs[c] for c in places)
-        )
+        index = tuple(self.index[c] for c in places)
+        return Population(self.kind, index, tuple(self.configs[c] for c in places))
 
     def part(self, start: int, stop: int) -> "Population":
         """Return the trials start..stop-1 as a separate population."""
@@ -149,23 +149,25 @@ def populations(
     """
     shapes: dict[tuple[Hashable, ...], list[int]] = defaultdict(list)
     for i, config in enumerate(configs):
-        of_loss = sorted(
-            (k, repr(v)) for k, v in config.items() if own_loss and k.startswith("loss__")
-        )
-        shapes[own_steps is not None and own_steps(config), _shape(config, kind), *of_loss].append(
-            i
-        )
-    groups = list[list[int]]()
-    for (own, *_), members in shapes.items():
+        steps = own_steps is not None and own_steps(config)
+        loss = arguments_of(config, "loss__") if own_loss else {}
+        shapes[steps, _shape(config, kind), repr(sorted(loss.items()))].append(i)
+    groups: list[list[int]] = []
+    for (steps, *_), trials in shapes.items():
+        if steps:
+            groups.append(trials)
+            continue
         by_size: dict[int, list[int]] = defaultdict(list)
-        for i in members:
+        for i in trials:
             by_size[min(configs[i]["batch_size"], rows)].append(i)
         buckets: dict[object, list[int]] = defaultdict(list)
         for size, group in by_size.items():
-            alone = kind == "module" or len(group) >= _OWN_GROUP
-            buckets[(size, "own") if alone else (size - 1).bit_length()].extend(group)
-        groups += [members] if own else buckets.values()
-    return [Population(kind, tuple(g), tuple(configs[i] for i in g)) for g in groups]
+            is_separate = kind == "module" or len(group) >= _OWN_GROUP
+            bucket = (size, "own") if is_separate else (size - 1).bit_length()
+            buckets[bucket].extend(group)
+        groups += buckets.values()
+    population = Population(kind, tuple(range(len(configs))), tuple(configs))
+    return [population.select(group) for group in groups]
 
 
 def by_numbers(configs: Sequence[Config]) -> list[list[int]]:
@@ -184,10 +186,17 @@ def is_plain(config: Config) -> bool:
     return config["clip_norm"] == math.inf and not config["ema"] and not beyond_adam(config)
 
 
+def arguments_of(config: Config, prefix: str) -> Config:
+    """Return the values whose keys begin with a prefix, under the rest of their keys."""
+    return {
+        key.removeprefix(prefix): value for key, value in config.items() if key.startswith(prefix)
+    }
+
+
 def module_arguments(config: Config) -> Config:
     """Return the ``module__*`` values of a configuration, under the argument names of the user's
     class."""
-    return {k.removeprefix("module__"): v for k, v in config.items() if k.startswith("module__")}
+    return arguments_of(config, "module__")
 
 
 def arguments_text(config: Config) -> str:
@@ -210,11 +219,12 @@ def _shape(config: Config, kind: ModelKind) -> tuple[object, ...]:
     # A hypergradient search may have a list of momenta, one for each segment.
     momentum = bool(np.any(np.asarray(config["momentum"]) > 0))
     buffers = (momentum, config["clip_norm"] < math.inf, config["ema"] > 0)
-    options = sorted((k, bool(v)) for k, v in optimizer_arguments(config).items())
+    options = sorted((key, bool(value)) for key, value in optimizer_arguments(config).items())
     optimizer = (config["optimizer"], rule, *buffers, *options, config.get("numbers"))
-    if kind != "mlp":
-        arguments = module_arguments(config) if kind == "module" else {}
-        return (optimizer, *sorted((k, repr(v)) for k, v in arguments.items()))
+    if kind == "linear":
+        return (optimizer,)
+    if kind == "module":
+        return (optimizer, repr(sorted(module_arguments(config).items())))
     width = padded_width(max(hidden_widths(config), default=1))
     return optimizer, config["depth"], width, config["activation"], config["dropout"] > 0
 
@@ -248,16 +258,21 @@ class Shape:
     def of(data: Dataset, precision: Precision = "full") -> "Shape":
         """Return the shape of members that train on some data. Scaled bytes reach the members as
         floats."""
-        kinds = zip(data.inputs, data.scaling, strict=True)
-        same = "n_features n_outputs dtype device present names feature_groups".split()
+        inputs: list[InputKind] = []
+        for x, scaling in zip(data.inputs, data.scaling, strict=True):
+            inputs.append((tuple(x.shape[2:]), x.dtype if scaling is None else data.dtype))
         return Shape(
-            **{name: getattr(data, name) for name in same},
+            n_features=data.n_features,
+            n_outputs=data.n_outputs,
             folds=data.n_folds,
+            dtype=data.dtype,
+            device=data.device,
             regression=data.task == "regression",
-            input_shape=tuple(data.inputs[0].shape[2:]),
-            inputs=tuple(
-                (tuple(x.shape[2:]), data.dtype if scaled else x.dtype) for x, scaled in kinds
-            ),
+            present=data.present,
+            input_shape=inputs[0][0],
+            inputs=tuple(inputs),
+            names=data.names,
+            feature_groups=data.feature_groups,
             precision=precision,
             rows=data.training_rows,
         )
@@ -349,10 +364,12 @@ def call_module(
     module: nn.Module, inputs: Sequence[Tensor], names: Sequence[str] | None = None
 ) -> Tensor:
     """Return the output of a module for its inputs, passed in order or by their names."""
-    result: Tensor = (
-        module(*inputs) if names is None else module(**dict(zip(names, inputs, strict=True)))
-    )
-    return result
+    outputs: Tensor
+    if names is None:
+        outputs = module(*inputs)
+    else:
+        outputs = module(**dict(zip(names, inputs, strict=True)))
+    return outputs
 
 
 def first_output(outputs: Any) -> Tensor:
@@ -360,8 +377,8 @@ def first_output(outputs: Any) -> Tensor:
 
     It is the first output of a tuple or list, and the first value of a dict.
     """
-    several = tuple(outputs.values()) if isinstance(outputs, Mapping) else outputs
-    first: Tensor = several[0] if isinstance(several, tuple | list) and several else outputs
+    heads = tuple(outputs.values()) if isinstance(outputs, Mapping) else outputs
+    first: Tensor = heads[0] if isinstance(heads, tuple | list) and heads else outputs
     return first
 
 
@@ -387,11 +404,9 @@ def class_logits(outputs: Tensor, task: Task, axes: int) -> Tensor:
 
     Other outputs are returned unchanged.
     """
-    return (
-        two_logits(outputs.reshape(*outputs.shape[:axes], 1))
-        if is_one_logit(outputs, task, axes)
-        else outputs
-    )
+    if is_one_logit(outputs, task, axes):
+        return two_logits(outputs.reshape(*outputs.shape[:axes], 1))
+    return outputs
 
 
 def by_copy(y: Tensor, n_outputs: int, dtype: torch.dtype) -> Tensor:
@@ -428,27 +443,24 @@ class Ensemble(nn.Module):
         self.register_buffer("weights", torch.tensor(weights, dtype=torch.float64))
 
     def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
-        found = []
+        member_outputs = []
         for place, member in enumerate(self.members):
             # Copies, because a member may write into its inputs, which the next member reads.
-            own = [x.clone() for x in inputs]
+            args = [x.clone() for x in inputs]
+            kwargs = {name: x.clone() for name, x in named.items()}
             if self.columns:
                 begin, end = self.columns[place]
-                own = [own[0][:, begin:end]]
-            found.append(
-                first_output(member(*own, **{name: x.clone() for name, x in named.items()}))
-            )
+                args = [args[0][:, begin:end]]
+            member_outputs.append(first_output(member(*args, **kwargs)))
         # (M, ..., K)
-        outputs = torch.stack(found)
-        outputs = class_logits(outputs, self.task, 2)
+        outputs = class_logits(torch.stack(member_outputs), self.task, 2)
         weights = self.weights.to(outputs.dtype).view(-1, *[1] * (outputs.dim() - 1))
         if self.task == "regression":
             return (weights * outputs).sum(0)
+        log_weights = weights.log()
         if self.task == "multilabel":
             # log p - log (1 - p) of the mean probability p; each of the two as a sum in logarithms.
-            yes, no = (
-                (weights.log() + functional.logsigmoid(sign * outputs)).logsumexp(0)
-                for sign in (1, -1)
-            )
-            return yes - no
-        return (weights.log() + outputs.log_softmax(-1)).logsumexp(0)
+            log_yes = (log_weights + functional.logsigmoid(outputs)).logsumexp(0)
+            log_no = (log_weights + functional.logsigmoid(-outputs)).logsumexp(0)
+            return log_yes - log_no
+        return (log_weights + outputs.log_softmax(-1)).logsumexp(0)

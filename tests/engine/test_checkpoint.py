@@ -102,7 +102,7 @@ def test_what_results_need_is_left_on_the_disk(folder, monkeypatch):
     free = SimpleNamespace(free=2**24)
     monkeypatch.setattr("gputune.engine.checkpoint.shutil.disk_usage", lambda folder: free)
     with pytest.warns(
-        UserWarning, match="no checkpoint .* less than 16 MB for results.* Make room on the"
+        UserWarning, match="No checkpoint .* less than 16 MB for results.* Make room on the"
     ):
         keep(folder, epoch=3)
     assert [p.name for p in path.parent.iterdir()] == [path.name] and path.read_bytes() == whole

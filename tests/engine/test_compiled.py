@@ -188,7 +188,7 @@ def test_no_memory_for_one_member_is_a_memory_error():
         def train_members(self, *_):
             return 1
 
-    with pytest.raises(MemoryError, match="no memory for the activations of one member"):
+    with pytest.raises(MemoryError, match="not enough memory for the activations of one member"):
         compiled._run(Full(), {}, {})
 
 

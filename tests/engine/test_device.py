@@ -63,7 +63,7 @@ SPEEDS = {"cpu": Speed(0.0, 1e-4), "cuda": Speed(1e-3, 1e-6)}
 
 def test_what_is_soon_done_stays_on_the_cpu_and_no_gpu_is_asked(machine):
     work = Workload(**WORK)
-    assert work.seconds(SPEEDS["cpu"], alone=True) == pytest.approx(0.2)
+    assert work.seconds(SPEEDS["cpu"], by_member=True) == pytest.approx(0.2)
     assert device_for("auto", work) == DeviceChoice(
         CPU, "compiled code takes about 0.2 s on the CPU"
     )
@@ -72,7 +72,7 @@ def test_what_is_soon_done_stays_on_the_cpu_and_no_gpu_is_asked(machine):
 
 def test_what_is_long_goes_where_it_is_done_first(machine):
     long = Workload(**WORK | {"epochs": 5000})
-    assert long.seconds(SPEEDS["cuda"], alone=False) == pytest.approx(50.2)
+    assert long.seconds(SPEEDS["cuda"], by_member=False) == pytest.approx(50.2)
     words = "compiled code takes about 20 s on the CPU, a cuda about 50 s"
     assert device_for("auto", long) == DeviceChoice(CPU, words)
     many = Workload(**WORK | {"epochs": 5000, "configs": CONFIGS * 50})
@@ -94,7 +94,7 @@ def test_a_device_that_cannot_be_timed_is_not_taken(monkeypatch, broken, device)
     monkeypatch.delenv("GPUTUNE_STRICT_BACKENDS")
     if broken == "cpu":
         with pytest.warns(
-            RuntimeWarning, match="CPU failed, so that the GPU trains: OSError: no such code"
+            RuntimeWarning, match="CPU failed, so the GPU trains: OSError: no such code"
         ):
             assert device_for("auto", long) == DeviceChoice(device)
     else:
@@ -235,6 +235,6 @@ def test_a_gpu_that_is_not_there(built, hidden, driver, said, monkeypatch):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
     for word in ("cuda", "cuda:3"):
         with pytest.raises(
-            gputune.InputError, match=rf"this machine has \(cpu\), got '{word}'. {said}"
+            gputune.InputError, match=rf"this machine \(cpu\), got '{word}'. {said}"
         ):
             choose_device(word)
