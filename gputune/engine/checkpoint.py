@@ -210,8 +210,8 @@ class Checkpointing:
         except OSError as error:
             warn(
                 f"No checkpoint could be written in {str(self.folder.folder)!r} ({error}). "
-                "Training continues. If it is stopped now, more of it must be repeated. Make room "
-                "on the disk."
+                "Training continues. If it is stopped now, more of it must be repeated. Free some "
+                "space on the disk."
             )
         return max(self.seconds, pause_after(time.monotonic() - begin))
 
@@ -284,7 +284,7 @@ class StateCache:
         except OSError as error:
             raise OSError(
                 f"The states of trials that wait for their rung do not fit into {str(self.folder)!r} "
-                f"({error}). Make room there, set TMPDIR to a folder on a larger disk, or allow "
+                f"({error}). Free some space there, set TMPDIR to a folder on a larger disk, or allow "
                 "more memory (the option 'memory')."
             ) from error
         self.states[trial] = path

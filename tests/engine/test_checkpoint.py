@@ -91,7 +91,7 @@ def test_they_go_when_all_their_trials_have_ended(folder):
 def test_a_disk_that_takes_nothing_is_a_warning(folder):
     folder.folder.write_text("a file in the place of the folder")
     with pytest.warns(
-        UserWarning, match="No checkpoint could be written in .* Make room on the disk"
+        UserWarning, match="No checkpoint could be written in .* Free some space on the disk"
     ):
         assert keep(folder) == 60.0
 
@@ -102,7 +102,7 @@ def test_what_results_need_is_left_on_the_disk(folder, monkeypatch):
     free = SimpleNamespace(free=2**24)
     monkeypatch.setattr("gputune.engine.checkpoint.shutil.disk_usage", lambda folder: free)
     with pytest.warns(
-        UserWarning, match="No checkpoint .* less than 16 MB for results.* Make room on the"
+        UserWarning, match="No checkpoint .* less than 16 MB for results.* Free some space on the"
     ):
         keep(folder, epoch=3)
     assert [p.name for p in path.parent.iterdir()] == [path.name] and path.read_bytes() == whole
