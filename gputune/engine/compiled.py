@@ -264,7 +264,9 @@ def _run(
     stop = ctypes.c_int32(0)
     failed = list[bool]()
 
-    def train(work: MemberWork, _arrays: Mapping[str, OptionalTensor], ended: threading.Event) -> None:
+    def train(
+        work: MemberWork, _arrays: Mapping[str, OptionalTensor], ended: threading.Event
+    ) -> None:
         torch.set_flush_denormal(True)  # each thread has its own setting
         try:
             if library.train_members(ctypes.byref(work), ctypes.byref(taken), ctypes.byref(stop)):
