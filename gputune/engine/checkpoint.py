@@ -147,7 +147,7 @@ class CheckpointFolder:
             facts = json.loads(metadata["facts"])
             if facts["format"] != _FORMAT or facts["search"] != self.identity:
                 raise ValueError("belongs to a different search")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            tensors = _tensors_of(file)
         if metadata["checksum"] != _checksum(metadata["facts"], tensors):
             raise ValueError("does not match its checksum")
         trials = tuple(int(trial) for trial in facts["trials"])
@@ -155,8 +155,7 @@ class CheckpointFolder:
         if len(waiting) == len(trials) and _digest_of_configs(waiting) != facts["configs"]:
             raise ValueError("belongs to different configurations")
         curves = tensors.pop("curves").numpy()
-        buffers = tuple(tensors[str(i)] for i in range(len(tensors)))
-        state = State(facts["epoch"], buffers)
+        state = _numbered_state(facts["epoch"], tensors)
         return Checkpoint(trials, tuple(facts["alive"]), curves, state, facts["seconds"])
 
     def drop(self, ended: Iterable[int]) -> None:
@@ -236,6 +235,16 @@ def _numbered(state: State) -> dict[str, Tensor]:
     return {str(i): buffer.cpu().contiguous() for i, buffer in enumerate(state.buffers)}
 
 
+def _numbered_state(epoch: int, tensors: Mapping[str, Tensor]) -> State:
+    """Return the state with these buffers, each named by its number."""
+    return State(epoch, tuple(tensors[str(i)] for i in range(len(tensors))))
+
+
+def _tensors_of(file: safe_open) -> dict[str, Tensor]:
+    """Return the tensors of an open safetensors file, by name."""
+    return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+
+
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Write tensors and metadata to a safetensors file. Raises OSError if the disk is full."""
     try:
@@ -295,9 +304,7 @@ class StateCache:
         if isinstance(state, State):
             return state
         with safe_open(state, framework="pt") as file:
-            numbers = range(len(list(file.keys())))
-            buffers = tuple(file.get_tensor(str(i)) for i in numbers)
-            return State(int(file.metadata()["epoch"]), buffers)
+            return _numbered_state(int(file.metadata()["epoch"]), _tensors_of(file))
 
     def take(self, trials: Sequence[int]) -> State:
         """Return the stacked states of some trials, and remove them from the cache.

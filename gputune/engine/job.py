@@ -384,7 +384,7 @@ def measure_need(
 
     def training(trials: int) -> Callable[[], object]:
         places = np.linspace(0, len(order) - 1, trials).astype(int)
-        chunk = population.select([order[place] for place in places])
+        chunk = population.select(np.array(order)[places].tolist())
         return partial(train_chunk, short_job, short_data, chunk)
 
     try:

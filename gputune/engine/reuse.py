@@ -88,11 +88,11 @@ class ChunkPool:
     ) -> StackedChunk | None:
         """Return the timed chunk of these trials and remove it. The result is None without such a
         chunk."""
-        configs = list(network.configs)
-        timed = next((chunk for chunk in self.timed if chunk.configs == configs), None)
-        self.drop_timed(configs)
-        if timed is not None and timed.is_made_with(validation, recorded=False, **options):
-            return timed
+        timed = self.timed
+        self.drop_timed(network.configs)
+        for chunk in timed:
+            if chunk.configs == list(network.configs):
+                return chunk if chunk.is_made_with(validation, recorded=False, **options) else None
         return None
 
     def take(self, network: Network, validation: Validation, **options: Any) -> StackedChunk:

@@ -9,6 +9,7 @@ study into one.
 """
 
 import math
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,8 +48,9 @@ _OWN_GROUP = 4  # trials of one batch size that make a separate group, with shar
 def padded_width(width: int) -> int:
     """Return the width of the tensors of a hidden layer: the next width of a fixed table, or else
     the next multiple of 512."""
-    wide = -(-width // 512) * 512
-    return next((padded for padded in _WIDTHS if padded >= width), wide)
+    if width > _WIDTHS[-1]:
+        return -(-width // 512) * 512
+    return _WIDTHS[bisect_left(_WIDTHS, width)]
 
 
 def hidden_widths(config: Config) -> tuple[int, ...]:
@@ -187,7 +189,7 @@ def is_plain(config: Config) -> bool:
 
 
 def arguments_of(config: Config, prefix: str) -> Config:
-    """Return the values whose keys begin with a prefix, under the rest of their keys."""
+    """Return the values of all keys with a prefix. Their new keys are without the prefix."""
     return {
         key.removeprefix(prefix): value for key, value in config.items() if key.startswith(prefix)
     }
