@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -240,7 +241,7 @@ def _numbered_state(epoch: int, tensors: Mapping[str, Tensor]) -> State:
     return State(epoch, tuple(tensors[str(i)] for i in range(len(tensors))))
 
 
-def _tensors_of(file: safe_open) -> dict[str, Tensor]:
+def _tensors_of(file: Any) -> dict[str, Tensor]:
     """Return the tensors of an open safetensors file, by name."""
     return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
 
