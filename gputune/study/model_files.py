@@ -299,7 +299,9 @@ def _module_class(
                 raise ValueError(f"it names an unknown kind of model, {kind!r}")
             return module_source.find_class(spec, trust_code=trust_code, or_changed=True)
     except UntrustedCodeError as error:
-        raise UntrustedCodeError(error.rule, f"{error.remedy} {or_pass}") from error
+        # On the command line, --trust-code is the whole remedy.
+        remedy = per_interface(python=f"{error.remedy} {or_pass}", command=error.remedy)
+        raise UntrustedCodeError(error.rule, remedy) from error
     except InputError as error:
         raise InputError(None, f"{error.message} {or_pass}") from error
 

@@ -208,7 +208,10 @@ def test_code_that_this_user_has_not_trained_runs_only_when_that_is_said(bugs, a
     assert run(*commands[0], *there)[::2] == (0, "")
     Path("model.pt2").unlink()
     assert run(*commands[1], *there)[::2] == (0, "")
-    assert "--model must be FILE.py:NAME, where" in run(*commands[0], "--model", "moved.py")[2]
+    assert (
+        "--model must be FILE.py:NAME, the place of the class"
+        in run(*commands[0], "--model", "moved.py")[2]
+    )
 
 
 def test_a_cluster_that_only_the_file_names_gets_no_rows(bugs, another_user):
