@@ -62,9 +62,9 @@ class KeptState:
         if depth == 0 or isinstance(value, nn.Module | type) or callable(value):
             return id(value)
         if isinstance(value, dict):
-            return [(repr(key), self._mark(member, depth - 1)) for key, member in value.items()]
+            return [(repr(key), self._mark(item, depth - 1)) for key, item in value.items()]
         if isinstance(value, list | tuple | set):
-            return [self._mark(member, depth - 1) for member in value]
+            return [self._mark(item, depth - 1) for item in value]
         return id(value), self._mark(dict(getattr(value, "__dict__", {})), depth - 1)
 
 

@@ -54,7 +54,7 @@ def drawing_code(module: nn.Module, functions: Iterable[object] = (), step: obje
     for function in (*functions, step):
         reader.visit(function)
     reader.call(step, [module])
-    return reader.found
+    return reader.finding
 
 
 def _defaults_of(function: types.FunctionType) -> Env:
@@ -68,7 +68,7 @@ def _defaults_of(function: types.FunctionType) -> Env:
 @lru_cache(4096)
 def _instructions(code: types.CodeType) -> tuple[tuple[str, Any], ...]:
     """Return the operations of a code object with their arguments. Loads of two names are split."""
-    found: list[tuple[str, Any]] = []
+    operations: list[tuple[str, Any]] = []
     for instruction in dis.get_instructions(code):
         name = instruction.opname
         value = instruction.argval
@@ -77,10 +77,10 @@ def _instructions(code: types.CodeType) -> tuple[tuple[str, Any], ...]:
         if name == "KW_NAMES" and instruction.arg is not None:  # Python 3.11 and 3.12
             value = code.co_consts[instruction.arg]
         if isinstance(value, tuple) and name in _PAIRS:  # Python 3.13 and newer
-            found += list(zip(_PAIRS[name], value))
+            operations += list(zip(_PAIRS[name], value))
         else:
-            found.append((name.replace("_BORROW", ""), value))
-    return tuple(found)
+            operations.append((name.replace("_BORROW", ""), value))
+    return tuple(operations)
 
 
 _NEUTRAL = {
@@ -115,25 +115,23 @@ _ATTRIBUTES = {"LOAD_ATTR", "LOAD_METHOD"}
 class _Reader:
     """Reads code and the objects that it refers to, until something draws.
 
-    ``found`` is then a description of the place.
+    ``finding`` is then a description of the place.
     """
 
     def __init__(self) -> None:
-        self.found = ""
+        self.finding = ""
         # the values keep the objects alive, so that no other object gets their ids
         self.read: dict[tuple[int, ...], object] = {}
         self.place = ""
 
     def visit(self, value: object) -> None:
         """Read a value that code uses: it may draw, or run code when it is called."""
-        if self.found or value is _UNKNOWN or value is None:
+        if self.finding or value is _UNKNOWN or value is None:
             return
-        if source := source_name(value):
-            self.found = (
-                f"{self.place} uses {source}"
-                if source.startswith("a ")
-                else f"{self.place} calls {source}"
-            )
+        source = source_name(value)
+        if source:
+            verb = "uses" if source.startswith("a ") else "calls"
+            self.finding = f"{self.place} {verb} {source}"
         elif is_a(value, types.FunctionType):
             self._read(value, [])
         elif is_a(value, types.MethodType):
@@ -168,9 +166,9 @@ class _Reader:
         """Read the forward pass and the hooks of a module."""
         if self._is_read(module, []):
             return
-        own = vars(module)
-        self.visit(own.get("forward") or getattr(module, "forward", None))
-        for name, hooks in own.items():
+        attributes = vars(module)
+        self.visit(attributes.get("forward") or getattr(module, "forward", None))
+        for name, hooks in attributes.items():
             if name.endswith("_hooks") and is_a(hooks, dict):
                 self.visit(list(hooks.values()))
 
@@ -187,19 +185,17 @@ class _Reader:
             if issubclass(cls, nn.Module):
                 functions = {"forward": functions.get("forward")}
             for value in functions.values():
-                inner = (
-                    value.__func__
-                    if is_a(value, staticmethod) or is_a(value, classmethod)
-                    else value
-                )
-                if is_a(inner, types.FunctionType):
-                    self._read(inner, [])
+                if is_a(value, staticmethod) or is_a(value, classmethod):
+                    value = value.__func__
+                if is_a(value, types.FunctionType):
+                    self._read(value, [])
 
     def _visit_instance(self, value: object) -> None:
         """Read the ``__call__`` of an object that code uses, and the generators that it holds."""
         if self._is_read(value, []):
             return
-        if is_a(call := getattr_static(type(value), "__call__", None), types.FunctionType):
+        call = getattr_static(type(value), "__call__", None)
+        if is_a(call, types.FunctionType):
             self._read(call, [value])
         for item in _attributes_of(value).values():
             if is_a(item, *GENERATORS):
@@ -227,7 +223,7 @@ class _Reader:
 
     def _read(self, function: types.FunctionType, arguments: Sequence[object]) -> None:
         """Read the code of a function that is called with some known or unknown arguments."""
-        if self.found or is_library(function) or self._is_read(function.__code__, arguments):
+        if self.finding or is_library(function) or self._is_read(function.__code__, arguments):
             return
         code = function.__code__
         env = _defaults_of(function) | closure_of(function)
@@ -266,15 +262,14 @@ class _Reader:
                     stack += [top, self._attribute(top, name)]
                 elif operation == "CALL" and len(stack) >= name:
                     values = [*stack, top]
-                    self.call(
-                        values[-name - 1], values[len(values) - name : len(values) - keywords]
-                    )
+                    arguments = values[len(values) - name : len(values) - keywords]
+                    self.call(values[-name - 1], arguments)
                     stack = [*values[: -name - 1], _UNKNOWN]
                     keywords = 0
                 else:
                     stack = []
                     keywords = 0
-            if self.found:
+            if self.finding:
                 return
         self.visit(stack[-1] if stack else _UNKNOWN)
         for constant in code.co_consts:
@@ -290,37 +285,39 @@ class _Reader:
             self.visit(value)
             return _UNKNOWN
         if name == "rvs":  # a distribution of SciPy draws by this method
-            self.found = f"{self.place} calls rvs of {type(value).__name__}"
+            self.finding = f"{self.place} calls rvs of {type(value).__name__}"
             return _UNKNOWN
-        own = {} if is_a(value, type) else _attributes_of(value)
-        if name in own:
-            return own[name]
-        found = getattr_static(value if is_a(value, type) else type(value), name, _UNKNOWN)
-        if is_a(found, staticmethod):
-            return found.__func__
-        if is_a(found, classmethod):
-            return types.MethodType(found.__func__, value if is_a(value, type) else type(value))
-        if is_a(found, types.FunctionType):
-            return found if is_a(value, type) else types.MethodType(found, value)
+        is_class = is_a(value, type)
+        owner = value if is_class else type(value)
+        attributes = {} if is_class else _attributes_of(value)
+        if name in attributes:
+            return attributes[name]
+        attribute = getattr_static(owner, name, _UNKNOWN)
+        if is_a(attribute, staticmethod):
+            return attribute.__func__
+        if is_a(attribute, classmethod):
+            return types.MethodType(attribute.__func__, owner)
+        if is_a(attribute, types.FunctionType):
+            return attribute if is_class else types.MethodType(attribute, value)
         getter = None
-        if is_a(found, property):
-            getter = found.fget
-        elif is_a(found, functools.cached_property):
-            getter = found.func
+        if is_a(attribute, property):
+            getter = attribute.fget
+        elif is_a(attribute, functools.cached_property):
+            getter = attribute.func
         if is_a(getter, types.FunctionType):  # the getter of a property or of a cached property
             self._read(getter, [value])
             return _UNKNOWN
-        if is_a(found, types.MemberDescriptorType):  # an attribute in __slots__
+        if is_a(attribute, types.MemberDescriptorType):  # an attribute in __slots__
             return getattr(value, name, _UNKNOWN)
-        return found if is_a(found, *GENERATORS) or callable(found) else _UNKNOWN
+        return attribute if is_a(attribute, *GENERATORS) or callable(attribute) else _UNKNOWN
 
 
 def _attributes_of(value: object) -> Mapping[str, Any]:
     """Return the attributes of an object itself. Those of a module include its submodules."""
     try:
-        own: dict[str, Any] = vars(value)
+        attributes: dict[str, Any] = vars(value)
     except TypeError:  # it has no attributes
         return {}
     if is_a(value, nn.Module):
-        return {**own.get("_modules", {}), **own}
-    return own
+        return {**attributes.get("_modules", {}), **attributes}
+    return attributes

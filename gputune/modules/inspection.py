@@ -220,7 +220,7 @@ def inspect_module(trial: ModuleTrial) -> Traits:
         alone=is_alone,
         widest=trial.widest,
         parameters=sum(w.numel() for w in trainable.values()),
-        writes=trial.writes.found,
+        writes=trial.writes.has_written,
         draws=trial.watch.draws or bool(outside),
         host_draws=bool(outside),
         evaluation_draws=trial.watch.draws_in_evaluation or bool(outside),

@@ -32,11 +32,13 @@ class Mapped(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is functional.embedding:
             return _embedding(*args, **kwargs)
-        if (found := _RULES.get(func)) is not None:
-            rule, place = found
+        if func in _RULES:
+            rule, place = _RULES[func]
             tensor = args[place] if len(args) > place else kwargs[("input", "weight")[place]]
-            if _is_mapped(tensor) and (result := _call_rule(rule, args, kwargs)) is not None:
-                return result
+            if _is_mapped(tensor):
+                result = _call_rule(rule, args, kwargs)
+                if result is not None:
+                    return result
         return func(*args, **kwargs)
 
 
@@ -107,11 +109,13 @@ class _Linear(torch.autograd.Function):
         return x.bmm(weight.mT) if bias is None else torch.baddbmm(bias[:, None], x, weight.mT)
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight), (of_x, of_weight, of_bias) = ctx.saved_tensors, ctx.needs_input_grad
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         # (P, N, O) @ (P, O, I) -> (P, N, I), and for the weights (P, O, N) @ (P, N, I) -> (P, O, I)
-        of_rows = slope.bmm(weight) if of_x else None
-        return of_rows, slope.mT.bmm(x) if of_weight else None, slope.sum(1) if of_bias else None
+        x_gradient = gradient.bmm(weight) if needs_x else None
+        weight_gradient = gradient.mT.bmm(x) if needs_weight else None
+        return x_gradient, weight_gradient, gradient.sum(1) if needs_bias else None
 
 
 def _layer_norm(
@@ -124,10 +128,10 @@ def _layer_norm(
     """Map a layer norm: normalize, then scale and shift with each member's weight and bias."""
     shape = list(normalized_shape)
     outputs: Tensor = _LayerNorm.apply(input, shape, eps)  # type: ignore[no-untyped-call]
-    own = len(input), *[1] * (input.dim() - 1 - len(shape)), *shape
+    member_shape = len(input), *[1] * (input.dim() - 1 - len(shape)), *shape
     if weight is not None:
-        outputs = outputs * weight.view(own)
-    return outputs if bias is None else outputs + bias.view(own), 0
+        outputs = outputs * weight.view(member_shape)
+    return outputs if bias is None else outputs + bias.view(member_shape), 0
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -144,13 +148,11 @@ class _LayerNorm(torch.autograd.Function):
         return centred.mul_(scale)
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         x, mean, scale = ctx.saved_tensors
-        return (
-            _norm_backward(slope, x, ctx.shape, mean, scale, None, None, [True, False, False])[0],
-            None,
-            None,
-        )
+        needed = [True, False, False]
+        results = _norm_backward(gradient, x, ctx.shape, mean, scale, None, None, needed)
+        return results[0], None, None
 
 
 def _batch_norm(
@@ -226,7 +228,7 @@ def _pool(
     rows = _by_channels(input)
     outputs = function(rows, *args, **kwargs)
     if outputs.requires_grad and rows.is_contiguous(memory_format=torch.channels_last):
-        # A slope in another layout costs 6x as much.
+        # A gradient in another layout costs 6x as much.
         last = partial(Tensor.contiguous, memory_format=torch.channels_last)
         outputs.register_hook(last)  # type: ignore[no-untyped-call]
     return _by_members(outputs, len(input)), 1

@@ -400,7 +400,7 @@ class StackedModule(ModuleNetwork):
         copies = [x.clone() for x in tensors]
         with Writes(copies) as writes:
             result = self._map(function, members, copies, training)
-        if writes.found:
+        if writes.has_written:
             self.objective = replace(self.objective, copies=True)
         else:
             self.harmless_calls.add(call)

@@ -246,7 +246,7 @@ def written_tensors(func: Operator, args: Args, kwargs: Kwargs) -> list[Tensor]:
 
 
 def _check_plain(tensors: Sequence[Tensor]) -> None:
-    """Raise TraceError for a tensor that is not a plain one in main memory."""
+    """Raise TraceError for a tensor that is not a plain tensor in main memory."""
     for tensor in tensors:
         is_plain = (
             tensor.layout is torch.strided

@@ -12,11 +12,11 @@ from gputune.modules.trace import Args, DispatchMode, Kwargs, Operator, memory_o
 class WriteWatch:
     """Passes copies of tensors to code that is tried.
 
-    ``found`` says whether any of that code has written into a copy.
+    ``has_written`` says whether any of that code has written into a copy.
     """
 
     def __init__(self) -> None:
-        self.found = False
+        self.has_written = False
 
     @contextmanager
     def copies(self, originals: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -26,7 +26,7 @@ class WriteWatch:
             yield copies
         # Operations show writes that change no number on these rows. Writes by NumPy show only in
         # the numbers.
-        self.found |= writes.found or not all(map(_is_same, copies, originals))
+        self.has_written |= writes.has_written or not all(map(_is_same, copies, originals))
 
 
 class Writes(DispatchMode):  # type: ignore[no-untyped-call]
@@ -38,16 +38,16 @@ class Writes(DispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, watched: Sequence[Tensor]) -> None:
         super().__init__()
         self.memories = {memory_of(tensor) for tensor in watched}
-        self.found = False
+        self.has_written = False
 
     def __torch_dispatch__(
         self, func: Operator, types: object, args: Args = (), kwargs: Kwargs | None = None
     ) -> object:
         kwargs = kwargs or {}
-        if func._schema.is_mutable and not self.found:
+        if func._schema.is_mutable and not self.has_written:
             for tensor in written_tensors(func, args, kwargs):
                 if tensor.layout is torch.strided and not tensor.is_nested:
-                    self.found |= memory_of(tensor) in self.memories
+                    self.has_written |= memory_of(tensor) in self.memories
         return func(*args, **kwargs)
 
 
