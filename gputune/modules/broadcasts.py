@@ -4,16 +4,14 @@ Outputs (n, 1) minus a target (n,) are (n, n) numbers, by the broadcasting of Py
 error, and the mean of these numbers trains every output to the mean of the target.
 """
 
-from collections.abc import Iterator
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
-from gputune.modules.trace import Args, Function, Kwargs
+from gputune.modules.trace import Args, Function, Kwargs, tensors
 
 Shapes: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -73,16 +71,23 @@ class BroadcastWatch(TorchFunctionMode):
     ) -> object:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        tensors = list(_tensors((args, kwargs)))
-        targets = [x for x in tensors if id(x) in self._targets]
-        outputs = [x for x in tensors if id(x) not in self._targets and x.requires_grad]
+        targets = []
+        outputs = []
+        uses_matrix = False
+        for tensor in tensors((args, kwargs)):
+            uses_matrix |= id(tensor) in self._matrices
+            if id(tensor) in self._targets:
+                targets.append(tensor)
+            elif tensor.requires_grad:
+                outputs.append(tensor)
+        results = {id(tensor): tensor for tensor in tensors(result)}
         if targets and not outputs:
-            self._targets |= {id(x): x for x in _tensors(result)}
+            self._targets |= results
         elif targets and self._pair is None and self._is_broadcast(func, result):
             self._pair = self._pair_of(outputs, targets)
             if self._pair is not None:
-                self._matrices |= {id(x): x for x in _tensors(result)}
-        elif any(id(x) in self._matrices for x in tensors):
+                self._matrices |= results
+        elif uses_matrix:
             self._follow(func, result)
         return result
 
@@ -119,10 +124,3 @@ class BroadcastWatch(TorchFunctionMode):
                 if shapes in ((column, row), (row, column)):
                     return shapes
         return None
-
-
-def _tensors(value: object) -> Iterator[Tensor]:
-    """Yield the tensors in a nested structure."""
-    for leaf in tree_leaves(value):
-        if isinstance(leaf, Tensor):
-            yield leaf

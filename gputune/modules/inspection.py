@@ -300,8 +300,7 @@ def _rounded_traits(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str,
     # make the two members differ
     parameters += 0.01 * torch.linspace(-1, 1, len(parameters), dtype=flat.dtype)
     params = stacked.blocks.views(flat)
-    members = [stacked.member(params, 0, c) for c in range(2)]
-    expected = [_plain_results(stacked, member, trial) for member in members]
+    expected = [_plain_results(stacked, stacked.member(params, 0, c), trial) for c in range(2)]
     trail = Trail(stacked.template)
     try:
         outputs, gradients, buffers = _stacked_results(stacked, flat, trial)

@@ -32,7 +32,7 @@ from gputune.modules.member_kernels import (
     over,
 )
 from gputune.modules.program import simplify_trace
-from gputune.modules.trace import Kwargs, Operation, Place, Trace, TraceError
+from gputune.modules.trace import Kwargs, Operation, Place, Trace, TraceError, memories_of
 
 # columns of the widest tile of a product; it needs working memory for the inner rows and one tile
 _TILE = 96
@@ -342,8 +342,9 @@ def _small_first(operations: Sequence[Operation]) -> list[Operation]:
 
     # whether one operation writes memory that the other reads or writes
     def depend(a: Operation, b: Operation) -> bool:
-        return bool(_memories(a.outputs) & _memories(b.places)) or bool(
-            _memories(b.outputs) & _memories(a.places)
+        return bool(
+            memories_of(a.outputs) & memories_of(b.places)
+            or memories_of(b.outputs) & memories_of(a.places)
         )
 
     ordered: list[Operation] = []
@@ -357,11 +358,6 @@ def _small_first(operations: Sequence[Operation]) -> list[Operation]:
                 index -= 1
         ordered.insert(index, op)
     return ordered
-
-
-def _memories(places: Iterable[Place]) -> set[int]:
-    """Return the memories of some places."""
-    return {place.memory for place in places}
 
 
 def _in_blocks(lines: Sequence[Line]) -> Iterator[int]:

@@ -36,7 +36,7 @@ from gputune.modules.construction import (
 )
 from gputune.modules.mapped import Mapped
 from gputune.modules.substitutes import Substitutes, differentiate_statistics, make_mappable
-from gputune.modules.trace import TraceError
+from gputune.modules.trace import TraceError, clones
 from gputune.modules.traits import Traits
 from gputune.modules.write_watch import Writes
 from gputune.optimizers.blocks import Block, Blocks
@@ -330,7 +330,7 @@ class StackedModule(ModuleNetwork):
     def _plain_outputs(self, inputs: Sequence[Tensor]) -> Tensor:
         """Return the outputs of one member as a plain module in evaluation mode, to record its
         draws."""
-        copies = [x.clone() for x in inputs]  # the members read these rows next
+        copies = clones(inputs)  # the members read these rows next
         with self.stateless.substitute(self._plain_values()) as module, Substitutes():
             return self.objective.outputs(module.eval(), copies, self.shape.names)
 
@@ -397,7 +397,7 @@ class StackedModule(ModuleNetwork):
             return self._map(function, members, tensors, training)
         # A module was tried on few rows, and it may write only if there are more. Therefore the
         # first call with each number of rows gets copies.
-        copies = [x.clone() for x in tensors]
+        copies = clones(tensors)
         with Writes(copies) as writes:
             result = self._map(function, members, copies, training)
         if writes.has_written:

@@ -26,6 +26,7 @@ from gputune.modules.construction import (
 )
 from gputune.modules.draw_watch import DrawWatch, Trail
 from gputune.modules.probabilities import LikelihoodWatch
+from gputune.modules.trace import clones
 from gputune.modules.write_watch import WriteWatch
 from gputune.population.population import Shape, call_module, module_arguments
 from gputune.scoring.losses import refuse_one_number
@@ -154,11 +155,15 @@ class ModuleTrial:
                 hooks.append(part.register_forward_pre_hook(partial(check, path)))
         if hooks:
             with torch.no_grad(), suppress(Exception):
-                call_module(self.module.eval(), [x.clone() for x in inputs], data.names)
+                call_module(self.module.eval(), clones(inputs), data.names)
         for hook in hooks:
             hook.remove()
         if errors:
             raise errors[0]
+
+    def rows(self, part: slice) -> list[Tensor]:
+        """Return some rows of the inputs."""
+        return [x[part] for x in self.inputs]
 
     def numbers(self) -> dict[str, float]:
         """Return the Python numbers in the attributes of the submodules."""
@@ -228,7 +233,7 @@ class ModuleTrial:
             if pairs_all_rows(self.objective.member_loss(self.config), outputs, self.y):
                 pair = tuple(outputs.shape), tuple(self.y.shape)
         elif pair is not None:  # unless its sizes are equal by chance
-            _, of_fewer_rows = self._try_loss([x[1:] for x in self.inputs], self.y[1:])
+            _, of_fewer_rows = self._try_loss(self.rows(slice(1, None)), self.y[1:])
             pair = None if of_fewer_rows is None else pair
         if pair is not None:
             place = "training_step" if self.objective.step else "loss"
@@ -315,7 +320,7 @@ class ModuleTrial:
         Raises InputError if that fails. The rows are selected before the call, because the numbers
         that torch.randn draws depend on their count.
         """
-        inputs = [x[rows] for x in self.inputs]
+        inputs = self.rows(rows)
         if self.objective.augment is None:
             return inputs
         try:
@@ -396,7 +401,7 @@ class ModuleTrial:
         ``outputs`` are the outputs of all tried rows.
         """
         if not self.watch.draws_in_evaluation:
-            few = self.forward([part[:2] for part in self.inputs], training=False)
+            few = self.forward(self.rows(slice(2)), training=False)
             return is_close(few, outputs[:2])
         # With fewer rows, the draws would differ. Therefore the number of rows stays the same, and
         # the rows after the second are copies of the first.
@@ -409,7 +414,7 @@ class ModuleTrial:
     def takes_one_row(self) -> bool:
         """Return whether the module can train on a minibatch of one row."""
         with suppress(InputError):
-            return self.fits(self.forward([part[:1] for part in self.inputs], training=True), 1)
+            return self.fits(self.forward(self.rows(slice(1)), training=True), 1)
         return False
 
 

@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from gputune.modules.trace import ALIGNED, Kwargs, Operation, Operator, Place, Trace, TraceError
+from gputune.modules.trace import (
+    ALIGNED,
+    Kwargs,
+    Operation,
+    Operator,
+    Place,
+    Trace,
+    TraceError,
+    memories_of,
+)
 
 aten = torch.ops.aten
 _has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -58,7 +67,7 @@ def simplify_trace(trace: Trace, with_out: Callable[[Operation], Operation] = _w
     """
     changed = set[int]()
     for op in trace.operations:
-        changed.update(place.memory for place in op.writes)
+        changed |= memories_of(op.writes)
     constants: dict[int, Tensor] = {}
     rest = []
 
@@ -86,9 +95,9 @@ def simplify_trace(trace: Trace, with_out: Callable[[Operation], Operation] = _w
     wanted = set[int]()
     used = []
     for op in reversed([*map(with_out, rest)]):
-        outputs = {place.memory for place in op.outputs}
+        outputs = memories_of(op.outputs)
         if outputs & wanted or not outputs <= trace.sizes.keys():  # else nothing reads the result
-            wanted.update(place.memory for place in op.reads)
+            wanted |= memories_of(op.reads)
             used.append(op)
     outside = dict(trace.outside)
     for memory, constant in constants.items():
@@ -201,7 +210,7 @@ def _written_at_once(operations: Sequence[Operation]) -> list[Operation]:
     makers = dict[int, int]()
     uses = Counter[int]()
     for i, op in enumerate(result):
-        makers |= dict.fromkeys((place.memory for place in op.makes), i)
+        makers |= dict.fromkeys(memories_of(op.makes), i)
         uses.update(place.memory for place in op.reads + op.writes)
     for i, op in enumerate(result):
         if op.function is not aten.copy_.default or not isinstance(op.args[1], Place):
@@ -282,7 +291,8 @@ class _Source:
         for i, op in enumerate(self.operations):
             if op.function is not _do_nothing:
                 lines.append(self._line(op))
-            lines += [f"del {self.results[memory][1]}" for memory in unused[i]]
+            for memory in unused[i]:
+                lines.append(f"del {self.results[memory][1]}")
         exec(compile("\n    ".join(lines), "<recorded step>", "exec"), self.values)
         step: Callable[[], None] = self.values["step"]
         return step

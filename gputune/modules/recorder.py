@@ -18,7 +18,7 @@ from gputune.errors import warn
 from gputune.fallback import words_unless_strict
 from gputune.memory import CAPTURING, is_out_of_memory
 from gputune.modules.program import compile_trace
-from gputune.modules.trace import TraceError, trace
+from gputune.modules.trace import TraceError, clones, trace
 
 TakeStep = Callable[[], None]
 
@@ -117,7 +117,7 @@ class Replays:
         if isinstance(self.recorder, CudaRecorder):
             return recording, ""
         state = self.state()
-        before = [tensor.clone() for tensor in state]
+        before = clones(state)
         try:
             recording()
         except Exception as error:
@@ -133,7 +133,7 @@ class Replays:
         """Take a step directly after a replay of it, and return their difference in words, or
         ""."""
         state = self.state()
-        others = [tensor.clone() for tensor in state]
+        others = clones(state)
         recording()
         # The replayed values go into ``others``, and the state before the step is restored.
         for tensor, other in zip(state, others):

@@ -4,7 +4,7 @@ Tensors are known by their place in memory. Memory that existed before the step 
 Memory that the step makes is different each time, so a trace only records how it was made.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
 
@@ -262,6 +262,16 @@ def _check_plain(tensors: Sequence[Tensor]) -> None:
 def memory_of(tensor: Tensor) -> int:
     """Return the number of a tensor's memory. It is unique while the tensor lives."""
     return int(tensor.untyped_storage()._cdata)
+
+
+def memories_of(places: Iterable[Place]) -> set[int]:
+    """Return the numbers of the memories of some places."""
+    return {place.memory for place in places}
+
+
+def clones(originals: Iterable[Tensor]) -> list[Tensor]:
+    """Return copies of tensors."""
+    return [tensor.clone() for tensor in originals]
 
 
 def tensors(value: object) -> list[Tensor]:

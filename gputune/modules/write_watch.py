@@ -6,7 +6,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from gputune.modules.trace import Args, DispatchMode, Kwargs, Operator, memory_of, written_tensors
+from gputune.modules.trace import (
+    Args,
+    DispatchMode,
+    Kwargs,
+    Operator,
+    clones,
+    memory_of,
+    written_tensors,
+)
 
 
 class WriteWatch:
@@ -21,7 +29,7 @@ class WriteWatch:
     @contextmanager
     def copies(self, originals: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         """Yield copies of tensors, and note afterwards whether they were written into."""
-        copies = [tensor.clone() for tensor in originals]
+        copies = clones(originals)
         with Writes(copies) as writes:
             yield copies
         # Operations show writes that change no number on these rows. Writes by NumPy show only in
