@@ -666,7 +666,7 @@ ONE_LOGIT = "For one logit per row and two classes pass loss='bce'"
         (
             SEVERAL,
             {"loss": lambda o, y: o.mean(1), "method": "hypergradient"},
-            "differentiates a loss that has a name",
+            "must be a loss with a name",
         ),
     ],
 )

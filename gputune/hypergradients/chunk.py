@@ -5,7 +5,7 @@ The memory of the chosen mode limits the number of trials that are differentiate
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -40,10 +40,12 @@ from gputune.population.population import Network, Population
 from gputune.scoring.scoring import Scoring, shape_of_scores
 from gputune.text import size_words
 from gputune.types import Config, Params
+from gputune.wording import Verbatim, option
 
 # Width of finite differences, in the logarithm. It is wide enough to see the trend through the
 # noise of chaotic training.
 WIDE = 0.2
+_METHOD = option("method", "hypergradient")
 # Time of a differentiated step, compared with plain training: autograd differentiates it twice.
 _SLOWER = 10.0
 
@@ -78,14 +80,16 @@ class PopulationTraining:
         self.sizes = [view[0, 0].numel() for view in self.first.values()]
         self.remembered = [name for name in self.first if name not in layers]
         self.kept = sum(self.first[name][0, 0].numel() for name in self.remembered)
-        numbers = torch.tensor([layers.get(name, 0) for name in self.first])
-        self.layer = numbers.repeat_interleave(torch.tensor(self.sizes)).to(data.device)
+        numbers = [layers.get(name, 0) for name in self.first]
+        self.layer = torch.tensor(np.repeat(numbers, self.sizes), device=data.device)
 
     def start(self) -> Tensor:
         """Return the starting parameters and running statistics (P, N)."""
-        return torch.cat(
-            [view.reshape(self.folds * self.trials, -1) for view in self.first.values()], 1
-        )
+        return self._rows(self.first.values())
+
+    def _rows(self, tables: Iterable[Tensor]) -> Tensor:
+        """Return tensors (F, C, ...) as one row per member, (P, N)."""
+        return torch.cat([table.reshape(self.folds * self.trials, -1) for table in tables], 1)
 
     def clock(self, step: int) -> StepPosition:
         """Return the position of each member before this step.
@@ -98,11 +102,9 @@ class PopulationTraining:
         active = within < steps
         factor = None
         if set(self.schedules) != {"constant"}:
-            totals = self.totals.reshape(done.shape)
-            columns = [
-                schedule_factor(s, done[:, c], totals[:, c]) for c, s in enumerate(self.schedules)
-            ]
-            factor = np.stack(columns, 1).flatten()
+            columns = zip(self.schedules, done.T, self.totals.reshape(done.shape).T)
+            factors = [schedule_factor(schedule, *column) for schedule, *column in columns]
+            factor = np.stack(factors, 1).flatten()
         return StepPosition(done.flatten(), None if active.all() else active.flatten(), factor)
 
     def losses(self, weights: Tensor, step: int) -> Tensor:
@@ -114,9 +116,8 @@ class PopulationTraining:
         losses = [weights.new_zeros(self.trials)] * self.folds
         for part in self.batches.at(*divmod(step, self.each)):
             outputs = self.network.differentiable(*self._part_inputs(params, part), part.key)
-            outputs = self._mask_absent(
-                outputs.view(-1, self.trials, *outputs.shape[1:]), part.folds
-            )
+            outputs = outputs.view(-1, self.trials, *outputs.shape[1:])
+            outputs = self._mask_absent(outputs, part.folds)
             y = part.y.view(len(outputs), -1, *part.y.shape[1:])  # (F, 1 or C, B, ...)
             share = part.share.squeeze(-1) if isinstance(part.share, Tensor) else part.share
             losses[part.folds] = list((self.network.row_losses(outputs, y) * share).sum(-1))
@@ -131,24 +132,22 @@ class PopulationTraining:
         params = self._params_of(weights)
         after = {name: list(params[name]) for name in self.remembered}
         for part in self.batches.at(*divmod(step, self.each)):
-            found = self.network.with_statistics(*self._part_inputs(params, part), part.key)[1]
+            _, statistics = self.network.with_statistics(*self._part_inputs(params, part), part.key)
             for name, folds in after.items():
-                folds[part.folds] = list(
-                    found[name].to(weights).view(-1, self.trials, *self.shapes[name])
-                )
-        return torch.cat(
-            [torch.stack(folds).view(self.folds * self.trials, -1) for folds in after.values()], 1
-        )
+                shape = (-1, self.trials, *self.shapes[name])
+                folds[part.folds] = list(statistics[name].to(weights).view(shape))
+        return self._rows(map(torch.stack, after.values()))
 
     def _part_inputs(self, params: Params, batch: Batch) -> tuple[Params, list[Tensor]]:
         """Return the parameters and inputs of the members of one part of a step, each (P, ...)."""
         # Autograd would copy a slice on the way back, so all folds are taken without slicing.
-        whole = batch.folds == slice(0, self.folds)
-        weights = {
-            name: (w if whole else w[batch.folds]).flatten(0, 1) for name, w in params.items()
-        }
-        shared = len(batch.inputs[0]) != self.folds * self.trials or self.trials == 1
-        return weights, [for_members(x, self.trials) if shared else x for x in batch.inputs]
+        if batch.folds != slice(0, self.folds):
+            params = {name: tensor[batch.folds] for name, tensor in params.items()}
+        weights = {name: tensor.flatten(0, 1) for name, tensor in params.items()}
+        inputs = list(batch.inputs)
+        if len(inputs[0]) != self.folds * self.trials or self.trials == 1:
+            inputs = [for_members(x, self.trials) for x in inputs]
+        return weights, inputs
 
     def validation(self, weights: Tensor) -> Tensor:
         """Return the loss (P,) on the validation rows.
@@ -167,31 +166,27 @@ class PopulationTraining:
     def scores(self, weights: Tensor, scoring: Scoring) -> np.ndarray:
         """Return the scores (C, F) of all members on the validation rows of their fold."""
         params = self._params_of(weights)
-        columns = [
-            scoring.metrics(
-                self.data, f, self._valid(params, f, masked=False), partial(self.member, weights, f)
-            )
-            for f in range(self.folds)
-        ]
+        columns = []
+        for f in range(self.folds):
+            outputs = self._valid(params, f, masked=False)
+            member = partial(self.member, weights, f)
+            columns.append(scoring.metrics(self.data, f, outputs, member))
         return np.asarray(torch.stack(columns, 1).cpu().numpy())
 
     def _valid(self, params: Params, fold: int, *, masked: bool = True) -> Tensor:
         """Return the outputs (C, B, K) of a fold's members on its validation rows."""
         rows = self.data.rows(fold, self.data.folds[fold].valid)
-        weights = {name: w[fold] for name, w in params.items()}
-        outputs = self.network.differentiable(
-            weights, [x.expand(self.trials, *x.shape) for x in rows], None
-        )
+        weights = {name: tensor[fold] for name, tensor in params.items()}
+        inputs = [x.expand(self.trials, *x.shape) for x in rows]
+        outputs = self.network.differentiable(weights, inputs, None)
         return self._mask_absent(outputs[None], slice(fold, fold + 1))[0] if masked else outputs
 
     def _mask_absent(self, outputs: Tensor, folds: slice) -> Tensor:
         """Set the outputs (F, C, B, K) of classes that are absent from a fold to -inf."""
         present = self.data.present
-        return (
-            outputs
-            if present is None
-            else outputs.masked_fill(~present[folds, None, None], -torch.inf)
-        )
+        if present is None:
+            return outputs
+        return outputs.masked_fill(~present[folds, None, None], -torch.inf)
 
     def _params_of(self, weights: Tensor) -> Params:
         """Return the parameters (F, C, ...) that are stored in rows (P, N)."""
@@ -247,27 +242,29 @@ class HypergradientJob(Job):
         try:
             if self.mode == "differences":
                 result = differences(problem, self.hyperparameters, width=WIDE, watch=watch)
-            elif (mode := self.mode_of(problem)[0]) == "forward":
-                result = forward(problem, self.hyperparameters, watch=watch)
             else:
-                result = reverse(
-                    problem, self.hyperparameters, checkpoint=mode == "checkpointed", watch=watch
-                )
+                mode, _ = self.mode_of(problem)
+                if mode == "forward":
+                    result = forward(problem, self.hyperparameters, watch=watch)
+                else:
+                    blocks = mode == "checkpointed"
+                    result = reverse(problem, self.hyperparameters, checkpoint=blocks, watch=watch)
         except _OverError as over:
             return Slopes(chunk.index, curves, over.args[0], time.monotonic() - begin)
-        losses, ratios, *tables = (
+
+        def by_trial(values: Tensor) -> np.ndarray:
             # Members are fold-major: (F * C, ...) -> (C, F, ...)
-            table.detach()
-            .double()
-            .cpu()
-            .view(data.n_folds, -1, *table.shape[1:])
-            .transpose(0, 1)
-            .numpy()
-            for table in (result.value, result.ratio, *result.gradients.values())
-        )
-        slopes = dict(zip(result.gradients, tables))
+            table = values.detach().double().cpu().view(data.n_folds, -1, *values.shape[1:])
+            return np.asarray(table.transpose(0, 1))
+
         return Slopes(
-            chunk.index, curves, self.epochs, time.monotonic() - begin, losses, slopes, ratios
+            chunk.index,
+            curves,
+            self.epochs,
+            time.monotonic() - begin,
+            losses=by_trial(result.value),
+            slopes={name: by_trial(table) for name, table in result.gradients.items()},
+            ratios=by_trial(result.ratio),
         )
 
     def mode_of(
@@ -283,18 +280,15 @@ class HypergradientJob(Job):
 
         The tables of searched hyperparameters have all their segments and layers.
         """
-        whole = (self.segments, int(training.layer.max()) + 1 if self.per_layer else 1)
+        layers = int(training.layer.max()) + 1 if self.per_layer else 1
         defaults = {"beta1": BETA1, "beta2": BETA2}
         tables = {}
         for name in HYPERPARAMETERS:
-            shape = whole if name in self.hyperparameters else None
-            rows = np.stack(
-                [as_table(config.get(name, defaults.get(name, 0.0)), shape) for config in configs]
-            )
-            members = np.tile(rows, (training.folds, 1, 1))
-            tables[name] = torch.as_tensor(
-                members, dtype=training.data.dtype, device=training.data.device
-            )
+            shape = (self.segments, layers) if name in self.hyperparameters else None
+            default = defaults.get(name, 0.0)
+            rows = np.stack([as_table(config.get(name, default), shape) for config in configs])
+            members = torch.as_tensor(np.tile(rows, (training.folds, 1, 1)))
+            tables[name] = members.to(training.data.device, training.data.dtype)
         return tables
 
 
@@ -328,24 +322,28 @@ def inner_problem(
     network = job.network(data, chunk)
     if isinstance(network, LoopedModule):
         raise network.refusal()
-    if isinstance(network, StackedModule) and (others := network.differentiate_statistics()):
+    if isinstance(network, StackedModule):
+        buffers = network.differentiate_statistics()
+        if buffers:
+            raise InputError(
+                "model",
+                f"must keep no state except the running statistics of BatchNorm for {_METHOD}, but "
+                f"its {buffers[0]!r} changes in training",
+                remedy="Keep no other state, or choose another method.",
+            )
+    objective = job.objective
+    if objective is not None and (not objective.is_named or objective.augment is not None):
         raise InputError(
-            f"model: its {others[0]!r} changes in training, and is no known function of the "
-            "hyperparameters, as the running statistics of BatchNorm are; keep no other state, "
-            "or choose another method."
-        )
-    if job.objective is not None and (
-        not job.objective.is_named or job.objective.augment is not None
-    ):
-        raise InputError(
-            "method='hypergradient' differentiates a loss that has a name, and here it is "
-            f"{job.objective.name}; choose another method, or loss='cross_entropy', 'mse', ... "
-            "without training_step and augment."
+            "loss",
+            f"must be a loss with a name, without {option('augment')}, for {_METHOD}",
+            got=Verbatim(objective.name),
+            remedy="Choose another method, or "
+            f"{option('loss', 'cross_entropy')}, 'mse', ... without {option('training_step')} and "
+            f"{option('augment')}.",
         )
     training = PopulationTraining(network, data, chunk.configs, seed=job.seed, epochs=job.horizon)
-    return InnerProblem(
-        training, chunk.configs[0]["optimizer"], job.tables(training, chunk.configs)
-    )
+    tables = job.tables(training, chunk.configs)
+    return InnerProblem(training, chunk.configs[0]["optimizer"], tables)
 
 
 def train_scheduled(job: HypergradientJob, data: Dataset, chunk: Population) -> nn.Module:
@@ -374,21 +372,26 @@ def plan_chunks(
     def cost_of(population: Population, plain: Cost) -> Cost:
         problem = inner_problem(job, data, population.part(0, 1))
         training = problem.training
-        if job.segments > training.totals.min():
+        steps = training.totals.min()
+        if job.segments > steps:
             raise InputError(
-                "Hypergradient(segments=...) must be at most the number of steps, got "
-                f"{job.segments} segments for {training.totals.min()} steps; use fewer, smaller "
-                "batches, or more epochs."
+                "Hypergradient(segments=...)",
+                "must be at most the number of steps",
+                got=Verbatim(f"{job.segments} segments for {steps} steps"),
+                remedy="Use fewer segments, smaller batches, or more epochs.",
             )
         with twice_differentiable(training):
             mode, sizes = job.mode_of(problem)
         if sizes[mode] > job.budget:
             number = len(problem.columns(job.hyperparameters))
             raise InputError(
-                f"memory does not suffice to differentiate one trial in {data.n_folds} folds: "
+                "memory",
+                f"does not suffice to differentiate one trial in {data.n_folds} folds: "
                 f"{number} hyperparameters over {training.steps} steps need about "
-                f"{size_words(min(sizes.values()))}, and {size_words(job.budget)} may be used a "
-                "process. Use fewer segments, smaller batches, workers=1, or a larger memory=."
+                f"{size_words(min(sizes.values()))}, and each process may use "
+                f"{size_words(job.budget)}",
+                remedy=f"Use fewer segments, smaller batches, {option('workers', 1)}, or a larger "
+                f"{option('memory')}.",
             )
         return replace(plain, trial_bytes=sizes[mode], trial_seconds=_SLOWER * plain.trial_seconds)
 

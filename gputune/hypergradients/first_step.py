@@ -6,6 +6,7 @@ without an error. Memory is measured on one step.
 """
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,11 +34,14 @@ from gputune.optimizers.classes import OPTIMIZER_PREFIX
 from gputune.population.population import beyond_adam
 from gputune.seeding import stream
 from gputune.types import Config
+from gputune.wording import Verbatim, option
 
 HYPERPARAMETERS_OF = {
     **dict.fromkeys(("sgd", "nesterov"), ("lr", "momentum", "weight_decay")),
     **dict.fromkeys(("adam", "adamw"), ("lr", "weight_decay", "beta1", "beta2")),
 }
+
+_FINITE_DIFFERENCES = "call gputune.hypergradient with mode='fd'."
 
 
 def check_start(config: Config, name: str, start: str, *, argument: str, remedy: str = "") -> None:
@@ -46,29 +50,35 @@ def check_start(config: Config, name: str, start: str, *, argument: str, remedy:
 
     ``config`` is the configuration of the starting point, and ``start`` is its name in errors.
     ``argument`` is the argument that chose the hyperparameter. ``remedy`` is a remedy other than
-    changing the configuration.
+    changing the configuration; it continues a sentence.
     """
     optimizer = config["optimizer"]
-    taken = [key for key in config if key.startswith(OPTIMIZER_PREFIX)]
-    others = [key for key in beyond_adam(config) if key != "beta2"] + ["ema"] * bool(config["ema"])
+    unsupported = [key for key in config if key.startswith(OPTIMIZER_PREFIX)]
+    if config["clip_norm"] < math.inf:
+        unsupported.append("clip_norm")
+    unsupported += [key for key in beyond_adam(config) if key != "beta2"]
+    if config["ema"]:
+        unsupported.append("ema")
+    change = "Leave it out"
     if optimizer not in HYPERPARAMETERS_OF:
-        reason = f"optimizer={optimizer!r}; choose one of {', '.join(HYPERPARAMETERS_OF)}"
-    elif taken:
-        reason = (
-            f"{taken[0]}={config[taken[0]]!r}, which torch.optim's own class takes; leave it out"
-        )
-    elif config["clip_norm"] < math.inf:
-        reason = f"clip_norm={config['clip_norm']:g}; leave it out"
-    elif others:
-        reason = f"{others[0]}={config[others[0]]!r}; leave it out"
-    elif name in HYPERPARAMETERS_OF[optimizer]:
-        return
-    else:
+        unsupported = ["optimizer"]
+        change = f"Choose one of {', '.join(HYPERPARAMETERS_OF)}"
+    if unsupported:
+        key = unsupported[0]
         raise InputError(
-            f"{argument}: {optimizer} has no {name!r}, and {start} uses it; choose from "
-            f"{', '.join(HYPERPARAMETERS_OF[optimizer])}, or an optimizer that has it."
+            None,
+            f"A hypergradient search cannot differentiate {option(key, config[key])}, which "
+            f"{start} has",
+            remedy=f"{change}{remedy}.",
         )
-    raise InputError(f"a descent cannot differentiate what {start} has: {reason}{remedy}.")
+    if name not in HYPERPARAMETERS_OF[optimizer]:
+        raise InputError(
+            argument,
+            f"must be some of {', '.join(HYPERPARAMETERS_OF[optimizer])} for {optimizer}, which "
+            f"{start} uses",
+            got=name,
+            remedy=f"Leave it out, or use an optimizer that has {name!r}.",
+        )
 
 
 def check_coordinate(name: str, value: float, start: str, *, called: str, space: str) -> None:
@@ -78,14 +88,16 @@ def check_coordinate(name: str, value: float, start: str, *, called: str, space:
     A hypergradient search cannot move away from such a value. ``start`` is the name of the starting
     point. Errors name the hyperparameter ``called`` and the space ``space``.
     """
-    if not math.isfinite(
-        to_coordinate(name, torch.tensor(float(value), dtype=torch.float64, device="cpu"))
-    ):
+    number = torch.tensor(float(value), dtype=torch.float64, device="cpu")
+    if not math.isfinite(to_coordinate(name, number)):
+        coordinate = "logit" if name in BETWEEN_0_AND_1 else "logarithm"
+        valid = "finite values above 0" if name == "C" else "values above 0"
         raise InputError(
-            f"a descent cannot start from {called}={value:g}, as {start} does, because it moves "
-            f"in the {'logit' if name in BETWEEN_0_AND_1 else 'logarithm'}; put {called!r} in "
-            f"{space} with values above 0{' and finite' if name == 'C' else ''}, or leave it out "
-            "of hyperparameters."
+            None,
+            f"A hypergradient search cannot start from {option(called, value)}, as {start} does, "
+            f"because it moves the {coordinate}",
+            remedy=f"Put {called!r} in {space} with {valid}, or leave it out of "
+            f"{option('hyperparameters')}.",
         )
 
 
@@ -98,12 +110,15 @@ def check_classes(
     ``valid`` and ``train`` are labels. With ``weighed``, ``train`` has only the labels of training
     rows whose weight is above 0.
     """
-    if lacking := set(valid) - set(train):
+    lacking = set(valid) - set(train)
+    if lacking:
         weighing = " with sample_weight above 0" if weighed else ""
         raise InputError(
-            f"cv: the validation rows of fold {fold} have class {sorted(lacking)[0]!r}, of which "
-            f"it has no training row{weighing}: its log loss is infinite at every point of a "
-            "descent. Use stratified folds, fewer of them, or leave the class out."
+            "cv",
+            f"must give each fold a training row{weighing} of every class that it validates on",
+            got=Verbatim(f"none of class {sorted(lacking)[0]!r} in fold {fold}"),
+            remedy="The log loss of this fold is always infinite. Use stratified folds, fewer "
+            "folds, or leave the class out.",
         )
 
 
@@ -118,21 +133,16 @@ def twice_differentiable(training: InnerTraining) -> Iterator[None]:
         _check_second_derivatives(training)
         yield
     except RuntimeError as error:
-        text = str(error).split("\n")[0]
-        if not any(
-            word in text.lower()
-            for word in ("derivative for", "differentiate twice", "double backward")
-        ):
+        message = str(error).split("\n")[0]
+        if not re.search("derivative for|differentiate twice|double backward", message.lower()):
             raise
-        attention = "scaled_dot_product" in text
-        remedy = (
-            "run it inside torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
-            if attention
-            else "replace it"
-        )
+        remedy = "Replace it"
+        if "scaled_dot_product" in message:
+            remedy = "Run it inside torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
         raise InputError(
-            "module or loss has an operation that cannot be differentiated twice "
-            f"({text.rstrip('.')}); {remedy}, or call gputune.hypergradient with mode='fd'."
+            "module or loss",
+            f"has an operation that cannot be differentiated twice ({message.rstrip('.')})",
+            remedy=f"{remedy}, or {_FINITE_DIFFERENCES}",
         ) from error
 
 
@@ -141,7 +151,8 @@ def nodes(tensor: Tensor) -> set[Node]:
     graph: set[Node] = set()
     waiting = [tensor.grad_fn]
     while waiting:
-        if (node := waiting.pop()) is not None and node not in graph:
+        node = waiting.pop()
+        if node is not None and node not in graph:
             graph.add(node)
             waiting += [following for following, _ in node.next_functions]
     return graph
@@ -159,8 +170,7 @@ def _check_second_derivatives(training: InnerTraining) -> None:
     )
     v = drawn.to(weights.device, weights.dtype)
     # If a derivative is missing, torch puts a node named Error into the graph. autograd.grad does
-    # not
-    # reach this node, because the node is on no path to the weights. So the graph is searched here.
+    # not reach this node, because the node is on no path to the weights. So this searches the graph.
     missing = any(type(node).__name__ == "Error" for node in nodes(gradient))
     if (
         not missing
@@ -169,15 +179,18 @@ def _check_second_derivatives(training: InnerTraining) -> None:
     ):
         return
     # Operations without a second derivative, and the user's own autograd functions.
-    kinds = {type(node) for node in nodes(training.losses(weights, 0))}
-    suspects = [k for k in kinds if issubclass(k, BackwardCFunction) or "WeightNorm" in k.__name__]
-    names = sorted({kind.__name__.removesuffix("0").removesuffix("Backward") for kind in suspects})
-    shown = f" ({', '.join(names)})" if names else ""
+    suspects = set[str]()
+    for node in nodes(training.losses(weights, 0)):
+        name = type(node).__name__
+        if isinstance(node, BackwardCFunction) or "WeightNorm" in name:
+            suspects.add(name.removesuffix("0").removesuffix("Backward"))
+    shown = f" ({', '.join(sorted(suspects))})" if suspects else ""
     raise InputError(
-        f"module or loss has an operation that cannot be differentiated twice{shown}: the second "
-        "derivative that torch takes is incomplete. The usual causes are weight_norm, a "
-        ".detach() of what depends on the parameters, and an autograd.Function whose backward "
-        "has no derivative; replace it, or call gputune.hypergradient with mode='fd'."
+        "module or loss",
+        f"has an operation that cannot be differentiated twice{shown}: torch's second derivative "
+        "is incomplete. The usual causes are weight_norm, a .detach() of a tensor that depends on "
+        "the parameters, and an autograd.Function whose backward has no derivative",
+        remedy=f"Replace it, or {_FINITE_DIFFERENCES}",
     )
 
 
@@ -217,13 +230,14 @@ def _agrees_with_difference(
     v = v.where((weights != 0) | (gradient != 0), 0)
     v *= (start.norm() / v.norm()).clamp_min(1e-3)
 
-    def changes(h: float) -> tuple[Tensor, Tensor]:
-        up, down = (
-            slope(training, (start + s * h * v).requires_grad_(), 0, graph=False) for s in (1, -1)
-        )
-        return (up - here) / h, (here - down) / h
+    def gradient_at(shift: float) -> Tensor:
+        return slope(training, (start + shift * v).requires_grad_(), 0, graph=False)
 
-    (above, below), (above_further, below_further) = changes(1e-8), changes(2e-8)
+    def changes(h: float) -> tuple[Tensor, Tensor]:
+        return (gradient_at(h) - here) / h, (here - gradient_at(-h)) / h
+
+    above, below = changes(1e-8)
+    above_further, below_further = changes(2e-8)
     measured = (above + below) / 2
     further = (above_further + below_further) / 2
     product = hessian_times(gradient, weights, v)
@@ -264,19 +278,19 @@ def measure(problem: InnerProblem[InnerTraining]) -> MemoryNeed:
     """Take the first step once, and return the bytes that its graph and the state need."""
     leaves = {name: table.detach().requires_grad_() for name, table in problem.tables.items()}
     state = leaves_of(problem.start())
-    kept: dict[int, Tensor] = {}
+    stored: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         # Keep the tensor, so that its address cannot be reused and counted twice. Keep it detached:
         # otherwise the graph would hold itself, and Python's garbage collector cannot free that.
-        kept[tensor.untyped_storage().data_ptr()] = tensor.detach()
+        stored[tensor.untyped_storage().data_ptr()] = tensor.detach()
         return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.enable_grad():
         end = problem.step(state, 0, rows=rows_of(leaves, problem.training.layer), graph=True)
     for tensor in end:
         pack(tensor)
-    step = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    step = sum(tensor.untyped_storage().nbytes() for tensor in stored.values())
     return MemoryNeed(step, sum(tensor.nbytes for tensor in end))
 
 
@@ -293,6 +307,7 @@ def fastest_that_fits(
     For one hyperparameter forward mode is about as fast as reverse mode, and its memory does not
     grow with the number of steps.
     """
-    modes: tuple[ExactMode, ...] = ("forward", "reverse", "checkpointed")
-    modes = modes if hyperparameters == 1 else modes[1:]
+    modes: tuple[ExactMode, ...] = ("reverse", "checkpointed")
+    if hyperparameters == 1:
+        modes = ("forward", *modes)
     return next((mode for mode in modes if sizes[mode] <= budget), "forward")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gputune.engine.plan import parse_memory
 from gputune.engine.stop import waited_for
-from gputune.errors import InputError, warn
+from gputune.errors import InputError, check_count, warn
 from gputune.hypergradients.first_step import (
     HYPERPARAMETERS_OF,
     ExactMode,
@@ -34,6 +34,7 @@ from gputune.optimizers.rules import BETA1, BETA2
 from gputune.seeding import GLOBAL_DRAWS
 from gputune.text import count, size_words
 from gputune.types import DEFAULT_LR, default_momentum, default_weight_decay
+from gputune.wording import Verbatim, option
 
 Mode = Literal["auto", "reverse", "forward", "fd"]
 
@@ -118,34 +119,38 @@ def hypergradient(
         with GLOBAL_DRAWS:
             seed = int(torch.randint(2**62, (), device="cpu"))
     training = ModuleTraining(module, loss, batches, valid, seed=seed)
-    wanted, others = _check_tables(hyperparameters, fixed, rule, training)
-    tables = _default_tables(rule, momentum, training.start()) | others | wanted
+    wanted, fixed_tables = _check_tables(hyperparameters, fixed, rule, training)
+    tables = _default_tables(rule, momentum, training.start()) | fixed_tables | wanted
     problem = InnerProblem(training, rule, tables)
+    names = list(wanted)
     training.check_graph()
     if mode == "fd":
-        reason, slopes = _differences(problem, list(wanted))
+        reason, slopes = _differences(problem, names)
     else:
         with twice_differentiable(training):
-            exact, reason = _choose(
-                problem, len(problem.columns(list(wanted))), mode, truncate, checkpoint, budget
-            )
+            exact, reason = _choose(problem, names, mode, truncate, checkpoint, budget)
             if exact == "forward":
                 mode = "forward"
-                slopes = forward(problem, list(wanted))
+                slopes = forward(problem, names)
             else:
-                blocks = exact == "checkpointed"
                 mode = "reverse"
-                slopes = reverse(problem, list(wanted), truncate=truncate, checkpoint=blocks)
-    shapes = {
-        name: torch.as_tensor(value, device="cpu").shape for name, value in hyperparameters.items()
-    }
-    gradient = {name: slopes.gradients[name].view(shape) for name, shape in shapes.items()}
-    logs = {name: slope * wanted[name].view(shapes[name]) for name, slope in gradient.items()}
-    parameters = {
-        name: w.detach().clone() for name, w in training.parameters(slopes.weights).items()
-    }
+                blocks = exact == "checkpointed"
+                slopes = reverse(problem, names, truncate=truncate, checkpoint=blocks)
+    gradient = {}
+    log_gradient = {}
+    for name, value in hyperparameters.items():
+        shape = torch.as_tensor(value, device="cpu").shape
+        gradient[name] = slopes.gradients[name].view(shape)
+        log_gradient[name] = gradient[name] * wanted[name].view(shape)
+    parameters = training.parameters(slopes.weights)
     result = HypergradientResult(
-        float(slopes.value), gradient, logs, parameters, float(slopes.ratio), mode, reason
+        float(slopes.value),
+        gradient,
+        log_gradient,
+        {name: tensor.detach().clone() for name, tensor in parameters.items()},
+        float(slopes.ratio),
+        mode,
+        reason,
     )
     _warn_of_noise(result)
     return result
@@ -154,37 +159,42 @@ def hypergradient(
 def _check_data(loss: object, batches: Iterable[DataPair], valid: DataPair) -> list[DataPair]:
     """Return the minibatches as a list, after a check of the loss and of every pair (x, y)."""
     if not callable(loss):
-        raise InputError(f"loss must be a function loss(module(x), y), got {loss!r}.")
+        raise InputError("loss", "must be a function loss(module(x), y)", got=loss)
     if not isinstance(batches, Iterable):
-        raise InputError(f"batches must be the minibatches (x, y), got {type(batches).__name__}.")
+        kind = Verbatim(type(batches).__name__)
+        raise InputError("batches", "must be the minibatches (x, y)", got=kind)
     pairs = list(batches)
     if not pairs:
-        raise InputError("batches must have at least one minibatch (x, y), got none.")
-    for name, pair in (
-        *((f"batches[{i}]", pair) for i, pair in enumerate(pairs)),
-        ("valid", valid),
-    ):
-        if not isinstance(pair, tuple | list) or len(pair) != 2:
-            got = f"{len(pair)} values" if isinstance(pair, tuple | list) else type(pair).__name__
-            raise InputError(
-                f"{name} must be a pair (x, y), got {got}; put several inputs into one x."
-            )
+        rule = "must have at least one minibatch (x, y)"
+        raise InputError("batches", rule, got=Verbatim("none"))
+    for i, pair in enumerate(pairs):
+        _check_pair(f"batches[{i}]", pair)
+    _check_pair("valid", valid)
     return pairs
+
+
+def _check_pair(name: str, pair: object) -> None:
+    kind = type(pair).__name__
+    if isinstance(pair, tuple | list):
+        if len(pair) == 2:
+            return
+        kind = f"{len(pair)} values"
+    remedy = "Put several inputs into one x."
+    raise InputError(name, "must be a pair (x, y)", got=Verbatim(kind), remedy=remedy)
 
 
 def _check_mode(mode: object, truncate: object, checkpoint: object) -> None:
     if mode not in get_args(Mode):
-        raise InputError(f"mode must be 'auto', 'reverse', 'forward' or 'fd', got {mode!r}.")
-    if truncate is not None and (
-        isinstance(truncate, bool) or not isinstance(truncate, int) or truncate < 1
-    ):
-        raise InputError(f"truncate must be a number of steps >= 1 or None, got {truncate!r}.")
+        raise InputError("mode", "must be 'auto', 'reverse', 'forward' or 'fd'", got=mode)
+    check_count(truncate, "truncate", none=True)
     if not isinstance(checkpoint, bool):
-        raise InputError(f"checkpoint must be True or False, got {checkpoint!r}.")
+        raise InputError("checkpoint", "must be True or False", got=checkpoint)
     if mode in ("forward", "fd") and (truncate is not None or checkpoint):
         raise InputError(
-            f"truncate and checkpoint belong to reverse mode, got mode={mode!r}; leave them out, "
-            "or use mode='reverse'."
+            "mode",
+            f"must be 'reverse' or 'auto' with {option('truncate')} or {option('checkpoint')}",
+            got=mode,
+            remedy=f"Leave them out, or use {option('mode', 'reverse')}.",
         )
 
 
@@ -196,10 +206,8 @@ def _check_optimizer(optimizer: object) -> tuple[str, float]:
     if optimizer == "momentum":
         return "sgd", 0.9
     if not isinstance(optimizer, str) or optimizer not in HYPERPARAMETERS_OF:
-        words = ", ".join(
-            ("sgd", "momentum", *(name for name in HYPERPARAMETERS_OF if name != "sgd"), "exact")
-        )
-        raise InputError(f"optimizer must be one of {words}, got {optimizer!r}.")
+        rule = "must be one of sgd, momentum, nesterov, adam, adamw, exact"
+        raise InputError("optimizer", rule, got=optimizer)
     return optimizer, default_momentum(optimizer)
 
 
@@ -209,11 +217,10 @@ def _default_tables(optimizer: str, momentum: float, like: Tensor) -> dict[str, 
         "lr": DEFAULT_LR,
         "momentum": momentum,
         "weight_decay": default_weight_decay(optimizer),
+        "beta1": BETA1,
+        "beta2": BETA2,
     }
-    return {
-        name: like.new_full((1, 1, 1), x)
-        for name, x in (values | {"beta1": BETA1, "beta2": BETA2}).items()
-    }
+    return {name: like.new_full((1, 1, 1), value) for name, value in values.items()}
 
 
 def _check_tables(
@@ -224,13 +231,18 @@ def _check_tables(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the tables to differentiate and the tables of fixed hyperparameters."""
     wanted = _check_hyperparameters(hyperparameters, optimizer, training, "hyperparameters")
-    others = _check_hyperparameters(fixed, optimizer, training, "fixed") if fixed else {}
-    if twice := ", ".join(sorted(others.keys() & wanted)):
+    if not fixed:
+        return wanted, {}
+    fixed_tables = _check_hyperparameters(fixed, optimizer, training, "fixed")
+    in_both = ", ".join(sorted(fixed_tables.keys() & wanted))
+    if in_both:
         raise InputError(
-            f"fixed must have other names than hyperparameters, got {twice} in both; leave it out "
-            "of one."
+            "fixed",
+            f"must have other names than {option('hyperparameters')}",
+            got=Verbatim(f"{in_both} in both"),
+            remedy="Leave it out of one of them.",
         )
-    return wanted, others
+    return wanted, fixed_tables
 
 
 def _check_hyperparameters(
@@ -242,19 +254,22 @@ def _check_hyperparameters(
     """
     if not isinstance(values, Mapping) or not values:
         raise InputError(
-            f'{argument} must be a dict with at least one of them, for example {{"lr": 0.1}}, got '
-            f"{values!r}."
+            argument,
+            "must be a dict with at least one hyperparameter",
+            got=values,
+            remedy='For example {"lr": 0.1}.',
         )
-    for name in values:
+    tables = {}
+    for name, value in values.items():
         if name not in HYPERPARAMETERS_OF[optimizer]:
             raise InputError(
-                f"{argument}: {optimizer} has {', '.join(HYPERPARAMETERS_OF[optimizer])}, got "
-                f"{name!r}; leave it out, or choose an optimizer that has it."
+                argument,
+                f"must be some of {', '.join(HYPERPARAMETERS_OF[optimizer])} for {optimizer}",
+                got=name,
+                remedy="Leave it out, or choose an optimizer that has it.",
             )
-    return {
-        name: _table(f"{argument}[{name!r}]", name, value, training)
-        for name, value in values.items()
-    }
+        tables[name] = _table(f"{argument}[{name!r}]", name, value, training)
+    return tables
 
 
 def _table(place: str, name: str, value: object, training: ModuleTraining) -> Tensor:
@@ -263,37 +278,47 @@ def _table(place: str, name: str, value: object, training: ModuleTraining) -> Te
     try:
         table = torch.as_tensor(value, dtype=training.dtype, device=training.device).detach()
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise InputError(place, "must be a number or an array of numbers", got=value) from error
+    shape = tuple(table.shape)
+    if len(shape) > 2 or 0 in shape or (len(shape) == 2 and shape[1] != len(layers)):
+        names = ", ".join(layer or "the module itself" for layer in layers)
         raise InputError(
-            f"{place} must be a number or an array of numbers, got {value!r}."
-        ) from error
-    if table.dim() > 2 or 0 in table.shape or (table.dim() == 2 and table.shape[1] != len(layers)):
-        raise InputError(
-            f"{place} must be a number, (segments,) or (segments, layers) with {len(layers)} "
-            f"layers ({', '.join(layer or 'the module itself' for layer in layers)}), got shape "
-            f"{tuple(table.shape)}."
+            place,
+            f"must be a number, (segments,) or (segments, layers) with {len(layers)} layers "
+            f"({names})",
+            got=Verbatim(f"shape {shape}"),
         )
-    if table.dim() and len(table) > training.steps:
-        raise InputError(
-            f"{place} must have at most one segment a step, got {len(table)} segments for "
-            f"{training.steps} minibatches."
-        )
-    high, rule = (1.0, "in [0, 1)") if name in BETWEEN_0_AND_1 else (math.inf, "finite and >= 0")
-    rule = "finite and > 0" if name == "lr" else rule
+    if shape and shape[0] > training.steps:
+        got = Verbatim(f"{shape[0]} segments for {training.steps} minibatches")
+        raise InputError(place, "must have at most one segment per step", got=got)
     # Written with > and >=, because every comparison with NaN is False and NaN must be refused.
-    if not bool(((table > 0 if name == "lr" else table >= 0) & (table < high)).all()):
-        raise InputError(f"{place} must be {rule}, got {table.tolist()}.")
-    return table.reshape(1, -1, table.shape[1] if table.dim() == 2 else 1)
+    if name == "lr":
+        rule = "finite and > 0"
+        valid = (table > 0) & (table < math.inf)
+    elif name in BETWEEN_0_AND_1:
+        rule = "in [0, 1)"
+        valid = (table >= 0) & (table < 1)
+    else:
+        rule = "finite and >= 0"
+        valid = (table >= 0) & (table < math.inf)
+    if not bool(valid.all()):
+        raise InputError(place, f"must be {rule}", got=table.tolist())
+    return table.reshape(1, -1, shape[1] if len(shape) == 2 else 1)
 
 
 def _differences(
     problem: InnerProblem[ModuleTraining], names: list[str]
 ) -> tuple[str, Hypergradients]:
     """Return the reason for mode "fd" and the hypergradients by finite differences."""
-    if zero := [name for name in names if bool((problem.tables[name] == 0).any())]:
-        raise InputError(
-            f"hyperparameters[{zero[0]!r}] must be above 0 for mode='fd', which moves it in its "
-            f"logarithm, got {problem.tables[zero[0]].tolist()}; use mode='reverse' or 'forward'."
-        )
+    for name in names:
+        table = problem.tables[name]
+        if bool((table == 0).any()):
+            raise InputError(
+                f"hyperparameters[{name!r}]",
+                f"must be above 0 for {option('mode', 'fd')}, which moves its logarithm",
+                got=table.tolist(),
+                remedy=f"Use {option('mode', 'reverse')} or 'forward'.",
+            )
     width = default_width(problem.training.dtype)
     reason = f"asked for; steps of {width:.1e} in the logarithm (logit of momentum and betas)"
     return reason, differences(problem, names, width=width)
@@ -301,7 +326,7 @@ def _differences(
 
 def _choose(
     problem: InnerProblem[ModuleTraining],
-    number: int,
+    names: list[str],
     asked: Mode,
     truncate: int | None,
     checkpoint: bool,
@@ -310,14 +335,15 @@ def _choose(
     """Return the mode to use and the reason for it.
 
     A mode that was asked for is used. For "auto" it is the fastest mode that fits into memory.
-    ``number`` is the number of hyperparameter entries. ``budget`` is in bytes; None means most of
-    the free memory. Raises InputError if the mode does not fit.
+    ``budget`` is in bytes; None means most of the free memory. Raises InputError if the mode does
+    not fit.
     """
+    number = len(problem.columns(names))
     need = measure(problem)
     budget = budget or free_bytes(problem.training.device)
     steps = min(truncate or problem.training.steps, problem.training.steps)
     sizes = need.of_modes(steps, number)
-    words = (
+    comparison = (
         f"reverse needs about {size_words(sizes['reverse'])} for {steps} steps, checkpointed "
         f"{size_words(sizes['checkpointed'])}, forward {size_words(sizes['forward'])} for "
         f"{count(number, 'hyperparameter')}; {size_words(budget)} may be used"
@@ -338,19 +364,20 @@ def _choose(
             "forward": single if number == 1 else "reverse does not fit",
         }[mode]
     if sizes[mode] > budget:
-        remedies: dict[str, ExactMode] = {
-            "checkpoint=True": "checkpointed",
-            "mode='forward'": "forward",
-        }
-        fitting = [word for word, other in remedies.items() if sizes[other] <= budget]
-        if longest := budget // need.step:
-            fitting.append(f"truncate={longest}")
+        remedies = []
+        if sizes["checkpointed"] <= budget:
+            remedies.append(f"{option('checkpoint', True)} (fits), ")
+        if sizes["forward"] <= budget:
+            remedies.append(f"{option('mode', 'forward')} (fits), ")
+        if budget >= need.step:
+            remedies.append(f"{option('truncate', budget // need.step)} (fits), ")
+        refused = option("mode", "forward" if mode == "forward" else "reverse")
         raise InputError(
-            f"memory does not suffice for mode={'forward' if mode == 'forward' else 'reverse'!r}: "
-            f"{words}. Use {''.join(word + ' (fits), ' for word in fitting)}smaller minibatches "
-            "or a larger memory=."
+            "memory",
+            f"does not suffice for {refused}: {comparison}",
+            remedy=f"Use {''.join(remedies)}smaller minibatches or a larger {option('memory')}.",
         )
-    return mode, f"{reason}; {words}"
+    return mode, f"{reason}; {comparison}"
 
 
 def _warn_of_noise(result: HypergradientResult) -> None:

@@ -41,6 +41,7 @@ from gputune.solver.solve import (
     solved_module,
 )
 from gputune.types import Config, Params
+from gputune.wording import Verbatim, option
 
 BLOCK = 512  # training rows whose curvature is held at once
 
@@ -105,16 +106,19 @@ def implicit_gradients(
     once. None means 4 GiB on the CPU and 80% of the free memory of a GPU. If the members do not all
     fit, they are processed in groups. Raises InputError if a single member does not fit.
     """
-    everyone = torch.arange(len(problem.C), device=problem.y.device)
-    lots: list[tuple[Tensor, Tensor]] = []  # (value, gradient) of each group of members
+    trials = torch.arange(len(problem.C), device=problem.y.device)
+    values = []
+    gradients = []
     for f, rows in enumerate(valid):
         fold = _Fold(problem, f, rows, solution.coef.shape[1])
-        for lot in torch.split(everyone, fold.members_at_once(memory)):
-            members = f * len(everyone) + lot
-            lots.append(
-                _differentiate(fold, solution, members, problem.C[lot], problem.l1_ratio[lot])
+        for group in torch.split(trials, fold.members_at_once(memory)):
+            members = f * len(trials) + group
+            value, gradient = _differentiate(
+                fold, solution, members, problem.C[group], problem.l1_ratio[group]
             )
-    return ImplicitGradient(*map(torch.cat, zip(*lots)))
+            values.append(value)
+            gradients.append(gradient)
+    return ImplicitGradient(torch.cat(values), torch.cat(gradients))
 
 
 class _Fold:
@@ -130,19 +134,11 @@ class _Fold:
         self.total = weights.sum()
         share = weights[keep] / self.total
         self.center = share @ problem.x[fold, keep]
-        self.train, self.valid = (
-            rows_of(
-                problem.x[fold, rows] - self.center,
-                problem.y[rows],
-                shares,
-                outputs,
-                intercept=True,
-            )
-            for rows, shares in (
-                (keep, share),
-                (valid, share.new_full((len(valid),), 1 / len(valid))),
-            )
-        )
+        x = problem.x[fold, keep] - self.center
+        self.train = rows_of(x, problem.y[keep], share, outputs, intercept=True)
+        x = problem.x[fold, valid] - self.center
+        share = share.new_full((len(valid),), 1 / len(valid))
+        self.valid = rows_of(x, problem.y[valid], share, outputs, intercept=True)
 
     def members_at_once(self, memory: int | None) -> int:
         """Return the number of members that fit into ``memory`` bytes.
@@ -159,9 +155,12 @@ class _Fold:
         limit = memory or (free_bytes(device) if device.type == "cuda" else 4 << 30)
         if limit < needed:
             raise InputError(
-                f"memory={limit} bytes is too little for implicit differentiation: one member "
-                f"with {outputs} outputs of {size // outputs} coefficients needs {needed} bytes; "
-                "allow that much, use fewer inputs, or search C with method='random'."
+                "memory",
+                f"must be at least {needed} bytes for implicit differentiation of one member with "
+                f"{outputs} outputs of {size // outputs} coefficients",
+                got=Verbatim(f"{limit} bytes"),
+                remedy="Allow that much, use fewer inputs, or search C with "
+                f"{option('method', 'random')}.",
             )
         return limit // needed
 
@@ -173,22 +172,23 @@ def _differentiate(
     coef = solution.coef[members]
     converged = solution.converged[members]
     intercept = solution.intercept[members] + (coef @ fold.center)
-    known = intercept.isfinite()  # (m, K): the classes that occur in the fold's training rows
+    present = intercept.isfinite()  # (m, K): the classes that occur in the fold's training rows
     held_out = _point(fold.valid, coef, intercept)
     l1 = l1_ratio[:, None, None]
     # The penalty's slope, (m, K, E). At the minimum it equals minus C times the slope of the loss,
     # but it has no rounding errors from the cancellation in that sum.
-    pull = _beside_intercept((1 - l1) * coef + l1 * coef.sign())
-    active = known[..., None] & ~_beside_intercept((l1 > 0) & (coef == 0))
+    penalty_slope = _with_intercept((1 - l1) * coef + l1 * coef.sign())
+    active = present[..., None] & ~_with_intercept((l1 > 0) & (coef == 0))
     gradient = torch.zeros_like(held_out.loss).masked_fill(~converged, torch.nan)
-    moves = converged & C.isfinite() & ~held_out.loss.isinf() & (pull != 0).flatten(1).any(1)
+    moves = converged & C.isfinite() & ~held_out.loss.isinf()
+    moves &= (penalty_slope != 0).flatten(1).any(1)
     if moves.any():
         chance = _point(fold.train, coef[moves], intercept[moves]).chance
-        matrix = _curvature(fold.train, chance).mul_(
-            (C[moves] * fold.total)[:, None, None, None, None]
-        )
-        _make_solvable(matrix, 1 - l1_ratio[moves], active[moves], known[moves])
-        gradient[moves] = (_solve(matrix, pull[moves]) * held_out.slope[moves]).sum((1, 2))
+        matrix = _curvature(fold.train, chance)
+        matrix *= (C[moves] * fold.total)[:, None, None, None, None]
+        _make_solvable(matrix, 1 - l1_ratio[moves], active[moves], present[moves])
+        change = _solve(matrix, penalty_slope[moves])
+        gradient[moves] = (change * held_out.slope[moves]).sum((1, 2))
     return held_out.loss, gradient
 
 
@@ -198,11 +198,11 @@ def _point(rows: FoldRows, coef: Tensor, intercept: Tensor) -> Point:
     Their intercepts may be infinite.
     """
     logits = product(coef, (rows.design[:, :-1] / rows.root[:, None]).T) + intercept[..., None]
-    none = coef.new_zeros(len(coef), 1, 1)
-    return point_at(rows, _beside_intercept(coef), logits, none, none)
+    no_penalty = coef.new_zeros(len(coef), 1, 1)
+    return point_at(rows, _with_intercept(coef), logits, no_penalty, no_penalty)
 
 
-def _beside_intercept(coef: Tensor) -> Tensor:
+def _with_intercept(coef: Tensor) -> Tensor:
     """Append a zero (or False) for the intercept: (m, K, D) -> (m, K, E)."""
     return functional.pad(coef, (0, 1))
 
@@ -223,10 +223,10 @@ def _curvature(rows: FoldRows, chance: Tensor) -> Tensor:
     for part, design in zip(torch.split(chance, BLOCK, -1), torch.split(rows.design, BLOCK)):
         # The curvature in the logits is diag(p) - p p' for softmax and p (1 - p) for sigmoid.
         # (members, pairs of classes, rows of the block)
-        bend = part[:, k] * torch.where((k == l)[:, None], 1 - part[:, l], -part[:, l])
+        weight = part[:, k] * torch.where((k == l)[:, None], 1 - part[:, l], -part[:, l])
         for e in range(columns):
             # Only the upper triangle: (members * pairs, rows) @ (rows, E - e)
-            blocks[:, e, e:].addmm_(bend.flatten(0, 1), design[:, e : e + 1] * design[:, e:])
+            blocks[:, e, e:].addmm_(weight.flatten(0, 1), design[:, e : e + 1] * design[:, e:])
     blocks += blocks.triu(1).mT
     blocks = blocks.view(members, len(k), columns, columns)
     matrix = chance.new_empty(members, outputs, columns, outputs, columns)
@@ -236,12 +236,12 @@ def _curvature(rows: FoldRows, chance: Tensor) -> Tensor:
     return matrix
 
 
-def _make_solvable(matrix: Tensor, ridge: Tensor, active: Tensor, known: Tensor) -> None:
+def _make_solvable(matrix: Tensor, ridge: Tensor, active: Tensor, present: Tensor) -> None:
     """Turn C times the curvature, (m, K, E, K, E), into the invertible matrix H, in place.
 
     Coefficients that are not active (``active`` is (m, K, E)) become a separate diagonal part.
 
-    If all known classes (``known`` is (m, K)) are active in a column, softmax and the validation
+    If all present classes (``present`` is (m, K)) are active in a column, softmax and the validation
     loss do not change when all coefficients of this column shift by the same amount. This shift is
     an eigenvector of H, so any multiple of its projector may be added. With a pure l1 penalty, an
     even number of classes can all be active in one input. If as many of these coefficients are
@@ -255,7 +255,7 @@ def _make_solvable(matrix: Tensor, ridge: Tensor, active: Tensor, known: Tensor)
     scale = diagonal.amax(1)
     diagonal += ~active
     if outputs > 1:
-        shift = known[..., None] & (active | ~known[..., None]).all(1, keepdim=True)
+        shift = present[..., None] & (active | ~present[..., None]).all(1, keepdim=True)
         matrix.diagonal(dim1=2, dim2=4).add_(
             (shift[:, :, None] & shift[:, None]) * scale[:, None, None]
         )
@@ -273,9 +273,8 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
     if again.any():
         # H is singular up to rounding. For example, with an l1 penalty the one-hot columns of a
         # category add up to the intercept's column. The right side is a slope of the loss. It has
-        # no
-        # component in directions that leave all logits unchanged. Therefore increasing the diagonal
-        # by the size of the factorization's own rounding error does not change the result.
+        # no component in directions that leave all logits unchanged. Therefore increasing the
+        # diagonal by the size of the factorization's own rounding error does not change the result.
         lifted = flat[again]
         lifted.diagonal(dim1=1, dim2=2).mul_(1 + size * torch.finfo(flat.dtype).eps)
         factor[again], failed[again] = torch.linalg.cholesky_ex(lifted)
@@ -306,7 +305,7 @@ def differentiate_minimum(
     solution = solve(problem)
     if not bool(solution.converged):
         raise DivergedError(
-            f"the logistic regression with C={C:g} has no minimum that could be reached; choose a "
+            f"The solver reached no minimum of the logistic regression with C={C:g}. Choose a "
             "smaller C, or scale the inputs."
         )
     implicit = implicit_gradients(problem, solution, [places], memory=memory)
@@ -314,7 +313,7 @@ def differentiate_minimum(
     slope = implicit.gradient[0]
     parameters: Params = dict(solved_module(solution, 0).named_parameters())
     reason = (
-        "asked for; the derivative at the minimum of a convex problem, in which no step is taken"
+        "asked for; the derivative at the minimum of a convex problem, without any training step"
     )
     return HypergradientResult(
         value, {"C": slope / C}, {"C": slope}, parameters, 0.0, "implicit", reason
@@ -331,21 +330,34 @@ def _join(
     """
     if not all(isinstance(part, Tensor) for pair in (*batches, valid) for part in pair):
         raise InputError(
-            "optimizer='exact' joins all minibatches and needs tensors, got another kind of x or "
-            "y; make them with torch.from_numpy or torch.as_tensor."
+            "batches",
+            f"must be pairs of tensors for {option('optimizer', 'exact')}, which joins all "
+            "minibatches",
+            remedy="Convert each x and y with torch.from_numpy or torch.as_tensor.",
         )
     x, y = (torch.cat(parts) for parts in zip(*batches, valid))
     if y.is_floating_point() or y.dim() != 1 or int(y.min()) < 0 or int(y.max()) >= classes:
         raise InputError(
-            f"y must be class codes 0 .. {classes - 1}, one integer a row, where "
-            f"optimizer='exact', got {y.dtype} of shape {tuple(y.shape)} with values "
-            f"{y.min().item()} .. {y.max().item()}."
+            "y",
+            f"must be class codes 0 .. {classes - 1}, one integer per row, for "
+            f"{option('optimizer', 'exact')}",
+            got=Verbatim(
+                f"{y.dtype} of shape {tuple(y.shape)} with values "
+                f"{y.min().item()} .. {y.max().item()}"
+            ),
         )
     places = torch.arange(len(x) - len(valid[0]), len(x), device=x.device)
     weights = torch.ones(1, len(x), dtype=torch.float64, device=x.device)
     weights[:, places] = 0.0
-    rates = weights.new_tensor([C]), weights.new_zeros(1)
-    return LogisticProblem(x.double()[None], y.long(), weights, *rates, n_classes=classes), places
+    problem = LogisticProblem(
+        x.double()[None],
+        y.long(),
+        weights,
+        C=weights.new_tensor([C]),
+        l1_ratio=weights.new_zeros(1),
+        n_classes=classes,
+    )
+    return problem, places
 
 
 def _check_problem(
@@ -358,10 +370,12 @@ def _check_problem(
     """
     if not isinstance(module, LogisticRegression) or module.n_outputs < 2:
         raise InputError(
-            "implicit differentiation (optimizer='exact') needs the minimum of a convex problem: "
-            "module must be a gputune.models.LogisticRegression of at least two outputs, got "
-            f"{type(module).__name__}; train it with another optimizer, for example 'adamw', and "
-            "mode='reverse'."
+            "module",
+            "must be a gputune.models.LogisticRegression with at least two outputs for "
+            f"{option('optimizer', 'exact')}, which needs the minimum of a convex problem",
+            got=Verbatim(type(module).__name__),
+            remedy="Train it with another optimizer, for example 'adamw', and "
+            f"{option('mode', 'reverse')}.",
         )
     plain = isinstance(loss, nn.CrossEntropyLoss) and (
         (loss.weight, loss.label_smoothing, loss.reduction, loss.ignore_index)
@@ -369,21 +383,24 @@ def _check_problem(
     )
     if loss is not functional.cross_entropy and not plain:
         raise InputError(
-            "loss must be torch.nn.functional.cross_entropy where optimizer='exact' solves the "
-            f"logistic regression, got {loss!r}; train it with another optimizer for other losses."
+            "loss",
+            f"must be torch.nn.functional.cross_entropy for {option('optimizer', 'exact')}, which "
+            "solves the logistic regression",
+            got=loss,
+            remedy="For other losses, train the module with another optimizer.",
         )
     if set(hyperparameters) != {"C"}:
         raise InputError(
-            "hyperparameters: optimizer='exact' has C alone, got "
-            f"{', '.join(map(str, hyperparameters)) or 'none'}; "
-            'for example {"C": 1.0}.'
+            "hyperparameters",
+            f"must be only C for {option('optimizer', 'exact')}",
+            got=Verbatim(", ".join(map(str, hyperparameters)) or "none"),
+            remedy='For example {"C": 1.0}.',
         )
     try:
         C = float(hyperparameters["C"])
     except (TypeError, ValueError, RuntimeError):
         C = -1.0
     if not 0 < C < float("inf"):
-        raise InputError(
-            f"hyperparameters['C'] must be one finite number > 0, got {hyperparameters['C']!r}."
-        )
+        got = hyperparameters["C"]
+        raise InputError("hyperparameters['C']", "must be one finite number > 0", got=got)
     return C, module.n_outputs

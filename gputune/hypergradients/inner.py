@@ -136,11 +136,9 @@ class InnerProblem(Generic[AnyTraining]):
         with torch.set_grad_enabled(graph):
             rates = rates_at(self.rows if rows is None else rows, clock, self.training.totals)
             new = update(self.optimizer, state, gradient, rates, clock)
-            return (
-                with_statistics(new, self.training.statistics(weights, step))
-                if self.training.kept
-                else new
-            )
+            if self.training.kept:
+                new = with_statistics(new, self.training.statistics(weights, step))
+            return new
 
     def advance(self, state: InnerState, steps: range, watch: Watch | None = None) -> InnerState:
         """Return the state after several steps, without derivatives."""
@@ -159,11 +157,10 @@ class InnerProblem(Generic[AnyTraining]):
 
     def columns(self, names: Sequence[str]) -> list[tuple[str, int, int]]:
         """Return each entry of the tables of these hyperparameters as (name, segment, layer)."""
-        return [
-            (name, s, layer)
-            for name in names
-            for s, layer in np.ndindex(self.tables[name].shape[1:])
-        ]
+        columns = []
+        for name in names:
+            columns += [(name, *entry) for entry in np.ndindex(self.tables[name].shape[1:])]
+        return columns
 
 
 def slope(training: InnerTraining, weights: Tensor, step: int, *, graph: bool) -> Tensor:
@@ -215,20 +212,20 @@ def with_statistics(state: InnerState, statistics: Tensor) -> InnerState:
     return torch.cat([state[0][..., : -statistics.shape[-1]], statistics], -1), *state[1:]
 
 
-def leaves_of(state: InnerState) -> InnerState:
-    """Return the same state without its graph, as leaves that can be differentiated by."""
-    return tuple(tensor.detach().requires_grad_() for tensor in state)
+def leaves_of(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return the same tensors without their graph, as leaves that can be differentiated by."""
+    return tuple(tensor.detach().requires_grad_() for tensor in tensors)
 
 
 def rows_of(tables: Tables, layer: Tensor) -> SegmentRows:
     """Cut tables (P, S, L) into one row per segment, (P, 1) or (P, N)."""
-    # Each row is (P, 1), or (P, L) -> (P, N) if the layers have different values.
-    return {
-        name: tuple(
-            row if row.shape[1] == 1 else row.index_select(1, layer) for row in table.unbind(1)
-        )
-        for name, table in tables.items()
-    }
+    rows = {}
+    for name, table in tables.items():
+        if table.shape[2] > 1:  # the layers have different values: (P, S, L) -> (P, S, N)
+            rows[name] = tuple(row.index_select(1, layer) for row in table.unbind(1))
+        else:
+            rows[name] = table.unbind(1)
+    return rows
 
 
 def rates_at(rows: SegmentRows, clock: StepPosition, totals: np.ndarray) -> Rates:
@@ -239,18 +236,17 @@ def rates_at(rows: SegmentRows, clock: StepPosition, totals: np.ndarray) -> Rate
     values = {}
     for name, parts in rows.items():
         segment = segment_at(clock.done, totals, len(parts))
-        first, *others = np.unique(segment).tolist()
+        first, *later = np.unique(segment).tolist()
         row = parts[first]
-        for s in others:
-            row = torch.where(
-                torch.as_tensor(segment == s, device=row.device)[:, None], parts[s], row
-            )
+        for s in later:
+            reached = torch.as_tensor(segment == s, device=row.device)[:, None]
+            row = torch.where(reached, parts[s], row)
         values[name] = row
-    lr, momentum, decay, beta1, beta2 = (values[name] for name in HYPERPARAMETERS)
-    if clock.factor is not None:
-        lr = lr * torch.as_tensor(clock.factor, dtype=lr.dtype, device=lr.device)[:, None]
+    lr = values["lr"]
     count = torch.as_tensor(clock.done + 1.0, device=lr.device)
-    return Rates(lr, decay, momentum, count, beta1=beta1, beta2=beta2)
+    if clock.factor is not None:
+        values["lr"] = lr * torch.as_tensor(clock.factor, dtype=lr.dtype, device=lr.device)[:, None]
+    return Rates(count=count, **values)
 
 
 def segment_at(done: np.ndarray, totals: np.ndarray, segments: int) -> np.ndarray:
@@ -339,14 +335,14 @@ class HypergradientResult:
     reason: str
 
     def __repr__(self) -> str:
-        slopes = ", ".join(
-            f"{name}: {slope.item():.4g}" if slope.dim() == 0 else f"{name}: {tuple(slope.shape)}"
-            for name, slope in self.gradient.items()
-        )
+        slopes = []
+        for name, slope in self.gradient.items():
+            shown = f"{slope.item():.4g}" if slope.dim() == 0 else tuple(slope.shape)
+            slopes.append(f"{name}: {shown}")
         noise = f"ratio {self.ratio:.3g}{', chaotic' if self.chaotic else ''}"
         return (
-            f"HypergradientResult(value {self.value:.4g}, gradient {{{slopes}}}, {noise}, "
-            f"{self.mode})"
+            f"HypergradientResult(value {self.value:.4g}, gradient {{{', '.join(slopes)}}}, "
+            f"{noise}, {self.mode})"
         )
 
     @property

@@ -18,6 +18,7 @@ a wide step they show the trend through chaotic training, for which the exact de
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Union
 
 import numpy as np
@@ -65,26 +66,27 @@ def reverse(
     steps = problem.training.steps
     begin = 0 if truncate is None else max(0, steps - truncate)
     length = math.isqrt(steps - begin - 1) + 1 if checkpoint else steps - begin
-    edges = [*range(begin, steps, length), steps]
-    state = problem.start()
-    starts = []
-    for here, there in zip([0, *edges[:-2]], edges[:-1]):  # up to where the last block begins
-        state = problem.advance(state, range(here, there), watch)
+    blocks = [range(first, min(first + length, steps)) for first in range(begin, steps, length)]
+    state = problem.advance(problem.start(), range(begin), watch)
+    starts = [state]
+    for block in blocks[:-1]:  # up to the start of the last block
+        state = problem.advance(state, block, watch)
         starts.append(state)
     leaves = {name: problem.tables[name].detach().requires_grad_() for name in names}
     with torch.enable_grad():
         spread = rows_of(leaves, training.layer)
     # First differentiate by the rows, which many steps share. Then differentiate once by the
     # tables.
-    cut = {name: [row.detach().requires_grad_() for row in parts] for name, parts in spread.items()}
-    searched = [row for parts in cut.values() for row in parts]
+    cut = {name: leaves_of(rows) for name, rows in spread.items()}
+    searched = list(chain.from_iterable(cut.values()))
     record = _Record(problem, {**problem.rows, **cut}, state[0])
     total: list[Tensor] = []
     adjoint: InnerState | None = None
-    for here, there, start in reversed(list(zip(edges[:-1], edges[1:], starts))):
+    for block, start in reversed(list(zip(blocks, starts))):
+        is_last = block.stop == steps
         start = leaves_of(start)
-        outputs = end = record.advance(start, range(here, there), watch if there == steps else None)
-        if there == steps:
+        outputs = end = record.advance(start, block, watch if is_last else None)
+        if is_last:
             weights = end[0].detach()
             with torch.enable_grad():
                 value = training.validation(end[0])
@@ -92,7 +94,7 @@ def reverse(
         slopes = torch.autograd.grad(outputs, (*searched, *start), adjoint, materialize_grads=True)
         total = [a + b for a, b in zip(total, slopes)] if total else list(slopes[: len(searched)])
         adjoint = slopes[len(searched) :]
-    ends = [row for parts in spread.values() for row in parts]
+    ends = list(chain.from_iterable(spread.values()))
     gradients = dict(zip(names, torch.autograd.grad(ends, list(leaves.values()), total)))
     return Hypergradients(value.detach(), gradients, record.ratio(), weights)
 
@@ -117,24 +119,24 @@ class _Record:
             after = self.problem.step(state, step, rows=self.rows, graph=True)
             # The hook comes after the step, because the step itself takes a gradient by these
             # weights.
-            self._look_at(state[0])
+            self._register_hook(state[0])
             state = after
             if watch is not None:
                 watch(step + 1, state[0].detach())
         if steps.stop == self.problem.training.steps:
-            self._look_at(state[0], last=True)
+            self._register_hook(state[0], last=True)
         return state
 
-    def _look_at(self, weights: Tensor, *, last: bool = False) -> None:
+    def _register_hook(self, weights: Tensor, *, last: bool = False) -> None:
         """Register a hook that measures the adjoint of these weights when it is computed."""
         size = weights.detach().norm(dim=1)
 
-        def look(adjoint: Tensor) -> None:
+        def hook(adjoint: Tensor) -> None:
             growth = adjoint.detach().norm(dim=1) * size
             self.largest = torch.maximum(self.largest, growth)
             self.final = growth if last else self.final
 
-        weights.register_hook(look)  # type: ignore[no-untyped-call]
+        weights.register_hook(hook)  # type: ignore[no-untyped-call]
 
     def ratio(self) -> Tensor:
         """Return each member's largest growth (P,), at least 1.
@@ -227,8 +229,7 @@ class Dual:
     def clamp_min(self, least: float) -> "Dual":
         """Return the same as ``Tensor.clamp_min``; the derivative is 0 below ``least``."""
         # This is PyTorch's kernel for the derivative of a clamp. A comparison and a torch.where
-        # would
-        # need two passes.
+        # would need two passes.
         tangents: Tensor = torch.ops.aten.threshold_backward(self.tangents, self.value, least)
         return Dual(self.value.clamp_min(least), tangents)
 
@@ -292,24 +293,21 @@ class _Tangents:
         clock = training.clock(step)
         gradient = slope(training, weights, step, graph=True)
         # A column is added when its segment begins in some member. Before that its tangent is zero.
-        reached = {
-            n: int(segment_at(clock.done, training.totals, t.shape[1]).max())
-            for n, t in tables.items()
-        }
-        if more := sum(s <= reached[name] for name, s, _ in self.columns) - len(self.of_state[0]):
+        reached = {}
+        for name, table in tables.items():
+            segments = segment_at(clock.done, training.totals, table.shape[1])
+            reached[name] = int(segments.max())
+        n_new = sum(s <= reached[name] for name, s, _ in self.columns) - len(self.of_state[0])
+        if n_new:
             self.of_state = tuple(
-                torch.cat([t, t.new_zeros(more, *t.shape[1:])]) for t in self.of_state
+                torch.cat([t, t.new_zeros(n_new, *t.shape[1:])]) for t in self.of_state
             )
         before = self.of_state[0]
         products = [hessian_times(gradient, weights, tangent) for tangent in before]
         gradient = gradient.detach()  # lets go of the graph, whose memory the update needs
         # A single product is not stacked, which would copy it. (d, P, N)
-        new = self._update(
-            state,
-            gradient,
-            torch.stack(products) if len(products) > 1 else products[0][None],
-            clock,
-        )
+        stacked = torch.stack(products) if len(products) > 1 else products[0][None]
+        new = self._update(state, gradient, stacked, clock)
         if training.kept:
             new = self._keep_statistics(new, weights, before, step)
         grown = self.of_state[0].norm(dim=2) * self.sizes[: len(products)]  # per log hyperparameter
@@ -341,15 +339,15 @@ class _Tangents:
 
         ``weights`` are the weights before the step, and ``before`` are their tangents.
         """
-        kept = self.problem.training.statistics(weights, step)
+        statistics = self.problem.training.statistics(weights, step)
         # The derivative of a pullback v -> J'v, which is linear in v, is J.
-        v = torch.zeros_like(kept, requires_grad=True)
-        (pullback,) = torch.autograd.grad(kept, weights, v, create_graph=True)
-        tangents = [
-            torch.autograd.grad(pullback, v, tangent, retain_graph=True)[0] for tangent in before
-        ]
+        v = torch.zeros_like(statistics, requires_grad=True)
+        (pullback,) = torch.autograd.grad(statistics, weights, v, create_graph=True)
+        tangents: list[Tensor] = []
+        for tangent in before:
+            tangents += torch.autograd.grad(pullback, v, tangent, retain_graph=True)
         self.of_state = with_statistics(self.of_state, torch.stack(tangents))
-        return with_statistics(new, kept.detach())
+        return with_statistics(new, statistics.detach())
 
     def _seed(self, name: str, clock: StepPosition) -> Tensor:
         """Return the derivative of the value that each entry reads, by each column.
@@ -361,9 +359,10 @@ class _Tangents:
         columns = self.columns[: len(like)]
         _, segments, layers = self.problem.tables[name].shape
         segment = segment_at(clock.done, training.totals, segments)
-        now = np.stack([(segment == s) & (column == name) for column, s, _ in columns])
-        now = now * clock.factor if name == "lr" and clock.factor is not None else now
-        seed = torch.as_tensor(now, device=like.device).to(like)[..., None]
+        reads = np.stack([(segment == s) & (column == name) for column, s, _ in columns])
+        if name == "lr" and clock.factor is not None:
+            reads = reads * clock.factor
+        seed = torch.as_tensor(reads, device=like.device).to(like)[..., None]
         if layers == 1:
             return seed
         place = torch.tensor([layer for _, _, layer in columns], device=seed.device)
@@ -400,12 +399,12 @@ def differences(
         table = tables[name]
         shift = torch.zeros_like(table)
         shift[:, s, layer] = width
-        moved = [
-            from_coordinate(name, to_coordinate(name, table) + sign * shift) for sign in (1, -1)
-        ]
-        ends = [replace(problem, tables={**tables, name: end}).train() for end in moved]
-        up, down = map(training.validation, ends)
-        gradients[name][:, s, layer] = (up - down) / (2 * width) / speed(name, table)[:, s, layer]
-        apart = (ends[0] - ends[1]).norm(dim=1) / (2 * width * weights.norm(dim=1))
-        ratio = torch.maximum(ratio, apart)
+        ends = []
+        for signed_shift in (shift, -shift):
+            moved = from_coordinate(name, to_coordinate(name, table) + signed_shift)
+            ends.append(replace(problem, tables={**tables, name: moved}).train())
+        change = (training.validation(ends[0]) - training.validation(ends[1])) / (2 * width)
+        gradients[name][:, s, layer] = change / speed(name, table)[:, s, layer]
+        distance = (ends[0] - ends[1]).norm(dim=1)
+        ratio = torch.maximum(ratio, distance / (2 * width * weights.norm(dim=1)))
     return Hypergradients(training.validation(weights), gradients, ratio, weights)

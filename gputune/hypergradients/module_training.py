@@ -19,6 +19,7 @@ from gputune.modules.construction import layers_of
 from gputune.modules.substitutes import differentiate_statistics, running_norms
 from gputune.seeding import keyed_draws
 from gputune.types import Params
+from gputune.wording import Verbatim
 
 Loss = Callable[[Any, Any], Tensor]
 DataPair = tuple[Any, Any]
@@ -46,7 +47,11 @@ class ModuleTraining:
         self.objective = Stateless(_Objective(module, loss))
         self.steps = len(batches)
         self.totals = np.array([len(batches)])
-        self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.trained: Params = {}
+        frozen: Params = {}
+        for name, parameter in module.named_parameters():
+            group = self.trained if parameter.requires_grad else frozen
+            group[name] = parameter
         with self.objective.substitute({}):
             names = differentiate_statistics(module)
         buffers = dict(module.named_buffers())
@@ -56,19 +61,15 @@ class ModuleTraining:
         self.sizes = [p.numel() for p in self.entries.values()]
         self.kept = sum(self.sizes[len(self.trained) :])
         self.layers = layers_of(module)
-        layers = [self.layers.index(name.rpartition(".")[0]) for name in self.trained] + [0] * len(
-            self.running
-        )
+        numbers = [self.layers.index(name.rpartition(".")[0]) for name in self.trained]
+        numbers += [0] * len(self.running)
         like = next(iter(self.trained.values()))
         self.device = like.device
         self.dtype = like.dtype
-        numbers, sizes = (torch.tensor(each, device="cpu") for each in (layers, self.sizes))
-        self.layer = numbers.repeat_interleave(sizes).to(self.device)
+        self.layer = torch.tensor(np.repeat(numbers, self.sizes), device=self.device)
         # These are clones, because a forward pass may write into them.
-        frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
-        self.fixed = {
-            name: tensor.detach().clone() for name, tensor in {**frozen, **buffers}.items()
-        }
+        fixed = {**frozen, **buffers}
+        self.fixed = {name: tensor.detach().clone() for name, tensor in fixed.items()}
         self.frozen = frozen.keys()
 
     def start(self) -> Tensor:
@@ -96,43 +97,47 @@ class ModuleTraining:
 
         ``step`` None means the validation pair.
         """
-        pair, name = (
-            (self.valid, "valid") if step is None else (self.batches[step], f"batches[{step}]")
-        )
-        draws = keyed_draws(
-            self.device, self.seed, "hypergradient", "valid" if step is None else step
-        )
-        state = {
-            f"module.{key}": tensor
-            for key, tensor in (self.parameters(weights) | self.fixed).items()
-        }
+        if step is None:
+            name = "valid"
+            pair = self.valid
+        else:
+            name = f"batches[{step}]"
+            pair = self.batches[step]
+        key_of_draws = "valid" if step is None else step
+        draws = keyed_draws(self.device, self.seed, "hypergradient", key_of_draws)
+        tensors = self.parameters(weights) | self.fixed
+        state = {f"module.{key}": tensor for key, tensor in tensors.items()}
         with draws, _module_errors(name, pair), self.objective.substitute(state) as objective:
             self.module.train(step is not None)
             differentiate_statistics(self.module)
             # The pair is copied for two reasons. The module or the loss may write into it, and
-            # later
-            # steps read it again. And autograd cannot save a tensor that was made in inference
-            # mode.
+            # later steps read it again. And autograd cannot save a tensor that was made in
+            # inference mode.
             loss = objective(*tree_map_only(Tensor, Tensor.clone, pair))
             after = {**dict(objective.named_parameters()), **dict(objective.named_buffers())}
         for key, before in self.fixed.items():
             if after.get(f"module.{key}") is not before or before._version:
                 kind = "parameter" if key in self.frozen else "buffer"
                 raise InputError(
-                    f"module: the {kind} {key!r} changes in {name}; what a module remembers from "
-                    "step to step is no function of the hyperparameters. Keep no running state "
-                    "in the forward (spectral_norm does)."
+                    "module",
+                    f"must not change its state when it is called, but the {kind} {key!r} changes "
+                    f"in {name}",
+                    remedy="Keep no running state in forward (spectral_norm keeps some).",
                 )
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise InputError(
-                f"loss must return one number for {name}, got {shape}; reduce it, for example "
-                "with .mean()."
+                "loss",
+                f"must return one number for {name}",
+                got=Verbatim(shape),
+                remedy="Reduce it, for example with .mean().",
             )
         if weights.requires_grad and torch.is_grad_enabled() and not loss.requires_grad:
             raise InputError(
-                f"loss must depend on the parameters of the module, but for {name} it depends on "
-                "none; it must use what the module returns, without .detach() or .item()."
+                "loss",
+                "must depend on the parameters of the module, but it depends on no parameter for "
+                f"{name}",
+                remedy="Compute it from the module's output, without .detach() or .item().",
             )
         running = [after[f"module.{key}"].flatten().to(self.dtype) for key in self.running]
         return loss.view(1), torch.cat([*running, weights.new_empty(0)])[None]
@@ -150,17 +155,20 @@ class ModuleTraining:
             # This reports errors in the validation pair before the training begins.
             self.validation(self.start())
         read = {id(getattr(node, "variable", None)) for node in nodes(loss)}
-        if behind := [name for name, p in self.trained.items() if id(p) in read]:
-            raise InputError(
-                f"loss or module reads the parameter {behind[0]!r} from a variable of its own, "
-                "where training does not reach it; read it from the module when it is called, "
-                "for example by module.parameters()."
-            )
+        for name, parameter in self.trained.items():
+            if id(parameter) in read:
+                raise InputError(
+                    "loss or module",
+                    f"reads the parameter {name!r} from a separate variable, whose value does not "
+                    "change in training",
+                    remedy="Read it from the module in each call, for example with "
+                    "module.parameters().",
+                )
 
     def parameters(self, weights: Tensor) -> Params:
         """Return the named parameters and running statistics that are stored in a row (1, N)."""
-        parts = torch.split(weights[0], self.sizes)
-        return {name: part.view(p.shape) for (name, p), part in zip(self.entries.items(), parts)}
+        parts = zip(self.entries.items(), torch.split(weights[0], self.sizes))
+        return {name: part.view(entry.shape) for (name, entry), part in parts}
 
 
 @contextmanager
@@ -171,22 +179,25 @@ def _module_errors(name: str, pair: DataPair) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except NotImplementedError as error:
-        # The words of torch's own error message.
+        # This is torch's own error message.
         if not re.search("not implemented for '(Long|Int|Short|Char|Byte|Bool)'", str(error)):
             raise
         raise InputError(
-            f"{name}: the module or the loss computes with whole numbers ({error}). It is called "
-            "as loss(module(x), y): check the order of its arguments, and that x is of floats."
+            None,
+            f"The module or the loss computes with integers for {name} ({error})",
+            remedy="It is called as loss(module(x), y). Check the order of its arguments, and that "
+            "x has a floating dtype.",
         ) from error
     except (RuntimeError, TypeError, IndexError, AttributeError) as error:
-        text = str(error).split("\n")[0]
+        message = str(error).split("\n")[0]
         remedy = "Check the shapes and dtypes of x and y."
         if all(isinstance(part, tuple | list) for part in pair):
             remedy = f"If {name} holds several pairs (x, y), put them into one with torch.cat."
         if any(isinstance(part, np.ndarray) for part in pair):
             remedy = "Make x and y tensors with torch.from_numpy."
+        kind = type(error).__name__
         raise InputError(
-            f"{name}: the module or the loss raised {type(error).__name__}: {text}. {remedy}"
+            None, f"The module or the loss raised {kind} for {name}: {message}", remedy=remedy
         ) from error
 
 
@@ -208,30 +219,32 @@ class _Objective(nn.Module):
 def check_module(module: nn.Module) -> None:
     """Raise InputError if a module cannot be trained as a function of its parameters."""
     if not isinstance(module, nn.Module):
-        raise InputError(f"module must be a torch.nn.Module, got {type(module).__name__}.")
-    if lazy := [
-        name
-        for name, held in (*module.named_parameters(), *module.named_buffers())
-        if is_lazy(held)
-    ]:
-        raise InputError(
-            f"module must have its parameters, but {lazy[0]!r} waits for a first minibatch; call "
-            "module(x) once before."
-        )
+        kind = Verbatim(type(module).__name__)
+        raise InputError("module", "must be a torch.nn.Module", got=kind)
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if is_lazy(tensor):
+            raise InputError(
+                "module",
+                f"must have all its parameters, but {name!r} is created by the first minibatch",
+                remedy="Call module(x) once before.",
+            )
     kinds = {(p.dtype, p.device) for p in module.parameters() if p.requires_grad}
     if not kinds:
-        raise InputError("module has no parameter with requires_grad: there is nothing to train.")
+        rule = "must have a parameter with requires_grad, or there is nothing to train"
+        raise InputError("module", rule)
     if len(kinds) > 1 or not next(iter(kinds))[0].is_floating_point:
-        kinds_words = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
         raise InputError(
-            "module must have its trained parameters in one floating dtype on one device, got "
-            f"{kinds_words}; use module.to(device, dtype)."
+            "module",
+            "must have its trained parameters in one floating dtype on one device",
+            got=Verbatim(", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))),
+            remedy="Use module.to(device, dtype).",
         )
-    known = running_norms(module)
+    supported = running_norms(module)
     for name, part in module.named_modules():
-        if name not in known and getattr(part, "running_mean", None) is not None:
+        if name not in supported and getattr(part, "running_mean", None) is not None:
             raise InputError(
-                f"module: the submodule {name!r} ({type(part).__name__}) keeps running statistics "
-                "that are no known function of its input; use nn.BatchNorm2d and its like, "
-                "nn.GroupNorm, or track_running_stats=False."
+                "module",
+                f"must not keep running statistics in {name!r} ({type(part).__name__}), because "
+                "gputune cannot compute them from its input",
+                remedy="Use nn.BatchNorm1d, 2d or 3d, nn.GroupNorm, or track_running_stats=False.",
             )

@@ -38,6 +38,7 @@ from torch.optim.optimizer import ParamsT
 
 from gputune.errors import InputError
 from gputune.types import DEFAULTS, ONLINE_RULES
+from gputune.wording import Verbatim, option
 
 __all__ = ["SGDHD", "AdamHD", "AdamWHD"]
 
@@ -57,14 +58,14 @@ class _Online(Optimizer):
     _decoupled = False  # whether weight decay is part of the direction, not of the gradient
 
     def __init__(self, params: ParamsT, **defaults: object) -> None:
-        groups = params if isinstance(params, list | tuple) else [params]
-        if any(
-            isinstance(g.get("params") if isinstance(g, dict) else g, nn.Module) for g in groups
-        ):
-            raise InputError(
-                "params must be the parameters of a module, got a module: "
-                f"{type(self).__name__}(module.parameters())."
-            )
+        for group in params if isinstance(params, list | tuple) else [params]:
+            if isinstance(group.get("params") if isinstance(group, dict) else group, nn.Module):
+                raise InputError(
+                    "params",
+                    "must be the parameters of a module",
+                    got=Verbatim("a module"),
+                    remedy=f"Pass {type(self).__name__}(module.parameters()).",
+                )
         super().__init__(params, {**defaults, "grad_norm": 0.0})
 
     def _directions(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
@@ -80,12 +81,16 @@ class _Online(Optimizer):
         for grad in grads:
             if grad.layout != torch.strided or grad.is_complex():
                 raise InputError(
-                    f"params must have dense, real gradients, got one of {grad.layout} and "
-                    f"{grad.dtype}. Build an embedding with sparse=False, and a complex parameter "
-                    "from torch.view_as_real."
+                    "params",
+                    "must have dense, real gradients",
+                    got=Verbatim(f"a gradient of {grad.layout} and {grad.dtype}"),
+                    remedy="Build an embedding with sparse=False, and a complex parameter from "
+                    "torch.view_as_real.",
                 )
-        decay = 0 if self._decoupled else group["weight_decay"]
-        return list(torch._foreach_add(grads, params, alpha=decay)) if decay and grads else grads
+        decay = group["weight_decay"]
+        if self._decoupled or not decay or not grads:
+            return grads
+        return list(torch._foreach_add(grads, params, alpha=decay))
 
     def _moments(self, name: str, params: list[Tensor]) -> list[Tensor]:
         """Return the state tensors of one name; they are zero before the first step."""
@@ -117,13 +122,16 @@ class _Online(Optimizer):
         """
         # torch itself adds "differentiable" when it loads a state.
         keys = self.defaults.keys() - {"differentiable"}
-        if lacking := sorted(
-            {key for group in state_dict["param_groups"] for key in keys - group.keys()}
-        ):
+        lacking = set[str]()
+        for group in state_dict["param_groups"]:
+            lacking |= keys - group.keys()
+        if lacking:
             raise InputError(
-                f"state_dict must be one of {type(self).__name__}, got groups without "
-                f"{', '.join(lacking)}. Leave the state of another optimizer out; the parameters "
-                "are all that this one needs."
+                "state_dict",
+                f"must be the state of {type(self).__name__}",
+                got=Verbatim(f"groups without {', '.join(sorted(lacking))}"),
+                remedy="Leave out the state of a different optimizer. This optimizer needs only "
+                "the parameters.",
             )
         super().load_state_dict(state_dict)
 
@@ -172,22 +180,25 @@ class _Online(Optimizer):
         moved = [p for p in group["params"] if "direction" in self.state.get(p, ())]
         last = {p: self.state[p]["direction"] for p in moved}
         slope = [(g, last[p]) for p, g in zip(params, grads) if p in last]
-        squares = (
-            [[(g, g) for g in grads], [(u, u) for u in last.values()]] if rule != "additive" else []
-        )
-        h, *both = _sums([slope, *squares], group["foreach"])
         if rule == "additive":
+            (h,) = _sums([slope], group["foreach"])
             change = _share(h, 1.0)
         else:
-            grad_norm, norm = map(math.sqrt, both)
-            part, length = (
-                (lr * h, grad_norm) if rule == "multiplicative" else (h, group["grad_norm"])
-            )
-            change = _share(part, length * norm)
+            squares = [list(zip(tensors, tensors)) for tensors in (grads, last.values())]
+            h, grad_square, square = _sums([slope, *squares], group["foreach"])
+            grad_norm = math.sqrt(grad_square)
+            norm = math.sqrt(square)
+            if rule == "multiplicative":
+                change = _share(lr * h, grad_norm * norm)
+            else:
+                change = _share(h, group["grad_norm"] * norm)
             group["grad_norm"] = grad_norm
         lr += group["hypergrad_lr"] * change
-        lr = lr if group["lr_min"] is None else max(lr, group["lr_min"])
-        group["lr"] = float(lr if group["lr_max"] is None else min(lr, group["lr_max"]))
+        if group["lr_min"] is not None:
+            lr = max(lr, group["lr_min"])
+        if group["lr_max"] is not None:
+            lr = min(lr, group["lr_max"])
+        group["lr"] = float(lr)
 
 
 class SGDHD(_Online):
@@ -253,7 +264,8 @@ class SGDHD(_Online):
         super().__init__(**_arguments(locals()))
 
     def _directions(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-        if not (mu := group["momentum"]):
+        mu = group["momentum"]
+        if not mu:
             return list(torch._foreach_mul(grads, 1.0))  # copies, in one launch
         buffers = self._moments("momentum_buffer", params)
         torch._foreach_mul_(buffers, mu)
@@ -305,20 +317,23 @@ class AdamHD(_Online):
         super().__init__(**_arguments(locals()))
 
     def _directions(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-        (beta1, beta2), states = group["betas"], [self.state[p] for p in params]
-        for state in states:
+        beta1, beta2 = group["betas"]
+        steps = []
+        for p in params:
+            state = self.state[p]
             state["step"] = state.get("step", 0) + 1
+            steps.append(state["step"])
         m = self._moments("exp_avg", params)
         v = self._moments("exp_avg_sq", params)
         torch._foreach_lerp_(m, grads, 1 - beta1)
         torch._foreach_mul_(v, beta2)
         torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
         # Direction: m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
-        below = torch._foreach_sqrt(v)
-        torch._foreach_div_(below, [math.sqrt(1 - beta2 ** state["step"]) for state in states])
-        torch._foreach_add_(below, group["eps"])
-        torch._foreach_mul_(below, [1 - beta1 ** state["step"] for state in states])
-        return list(torch._foreach_div(m, below))
+        denominator = torch._foreach_sqrt(v)
+        torch._foreach_div_(denominator, [math.sqrt(1 - beta2**step) for step in steps])
+        torch._foreach_add_(denominator, group["eps"])
+        torch._foreach_mul_(denominator, [1 - beta1**step for step in steps])
+        return list(torch._foreach_div(m, denominator))
 
 
 class AdamWHD(AdamHD):
@@ -381,15 +396,19 @@ def _check_group(group: Group) -> Group:
     rule = group["rule"]
     if rule not in ONLINE_RULES:
         raise InputError(
-            f"rule must be one of {', '.join(ONLINE_RULES)}, got {rule!r}. The scale-free one is "
-            f"{ONLINE_RULES[0]!r}."
+            "rule",
+            f"must be one of {', '.join(ONLINE_RULES)}",
+            got=rule,
+            remedy=f"{ONLINE_RULES[0]!r} does not depend on the scale of the model.",
         )
     scaled = rule == "multiplicative"
     if group["hypergrad_lr"] is None:
         if not scaled:
             raise InputError(
-                f"hypergrad_lr must be given with rule={rule!r}, whose unit depends on the model, "
-                "got None. Try powers of ten, or use rule='multiplicative'."
+                "hypergrad_lr",
+                f"must be set with {option('rule', rule)}, because its scale depends on the model",
+                got=None,
+                remedy=f"Try powers of ten, or use {option('rule', 'multiplicative')}.",
             )
         group = {**group, "hypergrad_lr": DEFAULTS["hypergrad_lr"]}
     numbers: Group = {
@@ -399,28 +418,30 @@ def _check_group(group: Group) -> Group:
         "weight_decay": _number(group, "weight_decay", "0.01"),
     }
     for name in ("lr_min", "lr_max"):
-        numbers |= {} if group[name] is None else {name: _number(group, name, "0.1", low=-math.inf)}
+        if group[name] is not None:
+            numbers[name] = _number(group, name, "0.1", low=-math.inf)
     if not numbers.get("lr_min", -math.inf) <= numbers["lr"] <= numbers.get("lr_max", math.inf):
         raise InputError(
-            f"lr must be within lr_min and lr_max, got lr={numbers['lr']}, "
-            f"lr_min={group['lr_min']}, lr_max={group['lr_max']}. Begin with a rate between them; "
-            "None is no bound."
+            "lr",
+            f"must be between {option('lr_min', group['lr_min'])} and "
+            f"{option('lr_max', group['lr_max'])}",
+            got=numbers["lr"],
+            remedy="None means no bound.",
         )
     if "momentum" in group:
         momentum = _number(group, "momentum", "0.9", high=1.0)
         if group["nesterov"] and not momentum:
-            raise InputError(
-                "momentum must be > 0 with nesterov=True, got 0.0. For example momentum=0.9."
-            )
+            rule = f"must be > 0 with {option('nesterov', True)}"
+            raise InputError("momentum", rule, got=0.0, remedy="For example momentum=0.9.")
         return numbers | {"momentum": momentum}
     betas = group["betas"]
     if not isinstance(betas, tuple | list) or len(betas) != 2:
-        raise InputError(
-            f"betas must be two numbers in [0, 1), got {betas!r}. For example betas=(0.9, 0.999)."
-        )
-    named = {f"betas[{i}]": beta for i, beta in enumerate(betas)}
-    betas = tuple(_number(named, name, "0.9", high=1.0) for name in named)
-    return numbers | {"betas": betas, "eps": _number(group, "eps", "1e-8")}
+        remedy = "For example betas=(0.9, 0.999)."
+        raise InputError("betas", "must be two numbers in [0, 1)", got=betas, remedy=remedy)
+    named = {"betas[0]": betas[0], "betas[1]": betas[1]}
+    numbers["betas"] = tuple(_number(named, name, "0.9", high=1.0) for name in named)
+    numbers["eps"] = _number(group, "eps", "1e-8")
+    return numbers
 
 
 def _number(
@@ -438,11 +459,12 @@ def _number(
         number = float(value)  # a Fraction just below 1 may round to 1.0
         if number < high and (number >= low if low_counts else number > low):
             return number
-    least = "" if low == -math.inf else f" >= {low:g}" if low_counts else f" > {low:g}"
-    most = "" if high == math.inf else f" and < {high:g}"
-    raise InputError(
-        f"{name} must be a finite number{least}{most}, got {value!r}. For example {example}."
-    )
+    rule = "must be a finite number"
+    if low > -math.inf:
+        rule = f"{rule} {'>=' if low_counts else '>'} {low:g}"
+    if high < math.inf:
+        rule = f"{rule} and < {high:g}"
+    raise InputError(name, rule, got=value, remedy=f"For example {example}.")
 
 
 def _parts(pairs: Sequence[GradientPair], foreach: bool | None) -> list[list[int]]:
@@ -450,34 +472,42 @@ def _parts(pairs: Sequence[GradientPair], foreach: bool | None) -> list[list[int
 
     These are all tensors of one device and dtype, or each tensor separately.
     """
-    alike = defaultdict(list)
+    groups = defaultdict(list)
     together = all(x.is_cuda for x, _ in pairs) if foreach is None else foreach
     for i, (x, y) in enumerate(pairs):
-        alike[(x.device, x.dtype, y.dtype) if together else i].append(i)
-    return list(alike.values())
+        groups[(x.device, x.dtype, y.dtype) if together else i].append(i)
+    return list(groups.values())
 
 
 def _sums(products: list[list[GradientPair]], foreach: bool | None) -> list[float]:
     """Return, for each list of tensor pairs, the sum of the products of all their entries."""
-    parts = [
-        [zip(*(pairs[i] for i in part)) for part in _parts(pairs, foreach)] for pairs in products
-    ]
-    dots = [[torch.dot(*map(_flat, part)) for part in group] for group in parts]
-    every = [dot for group in dots for dot in group]
-    # All sums are transferred in one synchronization with the GPU.
-    values = iter(torch.stack([dot.to(every[0].device) for dot in every]).tolist() if every else [])
-    return [sum(next(values) for _ in group) for group in dots]
+    dots: list[Tensor] = []
+    owners = []  # the position of each dot's list
+    for number, pairs in enumerate(products):
+        for part in _parts(pairs, foreach):
+            left, right = zip(*(pairs[i] for i in part))
+            dots.append(torch.dot(_flat(left), _flat(right)))
+            owners.append(number)
+    sums = [0.0] * len(products)
+    if dots:
+        # All sums are transferred in one synchronization with the GPU.
+        values = torch.stack([dot.to(dots[0].device) for dot in dots]).tolist()
+        for number, value in zip(owners, values):
+            sums[number] += value
+    return sums
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
     """Return all entries as one vector, in float32 or a wider dtype."""
-    flat = (
-        tensors[0].reshape(-1) if len(tensors) == 1 else torch.cat([t.reshape(-1) for t in tensors])
-    )
+    if len(tensors) == 1:
+        flat = tensors[0].reshape(-1)
+    else:
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     # Squares easily leave the range of half precision.
     return flat.to(torch.promote_types(flat.dtype, torch.float32))
 
 
 def _share(part: float, whole: float) -> float:
     """Return part / whole, or 0 if ``whole`` is zero or the quotient is not finite."""
-    return share if whole > 0 and math.isfinite(share := part / whole) else 0.0
+    share = part / whole if whole > 0 else 0.0
+    return share if math.isfinite(share) else 0.0

@@ -235,7 +235,10 @@ def test_what_the_parser_refuses(bugs, options, words):
             "--method hypergradient --descend-on width",
             ["some of lr, momentum, weight_decay, beta1, beta2"],
         ),
-        ("--method hypergradient --descend-on momentum", ["adamw has no 'momentum'"]),
+        (
+            "--method hypergradient --descend-on momentum",
+            ["for adamw, which trial 0 uses, got 'momentum'"],
+        ),
     ],
 )
 def test_options_that_cannot_be(bugs, options, words):

@@ -52,11 +52,15 @@ REFUSED = [  # hyperparameters, optimizer, words of the message
     (
         {"momentum": 0.9},
         "adam",
-        "adam has lr, weight_decay, beta1, beta2",
-        "'momentum'",
-        "leave it out",
+        "must be some of lr, weight_decay, beta1, beta2 for adam, got 'momentum'",
+        "Leave it out",
     ),
-    ({"lr": 0.1, "beta1": 0.9}, "sgd", "sgd has lr, momentum, weight_decay", "'beta1'"),
+    (
+        {"lr": 0.1, "beta1": 0.9},
+        "sgd",
+        "must be some of lr, momentum, weight_decay for sgd",
+        "'beta1'",
+    ),
     ({"rate": 0.1}, "sgd", "'rate'"),
     ({1: 0.1}, "sgd", "got 1"),
     ({}, "sgd", "at least one", "got {}"),
@@ -78,7 +82,7 @@ REFUSED = [  # hyperparameters, optimizer, words of the message
     ({"momentum": -0.1}, "momentum", "in [0, 1)"),
     ({"beta1": 1}, "adam", "hyperparameters['beta1'] must be in [0, 1)"),
     ({"beta2": math.nan}, "adamw", "in [0, 1)"),
-    ({"lr": [0.1] * 5}, "sgd", "at most one segment a step", "5 segments for 4 minibatches"),
+    ({"lr": [0.1] * 5}, "sgd", "at most one segment per step", "5 segments for 4 minibatches"),
     ({"lr": [[0.1, 0.1]] * 5}, "sgd", "5 segments for 4 minibatches"),
     ({"lr": [[0.1, 0.1, 0.1]]}, "sgd", "2 layers (0, 2)", "got shape (1, 3)"),
     ({"lr": [[0.1]]}, "sgd", "(segments, layers)", "got shape (1, 1)"),
@@ -122,7 +126,7 @@ OPTIONS = {  # name -> rule, values that break it
         torch.optim.SGD,
     ),
     "mode": ("must be 'auto', 'reverse', 'forward' or 'fd'", "backward", None, 3, ["reverse"]),
-    "truncate": ("must be a number of steps >= 1 or None", 0, -1, 1.5, True, "all"),
+    "truncate": ("must be an integer of at least 1, or None", 0, -1, 1.5, True, "all"),
     "checkpoint": ("must be True or False", "sqrt"),
     "memory": ("is a number of bytes", "much", 0, -5, math.nan, True),
 }
@@ -139,7 +143,7 @@ def test_truncate_and_checkpoint_belong_to_reverse_mode():
     for mode, options in itertools.product(
         ("forward", "fd"), ({"truncate": 2}, {"checkpoint": True})
     ):
-        words = "truncate and checkpoint belong to reverse mode", repr(mode), "mode='reverse'"
+        words = "'auto' with truncate or checkpoint", repr(mode), "mode='reverse'"
         refused(*words, mode=mode, **options)
 
 
@@ -155,7 +159,7 @@ def test_finite_differences_at_zero(hyperparameters, optimizer):
     name = next(iter(hyperparameters))
     refused(
         f"hyperparameters[{name!r}] must be above 0 for mode='fd'",
-        "use mode='reverse' or 'forward'",
+        "Use mode='reverse' or 'forward'",
         hyperparameters=hyperparameters,
         optimizer=optimizer,
         mode="fd",
@@ -166,7 +170,10 @@ def test_finite_differences_at_zero(hyperparameters, optimizer):
 
 
 X, Y = data()[1]
-SHAPES = ": the module or the loss raised RuntimeError: ", "Check the shapes and dtypes of x and y."
+SHAPES = (
+    "The module or the loss raised RuntimeError for ",
+    "Check the shapes and dtypes of x and y.",
+)
 NUMPY = "Make x and y tensors with torch.from_numpy."
 
 
@@ -199,8 +206,8 @@ NUMPY = "Make x and y tensors with torch.from_numpy."
         (
             {"loss": lambda y, output: functional.cross_entropy(output, y)},
             (
-                "batches[0]: the module or the loss computes with whole numbers",
-                "check the order of its arguments",
+                "The module or the loss computes with integers for batches[0]",
+                "Check the order of its arguments",
             ),
         ),
     ),
@@ -218,7 +225,7 @@ def test_several_validation_pairs_are_refused_before_the_training(mode):
         return output.sum() if isinstance(y, tuple) else functional.cross_entropy(output, y)
 
     words = (
-        "valid: the module or the loss raised TypeError",
+        "The module or the loss raised TypeError for valid",
         "If valid holds several pairs (x, y)",
         "torch.cat",
     )
@@ -227,7 +234,7 @@ def test_several_validation_pairs_are_refused_before_the_training(mode):
 
     picky = Calling(lambda m, x: m.inner(x.view(-1, 5)), inner=network())
     refused(
-        "valid: the module or the loss raised AttributeError", module=picky, valid=data()[0][:2]
+        "The module or the loss raised AttributeError for valid", module=picky, valid=data()[0][:2]
     )
 
 
@@ -245,7 +252,7 @@ COMPLEX = Calling(
         (nn.Sequential(nn.Tanh()), ("nothing to train",)),
         (
             nn.Sequential(nn.LazyLinear(4)),
-            ("must have its parameters", "'0.weight'", "call module(x) once before"),
+            ("must have all its parameters", "'0.weight'", "Call module(x) once before"),
         ),
         (network().requires_grad_(False), ("nothing to train",)),
         (
@@ -259,7 +266,7 @@ COMPLEX = Calling(
         (COMPLEX, ("one floating dtype", "torch.complex128 on cpu")),
         (
             network(nn.InstanceNorm1d(4, track_running_stats=True)),
-            ("'2' (InstanceNorm1d) keeps running", "nn.BatchNorm2d"),
+            ("must not keep running statistics in '2' (InstanceNorm1d)", "nn.BatchNorm1d"),
         ),
     ),
 )
@@ -289,7 +296,7 @@ def test_buffers_that_change(mode):
         counter = Counter(in_place=in_place, when=when)
         refused(
             f"the buffer '2.calls' changes in {when}",
-            "no running state",
+            "Keep no running state",
             module=network(counter),
             mode=mode,
         )
@@ -309,7 +316,8 @@ class Teacher(nn.Linear):
     (
         (
             Teacher(4, 4).double().requires_grad_(False),
-            "module: the parameter '2.weight' changes in batches[0]",
+            "module must not change its state when it is called, but the parameter '2.weight' changes in "
+            "batches[0]",
         ),
         (spectral_norm(nn.Linear(4, 4)), "'2.parametrizations.weight.0._u' changes"),
     ),
@@ -351,7 +359,7 @@ def test_a_validation_loss_that_depends_on_nothing(mode):
     def loss(output, y):
         return functional.cross_entropy(output, y) if len(y) == 8 else output.detach().mean()
 
-    refused("for valid it depends on none", loss=loss, mode=mode)
+    refused("it depends on no parameter for valid", loss=loss, mode=mode)
 
 
 @pytest.mark.parametrize("mode", (*EXACT, "fd"))
@@ -362,7 +370,7 @@ def test_parameters_that_are_read_from_behind(mode):
     def loss(output, y):
         return functional.cross_entropy(output, y) + kept[2].square().sum()
 
-    words = "reads the parameter '2.weight' from a variable", "module.parameters()"
+    words = "reads the parameter '2.weight' from a separate variable", "module.parameters()"
     refused(*words, module=module, loss=loss, mode=mode)
 
 
@@ -412,7 +420,7 @@ def applied(function):
     return Calling(lambda m, x: function(x))
 
 
-ATTENTION = "run it inside torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or call"
+ATTENTION = "Run it inside torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or call"
 
 
 def attend(m, x):
@@ -430,7 +438,7 @@ def attend(m, x):
         (weight_norm(nn.Linear(4, 4)), ("(WeightNormInterface)", "incomplete", "weight_norm")),
         (
             applied(Refusing.apply),
-            ("(the derivative for aten::odd is not implemented); replace it, or call",),
+            ("(the derivative for aten::odd is not implemented). Replace it, or call",),
         ),
         (
             Calling(attend, inner=nn.MultiheadAttention(2, 1, batch_first=True)),
@@ -438,7 +446,7 @@ def attend(m, x):
         ),
         (
             applied(lambda x: x + (x.round() - x).detach()),
-            ("a .detach() of what depends on the parameters",),
+            ("a .detach() of a tensor that depends on the parameters",),
         ),
     ),
 )
@@ -455,7 +463,7 @@ def test_a_detached_path_is_no_second_derivative(mode):
     def loss(output, y):
         return functional.cross_entropy(output * output.detach().norm(), y)
 
-    refused("a .detach() of what depends on the parameters", loss=loss, mode=mode)
+    refused("a .detach() of a tensor that depends on the parameters", loss=loss, mode=mode)
 
 
 @pytest.mark.parametrize(
@@ -525,7 +533,7 @@ def test_memory_beyond_the_budget_says_what_fits():
         memory=1,
         **options,
     )
-    assert text.endswith("Use smaller minibatches or a larger memory=.")
+    assert text.endswith("Use smaller minibatches or a larger memory.")
     whole, blocks, tangents, budget = numbers(text)
     assert whole > blocks > tangents > budget
     text = refused("mode='reverse'", mode="reverse", memory=int(1.1 * blocks), **options)
@@ -542,8 +550,8 @@ def test_memory_beyond_the_budget_says_what_fits():
         memory=int(1.1 * tangents),
         **options,
     )
-    refused("mode='forward'", "larger memory=", mode="forward", memory=100, **options)
-    refused("mode='forward'", "larger memory=", memory=100, **options)
+    refused("mode='forward'", "larger memory.", mode="forward", memory=100, **options)
+    refused("mode='forward'", "larger memory.", memory=100, **options)
 
 
 def test_large_sizes_are_in_larger_units(monkeypatch):
@@ -561,8 +569,11 @@ def test_large_sizes_are_in_larger_units(monkeypatch):
 
 def test_fixed_values_are_checked_as_the_others_are():
     refused("fixed must have other names than hyperparameters, got lr in both", fixed={"lr": 0.1})
-    refused("fixed: sgd has lr, momentum, weight_decay, got 'beta1'", fixed={"beta1": 0.9})
-    refused("fixed must be a dict with at least one of them", "got 3", fixed=3)
+    refused(
+        "fixed must be some of lr, momentum, weight_decay for sgd, got 'beta1'",
+        fixed={"beta1": 0.9},
+    )
+    refused("fixed must be a dict with at least one hyperparameter", "got 3", fixed=3)
     refused("fixed['momentum'] must be in [0, 1), got 1.0", fixed={"momentum": 1.0})
 
 

@@ -408,23 +408,23 @@ ERRORS = [
     ({"hypergrad_lr": -1, "rule": "additive"}, "hypergrad_lr must be a finite number >= 0, got -1"),
     (
         {"rule": "additive"},
-        "hypergrad_lr must be given with rule='additive', whose unit depends on the model",
+        "hypergrad_lr must be set with rule='additive', because its scale depends on the model",
     ),
-    ({"rule": "normalized"}, "hypergrad_lr must be given with rule='normalized'"),
+    ({"rule": "normalized"}, "hypergrad_lr must be set with rule='normalized'"),
     ({"rule": "greedy"}, "rule must be one of multiplicative, additive, normalized, got 'greedy'"),
     ({"rule": None}, "rule must be one of multiplicative, additive, normalized, got None"),
     ({"weight_decay": -1}, "weight_decay must be a finite number >= 0, got -1"),
     ({"lr_min": "0"}, "lr_min must be a finite number, got '0'"),
     ({"lr_max": math.inf}, "lr_max must be a finite number, got inf. For example 0.1"),
-    ({"lr_min": 0.2}, "lr must be within lr_min and lr_max, got lr=0.1, lr_min=0.2, lr_max=None"),
-    ({"lr_max": 0.05}, "lr must be within lr_min and lr_max, got lr=0.1, lr_min=0.0, lr_max=0.05"),
+    ({"lr_min": 0.2}, "lr must be between lr_min=0.2 and lr_max=None, got 0.1"),
+    ({"lr_max": 0.05}, "lr must be between lr_min=0.0 and lr_max=0.05, got 0.1"),
 ]
 
 
 @pytest.mark.parametrize("kind", [SGDHD, AdamHD, AdamWHD])
 @pytest.mark.parametrize("wrap", [lambda m: m, lambda m: [m], lambda m: [{"params": m}]])
 def test_a_module_in_place_of_its_parameters_is_refused(kind, wrap):
-    with refused(rf"got a module: {kind.__name__}\(module.parameters\(\)\)"):
+    with refused(rf"got a module\. Pass {kind.__name__}\(module.parameters\(\)\)"):
         kind(wrap(torch.nn.Linear(2, 1)), lr=0.1)
 
 
@@ -473,5 +473,5 @@ def test_sparse_and_complex_gradients_are_refused(name):
 def test_the_state_of_another_optimizer_is_refused():
     w = torch.ones(2, requires_grad=True)
     other = torch.optim.SGD([w], lr=0.1)
-    with refused("state_dict must be one of SGDHD, got groups without grad_norm, hyper"):
+    with refused("state_dict must be the state of SGDHD, got groups without grad_norm, hyper"):
         SGDHD([w], lr=0.1).load_state_dict(other.state_dict())

@@ -401,25 +401,25 @@ def test_a_step_that_the_deadline_cuts_short_is_the_last(monkeypatch):
             MLP,
             RATES,
             {"hyperparameters": "momentum"},
-            "adamw has no 'momentum', and start 0 uses it",
+            "for adamw, which start 0 uses, got 'momentum'",
         ),
         (
             SGD,
             RATES,
             {"hyperparameters": "momentum"},
-            "cannot start from momentum=0, as start 0 does, .* in the logit",
+            "cannot start from momentum=0.0, as start 0 does, .* the logit",
         ),
         (
             ADAM,
             {"alpha": [0.0]},
             {"hyperparameters": "alpha"},
-            "cannot start from alpha=0, .* with values above 0, or",
+            "cannot start from alpha=0.0, .* with values above 0, or",
         ),
         (
             LogisticRegression(),
             {"C": [np.inf]},
             {},
-            "cannot start from C=inf, .* with values above 0 and finite",
+            "cannot start from C=inf, .* with finite values above 0",
         ),
         (
             LogisticRegression(fit_intercept=False),
@@ -431,7 +431,7 @@ def test_a_step_that_the_deadline_cuts_short_is_the_last(monkeypatch):
             MLP,
             RATES,
             {"cv": KFold(3)},
-            "fold 0 have class 0, of which it has no training row: its log loss",
+            "training row of every class .*, got none of class 0 in fold 0",
         ),
         (MLP, RATES, {"cv": [(np.arange(150), [])]}, "Fold 0 of cv has no validation rows"),
         (MLP, {"rate": [1.0]}, {}, "Invalid parameter 'rate' for estimator MLPClassifier"),
@@ -501,7 +501,8 @@ def test_the_loss_holds_on_folds_that_hold_out_no_row_of_a_class(estimator):
 def test_a_class_whose_rows_weigh_nothing_is_lacking():
     weights = (Y != 2).astype(float)
     with pytest.raises(
-        InputError, match="class 2, of which it has no training row with sample_weight above 0"
+        InputError,
+        match="a training row with sample_weight above 0 of every class .* none of class 2",
     ):
         HypergradientSearchCV(MLP, RATES, **OPTIONS).fit(X, Y, sample_weight=weights)
 
