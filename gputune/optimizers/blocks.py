@@ -39,10 +39,8 @@ class Blocks:
 
     def views(self, flat: Tensor) -> Params:
         """Return the parameters of a flat buffer in their own shapes, as views of its memory."""
-        return {
-            b.name: part.view(b.shape)
-            for b, part in zip(self.blocks, torch.split(flat, self.sizes))
-        }
+        parts = zip(self.blocks, torch.split(flat, self.sizes))
+        return {block.name: part.view(block.shape) for block, part in parts}
 
     def by_member(self, flat: Tensor) -> Params:
         """Return the parameters with axes (F, C, ...), as views of the buffer's memory."""
@@ -55,20 +53,21 @@ class Blocks:
 
     def from_rows(self, rows: Tensor) -> Tensor:
         """Return the flat buffer of rows (C, F, N)."""
-        self.put_rows(flat := rows.new_empty(self.size), rows)
+        flat = rows.new_empty(self.size)
+        self.put_rows(flat, rows)
         return flat
 
     def put_rows(self, flat: Tensor, rows: Tensor) -> None:
         """Write rows (C, F, N) into a flat buffer."""
         views = self._pairs(flat)
-        for view, part in zip(views, torch.split(rows, [view[0, 0].numel() for view in views], 2)):
+        sizes = [view[0, 0].numel() for view in views]
+        for view, part in zip(views, torch.split(rows, sizes, 2)):
             view.copy_(part.transpose(0, 1).view(view.shape))
 
     def _pairs(self, flat: Tensor) -> list[Tensor]:
         """Return the parameters as (F, C, ...), with at least one axis after the first two."""
-        return [
-            view if view.dim() > 2 else view[..., None] for view in self.by_member(flat).values()
-        ]
+        views = self.by_member(flat).values()
+        return [view if view.dim() > 2 else view[..., None] for view in views]
 
     def expand(self, values: Tensor) -> Tensor:
         """Return a flat buffer that holds each member's value, from ``values`` (F, C), at all its
@@ -135,9 +134,10 @@ class Blocks:
     def select(self, flat: Tensor, keep: Tensor) -> Tensor:
         """Return the buffer of only the trials ``keep`` (positions along C)."""
         views = self.views(flat)
-        return torch.cat(
-            [views[b.name].index_select(b.trial_axis, keep).flatten() for b in self.blocks]
-        )
+        parts = []
+        for block in self.blocks:
+            parts.append(views[block.name].index_select(block.trial_axis, keep).flatten())
+        return torch.cat(parts)
 
     def put(self, flat: Tensor, keep: Tensor, part: Tensor) -> None:
         """Write the buffer ``part`` of the trials ``keep`` into the buffer of all trials, in place.
@@ -151,10 +151,12 @@ class Blocks:
 
     def subset(self, trials: int) -> "Blocks":
         """Return the blocks of a chunk with another number of trials."""
-        axes = ((b, b.trial_axis) for b in self.blocks)
-        return Blocks(
-            [replace(b, shape=(*b.shape[:axis], trials, *b.shape[axis + 1 :])) for b, axis in axes]
-        )
+        blocks = []
+        for block in self.blocks:
+            shape = list(block.shape)
+            shape[block.trial_axis] = trials
+            blocks.append(replace(block, shape=tuple(shape)))
+        return Blocks(blocks)
 
 
 def with_axes_of(block: Block, values: Tensor) -> Tensor:

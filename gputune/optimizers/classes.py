@@ -8,6 +8,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from inspect import signature
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from gputune.errors import InputError
 from gputune.optimizers.rules import BETA1, n_moments, schedule_factor
 from gputune.text import did_you_mean
 from gputune.types import DEFAULT_LR, OPTIMIZERS, Config, default_momentum, default_weight_decay
+from gputune.wording import Verbatim, option, per_interface
 
 OPTIMIZER_PREFIX = "optimizer__"
 
@@ -31,9 +33,8 @@ _RULES: Mapping[str, str] = {
 """Maps the classes that have an update rule for all members at once to that rule."""
 
 _REFUSED: Mapping[str, str] = {
-    "LBFGS": "evaluates its loss several times a step, by a closure, and a minibatch here is gone "
-    "after one",
-    "SparseAdam": "takes sparse gradients alone, and gradients here are dense",
+    "LBFGS": "evaluates the loss of a minibatch several times per step",
+    "SparseAdam": "supports only sparse gradients",
 }
 
 _OWN_KEYS = ("lr", "weight_decay", "momentum")
@@ -74,45 +75,42 @@ def optimizer_word(value: object, name: str, *, more: Collection[str] = ()) -> s
     is the argument's name in errors. Raises InputError if the value is neither a word nor a class
     of torch.optim, or if the class cannot train members.
     """
+    words = (*OPTIMIZERS, *more)
     text = value
     if isinstance(value, type):
-        text = (
-            value.__name__
-            if value in _CLASSES.values()
-            else f"{value.__module__}.{value.__qualname__}"
-        )
+        text = value.__name__
+        if value not in _CLASSES.values():
+            text = f"{value.__module__}.{value.__qualname__}"
     if isinstance(text, str):
-        short = text.removeprefix("torch.optim.")
-        short = next((name for name in _REFUSED if name.lower() == short.lower()), short)
-        if text in (*OPTIMIZERS, *more):
+        if text in words:
             return text
-        if short in _REFUSED:
-            raise InputError(
-                f"{name} cannot be torch.optim.{short}, which {_REFUSED[short]}; choose another."
-            )
+        short = text.removeprefix("torch.optim.")
+        for refused, reason in _REFUSED.items():
+            if refused.lower() == short.lower():
+                rule = f"cannot be torch.optim.{refused}, which {reason}"
+                raise InputError(name, rule, remedy="Choose a different optimizer.")
         if short in CLASSES or short in _RULES:
             return _RULES.get(short, short)
     if isinstance(value, torch.optim.Optimizer):
         raise InputError(
-            f"{name} must be the class, not an instance, since every member builds its own: pass "
-            f"torch.optim.{type(value).__name__}; what it takes is searched, lr and optimizer__*."
+            name,
+            "must be the class, not an instance, because each member builds its optimizer",
+            remedy=f"Pass torch.optim.{type(value).__name__}, and put its arguments into the "
+            "search space: lr and optimizer__*.",
         )
-    shown = text if isinstance(value, type) else repr(value)
-    hint = (
-        isinstance(value, str) and did_you_mean(value, (*OPTIMIZERS, *more, *CLASSES))
-    ) or " For example 'adamw'."
+    hint = did_you_mean(value, (*words, *CLASSES)) if isinstance(value, str) else ""
     raise InputError(
-        f"{name} must be one of {', '.join((*OPTIMIZERS, *more))}, or a class of torch.optim, "
-        f"such as RAdam, got {shown}.{hint}"
+        name,
+        f"must be one of {', '.join(words)}, or a class of torch.optim, such as RAdam",
+        got=Verbatim(text) if isinstance(value, type) else value,
+        remedy=hint.strip() or "For example 'adamw'.",
     )
 
 
 def optimizer_arguments(config: Config) -> Config:
     """Return the ``optimizer__*`` values of a configuration under the class's argument names."""
-    return {
-        key.removeprefix(OPTIMIZER_PREFIX): config[key]
-        for key in keys_with(config, OPTIMIZER_PREFIX)
-    }
+    keys = keys_with(config, OPTIMIZER_PREFIX)
+    return {key.removeprefix(OPTIMIZER_PREFIX): config[key] for key in keys}
 
 
 def keys_with(config: Config, *prefixes: str) -> tuple[str, ...]:
@@ -135,12 +133,14 @@ def class_of(config: Config) -> Class | None:
     word = config["optimizer"]
     if word in CLASSES:
         return CLASSES[word]
-    if not (given := keys_with(config, OPTIMIZER_PREFIX)):
+    keys = keys_with(config, OPTIMIZER_PREFIX)
+    if not keys:
         return None
     if word not in _CLASS_OF_RULE:
         raise InputError(
-            f"{given[0]} is for classes of torch.optim, and optimizer={word!r} is "
-            f"none; leave it out, or choose one of {', '.join((*_CLASS_OF_RULE, *CLASSES))}."
+            keys[0],
+            f"is for classes of torch.optim, but {option('optimizer', word)} is not such a class",
+            remedy=f"Leave it out, or choose one of {', '.join((*_CLASS_OF_RULE, *CLASSES))}.",
         )
     return _CLASS_OF_RULE[word]
 
@@ -172,10 +172,11 @@ def optimizer_defaults(word: str) -> Config:
             "weight_decay": default_weight_decay(word),
             "momentum": default_momentum(word),
         }
-    given = {
-        name: parameter.default for name, parameter in signature(CLASSES[word]).parameters.items()
-    }
-    return {name: float(given.get(name, 0.0)) for name in _OWN_KEYS}
+    parameters = signature(CLASSES[word]).parameters
+    defaults = dict.fromkeys(_OWN_KEYS, 0.0)
+    for name in defaults.keys() & parameters.keys():
+        defaults[name] = float(parameters[name].default)
+    return defaults
 
 
 def has_weight_decay(word: str) -> bool:
@@ -186,9 +187,14 @@ def has_weight_decay(word: str) -> bool:
 def argument_defaults(word: str) -> Config:
     """Return the default of each ``optimizer__*`` key of an optimizer."""
     kind = CLASSES.get(word, _CLASS_OF_RULE.get(word))
-    known = {} if kind is None else signature(kind).parameters
-    names = [name for name in known if name not in (*_MACHINERY, *_OWN_KEYS)]
-    return {f"{OPTIMIZER_PREFIX}{name}": known[name].default for name in names}
+    return {} if kind is None else _defaults_of(kind)
+
+
+def _defaults_of(kind: Class) -> Config:
+    """Return the default of each ``optimizer__*`` key of a class."""
+    parameters = signature(kind).parameters
+    names = [name for name in parameters if name not in (*_MACHINERY, *_OWN_KEYS)]
+    return {f"{OPTIMIZER_PREFIX}{name}": parameters[name].default for name in names}
 
 
 def make_optimizer(config: Config, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
@@ -198,49 +204,57 @@ def make_optimizer(config: Config, parameters: Sequence[Tensor]) -> torch.optim.
     """
     kind = class_of(config) or class_of_rule(config)
     assert kind is not None
-    known = signature(kind).parameters
-    given = optimizer_arguments(config)
-    for name in given:
-        if name in _OWN_KEYS:
-            raise InputError(f"{OPTIMIZER_PREFIX}{name} is written {name!r}; leave the prefix out.")
-        if name in _MACHINERY or name not in known:
-            own = [
-                f"{OPTIMIZER_PREFIX}{key}" for key in known if key not in (*_MACHINERY, *_OWN_KEYS)
-            ]
-            raise InputError(
-                f"{OPTIMIZER_PREFIX}{name} is no hyperparameter of torch.optim.{kind.__name__}, "
-                f"which has {', '.join(own)}.{did_you_mean(OPTIMIZER_PREFIX + name, own)}"
-            )
-    words = {key: config[key] for key in _OWN_KEYS if key in known}
-    words |= {"nesterov": config["momentum"] > 0} if config["optimizer"] == "nesterov" else {}
+    signature_names = signature(kind).parameters.keys()
+    arguments = optimizer_arguments(config)
+    if arguments:
+        _check_arguments(kind, arguments)
+    kwargs = {key: config[key] for key in _OWN_KEYS if key in signature_names}
+    if config["optimizer"] == "nesterov":
+        kwargs["nesterov"] = config["momentum"] > 0
     if not class_of(config):  # the steps of a rule, computed in the fewest calls
         # Limited to the largest number of the dtype. Members diverge with any such value anyway.
-        words["weight_decay"] = min(config["weight_decay"], torch.finfo(parameters[0].dtype).max)
+        kwargs["weight_decay"] = min(config["weight_decay"], torch.finfo(parameters[0].dtype).max)
         # SGD is not fused: torch's fused SGD fails if some parameter gets its first gradient later
         # than the others.
-        adam = {"betas": (BETA1, config["beta2"]), "fused": True}
-        words |= adam if "betas" in known else {"foreach": True}
-    words |= {
-        name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
-    }
+        if "betas" in signature_names:
+            kwargs |= {"betas": (BETA1, config["beta2"]), "fused": True}
+        else:
+            kwargs["foreach"] = True
+    for name, value in arguments.items():
+        kwargs[name] = tuple(value) if isinstance(value, list) else value
     try:
-        return kind(list(parameters), **words)
+        return kind(list(parameters), **kwargs)
     except Exception as error:
-        shown = ", ".join(f"{name}={value!r}" for name, value in words.items())
-        lone = [
-            k
-            for k, value in given.items()
-            if isinstance(known[k].default, tuple) > isinstance(value, tuple)
-        ]
-        remedy = (
-            f" Several numbers are one value as a tuple in a list, [{known[lone[0]].default}]."
-            if lone
-            else ""
-        )
+        shown = ", ".join(f"{name}={value!r}" for name, value in kwargs.items())
+        remedy = "Change the values."
+        for key, default in _defaults_of(kind).items():
+            value = config.get(key, default)
+            if isinstance(default, tuple) and not isinstance(value, tuple):
+                python = f"as a tuple in a list, [{default}]"
+                numbers = per_interface(python, f"in parentheses, '{default}'")
+                remedy = f"{remedy} Write several numbers that are one value {numbers}."
+                break
         raise InputError(
-            f"optimizer: torch.optim.{kind.__name__}({shown}) raised {type(error).__name__}: "
-            f"{error}. Mend the values.{remedy}"
+            None,
+            f"torch.optim.{kind.__name__}({shown}) raised {type(error).__name__}: {error}",
+            remedy=remedy,
         ) from error
+
+
+def _check_arguments(kind: Class, arguments: Config) -> None:
+    """Raise InputError if a class does not have some ``optimizer__*`` arguments."""
+    keys = _defaults_of(kind)
+    for name in arguments:
+        key = OPTIMIZER_PREFIX + name
+        if name in _OWN_KEYS:
+            raise InputError(key, f"must be written without a prefix: {name!r}")
+        if key not in keys:
+            raise InputError(
+                key,
+                f"is not a hyperparameter of torch.optim.{kind.__name__}, which has "
+                f"{', '.join(keys)}",
+                remedy=did_you_mean(key, keys).strip(),
+            )
 
 
 def check_optimizer(config: Config, model: str, *, stacked: bool = False) -> None:
@@ -248,17 +262,26 @@ def check_optimizer(config: Config, model: str, *, stacked: bool = False) -> Non
 
     ``model`` is "module" for a user's own module. ``stacked`` tells if the members must be stacked.
     """
-    if not (words := loop_reason(config)):
+    reason = loop_reason(config)
+    if not reason:
         return
+    optimizers = ", ".join(OPTIMIZERS)
     if model != "module":
+        module = per_interface(
+            "Pass a module, for example model=gputune.models.MLP",
+            "Pass a module with --model FILE.py:NAME",
+        )
         raise InputError(
-            f"optimizer: {words}, and model={model!r} trains all members at once: pass a module, "
-            f"for example model=gputune.models.MLP, or choose one of {', '.join(OPTIMIZERS)}."
+            None,
+            f"{reason}, but {option('model', model)} trains all members at once",
+            remedy=f"{module}, or choose {option('optimizer')} from {optimizers}.",
         )
     if stacked:
         raise InputError(
-            f"backend='stacked': {words}. Choose one of {', '.join(OPTIMIZERS)}, or let "
-            "backend='auto' train them one by one."
+            None,
+            f"{option('backend', 'stacked')} trains all members at once, but {reason}",
+            remedy=f"Choose one of {optimizers}, or let {option('backend', 'auto')} train the "
+            "members one by one.",
         )
     make_optimizer(config, [torch.zeros(2, 2)])
 
@@ -281,7 +304,7 @@ class RowUpdate:
     ) -> None:
         self.config = config
         self.row = row
-        self.counts = bool(parameters)
+        self.by_parameter = bool(parameters)
         self.parameters = list(parameters) or [row]
         self.optimizer = make_optimizer(config, self.parameters)
         self.steps = steps
@@ -300,38 +323,34 @@ class RowUpdate:
         Each tensor of a parameter's state lies at the parameter's place in a row. A tensor that is
         shorter than the parameter, such as the number of steps, is followed by zeros.
         """
-        states = [self._tensors(self.optimizer, w) for w in self.parameters]
-        rows = [
-            torch.cat(
-                [
-                    self._as_row(s[i] if i < len(s) else None, w)
-                    for s, w in zip(states, self.parameters)
-                ]
-            )
-            for i in range(max(map(len, states)))
-        ]
+        states = [self._tensors(self.optimizer, parameter) for parameter in self.parameters]
+        rows = []
+        for tensors in zip_longest(*states):
+            parts = map(self._as_row, tensors, self.parameters)
+            rows.append(torch.cat(list(parts)))
         # Without momentum the class keeps no buffer, but the rule keeps one that is not used. Zeros
         # give both the same layout.
-        if not self.counts:
+        if not self.by_parameter:
             moments = n_moments(self.config["optimizer"], [self.config["momentum"]])
             rows += [torch.zeros_like(self.row)] * (moments - len(rows))
         return rows if self.average is None else [*rows, self.average]
 
     def _tensors(self, optimizer: torch.optim.Optimizer, parameter: Tensor) -> list[Tensor]:
         """Return the tensors of one parameter's state."""
-        state = optimizer.state.get(parameter, {})
-        return [
-            v for k, v in state.items() if isinstance(v, Tensor) and (self.counts or k != "step")
-        ]
+        state = dict(optimizer.state.get(parameter, {}))
+        if not self.by_parameter:
+            state.pop("step", None)
+        return [value for value in state.values() if isinstance(value, Tensor)]
 
     def _as_row(self, value: Tensor | None, parameter: Tensor) -> Tensor:
         """Return a state tensor as a row of the parameter's length, padded with zeros."""
         row = parameter.new_zeros(0) if value is None else value.detach().flatten().to(parameter)
         if len(row) > parameter.numel():
             raise InputError(
-                f"optimizer: torch.optim.{type(self.optimizer).__name__} keeps more numbers than "
-                f"a parameter of shape {tuple(parameter.shape)} has, which no study holds; choose "
-                "another."
+                None,
+                f"torch.optim.{type(self.optimizer).__name__} keeps more numbers than a parameter "
+                f"of shape {tuple(parameter.shape)} has, and a study cannot store them",
+                remedy=f"Choose a different {option('optimizer')}.",
             )
         return pad(row, (0, parameter.numel() - len(row)))
 
@@ -342,25 +361,26 @@ class RowUpdate:
             self.average.copy_(average)
         # A class creates its state only in its first step. So one step on other tensors of the same
         # shapes creates the state, which is then filled from the rows.
-        others = [torch.zeros_like(w, requires_grad=True) for w in self.parameters]
-        for other in others:
-            other.grad = torch.zeros_like(other)
-        made = make_optimizer(self.config, others)
-        made.step()
-        parts = [torch.split(row, [w.numel() for w in self.parameters]) for row in rows]
-        for i, (parameter, other) in enumerate(zip(self.parameters, others)):
-            for part, value in zip(parts, self._tensors(made, other)):
-                value.copy_(part[i][: value.numel()].view(value.shape))
-            self.optimizer.state[parameter] = made.state[other]
+        stand_ins = [torch.zeros_like(w, requires_grad=True) for w in self.parameters]
+        for stand_in in stand_ins:
+            stand_in.grad = torch.zeros_like(stand_in)
+        optimizer = make_optimizer(self.config, stand_ins)
+        optimizer.step()
+        begin = 0
+        for parameter, stand_in in zip(self.parameters, stand_ins):
+            for row, value in zip(rows, self._tensors(optimizer, stand_in)):
+                value.copy_(row[begin : begin + value.numel()].view(value.shape))
+            self.optimizer.state[parameter] = optimizer.state[stand_in]
+            begin += parameter.numel()
 
     def begin(self, epoch: int) -> None:
         """Start an epoch: count from its first step and compute the schedule's factors."""
         self.done = epoch * self.steps
         done = np.arange(self.done, self.done + self.steps)
-        self.factors = schedule_factor(
-            self.schedule, done, np.full(self.steps, self.total)
-        ).tolist()
-        if not self.counts and "step" in (state := self.optimizer.state.get(self.row, {})):
+        total = np.full(self.steps, self.total)
+        self.factors = schedule_factor(self.schedule, done, total).tolist()
+        state = self.optimizer.state.get(self.row, {})
+        if not self.by_parameter and "step" in state:
             state["step"].fill_(self.done)
 
     def step(self, row: Tensor, grad: Tensor) -> None:

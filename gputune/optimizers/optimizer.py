@@ -11,6 +11,7 @@ moments.
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,13 +50,11 @@ class Clock:
         # schedule -> the trials (C,) that use it; the constant schedule is left out
         self.schedules: dict[str, dict[Schedule, Tensor]] = {}
         for key in ("schedule", "weight_decay_schedule", "dropout_schedule"):
-            words = [config.get(key, "constant") for config in configs]
-            having = {
-                name: [word == name for word in words] for name in sorted({*words} - {"constant"})
-            }
-            self.schedules[key] = {
-                SCHEDULES[n]: torch.tensor(own, device=steps.device) for n, own in having.items()
-            }
+            names = np.array([config.get(key, "constant") for config in configs])
+            self.schedules[key] = {}
+            for name in sorted({*names.tolist()} - {"constant"}):
+                members = torch.tensor(names == name, device=steps.device)
+                self.schedules[key][SCHEDULES[name]] = members
 
     def begin(self, epoch: int) -> None:
         """Set the count of finished steps to the start of an epoch."""
@@ -107,9 +106,8 @@ class Optimizer:
         self.optimizer = configs[0]["optimizer"]
         moments = n_moments(self.optimizer, (config["momentum"] for config in configs))
         self.moments = [torch.zeros_like(flat) for _ in range(moments)]
-        self.average = (
-            torch.zeros_like(flat) if any(number_of(config, "ema") for config in configs) else None
-        )
+        averages = any(number_of(config, "ema") for config in configs)
+        self.average = torch.zeros_like(flat) if averages else None
         self._set_trials(configs, blocks, flat, steps)
 
     def _set_trials(
@@ -130,12 +128,13 @@ class Optimizer:
 
     def state(self) -> list[Tensor]:
         """Return the flat buffers that a later step depends on; ``resume`` fills them again."""
-        return [*self._buffers(), *([] if self.average is None else [self.average])]
+        buffers = self._buffers()
+        return buffers if self.average is None else [*buffers, self.average]
 
     def resume(self, buffers: Sequence[Tensor]) -> None:
         """Continue from the buffers that ``state`` returned."""
-        for own, kept in zip(self.state(), buffers, strict=True):
-            own.copy_(kept)
+        for buffer, stored in zip(self.state(), buffers, strict=True):
+            buffer.copy_(stored)
 
     def select(
         self,
@@ -199,11 +198,9 @@ class Optimizer:
         """Return the weights to evaluate: the average of schedule-free training, otherwise
         ``theta``.
         """
-        return (
-            schedule_free_average(theta, self.moments[0])
-            if self.optimizer == "schedulefree"
-            else theta
-        )
+        if self.optimizer == "schedulefree":
+            return schedule_free_average(theta, self.moments[0])
+        return theta
 
     def _move(self, flat: Tensor, end: Tensor, weight: float, on: Tensor | None) -> None:
         """Move a buffer by ``weight`` of the way towards another, for the members that are ``on``
@@ -243,12 +240,11 @@ class OnlineUpdate(Optimizer):
         self, configs: Sequence[Config], blocks: Blocks, flat: Tensor, steps: Tensor
     ) -> None:
         super()._set_trials(configs, blocks, flat, steps)
-        self.room = torch.empty_like(flat)
+        self.scratch = torch.empty_like(flat)
         self.decays = any(config["weight_decay"] for config in configs)
-        names = ("hypergrad_lr", "weight_decay", "momentum")
-        self.hypergrad_lr, self.decay, self.mu = (
-            self.clock.table(configs, name).to(self.dtype) for name in names
-        )
+        self.hypergrad_lr = self.clock.table(configs, "hypergrad_lr").to(self.dtype)
+        self.decay = self.clock.table(configs, "weight_decay").to(self.dtype)
+        self.mu = self.clock.table(configs, "momentum").to(self.dtype)
 
     def _buffers(self) -> list[Tensor]:
         """Return the flat buffers of the rule; the last two hold the rate and |g|."""
@@ -286,10 +282,10 @@ class OnlineUpdate(Optimizer):
         if self.optimizer != "adamwhd":
             self._decay(grad, theta)
         self._adapt(grad, on)
-        of_adam = len(self.moments) == 2
-        direction = (
-            self._adam_direction(theta, grad, on) if of_adam else self._sgd_direction(grad, on)
-        )
+        if len(self.moments) == 2:
+            direction = self._adam_direction(theta, grad, on)
+        else:
+            direction = self._sgd_direction(grad, on)
         scale = self.clock.factor() if keep is None else self.clock.factor() * keep
         self.blocks.add_product_(theta, direction, -self.rate * scale.to(self.dtype))
         self._move(self.last, direction, 1.0, on)
@@ -304,14 +300,14 @@ class OnlineUpdate(Optimizer):
 
         A rate does not change if the rule has no finite result, for example if a norm is zero.
         """
-        pairs = ((grad, self.last), (grad, grad), (self.last, self.last))
-        h, gg, uu = (self.blocks.total(torch.mul(a, b, out=self.room)) for a, b in pairs)
-        norm = gg.sqrt()
+        h = self._dot(grad, self.last)
+        norm = self._dot(grad, grad).sqrt()
+        direction_norm = self._dot(self.last, self.last).sqrt()
         change = h
         if self.rule == "multiplicative":
-            change = h / (norm * uu.sqrt()) * self.rate
+            change = h / (norm * direction_norm) * self.rate
         elif self.rule == "normalized":
-            change = h / (self.norm * uu.sqrt())
+            change = h / (self.norm * direction_norm)
         change = self.hypergrad_lr * torch.where(change.isfinite(), change, 0.0)
         if on is not None:
             change = change * on
@@ -319,23 +315,26 @@ class OnlineUpdate(Optimizer):
         self.rate.add_(change).clamp_min_(0.0)
         self.norm.copy_(norm)
 
+    def _dot(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return the inner product of each member's parts of two buffers, (F, C)."""
+        return self.blocks.total(torch.mul(a, b, out=self.scratch))
+
     def _adam_direction(self, theta: Tensor, grad: Tensor, on: Tensor | None) -> Tensor:
         """Return the direction of Adam's step, and update the moments."""
-        (m, v), below = self.moments, self.room
+        m, v = self.moments
         self._move(m, grad, 1 - BETA1, on)
         self._move(v, grad.mul_(grad), 1 - BETA2, on)
         # Direction: m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps). Both corrections are computed
-        # per
-        # member and applied to the denominator.
+        # per member and applied to the denominator.
         count = self.clock.done + 1
         start = 1 - BETA1**count
-        torch.sqrt(v, out=below)
+        denominator = torch.sqrt(v, out=self.scratch)
         correction = (start / (1 - BETA2**count).sqrt()).to(self.dtype)
-        for scale, part in self.blocks.by_block(correction, below):
+        for scale, part in self.blocks.by_block(correction, denominator):
             part.mul_(scale)
-        for eps, part in self.blocks.by_block((EPS * start).to(self.dtype), below):
+        for eps, part in self.blocks.by_block((EPS * start).to(self.dtype), denominator):
             part.add_(eps)
-        direction = torch.div(m, below, out=below)
+        direction = torch.div(m, denominator, out=denominator)
         if self.optimizer == "adamwhd":
             self._decay(direction, theta)
         return direction
@@ -345,7 +344,7 @@ class OnlineUpdate(Optimizer):
         if not self.moments:
             return grad
         (buffer,) = self.moments
-        ahead = self.room.copy_(grad)
+        ahead = self.scratch.copy_(grad)
         self.blocks.add_product_(ahead, buffer, self.mu)  # mu b + g
         self._move(buffer, ahead, 1.0, on)
         if self.optimizer == "nesterovhd":

@@ -13,6 +13,7 @@ steps. The schedules follow PyTorch.
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import overload
 
 import numpy as np
 import torch
@@ -100,11 +101,12 @@ def rmsprop(
     Source: Hinton (2012), in PyTorch's form.
     """
     grads = _with_l2(params, grads, rates)
-    a = RMSPROP_ALPHA
-    v = {k: a * moments["v"][k] + (1 - a) * g * g for k, g in grads.items()}
-    buffer = _heavy_ball(
-        {k: g / (_root(v[k]) + rates.eps) for k, g in grads.items()}, moments, rates
-    )
+    v = {}
+    scaled = {}
+    for k, g in grads.items():
+        v[k] = RMSPROP_ALPHA * moments["v"][k] + (1 - RMSPROP_ALPHA) * g * g
+        scaled[k] = g / (_root(v[k]) + rates.eps)
+    buffer = _heavy_ball(scaled, moments, rates)
     return _descend(params, buffer, rates.lr), {"v": v, "buffer": buffer}
 
 
@@ -113,11 +115,12 @@ def lion(params: Params, grads: Params, moments: Moments, rates: Rates) -> tuple
 
     Source: Chen et al. (2023), arXiv:2302.06675, program 1.
     """
-    b1 = BETA1
-    b2 = LION_BETA2
-    m = moments["m"]
-    direction = {k: torch.sign(b1 * m[k] + (1 - b1) * g) for k, g in grads.items()}
-    m = {k: b2 * m[k] + (1 - b2) * g for k, g in grads.items()}
+    direction = {}
+    m = {}
+    for k, g in grads.items():
+        before = moments["m"][k]
+        direction[k] = torch.sign(BETA1 * before + (1 - BETA1) * g)
+        m[k] = LION_BETA2 * before + (1 - LION_BETA2) * g
     return _descend(_shrunk(params, rates), direction, rates.lr), {"m": m}
 
 
@@ -135,10 +138,11 @@ def muon(params: Params, grads: Params, moments: Moments, rates: Rates) -> tuple
     shrunk = _shrunk(params, rates)
     for k, side in rates.sides.items():
         g = grads[k]
-        mu = _per_member(rates.momentum, grads[k])
+        mu = _per_member(rates.momentum, g)
         m = torch.lerp(moments["m"][k], g, 1 - mu)
         axes = 1 if side.dim() == 1 else 2  # number of member axes in front of the matrix
-        step = orthogonal(torch.lerp(g, m, mu).flatten(axes + 1)).view_as(g)
+        ahead = torch.lerp(g, m, mu).flatten(axes + 1)
+        step = orthogonal(ahead).view_as(g)
         scale = _per_member(rates.lr, g) * MUON_SCALE * _per_member(side, g).sqrt()
         new[k] = shrunk[k] - scale * step
         after["m"][k] = m
@@ -168,7 +172,7 @@ def schedulefree(
         share = _per_member(corrected / weights, g)
         rate = _per_member(rates.lr * corrected.sqrt(), g)
         z[k] = torch.where(_per_member(rates.count, g) == 1, y, moments["z"][k])
-        b2 = rates.beta2 if isinstance(rates.beta2, float) else _per_member(rates.beta2, g)
+        b2 = _per_member(rates.beta2, g)
         v[k] = b2 * moments["v"][k] + (1 - b2) * g * g
         step = rate * (g / (_root(v[k]) + rates.eps) + _per_member(rates.weight_decay, g) * y)
         new[k] = y + share * (z[k] - y) + (BETA1 * (1 - share) - 1) * step
@@ -206,10 +210,21 @@ def n_moments(optimizer: str, momentum: Iterable[float]) -> int:
     return int(any(momentum)) if rule == "sgd" else len(MOMENTS[rule])
 
 
-def _per_member(values: Tensor, like: Tensor) -> Tensor:
-    """Return values (P,) with axes that broadcast against a parameter (P, ...)."""
+@overload
+def _per_member(values: Tensor, like: Tensor) -> Tensor: ...
+@overload
+def _per_member(values: Tensor | float, like: Tensor) -> Tensor | float: ...
+def _per_member(values: Tensor | float, like: Tensor) -> Tensor | float:
+    """Return values (P,) with axes that broadcast against a parameter (P, ...).
+
+    One number for all members is returned unchanged.
+    """
+    if isinstance(values, float):
+        return values
     values = values.to(device=like.device, dtype=like.dtype)
-    return values if values.dim() == like.dim() > 1 else values.view(-1, *[1] * (like.dim() - 1))
+    if values.dim() == like.dim() > 1:
+        return values
+    return values.view(-1, *[1] * (like.dim() - 1))
 
 
 def _shrunk(params: Params, rates: Rates) -> Params:
@@ -224,9 +239,11 @@ def orthogonal(x: Tensor) -> Tensor:
     The method is a Newton-Schulz iteration. Rows and columns of zeros stay zero, so padding changes
     nothing.
     """
-    (a, b, c), is_wide = _NEWTON_SCHULZ, x.shape[-2] <= x.shape[-1]
+    a, b, c = _NEWTON_SCHULZ
+    is_wide = x.shape[-2] <= x.shape[-1]
     wide: Tensor = x if is_wide else x.mT
-    wide = wide / wide.flatten(-2).norm(dim=-1)[..., None, None].clamp_min(_LEAST_NORM)
+    norm = wide.flatten(-2).norm(dim=-1)[..., None, None]
+    wide = wide / norm.clamp_min(_LEAST_NORM)
     for _ in range(_NEWTON_SCHULZ_STEPS):
         # (..., A, B) @ (..., B, A) -> (..., A, A), with A the shorter side
         gram = wide @ wide.mT
@@ -258,9 +275,8 @@ def _adam_step(
     direction = {}
     for k, g in grads.items():
         count = _per_member(rates.count, g)
-        b1, b2 = (
-            r if isinstance(r, float) else _per_member(r, g) for r in (rates.beta1, rates.beta2)
-        )
+        b1 = _per_member(rates.beta1, g)
+        b2 = _per_member(rates.beta2, g)
         m[k] = b1 * moments["m"][k] + (1 - b1) * g
         v[k] = b2 * moments["v"][k] + (1 - b2) * g * g
         # The moments start at zero; dividing by 1 - b^t corrects this bias.
@@ -355,7 +371,5 @@ SCHEDULES: Mapping[str, Schedule] = dict(
 
 def schedule_factor(name: str, done: np.ndarray, total: np.ndarray) -> np.ndarray:
     """Return the factors of a schedule, computed on the host."""
-    factors = SCHEDULES[name](
-        *(torch.as_tensor(steps, dtype=torch.float64) for steps in (done, total))
-    )
-    return np.asarray(factors)
+    steps = torch.as_tensor(done, dtype=torch.float64)
+    return np.asarray(SCHEDULES[name](steps, torch.as_tensor(total, dtype=torch.float64)))

@@ -75,18 +75,18 @@ class Update(Optimizer):
         super()._set_trials(configs, blocks, flat, steps)
         self.adaptive = self.optimizer in ("adam", "adamw")
         self.scratch = torch.empty_like(flat) if self.adaptive else None
-        self.lr, self.decay, self.mu = (
-            self.clock.table(configs, key) for key in ("lr", "weight_decay", "momentum")
-        )
+        self.lr = self.clock.table(configs, "lr")
+        self.decay = self.clock.table(configs, "weight_decay")
+        self.mu = self.clock.table(configs, "momentum")
         decoupled = self.optimizer == "adamw"
         decays = any(config["weight_decay"] for config in configs)
         self.shrink = self.lr * self.decay if decoupled and decays else None
         self.l2 = 0.0 if decoupled else self._amount(configs, "weight_decay")
-        self.sides = {
-            block.name: torch.tensor(block.sides, device=steps.device).repeat(len(steps), 1)
-            for block in blocks.blocks
-            if block.sides is not None
-        }
+        self.sides = {}
+        for block in blocks.blocks:
+            if block.sides is not None:
+                sides = torch.tensor(block.sides, device=steps.device)
+                self.sides[block.name] = sides.repeat(len(steps), 1)
         self.lr_factors = self._factors(configs, LR_FACTOR)
         self.decay_factors = self._factors(configs, DECAY_FACTOR)
         self.shrink_factors = self._factors(configs, LR_FACTOR, DECAY_FACTOR)
@@ -96,15 +96,12 @@ class Update(Optimizer):
 
     def _factors(self, configs: Sequence[Config], *prefixes: str) -> dict[str, Tensor]:
         """Return each member's factor (F, C) on a rate, for the blocks that have one."""
-        factors = {
-            b.name: [factor_of(config, prefixes, b.name) for config in configs]
-            for b in self.blocks.blocks
-        }
-        return {
-            k: self.clock.per_trial(own).to(self.dtype)
-            for k, own in factors.items()
-            if set(own) != {1.0}
-        }
+        tables = {}
+        for block in self.blocks.blocks:
+            factors = [factor_of(config, prefixes, block.name) for config in configs]
+            if set(factors) != {1.0}:
+                tables[block.name] = self.clock.per_trial(factors).to(self.dtype)
+        return tables
 
     def _amount(
         self, configs: Sequence[Config], key: str, dtype: torch.dtype | None = None
@@ -133,8 +130,7 @@ class Update(Optimizer):
 
     def step(self, theta: Tensor, grad: Tensor, active: Tensor | None = None) -> None:
         # The kernels run only in a recorded step. A step by operations then checks the kernels
-        # before
-        # the first replay.
+        # before the first replay.
         if self.kernel is not None and torch.cuda.is_current_stream_capturing():
             self.kernel.step(self, theta, grad, active)
         else:
@@ -159,7 +155,8 @@ class Update(Optimizer):
 
     def _adam(self, theta: Tensor, grad: Tensor, factor: Tensor, keep: Tensor | None) -> None:
         """Take a step of Adam or AdamW."""
-        (m, v), scratch = self.moments, self.scratch
+        m, v = self.moments
+        scratch = self.scratch
         assert scratch is not None
         self._move(m, grad, 1 - BETA1, None if keep is None else keep.to(self.dtype))
         if keep is None and isinstance(self.beta2, float):
@@ -168,8 +165,7 @@ class Update(Optimizer):
             share = (1 - self.beta2) * (torch.ones_like(factor) if keep is None else keep)
             self.blocks.lerp_(v, grad.mul_(grad), share.to(self.dtype))
         # The step is lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps). The corrections are
-        # computed
-        # per member, (F, C), and not per entry.
+        # computed per member, (F, C), and not per entry.
         count = self.clock.done + 1
         root = (1 - self.beta2**count).sqrt()
         torch.sqrt(v, out=scratch)
@@ -207,25 +203,26 @@ class Update(Optimizer):
         decay = self.decay * self.clock.factor("weight_decay_schedule")
         views = [self.blocks.views(flat) for flat in (theta, grad, *self.moments)]
         for block in self.blocks.blocks:
-            w, g, *moments = (view[block.name] for view in views)
-            factors = [of.get(block.name, 1.0) for of in (self.lr_factors, self.decay_factors)]
-            tables = (lr * factors[0], decay * factors[1], self.mu, count)
+            name = block.name
+            w, g, *moments = (view[name] for view in views)
             beta2 = self.beta2 if isinstance(self.beta2, float) else with_axes_of(block, self.beta2)
-            sides = (
-                {"w": with_axes_of(block, self.sides[block.name])}
-                if block.name in self.sides
-                else {}
+            sides = {}
+            if name in self.sides:
+                sides["w"] = with_axes_of(block, self.sides[name])
+            rates = Rates(
+                with_axes_of(block, lr * self.lr_factors.get(name, 1.0)),
+                with_axes_of(block, decay * self.decay_factors.get(name, 1.0)),
+                with_axes_of(block, self.mu),
+                with_axes_of(block, count),
+                beta2=beta2,
+                sides=sides,
             )
-            rate, shrink, mu, n = (with_axes_of(block, table) for table in tables)
-            rates = Rates(rate, shrink, mu, n, beta2=beta2, sides=sides)
-            before = {name: {"w": moment} for name, moment in zip(names, moments)}
+            before = {key: {"w": moment} for key, moment in zip(names, moments)}
             new, after = RULES[self.optimizer]({"w": w}, {"w": g}, before, rates)
-            for old, value in zip([w, *moments], [new["w"], *(after[name]["w"] for name in names)]):
-                old.copy_(
-                    value
-                    if active is None
-                    else torch.where(with_axes_of(block, active), value, old)
-                )
+            for old, value in zip([w, *moments], [new["w"], *(after[key]["w"] for key in names)]):
+                if active is not None:
+                    value = torch.where(with_axes_of(block, active), value, old)
+                old.copy_(value)
 
     def _add(
         self,
@@ -261,76 +258,84 @@ class UpdateKernel:
     def __init__(self, compiled: Sequence[Kernel], update: Update) -> None:
         self.compiled = tuple(compiled)
         self.horizon = update.horizon
-        blocks = update.blocks
         device = update.lr.device
-        members = update.lr.numel()
-        trials = update.lr.shape[1]
-        self.members = members
-        self.entries = blocks.size
+        self.members = update.lr.numel()
+        self.entries = update.blocks.size
         self.clips = update.clip_norm is not None
-        none = torch.zeros_like(update.lr)
-        decays = [update.decay, none] if update.optimizer in _DECOUPLED else [none, update.decay]
-        clip_norm = none + torch.inf if update.clip_norm is None else update.clip_norm
-        ema = none if update.average is None else update.ema
-        self.hyperparameters = torch.stack(
-            [update.lr, *decays, none + update.beta2, update.mu, clip_norm, ema]
+        self.hyperparameters = self._hyperparameters(update)
+        self._make_schedules(update)
+        self.sizes = torch.tensor(self._sizes(update), dtype=torch.int64).to(device)
+        numbers = [BETA1, EPS, RMSPROP_ALPHA, LION_BETA2, NORM_EPS]
+        self.numbers = torch.tensor(numbers, dtype=torch.float64).to(device)
+        self.all = torch.ones_like(update.lr, dtype=torch.bool)
+        lanes = _LANES if self.clips else 1
+        self.sums = torch.empty((lanes, self.members), dtype=torch.float64, device=device)
+        self.rates = torch.empty((_RATES, self.members), dtype=update.dtype, device=device)
+        self.factors = self.rates
+        if update.lr_factors or update.decay_factors:
+            ones = torch.ones_like(update.lr, dtype=update.dtype)
+            factors = []
+            for tables in (update.lr_factors, update.decay_factors):
+                factors += [tables.get(block.name, ones) for block in update.blocks.blocks]
+            self.factors = torch.stack(factors)
+
+    def _hyperparameters(self, update: Update) -> Tensor:
+        """Return the table of hyperparameters, (7, F, C), in the order that the kernels read."""
+        zero = torch.zeros_like(update.lr)
+        decoupled = update.optimizer in _DECOUPLED
+        return torch.stack(
+            [
+                update.lr,
+                update.decay if decoupled else zero,
+                zero if decoupled else update.decay,
+                zero + update.beta2,
+                update.mu,
+                zero + torch.inf if update.clip_norm is None else update.clip_norm,
+                zero if update.average is None else update.ema,
+            ]
         )
-        rule = (
-            _HEAVY_BALL
-            if update.optimizer == "sgd" and update.moments
-            else _RULES[update.optimizer]
-        )
-        clock = update.clock
+
+    def _make_schedules(self, update: Update) -> None:
+        """Create the table of schedule factors and the row numbers of the members."""
+        device = update.lr.device
         steps = update.clock.steps.cpu()
         rows = torch.full((2, *update.lr.shape), -1)
         self.runs: list[tuple[Schedule, int, int]] = []  # schedule, its first row, end of its rows
         lengths: list[int] = []
-        for own, key in zip(rows, ("schedule", "weight_decay_schedule")):
-            for schedule, having in clock.schedules[key].items():
-                on = having.cpu().expand(steps.shape)
+        for numbers, key in zip(rows, ("schedule", "weight_decay_schedule")):
+            for schedule, members in update.clock.schedules[key].items():
+                on = members.cpu().expand(steps.shape)
                 begin = len(lengths)
                 for length in sorted(set(steps[on].tolist())):
-                    own[on & (steps == length)] = len(lengths)
+                    numbers[on & (steps == length)] = len(lengths)
                     lengths.append(length)
                 self.runs.append((schedule, begin, len(lengths)))
         self.rows = rows.to(device)
         self.lengths = torch.tensor(lengths or [1], dtype=torch.float64).to(device)[:, None]
         self.within = torch.arange(max(1, int(steps.max())), dtype=torch.float64).to(device)
-        self.table = torch.ones((len(self.lengths), len(self.within)), dtype=torch.float64).to(
-            device
-        )
-        of_blocks = [update.lr_factors, update.decay_factors]
+        shape = (len(self.lengths), len(self.within))
+        self.table = torch.ones(shape, dtype=torch.float64).to(device)
+
+    def _sizes(self, update: Update) -> list[int]:
+        """Return the sizes in the order that the kernels read."""
+        blocks = update.blocks
+        heavy_ball = update.optimizer == "sgd" and update.moments
         sizes = [
-            members,
-            trials,
+            self.members,
+            update.lr.shape[1],
             blocks.size,
             len(blocks.blocks),
-            rule,
-            any(of_blocks),
+            _HEAVY_BALL if heavy_ball else _RULES[update.optimizer],
+            bool(update.lr_factors or update.decay_factors),
             update.average is not None,
+            len(self.within),
         ]
-        sizes.append(self.table.shape[1])
         begin = 0
-        for block, size in zip(
-            blocks.blocks, blocks.sizes
-        ):  # the block's first entry, its entries per fold, and neighboring entries of one trial
+        for block, size in zip(blocks.blocks, blocks.sizes):
+            # The block's first entry, its entries per fold, and neighboring entries of one trial
             sizes += [begin, size // block.shape[0], math.prod(block.shape[block.trial_axis + 1 :])]
             begin += size
-        self.sizes = torch.tensor(sizes, dtype=torch.int64).to(device)
-        numbers = [BETA1, EPS, RMSPROP_ALPHA, LION_BETA2, NORM_EPS]
-        self.numbers = torch.tensor(numbers, dtype=torch.float64).to(device)
-        self.all = torch.ones_like(update.lr, dtype=torch.bool)
-        self.sums = torch.empty(
-            (_LANES if self.clips else 1, members), dtype=torch.float64, device=device
-        )
-        self.rates = self.factors = torch.empty(
-            (_RATES, members), dtype=update.dtype, device=device
-        )
-        if any(of_blocks):
-            ones = torch.ones_like(none, dtype=update.dtype)
-            self.factors = torch.stack(
-                [of.get(block.name, ones) for of in of_blocks for block in blocks.blocks]
-            )
+        return sizes
 
     def begin(self, epoch: int) -> None:
         """Fill the table of schedule factors for an epoch."""
@@ -348,14 +353,11 @@ class UpdateKernel:
         sum_squares, step_rates, take_step = self.compiled
         if self.clips:
             launch(sum_squares, _LANES * self.members, [self.sizes, grad, self.sums])
+        constants = [self.sizes, self.numbers]
         tables = [self.hyperparameters, update.clock.steps, self.rows, self.table, self.sums]
-        who = self.all if active is None else active
-        launch(
-            step_rates,
-            self.members,
-            [self.sizes, self.numbers, *tables, who, update.clock.done, self.rates],
-        )
-        second = [self.sizes, self.numbers, self.rates, self.factors, grad, m, v, theta]
-        launch(
-            take_step, self.entries, [*second, theta if update.average is None else update.average]
-        )
+        members = self.all if active is None else active
+        changing = [members, update.clock.done, self.rates]
+        launch(step_rates, self.members, [*constants, *tables, *changing])
+        average = theta if update.average is None else update.average
+        buffers = [self.rates, self.factors, grad, m, v, theta, average]
+        launch(take_step, self.entries, [*constants, *buffers])

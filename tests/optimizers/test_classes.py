@@ -51,18 +51,18 @@ class Mine(torch.optim.SGD):
         (3, "got 3. For example .adamw"),
         (
             torch.optim.Adam([torch.zeros(1)]),
-            "^optimizer must be the class, not an instance, .* pass torch.optim.Adam; .* lr and "
+            "^optimizer must be the class, not an instance, .* Pass torch.optim.Adam, .* lr and "
             "optimizer__",
         ),
         (Mine, "got .*test_classes.Mine. For"),
         (
             "LBFGS",
-            "^optimizer cannot be torch.optim.LBFGS, which evaluates its loss several times "
-            ".*choose another",
+            "^optimizer cannot be torch.optim.LBFGS, which evaluates the loss of a "
+            "minibatch several times per step. Choose a different optimizer",
         ),
         (
             torch.optim.SparseAdam,
-            "cannot be torch.optim.SparseAdam, which takes sparse gradients alone",
+            "cannot be torch.optim.SparseAdam, which supports only sparse gradients",
         ),
         ("Optimizer", "got 'Optimizer'"),
     ],
@@ -90,19 +90,19 @@ def test_a_rule_with_arguments_is_its_class(config, kind):
     [
         (
             {"optimizer": "lion", "optimizer__betas": (0.9, 0.99)},
-            "optimizer__betas is for classes .*'lion' is none",
+            "optimizer__betas is for classes .*'lion' is not such a class",
         ),
         (
             {"optimizer": "RAdam", "optimizer__beta": 1},
-            "no hyperparameter of torch.optim.RAdam.*mean .optimizer__bet",
+            "not a hyperparameter of torch.optim.RAdam.*mean .optimizer__bet",
         ),
         (
             {"optimizer": "RAdam", "optimizer__foreach": True},
-            "optimizer__foreach is no hyperparameter",
+            "optimizer__foreach is not a hyperparameter",
         ),
         (
             {"optimizer": "RAdam", "optimizer__lr": 1},
-            "^optimizer__lr is written 'lr'; leave the prefix out",
+            "^optimizer__lr must be written without a prefix: 'lr'",
         ),
         (
             {"optimizer": "RAdam", "optimizer__betas": 0.9},
@@ -110,7 +110,7 @@ def test_a_rule_with_arguments_is_its_class(config, kind):
         ),
         (
             {"optimizer": "RAdam", "optimizer__betas": (0.9, 2)},
-            "raised ValueError: Invalid beta .*Mend the values",
+            "raised ValueError: Invalid beta .*Change the values",
         ),
     ],
 )
@@ -122,11 +122,11 @@ def test_arguments_that_a_class_has_not_are_refused(config, words):
 def test_built_in_models_and_stacked_members_have_no_such_class():
     (config,) = fill({"optimizer": "RAdam"})
     with refused(
-        "torch.optim.RAdam takes the steps of one member at a time, and model='mlp' .*models.MLP"
+        "torch.optim.RAdam takes the steps of one member at a time, but model='mlp' .*models.MLP"
     ):
         check_optimizer(config, "mlp")
     with refused(
-        "backend='stacked': torch.optim.RAdam takes .*backend='auto' train them one by one"
+        "backend='stacked' trains .*, but torch.optim.RAdam takes .*backend='auto' train the members one by one"
     ):
         check_optimizer(config, "module", stacked=True)
 

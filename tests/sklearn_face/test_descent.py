@@ -396,7 +396,7 @@ def test_a_step_that_the_deadline_cuts_short_is_the_last(monkeypatch):
             {"hyperparameters": ["lr", "C"]},
             "must be some of C for LogisticRegression, each named once",
         ),
-        (MLP, RATES | {"solver": ["adamhd"]}, {}, "what start 0 has: optimizer='adamhd'; choose"),
+        (MLP, RATES | {"solver": ["adamhd"]}, {}, "optimizer='adamhd', which start 0 has. Choose"),
         (
             MLP,
             RATES,
