@@ -1,4 +1,4 @@
-/* Activations and slopes of losses over contiguous rows. The compiler can vectorize these loops. */
+/* Activations and gradients of losses over contiguous rows. The compiler can vectorize these loops. */
 
 #include "exponential.h"
 
@@ -17,12 +17,12 @@ typedef double wide; /* the type in which gelu is computed */
 /* h = activation(z) over n numbers; z may be h. */
 static void activate(int64_t kind, long n, const real *z, real *h) { EACH(kind, h[i] = activated(OF, z[i])) }
 
-/* The slope in z from the slope ``above`` in h = activation(z), in place. */
+/* The gradient in z from the gradient ``above`` in h = activation(z), in place. */
 static void slope_below(int64_t kind, long n, real *above, const real *z, const real *h) {
     EACH(kind, above[i] = slope_in(OF, above[i], z[i], h[i]))
 }
 
-/* Turn outputs z (rows, z_row) into the slope of the cross-entropy in them: share (softmax(z) - onehot).
+/* Turn outputs z (rows, z_row) into the gradient of the cross-entropy in them: share (softmax(z) - onehot).
 
    ``present`` (classes) is 0 for a class that is absent from the fold. ``work`` has (classes + 2) x
    rows numbers. The rows are contiguous there, so every inner loop runs over rows. */

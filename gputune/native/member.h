@@ -1,5 +1,5 @@
 /* One member: its tensors, their places in a separate block of memory, the copies in and out, and
-   its step. A step is: forward, the slope of the loss, backward, and the update of each layer as
+   its step. A step is: forward, the gradient of the loss, backward, and the update of each layer as
    soon as its gradient is computed.
 
    Axes: F folds, C trials, D inputs, H width, K outputs, n rows of the data or of the minibatch. */
@@ -21,7 +21,7 @@ typedef struct {
     real *state, *average, *end;                    /* the memory that is copied; the average is its end */
     real *h[MOST_LAYERS + 1], *z[MOST_LAYERS + 1];  /* input of each layer, and the same before the activation */
     real *kept[MOST_LAYERS + 1];                    /* dropout's factors on h */
-    real *slope, *below, *turned, *packed, *gradient, *share, *work;
+    real *upper, *below, *turned, *packed, *gradient, *share, *work; /* upper, below: gradients in activations */
     int64_t *codes;
 } Space;
 
@@ -53,7 +53,7 @@ static real *lay_out(const Work *w, Space *s, real *at) {
         }
     }
     s->end = at;
-    int apart = w->activation != RELU; /* relu's slope follows from h, even after dropout; the others also need z */
+    int apart = w->activation != RELU; /* relu's gradient follows from h, even after dropout; the others also need z */
     for (int l = 0; l <= s->layers; l++) {
         s->h[l] = at, at += rows * widest;
         s->z[l] = s->h[l];
@@ -61,7 +61,7 @@ static real *lay_out(const Work *w, Space *s, real *at) {
         if (apart && l > 0 && l < s->layers) s->z[l] = at, at += rows * hidden;
         if (w->draws && l > 0 && l < s->layers) s->kept[l] = at, at += rows * hidden;
     }
-    s->slope = at, at += rows * widest;
+    s->upper = at, at += rows * widest;
     s->below = at, at += rows * widest;
     s->turned = at, at += TILE_COLUMNS * most(hidden, padded(w->outputs));
     s->packed = at, at += TILE_COLUMNS * rows;
@@ -72,20 +72,19 @@ static real *lay_out(const Work *w, Space *s, real *at) {
     return at + rows * (long)(sizeof(int64_t) / sizeof(real));
 }
 
-/* Copy row i of a layer's weight from the flat buffer, or back. */
-static void move_row(const Layer *layer, int role, long i, real *flat, int back) {
+/* Copy row i of a layer's weight from the flat buffer, or to it if ``storing``. */
+static void copy_row(const Layer *layer, int role, long i, real *flat, int storing) {
     for (long j = 0; j < layer->out; j += panel(layer->row - j)) {
         long width = panel(layer->row - j), count = layer->out - j < width ? layer->out - j : width;
-        real *own = layer->weight[role] + j * padded(layer->in) + i * width;
-        if (back) memcpy(flat + j, own, count * sizeof(real));
-        else memcpy(own, flat + j, count * sizeof(real));
+        real *part = layer->weight[role] + j * padded(layer->in) + i * width;
+        if (storing) memcpy(flat + j, part, count * sizeof(real));
+        else memcpy(part, flat + j, count * sizeof(real));
     }
 }
 
-/* Copy one member from the flat buffers, or back: weight0 (F, D, C, H), bias0 (F, C, H), the others (F, C, in, out). */
-static void move(const Work *w, Space *s, long f, long c, int back) {
+/* Copy one member from the flat buffers, or to them: weight0 (F, D, C, H), bias0 (F, C, H), the others (F, C, in, out). */
+static void copy_member(const Work *w, Space *s, long f, long c, int storing) {
     const int64_t *hidden = w->widths + c * (w->layers - 1);
-    if (!back) memset(s->state, 0, (char *)s->end - (char *)s->state);
     for (int role = 0; role < ROLES; role++) {
         real *block = flat_of(w, role);
         for (int l = 0; block && l < s->layers; l++) {
@@ -96,15 +95,22 @@ static void move(const Work *w, Space *s, long f, long c, int back) {
             layer->row = padded(layer->out);
             for (long i = 0; i < layer->in; i++) {
                 long at = l ? (f * w->trials + c) * in + i : (f * in + i) * w->trials + c;
-                move_row(layer, role, i, block + at * wide, back);
+                copy_row(layer, role, i, block + at * wide, storing);
             }
             real *flat = block + w->folds * w->trials * in * wide + (f * w->trials + c) * wide;
-            if (back) memcpy(flat, layer->bias[role], layer->out * sizeof(real));
+            if (storing) memcpy(flat, layer->bias[role], layer->out * sizeof(real));
             else memcpy(layer->bias[role], flat, layer->out * sizeof(real));
             block += w->folds * w->trials * (in + 1) * wide;
         }
     }
 }
+
+static void load_member(const Work *w, Space *s, long f, long c) {
+    memset(s->state, 0, (char *)s->end - (char *)s->state);
+    copy_member(w, s, f, c, 0);
+}
+
+static void store_member(const Work *w, Space *s, long f, long c) { copy_member(w, s, f, c, 1); }
 
 /* Copy the rows ``which`` of a fold's inputs to x (rows, D), scaled if the fold has a scale. */
 static void gather(const Work *w, long f, const int64_t *which, long rows, real *x) {
@@ -146,7 +152,7 @@ static void forward(const Work *w, Space *s, long rows, int dropping) {
     }
 }
 
-/* Replace the outputs by the slope of the loss in them. */
+/* Replace the outputs by the gradient of the loss in them. */
 static void loss_slope(const Work *w, Space *s, long f, const int64_t *which, long rows) {
     const Layer *last = &s->layer[s->layers - 1];
     double total = 0;
@@ -166,41 +172,41 @@ static void loss_slope(const Work *w, Space *s, long f, const int64_t *which, lo
     cross_entropy_slope(rows, w->outputs, z, last->row, w->present + f * w->outputs, s->codes, s->share, s->work);
 }
 
-/* The slopes (rows, row) from column j on, ``width`` columns, as a panel. */
-static const real *pack(const Space *s, const real *slope, long rows, long row, long j, long width) {
-    if (width == row) return slope;
-    for (long i = 0; i < rows; i++) memcpy(s->packed + i * width, slope + i * row + j, width * sizeof(real));
+/* The gradients (rows, row) from column j on, ``width`` columns, as a panel. */
+static const real *pack(const Space *s, const real *gradient, long rows, long row, long j, long width) {
+    if (width == row) return gradient;
+    for (long i = 0; i < rows; i++) memcpy(s->packed + i * width, gradient + i * row + j, width * sizeof(real));
     return s->packed;
 }
 
 /* One step of the optimizer over n parameters. */
-static void update(Rates by, long n, real *restrict w, real *restrict first, real *restrict second,
-                   const real *restrict slope) {
-    if (by.optimizer >= ADAM)
-        for (long i = 0; i < n; i++) adam_step(by, w + i, first + i, second + i, slope[i]);
+static void update(Rates rates, long n, real *restrict w, real *restrict first, real *restrict second,
+                   const real *restrict gradient) {
+    if (rates.optimizer >= ADAM)
+        for (long i = 0; i < n; i++) adam_step(rates, w + i, first + i, second + i, gradient[i]);
     else if (!first)
-        for (long i = 0; i < n; i++) plain_step(by, w + i, slope[i]);
+        for (long i = 0; i < n; i++) plain_step(rates, w + i, gradient[i]);
     else
-        for (long i = 0; i < n; i++) momentum_step(by, w + i, first + i, slope[i]);
+        for (long i = 0; i < n; i++) momentum_step(rates, w + i, first + i, gradient[i]);
 }
 
-/* Take a layer's step from the slope (rows, row) in its outputs, one part of the weight at a time. */
-static void descend(Layer *layer, Space *s, Rates by, const real *h, long across, const real *slope, long rows) {
+/* Take a layer's step from the gradient (rows, row) in its outputs, one part of the weight at a time. */
+static void descend(Layer *layer, Space *s, Rates rates, const real *h, long across, const real *gradient, long rows) {
     for (long j = 0; j < layer->row; j += panel(layer->row - j)) {
         long width = panel(layer->row - j), count = GRADIENT / width / TILE_ROWS * TILE_ROWS;
-        const real *own = pack(s, slope, rows, layer->row, j, width);
+        const real *packed = pack(s, gradient, rows, layer->row, j, width);
         for (long i = 0; i < layer->in; i += count) {
             long some = layer->in - i < count ? layer->in - i : count, at = j * padded(layer->in) + i * width;
-            product(some, width, rows, h + i, 1, across, own, rows, 0, s->gradient, width);
+            product(some, width, rows, h + i, 1, across, packed, rows, 0, s->gradient, width);
             real *first = layer->weight[1], *second = layer->weight[2];
-            update(by, some * width, layer->weight[0] + at, first ? first + at : 0,
+            update(rates, some * width, layer->weight[0] + at, first ? first + at : 0,
                    second ? second + at : 0, s->gradient);
         }
     }
     memset(s->gradient, 0, layer->row * sizeof(real));
     for (long i = 0; i < rows; i++)
-        for (long j = 0; j < layer->row; j++) s->gradient[j] += slope[i * layer->row + j];
-    update(by, layer->row, layer->bias[0], layer->bias[1], layer->bias[2], s->gradient);
+        for (long j = 0; j < layer->row; j++) s->gradient[j] += gradient[i * layer->row + j];
+    update(rates, layer->row, layer->bias[0], layer->bias[1], layer->bias[2], s->gradient);
 }
 
 /* b (columns, rows) = a (rows, columns) transposed, block by block. */
@@ -209,34 +215,34 @@ static void transpose(long rows, long columns, const real *restrict a, real *res
         for (long i = 0; i < rows; i += LANES) transpose_block(a + i * columns + j, columns, b + j * rows + i, rows);
 }
 
-/* The slope in a layer's inputs, (rows, row), from the slope in its outputs; one part of the
+/* The gradient in a layer's inputs, (rows, row), from the gradient in its outputs; one part of the
    columns at a time. */
-static void slope_back(const Layer *layer, const Space *s, const real *slope, long rows, real *below, long row) {
+static void slope_back(const Layer *layer, const Space *s, const real *gradient, long rows, real *below, long row) {
     for (long j = 0; j < row; j += panel(row - j)) {
         long width = panel(row - j);
         for (long k = 0; k < layer->row; k += panel(layer->row - k)) {
             long across = panel(layer->row - k);
             transpose(width, across, layer->weight[0] + k * row + j * across, s->turned + k * width);
         }
-        product(rows, width, layer->out, slope, layer->row, 1, s->turned, layer->row, 0, below + j, row);
+        product(rows, width, layer->out, gradient, layer->row, 1, s->turned, layer->row, 0, below + j, row);
     }
 }
 
-/* Take the step of every layer, from the last to the first, starting with the slope in the outputs. */
-static void backward(const Work *w, Space *s, Rates by, long rows, int dropping) {
-    real *slope = s->h[s->layers], *below = s->slope;
+/* Take the step of every layer, from the last to the first, starting with the gradient in the outputs. */
+static void backward(const Work *w, Space *s, Rates rates, long rows, int dropping) {
+    real *gradient = s->h[s->layers], *below = s->upper;
     for (int l = s->layers - 1; l >= 0; l--) {
         Layer *layer = &s->layer[l];
-        if (l > 0) /* before the step, because this slope needs the old weights */
-            slope_back(layer, s, slope, rows, below, s->layer[l - 1].row);
-        descend(layer, s, by, s->h[l], l ? s->layer[l - 1].row : w->inputs, slope, rows);
+        if (l > 0) /* before the step, because this gradient needs the old weights */
+            slope_back(layer, s, gradient, rows, below, s->layer[l - 1].row);
+        descend(layer, s, rates, s->h[l], l ? s->layer[l - 1].row : w->inputs, gradient, rows);
         if (l > 0) {
             long n = rows * s->layer[l - 1].row;
             if (dropping)
                 for (long i = 0; i < n; i++) below[i] *= s->kept[l][i];
             slope_below(w->activation, n, below, s->z[l], s->h[l]);
-            slope = below;
-            below = slope == s->slope ? s->below : s->slope;
+            gradient = below;
+            below = gradient == s->upper ? s->below : s->upper;
         }
     }
 }

@@ -42,7 +42,7 @@ static void score(const Work *w, Space *s, long f, long c) {
     if (w->means) w->means[f * w->trials + c] = total / count;
 }
 
-static int64_t now(void) {
+static int64_t nanoseconds_now(void) {
     struct timespec time;
     clock_gettime(CLOCK_MONOTONIC, &time);
     return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
@@ -61,10 +61,10 @@ static void move_average(const Work *w, Space *s, long c, int first) {
 
 /* Train one member for one epoch, and score it. */
 static void train_member(const Work *w, Space *s, long f, long c, const int32_t *stop) {
-    int64_t begin = now();
+    int64_t begin = nanoseconds_now();
     long n = w->lengths[f], size = w->sizes[c] < n ? w->sizes[c] : n, steps = (n + size - 1) / size;
     int dropping = w->draws && w->dropout[c] > 0;
-    move(w, s, f, c, 0);
+    load_member(w, s, f, c);
     for (long step = 0; step < steps && !__atomic_load_n(stop, __ATOMIC_RELAXED); step++) {
         const int64_t *which = w->order + f * w->longest + step * size;
         long rows = n - step * size < size ? n - step * size : size;
@@ -75,12 +75,12 @@ static void train_member(const Work *w, Space *s, long f, long c, const int32_t 
         backward(w, s, rates(w, c, (double)w->epoch * steps + step + 1, (double)w->horizon * steps), rows, dropping);
         if (w->average) move_average(w, s, c, !w->epoch && !step);
     }
-    move(w, s, f, c, 1);
+    store_member(w, s, f, c);
     memcpy(s->state, s->average, (char *)s->end - (char *)s->average); /* the average, if there is one, is scored */
-    int64_t trained = now();
+    int64_t trained = nanoseconds_now();
     if (w->scored || w->means) score(w, s, f, c);
     __atomic_fetch_add(w->nanoseconds, trained - begin, __ATOMIC_RELAXED);
-    __atomic_fetch_add(w->nanoseconds + 1, now() - trained, __ATOMIC_RELAXED);
+    __atomic_fetch_add(w->nanoseconds + 1, nanoseconds_now() - trained, __ATOMIC_RELAXED);
 }
 
 /* Train the members that are still in the queue. Several threads may call this function with the

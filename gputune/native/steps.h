@@ -74,16 +74,16 @@ static void matrix_product(long rows, long columns, long inner, const real *a, l
     }
 }
 
-/* The slope in x (rows, n) of a layer norm along n, from the slope in its outputs. */
-static void layer_norm_slope(long rows, long n, const real *slope, const real *x, const real *mean, const real *scale,
+/* The gradient in x (rows, n) of a layer norm along n, from the gradient in its outputs. */
+static void layer_norm_slope(long rows, long n, const real *gradient, const real *x, const real *mean, const real *scale,
                              real *below) {
-    for (long i = 0; i < rows; i++, slope += n, x += n, below += n) {
+    for (long i = 0; i < rows; i++, gradient += n, x += n, below += n) {
         real total = 0, along = 0, m = mean[i], s = scale[i];
 #pragma omp simd reduction(+ : total, along)
-        for (long j = 0; j < n; j++) total += slope[j], along += slope[j] * (x[j] - m);
+        for (long j = 0; j < n; j++) total += gradient[j], along += gradient[j] * (x[j] - m);
         total /= n, along *= s * s / n;
 #pragma GCC ivdep
-        for (long j = 0; j < n; j++) below[j] = (slope[j] - total - (x[j] - m) * along) * s;
+        for (long j = 0; j < n; j++) below[j] = (gradient[j] - total - (x[j] - m) * along) * s;
     }
 }
 
@@ -113,21 +113,21 @@ static void batch_norm(long rows, long n, real momentum, real epsilon, const rea
             outputs[i * n + j] = (x[i * n + j] - mean[j]) * scale[j] * (weight ? weight[j] : 1) + (bias ? bias[j] : 0);
 }
 
-/* The slopes in x (rows, n), weight (n) and bias (n) of a batch norm in training. */
-static void batch_norm_slope(long rows, long n, const real *slope, const real *x, const real *weight, const real *mean,
+/* The gradients in x (rows, n), weight (n) and bias (n) of a batch norm in training. */
+static void batch_norm_slope(long rows, long n, const real *gradient, const real *x, const real *weight, const real *mean,
                              const real *scale, real *below, real *in_weight, real *in_bias) {
     memset(in_weight, 0, n * sizeof(real));
     memset(in_bias, 0, n * sizeof(real));
     for (long i = 0; i < rows; i++)
 #pragma GCC ivdep
         for (long j = 0; j < n; j++) {
-            in_bias[j] += slope[i * n + j];
-            in_weight[j] += slope[i * n + j] * (x[i * n + j] - mean[j]) * scale[j];
+            in_bias[j] += gradient[i * n + j];
+            in_weight[j] += gradient[i * n + j] * (x[i * n + j] - mean[j]) * scale[j];
         }
     for (long i = 0; i < rows; i++)
 #pragma GCC ivdep
         for (long j = 0; j < n; j++)
-            below[i * n + j] = (slope[i * n + j] - in_bias[j] / rows -
+            below[i * n + j] = (gradient[i * n + j] - in_bias[j] / rows -
                                 (x[i * n + j] - mean[j]) * scale[j] * in_weight[j] / rows) *
                                scale[j] * (weight ? weight[j] : 1);
 }

@@ -31,7 +31,7 @@ ALWAYS_INLINE real activated(const int kind, real z) {
     return z * (real)0.5 * (1 + (real)erf(z * (wide)0.70710678118654752));
 }
 
-/* The slope in z, from the slope ``above`` in h = activated(z). relu reads h, the other activations
+/* The gradient in z, from the gradient ``above`` in h = activated(z). relu reads h, the other activations
    read z. */
 ALWAYS_INLINE real slope_in(const int kind, real above, real z, real h) {
     if (kind == RELU) return h <= 0 ? 0 : above;
@@ -88,7 +88,7 @@ typedef struct {
     const int64_t *queue;         /* (F C): members p = f C + c in the order of training */
 } Work;
 
-/* The slope of a regression loss in the output, which is ``gap`` above the target. */
+/* The gradient of a regression loss in the output, which is ``gap`` above the target. */
 enum { SQUARED, ABSOLUTE, HUBER, QUANTILE };
 
 ALWAYS_INLINE real number_slope(int64_t loss, real number, real gap) {
@@ -133,23 +133,23 @@ typedef struct {
     real rate, shrink, l2, momentum, epsilon;
 } Rates;
 
-ALWAYS_INLINE void adam_step(Rates by, real *w, real *first, real *second, real slope) {
-    real g = slope + by.l2 * *w;
+ALWAYS_INLINE void adam_step(Rates rates, real *w, real *first, real *second, real gradient) {
+    real g = gradient + rates.l2 * *w;
     real m = *first + (real)(1 - 0.9) * (g - *first);
     real v = (real)0.999 * *second + (real)(1 - 0.999) * g * g;
     *first = m, *second = v;
-    *w = *w - by.shrink * *w - by.rate * (m / (root(v) + by.epsilon));
+    *w = *w - rates.shrink * *w - rates.rate * (m / (root(v) + rates.epsilon));
 }
 
-ALWAYS_INLINE void momentum_step(Rates by, real *w, real *first, real slope) {
-    real g = slope + by.l2 * *w;
-    real b = by.momentum * *first + g;
+ALWAYS_INLINE void momentum_step(Rates rates, real *w, real *first, real gradient) {
+    real g = gradient + rates.l2 * *w;
+    real b = rates.momentum * *first + g;
     *first = b;
-    *w -= by.rate * (by.optimizer == NESTEROV ? g + by.momentum * b : b);
+    *w -= rates.rate * (rates.optimizer == NESTEROV ? g + rates.momentum * b : b);
 }
 
-ALWAYS_INLINE void plain_step(Rates by, real *w, real slope) {
-    *w -= by.rate * (slope + by.l2 * *w);
+ALWAYS_INLINE void plain_step(Rates rates, real *w, real gradient) {
+    *w -= rates.rate * (gradient + rates.l2 * *w);
 }
 
 /* A number limited to the range of ``real``, so that it does not become infinite. */
@@ -188,12 +188,12 @@ ALWAYS_INLINE double factor(int64_t schedule, double done, double total) {
 /* The rates of step ``count`` (the first is 1) of the ``total`` steps of the schedule. */
 ALWAYS_INLINE Rates rates(const Work *w, long c, double count, double total) {
     double lr = w->lr[c] * factor(w->schedule[c], count - 1, total), decay = w->decay[c];
-    Rates by = {w->optimizer, held(lr), 0, held(decay), held(w->momentum[c]), 0};
-    if (w->optimizer == ADAMW) by.shrink = held(lr * decay), by.l2 = 0;
+    Rates rates = {w->optimizer, held(lr), 0, held(decay), held(w->momentum[c]), 0};
+    if (w->optimizer == ADAMW) rates.shrink = held(lr * decay), rates.l2 = 0;
     if (w->optimizer >= ADAM) {
         double corrected = sqrt(1 - pow(0.999, count));
-        by.rate = held(lr * corrected / (1 - pow(0.9, count)));
-        by.epsilon = (real)(1e-8 * corrected);
+        rates.rate = held(lr * corrected / (1 - pow(0.9, count)));
+        rates.epsilon = (real)(1e-8 * corrected);
     }
-    return by;
+    return rates;
 }
