@@ -104,12 +104,11 @@ def solution(device: torch.device, _backend: Backend) -> float:
     solution = solve_all(case.data(device), configs)
     for (f, fold), (c, config) in product(enumerate(data.folds), enumerate(configs)):
         x = data.x[f].numpy()
-        plain = LogisticRegression(C=config["C"], tol=1e-12, max_iter=10_000)
-        plain.fit(x[fold.train], data.y[fold.train].numpy())
-        chances = (
-            solved_module(solution, f * len(configs) + c)(data.x[f]).softmax(-1).detach().numpy()
-        )
-        worst.append(np.abs(chances - plain.predict_proba(x)).max())
+        expected = LogisticRegression(C=config["C"], tol=1e-12, max_iter=10_000)
+        expected.fit(x[fold.train], data.y[fold.train].numpy())
+        outputs = solved_module(solution, f * len(configs) + c)(data.x[f])
+        chances = outputs.softmax(-1).detach().numpy()
+        worst.append(np.abs(chances - expected.predict_proba(x)).max())
     return float(np.max(worst))
 
 
@@ -132,14 +131,15 @@ def gradients(mode: Mode, other: Mode, device: torch.device, _backend: Backend) 
         seed=0,
     )
     values = {"lr": 0.1, "weight_decay": 0.01}
-    found = [run(hyperparameters=values, mode=each).gradient for each in (mode, other)]
-    return difference(*(torch.stack([slopes[name] for name in values]) for slopes in found))
+    slopes = run(hyperparameters=values, mode=mode).gradient
+    expected = run(hyperparameters=values, mode=other).gradient
+    return difference(torch.stack([*slopes.values()]), torch.stack([*expected.values()]))
 
 
 LAWS: tuple[Law, ...] = (
     *(
-        Law(f"members equal the plain loop: {name}", partial(laws.from_plain_loop, of))
-        for name, of in CASES.items()
+        Law(f"members equal the plain loop: {name}", partial(laws.from_plain_loop, case))
+        for name, case in CASES.items()
     ),
     Law(
         "float32 against the plain loop in float64",
@@ -179,7 +179,7 @@ LAWS: tuple[Law, ...] = (
         1e-5,
         (),
     ),
-    Law("members that leave change nothing", laws.leave),
+    Law("members that leave change nothing", laws.members_that_leave),
     Law("memory that runs out halves the chunk", laws.run_out_of_memory),
     Law(
         "the other GPUs give the same",
@@ -232,20 +232,18 @@ class Report:
         cells = []
         failures = []
         for row in self.rows:
-            found = "-" if math.isnan(row.difference) else f"{row.difference:.0e}"
-            word = "ok" if row.ok else "FAILED"
-            cells.append(
-                [row.law, row.backend, found, f"{row.allowed:.0e}", f"{row.seconds:.1f} s", word]
-            )
+            difference = "-" if math.isnan(row.difference) else f"{row.difference:.0e}"
+            allowed = f"{row.allowed:.0e}"
+            result = "ok" if row.ok else "FAILED"
+            seconds = f"{row.seconds:.1f} s"
+            cells.append([row.law, row.backend, difference, allowed, seconds, result])
             if not row.ok:
-                failures.append(
-                    f"FAILED   {row.law}, {row.backend}: {row.error or 'the difference'}"
-                )
-        header = ["law", "backend", "largest difference", "allowed", "time", ""]
-        of_laws = table(header, cells, left=("law", "backend", ""))
-        return "\n".join(
-            [f"{self.device}; {self.facts}", "", of_laws, "", *failures, *self._speeds()]
-        )
+                reason = row.error or "the difference is too large"
+                failures.append(f"FAILED   {row.law}, {row.backend}: {reason}")
+        header = ["check", "backend", "largest difference", "allowed", "time", ""]
+        checks = table(header, cells, left=("check", "backend", ""))
+        lines = [f"{self.device}; {self.facts}", "", checks, "", *failures, *self._speeds()]
+        return "\n".join(lines)
 
     def _speeds(self) -> list[str]:
         """Return the lines of the speed table, and the number of members from which a GPU is
@@ -260,36 +258,39 @@ class Report:
             f"steps/s of {few} members",
             f"member-steps/s of {_MEMBERS:,}",
         ]
-        cells = [
-            [device, backend, f"{1 / speed.of(few):,.0f}", f"{_MEMBERS / speed.of(_MEMBERS):,.0f}"]
-            for (device, backend), speed in self.speeds.items()
-        ]
+        cells = []
+        gpus = []
+        for (device, backend), speed in self.speeds.items():
+            steps = f"{1 / speed.of(few):,.0f}"
+            cells.append([device, backend, steps, f"{_MEMBERS / speed.of(_MEMBERS):,.0f}"])
+            if device != "cpu":
+                gpus.append(speed)
         lines = [table(header, cells, left=("speed", "backend"))]
         cpu = self.speeds.get(("cpu", "compiled"))
-        gpu = [speed for (device, _), speed in self.speeds.items() if device != "cpu"]
-        if cpu is not None and gpu:
-            faster = [speed for speed in gpu if speed.member < cpu.member]
+        if cpu is not None and gpus:
             # A step of n members takes step + n * member seconds on each device. Both are equally
-            # fast at
-            # n = (step_gpu - step_cpu) / (member_cpu - member_gpu).
-            counts = [
-                max(1.0, (speed.step - cpu.step) / (cpu.member - speed.member)) for speed in faster
-            ]
-            much = f"from about {round(min(counts)):,} members on" if counts else "never"
+            # fast at n = (step_gpu - step_cpu) / (member_cpu - member_gpu).
+            faster = [gpu for gpu in gpus if gpu.member < cpu.member]
+            counts = [(gpu.step - cpu.step) / (cpu.member - gpu.member) for gpu in faster]
+            limit = "never"
+            if counts:
+                limit = f"from about {round(max(1.0, min(counts))):,} members on"
             lines.append(
                 f"An MLP of this size trains faster on {self.device} than compiled on the CPU "
-                f"{much}."
+                f"{limit}."
             )
         return lines
 
     def json(self) -> str:
         """Return the report as JSON; a difference is null if a law raised an error."""
-        rows = [asdict(row) | {"ok": row.ok} for row in self.rows]
-        rows = [
-            row | ({"difference": None} if math.isnan(row["difference"]) else {}) for row in rows
-        ]
+        rows = []
+        for row in self.rows:
+            rows.append(asdict(row) | {"ok": row.ok})
+            if math.isnan(row.difference):
+                rows[-1]["difference"] = None
         speeds = [
-            {"device": d, "backend": b, **asdict(speed)} for (d, b), speed in self.speeds.items()
+            {"device": device, "backend": backend, **asdict(speed)}
+            for (device, backend), speed in self.speeds.items()
         ]
         report = {
             "device": self.device,
@@ -303,10 +304,14 @@ class Report:
 
 def checks_of(device: torch.device) -> list[tuple[Law, Backend]]:
     """Return every law with each of its backends that a device has."""
-    known = backends_of(device)
+    available = backends_of(device)
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
-    pairs = ((law, backend) for law in LAWS for backend in law.backends or ("eager",))
-    return [(law, backend) for law, backend in pairs if backend in known and law.gpus <= gpus]
+    checks = []
+    for law in LAWS:
+        if law.gpus <= gpus:
+            backends = law.backends or ("eager",)
+            checks += [(law, backend) for backend in backends if backend in available]
+    return checks
 
 
 def backends_of(device: torch.device) -> tuple[Backend, ...]:
@@ -320,8 +325,10 @@ def backends_of(device: torch.device) -> tuple[Backend, ...]:
 
 def timed_of(device: torch.device) -> list[tuple[torch.device, Backend]]:
     """Return the backends to time: all backends of the device, and compiled training on the CPU."""
-    besides = device != _CPU and "compiled" in backends_of(_CPU)
-    return [(device, backend) for backend in backends_of(device)] + [(_CPU, "compiled")] * besides
+    pairs = [(device, backend) for backend in backends_of(device)]
+    if device != _CPU and "compiled" in backends_of(_CPU):
+        pairs.append((_CPU, "compiled"))
+    return pairs
 
 
 def check(device: torch.device, tell: Callable[[str], object]) -> Report:
@@ -353,8 +360,10 @@ def check(device: torch.device, tell: Callable[[str], object]) -> Report:
             failed[backend] = law.name
     # Later runs use these findings to choose a backend: its failures and its speeds.
     for place in dict.fromkeys((device, _CPU)):
-        own = {backend: speed for (name, backend), speed in speeds.items() if name == str(place)}
-        keep_findings(place, Findings(failed if place == device else None, own))
+        measured = {
+            backend: speed for (name, backend), speed in speeds.items() if name == str(place)
+        }
+        keep_findings(place, Findings(failed if place == device else None, measured))
     return Report(device_name(device), _facts(device), tuple(rows), speeds)
 
 
@@ -363,6 +372,6 @@ def _facts(device: torch.device) -> str:
     versions = f"torch {torch.__version__}, gputune {__version__}"
     if device.type == "cpu":
         return f"{count(cores(), 'core')}; {versions}"
-    free, whole = map(size_words, torch.cuda.mem_get_info(device))
+    free, total = map(size_words, torch.cuda.mem_get_info(device))
     capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
-    return f"capability {capability}, {free} of {whole} free; {versions}, CUDA {torch.version.cuda}"
+    return f"capability {capability}, {free} of {total} free; {versions}, CUDA {torch.version.cuda}"

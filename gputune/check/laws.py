@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
+from itertools import chain, product
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ _FEATURES = 5
 _CLASSES = 3
 _FOLDS = 3
 _LIMIT = 64 << 20  # bytes that a GPU may use in addition to those in use
-_WILD = 1e300  # a learning rate at which training diverges
+_DIVERGING = 1e300  # a learning rate at which training diverges
 _SINGLE = 2  # number of trials that fit if the memory limit is simulated
 
 
@@ -60,16 +60,15 @@ def plain_mlp(
     The function includes dropout. It maps a minibatch (B, D), an epoch and a step to outputs (B,
     K).
     """
-    module = MLP(
-        n_features, n_outputs, **{name: config[name] for name in ("width", "depth", "activation")}
-    ).double()
+    sizes = {name: config[name] for name in ("width", "depth", "activation")}
+    module = MLP(n_features, n_outputs, **sizes).double()
     for number, layer in enumerate(module.layers):
         assert isinstance(layer, nn.Linear)
         n_out, n_in = layer.weight.shape
         # A layer's start depends only on the seed, the layer's number and its shape.
         key = (0, "start", number, n_out, n_in)
         draw = torch.rand(n_out * n_in + n_out, generator=stream(*key), dtype=torch.float64)
-        draw = (2 * draw - 1) / math.sqrt(n_in)  # torch's default law for nn.Linear
+        draw = (2 * draw - 1) / math.sqrt(n_in)  # torch's default distribution for nn.Linear
         with torch.no_grad():
             layer.weight.copy_(draw[: n_out * n_in].view(n_out, n_in))
             layer.bias.copy_(draw[n_out * n_in :])
@@ -77,15 +76,13 @@ def plain_mlp(
     def forward(x: Tensor, epoch: int, step: int) -> Tensor:
         for number, layer in enumerate(module.layers[:-1]):
             x = module.act(layer(x))
-            if rate := config["dropout"]:
+            rate = config["dropout"]
+            if rate:
                 # Training draws for the padded width; a narrower member uses the first columns.
-                draw = torch.rand(
-                    (len(x), padded_width(config["width"])),
-                    generator=stream(0, "dropout", epoch, step, number),
-                )
-                x = torch.where(
-                    draw[:, : config["width"]] >= rate, x / (1 - rate), torch.zeros_like(x)
-                )
+                shape = (len(x), padded_width(config["width"]))
+                generator = stream(0, "dropout", epoch, step, number)
+                draw = torch.rand(shape, generator=generator)[:, : config["width"]]
+                x = torch.where(draw >= rate, x / (1 - rate), torch.zeros_like(x))
         outputs: Tensor = module.layers[-1](x)
         return outputs
 
@@ -126,10 +123,11 @@ class Case:
 
     def complete(self) -> tuple[Config, ...]:
         """Return the configurations with every key that training reads."""
-        filled = (
-            {"width": 8, "batch_size": 10, **self.shared, **config} for config in self.configs
-        )
-        return tuple(complete(config, optimizer="adamw", schedule="constant") for config in filled)
+        configs = []
+        for config in self.configs:
+            values = {"width": 8, "batch_size": 10, **self.shared, **config}
+            configs.append(complete(values, optimizer="adamw", schedule="constant"))
+        return tuple(configs)
 
     def data(self, device: torch.device) -> Dataset:
         """Return a dataset with folds of unequal length.
@@ -143,11 +141,12 @@ class Case:
         target = Target("multiclass", codes, np.arange(_CLASSES))
         if self.task == "regression":
             target = Target("regression", rng.normal(size=_ROWS), None)
-        folds = [
-            (np.flatnonzero(fold_of != f), np.flatnonzero(fold_of == f)) for f in range(_FOLDS)
-        ]
-        if self.absent:  # the first fold has no training row of the last class
-            folds[0] = (folds[0][0][codes[folds[0][0]] < _CLASSES - 1], folds[0][1])
+        folds = []
+        for f in range(_FOLDS):
+            train = np.flatnonzero(fold_of != f)
+            if self.absent and f == 0:  # the first fold has no training row of the last class
+                train = train[codes[train] < _CLASSES - 1]
+            folds.append((train, np.flatnonzero(fold_of == f)))
         layout = fit_layout(as_table(raw))
         statistics = [fit_statistics(raw, layout, train) for train, _ in folds]
         like = torch.empty(0, dtype=self.dtype, device=device)
@@ -158,9 +157,8 @@ class Case:
 
     def scoring(self, name: str) -> Scoring:
         """Return the scoring with this name for the case's task."""
-        return make_scoring(
-            name, self.task, None if self.task == "regression" else np.arange(_CLASSES)
-        )
+        classes = None if self.task == "regression" else np.arange(_CLASSES)
+        return make_scoring(name, self.task, classes)
 
     def chunks(self, data: Dataset) -> list[Population]:
         """Return the configurations, grouped into the populations that train together."""
@@ -169,16 +167,13 @@ class Case:
 
     def job(self, backend: Backend, scoring: Scoring | None = None, kind: type[Job] = Job) -> Job:
         """Return the job that trains the members."""
-        module = Net if self.module else None
-        epochs = self.epochs
-        horizon = self.horizon
         return kind(
             seed=0,
-            epochs=epochs,
-            horizon=horizon,
+            epochs=self.epochs,
+            horizon=self.horizon,
             backend=backend,
             scoring=scoring,
-            module_class=module,
+            module_class=Net if self.module else None,
         )
 
     def trained(
@@ -190,15 +185,15 @@ class Case:
         return [(chunk, train_chunk(job, data, chunk)) for chunk in self.chunks(data)]
 
     @cached_property
-    def alone(self) -> dict[tuple[int, int], nn.Module]:
+    def plain_networks(self) -> dict[tuple[int, int], nn.Module]:
         """The network of each (fold, configuration), trained by a plain loop in double precision on
         the CPU.
         """
         data = self.data(torch.device("cpu"))
         places = product(range(_FOLDS), enumerate(self.complete()))
-        return {(f, c): self._alone(data, f, config) for f, (c, config) in places}
+        return {(f, c): self._plain_network(data, f, config) for f, (c, config) in places}
 
-    def _alone(self, data: Dataset, fold: int, config: Config) -> nn.Module:
+    def _plain_network(self, data: Dataset, fold: int, config: Config) -> nn.Module:
         """Return the network that a plain loop trains on a fold."""
         rows = data.folds[fold].train
         present = None if data.present is None else data.present[fold]
@@ -210,11 +205,13 @@ class Case:
         else:
             module, with_dropout = plain_mlp(config, data.n_features, data.n_outputs)
         rates = {"lr": config["lr"], "weight_decay": config["weight_decay"]}
-        kinds: dict[str, type[torch.optim.Optimizer]] = {
-            "adam": torch.optim.Adam,
-            "adamw": torch.optim.AdamW,
-        }
-        if (kind := kinds.get(config["optimizer"], torch.optim.SGD)) is torch.optim.SGD:
+        kind: type[torch.optim.Optimizer]
+        if config["optimizer"] == "adam":
+            kind = torch.optim.Adam
+        elif config["optimizer"] == "adamw":
+            kind = torch.optim.AdamW
+        else:
+            kind = torch.optim.SGD
             rates |= {"momentum": config["momentum"], "nesterov": config["optimizer"] == "nesterov"}
         optimizer = kind(module.parameters(), **rates)
         size = min(config["batch_size"], len(x))
@@ -225,9 +222,8 @@ class Case:
             order = torch.randperm(len(x), generator=stream(0, "rows", len(x), epoch))
             for number, batch in enumerate(torch.split(order, size)):
                 if config["schedule"] == "cosine":
-                    optimizer.param_groups[0]["lr"] = (
-                        config["lr"] * 0.5 * (1 + math.cos(math.pi * step / steps))
-                    )
+                    factor = 1 + math.cos(math.pi * step / steps)
+                    optimizer.param_groups[0]["lr"] = config["lr"] * 0.5 * factor
                 outputs = module(x[batch]) if self.module else with_dropout(x[batch], epoch, number)
                 if present is not None:
                     outputs = outputs.masked_fill(~present, -math.inf)
@@ -254,9 +250,9 @@ def from_plain_loop(case: Case, device: torch.device, backend: Backend) -> float
     worst = []
     for chunk, trained in case.trained(device, backend):
         for (c, place), fold in product(enumerate(chunk.index), range(_FOLDS)):
-            modules = trained.member(fold, c), case.alone[fold, place]
-            pairs = zip(*(module.state_dict().values() for module in modules), strict=True)
-            worst += [difference(a, b) for a, b in pairs]
+            values = trained.member(fold, c).state_dict().values()
+            expected = case.plain_networks[fold, place].state_dict().values()
+            worst += [difference(a, b) for a, b in zip(values, expected, strict=True)]
     return float(np.max(worst))
 
 
@@ -284,12 +280,11 @@ def by_kernel(case: Case, device: torch.device, backend: Backend) -> float:
 
 def on_other_gpus(case: Case, device: torch.device, backend: Backend) -> float:
     """Return the largest difference between members on the other GPUs and the plain loop."""
-    others = (
-        torch.device("cuda", i)
-        for i in range(torch.cuda.device_count())
-        if i != (device.index or 0)
-    )
-    return max((from_plain_loop(case, other, backend) for other in others), default=0.0)
+    worst = [0.0]
+    for index in range(torch.cuda.device_count()):
+        if index != (device.index or 0):
+            worst.append(from_plain_loop(case, torch.device("cuda", index), backend))
+    return max(worst)
 
 
 def scores(configs: tuple[Config, ...], device: torch.device, backend: Backend) -> float:
@@ -299,7 +294,7 @@ def scores(configs: tuple[Config, ...], device: torch.device, backend: Backend) 
     """
     worst = []
     tasks = tuple[Task, ...](("multiclass", "regression"))
-    for task, name in [(one, name) for one in tasks for name in OF_TASK[one]]:
+    for task, name in chain.from_iterable(product([task], OF_TASK[task]) for task in tasks):
         case = Case(configs, task=task, epochs=2)
         scorer = get_scorer(name)
         data = case.data(torch.device("cpu"))
@@ -307,19 +302,20 @@ def scores(configs: tuple[Config, ...], device: torch.device, backend: Backend) 
         for chunk, trained in case.trained(device, backend, case.scoring(name)):
             for (f, fold), c in product(enumerate(data.folds), range(len(chunk.index))):
                 y = data.target[fold.valid].numpy()
-                nothing = np.zeros((len(fold.valid), 1))
-                answers = data.in_units(f, trained.member(f, c)(data.x[f, fold.valid]).detach())
-                expected = scorer(fitted(answers, classes, nothing, nothing), nothing, y)
+                inputs = np.zeros((len(fold.valid), 1))  # the scorer does not read them
+                outputs = trained.member(f, c)(data.x[f, fold.valid]).detach()
+                estimator = fitted(data.in_units(f, outputs), classes, inputs, inputs)
+                expected = scorer(estimator, inputs, y)
                 worst.append(abs(trained.curves[c, -1, f] - expected) / max(1, abs(expected)))
     return float(np.max(worst))
 
 
-def leave(device: torch.device, backend: Backend) -> float:
+def members_that_leave(device: torch.device, backend: Backend) -> float:
     """Return the difference between members trained with and without diverging neighbors."""
-    calm = ({"lr": 0.01}, {"lr": 0.003}, {"lr": 0.001})
+    stable = ({"lr": 0.01}, {"lr": 0.003}, {"lr": 0.001})
     shared = {"optimizer": "sgd", "momentum": 0.9}
-    ((_, expected),) = Case(calm, shared).trained(device, backend)
-    case = Case(({"lr": _WILD}, *calm, {"lr": _WILD}), shared)
+    ((_, expected),) = Case(stable, shared).trained(device, backend)
+    case = Case(({"lr": _DIVERGING}, *stable, {"lr": _DIVERGING}), shared)
     ((_, trained),) = case.trained(device, backend, case.scoring("neg_log_loss"))
     if trained.alive != (1, 2, 3):
         raise RuntimeError(f"trials (1, 2, 3) should stay, but {trained.alive} did")
@@ -338,7 +334,7 @@ class _SmallMemory(Job):
     ) -> Outcome:
         """Train one chunk; raise MemoryError if it does not fit."""
         if len(chunk.index) > _SINGLE:
-            raise MemoryError("so many trials do not fit")
+            raise MemoryError(f"only {_SINGLE} trials fit into memory")
         return super().run(data, chunk, progress)
 
 
@@ -349,22 +345,21 @@ def run_out_of_memory(device: torch.device, backend: Backend) -> float:
     """
     # In double precision, 48 trials of width 128 need 80 MB for parameters, gradients and moments.
     trials, width = (6, 8) if device.type == "cpu" else (48, 128)
-    case = Case(
-        tuple({"lr": 10**-power} for power in np.linspace(2, 4, trials).tolist()),
-        {"width": width},
-        epochs=2,
-    )
+    configs = tuple({"lr": 10**-power} for power in np.linspace(2, 4, trials).tolist())
+    case = Case(configs, {"width": width}, epochs=2)
     data = case.data(device)
-    ((chunk,), scoring) = case.chunks(data), case.scoring("neg_log_loss")
+    (chunk,) = case.chunks(data)
+    scoring = case.scoring("neg_log_loss")
     # This first run also takes the memory that libraries allocate once, at their first call.
     expected = case.job(backend, scoring).run(data, chunk).curves
     job = case.job(backend, scoring, _SmallMemory if device.type == "cpu" else Job)
     with ExitStack() as limits:
         if device.type == "cuda":  # allow _LIMIT bytes in addition to the memory of its tensors
             torch.cuda.empty_cache()
-            taken, (_, whole) = torch.cuda.memory_reserved(device), torch.cuda.mem_get_info(device)
+            allowed = torch.cuda.memory_reserved(device) + _LIMIT
+            _, total = torch.cuda.mem_get_info(device)
             limits.callback(torch.cuda.set_per_process_memory_fraction, 1.0, device)
-            torch.cuda.set_per_process_memory_fraction((taken + _LIMIT) / whole, device)
+            torch.cuda.set_per_process_memory_fraction(allowed / total, device)
         outcomes = run_in_parts(job, data, chunk)
     if not job.pool.trials:
         raise RuntimeError("memory did not run out")
@@ -387,9 +382,8 @@ def recording_fails(device: torch.device, _backend: Backend) -> float:
         total.add_(1)
         total.item()
 
-    steps = Replays(
-        RECORDERS[device.type](device), Counter[Hashable]({"step": 100}), lambda: [total], 0.0
-    )
+    recorder = RECORDERS[device.type](device)
+    steps = Replays(recorder, Counter[Hashable]({"step": 100}), lambda: [total], 0.0)
     # The failed recording is reported by a RuntimeWarning.
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
         for _ in range(12):

@@ -193,7 +193,7 @@ def kernel_of(configs: Sequence[Config], kind: ModelKind, data: Dataset) -> Memb
         dtype=data.dtype,
         rows=tile_of(min(batch, max(len(fold.train) for fold in data.folds))),
         tf32=torch.backends.cuda.matmul.fp32_precision == "tf32",
-    ).fitted(_shared_bytes(data.device))
+    ).with_largest_tile(_shared_bytes(data.device))
 
 
 _kernels: dict[tuple[MemberKernel, torch.device], Kernel] = {}
@@ -265,4 +265,4 @@ def lacks(config: Config, kind: ModelKind, data: Dataset) -> str:
         return f"the optimizer {config['optimizer']!r} ({', '.join(OPTIMIZERS)})"
     if not is_plain(config):
         return "clip_norm, ema, beta2, or rates and schedules of single parameters"
-    return kernel_of([config], kind, data).unknown(_shared_bytes(data.device))
+    return kernel_of([config], kind, data).unsupported(_shared_bytes(data.device))

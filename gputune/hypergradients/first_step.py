@@ -65,10 +65,13 @@ def check_start(config: Config, name: str, start: str, *, argument: str, remedy:
         change = f"Choose one of {', '.join(HYPERPARAMETERS_OF)}"
     if unsupported:
         key = unsupported[0]
+        owner = f"{start} has"
+        if key.startswith(OPTIMIZER_PREFIX):
+            owner = f"{start} passes to a class of torch.optim"
         raise InputError(
             None,
-            f"A hypergradient search cannot differentiate {option(key, config[key])}, which "
-            f"{start} has",
+            "A hypergradient search cannot differentiate "
+            f"{option(key, config[key])}, which {owner}",
             remedy=f"{change}{remedy}.",
         )
     if name not in HYPERPARAMETERS_OF[optimizer]:

@@ -43,11 +43,12 @@ def kernels(
 
     Return None, with a warning, if they cannot be compiled.
     """
-    return attempt(
-        path.name,
-        device,
-        lambda: tuple(torch.cuda._compile_kernel(source(path, dtype), name) for name in names),
-    )[0]
+
+    def compile_all() -> tuple[Kernel, ...]:
+        code = source(path, dtype)
+        return tuple(torch.cuda._compile_kernel(code, name) for name in names)
+
+    return attempt(path.name, device, compile_all)[0]
 
 
 def attempt(
@@ -61,17 +62,16 @@ def attempt(
         with torch.cuda.device(device):
             return compile_it(), ""
     except Exception as error:  # NVRTC or the driver failed, or a library is missing
-        said = str(error).splitlines() or [type(error).__name__]
+        lines = str(error).splitlines() or [type(error).__name__]
         # A line that ends with a colon is a heading: add the first line of the compiler's log.
-        reason = " ".join(said[: 2 if said[0].endswith(":") else 1])
+        reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
         remedy = f" {_install()}" if isinstance(error, OSError) or "libnvrtc" in reason else ""
-        why = f"{name} cannot be compiled for {device}: {reason}.{remedy}"
+        message = f"{name} cannot be compiled for {device}: {reason}.{remedy}"
         warn(
-            f"{why} Nothing is lost: its steps are taken by PyTorch's own kernels, in more "
-            "launches.",
+            f"{message} Training continues with PyTorch's kernels, which need more launches.",
             RuntimeWarning,
         )
-        return None, why
+        return None, message
 
 
 def launch(
@@ -155,7 +155,8 @@ class MemberKernel:
     def layers(self) -> list[tuple[int, int]]:
         """The numbers of inputs and outputs of each layer, including padding with zeros."""
         full = 16 if self.tf32 else 4  # padded to multiples of the numbers that are read at once
-        first, last = (-(-n // full) * full for n in (self.inputs, self.outputs))
+        first = -(-self.inputs // full) * full
+        last = -(-self.outputs // full) * full
         return list(pairwise([first, *[self.width] * self.depth, last]))
 
     @property
@@ -175,10 +176,9 @@ class MemberKernel:
         rates = -(-(8 + 5 * size) // 8) * 8
         head = _RATES * rates + 8 * (3 + self.rows) + size * (self.rows + self.layers[-1][1])
         hidden = 2 * max(1, self.depth) * _row(self.width)
-        return -(-head // 16) * 16 + size * (
-            self._parameters
-            + self.rows * (hidden + _row(self.layers[0][0]) + _row(self.layers[-1][1]))
-        )
+        ends = _row(self.layers[0][0]) + _row(self.layers[-1][1])
+        activations = self.rows * (hidden + ends)
+        return -(-head // 16) * 16 + size * (self._parameters + activations)
 
     @property
     def _parameters(self) -> int:
@@ -195,40 +195,50 @@ class MemberKernel:
         for below, above in self.layers:
             # A thread has groups of four numbers: a column of four, or its part of a warp's 16 x 8.
             # This is the same computation as in the struct Product in block.h.
-            many, others = (above // 8, below // 16) if self.tf32 else (below, above // 4)
-            workers, least = (warps, warps) if self.tf32 else (self.threads, self.threads // 2)
-            times = next((n for n in (4, 2) if many % n == 0 and many // n * others >= least), 1)
-            slots += -(-many // times * others // workers) * times * 4 + 1
+            if self.tf32:
+                columns = above // 8
+                rows = below // 16
+                workers = least = warps
+            else:
+                columns = below
+                rows = above // 4
+                workers = self.threads
+                least = self.threads // 2
+            times = 1
+            for n in (2, 4):
+                if columns % n == 0 and columns // n * rows >= least:
+                    times = n
+            slots += -(-columns // times * rows // workers) * times * 4 + 1
         return slots * self.threads
 
-    def fitted(self, shared: int) -> "MemberKernel":
+    def with_largest_tile(self, shared: int) -> "MemberKernel":
         """Return the kernel with the largest tile that fits into ``shared`` bytes.
 
         ``shared`` is the shared memory of a block.
         """
-        tiles = [
-            replace(self, rows=rows) for rows in TILES[: 3 if self.tf32 else 4] if rows <= self.rows
-        ]
+        # A tensor core cannot process the smallest tile.
+        sizes = TILES[:-1] if self.tf32 else TILES
+        tiles = [replace(self, rows=rows) for rows in sizes if rows <= self.rows]
         return next((tile for tile in tiles if tile.shared <= shared), tiles[-1])
 
-    def unknown(self, shared: int) -> str:
+    def unsupported(self, shared: int) -> str:
         """Return the reason, as a clause, why the kernel does not run on a card with ``shared``
         bytes.
 
         Return "" if it runs.
         """
         for name, most in _MOST.items():
-            if (value := getattr(self, name)) > most:
-                return f"{name} of {value}, where {most} is the most"
+            value = getattr(self, name)
+            if value > most:
+                return f"{name} of {value} (at most {most})"
         if self.dtype != torch.float32:
-            return f"dtype={str(self.dtype).removeprefix('torch.')!r}, only float32"
+            return f"dtype={str(self.dtype).removeprefix('torch.')!r} (only float32)"
         if self.shared > shared:
             weights = self.dtype.itemsize * self._parameters
-            parts = (
-                f"{weights:,} bytes of weights and {self.shared - weights:,} of {self.rows} rows' "
-                "activations"
+            return (
+                f"{weights:,} bytes of weights and {self.shared - weights:,} bytes of activations "
+                f"of {self.rows} rows on chip (the card has {shared:,} bytes)"
             )
-            return f"{parts} on chip, where the card has {shared:,}"
         return ""
 
     @property
@@ -269,7 +279,9 @@ def tile_of(batch: int) -> int:
 
     This assumes that the rows fit into shared memory.
     """
-    return next((rows for rows in (16, 32) if rows >= batch), 64)
+    if batch <= 16:
+        return 16
+    return 32 if batch <= 32 else 64
 
 
 def compile_kernel(
@@ -284,8 +296,9 @@ def compile_kernel(
     version = ".".join(map(str, torch.cuda.get_device_capability(device)))
 
     def make() -> bytes:
-        sizes = "-".join(map(str, (kernel.inputs, *[kernel.width] * kernel.depth, kernel.outputs)))
-        say(f"compiling the kernel for members of {sizes}: some seconds, once on this machine")
+        sizes = [kernel.inputs, *[kernel.width] * kernel.depth, kernel.outputs]
+        shape = "-".join(map(str, sizes))
+        say(f"compiling the kernel for members of {shape}: some seconds, once on this machine")
         return _utils._nvrtc_compile(source, name, nvcc_options=list(OPTIONS))[0]
 
     with torch.cuda.device(device):

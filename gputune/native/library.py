@@ -43,23 +43,24 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
     Raises NotBuiltError.
     """
     kind = "double" if dtype == torch.float64 else "float"
-    built = {level: path for level in LEVELS for path in FOLDER.glob(f"_{kind}{level}.*")}
+    built = {}
+    for level in LEVELS:
+        for path in FOLDER.glob(f"_{kind}{level}.*"):
+            built[level] = str(path)
     if 1 not in built:
         raise NotBuiltError(
-            "this installation of gputune has no compiled code, as none could be built when it "
-            "was installed: install gcc or clang, and then gputune anew, or a wheel of it that "
-            "was built for this platform"
+            "this installation of gputune has no compiled code: install gcc or clang and then "
+            "gputune again, or install a wheel of gputune that was built for this platform"
         )
     try:
-        best = ctypes.CDLL(str(built[1])).processor_level()
-        loaded = ctypes.CDLL(
-            str(next(built[level] for level in LEVELS if level <= best and level in built))
-        )
+        best = ctypes.CDLL(built[1]).processor_level()
+        # LEVELS is in descending order.
+        loaded = ctypes.CDLL(next(path for level, path in built.items() if level <= best))
         loaded.train_members.restype = ctypes.c_int
         loaded.draw_uniform.restype = None
     except (OSError, AttributeError) as error:
         raise NotBuiltError(
-            f"gputune's compiled code cannot be loaded, install gputune anew: {error}"
+            f"gputune's compiled code cannot be loaded, install gputune again: {error}"
         ) from error
     return loaded
 
@@ -118,10 +119,11 @@ def make_work(numbers: Mapping[str, int], arrays: Mapping[str, torch.Tensor | No
     The tensors must live longer than the MemberWork.
     """
     assert all(tensor is None or tensor.is_contiguous() for tensor in arrays.values())
-    return MemberWork(
-        **numbers,
-        **{name: None if tensor is None else tensor.data_ptr() for name, tensor in arrays.items()},
-    )
+    work = MemberWork(**numbers)
+    for name, tensor in arrays.items():
+        if tensor is not None:
+            setattr(work, name, tensor.data_ptr())
+    return work
 
 
 # Not -O3: it needs twice the build time for code that is no faster, and training with each new
@@ -146,13 +148,9 @@ def build(source: str, dtype: torch.dtype) -> ctypes.CDLL:
         raise NotBuiltError("there is no C compiler (cc, gcc or clang) on this machine's PATH")
     # The file's name has a hash of everything that the build depends on, including the processor,
     # because different machines may share a home folder.
-    headers = (header.read_bytes() for header in sorted(FOLDER.glob("*.h")))
-    parts = [
-        source.encode(),
-        *headers,
-        *(part.encode() for part in (" ".join(FLAGS), compiler, _processor())),
-    ]
-    key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+    headers = [header.read_text() for header in sorted(FOLDER.glob("*.h"))]
+    parts = [source, *headers, " ".join(FLAGS), compiler, _processor()]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     name = f"steps-{'double' if dtype == torch.float64 else 'float'}-{key}"
     try:
         folder = code_folder()
@@ -206,7 +204,8 @@ def build_kernels(bodies: Sequence[str], dtype: torch.dtype) -> Kernels:
     Only kernels that this process has not built yet are built. Raises NotBuiltError. A body refers
     to its arrays as P, to numbers from the host as S, and to sizes as N (``native/steps.h``).
     """
-    if new := sorted(body for body in {*bodies} if (body, dtype) not in _kernels):
+    new = sorted(body for body in {*bodies} if (body, dtype) not in _kernels)
+    if new:
         head = "void k{}(char *const *P, const double *S, const int64_t *N)"
         texts = [f"{head.format(i)} {{\n{body}\n}}" for i, body in enumerate(new)]
         double = ["#define DOUBLE"] * (dtype == torch.float64)
@@ -226,7 +225,7 @@ def find_compiler() -> str | None:
     The environment's ``CC`` comes first, then the usual names.
     """
     names = (os.environ.get("CC", ""), *COMPILERS)
-    return next((path for name in names if name and (path := shutil.which(name))), None)
+    return next(filter(None, map(shutil.which, filter(None, names))), None)
 
 
 def code_folder() -> Path | None:
@@ -235,7 +234,8 @@ def code_folder() -> Path | None:
     Return None if the user has no cache folder or it cannot be used. Also return None, with a
     UserWarning, if another user could have written its code.
     """
-    if (base := cache_folder()) is None:
+    base = cache_folder()
+    if base is None:
         return None
     folder = base / "code"
     try:
@@ -245,9 +245,9 @@ def code_folder() -> Path | None:
     except OSError:
         return None
     warn(
-        f"{folder} is not used for compiled code, which each process now builds for itself: it "
-        "and the folders that it is in must belong to you and be writable by nobody else. Mend "
-        "that (chmod 700), or set XDG_CACHE_HOME to another folder."
+        f"{folder} is not used for compiled code, so each process builds this code again. The "
+        "folder and the folders above it must belong to you, and only you may write to them. Run "
+        "chmod 700, or set XDG_CACHE_HOME to a different folder."
     )
     return None
 
@@ -304,23 +304,22 @@ def _digest(path: Path) -> str:
 def _processor() -> str:
     """Return a description of the processor and its features, as far as the system provides one."""
     facts = ("model name", "flags", "Features", "CPU part")
-    said = set[str]()
+    description = set[str]()
     with contextlib.suppress(OSError):
-        said = {
-            line
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith(facts)
-        }
-    return "\n".join(
-        [platform.system(), platform.machine(), *(sorted(said) or [platform.processor()])]
-    )
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        description = {line for line in lines if line.startswith(facts)}
+    details = sorted(description) or [platform.processor()]
+    return "\n".join([platform.system(), platform.machine(), *details])
 
 
 def processor_name() -> str:
     """Return the name of the processor, or "" if the system does not provide it."""
-    lines = (line for line in _processor().splitlines() if line.startswith("model name"))
-    # Called last, because platform.processor() starts a process on some systems.
-    return next((line.partition(":")[2].strip() for line in lines), "") or platform.processor()
+    for line in _processor().splitlines():
+        key, _, name = line.partition(":")
+        if key.startswith("model name") and name.strip():
+            return name.strip()
+    # Called last, because this starts a process on some systems.
+    return platform.processor()
 
 
 def _build(compiler: str, source: str, path: Path) -> Path:
@@ -333,13 +332,13 @@ def _build(compiler: str, source: str, path: Path) -> Path:
         built = folder / path.name
         text = folder / "source.c"
         text.write_text(source)
-        words = [*FLAGS, f"-I{FOLDER}", str(text), "-o", str(built), "-lm"]
-        for more in (_WHOLE_VECTORS, ()):
-            done = subprocess.run([compiler, *more, *words], capture_output=True, text=True)
-            if done.returncode == 0:
+        arguments = [*FLAGS, f"-I{FOLDER}", str(text), "-o", str(built), "-lm"]
+        for options in (_WHOLE_VECTORS, ()):
+            result = subprocess.run(
+                [compiler, *options, *arguments], capture_output=True, text=True
+            )
+            if result.returncode == 0:
                 return _put(built, path, ".so")
-    said = done.stderr.strip().splitlines()
-    raise NotBuiltError(
-        f"{compiler} could not build the C code of a step: "
-        f"{said[0] if said else f'exit code {done.returncode}'}"
-    )
+    lines = result.stderr.strip().splitlines()
+    reason = lines[0] if lines else f"exit code {result.returncode}"
+    raise NotBuiltError(f"{compiler} could not build the C code of a step: {reason}")

@@ -67,30 +67,30 @@ def descend(
     steps = torch.zeros_like(ridge, dtype=torch.int64)
     residual = torch.zeros_like(ridge)
     converged = torch.zeros_like(ridge, dtype=torch.bool)
-    left = torch.arange(len(ridge), device=ridge.device)
-    idle = torch.zeros_like(steps)
-    calm = torch.ones_like(converged)
+    active = torch.arange(len(ridge), device=ridge.device)
+    still_steps = torch.zeros_like(steps)
+    settled = torch.ones_like(converged)
     for taken in range(max_steps + 1):
         gap = point.violation(rows)
-        done = (gap <= tolerance) & calm
-        weight[left] = point.weight
-        steps[left] = taken
-        residual[left] = gap
-        converged[left] = done
-        going = ~done & (idle < PATIENCE)
-        if taken == max_steps or not going.any():
+        done = (gap <= tolerance) & settled
+        weight[active] = point.weight
+        steps[active] = taken
+        residual[active] = gap
+        converged[active] = done
+        running = ~done & (still_steps < PATIENCE)
+        if taken == max_steps or not running.any():
             break
-        left = left[going]
-        idle = idle[going]
-        old = point if going.all() else point[going]
+        active = active[running]
+        still_steps = still_steps[running]
+        old = point if running.all() else point[running]
         point = step(rows, old, tolerance)
         fall = old.objective - point.objective
-        idle = torch.where(fall > STILL * point.objective.abs(), 0, idle + 1)
+        still_steps = torch.where(fall > STILL * point.objective.abs(), 0, still_steps + 1)
         # If the classes are separable and there is no penalty, the gradient also vanishes, but the
         # weights grow forever. Such a member has converged when its logits no longer change.
-        calm = ((point.ridge + point.lasso) > 0).flatten(1).any(1)
-        if not calm.all():
-            calm |= (point.logits - old.logits).abs().amax((1, 2)) < SETTLED
+        settled = ((point.ridge + point.lasso) > 0).flatten(1).any(1)
+        if not settled.all():
+            settled |= (point.logits - old.logits).abs().amax((1, 2)) < SETTLED
     return weight, steps, residual, converged
 
 
@@ -111,12 +111,13 @@ class Model:
     forcing: Tensor  # (m,) share of the slopes that conjugate gradients may leave, in (0, 1)
 
     def __getitem__(self, members: Tensor) -> "Model":
-        return Model(*(getattr(self, name)[members] for name in self.__dataclass_fields__))
+        return Model(**{name: part[members] for name, part in vars(self).items()})
 
     def single(self) -> "Model":
         """Return the model in single precision."""
-        parts = (getattr(self, name) for name in self.__dataclass_fields__)
-        return Model(*(part if part.dtype == torch.bool else part.float() for part in parts))
+        parts = vars(self).items()
+        numbers = {name: part.float() for name, part in parts if part.dtype != torch.bool}
+        return replace(self, **numbers)
 
     def times(self, rows: FoldRows, step: Tensor) -> Tensor:
         """Return the model's matrix times a step, (m, K, E)."""
@@ -151,10 +152,9 @@ def newton_step(rows: FoldRows, point: Point, tolerance: float) -> Point:
         & signed.flatten(1).any(1)
     )
     if stuck.any():
-        left = stuck.nonzero()[:, 0]
-        new = _replace(
-            new, left, _move(rows, point[left], model[left], torch.zeros_like(stuck)[left])
-        )
+        members = stuck.nonzero()[:, 0]
+        coarse = torch.zeros_like(members, dtype=torch.bool)
+        new = _replace(new, members, _move(rows, point[members], model[members], coarse))
     return new
 
 
@@ -181,11 +181,8 @@ def _coarse_step(rows: FoldRows, model: Model) -> Tensor:
     precision. The unit is each member's largest slope, so that no slope is too small for single
     precision. A weight that reaches zero becomes exactly zero.
     """
-    unit = (
-        model.slopes.abs()
-        .amax((1, 2), keepdim=True)
-        .clamp_min(torch.finfo(model.slopes.dtype).tiny)
-    )
+    largest = model.slopes.abs().amax((1, 2), keepdim=True)
+    unit = largest.clamp_min(torch.finfo(largest.dtype).tiny)
     scaled = replace(model, weight=model.weight / unit, slopes=model.slopes / unit).single()
     step = minimise(rows.single(), scaled)
     exact = step.to(unit.dtype) * unit
@@ -202,25 +199,26 @@ def line_search(rows: FoldRows, point: Point, step: Tensor, slope: Tensor) -> Po
     before = point.objective
     turn = rows.change_of_logits(step)
     new = point
-    left = torch.arange(len(step), device=step.device)
+    active = torch.arange(len(step), device=step.device)
     length = 1.0
     for _ in range(HALVINGS):
-        here = point[left] if len(left) < len(step) else point
-        weight = here.weight + length * step[left]
-        logits = here.logits + length * turn[left]
+        here = point[active] if len(active) < len(step) else point
+        weight = here.weight + length * step[active]
+        logits = here.logits + length * turn[active]
         trial = point_at(rows, weight, logits, here.ridge, here.lasso)
-        enough = before[left] + SUFFICIENT * length * slope[left] + ROUNDING * before[left].abs()
+        enough = (
+            before[active] + SUFFICIENT * length * slope[active] + ROUNDING * before[active].abs()
+        )
         good = trial.objective <= enough
         # If the predicted decrease is lost in the rounding of the objective, compare slopes
-        # instead.
-        # Source: the approximate conditions of Hager and Zhang (2005), doi:10.1137/030601880.
-        unseen = slope[left].abs() < UNSEEN * before[left].abs()
+        # instead. Source: the approximate conditions of Hager and Zhang (2005), doi:10.1137/030601880.
+        unseen = slope[active].abs() < UNSEEN * before[active].abs()
         good |= unseen & (trial.violation(rows) < here.violation(rows))
-        if len(left) == len(step) and good.all():
+        if len(active) == len(step) and good.all():
             return trial
-        new = _replace(new, left[good], trial[good])
-        left = left[~good]
-        if not len(left):
+        new = _replace(new, active[good], trial[good])
+        active = active[~good]
+        if not len(active):
             break
         length /= 2
     return new
@@ -228,11 +226,10 @@ def line_search(rows: FoldRows, point: Point, step: Tensor, slope: Tensor) -> Po
 
 def _replace(point: Point, members: Tensor, by: Point) -> Point:
     """Return the point with the state of some members taken from another point."""
-    state = ("weight", "logits", "chance", "loss", "slope", "error")
-    return replace(
-        point,
-        **{name: getattr(point, name).index_copy(0, members, getattr(by, name)) for name in state},
-    )
+    state = {}
+    for name in ("weight", "logits", "chance", "loss", "slope", "error"):
+        state[name] = getattr(point, name).index_copy(0, members, getattr(by, name))
+    return replace(point, **state)
 
 
 def proximal_newton_step(rows: FoldRows, point: Point, tolerance: float) -> Point:
@@ -246,9 +243,8 @@ def proximal_newton_step(rows: FoldRows, point: Point, tolerance: float) -> Poin
     target = target.sign() * (target.abs() - length * point.lasso).clamp_min(0)
     if rows.outputs > 1:
         # Softmax does not change if all weights of an input shift by the same amount. Without a
-        # ridge
-        # only the lasso determines this shift, and it is smallest if their median is zero. A Newton
-        # step would have no finite length along this direction.
+        # ridge only the lasso determines this shift, and it is smallest if their median is zero. A
+        # Newton step would have no finite length along this direction.
         only_lasso = (point.ridge == 0) & (point.lasso > 0)
         # Sort, because torch.median has no deterministic version on a GPU.
         middle = target.sort(1).values[:, (rows.outputs - 1) // 2, None]
@@ -263,23 +259,23 @@ def minimise(rows: FoldRows, model: Model) -> Tensor:
     The model's value at the step is below zero, unless all slopes are zero.
     """
     total = torch.zeros_like(model.slopes)
-    left = torch.arange(len(total), device=total.device)
+    active = torch.arange(len(total), device=total.device)
     for _ in range(ROUNDS):
-        step, bent = conjugate_gradients(rows, model)
+        step, product = conjugate_gradients(rows, model)
         crossing = model.signed & ((model.weight + step) * model.weight < 0)
         crosses = crossing.flatten(1).any(1)
-        total[left[~crosses]] += step[~crosses]
+        total[active[~crosses]] += step[~crosses]
         if not crosses.any():
             break
-        left = left[crosses]
+        active = active[crosses]
         model = model[crosses]
         step = step[crosses]
-        bent = bent[crosses]
-        step, bent = projected_search(rows, model, step, bent)
-        total[left] += step
+        product = product[crosses]
+        step, product = projected_search(rows, model, step, product)
+        total[active] += step
         weight = model.weight + step
         free = model.free & ((weight != 0) | ~model.signed)
-        model = replace(model, weight=weight, free=free, slopes=(model.slopes + bent) * free)
+        model = replace(model, weight=weight, free=free, slopes=(model.slopes + product) * free)
     return total
 
 
@@ -293,46 +289,47 @@ def conjugate_gradients(rows: FoldRows, model: Model) -> tuple[Tensor, Tensor]:
     slopes = model.slopes
     steps = torch.zeros_like(slopes)
     rests = -slopes
-    left = torch.arange(len(steps), device=steps.device)
+    active = torch.arange(len(steps), device=steps.device)
     step = steps
     rest = rests
     direction = inverse * rest
     size = dot(rest, direction)
     goal = model.forcing**2 * size
     for _ in range(2 * steps[0].numel() + 10):
-        going = size > goal
-        running = int(going.sum())
-        if 2 * running <= len(left):  # drop members that have stopped, so that they cost no time
-            steps = steps.index_copy(0, left, step)
-            rests = rests.index_copy(0, left, rest)
-            if not running:
+        running = size > goal
+        n_running = int(running.sum())
+        # Drop members that have stopped, so that they cost no time.
+        if 2 * n_running <= len(active):
+            steps = steps.index_copy(0, active, step)
+            rests = rests.index_copy(0, active, rest)
+            if not n_running:
                 break
-            left = left[going]
-            model = model[going]
-            inverse = inverse[going]
-            step = step[going]
-            rest = rest[going]
-            direction = direction[going]
-            size = size[going]
-            goal = goal[going]
-            going = going[going]
-        bent = model.times(rows, direction)
-        bend = dot(direction, bent)
-        going = going & (bend > 0)
-        stride = torch.where(going, size / bend, 0)[:, None, None]
+            active = active[running]
+            model = model[running]
+            inverse = inverse[running]
+            step = step[running]
+            rest = rest[running]
+            direction = direction[running]
+            size = size[running]
+            goal = goal[running]
+            running = running[running]
+        product = model.times(rows, direction)
+        curvature = dot(direction, product)
+        running = running & (curvature > 0)
+        stride = torch.where(running, size / curvature, 0)[:, None, None]
         step = torch.addcmul(step, stride, direction)
-        rest = torch.addcmul(rest, stride, bent, value=-1)
+        rest = torch.addcmul(rest, stride, product, value=-1)
         scaled = inverse * rest
         last = size
-        size = torch.where(going, dot(rest, scaled), 0)
+        size = torch.where(running, dot(rest, scaled), 0)
         direction = torch.addcmul(
-            scaled, torch.where(going, size / last, 0)[:, None, None], direction
+            scaled, torch.where(running, size / last, 0)[:, None, None], direction
         )
-    return steps.index_copy(0, left, step), -slopes - rests.index_copy(0, left, rest)
+    return steps.index_copy(0, active, step), -slopes - rests.index_copy(0, active, rest)
 
 
 def projected_search(
-    rows: FoldRows, model: Model, step: Tensor, bent: Tensor
+    rows: FoldRows, model: Model, step: Tensor, product: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Shorten each step until the model falls enough with crossing weights set to zero.
 
@@ -343,27 +340,27 @@ def projected_search(
     lengths = torch.where(crossing, -model.weight / step, 1.0)
     reach = lengths.flatten(1).amin(1)[:, None, None]
     chosen = torch.where(lengths <= reach, lengths * step, reach * step)
-    chosen_bent = reach * bent
+    chosen_product = reach * product
     chosen = torch.where(crossing & (lengths <= reach), -model.weight, chosen)
-    left = torch.arange(len(step), device=step.device)
+    active = torch.arange(len(step), device=step.device)
     length = 1.0
     for _ in range(SEARCHES):
         target = model.weight + length * step
         trial = torch.where(
             model.signed & (target * model.weight < 0), -model.weight, length * step
         )
-        trial_bent = model.times(rows, trial)
+        trial_product = model.times(rows, trial)
         promised = dot(model.slopes, trial)
-        good = promised + dot(trial, trial_bent) / 2 <= PROJECTED * promised.clamp_max(0)
-        chosen[left[good]] = trial[good]
-        chosen_bent[left[good]] = trial_bent[good]
+        good = promised + dot(trial, trial_product) / 2 <= PROJECTED * promised.clamp_max(0)
+        chosen[active[good]] = trial[good]
+        chosen_product[active[good]] = trial_product[good]
         if good.all():
             break
-        left = left[~good]
+        active = active[~good]
         model = model[~good]
         step = step[~good]
         length /= 4
-    return chosen, chosen_bent
+    return chosen, chosen_product
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

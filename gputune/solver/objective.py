@@ -78,14 +78,13 @@ class Point:
     lasso: Tensor  # (m, 1, E) zero for the intercept
 
     def __getitem__(self, members: Tensor) -> "Point":
-        return Point(*(getattr(self, name)[members] for name in self.__dataclass_fields__))
+        return Point(**{name: part[members] for name, part in vars(self).items()})
 
     @property
     def objective(self) -> Tensor:
         """The objective's value, (m,), which is minimized."""
-        return self.loss + (self.ridge / 2 * self.weight**2 + self.lasso * self.weight.abs()).sum(
-            (1, 2)
-        )
+        penalty = self.ridge / 2 * self.weight**2 + self.lasso * self.weight.abs()
+        return self.loss + penalty.sum((1, 2))
 
     @property
     def steepest(self) -> Tensor:
@@ -99,9 +98,8 @@ class Point:
     def violation(self, rows: FoldRows) -> Tensor:
         """Return each member's distance from optimality, (m,); see ``Solution.residual``."""
         slopes = self.steepest if rows.basis is None else self.steepest @ rows.basis
-        return (slopes.abs() / rows.unit).amax((1, 2)) / self.error.clamp_min(
-            torch.finfo(slopes.dtype).tiny
-        )
+        largest = (slopes.abs() / rows.unit).amax((1, 2))
+        return largest / self.error.clamp_min(torch.finfo(slopes.dtype).tiny)
 
 
 def rows_of(
@@ -116,21 +114,19 @@ def rows_of(
     are rows. The curvature is nearly diagonal along these axes. A ridge penalty does not change
     under this rotation, but a lasso penalty does.
     """
-    classes_of_outputs = (
-        torch.arange(classes, device=x.device) if classes > 1 else codes.new_ones(1)
-    )
+    classes_of_outputs = codes.new_ones(1)
+    if classes > 1:
+        classes_of_outputs = torch.arange(classes, device=x.device)
     unit = (share @ x**2).sqrt()
     basis = None
     # basis: orthonormal directions (E, D) that span the rows; the rows' second moment is diagonal
     # along them
     if rotate:
         seen = x * share.sqrt()[:, None]
-        many = x.shape[1] > len(x)
-        span = (
-            torch.linalg.qr(seen.T)[0].T
-            if many
-            else torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-        )
+        if x.shape[1] > len(x):
+            span = torch.linalg.qr(seen.T)[0].T
+        else:
+            span = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
         seen = seen @ span.T
         basis = torch.linalg.eigh(seen.T @ seen).eigenvectors.T @ span
         x = x @ basis.T

@@ -6,7 +6,7 @@ It is computed in float64.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -101,14 +101,11 @@ class LogisticProblem:
 
     def __post_init__(self) -> None:
         if self.C.shape != self.l1_ratio.shape or self.C.ndim != 1 or not bool((self.C > 0).all()):
-            raise InputError(
-                "solve needs C > 0, one for each l1_ratio (inf = no penalty), got "
-                f"C={self.C.tolist()}."
-            )
+            rule = "must be one number > 0 for each l1_ratio (inf means no penalty)"
+            raise InputError("C", rule, got=self.C.tolist())
         if not bool(((self.l1_ratio >= 0) & (self.l1_ratio <= 1)).all()):
-            raise InputError(
-                f"solve needs l1_ratio from 0 (l2) to 1 (l1), got {self.l1_ratio.tolist()}."
-            )
+            rule = "must be from 0 (l2) to 1 (l1)"
+            raise InputError("l1_ratio", rule, got=self.l1_ratio.tolist())
 
 
 def solve(problem: LogisticProblem) -> Solution:
@@ -123,18 +120,17 @@ def solve(problem: LogisticProblem) -> Solution:
     for f in range(len(problem.weights)):
         solution, groups = _fold(problem, f)
         parts.append(solution)
-        for more, numbers in groups:
-            jobs += more
-            more.clear()  # each job holds copies of its rows: drop this second reference to them
+        for group, numbers in groups:
+            jobs += group
+            group.clear()  # each job holds copies of its rows: drop this second reference to them
             held += numbers
             if held + numbers > HELD:
                 _run(jobs, problem.y.device)
                 jobs = []
                 held = 0
     _run(jobs, problem.y.device)
-    return Solution(
-        *(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Solution))
-    )
+    columns = zip(*(vars(part).values() for part in parts))
+    return Solution(*map(torch.cat, columns))
 
 
 def _run(jobs: Jobs, device: torch.device) -> None:
@@ -155,9 +151,9 @@ def _run(jobs: Jobs, device: torch.device) -> None:
 def _fold(problem: LogisticProblem, fold: int) -> tuple[Solution, Iterator[tuple[Jobs, int]]]:
     """Return an empty solution of a fold, and the jobs that fill it."""
     weights = problem.weights[fold]
-    keep = weights > 0
-    x = problem.x[fold, keep]
-    classes = torch.bincount(problem.y[keep], minlength=problem.n_classes) > 0
+    is_training = weights > 0
+    x = problem.x[fold, is_training]
+    classes = torch.bincount(problem.y[is_training], minlength=problem.n_classes) > 0
     members = len(problem.C)
     # Start with zero coefficients. Intercepts of -inf exclude the classes that do not occur.
     intercept = x.new_zeros(len(classes)).masked_fill(~classes, -torch.inf)
@@ -174,7 +170,8 @@ def _fold(problem: LogisticProblem, fold: int) -> tuple[Solution, Iterator[tuple
         solution.coef.fill_(torch.nan)
         solution.converged.fill_(False)
     elif int(classes.sum()) > 1:
-        return solution, _groups(solution, problem, x, keep, weights[keep], classes)
+        codes = (classes.cumsum(0) - 1)[problem.y[is_training]]
+        return solution, _groups(solution, problem, x, codes, weights[is_training], classes)
     return solution, iter(())
 
 
@@ -182,19 +179,21 @@ def _groups(
     solution: Solution,
     problem: LogisticProblem,
     x: Tensor,
-    keep: Tensor,
+    codes: Tensor,
     weights: Tensor,
     classes: Tensor,
 ) -> Iterator[tuple[Jobs, int]]:
     """Yield the jobs that solve all C of one fold, chunk by chunk, and write to ``solution``.
 
     Jobs on the same rows come together, with the number of entries of these rows. ``x`` has the
-    fold's rows and is changed in place. ``keep`` (n,) marks these rows among all rows. ``classes``
-    (K,) marks the classes that occur, at least two.
+    fold's rows and is changed in place. ``codes`` (n,) are their classes, numbered among the classes
+    that occur. ``classes`` (K,) marks these, at least two.
     """
     C = problem.C
-    codes = (classes.cumsum(0) - 1)[problem.y[keep]]
-    kept = torch.arange(1, device=x.device) if len(classes) == 2 else classes.nonzero()[:, 0]
+    if len(classes) == 2:
+        outputs = torch.arange(1, device=x.device)
+    else:
+        outputs = classes.nonzero()[:, 0]
     total = weights.sum()
     share = weights / total
     huge = bool(x.abs().amax() > HUGE)
@@ -208,50 +207,49 @@ def _groups(
         x -= center
         # A constant input becomes exact zeros instead of rounding errors.
         x *= (share @ x**2).sqrt() > CONSTANT * center.abs()
-    most = torch.finfo(x.dtype).max  # not inf: inf times the intercept's factor 0 would be NaN
-    lasso, ridge = (
-        (part / (C * total)).clamp_max(most) for part in (problem.l1_ratio, 1 - problem.l1_ratio)
-    )
+    largest = torch.finfo(x.dtype).max  # not inf: inf times the intercept's factor 0 would be NaN
+    lasso = (problem.l1_ratio / (C * total)).clamp_max(largest)
+    ridge = ((1 - problem.l1_ratio) / (C * total)).clamp_max(largest)
 
     def solve_chunk(rows: FoldRows, step: StepFunction, members: Tensor) -> None:
-        weight, solution.steps[members], solution.residual[members], solution.converged[members] = (
-            descend(
-                rows, step, ridge[members], lasso[members], problem.tolerance, problem.max_steps
-            )
+        weight, steps, residual, converged = descend(
+            rows, step, ridge[members], lasso[members], problem.tolerance, problem.max_steps
         )
-        weight = weight if rows.basis is None else weight @ rows.basis
-        if rows.basis is not None and len(kept) > 1:
-            # The weights of the classes sum to zero at the optimum. Without a penalty softmax does
-            # not
-            # determine their sum.
-            weight = weight - weight.mean(1, keepdim=True)
+        solution.steps[members] = steps
+        solution.residual[members] = residual
+        solution.converged[members] = converged
+        if rows.basis is not None:
+            weight = weight @ rows.basis
+            if len(outputs) > 1:
+                # The weights of the classes sum to zero at the optimum. Without a penalty softmax
+                # does not determine their sum.
+                weight = weight - weight.mean(1, keepdim=True)
         # Undo the centering and the scale: (m, K, D) and (m, K)
         coef = weight[..., : len(center)]
         intercept = weight[..., len(center) :].sum(-1) - coef @ center
         if solution.coef.shape[1] > 1 and problem.fit_intercept:
             # Softmax does not depend on a common shift of the intercepts.
             intercept = intercept - intercept.mean(1, keepdim=True)
-        solution.coef[members[:, None], kept] = coef / scale
-        solution.intercept[members[:, None], kept] = intercept
+        solution.coef[members[:, None], outputs] = coef / scale
+        solution.intercept[members[:, None], outputs] = intercept
 
-    def chunks(step: StepFunction, which: Tensor) -> Jobs:
+    def chunks(step: StepFunction, is_member: Tensor) -> Jobs:
         # With huge inputs the ridge differs between inputs, so it is not invariant under rotation.
         rotate = step is newton_step and not huge
-        rows = rows_of(x, codes, share, len(kept), intercept=problem.fit_intercept, rotate=rotate)
-        rows = rows.scaled(scale) if huge else rows
-        members = which.nonzero()[:, 0]
+        intercept = problem.fit_intercept
+        rows = rows_of(x, codes, share, len(outputs), intercept=intercept, rotate=rotate)
+        if huge:
+            rows = rows.scaled(scale)
+        members = is_member.nonzero()[:, 0]
         # Members with similar C need about the same number of steps, so they share a chunk.
         members = members[C[members].argsort(stable=True)]
-        size = (CPU_NUMBERS if C.device.type == "cpu" else GPU_NUMBERS) // (
-            rows.outputs * len(rows.design)
-        )
-        return [
-            partial(solve_chunk, rows, step, part) for part in torch.split(members, max(1, size))
-        ]
+        numbers = CPU_NUMBERS if C.device.type == "cpu" else GPU_NUMBERS
+        size = max(1, numbers // (rows.outputs * len(rows.design)))
+        return [partial(solve_chunk, rows, step, part) for part in torch.split(members, size)]
 
-    for step, which in ((newton_step, lasso == 0), (proximal_newton_step, lasso > 0)):
-        if which.any():
-            yield chunks(step, which), x.numel()
+    for step, is_member in ((newton_step, lasso == 0), (proximal_newton_step, lasso > 0)):
+        if is_member.any():
+            yield chunks(step, is_member), x.numel()
 
 
 def solve_chunk(
@@ -284,7 +282,7 @@ def score_solution(
     """
     coef, intercept = as_softmax(solution)
     scores = list[Tensor]()
-    kept = list[Tensor]()
+    best_outputs = list[Tensor]()
     for f, fold in enumerate(data.folds):
         members = slice(f * trials, (f + 1) * trials)
         (x,) = data.rows(f, fold.valid)
@@ -293,10 +291,11 @@ def score_solution(
             intercept[members, None], x.expand(trials, -1, -1), coef[members].mT
         )
         scores.append(scoring.metrics(data, f, outputs, partial(_member, solution, f * trials)))
-        kept += [outputs] if scoring.kept_bytes else []
+        if scoring.kept_bytes:
+            best_outputs.append(outputs)
     curves = torch.stack(scores, 1).cpu().numpy()[:, None]
-    if best is not None and kept:
-        best.take(1, range(trials), first_metric(curves, axes=3)[:, 0].mean(1), kept)
+    if best is not None and best_outputs:
+        best.take(1, range(trials), first_metric(curves, axes=3)[:, 0].mean(1), best_outputs)
     return curves
 
 
@@ -314,10 +313,10 @@ def solve_all(data: Dataset, configs: Sequence[Config]) -> Solution:
     unsolved = ~solution.converged.cpu().numpy().reshape(-1, len(configs))  # (F, C)
     if unsolved.any():
         values = sorted({configs[int(c)]["C"] for c in np.flatnonzero(unsolved.any(0))})
+        shown = ", ".join(f"{value:.3g}" for value in values[:5])
         warn(
-            f"the logistic regression did not converge in {int(unsolved.sum())} of "
-            f"{unsolved.size} fits, for C = {', '.join(f'{v:.3g}' for v in values[:5])}; a "
-            "smaller C, or scaled inputs, converge.",
+            f"The logistic regression did not converge in {int(unsolved.sum())} of "
+            f"{unsolved.size} fits, for C = {shown}. Use a smaller C, or scale the inputs.",
             ConvergenceWarning,
         )
     return solution
@@ -327,10 +326,12 @@ def problem_of(data: Dataset, configs: Sequence[Config]) -> LogisticProblem:
     """Return the problem of C configurations (``C``, ``l1_ratio``) in F folds of float64 data."""
     weights = torch.zeros(data.n_folds, data.n_rows, dtype=torch.float64, device=data.device)
     for f, fold in enumerate(data.folds):
-        weights[f, fold.train] = (
-            1.0 if data.weights is None else data.weights[f, fold.train].double()
-        )
-    C, l1_ratio = weights.new_tensor([[float(c["C"]), float(c["l1_ratio"])] for c in configs]).T
+        if data.weights is None:
+            weights[f, fold.train] = 1.0
+        else:
+            weights[f, fold.train] = data.weights[f, fold.train].double()
+    C = weights.new_tensor([float(config["C"]) for config in configs])
+    l1_ratio = weights.new_tensor([float(config["l1_ratio"]) for config in configs])
     return LogisticProblem(_Inputs(data), data.y, weights, C, l1_ratio, n_classes=data.n_outputs)
 
 
@@ -345,11 +346,10 @@ def as_softmax(solution: Solution) -> tuple[Tensor, Tensor]:
         return coef, intercept
     # A fold that has only rows of the second class has an intercept of inf. Then the first class is
     # excluded by -inf.
-    alone = intercept.isposinf()
-    first = torch.zeros_like(intercept).masked_fill(alone, -torch.inf)
-    return torch.cat([torch.zeros_like(coef), coef], 1), torch.cat(
-        [first, intercept.masked_fill(alone, 0)], 1
-    )
+    only_second = intercept.isposinf()
+    first = torch.zeros_like(intercept).masked_fill(only_second, -torch.inf)
+    intercepts = torch.cat([first, intercept.masked_fill(only_second, 0)], 1)
+    return torch.cat([torch.zeros_like(coef), coef], 1), intercepts
 
 
 def solved_module(solution: Solution, member: int) -> LogisticRegression:

@@ -99,7 +99,7 @@ def kernel_of(numbers: dict[str, int], arrays: dict[str, Any], shared: int = LAR
         dropout=arrays["draws"] is not None,
         dtype=arrays["theta"].dtype,
         rows=tile_of(int(arrays["sizes"].max())),
-    ).fitted(shared)
+    ).with_largest_tile(shared)
 
 
 def train_members(

@@ -179,7 +179,7 @@ def test_a_library_that_cannot_be_loaded_is_said_and_members_train_in_recorded_s
         built = path.read_bytes()  # bytes 18 and 19 of an ELF file are its machine
         path.unlink()
         path.write_bytes(b"no library" if machine is None else built[:18] + machine + built[20:])
-    with pytest.raises(NotBuiltError, match="cannot be loaded, install gputune anew: .*_float1"):
+    with pytest.raises(NotBuiltError, match="cannot be loaded, install gputune again: .*_float1"):
         library(torch.float32)
     gputune.tune("mlp", ROWS, LABELS, **SMALL)
     assert (

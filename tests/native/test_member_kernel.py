@@ -371,14 +371,14 @@ def shape(
     [
         ({}, ""),
         ({"depth": 0, "width": 0}, ""),
-        ({"inputs": 257}, "inputs of 257, where 256 is the most"),
-        ({"width": 192}, "width of 192, where 128 is the most"),
-        ({"depth": 5}, "depth of 5, where 4 is the most"),
-        ({"outputs": 65}, "outputs of 65, where 64 is the most"),
-        ({"dtype": torch.float64}, "dtype='float64', only float32"),
+        ({"inputs": 257}, "inputs of 257 (at most 256)"),
+        ({"width": 192}, "width of 192 (at most 128)"),
+        ({"depth": 5}, "depth of 5 (at most 4)"),
+        ({"outputs": 65}, "outputs of 65 (at most 64)"),
+        ({"dtype": torch.float64}, "dtype='float64' (only float32)"),
         (
             {"shared": CARDS["86"]},
-            "170,752 bytes of weights and 20,352 of 8 rows' activations on chip, where the card "
+            "170,752 bytes of weights and 20,352 bytes of activations of 8 rows on chip (the card "
             "has 101,376",
         ),
         ({"width": 32, "shared": CARDS["86"]}, ""),
@@ -389,7 +389,9 @@ def test_what_it_does_not_know_is_said(member, part):
     member = most | member
     shared = member.pop("shared")
     dtype = member.pop("dtype", torch.float32)
-    assert replace(shape(**member), dtype=dtype).fitted(shared).unknown(shared) == part
+    assert (
+        replace(shape(**member), dtype=dtype).with_largest_tile(shared).unsupported(shared) == part
+    )
 
 
 def test_the_page_says_what_fits_which_card():
@@ -399,8 +401,10 @@ def test_the_page_says_what_fits_which_card():
     )
     for inputs, depth, width, outputs, *said in rows:
         member = shape(*map(int, (inputs, width, depth, outputs)))
-        fitted = [(member.fitted(CARDS[card]), CARDS[card]) for card in ("90", "80", "86")]
-        assert said == ["-" if tile.unknown(card) else str(tile.rows) for tile, card in fitted]
+        fitted = [
+            (member.with_largest_tile(CARDS[card]), CARDS[card]) for card in ("90", "80", "86")
+        ]
+        assert said == ["-" if tile.unsupported(card) else str(tile.rows) for tile, card in fitted]
     assert len(rows) == 10
 
 
@@ -429,7 +433,7 @@ def machine_code(kernel, card, folder):
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("card", CARDS)
 def test_it_compiles_without_spills(name, card, tf32, tmp_path):
-    kernel = replace(SHAPES[name], tf32=tf32).fitted(CARDS[card])
+    kernel = replace(SHAPES[name], tf32=tf32).with_largest_tile(CARDS[card])
     if kernel.shared > CARDS[card]:
         pytest.skip("the weights do not fit on this card: it does not know such members there")
     said = machine_code(kernel, card, tmp_path)

@@ -150,7 +150,11 @@ def test_a_factor_is_the_product_of_those_that_are_named():
             {"lr_factor__bias": 0.1, "optimizer": "adamhd"},
             "optimizer='adamhd' adapts its learning rate and does not",
         ),
-        ("hypergradient", {"lr_factor__bias": 0.1}, "lr_factor__bias=0.1; leave it out"),
+        (
+            "hypergradient",
+            {"lr_factor__bias": 0.1},
+            "lr_factor__bias=0.1, which trial 0 has. Leave it out",
+        ),
     ],
 )
 def test_rates_that_cannot_be(iris, method, space, message):

@@ -243,7 +243,7 @@ def test_a_kernel_that_cannot_be_compiled_leaves_recorded_steps(iris, monkeypatc
         f"member.cu cannot be compiled for {DEVICE}: Kernel compilation failed: member.cu(3): "
         "error: x."
     )
-    with pytest.warns(RuntimeWarning, match=f"{said} Nothing is lost"):
+    with pytest.warns(RuntimeWarning, match=f"{said} Training continues with PyTorch's kernels"):
         study = search(iris, verbose=1)
     shown = capsys.readouterr().err
     assert cuda.counts("replay") and ", recorded" in shown and "by the kernel" not in shown

@@ -360,10 +360,10 @@ def test_slope_and_curvature_are_the_derivatives(k):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"C": many(0.0)}, r"C > 0, .* got C=\[0.0\]"),
-        ({"C": many(math.nan)}, "C > 0"),
-        ({"C": many(1.0, 2.0)}, "one for each l1_ratio"),
-        ({"l1_ratio": many(1.5)}, r"l1_ratio from 0 \(l2\) to 1 \(l1\), got \[1.5\]"),
+        ({"C": many(0.0)}, r"C must be one number > 0 .*, got \[0.0\]"),
+        ({"C": many(math.nan)}, "C must be one number > 0"),
+        ({"C": many(1.0, 2.0)}, "one number > 0 for each l1_ratio"),
+        ({"l1_ratio": many(1.5)}, r"l1_ratio must be from 0 \(l2\) to 1 \(l1\), got \[1.5\]"),
     ],
 )
 def test_bad_input_is_named(change, message):
@@ -435,6 +435,6 @@ def test_what_does_not_converge_is_said():
     data = replace(data, y=(data.x[0, :, 0] > 0).long())
     data = replace(data, target=data.y, inputs=(data.x[:1],), copies=(0, 0, 0))
     with pytest.warns(
-        ConvergenceWarning, match="did not converge in 3 of 3 fits, for C = inf; a smaller C"
+        ConvergenceWarning, match="did not converge in 3 of 3 fits, for C = inf. Use a smaller C"
     ):
         solve_all(data, fill({"C": float("inf")}))
