@@ -112,7 +112,7 @@ def test_what_is_read_of_another_fold_is_found(case, part, monkeypatch):
         ("memory that runs out halves the chunk", "_SINGLE", 100, "memory did not run out"),
         (
             "members that leave change nothing",
-            "_WILD",
+            "_DIVERGING",
             0.1,
             r"\(1, 2, 3\) should stay, but \(0, 1, 2, 3, 4\) did",
         ),
