@@ -71,7 +71,7 @@ def test_the_loop_is_the_oracle(name):
         expected = reference.train_mlp(
             x, y, configs[0], n_outputs=data.n_outputs, weights=weights, **lengths
         ).state_dict()
-        for key, tensor in case.alone[fold, 0].state_dict().items():
+        for key, tensor in case.plain_networks[fold, 0].state_dict().items():
             torch.testing.assert_close(tensor, expected[key], rtol=1e-12, atol=1e-14)
 
 
