@@ -379,7 +379,7 @@ def shape(
         (
             {"shared": CARDS["86"]},
             "170,752 bytes of weights and 20,352 bytes of activations of 8 rows on chip (the card "
-            "has 101,376",
+            "has 101,376 bytes)",
         ),
         ({"width": 32, "shared": CARDS["86"]}, ""),
     ],
