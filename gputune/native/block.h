@@ -30,7 +30,7 @@ template <int N> struct alignas(N * sizeof(real) < 16 ? N * sizeof(real) : 16) N
 template <int N> INLINE Numbers<N> load(const real *from) { return *(const Numbers<N> *)from; }
 template <int N> INLINE void store(real *to, const Numbers<N> &numbers) { *(Numbers<N> *)to = numbers; }
 
-#ifdef __CUDACC__ /* the CPU emulation of the tests defines its own versions */
+#ifdef __CUDACC__ /* the CPU emulation of the tests defines its registers versions */
 INLINE float rounded(float x)
 {
     unsigned bits;
@@ -174,8 +174,8 @@ struct Shared {
     unsigned place[2];                       // position in the queue, of this member and of the next, in turn
     real target[ROWS], present[Layer<DEPTH>::OUT];
     alignas(16) real parameters[Layer<DEPTH>::END], x[ROWS * Layer<0>::INPUT_ROW];
-    real z[HIDDEN][ROWS * WIDE];             // values before the activation; later the slope in them
-    real h[HIDDEN][ROWS * WIDE], outputs[ROWS * LAST_ROW];  // outputs later hold the slope in them
+    real z[HIDDEN][ROWS * WIDE];             // values before the activation; later the gradient in them
+    real h[HIDDEN][ROWS * WIDE], outputs[ROWS * LAST_ROW];  // outputs later hold the gradient in them
 };
 static_assert(sizeof(Shared) == SHARED && Layer<DEPTH>::SLOTS * THREADS == SCRATCH, "as the host allots them");
 static_assert(Layer<DEPTH>::OUT <= THREADS && WIDTH <= THREADS, "a thread has one bias of a layer at most");
@@ -221,16 +221,16 @@ template <int L> ALWAYS_INLINE Flat flat(const Work &w, int64_t f, int64_t c)
     return {begin + member * Z::BELOW * Z::ABOVE, Z::ABOVE, bias};
 }
 
-template <bool BACK> ALWAYS_INLINE void copy(real *flat, real &own, bool inside)
+template <bool BACK> ALWAYS_INLINE void copy(real *flat, real &value, bool inside)
 {
-    if (!BACK) own = inside ? *flat : 0;
-    else if (inside) *flat = own;
+    if (!BACK) value = inside ? *flat : 0;
+    else if (inside) *flat = value;
 }
 // Copies the parameters, and the moments that registers hold, from the flat buffers or back.
-template <int L, bool BACK> ALWAYS_INLINE void move(Shared &s, const Work &w, Own<L> &own, int64_t f, int64_t c)
+template <int L, bool BACK> ALWAYS_INLINE void move(Shared &s, const Work &w, Own<L> &registers, int64_t f, int64_t c)
 {
     using Z = Layer<L>;
-    if constexpr (L > 0) move<L - 1, BACK>(s, w, own, f, c);
+    if constexpr (L > 0) move<L - 1, BACK>(s, w, registers, f, c);
     using Gradient = typename Z::Gradient;
     const Flat at = flat<L>(w, f, c);
     Gradient::template tiles<Z::UNROLLED>([&](int number, const Gradient &tile) {
@@ -239,13 +239,13 @@ template <int L, bool BACK> ALWAYS_INLINE void move(Shared &s, const Work &w, Ow
             const bool inside = row < Z::BELOW && column < Z::ABOVE;
             const int64_t place = at.weight + row * at.row + column;
             copy<BACK>(w.theta + place, s.parameters[Z::WEIGHT + row * Z::ROW + column], inside);
-            if (Z::IS_HELD && MOMENTS > 0) copy<BACK>(w.first + place, own.first[mine], inside);
-            if (Z::IS_HELD && MOMENTS > 1) copy<BACK>(w.second + place, own.second[mine], inside);
+            if (Z::IS_HELD && MOMENTS > 0) copy<BACK>(w.first + place, registers.first[mine], inside);
+            if (Z::IS_HELD && MOMENTS > 1) copy<BACK>(w.second + place, registers.second[mine], inside);
         }
     });
     const int j = bias<L>();
     if (j < 0) return;
     copy<BACK>(w.theta + at.bias + j, s.parameters[Z::BIAS + j], j < Z::ABOVE);
-    if (MOMENTS > 0) copy<BACK>(w.first + at.bias + j, own.bias_first, j < Z::ABOVE);
-    if (MOMENTS > 1) copy<BACK>(w.second + at.bias + j, own.bias_second, j < Z::ABOVE);
+    if (MOMENTS > 0) copy<BACK>(w.first + at.bias + j, registers.bias_first, j < Z::ABOVE);
+    if (MOMENTS > 1) copy<BACK>(w.second + at.bias + j, registers.bias_second, j < Z::ABOVE);
 }

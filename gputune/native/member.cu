@@ -7,27 +7,27 @@
 // Names of the barriers; the number of a layer is added to the last two.
 enum { QUEUE, GATHERED, SLOPED, ENDED, FORWARD = 10, BACKWARD = 20 };
 
-ALWAYS_INLINE void gather(Shared &s, const Work &w, int64_t f, const Part &now)
+ALWAYS_INLINE void gather(Shared &s, const Work &w, int64_t f, const Part &part)
 {
     constexpr int IN = Layer<0>::IN, AT_ONCE = 8;  // number of loads that wait for memory at the same time
     const real *all = w.x + w.copies[f] * w.rows * INPUTS;
-    const int numbers = filled(now.rows, FULL_ROWS) * IN;
+    const int numbers = filled(part.rows, FULL_ROWS) * IN;
     for (int first = threadIdx.x; first < numbers; first += AT_ONCE * THREADS) {
         real value[AT_ONCE];
         UNROLL for (int n = 0; n < AT_ONCE; n++) {
             const int i = first + n * THREADS, k = i % IN;
-            value[n] = i / IN < now.rows && k < INPUTS ? all[now.which[i / IN] * INPUTS + k] : 0;
+            value[n] = i / IN < part.rows && k < INPUTS ? all[part.which[i / IN] * INPUTS + k] : 0;
         }
         UNROLL for (int n = 0; n < AT_ONCE; n++) {
             const int i = first + n * THREADS, k = i % IN;
             if (i >= numbers) break;
-            if (w.center && i / IN < now.rows && k < INPUTS)
+            if (w.center && i / IN < part.rows && k < INPUTS)
                 value[n] = scaled(value[n], w.center[f * INPUTS + k], w.scale[f * INPUTS + k]);
             s.x[i / IN * Layer<0>::INPUT_ROW + k] = value[n];
         }
     }
-    for (int r = threadIdx.x; r < now.rows; r += THREADS) {
-        const int64_t row = now.which[r];
+    for (int r = threadIdx.x; r < part.rows; r += THREADS) {
+        const int64_t row = part.which[r];
         s.target[r] = CLASSES ? (real)((const int64_t *)w.y)[row] : ((const real *)w.y)[f * w.rows + row];
         if (w.weights) s.weight[r] = w.weights[f * w.rows + row];
     }
@@ -51,13 +51,13 @@ ALWAYS_INLINE void sum_weights(Shared &s, const Work &w, int64_t f, const int64_
 
 // Dropout's factor on a unit: 1 / (1 - rate) if the unit stays, else 0. It stays if its draw is at
 // least the rate.
-ALWAYS_INLINE real kept(const Part &now, int layer, int row, int column)
+ALWAYS_INLINE real kept(const Part &part, int layer, int row, int column)
 {
-    if (!DROPOUT || !now.draws) return 1;
-    return row < now.rows && now.draws[layer * now.layer + row * WIDTH + column] >= now.rate ? now.scale : 0;
+    if (!DROPOUT || !part.draws) return 1;
+    return row < part.rows && part.draws[layer * part.layer + row * WIDTH + column] >= part.rate ? part.scale : 0;
 }
 
-template <int L> ALWAYS_INLINE void forward(Shared &s, const Part &now)
+template <int L> ALWAYS_INLINE void forward(Shared &s, const Part &part)
 {
     using Z = Layer<L>;
     using Sum = Product<ROWS, Z::OUT, Factor<ALONG, Z::INPUT_ROW>, Factor<ACROSS, Z::ROW>>;
@@ -67,23 +67,23 @@ template <int L> ALWAYS_INLINE void forward(Shared &s, const Part &now)
         if constexpr (L == DEPTH) store(s.outputs + r * Z::ROW + column, z);
         else {
             if (ACTIVATION != RELU) store(s.z[L] + r * Z::ROW + column, z);
-            UNROLL for (int j = 0; j < Sum::RUN; j++) z.at[j] = activated(ACTIVATION, z.at[j]) * kept(now, L, r, column + j);
+            UNROLL for (int j = 0; j < Sum::RUN; j++) z.at[j] = activated(ACTIVATION, z.at[j]) * kept(part, L, r, column + j);
             store(s.h[L] + r * Z::ROW + column, z);
         }
     });
     BARRIER(FORWARD + L);
-    if constexpr (L < DEPTH) forward<L + 1>(s, now);
+    if constexpr (L < DEPTH) forward<L + 1>(s, part);
 }
 
-// Replaces the outputs by the slope of the loss in them. Four threads share a row.
-ALWAYS_INLINE void slope_in_outputs(Shared &s, const Work &w, const Part &now)
+// Replaces the outputs by the gradient of the loss in them. Four threads share a row.
+ALWAYS_INLINE void slope_in_outputs(Shared &s, const Work &w, const Part &part)
 {
     for (int i = threadIdx.x; i < ROWS * 4; i += THREADS) {
         const int r = i / 4;
-        const real share = r >= now.rows ? 0 : now.share != 0 ? now.share : (real)(s.weight[r] / s.total[0]);
+        const real share = r >= part.rows ? 0 : part.share != 0 ? part.share : (real)(s.weight[r] / s.total[0]);
         real *z = s.outputs + r * LAST_ROW;
         if (!CLASSES) {
-            if (i % 4 == 0) z[0] = r < now.rows ? number_slope(w.loss, (real)*w.loss_number, z[0] - s.target[r]) * share : 0;
+            if (i % 4 == 0) z[0] = r < part.rows ? number_slope(w.loss, (real)*w.loss_number, z[0] - s.target[r]) * share : 0;
             continue;
         }
         constexpr int MINE = Layer<DEPTH>::OUT / 4;
@@ -104,15 +104,15 @@ ALWAYS_INLINE void slope_in_outputs(Shared &s, const Work &w, const Part &now)
     BARRIER(SLOPED);
 }
 
-// The slope in the inputs of layer L, from the slope in its outputs.
-template <int L> ALWAYS_INLINE void slope_below(Shared &s, const Part &now, const real *above)
+// The gradient in the inputs of layer L, from the gradient in its outputs.
+template <int L> ALWAYS_INLINE void slope_below(Shared &s, const Part &part, const real *above)
 {
     using Z = Layer<L>;
     using Sum = Product<ROWS, Z::IN, Factor<ALONG, Z::ROW>, Factor<ALONG, Z::ROW>>;
-    Sum::template runs<1, 2>({above}, {s.parameters + Z::WEIGHT}, Z::OUT, [&](int, int r, int unit, Numbers<Sum::RUN> slope) {
+    Sum::template runs<1, 2>({above}, {s.parameters + Z::WEIGHT}, Z::OUT, [&](int, int r, int unit, Numbers<Sum::RUN> gradient) {
         UNROLL for (int j = 0; j < Sum::RUN; j++) {
             real &z = s.z[L - 1][r * WIDE + unit + j];
-            z = slope_in(ACTIVATION, slope.at[j] * kept(now, L - 1, r, unit + j), z, s.h[L - 1][r * WIDE + unit + j]);
+            z = slope_in(ACTIVATION, gradient.at[j] * kept(part, L - 1, r, unit + j), z, s.h[L - 1][r * WIDE + unit + j]);
         }
     });
     BARRIER(BACKWARD + L);
@@ -120,73 +120,73 @@ template <int L> ALWAYS_INLINE void slope_below(Shared &s, const Part &now, cons
 
 // Adds the gradients of the earlier tiles to ``g``. Returns true if ``g`` is then the gradient of
 // the whole minibatch; otherwise the sum is stored in the thread's scratch memory.
-template <int N> ALWAYS_INLINE bool whole(const Part &now, int slot, Numbers<N> &g)
+template <int N> ALWAYS_INLINE bool whole(const Part &part, int slot, Numbers<N> &g)
 {
-    if (now.begun)
-        UNROLL for (int i = 0; i < N; i++) g.at[i] += now.scratch[(slot + i) * THREADS];
-    if (!now.whole)
-        UNROLL for (int i = 0; i < N; i++) now.scratch[(slot + i) * THREADS] = g.at[i];
-    return now.whole;
+    if (part.begun)
+        UNROLL for (int i = 0; i < N; i++) g.at[i] += part.scratch[(slot + i) * THREADS];
+    if (!part.whole)
+        UNROLL for (int i = 0; i < N; i++) part.scratch[(slot + i) * THREADS] = g.at[i];
+    return part.whole;
 }
-ALWAYS_INLINE void take(const Rates &by, real *w, real *first, real *second, real g)
+ALWAYS_INLINE void take(const Rates &step_rates, real *w, real *first, real *second, real g)
 {
-    if (MOMENTS == 2) adam_step(by, w, first, second, g);
-    else if (MOMENTS == 1) momentum_step(by, w, first, g);
-    else plain_step(by, w, g);
+    if (MOMENTS == 2) adam_step(step_rates, w, first, second, g);
+    else if (MOMENTS == 1) momentum_step(step_rates, w, first, g);
+    else plain_step(step_rates, w, g);
 }
 
-// Takes a layer's step, from the slope in its outputs.
+// Takes a layer's step, from the gradient in its outputs.
 template <int L>
-ALWAYS_INLINE void descend(Shared &s, const Work &w, Own<L> &own, const Part &now, const Rates &by, const Flat &at,
-                           const real *slope)
+ALWAYS_INLINE void descend(Shared &s, const Work &w, Own<L> &registers, const Part &part, const Rates &step_rates, const Flat &at,
+                           const real *gradient)
 {
     using Z = Layer<L>;
     using Gradient = typename Z::Gradient;
     const real *below = L ? s.h[L ? L - 1 : 0] : s.x;
     constexpr int RUN = Gradient::RUN;
-    Gradient::template runs<Z::UNROLLED, 2>({below}, {slope}, filled(now.rows, FULL_ROWS),
+    Gradient::template runs<Z::UNROLLED, 2>({below}, {gradient}, filled(part.rows, FULL_ROWS),
                                             [&](int number, int row, int column, Numbers<RUN> g) {
-        if (!whole(now, Z::SLOT + number, g)) return;
-        real *at_once = s.parameters + Z::WEIGHT + row * Z::ROW + column;
-        Numbers<RUN> parameters = load<RUN>(at_once);
+        if (!whole(part, Z::SLOT + number, g)) return;
+        real *weights = s.parameters + Z::WEIGHT + row * Z::ROW + column;
+        Numbers<RUN> parameters = load<RUN>(weights);
         UNROLL for (int j = 0; j < RUN; j++) {
             const int64_t place = at.weight + row * at.row + column + j;
             if constexpr (Z::IS_HELD)
-                take(by, parameters.at + j, own.first + number + j, own.second + number + j, g.at[j]);
+                take(step_rates, parameters.at + j, registers.first + number + j, registers.second + number + j, g.at[j]);
             else if (row < Z::BELOW && column + j < Z::ABOVE)
-                take(by, parameters.at + j, w.first + place, w.second + place, g.at[j]);
+                take(step_rates, parameters.at + j, w.first + place, w.second + place, g.at[j]);
         }
-        store(at_once, parameters);
+        store(weights, parameters);
     });
     const int j = bias<L>();
     if (j < 0) return;
     Numbers<1> g = {};
 #pragma unroll 8
-    for (int r = 0; r < now.rows; r++) g.at[0] += slope[r * Z::ROW + j];
-    if (whole(now, Z::SLOTS - 1, g)) take(by, s.parameters + Z::BIAS + j, &own.bias_first, &own.bias_second, g.at[0]);
+    for (int r = 0; r < part.rows; r++) g.at[0] += gradient[r * Z::ROW + j];
+    if (whole(part, Z::SLOTS - 1, g)) take(step_rates, s.parameters + Z::BIAS + j, &registers.bias_first, &registers.bias_second, g.at[0]);
 }
 
 template <int L>
-ALWAYS_INLINE void backward(Shared &s, const Work &w, int64_t f, int64_t c, Own<L> &own, const Part &now, const Rates &by)
+ALWAYS_INLINE void backward(Shared &s, const Work &w, int64_t f, int64_t c, Own<L> &registers, const Part &part, const Rates &step_rates)
 {
-    const real *slope = L < DEPTH ? s.z[L < DEPTH ? L : 0] : s.outputs;
-    if constexpr (L > 0) slope_below<L>(s, now, slope);  // before the step, because it needs the old weights
-    descend<L>(s, w, own, now, by, flat<L>(w, f, c), slope);
-    if constexpr (L > 0) backward<L - 1>(s, w, f, c, own, now, by);
+    const real *gradient = L < DEPTH ? s.z[L < DEPTH ? L : 0] : s.outputs;
+    if constexpr (L > 0) slope_below<L>(s, part, gradient);  // before the step, because it needs the old weights
+    descend<L>(s, w, registers, part, step_rates, flat<L>(w, f, c), gradient);
+    if constexpr (L > 0) backward<L - 1>(s, w, f, c, registers, part, step_rates);
 }
 
 // Sums the scores of the validation rows from ``at`` on, and writes their outputs, if Work asks for
 // them.
-ALWAYS_INLINE void score(Shared &s, const Work &w, int64_t f, int64_t c, const Part &now, int64_t at, int epoch)
+ALWAYS_INLINE void score(Shared &s, const Work &w, int64_t f, int64_t c, const Part &part, int64_t at, int epoch)
 {
     const int64_t begin = w.valid_start[f], count = w.valid_start[f + 1] - begin;
     const int64_t first = w.trials * (epoch * w.valid_start[w.folds] + begin) + c * count + at;
     if (w.scored)
-        for (int i = threadIdx.x; i < now.rows * OUTPUTS; i += THREADS)
+        for (int i = threadIdx.x; i < part.rows * OUTPUTS; i += THREADS)
             w.scored[OUTPUTS * first + i] = s.outputs[i / OUTPUTS * LAST_ROW + i % OUTPUTS];
     const int r = threadIdx.x;
     if (!w.means || r >= 64) return;
-    const double of_row = r < now.rows ? row_score(&w, CLASSES, f, s.outputs + r * LAST_ROW, now.which[r]) : 0;
+    const double of_row = r < part.rows ? row_score(&w, CLASSES, f, s.outputs + r * LAST_ROW, part.which[r]) : 0;
     const double sum = sum_of_warp(of_row);
     if (r % 32 == 0) s.total[r / 32] = sum + (at ? s.total[r / 32] : 0);
 }
@@ -198,8 +198,8 @@ ALWAYS_INLINE void train(Shared &s, const Work &w, int64_t f, int64_t c, real *s
     if (begin >= epochs * steps) return;
     const int64_t valid = w.scored || w.means ? w.valid_start[f + 1] - w.valid_start[f] : 0;
     const real rate = DROPOUT ? (real)w.dropout[c] : 0;
-    Own<DEPTH> own;
-    move<DEPTH, false>(s, w, own, f, c);
+    Own<DEPTH> registers;
+    move<DEPTH, false>(s, w, registers, f, c);
     const int output = threadIdx.x;
     if (output < Layer<DEPTH>::OUT) s.present[output] = output < OUTPUTS ? w.present[f * OUTPUTS + output] : 0;
     for (int step = begin; step < end && step < epochs * steps; step++) {
@@ -214,30 +214,30 @@ ALWAYS_INLINE void train(Shared &s, const Work &w, int64_t f, int64_t c, real *s
         for (int64_t at = 0; at < all;) {  // the minibatch, and after the last one of an epoch the validation rows
             const bool training = at < count;
             const int64_t left = (training ? count : all) - at;
-            Part now = {training ? which + at : w.valid + w.valid_start[f] + at - count, left < ROWS ? (int)left : ROWS};
-            now.begun = at > 0;
-            now.whole = left <= ROWS;
-            now.rate = rate;
-            now.scale = 1 / (1 - rate);
-            now.layer = DROPOUT ? w.draw_rows[within] * WIDTH : 0;
-            now.scratch = scratch;
-            now.share = w.weights ? 0 : 1 / (real)count;
-            now.draws = DROPOUT && training && rate > 0 ? w.draws + w.draw_start[epoch * w.longest + within] + at * WIDTH : nullptr;
-            gather(s, w, f, now);
+            Part part = {training ? which + at : w.valid + w.valid_start[f] + at - count, left < ROWS ? (int)left : ROWS};
+            part.begun = at > 0;
+            part.whole = left <= ROWS;
+            part.rate = rate;
+            part.scale = 1 / (1 - rate);
+            part.layer = DROPOUT ? w.draw_rows[within] * WIDTH : 0;
+            part.scratch = scratch;
+            part.share = w.weights ? 0 : 1 / (real)count;
+            part.draws = DROPOUT && training && rate > 0 ? w.draws + w.draw_start[epoch * w.longest + within] + at * WIDTH : nullptr;
+            gather(s, w, f, part);
             BARRIER(GATHERED);
-            forward<0>(s, now);
+            forward<0>(s, part);
             if (training) {
-                slope_in_outputs(s, w, now);
-                const Rates by = s.rates[of];
-                backward<DEPTH>(s, w, f, c, own, now, by);
-            } else score(s, w, f, c, now, at - count, epoch);
-            at += now.rows;
+                slope_in_outputs(s, w, part);
+                const Rates step_rates = s.rates[of];
+                backward<DEPTH>(s, w, f, c, registers, part, step_rates);
+            } else score(s, w, f, c, part, at - count, epoch);
+            at += part.rows;
             BARRIER(ENDED);
         }
         if (all > count && w.means && threadIdx.x == 0)
             w.means[(epoch * w.folds + f) * w.trials + c] = (s.total[0] + s.total[1]) / valid;
     }
-    move<DEPTH, true>(s, w, own, f, c);
+    move<DEPTH, true>(s, w, registers, f, c);
 }
 
 // Each block takes members from the queue until it is empty. ``next`` is the number of members
@@ -248,12 +248,12 @@ train_members(const Work *work, unsigned *next, real *scratch, int begin, int en
     extern __shared__ __align__(16) char memory[];
     Shared &s = *(Shared *)memory;
     const Work &w = *work;
-    real *own = scratch + (int64_t)blockIdx.x * Layer<DEPTH>::SLOTS * THREADS + threadIdx.x;
+    real *thread_scratch = scratch + (int64_t)blockIdx.x * Layer<DEPTH>::SLOTS * THREADS + threadIdx.x;
     for (int turn = 0;; turn ^= 1) {
         if (threadIdx.x == 0) s.place[turn] = atomicAdd(next, 1u);
         BARRIER(QUEUE);
         const int64_t place = s.place[turn];
         if (place >= w.folds * w.trials) return;
-        train(s, w, w.queue[place] / w.trials, w.queue[place] % w.trials, own, begin, end, epochs);
+        train(s, w, w.queue[place] / w.trials, w.queue[place] % w.trials, thread_scratch, begin, end, epochs);
     }
 }

@@ -110,7 +110,9 @@ def choose_model(model: object, optimizer: object) -> ModelChoice:
     searched, module_class = _resolve(model)
     if optimizer is None:
         return ModelChoice(searched, "exact" if searched == "logistic" else "adamw", module_class)
-    argument = f"optimizer for model={model!r}" if isinstance(model, str) else "optimizer"
+    argument = "optimizer"
+    if isinstance(model, str):
+        argument = f"{option('optimizer')} for {option('model', model)}"
     name = optimizer_word(optimizer, argument, more=("exact",) if searched == "logistic" else ())
     check_optimizer(complete({}, optimizer=name, schedule="constant"), searched)
     return ModelChoice(searched, name, module_class)
