@@ -443,7 +443,7 @@ REFUSED_NETS = [
     ),
     (
         {"optimizer": "RAdam", "optimizer__beta": 0.1},
-        "^optimizer__beta is no hyperparameter .*optimizer__betas",
+        "^optimizer__beta is not a hyperparameter .*optimizer__betas",
     ),
     ({"optimizer": "lamb"}, "got 'lamb'"),
     ({"optimizer": "adam", "optimizer__momentum": 0.9}, "'adam' has no momentum, got 0.9"),
