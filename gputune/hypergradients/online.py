@@ -60,12 +60,9 @@ class _Online(Optimizer):
     def __init__(self, params: ParamsT, **defaults: object) -> None:
         for group in params if isinstance(params, list | tuple) else [params]:
             if isinstance(group.get("params") if isinstance(group, dict) else group, nn.Module):
-                raise InputError(
-                    "params",
-                    "must be the parameters of a module",
-                    got=Verbatim("a module"),
-                    remedy=f"Pass {type(self).__name__}(module.parameters()).",
-                )
+                rule = "must be the parameters of a module"
+                remedy = f"Pass {type(self).__name__}(module.parameters())."
+                raise InputError("params", rule, got=Verbatim("a module"), remedy=remedy)
         super().__init__(params, {**defaults, "grad_norm": 0.0})
 
     def _directions(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
@@ -126,13 +123,10 @@ class _Online(Optimizer):
         for group in state_dict["param_groups"]:
             lacking |= keys - group.keys()
         if lacking:
-            raise InputError(
-                "state_dict",
-                f"must be the state of {type(self).__name__}",
-                got=Verbatim(f"groups without {', '.join(sorted(lacking))}"),
-                remedy="Leave out the state of a different optimizer. This optimizer needs only "
-                "the parameters.",
-            )
+            rule = f"must be the state of {type(self).__name__}"
+            got = Verbatim(f"groups without {', '.join(sorted(lacking))}")
+            remedy = "Leave out the state of a different optimizer, and pass only the parameters."
+            raise InputError("state_dict", rule, got=got, remedy=remedy)
         super().load_state_dict(state_dict)
 
     @overload
@@ -395,21 +389,15 @@ def _check_group(group: Group) -> Group:
     """
     rule = group["rule"]
     if rule not in ONLINE_RULES:
-        raise InputError(
-            "rule",
-            f"must be one of {', '.join(ONLINE_RULES)}",
-            got=rule,
-            remedy=f"{ONLINE_RULES[0]!r} does not depend on the scale of the model.",
-        )
+        rules = ", ".join(ONLINE_RULES)
+        remedy = f"{ONLINE_RULES[0]!r} does not depend on the scale of the model."
+        raise InputError("rule", f"must be one of {rules}", got=rule, remedy=remedy)
     scaled = rule == "multiplicative"
     if group["hypergrad_lr"] is None:
         if not scaled:
-            raise InputError(
-                "hypergrad_lr",
-                f"must be set with {option('rule', rule)}, because its scale depends on the model",
-                got=None,
-                remedy=f"Try powers of ten, or use {option('rule', 'multiplicative')}.",
-            )
+            reason = f"with {option('rule', rule)}, because its scale depends on the model"
+            remedy = f"Try powers of ten, or use {option('rule', 'multiplicative')}."
+            raise InputError("hypergrad_lr", f"must be set {reason}", got=None, remedy=remedy)
         group = {**group, "hypergrad_lr": DEFAULTS["hypergrad_lr"]}
     numbers: Group = {
         "lr": _number(group, "lr", "0.001", low_counts=not scaled),
@@ -421,13 +409,9 @@ def _check_group(group: Group) -> Group:
         if group[name] is not None:
             numbers[name] = _number(group, name, "0.1", low=-math.inf)
     if not numbers.get("lr_min", -math.inf) <= numbers["lr"] <= numbers.get("lr_max", math.inf):
-        raise InputError(
-            "lr",
-            f"must be between {option('lr_min', group['lr_min'])} and "
-            f"{option('lr_max', group['lr_max'])}",
-            got=numbers["lr"],
-            remedy="None means no bound.",
-        )
+        bounds = f"{option('lr_min', group['lr_min'])} and {option('lr_max', group['lr_max'])}"
+        rule = f"must be between {bounds}"
+        raise InputError("lr", rule, got=numbers["lr"], remedy="None means no bound.")
     if "momentum" in group:
         momentum = _number(group, "momentum", "0.9", high=1.0)
         if group["nesterov"] and not momentum:
