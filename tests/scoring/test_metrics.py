@@ -120,7 +120,7 @@ def test_other_metrics_are_another_search(tmp_path, other):
     there = ", ".join(METRICS)
     here = "one" if isinstance(other, str) else ", ".join(other)
     with refused(
-        rf"differs .* in: scoring( \({there} in the study, {here} now\))?(, positive .*)?\. Give"
+        rf"differs .* in: scoring( \({there} in the study, {here} now\))?(, positive .*)?\. Pass"
     ):
         search(scoring=other, study=file, n_trials=1)
 

@@ -175,7 +175,7 @@ def test_the_command_line(tmp_path, monkeypatch):
         ),
         (
             [*tune, "--target", "price", "--method", "hypergradient"],
-            "which a hypergradient search does not; leave it out",
+            "but a hypergradient search cannot do that. Leave it out",
         ),
     ):
         code, _, err = run(*words)

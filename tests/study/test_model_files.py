@@ -453,6 +453,6 @@ def test_the_module_argument_is_checked(frame, saved, folder, net):
         with refused(r"must be a subclass of torch\.nn\.Module, got"):
             load_model(folder, module=odd)
     with refused(
-        r"LogisticRegression could not be built .* is no argument of .* Pass the class as it was"
+        r"LogisticRegression could not be built .* is not an argument of .* Pass the class as it was"
     ):
         load_model(folder, module=LogisticRegression)

@@ -412,7 +412,7 @@ def test_a_builder_that_does_not_build_is_named():
         (
             lambda n_outputs: n_outputs,
             {"depth": 3},
-            r"module__depth is no argument of <lambda>\(n_outputs\)",
+            r"module__depth is not an argument of <lambda>\(n_outputs\)",
         ),
         (lambda n_outputs: n_outputs, {"n_outputs": 3}, "module__n_outputs is given by the data"),
     ):

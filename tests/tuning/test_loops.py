@@ -191,7 +191,7 @@ def test_a_value_that_is_no_number_ends_the_training():
 
     with pytest.raises(
         gputune.SearchFailedError,
-        match="of 8 trials the objective .* reported NaN .* in 8; look at",
+        match="the objective .* reported NaN .* in 8 of 8 trials. Check",
     ):
         search(objective)
     assert len(seen) == 8
@@ -295,7 +295,7 @@ def test_it_stops_at_a_report_when_time_is_over_and_goes_on_later(tmp_path):
             "complete"
         ] * 2
     assert calls == [0, 0, 1]
-    with pytest.raises(gputune.InputError, match="differs from this call in: objective. Give"):
+    with pytest.raises(gputune.InputError, match="differs from this call in: objective. Pass"):
         search(train, n_trials=2, study=path)
 
 
