@@ -353,8 +353,8 @@ class LoopTask:
         self.reports.write(number, (), ended=False)
         try:
             with seeded_generators(self.seed):
-                score = self.objective(dict(params), report)
-                score = self.sign * _number(score, "the value that the objective returns")
+                value = self.objective(dict(params), report)
+                score = self.sign * _number(value, "the value that the objective returns")
         except TrialEnd:
             pass
         except Exception as failure:
