@@ -414,7 +414,7 @@ def test_a_builder_that_does_not_build_is_named():
             {"depth": 3},
             r"module__depth is not an argument of <lambda>\(n_outputs\)",
         ),
-        (lambda n_outputs: n_outputs, {"n_outputs": 3}, "module__n_outputs is given by the data"),
+        (lambda n_outputs: n_outputs, {"n_outputs": 3}, "module__n_outputs is set by the data"),
     ):
         with refused(message):
             build_module(builder, arguments, Shape(3, 2), seed=0)
