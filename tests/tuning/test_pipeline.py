@@ -880,7 +880,7 @@ def test_a_score_of_one_class_goes_on_in_a_file_that_does_not_say_which(tmp_path
     assert [t.score for t in search(positive="usual").trials] == [t.score for t in study.trials]
     with refused("in: positive .'usual' in the study, 'rare' now."):
         search(positive="rare")
-    with refused("scoring='neg_log_loss' knows no positive class"):
+    with refused("scoring='neg_log_loss' has no positive class"):
         tune("mlp", X, y, method="hypergradient", positive="rare")
 
 
