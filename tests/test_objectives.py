@@ -551,7 +551,7 @@ ONE_LOGIT = "For one logit per row and two classes pass loss='bce'"
         (
             TWO,
             {"model": OneLogit, "loss": nn.BCELoss()},
-            "BCELoss takes probabilities, .* give loss='bce', which",
+            "BCELoss takes probabilities, .* Give loss='bce', which",
         ),
         (
             TWO,

@@ -169,7 +169,7 @@ def test_what_the_parser_refuses(bugs, options, words):
         ("--optimizer lamb", ["--optimizer", "'lamb'", "adamw"]),
         (
             "--scoring neg_loss",
-            ["--scoring neg_loss is of a module's loss", "; choose another --scoring."],
+            ["--scoring neg_loss needs the loss of a module", ". Choose another --scoring."],
         ),
         ("--scoring r2", ["--scoring r2", "binary", "accuracy"]),
         ("--task ranking", ["--task", "'ranking'", "classification"]),
