@@ -174,7 +174,7 @@ def test_a_chunk_that_ends_every_worker_is_given_up(orders, monkeypatch):
     monkeypatch.setattr(executor, "MAX_LOST_WORKERS", 2)
     (orders / "kill").touch()
     with pytest.warns(
-        UserWarning, match="SIGKILL ended it .as the system does where memory has run out"
+        UserWarning, match="SIGKILL ended it, which the system sends if memory has run out"
     ):
         study = search()
     (failed,) = (t for t in study.trials if t.state == "failed")
