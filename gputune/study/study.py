@@ -4,6 +4,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import chain
@@ -20,7 +21,7 @@ from gputune.study.rows import Lazy, TrialState, ranked, stack_curves
 from gputune.study.store import Candidate, Curve, Result, Store
 from gputune.text import count, did_you_mean, of_class
 from gputune.types import Config, Json
-from gputune.wording import Verbatim, option
+from gputune.wording import PYTHON, Verbatim, option
 
 if TYPE_CHECKING:
     # Opening a study must not import torch, and pandas and polars are imported only for a table.
@@ -154,12 +155,17 @@ class Study:
         file: Path | None = None,
     ) -> Self:
         """Return the study of these candidates, in this order, with their results so far."""
-        study = cls(meta=meta, trials=(), curves=np.empty((0, 0, 0)), data=data, file=file)
-        trials = partial(_trials, rows, SearchRecord.from_json(meta))
+        # The record keeps the marks of arguments in its notes. Each interface renders them.
+        record = SearchRecord.from_json(meta)
+        options: dict[str, object] = copy(meta) if isinstance(meta, dict) else dict(meta)
+        if "notes" in options:
+            options["notes"] = [PYTHON.render(note) for note in record.notes]
+        study = cls(meta=options, trials=(), curves=np.empty((0, 0, 0)), data=data, file=file)
+        trials = partial(_trials, rows, record)
         curves = partial(
             stack_curves, [None if result is None else result.curve for _, result in rows]
         )
-        vars(study).update(rows=rows, trials=trials, curves=curves)
+        vars(study).update(rows=rows, trials=trials, curves=curves, record=record)
         return study
 
     @cached_property
