@@ -25,19 +25,22 @@ from pathlib import Path
 import sklearn
 
 _ANY_SOLVER = (
-    "the objective has one solution, found whatever the solver: none refuses l1 or the elastic net"
+    "the objective has one solution, the same for all solvers: every solver accepts l1 and the "
+    "elastic net"
 )
-_CONVERGENCE = "the ConvergenceWarning names a solver of scikit-learn's, and it was Newton's method"
+_CONVERGENCE = (
+    "the ConvergenceWarning names a solver of scikit-learn, but gputune solves with Newton's method"
+)
 _START = (
-    "it is solved to its end from wherever it begins, so that an earlier solution saves no steps"
+    "gputune solves to convergence from any starting point, so an earlier solution saves no steps"
 )
-_DEPRECATED = "words that scikit-learn will remove are taken without a warning"
+_DEPRECATED = "gputune accepts parameters that scikit-learn will remove, without a warning"
 REASONS: dict[str, tuple[tuple[str, str], ...]] = {
     "test_mlp": (
         (
             "test_partial_fit_regression",
-            "fit is gputune's and partial_fit scikit-learn's, with other random numbers: they "
-            "are not the same network",
+            "fit is from gputune and partial_fit from scikit-learn. They use different random "
+            "numbers, so the networks differ",
         ),
         (
             "test_nonfinite_params",
@@ -45,14 +48,14 @@ REASONS: dict[str, tuple[tuple[str, str], ...]] = {
         ),
         (
             "test_n_iter_no_change_inf",
-            "with n_iter_no_change=inf no loss is computed, and nothing is counted",
+            "with n_iter_no_change=inf, gputune computes no loss and counts no epochs without change",
         ),
     ),
     "test_search": (
         (
             "test_searchcv_raise_warning_with_non_finite_score",
-            "one more warning says that the estimator is none of gputune's, and that "
-            "scikit-learn's own loop fits it",
+            "there is one more warning: the estimator is not from gputune, and scikit-learn's own "
+            "loop fits it",
         ),
     ),
     "test_logistic": (
@@ -62,8 +65,8 @@ REASONS: dict[str, tuple[tuple[str, str], ...]] = {
         ),
         (
             "test_logistic_cv_multinomial_score",
-            "the test hands all parameters of the estimator to a private function of "
-            "scikit-learn, which has no device",
+            "the test passes all parameters of the estimator to a private function of "
+            "scikit-learn, which has no `device` parameter",
         ),
         ("test_max_iter|test_newton_cholesky_fallback", _CONVERGENCE),
         ("test_warm_start", _START),
@@ -71,11 +74,11 @@ REASONS: dict[str, tuple[tuple[str, str], ...]] = {
         ("deprecated|warns_with_n_jobs", _DEPRECATED),
         (
             "penalty_l1ratio_incompatible",
-            "penalty='l1' and 'l2' say what l1_ratio would: no warning of its default",
+            "penalty='l1' and 'l2' replace l1_ratio: gputune does not warn about its default",
         ),
         (
             "test_large_sparse_matrix",
-            "sparse X is made dense, so that 64-bit indices are no trouble",
+            "gputune makes sparse X dense, so it accepts 64-bit indices",
         ),
     ),
 }
@@ -181,13 +184,17 @@ def page(results: Mapping[Suite, tuple[Sequence[str], Mapping[str, str]]]) -> st
     lines = [
         "# scikit-learn's own tests",
         "",
-        "Made by `python scripts/reproduce/scikit_learn_suites.py --out docs`, with scikit-learn "
-        f"{sklearn.__version__}. Each of",
-        "its test files was run as it is, and with gputune's classes in place of its own by one "
-        "import; a test counts where",
-        "scikit-learn's own class passes it.",
+        "This page shows which of scikit-learn's own tests the estimators and searches of gputune "
+        "pass. The tests are",
+        f"those of scikit-learn {sklearn.__version__}.",
         "",
-        "| test file | classes | pass |",
+        "- Each test file was run twice: unchanged, and with one more import that replaces "
+        "scikit-learn's classes by",
+        "  gputune's.",
+        "- A test counts if scikit-learn's own class passes it.",
+        "- `python scripts/reproduce/scikit_learn_suites.py --out docs` makes this page.",
+        "",
+        "| Test file | Classes | Tests that pass |",
         "|---|---|---|",
     ]
     for suite, (applies, failed) in results.items():
@@ -199,7 +206,7 @@ def page(results: Mapping[Suite, tuple[Sequence[str], Mapping[str, str]]]) -> st
     for suite, (_, failed) in results.items():
         if not failed:
             continue
-        lines += ["", f"## What fails in {suite.name}", "", "| tests | why |", "|---|---|"]
+        lines += ["", f"## Tests that fail in {suite.name}", "", "| Tests | Reason |", "|---|---|"]
         for why, names in by_reason(suite, failed).items():
             functions = Counter(name.split("[")[0] for name in names)
             listed = ", ".join(
