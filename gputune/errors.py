@@ -44,7 +44,7 @@ class InputError(ValueError):
     """
 
     def __init__(
-        self, argument: str | None, rule: str = "", got: object = MISSING, remedy: str = ""
+        self, argument: str | None, rule: str, got: object = MISSING, remedy: str = ""
     ) -> None:
         if got is not MISSING:
             got = Verbatim(shown_value(got))
@@ -58,8 +58,6 @@ class InputError(ValueError):
     @property
     def message(self) -> str:
         """The message with its references as marks, to be rendered or to become part of another."""
-        if not self.rule:  # the argument is a finished sentence
-            return str(self.argument)
         sentence = self.rule
         if self.argument is not None:
             is_reference = Reference.parse(self.argument) is not None

@@ -10,14 +10,13 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from importlib import import_module
 from typing import Any
 
 from gputune.cli.arguments import make_parser
-from gputune.cli.flags import CommandLine, in_flags
+from gputune.cli.flags import CommandLine
 from gputune.cli.paths import check_paths
 from gputune.errors import (
     CheckFailedError,
@@ -27,11 +26,11 @@ from gputune.errors import (
     SearchFailedError,
     SearchInterrupted,
     Terminated,
-    UntrustedCodeError,
 )
 from gputune.garbage import without_collector
 from gputune.text import clean, count
 from gputune.tuning.interrupt import end_command, end_process, take_signals
+from gputune.wording import Interface
 
 _MODULES = {
     **dict.fromkeys(("tune", "train", "resume"), "tune"),
@@ -82,20 +81,8 @@ def _command(typed: list[str]) -> int:
         return int(ending.code or 0)
     file = repr(arguments.file) if hasattr(arguments, "file") else "FILE"
     interface = CommandLine(arguments.command, file)
-    # Names that are not translated to flags: the target, because errors begin with its name, and
-    # the study of a command without the option --out for it.
-    unchanged = {getattr(arguments, "target", None) or ""}
-    if arguments.command not in ("tune", "train"):
-        unchanged.add("study")
-    render = partial(
-        in_flags,
-        kept=unchanged,
-        file=file,
-        config="--set" if arguments.command == "train" else "--include",
-        interface=interface,
-    )
-    with _warnings_on_one_line(render):
-        return _run(arguments, render)
+    with _warnings_on_one_line(interface):
+        return _run(arguments, interface)
 
 
 def _open_streams() -> None:
@@ -132,7 +119,7 @@ def _flush_streams() -> None:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _run(arguments: argparse.Namespace, render: Callable[..., str]) -> int:
+def _run(arguments: argparse.Namespace, interface: Interface) -> int:
     """Run the command, print its result, and return its exit code."""
     try:
         check_paths(arguments)
@@ -143,17 +130,14 @@ def _run(arguments: argparse.Namespace, render: Callable[..., str]) -> int:
         return _write("" if is_quiet else text)
     except SearchInterrupted as stop:
         _write(stop.report if arguments.verbose else "")
-        _say(render(stop.message))
+        _say(interface.render(stop.message))
         return 128 + stop.signal  # the exit code that a shell gives for a signal
     except CheckFailedError as failed:
         _write(failed.report)
         _say(str(failed))
         return FAILED
-    except UntrustedCodeError as error:
-        _say(f"error: {error.text(CommandLine())}")
-        return BAD_INPUT
     except (InputError, SearchFailedError, ClusterError, DivergedError, OSError) as error:
-        _say(f"error: {render(_message(error), foreign=_causes(error))}")
+        _say(f"error: {interface.render(_message(error))}")
         return BAD_INPUT if isinstance(error, _BAD_INPUT) else FAILED
     except Exception:  # a bug: the report needs the traceback
         with suppress(OSError, ValueError):
@@ -217,16 +201,6 @@ def _say(text: str) -> None:
         print(f"gputune: {clean(text)}", file=sys.stderr)
 
 
-def _causes(error: BaseException) -> list[str]:
-    """Return the messages of other libraries and of the user's code that caused an error."""
-    messages = []
-    while error.__cause__ is not None:
-        error = error.__cause__
-        if not isinstance(error, InputError):
-            messages.append(str(error).rstrip("."))
-    return messages
-
-
 def _message(error: Exception) -> str:
     """Return the message of an error, with the file name of an OSError."""
     if not isinstance(error, OSError):
@@ -237,7 +211,7 @@ def _message(error: Exception) -> str:
 
 
 @contextmanager
-def _warnings_on_one_line(render: Callable[[str], str]) -> Iterator[None]:
+def _warnings_on_one_line(interface: Interface) -> Iterator[None]:
     """Show each warning for the user once, as one line without a line of our code."""
     seen = set()
     show_as_python = warnings.showwarning
@@ -248,7 +222,7 @@ def _warnings_on_one_line(render: Callable[[str], str]) -> Iterator[None]:
             show_as_python(message, category, *place, **kwargs)
         elif text not in seen:
             seen.add(text)
-            _say(f"warning: {render(getattr(message, 'marked', text))}")
+            _say(f"warning: {interface.render(getattr(message, 'marked', text))}")
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)

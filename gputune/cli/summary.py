@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gputune.api.study import Study
-from gputune.cli.flags import in_flags
+from gputune.cli.flags import CommandLine
 from gputune.cli.held_out import HeldOut
 from gputune.cli.saved_model import is_default_best, may_be_chance
 from gputune.cli.study import SCORE_AND_ERROR, mean_words, pareto_text, trial_rows
@@ -167,7 +167,7 @@ def _understood(ending: Ending, width: int) -> str:
         ("Task", _task(study)),
         ("Search", training),
         *_method(study),
-        *(("Note", in_flags(note, kept={record.target})) for note in record.notes),
+        *(("Note", CommandLine().render(note)) for note in record.notes),
     ]
     return _label_lines(lines, width)
 

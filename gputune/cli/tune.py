@@ -19,7 +19,7 @@ import torch
 
 from gputune.api.study import Study
 from gputune.cli.arguments import MODEL, STUDY, model_folder, study_file
-from gputune.cli.flags import CommandLine, in_flags
+from gputune.cli.flags import CommandLine
 from gputune.cli.held_out import HeldOut, held_out_baseline, held_out_score
 from gputune.cli.options import options_of, typed_options
 from gputune.cli.saved_model import (
@@ -117,14 +117,6 @@ def resume(arguments: argparse.Namespace) -> str:
     return _Run(arguments, recorded, study, begin, profile).finish()
 
 
-class _Notes(CommandLine):
-    """The command line's names in notes, also in notes without references."""
-
-    def render(self, message: str) -> str:
-        """Return a note with its references rendered, or translated if it has none."""
-        return in_flags(super().render(message))
-
-
 @dataclass
 class _Run:
     """A search of the command line, from its rows to its closing text.
@@ -208,7 +200,7 @@ class _Run:
         """Run the search. After an interrupt save the best model so far."""
         run = partial(search, self.recorded, (CTRL_C, TERMINATED), say_notes=False)
         try:
-            return run(profile=self.profile, interface=_Notes(), study_type=Study)
+            return run(profile=self.profile, interface=CommandLine(), study_type=Study)
         except SearchInterrupted as stop:
             ending = self._make_ending(stop.study)
             is_gentle = stop.signal == CTRL_C and not stop.at_once
@@ -224,7 +216,7 @@ class _Run:
 
     def _text(self, ending: Ending, make: Callable[..., str] = summary_text) -> str:
         """Return the closing text of an ending."""
-        ended = in_flags(self.profile.ended)
+        ended = CommandLine().render(self.profile.ended)
         ending = replace(ending, ended=ended, seconds=time.perf_counter() - self.begin)
         return make(ending, width=shutil.get_terminal_size().columns)
 

@@ -1,7 +1,6 @@
 """Estimators that are networks: joint training of all configurations and folds, and prediction."""
 
 import itertools
-import re
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -185,23 +184,7 @@ class EstimatorNames(Interface):
 
 def with_estimator_names(error: InputError) -> InputError:
     """Return an error of the engine with the parameter names of the scikit-learn API."""
-    if error.rule:
-        return error.shown_by(EstimatorNames())
-    text = str(error).replace("model: ", "module: ", 1).replace("space: ", "", 1)
-    for name in ("loss__", "loss=", "loss must"):
-        text = text.replace(name, name.replace("loss", "criterion"), 1)
-    text = re.sub(r"\bloss=(?=torch\.nn|')", "criterion=", text)
-    text = text.replace("say task='regression'", "use NeuralNetRegressor")
-    text = text.replace("say task='classification'", "use NeuralNetClassifier")
-    text = text.replace(
-        "with task='custom' and scoring=callable(outputs, y)", "in gputune.sklearn.NeuralNet"
-    )
-    text = text.replace("with task='custom' and scoring='neg_loss'", "in gputune.sklearn.NeuralNet")
-    text = re.sub(
-        r"put '(module__\w+)' into the space \(some values, or one\)", r"pass \1=...", text
-    )
-    text = re.sub(r"set (module__\w+=\d+) in the space", r"pass \1", text)
-    return InputError(text.replace("values of the space", "values"))
+    return error.shown_by(EstimatorNames())
 
 
 def _fit_batch(batch: RecipeBatch, training: FitOptions) -> Members:

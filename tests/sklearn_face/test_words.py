@@ -143,7 +143,7 @@ REFUSED = [
     ({"momentum": 1}, "momentum must be a number in"),
     ({"dropout": 1}, "'dropout' parameter"),
     ({"weight_decay": -1}, "'weight_decay' parameter"),
-    ({"device": "tpu"}, "device must be 'auto' or one"),
+    ({"device": "tpu"}, "device must be 'auto' or a device"),
     (
         {"solver": "lbfgs", "dropout": 0.5},
         "dropout=0.5 is supported only by gputune's training, but solver='lbfgs' needs scikit-le",
