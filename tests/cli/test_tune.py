@@ -665,8 +665,8 @@ def test_no_predicted_text_is_a_formula(tmp_path):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("net.py:Net", "after the rows: write the file again with X[:, None]"),
-        ("net.py:Last", "want them first: write the file again with X.transpose("),
+        ("net.py:Net", "after the rows. Write the file again with X[:, None]"),
+        ("net.py:Last", "expect them first. Write the file again with X.transpose("),
         (
             "mlp",
             "Choose --model cnn for images, --model gru for sequences, .* write the file again "
