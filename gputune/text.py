@@ -212,7 +212,7 @@ def blocks(values: Sequence[float], *, width: int) -> str:
     A blank stands for NaN and infinity.
     """
     step = max(1, math.ceil(len(values) / width))
-    shown = [float(value) for value in values[::step]]
+    shown = list(map(float, values[::step]))
     finite = [value for value in shown if math.isfinite(value)]
     low, high = (min(finite), max(finite)) if finite else (0.0, 0.0)
     scale = (len(_BLOCKS) - 1) / (high - low) if high > low else 0.0

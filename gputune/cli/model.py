@@ -138,7 +138,7 @@ class Evaluation:
 
     def _class_tables(self) -> list[str]:
         """Return tables of precision and recall, and of the confusion matrix of few classes."""
-        names = [clean(label) for label in self.classes]
+        names = list(map(clean, self.classes))
         matrix = np.array(self.confusion)
         shares = []
         for name, right, rows, guesses in zip(

@@ -107,7 +107,7 @@ def trials_json(study: Study) -> str:
 
     Scores have scikit-learn's sign. NaN is null.
     """
-    rows = [_plain(trial) for trial in study.trials]
+    rows = list(map(_plain, study.trials))
     for row, trial in zip(rows, study.trials):
         if trial.state == "failed":
             row["reason"] = failure_reason(study, trial)

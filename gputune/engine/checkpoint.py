@@ -312,7 +312,7 @@ class StateCache:
 
         All of the trials have trained for the same number of epochs.
         """
-        states = [self.look(trial) for trial in trials]
+        states = list(map(self.look, trials))
         for trial in trials:
             self.drop(trial)
         return State.stack(states)

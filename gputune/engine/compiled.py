@@ -129,7 +129,7 @@ class CompiledChunk:
             "decay": self._place_values("weight_decay"),
             "dropout": self._place_values("dropout"),
             "ema": self._place_values("ema"),
-            "widths": self.place([hidden_widths(config) for config in self.configs]),
+            "widths": self.place(list(map(hidden_widths, self.configs))),
             "loss_number": self.place([self.network.loss_number]),
             "sizes": self.place(self.sizes),
             "schedule": self.place([schedules.index(c["schedule"]) for c in self.configs]),

@@ -194,7 +194,7 @@ class StackedMLP:
         self.sizes = [shape.n_features, *[self.hidden] * self.depth, shape.n_outputs]
         folds = shape.folds
         trials = len(configs)
-        widths = [hidden_widths(config) for config in configs]
+        widths = list(map(hidden_widths, configs))
         # One block per parameter. The first layer is one wide product over the trials of a fold.
         blocks = [
             Block("weight0", (folds, self.sizes[0], trials, self.sizes[1]), 2),

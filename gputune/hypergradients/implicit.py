@@ -31,7 +31,7 @@ from gputune.errors import DivergedError, InputError
 from gputune.hypergradients.first_step import free_bytes
 from gputune.hypergradients.inner import HypergradientResult
 from gputune.models import LogisticRegression
-from gputune.solver.objective import FoldRows, Point, point_at, product, rows_of
+from gputune.solver.objective import Point, SolverRows, point_at, product, rows_of
 from gputune.solver.solve import (
     LogisticProblem,
     Solution,
@@ -192,7 +192,7 @@ def _differentiate(
     return held_out.loss, gradient
 
 
-def _point(rows: FoldRows, coef: Tensor, intercept: Tensor) -> Point:
+def _point(rows: SolverRows, coef: Tensor, intercept: Tensor) -> Point:
     """Return the loss, slope and class chances of members.
 
     Their intercepts may be infinite.
@@ -207,7 +207,7 @@ def _with_intercept(coef: Tensor) -> Tensor:
     return functional.pad(coef, (0, 1))
 
 
-def _curvature(rows: FoldRows, chance: Tensor) -> Tensor:
+def _curvature(rows: SolverRows, chance: Tensor) -> Tensor:
     """Return the Hessian of the mean training loss, (m, K, E, K, E).
 
     ``chance`` (m, K, n) has the class chances of the members. Each entry of the Hessian is a sum

@@ -305,8 +305,7 @@ class LoopChunk:
         changes."""
         states = (state_of(member.module, self.network.mutable) for member in self.members.values())
         return torch.cat(
-            trained
-            + ([self.network.as_row(state) for state in states] if self.network.mutable else [])
+            trained + (list(map(self.network.as_row, states)) if self.network.mutable else [])
         )
 
     @property

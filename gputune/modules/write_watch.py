@@ -45,7 +45,7 @@ class Writes(DispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, watched: Sequence[Tensor]) -> None:
         super().__init__()
-        self.memories = {memory_of(tensor) for tensor in watched}
+        self.memories = set(map(memory_of, watched))
         self.has_written = False
 
     def __torch_dispatch__(

@@ -169,7 +169,7 @@ def populations(
             buckets[bucket].extend(group)
         groups += buckets.values()
     population = Population(kind, tuple(range(len(configs))), tuple(configs))
-    return [population.select(group) for group in groups]
+    return list(map(population.select, groups))
 
 
 def by_numbers(configs: Sequence[Config]) -> list[list[int]]:

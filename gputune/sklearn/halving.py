@@ -35,7 +35,7 @@ class HalvingRun(SearchRun):
 
         A candidate that failed in a fold at the previous rung begins again.
         """
-        keys = [self._key(params) for params in candidates]
+        keys = list(map(self._key, candidates))
         begin = RungState(0, self.horizon, None, {})
         states = {trial: self.states.get(key, begin) for trial, key in enumerate(keys)}
         super().train(candidates, fits, states)

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from gputune.solver.objective import (
-    FoldRows,
     Point,
+    SolverRows,
     curvature_diagonal,
     curvature_times,
     origin,
@@ -46,11 +46,11 @@ PATIENCE = 10  # number of such steps in a row after which a member stops
 # A member without penalty counts as converged if no logit changed by more than this.
 SETTLED = 1e-3
 
-StepFunction = Callable[[FoldRows, Point, float], Point]
+StepFunction = Callable[[SolverRows, Point, float], Point]
 
 
 def descend(
-    rows: FoldRows,
+    rows: SolverRows,
     step: StepFunction,
     ridge: Tensor,
     lasso: Tensor,
@@ -119,12 +119,12 @@ class Model:
         numbers = {name: part.float() for name, part in parts if part.dtype != torch.bool}
         return replace(self, **numbers)
 
-    def times(self, rows: FoldRows, step: Tensor) -> Tensor:
+    def times(self, rows: SolverRows, step: Tensor) -> Tensor:
         """Return the model's matrix times a step, (m, K, E)."""
         return curvature_times(rows, self.chance, step).addcmul_(self.hold, step).mul_(self.free)
 
 
-def newton_step(rows: FoldRows, point: Point, tolerance: float) -> Point:
+def newton_step(rows: SolverRows, point: Point, tolerance: float) -> Point:
     """Move each member towards the minimizer of its quadratic model.
 
     The step is shortened until the objective falls.
@@ -158,7 +158,7 @@ def newton_step(rows: FoldRows, point: Point, tolerance: float) -> Point:
     return new
 
 
-def _move(rows: FoldRows, point: Point, model: Model, coarse: Tensor) -> Point:
+def _move(rows: SolverRows, point: Point, model: Model, coarse: Tensor) -> Point:
     """Move to the minimizer of the model.
 
     For the members ``coarse`` (m,) it is computed in single precision.
@@ -174,7 +174,7 @@ def _move(rows: FoldRows, point: Point, model: Model, coarse: Tensor) -> Point:
     return line_search(rows, point, step, dot(model.slopes, step))
 
 
-def _coarse_step(rows: FoldRows, model: Model) -> Tensor:
+def _coarse_step(rows: SolverRows, model: Model) -> Tensor:
     """Minimize the model in single precision, which gives the direction to the few digits needed.
 
     The slopes and the line search stay in double precision, so the final result is in double
@@ -190,7 +190,7 @@ def _coarse_step(rows: FoldRows, model: Model) -> Tensor:
     return torch.where(ends, -model.weight, exact)
 
 
-def line_search(rows: FoldRows, point: Point, step: Tensor, slope: Tensor) -> Point:
+def line_search(rows: SolverRows, point: Point, step: Tensor, slope: Tensor) -> Point:
     """Halve each member's step until its objective falls enough.
 
     A member does not move if no length is good. ``slope`` (m,) is the objective's slope along the
@@ -232,7 +232,7 @@ def _replace(point: Point, members: Tensor, by: Point) -> Point:
     return replace(point, **state)
 
 
-def proximal_newton_step(rows: FoldRows, point: Point, tolerance: float) -> Point:
+def proximal_newton_step(rows: SolverRows, point: Point, tolerance: float) -> Point:
     """Take a proximal gradient step, then a Newton step on the weights that stay nonzero.
 
     The first step has the length 1 / (bound of the curvature), and the lasso shrinks its result.
@@ -253,7 +253,7 @@ def proximal_newton_step(rows: FoldRows, point: Point, tolerance: float) -> Poin
     return newton_step(rows, point_at(rows, target, logits, point.ridge, point.lasso), tolerance)
 
 
-def minimise(rows: FoldRows, model: Model) -> Tensor:
+def minimise(rows: SolverRows, model: Model) -> Tensor:
     """Return the step (m, K, E) of each member that minimizes its model.
 
     The model's value at the step is below zero, unless all slopes are zero.
@@ -279,7 +279,7 @@ def minimise(rows: FoldRows, model: Model) -> Tensor:
     return total
 
 
-def conjugate_gradients(rows: FoldRows, model: Model) -> tuple[Tensor, Tensor]:
+def conjugate_gradients(rows: SolverRows, model: Model) -> tuple[Tensor, Tensor]:
     """Return the model's minimizer, ignoring the sign constraints, and the model's matrix times it.
 
     Both are (m, K, E).
@@ -329,7 +329,7 @@ def conjugate_gradients(rows: FoldRows, model: Model) -> tuple[Tensor, Tensor]:
 
 
 def projected_search(
-    rows: FoldRows, model: Model, step: Tensor, product: Tensor
+    rows: SolverRows, model: Model, step: Tensor, product: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Shorten each step until the model falls enough with crossing weights set to zero.
 

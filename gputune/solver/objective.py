@@ -23,7 +23,7 @@ STRONGEST = 1e150
 
 
 @dataclass(frozen=True)
-class FoldRows:
+class SolverRows:
     """The rows of one fold with a weight above zero; all members of the fold share them."""
 
     # (n, E) inputs, then a column of 1 if there is an intercept; each row is multiplied by ``root``
@@ -41,11 +41,11 @@ class FoldRows:
     bound: Tensor  # () upper bound of the mean loss's curvature
     coarse: Tensor  # (n, E) the design in single precision
 
-    def single(self) -> "FoldRows":
+    def single(self) -> "SolverRows":
         """Return the rows with the single-precision design in place of the double-precision one."""
         return replace(self, design=self.coarse)
 
-    def scaled(self, scale: Tensor) -> "FoldRows":
+    def scaled(self, scale: Tensor) -> "SolverRows":
         """Return the rows for inputs that were divided by ``scale`` (D,).
 
         Their weights are penalized as if the inputs had not been divided.
@@ -95,7 +95,7 @@ class Point:
         at_zero = self.slope.sign() * (self.slope.abs() - self.lasso).clamp_min(0)
         return torch.where(self.weight == 0, at_zero, self.slope + self.lasso * self.weight.sign())
 
-    def violation(self, rows: FoldRows) -> Tensor:
+    def violation(self, rows: SolverRows) -> Tensor:
         """Return each member's distance from optimality, (m,); see ``Solution.residual``."""
         slopes = self.steepest if rows.basis is None else self.steepest @ rows.basis
         largest = (slopes.abs() / rows.unit).amax((1, 2))
@@ -104,8 +104,8 @@ class Point:
 
 def rows_of(
     x: Tensor, codes: Tensor, share: Tensor, classes: int, *, intercept: bool, rotate: bool = False
-) -> FoldRows:
-    """Return the FoldRows of inputs (n, D).
+) -> SolverRows:
+    """Return the SolverRows of inputs (n, D).
 
     If there is an intercept, the inputs must be centered. The shares (n,) are > 0 and sum to one.
     ``classes`` is 1 for a sigmoid.
@@ -140,7 +140,7 @@ def rows_of(
             basis = functional.pad(basis, (0, 1, 0, 1))
             basis[-1, -1] = 1
     x = x * share.sqrt()[:, None]  # replaces x, so that the memory of the old x can be freed
-    return FoldRows(
+    return SolverRows(
         design=x,
         squares=x**2,
         root=share.sqrt(),
@@ -168,7 +168,9 @@ def _curvature_bound(design: Tensor, classes: int) -> Tensor:
     return largest * (0.25 if classes == 1 else 0.5)
 
 
-def point_at(rows: FoldRows, weight: Tensor, logits: Tensor, ridge: Tensor, lasso: Tensor) -> Point:
+def point_at(
+    rows: SolverRows, weight: Tensor, logits: Tensor, ridge: Tensor, lasso: Tensor
+) -> Point:
     """Return the point of weights (m, K, E) with known logits (m, K, n)."""
     share = rows.root**2
     if rows.outputs == 1:
@@ -186,7 +188,7 @@ def point_at(rows: FoldRows, weight: Tensor, logits: Tensor, ridge: Tensor, lass
     return Point(weight, logits, chance, loss, slope, error, ridge, lasso)
 
 
-def origin(rows: FoldRows, ridge: Tensor, lasso: Tensor) -> Point:
+def origin(rows: SolverRows, ridge: Tensor, lasso: Tensor) -> Point:
     """Return the point at which all weights are zero; ``ridge`` and ``lasso`` are (m,)."""
     weight = rows.design.new_zeros(len(ridge), rows.outputs, rows.design.shape[1])
     logits = rows.design.new_zeros(len(ridge), rows.outputs, len(rows.design))
@@ -195,7 +197,7 @@ def origin(rows: FoldRows, ridge: Tensor, lasso: Tensor) -> Point:
     return point_at(rows, weight, logits, ridge, lasso)
 
 
-def misfit(rows: FoldRows, chance: Tensor) -> Tensor:
+def misfit(rows: SolverRows, chance: Tensor) -> Tensor:
     """Return chance minus truth, (m, K, n).
 
     It avoids the cancellation of 1 - chance if the chance is near 1.
@@ -206,7 +208,7 @@ def misfit(rows: FoldRows, chance: Tensor) -> Tensor:
     return wrong.addcmul_(wrong.sum(1, keepdim=True), rows.truth, value=-1)
 
 
-def curvature_times(rows: FoldRows, chance: Tensor, direction: Tensor) -> Tensor:
+def curvature_times(rows: SolverRows, chance: Tensor, direction: Tensor) -> Tensor:
     """Return the Hessian of the mean loss times a direction, (m, K, E).
 
     The curvature in the logits is diag(p) - p p' for softmax and p (1 - p) for a sigmoid.
@@ -217,7 +219,7 @@ def curvature_times(rows: FoldRows, chance: Tensor, direction: Tensor) -> Tensor
     return product(along.addcmul_(chance, along.sum(1, keepdim=True), value=-1), rows.design)
 
 
-def curvature_diagonal(rows: FoldRows, chance: Tensor) -> Tensor:
+def curvature_diagonal(rows: SolverRows, chance: Tensor) -> Tensor:
     """Return the diagonal of the Hessian of the mean loss, (m, K, E)."""
     return product(chance * (1 - chance), rows.squares)
 

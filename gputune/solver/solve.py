@@ -20,7 +20,7 @@ from gputune.errors import InputError, warn
 from gputune.models import LogisticRegression
 from gputune.scoring.scoring import BestOutputs, Scoring
 from gputune.solver.newton import StepFunction, descend, newton_step, proximal_newton_step
-from gputune.solver.objective import FoldRows, rows_of
+from gputune.solver.objective import SolverRows, rows_of
 from gputune.types import Config, first_metric
 
 # Numbers in one (members, outputs, rows) tensor of a chunk. On a CPU it should fit into the cache,
@@ -211,7 +211,7 @@ def _groups(
     lasso = (problem.l1_ratio / (C * total)).clamp_max(largest)
     ridge = ((1 - problem.l1_ratio) / (C * total)).clamp_max(largest)
 
-    def solve_chunk(rows: FoldRows, step: StepFunction, members: Tensor) -> None:
+    def solve_chunk(rows: SolverRows, step: StepFunction, members: Tensor) -> None:
         weight, steps, residual, converged = descend(
             rows, step, ridge[members], lasso[members], problem.tolerance, problem.max_steps
         )

@@ -413,7 +413,7 @@ class TunedModel(ModelContent):
         info = self.info
         rows = [("predicts", self.target), ("from", self.layout.in_words())]
         if self.classes is not None:
-            labels = [str(label) for label in self.classes[:8].tolist()]
+            labels = list(map(str, self.classes[:8].tolist()))
             if len(self.classes) > 8:
                 labels.append("...")
             rows.append(("classes", f"{len(self.classes)}: {', '.join(labels)}"))

@@ -91,7 +91,7 @@ class Candidate:
     def from_rows(
         cls, numbers: Sequence[int], params: Sequence[str], origins: Sequence[str]
     ) -> list[Self]:
-        values = [from_json(text) for text in params]
+        values = list(map(from_json, params))
         are_objects = {dict}.issuperset(map(type, values))
         if not are_objects or not {str}.issuperset(map(type, chain.from_iterable(values))):
             raise ValueError(f"parameters {params[0][:60]} are not an object")

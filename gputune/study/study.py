@@ -159,7 +159,7 @@ class Study:
         record = SearchRecord.from_json(meta)
         options: dict[str, object] = copy(meta) if isinstance(meta, dict) else dict(meta)
         if "notes" in options:
-            options["notes"] = [PYTHON.render(note) for note in record.notes]
+            options["notes"] = list(map(PYTHON.render, record.notes))
         study = cls(meta=options, trials=(), curves=np.empty((0, 0, 0)), data=data, file=file)
         trials = partial(_trials, rows, record)
         curves = partial(

@@ -265,7 +265,7 @@ def train_batches(context: Context, halving: StoppingRule | None = None) -> bool
     if halving is None:
         train = partial(_solve if context.choice.solved else _train, context)
         return train_waiting(context, train, epochs=context.epochs)
-    for batch in sorted({batch_of(candidate) for candidate in ledger.waiting()}):
+    for batch in sorted(set(map(batch_of, ledger.waiting()))):
         trials = [candidate for candidate in ledger.candidates if batch_of(candidate) == batch]
         train_in_rungs(context, halving, trials)
     return not context.is_over()

@@ -116,7 +116,7 @@ class ReopenedSearch:
 
         Raises DivergedError.
         """
-        configs = [self.config(trial) for trial in trials]
+        configs = list(map(self.config, trials))
         if self.choice.solved:
             members: list[list[nn.Module]] = [[] for _ in configs]
             for places in by_numbers(configs):
@@ -170,7 +170,7 @@ class ReopenedSearch:
         ``folds=None`` means all rows.
         """
         folds = [all_rows(len(self.problem.source.X))] if folds is None else folds
-        configs = [self.config(trial) for trial in trials]
+        configs = list(map(self.config, trials))
         device = self.problem.device_choice(folds, configs).device
         return replace(self.problem, numbers=configs[0]["numbers"]).dataset(folds, device)
 
