@@ -122,9 +122,9 @@ def refuse_other_arguments(loss: object) -> None:
 
 
 def base_of(kind: type, bases: tuple[type[nn.Module], ...]) -> type[nn.Module] | None:
-    """Return the loss of PyTorch whose forward a class has; None for a forward of the user's."""
+    """Return the loss of PyTorch whose forward a class uses, or None for a forward of the user."""
     for base in bases:
-        if issubclass(kind, base) and kind.forward is base.forward:
+        if issubclass(kind, base) and getattr(kind, "forward", None) is base.forward:
             return base
     return None
 

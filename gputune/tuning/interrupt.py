@@ -122,9 +122,11 @@ def _end_in_time() -> threading.Timer:
     """Send SIGTERM to the main thread again after the grace period."""
     main = threading.main_thread().ident
     assert main is not None
-    # Windows has no pthread_kill.
-    can_send = hasattr(signal, "pthread_kill")
-    send = partial(signal.pthread_kill, main) if can_send else signal.raise_signal
+    send: Callable[[int], object]
+    if hasattr(signal, "pthread_kill"):
+        send = partial(signal.pthread_kill, main)
+    else:  # Windows
+        send = signal.raise_signal
     timer = threading.Timer(GRACE_SECONDS, send, (signal.SIGTERM,))
     timer.daemon = True
     timer.start()
