@@ -239,9 +239,10 @@ def evaluation(
 
 _FEW = 0.01
 _ALMOST_ALL = 0.995
-"""Shares of the rows.
+"""Shares of the rows that a model was trained on.
 
-Below the first one, equal rows are taken for chance. Above the second one, all rows are meant.
+Below ``_FEW``, equal rows count as chance. Above ``_ALMOST_ALL``, the file counts as the training
+file.
 """
 
 

@@ -312,7 +312,9 @@ class MemberMemory:
 
 
 class MemberChunk(StackedChunk):
-    """A stacked chunk in which each epoch is a queue of members.
+    """A stacked chunk whose members train one after another in compiled code.
+
+    In each epoch, threads take the members from a queue.
 
     The trials are in flat buffers, as in any stacked chunk. Raises TraceError if the module cannot
     be traced.

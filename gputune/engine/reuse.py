@@ -116,8 +116,10 @@ class ChunkPool:
         return StackedChunk(network, validation, **options)
 
     def add(self, chunk: object) -> None:
-        """Keep a trained chunk if it takes recorded steps. The oldest chunks go if all are too
-        large."""
+        """Keep a trained chunk for reuse if its training step was recorded.
+
+        Drops the oldest chunks if all together use too much memory.
+        """
         if isinstance(chunk, StackedChunk) and chunk.steps.begun:
             self.chunks[_key(chunk.network)] = chunk
             while sum(pooled.nbytes for pooled in self.chunks.values()) > _KEPT_BYTES:

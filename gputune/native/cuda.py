@@ -270,7 +270,7 @@ class MemberKernel:
 
 
 def _row(n: int) -> int:
-    """Return the length of a row of ``n`` numbers, as ``row_of`` in the kernel."""
+    """Return the padded length of a row of ``n`` numbers. It must equal ``row_of`` in the kernel."""
     return n if n % 8 else n + 4
 
 

@@ -79,7 +79,7 @@ class Blocks:
         return flat
 
     def first(self, flat: Tensor) -> Tensor:
-        """Return one entry of each member, (F, C): the value that ``expand`` gave it."""
+        """Return the first entry of each member, (F, C). It undoes ``expand``."""
         return self._pairs(flat)[0].flatten(2)[..., 0].clone()
 
     def total(self, flat: Tensor) -> Tensor:

@@ -335,8 +335,10 @@ def _shortest_half(values: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def _by_column(fit: ConstantFit) -> ConstantFit:
-    """Return a fit of numbers (n,) or (n, K) from a fit of numbers (n,), with one constant per
-    column."""
+    """Extend a function that fits one constant to numbers (n,) to numbers (n, K).
+
+    The new function fits one constant per column.
+    """
 
     def fit_columns(y: Tensor, weights: Tensor | None) -> Tensor:
         columns = y.double().view(len(y), -1).T

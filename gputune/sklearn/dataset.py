@@ -167,10 +167,10 @@ class FoldGroup:
         return FoldGroup(numbers, self.rows, _items_at(self.trains, index), valids)
 
     def split(self, keys: Iterable[Hashable] | None = None) -> "list[FoldGroup]":
-        """Split the folds into groups with the same classes in the training rows and the same key.
+        """Group the folds with the same key and the same classes in their training rows.
 
-        A fit on only one fold's rows would make a network for only the classes of that fold. This
-        split gives the same network.
+        The networks of a group then have the outputs that a separate fit on each fold would give
+        them.
         """
         groups: dict[Hashable, list[int]] = defaultdict(list)
         for i, (train, key) in enumerate(zip(self.trains, keys or itertools.repeat(None))):

@@ -175,8 +175,8 @@ class FitRecorder:
     ) -> list[Event]:
         """Return the fits and transformations of every candidate in every fold.
 
-        They have the order of scikit-learn's loop. ``within`` gives X and y as part of rows that
-        other searches share. Without it they are checked here.
+        They have the order of scikit-learn's loop. ``within`` holds checked rows that contain X and
+        y and that other searches share. If it is None, X and y are checked here.
         """
         within = within or (shared_rows(candidates[0], X, y, fit_params) if candidates else None)
         self.events = []

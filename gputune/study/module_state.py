@@ -116,8 +116,10 @@ def restore(
 
 
 def _counting_parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the submodules that may count. PyTorch's own classes are left out: they hold only
-    settings."""
+    """Yield the submodules that may keep a counter, such as a number of steps, as an attribute.
+
+    PyTorch's own classes are left out, because their attributes are only settings.
+    """
     for path, part in module.named_modules():
         if type(part).__module__.partition(".")[0] != "torch":
             yield path, part

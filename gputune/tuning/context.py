@@ -251,9 +251,9 @@ class Context(Session):
         indices: Iterable[tuple[int, ...]],
         configs: Sequence[Config],
     ) -> Plan:
-        """Return a plan of the chunks that train with a number of threads.
+        """Return a plan whose chunks train with the given number of threads.
 
-        The ``indices`` of the chunks count in ``configs``.
+        The ``indices`` of a chunk are positions in ``configs``.
         """
         chunks = []
         for index in indices:

@@ -233,8 +233,10 @@ class Problem:
 
     @property
     def output_units(self) -> str:
-        """The nature of outputs that the loss takes in other units than numbers y, such as "log
-        rates"; "" otherwise."""
+        """The units that the loss expects of the outputs, such as "log rates".
+
+        "" if they are the units of y.
+        """
         if self.objective is None or self.target.task != "regression":
             return ""
         return output_units(self.objective, self.target.n_outputs)
