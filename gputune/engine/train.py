@@ -156,8 +156,8 @@ class Trained:
     """A chunk after ``epochs`` epochs.
 
     Args:
-        curves: Scores (C, epochs, F), or (C, epochs, F, M) with several metrics. They are NaN from
-            the epoch at which a trial diverged.
+        curves: Scores (C, epochs, F), or (C, epochs, F, M) with several metrics. They are NaN after
+            the epoch in which a trial diverged.
         epochs: Number of epochs.
         alive: Trials that did not diverge. Their members are ``member(fold, trial)``, and ``state``
             has a copy of their state.
@@ -204,7 +204,7 @@ class Trained:
 AfterEpoch = Callable[[Trained], "bool | np.ndarray"]
 """Called after one or several epochs (``train(at_once=True)``) with the chunk itself, not a copy.
 
-Returns whether to stop, or which of the trials ``alive`` continue, as an array (C,).
+Returns True to end the training. An array (C,) is True for each trial of ``alive`` that continues.
 """
 
 
@@ -220,7 +220,8 @@ def train(
 ) -> Trained:
     """Train the F x C members of one chunk and return their curves.
 
-    Trials that diverge in any fold leave the chunk after the epoch, and cost nothing from then on.
+    If the training has a scoring, a trial whose first metric is not finite in any fold leaves the
+    chunk after that epoch. Its scores after that epoch are NaN, and it costs nothing from then on.
     A chunk that has begun continues up to the same ``epochs``. The start of its curves is their
     known part, or NaN. With ``at_once``, no decision is made after each epoch. A launch of a kernel
     may then train several epochs.

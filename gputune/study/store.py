@@ -5,7 +5,7 @@ Tables:
 - ``meta``: option -> JSON.
 - ``trials``: the candidates, written before anything trains.
 - ``plan``: the chunks in which they train, frozen when they are planned.
-- ``results``: at most one row per trial, never replaced.
+- ``results``: at most one row per trial. Only the result of a stopped trial is replaced.
 - ``claims``: the process that trains each chunk; see ``claims.py``.
 - ``outputs``: outputs of the best trials. A file has this table only if outputs were kept.
 """
@@ -170,10 +170,11 @@ class Store(AbstractContextManager["Store"]):
     def finish(
         self, results: Iterable[Result], outputs: Mapping[int, Outputs] = MappingProxyType({})
     ) -> None:
-        """Write the results of one chunk, all or none.
+        """Write the results of one chunk, all or none. Then write their outputs.
 
         The results are on the disk when this returns. A trial that a deadline had stopped gets its
-        new result in place of the old one. After an error the file is unchanged.
+        new result in place of the old one. The outputs are a second transaction. If it fails, the
+        results stay.
 
         Args:
             results: the results of the chunk.

@@ -115,7 +115,7 @@ def search(
         progress.scoring = setup.scoring.name
         with _cluster(problem) as cluster:
             trainer = _trainer(setup, stop, cluster, progress)
-            # An empty ledger for now: the study file is opened only after all checks have passed.
+            # An empty ledger for now: a new study file is created only after all checks have passed.
             context = Context(Ledger(None), options, progress, stop, trainer, problem, profile)
             context.check_module(setup.first, first=True)
             remember_what_runs(problem.choice, options)
@@ -325,8 +325,8 @@ def _trainer(setup: _Setup, stop: Stop, cluster: RayCluster | None, progress: Pr
     options = setup.problem.options
     data = setup.data
     workers = None if isinstance(options.workers, str | Ray) else int(options.workers)
-    # TF32 can be set only in this process.
-    is_one_process = options.tf32 or cluster is not None
+    # TF32 can be set only in this process. On a cluster each worker has its own GPU.
+    uses_one_gpu = options.tf32 or cluster is not None
     trainer = Trainer(
         data=data,
         kind=choice.kind,
@@ -341,7 +341,7 @@ def _trainer(setup: _Setup, stop: Stop, cluster: RayCluster | None, progress: Pr
         stop=stop,
         cluster=cluster,
         workers=workers if cluster is None else cluster.tasks,
-        others=() if is_one_process else other_gpus(options.device, data.device),
+        others=() if uses_one_gpu else other_gpus(options.device, data.device),
     )
     if choice.solved:
         return trainer
