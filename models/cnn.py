@@ -12,7 +12,7 @@ class CNN(nn.Module):
     """A convolutional network that returns logits (classes) or values (regression) for images.
 
     Each block is a 3 x 3 convolution, BatchNorm, ReLU and a max pooling that halves height and
-    width. The mean over the remaining height and width goes through dropout to the linear layer.
+    width. Then come the mean over the remaining height and width, dropout and a linear layer.
     BatchNorm removes the scale of the images, so bytes from 0 to 255 work as well as floats.
 
     Shape: ``(B, *input_shape) -> (B, K)``.

@@ -1,6 +1,6 @@
-"""A recurrent network for sequences of numbers or token ids.
+"""A recurrent network for sequences of numeric vectors or of token ids.
 
-It has GRU layers. One linear layer reads their last state.
+It consists of GRU layers, followed by one linear layer on their last state.
 """
 
 from torch import Tensor, nn
@@ -11,18 +11,18 @@ from .layers import check_size
 class GRU(nn.Module):
     """Gated recurrent units that return logits (classes) or values (regression) for sequences.
 
-    The state after the last step goes through dropout to the linear layer. Token ids go through an
-    embedding with ``hidden`` numbers per token first.
+    Dropout and a linear layer follow the last state of the GRU layers. Token ids are embedded
+    first, as vectors of ``hidden`` values.
 
     Shape: ``(B, *input_shape) -> (B, K)``.
 
     Args:
-        input_shape: shape of one sequence, (steps, numbers per step), or (steps,) for token ids.
+        input_shape: shape of one sequence, (steps, values per step), or (steps,) for token ids.
         n_outputs: number of outputs K.
         hidden: number of units per layer, at least 1.
         layers: number of GRU layers, at least 1.
         n_tokens: number of different token ids, which are integers from 0 to ``n_tokens - 1``. None
-            for sequences of numbers.
+            for sequences of numeric vectors.
         dropout: dropout rate before the linear layer, in [0, 1).
 
     Raises:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 def check_size(name: str, value: int, low: int) -> None:
-    """Raise ValueError if a size is below its lowest value."""
+    """Raise ValueError if the argument ``name`` has a value below ``low``."""
     if value < low:
         raise ValueError(f"{name} must be at least {low}, got {name}={value}.")
 
@@ -15,7 +15,7 @@ class Dropout(nn.Module):
 
     Use it instead of ``nn.Dropout`` to search the dropout rate. The key ``dropout`` then gives each
     member its own rate, and ``dropout_schedule`` changes the rate over time. The search sets the
-    rate before every step. The rate is 0 if the key is not named.
+    rate before every step. Without the key ``dropout`` the rate is 0.
 
     Shape: any shape, unchanged.
 
@@ -37,9 +37,9 @@ class Dropout(nn.Module):
         self.register_buffer("rate", torch.tensor(float(p)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x with some numbers dropped and the rest scaled up.
+        """Return x with some entries set to 0 and the others scaled up.
 
-        Return x in evaluation mode.
+        In evaluation mode, return x unchanged.
         """
         if not self.training or self.is_off:
             return x

@@ -31,6 +31,6 @@ class LogisticRegression(nn.Module):
         self.layers = nn.ModuleList([nn.Linear(n_features, n_outputs)])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the logits (B, K) for rows (B, D)."""
+        """Return the logits (B, K) for inputs (B, D)."""
         output: Tensor = self.layers[0](x)
         return output

@@ -1,4 +1,4 @@
-"""RealMLP: a multilayer perceptron for tables, with embedded numbers and scaled inputs.
+"""RealMLP: a multilayer perceptron for tabular data, with embedded and scaled inputs.
 
 Its initial weights are fitted to the data. Source: Holzmueller et al. (2024), Better by default,
 arXiv:2407.04491. The defaults are the defaults of the authors' package.
@@ -25,17 +25,17 @@ _START_ROWS = 10_000  # rows at most that ``start_from`` uses
 
 
 class NumberEmbedding(nn.Module):
-    """An embedding that turns each number into ``size`` numbers.
+    """An embedding that turns each numeric feature into ``size`` values.
 
-    It computes periodic functions (waves) of the number, then a separate linear layer for each
+    It computes periodic functions (waves) of the feature, then a separate linear layer for each
     feature.
 
     Shape: ``(B, D) -> (B, D * size)``.
 
     Args:
         n_numbers: number of features D.
-        kind: "pbld": cosines with a phase, a linear layer, and the number itself. "pl": cosines and
-            sines, and a linear layer. "plr": "pl" followed by a relu.
+        kind: "pbld": cosines with a phase, a linear layer, and the feature itself. "pl": cosines
+            and sines, and a linear layer. "plr": "pl" followed by a relu.
         sigma: standard deviation of the initial frequencies.
         waves: number of waves per feature.
         size: number of outputs per feature.
@@ -55,7 +55,7 @@ class NumberEmbedding(nn.Module):
         self.offset = nn.Parameter((2 * torch.rand(n_numbers, out) - 1) / math.sqrt(waves))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the embedding (B, D * size) of numbers (B, D)."""
+        """Return the embedding (B, D * size) of numeric features (B, D)."""
         angle = 2 * math.pi * x[..., None] * self.frequency  # (B, D, waves)
         h = (
             torch.cat([angle.cos(), angle.sin()], -1)
@@ -106,7 +106,7 @@ class TangentLinear(nn.Module):
 
 
 class RealMLP(nn.Module):
-    """A network for tables that returns logits (classes) or values (regression).
+    """A network for tabular data that returns logits (classes) or values (regression).
 
     In evaluation mode a regression clips its outputs to the range of the targets that
     ``start_from`` received.
@@ -118,23 +118,23 @@ class RealMLP(nn.Module):
     Args:
         n_features: number of inputs D.
         n_outputs: number of outputs K.
-        feature_groups: for each feature 0 if it is a number, or the number of its category (from 1)
-            if it is a level of a category. None: all features are numbers.
+        feature_groups: for each feature, 0 if it is numeric, or the index (from 1) of its category
+            if it is one level of a one-hot category. None: all features are numeric.
         width: units of every hidden layer, at least 1.
         depth: number of hidden layers, at least 1.
         activation: "selu", "mish", "relu", "silu" or "auto". "auto" is "mish" for one output and
             "selu" for more.
         parametric: whether every unit learns the strength of its activation.
-        embedding: embedding of numbers, "pbld", "plr", "pl" or "none". "pbld" uses cosines with a
-            phase, a linear layer and the number itself. "pl" uses cosines and sines and a linear
-            layer. "plr" adds a relu to "pl".
+        embedding: embedding of numeric features, "pbld", "plr", "pl" or "none". "pbld" uses cosines
+            with a phase, a linear layer and the feature itself. "pl" uses cosines and sines and a
+            linear layer. "plr" adds a relu to "pl".
         sigma: standard deviation of the initial frequencies of the embedding.
-        waves: number of waves per number, at least 2.
-        size: number of outputs per embedded number, at least 2.
-        scaling: whether every input is multiplied by a learned number.
+        waves: number of waves per numeric feature, at least 2.
+        size: number of outputs per embedded numeric feature, at least 2.
+        scaling: whether every input is multiplied by a learned factor.
         one_hot: largest number of levels of a category whose one-hot features stay as inputs.
             Larger categories are embedded.
-        category_size: numbers per embedded category.
+        category_size: size of the embedding vector of a category.
         dropout: dropout rate after every activation, in [0, 1).
 
     Raises:
@@ -209,7 +209,7 @@ class RealMLP(nn.Module):
         self.register_buffer("high", torch.full((n_outputs,), math.inf))
 
     def _split(self, groups: Sequence[int], one_hot: int) -> None:
-        """Divide the features into numbers, unchanged features and levels of large categories."""
+        """Split the features into numeric features, unchanged features and large categories."""
         members = {
             group: [j for j, of in enumerate(groups) if of == group]
             for group in sorted({*groups} - {0})
@@ -225,8 +225,7 @@ class RealMLP(nn.Module):
             self.register_buffer(name, torch.tensor(places, dtype=torch.int64), persistent=False)
 
     def _features(self, x: Tensor) -> Tensor:
-        """Return the inputs (B, D') of the first layer: embedded numbers, plain features,
-        categories."""
+        """Return the inputs (B, D') of the first layer: embedded and plain features, categories."""
         numbers = x[:, self.numbers]
         parts = [numbers if self.embedding is None else self.embedding(numbers), x[:, self.plain]]
         # (B, levels) @ (levels, category_size) -> (B, category_size)

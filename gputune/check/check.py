@@ -38,9 +38,9 @@ _MEMBERS = 1000  # the table shows the speed of this many members next to the sp
 
 EXACT = 1e-10
 ROUNDED = 1e-4
-"""The largest differences allowed in double precision (EXACT) and in single precision (ROUNDED).
+"""The largest relative differences allowed in double (EXACT) and in single precision (ROUNDED).
 
-They apply after at most 50 steps.
+They apply to training runs of at most 50 steps.
 """
 
 
@@ -49,9 +49,9 @@ class Law:
     """A property that must hold on every device.
 
     ``measure`` returns the largest difference between the device's result and the right result,
-    relative to the largest number. It must be at most ``allowed`` with each of ``backends`` that
-    the device has. If ``backends`` is (), the law does not train with a backend, and it is measured
-    once, as "eager".
+    relative to the largest value of the right result. It must be at most ``allowed`` with each of
+    ``backends`` that the device has. If ``backends`` is (), the law does not train with a backend,
+    and it is measured once, as "eager".
     """
 
     name: str
@@ -93,9 +93,9 @@ _MODULE = Case(_RATES, module=True)
 
 
 def solution(device: torch.device, _backend: Backend) -> float:
-    """Return the largest difference between the solved logistic regression and scikit-learn's.
+    """Return the largest difference from scikit-learn's logistic regression.
 
-    The class chances are compared. scikit-learn stops at a residual of 1e-12.
+    The class probabilities are compared. scikit-learn stops at a residual of 1e-12.
     """
     case = Case(({"C": 0.1}, {"C": 2.0}))
     worst = []
@@ -113,7 +113,8 @@ def solution(device: torch.device, _backend: Backend) -> float:
 
 
 def gradients(mode: Mode, other: Mode, device: torch.device, _backend: Backend) -> float:
-    """Return the difference of two modes in the derivatives by learning rate and weight decay."""
+    """Return the difference between two modes of hypergradients, for learning rate and weight
+    decay."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(40, 5, generator=generator, dtype=torch.float64).to(device)
     y = torch.randint(3, (40,), generator=generator).to(device)
@@ -210,7 +211,7 @@ class CheckRow:
 
     @property
     def ok(self) -> bool:
-        """True if the law holds."""
+        """True if the difference is at most the allowed one."""
         return self.difference <= self.allowed
 
 
@@ -246,9 +247,8 @@ class Report:
         return "\n".join(lines)
 
     def _speeds(self) -> list[str]:
-        """Return the lines of the speed table, and the number of members from which a GPU is
-        faster.
-        """
+        """Return the lines of the speed table, and the smallest population that a GPU trains
+        faster."""
         if not self.speeds:
             return []
         few = FEW * FOLDS

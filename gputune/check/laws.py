@@ -1,8 +1,11 @@
 """Measurements of members that train together: their largest difference from the right result.
 
+A member is one trial (configuration) on one fold. A population is the members that train together.
+In shapes, F counts folds, C configurations, B rows of a minibatch, D features and K outputs.
+
 The right result comes from a plain loop that trains one network, from scikit-learn, or from the
-same device by another method. Some measurements are drills: trials diverge, memory runs out, a step
-cannot be recorded.
+same device by another method. Some measurements provoke a failure: trials diverge, memory runs out,
+or a step cannot be recorded and replayed.
 """
 
 import dataclasses
@@ -90,7 +93,7 @@ def plain_mlp(
 
 
 class Net(nn.Module):
-    """A module as a user would write it."""
+    """A small network, written as a user of PyTorch would write it."""
 
     def __init__(self, n_features: int, n_outputs: int) -> None:
         super().__init__()
@@ -99,16 +102,16 @@ class Net(nn.Module):
         self.last = nn.Linear(6, n_outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return outputs (B, K)."""
+        """Return the outputs (B, K) for rows (B, D)."""
         outputs: Tensor = self.last(torch.tanh(self.norm(self.first(x))))
         return outputs
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """Members that train together: their rows and their configurations.
+    """The data and the configurations of members that train together.
 
-    ``shared`` has values for all configurations.
+    ``shared`` has the values that all configurations share.
     """
 
     configs: tuple[Config, ...]
@@ -122,7 +125,7 @@ class Case:
     horizon: int = 9
 
     def complete(self) -> tuple[Config, ...]:
-        """Return the configurations with every key that training reads."""
+        """Return the configurations, with default values for missing keys."""
         configs = []
         for config in self.configs:
             values = {"width": 8, "batch_size": 10, **self.shared, **config}
@@ -166,7 +169,7 @@ class Case:
         return populations(self.complete(), "module" if self.module else "mlp", rows=rows)
 
     def job(self, backend: Backend, scoring: Scoring | None = None, kind: type[Job] = Job) -> Job:
-        """Return the job that trains the members."""
+        """Return the job (the settings of a training run) that trains the members."""
         return kind(
             seed=0,
             epochs=self.epochs,
@@ -186,9 +189,7 @@ class Case:
 
     @cached_property
     def plain_networks(self) -> dict[tuple[int, int], nn.Module]:
-        """The network of each (fold, configuration), trained by a plain loop in double precision on
-        the CPU.
-        """
+        """The reference networks by (fold, configuration), trained by a plain loop on the CPU."""
         data = self.data(torch.device("cpu"))
         places = product(range(_FOLDS), enumerate(self.complete()))
         return {(f, c): self._plain_network(data, f, config) for f, (c, config) in places}
@@ -239,7 +240,8 @@ class Case:
 
 
 def difference(values: Tensor, expected: Tensor) -> float:
-    """Return max |difference| / max |expected|; NaN if either tensor has a NaN."""
+    """Return the relative difference max |values - expected| / max |expected|, or NaN if a tensor
+    has a NaN."""
     values = values.detach().cpu().double()
     expected = expected.detach().cpu().double()
     return float((values - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
@@ -266,7 +268,8 @@ def from_eager(case: Case, device: torch.device, backend: Backend) -> float:
 
 
 def by_kernel(case: Case, device: torch.device, backend: Backend) -> float:
-    """Return the largest difference between members of the kernel and the plain loop.
+    """Return the largest difference between members that the compiled kernel trains and a plain
+    loop.
 
     Raises NotBuiltError if the kernel cannot be compiled and another backend would train the
     members.
@@ -279,7 +282,8 @@ def by_kernel(case: Case, device: torch.device, backend: Backend) -> float:
 
 
 def on_other_gpus(case: Case, device: torch.device, backend: Backend) -> float:
-    """Return the largest difference between members on the other GPUs and the plain loop."""
+    """Return the largest difference between members on the machine's other GPUs and a plain
+    loop."""
     worst = [0.0]
     for index in range(torch.cuda.device_count()):
         if index != (device.index or 0):
@@ -311,7 +315,7 @@ def scores(configs: tuple[Config, ...], device: torch.device, backend: Backend) 
 
 
 def members_that_leave(device: torch.device, backend: Backend) -> float:
-    """Return the difference between members trained with and without diverging neighbors."""
+    """Return the difference between members trained with and without members that diverge."""
     stable = ({"lr": 0.01}, {"lr": 0.003}, {"lr": 0.001})
     shared = {"optimizer": "sgd", "momentum": 0.9}
     ((_, expected),) = Case(stable, shared).trained(device, backend)
@@ -372,9 +376,9 @@ def run_out_of_memory(device: torch.device, backend: Backend) -> float:
 
 
 def recording_fails(device: torch.device, _backend: Backend) -> float:
-    """Return the number of steps that were lost or taken twice.
+    """Return the count of training steps that were lost or taken twice after a failed recording.
 
-    Each step reads a number, so it cannot be recorded.
+    Each step reads a tensor's value into Python, so it cannot be recorded.
     """
     total = torch.zeros((), device=device)
 

@@ -1,5 +1,8 @@
-"""One chunk of a hypergradient search: its trials are trained in all folds, scored and
-differentiated.
+"""Trains, scores and differentiates one chunk of a hypergradient search.
+
+A chunk is a group of trials with tensors of the same shapes, which train together. A member is one
+trial on one fold. In shapes, F counts folds, C trials, P = F*C members, N parameters of a member, B
+rows, K outputs, S segments of the training and L layers.
 
 The memory of the chosen mode limits the number of trials that are differentiated at once.
 """
@@ -51,7 +54,8 @@ _SLOWER = 10.0
 
 
 class PopulationTraining:
-    """A population as an inner training of ``epochs`` epochs, one row per member.
+    """A population as an inner training of ``epochs`` epochs, with one row of parameters per
+    member.
 
     Members are F folds x C trials, p = f*C + c. Members, starting weights, minibatches and dropout
     are the same as in plain training. Therefore a member here equals the same member there.
@@ -84,17 +88,17 @@ class PopulationTraining:
         self.layer = torch.tensor(np.repeat(numbers, self.sizes), device=data.device)
 
     def start(self) -> Tensor:
-        """Return the starting parameters and running statistics (P, N)."""
+        """Return the starting parameters and running statistics of all members, (P, N)."""
         return self._rows(self.first.values())
 
     def _rows(self, tables: Iterable[Tensor]) -> Tensor:
-        """Return tensors (F, C, ...) as one row per member, (P, N)."""
+        """Join tensors (F, C, ...) into one row per member, (P, N)."""
         return torch.cat([table.reshape(self.folds * self.trials, -1) for table in tables], 1)
 
     def clock(self, step: int) -> StepPosition:
         """Return the position of each member before this step.
 
-        Members with fewer steps per epoch wait for its end.
+        Members with fewer steps per epoch wait until the epoch ends.
         """
         epoch, within = divmod(step, self.each)
         steps = self.batches.steps
@@ -139,7 +143,7 @@ class PopulationTraining:
         return self._rows(map(torch.stack, after.values()))
 
     def _part_inputs(self, params: Params, batch: Batch) -> tuple[Params, list[Tensor]]:
-        """Return the parameters and inputs of the members of one part of a step, each (P, ...)."""
+        """Return the parameters and inputs for one part of a step's members, each (P, ...)."""
         # Autograd would copy a slice on the way back, so all folds are taken without slicing.
         if batch.folds != slice(0, self.folds):
             params = {name: tensor[batch.folds] for name, tensor in params.items()}
@@ -189,7 +193,7 @@ class PopulationTraining:
         return outputs.masked_fill(~present[folds, None, None], -torch.inf)
 
     def _params_of(self, weights: Tensor) -> Params:
-        """Return the parameters (F, C, ...) that are stored in rows (P, N)."""
+        """Split rows (P, N) into the named parameters (F, C, ...)."""
         parts = zip(self.shapes.items(), torch.split(weights, self.sizes, 1))
         return {name: part.view(self.folds, self.trials, *shape) for (name, shape), part in parts}
 
@@ -270,13 +274,14 @@ class HypergradientJob(Job):
     def mode_of(
         self, problem: InnerProblem[PopulationTraining]
     ) -> tuple[ExactMode, dict[ExactMode, int]]:
-        """Return the fastest mode that fits into the budget, and the bytes of each mode."""
+        """Return the fastest mode that fits into the memory budget, and the bytes that each mode
+        needs."""
         number = len(problem.columns(self.hyperparameters))
         sizes = measure(problem).of_modes(problem.training.steps, number)
         return fastest_that_fits(sizes, self.budget, hyperparameters=number), sizes
 
     def tables(self, training: PopulationTraining, configs: Sequence[Config]) -> Tables:
-        """Return the hyperparameters (P, S, L) of configurations.
+        """Return the hyperparameters of some configurations as tables (P, S, L).
 
         The tables of searched hyperparameters have all their segments and layers.
         """
@@ -294,11 +299,11 @@ class HypergradientJob(Job):
 
 @dataclass(frozen=True)
 class Slopes(Outcome):
-    """The curves of a chunk with its losses and their derivatives.
+    """The score curves of a chunk, with its validation losses and their derivatives.
 
     ``losses`` (C, F) are computed on the validation rows. ``slopes`` maps each hyperparameter to
-    (C, F, S, L). ``ratios`` (C, F) is the test for noise. All three are None if the deadline
-    stopped the chunk.
+    (C, F, S, L). ``ratios`` (C, F) tells noise from usable derivatives. All three are None if the
+    deadline stopped the chunk.
     """
 
     losses: np.ndarray | None = None
@@ -313,8 +318,7 @@ class _OverError(Exception):
 def inner_problem(
     job: HypergradientJob, data: Dataset, chunk: Population
 ) -> InnerProblem[PopulationTraining]:
-    """Return the training of a chunk over the whole horizon, with the hyperparameters of its
-    configurations.
+    """Return a chunk's training over all epochs, with the hyperparameters of its configurations.
 
     Raises InputError if the network or its loss cannot be differentiated.
     """
@@ -363,7 +367,7 @@ def plan_chunks(
     workers: int | None,
     gpus: int = 1,
 ) -> Plan:
-    """Return the plan of a job.
+    """Return the plan of a job: the chunks to run and their memory.
 
     The job's ``budget`` is the memory of one process. Raises InputError if a single trial with all
     its folds does not fit.

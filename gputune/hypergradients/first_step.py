@@ -1,5 +1,4 @@
-"""Checks before a training is differentiated: does it have derivatives, and how much memory do they
-need?
+"""Checks of a training run before it is differentiated: its second derivatives and their memory.
 
 Second derivatives are tested on the first minibatch, because PyTorch often returns wrong ones
 without an error. Memory is measured on one step.
@@ -45,12 +44,12 @@ _FINITE_DIFFERENCES = "call gputune.hypergradient with mode='fd'."
 
 
 def check_start(config: Config, name: str, start: str, *, argument: str, remedy: str = "") -> None:
-    """Raise InputError if a starting point of a hypergradient search cannot be differentiated in
+    """Check that a hypergradient search can differentiate a starting point in the hyperparameter
     ``name``.
 
-    ``config`` is the configuration of the starting point, and ``start`` is its name in errors.
-    ``argument`` is the argument that chose the hyperparameter. ``remedy`` is a remedy other than
-    changing the configuration; it continues a sentence.
+    Raises InputError otherwise. ``config`` is the configuration of the starting point, and
+    ``start`` is its name in errors. ``argument`` is the argument that chose the hyperparameter.
+    ``remedy`` is a remedy other than changing the configuration; it continues a sentence.
     """
     optimizer = config["optimizer"]
     unsupported = [key for key in config if key.startswith(OPTIMIZER_PREFIX)]
@@ -127,10 +126,10 @@ def check_classes(
 
 @contextmanager
 def twice_differentiable(training: InnerTraining) -> Iterator[None]:
-    """Raise InputError if a training cannot be differentiated twice.
+    """Check that a training run can be differentiated twice, or raise InputError.
 
-    The first minibatch is tested on entry. Errors that torch raises inside the ``with`` block for
-    the same reason are reported in the same words.
+    The first minibatch is tested on entry. If torch fails inside the ``with`` block for the same
+    reason, the same InputError is raised.
     """
     try:
         _check_second_derivatives(training)
@@ -150,7 +149,7 @@ def twice_differentiable(training: InnerTraining) -> Iterator[None]:
 
 
 def nodes(tensor: Tensor) -> set[Node]:
-    """Return the autograd nodes that a tensor was computed by."""
+    """Return all autograd nodes behind a tensor: the operations that computed it."""
     graph: set[Node] = set()
     waiting = [tensor.grad_fn]
     while waiting:
@@ -198,8 +197,7 @@ def _check_second_derivatives(training: InnerTraining) -> None:
 
 
 def _symmetric(gradient: Tensor, weights: Tensor, v: Tensor) -> bool:
-    """Return whether the derivative H of a gradient is symmetric, as every true second derivative
-    is.
+    """Return whether the derivative H of a gradient is symmetric, as every Hessian must be.
 
     With p = H'v, the products p'p and v'(H'p) are equal if H is symmetric. In single precision
     rounding makes them differ, but by far less than the tolerance. The tolerance is the cube root
@@ -216,14 +214,14 @@ def _symmetric(gradient: Tensor, weights: Tensor, v: Tensor) -> bool:
 def _agrees_with_difference(
     training: InnerTraining, gradient: Tensor, weights: Tensor, v: Tensor
 ) -> bool:
-    """Return whether the second derivative agrees with a finite difference of the gradient along
-    ``v``.
+    """Return whether the second derivative agrees with a finite difference along ``v``.
 
-    Differences over two tiny distances tell how accurate the measurement is. They disagree if a
-    kink (of a relu) lies between them, or if operations run in lower precision. The differences to
-    the two sides disagree if the kink is at the weights themselves, as for a relu whose input is
-    exactly 0. In single precision kinks are too close to each other for this comparison. Then
-    nothing is measured, and the result is True.
+    The difference is taken of the gradient. Differences over two tiny distances tell how accurate
+    the measurement is. The two differences disagree if a kink (for example of a relu) lies between
+    them, or if operations run in lower precision. The differences in the two directions disagree if
+    the kink is at the weights themselves, as for a relu whose input is exactly 0. In single
+    precision kinks are too close to each other for this comparison. Then nothing is measured, and
+    the result is True.
     """
     if weights.dtype != torch.float64:
         return True
@@ -253,7 +251,7 @@ ExactMode = Literal["reverse", "checkpointed", "forward"]
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """The memory, in bytes, that one training needs for all its members.
+    """The bytes that one training run needs for all its members (trials on folds).
 
     ``step`` is the memory of the graph of one step. ``state`` is the memory of one state
     (parameters and moments).
@@ -263,7 +261,7 @@ class MemoryNeed:
     state: int
 
     def of_modes(self, steps: int, hyperparameters: int) -> dict[ExactMode, int]:
-        """Return the bytes of each mode.
+        """Return the bytes that each mode needs.
 
         Reverse mode holds the graphs of all steps. Checkpointed reverse mode holds the graphs of
         one block of sqrt(T) steps, and one state per block. Forward mode holds the graph of one
@@ -278,7 +276,7 @@ class MemoryNeed:
 
 
 def measure(problem: InnerProblem[InnerTraining]) -> MemoryNeed:
-    """Take the first step once, and return the bytes that its graph and the state need."""
+    """Take the first step once, and return the bytes that its autograd graph and the state need."""
     leaves = {name: table.detach().requires_grad_() for name, table in problem.tables.items()}
     state = leaves_of(problem.start())
     stored: dict[int, Tensor] = {}

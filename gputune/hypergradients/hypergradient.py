@@ -1,6 +1,10 @@
 """The public function hypergradient().
 
-It differentiates a validation loss in the hyperparameters of the training that came before it.
+It trains a module and differentiates the validation loss with respect to the hyperparameters of
+this training.
+
+A table (1, S, L) has the values of one hyperparameter: S segments of the training, L layers. The 1
+is the number of members, because only one module trains.
 """
 
 import math
@@ -157,7 +161,7 @@ def hypergradient(
 
 
 def _check_data(loss: object, batches: Iterable[DataPair], valid: DataPair) -> list[DataPair]:
-    """Return the minibatches as a list, after a check of the loss and of every pair (x, y)."""
+    """Check the loss and every pair (x, y), and return the minibatches as a list."""
     if not callable(loss):
         raise InputError("loss", "must be a function loss(module(x), y)", got=loss)
     if not isinstance(batches, Iterable):
@@ -229,7 +233,7 @@ def _check_tables(
     optimizer: str,
     training: ModuleTraining,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the tables to differentiate and the tables of fixed hyperparameters."""
+    """Return two groups of tables: hyperparameters to differentiate, and fixed hyperparameters."""
     wanted = _check_hyperparameters(hyperparameters, optimizer, training, "hyperparameters")
     if not fixed:
         return wanted, {}
@@ -248,7 +252,7 @@ def _check_tables(
 def _check_hyperparameters(
     values: object, optimizer: str, training: ModuleTraining, argument: str
 ) -> dict[str, Tensor]:
-    """Return a table (1, S, L) for each value.
+    """Return each hyperparameter's value as a table (1, S, L).
 
     A value is a number, segments (S,), or segments and layers (S, L).
     """
@@ -309,7 +313,7 @@ def _table(place: str, name: str, value: object, training: ModuleTraining) -> Te
 def _differences(
     problem: InnerProblem[ModuleTraining], names: list[str]
 ) -> tuple[str, Hypergradients]:
-    """Return the reason for mode "fd" and the hypergradients by finite differences."""
+    """Compute hypergradients by finite differences. Also returns the reason for mode "fd"."""
     for name in names:
         table = problem.tables[name]
         if bool((table == 0).any()):
@@ -334,9 +338,9 @@ def _choose(
 ) -> tuple[ExactMode, str]:
     """Return the mode to use and the reason for it.
 
-    A mode that was asked for is used. For "auto" it is the fastest mode that fits into memory.
-    ``budget`` is in bytes; None means most of the free memory. Raises InputError if the mode does
-    not fit.
+    A mode other than "auto" is used unchanged. For "auto" it is the fastest mode that fits into
+    memory. ``budget`` is in bytes; None means most of the free memory. Raises InputError if the
+    mode does not fit.
     """
     number = len(problem.columns(names))
     need = measure(problem)
@@ -381,7 +385,7 @@ def _choose(
 
 
 def _warn_of_noise(result: HypergradientResult) -> None:
-    """Warn if the validation loss is not finite or if training was chaotic."""
+    """Warn if the validation loss is not finite, or if chaotic training made the gradient noise."""
     if not math.isfinite(result.value):
         warn(
             f"the validation loss is {result.value}: look for NaN in the minibatches and in "

@@ -1,4 +1,4 @@
-"""Implicit differentiation of the solved logistic regression.
+"""Implicit differentiation of the solved logistic regression, which is fitted to its exact minimum.
 
 This module computes d validation loss / d log C for every C in every fold. At the minimum of the
 training objective, ``C * slope of the loss + slope of the penalty = 0`` for every C. Therefore
@@ -65,7 +65,7 @@ class ImplicitGradient:
     ``gradient`` is NaN for a member that has not converged, because the formula holds only at the
     minimum. ``value`` then belongs to the coefficients that were reached. ``gradient`` is also NaN
     if float64 cannot factor the member's H. This can happen with a pure l1 penalty if the class
-    chances of all training rows are so certain that no curvature is left.
+    probabilities of all training rows are so close to 0 or 1 that no curvature is left.
     """
 
     value: Tensor  # (P,) float64
@@ -75,10 +75,11 @@ class ImplicitGradient:
 def implicit_chunk(
     data: Dataset, configs: Sequence[Config], *, memory: int | None = None
 ) -> tuple[Solution, ImplicitGradient]:
-    """Solve C configurations in all folds and differentiate the validation losses in log C.
+    """Fit all configurations in all folds, and return d validation loss / d log C.
 
-    A configuration has ``C`` and ``l1_ratio``. The data are float64. Warns, like ``solve_all``,
-    about members that did not converge. Raises InputError like ``implicit_gradients``.
+    A configuration has the hyperparameters ``C`` and ``l1_ratio``. The data are float64. Warns,
+    like ``solve_all``, about members that did not converge. Raises InputError like
+    ``implicit_gradients``.
     """
     solution = solve_all(data, configs)
     valid = [fold.valid for fold in data.folds]
@@ -94,7 +95,7 @@ def implicit_gradients(
 ) -> ImplicitGradient:
     """Differentiate the validation loss of each member of a solved problem in log C.
 
-    The problem must have fitted intercepts. ``valid`` has the positions of each fold's validation
+    The problem must have fitted intercepts. ``valid`` has the row indices of each fold's validation
     rows.
 
     With an l1 part, coefficients at zero stay at zero and the other coefficients keep their sign.
@@ -102,9 +103,9 @@ def implicit_gradients(
     The loss has a kink there. The result is then the slope on the side on which the coefficients
     that were found to be zero stay zero.
 
-    ``memory`` is the largest number of bytes for the matrices and class chances that are held at
-    once. None means 4 GiB on the CPU and 80% of the free memory of a GPU. If the members do not all
-    fit, they are processed in groups. Raises InputError if a single member does not fit.
+    ``memory`` is the largest number of bytes for the matrices and class probabilities that are held
+    at once. None means 4 GiB on the CPU and 80% of the free memory of a GPU. If the members do not
+    all fit, they are processed in groups. Raises InputError if a single member does not fit.
     """
     trials = torch.arange(len(problem.C), device=problem.y.device)
     values = []
@@ -168,7 +169,7 @@ class _Fold:
 def _differentiate(
     fold: _Fold, solution: Solution, members: Tensor, C: Tensor, l1_ratio: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the validation losses (m,) and the gradients (m,) of some members of a fold."""
+    """Return the validation losses (m,) of some members of a fold, and d loss / d log C (m,)."""
     coef = solution.coef[members]
     converged = solution.converged[members]
     intercept = solution.intercept[members] + (coef @ fold.center)
@@ -193,7 +194,7 @@ def _differentiate(
 
 
 def _point(rows: SolverRows, coef: Tensor, intercept: Tensor) -> Point:
-    """Return the loss, slope and class chances of members.
+    """Return the loss, its gradient and the class probabilities of members at their coefficients.
 
     Their intercepts may be infinite.
     """
@@ -210,10 +211,10 @@ def _with_intercept(coef: Tensor) -> Tensor:
 def _curvature(rows: SolverRows, chance: Tensor) -> Tensor:
     """Return the Hessian of the mean training loss, (m, K, E, K, E).
 
-    ``chance`` (m, K, n) has the class chances of the members. Each entry of the Hessian is a sum
-    over rows of (curvature of a pair of classes) x (product of a pair of inputs). All members of a
-    fold share the second factor. Therefore one wide matrix product per column serves all members
-    and all pairs of classes.
+    ``chance`` (m, K, n) has the class probabilities of the members. Each entry of the Hessian is a
+    sum over rows of (curvature of a pair of classes) x (product of a pair of inputs). All members
+    of a fold share the second factor. Therefore one wide matrix product per column serves all
+    members and all pairs of classes.
     """
     members = len(chance)
     outputs = rows.outputs
@@ -323,8 +324,7 @@ def differentiate_minimum(
 def _join(
     batches: Sequence[tuple[Tensor, Tensor]], valid: tuple[Tensor, Tensor], C: float, classes: int
 ) -> tuple[LogisticProblem, Tensor]:
-    """Join all minibatches into one problem, and return it with the positions of the validation
-    rows.
+    """Join all minibatches into one problem, and return it with the indices of the validation rows.
 
     The validation rows have weight 0 in the problem.
     """
@@ -363,7 +363,7 @@ def _join(
 def _check_problem(
     module: nn.Module, loss: object, hyperparameters: Mapping[str, Any]
 ) -> tuple[float, int]:
-    """Return C and the number of classes.
+    """Check the problem, and return C and the number of classes.
 
     Raises InputError if the module, the loss or the hyperparameters do not define the convex
     problem.

@@ -1,14 +1,16 @@
 """The inner training: one differentiable step of all members, as a function of hyperparameters.
 
-The parameters of a member form one row of a (P, N) tensor, so an update is one pass of the pure
-update rule. A hyperparameter is a table (P, S, L) with axes member, segment of the training and
-layer. Segment s covers the steps from floor(s*T/S) on. With L = 1 all layers share the value. No
-operation mixes members. Therefore the gradient of a sum over members contains the gradient of each
-member.
+A member is one trial on one fold. In shapes, P counts members, N the parameters of a member, S
+segments of the training and L layers. T is the number of steps.
 
-Hyperparameters move in their logarithm, or in their logit if they lie between 0 and 1. A step of
-one size then means the same relative change at a rate of 1e-5 as at 1, and a value never leaves its
-legal range.
+The parameters of a member form one row of a (P, N) tensor, so an update is one pass of the pure
+update rule. The values of a hyperparameter form a table (P, S, L). Segment s covers the steps from
+floor(s*T/S) on. With L = 1 all layers share the value. No operation mixes members. Therefore the
+gradient of a sum over members contains the gradient of each member.
+
+A hypergradient search changes the logarithm of a hyperparameter, or its logit if it lies between 0
+and 1. The same step size then means the same relative change at a rate of 1e-5 as at 1, and a value
+never leaves its legal range.
 
 This module also defines the results of a hypergradient and the test for noise. Training with too
 large a rate is chaotic: a change of the weights grows at every step. The hypergradient grows with
@@ -36,19 +38,20 @@ HYPERPARAMETERS = ("lr", "momentum", "weight_decay", "beta1", "beta2")
 BETWEEN_0_AND_1 = ("momentum", "beta1", "beta2")
 
 Tables = Mapping[str, Tensor]
-"""Maps each of HYPERPARAMETERS to a table (P, S, L). S and L may differ between hyperparameters."""
+"""Maps the name of each hyperparameter to its table of values (P, S, L). S and L may differ between
+hyperparameters."""
 
 SegmentRows = Mapping[str, Sequence[Tensor]]
-"""The same tables, cut into the values that the steps of each segment read.
+"""The hyperparameter tables, cut into one row per segment of the training.
 
-A value is (P, 1), or (P, N) if it differs between layers.
+A row is (P, 1), or (P, N) if the value differs between layers.
 """
 
 Watch = Callable[[int, Tensor], None]
 """Called after each step with the number of finished steps and the weights (P, N)."""
 
 InnerState = tuple[Tensor, ...]
-"""The parameters, then the moments of the optimizer, each (P, N)."""
+"""The state of a training run: the parameters, then the moments of the optimizer, each (P, N)."""
 
 
 @dataclass(frozen=True)
@@ -66,18 +69,18 @@ class StepPosition:
 
 
 class InnerTraining(Protocol):
-    """A training of P members for at most ``steps`` steps, on minibatches that never change."""
+    """A training run of P members for at most ``steps`` steps, on fixed minibatches."""
 
     steps: int
     totals: np.ndarray
-    """The number of steps of each member, (P,). All of them fall within ``steps``."""
+    """The number of steps of each member, (P,), at most ``steps``."""
     layer: Tensor
-    """The layer (N,) of each entry of a member's parameters."""
+    """The layer index (N,) of each entry of a member's parameters."""
     kept: int
     """The number of entries at the end of a row that are running statistics, not parameters."""
 
     def start(self) -> Tensor:
-        """Return the starting parameters (P, N)."""
+        """Return the starting parameters of all members, (P, N)."""
 
     def clock(self, step: int) -> StepPosition:
         """Return the position of each member before this step."""
@@ -89,9 +92,9 @@ class InnerTraining(Protocol):
         """
 
     def statistics(self, weights: Tensor, step: int) -> Tensor:
-        """Return the running statistics (P, kept) after this step from ``weights``.
+        """Return the running statistics (P, kept), for example of BatchNorm, after this step.
 
-        They are differentiable in ``weights``.
+        They are differentiable in ``weights``, the weights before the step.
         """
 
     def validation(self, weights: Tensor) -> Tensor:
@@ -103,7 +106,7 @@ AnyTraining = TypeVar("AnyTraining", bound=InnerTraining, covariant=True)
 
 @dataclass(frozen=True, eq=False)
 class InnerProblem(Generic[AnyTraining]):
-    """A training, the update rule that it follows, and its hyperparameters."""
+    """A training run with its update rule and its hyperparameters."""
 
     training: AnyTraining
     optimizer: str
@@ -111,7 +114,7 @@ class InnerProblem(Generic[AnyTraining]):
 
     @cached_property
     def rows(self) -> SegmentRows:
-        """The hyperparameters in the form that the steps read.
+        """The hyperparameters as one row per segment, which the steps read.
 
         They are cut only once, because a row may be as large as the parameters.
         """
@@ -156,7 +159,7 @@ class InnerProblem(Generic[AnyTraining]):
         return self.advance(self.start(), range(steps or self.training.steps), watch)[0]
 
     def columns(self, names: Sequence[str]) -> list[tuple[str, int, int]]:
-        """Return each entry of the tables of these hyperparameters as (name, segment, layer)."""
+        """Return the entries of some hyperparameters' tables as (name, segment, layer)."""
         columns = []
         for name in names:
             columns += [(name, *entry) for entry in np.ndindex(self.tables[name].shape[1:])]
@@ -213,7 +216,7 @@ def with_statistics(state: InnerState, statistics: Tensor) -> InnerState:
 
 
 def leaves_of(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return the same tensors without their graph, as leaves that can be differentiated by."""
+    """Return the tensors without their graph, as new leaves that require gradients."""
     return tuple(tensor.detach().requires_grad_() for tensor in tensors)
 
 
@@ -229,7 +232,7 @@ def rows_of(tables: Tables, layer: Tensor) -> SegmentRows:
 
 
 def rates_at(rows: SegmentRows, clock: StepPosition, totals: np.ndarray) -> Rates:
-    """Return the hyperparameters of one step.
+    """Return the values of the hyperparameters in one step.
 
     A value is (P, 1) if all layers share it, otherwise (P, N).
     """
@@ -250,7 +253,7 @@ def rates_at(rows: SegmentRows, clock: StepPosition, totals: np.ndarray) -> Rate
 
 
 def segment_at(done: np.ndarray, totals: np.ndarray, segments: int) -> np.ndarray:
-    """Return each member's segment (P,) of the step that follows ``done`` steps.
+    """Return the segment index (P,) of each member's next step, after ``done`` steps.
 
     It is the last s with floor(s*T/S) <= done.
     """
@@ -259,7 +262,7 @@ def segment_at(done: np.ndarray, totals: np.ndarray, segments: int) -> np.ndarra
 
 
 def as_table(value: object, shape: tuple[int, ...] | None = None) -> np.ndarray:
-    """Return a value as a table (S, L), broadcast to ``shape`` if it is given.
+    """Return a hyperparameter's value as a table (S, L), broadcast to ``shape`` if it is given.
 
     A value is a number, a list over segments, or a list over segments and layers.
     """
@@ -269,12 +272,12 @@ def as_table(value: object, shape: tuple[int, ...] | None = None) -> np.ndarray:
 
 
 def to_coordinate(name: str, value: Tensor) -> Tensor:
-    """Return log(value), or log(value / (1 - value)) for momentum and the betas; -inf at 0."""
+    """Return a value's coordinate: its log, or its logit for momentum and the betas; -inf at 0."""
     return value.logit() if name in BETWEEN_0_AND_1 else value.log()
 
 
 def from_coordinate(name: str, coordinate: Tensor) -> Tensor:
-    """Return the value that belongs to a coordinate."""
+    """Return the value of a coordinate. It undoes ``to_coordinate``."""
     return coordinate.sigmoid() if name in BETWEEN_0_AND_1 else coordinate.exp()
 
 
@@ -300,8 +303,9 @@ class Hypergradients:
     """The results of one differentiated training, per member.
 
     ``value`` (P,) is the validation loss after training. ``gradients`` has a (P, S, L) table of
-    derivatives for each requested hyperparameter. ``ratio`` (P,) separates noise from usable
-    slopes. ``weights`` (P, N) are the parameters after the last step.
+    derivatives for each requested hyperparameter. ``ratio`` (P,) is the growth of small changes;
+    above ``CHAOTIC`` the derivatives are noise. ``weights`` (P, N) are the parameters after the
+    last step.
     """
 
     value: Tensor

@@ -1,5 +1,8 @@
 """Hypergradients through training: reverse mode, forward mode and finite differences.
 
+In shapes, P counts members (one trial on one fold each), N the parameters of a member, and d the
+derivatives. T is the number of steps.
+
 Reverse mode keeps the graph of every step and goes back through it once, for any number of
 hyperparameters (Maclaurin et al. 2015; Franceschi et al. 2017, Reverse-HG). It can be truncated or
 checkpointed. It differentiates the rules of optimizers/rules.py.
@@ -151,10 +154,10 @@ Operand = Union["Dual", Tensor, float]
 
 @dataclass(frozen=True, eq=False)
 class Dual:
-    """A number ``value`` (P, N) with its derivatives ``tangents`` (d, P, N), used like a tensor.
+    """A tensor ``value`` (P, N) with its derivatives ``tangents`` (d, P, N), used like a tensor.
 
-    N may be 1 in both. The rules of optimizers/rules.py work entry by entry and use only the few
-    operations of this class. The value is computed only once for any d, and a term without
+    N may be 1 in both tensors. The rules of optimizers/rules.py work entry by entry and use only
+    the few operations of this class. The value is computed only once for any d, and a term without
     derivatives costs nothing. PyTorch's own dual numbers have only one derivative each, and they
     also compute with derivatives that are zero.
     """
@@ -227,7 +230,7 @@ class Dual:
         return Dual(self.value**power, self.tangents * (power * self.value ** (power - 1)))
 
     def clamp_min(self, least: float) -> "Dual":
-        """Return the same as ``Tensor.clamp_min``; the derivative is 0 below ``least``."""
+        """Return ``Tensor.clamp_min`` of the value; the derivatives are 0 below ``least``."""
         # This is PyTorch's kernel for the derivative of a clamp. A comparison and a torch.where
         # would need two passes.
         tangents: Tensor = torch.ops.aten.threshold_backward(self.tangents, self.value, least)
@@ -241,7 +244,7 @@ class Dual:
 def forward(
     problem: InnerProblem[InnerTraining], names: Sequence[str], *, watch: Watch | None = None
 ) -> Hypergradients:
-    """Return the hypergradients of ``names`` by carrying one tangent of the state per entry."""
+    """Return the hypergradients of ``names`` by carrying one tangent per hyperparameter entry."""
     training = problem.training
     tables = problem.tables
     state = problem.start()
@@ -267,7 +270,7 @@ def forward(
 
 
 class _Tangents:
-    """The tangents of the state (``of_state``), each (d, P, N).
+    """The derivatives of the training state (``of_state``), each (d, P, N).
 
     There is one tangent for each hyperparameter entry whose segment has begun.
     """
@@ -286,7 +289,7 @@ class _Tangents:
         self.ratio = state[0].new_zeros(len(state[0]))
 
     def step(self, state: InnerState, step: int) -> InnerState:
-        """Return the state after one step, and move the tangents and the ratio along."""
+        """Return the state after one step, and update the tangents and the ratio for this step."""
         training = self.problem.training
         tables = self.problem.tables
         weights = state[0].detach().requires_grad_()
@@ -335,7 +338,7 @@ class _Tangents:
     def _keep_statistics(
         self, new: InnerState, weights: Tensor, before: Tensor, step: int
     ) -> InnerState:
-        """Replace the end of the new state by the running statistics, and their tangents likewise.
+        """Put the running statistics and their tangents at the end of the new state.
 
         ``weights`` are the weights before the step, and ``before`` are their tangents.
         """
@@ -350,7 +353,7 @@ class _Tangents:
         return with_statistics(new, statistics.detach())
 
     def _seed(self, name: str, clock: StepPosition) -> Tensor:
-        """Return the derivative of the value that each entry reads, by each column.
+        """Return the derivatives of a hyperparameter's values in this step, by each table entry.
 
         The result is (d, P, N), or (d, P, 1) if all layers share the value.
         """
@@ -385,7 +388,7 @@ def differences(
     width: float,
     watch: Watch | None = None,
 ) -> Hypergradients:
-    """Return the hypergradients of ``names`` from trainings at +-``width`` in the coordinate.
+    """Return the hypergradients of ``names`` from training runs at +-``width`` in the coordinate.
 
     The coordinate is the logarithm, or the logit of momentum and betas. Every value must be above
     0. ``ratio`` is |weights(+) - weights(-)| / (2 width |weights|) after the last step.

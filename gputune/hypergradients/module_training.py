@@ -1,4 +1,4 @@
-"""A user's module, loss and minibatches as one member of an inner training."""
+"""A user's module, loss and minibatches as one member of an inner training (``inner.py``)."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -73,7 +73,7 @@ class ModuleTraining:
         self.frozen = frozen.keys()
 
     def start(self) -> Tensor:
-        """Return the module's parameters and running statistics, (1, N)."""
+        """Return the module's starting parameters and running statistics as one row (1, N)."""
         return torch.cat([p.detach().flatten().to(self.dtype) for p in self.entries.values()])[None]
 
     def clock(self, step: int) -> StepPosition:
@@ -95,7 +95,7 @@ class ModuleTraining:
     def _loss(self, weights: Tensor, step: int | None) -> tuple[Tensor, Tensor]:
         """Return the loss (1,) and the running statistics (1, kept) of a minibatch.
 
-        ``step`` None means the validation pair.
+        If ``step`` is None, the minibatch is the validation pair.
         """
         if step is None:
             name = "valid"
@@ -143,11 +143,11 @@ class ModuleTraining:
         return loss.view(1), torch.cat([*running, weights.new_empty(0)])[None]
 
     def check_graph(self) -> None:
-        """Raise InputError if a loss fails, or if the first minibatch uses parameters that training
-        cannot reach.
+        """Check that losses can be computed and that training reaches all parameters they use.
 
-        A module or loss that holds a parameter in its own variable always reads the starting value.
-        Such a parameter would not change while the others are trained.
+        The first minibatch is checked. Raises InputError otherwise. A module or loss that holds a
+        parameter in its own variable always reads the starting value. Such a parameter would not
+        change while the others are trained.
         """
         with torch.enable_grad():
             loss = self.losses(self.start().requires_grad_(), 0)
@@ -166,7 +166,7 @@ class ModuleTraining:
                 )
 
     def parameters(self, weights: Tensor) -> Params:
-        """Return the named parameters and running statistics that are stored in a row (1, N)."""
+        """Split a row (1, N) into the named parameters and running statistics."""
         parts = zip(self.entries.items(), torch.split(weights[0], self.sizes))
         return {name: part.view(entry.shape) for (name, entry), part in parts}
 
@@ -202,7 +202,7 @@ def _module_errors(name: str, pair: DataPair) -> Iterator[None]:
 
 
 class _Objective(nn.Module):
-    """The loss of a module's output as one module.
+    """A module and a loss as one module that returns the loss.
 
     If the loss reads the module's parameters, it sees the trained ones.
     """

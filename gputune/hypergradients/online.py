@@ -90,7 +90,8 @@ class _Online(Optimizer):
         return list(torch._foreach_add(grads, params, alpha=decay))
 
     def _moments(self, name: str, params: list[Tensor]) -> list[Tensor]:
-        """Return the state tensors of one name; they are zero before the first step."""
+        """Return the state tensors with this name, one per parameter; zero before the first
+        step."""
         for p in params:
             if name not in self.state[p]:
                 self.state[p][name] = torch.zeros_like(p)
@@ -221,7 +222,7 @@ class SGDHD(_Online):
     Args:
         params: The parameters, or parameter groups, as in torch.optim.SGD.
         lr: The starting rate, > 0 (>= 0 with the other rules). ``param_groups[i]["lr"]`` is the
-            present rate, a float.
+            current rate, a float.
         hypergrad_lr: The speed at which the rate moves; see the table at the top of this module.
             None means 0.02 with rule="multiplicative", for which the range is [0, 1). With 0.02,
             the rate doubles after 35 steps whose directions agree. The other rules depend on the
@@ -235,7 +236,7 @@ class SGDHD(_Online):
             become negative.
         lr_max: Upper bound of the rate. None, the default, means no bound.
         foreach: True processes all tensors of a group at once, False one after the other. None
-            means True for tensors on a GPU. The numbers are the same.
+            means True for tensors on a GPU. The results are the same.
 
     Raises:
         InputError: An argument is out of its range, or, in a step, a gradient is sparse or complex.
@@ -383,7 +384,7 @@ def _arguments(names: Mapping[str, object]) -> Group:
 
 
 def _check_group(group: Group) -> Group:
-    """Return the hyperparameters of a group as Python numbers.
+    """Check the hyperparameters of a group, and return them as Python numbers.
 
     Raises InputError if one is out of range.
     """
@@ -452,9 +453,9 @@ def _number(
 
 
 def _parts(pairs: Sequence[GradientPair], foreach: bool | None) -> list[list[int]]:
-    """Return the positions of the tensors that are processed together.
+    """Return groups of tensor indices; the tensors of a group are processed together.
 
-    These are all tensors of one device and dtype, or each tensor separately.
+    A group has all tensors of one device and dtype, or with ``foreach=False`` one tensor.
     """
     groups = defaultdict(list)
     together = all(x.is_cuda for x, _ in pairs) if foreach is None else foreach
@@ -482,7 +483,7 @@ def _sums(products: list[list[GradientPair]], foreach: bool | None) -> list[floa
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    """Return all entries as one vector, in float32 or a wider dtype."""
+    """Return all entries of some tensors as one vector, in float32 or a wider dtype."""
     if len(tensors) == 1:
         flat = tensors[0].reshape(-1)
     else:

@@ -1,7 +1,8 @@
-"""Losses that compare each output with the targets of all rows, because of one axis too many.
+"""Detects losses that compare each output with the targets of all rows by mistake.
 
-Outputs (n, 1) minus a target (n,) are (n, n) numbers, by the broadcasting of PyTorch. It raises no
-error, and the mean of these numbers trains every output to the mean of the target.
+The mistake is one axis too many: PyTorch broadcasts outputs (n, 1) minus a target (n,) to a matrix
+(n, n). This raises no error, but the mean of the matrix trains every output to the mean of the
+target.
 """
 
 from typing import TypeAlias
@@ -25,7 +26,7 @@ _BROADCASTING_LOSSES = {
     functional.hinge_embedding_loss,
     torch.broadcast_tensors,
 }
-"""Functions that broadcast their arguments. Their result need not show it."""
+"""Functions that broadcast their arguments, even if the shape of the result does not show it."""
 
 
 _DIAGONALS = {
@@ -37,12 +38,12 @@ _DIAGONALS = {
     torch.trace,
     Tensor.trace,
 }
-"""Functions that take the diagonal of a matrix of all pairs of rows: the pair of each row with
-itself."""
+"""Functions that take the diagonal of a matrix of all pairs of rows. The diagonal pairs each row
+with itself, so it is a correct loss."""
 
 
 def in_one_shape(pair: Shapes, place: str) -> str:
-    """Return a sentence that explains how to give outputs and targets one shape."""
+    """Return advice, a sentence, on giving outputs and targets the same shape."""
     if len(pair[0]) == 2:
         return (
             f"Take outputs[:, 0] or y[:, None] in the {place}, or return (rows,) from the module."
@@ -93,11 +94,12 @@ class BroadcastWatch(TorchFunctionMode):
 
     @property
     def pair(self) -> Shapes | None:
-        """Shapes of the outputs and the target of the first such operation, or None without one."""
+        """Shapes of the outputs and the target in the first operation that pairs all rows, or
+        None."""
         return None if self._takes_diagonal and not self._uses_others else self._pair
 
     def _follow(self, func: Function, result: object) -> None:
-        """Note if an operation on a matrix of all pairs uses its diagonal, or its other numbers."""
+        """Note whether an operation on a matrix of all pairs uses only its diagonal."""
         if func in _DIAGONALS:
             self._takes_diagonal = True
         elif isinstance(result, Tensor) and tuple(result.shape) == (self._rows, self._rows):
@@ -106,7 +108,8 @@ class BroadcastWatch(TorchFunctionMode):
             self._uses_others = True
 
     def _is_broadcast(self, func: Function, result: object) -> bool:
-        """Return whether an operation compares rows with each other."""
+        """Return whether an operation broadcasts outputs and targets to a matrix of all pairs of
+        rows."""
         square = (self._rows, self._rows)
         # Losses return one number or (n,), so their result does not show the (n, n) comparison.
         return func in _BROADCASTING_LOSSES or (

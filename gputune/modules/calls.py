@@ -1,5 +1,9 @@
 """Calls of a module with substituted tensors, in bfloat16, or with random draws made in advance.
 
+A draw is a call that makes random numbers, or its result. A recorded step is the list of operations
+of one training step, which is replayed for the next steps. A member is one trial on one fold.
+Stacked members share one call of the module, by torch.func.vmap.
+
 A module that trains in bfloat16 rounds the same operations as torch.autocast. Under vmap, autocast
 reaches only some operations (in torch 2.13), so stacked members have their own mode. Parameters,
 buffers and updates stay in single precision, and so does the loss of a module's outputs.
@@ -7,8 +11,8 @@ buffers and updates stay in single precision, and so does the loss of a module's
 Source: https://docs.pytorch.org/docs/stable/amp.html#autocast-op-reference
 
 To record a module's draws, a forward pass in training is tried once for each number of rows. From
-then on, every step finds its draws in a buffer. They are the numbers that the step itself would
-have drawn. The step can therefore be recorded.
+then on, every step finds its random numbers in a buffer. They equal the random numbers that the
+step itself would have drawn. The step can therefore be recorded.
 """
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -39,7 +43,7 @@ from gputune.seeding import keyed_draws, start_stream, stream_seed
 
 
 class Stateless:
-    """A module in its current state. ``substitute`` lends it other tensors for a while.
+    """A module whose tensors ``substitute`` replaces for the time of a ``with`` block.
 
     ``substitute`` then restores the attributes of every submodule: parameters, buffers, hooks, the
     mode, and values that a forward pass keeps in ``self`` or in a dict, list or set there. Tensors
@@ -69,7 +73,7 @@ class Stateless:
 
     @contextmanager
     def substitute(self, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
-        """Replace the parameters and buffers of the same names by ``tensors`` inside the context.
+        """Use ``tensors`` as the parameters and buffers with these names, inside the context.
 
         A tensor with several names is replaced under all of them.
         """
@@ -91,7 +95,7 @@ class Stateless:
                 table[key] = tensor
 
     def current(self, names: Container[str]) -> dict[str, Tensor]:
-        """Return the current tensors of some names.
+        """Return the current parameters and buffers with some names.
 
         Inside ``substitute``, these are the tensors that a forward pass has written.
         """
@@ -99,14 +103,13 @@ class Stateless:
 
 
 def not_trained(module: nn.Module) -> dict[str, Tensor]:
-    """Return the buffers and the frozen parameters of a module."""
+    """Return the tensors that the optimizer does not train: buffers and frozen parameters."""
     frozen = {name: w for name, w in module.named_parameters() if not w.requires_grad}
     return frozen | dict(module.named_buffers())
 
 
 def state_of(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """Return the buffers, frozen parameters and Python numbers of some names. Numbers become
-    tensors."""
+    """Return the buffers, frozen parameters and Python numbers with some names, as tensors."""
     state = {}
     for name in names:
         value = attrgetter(name)(module)
@@ -118,7 +121,8 @@ def state_of(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
 
 
 def put_numbers(module: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Set the Python numbers among some names to their values. Tensors are left unchanged."""
+    """Set the attributes of a module that are Python numbers to new values. Tensors do not
+    change."""
     for name, value in values.items():
         before = attrgetter(name)(module)
         if not isinstance(before, Tensor):
@@ -127,7 +131,7 @@ def put_numbers(module: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 
 def convert(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Convert the floats of a module to a dtype, in place.
+    """Convert the floating-point tensors of a module to a dtype, in place.
 
     Complex numbers keep their imaginary parts, which ``Module.to`` would discard.
     """
@@ -142,7 +146,7 @@ def convert(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _functions(owner: object, names: str) -> set[Callable[..., object]]:
-    """Return the functions of a module or class with some names."""
+    """Return the functions with some names in a module or class."""
     return {getattr(owner, name) for name in names.split()}
 
 
@@ -165,7 +169,7 @@ _WIDE = (
 
 
 class Rounded(TorchFunctionMode):
-    """Does the same as torch.autocast to bfloat16, also under vmap.
+    """Rounds the same operations as torch.autocast to bfloat16, also under vmap.
 
     Products are computed in bfloat16. Sums and growing functions are computed in single precision.
     """
@@ -184,12 +188,12 @@ class Rounded(TorchFunctionMode):
 
 
 def _to_bfloat16(x: Tensor) -> Tensor:
-    """Return single precision as bfloat16, and other tensors unchanged."""
+    """Convert a tensor in single precision to bfloat16. Other tensors are returned unchanged."""
     return x.bfloat16() if x.dtype == torch.float32 else x
 
 
 def _to_float32(x: Tensor) -> Tensor:
-    """Return bfloat16 as single precision, and other tensors unchanged."""
+    """Convert a bfloat16 tensor to single precision. Other tensors are returned unchanged."""
     return x.float() if x.dtype == torch.bfloat16 else x
 
 
@@ -199,7 +203,7 @@ _PLAIN = set(
     "rand randn randint randperm rand_like randn_like randint_like uniform uniform_ normal_ "
     "exponential_ geometric_ cauchy_ log_normal_ random_".split()
 )
-"""Operations that read only the shape of their argument, and none of its numbers."""
+"""Random operations that read only the shape of their argument, not its values."""
 # Overloads of further such operations.
 _PLAIN_OVERLOADS = {
     "bernoulli": "p",
@@ -213,7 +217,7 @@ _DROPOUT = torch.ops.aten.native_dropout.default
 
 
 class _Draw(NamedTuple):
-    """One draw of a forward pass.
+    """One random operation of a forward pass, which can be repeated.
 
     The tensors among ``args`` are made again as empty tensors, because only their layout matters.
     """
@@ -223,17 +227,17 @@ class _Draw(NamedTuple):
     kwargs: Kwargs
 
     def make(self) -> Tensor:
-        """Draw again, and return the result."""
+        """Draw new random numbers by the same operation, and return them."""
         args = [x() if isinstance(x, partial) else x for x in self.args]
         result: Tensor = self.function(*args, **self.kwargs)
         return result
 
 
 class ModuleDraws:
-    """The draws of some steps ahead, for minibatches of each number of rows.
+    """The random numbers of the next steps, for each size of minibatch.
 
     They are recorded from one member's ``forward`` in training. Raises TraceError if a draw depends
-    on numbers other than the key of the step.
+    on values other than the key (epoch and step) of its random stream.
     """
 
     def __init__(self, forward: Callable[[Batch], object], batches: Batches, seed: int) -> None:
@@ -254,7 +258,8 @@ class ModuleDraws:
         self.ahead = max(1, min(len(self.rows), _DRAW_BYTES // max(1, size)))
         self.buffers: dict[int, list[Tensor]] = {}
         self.uniform = set[int]()
-        """Numbers of rows for which compiled code can make the draws. It makes the same numbers."""
+        """Minibatch sizes for which compiled code makes the draws. The random numbers are the
+        same."""
         for rows, results in samples.items():
             self.buffers[rows] = [
                 x.new_empty((self.ahead, *x.shape), device=self.device) for x in results
@@ -266,7 +271,8 @@ class ModuleDraws:
                 self.uniform.add(rows)
 
     def fill(self, epoch: int, step: int) -> None:
-        """Draw for a step and the steps ahead, if the buffer ends before this step."""
+        """Fill the buffer with draws for a step and the next steps, if it has none for this
+        step."""
         if step % self.ahead or not any(self.draws.values()):
             return
         with keyed_draws(self.device, self.seed, "dropout", epoch, step):
@@ -282,20 +288,20 @@ class ModuleDraws:
                             part.copy_(draw.make())
 
     def at(self, step: Tensor, rows: int) -> tuple[Tensor, ...]:
-        """Return the draws of a minibatch of ``rows`` rows. The step is read from a counter on the
+        """Return the draws for a minibatch of ``rows`` rows. The step is read from a counter on the
         device."""
         slot = torch.remainder(step, self.ahead).view(1)
         return tuple(buffer.index_select(0, slot)[0] for buffer in self.buffers[rows])
 
 
 def draws_of(forward: Callable[[], object]) -> tuple[Tensor, ...]:
-    """Return the draws of a forward pass in their order. Raises TraceError as ``ModuleDraws``
-    does."""
+    """Return the random tensors of a forward pass in their order. Raises TraceError like
+    ``ModuleDraws``."""
     return tuple(_recorded(forward).results)
 
 
 def _recorded(forward: Callable[[], object]) -> "_DrawRecorder":
-    """Return the recorder of a forward pass that has run once."""
+    """Run a forward pass once, and return the recorder of its draws."""
     with torch.no_grad(), (recorder := _DrawRecorder()):
         forward()
     return recorder
@@ -342,13 +348,13 @@ def _empty_like(x: Tensor) -> partial[Tensor]:
 
 
 def replay_draws(draws: Sequence[Tensor]) -> AbstractContextManager[object]:
-    """Let operations that draw return the given tensors inside, one after the other."""
+    """Inside the context, random operations return the given tensors, one after the other."""
     # a mode slows down every call, so it is left out without draws
     return _DrawReplayer(draws) if draws else nullcontext()
 
 
 class _DrawReplayer(DispatchMode):  # type: ignore[no-untyped-call]
-    """Returns draws that were made in advance."""
+    """Replaces the result of each random operation by a tensor that was made in advance."""
 
     def __init__(self, draws: Sequence[Tensor]) -> None:
         super().__init__()

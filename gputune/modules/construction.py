@@ -1,6 +1,8 @@
 """Builds a user's module from a class, a function or a partial, with its own random stream.
 
-Further functions inspect a module: its layers, hidden matrices, dropout rates and lazy parts.
+Further functions inspect a module: its layers, hidden matrices, dropout rates and lazy parts. A
+builder is the class or function that makes the module. A member is one trial on one fold, with its
+own module.
 """
 
 import copy
@@ -34,7 +36,8 @@ def name_of(builder: Builder) -> str:
 
 
 def what_to_pass(instance: nn.Module) -> str:
-    """Return the end of an error message for a module instance, from "must be" on."""
+    """Return the end of an error message for a module instance that was passed instead of a
+    class."""
     inner = getattr(instance, "_orig_mod", instance)  # a compiled module holds the original one
     kind = type(inner)
     sizes = {"n_features": 1, "n_outputs": 1, "input_shape": (1,), "feature_groups": None}
@@ -61,7 +64,7 @@ def what_to_pass(instance: nn.Module) -> str:
 def build_module(
     builder: Builder, arguments: Config, shape: Shape, *, seed: int, columns: str = ""
 ) -> nn.Module:
-    """Build a user's module with its own keyed random stream.
+    """Build a user's module with a random stream that depends only on ``seed``.
 
     Raises InputError, with ``columns`` at the end of the message, if this fails.
     """
@@ -85,7 +88,7 @@ def build_module(
 
 @contextmanager
 def module_stream(seed: int) -> Iterator[None]:
-    """Let constructors draw from the stream of a seed inside, on the CPU and in single
+    """Inside the context, constructors draw from the seed's stream, on the CPU in single
     precision."""
     # A constructor may draw on the current GPU, if this process has used it. The generators of
     # other GPUs are not saved, because that would make a context there of some hundred megabytes.
@@ -101,9 +104,9 @@ def module_stream(seed: int) -> Iterator[None]:
 
 
 _shared: WeakKeyDictionary[Builder, dict[str, str]] = WeakKeyDictionary()
-"""Name of the tensor that all modules of a builder share, by builder and by the arguments as text.
+"""Names of tensors that all modules of a builder share, by builder and arguments as text.
 
-The name is "" if every module owns all of its tensors.
+A name is "" if every module of the builder owns all of its tensors.
 """
 
 
@@ -146,7 +149,7 @@ def construct(builder: Builder, kwargs: Config, columns: str = "") -> nn.Module:
 
 
 def _call_builder(builder: Builder, kwargs: Config, columns: str) -> tuple[nn.Module, bool]:
-    """Return the module of a builder, and whether it was compiled.
+    """Call a builder; return its module and whether torch.compile had wrapped it.
 
     A module inside torch.compile is returned itself. Raises InputError if the builder fails, or if
     its result is not an initialized torch module.
@@ -185,7 +188,7 @@ def call_text(name: str, kwargs: Config) -> str:
 
 
 def _remedy(builder: Builder, kwargs: Config, error: str) -> str:
-    """Return the remedy for an error of a builder that was called with some arguments."""
+    """Return the remedy, a sentence, for an error that a builder raised."""
     refused = re.search(r"unexpected keyword argument '(n_features|n_outputs)'", error)
     if refused and refused[1] in kwargs and refused[1] not in parameters_of(builder):
         name = name_of(builder)
@@ -198,8 +201,7 @@ def _remedy(builder: Builder, kwargs: Config, error: str) -> str:
 
 
 def _first_shared(module: nn.Module, other: nn.Module) -> str:
-    """Return the name of the first parameter or buffer of ``module`` in the memory of a tensor of
-    ``other``."""
+    """Return the name of the first tensor of ``module`` that shares memory with ``other``."""
 
     def memory(tensor: Tensor) -> int:
         # lazy and sparse tensors have no memory, or no single address
@@ -215,7 +217,7 @@ def _first_shared(module: nn.Module, other: nn.Module) -> str:
 
 
 def has_gradient_hook(parameter: Tensor) -> bool:
-    """Return whether a function of the user reads or changes the gradient of a parameter."""
+    """Return whether a user's hook reads or changes the gradient of a parameter."""
     return bool(
         parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
     )
@@ -257,7 +259,7 @@ def layers_of(module: nn.Module) -> list[str]:
 
 
 def hidden_sides(module: nn.Module, trained: Params) -> dict[str, int]:
-    """Return the longer side of each hidden matrix.
+    """Return the larger dimension of each hidden weight matrix.
 
     Hidden matrices are all weights except embeddings and the last weight. Without embeddings, the
     first weight is also left out. The matrix of a convolution has all axes except the first as its
@@ -281,7 +283,7 @@ def call_arguments(builder: Builder, sizes: Mapping[str, object], arguments: Con
     """Return the arguments for a builder: the ``sizes`` in its signature, and the ``arguments``.
 
     ``num_classes`` without a default gets ``n_outputs``, because torchvision uses this name. A
-    builder that takes any keyword gets the numbers of features and outputs, unless it is a subclass
+    builder that takes any keyword gets the counts of features and outputs, unless it is a subclass
     of a class that names its keywords. Raises InputError, before anything is built, for an argument
     that the builder does not have, and for a required argument without a value.
     """
@@ -361,8 +363,8 @@ def parameters_of(builder: Builder) -> dict[str, inspect.Parameter]:
 def materialise(
     module: nn.Module, inputs: Sequence[InputKind], names: Sequence[str] | None
 ) -> None:
-    """Give lazy submodules, such as ``nn.LazyLinear``, the parameters that a first batch would give
-    them."""
+    """Initialize the parameters of lazy submodules, such as ``nn.LazyLinear``, like a first
+    batch."""
     if any(map(is_lazy, chain(module.parameters(), module.buffers()))):
         with torch.no_grad():
             call_module(module.eval(), _zeros(inputs), names)
@@ -370,7 +372,7 @@ def materialise(
 
 
 def _zeros(inputs: Sequence[InputKind]) -> list[Tensor]:
-    """Return two rows of zeros for each input.
+    """Return two rows of zeros for each input of a module.
 
     Floats are in single precision, because modules are constructed in it.
     """
@@ -383,9 +385,9 @@ def _zeros(inputs: Sequence[InputKind]) -> list[Tensor]:
 
 
 def note_of_cast(module: nn.Module, dtype: torch.dtype) -> str:
-    """Return a sentence about the first tensor of a module that its builder made in another dtype.
+    """Return a note, a sentence, about the first tensor that a builder made in another dtype.
 
-    The result is "" without one.
+    The note is "" if all tensors have the expected dtype.
     """
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.is_floating_point() and tensor.dtype not in (torch.float32, dtype):
@@ -455,5 +457,5 @@ def hint(error: str, inputs: Sequence[Tensor]) -> str:
 
 
 def _pass(code: str) -> str:
-    """Return the remedy that X is passed in another form, without a full stop."""
+    """Return the remedy to pass X in another form, without a full stop."""
     return per_interface(f"Pass {code}", f"Write the file again with {code}")

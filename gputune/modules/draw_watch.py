@@ -20,7 +20,8 @@ class DrawWatch:
 
     Attributes:
         draws: Whether a call in training drew from PyTorch's default generator.
-        decides: Whether such a call also read a number of a tensor. The module may decide by it.
+        decides: Whether a call that drew also read a tensor's value into Python. The module may
+            branch on this value.
         draws_in_evaluation: Whether a call in evaluation mode drew from PyTorch's default
             generator.
         generator: The name of another generator that a call drew from; "" if there was none.
@@ -54,8 +55,8 @@ class DrawWatch:
 
     @contextmanager
     def watching(self, *, training: bool) -> Iterator[None]:
-        """Note the generators that are used inside, and whether a number of a tensor is read
-        then."""
+        """Note the generators used inside the context, and reads of tensor values by a call that
+        draws."""
         with keyed_draws(_CPU, 0, "check", host=True):
             default = torch.get_rng_state()
             others = generator_states(self._module, self._functions)
@@ -77,8 +78,7 @@ class DrawWatch:
 
 
 class _OperationWatch(DispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the generators that operations use, and whether a number of a tensor is read into
-    Python."""
+    """Notes the generators that operations use, and whether Python reads a tensor's value."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class _OperationWatch(DispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Trail:
-    """Remembers the running submodule for error messages, and the size of the largest result."""
+    """Remembers the submodule that runs now, for error messages, and the largest result's size."""
 
     def __init__(self, module: nn.Module) -> None:
         self.open: list[str] = []

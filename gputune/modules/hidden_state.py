@@ -1,9 +1,9 @@
-"""Checks for state in plain attributes, which neither a member nor a saved model has.
+"""Checks for state in plain attributes, which gputune does not keep in members or saved models.
 
-A member consists of its parameters, its buffers, and the numbers that it counts in. A tensor in a
-plain attribute, or in a list or an object there, is lost together with the module that trained.
-This does no harm if predictions do not depend on it. Examples are activations that a forward pass
-keeps, or a table that it makes again.
+A member (one trial on one fold) consists of its parameters, its buffers, and the Python numbers in
+its attributes that training changes (counters). A tensor in a plain attribute, or in a list or an
+object there, is lost together with the module that trained. This does no harm if predictions do not
+depend on it. Examples are activations that a forward pass keeps, or a table that it makes again.
 """
 
 from collections.abc import Sequence
@@ -33,13 +33,13 @@ class KeptState:
         self._marks = self._marks_of(module)
 
     def changed(self, module: nn.Module) -> list[str]:
-        """Return the names of the values that have changed since, in the order of the
-        submodules."""
+        """Return the names of the values that have changed since the snapshot, by submodule
+        order."""
         marks = self._marks_of(module)
         return [name for name, mark in marks.items() if self._marks.get(name) != mark]
 
     def _marks_of(self, module: nn.Module) -> dict[str, object]:
-        """Return a mark of each buffer and each plain attribute, by name."""
+        """Return the marks of all buffers and plain attributes, by name."""
         marks = {name: self._mark(tensor, 0) for name, tensor in module.named_buffers()}
         for path, part in module.named_modules():
             if isinstance(part, torch.jit.ScriptModule):
@@ -50,7 +50,7 @@ class KeptState:
         return marks
 
     def _mark(self, value: object, depth: int) -> object:
-        """Return a mark of a value, which changes if the value is replaced or written into."""
+        """Return a value's mark: it changes if the value is replaced or written into."""
         if value is None or isinstance(value, bool | int | float | str):
             return repr(value)
         self._alive.append(value)
@@ -73,8 +73,8 @@ def check_evaluation(trial: ModuleTrial, before: KeptState, outputs: Tensor) -> 
 
     Args:
         trial: The module, which has been called once in evaluation mode since ``before``.
-        before: Its state before that call.
-        outputs: The outputs of that call, on all rows.
+        before: The module's state before that call.
+        outputs: The outputs of that call, for all rows.
     """
     changed = before.changed(trial.module)
     if changed and not _close(trial.forward(trial.inputs, training=False), outputs):
@@ -89,12 +89,12 @@ def check_evaluation(trial: ModuleTrial, before: KeptState, outputs: Tensor) -> 
 def check_hidden_state(
     trial: ModuleTrial, before: KeptState, counted: Sequence[str], outputs: Tensor
 ) -> None:
-    """Raise InputError if predictions depend on values that training has left in plain attributes.
+    """Raise InputError if predictions depend on values that training stored in plain attributes.
 
     Args:
         trial: The module, which has been called in training since ``before``.
-        before: Its state before that.
-        counted: The names of the numbers that training changes, which members have.
+        before: The module's state before that call.
+        counted: The names of the Python numbers that training changes. Members keep them.
         outputs: The current outputs of the module in evaluation mode, on all rows.
     """
     fresh = trial.fresh()
@@ -114,7 +114,7 @@ def check_hidden_state(
 def buffers_at_start(trial: ModuleTrial) -> list[str]:
     """Return the names of the buffers with ``persistent=False`` that ``start_from`` changes.
 
-    Raises InputError if predictions depend on values that ``start_from`` leaves in plain
+    Raises InputError if predictions depend on values that ``start_from`` stores in plain
     attributes.
     """
     if not hasattr(trial.module, "start_from"):
@@ -158,7 +158,7 @@ def _check_same(
     finding: str,
     name: str,
 ) -> None:
-    """Raise InputError if the second module, which lacks a plain attribute of the first, has other
+    """Raise InputError if the second module, which lacks a plain attribute, has different
     outputs."""
     module, other = modules
     if not _close(trial.of_module(other).forward(trial.inputs, training=False), outputs):
@@ -172,7 +172,7 @@ def _check_same(
 
 
 def _value_of(module: nn.Module, name: str) -> object:
-    """Return a plain attribute by its path; None if it is gone."""
+    """Return the plain attribute at a path, or None if it no longer exists."""
     value: object = module
     for part in name.split("."):
         value = getattr(value, part, None)
@@ -180,7 +180,7 @@ def _value_of(module: nn.Module, name: str) -> object:
 
 
 def _remedy(key: str, value: object) -> str:
-    """Return how a saved model keeps a plain attribute, a sentence."""
+    """Return advice, a sentence, on keeping a plain attribute in a saved model."""
     if isinstance(value, Tensor):
         return f"Make it a buffer in __init__: self.register_buffer({key!r}, tensor)."
     if isinstance(value, np.ndarray):
@@ -193,5 +193,5 @@ def _remedy(key: str, value: object) -> str:
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    """Return whether two tensors have the same shape and the same numbers, up to rounding."""
+    """Return whether two tensors have the same shape and the same values, up to rounding."""
     return a.shape == b.shape and is_close(a, b)

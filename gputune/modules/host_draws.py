@@ -1,11 +1,12 @@
 """Finds generators outside of PyTorch that a module's code can draw from, by reading that code.
 
-A stacked or recorded step runs the code of a forward pass once for many members or steps. A number
-that Python or NumPy draws there would be the same in all of them. A trial call cannot rule this
-out, because the draw may be in a branch that is taken in one step of a hundred. Therefore gputune
-reads the bytecode of a forward pass and of the functions that it refers to, together with the
-objects that their names refer to. The code of libraries is not read. A trial call shows draws there
-by the states of the generators.
+A stacked step runs the Python code of a forward pass once for many members. A recorded step runs it
+once for many steps. A random number from Python or NumPy would then be the same in all these
+members or steps. A trial call cannot rule this out, because the draw may be in a branch that is
+taken in one step of a hundred. Therefore gputune reads the bytecode of a forward pass and of the
+functions that it refers to, together with the objects that their names refer to. The code of
+libraries is not read. Draws in libraries show in a trial call, which changes the generators'
+states.
 """
 
 import builtins
@@ -46,7 +47,7 @@ def drawing_code(module: nn.Module, functions: Iterable[object] = (), step: obje
         step: A training step, which is called with the module.
 
     Returns:
-        Words such as "Net.forward calls random.random"; "" without such code.
+        A description such as "Net.forward calls random.random", or "" if no code draws.
     """
     reader = _Reader()
     for part in module.modules():
@@ -67,7 +68,8 @@ def _defaults_of(function: types.FunctionType) -> Env:
 
 @lru_cache(4096)
 def _instructions(code: types.CodeType) -> tuple[tuple[str, Any], ...]:
-    """Return the operations of a code object with their arguments. Loads of two names are split."""
+    """Return the bytecode operations of a code object. An operation that loads two names is
+    split."""
     operations: list[tuple[str, Any]] = []
     for instruction in dis.get_instructions(code):
         name = instruction.opname
@@ -93,7 +95,7 @@ _NEUTRAL = {
     "COPY_FREE_VARS",
     "MAKE_CELL",
 }
-"""Operations that leave the last loaded value on top of the stack."""
+"""Bytecode operations that keep the last loaded value on top of the stack."""
 _PAIRS = {
     "LOAD_FAST_LOAD_FAST": ("LOAD_FAST", "LOAD_FAST"),
     "LOAD_FAST_BORROW_LOAD_FAST_BORROW": ("LOAD_FAST", "LOAD_FAST"),
@@ -113,9 +115,9 @@ _ATTRIBUTES = {"LOAD_ATTR", "LOAD_METHOD"}
 
 
 class _Reader:
-    """Reads code and the objects that it refers to, until something draws.
+    """Reads code and the objects that it refers to, until it finds code that draws random numbers.
 
-    ``finding`` is then a description of the place.
+    ``finding`` then describes the place.
     """
 
     def __init__(self) -> None:
@@ -214,7 +216,7 @@ class _Reader:
             self._read(value, arguments)
 
     def _is_read(self, code: object, arguments: Sequence[object]) -> bool:
-        """Return whether code was read before with these arguments, and remember it."""
+        """Return whether code was already read with these arguments, and remember the code."""
         key = id(code), *map(id, arguments)
         if key in self.read or len(self.read) > _MOST_FUNCTIONS:
             return True
@@ -313,7 +315,7 @@ class _Reader:
 
 
 def _attributes_of(value: object) -> Mapping[str, Any]:
-    """Return the attributes of an object itself. Those of a module include its submodules."""
+    """Return an object's own attributes. A module's attributes include its submodules."""
     try:
         attributes: dict[str, Any] = vars(value)
     except TypeError:  # it has no attributes

@@ -1,4 +1,4 @@
-"""Random generators that a module may use in addition to PyTorch's default one: names and states.
+"""Names and states of random generators other than PyTorch's default generator.
 
 gputune can set only PyTorch's default generator to a separate stream for each step of all members.
 """
@@ -26,7 +26,7 @@ GENERATORS = (
     torch.Generator,
 )
 _SEEDED_CLASSES = (random.Random, np.random.RandomState, np.random.BitGenerator)
-"""Classes of generators that code makes to draw from them."""
+"""Classes of random generators, which code may instantiate."""
 _MODULES = (random, np.random, secrets)
 
 _FUNCTIONS: dict[object, str] = {
@@ -44,7 +44,7 @@ _MOST_ITEMS = 100  # items of a container that are looked at
 Instance = TypeVar("Instance")
 
 Env: TypeAlias = dict[str, object]
-"""Known objects by the local names that refer to them."""
+"""The known values of local variables, by name."""
 
 
 def generator_states(module: nn.Module, functions: Iterable[object] = ()) -> dict[str, bytes]:
@@ -94,7 +94,7 @@ def _held_generators(module: nn.Module, functions: Iterable[object]) -> Iterator
 
 
 def is_a(value: object, *kinds: type[Instance]) -> TypeGuard[Instance]:
-    """Return whether the type of a value is a subclass of one of some classes.
+    """Return whether the type of a value is one of some classes or a subclass.
 
     The function ``isinstance`` also asks the value for its ``__class__``, which may run code of the
     user.
@@ -112,7 +112,7 @@ def items_of(value: object) -> list[object]:
 
 
 def _state_of(generator: object) -> bytes | None:
-    """Return the state of a generator, or None if its numbers come from the operating system."""
+    """Return a generator's state, or None if the operating system makes its random numbers."""
     if isinstance(generator, torch.Generator):
         if generator is torch.default_generator:
             return None
@@ -176,7 +176,7 @@ def is_library(function: types.FunctionType) -> bool:
 
 
 def closure_of(function: types.FunctionType) -> Env:
-    """Return the values of the free variables of a function. Unset variables are left out."""
+    """Return the values of a function's closure variables. Unset variables are left out."""
     values: Env = {}
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
         try:
