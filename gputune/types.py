@@ -1,8 +1,9 @@
 """The names of tensor axes, shared type aliases, and the table of defaults.
 
 Axes, used in signatures, docs and errors: C trials, F folds, P = C*F members, B batch rows, D
-inputs, H width, K outputs, T steps, L layers. The member axis comes first. Inside a chunk, members
-are fold-major (``p = f*C + c``), so the members of one fold are contiguous. Public arrays are (C,
+inputs, H width, K outputs, T steps, L layers. The member axis comes first. A member is one trial on
+one fold, and a chunk is a group of trials that train together. Inside a chunk, members are
+fold-major (``p = f*C + c``), so the members of one fold are contiguous. Public arrays are (C,
 epochs, F).
 """
 
@@ -34,7 +35,8 @@ Block gives.
 Task = Literal["binary", "multiclass", "regression", "multilabel", "custom"]
 
 Goal = Literal["classes", "numbers", ""]
-"""The kind of prediction, if it decides defaults: classes (cross-entropy), numbers or neither."""
+"""The kind of prediction, if it decides defaults: classes (cross-entropy), regression or neither.
+"""
 
 Precision = Literal["full", "bf16"]
 """The number format of a module's computations in training.
@@ -156,7 +158,7 @@ SCHEDULES = get_args(ScheduleWord)
 
 LR_FACTOR = "lr_factor__"
 DECAY_FACTOR = "weight_decay_factor__"
-"""Prefixes of factors for the parameters of a module.
+"""Prefixes of keys that scale the learning rate or weight decay of some parameters of a module.
 
 ``lr_factor__bias`` is a factor on the learning rate of all parameters that have "bias" in their
 path.
@@ -173,7 +175,7 @@ TENSOR_NUMBERS = ("standard", "none")
 KEPT_BYTES = 128 << 20
 """Bytes of the outputs that a study keeps.
 
-A chunk in training keeps the same number of bytes at most.
+A chunk (trials that train together) keeps at most the same number of bytes in training.
 """
 
 

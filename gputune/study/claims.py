@@ -1,5 +1,7 @@
 """Claims: rows in a study file that record which process trains which chunk.
 
+A chunk is a group of trials that train together. Its number is its place in the plan of the search.
+
 Each process has a lock file next to the study. It holds a lock of the operating system on this file
 for as long as it lives. Its claims are rows of the table ``claims`` that name this file. When the
 process ends, its claims are void. Time never voids a claim: a stopped process, or a sleeping
@@ -36,7 +38,7 @@ from gputune.wording import option
 
 SETUP = -1
 SEARCH = -2
-"""Numbers of claims in addition to the chunks 0, 1, ...
+"""Identifiers of the claims that are not for a chunk. Chunks have the numbers 0, 1, ...
 
 ``SETUP`` is the right to add to the plan, and ``SEARCH`` is the whole search.
 """
@@ -192,7 +194,8 @@ class Claims(AbstractContextManager["Claims"]):
         self.close()
 
     def _claim(self, number: int, trials: Sequence[int] = ()) -> Owner | None:
-        """Claim a number. Return None on success, otherwise its owner.
+        """Claim a chunk number, ``SETUP`` or ``SEARCH``. Return None on success, otherwise the
+        owner of the claim.
 
         The owner is ``_NOBODY`` if all the given trials have their results.
         """
@@ -227,7 +230,7 @@ class Claims(AbstractContextManager["Claims"]):
         """Return the owner of a lock file if that process lives, otherwise None.
 
         The lock file of a dead process is removed. The name may come from a stranger's study. A
-        file whose name is not that of a lock file of this study is neither read nor removed.
+        file is neither read nor removed unless its name is a lock file name of this study.
         """
         if not self._pattern.fullmatch(lock):
             return None

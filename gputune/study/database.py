@@ -1,9 +1,9 @@
 """Open, check and write study files with SQLite, and translate SQLite's errors.
 
 A file is first checked through a read-only connection. It is opened for writing only if it is
-whole, has a known version, and has exactly the tables of a study. A transaction is either on the
-disk when it ends, or has no effect. A new file is made in a separate folder next to its path, and
-moved there when it is complete.
+undamaged, has a known version, and has exactly the tables of a study. A transaction is either on
+the disk when it ends, or has no effect. A new file is made in a separate folder next to its path,
+and moved there when it is complete.
 """
 
 import errno
@@ -272,7 +272,8 @@ def _check_bytes(path: Path) -> None:
 
 
 def _check_content(connection: sqlite3.Connection, path: Path) -> None:
-    """Raise unless the file is whole, has a known version, and holds only the tables of a study.
+    """Raise an error unless the file is undamaged, has a known version, and has only a study's
+    tables.
 
     Triggers and views are refused too.
     """

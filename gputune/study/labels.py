@@ -1,6 +1,6 @@
-"""The right answers of rows that a model predicts, as codes of its classes or as numbers.
+"""The targets of rows that a model predicts, as codes of its classes or as numeric values.
 
-Numbers are read in the same way as by a search.
+Numeric targets are read in the same way as in a search.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ from gputune.wording import Verbatim, option
 
 
 def _without_column_axis(labels: np.ndarray) -> np.ndarray:
-    """Return labels (n, 1) as labels (n,), and labels of any other shape as they are."""
+    """Return labels (n, 1) as labels (n,), and labels of any other shape unchanged."""
     return labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
 
 
@@ -81,7 +81,7 @@ def checked_codes(classes: np.ndarray, y: object, rows: int) -> NDArray[np.int64
 
 
 def checked_numbers(y: object, task: Task, rows: int) -> np.ndarray:
-    """Return numbers y, (n,) or (n, K). Text is accepted if it reads as numbers.
+    """Return the numeric targets y, (n,) or (n, K). Text is accepted if it spells numbers.
 
     Raises:
         InputError: for the same reasons as in ``tune``.

@@ -1,6 +1,8 @@
 """The ledger: the trials of a running search, its plan and its results.
 
-It is kept in memory, and in a study file if the search has one.
+It is kept in memory, and in a study file if the search has one. A candidate is a configuration with
+its trial number. A chunk is a group of candidates that train together. A frozen chunk is stored and
+never changes.
 """
 
 import time
@@ -57,7 +59,7 @@ class Ledger:
         self.on_finish: Callable[[list[tuple[Candidate, Result | None]]], None] | None = None
         """Called after ``finish`` has kept results, with the kept trials."""
         self.on_wait: Callable[[str], None] | None = None
-        """Called repeatedly while another process keeps this one from planning.
+        """Called repeatedly while this process waits for another process to finish planning.
 
         It receives a message that names that process. It may raise an error to end the wait.
         """
@@ -200,7 +202,7 @@ class Ledger:
         self.refresh()
 
     def waiting(self) -> list[Candidate]:
-        """Return the candidates without a result."""
+        """Return the candidates that have no result yet."""
         return [candidate for candidate in self.candidates if candidate.number not in self.results]
 
     def has_waiting(self) -> bool:

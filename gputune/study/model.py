@@ -35,7 +35,7 @@ from gputune.wording import option
 
 ROWS = 8192
 NUMBERS = 2**23
-"""The largest number of rows, and of encoded numbers, in one batch of a prediction."""
+"""The largest count of rows, and of encoded values, in one batch of a prediction."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -48,14 +48,13 @@ class TunedModel(ModelContent):
         module: plain ``nn.Module``. It returns logits (n, K), or (n, 1) or (n,) for two classes.
             For a regression it returns values (n, 1) or (n,) of the standardized target.
         classes: (K,) the labels in their own type, or None without classes.
-        center: the regression target is ``value * scale + center``. A float, or (K,) for several
-            numbers. 0 for other tasks.
+        center: the regression target is ``value * scale + center``. A float, or (K,) for a target
+            of K values per row. 0 for other tasks.
         scale: see ``center``. 1 for other tasks.
         transform: the transformation of the target before it was standardized, or None. Predictions
             are its inverse.
-        residuals: absolute errors of the folds' members on rows that they had not seen, ascending,
-            before the target is transformed back. ``predict_interval`` needs them. None if they
-            were not kept.
+        residuals: absolute errors of the folds' models on validation rows, ascending, before the
+            target is transformed back. ``predict_interval`` needs them. None if they were not kept.
         temperature: the logits are divided by it. 1 if the model was not calibrated.
         target: name of the target's column.
         spec: the recipe to build the module again: {"kind": "mlp" or "logistic", "kwargs": {...}}.
@@ -132,7 +131,7 @@ class TunedModel(ModelContent):
         return ends.min(0), ends.max(0)  # a decreasing transformation swaps the ends
 
     def _in_units(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return values (n, K) in the units of the target; (n,) for one number."""
+        """Return values (n, K) in the units of the target, or (n,) if a row has one value."""
         if self.transform is not None:
             values = self.transform.inverse(torch.from_numpy(values)).numpy()
         return values[:, 0] if values.shape[1] == 1 else values
@@ -165,7 +164,7 @@ class TunedModel(ModelContent):
 
         Args:
             X: the rows, as for ``predict``.
-            y: the right answers, one per row. An unknown label counts as wrong.
+            y: the targets, one per row. An unknown label counts as wrong.
             sample_weight: the weight of each row, (n,), or None.
 
         Raises:

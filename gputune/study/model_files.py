@@ -63,7 +63,7 @@ _PLAIN = ("task", "classes", "center", "scale", "target", "info", "residuals", "
 """The fields of a model that its description holds unchanged."""
 
 _Members = Sequence[tuple[Config, Config]]
-"""For each module, its size arguments and its other arguments."""
+"""One pair per module of a model: its size arguments, and its other arguments."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -374,7 +374,7 @@ def file_errors(path: Path) -> Iterator[None]:
 
 
 def _read_tensors(path: Path, body: Mapping[str, object]) -> dict[str, Tensor]:
-    """Return the tensors, on the CPU."""
+    """Return the tensors of a model file, on the CPU."""
     import safetensors.torch
 
     raw = _read(path)

@@ -1,8 +1,8 @@
-"""The state of a trained module in a model file: all its tensors, and its plain number attributes.
+"""The state of a trained module in a model file: all its tensors, and its numeric attributes.
 
-``state_dict()`` has only a part of that. It leaves out buffers with ``persistent=False``, and
-numbers of Python. Values that a constructor draws into plain attributes are not in the file.
-Instead, the module is built again from the same random stream.
+``state_dict()`` has only a part of this state. It leaves out buffers with ``persistent=False``, and
+attributes that are Python numbers. Random values that a constructor stores in plain attributes are
+not in the file. Instead, the module is built again from the same random stream.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gputune.types import Json
 
 AttributeNumbers = dict[str, bool | int | float]
-"""Values of plain number attributes, by the path of the submodule and the name of the attribute."""
+"""Values of numeric attributes, by the path of the submodule and the name of the attribute."""
 
 
 def saved_tensors(module: nn.Module) -> dict[str, object]:
@@ -30,8 +30,7 @@ def temporary_buffers(module: nn.Module) -> list[str]:
 
 
 def saved_numbers(module: nn.Module) -> AttributeNumbers:
-    """Return the numbers in plain attributes of the submodules of a module, such as a count of
-    calls."""
+    """Return the numeric attributes of a module's submodules, for example a count of calls."""
     numbers: AttributeNumbers = {}
     for path, part in _counting_parts(module):
         for name, value in vars(part).items():
@@ -41,7 +40,7 @@ def saved_numbers(module: nn.Module) -> AttributeNumbers:
 
 
 def read_numbers(body: Json) -> Json:
-    """Return the saved numbers of the module. They are empty for files of old versions.
+    """Return the saved numeric attributes of the module. Empty for files of old versions.
 
     Raises:
         ValueError: the description has another type of value there.
@@ -86,9 +85,9 @@ def restore(
     numbers: Mapping[str, object],
     temporary: Collection[str],
 ) -> None:
-    """Copy saved tensors and numbers into a new module.
+    """Copy saved tensors and numeric attributes into a new module.
 
-    A number is ignored if the class no longer has it.
+    A numeric attribute is ignored if the class no longer has it.
 
     Args:
         module: the module to change, in place.
@@ -126,6 +125,6 @@ def _counting_parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _is_like(value: object, before: object) -> bool:
-    """Return True if a saved number may replace the value of an attribute."""
+    """Return True if a saved numeric value may replace the value of an attribute."""
     kinds = (bool,) if type(before) is bool else (int, float)
     return type(before) in (bool, int, float) and type(value) in kinds

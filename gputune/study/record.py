@@ -1,10 +1,11 @@
 """The search record: one typed value that describes the search of a study.
 
 A study file keeps it as named options. Each field declares its purpose: whether a resumed search
-must have the same value, whether a training depends on it, and which argument of ``tune`` it
-stores. All code that compares, digests or repeats a search takes its list of fields from here.
+must have the same value, whether the result of training depends on it, and which argument of
+``tune`` it stores. All code that compares, digests or repeats a search takes its list of fields
+from here.
 
-Each field also has a form. A value of another form in a file is damage. A form is
+Each field also has a form. If a value in a file has another form, the file is damaged. A form is
 
 - a type (int and float: of 64 bits), None, or a text,
 - a tuple of forms to choose from,
@@ -108,7 +109,7 @@ class RecordField:
         form: its form in a file. None: the type of the field.
         label: its name in messages, if a resumed search must have the same value. "" if it may
             differ.
-        training: True if the numbers of a training depend on it, in addition to its configuration.
+        training: True if the results of training depend on it, in addition to the configuration.
         argument: the argument of ``tune`` with the same value. "" without such an argument, or if
             it has another form.
         logged: True if loggers receive it.
@@ -151,9 +152,9 @@ class SearchRecord:
         space: the space as text.
         distributions: the parts of the space that an export to Optuna supports, by key.
         method: "random", or the "name" of the method with its options.
-        target_transform: a word, or the class and parameters of a scikit-learn transformer, or the
+        target_transform: a name, or the class and parameters of a scikit-learn transformer, or the
             text of another object.
-        classes: the labels; None for numbers.
+        classes: the class labels; None for regression.
         source: describes how to read the rows again, and the held-out rows. None for rows in
             memory.
         fingerprint: "rows", "columns" and "sha256" of the rows.

@@ -1,4 +1,4 @@
-"""Save the whole rows of a damaged study file into a new file."""
+"""Save the undamaged rows of a damaged study file into a new file."""
 
 import os
 import sqlite3
@@ -38,7 +38,7 @@ _READERS: dict[str, Callable[..., Iterable[Any]]] = {
 
 @dataclass(frozen=True)
 class RepairResult:
-    """The number of rows that were saved, and the number that the file is known to have held.
+    """The count of saved rows, and the count of rows that the file is known to have held.
 
     A trial without a result may have lost it, or may never have had one. ``finished`` is the number
     of trials with a result.
@@ -71,9 +71,9 @@ class RepairResult:
 
 
 def repair(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> RepairResult:
-    """Save every whole row of the study at ``path`` into a new file ``out``.
+    """Save every undamaged row of the study at ``path`` into a new file ``out``.
 
-    The old file is only read. A row is whole if SQLite reaches it and its checksum fits, so no
+    The old file is only read. A row is undamaged if SQLite can read it and its checksum fits, so no
     value is ever a guess.
 
     Args:
@@ -81,11 +81,11 @@ def repair(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> RepairR
         out: the path of the new file.
 
     Returns:
-        The numbers of saved rows.
+        The counts of saved rows.
 
     Raises:
         FileNotFoundError: ``path`` does not exist.
-        StudyCorruptError: no option and no trial is whole.
+        StudyCorruptError: every option and every trial is damaged.
         InputError: ``out`` exists already, or its folder does not exist.
     """
     path = Path(path)
@@ -145,8 +145,8 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _whole_rows(connection: sqlite3.Connection, table: str) -> dict[int, tuple[StoredRow, Any]]:
-    """Return the whole rows of a table and their values, by rowid. Empty if the file lost the
-    table."""
+    """Return the values of the undamaged rows of a table, keyed by rowid. Empty if the file lost
+    the table."""
     whole: dict[int, tuple[StoredRow, Any]] = {}
     schema = "SELECT sql FROM sqlite_schema WHERE type = 'table' AND name = ?"
     with suppress(sqlite3.Error):
@@ -161,7 +161,7 @@ def _whole_rows(connection: sqlite3.Connection, table: str) -> dict[int, tuple[S
 
 
 def _readable_rows(connection: sqlite3.Connection, table: str) -> dict[int, StoredRow]:
-    """Return the rows that can be read.
+    """Return the rows of a table that SQLite can still read.
 
     The table is read from both ends up to the first damaged pages, and rowid by rowid between them.
     """

@@ -1,7 +1,11 @@
-"""The content of a study file, row by row, the learning curves of all trials, and fold reports.
+"""The rows of a study file, the learning curves of all trials, and fold reports.
+
+A candidate is a configuration with its trial number. A chunk is a group of trials that train
+together. Axes: C trials, F folds, M metrics, K classes.
 
 Floats are raw little-endian float64, because SQLite's REAL turns NaN into NULL and -0.0 into 0.
-Each row has a checksum of its key and content, so a whole row is recognized wherever it is found.
+Each row has a checksum of its key and content, so an undamaged row is recognized wherever it is
+found.
 """
 
 import hashlib
@@ -73,7 +77,7 @@ def option_from_row(key: str, text: str) -> tuple[str, Any]:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A configuration that is drawn and waits for its training."""
+    """A configuration with its trial number, before it is trained."""
 
     number: int
     params: Config
@@ -257,8 +261,8 @@ class FoldReport:
         confusion: (K, K) the number of rows of the true class (first axis) that are predicted as
             each class.
         columns: names of the columns of X, most important first.
-        drops: (n,) mean loss of score when one column is shuffled among the rows of a fold.
-        errors: (n,) standard deviation of these losses over shuffles and folds.
+        drops: (n,) mean decrease of the score when one column is shuffled among the rows of a fold.
+        errors: (n,) standard deviation of these decreases over shuffles and folds.
     """
 
     trial: int
@@ -269,7 +273,7 @@ class FoldReport:
 
 
 def _table(values: Sequence[bytes]) -> Curve:
-    """Return floats as one row per trial.
+    """Return an array of floats with one row per trial.
 
     Raises:
         ValueError: trials have different numbers of floats.
@@ -288,12 +292,12 @@ def outputs_to_row(number: int, outputs: Outputs) -> StoredRow:
 
 
 def outputs_from_row(number: int, epoch: int, width: int, values: bytes) -> tuple[int, Outputs]:
-    """Return the number of a trial and its outputs."""
+    """Return the trial number and the outputs that a row of the table ``outputs`` holds."""
     return number, Outputs(epoch, np.frombuffer(values, dtype="<f4").reshape(-1, width))
 
 
 def ranked(scores: NDArray[np.float64], pruned: NDArray[np.bool_]) -> NDArray[np.intp]:
-    """Return the row numbers of trials (C,), best first.
+    """Return the positions of trials, best first, (C,).
 
     Pruned trials follow the others. Trials without a finite score come last. Ties keep their order.
     """
@@ -358,7 +362,7 @@ def read_detail(text: str) -> Json:
     """Return the detail of a result.
 
     Raises:
-        ValueError: the text is not such a detail.
+        ValueError: the text is not the detail of a result.
     """
     facts: Json = {} if text == "{}" else from_json(text)
     if facts != {} and not has_form(facts, _DETAIL):

@@ -65,7 +65,7 @@ __all__ = ["Candidate", "Curve", "PlannedChunk", "Result", "Store"]
 CachedRow = TypeVar("CachedRow", Candidate, PlannedChunk, Result)
 
 States = list[tuple[TrialState, Json, int]]
-"""(state, detail, number of trials) for each state and detail that occurs."""
+"""(state, detail, count of trials) for each combination of state and detail that occurs."""
 
 
 class Meta(dict[str, Any]):
@@ -337,7 +337,8 @@ class Store(AbstractContextManager["Store"]):
         make: Callable[..., Iterable[StoredValue]],
         numbers: Collection[int] | None = None,
     ) -> list[StoredValue]:
-        """Return the values of the rows of a table, or of the rows with some numbers.
+        """Return the values of all rows of a table, or of the rows with the given trial or chunk
+        numbers.
 
         Raises:
             StudyCorruptError: a row is damaged.

@@ -44,8 +44,8 @@ class Trial:
         state: "complete"; "pruned" if it stopped at a rung of successive halving; "stopped" if a
             deadline cut the training short; "failed" if it diverged (score NaN); "waiting" if it
             has not run. Pruned and stopped trials are scored on their trained epochs.
-        seconds: time of its training. Members train together, so it is the trial's share of the
-            time of its chunk.
+        seconds: time of its training. Trials train together in chunks, so it is the trial's share
+            of the time of its chunk.
         origin: "default", "include", "random", or "batch 3" for a proposal of the Optuna sampler.
             In a hypergradient search it is (starting point, outer step). The starting point is the
             number of the trial with outer step 0.
@@ -184,7 +184,7 @@ class Study:
 
     @cached_property
     def order(self) -> list[int]:
-        """The row numbers of the trials, in the order of ``ranking``."""
+        """The positions of the trials in ``trials``, in the order of ``ranking``."""
         pruned = [result is not None and result.state == "pruned" for _, result in self.rows]
         return list(map(int, ranked(self.scores, np.array(pruned, dtype=bool))))
 
@@ -261,7 +261,7 @@ class Study:
 
     @property
     def spent(self) -> tuple[int, int]:
-        """(trained, possible): trial-epochs that were trained, and the number if every trial
+        """(trained, possible): the count of trained trial-epochs, and the count if every trial
         trained fully."""
         # (C, epochs, F): an epoch was trained if the scores of all folds are finite
         trained = int(np.isfinite(self.curves).all(2).sum())

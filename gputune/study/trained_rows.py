@@ -2,8 +2,8 @@
 
 The sample holds the smallest digests of all training rows (a bottom-k sketch; Cohen & Kaplan, 2007,
 Summarizing data using bottom-k sketches). The digests of other rows up to the same bound are a
-random sample of these rows. The share of them in the model's sample estimates the share of rows on
-which the model was trained.
+random sample of these rows. The share of these digests that is also in the model's sample estimates
+the share of rows on which the model was trained.
 """
 
 from collections.abc import Iterator
@@ -50,7 +50,7 @@ def share_of_rows(
         y: (n, ...) class codes or numbers of these rows.
 
     Raises:
-        ValueError: ``sample`` is not such a result.
+        ValueError: ``sample`` is not a result of ``sample_of_rows``.
     """
     content = bytes.fromhex(sample)
     starts = range(0, len(content), _BYTES)
@@ -65,7 +65,7 @@ def share_of_rows(
 def _digests(
     layout: Layout | ArrayLayout, X: Table | Tensor | Arrays, y: np.ndarray
 ) -> NDArray[np.uint64]:
-    """Return a digest (n,) of each row: of its encoded numbers and its target."""
+    """Return one digest per row, (n,). It covers the row's encoded values and its target."""
     target = np.asarray(y, dtype=np.float64).reshape(len(y), -1)
     digests = []
     start = 0
@@ -79,7 +79,7 @@ def _digests(
 def _numbers(
     layout: Layout | ArrayLayout, X: Table | Tensor | Arrays
 ) -> Iterator[list[NDArray[np.float64]]]:
-    """Yield the numbers of some rows at a time, (n, d) float64 for each input."""
+    """Yield the encoded values of a batch of rows at a time, (n, d) float64 for each input."""
     for start in range(0, len(X), _ROWS):
         rows = np.arange(start, min(start + _ROWS, len(X)))
         inputs: tuple[Tensor, ...]
@@ -94,10 +94,10 @@ def _numbers(
 
 
 def _digests_of(numbers: NDArray[np.float64]) -> NDArray[np.uint64]:
-    """Return a digest (n,) of each row of (n, d) numbers.
+    """Return one digest per row, (n,), of encoded values (n, d).
 
     The digest is a sum over the columns. Each column has its own random factor, and the bits of
-    each number are mixed first.
+    each value are mixed first.
     """
     numbers = numbers + 0.0  # -0.0 becomes 0.0
     numbers[np.isnan(numbers)] = np.nan  # NaN has many bit patterns
@@ -112,7 +112,7 @@ def _digests_of(numbers: NDArray[np.float64]) -> NDArray[np.uint64]:
 
 
 def _mixed(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Return numbers in which each bit depends on all bits of the given numbers.
+    """Return integers in which each bit depends on all bits of the given integers.
 
     Source: MurmurHash3's 64-bit finalizer.
     """
