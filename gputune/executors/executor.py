@@ -1,6 +1,7 @@
 """Executors train chunks, and one queue hands the chunks out.
 
-A chunk trains in this process, in a worker process or on a cluster.
+A chunk is a group of trials that train together. It trains in this process, in a worker process or
+on a cluster.
 """
 
 import threading
@@ -17,12 +18,12 @@ from gputune.text import count
 class Unit(Protocol):
     """A chunk of trials, or one trial, that trains as one unit of work.
 
-    It is identified by the numbers of its trials.
+    It is identified by its trial numbers.
     """
 
     @property
     def index(self) -> tuple[int, ...]:
-        """The numbers of the trials in the search."""
+        """The trial numbers of the unit, by which the queue identifies it."""
 
 
 AnyUnit = TypeVar("AnyUnit", bound=Unit)

@@ -1,4 +1,4 @@
-"""Worker processes on this machine train chunks and trials.
+"""Worker processes on this machine train chunks (groups of trials) and single trials.
 
 A dataset travels to a worker as arrays in a file. The worker maps the file into its memory. An
 input that is already mapped from a file, for example by ``np.load(mmap_mode="r")``, is not copied.
@@ -384,8 +384,8 @@ def _run_in_worker(packed: bytes, path: str, chunk: Population, device: torch.de
 def _unpack_job(packed: bytes) -> Job:
     """Return the job of a search.
 
-    All chunks of a search share one object, so that steps recorded for one chunk serve the next
-    chunk.
+    All chunks of a search share one object, so that steps recorded for one chunk (the operations of
+    a training step, replayed) serve the next chunk.
     """
     return cast(Job, pickle.loads(packed))
 

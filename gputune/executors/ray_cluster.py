@@ -1,4 +1,4 @@
-"""Chunks of a plan train as tasks of a Ray cluster.
+"""Chunks (groups of trials that train together) train as tasks of a Ray cluster.
 
 Each task has one GPU or some CPUs. The data goes to Ray's object store once. This process trains
 nothing itself. Ray is imported only when it is used.
@@ -66,7 +66,7 @@ class Ray:
             number of threads.
 
     Raises:
-        InputError: The address or the number of CPUs is not one of these.
+        InputError: The address or the number of CPUs is invalid.
     """
 
     address: str = "local"
@@ -298,8 +298,8 @@ class RayCluster:
     def bytes_of_a_task(self) -> int:
         """Return the number of bytes that one task may use.
 
-        On a GPU these are its free bytes. On a CPU it is a task's share of the memory of a node,
-        the smallest such share in the cluster.
+        On a GPU these are its free bytes. On a CPU it is a task's share of its node's memory, on
+        the node where this share is smallest.
         """
         if self.free is not None:
             return self.free

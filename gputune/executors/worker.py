@@ -1,9 +1,9 @@
 """The code that runs in a worker process, and the functions that start workers.
 
 A worker also calls the objective of a custom training loop. It imports this file and torch, but no
-slow module that would delay such a loop. The reported values of each trial lie in a file of its
-own. All files lie in one folder that every worker reads. So a rule that compares trials needs no
-server process.
+slow module that would delay such a loop. Each trial has its own file with the values that it
+reports. All files are in one folder that every worker reads. A rule that compares trials therefore
+needs no server process.
 """
 
 import io
@@ -117,7 +117,7 @@ def single_worker(environment: Mapping[str, str] | None = None) -> ProcessPoolEx
 def submit(
     executor: ProcessPoolExecutor, work: Callable[..., Answer], *arguments: object
 ) -> "Future[Answer]":
-    """Give a worker something to do. A worker that has ended is started again."""
+    """Submit a function call to a worker. A worker that has ended is started again."""
     with _starting, _signals_held_off(), _streams_that_flush():
         return cast("Future[Answer]", executor.submit(work, *arguments))
 
@@ -244,7 +244,8 @@ _LOOK = 0.01
 class TrialEnd(BaseException):
     """The exception that ends a trial at a report.
 
-    It is not an Exception, because a training loop may catch those as its own failures.
+    It is not a subclass of Exception, because a training loop may catch every Exception as a
+    failure of its own.
     """
 
 

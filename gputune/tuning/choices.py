@@ -44,8 +44,8 @@ class ModelChoice:
     optimizer: str
     module_class: Builder | None
     goal: Goal = ""
-    """The kind of target that the model predicts: "classes", "numbers" or "" (other, or not known
-    yet)."""
+    """The kind of target that the model predicts: "classes", "numbers" (regression) or "" (other,
+    or not known yet)."""
 
     def of(self, target: Target, objective: Objective | None) -> "ModelChoice":
         """Return the choice for a target and a loss, on which some defaults depend."""
@@ -55,7 +55,7 @@ class ModelChoice:
 
     @cached_property
     def recipe(self) -> Config:
-        """The values that the trials take in place of the common defaults."""
+        """The model's own default values, which replace the common defaults in its trials."""
         return recipe_of(self.module_class, self.goal)
 
     def defaults(self, schedule: str) -> Config:

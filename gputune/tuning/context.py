@@ -1,8 +1,11 @@
 """The context of a search: a session, the data, the model and the recorded plan.
 
+A chunk is a group of trials with one tensor shape that train together. A plan is a list of chunks.
+A recorded chunk is a chunk that the study stores.
+
 The last bits of a result depend on the trials that share a chunk, and on the number of threads.
-Therefore a resumed search, and every process that works on a search, trains whole chunks of the
-same plan. The study file stores this plan.
+Therefore a resumed search, and every process that works on a search, trains the same chunks of the
+same plan, never parts of a chunk. The study file stores this plan.
 """
 
 import math
@@ -44,7 +47,7 @@ from gputune.wording import option
 class RecordedPlan:
     """A plan made of recorded chunks.
 
-    The ``index`` of its chunks counts in ``trials``. It is also the key of ``chunks``.
+    The ``index`` of a chunk holds positions in ``trials``. It is also the key in ``chunks``.
     """
 
     plan: Plan
@@ -113,7 +116,7 @@ class Context(Session):
 
     @property
     def epochs(self) -> int:
-        """The number of epochs of a whole training."""
+        """The number of epochs that a trial trains if nothing ends it early."""
         return self.trainer.horizon
 
     def complete(self, params: Config) -> Config:
@@ -290,7 +293,8 @@ class Context(Session):
         return lambda part: self.good_enough.allows(recorded.chunk_of(part))
 
     def _need(self, population: Population, max_trials: int) -> Need | None:
-        """Return the device memory of a population, measured once for each tensor shape."""
+        """Return the device memory that a population (members of one tensor shape) needs. It is
+        measured once for each tensor shape."""
         shape = shape_of(population)
         if shape not in self.needs:
             job = self.trainer.job(Job, epochs=self.epochs)

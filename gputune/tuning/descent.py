@@ -1,6 +1,8 @@
 """The hypergradient search.
 
-All starting points move at the same time, and every point is a trial.
+A starting point is a configuration that moves along hypergradients, the derivatives of its
+validation loss. All starting points move at the same time, and every point on the way is a trial. A
+chunk is a group of trials that train together.
 """
 
 import time
@@ -32,7 +34,8 @@ MODES: tuple[SlopeMode, ...] = "exact", "differences"
 
 
 def searched_names(method: Hypergradient, choice: ModelChoice) -> tuple[str, ...]:
-    """Return the hyperparameters that are moved. The solved logistic regression has only C."""
+    """Return the hyperparameters that are moved. For the solved logistic regression (no training
+    steps) this is only C."""
     names = tuple(method.hyperparameters)
     if not choice.solved:
         if "C" in names:
@@ -279,7 +282,7 @@ def _plan(
 
 
 def _result(point: Candidate, config: Config, c: int, outcome: Slopes, mode: SlopeMode) -> Result:
-    """Return the result of a point. Its score is that of the last epoch, because its loss is
+    """Return the result of a point. It is scored after the last epoch, because that loss is
     minimized."""
     detail: Json = {}
     if outcome.slopes is not None and outcome.losses is not None and outcome.ratios is not None:
@@ -296,8 +299,8 @@ def _result(point: Candidate, config: Config, c: int, outcome: Slopes, mode: Slo
 
 
 def _solve(points: list[Candidate], context: Context) -> None:
-    """Solve the points that read the same data, in all folds at once, and differentiate the
-    solutions."""
+    """Solve the logistic regressions of points that read the same data, and differentiate the
+    solutions. All folds are solved at once."""
     begin = time.monotonic()
     configs = [context.complete(point.params) for point in points]
     data = context.data.of(configs[0])

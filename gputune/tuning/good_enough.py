@@ -1,9 +1,9 @@
 """The early end of a search, by ``target_score`` and ``patience_trials``.
 
-Trials are judged in order of their numbers, never in the order in which they end. A trial counts
-when all trials of its chunk, of all earlier chunks, and all trials with lower numbers have ended.
-The first trial that ends the search is therefore the same with any number of workers, after a kill,
-and in a repeated call.
+Trials are judged in order of their trial numbers, never in the order in which they end. A trial
+counts when all trials of its chunk, of all earlier chunks, and all trials with lower numbers have
+ended. The first trial that ends the search is therefore the same with any number of workers, after
+a kill, and in a repeated call.
 
 A chunk begins only if the chunks before it, except the last few, do not end the search. "The last
 few" is the number of chunks that may train at once, which the study stores. These chunks train to
@@ -33,7 +33,7 @@ Fewer trials would leave the stacked backends with little work.
 
 
 def batch_of(candidate: Candidate) -> int:
-    """Return the number of the batch in which an Optuna sampler proposed a trial.
+    """Return the batch number of a trial that an Optuna sampler proposed.
 
     It is 0 for any other trial.
     """
@@ -130,8 +130,8 @@ class GoodEnough:
         return all(number in self.ledger.results for number in chunk.trials)
 
     def _look(self, chunks: Sequence[PlannedChunk]) -> None:
-        """Process the chunks that have ended since the last call, in order, until a trial ends the
-        search."""
+        """Judge the trials of the chunks that have ended since the last call, until a trial ends
+        the search."""
         while (
             not self.reason and self._ended < len(chunks) and self._has_ended(chunks[self._ended])
         ):
@@ -140,7 +140,7 @@ class GoodEnough:
             self._count_trials(chunks)
 
     def _count_trials(self, chunks: Sequence[PlannedChunk]) -> None:
-        """Count trials in order of their numbers, as far as they have ended."""
+        """Judge trials in order of their trial numbers, up to the first trial that has not ended."""
         candidates = self.ledger.candidates
         while not self.reason and self._counted < len(candidates):
             number = candidates[self._counted].number
@@ -155,7 +155,7 @@ class GoodEnough:
         return number in self.ledger.results and not any(number in chunk.trials for chunk in chunks)
 
     def _count(self, number: int) -> None:
-        """Count one trial, and set ``reason`` if it ends the search."""
+        """Compare one trial with the best trial so far, and set ``reason`` if it ends the search."""
         result = self.ledger.results[number]
         if result.state == "complete" and result.score > self._best:
             self._best = result.score

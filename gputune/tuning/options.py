@@ -394,7 +394,7 @@ class Options:
 
 
 def make_options(**values: Any) -> Options:
-    """Return the checked options of values that have not been checked yet."""
+    """Return the options of a search, made from unchecked values."""
     return Options(**values)
 
 

@@ -1,6 +1,7 @@
 """Predictions of trials for the validation rows of their folds.
 
-The study has stored them, or the members train again.
+The study has stored the predictions, or the members (one trial on one fold each) train again.
+Shapes: M candidates, F folds, K outputs, n rows, m validation rows of a fold.
 """
 
 from collections import Counter
@@ -94,7 +95,7 @@ def _stored_outputs(search: ReopenedSearch, trials: Sequence[Trial]) -> dict[int
 
 
 def _folds(search: ReopenedSearch, trials: Sequence[Trial]) -> tuple[Dataset, Scoring]:
-    """Return the data of the search's folds for some trials, and the scoring that ranks them."""
+    """Return the data of the search's folds for some trials, and the scoring that ranks the trials."""
     record = search.study.record
     target = search.problem.target
     scoring = search.options.scoring
@@ -150,11 +151,12 @@ class Predictions:
         return replace(model, residuals=self._residuals(means), temperature=temperature)
 
     def _residuals(self, means: Sequence[Tensor]) -> NDArray[np.float64] | None:
-        """Return the absolute errors of the means on validation rows, in ascending order.
+        """Return the absolute errors of the mean predictions on validation rows, in ascending
+        order.
 
         The errors are on the scale of a transformed target. For a row of several folds, the error
         is the mean over these folds. At most ``_RESIDUALS`` errors are returned, spread evenly by
-        rank. None for classes and for several numbers per row.
+        rank. None for classes and for several target values per row.
         """
         data = self.data
         if data.task != "regression" or self.values[0].shape[-1] > 1:
@@ -176,10 +178,10 @@ class Predictions:
         return residuals
 
     def _temperature(self, means: Sequence[Tensor]) -> float:
-        """Return the temperature that calibrates the means on validation rows.
+        """Return the temperature that calibrates the mean predictions on validation rows.
 
-        Rows of a class that is missing in their fold's training rows do not count. Without other
-        rows the temperature is 1.
+        Rows of a class that is missing in their fold's training rows do not count. If no rows
+        remain, the temperature is 1.
         """
         logits = []
         targets = []
@@ -194,8 +196,7 @@ class Predictions:
         return best_temperature(torch.cat(logits), torch.cat(targets))
 
     def choose(self, size: int, folds: Sequence[int] | None = None) -> Counter[int]:
-        """Return the number of times that each candidate is chosen, in at most ``size`` greedy
-        steps.
+        """Return the count of choices of each candidate, in at most ``size`` greedy steps.
 
         Each step adds the candidate that gives the best mean score over the folds. If scores are
         equal, the best log loss decides, because an accuracy has few different values. The number

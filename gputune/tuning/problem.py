@@ -1,5 +1,4 @@
-"""A source prepared for training: target, column layout, encoded rows, folds, and data on one
-device."""
+"""The user's rows prepared for training: target, column layout, encoded rows, folds and data."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -94,7 +93,8 @@ class Problem:
     def dataset(self, folds: Sequence[Rows], device: torch.device) -> Dataset:
         """Return the data of some folds on a device.
 
-        It can also prepare the numbers in the other ways that trials may ask for.
+        It can also scale the numeric columns in other ways, if trials search the option
+        ``numbers``.
         """
         options = self.options
         objective = self.objective
@@ -126,7 +126,7 @@ class Problem:
     def _statistics(
         self, trains: Sequence[np.ndarray], numbers: Numbers
     ) -> tuple[Statistics, ...] | tuple[ArrayStatistics, ...]:
-        """Return the statistics of the training rows of each fold."""
+        """Return the scaling statistics of the columns, fitted on the training rows of each fold."""
         if isinstance(self.raw, Arrays):
             return fit_channels(self.raw, trains, numbers)
         assert isinstance(self.layout, Layout)
@@ -136,19 +136,19 @@ class Problem:
         return tuple(map(fit, trains))
 
     def _inputs(self, trains: Sequence[np.ndarray], like: Tensor, numbers: Numbers) -> Inputs:
-        """Return the table with its numbers prepared in a given way.
+        """Return the inputs of a table, with numeric columns scaled as ``numbers`` says.
 
-        The preparation is fitted on the training rows of each fold.
+        The scaling is fitted on the training rows of each fold.
         """
         assert isinstance(self.layout, Layout) and not isinstance(self.raw, Arrays)
         groups = self.layout.groups(self.layout.places(numbers))
         return inputs_of(self.raw, self._statistics(trains, numbers), like, groups)
 
     def with_space(self, space: CheckedSpace, options: Options) -> "Problem":
-        """Return the problem with the given options, for trials that may prepare numbers
+        """Return the problem with the given options, for trials that may scale numeric columns
         differently.
 
-        Raises InputError for a preparation that the rows do not allow.
+        Raises InputError for a scaling that the rows do not allow.
         """
         ways = choices_of(space, "numbers", default=self.numbers)
         included = {str(config["numbers"]) for config in options.include if "numbers" in config}
@@ -201,8 +201,8 @@ class Problem:
 
         ``earlier`` is the score of a resumed study for which the user gave no score, because
         earlier versions had a different default. Raises InputError for a function that a study
-        could not find again later.
-        A study that ``is_resumed`` keeps its score, whatever its loss makes of the outputs.
+        could not find again later. A study that ``is_resumed`` keeps its score, regardless of the
+        units that its loss gives to the outputs.
         """
         target = self.target
         options = self.options
@@ -329,7 +329,8 @@ class Problem:
     def remarks_on_loss(self, scoring: Scoring) -> tuple[str, ...]:
         """Return remarks on the loss, one sentence each.
 
-        They name the class of a single logit, and the loss that ranks the trials.
+        The remarks name the class that a single logit stands for, and the loss that ranks the
+        trials.
         """
         classes = self.target.classes
         objective = self.objective
@@ -347,9 +348,9 @@ class Problem:
         return (remark, *remarks)
 
     def remarks_on_limits(self, data: Dataset) -> tuple[str, ...]:
-        """Return a remark on the columns with clipped numbers, one sentence, or nothing.
+        """Return a remark on the columns with clipped values, one sentence, or nothing.
 
-        Numbers that are very far from those of the training rows are clipped.
+        Values that are very far from the values in the training rows are clipped.
         """
         if (
             self.numbers != "standard"

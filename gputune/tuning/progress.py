@@ -1,4 +1,7 @@
-"""The progress of a search: a bar over trials x epochs while it runs, and a table of times."""
+"""The progress of a search: a bar over trials x epochs while it runs, and a table of times.
+
+A trial-epoch is one epoch of one trial.
+"""
 
 import math
 import sys
@@ -33,7 +36,7 @@ _NO_SCREEN = AttributeError, OSError, ValueError
 
 
 class _Screen:
-    """The current standard error. Text that it cannot take is lost, so that a bar never ends a
+    """The current standard error. Text that it cannot show is dropped, so that a bar never ends a
     search."""
 
     def __getattr__(self, name: str) -> object:

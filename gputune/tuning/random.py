@@ -1,6 +1,7 @@
 """Trials that are trained to the end, or solved.
 
-All of them are drawn at once, or an Optuna sampler proposes them batch by batch.
+All trials are sampled at the start, or an Optuna sampler proposes trials batch by batch. A chunk is
+a group of trials that train together.
 """
 
 from collections.abc import Callable, Sequence
@@ -166,7 +167,8 @@ def wait_for_others(session: Session, chunks: Sequence[PlannedChunk]) -> None:
 def _with_checkpoints(recorded: RecordedPlan, checkpoints: Sequence[Checkpoint]) -> Plan:
     """Return a plan in which the chunks with checkpoints continue.
 
-    These chunks come first. Each has the same trials as before, so that it gives the same bits.
+    These chunks come first. Each has the same trials as before, so that its results are
+    bit-identical.
     """
     place = {trial.number: i for i, trial in enumerate(recorded.trials)}
     plan = recorded.plan

@@ -1,4 +1,8 @@
-"""Refit: the best configuration of a study trains again on all rows and becomes the tuned model."""
+"""Refit: the best configuration of a study trains again on all rows and becomes the tuned model.
+
+A member is one trial on one fold. Draws are random numbers that a module uses, for example in
+dropout. The solved logistic regression is solved to convergence and takes no training steps.
+"""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -82,9 +86,10 @@ class ReopenedSearch:
         )
 
     def evaluation_draws(self, data: Dataset, trial: Trial) -> EvaluationDraws | None:
-        """Return the random numbers that members of a trial draw when they are evaluated.
+        """Return the settings of the random numbers that a trial's members use in evaluation.
 
-        Returns None if the members draw none. They must have been trained in this process.
+        Returns None if the members use no random numbers. The members must have been trained in
+        this process.
         """
         config = self.config(trial)
         data = data.of(config)
@@ -97,9 +102,9 @@ class ReopenedSearch:
         return EvaluationDraws(self.options.random_state, trial.best_epoch, rows, traits.host_draws)
 
     def note_on_draws(self, data: Dataset, trials: Sequence[Trial]) -> Config:
-        """Return the entry for the ``info`` of a model that draws random numbers in predictions.
+        """Return the ``info`` entry of a model that uses random numbers in predictions.
 
-        It is empty if the model draws none.
+        The entry is empty if the model uses no random numbers.
         """
         draws = [self.evaluation_draws(data, trial) for trial in trials]
         return {"draws": True} if any(draws) else {}
@@ -238,13 +243,13 @@ class ReopenedSearch:
         return size | module_arguments(config)
 
     def seeds(self, seeds: Sequence[int]) -> Config:
-        """Return the seeds of the modules for the spec of a model. Empty for built-in models."""
+        """Return the module seeds to store in a model's spec. Empty for built-in models."""
         return {"seeds": list(seeds)} if self.choice.kind == "module" else {}
 
     def score(self, score: float, std_error: float) -> Config:
-        """Return a score for the ``info`` of a model.
+        """Return the ``info`` entry with a model's score and its standard error.
 
-        It is left out if the rows are not the rows of the search.
+        The entry is empty if the rows differ from the rows of the search.
         """
         if self.rows != self.study.record.fingerprint:
             return {}
@@ -252,14 +257,14 @@ class ReopenedSearch:
 
 
 def _unit(value: Tensor) -> float | np.ndarray:
-    """Return the center or the scale of the target on the first fold."""
+    """Return the first fold's center or scale of the target, as a float or an array."""
     first = value[0].cpu()
     return float(first) if first.dim() == 0 else first.numpy()
 
 
 @dataclass(frozen=True)
 class Access:
-    """The access of a call to the rows and the code of a study.
+    """The rows and permissions with which a call reopens the search of a study.
 
     The rows are X and y, or the study's own rows. With ``check=True``, other rows are refused.
     """

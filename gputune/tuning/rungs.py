@@ -1,10 +1,13 @@
 """Successive halving and the median rule.
 
+A stop is an epoch after which the rule prunes trials. Successive halving calls it a rung. A member
+is one trial on one fold, and a chunk is a group of trials that train together.
+
 All trials train together from stop to stop. At each stop, the rule prunes some of them.
 
 A resumed search trains only the trials without a result, each from its checkpoint. Compiled members
-have the same bits with any other members in their chunk. Eager members, and members on a GPU, agree
-up to rounding.
+give bit-identical results with any other members in their chunk. Eager members, and members on a
+GPU, agree up to rounding.
 """
 
 import time

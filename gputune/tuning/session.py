@@ -1,7 +1,8 @@
 """The trials of a call, and the session in which they train.
 
-The trials are the default trial, the trials of a portfolio, included trials and drawn trials. A
-resumed study adds the trials that its ledger lacks.
+The trials are the default trial, the trials of a portfolio (good configurations of a named space),
+included trials and randomly sampled trials. A resumed study adds the trials that its ledger (the
+list of trials and results) lacks.
 """
 
 import errno
@@ -47,12 +48,12 @@ from gputune.wording import Verbatim, option
 AnyStudy = TypeVar("AnyStudy", bound=Study)
 
 _DRAWING_SHARE = 0.05
-"""The largest share of the ``timeout`` for drawing trials.
+"""The largest share of the ``timeout`` that sampling the trials may take.
 
 ``n_trials`` may be far more than the time allows.
 """
 _DRAWING_SECONDS = 0.5
-"""The time in seconds that drawing may take with any ``timeout``.
+"""The time in seconds that sampling the trials may take with any ``timeout``.
 
 It is enough for thousands of trials. So a short timeout shortens the training, but not the list of
 trials, which a resumed search trains.
@@ -120,7 +121,7 @@ def first_trials(
     store: Store | None = None,
     portfolio: Sequence[Config] = (),
 ) -> tuple[Candidate, ...]:
-    """Draw the trials of this call: default, portfolio, included and random trials.
+    """Return the trials of this call: default, portfolio, included and random trials.
 
     Random trials that the study has stored come before new ones.
     """
@@ -147,7 +148,8 @@ def first_trials(
 
 
 def draws_at_once(options: Options) -> bool:
-    """Return True if all trials are drawn at once. An Optuna sampler proposes its trials later."""
+    """Return True if all trials are sampled at the start. An Optuna sampler proposes its trials
+    later."""
     return not isinstance(options.method, OptunaSampler)
 
 
@@ -158,9 +160,10 @@ def draw_trials(
     check: ConfigCheck,
     drawn: Sequence[Config] = (),
 ) -> tuple[Candidate, ...]:
-    """Draw the missing trials. Trials of earlier studies are not drawn again.
+    """Sample the missing trials. Trials of earlier studies are not sampled again.
 
-    ``drawn`` are configurations that were drawn before. They are used if they are enough.
+    ``drawn`` are configurations that were sampled before. They are used if there are enough of
+    them.
     """
     earlier = [
         t.params for study in options.warm_start for t in study.trials if t.state != "waiting"

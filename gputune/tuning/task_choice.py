@@ -1,6 +1,6 @@
-"""The decision whether whole numbers in the target are classes.
+"""The decision whether integers in the target are classes.
 
-It is needed if the user does not set the task and the values are ambiguous.
+The decision is needed if the user does not set the task and the values are ambiguous.
 """
 
 from contextlib import suppress
@@ -24,7 +24,7 @@ _ROWS_PER_CODE = 2  # the same for consecutive codes 0, 1, 2, ...
 
 
 def chosen_task(source: Source, choice: ModelChoice, options: Options) -> TaskWord | None:
-    """Return the task that the user sets or that the model decides.
+    """Return the task that the user sets or that the model determines.
 
     Returns None if the values of the target decide. More than ``MAX_CLASSES`` distinct whole
     numbers look like a number to predict. They are classes in two cases. Either the loss is only

@@ -1,6 +1,8 @@
 """The trainer, which trains configurations of one model on one dataset, for every interface.
 
-It makes plans and jobs, and yields the results of the chunks.
+A chunk is a group of trials with one tensor shape that train together. The trainer makes the plan
+(the list of chunks) and the job (the settings that all chunks share), and yields the results of the
+chunks.
 """
 
 import sys
@@ -54,7 +56,7 @@ _BUILT_SECONDS = 0.3
 
 
 def unseen(_trial_epochs: int, _curves: np.ndarray) -> None:
-    """Ignore the progress."""
+    """Ignore the progress. It is the callback for callers that show no progress."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,8 @@ class Trainer:
         module_class: The class or function that makes the modules, or None for a built-in model.
         objective: The training objective, or None for the loss of the task.
         seed: The random seed.
-        horizon: The number of epochs of a whole training. Schedules run over this number of epochs.
+        horizon: The number of epochs of a full training run. Schedules run over this number of
+            epochs.
         scoring: The scoring of validation rows, or None.
         backend: The backend that trains.
         precision: The precision of a module's computations.
@@ -80,7 +83,8 @@ class Trainer:
         each_epoch: If True, callbacks are notified after every epoch, so that they can end the
             search there.
         stop: The signal that ends the training.
-        pool: The chunk sizes that fitted into memory, and the recorded steps, for later chunks.
+        pool: The chunk sizes that fitted into memory, and the recorded steps (operations of one
+            training step, replayed), for later chunks.
     """
 
     data: Dataset
@@ -254,7 +258,7 @@ class Trainer:
     def job(self, kind: type[AnyJob], *, epochs: int, **fields: Any) -> AnyJob:
         """Return the job that all chunks up to ``epochs`` epochs share.
 
-        ``fields`` are additional fields of this kind of job.
+        ``fields`` are additional fields of the job.
         """
         return kind(
             seed=self.seed,

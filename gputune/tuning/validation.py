@@ -1,5 +1,7 @@
 """Results of trials on the validation rows of their folds: predictions, ensembles and reports.
 
+A member is one trial on one fold.
+
 The study has stored the predictions, or the members train again as in the search.
 """
 
@@ -164,7 +166,7 @@ def refit_with_folds(
 
 
 def _trial_of_number(access: Access, number: object) -> Trial:
-    """Return the trial with a given number. None means the best trial.
+    """Return the trial with a given trial number. None means the best trial.
 
     Raises InputError if no trial with a score has this number.
     """
@@ -265,7 +267,7 @@ def _mean_model(
 def _ensemble_runs(
     search: ReopenedSearch, data: Dataset, n_seeds: int | None
 ) -> list[tuple[Dataset, int]]:
-    """Return the rows and the seed of each training of an ensemble's trials."""
+    """Return the data and the random seed of each training run of an ensemble's trials."""
     seed = search.options.random_state
     if n_seeds is not None:
         later = [stream_seed(seed, "ensemble", number) for number in range(1, n_seeds)]
@@ -279,9 +281,10 @@ def _ensemble_runs(
 
 
 def _columns(datasets: Sequence[Dataset]) -> tuple[list[list[int]], Statistics | None]:
-    """Return the columns of an ensemble's inputs that each trial reads, and their statistics.
+    """Return the input columns that each trial of an ensemble reads, and their statistics.
 
-    The columns of a trial are given by the first column and the end.
+    Each trial's columns are a pair [begin, end]. The list of pairs is empty if all trials read the
+    same columns.
     """
     distinct = {data.numbers: data for data in datasets}
     if len(distinct) == 1:
