@@ -1,8 +1,10 @@
-"""Choose the backend and the numeric settings with which chunks train on this machine.
+"""Choose the backend and the numeric settings for training on this machine.
 
-The backends are compiled code on a CPU, a kernel on a GPU, recorded steps and eager steps. The
-settings are the precision of float32 matrix products on a GPU (full, or TF32 on request) and the
-number of CPU threads.
+A backend is a way to run the training steps of a chunk (trials of one tensor shape that train
+together). The backends are compiled code on a CPU, a kernel on a GPU, recorded steps (the
+operations of one step, recorded once and replayed) and eager steps. A member is one trial on one
+fold. The settings are the precision of float32 matrix products on a GPU (full, or TF32 on request)
+and the number of CPU threads.
 
 ``gputune check`` measures a device: it finds the backends that break a guarantee there, and the
 speed of each backend. The user's cache keeps these findings for one device, one version of torch
@@ -43,13 +45,14 @@ _DEEPEST = 63  # most hidden layers that the compiled code can hold
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of one step: ``step`` for any number of members, plus ``member`` for each member."""
+    """Measured time of one training step: ``step`` seconds for any number of members, plus
+    ``member`` seconds for each member (one trial on one fold)."""
 
     step: float
     member: float
 
     def of(self, members: float) -> float:
-        """Return the seconds of one step of ``members`` members."""
+        """Return the estimated seconds of one step in which ``members`` members train together."""
         return self.step + members * self.member
 
 
@@ -118,9 +121,10 @@ def _path(device: torch.device) -> Path | None:
 def choose_backend(
     word: BackendWord, device: torch.device, dtype: torch.dtype, kind: ModelKind = "mlp"
 ) -> tuple[Backend, str]:
-    """Return the backend that a word stands for, and the reason if "auto" is not the fast backend.
+    """Return the backend for the user's choice ``word``, and a reason.
 
-    The reason is "" if "auto" is the fast backend. "auto" is one of these:
+    The reason says why "auto" is not the fast backend. It is "" if "auto" is the fast backend.
+    "auto" becomes one of these backends:
 
     - "graph" on a GPU, for a user's module, and if gputune has no compiled code;
     - "eager" on a GPU if ``gputune check`` found that recorded steps are wrong or slower;
@@ -183,8 +187,8 @@ def choose_backend(
 
 
 def choose_device(device: str) -> torch.device:
-    """Return the device of "auto", "cpu", "cuda" or "cuda:1". Raises InputError if it does not
-    exist."""
+    """Return the torch device for the user's choice "auto", "cpu", "cuda" or "cuda:1". Raises
+    InputError if it does not exist."""
     on_gpu = torch.cuda.is_available()
     if device == "auto":
         return torch.device("cuda" if on_gpu else "cpu")
@@ -293,10 +297,10 @@ _before_tf32 = "none"
 
 @contextmanager
 def matrix_products(*, tf32: bool) -> Iterator[None]:
-    """Let float32 matrix products on a GPU round their factors to TF32 (10 bits of mantissa)
-    inside.
+    """Let float32 matrix products on a GPU round their factors to TF32 inside the context. TF32 has
+    10 bits of mantissa.
 
-    Without ``tf32`` the setting does not change.
+    If ``tf32`` is False, torch's setting does not change.
 
     Source:
         https://docs.pytorch.org/docs/stable/notes/cuda.html#tensorfloat-32-tf32-on-ampere-and-later-devices
@@ -322,7 +326,7 @@ def matrix_products(*, tf32: bool) -> Iterator[None]:
 
 @contextmanager
 def torch_threads(threads: int) -> Iterator[None]:
-    """Let torch compute with ``threads`` threads inside, and round denormal numbers to zero.
+    """Inside the context, let torch use ``threads`` threads and round denormal numbers to zero.
 
     Denormal numbers are those below 1e-38 in float32. The momentum of units that no longer learn
     decays into them, and a CPU handles them very slowly. Rounding them to zero made the training of
@@ -340,7 +344,7 @@ def torch_threads(threads: int) -> Iterator[None]:
 
 @contextmanager
 def on_threads(threads: int) -> Iterator[None]:
-    """Let torch compute with ``threads`` threads inside."""
+    """Let torch use ``threads`` threads inside the context."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -386,8 +390,8 @@ def check_precision(
     """Raise InputError if bfloat16 is requested but has no effect or is not supported.
 
     Args:
-        descends: Whether this is a hypergradient search. bfloat16 would round the numbers that it
-            differentiates.
+        descends: Whether this is a hypergradient search. bfloat16 would round the values that the
+            search differentiates.
     """
     if precision == "full":
         return

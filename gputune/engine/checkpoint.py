@@ -1,8 +1,9 @@
-"""Checkpoints: files next to the study from which a stopped search resumes the training of a chunk.
+"""Checkpoints: files from which a stopped search resumes the training of a chunk. They are next to
+the study. A chunk is a group of trials of one tensor shape that train together.
 
-A file names its search, trials and configurations, and has a checksum of its content. It is written
-completely or not at all, and is removed when its trials have ended. This module also stores the
-states of trials that wait for their next rung.
+A checkpoint file stores the identity of its search, its trials and configurations, and a checksum
+of its content. It is written completely or not at all, and is removed when its trials have ended.
+This module also stores the states of trials that wait for their next rung.
 """
 
 import errno
@@ -42,10 +43,12 @@ _NAME = re.compile(r"\d+-[0-9a-f]{16}\.(safetensors|tmp)")
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """Trials (by number) in the middle of their training: their curves (C, epochs, F) and their
-    state.
+    """The curves and the state of some trials in the middle of their training.
 
-    ``state`` has only the trials that are still ``alive``.
+    ``trials`` are trial numbers. ``curves`` (C, epochs, F) are the scores so far, for C trials and
+    F folds.
+
+    ``state`` (parameters and optimizer state) has only the trials that are still ``alive``.
     """
 
     trials: tuple[int, ...]
@@ -56,9 +59,9 @@ class Checkpoint:
 
 
 class CheckpointFolder:
-    """Checkpoints of one search.
+    """The folder with the checkpoint files of one search.
 
-    ``identity`` is a digest of everything that the search's numbers depend on, except the trials.
+    ``identity`` is a digest of everything that the search's results depend on, except the trials.
     """
 
     def __init__(self, folder: Path, identity: str) -> None:
@@ -115,10 +118,10 @@ class CheckpointFolder:
         flush(self.folder)
 
     def read(self, configs: Mapping[int, Config]) -> list[Checkpoint]:
-        """Return the checkpoints of trials that still wait.
+        """Return the checkpoints of trials that are not finished yet.
 
-        ``configs`` maps the number of each waiting trial to its configuration. Files that are
-        damaged or belong to another search are skipped, with one warning for all of them.
+        ``configs`` maps the trial number of each unfinished trial to its configuration. Files that
+        are damaged or belong to another search are skipped, with one warning for all of them.
         """
         checkpoints = []
         ignored = []
@@ -188,9 +191,9 @@ class CheckpointFolder:
 
 @dataclass(frozen=True)
 class Checkpointing:
-    """Settings with which the chunks of a job keep their state.
+    """Settings for the checkpoints that the chunks of a job write.
 
-    ``numbers`` are the numbers of the trials, by their place in the search.
+    ``numbers`` has the trial number for each position in the search.
     """
 
     folder: CheckpointFolder
@@ -198,7 +201,8 @@ class Checkpointing:
     seconds: float  # least time between two checkpoints of a chunk
 
     def expect(self, index: Sequence[int]) -> None:
-        """Remember that a worker may write a checkpoint of the trials at these places."""
+        """Remember that a worker may write a checkpoint of the trials at these positions in the
+        search."""
         self.folder.path([self.numbers[i] for i in index])
 
     def keep(self, checkpoint: Checkpoint, configs: Sequence[Config]) -> float:
@@ -232,12 +236,12 @@ def _digest_of_configs(configs: Sequence[Config]) -> str:
 
 
 def _numbered(state: State) -> dict[str, Tensor]:
-    """Return the buffers of a state on the CPU, each named by its number."""
+    """Return the buffers of a state on the CPU. The key of a buffer is its index as text."""
     return {str(i): buffer.cpu().contiguous() for i, buffer in enumerate(state.buffers)}
 
 
 def _numbered_state(epoch: int, tensors: Mapping[str, Tensor]) -> State:
-    """Return the state with these buffers, each named by its number."""
+    """Return a state from buffers whose keys are their indices as text. It undoes ``_numbered``."""
     return State(epoch, tuple(tensors[str(i)] for i in range(len(tensors))))
 
 
@@ -265,10 +269,10 @@ def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 class StateCache:
-    """States of trials that wait for their next rung.
+    """The states of trials that wait for their next rung (the epoch up to which they train next).
 
-    They stay in memory up to ``limit`` bytes. Further states go to temporary files, which ``close``
-    removes.
+    The states stay in memory up to ``limit`` bytes. Further states go to temporary files, which
+    ``close`` removes.
     """
 
     def __init__(self, limit: int) -> None:
@@ -318,7 +322,7 @@ class StateCache:
         return State.stack(states)
 
     def drop(self, trial: int) -> None:
-        """Remove the state of a trial that has left the search."""
+        """Remove the state of a trial that has been removed from the search."""
         state = self.states.pop(trial, None)
         if isinstance(state, State):
             self.size -= state.nbytes

@@ -1,13 +1,14 @@
-"""Choose the settings of "auto" by timing steps: the device, and the fastest way to train a module.
+"""Resolve "auto" by timing steps: choose the device, and the fastest way to train a module.
 
-Modules go to a GPU, and so do models for which there is no compiled code. The built-in MLP goes to
-the device that finishes first, by the speeds of both devices. Unknown speeds are measured. A step
-takes a fixed time plus a time for each member, and timing two numbers of members gives both. The
-solved logistic regression stays on the CPU.
+A member is one trial on one fold. A GPU trains user modules, and models for which there is no
+compiled code. The built-in MLP trains on the device that finishes first, according to the speeds of
+both devices. Unknown speeds are measured. A step takes a fixed time plus a time for each member, so
+timing two member counts gives both. The logistic regression that Newton steps solve stays on the
+CPU.
 
 On a CPU, a step of stacked members moves their activations through memory, but the activations of
 one member stay in a cache. Therefore stacking makes wide convolutions slower, and small layers
-faster. A trial run of both ways shows which case a module belongs to.
+faster. A short timing of both ways shows which one is faster for a module.
 """
 
 import math
@@ -76,11 +77,11 @@ _SOLVED = DeviceChoice(
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """Description of a training for which a device is chosen.
+    """The training work for which a device is chosen.
 
-    Complete configurations train on ``rows`` training rows of each fold for ``epochs`` epochs. All
-    of this is done ``repeats`` times, one after the other. ``held_by`` is the device of a tensor
-    that the user passed. It is None for rows in main memory.
+    Complete configurations train for ``epochs`` epochs, with ``rows`` training rows in each fold.
+    This is repeated ``repeats`` times in a row. ``held_by`` is the device of a tensor that the user
+    passed, or None if the rows are in main memory.
     """
 
     kind: ModelKind
@@ -97,9 +98,9 @@ class Workload:
     held_by: torch.device | None = None
 
     def seconds(self, speed: Speed, *, by_member: bool) -> float:
-        """Estimate the training time in seconds at a speed.
+        """Estimate the training time in seconds from the speed of a backend.
 
-        ``by_member`` says that every member takes its own steps.
+        ``by_member`` says that each member takes its steps separately, not stacked with others.
         """
         rows = max(self.rows)
         seconds = 0.0
@@ -124,8 +125,8 @@ class Workload:
 
 
 def device_for(word: str, work: Workload) -> DeviceChoice:
-    """Return the device of "auto", "cpu", "cuda" or "cuda:1". Raises InputError if it does not
-    exist."""
+    """Return the device for the user's choice "auto", "cpu", "cuda" or "cuda:1". Raises InputError
+    if it does not exist."""
     if word != "auto":
         return DeviceChoice(choose_device(word))
     if work.held_by is not None and work.held_by.type != "cpu":
@@ -245,7 +246,7 @@ def measure_speed(device: torch.device, backend: Backend) -> Speed:
 def work_of_a_step(
     config: Config, n_features: int, n_outputs: int, rows: int, kind: ModelKind
 ) -> float:
-    """Return the cost of one step of a member, as a multiple of the members that are timed here.
+    """Return the cost of one step of a member, relative to a step of the timed members.
 
     A step has two parts, and both scale with the number of parameters: the update, once, and the
     matrix products, for each row. One row costs a tenth of the update (compiled code, one EPYC
@@ -285,12 +286,12 @@ def fastest_way(
     """Time the ways to train trials of one shape, and compare them.
 
     Args:
-        member_steps: Number of steps that all members of the search take that train like these.
+        member_steps: Total number of steps of all members of the search that train like this group.
 
     Returns:
-        A sentence that says by how much the trials train faster one by one. It is "" if they do
-            not, or hardly. The seconds by which compiled code is faster for a step of a member, or
-            0.0 if it is not.
+        Two values. The first is a sentence that says why the trials should train one by one
+        (stacking is clearly slower, or failed), or "". The second is the number of seconds that
+        compiled code saves in a step of a member, or 0.0.
     """
     data = data.of(group.configs[0])
     rows = _STEPS * group.configs[0]["batch_size"]
@@ -351,7 +352,7 @@ def _try_way(name: str, job: Job, seconds: Callable[[], float]) -> _Tried:
 
 
 def _compiled_seconds(job: Job, data: Dataset, group: Population) -> float:
-    """Return the seconds of one step of one member in compiled code, which is built here.
+    """Build the compiled code, and return the seconds of one step of one member in it.
 
     The result is infinity if there is no compiled code for the module. The timed chunk has all
     trials, unless they are large. It is later used for the training.

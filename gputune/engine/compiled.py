@@ -1,9 +1,12 @@
-"""A chunk in which each member trains through a whole epoch in compiled code.
+"""Train a chunk on a CPU: each member trains through a whole epoch in compiled code.
 
-The members train one after another on every core. A small network with its moments fits into a
-core's cache. There it takes all steps of an epoch, with only arithmetic between them. Members need
-no common batch size, and no member idles in a step that only others have. The numbers of a member
-are the same, bit for bit, for any number of threads and with any other members.
+A chunk holds trials of one tensor shape that train together. A member is one trial on one fold.
+Each core trains one member after another. A small network with its moments fits into a core's
+cache. There it takes all steps of an epoch without calls of PyTorch in between. Members need no
+common batch size, and no member idles while others take more steps. The results of a member are the
+same, bit for bit, for any number of threads and with any other members.
+
+Shape letters: F folds, C configurations (trials), m validation rows, K outputs, H width.
 """
 
 import ctypes
@@ -68,7 +71,8 @@ class CompiledChunk:
         self._rebuild()
 
     def _row_arrays(self) -> dict[str, OptionalTensor]:
-        """Return the arguments of the compiled code that stay the same: rows, targets and folds."""
+        """Return the constant arguments of the compiled code: the rows, targets and folds of the
+        data."""
         data = self.data
         present = data.present
         if present is None:
@@ -95,11 +99,12 @@ class CompiledChunk:
         return arrays
 
     def place(self, values: np.ndarray | Sequence[float] | Sequence[tuple[int, ...]]) -> Tensor:
-        """Return 64-bit numbers as a tensor on the device of the rows."""
+        """Copy 64-bit values to a tensor on the device that holds the rows."""
         return torch.from_numpy(np.asarray(values)).to(self.data.device)
 
     def _rebuild(self) -> None:
-        """Build the arguments of the compiled code, which are valid until a trial leaves."""
+        """Build the arguments of the compiled code. They are valid until a trial is removed from
+        the chunk."""
         data = self.data
         self.numbers = {
             "folds": data.n_folds,
@@ -146,11 +151,15 @@ class CompiledChunk:
         self.arrays |= zip(("first", "second"), moments)
 
     def _place_values(self, key: str) -> Tensor:
-        """Return the value of each trial for a key of its configuration, (C,), on the device."""
+        """Return a tensor (C,) with each trial's value of one hyperparameter, on the device."""
         return self.place([float(config[key]) for config in self.configs])
 
     def make_buffers(self, epochs: int) -> dict[str, OptionalTensor]:
-        """Return buffers for the scores of some epochs: means over rows, or outputs."""
+        """Allocate the buffers for scoring ``epochs`` epochs.
+
+        ``means`` receives means of row scores. ``scored`` receives the outputs on the validation
+        rows. A buffer that is not needed is None.
+        """
         data = self.data
         trials = len(self.configs)
         buffers = dict[str, OptionalTensor](scored=None, means=None)
@@ -164,17 +173,17 @@ class CompiledChunk:
 
     @property
     def scored(self) -> Tensor:
-        """Flat buffer that is scored and saved: the parameters, or their average."""
+        """Flat buffer with the weights to score and save: the parameters, or their moving average."""
         return self.moments[-1] if self.averages else self.flat
 
     def resume(self, buffers: Sequence[Tensor]) -> None:
-        """Continue from flat buffers: first of the parameters, then of the moments."""
+        """Restore the chunk from flat buffers: first the parameters, then the optimizer's moments."""
         for buffer, value in zip([self.flat, *self.moments], buffers, strict=True):
             buffer.copy_(value)
 
     @property
     def scoring_share(self) -> float:
-        """Fraction of the time of ``advance`` that was spent on outputs of validation rows."""
+        """Fraction of the time in ``advance`` that computing the outputs on validation rows took."""
         training, scoring = self.nanoseconds.tolist()
         return float(scoring / max(1, training + scoring))
 
@@ -200,8 +209,8 @@ class CompiledChunk:
         _run(library(self.data.dtype), {**self.numbers, "epoch": epoch}, arrays)
 
     def draw_rows(self) -> np.ndarray:
-        """Return the size of the longest minibatch in each step, (steps,). Dropout draws for these
-        rows."""
+        """Return the largest minibatch size of each step, (steps,). Dropout needs random numbers
+        for this many rows."""
         last = self.steps.max(0)  # (C,): steps of a trial in its longest fold
         steps = range(int(last.max()))
         return np.array([self.sizes[last > step].max() for step in steps], dtype=np.int64)
@@ -255,10 +264,11 @@ class CompiledChunk:
 def _run(
     library: ctypes.CDLL, numbers: Mapping[str, int], arrays: Mapping[str, OptionalTensor]
 ) -> None:
-    """Train members in torch's number of threads, which take them from one queue.
+    """Train the members in worker threads, as many as torch uses. The threads take members from one
+    queue.
 
-    Even a single worker is a separate thread, so that this thread receives signals while it
-    computes.
+    Even a single worker is a separate thread, so that the calling thread receives signals
+    meanwhile.
     """
     taken = ctypes.c_int64(0)
     stop = ctypes.c_int32(0)

@@ -1,8 +1,11 @@
-"""One chunk, from its configurations to its results. A chunk is the unit of work of a process, a
-study and a cluster.
+"""Train one chunk, from its configurations to its results.
 
-A chunk trains to its end, or to a rung from which it continues later. A chunk that does not fit
-into memory is halved and run again. A trial that does not fit by itself is given up.
+A chunk holds trials of one tensor shape that train together on all folds. It is the unit of work
+that a process, a study or a cluster task receives.
+
+A chunk trains to its last epoch, or to a rung (an epoch from which it continues later). If a chunk
+does not fit into memory, it is cut into halves, which train one after the other. A single trial
+that does not fit is reported as a ``Failure``.
 
 If an estimate is not accurate enough, the memory of a chunk is measured at two sizes. Training is
 the same tensor program at every size, so its peak is a straight line over the number of trials: a
@@ -42,7 +45,8 @@ from gputune.scoring.objective import Objective, make_objective
 from gputune.types import Outputs, Precision, first_metric
 
 ProgressCallback = Callable[[int, np.ndarray], object]
-"""Called with the number of trial-epochs just done, and their scores (C, epochs, F)."""
+"""Called with the count of new trial-epochs, and their scores (C, epochs, F) for C trials and F
+folds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +126,7 @@ class Outcome:
         seconds: Training time.
         spent: Parts of the training time and operations, if they are known.
         fault: Description of a problem that did no harm, or "".
-        outputs: Outputs that were kept, by the entries of ``index``.
+        outputs: Stored validation outputs of trials. The keys are entries of ``index``.
     """
 
     index: tuple[int, ...]
@@ -141,10 +145,10 @@ def train_chunk(
     progress: ProgressCallback | None = None,
     after_epoch: AfterEpoch | None = None,
 ) -> Trained:
-    """Continue the training of one chunk from its current state.
+    """Train one chunk from its current state: from the start, or from a checkpoint or rung.
 
-    With ``after_epoch``, only ``after_epoch`` decides when training ends, and no checkpoint is
-    written.
+    If the callback ``after_epoch`` is given, only this callback decides when training ends, and no
+    checkpoint is written.
     """
     begun = BegunChunk.of(chunk)
     data = data.of(chunk.configs[0])
@@ -164,9 +168,9 @@ def train_chunk(
 def _train_one_by_one(
     job: Job, network: StackedModule, chunk: Population, error: StackedError
 ) -> None:
-    """Let this chunk and all chunks of the same module arguments train one by one.
+    """Mark the chunk's module arguments so that members with them train one by one from now on.
 
-    A warning and a note give the reason.
+    A warning and a note in the pool give the reason.
     """
     cause = error.__cause__
     reason = words_unless_strict(cause if isinstance(cause, Exception) else error)
@@ -179,9 +183,10 @@ def _train_one_by_one(
 
 @dataclass(frozen=True)
 class RungOutcome(Outcome):
-    """Result of training a chunk up to a rung.
+    """Result of training a chunk up to a rung (an epoch from which it may continue).
 
-    ``state`` has a row for each of the trials ``alive`` (positions in the chunk).
+    ``alive`` has the positions in the chunk of the trials that can still train. ``state`` has one
+    row for each of these trials.
     """
 
     state: State
@@ -190,12 +195,14 @@ class RungOutcome(Outcome):
 
 @dataclass(frozen=True)
 class RungJob(Job):
-    """Job that continues every chunk up to ``epochs`` of ``horizon`` epochs."""
+    """Job that trains each chunk up to a rung: epoch ``epochs`` of a schedule over ``horizon``
+    epochs."""
 
     def run(
         self, data: Dataset, chunk: Population, progress: ProgressCallback | None = None
     ) -> RungOutcome:
-        """Train one chunk. Its curves have only the epochs of this call."""
+        """Train one chunk up to the rung. The curves of the outcome have only the epochs of this
+        call."""
         begin = time.monotonic()
         start = BegunChunk.of(chunk).epoch
         trained = train_chunk(self, data, chunk, progress)
@@ -252,9 +259,10 @@ class _Watch:
 
 
 def stalled_epochs(means: np.ndarray) -> np.ndarray:
-    """Return the number of epochs since the best mean so far, (C, epochs), for means (C, epochs).
+    """Return how many epochs ago each trial had its best mean score, (C, epochs).
 
-    If several means are equally good, the earliest counts.
+    ``means`` (C, epochs) are the mean validation scores of C trials. If several means are equally
+    good, the earliest counts.
     """
     epochs = np.arange(means.shape[1])
     best = np.maximum.accumulate(means, axis=1)
@@ -268,7 +276,7 @@ class Failure:
     """A trial that cannot be trained, and the reason.
 
     Args:
-        index: Place of the trial in the search.
+        index: Position of the trial in the search.
         reason: The reason, as a sentence.
         fits: Whether the trial fits into memory by itself.
     """
@@ -278,7 +286,7 @@ class Failure:
     fits: bool = True
 
     def error(self) -> Exception:
-        """Return the error of a training in which no trial may fail."""
+        """Return the exception to raise if the caller needs every trial to succeed."""
         if self.fits:
             return RuntimeError(self.reason)
         return MemoryError(
@@ -289,8 +297,11 @@ class Failure:
 def run_in_parts(
     job: Job, data: Dataset, chunk: Population, progress: ProgressCallback | None = None
 ) -> list[Outcome | Failure]:
-    """Train one chunk in as many parts as memory requires. No part begins after training has
-    ended."""
+    """Train one chunk, cut into smaller parts if it does not fit into memory.
+
+    Returns an outcome for each part, and a failure for each trial that does not fit by itself. No
+    new part begins after a request to stop.
+    """
     waiting = [chunk]
     done = list[Outcome | Failure]()
     n_reported = 0
@@ -347,13 +358,14 @@ _BATCHES = 2
 _EPOCHS = 4
 
 Peak = Callable[[Callable[[], object]], int]
-"""Runs some work and returns its peak memory in bytes, in addition to the memory in use before."""
+"""A function that runs ``work`` and returns the peak memory in bytes above the memory in use
+before."""
 
 
 @dataclass(frozen=True)
 class Need:
-    """Memory in bytes of a chunk while it trains: ``once``, plus ``trial`` for each of its
-    trials."""
+    """Memory that a chunk takes while it trains: ``once`` bytes, plus ``trial`` bytes for each of
+    its trials."""
 
     once: int
     trial: int
@@ -401,8 +413,8 @@ def measure_need(
 
 
 def cuda_peak(device: torch.device) -> Peak:
-    """Return the memory meter of a GPU. It reads the bytes that PyTorch's allocator has given
-    out."""
+    """Return a function that measures the peak memory of some work on a GPU. It reads the bytes
+    that PyTorch's allocator has given out."""
 
     def peak(work: Callable[[], object]) -> int:
         synchronize(device)

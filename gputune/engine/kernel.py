@@ -1,8 +1,9 @@
-"""A chunk in which each member trains through whole epochs in one thread block of a GPU.
+"""Train a chunk on a GPU: each member trains through whole epochs in one thread block.
 
-The kernel is ``native/member.cu``. This is the compiled chunk with its arrays on the GPU, and with
-kernel launches instead of threads. Blocks take members from one queue, the longest member first. A
-launch is short enough for Ctrl-C and displays to get their turn.
+A chunk holds trials of one tensor shape that train together. A member is one trial on one fold. The
+kernel is ``native/member.cu``. ``KernelChunk`` is a ``CompiledChunk`` with its arrays on the GPU,
+and with kernel launches instead of threads. Blocks take members from one queue, the longest member
+first. A launch is so short that Ctrl-C and a display on the GPU still respond.
 """
 
 import math
@@ -51,7 +52,8 @@ _THREADS = 2048
 
 
 class KernelChunk(CompiledChunk):
-    """Members on a GPU, in the same flat buffers as compiled members.
+    """A chunk that the kernel trains. Its members are in the same flat buffers as in a
+    ``CompiledChunk``.
 
     Raises NotBuiltError if the kernel cannot be built.
     """
@@ -63,8 +65,8 @@ class KernelChunk(CompiledChunk):
     pace: float = math.inf
 
     def _rebuild(self) -> None:
-        """Build the arguments of the kernel, its scratch memory and the number of turns of an
-        epoch."""
+        """Build the arguments of the kernel, its scratch memory and the count of turns of an epoch.
+        In a turn, each thread block takes a step of one member."""
         super()._rebuild()
         device = self.data.device
         steps = int(self.steps.max())
@@ -82,7 +84,8 @@ class KernelChunk(CompiledChunk):
         self.epochs = 1
 
     def make_buffers(self, epochs: int) -> dict[str, OptionalTensor]:
-        """Return buffers for the scores of some epochs, and for the dropout draws."""
+        """Allocate the buffers for scoring ``epochs`` epochs, and for the random numbers of
+        dropout."""
         buffers = super().make_buffers(epochs)
         if self.network.rates is None:
             return buffers
@@ -160,9 +163,9 @@ class KernelChunk(CompiledChunk):
             begin = end
 
     def _end(self, begin: int) -> int:
-        """Return the step before which a launch ends.
+        """Return the end of a launch that begins at step ``begin``: the index after its last step.
 
-        The launch is short, and the buffer has the draws of its steps.
+        The launch is short, and the buffer has the random numbers of dropout for all of its steps.
         """
         turns = _FIRST_TURNS if self.pace == math.inf else self.pace * _SECONDS
         done = self.turns[begin - 1] if begin else 0
@@ -175,7 +178,7 @@ class KernelChunk(CompiledChunk):
 def kernel_of(configs: Sequence[Config], kind: ModelKind, data: Dataset) -> MemberKernel:
     """Return the kernel for complete configurations of one shape.
 
-    ``MemberKernel.unknown`` says if the configurations need more than the kernel supports.
+    ``MemberKernel.unsupported`` says if the configurations need more than the kernel supports.
     """
     first = configs[0]
     data = data.of(configs[0])
@@ -259,8 +262,7 @@ def obstacle(device: torch.device) -> InputError | None:
 
 
 def lacks(config: Config, kind: ModelKind, data: Dataset) -> str:
-    """Return the part of a trial that the kernel does not support, in words, or "" if it supports
-    all."""
+    """Return the part of a trial that the kernel does not support, as a phrase for messages, or ""."""
     if config["optimizer"] not in OPTIMIZERS:
         return f"the optimizer {config['optimizer']!r} ({', '.join(OPTIMIZERS)})"
     if not is_plain(config):

@@ -1,11 +1,11 @@
-"""A chunk of a user's module in which each member takes the steps of an epoch in compiled code.
+"""Train a chunk of a user's module in compiled code, one member after another.
 
-The members train one after another. The step of a member is traced in a chunk of only that member,
-and its trace is written as C (``modules/member_code.py``). From step to step, the parameters,
-moments and activations of the member stay in one core's cache. Those of all members together would
-not fit there. Each thread has its own memory, into which a member is loaded for an epoch. Values
-that differ between members are in tables. A member's own values are copied from the tables before
-its steps.
+A chunk holds trials of one tensor shape that train together. A member is one trial on one fold.
+gputune traces the training step in a chunk of a single member and writes the trace as C
+(``modules/member_code.py``). From step to step, the parameters, moments and activations of one
+member stay in a core's cache. The tensors of all members together would not fit there. Each thread
+has its own memory, into which it loads a member before the steps. Values that differ between
+members are in tables. A member's own values are copied from the tables before its steps.
 """
 
 import ctypes
@@ -42,13 +42,14 @@ _TIMED_STEPS = 8
 _POINTER = ctypes.sizeof(ctypes.c_void_p)
 
 _Path = tuple[Any, ...]
-"""Names of attributes and keys of dicts that lead from a chunk to one of its values."""
+"""The path from a chunk to one of its values: names of attributes and keys of dicts."""
 
 
 def _value_at(value: Any, path: _Path) -> Any:
     """Return the value at a path.
 
-    The result is None if the value no longer exists, because no member differs from the rule in it.
+    The result is None if the value no longer exists, because all remaining members use the rule's
+    default.
     """
     for name in path:
         value = value.get(name) if isinstance(value, dict) else getattr(value, name)
@@ -87,9 +88,10 @@ def _data_of_fold(data: Dataset, fold: int) -> Dataset:
 
 
 class OneMember:
-    """A chunk of one member, like the members of a fold, and the code of its steps.
+    """A chunk with a single member, in which the training step of a fold's members is traced.
 
-    The code reads and writes the tensors of this chunk.
+    It also has the compiled code of the steps, which reads and writes this chunk's tensors, or a
+    thread's copies of them.
     """
 
     def __init__(self, chunk: "MemberChunk", fold: int, seed: int) -> None:
@@ -123,7 +125,7 @@ class OneMember:
         self.memories: dict[int, torch.UntypedStorage] = {}
 
     def write(self, code: MemberCode) -> None:
-        """Write the steps of an epoch as code."""
+        """Trace the steps of an epoch and add them as C code to ``code``."""
         single = self.single
         shapes = single.batches.shapes
         single.batches.begin(0)
@@ -147,9 +149,10 @@ class OneMember:
         self.shared = {tensor.untyped_storage().data_ptr() for tensor in shared}
 
     def _outputs(self, code: MemberCode) -> CodedStep | None:
-        """Write the code of the member's outputs on its validation rows.
+        """Trace the computation of the member's outputs on its validation rows, and add it to
+        ``code``.
 
-        The result is None if the scores are not computed from these outputs, or if they cannot be
+        Returns None if the scores are not computed from these outputs, or if the outputs cannot be
         traced.
         """
         network = self.network
@@ -172,7 +175,7 @@ class OneMember:
 
     def _match(self, target: object, path: _Path) -> None:
         """Copy a part of the chunk's optimizer to ``target``. Values that may differ between
-        members become tables."""
+        members become tables, from which ``MemberMemory.load`` reads one member's value."""
         for name, value in vars(_value_at(self.chunk, path)).items():
             if (isinstance(value, Tensor) and value.dim() == 2) or isinstance(value, dict):
                 setattr(target, name, self._add_table(value, (*path, name)))
@@ -182,7 +185,8 @@ class OneMember:
                 setattr(target, name, value)
 
     def _add_table(self, value: Any, path: _Path) -> Any:
-        """Return one member's copy of a table, and remember its path for ``MemberMemory.load``."""
+        """Return one member's part of a table as a copy. ``MemberMemory.load`` fills the copy for
+        each member."""
         if isinstance(value, dict):
             return {key: self._add_table(part, (*path, key)) for key, part in value.items()}
         copy = _member_part(value, 0, 0).clone()
@@ -190,7 +194,8 @@ class OneMember:
         return copy
 
     def tensors_of_fold(self, fold: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield each tensor of a fold together with the tensor from which its members read it."""
+        """Yield pairs for loading a fold: the fold's tensor, and the tensor of the one-member chunk
+        that receives its values."""
         data = self.chunk.data
         batches = self.chunk.batches
         single = self.single.batches
@@ -247,7 +252,8 @@ class MemberMemory:
         self.done = self._copy_of(single.update.clock.done)
 
     def _copy_of(self, tensor: Tensor) -> Tensor | None:
-        """Return a tensor of the one-member chunk in this memory, or None if no step reads it."""
+        """Return this thread's copy of a tensor of the one-member chunk, or None if no step reads
+        the tensor."""
         storage = self.storages.get(tensor.untyped_storage().data_ptr())
         if storage is None:
             return None
@@ -256,8 +262,8 @@ class MemberMemory:
         )
 
     def load(self, fold: int, trial: int, rows: Sequence[Tensor], step: int) -> None:
-        """Load a member before a step of the epoch. ``rows`` has its parameters and optimizer
-        state."""
+        """Load a member into this memory before step ``step`` of the epoch. ``rows`` has the
+        member's parameters and optimizer state."""
         chunk = self.member.chunk
         if fold != self.fold:
             for tensor, single in self.member.tensors_of_fold(fold):
@@ -290,7 +296,7 @@ class MemberMemory:
     def take_steps(self, kernels: Kernels, begin: int, end: int, *, outputs: bool = False) -> None:
         """Take the steps from ``begin`` to ``end`` of the epoch.
 
-        With ``outputs``, also run the code of the outputs, which follows the last step.
+        If ``outputs`` is True, also compute the outputs on the validation rows after the last step.
         """
         end = min(end, len(self.member.steps)) + outputs
         if begin < end:
@@ -314,10 +320,8 @@ class MemberMemory:
 class MemberChunk(StackedChunk):
     """A stacked chunk whose members train one after another in compiled code.
 
-    In each epoch, threads take the members from a queue.
-
-    The trials are in flat buffers, as in any stacked chunk. Raises TraceError if the module cannot
-    be traced.
+    In each epoch, threads take the members from a queue. The parameters are in flat buffers, as in
+    any stacked chunk. Raises TraceError if the module cannot be traced.
     """
 
     def __init__(
@@ -354,7 +358,7 @@ class MemberChunk(StackedChunk):
 
     @property
     def module(self) -> StackedModule:
-        """Network of the members that are alive."""
+        """The stacked module of the trials that still train."""
         assert isinstance(self.network, StackedModule)
         return self.network
 
@@ -410,7 +414,8 @@ class MemberChunk(StackedChunk):
         return min(times) / min(end, len(member.steps))
 
     def _take_steps(self, rows: Sequence[Tensor], begin: int, end: int) -> None:
-        """Let torch's number of threads take members from one queue, each through some steps."""
+        """Train all members from step ``begin`` to step ``end`` in threads, as many as torch uses.
+        The threads take members from one queue."""
         queue = deque(itertools.product(range(self.data.n_folds), range(len(self.configs))))
         stop = threading.Event()
 

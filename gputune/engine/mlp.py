@@ -1,9 +1,10 @@
-"""The MLP of all members, with a gradient written by hand: no graph, no gradient of the input.
+"""The MLP of all members, with a gradient written by hand instead of autograd.
 
-The members of a fold read the same rows, so the first layer is one wide product per fold: (B, D) x
-(D, C*H). Its weights therefore have axes (F, D, C, H). The other layers are batched products over
-members. Narrow layers are padded with units that have zero weights on both sides. The activations
-map 0 to 0, so these units get a zero gradient and stay zero.
+A member is one trial on one fold. The gradient needs no autograd graph and skips the gradient of
+the input. The members of a fold read the same rows, so the first layer is one wide product per
+fold: (B, D) x (D, C*H). Its weights therefore have axes (F, D, C, H). The other layers are batched
+products over members. Narrow layers are padded with units that have zero weights on both sides. The
+activations map 0 to 0, so these units get a zero gradient and stay zero.
 
 Axes: F folds, C trials, P = F*C members (fold-major), B rows, H width, K outputs.
 """
@@ -42,15 +43,16 @@ _SLOPES = {
     "gelu": (aten.gelu_backward, False),
     "silu": (aten.silu_backward, False),
 }
-"""PyTorch's own backward kernels. The flag says whether a kernel takes the value of the activation.
-Otherwise it takes the argument."""
+"""PyTorch's backward function of each activation, and a flag. If the flag is True, the function
+takes the output of the activation, otherwise its input."""
 
 
 class MlpDraws:
-    """Draws of some steps ahead, (steps, layers, B, H) on the device.
+    """The random numbers of dropout, made for several steps in advance: (steps, layers, B, H) on
+    the device.
 
-    ``rows`` are the minibatch sizes B of the steps of an epoch. The steps of ``epochs`` epochs are
-    drawn.
+    ``rows`` are the minibatch sizes B of the steps of an epoch. H is the width. Numbers for the
+    steps of ``epochs`` epochs can be made.
     """
 
     def __init__(
@@ -74,7 +76,8 @@ class MlpDraws:
         self.kernel = uniform_kernel(device) if device.type == "cuda" else None
 
     def fill(self, epoch: int, step: int) -> None:
-        """Fill the buffer for a step and the steps ahead, if the buffer ends before this step.
+        """Fill the buffer with the random numbers of this step and the next steps, if they are not
+        in it yet.
 
         ``step`` is counted from the first step of ``epoch``.
         """
@@ -102,14 +105,15 @@ class MlpDraws:
             draw_uniform(self.kernel, seeds, counts, self.buffer.view(-1, longest * width))
 
     def at(self, step: Tensor, rows: int) -> Tensor:
-        """Return the draws (layers, B, H) of a step. The step is read from a counter on the
+        """Return the random numbers (layers, B, H) of one step. ``step`` is a counter on the
         device."""
         slot = torch.remainder(step, self.ahead).view(1)
         return self.buffer.index_select(0, slot)[0, :, :rows]
 
 
 def dropout_draw(seed: int, key: tuple[int, int], layer: int, rows: int, width: int) -> Tensor:
-    """Return the uniform draw (B, H) of one step and hidden layer, made on the CPU.
+    """Return the uniform random numbers (B, H) of dropout for one step and hidden layer, made on
+    the CPU.
 
     ``key`` is (epoch, step).
     """
@@ -120,8 +124,11 @@ def dropout_draw(seed: int, key: tuple[int, int], layer: int, rows: int, width: 
 
 
 def draw_uniform(kernel: Kernel, seeds: Sequence[int], counts: Sequence[int], out: Tensor) -> None:
-    """Write the first numbers of a random stream into each row of ``out`` (streams, n), on its
-    GPU."""
+    """Fill each row of ``out`` (streams, n) with uniform random numbers from its own seed, on the
+    GPU.
+
+    A row receives the first ``counts`` numbers of its stream.
+    """
     streams = torch.tensor([seeds, counts], dtype=torch.int64).to(out.device)
     sizes = torch.tensor([len(seeds), out.shape[1]], dtype=torch.int64).to(out.device)
     launch(kernel, len(seeds), [sizes, streams, out], block=32)
@@ -129,9 +136,10 @@ def draw_uniform(kernel: Kernel, seeds: Sequence[int], counts: Sequence[int], ou
 
 @cache
 def uniform_kernel(device: torch.device) -> Kernel | None:
-    """Return the kernel that draws uniform numbers on a GPU.
+    """Return the kernel that makes uniform random numbers on a GPU.
 
-    The result is None, with a warning, if its numbers differ from PyTorch's numbers on a CPU.
+    The result is None, with a warning, if these numbers differ from PyTorch's random numbers on a
+    CPU.
     """
     compiled = kernels(SOURCE, ("uniform",), device, torch.float32)
     if compiled is None:
@@ -153,9 +161,10 @@ def uniform_kernel(device: torch.device) -> Kernel | None:
 
 
 class StackedMLP:
-    """F x C members of an MLP (``kind="mlp"``) or of a linear model (``kind="linear"``).
+    """F x C stacked members (C trials on F folds) of an MLP or of a linear model.
 
-    The members train on the loss ``loss``, with the argument ``loss_number`` if it has one.
+    ``kind`` is "mlp" or "linear". In a regression the members train on ``loss``. ``loss_number`` is
+    the argument of this loss, if it has one.
     """
 
     exact = False
@@ -219,8 +228,8 @@ class StackedMLP:
     def start(self) -> Tensor:
         """Return the initial parameters of all members in one flat buffer.
 
-        Every fold and every trial of one exact shape starts with the same numbers. They follow the
-        distribution of nn.Linear with the true fan-in, without padding.
+        All folds, and all trials with the same layer sizes, start with the same values. The values
+        follow the distribution of nn.Linear for the fan-in without padding.
         """
         flat = torch.zeros(self.blocks.size, dtype=self.shape.dtype)
         views = self.blocks.by_member(flat)
@@ -239,7 +248,7 @@ class StackedMLP:
         return flat.to(self.shape.device)
 
     def _true_sizes(self, config: Config) -> list[tuple[int, int]]:
-        """Return the inputs and outputs of each layer of a trial, without padding."""
+        """Return the pair (inputs, outputs) of each layer of a trial, without padding."""
         hidden = hidden_widths(config) if self.depth else ()
         return list(pairwise([self.shape.n_features, *hidden, self.shape.n_outputs]))
 
@@ -479,8 +488,8 @@ class _Workspace:
 
 
 def _activate(name: str, z: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return the activation of ``z``, written into ``out``. The result is dense for any layout of
-    ``z``."""
+    """Apply an activation to ``z`` and return the result, in ``out`` if it is given. The result is
+    contiguous for any layout of ``z``."""
     if out is None:
         out = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     if name == "relu":

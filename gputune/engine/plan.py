@@ -1,12 +1,16 @@
-"""The plan before a run: the number of trials on the device at once, their order, and the
-processes.
+"""Plan a run: the chunks, their order, and the processes and threads that train them.
+
+A member is one trial on one fold. A chunk is a group of trials of one tensor shape that train
+together.
 
 On a GPU, a chunk may fill the free memory. On the CPU, a chunk should stay in the cache, because
-every update passes over the whole state. Compiled members come into the cache one by one, so their
-chunks are larger, and the threads of one process share their members.
+every update reads and writes all parameters and moments. Compiled code loads members into the cache
+one by one. Its chunks can therefore be larger, and the threads of one process share the members of
+a chunk.
 
-The cost of a trial is an estimate. It is used to cut chunks, to order them and to choose the number
-of workers. Results do not depend on the estimate or on the cut, except for rounding.
+The cost of a trial is an estimate. The planner uses it to cut populations into chunks, to order the
+chunks and to choose the number of workers. Results do not depend on the estimate or on the chunks,
+except for rounding.
 """
 
 import math
@@ -98,7 +102,7 @@ def trial_cost(
 ) -> Cost:
     """Estimate the cost of one trial in all folds.
 
-    ``widest`` is the number of values of one row in the widest layer of a user's module.
+    For a user's module, ``widest`` is the number of values that one row has in the widest layer.
     """
     config = population.configs[0]
     folds = data.n_folds
@@ -153,8 +157,7 @@ def trial_cost(
 
 
 def _shape(population: Population, data: Dataset, parameters: int) -> tuple[int, int, int]:
-    """Return the number of layers, of parameters and of hidden units of one member, with
-    padding."""
+    """Return three counts for one member, with padding: layers, parameters, and hidden units."""
     config = population.configs[0]
     d = data.n_features
     k = data.n_outputs
@@ -181,8 +184,8 @@ class Plan:
         data_bytes: Memory of the data, in bytes.
         cluster: Whether the workers are tasks that run at once on other machines.
         state_bytes: Size of the states of all trials between two epochs, in bytes.
-        cache_bytes: If trials wait for each other at rungs, bytes of the states that fit into main
-            memory.
+        cache_bytes: Bytes of main memory for the states of trials that wait at rungs; None: trials
+            do not wait.
         ways: The backend of each chunk.
         gpus: Whether each worker has a GPU.
         failures: Sentences that say why a faster backend does not train.
@@ -206,12 +209,12 @@ class Plan:
         return 1 if self.threads > 1 and not self.cluster else max(1, self.workers)
 
     def answering_early(self, folds: int) -> "Plan":
-        """Return the plan of a search with the same work and an early first result.
+        """Return a plan with the same trials that gives a first result early.
 
-        The first trial and a few trials of its shape become a separate chunk, if that costs
-        nothing, and come first. (For a user's module, each chunk would trace the step again.) One
-        worker then takes the shortest chunk first. Several workers take the longest first, so that
-        they end together.
+        The chunk of the first trial comes first. In compiled code, the first trial and a few trials
+        of its shape become a separate small chunk, because this costs nothing. (For a user's module
+        it would cost something: each chunk traces the step again.) Then a single worker takes the
+        shortest chunk first. Several workers take the longest first, so that they end together.
         """
         chunks = list(self.chunks)
         ways = list(self.ways)
@@ -260,7 +263,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A chunk with its estimated cost."""
+    """A planned chunk with its estimated cost, its epochs and its backend (``way``)."""
 
     chunk: Population
     cost: Cost
@@ -275,8 +278,8 @@ class _Piece:
         )
 
     def cut(self, number: int) -> list["_Piece"]:
-        """Cut the chunk into ``number`` pieces of equal size, or into single trials if there are
-        fewer."""
+        """Cut the chunk into ``number`` pieces of about equal size. If it has fewer trials, cut it
+        into single trials."""
         trials = len(self.chunk.index)
         pieces = []
         for part in np.array_split(np.arange(trials), min(number, trials)):
@@ -386,7 +389,8 @@ class Planner:
     def _among_workers(self, pieces: list[_Piece]) -> tuple[list[_Piece], int, int]:
         """Return the pieces for the workers, the number of workers, and the threads of each worker.
 
-        If the user gave no number of workers, there are as many as the work repays.
+        If the user gave no number of workers, it depends on whether the work is long enough to
+        repay their start.
         """
         total = sum(piece.seconds for piece in pieces)
         workers = self.workers

@@ -1,10 +1,12 @@
-"""Knowledge and memory that a chunk leaves to the next chunks of its search.
+"""Reuse the memory and the recorded steps of a chunk for later chunks of the same search.
 
-The knowledge is the number of trials that fitted into memory. A chunk that is like an earlier chunk
-takes over its memory, and with it the steps that were recorded there. A recording costs as much as
-dozens of steps. A search that stops at rungs, or trains many chunks of one shape, would otherwise
-record again for each chunk. Numbers of the host that a step reads are part of the recording. Two
-chunks are alike if all of these numbers are equal; everything that differs is in tensors.
+A chunk is a group of trials of one tensor shape that train together. A recorded step is the list of
+operations of one training step, which is replayed. The search also remembers the number of trials
+that fitted into memory. A chunk that is like an earlier chunk takes over the earlier chunk's
+memory, and with it the steps that were recorded there. A recording costs as much as dozens of
+steps. A search that stops at rungs, or trains many chunks of one shape, would otherwise record
+again for each chunk. Python values that a step reads are constants of the recording. Two chunks are
+alike if all of these constants are equal, so that only values in tensors differ.
 """
 
 import secrets
@@ -34,16 +36,17 @@ _OF_HOST = frozenset(
     """StackedMLP.configs StackedModule.configs Batches.sizes Batches.steps Batches.host_taken Batches.shapes
     Batches.epoch MlpDraws.rows ModuleDraws.rows""".split()
 )
-"""Attributes that only the host reads, between steps. They are taken from the new chunk."""
+"""Attributes that only Python code reads, between steps. A reused chunk gets their values from the
+new chunk."""
 
 _STAYS = frozenset(
     """StackedModule.template StackedModule.stateless StackedModule.harmless_calls
     StackedMLP._workspaces Batches.inputs Batches.target Batches.weights""".split()
 )
-"""Attributes that are equal in like chunks by construction.
+"""Attributes that need no comparison, because they are equal in like chunks by construction.
 
-They are the module of equal arguments, the known calls of the module, working memory, and the
-rows.
+They are the module (built from equal arguments), the known calls of the module, working memory, and
+the data rows.
 """
 
 
@@ -54,10 +57,10 @@ class _Unlike(Exception):
 class ChunkPool:
     """Knowledge and memory that the chunks of one search leave to later chunks in the same process.
 
-    ``trials`` has the number of trials of each tensor shape that fitted into memory. A number that
-    failed once is not tried again. ``chunks`` has the last chunk with recorded steps of each shape,
-    and the next chunk of that shape trains in its memory. Within a process, all copies of a
-    search's pool are one object, however often jobs bring it there.
+    ``trials`` maps a tensor shape to the number of trials to train at once, after a larger number
+    did not fit into memory. ``chunks`` has the last chunk with recorded steps of each shape, and
+    the next chunk of that shape trains in its memory. Within a worker process, all jobs of a search
+    share one pool: unpickling the pool again returns the same object.
     """
 
     def __init__(self) -> None:
@@ -86,8 +89,8 @@ class ChunkPool:
     def take_timed(
         self, network: Network, validation: Validation, **options: int
     ) -> StackedChunk | None:
-        """Return the timed chunk of these trials and remove it. The result is None without such a
-        chunk."""
+        """Remove and return the timed chunk of these trials, or return None if there is no usable
+        one."""
         timed = self.timed
         self.drop_timed(network.configs)
         for chunk in timed:
@@ -96,8 +99,8 @@ class ChunkPool:
         return None
 
     def take(self, network: Network, validation: Validation, **options: Any) -> StackedChunk:
-        """Return a chunk of these trials at their start: a kept chunk if possible, or else a new
-        one."""
+        """Return a chunk of these trials, ready for their first epoch. It is a reused chunk if
+        possible, otherwise a new one."""
         pooled = self.chunks.pop(_key(network), None)
         trials = len(network.configs)
         if (
@@ -146,7 +149,7 @@ _pools: dict[str, ChunkPool] = {}  # only of the last search that sent a job to 
 
 
 def _pool_of(token: str, trials: Mapping[object, int]) -> ChunkPool:
-    """Return this process's ``ChunkPool`` of a search, updated with the numbers of the sender."""
+    """Return this process's ``ChunkPool`` of a search, updated with the sender's trial limits."""
     if token not in _pools:
         _pools.clear()
         _pools[token] = ChunkPool()
@@ -192,8 +195,8 @@ def _parts(chunk: StackedChunk) -> list[object]:
 
 
 def _constants(network: Network) -> object:
-    """Return the values of a user's module and loss that all members share. They are numbers of the
-    host."""
+    """Return the arguments of a user's module and loss that all members share. A recorded step has
+    them as constants."""
     if not isinstance(network, ModuleNetwork):
         return None
     config = network.configs[0]
@@ -203,10 +206,10 @@ def _constants(network: Network) -> object:
 
 
 def _pairs(target: Any, source: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield the tensors of two structures in pairs, and the values that only the host reads.
+    """Yield what ``take_over`` must copy from one structure to another, as pairs (target, value).
 
-    For such a value, the pair is its place (owner, name) and the new value. Raises _Unlike if the
-    structures differ.
+    A pair is two tensors of equal layout. For an attribute that only Python code reads, the target
+    is (owner, attribute name). Raises _Unlike if the structures differ.
     """
     if target is source:
         return

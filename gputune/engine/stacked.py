@@ -1,9 +1,10 @@
-"""A chunk in which all members take each step together, as operations on stacked tensors.
+"""Train a chunk in which all members take each step together, as operations on stacked tensors.
 
-It trains any model on any device. If steps are recorded, trials that leave stay in the tensors and
-keep training without being shown. When a quarter of the trials has left, the tensors are made again
-and the steps recorded again. Within an epoch the host waits for the device only for a recording and
-for a buffer of dropout draws.
+A chunk is a group of trials of one tensor shape. A member is one trial on one fold. A stacked chunk
+trains any model on any device. If steps are recorded, a removed trial stays in the tensors and
+keeps training, but nobody sees its results. When more than a quarter of the trials are removed, the
+tensors are made again and the steps are recorded again. Within an epoch, Python waits for the
+device only to record steps and to fill the buffer with random numbers for dropout.
 """
 
 from collections import Counter
@@ -40,8 +41,10 @@ _TOLERANCES = {
 
 
 class StackedChunk:
-    """The trials ``slots`` in flat buffers (parameters, gradient, moments), and the steps that
-    train them."""
+    """A chunk in flat buffers (parameters, gradient, moments), and the steps that train it.
+
+    ``slots`` are the trials in the tensors, and ``alive`` are the trials that still count.
+    """
 
     scoring_share = 0.0
 
@@ -121,13 +124,14 @@ class StackedChunk:
             warn(fault, RuntimeWarning)
 
     def _expected_steps(self) -> Counter[Hashable]:
-        """Return the number of steps of each shape in a whole training."""
+        """Return the number of steps of each step shape in a complete training run of ``horizon``
+        epochs."""
         return Counter(
             {shape: n * self.horizon for shape, n in Counter(self.batches.shapes).items()}
         )
 
     def _state(self) -> list[Tensor]:
-        """Return the tensors that a step changes."""
+        """Return the tensors that a step changes: parameters, optimizer state and counters."""
         return [self._flat, *self.update.state(), self.update.clock.done, self.batches.step]
 
     @property
@@ -147,15 +151,15 @@ class StackedChunk:
         )
 
     def holds(self, trials: int) -> bool:
-        """Return whether ``trials`` trials use enough of its tensors. Empty slots of small tensors
-        cost little."""
+        """Return whether ``trials`` trials fit into this chunk's tensors and use enough of them. In
+        small tensors, unused slots cost little and are allowed."""
         slots = len(self.slots)
         return trials <= slots and (
             trials >= _FULL * slots or self._flat.numel() <= self.steps.spare
         )
 
     def restart(self, configs: Sequence[Config]) -> None:
-        """Continue as the chunk of other trials. Their start is in the tensors already."""
+        """Become the chunk of other trials. Their initial values are already in the tensors."""
         self.configs = list(configs)
         self.slots = list(range(len(configs)))
         self.alive = list(range(len(configs)))
@@ -171,9 +175,9 @@ class StackedChunk:
 
     @property
     def scored(self) -> Tensor:
-        """Flat buffer that is scored and saved, of the members that are alive.
+        """Flat buffer with the weights to score and save, of the members that are alive.
 
-        It has the parameters, or their average, and then the buffers.
+        It has the parameters, or their moving average, followed by the model's buffers.
         """
         return self._of_alive(self._network.blocks, self._scored)
 
@@ -194,7 +198,8 @@ class StackedChunk:
         return tuple(self._of_alive(block, moment) for block, moment in self._buffers()[1:])
 
     def _buffers(self) -> list[tuple[Blocks, Tensor]]:
-        """Return the tensors of the members that a step changes, each with its layout."""
+        """Return the flat buffers of the members that a step changes, each with the layout of its
+        blocks."""
         moments = [(self._network.trained, buffer) for buffer in self.update.state()]
         return [(self._network.blocks, self._flat), *moments]
 
@@ -203,7 +208,7 @@ class StackedChunk:
         return buffer if self._places is None else blocks.select(buffer, self._places)
 
     def resume(self, buffers: Sequence[Tensor]) -> None:
-        """Continue from flat buffers: first of the parameters, then of the moments."""
+        """Restore the chunk from flat buffers: first the parameters, then the optimizer's moments."""
         if self._places is None:
             self._flat.copy_(buffers[0])
             self.update.resume(buffers[1:])

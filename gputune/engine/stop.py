@@ -1,7 +1,8 @@
-"""The end of training before its last epoch, and the entry points that use torch.
+"""Stop training before its last epoch, and protect the entry points that use torch.
 
-Training ends early at a deadline or on request. Entry points leave the modes of torch that a
-program has set. A process waits for them before it ends.
+Training ends early at a deadline or on request. An entry point is a public function that computes
+with torch. Inside it, torch's inference mode and default device that the program has set have no
+effect. A process waits for entry points in daemon threads before it ends.
 """
 
 import atexit
@@ -89,7 +90,7 @@ def entry(function: Callable[EntryParams, EntryResult]) -> Callable[EntryParams,
     CPU.
 
     Tensors on other devices name their device, so ``torch.set_default_device`` has no effect.
-    ("meta" tensors hold no numbers at all.) If the process ends while the function runs in a daemon
+    ("meta" tensors hold no values at all.) If the process ends while the function runs in a daemon
     thread, training is requested to end, and the process waits for it.
     """
 

@@ -1,6 +1,8 @@
-"""The only loop over epochs and batches.
+"""The training loop over the epochs of a chunk.
 
-The members of a chunk train in lock step and are scored after every epoch.
+A chunk holds trials of one tensor shape. A member is one trial on one fold. The members of a chunk
+train together and are scored after every epoch. Shape letters: C configurations (trials), F folds,
+M metrics, N values of one member.
 """
 
 import math
@@ -36,18 +38,18 @@ from gputune.scoring.scoring import BestOutputs, Scoring, Validation, shape_of_s
 from gputune.types import Backend, Config, Outputs, first_metric
 
 Chunk = CompiledChunk | StackedChunk | LoopChunk
-"""Members while they train. No method mixes members.
+"""A chunk while it trains, in one of the backends. No method mixes members.
 
-The trials ``alive`` are numbered by their places at the start.
+``alive`` has the trials that still train, as positions in the chunk at its start.
 """
 
 
 @dataclass(frozen=True)
 class State:
-    """Members in the middle of their training, after ``epoch`` epochs.
+    """Parameters and optimizer state of some trials after ``epoch`` epochs.
 
-    ``buffers`` are (C, F, N), with the parameters first. A row holds everything about a trial.
-    Trials can therefore be parked, sent and grouped again.
+    ``buffers`` are (C, F, N), with the parameters first. Index c of all buffers holds everything
+    about trial c. Trials can therefore be stored, sent to other processes and regrouped.
     """
 
     epoch: int
@@ -55,17 +57,17 @@ class State:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the buffers."""
+        """Memory of all buffers, in bytes."""
         return sum(buffer.nbytes for buffer in self.buffers)
 
     def select(self, keep: Sequence[int]) -> "State":
-        """Return the state of some trials."""
+        """Return the state of only the trials at the positions ``keep``."""
         rows = list(keep)
         return State(self.epoch, tuple(buffer[rows] for buffer in self.buffers))
 
     @staticmethod
     def stack(states: "Sequence[State]") -> "State":
-        """Return several states of one epoch and one shape as one state."""
+        """Join several states into one state. They must have the same epoch and tensor shape."""
         buffers = zip(*(state.buffers for state in states))
         return State(states[0].epoch, tuple(map(torch.cat, buffers)))
 
@@ -78,7 +80,7 @@ class BegunChunk(Population):
         state: State of the trials ``alive``; None before the first epoch.
         alive: Positions in the chunk of the trials that still train; None: all.
         before: Curves (C, epochs, F) of the epochs before, if they are known.
-        seconds: Time of the training before.
+        seconds: Time in seconds of the training before.
     """
 
     state: State | None = None
@@ -88,7 +90,8 @@ class BegunChunk(Population):
 
     @staticmethod
     def of(chunk: Population) -> "BegunChunk":
-        """Return a chunk as a ``BegunChunk``."""
+        """Return a population as a ``BegunChunk``. Trials without a state have trained for no
+        epoch."""
         if isinstance(chunk, BegunChunk):
             return chunk
         return BegunChunk(chunk.kind, chunk.index, chunk.configs)
@@ -137,7 +140,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Spent:
-    """Time and operations of a training.
+    """Time and operations that a training run took.
 
     ``steps`` and ``scores`` are seconds. ``operations`` are the floating-point operations of the
     steps. They are NaN for a user's module, because its layers are unknown.
