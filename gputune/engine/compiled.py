@@ -173,17 +173,18 @@ class CompiledChunk:
 
     @property
     def scored(self) -> Tensor:
-        """Flat buffer with the weights to score and save: the parameters, or their moving average."""
+        """Flat buffer with the weights to score and save: the parameters or their moving
+        average."""
         return self.moments[-1] if self.averages else self.flat
 
     def resume(self, buffers: Sequence[Tensor]) -> None:
-        """Restore the chunk from flat buffers: first the parameters, then the optimizer's moments."""
+        """Restore the chunk from flat buffers: the parameters, then the optimizer's moments."""
         for buffer, value in zip([self.flat, *self.moments], buffers, strict=True):
             buffer.copy_(value)
 
     @property
     def scoring_share(self) -> float:
-        """Fraction of the time in ``advance`` that computing the outputs on validation rows took."""
+        """Fraction of the time in ``advance`` spent on the outputs of validation rows."""
         training, scoring = self.nanoseconds.tolist()
         return float(scoring / max(1, training + scoring))
 

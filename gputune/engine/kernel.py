@@ -262,7 +262,7 @@ def obstacle(device: torch.device) -> InputError | None:
 
 
 def lacks(config: Config, kind: ModelKind, data: Dataset) -> str:
-    """Return the part of a trial that the kernel does not support, as a phrase for messages, or ""."""
+    """Return the part of a trial that the kernel does not support, as a phrase, or ""."""
     if config["optimizer"] not in OPTIMIZERS:
         return f"the optimizer {config['optimizer']!r} ({', '.join(OPTIMIZERS)})"
     if not is_plain(config):

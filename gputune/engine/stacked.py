@@ -208,7 +208,7 @@ class StackedChunk:
         return buffer if self._places is None else blocks.select(buffer, self._places)
 
     def resume(self, buffers: Sequence[Tensor]) -> None:
-        """Restore the chunk from flat buffers: first the parameters, then the optimizer's moments."""
+        """Restore the chunk from flat buffers: the parameters, then the optimizer's moments."""
         if self._places is None:
             self._flat.copy_(buffers[0])
             self.update.resume(buffers[1:])

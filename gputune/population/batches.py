@@ -1,14 +1,18 @@
-"""The minibatches of every step, for all members at once.
+"""The minibatches of every training step, for all members of a chunk at once.
 
-Minibatches are consecutive slices of each fold's order. The order of an epoch is a permutation of
-the positions 0..n-1 within a fold's training rows. It depends only on (seed, n, epoch), so a member
-reads the same rows by itself and together with others. The last short minibatch counts. If all
-trials have one batch size, the members of a fold share their rows. Otherwise each trial reads its
-own slice, and rows beyond its batch size have weight zero.
+A member is one trial on one fold. A chunk holds trials of one tensor shape that train together.
+Shape letters: F folds, C configurations (trials), P members, B rows of a minibatch, V copies of the
+data.
 
-A step finds its rows through a counter on the device. During training it reads no value that only
-the host knows. It can therefore be recorded once and replayed. The ``StepShape`` of a step is
-fixed when it is recorded, and there are only a few of them.
+Minibatches are consecutive slices of each fold's row order. The order of an epoch is a permutation
+of the positions 0..n-1 within a fold's training rows. It depends only on (seed, n, epoch), so a
+member reads the same rows by itself and together with others. A short last minibatch is used too.
+If all trials have one batch size, the members of a fold share their rows. Otherwise each trial
+reads its own slice, and rows beyond its batch size have weight zero.
+
+A step finds its rows through a step counter on the device and reads no values from Python. Its
+operations can therefore be recorded once and replayed. One recording serves all steps of the same
+``StepShape``, and an epoch has only a few step shapes.
 """
 
 from collections.abc import Sequence
@@ -44,7 +48,8 @@ class HostRows:
         self.ahead: dict[tuple[int, int, int], Future[list[Tensor]]] = {}
 
     def begin(self, order: Tensor) -> None:
-        """Set the order of an epoch."""
+        """Set the order in which the epoch reads the rows, and drop rows that were gathered in
+        advance."""
         self.order = order.cpu().numpy()
         self.ahead.clear()
 
@@ -53,8 +58,9 @@ class HostRows:
     ) -> list[Tensor]:
         """Return rows (F * (1 or C) * B, ...) of each input on the device.
 
-        Unless ``last``, the rows of the next step are begun. The next step is assumed to have the
-        same number of rows. If it does not, its rows are gathered when they are requested.
+        Unless ``last`` is True, a thread begins to gather the rows of the next step. The next step
+        is assumed to have the same number of rows. If it has a different number, its rows are
+        gathered when they are requested.
         """
         future = self.ahead.pop((folds.start, step, rows), None)
         gathered = self._gather(folds, step, rows, taken) if future is None else future.result()
@@ -110,9 +116,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Part:
-    """The folds from ``begin`` to ``end`` of a step, with equally long minibatches.
+    """Neighboring folds in a step, from ``begin`` up to ``end``, whose minibatches have the same
+    length.
 
-    ``rows`` is the number of rows of their minibatches. ``full`` says that all of these rows count.
+    ``rows`` is the length of these minibatches. ``full`` says that they contain no padded rows.
     """
 
     begin: int
@@ -127,10 +134,11 @@ class Part:
 
 @dataclass(frozen=True)
 class StepShape:
-    """The fixed facts of a recorded step.
+    """The properties of a step that are constant in its recording. Steps with equal shapes share a
+    recording.
 
-    ``parts`` has one part for each run of folds with equally many rows. ``all_active`` says that
-    all members take the step.
+    ``parts`` has one part for each group of neighboring folds with equally long minibatches.
+    ``all_active`` says that all members take the step.
     """
 
     parts: tuple[Part, ...]
@@ -188,8 +196,8 @@ class Batches:
         self._set_sizes(np.minimum(capped, self.lengths))
 
     def _set_sizes(self, sizes: np.ndarray) -> None:
-        """Set the members' batch sizes (F, C), capped at their rows, and move derived tensors to
-        the device."""
+        """Set the members' batch sizes (F, C), which are at most the fold's length, and compute
+        all values that depend on the sizes."""
         self.sizes = sizes
         self.steps = steps_of(self.lengths, sizes, self.least_rows)  # (F, C) steps an epoch
         self.active_until = torch.as_tensor(self.steps).contiguous().to(self.data.device)
@@ -200,7 +208,7 @@ class Batches:
         self.shapes = [self._shape(taken, step) for step in range(int(self.steps.max()))]
 
     def _shape(self, taken: np.ndarray, step: int) -> StepShape:
-        """Return the shape of one step."""
+        """Return the ``StepShape`` of the step with index ``step`` in an epoch."""
         counts = np.clip(self.lengths - step * taken, 0, taken)  # (F, 1 or C) rows that count
         if self.exact:
             counts[step >= self.steps[:, :1]] = 0
@@ -224,11 +232,11 @@ class Batches:
             self.kernel = None if compiled is None else compiled[0]
 
     def select(self, keep: np.ndarray) -> None:
-        """Keep only the trials ``keep``."""
+        """Keep only the trials at the positions ``keep``."""
         self._set_sizes(self.sizes[:, keep])
 
     def begin(self, epoch: int) -> None:
-        """Draw the order of an epoch, and start at its first step."""
+        """Shuffle the rows for an epoch, and set the step counter to 0."""
         self.order.copy_(row_order(self.data, self.seed, epoch) + self.start)
         self.step.zero_()
         self.epoch = epoch
@@ -243,15 +251,16 @@ class Batches:
         return self.parts(self.shapes[step], (epoch, step))
 
     def active(self) -> Tensor:
-        """Return a mask (F, C) of the members that take the step in the counter."""
+        """Return a mask (F, C) of the members that take the current step. A member with fewer
+        steps is False at the end of an epoch."""
         return self.step < self.active_until
 
     def parts(self, shape: StepShape, key: tuple[int, int]) -> tuple[Batch, ...]:
-        """Return the minibatches of the step in the counter."""
+        """Return the minibatches of the current step, which the step counter gives."""
         return tuple(self._batch(part, key) for part in shape.parts)
 
     def _batch(self, part: Part, key: tuple[int, int]) -> Batch:
-        """Return the minibatch of one part of a step."""
+        """Return the minibatch of one part (neighboring folds) of the current step."""
         # The kernel runs only while a step is recorded. The first replay is checked against a step
         # by the plain operations.
         if self.kernel is not None and torch.cuda.is_current_stream_capturing():
@@ -318,7 +327,8 @@ class Batches:
 
 
 def for_members(x: Tensor, trials: int) -> Tensor:
-    """Return rows that a fold's members share, (F, B, ...), once for each member, (P, B, ...)."""
+    """Repeat the rows of each fold (F, B, ...) for each of its members. The result is (P, B,
+    ...)."""
     return x[:, None].expand(-1, trials, *x.shape[1:]).flatten(0, 1)
 
 

@@ -1,8 +1,12 @@
-"""Trials grouped by tensor shape. A group is a population, and trains as one tensor program.
+"""Group trials by tensor shape. A group is a population, and its trials train stacked in the same
+tensors.
 
-The trials of a population are crossed with all folds. Padding depends only on the trial itself,
-never on other trials, so the numbers of a trial do not depend on them either. The choice of trials
-that share a group does depend on other trials, and changes numbers only by rounding.
+Each trial of a population trains on all folds. One trial on one fold is a member. Padding depends
+only on the trial itself, so the results of a trial do not depend on other trials, except for
+rounding: other trials decide which trials share a group.
+
+Shape letters: P members, C configurations (trials), F folds, B rows of a minibatch, m rows of
+another set, K outputs, V copies of the data.
 
 ``Network`` is the protocol of a model in the engine. ``Ensemble`` joins several modules of one
 study into one.
@@ -46,8 +50,8 @@ _OWN_GROUP = 4  # trials of one batch size that make a separate group, with shar
 
 
 def padded_width(width: int) -> int:
-    """Return the width of the tensors of a hidden layer: the next width of a fixed table, or else
-    the next multiple of 512."""
+    """Return the padded width of a hidden layer: the next width in a fixed table. Above the
+    table, it is the next multiple of 512."""
     if width > _WIDTHS[-1]:
         return -(-width // 512) * 512
     return _WIDTHS[bisect_left(_WIDTHS, width)]
@@ -56,7 +60,8 @@ def padded_width(width: int) -> int:
 def hidden_widths(config: Config) -> tuple[int, ...]:
     """Return the number of units of each hidden layer of a complete configuration.
 
-    ``width`` is one number for all layers, or a tuple with one number for each.
+    The hyperparameter ``width`` is one width for all layers, or a tuple with the width of each
+    layer.
     """
     width = config["width"]
     return width if isinstance(width, tuple) else (width,) * config["depth"]
@@ -65,8 +70,8 @@ def hidden_widths(config: Config) -> tuple[int, ...]:
 def complete(config: Config, *, optimizer: str, schedule: str) -> Config:
     """Return a configuration with every key that training reads. Missing keys get their defaults.
 
-    Raises InputError for a key that the optimizer does not support. This concerns optimizers that
-    adapt their rate, and classes of torch.optim.
+    Raises InputError for a key that the optimizer does not support. Only optimizers that adapt
+    their learning rate, and classes of torch.optim, lack support for some keys.
     """
     word = config.get("optimizer", optimizer)
     full = {**_defaults(word), "schedule": schedule, **config}
@@ -101,9 +106,10 @@ def beyond_adam(config: Config) -> list[str]:
 
 @dataclass(frozen=True)
 class Population:
-    """Trials of one tensor shape.
+    """Trials of one tensor shape, which can train stacked.
 
-    ``index`` has their positions in the search, ``configs`` their values.
+    ``index`` has the trials' positions in the search. ``configs`` has their complete
+    configurations.
     """
 
     kind: ModelKind
@@ -112,11 +118,12 @@ class Population:
 
     @property
     def arguments(self) -> str:
-        """The ``module__*`` values and ``numbers``, which all of its trials share, as text."""
+        """Text of the values that all trials share: the ``module__*`` arguments and ``numbers``
+        (how numeric columns are read)."""
         return arguments_text(self.configs[0])
 
     def select(self, places: Sequence[int]) -> "Population":
-        """Return the trials at some places as a separate population."""
+        """Return the trials at the positions ``places`` as a separate population."""
         index = tuple(self.index[c] for c in places)
         return Population(self.kind, index, tuple(self.configs[c] for c in places))
 
@@ -143,9 +150,9 @@ def populations(
         kind: The kind of model. The groups of a user's module are never padded: each has one batch
             size and one set of ``module__*`` values.
         rows: Length of the longest training fold.
-        own_steps: Returns a value for a configuration, or False. Members of trials with a value
-            take their steps separately. Trials with equal values share a group, whatever their
-            batch sizes.
+        own_steps: A function of a configuration that returns a grouping key, or False. Members of
+            trials with a key take their steps separately. Trials with equal keys share a group for
+            any batch sizes.
         own_loss: Whether the loss is the user's own. A group then has one set of ``loss__*``
             values.
     """
@@ -173,7 +180,11 @@ def populations(
 
 
 def by_numbers(configs: Sequence[Config]) -> list[list[int]]:
-    """Return the places of configurations in groups that read the same data (``Dataset.of``)."""
+    """Group configurations by the hyperparameter ``numbers``, and return the positions in each
+    group.
+
+    Configurations of one group read the same data (``Dataset.of``).
+    """
     places: dict[object, list[int]] = defaultdict(list)
     for place, config in enumerate(configs):
         places[config.get("numbers")].append(place)
@@ -183,7 +194,8 @@ def by_numbers(configs: Sequence[Config]) -> list[list[int]]:
 def is_plain(config: Config) -> bool:
     """Return whether the steps of a configuration are the optimizer's plain steps.
 
-    Plain steps have no clipping, no averaging, no other betas, and no rates of single parameters.
+    Plain steps have no gradient clipping, no averaging of weights, the default betas, and the same
+    rates for all parameters.
     """
     return config["clip_norm"] == math.inf and not config["ema"] and not beyond_adam(config)
 
@@ -209,13 +221,15 @@ def arguments_text(config: Config) -> str:
 
 
 def shape_of(population: Population) -> tuple[object, ...]:
-    """Return a key of the memory that one trial of a population takes, within one dataset."""
+    """Return a lookup key: on one dataset, trials of populations with equal keys take the same
+    memory."""
     rows = max(config["batch_size"] for config in population.configs)
     return (*_shape(population.configs[0], population.kind), (rows - 1).bit_length())
 
 
 def _shape(config: Config, kind: ModelKind) -> tuple[object, ...]:
-    """Return a key of the tensors of a configuration. Trials with equal keys can be stacked."""
+    """Return a lookup key for the tensor shapes of a configuration. Trials with equal keys can
+    be stacked."""
     rule = config["hypergrad_rule"] if config["optimizer"] in ONLINE else None
     # The buffers of a trial depend only on the trial, so that its state can continue in any chunk.
     # A hypergradient search may have a list of momenta, one for each segment.
@@ -237,7 +251,7 @@ InputKind = tuple[tuple[int, ...], torch.dtype]
 
 @dataclass(frozen=True)
 class Shape:
-    """The properties that all stacked tensors of a chunk share."""
+    """The sizes, dtypes and other data properties that a stacked model of a chunk is built for."""
 
     n_features: int
     n_outputs: int
@@ -281,17 +295,19 @@ class Shape:
 
 
 class Draws(Protocol):
-    """The random draws of a model's steps, made ahead on the device."""
+    """The random numbers of a model's training steps, made in advance on the device."""
 
     def fill(self, epoch: int, step: int) -> None:
-        """Make sure that the draws of a step are in the buffer."""
+        """Make sure that the random numbers of a step are in the buffer."""
 
     def at(self, step: Tensor, rows: int) -> Tensor | tuple[Tensor, ...]:
-        """Return the draws of the step in a counter on the device, for ``rows`` rows."""
+        """Return the random numbers of one step for ``rows`` rows. ``step`` is a counter on the
+        device."""
 
 
 class Network(Protocol):
-    """F x C members of one shape. No method mixes members."""
+    """A stacked model: F x C members of one tensor shape (C trials on F folds). No method mixes
+    members."""
 
     kind: ModelKind
     shape: Shape
@@ -316,10 +332,10 @@ class Network(Protocol):
         F."""
 
     def draws(self, batches: Batches, *, ahead: bool) -> Draws | None:
-        """Return the draws that ``gradient`` reads, or None if it needs no draws or makes them
-        itself.
+        """Return the random numbers that ``gradient`` reads from the minibatch.
 
-        With ``ahead``, ``gradient`` must not draw itself. Raises TraceError if it does so anyway.
+        Returns None if ``gradient`` needs no random numbers or makes them itself. If ``ahead`` is
+        True, ``gradient`` must not make them itself. Raises TraceError if it does so anyway.
         """
 
     def gradient(self, params: Params, batch: Batch, grads: Params) -> None:
@@ -333,8 +349,8 @@ class Network(Protocol):
     ) -> Tensor:
         """Return the outputs (C, m, K) of one fold's members on rows (m, ...) of each input.
 
-        The outputs are those of evaluation mode. Random numbers that a forward pass draws belong to
-        ``key``. Without a key they are not seeded.
+        The model is in evaluation mode. If its forward pass uses random numbers, ``key`` seeds
+        them. Without a key they are not seeded.
         """
 
     def differentiable(
@@ -353,10 +369,10 @@ class Network(Protocol):
         """
 
     def layers(self) -> dict[str, int]:
-        """Return the layer number of each parameter."""
+        """Return the index of each parameter's layer, by parameter name."""
 
     def subset(self, keep: list[int]) -> "Network":
-        """Return the network of only the trials ``keep`` (positions along C)."""
+        """Return the stacked model of only the trials at the positions ``keep``."""
 
     def member(self, params: Params, fold: int, trial: int) -> nn.Module:
         """Return one member as a plain module in evaluation mode, on the CPU."""
