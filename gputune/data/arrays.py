@@ -1,7 +1,7 @@
 """Inputs that are not tables: images, sequences, token ids, or several inputs at once.
 
-They stay unchanged or are scaled per channel. Nothing is copied: rows of memory-mapped arrays are
-read when they are gathered.
+The inputs stay unchanged or are scaled per channel. Nothing is copied: rows of memory-mapped arrays
+are read when they are gathered.
 """
 
 import math
@@ -68,7 +68,7 @@ class Arrays:
         return arrays if len(arrays) > 1 else arrays[0]
 
     def blocks(self, part: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield the rows of an input block by block, each with the number of its first row."""
+        """Yield the rows of an input block by block, each with the position of its first row."""
         x = self.parts[part]
         rows = max(1, _BLOCK // max(1, x[0].numel()))
         for start in range(0, len(self), rows):
@@ -135,7 +135,7 @@ _REMEDIES = {
     "O": "If its rows have different shapes, pad or crop them to one, then use numpy.stack.",
     **dict.fromkeys("SUT", "Give each text a number, for example its position in a vocabulary."),
 }
-"""How to turn a NumPy array into numbers, by the kind of its dtype."""
+"""Advice on how to make a NumPy array numeric, keyed by the kind of its dtype."""
 
 
 def _tensor(value: np.ndarray | Tensor, label: str) -> Tensor:
@@ -208,8 +208,7 @@ def refuse_kind(value: Tensor, label: str) -> None:
 
 @dataclass(frozen=True)
 class ArrayLayout:
-    """The ``shapes`` of a row of each input of a module, their ``dtypes``, and their ``names``
-    if any."""
+    """The form of a module's inputs: the row ``shapes``, ``dtypes`` and, if any, ``names``."""
 
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[str, ...]
@@ -266,13 +265,13 @@ class ArrayLayout:
     def n_features(self) -> int:
         """The number of features with which a module is built.
 
-        It is the size of the last axis of the first input, or 1 if a row is one number.
+        It is the size of the last axis of the first input, or 1 if a row is a single value.
         """
         return self.shapes[0][-1] if self.shapes[0] else 1
 
     @property
     def row_numbers(self) -> int:
-        """The count of numbers in a row, summed over all inputs."""
+        """The count of values in a row, summed over all inputs."""
         return sum(math.prod(shape) for shape in self.shapes)
 
     def in_words(self) -> str:
@@ -352,7 +351,7 @@ def fit_channels(
 
     - the first axis of a row with three axes or more,
     - each column of a row with one axis,
-    - all numbers together of a row with two axes.
+    - all values of a row with two axes together.
 
     A constant channel has scale 1.
     """

@@ -1,6 +1,7 @@
 """Turn columns into features.
 
-``fit_layout`` decides once from the column itself. The decision is then applied to any other rows.
+``fit_layout`` decides once, from the values of the column. The decision is then applied to any
+other rows. In shapes, n counts rows, D features, and D' network inputs.
 
 number     its value
 boolean    1 or 0
@@ -9,8 +10,8 @@ date       days since 1970, month, day of the month, weekday (0 = Monday), hour;
            only the parts that vary
 
 If values are missing, numbers, booleans and dates get an additional feature ``(missing)``, and
-their other features are NaN. A category gets a level of that name. Torch tensors are tables of
-numbers. They are checked, summarized and decided on their own device.
+their other features are NaN. A category gets a level of that name. A torch tensor is a table of
+numbers. It is checked and summarized on its own device.
 """
 
 import math
@@ -38,7 +39,8 @@ DATE_PARTS = ("days", "month", "day", "weekday", "hour")
 
 
 def _parts(kind: Kind, values: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the features of numbers, booleans or dates, by the names in ``Column.parts``."""
+    """Return the features of a numeric, boolean or date column, keyed by the names in
+    ``Column.parts``."""
     if kind != "date":
         return {"value": values}
     known = ~np.isnan(values)
@@ -78,7 +80,7 @@ class Column:
     def numeric(self) -> tuple[bool, ...]:
         """One flag per feature: True if the feature is a number to be centered and scaled.
 
-        These are the values of numbers and the parts of dates.
+        The flag is True for the values of numeric columns and for the parts of dates.
         """
         n_scaled = len(self.parts) if self.kind in ("number", "date") else 0
         n_flags = len(self.feature_names) - n_scaled
@@ -95,7 +97,7 @@ class Column:
     def features(self, kind: Kind, values: np.ndarray) -> np.ndarray:
         """Return the features (n, d) of values of a kind, float64.
 
-        A feature is NaN if its number, boolean or date is missing.
+        A feature is NaN if the number, boolean or date in the cell is missing.
         """
         values = self.read(kind, values)
         if self.kind != "category":
@@ -262,7 +264,7 @@ def checked_tensor(X: Tensor) -> Tensor:
 
 
 def _summary(X: Tensor) -> Table:
-    """Return a table of three rows from which the columns of a tensor are decided.
+    """Return a table of three rows that stands for a tensor when its columns become features.
 
     Each column holds its minimum, its maximum and, if the tensor has a missing value there, NaN.
     """
@@ -281,12 +283,12 @@ Columns = Literal["keep", "drop-constant"]
 Raw: TypeAlias = np.ndarray | Tensor
 """Features before any statistics are applied, (n, D)."""
 N_BINS = 16
-"""The largest number of bins of a number. If it has fewer bins, the remaining features are 0."""
+"""The largest number of bins of a numeric column. With fewer bins, the remaining features are 0."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The columns in use, the names of all columns seen, and the notes for the user.
+    """The columns that become features, the names of all columns of X, and notes for the user.
 
     Each note is one sentence.
     """
@@ -309,10 +311,10 @@ class Layout:
 
     @cached_property
     def feature_groups(self) -> tuple[int, ...]:
-        """(D,) group number of each feature.
+        """(D,) index of each feature's group.
 
-        It is 0 for a number. Each category or flag has its own number, counted from 1, which all
-        levels of the category share.
+        The index is 0 for a numeric feature. Each category or flag has its own index, counted from
+        1, which all levels of the category share.
         """
         groups: list[int] = []
         last = 0
@@ -337,7 +339,7 @@ class Layout:
         return tuple(self.feature_groups[j] for j in places.tolist())
 
     def places(self, numbers: Numbers) -> np.ndarray:
-        """Return the feature of each network input, (D',).
+        """Return the index of each network input's feature, (D',).
 
         A feature that is cut into bins appears several times.
         """
@@ -345,7 +347,7 @@ class Layout:
         return np.repeat(np.arange(len(is_cut)), np.where(is_cut, N_BINS, 1))
 
     def widths(self, numbers: Numbers) -> list[int]:
-        """Return the number of network inputs that each column becomes."""
+        """Return the number of network inputs made from each column."""
         # After each column: the number of features, then the number of network inputs.
         n_features = np.cumsum([len(column.feature_names) for column in self.columns])
         n_inputs = np.searchsorted(self.places(numbers), n_features)
@@ -459,8 +461,8 @@ def fit_layout(
 ) -> Layout:
     """Decide from X, and never from y, how its columns become features.
 
-    Constant columns are left out, and so is text with all values distinct. ``notes`` of the layout
-    say so.
+    Constant columns and text columns with only distinct values are left out. The ``notes`` of the
+    layout report this.
 
     Args:
         X: a table, or a tensor (n, D).

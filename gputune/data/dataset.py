@@ -1,4 +1,8 @@
-"""Checked X and y on one device: the data on which the engine trains."""
+"""Checked X and y on one device: the data on which the engine trains.
+
+A member is one trial on one fold. Positions are row indexes. In shapes, n counts rows, n_f and m_f
+the training and validation rows of a fold, F folds, and K classes or target columns.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,7 +32,7 @@ Fitted: TypeAlias = Sequence[Statistics] | Sequence[ArrayStatistics]
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """Row positions of one fold, int64, on the dataset's device."""
+    """The positions of one fold's training and validation rows, int64, on the dataset's device."""
 
     train: Tensor  # (n_f,)
     valid: Tensor  # (m_f,), empty for a refit
@@ -47,7 +51,7 @@ class ScorerRows:
     def rows(self, fold: Fold) -> object:
         """Return the validation rows of a fold, in the type of X.
 
-        No write to a returned array reaches the data of others.
+        A scorer cannot change the data by writing into the returned array.
         """
         positions = fold.valid.cpu().numpy()
         if isinstance(self.X, Arrays):
@@ -60,8 +64,10 @@ class ScorerRows:
     def encoded(
         self, X: object, statistics: Statistics | ArrayStatistics, dtype: torch.dtype
     ) -> tuple[Tensor, ...]:
-        """Return new rows in the form of X as the members of a fold read them, each (m, ...), on
-        the CPU."""
+        """Return the module inputs for new rows X, each (m, ...), on the CPU.
+
+        The rows are prepared with the statistics of a fold, as for the fold's members.
+        """
         if isinstance(self.layout, Layout):
             X = as_table(checked_tensor(X).cpu().numpy() if isinstance(X, Tensor) else X)
         return encode(X, self.layout, statistics, dtype)
@@ -69,9 +75,9 @@ class ScorerRows:
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """The fields of a ``Dataset`` that depend on the preparation of the numbers of its table.
+    """The fields of a ``Dataset`` that depend on the preparation of the table's numeric columns.
 
-    They have the same names there.
+    The fields have the same names in ``Dataset``.
     """
 
     inputs: tuple[Tensor, ...]
@@ -83,7 +89,10 @@ class Inputs:
 
 
 class Preparations(dict[str, Inputs]):
-    """The inputs of one table by the preparation of its numbers, each made at its first use."""
+    """The inputs of one table, keyed by the preparation of its numeric columns.
+
+    Each entry is made at its first use.
+    """
 
     def __init__(self, make: Callable[[str], Inputs]) -> None:
         super().__init__()
@@ -142,9 +151,9 @@ class Dataset:
     on_host: bool = False
 
     def of(self, config: Config) -> "Dataset":
-        """Return the data as the trials with a configuration read it.
+        """Return the dataset that trials with a given configuration train on.
 
-        A configuration may have its own ``numbers``, the preparation of the numbers of a table.
+        A configuration may set ``numbers``, the preparation of a table's numeric columns.
         """
         numbers = config.get("numbers", self.numbers)
         if numbers == self.numbers:
@@ -197,7 +206,7 @@ class Dataset:
 
     @property
     def row_numbers(self) -> int:
-        """The count of numbers in a row, summed over all inputs."""
+        """The count of values in a row, summed over all inputs."""
         return sum(x[0, 0].numel() for x in self.inputs)
 
     @property
@@ -205,7 +214,7 @@ class Dataset:
         return len(self.folds)
 
     def rows(self, fold: int, positions: Tensor) -> tuple[Tensor, ...]:
-        """Return rows of all inputs as a fold reads them, each (m, ...)."""
+        """Return the given rows of all inputs, prepared for a fold, each (m, ...)."""
         rows = []
         for number, x in enumerate(self.inputs):
             # (V, n, ...) -> (m, ...)
@@ -216,8 +225,10 @@ class Dataset:
         return tuple(rows)
 
     def training_rows(self, fold: int) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Return the training rows of all inputs as a fold reads them, and their targets, each
-        (n_f, ...)."""
+        """Return a fold's training rows of all inputs, prepared for the fold, and their targets.
+
+        Each tensor has the shape (n_f, ...).
+        """
         train = self.folds[fold].train
         return self.rows(fold, train), self.targets(fold)[train]
 
@@ -226,7 +237,7 @@ class Dataset:
         return self.y if self.task in ("binary", "multiclass") else self.y[fold % len(self.y)]
 
     def read(self, number: int, rows: Tensor, folds: slice) -> Tensor:
-        """Return gathered rows (F, ..., *row) of an input as some folds read them: scaled, in
+        """Return gathered rows (F, ..., *row) of one input, scaled for some folds and in
         ``dtype``."""
         scaling = self.scaling[number]
         if scaling is not None:
@@ -262,7 +273,7 @@ class Dataset:
     def first_equal(self) -> tuple[Tensor | None, ...]:
         """For each fold, the first validation row that equals each validation row, (m_f,) int64.
 
-        None for a fold without equal rows.
+        The entry is None for a fold without equal rows.
         """
         x = self.inputs[0]
         if len(self.inputs) > 1 or x.dim() != 3 or not x.is_floating_point():
@@ -332,7 +343,8 @@ def make_dataset(
 
 
 def _scattered(values: np.ndarray, *, places: np.ndarray, size: int, axis: int = 0) -> np.ndarray:
-    """Return values moved to their places among ``size`` rows along an axis, with 0 elsewhere."""
+    """Return an array with ``size`` rows along an axis, with values at ``places`` and 0
+    elsewhere."""
     shape = list(values.shape)
     shape[axis] = size
     scattered = np.zeros(shape, values.dtype)
@@ -431,7 +443,7 @@ _MOST_COLUMNS = 64
 
 
 def outermost_rows(x: Tensor) -> list[int]:
-    """Return the positions of rows of an input (n, ...) with the largest and the smallest numbers.
+    """Return the positions of rows of an input (n, ...) with the largest and the smallest values.
 
     The list is empty for booleans, for floats with more than two axes such as images, and for long
     rows of floats.

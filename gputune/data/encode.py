@@ -1,7 +1,10 @@
 """The statistics of each fold and one pure transform, which is used for training and prediction.
 
 Tables become NumPy arrays. A torch tensor (numbers only) stays on its device and gets the same
-numbers.
+values.
+
+In shapes, n counts rows, D features, D' network inputs, Q quantiles, R columns with a quantile
+transform.
 
 Robust scale: by median and quartiles, followed by a smooth clip that keeps outliers within +-3.
 Source: Holzmueller et al. (2024), arXiv:2407.04491, section 3.
@@ -10,9 +13,9 @@ Quantile-normal transform: scikit-learn fits the quantiles, and gputune stores t
 ``normal_scores`` applies them. ``normal_scores_of`` does the same with operations that both
 torch.export and ONNX have.
 
-Piecewise-linear encoding: a number becomes one feature for each of its bins. The feature is 0 below
-the bin, 1 above it, and linear within it. Source: Gorishniy et al. (2022), On embeddings for
-numerical features in tabular deep learning, arXiv:2203.05556, section 3.2. Bins lie between
+Piecewise-linear encoding: a numeric column becomes one feature for each of its bins. The feature is
+0 below the bin, 1 above it, and linear within it. Source: Gorishniy et al. (2022), On embeddings
+for numerical features in tabular deep learning, arXiv:2203.05556, section 3.2. Bins lie between
 quantiles, or between the thresholds of a decision tree on the target. As in the source, the first
 bin is open below and the last one above. Departure: a leaf of the tree has at least a quarter of
 the rows of equally filled bins.
@@ -44,7 +47,7 @@ It keeps rounding in single precision from clipping a training row.
 
 _LARGEST = np.finfo(np.float64).max  # stands for no limit, because JSON has no infinity
 _ONE_BIN = np.array([[0.0], [1.0], [-_LARGEST], [_LARGEST]])
-"""The one bin of a number that stays unchanged: lower edge, width, least and most, (4, 1)."""
+"""The bin of a numeric column that stays unchanged: lower edge, width, least and most, (4, 1)."""
 
 Array = TypeVar("Array", np.ndarray, Tensor, Raw)
 
@@ -79,7 +82,7 @@ class Statistics:
 
     @property
     def n_inputs(self) -> int:
-        """The count of numbers that a row becomes. A module is built with it."""
+        """The number of network inputs per row, with which a module is built."""
         return len(self.center)
 
     def to_json(self) -> Json:
@@ -134,8 +137,9 @@ def fit_statistics(
         raw: the features of all rows, (n, D).
         layout: the layout of the features.
         rows: the positions of the training rows.
-        numbers: the preparation of numbers.
-        target: the target (n, ...) for "piecewise-tree". Only the given rows of it are read.
+        numbers: the preparation of numeric features.
+        target: the target (n, ...) for "piecewise-tree". Only the training rows of the target are
+            read.
     """
     check_numbers(numbers, raw)
     if isinstance(raw, Tensor):

@@ -47,7 +47,7 @@ def read_table(source: str | Path, kinds: Collection[str] = ()) -> Table:
     - Blanks around a field and empty lines at the end are dropped.
     - A header with semicolons and without commas means that semicolons separate all fields.
     - A scikit-learn data set has its target in the column ``target``: class names for iris, wine
-      and breast_cancer, integers for digits, a number for diabetes.
+      and breast_cancer, integers for digits, a numeric value for diabetes.
 
     Args:
         source: the path of the file, or ``sklearn:NAME``.
@@ -281,7 +281,7 @@ def _lines(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
 def line_of(source: str | Path, row: int) -> str:
     """Return the place of a row in a file that ``read_table`` read, as text.
 
-    It is the line in a text file, and the row number in other files.
+    The place is a line number in a text file, and a row number in any other file.
     """
     path = Path(source)
     if not _text_suffix(path):

@@ -49,8 +49,8 @@ def make_folds(
 
     Args:
         cv: a number of folds, a scikit-learn splitter, or an iterable of pairs of positions, masks
-            or slices. A number of folds is shuffled by ``seed``, stratified for classes, and keeps
-            groups whole. Splitters and pairs are used unchanged.
+            or slices. A number of folds is shuffled by ``seed``, stratified for classes, and does
+            not split groups. Splitters and pairs are used unchanged.
         target: the checked target.
         X: the rows for a splitter. If it is None, the splitter receives zeros with the same number
             of rows.
@@ -107,7 +107,7 @@ def make_folds(
 def _refuse_split_groups(folds: list[Rows], groups: np.ndarray, cv: object) -> None:
     """Raise InputError if a group has rows on both sides of a fold.
 
-    Splitters of rows, and pairs, ignore groups.
+    Splitters that work on single rows, and pairs of positions, ignore groups.
     """
     code_of: dict[object, int] = {}
     codes = np.array([code_of.setdefault(group, len(code_of)) for group in groups.tolist()])
@@ -229,8 +229,8 @@ class _SpreadKFold:
 def refuse_identifier(target: Target) -> None:
     """Raise InputError for a text target that looks like an identifier.
 
-    It has more than ``MAX_CLASSES`` different values, and these are more than half as many as its
-    rows.
+    The target looks like an identifier if it has more than ``MAX_CLASSES`` different values and
+    more than half as many values as rows.
     """
     assert target.classes is not None
     n_classes = len(target.classes)
@@ -284,7 +284,7 @@ def _split(
 
 
 def _rows(part: object, n_rows: int, fold: int, use: str) -> np.ndarray:
-    """Return the checked positions, (m,) int64, of one side of one fold."""
+    """Return the checked row positions, (m,) int64, of one fold's training or validation part."""
     if isinstance(part, slice):
         part = np.arange(n_rows)[part]
     rows = np.asarray(part)

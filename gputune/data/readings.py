@@ -1,8 +1,8 @@
 """Remarks on columns that gputune reads differently from a text file and from a data frame.
 
-A text file has no types. As in pandas.read_csv, text that is all numbers becomes numbers, and words
-such as NA are missing values. In a data frame the owner chose the type of each column. Text stays
-text, and NA is a level like any other.
+A text file has no types. As in pandas.read_csv, a column of only numeric text becomes numbers, and
+texts such as NA are missing values. In a data frame the owner chose the type of each column. So
+text stays text, and NA is a level (a category) like any other.
 """
 
 from typing import TYPE_CHECKING
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     import polars as pl
 
 _WORDS = ["NA", "N/A", "n/a", "NULL", "null", "None"]
-"""Words of ``MISSING_TEXT`` that may also be levels, such as North America or no alcohol."""
+"""Texts of ``MISSING_TEXT`` that may also be real categories, such as North America or no
+alcohol."""
 
 EXAMPLE = "<column>"
 """Placeholder in a remark for the name of its column."""

@@ -1,7 +1,8 @@
 """Scale a table for each fold: one copy per fold, or one copy that is scaled when rows are
 gathered.
 
-New rows are prepared like those of a fold.
+New rows are prepared in the same way as the rows of a fold. V counts the copies, n rows, D features
+and F folds.
 """
 
 import math
@@ -24,7 +25,7 @@ class Scaling:
 
     ``center`` and ``scale`` are (F, ...) in the dtype of the study. The other axes match those of a
     row: size 1, or the size of an axis with its own values, such as channels. With ``missing``, NaN
-    means a missing number. It becomes 0, the mean of the fold's training rows.
+    means a missing value and becomes 0 after scaling, the mean of the fold's training rows.
     """
 
     center: Tensor
@@ -130,7 +131,7 @@ def _affine_maps(
 
 
 def limited_features(raw: np.ndarray | Tensor, statistics: Sequence[Statistics]) -> list[int]:
-    """Return the positions of features with a number beyond the limits of a fold.
+    """Return the positions of features with a value beyond the limits of a fold.
 
     The features must be one input each.
     """
@@ -181,7 +182,7 @@ def encode(
 
 
 def joined_statistics(parts: Sequence[Statistics]) -> Statistics:
-    """Return statistics that produce the inputs of all parts, one part after another.
+    """Return joined statistics, which produce the inputs of all parts, one part after another.
 
     The parts were fitted on the same rows with different preparations.
     """

@@ -87,7 +87,7 @@ def table_size(sizes: Json, origin: Json | None) -> dict[str, int]:
 
 
 def rows_difference(before: Mapping[str, object], now: Mapping[str, object]) -> str:
-    """Return the difference between the rows of a study and the rows now, as text with their
+    """Return a text on the difference between a study's rows and the current rows, with their
     sizes."""
     different = [noun for noun in ("rows", "columns") if before[noun] != now[noun]]
     if not different:
@@ -96,7 +96,7 @@ def rows_difference(before: Mapping[str, object], now: Mapping[str, object]) -> 
 
 
 def _add(digest: "hashlib._Hash", values: np.ndarray) -> None:
-    """Add numbers, booleans or text (None = missing) to a digest.
+    """Add the values of an array to a digest: numbers, booleans or text (None = missing).
 
     Different lists of values always add different bytes.
     """
@@ -437,7 +437,7 @@ def read_with_held_out(origin: Json, *, module: bool = False) -> tuple[Source, S
 def split_held_out(
     source: Source, target: Target, *, test_size: float, cv: str, seed: int
 ) -> tuple[Source, Source | None]:
-    """Split rows into those to search on and the held-out rows, as ``hold_out`` does.
+    """Split rows into the rows of the search and the held-out rows, as ``hold_out`` does.
 
     The second part is None if ``test_size=0``.
     """

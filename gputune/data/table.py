@@ -46,9 +46,9 @@ class Table:
     kinds: tuple[Kind, ...]
     columns: tuple[np.ndarray, ...]
     amounts: Mapping[str, str] = field(default_factory=dict)
-    """Remark by column name on numbers that were written as amounts (see kinds.py).
+    """Remark by column name on numeric values that were written as amounts (see kinds.py).
 
-    It includes columns that were taken out.
+    The mapping includes columns that were taken out of the table.
     """
     readings: Mapping[str, str] = field(default_factory=dict)
     """Remark by column name on a column that a file and a data frame would read differently.

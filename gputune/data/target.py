@@ -1,4 +1,7 @@
-"""The target of a study: its task, and y as class codes or numbers."""
+"""The target of a study: its task, and y as class codes or numeric values.
+
+In shapes, n counts rows, F folds, and K classes, labels or target columns.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +25,7 @@ from gputune.types import Task
 from gputune.wording import Verbatim, option, per_interface
 
 MAX_CLASSES = 20
-"""Whole numbers with more distinct values than this are predicted as numbers.
+"""A target of whole numbers with more distinct values than this is a regression.
 
 ``task`` overrides this.
 """
@@ -51,12 +54,12 @@ class Target:
     classes: np.ndarray | None
     name: str = "y"
     column: bool = False
-    """True if numbers (n,) were given as (n, 1). Custom losses and scores then read them as (n,
-    1)."""
+    """True if a numeric target (n,) was given as (n, 1). Custom losses and scores then read the
+    target as (n, 1)."""
     transform: TargetTransform | None = None
-    """The transformation of numbers before they are standardized."""
+    """The transformation of a numeric target before it is standardized. None without one."""
     standardize: bool = True
-    """True if numbers are standardized by the training rows of each fold. False for a custom
+    """True if a numeric target is standardized by each fold's training rows, False for a custom
     loss."""
 
     def __len__(self) -> int:
@@ -104,7 +107,7 @@ class Target:
 def check_target(
     y: object, *, task: TaskWord | None = None, n_rows: int, name: str = "y"
 ) -> Target:
-    """Return y, (n, ...), as class codes or numbers.
+    """Return the checked target: y, (n, ...), as class codes or numeric values.
 
     Without ``task``:
 
@@ -204,7 +207,8 @@ def _all_equal(name: str, value: object) -> InputError:
 
 
 def check_spread(target: Target) -> None:
-    """Raise InputError if all numbers are equal, or seem equal because one of them is far away."""
+    """Raise InputError if all target values are equal, or seem equal because of one extreme
+    value."""
     if target.task != "regression" or target.transform is not None:
         return
     values = target.values.reshape(len(target), -1)
@@ -441,7 +445,7 @@ def _from_objects(values: np.ndarray, name: str) -> np.ndarray:
 def are_soft_labels(target: Target) -> bool:
     """Return True if a target (n, K) holds a probability for each class.
 
-    Then all numbers are at least 0 and each row sums to 1.
+    Then all values are at least 0 and each row sums to 1.
     """
     values = target.values
     if target.task != "regression" or values.ndim != 2 or values.shape[1] < 2:
@@ -450,7 +454,10 @@ def are_soft_labels(target: Target) -> bool:
 
 
 def are_many_whole_numbers(target: Target) -> bool:
-    """Return True for one whole number per row with more than ``MAX_CLASSES`` distinct values."""
+    """Return True for a target of whole numbers with more than ``MAX_CLASSES`` distinct values.
+
+    The target has one value per row.
+    """
     if target.task != "regression" or target.values.ndim > 1 or not _are_whole(target.values):
         return False
     return len(np.unique(target.values)) > MAX_CLASSES

@@ -1,6 +1,6 @@
-"""A transformation of the numbers to predict.
+"""A transformation of a numeric target, such as a logarithm.
 
-It is fitted on the training rows of a fold and inverted in predictions.
+The transformation is fitted on the training rows of a fold and inverted in predictions.
 
 Source: sklearn.compose.TransformedTargetRegressor. Its transformer reads columns (n, K) and must be
 invertible. Departure: some predictions have no inverse, for example extreme values of a
@@ -40,14 +40,14 @@ _WORDS: Mapping[object, tuple[Callable[..., np.ndarray], Callable[[Tensor], Tens
     "log": (np.log, torch.exp, 0.0),
     "log1p": (np.log1p, torch.expm1, -1.0),
 }
-"""By word: the function, its inverse, and the number above which the function is defined."""
+"""Named transformations: the function, its inverse, and the bound above which it is defined."""
 
 
 @dataclass(frozen=True)
 class FittedTransform:
-    """A word, or a fitted transformer with the smallest and the largest of its training values.
+    """The name of a transformation, or a fitted transformer with the range of its training values.
 
-    ``limits`` (2, K) holds these two, after the transformation.
+    ``limits`` (2, K) holds the smallest and the largest training value, after the transformation.
     """
 
     transform: TargetTransform
@@ -84,7 +84,7 @@ class FittedTransform:
         return restored.view(values.shape).to(values.device)
 
     def to_json(self) -> Json | str:
-        """Return the word, or the class and the fitted state of a scikit-learn transformer.
+        """Return the name, or the class and the fitted state of a scikit-learn transformer.
 
         Raises:
             InputError: the transformer is not from sklearn.preprocessing.
@@ -177,7 +177,7 @@ def check_values(transform: TargetTransform, values: np.ndarray, name: str) -> N
 
 
 def check_transform(name: str, value: object) -> "TargetTransform | None":
-    """Return a word, a transformer or None.
+    """Return a checked target transformation: a name, a transformer or None.
 
     Raises:
         InputError: ``value`` is anything else.

@@ -20,8 +20,9 @@ def read_dataset(dataset: "Dataset[object]", y: object, bar: Bar = iter) -> tupl
 
     Args:
         dataset: the dataset.
-        y: the target, or None to read it from the items. If it is given, the whole item is inputs.
-        bar: wraps the item numbers, for example in a progress bar.
+        y: the target, or None to read it from the items. If y is given, the whole item is used as
+            inputs.
+        bar: wraps the item indexes, for example in a progress bar.
 
     Raises:
         InputError: the dataset has no length or no items, or its items cannot be read or stacked.

@@ -59,7 +59,8 @@ class Weights:
 
 
 def check_weights(sample_weight: object, class_weight: ClassWeight, target: Target) -> Weights:
-    """Return the checked weights of a user. Classes that ``class_weight`` does not name weigh 1."""
+    """Return the user's weights, checked. Classes that ``class_weight`` does not name have weight
+    1."""
     rows = None if sample_weight is None else _check_rows(sample_weight, target)
     classes = None if class_weight is None else _check_classes(class_weight, target)
     return Weights(rows, classes)

@@ -45,15 +45,21 @@ from gputune.views.scores import (
 THIN_CURVES = 250
 CURVE_POINTS = 80
 STARTS = 100
-"""Limits of a chart: curves behind the best ones, epochs per curve, and starts of a hypergradient
-search."""
+"""Limits of a chart, in the order of the lines above.
+
+They are the number of curves behind the best curves, of epochs per curve, and of starting points of
+a hypergradient search.
+"""
 
 POINTS = 1500
 FEWEST = 100
 ALL = 9000
 FAILURES = 300
-"""Limits of points: points of a chart, the fewest points that many charts leave to one, points of
-all charts, and marks of diverged trials."""
+"""Limits on points, in the order of the lines above.
+
+They are the points of one chart, the fewest points of a chart if there are many charts, the points
+of all charts together, and the marks of diverged trials.
+"""
 
 FEW = 12  # few values of a hyperparameter: each value has a strip of points
 # Share of the distance between two values that a strip of points takes, and its largest width.
@@ -66,9 +72,10 @@ _LETTERS = 14
 
 
 def curves_chart(study: Study) -> Chart | None:
-    """Return the learning curves, or None if no trial has a line.
+    """Return the chart of learning curves, or None if no trial has a line to draw.
 
-    The best trials have the spread over their folds. All other trials are thin lines behind them.
+    The best trials have a band that shows the spread over the folds. All other trials are thin
+    lines behind them.
     """
     curves = curve_view(study)
     if not (np.isfinite(curves.mean).sum(1) > 1).any():
@@ -165,7 +172,8 @@ def folds_note(study: Study) -> str:
 
 
 def history_chart(study: Study) -> Chart | None:
-    """Return the scores in the order of the trials and the best so far, or None without a score."""
+    """Return the chart of scores by trial number with the best score so far, or None without a
+    score."""
     view = score_view(study)
     if not view.order:
         return None
@@ -314,7 +322,7 @@ def _points(
 def path_charts(study: Study) -> list[Chart]:
     """Return charts of the score and of each hyperparameter that a hypergradient search moved.
 
-    The list is empty for another search.
+    The list is empty for any other kind of search.
     """
     starts = descent_paths(study)
     view = score_view(study)
@@ -333,7 +341,7 @@ def path_charts(study: Study) -> list[Chart]:
 def _path_chart(
     starts: Sequence[DescentPath], values: Sequence[NDArray[np.float64]], y: Scale, name: str
 ) -> Chart:
-    """Return the chart of one value of all starts by outer step."""
+    """Return the chart of one value by outer step, with a line per starting point."""
     drawn = starts[:STARTS]
     last = max(1, *(int(start.steps[-1]) for start in drawn))
     frame = Frame(*_SMALL, linear_scale(0, last, most=min(last, 10), whole=True), y).with_room()

@@ -47,7 +47,7 @@ MODEL_INFO = {
 
 
 Fact = tuple[str, str, str]
-"""The name of a fact, its number and a note."""
+"""A fact at the top of the report: its name, its value as text and a note."""
 
 
 def score_facts(study: Study, model: Json | None) -> list[Fact]:
@@ -95,7 +95,7 @@ def _time_fact(study: Study) -> Fact:
 
 
 def eligible_text(study: Study) -> str:
-    """Return a text on the trials that can be the best one, or "" if all trials can be."""
+    """Return a text on the trials that can be the best trial, or "" if all trials can be."""
     pruned = sum(trial.state == "pruned" for trial in study.trials)
     if not pruned:
         return ""
@@ -192,7 +192,7 @@ def states_of(study: Study) -> States:
 
 
 def seconds_text(seconds: float) -> str:
-    """Return a time in at most two units."""
+    """Return a duration as text in at most two units, from a number of seconds."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -314,11 +314,11 @@ def endings(study: Study) -> Json:
 
 
 def check_place(argument: str, path: Path, read: Path | None, noun: str = "") -> None:
-    """Raise InputError for a place where a report or another text cannot be written.
+    """Raise InputError for a path where a report or another text cannot be written.
 
     Args:
         argument: the beginning of the message.
-        path: the place.
+        path: the path to write to.
         read: the file that is read, which must not be overwritten.
         noun: description of ``read``. "" for a report, which must end in .html or .htm.
     """

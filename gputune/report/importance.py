@@ -44,13 +44,14 @@ _STRIP = 0.045  # share of an axis over which lines through the same value sprea
 
 
 def importance_chart(forest: Importance) -> Chart:
-    """Return one bar per hyperparameter. Its length is the fall of the forest's R2 without it."""
+    """Return a chart with one bar per hyperparameter. The length of a bar is the fall of the
+    forest's R2 when the hyperparameter is shuffled."""
     rows = list(zip(forest.labels, forest.drops.tolist(), forest.errors.tolist()))
     return _bars("Importance of the hyperparameters", "fall of the forest's R²", rows, decimals=2)
 
 
 def columns_chart(study: Study, report: FoldReport) -> Chart | None:
-    """Return one bar per column, or None without columns.
+    """Return a chart with one bar per column of the data, or None without columns.
 
     The length of a bar is the loss of score when the column is shuffled.
     """
@@ -113,7 +114,8 @@ def brush_data(
 ) -> list[dict[str, object]]:
     """Return the data with which the report's script places the rows of the table on each axis.
 
-    A column of ``numbers`` has a scale. Another column has the heights of its rows, in thousandths.
+    A column named in ``numbers`` (numeric hyperparameters) has a scale. Every other column has the
+    heights of its rows, in thousandths.
     """
     data: list[dict[str, object]] = []
     for axis in axes:
@@ -173,7 +175,7 @@ def parallel_chart(study: Study, important: Sequence[str] = ()) -> tuple[Chart, 
 def _line_heights(heights: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the heights, from the top, at which lines pass an axis.
 
-    Lines through one of few values are drawn next to each other.
+    On an axis with few values, lines through the same value are drawn next to each other.
     """
     few = len(np.unique(heights[np.isfinite(heights)])) <= FEW
     return _down(np.clip(shifted(heights, _STRIP), 0, 1) if few else heights)

@@ -64,14 +64,15 @@ from gputune.wording import PYTHON, Verbatim
 
 MOST_ROWS = 10_000
 BUDGET = 1_100_000
-"""Limits of the table: trials and characters. Beyond them the worst trials are left out."""
+"""Limits of the table: the number of trials (``MOST_ROWS``) and of characters (``BUDGET``). Beyond
+them the worst trials are left out."""
 
 TableColumn = dict[str, Any]
 """A column of the table, with a "key", a "label" and "values" in order of score (null for no
 value).
 
-A column of words has "levels", and its values are positions in them. A column of scores has
-"decimals". Its "first" is -1 if a first click sorts the largest score to the top.
+A categorical column has "levels", and its values are positions in these levels. A column of scores
+has "decimals". Its "first" is -1 if a first click sorts the largest score to the top.
 """
 
 
@@ -182,8 +183,8 @@ def _number_column(key: str, label: str, values: Sequence[float], decimals: int)
 def _parameter_column(name: str, params: Sequence[Config]) -> TableColumn:
     """Return the column of a hyperparameter.
 
-    Numbers have four digits. The values are words if one of them is not a number in JSON, such as
-    infinity.
+    Numeric values have four digits. If one value is not a number in JSON, such as infinity, the
+    column is categorical.
     """
     key = f"params_{name}"
     label = clean(name)
@@ -201,7 +202,7 @@ def _is_json_number(value: object) -> bool:
 
 
 def _word_column(key: str, label: str, texts: Sequence[str | None]) -> TableColumn:
-    """Return a column of words."""
+    """Return a categorical column of the table, from the texts of its rows."""
     levels = sorted({clean(text) for text in texts if text is not None}, key=_natural)
     place = {text: position for position, text in enumerate(levels)}
     values = [None if text is None else place[clean(text)] for text in texts]
@@ -310,7 +311,7 @@ def page(
 
 
 def _texts(study: Study) -> Json:
-    """Return the texts and numbers of the report for its template."""
+    """Return the texts and values that the report's template shows."""
     best = best_trial(study)
     record = study.record
     params = {} if best is None else best.params

@@ -283,7 +283,7 @@ def _transform(script: _Script, recorded: str | Json | None) -> str:
 
 
 def _class_weight(script: _Script, text: str | None) -> str:
-    """Return the weights of the classes as code. A study holds them as text."""
+    """Return the class weights as Python code. A study stores class weights as text."""
     if text is None:
         return "None"
     try:

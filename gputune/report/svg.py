@@ -28,9 +28,10 @@ def cut(text: str, most: int) -> str:
 
 
 def spread_over(order: Sequence[int], most: int) -> list[int]:
-    """Return at most ``most`` entries of an order.
+    """Return at most ``most`` entries of a sequence, in its order.
 
-    A quarter are the first entries. The others are spread evenly over the rest.
+    A quarter of the result are the first entries. The other entries are spread evenly over the
+    rest.
     """
     if len(order) <= most:
         return list(order)
@@ -107,7 +108,7 @@ def band_path(x: NDArray[np.float64], low: NDArray[np.float64], high: NDArray[np
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing, with notes on its omissions."""
+    """An SVG drawing, with notes on the data that it leaves out."""
 
     svg: Markup
     notes: tuple[str, ...] = ()
@@ -129,7 +130,7 @@ class Frame:
     letters: int = 12  # letters of a tick of the x axis at most
 
     def chart(self, title: str, *children: str, notes: Sequence[str] = ()) -> Chart:
-        """Return a drawing of this size."""
+        """Return a chart of the frame's size from SVG elements."""
         return drawing(self.width, self.height, title, *children, notes=notes)
 
     def with_room(self) -> "Frame":

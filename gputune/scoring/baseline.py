@@ -3,7 +3,10 @@
 A search has to beat this score. The constant is fitted on training rows for the score in use. The
 best constant depends on the score: the mean minimizes the squared error, the median the absolute
 error, and the share of each class the log loss. If several constants may be best, all of them are
-fitted and scored. The one with the best mean score over the folds counts.
+fitted and scored. The baseline is the constant with the best mean score over the folds.
+
+In shapes, n counts rows and K counts the outputs per row: classes, labels, or columns of a numeric
+target.
 """
 
 import math
@@ -28,7 +31,7 @@ _LOPSIDED = 0.8  # above this share of one class, an accuracy says little
 _MOST_CONSTANTS = 20  # at most this number of classes or labels is tried as constants
 
 ConstantFit = Callable[[Tensor, Tensor | None], Tensor]
-"""Returns the outputs (K,) of one constant.
+"""A function that fits one constant prediction and returns its outputs (K,).
 
 It takes targets (n,) or (n, K) and weights (n,) or None.
 """
@@ -36,7 +39,8 @@ It takes targets (n,) or (n, K) and weights (n,) or None.
 
 @dataclass(frozen=True)
 class Constant:
-    """A constant prediction: its description and the function that fits its outputs."""
+    """A constant prediction that is not fitted yet: its description and the function that fits
+    it."""
 
     answer: str
     fit: ConstantFit
@@ -100,9 +104,9 @@ def best_constant(
     Args:
         scoring: The score in use.
         task: The task of the search.
-        y: The targets of the training rows: class codes (n,), labels (n, K), or numbers (n,) or (n,
-            K) in their own units.
-        classes: The labels of the classes, or None for numbers.
+        y: The targets of the training rows: class codes (n,), labels (n, K), or a numeric target
+            (n,) or (n, K) in its own units.
+        classes: The labels of the classes, or None for a numeric target.
         weights: The weights of the training rows, (n,). None if all weights are one.
 
     Returns:
@@ -235,7 +239,7 @@ def _class_shares(codes: Tensor, weights: Tensor | None, *, n_classes: int) -> T
 
 
 def _single_classes(classes: np.ndarray) -> list[Constant]:
-    """Return one constant for each class. It predicts this class for all rows."""
+    """Return one constant per class, which predicts this class for all rows."""
 
     def always(code: int, codes: Tensor, weights: Tensor | None) -> Tensor:
         del weights
@@ -289,10 +293,11 @@ def _weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def weighted_quantile(values: Tensor, weights: Tensor | None, level: float) -> Tensor:
-    """Return the number that minimizes the pinball loss of values (n,).
+    """Return a weighted quantile of values (n,), which minimizes their pinball loss.
 
-    If several numbers do, it is the middle between them. With level 0.5 and equal weights it is the
-    median. It is defined as ``numpy.quantile(method="averaged_inverted_cdf")``.
+    If several values minimize the loss, the result is the middle between them. With level 0.5 and
+    equal weights the result is the median. The quantile is defined as in
+    ``numpy.quantile(method="averaged_inverted_cdf")``.
     """
     weights = torch.ones_like(values) if weights is None else weights
     values = values[weights > 0]
@@ -335,9 +340,9 @@ def _shortest_half(values: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def _by_column(fit: ConstantFit) -> ConstantFit:
-    """Extend a function that fits one constant to numbers (n,) to numbers (n, K).
+    """Extend a function that fits one constant from targets (n,) to targets (n, K).
 
-    The new function fits one constant per column.
+    The new function fits one constant per column of the target.
     """
 
     def fit_columns(y: Tensor, weights: Tensor | None) -> Tensor:

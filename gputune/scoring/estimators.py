@@ -1,5 +1,8 @@
 """The estimator that a scikit-learn scorer receives, made from the outputs of one member.
 
+A member is one trial on one fold. Its outputs on the validation rows are already computed, so the
+estimator returns them instead of running the model again.
+
 This is a separate file because importing scikit-learn takes as long as importing torch. A worker
 process imports it only if a scorer needs it.
 """
@@ -29,7 +32,8 @@ def fitted(
 
     Args:
         output: The outputs (m, K) for the rows ``X``.
-        classes: The class labels, a unit matrix (K, K) for several labels, or None for numbers.
+        classes: The class labels, a unit matrix (K, K) for several labels, or None for a
+            regression.
         X: The rows that the scorer receives.
         rows: The unchanged rows, with which X is compared. The given outputs count only while both
             are equal.
@@ -79,7 +83,7 @@ class _FittedEstimator(BaseEstimator):  # type: ignore[misc]
         )
 
     def close(self) -> None:
-        """End the use of the estimator: the member trains on, and its outputs are overwritten."""
+        """End the use of the estimator, because its member trains on and overwrites the outputs."""
         self.X = object()
         self.others = None
 
@@ -93,7 +97,7 @@ class _FittedEstimator(BaseEstimator):  # type: ignore[misc]
 
 
 class _Classifier(ClassifierMixin, _FittedEstimator):  # type: ignore[misc]
-    """A fitted estimator of classes."""
+    """A fitted classifier that returns computed outputs to a scorer."""
 
     @property
     def classes_(self) -> np.ndarray:
@@ -109,7 +113,7 @@ class _Classifier(ClassifierMixin, _FittedEstimator):  # type: ignore[misc]
 
 
 class _Labeller(_Classifier):
-    """A fitted estimator of several labels.
+    """A fitted estimator for several labels per row (multilabel).
 
     ``classes`` is the unit matrix (K, K), from which scikit-learn recognizes several labels.
     """
@@ -122,7 +126,7 @@ class _Labeller(_Classifier):
 
 
 class _Regressor(RegressorMixin, _FittedEstimator):  # type: ignore[misc]
-    """A fitted estimator of numbers."""
+    """A fitted regressor that returns computed outputs to a scorer."""
 
     def predict(self, X: object) -> np.ndarray:
         outputs = self.outputs(X)

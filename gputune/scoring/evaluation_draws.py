@@ -1,4 +1,8 @@
-"""The random numbers that a module draws when it is evaluated."""
+"""The random numbers that a module draws when it is evaluated.
+
+Some modules draw random numbers in their forward pass, in evaluation mode too. Their draws are
+seeded, so that evaluating a trained model again repeats the scores of its search.
+"""
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -9,11 +13,11 @@ from gputune.seeding import keyed_draws
 
 
 def drawing_rows(widest: int) -> int:
-    """Return the number of rows to evaluate at a time if a forward draws random numbers.
+    """Return the number of rows to evaluate at a time if a forward pass draws random numbers.
 
-    Each block of rows has its own draws. Therefore its size must not depend on the number of trials
-    in a chunk or on the device. ``widest`` is the largest number of values that a layer has for one
-    row.
+    Each block of rows has its own random numbers. Therefore the size of a block must not depend on
+    the device, or on the number of trials in a chunk (trials that train together). ``widest`` is
+    the largest number of values that a layer has for one row.
     """
     return max(64, min(256, (1 << 18) // widest))
 
@@ -22,7 +26,8 @@ def drawing_rows(widest: int) -> int:
 class EvaluationDraws:
     """The random numbers that plain modules draw on the CPU during an evaluation.
 
-    They are the same draws as when the members were scored in their search.
+    These are the random numbers that the members (one trial on one fold each) drew when their
+    search scored them.
 
     Attributes:
         seed: The seed of the search.
@@ -37,7 +42,7 @@ class EvaluationDraws:
     host: bool
 
     def seeded(self, fold: int, start: int) -> AbstractContextManager[None]:
-        """Seed the draws of a block of rows inside a ``with`` block.
+        """Seed the random number generators for one block of rows, inside a ``with`` block.
 
         ``start`` is the position of the first row of the block among the validation rows of the
         fold.

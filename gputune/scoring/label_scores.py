@@ -28,12 +28,12 @@ class Counts(NamedTuple):
     true: Tensor
 
     def summed(self) -> "Counts":
-        """Return the sums over the last axis. The axis stays with length 1."""
+        """Return the counts summed over the last axis, which stays with length 1."""
         return Counts(*(part.sum(-1, keepdim=True) for part in self))
 
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:
-    """Return part / whole, or 0 if the whole is 0."""
+    """Return the ratio part / whole, or 0 if the denominator is 0."""
     return torch.where(whole > 0, part / whole.clamp_min(1), torch.zeros_like(part))
 
 
@@ -118,9 +118,10 @@ def matthews_corrcoef(outputs: Tensor, y: Tensor) -> Tensor:
 
 
 def average_precision(outputs: Tensor, y: Tensor) -> Tensor:
-    """Return the average precision of class 1 of two classes, (C,), or its mean over labels (m, K).
+    """Return the average precision, (C,): of class 1 of two classes, or the mean over the labels
+    (m, K).
 
-    It is 0 without a positive row.
+    The average precision is 0 without a positive row.
     """
     if y.dim() == 1:
         return _average_precision(outputs.softmax(-1)[..., 1], y == 1)
@@ -133,8 +134,8 @@ def average_precision(outputs: Tensor, y: Tensor) -> Tensor:
 def _average_precision(p: Tensor, positive: Tensor) -> Tensor:
     """Return the average precision of probabilities p (C, m).
 
-    It is the mean over the positive rows of a precision: the precision among the rows whose
-    probability is at least as high.
+    For each positive row, take the precision among the rows with at least its probability. The
+    average precision is the mean of these precisions.
     """
     of_positive = p[:, positive].contiguous()  # (C, P)
     n_positive = of_positive.shape[1]

@@ -5,7 +5,11 @@ The loss of a minibatch is ``sum(weight * loss) / sum(weight)`` over its rows. T
 the cross-entropy for classes and the squared error for regression. Both are defined as in
 ``torch.nn.functional.cross_entropy`` and ``mse_loss``.
 
-Temperature scaling divides all logits by one number, so that the probabilities are calibrated.
+In shapes, B counts the rows of a minibatch, K the outputs per row, and C the trials. A member is
+one trial on one fold.
+
+Temperature scaling divides all logits by one value, the temperature, so that the probabilities are
+calibrated.
 Source: Guo et al. (2017), On calibration of modern neural networks, arXiv:1706.04599, section 4.2.
 The temperature is found with the method of scikit-learn's
 CalibratedClassifierCV(method="temperature").
@@ -66,7 +70,7 @@ def number_slope_(
 ) -> Tensor:
     """Replace outputs (..., B, 1) by the gradient of a regression loss in the outputs, in place.
 
-    If an output equals the target, the gradient is that of PyTorch's autograd.
+    If an output equals the target, the gradient is the same as in PyTorch's autograd.
 
     Args:
         outputs: The outputs, (..., B, 1).
@@ -149,7 +153,7 @@ def _cross_entropy(outputs: Tensor, y: Tensor, *, label_smoothing: Tensor | None
 
 
 def _gap(outputs: Tensor, y: Tensor) -> Tensor:
-    """Return y - outputs, (..., B, K)."""
+    """Return the errors y - outputs, (..., B, K), in the shape of the outputs."""
     return (y if y.dim() == outputs.dim() else y[..., None]) - outputs
 
 
@@ -223,7 +227,7 @@ def parse_loss(word: str) -> tuple[str, dict[str, float]]:
     """Return the name of a loss and its parameters from a text.
 
     For example, "quantile:0.9" gives ``("quantile", {"q": 0.9})``. A text that names no loss is
-    returned unchanged. Raises InputError for a number that the loss does not accept.
+    returned unchanged. Raises InputError for a parameter value that the loss does not accept.
     """
     name, colon, text = word.partition(":")
     name = LOSS_ALIASES.get(name, name)
@@ -269,7 +273,7 @@ _CLASS_LOSSES: Mapping[Task, str] = {
     "multiclass": option("loss", "cross_entropy"),
     "multilabel": option("loss", "bce"),
 }
-"""The losses for targets that are not numbers, for error messages."""
+"""The losses for each task with classes or labels, for error messages."""
 
 
 def only_classifies(loss: object) -> bool:
@@ -298,8 +302,8 @@ def loss_fitting(loss: object, task: Task) -> object:
     """Return "bce" for torch's default binary cross-entropy of classes and labels, else the loss
     itself.
 
-    Raises InputError for a loss that does not fit the target: a loss of numbers for classes, a loss
-    of one class for labels, or nn.BCELoss.
+    Raises InputError for a loss that does not fit the target: a regression loss for classes, a loss
+    of one class per row for labels, or nn.BCELoss.
     """
     kind = kind_of(loss)
     argument = f"loss={name_of_loss(loss)}"

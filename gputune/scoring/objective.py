@@ -1,7 +1,10 @@
 """The training objective of a module: a loss of outputs and target, or a custom training step.
 
-A named loss takes a standardized target and computes all members at once. A custom loss takes the
-outputs of one member as its forward returns them, and the target in its own units.
+A named loss takes a standardized target and computes all members at once (a member is one trial on
+one fold). A custom loss takes the outputs of one member as the module's forward returns them, and
+the target in its own units.
+
+In shapes, C counts configurations (trials), F folds, B rows of a minibatch, and K outputs per row.
 """
 
 import contextlib
@@ -103,8 +106,11 @@ class Objective:
         )
 
     def like(self, dtype: torch.dtype, device: torch.device) -> Self:
-        """Return the objective with the tensors of its loss, such as class weights, in a dtype on a
-        device."""
+        """Return the objective with the tensors of its loss, such as class weights, converted and
+        moved.
+
+        The tensors get the given dtype and device.
+        """
         if not isinstance(self.loss, nn.Module):
             return self
         tensors = (*self.loss.parameters(), *self.loss.buffers())
@@ -136,8 +142,8 @@ class Objective:
 
     @property
     def number(self) -> float:
-        """The parameter of the loss that ranks all trials: its delta or its level. It is 0 without
-        one."""
+        """The parameter of the loss that ranks all trials: a delta or a level, or 0 without a
+        parameter."""
         if not isinstance(self.loss, str) or self.loss not in LOSSES:
             return 0.0
         for name, parameter in LOSSES[self.loss].arguments.items():
@@ -220,7 +226,8 @@ class Objective:
     ) -> Tensor:
         """Return the predictions of a module for its inputs.
 
-        With a custom training step, a module may have several heads. The first one counts.
+        With a custom training step, a module may have several heads. Then the predictions are the
+        outputs of the first head.
         """
         outputs = call_module(module, self._to_give(inputs), names)
         return outputs if self.step is None else first_output(outputs)
@@ -239,7 +246,7 @@ class Objective:
         names: Sequence[str] | None,
         absent: Tensor | None = None,
     ) -> Tensor:
-        """Return the losses of a module on a minibatch, (B,) or a mean.
+        """Return the loss of each row of a minibatch, (B,), or the mean over the rows.
 
         Args:
             module: The module.
@@ -269,8 +276,8 @@ class Objective:
     def augmented(
         self, inputs: Sequence[Tensor], names: Sequence[str] | None, seed: int, key: tuple[int, int]
     ) -> Sequence[Tensor]:
-        """Return an augmented minibatch, (F, B, ...). Each fold is augmented with the same random
-        draws.
+        """Return an augmented minibatch, (F, B, ...). All folds are augmented with the same random
+        numbers.
 
         Raises InputError if ``augment`` returns another shape.
         """
@@ -302,7 +309,7 @@ class Objective:
     def neg_loss(self, outputs: Tensor, y: Tensor) -> float:
         """Return minus the mean loss of the outputs of one member.
 
-        The loss is the same for each trial, see ``of_space``.
+        All trials are scored with the same loss, see ``of_space``.
         """
         if self.is_named:
             losses = self.rows(
@@ -351,7 +358,7 @@ def _as_argument(inputs: Sequence[Tensor], names: Sequence[str] | None) -> objec
 def pairs_all_rows(
     function: Callable[[Tensor, Tensor], object], outputs: Tensor, y: Tensor
 ) -> bool:
-    """Return True if a loss or score compares each output with all of y by mistake.
+    """Return True if a loss or score compares each output with all targets by mistake.
 
     This happens if torch broadcasts (B, 1) and (B,) to (B, B). The result then does not change with
     the order of y. It also differs from the result for outputs and y of the same shape.
@@ -418,7 +425,7 @@ def loss_defaults(loss: object) -> Config:
 
 
 def _with_prefix(arguments: Mapping[str, object]) -> Config:
-    """Return arguments of a loss under their names in a configuration."""
+    """Return the arguments of a loss with the prefix ``loss__``, as in a configuration."""
     return {LOSS_PREFIX + name: value for name, value in arguments.items()}
 
 

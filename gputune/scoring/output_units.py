@@ -10,7 +10,7 @@ from gputune.wording import option
 
 
 def _scorers(scoring: Scorings | None) -> list[OneScoring | None]:
-    """Return the scorers of a scoring argument; None stands for the default score."""
+    """Return the scorers of a scoring argument as a list. None stands for the default score."""
     if scoring is None:
         return [None]
     several = scorers_of(scoring)
@@ -34,7 +34,10 @@ def soft_label_scoring(scoring: Scorings | None) -> Scorings:
 
 
 def output_units(objective: Objective, n_outputs: int) -> str:
-    """Return the nature of outputs that a loss takes in other units than numbers y; "" otherwise."""
+    """Return the unit that a loss gives to the outputs, such as "log rates".
+
+    The result is "" if the loss does not take outputs in a unit other than the unit of y.
+    """
     if objective.step is not None:
         return ""
     if n_outputs == 1 and only_classifies(objective.loss):
@@ -43,7 +46,8 @@ def output_units(objective: Objective, n_outputs: int) -> str:
 
 
 def refuse_other_units(scoring: Scorings | None, objective: Objective, target: Target) -> None:
-    """Raise InputError for a score that compares outputs in other units with the target."""
+    """Raise InputError for a score that compares the target with outputs in other units, such as
+    logits."""
     named = [one for one in _scorers(scoring) if not callable(one) and one != "neg_loss"]
     if not named:
         return

@@ -24,7 +24,7 @@ Score = Callable[[Tensor, Tensor], Tensor]
 
 
 def accuracy(logits: Tensor, y: Tensor) -> Tensor:
-    """Return the share of rows with the largest logit at the label, in [0, 1]."""
+    """Return the share of rows whose largest logit belongs to the label, in [0, 1]."""
     return (logits.argmax(-1) == y).double().mean(-1)
 
 
@@ -118,7 +118,7 @@ def neg_mean_absolute_error(outputs: Tensor, y: Tensor) -> Tensor:
 def neg_mean_pinball_loss(outputs: Tensor, y: Tensor, *, alpha: float) -> Tensor:
     """Return minus the mean pinball loss at the level ``alpha``, in units of y.
 
-    A row may have one number or several.
+    A row may have one target value or several.
     """
     gap = (y[:, None] if y.dim() == 1 else y) - outputs
     return -torch.maximum(alpha * gap, (alpha - 1) * gap).flatten(1).mean(-1)
@@ -137,9 +137,9 @@ def label_accuracy(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def _by_target(score: Score) -> Score:
-    """Return a score that also accepts several numbers per row, (m, K).
+    """Extend a score to several target values per row, (m, K).
 
-    It is then the mean of the scores of the columns, as in scikit-learn.
+    The new score is the mean of the scores of the K columns, as in scikit-learn.
     """
 
     def of(outputs: Tensor, y: Tensor) -> Tensor:
@@ -212,7 +212,7 @@ def _onehot(y: Tensor, logits: Tensor) -> Tensor:
 def _auc(p: Tensor, positive: Tensor) -> Tensor:
     """Return the area under the ROC curve of probabilities (C, m).
 
-    It counts the negative rows below each positive row.
+    The area is computed by counting the negative rows that rank below each positive row.
     """
     above = p[:, positive].contiguous()
     below = p[:, ~positive].sort(-1).values
@@ -228,7 +228,7 @@ def _auc(p: Tensor, positive: Tensor) -> Tensor:
 def refuse_metric(scoring: Callable[..., object]) -> None:
     """Raise InputError for a function of sklearn.metrics.
 
-    Such a function takes (y_true, y_pred), and for some of them the lowest value is the best.
+    A metric function takes (y_true, y_pred), and for some metrics the lowest value is the best.
     """
     metric = scoring.func if isinstance(scoring, partial) else scoring
     if not (inspect.isfunction(metric) and metric.__module__.startswith("sklearn.metrics")):

@@ -2,6 +2,9 @@
 
 A score is computed on the device or by a scikit-learn scorer. The process waits for the device once
 per epoch. The scored outputs can be kept: for each trial, the outputs of its best epoch so far.
+
+A member is one trial on one fold. In shapes, C counts trials, F folds, M metrics, m validation rows
+of a fold, and K outputs per row.
 """
 
 import copy
@@ -29,9 +32,9 @@ from gputune.types import EvaluationKey, Outputs, Params, Task
 Scorer = Callable[..., SupportsFloat]
 """A function of (estimator, X, y). Greater results are better."""
 TrialModel = Callable[[int], nn.Module]
-"""Returns the model of one trial, by the place of the trial among the outputs.
+"""A function that makes the model of one trial, given the index of the trial in the outputs.
 
-It is a plain module on the CPU in evaluation mode.
+The model is a plain module on the CPU in evaluation mode.
 """
 
 _SMALLEST = 1e-300
@@ -96,7 +99,7 @@ class Scoring:
 
         Args:
             data: The dataset.
-            fold: The number of the fold.
+            fold: The index of the fold.
             outputs: The outputs, (C, m, K).
             member: Makes the model of a trial. A custom scorer needs it to ask for predictions of
                 other rows.
@@ -136,8 +139,8 @@ class Scoring:
     def on_rows(self, outputs: Tensor, target: Tensor) -> float:
         """Return the score of outputs (m, K) on rows with a target (m, ...), without a dataset.
 
-        Outputs are logits, or numbers in the target's own units. A ValueError of scikit-learn is
-        not caught.
+        Outputs are logits, or for a regression values in the target's own units. A ValueError of
+        scikit-learn is not caught.
         """
         if self.of_outputs is not None:
             return float(self.of_outputs(outputs.clone(), target.clone()))
@@ -258,7 +261,7 @@ def shape_of_scores(scoring: Scoring | None, folds: int) -> tuple[int, ...]:
 def _in_target_units(data: Dataset, fold: int, outputs: Tensor) -> Tensor:
     """Return outputs (C, m, K) as float64, ready to be scored.
 
-    Numbers are in the target's own units. Absent classes have the logit -inf.
+    The outputs of a regression are in the target's own units. Absent classes have the logit -inf.
     """
     outputs = outputs.double()
     if is_one_logit(outputs, data.task, 2):
@@ -301,7 +304,7 @@ _KEPT_NUMBERS = 1 << 25  # larger inputs are gathered again at every epoch inste
 class Validation:
     """Scores members on the validation rows of their folds.
 
-    The gathered rows are kept if there are few of them.
+    The gathered rows are kept for the next epoch if they are small enough.
     """
 
     def __init__(self, data: Dataset, scoring: Scoring | None) -> None:
@@ -375,9 +378,8 @@ class Validation:
     ) -> Tensor:
         """Return the outputs (C, m, K) on a block of the validation rows of a fold.
 
-        A module that writes into its rows gets copies of them. One that began to write after other
-        calls has left them as they were has written into the rows themselves: they are gathered
-        again.
+        A module that is known to write into its input rows receives copies of them. If a module
+        writes into its rows for the first time here, the rows are gathered again for a second call.
         """
         _, fold, start = key
         before = _versions(part)
@@ -402,7 +404,7 @@ class Validation:
     def _block_rows(self, network: Network, trials: int) -> int:
         """Return the number of rows to evaluate at a time.
 
-        With this number, one layer's outputs of all trials stay within the block.
+        With this number of rows, one layer's outputs of all trials stay within ``block_bytes``.
         """
         if not network.alone:
             return self.data.n_rows
@@ -413,12 +415,16 @@ class Validation:
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    """Return the counters of writes of some tensors; 0 for a tensor that has none."""
+    """Return the version counter of each tensor, which rises at every write. 0 without a
+    counter."""
     return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 class BestOutputs:
-    """The outputs of each trial of a chunk at its best epoch.
+    """The outputs of each trial of a chunk at the trial's best epoch.
+
+    A chunk is a set of trials that train together. Outputs are kept for the validation rows of all
+    folds.
 
     If they need more than ``limit`` bytes, only the outputs of the best trials are kept. ``means``
     (C,) are the best mean validation scores of earlier epochs whose outputs are unknown. They are
@@ -442,8 +448,8 @@ class BestOutputs:
         """Store the outputs of each trial that has a better mean validation score than before.
 
         Args:
-            epoch: The number of the epoch.
-            trials: The places of T trials in the chunk.
+            epoch: The epoch in which the outputs were scored.
+            trials: The indexes of T trials in the chunk.
             means: Their mean validation scores, (T,).
             outputs: Their outputs for each fold, (T, m, K).
         """
@@ -472,7 +478,8 @@ class BestOutputs:
         self.values[[self.places[trial] for trial in better[kept].tolist()]] = values[kept]
 
     def of_trials(self, index: Sequence[int]) -> dict[int, Outputs]:
-        """Return the stored outputs, keyed by each trial's entry of ``index`` (C,)."""
+        """Return the stored outputs, keyed by trial number. ``index`` (C,) holds the trial
+        numbers."""
         if self.values is None:
             return {}
         values = self.values.cpu().numpy()

@@ -1,4 +1,4 @@
-"""Losses of ``torch.nn`` and ``torch.nn.functional``: what they take, and what their outputs are.
+"""Losses of ``torch.nn`` and ``torch.nn.functional``: their arguments, targets and output units.
 
 gputune calls a loss as ``loss(outputs, y)``. It passes classes as 0, 1, ... and labels as columns
 of 0 and 1, and it compares outputs with y in the units of y. Some losses of PyTorch take other
@@ -81,7 +81,7 @@ _MORE_ARGUMENTS: Mapping[type[nn.Module], tuple[str, str]] = {
         ),
     ),
 }
-"""By losses that cannot be called with outputs and y alone: what they take, and what to do."""
+"""Losses that need more than outputs and y -> (the arguments they take, the remedy)."""
 
 
 def kind_of(loss: object) -> type:
@@ -99,7 +99,7 @@ def kind_of(loss: object) -> type:
 
 
 def name_of_loss(loss: object) -> str:
-    """Return the name of a loss of PyTorch as its documentation has it."""
+    """Return the full name of a PyTorch loss, such as "torch.nn.MSELoss"."""
     if isinstance(loss, partial):
         loss = loss.func
     if isinstance(loss, Hashable) and loss in _KINDS:
@@ -122,7 +122,8 @@ def refuse_other_arguments(loss: object) -> None:
 
 
 def base_of(kind: type, bases: tuple[type[nn.Module], ...]) -> type[nn.Module] | None:
-    """Return the loss of PyTorch whose forward a class uses, or None for a forward of the user."""
+    """Return the PyTorch loss class with the same ``forward`` as a class, or None for a custom
+    forward."""
     for base in bases:
         if issubclass(kind, base) and getattr(kind, "forward", None) is base.forward:
             return base
@@ -135,7 +136,8 @@ def _n_required(function: Callable[..., object]) -> int:
 
 
 def refuse_other_targets(loss: object, task: Task) -> None:
-    """Raise InputError for a loss of PyTorch that takes classes or labels in another form."""
+    """Raise InputError for a PyTorch loss that takes the target in a different form, such as -1 and
+    1."""
     base = base_of(
         kind_of(loss), (nn.SoftMarginLoss, nn.HingeEmbeddingLoss, nn.MultiLabelMarginLoss)
     )
@@ -176,18 +178,18 @@ _UNITS: Mapping[type[nn.Module], tuple[str, str]] = {
     nn.SoftMarginLoss: ("margins", ""),
     nn.HingeEmbeddingLoss: ("distances", ""),
 }
-"""By losses whose outputs are not in the units of numbers y: what outputs are, and what to do."""
+"""Losses with outputs in other units than a numeric y -> (the unit of the outputs, the remedy)."""
 
 
 def other_units(loss: object, arguments: Mapping[str, object]) -> str:
-    """Return the nature of outputs that a loss of PyTorch takes in other units than numbers y.
+    """Return the unit of the outputs of a PyTorch loss, if it is not the unit of a numeric y.
 
     Args:
         loss: any loss.
         arguments: the values of its ``loss__*`` in all trials.
 
     Returns:
-        Words such as "log rates"; "" for outputs in the units of y, and for any other loss.
+        A text such as "log rates", or "" for outputs in the units of y, and for any other loss.
     """
     base = base_of(kind_of(loss), tuple(_UNITS))
     if base is None:
@@ -200,6 +202,7 @@ def other_units(loss: object, arguments: Mapping[str, object]) -> str:
 
 
 def remedy_for_units(loss: object) -> str:
-    """Return how outputs get the units of y, the start of a sentence; "" if there is no way."""
+    """Return the start of a sentence on how to get outputs in the units of y, or "" if
+    impossible."""
     base = base_of(kind_of(loss), tuple(_UNITS))
     return "" if base is None else _UNITS[base][1].format(name_of_loss(loss))

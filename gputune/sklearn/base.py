@@ -1,7 +1,10 @@
 """The base class of every estimator.
 
-Its ``fit`` is a special case of fitting many configurations in many folds: one configuration, one
-fold.
+Its ``fit`` is the case of one configuration and one fold. A search fits many configurations in many
+folds with the same code.
+
+A recipe is the description of one training run (see recipe.py). A member is one trial (candidate)
+on one fold.
 """
 
 import functools
@@ -37,12 +40,12 @@ from gputune.wording import Verbatim
 
 
 def constructor(theirs: type, defaults: Mapping[str, object]) -> Callable[..., None]:
-    """Return a constructor with the parameters of scikit-learn's installed class plus our own
-    parameters.
+    """Return a constructor with the parameters of scikit-learn's class, and with gputune's own.
 
     Args:
         theirs: scikit-learn's class.
-        defaults: our parameters, and their defaults. A parameter that both have gets this default.
+        defaults: gputune's parameters, and their defaults. A parameter that both have gets the
+            default given here.
     """
     # scikit-learn's parameters change between releases, so they are read from the installed class.
     signature = inspect.signature(theirs.__init__)  # type: ignore[misc]
@@ -72,11 +75,11 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
     _refused: ClassVar[Mapping[str, str]] = {}
     """Parameter names of other libraries -> the remedy for users of that name, a sentence."""
     _takes_any_target: ClassVar[bool] = False
-    """True if y can be any numbers (n, ...), which are used unchanged."""
+    """True if y can be any numeric array (n, ...), which is used unchanged."""
     _takes_arrays: ClassVar[bool] = False
     """True if X can have other shapes than a table, and y can have several columns."""
     _differentiable: ClassVar[Mapping[str, str]] = {}
-    """Parameters that a hypergradient search can move -> the engine's name.
+    """Parameters that a hypergradient search can move -> the engine's name of the hyperparameter.
 
     The default one comes first.
     """
@@ -87,8 +90,9 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
     A result is the argument of ``_set_fitted``, or an error.
     """
     _slopes: ClassVar[Callable[..., Iterable[tuple[FoldTrial, MemberSlope]]]]
-    """The function that computes slopes: (recipes by trial, folds, hyperparameters, mode, training)
-    -> slopes.
+    """The function that computes the slopes (derivatives of the validation loss) of all members.
+
+    Its arguments are (recipes by trial, folds, hyperparameters, mode, training).
 
     A member whose slope could not be computed is missing from the result.
     """
@@ -190,7 +194,7 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
 
 
 class FitHook(Protocol):
-    """A replacement for fits, while scikit-learn calls them one by one."""
+    """A replacement for ``fit`` calls, while scikit-learn makes them one by one."""
 
     def fit(self, estimator: FusedEstimator, X: object, y: object, sample_weight: object) -> bool:
         """Do the work of ``fit`` and return True, or return False to leave it to ``fit``."""
@@ -308,11 +312,11 @@ def fit_together(
     Args:
         candidates: unfitted estimators of one class, by trial.
         folds: the rows and the folds.
-        training: workers, deadline and states of the training.
+        training: the options of the training: workers, deadline and states to continue from.
 
     Returns:
-        For each (fold, trial) the argument of ``_become``. ``random_state=None`` is one fresh draw
-        for all of them.
+        For each (fold, trial) the argument of ``_become``. With ``random_state=None``, all
+        candidates share one new random seed.
     """
 
     @functools.cache

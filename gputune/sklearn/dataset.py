@@ -1,6 +1,8 @@
 """The conversion of rows that scikit-learn has checked into the engine's dataset.
 
 All folds share one copy of X.
+
+In shapes, n counts rows, D features and K target columns. Positions are row or class indexes.
 """
 
 import itertools
@@ -36,10 +38,10 @@ class CheckedRows:
 
     Attributes:
         X: the inputs. A table is one tensor (n, D), float32 or float64. Other inputs are unchanged.
-        y: (n,) int64 positions in ``classes``, float64 numbers (n,) or (n, K), or labels (n, K) of
-            0 and 1.
+        y: (n,) int64 positions in ``classes``, a float64 regression target (n,) or (n, K), or
+            labels (n, K) of 0 and 1.
         weights: (n,) float64. None if all weights are one.
-        classes: the classes of y. None for numbers and labels.
+        classes: the classes of y. None for a regression and for labels.
         names: (D,) names of a table's features. None if X had no names.
         taken_as: the task of a target without classes.
     """
@@ -71,7 +73,7 @@ class CheckedRows:
 
     @property
     def form(self) -> Hashable:
-        """The key that rows must share to be stored in one array."""
+        """A key. Rows with equal keys can be stored in one array."""
         names = None if self.names is None else tuple(self.names)
         return ArrayLayout.of(self.X), names, self.weights is None, self.task, self.y.shape[1:]
 
@@ -131,7 +133,7 @@ class FoldGroup:
     """Folds that train together.
 
     Attributes:
-        numbers: the numbers of the folds.
+        numbers: the fold numbers, which identify the folds in the search.
         rows: the rows of all folds.
         trains: positions of the training rows of each fold in ``rows``.
         valids: positions of the validation rows of each fold. Empty if no validation loss is
@@ -153,7 +155,7 @@ class FoldGroup:
 
     @cached_property
     def codes(self) -> Index:
-        """Positions among ``classes`` of all rows.
+        """The position of each row's class among ``classes``.
 
         Rows of other classes are in no fold of the group.
         """
@@ -222,7 +224,7 @@ def _fold_group(folds: Mapping[int, Sequence[FoldRows]]) -> FoldGroup:
 
 
 def _join(blocks: Sequence[CheckedRows]) -> CheckedRows:
-    """Join blocks of rows, one after the other. Codes refer to the classes of all blocks."""
+    """Join blocks of rows, one after the other. Class codes refer to the classes of all blocks."""
     first = blocks[0]
     if len(blocks) == 1:
         return first
@@ -253,7 +255,7 @@ def make_dataset(
         group: the folds and their rows.
         x: the inputs, tensors (n, ...).
         standardise: whether numeric targets are standardized by the training rows of each fold.
-        numbers: "standard" or "none", the scaling of inputs.
+        numbers: "standard" or "none", the scaling of numeric inputs.
         watched: whether the training loss is watched. The training rows with a positive weight are
             then the validation rows too.
     """
@@ -344,7 +346,7 @@ class SliceDict(dict[str, Any]):
 
     @property
     def shape(self) -> tuple[int]:
-        """(n,), from which scikit-learn counts the rows."""
+        """The shape (n,), from which scikit-learn counts the rows."""
         return (len(self),)
 
     def __getitem__(self, key: object) -> Any:

@@ -1,7 +1,10 @@
-"""HypergradientSearchCV: drawn candidates move along the derivative of their validation loss.
+"""HypergradientSearchCV: sampled candidates move along the derivative of their validation loss.
 
-All candidates move at once. A slope comes from repeating the training and differentiating it on the
-validation rows.
+All candidates move at once. A slope is the derivative of the validation loss with respect to a
+hyperparameter. To compute it, the training is repeated and differentiated.
+
+A start is a starting point with the points that follow it. An outer step moves each start to its
+next point. F counts folds.
 """
 
 import itertools
@@ -42,7 +45,7 @@ class TrialSlopes(NamedTuple):
     """The losses and slopes of one trial, fold by fold.
 
     Attributes:
-        losses: (F,) validation losses.
+        losses: (F,) validation loss of each fold.
         slopes: hyperparameter -> (F, 1, 1) slope of the loss.
         ratios: (F,) ratios of the chaos guard.
     """
@@ -249,7 +252,7 @@ class DescentRun(SearchRun):
         return TrainedCandidates(self.points, self.splits, self.events, share)
 
     def add(self, starts: Mapping[int, StartingPoint], step: int) -> None:
-        """Train the points to which starts have moved."""
+        """Train the new points of starts that have moved."""
         # A later point of a start overwrites an earlier one, so the last point remains.
         last_points = {start: point for (start, _), point in zip(self.origins, self.points)}
         points = []
@@ -260,7 +263,7 @@ class DescentRun(SearchRun):
             self._train(points, [(number, step) for number in starts])
 
     def _train(self, points: Candidates, origins: Sequence[tuple[int, int]]) -> None:
-        """Train points. Their numbers continue after the earlier points."""
+        """Train points. Their trial numbers continue after the earlier points."""
         events = self.record(points, self.X, self.y, self.splits)
         first = len(self.points)
         fits = fits_of(events)
@@ -340,10 +343,10 @@ def _check_validation_rows(fit: RecordedFit) -> None:
 class HypergradientSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  # type: ignore[misc]
     """A search that moves its candidates by gradient descent on their cross-validated loss.
 
-    ``n_iter`` starting points are drawn. At each outer step all of them train in all folds at once.
-    The mean validation loss over the folds is differentiated through the training. Every start then
-    moves against its slope, in the logarithm of its hyperparameters (the logit for momentum). The
-    other parameters of a start stay unchanged.
+    ``n_iter`` starting points are sampled. At each outer step all of them train in all folds at
+    once. The mean validation loss over the folds is differentiated through the training. Every
+    start then moves against its slope, in the logarithm of its hyperparameters (the logit for
+    momentum). The other parameters of a start stay unchanged.
 
     Every point on the way is a candidate in ``cv_results_``. In addition to scikit-learn's keys it
     has ``start`` and ``outer_step`` (0 for the starting points). The best of all points is
@@ -353,8 +356,8 @@ class HypergradientSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  #
     second time its slopes come from wide finite differences. ``mean_fit_time`` is the share of one
     fit in all training, including the differentiated training. ``sample_weight`` weights the
     training, but not the validation loss. Newer releases of scikit-learn weight the scores too.
-    Folds are split once. A parameter of an estimator is one number. For schedules and rates of each
-    layer use ``gputune.tune(method=gputune.Hypergradient(...))``.
+    Folds are split once. A parameter of an estimator is a single value. For schedules and rates of
+    each layer use ``gputune.tune(method=gputune.Hypergradient(...))``.
 
     Further parameters are those of scikit-learn's RandomizedSearchCV.
 

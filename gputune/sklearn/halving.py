@@ -1,4 +1,8 @@
-"""HalvingRandomSearchCV: successive halving in which training continues from rung to rung."""
+"""HalvingRandomSearchCV: successive halving in which training continues from rung to rung.
+
+A rung is one round of the search: the remaining candidates train up to the same epoch, then the
+best of them are selected.
+"""
 
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
@@ -20,7 +24,7 @@ from gputune.types import Config
 class HalvingRun(SearchRun):
     """A search run that continues to train its candidates from rung to rung.
 
-    A candidate trains up to its ``resource``.
+    A candidate trains up to the epoch that its ``resource`` names.
     """
 
     resource: str = ""
@@ -58,7 +62,8 @@ class HalvingRun(SearchRun):
     def _key(self, params: Config) -> Hashable:
         """Return the key of a candidate across rungs.
 
-        scikit-learn copies the dict of a candidate, but not its values, so their ids stay the same.
+        scikit-learn copies the dict of a candidate, but not the values in it. So the ids of the
+        values stay the same and can form the key.
         """
         return tuple(sorted((n, id(value)) for n, value in params.items() if n != self.resource))
 

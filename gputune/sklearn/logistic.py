@@ -1,4 +1,8 @@
-"""LogisticRegression: scikit-learn's linear classifier, solved for every C and fold at once."""
+"""LogisticRegression: scikit-learn's linear classifier, solved for every C and fold at once.
+
+A member is one trial (candidate) on one fold. A problem holds several members that Newton's method
+solves together. A penalty describes the objective of one trial.
+"""
 
 import inspect
 import itertools
@@ -44,7 +48,7 @@ class Penalty:
 
 @dataclass(frozen=True, eq=False)
 class SolvedMember:
-    """One member of a solved problem.
+    """The solution of one member, as a position in a jointly solved problem.
 
     Attributes:
         solution: the solution of all members that were solved together.
@@ -170,8 +174,8 @@ class LogisticRegression(FusedEstimator, Theirs):  # type: ignore[misc]
     It minimizes ``C * (sum of weight * log loss) + (1 - l1_ratio) / 2 ||W||^2 + l1_ratio ||W||_1``,
     the objective of scikit-learn. Intercepts have no penalty. Newton's method solves it in double
     precision for every dtype of X. The solution is unique. So ``solver``, ``random_state``,
-    ``warm_start``, ``n_jobs`` and ``verbose`` have no effect, and L1 and elastic net work with
-    every solver.
+    ``warm_start``, ``n_jobs`` and ``verbose`` have no effect, and the L1 penalty and the elastic
+    net work with every value of ``solver``.
 
     scikit-learn's own ``fit`` runs, for one estimator at a time, in three cases: solver="liblinear"
     (which penalizes the intercept too), dual=True, and callbacks on the estimator.

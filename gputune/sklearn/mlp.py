@@ -92,7 +92,7 @@ class _MLP(TrainedEstimator):
         return None
 
     def _setting_of_scikit_learn(self) -> str | None:
-        """Return the first setting that gputune does not train, as text, or None."""
+        """Return the first setting that gputune cannot train, as text, or None."""
         sgd = self.solver == "sgd"
         adam = self.solver == "adam"
         unsupported = {
@@ -228,14 +228,15 @@ class _MLP(TrainedEstimator):
         self.__dict__.pop("_optimizer", None)
 
     def _set_outputs(self, fitted: TrainedMember, rows: CheckedRows) -> None:
-        """Convert the last layer to scikit-learn's form.
+        """Convert the last layer of the network to scikit-learn's form.
 
-        For two classes it has one probability. For numbers it has the units of the target.
+        For two classes the converted layer has one output, a probability. For a regression its
+        outputs are in the units of the target.
         """
         raise NotImplementedError
 
     def _forward_pass_fast(self, X: object, check_input: bool = True) -> NDArray[np.floating]:
-        """Return the probabilities or numbers that the network computes."""
+        """Return the outputs of the network: probabilities, or predicted values of a regression."""
         if self.activation in SCIKIT_LEARN_ACTIVATIONS:
             return np.asarray(super()._forward_pass_fast(X, check_input=check_input))
         if check_input:
@@ -266,7 +267,7 @@ def _layers(sizes: object) -> list[int]:
 
 
 def _is_size(value: object) -> bool:
-    """Return whether a value is a number of units."""
+    """Return whether a value is a valid number of units of a hidden layer."""
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 

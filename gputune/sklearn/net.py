@@ -51,7 +51,7 @@ _HARMLESS: dict[str, tuple[tuple[object, ...], str]] = {
 
 
 class _NeuralNet(TrainedEstimator):
-    """The common part of the three estimators.
+    """The common base class of NeuralNet, NeuralNetClassifier and NeuralNetRegressor.
 
     Its parameters are the parameters of the constructor, ``module__*`` for arguments of the module,
     ``criterion__*`` and ``optimizer__*``.
@@ -238,7 +238,7 @@ def _builder(module: object) -> Builder:
 
 
 def _settings(criterion: nn.Module) -> Config:
-    """Return the arguments with which a loss was built. A tensor of weights becomes a list."""
+    """Return the constructor arguments of a loss object. A tensor of weights becomes a list."""
     settings = {name: value for name, value in vars(criterion).items() if not name.startswith("_")}
     settings |= {name: buffer.tolist() for name, buffer in criterion.named_buffers()}
     settings.pop("training")
@@ -348,7 +348,8 @@ class NeuralNetClassifier(ClassifierMixin, _NeuralNet):  # type: ignore[misc]
     def predict(self, X: object) -> np.ndarray:
         """Return the most probable class of each row, (n,).
 
-        For labels return (n, K) of 0 and 1, with 1 for a probability above one half.
+        For a multilabel target the result is (n, K) of 0 and 1, with 1 for a probability above one
+        half.
         """
         outputs = self._logits(X)  # raises NotFittedError first
         if isinstance(self.classes_, list):
@@ -431,7 +432,7 @@ class NeuralNetRegressor(RegressorMixin, _NeuralNet):  # type: ignore[misc]
             self.target_scale_ = fitted.scale + zeros
 
     def _warn_of_units(self) -> None:
-        """Warn if the criterion makes the outputs something else than numbers in the units of y."""
+        """Warn if the outputs are not in the units of y because of the criterion."""
         if self.training_step is not None:
             return
         arguments = {

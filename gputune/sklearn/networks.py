@@ -1,4 +1,8 @@
-"""Estimators that are networks: joint training of all configurations and folds, and prediction."""
+"""Estimators that are networks: joint training of all configurations and folds, and prediction.
+
+A recipe describes the training of one configuration. A member is one trial (candidate) on one fold.
+A chunk is a set of members with tensors of one shape, which train together.
+"""
 
 import itertools
 from collections import defaultdict
@@ -143,7 +147,7 @@ def _objective(recipe: Recipe, config: Config, data: Dataset) -> Objective | Non
 def fit_members(recipes: Mapping[int, Recipe], folds: FoldGroup, training: FitOptions) -> Members:
     """Train every recipe on the training rows of every fold, stacked as far as shapes allow.
 
-    The numbers of a member depend on its recipe and its rows, not on the members that train with
+    The results of a member depend on its recipe and its rows, not on the members that train with
     it.
     """
     members: Members = {}
@@ -310,7 +314,7 @@ def _resumed_chunk(chunk: Population, batch: RecipeBatch) -> BegunChunk:
 
 ROWS = 8192
 NUMBERS = 1 << 20
-"""Limits of a batch in predictions: rows, and numbers in these rows."""
+"""Limits of a batch in predictions: the number of rows, and of tensor elements in these rows."""
 
 
 class TrainedEstimator(FusedEstimator):

@@ -1,7 +1,10 @@
 """The training of one configuration, whatever names its parameters have.
 
-It also defines the end of a chunk, and the result of each member. A member can end on its own when
-its loss stalls.
+This module also defines when a chunk stops training, and the result of each member. A member is one
+trial on one fold. A chunk is a set of members that train together. A member can end earlier than
+the others when its loss stalls.
+
+In shapes, C counts configurations, F folds, and N elements of one member's parameters.
 """
 
 import time
@@ -48,10 +51,10 @@ LARGEST = float(np.finfo(np.float64).max)
 
 @dataclass(frozen=True)
 class Patience:
-    """The rule for convergence of a training.
+    """The rule by which a training run counts as converged.
 
-    It has converged after more than ``epochs`` epochs in a row without a loss below the lowest loss
-    minus ``tol``.
+    The run has converged after more than ``epochs`` epochs in a row without a loss below the lowest
+    loss minus ``tol``.
     """
 
     tol: float
@@ -66,8 +69,8 @@ class TrainedMember:
         module: function that makes a plain module with copies of the parameters, in evaluation
             mode, on the CPU.
         classes: positions of its outputs' classes among all classes. None for a regression.
-        present: (K,) whether each class takes part. None if all do.
-        center: a regression's target is ``output * scale + center``. A number or (K,).
+        present: (K,) True for the classes that take part in training. None if all classes do.
+        center: a regression's prediction is ``output * scale + center``. A scalar or (K,).
         scale: see ``center``.
         scaling: the scaling of each input. None leaves an input unchanged.
         rows: number of training rows.
@@ -78,7 +81,7 @@ class TrainedMember:
             training is over.
         losses: (epochs,) loss on its training rows after each epoch. Empty if the loss was not
             watched.
-        draws: whether it draws random numbers in predictions.
+        draws: whether the module draws random numbers in predictions.
     """
 
     module: Callable[[], nn.Module]
@@ -98,12 +101,13 @@ class TrainedMember:
 
 @dataclass(frozen=True, eq=False)
 class RungState:
-    """The state of one configuration in a training that stops at rungs.
+    """The state of one configuration in a search whose training stops at rungs (successive
+    halving).
 
     Attributes:
         epoch: number of epochs trained so far.
         horizon: number of epochs of the schedule.
-        seed: seed of its random numbers. None before the first rung.
+        seed: seed of the configuration's random numbers. None before the first rung.
         buffers: for each fold the engine's buffers of one member, parameters first.
     """
 
@@ -168,12 +172,12 @@ class Recipe:
 
     @property
     def begin(self) -> int:
-        """Number of epochs that it has trained already."""
+        """The number of epochs that the configuration has trained already."""
         return 0 if self.state is None else self.state.epoch
 
     @property
     def horizon(self) -> int:
-        """Number of epochs that its schedule spans."""
+        """The number of epochs that the learning rate schedule spans."""
         return self.epochs if self.state is None else self.state.horizon
 
     @property
@@ -213,8 +217,8 @@ class Recipe:
 def draw_seed(random_state: object, draw: DrawSeed) -> int:
     """Return an integer seed for scikit-learn's ``random_state``.
 
-    An integer stays unchanged, a RandomState gives a draw, and None gives ``draw()``. Anything else
-    raises scikit-learn's error.
+    An integer stays unchanged, a RandomState gives its next random integer, and None gives
+    ``draw()``. Anything else raises scikit-learn's error.
     """
     if random_state is None:
         return draw()
@@ -225,7 +229,7 @@ def draw_seed(random_state: object, draw: DrawSeed) -> int:
 
 
 def content(value: object) -> Hashable:
-    """Return a key that a value and its copies share.
+    """Return a hashable key that is equal for a value and its copies.
 
     A value that cannot be pickled gets a unique key.
     """
@@ -251,7 +255,7 @@ class TrainingLoss(scoring.Scoring):
     ) -> Tensor:
         """Return the scores (C,), float64, of outputs (C, m, K).
 
-        For numbers the loss is half the squared error of the standardized target.
+        For a regression the loss is half the squared error of the standardized target.
         """
         rows = data.folds[fold].valid
         outputs = outputs.double()
@@ -293,8 +297,10 @@ class Stopping:
         self.rows: Tensor | None = None
 
     def __call__(self, trained: Trained) -> bool | np.ndarray:
-        """Return which of the remaining trials have a member that continues, or True if the time is
-        over."""
+        """Return a mask of the remaining trials that continue, or True if the time is over.
+
+        A trial continues if at least one of its members continues.
+        """
         alive = np.array(trained.alive)
         epochs, stalled = self.ends[:, alive]
         # (remaining trials, F); the scores are negative losses

@@ -151,8 +151,8 @@ Returned = TypeVar("Returned")
 class FitRecorder:
     """A recorder of fits that trains nothing.
 
-    Transformers are fitted when they come up, unless an equal one was fitted before. With
-    ``held_out`` each fit receives the validation rows of its fold too.
+    A pipeline's transformers are fitted as the recording reaches them, unless an equal transformer
+    was fitted before. With ``held_out`` each fit receives the validation rows of its fold too.
     """
 
     def __init__(self, *, held_out: bool = False) -> None:
@@ -175,8 +175,9 @@ class FitRecorder:
     ) -> list[Event]:
         """Return the fits and transformations of every candidate in every fold.
 
-        They have the order of scikit-learn's loop. ``within`` holds checked rows that contain X and
-        y and that other searches share. If it is None, X and y are checked here.
+        The fits and transformations have the order of scikit-learn's loop. ``within`` holds checked
+        rows that contain X and y and that other searches share. If it is None, X and y are checked
+        here.
         """
         within = within or (shared_rows(candidates[0], X, y, fit_params) if candidates else None)
         self.events = []
@@ -206,7 +207,7 @@ class FitRecorder:
     def _record_parts(
         self, candidates: Sequence[FusedEstimator], splits: Splits, within: FoldRows
     ) -> None:
-        """Record candidates on parts of checked rows."""
+        """Record the fits of candidates on parts of rows that are already checked."""
         rows = within.rows
         folds = []
         for train, test in splits:
@@ -346,7 +347,7 @@ def held_out_part(fitted: BaseEstimator, train: FoldRows, X: object, y: object) 
 
 
 def _as_rows(mask_or_rows: ArrayLike) -> NDArray[np.int64]:
-    """Return positions for a mask or positions."""
+    """Return row positions, given positions or a boolean mask."""
     array = np.asarray(mask_or_rows)
     return np.flatnonzero(array) if array.dtype == bool else array.astype(np.int64)
 

@@ -1,7 +1,8 @@
 """One run of a search: fits are recorded, trained together, and replayed in scikit-learn's loop.
 
-scikit-learn fits candidate after candidate, and fold after fold. The steps of its loop are known in
-advance. So every step can receive the result that was trained for it.
+scikit-learn fits candidate after candidate, and fold after fold. gputune knows the steps of this
+loop in advance and trains all of them first. Each ``fit`` call of the loop then receives its
+trained result.
 """
 
 import copy
@@ -39,7 +40,7 @@ Candidates = Sequence[Config]
 
 
 def train(fits: Iterable[RecordedFit], training: FitOptions) -> None:
-    """Train fits. Fits that share their rows and their class train together."""
+    """Train recorded fits. Fits that share their rows and their estimator class train together."""
     for folds, trials in layouts(fits):
         first = folds.numbers[0]
         candidates = {trial: by_fold[first].estimator for trial, by_fold in trials.items()}
@@ -51,8 +52,8 @@ def train(fits: Iterable[RecordedFit], training: FitOptions) -> None:
 def workers() -> int | None:
     """Return the number of worker processes.
 
-    It is 1 inside a joblib worker, because other workers use the other cores. Otherwise return
-    None, so that an estimate decides.
+    The result is 1 inside a joblib worker, because other workers use the other cores. Otherwise the
+    result is None, and an estimate decides.
     """
     return 1 if get_active_backend()[0].nesting_level else None
 

@@ -20,8 +20,8 @@ class DefaultTrial(Trial):
     Attributes:
         best_score: score of the best trial.
         improvement: ``best_score - score``. Scores follow scikit-learn (greater is better), so a
-            positive number means that the best trial is better, for losses too. Like ``best_score``
-            it is optimistic, because the same folds chose the best trial.
+            positive value means that the best trial is better, for losses too. Like ``best_score``,
+            the improvement is optimistic, because the same folds chose the best trial.
         improvement_std_error: paired standard error of ``improvement``. It is computed from the
             differences fold by fold, as ``std(ddof=1) / sqrt(F)``. NaN for fewer than two folds.
         text: the sentences of the closing text that say whether tuning helped; "" if no other trial
@@ -95,7 +95,7 @@ def _text(study: Study, default: DefaultTrial) -> str:
 
 
 def shorter_training(default: DefaultTrial) -> str:
-    """Return a remark on a default trial that did not train to the end; "" if it did."""
+    """Return a remark if the default trial did not train to the end, else ""."""
     states = {"pruned": "pruned", "stopped": "cut short"}
     if default.state not in states:
         return ""

@@ -1,6 +1,7 @@
 """The hyperparameters of a study as columns, as axes, and ranked by importance.
 
-For the importance a random forest learns the ranks of the trials, then each column is shuffled.
+Importance: a random forest learns to predict the ranks of the trials from their hyperparameters.
+Each column is then shuffled, and the fall of the forest's R2 is its importance. C counts trials.
 """
 
 import re
@@ -28,7 +29,7 @@ _APART = 0.08  # smallest distance of two ticks, as a share of the axis
 
 @dataclass(frozen=True, eq=False)
 class Parameter:
-    """One hyperparameter of all trials."""
+    """The values of one hyperparameter in all trials, with the form of its axis."""
 
     name: str
     label: str  # its name, with a remark if lists were replaced by their median
@@ -80,7 +81,8 @@ def _parameter(name: str, study: Study) -> Parameter:
 def is_log(name: str, values: NDArray[np.float64], space: str) -> bool:
     """Return whether the axis of a hyperparameter is logarithmic.
 
-    It is if the space draws the values so. Values from a list must span decades or be powers.
+    The axis is logarithmic if the search space samples the logarithm. Values from a list must span
+    decades or be powers.
     """
     levels = np.unique(values[np.isfinite(values)])
     if levels.size < 2 or levels[0] <= 0:
@@ -94,7 +96,7 @@ def is_log(name: str, values: NDArray[np.float64], space: str) -> bool:
 
 
 def _words(name: str, texts: Sequence[str | None]) -> Parameter:
-    """Return a hyperparameter of words, the most frequent word first."""
+    """Return a hyperparameter with categorical values (text), the most frequent value first."""
     counts = Counter(text for text in texts if text is not None)
     levels = sorted(counts, key=lambda text: (-counts[text], text))
     if len(levels) > _LEVELS:
@@ -106,7 +108,7 @@ def _words(name: str, texts: Sequence[str | None]) -> Parameter:
 
 
 def _is_numbers(value: object) -> bool:
-    """Return whether a value is a number, or a list over segments and layers of a training."""
+    """Return whether a value is a number, or a list with a number per training segment or layer."""
     if isinstance(value, list):
         return bool(value) and all(map(_is_numbers, value))
     # Some integers are too large for a float.
@@ -115,14 +117,15 @@ def _is_numbers(value: object) -> bool:
 
 
 def _flat(value: Any) -> list[float]:
-    """Return the numbers of a nested list."""
+    """Return the numbers of a nested list as one flat list."""
     if not isinstance(value, list):
         return [float(value)]
     return [number for part in value for number in _flat(part)]
 
 
 def parameter_scale(parameter: Parameter, *, most: int = 6, pad: float = 0.0) -> Scale:
-    """Return the scale of a hyperparameter: its words, its few numbers, or its range.
+    """Return the axis scale of a hyperparameter: its categories, its few distinct numbers, or its
+    range.
 
     At least one trial must have the hyperparameter.
     """
@@ -147,7 +150,7 @@ class Axis:
         column: key of the column in the table of trials.
         label: name of the axis.
         scale: scale of its values.
-        heights: (C,) heights of the trials, in [0, 1].
+        heights: (C,) position of each trial on the axis, in [0, 1].
     """
 
     column: str
@@ -170,7 +173,8 @@ def parallel_axes(view: Scores) -> list[Axis]:
 
 @dataclass(frozen=True, eq=False)
 class DescentPath:
-    """The finished points of one start of a hypergradient search."""
+    """The path of one starting point in a hypergradient search: its finished points, step by
+    step."""
 
     start: int
     steps: NDArray[np.int64]  # (n,) outer steps, 0 for the starting point
@@ -180,13 +184,13 @@ class DescentPath:
 
 
 def descended(study: Study) -> tuple[Parameter, ...]:
-    """Return the hyperparameters that a hypergradient search moved, or () for another search."""
+    """Return the hyperparameters that a hypergradient search moved, or () for any other search."""
     numbers = {parameter.name: parameter for parameter in parameters(study) if not parameter.levels}
     return tuple(numbers[name] for name in study.record.changed_hyperparameters if name in numbers)
 
 
 def descent_paths(study: Study) -> tuple[DescentPath, ...]:
-    """Return the paths of all starts, best score first, or () for another search."""
+    """Return the paths of all starting points, best score first, or () for any other search."""
     columns = descended(study)
     scores = score_view(study).values
     points: dict[int, list[tuple[int, int]]] = defaultdict(list)
@@ -214,7 +218,8 @@ _SHUFFLES = 5
 
 @dataclass(frozen=True, eq=False)
 class Importance:
-    """The importance of each hyperparameter, measured on trials that are new to the forest."""
+    """The importance of each hyperparameter, measured on trials that the forest was not fitted
+    on."""
 
     names: tuple[str, ...]  # most important first
     labels: tuple[str, ...]
@@ -230,8 +235,8 @@ class Importance:
 def importance(study: Study, *, seed: int = 0) -> Importance:
     """Return the permutation importance of the hyperparameters that varied (Breiman 2001).
 
-    Every finished trial counts, with the rank of its score. A diverged trial has the lowest rank. A
-    forest that was fitted on one half of the trials predicts the other half.
+    Every finished trial is used, with the rank of its score. A diverged trial has the lowest rank.
+    A forest that was fitted on one half of the trials predicts the other half.
 
     Args:
         study: the study.

@@ -63,7 +63,7 @@ def _plain(text: object) -> str:
 def _name_axes(ax: "Axes", x: Parameter | str, y: Parameter | str) -> None:
     """Name both axes.
 
-    The axis of a hyperparameter also gets its scale: numbers, a logarithm or words.
+    The axis of a hyperparameter also gets its scale: linear, logarithmic or categorical.
     """
     for axis, quantity in (("x", x), ("y", y)):
         if isinstance(quantity, str):
@@ -91,7 +91,7 @@ def _scale_axis(ax: "Axes", scale: Scale) -> None:
 def _draw_scores(
     ax: "Axes", x: Parameter | str, places: NDArray[Any], view: Scores, **style: Any
 ) -> None:
-    """Draw a point per trial with a place and a score.
+    """Draw a point for each trial that has a position on the x axis and a score.
 
     The title says how many points were moved to the edge of the axis.
     """
@@ -103,7 +103,7 @@ def _draw_scores(
 
 
 def plot_history(study: Study, *, ax: "Axes | None" = None) -> "Axes":
-    """Plot the score of each trial in the order of their numbers, and the best score so far.
+    """Plot the score of each trial in the order of the trial numbers, and the best score so far.
 
     Args:
         ax: the Axes to draw on. None: a new figure.
@@ -225,9 +225,9 @@ def plot_parallel(study: Study, *, ax: "Axes | None" = None) -> "Axes":
     """Plot parallel coordinates: a line per trial with a score, through one axis per
     hyperparameter.
 
-    Only hyperparameters that varied have an axis. Each axis runs from 0 to 1 over its range, its
-    logarithm if the scale is logarithmic, or its words. A line breaks if a trial lacks a
-    hyperparameter. The color is the score, and better lines lie on top.
+    Only hyperparameters that varied have an axis. Each axis runs from 0 to 1 over the range of the
+    hyperparameter, over its logarithm if the scale is logarithmic, or over its categories. A line
+    breaks if a trial lacks a hyperparameter. The color is the score, and better lines lie on top.
 
     Args:
         ax: the Axes to draw on. None: a new figure.
@@ -266,8 +266,8 @@ def plot_pareto(
     """Plot the trials by two metrics, with a line through the Pareto-optimal trials.
 
     Args:
-        x: name of a metric. None: the first one.
-        y: name of another metric. None: the first one except ``x``.
+        x: name of a metric. None: the first metric.
+        y: name of another metric. None: the first metric other than ``x``.
         ax: the Axes to draw on. None: a new figure.
 
     Returns:
@@ -390,9 +390,10 @@ def plot_contour(
 
 
 def plot_path(study: Study, parameter: str | None = None, *, ax: "Axes | None" = None) -> "Axes":
-    """Plot the paths of a hypergradient search: one line per start, a hyperparameter by outer step.
+    """Plot a hyperparameter by outer step of a hypergradient search, one line per starting point.
 
-    The best five starts have colors. A hollow point has a slope that the guard rejected as noise.
+    The paths of the best five starting points have colors. At a hollow point, the chaos guard
+    rejected the slope as noise.
 
     Args:
         parameter: name of a hyperparameter that the search moved. None: the first one.

@@ -32,7 +32,7 @@ _STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
 
 @dataclass(frozen=True)
 class Scale:
-    """The scale of an axis.
+    """The scale of an axis, which turns values into places between 0 and 1.
 
     Attributes:
         low: the lower end. A value below it has a place below 0.
@@ -47,7 +47,7 @@ class Scale:
     log: bool = False
 
     def __call__(self, values: ArrayLike) -> NDArray[np.float64]:
-        """Return places: 0 at ``low`` and 1 at ``high``.
+        """Return the place of each value on the axis: 0 at ``low`` and 1 at ``high``.
 
         NaN, and values without a logarithm, have the place NaN.
         """
@@ -80,7 +80,7 @@ def linear_scale(
         high: the upper end of the values.
         most: number of ticks at most.
         pad: margin on both sides, as a share of the length.
-        whole: whether ticks must be whole numbers.
+        whole: whether ticks must be integers.
     """
     if not high > low:
         half = abs(low) * 0.05 or 0.5
@@ -108,7 +108,8 @@ def linear_scale(
 def log_scale(low: float, high: float, *, most: int = 6, pad: float = 0.0) -> Scale:
     """Return a logarithmic scale of positive numbers.
 
-    Its ticks are powers of ten. If there are few, 1, 2 and 5 times the powers are used.
+    The ticks are powers of ten. If the axis has few powers, the ticks are 1, 2 and 5 times each
+    power.
     """
     if not high > low:
         low /= 2
@@ -141,7 +142,10 @@ def value_scale(low: float, high: float, measure: Measure, *, pad: float = _PAD)
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """The scores of all trials."""
+    """The scores of all trials as they are shown, and the order of the trials.
+
+    C counts trials.
+    """
 
     study: Study
     measure: Measure
@@ -153,7 +157,7 @@ class Scores:
 
     @property
     def eligible(self) -> NDArray[np.bool_]:
-        """(C,) whether a trial can be the best one.
+        """(C,) True for the trials that can be the best trial.
 
         A pruned trial can be the best only if every trial with a score was pruned.
         """
@@ -163,7 +167,7 @@ class Scores:
 
     @property
     def range(self) -> tuple[float, float]:
-        """The ends of an axis of scores.
+        """The lower and the upper end of an axis of scores.
 
         Pruned trials were scored early. They do not extend the axis of other trials.
         """
@@ -252,7 +256,7 @@ class LearningCurves:
 
     @property
     def epochs(self) -> NDArray[np.int64]:
-        """(epochs,) the numbers 1, 2, ..."""
+        """(epochs,) the epochs 1, 2, ..., for the x axis of the curves."""
         return np.arange(1, self.mean.shape[1] + 1)
 
     def scale(self) -> Scale:
@@ -305,7 +309,7 @@ def metric_scores(study: Study) -> NDArray[np.float64]:
 
 
 def measures(study: Study) -> dict[str, Measure]:
-    """Return metric -> the way to show its scores, or {} for one metric."""
+    """Return a dict from metric to the way to show its scores, or {} for one metric."""
     table = metric_scores(study)
     best = np.where(np.isfinite(table), table, -np.inf).max(0, initial=-np.inf)
     return study.record.measures(best.tolist())
@@ -314,10 +318,10 @@ def measures(study: Study) -> dict[str, Measure]:
 def pareto_trials(study: Study) -> tuple[Trial, ...]:
     """Return the Pareto-optimal trials, the best by the first metric first.
 
-    No other trial equals such a trial in all metrics and beats it in one. Scores are taken at a
-    trial's best epoch by the first metric. Trials without a finite score by each metric are left
-    out. Pruned trials were scored early, so they are left out too, unless all trials were pruned.
-    With one metric the result is the best trial.
+    A trial is Pareto-optimal if no other trial is at least as good in all metrics and better in
+    one. Scores are taken at a trial's best epoch by the first metric. Trials without a finite score
+    by each metric are left out. Pruned trials were scored early, so they are left out too, unless
+    all trials were pruned. With one metric the result is the best trial.
     """
     if not study.metrics:
         return tuple(trial for trial in study.ranking()[:1] if math.isfinite(trial.score))
@@ -339,7 +343,7 @@ def _front(study: Study, table: NDArray[np.float64]) -> list[int]:
 
 
 def other_measures(study: Study) -> dict[str, Measure]:
-    """Return metric -> the way to show its scores, for the metrics that do not rank."""
+    """Return a dict from metric to the way to show its scores, for the metrics that do not rank."""
     return dict(list(measures(study).items())[1:])
 
 
@@ -367,7 +371,8 @@ def pareto_front(study: Study, x: str, y: str) -> ParetoFront:
 
 
 def epochs_by(study: Study) -> str:
-    """Return the metric that chose the epochs of the trials, or "" if the ranking metric did."""
+    """Return the metric that chose the best epoch of each trial, or "" if the ranking metric
+    did."""
     # Only ``ranked_by`` sets this option. No file holds it.
     return str(study.meta.get("epochs_by", ""))
 
@@ -375,8 +380,8 @@ def epochs_by(study: Study) -> str:
 def ranked_by(study: AnyStudy, metric: str) -> AnyStudy:
     """Return the study ranked by another of its metrics.
 
-    Its scores, order, curves, plots and report use that metric. The epoch of a trial is still the
-    one that the first metric chose.
+    Its scores, order, curves, plots and report use that metric. Each trial is still scored at the
+    epoch that the first metric chose.
 
     Args:
         metric: name of one of ``metrics``.
