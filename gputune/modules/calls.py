@@ -43,7 +43,7 @@ from gputune.seeding import keyed_draws, start_stream, stream_seed
 
 
 class Stateless:
-    """A module whose tensors ``substitute`` replaces for the time of a ``with`` block.
+    """A module with tensors that ``substitute`` can replace for the time of a ``with`` block.
 
     ``substitute`` then restores the attributes of every submodule: parameters, buffers, hooks, the
     mode, and values that a forward pass keeps in ``self`` or in a dict, list or set there. Tensors

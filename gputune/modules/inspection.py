@@ -1,5 +1,9 @@
 """Tries a user's module on a few rows before training, and finds out if its members can be stacked.
 
+A member is one trial on one fold. Stacked members share one forward pass, which torch.func.vmap
+maps over them. A chunk is the group of trials that train together. The traits of a module are the
+properties that decide how its members train.
+
 Two members with different parameters train on two minibatches: stacked, and separately as plain
 modules. Their gradients, buffers and outputs must agree. A module that differs, or that cannot be
 mapped at all, trains member by member. If a training fails later, members are tried again to find
@@ -61,7 +65,7 @@ _ADVICE = {
         "which needs results of a fixed size: use torch.where instead of a mask as an index"
     ),
 }
-"""By parts of an error of vmap: what it cannot do, and what to write instead."""
+"""Advice by parts of a vmap error: the unsupported operation and its replacement."""
 
 # Traits by data, builder and arguments; seconds that compiled code saves, by builder and arguments.
 _known: WeakKeyDictionary[Dataset, dict[Builder, dict[str, Traits]]] = WeakKeyDictionary()
@@ -69,7 +73,8 @@ _gains: WeakKeyDictionary[Builder, dict[str, float]] = WeakKeyDictionary()
 
 
 def known_traits(builder: Builder | None, data: Dataset) -> dict[str, Traits]:
-    """Return the known traits of a user's module on some data, by ``arguments_text``."""
+    """Return the traits of a user's module on some data that are known so far, by
+    ``arguments_text``."""
     return {} if builder is None else dict(_known.get(data, {}).get(builder, {}))
 
 
@@ -83,9 +88,10 @@ def traits_of(
 ) -> Traits:
     """Return the traits of a user's module on rows of the first fold.
 
-    Each text of its arguments is tried once. Raises InputError for a module that fails, returns
-    outputs of another shape, or has nothing to train. If shapes may be the cause, the message ends
-    in ``columns``, a sentence that explains how the rows were made from the user's rows.
+    A module is tried once for each text of its arguments, and its traits are remembered. Raises
+    InputError for a module that fails, returns outputs of another shape, or has nothing to train.
+    If shapes may be the cause, the message ends in ``columns``, a sentence that explains how the
+    rows were made from the user's rows.
     """
     known = _known.setdefault(data, {}).setdefault(builder, {})
     key = arguments_text(config)
@@ -107,7 +113,7 @@ def traits_of(
 
 
 def returns_one_logit(builder: Builder, config: Config, data: Dataset) -> bool:
-    """Return whether a module returns one number a row, (n,) or (n, 1), for a target of two
+    """Return whether a module returns one value per row, (n,) or (n, 1), for a target of two
     classes.
 
     This concerns modules that do not ask for a number of outputs. The result is also False for a
@@ -126,9 +132,9 @@ def returns_one_logit(builder: Builder, config: Config, data: Dataset) -> bool:
 
 
 def check_rates(name: str, config: Config, traits: Traits, *, usual: Config) -> None:
-    """Raise InputError for a rate that no part of the module ``name`` has.
+    """Raise InputError if a trial sets a rate, such as dropout, that no part of the module uses.
 
-    Keys that all trials have, ``usual``, are not checked.
+    ``name`` is the module's name. The keys of ``usual``, which all trials have, are not checked.
     """
     parts = set(".".join(traits.named).split("."))
     for key in config.keys() - usual.keys():
@@ -149,9 +155,9 @@ def check_rates(name: str, config: Config, traits: Traits, *, usual: Config) -> 
 
 
 def gain_of_code(builder: Builder, config: Config) -> float:
-    """Return the seconds by which compiled code made a step faster, on any rows.
+    """Return the seconds that compiled code saved per step, measured on any data.
 
-    The result is 0.0 if it did not, or if nothing was measured yet.
+    The result is 0.0 if it saved no time, or if nothing was measured yet.
     """
     gains = _gains.get(builder, {})
     by_default = {**config, "numbers": None}
@@ -240,9 +246,10 @@ def inspect_module(trial: ModuleTrial) -> Traits:
 
 
 def _module_reason(module: nn.Module, counted: Sequence[str], changing: Sequence[str]) -> str:
-    """Return a reason why members cannot be stacked that is not about their outputs, or "".
+    """Return a reason in the module itself, not in its outputs, against stacked members, or "".
 
-    The reasons are numbers that the module counts in, changing complex tensors, and gradient hooks.
+    The reasons are Python numbers that the module changes, complex tensors that change, and
+    gradient hooks.
     """
     if counted:
         return f"its forward changes {counted[0]!r}, a Python number, which members would share"
@@ -256,7 +263,7 @@ def _module_reason(module: nn.Module, counted: Sequence[str], changing: Sequence
 
 
 def _advice(message: str) -> str:
-    """Return what to write instead of an operation that vmap refused with an error."""
+    """Return advice on replacing an operation that vmap refused with an error message."""
     for parts, advice in _ADVICE.items():
         if any(part in message for part in parts):
             return f"{_VMAP}, {advice}"
@@ -267,10 +274,9 @@ _DIFFERS = "when its members are stacked than alone"
 
 
 def _stacking_traits(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str, ...]]:
-    """Return the reason why two members cannot be stacked, and the parameters that a step does not
-    use.
+    """Return the reason against stacking two members, and the parameters that a step does not use.
 
-    The reason is "" if stacked members do the same as the plain modules.
+    The reason is "" if stacked members give the same results as plain modules.
     """
     reason, unused = _rounded_traits(trial, traits)
     if _DIFFERS in reason and trial.shape.dtype == torch.float32:
@@ -330,10 +336,10 @@ def _rounded_traits(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str,
 def _plain_results(
     stacked: StackedModule, module: nn.Module, trial: ModuleTrial
 ) -> tuple[Tensor, list[Params], Params]:
-    """Return the results of a plain module that trains on two minibatches.
+    """Return the outputs, gradients and state of a plain module that trains on two minibatches.
 
-    They are the outputs afterwards, the gradients of each minibatch, and the state that changed.
-    Parameters that a step does not use have no gradient.
+    The outputs are computed after training. There are gradients for each minibatch. The state has
+    the tensors that changed. Parameters that a step does not use have no gradient.
     """
     objective = stacked.objective
     names = trial.shape.names
@@ -355,7 +361,7 @@ def _plain_results(
 def _stacked_results(
     stacked: StackedModule, flat: Tensor, trial: ModuleTrial
 ) -> tuple[Tensor, list[Params], Params]:
-    """Return the results of ``_plain_results`` for two stacked members.
+    """Return the same results as ``_plain_results``, but for two stacked members.
 
     Outputs are (2, B, ...), other tensors are (1, 2, ...).
     """
@@ -377,13 +383,14 @@ def _stacked_results(
 
 
 def _minibatches(trial: ModuleTrial) -> tuple[slice, slice]:
-    """Return the rows of two minibatches. The second one is shorter if there are enough rows."""
+    """Return the row slices of two minibatches. The second is shorter if there are enough rows."""
     n = len(trial.y)
     return slice(0, n), slice(0, max(min(n, 2), 2 * n // 3))
 
 
 def _all_close(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
-    """Return whether pairs are equal up to rounding, relative to the largest number in any pair."""
+    """Return whether pairs of tensors are equal up to rounding, relative to the largest value in
+    any pair."""
     largest = 0.0
     for _, b in pairs:
         if b.numel():
@@ -408,11 +415,12 @@ _DEVICE = re.compile("memory|CUDA|CUBLAS|CUDNN|cuDNN")
 def explain(
     error: Exception, network: Network, flat: Tensor, data: Dataset, epoch: int
 ) -> Exception:
-    """Return an InputError that names the fold and row on which a member fails as the chunk did.
+    """Find the member and row that cause an error, and return an InputError that names them.
 
-    If a forward pass raised, but a member fails on no row or on any row, the error names the
-    configuration. Otherwise the result is the error itself. ``flat`` has the members' parameters
-    after ``epoch`` epochs. Members run in evaluation mode.
+    The InputError names the fold and the row on which the member fails like the chunk. If a forward
+    pass raised, but a member fails on no row or on any row, the InputError names the configuration.
+    In other cases the result is ``error`` itself. ``flat`` has the members' parameters after
+    ``epoch`` epochs. Members run in evaluation mode.
     """
     cause = error.__cause__ if isinstance(error, InputError) else error
     if not isinstance(network, ModuleNetwork) or not isinstance(cause, Exception):
@@ -460,12 +468,12 @@ def explain(
 
 
 def _sentence(text: str) -> str:
-    """Return a text with a full stop at its end."""
+    """Return a text with a full stop added if it has none."""
     return f"{text.rstrip('.')}."
 
 
 def _failing_part(parts: Sequence[Tensor], fails: Callable[[Tensor], bool]) -> Tensor | None:
-    """Return the smallest part of some rows that fails; None if all parts pass.
+    """Search for the smallest part of some rows that fails; None if all parts pass.
 
     Halves of the failing rows are tried until one row is left, or until both halves pass.
     """
@@ -479,7 +487,7 @@ def _failing_part(parts: Sequence[Tensor], fails: Callable[[Tensor], bool]) -> T
 def _attempt(
     network: ModuleNetwork, module: nn.Module, data: Dataset, fold: int, kind: type[Exception]
 ) -> Callable[[Tensor], bool]:
-    """Return a function that tells if a member raises an error of this type on rows of a fold."""
+    """Return a function that tells if a member raises this type of error on some rows of a fold."""
     targets = network.targets(data.y)
 
     def fails(rows: Tensor) -> bool:

@@ -1,8 +1,11 @@
 """Members that train one after another, each as a plain module, on any device.
 
+A member is one trial on one fold. In shapes, F counts folds, C trials, N the parameters of a member
+and M the other values that training changes.
+
 This way to train is for modules that cannot be stacked. A member's parameters are one contiguous
-row. The parameters and gradients of its module are views of such rows. The rows of an epoch and the
-draws are the same as for stacked members.
+row. The parameters and gradients of its module are views of two contiguous rows. The minibatches
+and the random numbers are the same as for stacked members.
 
 A step leaves a parameter that it does not use unchanged, as a plain PyTorch loop does. For modules
 that cannot be stacked, the classes of torch.optim take the steps if they can.
@@ -34,7 +37,7 @@ from gputune.wording import option
 
 
 class LoopedModule(ModuleNetwork):
-    """Members with one row each.
+    """The members of one population, each stored as one row of its parameters.
 
     The block "trained" is (F, C, N). The block "mutable" is (F, C, M), if training changes other
     tensors. ``running`` has the modules of members in training by fold and trial, if they are
@@ -70,7 +73,7 @@ class LoopedModule(ModuleNetwork):
         return flat
 
     def as_row(self, tensors: Params) -> Tensor:
-        """Return the tensors of one member as one row."""
+        """Join the tensors of one member into one row."""
         return torch.cat(
             [_real(w).flatten().to(self.shape.device, self.shape.dtype) for w in tensors.values()]
         )
@@ -84,13 +87,13 @@ class LoopedModule(ModuleNetwork):
         }
 
     def parts(self, row: Tensor, name: str = "trained") -> Params:
-        """Return the tensors in a row (N,) of a block."""
+        """Split a row (N,) of a block into its named tensors."""
         tensors = self.rows[name]
         parts = torch.split(row, [_real(w).numel() for w in tensors.values()])
         return {k: _reshape(part, w).to(w.dtype) for (k, w), part in zip(tensors.items(), parts)}
 
     def leaves(self, row: Tensor) -> Params:
-        """Return the parameters in a row (N,) as real numbers, which an optimizer may hold."""
+        """Split a row (N,) into real parameters for an optimizer. Complex ones become pairs."""
         return {k: _real(part) for k, part in self.parts(row).items()}
 
     def outputs(
@@ -108,7 +111,7 @@ class LoopedModule(ModuleNetwork):
         return torch.stack(outputs)
 
     def _outputs(self, params: Params, fold: int, trial: int, inputs: Sequence[Tensor]) -> Tensor:
-        """Return the outputs (m, K) of one member."""
+        """Return the outputs (m, K) of one member on m rows."""
         names = self.shape.names
         # not "or": a module may have a length, of 0
         module = self.running.get((fold, trial))
@@ -123,13 +126,13 @@ class LoopedModule(ModuleNetwork):
         return None
 
     def _refuse(self, *_: object) -> NoReturn:
-        """Raise the error of a method that needs stacked members."""
+        """Raise an error: this method needs stacked members."""
         raise self.refusal()
 
     gradient = differentiable = row_losses = _refuse
 
     def refusal(self) -> InputError:
-        """Return the error for methods that need stacked members."""
+        """Return the error that methods for stacked members raise here."""
         return InputError(
             None,
             f"The members of {name_of(self.builder)} train one by one, {self.reason}. "
@@ -139,12 +142,12 @@ class LoopedModule(ModuleNetwork):
 
 
 def _real(tensor: Tensor) -> Tensor:
-    """Return complex numbers (...) as real and imaginary parts (..., 2), and others unchanged."""
+    """View a complex tensor (...) as real and imaginary parts (..., 2). Others are unchanged."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _reshape(part: Tensor, like: Tensor) -> Tensor:
-    """Return a part of a row in the shape of a tensor, as complex numbers if the tensor is
+    """Return a part of a row in the shape of the tensor ``like``, complex if ``like`` is
     complex."""
     return (
         torch.view_as_complex(part.view(*like.shape, 2))
@@ -159,7 +162,7 @@ _AHEAD_NUMBERS = 1 << 22  # of the rows of several minibatches, which are gather
 def _stacked_optimizer(
     network: LoopedModule, config: Config, theta: Tensor, *, steps: int, horizon: int
 ) -> Optimizer:
-    """Return the optimizer of one member if no class of torch.optim takes its steps.
+    """Return gputune's optimizer for one member if no class of torch.optim can take its steps.
 
     This includes optimizers that adapt their own rate.
     """
@@ -229,7 +232,7 @@ class _Member:
     def step(self) -> None:
         """Take a step by the gradients of a backward pass.
 
-        A class of torch.optim skips parameters that the backward pass has not reached.
+        A torch.optim class skips parameters that the backward pass has not reached.
         """
         for parameter, value in self.parts:
             # the forward pass has replaced the parameter's memory by assigning to its data
@@ -294,15 +297,13 @@ class LoopChunk:
 
     @property
     def scored(self) -> Tensor:
-        """Flat buffer that is scored and saved: the rows or their averages, and other tensors that
-        change."""
+        """Flat buffer to score and save: the parameters or their averages, and changed tensors."""
         return self._with_mutable(
             [member.update.scored(member.row) for member in self.members.values()]
         )
 
     def _with_mutable(self, trained: list[Tensor]) -> Tensor:
-        """Return a flat buffer of trained rows, followed by the other tensors that training
-        changes."""
+        """Return a flat buffer: parameters, then the other tensors that training changes."""
         states = (state_of(member.module, self.network.mutable) for member in self.members.values())
         return torch.cat(
             trained + (list(map(self.network.as_row, states)) if self.network.mutable else [])
@@ -310,20 +311,20 @@ class LoopChunk:
 
     @property
     def moments(self) -> tuple[Tensor, ...]:
-        """Flat buffers of the optimizer."""
+        """Flat buffers with the optimizer's moments of all members."""
         return tuple(
             map(torch.cat, zip(*(member.update.state() for member in self.members.values())))
         )
 
     def resume(self, buffers: Sequence[Tensor]) -> None:
-        """Continue from flat buffers: first of the members, then of the moments."""
+        """Continue from flat buffers: first the members' tensors, then the optimizer's moments."""
         params = self.network.blocks.views(buffers[0])
         moments = [self.network.trained.views(buffer)["trained"] for buffer in buffers[1:]]
         for (f, c), member in self.members.items():
             member.resume(self.network.values(params, f, c), [moment[f, c] for moment in moments])
 
     def keep(self, stays: np.ndarray) -> None:
-        """Keep only the trials that are true in ``stays`` (C,)."""
+        """Keep only the trials with True in ``stays`` (C,). The other trials stop training."""
         if stays.all():
             return
         places = np.flatnonzero(stays).tolist()
@@ -345,7 +346,7 @@ class LoopChunk:
         return self.validation.scores(self.network, params, len(self.alive), epoch=self.epoch)
 
     def advance(self, epoch: int) -> None:
-        """Train for one epoch."""
+        """Train all members for one epoch."""
         self.epoch = epoch + 1
         order = row_order(self.data, self.seed, epoch)
         for (f, c), member in self.members.items():
@@ -360,7 +361,7 @@ class LoopChunk:
                 self._train(member, f, epoch, minibatches)
 
     def _train(self, member: _Member, fold: int, epoch: int, minibatches: Sequence[Tensor]) -> None:
-        """Take the steps of one epoch of one member: this is the plain training loop."""
+        """Train one member for one epoch: this is the plain training loop."""
         module = member.module.train()
         network = self.network
         objective = self.network.objective

@@ -1,6 +1,9 @@
-"""Layers mapped over members in fewer operations than torch's own vmap rules.
+"""Rules for layers of stacked members that need fewer operations than torch's vmap rules.
 
-The numbers and derivatives are the same. torch multiplies each bias of a linear layer by one and
+A member is one trial on one fold. Stacked members share one forward pass under vmap. In shapes, P
+counts members, B rows of a minibatch, C channels, I inputs and O outputs.
+
+The results and derivatives are the same. torch multiplies each bias of a linear layer by one and
 transposes each gradient of a weight. It also scales and shifts the result of a batch norm or a
 convolution in separate passes. Here images lie as (B, P*C, ...) from one layer to the next, so that
 no copy is made between them.
@@ -24,7 +27,7 @@ _norm_backward = torch.ops.aten.native_layer_norm_backward.default
 
 
 class Mapped(TorchFunctionMode):
-    """Maps the layers of this file by its own rules, only inside the context and in this thread."""
+    """Applies the rules of this file to layers, only inside the context and in this thread."""
 
     def __torch_function__(
         self, func: Function, types: object, args: Args = (), kwargs: Kwargs | None = None
@@ -43,14 +46,14 @@ class Mapped(TorchFunctionMode):
 
 
 def _is_mapped(tensor: Tensor) -> bool:
-    """Return whether a tensor has an axis of members here that no inner derivative hides."""
+    """Return whether a tensor has a vmap axis of members that no inner derivative hides."""
     if not torch._C._functorch.is_batchedtensor(tensor):
         return False
     return retrieve_current_functorch_interpreter().key() == TransformType.Vmap
 
 
 MemberRule = Callable[..., tuple[Tensor, int] | None]
-"""Computes a function of torch for all members. Their axis is the first of each tensor argument.
+"""Computes a torch function for all members. Each tensor argument has the members first.
 
 It returns the results and their axis of members, or None for arguments that it does not map.
 """
@@ -59,8 +62,8 @@ It returns the results and their axis of members, or None for arguments that it 
 def _call_rule(
     rule: MemberRule, args: Sequence[object], kwargs: Mapping[str, object]
 ) -> Tensor | None:
-    """Apply a rule as vmap applies the rule of an ``autograd.Function``, at a tenth of the cost of
-    a call."""
+    """Apply a rule like vmap does for an ``autograd.Function``, at a tenth of the cost of a
+    call."""
     interpreter = retrieve_current_functorch_interpreter()
     assert isinstance(interpreter, VmapInterpreter)
     level = interpreter.level()
@@ -81,7 +84,7 @@ def _call_rule(
 def _embedding(
     ids: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """Return the rows of an embedding, without a gradient for its padding row."""
+    """Look up rows of an embedding; its padding row gets no gradient."""
     if padding_idx is None or not _is_mapped(weight):
         return functional.embedding(ids, weight, padding_idx, *args, **kwargs)
     # torch's vmap rule gives the padding row a gradient, but it must have none.
@@ -135,7 +138,7 @@ def _layer_norm(
 
 
 class _LayerNorm(torch.autograd.Function):
-    """Numbers with mean 0 and variance 1 over the last axes, in passes that a CPU vectorizes."""
+    """Normalizes to mean 0 and variance 1 over the last axes, in passes that a CPU vectorizes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shape: list[int], eps: float) -> Tensor:
@@ -235,17 +238,17 @@ def _pool(
 
 
 def _flat(table: OptionalTensor) -> OptionalTensor:
-    """Return a table (P, C) as (P*C,)."""
+    """Flatten a table of each member's channels, (P, C) -> (P*C,)."""
     return None if table is None else table.reshape(-1)
 
 
 def _by_channels(x: Tensor) -> Tensor:
-    """Return rows (P, B, C, ...) of members as (B, P*C, ...)."""
+    """Move the members into the channels: (P, B, C, ...) -> (B, P*C, ...)."""
     return x.movedim(0, 1).flatten(1, 2)
 
 
 def _by_members(rows: Tensor, members: int) -> Tensor:
-    """Return rows (B, P*C, ...) as (B, P, C, ...)."""
+    """Split the channels by members: (B, P*C, ...) -> (B, P, C, ...)."""
     return rows.view(len(rows), members, -1, *rows.shape[2:])
 
 
@@ -258,5 +261,5 @@ _RULES: dict[Callable[..., object], tuple[MemberRule, int]] = {
     **{f: (partial(_convolution, f), 1) for f in (torch.conv1d, torch.conv2d, torch.conv3d)},
     **{f: (partial(_pool, f), 0) for f in _POOLS},
 }
-"""Rules, with the place of the argument that must have members: 0 for its input, 1 for its
-weight."""
+"""Rules by torch function, with the index of the argument that must have a member axis (0: the
+input, 1: the weight)."""

@@ -1,8 +1,11 @@
-"""The steps of one member as C, written from their traces.
+"""Writes the training steps of one member as C code, from their traces.
 
-Each operation becomes a loop or a call, on memory that is known by its number. Operations that are
-more than a formula of each number have a function here: products, sums, softmax, norms, losses, and
-chosen rows. Such a function yields the calls that an operation becomes. It receives the arguments
+A member is one trial on one fold. A trace lists the operations of one training step (``trace.py``).
+A place is a tensor's position and layout in memory. A kernel is a C function for one kind of loop.
+
+Each operation becomes a loop or a call, on memory that is known by its index. Operations that are
+more than a formula per entry have a function here: matrix products, sums, softmax, norms, losses,
+and indexing. Such a function yields the calls that an operation becomes. It receives the arguments
 of the operation by name, and the place of its result. An operation that is not supported here
 raises TraceError.
 """
@@ -39,7 +42,7 @@ _TILE = 96
 
 
 def _pick(values: Sequence[int], axes: Iterable[int]) -> list[int]:
-    """Return the sizes or strides of some axes."""
+    """Pick the sizes or strides of some axes."""
     return [values[axis] for axis in axes]
 
 
@@ -163,7 +166,7 @@ def _concatenate(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> I
 
 
 def _part(place: Place, axis: int, begin: int, size: int, step: int = 1) -> Place:
-    """Return the part of a place along an axis."""
+    """Return the slice of a place along an axis."""
     shape = list(place.shape)
     stride = list(place.stride)
     offset = place.offset + begin * stride[axis]
@@ -173,7 +176,7 @@ def _part(place: Place, axis: int, begin: int, size: int, step: int = 1) -> Plac
 
 
 def _without(place: Place, axis: int, index: int) -> Place:
-    """Return the part of a place at an index of an axis, without the axis."""
+    """Return the part of a place at one index of an axis. The axis is removed."""
     shape = [*place.shape]
     stride = [*place.stride]
     del shape[axis], stride[axis]
@@ -271,7 +274,7 @@ LAYERS: dict[str, Callable[..., Iterator[Line]]] = {
     **dict.fromkeys(("native_batch_norm", "native_batch_norm_backward"), _batch_norm),
     **dict.fromkeys(("nll_loss_forward", "nll_loss_backward"), _class_loss),
 }
-"""Functions by the names of operations."""
+"""Functions that write the calls of an operation, by its name."""
 
 # Passes over at least ``_LARGE`` numbers in the same memory run together, ``_BLOCK`` numbers at a
 # time.
@@ -283,8 +286,8 @@ _BLOCK = 2048
 class CodedStep:
     """A step in compiled code.
 
-    It has its calls of kernels (``native/steps.h``), the numbers of the host that they read, and
-    the bytes of working memory that it needs.
+    It has its kernel calls (in the format of ``native/steps.h``), the host's numeric values that
+    these calls read, and the bytes of working memory.
     """
 
     calls: np.ndarray
@@ -295,7 +298,7 @@ class CodedStep:
 class MemberCode:
     """The code of several steps in one precision, float32 or float64.
 
-    ``kernels`` maps the code of each kernel to its number, in the order of their writing.
+    ``kernels`` maps the code of each kernel to its index, in the order of writing.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -335,7 +338,7 @@ def _lines(writer: Writer, op: Operation) -> Iterator[Line]:
 
 
 def _small_first(operations: Sequence[Operation]) -> list[Operation]:
-    """Move operations on single numbers in front of large operations that they do not depend on.
+    """Move operations on scalars in front of large operations that they do not depend on.
 
     The large operations then follow each other, and can run in blocks.
     """
@@ -361,9 +364,9 @@ def _small_first(operations: Sequence[Operation]) -> list[Operation]:
 
 
 def _in_blocks(lines: Sequence[Line]) -> Iterator[int]:
-    """Yield the numbers of the calls. Calls that go together run one block at a time.
+    """Yield the numeric code of the calls. Calls that can share blocks run block by block.
 
-    A block of numbers stays in the cache.
+    A block of values stays in the cache from one call to the next.
     """
     runs: list[list[Line]] = []
     for line in lines:
@@ -382,10 +385,10 @@ def _in_blocks(lines: Sequence[Line]) -> Iterator[int]:
 
 
 def _go_together(lines: Sequence[Line]) -> bool:
-    """Return whether calls can run in blocks.
+    """Return whether several calls can run together, block by block.
 
-    They must pass over equally many numbers. No call may read or write another row of memory that
-    another call writes.
+    The calls must pass over equally many values. No call may read or write another row of memory
+    that another call writes.
     """
     *before, last = lines
     total = last.total

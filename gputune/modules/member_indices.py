@@ -1,6 +1,7 @@
-"""Operations of a member's step that read or write at the places in an index, as C.
+"""Writes C code for operations of a member's step that read or write by an index tensor.
 
-A negative index counts from the end if torch allows one.
+A member is one trial on one fold. A place is a tensor's position and layout in memory. A negative
+index counts from the end if torch allows negative indices.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,7 @@ def require(is_supported: bool, op: Operation, arguments: str = "these arguments
 
 
 def loops_over(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[Loops, list[int]]:
-    """Return loops over a shape, with names for their sizes, and these sizes."""
+    """Return loops over a shape, with names in place of its sizes, and the sizes."""
     sizes: list[int] = []
     return over(shape, strides).named(sizes), sizes
 
@@ -40,7 +41,7 @@ def _only_index(op: Operation, indices: Sequence[Place | None]) -> tuple[int, Pl
 
 
 def chosen_rows(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Iterator[Line]:
-    """Yield the call that copies rows or numbers from the places in an index."""
+    """Yield the call that copies the rows or entries at the positions in an index tensor."""
     if op.name == "embedding":
         x = kwargs["weight"]
         axis = 0
@@ -82,8 +83,7 @@ def embedding_gradient(writer: Writer, kwargs: Kwargs, op: Operation, out: Place
 
 
 def added_at_places(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Iterator[Line]:
-    """Yield the calls that add numbers at the places in an index. Several of these places may be
-    equal."""
+    """Yield the calls that add values at the positions in an index tensor. Positions may repeat."""
     x = kwargs["self"]
     if op.name.startswith("index_put"):
         axis, index = _only_index(op, kwargs["indices"])
@@ -112,6 +112,5 @@ def added_at_places(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -
 
 
 def _index_at(index: str, size: int | str) -> str:
-    """Return the C code of an index of an axis. A negative index counts from the end of the
-    axis."""
+    """Return the C code of an index into an axis. A negative index counts from the axis' end."""
     return f"({index} < 0 ? {index} + {size} : {index})"

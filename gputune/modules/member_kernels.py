@@ -1,8 +1,12 @@
-"""The kernels of a member's step as C: one for each kind of loops and formula.
+"""Writes the C kernels of a member's training step: one for each kind of loops and formula.
 
-Kernels are called on places of memory. Addresses, numbers of the host, and all except small sizes
-are arguments of the calls. Models of other widths and minibatches of other sizes therefore share a
-kernel. Loops go over the places of tensors. Axes that follow each other in memory become one loop.
+A member is one trial on one fold. A place is a tensor's position and layout in memory. The host is
+the Python program that calls the kernels.
+
+Kernels are called on places of memory. Addresses, the host's numeric values, and all except small
+sizes are arguments of the calls. Models of other widths and minibatches of other sizes therefore
+share a kernel. Loops go over the places of tensors. Axes that follow each other in memory become
+one loop.
 """
 
 import math
@@ -33,8 +37,8 @@ _W = f"({_E} * ({_E} + 2))"
 _R = f"(1 / ({_W} + 2))"
 """Parts of mish: tanh(log(1 + e)) = w / (w + 2) with w = e (e + 2) and e = exp(x).
 
-This form needs no difference of nearly equal numbers. Its slope in x is 4 e (1 + e) / (w + 2)^2,
-because w + 1 = (1 + e)^2.
+This form subtracts no nearly equal values. Its slope in x is 4 e (1 + e) / (w + 2)^2, because w + 1
+= (1 + e)^2.
 """
 
 FORMULAS = {
@@ -99,7 +103,7 @@ FORMULAS = {
     "clamp": "{self} < {min} ? {min} : {self} > {max} ? {max} : {self}",
     **{name: f"{{self}} {sign} {{other}}" for name, sign in _COMPARED.items()},
 }
-"""Formula of each operation for one number. Names are the names of its arguments."""
+"""Formula of each operation for one entry. The names in braces are the operation's arguments."""
 
 # Operations that are computed in the type of their arguments.
 _OF_INPUTS = {*_COMPARED, "logical_not", "isinf", "isnan"}
@@ -120,7 +124,7 @@ def c_type(dtype: torch.dtype) -> str:
 
 
 def kwargs_of(op: Operation) -> Kwargs:
-    """Return all arguments of an operation by their names in its schema."""
+    """Return all arguments of an operation by name, as in torch's schema."""
     kwargs = {}
     for i, argument in enumerate(op.function._schema.arguments):
         if i < len(op.args):
@@ -174,7 +178,7 @@ class Loops:
         return replace(self, sizes=outer + inner, strides=strides)
 
     def index(self, operand: int) -> str:
-        """Return the position of an operand's number, in the variables of the loops."""
+        """Return the C code for an operand's position, in terms of the loop variables."""
         steps = enumerate(self.strides[operand])
         return " + ".join(f"{self.variable}{i} * {step}" for i, step in steps if step) or "0"
 
@@ -190,7 +194,7 @@ class Loops:
 
 
 def named(size: int, sizes: list[int], *, most: int = _SMALL) -> int | str:
-    """Return a size up to ``most`` itself, or a name for a larger size.
+    """Return a small size (up to ``most``) as a constant, or a name for a larger size.
 
     Loops over small sizes are unrolled. A larger size is appended to ``sizes``.
     """
@@ -201,8 +205,8 @@ def named(size: int, sizes: list[int], *, most: int = _SMALL) -> int | str:
 
 
 def over(shape: Sequence[int], strides: Sequence[Sequence[int]], variable: str = "i") -> Loops:
-    """Return the loops over a shape. The innermost axis is the densest axis of the first
-    operand."""
+    """Return the loops over a shape. The innermost loop follows the first operand's densest
+    axis."""
     # (size, strides of all operands) of each axis
     axes = [(n, steps) for n, *steps in zip(shape, *strides, strict=True) if n != 1]
     axes.sort(key=lambda axis: -axis[1][0])
@@ -217,7 +221,7 @@ def over(shape: Sequence[int], strides: Sequence[Sequence[int]], variable: str =
 
 
 def with_entry(values: Sequence[int], axis: int, entry: int) -> list[int]:
-    """Return sizes or strides with another entry for one axis."""
+    """Return a copy of sizes or strides with a new entry for one axis."""
     return [entry if i == axis else value for i, value in enumerate(values)]
 
 
@@ -230,9 +234,9 @@ def broadcast_strides(place: Place, dim: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Span:
-    """The bytes from ``begin`` to ``end`` of a memory.
+    """The bytes from ``begin`` to ``end`` of a memory that a loop reads or writes.
 
-    A loop passes through them by ``step`` bytes; 0 means all at once.
+    The loop moves by ``step`` bytes in each pass. 0 means that it uses all bytes at once.
     """
 
     memory: int
@@ -254,9 +258,10 @@ class Span:
 class Line:
     """A call of a kernel on places. Each place is a memory and the byte at which it begins.
 
-    ``first`` is the index of its first number of the host. Its last size is the length of
-    an outer loop that may be taken in parts, with ``unit`` numbers in each pass. 0 means that the
-    call lacks such a loop. The ``spans`` are the bytes that this loop writes (the first) and reads.
+    ``first`` is the index of the call's first numeric value from the host. The last of its sizes is
+    the length of an outer loop that may be split, with ``unit`` values in each pass. A ``unit`` of
+    0 means that the call has no loop to split. The ``spans`` are the bytes that this loop writes
+    (the first) and reads.
     """
 
     kernel: int
@@ -268,13 +273,13 @@ class Line:
 
     @property
     def total(self) -> int:
-        """Count of numbers that the call makes, or 0 if it cannot be taken in parts."""
+        """Count of values that the call computes, or 0 if the call cannot be split."""
         return self.sizes[-1] * self.unit if self.unit else 0
 
     def call(self, unit: int = 0) -> list[int]:
         """Return the call in the format of ``native/steps.h``.
 
-        With ``unit``, the call is taken in rows of ``unit`` numbers. With 0, it is taken at once.
+        With ``unit``, the call runs in rows of ``unit`` values. With 0, it runs at once.
         """
         passes = unit // self.unit if unit else 0
         numbers = [self.kernel, len(self.places), len(self.sizes), self.first, passes]
@@ -284,7 +289,7 @@ class Line:
 
 
 class Writer:
-    """Writes one step: each of its operations as calls of kernels."""
+    """Writes one training step: each operation becomes kernel calls."""
 
     def __init__(
         self,
@@ -307,7 +312,7 @@ class Writer:
         self.workspace = 0
 
     def _begin(self, place: Place) -> tuple[int, int]:
-        """Return the number of a place's memory, and the byte at which the place begins there."""
+        """Return the index of a place's memory, and the byte at which the place begins there."""
         # Memory 0 is the working memory of the step; the others were there before.
         if place.memory in self.begin:
             return 0, self.begin[place.memory] + place.extent[0]
@@ -326,8 +331,8 @@ class Writer:
     ) -> Line:
         """Return the call of a kernel.
 
-        Its code knows places as p0, ..., numbers as s0, ..., sizes as n0, ..., and working memory
-        as w.
+        The kernel's code uses the names p0, ... for places, s0, ... for numeric values, n0, ... for
+        sizes, and w for working memory.
         """
         code = []
         begins = []
@@ -347,7 +352,7 @@ class Writer:
         return Line(kernel, begins, len(self.numbers) - len(numbers), [*sizes])
 
     def pointwise(self, name: str, kwargs: Kwargs, out: Place) -> Line:
-        """Return the call that computes each number of ``out`` by a formula."""
+        """Return the call that computes each entry of ``out`` by a formula."""
         formula = formula_of(name, kwargs)
         variables: dict[str, str] = dict.fromkeys(re.findall(r"{(\w+)}", formula), "")
         dtype = out.dtype
@@ -401,7 +406,7 @@ class Writer:
 
 
 def _example(value: Place | float) -> Tensor | float:
-    """Return a tensor without numbers for a place, and a number unchanged."""
+    """Return a tensor without data in a place's layout. A Python number is returned unchanged."""
     if isinstance(value, Place):
         return torch.empty(value.shape, dtype=value.dtype, device="meta")
     return value

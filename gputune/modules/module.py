@@ -1,6 +1,10 @@
-"""Any nn.Module as a stacked model.
+"""Stacked members of any nn.Module.
 
-Its parameters and changing buffers are stacked, and torch.func maps its forward pass over members.
+A member is one trial on one fold. In shapes, P counts members, F folds, C configurations (trials),
+B rows of a minibatch and K outputs. Draws are random numbers, for example of dropout.
+
+The parameters and changing buffers of all members are stacked, and torch.func maps the module's
+forward pass over them.
 """
 
 from collections.abc import Callable, Sequence
@@ -54,7 +58,7 @@ Result = TypeVar("Result")
 
 
 class ModuleNetwork:
-    """F x C members of a user's module, all with the same ``module__*`` values."""
+    """Members (F, C) of a user's module, all with the same ``module__*`` values."""
 
     exact = True
     kind: ModelKind = "module"
@@ -114,18 +118,18 @@ class ModuleNetwork:
         raise NotImplementedError
 
     def values(self, params: Params, fold: int, trial: int) -> Params:
-        """Return the tensors of one member."""
+        """Return the named tensors of one member, in their original shapes."""
         raise NotImplementedError
 
     def plain(self, device: torch.device) -> nn.Module:
-        """Return the user's module at its start, with the arguments that all trials share."""
+        """Return a new, untrained module, built with the arguments that all trials share."""
         module = build_module(
             self.builder, module_arguments(self.configs[0]), self.shape, seed=self.seed
         )
         return convert(module, self.shape.dtype).to(device)
 
     def starts(self) -> list[Params]:
-        """Return the initial tensors of the members of each fold.
+        """Return the initial tensors for each fold. All members of a fold start from them.
 
         They are fitted to the fold's rows if the module has a ``start_from``.
         """
@@ -173,7 +177,7 @@ class ModuleNetwork:
 
 
 class StackedModule(ModuleNetwork):
-    """Members with stacked parameters. The forward pass is mapped over them."""
+    """Members with stacked parameters. One forward pass is mapped over them by vmap."""
 
     def _lay_out(self) -> None:
         make_mappable(self.template)  # before ``stateless`` keeps the module's state
@@ -197,7 +201,7 @@ class StackedModule(ModuleNetwork):
         return flat
 
     def draws(self, batches: Batches, *, ahead: bool) -> ModuleDraws | None:
-        """Return the draws of the steps ahead. They are empty if only dropout draws, at rate 0.
+        """Return the random numbers of the next steps; none if only dropout draws, at rate 0.
 
         Raises TraceError if ``augment`` is set.
         """
@@ -267,7 +271,8 @@ class StackedModule(ModuleNetwork):
             members[name].copy_(buffer.detach())
 
     def _draws(self, batch: Batch) -> AbstractContextManager[object]:
-        """Let draws inside belong to the minibatch: made in advance, or by its key."""
+        """Inside the context, use the minibatch's draws: made in advance, or from its random
+        stream."""
         if isinstance(batch.draws, tuple):
             return replay_draws(batch.draws)
         if not self.traits.draws:
@@ -277,8 +282,8 @@ class StackedModule(ModuleNetwork):
     def _draws_of(
         self, forward: Callable[[], object], *key: object
     ) -> AbstractContextManager[object]:
-        """Let draws inside be the draws of one plain member in ``forward``, from the stream of
-        ``key``."""
+        """Inside the context, use the draws that one plain member makes in ``forward``, from the
+        stream of ``key``."""
         keyed = partial(keyed_draws, self.shape.device, self.seed, *key)
         try:
             with keyed():
@@ -427,7 +432,7 @@ class StackedModule(ModuleNetwork):
         tensors: Sequence[Tensor],
         training: bool,
     ) -> tuple[Tensor, Params]:
-        """Return the result of ``_mapped``, without copies of the tensors."""
+        """Map a function over members like ``_mapped``, but without copies of the tensors."""
 
         def call_member(member: Params, *parts: Tensor) -> tuple[Tensor, Params]:
             with self.stateless.substitute({**member, **self.frozen}) as module:
@@ -461,5 +466,5 @@ class StackedModule(ModuleNetwork):
 
 
 def _with_columns(outputs: Tensor) -> Tensor:
-    """Return outputs (P, B) with one number per row as (P, B, 1), and other outputs unchanged."""
+    """Give outputs (P, B) with one value per row a third axis, (P, B, 1). Others are unchanged."""
     return outputs if outputs.dim() > 2 else outputs[..., None]

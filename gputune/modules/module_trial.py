@@ -1,4 +1,7 @@
-"""A trial of a user's module on a few rows, and the messages about its problems."""
+"""Trial calls of a user's module on a few rows, and the messages about its problems.
+
+Draws are random numbers, for example of dropout. A ModuleTrial is not a trial of the search.
+"""
 
 import copy
 import warnings
@@ -76,18 +79,18 @@ class ModuleTrial:
         self.watch = DrawWatch(self.module, loss, step, augment)
 
     def fresh(self) -> nn.Module:
-        """Return a new module from the builder."""
+        """Build and return a new, untrained module."""
         module = build_module(self.builder, module_arguments(self.config), self.shape, seed=0)
         return convert(module, self.shape.dtype)
 
     def of_module(self, module: nn.Module) -> Self:
-        """Return this trial with another module."""
+        """Return a copy of this trial for another module."""
         other = copy.copy(self)
         other.module = module
         return other
 
     def in_double(self) -> Self:
-        """Return this trial with floats in double precision. Its module does not change."""
+        """Return a copy of this trial in double precision. The original module does not change."""
 
         def double(x: Tensor) -> Tensor:
             return x.double() if x.is_floating_point() else x
@@ -100,9 +103,9 @@ class ModuleTrial:
         return trial
 
     def check_ids(self, data: Dataset) -> None:
-        """Raise InputError if a row of the data has an id that an embedding has no place for.
+        """Raise InputError if the data has an id outside the range of an embedding.
 
-        The module runs on the rows with the largest and the smallest number of each column. Other
+        The module runs on the rows with the largest and the smallest value of each column. Other
         errors are ignored here, because other checks report them.
         """
         outermost = set[int]()
@@ -162,11 +165,11 @@ class ModuleTrial:
             raise errors[0]
 
     def rows(self, part: slice) -> list[Tensor]:
-        """Return some rows of the inputs."""
+        """Return a slice of the rows of all inputs."""
         return [x[part] for x in self.inputs]
 
     def numbers(self) -> dict[str, float]:
-        """Return the Python numbers in the attributes of the submodules."""
+        """Return the attributes of the submodules that are Python numbers, such as counters."""
         numbers = {}
         for path, part in self.module.named_modules():
             for name, value in vars(part).items():
@@ -175,9 +178,9 @@ class ModuleTrial:
         return numbers
 
     def forward(self, inputs: Sequence[Tensor], *, training: bool, watched: bool = False) -> Tensor:
-        """Return the outputs on some rows, always with the same draws.
+        """Return the outputs for some rows. Every call uses the same random numbers.
 
-        With ``watched``, the draws are noted.
+        With ``watched``, the call's draws are noted.
         """
         self.trail.largest = 0  # reset, because earlier calls may have had other numbers of rows
         try:
@@ -247,7 +250,8 @@ class ModuleTrial:
         return losses.detach()
 
     def _try_loss(self, inputs: Sequence[Tensor], y: Tensor) -> tuple[Tensor, Shapes | None]:
-        """Return the losses of some rows, and the shapes that were compared across rows, if any."""
+        """Return the losses of some rows, and the shapes that broadcast across rows by mistake, if
+        any."""
         copies = self.writes.copies([*inputs, y])
         try:
             watching = self.watch.watching(training=True)
@@ -286,7 +290,7 @@ class ModuleTrial:
         return losses, watch.pair
 
     def _loss_remedy(self) -> str:
-        """Return sentences about the arguments of the loss, for an error that it raised."""
+        """Return the remedy for an error of the loss: sentences about its arguments."""
         y = f"y has shape {tuple(self.y.shape)} and type {self.y.dtype}"
         if self.objective.step is not None:
             x = " and ".join(map(describe_tensor, self.inputs))
@@ -317,8 +321,8 @@ class ModuleTrial:
     def augmented(self, rows: slice) -> list[Tensor]:
         """Return some rows of the inputs, changed by the user's ``augment``.
 
-        Raises InputError if that fails. The rows are selected before the call, because the numbers
-        that torch.randn draws depend on their count.
+        Raises InputError if that fails. The rows are selected before the call, because the random
+        values of torch.randn depend on how many it draws.
         """
         inputs = self.rows(rows)
         if self.objective.augment is None:
@@ -354,7 +358,7 @@ class ModuleTrial:
         )
 
     def check_outputs(self, outputs: object) -> None:
-        """Raise InputError for outputs with a shape that the loss does not take."""
+        """Raise InputError if the outputs have a shape that the loss does not accept."""
         rows = len(self.inputs[0])
         n_outputs = self.shape.n_outputs
         if self.fits(outputs, rows):
@@ -377,7 +381,7 @@ class ModuleTrial:
         )
 
     def fits(self, outputs: object, rows: int) -> bool:
-        """Return whether outputs for ``rows`` rows have a shape that the loss takes."""
+        """Return whether outputs for ``rows`` rows have a shape that the loss accepts."""
         shape = _shape_of(outputs)
         n_outputs = self.shape.n_outputs
         if self.objective.any_outputs:
@@ -386,7 +390,7 @@ class ModuleTrial:
         return shape == (rows, n_outputs) or (may_be_one and shape in ((rows,), (rows, 1)))
 
     def check_trainable(self, outputs: Tensor) -> None:
-        """Raise InputError if the outputs, computed in training, depend on no parameter."""
+        """Raise InputError if the outputs in training mode depend on no parameter."""
         if not outputs.requires_grad or not any(w.requires_grad for w in self.module.parameters()):
             raise InputError(
                 None,
@@ -467,7 +471,7 @@ def _shape_of(value: object) -> tuple[int, ...] | str:
 
 
 def describe_tensor(x: Tensor) -> str:
-    """Return the type and the shape of an input in words. Integers include their range."""
+    """Describe the type and shape of an input for messages. For integers, also their range."""
     name = str(x.dtype).removeprefix("torch.")
     shape = ", ".join(["rows", *map(str, x.shape[1:])])
     if x.is_floating_point():

@@ -1,4 +1,4 @@
-"""Checks for outputs that end in a softmax or sigmoid, or lack one, contrary to their loss."""
+"""Checks that outputs have the form that their loss expects: logits or (log-)probabilities."""
 
 from torch import Tensor
 from torch.nn import functional
@@ -12,7 +12,7 @@ from gputune.wording import option
 
 
 def check_probabilities(name: str, objective: Objective, outputs: Tensor) -> None:
-    """Check that outputs of a module, computed in training, have the form that its loss takes.
+    """Check that a module's outputs in training mode have the form that its loss expects.
 
     Warns about probabilities if the loss takes logits. Raises InputError if the loss takes
     log-probabilities and the outputs are something else: the loss would then have no lower bound.
@@ -52,18 +52,19 @@ def check_probabilities(name: str, objective: Objective, outputs: Tensor) -> Non
 
 
 def are_probabilities(outputs: Tensor) -> bool:
-    """Return whether the outputs (B, K) of each row are not negative and have the sum 1."""
+    """Return whether the outputs (B, K) are probabilities: not negative, with the sum 1 per row."""
     real = outputs.dim() == 2 and not outputs.is_complex()
     return real and bool((outputs >= 0).all() and ((outputs.sum(1) - 1).abs() < 1e-3).all())
 
 
 def are_log_probabilities(outputs: Tensor) -> bool:
-    """Return whether the exponentials of outputs (B, K, ...) have the sum 1 over the classes."""
+    """Return whether outputs (B, K, ...) are log-probabilities: exp(outputs) sums to 1 over
+    classes."""
     return outputs.dim() < 2 or bool(((outputs.exp().sum(1) - 1).abs() <= 0.01).all())
 
 
 def _ends_in_sigmoid(outputs: Tensor) -> bool:
-    """Return whether outputs were computed last by a sigmoid. Views of its result are skipped."""
+    """Return whether a sigmoid computed the outputs. Views of its result are skipped."""
     node = outputs.grad_fn
     views = ("View", "Squeeze", "Select", "Slice", "Reshape", "UnsafeView", "ToCopy")
     while node is not None and node.name().startswith(views):
@@ -77,11 +78,12 @@ _ROUNDING = 1e-3  # the logarithm of a probability of 1 may lie above 0
 class LikelihoodWatch(TorchFunctionMode):
     """Watches a loss for logits or probabilities that it gives to ``nll_loss``.
 
-    Logits are numbers above and below 0 in one row. Other numbers pass, even if their exponentials
-    do not have the sum 1: a focal loss and a policy gradient weigh the log-probabilities of a row.
+    Outputs count as logits if one row has values above and below 0. Other values pass, even if
+    their exponentials do not have the sum 1: a focal loss and a policy gradient weigh the
+    log-probabilities of a row.
 
     Attributes:
-        kind: "logits" or "probabilities" that were passed; "" if there were none.
+        kind: The form that was passed, "logits" or "probabilities"; "" if neither was passed.
         function: The name of the function that received them.
     """
 
@@ -100,7 +102,7 @@ class LikelihoodWatch(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _check(self, outputs: object, func: Function) -> None:
-        """Note the kind of outputs if they are not log-probabilities."""
+        """Note the form of the outputs if they are not log-probabilities."""
         if not isinstance(outputs, Tensor) or not outputs.requires_grad or outputs.dim() < 2:
             return
         rows = outputs.detach().flatten(1)

@@ -1,9 +1,13 @@
-"""A trace as a straight Python function: no autograd, no vmap, no views, and almost no allocation.
+"""Compiles a trace into a plain Python function without autograd, vmap or views.
 
-The results of a step are in one block of memory. Each result has a place there from its making to
-its last use. The step therefore stays in the cache and asks the system for no pages. Every tensor
-is made once, and a line of the function is one kernel. The numbers are those of the step itself,
-because the same kernels run in the same order.
+A trace lists the operations of one training step (``trace.py``). A place is a tensor's position and
+layout in memory.
+
+Almost no memory is allocated: the results of a step are in one block of memory. Each result has a
+place there from its computation to its last use. The step therefore stays in the cache and asks the
+system for no pages. Every tensor object is made once, and each line of the function calls one
+kernel. The results equal the results of the step itself, because the same kernels run in the same
+order.
 """
 
 from collections import Counter, defaultdict
@@ -36,7 +40,7 @@ _FACTORIES = set(
     "zeros ones full empty arange scalar_tensor empty_strided zeros_like ones_like full_like "
     "empty_like new_zeros new_ones new_full new_empty new_empty_strided".split()
 )
-"""Operations with a result that depends only on the shape of the argument, not on its numbers."""
+"""Operations with a result that depends only on the argument's shape, not on its values."""
 
 _PLAIN = set(
     "add sub mul div bmm baddbmm addcmul exp log sqrt rsqrt sum mean gather index_select "
@@ -44,26 +48,27 @@ _PLAIN = set(
 )
 """Operations with a function in ``torch`` that takes the same arguments.
 
-Called from Python, this function takes half the time.
+Called from Python, the function in ``torch`` takes half the time.
 """
 
 
 def compile_trace(trace: Trace) -> Callable[[], None]:
-    """Return a function that takes the step again, on the current values of its memory. Raises
+    """Return a function that repeats the traced step on the current values of its memory. Raises
     TraceError."""
     return _Source(simplify_trace(trace, _with_out)).function()
 
 
 def _with_place(op: Operation) -> Operation:
-    """Let an operation with a single result write it into given memory."""
+    """Return an operation with a single result in a form that writes into given memory."""
     return op if op.writes or len(op.results) != 1 else replace(op, out="out")
 
 
 def simplify_trace(trace: Trace, with_out: Callable[[Operation], Operation] = _with_place) -> Trace:
-    """Return a trace without constant results, unused results, and copies of single results.
+    """Return a trace without constant results, unused results and needless copies.
 
-    A result that is the same in every step is computed now, and its memory is then outside of the
-    step. The function ``with_out`` returns an operation that writes its result into given memory.
+    A copy is needless if its source was made only to be copied. A result that is the same in every
+    step is computed now, and its memory is then outside of the step. The function ``with_out``
+    returns an operation that writes its result into given memory.
     """
     changed = set[int]()
     for op in trace.operations:
@@ -106,7 +111,7 @@ def simplify_trace(trace: Trace, with_out: Callable[[Operation], Operation] = _w
 
 
 def _with_out(op: Operation) -> Operation:
-    """Let an operation write its result into given memory, if it has a kernel that does so."""
+    """Return an operation that writes into given memory, if it has a kernel for this."""
     if op.function is aten.max_pool2d_with_indices.default:
         x = op.args[0]
         is_wide = x.shape[-3] >= _CHANNELS and x.stride[-3] > 1
@@ -140,7 +145,7 @@ def _zero(*, out: Tensor) -> None:
 
 
 def _do_nothing(*, out: Tensor) -> None:
-    """Leave memory unchanged: the operation's result was not initialized."""
+    """Leave memory unchanged, for operations such as ``empty`` with uninitialized results."""
 
 
 def _copy(source: Tensor, *, out: Tensor, **_: object) -> None:
@@ -148,9 +153,9 @@ def _copy(source: Tensor, *, out: Tensor, **_: object) -> None:
 
 
 def _max_pool(x: Tensor, *args: object) -> tuple[Tensor, Tensor]:
-    """Pool with the channels last, in vectors.
+    """Compute max pooling with the channels last, in vectors.
 
-    Otherwise the kernel takes one number at a time, which makes it 4x slower.
+    Otherwise the kernel processes one value at a time, which makes it 4x slower.
     """
     last = x.contiguous(memory_format=torch.channels_last)
     pooled, indices = aten.max_pool2d_with_indices(last, *args)
@@ -170,12 +175,13 @@ _WRITERS: dict[Operator, Callable[..., object]] = {
     aten.select_backward.default: _select_backward,
     **{getattr(aten, name).Scalar: getattr(torch, name) for name in ("add", "sub", "mul", "div")},
 }
-"""Functions that write the result of an operation without such a kernel."""
+"""Functions that write into given memory, for operations that have no kernel for this."""
 
 
 @cache
 def _out_variant(function: Operator) -> tuple[Operator, str]:
-    """Return the variant of an operation that writes into a given tensor, and its keyword, or "".
+    """Return the variant of an operation that writes into a given tensor, and the tensor's keyword
+    or "".
 
     The variant must have its own kernel for this.
     """
@@ -204,7 +210,7 @@ def _arguments(function: Operator) -> tuple[list[tuple[str, str]], list[str]]:
 
 
 def _written_at_once(operations: Sequence[Operation]) -> list[Operation]:
-    """Write a result directly to its destination if it is made only to be copied there."""
+    """Remove copies: a result that is only copied is written directly to the copy's destination."""
     result = list(operations)
     copies = set()
     makers = dict[int, int]()
@@ -232,7 +238,7 @@ def _written_at_once(operations: Sequence[Operation]) -> list[Operation]:
 
 
 def _destination(maker: Operation, source: Place, target: Place) -> Place | None:
-    """Return the place for an operation's result that makes ``source`` equal to ``target``.
+    """Return the place where an operation must write so that ``source`` coincides with ``target``.
 
     The result is None if that is impossible.
     """
@@ -264,7 +270,8 @@ def _layout(place: Place) -> list[tuple[int, int]]:
 
 
 class _Source:
-    """Writes the function. Every line is an operation, and every tensor is a global name."""
+    """Writes the function's source. Every line is an operation, and every tensor a global
+    variable."""
 
     def __init__(self, trace: Trace) -> None:
         self.operations = trace.operations
@@ -298,7 +305,7 @@ class _Source:
         return step
 
     def _line(self, op: Operation) -> str:
-        """Return the line of code of an operation."""
+        """Return the source code, one line, of an operation."""
         arguments = [*map(self._text, op.args)]
         for key, value in op.kwargs.items():
             arguments.append(f"{key}={self._text(value)}")
@@ -324,7 +331,7 @@ class _Source:
         return f"{', '.join(names)} = {call}"
 
     def _text(self, value: object) -> str:
-        """Return the code of an argument."""
+        """Return the source code of an operation's argument."""
         if isinstance(value, list | tuple):
             return f"[{', '.join(map(self._text, value))}]"
         if value is None or isinstance(value, bool | int | str):

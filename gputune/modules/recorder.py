@@ -1,8 +1,11 @@
-"""The ways to take the steps of a chunk: directly, or recorded once and replayed.
+"""Runs the training steps of a chunk: directly, or recorded once and then replayed.
+
+A chunk is a group of trials that train together. A member is one trial on one fold. The shape of a
+step identifies steps with tensors of the same sizes.
 
 On a GPU, a recording is a CUDA graph. It launches the few dozen small kernels of a step at the cost
-of one. On a CPU, it is a function that contains only these kernels. A recorded step can do little:
-it reads and writes the same memory as when it was recorded, and never waits for the device.
+of one kernel. On a CPU, it is a function that contains only these kernels. A recorded step can do
+little: it reads and writes the same memory as when it was recorded, and never waits for the device.
 """
 
 import threading
@@ -28,7 +31,7 @@ class RecordingError(TraceError):
 
 
 class Direct:
-    """Takes every step directly."""
+    """Runs every step directly, without a recording."""
 
     begun = False
     spare = 0
@@ -60,9 +63,9 @@ class Replays:
         self.state = state
         self.tolerance = tolerance
         self.spare = recorder.spare
-        """Size of the members' tensors up to which members that have left may stay.
+        """Size of the members' tensors up to which stopped members are not removed from them.
 
-        Without them, a step would be just as short.
+        Up to this size, removing them would not make a step faster.
         """
         self.steps: dict[Hashable, TakeStep] = {}
         self.taken = Counter[Hashable]()
@@ -100,8 +103,7 @@ class Replays:
             self.steps[shape] = recording
 
     def _record(self, shape: Hashable, step: TakeStep) -> tuple[TakeStep | None, str]:
-        """Return the recording of a step if it is due. If recording fails, return None and the
-        error in words.
+        """Record a step if it is due. Returns the recording, or None and an error text.
 
         On a CPU, the returned recording has already taken the step once.
         """
@@ -130,7 +132,7 @@ class Replays:
         return recording, ""
 
     def _take_both_ways(self, recording: TakeStep, step: TakeStep) -> str:
-        """Take a step directly after a replay of it, and return their difference in words, or
+        """Replay a step, take the same step directly, and describe their difference, or return
         ""."""
         state = self.state()
         others = clones(state)
@@ -148,8 +150,8 @@ class Replays:
 def _difference(a: Tensor, b: Tensor) -> Tensor:
     """Return the sum of |a - b| over the sum of |b|. Equal entries and pairs of NaN do not count.
 
-    It is a sum, because a few entries have a slope that is only rounding. Adam moves these by a
-    whole rate in either direction.
+    Sums are compared, because the gradient of a few entries is only rounding. Adam moves these
+    entries by the full learning rate in either direction.
     """
     size = b.abs().nan_to_num(0.0, 0.0, 0.0).sum(dtype=torch.float64)
     apart = (
@@ -178,7 +180,7 @@ class CudaRecorder:
     # A pass over 4 MB takes a GPU about as long as launching it.
     spare = 1 << 20
     failure: ClassVar[str] = ""
-    """Reason why this process records nothing any more, as a sentence."""
+    """Sentence with the reason for which this process has stopped recording, or ""."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -186,8 +188,8 @@ class CudaRecorder:
         self.pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, step: TakeStep) -> None:
-        """Take a step on the side stream, in the order of the queue. It makes everything of first
-        use."""
+        """Take a step on the side stream, in the order of the queue. PyTorch then initializes
+        everything that is made at first use."""
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
@@ -249,7 +251,7 @@ def _side_stream(device: torch.device, thread: int) -> torch.cuda.Stream:
 
 
 class CpuRecorder:
-    """Straight functions of the kernels of a step (``program.py``)."""
+    """Records steps as plain Python functions that call only kernels (``program.py``)."""
 
     # A recording takes as long as about 8 steps of a small module save.
     before = 1
@@ -278,7 +280,7 @@ class CpuRecorder:
 
 
 StepTaker = Direct | Replays
-"""Takes the steps of a chunk, which differ by their shape."""
+"""Object that runs the training steps of a chunk."""
 
 StepRecorder = CudaRecorder | CpuRecorder
 """Records steps on one device."""

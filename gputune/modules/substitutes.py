@@ -1,6 +1,9 @@
-"""Operations that replace operations that torch cannot map over members.
+"""Replacements for operations that torch.func.vmap cannot map over members.
 
-The numbers and derivatives are the same.
+A member is one trial on one fold. In shapes, T counts times, B rows of a minibatch, E and H
+features.
+
+The results and derivatives are the same.
 """
 
 import math
@@ -24,12 +27,12 @@ _ATTENDS = signature(functional.multi_head_attention_forward)
 
 
 class Substitutes(TorchFunctionMode):
-    """Replaces operations of a module, only inside the context and in this thread.
+    """Replaces a module's operations, only inside the context and in this thread.
 
     In evaluation mode, ``nn.MultiheadAttention`` takes a fast path if it sees no tensor that
-    requires a gradient, and under vmap it sees none. That path has no derivative and no batching
-    rule. It is not taken inside a mode such as this one. The fused attention kernel of a CPU has no
-    batching rule either, and would run member by member.
+    requires a gradient, and under vmap it sees none. The fast path has no derivative and no
+    batching rule. It is not taken inside a mode like this class. The fused attention kernel of a
+    CPU has no batching rule either, and would run member by member.
     """
 
     def __torch_function__(
@@ -89,7 +92,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Return ``functional.scaled_dot_product_attention`` of the same arguments."""
+    """Compute ``functional.scaled_dot_product_attention`` by operations that vmap supports."""
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(
             ~attn_mask, -torch.inf
@@ -124,7 +127,7 @@ def _averages(module: nn.Module) -> TypeGuard[_BatchNorm]:
 
 @contextmanager
 def counting_on_device(module: nn.Module) -> Iterator[None]:
-    """Let the BatchNorms of a module compute inside as after ``make_mappable``."""
+    """Inside the context, the BatchNorms of a module compute like after ``make_mappable``."""
     changed = [part for part in module.modules() if _averages(part) and "forward" not in vars(part)]
     for part in changed:
         make_mappable(part)

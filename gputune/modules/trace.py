@@ -1,7 +1,9 @@
-"""The operations of a step, noted below autograd and vmap, after both have done their work.
+"""Records the operations of a training step below autograd and vmap, after both have done their
+work.
 
-Tensors are known by their place in memory. Memory that existed before the step stays the same.
-Memory that the step makes is different each time, so a trace only records how it was made.
+A trace is the list of these operations. Tensors are identified by their place: the memory, dtype,
+offset, shape and strides. Memory that existed before the step stays the same. Memory that the step
+makes is different each time, so a trace only records how it was made.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -55,7 +57,7 @@ class TraceError(RuntimeError):
 
 @dataclass(frozen=True)
 class Place:
-    """A tensor, described by its memory."""
+    """A tensor's place: its memory, and its dtype, offset, shape and strides there."""
 
     memory: int
     dtype: torch.dtype
@@ -77,7 +79,7 @@ class Place:
 
     @property
     def extent(self) -> tuple[int, int]:
-        """The first byte of its memory that it covers, and the end."""
+        """The first byte that the tensor covers in its memory, and the byte after the last."""
         last = sum((size - 1) * step for size, step in zip(self.shape, self.stride))
         return self.offset * self.dtype.itemsize, (self.offset + last + 1) * self.dtype.itemsize
 
@@ -90,10 +92,11 @@ class Place:
 
 @dataclass
 class Operation:
-    """A call of an operation.
+    """One recorded call of an operation.
 
-    ``results`` are in memory that it makes, ``writes`` in memory that existed before. With ``out``,
-    the call receives the memory of its only result, or of its written tensor, by that keyword.
+    ``results`` are in memory that the operation makes, ``writes`` in memory that existed before. If
+    ``out`` is set, it is the keyword by which the call receives the memory of its only result or of
+    its written tensor.
     """
 
     function: Any
@@ -111,28 +114,28 @@ class Operation:
 
     @property
     def reads(self) -> list[Place]:
-        """Places among its arguments."""
+        """Places that the operation reads: the tensors among its arguments."""
         return leaves((self.args, self.kwargs), Place)
 
     @property
     def makes(self) -> list[Place]:
-        """Places of its results."""
+        """Places of the results, in memory that the operation makes."""
         return [place for place in self.results if place is not None]
 
     @property
     def outputs(self) -> list[Place]:
-        """Places that it makes or writes."""
+        """Places that the operation makes or writes."""
         return self.makes + self.writes
 
     @property
     def places(self) -> list[Place]:
-        """All places that it uses."""
+        """All places that the operation reads, makes or writes."""
         return self.reads + self.outputs
 
 
 @dataclass
 class Trace:
-    """The operations of a step.
+    """The recorded operations of one training step.
 
     ``outside`` is the memory that existed before the step. ``sizes`` are the bytes of the memory
     that the step made.
@@ -151,7 +154,7 @@ class Trace:
         return last
 
     def arranged(self, made: dict[int, int]) -> tuple[dict[int, int], int]:
-        """Return the begin of some memories in one block, and the size of the block in bytes.
+        """Arrange memories in one block: return their first bytes, and the block's size in bytes.
 
         ``made`` has the index of the operation that makes each memory, in ascending order.
         """
@@ -162,7 +165,7 @@ class Trace:
 
 
 def trace(step: Callable[[], None]) -> Trace:
-    """Return the operations of a step, and undo all of its writes. Raises TraceError."""
+    """Run a step, record its operations, and undo all of its writes. Raises TraceError."""
     mode = _OperationRecorder()
     try:
         with mode:
@@ -176,7 +179,7 @@ def trace(step: Callable[[], None]) -> Trace:
 class _OperationRecorder(DispatchMode):  # type: ignore[no-untyped-call]
     """Runs operations and notes each operation that computes.
 
-    Views are not noted: a view only gives another place to known memory.
+    Views are not noted: a view is only another place in known memory.
     """
 
     def __init__(self) -> None:
@@ -260,12 +263,12 @@ def _check_plain(tensors: Sequence[Tensor]) -> None:
 
 
 def memory_of(tensor: Tensor) -> int:
-    """Return the number of a tensor's memory. It is unique while the tensor lives."""
+    """Return the identifier of a tensor's memory. It is unique while the tensor exists."""
     return int(tensor.untyped_storage()._cdata)
 
 
 def memories_of(places: Iterable[Place]) -> set[int]:
-    """Return the numbers of the memories of some places."""
+    """Return the identifiers of the memories that some places are in."""
     return {place.memory for place in places}
 
 
@@ -296,10 +299,10 @@ def leaves(value: object, kind: type[Leaf]) -> list[Leaf]:
 
 
 def arrange(uses: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
-    """Return the begin of each result in one block of memory, and the size of the block in bytes.
+    """Arrange results in one block: return their first bytes, and the block's size in bytes.
 
-    ``uses`` has (time of making, time of last use, bytes) of each result. In the order of their
-    making, each result takes the smallest gap between the results that are then in use.
+    ``uses`` has (creation time, time of last use, bytes) of each result. In the order of creation,
+    each result takes the smallest free gap between the results that are in use at that time.
     """
     begins: list[int] = []
     size = 0

@@ -18,9 +18,9 @@ from gputune.modules.trace import (
 
 
 class WriteWatch:
-    """Passes copies of tensors to code that is tried.
+    """Passes copies of tensors to a user's code, and notes writes into the copies.
 
-    ``has_written`` says whether any of that code has written into a copy.
+    ``has_written`` tells whether the user's code has written into a copy.
     """
 
     def __init__(self) -> None:
