@@ -1,4 +1,5 @@
-"""Plain PyTorch models to start from. Each is an example of a module that gputune can tune."""
+"""Plain PyTorch models to start from. Each model is an example of a module that gputune can
+tune."""
 
 from .cnn import CNN
 from .gru import GRU

@@ -1,6 +1,6 @@
 """A small convolutional network for images.
 
-It has blocks of convolution, BatchNorm and pooling, followed by one linear layer.
+It consists of blocks (convolution, BatchNorm, ReLU, pooling), followed by one linear layer.
 """
 
 from torch import Tensor, nn

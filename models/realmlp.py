@@ -241,7 +241,8 @@ class RealMLP(nn.Module):
         return zip(layers, self.slopes if self.slopes is not None else [None] * len(layers))
 
     def _activated(self, h: Tensor, slope: Tensor | None) -> Tensor:
-        """Apply the activation. With ``slope`` (width,), mix it with the identity unit by unit."""
+        """Apply the activation to hidden units h. With ``slope`` (width,), mix it with the identity
+        in each unit."""
         active = self.activation(h)
         return active if slope is None else h + (active - h) * slope
 

@@ -84,7 +84,7 @@ CASES: Mapping[str, Case] = {
     "a class that a fold lacks": Case(_SIZES, absent=True),
     "regression": Case(_SIZES, task="regression", weights=True),
 }
-"""Members of the built-in MLP that a plain loop can train too."""
+"""Test cases: members (trials on folds) of the built-in MLP that a plain loop can train too."""
 
 _ROUNDED = Case(  # tanh, because rounding could cross the kink of a relu
     tuple({**config, "lr": 0.001} for config in _SIZES), {"activation": "tanh"}, dtype=torch.float32
@@ -217,7 +217,7 @@ class CheckRow:
 
 @dataclass(frozen=True)
 class Report:
-    """The results of a check of one device; ``speeds`` are by device and backend."""
+    """The results of checking one device; ``speeds`` maps device and backend to training speed."""
 
     device: str
     facts: str
@@ -226,7 +226,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """True if every law holds."""
+        """True if every law holds on this device."""
         return all(row.ok for row in self.rows)
 
     def __str__(self) -> str:

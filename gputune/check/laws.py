@@ -182,14 +182,15 @@ class Case:
     def trained(
         self, device: torch.device, backend: Backend, scoring: Scoring | None = None
     ) -> list[tuple[Population, Trained]]:
-        """Train all members on a device."""
+        """Train all members on a device, and return the results of each population."""
         data = self.data(device)
         job = self.job(backend, scoring)
         return [(chunk, train_chunk(job, data, chunk)) for chunk in self.chunks(data)]
 
     @cached_property
     def plain_networks(self) -> dict[tuple[int, int], nn.Module]:
-        """The reference networks by (fold, configuration), trained by a plain loop on the CPU."""
+        """The reference networks by (fold, configuration). A plain loop trains them in double
+        precision on the CPU."""
         data = self.data(torch.device("cpu"))
         places = product(range(_FOLDS), enumerate(self.complete()))
         return {(f, c): self._plain_network(data, f, config) for f, (c, config) in places}

@@ -84,11 +84,11 @@ def check_start(config: Config, name: str, start: str, *, argument: str, remedy:
 
 
 def check_coordinate(name: str, value: float, start: str, *, called: str, space: str) -> None:
-    """Raise InputError if the value of a starting point has no finite coordinate, for example 0 or
-    infinity.
+    """Check that the value of a starting point has a finite coordinate (logarithm or logit).
 
-    A hypergradient search cannot move away from such a value. ``start`` is the name of the starting
-    point. Errors name the hyperparameter ``called`` and the space ``space``.
+    Values such as 0 or infinity have none, and raise InputError: a hypergradient search cannot move
+    away from them. ``start`` is the name of the starting point. Errors name the hyperparameter
+    ``called`` and the space ``space``.
     """
     number = torch.tensor(float(value), dtype=torch.float64, device="cpu")
     if not math.isfinite(to_coordinate(name, number)):
@@ -106,11 +106,10 @@ def check_coordinate(name: str, value: float, start: str, *, called: str, space:
 def check_classes(
     fold: int, valid: Iterable[str | float], train: Iterable[str | float], *, weighed: bool = False
 ) -> None:
-    """Raise InputError if the validation rows of a fold have a class without a training row in that
-    fold.
+    """Check that each class in the validation rows of a fold also occurs in its training rows.
 
-    ``valid`` and ``train`` are labels. With ``weighed``, ``train`` has only the labels of training
-    rows whose weight is above 0.
+    Raises InputError otherwise. ``valid`` and ``train`` are labels. With ``weighed``, ``train`` has
+    only the labels of training rows whose weight is above 0.
     """
     lacking = set(valid) - set(train)
     if lacking:

@@ -1,4 +1,4 @@
-"""The public function hypergradient().
+"""The public function hypergradient(), which differentiates a training run.
 
 It trains a module and differentiates the validation loss with respect to the hyperparameters of
 this training.

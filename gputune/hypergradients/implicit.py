@@ -242,11 +242,11 @@ def _make_solvable(matrix: Tensor, ridge: Tensor, active: Tensor, present: Tenso
 
     Coefficients that are not active (``active`` is (m, K, E)) become a separate diagonal part.
 
-    If all present classes (``present`` is (m, K)) are active in a column, softmax and the validation
-    loss do not change when all coefficients of this column shift by the same amount. This shift is
-    an eigenvector of H, so any multiple of its projector may be added. With a pure l1 penalty, an
-    even number of classes can all be active in one input. If as many of these coefficients are
-    above zero as below, every such shift has the same penalty.
+    If all present classes (``present`` is (m, K)) are active in a column, softmax and the
+    validation loss do not change when all coefficients of this column shift by the same amount.
+    This shift is an eigenvector of H, so any multiple of its projector may be added. With a pure l1
+    penalty, an even number of classes can all be active in one input. If as many of these
+    coefficients are above zero as below, every shift of this kind has the same penalty.
     """
     members, outputs, columns = active.shape
     matrix *= active[:, :, :, None, None] & active[:, None, None]

@@ -98,7 +98,7 @@ class InnerTraining(Protocol):
         """
 
     def validation(self, weights: Tensor) -> Tensor:
-        """Return each member's validation loss (P,)."""
+        """Return each member's loss (P,) on the validation rows of its fold."""
 
 
 AnyTraining = TypeVar("AnyTraining", bound=InnerTraining, covariant=True)
@@ -128,7 +128,7 @@ class InnerProblem(Generic[AnyTraining]):
     def step(
         self, state: InnerState, step: int, *, rows: SegmentRows | None = None, graph: bool = False
     ) -> InnerState:
-        """Return the state after one step.
+        """Return the parameters and moments after one training step.
 
         With ``graph``, the state can be differentiated. ``rows`` replaces the hyperparameters of
         the tables.
@@ -167,7 +167,7 @@ class InnerProblem(Generic[AnyTraining]):
 
 
 def slope(training: InnerTraining, weights: Tensor, step: int, *, graph: bool) -> Tensor:
-    """Return the gradient (P, N) of every member's minibatch loss.
+    """Return the gradient (P, N) of every member's minibatch loss in its parameters.
 
     ``weights`` must require gradients.
     """
@@ -178,7 +178,7 @@ def slope(training: InnerTraining, weights: Tensor, step: int, *, graph: bool) -
 
 
 def hessian_times(gradient: Tensor, weights: Tensor, vector: Tensor) -> Tensor:
-    """Return the Hessian of the loss times a vector (P, N).
+    """Return the Hessian of each member's loss times a vector, (P, N).
 
     The result is zero if the loss is linear in the weights.
     """
@@ -282,7 +282,7 @@ def from_coordinate(name: str, coordinate: Tensor) -> Tensor:
 
 
 def speed(name: str, value: Tensor) -> Tensor:
-    """Return d value / d coordinate.
+    """Return the derivative d value / d coordinate of a hyperparameter.
 
     This factor turns a derivative in the value into a derivative in the coordinate.
     """

@@ -336,7 +336,7 @@ class AdamWHD(AdamHD):
 
     The decoupled weight decay is part of the direction u. In the digits example of SGDHD, AdamWHD
     ends at 0.142, 0.117, 0.091, 0.074 from lr = 1e-5, 1e-4, 1e-3, 1e-2. Constant rates end at
-    2.247, 0.557, 0.105, 0.068. So its limits are those of AdamHD.
+    2.247, 0.557, 0.105, 0.068. So AdamWHD has the same limits as AdamHD.
 
     Args:
         params: The parameters, or parameter groups, as in torch.optim.AdamW.

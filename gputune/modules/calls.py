@@ -171,7 +171,8 @@ _WIDE = (
 class Rounded(TorchFunctionMode):
     """Rounds the same operations as torch.autocast to bfloat16, also under vmap.
 
-    Products are computed in bfloat16. Sums and growing functions are computed in single precision.
+    Products are computed in bfloat16. Sums, norms, losses, softmax and functions such as exp are
+    computed in single precision.
     """
 
     def __torch_function__(

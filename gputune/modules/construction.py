@@ -328,8 +328,8 @@ def call_arguments(builder: Builder, sizes: Mapping[str, object], arguments: Con
 def outputs_hint(builder: Builder, arguments: Config, actual: int, n_outputs: int) -> str:
     """Return a remedy that names the parameter of a builder with the default ``actual``.
 
-    ``actual`` is the number of outputs that the module returned. The result is "" without such a
-    parameter.
+    ``actual`` is the number of outputs that the module returned. The result is "" if no parameter
+    has this default.
     """
     for name, parameter in parameters_of(builder).items():
         default = parameter.default

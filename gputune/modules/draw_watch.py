@@ -117,6 +117,6 @@ class Trail:
 
     @property
     def submodule(self) -> str:
-        """The submodule that was running, in words; "" for the module itself."""
+        """Description of the submodule that was running, for messages; "" for the module itself."""
         name = next((name for name in reversed(self.open) if name), "")
         return f"submodule {name!r}" if name else ""

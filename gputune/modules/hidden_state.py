@@ -2,8 +2,9 @@
 
 A member (one trial on one fold) consists of its parameters, its buffers, and the Python numbers in
 its attributes that training changes (counters). A tensor in a plain attribute, or in a list or an
-object there, is lost together with the module that trained. This does no harm if predictions do not
-depend on it. Examples are activations that a forward pass keeps, or a table that it makes again.
+object there, is lost together with the module that trained. Losing the tensor does no harm if
+predictions do not depend on it. Examples are activations that a forward pass keeps, or a table that
+it makes again.
 """
 
 from collections.abc import Sequence
@@ -141,7 +142,7 @@ def buffers_at_start(trial: ModuleTrial) -> list[str]:
 
 
 def _copy_state(module: nn.Module, other: nn.Module, counted: Sequence[str]) -> None:
-    """Copy the complete state of a member to another module: tensors, and the numbers
+    """Copy the complete state of a member to another module: tensors and the Python numbers
     ``counted``."""
     tensors = {**dict(module.named_parameters()), **not_trained(module)}
     with torch.no_grad():

@@ -184,7 +184,7 @@ def note_fastest(
 
 
 def inspect_module(trial: ModuleTrial) -> Traits:
-    """Try a module in training, in evaluation, and stacked, and return its traits."""
+    """Try a module in training mode, in evaluation mode, and stacked, and return its traits."""
     module = trial.module
     x = trial.inputs
     start = trial.numbers()
@@ -292,7 +292,8 @@ def _stacking_traits(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str
 
 
 def _rounded_traits(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str, ...]]:
-    """Return the result of ``_stacking_traits``, up to the rounding of the trial's dtype."""
+    """Return the result of ``_stacking_traits``. Tensors are compared up to rounding in the trial's
+    dtype."""
     stacked = StackedModule(
         trial.builder,
         [trial.config] * 2,
@@ -403,8 +404,8 @@ def _all_close(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
 
 
 class StackedError(InputError):
-    """Raised if a forward pass fails with stacked members, but fails on no row with a single
-    member."""
+    """Raised if a forward pass fails with stacked members, but not with a single member on any
+    row."""
 
 
 _ROWS = 256  # rows that are tried at a time

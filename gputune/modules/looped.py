@@ -189,7 +189,8 @@ def _stacked_optimizer(
 
 
 class _Member:
-    """A plain module and its optimizer. Its parameters and gradients are views of two rows."""
+    """One member: a plain module and its optimizer. Its parameters and gradients are views of two
+    rows."""
 
     def __init__(
         self, network: LoopedModule, config: Config, start: Params, *, steps: int, horizon: int
@@ -230,7 +231,7 @@ class _Member:
         self.update = RowUpdate(config, self.row, self.leaves, steps=steps, horizon=horizon)
 
     def step(self) -> None:
-        """Take a step by the gradients of a backward pass.
+        """Take an optimizer step with the gradients of a backward pass.
 
         A torch.optim class skips parameters that the backward pass has not reached.
         """
@@ -255,7 +256,7 @@ class _Member:
         return [float(self.config["dropout"] * factor) for factor in factors]
 
     def resume(self, values: Params, moments: Sequence[Tensor]) -> None:
-        """Continue from the tensors of a member and the rows of its moments."""
+        """Continue training from saved tensors of a member and the saved rows of its moments."""
         for name, tensor in (*self.module.named_parameters(), *self.module.named_buffers()):
             if name in values:
                 tensor.data.copy_(values[name])
@@ -292,7 +293,7 @@ class LoopChunk:
 
     @property
     def flat(self) -> Tensor:
-        """The members' rows, in the layout of the network's blocks."""
+        """Flat buffer with the tensors of all members, in the layout of the network's blocks."""
         return self._with_mutable([member.row for member in self.members.values()])
 
     @property

@@ -93,7 +93,7 @@ def _embedding(
 
 
 def _linear(input: Tensor, weight: Tensor, bias: OptionalTensor = None) -> tuple[Tensor, int]:
-    """Map a linear layer: rows (P, ..., I) -> (P, ..., O)."""
+    """Compute the linear layers of all members: rows (P, ..., I) -> (P, ..., O)."""
     rows = input.flatten(1, -2) if input.dim() > 2 else input[:, None]
     result: Tensor = _Linear.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
     return result.view(*input.shape[:-1], -1), 0
@@ -128,7 +128,8 @@ def _layer_norm(
     bias: OptionalTensor = None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, int]:
-    """Map a layer norm: normalize, then scale and shift with each member's weight and bias."""
+    """Compute the layer norms of all members: normalize, then apply each member's weight and
+    bias."""
     shape = list(normalized_shape)
     outputs: Tensor = _LayerNorm.apply(input, shape, eps)  # type: ignore[no-untyped-call]
     member_shape = len(input), *[1] * (input.dim() - 1 - len(shape)), *shape
@@ -167,7 +168,7 @@ def _batch_norm(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, int]:
-    """Map a batch norm as one batch norm over the channels of all members."""
+    """Compute the batch norms of all members as one batch norm over all their channels."""
     mean, var, factor, shift = (_flat(table) for table in (running_mean, running_var, weight, bias))
     outputs = functional.batch_norm(_by_channels(input), mean, var, factor, shift, *args, **kwargs)
     for before, after in ((running_mean, mean), (running_var, var)):
@@ -190,7 +191,7 @@ def _group_norm(
     bias: OptionalTensor = None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, int]:
-    """Map a group norm as one group norm with the groups of all members."""
+    """Compute the group norms of all members as one group norm with all their groups."""
     outputs = functional.group_norm(
         _by_channels(input), num_groups * len(input), _flat(weight), _flat(bias), eps
     )
@@ -207,7 +208,8 @@ def _convolution(
     dilation: object = 1,
     groups: int = 1,
 ) -> tuple[Tensor, int] | None:
-    """Map a convolution as one grouped convolution over the channels of all members."""
+    """Compute the convolutions of all members as one grouped convolution over all their
+    channels."""
     if input.dim() < weight.dim():  # a single image, without an axis of rows
         return None
     rows = _by_channels(input)
@@ -225,7 +227,7 @@ def _convolution(
 def _pool(
     function: Callable[..., Tensor], input: Tensor, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, int] | None:
-    """Map a pooling as one pooling over the channels of all members."""
+    """Compute the poolings of all members as one pooling over all their channels."""
     if input.dim() < 5:  # a single image, without an axis of rows
         return None
     rows = _by_channels(input)
@@ -261,5 +263,5 @@ _RULES: dict[Callable[..., object], tuple[MemberRule, int]] = {
     **{f: (partial(_convolution, f), 1) for f in (torch.conv1d, torch.conv2d, torch.conv3d)},
     **{f: (partial(_pool, f), 0) for f in _POOLS},
 }
-"""Rules by torch function, with the index of the argument that must have a member axis (0: the
-input, 1: the weight)."""
+"""Rules by torch function, with the index of the argument that must have a member axis. Index 0 is
+the input and 1 the weight."""

@@ -134,7 +134,7 @@ _ALONG = {
 
 
 def _along(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Iterator[Line]:
-    """Yield the call of a softmax or its gradient along one axis."""
+    """Yield the call that computes a softmax or its gradient along one axis."""
     body = _ALONG[op.name]
     places: list[Place] = [out]
     for name in ("grad_output", "output") if "output" in kwargs else ("self",):
@@ -284,7 +284,7 @@ _BLOCK = 2048
 
 @dataclass(frozen=True, eq=False)
 class CodedStep:
-    """A step in compiled code.
+    """One training step in the form that compiled code runs.
 
     It has its kernel calls (in the format of ``native/steps.h``), the host's numeric values that
     these calls read, and the bytes of working memory.
@@ -306,7 +306,8 @@ class MemberCode:
         self.kernels: dict[str, int] = {}
 
     def add(self, trace: Trace, memories: dict[int, torch.UntypedStorage]) -> CodedStep:
-        """Write a step, and add the memories that it uses by their addresses. Raises TraceError."""
+        """Write the code of a step, and add the memories that it uses by address. Raises
+        TraceError."""
         trace = simplify_trace(trace)
         trace.operations = _small_first(trace.operations)
         writer = Writer(self.dtype, self.kernels, trace, memories)

@@ -155,7 +155,7 @@ _SMALL = 32
 
 @dataclass(frozen=True)
 class Loops:
-    """Loops of some ``sizes``, the outermost first, with the ``strides`` of each operand along
+    """Nested loops with some ``sizes``, the outermost first, and each operand's ``strides`` in
     them."""
 
     sizes: tuple[int | str, ...]
@@ -249,7 +249,8 @@ class Span:
         return self.memory == other.memory and self.begin < other.end and other.begin < self.end
 
     def in_rows(self, unit: int, rows: int) -> tuple[int, int, bool]:
-        """Return the begin, the bytes of ``unit`` steps, and if ``rows`` such parts do not overlap."""
+        """Split the span into ``rows`` parts of ``unit`` steps: first byte, bytes per part,
+        disjointness."""
         step = self.step * unit
         return self.begin, step, self.end - self.begin - (rows - 1) * step <= step
 
@@ -329,7 +330,7 @@ class Writer:
         sizes: Sequence[int],
         workspace: int = 0,
     ) -> Line:
-        """Return the call of a kernel.
+        """Return the call of a kernel with code ``body`` on some places.
 
         The kernel's code uses the names p0, ... for places, s0, ... for numeric values, n0, ... for
         sizes, and w for working memory.

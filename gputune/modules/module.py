@@ -63,7 +63,8 @@ class ModuleNetwork:
     exact = True
     kind: ModelKind = "module"
     copies_rows = False
-    """True if the user's code always receives copies of the rows."""
+    """True if the user's code always receives copies of the rows, so that it may write into
+    them."""
 
     def __init__(
         self,
@@ -414,7 +415,7 @@ class StackedModule(ModuleNetwork):
     def _with_copies_if_refused(self, compute: Callable[[], Result]) -> Result:
         """Return the result of a function that reads rows shared by several members.
 
-        PyTorch refuses a write into such rows. A module that writes for the first time in the
+        PyTorch refuses a write into shared rows. A module that writes for the first time in the
         middle of the training therefore gets copies from then on.
         """
         try:

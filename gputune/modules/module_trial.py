@@ -44,7 +44,7 @@ _EXAMPLES = 31
 
 
 class ModuleTrial:
-    """A module, the rows on which it is tried, and the messages about its problems."""
+    """A user's module, the rows for its trial calls, and the messages about its problems."""
 
     def __init__(
         self,
@@ -344,7 +344,8 @@ class ModuleTrial:
             ) from error
 
     def draws_in_augment(self) -> str:
-        """Return the reason why two calls of augment change the same rows differently, or ""."""
+        """Compare two calls of ``augment`` on the same rows. Returns the reason for a difference,
+        or ""."""
         if self.objective.augment is None:
             return ""
         rows = slice(0, len(self.y))
@@ -435,9 +436,9 @@ def is_close(a: Tensor, b: Tensor) -> bool:
 
 
 def at_start(trial: ModuleTrial, outputs: Tensor, losses: Tensor) -> str:
-    """Return a sentence about outputs or losses that are not finite before training, or "".
+    """Return a warning, a sentence, about outputs or losses that are not finite before training.
 
-    An output of -inf for a class is allowed.
+    The result is "" if all are finite. An output of -inf for a class is allowed.
     """
     if bool(losses.isfinite().all()) and not bool((outputs.isnan() | (outputs == torch.inf)).any()):
         return ""

@@ -198,7 +198,8 @@ def _out_variant(function: Operator) -> tuple[Operator, str]:
 
 
 def _arguments(function: Operator) -> tuple[list[tuple[str, str]], list[str]]:
-    """Return the names and types of an operation's inputs, and the names of its outputs."""
+    """Return the names and types of an operation's inputs, and the names of its ``out``
+    arguments."""
     inputs = []
     outs = []
     for argument in function._schema.arguments:

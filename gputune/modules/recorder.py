@@ -73,14 +73,14 @@ class Replays:
 
     @property
     def begun(self) -> bool:
-        """True after the first step, which already leads to a recording.
+        """True after the first step, which already prepares a recording.
 
         Recordings are bound to the memory of the chunk.
         """
         return bool(self.taken)
 
     def take(self, shape: Hashable, step: TakeStep) -> None:
-        """Take a step of this shape.
+        """Run a step of this shape, or replay its recording.
 
         The step writes into tensors that existed before, and leaves no other results.
         """
@@ -188,8 +188,8 @@ class CudaRecorder:
         self.pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, step: TakeStep) -> None:
-        """Take a step on the side stream, in the order of the queue. PyTorch then initializes
-        everything that is made at first use."""
+        """Run a step on the side stream, in order with the work queued before. PyTorch then
+        initializes everything that is made at first use."""
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
@@ -265,7 +265,7 @@ class CpuRecorder:
         step()
 
     def capture(self, step: TakeStep) -> TakeStep:
-        """Record a step.
+        """Record a step as a Python function of its kernels.
 
         Raises TraceError for a step that cannot be recorded, and RecordingError if recording fails.
         """
@@ -283,10 +283,10 @@ StepTaker = Direct | Replays
 """Object that runs the training steps of a chunk."""
 
 StepRecorder = CudaRecorder | CpuRecorder
-"""Records steps on one device."""
+"""Object that records the training steps of one device."""
 
 RECORDERS: dict[str, Callable[[torch.device], StepRecorder]] = {
     "cpu": CpuRecorder,
     "cuda": CudaRecorder,
 }
-"""StepRecorder classes by the type of device."""
+"""StepRecorder classes by device type, "cpu" or "cuda"."""

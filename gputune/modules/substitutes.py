@@ -121,7 +121,7 @@ def make_mappable(module: nn.Module) -> None:
 
 
 def _averages(module: nn.Module) -> TypeGuard[_BatchNorm]:
-    """Return whether a module is a BatchNorm that divides by its count of batches."""
+    """Return whether a module is a BatchNorm with a cumulative average (``momentum=None``)."""
     return isinstance(module, _BatchNorm) and module.momentum is None and module.track_running_stats
 
 
@@ -167,7 +167,8 @@ def differentiate_statistics(module: nn.Module) -> tuple[str, ...]:
 
 
 def _differentiable_batch_norm(norm: _BatchNorm, x: Tensor) -> Tensor:
-    """Return the result of ``norm(x)``. Its count of minibatches may be a tensor of any type."""
+    """Compute ``norm(x)`` for a BatchNorm so that its running statistics are differentiable in
+    ``x``. The count of minibatches may be a tensor of any type."""
     mean = norm.running_mean
     var = norm.running_var
     count = norm.num_batches_tracked
@@ -188,7 +189,7 @@ def _differentiable_batch_norm(norm: _BatchNorm, x: Tensor) -> Tensor:
 
 
 def _cumulative_batch_norm(norm: _BatchNorm, x: Tensor) -> Tensor:
-    """Return the result of ``norm(x)`` with ``momentum=None``.
+    """Compute ``norm(x)`` for a BatchNorm with ``momentum=None``, a cumulative average.
 
     torch would convert its count of batches to a Python number, which vmap does not support.
     """
@@ -209,7 +210,8 @@ def _cumulative_batch_norm(norm: _BatchNorm, x: Tensor) -> Tensor:
 
 
 RecurrentState: TypeAlias = Tensor | tuple[Tensor, Tensor]
-"""State (layers x directions, B, H). An LSTM has two: the hidden state and the cell."""
+"""State of a recurrent network, (layers x directions, B, H). An LSTM has two states: hidden and
+cell."""
 
 
 def run_recurrent(

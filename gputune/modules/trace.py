@@ -37,7 +37,7 @@ _RULES = (
 
 
 class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A dispatch mode that torch.compile ignores.
+    """A dispatch mode of torch that torch.compile ignores.
 
     Otherwise torch would import all of torch.compile, which takes some seconds, only to hide the
     mode from it.
@@ -67,7 +67,7 @@ class Place:
 
     @staticmethod
     def of(tensor: Tensor) -> "Place":
-        """Return the place of a tensor."""
+        """Return the place (memory, dtype and layout) of a tensor."""
         at = memory_of(tensor), tensor.dtype, int(tensor.storage_offset())
         return Place(*at, tuple(tensor.shape), tuple(tensor.stride()))
 
@@ -273,7 +273,7 @@ def memories_of(places: Iterable[Place]) -> set[int]:
 
 
 def clones(originals: Iterable[Tensor]) -> list[Tensor]:
-    """Return copies of tensors."""
+    """Return a copy of each tensor, in new memory."""
     return [tensor.clone() for tensor in originals]
 
 

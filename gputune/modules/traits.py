@@ -1,4 +1,4 @@
-"""Properties of a user's module that decide how its members are stacked and trained."""
+"""The traits of a user's module: properties that decide how its members are stacked and trained."""
 
 from dataclasses import dataclass
 
