@@ -1,9 +1,10 @@
-"""One flat buffer per role of a chunk, with a view of every parameter.
+"""Flat buffers for the parameters, gradients and moments of a chunk, with a view of each parameter.
 
-The roles are parameters, gradient and moments. A block is one parameter of all members. Its first
-axis is the fold, F. One more axis is the trial, C; the model chooses its position so that its
-matrix products are fast. Elementwise work such as the optimizer runs over the flat buffer in one
-pass and ignores the axes.
+A chunk holds trials of one tensor shape that train together, and a member is one trial on one fold.
+There is one flat buffer for the parameters, one for the gradient and one for each moment. A block
+is one parameter of all members. Its first axis has the F folds. Another axis has the C trials; the
+model chooses its position so that its matrix products are fast. Elementwise work such as the
+optimizer runs over the flat buffer in one pass and ignores the axes.
 """
 
 import math
@@ -24,9 +25,8 @@ class Block:
     shape: tuple[int, ...]
     trial_axis: int
     sides: tuple[int, ...] | None = None
-    """The longer side of each trial's matrix without padding, for the hidden matrices that muon
-    updates.
-    """
+    """Length of the longer side of each trial's matrix, without padding. It is set only for the
+    hidden matrices that muon updates."""
 
 
 class Blocks:
@@ -48,11 +48,12 @@ class Blocks:
         return {b.name: views[b.name].movedim(b.trial_axis, 1) for b in self.blocks}
 
     def to_rows(self, flat: Tensor) -> Tensor:
-        """Return a copy of a flat buffer as (C, F, N): one row of N numbers per trial and fold."""
+        """Return a copy of a flat buffer as (C, F, N): one row with the N values of each trial
+        and fold."""
         return torch.cat([view.transpose(0, 1).flatten(2) for view in self._pairs(flat)], 2)
 
     def from_rows(self, rows: Tensor) -> Tensor:
-        """Return the flat buffer of rows (C, F, N)."""
+        """Return a flat buffer with the values of the rows (C, F, N). It undoes ``to_rows``."""
         flat = rows.new_empty(self.size)
         self.put_rows(flat, rows)
         return flat
@@ -70,9 +71,8 @@ class Blocks:
         return [view if view.dim() > 2 else view[..., None] for view in views]
 
     def expand(self, values: Tensor) -> Tensor:
-        """Return a flat buffer that holds each member's value, from ``values`` (F, C), at all its
-        entries.
-        """
+        """Return a flat buffer in which all entries of a member have the member's value in
+        ``values`` (F, C)."""
         flat = values.new_empty(self.size)
         for value, part in self.by_block(values, flat):
             part.copy_(value)
@@ -100,8 +100,8 @@ class Blocks:
     ) -> None:
         """Compute total += value * flat in place.
 
-        ``values`` are (F, C). In the blocks that have ``factors`` (F, C), they are multiplied by
-        these.
+        ``values`` (F, C) has one value for each member. If ``factors`` has a table (F, C) for a
+        block, the values are multiplied by this table there.
         """
         factors = factors or {}
         if values.numel() == 1 and not factors:
@@ -120,10 +120,11 @@ class Blocks:
             part.lerp_(toward, value)
 
     def by_block(self, values: Tensor, *flats: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Yield for each block the values (F, C), with axes that broadcast against it, and its
-        parts.
+        """Yield for each block the ``values``, reshaped to broadcast, and the block's view of each
+        buffer.
 
-        For a single member it yields the whole buffers at once.
+        ``values`` (F, C) has one value for each member. With a single member, the complete buffers
+        are yielded at once.
         """
         if values.numel() == 1:
             yield (values.view(1), *flats)
@@ -160,7 +161,7 @@ class Blocks:
 
 
 def with_axes_of(block: Block, values: Tensor) -> Tensor:
-    """Return values (F, C) with axes that broadcast against the block."""
+    """Return one value for each member, (F, C), reshaped to broadcast against a block."""
     shape = [1] * len(block.shape)
     shape[0], shape[block.trial_axis] = values.shape
     return values.reshape(shape)

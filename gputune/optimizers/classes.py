@@ -30,7 +30,7 @@ _RULES: Mapping[str, str] = {
     "RMSprop": "rmsprop",
     "Muon": "muon",
 }
-"""Maps the classes that have an update rule for all members at once to that rule."""
+"""Maps the name of a class of torch.optim to the update rule that trains all members at once."""
 
 _REFUSED: Mapping[str, str] = {
     "LBFGS": "evaluates the loss of a minibatch several times per step",
@@ -38,7 +38,8 @@ _REFUSED: Mapping[str, str] = {
 }
 
 _OWN_KEYS = ("lr", "weight_decay", "momentum")
-"""Arguments that are keys of a search space without the prefix ``optimizer__``."""
+"""Arguments of an optimizer that users write in a search space without the prefix
+``optimizer__``."""
 
 _MACHINERY = ("params", "maximize", "foreach", "capturable", "differentiable", "fused")
 """Arguments that are not hyperparameters.
@@ -61,7 +62,7 @@ CLASSES = {
 }
 """Maps class names to the classes that train members one by one.
 
-The name of the class is also the word in a configuration.
+A configuration stores such an optimizer by the name of its class.
 """
 
 _CLASS_OF_RULE = {word: _CLASSES[name] for name, word in _RULES.items() if word != "muon"}
@@ -69,11 +70,12 @@ _CLASS_OF_RULE["nesterov"] = torch.optim.SGD
 
 
 def optimizer_word(value: object, name: str, *, more: Collection[str] = ()) -> str:
-    """Return the word of an optimizer in a configuration.
+    """Return the name under which a configuration stores an optimizer.
 
-    It is one of ``OPTIMIZERS`` or ``more``, or the name of another class of torch.optim. ``name``
-    is the argument's name in errors. Raises InputError if the value is neither a word nor a class
-    of torch.optim, or if the class cannot train members.
+    ``value`` is a name or a class of torch.optim. The result is one of ``OPTIMIZERS`` or ``more``,
+    or the name of another class of torch.optim. ``name`` is the argument's name in errors. Raises
+    InputError if the value is neither a known name nor a class of torch.optim, or if the class
+    cannot train members.
     """
     words = (*OPTIMIZERS, *more)
     text = value
@@ -180,7 +182,8 @@ def optimizer_defaults(word: str) -> Config:
 
 
 def has_weight_decay(word: str) -> bool:
-    """Return True if an optimizer has a weight decay; a few classes of torch.optim have none."""
+    """Return True if an optimizer has an argument ``weight_decay``. A few classes of torch.optim
+    have none."""
     return word not in CLASSES or "weight_decay" in signature(CLASSES[word]).parameters
 
 
@@ -200,7 +203,8 @@ def _defaults_of(kind: Class) -> Config:
 def make_optimizer(config: Config, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
     """Return the optimizer of one member.
 
-    Raises InputError for arguments that its class does not have, or that it refuses.
+    Raises InputError for arguments that the optimizer's class does not have, or for values that the
+    class refuses.
     """
     kind = class_of(config) or class_of_rule(config)
     assert kind is not None
@@ -294,9 +298,9 @@ class RowUpdate:
 
     The member's parameters and gradients are views of a row (N,). In each step the gradient is
     clipped, the class takes its step, and the weights are averaged. A schedule runs over
-    ``horizon`` epochs of ``steps`` steps. The class holds the ``parameters`` themselves. Without
-    ``parameters`` the whole row is one parameter, and the state has the layout of the rule for
-    stacked members.
+    ``horizon`` epochs of ``steps`` steps. The optimizer updates the ``parameters`` in place. If
+    ``parameters`` is empty, the row is treated as one parameter, and the state has the same layout
+    as for stacked members.
     """
 
     def __init__(
@@ -318,10 +322,10 @@ class RowUpdate:
         self.done = 0
 
     def state(self) -> list[Tensor]:
-        """Return the rows (N,) that a later step depends on.
+        """Return the optimizer's state as rows (N,), from which ``resume`` continues.
 
-        Each tensor of a parameter's state lies at the parameter's place in a row. A tensor that is
-        shorter than the parameter, such as the number of steps, is followed by zeros.
+        Each row has one state tensor of every parameter, at the parameter's position. A state
+        tensor that is shorter than its parameter, such as the count of steps, is padded with zeros.
         """
         states = [self._tensors(self.optimizer, parameter) for parameter in self.parameters]
         rows = []

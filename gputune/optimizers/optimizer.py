@@ -1,11 +1,14 @@
-"""The optimizer of a chunk: it clips a gradient, takes the rule's step and averages the weights.
+"""The optimizer of a chunk: it clips the gradient, updates the parameters and averages the weights.
 
-All of this happens in place. Each member has its own clipping (``clip_norm``) and averaging
-(``ema``). If no member uses one of them, it costs nothing. The step itself computes the number of
-each member's step, and everything that follows from it (the factor of a schedule, Adam's
-corrections). It does so on the device and in double precision, because a recorded step receives no
-values from the host. Members without a step now (``active`` false) keep their parameters and their
-moments.
+A chunk holds trials of one tensor shape that train together. A member is one trial on one fold.
+Tables (F, C) have one value for each member: F folds, C trials.
+
+All updates happen in place. Each member has its own gradient clipping (``clip_norm``) and averaging
+(``ema``). If no member uses clipping or averaging, it costs nothing. The step counts each member's
+steps on the device. From the count it computes schedule factors and Adam's bias corrections, in
+double precision. The reason is that a recorded step (its operations are recorded once and replayed)
+receives no values from Python. Members that take no step now (``active`` is False) keep their
+parameters and moments.
 """
 
 import math
@@ -37,10 +40,10 @@ def number_of(config: Config, key: str) -> float:
 
 
 class Clock:
-    """The position of the members of a chunk in their training.
+    """Counts the training steps of each member and computes the factors of the schedules.
 
-    ``done`` (F, C) is the number of finished steps. A training has ``horizon`` epochs of ``steps``
-    (F, C) steps each.
+    ``done`` (F, C) is the count of finished steps. A schedule runs over ``horizon`` epochs of
+    ``steps`` (F, C) steps each.
     """
 
     def __init__(self, configs: Sequence[Config], steps: Tensor, horizon: int) -> None:
@@ -61,9 +64,9 @@ class Clock:
         torch.mul(self.steps, epoch, out=self.done)
 
     def factor(self, key: str = "schedule") -> Tensor:
-        """Return the factor (F, C) of each member's schedule.
+        """Return the current factor of each member's schedule, (F, C).
 
-        ``key`` is the schedule's key in a configuration; by default it is the schedule of the
+        ``key`` is the hyperparameter that names the schedule. By default it is the schedule of the
         learning rate.
         """
         factor = torch.ones_like(self.done)
@@ -80,7 +83,7 @@ class Clock:
         return self.per_trial([number_of(config, key) for config in configs])
 
     def per_trial(self, numbers: Sequence[float]) -> Tensor:
-        """Return one number per trial as a table of all members, (F, C), in double precision."""
+        """Expand one value per trial to a table of all members, (F, C), in double precision."""
         values = torch.tensor(numbers, dtype=torch.float64)
         return values.expand(self.steps.shape).contiguous().to(self.steps.device)
 
@@ -88,9 +91,9 @@ class Clock:
 class Optimizer:
     """Base class of the optimizers of a chunk.
 
-    It changes the parameters in place and holds the optimizer's whole state. A subclass has the
-    rule's step. ``steps`` (F, C) is the number of steps of each member in an epoch. A schedule runs
-    over ``horizon`` epochs.
+    The optimizer changes the parameters in place and holds all optimizer state. A subclass
+    implements the step of its update rule. ``steps`` (F, C) is the number of steps of each member
+    in an epoch. A schedule runs over ``horizon`` epochs.
     """
 
     def __init__(
@@ -123,7 +126,7 @@ class Optimizer:
         self.ema = self.clock.table(configs, "ema")
 
     def _buffers(self) -> list[Tensor]:
-        """Return the flat buffers of the rule."""
+        """Return the flat buffers that the update rule keeps between steps."""
         return self.moments
 
     def state(self) -> list[Tensor]:
@@ -154,7 +157,7 @@ class Optimizer:
         self._set_trials(configs, blocks, flat, steps)
 
     def prepare(self) -> None:
-        """Prepare for steps that will be recorded."""
+        """Prepare for steps that will be recorded and replayed. By default nothing is needed."""
 
     def begin(self, epoch: int) -> None:
         """Start an epoch: count from its first step."""
@@ -185,7 +188,7 @@ class Optimizer:
     def _take(
         self, theta: Tensor, grad: Tensor, active: Tensor | None, keep: Tensor | None
     ) -> None:
-        """Take the rule's step; ``keep`` is ``active`` in double precision."""
+        """Take the step of the update rule. ``keep`` is ``active`` in double precision."""
         raise NotImplementedError
 
     def scored(self, theta: Tensor) -> Tensor:
@@ -203,9 +206,8 @@ class Optimizer:
         return theta
 
     def _move(self, flat: Tensor, end: Tensor, weight: float, on: Tensor | None) -> None:
-        """Move a buffer by ``weight`` of the way towards another, for the members that are ``on``
-        (F, C).
-        """
+        """Move ``flat`` by the fraction ``weight`` towards ``end``, in place. Only members with
+        1 in ``on`` (F, C) move."""
         if on is None:
             flat.lerp_(end, weight)
         else:
@@ -247,7 +249,8 @@ class OnlineUpdate(Optimizer):
         self.mu = self.clock.table(configs, "momentum").to(self.dtype)
 
     def _buffers(self) -> list[Tensor]:
-        """Return the flat buffers of the rule; the last two hold the rate and |g|."""
+        """Return the flat buffers that the update rule keeps. The last two hold each member's
+        rate and gradient norm |g|."""
         return [
             *self.moments,
             self.last,

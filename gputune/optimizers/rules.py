@@ -1,10 +1,10 @@
 """The update rules as pure functions with per-member hyperparameters, and the schedules.
 
 A rule is ``rule(params, grads, moments, rates) -> (params, moments)`` and follows the definition of
-torch.optim. Every hyperparameter is a (P,) tensor, or has the shape of its parameter. Every
-parameter is (P, ...). A rule changes nothing in place, so it can be differentiated, as
-hypergradients need. Plain training does not call these functions: ``update.py`` has the same rules
-in place, and tests compare both.
+torch.optim. P is the number of members (one trial on one fold each). Every hyperparameter is a (P,)
+tensor, or has the shape of its parameter. Every parameter is (P, ...). A rule changes nothing in
+place, so it can be differentiated, as hypergradients need. Plain training does not call these
+functions: ``update.py`` has the same rules in place, and tests compare both.
 
 A schedule returns the factor on a rate from the number of finished steps and the total number of
 steps. The schedules follow PyTorch.
@@ -41,7 +41,7 @@ MUON_SCALE = 0.2  # makes a step as long as a step of AdamW, so the same rates w
 class Rates:
     """The hyperparameters of one step.
 
-    ``count`` (P,) is the number of this step, counted from 1.
+    ``count`` (P,) is the index of this step, starting at 1.
     """
 
     lr: Tensor
@@ -52,7 +52,7 @@ class Rates:
     beta2: Tensor | float = BETA2
     eps: float = EPS
     sides: Mapping[str, Tensor] = field(default_factory=dict)
-    """The longer side of each member's matrix, for the hidden matrices that muon updates."""
+    """Maps the hidden matrices that muon updates to the length of each member's longer side."""
 
 
 UpdateRule = Callable[[Params, Params, Moments, Rates], tuple[Params, Moments]]
@@ -200,8 +200,8 @@ MOMENTS: Mapping[str, tuple[str, ...]] = {
 
 
 def n_moments(optimizer: str, momentum: Iterable[float]) -> int:
-    """Return the number of flat buffers of moments that training keeps for members with these
-    momenta.
+    """Return how many flat buffers of moments an optimizer keeps for members with these
+    ``momentum`` values.
 
     Gradient descent without momentum needs none. An optimizer that adapts its rate has the same
     number as its namesake, for example "adamhd" as "adam".
@@ -217,7 +217,7 @@ def _per_member(values: Tensor | float, like: Tensor) -> Tensor | float: ...
 def _per_member(values: Tensor | float, like: Tensor) -> Tensor | float:
     """Return values (P,) with axes that broadcast against a parameter (P, ...).
 
-    One number for all members is returned unchanged.
+    A float, which applies to all members, is returned unchanged.
     """
     if isinstance(values, float):
         return values

@@ -1,7 +1,8 @@
 """The update rules in place, over the flat buffers of a chunk.
 
-A step runs as PyTorch operations. On a GPU it can also run as kernels from ``update.cu``: a
-recorded step is then two or three kernel launches.
+A chunk holds trials of one tensor shape that train together. A member is one trial on one fold. A
+step runs as PyTorch operations. On a GPU, a recorded step (recorded once and replayed) can instead
+run the kernels in ``update.cu``, which takes two or three launches.
 """
 
 import math
@@ -51,16 +52,17 @@ _DECOUPLED = ("adamw", "lion")
 def optimizer_of(
     configs: Sequence[Config], blocks: Blocks, flat: Tensor, *, steps: Tensor, horizon: int
 ) -> Optimizer:
-    """Return the optimizer of complete configurations, in its starting state."""
+    """Return the optimizer for a chunk of complete configurations, before its first step."""
     kind = OnlineUpdate if configs[0]["optimizer"] in ONLINE else Update
     return kind(configs, blocks, flat, steps=steps, horizon=horizon)
 
 
 def factor_of(config: Config, prefixes: Sequence[str], parameter: str) -> float:
-    """Return the product of the per-parameter factors of a configuration.
+    """Return the factor of a configuration on the rate of one parameter.
 
-    A factor has a key of one of the prefixes and a name. It applies if the name is a part of the
-    parameter's path.
+    A configuration may have keys that consist of one of the ``prefixes`` and a name. The value
+    applies if the name is a part of the parameter's dotted path. All values that apply are
+    multiplied.
     """
     keys = {prefix + part for prefix in prefixes for part in parameter.split(".")}
     return math.prod(float(config[key]) for key in keys & config.keys())
@@ -95,7 +97,8 @@ class Update(Optimizer):
         self.kernel: UpdateKernel | None = None
 
     def _factors(self, configs: Sequence[Config], *prefixes: str) -> dict[str, Tensor]:
-        """Return each member's factor (F, C) on a rate, for the blocks that have one."""
+        """Return tables (F, C) with each member's factor on a rate, for the blocks with a factor
+        other than 1."""
         tables = {}
         for block in self.blocks.blocks:
             factors = [factor_of(config, prefixes, block.name) for config in configs]
@@ -106,9 +109,8 @@ class Update(Optimizer):
     def _amount(
         self, configs: Sequence[Config], key: str, dtype: torch.dtype | None = None
     ) -> Amount:
-        """Return a hyperparameter as one number if all trials share it, otherwise as a table (F,
-        C).
-        """
+        """Return a hyperparameter as a float if all trials have the same value, otherwise as a
+        table (F, C)."""
         values = {number_of(config, key) for config in configs}
         if len(values) > 1:
             return self.clock.table(configs, key).to(dtype or self.dtype)
@@ -231,7 +233,8 @@ class Update(Optimizer):
         amount: Amount,
         factors: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Compute total += amount * tensor, with ``factors`` on the amount in some blocks."""
+        """Compute total += amount * tensor in place. In blocks with ``factors``, the amount is
+        multiplied by them."""
         if isinstance(amount, Tensor):
             self.blocks.add_product_(total, tensor, amount, factors)
         elif amount != 0.0:
@@ -249,10 +252,9 @@ class Update(Optimizer):
 class UpdateKernel:
     """The optimizer of one chunk by kernels: their input tables and their launches.
 
-    ``table`` has the schedules' factors of one epoch. It has one row for each occurring pair of a
-    schedule and a number of steps. ``rows`` (2, F, C) has two row numbers for each member: the row
-    with the factors of its rate, and the row with the factors of its decay. -1 means that all
-    factors are 1.
+    ``table`` has the schedules' factors of one epoch. It has one row for each pair (schedule, steps
+    per epoch) that occurs. ``rows`` (2, F, C) has two row indices for each member: for the factors
+    on its learning rate, and for the factors on its weight decay. -1 means that all factors are 1.
     """
 
     def __init__(self, compiled: Sequence[Kernel], update: Update) -> None:
@@ -296,7 +298,7 @@ class UpdateKernel:
         )
 
     def _make_schedules(self, update: Update) -> None:
-        """Create the table of schedule factors and the row numbers of the members."""
+        """Create the table of schedule factors and the row indices of the members."""
         device = update.lr.device
         steps = update.clock.steps.cpu()
         rows = torch.full((2, *update.lr.shape), -1)
@@ -317,7 +319,7 @@ class UpdateKernel:
         self.table = torch.ones(shape, dtype=torch.float64).to(device)
 
     def _sizes(self, update: Update) -> list[int]:
-        """Return the sizes in the order that the kernels read."""
+        """Return the sizes and flags that the kernels read, in the kernels' order."""
         blocks = update.blocks
         heavy_ball = update.optimizer == "sgd" and update.moments
         sizes = [
