@@ -1,8 +1,9 @@
-"""gputune's own GPU kernels: CUDA C++ that NVRTC compiles, once per process.
+"""Compile and launch gputune's own GPU kernels, which are written in CUDA C++.
 
-Each kernel is defined by PyTorch operations, which run if the kernel cannot be compiled. The kernel
-that trains one member per thread block is compiled for each shape of members, and its binary is
-stored on the machine.
+NVRTC (NVIDIA's runtime compiler) compiles a kernel once per process. Each kernel computes the same
+as a sequence of PyTorch operations, which run instead if the kernel cannot be compiled. A member is
+one trial on one fold. The kernel that trains one member per thread block is compiled for each
+tensor shape of members, and its binary is stored on the machine.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +32,8 @@ Code = TypeVar("Code")
 
 
 def source(path: Path, dtype: torch.dtype) -> str:
-    """Return the source code of a file, with ``real`` defined as a dtype."""
+    """Return the CUDA source code in a file, with the C type ``real`` defined as float or
+    double."""
     return f"typedef {'float' if dtype == torch.float32 else 'double'} real;\n{path.read_text()}"
 
 
@@ -39,7 +41,7 @@ def source(path: Path, dtype: torch.dtype) -> str:
 def kernels(
     path: Path, names: tuple[str, ...], device: torch.device, dtype: torch.dtype
 ) -> tuple[Kernel, ...] | None:
-    """Return the kernels of a file for a GPU.
+    """Compile the kernels ``names`` in a source file for a GPU, and return them.
 
     Return None, with a warning, if they cannot be compiled.
     """
@@ -54,7 +56,7 @@ def kernels(
 def attempt(
     name: str, device: torch.device, compile_it: Callable[[], Code]
 ) -> tuple[Code | None, str]:
-    """Return the result of a compilation for a GPU, and "".
+    """Call ``compile_it`` for a GPU, and return the compiled code and "".
 
     If it fails, warn, and return None and the reason.
     """
@@ -77,10 +79,11 @@ def attempt(
 def launch(
     kernel: Kernel, threads: int, args: Sequence[Tensor | int], *, block: int = 256, shared: int = 0
 ) -> None:
-    """Launch a kernel that strides over its work.
+    """Launch a kernel on the current stream, with enough blocks for ``threads`` threads.
 
-    It gets at least ``threads`` threads, up to the largest grid. The tensors must be contiguous and
-    on one GPU. A block gets ``shared`` bytes of memory in addition to those in the kernel's code.
+    The grid has a largest size, so the kernel must loop over more work items than threads. The
+    tensors must be contiguous and on one GPU. A block gets ``shared`` bytes of shared memory in
+    addition to the shared memory that the kernel's code declares.
     """
     assert all(isinstance(arg, int) or arg.is_contiguous() for arg in args)
     (device,) = {arg.device for arg in args if isinstance(arg, Tensor)}
@@ -90,7 +93,7 @@ def launch(
 
 
 def without_nvrtc() -> str:
-    """Return the reason why NVRTC cannot be loaded, and the wheel that has it.
+    """Return the reason why NVRTC cannot be loaded, and the pip command that installs it.
 
     Return "" if it can be loaded.
     """
@@ -110,17 +113,17 @@ def _install() -> str:
 
 FILES = ("work.h", "block.h", "member.cu")
 TILES = (64, 32, 16, 8)
-"""Possible numbers of minibatch rows whose activations are on chip at once.
+"""Possible tile sizes: a tile is the group of minibatch rows whose activations are on chip at once.
 
-The largest number that fits is used. A tensor core processes 16 rows.
+The largest size that fits is used. A tensor core processes 16 rows.
 """
 
 OPTIONS = ("--ftz=true", "--prec-div=false", "--prec-sqrt=false")
-"""Options of the compiler.
+"""Options for the NVRTC compiler.
 
-Numbers below 1e-38 become zero, as on a CPU. A quotient or a square root may be off by two units in
-the last place, which needs fewer instructions. Source: CUDA C++ Programming Guide, mathematical
-functions.
+Denormal values (below 1e-38) become zero, as on a CPU. A quotient or a square root may be off by
+two units in the last place, which needs fewer instructions. Source: CUDA C++ Programming Guide,
+mathematical functions.
 """
 
 _MOST_THREADS = 256
@@ -133,10 +136,11 @@ _MOST = {"inputs": 256, "width": 128, "depth": 4, "outputs": 64}
 
 @dataclass(frozen=True)
 class MemberKernel:
-    """The kernel for one shape of members.
+    """The kernel that trains members of one tensor shape, and its sizes.
 
-    ``width`` is the width of the tensors. ``depth`` is the number of hidden layers (0: a linear
-    model). ``rows`` is the number of rows of a tile.
+    ``width`` is the padded width of the hidden layers. ``depth`` is the count of hidden layers (0:
+    a linear model). ``rows`` is the count of minibatch rows in a tile, whose activations are on
+    chip at once.
     """
 
     inputs: int
@@ -153,7 +157,7 @@ class MemberKernel:
 
     @property
     def layers(self) -> list[tuple[int, int]]:
-        """The numbers of inputs and outputs of each layer, including padding with zeros."""
+        """The pair (inputs, outputs) of each layer, including padding with zeros."""
         full = 16 if self.tf32 else 4  # padded to multiples of the numbers that are read at once
         first = -(-self.inputs // full) * full
         last = -(-self.outputs // full) * full
@@ -161,9 +165,9 @@ class MemberKernel:
 
     @property
     def threads(self) -> int:
-        """The number of threads of a block.
+        """The count of threads in a thread block.
 
-        There is one thread per 4 x 4 tile of the widest activations, within bounds.
+        There is one thread for each 4 x 4 part of the widest activations, within bounds.
         """
         tiles = self.rows * max(self.width, self.outputs) // 16
         return min(_MOST_THREADS, max(_FEWEST_THREADS, -(-tiles // _WARP) * _WARP))
@@ -182,14 +186,13 @@ class MemberKernel:
 
     @property
     def _parameters(self) -> int:
-        """The numbers in the weights and biases, including padding with zeros."""
+        """The count of weights and biases, including padding with zeros."""
         return sum(below * _row(above) + above for below, above in self.layers)
 
     @property
     def scratch(self) -> int:
-        """The numbers in a block's scratch memory, which holds the gradients of a part of a
-        minibatch.
-        """
+        """The count of values in a thread block's scratch memory. It holds the gradients of a
+        part of a minibatch."""
         slots = 0
         warps = self.threads // _WARP
         for below, above in self.layers:
@@ -222,10 +225,9 @@ class MemberKernel:
         return next((tile for tile in tiles if tile.shared <= shared), tiles[-1])
 
     def unsupported(self, shared: int) -> str:
-        """Return the reason, as a clause, why the kernel does not run on a card with ``shared``
-        bytes.
+        """Return the reason, as a phrase, why the kernel cannot run on a GPU. Return "" if it can.
 
-        Return "" if it runs.
+        ``shared`` is the GPU's shared memory for a block, in bytes.
         """
         for name, most in _MOST.items():
             value = getattr(self, name)
@@ -243,7 +245,7 @@ class MemberKernel:
 
     @property
     def source(self) -> str:
-        """The CUDA C++ of the kernel ``train_members``.
+        """The complete CUDA C++ source of the kernel ``train_members``.
 
         It includes only headers that NVRTC has.
         """
@@ -270,14 +272,16 @@ class MemberKernel:
 
 
 def _row(n: int) -> int:
-    """Return the padded length of a row of ``n`` numbers. It must equal ``row_of`` in the kernel."""
+    """Return the padded length of a row with ``n`` values. It must equal ``row_of`` in the
+    kernel."""
     return n if n % 8 else n + 4
 
 
 def tile_of(batch: int) -> int:
-    """Return the number of rows of a minibatch of ``batch`` rows that the kernel processes at once.
+    """Return how many rows of a minibatch the kernel processes at once, if they fit into shared
+    memory.
 
-    This assumes that the rows fit into shared memory.
+    ``batch`` is the size of the minibatch.
     """
     if batch <= 16:
         return 16

@@ -1,9 +1,10 @@
-"""The compiled training of members, in C.
+"""Build and load the C code that trains members on a CPU.
 
-One part of the C code is built when gputune is installed. Another part is generated and built on
-the user's machine. The libraries do not depend on Python or torch and are loaded through ctypes.
-One wheel therefore serves all Python and torch versions and all levels of the processor. Generated
-code is built once per machine and stored in the user's cache.
+A member is one trial on one fold. One part of the C code is built when gputune is installed.
+Another part (the training steps of a user's module) is generated and built on the user's machine.
+The libraries do not depend on Python or torch and are loaded through ctypes. One wheel therefore
+works with all Python and torch versions and all x86-64 levels of the processor. Generated code is
+built once per machine and stored in the user's cache.
 """
 
 import contextlib
@@ -33,14 +34,15 @@ Other processors have only level 1.
 
 
 class NotBuiltError(Exception):
-    """There is no compiled library here; the message gives the reason."""
+    """Raised if a compiled library or kernel is missing or cannot be built. The message gives
+    the reason."""
 
 
 @functools.lru_cache(maxsize=2)
 def library(dtype: torch.dtype) -> ctypes.CDLL:
-    """Return the library for float32 or float64 at the processor's level.
+    """Load the library for a dtype (float32 or float64) at the highest level of the processor.
 
-    Raises NotBuiltError.
+    Raises NotBuiltError if there is no library or it cannot be loaded.
     """
     kind = "double" if dtype == torch.float64 else "float"
     built = {}
@@ -66,7 +68,7 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
 
 
 def fill_uniform(seed: int, parts: Sequence[torch.Tensor]) -> bool:
-    """Fill float32 tensors, one after the other, with the numbers that ``torch.rand`` draws from a
+    """Fill float32 tensors, one after the other, with the random numbers of ``torch.rand`` for a
     seed.
 
     Returns False if there is no library.
@@ -96,11 +98,11 @@ ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
 OPTIMIZERS = ("sgd", "nesterov", "adam", "adamw")
 ROW_SCORES = ("hit", "log likelihood", "squared error", "absolute error")
 NUMBER_LOSSES = ("mse", "mae", "huber", "quantile")
-"""The order in each of these tuples gives the library's numbers for the names."""
+"""The position of a name in each of these tuples is its code in the C library."""
 
 
 class MemberWork(ctypes.Structure):
-    """The task of the library: sizes and the addresses of the arrays.
+    """The argument of the C function ``train_members``: sizes and the addresses of arrays.
 
     ``work.h`` describes each field.
     """
@@ -114,9 +116,9 @@ class MemberWork(ctypes.Structure):
 
 
 def make_work(numbers: Mapping[str, int], arrays: Mapping[str, torch.Tensor | None]) -> MemberWork:
-    """Return a MemberWork of numbers and of contiguous tensors; None becomes NULL.
+    """Return a MemberWork with the given sizes and the addresses of contiguous tensors.
 
-    The tensors must live longer than the MemberWork.
+    None becomes NULL. The tensors must live longer than the MemberWork.
     """
     assert all(tensor is None or tensor.is_contiguous() for tensor in arrays.values())
     work = MemberWork(**numbers)
@@ -139,9 +141,10 @@ COMPILERS = ("cc", "gcc", "clang")
 
 @functools.lru_cache(maxsize=64)
 def build(source: str, dtype: torch.dtype) -> ctypes.CDLL:
-    """Return the library of C code, which may include the headers of this folder.
+    """Compile C code, or find its library in the cache, and return the loaded library.
 
-    Raises NotBuiltError.
+    The code may include the headers in this folder. Raises NotBuiltError if it cannot be built or
+    loaded.
     """
     compiler = find_compiler()
     if compiler is None:
@@ -172,7 +175,7 @@ def build(source: str, dtype: torch.dtype) -> ctypes.CDLL:
 
 
 def _load(path: Path) -> ctypes.CDLL:
-    """Load a library of the cache.
+    """Load a library file from the cache.
 
     If the cache is on a file system mounted with noexec, a copy of it is loaded.
     """
@@ -199,7 +202,8 @@ _kernels: dict[tuple[str, torch.dtype], tuple[int | None, ctypes.CDLL]] = {}
 
 
 def build_kernels(bodies: Sequence[str], dtype: torch.dtype) -> Kernels:
-    """Return the kernels with these bodies in C.
+    """Build C functions with these bodies, and return their addresses and the function that calls
+    them.
 
     Only kernels that this process has not built yet are built. Raises NotBuiltError. A body refers
     to its arrays as P, to numbers from the host as S, and to sizes as N (``native/steps.h``).
@@ -258,7 +262,8 @@ def _is_own(path: Path) -> bool:
 
 
 def _cached(folder: Path | None, name: str, ending: str) -> Iterator[Path]:
-    """Yield the files of a name that are unchanged since they were built; remove the others."""
+    """Yield the cached files of a name that have not changed since they were built. Remove the
+    others."""
     for path in [] if folder is None else folder.glob(f"{name}-*{ending}"):
         with contextlib.suppress(OSError):
             # Only regular files are read: reading from a pipe or a device could block forever.
@@ -282,7 +287,7 @@ def _put(built: Path, path: Path, ending: str) -> Path:
 def kept_binary(name: str, source: str, make: Callable[[], bytes]) -> bytes:
     """Return the binary that ``make`` builds from a source.
 
-    If an earlier run left this binary in the user's cache, that one is returned.
+    If the user's cache has this binary from an earlier run, the cached binary is returned.
     """
     name = f"{name}-{hashlib.sha256(source.encode()).hexdigest()[:16]}"
     folder = code_folder()

@@ -207,7 +207,7 @@ class Optimizer:
 
     def _move(self, flat: Tensor, end: Tensor, weight: float, on: Tensor | None) -> None:
         """Move ``flat`` by the fraction ``weight`` towards ``end``, in place. Only members with
-        1 in ``on`` (F, C) move."""
+        1 in ``on`` (F, C) move, or all members if it is None."""
         if on is None:
             flat.lerp_(end, weight)
         else:

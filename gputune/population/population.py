@@ -119,7 +119,7 @@ class Population:
     @property
     def arguments(self) -> str:
         """Text of the values that all trials share: the ``module__*`` arguments and ``numbers``
-        (the encoding of numeric columns)."""
+        (the preparation of numeric columns)."""
         return arguments_text(self.configs[0])
 
     def select(self, places: Sequence[int]) -> "Population":

@@ -1,7 +1,7 @@
-"""Newton steps of many members at once, by conjugate gradients.
+"""Newton steps for the logistic regression of many members at once, by conjugate gradients.
 
-Each member has its own line search. Source: truncated Newton, Nocedal and Wright (2006), algorithm
-7.1.
+A member is one trial (one value of C and l1_ratio) on one fold. Each member has its own line
+search. Source: truncated Newton, Nocedal and Wright (2006), algorithm 7.1.
 
 Members with a lasso term move only their nonzero weights, and these keep their signs. A proximal
 gradient step first chooses the nonzero weights, and a Newton step then fits them. This is the
@@ -12,6 +12,8 @@ Conjugate gradients with a diagonal preconditioner minimize the quadratic model 
 minimizer lies across zero, a projected search fixes the weights that reached zero, and conjugate
 gradients continue with the other weights. Source: Moré and Toraldo (1991), doi:10.1137/0801008.
 Departure: conjugate gradients stop by their residual.
+
+Shape letters: m members, K outputs, n rows, E columns of the design matrix.
 """
 
 from collections.abc import Callable
@@ -57,10 +59,10 @@ def descend(
     tolerance: float,
     max_steps: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Step all members until each has converged or no longer changes.
+    """Repeat ``step`` for all members until each member has converged or no longer changes.
 
-    Finished members leave the computation and cost no time. Returns the weights (m, K, E), and (m,)
-    each: the number of steps, the residuals, and whether the members converged.
+    Finished members are removed from the computation and cost no time. Returns the weights (m, K,
+    E) and three tensors (m,): the count of steps, the residual, and whether the member converged.
     """
     point = origin(rows, ridge, lasso)
     weight = point.weight.clone()
@@ -96,7 +98,8 @@ def descend(
 
 @dataclass(frozen=True)
 class Model:
-    """The quadratic model of a step around the weights of m members.
+    """A quadratic approximation of the objective, as a function of the step from the weights of m
+    members.
 
     Its value is ``slopes . step + step . (Hessian + diag(hold)) step / 2``.
     """
@@ -120,7 +123,7 @@ class Model:
         return replace(self, **numbers)
 
     def times(self, rows: SolverRows, step: Tensor) -> Tensor:
-        """Return the model's matrix times a step, (m, K, E)."""
+        """Return the product of the model's matrix (Hessian plus hold) and a step, (m, K, E)."""
         return curvature_times(rows, self.chance, step).addcmul_(self.hold, step).mul_(self.free)
 
 
@@ -159,9 +162,9 @@ def newton_step(rows: SolverRows, point: Point, tolerance: float) -> Point:
 
 
 def _move(rows: SolverRows, point: Point, model: Model, coarse: Tensor) -> Point:
-    """Move to the minimizer of the model.
+    """Return the point after a step to the model's minimizer and a line search.
 
-    For the members ``coarse`` (m,) it is computed in single precision.
+    For members that are True in ``coarse`` (m,), the step is computed in single precision.
     """
     step = torch.zeros_like(model.slopes)
     if coarse.all():
@@ -175,7 +178,8 @@ def _move(rows: SolverRows, point: Point, model: Model, coarse: Tensor) -> Point
 
 
 def _coarse_step(rows: SolverRows, model: Model) -> Tensor:
-    """Minimize the model in single precision, which gives the direction to the few digits needed.
+    """Return the model's minimizer, computed in single precision. A direction needs only few
+    digits.
 
     The slopes and the line search stay in double precision, so the final result is in double
     precision. The unit is each member's largest slope, so that no slope is too small for single
@@ -191,10 +195,11 @@ def _coarse_step(rows: SolverRows, model: Model) -> Tensor:
 
 
 def line_search(rows: SolverRows, point: Point, step: Tensor, slope: Tensor) -> Point:
-    """Halve each member's step until its objective falls enough.
+    """Halve each member's step until the member's objective falls enough, and return the new point.
 
-    A member does not move if no length is good. ``slope`` (m,) is the objective's slope along the
-    step. The logits are linear in the length, so no length needs a matrix product for its logits.
+    A member does not move if no step length is good enough. ``slope`` (m,) is the objective's slope
+    along the step. The logits are linear in the length, so no length needs a matrix product for its
+    logits.
     """
     before = point.objective
     turn = rows.change_of_logits(step)
@@ -280,9 +285,10 @@ def minimise(rows: SolverRows, model: Model) -> Tensor:
 
 
 def conjugate_gradients(rows: SolverRows, model: Model) -> tuple[Tensor, Tensor]:
-    """Return the model's minimizer, ignoring the sign constraints, and the model's matrix times it.
+    """Return the step that minimizes the model, and the product of the model's matrix and this
+    step.
 
-    Both are (m, K, E).
+    Both are (m, K, E). The constraints on the signs of the weights are ignored.
     """
     floor = FLOOR * model.diagonal.amax((1, 2), keepdim=True) + torch.finfo(model.slopes.dtype).tiny
     inverse = model.free / model.diagonal.maximum(floor)
@@ -364,5 +370,5 @@ def projected_search(
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Return the inner product of each member's two (K, E) tensors, (m,)."""
+    """Return the inner product of ``a`` and ``b`` (m, K, E) for each member, (m,)."""
     return (a * b).sum((1, 2))

@@ -1,14 +1,14 @@
 """The logistic regression's objective on the rows of one fold: value, slope and curvature.
 
 All functions work on many members at once. The objective is scikit-learn's, divided by C times the
-sum of the row weights. Any C up to infinity then has the same scale:
-``mean loss + ridge / 2 ||W||^2 + lasso ||W||_1``, with intercepts not penalized.
+sum of the row weights. Any C up to infinity then has the same scale: ``mean loss + ridge / 2
+||W||^2 + lasso ||W||_1``, with intercepts not penalized.
 
 All members read the same rows. A product with the rows is therefore one matrix product of width
 members x outputs, and no operation mixes members.
 
-Axes: m members, K outputs (1 = sigmoid, otherwise softmax), n rows, D inputs, E columns of the
-design.
+Axes: m members (one trial on one fold each), K outputs (1 = sigmoid, otherwise softmax), n rows, D
+inputs, E columns of the design matrix (inputs or their principal axes, and the intercept).
 """
 
 from dataclasses import dataclass, replace
@@ -54,12 +54,14 @@ class SolverRows:
         return replace(self, penalised=self.penalised / whole)
 
     def change_of_logits(self, step: Tensor) -> Tensor:
-        """Return the change of the logits, (m, K, n), that a step (m, K, E) causes."""
+        """Return by how much the logits change, (m, K, n), if the weights change by ``step`` (m,
+        K, E)."""
         return product(step, self.design.T).div_(self.root)
 
     @property
     def outputs(self) -> int:
-        """The number of weight vectors of a member: 1 means sigmoid."""
+        """The count K of weight vectors of a member: 1 for a sigmoid, otherwise one for each
+        class."""
         return len(self.truth)
 
 
@@ -82,7 +84,7 @@ class Point:
 
     @property
     def objective(self) -> Tensor:
-        """The objective's value, (m,), which is minimized."""
+        """The value (m,) that is minimized: mean loss plus penalties."""
         penalty = self.ridge / 2 * self.weight**2 + self.lasso * self.weight.abs()
         return self.loss + penalty.sum((1, 2))
 
@@ -105,14 +107,14 @@ class Point:
 def rows_of(
     x: Tensor, codes: Tensor, share: Tensor, classes: int, *, intercept: bool, rotate: bool = False
 ) -> SolverRows:
-    """Return the SolverRows of inputs (n, D).
+    """Prepare the training rows of one fold for the solver, from inputs (n, D).
 
-    If there is an intercept, the inputs must be centered. The shares (n,) are > 0 and sum to one.
-    ``classes`` is 1 for a sigmoid.
+    If there is an intercept, the inputs must be centered. ``share`` (n,) has the relative weights
+    of the rows, which are > 0 and sum to one. ``classes`` is 1 for a sigmoid.
 
-    ``rotate`` chooses the principal axes of the rows as columns. There are at most as many as there
-    are rows. The curvature is nearly diagonal along these axes. A ridge penalty does not change
-    under this rotation, but a lasso penalty does.
+    With ``rotate``, the columns of the design matrix are the principal axes of the rows. There are
+    at most n of these axes. The curvature is nearly diagonal along these axes. A ridge penalty does
+    not change under this rotation, but a lasso penalty does.
     """
     classes_of_outputs = codes.new_ones(1)
     if classes > 1:
@@ -171,7 +173,8 @@ def _curvature_bound(design: Tensor, classes: int) -> Tensor:
 def point_at(
     rows: SolverRows, weight: Tensor, logits: Tensor, ridge: Tensor, lasso: Tensor
 ) -> Point:
-    """Return the point of weights (m, K, E) with known logits (m, K, n)."""
+    """Return the ``Point`` (loss, slope, chances) at weights (m, K, E) with known logits (m, K,
+    n)."""
     share = rows.root**2
     if rows.outputs == 1:
         against = (1 - 2 * rows.truth) * logits
@@ -225,5 +228,6 @@ def curvature_diagonal(rows: SolverRows, chance: Tensor) -> Tensor:
 
 
 def product(left: Tensor, shared: Tensor) -> Tensor:
-    """Return (m, K, a) times a matrix (a, b) that all members share, as one wide product."""
+    """Multiply a tensor (m, K, a) by a matrix (a, b) that all members share, in one wide
+    product."""
     return (left.flatten(0, 1) @ shared).view(*left.shape[:2], -1)

@@ -1,6 +1,9 @@
-"""The logistic regression, solved to convergence and scored for every (C, l1_ratio, fold) at once.
+"""Solve the logistic regression to convergence, and score it, for every (C, l1_ratio, fold) at
+once.
 
-It is computed in float64.
+A member is one trial (a value of C and l1_ratio) on one fold. All computations are in float64.
+Shape letters: P members, C configurations (also the inverse penalty ``C``), F folds, K outputs, D
+inputs, n rows.
 """
 
 import time
@@ -62,9 +65,9 @@ class Solution:
 
 
 class _Inputs:
-    """The rows of the data as each fold reads them.
+    """The preprocessed inputs of each fold, computed when they are read.
 
-    It copies only the requested rows, because the rows of all folds at once need much memory.
+    Indexing copies only the requested rows, because the rows of all folds at once need much memory.
     """
 
     def __init__(self, data: Dataset) -> None:
@@ -78,7 +81,7 @@ class _Inputs:
 
 @dataclass(frozen=True, eq=False)
 class LogisticProblem:
-    """The objective of every fold and C, which is minimized.
+    """The minimization problem of every fold and every trial (a value of C and l1_ratio).
 
     The objective is ``C * sum_i w_i loss_i + (1 - l1_ratio) / 2 ||W||^2 + l1_ratio ||W||_1``, as in
     sklearn.linear_model.LogisticRegression.
@@ -109,7 +112,7 @@ class LogisticProblem:
 
 
 def solve(problem: LogisticProblem) -> Solution:
-    """Solve a problem for every fold and C.
+    """Solve a problem for every fold and trial, and return the coefficients.
 
     ``converged`` is false for a member that has not reached the tolerance after ``max_steps``, or
     that float64 cannot bring any closer. Such a member has the finite coefficients that it reached.
@@ -149,7 +152,8 @@ def _run(jobs: Jobs, device: torch.device) -> None:
 
 
 def _fold(problem: LogisticProblem, fold: int) -> tuple[Solution, Iterator[tuple[Jobs, int]]]:
-    """Return an empty solution of a fold, and the jobs that fill it."""
+    """Return a solution of one fold that still has zero coefficients, and the jobs that compute
+    it."""
     weights = problem.weights[fold]
     is_training = weights > 0
     x = problem.x[fold, is_training]
@@ -186,8 +190,9 @@ def _groups(
     """Yield the jobs that solve all C of one fold, chunk by chunk, and write to ``solution``.
 
     Jobs on the same rows come together, with the number of entries of these rows. ``x`` has the
-    fold's rows and is changed in place. ``codes`` (n,) are their classes, numbered among the classes
-    that occur. ``classes`` (K,) marks these, at least two.
+    fold's rows and is changed in place. ``classes`` (K,) is True for each class that occurs in
+    these rows. At least two classes occur. ``codes`` (n,) has the index of each row's class among
+    the occurring classes.
     """
     C = problem.C
     if len(classes) == 2:
@@ -257,7 +262,8 @@ def solve_chunk(
 ) -> Outcome:
     """Solve the trials ``index`` of ``configs`` in all folds.
 
-    The trials must have the same ``numbers``. The curves of the outcome are (C, 1, F).
+    The trials must have the same value of ``numbers`` (the preparation of numeric columns). The
+    curves of the outcome are (C, 1, F).
     """
     begin = time.monotonic()
     part = [configs[i] for i in index]
@@ -278,7 +284,7 @@ def score_solution(
 ) -> np.ndarray:
     """Return the curves (C, 1, F) of the trials on the validation rows of each fold.
 
-    ``trials`` is the number of trials. ``best``, if given, receives their outputs.
+    ``trials`` is the count C of trials. ``best``, if given, receives the outputs of the trials.
     """
     coef, intercept = as_softmax(solution)
     scores = list[Tensor]()
