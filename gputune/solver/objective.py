@@ -1,8 +1,9 @@
 """The logistic regression's objective on the rows of one fold: value, slope and curvature.
 
 All functions work on many members at once. The objective is scikit-learn's, divided by C times the
-sum of the row weights. Any C up to infinity then has the same scale: ``mean loss + ridge / 2
-||W||^2 + lasso ||W||_1``, with intercepts not penalized.
+sum of the row weights. Any C up to infinity then has the same scale:
+
+``mean loss + ridge / 2 ||W||^2 + lasso ||W||_1``, with intercepts not penalized.
 
 All members read the same rows. A product with the rows is therefore one matrix product of width
 members x outputs, and no operation mixes members.

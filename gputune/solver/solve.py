@@ -1,7 +1,7 @@
 """Solve the logistic regression to convergence, and score it, for every (C, l1_ratio, fold) at
 once.
 
-A member is one trial (a value of C and l1_ratio) on one fold. All computations are in float64.
+A member is one trial (a value of C and l1_ratio) on one fold. The results are in float64.
 Shape letters: P members, C configurations (also the inverse penalty ``C``), F folds, K outputs, D
 inputs, n rows.
 """
