@@ -241,7 +241,7 @@ def _numbered(state: State) -> dict[str, Tensor]:
 
 
 def _numbered_state(epoch: int, tensors: Mapping[str, Tensor]) -> State:
-    """Return a state from buffers whose keys are their indices as text. It undoes ``_numbered``."""
+    """Return the state that ``_numbered`` has turned into named buffers."""
     return State(epoch, tuple(tensors[str(i)] for i in range(len(tensors))))
 
 

@@ -318,7 +318,7 @@ class MemberMemory:
 
 
 class MemberChunk(StackedChunk):
-    """A stacked chunk whose members train one after another in compiled code.
+    """A stacked chunk that trains its members one after another in compiled code.
 
     In each epoch, threads take the members from a queue. The parameters are in flat buffers, as in
     any stacked chunk. Raises TraceError if the module cannot be traced.

@@ -206,7 +206,7 @@ def _constants(network: Network) -> object:
 
 
 def _pairs(target: Any, source: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield what ``take_over`` must copy from one structure to another, as pairs (target, value).
+    """Yield the pairs (target, value) that ``take_over`` must copy from one structure to another.
 
     A pair is two tensors of equal layout. For an attribute that only Python code reads, the target
     is (owner, attribute name). Raises _Unlike if the structures differ.

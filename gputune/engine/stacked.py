@@ -2,7 +2,7 @@
 
 A chunk is a group of trials of one tensor shape. A member is one trial on one fold. A stacked chunk
 trains any model on any device. If steps are recorded, a removed trial stays in the tensors and
-keeps training, but nobody sees its results. When more than a quarter of the trials are removed, the
+keeps training, but its results are ignored. When more than a quarter of the trials are removed, the
 tensors are made again and the steps are recorded again. Within an epoch, Python waits for the
 device only to record steps and to fill the buffer with random numbers for dropout.
 """

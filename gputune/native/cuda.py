@@ -138,7 +138,7 @@ _MOST = {"inputs": 256, "width": 128, "depth": 4, "outputs": 64}
 class MemberKernel:
     """The kernel that trains members of one tensor shape, and its sizes.
 
-    ``width`` is the padded width of the hidden layers. ``depth`` is the count of hidden layers (0:
+    The padded width of the hidden layers is ``width``. ``depth`` is the count of hidden layers (0:
     a linear model). ``rows`` is the count of minibatch rows in a tile, whose activations are on
     chip at once.
     """

@@ -116,10 +116,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class Part:
-    """Neighboring folds in a step, from ``begin`` up to ``end``, whose minibatches have the same
-    length.
+    """Neighboring folds with equally long minibatches in a step: from ``begin`` up to ``end``.
 
-    ``rows`` is the length of these minibatches. ``full`` says that they contain no padded rows.
+    Their minibatches have ``rows`` rows. ``full`` says that they contain no padded rows.
     """
 
     begin: int
