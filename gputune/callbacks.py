@@ -48,7 +48,8 @@ class Callback:
         """
 
     def on_epoch(self, curves: np.ndarray) -> None:
-        """Called when the trials of a chunk have trained further.
+        """Called when the trials of a chunk (trials that train together) have trained for more
+        epochs.
 
         Training in this process reports one epoch at a time. A worker process reports all epochs of
         a chunk at once.
@@ -97,7 +98,8 @@ class Callbacks:
 
 
 def plain_params(params: Mapping[str, object]) -> dict[str, bool | int | float | str]:
-    """Return hyperparameters as numbers and words. Other values, and None, become text."""
+    """Return hyperparameters as numbers, booleans and strings. Other values, and None, become
+    strings."""
     plain = {}
     for key, value in params.items():
         text = label(value)
@@ -106,7 +108,7 @@ def plain_params(params: Mapping[str, object]) -> dict[str, bool | int | float |
 
 
 def trial_numbers(trial: Trial) -> dict[str, float]:
-    """Return the finite numbers of a trial, by name.
+    """Return the finite numeric results and hyperparameters of a trial, by name.
 
     The names are score, std_error, best_epoch, seconds and ``params/...`` for numeric
     hyperparameters. With several metrics there is also ``metrics/NAME``, the mean of each metric
@@ -132,7 +134,7 @@ def _best_score(study: Study) -> float:
 
 
 def _study_options(study: Study) -> Json:
-    """Return the options by which people compare searches."""
+    """Return the options of a search that loggers record, so that people can compare searches."""
     record = study.record
     options = {}
     for name, part in RECORD_FIELDS.items():
@@ -309,7 +311,7 @@ class WandB(Callback):
     """Log a search as one Weights & Biases run, offline by default.
 
     The options of the search are the config of the run. Each trial is a row of its history, with
-    the same numbers as the metrics of ``MLflow`` and the text values of hyperparameters. The best
+    the same values as the metrics of ``MLflow`` and the text values of hyperparameters. The best
     trial is the summary. A process of W&B writes the rows to a file and sends them, so no trial
     waits for the network.
 

@@ -20,7 +20,7 @@ from gputune.wording import (
 )
 
 TOO_BIG = "out of memory"
-"""The first words of the reason of a trial that does not fit into memory.
+"""The beginning of the failure reason of a trial that does not fit into memory.
 
 Other reasons begin differently.
 """
@@ -115,7 +115,7 @@ class _WithReferences(BaseException):
 
 
 class DivergedError(_WithReferences, ArithmeticError):
-    """A training that must return a finite result went to infinity or NaN."""
+    """A training run that must return a finite result went to infinity or NaN."""
 
 
 class ClusterError(_WithReferences, RuntimeError):

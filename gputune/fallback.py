@@ -7,7 +7,8 @@ an error of the user's own module, because the backend that trains in the end ra
 import os
 
 STRICT = "GPUTUNE_STRICT_BACKENDS"
-"""The environment variable that makes such an error end the search, with its traceback.
+"""The environment variable that makes an error of a tried backend end the search, with its
+traceback.
 
 It is for tests and bug reports.
 """

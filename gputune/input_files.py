@@ -1,8 +1,8 @@
 """Checks of the files that gputune reads, before they are opened.
 
 Every reader of data, studies and models begins here. A read from a pipe would wait forever, a
-device has no end, and a small file can describe more numbers than memory holds. So gputune checks
-the kind of a file before it opens it, and the size before the content takes memory.
+device has no end, and a small file can describe more values than memory holds. Therefore gputune
+checks the kind of a file before it opens it, and the size before the content takes memory.
 """
 
 import os
@@ -117,7 +117,7 @@ def check_room(path: Path, needed: int, free: int | None = None) -> None:
 
 
 def check_model_folder(folder: Path) -> None:
-    """Raise InputError if there is no folder of this name, from which a model is to be read."""
+    """Raise InputError unless a folder from which a model will be read exists."""
     if not folder.is_dir():
         rule = f"there is no model folder {str(folder)!r}"
         raise InputError(None, rule, remedy="Check the path.")

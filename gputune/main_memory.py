@@ -21,9 +21,9 @@ _RECLAIMABLE = ("active_file", "inactive_file", "slab_reclaimable")
 def free_memory() -> int:
     """Return the bytes of main memory that this process may still take.
 
-    The result is the smallest of three numbers: the memory that the machine has available, the rest
-    of ``ulimit -v``, and the rest of each control group of the process. Cached files count as free.
-    The result is half of all memory if the system does not say how much is available, and
+    The result is the smallest of three byte counts: the memory that the machine has available, the
+    rest of ``ulimit -v``, and the rest of each control group of the process. Cached files count as
+    free. The result is half of all memory if the system does not say how much is available, and
     ``sys.maxsize`` if the system says nothing.
     """
     limits = [sys.maxsize, *_free_of_groups()]
@@ -63,7 +63,7 @@ def _free_of_groups() -> Iterator[int]:
 
 
 def _free_of_group(folder: Path, *, is_v2: bool) -> int:
-    """Return the bytes that the limits of one control group leave.
+    """Return the free bytes within the memory limits of one control group.
 
     ``sys.maxsize`` means no limit.
     """

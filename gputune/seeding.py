@@ -1,5 +1,8 @@
-"""One independent random stream for every use, so that no draw depends on the number of other
-draws."""
+"""One independent random stream for every use.
+
+The random numbers of one use therefore never depend on how many random numbers other uses take. A
+draw is one call of a random generator.
+"""
 
 import hashlib
 import random
@@ -13,7 +16,8 @@ import torch
 GLOBAL_DRAWS = threading.RLock()
 """A lock for the generators that all threads share (torch, Python, NumPy).
 
-It is held while such a generator is at one of our streams or draws for us.
+The lock is held while a shared generator is set to one of our streams or draws random numbers for
+us.
 """
 
 
@@ -30,7 +34,7 @@ def stream_seed(seed: int, *key: object) -> int:
 def stream(seed: int, *key: object) -> torch.Generator:
     """Return a separate CPU generator for one use, for example ``stream(seed, "rows", n, epoch)``.
 
-    Draws are made on the CPU and then moved, so that a GPU gets the same numbers.
+    Random numbers are drawn on the CPU and then moved, so that a GPU gets the same random numbers.
     """
     return torch.Generator().manual_seed(stream_seed(seed, *key))
 
@@ -41,8 +45,8 @@ def keyed_draws(
 ) -> Iterator[None]:
     """Let torch's own generator draw from the stream of ``key`` inside the block.
 
-    It continues as before outside. Threads take turns, because they share this generator. It serves
-    modules and dropout, which accept no other generator.
+    It continues as before outside. Threads take turns, because they share this generator. This
+    generator serves modules and dropout, which accept no other generator.
 
     Args:
         device: The device that draws. The CPU's generator is always included.
@@ -73,7 +77,7 @@ def start_stream(device: torch.device, seed: int, *key: object, host: bool = Fal
 
 
 def prediction_draws(device: torch.device, *, draws: bool) -> AbstractContextManager[None]:
-    """Let a model that draws random numbers in predictions draw the same numbers in each call."""
+    """Let a model that uses random numbers in predictions get the same random numbers in each call."""
     return keyed_draws(device, 0, "predict", host=True) if draws else nullcontext()
 
 

@@ -47,7 +47,7 @@ def short(value: object) -> str:
 
 
 _PREFIX = 3
-"""Letters from which on the beginning of a word identifies the word."""
+"""The least number of letters with which the beginning of a word identifies the word."""
 
 
 def nearest(
@@ -101,7 +101,7 @@ def is_number(text: str) -> bool:
 
 
 def count(number: int, noun: str) -> str:
-    """Return a number with its noun, such as "1 row", "2 rows" or "2 categories"."""
+    """Return a count with its noun, such as "1 row", "2 rows" or "2 categories"."""
     plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
     return f"{number} {noun if number == 1 else plural}"
 
@@ -139,8 +139,8 @@ class Measure:
         return self.size(-score if self.lower_is_better else score)
 
     def size(self, value: float) -> str:
-        """Return a number in the unit of the score, such as a standard error, with the same
-        decimals."""
+        """Return the text of a value in the score's unit, for example a standard error, with the
+        same decimals."""
         if not math.isfinite(value):
             return "-"
         # adding 0.0 turns -0.0 into 0.0
@@ -154,7 +154,7 @@ class Measure:
 
 
 def of_class(positive: object) -> str:
-    """Return the words about the positive class that follow the name of a score, or ""."""
+    """Return the text about the positive class that follows the name of a score, or ""."""
     return "" if positive is None else f" of class {clean(repr(positive))}"
 
 
@@ -207,7 +207,7 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 def blocks(values: Sequence[float], *, width: int) -> str:
-    """Return numbers as a curve of at most ``width`` block characters.
+    """Return a curve of values as at most ``width`` block characters.
 
     A blank stands for NaN and infinity.
     """

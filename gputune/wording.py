@@ -47,7 +47,7 @@ class Reference:
 
     @classmethod
     def parse(cls, text: str) -> "Reference | None":
-        """Return the reference that a text spells, None for any other text."""
+        """Return the reference that a text encodes, or None for any other text."""
         match = _REFERENCE.fullmatch(text)
         if match is None:
             return None

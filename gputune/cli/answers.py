@@ -22,7 +22,7 @@ def rows_with_target(
     Args:
         model: the model that will predict the rows.
         file: a table, or a file of arrays.
-        target: the column or array with the right answers. None: the target of the training.
+        target: the column or array with the targets. None: the target of the search.
         missing_target: "drop" leaves out rows without a target, "error" refuses them.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The parser of the command line, and the places of a study and its model.
+"""The parser of the command line, and the paths of a study and its model.
 
 Nothing heavy is imported, so that ``gputune --help`` is fast. Errors suggest the flag that was
 probably meant.
@@ -374,7 +374,7 @@ search."""
 def _reader(
     read: Callable[[str], float], rule: str, least: float = -math.inf
 ) -> Callable[[str], float]:
-    """Return a function that reads a number of at least ``least`` from text."""
+    """Return a function that converts text to a numeric value of at least ``least``."""
 
     def number(text: str) -> float:
         with suppress(ValueError):

@@ -1,4 +1,4 @@
-"""The flags of a search, and the translation of Python messages into words of the command line."""
+"""The flags of a search, and the rendering of messages with flags instead of Python arguments."""
 
 import ast
 import re
@@ -174,7 +174,7 @@ _OF_CALLS = {
     ("load_model", "module"): "--model",
     ("Ray", "address"): "--ray",
 }
-"""The flags of arguments that other functions than ``gputune.tune`` take."""
+"""The flags for arguments of functions other than ``gputune.tune``."""
 
 _METHOD_CLASSES = ("Halving", "Median", "Hypergradient")
 

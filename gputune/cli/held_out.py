@@ -1,4 +1,4 @@
-"""The score of a saved model on held-out rows, and the best score without a model."""
+"""The score of a saved model on held-out rows, and the best score of a constant prediction."""
 
 import math
 import warnings
@@ -78,7 +78,7 @@ class HeldOut:
 
 
 def saved_loss(model: TunedModel) -> Objective | None:
-    """Return the loss with which a module was trained, if it has a name, with its numbers.
+    """Return the named loss with which a model was trained, with its numeric arguments.
 
     None for a custom loss, which no file holds, and for a built-in model without a recorded loss.
     """
@@ -142,10 +142,10 @@ def held_out_score(
 def held_out_baseline(
     model: TunedModel, scoring: str, rest: Source, test: Source, *, positive: object = None
 ) -> tuple[str, float] | None:
-    """Return the best answer without a model, in words, and its score on the held-out rows.
+    """Return the best constant prediction as text, and its score on the held-out rows.
 
-    The answer is a constant that is fitted on ``rest``, the rows of the search. The result is None
-    if no constant answer is known, or if its score is undefined on the held-out rows.
+    The constant is fitted on ``rest``, the rows of the search. The result is None if no constant
+    prediction is known, or if its score is undefined on the held-out rows.
     """
     if scoring == "neg_loss" or model.task == "custom":
         return None
@@ -173,7 +173,8 @@ def held_out_baseline(
 def labels_of(model: TunedModel, test: Source) -> tuple[list[object], np.ndarray]:
     """Return the classes, and the code of each held-out row.
 
-    Classes that only held-out rows have come last. For a regression return [] and the numbers.
+    Classes that only held-out rows have come last. For a regression return [] and the target
+    values.
     """
     if model.classes is None:
         return [], np.asarray(test.y, dtype=float)
@@ -183,9 +184,9 @@ def labels_of(model: TunedModel, test: Source) -> tuple[list[object], np.ndarray
 def _outputs_to_score(
     model: TunedModel, loss: Objective | None, outputs: Tensor, y: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return outputs and targets in the form that scores take.
+    """Return outputs and targets in the form that ``Scoring`` expects.
 
-    A loss takes the transformed targets of the training.
+    A loss is computed on the transformed targets, as in training.
     """
     if loss is not None and model.task == "regression":
         target = y.numpy()
@@ -235,7 +236,7 @@ def _score(scorer: Scoring, outputs: Tensor, y: Tensor) -> float:
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     """Return the 95% score interval of a share.
 
-    It stays right if all or none of the rows are successes. Source: Wilson (1927), Probable
+    It is correct even if all or none of the rows are successes. Source: Wilson (1927), Probable
     inference, the law of succession, and statistical inference.
     """
     z = 1.959963984540054  # the 97.5% quantile of the normal distribution

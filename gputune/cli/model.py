@@ -154,7 +154,7 @@ class Evaluation:
 
 
 def _share_text(part: int, total: int) -> str:
-    """Return a share as text, "-" for a share of nothing."""
+    """Return a share as text, "-" if the whole is empty."""
     return f"{part / total:.4f}" if total else "-"
 
 
@@ -262,7 +262,7 @@ def _remarks_on_trained_rows(share: float | None) -> list[str]:
 def _trained_share(model: TunedModel, test: Source, y: np.ndarray) -> float | None:
     """Return the approximate share of the rows that the model was trained on, or None.
 
-    ``y`` (n, ...) holds the codes or numbers of the targets.
+    ``y`` (n, ...) holds the class codes or the numeric targets.
     """
     sample = model.info.get("trained_rows")
     if sample is None:

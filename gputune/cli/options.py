@@ -239,7 +239,7 @@ def _parse_value(key: str, text: str, spec: str) -> str | float | bool | tuple[o
 
 
 def _number(text: str) -> int | float | None:
-    """Return the number that a text spells, or None."""
+    """Return the numeric value that a text spells, or None."""
     for read in (int, float):
         with suppress(ValueError):
             return read(text)

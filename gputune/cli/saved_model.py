@@ -25,9 +25,10 @@ from gputune.views.default_trial import default_trial
 LEVEL = 0.9  # level of the intervals whose coverage is printed
 
 COMPARED_SHARE = 0.1
-"""Share of the search's member-steps.
+"""Share of the search's member-steps that a comparison may cost.
 
-The default's model is trained for a comparison if that takes less.
+A member-step is one optimizer step of one trial on one fold. The model of the default configuration
+is trained for a comparison if its training takes less than this share.
 """
 
 
@@ -102,7 +103,7 @@ def is_cheap_to_train(study: Study, trial: Trial) -> bool:
 def _steps(study: Study, trial: Trial, n_rows: int) -> int:
     """Return the number of optimizer steps of one epoch on ``n_rows`` rows.
 
-    It is 1 for a model that is solved.
+    It is 1 for the logistic regression that is solved to convergence.
     """
     choice = study.data.choice
     options = study.data.options

@@ -41,7 +41,7 @@ FIELDS = ("number", "params", "score", "fold_scores", "best_epoch", "state", "se
 
 SCORE = "score"
 SCORE_AND_ERROR = "score ± error"
-"""Columns that are shown under the name of the measure, unless that is long.
+"""Columns that are shown under the name of the measure, unless this name is long.
 
 Titles show it in full.
 """
@@ -138,7 +138,7 @@ def trials_csv(study: Study) -> str:
 def best_text(study: Study) -> str:
     """Return the best score and its parameters.
 
-    These are written in full, so that you can copy them.
+    The parameters are written in full, so that you can copy them.
     """
     best = study.best_trial
     measure = score_view(study).measure
@@ -175,7 +175,7 @@ def best_json(study: Study) -> str:
 
 
 def mean_words(study: Study, *, errors: bool) -> str:
-    """Return words that say that a score is a mean over the folds, with its standard error if
+    """Return the text that marks a score as a mean over the folds, with its standard error if
     shown."""
     folds = study.record.folds or study.curves.shape[2]
     return f"mean{' ± standard error' * errors} over {count(folds, 'fold')}"
@@ -196,8 +196,8 @@ def trial_rows(
     Args:
         study: the study.
         trials: the trials to show.
-        layouts: sets of columns. The first that fits into ``width`` is used. If all are too wide,
-            the parameters share the last column of the last one, on several lines.
+        layouts: sets of columns. The first set that fits into ``width`` is used. If all sets are
+            too wide, the parameters share the last column of the last set, on several lines.
         width: width of the terminal.
         indent: text before each line.
     """
@@ -285,7 +285,7 @@ def _plain(trial: Trial) -> dict[str, object]:
 
 
 def _numbers(values: Iterable[float]) -> list[float | None]:
-    """Return numbers with None for NaN and infinity."""
+    """Return floats for JSON: None replaces NaN and infinity."""
     return [value if math.isfinite(value) else None for value in values]
 
 
@@ -423,7 +423,7 @@ def report(arguments: Namespace) -> str:
 
 
 def repair(arguments: Namespace) -> str:
-    """Save the intact part of a damaged study into a new file, and return the summary."""
+    """Save the undamaged part of a damaged study into a new file, and return the summary."""
     from gputune.study.repair import repair
 
     saved = repair(study_file(arguments.study), arguments.out)

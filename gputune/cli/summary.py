@@ -145,7 +145,7 @@ _ENDING = re.compile(r" --(?:timeout|target-score|patience-trials)[ =]\S+")
 
 
 def _understood(ending: Ending, width: int) -> str:
-    """Return the lines on data, inputs, task and search."""
+    """Return the lines of the closing text about data, inputs, task and search."""
     study = ending.study
     record = ending.study.record
     data = f"{ending.file}: {record.fingerprint['rows']} rows to search on"

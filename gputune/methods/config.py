@@ -25,7 +25,7 @@ from gputune.wording import Verbatim, option
 
 
 class Range(NamedTuple):
-    """The range of the numbers that a key accepts."""
+    """The range of the numeric values that a key accepts, with its text for errors."""
 
     rule: str
     example: str
@@ -35,7 +35,7 @@ class Range(NamedTuple):
     integer: bool = False
 
     def includes(self, value: float) -> bool:
-        """Return True if a number is in the range."""
+        """Return True if a numeric value is in the range."""
         inside = self.low < value < self.high
         return (
             inside
@@ -109,8 +109,9 @@ _OTHER_NAMES: Mapping[str, str] = {
 def legal_keys(model: Literal["mlp", "logistic", "module"], optimizer: str) -> tuple[str, ...]:
     """Return the keys that a space for this kind of model may have.
 
-    A module may also have ``module__*`` keys. ``optimizer="exact"`` is the solved logistic
-    regression. It has only ``numbers`` and the keys of its penalty.
+    A module may also have ``module__*`` keys. ``optimizer="exact"`` is the logistic regression that
+    is solved to convergence, without training steps. It has only the key ``numbers`` (scaling of
+    numeric columns) and the keys of its penalty.
     """
     if model == "logistic" and optimizer == "exact":
         return ("C", "l1_ratio", "penalty", "numbers")
@@ -126,9 +127,9 @@ def legal_keys(model: Literal["mlp", "logistic", "module"], optimizer: str) -> t
 
 
 def key_of(word: str) -> str | None:
-    """Return the key that a word means, either by its name or by a name used elsewhere.
+    """Return the key that a text means, either by its own name or by its name in other libraries.
 
-    Returns None if the word means no key.
+    Returns None if the text means no key.
     """
     key = _OTHER_NAMES.get(word, word)
     return key if key in KEYS or key.startswith(PREFIXES) else None
@@ -225,7 +226,7 @@ def plain_config(config: Mapping[str, object], *, name: str = "") -> Config:
 
 
 def _plain(value: object) -> object:
-    """Return a Python number in place of a NumPy number."""
+    """Return a NumPy scalar as a Python scalar, and any other value unchanged."""
     is_scalar = isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0)
     return value.item() if is_scalar else value  # type: ignore[attr-defined]
 
@@ -243,7 +244,8 @@ def check_penalty(keys: Collection[str], name: str) -> None:
 
 
 def check_value(key: str, value: object, name: str) -> Any:
-    """Return one value of ``key`` as a Python number or word.
+    """Return the checked value of ``key`` as a plain Python value, for example a number or a
+    string.
 
     Raises InputError if the value is out of range.
     """
@@ -279,7 +281,7 @@ def check_value(key: str, value: object, name: str) -> Any:
 
 
 def _check_number(rule: Range, value: object, name: str) -> float | int:
-    """Return a number in the range of its rule. Raises InputError otherwise."""
+    """Return a numeric value as an int or a float. Raises InputError if it is out of range."""
     number = math.nan  # in no range
     remedy = f"For example {rule.example}."
     got = value

@@ -1,8 +1,8 @@
 """The options of a hypergradient search, and the steps of one starting point.
 
-Each starting point moves so that the mean validation loss over the folds falls. It moves in the
-coordinates of its hyperparameters, which are logarithms or logits. Batch size, width and depth do
-not move. They differ between starting points.
+A starting point is a configuration from which the search begins. It moves so that the mean
+validation loss over the folds falls. It moves in the coordinates of its hyperparameters, which are
+logarithms or logits. Batch size, width and depth do not move. They differ between starting points.
 """
 
 import math
@@ -44,7 +44,7 @@ class Hypergradient:
     """Options of a hypergradient search, for ``tune(method=...)``.
 
     Each starting point follows the gradient of its mean validation loss over the folds. At every
-    point the model trains for the whole of ``max_epochs``.
+    point the model trains for ``max_epochs`` epochs.
 
     Args:
         outer_steps: The number of steps of each starting point.
@@ -117,7 +117,8 @@ class Slope:
 
     Attributes:
         loss: The mean validation loss over the folds.
-        slopes: The slope of the loss in the coordinates of each hyperparameter, (S, L).
+        slopes: The derivative of the loss in the coordinates of each hyperparameter, (S, L) for S
+            segments of the training time and L layers.
         errors: The standard errors of the slopes over the folds, (S, L). NaN for one fold.
         usable: False if the slopes are chaotic, which ``ratio`` tells, or not finite.
         ratio: The largest measure of chaos over the folds.
@@ -144,7 +145,7 @@ class Slope:
 
     @classmethod
     def from_detail(cls, detail: Json) -> "Slope":
-        """Return the slope that ``to_detail`` converted."""
+        """Return the slope from the plain values that ``to_detail`` made."""
         return cls(
             detail["loss"],
             _as_arrays(detail["slope"]),
@@ -170,7 +171,7 @@ def slope_at(
     ratios: np.ndarray,
     mode: Literal["exact", "differences"],
 ) -> Slope:
-    """Return the Slope of a point as the mean over the folds.
+    """Return the Slope of a point: its mean loss and slopes over the F folds.
 
     Args:
         config: The configuration of the point.

@@ -1,8 +1,8 @@
 """The distributions of the values of a space: lists, scipy.stats distributions, and our own.
 
-A distribution, and so a space, can be converted to three notations. Text is used for a hash. Plain
-values are used for a study file. Optuna's notation has a "kind" (float, int or choices) and its
-arguments.
+A distribution, and therefore a space, can be converted to three notations. Text is used for a hash.
+Plain values are used for a study file. Optuna's notation has a "kind" (float, int or choices) and
+its arguments.
 """
 
 import math
@@ -35,7 +35,8 @@ Choices = list[Any] | Distribution
 CheckedSpace = list[dict[str, Choices]]
 """A checked space, as a list of dicts.
 
-Several dicts are alternatives: a draw takes one dict, then a value for each key.
+Several dicts are alternatives: to sample a configuration, gputune takes one dict, then a value for
+each key.
 """
 
 ScipyFamily: TypeAlias = stats.rv_continuous | stats.rv_discrete
@@ -72,7 +73,7 @@ def range_of(
 class OwnDistribution:
     """A distribution that scipy lacks, with values from ``low`` to ``high``.
 
-    It draws integers on a log scale, or numbers in equal steps.
+    It samples integers on a log scale, or values in equal steps.
     """
 
     word: ClassVar[str]
@@ -81,7 +82,7 @@ class OwnDistribution:
     high: float
 
     def support(self) -> tuple[float, float]:
-        """Return the smallest and the largest number. Both can be drawn."""
+        """Return the smallest and the largest value. Both can be sampled."""
         return self.low, self.high
 
     @property
@@ -118,9 +119,9 @@ class LogInt(OwnDistribution):
 def log_int(low: int, high: int) -> LogInt:
     """Return a log-uniform distribution of the integers from ``low`` to ``high``, both included.
 
-    A draw is a log-uniform real number of [low, high + 1), rounded down. So k has the probability
-    log((k + 1) / k) / log((high + 1) / low). Rounding numbers of [low, high] to the nearest integer
-    would give the two ends only half of their share.
+    A sample is a log-uniform real number from [low, high + 1), rounded down. The integer k
+    therefore has the probability log((k + 1) / k) / log((high + 1) / low). Rounding real numbers
+    from [low, high] to the nearest integer would give the two ends only half of their share.
 
     Args:
         low: The smallest integer, > 0.
@@ -148,9 +149,9 @@ def log_int(low: int, high: int) -> LogInt:
 
 @dataclass(frozen=True)
 class LogIntegers(OwnDistribution):
-    """Log-uniform integers as Optuna draws them.
+    """The log-uniform distribution of integers in Optuna's definition.
 
-    A draw is a log-uniform real number of [low - 1/2, high + 1/2], rounded.
+    A sample is a log-uniform real number from [low - 1/2, high + 1/2], rounded to an integer.
     """
 
     word = "log_integers"
@@ -164,9 +165,9 @@ class LogIntegers(OwnDistribution):
 
 @dataclass(frozen=True, repr=False)
 class EvenSteps(OwnDistribution):
-    """The numbers low, low + step, ..., high with equal probability.
+    """The values low, low + step, ..., high with equal probability.
 
-    All of them are integers if the three arguments are integers.
+    All values are integers if the three arguments are integers.
     """
 
     word = "steps"
@@ -179,7 +180,7 @@ class EvenSteps(OwnDistribution):
 
     @property
     def is_integer(self) -> bool:
-        """True if the distribution draws integers."""
+        """True if all samples of the distribution are integers."""
         return all(isinstance(value, int) for value in astuple(self))
 
     @property
@@ -210,7 +211,7 @@ def distribution_text(value: Any) -> str:
     """Return a distribution as text that is the same in every process.
 
     Our own distributions are written as their repr, and scipy's as name and parameters. Any other
-    one is written as its type and first draws.
+    distribution is written as its type and its first samples.
     """
     if isinstance(value, OwnDistribution):
         return repr(value)
@@ -334,7 +335,7 @@ def describe(choices: Choices) -> Json | None:
 def label(choice: object) -> Label:
     """Return the value that represents a choice in Optuna.
 
-    Optuna's storages accept numbers, words and None. Any other choice becomes text.
+    Optuna's storages accept numbers, strings and None. Any other choice becomes a string.
     """
     if choice is None or isinstance(choice, bool | int | float | str):
         return choice
@@ -360,7 +361,7 @@ def is_fixed(choices: Choices) -> bool:
 
 
 def is_inside(config: Config, space: CheckedSpace) -> bool:
-    """Return True if a configuration could have been drawn from the space."""
+    """Return True if a configuration lies in the space, so that sampling could return it."""
     for part in space:
         if config.keys() == part.keys() and all(
             can_draw(part[key], value) for key, value in config.items()

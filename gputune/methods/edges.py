@@ -18,10 +18,10 @@ _NEAR = 0.05  # this share of a range, on its own scale, counts as its end
 def edge_remarks(study: Study) -> tuple[str, ...]:
     """Return one sentence for each hyperparameter with the best value at an end of its range.
 
-    There is no remark for words, for values without a distribution of one range, and for
-    hyperparameters that a hypergradient search moves. There is also no remark for an end that no
-    value may exceed, such as dropout=0. An included trial that went further, or another trial with
-    the same score elsewhere, also prevents a remark.
+    There is no remark for categorical values, for values without a distribution of one range, and
+    for hyperparameters that a hypergradient search moves. There is also no remark for an end that
+    no value may exceed, such as dropout=0. An included trial that went further, or another trial
+    with the same score elsewhere, also prevents a remark.
     """
     finite = np.flatnonzero(np.isfinite(study.scores)).tolist()
     if not finite:
@@ -63,7 +63,7 @@ def edge_remarks(study: Study) -> tuple[str, ...]:
 def _ends(distribution: Mapping[str, object]) -> tuple[float, float] | None:
     """Return the smallest and the largest value of a distribution.
 
-    Returns None for words and for fewer than three numbers.
+    Returns None for categorical values, and for a list of fewer than three distinct numbers.
     """
     if distribution["kind"] != "choices":
         low = distribution.get("low")

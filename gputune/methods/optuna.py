@@ -1,7 +1,7 @@
 """Optuna samplers propose configurations, and a study can be exported to Optuna.
 
-A copy of the user's sampler works in an Optuna study in memory. It is asked for configurations and
-receives their scores.
+gputune copies the user's sampler into an Optuna study in memory. It asks this copy for
+configurations, and reports their scores to it.
 """
 
 import copy
@@ -135,8 +135,8 @@ class OptunaStudy:
             raise InputError(None, f"A proposal of the sampler for {error.message}") from error
 
     def tell(self, trial: "optuna.Trial", result: Result) -> None:
-        """Report the result of a proposed trial to Optuna. Pruned and diverged trials are marked as
-        such."""
+        """Report the result of a proposed trial to Optuna. Pruned and diverged trials are marked in
+        Optuna."""
         if result.state == "pruned":
             for epoch, mean in fold_means(result.curve).items():
                 trial.report(mean, epoch)
@@ -146,7 +146,7 @@ class OptunaStudy:
             self.study.tell(trial, state=state_of(self.optuna, result.state))
 
     def add(self, params: Config, result: Result) -> bool:
-        """Report a result that was not proposed by the sampler.
+        """Report the result of a configuration that the sampler did not propose.
 
         Returns False if its configuration is not in the space.
         """
@@ -166,7 +166,8 @@ class OptunaStudy:
         return True
 
     def _label_choices(self, params: Config) -> Config:
-        """Return a configuration with labels in place of the choices of lists."""
+        """Return a configuration in which labels replace the choices of lists, as Optuna stores
+        them."""
         labeled = {}
         for key in self.distributions:
             is_list = isinstance(self.choices[key], list)
@@ -356,7 +357,7 @@ def _is_number(value: object) -> TypeGuard[float]:
 def _can_include(description: Json, value: object) -> bool:
     """Return True if a distribution can be widened to include a value.
 
-    A word among numbers cannot be included, nor 0 on a log scale.
+    A string cannot be included in a numeric distribution, and 0 cannot be included on a log scale.
     """
     if description["kind"] == "choices":
         return True

@@ -1,4 +1,4 @@
-"""Random search: scikit-learn's ParameterSampler draws the trials of a search once.
+"""Random search: scikit-learn's ParameterSampler samples the trials of a search once, at its start.
 
 This module also makes the remarks about these trials.
 """
@@ -37,25 +37,25 @@ def draw(
     seconds: float | None = None,
     n_known: int = 0,
 ) -> list[Config]:
-    """Draw ``n_trials`` configurations of a checked space.
+    """Sample ``n_trials`` configurations from a checked space.
 
-    The draws are those of ParameterSampler, and so of RandomizedSearchCV. A space that has only
-    lists is drawn without replacement. If it has fewer than ``n_trials`` points, all of them are
-    returned, and ``remarks`` tells the user.
+    ParameterSampler, and therefore RandomizedSearchCV, gives the same configurations. A space that
+    has only lists is sampled without replacement. If it has fewer than ``n_trials`` points, all
+    points are returned, and ``remarks`` tells the user.
 
     Args:
         space: The checked space.
         n_trials: The number of configurations.
         seed: The random seed.
         check: Checks each configuration.
-        seconds: After this time the function returns the configurations drawn so far, at least one
-            new one. None means no limit.
-        n_known: The number of configurations that an earlier call has drawn. The time for drawing
+        seconds: After this time the function returns the configurations sampled so far, including
+            at least one new configuration. None means no limit.
+        n_known: The number of configurations that an earlier call has sampled. The time to sample
             them again does not count.
 
     Raises:
-        InputError: A draw is invalid, for example if a custom distribution draws 17.3 for an
-            integer key.
+        InputError: A sampled configuration is invalid, for example if a custom distribution returns
+            17.3 for an integer key.
     """
     sampler = ParameterSampler(space, _n_draws(space, n_trials), random_state=seed)
     end = math.inf
@@ -83,9 +83,9 @@ def first_candidates(
 ) -> tuple[Candidate, ...]:
     """Return the first trials of a new search.
 
-    They are the default configuration, with it a ``portfolio``, and then the configurations of
-    ``include``. A missing key takes its default value, moved into the space if the space has the
-    key. A configuration equal to an earlier one is dropped.
+    They are the default configuration, a ``portfolio`` if the default configuration is run, and
+    then the configurations of ``include``. A missing key takes its default value, moved into the
+    space if the space has the key. A configuration equal to an earlier one is dropped.
 
     Args:
         space: The checked space.
@@ -137,12 +137,12 @@ def top_up(
     earlier: Sequence[Config] = (),
     seconds: float | None = None,
 ) -> tuple[Candidate, ...]:
-    """Return the drawn trials that are missing from ``old``, with the next free numbers.
+    """Return the sampled trials that are missing from ``old``, with the next free trial numbers.
 
-    ``n_trials`` configurations are drawn again, and those already in ``old`` are dropped. So the
-    same seed continues a search. There are at most ``n_trials`` trials, including the default trial
-    but not the included trials. A space of only lists is drawn without replacement, so a larger
-    ``n_trials`` gives a different selection.
+    ``n_trials`` configurations are sampled again, and configurations already in ``old`` are
+    dropped. The same seed therefore continues a search. There are at most ``n_trials`` trials,
+    including the default trial but not the included trials. A space of only lists is sampled
+    without replacement, so a larger ``n_trials`` gives a different selection.
 
     Args:
         old: The trials so far.
@@ -150,9 +150,9 @@ def top_up(
         n_trials: The number of trials.
         seed: The random seed.
         check: Checks each configuration.
-        earlier: Configurations that other searches have tried. They are dropped too, and others are
-            drawn instead, if the space has enough of them.
-        seconds: After this time the drawing ends with fewer trials. None means no limit.
+        earlier: Configurations that other searches have tried. They are dropped too, and replaced
+            by other sampled configurations if the space has enough.
+        seconds: After this time the sampling ends with fewer trials. None means no limit.
     """
     new: tuple[Candidate, ...] = ()
     lacking = n_trials - n_counted(old)
@@ -257,7 +257,7 @@ def remarks(
 
 
 def _n_draws(space: CheckedSpace, n_trials: int) -> int:
-    """Return the number of draws that are possible, at most ``n_trials``."""
+    """Return the number of configurations that can be sampled from the space, at most ``n_trials``."""
     # At most the number of points of a space of lists. scikit-learn would warn about more draws.
     try:
         return len(ParameterSampler(space, n_trials))
@@ -278,7 +278,7 @@ def numbered(
     old: Sequence[Candidate] = (),
     earlier: Sequence[Config] = (),
 ) -> tuple[Candidate, ...]:
-    """Number new configurations, beginning after the numbers of ``old``.
+    """Give trial numbers to new configurations, beginning after the trial numbers of ``old``.
 
     Configurations that are already in ``old`` or ``earlier`` are left out.
     """
@@ -342,8 +342,8 @@ def _with_defaults_in_space(
 def _nearest(key: str, choices: Choices, value: object) -> object:
     """Return the value of ``choices`` that is nearest to a value.
 
-    This is the value itself if ``choices`` has it. Otherwise it is the nearest number, the first
-    entry of a list, or a draw.
+    This is the value itself if ``choices`` has it. Otherwise it is the nearest numeric value, the
+    first entry of a list, or a random sample.
     """
     if isinstance(choices, list):
         if value in choices:

@@ -42,8 +42,8 @@ from gputune.wording import Verbatim, per_interface
 def check_space(space: object, *, keys: Collection[str], module: bool) -> CheckedSpace:
     """Return a checked space as a list of dicts of lists and distributions.
 
-    Every value is in the range of its key. ``penalty`` stays a key of the space, so that the draws
-    are scikit-learn's. ``check_config`` translates it later.
+    Every value is in the range of its key. ``penalty`` stays a key of the space, so that
+    scikit-learn samples the same configurations. ``check_config`` translates it later.
 
     Args:
         space: A dict, or a list of dicts (alternatives). A value is a list, tuple, range or 1-D
@@ -105,7 +105,7 @@ def choices_of(space: CheckedSpace, key: str, *, default: object) -> list[Any]:
 def check_own_space(space: object) -> CheckedSpace:
     """Return the checked space of a custom training loop, in the form of ``check_space``.
 
-    Its keys are any words, and its values any values.
+    Its keys are any strings, and its values any values.
     """
     named = _dicts_by_name(space, remedy="For example space={'lr': [0.01, 0.001]}.")
     for name, part in named.items():
@@ -230,7 +230,7 @@ def _check_choices(key: str, value: object, name: str) -> Choices:
 
 
 def _check_distribution(key: str, value: Any, name: str) -> None:
-    """Raise InputError for a distribution that can draw values out of the range of its key."""
+    """Raise InputError for a distribution that can return values outside its key's range."""
     scipy_classes = (stats.rv_continuous, stats.rv_discrete)
     is_unfrozen = isinstance(value, scipy_classes)
     if is_unfrozen and value.numargs:
@@ -316,7 +316,7 @@ _SIZES: Mapping[type[nn.Module], Mapping[str, Choices]] = {
 def recipe_of(builder: object, goal: Goal) -> Config:
     """Return the values that replace the common defaults for a model, or an empty dict.
 
-    ``goal`` says whether the target is classes, numbers, or neither.
+    ``goal`` says whether the model predicts classes, numeric values (regression), or neither.
     """
     if builder is not RealMLP:
         return {}
@@ -330,12 +330,12 @@ def default_space(
 ) -> dict[str, Choices]:
     """Return the default space of a search.
 
-    The learning rate matters most and is drawn on a log scale. SGD does not scale each step as Adam
-    does, so its range is one or two powers of ten higher. For a class of torch.optim the range lies
-    around the default of this class. Batch size and width come from short lists of powers of two.
-    Many trials then share one tensor shape and train as one population. Depth, activation and
+    The learning rate matters most and is sampled on a log scale. SGD does not scale each step as
+    Adam does, so its range is one or two powers of ten higher. For a class of torch.optim the range
+    lies around the default of this class. Batch size and width come from short lists of powers of
+    two. Many trials then share one tensor shape and train as one population. Depth, activation and
     dropout stay at their defaults, because each of them splits populations or adds little on
-    tables. The solved logistic regression has only its penalty.
+    tables. The space of the solved logistic regression (no training steps) has only its penalty.
 
     Args:
         model: The kind of model.

@@ -16,8 +16,8 @@ from gputune.executors.worker import Reports
 from gputune.wording import option
 
 Curves = Mapping[int, np.ndarray]
-"""The scores (epochs, F) of trials so far, keyed by trial number. Trials that have ended are
-included."""
+"""The scores of trials so far, (epochs, F) with F folds, keyed by trial number. Trials that have
+ended are included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class StoppingRule:
         raise NotImplementedError
 
     def trials_to_stop(self, epoch: int, curves: Curves, max_epochs: int) -> set[int]:
-        """Return the numbers of the trials that stop after an epoch of ``stops``."""
+        """Return the trial numbers of the trials that the rule prunes after an epoch of ``stops``."""
         raise NotImplementedError
 
 
@@ -98,9 +98,9 @@ class Halving(StoppingRule):
         return sorted(set().union(*self.rungs(max_epochs)))
 
     def trials_to_stop(self, epoch: int, curves: Curves, max_epochs: int) -> set[int]:
-        """Return the trials that stop at the rungs of this epoch.
+        """Return the trial numbers of the trials that successive halving prunes after this epoch.
 
-        They are the trials that are not among the best of their bracket by mean validation score.
+        These trials are not among the best of their bracket by mean validation score.
         """
         # By trial number, not by position: a repaired study may lack some trials.
         bracket_of = self.brackets_of(1 + max(curves, default=-1), max_epochs)
@@ -117,7 +117,7 @@ class Halving(StoppingRule):
         return stopped
 
     def brackets_of(self, n_trials: int, max_epochs: int) -> list[int]:
-        """Return the bracket of each trial, in order of trial number.
+        """Return the bracket index of each trial, in order of trial number.
 
         Every bracket gets about the same number of epochs in total.
         """
@@ -136,7 +136,7 @@ class Halving(StoppingRule):
 
 
 def survivors(means: np.ndarray, factor: float) -> np.ndarray:
-    """Return a mask (C,) of the trials that continue after a rung.
+    """Return a mask of the trials that continue after a rung, (C,) for C trials.
 
     They are the best 1/``factor`` by the mean validation scores ``means`` (C,), at least one. A
     trial with NaN never continues. In a tie, the earlier trial wins.
@@ -190,10 +190,11 @@ class Median(StoppingRule):
         return list(range(first, max_epochs, self.every or first))
 
     def trials_to_stop(self, epoch: int, curves: Curves, max_epochs: int) -> set[int]:
-        """Return the trials with a best mean validation score so far below the median.
+        """Return the trial numbers of the trials with a best mean validation score below the
+        median.
 
         Trials that ended earlier stay ended. NaN, the score of a diverged trial, is worse than any
-        number.
+        finite score.
         """
         if len(curves) < self.min_trials:
             return set()
