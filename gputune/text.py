@@ -56,7 +56,7 @@ def nearest(
     """Return the known word that a mistyped word probably means, or None.
 
     Upper and lower case do not matter. ``others`` maps the names that other libraries use to known
-    words. A spell checker would not find those.
+    words. A spell checker would not find these names.
     """
     by_case = {str(name).lower(): str(name) for name in known}
     if (other := others.get(str(word))) in by_case.values():

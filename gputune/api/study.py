@@ -1,4 +1,4 @@
-"""Study with the methods that plot, train and write.
+"""The public ``Study``: the results of a search, with methods that plot, train and write.
 
 Each method imports its own dependencies when it is called. A study can then be opened to look at
 its trials without importing torch.
@@ -156,8 +156,9 @@ class Study(data.Study):
         """Return the out-of-fold predictions of the best trial, or of the trial with a given
         number.
 
-        Each validation row is predicted by a member that was not trained on it. The study keeps
-        these predictions in single precision. Otherwise the members train on their folds once more.
+        Each validation row is predicted by a member (one trial on one fold) that was not trained on
+        it. The study keeps these predictions in single precision. Otherwise the members train on
+        their folds once more.
 
         Args:
             X: the rows of the search, as in ``best_model``.
@@ -259,9 +260,9 @@ class Study(data.Study):
         """The Pareto-optimal trials, best first.
 
         Another trial beats a Pareto-optimal trial in no metric unless it is worse in another one.
-        ``best_trial`` is the first of them. The scores are taken at a trial's best epoch by the
-        first metric. Pruned trials count only if all trials with scores were pruned. With one
-        metric the tuple holds only the best trial.
+        ``best_trial`` is the first of them. The scores are taken at the trial's best epoch, which
+        the first metric chooses. Pruned trials count only if all trials with scores were pruned.
+        With one metric the tuple holds only the best trial.
         """
         return pareto_trials(self)
 
@@ -271,10 +272,10 @@ class Study(data.Study):
 
         Its ``score`` is the default's score. ``best_score``, ``improvement`` and
         ``improvement_std_error`` compare it with ``best_trial`` on the same folds. ``improvement``
-        is positive if the best trial is better, for losses too. ``text`` says it in sentences, as
-        the closing text of the command line does.
+        is positive if the best trial is better, for losses too. ``text`` is the comparison in
+        sentences, as in the closing text of the command line.
 
-        None if no trial with a score is the default configuration. This is so with
+        None if no trial with a score is the default configuration. This is the case with
         ``include_default=False``, a space with keys that have no default,
         ``method="hypergradient"`` and ``gputune.search``.
         """

@@ -128,11 +128,12 @@ def tune(
               space plus a portfolio of seven good configurations that run first.
 
         n_trials: number of configurations. It counts the default configuration and the
-            configurations that are drawn or proposed by an Optuna sampler.
+            configurations that are sampled at random or proposed by an Optuna sampler.
         include: dicts, each a configuration that runs in addition to ``n_trials``. A missing key
             takes its default, moved into the space in the same way as for ``include_default``.
         include_default: whether trial 0 is the default configuration. A default outside the space
-            is replaced by the nearest number of the space, or by the first of a list of words.
+            is replaced by the nearest numeric value of the space, or by the first entry of a list
+            of strings.
         warm_start: earlier studies, or the paths of their files. The best five finished trials of
             each study that lie in the space run in addition to ``n_trials``. An Optuna sampler also
             receives all earlier trials that have the same score.
@@ -143,8 +144,8 @@ def tune(
               the trials with the best mean validation scores continue.
             - "median" or ``gputune.Median(...)`` stops trials that are below the median of the mean
               validation scores.
-            - "hypergradient" or ``gputune.Hypergradient(...)`` takes each drawn configuration as a
-              starting point and moves it by gradient descent on the mean validation loss after
+            - "hypergradient" or ``gputune.Hypergradient(...)`` takes each sampled configuration as
+              a starting point and moves it by gradient descent on the mean validation loss after
               ``max_epochs``. Each point on the way is a trial, scored after its last epoch.
             - ``gputune.OptunaSampler(...)`` lets an Optuna sampler propose the configurations in
               batches.
@@ -277,8 +278,8 @@ def tune(
         device: "auto", "cpu", "cuda" or "cuda:1". "auto" takes a GPU if there is one and X is a
             tensor on it, a module trains, or the training is long. Otherwise it takes the CPU,
             whose compiled code trains a small MLP before a GPU has started.
-        backend: how members train. "auto" chooses. All backends give the same numbers up to
-            rounding.
+        backend: how members train. "auto" chooses. All backends give the same results up to
+            rounding. A member is one trial on one fold.
 
             - "compiled": each member of an MLP or linear model trains whole epochs in compiled code
               on a CPU.
@@ -305,8 +306,8 @@ def tune(
             predictions of the worst trials are left out beyond it. Predictions are not kept for
             hypergradient searches, custom targets or ``epoch="last"``.
         random_state: an integer in [0, 2**32), a numpy RandomState or Generator, or None. It seeds
-            configurations, folds, row orders, initial weights, dropout and other random draws of a
-            module.
+            configurations, folds, row orders, initial weights, dropout and other random numbers of
+            a module.
         callbacks: objects of ``gputune.callbacks``. They are called at the start, after epochs,
             with finished trials and at the end.
         verbose: 0 is silent. 1 prints a progress bar, the plan and notes on standard error.
@@ -418,7 +419,8 @@ def search(
         space: as in ``tune``, with any keys and values.
         direction: "maximize" or "minimize" the value of the objective. In the study greater scores
             are always better, as in scikit-learn. With "minimize" they have the opposite sign.
-        n_trials: number of configurations that are drawn, or proposed by an Optuna sampler.
+        n_trials: number of configurations that are sampled at random, or proposed by an Optuna
+            sampler.
         include: dicts with all keys of the space, each a configuration. They run first, in addition
             to ``n_trials``.
         warm_start: earlier studies or their files, as in ``tune``. They must have the same
@@ -433,8 +435,8 @@ def search(
             - ``gputune.OptunaSampler(...)`` lets an Optuna sampler propose the configurations in
               batches.
 
-        max_epochs: number of times that a whole training calls ``report``. Halving and the median
-            rule need it.
+        max_epochs: number of times that a full training run calls ``report``. Halving and the
+            median rule need it.
         timeout: seconds (above 0) after which no trial starts. Running trials end at their next
             report. A later call with the same ``study`` trains these trials again from the
             beginning.

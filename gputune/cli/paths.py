@@ -14,8 +14,8 @@ _ARRAYS = (".npz", ".npy", ".pt", ".pth")  # which have no other remedy than the
 def check_paths(arguments: Namespace) -> None:
     """Raise an error if a file or folder that a command reads does not exist.
 
-    The command would raise the same error, after some seconds of imports. It checks what the files
-    hold.
+    The command would raise the same error, after some seconds of imports. The command itself checks
+    the content of the files.
     """
     command = arguments.command
     if command in ("resume", "report"):
@@ -30,7 +30,7 @@ def check_paths(arguments: Namespace) -> None:
 
 
 def _can_write(arguments: Namespace) -> bool:
-    """Whether the folder of the result is, or can be made, one that the command writes into."""
+    """Return True if the command can write into the folder of the result, or can make it."""
     if arguments.study is None:
         return True
     out = Path(arguments.study)

@@ -84,7 +84,7 @@ def open_study(arguments: Namespace) -> Study:
 def trials_table(study: Study, *, width: int) -> str:
     """Return a title and one line per trial in order of number.
 
-    If the terminal is narrow, it has fewer columns.
+    In a narrow terminal the table has fewer columns.
     """
     rows = trial_rows(study, study.trials, _LISTINGS, width=width)
     title = f"{count(len(study.trials), 'trial')} by {score_view(study).measure.title}"
@@ -313,7 +313,7 @@ def _look(file: Path, *, most: int) -> tuple[str, bool]:
     """Return the progress of the search in a file as text, and whether all trials have ended.
 
     Up to ``most`` curves of the best trials are shown below. All trials are counted, but only the
-    best are read. This is much faster for a large study.
+    best trials are read. This is much faster for a large study.
     """
     # Read before the file is opened, because opening may change the file.
     written = last_written(file) if file.is_file() else 0.0
@@ -388,7 +388,7 @@ def _best(study: Study, *, trains_on: bool) -> str:
 
 
 def report(arguments: Namespace) -> str:
-    """Write the HTML report to ``--out``, which may exist, and return its place."""
+    """Write the HTML report to ``--out``, which may exist, and return a text with its path."""
     with without_collector():
         from gputune.report.page import page
         from gputune.tuning.refit import Access

@@ -109,7 +109,7 @@ def stopped_text(ending: Ending, *, width: int) -> str:
 
 
 def _go_on(ending: Ending) -> str:
-    """Return the line with the command that resumes the search."""
+    """Return the line of the closing text with the command that resumes the search."""
     return _line("Go on", shlex.join(["gputune", *ending.typed]))
 
 
@@ -119,8 +119,8 @@ def _line(name: str, text: object) -> str:
 
 
 def _places(ending: Ending, width: int) -> list[str]:
-    """Return the number of trials by state, the files of the study and the model, and the next
-    command."""
+    """Return the lines with the count of trials by state, the paths of study and model, and the
+    next command."""
     states = states_text(states_of(ending.study))
     facts = [("Ended", ending.ended)] if ending.ended else []
     facts.append(("Trials", f"{states}; {seconds_text(ending.seconds)} in all"))
@@ -133,7 +133,7 @@ def _places(ending: Ending, width: int) -> list[str]:
 
 
 def _label_lines(lines: list[tuple[str, str]], width: int) -> str:
-    """Return lines with labels, wrapped to the width."""
+    """Return the text of lines with labels, wrapped to the width."""
     then = " " * _LABEL
     return "\n".join(
         paragraph(clean(text), width, first=f"{name:{_LABEL}}", then=then) for name, text in lines
@@ -192,7 +192,7 @@ def _inputs(ending: Ending) -> tuple[str, str]:
 
 
 def _task(study: Study) -> str:
-    """Return the text about the task and the target."""
+    """Return the text about the task, the target and its classes."""
     record = study.record
     classes = study.record.classes
     target = clean(study.record.target)
@@ -244,7 +244,7 @@ def _pruning_text(study: Study) -> str:
 
 
 def _descent(study: Study, outer_steps: int) -> str:
-    """Return the text about a hypergradient search."""
+    """Return the text about a hypergradient search: its hyperparameters, starting points and steps."""
     n_starts = sum(trial.origin[1] == 0 for trial in study.trials)
     names = ", ".join(study.record.changed_hyperparameters)
     text = (

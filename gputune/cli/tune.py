@@ -153,7 +153,8 @@ class _Run:
         """Return the options of the model to save.
 
         They are the typed options and, in a resume, the options of the original command. Studies of
-        earlier versions do not hold them. Then the saved model is inspected, if there is one.
+        earlier versions do not hold them. For these studies, the options are read from the saved
+        model, if there is one.
         """
         final_model = {name: bool(getattr(self.arguments, name, None)) for name in FINAL_MODEL}
         compares = getattr(self.arguments, "compare_default", None)
@@ -248,7 +249,7 @@ class _Run:
     def _with_ensemble(self, ending: Ending) -> Ending:
         """Make an ensemble, and save it if it scores better than the best trial on held-out rows.
 
-        It is also saved if no rows are held out.
+        The ensemble is also saved if no rows are held out.
         """
         study = ending.study
         best = ending.held_out
@@ -285,7 +286,7 @@ class _Run:
         """Train the default configuration on all rows too, and compare its model with the saved
         model.
 
-        Both are scored on the held-out rows.
+        Both models are scored on the held-out rows.
         """
         study = ending.study
         compares = self.compares_default
@@ -330,8 +331,8 @@ class _Run:
         return sentences
 
     def _score_model(self, model: TunedModel, study: Study) -> tuple[TunedModel, HeldOut | None]:
-        """Return the model with its held-out score in ``info``, and that score (None without such
-        rows)."""
+        """Return the model with its held-out score in ``info``, and this score (None without
+        held-out rows)."""
         test = self.recorded.test
         record = study.record
         if test is None:
@@ -408,7 +409,7 @@ def _folder(out: Path) -> Iterator[None]:
 def _explaining_interrupts(study_file: Path) -> Iterator[None]:
     """Add advice on saved results and resuming to an interrupt (Ctrl-C or SIGTERM).
 
-    It is for interrupts before or after the training.
+    The block is for work before or after the training.
     """
     try:
         yield

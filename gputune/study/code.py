@@ -1,5 +1,4 @@
-"""Identify the code of a user by digests, and remember the code that this user trained or saved
-here.
+"""Identify a user's code by digests, and remember the code that this user trained or saved here.
 
 A digest of code covers its source, the values that it holds, and the files that run when a module
 is imported. The files are found without running any of them.
@@ -79,7 +78,7 @@ def digest_of_code(value: object) -> str:
 
 
 def _parts(value: Any, path: tuple[int, ...]) -> Iterator[str]:
-    """Yield texts that differ if values differ.
+    """Yield texts that describe a value for a digest. Different values give different texts.
 
     ``path`` holds the ids of the values that contain this one. It ends the recursion if a value
     contains itself.

@@ -38,16 +38,19 @@ _TALKATIVE = (
     "torch._export",
     "torch.fx.experimental.symbolic_shapes",
 )
-"""Loggers of the exporters."""
+"""Loggers that the exporters of torch use. Their messages are hidden."""
 
 
 class TableInputs(nn.Module):
     """The preprocessing of a table as a module: missing values, scaling, quantiles and bins.
 
+    Shape letters: n rows, C inputs, D features.
+
     Shape: (n, C) float64 -> (n, D) float64, the features.
 
-    If all columns are numbers or booleans, the C inputs are the columns, NaN for a missing value.
-    Otherwise they are the features of ``Layout.raw``, because text and dates cannot be tensors.
+    If all columns are numeric or boolean, the C inputs are the columns, NaN for a missing value.
+    Otherwise the C inputs are the features of ``Layout.raw``, because text and dates cannot be
+    tensors.
     """
 
     fill: Tensor
@@ -212,8 +215,7 @@ def _graph_tensors(module: nn.Module) -> list[Tensor]:
 
 
 def takes_columns(layout: Layout) -> bool:
-    """Return True if an exported model takes the columns themselves: all are numbers or
-    booleans."""
+    """Return True if an exported model takes the raw columns: all are numeric or boolean."""
     return all(column.kind in ("number", "boolean") for column in layout.columns)
 
 

@@ -14,7 +14,7 @@ _NO_INTERVAL = {
     "custom": ("custom outputs", "Use predict."),
     "multilabel": ("labels", _USE_PROBA),
 }
-"""The predictions of models without intervals and the remedy, by task."""
+"""For each task without intervals, the kind of its predictions and the remedy, for errors."""
 
 
 def half_width(model: ModelContent, level: float) -> float:
@@ -23,7 +23,8 @@ def half_width(model: ModelContent, level: float) -> float:
     It is in units of the residuals; see ``TunedModel.predict_interval``.
 
     Raises:
-        InputError: the model has no intervals, or none of this level.
+        InputError: the model has no intervals, the level is not between 0 and 1, or the residuals
+            are too few for this level.
     """
     interval = per_interface(python="predict_interval", command="--interval")
     if model.task != "regression" or not isinstance(model.center, float):

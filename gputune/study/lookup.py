@@ -1,4 +1,4 @@
-"""Find the class or function that a name in a file stands for: the rules, and the lookup.
+"""Find the class or function that a name in a study or model file stands for.
 
 A study or a model folder may come from a stranger. It names the code that builds its modules, and
 gputune calls that code with arguments from the same file. Without ``trust_code=True``, a name may
@@ -77,7 +77,7 @@ _PUBLIC: Mapping[str, type[nn.Module]] = {
 
 
 class Grant(Enum):
-    """The kind of object that the trust list, or the caller, allows a name to stand for."""
+    """The kind of object that a name may stand for, by the trust list or the caller."""
 
     NOTHING = "nothing"
     MODULES = "a subclass of nn.Module that the file defines"
@@ -135,7 +135,7 @@ def is_granted(builder: Builder, grant: Grant) -> bool:
 def is_of_program(builder: Builder, name: str) -> bool:
     """Return True if the running program may build its own object under this name.
 
-    That is a class, or an object that was trained from this program.
+    The object is a class, or it was trained from this program.
     """
     if is_module_class(builder):
         return True

@@ -122,9 +122,9 @@ class TunedModel(ModelContent):
     def _ends(
         self, outputs: Tensor, half: float
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return the ends of intervals, given the outputs of rows.
+        """Return the lower and upper ends of prediction intervals for rows with these outputs.
 
-        Each interval extends by ``half`` to both sides.
+        Each interval extends by ``half`` to both sides of the prediction.
         """
         middle = outputs.numpy() * self.scale + self.center
         ends = np.stack([self._in_units(middle + part) for part in (-half, half)])
@@ -269,10 +269,10 @@ class TunedModel(ModelContent):
             X: the rows, as for ``predict``.
 
         Returns:
-            (n, C) float64 for a table. If all columns of the training data are numbers or booleans,
-            these are the columns, NaN for a missing value. Otherwise they are the features made
-            from text and dates, see ``Layout``. For other inputs, an array, a tuple or a dict of
-            arrays in the dtypes of the training data.
+            (n, C) float64 for a table. If all columns of the training data are numeric or boolean,
+            the C inputs are the columns, NaN for a missing value. Otherwise the C inputs are the
+            features made from text and dates, see ``Layout``. For other inputs, an array, a tuple
+            or a dict of arrays in the dtypes of the training data.
 
         Raises:
             InputError: as in ``predict``.

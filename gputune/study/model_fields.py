@@ -108,12 +108,12 @@ def _check_target(fields: Json) -> None:
 
 
 def _of_target(value: float | list[float] | np.ndarray) -> float | NDArray[np.float64]:
-    """Return the center or scale of a target: one number, or one per column."""
+    """Return the center or scale of a target: a float, or an array with one value per column."""
     return np.asarray(value, np.float64) if isinstance(value, list | np.ndarray) else float(value)
 
 
 _PARTS_OF = {"number": ("value",), "boolean": ("value",), "category": (), "date": DATE_PARTS}
-"""By kind of column, the parts that its values may become."""
+"""For each kind of column, the numeric parts that its values may become."""
 
 
 def _check_column(column: Column) -> None:
@@ -137,7 +137,7 @@ def _check_layout(layout: Layout) -> None:
 
 
 def _check_statistics(statistics: Statistics, n_features: int) -> None:
-    """Raise ValueError unless these are statistics of rows with ``n_features`` features."""
+    """Raise ValueError unless the statistics fit rows with ``n_features`` features."""
     n_inputs = len(statistics.places) or n_features
     ends = (n_inputs,) if statistics.least.size else (0,)
     shapes = {

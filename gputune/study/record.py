@@ -107,11 +107,11 @@ class RecordField:
 
     Attributes:
         form: its form in a file. None: the type of the field.
-        label: its name in messages, if a resumed search must have the same value. "" if it may
-            differ.
+        label: the field's name in messages, if a resumed search must have the same value. "" if the
+            value may differ.
         training: True if the results of training depend on it, in addition to the configuration.
-        argument: the argument of ``tune`` with the same value. "" without such an argument, or if
-            it has another form.
+        argument: the argument of ``tune`` with the same value. "" if no argument has the same value
+            in the same form.
         logged: True if loggers receive it.
     """
 
@@ -140,7 +140,7 @@ def _argument(default: object, name: str, **purpose: object) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchRecord:
-    """A search as its study keeps it.
+    """The description of a search that its study keeps.
 
     A field that the file lacks is "", 0, None or empty, and its name is in ``absent``.
 
@@ -321,10 +321,10 @@ def lost_option(path: Path | None, name: str) -> StudyCorruptError:
 RECORD_FIELDS: Mapping[str, RecordField] = {
     item.name: item.metadata["purpose"] for item in fields(SearchRecord) if item.metadata
 }
-"""The purpose of each field, by its name."""
+"""The purpose of each record field, keyed by field name."""
 
 DIRECTIONS = {"objective": "maximize", "neg_objective": "minimize"}
-"""From the score of a custom training loop to the direction of the search."""
+"""Score name of a custom training loop -> the direction of the search."""
 
 IDENTITY = {
     name: option(purpose.label) if purpose.label.isidentifier() else purpose.label
@@ -343,11 +343,11 @@ OPTION_FORMS: Mapping[str, object] = {
         for name, purpose in RECORD_FIELDS.items()
     },
 }
-"""The form of each option."""
+"""The form of each option, keyed by option name."""
 
 
 def has_form(value: object, form: object) -> bool:
-    """Return True if a value from a file has a form."""
+    """Return True if a value from a file has the given form."""
     match form:
         case tuple():
             return any(has_form(value, choice) for choice in form)
@@ -374,11 +374,11 @@ def has_form(value: object, form: object) -> bool:
 
 
 _LEAST = -(2**63)
-"""The least integer of 64 bits."""
+"""The smallest signed 64-bit integer."""
 
 
 def _has_keys(value: Json, form: Mapping[str, object]) -> bool:
-    """Return True if the values of an object have the forms of their keys."""
+    """Return True if each value of an object has the form that ``form`` gives for its key."""
     for name, inner in form.items():
         key = name.rstrip("?")
         if key in value:

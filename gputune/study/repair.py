@@ -25,7 +25,7 @@ from gputune.study.rows import (
 _MOST_FAILURES = 20_000
 """The number of failed reads after which the rows between damaged pages are given up.
 
-It is more than the rows to which one page of pages leads.
+The limit is larger than the count of rows below one interior page of SQLite's tree.
 """
 
 _READERS: dict[str, Callable[..., Iterable[Any]]] = {

@@ -55,10 +55,11 @@ _ROWS = {
     "results": "the result of trial {}",
     "outputs": "the row of outputs of trial {}",
 }
-"""The name of a row in errors, by table. It is completed with the first value of the row."""
+"""The name of a row in errors, keyed by table. The first value of the row fills the braces."""
 
 _AT_ONCE = 100
-"""The number of rows that are read together. More rows take more memory, and more time for it."""
+"""The count of rows that are read together. With more rows, gputune spends more memory, and more
+time on allocating it."""
 
 __all__ = ["Candidate", "Curve", "PlannedChunk", "Result", "Store"]
 

@@ -20,12 +20,12 @@ from gputune.errors import InputError
 from gputune.types import Json
 
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
-"""Errors that reading a value may raise if it is damaged or comes from a stranger."""
+"""Errors that may occur when a value is read that is damaged or comes from a stranger."""
 
 FUNCTIONAL = "torch.nn.functional"
 _OF_FUNCTIONAL = (FUNCTIONAL, "torch", "torch._C._nn")
-"""Home modules of the functions of torch.nn.functional. Its other contents are internal to
-torch."""
+"""Modules that define the public functions of torch.nn.functional. Its other contents are internal
+to torch."""
 
 _CALLABLE = (type, FunctionType, BuiltinFunctionType)
 
@@ -193,7 +193,7 @@ DECODERS: dict[str, Callable[[Any], object]] = {
     "array": _decode_array,
     "torch": _torch_object,
 }
-"""From a tag to the function that reads its content.
+"""Tag -> the function that reads the tag's content.
 
 A user's dict with a tag as its only key is written under the tag "dict".
 """

@@ -39,13 +39,13 @@ def one_of(*allowed: str | bool) -> Callable[[str, object], object]:
 
 
 def count(name: str, value: object, *, none: bool = False) -> object:
-    """Return a whole number >= 1. None is valid only with ``none=True``."""
+    """Return the value, an integer >= 1. None is valid only with ``none=True``."""
     check_count(value, name, none=none)
     return value
 
 
 def score(name: str, value: object) -> object:
-    """Return a score or None."""
+    """Return the value, a score that is not NaN, or None."""
     if value is not None and (
         isinstance(value, bool) or not isinstance(value, Real) or value != value
     ):
@@ -61,7 +61,7 @@ def verbosity(name: str, value: object) -> object:
 
 
 def seconds(name: str, value: object, *, none: bool = False) -> object:
-    """Return a number of seconds > 0. None is valid only with ``none=True``."""
+    """Return the value, a duration in seconds > 0. None is valid only with ``none=True``."""
     is_number = isinstance(value, Real) and not isinstance(value, bool) and float(value) > 0
     if not (is_number or (none and value is None)):
         or_none = _OR_NONE if none else ""

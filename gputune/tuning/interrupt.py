@@ -26,7 +26,7 @@ CTRL_C = int(signal.SIGINT)
 TERMINATED = int(signal.SIGTERM)
 
 GRACE_SECONDS = 2.5
-"""The time from SIGTERM to the end of the training, finished or not.
+"""The seconds from SIGTERM to the end of the training, even if the training is not finished.
 
 The sender of SIGTERM usually sends SIGKILL some seconds later.
 """
@@ -73,7 +73,7 @@ def end_process(number: int, _frame: FrameType | None) -> NoReturn:
 def run_until_signal(
     run: Callable[[], object], stop: Stop, signals: Sequence[int], say: Callable[[str], None]
 ) -> list[int]:
-    """Run a training, and return the numbers of the signals that ended it early.
+    """Call ``run``, which trains, and return the numbers of the signals that ended it early.
 
     The list is empty if no signal came.
     """

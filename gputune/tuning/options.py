@@ -42,9 +42,9 @@ class Rule:
         flag: The flag on the command line. "--epochs E" takes a value, "--tf32" takes none. "" for
             an option that the command line lacks.
         help: The help text.
-        takes: The kind of value: whole numbers from 0 or 1, names between commas, several KEY=SPEC,
+        takes: The kind of value: integers from 0 or 1, names separated by commas, several KEY=SPEC,
             and so on.
-        choices: The allowed words, or None.
+        choices: The allowed strings, or None.
         check: A function of a name and a value. It returns the value to use or raises InputError.
         stored: If True, a study file stores the given value, for a resume and a refit.
         resume: If True or a text, ``gputune resume`` may change the option. A text is its help text

@@ -55,7 +55,7 @@ def search_record(
     notes: Sequence[str],
     baseline: Json | None,
 ) -> SearchRecord:
-    """Return the record of a search: all that a study stores except its trials.
+    """Return the record of a search: everything that a study stores except its trials.
 
     ``notes`` are the remarks on the trials.
     """
