@@ -1,6 +1,6 @@
 """gputune: hyperparameter search for PyTorch as one tensor program.
 
-Each name is imported on first use, so that ``gputune --help`` does not wait for torch.
+Each public name is imported on its first use, so that ``gputune --help`` does not wait for torch.
 """
 
 from importlib import import_module

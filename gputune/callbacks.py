@@ -1,8 +1,8 @@
 """The callback protocol of ``tune(callbacks=...)``, and loggers that use it.
 
 A search calls a callback at four moments. A callback cannot lose finished results. The loggers
-write to MLflow, TensorBoard, and Weights & Biases. Each logs one run for the search, and plain
-numbers and text for each trial.
+write to MLflow, TensorBoard, and Weights & Biases. Each logger records one run for the search, and
+numeric and text values for each trial.
 """
 
 import math
@@ -56,7 +56,7 @@ class Callback:
 
         Args:
             curves: scores (C, epochs, F) of the chunk's trials in the new epochs. With several
-                metrics they are scores by the first one.
+                metrics they are scores by the first metric.
         """
 
     def on_trials_end(self, trials: Study) -> None:

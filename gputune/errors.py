@@ -84,7 +84,7 @@ class InputError(ValueError):
 
 
 class InputWarning(UserWarning):
-    """A warning about ambiguous input. gputune has chosen one of two readings."""
+    """A warning about ambiguous input. gputune has chosen one of two interpretations."""
 
 
 class UntrustedCodeError(InputError):

@@ -43,8 +43,8 @@ def free_of_gpu(device: torch.device) -> int:
 CAPTURING = threading.RLock()
 """A lock that is held while a step is captured on a GPU.
 
-Waiting for the whole GPU, or giving back its memory, takes the lock too: either would end the
-capture of another thread.
+The lock is also taken to wait for the whole GPU or to give back its memory, because each of these
+would end the capture of another thread.
 """
 
 

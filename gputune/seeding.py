@@ -77,7 +77,8 @@ def start_stream(device: torch.device, seed: int, *key: object, host: bool = Fal
 
 
 def prediction_draws(device: torch.device, *, draws: bool) -> AbstractContextManager[None]:
-    """Let a model that uses random numbers in predictions get the same random numbers in each call."""
+    """Let a model that uses random numbers in predictions get the same random numbers in each
+    call."""
     return keyed_draws(device, 0, "predict", host=True) if draws else nullcontext()
 
 

@@ -1,5 +1,4 @@
-"""Text for a terminal and a notebook: without control characters, with short numbers and aligned
-columns."""
+"""Text for a terminal and a notebook: no control characters, rounded values and aligned columns."""
 
 import math
 import re
@@ -37,7 +36,7 @@ def short(value: object) -> str:
     """Return the value of a hyperparameter as text.
 
     A float has four digits. A function or class is its name. Values for the segments and layers of
-    a training are lists of such texts.
+    a training run are lists of these texts.
     """
     if isinstance(value, float):
         return f"{value:.4g}"

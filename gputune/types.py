@@ -187,7 +187,8 @@ class Outputs:
 
     Attributes:
         epoch: number of trained epochs.
-        values: (N, K) float32. The validation rows of one fold follow those of the fold before.
+        values: (N, K) float32. The rows are the validation rows of all folds, in order of the
+            folds.
     """
 
     epoch: int
@@ -195,10 +196,11 @@ class Outputs:
 
 
 def beyond_limit(sizes: Mapping[int, int], scores: Mapping[int, float]) -> list[int]:
-    """Return the numbers of the trials to leave out, because all outputs exceed the limit of bytes.
+    """Return the trial numbers of the outputs to drop, so that the rest fits into the limit of
+    bytes.
 
-    These are the trials with the worst scores. Among equal scores the oldest trials are left out
-    first.
+    Outputs of the trials with the worst scores are dropped. Among equal scores the oldest trials
+    are dropped first.
     """
     order = sorted(sizes, key=lambda number: (scores[number], number), reverse=True)
     totals = accumulate(sizes[number] for number in order)
@@ -216,8 +218,8 @@ def first_metric(scores: "np.ndarray", *, axes: int) -> "np.ndarray":
     """Return the scores by the metric that ranks.
 
     Args:
-        scores: scores with ``axes`` axes for one metric. With several metrics they have one more
-            axis, the last.
+        scores: scores with ``axes`` axes for one metric. With several metrics, the scores have one
+            more axis, the last axis.
         axes: number of axes for one metric.
     """
     # A contiguous copy, so that sums over it have the same bits as in a search with only that
@@ -246,8 +248,9 @@ def default_momentum(optimizer: str) -> float:
 
 
 EvaluationKey = tuple[int, int, int]
-"""The key that seeds the random draws of members in evaluation. All members draw the same numbers.
+"""The key that seeds the random numbers of members in evaluation. All members get the same random
+numbers.
 
-It holds the number of trained epochs, the fold, and the position of the first row among the fold's
-validation rows.
+The key holds the count of trained epochs, the fold, and the position of the first row among the
+fold's validation rows.
 """

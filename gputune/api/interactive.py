@@ -1,4 +1,5 @@
-"""Help for people at a prompt: suggestions for mistyped arguments, and the study of a stopped search."""
+"""Help for people at a prompt: suggestions for mistyped arguments, and the study of a stopped
+search."""
 
 from collections.abc import Callable, Mapping
 from functools import wraps

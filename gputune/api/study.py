@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 class Study(data.Study):
     """The results of a search, with methods that make models, reports and plots from them.
 
-    ``gputune.tune`` and ``gputune.search`` return a study. ``gputune.Study.open`` reads one from
-    its file.
+    ``gputune.tune`` and ``gputune.search`` return a study. ``gputune.Study.open`` reads a study
+    from its file.
 
     Scores follow scikit-learn: greater is better. Plots and reports show a score in the sign of its
     name, so a log_loss is positive there. The ``plot_...`` methods need matplotlib (``pip install
@@ -259,10 +259,10 @@ class Study(data.Study):
     def best_trials(self) -> "tuple[Trial, ...]":
         """The Pareto-optimal trials, best first.
 
-        Another trial beats a Pareto-optimal trial in no metric unless it is worse in another one.
-        ``best_trial`` is the first of them. The scores are taken at the trial's best epoch, which
-        the first metric chooses. Pruned trials count only if all trials with scores were pruned.
-        With one metric the tuple holds only the best trial.
+        A trial is Pareto-optimal if every trial that is better in one metric is worse in another
+        metric. ``best_trial`` is the first Pareto-optimal trial. The scores are taken at the
+        trial's best epoch, which the first metric chooses. Pruned trials count only if all trials
+        with scores were pruned. With one metric the tuple holds only the best trial.
         """
         return pareto_trials(self)
 

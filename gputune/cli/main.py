@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     The result goes to standard output, and everything else to standard error.
 
     Args:
-        argv: the arguments. None: those of the process, which then runs only this command.
+        argv: the arguments. None: the arguments of the process, which then runs only this command.
     """
     own_process = argv is None
     if own_process:
@@ -212,7 +212,7 @@ def _message(error: Exception) -> str:
 
 @contextmanager
 def _warnings_on_one_line(interface: Interface) -> Iterator[None]:
-    """Show each warning for the user once, as one line without a line of our code."""
+    """Show each warning for the user once, as one line without gputune's source code."""
     seen = set()
     show_as_python = warnings.showwarning
 

@@ -110,7 +110,8 @@ class Evaluation:
         return "\n\n".join(parts)
 
     def _intervals_remark(self) -> str:
-        """Return sentences on the method of the intervals, and on scores without one."""
+        """Return sentences about the method of the intervals, and about scores without an
+        interval."""
         sentences = []
         methods = set()
         constant = []
@@ -178,7 +179,7 @@ def evaluation(
     Args:
         model: the saved model.
         test: the rows.
-        scoring: names of the scorers. None: the usual ones.
+        scoring: names of the scorers. None: the usual scorers of the task.
         positive: the positive class, or None.
 
     Raises:

@@ -72,7 +72,7 @@ def typed_options(arguments: Namespace) -> Config:
 
 
 def _config(texts: Sequence[str], flag: str) -> Config:
-    """Return one configuration of several KEY=VALUE texts.
+    """Return one configuration, made from several KEY=VALUE texts.
 
     Raises InputError for lists and ranges.
     """
@@ -222,7 +222,7 @@ def _parse_range(key: str, low_text: str, high_text: str, scale: str, text: str)
 
 
 def _parse_value(key: str, text: str, spec: str) -> str | float | bool | tuple[object, ...]:
-    """Return one value of a list: text, a number, a boolean or a tuple."""
+    """Return one typed value from text: a string, a number, a boolean or a tuple."""
     if not text:
         raise InputError(None, "A list must have no empty value", got=spec, remedy=_EXAMPLES)
     if key in WORDS:

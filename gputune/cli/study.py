@@ -1,7 +1,7 @@
 """The commands ``gputune trials``, ``best``, ``status``, ``report`` and ``repair`` on a study.
 
-A command imports the modules that train or draw only if it needs them. A list of trials must not
-wait for torch.
+A command imports the modules for training and plotting only if it needs them, because a list of
+trials must not wait for torch.
 """
 
 import csv
@@ -121,7 +121,7 @@ def trials_csv(study: Study) -> str:
     """
 
     def cell(value: object) -> object:
-        """Return one cell, without formulas."""
+        """Return one CSV cell. Text that looks like a formula gets a ' before it."""
         if value is None or (isinstance(value, float) and math.isnan(value)):
             return ""
         text = value if isinstance(value, bool | int | float) else clean(_name(value))
@@ -230,7 +230,7 @@ def trial_rows(
 def _cells(
     trial: Trial, measure: Measure, layout: Sequence[str], others: Mapping[str, Measure]
 ) -> list[str]:
-    """Return the cells of one trial in a layout."""
+    """Return the table cells of one trial, in the columns of a layout."""
     scores = trial.scores
     cells = {
         "trial": str(trial.number),

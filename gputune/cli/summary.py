@@ -244,7 +244,8 @@ def _pruning_text(study: Study) -> str:
 
 
 def _descent(study: Study, outer_steps: int) -> str:
-    """Return the text about a hypergradient search: its hyperparameters, starting points and steps."""
+    """Return the text about a hypergradient search: its hyperparameters, starting points and
+    steps."""
     n_starts = sum(trial.origin[1] == 0 for trial in study.trials)
     names = ", ".join(study.record.changed_hyperparameters)
     text = (

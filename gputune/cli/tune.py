@@ -1,7 +1,7 @@
 """The commands ``gputune tune``, ``train`` and ``resume``.
 
-They hold rows out, search, train the best trial on all other rows, score it on the held-out rows,
-and save everything in one folder.
+Each command holds rows out, searches, trains the best trial on all other rows, scores it on the
+held-out rows, and saves everything in one folder.
 """
 
 import argparse
@@ -152,9 +152,9 @@ class _Run:
     def _final_model(self) -> dict[str, bool]:
         """Return the options of the model to save.
 
-        They are the typed options and, in a resume, the options of the original command. Studies of
-        earlier versions do not hold them. For these studies, the options are read from the saved
-        model, if there is one.
+        The result holds the typed options and, in a resume, the options of the original command.
+        Studies of earlier versions do not hold these options. For these studies, the options are
+        read from the saved model, if there is one.
         """
         final_model = {name: bool(getattr(self.arguments, name, None)) for name in FINAL_MODEL}
         compares = getattr(self.arguments, "compare_default", None)

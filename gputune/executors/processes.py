@@ -120,8 +120,8 @@ def _map_tensors(value: object, change: Any) -> Any:
 def to_arrays(data: Dataset, *, same_machine: bool = False) -> Dataset:
     """Return a copy of a dataset on the CPU with arrays in place of tensors.
 
-    With ``same_machine=True``, a MappedFile replaces each tensor that is mapped from a file. Only processes
-    of this machine can read it.
+    With ``same_machine=True``, each tensor that is mapped from a file becomes a MappedFile. Only
+    processes of this machine can read it.
     """
 
     def change(tensor: Tensor) -> np.ndarray | MappedFile:
@@ -318,7 +318,7 @@ class Processes(Executor[AnyUnit, UnitResult]):
 def chunk_processes(
     job: Job, data: Dataset, devices: Sequence[torch.device]
 ) -> Iterator[Processes[Population, Outcome | Failure]]:
-    """Provide one worker of one thread for each device, in addition to this process.
+    """Provide one worker process with one thread for each device, in addition to this process.
 
     Afterwards the idle workers stay available for the next search.
     """
@@ -358,7 +358,7 @@ def _failures(chunk: Population, losses: int, reason: str) -> Outcomes:
 def _run_in_worker(packed: bytes, path: str, chunk: Population, device: torch.device) -> Outcomes:
     """Train one chunk on a device.
 
-    Returns no results if the search is over before the chunk begins.
+    Returns an empty result if the search ends before the chunk begins.
     """
     with training:
         job = _unpack_job(packed)

@@ -178,8 +178,8 @@ def _host_and_port(address: str) -> tuple[str, int] | None:
 def make_task(ray: ModuleType) -> Any:
     """Return the remote function that trains one chunk.
 
-    It is defined inside this function so that Ray sends its code. It therefore also starts on a
-    node that lacks gputune.
+    The remote function is defined inside this function so that Ray sends its code. It therefore
+    also starts on a node without gputune.
     """
 
     def chunk(

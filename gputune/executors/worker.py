@@ -97,10 +97,11 @@ training = threading.Lock()
 
 
 def single_worker(environment: Mapping[str, str] | None = None) -> ProcessPoolExecutor:
-    """Return an executor with exactly one worker, so that a lost worker takes no other one with it.
+    """Return an executor with exactly one worker, so that losing a worker never affects other
+    workers.
 
-    It may be an idle executor of an earlier search. If environment variables are given, it is
-    always new.
+    The executor may be an idle executor of an earlier search. If environment variables are given,
+    the executor is always new.
     """
     if environment is None:
         with suppress(IndexError):
@@ -288,7 +289,7 @@ class EpochReport:
             raise TrialEnd
 
     def _judge(self, rule: PruningRule) -> EndState | None:
-        """Return the state in which the trial ends here, or None if it continues.
+        """Return the final state if the trial ends at this report, or None if it continues.
 
         The call waits until the trials with lower numbers have reported.
         """
@@ -317,7 +318,8 @@ class TrialEnding:
 
 @dataclass(frozen=True)
 class LoopTrial:
-    """One configuration and its number. It trains as one unit."""
+    """One configuration and its trial number. A trial of a custom training loop trains as one
+    unit."""
 
     number: int
     params: Config
@@ -388,6 +390,6 @@ def call_in_worker(path: str, trial: LoopTrial, _place: object) -> Sequence[Tria
 def _task(path: str) -> LoopTask:
     """Return the task of a search.
 
-    All trials of a search share one object, so that data inside it is read only once.
+    All trials of a search share one task object, so that its data is read only once.
     """
     return cast(LoopTask, cloudpickle.loads(Path(path).read_bytes()))

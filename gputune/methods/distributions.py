@@ -103,7 +103,7 @@ class LogInt(OwnDistribution):
     def rvs(
         self, size: int | tuple[int, ...] | None = None, random_state: object = None
     ) -> int | np.ndarray:
-        """Draw one integer, or an int64 array of shape ``size``.
+        """Sample one integer, or an int64 array of shape ``size``.
 
         ``random_state`` is as in scipy.stats.
         """

@@ -47,8 +47,8 @@ class OptunaSampler:
         sampler: An Optuna sampler such as ``optuna.samplers.TPESampler(seed=0)``. It is copied for
             each search and never changed. A TPESampler should have ``constant_liar=True``, which is
             Optuna's default since version 5. Otherwise the proposals of one batch are very similar.
-        batch: The number of proposals that train together. The sampler receives none of their
-            scores before it has proposed the whole batch.
+        batch: The number of proposals that train together. The sampler receives no score of a batch
+            before it has proposed all of the batch.
         halving: None trains every trial to its end. ``gputune.Halving(...)`` applies successive
             halving within each batch. Trials that stop at a rung are reported to the sampler as
             pruned.

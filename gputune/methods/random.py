@@ -85,7 +85,7 @@ def first_candidates(
 
     They are the default configuration, a ``portfolio`` if the default configuration is run, and
     then the configurations of ``include``. A missing key takes its default value, moved into the
-    space if the space has the key. A configuration equal to an earlier one is dropped.
+    space if the space has the key. A configuration equal to an earlier configuration is dropped.
 
     Args:
         space: The checked space.
@@ -257,7 +257,8 @@ def remarks(
 
 
 def _n_draws(space: CheckedSpace, n_trials: int) -> int:
-    """Return the number of configurations that can be sampled from the space, at most ``n_trials``."""
+    """Return the number of configurations that can be sampled from the space, at most
+    ``n_trials``."""
     # At most the number of points of a space of lists. scikit-learn would warn about more draws.
     try:
         return len(ParameterSampler(space, n_trials))
@@ -317,7 +318,7 @@ def _with_defaults_in_space(
     """Return a configuration with all default values, moved into the space if the space has the
     key.
 
-    If the space has alternatives, the first one counts that excludes the fewest of the default
+    If the space has alternative dicts, gputune uses the first dict that excludes the fewest default
     values. A key without a default takes its fixed value.
     """
     plain = _with_plain_defaults(config, defaults)

@@ -32,7 +32,8 @@ class StoppingRule:
         raise NotImplementedError
 
     def trials_to_stop(self, epoch: int, curves: Curves, max_epochs: int) -> set[int]:
-        """Return the trial numbers of the trials that the rule prunes after an epoch of ``stops``."""
+        """Return the trial numbers of the trials that the rule prunes after an epoch of
+        ``stops``."""
         raise NotImplementedError
 
 
@@ -138,8 +139,9 @@ class Halving(StoppingRule):
 def survivors(means: np.ndarray, factor: float) -> np.ndarray:
     """Return a mask of the trials that continue after a rung, (C,) for C trials.
 
-    They are the best 1/``factor`` by the mean validation scores ``means`` (C,), at least one. A
-    trial with NaN never continues. In a tie, the earlier trial wins.
+    These are the best 1/``factor`` of the trials by the mean validation scores ``means`` (C,), or
+    only the best trial if this share is less than one trial. A trial with NaN never continues. In a
+    tie, the earlier trial wins.
     """
     finite = np.isfinite(means)
     count = min(int(finite.sum()), max(1, int(len(means) / factor)))

@@ -4,8 +4,8 @@ A digest of code covers its source, the values that it holds, and the files that
 is imported. The files are found without running any of them.
 
 Remembered code runs again without a question. The list of digests, one per line, is
-``gputune/trusted-code`` in the user's state folder ($XDG_STATE_HOME, or ~/.local/state). Without
-such a folder (a container without HOME), the list ends with the process. A list that others could
+``gputune/trusted-code`` in the user's state folder ($XDG_STATE_HOME, or ~/.local/state). Without a
+state folder (a container without HOME), the list ends with the process. A list that others could
 have written or replaced is not used. To withdraw the trust, remove the file.
 """
 
@@ -80,8 +80,8 @@ def digest_of_code(value: object) -> str:
 def _parts(value: Any, path: tuple[int, ...]) -> Iterator[str]:
     """Yield texts that describe a value for a digest. Different values give different texts.
 
-    ``path`` holds the ids of the values that contain this one. It ends the recursion if a value
-    contains itself.
+    ``path`` holds the ids of the values that contain this value. With them, the recursion ends if a
+    value contains itself.
     """
     if isinstance(value, _PLAIN):
         yield repr(value)
@@ -133,10 +133,10 @@ def _closure(function: Any) -> Iterator[object]:
 
 
 def _module_values(function: Any) -> Iterator[object]:
-    """Yield the names and values of the global numbers, texts and arrays that a function reads.
+    """Yield the names and values of the global numbers, strings and arrays that a function reads.
 
-    For a class these are the ones that its methods read. A global that the code also sets is left
-    out: a counter of calls is not part of the code.
+    For a class these are the global values that its methods read. A global that the code also sets
+    is left out: a counter of calls is not part of the code.
     """
     if isinstance(function, type):
         for method in filter(inspect.isfunction, vars(function).values()):
@@ -174,7 +174,7 @@ The files of its packages come first, from the outermost inwards, and then its o
 FILE_MODULE = "gputune_file_"
 """Prefix of the names of modules that gputune made from a file.
 
-Such a module has the digest of the file as ``__sha256__``.
+A module made from a file has the file's digest as ``__sha256__``.
 """
 
 # Each digest is taken once: this process has not imported later edits of a file.
@@ -185,7 +185,7 @@ _DICTIONARY = vars(ModuleType)["__dict__"].__get__
 
 
 def module_values(module: object) -> Mapping[str, Any]:
-    """Return the dictionary of a module, or an empty one for another object.
+    """Return the dictionary of a module, or an empty dictionary for another object.
 
     It is read by Python's own descriptor. Any other access may run a lazy module.
     """
@@ -287,8 +287,8 @@ def remember(text: str) -> None:
 
 
 def is_remembered(text: str) -> bool:
-    """Return True if this process, or an earlier one of this user, called ``remember`` with this
-    text."""
+    """Return True if this user called ``remember`` with this text, in this or an earlier
+    process."""
     digest = sha256(text)
     if digest in _remembered:
         return True

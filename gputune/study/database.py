@@ -32,7 +32,7 @@ PRAGMAS = (
     "cell_size_check = ON",
     "schema_version",
 )
-"""Settings of each connection. The last one reads the file, which may fail."""
+"""Settings of each connection. The last setting makes SQLite read the file, which may fail."""
 
 TABLES = {
     "meta": "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL, checksum TEXT NOT NULL) "
@@ -183,7 +183,7 @@ def _repair_command(path: Path) -> str:
 def option_errors(path: Path) -> Iterator[None]:
     """Turn errors into StudyCorruptError while a search is made from options.
 
-    Such errors show that gputune never wrote these options.
+    These errors show that gputune never wrote these options.
     """
     try:
         yield
@@ -245,7 +245,7 @@ def _check_bytes(path: Path) -> None:
     """Refuse a foreign file, or a file with a rollback journal that names a super-journal.
 
     This happens before SQLite opens the file: SQLite removes the file that a super-journal names.
-    Journals of a study never name one.
+    Journals of a study never name a super-journal.
     """
     with path.open("rb") as file:
         header = file.read(100)
@@ -320,7 +320,7 @@ def use_wal(connection: sqlite3.Connection, path: Path) -> bool:
 DRAFTS = ".study"
 """Prefix of the folders of unfinished files.
 
-Folders of killed processes are removed when the next one is made, or when a search starts.
+Folders of killed processes are removed when the next folder is made, or when a search starts.
 """
 
 

@@ -40,8 +40,7 @@ number of chunks that may train at once.
 
 
 class Ledger:
-    """The candidates of a search in the order of their numbers, their chunks, and the finished
-    results.
+    """The candidates of a search in order of trial number, their chunks, and the finished results.
 
     Other processes may work on the same study file: ``refresh`` reads their changes.
     """
@@ -53,7 +52,7 @@ class Ledger:
         self.plan: list[PlannedChunk] = []
         self.results: dict[int, Result] = {}
         self.finished: list[int] = []
-        """Numbers of the trials with results that ``finish`` has kept."""
+        """Trial numbers of the results that ``finish`` has kept."""
         self.outputs: dict[int, Outputs] = {}
         """Outputs by trial number, if there is no file to hold them."""
         self.on_finish: Callable[[list[tuple[Candidate, Result | None]]], None] | None = None
@@ -173,7 +172,7 @@ class Ledger:
         return self.claims is None or self.claims.take(chunk)
 
     def owners_of(self, chunks: Sequence[PlannedChunk]) -> tuple[str, str]:
-        """Return the other processes that have chunks, and the advice on one of them on another
+        """Return the other processes that have claimed chunks, and advice if one runs on another
         host.
 
         Both are text.
@@ -213,7 +212,7 @@ class Ledger:
     def finish(
         self, results: Sequence[Result], outputs: Mapping[int, Outputs] = MappingProxyType({})
     ) -> None:
-        """Keep the results of one chunk, all or none. Existing results stay unchanged.
+        """Store the results of one chunk, all or none. Existing results stay unchanged.
 
         Args:
             results: the results of the chunk.

@@ -27,7 +27,8 @@ Each step of the lookup, and why it is safe:
    object. Its imports, helpers and other functions have no key, so a file does not give access to
    them.
 
-4. The name is followed through dictionaries: first that of the module, then those of classes. Both
+4. The name is followed through dictionaries: first the module's dictionary, then the dictionaries
+of classes. Both
    are read past any override. Therefore no module ``__getattr__``, property, descriptor or
    metaclass runs. The search stops at anything that is not a class: a module such as ``torch.os``,
    a function, an instance.
@@ -47,9 +48,9 @@ Each step of the lookup, and why it is safe:
    such as a path that it loads.
 
 Older trust lists have keys that hold only files, without names. Such a key vouches for the
-subclasses of ``nn.Module`` that the file defines, and for partials of these at its top level. Their
-purpose is to build a module. It does not vouch for functions, because the trained function cannot
-be told from a helper such as ``clean_up(folder)``.
+subclasses of ``nn.Module`` that the file defines, and for partials of these subclasses at its top
+level. Their purpose is to build a module. It does not vouch for functions, because the trained
+function cannot be told from a helper such as ``clean_up(folder)``.
 """
 
 import functools

@@ -70,12 +70,12 @@ class TunedModel(ModelContent):
         Args:
             X: a file, a data frame, an array or a tensor with the columns of the training data.
                 Other columns are ignored. If the model was trained on arrays of other shapes, X is
-                such arrays, or a torch Dataset with them; its targets are ignored.
+                arrays of the same form, or a torch Dataset with them; its targets are ignored.
 
         Returns:
             The predictions, by task:
             - classes: labels (n,).
-            - regression: values (n,), or (n, K) for several numbers.
+            - regression: values (n,), or (n, K) for a target of K values per row.
             - several labels: 0 or 1 for each label, (n, K).
             - custom target: the outputs of the module, (n, ...).
 
@@ -114,7 +114,7 @@ class TunedModel(ModelContent):
 
         Raises:
             InputError: the model predicts classes or several numbers per row, has no residuals, or
-                has too few of them for ``level``.
+                has too few residuals for ``level``.
         """
         half = half_width(self, level)
         return self._ends(self._outputs(X), half)
@@ -160,7 +160,7 @@ class TunedModel(ModelContent):
         return self._outputs(X).softmax(1).numpy()
 
     def score(self, X: object, y: object, sample_weight: object = None) -> float:
-        """Return the accuracy of predicted labels, or R2 of predicted numbers, as in scikit-learn.
+        """Return the accuracy of predicted labels, or R2 of predicted values, as in scikit-learn.
 
         Args:
             X: the rows, as for ``predict``.

@@ -95,7 +95,8 @@ def _place(builder: Builder) -> tuple[str, str]:
 
 
 def _builder_json(builder: Builder) -> Json:
-    """Return the entries that describe a builder in addition to its place: "made" and "keywords"."""
+    """Return the entries that describe a builder in addition to its place: "made" and
+    "keywords"."""
     if not isinstance(builder, functools.partial):
         return {"made": "function"} if inspect.isfunction(builder) else {}
     inner = builder.func

@@ -182,9 +182,10 @@ class Result:
     ) -> Self:
         """Return the result of a trial with this curve, after ``epochs`` trained epochs.
 
-        If one fold is NaN at any of these epochs, the state is "failed" and the score is NaN. The
-        earliest epoch wins a tie. A "stopped" trial was cut short by a deadline and is scored on
-        its trained epochs. With several metrics the first one decides all of this.
+        If the score of any fold is NaN at any of these epochs, the state is "failed" and the score
+        is NaN. The earliest epoch wins a tie. A "stopped" trial was cut short by a deadline and is
+        scored on its trained epochs. With several metrics, the first metric decides the best epoch,
+        the score and the state.
         """
         detail = detail or {}
         done = first_metric(curve, axes=2)[:epochs]

@@ -212,10 +212,10 @@ class Store(AbstractContextManager["Store"]):
     def trials(
         self, numbers: Collection[int] | None = None
     ) -> list[tuple[Candidate, Result | None]]:
-        """Return candidates in the order of their numbers, each with its result or None.
+        """Return candidates in order of trial number, each with its result or None.
 
         Args:
-            numbers: the numbers of the trials, or None for all of them.
+            numbers: the trial numbers, or None for all trials.
 
         Raises:
             StudyCorruptError: a row does not fit its checksum. A changed value is never returned.
@@ -229,9 +229,10 @@ class Store(AbstractContextManager["Store"]):
         return [(candidate, results.get(candidate.number)) for candidate in candidates]
 
     def check(self, numbers: Collection[int] | None = None) -> set[int]:
-        """Check trials and results against their checksums. Return the numbers of the results.
+        """Check trials and results against their checksums. Return the trial numbers of the
+        results.
 
-        ``numbers`` selects the trials; None means all of them.
+        ``numbers`` selects trials by trial number; None means all trials.
 
         Raises:
             StudyCorruptError: a row is damaged.
@@ -275,7 +276,7 @@ class Store(AbstractContextManager["Store"]):
         return states
 
     def best(self, most: int) -> list[int]:
-        """Return the numbers of at most ``most`` trials with a finite score, best first."""
+        """Return the trial numbers of at most ``most`` trials with a finite score, best first."""
         # The first 8 bytes are the score by the metric that ranks.
         rows = self._read(
             "SELECT number, state = 'pruned', substr(score, 1, 8) FROM results ORDER BY number"
@@ -299,7 +300,7 @@ class Store(AbstractContextManager["Store"]):
         return self._count("trials") - self.finished()
 
     def plan(self) -> list[PlannedChunk]:
-        """Return the frozen chunks, in order of their numbers.
+        """Return the frozen chunks, in order of chunk number.
 
         Raises:
             StudyCorruptError: a row is damaged.
@@ -316,7 +317,7 @@ class Store(AbstractContextManager["Store"]):
         database.copy_file(self._connection, Path(path))
 
     def outputs(self, numbers: Collection[int]) -> dict[int, Outputs]:
-        """Return the outputs that are kept for trials with these numbers.
+        """Return the outputs that are kept for trials with these trial numbers.
 
         Raises:
             StudyCorruptError: a row is damaged.

@@ -1,4 +1,7 @@
-"""All trials of a search and their results, as one value made from options, trials and curves."""
+"""The study: all trials of a search with their options, results and learning curves.
+
+Shape letters: C trials, F folds, M metrics.
+"""
 
 import math
 import os
@@ -51,8 +54,8 @@ class Trial:
             number of the trial with outer step 0.
         detail: facts from the search method. For a hypergradient search: "loss", "ratio", "usable",
             "slope", ... For halving: "rung", the epoch at which it was pruned. "error" if an
-            objective of ``search`` raised one. "reason" if it was given up, because memory could
-            not hold it or it ended every worker process that trained it.
+            objective of ``search`` raised an error. "reason" if it was given up, because memory
+            could not hold it or it ended every worker process that trained it.
         metrics: with several metrics, the fold scores at ``best_epoch`` by metric name; the metric
             that ranks comes first. {} for one metric.
     """
@@ -104,7 +107,7 @@ class Study:
     Attributes:
         meta: the options of the search by name, read-only. ``record`` has the options that gputune
             knows.
-        trials: the trials in the order of their numbers.
+        trials: the trials in order of trial number.
         curves: (C, epochs, F) validation scores after each epoch; row c belongs to ``trials[c]``.
             NaN if a trial did not train that long.
         data: data that the searching process keeps for a refit. None for a study that was opened

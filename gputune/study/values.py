@@ -1,8 +1,8 @@
 """Write values as JSON text, and read them back with their type and every bit.
 
-JSON cannot represent infinity, tuples or arrays. Such a value becomes an object with one key, its
-tag. Nothing is pickled. A name from a file reaches only the public layers and functions of
-torch.nn.
+JSON cannot represent infinity, tuples or arrays. Such a value becomes a JSON object with one key,
+the tag of its type. Nothing is pickled. A name from a file reaches only the public layers and
+functions of torch.nn.
 """
 
 import hashlib

@@ -191,8 +191,8 @@ def callbacks(name: str, value: object) -> "tuple[Callback, ...]":
 def seed(name: str, random_state: object) -> int:
     """Return a random seed as an int.
 
-    An integer is returned unchanged. A RandomState or Generator gives one draw, and None gives a
-    draw from the system.
+    An integer is returned unchanged. For a RandomState or Generator, the seed is its next random
+    integer. For None, the seed is random.
     """
     import numpy as np
 

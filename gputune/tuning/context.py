@@ -207,7 +207,7 @@ class Context(Session):
     def recorded_plans(
         self, waiting: Sequence[Candidate], stage: int, make: Callable[[Sequence[Config]], Plan]
     ) -> list[RecordedPlan]:
-        """Return plans of whole recorded chunks, one plan for each number of threads.
+        """Return plans of complete recorded chunks, one plan for each number of threads.
 
         ``make`` plans the trials that are in no recorded chunk yet.
         """
@@ -254,7 +254,7 @@ class Context(Session):
         indices: Iterable[tuple[int, ...]],
         configs: Sequence[Config],
     ) -> Plan:
-        """Return a plan whose chunks train with the given number of threads.
+        """Return a plan with chunks that train with the given number of threads.
 
         The ``indices`` of a chunk are positions in ``configs``.
         """

@@ -140,7 +140,8 @@ class GoodEnough:
             self._count_trials(chunks)
 
     def _count_trials(self, chunks: Sequence[PlannedChunk]) -> None:
-        """Judge trials in order of their trial numbers, up to the first trial that has not ended."""
+        """Judge trials in order of their trial numbers, up to the first trial that has not
+        ended."""
         candidates = self.ledger.candidates
         while not self.reason and self._counted < len(candidates):
             number = candidates[self._counted].number
@@ -155,7 +156,8 @@ class GoodEnough:
         return number in self.ledger.results and not any(number in chunk.trials for chunk in chunks)
 
     def _count(self, number: int) -> None:
-        """Compare one trial with the best trial so far, and set ``reason`` if it ends the search."""
+        """Compare one trial with the best trial so far, and set ``reason`` if it ends the
+        search."""
         result = self.ledger.results[number]
         if result.state == "complete" and result.score > self._best:
             self._best = result.score

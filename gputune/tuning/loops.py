@@ -120,7 +120,8 @@ def search_loop(
 
 
 def _first_trials(options: Options, space: CheckedSpace) -> tuple[Candidate, ...]:
-    """Return the included trials, and the drawn trials unless a sampler proposes them later."""
+    """Return the included trials, and the sampled trials unless an Optuna sampler proposes trials
+    later."""
     check_count(options.n_trials, "n_trials", least=0, remedy=_EXAMPLE)
     first = numbered([(config, "include") for config in check_own_include(options.include, space)])
     if not first and not options.n_trials:

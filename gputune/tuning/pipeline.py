@@ -70,8 +70,8 @@ class _Setup:
     data: Dataset
     scoring: Scoring
     first: Config
-    """The parameters of the first trial, or a random draw if a sampler proposes the trials
-    later."""
+    """The parameters of the first trial, or a random sample if an Optuna sampler proposes the
+    trials later."""
 
 
 @entry
@@ -266,7 +266,7 @@ def _earlier_scoring(store: Store | None) -> str | None:
 
 
 def _record(setup: _Setup, context: Context) -> SearchRecord:
-    """Return the record of the search for the study file, with its notes, one sentence each."""
+    """Return the record of the search for the study file, with its notes (one sentence each)."""
     problem = setup.problem
     data = setup.data
     options = setup.problem.options

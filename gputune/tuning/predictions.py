@@ -95,7 +95,8 @@ def _stored_outputs(search: ReopenedSearch, trials: Sequence[Trial]) -> dict[int
 
 
 def _folds(search: ReopenedSearch, trials: Sequence[Trial]) -> tuple[Dataset, Scoring]:
-    """Return the data of the search's folds for some trials, and the scoring that ranks the trials."""
+    """Return the data of the search's folds for some trials, and the scoring that ranks the
+    trials."""
     record = search.study.record
     target = search.problem.target
     scoring = search.options.scoring

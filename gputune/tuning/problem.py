@@ -126,7 +126,8 @@ class Problem:
     def _statistics(
         self, trains: Sequence[np.ndarray], numbers: Numbers
     ) -> tuple[Statistics, ...] | tuple[ArrayStatistics, ...]:
-        """Return the scaling statistics of the columns, fitted on the training rows of each fold."""
+        """Return the scaling statistics of the columns, fitted on the training rows of each
+        fold."""
         if isinstance(self.raw, Arrays):
             return fit_channels(self.raw, trains, numbers)
         assert isinstance(self.layout, Layout)
@@ -233,9 +234,9 @@ class Problem:
 
     @property
     def output_units(self) -> str:
-        """The units that the loss expects of the outputs, such as "log rates".
+        """The units in which the loss expects the outputs, such as "log rates".
 
-        "" if they are the units of y.
+        "" if the loss expects the units of y.
         """
         if self.objective is None or self.target.task != "regression":
             return ""
@@ -304,7 +305,7 @@ class Problem:
         return remarks
 
     def remarks_on_target(self) -> tuple[str, ...]:
-        """Return remarks on the target: rows that were left out, and whole numbers that may be
+        """Return remarks on the target: rows that were left out, and integers that may be
         classes."""
         source = self.source
         remarks = list[str]()

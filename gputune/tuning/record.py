@@ -134,8 +134,8 @@ def search_record(
 def _arguments(
     options: Options, source: Source, space: CheckedSpace, folds: Sequence[Rows]
 ) -> Arguments:
-    """Return the arguments of a search that its study file stores, and a list of the missing
-    ones."""
+    """Return the arguments of a search that its study file stores, including a list of missing
+    arguments."""
     values = space_to_json(space)
     has_group_column = bool((source.origin or {}).get("groups"))
     transform = transform_to_json(options.target_transform)

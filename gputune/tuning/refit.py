@@ -80,7 +80,8 @@ class ReopenedSearch:
         return objective.of_space(trained)
 
     def config(self, trial: Trial) -> Config:
-        """Return the complete configuration of a trial, including its preparation of numbers."""
+        """Return the complete configuration of a trial, including its scaling of numeric
+        columns."""
         return self.choice.complete(
             {"numbers": self.problem.numbers, **trial.params}, self.options.schedule
         )

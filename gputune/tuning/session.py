@@ -279,7 +279,7 @@ class Session:
     def _missing(
         self, trials: Sequence[Candidate], space: CheckedSpace, check: ConfigCheck
     ) -> Sequence[Candidate]:
-        """Return the trials that the ledger lacks, with the next free numbers."""
+        """Return the trials that the ledger lacks, with the next free trial numbers."""
         candidates = self.ledger.candidates
         options = self.options
         if not candidates:

@@ -26,10 +26,10 @@ _ROWS_PER_CODE = 2  # the same for consecutive codes 0, 1, 2, ...
 def chosen_task(source: Source, choice: ModelChoice, options: Options) -> TaskWord | None:
     """Return the task that the user sets or that the model determines.
 
-    Returns None if the values of the target decide. More than ``MAX_CLASSES`` distinct whole
-    numbers look like a number to predict. They are classes in two cases. Either the loss is only
-    for classes, or the module has one output for each distinct number although it was asked for one
-    output. Otherwise there is a warning if the numbers are probably classes.
+    Returns None if the values of the target decide. A target with more than ``MAX_CLASSES``
+    distinct integers looks like a regression. The integers are classes in two cases. Either the
+    loss is only for classes, or the module has one output for each distinct integer although it was
+    asked for one output. Otherwise there is a warning if the integers are probably classes.
     """
     if options.task is not None:
         return options.task
@@ -46,9 +46,9 @@ def chosen_task(source: Source, choice: ModelChoice, options: Options) -> TaskWo
 
 
 def _may_be_classes(values: np.ndarray, n_distinct: int) -> bool:
-    """Return True if whole numbers repeat as classes do.
+    """Return True if the integers of a target repeat as often as class codes do.
 
-    Consecutive numbers from 0 or 1 may be the codes of many small classes.
+    Consecutive integers from 0 or 1 may be the codes of many small classes.
     """
     rows_per_number = len(values) / n_distinct
     # Codes begin at 0 or 1 and have almost no gaps.

@@ -189,7 +189,7 @@ class Trainer:
                     compiled(kernel, self.data.device, say)
 
     def groups(self, configs: Sequence[Config]) -> list[Population]:
-        """Split complete configurations into populations, with one tensor shape each."""
+        """Split complete configurations into populations (members with one tensor shape)."""
 
         def own_steps(config: Config) -> Hashable:
             way = trains_as(self.backend, self.kind, config, data=self.data)

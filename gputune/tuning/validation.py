@@ -60,9 +60,9 @@ def _check_folds_train(study: Study, called: str) -> None:
 
 
 def _obstacle(study: Study) -> tuple[str, str] | None:
-    """Return the kind of a study whose trials cannot train again on its folds, and the remedy.
+    """Return the kind of a study and the remedy, if its trials cannot train again on its folds.
 
-    Returns None if they can.
+    Returns None if the trials can train again.
     """
     if study.record.face == "loop":
         return (
@@ -237,8 +237,8 @@ def _mean_model(
 ) -> TunedModel:
     """Return the weighted mean of trials as one model.
 
-    Each trial is trained on all rows from ``n_seeds`` different seeds. ``n_seeds=None`` trains it
-    on the training rows of each fold.
+    Each trial is trained on all rows from ``n_seeds`` different seeds. ``n_seeds=None`` trains each
+    trial on the training rows of each fold.
     """
     trials = [trial for trial, _ in shares]
     # The preparation of all rows is used, so that all members read the same inputs.
