@@ -99,9 +99,9 @@ def implicit_gradients(
     rows.
 
     With an l1 part, coefficients at zero stay at zero and the other coefficients keep their sign.
-    This is exact except at the single values of C at which a coefficient leaves or reaches zero.
-    The loss has a kink there. The result is then the slope on the side on which the coefficients
-    that were found to be zero stay zero.
+    The result is exact except at the single values of C at which a coefficient leaves or reaches
+    zero. The loss has a kink at these values. The result is then the slope on the side on which the
+    coefficients that were found to be zero stay zero.
 
     ``memory`` is the largest number of bytes for the matrices and class probabilities that are held
     at once. None means 4 GiB on the CPU and 80% of the free memory of a GPU. If the members do not

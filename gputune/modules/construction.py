@@ -113,9 +113,10 @@ A name is "" if every module of the builder owns all of its tensors.
 def construct(builder: Builder, kwargs: Config, columns: str = "") -> nn.Module:
     """Return a user's module that owns its tensors.
 
-    It is a copy if the builder returns the same tensors each time. Members then start from a
-    pretrained part, and the user's own copy of it never trains. For ``torch.compile(module)`` it is
-    ``module``. Raises InputError if the builder fails, or if a shared tensor cannot be copied.
+    The module is a copy if the builder returns the same tensors each time. Members then start from
+    a pretrained part, and the user's own copy of this part never trains. If the builder returns
+    ``torch.compile(module)``, the result is ``module``. Raises InputError if the builder fails, or
+    if a shared tensor cannot be copied.
     """
     module, is_compiled = _call_builder(builder, kwargs, columns)
     shared = _shared.setdefault(builder, {})
@@ -283,9 +284,9 @@ def call_arguments(builder: Builder, sizes: Mapping[str, object], arguments: Con
     """Return the arguments for a builder: the ``sizes`` in its signature, and the ``arguments``.
 
     ``num_classes`` without a default gets ``n_outputs``, because torchvision uses this name. A
-    builder that takes any keyword gets the counts of features and outputs, unless it is a subclass
-    of a class that names its keywords. Raises InputError, before anything is built, for an argument
-    that the builder does not have, and for a required argument without a value.
+    builder that accepts any keyword gets the counts of features and outputs, unless it is a
+    subclass of a class that names its keywords. Raises InputError, before anything is built, for an
+    argument that the builder does not have, and for a required argument without a value.
     """
     signature = inspect.signature(builder)
     parameters = parameters_of(builder)
@@ -344,9 +345,9 @@ def outputs_hint(builder: Builder, arguments: Config, actual: int, n_outputs: in
 
 
 def parameters_of(builder: Builder) -> dict[str, inspect.Parameter]:
-    """Return the parameters of a builder by name.
+    """Return the parameters in a builder's signature, by name.
 
-    For a class that takes any keyword, they include the parameters of its base classes.
+    For a class that accepts any keyword, they include the parameters of its base classes.
     """
     parameters = dict(inspect.signature(builder).parameters)
     last = parameters

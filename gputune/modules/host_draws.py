@@ -127,7 +127,8 @@ class _Reader:
         self.place = ""
 
     def visit(self, value: object) -> None:
-        """Read a value that code uses: it may draw, or run code when it is called."""
+        """Read a value that code uses: it may draw random numbers, or run code when it is
+        called."""
         if self.finding or value is _UNKNOWN or value is None:
             return
         source = source_name(value)
@@ -175,7 +176,7 @@ class _Reader:
                 self.visit(list(hooks.values()))
 
     def _visit_class(self, cls: type) -> None:
-        """Read the functions of a class, because code makes instances of it.
+        """Read the functions of a class, because code that is read makes instances of the class.
 
         For a module class, only the forward pass is read.
         """

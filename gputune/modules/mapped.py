@@ -55,7 +55,7 @@ def _is_mapped(tensor: Tensor) -> bool:
 MemberRule = Callable[..., tuple[Tensor, int] | None]
 """Computes a torch function for all members. Each tensor argument has the members first.
 
-It returns the results and their axis of members, or None for arguments that it does not map.
+The rule returns the results and the index of their member axis, or None for unsupported arguments.
 """
 
 
@@ -100,9 +100,11 @@ def _linear(input: Tensor, weight: Tensor, bias: OptionalTensor = None) -> tuple
 
 
 class _Linear(torch.autograd.Function):
-    """Rows (P, N, I), weights (P, O, I), biases (P, O) or None -> (P, N, O).
+    """The linear layers of all members as one operation with derivatives.
 
-    The gradients lie in memory as the weights do.
+    Shapes: rows (P, N, I), weights (P, O, I), biases (P, O) or None; the result is (P, N, O).
+
+    The gradients have the same memory layout as the weights.
     """
 
     @staticmethod

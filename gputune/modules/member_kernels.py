@@ -163,7 +163,7 @@ class Loops:
     variable: str = "i"
 
     def named(self, sizes: list[int]) -> "Loops":
-        """Return the loops with names instead of sizes and strides, which are appended to
+        """Return the loops with names in place of sizes and strides. Their values are appended to
         ``sizes``.
 
         The outermost size is appended last.
@@ -226,7 +226,7 @@ def with_entry(values: Sequence[int], axis: int, entry: int) -> list[int]:
 
 
 def broadcast_strides(place: Place, dim: int) -> list[int]:
-    """Return the strides of a place that is broadcast to ``dim`` axes."""
+    """Return the strides of a place after broadcasting it to ``dim`` axes."""
     strides = [0 if n == 1 else step for n, step in zip(place.shape, place.stride)]
     # axes are added in front
     return [0] * (dim - len(strides)) + strides

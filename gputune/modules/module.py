@@ -130,9 +130,10 @@ class ModuleNetwork:
         return convert(module, self.shape.dtype).to(device)
 
     def starts(self) -> list[Params]:
-        """Return the initial tensors for each fold. All members of a fold start from them.
+        """Return the initial tensors for each fold. All members of a fold start from the same
+        tensors.
 
-        They are fitted to the fold's rows if the module has a ``start_from``.
+        The tensors are fitted to the fold's rows if the module has a ``start_from``.
         """
         common = self.trainable | self.mutable
         if self.shape.rows is None or not hasattr(self.template, "start_from"):
@@ -295,7 +296,8 @@ class StackedModule(ModuleNetwork):
     def _losses(
         self, members: Params, inputs: Sequence[Tensor], batch: Batch
     ) -> tuple[Tensor, Params]:
-        """Return the row losses (F, C, B) of a minibatch, and the buffers after it.
+        """Return the loss of each row of a minibatch, (F, C, B), and the buffers after the
+        minibatch.
 
         A user's own loss may return means (F, C) instead.
         """
@@ -348,7 +350,7 @@ class StackedModule(ModuleNetwork):
     def with_statistics(
         self, params: Params, inputs: Sequence[Tensor], key: tuple[int, int] | None
     ) -> tuple[Tensor, Params]:
-        """Return the outputs of ``differentiable``, and the buffers of the members (P, ...)
+        """Return the same outputs as ``differentiable``, and the members' buffers (P, ...)
         afterwards."""
 
         def outputs() -> tuple[Tensor, Params]:
@@ -364,7 +366,7 @@ class StackedModule(ModuleNetwork):
         return self._with_copies_if_refused(outputs)
 
     def differentiate_statistics(self) -> tuple[str, ...]:
-        """Make running statistics differentiable functions of the parameters.
+        """Make running statistics (of BatchNorm) differentiable functions of the parameters.
 
         Returns the names of the other tensors that a step changes.
         """

@@ -321,8 +321,8 @@ class ModuleTrial:
     def augmented(self, rows: slice) -> list[Tensor]:
         """Return some rows of the inputs, changed by the user's ``augment``.
 
-        Raises InputError if that fails. The rows are selected before the call, because the random
-        values of torch.randn depend on how many it draws.
+        Raises InputError if ``augment`` fails. The rows are selected before the call, because the
+        random values of torch.randn depend on how many it draws.
         """
         inputs = self.rows(rows)
         if self.objective.augment is None:
