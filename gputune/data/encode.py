@@ -390,7 +390,7 @@ def normal_scores_of(values: Tensor, quantiles: Tensor) -> Tensor:
 
 
 def normal_deviate(rank: Tensor) -> Tensor:
-    """Return the standard normal deviate of probabilities, which are kept 1e-7 away from 0 and 1.
+    """Return the standard normal quantile of probabilities, which are kept 1e-7 away from 0 and 1.
 
     Source: Wichura (1988), algorithm AS 241, doi:10.2307/2347330; relative error about 1e-16.
     """

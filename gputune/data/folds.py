@@ -129,7 +129,7 @@ def _refuse_split_groups(folds: list[Rows], groups: np.ndarray, cv: object) -> N
 
 
 def all_rows(n_rows: int) -> Rows:
-    """Return the single fold of a refit: all rows for training, and an empty validation part."""
+    """Return the single fold of a refit: all rows for training, and no validation rows."""
     return np.arange(n_rows, dtype=np.int64), np.empty(0, dtype=np.int64)
 
 

@@ -28,7 +28,7 @@ Kind = Literal["number", "boolean", "category", "date"]
 KINDS = ("number", "category", "date")
 """The kinds that a user can request for a column. Booleans are detected."""
 MISSING_TEXT = frozenset(["", *"? NA N/A n/a #N/A <NA> NaN nan NAN null NULL None NaT".split()])
-"""Texts that mean a missing value in a source without types."""
+"""The texts that are read as a missing value in a source without types, such as a CSV file."""
 
 _NO_KIND = "not numbers, booleans, text or dates"
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)

@@ -79,7 +79,7 @@ def check_row_options(n_given: int, cv: object, sample_weight: object) -> None:
 
 
 def select_weights(sample_weight: Any, positions: np.ndarray) -> object:
-    """Return the weights of some rows."""
+    """Return the sample weights of the rows at some positions."""
     if sample_weight is None:
         return None
     if isinstance(sample_weight, Tensor):

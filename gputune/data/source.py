@@ -411,12 +411,13 @@ def _read_arrays(path: Path, y: Any, groups: Any, *, module: bool) -> Source:
 
 
 def read_again(origin: Json, *, module: bool = False) -> Source:
-    """Return the rows on which a study was searched, without the held-out rows."""
+    """Read a study's rows again, and return the rows of its search without the held-out rows."""
     return read_with_held_out(origin, module=module)[0]
 
 
 def read_with_held_out(origin: Json, *, module: bool = False) -> tuple[Source, Source | None]:
-    """Return the rows on which a study was searched, and its held-out rows or None."""
+    """Read a study's rows again, and return the rows of its search and the held-out rows or
+    None."""
     source = read_source(
         origin["path"],
         origin["target"],

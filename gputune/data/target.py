@@ -72,7 +72,7 @@ class Target:
 
     @property
     def in_words(self) -> str:
-        """The prediction for a row, as text."""
+        """A text on the kind of prediction that a row gets, for messages."""
         if self.classes is not None:
             return f"{len(self.classes)} classes"
         nouns = {"multilabel": "labels", "custom": "numbers, unchanged"}

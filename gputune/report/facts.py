@@ -160,7 +160,7 @@ def _held_out_fact(study: Study, model: Json | None, measure: Measure) -> tuple[
 
 
 def is_its_model(study: Study, model: Json) -> bool:
-    """Return whether the ``info`` of a model belongs to this study's best trial and to its rows."""
+    """Return whether the ``info`` of a model matches this study's best trial and its data rows."""
     best = best_trial(study)
     rows = study.record.fingerprint
     scoring = study.record.scoring
@@ -241,7 +241,7 @@ def _transform(recorded: str | Json | None) -> object:
 def _options(options: Json) -> str:
     """Return the options of a method as text, without its name.
 
-    A sampler's halving has its own options in parentheses.
+    If a sampler uses halving, the options of halving stand in parentheses.
     """
     texts = []
     for key, value in options.items():
@@ -280,7 +280,7 @@ def failure_reason(study: Study, trial: Trial) -> str:
 
 
 def endings(study: Study) -> Json:
-    """Return the data of the report's section on how trials ended."""
+    """Return the data for the report's section on the final states of the trials."""
     counts: Counter[TrialState] = Counter()
     pruned: Counter[int] = Counter()
     failures: list[tuple[int, str, str]] = []

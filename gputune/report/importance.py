@@ -67,7 +67,7 @@ def columns_chart(study: Study, report: FoldReport) -> Chart | None:
 
 
 def _left_out(nouns: str, quality: str, n_drawn: int, n_all: int) -> list[str]:
-    """Return a note on the columns or classes that are left out, or [] if all are drawn."""
+    """Return a list with a note on the columns or classes left out, or [] if all are drawn."""
     if n_drawn == n_all:
         return []
     return [f"The {n_drawn} most {quality} {nouns}; {n_all - n_drawn} others are left out."]
@@ -182,12 +182,13 @@ def _line_heights(heights: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _down(height: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return heights measured from the top of the drawing."""
+    """Convert heights on an axis to y coordinates, which SVG measures from the top."""
     return _HEIGHT - _BOTTOM - height * (_HEIGHT - _TOP - _BOTTOM)
 
 
 def _axis(x: float, axis: Axis, place: int, letters: int) -> Markup:
-    """Return one axis with its name, ticks and brush."""
+    """Return the SVG of one axis: its name, its ticks and the brush with which a reader selects
+    trials."""
     top = _TOP
     bottom = _HEIGHT - _BOTTOM
     parts = [

@@ -1,7 +1,7 @@
 """The HTML report of a study.
 
-It is one file. It needs no network and no other file, and may run only its own script. Its table of
-trials is columns of JSON, best first, which is short enough for ten thousand trials.
+It is one file. It needs no network and no other file, and may run only its own script. The table of
+trials is stored as columns of JSON, best trial first. This is short enough for ten thousand trials.
 """
 
 import base64
@@ -153,7 +153,7 @@ def _eligible(study: Study, view: Scores, order: Sequence[int]) -> list[str | No
 
 
 def _origin(trial: Trial) -> str:
-    """Return the origin of a trial, in words that need no explanation."""
+    """Return the origin of a trial as a short text for the reader of the report."""
     if trial.origin_text.startswith("batch "):
         return f"Optuna, {trial.origin_text}"
     return trial.origin_text
@@ -358,7 +358,8 @@ def _origin_note(study: Study) -> str:
 
 
 def _cells(column: TableColumn) -> list[str]:
-    """Return the texts of the first rows, in the same form as the script."""
+    """Return the texts of a column's first rows, in the form in which the report's script writes
+    them."""
 
     cells = []
     for value in column["values"][:FIRST_ROWS]:
@@ -389,5 +390,6 @@ def _template() -> jinja2.Template:
 
 
 def _hash(text: str) -> str:
-    """Return the hash of a script or style for the content security policy."""
+    """Return the hash with which the content security policy of the report allows a script or
+    style."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

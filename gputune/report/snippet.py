@@ -31,7 +31,8 @@ class _Script:
             self.imports.append(line)
 
     def argument(self, name: str, remark: str = "the argument of the search") -> str:
-        """Return the name of an object that no file holds, and add a remark on it."""
+        """Return the name for an object that the study does not store, and add a remark on the
+        name."""
         self.remarks.append(f"{name}: {remark}")
         return name
 
@@ -141,7 +142,7 @@ def _tune(script: _Script, study: Study, best: Trial, ranked: str) -> str:
 
 
 def _comment(text: str) -> str:
-    """Return text that stays within a comment."""
+    """Return text that can stand in a Python comment without ending it."""
     return clean(" ".join(text.split()))
 
 
@@ -234,7 +235,7 @@ def _options(script: _Script, study: Study, best: Trial) -> dict[str, str]:
 
 
 def _folds(script: _Script, record: SearchRecord) -> str:
-    """Return the folds as code."""
+    """Return Python code for the folds of the search."""
     text = record.cv
     if text.isdigit():
         return text

@@ -41,9 +41,9 @@ def spread_over(order: Sequence[int], most: int) -> list[int]:
 
 
 def shifted(places: NDArray[np.float64], width: float) -> NDArray[np.float64]:
-    """Shift places within ``width``, so that equal places do not overlap.
+    """Shift coordinates within ``width``, so that points with equal coordinates do not overlap.
 
-    The shifts are always the same.
+    The shifts do not change from call to call.
     """
     return places + width * ((np.arange(len(places)) * GOLDEN) % 1.0 - 0.5)
 
@@ -63,14 +63,14 @@ def element(name: str, *children: str, **attributes: str | float | None) -> Mark
 
 
 def path(class_: str | None, d: str, **attributes: str | float | None) -> Markup:
-    """Return a path element."""
+    """Return an SVG path element with the path data ``d``."""
     return element("path", class_=class_, d=d, **attributes)
 
 
 def text(
     class_: str, x: float, y: float, *children: str, **attributes: str | float | None
 ) -> Markup:
-    """Return a text element."""
+    """Return an SVG text element at the position (x, y)."""
     return element("text", *children, class_=class_, x=x, y=y, **attributes)
 
 

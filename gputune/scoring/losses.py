@@ -160,8 +160,8 @@ def _gap(outputs: Tensor, y: Tensor) -> Tensor:
 def _huber(outputs: Tensor, y: Tensor, *, delta: Tensor) -> Tensor:
     """Return the Huber loss of each row, (..., B).
 
-    It is half the squared gap up to ``delta``, and linear beyond. ``delta`` is in standard
-    deviations of y. Source: Huber (1964).
+    With gap = y - output, the loss is half the squared gap up to ``delta``, and linear beyond.
+    ``delta`` is in standard deviations of y. Source: Huber (1964).
     """
     # delta: (C, 1) -> (C, 1, 1), to broadcast with the gaps (..., C, B, K)
     gap = _gap(outputs, y).abs()
@@ -172,8 +172,8 @@ def _huber(outputs: Tensor, y: Tensor, *, delta: Tensor) -> Tensor:
 def _quantile(outputs: Tensor, y: Tensor, *, q: Tensor) -> Tensor:
     """Return the quantile (pinball) loss of each row, (..., B).
 
-    It is the gap times q above the output, and the gap times q - 1 below. Source: Koenker and
-    Bassett (1978).
+    With gap = y - output, the loss is q * gap for a positive gap, and (q - 1) * gap for a negative
+    gap. Source: Koenker and Bassett (1978).
     """
     gap = _gap(outputs, y)
     q = q[..., None]
@@ -366,7 +366,7 @@ def takes_log_probabilities(loss: object) -> bool:
 def is_divergence(loss: object) -> bool:
     """Return True if a loss is torch's Kullback-Leibler divergence.
 
-    Its outputs may have the classes in any dimension.
+    The outputs that this loss takes may have the classes in any dimension.
     """
     return issubclass(kind_of(loss), nn.KLDivLoss)
 

@@ -39,13 +39,14 @@ def make_scoring(
 
     Args:
         scoring: A scikit-learn name, a callable ``scorer(estimator, X, y)`` or ``(outputs, y)``, or
-            several of these. None means accuracy, for regression R2, the absolute error or the
-            pinball loss (see ``default_scoring``), and for a custom target "neg_loss". That is
-            minus the loss of the ``objective`` on the validation rows.
+            several of these. None means accuracy for classes and labels, and for a custom target
+            "neg_loss". For regression None means R2, the absolute error or the pinball loss (see
+            ``default_scoring``). "neg_loss" is minus the loss of the ``objective`` on the
+            validation rows.
         task: The task of the search.
         classes: The class labels, or None.
-        positive: The positive class of f1 and similar scores. Among several scores, only these
-            receive it.
+        positive: The positive class of f1 and similar scores. Among several scores, only scores
+            with a positive class receive it.
         objective: The objective that the models train on.
         n_labels: The number of labels of a multilabel target.
 
@@ -162,7 +163,7 @@ def scorers_of(scoring: object) -> dict[str, OneScoring] | None:
 
 
 def _label(scorer: object) -> str:
-    """Return the name of one of several scorers."""
+    """Return the name under which one of several scorers appears in the results."""
     if isinstance(scorer, str):
         return scorer
     return str(getattr(scorer, "__name__", type(scorer).__name__))
@@ -265,7 +266,7 @@ def _neg_loss(objective: Objective | None, *, asked: bool) -> Scoring:
 
 
 def _takes_outputs(scorer: Callable[..., object]) -> bool:
-    """Return True if a scorer takes (outputs, y) rather than (estimator, X, y)."""
+    """Return True if a callable has the signature (outputs, y), and not (estimator, X, y)."""
     try:
         parameters = inspect.signature(scorer).parameters.values()
     except (TypeError, ValueError):
@@ -317,7 +318,8 @@ def _check_fits_task(scoring: str, task: Task) -> None:
 def positive_code(
     positive: Any, scoring: str, scorer: Scorer | None, task: Task, classes: np.ndarray | None
 ) -> int | None:
-    """Return the code of a score's positive class, or None if the score has no positive class."""
+    """Return the index of a score's positive class in ``classes``, or None without a positive
+    class."""
     labels = [] if classes is None else classes.tolist()
     needs_class = scorer is not None and task == "binary" and has_positive_class(scorer)
     if positive is None:

@@ -62,10 +62,10 @@ class Objective:
     binary: bool = False
     """True if the target has two classes, so that one logit per row is enough."""
     copies: bool = field(default=False, compare=False)
-    """True if the user's code gets copies of the rows, because it writes or may write into its
+    """True if the user's code receives copies of the rows, because it may write into its
     arguments."""
     numbers: Mapping[str, float] = field(default_factory=dict, hash=False)
-    """The parameters given with the loss, as in "quantile:0.9", by the argument names of the loss.
+    """The parameter values in the text of a loss, such as 0.9 in "quantile:0.9", by argument name.
     """
     fixed: Config = field(default_factory=dict, compare=False)
     """The ``loss__*`` arguments that have one value in the whole search.
@@ -323,7 +323,7 @@ class Objective:
     def member_loss(self, config: Config) -> Callable[[Tensor, Tensor], Tensor]:
         """Return the custom loss with the values of a configuration.
 
-        It takes the outputs of one member and returns row losses or a mean.
+        The returned function takes the outputs of one member, and returns row losses or their mean.
         """
         loss = self.loss
         values = loss_arguments(config)
@@ -341,7 +341,7 @@ class Objective:
 
 
 def _shape(value: object) -> object:
-    """Return the shape of a tensor, or the name of any other type."""
+    """Return the shape of a tensor, or the type name of any other value, for messages."""
     return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
 
 
@@ -406,7 +406,7 @@ def loss_arguments(config: Config) -> Config:
 
 
 def loss_defaults(loss: object) -> Config:
-    """Return the default of each ``loss__*`` value.
+    """Return the defaults of the ``loss__*`` values, keyed by their names in a configuration.
 
     The defaults come from the signature of a custom loss, or from all named losses.
     """

@@ -1,7 +1,8 @@
 """Validation scores of many models at once, on the device, under scikit-learn's names.
 
 Greater scores are better. Each function takes outputs (C, m, K) of C models on the same m rows, and
-the targets (m,) of the rows. The targets are class codes or values. It returns scores (C,).
+the targets (m,) of the rows. The targets are class codes, or values of a regression. The function
+returns scores (C,).
 
 Source: the definitions of sklearn.metrics, including their edge cases. Scores that rank rows use
 probabilities, as scikit-learn does. Logits can differ between rows whose probabilities are equal.
@@ -91,7 +92,7 @@ def r2(outputs: Tensor, y: Tensor) -> Tensor:
 
 
 def _r2(residual: Tensor, y: Tensor) -> Tensor:
-    """Return R2 from residual sums of squares (C,). It is NaN for fewer than two rows."""
+    """Return R2 (C,) from the residual sums of squares (C,), or NaN for fewer than two rows."""
     if len(y) < 2:
         return torch.full_like(residual, math.nan)
     total = ((y - y.mean()) ** 2).sum()
@@ -183,7 +184,7 @@ A tie of two rows counts half, so a rounding error that breaks the tie changes t
 
 
 class RowMean(NamedTuple):
-    """A score that compiled code computes from y and the mean over rows of one quantity.
+    """A score that compiled code computes from y and from the mean of one quantity over the rows.
 
     ``of_row`` is the name of the quantity in ``native/work.h``.
     """

@@ -38,7 +38,7 @@ The model is a plain module on the CPU in evaluation mode.
 """
 
 _SMALLEST = 1e-300
-"""Replaces the probability 0, whose logarithm would be mistaken for a divergence."""
+"""The value that replaces a probability of 0, whose logarithm would look like a divergence."""
 
 
 @dataclass(frozen=True)
@@ -317,7 +317,8 @@ class Validation:
             self.block_bytes = min(_GPU_BLOCK_BYTES, 1 << (share.bit_length() - 1))
         self.kept: dict[tuple[int, int], tuple[tuple[Tensor, ...], ...]] = {}
         self.outputs: Sequence[list[Tensor]] = []
-        """The last scored outputs of each epoch and fold, (C, m, K), if the scoring keeps outputs.
+        """The outputs that were scored last, by epoch and fold, each (C, m, K), if outputs are
+        kept.
         """
 
     def is_small(self, network: Network) -> bool:

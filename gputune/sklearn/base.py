@@ -185,11 +185,12 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
         return tags
 
     def _recipe(self, draw: DrawSeed) -> Any:
-        """Return the recipe of the parameters. ``draw`` gives the seed for random_state=None."""
+        """Return the recipe that the estimator's parameters describe. ``draw`` gives the seed for
+        random_state=None."""
         raise NotImplementedError
 
     def _set_fitted(self, fitted: Any, rows: CheckedRows) -> None:
-        """Take over the result of a fit."""
+        """Set the fitted attributes of the estimator from the result of a fit."""
         raise NotImplementedError
 
 
@@ -209,7 +210,7 @@ fit_hook: ContextVar[FitHook | None] = ContextVar("fit_hook", default=None)
 
 @contextmanager
 def hooked(hook: FitHook | None) -> Iterator[None]:
-    """Use a hook, or none, in place of fits inside the block."""
+    """Let a hook replace ``fit`` calls inside a ``with`` block. None removes the hook."""
     token = fit_hook.set(hook)
     try:
         yield

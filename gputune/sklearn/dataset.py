@@ -109,7 +109,7 @@ class CheckedRows:
 
 @dataclass(frozen=True, eq=False)
 class FoldRows:
-    """The training or validation rows of one fold.
+    """The training or validation rows of one fold, as positions in shared rows.
 
     Attributes:
         rows: checked rows, which folds can share.
@@ -205,7 +205,7 @@ def lay_out(folds: Mapping[int, Sequence[FoldRows]]) -> list[FoldGroup]:
 
 
 def _fold_group(folds: Mapping[int, Sequence[FoldRows]]) -> FoldGroup:
-    """Return folds whose rows have one form as a group with joined rows."""
+    """Return a group of folds with joined rows. The rows of all folds must have the same form."""
     blocks: list[CheckedRows] = []
     starts: dict[int, int] = {}  # id of a block -> the position of its first row after joining
     n_rows = 0

@@ -47,7 +47,7 @@ class TrialSlopes(NamedTuple):
     Attributes:
         losses: (F,) validation loss of each fold.
         slopes: hyperparameter -> (F, 1, 1) slope of the loss.
-        ratios: (F,) ratios of the chaos guard.
+        ratios: (F,) ratio by which the chaos guard decides whether a slope is noise.
     """
 
     losses: NDArray[np.float64]
@@ -89,7 +89,7 @@ def slopes_of(
 
 
 def _stacked(members: Sequence[MemberSlope]) -> TrialSlopes:
-    """Return the slopes of the members of one trial as arrays over the folds."""
+    """Return the losses and slopes of one trial as arrays over the folds, from its members."""
     losses, slopes, ratios = zip(*members)
     tables = {}
     for name in slopes[0]:

@@ -79,7 +79,7 @@ def solve_groups(
 def solve_members(
     penalties: Mapping[int, Penalty], folds: FoldGroup, training: FitOptions
 ) -> dict[FoldTrial, SolvedMember | Exception]:
-    """Solve every penalty on the training rows of every fold.
+    """Solve the logistic regression of every penalty on the training rows of every fold.
 
     A member whose class weights do not fit gets a ValueError as its result.
     """

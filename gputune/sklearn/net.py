@@ -137,7 +137,7 @@ class _NeuralNet(TrainedEstimator):
         return tags
 
     def _recipe(self, draw: DrawSeed) -> Recipe:
-        """Return the recipe of the parameters.
+        """Return the recipe (the description of a training run) for the estimator's parameters.
 
         Raises InputError for a module, an optimizer or a criterion that cannot be trained.
         """
@@ -164,7 +164,7 @@ class _NeuralNet(TrainedEstimator):
         )
 
     def _config(self) -> Config:
-        """Return the engine's complete configuration."""
+        """Return the complete configuration that gputune's training engine needs."""
         optimizer = optimizer_word(self.optimizer, "optimizer")
         decay = self.optimizer__weight_decay
         momentum = self.optimizer__momentum

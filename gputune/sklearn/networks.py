@@ -65,7 +65,7 @@ class RecipeBatch:
     objective: Objective | None
 
     def places(self, chunk: Population) -> list[FoldTrial]:
-        """Return the (fold, trial) of each member of a chunk."""
+        """Return the (fold, trial) pair that identifies each member of a chunk."""
         return [(fold, self.trials[i]) for fold in self.folds.numbers for i in chunk.index]
 
     def trainer(self, training: FitOptions) -> Trainer:
@@ -85,7 +85,7 @@ class RecipeBatch:
 
 
 def batches(recipes: Mapping[int, Recipe], folds: FoldGroup) -> Iterator[RecipeBatch]:
-    """Yield batches of recipes that train together."""
+    """Group recipes into batches that train together, and yield the batches."""
     rows = folds.rows
     families = defaultdict[Hashable, list[int]](list)
     for trial, recipe in recipes.items():
@@ -318,7 +318,8 @@ NUMBERS = 1 << 20
 
 
 class TrainedEstimator(FusedEstimator):
-    """An estimator that trains with minibatches. ``module_`` is its network."""
+    """An estimator that trains with minibatches. After ``fit``, ``module_`` is the trained
+    network."""
 
     _fit_recipes = staticmethod(fit_members)
     _slopes = staticmethod(training_slopes)

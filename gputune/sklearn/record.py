@@ -99,7 +99,7 @@ Event = RecordedFit | Transformation
 
 
 def fits_of(events: Iterable[Event]) -> list[RecordedFit]:
-    """Return the fits among events."""
+    """Return only the fits from a list of recorded fits and transformations."""
     return [event for event in events if isinstance(event, RecordedFit)]
 
 
@@ -136,8 +136,8 @@ def shared_rows(
 ) -> FoldRows | None:
     """Return all rows, checked once for all folds, or None if each fold must be checked separately.
 
-    Separate checks are needed in a pipeline, and if all rows together are refused. A fold may not
-    contain the wrong rows.
+    Separate checks are needed in a pipeline, and if all rows together are refused. If all rows
+    together are refused, each fold may still be valid, because it may not contain the invalid rows.
     """
     if not isinstance(candidate, FusedEstimator) or set(fit_params) - {"sample_weight"}:
         return None

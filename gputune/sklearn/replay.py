@@ -99,7 +99,8 @@ def with_hook(estimator: BaseEstimator, device: str) -> BaseEstimator:
 
 @dataclass(frozen=True, eq=False)
 class TrainedCandidates:
-    """Candidates that were trained in all ``splits``, with the events of scikit-learn's loop.
+    """Candidates that were trained in all ``splits``, with the recorded steps of scikit-learn's
+    loop.
 
     ``seconds`` is the share of each fit in the training time.
     """
@@ -206,7 +207,8 @@ class SearchRun:
     def split(
         self, X: object, y: object, params: Mapping[str, object], cv: object = None
     ) -> Splits:
-        """Return the splits of ``cv``. None: the search's own ``cv``."""
+        """Return the (train, test) splits that ``cv`` makes. With ``cv=None`` the search's ``cv``
+        is used."""
         splitter = check_cv(
             self.cv if cv is None else cv, y, classifier=is_classifier(self.estimator)
         )

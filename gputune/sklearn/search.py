@@ -63,7 +63,7 @@ class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no ty
     _trained: TrainedCandidates | None = None
     """Trained candidates to evaluate, instead of candidates that the search draws and trains."""
     _run: SearchRun | None = None
-    """The running ``fit``."""
+    """The run of a ``fit`` call that is in progress, or None."""
 
     def fit(self, X: object, y: object = None, **params: object) -> Self:
         """Run the search, and refit the best candidate on all rows.
@@ -179,7 +179,7 @@ class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no ty
 
 @contextmanager
 def override(search: object, overrides: Mapping[str, object]) -> Iterator[None]:
-    """Give a search other parameters and attributes inside the block."""
+    """Replace parameters and attributes of a search inside a ``with`` block."""
     before = {name: getattr(search, name) for name in overrides}
     vars(search).update(overrides)
     try:
@@ -315,7 +315,7 @@ def _result(number: int, scores: np.ndarray, seconds: float, epochs: int) -> Res
 
 
 def _score_name(search: BaseSearchCV) -> str:
-    """Return the name of the scores for a reader."""
+    """Return the name of the search's score, as the study shows it."""
     scoring = search.refit if isinstance(search.refit, str) else search._effective_scoring()
     if scoring is None:
         return "r2" if is_regressor(search.estimator) else "accuracy"

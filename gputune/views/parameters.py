@@ -57,7 +57,7 @@ def varied_parameters(study: Study) -> tuple[Parameter, ...]:
 
 
 def _parameter(name: str, study: Study) -> Parameter:
-    """Return one hyperparameter of a study."""
+    """Return the values of one hyperparameter in all trials of a study."""
     values: list[Any] = [trial.params.get(name) for trial in study.trials]
     present = [value for value in values if value is not None]
     # A fast path, because most values are plain numbers and checking lists is slow.

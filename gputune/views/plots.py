@@ -56,7 +56,7 @@ def _axes(plot: str, ax: "Axes | None", size: tuple[float, float] = (7.0, 4.0)) 
 
 
 def _plain(text: object) -> str:
-    """Return text that matplotlib shows literally, so that a dollar sign begins no formula."""
+    """Return text escaped for matplotlib, so that a dollar sign does not begin a formula."""
     return clean(text).replace("$", r"\$")
 
 

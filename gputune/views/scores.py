@@ -1,4 +1,8 @@
-"""Scores and curves for display: sign, order and range, several metrics, and scales of axes."""
+"""Scores and curves for display: sign, order and range, several metrics, and scales of axes.
+
+"In the sign of their name" means: scikit-learn's neg_log_loss of -0.3 is shown as a log_loss of
+0.3. In shapes, C counts trials and M metrics. A row is the index of a trial in the study.
+"""
 
 import itertools
 import math
@@ -73,7 +77,7 @@ def number_text(value: float) -> str:
 def linear_scale(
     low: float, high: float, *, most: int = 6, pad: float = 0.0, whole: bool = False
 ) -> Scale:
-    """Return a linear scale.
+    """Return a linear axis scale that covers the given values.
 
     Args:
         low: the lower end of the values.
@@ -132,7 +136,7 @@ def log_scale(low: float, high: float, *, most: int = 6, pad: float = 0.0) -> Sc
 
 
 def value_scale(low: float, high: float, measure: Measure, *, pad: float = _PAD) -> Scale:
-    """Return the scale of scores between two ends.
+    """Return the axis scale of scores between a lowest and a highest value.
 
     A loss that spans decades has a logarithmic scale.
     """
@@ -185,13 +189,12 @@ class Scores:
         return better.accumulate(np.where(self.eligible, self.values, np.nan))
 
     def scale(self, *, pad: float = _PAD) -> Scale:
-        """Return the scale of all scores, with the best score and all scores that are not far from
-        it."""
+        """Return the axis scale of the scores, without scores that are far from the best score."""
         return value_scale(*self.range, self.measure, pad=pad)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """The notes on scores beyond the ends of their axis."""
+        """Sentences for the reader on scores that lie beyond the ends of the axis."""
         low, high = self.range
         is_beyond = self.values > high if self.measure.lower_is_better else self.values < low
         n_beyond = int(is_beyond.sum())
@@ -204,7 +207,7 @@ class Scores:
 
 
 def score_view(study: Study) -> Scores:
-    """Return the scores of a study for display."""
+    """Return the scores of a study's trials in the form that plots and the report show."""
     scores = np.where(np.isfinite(study.scores), study.scores, np.nan)
     order = [row for row in study.order if not np.isnan(scores[row])]
     measure = study.record.measure(float(np.nanmax(scores)) if order else math.nan)
@@ -215,8 +218,8 @@ def score_view(study: Study) -> Scores:
 def order_by_score(study: Study) -> list[int]:
     """Return the rows of the trials by their score only, best first.
 
-    Trials without a finite score come last. In contrast to ``study.order``, pruned trials do not
-    come after the others.
+    Trials without a finite score come last. In contrast to ``study.order``, pruned trials are not
+    moved behind the other trials.
     """
     scores = np.where(np.isfinite(study.scores), study.scores, -np.inf)
     return sorted(study.order, key=lambda row: -scores[row])
@@ -228,8 +231,10 @@ def _in_sign(measure: Measure, scores: NDArray[np.float64]) -> NDArray[np.float6
 
 
 def score_range(values: NDArray[np.float64], measure: Measure) -> tuple[float, float]:
-    """Return the ends (low, high) of an axis: the best finite value, and the worst that is not far
-    off."""
+    """Return the ends (low, high) of an axis: the best finite score, and the worst nearby score.
+
+    Scores far from the best score lie outside of the axis.
+    """
     finite = values[np.isfinite(values)]
     if not finite.size:
         return 0.0, 1.0
@@ -262,7 +267,7 @@ class LearningCurves:
     def scale(self) -> Scale:
         """Return an axis that holds the best curves completely.
 
-        It also holds the final scores of other curves, unless they are far off.
+        The axis also holds the final scores of the other curves, unless these scores are far off.
         """
         late = [row for row in self.order if self.study.trials[row].state != "pruned"]
         ends = []
@@ -286,7 +291,7 @@ class LearningCurves:
 
 
 def curve_view(study: Study) -> LearningCurves:
-    """Return the learning curves of a study for display."""
+    """Return the learning curves of a study in the form that plots and the report show."""
     measure = score_view(study).measure
     curves = study.curves
     folds = curves.shape[2]
@@ -349,7 +354,7 @@ def other_measures(study: Study) -> dict[str, Measure]:
 
 @dataclass(frozen=True, eq=False)
 class ParetoFront:
-    """Two metrics of all trials, in the sign of their names."""
+    """The scores of all trials by two metrics, and the trials on the Pareto front."""
 
     measures: tuple[Measure, Measure]
     values: NDArray[np.float64]  # (C, 2); NaN for a trial that lacks one of them
@@ -358,7 +363,7 @@ class ParetoFront:
 
 
 def pareto_front(study: Study, x: str, y: str) -> ParetoFront:
-    """Return the Pareto front of two metrics."""
+    """Return the scores by two metrics, and the trials that are Pareto-optimal in them."""
     pair = [study.metrics.index(x), study.metrics.index(y)]
     table = metric_scores(study)[:, pair]
     order = _front(study, table)
@@ -424,7 +429,7 @@ def ranked_by(study: AnyStudy, metric: str) -> AnyStudy:
 
 
 def _reorder(study: Study, order: list[int]) -> Curve:
-    """Return the curves of all metrics in another order.
+    """Return the learning curves with their metrics in a different order.
 
     Without results there is no axis of metrics, and the curves are unchanged.
     """
