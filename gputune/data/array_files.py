@@ -37,7 +37,7 @@ Version 3 is used only for named fields, which gputune refuses.
 
 
 class _Malformed(ValueError):
-    """The reason why a file cannot be read as arrays."""
+    """An error with the reason why a file cannot be read as arrays."""
 
 
 def read_array_file(path: Path) -> dict[str, Any]:
@@ -197,7 +197,7 @@ def _record_sizes(path: Path) -> set[int]:
 
 
 def pick_arrays(path: Path, y: Any, groups: Any) -> tuple[object, object, object]:
-    """Return X, y and groups of an array file.
+    """Read X, y and groups from an array file and return them.
 
     X is a dict if more than one array is left after y and groups are taken out.
 

@@ -296,7 +296,7 @@ def line_of(source: str | Path, row: int) -> str:
 def _header(path: Path) -> tuple[bytes, str]:
     """Return the header line and the separator of its fields.
 
-    Only the header decides, because commas in rows may be decimal commas.
+    Only the header line decides the separator, because commas in rows may be decimal commas.
     """
     with _open_text(path) as file:
         header = next((line for line in file if line.strip()), b"")

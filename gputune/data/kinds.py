@@ -1,11 +1,11 @@
 """The kind of one column (number, boolean, category or date), and its values in that kind.
 
-The kind follows the type of the values. A source without types is a CSV file, an array of str or
-object, or a list of lists. Its text becomes numbers, booleans or dates if every value can be read
-as one. Text in a data frame or a Parquet file stays a category, because its owner chose the type of
-the column. Amounts are numbers in every source. An amount is a number with a currency, a percent
-sign, or commas between thousands, as spreadsheets write it. A dash among numbers is a missing
-value.
+The kind follows from the type of the values. A source without types is a CSV file, an array of str
+or object, or a list of lists. Its text becomes numbers, booleans or dates if every value can be
+read as one. Text in a data frame or a Parquet file stays a category, because its owner chose the
+type of the column. An amount is text of a number with a currency, a percent sign, or commas between
+thousands, as spreadsheets write it. Amounts become numbers in every source. A dash among numbers is
+a missing value.
 """
 
 import datetime

@@ -1,6 +1,7 @@
 """Refuse rows of different lengths, which cannot form one array.
 
-Each form of such rows has an error that shows how to pad it.
+The error shows how to pad the rows. Nested tensors have their own error. Lists and object arrays
+share one.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,8 +18,8 @@ _FEW_INPUTS = 8
 def refuse_ragged(value: object, label: str) -> None:
     """Raise InputError for rows of different lengths.
 
-    Such rows come as a nested tensor, a list, or an object array. The inputs in a tuple or a dict
-    are checked one by one.
+    Rows of different lengths come as a nested tensor, a list, or an object array. The inputs in a
+    tuple or a dict are checked one by one.
 
     Args:
         value: the object that the user passed. Everything else is accepted.

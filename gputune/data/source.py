@@ -1,6 +1,7 @@
 """The source of a study's rows.
 
-A study that is opened later reads the same rows again, and a digest proves that they are the same.
+A study that is opened later reads the same rows again. A digest (SHA-256) proves that the rows are
+the same.
 """
 
 import hashlib

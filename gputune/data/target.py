@@ -72,7 +72,7 @@ class Target:
 
     @property
     def in_words(self) -> str:
-        """A text on the kind of prediction that a row gets, for messages."""
+        """The kind of prediction as text, such as "3 classes" or "numbers (regression)"."""
         if self.classes is not None:
             return f"{len(self.classes)} classes"
         nouns = {"multilabel": "labels", "custom": "numbers, unchanged"}

@@ -4,7 +4,8 @@ The transformation is fitted on the training rows of a fold and inverted in pred
 
 Source: sklearn.compose.TransformedTargetRegressor. Its transformer reads columns (n, K) and must be
 invertible. Departure: some predictions have no inverse, for example extreme values of a
-PowerTransformer. They get the inverse of the nearest training target instead of NaN.
+PowerTransformer. gputune returns the inverse of the nearest training target for them instead of
+NaN.
 """
 
 import warnings

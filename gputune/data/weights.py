@@ -18,7 +18,7 @@ ClassWeight = Literal["balanced"] | Mapping[Any, float] | None
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """Checked weights: ``rows`` (n,) and ``classes`` (K,), float64, each None if all are 1.
+    """Checked weights: ``rows`` (n,) and ``classes`` (K,), float64, each None if all weights are 1.
 
     With ``classes="balanced"`` all classes have the same total weight among the training rows of a
     fold. With ``of_target`` the weights also count when a target is standardized, and classes with
@@ -30,7 +30,7 @@ class Weights:
     of_target: bool = False
 
     def for_fold(self, target: Target, train: np.ndarray) -> np.ndarray | None:
-        """Return the weights of all rows in a fold, (n,) float64, or None if all are 1.
+        """Return the weight of each row in a fold, (n,) float64, or None if all weights are 1.
 
         Rows outside ``train`` have weights too.
         """

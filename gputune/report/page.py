@@ -1,7 +1,8 @@
 """The HTML report of a study.
 
-It is one file. It needs no network and no other file, and may run only its own script. The table of
-trials is stored as columns of JSON, best trial first. This is short enough for ten thousand trials.
+The report is one HTML file. It needs no network and no other file, and may run only its own script.
+The table of trials is stored as columns of JSON, best trial first. This is short enough for ten
+thousand trials.
 """
 
 import base64

@@ -185,7 +185,7 @@ def _constants(
 ) -> list[Constant]:
     """Return the candidates for the best constant of a score, or [] if they are unknown.
 
-    If several constants score the same, the first one counts.
+    If several constants score the same, the first constant is the best.
     """
     metric = _metric_of(scoring)
     if metric is None or task == "custom":
@@ -260,7 +260,7 @@ def _label_shares(y: Tensor, weights: Tensor | None) -> Tensor:
 def _label_sets(n_labels: int) -> list[Constant]:
     """Return the constants that predict a set of labels.
 
-    They are the most frequent set, and the sets of the 1, 2, ... most frequent labels.
+    The label sets are the most frequent set, and the sets of the 1, 2, ... most frequent labels.
     """
 
     def most_frequent_set(y: Tensor, weights: Tensor | None) -> Tensor:

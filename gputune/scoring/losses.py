@@ -263,7 +263,8 @@ LOSS_OF_TASK: Mapping[Task, str] = {
 
 
 NUMBERS_INSTEAD: tuple[Task, ...] = ("binary", "multiclass", "multilabel")
-"""Tasks whose targets may be numbers that look like classes or labels."""
+"""Tasks with targets that may be a regression's values, although they look like classes or
+labels."""
 _TASK = option("task", "regression")
 SAY_REGRESSION = f"If they are numbers, {per_interface(f'say {_TASK}', f'say {_TASK}', 'use NeuralNetRegressor')}."
 

@@ -200,7 +200,7 @@ def loss_scoring(task: Task, classes: np.ndarray | None, positive: object = None
 
 
 def check_folds(scoring: Scoring, data: Dataset) -> None:
-    """Raise InputError if the score is undefined on a fold. This is called before any training."""
+    """Raise InputError if the score is undefined on a fold. The check runs before any training."""
     for other in scoring.others:
         check_folds(other, data)
     needed = 2 if data.task in ("multilabel", "binary") else data.n_outputs

@@ -25,7 +25,7 @@ Score = Callable[[Tensor, Tensor], Tensor]
 
 
 def accuracy(logits: Tensor, y: Tensor) -> Tensor:
-    """Return the share of rows whose largest logit belongs to the label, in [0, 1]."""
+    """Return the accuracy: the share of rows with the label's logit as the largest, in [0, 1]."""
     return (logits.argmax(-1) == y).double().mean(-1)
 
 

@@ -38,7 +38,7 @@ The model is a plain module on the CPU in evaluation mode.
 """
 
 _SMALLEST = 1e-300
-"""The value that replaces a probability of 0, whose logarithm would look like a divergence."""
+"""The value that replaces a probability of 0. The logarithm of 0 would look like a divergence."""
 
 
 @dataclass(frozen=True)

@@ -71,9 +71,9 @@ class HalvingRun(SearchRun):
 class HalvingRandomSearchCV(FusedSearch, successive_halving.HalvingRandomSearchCV):  # type: ignore[misc]
     """scikit-learn's HalvingRandomSearchCV with epochs as the resource.
 
-    At each rung the mean over all folds selects the best 1/``factor`` of the candidates. These
-    continue training from their current state, in all folds at once. scikit-learn trains them again
-    from scratch.
+    At each rung the mean over all folds selects the best 1/``factor`` of the candidates. The
+    selected candidates continue training from their current state, in all folds at once.
+    scikit-learn trains them again from scratch.
 
     Candidates, decisions, ``cv_results_`` (with ``iter`` and ``n_resources``) and all attributes
     (``n_candidates_``, ``n_resources_``, ``n_remaining_candidates_``, ...) are scikit-learn's. The

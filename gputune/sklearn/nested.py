@@ -36,7 +36,7 @@ AnySearch = RandomizedSearchCV | GridSearchCV
 
 @dataclass(frozen=True, eq=False)
 class NestedScores:
-    """The results of nested cross-validation, by outer fold (O outer folds).
+    """The results of nested cross-validation, one entry per outer fold (O outer folds).
 
     Attributes:
         scores: (O,) test score of each fold's best candidate, refitted on the fold's training rows.
@@ -66,8 +66,8 @@ def nested_cv(
 
     The result equals the loop ``clone(search).fit(X[train], y[train]).score(X[test], y[test])``
     over the outer folds. Here the inner folds of all outer folds train together. A search with
-    ``random_state=None`` draws different candidates in every outer fold. These then train one outer
-    fold after the other. A ``timeout`` of the search limits all outer folds together.
+    ``random_state=None`` draws different candidates in every outer fold. The outer folds then train
+    one after the other. A ``timeout`` of the search limits all outer folds together.
 
     With scikit-learn's metadata routing enabled, ``params`` go to every object that requests them,
     including the outer splitter.
@@ -162,7 +162,7 @@ def _route(
 ) -> list[Json]:
     """Return the params for the outer splitter, the search's ``fit`` and its ``score``.
 
-    They are routed like in ``cross_val_score``.
+    The params are routed as in ``cross_val_score``.
     """
     if not get_config()["enable_metadata_routing"]:
         return [{"groups": groups}, params, {}]

@@ -101,8 +101,7 @@ class TrainedMember:
 
 @dataclass(frozen=True, eq=False)
 class RungState:
-    """The state of one configuration in a search whose training stops at rungs (successive
-    halving).
+    """The state of one configuration between the rungs of successive halving.
 
     Attributes:
         epoch: number of epochs trained so far.
@@ -440,7 +439,7 @@ class MemberJob(Job):
 
 
 def _diverged(config: Config) -> DivergedError:
-    """Return the error of a member whose weights are not finite."""
+    """Return the error to raise for a member with weights that are not finite."""
     return DivergedError(
         f"the training diverged with {config['optimizer']} and a learning rate of "
         f"{config['lr']:.3g}: its weights are not finite. Use a smaller learning rate, or scale "

@@ -167,10 +167,10 @@ def plot_curves(study: Study, *, best: int = BEST, ax: "Axes | None" = None) -> 
 def plot_slice(
     study: Study, parameter: str | None = None, *, ax: "Axes | None" = None
 ) -> "Axes | np.ndarray":
-    """Plot the score against one hyperparameter, or against each that varied.
+    """Plot the score against one hyperparameter, or against each hyperparameter that varied.
 
     Args:
-        parameter: name of a hyperparameter. None: all that varied.
+        parameter: name of a hyperparameter. None: all hyperparameters that varied.
         ax: the Axes to draw on, only with ``parameter``. None: a new figure.
 
     Returns:

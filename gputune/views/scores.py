@@ -146,7 +146,7 @@ def value_scale(low: float, high: float, measure: Measure, *, pad: float = _PAD)
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """The scores of all trials as they are shown, and the order of the trials.
+    """The scores of all trials, ready to be shown, and the order of the trials.
 
     C counts trials.
     """
