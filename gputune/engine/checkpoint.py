@@ -283,7 +283,7 @@ class StateCache:
         self.end = ExitStack()
 
     def park(self, trial: int, state: State) -> None:
-        """Store the state (one row) of a trial."""
+        """Store the state of a single trial until its next rung."""
         if self.size + state.nbytes <= self.limit:
             self.size += state.nbytes
             # A copy, because a view of one row would keep the tensors of the whole chunk alive.
@@ -312,7 +312,7 @@ class StateCache:
             return _numbered_state(int(file.metadata()["epoch"]), _tensors_of(file))
 
     def take(self, trials: Sequence[int]) -> State:
-        """Return the stacked states of some trials, and remove them from the cache.
+        """Remove the states of some trials from the cache, and return them stacked as one state.
 
         All of the trials have trained for the same number of epochs.
         """

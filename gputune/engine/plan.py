@@ -81,7 +81,7 @@ _BACKEND_NAMES: Mapping[Backend, str] = {
 
 @dataclass(frozen=True)
 class Cost:
-    """Estimated cost of one trial of a population.
+    """Estimated memory and time of one trial of a population, in all folds.
 
     A trial takes ``trial_bytes`` while it trains and ``state_bytes`` while it waits. An epoch takes
     ``trial_seconds`` for each trial, plus ``step_seconds`` of overhead for the chunk.
@@ -310,13 +310,13 @@ class Planner:
         gpus: Number of GPUs.
         free: Free bytes of a GPU that is not in this machine.
         backend: The backend that was chosen for the search.
-        traits: Traits of a user's module, for each text of its module__* values.
+        traits: Traits of a user's module. The keys are ``Population.arguments``.
         parameters: Number of parameters of a user's module.
-        cost_of: Converts the cost of a trial in plain training into its cost in this search.
-            ``memory`` is then the only limit.
-        measure: Measures the memory that a population takes on a device, with at most the given
-            number of its trials. It is called if the estimate is near the limit, and for a user's
-            module, because its layers are unknown.
+        cost_of: A function that converts the cost of a trial in plain training into the cost in
+            this search. If given, ``memory`` is the only limit.
+        measure: A function that measures the memory of a population on a device, with at most the
+            given count of trials. It is called if the estimate is near the limit, and for a user's
+            module, because the module's layers are unknown.
     """
 
     data: Dataset
@@ -355,7 +355,7 @@ class Planner:
         )
 
     def _pieces(self, population: Population, epochs: int) -> list[_Piece]:
-        """Return the chunks of a population. Each of them fits into memory."""
+        """Cut a population into chunks that fit into memory, and return them as pieces."""
         config = population.configs[0]
         traits = self.traits.get(population.arguments)
         way = trains_as(self.backend, population.kind, config, traits, data=self.data)

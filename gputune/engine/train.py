@@ -74,7 +74,7 @@ class State:
 
 @dataclass(frozen=True)
 class BegunChunk(Population):
-    """Trials of one shape that have trained for some epochs, or for none.
+    """A population whose trials may already have trained for some epochs.
 
     Args:
         state: State of the trials ``alive``; None before the first epoch.
@@ -118,7 +118,7 @@ class BegunChunk(Population):
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """Settings of the training of chunks.
+    """Settings that all chunks of a training run share.
 
     Args:
         seed: Random seed.
@@ -162,13 +162,13 @@ class Trained:
         curves: Scores (C, epochs, F), or (C, epochs, F, M) with several metrics. They are NaN after
             the epoch in which a trial diverged.
         epochs: Number of epochs.
-        alive: Trials that did not diverge. Their members are ``member(fold, trial)``, and ``state``
-            has a copy of their state.
+        alive: Positions in the chunk of the trials that can still train. ``member(fold, trial)``
+            returns one of their members, and ``state`` has a copy of their state.
         network: The stacked model of these trials.
         flat: Parameters and buffers in one tensor.
         scored: The part of ``flat`` that is scored and saved.
-        moments: The flat buffers of the optimizer. These and ``flat`` are the chunk's own tensors,
-            in which the next chunk may train.
+        moments: The flat buffers of the optimizer. ``moments`` and ``flat`` are not copies: the
+            next chunk may train in these tensors.
         spent: Time and operations of the training.
         best: The outputs that a scoring keeps.
     """
@@ -193,8 +193,8 @@ class Trained:
         return State(self.epochs, tuple(rows[: len(self.alive)] for rows in buffers))
 
     def outputs_of(self, index: Sequence[int]) -> dict[int, Outputs]:
-        """Return the outputs that were kept. Each trial has its entry of ``index`` (C,) as its
-        key."""
+        """Return the stored validation outputs of trials. A trial's key is its entry in
+        ``index`` (C,)."""
         return {} if self.best is None else self.best.of_trials(index)
 
     def member(self, fold: int, trial: int) -> nn.Module:
@@ -224,10 +224,10 @@ def train(
     """Train the F x C members of one chunk and return their curves.
 
     If the training has a scoring, a trial whose first metric is not finite in any fold leaves the
-    chunk after that epoch. Its scores after that epoch are NaN, and it costs nothing from then on.
-    A chunk that has begun continues up to the same ``epochs``. The start of its curves is their
-    known part, or NaN. With ``at_once``, no decision is made after each epoch. A launch of a kernel
-    may then train several epochs.
+    chunk after that epoch. The trial's later scores are NaN, and it costs nothing from then on. A
+    chunk that has begun continues up to the same ``epochs``. Its curves start with the known scores
+    of the earlier epochs, or with NaN. If ``at_once`` is True, ``after_epoch`` need not decide
+    after every epoch, so a kernel launch may train several epochs.
     """
     members = _make_chunk(network, data, training)
     if chunk.alive is not None:
@@ -331,8 +331,8 @@ def _make_chunk(network: Network, data: Dataset, training: Training) -> Chunk:
 def _try_to_make(
     make: Callable[[], Chunk], backend: Backend, network: Network, pool: ChunkPool
 ) -> Chunk | None:
-    """Return the chunk of a faster backend. If that fails, return None, and a warning and a note
-    say why."""
+    """Return the chunk of a faster backend. If it cannot be made, return None. A warning and a
+    note then give the reason."""
     try:
         return make()
     except (NotBuiltError, TraceError) as error:
@@ -418,7 +418,7 @@ def _keep_scores(
 ) -> int:
     """Write the scores of ``n_epochs`` epochs into the curves, and remove trials that diverged.
 
-    Returns the number of epochs that count.
+    Returns the count of epochs up to the one in which the last trial diverged, or ``n_epochs``.
     """
     scores = scores.reshape(len(chunk.alive), n_epochs, *curves.shape[2:])
     # (C, epochs): whether a trial is finite in all folds up to each epoch

@@ -217,10 +217,10 @@ class Optimizer:
 class OnlineUpdate(Optimizer):
     """The optimizer of one chunk in which each member adapts its learning rate.
 
-    ``rate`` (F, C) is on the device. Every step changes a member's rate by its present gradient g
-    and the direction u of its last step. The rules are the same as in ``gputune.optim``; the
-    docstrings of its classes describe their use and limits. The factor of a schedule scales the
-    rate within a step, but does not change the stored rate.
+    ``rate`` (F, C) is on the device. In every step, a member's rate changes according to the
+    current gradient g and the direction u of the member's last step. The rules are the same as in
+    ``gputune.optim``; the docstrings of its classes describe their use and limits. The factor of a
+    schedule scales the rate within a step, but does not change the stored rate.
     """
 
     def __init__(

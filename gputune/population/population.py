@@ -438,11 +438,11 @@ def by_copy(y: Tensor, n_outputs: int, dtype: torch.dtype) -> Tensor:
 
 
 class Ensemble(nn.Module):
-    """The weighted mean of the probabilities of several modules, as logits.
+    """An ensemble of M modules: it returns the weighted mean of their probabilities, as logits.
 
-    For a regression it is the weighted mean of their values. ``weights`` (M,) add up to 1. Shape:
-    as each member, inputs -> (B, K). With ``columns``, the input is a table (B, D). Each member
-    reads its columns from a first one to an end.
+    For a regression it returns the weighted mean of their predictions. ``weights`` (M,) add up to
+    1. Shape: inputs -> (B, K), the same as for each module. With ``columns``, the input is a table
+    (B, D). Each member reads its columns from a first one to an end.
     """
 
     weights: Tensor

@@ -128,9 +128,9 @@ class Model:
 
 
 def newton_step(rows: SolverRows, point: Point, tolerance: float) -> Point:
-    """Move each member towards the minimizer of its quadratic model.
+    """Take a Newton step: move each member towards the minimizer of its quadratic model.
 
-    The step is shortened until the objective falls.
+    A line search shortens the step until the objective falls. Returns the new point.
     """
     closeness = point.violation(rows)
     # The residual shrinks like its power 1.5, but not much further than the tolerance requires.
@@ -339,8 +339,9 @@ def projected_search(
 ) -> tuple[Tensor, Tensor]:
     """Shorten each step until the model falls enough with crossing weights set to zero.
 
-    If no length is good, the step ends at the point at which the first weight reaches zero. The
-    model always falls there.
+    A crossing weight is one whose sign the step would change. If no step length is good enough, the
+    step ends at the point at which the first weight reaches zero. The model's value always falls
+    there. Returns the step, and the product of the model's matrix and the step.
     """
     crossing = model.signed & ((model.weight + step) * model.weight < 0)
     lengths = torch.where(crossing, -model.weight / step, 1.0)

@@ -43,7 +43,8 @@ Jobs = list[Callable[[], None]]
 
 @dataclass(frozen=True)
 class Solution:
-    """The P = F * C solved members, fold-major (p = f * C + c).
+    """The solutions of P = F * C members: C trials on F folds. Member p = f * C + c is trial c on
+    fold f.
 
     ``residual`` is the largest violation of the optimality conditions. It does not depend on the
     units of C, of the inputs or of the weights. It is computed in three steps:
@@ -311,7 +312,7 @@ def _member(solution: Solution, first: int, trial: int) -> LogisticRegression:
 
 
 def solve_all(data: Dataset, configs: Sequence[Config]) -> Solution:
-    """Solve C configurations in F folds, with fold-major members.
+    """Solve C configurations in F folds. Member f * C + c is configuration c on fold f.
 
     Warns about members that did not converge.
     """
