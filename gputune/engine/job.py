@@ -51,7 +51,7 @@ folds."""
 
 @dataclass(frozen=True, kw_only=True)
 class Job(Training):
-    """Settings that all chunks of a search share."""
+    """Settings that all chunks of a search share, and the methods that train a chunk with them."""
 
     module_class: Builder | None = None
     # traits of the module, by ``Population.arguments``

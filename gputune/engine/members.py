@@ -225,7 +225,7 @@ def _pointers(addresses: Sequence[int]) -> "ctypes.Array[ctypes.c_void_p]":
 
 
 class MemberMemory:
-    """The memory in which one thread takes the steps of a member."""
+    """The tensors in which one thread trains a member: it loads a member, then takes the steps."""
 
     def __init__(self, member: OneMember) -> None:
         self.member = member
@@ -309,7 +309,7 @@ class MemberMemory:
             )
 
     def outputs(self, kernels: Kernels) -> Tensor:
-        """Return the outputs (m, K) on the validation rows, computed in compiled code."""
+        """Compute the loaded member's outputs on the m validation rows in compiled code, (m, K)."""
         steps = len(self.member.steps)
         self.take_steps(kernels, steps, steps, outputs=True)
         result = self._copy_of(self.member.result)

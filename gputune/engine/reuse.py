@@ -77,7 +77,8 @@ class ChunkPool:
         self.one_by_one: set[str] = set()
 
     def keep_timed(self, chunk: StackedChunk) -> None:
-        """Keep a timed chunk if the limit in bytes allows it."""
+        """Keep a chunk that was timed in compiled code for later training, if the memory limit
+        allows it."""
         nbytes = chunk.nbytes + sum(timed.nbytes for timed in self.timed)
         if not self.timed or nbytes <= _KEPT_BYTES:
             self.timed.append(chunk)
@@ -129,7 +130,8 @@ class ChunkPool:
                 del self.chunks[next(iter(self.chunks))]
 
     def trials_at_once(self, chunk: Population) -> int:
-        """Return the number of trials of a chunk to train at once."""
+        """Return how many trials of a chunk to train at once, so that they fit into memory as
+        far as is known."""
         trials = len(chunk.index)
         return min(trials, self.trials.get(shape_of(chunk), trials))
 

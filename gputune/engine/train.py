@@ -74,7 +74,7 @@ class State:
 
 @dataclass(frozen=True)
 class BegunChunk(Population):
-    """A population whose trials may already have trained for some epochs.
+    """A population of trials that may already have trained for some epochs.
 
     Args:
         state: State of the trials ``alive``; None before the first epoch.

@@ -79,7 +79,8 @@ class Clock:
         self.done.add_(1.0 if keep is None else keep)
 
     def table(self, configs: Sequence[Config], key: str) -> Tensor:
-        """Return a hyperparameter of all members, (F, C), in double precision."""
+        """Return a table (F, C) with each member's value of one hyperparameter, in double
+        precision."""
         return self.per_trial([number_of(config, key) for config in configs])
 
     def per_trial(self, numbers: Sequence[float]) -> Tensor:

@@ -262,7 +262,7 @@ def _heavy_ball(grads: Params, moments: Moments, rates: Rates) -> Params:
 
 
 def _descend(params: Params, direction: Params, lr: Tensor) -> Params:
-    """Return the parameters after a step of length lr against a direction."""
+    """Return the parameters after a step against a direction: w - lr * direction."""
     return {k: w - _per_member(lr, w) * direction[k] for k, w in params.items()}
 
 

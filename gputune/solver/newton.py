@@ -339,9 +339,10 @@ def projected_search(
 ) -> tuple[Tensor, Tensor]:
     """Shorten each step until the model falls enough with crossing weights set to zero.
 
-    A crossing weight is one whose sign the step would change. If no step length is good enough, the
-    step ends at the point at which the first weight reaches zero. The model's value always falls
-    there. Returns the step, and the product of the model's matrix and the step.
+    A weight is crossing if the step would change its sign, but the model forbids this. If no step
+    length is good enough, the step ends at the point at which the first weight reaches zero. The
+    model's value always falls there. Returns the step, and the product of the model's matrix and
+    the step.
     """
     crossing = model.signed & ((model.weight + step) * model.weight < 0)
     lengths = torch.where(crossing, -model.weight / step, 1.0)

@@ -68,7 +68,8 @@ class SolverRows:
 
 @dataclass(frozen=True)
 class Point:
-    """The weights of each member, the objective there, and the strengths of the penalties."""
+    """The weights of each member, the loss and slope at these weights, and the penalty
+    strengths."""
 
     weight: Tensor  # (m, K, E)
     logits: Tensor  # (m, K, n)
