@@ -1,8 +1,9 @@
 """Stop training before its last epoch, and protect the entry points that use torch.
 
-Training ends early at a deadline or on request. An entry point is a public function that computes
-with torch. Inside it, torch's inference mode and default device that the program has set have no
-effect. A process waits for entry points in daemon threads before it ends.
+Training ends early at a deadline or on request. An entry point is a function with the decorator
+``entry``, which computes with torch for the user's program. Inside it, torch's inference mode and
+default device that the program has set have no effect. A process waits for entry points in daemon
+threads before it ends.
 """
 
 import atexit
