@@ -34,7 +34,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def free_of_gpu(device: torch.device) -> int:
     """Return the bytes of a GPU that this process may take.
 
-    They are the unused bytes and the bytes that PyTorch keeps for later.
+    The result is the sum of the unused bytes and the bytes that PyTorch keeps for later.
     """
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -68,7 +68,7 @@ def sweep(parent: Path, *, prefix: str) -> None:
 def cache_folder() -> Path | None:
     """Return the folder ``gputune`` in this user's caches (XDG).
 
-    It is made if it is missing. None if it cannot be made.
+    The folder is made if it is missing. None if it cannot be made.
     """
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     # Path.home() raises RuntimeError without HOME for a user without an entry in passwd.
@@ -83,7 +83,7 @@ def cache_folder() -> Path | None:
 def is_users(status: os.stat_result) -> bool:
     """Return whether a file or folder belongs to this user and no other user may write to it.
 
-    It is always True on Windows.
+    The result is always True on Windows.
     """
     return not hasattr(os, "geteuid") or (
         status.st_uid == os.geteuid() and not status.st_mode & 0o022
@@ -93,8 +93,8 @@ def is_users(status: os.stat_result) -> bool:
 def open_to_others(path: Path) -> Path | None:
     """Return the first folder above a path in which another user could replace the path, or None.
 
-    Such a folder belongs to another user, or others may write to it. The sticky bit, which ``/tmp``
-    has, lets users move only their own files.
+    The result is a folder that belongs to another user, or that others may write to. The sticky
+    bit, which ``/tmp`` has, lets users move only their own files.
     """
     if not hasattr(os, "geteuid"):
         return None

@@ -45,8 +45,8 @@ def keyed_draws(
 ) -> Iterator[None]:
     """Let torch's own generator draw from the stream of ``key`` inside the block.
 
-    It continues as before outside. Threads take turns, because they share this generator. This
-    generator serves modules and dropout, which accept no other generator.
+    Outside the block, the generator continues as before. Threads take turns, because they share
+    this generator. This generator serves modules and dropout, which accept no other generator.
 
     Args:
         device: The device that draws. The CPU's generator is always included.
@@ -86,8 +86,8 @@ def prediction_draws(device: torch.device, *, draws: bool) -> AbstractContextMan
 def seeded_generators(seed: int) -> Iterator[None]:
     """Start the generators of Python, NumPy and torch at ``seed`` inside the block.
 
-    They are restored afterwards. A thread that needs the generators meanwhile, in another search,
-    waits until this block ends.
+    The generators are restored afterwards. A thread that needs the generators meanwhile, in another
+    search, waits until this block ends.
     """
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     with GLOBAL_DRAWS, torch.random.fork_rng(devices), _restored_host_generators(True):

@@ -183,7 +183,7 @@ A chunk (trials that train together) keeps at most the same number of bytes in t
 class Outputs:
     """The outputs of one trial on validation rows after ``epoch`` epochs, its best epoch.
 
-    Ensembles are made from them.
+    Ensembles are made from these outputs.
 
     Attributes:
         epoch: number of trained epochs.
@@ -230,8 +230,8 @@ def first_metric(scores: "np.ndarray", *, axes: int) -> "np.ndarray":
 def default_weight_decay(optimizer: str) -> float:
     """Return the default weight decay of an optimizer.
 
-    It is 0.01 for adamw and its relatives, whose decay is decoupled from the gradient. It is 0 for
-    the others, as in torch.optim.
+    The default is 0.01 for adamw and its relatives, whose decay is decoupled from the gradient. For
+    all other optimizers it is 0, as in torch.optim.
     """
     return 0.01 if optimizer in ("adamw", "adamwhd", "muon", "schedulefree") else 0.0
 
@@ -239,8 +239,9 @@ def default_weight_decay(optimizer: str) -> float:
 def default_momentum(optimizer: str) -> float:
     """Return the default momentum of an optimizer.
 
-    It is 0.9 for nesterov, which is plain gradient descent without momentum. It is 0.95 for muon,
-    as in torch.optim. It is 0 for the others. Adam and its relatives have betas instead.
+    The default is 0.9 for nesterov, because without momentum it is plain gradient descent. The
+    default is 0.95 for muon, as in torch.optim. For all other optimizers it is 0. Adam and its
+    relatives have betas instead.
     """
     if optimizer == "muon":
         return 0.95

@@ -63,9 +63,9 @@ class Study(data.Study):
             intervals: True keeps the residuals on the validation rows of the folds.
                 ``TunedModel.predict_interval`` needs them.
             calibrate: True divides the logits by the temperature that is best on the validation
-                rows of the folds (Guo et al., 2017). It is for the probabilities of classes. None
-                calibrates if the log loss ranks the trials, but not with ``check=False`` or for a
-                hypergradient search.
+                rows of the folds (Guo et al., 2017). Calibration is only for models that predict
+                class probabilities. None calibrates if the log loss ranks the trials, but not with
+                ``check=False`` or for a hypergradient search.
             check: False accepts rows that differ from the rows of the search. The model then has no
                 score.
             trust_code: True runs the code of a class that the study names, even if you have not
@@ -99,9 +99,9 @@ class Study(data.Study):
         """Return the weighted mean of several trials, trained again on all rows.
 
         The trials and their weights are chosen on validation rows. The choice is greedy, with
-        repetition (Caruana et al., 2004). It uses the predictions of each trial on rows that the
-        trial was not trained on. The study usually keeps these predictions. Otherwise the trials
-        train on their folds once more.
+        repetition (Caruana et al., 2004). The choice uses the predictions of each trial on rows
+        that the trial was not trained on. The study usually keeps these predictions. Otherwise the
+        trials train on their folds once more.
 
         The model averages probabilities, or the values of a regression. It has the residuals that
         ``predict_interval`` needs. These are slightly too small, because the ensemble was chosen on
@@ -294,7 +294,8 @@ class Study(data.Study):
     def _repr_html_(self) -> str:
         """Return the HTML summary that a notebook shows.
 
-        It has the number of trials by state, the best score, and the parameters of the best trial.
+        The summary has the count of trials by state, the best score, and the parameters of the best
+        trial.
         """
         states = Counter(trial.state for trial in self.trials)
         rows = [

@@ -258,8 +258,8 @@ def tune(
         max_epochs: number of epochs that a trial trains at most, at least 1. Schedules always span
             this number.
         patience: number of epochs (at least 1) without a better mean validation score after which a
-            trial ends. Its members then leave their population. It is scored at its best epoch.
-            None: all trials train for ``max_epochs``.
+            trial ends. Its members then leave their population. The trial is scored at its best
+            epoch. None: all trials train for ``max_epochs``.
         epoch: "best" takes the mean validation score at the best epoch, "last" the one after the
             last epoch.
         timeout: seconds (above 0) after which training stops at the end of the running epoch.
@@ -291,8 +291,8 @@ def tune(
 
         dtype: "float32" or "float64".
         tf32: whether a GPU may round the factors of matrix products to TF32 (10 bits of mantissa)
-            in training. This is faster, and changes scores by more than rounding. It is refused on
-            a CPU.
+            in training. This is faster, and changes scores by more than rounding. ``tf32=True`` is
+            refused on a CPU.
         precision: "full", or "bf16" for a module: matrix products and convolutions in bfloat16 by
             ``torch.autocast``, while parameters, updates and scores stay in single precision.
         memory: memory of the device that trials training together may take, in bytes or as text
@@ -430,8 +430,8 @@ def search(
             - "random" trains every trial to the end.
             - "halving", "median", ``gputune.Halving(...)`` and ``gputune.Median(...)`` can prune a
               trial at a report. The trial is compared with the trials that have lower numbers. It
-              waits until these have trained as far, so that any number of workers prunes the same
-              trials.
+              waits until these trials have made as many reports, so that any number of workers
+              prunes the same trials.
             - ``gputune.OptunaSampler(...)`` lets an Optuna sampler propose the configurations in
               batches.
 

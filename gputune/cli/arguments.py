@@ -407,7 +407,7 @@ MODEL = "model"
 
 
 def model_folder(study: Path) -> Path:
-    """Return the folder of the model of a study, next to the study.
+    """Return the path of a study's model folder, next to the study.
 
     It is named after the study, unless the study has the default name.
     """

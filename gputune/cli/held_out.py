@@ -236,8 +236,8 @@ def _score(scorer: Scoring, outputs: Tensor, y: Tensor) -> float:
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     """Return the 95% score interval of a share.
 
-    It is correct even if all or none of the rows are successes. Source: Wilson (1927), Probable
-    inference, the law of succession, and statistical inference.
+    The interval is correct even if all or none of the rows are successes. Source: Wilson (1927),
+    Probable inference, the law of succession, and statistical inference.
     """
     z = 1.959963984540054  # the 97.5% quantile of the normal distribution
     share = successes / n

@@ -1,6 +1,6 @@
 """The options of the saved model: calibration, intervals, and the comparison with the default.
 
-It has the checks before the search, and the sentences of the closing text.
+The module has the checks before the search, and the sentences of the closing text.
 """
 
 import math
@@ -103,7 +103,7 @@ def is_cheap_to_train(study: Study, trial: Trial) -> bool:
 def _steps(study: Study, trial: Trial, n_rows: int) -> int:
     """Return the number of optimizer steps of one epoch on ``n_rows`` rows.
 
-    It is 1 for the logistic regression that is solved to convergence.
+    The number is 1 for the logistic regression that is solved to convergence.
     """
     choice = study.data.choice
     options = study.data.options

@@ -357,7 +357,7 @@ class RayTasks(Executor[Population, Outcome | Failure]):
     def capacity(self) -> int:
         """The number of tasks that can run at the same time.
 
-        It is 0 if a chunk was given up before any chunk was trained.
+        The number is 0 if a chunk was given up before any chunk was trained.
         """
         return 0 if self.has_given_up and not self.has_trained else self.n_tasks
 
@@ -449,10 +449,10 @@ class RayTasks(Executor[Population, Outcome | Failure]):
     def stop(self) -> None:
         """Cancel the tasks at once, also in the middle of a chunk.
 
-        A bug of Ray 2.60 can end this process. It happens if a task is canceled in the milliseconds
-        between its submission and its arrival in Ray's queue. Ray then marks the task as failed,
-        trains it nevertheless, and does not expect its answer. Therefore this function waits after
-        a submission.
+        A bug of Ray 2.60 can end this process. The bug occurs if a task is canceled in the
+        milliseconds between its submission and its arrival in Ray's queue. Ray then marks the task
+        as failed, trains it nevertheless, and does not expect its answer. Therefore this function
+        waits after a submission.
         """
         if self.running:
             time.sleep(max(0.0, self.submitted + _SUBMISSION_SECONDS - time.monotonic()))

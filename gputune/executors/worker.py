@@ -1,9 +1,9 @@
 """The code that runs in a worker process, and the functions that start workers.
 
 A worker also calls the objective of a custom training loop. It imports this file and torch, but no
-slow module that would delay such a loop. Each trial has its own file with the values that it
-reports. All files are in one folder that every worker reads. A rule that compares trials therefore
-needs no server process.
+slow module that would delay the loop. Each trial has its own file with the values that it reports.
+All files are in one folder that every worker reads. A rule that compares trials therefore needs no
+server process.
 """
 
 import io
@@ -162,7 +162,8 @@ def _streams_that_flush() -> Iterator[None]:
 def begin_worker(parent: int) -> None:
     """Prepare a new worker process.
 
-    The worker ends soon after its parent has ended. It gets a standard error if it inherited none.
+    The worker ends soon after its parent has ended. The worker gets a standard error stream if it
+    inherited none.
     """
 
     def watch() -> None:

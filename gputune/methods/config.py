@@ -85,8 +85,8 @@ MODULE_PREFIX = "module__"
 PREFIXES = (MODULE_PREFIX, "loss__", OPTIMIZER_PREFIX, LR_FACTOR, DECAY_FACTOR)
 """The prefixes of keys with a free second part.
 
-They are for the arguments of a module, of its loss and of a class of torch.optim, and for factors
-on the learning rate or weight decay of some parameters of a module.
+The prefixes are for the arguments of a module, of its loss and of a class of torch.optim, and for
+factors on the learning rate or weight decay of some parameters of a module.
 """
 
 ConfigCheck = Callable[..., Config]

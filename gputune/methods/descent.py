@@ -2,7 +2,8 @@
 
 A starting point is a configuration from which the search begins. It moves so that the mean
 validation loss over the folds falls. It moves in the coordinates of its hyperparameters, which are
-logarithms or logits. Batch size, width and depth do not move. They differ between starting points.
+logarithms or logits. Batch size, width and depth do not move. These three hyperparameters differ
+between starting points.
 """
 
 import math
@@ -177,7 +178,7 @@ def slope_at(
         config: The configuration of the point.
         losses: The validation losses of the folds, (F,).
         slopes: The slopes in each hyperparameter, (F, S, L).
-        ratios: The measures of chaos, (F,). They never make finite differences unusable, because
+        ratios: The measures of chaos, (F,). Chaos never makes finite differences unusable, because
             finite differences look across the chaos.
         mode: The way in which the slopes were computed.
     """
@@ -335,7 +336,7 @@ class StartingPoint:
     ) -> float | list[float] | list[list[float]]:
         """Return the value of a configuration at given coordinates.
 
-        It is a number, a list over segments, or a list of lists over segments and layers.
+        The value is a number, a list over segments, or a list of lists over segments and layers.
         """
         # Clipped again: rounding may move a value slightly beyond its bound.
         low, high = self.bounds.get(name, (-math.inf, math.inf))

@@ -258,7 +258,7 @@ def export_to_optuna(study: Study, storage: object, name: str | None) -> "optuna
 
 @contextmanager
 def _new_study(optuna: ModuleType, storage: object, name: str | None) -> Iterator["optuna.Study"]:
-    """Make an Optuna study that maximizes. It is deleted again if writing it fails."""
+    """Make an Optuna study that maximizes. The study is deleted again if writing it fails."""
     try:
         place = optuna.storages.get_storage(storage)
         if not isinstance(place, optuna.storages.BaseStorage):

@@ -150,8 +150,8 @@ def top_up(
         n_trials: The number of trials.
         seed: The random seed.
         check: Checks each configuration.
-        earlier: Configurations that other searches have tried. They are dropped too, and replaced
-            by other sampled configurations if the space has enough.
+        earlier: Configurations that other searches have tried. These configurations are dropped
+            too, and replaced by other sampled configurations if the space has enough.
         seconds: After this time the sampling ends with fewer trials. None means no limit.
     """
     new: tuple[Candidate, ...] = ()

@@ -430,7 +430,7 @@ PORTFOLIOS: Mapping[str, Sequence[Config]] = {
 }
 """Good configurations with which a named space begins.
 
-They were chosen over eleven tables (scripts/benchmark).
+The configurations were chosen on eleven tables (scripts/benchmark).
 """
 
 SPACES: Mapping[str, Callable[[Goal], CheckedSpace]] = {

@@ -219,9 +219,9 @@ def ends_in_order(
 
     The trial is compared with the trials that have lower numbers and have reported as many values.
     This is successive halving without rounds, which ends a trial that the paper's version would
-    pause (Li et al., 2020, arXiv:1810.05934), or the median rule of Vizier. Both take the trials in
-    the order in which they arrive. gputune takes them in order of number. So any number of workers,
-    and a resumed search, prune the same trials.
+    pause (Li et al., 2020, arXiv:1810.05934), or the median rule of Vizier. Both published rules
+    judge trials in the order in which they arrive. gputune judges trials in order of trial number.
+    Therefore any number of workers, and a resumed search, prune the same trials.
 
     Returns None while a trial with a lower number still trains and has reported fewer values.
     """

@@ -2,10 +2,10 @@
 
 A chunk is a group of trials that train together. Its number is its place in the plan of the search.
 
-Each process has a lock file next to the study. It holds a lock of the operating system on this file
-for as long as it lives. Its claims are rows of the table ``claims`` that name this file. When the
-process ends, its claims are void. Time never voids a claim: a stopped process, or a sleeping
-laptop, keeps its claims.
+Each process has a lock file next to the study. The process holds a lock of the operating system on
+this file for as long as it lives. Its claims are rows of the table ``claims`` that name this file.
+When the process ends, its claims are void. Time never voids a claim: a stopped process, or a
+sleeping laptop, keeps its claims.
 """
 
 import json
@@ -273,7 +273,8 @@ class Claims(AbstractContextManager["Claims"]):
         return self._lock
 
     def _make_lock_file(self) -> None:
-        """Create and lock a file. It fails if another process removes the file meanwhile."""
+        """Create and lock a file. The call has no effect if another process removes the file
+        meanwhile."""
         lock = f"{self._absolute.name}-{secrets.token_hex(8)}.lock"
         path = self._lock_path(lock)
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
@@ -367,7 +368,7 @@ def _is_free(file: int) -> bool:
 def _progress_file(lock: Path) -> Path:
     """Return the path of the progress file that belongs to a lock file.
 
-    It is found only by the lock file, so it is removed first.
+    The progress file is found only through the lock file, so the progress file is removed first.
     """
     return lock.with_suffix(".progress")
 

@@ -187,7 +187,7 @@ _DICTIONARY = vars(ModuleType)["__dict__"].__get__
 def module_values(module: object) -> Mapping[str, Any]:
     """Return the dictionary of a module, or an empty dictionary for another object.
 
-    It is read by Python's own descriptor. Any other access may run a lazy module.
+    The dictionary is read by Python's own descriptor. Any other access may run a lazy module.
     """
     if not issubclass(type(module), ModuleType):
         return {}

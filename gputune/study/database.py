@@ -55,7 +55,8 @@ OUTPUTS = (
 
 
 def open_file(path: Path) -> sqlite3.Connection:
-    """Return a connection to a checked study file. It is read-only if the file may not be written.
+    """Return a connection to a checked study file. The connection is read-only if the file may not
+    be written.
 
     The connection is in autocommit mode: ``transaction`` begins every transaction.
 
@@ -331,7 +332,7 @@ _STUDY = "study={!r}"
 def create_file(
     path: Path, rows: Mapping[str, Iterable[StoredRow]], argument: str = _STUDY
 ) -> None:
-    """Create a study file with the given rows. It appears complete or not at all.
+    """Create a study file with the given rows. The file appears complete or not at all.
 
     Args:
         path: the path of the new file.

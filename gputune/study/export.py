@@ -222,7 +222,7 @@ def takes_columns(layout: Layout) -> bool:
 def encoded(model: ModelContent, table: Table | Arrays) -> Any:
     """Return the inputs of an exported model for some rows.
 
-    They are (n, C) float64, or the arrays in the dtypes of training.
+    The inputs are (n, C) float64, or the arrays in the dtypes of training.
     """
     layout = model.layout
     if not isinstance(layout, Layout):

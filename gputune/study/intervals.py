@@ -20,7 +20,7 @@ _NO_INTERVAL = {
 def half_width(model: ModelContent, level: float) -> float:
     """Return the half width of intervals that contain about a share ``level`` of the values.
 
-    It is in units of the residuals; see ``TunedModel.predict_interval``.
+    The half width is in units of the residuals; see ``TunedModel.predict_interval``.
 
     Raises:
         InputError: the model has no intervals, the level is not between 0 and 1, or the residuals

@@ -175,7 +175,7 @@ class Ledger:
         """Return the other processes that have claimed chunks, and advice if one runs on another
         host.
 
-        Both are text.
+        Both results are text.
         """
         assert self.claims is not None
         names = set()
@@ -216,8 +216,8 @@ class Ledger:
 
         Args:
             results: the results of the chunk.
-            outputs: outputs by trial number. They are kept if their trial is complete and they are
-                from its best epoch.
+            outputs: outputs by trial number. The outputs are kept if their trial is complete and
+                they are from its best epoch.
         """
         new = {result.number: result for result in results if result.number not in self.results}
         best_outputs = {}

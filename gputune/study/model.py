@@ -99,8 +99,9 @@ class TunedModel(ModelContent):
         """Return intervals that contain about a share ``level`` of the true values.
 
         The interval is the prediction plus and minus the ceil((m + 1) level)-th smallest of the m
-        residuals. Both are computed before the target is transformed back. This model is trained on
-        all rows, so the coverage has no guarantee. In practice it is close to ``level``.
+        residuals. The prediction and the residual are computed before the target is transformed
+        back. This model is trained on all rows, so the coverage has no guarantee. In practice it is
+        close to ``level``.
 
         Source: Barber et al. (2021), Predictive inference with the jackknife+, arXiv:1905.02928,
         section 1: the K-fold form of the jackknife. CV+ would need the members of all folds.

@@ -68,7 +68,8 @@ def read_temporary(body: Json, tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def read_seeds(spec: Json, n_modules: int) -> list[int | None]:
-    """Return the seed with which each module was built. It is None for files of old versions.
+    """Return the seed with which each module was built. The result is None for files of old
+    versions.
 
     Raises:
         ValueError: the description has another type of value there.

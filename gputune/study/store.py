@@ -120,7 +120,7 @@ class Store(AbstractContextManager["Store"]):
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
-        """Open an existing study file. It is read-only if it may not be written.
+        """Open an existing study file. The file is opened read-only if it may not be written.
 
         Raises:
             FileNotFoundError: the file does not exist.
@@ -179,8 +179,8 @@ class Store(AbstractContextManager["Store"]):
 
         Args:
             results: the results of the chunk.
-            outputs: outputs by the number of a trial. They are kept up to a limit, above which the
-                worst are dropped.
+            outputs: outputs by the number of a trial. Outputs are kept up to a limit. Above it, the
+                outputs of the worst trials are dropped.
 
         Raises:
             InputError: a trial has a final result already, which is never replaced, or was never

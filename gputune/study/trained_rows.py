@@ -65,7 +65,7 @@ def share_of_rows(
 def _digests(
     layout: Layout | ArrayLayout, X: Table | Tensor | Arrays, y: np.ndarray
 ) -> NDArray[np.uint64]:
-    """Return one digest per row, (n,). It covers the row's encoded values and its target."""
+    """Return one digest per row, (n,), of the row's encoded values and its target."""
     target = np.asarray(y, dtype=np.float64).reshape(len(y), -1)
     digests = []
     start = 0

@@ -27,7 +27,8 @@ from gputune.wording import option, per_interface
 SearchedModel = Literal["mlp", "logistic", "module"]
 
 NAMED: dict[str, Builder] = {"cnn": CNN, "gru": GRU, "realmlp": RealMLP}
-"""Modules of ``gputune.models`` that have a name. They are searched like any other module."""
+"""Modules of ``gputune.models`` that have a name. These modules are searched like any other module.
+"""
 
 BUILT_IN = ("mlp", "logistic")
 
@@ -187,8 +188,8 @@ def check_method(method: object) -> Method:
 def check_patience(method: Method, epoch: str, *, solved: bool) -> None:
     """Raise InputError if ``patience`` has no effect in a search.
 
-    It needs trials that train, and that count by their best epoch. The method must not decide
-    itself how long a trial trains.
+    ``patience`` needs trials that train, and that are scored at their best epoch. The method must
+    not decide itself how long a trial trains.
     """
     if solved:
         solver = option("optimizer", "exact")

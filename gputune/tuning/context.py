@@ -293,8 +293,8 @@ class Context(Session):
         return lambda part: self.good_enough.allows(recorded.chunk_of(part))
 
     def _need(self, population: Population, max_trials: int) -> Need | None:
-        """Return the device memory that a population (members of one tensor shape) needs. It is
-        measured once for each tensor shape."""
+        """Return the device memory that a population (members of one tensor shape) needs. The
+        memory is measured once for each tensor shape."""
         shape = shape_of(population)
         if shape not in self.needs:
             job = self.trainer.job(Job, epochs=self.epochs)

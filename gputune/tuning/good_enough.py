@@ -35,7 +35,7 @@ Fewer trials would leave the stacked backends with little work.
 def batch_of(candidate: Candidate) -> int:
     """Return the batch number of a trial that an Optuna sampler proposed.
 
-    It is 0 for any other trial.
+    The batch number is 0 for any other trial.
     """
     origin = candidate.origin
     if not isinstance(origin, str) or not origin.startswith(BATCH):

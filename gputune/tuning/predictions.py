@@ -296,7 +296,7 @@ def _predict(module: nn.Module, data: Dataset, fold: int, draws: EvaluationDraws
 def values_of(module: nn.Module, inputs: Sequence[Tensor], data: Dataset) -> Tensor:
     """Return the predictions of a member for rows on the CPU, (m, K) float64.
 
-    They are probabilities, or outputs for a regression.
+    The predictions are probabilities, or outputs for a regression.
     """
     with torch.no_grad():  # TorchScript fails on tensors of inference_mode
         output = first_output(call_module(module, inputs, data.names))

@@ -377,7 +377,7 @@ class Problem:
         """A text that lists columns that have no feature, or several features, for messages about
         shapes.
 
-        It is "" without such columns.
+        The text is "" if every column has exactly one feature, and for inputs that are not tables.
         """
         if isinstance(self.layout, ArrayLayout):
             return ""

@@ -261,7 +261,7 @@ def _n_missing(session: Session) -> int:
 def train_batches(context: Context, halving: StoppingRule | None = None) -> bool:
     """Train or solve the waiting trials of the ledger. Return False if the time is over.
 
-    Without halving, all of them train together. With halving, each batch trains separately.
+    Without halving, all waiting trials train together. With halving, each batch trains separately.
     """
     ledger = context.ledger
     if halving is None:
@@ -276,10 +276,10 @@ def train_batches(context: Context, halving: StoppingRule | None = None) -> bool
 def _study_so_far(session: Session, make: Callable[..., OptunaStudy]) -> OptunaStudy:
     """Return an Optuna study that has received all results so far, in order.
 
-    It has a fresh copy of the sampler. The copy is asked again for all earlier proposals. A seeded
-    sampler makes the same proposals and then continues as if it had never stopped. If its proposals
-    differ, a reseeded copy is used. It receives the trained configurations in place of its own
-    proposals.
+    The Optuna study has a fresh copy of the sampler, and asks it again for all earlier proposals. A
+    seeded sampler makes the same proposals and then continues as if it had never stopped. If its
+    proposals differ, a reseeded copy is used. The reseeded copy receives the trained configurations
+    in place of its own proposals.
     """
     progress = session.progress
     for reseed in (False, True):

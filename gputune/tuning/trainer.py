@@ -319,8 +319,8 @@ class Trainer:
     def take_code(self, configs: Sequence[Config], epochs: Sequence[int]) -> None:
         """Let members of a refit train in compiled code if this saves time.
 
-        It must have been faster in the search, and the gain must be larger than the time to build
-        the code.
+        Compiled code must have been faster in the search, and the gain must be larger than the time
+        to build the code.
         """
         builder = self.module_class
         if builder is None or self.data.device.type != "cpu":
