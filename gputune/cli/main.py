@@ -17,7 +17,6 @@ from typing import Any
 
 from gputune.cli.arguments import make_parser
 from gputune.cli.flags import CommandLine
-from gputune.cli.paths import check_paths
 from gputune.errors import (
     CheckFailedError,
     ClusterError,
@@ -122,6 +121,9 @@ def _flush_streams() -> None:
 def _run(arguments: argparse.Namespace, interface: Interface) -> int:
     """Run the command, print its result, and return its exit code."""
     try:
+        # It imports numpy, for which --help must not wait.
+        from gputune.cli.paths import check_paths
+
         check_paths(arguments)
         with without_collector():
             module = import_module(f"gputune.cli.{_MODULES[arguments.command]}")

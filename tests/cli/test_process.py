@@ -103,7 +103,13 @@ LIBRARIES = {
 
 def test_import_and_status_wait_for_no_library(tmp_path):
     own = [name for name in modules_of("import gputune") if name.startswith("gputune")]
-    assert sorted(own) == ["gputune", "gputune.errors", "gputune.garbage", "gputune.version"]
+    assert sorted(own) == [
+        "gputune",
+        "gputune.errors",
+        "gputune.garbage",
+        "gputune.version",
+        "gputune.wording",
+    ]
     with Store.create(
         tmp_path / "study.db", {"model": "mlp", "scoring": "accuracy", "folds": 2}
     ) as store:
@@ -226,7 +232,7 @@ def test_a_closed_or_full_stream_ends_in_an_exit_code(tmp_path, streams, code):
     )
     assert ran.returncode == code
     assert ran.stderr == b"" or ran.stderr.startswith(
-        b"gputune: error: standard output does not take"
+        b"gputune: error: the result cannot be written to standard output"
     )
     assert ran.stderr.count(b"\n") <= 1
 

@@ -96,7 +96,7 @@ def kernel_of(numbers: dict[str, int], arrays: dict[str, Any], shared: int = LAR
         depth=numbers["layers"] - 1,
         moments=sum(arrays[name] is not None for name in ("first", "second")),
         classes=bool(numbers["classes"]),
-        dropout=arrays["draws"] is not None,
+        dropout=arrays.get("draws") is not None,
         dtype=arrays["theta"].dtype,
         rows=tile_of(int(arrays["sizes"].max())),
     ).with_largest_tile(shared)

@@ -554,7 +554,7 @@ def test_a_model_has_the_score_of_its_own_rows_alone(tmp_path, iris):
         other,
         replace(model, info={**model.info, "fingerprint": other.info["fingerprint"]}),
     ):
-        with refused("of other parameters, another score or other rows; make it"):
+        with refused("of other parameters, another score or other rows. Make it"):
             study.report(tmp_path / "report.html", model=of_other_rows)
     study.report(tmp_path / "report.html", model=model)
     # of an earlier version
@@ -987,7 +987,7 @@ def test_a_module_gets_all_columns_a_built_in_model_those_that_vary(tmp_path, im
 
 def test_a_refused_shape_says_what_became_of_the_columns(images):
     with refused(
-        r"forward of Square raised RuntimeError: shape .*\(rows, 3\) and return \(rows, 3\)\. The 4 columns of X "
+        r"forward pass of Square raised RuntimeError: shape .*\(rows, 3\) and return \(rows, 3\)\. The 4 columns of X "
         r"became 3 features\. Left out: 'x1'\. The option columns='keep' leaves numbers and booleans"
     ):
         tune(Square, *images, columns="drop-constant", n_trials=1)
@@ -1062,7 +1062,7 @@ def test_a_target_of_single_rows_and_the_folder_above_a_model_are_named(tmp_path
     with refused("'id' has only one row of each of its 10 classes. Choose a different target"):
         hold_out(target, test_size=0.2, seed=0)
     tune("mlp", *iris, n_trials=1).best_model().save(tmp_path / "model")
-    with refused("has no model.json; did you mean .*model'"):
+    with refused("has no model.json. Did you mean .*model'"):
         gputune.load_model(tmp_path)
 
 

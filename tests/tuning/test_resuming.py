@@ -318,7 +318,7 @@ def test_without_a_study_there_are_none(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tune(timeout=1e-9, checkpoint_seconds=1e-9)
     assert list(tmp_path.iterdir()) == []
-    with refused("checkpoint_seconds is a number of seconds above 0, got 0"):
+    with refused("checkpoint_seconds must be a number of seconds above 0, got 0"):
         tune(checkpoint_seconds=0)
 
 
