@@ -179,5 +179,5 @@ def test_a_dataset_is_predicted_as_its_tensors_are():
         np.testing.assert_array_equal(of.predict_proba(dataset), of.predict_proba(X))
     with refused("X must be as in training, .* got a list"):
         model.predict([[[1, 2], [3]]])
-    with refused("IdsAndNumbers raised IndexError: .*must have a place for every id"):
+    with refused("IdsAndNumbers raised IndexError: .*must have an entry for every id"):
         several.predict((IDS + 9, torch.rand(48, 1)))

@@ -366,7 +366,7 @@ def test_losses_of_several_values_are_ranked_by_the_default(capsys):
     how = {**ONE, "space": space, "n_trials": 2, "scoring": "neg_loss", "verbose": 1}
     study = gputune.tune(Net, X, X[:, 0], loss=pinball, **how)
     assert (
-        "neg_loss of each trial is of the loss with loss__q=0.5, its default"
+        "neg_loss scores each trial by the loss with loss__q=0.5, the default"
         in capsys.readouterr().err
     )
     for trial in study.trials:

@@ -125,9 +125,10 @@ def load(source: str | None) -> Data:
         X, y = _openml() if source == "openml" else _idx_files(Path(source))
         if X.shape != (TRAIN_ROWS + VALID_ROWS, PIXELS) or tuple(y[:5]) != FIRST_CLASSES:
             raise InputError(
+                None,
                 f"--data must be MNIST: {TRAIN_ROWS + VALID_ROWS} images of {PIXELS} pixels, the "
                 f"first classes {FIRST_CLASSES}; got {len(X)} images of {X.shape[1]} pixels, the "
-                f"first classes {tuple(map(int, y[:5]))}. {GET_FILES}"
+                f"first classes {tuple(map(int, y[:5]))}. {GET_FILES}",
             )
         (X, X_valid), (y, y_valid) = (np.split(part, [TRAIN_ROWS]) for part in (X, y))
         name = f"MNIST from {'OpenML' if source == 'openml' else source}"
@@ -158,7 +159,8 @@ def _idx_files(folder: Path) -> tuple[np.ndarray, np.ndarray]:
                 found.append(np.frombuffer(raw, np.uint8, offset=4 + 4 * len(shape)).reshape(shape))
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise InputError(
-            f"--data must be a folder of MNIST's four idx files, got {folder}: {error}. {GET_FILES}"
+            None,
+            f"--data must be a folder of MNIST's four idx files, got {folder}: {error}. {GET_FILES}",
         ) from error
     return np.concatenate(images).reshape(-1, PIXELS), np.concatenate(classes)
 
@@ -169,7 +171,8 @@ def _openml() -> tuple[np.ndarray, np.ndarray]:
         bunch = fetch_openml("mnist_784", version=1, as_frame=False, parser="liac-arff")
     except OSError as error:  # no network, no such host, a time-out, a server's refusal
         raise InputError(
-            f"--data openml needs a network that reaches openml.org, got: {error}. {GET_FILES}"
+            None,
+            f"--data openml needs a network that reaches openml.org, got: {error}. {GET_FILES}",
         ) from error
     return bunch.data, bunch.target.astype(np.int64)
 

@@ -124,9 +124,10 @@ def read(folder: Path, name: str) -> Data:
     for part in PARTS:
         if len(parts[part]) != len(targets[part]) or [*parts[part]] != [*parts["train"]]:
             raise gputune.InputError(
+                None,
                 f"{folder / name}: the {part} files must have the columns of the train files and "
                 f"a target for each row, got {parts[part].shape} and {len(targets[part])} "
-                f"targets. They come from {ADDRESS}."
+                f"targets. They come from {ADDRESS}.",
             )
     X = pd.concat([parts["train"], parts["val"]], ignore_index=True)
     y = np.concatenate([targets["train"], targets["val"]])
@@ -140,8 +141,9 @@ def _columns(folder: Path, part: str) -> pd.DataFrame:
     kinds = [kind for kind in ("num", "bin", "cat") if (folder / f"X_{kind}_{part}.npy").exists()]
     if not kinds:
         raise gputune.InputError(
+            None,
             f"FOLDER must have {folder.name}/X_num_{part}.npy, X_bin_{part}.npy or "
-            f"X_cat_{part}.npy, got {folder.parent}. The files come from {ADDRESS}."
+            f"X_cat_{part}.npy, got {folder.parent}. The files come from {ADDRESS}.",
         )
     frames = [
         pd.DataFrame(_array(folder / f"X_{kind}_{part}.npy")).add_prefix(kind[0]) for kind in kinds
@@ -154,7 +156,7 @@ def _array(path: Path) -> np.ndarray:
         array: np.ndarray = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
         raise gputune.InputError(
-            f"{path} must be an array of numbers or text: {error}. See {ADDRESS}."
+            None, f"{path} must be an array of numbers or text: {error}. See {ADDRESS}."
         ) from error
     return array
 

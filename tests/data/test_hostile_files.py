@@ -145,7 +145,7 @@ def message_of(read, path):
     )
     plain = re.sub(r"'[^']*'", "NAME", message)
     assert path.name[:20] in message and len(plain) < 500 and "\n" not in message
-    assert 1 <= len(re.findall(r"[.:](?= [A-Z]|$)", plain)) <= 3, message
+    assert 1 <= len(re.findall(r"[.:](?= [A-Z]|$)", plain)) <= 4, message
     return message
 
 

@@ -271,7 +271,7 @@ def test_a_worker_with_another_version_is_named(cluster, begun, monkeypatch):
     before = table(path)
     monkeypatch.setattr(ray_cluster, "__version__", "9.9.9")
     with refused(
-        f"on .* has gputune {gputune.__version__}, and this process gputune 9.9.9: install"
+        f"on .* has gputune {gputune.__version__}, but this process has gputune 9.9.9. Install"
     ):
         go_on()
     monkeypatch.undo()
@@ -305,7 +305,7 @@ def test_a_worker_without_the_package_is_named(cluster, begun, monkeypatch):
         return ray.remote(bare)
 
     monkeypatch.setattr(ray_cluster, "make_task", make_bare)
-    with refused("has no gputune, and this process gputune .*: install gputune=="):
+    with refused("has no gputune, but this process has gputune .*. Install gputune=="):
         go_on()
     assert table(path)[: len(before)] == before
 

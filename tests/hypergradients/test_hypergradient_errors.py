@@ -128,7 +128,7 @@ OPTIONS = {  # name -> rule, values that break it
     "mode": ("must be 'auto', 'reverse', 'forward' or 'fd'", "backward", None, 3, ["reverse"]),
     "truncate": ("must be an integer of at least 1, or None", 0, -1, 1.5, True, "all"),
     "checkpoint": ("must be True or False", "sqrt"),
-    "memory": ("is a number of bytes", "much", 0, -5, math.nan, True),
+    "memory": ("must be a positive number of bytes", "much", 0, -5, math.nan, True),
 }
 
 

@@ -143,7 +143,7 @@ def test_without_compiled_code_the_reason_is_said(monkeypatch, tmp_path, capsys)
     assert said in capsys.readouterr().err
     gputune.tune("mlp", ROWS, LABELS, optimizer="adamhd", **SMALL)  # which is never compiled
     assert "slower" not in capsys.readouterr().err
-    with refused("backend='compiled' .* no compiled code.*choose 'auto'"):
+    with refused("backend='compiled' .* no compiled code.*choose backend='auto'"):
         gputune.tune("mlp", ROWS, LABELS, backend="compiled", **SMALL)
 
 

@@ -192,7 +192,9 @@ def test_the_plan_says_what_the_kernel_trains(iris, capsys):
     }
     search(iris, space=space, include_default=False, n_trials=4, max_epochs=1, verbose=1)
     said = capsys.readouterr().err
-    why = "2 of 4 trials train in recorded steps: the kernel does not know depth of 5 (at most 4)"
+    why = (
+        "2 of 4 trials train in recorded steps: the kernel does not support depth of 5 (at most 4)"
+    )
     assert "2 by the kernel, 2 recorded" in said and f"note: {why}" in said
     compiled = re.findall(
         "compiling the kernel for members of (.*): some seconds, once on this machine", said

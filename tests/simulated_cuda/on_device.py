@@ -677,7 +677,7 @@ def test_all_gpus_of_a_machine_train(model, method, iris, monkeypatch, tmp_path,
 def test_a_second_gpu_is_for_what_is_long(iris, capsys):
     gputune.tune("mlp", *iris, **{**FAST, "workers": "auto", "verbose": 1}, device="cuda")
     assert "GPUs" not in capsys.readouterr().err
-    with refused("workers=3: .* this search has 2 GPUs, cuda:0, cuda:1; leave"):
+    with refused("workers=3 is too many: .* this search has 2 GPUs, cuda:0, cuda:1. Leave"):
         gputune.tune("mlp", *iris, **{**FAST, "workers": 3}, device="cuda")
 
 

@@ -192,7 +192,7 @@ def test_a_criterion_of_ones_own_takes_the_target_as_it_is():
     assert (net.target_mean_ == 0).all() and (net.target_scale_ == 1).all()
     with torch.no_grad():
         np.testing.assert_array_equal(net.predict(IMAGES), net.module_(torch.from_numpy(IMAGES)))
-    with pytest.raises(InputError, match="sample_weight .* return row losses"):
+    with pytest.raises(InputError, match="sample_weight .* Return row losses"):
         net.fit(IMAGES, NUMBERS, sample_weight=np.linspace(1, 2, 60))
     net = NeuralNetRegressor(
         Conv,

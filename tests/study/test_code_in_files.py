@@ -296,7 +296,7 @@ def _refused_command(*arguments):
     exit_code, _, err = run(*arguments)
     assert "Traceback" not in err, err
     if exit_code == 2:
-        raise InputError(err)
+        raise InputError(None, err)
 
 
 @pytest.fixture(scope="module")

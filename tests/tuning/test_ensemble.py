@@ -18,7 +18,7 @@ from torch import nn
 import gputune
 from gputune.cli.held_out import HeldOut
 from gputune.cli.main import main
-from gputune.cli.summary import ensemble_words
+from gputune.cli.summary import ensemble_text
 from gputune.population.population import Ensemble
 from gputune.study.export import WholeModel
 from gputune.tuning.predictions import Predictions, predictions_of
@@ -429,6 +429,6 @@ def test_a_difference_within_an_interval_may_be_chance(study, ensemble, best, wo
     scores = [
         HeldOut(score, 100, interval=(score - 0.05, score + 0.03)) for score in (ensemble, best)
     ]
-    assert re.search(words, ensemble_words(study, model, *scores, is_saved=ensemble > best))
+    assert re.search(words, ensemble_text(study, model, *scores, is_saved=ensemble > best))
     scores = [replace(score, interval=None) for score in scores]  # of which nothing is said
-    assert "chance" not in ensemble_words(study, model, *scores, is_saved=ensemble > best)
+    assert "chance" not in ensemble_text(study, model, *scores, is_saved=ensemble > best)

@@ -147,7 +147,10 @@ def test_the_second_ctrl_c_does_not(tmp_path):
     code, out, err = finish_net(tmp_path, do)
     assert (tmp_path / "once").exists() and not (tmp_path / "twice").exists()
     assert code == 130
-    assert "interrupted: 0 of 2 trials are finished. The results are kept" in err and "Traceback" not in err
+    assert (
+        "interrupted: 0 of 2 trials are finished. The results are kept" in err
+        and "Traceback" not in err
+    )
     assert "120 rows to search on and 30 held out" in out
     assert "Trials   2 waiting" in out and not (tmp_path / "out" / "model").exists()
 

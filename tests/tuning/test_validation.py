@@ -308,7 +308,7 @@ def machine(monkeypatch, *devices, **kept):
         if device == "auto":
             return torch.device(devices[-1])
         if device not in devices:
-            raise gputune.InputError("no such device")
+            raise gputune.InputError(None, "no such device")
         return torch.device(device)
 
     monkeypatch.setattr(refit, "choose_device", choose)
@@ -366,7 +366,7 @@ def test_a_refit_from_a_file_trains_as_one_from_memory(tmp_path, monkeypatch):
 def test_an_optimizer_of_a_later_version_is_refused_by_name():
     with pytest.raises(
         gputune.InputError,
-        match="searched with optimizer='adamx', which this gputune does not have",
+        match="searched with optimizer='adamx', which this version of gputune does not have",
     ):
         recorded_model({"kind": "mlp"}, "adamx", trust_code=False)
 
