@@ -1,13 +1,9 @@
 """Tries a user's module on a few rows before training, and finds out if its members can be stacked.
 
-A member is one trial on one fold. Stacked members share one forward pass, which torch.func.vmap
-maps over them. A chunk is the group of trials that train together. The traits of a module are the
-properties that decide how its members train.
-
-Two members with different parameters train on two minibatches: stacked, and separately as plain
-modules. Their gradients, buffers and outputs must agree. A module that differs, or that cannot be
-mapped at all, trains member by member. If a training fails later, members are tried again to find
-the row that causes the error.
+A member is one trial on one fold. Two members train on two minibatches: stacked with
+torch.func.vmap, and separately as plain modules. Their gradients, buffers and outputs must agree.
+Otherwise the module trains member by member. If a training fails later, members are tried again to
+find the row that causes the error.
 """
 
 import re
@@ -52,9 +48,8 @@ from gputune.types import DECAY_FACTOR, LR_FACTOR, Config, Params
 from gputune.wording import option
 
 _CPU = torch.device("cpu")
-# (epoch, step) of the tried minibatches, and the key of the tried evaluation.
-_KEY = (0, 0)
-_EVALUATION = (0, 0, 0)
+_KEY = (0, 0)  # (epoch, step) of the tried minibatches
+_EVALUATION = (0, 0, 0)  # the key of the tried evaluation
 _VMAP = "Members are stacked with torch.func.vmap"
 _ADVICE = {
     (".item()", "data-dependent", "as_tensor"): (
@@ -88,10 +83,9 @@ def traits_of(
 ) -> Traits:
     """Return the traits of a user's module on rows of the first fold.
 
-    A module is tried once for each text of its arguments, and its traits are remembered. Raises
-    InputError for a module that fails, returns outputs of another shape, or has nothing to train.
-    If shapes may be the cause, the message ends in ``columns``, a sentence that explains how the
-    rows were made from the user's rows.
+    A module is tried once for each text of its arguments. Raises InputError for a module that
+    fails, returns outputs of another shape, or has nothing to train. If shapes may be the cause,
+    the message ends in ``columns``, a sentence on how the rows were made from the user's rows.
     """
     known = _known.setdefault(data, {}).setdefault(builder, {})
     key = arguments_text(config)

@@ -283,7 +283,7 @@ COLUMN = pl.lit(0).alias("a")
             "kind",
             (pl.col("id") % 2).alias("kind"),
             [],
-            "it holds '0', '1', and the model's classes are 'ant', 'bee'",
+            "it holds '0', '1', but the model's classes are 'ant', 'bee'",
         ),
     ],
 )
@@ -435,5 +435,5 @@ def test_a_kept_column_has_a_name_of_its_own(folder, tmp_path):
     assert (
         code == 2
         and "--interval supports only models" in err
-        and err.endswith("predicts classes: use --proba.\n")
+        and err.endswith("predicts classes. Use --proba.\n")
     )

@@ -94,7 +94,7 @@ def kernel_of(numbers: dict[str, int], arrays: dict[str, Any], shared: int = LAR
     return MemberKernel(
         **{name: numbers[name] for name in ("inputs", "width", "outputs", "activation")},
         depth=numbers["layers"] - 1,
-        moments=sum(arrays[name] is not None for name in ("first", "second")),
+        moments=sum(arrays.get(name) is not None for name in ("first", "second")),
         classes=bool(numbers["classes"]),
         dropout=arrays.get("draws") is not None,
         dtype=arrays["theta"].dtype,

@@ -119,7 +119,7 @@ def test_what_an_estimator_refuses():
 
     for scorer, message in [
         (later, "a scorer gets predicts only while it runs"),
-        (lambda estimator, X, y: estimator.fit(X, y), "is fitted, and cannot be fitted again"),
+        (lambda estimator, X, y: estimator.fit(X, y), "is fitted and cannot be fitted again"),
         (lambda estimator, X, y: estimator.predict(X[:, :2]), "X has no column 'x2'"),
         (writes, "read-only"),
     ]:
