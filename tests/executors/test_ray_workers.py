@@ -277,7 +277,7 @@ def test_a_worker_with_another_version_is_named(cluster, begun, monkeypatch):
     monkeypatch.undo()
     torch_here = torch.__version__.partition("+")[0]
     monkeypatch.setattr(torch, "__version__", "9.8.7+cu999")
-    with refused(f"has torch {torch_here}, and this process torch 9.8.7: install"):
+    with refused(f"has torch {torch_here}, but this process has torch 9.8.7. Install"):
         go_on()
     assert table(path)[: len(before)] == before
     monkeypatch.undo()
