@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from gputune.cli import main as command_line
+from gputune.cli import paths
 from gputune.cli.main import main
 
 COMMANDS = {
@@ -37,7 +37,7 @@ def test_a_path_that_does_not_exist_is_said_as_the_command_says_it(name, here, c
     arguments = COMMANDS[name].split()
     assert main(arguments) == 2
     found = capsys.readouterr().err
-    monkeypatch.setattr(command_line, "check_paths", lambda arguments: None)
+    monkeypatch.setattr(paths, "check_paths", lambda arguments: None)
     assert main(arguments) == 2
     assert found == capsys.readouterr().err and "nope" in found
 
