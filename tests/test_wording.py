@@ -75,6 +75,13 @@ def test_brackets_of_the_user_stay():
     assert PYTHON.render(message) == "The column '⟦a b⟧' is empty. Leave out groups."
 
 
+@pytest.mark.parametrize("value", ["not a dict", "'", '"a', "(", "{1"])
+def test_a_text_of_the_user_that_looks_like_a_reference_breaks_no_message(value):
+    for name in ("kinds", "cv", "space['", "include[0]['"):
+        text = COMMAND.render(f"The column '⟦{name}={value}⟧' is empty.")
+        assert text.startswith("The column '") and text.endswith("' is empty.")
+
+
 def test_a_value_is_shown_on_one_line_and_cut():
     assert str(InputError("a", "is odd", got="x" * 500)).endswith("xxx...")
     assert len(str(InputError("a", "is odd", got="x" * 500))) < 250

@@ -210,8 +210,8 @@ class CommandLine(Interface):
             return str(reference)
         if reference.name == "include" and len(reference.keys) > 1:
             return _unquoted(reference.keys[-1])  # a key of one configuration
-        if reference.name == "kinds" and reference.value not in (None, "..."):
-            kinds = ast.literal_eval(reference.value)
+        kinds = _literal(reference.value) if reference.name == "kinds" else None
+        if isinstance(kinds, dict):
             return " ".join(f"{flag} {column}={kind}" for column, kind in kinds.items())
         if reference.keys and reference.name == "space":
             flag = f"{flag} {_unquoted(reference.keys[0])}"
@@ -237,4 +237,16 @@ class CommandLine(Interface):
 
 def _unquoted(value: str) -> str:
     """Return the text of a Python string literal, and other code unchanged."""
-    return ast.literal_eval(value) if value[:1] in ("'", '"') else value
+    text = _literal(value)
+    return text if isinstance(text, str) else value
+
+
+def _literal(value: str | None) -> object:
+    """Return the value of a Python literal, or None for other code.
+
+    A user's text, such as the name of a column, may look like a reference with any value.
+    """
+    try:
+        return ast.literal_eval(value or "")
+    except (SyntaxError, ValueError):
+        return None
