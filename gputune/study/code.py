@@ -101,7 +101,7 @@ def _parts(value: Any, path: tuple[int, ...]) -> Iterator[str]:
 
 
 def _sources_and_contents(value: Any) -> tuple[Iterable[Any], Iterable[object]]:
-    """Return the classes or functions whose source counts, and the values that a value holds."""
+    """Return the classes and functions with relevant source code, and the values inside a value."""
     if isinstance(value, Mapping):
         return (), chain.from_iterable(value.items())
     if isinstance(value, list | tuple):
