@@ -17,6 +17,7 @@ from gputune.errors import (
     SearchInterrupted,
     StudyCorruptError,
     StudyVersionError,
+    UntrustedCodeError,
 )
 from gputune.garbage import without_collector
 from gputune.version import __version__
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
     from gputune.api.study import Study
     from gputune.api.tuning import search, tune
     from gputune.executors.ray_cluster import Ray
+    from gputune.executors.worker import Report
     from gputune.hypergradients.hypergradient import hypergradient
+    from gputune.hypergradients.inner import HypergradientResult
     from gputune.methods.descent import Hypergradient
     from gputune.methods.distributions import log_int
     from gputune.methods.optuna import OptunaSampler
@@ -46,12 +49,14 @@ __all__ = [
     "DivergedError",
     "Halving",
     "Hypergradient",
+    "HypergradientResult",
     "InputError",
     "InputWarning",
     "Median",
     "MissingExtraError",
     "OptunaSampler",
     "Ray",
+    "Report",
     "SearchFailedError",
     "SearchInterrupted",
     "Study",
@@ -59,6 +64,7 @@ __all__ = [
     "StudyVersionError",
     "Trial",
     "TunedModel",
+    "UntrustedCodeError",
     "__version__",
     "hypergradient",
     "load_model",
@@ -73,7 +79,9 @@ _HOMES = {
     "api.study": ("Study",),
     "api.tuning": ("search", "tune"),
     "executors.ray_cluster": ("Ray",),
+    "executors.worker": ("Report",),
     "hypergradients.hypergradient": ("hypergradient",),
+    "hypergradients.inner": ("HypergradientResult",),
     "methods.descent": ("Hypergradient",),
     "methods.distributions": ("log_int",),
     "methods.optuna": ("OptunaSampler",),

@@ -22,6 +22,8 @@ from gputune.study.record import RECORD_FIELDS
 from gputune.study.study import Study, Trial
 from gputune.types import Json
 
+__all__ = ["Callback", "MLflow", "StopSearch", "TensorBoard", "WandB"]
+
 
 class StopSearch(Exception):
     """Raise it in a callback to end the search after the running epoch.

@@ -225,6 +225,12 @@ def warn(message: str | Warning, category: type[Warning] = UserWarning) -> None:
     warnings.warn(warning, stacklevel=level)
 
 
+def how_to_install(extra: str) -> str:
+    """Return the sentence that says how to install an extra of gputune."""
+    # gputune is in no package index, so that pip finds the extra only in a clone.
+    return f'Run pip install ".[{extra}]" in your clone of gputune.'
+
+
 def import_extra(module: str, *, extra: str, used_by: str) -> ModuleType:
     """Import and return the module of an optional library.
 
@@ -243,5 +249,5 @@ def import_extra(module: str, *, extra: str, used_by: str) -> ModuleType:
         raise MissingExtraError(
             used_by,
             f"needs {library}, which cannot be imported ({error})",
-            remedy=f'Run pip install "gputune[{extra}]".',
+            remedy=how_to_install(extra),
         ) from error

@@ -1,6 +1,7 @@
 """Every page of docs/: its code runs in order in one session and prints the page's output."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from forked import Fork
+from gputune.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -36,11 +38,17 @@ def page(request):
 
 def python_blocks(page):
     """The python blocks, each with the text block that comes next, or None: then it prints
-    nothing."""
+    nothing.
+
+    A command that runs on the files of such blocks is one of them, as the call of the command line.
+    """
     blocks = re.findall(r"```(\w+)\n(.*?)```", page.read_text(), re.S)
     for (kind, code), (next_kind, text) in zip(blocks, [*blocks[1:], ("", "")]):
         if kind == "python":
             yield code, text if next_kind == "text" else None
+        elif kind == "console" and code.startswith("$ gputune repair "):
+            command, shown = code.split("\n", 1)
+            yield f"run({shlex.split(command.removeprefix('$ gputune '))})", shown
 
 
 def is_close(printed, shown):
@@ -58,13 +66,34 @@ def is_close(printed, shown):
     return True
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        ROOT / "README.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+        *sorted((ROOT / "scripts" / "examples").glob("*.[ip]*")),
+    ],
+    ids=lambda path: path.name,
+)
+def test_examples_import_only_public_modules(path):
+    imported = re.findall(r"\b(?:from|import) gputune\.([\w.]+)", path.read_text())
+    assert set(imported) <= {"callbacks", "models", "optim", "sklearn"}
+
+
 def test_there_are_pages():
     assert "hypergradients.md" in [page.name for page in PAGES]
 
 
 def run_blocks(page, capsys):
     """Run the blocks of a page, and compare their output."""
-    session = {"__name__": page.stem}
+
+    def run(arguments):
+        # the shown lines only: the closing sentences after an empty line are not shown
+        assert main(arguments) == 0
+        answer = capsys.readouterr().out
+        print(answer.split("\n\n")[0])
+
+    session = {"__name__": page.stem, "run": run}
     blocks = list(python_blocks(page))
     assert blocks
     for code, shown in blocks:

@@ -131,6 +131,13 @@ def test_public_names():
         gputune.tuna  # noqa: B018
 
 
+def test_public_names_of_callbacks():
+    names = ["Callback", "MLflow", "StopSearch", "TensorBoard", "WandB"]
+    assert gputune.callbacks.__all__ == names
+    for name in names:
+        assert getattr(gputune.callbacks, name).__module__ == "gputune.callbacks"
+
+
 def test_a_public_name_stays_itself_whatever_is_imported():
     before = {name: getattr(gputune, name) for name in gputune.__all__}
     for module in pkgutil.walk_packages(gputune.__path__, "gputune."):

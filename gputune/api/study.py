@@ -31,8 +31,8 @@ class Study(data.Study):
     from its file.
 
     Scores follow scikit-learn: greater is better. Plots and reports show a score in the sign of its
-    name, so a log_loss is positive there. The ``plot_...`` methods need matplotlib (``pip install
-    "gputune[report]"``). They draw on ``ax`` if you pass it, and return the Axes.
+    name, so a log_loss is positive there. The ``plot_...`` methods need matplotlib
+    (``pip install ".[report]"`` in your clone of gputune). They draw on ``ax`` if you pass it, and return the Axes.
 
     Attributes:
         trials: all trials, in order of their number.

@@ -216,7 +216,7 @@ class CheckRow:
 
 
 @dataclass(frozen=True)
-class Report:
+class CheckReport:
     """The results of checking one device; ``speeds`` maps device and backend to training speed."""
 
     device: str
@@ -331,7 +331,7 @@ def timed_of(device: torch.device) -> list[tuple[torch.device, Backend]]:
     return pairs
 
 
-def check(device: torch.device, tell: Callable[[str], object]) -> Report:
+def check(device: torch.device, tell: Callable[[str], object]) -> CheckReport:
     """Time a device, check the laws on it, and store the findings.
 
     ``tell`` is called with a description before each part begins.
@@ -364,7 +364,7 @@ def check(device: torch.device, tell: Callable[[str], object]) -> Report:
             backend: speed for (name, backend), speed in speeds.items() if name == str(place)
         }
         keep_findings(place, Findings(failed if place == device else None, measured))
-    return Report(device_name(device), _facts(device), tuple(rows), speeds)
+    return CheckReport(device_name(device), _facts(device), tuple(rows), speeds)
 
 
 def _facts(device: torch.device) -> str:

@@ -28,7 +28,7 @@ from gputune.engine.backend import torch_threads
 from gputune.engine.job import Failure, Job, Outcome, run_in_parts
 from gputune.engine.plan import Plan, cores
 from gputune.engine.stop import Stop
-from gputune.errors import ClusterError, InputError, MissingExtraError, check_count
+from gputune.errors import ClusterError, InputError, MissingExtraError, check_count, how_to_install
 from gputune.executors.executor import Ended, Executor, LostWorkerError, Outcomes
 from gputune.executors.processes import pickle_job, to_arrays, to_device, to_tensors
 from gputune.population.population import Population
@@ -96,7 +96,7 @@ def check_ray(device: str) -> None:
         raise MissingExtraError(
             "workers='ray'",
             "needs Ray, which is not installed",
-            remedy='Run pip install "gputune[ray]".',
+            remedy=how_to_install("ray"),
         )
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(

@@ -188,7 +188,7 @@ def loss_reason(error: BrokenProcessPool) -> str:
     return "it ended without an error message."
 
 
-LoopObjective = Callable[[Config, "EpochReport"], float]
+LoopObjective = Callable[[Config, "Report"], float]
 EndState = Literal["complete", "pruned", "stopped", "failed"]
 
 
@@ -251,7 +251,7 @@ class TrialEnd(BaseException):
     """
 
 
-class EpochReport:
+class Report:
     """The function with which an objective reports its progress.
 
     Call ``report(value)`` after each epoch, or whenever the model is validated. A call ends the
@@ -351,7 +351,7 @@ class LoopTask:
         number = trial.number
         params = trial.params
         begin = time.monotonic()
-        report = EpochReport(self, number)
+        report = Report(self, number)
         error = ""
         score = math.nan
         self.reports.write(number, (), ended=False)

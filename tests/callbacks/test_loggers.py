@@ -198,7 +198,5 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
 )
 def test_a_missing_extra(package, make, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(
-        MissingExtraError, match=rf'needs {package}.*pip install "gputune\[{package}\]"'
-    ):
+    with pytest.raises(MissingExtraError, match=rf'needs {package}.*pip install "\.\[{package}\]"'):
         make()

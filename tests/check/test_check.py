@@ -200,9 +200,9 @@ def test_where_there_is_no_place_nothing_is_kept(folder, monkeypatch):
 
 def test_from_how_many_members_on_a_gpu_pays(two_laws):
     speeds = {("cuda", "graph"): Speed(1e-3, 1e-7), ("cpu", "compiled"): Speed(0, 1.01e-5)}
-    report = check.Report("a card", "", (), speeds)
+    report = check.CheckReport("a card", "", (), speeds)
     assert "faster on a card than compiled on the CPU from about 100 members on." in str(report)
-    never = check.Report("a card", "", (), speeds | {("cuda", "graph"): Speed(1e-3, 2e-5)})
+    never = check.CheckReport("a card", "", (), speeds | {("cuda", "graph"): Speed(1e-3, 2e-5)})
     assert "compiled on the CPU never." in str(never)
 
 

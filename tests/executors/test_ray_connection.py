@@ -28,7 +28,7 @@ from moments import at_finish, environment
 from refused import refused
 from study_processes import done, table
 
-NO_RAY = 'Ray is not installed: pip install "gputune[ray]"'
+NO_RAY = 'Ray is not installed: pip install ".[ray]"'
 SMALL = {"n_trials": 2, "max_epochs": 2, "cv": 2, "verbose": 0}
 
 
@@ -150,7 +150,7 @@ def test_the_command_line_says_what_is_wrong(monkeypatch, tmp_path):
     assert (code, out) == (2, "") and "--ray must be 'local', 'auto', 'HOST:PORT'" in err
     monkeypatch.setattr(ray_cluster, "find_spec", lambda name: None)
     code, out, err = run("tune", "sklearn:iris", *quick, "--ray")
-    assert (code, out) == (2, "") and 'pip install "gputune[ray]"' in err
+    assert (code, out) == (2, "") and 'pip install ".[ray]"' in err
     assert not list(tmp_path.iterdir())
 
 

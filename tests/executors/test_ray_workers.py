@@ -27,7 +27,7 @@ from refused import refused
 from study_processes import done, table
 from test_docs import ROOT, run_blocks
 
-ray = pytest.importorskip("ray", reason='Ray is not installed: pip install "gputune[ray]"')
+ray = pytest.importorskip("ray", reason='Ray is not installed: pip install ".[ray]"')
 
 PAGE = ROOT / "docs" / "cluster.md"
 LR = {"lr": loguniform(1e-3, 0.1)}

@@ -326,6 +326,6 @@ def test_a_study_that_cannot_be_written_whole_goes_again_and_without_optuna_none
     assert optuna.get_all_study_names(storage) == []
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(
-        MissingExtraError, match=r'to_optuna\(\) needs optuna.*pip install "gputune\[optuna\]"'
+        MissingExtraError, match=r'to_optuna\(\) needs optuna.*pip install "\.\[optuna\]"'
     ):
         study.to_optuna()

@@ -18,7 +18,7 @@ EXAMPLES = ROOT / "scripts" / "examples"
 
 def test_the_example_goes_from_the_rows_to_a_saved_model(tmp_path, monkeypatch, capsys):
     """In a short form; once more, it goes on from the file, where nothing is left to do."""
-    pyplot = pytest.importorskip("matplotlib.pyplot", reason='pip install "gputune[report]"')
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason='pip install ".[report]"')
     pyplot.switch_backend("Agg")
     text = (EXAMPLES / "digits.py").read_text()
     short = text.replace("N_TRIALS = 32", "N_TRIALS = 10").replace("EPOCHS = 20", "EPOCHS = 3")
@@ -100,7 +100,7 @@ def test_a_loop_of_ones_own_takes_no_more_statements_than_with_optuna(script, mo
 
 @pytest.mark.parametrize("name", ["table", "images", "scikit_learn", "own_loop", "hypergradient"])
 def test_a_notebook_runs_and_holds_such_outputs(script, name):
-    pytest.importorskip("matplotlib", reason='pip install "gputune[report]"')
+    pytest.importorskip("matplotlib", reason='pip install ".[report]"')
     path = EXAMPLES / f"{name}.ipynb"
     assert (
         path.stat().st_size < 100_000 and f"scripts/examples/{name}.ipynb" in FEATURES.read_text()

@@ -232,7 +232,7 @@ def test_the_whole_on_a_cpu(tmp_path):
 
 @pytest.fixture
 def cluster(script):
-    pytest.importorskip("ray", reason='Ray is not installed: pip install "gputune[ray]"')
+    pytest.importorskip("ray", reason='Ray is not installed: pip install ".[ray]"')
     return script("simulate_cluster")
 
 

@@ -373,7 +373,7 @@ def test_a_refused_search_leaves_no_study(how, message, path):
 def test_without_optuna(monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna.samplers", None)
     with pytest.raises(
-        MissingExtraError, match=r'OptunaSampler needs optuna.*pip install "gputune\[optuna\]"'
+        MissingExtraError, match=r'OptunaSampler needs optuna.*pip install "\.\[optuna\]"'
     ):
         gputune.OptunaSampler(None)
     assert issubclass(MissingExtraError, ImportError) and issubclass(MissingExtraError, InputError)

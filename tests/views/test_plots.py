@@ -293,7 +293,7 @@ def test_every_plot_draws_on_the_axes_it_is_given(descent, plot):
 def test_without_matplotlib_the_error_says_what_to_install(descent, plot, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    words = rf'study.{plot}\(\) needs matplotlib, .* Run pip install "gputune\[report\]"'
+    words = rf'study.{plot}\(\) needs matplotlib, .* Run pip install "\.\[report\]"'
     with pytest.raises(MissingExtraError, match=words):
         getattr(descent, plot)(**PLOTS[plot])
 
