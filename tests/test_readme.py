@@ -1,5 +1,6 @@
 """The README's code runs, in order, in one session, and prints as many lines as it shows."""
 
+import os
 import re
 import shlex
 from pathlib import Path
@@ -51,11 +52,13 @@ def test_what_the_readme_names_exists():
         assert (ROOT / path).exists(), path
 
 
-def test_the_features_link_every_page():
-    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"features.md"}
-    features = (ROOT / "docs" / "features.md").read_text()
-    assert pages <= set(re.findall(r"\]\(((?!http)[^)]+)\)", features))
-    assert "docs/features.md" in TEXT
+def test_the_index_lists_every_page():
+    listed = set(re.findall(r"\]\(([^)#]+)\)", (ROOT / "docs" / "index.md").read_text()))
+    for pages in ("docs/**/*.md", "scripts/examples/*.ipynb"):
+        for page in ROOT.glob(pages):
+            path = os.path.relpath(page, ROOT / "docs")
+            assert path in listed or path == "index.md", f"docs/index.md does not list {path}"
+    assert "docs/index.md" in TEXT
 
 
 def test_the_design_names_every_script():
@@ -72,7 +75,7 @@ def test_the_design_names_every_script():
     assert [name for name in names if f"`{name}`" not in named and not parts.match(name)] == []
 
 
-@pytest.mark.parametrize("script", ["scripts/demo", "scripts/test", ".ci/run"])
+@pytest.mark.parametrize("script", ["scripts/demo", "scripts/docs", "scripts/test", ".ci/run"])
 def test_shell_scripts_can_be_started(script):
     assert (ROOT / script).stat().st_mode & 0o111
     assert (ROOT / script).read_text().startswith("#!/bin/sh\n")

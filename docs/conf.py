@@ -1,0 +1,58 @@
+"""Settings of the documentation site. ``./scripts/docs`` builds it into ``build/docs``.
+
+The source folder is the root of the repository, so that a relative link means the same on the site
+and on a code host.
+"""
+
+import sys
+from pathlib import Path
+
+from gputune.version import __version__
+
+sys.path.insert(0, str(Path(__file__).parent / "extensions"))
+
+project = "gputune"
+author = "the gputune developers"
+version = release = __version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "navigation",
+]
+root_doc = "docs/index"
+include_patterns = [
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "docs/**",
+    "scripts/examples/*.ipynb",
+    "scripts/benchmark/results/*.md",
+]
+exclude_patterns = [".*", "build", "dist", "gputune", "gputune.egg-info", "models", "tests"]
+
+# Markdown. Anchors are made as code hosts make them.
+myst_heading_anchors = 4
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+suppress_warnings = ["mystnb.unknown_mime_type"]
+nb_execution_mode = "off"
+
+# Docstrings are in Google style. A name in single backticks is a link if it is known.
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"
+autodoc_inherit_docstrings = False
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+default_role = "py:obj"
+add_module_names = False
+maximum_signature_line_length = 80
+
+html_theme = "furo"
+html_title = f"gputune {release}"
+html_copy_source = False
+html_show_sourcelink = False
+html_show_copyright = False
+html_static_path = ["static"]
+html_css_files = ["site.css"]
+html_extra_path = ["site"]
