@@ -32,7 +32,7 @@ from gputune.modules.member_code import CodedStep, MemberCode
 from gputune.modules.module import StackedModule
 from gputune.modules.trace import TraceError, tensors, trace
 from gputune.native.library import Kernels, build_kernels
-from gputune.optimizers.optimizer import OnlineUpdate
+from gputune.optimizers.update import OnlineUpdate
 from gputune.population.batches import StepShape
 from gputune.scoring.scoring import Validation
 

@@ -20,15 +20,7 @@ from torch import Tensor
 
 from gputune.optimizers.blocks import Blocks
 from gputune.optimizers.classes import NORM_EPS
-from gputune.optimizers.rules import (
-    BETA1,
-    BETA2,
-    EPS,
-    SCHEDULES,
-    Schedule,
-    n_moments,
-    schedule_free_average,
-)
+from gputune.optimizers.rules import SCHEDULES, Schedule, n_moments, schedule_free_average
 from gputune.types import DEFAULTS, Config
 
 
@@ -74,9 +66,9 @@ class Clock:
             factor = torch.where(members, schedule(self.done, self.total), factor)
         return factor
 
-    def advance(self, keep: Tensor | None) -> None:
-        """Count one step of the members with 1 in ``keep`` (F, C), or of all members if None."""
-        self.done.add_(1.0 if keep is None else keep)
+    def advance(self, active: Tensor | None) -> None:
+        """Count one step of the members with 1 in ``active`` (F, C), or of all members if None."""
+        self.done.add_(1.0 if active is None else active)
 
     def table(self, configs: Sequence[Config], key: str) -> Tensor:
         """Return a table (F, C) with each member's value of one hyperparameter, in double
@@ -108,16 +100,20 @@ class Optimizer:
     ) -> None:
         self.horizon = horizon
         self.optimizer = configs[0]["optimizer"]
+        self._set_trials(configs, blocks, flat, steps)
+        self._start(configs, flat)
+
+    def _start(self, configs: Sequence[Config], flat: Tensor) -> None:
+        """Create the state that steps change, as it is before the first step."""
         moments = n_moments(self.optimizer, (config["momentum"] for config in configs))
         self.moments = [torch.zeros_like(flat) for _ in range(moments)]
         averages = any(number_of(config, "ema") for config in configs)
         self.average = torch.zeros_like(flat) if averages else None
-        self._set_trials(configs, blocks, flat, steps)
 
     def _set_trials(
         self, configs: Sequence[Config], blocks: Blocks, flat: Tensor, steps: Tensor
     ) -> None:
-        """Compute everything that depends on the trials of the chunk, except the moments."""
+        """Compute everything that depends on the trials of the chunk, except the state."""
         self.blocks = blocks
         self.dtype = flat.dtype
         self.clock = Clock(configs, steps, self.horizon)
@@ -153,9 +149,13 @@ class Optimizer:
 
         The other arguments describe the remaining trials.
         """
+        self._select_state(keep)
+        self._set_trials(configs, blocks, flat, steps)
+
+    def _select_state(self, keep: Tensor) -> None:
+        """Keep only the state of the trials at the positions ``keep``."""
         self.moments = [self.blocks.select(moment, keep) for moment in self.moments]
         self.average = None if self.average is None else self.blocks.select(self.average, keep)
-        self._set_trials(configs, blocks, flat, steps)
 
     def prepare(self) -> None:
         """Prepare for steps that will be recorded and replayed. By default nothing is needed."""
@@ -177,19 +177,18 @@ class Optimizer:
             for value, part in self.blocks.by_block(scale, grad):
                 part.mul_(value)
         first = None if self.average is None else self.clock.done == 0
-        keep = None if active is None else active.double()
-        self._take(theta, grad, active, keep)
-        self.clock.advance(keep)
+        # From here on, 1 for a member that takes the step and 0 for the others.
+        active = None if active is None else active.double()
+        self._take(theta, grad, active)
+        self.clock.advance(active)
         if self.average is not None and first is not None:
             # After a member's first step, its average equals its weights.
             share = (1 - self.ema).masked_fill(first, 1.0)
             share = share if active is None else share * active
             self.blocks.lerp_(self.average, self._evaluate(theta), share.to(self.dtype))
 
-    def _take(
-        self, theta: Tensor, grad: Tensor, active: Tensor | None, keep: Tensor | None
-    ) -> None:
-        """Take the step of the update rule. ``keep`` is ``active`` in double precision."""
+    def _take(self, theta: Tensor, grad: Tensor, active: Tensor | None) -> None:
+        """Take the step of the update rule, for the members with 1 in ``active`` (F, C)."""
         raise NotImplementedError
 
     def scored(self, theta: Tensor) -> Tensor:
@@ -205,153 +204,3 @@ class Optimizer:
         if self.optimizer == "schedulefree":
             return schedule_free_average(theta, self.moments[0])
         return theta
-
-    def _move(self, flat: Tensor, end: Tensor, weight: float, on: Tensor | None) -> None:
-        """Move ``flat`` by the fraction ``weight`` towards ``end``, in place. Only members with
-        1 in ``on`` (F, C) move, or all members if it is None."""
-        if on is None:
-            flat.lerp_(end, weight)
-        else:
-            self.blocks.lerp_(flat, end, on * weight)
-
-
-class OnlineUpdate(Optimizer):
-    """The optimizer of one chunk in which each member adapts its learning rate.
-
-    ``rate`` (F, C) is on the device. In every step, a member's rate changes according to the
-    current gradient g and the direction u of the member's last step. The rules are the same as in
-    ``gputune.optim``; the docstrings of its classes describe their use and limits. The factor of a
-    schedule scales the rate within a step, but does not change the stored rate.
-    """
-
-    def __init__(
-        self,
-        configs: Sequence[Config],
-        blocks: Blocks,
-        flat: Tensor,
-        *,
-        steps: Tensor,
-        horizon: int,
-    ) -> None:
-        super().__init__(configs, blocks, flat, steps=steps, horizon=horizon)
-        self.rule = configs[0]["hypergrad_rule"]
-        self.last = torch.zeros_like(flat)  # each member's direction u of its last step
-        self.rate = self.clock.table(configs, "lr").to(self.dtype)
-        self.norm = torch.zeros_like(self.rate)  # |g| of each member's last step
-
-    def _set_trials(
-        self, configs: Sequence[Config], blocks: Blocks, flat: Tensor, steps: Tensor
-    ) -> None:
-        super()._set_trials(configs, blocks, flat, steps)
-        self.scratch = torch.empty_like(flat)
-        self.decays = any(config["weight_decay"] for config in configs)
-        self.hypergrad_lr = self.clock.table(configs, "hypergrad_lr").to(self.dtype)
-        self.decay = self.clock.table(configs, "weight_decay").to(self.dtype)
-        self.mu = self.clock.table(configs, "momentum").to(self.dtype)
-
-    def _buffers(self) -> list[Tensor]:
-        """Return the flat buffers that the update rule keeps. The last two hold each member's
-        rate and gradient norm |g|."""
-        return [
-            *self.moments,
-            self.last,
-            self.blocks.expand(self.rate),
-            self.blocks.expand(self.norm),
-        ]
-
-    def resume(self, buffers: Sequence[Tensor]) -> None:
-        super().resume(buffers)
-        rate, norm = buffers[len(self.moments) + 1 :][:2]
-        self.rate.copy_(self.blocks.first(rate))
-        self.norm.copy_(self.blocks.first(norm))
-
-    def select(
-        self,
-        configs: Sequence[Config],
-        blocks: Blocks,
-        keep: Tensor,
-        flat: Tensor,
-        *,
-        steps: Tensor,
-    ) -> None:
-        self.last = self.blocks.select(self.last, keep)
-        self.rate = self.rate[:, keep]
-        self.norm = self.norm[:, keep]
-        super().select(configs, blocks, keep, flat, steps=steps)
-
-    def _take(
-        self, theta: Tensor, grad: Tensor, active: Tensor | None, keep: Tensor | None
-    ) -> None:
-        on = None if keep is None else keep.to(self.dtype)
-        if self.optimizer != "adamwhd":
-            self._decay(grad, theta)
-        self._adapt(grad, on)
-        if len(self.moments) == 2:
-            direction = self._adam_direction(theta, grad, on)
-        else:
-            direction = self._sgd_direction(grad, on)
-        scale = self.clock.factor() if keep is None else self.clock.factor() * keep
-        self.blocks.add_product_(theta, direction, -self.rate * scale.to(self.dtype))
-        self._move(self.last, direction, 1.0, on)
-
-    def _decay(self, total: Tensor, theta: Tensor) -> None:
-        """Add weight decay times the parameters to a buffer."""
-        if self.decays:
-            self.blocks.add_product_(total, theta, self.decay)
-
-    def _adapt(self, grad: Tensor, on: Tensor | None) -> None:
-        """Change each member's rate by its rule.
-
-        A rate does not change if the rule has no finite result, for example if a norm is zero.
-        """
-        h = self._dot(grad, self.last)
-        norm = self._dot(grad, grad).sqrt()
-        direction_norm = self._dot(self.last, self.last).sqrt()
-        change = h
-        if self.rule == "multiplicative":
-            change = h / (norm * direction_norm) * self.rate
-        elif self.rule == "normalized":
-            change = h / (self.norm * direction_norm)
-        change = self.hypergrad_lr * torch.where(change.isfinite(), change, 0.0)
-        if on is not None:
-            change = change * on
-            norm = torch.where(on > 0, norm, self.norm)
-        self.rate.add_(change).clamp_min_(0.0)
-        self.norm.copy_(norm)
-
-    def _dot(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return the inner product of each member's parts of two buffers, (F, C)."""
-        return self.blocks.total(torch.mul(a, b, out=self.scratch))
-
-    def _adam_direction(self, theta: Tensor, grad: Tensor, on: Tensor | None) -> Tensor:
-        """Return the direction of Adam's step, and update the moments."""
-        m, v = self.moments
-        self._move(m, grad, 1 - BETA1, on)
-        self._move(v, grad.mul_(grad), 1 - BETA2, on)
-        # Direction: m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps). Both corrections are computed
-        # per member and applied to the denominator.
-        count = self.clock.done + 1
-        start = 1 - BETA1**count
-        denominator = torch.sqrt(v, out=self.scratch)
-        correction = (start / (1 - BETA2**count).sqrt()).to(self.dtype)
-        for scale, part in self.blocks.by_block(correction, denominator):
-            part.mul_(scale)
-        for eps, part in self.blocks.by_block((EPS * start).to(self.dtype), denominator):
-            part.add_(eps)
-        direction = torch.div(m, denominator, out=denominator)
-        if self.optimizer == "adamwhd":
-            self._decay(direction, theta)
-        return direction
-
-    def _sgd_direction(self, grad: Tensor, on: Tensor | None) -> Tensor:
-        """Return the direction of gradient descent with momentum, and update the buffer."""
-        if not self.moments:
-            return grad
-        (buffer,) = self.moments
-        ahead = self.scratch.copy_(grad)
-        self.blocks.add_product_(ahead, buffer, self.mu)  # mu b + g
-        self._move(buffer, ahead, 1.0, on)
-        if self.optimizer == "nesterovhd":
-            self.blocks.add_product_(grad, ahead, self.mu)
-            return grad
-        return ahead

@@ -16,7 +16,7 @@ from torch import Tensor
 from gputune.native.cuda import Kernel, kernels, launch
 from gputune.optimizers.blocks import Blocks, with_axes_of
 from gputune.optimizers.classes import NORM_EPS
-from gputune.optimizers.optimizer import OnlineUpdate, Optimizer, number_of
+from gputune.optimizers.optimizer import Optimizer, number_of
 from gputune.optimizers.rules import (
     BETA1,
     EPS,
@@ -69,18 +69,19 @@ def factor_of(config: Config, prefixes: Sequence[str], parameter: str) -> float:
 
 
 class Update(Optimizer):
-    """The optimizer of one chunk by a rule, at given rates."""
+    """The optimizer of one chunk by an update rule, at given learning rates."""
 
     def _set_trials(
         self, configs: Sequence[Config], blocks: Blocks, flat: Tensor, steps: Tensor
     ) -> None:
         super()._set_trials(configs, blocks, flat, steps)
-        self.adaptive = self.optimizer in ("adam", "adamw")
+        self.rule = self.optimizer.removesuffix("hd")  # "adam" for "adamhd"
+        self.adaptive = self.rule in ("adam", "adamw")
         self.scratch = torch.empty_like(flat) if self.adaptive else None
         self.lr = self.clock.table(configs, "lr")
         self.decay = self.clock.table(configs, "weight_decay")
         self.mu = self.clock.table(configs, "momentum")
-        decoupled = self.optimizer == "adamw"
+        decoupled = self.rule == "adamw"
         decays = any(config["weight_decay"] for config in configs)
         self.shrink = self.lr * self.decay if decoupled and decays else None
         self.l2 = 0.0 if decoupled else self._amount(configs, "weight_decay")
@@ -138,33 +139,48 @@ class Update(Optimizer):
         else:
             super().step(theta, grad, active)
 
-    def _take(
-        self, theta: Tensor, grad: Tensor, active: Tensor | None, keep: Tensor | None
-    ) -> None:
-        factor = self.clock.factor() if keep is None else self.clock.factor() * keep
-        if self.optimizer in IN_PLACE:
-            l2 = self.l2
-            # the decay then differs between members: (F, C)
-            if self.clock.schedules["weight_decay_schedule"] or self.decay_factors:
-                l2 = (l2 * self.clock.factor("weight_decay_schedule")).to(self.dtype)
-            self._add(grad, theta, l2, self.decay_factors)
-        if self.adaptive:
-            self._adam(theta, grad, factor, keep)
-        elif self.optimizer in IN_PLACE:
-            self._sgd(theta, grad, factor, keep)
+    def _take(self, theta: Tensor, grad: Tensor, active: Tensor | None) -> None:
+        if self.rule in IN_PLACE:
+            factor = self.clock.factor() if active is None else self.clock.factor() * active
+            self._add_l2(grad, theta)
+            self._take_in_place(theta, grad, factor, active)
         else:
             self._by_rule(theta, grad, active)
 
-    def _adam(self, theta: Tensor, grad: Tensor, factor: Tensor, keep: Tensor | None) -> None:
+    def _add_l2(self, grad: Tensor, theta: Tensor) -> None:
+        """Add L2 weight decay to the gradient."""
+        l2 = self.l2
+        # the decay then differs between members: (F, C)
+        if self.clock.schedules["weight_decay_schedule"] or self.decay_factors:
+            l2 = (l2 * self.clock.factor("weight_decay_schedule")).to(self.dtype)
+        self._add(grad, theta, l2, self.decay_factors)
+
+    def _take_in_place(
+        self, theta: Tensor, grad: Tensor, factor: Tensor, active: Tensor | None
+    ) -> None:
+        """Take the step of a rule that is written here, at ``factor`` (F, C) times the learning
+        rate.
+
+        ``factor`` is 0 for members that take no step.
+        """
+        if self.adaptive:
+            self._adam(theta, grad, factor, active)
+        else:
+            self._sgd(theta, grad, factor, active)
+
+    def _adam(self, theta: Tensor, grad: Tensor, factor: Tensor, active: Tensor | None) -> None:
         """Take a step of Adam or AdamW."""
         m, v = self.moments
         scratch = self.scratch
         assert scratch is not None
-        self._move(m, grad, 1 - BETA1, None if keep is None else keep.to(self.dtype))
-        if keep is None and isinstance(self.beta2, float):
+        if active is None:
+            m.lerp_(grad, 1 - BETA1)
+        else:
+            self.blocks.lerp_(m, grad, active.to(self.dtype) * (1 - BETA1))
+        if active is None and isinstance(self.beta2, float):
             v.mul_(self.beta2).addcmul_(grad, grad, value=1 - self.beta2)
         else:
-            share = (1 - self.beta2) * (torch.ones_like(factor) if keep is None else keep)
+            share = (1 - self.beta2) * (torch.ones_like(factor) if active is None else active)
             self.blocks.lerp_(v, grad.mul_(grad), share.to(self.dtype))
         # The step is lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps). The corrections are
         # computed per member, (F, C), and not per entry.
@@ -180,18 +196,18 @@ class Update(Optimizer):
         rate = self.lr * factor * root / (1 - BETA1**count)
         self._add(theta, scratch, -rate.to(self.dtype), self.lr_factors)
 
-    def _sgd(self, theta: Tensor, grad: Tensor, factor: Tensor, keep: Tensor | None) -> None:
+    def _sgd(self, theta: Tensor, grad: Tensor, factor: Tensor, active: Tensor | None) -> None:
         """Take a step of gradient descent, with or without momentum."""
         direction = grad
         for buffer in self.moments:
-            if keep is None:
+            if active is None:
                 self._scale(buffer, self.momentum)
                 buffer.add_(grad)
             else:
-                stays = keep.to(self.dtype)
-                self._scale(buffer, 1 + stays * (self.momentum - 1))
-                self._add(buffer, grad, stays)
-            if self.optimizer == "nesterov":
+                moves = active.to(self.dtype)
+                self._scale(buffer, 1 + moves * (self.momentum - 1))
+                self._add(buffer, grad, moves)
+            if self.rule == "nesterov":
                 self._add(grad, buffer, self.momentum)
             else:
                 direction = buffer
@@ -223,7 +239,7 @@ class Update(Optimizer):
             new, after = RULES[self.optimizer]({"w": w}, {"w": g}, before, rates)
             for old, value in zip([w, *moments], [new["w"], *(after[key]["w"] for key in names)]):
                 if active is not None:
-                    value = torch.where(with_axes_of(block, active), value, old)
+                    value = torch.where(with_axes_of(block, active) > 0, value, old)
                 old.copy_(value)
 
     def _add(
@@ -247,6 +263,88 @@ class Update(Optimizer):
                 part.mul_(value)
         else:
             flat.mul_(amount)
+
+
+class OnlineUpdate(Update):
+    """An update rule with a learning rate that each member adapts.
+
+    The rule gives the direction u of a step, and ``rate`` (F, C) its length. In every step, a
+    member's rate first changes according to the current gradient g and the direction of the
+    member's last step. The rules for the rate are the same as in ``gputune.optim``; the docstrings
+    of its classes describe their use and limits. The factor of a schedule scales the rate within a
+    step, but does not change the stored rate.
+    """
+
+    def _set_trials(
+        self, configs: Sequence[Config], blocks: Blocks, flat: Tensor, steps: Tensor
+    ) -> None:
+        super()._set_trials(configs, blocks, flat, steps)
+        self.rate_rule = configs[0]["hypergrad_rule"]
+        self.hypergrad_lr = self.clock.table(configs, "hypergrad_lr").to(self.dtype)
+        self.products = torch.empty_like(flat)
+        # The rule gives directions: it takes steps at the rate 1. Decoupled weight decay is a part
+        # of the direction.
+        self.lr = torch.ones_like(self.lr)
+        self.direction_decay = None if self.shrink is None else self.decay
+        self.shrink = None
+
+    def _start(self, configs: Sequence[Config], flat: Tensor) -> None:
+        super()._start(configs, flat)
+        self.direction = torch.zeros_like(flat)  # each member's direction u of its last step
+        self.rate = self.clock.table(configs, "lr").to(self.dtype)
+        self.norm = torch.zeros_like(self.rate)  # |g| of each member's last step
+
+    def _buffers(self) -> list[Tensor]:
+        """Return the flat buffers that the update rule keeps. The last two hold each member's
+        rate and gradient norm |g|."""
+        rate = self.blocks.expand(self.rate)
+        return [*self.moments, self.direction, rate, self.blocks.expand(self.norm)]
+
+    def resume(self, buffers: Sequence[Tensor]) -> None:
+        super().resume(buffers)
+        rate, norm = buffers[len(self.moments) + 1 :][:2]
+        self.rate.copy_(self.blocks.first(rate))
+        self.norm.copy_(self.blocks.first(norm))
+
+    def _select_state(self, keep: Tensor) -> None:
+        super()._select_state(keep)
+        self.direction = self.blocks.select(self.direction, keep)
+        self.rate = self.rate[:, keep]
+        self.norm = self.norm[:, keep]
+
+    def _take(self, theta: Tensor, grad: Tensor, active: Tensor | None) -> None:
+        moves = torch.ones_like(self.clock.done) if active is None else active
+        self._add_l2(grad, theta)
+        self._adapt(grad, moves.to(self.dtype))
+        # A step of the rule from 0 against the descent is the direction. Members that take no step
+        # keep their direction.
+        self._scale(self.direction, (1 - moves).to(self.dtype))
+        self._take_in_place(self.direction, grad, -moves, active)
+        if self.direction_decay is not None:
+            self._add(self.direction, theta, (moves * self.direction_decay).to(self.dtype))
+        rate = self.rate * (self.clock.factor() * moves).to(self.dtype)
+        self._add(theta, self.direction, -rate)
+
+    def _adapt(self, grad: Tensor, moves: Tensor) -> None:
+        """Change the rate of each member with 1 in ``moves`` (F, C).
+
+        A rate does not change if its rule has no finite result, for example if a norm is zero.
+        """
+        h = self._dot(grad, self.direction)
+        norm = self._dot(grad, grad).sqrt()
+        direction_norm = self._dot(self.direction, self.direction).sqrt()
+        change = h
+        if self.rate_rule == "multiplicative":
+            change = h / (norm * direction_norm) * self.rate
+        elif self.rate_rule == "normalized":
+            change = h / (self.norm * direction_norm)
+        change = self.hypergrad_lr * torch.where(change.isfinite(), change, 0.0)
+        self.rate.add_(change * moves).clamp_min_(0.0)
+        self.norm.copy_(torch.where(moves > 0, norm, self.norm))
+
+    def _dot(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return the inner product of each member's parts of two buffers, (F, C)."""
+        return self.blocks.total(torch.mul(a, b, out=self.products))
 
 
 class UpdateKernel:

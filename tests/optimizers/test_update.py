@@ -10,9 +10,8 @@ import torch
 
 import reference
 from gputune.optimizers.blocks import Block, Blocks
-from gputune.optimizers.optimizer import OnlineUpdate
 from gputune.optimizers.rules import MOMENTS, RULES, SCHEDULES, Rates, schedule_factor
-from gputune.optimizers.update import IN_PLACE, Update
+from gputune.optimizers.update import IN_PLACE, OnlineUpdate, Update
 from gputune.types import ONLINE
 
 F = 2
