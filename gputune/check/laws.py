@@ -12,11 +12,11 @@ import dataclasses
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, product
+from itertools import product
 
 import numpy as np
 import torch
@@ -36,7 +36,14 @@ from gputune.engine.train import Trained
 from gputune.models import MLP
 from gputune.modules.construction import build_module
 from gputune.modules.recorder import RECORDERS, Replays
-from gputune.population.population import Population, Shape, complete, padded_width, populations
+from gputune.population.population import (
+    ModelKind,
+    Population,
+    Shape,
+    complete,
+    padded_width,
+    populations,
+)
 from gputune.scoring.estimators import fitted
 from gputune.scoring.metrics import make_scoring
 from gputune.scoring.scores import OF_TASK
@@ -52,6 +59,11 @@ _FOLDS = 3
 _LIMIT = 64 << 20  # bytes that a GPU may use in addition to those in use
 _DIVERGING = 1e300  # a learning rate at which training diverges
 _SINGLE = 2  # number of trials that fit if the memory limit is simulated
+# Optimizers other than SGD, of the plain loop.
+_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+}
 
 
 def plain_mlp(
@@ -70,11 +82,12 @@ def plain_mlp(
         n_out, n_in = layer.weight.shape
         # A layer's start depends only on the seed, the layer's number and its shape.
         key = (0, "start", number, n_out, n_in)
-        draw = torch.rand(n_out * n_in + n_out, generator=stream(*key), dtype=torch.float64)
+        size = n_out * n_in
+        draw = torch.rand(size + n_out, generator=stream(*key), dtype=torch.float64)
         draw = (2 * draw - 1) / math.sqrt(n_in)  # torch's default distribution for nn.Linear
         with torch.no_grad():
-            layer.weight.copy_(draw[: n_out * n_in].view(n_out, n_in))
-            layer.bias.copy_(draw[n_out * n_in :])
+            layer.weight.copy_(draw[:size].view(n_out, n_in))
+            layer.bias.copy_(draw[size:])
 
     def forward(x: Tensor, epoch: int, step: int) -> Tensor:
         for number, layer in enumerate(module.layers[:-1]):
@@ -84,8 +97,9 @@ def plain_mlp(
                 # Training draws for the padded width; a narrower member uses the first columns.
                 shape = (len(x), padded_width(config["width"]))
                 generator = stream(0, "dropout", epoch, step, number)
-                draw = torch.rand(shape, generator=generator)[:, : config["width"]]
-                x = torch.where(draw >= rate, x / (1 - rate), torch.zeros_like(x))
+                draw = torch.rand(shape, generator=generator)
+                keep = draw[:, : config["width"]] >= rate
+                x = torch.where(keep, x / (1 - rate), 0)
         outputs: Tensor = module.layers[-1](x)
         return outputs
 
@@ -103,7 +117,8 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the outputs (B, K) for rows (B, D)."""
-        outputs: Tensor = self.last(torch.tanh(self.norm(self.first(x))))
+        hidden = torch.tanh(self.norm(self.first(x)))
+        outputs: Tensor = self.last(hidden)
         return outputs
 
 
@@ -153,10 +168,13 @@ class Case:
         layout = fit_layout(as_table(raw))
         statistics = [fit_statistics(raw, layout, train) for train, _ in folds]
         like = torch.empty(0, dtype=self.dtype, device=device)
-        data = make_dataset(raw, statistics, target, folds, weights=Weights(None, None), like=like)
+        weightless = Weights(None, None)
+        data = make_dataset(raw, statistics, target, folds, weights=weightless, like=like)
+        if not self.weights:
+            return data
         # The weights differ between folds: (F, n)
-        weights = torch.from_numpy(rng.random((_FOLDS, _ROWS))).to(device)
-        return dataclasses.replace(data, weights=weights) if self.weights else data
+        weights = torch.from_numpy(rng.random((_FOLDS, _ROWS)))
+        return dataclasses.replace(data, weights=weights.to(device))
 
     def scoring(self, name: str) -> Scoring:
         """Return the scoring with this name for the case's task."""
@@ -166,9 +184,15 @@ class Case:
     def chunks(self, data: Dataset) -> list[Population]:
         """Return the configurations, grouped into the populations that train together."""
         rows = max(len(fold.train) for fold in data.folds)
-        return populations(self.complete(), "module" if self.module else "mlp", rows=rows)
+        kind: ModelKind = "module" if self.module else "mlp"
+        return populations(self.complete(), kind, rows=rows)
 
-    def job(self, backend: Backend, scoring: Scoring | None = None, kind: type[Job] = Job) -> Job:
+    def job(
+        self,
+        backend: Backend,
+        scoring: Scoring | None = None,
+        kind: type[Job] = Job,
+    ) -> Job:
         """Return the job (the settings of a training run) that trains the members."""
         return kind(
             seed=0,
@@ -192,8 +216,10 @@ class Case:
         """The reference networks by (fold, configuration). A plain loop trains them in double
         precision on the CPU."""
         data = self.data(torch.device("cpu"))
-        places = product(range(_FOLDS), enumerate(self.complete()))
-        return {(f, c): self._plain_network(data, f, config) for f, (c, config) in places}
+        networks = {}
+        for f, (c, config) in product(range(_FOLDS), enumerate(self.complete())):
+            networks[f, c] = self._plain_network(data, f, config)
+        return networks
 
     def _plain_network(self, data: Dataset, fold: int, config: Config) -> nn.Module:
         """Return the network that a plain loop trains on a fold."""
@@ -201,40 +227,46 @@ class Case:
         present = None if data.present is None else data.present[fold]
         x = data.x[fold, rows].double()
         y = data.targets(fold)[rows]
-        weights = torch.ones(len(x)).double() if data.weights is None else data.weights[fold, rows]
+        weights = torch.ones(len(x), dtype=torch.float64)
+        if data.weights is not None:
+            weights = data.weights[fold, rows]
         if self.module:
-            module = build_module(Net, {}, Shape(data.n_features, data.n_outputs), seed=0).double()
+            shape = Shape(data.n_features, data.n_outputs)
+            module = build_module(Net, {}, shape, seed=0).double()
         else:
             module, with_dropout = plain_mlp(config, data.n_features, data.n_outputs)
         rates = {"lr": config["lr"], "weight_decay": config["weight_decay"]}
-        kind: type[torch.optim.Optimizer]
-        if config["optimizer"] == "adam":
-            kind = torch.optim.Adam
-        elif config["optimizer"] == "adamw":
-            kind = torch.optim.AdamW
-        else:
-            kind = torch.optim.SGD
-            rates |= {"momentum": config["momentum"], "nesterov": config["optimizer"] == "nesterov"}
+        word = config["optimizer"]
+        kind = _OPTIMIZERS.get(word, torch.optim.SGD)
+        if kind is torch.optim.SGD:
+            rates |= {"momentum": config["momentum"], "nesterov": word == "nesterov"}
         optimizer = kind(module.parameters(), **rates)
         size = min(config["batch_size"], len(x))
         steps = self.horizon * math.ceil(len(x) / size)
         step = 0
         for epoch in range(self.epochs):
             # The order of rows depends only on the seed, the number of rows and the epoch.
-            order = torch.randperm(len(x), generator=stream(0, "rows", len(x), epoch))
+            generator = stream(0, "rows", len(x), epoch)
+            order = torch.randperm(len(x), generator=generator)
             for number, batch in enumerate(torch.split(order, size)):
                 if config["schedule"] == "cosine":
                     factor = 1 + math.cos(math.pi * step / steps)
                     optimizer.param_groups[0]["lr"] = config["lr"] * 0.5 * factor
-                outputs = module(x[batch]) if self.module else with_dropout(x[batch], epoch, number)
+                rows_of_batch = x[batch]
+                if self.module:
+                    outputs = module(rows_of_batch)
+                else:
+                    outputs = with_dropout(rows_of_batch, epoch, number)
                 if present is not None:
                     outputs = outputs.masked_fill(~present, -math.inf)
                 if self.task == "regression":
-                    losses = (outputs.view(len(batch)) - y[batch].double()) ** 2
+                    losses = (outputs[:, 0] - y[batch].double()) ** 2
                 else:
                     losses = functional.cross_entropy(outputs, y[batch], reduction="none")
+                weight = weights[batch]
+                loss = (weight * losses).sum() / weight.sum()
                 optimizer.zero_grad()
-                torch.autograd.backward((weights[batch] * losses).sum() / weights[batch].sum())
+                torch.autograd.backward(loss)
                 optimizer.step()
                 step += 1
         return module.eval()
@@ -245,7 +277,8 @@ def difference(values: Tensor, expected: Tensor) -> float:
     has a NaN."""
     values = values.detach().cpu().double()
     expected = expected.detach().cpu().double()
-    return float((values - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    largest = expected.abs().max().clamp_min(1e-30)
+    return float((values - expected).abs().max() / largest)
 
 
 def from_plain_loop(case: Case, device: torch.device, backend: Backend) -> float:
@@ -264,8 +297,11 @@ def from_eager(case: Case, device: torch.device, backend: Backend) -> float:
 
     Both train on the same device.
     """
-    pairs = zip(case.trained(device, backend), case.trained(device, "eager"), strict=True)
-    return float(np.max([difference(a.flat, b.flat) for (_, a), (_, b) in pairs]))
+    eager = case.trained(device, "eager")
+    worst = []
+    for (_, trained), (_, expected) in zip(case.trained(device, backend), eager, strict=True):
+        worst.append(difference(trained.flat, expected.flat))
+    return float(np.max(worst))
 
 
 def by_kernel(case: Case, device: torch.device, backend: Backend) -> float:
@@ -278,7 +314,8 @@ def by_kernel(case: Case, device: torch.device, backend: Backend) -> float:
     data = case.data(device)
     job = case.job(backend)
     for chunk in case.chunks(data):
-        KernelChunk(job.network(data, chunk), Validation(data, None), seed=0, horizon=1)
+        network = job.network(data, chunk)
+        KernelChunk(network, Validation(data, None), seed=0, horizon=1)
     return from_plain_loop(case, device, backend)
 
 
@@ -288,7 +325,8 @@ def on_other_gpus(case: Case, device: torch.device, backend: Backend) -> float:
     worst = [0.0]
     for index in range(torch.cuda.device_count()):
         if index != (device.index or 0):
-            worst.append(from_plain_loop(case, torch.device("cuda", index), backend))
+            gpu = torch.device("cuda", index)
+            worst.append(from_plain_loop(case, gpu, backend))
     return max(worst)
 
 
@@ -297,22 +335,32 @@ def scores(configs: tuple[Config, ...], device: torch.device, backend: Backend) 
 
     scikit-learn's scorers get the members' own outputs.
     """
-    worst = []
     tasks = tuple[Task, ...](("multiclass", "regression"))
-    for task, name in chain.from_iterable(product([task], OF_TASK[task]) for task in tasks):
+    worst = list[float]()
+    for task in tasks:
         case = Case(configs, task=task, epochs=2)
-        scorer = get_scorer(name)
-        data = case.data(torch.device("cpu"))
-        classes = None if task == "regression" else np.arange(data.n_outputs)
-        for chunk, trained in case.trained(device, backend, case.scoring(name)):
-            for (f, fold), c in product(enumerate(data.folds), range(len(chunk.index))):
-                y = data.target[fold.valid].numpy()
-                inputs = np.zeros((len(fold.valid), 1))  # the scorer does not read them
-                outputs = trained.member(f, c)(data.x[f, fold.valid]).detach()
-                estimator = fitted(data.in_units(f, outputs), classes, inputs, inputs)
-                expected = scorer(estimator, inputs, y)
-                worst.append(abs(trained.curves[c, -1, f] - expected) / max(1, abs(expected)))
+        for name in OF_TASK[task]:
+            worst += _score_differences(case, name, device, backend)
     return float(np.max(worst))
+
+
+def _score_differences(
+    case: Case, name: str, device: torch.device, backend: Backend
+) -> Iterator[float]:
+    """Yield the difference of each member's last score from the score by scikit-learn's scorer."""
+    scorer = get_scorer(name)
+    data = case.data(torch.device("cpu"))
+    classes = None if case.task == "regression" else np.arange(data.n_outputs)
+    for chunk, trained in case.trained(device, backend, case.scoring(name)):
+        for (f, fold), c in product(enumerate(data.folds), range(len(chunk.index))):
+            y = data.target[fold.valid].numpy()
+            inputs = np.zeros((len(fold.valid), 1))  # the scorer does not read them
+            outputs = trained.member(f, c)(data.x[f, fold.valid])
+            in_units = data.in_units(f, outputs.detach())
+            estimator = fitted(in_units, classes, inputs, inputs)
+            expected = scorer(estimator, inputs, y)
+            score = trained.curves[c, -1, f]
+            yield abs(score - expected) / max(1, abs(expected))
 
 
 def members_that_leave(device: torch.device, backend: Backend) -> float:
@@ -320,8 +368,10 @@ def members_that_leave(device: torch.device, backend: Backend) -> float:
     stable = ({"lr": 0.01}, {"lr": 0.003}, {"lr": 0.001})
     shared = {"optimizer": "sgd", "momentum": 0.9}
     ((_, expected),) = Case(stable, shared).trained(device, backend)
-    case = Case(({"lr": _DIVERGING}, *stable, {"lr": _DIVERGING}), shared)
-    ((_, trained),) = case.trained(device, backend, case.scoring("neg_log_loss"))
+    diverging = {"lr": _DIVERGING}
+    case = Case((diverging, *stable, diverging), shared)
+    scoring = case.scoring("neg_log_loss")
+    ((_, trained),) = case.trained(device, backend, scoring)
     if trained.alive != (1, 2, 3):
         raise RuntimeError(f"trials (1, 2, 3) should stay, but {trained.alive} did")
     return difference(trained.flat, expected.flat)
@@ -348,8 +398,14 @@ def run_out_of_memory(device: torch.device, backend: Backend) -> float:
 
     With too little memory the trials do not fit at once.
     """
-    # In double precision, 48 trials of width 128 need 80 MB for parameters, gradients and moments.
-    trials, width = (6, 8) if device.type == "cpu" else (48, 128)
+    trials = 6
+    width = 8
+    kind: type[Job] = _SmallMemory
+    if device.type == "cuda":
+        # In double precision, these trials need 80 MB for parameters, gradients and moments.
+        trials = 48
+        width = 128
+        kind = Job
     configs = tuple({"lr": 10**-power} for power in np.linspace(2, 4, trials).tolist())
     case = Case(configs, {"width": width}, epochs=2)
     data = case.data(device)
@@ -357,7 +413,7 @@ def run_out_of_memory(device: torch.device, backend: Backend) -> float:
     scoring = case.scoring("neg_log_loss")
     # This first run also takes the memory that libraries allocate once, at their first call.
     expected = case.job(backend, scoring).run(data, chunk).curves
-    job = case.job(backend, scoring, _SmallMemory if device.type == "cpu" else Job)
+    job = case.job(backend, scoring, kind)
     with ExitStack() as limits:
         if device.type == "cuda":  # allow _LIMIT bytes in addition to the memory of its tensors
             torch.cuda.empty_cache()
@@ -388,7 +444,8 @@ def recording_fails(device: torch.device, _backend: Backend) -> float:
         total.item()
 
     recorder = RECORDERS[device.type](device)
-    steps = Replays(recorder, Counter[Hashable]({"step": 100}), lambda: [total], 0.0)
+    expected = Counter[Hashable]({"step": 100})
+    steps = Replays(recorder, expected, lambda: [total], 0.0)
     # The failed recording is reported by a RuntimeWarning.
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
         for _ in range(12):

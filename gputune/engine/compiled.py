@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gputune.engine.mlp import StackedMLP, dropout_draw
+from gputune.engine.dropout import dropout_draw
+from gputune.engine.mlp import StackedMLP
 from gputune.native.library import (
     ACTIVATIONS,
     NUMBER_LOSSES,

@@ -17,7 +17,7 @@ import torch
 
 from gputune.data.dataset import Dataset
 from gputune.engine.compiled import CompiledChunk, OptionalTensor
-from gputune.engine.mlp import MlpDraws
+from gputune.engine.dropout import MlpDraws
 from gputune.errors import InputError
 from gputune.memory import synchronize
 from gputune.native.cuda import (

@@ -11,32 +11,22 @@ Axes: F folds, C trials, P = F*C members (fold-major), B rows, H width, K output
 
 import math
 from collections.abc import Sequence
-from functools import cache
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gputune.errors import warn
+from gputune.engine.dropout import MlpDraws, dropout_draw
 from gputune.models import MLP, LogisticRegression
-from gputune.native.cuda import Kernel, kernels, launch
-from gputune.native.library import fill_uniform
 from gputune.optimizers.blocks import Block, Blocks
 from gputune.population.batches import Batch, Batches
 from gputune.population.population import ModelKind, Shape, by_copy, hidden_widths, padded_width
 from gputune.scoring.losses import LOSSES, cross_entropy_slope_, number_slope_, row_losses
-from gputune.seeding import stream, stream_seed
+from gputune.seeding import stream
 from gputune.types import Config, EvaluationKey, Params
 
 aten = torch.ops.aten
-
-SOURCE = Path(__file__).with_name("dropout.cu")
-
-# Bytes of draws that are made ahead. The host waits for the device once for each buffer.
-_DRAW_BYTES = 64 << 20
-_SEED_BITS = (1 << 32) - 1  # the bits of a seed that PyTorch's CPU generator uses
 
 _SLOPES = {
     "tanh": (aten.tanh_backward, True),
@@ -45,119 +35,6 @@ _SLOPES = {
 }
 """PyTorch's backward function of each activation, and a flag. If the flag is True, the function
 takes the output of the activation, otherwise its input."""
-
-
-class MlpDraws:
-    """The random numbers of dropout, made for several steps in advance: (steps, layers, B, H) on
-    the device.
-
-    ``rows`` are the minibatch sizes B of the steps of an epoch. H is the width. Numbers for the
-    steps of ``epochs`` epochs can be made.
-    """
-
-    def __init__(
-        self,
-        rows: Sequence[int],
-        *,
-        layers: int,
-        width: int,
-        seed: int,
-        device: torch.device,
-        epochs: int = 1,
-    ) -> None:
-        self.steps = len(rows)
-        self.rows = [*rows] * epochs
-        self.seed = seed
-        shape = (layers, max(rows), width)
-        # most steps whose float32 draws fit into the buffer
-        self.max_ahead = max(1, _DRAW_BYTES // (4 * math.prod(shape)))
-        self.ahead = min(len(self.rows), self.max_ahead)
-        self.buffer = torch.zeros((self.ahead, *shape), dtype=torch.float32, device=device)
-        self.kernel = uniform_kernel(device) if device.type == "cuda" else None
-
-    def fill(self, epoch: int, step: int) -> None:
-        """Fill the buffer with the random numbers of this step and the next steps, if they are not
-        in it yet.
-
-        ``step`` is counted from the first step of ``epoch``.
-        """
-        if step % self.ahead:
-            return
-        _, layers, longest, width = self.buffer.shape
-        drawn = torch.zeros(self.buffer.shape) if self.kernel is None else None
-        seeds = []
-        counts = []
-        for slot, rows in enumerate(self.rows[step : step + self.ahead]):
-            later_epochs, epoch_step = divmod(step + slot, self.steps)
-            key = (epoch + later_epochs, epoch_step)
-            for layer in range(layers):
-                if drawn is not None:
-                    drawn[slot, layer, :rows] = dropout_draw(self.seed, key, layer, rows, width)
-                    continue
-                # Each epoch, step and layer has its own stream, so draws do not depend on the
-                # buffer's size.
-                seeds.append(stream_seed(self.seed, "dropout", *key, layer) & _SEED_BITS)
-                counts.append(rows * width)
-        if drawn is not None:
-            self.buffer.copy_(drawn)
-        elif self.kernel is not None:
-            # (slots * layers, B * H)
-            draw_uniform(self.kernel, seeds, counts, self.buffer.view(-1, longest * width))
-
-    def at(self, step: Tensor, rows: int) -> Tensor:
-        """Return the random numbers (layers, B, H) of one step. ``step`` is a counter on the
-        device."""
-        slot = torch.remainder(step, self.ahead).view(1)
-        return self.buffer.index_select(0, slot)[0, :, :rows]
-
-
-def dropout_draw(seed: int, key: tuple[int, int], layer: int, rows: int, width: int) -> Tensor:
-    """Return the uniform random numbers (B, H) of dropout for one step and hidden layer, made on
-    the CPU.
-
-    ``key`` is (epoch, step).
-    """
-    drawn = torch.empty((rows, width), dtype=torch.float32, device="cpu")
-    if not fill_uniform(stream_seed(seed, "dropout", *key, layer), [drawn]):
-        drawn.uniform_(generator=stream(seed, "dropout", *key, layer))
-    return drawn
-
-
-def draw_uniform(kernel: Kernel, seeds: Sequence[int], counts: Sequence[int], out: Tensor) -> None:
-    """Fill each row of ``out`` (streams, n) with uniform random numbers from its own seed, on the
-    GPU.
-
-    A row receives the first ``counts`` numbers of its stream.
-    """
-    streams = torch.tensor([seeds, counts], dtype=torch.int64).to(out.device)
-    sizes = torch.tensor([len(seeds), out.shape[1]], dtype=torch.int64).to(out.device)
-    launch(kernel, len(seeds), [sizes, streams, out], block=32)
-
-
-@cache
-def uniform_kernel(device: torch.device) -> Kernel | None:
-    """Return the kernel that makes uniform random numbers on a GPU.
-
-    The result is None, with a warning, if these numbers differ from PyTorch's random numbers on a
-    CPU.
-    """
-    compiled = kernels(SOURCE, ("uniform",), device, torch.float32)
-    if compiled is None:
-        return None
-    kernel = compiled[0]
-    seeds = [0, 12345, _SEED_BITS]
-    out = torch.zeros((3, 1500), device=device)
-    draw_uniform(kernel, seeds, [1500] * 3, out)
-    for seed, drawn in zip(seeds, out.cpu()):
-        generator = torch.Generator().manual_seed(seed)
-        if not torch.equal(drawn, torch.rand(1500, generator=generator, device="cpu")):
-            warn(
-                f"The dropout draws of {device} differ from PyTorch's draws on a CPU. The CPU "
-                "makes the draws, which is slower.",
-                RuntimeWarning,
-            )
-            return None
-    return kernel
 
 
 class StackedMLP:
@@ -192,22 +69,26 @@ class StackedMLP:
         self.loss_number = loss_number
         first = configs[0]
         self.depth = first["depth"] if kind == "mlp" else 0
-        self.hidden = padded_width(max(hidden_widths(first))) if self.depth else 0
+        self.hidden = 0
+        if self.depth:
+            self.hidden = padded_width(max(hidden_widths(first)))
         self.activation = first["activation"]
         rates = [config["dropout"] for config in configs]
         self.rates = None
         if self.depth and any(rates):
             # dropout rates (C, 1, 1)
-            self.rates = torch.tensor(rates, dtype=shape.dtype, device=shape.device)[:, None, None]
+            table = torch.tensor(rates, dtype=shape.dtype, device=shape.device)
+            self.rates = table[:, None, None]
             self.keep_rates = 1 - self.rates
         self.sizes = [shape.n_features, *[self.hidden] * self.depth, shape.n_outputs]
         folds = shape.folds
         trials = len(configs)
         widths = list(map(hidden_widths, configs))
         # One block per parameter. The first layer is one wide product over the trials of a fold.
+        n_in, n_out = self.sizes[:2]
         blocks = [
-            Block("weight0", (folds, self.sizes[0], trials, self.sizes[1]), 2),
-            Block("bias0", (folds, trials, self.sizes[1]), 1),
+            Block("weight0", (folds, n_in, trials, n_out), 2),
+            Block("bias0", (folds, trials, n_out), 1),
         ]
         for layer in range(1, self.depth + 1):
             n_in, n_out = self.sizes[layer : layer + 2]
@@ -215,14 +96,16 @@ class StackedMLP:
             if layer < self.depth:
                 # muon needs the true sides of each trial's hidden matrices
                 sides = tuple(max(units[layer - 1 : layer + 1]) for units in widths)
-            blocks.append(Block(f"weight{layer}", (folds, trials, n_in, n_out), 1, sides))
-            blocks.append(Block(f"bias{layer}", (folds, trials, 1, n_out), 1))
+            weight_shape = (folds, trials, n_in, n_out)
+            bias_shape = (folds, trials, 1, n_out)
+            blocks.append(Block(f"weight{layer}", weight_shape, 1, sides))
+            blocks.append(Block(f"bias{layer}", bias_shape, 1))
         self.blocks = self.trained = Blocks(blocks)
         self.widest = max(self.sizes)
         self.mask = None
         if shape.present is not None:  # (F, 1, 1, K): -inf for classes that take no part
-            mask = torch.zeros(shape.present.shape, dtype=shape.dtype, device=shape.device)
-            self.mask = mask.masked_fill(~shape.present, -torch.inf)[:, None, None]
+            mask = torch.where(shape.present, 0.0, -torch.inf).to(shape.dtype)
+            self.mask = mask[:, None, None]
         self._workspaces: dict[int, _Workspace] = {}
 
     def start(self) -> Tensor:
@@ -241,7 +124,8 @@ class StackedMLP:
                     size + n_out, generator=generator, dtype=torch.float64, device="cpu"
                 )
                 # Uniform in [-1/sqrt(n_in), 1/sqrt(n_in)).
-                draw = ((2 * draw - 1) / math.sqrt(n_in)).to(flat.dtype)
+                draw = (2 * draw - 1) / math.sqrt(n_in)
+                draw = draw.to(flat.dtype)
                 weight = draw[:size].view(n_out, n_in).T
                 views[f"weight{layer}"][:, c, :n_in, :n_out] = weight
                 views[f"bias{layer}"][:, c, ..., :n_out] = draw[size:]
@@ -250,7 +134,8 @@ class StackedMLP:
     def _true_sizes(self, config: Config) -> list[tuple[int, int]]:
         """Return the pair (inputs, outputs) of each layer of a trial, without padding."""
         hidden = hidden_widths(config) if self.depth else ()
-        return list(pairwise([self.shape.n_features, *hidden, self.shape.n_outputs]))
+        sizes = [self.shape.n_features, *hidden, self.shape.n_outputs]
+        return list(pairwise(sizes))
 
     def targets(self, y: Tensor) -> Tensor:
         return by_copy(y, self.shape.n_outputs, self.shape.dtype)
@@ -271,7 +156,8 @@ class StackedMLP:
         module: MLP | LogisticRegression
         if self.kind == "mlp":
             keys = ("width", "depth", "activation", "dropout")
-            module = MLP(*sizes, **{key: config[key] for key in keys})
+            arguments = {key: config[key] for key in keys}
+            module = MLP(*sizes, **arguments)
         else:
             module = LogisticRegression(*sizes)
         module = module.to(self.shape.dtype)
@@ -282,7 +168,8 @@ class StackedMLP:
                 linear = module.layers[layer]
                 assert isinstance(linear, nn.Linear)
                 linear.weight.copy_(weight[:n_in, :n_out].T)
-                linear.bias.copy_(params[f"bias{layer}"][fold, trial, ..., :n_out].flatten())
+                bias = params[f"bias{layer}"][fold, trial].flatten()
+                linear.bias.copy_(bias[:n_out])
         return module.eval()
 
     def outputs(
@@ -291,12 +178,16 @@ class StackedMLP:
         (x,) = inputs
         trials = len(self.configs)
         # (m, D) @ (D, C*H) -> (m, C*H)
-        wide = torch.addmm(params["bias0"][fold].flatten(), x, params["weight0"][fold].flatten(1))
+        bias = params["bias0"][fold].flatten()
+        weight = params["weight0"][fold].flatten(1)
+        wide = torch.addmm(bias, x, weight)
         h = wide.view(len(x), trials, -1).movedim(1, 0)  # (C, m, H)
         for layer in range(1, self.depth + 1):
             h = _activate(self.activation, h)
             # (C, m, H) @ (C, H, H) -> (C, m, H); K outputs in the last layer
-            h = torch.baddbmm(params[f"bias{layer}"][fold], h, params[f"weight{layer}"][fold])
+            bias = params[f"bias{layer}"][fold]
+            weight = params[f"weight{layer}"][fold]
+            h = torch.baddbmm(bias, h, weight)
         return h
 
     def draws(self, batches: Batches, *, ahead: bool) -> MlpDraws | None:
@@ -305,7 +196,11 @@ class StackedMLP:
             return None
         rows = [shape.parts[0].rows for shape in batches.shapes]
         return MlpDraws(
-            rows, layers=self.depth, width=self.hidden, seed=self.seed, device=self.shape.device
+            rows,
+            layers=self.depth,
+            width=self.hidden,
+            seed=self.seed,
+            device=self.shape.device,
         )
 
     def differentiable(
@@ -321,7 +216,8 @@ class StackedMLP:
                     keep = h.new_empty((len(self.configs), *h.shape[1:]))
                     self._keep_units(draw.to(h.device), keep)
                     # (F, C, B, H) * (C, B, H)
-                    h = (h.view(-1, *keep.shape) * keep).flatten(0, 1)
+                    h = h.view(-1, *keep.shape) * keep
+                    h = h.flatten(0, 1)
             # (P, B, H) @ (P, H, H) -> (P, B, H); D inputs in the first layer, K outputs in the last
             bias = params[f"bias{layer}"].view(len(h), 1, -1)
             h = torch.baddbmm(bias, h, params[f"weight{layer}"])
@@ -331,14 +227,15 @@ class StackedMLP:
         if not self.shape.regression or self.loss == "mse":
             return row_losses(outputs, y)
         loss = LOSSES[self.loss]
-        kwargs = {name: outputs.new_tensor([self.loss_number]) for name in loss.arguments}
-        return loss.rows(outputs, y, **kwargs)
+        number = outputs.new_tensor([self.loss_number])
+        return loss.rows(outputs, y, **dict.fromkeys(loss.arguments, number))
 
     def layers(self) -> dict[str, int]:
-        return {
-            block.name: int(block.name.removeprefix("weight").removeprefix("bias"))
-            for block in self.blocks.blocks
-        }
+        layers = {}
+        for layer in range(self.depth + 1):
+            layers[f"weight{layer}"] = layer
+            layers[f"bias{layer}"] = layer
+        return layers
 
     def gradient(self, params: Params, batch: Batch, grads: Params) -> None:
         rows = batch.x.shape[1]
@@ -365,13 +262,13 @@ class StackedMLP:
         for layer in range(1, self.depth + 1):
             h = _activate(self.activation, z, out=workspace.active[layer - 1])
             if self.rates is not None:
-                h = torch.mul(h, workspace.keep[layer - 1], out=workspace.dropped[layer - 1])
-            out = workspace.out if layer == self.depth else workspace.linear[layer]
+                keep = workspace.keep[layer - 1]
+                h = torch.mul(h, keep, out=workspace.dropped[layer - 1])
+            z = workspace.out if layer == self.depth else workspace.linear[layer]
             weight = params[f"weight{layer}"].flatten(0, 1)
             bias = params[f"bias{layer}"].flatten(0, 1)
             # (P, B, H) @ (P, H, H) -> (P, B, H); K outputs in the last layer
-            torch.baddbmm(bias, h.flatten(0, 1), weight, out=out.flatten(0, 1))
-            z = out
+            torch.baddbmm(bias, h.flatten(0, 1), weight, out=z.flatten(0, 1))
 
     def _first_layer(self, params: Params, batch: Batch, workspace: "_Workspace") -> Tensor:
         """Compute the first layer (F, C, B, H), in a wide product if the members of a fold share
@@ -380,19 +277,23 @@ class StackedMLP:
         bias = params["bias0"]  # (F, C, H)
         z = workspace.linear[0]
         if self._shares_rows(batch):
+            weight = weight.flatten(2)
+            bias = bias.flatten(1)[:, None]
             # (F, B, D) @ (F, D, C*H) -> (F, B, C*H)
-            torch.baddbmm(bias.flatten(1)[:, None], batch.x, weight.flatten(2), out=workspace.wide)
+            torch.baddbmm(bias, batch.x, weight, out=workspace.wide)
             z = workspace.by_trial
         elif z.is_cuda:
             # Copying the weights costs less than launching an operation for each fold.
-            copy = weight.movedim(2, 1).flatten(0, 1)
+            weight = weight.movedim(2, 1).flatten(0, 1)
+            bias = bias.flatten(0, 1)[:, None]
             # (P, B, D) @ (P, D, H) -> (P, B, H)
-            torch.baddbmm(bias.flatten(0, 1)[:, None], batch.x, copy, out=z.flatten(0, 1))
+            torch.baddbmm(bias, batch.x, weight, out=z.flatten(0, 1))
         else:
             x = batch.x.view(*z.shape[:2], *batch.x.shape[1:])  # (F, C, B, D)
             for f in range(self.shape.folds):
+                of_fold = weight[f].movedim(1, 0)
                 # (C, B, D) @ (C, D, H) -> (C, B, H)
-                torch.baddbmm(bias[f][:, None], x[f], weight[f].movedim(1, 0), out=z[f])
+                torch.baddbmm(bias[f][:, None], x[f], of_fold, out=z[f])
         return z if self.depth else workspace.out.copy_(z)
 
     def _shares_rows(self, batch: Batch) -> bool:
@@ -416,11 +317,14 @@ class StackedMLP:
             active = workspace.active[layer - 1]
             h = active if self.rates is None else workspace.dropped[layer - 1]
             flat = slope.flatten(0, 1)
+            weight = params[f"weight{layer}"].flatten(0, 1)
+            weight_grad = grads[f"weight{layer}"].flatten(0, 1)
+            bias_grad = grads[f"bias{layer}"].flatten(0, 1)
             # (P, H, B) @ (P, B, H) -> (P, H, H)
-            torch.bmm(h.flatten(0, 1).mT, flat, out=grads[f"weight{layer}"].flatten(0, 1))
-            torch.sum(flat, 1, keepdim=True, out=grads[f"bias{layer}"].flatten(0, 1))
+            torch.bmm(h.flatten(0, 1).mT, flat, out=weight_grad)
+            torch.sum(flat, 1, keepdim=True, out=bias_grad)
             # (P, B, H) @ (P, H, H) -> (P, B, H)
-            torch.bmm(flat, params[f"weight{layer}"].flatten(0, 1).mT, out=below.flatten(0, 1))
+            torch.bmm(flat, weight.mT, out=below.flatten(0, 1))
             if self.rates is not None:
                 below.mul_(workspace.keep[layer - 1])
             if layer == 1 and shares_rows:
@@ -437,22 +341,25 @@ class StackedMLP:
             below, spare = spare, below
         if self.depth == 0:
             slope = workspace.by_trial.copy_(workspace.out)
+        weight_grad = grads["weight0"]  # (F, D, C, H)
+        bias_grad = grads["bias0"]  # (F, C, H)
         if shares_rows:
             # (F, D, B) @ (F, B, C*H) -> (F, D, C*H)
-            torch.bmm(batch.x.mT, workspace.wide, out=grads["weight0"].flatten(2))
-            torch.sum(workspace.wide, 1, out=grads["bias0"].flatten(1))
+            torch.bmm(batch.x.mT, workspace.wide, out=weight_grad.flatten(2))
+            torch.sum(workspace.wide, 1, out=bias_grad.flatten(1))
             return
         if slope.is_cuda:
             # (P, D, B) @ (P, B, H) -> (P, D, H)
             product = torch.bmm(batch.x.mT, slope.flatten(0, 1))
             by_trial = product.view(*slope.shape[:2], *product.shape[1:])  # (F, C, D, H)
-            grads["weight0"].copy_(by_trial.movedim(1, 2))
+            weight_grad.copy_(by_trial.movedim(1, 2))
         else:
             x = batch.x.view(*slope.shape[:2], *batch.x.shape[1:])  # (F, C, B, D)
             for f in range(self.shape.folds):
                 # (C, D, B) @ (C, B, H) -> (C, D, H)
-                grads["weight0"][f].copy_(torch.bmm(x[f].mT, slope[f]).movedim(0, 1))
-        torch.sum(slope, 2, out=grads["bias0"])
+                product = torch.bmm(x[f].mT, slope[f])
+                weight_grad[f].copy_(product.movedim(0, 1))
+        torch.sum(slope, 2, out=bias_grad)
 
 
 class _Workspace:
@@ -474,7 +381,8 @@ class _Workspace:
 
         # (F, B, C*H)
         self.wide = empty(folds, rows, trials * first)
-        self.by_trial = self.wide.view(folds, rows, trials, first).movedim(2, 1)  # (F, C, B, H)
+        # (F, C, B, H)
+        self.by_trial = self.wide.view(folds, rows, trials, first).movedim(2, 1)
         self.linear = for_layers(max(1, net.depth), first)
         # relu and tanh have a gradient that follows from their value, so the value may overwrite
         # the argument.
@@ -491,7 +399,7 @@ def _activate(name: str, z: Tensor, out: Tensor | None = None) -> Tensor:
     """Apply an activation to ``z`` and return the result, in ``out`` if it is given. The result is
     contiguous for any layout of ``z``."""
     if out is None:
-        out = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+        out = torch.empty_like(z, memory_format=torch.contiguous_format)
     if name == "relu":
         return torch.clamp_min(z, 0, out=out)
     getattr(aten, name).out(z, out=out)

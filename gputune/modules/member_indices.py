@@ -28,13 +28,16 @@ def require(is_supported: bool, op: Operation, arguments: str = "these arguments
 
 def loops_over(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[Loops, list[int]]:
     """Return loops over a shape, with names in place of its sizes, and the sizes."""
-    sizes: list[int] = []
-    return over(shape, strides).named(sizes), sizes
+    sizes = list[int]()
+    loops = over(shape, strides)
+    return loops.named(sizes), sizes
 
 
 def _only_index(op: Operation, indices: Sequence[Place | None]) -> tuple[int, Place]:
     """Return the only index of an operation, with its axis. Raises TraceError for other indices."""
-    (axis, index), *others = [(i, index) for i, index in enumerate(indices) if index is not None]
+    axis, *others = [i for i, index in enumerate(indices) if index is not None]
+    index = indices[axis]
+    assert index is not None
     is_single = not others and len(index.shape) == 1 and index.dtype != torch.bool
     require(is_single, op, "several indices")
     return axis, index
@@ -58,13 +61,15 @@ def chosen_rows(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> It
         row_strides = with_entry(x.stride, axis, 0)
         index_strides = index.stride
         if op.name != "gather":
-            index_strides = with_entry([0] * len(out.shape), axis, sum(index.stride))
+            zeros = [0] * len(out.shape)
+            index_strides = with_entry(zeros, axis, sum(index.stride))
     loops, sizes = loops_over(out.shape, [out.stride, index_strides, row_strides])
     row = f"p2[{loops.index(1)}]"
     if op.name == "index":  # the other operations take no negative index
         row = _index_at(row, named(x.shape[axis], sizes))
     number = f"p1[{loops.index(2)} + {row} * {named(x.stride[axis], sizes)}]"
-    yield writer.call([out, x, index], loops.nest(f"p0[{loops.index(0)}] = {number};"), sizes=sizes)
+    body = loops.nest(f"p0[{loops.index(0)}] = {number};")
+    yield writer.call([out, x, index], body, sizes=sizes)
 
 
 def embedding_gradient(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -> Iterator[Line]:
@@ -73,8 +78,10 @@ def embedding_gradient(writer: Writer, kwargs: Kwargs, op: Operation, out: Place
     index = kwargs["indices"]
     require(kwargs["padding_idx"] < 0 and not kwargs["scale_grad_by_freq"], op)
     yield writer.filled(out, 0.0)
-    strides = [gradient.stride, [*index.stride, 0], [*[0] * len(index.shape), out.stride[1]]]
-    loops, sizes = loops_over([*index.shape, out.shape[1]], strides)
+    index_strides = [*index.stride, 0]
+    row_strides = [*[0] * len(index.shape), out.stride[1]]
+    strides = [gradient.stride, index_strides, row_strides]
+    loops, sizes = loops_over(gradient.shape, strides)
     target = f"p0[p2[{loops.index(1)}] * {named(out.stride[0], sizes)} + {loops.index(2)}]"
     # No vectors along rows of the index: an id may occur twice, and must not be written twice at
     # once.
@@ -90,7 +97,8 @@ def added_at_places(writer: Writer, kwargs: Kwargs, op: Operation, out: Place) -
         require(kwargs["accumulate"], op, "an index that replaces")
         source = kwargs["values"]
         shape = with_entry(out.shape, axis, index.shape[0])
-        index_strides = with_entry([0] * len(shape), axis, index.stride[0])
+        zeros = [0] * len(shape)
+        index_strides = with_entry(zeros, axis, index.stride[0])
         source_strides = broadcast_strides(source, len(shape))
     else:
         axis = kwargs["dim"] % max(1, len(x.shape))

@@ -54,7 +54,13 @@ class HostRows:
         self.ahead.clear()
 
     def take(
-        self, folds: slice, step: int, rows: int, taken: np.ndarray, *, last: bool
+        self,
+        folds: slice,
+        step: int,
+        rows: int,
+        taken: np.ndarray,
+        *,
+        last: bool,
     ) -> list[Tensor]:
         """Return rows (F * (1 or C) * B, ...) of each input on the device.
 
@@ -63,20 +69,30 @@ class HostRows:
         gathered when they are requested.
         """
         future = self.ahead.pop((folds.start, step, rows), None)
-        gathered = self._gather(folds, step, rows, taken) if future is None else future.result()
+        if future is None:
+            gathered = self._gather(folds, step, rows, taken)
+        else:
+            gathered = future.result()
         if not last:
-            self.ahead[folds.start, step + 1, rows] = _thread().submit(
-                self._gather, folds, step + 1, rows, taken
-            )
+            following = step + 1
+            future = _thread().submit(self._gather, folds, following, rows, taken)
+            self.ahead[folds.start, following, rows] = future
         return gathered
 
     def _gather(self, folds: slice, step: int, rows: int, taken: np.ndarray) -> list[Tensor]:
         """Return the rows of one step on the device, for each input."""
-        places = (step * taken[folds])[..., None] + np.arange(rows)  # (F, 1 or C, B)
+        begin = step * taken[folds]  # (F, 1 or C)
+        # (F, 1 or C, B) -> (F, (1 or C) * B)
+        places = (begin[..., None] + np.arange(rows)).reshape(len(begin), -1)
         # Places beyond the end repeat the last one. Such rows have weight zero, or are not used.
-        places = np.minimum(places, self.order.shape[1] - 1).reshape(len(places), -1)
-        positions = torch.from_numpy(np.take_along_axis(self.order[folds], places, 1).ravel())
-        return [stage_rows(x.index_select(0, positions), self.device) for x in self.inputs]
+        places = places.clip(max=self.order.shape[1] - 1)
+        positions = np.take_along_axis(self.order[folds], places, 1)
+        index = torch.from_numpy(positions.ravel())
+        gathered = []
+        for x in self.inputs:
+            chosen = x.index_select(0, index)
+            gathered.append(stage_rows(chosen, self.device))
+        return gathered
 
 
 @cache
@@ -177,51 +193,62 @@ class Batches:
         self.lengths = np.array([[len(fold.train)] for fold in data.folds])  # (F, 1)
         longest = int(self.lengths.max())
         # Capped before an array is made, because a size may be larger than an int64.
-        capped = np.array([min(size, longest) for size in sizes])
-        self.shared = bool((capped == capped[0]).all())
+        capped = [min(size, longest) for size in sizes]
+        self.shared = len(set(capped)) == 1
         device = data.device
         folds = np.arange(data.n_folds)
         # (3, F): the copy that a fold reads, of the data rows, of x and of the target
         copies = np.stack([0 * folds, data.copies, folds % len(target)])
+        first_rows = torch.from_numpy(copies * data.n_rows)
         # (3, F, 1): position of the first row of the copy
-        self.start = torch.from_numpy(copies * data.n_rows).to(device)[..., None]
+        self.start = first_rows.to(device)[..., None]
         self.order = torch.empty((3, data.n_folds, longest), dtype=torch.int64, device=device)
         self.counted = torch.as_tensor(self.lengths).to(device, torch.float64)
-        self.weights = None if data.weights is None else data.weights.double().contiguous()
+        self.weights = None
+        if data.weights is not None:
+            self.weights = data.weights.double().contiguous()
         self.step = torch.zeros((), dtype=torch.int64, device=device)
         self.epoch: int | None = None
-        self.host = HostRows(self.inputs, device) if data.on_host else None
+        self.host: HostRows | None = None
+        if data.on_host:
+            self.host = HostRows(self.inputs, device)
         self.kernel: Kernel | None = None
         self._set_sizes(np.minimum(capped, self.lengths))
 
     def _set_sizes(self, sizes: np.ndarray) -> None:
         """Set the members' batch sizes (F, C), which are at most the fold's length, and compute
         all values that depend on the sizes."""
+        device = self.data.device
+        largest = int(sizes.max())
         self.sizes = sizes
         self.steps = steps_of(self.lengths, sizes, self.least_rows)  # (F, C) steps an epoch
-        self.active_until = torch.as_tensor(self.steps).contiguous().to(self.data.device)
-        taken = np.full_like(self.lengths, sizes.max()) if self.shared else sizes  # (F, 1 or C)
-        self.host_taken = taken
-        self.taken = torch.as_tensor(taken).contiguous().to(self.data.device)
-        self.positions = torch.arange(int(sizes.max()), device=self.data.device)
-        self.shapes = [self._shape(taken, step) for step in range(int(self.steps.max()))]
+        self.active_until = torch.as_tensor(self.steps).contiguous().to(device)
+        self.host_taken = sizes  # (F, 1 or C)
+        if self.shared:
+            self.host_taken = np.full_like(self.lengths, largest)
+        self.taken = torch.as_tensor(self.host_taken).contiguous().to(device)
+        self.positions = torch.arange(largest, device=device)
+        self.shapes = [self._shape(step) for step in range(self.steps.max())]
 
-    def _shape(self, taken: np.ndarray, step: int) -> StepShape:
+    def _shape(self, step: int) -> StepShape:
         """Return the ``StepShape`` of the step with index ``step`` in an epoch."""
+        taken = self.host_taken
         counts = np.clip(self.lengths - step * taken, 0, taken)  # (F, 1 or C) rows that count
-        if self.exact:
-            counts[step >= self.steps[:, :1]] = 0
         bounds = [0, len(counts)]
         if self.exact:
+            counts[step >= self.steps[:, :1]] = 0
             # Each run of folds with equally many rows is a part.
-            bounds[1:1] = (np.flatnonzero(np.diff(counts[:, 0])) + 1).tolist()
+            ends = np.flatnonzero(np.diff(counts[:, 0])) + 1
+            bounds[1:1] = ends.tolist()
         parts = []
         for begin, end in pairwise(bounds):
             of_part = counts[begin:end]
             rows = int((of_part if self.shared else taken).max())
             if rows > 0:
-                parts.append(Part(begin, end, rows, full=bool((of_part == rows).all())))
-        return StepShape(tuple(parts), bool((step < self.steps).all()))
+                full = bool((of_part == rows).all())
+                parts.append(Part(begin, end, rows, full))
+        all_active = bool((step < self.steps).all())
+        return StepShape(tuple(parts), all_active)
 
     def prepare(self) -> None:
         """Prepare for recorded steps. On a GPU, a kernel then replaces the operations of
@@ -236,7 +263,8 @@ class Batches:
 
     def begin(self, epoch: int) -> None:
         """Shuffle the rows for an epoch, and set the step counter to 0."""
-        self.order.copy_(row_order(self.data, self.seed, epoch) + self.start)
+        order = row_order(self.data, self.seed, epoch)
+        self.order.copy_(order + self.start)
         self.step.zero_()
         self.epoch = epoch
         if self.host is not None:
@@ -273,13 +301,15 @@ class Batches:
             last = step + 1 == len(self.shapes)
             gathered = self.host.take(part.folds, step, part.rows, self.host_taken, last=last)
         else:
-            gathered = [x.index_select(0, input_rows.flatten()) for x in self.inputs]
+            positions = input_rows.flatten()
+            gathered = [x.index_select(0, positions) for x in self.inputs]
         inputs = []
         for number, x in enumerate(gathered):
             x = x.view(*shape, *x.shape[1:])  # (F, 1 or C, B, ...)
-            inputs.append(self.data.read(number, x, part.folds).flatten(0, 1))
+            x = self.data.read(number, x, part.folds)
+            inputs.append(x.flatten(0, 1))
         y = self.target.index_select(0, target_rows.flatten())
-        y = y.view(shape[:2].numel(), part.rows, *y.shape[1:])
+        y = y.view(-1, part.rows, *y.shape[1:])
         return Batch(tuple(inputs), y, share, part.folds, key)
 
     def _rows(self, part: Part) -> tuple[Tensor, Tensor | float]:
@@ -288,27 +318,31 @@ class Batches:
 
         The positions are (3, F, 1 or C, B).
         """
-        begin = self.step * self.taken[part.folds]  # (F, 1 or C)
+        taken = self.taken[part.folds]  # (F, 1 or C)
+        positions = self.positions[: part.rows]
+        begin = self.step * taken
         last = self.order.shape[-1] - 1
-        places = (begin[..., None] + self.positions[: part.rows]).clamp_max(last)
+        places = (begin[..., None] + positions).clamp_max(last)
         shape = places.shape  # (F, 1 or C, B)
         index = places.flatten(1).expand(3, -1, -1)
-        rows = self.order[:, part.folds].gather(2, index).view(3, *shape)
+        rows = self.order[:, part.folds].gather(2, index)
+        rows = rows.view(3, *shape)
         if self.weights is None and part.full:
             return rows, 1 / part.rows
         # Double precision, because sums of weights may leave the range of single precision. Their
         # shares do not.
         remaining = (self.counted[part.folds] - begin).clamp_min(0)
-        counts = remaining.minimum(self.taken[part.folds])[..., None]  # (F, 1 or C, 1)
-        weights = self.positions[: part.rows] < counts
+        counts = remaining.minimum(taken)[..., None]  # (F, 1 or C, 1)
+        weights = positions < counts
         total = counts
         if self.weights is not None:
-            of_rows = self.weights[part.folds, None].expand(-1, shape[1], -1)
-            weights = weights * of_rows.gather(2, rows[0])
+            of_fold = self.weights[part.folds, None].expand(-1, shape[1], -1)
+            weights = weights * of_fold.gather(2, rows[0])
             total = weights.sum(2, keepdim=True)
         # A minibatch with only zero weights gets a zero slope instead of 0/0.
         total = total.clamp_min(torch.finfo(total.dtype).tiny)
-        return rows, (weights / total).to(self.data.dtype)[..., None]
+        share = (weights / total).to(self.data.dtype)
+        return rows, share[..., None]
 
     def _by_kernel(self, kernel: Kernel, part: Part) -> tuple[Tensor, Tensor | float]:
         """Return the result of ``_rows``, computed in one launch."""
@@ -319,25 +353,28 @@ class Batches:
         weighted = self.weights is not None
         shared = part.full and not weighted  # equally, so that the kernel writes no shares
         weights = self.counted if self.weights is None else self.weights
-        numbers = [*shape, part.begin, folds, length, self.data.n_rows, not shared, weighted]
+        flags = [int(not shared), int(weighted)]
+        numbers = [*shape, part.begin, folds, length, self.data.n_rows, *flags]
         tensors = [self.step, self.order, self.taken, self.counted, weights, rows, share]
-        launch(kernel, rows[0].numel(), [*map(int, numbers), *tensors])
+        launch(kernel, rows[0].numel(), [*numbers, *tensors])
         return rows, 1 / part.rows if shared else share
 
 
 def for_members(x: Tensor, trials: int) -> Tensor:
     """Repeat the rows of each fold (F, B, ...) for each of its members. The result is (P, B,
     ...)."""
-    return x[:, None].expand(-1, trials, *x.shape[1:]).flatten(0, 1)
+    repeated = x[:, None].expand(-1, trials, *x.shape[1:])
+    return repeated.flatten(0, 1)
 
 
-def steps_of(lengths: np.ndarray, sizes: np.ndarray, least_rows: int = 1) -> np.ndarray:
+def steps_of(lengths: np.ndarray, sizes: np.ndarray, least_rows: int) -> np.ndarray:
     """Return the number of steps of an epoch, for folds of ``lengths`` rows and batch sizes
     ``sizes``.
 
     A last minibatch of fewer than ``least_rows`` rows is left out.
     """
-    left_out = (lengths % sizes > 0) & (lengths % sizes < least_rows)
+    remainder = lengths % sizes
+    left_out = (remainder > 0) & (remainder < least_rows)
     steps: np.ndarray = -(-lengths // sizes) - left_out
     return steps
 
@@ -357,6 +394,7 @@ def row_order(data: Dataset, seed: int, epoch: int) -> Tensor:
             generator = stream(seed, "rows", n, epoch)
             permutation = torch.randperm(n, generator=generator, device="cpu")
             permutations[n] = permutation.to(data.device)
+        shuffled = fold.train[permutations[n]]
         padding = fold.train[:1].expand(longest - n)
-        order.append(torch.cat([fold.train[permutations[n]], padding]))
+        order.append(torch.cat([shuffled, padding]))
     return torch.stack(order)

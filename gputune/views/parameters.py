@@ -63,9 +63,12 @@ def _parameter(name: str, study: Study) -> Parameter:
     # A fast path, because most values are plain numbers and checking lists is slow.
     has_plain_types = {int, float}.issuperset(map(type, present))
     is_plain = has_plain_types and all(abs(value) < _FARTHEST for value in present)
-    if not present or not (is_plain or all(map(_is_numbers, present))):
-        params = [trial.params for trial in study.trials]
-        return _words(name, [short(each[name]) if name in each else None for each in params])
+    are_numbers = is_plain or all(map(_is_numbers, present))
+    if not present or not are_numbers:
+        texts: list[str | None] = []
+        for trial in study.trials:
+            texts.append(short(trial.params[name]) if name in trial.params else None)
+        return _words(name, texts)
     label = clean(name)
     if not is_plain:
         if any(isinstance(value, list) for value in present):
@@ -75,7 +78,8 @@ def _parameter(name: str, study: Study) -> Parameter:
     infinite = np.abs(numbers) > _FARTHEST
     numbers[infinite] = np.nan
     log = is_log(name, numbers, study.record.space)
-    return Parameter(name, label, numbers, log=log, hidden=int(infinite.sum()))
+    hidden = int(infinite.sum())
+    return Parameter(name, label, numbers, log=log, hidden=hidden)
 
 
 def is_log(name: str, values: NDArray[np.float64], space: str) -> bool:
@@ -90,9 +94,11 @@ def is_log(name: str, values: NDArray[np.float64], space: str) -> bool:
     distribution = re.search(rf"(?:^|[, |]){re.escape(name)}=(\w+)\(", space)
     if distribution is not None:
         return distribution[1] in ("loguniform", "reciprocal", "log_int")
+    if levels[-1] >= _DECADES * levels[0]:
+        return True
     ratios = levels[1:] / levels[:-1]
-    powers = 3 <= levels.size <= _LEVELS and np.allclose(ratios, ratios[0], rtol=1e-6)
-    return bool(levels[-1] >= _DECADES * levels[0] or powers)
+    are_equal = np.allclose(ratios, ratios[0], rtol=1e-6)
+    return 3 <= levels.size <= _LEVELS and are_equal
 
 
 def _words(name: str, texts: Sequence[str | None]) -> Parameter:
@@ -103,17 +109,20 @@ def _words(name: str, texts: Sequence[str | None]) -> Parameter:
         levels = [*levels[: _LEVELS - 1], f"{len(levels) - _LEVELS + 1} others"]
     positions: dict[str | None, float] = {text: place for place, text in enumerate(levels)}
     positions[None] = np.nan
-    values = [positions.get(text, len(levels) - 1) for text in texts]
-    return Parameter(name, clean(name), np.array(values, dtype=float), levels=tuple(levels))
+    others = len(levels) - 1
+    values = np.array([positions.get(text, others) for text in texts], dtype=float)
+    return Parameter(name, clean(name), values, levels=tuple(levels))
 
 
 def _is_numbers(value: object) -> bool:
     """Return whether a value is a number, or a list with a number per training segment or layer."""
     if isinstance(value, list):
         return bool(value) and all(map(_is_numbers, value))
+    if isinstance(value, bool):
+        return False
     # Some integers are too large for a float.
-    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < _FARTHEST
-    return whole or isinstance(value, float)
+    is_whole = isinstance(value, int) and abs(value) < _FARTHEST
+    return is_whole or isinstance(value, float)
 
 
 def _flat(value: Any) -> list[float]:
@@ -136,10 +145,11 @@ def parameter_scale(parameter: Parameter, *, most: int = 6, pad: float = 0.0) ->
     values = parameter.distinct
     make = log_scale if parameter.log else linear_scale
     scale = make(float(values[0]), float(values[-1]), most=most, pad=pad)
-    crowded = len(values) > 1 and np.diff(scale(values)).min() < _APART
-    if len(values) > most or crowded:
+    distances = np.diff(scale(values))
+    if len(values) > most or (distances < _APART).any():
         return scale
-    return replace(scale, ticks=tuple((value, number_text(value)) for value in values.tolist()))
+    ticks = tuple((value, number_text(value)) for value in values.tolist())
+    return replace(scale, ticks=ticks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +177,8 @@ def parallel_axes(view: Scores) -> list[Axis]:
         heights = np.clip(scale(parameter.values), 0, 1)
         axes.append(Axis(f"params_{parameter.name}", parameter.label, scale, heights))
     scale = view.scale(pad=0.0)
-    axes.append(Axis("score", view.measure.name, scale, np.clip(scale(view.values), 0, 1)))
+    heights = np.clip(scale(view.values), 0, 1)
+    axes.append(Axis("score", view.measure.name, scale, heights))
     return axes
 
 
@@ -186,7 +197,8 @@ class DescentPath:
 def descended(study: Study) -> tuple[Parameter, ...]:
     """Return the hyperparameters that a hypergradient search moved, or () for any other search."""
     numbers = {parameter.name: parameter for parameter in parameters(study) if not parameter.levels}
-    return tuple(numbers[name] for name in study.record.changed_hyperparameters if name in numbers)
+    moved = study.record.changed_hyperparameters
+    return tuple(numbers[name] for name in moved if name in numbers)
 
 
 def descent_paths(study: Study) -> tuple[DescentPath, ...]:
@@ -203,7 +215,8 @@ def descent_paths(study: Study) -> tuple[DescentPath, ...]:
     for start, steps_and_rows in points.items():
         steps, rows = np.array(sorted(steps_and_rows)).T
         values = {column.name: column.values[rows] for column in columns}
-        usable = np.array([bool(study.trials[row].detail.get("usable", True)) for row in rows])
+        details = [study.trials[row].detail for row in rows]
+        usable = np.array([bool(detail.get("usable", True)) for detail in details])
         paths.append(DescentPath(start, steps, scores[rows], values, usable))
     return tuple(paths)
 
@@ -257,24 +270,32 @@ def importance(study: Study, *, seed: int = 0) -> Importance:
 
     drawn = np.random.default_rng(seed).permutation(len(done))[:MOST]
     scores = np.array([study.trials[row].score for row in done])
-    scores = np.where(np.isfinite(scores), scores, -np.inf)
+    scores[~np.isfinite(scores)] = -np.inf
     # Ranks in [0, 1]. The best trial has 1, and equal scores have equal ranks.
-    ranks = (rankdata(scores) - 1) / max(1, len(scores) - 1)
+    ranks = (rankdata(scores) - 1) / (len(scores) - 1)
     table = np.stack([column.values for column in columns], axis=1)
     # A missing value is placed below all others, so that a tree can separate it.
-    table = np.where(np.isnan(table), np.nanmin(table, axis=0) - 1.0, table)
+    below = np.nanmin(table, axis=0) - 1.0
+    table = np.where(np.isnan(table), below, table)
     first, second = np.array_split(drawn, 2)
     fits = []
     drops = []
     for train, test in ((first, second), (second, first)):
         forest = RandomForestRegressor(
-            _TREES, min_samples_leaf=2, max_features=0.5, random_state=seed
+            _TREES,
+            min_samples_leaf=2,
+            max_features=0.5,
+            random_state=seed,
         )
         forest.fit(table[done[train]], ranks[train])
         held_out = (table[done[test]], ranks[test])
         fits.append(forest.score(*held_out))
         falls = permutation_importance(
-            forest, *held_out, n_repeats=_SHUFFLES, random_state=seed, scoring="r2"
+            forest,
+            *held_out,
+            n_repeats=_SHUFFLES,
+            random_state=seed,
+            scoring="r2",
         )
         drops.append(falls.importances)
     # (hyperparameters, 2 * _SHUFFLES)

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gputune
-from gputune.engine import mlp
+from gputune.engine import dropout
 from gputune.engine.job import Job, run_in_parts
 from gputune.engine.mlp import StackedMLP
 from gputune.engine.reuse import ChunkPool
@@ -162,7 +162,7 @@ def test_draws_of_dropout_that_do_not_fit_are_made_part_by_part(monkeypatch):
     data = make_data(folds=3)
     configs = configs_of(2, dropout=0.3, width=8)
     whole = make_chunk(data, configs)
-    monkeypatch.setattr(mlp, "_DRAW_BYTES", 2 * 4 * 2 * 9 * 16)
+    monkeypatch.setattr(dropout, "_DRAW_BYTES", 2 * 4 * 2 * 9 * 16)
     parts = make_chunk(data, configs)
     assert (whole.draws.ahead, parts.draws.ahead) == (5, 2)
     for epoch in range(5):

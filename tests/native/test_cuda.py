@@ -9,12 +9,12 @@ import subprocess
 import pytest
 import torch
 
-from gputune.engine import mlp
+from gputune.engine import dropout
 from gputune.native.cuda import kernels, source
 from gputune.optimizers import update
 from gputune.population import batches
 
-FILES = [update.SOURCE, batches.SOURCE, mlp.SOURCE]
+FILES = [update.SOURCE, batches.SOURCE, dropout.SOURCE]
 
 
 @pytest.mark.long

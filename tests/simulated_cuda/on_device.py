@@ -20,7 +20,7 @@ from command_line import run
 from gputune.check import check
 from gputune.check.check import LAWS, checks_of
 from gputune.data import dataset
-from gputune.engine import backend, choice, mlp, plan
+from gputune.engine import backend, choice, dropout, plan
 from gputune.engine.backend import Findings, Speed, keep_findings, read_findings
 from gputune.engine.mlp import StackedMLP
 from gputune.engine.stacked import StackedChunk
@@ -454,7 +454,7 @@ def test_a_step_with_all_options_is_the_same_recorded_and_as_it_is(optimizer):
 @contextmanager
 def kernels_anew():
     """Let kernels be compiled again inside, and once more after it."""
-    caches = kernels, mlp.uniform_kernel
+    caches = kernels, dropout.uniform_kernel
     for cache in caches:
         cache.cache_clear()
     yield
@@ -464,7 +464,7 @@ def kernels_anew():
 
 def test_a_gpu_draws_what_the_cpu_draws(device, monkeypatch):
     drawn = [
-        mlp.MlpDraws([7, 3], layers=2, width=400, seed=1, device=torch.device(where))
+        dropout.MlpDraws([7, 3], layers=2, width=400, seed=1, device=torch.device(where))
         for where in (device, "cpu")
     ]
     cuda.forget()
@@ -476,7 +476,7 @@ def test_a_gpu_draws_what_the_cpu_draws(device, monkeypatch):
             draws.at(torch.tensor(step, device=draws.buffer.device), rows) for draws in drawn
         )
         assert torch.equal(one.cpu(), other)
-    wrong = Path(mlp.SOURCE).read_text().replace("1812433253u", "1812433254u")
+    wrong = Path(dropout.SOURCE).read_text().replace("1812433253u", "1812433254u")
     monkeypatch.setattr(
         "gputune.native.cuda.source", lambda path, dtype: "typedef float real;\n" + wrong
     )
@@ -486,7 +486,7 @@ def test_a_gpu_draws_what_the_cpu_draws(device, monkeypatch):
             RuntimeWarning, match=f"The dropout draws of {device} differ from PyTorch's draws"
         ),
     ):
-        assert mlp.uniform_kernel(torch.device(device)) is None
+        assert dropout.uniform_kernel(torch.device(device)) is None
 
 
 def test_a_step_as_it_is_copies_nothing_to_the_gpu(device):

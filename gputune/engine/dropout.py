@@ -1,0 +1,143 @@
+"""The random numbers of dropout in the MLP of all members, made in advance.
+
+A member is one trial on one fold. Each epoch, step and layer has its own random stream. A GPU makes
+the same numbers as PyTorch's CPU generator, by a kernel (``dropout.cu``).
+"""
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gputune.errors import warn
+from gputune.native.cuda import Kernel, kernels, launch
+from gputune.native.library import fill_uniform
+from gputune.seeding import stream, stream_seed
+
+SOURCE = Path(__file__).with_name("dropout.cu")
+
+# Bytes of draws that are made ahead. The host waits for the device once for each buffer.
+_DRAW_BYTES = 64 << 20
+_SEED_BITS = (1 << 32) - 1  # the bits of a seed that PyTorch's CPU generator uses
+
+
+class MlpDraws:
+    """The random numbers of dropout, made for several steps in advance: (steps, layers, B, H) on
+    the device.
+
+    ``rows`` are the minibatch sizes B of the steps of an epoch. H is the width. Numbers for the
+    steps of ``epochs`` epochs can be made.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[int],
+        *,
+        layers: int,
+        width: int,
+        seed: int,
+        device: torch.device,
+        epochs: int = 1,
+    ) -> None:
+        self.steps = len(rows)
+        self.rows = [*rows] * epochs
+        self.seed = seed
+        shape = (layers, max(rows), width)
+        # most steps whose float32 draws fit into the buffer
+        self.max_ahead = max(1, _DRAW_BYTES // (4 * math.prod(shape)))
+        self.ahead = min(len(self.rows), self.max_ahead)
+        self.buffer = torch.zeros((self.ahead, *shape), dtype=torch.float32, device=device)
+        self.kernel = uniform_kernel(device) if device.type == "cuda" else None
+
+    def fill(self, epoch: int, step: int) -> None:
+        """Fill the buffer with the random numbers of this step and the next steps, if they are not
+        in it yet.
+
+        ``step`` is counted from the first step of ``epoch``.
+        """
+        if step % self.ahead:
+            return
+        _, layers, longest, width = self.buffer.shape
+        drawn = None
+        if self.kernel is None:
+            drawn = torch.zeros(self.buffer.shape)
+        seeds = []
+        counts = []
+        for slot, rows in enumerate(self.rows[step : step + self.ahead]):
+            later_epochs, epoch_step = divmod(step + slot, self.steps)
+            key = (epoch + later_epochs, epoch_step)
+            for layer in range(layers):
+                if drawn is not None:
+                    drawn[slot, layer, :rows] = dropout_draw(self.seed, key, layer, rows, width)
+                    continue
+                # Each epoch, step and layer has its own stream, so draws do not depend on the
+                # buffer's size.
+                seed = stream_seed(self.seed, "dropout", *key, layer)
+                seeds.append(seed & _SEED_BITS)
+                counts.append(rows * width)
+        if drawn is not None:
+            self.buffer.copy_(drawn)
+        elif self.kernel is not None:
+            # (slots * layers, B * H)
+            rows_of_streams = self.buffer.view(-1, longest * width)
+            draw_uniform(self.kernel, seeds, counts, rows_of_streams)
+
+    def at(self, step: Tensor, rows: int) -> Tensor:
+        """Return the random numbers (layers, B, H) of one step. ``step`` is a counter on the
+        device."""
+        slot = torch.remainder(step, self.ahead).view(1)
+        return self.buffer.index_select(0, slot)[0, :, :rows]
+
+
+def dropout_draw(seed: int, key: tuple[int, int], layer: int, rows: int, width: int) -> Tensor:
+    """Return the uniform random numbers (B, H) of dropout for one step and hidden layer, made on
+    the CPU.
+
+    ``key`` is (epoch, step).
+    """
+    drawn = torch.empty((rows, width), dtype=torch.float32, device="cpu")
+    if not fill_uniform(stream_seed(seed, "dropout", *key, layer), [drawn]):
+        drawn.uniform_(generator=stream(seed, "dropout", *key, layer))
+    return drawn
+
+
+def draw_uniform(kernel: Kernel, seeds: Sequence[int], counts: Sequence[int], out: Tensor) -> None:
+    """Fill each row of ``out`` (streams, n) with uniform random numbers from its own seed, on the
+    GPU.
+
+    A row receives the first ``counts`` numbers of its stream.
+    """
+    streams = torch.tensor([seeds, counts])
+    sizes = torch.tensor([len(seeds), out.shape[1]])
+    arguments = [sizes.to(out.device), streams.to(out.device), out]
+    launch(kernel, len(seeds), arguments, block=32)
+
+
+@cache
+def uniform_kernel(device: torch.device) -> Kernel | None:
+    """Return the kernel that makes uniform random numbers on a GPU.
+
+    The result is None, with a warning, if these numbers differ from PyTorch's random numbers on a
+    CPU.
+    """
+    compiled = kernels(SOURCE, ("uniform",), device, torch.float32)
+    if compiled is None:
+        return None
+    kernel = compiled[0]
+    seeds = [0, 12345, _SEED_BITS]
+    out = torch.zeros((3, 1500), device=device)
+    draw_uniform(kernel, seeds, [1500] * 3, out)
+    for seed, drawn in zip(seeds, out.cpu()):
+        generator = torch.Generator().manual_seed(seed)
+        expected = torch.rand(1500, generator=generator, device="cpu")
+        if not torch.equal(drawn, expected):
+            warn(
+                f"The dropout draws of {device} differ from PyTorch's draws on a CPU. The CPU "
+                "makes the draws, which is slower.",
+                RuntimeWarning,
+            )
+            return None
+    return kernel
