@@ -24,6 +24,7 @@ extensions = [
 root_doc = "docs/index"
 include_patterns = [
     "README.md",
+    "AGENTS.md",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
     "docs/**",

@@ -1,5 +1,6 @@
 """The README's code runs, in order, in one session, and prints as many lines as it shows."""
 
+import json
 import os
 import re
 import shlex
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import gputune
 from gputune.cli.main import main
 
 ROOT = Path(__file__).parent.parent
@@ -38,6 +40,53 @@ def test_the_console_block_runs(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     for line, expected in zip(printed.splitlines()[:5], shown.splitlines()[:5]):
         assert line == expected
+
+
+def test_the_commands_of_agents_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "AGENTS.md").read_text()
+    assert text.count("\n") <= 60
+    rows = [f"{i % 7},{i % 5},{3 * (i % 7) + i % 5}.5\n" for i in range(60)]
+    for name in ("data", "more", "new"):
+        (tmp_path / f"{name}.csv").write_text("area,rooms,price\n" + "".join(rows))
+    (commands,) = re.findall(r"```sh\n(.*?)```", text, re.S)
+    printed = {}
+    for command in commands.splitlines():
+        words = shlex.split(command, comments=True)
+        if (
+            words[1] == "export"
+        ):  # takes 7 s to import torch.export; tests/study/test_export.py runs it
+            continue
+        assert main(words[1:]) == 0, command
+        printed[" ".join(words)] = capsys.readouterr().out
+    best = json.loads(printed["gputune best run --format json"])
+    assert {"number", "params", "score", "fold_scores", "default"} <= set(best)
+    assert {"improvement", "improvement_std_error"} <= set(best["default"])
+    trials = json.loads(printed["gputune trials run --format json"])
+    assert len(trials) == 16 and trials[0]["state"] == "complete"
+    table = printed["gputune trials run --format csv"]
+    assert {"number", "state", "score", "fold_0", "params_lr"} <= set(
+        table.split("\n")[0].split(",")
+    )
+    scores = json.loads(printed["gputune evaluate run/model more.csv --format json"])
+    assert scores["rows"] == 60 and scores["trained_share"] > 0 and "r2" in scores["scores"]
+    info = gputune.load_model("run/model").info
+    assert info["held_out_score"] > info["held_out_baseline"]["score"]
+    assert main(["tune", "data.csv", "--target", "prize", "--out", "other"]) == 2
+
+
+def test_the_citation_names_the_version():
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {gputune.__version__}\n" in citation
+
+
+@pytest.mark.parametrize("page", ["AGENTS.md", "CHANGELOG.md", "CONTRIBUTING.md"])
+def test_the_links_of_other_files_lead_somewhere(page):
+    for path in re.findall(r"\]\(((?!http)[^)]+)\)", (ROOT / page).read_text()):
+        target, _, heading = path.partition("#")
+        headings = re.findall(r"^#+ (.+)$", (ROOT / target).read_text(), re.M)
+        anchors = [title.lower().replace(" ", "-") for title in headings]
+        assert not heading or heading in anchors, path
 
 
 def test_what_the_readme_names_exists():
