@@ -19,6 +19,8 @@ extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
+    "api",
+    "command_line",
     "navigation",
 ]
 root_doc = "docs/index"
@@ -35,7 +37,7 @@ exclude_patterns = [".*", "build", "dist", "gputune", "gputune.egg-info", "model
 
 # Markdown. Anchors are made as code hosts make them.
 myst_heading_anchors = 4
-myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 suppress_warnings = ["mystnb.unknown_mime_type"]
 nb_execution_mode = "off"
 
@@ -47,7 +49,7 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 default_role = "py:obj"
 add_module_names = False
-maximum_signature_line_length = 80
+smartquotes = False
 
 html_theme = "furo"
 html_title = f"gputune {release}"
