@@ -5,153 +5,208 @@ import re
 import shlex
 from pathlib import Path
 
-from gputune.tuning.options import MACHINE, ROWS, RULES, SEARCH, Rule
+from gputune.tuning.options import (
+    COMPUTE,
+    DATA,
+    HYPERGRADIENTS,
+    MODEL,
+    OUTPUT,
+    RULES,
+    SEARCH,
+    STOPPING,
+    Rule,
+)
+from gputune.types import OPTIMIZERS
 from gputune.wording import Interface, Reference
 
 _MIN_EPOCHS = Rule(
-    "--min-epochs E",
-    "with --method halving: epochs before the first rung [default: 1/27 of --epochs]; with "
-    "median: before the first decision [default: 1/10]",
+    "--min-epochs <INT>",
+    "Epochs before the first rung, or before the first decision",
+    "For --method halving and median.",
+    "1/27 of --epochs for halving; 1/10 for median",
     "1..",
 )
 
 METHOD_RULES: dict[str, dict[str, Rule]] = {
     "halving": {
         "factor": Rule(
-            "--factor F",
-            "with --method halving: the best 1/F of the trials continue after a rung [default: 3]",
+            "--factor <NUMBER>",
+            "Divisor of the number of trials that continue after a rung",
+            "For --method halving. With 3, the best third continues.",
+            "3",
             "number",
         ),
         "min_epochs": _MIN_EPOCHS,
         "brackets": Rule(
-            "--brackets N",
-            "with --method halving: number of brackets, each with a later first rung [default: 1]",
+            "--brackets <INT>",
+            "Number of brackets, each with a later first rung",
+            "For --method halving.",
+            "1",
             "1..",
         ),
     },
     "median": {
         "min_epochs": _MIN_EPOCHS,
         "every": Rule(
-            "--every E",
-            "with --method median: epochs between two decisions [default: --min-epochs]",
+            "--every <INT>",
+            "Epochs between two decisions",
+            "For --method median.",
+            "--min-epochs",
             "1..",
         ),
     },
     "hypergradient": {
         "hyperparameters": Rule(
-            "--descend-on KEY,KEY",
-            "with --method hypergradient: some of lr, momentum, weight_decay, beta1, beta2; C for "
-            "the solved logistic regression [default: lr]",
+            "--descend-on <NAME,...>",
+            "Hyperparameters that follow their gradient",
+            "For --method hypergradient.",
+            "lr",
             "names",
+            values=(
+                "lr",
+                "momentum",
+                "weight_decay",
+                "beta1",
+                "beta2",
+                "C (of the solved logistic regression)",
+            ),
         ),
         "outer_steps": Rule(
-            "--outer-steps N",
-            "with --method hypergradient: steps from each starting point [default: 10]",
+            "--outer-steps <INT>",
+            "Steps from each starting point",
+            "For --method hypergradient.",
+            "10",
             "1..",
         ),
         "segments": Rule(
-            "--segments S",
-            "with --method hypergradient: values of each hyperparameter during a training "
-            "[default: 1]",
+            "--segments <INT>",
+            "Values of each hyperparameter during a training",
+            "For --method hypergradient.",
+            "1",
             "1..",
         ),
         "per_layer": Rule(
-            "--per-layer", "with --method hypergradient: use separate values for each layer"
+            "--per-layer",
+            "Use separate values for each layer",
+            "For --method hypergradient.",
         ),
     },
 }
 """The options of the search methods that have a flag."""
 
-_MORE_RULES: dict[str, dict[str, Rule]] = {
-    "the target and the model": {
-        "target": Rule(
-            "--target COL", "the column to predict [default: 'target' for sklearn:NAME]"
+_FIRST_RULES: dict[str, dict[str, Rule]] = {
+    DATA: {
+        "target": Rule("--target <NAME>", "Column to predict", default="target of sklearn:NAME"),
+        "groups": Rule(
+            "--groups <NAME>", "Column of groups; folds never split the rows of a group"
         ),
+        "test_size": Rule(
+            "--test-size <SHARE>",
+            "Share of rows to hold out",
+            "They give one honest score. 0 uses all rows.",
+            "0.2",
+            takes="number",
+        ),
+    },
+    MODEL: {
         "model": Rule(
-            "--model M",
-            "mlp, logistic, realmlp, cnn for images, gru for sequences, or PATH.py:NAME "
-            "[default: mlp]",
+            "--model <NAME>",
+            "Model to tune, or your own module",
+            "cnn is for images, gru for sequences.",
+            "mlp",
+            values=("mlp", "logistic", "realmlp", "cnn", "gru", "FILE.py:NAME"),
         ),
         "optimizer": Rule(
-            "--optimizer O",
-            "adamw, adam, sgd, nesterov; with the suffix hd they adapt their learning rate; "
-            "rmsprop, lion, muon, schedulefree; for a module also a class of torch.optim, such as "
-            "RAdam [default: adamw; exact for logistic]",
+            "--optimizer <NAME>",
+            "Optimizer",
+            "Names that end in hd adapt their learning rate. A module also takes a class of "
+            "torch.optim, such as RAdam.",
+            "adamw; exact for logistic",
+            values=(*OPTIMIZERS, "exact"),
         ),
     },
+    SEARCH: {},
+    STOPPING: {**METHOD_RULES["halving"], **METHOD_RULES["median"]},
+    HYPERGRADIENTS: METHOD_RULES["hypergradient"],
+    COMPUTE: {},
+    OUTPUT: {
+        "study": Rule(
+            "--out <FOLDER>",
+            "Folder for study.db and model/",
+            "Repeat the command to resume a stopped search.",
+            "gputune-out",
+        ),
+    },
+}
+"""The flags that are not options of a search and come first in their group, by its title."""
+
+_LAST_RULES: dict[str, dict[str, Rule]] = {
     SEARCH: {
         "sampler": Rule(
-            "--sampler",
-            "the sampler that proposes configurations in batches: tpe, from Optuna (needs optuna)",
+            "--sampler <NAME>",
+            "Optuna sampler that proposes configurations in batches",
+            "It needs optuna.",
             choices=("tpe",),
         ),
-        **{name: rule for group in METHOD_RULES.values() for name, rule in group.items()},
     },
-    ROWS: {
-        "groups": Rule("--groups COL", "rows of one group are never split between folds"),
-        "test_size": Rule(
-            "--test-size SHARE",
-            "share of the rows to hold out for one honest score; 0 uses all rows [default: 0.2]",
-            "number",
-        ),
-    },
-    MACHINE: {
-        "study": Rule(
-            "--out DIR",
-            "folder for study.db and model/; repeat the command to resume a stopped search "
-            "[default: gputune-out; gputune-train for train]",
-        ),
+    COMPUTE: {
         "ray": Rule(
-            "--ray ADDRESS",
-            "train on a Ray cluster: local, auto, HOST:PORT or ray://HOST:PORT; type it after FILE "
-            "[default: local]",
+            "--ray [<ADDRESS>]",
+            "Train on a Ray cluster",
+            "Without an address it is local.",
+            values=("local", "auto", "HOST:PORT", "ray://HOST:PORT"),
             resume=True,
         ),
+    },
+    OUTPUT: {
         "ensemble": Rule(
             "--ensemble",
-            "also make an ensemble of the best trials, and save the model that is better on the "
-            "held-out rows",
+            "Also make an ensemble of the best trials",
+            "The model that is better on the held-out rows is saved.",
+            stored=True,
             resume=True,
         ),
         "intervals": Rule(
             "--intervals",
-            "store residuals with the model, for gputune predict --interval",
+            "Store residuals with the model, for gputune predict --interval",
+            stored=True,
             resume=True,
         ),
         "calibrate": Rule(
             "--calibrate",
-            "calibrate class probabilities by temperature scaling [default: only if --scoring is "
-            "neg_log_loss]",
+            "Calibrate class probabilities by temperature scaling",
+            default="only if --scoring is neg_log_loss",
+            stored=True,
             resume=True,
         ),
         "compare_default": Rule(
             "--compare-default",
-            "also train the default configuration on all rows, and compare both models on the "
-            "held-out rows [default: only if that takes less than a tenth of the search's steps]",
+            "Also train the default configuration, to compare held-out scores",
+            "Both models train on all rows that are not held out.",
+            "only if that takes less than a tenth of the search's steps",
             takes="yes or no",
+            stored=True,
             resume=True,
         ),
         "profile": Rule(
             "--profile",
-            "print at the end how the time was spent, and the share of the machine's speed for "
-            "matrix products that the training reached",
+            "Print at the end how the time was spent",
+            "The text also has the share of the machine's speed for matrix products that the "
+            "training reached.",
             resume=True,
         ),
     },
 }
-"""The flags that are not options of a search, by the title of their group."""
+"""The flags that are not options of a search and come last in their group, by its title."""
 
 
 def option_groups() -> dict[str, dict[str, Rule]]:
-    """Return the flags of ``gputune tune --help`` by the title of their group.
-
-    The flags of the command itself come last in each group.
-    """
-    groups: dict[str, dict[str, Rule]] = {title: {} for title in _MORE_RULES}
+    """Return the flags of ``gputune tune --help`` by the title of their group."""
+    groups = {title: dict(rules) for title, rules in _FIRST_RULES.items()}
     for name, rule in RULES.items():
         if rule.flag:
             groups[rule.group][name] = rule
-    for title, rules in _MORE_RULES.items():
+    for title, rules in _LAST_RULES.items():
         groups[title] |= rules
     return groups
 

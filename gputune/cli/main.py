@@ -7,16 +7,20 @@ It runs one command and returns its exit code: 0 done, 1 failed, 2 bad input or 
 import argparse
 import gc
 import os
+import shutil
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
 from gputune.cli.arguments import make_parser
+from gputune.cli.commands import COMMANDS
 from gputune.cli.flags import CommandLine
+from gputune.cli.help import command_help, overview
+from gputune.cli.style import Style
 from gputune.errors import (
     CheckFailedError,
     ClusterError,
@@ -27,7 +31,7 @@ from gputune.errors import (
     Terminated,
 )
 from gputune.garbage import without_collector
-from gputune.text import clean, count
+from gputune.text import clean, count, did_you_mean
 from gputune.tuning.interrupt import end_command, end_process, take_signals
 from gputune.wording import Interface
 
@@ -35,9 +39,18 @@ _MODULES = {
     **dict.fromkeys(("tune", "train", "resume"), "tune"),
     **dict.fromkeys(("trials", "best", "status", "report", "repair"), "study"),
     **dict.fromkeys(("predict", "evaluate", "export"), "model"),
-    "check": "main",
+    **dict.fromkeys(("check", "help"), "main"),
 }
 """Command -> the module of its function, which returns the text for standard output."""
+
+_READING = ("tune", "train", "resume", "report", "predict", "evaluate", "export")
+"""The commands that read files, which are checked before anything heavy is imported."""
+
+_LABELED = ("tune", "train", "resume", "report", "status")
+"""The commands whose result has labels at the beginning of its lines."""
+
+_TRUSTED = ("help", "completion")
+"""The commands whose result holds no text of a user."""
 
 DONE = 0
 FAILED = 1
@@ -74,6 +87,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(typed: list[str]) -> int:
     """Parse the arguments and run the command."""
+    if not typed:
+        width = shutil.get_terminal_size().columns
+        text = overview(full=False, width=width, style=Style.of(sys.stderr))
+        with suppress(OSError, ValueError):
+            print(text, file=sys.stderr)
+        return BAD_INPUT
     try:
         arguments = make_parser().parse_args(typed, argparse.Namespace(typed=typed))
     except SystemExit as ending:
@@ -121,30 +140,45 @@ def _flush_streams() -> None:
 def _run(arguments: argparse.Namespace, interface: Interface) -> int:
     """Run the command, print its result, and return its exit code."""
     try:
-        # It imports numpy, for which --help must not wait.
-        from gputune.cli.paths import check_paths
+        if arguments.command in _READING:
+            # It imports numpy, for which --help must not wait.
+            from gputune.cli.paths import check_paths
 
-        check_paths(arguments)
+            check_paths(arguments)
         with without_collector():
             module = import_module(f"gputune.cli.{_MODULES[arguments.command]}")
         text = getattr(module, arguments.command)(arguments)
         is_quiet = getattr(arguments, "verbose", 1) == 0
-        return _write("" if is_quiet else text)
+        return _write("" if is_quiet else text, command=arguments.command)
     except SearchInterrupted as stop:
-        _write(stop.report if arguments.verbose else "")
+        _write(stop.report if arguments.verbose else "", command=arguments.command)
         _say(interface.render(stop.message))
         return 128 + stop.signal  # the exit code that a shell gives for a signal
     except CheckFailedError as failed:
-        _write(failed.report)
+        _write(failed.report, command=arguments.command)
         _say(str(failed))
         return FAILED
     except (InputError, SearchFailedError, ClusterError, DivergedError, OSError) as error:
-        _say(f"error: {interface.render(_message(error))}")
+        _say(interface.render(_message(error)), kind="error")
         return BAD_INPUT if isinstance(error, _BAD_INPUT) else FAILED
     except Exception:  # a bug: the report needs the traceback
         with suppress(OSError, ValueError):
             traceback.print_exc()
         return FAILED
+
+
+def help(arguments: argparse.Namespace) -> str:
+    """Return the long help of a command, or the list of commands. Raises InputError."""
+    style = Style.of(sys.stdout)
+    width = shutil.get_terminal_size().columns
+    if arguments.topic is None:
+        return overview(full=True, width=width, style=style)
+    if arguments.topic not in COMMANDS:
+        remedy = did_you_mean(arguments.topic, COMMANDS) or f"Choose {', '.join(COMMANDS)}."
+        raise InputError(
+            "COMMAND", "must be a command of gputune", got=arguments.topic, remedy=remedy.strip()
+        )
+    return command_help(COMMANDS[arguments.topic], full=True, width=width, style=style)
 
 
 def check(arguments: argparse.Namespace) -> str:
@@ -180,27 +214,34 @@ def check(arguments: argparse.Namespace) -> str:
     return text
 
 
-def _write(text: str) -> int:
-    """Print the result, and return the exit code.
+def _write(text: str, *, command: str) -> int:
+    """Print the result of a command, and return the exit code.
 
     A closed pipe, as with ``head``, is not reported.
     """
-    if sys.stdout.isatty():
+    if sys.stdout.isatty() and command not in _TRUSTED:
         text = clean(text, keep="\n")
+    if command in _LABELED:
+        text = Style.of(sys.stdout).labeled(text)
     try:
         print(text, end="\n" if text else "", flush=True)
     except BrokenPipeError:
         return FAILED
     except OSError as error:
-        _say(f"error: the result cannot be written to standard output: {_message(error)}")
+        _say(f"the result cannot be written to standard output: {_message(error)}", kind="error")
         return FAILED
     return DONE
 
 
-def _say(text: str) -> None:
-    """Print a line to standard error."""
+def _say(text: str, *, kind: Literal["", "error", "warning"] = "") -> None:
+    """Print a line to standard error. An error or warning is marked in its color."""
     with suppress(OSError, ValueError):  # the exit code reports the failure in any case
-        print(f"gputune: {clean(text)}", file=sys.stderr)
+        style = Style.of(sys.stderr)
+        mark = ""
+        if kind:
+            color = style.error if kind == "error" else style.warning
+            mark = f"{color(f'{kind}:')} "
+        print(f"gputune: {mark}{clean(text)}", file=sys.stderr)
 
 
 def _message(error: Exception) -> str:
@@ -224,7 +265,7 @@ def _warnings_on_one_line(interface: Interface) -> Iterator[None]:
             show_as_python(message, category, *place, **kwargs)
         elif text not in seen:
             seen.add(text)
-            _say(f"warning: {interface.render(getattr(message, 'marked', text))}")
+            _say(interface.render(getattr(message, "marked", text)), kind="warning")
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)

@@ -39,12 +39,15 @@ class Rule:
     """The rule of an option, or of anything else on the command line.
 
     Attributes:
-        flag: The flag on the command line. "--epochs E" takes a value, "--tf32" takes none. "" for
-            an option that the command line lacks.
-        help: The help text.
+        flag: The flag on the command line. "--epochs <INT>" takes a value, "--tf32" takes none. ""
+            for an option that the command line lacks.
+        help: The help text, a noun phrase or an imperative without a full stop.
+        details: More sentences for the long help.
+        default: The default as the help shows it.
         takes: The kind of value: integers from 0 or 1, names separated by commas, several KEY=SPEC,
             and so on.
         choices: The allowed strings, or None.
+        values: The possible values as the help shows them, if they are not ``choices``.
         check: A function of a name and a value. It returns the value to use or raises InputError.
         stored: If True, a study file stores the given value, for a resume and a refit.
         resume: If True or a text, ``gputune resume`` may change the option. A text is its help text
@@ -54,8 +57,11 @@ class Rule:
 
     flag: str = ""
     help: str = ""
+    details: str = ""
+    default: str = "none"
     takes: Takes = "text"
     choices: Sequence[str] | None = None
+    values: Sequence[str] = ()
     check: Callable[[str, object], object] | None = None
     stored: bool = False
     resume: bool | str = False
@@ -66,20 +72,32 @@ class Rule:
         """The flag without its value."""
         return self.flag.partition(" ")[0]
 
+    @property
+    def metavar(self) -> str:
+        """The name of the value in the help; "" for a flag without a value."""
+        return self.flag.partition(" ")[2]
 
-def _option(default: object, *rule: Any, **settings: Any) -> Any:
-    """Return a field of ``Options`` with a default and a rule."""
-    return field(default=default, metadata={"rule": Rule(*rule, **settings)})
+
+def _option(value: object, *rule: Any, **settings: Any) -> Any:
+    """Return a field of ``Options`` with a default value and a rule."""
+    return field(default=value, metadata={"rule": Rule(*rule, **settings)})
 
 
 _BACKENDS = get_args(BackendWord)
 
-SEARCH = "the search"
-ROWS = "the rows"
-MACHINE = "the machine and the output"
+DATA = "Data"
+MODEL = "Model"
+SEARCH = "Search"
+STOPPING = "Early stopping"
+HYPERGRADIENTS = "Hypergradients"
+COMPUTE = "Compute"
+OUTPUT = "Output"
+_data = partial(_option, group=DATA)
+_model = partial(_option, group=MODEL)
 _search = partial(_option, group=SEARCH)
-_rows = partial(_option, group=ROWS)
-_machine = partial(_option, group=MACHINE)
+_stopping = partial(_option, group=STOPPING)
+_compute = partial(_option, group=COMPUTE)
+_output = partial(_option, group=OUTPUT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,267 +106,334 @@ class Options:
 
     n_trials: int = _search(
         64,
-        "--trials N",
-        "number of configurations, including the default one [default: 64; 8 with --method "
-        "hypergradient, which trains up to 11 points for each]",
+        "--trials <INT>",
+        "Number of configurations",
+        "The default configuration is one of them. With --method hypergradient the default is 8, "
+        "and gputune trains up to 11 points for each.",
+        "64",
         takes="0..",
         stored=True,
-        resume="total number of configurations, to add more",
+        resume="Total number of configurations, to add more",
     )
     include: Sequence[Mapping[str, object]] = _search(
         (),
-        "--include KEY=VALUE",
-        "a configuration to run in addition to the drawn ones, completed with defaults; repeat the "
-        "flag for more",
+        "--include <KEY=VALUE>...",
+        "A configuration to run in addition to the drawn ones",
+        "Missing keys have their defaults. Repeat the flag for more configurations.",
         takes="config",
     )
     include_default: bool = _search(
         True,
         "--no-default",
-        "do not run the default configuration (trial 0, moved into the ranges of --space)",
+        "Do not run the default configuration",
+        "It is trial 0, moved into the ranges of --space.",
+        "run it",
         stored=True,
     )
     warm_start: "Sequence[Study]" = _search(
         (),
-        "--warm-start STUDY,...",
-        "earlier studies of this space: the five best trials of each run first, in addition to "
-        "--trials",
+        "--warm-start <STUDY,...>",
+        "Earlier studies of this space, to run their best trials first",
+        "These are five trials of each study, in addition to --trials.",
         takes="names",
         check=checks.studies,
     )
     max_epochs: int = _search(
         50,
-        "--epochs E",
-        "largest number of epochs; with --method hypergradient the derivative spans them, so that "
-        "a short training favors small rates [default: 50]",
+        "--epochs <INT>",
+        "Largest number of epochs",
+        "With --method hypergradient the derivative spans all epochs, so a short training favors "
+        "small learning rates.",
+        "50",
         takes="1..",
         check=checks.count,
         stored=True,
     )
-    patience: int | None = _search(
+    patience: int | None = _stopping(
         None,
-        "--patience E",
-        "end a trial after E epochs without a better mean validation score [default: all train to "
-        "the end]",
+        "--patience <INT>",
+        "End a trial after this number of epochs without a better score",
+        "The score is the mean over the folds.",
+        "all train to the end",
         takes="1..",
         check=partial(checks.count, none=True),
     )
     epoch: Literal["best", "last"] = _option("best", check=checks.one_of("best", "last"))
     method: "Method" = _search(
         "random",
-        "--method",
-        "halving: the best third continues at each rung; median: trials below the median stop; "
-        "hypergradient: each drawn configuration follows the gradient of its validation loss "
-        "[default: random]",
+        "--method <NAME>",
+        "Search method",
+        "halving: the best third continues at each rung. median: trials below the median stop. "
+        "hypergradient: each drawn configuration follows the gradient of its validation loss.",
+        "random",
         choices=get_args(MethodWord),
         check=checks.method,
     )
     scoring: "Scorings | None" = _search(
         None,
-        "--scoring NAME,...",
-        "a scikit-learn scorer name, or several: the first one ranks the trials [default: "
-        "accuracy or r2; with --loss mae, huber or quantile the score of that loss; with "
-        "hypergradients the minimized loss]",
+        "--scoring <NAME,...>",
+        "scikit-learn scorers",
+        "The first one ranks the trials. With --loss mae, huber or quantile, the default is the "
+        "score of that loss. With hypergradients it is the minimized loss.",
+        "accuracy or r2",
         takes="scorers",
         stored=True,
     )
     positive: object = _search(
         None,
-        "--positive CLASS",
-        "the positive class for f1, precision, recall, average_precision, ...",
+        "--positive <CLASS>",
+        "Positive class for f1, precision, recall, average_precision, ...",
     )
     space: object = _search(
         None,
-        "--space KEY=SPEC",
-        "search space: width=32,64 is a list, width=16..256 all integers in this range, "
-        "lr=1e-4..1e-1:log is log-uniform, dropout=0..0.5 uniform, depth=3 fixed; or a name: "
-        "mlp, realmlp, realmlp-tabarena",
+        "--space <KEY=SPEC>...",
+        "Search space",
+        "width=32,64 is a list, width=16..256 all integers in this range, lr=1e-4..1e-1:log is "
+        "log-uniform, dropout=0..0.5 uniform, depth=3 fixed. A name is a space of gputune. The "
+        "default space is at the end of this help. You may repeat the flag.",
+        "the space of the model",
         takes="specs",
+        values=("KEY=SPEC", "mlp", "realmlp", "realmlp-tabarena"),
     )
-    schedule: str = _search(
+    schedule: str = _model(
         "constant",
-        "--schedule S",
-        f"schedule of the learning rate: {', '.join(SCHEDULES)} [default: constant]",
+        "--schedule <NAME>",
+        "Schedule of the learning rate",
+        default="constant",
+        values=SCHEDULES,
         check=checks.one_of(*SCHEDULES),
     )
     random_state: int = _search(
-        0, "--seed S", "random seed [default: 0]", takes="0..", check=checks.seed
+        0, "--seed <INT>", "Random seed", default="0", takes="0..", check=checks.seed
     )
-    timeout: float | None = _search(
+    timeout: float | None = _stopping(
         None,
-        "--timeout SEC",
-        "stop training after SEC seconds",
+        "--timeout <SECONDS>",
+        "Stop training after this time",
         takes="number",
         check=partial(checks.seconds, none=True),
         resume=True,
     )
-    target_score: float | None = _search(
+    target_score: float | None = _stopping(
         None,
-        "--target-score S",
-        "stop when a trial has this score, in scikit-learn's sign (-0.3 for neg_log_loss)",
+        "--target-score <NUMBER>",
+        "Stop when a trial has this score",
+        "It has scikit-learn's sign, such as -0.3 for neg_log_loss.",
         takes="number",
         check=checks.score,
         stored=True,
         resume=True,
     )
-    patience_trials: int | None = _search(
+    patience_trials: int | None = _stopping(
         None,
-        "--patience-trials N",
-        "stop when N trials in a row are no better than the best trial before them",
+        "--patience-trials <INT>",
+        "Stop when this number of trials in a row brings no better score",
         takes="1..",
         check=partial(checks.count, none=True),
         stored=True,
         resume=True,
     )
 
-    task: "TaskWord | None" = _rows(
-        None, "--task T", "classification or regression, if gputune's guess is wrong"
+    task: "TaskWord | None" = _data(
+        None,
+        "--task <NAME>",
+        "Task, if gputune's guess from the target is wrong",
+        default="guessed",
+        values=("classification", "regression"),
     )
-    missing_target: "MissingTarget" = _rows(
+    missing_target: "MissingTarget" = _data(
         "error",
-        "--missing-target",
-        "treatment of rows with a missing target: error, or drop them [default: error]",
+        "--missing-target <NAME>",
+        "Treatment of rows with a missing target",
+        default="error",
         choices=("error", "drop"),
         check=checks.one_of("error", "drop"),
         stored=True,
     )
-    target_transform: "TargetTransform | None" = _rows(
+    target_transform: "TargetTransform | None" = _data(
         None,
-        "--target-transform T",
-        "predict log (of numbers above 0) or log1p (above -1) of the target; scores and "
-        "predictions are in the units of the target",
+        "--target-transform <NAME>",
+        "Transform of the target before training",
+        "log needs numbers above 0, log1p numbers above -1. Scores and predictions are in the "
+        "units of the target.",
+        values=("log", "log1p"),
         check=checks.target_transform,
     )
-    cv: object = _rows(
-        5, "--cv K", "number of folds, or time:5 for rows in order of time [default: 5]"
+    cv: object = _data(
+        5,
+        "--cv <FOLDS>",
+        "Number of folds, or time:INT",
+        "time:5 is for rows in order of time.",
+        "5",
+        values=("an integer from 2", "time:INT"),
     )
-    loss: str | Callable[..., object] | None = _rows(
+    loss: str | Callable[..., object] | None = _model(
         None,
-        "--loss NAME",
-        "training loss: mse, mae, huber or huber:DELTA, quantile or quantile:LEVEL for numbers "
-        "(mae and huber rank by absolute errors, quantile by the pinball loss); cross_entropy for "
-        "classes, bce for labels",
+        "--loss <NAME>",
+        "Training loss",
+        "mse, mae, huber and quantile are for numbers, cross_entropy is for classes, and bce for "
+        "labels. mae and huber rank by absolute errors, quantile by the pinball loss.",
+        "the usual loss of the task",
+        values=(
+            "mse",
+            "mae",
+            "huber",
+            "huber:DELTA",
+            "quantile",
+            "quantile:LEVEL",
+            "cross_entropy",
+            "bce",
+        ),
         stored=True,
     )
     training_step: Callable[..., object] | None = None
     augment: Callable[..., object] | None = None
-    class_weight: "ClassWeight" = _rows(
+    class_weight: "ClassWeight" = _model(
         None,
-        "--class-weight W",
-        "weights in the training loss: balanced, or CLASS=WEIGHT,... (left=5,stayed=1)",
+        "--class-weight <WEIGHTS>",
+        "Weights of the classes in the training loss",
+        values=("balanced", "CLASS=WEIGHT,... such as left=5,stayed=1"),
         stored=True,
     )
     sample_weight: object = None
-    drop: Sequence[str] = _rows(
+    drop: Sequence[str] = _data(
         (),
-        "--drop COL,COL",
-        "columns to leave out, such as an id",
+        "--drop <NAME,...>",
+        "Columns to leave out, such as an id",
         takes="names",
         check=checks.names,
         stored=True,
     )
-    kinds: "Mapping[str, Kind] | None" = _rows(
+    kinds: "Mapping[str, Kind] | None" = _data(
         None,
-        "--kind COL=KIND",
-        "kind of a column: category (a postal code), number or date (20200131)",
+        "--kind <COLUMN=KIND>...",
+        "Kinds of columns that gputune would guess wrong",
+        "For example zip=category for a postal code, or day=date for 20200131.",
+        "guessed",
         takes="specs",
+        values=("category", "number", "date"),
         check=checks.kinds,
         stored=True,
     )
-    max_levels: int = _rows(
+    max_levels: int = _data(
         32,
-        "--max-levels N",
-        "number of levels of a category (the most frequent ones) with a feature each [default: 32]",
+        "--max-levels <INT>",
+        "Number of levels of a category with a feature each",
+        "These are the most frequent levels. Rare levels share one feature.",
+        "32",
         takes="1..",
         check=checks.count,
         stored=True,
     )
-    columns: "Columns | Literal['auto']" = _rows(
+    columns: "Columns | Literal['auto']" = _data(
         "auto",
-        "--columns HOW",
-        "keep: each numeric column is one feature; drop-constant: leave out constant columns, and "
-        "add features that mark missing values; auto: keep for your own class [default: auto]",
+        "--columns <NAME>",
+        "Preparation of columns",
+        "keep: each numeric column is one feature. drop-constant: leave out constant columns, and "
+        "add features that mark missing values. auto: keep for your own module, drop-constant "
+        "otherwise.",
+        "auto",
+        values=("auto", "keep", "drop-constant"),
         check=checks.one_of("auto", "keep", "drop-constant"),
     )
-    numbers: Numbers | Literal["auto"] = _rows(
+    numbers: Numbers | Literal["auto"] = _data(
         "auto",
-        "--numbers HOW",
-        "scaling: standard, robust (median, quartiles, a smooth clip), quantile, piecewise (16 "
-        "bins between quantiles), piecewise-tree (bins of a decision tree on the target) or none; "
-        "auto: standard for tables, none for images and sequences [default: auto]",
+        "--numbers <NAME>",
+        "Scaling of numeric columns",
+        "robust: median, quartiles and a smooth clip. piecewise: 16 bins between quantiles. "
+        "piecewise-tree: bins of a decision tree on the target. auto: standard for tables, none "
+        "for images and sequences.",
+        "auto",
+        values=("auto", *NUMBERS),
         check=checks.one_of("auto", *NUMBERS),
     )
 
-    device: str = _machine(
+    device: str = _compute(
         "auto",
-        "--device D",
-        "auto (GPUs for long work), cpu, cuda (all GPUs of the machine) or cuda:1 [default: auto]",
+        "--device <NAME>",
+        "Device that trains",
+        "auto takes a GPU for long work, and cuda takes all GPUs of the machine.",
+        "auto",
+        values=("auto", "cpu", "cuda", "cuda:INDEX"),
         stored=True,
-        resume="a different device; results are then equal up to rounding",
+        resume="A different device; results are then equal up to rounding",
     )
-    backend: BackendWord = _machine(
+    backend: BackendWord = _compute(
         "auto",
-        "--backend",
-        "training of members: compiled code on a CPU, a kernel on a GPU, recorded steps (graph), "
-        "operations on stacked tensors (eager; stacked requires them for a module), or one member "
-        "after another (loop) [default: auto]",
+        "--backend <NAME>",
+        "Program that trains the members",
+        "compiled: compiled code on a CPU. kernel: a kernel on a GPU. graph: recorded steps. "
+        "eager: operations on stacked tensors (stacked requires them for a module). loop: one "
+        "member after another.",
+        "auto",
         choices=_BACKENDS,
         check=checks.one_of(*_BACKENDS),
         stored=True,
         resume=True,
     )
-    dtype: str = _machine(
+    dtype: str = _compute(
         "float32",
-        "--dtype T",
-        "float32 or float64 [default: float32]",
+        "--dtype <NAME>",
+        "Number format of the training",
+        default="float32",
+        values=("float32", "float64"),
         check=checks.one_of("float32", "float64"),
         stored=True,
     )
-    tf32: bool = _machine(
-        False, "--tf32", "let a GPU multiply matrices faster and with fewer bits", stored=True
+    tf32: bool = _compute(
+        False,
+        "--tf32",
+        "Multiply matrices on a GPU faster, with fewer bits",
+        stored=True,
     )
-    precision: Precision = _machine(
+    precision: Precision = _compute(
         "full",
-        "--precision P",
-        "precision of a module in training: full, or bf16 for matrix products and convolutions "
-        "[default: full]",
+        "--precision <NAME>",
+        "Precision of a module in training",
+        "bf16 is for matrix products and convolutions.",
+        "full",
         choices=("full", "bf16"),
         check=checks.one_of("full", "bf16"),
         stored=True,
     )
-    memory: int | str | None = _machine(
+    memory: int | str | None = _compute(
         None,
-        "--memory 8GB",
-        "memory of the device for trials that train together",
+        "--memory <SIZE>",
+        "Memory of the device for trials that train together, such as 8GB",
+        default="chosen for the device",
         check=checks.memory,
         stored=True,
-        resume="memory of the device for new chunks of trials",
+        resume="Memory of the device for new chunks of trials",
     )
-    workers: "int | Literal['auto'] | Ray" = _machine(
+    workers: "int | Literal['auto'] | Ray" = _compute(
         "auto",
-        "--workers N",
-        "number of processes on a CPU [default: auto]",
+        "--workers <INT>",
+        "Number of processes on a CPU",
+        default="auto",
         takes="workers",
+        values=("auto", "an integer from 1"),
         check=checks.workers,
         stored=True,
         resume=True,
     )
     study: Path | None = _option(None, check=checks.path)
-    checkpoint_seconds: float = _machine(
+    checkpoint_seconds: float = _output(
         60,
-        "--checkpoint-seconds SEC",
-        "interval of the checkpoints in DIR/study.db.state; a killed search repeats at most this "
-        "time [default: 60]",
+        "--checkpoint-seconds <SECONDS>",
+        "Interval of the checkpoints",
+        "They are in the folder study.db.state. A killed search repeats at most this time.",
+        "60",
         takes="number",
         check=checks.seconds,
         stored=True,
         resume=True,
     )
-    keep_predictions: bool = _machine(
+    keep_predictions: bool = _output(
         True,
         "--no-predictions",
-        "do not store the predictions of validation rows; ensembles and calibration then train "
-        "trials again",
+        "Do not store the predictions of validation rows",
+        "Ensembles and calibration then train trials again.",
+        "store them",
         check=checks.one_of(True, False),
         stored=True,
         resume=True,

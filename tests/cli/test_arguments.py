@@ -43,6 +43,64 @@ def test_every_argument_that_has_an_option_is_known():
 
 
 @pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("--n-trials 3 --max-epochs=4 --random-state 5", "--trials 3 --epochs 4 --seed 5"),
+        ("--study there --kinds zip=category", "--out there --kind zip=category"),
+        ("--no-include-default --no-keep-predictions", "--no-default --no-predictions"),
+        ("--hyperparameters lr,momentum", "--descend-on lr,momentum"),
+        ("--include-default --keep-predictions", ""),
+    ],
+)
+def test_names_of_the_python_api_are_flags(typed, meant):
+    parsed = vars(make_parser().parse_args(["tune", "FILE", *typed.split()]))
+    expected = vars(make_parser().parse_args(["tune", "FILE", *meant.split()]))
+    if not meant:
+        expected |= {"include_default": True, "keep_predictions": True}
+    assert parsed == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        ("--space lr=0.1 FILE", {"space": ["lr=0.1"]}),
+        ("--space lr=0.1 width=8 FILE --trials 3", {"space": ["lr=0.1", "width=8"]}),
+        ("--space lr=0.1 --space width=8 FILE", {"space": ["lr=0.1", "width=8"]}),
+        ("--space=lr=0.1 FILE", {"space": ["lr=0.1"]}),
+        ("--space realmlp FILE", {"space": ["realmlp"]}),
+        ("FILE --space lr=0.1 width", {"space": ["lr=0.1", "width"]}),
+        ("--space lr=0.1 width FILE", {"space": ["lr=0.1", "width"]}),
+        ("--kind a=date FILE", {"kinds": ["a=date"]}),
+        (
+            "--include lr=1 width=2 --include lr=2 FILE",
+            {"include": [["lr=1", "width=2"], ["lr=2"]]},
+        ),
+        ("--ray FILE", {"ray": "local"}),
+        ("--ray auto FILE", {"ray": "auto"}),
+        ("FILE --ray here:80", {"ray": "here:80"}),
+        ("--target-score -0.3 --space lr=1 FILE", {"target_score": -0.3, "space": ["lr=1"]}),
+        ("--space lr=1 -- FILE", {"space": ["lr=1"]}),
+    ],
+)
+def test_a_file_may_follow_an_option_with_several_values(words, options):
+    parsed = make_parser().parse_args(["tune", *words.split()])
+    assert parsed.file == "FILE"
+    assert {name: getattr(parsed, name) for name in options} == options
+
+
+@pytest.mark.parametrize("words", ["--space lr=0.1", "--ray auto", "--trials 3"])
+def test_a_missing_file_is_an_error(words, capsys):
+    with pytest.raises(SystemExit):
+        make_parser().parse_args(["tune", *words.split()])
+    assert "the following arguments are required: FILE" in capsys.readouterr().err
+
+
+def test_set_may_precede_the_file():
+    parsed = make_parser().parse_args("train --set lr=1 width=3 FILE".split())
+    assert (parsed.file, parsed.config) == ("FILE", ["lr=1", "width=3"])
+
+
+@pytest.mark.parametrize(
     ("typed", "hints"),
     [
         (

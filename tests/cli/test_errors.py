@@ -332,7 +332,6 @@ def test_no_study(bugs, command):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "COMMAND"),
         (["tun"], "Did you mean 'tune'?"),
         (["tune"], "FILE"),
         (["tune", "a.csv", "--targte", "x"], "--targte"),

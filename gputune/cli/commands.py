@@ -1,0 +1,328 @@
+"""The commands: their help texts, their files and folders, and their options."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from gputune.cli.flags import option_groups
+from gputune.tuning.options import COMPUTE, DATA, MODEL, OUTPUT, SEARCH, STOPPING, Rule
+from gputune.types import defaults_in_words
+
+
+@dataclass(frozen=True)
+class Flag(Rule):
+    """A flag that is not an option of a search.
+
+    Attributes:
+        initial: The value if the flag is not typed.
+        required: Whether the flag must be typed.
+        short: A form with one letter, such as "-q"; "" for none.
+    """
+
+    initial: str | None = None
+    required: bool = False
+    short: str = ""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command.
+
+    Attributes:
+        name: The word after ``gputune``.
+        help: The help text, without a full stop.
+        places: File and folder arguments: dest -> (metavar, help).
+        groups: The flags by the title of their group: title -> dest -> rule.
+        examples: Calls for the help.
+        epilog: A function that returns the end of the long help, or None.
+    """
+
+    name: str
+    help: str
+    places: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    groups: Mapping[str, Mapping[str, Rule]] = field(default_factory=dict)
+    examples: Sequence[str] = ()
+    epilog: Callable[[], str] | None = None
+
+
+_SET = Rule(
+    "--set <KEY=VALUE>...",
+    "Hyperparameters, such as lr=1e-3 width=64",
+    default="the default of each key",
+    takes="specs",
+)
+_QUIET = Flag("--quiet", "Print only warnings and errors", short="-q")
+# options of a search that ``gputune train`` has too
+_OF_TRAINING = ("max_epochs", "scoring", "positive", "random_state")
+_OF_SEARCH = ("ensemble", "compare_default")  # flags of the output that ``gputune train`` lacks
+
+_STUDY = ("STUDY", "A study.db, or the folder that holds it")
+_TABLE = (
+    "FILE",
+    "Table (.csv, .tsv, .parquet), arrays (.npz, .npy, .pt) or sklearn:digits",
+)
+_FOLDER = ("MODEL_DIR", "The folder of a saved model")
+_ROWS = (
+    "FILE",
+    "A table with the columns of the training data, or a .npz, .npy or .pt file with such arrays",
+)
+_TRUST = Flag(
+    "--trust-code",
+    "Run the code that the study or model names",
+    "Needed if it was not trained or saved on this machine.",
+)
+_BY = Flag("--by <NAME>", "Metric to rank by", default="the first of --scoring")
+_CLASS = Flag(
+    "--model <FILE.py:NAME>",
+    "The model's class, if its file has moved",
+    "This runs the file.",
+    "the file of the training",
+)
+
+
+def _format(*choices: str, details: str = "") -> Flag:
+    """Return the flag that chooses the format of the output. The first choice is the default."""
+    first = choices[0]
+    return Flag("--format <NAME>", "Format", details, first, choices=choices, initial=first)
+
+
+def _tuning() -> dict[str, dict[str, Rule]]:
+    """Return the flags of ``gputune tune`` by group."""
+    groups = option_groups()
+    groups[OUTPUT]["verbose"] = _QUIET
+    return groups
+
+
+def _training() -> dict[str, dict[str, Rule]]:
+    """Return the flags of ``gputune train`` by group."""
+    groups = _tuning()
+    training = {name: groups[SEARCH][name] for name in _OF_TRAINING}
+    timeout = groups[STOPPING]["timeout"]
+    groups[OUTPUT]["study"] = replace(groups[OUTPUT]["study"], default="gputune-train")
+    output = {name: rule for name, rule in groups[OUTPUT].items() if name not in _OF_SEARCH}
+    return {
+        DATA: groups[DATA],
+        MODEL: groups[MODEL],
+        "Training": {"config": _SET, **training, "timeout": timeout},
+        COMPUTE: groups[COMPUTE],
+        OUTPUT: output,
+    }
+
+
+def _resuming() -> dict[str, dict[str, Rule]]:
+    """Return the flags of ``gputune resume`` by group."""
+    groups = {}
+    for title, rules in option_groups().items():
+        changeable = {name: _for_resume(rule) for name, rule in rules.items() if rule.resume}
+        if changeable:
+            groups[title] = changeable
+    groups[OUTPUT]["verbose"] = _QUIET
+    groups[OUTPUT]["trust_code"] = _TRUST
+    return groups
+
+
+def _for_resume(rule: Rule) -> Rule:
+    """Return the rule of an option that ``gputune resume`` may change, with its help text there."""
+    # A resume keeps the values of the search, so the help must not name another default.
+    default = "as in the search" if rule.stored else rule.default
+    if rule.resume is True:
+        return replace(rule, default=default)
+    return replace(rule, help=str(rule.resume), details="", default=default)
+
+
+def _flags(*flags: Flag) -> dict[str, dict[str, Rule]]:
+    """Return flags in one group, by their name in Python."""
+    return {"Options": {flag.name[2:].replace("-", "_"): flag for flag in flags}}
+
+
+_TUNE_EXAMPLES = (
+    "gputune tune sklearn:digits",
+    "gputune tune houses.csv --target price --trials 100 --epochs 30",
+    "gputune tune houses.csv --target price --space lr=1e-4..1e-1:log width=64,128",
+    "gputune tune houses.csv --target price --method halving --timeout 600",
+    "gputune tune houses.csv --target price --model net.py:Net --cv 3",
+)
+
+_ALL = (
+    Command(
+        "tune",
+        "Search hyperparameters on a table, and save the study and the model",
+        {"file": _TABLE},
+        _tuning(),
+        _TUNE_EXAMPLES,
+        defaults_in_words,
+    ),
+    Command(
+        "train",
+        "Train one configuration without a search: its score in every fold, its curve, its model",
+        {"file": _TABLE},
+        _training(),
+        ("gputune train houses.csv --target price --set lr=1e-3 width=64",),
+        defaults_in_words,
+    ),
+    Command(
+        "resume",
+        "Continue a stopped search, using only its study",
+        {"study": _STUDY},
+        _resuming(),
+        ("gputune resume gputune-out", "gputune resume gputune-out --trials 200"),
+    ),
+    Command(
+        "trials",
+        "List the trials of a study",
+        {"study": _STUDY},
+        _flags(
+            _format(
+                "table",
+                "json",
+                "csv",
+                details="json and csv have scores in scikit-learn's sign (greater is better).",
+            ),
+            _BY,
+        ),
+    ),
+    Command(
+        "best",
+        "Show the best score of a study and its parameters",
+        {"study": _STUDY},
+        _flags(_format("text", "json"), _BY),
+    ),
+    Command(
+        "status",
+        "Show the progress of a search: trials by state, the best so far, the last result",
+        {"study": _STUDY},
+        _flags(
+            Flag(
+                "--watch",
+                "Show it every two seconds, with the best curves, until the search has ended",
+            )
+        ),
+    ),
+    Command(
+        "report",
+        "Write an HTML report on a finished or running study",
+        {"study": _STUDY},
+        _flags(
+            Flag("--out <FILE>", "File to write", default="report.html next to the study"),
+            Flag(
+                "--live",
+                "Write the report again every few seconds until the search has ended",
+                "The page reloads itself.",
+            ),
+            Flag("--confusion", "Add a confusion matrix of the best trial's predictions"),
+            Flag(
+                "--importance",
+                "Add the importance of each column, by shuffling it",
+                "This trains the best trial again.",
+            ),
+            _BY,
+            _TRUST,
+        ),
+    ),
+    Command(
+        "predict",
+        "Predict the rows of a file with a saved model, as CSV",
+        {"folder": _FOLDER, "file": _ROWS},
+        _flags(
+            Flag("--proba", "Write a column of probabilities for each class"),
+            Flag(
+                "--interval <LEVEL>",
+                "Add columns _lower and _upper with intervals that hold this share of the values",
+                "For example 0.9.",
+                "no intervals",
+                "number",
+            ),
+            Flag(
+                "--keep <NAME,...>",
+                "Columns of the file to write before the predictions, such as an id",
+                "The target is named TARGET_given.",
+                takes="names",
+            ),
+            Flag("--raw", "Write no ' before text that a spreadsheet would read as a formula"),
+            Flag("--out <FILE>", "File to write", default="standard output"),
+            _CLASS,
+            _TRUST,
+        ),
+        ("gputune predict gputune-out/model new-houses.csv --out prices.csv",),
+    ),
+    Command(
+        "evaluate",
+        "Score a saved model on the rows of a file with right answers",
+        {
+            "folder": _FOLDER,
+            "file": (_ROWS[0], f"{_ROWS[1]}; with the target, unless --target is a file"),
+        },
+        _flags(
+            Flag(
+                "--target <NAME>",
+                "Column or array with the right answers; for a .npy file, another .npy file",
+                default="the target of the training",
+            ),
+            Flag(
+                "--scoring <NAME,...>",
+                "scikit-learn scorer names",
+                default="the usual ones of the task",
+                takes="names",
+            ),
+            Flag(
+                "--positive <CLASS>",
+                "Positive class of f1, precision, recall, average_precision, ...",
+                default="that of the search",
+            ),
+            Flag(
+                "--missing-target <NAME>",
+                "Treatment of rows with a missing target",
+                default="error",
+                choices=("error", "drop"),
+                initial="error",
+            ),
+            _format("text", "json"),
+            _CLASS,
+            _TRUST,
+        ),
+        ("gputune evaluate gputune-out/model sold-houses.csv",),
+    ),
+    Command(
+        "export",
+        "Write a saved model as one file that runs without gputune",
+        {"folder": _FOLDER},
+        _flags(
+            Flag(
+                "--out <FILE>",
+                "The new file: .onnx for ONNX, .pt2 for torch.export",
+                required=True,
+            ),
+            _CLASS,
+            _TRUST,
+        ),
+        ("gputune export gputune-out/model --out model.onnx",),
+    ),
+    Command(
+        "check",
+        "Check that members equal a plain loop on a device, and how fast it trains (one minute)",
+        {},
+        _flags(
+            Flag(
+                "--device <NAME>",
+                "Device to check",
+                default="auto",
+                values=("auto", "cpu", "cuda", "cuda:INDEX"),
+                initial="auto",
+            ),
+            Flag("--json", "Print the table as JSON"),
+        ),
+    ),
+    Command(
+        "repair",
+        "Save the intact part of a damaged study into a new file",
+        {"study": ("STUDY", f"{_STUDY[1]}; it is only read")},
+        _flags(Flag("--out <FILE>", "The new file, in an existing folder", required=True)),
+    ),
+    Command(
+        "help",
+        "Print the help of gputune or of a command",
+        {"topic": ("[COMMAND]", "Command to explain")},
+    ),
+)
+
+COMMANDS: Mapping[str, Command] = {command.name: command for command in _ALL}
+"""The commands by name."""

@@ -1,0 +1,59 @@
+"""Bold and colored text for a terminal.
+
+Other outputs, ``TERM=dumb`` and a set ``NO_COLOR`` (https://no-color.org) get plain text.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from typing import TextIO
+
+_RESET = "\x1b[0m"
+_BOLD = "\x1b[1m"
+_YELLOW = "\x1b[33m"
+_RED = "\x1b[31m"
+
+_LABELS = re.compile(
+    r"^(Data|Inputs|Columns|Task|Search|Method|Sampler|Halving|Median|Memory|Device|Plan|Time|Scores"
+    r"|Ended|Trials|Trial \d+|Score|Others|Folds|Curve|Study|Model|Next|Go on|Note|Best|Running"
+    r"|Written|Report)(?= )",
+    re.MULTILINE,
+)
+"""The labels at the beginning of the lines of a closing text."""
+
+_WARNING = re.compile(r"^Warning(?= )", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Style:
+    """The style of the text for one stream. Without color all methods return plain text."""
+
+    has_color: bool = False
+
+    @classmethod
+    def of(cls, stream: TextIO) -> "Style":
+        """Return the style for a stream, which has color if it is a terminal that wants it."""
+        wants_color = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        return cls(wants_color and stream.isatty())
+
+    def bold(self, text: str) -> str:
+        """Return bold text."""
+        return self._in(_BOLD, text)
+
+    def warning(self, text: str) -> str:
+        """Return text in the color of a warning."""
+        return self._in(_YELLOW, text)
+
+    def error(self, text: str) -> str:
+        """Return text in the color of an error."""
+        return self._in(_RED, text)
+
+    def labeled(self, text: str) -> str:
+        """Return a closing text with bold labels and colored warnings."""
+        if not self.has_color:
+            return text
+        with_labels = _LABELS.sub(lambda label: self.bold(label[1]), text)
+        return _WARNING.sub(lambda label: self.warning(label[0]), with_labels)
+
+    def _in(self, code: str, text: str) -> str:
+        return f"{code}{text}{_RESET}" if self.has_color else text

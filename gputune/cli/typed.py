@@ -1,0 +1,91 @@
+"""The typed words, rewritten for the parser.
+
+Names of Python's arguments become flags: ``--n-trials`` is ``--trials``. A file after an option that
+takes several values is moved before the options: ``tune --space lr=0.1 FILE``.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from gputune.cli.commands import COMMANDS, Command
+from gputune.tuning.options import Rule, Takes
+
+SEVERAL: tuple[Takes, ...] = ("specs", "config")
+"""The kinds of options that take several values."""
+
+_CLUSTER = re.compile(r"local|auto|ray://.*|.*:\d+")
+"""The addresses of a Ray cluster. Another word after ``--ray`` may be the file."""
+
+
+def aliases(command: Command) -> dict[str, str]:
+    """Return the names of Python's arguments as flags, with the flag that each one means."""
+    names = {}
+    for rules in command.groups.values():
+        for name, rule in rules.items():
+            alias = f"--{name.replace('_', '-')}"
+            if alias == rule.name or name in _WITHOUT_ALIAS:
+                continue
+            if rule.name.startswith("--no-"):
+                names[f"--no-{alias[2:]}"] = rule.name
+            else:
+                names[alias] = rule.name
+    return names
+
+
+_WITHOUT_ALIAS = ("config", "config_file", "verbose")
+"""The names of options in ``gputune.cli`` that are no arguments of Python, or take other values."""
+
+
+def rewritten(words: Sequence[str]) -> list[str]:
+    """Return the words of a command line for the parser."""
+    if not words or words[0] not in COMMANDS:
+        return list(words)
+    command = COMMANDS[words[0]]
+    flags = _flags(command)
+    names = aliases(command)
+    renamed = []
+    for word in words[1:]:
+        flag, equals, value = word.partition("=")
+        renamed.append(f"{names.get(flag, flag)}{equals}{value}")
+    return [command.name, *_files_first(renamed, flags, len(command.places))]
+
+
+def _flags(command: Command) -> dict[str, Rule]:
+    """Return the rules of a command by their flag."""
+    return {rule.name: rule for rules in command.groups.values() for rule in rules.values()}
+
+
+def _files_first(words: list[str], flags: Mapping[str, Rule], n_files: int) -> list[str]:
+    """Return the words with missing files taken from the values of options with several values."""
+    n_typed = 0
+    movable = []  # places of words that an option would take, but that may be files
+    rule: Rule | None = None  # the option whose values follow
+    n_values = 0
+    for place, word in enumerate(words):
+        if word == "--":
+            n_typed += len(words) - place - 1
+            break
+        if word.startswith("-") and len(word) > 1:
+            flag, equals, _ = word.partition("=")
+            rule = None if equals else flags.get(flag)
+            n_values = 0
+            continue
+        n_values += 1
+        if rule is None or not rule.metavar:
+            n_typed += 1
+        elif rule.takes in SEVERAL:
+            if n_values > 1 and "=" not in word:
+                movable.append(place)
+        elif rule.metavar.startswith("["):
+            if n_values > 1:
+                n_typed += 1
+            elif not _CLUSTER.fullmatch(word):
+                movable.append(place)
+        elif n_values > 1:
+            n_typed += 1
+    n_missing = n_files - n_typed
+    if n_missing <= 0 or not movable:
+        return words
+    files = movable[-n_missing:]
+    rest = [word for place, word in enumerate(words) if place not in files]
+    return [*(words[place] for place in files), *rest]
