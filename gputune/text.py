@@ -35,14 +35,41 @@ def clean(value: object, *, keep: str = "") -> str:
 def short(value: object) -> str:
     """Return the value of a hyperparameter as text.
 
-    A float has four digits. A function or class is its name. Values for the segments and layers of
-    a training run are lists of these texts.
+    A float has four digits, also in a tuple or dict. A function or class is its name. Values for
+    the segments and layers of a training run are lists of these texts.
     """
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list):
         return f"[{', '.join(map(short, value))}]"
+    if isinstance(value, tuple | dict):
+        return with_short_numbers(clean(value))
     return clean(getattr(value, "__name__", value))
+
+
+# A quoted text, or a number with a decimal point. The second number of a version is none.
+_QUOTED_OR_NUMBER = re.compile(
+    r"""(?<!\w)'[^']*'|(?<!\w)"[^"]*"|(?<![\w.])\d+\.\d+(?:e[-+]?\d+)?(?!\w|\.\w)"""
+)
+
+
+def with_short_numbers(text: str) -> str:
+    """Return a text, such as a search space, with at most four digits per number.
+
+    Text in quotes stays unchanged.
+
+    Example:
+        >>> with_short_numbers("lr=[0.00012345678901234567, 0.1], name=['v1.23456']")
+        "lr=[0.0001235, 0.1], name=['v1.23456']"
+    """
+    return _QUOTED_OR_NUMBER.sub(_shortened, text)
+
+
+def _shortened(match: re.Match[str]) -> str:
+    """Return a number with at most four digits. Quoted text and short numbers stay unchanged."""
+    if match[0][0] in "'\"":
+        return match[0]
+    return min(match[0], f"{float(match[0]):.4g}", key=len)
 
 
 _PREFIX = 3

@@ -6,6 +6,7 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
+from gputune.report.digits import page_curves, page_front, page_scores
 from gputune.report.svg import (
     Chart,
     Frame,
@@ -34,11 +35,8 @@ from gputune.views.scores import (
     ParetoFront,
     Scale,
     Scores,
-    curve_view,
     linear_scale,
-    pareto_front,
     score_range,
-    score_view,
     value_scale,
 )
 
@@ -77,7 +75,7 @@ def curves_chart(study: Study) -> Chart | None:
     The best trials have a band that shows the spread over the folds. All other trials are thin
     lines behind them.
     """
-    curves = curve_view(study)
+    curves = page_curves(study)
     if not (np.isfinite(curves.mean).sum(1) > 1).any():
         return None
     best = curves.order[:BEST]
@@ -174,7 +172,7 @@ def folds_note(study: Study) -> str:
 def history_chart(study: Study) -> Chart | None:
     """Return the chart of scores by trial number with the best score so far, or None without a
     score."""
-    view = score_view(study)
+    view = page_scores(study)
     if not view.order:
         return None
     numbers = np.array([trial.number for trial in study.trials], dtype=float)
@@ -203,7 +201,7 @@ def pareto_charts(study: Study) -> list[Chart]:
 
     The list is empty for one metric, and if no trial has a score.
     """
-    fronts = [pareto_front(study, study.metrics[0], name) for name in study.metrics[1:]]
+    fronts = [page_front(study, study.metrics[0], name) for name in study.metrics[1:]]
     return [_pareto(study, front) for front in fronts if front.order]
 
 
@@ -251,7 +249,7 @@ def slice_charts(study: Study) -> tuple[list[Chart], tuple[str, ...]] | None:
     None if no hyperparameter varied, or if no trial has a score. Each chart has notes on its own
     omissions.
     """
-    view = score_view(study)
+    view = page_scores(study)
     varied = varied_parameters(study)
     if not view.order or not varied:
         return None
@@ -325,7 +323,7 @@ def path_charts(study: Study) -> list[Chart]:
     The list is empty for any other kind of search.
     """
     starts = descent_paths(study)
-    view = score_view(study)
+    view = page_scores(study)
     if not starts or not view.order:
         return []
     scores = [start.scores for start in starts]

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from gputune.errors import TOO_BIG, InputError
+from gputune.report.digits import page_scores
 from gputune.scratch import no_folder
 from gputune.study.record import has_form
 from gputune.study.rows import TrialState
 from gputune.study.store import States
 from gputune.study.study import Study, Trial, best_trial
-from gputune.text import Measure, clean, count, short
+from gputune.text import Measure, clean, count, short, with_short_numbers
 from gputune.types import Json
 from gputune.views.default_trial import (
     NO_IMPROVEMENT,
@@ -21,7 +22,6 @@ from gputune.views.default_trial import (
     improvement_text,
     shorter_training,
 )
-from gputune.views.scores import score_view
 
 STATES: dict[TrialState, str] = {
     "complete": "complete",
@@ -56,7 +56,7 @@ def score_facts(study: Study, model: Json | None) -> list[Fact]:
     best = best_trial(study)
     if best is None:
         return []
-    measure = score_view(study).measure
+    measure = page_scores(study).measure
     if record.face == "loop":
         return [(f"best {measure.title}", measure.text(best.score), f"trial {best.number}")]
     mean = "mean ± standard error" if math.isfinite(best.std_error) else "mean"
@@ -75,7 +75,7 @@ def search_facts(study: Study) -> list[Fact]:
     facts = []
     baseline = record.baseline
     if baseline is not None and best_trial(study) is not None:
-        score = score_view(study).measure.text(baseline["score"])
+        score = page_scores(study).measure.text(baseline["score"])
         facts.append(("without a model", score, clean(baseline["answer"])))
     facts.append(("trials", str(len(study.trials)), states_text(states_of(study))))
     facts.append(_time_fact(study))
@@ -99,7 +99,7 @@ def eligible_text(study: Study) -> str:
     pruned = sum(trial.state == "pruned" for trial in study.trials)
     if not pruned:
         return ""
-    if score_view(study).eligible[np.isfinite(study.scores)].all():
+    if page_scores(study).eligible[np.isfinite(study.scores)].all():
         return "Every trial with a score was pruned, so each of them can be the best trial."
     trials = "1 trial was" if pruned == 1 else f"{pruned} trials were"
     return (
@@ -199,6 +199,10 @@ def seconds_text(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
+_EXACT = ("data", "target", "classes", "positive class", "versions")
+"""Options whose texts stay unchanged, because they are names."""
+
+
 def setting(study: Study) -> list[tuple[str, str]]:
     """Return the names and values of the search's options."""
     record = study.record
@@ -227,7 +231,12 @@ def setting(study: Study) -> list[tuple[str, str]]:
         ("seed", record.seed),
         ("versions", ", ".join(f"{name} {version}" for name, version in record.versions.items())),
     ]
-    return [(name, clean(value)) for name, value in rows if value is not None and value != ""]
+    texts = []
+    for name, value in rows:
+        if value is not None and value != "":
+            text = clean(value)
+            texts.append((name, text if name in _EXACT else with_short_numbers(text)))
+    return texts
 
 
 def _transform(recorded: str | Json | None) -> object:

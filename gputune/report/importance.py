@@ -7,6 +7,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from gputune.report.charts import FEW
+from gputune.report.digits import page_scores
 from gputune.report.svg import (
     Chart,
     cut,
@@ -22,7 +23,7 @@ from gputune.study.rows import FoldReport
 from gputune.study.study import Study
 from gputune.text import clean
 from gputune.views.parameters import Axis, Importance, parallel_axes
-from gputune.views.scores import linear_scale, order_by_score, score_view
+from gputune.views.scores import limited, linear_scale, order_by_score
 
 WEAK = 0.2  # R2 below which the forest does not explain the trials
 # Limits of lines and axes, and number of colors of lines by the rank of their score.
@@ -57,7 +58,7 @@ def columns_chart(study: Study, report: FoldReport) -> Chart | None:
     """
     if not report.columns:
         return None
-    measure = score_view(study).measure
+    measure = page_scores(study).measure
     labels = map(clean, report.columns[:COLUMNS])
     rows = list(zip(labels, report.drops.tolist(), report.errors.tolist()))
     name = f"{'rise' if measure.lower_is_better else 'fall'} of {measure.title}"
@@ -98,7 +99,7 @@ def _bars(
         y = 4 + _ROW * row
         places = scale([drop - error, drop, drop + error]) * span
         low, middle, high = np.maximum(places, 0.0).tolist()
-        value_text = f"{round(drop, decimals) + 0.0:.{decimals}f} ± {error:.{decimals}f}"
+        value_text = f"{limited(drop, decimals)} ± {limited(error, decimals)}"
         parts += [
             text("tick end label", _LEFT - 10, y + 19, element("title", label), cut(label, 26)),
             element("rect", class_="bar", x=_LEFT, y=y + 5, width=middle, height=_ROW - 12, rx=2),
@@ -135,7 +136,7 @@ def parallel_chart(study: Study, important: Sequence[str] = ()) -> tuple[Chart, 
     None if no trial has a score or no hyperparameter varied. If there are too many axes, the
     ``important`` hyperparameters come first.
     """
-    view = score_view(study)
+    view = page_scores(study)
     notes = []
     axes = parallel_axes(view)
     if len(axes) == 1 or not view.order:

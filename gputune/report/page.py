@@ -30,6 +30,7 @@ from gputune.report.charts import (
     path_charts,
     slice_charts,
 )
+from gputune.report.digits import page_measures, page_scores
 from gputune.report.facts import (
     eligible_text,
     endings,
@@ -49,18 +50,11 @@ from gputune.report.importance import (
 from gputune.report.snippet import snippet
 from gputune.study.rows import FoldReport
 from gputune.study.study import Study, Trial, best_trial
-from gputune.text import Measure, clean, short
+from gputune.text import Measure, clean, short, with_short_numbers
 from gputune.types import Config, Json
 from gputune.version import __version__
 from gputune.views.parameters import importance
-from gputune.views.scores import (
-    Scores,
-    epochs_by,
-    order_by_score,
-    other_measures,
-    pareto_trials,
-    score_view,
-)
+from gputune.views.scores import Scores, epochs_by, limited, order_by_score, pareto_trials
 from gputune.wording import PYTHON, Verbatim
 
 MOST_ROWS = 10_000
@@ -97,7 +91,7 @@ def as_json(value: object) -> str:
 
 def _columns(study: Study, rows: int) -> list[TableColumn]:
     """Return the columns of the table for the best ``rows`` trials."""
-    view = score_view(study)
+    view = page_scores(study)
     order = order_by_score(study)[:rows]
     decimals = view.measure.decimals
     trials = [study.trials[row] for row in order]
@@ -113,7 +107,7 @@ def _columns(study: Study, rows: int) -> list[TableColumn]:
     ]
     if not view.late.all():
         columns.append(_word_column("eligible", "eligible", _eligible(study, view, order)))
-    for name, measure in other_measures(study).items():
+    for name, measure in page_measures(study).items():
         scores = [trial.scores.get(name, math.nan) for trial in trials]
         columns.append(_score_column(f"score_{name}", measure, scores))
     if study.metrics:
@@ -176,8 +170,10 @@ def _score_column(key: str, measure: Measure, scores: Sequence[float]) -> TableC
 
 
 def _number_column(key: str, label: str, values: Sequence[float], decimals: int) -> TableColumn:
-    """Return a column of rounded numbers."""
-    rounded = [round(value, decimals) + 0.0 if math.isfinite(value) else None for value in values]
+    """Return a column of rounded numbers, with at most four significant digits."""
+    rounded = [
+        float(limited(value, decimals)) if math.isfinite(value) else None for value in values
+    ]
     return {"key": key, "label": label, "decimals": decimals, "values": rounded}
 
 
@@ -299,6 +295,7 @@ def page(
         parallel=None if parallel is None else parallel[0],
         importance=importance_chart(forest) if forest else None,
         forest=forest,
+        fit=limited(forest.fit, 2) if forest else "",
         weak=WEAK,
         why_not=why_not,
         paths=path_charts(study),
@@ -343,9 +340,14 @@ def _texts(study: Study) -> Json:
         "code": code,
         "again": code_note,
         "setting": setting(study),
-        "notes": [clean(PYTHON.render(note)) for note in (*record.notes, *edge_remarks(study))],
+        "notes": [_note_text(note) for note in (*record.notes, *edge_remarks(study))],
         "version": __version__,
     }
+
+
+def _note_text(note: str) -> str:
+    """Return a note on the search as the page shows it."""
+    return clean(with_short_numbers(PYTHON.render(note)))
 
 
 def _origin_note(study: Study) -> str:
@@ -369,7 +371,7 @@ def _cells(column: TableColumn) -> list[str]:
         elif "levels" in column:
             cells.append(str(column["levels"][value]))
         elif "decimals" in column:
-            cells.append(f"{value:.{column['decimals']}f}")
+            cells.append(limited(value, column["decimals"]))
         else:
             cells.append(plain_number(value))
     return cells

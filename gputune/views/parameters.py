@@ -148,8 +148,10 @@ def parameter_scale(parameter: Parameter, *, most: int = 6, pad: float = 0.0) ->
     distances = np.diff(scale(values))
     if len(values) > most or (distances < _APART).any():
         return scale
-    ticks = tuple((value, number_text(value)) for value in values.tolist())
-    return replace(scale, ticks=ticks)
+    ticks = {value: number_text(value) for value in values.tolist()}
+    if len({*ticks.values()}) < len(ticks):  # values that differ in their fifth digit
+        return scale
+    return replace(scale, ticks=tuple(ticks.items()))
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,6 +33,8 @@ _PAD = 0.06
 
 _STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
 
+DIGITS = 4  # significant digits of a number in a chart or in the report, at most
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -67,17 +69,43 @@ class Scale:
 
 
 def number_text(value: float) -> str:
-    """Return a number in few characters, such as 0.001, 20000 or 1e-5."""
+    """Return a number in few characters, such as 0.001, 20000 or 1e-5.
+
+    The number has at most four significant digits. A whole number below one million is exact.
+    """
     if value == 0 or 1e-4 <= abs(value) < 1e6:
-        return f"{value:.6g}"
-    mantissa, _, exponent = f"{value:.2e}".partition("e")
+        exact = value if value == int(value) else float(f"{value:.{DIGITS}g}")
+        return f"{exact:.7g}"
+    mantissa, _, exponent = f"{value:.{DIGITS - 1}e}".partition("e")
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+def limited(value: float, decimals: int) -> str:
+    """Return a number with a count of decimals, or fewer if it has more than four digits then.
+
+    Examples: 0.98765 with four decimals is 0.9877, 12.3456 is 12.35, and 1 is 1.000.
+    """
+    text = f"{round(value, decimals) + 0.0:.{decimals}f}"  # adding 0.0 turns -0.0 into 0.0
+    while decimals and _n_digits(text) > DIGITS:
+        decimals -= 1
+        text = f"{value:.{decimals}f}"
+    if _n_digits(text) > DIGITS:
+        text = f"{float(f'{value:.{DIGITS}g}'):.0f}"
+    return text
+
+
+def _n_digits(text: str) -> int:
+    """Return the number of significant digits of a number without an exponent."""
+    digits = text.lstrip("-").replace(".", "").lstrip("0")
+    return len(digits if "." in text else digits.rstrip("0"))
 
 
 def linear_scale(
     low: float, high: float, *, most: int = 6, pad: float = 0.0, whole: bool = False
 ) -> Scale:
     """Return a linear axis scale that covers the given values.
+
+    Ticks differ in their first four digits. The axis is extended if the values do not.
 
     Args:
         low: the lower end of the values.
@@ -90,12 +118,23 @@ def linear_scale(
         half = abs(low) * 0.05 or 0.5
         low -= half
         high += half
+    # The last of the four digits that the largest number has.
+    unit = 10.0 ** (math.floor(math.log10(max(abs(low), abs(high)))) - DIGITS + 1)
+    if not whole and high - low < 2 * unit:
+        first = math.floor(low / unit)
+        low = unit * first
+        high = unit * max(math.ceil(high / unit), first + 1)
     margin = pad * (high - low)
     low -= margin
     high += margin
     rough = (high - low) / most
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * part for part in _STEPS if power * part >= rough * (1 - 1e-9))
+    steps = [power * part for part in _STEPS]
+    if not whole and rough <= 2.5 * unit:
+        # A step of 2.5 units would need a fifth digit.
+        power = unit
+        steps = [unit, 2 * unit, 5 * unit]
+    step = next(step for step in steps if step >= rough * (1 - 1e-9))
     if whole:
         step = math.ceil(step)
     first = math.ceil(low / step - 1e-9)
@@ -105,7 +144,13 @@ def linear_scale(
     ticks = []
     for k in range(first, last + 1):
         mark = k * step
-        ticks.append((mark, f"{mark + 0.0:.{decimals}f}" if is_plain else number_text(mark)))
+        if not is_plain:
+            label = number_text(mark)
+        elif whole:
+            label = f"{mark:.0f}"
+        else:
+            label = limited(mark, decimals)
+        ticks.append((mark, label))
     return Scale(low, high, tuple(ticks))
 
 

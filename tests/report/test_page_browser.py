@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from gputune.views.scores import order_by_score
+from long_numbers import long_numbers, study_of_long_numbers
 from made_studies import HOSTILE, hostile_study, made_descent, made_study, study_of
 
 CHROMIUM = shutil.which("chromium")
@@ -386,3 +387,12 @@ def test_the_script_writes_numbers_as_the_first_rows_have_them(browser, opened):
     assert sorted(cells(browser, place)) == sorted(
         ["1.234e-5", "0.0001235", "0.25", "123500", "1.5e-7"]
     )
+
+
+def test_the_script_writes_at_most_four_digits(browser, opened):
+    opened(study_of_long_numbers(-12.345678901234567, 12.345678901234567))
+    first_rows = browser.execute_script("return document.querySelector('.trials').innerText")
+    browser.execute_script("document.querySelector('.trials thead button').click()")
+    sorted_rows = browser.execute_script("return document.querySelector('.trials').innerText")
+    assert sorted(first_rows.split()) == sorted(sorted_rows.split())
+    assert long_numbers(sorted_rows) == []

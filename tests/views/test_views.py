@@ -98,6 +98,26 @@ def test_ticks_are_round_numbers_at_places_in_order(make, low, high, texts):
     assert np.isnan(scale([0.0, -1.0])).all() == scale.log
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "texts"),
+    [
+        (0.9123, 0.9123 + 1e-15, "0.9123 0.9124"),
+        (0.91231, 0.91232, "0.9123 0.9124"),
+        (0.99991, 0.99999, "0.9999 1.000"),
+        (1000.2, 1003.5, "1001 1002 1003"),
+        (123456.5, 123460.5, "123400 123500"),
+        (0.00123456, 0.00123478, "0.001234 0.001235"),
+        (1.23456e-9, 1.23478e-9, "1.234e-9 1.235e-9"),
+    ],
+)
+@pytest.mark.parametrize("pad", [0.0, 0.06])
+def test_values_that_differ_in_their_fifth_digit_have_ticks_of_four(low, high, texts, pad):
+    scale = linear_scale(low, high, pad=pad)
+    assert " ".join(text for _, text in scale.ticks) == texts
+    places = scale([low, high, *(value for value, _ in scale.ticks)])
+    assert -1e-6 <= places.min() < places.max() <= 1 + 1e-6
+
+
 def test_one_value_has_an_axis_and_few_are_their_own_ticks():
     for scale in (linear_scale(0.5, 0.5), linear_scale(0, 0), log_scale(3, 3)):
         assert scale.low < scale.high and scale.ticks
@@ -116,6 +136,10 @@ def test_numbers_are_short():
         1e-5: "1e-5",
         2.5e8: "2.5e8",
         1e6: "1e6",
+        0.00012345678901234567: "0.0001235",
+        123456.789: "123500",
+        123457: "123457",
+        -1.23456e-7: "-1.235e-7",
         -3e-7: "-3e-7",
     }
     assert {value: number_text(value) for value in texts} == texts

@@ -117,7 +117,14 @@
     const value = column.values[row];
     if (value === null) { return "–"; }
     if (column.levels) { return column.levels[value]; }
-    return column.decimals === undefined ? number(value) : value.toFixed(column.decimals);
+    return column.decimals === undefined ? number(value) : limited(value, column.decimals);
+  }
+
+  // At most four significant digits, as limited in scores.py writes the first rows.
+  function limited(value, decimals) {
+    const text = value.toFixed(decimals);
+    const digits = text.replace(/[-.]/g, "").replace(/^0+/, "");
+    return decimals > 0 && digits.length > 4 ? limited(value, decimals - 1) : text;
   }
 
   // As plain_number in page.py writes the first rows.
