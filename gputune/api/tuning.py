@@ -33,7 +33,7 @@ from gputune.tuning.loops import search_loop
 from gputune.tuning.options import make_options
 from gputune.tuning.pipeline import search as search_rows
 from gputune.tuning.progress import reading_bar
-from gputune.tuning.record import RecordedSearch
+from gputune.tuning.record import SearchCall
 from gputune.types import (
     BackendWord,
     MethodWord,
@@ -382,7 +382,7 @@ def tune(
         options = replace(
             options, sample_weight=select_weights(options.sample_weight, source.positions)
         )
-    return search_rows(RecordedSearch(choice, source, options), study_type=Study)
+    return search_rows(SearchCall(choice, source, options), study_type=Study)
 
 
 tune.__doc__ = f"{cleandoc(tune.__doc__ or '')}\n\n{defaults_in_words()}"

@@ -51,7 +51,7 @@ from gputune.tuning.interrupt import CTRL_C, TERMINATED, interruption
 from gputune.tuning.options import Options
 from gputune.tuning.pipeline import search
 from gputune.tuning.progress import PREPARING, Profile, Progress
-from gputune.tuning.record import RecordedSearch, recorded_search
+from gputune.tuning.record import SearchCall, recorded_search
 from gputune.tuning.session import checked_space, first_trials
 from gputune.tuning.task_choice import chosen_task
 from gputune.views.default_trial import default_trial
@@ -89,8 +89,8 @@ def tune(arguments: argparse.Namespace) -> str:
         options = replace(options, task=rest.origin["task"])
         rest = replace(rest, is_task_guessed=True)
     with _folder((options.study or out / STUDY).parent):
-        recorded = RecordedSearch(choice, rest, options, test)
-        return _Run(arguments, recorded, out / STUDY, begin, profile).finish()
+        call = SearchCall(choice, rest, options, test)
+        return _Run(arguments, call, out / STUDY, begin, profile).finish()
 
 
 FINAL_MODEL = ("ensemble", "intervals", "calibrate")
@@ -107,14 +107,14 @@ def resume(arguments: argparse.Namespace) -> str:
     changes = typed_options(arguments)
     record = Study.open(study).record
     with profile.clock(PREPARING), option_errors(study):
-        recorded = recorded_search(study, record, changes, trust_code=arguments.trust_code)
+        call = recorded_search(study, record, changes, trust_code=arguments.trust_code)
     callbacks = record.arguments.callbacks
     if callbacks:
         Progress(arguments.verbose).say(
             f"note: a study file does not store callbacks, so these are not called: "
             f"{', '.join(callbacks)}."
         )
-    return _Run(arguments, recorded, study, begin, profile).finish()
+    return _Run(arguments, call, study, begin, profile).finish()
 
 
 @dataclass
@@ -126,14 +126,14 @@ class _Run:
     """
 
     arguments: argparse.Namespace
-    recorded: RecordedSearch
+    call: SearchCall
     shown: Path
     begin: float
     profile: Profile
 
     def __post_init__(self) -> None:
-        rest = self.recorded.source
-        options = self.recorded.options
+        rest = self.call.source
+        options = self.call.options
         self.place = options.study or self.shown
         # Only the command ``tune`` holds rows out and keeps a model next to the study.
         self.keeps_model = "test_size" in (rest.origin or {})
@@ -141,7 +141,7 @@ class _Run:
         final_model = self._final_model()
         # None compares only if the comparison is cheap.
         self.compares_default = final_model.get("compare_default")
-        self.recorded = replace(self.recorded, final_model=final_model)
+        self.call = replace(self.call, final_model=final_model)
         self.has_ensemble = final_model["ensemble"]
         self.intervals = final_model["intervals"]
         # None leaves the choice to ``best_model``, which calibrates if the log loss ranks the
@@ -159,7 +159,7 @@ class _Run:
         final_model = {name: bool(getattr(self.arguments, name, None)) for name in FINAL_MODEL}
         compares = getattr(self.arguments, "compare_default", None)
         if self.arguments.command == "resume":
-            stored = self.recorded.final_model
+            stored = self.call.final_model
             if compares is None:
                 compares = stored.get("compare_default")
             saved = read_saved_description(self.folder)
@@ -194,12 +194,12 @@ class _Run:
         text = self._text(ending)
         if not self.arguments.profile:
             return text
-        dtype = getattr(torch, self.recorded.options.dtype)
+        dtype = getattr(torch, self.call.options.dtype)
         return f"{text}\n\n{self.profile.report(dtype=dtype, device=self.profile.device)}"
 
     def _search(self) -> Study:
         """Run the search. After an interrupt save the best model so far."""
-        run = partial(search, self.recorded, (CTRL_C, TERMINATED), say_notes=False)
+        run = partial(search, self.call, (CTRL_C, TERMINATED), say_notes=False)
         try:
             return run(profile=self.profile, interface=CommandLine(), study_type=Study)
         except SearchInterrupted as stop:
@@ -213,7 +213,7 @@ class _Run:
     def _make_ending(self, study: Study) -> Ending:
         """Return the ending of a study without a model."""
         file = getattr(self.arguments, "file", None) or (study.record.source or {})["path"]
-        return Ending(file, study, self.recorded.source, self.shown, typed=self.arguments.typed)
+        return Ending(file, study, self.call.source, self.shown, typed=self.arguments.typed)
 
     def _text(self, ending: Ending, make: Callable[..., str] = summary_text) -> str:
         """Return the closing text of an ending."""
@@ -241,7 +241,7 @@ class _Run:
         scored = any(math.isfinite(trial.score) for trial in ending.study.trials)
         if scored and "ensemble" not in read_saved_description(self.folder).get("spec", {}):
             message = "training the best trial so far on all rows (Ctrl-C skips this)"
-            Progress(self.recorded.options.verbose).say(message)
+            Progress(self.call.options.verbose).say(message)
             with suppress(DivergedError, KeyboardInterrupt):
                 return self._with_best(ending)
         return ending
@@ -327,18 +327,18 @@ class _Run:
             return []
         sentences = [calibration_text(model)]
         if self.intervals:
-            sentences.append(coverage_text(model, self.recorded.test))
+            sentences.append(coverage_text(model, self.call.test))
         return sentences
 
     def _score_model(self, model: TunedModel, study: Study) -> tuple[TunedModel, HeldOut | None]:
         """Return the model with its held-out score in ``info``, and this score (None without
         held-out rows)."""
-        test = self.recorded.test
+        test = self.call.test
         record = study.record
         if test is None:
             return model, None
         positive = record.ranked_class
-        rest = self.recorded.source
+        rest = self.call.source
         held_out = held_out_score(model, record.scoring, test, positive=positive)
         baseline = held_out_baseline(model, record.scoring, rest, test, positive=positive)
         held_out = replace(held_out, baseline=baseline)

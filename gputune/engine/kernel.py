@@ -107,9 +107,9 @@ class KernelChunk(CompiledChunk):
         buffers["draw_rows"] = self.place(np.full_like(rows, rows.max()))
         return buffers
 
-    def choose_epochs(self, limit: int) -> int:
-        """Return the number of epochs for the next ``advance``: at most ``limit``, and short enough
-        for one launch."""
+    def set_epochs(self, limit: int) -> None:
+        """Set ``epochs``, the number of epochs of the next ``advance``: at most ``limit``, and
+        short enough for one launch."""
         epochs = 1
         # Other scorers ask the members themselves, in their state after each epoch.
         scores_outputs = self.scoring is None or self.scoring.on_outputs
@@ -128,10 +128,9 @@ class KernelChunk(CompiledChunk):
         if epochs != self.epochs:
             self.epochs = epochs
             self.arrays |= self.make_buffers(epochs)
-        return epochs
 
     def advance(self, epoch: int) -> None:
-        """Train for the epochs that ``choose_epochs`` returned. If there is a scoring, also compute their
+        """Train for ``epochs`` epochs. If there is a scoring, also compute their
         scores."""
         epochs = range(epoch, epoch + self.epochs)
         # (epochs, F, longest fold)

@@ -269,7 +269,8 @@ def train(
         work = float(each_epoch[members.alive].sum())
         n_epochs = 1
         if at_once and isinstance(members, KernelChunk):
-            n_epochs = members.choose_epochs(training.epochs - epoch)
+            members.set_epochs(training.epochs - epoch)
+            n_epochs = members.epochs
         scores, spent_now = _train_epochs(members, data, epoch, scored=scoring is not None)
         spent += replace(spent_now, operations=n_epochs * work)
         if scores is not None:

@@ -191,10 +191,10 @@ class Ledger:
         """Wait until another process has finished a result or a chunk's owner is gone, or until
         ``is_over``."""
         assert self.store is not None and self.claims is not None
-        finished = self.store.finished()
+        finished = self.store.n_finished()
         while (
             not is_over()
-            and self.store.finished() == finished
+            and self.store.n_finished() == finished
             and all(map(self.claims.holder, chunks))
         ):
             time.sleep(_LOOK)
@@ -207,7 +207,7 @@ class Ledger:
     def has_waiting(self) -> bool:
         """Return True if the file has a trial without a final result, of this or another
         process."""
-        return self.store is not None and self.store.waiting() > 0
+        return self.store is not None and self.store.n_waiting() > 0
 
     def finish(
         self, results: Sequence[Result], outputs: Mapping[int, Outputs] = MappingProxyType({})
@@ -378,7 +378,7 @@ def open_ledger(
     with Store.open(path) as store:
         if (
             not store.meta
-            or store.finished() < final
+            or store.n_finished() < final
             or not store.check(ledger.finished).issuperset(ledger.finished)
             or len(store.plan()) < len(ledger.plan)
         ):

@@ -291,13 +291,13 @@ class Store(AbstractContextManager["Store"]):
         best = ranked(scores, pruned)[:most]
         return [rows[position][0] for position in best if np.isfinite(scores[position])]
 
-    def finished(self) -> int:
+    def n_finished(self) -> int:
         """Return the number of trials with a final result."""
         return self._count("results WHERE state != 'stopped'")
 
-    def waiting(self) -> int:
+    def n_waiting(self) -> int:
         """Return the number of trials without a final result."""
-        return self._count("trials") - self.finished()
+        return self._count("trials") - self.n_finished()
 
     def plan(self) -> list[PlannedChunk]:
         """Return the frozen chunks, in order of chunk number.

@@ -9,7 +9,7 @@ same plan, never parts of a chunk. The study file stores this plan.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
@@ -19,7 +19,7 @@ import numpy as np
 from gputune.data.dataset import Dataset
 from gputune.engine.checkpoint import Checkpoint, CheckpointFolder, Checkpointing
 from gputune.engine.choice import fastest_way
-from gputune.engine.job import Failure, Job, Need, Outcome, cuda_peak, measure_need
+from gputune.engine.job import Job, Need, cuda_peak, measure_need
 from gputune.engine.plan import Plan
 from gputune.errors import InputError
 from gputune.executors.executor import Claim
@@ -266,22 +266,11 @@ class Context(Session):
         n_workers = 1 if one_process else min(plan.workers, len(chunks))
         return replace(plan, chunks=tuple(chunks), workers=n_workers, threads=threads)
 
-    def train(
-        self,
-        job: Job,
-        plan: Plan,
-        *,
-        claim: Claim[Population] = lambda chunk: True,
-        may_begin: Claim[Population] | None = None,
-    ) -> Iterator[Outcome | Failure]:
-        """Train the chunks of a plan, show the progress, and yield the results."""
-        for outcome in self.trainer.train(
-            job, plan, progress=self.progress.advance, claim=claim, may_begin=may_begin
-        ):
-            if isinstance(outcome, Outcome) and outcome.fault:
-                self.faults[outcome.fault] = None
-                self.progress.say(f"note: {outcome.fault}", once=True)
-            yield outcome
+    def note_fault(self, fault: str) -> None:
+        """Show a problem during the training that did no harm, and note it for the study."""
+        if fault:
+            self.faults[fault] = None
+            self.progress.say(f"note: {fault}", once=True)
 
     def may_begin(self, recorded: RecordedPlan) -> Claim[Population] | None:
         """Return the function that says whether a chunk of a recorded plan may begin.

@@ -247,14 +247,20 @@ def _train(points: list[Candidate], mode: SlopeMode, step: int, context: Context
     for recorded in context.recorded_plans(points, step, make):
         trials = recorded.trials
         context.progress.plan(recorded.plan, show=step == 0)
-        may_begin = context.may_begin(recorded)
-        for outcome in context.train(jobs[-1], recorded.plan, may_begin=may_begin):
+        outcomes = context.trainer.train(
+            jobs[-1],
+            recorded.plan,
+            progress=context.progress.advance,
+            may_begin=context.may_begin(recorded),
+        )
+        for outcome in outcomes:
             results = []
             if isinstance(outcome, Failure):
                 number = trials[outcome.index[0]].number
                 results.append(failed_result(number, context.no_curve, outcome.reason))
             else:
                 assert isinstance(outcome, Slopes)
+                context.note_fault(outcome.fault)
                 for c, i in enumerate(outcome.index):
                     results.append(_result(trials[i], recorded.configs[i], c, outcome, mode))
             context.finish(results)

@@ -9,8 +9,8 @@ import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
@@ -70,12 +70,13 @@ def end_process(number: int, _frame: FrameType | None) -> NoReturn:
     os._exit(128 + number)
 
 
-def run_until_signal(
-    run: Callable[[], object], stop: Stop, signals: Sequence[int], say: Callable[[str], None]
-) -> list[int]:
-    """Call ``run``, which trains, and return the numbers of the signals that ended it early.
+@contextmanager
+def ended_by_signals(
+    stop: Stop, signals: Sequence[int], say: Callable[[str], None]
+) -> Iterator[list[int]]:
+    """Let the signals end the training in the ``with`` block early.
 
-    The list is empty if no signal came.
+    Yields the list of the numbers of the signals that have come, which is empty at first.
     """
     numbers: list[int] = []
     timers: list[threading.Timer] = []
@@ -102,7 +103,7 @@ def run_until_signal(
     try:
         for number in before:
             signal.signal(number, handle)
-        run()
+        yield numbers
     except KeyboardInterrupt:  # from the second signal, or from another handler
         numbers.append(CTRL_C)
     finally:
@@ -110,7 +111,6 @@ def run_until_signal(
             timer.cancel()
         for number, handler in before.items():
             signal.signal(number, handler)
-    return numbers
 
 
 def is_interactive() -> bool:

@@ -42,7 +42,7 @@ from gputune.tuning.options import Options
 from gputune.tuning.problem import Problem, make_problem
 from gputune.tuning.progress import PREPARING, Profile, Progress
 from gputune.tuning.random import check_sampling, sample, train_batches
-from gputune.tuning.record import RecordedSearch, checkpoint_folder, search_record
+from gputune.tuning.record import SearchCall, checkpoint_folder, search_record
 from gputune.tuning.rungs import check_rungs, train_in_rungs
 from gputune.tuning.session import (
     AnyStudy,
@@ -76,7 +76,7 @@ class _Setup:
 
 @entry
 def search(
-    recorded: RecordedSearch,
+    call: SearchCall,
     signals: Sequence[int] = (CTRL_C,),
     *,
     say_notes: bool = True,
@@ -87,7 +87,7 @@ def search(
     """Run a search: space, rows, folds, data on the device, trials, training, study.
 
     Args:
-        recorded: The search to run.
+        call: The model, the rows and the options of the search.
         signals: The signals that interrupt the training.
         say_notes: If True, the notes of the record on the columns and the trials are shown. A
             caller that shows them itself passes False.
@@ -98,7 +98,7 @@ def search(
     Raises:
         SearchInterrupted: One of the ``signals`` ended the search early.
     """
-    options = recorded.options
+    options = call.options
     stop = Stop(None if options.timeout is None else time.monotonic() + options.timeout)
     callbacks = Callbacks(options.callbacks, stop)
     # Callbacks get a copy of the curves, because the search continues to use its own.
@@ -108,7 +108,7 @@ def search(
     profile = Profile() if profile is None else profile
     with _open_store(options) as store:
         with profile.clock(PREPARING):
-            setup = _prepare(recorded, progress, store)
+            setup = _prepare(call, progress, store)
         problem = setup.problem
         options = problem.options
         profile.device = setup.data.device
@@ -121,7 +121,7 @@ def search(
             remember_what_runs(problem.choice, options)
             training = _training(setup, context)
             record = _record(setup, context)
-            arguments = replace(record.arguments, final_model=dict(recorded.final_model))
+            arguments = replace(record.arguments, final_model=dict(call.final_model))
             record = replace(record, arguments=arguments)
             progress.say(problem.summary())
             for note in (*problem.remarks(), *(record.notes if say_notes else ())):
@@ -141,8 +141,8 @@ def search(
                     ledger.note(list(context.faults))
                     record = replace(record, notes=[*record.notes, *context.faults])
     refitted = replace(options, callbacks=(), warm_start=())  # a refit has no callbacks
-    source = replace(recorded.source, original=None)
-    data = RecordedSearch(problem.choice, source, refitted, outputs=ledger.outputs)
+    source = replace(call.source, original=None)
+    data = SearchCall(problem.choice, source, refitted, outputs=ledger.outputs)
     study = study_type.from_rows(record.to_json(), ledger.rows(), data=data, file=options.study)
     for remark in edge_remarks(study) if say_notes else ():
         progress.say(f"note: {remark}")
@@ -160,9 +160,9 @@ def _open_store(options: Options) -> AbstractContextManager[Store | None]:
     return nullcontext()
 
 
-def _prepare(recorded: RecordedSearch, progress: Progress, store: Store | None) -> _Setup:
+def _prepare(call: SearchCall, progress: Progress, store: Store | None) -> _Setup:
     """Check a call, and prepare its rows and trials. Raises InputError."""
-    problem, space = _problem_and_space(recorded)
+    problem, space = _problem_and_space(call)
     options = problem.options
     folds = problem.folds()
     with without_collector():
@@ -177,15 +177,15 @@ def _prepare(recorded: RecordedSearch, progress: Progress, store: Store | None) 
     return _Setup(trained_problem, space, folds, trials, configs, data, scoring, first)
 
 
-def _problem_and_space(recorded: RecordedSearch) -> tuple[Problem, CheckedSpace]:
+def _problem_and_space(call: SearchCall) -> tuple[Problem, CheckedSpace]:
     """Return the encoded rows with all options, and the checked space."""
-    options = recorded.options
+    options = call.options
     # An invalid space is refused before the rows are encoded.
-    checked_space(recorded.choice, options)
+    checked_space(call.choice, options)
     if options.patience is not None:
-        check_patience(options.method, options.epoch, solved=recorded.choice.solved)
-    task = chosen_task(recorded.source, recorded.choice, options)
-    problem = make_problem(recorded.source, task, recorded.choice, options)
+        check_patience(options.method, options.epoch, solved=call.choice.solved)
+    task = chosen_task(call.source, call.choice, options)
+    problem = make_problem(call.source, task, call.choice, options)
     # The space is checked again, because the target decides some defaults of the choice.
     space = checked_space(problem.choice, options)
     return problem.with_space(space, with_earlier(options, space)), space

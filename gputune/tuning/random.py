@@ -89,7 +89,14 @@ def _train(context: Context, waiting: Sequence[Candidate]) -> list[PlannedChunk]
             checkpointing=context.checkpointing(numbers),
             patience=context.options.patience,
         )
-        for outcome in context.train(job, plan, claim=claim, may_begin=context.may_begin(recorded)):
+        outcomes = context.trainer.train(
+            job,
+            plan,
+            progress=context.progress.advance,
+            claim=claim,
+            may_begin=context.may_begin(recorded),
+        )
+        for outcome in outcomes:
             if isinstance(outcome, Failure):
                 number = numbers[outcome.index[0]]
                 context.finish([failed_result(number, context.no_curve, outcome.reason)])
@@ -134,6 +141,7 @@ def _finish_chunk(context: Context, trials: Sequence[Candidate], outcome: Outcom
     """Store the results of a chunk. With ``patience``, a curve is cut at the end of its trial."""
     patience = context.options.patience
     results = []
+    context.note_fault(outcome.fault)
     context.profile.spent += outcome.spent
     if not context.is_over():
         context.progress.skip(len(outcome.index) * (context.epochs - outcome.epochs))

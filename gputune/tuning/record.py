@@ -235,8 +235,8 @@ def checkpoint_folder(study: Path | None, record: SearchRecord) -> CheckpointFol
 
 
 @dataclass(frozen=True)
-class RecordedSearch:
-    """A search with its original arguments.
+class SearchCall:
+    """A call of a search: its model, rows and options, before anything is checked or trained.
 
     Attributes:
         choice: The model.
@@ -258,7 +258,7 @@ class RecordedSearch:
 
 def recorded_search(
     path: Path, record: SearchRecord, changed: Mapping[str, object], *, trust_code: bool = False
-) -> RecordedSearch:
+) -> SearchCall:
     """Return the search of a study file, with some options ``changed``.
 
     Raises InputError if the search cannot be resumed, and UntrustedCodeError for code or a cluster
@@ -285,7 +285,7 @@ def recorded_search(
     options = recorded_options(
         record, **{**changed, "workers": workers}, space=space, cv=folds, study=study
     )
-    return RecordedSearch(choice, source, options, test, final_model=arguments.final_model)
+    return SearchCall(choice, source, options, test, final_model=arguments.final_model)
 
 
 def _check_resumable(path: Path, record: SearchRecord, stored: Mapping[str, object]) -> None:

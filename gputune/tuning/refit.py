@@ -39,7 +39,7 @@ from gputune.study.trained_rows import sample_of_rows
 from gputune.tuning.choices import ModelChoice, recorded_model
 from gputune.tuning.options import Options
 from gputune.tuning.problem import Problem, make_problem
-from gputune.tuning.record import RecordedSearch, recorded_options
+from gputune.tuning.record import SearchCall, recorded_options
 from gputune.tuning.trainer import Trainer, unseen
 from gputune.types import Backend, Config
 from gputune.version import __version__
@@ -290,16 +290,16 @@ def search_of(access: Access) -> ReopenedSearch:
     is_own = access.X is None
     from_file = study.file if is_own and study.data is None else None
     with nullcontext() if from_file is None else option_errors(from_file):
-        recorded = _read_search(access)
+        call = _read_search(access)
     # The rows decide the number of classes: other rows may have two classes instead of three.
     has_classes = study.record.classes is not None
     task = cast(TaskWord, "classification" if has_classes else study.record.task)
-    problem = make_problem(recorded.source, task, recorded.choice, recorded.options)
+    problem = make_problem(call.source, task, call.choice, call.options)
     # Rows that are still in memory are the study's own, so they need no new fingerprint.
     if is_own and study.data is not None:
         rows = dict(study.record.fingerprint)
     else:
-        rows = fingerprint(recorded.source.X, problem.target)
+        rows = fingerprint(call.source.X, problem.target)
     search = ReopenedSearch(study, problem, rows)
     if access.check and rows != study.record.fingerprint:
         raise _other_rows(search, access)
@@ -321,22 +321,22 @@ def refit_trial(search: ReopenedSearch, trial: Trial) -> TunedModel:
     return search.model(module, data, spec, info)
 
 
-def _read_search(access: Access) -> RecordedSearch:
+def _read_search(access: Access) -> SearchCall:
     """Return the model, the rows and the options of the search, from memory or from the study's
     file."""
     study = access.study
     record = access.study.record
     if study.data is not None:
-        recorded: RecordedSearch = study.data
+        call: SearchCall = study.data
         if access.X is None:
-            return recorded
-        if recorded.options.sample_weight is not None:
+            return call
+        if call.options.sample_weight is not None:
             raise InputError(
                 None,
                 f"{access} cannot weight other rows, because the study used sample_weight",
                 remedy="Leave X and y out.",
             )
-        return replace(recorded, source=_source_of(access, recorded.choice, recorded.options))
+        return replace(call, source=_source_of(access, call.choice, call.options))
     _check_refittable(access)
     for name in record.lost:
         if RECORD_FIELDS[name].training or name == "method":
@@ -359,7 +359,7 @@ def _read_search(access: Access) -> RecordedSearch:
         )
     options = recorded_options(record, **_machine(record), class_weight=class_weight)
     choice = recorded_model(dict(record.spec), record.optimizer, trust_code=access.trust_code)
-    return RecordedSearch(choice, _source_of(access, choice, options), options)
+    return SearchCall(choice, _source_of(access, choice, options), options)
 
 
 def _check_refittable(access: Access) -> None:

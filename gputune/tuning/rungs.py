@@ -130,7 +130,8 @@ class _RungTraining:
         )
         trained: set[int] = set()
         plan = replace(plan, chunks=chunks, workers=min(plan.workers, len(chunks)))
-        for outcome in context.train(job, plan) if chunks else ():
+        report = context.progress.advance
+        for outcome in context.trainer.train(job, plan, progress=report) if chunks else ():
             trained.update(outcome.index)
             if isinstance(outcome, Failure):
                 trial = trials[outcome.index[0]]
@@ -173,6 +174,7 @@ class _RungTraining:
 
     def _add_outcome(self, trials: Sequence[_RunningTrial], outcome: RungOutcome) -> None:
         """Store the curves, outputs and states of a trained chunk until the next stop."""
+        self.context.note_fault(outcome.fault)
         self.context.profile.spent += outcome.spent
         for i, curve in zip(outcome.index, outcome.curves):
             trials[i].curve = np.concatenate([trials[i].curve, curve])

@@ -39,7 +39,7 @@ from gputune.study.study import Study
 from gputune.text import count
 from gputune.tuning.choices import ModelChoice, method_name
 from gputune.tuning.good_enough import GoodEnough
-from gputune.tuning.interrupt import interruption, run_until_signal
+from gputune.tuning.interrupt import ended_by_signals, interruption
 from gputune.tuning.options import Options
 from gputune.tuning.progress import Progress
 from gputune.types import DEFAULTS, Config
@@ -342,7 +342,9 @@ class Session:
         try:
             if self.stop.requested:
                 return []
-            return run_until_signal(train, self.stop, signals, self.progress.say)
+            with ended_by_signals(self.stop, signals, self.progress.say) as numbers:
+                train()
+            return numbers
         finally:
             if callbacks.active:
                 callbacks.tell("on_study_end", study(ledger.rows(), file=file))

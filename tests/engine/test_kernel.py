@@ -148,7 +148,8 @@ def test_a_launch_takes_the_epochs_that_it_has_time_and_memory_for(
         "draw_start": None,
     }
     chunk.make_buffers = lambda epochs: {"means": torch.empty((epochs, 4), dtype=torch.float64)}
-    assert chunk.choose_epochs(most) == chunk.epochs == epochs
+    chunk.set_epochs(most)
+    assert chunk.epochs == epochs
 
 
 def test_a_card_holds_as_many_blocks_as_its_memory_and_its_threads(card):

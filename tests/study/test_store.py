@@ -169,7 +169,7 @@ def test_a_study_that_is_not_in_its_place_takes_nothing_more(tmp_path, what):
         if what == "folder moved":
             (tmp_path / "elsewhere").rename(folder)
             store.finish([result(1)])
-            assert store.finished() == 2
+            assert store.n_finished() == 2
 
 
 def test_odd_file_names(tmp_path):
@@ -301,11 +301,11 @@ def test_a_lock_that_is_held_too_long_another_thread_and_a_closed_store_get_an_e
         store._connection.execute("ROLLBACK")
         second.add_trials(candidates([9]))
     with ThreadPoolExecutor(1) as pool:
-        errors = [pool.submit(store.finished).exception()]
+        errors = [pool.submit(store.n_finished).exception()]
     store.close()
     store.close()
     with pytest.raises(ValueError) as caught:
-        store.finished()
+        store.n_finished()
     for error in (*errors, caught.value):
         assert type(error) is ValueError and re.search(
             "cannot be used here: .* Open it again", str(error)
