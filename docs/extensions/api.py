@@ -33,7 +33,7 @@ def _is_left_out(
 def _signature(
     app: Sphinx, kind: str, name: str, member: object, options: object, signature: str, result: str
 ) -> tuple[str, str] | None:
-    return ("", "") if kind == "exception" else None
+    return ("", "") if kind == "exception" and signature else None
 
 
 def _set_dashes(app: Sphinx, page: nodes.document) -> None:
