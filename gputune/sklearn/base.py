@@ -89,7 +89,7 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
 
     A result is the argument of ``_set_fitted``, or an error.
     """
-    _slopes: ClassVar[Callable[..., Iterable[tuple[FoldTrial, MemberSlope]]]]
+    _slopes: ClassVar[Callable[..., Mapping[FoldTrial, MemberSlope]]]
     """The function that computes the slopes (derivatives of the validation loss) of all members.
 
     Its arguments are (recipes by trial, folds, hyperparameters, mode, training).

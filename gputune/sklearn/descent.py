@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,19 +40,9 @@ from gputune.tuning.descent import SlopeMode, run_descent
 from gputune.types import Config
 from gputune.wording import Verbatim
 
-
-class TrialSlopes(NamedTuple):
-    """The losses and slopes of one trial, fold by fold.
-
-    Attributes:
-        losses: (F,) validation loss of each fold.
-        slopes: hyperparameter -> (F, 1, 1) slope of the loss.
-        ratios: (F,) ratio by which the chaos guard decides whether a slope is noise.
-    """
-
-    losses: NDArray[np.float64]
-    slopes: dict[str, NDArray[np.float64]]
-    ratios: NDArray[np.float64]
+TrialSlopes = tuple[NDArray[np.float64], dict[str, NDArray[np.float64]], NDArray[np.float64]]
+"""For one trial: the validation loss of each fold (F,), hyperparameter -> slope of the loss (F, 1,
+1), and the ratios (F,) by which the chaos guard decides whether a slope is noise."""
 
 
 @entry
@@ -77,25 +67,19 @@ def slopes_of(
             # Only a fitted member knows the seed, because a RandomState has moved on since.
             if isinstance(fit.fitted, TrainedMember):
                 recipes[trial] = replace(recipes[trial], seed=fit.fitted.seed, patience=None)
-        for (fold, trial), slope in fit.estimator._slopes(recipes, folds, names, mode, training):
+        slopes_by_member = fit.estimator._slopes(recipes, folds, names, mode, training)
+        for (fold, trial), slope in slopes_by_member.items():
             by_fold[trial][fold] = slope
     n_folds = Counter(fit.trial for fit in fits)
     by_trial = {}
     for trial, slopes in by_fold.items():
         # A trial has a slope only if all of its folds have one.
         if len(slopes) == n_folds[trial]:
-            by_trial[trial] = _stacked([slopes[fold] for fold in sorted(slopes)])
+            members = np.array([slopes[fold] for fold in sorted(slopes)])
+            losses, *columns, ratios = members.T.copy()  # each (F,)
+            tables = {name: column[:, None, None] for name, column in zip(names, columns)}
+            by_trial[trial] = losses, tables, ratios
     return by_trial
-
-
-def _stacked(members: Sequence[MemberSlope]) -> TrialSlopes:
-    """Return the losses and slopes of one trial as arrays over the folds, from its members."""
-    losses, slopes, ratios = zip(*members)
-    tables = {}
-    for name in slopes[0]:
-        column = np.array([slope[name] for slope in slopes])
-        tables[name] = column[:, None, None]  # (F,) -> (F, 1, 1)
-    return TrialSlopes(np.array(losses), tables, np.array(ratios))
 
 
 def descended_parameters(

@@ -101,9 +101,9 @@ def solve_members(
 
 def solver_slopes(
     penalties: Mapping[int, Penalty], folds: FoldGroup, *_: object
-) -> list[tuple[FoldTrial, MemberSlope]]:
+) -> dict[FoldTrial, MemberSlope]:
     """Return the slope with respect to C, at the minimum, of every penalty in every fold."""
-    member_slopes: list[tuple[FoldTrial, MemberSlope]] = []
+    member_slopes: dict[FoldTrial, MemberSlope] = {}
     for trials, group in solve_groups(penalties, folds):
         problem = make_problem([penalties[trial] for trial in trials], group)
         valids = [as_tensor(valid).to(problem.y.device) for valid in group.valids]
@@ -111,7 +111,7 @@ def solver_slopes(
         slopes = implicit.gradient / problem.C.repeat(len(valids))  # members are fold-major
         places = itertools.product(group.numbers, trials)
         for place, loss, slope in zip(places, implicit.value.tolist(), slopes.tolist()):
-            member_slopes.append((place, (loss, {"C": slope}, 0.0)))
+            member_slopes[place] = (loss, slope, 0.0)
     return member_slopes
 
 

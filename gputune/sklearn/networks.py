@@ -258,12 +258,12 @@ def training_slopes(
     names: Sequence[str],
     mode: SlopeMode,
     training: FitOptions,
-) -> list[tuple[FoldTrial, MemberSlope]]:
+) -> dict[FoldTrial, MemberSlope]:
     """Return the slopes of recipes that train in the folds.
 
     Recipes that the deadline cuts short are missing.
     """
-    member_slopes: list[tuple[FoldTrial, MemberSlope]] = []
+    member_slopes: dict[FoldTrial, MemberSlope] = {}
     for batch in batches(recipes, folds):
         trainer = batch.trainer(training)
         job = trainer.job(
@@ -292,8 +292,9 @@ def training_slopes(
                 alpha = batch.recipes[i].alpha
                 if alpha is not None and "weight_decay" in slopes:
                     slopes["weight_decay"] *= batch.configs[i]["weight_decay"] / alpha
-                slope = outcome.losses[c, f].item(), slopes, outcome.ratios[c, f].item()
-                member_slopes.append(((fold, batch.trials[i]), slope))
+                loss = outcome.losses[c, f].item()
+                ratio = outcome.ratios[c, f].item()
+                member_slopes[fold, batch.trials[i]] = (loss, *slopes.values(), ratio)
     return member_slopes
 
 

@@ -34,7 +34,7 @@ from gputune.scoring.objective import Objective, make_objective
 from gputune.types import Config, Task
 
 FoldTrial = tuple[int, int]  # (fold, trial): which member of a search
-MemberSlope = tuple[float, dict[str, float], float]
+MemberSlope = tuple[float, ...]
 """For one member: its validation loss, the slope of the loss in each hyperparameter, the chaos
 ratio."""
 # Returns the seed for random_state=None, drawn once for all configurations that are fitted
@@ -328,13 +328,13 @@ class ChunkWeights(Outcome):
     """The result of training a chunk.
 
     Attributes:
-        flat: the parameters of all members, in the order of the chunk's blocks.
+        rows: (C, F, N) the parameters of each member. None if a member did not reach its end.
         buffers: (C, F, N) the whole state of the members. None if they do not continue training.
         ends: (2, C, F) the number of trained epochs of each member, and the number of its last
             epochs that had stalled.
     """
 
-    flat: np.ndarray
+    rows: np.ndarray | None
     buffers: tuple[Tensor, ...] | None
     ends: NDArray[np.int64]
 
@@ -357,28 +357,26 @@ class MemberJob(Job):
     ) -> ChunkWeights:
         """Train one chunk and return its weights."""
         begin = time.monotonic()
-        state = None
+        stopping = None
         if self.patiences:
             stopping = Stopping(self, [self.patiences[i] for i in chunk.index], data.n_folds)
-            curves = train_chunk(self, data, chunk, after_epoch=stopping).curves
-            epochs = 0
-            flat = np.empty(0)
+        trained = train_chunk(self, data, chunk, progress, stopping)
+        epochs = trained.epochs
+        rows = None
+        state = None
+        if stopping is not None:
             ends = stopping.ends
             if stopping.rows is not None and ends[0].all():  # otherwise the time was over
-                flat = self.network(data, chunk).blocks.from_rows(stopping.rows).numpy()
-                epochs = self.epochs
+                rows = stopping.rows.numpy()
         else:
-            trained = train_chunk(self, data, chunk, progress)
-            curves = trained.curves
-            epochs = trained.epochs
-            if self.keeps_state:
-                state = tuple(buffer.cpu() for buffer in trained.state.buffers)
-            # A copy, because the next chunk may reuse this memory.
-            flat = trained.scored.to("cpu", copy=True).numpy()
             ends = np.zeros((2, len(chunk.index), data.n_folds), dtype=int)
             ends[0] = epochs
+            if epochs == self.epochs:
+                rows = trained.network.blocks.to_rows(trained.scored).cpu().numpy()
+            if self.keeps_state:
+                state = tuple(buffer.cpu() for buffer in trained.state.buffers)
         return ChunkWeights(
-            chunk.index, curves, epochs, time.monotonic() - begin, flat, state, ends
+            chunk.index, trained.curves, epochs, time.monotonic() - begin, rows, state, ends
         )
 
     def members(
@@ -390,19 +388,15 @@ class MemberJob(Job):
     ) -> list[TrainedMember | Exception]:
         """Return the members of a chunk, fold by fold.
 
-        The list is empty if the chunk did not train to its last epoch.
+        The list is empty if the chunk did not train to its end.
         """
-        if weights.epochs < self.epochs:
+        if weights.rows is None:
             return []
         network = self.network(data, chunk)
-        flat = torch.from_numpy(weights.flat)
-        params = network.blocks.views(flat)
-        shape = (data.n_folds, len(chunk.index))
-        # (F, C): whether all parameters of a member are finite
-        finite = torch.ones(shape, dtype=torch.bool)
-        for tensor in network.blocks.by_member(flat.isfinite()).values():
-            finite &= tensor.reshape(*shape, -1).all(2)
-        is_finite = finite.tolist()
+        rows = torch.from_numpy(weights.rows)
+        params = network.blocks.views(network.blocks.from_rows(rows))
+        # (C, F): whether all parameters of a member are finite
+        is_finite = rows.isfinite().all(2).tolist()
         center = data.center.cpu().numpy()
         scale = data.scale.cpu().numpy()
         members: list[TrainedMember | Exception] = []
@@ -412,7 +406,7 @@ class MemberJob(Job):
             if data.present is not None and not data.present[f].all():
                 present = data.present[f].cpu().numpy()
             for c, config in enumerate(chunk.configs):
-                if not is_finite[f][c]:
+                if not is_finite[c][f]:
                     members.append(_diverged(config))
                     continue
                 epochs, stalled = weights.ends[:, c, f].tolist()
