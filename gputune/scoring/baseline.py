@@ -191,7 +191,9 @@ def _constants(
     if metric is None or task == "custom":
         return []
     if task == "regression":
-        return _REGRESSION[metric.name](metric.arguments) if metric.name in _REGRESSION else []
+        if metric.name in _PINBALL:
+            return [_quantile_constant(metric.arguments.get("alpha", 0.5))]
+        return _REGRESSION.get(metric.name, [])
     if task == "multilabel":
         shares = Constant("the share of each label in the training rows", _label_shares)
         sets = _label_sets(n_outputs)
@@ -376,34 +378,28 @@ _MIDDLE = Constant(
 )
 
 
-def _fixed(*constants: Constant) -> Callable[[Mapping[str, Any]], list[Constant]]:
-    return lambda arguments: list(constants)
-
-
-def _of_level(arguments: Mapping[str, Any]) -> list[Constant]:
-    return [_quantile_constant(arguments.get("alpha", 0.5))]
-
-
-_REGRESSION: Mapping[str, Callable[[Mapping[str, Any]], list[Constant]]] = {
-    "r2_score": _fixed(_MEAN),
-    "explained_variance_score": _fixed(_MEAN),
-    "mean_squared_error": _fixed(_MEAN),
-    "root_mean_squared_error": _fixed(_MEAN),
-    "mean_poisson_deviance": _fixed(_MEAN),
-    "mean_gamma_deviance": _fixed(_MEAN),
-    "mean_tweedie_deviance": _fixed(_MEAN),
-    "d2_tweedie_score": _fixed(_MEAN),
-    "mean_absolute_error": _fixed(_MEDIAN),
-    "d2_absolute_error_score": _fixed(_MEDIAN),
+_REGRESSION: Mapping[str, list[Constant]] = {
+    **dict.fromkeys(
+        (
+            "r2_score",
+            "explained_variance_score",
+            "mean_squared_error",
+            "root_mean_squared_error",
+            "mean_poisson_deviance",
+            "mean_gamma_deviance",
+            "mean_tweedie_deviance",
+            "d2_tweedie_score",
+        ),
+        [_MEAN],
+    ),
+    **dict.fromkeys(("mean_absolute_error", "d2_absolute_error_score"), [_MEDIAN]),
     # Folds are small samples, in which the median may be better although the other is the
     # minimizer.
-    "median_absolute_error": _fixed(_MEDIAN, _SHORTEST_HALF),
-    "mean_absolute_percentage_error": _fixed(_MEDIAN_BY_SIZE),
-    "mean_squared_log_error": _fixed(_MEAN_LOG),
-    "root_mean_squared_log_error": _fixed(_MEAN_LOG),
-    "max_error": _fixed(_MIDDLE),
-    "mean_pinball_loss": _of_level,
-    "neg_mean_pinball_loss": _of_level,
-    "d2_pinball_score": _of_level,
+    "median_absolute_error": [_MEDIAN, _SHORTEST_HALF],
+    "mean_absolute_percentage_error": [_MEDIAN_BY_SIZE],
+    **dict.fromkeys(("mean_squared_log_error", "root_mean_squared_log_error"), [_MEAN_LOG]),
+    "max_error": [_MIDDLE],
 }
-"""The candidates for the best constant of each scikit-learn metric, from the metric's arguments."""
+"""The candidates for the best constant of each scikit-learn metric without arguments."""
+_PINBALL = ("mean_pinball_loss", "neg_mean_pinball_loss", "d2_pinball_score")
+"""The metrics whose argument alpha is the level of the best quantile."""

@@ -16,29 +16,18 @@ from gputune.errors import InputError
 from gputune.types import Task
 from gputune.wording import Verbatim, option, per_interface
 
-_KINDS: Mapping[Callable[..., object], type[nn.Module]] = {
+_CLASSES = {name.lower(): kind for name, kind in vars(nn).items() if name.endswith("Loss")}
+_KINDS: dict[Callable[..., object], type[nn.Module]] = {
     functional.binary_cross_entropy: nn.BCELoss,
     functional.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
-    functional.cosine_embedding_loss: nn.CosineEmbeddingLoss,
     functional.cross_entropy: nn.CrossEntropyLoss,
-    functional.ctc_loss: nn.CTCLoss,
-    functional.gaussian_nll_loss: nn.GaussianNLLLoss,
-    functional.hinge_embedding_loss: nn.HingeEmbeddingLoss,
-    functional.huber_loss: nn.HuberLoss,
     functional.kl_div: nn.KLDivLoss,
-    functional.l1_loss: nn.L1Loss,
-    functional.margin_ranking_loss: nn.MarginRankingLoss,
-    functional.mse_loss: nn.MSELoss,
-    functional.multi_margin_loss: nn.MultiMarginLoss,
-    functional.multilabel_margin_loss: nn.MultiLabelMarginLoss,
-    functional.multilabel_soft_margin_loss: nn.MultiLabelSoftMarginLoss,
-    functional.nll_loss: nn.NLLLoss,
-    functional.poisson_nll_loss: nn.PoissonNLLLoss,
-    functional.smooth_l1_loss: nn.SmoothL1Loss,
-    functional.soft_margin_loss: nn.SoftMarginLoss,
-    functional.triplet_margin_loss: nn.TripletMarginLoss,
-    functional.triplet_margin_with_distance_loss: nn.TripletMarginWithDistanceLoss,
 }
+for _name, _function in vars(functional).items():
+    # The other functions are named like their class: smooth_l1_loss and SmoothL1Loss.
+    _class_name = _name.replace("_", "")
+    if _class_name in _CLASSES:
+        _KINDS[_function] = _CLASSES[_class_name]
 
 OF_CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss)
 OF_NUMBERS = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.PoissonNLLLoss)
