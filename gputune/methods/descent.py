@@ -13,8 +13,8 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from gputune.annotations import FloatArray
 from gputune.errors import InputError, check_count
 from gputune.hypergradients.inner import (
     CHAOTIC,
@@ -35,7 +35,7 @@ _MOST_CHAOTIC = 2
 FIRST_STEP = 1.5
 FIRST_OF_SEVERAL = 1.0
 
-SegmentTable: TypeAlias = NDArray[np.float64]  # (S, L): S segments of the training time, L layers
+SegmentTable: TypeAlias = FloatArray  # (S, L): S segments of the training time, L layers
 Tables: TypeAlias = dict[str, SegmentTable]  # by hyperparameter
 Bounds = Mapping[str, tuple[float, float]]
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 from markupsafe import Markup
-from numpy.typing import NDArray
 
+from gputune.annotations import FloatArray
 from gputune.report.digits import page_curves, page_front, page_scores
 from gputune.report.svg import (
     Chart,
@@ -299,9 +299,7 @@ def _rows_to_draw(view: Scores, most: int) -> tuple[list[int], tuple[str, ...]]:
     return drawn[::-1], notes
 
 
-def _points(
-    view: Scores, across: NDArray[np.float64], frame: Frame, drawn: Sequence[int]
-) -> list[Markup]:
+def _points(view: Scores, across: FloatArray, frame: Frame, drawn: Sequence[int]) -> list[Markup]:
     """Return the dots of each state, and a ring around the best trial."""
     y = frame.down_within(view.values)
     parts = []
@@ -337,7 +335,7 @@ def path_charts(study: Study) -> list[Chart]:
 
 
 def _path_chart(
-    starts: Sequence[DescentPath], values: Sequence[NDArray[np.float64]], y: Scale, name: str
+    starts: Sequence[DescentPath], values: Sequence[FloatArray], y: Scale, name: str
 ) -> Chart:
     """Return the chart of one value by outer step, with a line per starting point."""
     drawn = starts[:STARTS]

@@ -4,8 +4,8 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 from markupsafe import Markup
-from numpy.typing import NDArray
 
+from gputune.annotations import FloatArray
 from gputune.report.charts import FEW
 from gputune.report.digits import page_scores
 from gputune.report.svg import (
@@ -173,7 +173,7 @@ def parallel_chart(study: Study, important: Sequence[str] = ()) -> tuple[Chart, 
     return drawing(width, _HEIGHT, title, *parts, notes=notes, class_="chart parallel"), axes
 
 
-def _line_heights(heights: NDArray[np.float64]) -> NDArray[np.float64]:
+def _line_heights(heights: FloatArray) -> FloatArray:
     """Return the heights, from the top, at which lines pass an axis.
 
     On an axis with few values, lines through the same value are drawn next to each other.
@@ -182,7 +182,7 @@ def _line_heights(heights: NDArray[np.float64]) -> NDArray[np.float64]:
     return _down(np.clip(shifted(heights, _STRIP), 0, 1) if few else heights)
 
 
-def _down(height: NDArray[np.float64]) -> NDArray[np.float64]:
+def _down(height: FloatArray) -> FloatArray:
     """Convert heights on an axis to y coordinates, which SVG measures from the top."""
     return _HEIGHT - _BOTTOM - height * (_HEIGHT - _TOP - _BOTTOM)
 

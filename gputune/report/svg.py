@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from markupsafe import Markup, escape
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from gputune.annotations import FloatArray
 from gputune.views.scores import Scale
 
 GOLDEN = 0.6180339887498949  # steps of the golden ratio, modulo 1, spread points evenly
@@ -40,7 +41,7 @@ def spread_over(order: Sequence[int], most: int) -> list[int]:
     return [*order[:first], *(order[place] for place in rest)]
 
 
-def shifted(places: NDArray[np.float64], width: float) -> NDArray[np.float64]:
+def shifted(places: FloatArray, width: float) -> FloatArray:
     """Shift coordinates within ``width``, so that points with equal coordinates do not overlap.
 
     The shifts do not change from call to call.
@@ -88,14 +89,14 @@ def line_path(x: ArrayLike, y: ArrayLike) -> str:
     return "".join(parts)
 
 
-def dots_path(x: NDArray[np.float64], y: NDArray[np.float64]) -> str:
+def dots_path(x: FloatArray, y: FloatArray) -> str:
     """Return a path with a dot at each finite point. A round line cap draws the dots."""
     points = np.column_stack([x, y])
     finite = points[np.isfinite(points).all(1)]
     return "".join(f"M{px:.1f} {py:.1f}h0" for px, py in finite.tolist())
 
 
-def band_path(x: NDArray[np.float64], low: NDArray[np.float64], high: NDArray[np.float64]) -> str:
+def band_path(x: FloatArray, low: FloatArray, high: FloatArray) -> str:
     """Return the path of the area between two lines, where both are finite."""
     known = np.isfinite(low) & np.isfinite(high)
     if known.sum() < 2:
@@ -163,15 +164,15 @@ class Frame:
         letters = sum(len(cut(label, self.letters)) for _, label in self.x.ticks)
         return letters * 7 > self.width - self.right - self.left
 
-    def across(self, values: ArrayLike) -> NDArray[np.float64]:
+    def across(self, values: ArrayLike) -> FloatArray:
         """Return the x coordinates of values."""
         return self.left + self.x(values) * (self.width - self.left - self.right)
 
-    def down(self, values: ArrayLike) -> NDArray[np.float64]:
+    def down(self, values: ArrayLike) -> FloatArray:
         """Return the y coordinates of values, from the top."""
         return self.height - self.bottom - self.y(values) * (self.height - self.top - self.bottom)
 
-    def down_within(self, values: ArrayLike) -> NDArray[np.float64]:
+    def down_within(self, values: ArrayLike) -> FloatArray:
         """Return the y coordinates of values, moved to the edge if they are beyond the axis."""
         return np.clip(self.down(values), self.top + 6, self.height - self.bottom - 12)
 

@@ -193,7 +193,7 @@ def _constants(
     if task == "regression":
         if metric.name in _PINBALL:
             return [_quantile_constant(metric.arguments.get("alpha", 0.5))]
-        return _REGRESSION.get(metric.name, [])
+        return list(_REGRESSION.get(metric.name, ()))
     if task == "multilabel":
         shares = Constant("the share of each label in the training rows", _label_shares)
         sets = _label_sets(n_outputs)
@@ -378,7 +378,7 @@ _MIDDLE = Constant(
 )
 
 
-_REGRESSION: Mapping[str, list[Constant]] = {
+_REGRESSION: Mapping[str, tuple[Constant, ...]] = {
     **dict.fromkeys(
         (
             "r2_score",
@@ -390,15 +390,15 @@ _REGRESSION: Mapping[str, list[Constant]] = {
             "mean_tweedie_deviance",
             "d2_tweedie_score",
         ),
-        [_MEAN],
+        (_MEAN,),
     ),
-    **dict.fromkeys(("mean_absolute_error", "d2_absolute_error_score"), [_MEDIAN]),
+    **dict.fromkeys(("mean_absolute_error", "d2_absolute_error_score"), (_MEDIAN,)),
     # Folds are small samples, in which the median may be better although the other is the
     # minimizer.
-    "median_absolute_error": [_MEDIAN, _SHORTEST_HALF],
-    "mean_absolute_percentage_error": [_MEDIAN_BY_SIZE],
-    **dict.fromkeys(("mean_squared_log_error", "root_mean_squared_log_error"), [_MEAN_LOG]),
-    "max_error": [_MIDDLE],
+    "median_absolute_error": (_MEDIAN, _SHORTEST_HALF),
+    "mean_absolute_percentage_error": (_MEDIAN_BY_SIZE,),
+    **dict.fromkeys(("mean_squared_log_error", "root_mean_squared_log_error"), (_MEAN_LOG,)),
+    "max_error": (_MIDDLE,),
 }
 """The candidates for the best constant of each scikit-learn metric without arguments."""
 _PINBALL = ("mean_pinball_loss", "neg_mean_pinball_loss", "d2_pinball_score")

@@ -15,9 +15,9 @@ from typing import SupportsFloat
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from gputune.annotations import FloatArray
 from gputune.data.dataset import Dataset
 from gputune.errors import InputError
 from gputune.memory import free_of_gpu
@@ -432,7 +432,7 @@ class BestOutputs:
     -inf without such epochs.
     """
 
-    def __init__(self, limit: int, means: NDArray[np.float64]) -> None:
+    def __init__(self, limit: int, means: FloatArray) -> None:
         self.limit = limit
         self.means = means
         self.epochs = np.zeros(len(means), dtype=np.int64)
@@ -443,7 +443,7 @@ class BestOutputs:
         self,
         epoch: int,
         trials: Sequence[int],
-        means: NDArray[np.float64],
+        means: FloatArray,
         outputs: Sequence[Tensor],
     ) -> None:
         """Store the outputs of each trial that has a better mean validation score than before.

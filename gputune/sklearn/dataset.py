@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from scipy.sparse import issparse
 from torch import Tensor
 
+from gputune.annotations import FloatArray, IntArray
 from gputune.data.arrays import ArrayLayout, Arrays, fit_channels
 from gputune.data.dataset import Dataset
 from gputune.data.dataset import make_dataset as data_of
@@ -29,7 +30,7 @@ from gputune.main_memory import free_memory
 from gputune.types import Task
 from gputune.wording import Verbatim
 
-Index: TypeAlias = NDArray[np.int64]
+Index: TypeAlias = IntArray
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +48,8 @@ class CheckedRows:
     """
 
     X: Arrays
-    y: Index | NDArray[np.float64]
-    weights: NDArray[np.float64] | None
+    y: Index | FloatArray
+    weights: FloatArray | None
     classes: NDArray[np.generic] | None
     names: NDArray[np.object_] | None
     taken_as: Task = "regression"

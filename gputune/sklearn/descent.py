@@ -17,13 +17,13 @@ from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 from sklearn import model_selection
 from sklearn.base import BaseEstimator, clone, is_regressor
 from sklearn.metrics import log_loss
 from sklearn.utils import indexable
 from sklearn.utils._param_validation import Interval, StrOptions
 
+from gputune.annotations import FloatArray
 from gputune.engine.stop import entry
 from gputune.errors import DivergedError, InputError
 from gputune.hypergradients.first_step import check_classes, check_coordinate, check_start
@@ -40,7 +40,7 @@ from gputune.tuning.descent import SlopeMode, run_descent
 from gputune.types import Config
 from gputune.wording import Verbatim
 
-TrialSlopes = tuple[NDArray[np.float64], dict[str, NDArray[np.float64]], NDArray[np.float64]]
+TrialSlopes = tuple[FloatArray, dict[str, FloatArray], FloatArray]
 """For one trial: the validation loss of each fold (F,), hyperparameter -> slope of the loss (F, 1,
 1), and the ratios (F,) by which the chaos guard decides whether a slope is noise."""
 

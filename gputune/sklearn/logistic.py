@@ -22,6 +22,7 @@ from sklearn.linear_model import LogisticRegression as Theirs
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.class_weight import compute_class_weight
 
+from gputune.annotations import FloatArray, IntArray
 from gputune.engine.choice import device_for_solver
 from gputune.errors import InputError, warn
 from gputune.hypergradients.implicit import implicit_gradients
@@ -58,7 +59,7 @@ class SolvedMember:
 
     solution: Solution
     position: int
-    classes: NDArray[np.int64]
+    classes: IntArray
 
 
 def solve_groups(
@@ -139,8 +140,8 @@ def make_problem(penalties: Sequence[Penalty], folds: FoldGroup) -> LogisticProb
 
 
 def _weights(
-    class_weight: Mapping[object, float] | str | None, folds: FoldGroup, train: NDArray[np.int64]
-) -> NDArray[np.float64]:
+    class_weight: Mapping[object, float] | str | None, folds: FoldGroup, train: IntArray
+) -> FloatArray:
     """Return the weight (n,) of each row in a fold: sample weight times class weight.
 
     Rows outside of the training rows have weight 0.

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 from sklearn import get_config
 from sklearn.base import clone, is_classifier
 from sklearn.metrics import check_scoring
@@ -16,6 +15,7 @@ from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping, proces
 from sklearn.utils.metaestimators import _safe_split
 from sklearn.utils.validation import _check_method_params
 
+from gputune.annotations import FloatArray
 from gputune.errors import InputError
 from gputune.methods.distributions import to_scipy
 from gputune.sklearn.dataset import FoldRows, as_sliced
@@ -47,9 +47,9 @@ class NestedScores:
         searches: the fitted searches.
     """
 
-    scores: NDArray[np.float64]
+    scores: FloatArray
     best_params: tuple[Config, ...]
-    best_scores: NDArray[np.float64]
+    best_scores: FloatArray
     searches: tuple[AnySearch, ...]
 
 

@@ -9,12 +9,12 @@ from typing import ClassVar, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from sklearn.base import ClassifierMixin, RegressorMixin
 from sklearn.utils import Tags
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from gputune.annotations import FloatArray
 from gputune.errors import InputError, InputWarning, check_count, warn
 from gputune.methods.config import check_value
 from gputune.modules.construction import Builder, what_to_pass
@@ -323,7 +323,7 @@ class NeuralNet(_NeuralNet):
     _takes_any_target = True
     _own_losses: ClassVar = {}
 
-    def predict(self, X: object) -> NDArray[np.float64]:
+    def predict(self, X: object) -> FloatArray:
         """Return the outputs of the module, (n, ...)."""
         return self._outputs(X).numpy()
 
@@ -357,14 +357,14 @@ class NeuralNetClassifier(ClassifierMixin, _NeuralNet):  # type: ignore[misc]
         labels: np.ndarray = self.classes_[outputs.argmax(1).numpy()]
         return labels
 
-    def predict_proba(self, X: object) -> NDArray[np.float64]:
+    def predict_proba(self, X: object) -> FloatArray:
         """Return the probabilities (n, K) of the classes, in the order of ``classes_``, or of the
         labels."""
         outputs = self._logits(X)
         has_labels = isinstance(self.classes_, list)
         return (outputs.sigmoid() if has_labels else outputs.softmax(1)).numpy()
 
-    def predict_log_proba(self, X: object) -> NDArray[np.float64]:
+    def predict_log_proba(self, X: object) -> FloatArray:
         """Return the logarithms of the probabilities of ``predict_proba``, (n, K)."""
         outputs = self._logits(X)
         has_labels = isinstance(self.classes_, list)
@@ -411,13 +411,13 @@ class NeuralNetRegressor(RegressorMixin, _NeuralNet):  # type: ignore[misc]
     """
 
     _own_losses: ClassVar = {nn.MSELoss: "mse"}
-    target_mean_: float | NDArray[np.float64]
-    target_scale_: float | NDArray[np.float64]
+    target_mean_: float | FloatArray
+    target_scale_: float | FloatArray
 
-    def predict(self, X: object) -> NDArray[np.float64]:
+    def predict(self, X: object) -> FloatArray:
         """Return the predicted target of each row in the units of y, (n,) or (n, K) like y."""
         outputs = self._outputs(X).numpy()
-        values: NDArray[np.float64] = outputs * self.target_scale_ + self.target_mean_
+        values: FloatArray = outputs * self.target_scale_ + self.target_mean_
         return values if isinstance(self.target_mean_, np.ndarray) else values[:, 0]
 
     def _set_fitted(self, fitted: TrainedMember, rows: CheckedRows) -> None:

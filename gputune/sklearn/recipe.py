@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from sklearn.utils import check_random_state
 from torch import Tensor, nn
 
+from gputune.annotations import FloatArray, IntArray
 from gputune.data.dataset import Dataset
 from gputune.data.scaling import Scaling
 from gputune.engine.job import Job, Outcome, ProgressCallback, train_chunk
@@ -85,17 +86,17 @@ class TrainedMember:
     """
 
     module: Callable[[], nn.Module]
-    classes: NDArray[np.int64] | None
+    classes: IntArray | None
     present: NDArray[np.bool_] | None
-    center: NDArray[np.float64]
-    scale: NDArray[np.float64]
+    center: FloatArray
+    scale: FloatArray
     scaling: tuple[Scaling | None, ...]
     rows: int
     epochs: int
     stalled: int
     seed: int
     buffers: tuple[Tensor, ...] | None
-    losses: NDArray[np.float64]
+    losses: FloatArray
     draws: bool
 
 
@@ -336,7 +337,7 @@ class ChunkWeights(Outcome):
 
     rows: np.ndarray | None
     buffers: tuple[Tensor, ...] | None
-    ends: NDArray[np.int64]
+    ends: IntArray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -384,7 +385,7 @@ class MemberJob(Job):
         data: Dataset,
         chunk: Population,
         weights: ChunkWeights,
-        classes: NDArray[np.int64] | None,
+        classes: IntArray | None,
     ) -> list[TrainedMember | Exception]:
         """Return the members of a chunk, fold by fold.
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, clone
 from sklearn.utils.metaestimators import _safe_split
 from sklearn.utils.validation import _check_method_params, _num_samples
 
+from gputune.annotations import IntArray
 from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.sklearn.base import FusedEstimator, check_rows, hooked, last_step
 from gputune.sklearn.dataset import CheckedRows, FoldGroup, FoldRows, lay_out
@@ -346,7 +347,7 @@ def held_out_part(fitted: BaseEstimator, train: FoldRows, X: object, y: object) 
     return FoldRows(rows, np.arange(len(rows.X)))
 
 
-def _as_rows(mask_or_rows: ArrayLike) -> NDArray[np.int64]:
+def _as_rows(mask_or_rows: ArrayLike) -> IntArray:
     """Return row positions, given positions or a boolean mask."""
     array = np.asarray(mask_or_rows)
     return np.flatnonzero(array) if array.dtype == bool else array.astype(np.int64)

@@ -21,6 +21,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.utils import Bunch
 from sklearn.utils._param_validation import Interval
 
+from gputune.annotations import StrPath
 from gputune.errors import InputError, warn
 from gputune.methods.distributions import to_scipy
 from gputune.sklearn.base import FusedEstimator, constructor, last_step
@@ -258,9 +259,7 @@ class GridSearchCV(FusedSearch, model_selection.GridSearchCV):  # type: ignore[m
     __init__ = constructor(model_selection.GridSearchCV, EXTRAS)
 
 
-def write_search(
-    path: str | os.PathLike[str], search: BaseSearchCV, epochs: Sequence[int] | None
-) -> None:
+def write_search(path: StrPath, search: BaseSearchCV, epochs: Sequence[int] | None) -> None:
     """Write a fitted search to a study file.
 
     Args:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gputune.annotations import StrPath
 from gputune.data.arrays import Arrays, ArrayStatistics
 from gputune.data.columns import Layout
 from gputune.data.encode import Statistics, normal_scores_of, smooth_clip
@@ -271,7 +272,7 @@ def description(model: ModelContent) -> Json:
     }
 
 
-def export(model: ModelContent, path: str | os.PathLike[str]) -> None:
+def export(model: ModelContent, path: StrPath) -> None:
     """Write the model to a new file, ``.onnx`` or ``.pt2``; see ``TunedModel.export``."""
     path = Path(path)
     argument = f"export(path={str(path)!r})"

@@ -4,8 +4,8 @@ Numeric targets are read in the same way as in a search.
 """
 
 import numpy as np
-from numpy.typing import NDArray
 
+from gputune.annotations import IntArray
 from gputune.data.kinds import text_of
 from gputune.data.table import as_table, quoted
 from gputune.data.target import check_target, refuse_missing, target_array
@@ -19,7 +19,7 @@ def _without_column_axis(labels: np.ndarray) -> np.ndarray:
     return labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
 
 
-def class_codes(classes: np.ndarray, y: object) -> tuple[list[object], NDArray[np.int64]]:
+def class_codes(classes: np.ndarray, y: object) -> tuple[list[object], IntArray]:
     """Return the classes of a model and the codes of y, (n,).
 
     Classes that only y has follow the classes of the model.
@@ -50,7 +50,7 @@ def class_codes(classes: np.ndarray, y: object) -> tuple[list[object], NDArray[n
     return known, np.array([codes[label] for label in labels], dtype=np.int64)
 
 
-def refuse_unknown(classes: list[object], codes: NDArray[np.int64], K: int, name: str) -> None:
+def refuse_unknown(classes: list[object], codes: IntArray, K: int, name: str) -> None:
     """Raise InputError if every code is beyond the K classes of a model.
 
     These are the first K of ``classes``.
@@ -64,7 +64,7 @@ def refuse_unknown(classes: list[object], codes: NDArray[np.int64], K: int, name
         )
 
 
-def checked_codes(classes: np.ndarray, y: object, rows: int) -> NDArray[np.int64]:
+def checked_codes(classes: np.ndarray, y: object, rows: int) -> IntArray:
     """Return the codes of labels y, (n,), one per row.
 
     Raises:

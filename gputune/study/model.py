@@ -1,6 +1,5 @@
 """A tuned model: a plain module and its preprocessing, from raw rows to predictions."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +7,10 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from gputune.annotations import FloatArray, StrPath
 from gputune.data.array_files import ARRAY_SUFFIXES, pick_inputs
 from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.data.columns import Layout, checked_tensor
@@ -93,9 +92,7 @@ class TunedModel(ModelContent):
         labels: np.ndarray = self.classes[outputs.argmax(1).numpy()]
         return labels
 
-    def predict_interval(
-        self, X: object, level: float = 0.9
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def predict_interval(self, X: object, level: float = 0.9) -> tuple[FloatArray, FloatArray]:
         """Return intervals that contain about a share ``level`` of the true values.
 
         The interval is the prediction plus and minus the ceil((m + 1) level)-th smallest of the m
@@ -120,9 +117,7 @@ class TunedModel(ModelContent):
         half = half_width(self, level)
         return self._ends(self._outputs(X), half)
 
-    def _ends(
-        self, outputs: Tensor, half: float
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def _ends(self, outputs: Tensor, half: float) -> tuple[FloatArray, FloatArray]:
         """Return the lower and upper ends of prediction intervals for rows with these outputs.
 
         Each interval extends by ``half`` to both sides of the prediction.
@@ -131,13 +126,13 @@ class TunedModel(ModelContent):
         ends = np.stack([self._in_units(middle + part) for part in (-half, half)])
         return ends.min(0), ends.max(0)  # a decreasing transformation swaps the ends
 
-    def _in_units(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _in_units(self, values: FloatArray) -> FloatArray:
         """Return values (n, K) in the units of the target, or (n,) if a row has one value."""
         if self.transform is not None:
             values = self.transform.inverse(torch.from_numpy(values)).numpy()
         return values[:, 0] if values.shape[1] == 1 else values
 
-    def predict_proba(self, X: object) -> NDArray[np.float64]:
+    def predict_proba(self, X: object) -> FloatArray:
         """Return the probability of each class: the softmax of the logits divided by
         ``temperature``.
 
@@ -224,7 +219,7 @@ class TunedModel(ModelContent):
             regressor_tags=None if classes else RegressorTags(),
         )
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def save(self, folder: StrPath) -> None:
         """Write ``model.safetensors`` and ``model.json`` into ``folder``.
 
         Each file appears complete or not at all. A model in the folder is replaced. Warns if
@@ -239,7 +234,7 @@ class TunedModel(ModelContent):
         """
         save_model(self, folder)
 
-    def export(self, path: str | os.PathLike[str]) -> None:
+    def export(self, path: StrPath) -> None:
         """Write the model with its numeric preprocessing to a new file that runs without gputune.
 
         The file takes the result of ``encoded``, with any number of rows n: (n, C) float64 for a
@@ -440,7 +435,7 @@ class TunedModel(ModelContent):
 
 @entry
 def load_model(
-    folder: str | os.PathLike[str], module: Builder | None = None, *, trust_code: bool = False
+    folder: StrPath, module: Builder | None = None, *, trust_code: bool = False
 ) -> TunedModel:
     """Return the model that ``TunedModel.save`` wrote into ``folder``, on the CPU and ready to
     predict.

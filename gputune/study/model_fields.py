@@ -6,8 +6,8 @@ from typing import get_args
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from gputune.annotations import FloatArray
 from gputune.data.arrays import ArrayLayout, ArrayStatistics
 from gputune.data.columns import DATE_PARTS, Column, Layout
 from gputune.data.encode import Statistics
@@ -107,7 +107,7 @@ def _check_target(fields: Json) -> None:
         raise ValueError("its target_transform has a wrong number of targets")
 
 
-def _of_target(value: float | list[float] | np.ndarray) -> float | NDArray[np.float64]:
+def _of_target(value: float | list[float] | np.ndarray) -> float | FloatArray:
     """Return the center or scale of a target: a float, or an array with one value per column."""
     return np.asarray(value, np.float64) if isinstance(value, list | np.ndarray) else float(value)
 

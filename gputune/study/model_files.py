@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from gputune.annotations import FloatArray, StrPath
 from gputune.data.arrays import ArrayLayout, ArrayStatistics
 from gputune.data.columns import Layout
 from gputune.data.encode import Statistics
@@ -75,18 +75,18 @@ class ModelContent:
     statistics: Statistics | ArrayStatistics
     task: Task
     classes: np.ndarray | None
-    center: float | NDArray[np.float64]
-    scale: float | NDArray[np.float64]
+    center: float | FloatArray
+    scale: float | FloatArray
     dtype: torch.dtype
     target: str
     spec: Json
     info: Json
     transform: FittedTransform | None = None
-    residuals: NDArray[np.float64] | None = None
+    residuals: FloatArray | None = None
     temperature: float = 1.0
 
 
-def save_model(model: ModelContent, folder: str | os.PathLike[str]) -> None:
+def save_model(model: ModelContent, folder: StrPath) -> None:
     """Write the model into ``folder``; see ``TunedModel.save``."""
     import safetensors.torch
 

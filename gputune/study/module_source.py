@@ -30,6 +30,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TypeGuard
 
+from gputune.annotations import StrPath
 from gputune.errors import InputError, UntrustedCodeError
 from gputune.input_files import check_file, read_file
 from gputune.modules.construction import Builder
@@ -210,7 +211,7 @@ def find_class(source: Json, *, trust_code: bool = False, or_changed: bool = Fal
     return module_class
 
 
-def class_from_file(path: str | os.PathLike[str], name: str) -> Builder:
+def class_from_file(path: StrPath, name: str) -> Builder:
     """Return the ``nn.Module`` class, or the function that makes modules, from a Python file.
 
     This runs the file, once per process.
@@ -227,7 +228,7 @@ def class_from_file(path: str | os.PathLike[str], name: str) -> Builder:
 
 
 def _of_file(
-    path: str | os.PathLike[str],
+    path: StrPath,
     name: str,
     known_digest: str | None = None,
     *,

@@ -1,6 +1,5 @@
 """Save the undamaged rows of a damaged study file into a new file."""
 
-import os
 import sqlite3
 from collections.abc import Callable, Iterable
 from contextlib import closing, suppress
@@ -10,6 +9,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from gputune.annotations import StrPath
 from gputune.errors import StudyCorruptError
 from gputune.study.database import TABLES, check_study_file, companion, create_file
 from gputune.study.record import OPTION_COUNT
@@ -70,7 +70,7 @@ class RepairResult:
         return "\n".join(lines)
 
 
-def repair(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> RepairResult:
+def repair(path: StrPath, out: StrPath) -> RepairResult:
     """Save every undamaged row of the study at ``path`` into a new file ``out``.
 
     The old file is only read. A row is undamaged if SQLite can read it and its checksum fits, so no

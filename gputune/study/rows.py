@@ -20,6 +20,7 @@ from typing import Any, Literal, Self, TypeAlias, TypeVar, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from gputune.annotations import FloatArray, IntArray
 from gputune.errors import InputError
 from gputune.study.record import OPTION_FORMS, has_form
 from gputune.study.values import from_json, to_json
@@ -30,7 +31,7 @@ from gputune.wording import Verbatim
 EpochRule = Literal["best", "last"]
 ResultState = Literal["complete", "failed", "stopped", "pruned"]
 TrialState = ResultState | Literal["waiting"]
-Curve: TypeAlias = NDArray[np.float64]
+Curve: TypeAlias = FloatArray
 StoredRow = tuple[Any, ...]
 StoredValue = TypeVar("StoredValue")
 
@@ -267,10 +268,10 @@ class FoldReport:
     """
 
     trial: int
-    confusion: NDArray[np.int64]
+    confusion: IntArray
     columns: tuple[str, ...]
-    drops: NDArray[np.float64]
-    errors: NDArray[np.float64]
+    drops: FloatArray
+    errors: FloatArray
 
 
 def _table(values: Sequence[bytes]) -> Curve:
@@ -297,7 +298,7 @@ def outputs_from_row(number: int, epoch: int, width: int, values: bytes) -> tupl
     return number, Outputs(epoch, np.frombuffer(values, dtype="<f4").reshape(-1, width))
 
 
-def ranked(scores: NDArray[np.float64], pruned: NDArray[np.bool_]) -> NDArray[np.intp]:
+def ranked(scores: FloatArray, pruned: NDArray[np.bool_]) -> NDArray[np.intp]:
     """Return the positions of trials, best first, (C,).
 
     Pruned trials follow the others. Trials without a finite score come last. Ties keep their order.

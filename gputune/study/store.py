@@ -23,6 +23,7 @@ from typing import Any, Self, TypeVar
 
 import numpy as np
 
+from gputune.annotations import StrPath
 from gputune.errors import InputError
 from gputune.garbage import without_collector
 from gputune.study import database
@@ -100,7 +101,7 @@ class Store(AbstractContextManager["Store"]):
         self._results: dict[int, Result] = {}
 
     @classmethod
-    def create(cls, path: str | os.PathLike[str], meta: Mapping[str, object]) -> Self:
+    def create(cls, path: StrPath, meta: Mapping[str, object]) -> Self:
         """Create a study file that holds ``meta`` and no trials, and open it.
 
         The file appears complete or not at all.
@@ -119,7 +120,7 @@ class Store(AbstractContextManager["Store"]):
         return cls.open(path)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Self:
+    def open(cls, path: StrPath) -> Self:
         """Open an existing study file. The file is opened read-only if it may not be written.
 
         Raises:
@@ -307,7 +308,7 @@ class Store(AbstractContextManager["Store"]):
         """
         return self._all("plan", partial(map, PlannedChunk.from_row), self._chunks)
 
-    def backup(self, path: str | os.PathLike[str]) -> None:
+    def backup(self, path: StrPath) -> None:
         """Write the current study to a new file, complete or not at all, even while others write to
         it.
 

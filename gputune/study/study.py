@@ -4,7 +4,6 @@ Shape letters: C trials, F folds, M metrics.
 """
 
 import math
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import copy
@@ -15,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
+from gputune.annotations import FloatArray, StrPath
 from gputune.errors import TOO_BIG, InputError, SearchFailedError
 from gputune.garbage import without_collector
 from gputune.study.record import SearchRecord
@@ -137,7 +136,7 @@ class Study:
         vars(self)["curves"] = curves
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Self:
+    def open(cls, path: StrPath) -> Self:
         """Return the study in the file at ``path``, with the results so far.
 
         Raises:
@@ -178,7 +177,7 @@ class Study:
         return [(trial, trial) for trial in self.trials]
 
     @cached_property
-    def scores(self) -> NDArray[np.float64]:
+    def scores(self) -> FloatArray:
         """The scores (C,) of the trials."""
         return np.array(
             [math.nan if result is None else result.score for _, result in self.rows],
@@ -217,7 +216,7 @@ class Study:
         position = self.metrics.index(check_metric(self, metric, "curves_of(metric={})"))
         return curves[..., position] if curves.ndim == 4 else curves
 
-    def backup(self, path: str | os.PathLike[str]) -> None:
+    def backup(self, path: StrPath) -> None:
         """Copy the study's file to a new file. This is safe while a search writes to it.
 
         Args:

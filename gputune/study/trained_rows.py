@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gputune.annotations import FloatArray
 from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.data.columns import Layout
 from gputune.data.table import Table
@@ -78,7 +79,7 @@ def _digests(
 
 def _numbers(
     layout: Layout | ArrayLayout, X: Table | Tensor | Arrays
-) -> Iterator[list[NDArray[np.float64]]]:
+) -> Iterator[list[FloatArray]]:
     """Yield the encoded values of a batch of rows at a time, (n, d) float64 for each input."""
     for start in range(0, len(X), _ROWS):
         rows = np.arange(start, min(start + _ROWS, len(X)))
@@ -93,7 +94,7 @@ def _numbers(
         yield [part.double().reshape(len(rows), -1).cpu().numpy() for part in inputs]
 
 
-def _digests_of(numbers: NDArray[np.float64]) -> NDArray[np.uint64]:
+def _digests_of(numbers: FloatArray) -> NDArray[np.uint64]:
     """Return one digest per row, (n,), of encoded values (n, d).
 
     The digest is a sum over the columns. Each column has its own random factor, and the bits of
