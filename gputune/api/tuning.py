@@ -19,7 +19,7 @@ from gputune.api.study import Study
 from gputune.callbacks import Callback
 from gputune.data.columns import Columns
 from gputune.data.kinds import Kind
-from gputune.data.missing_target import MissingTarget, check_row_options, select_weights
+from gputune.data.missing_target import MissingTarget, check_row_options, select_values
 from gputune.data.source import read_source
 from gputune.data.target import TaskWord
 from gputune.data.target_transform import TargetTransform
@@ -380,7 +380,7 @@ def tune(
     if source.positions is not None:
         check_row_options(source.n_given, options.cv, options.sample_weight)
         options = replace(
-            options, sample_weight=select_weights(options.sample_weight, source.positions)
+            options, sample_weight=select_values(options.sample_weight, source.positions)
         )
     return search_rows(SearchCall(choice, source, options), study_type=Study)
 

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gputune.data.arrays import refuse_kind
+from gputune.data.arrays import Arrays, refuse_kind
 from gputune.data.kinds import Kind, convert
 from gputune.data.readings import EXAMPLE
 from gputune.data.table import Table, nameless, quoted, two_axes
@@ -282,6 +282,7 @@ def _summary(X: Tensor) -> Table:
 Columns = Literal["keep", "drop-constant"]
 Raw: TypeAlias = np.ndarray | Tensor
 """Features before any statistics are applied, (n, D)."""
+AnyRows: TypeAlias = Table | Tensor | Arrays
 N_BINS = 16
 """The largest number of bins of a numeric column. With fewer bins, the remaining features are 0."""
 

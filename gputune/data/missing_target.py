@@ -78,13 +78,11 @@ def check_row_options(n_given: int, cv: object, sample_weight: object) -> None:
         )
 
 
-def select_weights(sample_weight: Any, positions: np.ndarray) -> object:
-    """Return the sample weights of the rows at some positions."""
-    if sample_weight is None:
+def select_values(values: Any, positions: np.ndarray) -> Any:
+    """Return the values of the rows at some positions. None stays None."""
+    if values is None:
         return None
-    if isinstance(sample_weight, Tensor):
-        return sample_weight[positions]
-    return np.asarray(sample_weight)[positions]
+    return (values if isinstance(values, Tensor) else np.asarray(values))[positions]
 
 
 def dropped_words(n_dropped: int, name: str) -> str:

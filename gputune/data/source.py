@@ -20,11 +20,16 @@ from torch.utils.data import Dataset
 
 from gputune.data.array_files import ARRAY_SUFFIXES, pick_arrays
 from gputune.data.arrays import Arrays, as_arrays
-from gputune.data.columns import checked_tensor
+from gputune.data.columns import AnyRows, checked_tensor
 from gputune.data.files import line_of, read_table
 from gputune.data.folds import check_groups, hold_out, parse_cv
 from gputune.data.kinds import Kind, checked_labels
-from gputune.data.missing_target import MissingTarget, rows_with_target, select_targets
+from gputune.data.missing_target import (
+    MissingTarget,
+    rows_with_target,
+    select_targets,
+    select_values,
+)
 from gputune.data.ragged import refuse_ragged
 from gputune.data.table import (
     Table,
@@ -45,7 +50,7 @@ from gputune.types import Json
 from gputune.wording import Verbatim, option, per_interface
 
 
-def fingerprint(X: Table | Tensor | Arrays, y: Target | Tensor | np.ndarray) -> dict[str, object]:
+def fingerprint(X: AnyRows, y: Target | Tensor | np.ndarray) -> dict[str, object]:
     """Return ``rows``, ``columns`` and ``sha256`` of X and y.
 
     ``sha256`` is the hex digest of X's names, kinds and values, and of y. Equal values in an array,
@@ -59,11 +64,11 @@ def fingerprint(X: Table | Tensor | Arrays, y: Target | Tensor | np.ndarray) -> 
         for part, (label, x) in enumerate(zip(X.labels, X.parts)):
             digest.update(f"{label} {(len(X), *x.shape[1:])} {x.dtype}".encode())
             for _, block in X.blocks(part):
-                digest.update(_bytes_of(block))
+                digest.update(bytes_of(block))
     elif isinstance(X, Tensor):
         columns = X.shape[1]
         digest.update(f"{tuple(X.shape)} {X.dtype}".encode())
-        digest.update(_bytes_of(X))
+        digest.update(bytes_of(X))
     else:
         columns = len(X.names)
         digest.update(json.dumps([X.names, X.kinds]).encode())
@@ -77,7 +82,7 @@ def fingerprint(X: Table | Tensor | Arrays, y: Target | Tensor | np.ndarray) -> 
     return {"rows": len(X), "columns": columns, "sha256": digest.hexdigest()}
 
 
-def _bytes_of(values: Tensor) -> memoryview:
+def bytes_of(values: Tensor) -> memoryview:
     # As bytes, because NumPy has no bfloat16.
     return values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
@@ -130,7 +135,7 @@ class Source:
     was made. It is None for files and tensors.
     """
 
-    X: Table | Tensor | Arrays
+    X: AnyRows
     y: Any
     target: str
     groups: object
@@ -168,7 +173,7 @@ class Source:
             self,
             X=_select(self.X, positions),
             y=select_targets(self.y, positions, is_column=is_column),
-            groups=None if groups is None else groups[positions],
+            groups=select_values(groups, positions),
             original=original,
             positions=positions,
             n_given=len(self.X),
@@ -187,13 +192,16 @@ class Source:
         return self.X.frame() if self.original is None else as_rows(self.original, self.X.names)
 
     def rows(self, positions: np.ndarray) -> "Source":
-        groups = None if self.groups is None else np.asarray(self.groups)[positions]
-        y = self.y if isinstance(self.y, np.ndarray | Tensor) else np.asarray(self.y)
-        X = _select(self.X, positions)
-        return replace(self, X=X, y=y[positions], groups=groups, original=None)
+        return replace(
+            self,
+            X=_select(self.X, positions),
+            y=select_values(self.y, positions),
+            groups=select_values(self.groups, positions),
+            original=None,
+        )
 
 
-def _select(X: Table | Tensor | Arrays, positions: np.ndarray) -> Table | Tensor | Arrays:
+def _select(X: AnyRows, positions: np.ndarray) -> AnyRows:
     return X[positions] if isinstance(X, Tensor) else X.select(positions)
 
 

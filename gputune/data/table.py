@@ -262,13 +262,11 @@ def quoted(names: Iterable[str], limit: int = 8) -> str:
     At most ``limit`` names are written out.
     """
     names = list(names)
-    shown = ", ".join(_short_repr(str(name)) for name in names[:limit])
+    texts = []
+    for name in map(str, names[:limit]):
+        texts.append(repr(name if len(name) <= 100 else f"{name[:100]}..."))
+    shown = ", ".join(texts)
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
-
-
-def _short_repr(name: str, most: int = 100) -> str:
-    """Return a name in quotation marks, cut after ``most`` characters."""
-    return repr(name) if len(name) <= most else repr(f"{name[:most]}...")
 
 
 def two_axes(ndim: int) -> str:

@@ -50,6 +50,11 @@ def is_distribution(value: object) -> TypeGuard[Distribution]:
     return callable(getattr(value, "rvs", None)) and not isinstance(value, type)
 
 
+def is_real(value: object) -> TypeGuard[float]:
+    """Return whether a value is an int or a float, but not a boolean."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def range_of(
     space: Iterable[Mapping[str, object]], names: Collection[str]
 ) -> tuple[float, float] | None:

@@ -8,6 +8,7 @@ from typing import TypeGuard
 import numpy as np
 
 from gputune.methods.config import RANGES
+from gputune.methods.distributions import is_real
 from gputune.study.study import Study
 from gputune.text import short
 
@@ -91,4 +92,4 @@ def _position(value: float, low: float, high: float, distribution: Mapping[str, 
 
 def _is_number(value: object) -> TypeGuard[float]:
     # An integer may be too large to become a float, but it can be compared with a float.
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+    return is_real(value) and abs(value) < 1e300

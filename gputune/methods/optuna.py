@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from datetime import datetime, timedelta
 from types import ModuleType
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from gputune.methods.distributions import (
     choice_of_label,
     describe,
     distribution_text,
+    is_real,
     label,
     labels,
 )
@@ -343,15 +344,11 @@ def widened_description(study: Study, key: str) -> Json:
 
 def _guess_description(values: Sequence[object]) -> Json:
     """Return a distribution over the values of the trials, in Optuna's notation."""
-    numbers = [value for value in values if _is_number(value) and math.isfinite(value)]
+    numbers = [value for value in values if is_real(value) and math.isfinite(value)]
     if len(numbers) < len(values):
         return {"kind": "choices", "choices": labels(values)}
     kind = "int" if all(isinstance(value, int) for value in numbers) else "float"
     return {"kind": kind, "low": min(numbers), "high": max(numbers)}
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _can_include(description: Json, value: object) -> bool:
@@ -361,6 +358,6 @@ def _can_include(description: Json, value: object) -> bool:
     """
     if description["kind"] == "choices":
         return True
-    if not _is_number(value) or (description["kind"] == "int" and not isinstance(value, int)):
+    if not is_real(value) or (description["kind"] == "int" and not isinstance(value, int)):
         return False
     return math.isfinite(value) and (value > 0 or not description.get("log", False))

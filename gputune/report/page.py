@@ -21,6 +21,7 @@ import jinja2
 from markupsafe import Markup
 
 from gputune.errors import InputError
+from gputune.methods.distributions import is_real
 from gputune.methods.edges import edge_remarks
 from gputune.report.charts import (
     curves_chart,
@@ -186,16 +187,11 @@ def _parameter_column(name: str, params: Sequence[Config]) -> TableColumn:
     key = f"params_{name}"
     label = clean(name)
     values = [config.get(name) for config in params]
-    if all(value is None or _is_json_number(value) for value in values):
+    if all(value is None or (is_real(value) and abs(value) < math.inf) for value in values):
         rounded = [float(f"{v:.4g}") if isinstance(v, float) else v for v in values]
         return {"key": key, "label": label, "values": rounded}
     texts = [short(config[name]) if name in config else None for config in params]
     return _word_column(key, label, texts)
-
-
-def _is_json_number(value: object) -> bool:
-    """Return whether a value is a number in JSON."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def _word_column(key: str, label: str, texts: Sequence[str | None]) -> TableColumn:

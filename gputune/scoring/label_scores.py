@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gputune.scoring.scores import Score
 from gputune.types import Task
+
+Score = Callable[[Tensor, Tensor], Tensor]
 
 
 class Counts(NamedTuple):

@@ -12,6 +12,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import starmap
 from typing import NamedTuple
 
 import torch
@@ -19,9 +20,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from gputune.errors import InputError
+from gputune.scoring.label_scores import Score as Score
+from gputune.scoring.label_scores import averaged
 from gputune.wording import Verbatim, option
-
-Score = Callable[[Tensor, Tensor], Tensor]
 
 
 def accuracy(logits: Tensor, y: Tensor) -> Tensor:
@@ -31,11 +32,13 @@ def accuracy(logits: Tensor, y: Tensor) -> Tensor:
 
 def balanced_accuracy(logits: Tensor, y: Tensor) -> Tensor:
     """Return the mean recall over the classes that occur in y, in [0, 1]."""
-    member_of = _onehot(y, logits)  # (m, K)
-    count = member_of.sum(0)
+    member_of = functional.one_hot(y, logits.shape[-1]).to(logits.dtype)  # (m, K)
+    count = member_of.sum(0).double()
+    is_hit = logits.argmax(-1) == y  # (C, m)
     # (C, m) @ (m, K) -> (C, K)
-    hits = (logits.argmax(-1) == y).to(logits.dtype) @ member_of  # (C, K)
-    return (hits.double() / count.double().clamp_min(1)).sum(-1) / (count > 0).sum()
+    hits = is_hit.to(logits.dtype) @ member_of
+    recall = hits.double() / count.clamp_min(1)
+    return recall.sum(-1) / (count > 0).sum()
 
 
 def neg_log_loss(logits: Tensor, y: Tensor) -> Tensor:
@@ -54,7 +57,9 @@ def neg_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
 def _log_p(logits: Tensor, y: Tensor) -> Tensor:
     """Return log p(label) of each row, (C, m)."""
-    return logits.log_softmax(-1).gather(-1, y.expand(logits.shape[:-1])[..., None]).squeeze(-1)
+    log_p = logits.log_softmax(-1)  # (C, m, K)
+    labels = y.expand(log_p.shape[:-1])
+    return log_p.gather(-1, labels[..., None]).squeeze(-1)
 
 
 def roc_auc(logits: Tensor, y: Tensor) -> Tensor:
@@ -70,17 +75,14 @@ def roc_auc_ovr(logits: Tensor, y: Tensor) -> Tensor:
 
     The score is NaN if a class has no rows.
     """
-    p = logits.softmax(-1)
-    return torch.stack([_auc(p[..., k], y == k) for k in range(logits.shape[-1])]).mean(0)
+    p = logits.softmax(-1).unbind(-1)
+    areas = [_auc(of_class, y == k) for k, of_class in enumerate(p)]
+    return torch.stack(areas).mean(0)
 
 
 def f1_macro(logits: Tensor, y: Tensor) -> Tensor:
     """Return the mean F1 over the classes that occur in the labels or predictions, in [0, 1]."""
-    truth = _onehot(y, logits)  # (m, K)
-    guess = functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)  # (C, m, K)
-    both = (guess * truth).sum(-2)
-    either = guess.sum(-2) + truth.sum(-2)  # 2 tp + fp + fn
-    return (2 * both.double() / either.double().clamp_min(1)).sum(-1) / (either > 0).sum(-1)
+    return averaged(logits, y, measure="f1", average="macro")
 
 
 def r2(outputs: Tensor, y: Tensor) -> Tensor:
@@ -88,7 +90,8 @@ def r2(outputs: Tensor, y: Tensor) -> Tensor:
 
     For a constant y it is 1 if all outputs are exact, else 0.
     """
-    return _r2(((outputs.squeeze(-1) - y) ** 2).sum(-1), y)
+    squares = (outputs.squeeze(-1) - y) ** 2
+    return _r2(squares.sum(-1), y)
 
 
 def _r2(residual: Tensor, y: Tensor) -> Tensor:
@@ -98,7 +101,8 @@ def _r2(residual: Tensor, y: Tensor) -> Tensor:
     total = ((y - y.mean()) ** 2).sum()
     # The mean of a constant y may be rounded. Its total is then a rounding error instead of 0.
     constant = (total == 0) | (y.min() == y.max())
-    return torch.where(constant, (residual == 0).to(residual.dtype), 1 - residual / total)
+    is_exact = (residual == 0).to(residual.dtype)
+    return torch.where(constant, is_exact, 1 - residual / total)
 
 
 def neg_mean_squared_error(outputs: Tensor, y: Tensor) -> Tensor:
@@ -108,7 +112,7 @@ def neg_mean_squared_error(outputs: Tensor, y: Tensor) -> Tensor:
 
 def neg_root_mean_squared_error(outputs: Tensor, y: Tensor) -> Tensor:
     """Return minus the root of the mean squared error, in units of y."""
-    return -((outputs.squeeze(-1) - y) ** 2).mean(-1).sqrt()
+    return -(-neg_mean_squared_error(outputs, y)).sqrt()
 
 
 def neg_mean_absolute_error(outputs: Tensor, y: Tensor) -> Tensor:
@@ -122,7 +126,8 @@ def neg_mean_pinball_loss(outputs: Tensor, y: Tensor, *, alpha: float) -> Tensor
     A row may have one target value or several.
     """
     gap = (y[:, None] if y.dim() == 1 else y) - outputs
-    return -torch.maximum(alpha * gap, (alpha - 1) * gap).flatten(1).mean(-1)
+    losses = torch.maximum(alpha * gap, (alpha - 1) * gap)
+    return -losses.flatten(1).mean(-1)
 
 
 PINBALL = neg_mean_pinball_loss.__name__
@@ -134,7 +139,8 @@ Its level is the level of the loss.
 
 def label_accuracy(logits: Tensor, y: Tensor) -> Tensor:
     """Return the share of rows with the right sign of the logits for all K labels, in [0, 1]."""
-    return ((logits > 0) == (y > 0)).all(-1).double().mean(-1)
+    is_right = (logits > 0) == (y > 0)
+    return is_right.all(-1).double().mean(-1)
 
 
 def _by_target(score: Score) -> Score:
@@ -146,9 +152,8 @@ def _by_target(score: Score) -> Score:
     def of(outputs: Tensor, y: Tensor) -> Tensor:
         if y.dim() == 1:
             return score(outputs, y)
-        return torch.stack(
-            [score(outputs[..., k : k + 1], y[:, k]) for k in range(y.shape[1])]
-        ).mean(0)
+        pairs = zip(outputs.split(1, -1), y.unbind(1))
+        return torch.stack(list(starmap(score, pairs))).mean(0)
 
     return of
 
@@ -165,13 +170,11 @@ REGRESSION: Mapping[str, Score] = {
     score.__name__: _by_target(score)
     for score in (r2, neg_mean_squared_error, neg_root_mean_squared_error, neg_mean_absolute_error)
 }
-MULTILABEL: Mapping[str, Score] = {"accuracy": label_accuracy}
-
 OF_TASK: Mapping[str, Mapping[str, Score]] = {
     "binary": _BINARY,
     "multiclass": CLASSIFICATION,
     "regression": REGRESSION,
-    "multilabel": MULTILABEL,
+    "multilabel": {"accuracy": label_accuracy},
     "custom": {},
 }
 """The scores computed on the device, by task."""
@@ -203,11 +206,6 @@ ROW_MEANS: Mapping[Score, RowMean] = {
     ),
     REGRESSION["neg_mean_absolute_error"]: RowMean("absolute error", lambda mean, y: -mean),
 }
-
-
-def _onehot(y: Tensor, logits: Tensor) -> Tensor:
-    """Return class codes (m,) as a one-hot matrix (m, K) in the dtype of the logits."""
-    return functional.one_hot(y, logits.shape[-1]).to(logits.dtype)
 
 
 def _auc(p: Tensor, positive: Tensor) -> Tensor:

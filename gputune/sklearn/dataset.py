@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,8 +30,6 @@ from gputune.main_memory import free_memory
 from gputune.types import Task
 from gputune.wording import Verbatim
 
-Index: TypeAlias = IntArray
-
 
 @dataclass(frozen=True, eq=False)
 class CheckedRows:
@@ -48,7 +46,7 @@ class CheckedRows:
     """
 
     X: Arrays
-    y: Index | FloatArray
+    y: IntArray | FloatArray
     weights: FloatArray | None
     classes: NDArray[np.generic] | None
     names: NDArray[np.object_] | None
@@ -78,11 +76,11 @@ class CheckedRows:
         names = None if self.names is None else tuple(self.names)
         return ArrayLayout.of(self.X), names, self.weights is None, self.task, self.y.shape[1:]
 
-    def weight(self, rows: Index) -> float:
+    def weight(self, rows: IntArray) -> float:
         """Return the sum of the weights of some rows."""
         return float(len(rows) if self.weights is None else self.weights[rows].sum())
 
-    def refusal(self, rows: Index) -> ValueError | None:
+    def refusal(self, rows: IntArray) -> ValueError | None:
         """Return the error that training on only these rows must raise, or None."""
         if len(rows) == 0:
             return ValueError("no rows to train on: found array with 0 sample(s).")
@@ -118,7 +116,7 @@ class FoldRows:
     """
 
     rows: CheckedRows
-    index: Index
+    index: IntArray
 
     def labels(self) -> list[str | float]:
         """Return the labels that occur in the rows. A regression has none."""
@@ -143,11 +141,11 @@ class FoldGroup:
 
     numbers: tuple[int, ...]
     rows: CheckedRows
-    trains: tuple[Index, ...]
-    valids: tuple[Index, ...] = ()
+    trains: tuple[IntArray, ...]
+    valids: tuple[IntArray, ...] = ()
 
     @cached_property
-    def classes(self) -> Index | None:
+    def classes(self) -> IntArray | None:
         """Positions of the classes of the training rows. None without classes.
 
         All folds of a group have the same classes, because ``split`` groups them so.
@@ -155,7 +153,7 @@ class FoldGroup:
         return None if self.rows.classes is None else np.unique(self.rows.y[self.trains[0]])
 
     @cached_property
-    def codes(self) -> Index:
+    def codes(self) -> IntArray:
         """The position of each row's class among ``classes``.
 
         Rows of other classes are in no fold of the group.

@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from sklearn import model_selection
@@ -40,9 +40,19 @@ from gputune.tuning.descent import SlopeMode, run_descent
 from gputune.types import Config
 from gputune.wording import Verbatim
 
-TrialSlopes = tuple[FloatArray, dict[str, FloatArray], FloatArray]
-"""For one trial: the validation loss of each fold (F,), hyperparameter -> slope of the loss (F, 1,
-1), and the ratios (F,) by which the chaos guard decides whether a slope is noise."""
+
+class TrialSlopes(NamedTuple):
+    """The losses and slopes of one trial, fold by fold.
+
+    Attributes:
+        losses: (F,) validation loss of each fold.
+        slopes: hyperparameter -> (F, 1, 1) slope of the loss.
+        ratios: (F,) ratio by which the chaos guard decides whether a slope is noise.
+    """
+
+    losses: FloatArray
+    slopes: dict[str, FloatArray]
+    ratios: FloatArray
 
 
 @entry
@@ -78,7 +88,7 @@ def slopes_of(
             members = np.array([slopes[fold] for fold in sorted(slopes)])
             losses, *columns, ratios = members.T.copy()  # each (F,)
             tables = {name: column[:, None, None] for name, column in zip(names, columns)}
-            by_trial[trial] = losses, tables, ratios
+            by_trial[trial] = TrialSlopes(losses, tables, ratios)
     return by_trial
 
 

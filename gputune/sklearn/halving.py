@@ -52,10 +52,7 @@ class HalvingRun(SearchRun):
             if len(members) < len(trial_fits):
                 continue  # a fold failed
             # The buffers hold the parameters too, so the rest of a member is not stored.
-            buffers = {}
-            for fit, member in zip(trial_fits, members):
-                assert member.buffers is not None  # every member of a rung keeps its state
-                buffers[fit.fold] = member.buffers
+            buffers = {fit.fold: member.buffers for fit, member in zip(trial_fits, members)}
             state = RungState(members[0].epochs, self.horizon, members[0].seed, buffers)
             self.states[keys[trial]] = state
 

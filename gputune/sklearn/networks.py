@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from sklearn.utils.validation import check_is_fitted, validate_data
@@ -19,11 +19,12 @@ from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import choose_backend
 from gputune.engine.choice import Workload, device_for
-from gputune.engine.job import Failure
+from gputune.engine.job import Failure, Job
+from gputune.engine.plan import Plan
 from gputune.engine.stop import Stop, entry
 from gputune.engine.train import BegunChunk, State
 from gputune.errors import InputError
-from gputune.hypergradients.chunk import HypergradientJob, Slopes
+from gputune.hypergradients.chunk import HypergradientJob
 from gputune.modules.construction import name_of
 from gputune.modules.inspection import returns_one_logit, traits_of
 from gputune.population.population import Population, call_module, first_output
@@ -32,7 +33,6 @@ from gputune.seeding import prediction_draws
 from gputune.sklearn.base import FLOATS, FusedEstimator
 from gputune.sklearn.dataset import CheckedRows, FoldGroup, as_dense, as_tensor, make_dataset
 from gputune.sklearn.recipe import (
-    ChunkWeights,
     FitOptions,
     FoldTrial,
     MemberJob,
@@ -213,7 +213,7 @@ def _fit_batch(batch: RecipeBatch, training: FitOptions) -> Members:
     chunks = plan.chunks
     if recipe.begin:
         chunks = tuple(_resumed_chunk(chunk, batch) for chunk in chunks)
-    plan = replace(plan, chunks=chunks, threads=min(plan.threads, torch.get_num_threads()))
+    plan = replace(plan, chunks=chunks)
     patiences = {i: r.patience for i, r in enumerate(batch.recipes) if r.patience is not None}
     job = trainer.job(
         MemberJob, epochs=recipe.epochs, keeps_state=recipe.state is not None, patiences=patiences
@@ -222,15 +222,24 @@ def _fit_batch(batch: RecipeBatch, training: FitOptions) -> Members:
     late = TimeoutError("this fit had not finished at the timeout. Pass a longer timeout.")
     for chunk in chunks:
         members |= dict.fromkeys(batch.places(chunk), late)
-    for outcome in trainer.train(job, plan):
-        if isinstance(outcome, Failure):
-            raise outcome.error()
-        assert isinstance(outcome, ChunkWeights)
+    for outcome in _outcomes(trainer, job, plan):
         chunk = next(chunk for chunk in chunks if outcome.index[0] in chunk.index)
         first = chunk.index.index(outcome.index[0])
         chunk = chunk.part(first, first + len(outcome.index))  # memory may have held only a part
         members |= zip(batch.places(chunk), job.members(data, chunk, outcome, batch.folds.classes))
     return members
+
+
+def _outcomes(trainer: Trainer, job: Job, plan: Plan) -> Iterator[Any]:
+    """Train the chunks of a plan on the threads that torch may use, and yield their outcomes.
+
+    Raises the error of a trial that cannot be trained.
+    """
+    plan = replace(plan, threads=min(plan.threads, torch.get_num_threads()))
+    for outcome in trainer.train(job, plan):
+        if isinstance(outcome, Failure):
+            raise outcome.error()
+        yield outcome
 
 
 def _check_module(batch: RecipeBatch, config: Config) -> int:
@@ -276,11 +285,7 @@ def training_slopes(
             plan, job = trainer.plan_differentiated(batch.configs, job)
         except InputError as error:
             raise with_estimator_names(error) from error
-        plan = replace(plan, threads=min(plan.threads, torch.get_num_threads()))
-        for outcome in trainer.train(job, plan):
-            if isinstance(outcome, Failure):
-                raise outcome.error()
-            assert isinstance(outcome, Slopes)
+        for outcome in _outcomes(trainer, job, plan):
             if outcome.losses is None or outcome.slopes is None or outcome.ratios is None:
                 continue
             for (c, i), (f, fold) in itertools.product(

@@ -78,7 +78,7 @@ class TrainedMember:
         epochs: number of trained epochs.
         stalled: number of epochs at the end without an improvement.
         seed: seed of its random numbers.
-        buffers: the engine's buffers of this member if it can continue training. None if its
+        buffers: the engine's buffers of this member if it can continue training. Empty if its
             training is over.
         losses: (epochs,) loss on its training rows after each epoch. Empty if the loss was not
             watched.
@@ -95,7 +95,7 @@ class TrainedMember:
     epochs: int
     stalled: int
     seed: int
-    buffers: tuple[Tensor, ...] | None
+    buffers: tuple[Tensor, ...]
     losses: FloatArray
     draws: bool
 
@@ -330,13 +330,13 @@ class ChunkWeights(Outcome):
 
     Attributes:
         rows: (C, F, N) the parameters of each member. None if a member did not reach its end.
-        buffers: (C, F, N) the whole state of the members. None if they do not continue training.
+        buffers: (C, F, N) the whole state of the members. Empty if they do not continue training.
         ends: (2, C, F) the number of trained epochs of each member, and the number of its last
             epochs that had stalled.
     """
 
     rows: np.ndarray | None
-    buffers: tuple[Tensor, ...] | None
+    buffers: tuple[Tensor, ...]
     ends: IntArray
 
 
@@ -364,7 +364,7 @@ class MemberJob(Job):
         trained = train_chunk(self, data, chunk, progress, stopping)
         epochs = trained.epochs
         rows = None
-        state = None
+        state: tuple[Tensor, ...] = ()
         if stopping is not None:
             ends = stopping.ends
             if stopping.rows is not None and ends[0].all():  # otherwise the time was over
@@ -411,9 +411,6 @@ class MemberJob(Job):
                     members.append(_diverged(config))
                     continue
                 epochs, stalled = weights.ends[:, c, f].tolist()
-                state = None
-                if weights.buffers is not None:
-                    state = tuple(buffer[c, f] for buffer in weights.buffers)
                 member = TrainedMember(
                     partial(network.member, params, f, c),
                     classes,
@@ -425,7 +422,7 @@ class MemberJob(Job):
                     epochs=epochs,
                     stalled=stalled,
                     seed=self.seed,
-                    buffers=state,
+                    buffers=tuple(buffer[c, f] for buffer in weights.buffers),
                     losses=-weights.curves[c, : epochs if self.patiences else 0, f],
                     draws=network.evaluation_draws,
                 )

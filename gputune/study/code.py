@@ -26,9 +26,9 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
+from gputune.data.source import bytes_of
 from gputune.errors import InputError, warn
 from gputune.input_files import read_file
 from gputune.scratch import is_users, open_to_others
@@ -88,9 +88,7 @@ def _parts(value: Any, path: tuple[int, ...]) -> Iterator[str]:
     elif id(value) in path:
         return
     elif isinstance(value, Tensor):
-        # as bytes, because NumPy has no bfloat16
-        numbers = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-        yield f"{value.dtype}{tuple(value.shape)}{sha256(numbers.tobytes())}"
+        yield f"{value.dtype}{tuple(value.shape)}{sha256(bytes_of(value).tobytes())}"
     elif isinstance(value, np.ndarray | np.generic):
         yield f"{value.dtype}{value.shape}{sha256(value.tobytes())}"
     else:

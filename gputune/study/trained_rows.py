@@ -6,16 +6,14 @@ random sample of these rows. The share of these digests that is also in the mode
 the share of rows on which the model was trained.
 """
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from gputune.annotations import FloatArray
-from gputune.data.arrays import ArrayLayout, Arrays
-from gputune.data.columns import Layout
+from gputune.data.arrays import ArrayLayout
+from gputune.data.columns import AnyRows, Layout
 from gputune.data.table import Table
 
 SAMPLE_SIZE = 1024
@@ -25,9 +23,10 @@ SAMPLE_SIZE = 1024
 _BYTES = 6
 _ROWS = 8192  # rows per batch of digests
 _KEY_SEED = 0x6770
+_AnyLayout = Layout | ArrayLayout
 
 
-def sample_of_rows(layout: Layout | ArrayLayout, X: Table | Tensor | Arrays, y: np.ndarray) -> str:
+def sample_of_rows(layout: _AnyLayout, X: AnyRows, y: np.ndarray) -> str:
     """Return the smallest digests of the training rows, in hexadecimal, for ``share_of_rows``.
 
     Args:
@@ -35,13 +34,13 @@ def sample_of_rows(layout: Layout | ArrayLayout, X: Table | Tensor | Arrays, y: 
         X: the training rows.
         y: (n, ...) class codes or numbers of these rows.
     """
-    smallest = np.unique(_digests(layout, X, y))[:SAMPLE_SIZE]
-    return b"".join(int(digest).to_bytes(_BYTES, "big") for digest in smallest).hex()
+    content = b""
+    for digest in np.unique(_digests(layout, X, y))[:SAMPLE_SIZE].tolist():
+        content += digest.to_bytes(_BYTES, "big")
+    return content.hex()
 
 
-def share_of_rows(
-    sample: str, layout: Layout | ArrayLayout, X: Table | Tensor | Arrays, y: np.ndarray
-) -> float:
+def share_of_rows(sample: str, layout: _AnyLayout, X: AnyRows, y: np.ndarray) -> float:
     """Return the estimated share, 0 to 1, of rows that equal rows on which the model was trained.
 
     Args:
@@ -54,44 +53,40 @@ def share_of_rows(
         ValueError: ``sample`` is not a result of ``sample_of_rows``.
     """
     content = bytes.fromhex(sample)
-    starts = range(0, len(content), _BYTES)
-    numbers = [int.from_bytes(content[start : start + _BYTES], "big") for start in starts]
+    numbers = []
+    for start in range(0, len(content), _BYTES):
+        numbers.append(int.from_bytes(content[start : start + _BYTES], "big"))
     trained = np.array(numbers, dtype=np.uint64)
     digests = _digests(layout, X, y)
     if len(trained) >= SAMPLE_SIZE:  # otherwise it holds all training rows
         digests = digests[digests <= trained.max()]
-    return float(np.isin(digests, trained).mean()) if len(digests) else 0.0
+    if len(digests) == 0:
+        return 0.0
+    return float(np.isin(digests, trained).mean())
 
 
-def _digests(
-    layout: Layout | ArrayLayout, X: Table | Tensor | Arrays, y: np.ndarray
-) -> NDArray[np.uint64]:
+def _digests(layout: _AnyLayout, X: AnyRows, y: np.ndarray) -> NDArray[np.uint64]:
     """Return one digest per row, (n,), of the row's encoded values and its target."""
     target = np.asarray(y, dtype=np.float64).reshape(len(y), -1)
     digests = []
-    start = 0
-    for parts in _numbers(layout, X):
-        rows = len(parts[0])
-        digests.append(_digests_of(np.concatenate([*parts, target[start : start + rows]], axis=1)))
-        start += rows
+    for start in range(0, len(X), _ROWS):
+        rows = np.arange(start, min(start + _ROWS, len(X)))
+        columns = []
+        for part in _inputs(layout, X, rows):
+            columns.append(part.double().reshape(len(rows), -1).cpu().numpy())
+        columns.append(target[rows])
+        digests.append(_digests_of(np.concatenate(columns, axis=1)))
     return np.concatenate(digests)
 
 
-def _numbers(
-    layout: Layout | ArrayLayout, X: Table | Tensor | Arrays
-) -> Iterator[list[FloatArray]]:
-    """Yield the encoded values of a batch of rows at a time, (n, d) float64 for each input."""
-    for start in range(0, len(X), _ROWS):
-        rows = np.arange(start, min(start + _ROWS, len(X)))
-        inputs: tuple[Tensor, ...]
-        if isinstance(layout, ArrayLayout):
-            inputs = layout.raw(X).select(rows).gathered()
-        elif isinstance(X, Tensor):
-            inputs = (layout.raw(X[rows]),)
-        else:
-            assert isinstance(X, Table)
-            inputs = (torch.from_numpy(layout.raw(X.select(rows))),)
-        yield [part.double().reshape(len(rows), -1).cpu().numpy() for part in inputs]
+def _inputs(layout: _AnyLayout, X: AnyRows, rows: np.ndarray) -> tuple[Tensor, ...]:
+    """Return the encoded values of some rows, (n, ...) for each input."""
+    if isinstance(layout, ArrayLayout):
+        return layout.raw(X).select(rows).gathered()
+    if isinstance(X, Tensor):
+        return (layout.raw(X[rows]),)
+    assert isinstance(X, Table)
+    return (torch.from_numpy(layout.raw(X.select(rows))),)
 
 
 def _digests_of(numbers: FloatArray) -> NDArray[np.uint64]:
@@ -105,9 +100,8 @@ def _digests_of(numbers: FloatArray) -> NDArray[np.uint64]:
     generator = np.random.Generator(np.random.PCG64(_KEY_SEED))
     factors = generator.integers(2**64, size=numbers.shape[1], dtype=np.uint64)
     # Odd factors can be inverted modulo 2^64, so the products lose no bits.
-    factors = factors | 1
-    bits = _mixed(numbers.view(np.uint64))
-    sums = (bits * factors).sum(axis=1, dtype=np.uint64)  # (n, d) -> (n,)
+    products = _mixed(numbers.view(np.uint64)) * (factors | 1)
+    sums = products.sum(axis=1, dtype=np.uint64)  # (n, d) -> (n,)
     # only the highest bytes are kept
     return _mixed(sums) >> np.uint64(64 - 8 * _BYTES)
 
@@ -117,6 +111,8 @@ def _mixed(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
     Source: MurmurHash3's 64-bit finalizer.
     """
-    bits = (bits ^ (bits >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
-    bits = (bits ^ (bits >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
-    return bits ^ (bits >> np.uint64(33))
+    shift = np.uint64(33)
+    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        bits = bits ^ (bits >> shift)
+        bits = bits * np.uint64(factor)
+    return bits ^ (bits >> shift)

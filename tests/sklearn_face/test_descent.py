@@ -316,7 +316,11 @@ def test_no_start_moves_after_the_deadline(monkeypatch):
 def test_a_start_that_noise_keeps_in_its_place_ends_where_its_second_measure_fails(monkeypatch):
     def noise(fits, names, mode, training):
         slopes = {"lr": np.array([-9.0, 0.1, 9.0])[:, None, None]}
-        return {fits[0].trial: (np.ones(3), slopes, np.zeros(3))} if mode == "exact" else {}
+        return (
+            {fits[0].trial: descent.TrialSlopes(np.ones(3), slopes, np.zeros(3))}
+            if mode == "exact"
+            else {}
+        )
 
     monkeypatch.setattr(descent, "slopes_of", noise)
     search = descend(MLP, {"learning_rate_init": [0.01]}, n_iter=1)
