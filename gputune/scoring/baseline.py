@@ -89,12 +89,7 @@ def baseline(
 
 
 def best_constant(
-    scoring: Scoring,
-    task: Task,
-    y: Tensor,
-    *,
-    classes: np.ndarray | None = None,
-    weights: Tensor | None = None,
+    scoring: Scoring, task: Task, y: Tensor, *, classes: np.ndarray | None = None
 ) -> FittedConstant | None:
     """Return the constant that scores best on training rows, fitted on these rows.
 
@@ -107,7 +102,6 @@ def best_constant(
         y: The targets of the training rows: class codes (n,), labels (n, K), or a numeric target
             (n,) or (n, K) in its own units.
         classes: The labels of the classes, or None for a numeric target.
-        weights: The weights of the training rows, (n,). None if all weights are one.
 
     Returns:
         The fitted constant. None if the best constant is unknown, for example for a custom scoring
@@ -117,11 +111,11 @@ def best_constant(
     best = None
     best_score = -math.inf
     for constant in _constants(scoring, task, classes, n_outputs):
-        outputs = constant.fit(y, weights)
+        outputs = constant.fit(y, None)
         with warnings.catch_warnings(action="ignore"):  # scores that a constant leaves undefined
             score = scoring.on_rows(outputs.expand(len(y), -1), y)
         if best is None or score > best_score:
-            answer = _in_words(constant, scoring, classes, [outputs], weights)
+            answer = _in_words(constant, scoring, classes, [outputs], None)
             best = FittedConstant(answer, outputs)
             best_score = score
     return best

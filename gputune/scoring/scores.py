@@ -152,7 +152,7 @@ def _by_target(score: Score) -> Score:
     def of(outputs: Tensor, y: Tensor) -> Tensor:
         if y.dim() == 1:
             return score(outputs, y)
-        pairs = zip(outputs.split(1, -1), y.unbind(1))
+        pairs = zip(torch.split(outputs, 1, -1), y.unbind(1))
         return torch.stack(list(starmap(score, pairs))).mean(0)
 
     return of
