@@ -267,14 +267,16 @@ def check_rows(
     classes = None
     if sample_weight is not None:
         weights = _check_sample_weight(sample_weight, y, dtype=np.float64, ensure_non_negative=True)
-    task: Task = (
-        "custom" if any_target else "multilabel" if several and not numeric else "regression"
-    )
-    if several and not any_target:
-        _check_columns(estimator, y)
-    if not any_target and (several or numeric):
+    task: Task = "regression"
+    if any_target:
+        task = "custom"
+    elif several or numeric:
+        if several:
+            _check_columns(estimator, y)
+        if not numeric:
+            task = "multilabel"
         y = np.asarray(y, dtype=np.float64)
-    elif not any_target:
+    else:
         check_classification_targets(y)
         classes, codes = np.unique(y, return_inverse=True)
         y = codes.astype(np.int64)
